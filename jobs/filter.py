@@ -1,0 +1,16 @@
+"""`python -m jobs.filter RECIPE`: selects the training set and the database from LAION metadata."""
+
+from jobs.command import main
+from jobs.recipe import Recipe
+from pipeline import filter as stage
+from pipeline.runner import cluster
+
+
+def run(recipe: Recipe) -> None:
+    """Run the stage on a Ray cluster."""
+    with cluster():
+        stage.run(recipe[stage.FilterConfig], recipe.root)
+
+
+if __name__ == "__main__":
+    main("filter", __doc__, run)

@@ -1,0 +1,17 @@
+"""`python -m jobs.index RECIPE`: builds the training database from the vectors of its images."""
+
+from jobs.command import main
+from jobs.recipe import Recipe
+from pipeline import index as stage
+from pipeline.runner import cluster
+from retrieval.build import IndexConfig
+
+
+def run(recipe: Recipe) -> None:
+    """Run the stage on a Ray cluster."""
+    with cluster():
+        stage.run(recipe[IndexConfig], recipe.root)
+
+
+if __name__ == "__main__":
+    main("index", __doc__, run)

@@ -1,0 +1,16 @@
+"""`python -m jobs.neighbors RECIPE`: finds the nearest database images of every training image."""
+
+from jobs.command import main
+from jobs.recipe import Recipe
+from pipeline import neighbors as stage
+from pipeline.runner import cluster
+
+
+def run(recipe: Recipe) -> None:
+    """Run the stage on a Ray cluster."""
+    with cluster():
+        stage.run(recipe[stage.NeighborsConfig], recipe.root)
+
+
+if __name__ == "__main__":
+    main("neighbors", __doc__, run)

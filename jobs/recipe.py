@@ -1,0 +1,131 @@
+"""Recipes: one TOML file that says everything a run needs, checked whole before any work begins.
+
+A recipe has a `root` and a section for each stage it runs; a section's keys are the fields of that
+stage's configuration. `--set section.key=value` overrides one key.
+"""
+
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from jobs.demo.autoencoder import AutoencoderTraining
+from jobs.demo.clip import ClipTraining
+from jobs.demo.world import WorldConfig
+from pipeline.download import DownloadConfig
+from pipeline.embed import EmbedConfig
+from pipeline.filter import FilterConfig
+from pipeline.neighbors import NeighborsConfig
+from retrieval.build import IndexConfig
+from retrieval.config import Config
+from retrieval.encoder import ClipConfig
+from retrieval.errors import UserError
+from retrieval.storage import Root
+from trainer.autoencoder import AutoencoderConfig
+from trainer.diffusion import DiffusionConfig
+from trainer.evaluate import EvaluateConfig
+from trainer.latents import LatentsConfig
+from trainer.model import ModelConfig
+from trainer.sample import SampleConfig
+from trainer.train import TrainConfig
+
+SECTIONS: dict[str, type[Config]] = {
+    "clip": ClipConfig,
+    "filter": FilterConfig,
+    "download": DownloadConfig,
+    "embed": EmbedConfig,
+    "index": IndexConfig,
+    "neighbors": NeighborsConfig,
+    "autoencoder": AutoencoderConfig,
+    "latents": LatentsConfig,
+    "model": ModelConfig,
+    "diffusion": DiffusionConfig,
+    "train": TrainConfig,
+    "sample": SampleConfig,
+    "evaluate": EvaluateConfig,
+    "world": WorldConfig,
+    "clip_training": ClipTraining,
+    "autoencoder_training": AutoencoderTraining,
+}
+
+Section = TypeVar("Section", bound=Config)
+
+
+class Recipe:
+    """A checked recipe."""
+
+    def __init__(self, path: Path, root: str, sections: dict[str, Config]) -> None:
+        self.path = path
+        self.root = Root(root)
+        self.sections = sections
+
+    def __getitem__(self, wanted: type[Section]) -> Section:
+        """The section of a configuration class. Raises UserError if the recipe has none."""
+        for section in self.sections.values():
+            if isinstance(section, wanted):
+                return section
+        [name] = [name for name, config in SECTIONS.items() if config is wanted]
+        raise UserError(f"{self.path} has no section [{name}], which this command needs. Add it.")
+
+    def has(self, name: str) -> bool:
+        """True if the recipe has a section of this name."""
+        return name in self.sections
+
+    def resolved(self) -> dict[str, Any]:
+        """Everything, defaults included, ready for JSON."""
+        plain = {name: section.model_dump(mode="json") for name, section in self.sections.items()}
+        return {"root": self.root.url, **plain}
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe. overrides: `section.key=value`, values as in TOML or bare words.
+
+    Raises UserError naming the file, the key, what was found and what was wanted.
+    """
+    found = _read(path)
+    for override in overrides:
+        _override(found, override)
+    root = found.pop("root", None)
+    if not isinstance(root, str) or not root:
+        raise UserError(f"{path}: root must be a folder or an URL such as 'runs/demo', got {root!r}")
+    unknown = sorted(set(found) - set(SECTIONS))
+    if unknown:
+        raise UserError(f"{path}: unknown section [{unknown[0]}]. Known are {', '.join(SECTIONS)}.")
+    return Recipe(path, root, {name: _section(path, name, found[name]) for name in SECTIONS if name in found})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"recipe {path} is not there. Recipes stand in jobs/configs.")
+    try:
+        return tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not TOML: {error}") from error
+
+
+def _override(found: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    section, dot, name = key.strip().partition(".")
+    if not equals or (not dot and section != "root"):
+        raise UserError(f"--set {override}: wanted section.key=value, such as embed.batch_size=64")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    if dot:
+        found.setdefault(section, {})[name] = value
+    else:
+        found["root"] = value
+
+
+def _section(path: Path, name: str, values: Any) -> Config:
+    try:
+        # JSON, because strict validation takes a list for a tuple only from there.
+        return SECTIONS[name].model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        known = ", ".join(SECTIONS[name].model_fields)
+        lines = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors()]
+        raise UserError(f"{path}: section [{name}]\n" + "\n".join(lines) + f"\nKnown keys: {known}.") from error

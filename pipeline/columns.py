@@ -1,0 +1,70 @@
+"""Columns of foreign tables made clean: text that is UTF-8, numbers that are finite.
+
+Takes a column as its publisher left it (strings where numbers belong, nulls, NaN, bytes that are not
+UTF-8), gives an array of one type, null where a value is missing or means nothing.
+"""
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+MAX_CAPTION_CHARS = 4096
+
+_NUMBER = r"^-?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
+
+
+def is_number(kind: pa.DataType) -> bool:
+    """True for types that hold numbers."""
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind))
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """True for types that hold strings or bytes."""
+    return any(
+        test(kind)
+        for test in (
+            pa.types.is_string,
+            pa.types.is_large_string,
+            pa.types.is_string_view,
+            pa.types.is_binary,
+            pa.types.is_large_binary,
+            pa.types.is_binary_view,
+            pa.types.is_fixed_size_binary,
+        )
+    )
+
+
+def texts(column: pa.Array, errors: str = "") -> pa.StringArray:
+    """A column as UTF-8 strings. What is not UTF-8 becomes null, or is decoded with `errors` if given."""
+    if not is_text(column.type):
+        return column.cast(pa.string())
+    raw = column.cast(pa.binary())
+    try:
+        return raw.cast(pa.string())
+    except pa.ArrowInvalid:
+        return pa.array([_decoded(value, errors) for value in raw.to_pylist()], pa.string())
+
+
+def _decoded(value: bytes | None, errors: str) -> str | None:
+    try:
+        return None if value is None else value.decode(errors=errors or "strict")
+    except UnicodeDecodeError:
+        return None
+
+
+def captions(column: pa.Array) -> pa.StringArray:
+    """Captions without NUL or broken bytes, cut to MAX_CAPTION_CHARS characters; "" for null."""
+    clean = pc.fill_null(texts(column, errors="ignore"), "")
+    if pc.any(pc.match_substring(clean, "\0"), min_count=0).as_py():
+        clean = pc.replace_substring(clean, "\0", "")
+    if (pc.max(pc.binary_length(clean)).as_py() or 0) > MAX_CAPTION_CHARS:
+        clean = pc.utf8_slice_codeunits(clean, 0, MAX_CAPTION_CHARS)
+    return clean
+
+
+def numbers(column: pa.Array) -> pa.DoubleArray:
+    """A column as float64; null for what is no finite number. Numbers written as strings count."""
+    if is_text(column.type):
+        text = pc.utf8_trim_whitespace(texts(column))
+        column = pc.if_else(pc.match_substring_regex(text, _NUMBER), text, None)
+    values = column.cast(pa.float64(), safe=False)
+    return pc.if_else(pc.is_finite(values), values, None)

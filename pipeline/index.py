@@ -1,0 +1,134 @@
+"""index: the training database, from the vectors of its images.
+
+Reads `embed/database/<shard>.parquet`; writes the database `index/` that `retrieval.Database` opens:
+centroids, then partitions with an autofaiss index each. In between stands a shuffle: groups of embed
+shards are written once, sorted by partition with one row group a partition, and each partition then
+reads only its own row groups.
+"""
+
+import time
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.runner import Stage, Work, Workers, run_shards
+from retrieval import schema
+from retrieval.build import (
+    SCHEMA_VERSION,
+    IndexConfig,
+    build_partition,
+    database_values,
+    write_centroids,
+)
+from retrieval.encoder_identity import EncoderIdentity
+from retrieval.errors import UserError
+from retrieval.manifest import Manifest, ShardRecord, read_manifest
+from retrieval.partition import Vectors, assign, partition_folder, train_centroids, unit
+from retrieval.storage import Root
+
+ROWS_PER_GROUP = 1_000_000
+"""Rows that one shuffle file holds: at 1,900 partitions some 500 rows a row group."""
+SAMPLE_SHARDS = 64
+"""Shards from which the sample for the centroids is drawn at most."""
+
+
+def run(config: IndexConfig, root: Root) -> Manifest:
+    """Build the training database. Raises UserError if `embed` left no database images."""
+    started = time.time()
+    embed = read_manifest(root, "embed")
+    encoder = EncoderIdentity(**embed.values["encoder"])
+    stage = Stage(root, "index", SCHEMA_VERSION, config, {"embed": embed.fingerprint})
+    if manifest := stage.finished():
+        return manifest
+    shards = [record for record in embed.shards if record.shard.startswith("database/")]
+    rows = sum(record.rows for record in shards)
+    if not rows:
+        raise UserError(f"{root.at('embed')} has no database images to index. Check filter and download.")
+    stage.begin()
+    centroids = _centroids(stage, config, encoder, shards)
+    record = ShardRecord("centroids", 0, (write_centroids(root, "index", centroids),))
+    workers = Workers(config.workers, num_cpus=config.cores_per_partition)
+    groups = _groups(shards)
+    names = [f"shuffle/{number:05d}" for number in range(len(groups))]
+    shuffle = partial(_make_shuffle, root, encoder.dim, centroids, groups)
+    run_shards(stage, names, shuffle, workers)
+    build = partial(_make_build, root, encoder.dim, config, names)
+    partitions = [partition_folder(number) for number in range(len(centroids))]
+    built = run_shards(stage, partitions, build, workers)
+    root.delete("index/shuffle")
+    root.delete("index/records/shuffle")
+    return stage.complete([record, *built], database_values(encoder, built, config), started)
+
+
+def _centroids(
+    stage: Stage, config: IndexConfig, encoder: EncoderIdentity, shards: list[ShardRecord]
+) -> Vectors:
+    """Centroids trained on rows drawn evenly from a seeded choice of shards."""
+    rows = sum(record.rows for record in shards)
+    num_partitions = config.num_partitions(rows)
+    rng = np.random.default_rng(config.seed)
+    chosen = sorted(rng.permutation(len(shards))[:SAMPLE_SHARDS])
+    share = min(1.0, config.num_sample / sum(shards[i].rows for i in chosen))
+    parts = []
+    for i in chosen:
+        name = f"embed/{shards[i].shard}.parquet"
+        vectors = schema.vectors(
+            schema.read_table(stage.root, name, schema.embeddings(encoder.dim)), schema.EMBEDDING
+        )
+        take = np.sort(rng.permutation(len(vectors))[: int(np.ceil(share * len(vectors)))])
+        parts.append(unit(vectors[take]))
+    sample = np.concatenate(parts)
+    stage.log.info("%d partitions; centroids trained on %s rows", num_partitions, f"{len(sample):,}")
+    return train_centroids(sample, min(num_partitions, len(sample)), config.seed)
+
+
+def _groups(shards: list[ShardRecord]) -> list[list[str]]:
+    """Consecutive shards, grouped so that a group has about ROWS_PER_GROUP rows."""
+    groups: list[list[str]] = [[]]
+    rows = 0
+    for record in shards:
+        if groups[-1] and rows + record.rows > ROWS_PER_GROUP:
+            groups.append([])
+            rows = 0
+        groups[-1].append(record.shard)
+        rows += record.rows
+    return groups
+
+
+def _make_shuffle(root: Root, dim: int, centroids: Vectors, groups: list[list[str]]) -> Work:
+    def shuffle(name: str) -> ShardRecord:
+        wanted = schema.embeddings(dim)
+        group = groups[int(name.rsplit("/", maxsplit=1)[-1])]
+        table = pa.concat_tables(
+            [schema.read_table(root, f"embed/{shard}.parquet", wanted) for shard in group]
+        ).combine_chunks()
+        numbers = assign(schema.vectors(table, schema.EMBEDDING), centroids)
+        with root.writing(f"index/{name}.parquet") as pending:
+            _write_sorted(table, numbers, len(centroids), str(pending.path))
+        return ShardRecord(name, len(table), (pending.record,))
+
+    return shuffle
+
+
+def _write_sorted(table: pa.Table, numbers: npt.NDArray[np.int32], num_partitions: int, path: str) -> None:
+    """Row group p holds the rows of partition p, empty ones included."""
+    with pq.ParquetWriter(path, table.schema, compression="zstd") as writer:
+        for number in range(num_partitions):
+            part = table.take(pa.array(np.flatnonzero(numbers == number)))
+            writer.write_table(part, row_group_size=max(1, len(part)))
+
+
+def _make_build(root: Root, dim: int, config: IndexConfig, shuffled: list[str]) -> Work:
+    def build(name: str) -> ShardRecord:
+        number = int(name.rsplit("/", maxsplit=1)[-1])
+        parts = []
+        for shuffle in shuffled:
+            with root.open(f"index/{shuffle}.parquet") as file:
+                parts.append(pq.ParquetFile(file).read_row_group(number))
+        table = schema.check(pa.concat_tables(parts), schema.embeddings(dim), f"partition {number}")
+        return build_partition(root, "index", number, table, config)
+
+    return build

@@ -1,0 +1,7 @@
+"""Retrieval of images by CLIP vectors: `Database`, and `Encoder` in `retrieval.encoder`."""
+
+from retrieval.database import Database, Neighbors
+from retrieval.errors import UserError
+from retrieval.storage import Root
+
+__all__ = ["Database", "Neighbors", "Root", "UserError"]

@@ -1,0 +1,31 @@
+"""The base of every configuration: frozen, strict, and refusing keys it does not know.
+
+A field that changes how fast a stage runs and not what it writes is declared with `speed()`; the
+fingerprint of a stage leaves it out.
+"""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Config(BaseModel):
+    """Immutable settings, checked when made."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    def output_fields(self) -> dict[str, Any]:
+        """The settings that change what is written, nested configurations included, ready for JSON."""
+        plain = self.model_dump(mode="json")
+        kept: dict[str, Any] = {}
+        for name, field in type(self).model_fields.items():
+            if (field.json_schema_extra or {}) == {"speed": True}:
+                continue
+            value = getattr(self, name)
+            kept[name] = value.output_fields() if isinstance(value, Config) else plain[name]
+        return kept
+
+
+def speed(default: Any, **limits: Any) -> Any:
+    """A field that alters speed or memory only, so that changing it does not recompute a stage."""
+    return Field(default, json_schema_extra={"speed": True}, **limits)

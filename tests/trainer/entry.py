@@ -1,0 +1,17 @@
+"""What a launched rank runs in the tests: `python -m tests.trainer.entry SETTINGS.json ROOT`."""
+
+import logging
+import sys
+from pathlib import Path
+
+from retrieval.errors import UserError
+from retrieval.storage import Root
+from trainer.recipe import Training
+from trainer.train import run
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        run(Training.model_validate_json(Path(sys.argv[1]).read_text()), Root(sys.argv[2]))
+    except UserError as error:
+        sys.exit(f"error: {error}")

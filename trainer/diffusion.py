@@ -1,0 +1,77 @@
+"""The diffusion process as equations, with the paper's symbols.
+
+x_0 is a latent, eps standard normal noise, t a timestep in 0..T-1, abar_t the product of 1 - beta_s for
+s <= t. Reads and writes nothing; the sampler builds diffusers' schedulers from the same settings.
+"""
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, PositiveInt, model_validator
+
+from retrieval.config import Config
+
+Prediction = Literal["epsilon", "v_prediction"]
+
+
+class DiffusionConfig(Config):
+    """The noise schedule and what the network predicts (section `diffusion` of a recipe)."""
+
+    steps: PositiveInt = 1000
+    """T, the number of timesteps."""
+    beta_start: float = Field(0.0015, gt=0, lt=1)
+    """beta at t = 0."""
+    beta_end: float = Field(0.015, gt=0, lt=1)
+    """beta at t = T - 1; the square root of beta is linear in t."""
+    prediction: Prediction = "epsilon"
+    """epsilon as in the paper, or v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0."""
+
+    @model_validator(mode="after")
+    def _grows(self) -> "DiffusionConfig":
+        if self.beta_end < self.beta_start:
+            raise ValueError(f"beta_end must be at least beta_start {self.beta_start}, got {self.beta_end}")
+        return self
+
+
+def betas(config: DiffusionConfig) -> torch.Tensor:
+    """beta_t = (linear from sqrt(beta_start) to sqrt(beta_end))^2. (T,) float64."""
+    roots = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, config.steps, dtype=torch.float64)
+    return roots**2
+
+
+def alphas_bar(config: DiffusionConfig) -> torch.Tensor:
+    """abar_t, the share of signal power at t, falling from near 1. (T,) float32."""
+    return torch.cumprod(1 - betas(config), dim=0).float()
+
+
+def q_sample(x_0: torch.Tensor, eps: torch.Tensor, abar_t: torch.Tensor) -> torch.Tensor:
+    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps. x_0, eps: (n, c, h, w); abar_t: (n,)."""
+    abar_t = abar_t.view(-1, 1, 1, 1)
+    return abar_t.sqrt() * x_0 + (1 - abar_t).sqrt() * eps
+
+
+def target(prediction: Prediction, x_0: torch.Tensor, eps: torch.Tensor, abar_t: torch.Tensor) -> torch.Tensor:
+    """What the network should give for x_t: eps, or v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0."""
+    if prediction == "epsilon":
+        return eps
+    abar_t = abar_t.view(-1, 1, 1, 1)
+    return abar_t.sqrt() * eps - (1 - abar_t).sqrt() * x_0
+
+
+def losses(predicted: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Eq. 1, the mean squared error of each sample, in float32. (n, c, h, w) twice -> (n,)."""
+    return (predicted.float() - wanted.float()).square().flatten(1).mean(dim=1)
+
+
+def scheduler_settings(config: DiffusionConfig) -> dict[str, Any]:
+    """Arguments for diffusers' schedulers that describe the same process."""
+    return {
+        "num_train_timesteps": config.steps,
+        "beta_start": config.beta_start,
+        "beta_end": config.beta_end,
+        "beta_schedule": "scaled_linear",
+        "prediction_type": config.prediction,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "timestep_spacing": "leading",
+    }

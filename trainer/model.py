@@ -1,0 +1,79 @@
+"""The denoising network: a UNet whose cross-attention reads neighbor embeddings as they are.
+
+Reads nothing, writes nothing. One configuration expresses both models of the paper's Table 1 and the
+small one of the demo; the network is diffusers' own class, so that its folders open anywhere.
+"""
+
+from typing import Annotated
+
+import torch
+from diffusers import UNet2DConditionModel
+from pydantic import Field, PositiveInt, model_validator
+
+from retrieval.config import Config
+
+Integers = Annotated[tuple[PositiveInt, ...], Field(strict=False)]
+
+
+class ModelConfig(Config):
+    """Shape of the UNet (section `model` of a recipe)."""
+
+    latent_channels: PositiveInt
+    """Channels of a latent, in and out."""
+    context_dim: PositiveInt
+    """Length of a neighbor embedding: the dimension of the CLIP encoder."""
+    channels: Integers
+    """Channels at each resolution, finest first; each resolution halves the one before."""
+    attention: Integers
+    """Downsampling factors (1, 2, 4, ...) at which blocks attend to the context. The middle always does."""
+    layers: PositiveInt = 2
+    """Residual blocks at each resolution."""
+    channels_per_head: PositiveInt = 32
+    """Channels of one attention head."""
+    norm_groups: PositiveInt = 32
+    """Groups of the group normalizations; divides every entry of `channels`."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ModelConfig":
+        factors = [2**level for level in range(len(self.channels))]
+        if not set(self.attention) <= set(factors):
+            raise ValueError(f"attention must be among {factors}, got {list(self.attention)}")
+        for divisor in (self.norm_groups, self.channels_per_head):
+            if any(width % divisor for width in self.channels):
+                raise ValueError(f"channels {list(self.channels)} must be divisible by {divisor}")
+        return self
+
+
+def build_unet(config: ModelConfig) -> UNet2DConditionModel:
+    """A UNet with fresh weights from torch's generator: (n, c, h, w), (n,) and (n, tokens, context_dim) in."""
+    attends = [2**level in config.attention for level in range(len(config.channels))]
+    down = tuple("CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in attends)
+    up = tuple("CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends))
+    return UNet2DConditionModel(
+        in_channels=config.latent_channels,
+        out_channels=config.latent_channels,
+        cross_attention_dim=config.context_dim,
+        block_out_channels=config.channels,
+        # diffusers' argument of this name is the number of heads.
+        attention_head_dim=tuple(width // config.channels_per_head for width in config.channels),
+        down_block_types=down,
+        up_block_types=up,
+        layers_per_block=config.layers,
+        norm_num_groups=config.norm_groups,
+        transformer_layers_per_block=1,
+        use_linear_projection=False,
+        act_fn="silu",
+        norm_eps=1e-5,
+        flip_sin_to_cos=True,
+        freq_shift=0,
+        downsample_padding=1,
+    )
+
+
+def null_context(count: int, dim: int) -> torch.Tensor:
+    """The context of no neighbors, one zero token: (count, 1, dim) float32.
+
+    Keys and values of a zero token are zero (their projections have no bias), so attention over any
+    number of zero tokens gives the same output: k dropped neighbors may as well be k zero tokens.
+    """
+    return torch.zeros(count, 1, dim)

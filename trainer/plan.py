@@ -1,0 +1,135 @@
+"""What a training run will do, decided from its recipe and the manifests before any process group starts.
+
+Reads the manifests of `neighbors` and of `latents/<size>` (or `download`) and refuses, with a reason,
+data that do not fit the recipe. Writes nothing.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from retrieval import schema
+from retrieval.errors import UserError
+from retrieval.manifest import Manifest, fingerprint, read_manifest
+from retrieval.storage import Root
+from trainer.autoencoder import Autoencoder
+from trainer.recipe import Training
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The training set: shards, their rows, and the layout of a row."""
+
+    source: str
+    shards: tuple[str, ...]
+    rows: tuple[int, ...]
+    k: int
+    dim: int
+    latent_shape: tuple[int, int, int]
+    views: int
+    size: int
+    flip: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A training run that may start."""
+
+    config: Training
+    samples: Samples
+    fingerprint: str
+    """Of the finished run."""
+    identity: str
+    """Of its checkpoints: everything but the number of steps."""
+    upstream: dict[str, str]
+    encoder: dict[str, Any]
+    autoencoder: str
+
+
+def make_plan(config: Training, root: Root, autoencoder: Autoencoder) -> Plan:
+    """Check a recipe against the data. Raises UserError where they do not fit."""
+    train = config.train
+    neighbors = read_manifest(root, "neighbors")
+    _check_neighbors(neighbors, config, root)
+    images = read_manifest(root, f"latents/{train.size}" if train.source == "latents" else "download")
+    edge = train.size // autoencoder.factor
+    layout = _Layout((config.model.latent_channels, edge, edge), 1)
+    if train.source == "latents":
+        layout = _Layout(layout.shape, int(images.values["views"]))
+        _check_latents(images, neighbors, layout, autoencoder.identity, root)
+    upstream = {
+        "neighbors": neighbors.fingerprint,
+        images.stage: images.fingerprint,
+        "autoencoder": autoencoder.identity,
+    }
+    # Nothing of a step depends on how many follow, so a checkpoint serves any number of them.
+    endless = config.model_copy(update={"train": train.model_copy(update={"steps": 0})})
+    return Plan(
+        config=config,
+        samples=_samples(config, neighbors, layout),
+        fingerprint=fingerprint("train", schema.VERSION, config, upstream),
+        identity=fingerprint("train", schema.VERSION, endless, upstream),
+        upstream=upstream,
+        encoder=neighbors.values["encoder"],
+        autoencoder=autoencoder.identity,
+    )
+
+
+def is_finished(plan: Plan, root: Root) -> bool:
+    """True if the run's manifest is there and is of this very run."""
+    folder = plan.config.train.folder
+    return root.exists(f"{folder}/manifest.json") and read_manifest(root, folder).fingerprint == plan.fingerprint
+
+
+@dataclass(frozen=True)
+class _Layout:
+    shape: tuple[int, int, int]
+    views: int
+
+
+def _samples(config: Training, neighbors: Manifest, layout: _Layout) -> Samples:
+    filled = [shard for shard in neighbors.shards if shard.rows]
+    return Samples(
+        source=config.train.source,
+        shards=tuple(shard.shard for shard in filled),
+        rows=tuple(shard.rows for shard in filled),
+        k=config.train.k,
+        dim=config.model.context_dim,
+        latent_shape=layout.shape,
+        views=layout.views,
+        size=config.train.size,
+        flip=config.train.flip,
+    )
+
+
+def _check_neighbors(neighbors: Manifest, config: Training, root: Root) -> None:
+    where = root.at("neighbors")
+    for word, wanted in (("k", config.train.k), ("dim", config.model.context_dim)):
+        if neighbors.values[word] != wanted:
+            raise UserError(
+                f"{where} has {word} {neighbors.values[word]}, but the recipe wants {wanted}. "
+                f"Set train.k and model.context_dim to the table's, or run 'make neighbors' with the recipe's."
+            )
+    if neighbors.rows < config.train.global_batch:
+        raise UserError(
+            f"{where} has {neighbors.rows:,} rows, fewer than one global batch of {config.train.global_batch:,}. "
+            f"Lower train.global_batch or select more images."
+        )
+
+
+def _check_latents(
+    latents: Manifest, neighbors: Manifest, layout: _Layout, autoencoder: str, root: Root
+) -> None:
+    where = root.at(latents.stage)
+    found = (latents.values["autoencoder"], tuple(latents.values["shape"]))
+    if found != (autoencoder, layout.shape):
+        raise UserError(
+            f"{where} holds latents of autoencoder {found[0]} and shape {found[1]}, but the recipe's are "
+            f"{autoencoder} and {layout.shape}. Run 'make latents' with this recipe."
+        )
+    rows = {shard.shard: shard.rows for shard in latents.shards}
+    for shard in neighbors.shards:
+        if rows.get(shard.shard, 0) < shard.rows:
+            raise UserError(
+                f"{where} has {rows.get(shard.shard, 0)} rows for shard {shard.shard} and neighbors has "
+                f"{shard.rows}: the shards do not line up. Run 'make latents' again."
+            )

@@ -1,0 +1,164 @@
+"""sample: prompts and databases to pictures.
+
+Reads `runs/<name>/train`, `databases/*` and `index`. Writes `runs/<name>/sample/<database>/<prompt>-<n>.png`
+with the recipe in its text metadata, a `.json` beside each with the neighbors that conditioned it, and
+`grid.png`, prompts by databases. Swapping the database swaps the style; nothing is trained again.
+"""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+
+from PIL import Image
+from pydantic import Field
+from tqdm import tqdm
+
+from retrieval import schema
+from retrieval.errors import UserError
+from retrieval.manifest import Manifest, ShardRecord, fingerprint
+from retrieval.storage import FileRecord, Root
+from trainer.batches import Batch
+from trainer.context import Mode
+from trainer.generation import Sampler, Trained
+from trainer.picture import Grid, draw_grid, png_bytes
+from trainer.pieces import Pieces
+from trainer.request import TRAINING_DATABASE, Request, Sample, SamplingConfig, prompts_digest, read_prompts
+
+log = logging.getLogger("sample")
+
+GRID_ROWS = 24
+GRID_CELL_PX = (160, 256)
+
+
+class SampleConfig(SamplingConfig):
+    """What to sample (section `sample` of a recipe)."""
+
+    prompts: tuple[str, ...] = Field((), strict=False)
+    """Prompts, before those of `prompts_file`."""
+    databases: tuple[str, ...] = Field((TRAINING_DATABASE,), strict=False, min_length=1)
+    """Names below `databases/`, each a column of the grid; `index` is the training database."""
+    mode: Mode = "text_and_neighbors"
+    """What conditions a picture: the prompt and its neighbors, the neighbors alone, or the prompt alone."""
+    images_per_prompt: int = Field(1, ge=1)
+    """Pictures of each prompt and database; number n has seed + n, the same for all prompts and databases."""
+
+    def all_prompts(self) -> tuple[str, ...]:
+        """The prompts of the recipe, then those of the file. Raises UserError if there is none."""
+        prompts = self.prompts + (read_prompts(self.prompts_file) if self.prompts_file else ())
+        if not prompts:
+            raise UserError("[sample] has no prompt: set prompts or prompts_file.")
+        return prompts
+
+    def columns(self) -> tuple[str, ...]:
+        """Folders of the pictures: the databases, or `text` where no database is asked."""
+        return ("text",) if self.mode == "text" else tuple(dict.fromkeys(self.databases))
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request and the name of its picture below the stage's folder, without its ending."""
+
+    name: str
+    request: Request
+
+
+def run(config: SampleConfig, trained: Trained, root: Root) -> Manifest:
+    """Sample everything that the configuration names; finished batches of an interrupted run are kept."""
+    began = time.monotonic()
+    prompts = config.all_prompts()
+    sampler = Sampler.open(root, trained, config)
+    upstream = {"train": sampler.manifest.fingerprint, "prompts": prompts_digest(prompts)}
+    if config.mode != "text":
+        upstream |= {name: sampler.database(name).manifest.fingerprint for name in config.columns()}
+    stage = f"runs/{trained.name}/sample"
+    pieces = Pieces(root, stage, fingerprint("sample", schema.VERSION, config, upstream))
+    if (finished := pieces.manifest()) is not None:
+        log.info(f"sample: {root.at(stage)} is finished")
+        return finished
+    pieces.begin()
+    records = _draw_all(sampler, make_jobs(config, prompts), pieces)
+    grid = root.write_bytes(f"{stage}/grid.png", _grid(config, prompts, root, stage))
+    records.append(ShardRecord("grid", 1, (grid,)))
+    seconds = time.monotonic() - began
+    return pieces.finish(
+        Manifest(
+            stage=stage,
+            schema_version=schema.VERSION,
+            fingerprint=pieces.fingerprint,
+            upstream=upstream,
+            config=config.model_dump(mode="json"),
+            shards=tuple(records),
+            values={**sampler.parts, "prompts": list(prompts), "columns": list(config.columns())},
+            seconds=seconds,
+        )
+    )
+
+
+def make_jobs(config: SampleConfig, prompts: Sequence[str]) -> list[Job]:
+    """Every picture of the stage: by prompt, then by number, then by database."""
+    return [
+        Job(
+            picture_name(column, number, n),
+            config.request(prompt, config.seed + n, config.mode, column),
+        )
+        for number, prompt in enumerate(prompts)
+        for n in range(config.images_per_prompt)
+        for column in config.columns()
+    ]
+
+
+def picture_name(column: str, prompt: int, n: int) -> str:
+    """Name of a picture below the stage's folder, without its ending."""
+    return f"{column}/{prompt:04d}-{n:02d}"
+
+
+def _draw_all(sampler: Sampler, jobs: Sequence[Job], pieces: Pieces) -> list[ShardRecord]:
+    batches = sampler.plan([job.request for job in jobs])
+    records = {number: record for number in range(len(batches)) if (record := pieces.done(f"{number:05d}"))}
+    missing = [number for number in range(len(batches)) if number not in records]
+    began, count = time.monotonic(), sum(len(batches[number].items) for number in missing)
+
+    def read() -> Iterator[Batch]:
+        yield from (batches[number] for number in missing)
+
+    with tqdm(total=len(jobs), initial=len(jobs) - count, desc="sample", unit="image") as bar:
+        for number, samples in zip(missing, sampler.draw(read()), strict=True):
+            names = [jobs[position].name for position in batches[number].positions]
+            files = [file for pair in zip(names, samples, strict=True) for file in _write(*pair, pieces)]
+            records[number] = pieces.write(f"{number:05d}", files, len(samples))
+            bar.update(len(samples))
+    seconds = time.monotonic() - began
+    log.info(f"sample: {count} images  {seconds:.1f} s  {count / max(seconds, 1e-9):.2f} images/s")
+    return [records[number] for number in sorted(records)]
+
+
+def _write(name: str, sample: Sample, pieces: Pieces) -> list[FileRecord]:
+    place = f"{pieces.stage}/{name}"
+    return [
+        pieces.root.write_bytes(f"{place}.png", png_bytes(sample.picture, sample.recipe())),
+        pieces.root.write_json(f"{place}.json", sample.provenance()),
+    ]
+
+
+def _grid(config: SampleConfig, prompts: Sequence[str], root: Root, stage: str) -> bytes:
+    """Prompts by databases, one row for each picture of a prompt, the first rows of a long list."""
+    rows = [(p, n) for p in range(len(prompts)) for n in range(config.images_per_prompt)][:GRID_ROWS]
+    cells = [[_picture(root, f"{stage}/{picture_name(column, *row)}.png") for column in config.columns()] for row in rows]
+    edge = max(cells[0][0].size)
+    least, most = GRID_CELL_PX
+    grid = Grid(
+        cells=cells,
+        rows=[prompts[number] if n == 0 else "" for number, n in rows],
+        columns=[column.replace("_", " ") for column in config.columns()],
+        cell=min(most, edge * -(-least // edge)),
+    )
+    buffer = BytesIO()
+    draw_grid(grid).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _picture(root: Root, name: str) -> Image.Image:
+    with root.open(name) as file, Image.open(file) as picture:
+        return picture.convert("RGB")

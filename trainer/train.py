@@ -1,0 +1,140 @@
+"""Training: what each rank does from the recipe to the exported weights.
+
+Reads neighbors and latents (or images) through `trainer.data`; writes checkpoints, metrics and at the
+end the model and the manifest below `runs/<name>/train/`. The same command resumes after any stop, and
+a resumed run equals one that was never stopped: every random choice is a function of seed and step.
+"""
+
+import fcntl
+import logging
+import os
+import time
+
+import deepspeed.comm as dist
+import torch
+
+from retrieval.errors import UserError
+from retrieval.storage import Root
+from trainer.autoencoder import Autoencoder
+from trainer.checkpoint import CheckpointFolder
+from trainer.data import Loader
+from trainer.ema import Average, master_fragments
+from trainer.engine import Ranks, join_ranks, leave_ranks, make_engine
+from trainer.export import export
+from trainer.launch import TERMINATED, die_with_parent
+from trainer.loop import Session, Termination, train_steps
+from trainer.model import build_unet
+from trainer.objective import Objective
+from trainer.plan import Plan, is_finished, make_plan
+from trainer.progress import Progress
+from trainer.recipe import Training
+
+log = logging.getLogger("train")
+
+
+def prepare(config: Training, root: Root) -> Plan:
+    """Everything that can be refused before a process group exists. Raises UserError."""
+    plan = make_plan(config, root, Autoencoder.load(config.autoencoder, "cpu"))
+    if not config.train.restart:
+        checkpoints_of(plan, root).check()
+    return plan
+
+
+def run(config: Training, root: Root) -> None:
+    """Train on all ranks together; each rank calls it. Exits with code 143 after SIGTERM and a checkpoint."""
+    plan = prepare(config, root)
+    if is_finished(plan, root):
+        log.info(f"train: {root.at(config.train.folder)} is finished")
+        return
+    die_with_parent()
+    began, termination = time.monotonic(), Termination()
+    ranks = join_ranks()
+    lock = _take_folder(plan, root) if ranks.is_first else None
+    dist.barrier()
+    torch.manual_seed(config.train.seed)
+    unet = build_unet(config.model)
+    shapes = {name: weight.shape for name, weight in unet.named_parameters()}
+    session, done = _start(plan, root, unet, ranks)
+    if ranks.is_first:
+        _announce(plan, sum(shape.numel() for shape in shapes.values()), ranks, done)
+    completed = train_steps(session, done, termination)
+    if completed:
+        weights = dict(session.average.gather(shapes))
+        if ranks.is_first:
+            export(plan, root, weights, time.monotonic() - began)
+    if session.progress:
+        session.progress.close()
+    leave_ranks(session.engine)
+    if lock is not None:
+        os.close(lock)
+    if not completed:
+        raise SystemExit(TERMINATED)
+
+
+def checkpoints_of(plan: Plan, root: Root) -> CheckpointFolder:
+    """The folder of a run's checkpoints."""
+    return CheckpointFolder(
+        path=root.local_path(f"{plan.config.train.folder}/checkpoints"),
+        identity=plan.identity,
+        settings={**_flat(plan.config.output_fields()), **{f"{name} stage": print_ for name, print_ in plan.upstream.items()}},
+        keep=plan.config.train.keep_checkpoints,
+    )
+
+
+def _flat(sections: dict[str, dict[str, object]]) -> dict[str, object]:
+    """{"model": {"layers": 2}} as {"model.layers": 2}, without what does not bind a checkpoint."""
+    flat = {f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()}
+    return {name: value for name, value in flat.items() if name != "train.steps"}
+
+
+def _take_folder(plan: Plan, root: Root) -> int:
+    """Make the run's folder this process's own, without what another run left. Returns the lock."""
+    folder = root.local_path(plan.config.train.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"{folder} is being trained by another process. Wait for it or choose another train.name.") from error
+    root.delete(f"{plan.config.train.folder}/manifest.json")
+    if checkpoints_of(plan, root).is_foreign():
+        for name in ("checkpoints", "metrics.jsonl", "tensorboard", "model", "recipe.json"):
+            root.delete(f"{plan.config.train.folder}/{name}")
+    return lock
+
+
+def _start(plan: Plan, root: Root, unet: torch.nn.Module, ranks: Ranks) -> tuple[Session, int]:
+    """Build everything and load the newest checkpoint. Returns the number of steps done too."""
+    config = plan.config.train
+    engine = make_engine(unet, config, ranks)
+    fragments = master_fragments(engine.module, config.zero_stage, ranks.rank, ranks.world)
+    average = Average(fragments, config.ema_decay)
+    checkpoints = checkpoints_of(plan, root)
+    done = checkpoints.load(engine, average, ranks)
+    if done > config.steps:
+        raise UserError(f"{checkpoints.path} is at step {done:,}, beyond train.steps {config.steps:,}: raise train.steps.")
+    autoencoder = None
+    if config.source == "images":
+        autoencoder = Autoencoder.load(plan.config.autoencoder, str(ranks.device))
+    session = Session(
+        config=config,
+        ranks=ranks,
+        engine=engine,
+        average=average,
+        objective=Objective(plan.config.diffusion, autoencoder, ranks.device),
+        loader=Loader(plan, root, ranks.rank, ranks.world),
+        checkpoints=checkpoints,
+        progress=Progress(root.local_path(config.folder), done, config.steps) if ranks.is_first else None,
+    )
+    return session, done
+
+
+def _announce(plan: Plan, parameters: int, ranks: Ranks, done: int) -> None:
+    """Say what will be trained."""
+    config, images = plan.config.train, sum(plan.samples.rows)
+    log.info(
+        f"train: {config.name}  {parameters:,} parameters  {images:,} images with {config.k} neighbors each  "
+        f"{config.size} px as {plan.samples.latent_shape}  batch {config.global_batch} on {ranks.world} ranks "
+        f"by {config.micro_batch}  {config.precision}  ZeRO {config.zero_stage}  "
+        f"steps {done:,} to {config.steps:,} ({config.steps * config.global_batch / images:,.1f} epochs)"
+    )
