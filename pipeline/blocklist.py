@@ -23,7 +23,6 @@ from retrieval.storage import Root
 _HEX = re.compile(r"[0-9a-fA-F]{16}")
 _DECIMAL = re.compile(r"-?[0-9]{1,19}")
 _DOMAIN = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)+")
-_HOST_OF = r"^https?://\[?(?P<host>[^/\]]*?)(\]|:[0-9]+)?(:[0-9]+)?/"
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,8 @@ class Blocklist:
         """Which of these canonical URLs are of a listed domain or a subdomain of one."""
         if not self.domains:
             return np.zeros(len(urls), bool)
-        hosts = pc.struct_field(pc.extract_regex(urls, _HOST_OF), "host").dictionary_encode()
+        authorities = pc.list_element(pc.split_pattern(urls, "/", max_splits=3), 2)
+        hosts = pc.replace_substring_regex(authorities, ":[0-9]+$", "").dictionary_encode()
         listed = np.array([self._lists(host) for host in hosts.dictionary.to_pylist()], bool)
         return listed[hosts.indices.to_numpy(zero_copy_only=False)]
 

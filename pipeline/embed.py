@@ -23,6 +23,7 @@ from pipeline.runner import Stage, Work, Workers, run_shards
 from retrieval import schema
 from retrieval.config import Config, speed
 from retrieval.encoder import ClipConfig, Encoder
+from retrieval.errors import UserError
 from retrieval.manifest import Manifest, ShardRecord, read_manifest
 from retrieval.schema import Reason
 from retrieval.storage import Root
@@ -128,12 +129,17 @@ def _decode(encoder: Encoder, data: bytes) -> torch.Tensor | None:
 
 
 def _members(path: str, keys: set[str]) -> Iterator[tuple[int, bytes]]:
-    with tarfile.open(path) as tar:
-        for member in tar:
-            key, _, kind = member.name.partition(".")
-            if kind == "jpg" and key in keys and (file := tar.extractfile(member)):
-                image_id = int(key, 16)
-                yield image_id - (1 << 64) if image_id >> 63 else image_id, file.read()
+    try:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                key, _, kind = member.name.partition(".")
+                if kind == "jpg" and key in keys and (file := tar.extractfile(member)):
+                    image_id = int(key, 16)
+                    yield image_id - (1 << 64) if image_id >> 63 else image_id, file.read()
+    except tarfile.TarError as error:
+        raise UserError(
+            f"{path} is not a readable tar ({error}). Remove it and run 'make download'."
+        ) from error
 
 
 def _downloaded(root: Root, shard: str) -> pa.Table:

@@ -156,7 +156,8 @@ def _usable(field: pa.Field, where: str) -> str:
     if is_text(kind) or pa.types.is_null(kind) or is_number(kind):
         return str(field.name)
     raise UserError(
-        f"{where}: column {field.name} is of type {field.type}; text or numbers were wanted. Mend filter.columns."
+        f"{where}: column {field.name} is of type {field.type}; text or numbers were wanted."
+        " Mend filter.columns."
     )
 
 
@@ -183,8 +184,8 @@ def read(source: Root, piece: Piece, names: Sequence[str]) -> Iterator[pa.Record
                 yield pa.record_batch([_column(batch, piece, name) for name in names], list(names))
         except (pa.ArrowException, OSError) as error:
             raise UserError(
-                f"{source.at(piece.file)}, row groups {piece.row_groups[0]} to {piece.row_groups[-1]}: {error}."
-                " The file is damaged: fetch it again or remove it."
+                f"{source.at(piece.file)}, row groups {piece.row_groups[0]} to {piece.row_groups[-1]}:"
+                f" {error}. The file is damaged: fetch it again or remove it."
             ) from error
 
 

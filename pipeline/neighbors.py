@@ -18,6 +18,7 @@ from pipeline.runner import Stage, Work, Workers, run_shards
 from retrieval import schema
 from retrieval.config import Config, speed
 from retrieval.database import Database
+from retrieval.encoder_identity import EncoderIdentity
 from retrieval.join import JoinConfig, Joined, join
 from retrieval.manifest import Manifest, ShardRecord, read_manifest
 from retrieval.partition import Vectors, unit
@@ -60,6 +61,7 @@ def run(config: NeighborsConfig, root: Root) -> Manifest:
     started = time.time()
     embed, index = read_manifest(root, "embed"), read_manifest(root, "index")
     database = Database.open(root.child("index"))
+    database.require_encoder(EncoderIdentity(**embed.values["encoder"]))
     stage = Stage(
         root, "neighbors", SCHEMA_VERSION, config, {"embed": embed.fingerprint, "index": index.fingerprint}
     )
@@ -117,7 +119,7 @@ def neighbor_table(
         pa.array(image_ids),
         schema.fixed_lists(ids),
         schema.fixed_lists(joined.similarities[keep]),
-        schema.fixed_lists(embeddings.reshape(len(ids), -1).astype(np.float16)),
+        schema.fixed_lists(embeddings.reshape(len(ids), ids.shape[1] * database.dim).astype(np.float16)),
     ]
     return pa.Table.from_arrays(columns, schema=schema.neighbors(ids.shape[1], database.dim))
 

@@ -14,8 +14,8 @@ import pyarrow.compute as pc
 
 MAX_URL_CHARS = 4096
 
-_PARTS = re.compile(r"(https?)://([^/?#\\]*)([^#]*)", re.IGNORECASE)
-_AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(?::([0-9]*))?")
+_PARTS = re.compile(r"(https?)://([^/?#\\]*)([^#]*)", re.IGNORECASE | re.ASCII)
+_AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(?::([0-9]{0,9}))?")
 _HOST = re.compile(r"[a-z0-9_][a-z0-9._-]*")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _DEFAULT_PORT = {"http": 80, "https": 443}

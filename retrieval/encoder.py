@@ -88,7 +88,7 @@ def _load(config: ClipConfig) -> tuple[Any, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model, _, preprocess = open_clip.create_model_and_transforms(
-                config.model, pretrained=config.pretrained or None, load_weights_only=True
+                config.model, pretrained=config.pretrained or None, weights_only=True
             )
     except (RuntimeError, ValueError, OSError, KeyError) as error:
         raise UserError(

@@ -6,6 +6,7 @@ requests and the batch size, so that an interrupted stage computes the same batc
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -49,11 +50,12 @@ def condition(
         asked = sorted({one.prompt for one in requests if one.mode != "text" and one.database == name})
         neighbors = database(name).search(np.stack([texts[prompt] for prompt in asked]), k)
         found.update({(name, k, prompt): one for prompt, one in zip(asked, _listed(neighbors), strict=True)})
-    nothing = (np.empty((0, next(iter(texts.values())).shape[0]), np.float32), ()) if texts else None
     results = []
     for one in requests:
-        vectors, neighbors_ = nothing if one.mode == "text" else found[one.database, one.k, one.prompt]
-        results.append(Conditioned(one, neighbors_, make_context(one.mode, texts[one.prompt], vectors)))
+        text = texts[one.prompt]
+        nothing = (np.empty((0, len(text)), np.float32), ())
+        vectors, records = nothing if one.mode == "text" else found[one.database, one.k, one.prompt]
+        results.append(Conditioned(one, records, make_context(one.mode, text, vectors)))
     return results
 
 
@@ -72,8 +74,8 @@ def make_batches(conditioned: Sequence[Conditioned], batch_size: int) -> list[Ba
 
 def even_chunks(positions: Sequence[int], size: int) -> list[list[int]]:
     """As few runs as hold at most `size` each, of lengths that differ by at most one."""
-    count = -(-len(positions) // size)
-    return [chunk.tolist() for chunk in np.array_split(np.asarray(positions, np.int64), count)] if count else []
+    bounds = np.linspace(0, len(positions), -(-len(positions) // size) + 1).round().astype(int)
+    return [list(positions[start:end]) for start, end in pairwise(bounds)]
 
 
 def _listed(neighbors: Neighbors) -> list[tuple[Vectors, tuple[Neighbor, ...]]]:

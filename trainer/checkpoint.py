@@ -45,7 +45,7 @@ class CheckpointFolder:
             return
         raise UserError(
             f"{self.path} holds checkpoints of another run: {_difference(index['settings'], self.settings)}. "
-            f"Choose another train.name to keep them, or set train.restart = true to delete them and start over."
+            f"Choose another train.name to keep them, or set train.restart = true to delete them."
         )
 
     def save(self, engine: deepspeed.DeepSpeedEngine, average: Average, step: int, ranks: Ranks) -> None:
@@ -69,8 +69,8 @@ class CheckpointFolder:
         self._check_files(newest)
         if newest["world"] != ranks.world:
             raise UserError(
-                f"{self.path / newest['tag']} was written by {newest['world']} ranks, this run has {ranks.world}. "
-                f"Start as many as before."
+                f"{self.path / newest['tag']} was written by {newest['world']} ranks, this run has "
+                f"{ranks.world}. Start as many as before."
             )
         engine.load_checkpoint(str(self.path), tag=newest["tag"], load_lr_scheduler_states=False)
         average.load(self.path / newest["tag"])
@@ -96,8 +96,8 @@ class CheckpointFolder:
             path = self.path / entry["tag"] / name
             if not path.exists() or path.stat().st_size != size:
                 raise UserError(
-                    f"{path} should have {size:,} bytes: the checkpoint is damaged. Restore the file, or remove "
-                    f"{self.path} to start over."
+                    f"{path} should have {size:,} bytes: the checkpoint is damaged. Restore the file, or "
+                    f"remove {self.path} to start over."
                 )
 
 
@@ -105,5 +105,7 @@ def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     """The settings in which two runs differ, for people."""
     names = sorted(theirs.keys() | ours.keys())
     return "; ".join(
-        f"{name} {theirs.get(name)!r} there, {ours.get(name)!r} here" for name in names if theirs.get(name) != ours.get(name)
+        f"{name} {theirs.get(name)!r} there, {ours.get(name)!r} here"
+        for name in names
+        if theirs.get(name) != ours.get(name)
     )

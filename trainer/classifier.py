@@ -15,7 +15,7 @@ from safetensors.torch import save as save_tensors
 
 from retrieval.config import Config
 from retrieval.errors import UserError
-from retrieval.storage import Root
+from retrieval.storage import FileRecord, Root
 
 Features = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
@@ -26,19 +26,19 @@ MIN_ROWS = 4
 class ClassifierConfig(Config):
     """The perceptron and its training."""
 
-    hidden: int = Field(256, ge=1)
+    hidden: int = Field(default=256, ge=1)
     """Width of the hidden layer."""
-    epochs: int = Field(30, ge=1)
+    epochs: int = Field(default=30, ge=1)
     """Passes over the training rows."""
-    batch_size: int = Field(128, ge=1)
+    batch_size: int = Field(default=128, ge=1)
     """Rows a step."""
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0)
     """AdamW's peak rate; it falls to zero along a cosine."""
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
     """AdamW's decoupled weight decay."""
-    dropout: float = Field(0.2, ge=0, lt=1)
+    dropout: float = Field(default=0.2, ge=0, lt=1)
     """Share of hidden units dropped in training."""
-    held_out_fraction: float = Field(0.2, gt=0, lt=1)
+    held_out_fraction: float = Field(default=0.2, gt=0, lt=1)
     """Share of each style's rows that are kept for the accuracy."""
 
 
@@ -144,8 +144,8 @@ def _scale(classifier: StyleClassifier, features: Features) -> None:
     classifier.deviation = torch.from_numpy(features.std(axis=0) + np.float32(1e-6))
 
 
-def save_classifier(root: Root, folder: str, trained: TrainedClassifier) -> None:
-    """Write the weights as safetensors and the rest as JSON."""
+def save_classifier(root: Root, folder: str, trained: TrainedClassifier) -> list[FileRecord]:
+    """Write the weights as safetensors and the rest as JSON. Returns both files."""
     classifier = trained.classifier
     facts = {
         "styles": list(classifier.styles),
@@ -155,8 +155,10 @@ def save_classifier(root: Root, folder: str, trained: TrainedClassifier) -> None
         "held_out_by_style": trained.held_out_by_style,
         "held_out_rows": trained.held_out_rows,
     }
-    root.write_bytes(f"{folder}/classifier.safetensors", save_tensors(classifier.state_dict()))
-    root.write_json(f"{folder}/classifier.json", facts)
+    return [
+        root.write_bytes(f"{folder}/classifier.safetensors", save_tensors(classifier.state_dict())),
+        root.write_json(f"{folder}/classifier.json", facts),
+    ]
 
 
 def load_classifier(root: Root, folder: str) -> TrainedClassifier:

@@ -105,7 +105,9 @@ def read_neighbors(
     wanted = samples.rows[samples.shards.index(name)]
     if len(table) != wanted:
         where = root.at(f"neighbors/{name}.parquet")
-        raise UserError(f"{where} has {len(table)} rows, its manifest says {wanted}. Run 'make neighbors' again.")
+        raise UserError(
+            f"{where} has {len(table)} rows, its manifest says {wanted}. Run 'make neighbors' again."
+        )
     context = schema.vectors(table, schema.NEIGHBOR_EMBEDDINGS)
     return table[schema.IMAGE_ID].to_numpy(), context.reshape(-1, samples.k, samples.dim)
 
@@ -175,7 +177,8 @@ class Loader:
         """Batches of steps first_step .. last_step - 1 (0-based)."""
         with ThreadPoolExecutor(self._train.workers, thread_name_prefix="loader") as pool:
             steps = iter(range(first_step, last_step))
-            ahead = deque(pool.submit(self.batch, step) for step in islice(steps, self._train.prefetch_batches))
+            first = islice(steps, self._train.prefetch_batches)
+            ahead = deque(pool.submit(self.batch, step) for step in first)
             try:
                 while ahead:
                     batch = ahead.popleft().result()
@@ -208,4 +211,5 @@ class Loader:
         posterior_noise, noise = rng.standard_normal((2, *self._samples.latent_shape), dtype=np.float32)
         # Withholding all k makes the context zero, which equals one zero token (see model.null_context).
         context = shard.context[place.row] * kept
-        return int(shard.ids[place.row]), shard.inputs(place.row, place.epoch), context, timestep, posterior_noise, noise
+        inputs = shard.inputs(place.row, place.epoch)
+        return int(shard.ids[place.row]), inputs, context, timestep, posterior_noise, noise

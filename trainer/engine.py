@@ -44,7 +44,8 @@ def join_ranks() -> Ranks:
     else:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(verbose=False)
-    return Ranks(dist.get_rank(), dist.get_world_size(), torch.device(get_accelerator().current_device_name()))
+    device = torch.device(get_accelerator().current_device_name())
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
 def leave_ranks(engine: deepspeed.DeepSpeedEngine) -> None:
@@ -60,8 +61,8 @@ def engine_settings(config: TrainConfig, world: int) -> dict[str, Any]:
     share = config.micro_batch * world
     if config.global_batch % share:
         raise UserError(
-            f"train.global_batch {config.global_batch} cannot be split over {world} ranks in micro batches of "
-            f"{config.micro_batch}: make it a multiple of {share}, or change train.micro_batch or the ranks."
+            f"train.global_batch {config.global_batch} cannot be split over {world} ranks in micro batches "
+            f"of {config.micro_batch}: make it a multiple of {share}, or change train.micro_batch."
         )
     return {
         "train_batch_size": config.global_batch,
@@ -98,7 +99,10 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, config: TrainConfig, st
 
 
 def optimizer_step(engine: deepspeed.DeepSpeedEngine, zero_stage: int) -> float:
-    """Update the weights where a global batch is complete. Returns the gradient's norm before clipping."""
+    """Update the weights once a global batch is complete. Returns the gradient norm, unclipped, else 0."""
+    if not engine.is_gradient_accumulation_boundary():
+        engine.step()
+        return 0.0
     if zero_stage:
         engine.step()
         return float(engine.get_global_grad_norm())

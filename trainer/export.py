@@ -21,7 +21,8 @@ from trainer.progress import METRICS, read_points, summary
 def export(plan: Plan, root: Root, weights: dict[str, torch.Tensor], seconds: float) -> None:
     """Publish fp32 weights (by parameter name) and the manifest of a run. `seconds`: what it took."""
     train = plan.config.train
-    files = (*_write_model(root, f"{train.folder}/model", plan.config.model, weights), _write_recipe(root, plan))
+    model_files = _write_model(root, f"{train.folder}/model", plan.config.model, weights)
+    files = (*model_files, _write_recipe(root, plan))
     points = read_points(root.local_path(f"{train.folder}/{METRICS}"))
     values = {
         **summary(points, train.global_batch),
@@ -35,7 +36,7 @@ def export(plan: Plan, root: Root, weights: dict[str, torch.Tensor], seconds: fl
         fingerprint=plan.fingerprint,
         upstream=plan.upstream,
         config=plan.config.model_dump(mode="json"),
-        shards=(ShardRecord("model", rows=plan.samples.rows and sum(plan.samples.rows), files=files),),
+        shards=(ShardRecord("model", rows=sum(plan.samples.rows), files=files),),
         values=values,
         seconds=seconds,
     )

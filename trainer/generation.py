@@ -23,7 +23,7 @@ from retrieval.database import Database
 from retrieval.encoder import ClipConfig, Encoder
 from retrieval.encoder_identity import EncoderIdentity
 from retrieval.errors import UserError
-from retrieval.manifest import Manifest, read_manifest
+from retrieval.manifest import read_manifest
 from retrieval.storage import Root
 from trainer.autoencoder import Autoencoder, AutoencoderConfig
 from trainer.batches import Batch, condition, make_batches
@@ -58,12 +58,14 @@ class Sampler:
         self.manifest = read_manifest(root, trained.folder)
         self.encoder = Encoder.load(trained.clip, str(self.device))
         self.autoencoder = Autoencoder.load(trained.autoencoder, str(self.device))
-        _require_parts(self.manifest, self.encoder.identity, self.autoencoder.identity, root.at(trained.folder))
+        self._require_parts(root.at(trained.folder))
         self.diffusion = DiffusionConfig(**root.read_json(f"{trained.folder}/recipe.json")["diffusion"])
         channels, height, width = self.manifest.values["latent_shape"]
         self.latent_shape = (int(channels), int(height), int(width))
         with _local_folder(root, f"{trained.folder}/model") as folder:
-            unet = UNet2DConditionModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+            unet = UNet2DConditionModel.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False
+            )
         # weights keep requires_grad: autocast remembers its bf16 copies of no others
         self.unet = unet.to(self.device).eval()
         self._databases: dict[str, Database] = {}
@@ -81,11 +83,16 @@ class Sampler:
             self._databases[name] = database
         return self._databases[name]
 
+    def require(self, names: Iterable[str]) -> None:
+        """Open all these databases now, so that a missing or foreign one is refused before any work."""
+        for name in names:
+            self.database(name)
+
     @cached_property
     def parts(self) -> dict[str, str]:
         """What a sample's recipe says of its makers: checksums, and the number format."""
         sums = self.manifest.checksums()
-        (model,) = [sums[name] for name in sums if name.endswith("/model/diffusion_pytorch_model.safetensors")]
+        (model,) = [sums[name] for name in sums if name.endswith("/diffusion_pytorch_model.safetensors")]
         return {
             "model": model,
             "encoder": self.encoder.identity.weights,
@@ -146,12 +153,32 @@ class Sampler:
             for item, picture in zip(batch.items, pictures, strict=True)
         ]
 
+    def _require_parts(self, where: str) -> None:
+        trained_on, encoder = EncoderIdentity(**self.manifest.values["encoder"]), self.encoder.identity
+        if trained_on != encoder:
+            raise UserError(
+                f"{where} was trained on embeddings of encoder {trained_on.model} ({trained_on.weights}), "
+                f"[clip] is {encoder.model} ({encoder.weights}). Set [clip] to the model's, or train again."
+            )
+        latents_of, autoencoder = self.manifest.values["autoencoder"], self.autoencoder.identity
+        if latents_of != autoencoder:
+            raise UserError(
+                f"{where} was trained on latents of autoencoder {latents_of}, "
+                f"[autoencoder] is {autoencoder}. Set [autoencoder] to the model's, or train again."
+            )
+
     def _shares(self, batches: int | None) -> tuple[int, int]:
         """Workers, and threads of each. Many one-thread workers beat one worker of many threads."""
         cpus = len(os.sched_getaffinity(0))
         most = 1 if self.device.type == "cuda" else cpus
         workers = self.compute.workers or max(1, min(most, most if batches is None else batches))
         return workers, self.compute.threads or max(1, cpus // workers)
+
+
+def upstream_of(root: Root, trained: Trained, databases: Iterable[str]) -> dict[str, str]:
+    """Fingerprints of a model and of databases, read without loading any weights."""
+    prints = {f"database/{name}": open_database(root, name).manifest.fingerprint for name in databases}
+    return {"train": read_manifest(root, trained.folder).fingerprint, **prints}
 
 
 def open_database(root: Root, name: str) -> Database:
@@ -177,20 +204,6 @@ def pick_device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device = {name!r}, but torch sees no GPU. Use 'auto' or 'cpu'.")
     return torch.device(name)
-
-
-def _require_parts(manifest: Manifest, encoder: EncoderIdentity, autoencoder: str, where: str) -> None:
-    trained_on = EncoderIdentity(**manifest.values["encoder"])
-    if trained_on != encoder:
-        raise UserError(
-            f"{where} was trained on embeddings of encoder {trained_on.model} ({trained_on.weights}), [clip] is "
-            f"{encoder.model} ({encoder.weights}). Set [clip] to the model's, or train with this one."
-        )
-    if manifest.values["autoencoder"] != autoencoder:
-        raise UserError(
-            f"{where} was trained on latents of autoencoder {manifest.values['autoencoder']}, [autoencoder] is "
-            f"{autoencoder}. Set [autoencoder] to the model's, or train with this one."
-        )
 
 
 @contextmanager

@@ -34,8 +34,8 @@ class ImageTar:
         """The encoded image. Raises UserError if the tar has none of this id."""
         if image_id not in self._members:
             raise UserError(
-                f"{self.where} has no image {image_id}, which a later table names: the shards do not line up. "
-                f"Run the stages again from 'make download'."
+                f"{self.where} has no image {image_id}, which a later table names: the shards do not line "
+                f"up. Run the stages again from 'make download'."
             )
         offset, size = self._members[image_id]
         # Threads share the file; reading at an offset leaves its position alone.
@@ -56,7 +56,9 @@ def _members(path: Path) -> dict[int, tuple[int, int]]:
                     key = int(Path(member.name).stem, 16)
                     found[key - (1 << 64) if key >> 63 else key] = (member.offset_data, member.size)
     except (tarfile.TarError, ValueError) as error:
-        raise UserError(f"{path} is not a tar of images: {error}. Remove it and run 'make download'.") from error
+        raise UserError(
+            f"{path} is not a tar of images: {error}. Remove it and run 'make download'."
+        ) from error
     return found
 
 
@@ -68,7 +70,9 @@ def decode(data: bytes, where: str) -> Image.Image:
             raise UserError(f"{where} has {image.width} x {image.height} pixels, over {MAX_PIXELS:,}.")
         return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{where} cannot be decoded: {error}. Run the stages again from 'make download'.") from error
+        raise UserError(
+            f"{where} cannot be decoded: {error}. Run the stages again from 'make download'."
+        ) from error
 
 
 def resize(image: Image.Image, size: int) -> Image.Image:

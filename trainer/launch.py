@@ -27,7 +27,8 @@ def launch(argv: list[str], ranks: int) -> int:
     command += [f"--shutdown-timeout={SHUTDOWN_S}", "-m", *argv]
     # Ranks share cores: more threads each, or threads that spin while they wait, make all of them slower.
     environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-    process = subprocess.Popen(command, env=environment, preexec_fn=die_with_parent)
+    # A launcher has one thread, so preexec_fn is safe.
+    process = subprocess.Popen(command, env=environment, preexec_fn=die_with_parent)  # noqa: PLW1509
     asked: list[int] = []
 
     def forward(number: int, _: FrameType | None) -> None:

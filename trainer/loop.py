@@ -56,10 +56,11 @@ class Meter:
     steps: int = 0
     waiting_s: float = 0.0
 
-    @property
-    def seconds_per_step(self) -> float:
-        """Mean over the steps counted."""
-        return (time.monotonic() - self.began) / self.steps
+    def rates(self, global_batch: int) -> dict[str, float]:
+        """The times of a point, means over the steps counted."""
+        seconds = (time.monotonic() - self.began) / self.steps
+        waiting = self.waiting_s / self.steps
+        return {"images_per_s": global_batch / seconds, "seconds_per_step": seconds, "waiting_s": waiting}
 
 
 def train_steps(session: Session, done: int, termination: Termination) -> bool:
@@ -82,7 +83,8 @@ def train_steps(session: Session, done: int, termination: Termination) -> bool:
         stopping = bool(numbers[:, 1].any())
         ending = stopping or step + 1 == config.steps
         if session.progress and (ending or (step + 1) % config.log_every == 0):
-            session.progress.add(_point(step + 1, float(numbers[:, 0].mean()), grad_norm, rate, config, meter))
+            loss = float(numbers[:, 0].mean())
+            session.progress.add(Point(step + 1, loss, grad_norm, rate, **meter.rates(config.global_batch)))
             meter = Meter()
         if ending or (step + 1) % config.checkpoint_every == 0:
             session.checkpoints.save(engine, session.average, step + 1, ranks)
@@ -115,17 +117,4 @@ def _require_finite(step: int, losses: list[float], grad_norm: float, batch: Bat
     raise UserError(
         f"train: step {step:,}: {what}. The last checkpoint is kept. Rank {ranks.rank} had images "
         f"{batch.image_ids.tolist()}: look at those of the rank named, or lower train.learning_rate."
-    )
-
-
-def _point(step: int, loss: float, grad_norm: float, rate: float, config: TrainConfig, meter: Meter) -> Point:
-    seconds = meter.seconds_per_step
-    return Point(
-        step=step,
-        loss=loss,
-        grad_norm=grad_norm,
-        learning_rate=rate,
-        images_per_s=config.global_batch / seconds,
-        seconds_per_step=seconds,
-        waiting_s=meter.waiting_s / meter.steps,
     )

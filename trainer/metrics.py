@@ -5,6 +5,7 @@ precision and recall, the CLIP score, and a bootstrap interval for one accuracy 
 Nothing here reads files or draws on global randomness.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 Features = npt.NDArray[np.float32]
 Z95 = 1.959963984540054
-BLOCK_ROWS = 1024
+BLOCK_DISTANCES = 1 << 24
 
 
 class Interval(NamedTuple):
@@ -83,35 +84,48 @@ def frechet_distance(first: Features, second: Features) -> float:
     return max(0.0, float(gap @ gap + np.trace(root @ root) + np.trace(other) - 2 * cross))
 
 
-def precision_recall(real: Features, samples: Features, neighbors: int) -> PrecisionRecall:
-    """Improved precision and recall (Kynkäänniemi et al. 2019) with balls to the n-th neighbor.
+@dataclass(frozen=True)
+class Balls:
+    """Feature rows, each with a ball that reaches to its n-th neighbor among the others."""
 
-    real (n, dim), samples (m, dim); both need more rows than `neighbors`.
-    """
-    return PrecisionRecall(_coverage(real, samples, neighbors), _coverage(samples, real, neighbors))
+    centers: Features
+    squared_radii: npt.NDArray[np.float64]
+
+    def cover(self, points: Features) -> npt.NDArray[np.bool_]:
+        """Which points (m, dim) lie in at least one ball. (m,)."""
+        blocks = _blocks(points, len(self.centers))
+        return np.concatenate(
+            [np.any(_squared(rows, self.centers) <= self.squared_radii, 1) for rows in blocks]
+        )
 
 
-def _coverage(centers: Features, points: Features, neighbors: int) -> float:
-    if len(centers) <= neighbors:
-        raise ValueError(f"{len(centers)} rows have no neighbor number {neighbors}")
-    radii = np.concatenate(
-        [
-            np.partition(_distances(block, centers), neighbors, axis=1)[:, neighbors]
-            for block in _blocks(centers)
-        ]
+def balls(rows: Features, neighbors: int) -> Balls:
+    """Balls to the n-th neighbor. rows: (n, dim). Raises ValueError for no more rows than neighbors."""
+    if len(rows) <= neighbors:
+        raise ValueError(f"{len(rows)} rows have no neighbor number {neighbors}")
+    radii = [
+        # position 0 is the row itself
+        np.partition(_squared(block, rows), neighbors, axis=1)[:, neighbors]
+        for block in _blocks(rows, len(rows))
+    ]
+    return Balls(rows, np.concatenate(radii))
+
+
+def precision_recall(real: Balls, samples: Balls) -> PrecisionRecall:
+    """Improved precision and recall (Kynkäänniemi et al. 2019, eq. 2)."""
+    return PrecisionRecall(
+        precision=float(real.cover(samples.centers).mean()), recall=float(samples.cover(real.centers).mean())
     )
-    inside = [np.any(_distances(block, centers) <= radii, axis=1) for block in _blocks(points)]
-    return float(np.mean(np.concatenate(inside)))
 
 
-def _blocks(rows: Features) -> list[Features]:
-    return [rows[start : start + BLOCK_ROWS] for start in range(0, len(rows), BLOCK_ROWS)]
+def _blocks(rows: Features, columns: int) -> list[Features]:
+    step = max(1, BLOCK_DISTANCES // columns)
+    return [rows[start : start + step] for start in range(0, len(rows), step)]
 
 
-def _distances(left: Features, right: Features) -> npt.NDArray[np.float64]:
+def _squared(left: Features, right: Features) -> npt.NDArray[np.float64]:
     a, b = left.astype(np.float64), right.astype(np.float64)
-    squared = (a * a).sum(1)[:, None] + (b * b).sum(1) - 2 * a @ b.T
-    return np.maximum(squared, 0.0)
+    return np.maximum((a * a).sum(1)[:, None] + (b * b).sum(1) - 2 * a @ b.T, 0.0)
 
 
 def _root(matrix: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -45,7 +45,7 @@ class ModelConfig(Config):
 
 
 def build_unet(config: ModelConfig) -> UNet2DConditionModel:
-    """A UNet with fresh weights from torch's generator: (n, c, h, w), (n,) and (n, tokens, context_dim) in."""
+    """A UNet with fresh weights. It takes (n, c, h, w), (n,) timesteps and (n, tokens, context_dim)."""
     attends = [2**level in config.attention for level in range(len(config.channels))]
     down = tuple("CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in attends)
     up = tuple("CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends))

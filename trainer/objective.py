@@ -11,7 +11,9 @@ from trainer.diffusion import DiffusionConfig
 class Objective:
     """Draw latents, noise them, predict, compare. Without an autoencoder a batch brings moments."""
 
-    def __init__(self, config: DiffusionConfig, autoencoder: Autoencoder | None, device: torch.device) -> None:
+    def __init__(
+        self, config: DiffusionConfig, autoencoder: Autoencoder | None, device: torch.device
+    ) -> None:
         self._prediction = config.prediction
         self._alphas_bar = diffusion.alphas_bar(config).to(device)
         self._autoencoder = autoencoder
@@ -28,7 +30,7 @@ class Objective:
         return diffusion.losses(predicted, diffusion.target(self._prediction, x_0, eps, abar_t)).mean()
 
     def _latents(self, batch: Batch) -> torch.Tensor:
-        """A draw from the autoencoder's posterior: mean + standard deviation x noise. (n, c, h, w) float32."""
+        """A draw from the posterior: mean + standard deviation x noise. (n, c, h, w) float32."""
         inputs = batch.inputs.to(self._device).float()
         moments = inputs if self._autoencoder is None else self._autoencoder.encode_moments(inputs)
         mean, deviation = moments.float().chunk(2, dim=1)

@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from retrieval.storage import Root
+
 RECIPE = "recipe"
 LABEL_CHARS = 160
 Font = ImageFont.FreeTypeFont
@@ -50,6 +52,25 @@ def png_bytes(picture: Image.Image, recipe: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", pnginfo=text)
     return buffer.getvalue()
+
+
+def grid_png(grid: Grid) -> bytes:
+    """The grid drawn, as a PNG."""
+    buffer = io.BytesIO()
+    draw_grid(grid).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def open_picture(root: Root, name: str) -> Image.Image:
+    """A stored picture, decoded to RGB."""
+    with root.open(name) as file, Image.open(file) as picture:
+        return picture.convert("RGB")
+
+
+def cell_edge(picture: Image.Image) -> int:
+    """A cell that shows pictures of this size well: whole multiples from 160 px, at most 256 px."""
+    edge = max(picture.size)
+    return min(256, edge * -(-160 // edge))
 
 
 def read_recipe(png: bytes) -> dict[str, Any]:

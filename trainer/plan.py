@@ -77,7 +77,9 @@ def make_plan(config: Training, root: Root, autoencoder: Autoencoder) -> Plan:
 def is_finished(plan: Plan, root: Root) -> bool:
     """True if the run's manifest is there and is of this very run."""
     folder = plan.config.train.folder
-    return root.exists(f"{folder}/manifest.json") and read_manifest(root, folder).fingerprint == plan.fingerprint
+    if not root.exists(f"{folder}/manifest.json"):
+        return False
+    return read_manifest(root, folder).fingerprint == plan.fingerprint
 
 
 @dataclass(frozen=True)
@@ -106,13 +108,13 @@ def _check_neighbors(neighbors: Manifest, config: Training, root: Root) -> None:
     for word, wanted in (("k", config.train.k), ("dim", config.model.context_dim)):
         if neighbors.values[word] != wanted:
             raise UserError(
-                f"{where} has {word} {neighbors.values[word]}, but the recipe wants {wanted}. "
-                f"Set train.k and model.context_dim to the table's, or run 'make neighbors' with the recipe's."
+                f"{where} has {word} {neighbors.values[word]}, but the recipe wants {wanted}. Set train.k "
+                f"and model.context_dim to the table's, or run 'make neighbors' with the recipe's."
             )
     if neighbors.rows < config.train.global_batch:
         raise UserError(
-            f"{where} has {neighbors.rows:,} rows, fewer than one global batch of {config.train.global_batch:,}. "
-            f"Lower train.global_batch or select more images."
+            f"{where} has {neighbors.rows:,} rows, fewer than one global batch of "
+            f"{config.train.global_batch:,}. Lower train.global_batch or select more images."
         )
 
 

@@ -73,7 +73,8 @@ def read_points(path: Path) -> list[Point]:
     """The points of a metrics file, in order; a last line that a killed run left unfinished is dropped."""
     if not path.exists():
         return []
-    return [Point(**json.loads(line)) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    lines = path.read_text().splitlines(keepends=True)
+    return [Point(**json.loads(line)) for line in lines if line.endswith("\n")]
 
 
 def summary(points: list[Point], global_batch: int) -> dict[str, float]:

@@ -31,7 +31,8 @@ class TrainConfig(Config):
     micro_batch: PositiveInt = speed(...)
     """Samples a rank puts through the network at once; the rest of its share is accumulated."""
     lanes: PositiveInt = 16
-    """Shards read side by side. A rank opens only its own where ranks divide lanes and lanes divide global_batch."""
+    """Shards read side by side. Where ranks divide lanes and lanes divide global_batch, a rank opens only
+    the shards of its own lanes."""
     steps: PositiveInt
     """Optimizer steps. Raising it continues a finished run."""
     learning_rate: PositiveFloat = 1e-4
@@ -70,9 +71,9 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def _fits(self) -> "TrainConfig":
         if self.zero_stage == 0 and self.precision != "fp32":
-            raise ValueError("zero_stage 0 keeps no fp32 master weights: use precision fp32, or zero_stage 1 to 3")
+            raise ValueError("zero_stage 0 has no fp32 master weights: use precision fp32, or zero_stage 1")
         if self.global_batch % self.micro_batch:
-            raise ValueError(f"global_batch {self.global_batch} is no multiple of micro_batch {self.micro_batch}")
+            raise ValueError(f"global_batch must be a multiple of micro_batch, got {self.global_batch}")
         return self
 
     @property

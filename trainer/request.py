@@ -5,6 +5,7 @@ recipe that makes it again, and the settings that `sample` and `evaluate` share.
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -42,15 +43,15 @@ class SamplingConfig(Compute):
 
     prompts_file: str = ""
     """UTF-8 text, one prompt a line; empty lines and lines that start with # are left out."""
-    k: int = Field(19, ge=1)
+    k: int = Field(default=19, ge=1)
     """Neighbors that condition a sample; need not be the k of training."""
-    guidance: float = Field(5.0, ge=0)
+    guidance: float = Field(default=5.0, ge=0)
     """Scale s of classifier-free guidance; 1 is none."""
-    steps: int = Field(50, ge=1)
+    steps: int = Field(default=50, ge=1)
     """Denoising steps."""
     scheduler: SchedulerName = "ddim"
     """`ddim`, `plms` or `dpm++`."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Where all seeds of the stage come from."""
 
     def request(self, prompt: str, seed: int, mode: Mode, database: str) -> "Request":
@@ -144,4 +145,4 @@ def read_prompts(name: str) -> tuple[str, ...]:
 
 def prompts_digest(prompts: Sequence[str]) -> str:
     """Identity of a list of prompts: 16 hex digits."""
-    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16]

@@ -9,9 +9,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 
-from PIL import Image
 from pydantic import Field
 from tqdm import tqdm
 
@@ -21,27 +19,26 @@ from retrieval.manifest import Manifest, ShardRecord, fingerprint
 from retrieval.storage import FileRecord, Root
 from trainer.batches import Batch
 from trainer.context import Mode
-from trainer.generation import Sampler, Trained
-from trainer.picture import Grid, draw_grid, png_bytes
+from trainer.generation import Sampler, Trained, upstream_of
+from trainer.picture import Grid, cell_edge, grid_png, open_picture, png_bytes
 from trainer.pieces import Pieces
 from trainer.request import TRAINING_DATABASE, Request, Sample, SamplingConfig, prompts_digest, read_prompts
 
 log = logging.getLogger("sample")
 
 GRID_ROWS = 24
-GRID_CELL_PX = (160, 256)
 
 
 class SampleConfig(SamplingConfig):
     """What to sample (section `sample` of a recipe)."""
 
-    prompts: tuple[str, ...] = Field((), strict=False)
+    prompts: tuple[str, ...] = Field(default=(), strict=False)
     """Prompts, before those of `prompts_file`."""
-    databases: tuple[str, ...] = Field((TRAINING_DATABASE,), strict=False, min_length=1)
+    databases: tuple[str, ...] = Field(default=(TRAINING_DATABASE,), strict=False, min_length=1)
     """Names below `databases/`, each a column of the grid; `index` is the training database."""
     mode: Mode = "text_and_neighbors"
     """What conditions a picture: the prompt and its neighbors, the neighbors alone, or the prompt alone."""
-    images_per_prompt: int = Field(1, ge=1)
+    images_per_prompt: int = Field(default=1, ge=1)
     """Pictures of each prompt and database; number n has seed + n, the same for all prompts and databases."""
 
     def all_prompts(self) -> tuple[str, ...]:
@@ -68,15 +65,15 @@ def run(config: SampleConfig, trained: Trained, root: Root) -> Manifest:
     """Sample everything that the configuration names; finished batches of an interrupted run are kept."""
     began = time.monotonic()
     prompts = config.all_prompts()
-    sampler = Sampler.open(root, trained, config)
-    upstream = {"train": sampler.manifest.fingerprint, "prompts": prompts_digest(prompts)}
-    if config.mode != "text":
-        upstream |= {name: sampler.database(name).manifest.fingerprint for name in config.columns()}
+    upstream = {"prompts": prompts_digest(prompts)}
+    upstream |= upstream_of(root, trained, () if config.mode == "text" else config.columns())
     stage = f"runs/{trained.name}/sample"
     pieces = Pieces(root, stage, fingerprint("sample", schema.VERSION, config, upstream))
     if (finished := pieces.manifest()) is not None:
         log.info(f"sample: {root.at(stage)} is finished")
         return finished
+    sampler = Sampler.open(root, trained, config)
+    sampler.require(() if config.mode == "text" else config.columns())
     pieces.begin()
     records = _draw_all(sampler, make_jobs(config, prompts), pieces)
     grid = root.write_bytes(f"{stage}/grid.png", _grid(config, prompts, root, stage))
@@ -145,20 +142,15 @@ def _write(name: str, sample: Sample, pieces: Pieces) -> list[FileRecord]:
 def _grid(config: SampleConfig, prompts: Sequence[str], root: Root, stage: str) -> bytes:
     """Prompts by databases, one row for each picture of a prompt, the first rows of a long list."""
     rows = [(p, n) for p in range(len(prompts)) for n in range(config.images_per_prompt)][:GRID_ROWS]
-    cells = [[_picture(root, f"{stage}/{picture_name(column, *row)}.png") for column in config.columns()] for row in rows]
-    edge = max(cells[0][0].size)
-    least, most = GRID_CELL_PX
-    grid = Grid(
-        cells=cells,
-        rows=[prompts[number] if n == 0 else "" for number, n in rows],
-        columns=[column.replace("_", " ") for column in config.columns()],
-        cell=min(most, edge * -(-least // edge)),
+    columns = config.columns()
+    cells = [
+        [open_picture(root, f"{stage}/{picture_name(one, *row)}.png") for one in columns] for row in rows
+    ]
+    return grid_png(
+        Grid(
+            cells=cells,
+            rows=[prompts[number] if n == 0 else "" for number, n in rows],
+            columns=[column.replace("_", " ") for column in columns],
+            cell=cell_edge(cells[0][0]),
+        )
     )
-    buffer = BytesIO()
-    draw_grid(grid).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _picture(root: Root, name: str) -> Image.Image:
-    with root.open(name) as file, Image.open(file) as picture:
-        return picture.convert("RGB")

@@ -73,17 +73,18 @@ def run(config: Training, root: Root) -> None:
 
 def checkpoints_of(plan: Plan, root: Root) -> CheckpointFolder:
     """The folder of a run's checkpoints."""
+    upstream = {f"{stage} stage": print_ for stage, print_ in plan.upstream.items()}
     return CheckpointFolder(
         path=root.local_path(f"{plan.config.train.folder}/checkpoints"),
         identity=plan.identity,
-        settings={**_flat(plan.config.output_fields()), **{f"{name} stage": print_ for name, print_ in plan.upstream.items()}},
+        settings={**_flat(plan.config.output_fields()), **upstream},
         keep=plan.config.train.keep_checkpoints,
     )
 
 
 def _flat(sections: dict[str, dict[str, object]]) -> dict[str, object]:
     """{"model": {"layers": 2}} as {"model.layers": 2}, without what does not bind a checkpoint."""
-    flat = {f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()}
+    flat = {f"{section}.{name}": fields[name] for section, fields in sections.items() for name in fields}
     return {name: value for name, value in flat.items() if name != "train.steps"}
 
 
@@ -95,7 +96,9 @@ def _take_folder(plan: Plan, root: Root) -> int:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise UserError(f"{folder} is being trained by another process. Wait for it or choose another train.name.") from error
+        raise UserError(
+            f"{folder} is being trained by another process. Wait for it or choose another train.name."
+        ) from error
     root.delete(f"{plan.config.train.folder}/manifest.json")
     if checkpoints_of(plan, root).is_foreign():
         for name in ("checkpoints", "metrics.jsonl", "tensorboard", "model", "recipe.json"):
@@ -112,7 +115,9 @@ def _start(plan: Plan, root: Root, unet: torch.nn.Module, ranks: Ranks) -> tuple
     checkpoints = checkpoints_of(plan, root)
     done = checkpoints.load(engine, average, ranks)
     if done > config.steps:
-        raise UserError(f"{checkpoints.path} is at step {done:,}, beyond train.steps {config.steps:,}: raise train.steps.")
+        raise UserError(
+            f"{checkpoints.path} is at step {done:,}, beyond train.steps {config.steps:,}: raise train.steps."
+        )
     autoencoder = None
     if config.source == "images":
         autoencoder = Autoencoder.load(plan.config.autoencoder, str(ranks.device))
@@ -134,7 +139,7 @@ def _announce(plan: Plan, parameters: int, ranks: Ranks, done: int) -> None:
     config, images = plan.config.train, sum(plan.samples.rows)
     log.info(
         f"train: {config.name}  {parameters:,} parameters  {images:,} images with {config.k} neighbors each  "
-        f"{config.size} px as {plan.samples.latent_shape}  batch {config.global_batch} on {ranks.world} ranks "
-        f"by {config.micro_batch}  {config.precision}  ZeRO {config.zero_stage}  "
+        f"{config.size} px as {plan.samples.latent_shape}  batch {config.global_batch} on {ranks.world} "
+        f"ranks by {config.micro_batch}  {config.precision}  ZeRO {config.zero_stage}  "
         f"steps {done:,} to {config.steps:,} ({config.steps * config.global_batch / images:,.1f} epochs)"
     )

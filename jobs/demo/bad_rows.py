@@ -185,7 +185,7 @@ def spoiled_rows(site: Site, first_uid: int, num_ordinary: int) -> list[Row]:
     rows: list[Row] = []
     for kind in KINDS:
         for i in range(number_of(kind.per_mille, num_ordinary)):
-            large = kind.large_every > 0 and i % kind.large_every == 0
+            large = kind.large_every > 0 and (i + 1) % kind.large_every == 0
             rows.append(_spoiled(site, first_uid + len(rows), kind, large))
     return rows
 

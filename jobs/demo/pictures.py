@@ -4,6 +4,7 @@ Writes one file a call, complete or not at all. A file's bytes depend on its dra
 the same however many processes draw it and however often they are interrupted.
 """
 
+import ctypes
 import io
 import os
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from jobs.demo.orphans import exit_with_parent
 from jobs.demo.scenes import Scene, draw
 
 Pixels = npt.NDArray[np.uint8]
@@ -31,6 +33,8 @@ SUFFIXES = {
     "animated": "gif",
 }
 ORIENTATION_TAG = 0x0112
+# mallopt's parameters, from glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,17 @@ class Copy:
     source: str
     short_edge: int = 0
     quality: int = 80
+
+
+def start_worker(parent_pid: int) -> None:
+    """Prepares a process that will write pictures: it ends with its parent and draws with one thread."""
+    exit_with_parent(parent_pid)
+    cv2.setNumThreads(1)
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        # else every array goes back to the kernel and is faulted in anew: a quarter of a large drawing's time
+        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(M_TRIM_THRESHOLD, 256 << 20)
 
 
 def write_picture(folder: Path, picture: Drawing | Copy) -> None:

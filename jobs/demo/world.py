@@ -14,7 +14,6 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,8 +23,7 @@ from tqdm import tqdm
 from jobs.demo.bad_rows import spoiled_rows
 from jobs.demo.copies import related_rows
 from jobs.demo.metadata import CONTENT_FIELDS, Row, Site, ordinary_row, scene_fields, write_tables
-from jobs.demo.orphans import exit_with_parent
-from jobs.demo.pictures import Copy, Drawing, write_picture
+from jobs.demo.pictures import Copy, Drawing, start_worker, write_picture
 from jobs.demo.scenes import STYLES, Scene, all_contents, full_caption, is_held_out, prompt, random_scene
 from retrieval.config import Config, speed
 from retrieval.errors import UserError
@@ -50,19 +48,19 @@ HELD_OUT_SCHEMA = pa.schema(
 class WorldConfig(Config):
     """The size of the demo world and where it is served."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Decides every picture and every row."""
-    port: int = Field(28_123, ge=1, le=65_535)
+    port: int = Field(default=28_123, ge=1, le=65_535)
     """Loopback TCP port of the server, part of every URL; by default below those of outgoing connections."""
-    num_database: int = Field(5000, ge=1)
+    num_database: int = Field(default=5000, ge=1)
     """Ordinary rows of database size, 224 to 320 px an edge."""
-    num_train: int = Field(1500, ge=1)
+    num_train: int = Field(default=1500, ge=1)
     """Ordinary rows of training size, shorter edge of 768 px or more."""
-    num_per_style: int = Field(150, ge=1)
+    num_per_style: int = Field(default=150, ge=1)
     """Pictures of 256 px in each style's folder."""
-    num_held_out: int = Field(1000, ge=1)
+    num_held_out: int = Field(default=1000, ge=1)
     """Pictures of 256 px of contents that no other picture shows, with captions and prompts."""
-    num_metadata_files: int = Field(4, ge=1)
+    num_metadata_files: int = Field(default=4, ge=1)
     """Parquet files that the rows are spread over."""
     workers: int = speed(2, ge=1)
     """Processes that draw."""
@@ -183,13 +181,8 @@ def _write_pictures(folder: Path, phases: list[list[Drawing] | list[Copy]], work
     missing = [[picture for picture in phase if not (folder / picture.path).exists()] for phase in phases]
     total, left = sum(map(len, phases)), sum(map(len, missing))
     # spawned: the command may hold threads (Ray, torch) that a fork would copy in any state
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (os.getpid(),))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker, (os.getpid(),))
     with pool, tqdm(total=total, initial=total - left, desc="world", unit=" pictures") as bar:
         for pictures in missing:
             for _ in pool.map(write, pictures, chunksize=16):
                 bar.update()
-
-
-def _start_worker(parent_pid: int) -> None:
-    exit_with_parent(parent_pid)
-    cv2.setNumThreads(1)

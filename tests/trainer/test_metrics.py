@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from trainer.metrics import (
+    balls,
     bootstrap_improvement,
     clip_score,
     frechet_distance,
@@ -70,7 +71,7 @@ def test_frechet_distance_is_finite_with_fewer_rows_than_dimensions():
 def test_precision_and_recall_of_points_on_a_line():
     real = np.array([[0.0], [1.0], [2.0], [10.0]], np.float32)  # radii to the nearest: 1 1 1 8
     samples = np.array([[0.5], [1.5], [30.0]], np.float32)  # radii: 1 1 28.5
-    found = precision_recall(real, samples, neighbors=1)
+    found = precision_recall(balls(real, 1), balls(samples, 1))
     assert found.precision == pytest.approx(2 / 3)  # 30 is 20 from the real 10, whose ball reaches 8
     assert found.recall == 1.0  # 0, 1, 2 lie near 0.5 and 1.5; 10 within 28.5 of 30
 
@@ -89,13 +90,13 @@ def test_precision_and_recall_agree_with_a_plain_loop():
                     break
         return hits / len(points)
 
-    found = precision_recall(real, samples, neighbors=3)
+    found = precision_recall(balls(real, 3), balls(samples, 3))
     assert found == pytest.approx((covered(real, samples), covered(samples, real)))
 
 
-def test_precision_needs_more_rows_than_neighbors():
+def test_a_ball_needs_more_rows_than_neighbors():
     with pytest.raises(ValueError, match="no neighbor number 3"):
-        precision_recall(np.zeros((3, 2)), np.zeros((9, 2)), neighbors=3)
+        balls(np.zeros((3, 2)), 3)
 
 
 def test_the_clip_score_is_the_mean_cosine_of_each_pair():

@@ -1,0 +1,89 @@
+"""embed: right vectors in the right order, and no image lost without a word."""
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline import embed
+from pipeline.embed import EmbedConfig
+from retrieval import Root, UserError, schema
+from retrieval.encoder import ClipConfig, Encoder
+
+from .conftest import pictures, write_clip, write_download
+
+CONFIG = EmbedConfig(workers=2, batch_size=3)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Root:
+    """Two shards: a failed URL, an unreadable file and a database copy of a training picture among them."""
+    train = pictures("train", 1, 7)
+    database = pictures("database", 100, 8)
+    train[2] = replace(train[2], reason="not_found")
+    train[4] = replace(train[4], data=b"this is no picture")
+    database[3] = replace(database[3], seed=train[0].seed)
+    write_download(Root(tmp_path), {"train/00000": train, "database/00000": database})
+    return Root(tmp_path)
+
+
+def embedded(root: Root, shard: str) -> tuple[list[str], np.ndarray]:
+    table = schema.read_table(root, f"embed/{shard}.parquet", schema.embeddings(32))
+    return table["url"].to_pylist(), schema.vectors(table, schema.EMBEDDING).astype(np.float32)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_each_image_gets_its_own_vector_in_the_order_of_the_download(root: Root, clip: ClipConfig) -> None:
+    embed.run(CONFIG, clip, root)
+    urls, vectors = embedded(root, "train/00000")
+    wanted = [p for i, p in enumerate(pictures("train", 1, 7)) if i not in (2, 4)]
+    assert urls == [picture.url for picture in wanted]
+    images = [Image.open(io.BytesIO(picture.jpeg)) for picture in wanted]
+    np.testing.assert_allclose(vectors, Encoder(clip).encode_images(images), atol=2e-3)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_refused_images_are_counted_by_reason(root: Root, clip: ClipConfig) -> None:
+    manifest = embed.run(CONFIG, clip, root)
+    assert manifest.rows == 5 + 7
+    assert manifest.reasons == {"duplicate_content": 1, "unreadable": 1}
+    assert "http://example.org/database/103.jpg" not in embedded(root, "database/00000")[0]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_batch_size_changes_neither_bytes_nor_fingerprint(root: Root, clip: ClipConfig) -> None:
+    first = embed.run(CONFIG, clip, root)
+    assert embed.run(EmbedConfig(workers=1, batch_size=64), clip, root).seconds == first.seconds
+    root.delete("embed")
+    again = embed.run(EmbedConfig(workers=1, batch_size=3), clip, root)
+    assert again.checksums() == first.checksums()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_another_encoder_embeds_everything_anew(root: Root, clip: ClipConfig, tmp_path: Path) -> None:
+    first = embed.run(CONFIG, clip, root)
+    second = embed.run(CONFIG, write_clip(tmp_path / "other", seed=1), root)
+    assert second.fingerprint != first.fingerprint
+    assert second.checksums() != first.checksums()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_corrupt_tar_stops_the_stage_and_names_itself(root: Root, clip: ClipConfig) -> None:
+    root.local_path("download/database/00000.tar").write_bytes(b"x" * 2000)
+    with pytest.raises(UserError, match=r"download/database/00000\.tar.*not a readable tar"):
+        embed.run(CONFIG, clip, root)
+    assert not root.exists("embed/manifest.json")
+
+
+def test_openai_weights_with_the_wrong_activation_are_refused() -> None:
+    with pytest.raises(UserError, match="ViT-L-14-quickgelu"):
+        Encoder(ClipConfig(model="ViT-L-14", pretrained="openai"))
+
+
+@pytest.mark.parametrize("model", ["local-dir:nowhere", "ViT-B-32"])
+def test_a_model_that_is_not_there_is_a_clear_error(model: str) -> None:
+    with pytest.raises(UserError, match=r"\[clip\]"):
+        Encoder(ClipConfig(model=model))

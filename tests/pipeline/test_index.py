@@ -1,0 +1,65 @@
+"""index: the database of the pipeline holds every embedded row once, and answers as brute force does."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline import embed, index
+from pipeline.embed import EmbedConfig
+from retrieval import Database, Root, UserError, schema
+from retrieval.build import IndexConfig
+from retrieval.encoder import ClipConfig
+
+from .conftest import pictures, write_download
+
+CONFIG = IndexConfig(rows_per_partition=15, workers=2)
+
+
+@pytest.fixture
+def root(tmp_path: Path, clip: ClipConfig, ray_cluster: None) -> Root:
+    """Three embedded shards of database images and one of training images."""
+    root = Root(tmp_path)
+    shards = {f"database/0000{i}": pictures(f"d{i}", 100 * i, 20) for i in range(3)}
+    write_download(root, {"train/00000": pictures("train", 900, 4), **shards})
+    embed.run(EmbedConfig(workers=1), clip, root)
+    return root
+
+
+def test_the_database_holds_every_row_once_in_semantic_partitions(root: Root) -> None:
+    index.run(CONFIG, root)
+    database = Database.open(root.child("index"))
+    urls = database.metadata()["url"].to_pylist()
+    assert len(urls) == len(set(urls)) == len(database) == 60
+    assert len(database.partitions) == 4
+    own = np.argmax(database.embeddings().astype(np.float32) @ database.centroids.T, axis=1)
+    assert (own == np.repeat(np.arange(4), database.partition_rows)).all()
+
+
+def test_a_stored_vector_finds_itself_first(root: Root) -> None:
+    index.run(CONFIG, root)
+    database = Database.open(root.child("index"))
+    found = database.search(database.embeddings().astype(np.float32), 3, probes=1)
+    assert (found.ids[:, 0] == database.metadata()[schema.IMAGE_ID].to_numpy()).mean() > 0.95
+    assert found.similarities[:, 0].min() > 0.99
+
+
+def test_shuffling_in_several_groups_gives_the_same_rows(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+    index.run(CONFIG, root)
+    once = sorted(Database.open(root.child("index")).metadata()["url"].to_pylist())
+    root.delete("index")
+    monkeypatch.setattr(index, "ROWS_PER_GROUP", 25)
+    manifest = index.run(CONFIG, root)
+    assert sorted(Database.open(root.child("index")).metadata()["url"].to_pylist()) == once
+    assert manifest.rows == 60
+    assert not root.exists("index/shuffle")
+
+
+def test_the_index_of_a_run_without_database_images_is_refused(
+    tmp_path: Path, clip: ClipConfig, ray_cluster: None
+) -> None:
+    root = Root(tmp_path)
+    write_download(root, {"train/00000": pictures("train", 900, 4)})
+    embed.run(EmbedConfig(workers=1), clip, root)
+    with pytest.raises(UserError, match="no database images"):
+        index.run(CONFIG, root)

@@ -1,0 +1,123 @@
+"""A root as training leaves it, small: an untrained CLIP, autoencoder and UNet, and databases of pictures.
+
+The styles are tints, which even an untrained image tower tells apart.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pyarrow as pa
+import torch
+from open_clip.model import CLIP
+from PIL import Image
+from safetensors.torch import save_file
+
+from retrieval import schema
+from retrieval.build import Identity, IndexConfig, build_database
+from retrieval.encoder import ClipConfig, Encoder
+from retrieval.manifest import Manifest, ShardRecord, write_manifest
+from retrieval.storage import Root
+from trainer.autoencoder import Autoencoder, AutoencoderConfig
+from trainer.diffusion import DiffusionConfig
+from trainer.generation import Trained
+from trainer.model import ModelConfig, build_unet
+
+DIM = 32
+STYLES = {"deep_red": (200, 40, 40), "green": (40, 190, 60), "sky_blue": (60, 90, 220)}
+PROMPTS = ("a circle", "two squares in a row", "a star on the left")
+ROWS = 24
+
+
+def write_clip(folder: Path, seed: int = 0) -> ClipConfig:
+    """An untrained open_clip model in its own folder layout."""
+    vision = {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 8}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    config = {"embed_dim": DIM, "vision_cfg": vision, "text_cfg": text}
+    torch.manual_seed(seed)
+    model = CLIP(**config)
+    folder.mkdir(parents=True)
+    preprocess = {"mean": [0.5] * 3, "std": [0.3] * 3, "size": 32}
+    description = {"model_cfg": config, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(description))
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, folder / "open_clip_model.safetensors")
+    return ClipConfig(model=f"local-dir:{folder}")
+
+
+def pictures_of(style: str, count: int = ROWS) -> list[Image.Image]:
+    """Noisy pictures in the style's tint."""
+    rng = np.random.default_rng([3, *style.encode()])
+    noise = rng.normal(0, 40, (count, 32, 32, 3)) + np.array(STYLES[style])
+    return [Image.fromarray(one) for one in np.clip(noise, 0, 255).astype(np.uint8)]
+
+
+def write_database(root: Root, name: str, encoder: Encoder, styles: list[str], rows: int = ROWS) -> None:
+    """A database of the pictures of some styles."""
+    names = [f"{style}-{i}" for style in styles for i in range(rows)]
+    vectors = np.concatenate([encoder.encode_images(pictures_of(style, rows)) for style in styles])
+    columns = {
+        schema.IMAGE_ID: np.array([schema.image_id(f"{name}/{one}") for one in names]),
+        "url": [f"http://example.org/{one}.jpg" for one in names],
+        "caption": [f"caption of {one}" for one in names],
+        "license": pa.nulls(len(names), pa.string()),
+        "width": pa.array([32] * len(names), pa.int32()),
+        "height": pa.array([32] * len(names), pa.int32()),
+        schema.EMBEDDING: schema.fixed_lists(vectors.astype(np.float16)),
+    }
+    table = pa.table(columns, schema=schema.embeddings(DIM))
+    identity = Identity(name, {"source": f"test {name}"})
+    build_database(root, table, encoder.identity, IndexConfig(), identity)
+
+
+def write_model(root: Root, encoder: Encoder, autoencoder: Autoencoder, name: str = "tiny") -> None:
+    """An untrained UNet as `train` exports it."""
+    stage, shape = f"runs/{name}/train", (autoencoder.channels, 8, 8)
+    config = ModelConfig(
+        latent_channels=shape[0],
+        context_dim=DIM,
+        channels=(32, 32),
+        attention=(1, 2),
+        layers=1,
+        norm_groups=8,
+        channels_per_head=16,
+    )
+    torch.manual_seed(1)
+    unet = build_unet(config)
+    with torch.no_grad():
+        # an untrained network hears its context too softly to see in eight bits
+        for part, weights in unet.named_parameters():
+            if "attn2.to_out" in part or "attn2.to_v" in part:
+                weights.mul_(4)
+    unet.save_pretrained(root.local_path(f"{stage}/model"), safe_serialization=True)
+    recipe = {"diffusion": DiffusionConfig(prediction="v_prediction").model_dump(mode="json")}
+    root.write_json(f"{stage}/recipe.json", recipe)
+    files = []
+    for file in root.list(f"{stage}/model"):
+        with root.open(file) as stored:
+            files.append(root.write_bytes(file, stored.read()))
+    values = {
+        "encoder": encoder.identity.model_dump(mode="json"),
+        "autoencoder": autoencoder.identity,
+        "latent_shape": list(shape),
+    }
+    shard = ShardRecord("model", 1, tuple(files))
+    write_manifest(root, Manifest(stage, schema.VERSION, "train-print", {}, {}, (shard,), values, 0.0))
+
+
+def tiny_autoencoder(folder: Path, seed: int = 0) -> AutoencoderConfig:
+    """TODO"""
+    return AutoencoderConfig(kind="patch", path="x")
+
+
+def write_run(folder: Path) -> tuple[Root, Trained]:
+    """Everything that `sample` and `evaluate` read."""
+    autoencoder = tiny_autoencoder(folder)
+    clip = write_clip(folder / "clip")
+    root, encoder = Root(folder / "root"), Encoder.load(clip)
+    for style in STYLES:
+        write_database(root, f"databases/{style}", encoder, [style])
+    write_database(root, "index", encoder, list(STYLES))
+    write_model(root, encoder, Autoencoder.load(autoencoder, "cpu"))
+    return root, Trained(name="tiny", clip=clip, autoencoder=autoencoder)

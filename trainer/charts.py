@@ -1,0 +1,64 @@
+"""The bars of Fig. 4a and 4b: accuracy and logit of each style, asked for in different ways.
+
+Takes the evaluation's values, gives PNG bytes; draws without a screen.
+"""
+
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+COLORS = {
+    "retrieval": "#0b6e6e",
+    "suffix": "#e08a3c",
+    "suffix_retrieval": "#a9b8c6",
+    "no_neighbors": "#d9d9d9",
+}
+LABELS = {
+    "retrieval": "neighbors of the style's database",
+    "suffix": "style named in the prompt",
+    "suffix_retrieval": "style named, neighbors of the training database",
+    "no_neighbors": "neither",
+}
+
+
+def draw_bars(evaluation: dict[str, Any]) -> bytes:
+    """A PNG: accuracy by style with 95 % intervals above, logit of the wanted style, above the mean of all, below."""
+    names = [row["style"].replace("_", " ") for row in evaluation["styles"]]
+    figure = Figure(figsize=(max(8.0, 1.15 * (len(names) + 1)), 7.2), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    rows = [*evaluation["styles"], {"modes": evaluation["modes"]}]
+    for offset, mode in zip(np.linspace(-0.3, 0.3, len(COLORS)), COLORS, strict=True):
+        _draw_mode(top, bottom, [row["modes"][mode] for row in rows], (mode, float(offset)))
+    top.axhline(evaluation["chance"], color="#444444", linewidth=1, linestyle=":", label="chance")
+    top.set_ylabel("taken for the style")
+    top.set_ylim(0, 1.04)
+    top.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    bottom.set_ylabel("logit above the mean")
+    bottom.axhline(0, color="#444444", linewidth=0.8)
+    bottom.set_xticks(range(len(rows)), [*names, "all"], rotation=20 if len(names) > 6 else 0)
+    for axes in (top, bottom):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#eeeeee")
+        axes.set_axisbelow(True)
+        axes.axvline(len(names) - 0.5, color="#bbbbbb", linewidth=0.8)
+    figure.legend(*top.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _draw_mode(top: Axes, bottom: Axes, figures: list[dict[str, Any]], style: tuple[str, float]) -> None:
+    mode, offset = style
+    places = np.arange(len(figures)) + offset
+    heights = np.array([one["accuracy"] for one in figures])
+    spans = np.array([one["accuracy_interval"] for one in figures])
+    errors = np.maximum([heights - spans[:, 0], spans[:, 1] - heights], 0)
+    color, width = COLORS[mode], 0.19
+    thin = {"elinewidth": 0.9, "ecolor": "#666666"}
+    top.bar(places, heights, width, yerr=errors, color=color, label=LABELS[mode], error_kw=thin)
+    bottom.bar(places, [one["logit"] for one in figures], width, color=color)

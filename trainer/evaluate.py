@@ -1,0 +1,201 @@
+"""evaluate: does swapping the database restyle the model? (paper section 2.2, appendix C)
+
+Reads `runs/<name>/train`, the style databases and `index`. Writes, below `runs/<name>/evaluate/`, the
+samples of each mode and style with their CLIP features, the judge, `evaluation.json`, `bars.png` and a
+contact sheet of each mode. All modes share prompts and seeds, so that only the way of asking differs.
+"""
+
+import io
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from pydantic import Field, model_validator
+from tqdm import tqdm
+
+from retrieval import schema
+from retrieval.errors import UserError
+from retrieval.manifest import Manifest, ShardRecord, fingerprint
+from retrieval.storage import FileRecord, Root
+from trainer.batches import Batch
+from trainer.charts import LABELS, draw_bars
+from trainer.classifier import ClassifierConfig, TrainedClassifier, save_classifier, train_classifier
+from trainer.generation import Sampler, Trained, database_names, upstream_of
+from trainer.judgement import Reference, Shown, evaluation
+from trainer.metrics import Features, balls
+from trainer.picture import Grid, grid_png, open_picture, png_bytes
+from trainer.pieces import Pieces
+from trainer.request import TRAINING_DATABASE, Sample, SamplingConfig, prompts_digest, read_prompts
+from trainer.styles import MODES, Cell, make_cells, style_words
+
+log = logging.getLogger("evaluate")
+
+SHEET_COLUMNS = 8
+
+
+class EvaluateConfig(SamplingConfig):
+    """How the styles are measured (section `evaluate` of a recipe)."""
+
+    styles: tuple[str, ...] = Field(default=(), strict=False)
+    """Databases below `databases/` that are styles; empty takes all."""
+    samples_per_style: int = Field(default=70, ge=2)
+    """Samples of each style in each mode."""
+    classifier: ClassifierConfig = ClassifierConfig()
+    """The judge."""
+    reference_rows: int = Field(default=2000, ge=4)
+    """Most pictures of a database that train the judge and stand for the style in the distances."""
+    precision_recall_neighbors: int = Field(default=3, ge=1)
+    """Which neighbor the balls of precision and recall reach to."""
+
+    @model_validator(mode="after")
+    def _enough(self) -> "EvaluateConfig":
+        if self.precision_recall_neighbors >= self.samples_per_style:
+            raise ValueError(
+                f"precision_recall_neighbors must be less than samples_per_style {self.samples_per_style}, "
+                f"got {self.precision_recall_neighbors}"
+            )
+        return self
+
+
+def run(config: EvaluateConfig, trained: Trained, root: Root) -> Manifest:
+    """Sample, judge and report; finished modes and styles of an interrupted run are kept."""
+    began = time.monotonic()
+    if not config.prompts_file:
+        raise UserError("[evaluate] prompts_file is not set. Wanted: a text file with one prompt a line.")
+    prompts = read_prompts(config.prompts_file)
+    styles = style_names(config, root)
+    upstream = upstream_of(root, trained, (*styles, TRAINING_DATABASE)) | {"prompts": prompts_digest(prompts)}
+    stage = f"runs/{trained.name}/evaluate"
+    pieces = Pieces(root, stage, fingerprint("evaluate", schema.VERSION, config, upstream))
+    if (finished := pieces.manifest()) is not None:
+        log.info(f"evaluate: {root.at(stage)} is finished")
+        return finished
+    sampler = Sampler.open(root, trained, config)
+    sampler.require((*styles, TRAINING_DATABASE))
+    pieces.begin()
+    judge, reference = train_judge(config, sampler, styles)
+    cells = make_cells(config, config.samples_per_style, styles, prompts)
+    records = _draw_all(sampler, cells, pieces)
+    shown = {(cell.mode, cell.style): _shown(sampler, cell, pieces) for cell in cells}
+    result = evaluation(judge, shown, reference, config.seed)
+    files = [
+        *save_classifier(root, stage, judge),
+        root.write_json(f"{stage}/evaluation.json", result),
+        root.write_bytes(f"{stage}/bars.png", draw_bars(result)),
+        *(root.write_bytes(f"{stage}/{mode}.png", _sheet(mode, cells, pieces)) for mode in MODES),
+    ]
+    log.info(_line(result))
+    return pieces.finish(
+        Manifest(
+            stage=stage,
+            schema_version=schema.VERSION,
+            fingerprint=pieces.fingerprint,
+            upstream=upstream,
+            config=config.model_dump(mode="json"),
+            shards=(*records, ShardRecord("report", len(cells), tuple(files))),
+            values={**sampler.parts, "styles": list(styles)},
+            seconds=time.monotonic() - began,
+        )
+    )
+
+
+def style_names(config: EvaluateConfig, root: Root) -> tuple[str, ...]:
+    """The styles to compare, sorted unless the recipe orders them. Raises UserError for fewer than two."""
+    styles = tuple(dict.fromkeys(config.styles)) or tuple(database_names(root))
+    if len(styles) < 2:
+        raise UserError(
+            f"{root.at('databases')} has {len(styles)} style databases; at least 2 are needed to tell styles "
+            "apart. Build them with 'make database'."
+        )
+    return styles
+
+
+def train_judge(
+    config: EvaluateConfig, sampler: Sampler, styles: Sequence[str]
+) -> tuple[TrainedClassifier, Reference]:
+    """The classifier on the style databases' own embeddings, and these as the reference for distances."""
+    parts: list[Features] = []
+    labels = []
+    for label, style in enumerate(styles):
+        stored = sampler.database(style).embeddings()
+        rng = np.random.default_rng([config.seed, *style.encode()])
+        kept = np.sort(rng.permutation(len(stored))[: config.reference_rows])
+        parts.append(stored[kept].astype(np.float32))
+        labels.append(np.full(len(kept), label, np.int64))
+    rows: Features = np.concatenate(parts)
+    judge = train_classifier(rows, np.concatenate(labels), tuple(styles), config.classifier, config.seed)
+    log.info(f"evaluate: judge of {len(styles)} styles  held-out accuracy {judge.held_out_accuracy:.3f}")
+    neighbors = config.precision_recall_neighbors
+    return judge, Reference(rows, balls(rows, neighbors), neighbors)
+
+
+def _draw_all(sampler: Sampler, cells: Sequence[Cell], pieces: Pieces) -> list[ShardRecord]:
+    records = {cell.name: record for cell in cells if (record := pieces.done(cell.name))}
+    missing = [cell for cell in cells if cell.name not in records]
+    total, count = sum(len(cell.requests) for cell in cells), sum(len(cell.requests) for cell in missing)
+    began = time.monotonic()
+    drawing: deque[tuple[Cell, Batch]] = deque()
+
+    def read() -> Iterator[Batch]:
+        for cell in missing:
+            for batch in sampler.plan(cell.requests):
+                drawing.append((cell, batch))
+                yield batch
+
+    finished: dict[int, Sample] = {}
+    with tqdm(total=total, initial=total - count, desc="evaluate", unit="image") as bar:
+        for samples in sampler.draw(read()):
+            cell, batch = drawing.popleft()
+            finished.update(zip(batch.positions, samples, strict=True))
+            bar.update(len(samples))
+            if len(finished) == len(cell.requests):
+                files = _write(sampler, cell, [finished[i] for i in range(len(finished))], pieces)
+                records[cell.name] = pieces.write(cell.name, files, len(finished))
+                finished = {}
+    seconds = time.monotonic() - began
+    log.info(f"evaluate: {count} images  {seconds:.1f} s  {count / max(seconds, 1e-9):.2f} images/s")
+    return [records[cell.name] for cell in cells]
+
+
+def _write(sampler: Sampler, cell: Cell, samples: Sequence[Sample], pieces: Pieces) -> list[FileRecord]:
+    files = [
+        pieces.root.write_bytes(_place(cell, pieces, number), png_bytes(one.picture, one.recipe()))
+        for number, one in enumerate(samples)
+    ]
+    buffer = io.BytesIO()
+    np.save(buffer, sampler.encoder.encode_images([one.picture for one in samples]), allow_pickle=False)
+    return [*files, pieces.root.write_bytes(_features(cell, pieces), buffer.getvalue())]
+
+
+def _shown(sampler: Sampler, cell: Cell, pieces: Pieces) -> Shown:
+    with pieces.root.open(_features(cell, pieces)) as file:
+        pictures: Features = np.load(file, allow_pickle=False)
+    return Shown(pictures, sampler.encoder.encode_texts(cell.prompts))
+
+
+def _sheet(mode: str, cells: Sequence[Cell], pieces: Pieces) -> bytes:
+    rows = [cell for cell in cells if cell.mode == mode]
+    numbers = range(min(SHEET_COLUMNS, len(rows[0].requests)))
+    return grid_png(
+        Grid(
+            cells=[[open_picture(pieces.root, _place(cell, pieces, n)) for n in numbers] for cell in rows],
+            rows=[style_words(cell.style) for cell in rows],
+            columns=[""] * len(numbers),
+            title=LABELS[mode],
+        )
+    )
+
+
+def _place(cell: Cell, pieces: Pieces, number: int) -> str:
+    return f"{pieces.stage}/samples/{cell.name}/{number:04d}.png"
+
+
+def _features(cell: Cell, pieces: Pieces) -> str:
+    return f"{pieces.stage}/samples/{cell.name}/features.npy"
+
+
+def _line(result: dict[str, object]) -> str:
+    rates = "  ".join(f"{mode} {result[f'style_accuracy_{mode}']:.3f}" for mode in MODES)
+    return f"evaluate: taken for the wanted style: {rates}  (chance {result['chance']:.3f})"
