@@ -18,7 +18,7 @@ USER_ERROR = 2
 def parser(stage: str, about: str) -> argparse.ArgumentParser:
     """The arguments that every command takes."""
     made = argparse.ArgumentParser(prog=f"python -m jobs.{stage}", description=about)
-    made.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file, such as jobs/configs/demo.toml")
+    made.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file of jobs/configs")
     made.add_argument(
         "--set",
         action="append",

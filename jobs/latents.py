@@ -1,5 +1,34 @@
 """`python -m jobs.latents RECIPE`: encodes the training images with the autoencoder, once for all epochs."""
 
+import time
+from functools import partial
+
 from jobs.command import main
 from jobs.recipe import Recipe
 from pipeline.runner import Stage, Workers, cluster, run_shards
+from retrieval import schema
+from retrieval.manifest import read_manifest
+from trainer.autoencoder import Autoencoder, AutoencoderConfig
+from trainer.latents import LatentsConfig, make_shard_encoder, manifest_values
+
+
+def run(recipe: Recipe) -> None:
+    """Run the stage on a Ray cluster: this wires `trainer.latents`, which knows no Ray, to the runner."""
+    started = time.time()
+    config, settings, root = recipe[LatentsConfig], recipe[AutoencoderConfig], recipe.root
+    embed = read_manifest(root, "embed")
+    autoencoder = Autoencoder.load(settings, "cpu")
+    made_from = {"embed": embed.fingerprint, "autoencoder": autoencoder.identity}
+    stage = Stage(root, f"latents/{config.size}", schema.VERSION, config, made_from)
+    if stage.finished():
+        return
+    stage.begin()
+    shards = [shard.removeprefix("train/") for shard in embed.shard_names("train/")]
+    make_work = partial(make_shard_encoder, config, settings, root)
+    with cluster():
+        records = run_shards(stage, shards, make_work, Workers())
+    stage.complete(records, manifest_values(config, autoencoder), started)
+
+
+if __name__ == "__main__":
+    main("latents", __doc__, run)

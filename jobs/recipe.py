@@ -5,11 +5,11 @@ stage's configuration. `--set section.key=value` overrides one key.
 """
 
 import json
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import tomllib
 from pydantic import ValidationError
 
 from jobs.demo.autoencoder import AutoencoderTraining
@@ -29,8 +29,8 @@ from trainer.diffusion import DiffusionConfig
 from trainer.evaluate import EvaluateConfig
 from trainer.latents import LatentsConfig
 from trainer.model import ModelConfig
+from trainer.recipe import TrainConfig
 from trainer.sample import SampleConfig
-from trainer.train import TrainConfig
 
 SECTIONS: dict[str, type[Config]] = {
     "clip": ClipConfig,
@@ -57,8 +57,9 @@ Section = TypeVar("Section", bound=Config)
 class Recipe:
     """A checked recipe."""
 
-    def __init__(self, path: Path, root: str, sections: dict[str, Config]) -> None:
+    def __init__(self, path: Path, overrides: Sequence[str], root: str, sections: dict[str, Config]) -> None:
         self.path = path
+        self.overrides = tuple(overrides)
         self.root = Root(root)
         self.sections = sections
 
@@ -73,6 +74,10 @@ class Recipe:
     def has(self, name: str) -> bool:
         """True if the recipe has a section of this name."""
         return name in self.sections
+
+    def arguments(self) -> list[str]:
+        """The command-line arguments that make this recipe again, in another process."""
+        return [str(self.path), *(word for override in self.overrides for word in ("--set", override))]
 
     def resolved(self) -> dict[str, Any]:
         """Everything, defaults included, ready for JSON."""
@@ -94,7 +99,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     unknown = sorted(set(found) - set(SECTIONS))
     if unknown:
         raise UserError(f"{path}: unknown section [{unknown[0]}]. Known are {', '.join(SECTIONS)}.")
-    return Recipe(path, root, {name: _section(path, name, found[name]) for name in SECTIONS if name in found})
+    sections = {name: _section(path, name, found[name]) for name in SECTIONS if name in found}
+    return Recipe(path, overrides, root, sections)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -127,5 +133,6 @@ def _section(path: Path, name: str, values: Any) -> Config:
         return SECTIONS[name].model_validate_json(json.dumps(values))
     except ValidationError as error:
         known = ", ".join(SECTIONS[name].model_fields)
-        lines = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors()]
-        raise UserError(f"{path}: section [{name}]\n" + "\n".join(lines) + f"\nKnown keys: {known}.") from error
+        found = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors()]
+        text = "\n".join([f"{path}: section [{name}]", *found, f"Known keys: {known}."])
+        raise UserError(text) from error

@@ -27,9 +27,10 @@ from pipeline.selection import Rules
 from retrieval.config import Config, speed
 from retrieval.errors import UserError
 from retrieval.manifest import Manifest, ShardRecord
-from retrieval.schema import SPLITS, VERSION
+from retrieval.schema import SPLITS
 from retrieval.storage import Root
 
+SCHEMA_VERSION = 1
 KEYS_PER_BUCKET = 1 << 21
 
 
@@ -67,7 +68,7 @@ def run(config: FilterConfig, root: Root) -> Manifest:
     started = time.time()
     job = _prepare(config, root)
     upstream = {"metadata": job.plan.identity, "blocklist": job.rules.blocklist.identity}
-    stage = Stage(root, "filter", VERSION, config, upstream)
+    stage = Stage(root, "filter", SCHEMA_VERSION, config, upstream)
     if done := stage.finished():
         _sweep(root)
         return done

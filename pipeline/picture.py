@@ -18,17 +18,18 @@ from retrieval.schema import Reason
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 ORIENTATION_TAG = 0x0112
-# What Pillow's readers raise for damaged files; a MemoryError or a defect of ours is not among them.
+# What Pillow's readers were seen or are documented to raise for damaged files; no MemoryError.
 BROKEN = (
     OSError,
+    EOFError,
     SyntaxError,
     ValueError,
-    IndexError,
-    KeyError,
     TypeError,
+    LookupError,
+    ArithmeticError,
+    RuntimeError,
     struct.error,
     zlib.error,
-    EOFError,
 )
 
 # Each decoding may take several hundred MB; the other threads of the process meanwhile go on fetching.

@@ -82,9 +82,11 @@ def permitted(address: str, access: Access) -> bool:
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address) and (inner := _embedded(ip)):
         return permitted(str(inner), access)
+    if ip.is_loopback:
+        return access != "none"
     if ip.is_multicast or ip.is_link_local or ip.is_unspecified or ip.is_reserved:
         return False
-    return ip.is_global or (access != "none" and ip.is_loopback) or (access == "all" and ip.is_private)
+    return ip.is_global or (access == "all" and ip.is_private)
 
 
 def _embedded(ip: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:

@@ -29,8 +29,8 @@ from retrieval.partition import AnyVectors, Vectors, assign, partition_folder, t
 from retrieval.storage import FileRecord, Root
 
 SCHEMA_VERSION = 1
-FLAT_ROWS = 20_000
-"""Below this many rows an exhaustive index answers in well under a millisecond a query."""
+FLAT_ROWS = 50_000
+"""Up to this many rows an exhaustive index answers within milliseconds and needs no tuning."""
 
 
 class IndexConfig(Config):
@@ -39,7 +39,7 @@ class IndexConfig(Config):
     rows_per_partition: int = Field(1_000_000, ge=1)
     """Wanted rows per partition; the number of partitions follows from it."""
     index_key: str = ""
-    """faiss factory key for every partition; empty: Flat up to 20,000 rows, then IVF with flat lists."""
+    """faiss factory key for every partition; empty: Flat up to 50,000 rows, then IVF with flat lists."""
     probes: int = Field(4, ge=1)
     """Partitions that a query visits unless it says otherwise."""
     num_sample: int = Field(1_000_000, ge=1)
@@ -168,7 +168,7 @@ def _write_index(root: Root, name: str, rows: Vectors, config: IndexConfig) -> F
                 index_path=str(built),
                 index_infos_path=f"{scratch}/infos.json",
                 index_key=key,
-                index_param="nprobe=16" if key.startswith("IVF") else "",
+                index_param="nprobe=64" if key.startswith("IVF") else "",
                 metric_type="ip",
                 nb_cores=config.cores_per_partition,
                 verbose=logging.ERROR,

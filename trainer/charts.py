@@ -26,27 +26,30 @@ LABELS = {
 
 
 def draw_bars(evaluation: dict[str, Any]) -> bytes:
-    """A PNG: accuracy by style with 95 % intervals above, logit of the wanted style, above the mean of all, below."""
-    names = [row["style"].replace("_", " ") for row in evaluation["styles"]]
+    """A PNG: accuracy by style with 95 % intervals on top; below, the wanted style's logit over the mean."""
+    names = [row["style"].replace("_", "\n") for row in evaluation["styles"]]
     figure = Figure(figsize=(max(8.0, 1.15 * (len(names) + 1)), 7.2), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     rows = [*evaluation["styles"], {"modes": evaluation["modes"]}]
     for offset, mode in zip(np.linspace(-0.3, 0.3, len(COLORS)), COLORS, strict=True):
         _draw_mode(top, bottom, [row["modes"][mode] for row in rows], (mode, float(offset)))
-    top.axhline(evaluation["chance"], color="#444444", linewidth=1, linestyle=":", label="chance")
+    top.axhline(evaluation["chance"], color="#444444", linewidth=1, linestyle=":")
     top.set_ylabel("taken for the style")
     top.set_ylim(0, 1.04)
     top.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     bottom.set_ylabel("logit above the mean")
     bottom.axhline(0, color="#444444", linewidth=0.8)
-    bottom.set_xticks(range(len(rows)), [*names, "all"], rotation=20 if len(names) > 6 else 0)
+    bottom.set_xticks(range(len(rows)), [*names, "all"])
+    bottom.set_xlim(-0.6, len(rows) - 0.4)
     for axes in (top, bottom):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#eeeeee")
         axes.set_axisbelow(True)
         axes.axvline(len(names) - 0.5, color="#bbbbbb", linewidth=0.8)
-    figure.legend(*top.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    place = (1.005, evaluation["chance"])
+    top.annotate("chance", place, xycoords=("axes fraction", "data"), va="center", fontsize=9)
+    figure.legend(*top.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     buffer = BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -95,9 +95,9 @@ def draw_grid(grid: Grid) -> Image.Image:
     """The grid as one picture: row labels on the left, column labels on top, both wrapped to fit."""
     size = max(13, grid.cell // 10)
     font, gap, line = _font(size), max(4, grid.cell // 24), round(size * 1.3)
-    side = round(grid.cell * 1.15) if any(grid.rows) else 0
     columns = [wrap(label[:LABEL_CHARS], grid.cell, font) for label in grid.columns]
-    rows = [wrap(label[:LABEL_CHARS], side - 2 * gap, font) for label in grid.rows]
+    rows = [wrap(label[:LABEL_CHARS], round(grid.cell * 1.1), font) for label in grid.rows]
+    side = round(max((font.getlength(text) + 3 * gap for lines in rows for text in lines), default=0))
     title = line * 2 if grid.title else 0
     top = title + line * max((len(lines) for lines in columns), default=0) + 2 * gap
     heights = [max(grid.cell, line * len(lines)) + gap for lines in rows]

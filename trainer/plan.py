@@ -105,10 +105,11 @@ def _samples(config: Training, neighbors: Manifest, layout: _Layout) -> Samples:
 
 def _check_neighbors(neighbors: Manifest, config: Training, root: Root) -> None:
     where = root.at("neighbors")
+    found = {"k": neighbors.values["k"], "dim": neighbors.values["encoder"]["dim"]}
     for word, wanted in (("k", config.train.k), ("dim", config.model.context_dim)):
-        if neighbors.values[word] != wanted:
+        if found[word] != wanted:
             raise UserError(
-                f"{where} has {word} {neighbors.values[word]}, but the recipe wants {wanted}. Set train.k "
+                f"{where} has {word} {found[word]}, but the recipe wants {wanted}. Set train.k "
                 f"and model.context_dim to the table's, or run 'make neighbors' with the recipe's."
             )
     if neighbors.rows < config.train.global_batch:

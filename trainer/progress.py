@@ -48,7 +48,7 @@ class Progress:
         """Log a point and keep it."""
         left = timedelta(seconds=round((self._steps - point.step) * point.seconds_per_step))
         log.info(
-            f"train: step {point.step:,}/{self._steps:,}  loss {point.loss:.4f}  grad {point.grad_norm:.3f}  "
+            f"step {point.step:,}/{self._steps:,}  loss {point.loss:.4f}  grad {point.grad_norm:.3f}  "
             f"lr {point.learning_rate:.2e}  {point.images_per_s:,.1f} images/s  "
             f"data {point.waiting_s:.3f} s  eta {left}"
         )

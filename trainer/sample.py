@@ -27,6 +27,7 @@ from trainer.request import TRAINING_DATABASE, Request, Sample, SamplingConfig, 
 log = logging.getLogger("sample")
 
 GRID_ROWS = 24
+COLUMN_WORDS = {TRAINING_DATABASE: "training database", "text": "text alone"}
 
 
 class SampleConfig(SamplingConfig):
@@ -150,7 +151,7 @@ def _grid(config: SampleConfig, prompts: Sequence[str], root: Root, stage: str) 
         Grid(
             cells=cells,
             rows=[prompts[number] if n == 0 else "" for number, n in rows],
-            columns=[column.replace("_", " ") for column in columns],
+            columns=[COLUMN_WORDS.get(column, column.replace("_", " ")) for column in columns],
             cell=cell_edge(cells[0][0]),
         )
     )

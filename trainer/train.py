@@ -44,7 +44,7 @@ def run(config: Training, root: Root) -> None:
     """Train on all ranks together; each rank calls it. Exits with code 143 after SIGTERM and a checkpoint."""
     plan = prepare(config, root)
     if is_finished(plan, root):
-        log.info(f"train: {root.at(config.train.folder)} is finished")
+        log.info(f"{root.at(config.train.folder)} is finished")
         return
     die_with_parent()
     began, termination = time.monotonic(), Termination()
@@ -138,7 +138,7 @@ def _announce(plan: Plan, parameters: int, ranks: Ranks, done: int) -> None:
     """Say what will be trained."""
     config, images = plan.config.train, sum(plan.samples.rows)
     log.info(
-        f"train: {config.name}  {parameters:,} parameters  {images:,} images with {config.k} neighbors each  "
+        f"{config.name}  {parameters:,} parameters  {images:,} images with {config.k} neighbors each  "
         f"{config.size} px as {plan.samples.latent_shape}  batch {config.global_batch} on {ranks.world} "
         f"ranks by {config.micro_batch}  {config.precision}  ZeRO {config.zero_stage}  "
         f"steps {done:,} to {config.steps:,} ({config.steps * config.global_batch / images:,.1f} epochs)"

@@ -39,7 +39,9 @@ def filter_rows_unaccounted(root: Root, metadata: Root) -> int:
     for name in metadata.list("", ".parquet"):
         with metadata.open(name) as file:
             read += pq.ParquetFile(file).metadata.num_rows
-    kept = {image_id for split in schema.SPLITS for image_id in _ids(root, f"filter/{split}", schema.SELECTED)}
+    kept = {
+        image_id for split in schema.SPLITS for image_id in _ids(root, f"filter/{split}", schema.SELECTED)
+    }
     return read - len(kept) - sum(read_manifest(root, "filter").reasons.values())
 
 
@@ -129,9 +131,7 @@ class NeighborTables:
                 len(table), self.config.k, self._dim
             )
             ids = schema.vectors(table, schema.NEIGHBOR_IDS).tolist()
-            yield from zip(
-                table[schema.IMAGE_ID].to_pylist(), ids, vectors.astype(np.float32), strict=True
-            )
+            yield from zip(table[schema.IMAGE_ID].to_pylist(), ids, vectors.astype(np.float32), strict=True)
 
     def _embedded(self, split: str) -> Iterator[tuple[Ids, Vectors]]:
         for name in self.root.list(f"embed/{split}", ".parquet"):

@@ -85,12 +85,15 @@ def hardware() -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parts = [names[0] if names else platform.machine(), f"{cpus} CPUs", f"{memory:.0f} GiB of memory"]
-    return ", ".join([*parts, f"{platform.system()} {platform.machine()}", f"Python {platform.python_version()}"])
+    return ", ".join(
+        [*parts, f"{platform.system()} {platform.machine()}", f"Python {platform.python_version()}"]
+    )
 
 
 def _content(demo: Demo, numbers: dict[str, Any], found: list[Goal]) -> dict[str, Any]:
     evaluation = demo.root.read_json(f"runs/{demo.name}/evaluate/evaluation.json")
     train = read_manifest(demo.root, f"runs/{demo.name}/train")
+    gallery = sheets.gallery(demo, PROMPTS)
     return {
         "numbers": numbers,
         "goals": found,
@@ -98,7 +101,8 @@ def _content(demo: Demo, numbers: dict[str, Any], found: list[Goal]) -> dict[str
         "k": demo.neighbors.k,
         "near_copy_similarity": demo.neighbors.near_copy_similarity,
         "neighbors": read_manifest(demo.root, "neighbors").values,
-        "gallery": sheets.gallery(demo, PROMPTS),
+        "gallery": gallery,
+        "held_out": sheets.are_held_out(demo.world, [row.prompt for row in gallery]),
         "prompt_sheets": sheets.prompt_sheets(demo, PROMPT_SHEETS),
         "image_sheets": sheets.image_sheets(demo, IMAGE_SHEETS),
         "modes": LABELS,

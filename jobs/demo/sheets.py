@@ -79,6 +79,13 @@ def gallery(demo: Demo, most: int) -> list[GalleryRow]:
     ]
 
 
+def are_held_out(world: Root, prompts: Iterable[str]) -> bool:
+    """Whether all prompts describe held-out contents, which nothing of the demo was trained on."""
+    with world.open("held_out.parquet") as file:
+        known = pq.read_table(file, columns=["prompt"])["prompt"].to_pylist()
+    return set(prompts) <= set(known)
+
+
 def prompt_sheets(demo: Demo, count: int) -> list[Sheet]:
     """Samples with all neighbors that conditioned them, each of another prompt and database."""
     prompts, columns = _sampled(demo)

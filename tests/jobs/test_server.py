@@ -200,10 +200,15 @@ def test_an_endless_body_passes_any_cap(server: WorldServer) -> None:
         assert all(len(response.read(1 << 20)) == 1 << 20 for _ in range(64))
 
 
-def test_a_truncated_body_is_shorter_than_announced(server: WorldServer, folder: Path) -> None:
+def test_a_truncated_body_is_shorter_than_announced_and_ends_the_connection(
+    server: WorldServer, folder: Path
+) -> None:
     size = (folder / "images" / "a.jpg").stat().st_size
-    with get(f"{server.url}/truncated/a.jpg") as response, pytest.raises(http.client.IncompleteRead) as short:
-        response.read()
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)
+    connection.request("GET", "/truncated/a.jpg")
+    with pytest.raises(http.client.IncompleteRead) as short:
+        connection.getresponse().read()
+    connection.close()
     assert (len(short.value.partial), short.value.expected) == (size // 2, size - size // 2)
 
 

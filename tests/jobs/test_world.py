@@ -292,6 +292,14 @@ def test_odd_formats_are_what_they_are_called(
     assert (image.mode, getattr(image, "n_frames", 1), image.size) == (mode, frames, (200, 120))
 
 
+def test_a_picture_appears_whole_and_is_never_rewritten_in_place(tmp_path: Path) -> None:
+    path = odd_picture(tmp_path, "jpg", "jpg")
+    with path.open("rb") as reader:
+        odd_picture(tmp_path, "gray", "jpg")
+        assert Image.open(reader).mode == "RGB"
+    assert [file.name for file in tmp_path.iterdir()] == ["odd.jpg"]
+
+
 def test_an_equal_config_leaves_a_finished_world_alone(folder: Path, config: WorldConfig) -> None:
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     start = time.monotonic()

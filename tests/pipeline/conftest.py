@@ -1,111 +1,72 @@
-"""A small run as `download` leaves it, and a CLIP model with random weights."""
+"""A server whose every answer the test writes itself."""
 
-import io
-import json
-import tarfile
-from dataclasses import dataclass
-from pathlib import Path
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import numpy as np
-import open_clip
-import pyarrow as pa
 import pytest
-import torch
-from PIL import Image
-from safetensors.torch import save_file
 
-from retrieval import Root, schema
-from retrieval.encoder import ClipConfig
-from retrieval.manifest import Manifest, ShardRecord, write_manifest
-
-ARCHITECTURE = {
-    "embed_dim": 32,
-    "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-}
+Answer = Callable[[BaseHTTPRequestHandler], None]
 
 
-def write_clip(folder: Path, seed: int) -> ClipConfig:
-    """A tiny open_clip model with random weights, in open_clip's own folder layout.
+class Origin:
+    """Answers GET by path; `asked` lists the requests as (path, headers)."""
 
-    Its image features are centered: otherwise all pictures would look alike to random weights.
-    """
-    folder.mkdir(parents=True)
-    torch.manual_seed(seed)
-    model = open_clip.CLIP(**ARCHITECTURE)
-    blocks = torch.nn.functional.interpolate(2 * torch.randn(256, 3, 4, 4), 32)
-    with torch.no_grad():
-        model.train().encode_image(blocks)  # batch statistics
-        model.eval().visual.attnpool.c_proj.bias -= model.encode_image(blocks).mean(dim=0)
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": ARCHITECTURE}))
-    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
-    return ClipConfig(model=f"local-dir:{folder}")
+    def __init__(self) -> None:
+        self.answers: dict[str, Answer] = {}
+        self.asked: list[tuple[str, dict[str, str]]] = []
+        self.connections = 0
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        origin = self
 
-@pytest.fixture(scope="session")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> ClipConfig:
-    """The encoder of these tests."""
-    return write_clip(tmp_path_factory.mktemp("clip") / "model", seed=0)
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
 
+            def setup(self) -> None:
+                origin.connections += 1
+                super().setup()
 
-@dataclass(frozen=True)
-class Picture:
-    """One row as downloaded: what it shows follows from `seed`; without `data` the download failed."""
+            def do_GET(self) -> None:
+                origin.asked.append((self.path, dict(self.headers)))
+                origin.answers[self.path](self)
 
-    url: str
-    seed: int
-    reason: str = ""
-    data: bytes | None = None
+            def log_message(self, format: str, *args: object) -> None:
+                pass
 
-    @property
-    def jpeg(self) -> bytes:
-        """Colored blocks; equal seeds give equal bytes."""
-        if self.data is not None:
-            return self.data
-        blocks = np.random.default_rng(self.seed).integers(0, 255, (4, 4, 3), np.uint8)
-        buffer = io.BytesIO()
-        Image.fromarray(blocks).resize((48, 48), Image.Resampling.NEAREST).save(buffer, "JPEG", quality=90)
-        return buffer.getvalue()
+        return Handler
 
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
 
-def write_download(root: Root, shards: dict[str, list[Picture]]) -> None:
-    """Tars, status tables and manifest of a finished `download`."""
-    records = []
-    for shard, pictures in shards.items():
-        rows = [_row(picture) for picture in pictures]
-        table = pa.Table.from_pylist(rows, schema=schema.DOWNLOADED)
-        files = [schema.write_table(root, f"download/{shard}.parquet", table, schema.DOWNLOADED)]
-        with root.writing(f"download/{shard}.tar") as pending, tarfile.open(pending.path, "w") as tar:
-            for row, picture in zip(rows, pictures):
-                if not picture.reason:
-                    info = tarfile.TarInfo(f"{row['image_id'] & (1 << 64) - 1:016x}.jpg")
-                    info.size = len(picture.jpeg)
-                    tar.addfile(info, io.BytesIO(picture.jpeg))
-        kept = sum(not picture.reason for picture in pictures)
-        records.append(ShardRecord(shard, kept, (*files, pending.record)))
-    write_manifest(root, Manifest("download", 1, "d" * 16, {}, {}, tuple(records), {}, 1.0))
+    def on(self, path: str, answer: Answer) -> str:
+        """Answer a path so; its URL."""
+        self.answers[path] = answer
+        return self.url + path
+
+    def sends(self, path: str, body: bytes, status: int = 200, **headers: str) -> str:
+        """Answer a path with this body, status and headers (underscores for hyphens); its URL."""
+
+        def answer(handler: BaseHTTPRequestHandler) -> None:
+            handler.send_response(status)
+            for name, value in {"Content_Length": str(len(body)), **headers}.items():
+                for line in value.split("\n"):
+                    handler.send_header(name.replace("_", "-"), line)
+            handler.end_headers()
+            handler.wfile.write(body)
+
+        return self.on(path, answer)
 
 
-def _row(picture: Picture) -> dict[str, object]:
-    stored = not picture.reason
-    return {
-        "image_id": schema.image_id(picture.url),
-        "url": picture.url,
-        "caption": f"caption of {picture.url}",
-        "license": None,
-        "reason": picture.reason,
-        "message": picture.reason,
-        "width": 48 * stored,
-        "height": 48 * stored,
-        "original_width": 48 * stored,
-        "original_height": 48 * stored,
-        "sha256": f"{picture.seed:064x}" if stored else "",
-    }
-
-
-def pictures(prefix: str, first_seed: int, count: int) -> list[Picture]:
-    """Pictures of consecutive seeds."""
-    return [
-        Picture(f"http://example.org/{prefix}/{i}.jpg", i << 200)
-        for i in range(first_seed, first_seed + count)
-    ]
+@pytest.fixture
+def origin() -> Iterator[Origin]:
+    origin = Origin()
+    origin._server.handle_error = lambda *_: None  # type: ignore[method-assign]
+    yield origin
+    origin.close()

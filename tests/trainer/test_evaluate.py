@@ -43,7 +43,15 @@ def evaluated(tiny, prompts_file):
 
 def config(prompts_file: str, **settings) -> EvaluateConfig:
     judge = ClassifierConfig(hidden=32, epochs=40)
-    quick = {"steps": 2, "guidance": 2.0, "k": 4, "batch_size": 3, "workers": 2, "threads": 1, "device": "cpu"}
+    quick = {
+        "steps": 2,
+        "guidance": 2.0,
+        "k": 4,
+        "batch_size": 3,
+        "workers": 2,
+        "threads": 1,
+        "device": "cpu",
+    }
     defaults = {"prompts_file": prompts_file, "samples_per_style": 4, "classifier": judge}
     return EvaluateConfig(**(defaults | quick | settings))
 
@@ -54,7 +62,10 @@ def config(prompts_file: str, **settings) -> EvaluateConfig:
 def test_all_modes_share_the_prompts_and_seeds_of_a_style_and_styles_do_not():
     cells = make_cells(SamplingConfig(), 5, NAMES, PROMPTS)
     assert [cell.name for cell in cells] == [f"{mode}/{style}" for mode in MODES for style in NAMES]
-    drawn = {cell.name: [(p, one.seed) for p, one in zip(cell.prompts, cell.requests, strict=True)] for cell in cells}
+    drawn = {
+        cell.name: [(p, one.seed) for p, one in zip(cell.prompts, cell.requests, strict=True)]
+        for cell in cells
+    }
     for style in NAMES:
         assert all(drawn[f"{mode}/{style}"] == drawn[f"retrieval/{style}"] for mode in MODES)
     seeds = [seed for style in NAMES for _, seed in drawn[f"retrieval/{style}"]]
@@ -186,7 +197,13 @@ def test_every_mode_and_style_has_its_samples_and_their_features(evaluated):
         "report",
     ]
     assert all(shard.rows == 4 for shard in manifest.shards[:-1])
-    for name in ("evaluation.json", "bars.png", "classifier.safetensors", "retrieval.png", "no_neighbors.png"):
+    for name in (
+        "evaluation.json",
+        "bars.png",
+        "classifier.safetensors",
+        "retrieval.png",
+        "no_neighbors.png",
+    ):
         assert f"{STAGE}/{name}" in manifest.checksums()
     with root.open(f"{STAGE}/samples/suffix/deep_red/0003.png") as file:
         recipe = read_recipe(file.read())
@@ -215,7 +232,9 @@ def test_features_are_those_of_the_stored_pictures(evaluated, tiny):
     np.testing.assert_allclose(features, encoder.encode_images(pictures), atol=1e-5)
 
 
-def test_running_again_does_nothing_and_a_killed_run_ends_with_the_same_checksums(evaluated, tiny, prompts_file):
+def test_running_again_does_nothing_and_a_killed_run_ends_with_the_same_checksums(
+    evaluated, tiny, prompts_file
+):
     root, manifest, _ = evaluated
     place = root.local_path(f"{STAGE}/evaluation.json")
     before = place.stat().st_mtime_ns

@@ -9,7 +9,15 @@ import pytest
 from retrieval.encoder import Encoder
 from retrieval.errors import UserError
 from retrieval.storage import Root
-from tests.trainer.tiny_run import PROMPTS, ROWS, STYLES, tiny_autoencoder, write_clip, write_database, write_run
+from tests.trainer.tiny_run import (
+    PROMPTS,
+    ROWS,
+    STYLES,
+    tiny_autoencoder,
+    write_clip,
+    write_database,
+    write_run,
+)
 from trainer.batches import even_chunks
 from trainer.generation import Sampler, Trained, database_names, pick_device
 from trainer.request import Compute, Request, prompts_digest, read_prompts
@@ -28,7 +36,9 @@ def sampler(tiny) -> Sampler:
 
 
 def request(**settings) -> Request:
-    return Request(**({"prompt": PROMPTS[0], "database": "green", "k": 4, "guidance": 2.0, "steps": 2} | settings))
+    return Request(
+        **({"prompt": PROMPTS[0], "database": "green", "k": 4, "guidance": 2.0, "steps": 2} | settings)
+    )
 
 
 def pixels(sample) -> np.ndarray:
@@ -75,7 +85,9 @@ def test_neighbors_are_the_databases_best_rows_for_the_prompt(sampler):
     scores = database.embeddings().astype(np.float32) @ sampler.encoder.encode_texts([PROMPTS[0]])[0]
     ids = np.asarray(database.metadata()["image_id"])
     assert [found.image_id for found in sample.neighbors] == ids[np.argsort(-scores)[:5]].tolist()
-    np.testing.assert_allclose([found.similarity for found in sample.neighbors], np.sort(scores)[::-1][:5], atol=1e-3)
+    np.testing.assert_allclose(
+        [found.similarity for found in sample.neighbors], np.sort(scores)[::-1][:5], atol=1e-3
+    )
 
 
 def test_each_mode_conditions_on_its_own_tokens(sampler):
@@ -170,7 +182,9 @@ def test_a_gpu_that_is_not_there_is_refused():
         pick_device("cuda")
 
 
-@pytest.mark.parametrize(("count", "size", "wanted"), [(20, 8, [7, 6, 7]), (3, 8, [3]), (0, 8, []), (8, 8, [8])])
+@pytest.mark.parametrize(
+    ("count", "size", "wanted"), [(20, 8, [7, 6, 7]), (3, 8, [3]), (0, 8, []), (8, 8, [8])]
+)
 def test_chunks_are_few_and_of_nearly_equal_length(count, size, wanted):
     chunks = even_chunks(list(range(count)), size)
     assert [len(chunk) for chunk in chunks] == wanted
@@ -184,7 +198,9 @@ def test_prompts_are_read_without_comments_blank_lines_and_byte_order_mark(tmp_p
     assert prompts_digest(["a", "b"]) != prompts_digest(["a\nb"])
 
 
-@pytest.mark.parametrize(("data", "words"), [(b"", "no prompt"), (b"\xff\xfe\x00a", "not UTF-8"), (None, "not there")])
+@pytest.mark.parametrize(
+    ("data", "words"), [(b"", "no prompt"), (b"\xff\xfe\x00a", "not UTF-8"), (None, "not there")]
+)
 def test_a_prompts_file_that_cannot_be_used_is_refused(tmp_path, data, words):
     path = tmp_path / "prompts.txt"
     if data is not None:

@@ -153,7 +153,8 @@ def test_a_number_has_the_same_seed_for_every_prompt_and_database():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"k": 0}, {"steps": 0}, {"scheduler": "euler"}, {"databases": ()}, {"mode": "image"}, {"colour": 1}]
+    "settings",
+    [{"k": 0}, {"steps": 0}, {"scheduler": "euler"}, {"databases": ()}, {"mode": "image"}, {"colour": 1}],
 )
 def test_settings_that_mean_nothing_are_refused(settings):
     with pytest.raises(ValidationError):

@@ -7,19 +7,18 @@ import json
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pyarrow as pa
 import torch
 from open_clip.model import CLIP
 from PIL import Image
 from safetensors.torch import save_file
+from trainer.autoencoder import Autoencoder, AutoencoderConfig
 
 from retrieval import schema
 from retrieval.build import Identity, IndexConfig, build_database
 from retrieval.encoder import ClipConfig, Encoder
 from retrieval.manifest import Manifest, ShardRecord, write_manifest
 from retrieval.storage import Root
-from trainer.autoencoder import Autoencoder, AutoencoderConfig
 from trainer.diffusion import DiffusionConfig
 from trainer.generation import Trained
 from trainer.model import ModelConfig, build_unet

@@ -1,0 +1,106 @@
+"""`python -m jobs.demo RECIPE`: the whole road on a world that the demo draws itself, and its report.
+
+Runs every stage by the code that its own command runs. Finished steps are not done again; a step that
+was killed goes on where it was. `seconds.json` notes how long each step worked.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+
+from jobs import download, embed, evaluate, filter, index, latents, neighbors, report, sample, train
+from jobs.command import main
+from jobs.demo.autoencoder import AutoencoderTraining, train_autoencoder
+from jobs.demo.clip import ClipTraining, train_clip
+from jobs.demo.parts import draw_world, style_folders, trained
+from jobs.recipe import Recipe
+from pipeline import database
+from pipeline.runner import cluster
+from retrieval.build import IndexConfig
+from retrieval.encoder import ClipConfig, Encoder
+from retrieval.storage import Root
+from trainer.latents import LatentsConfig
+from trainer.recipe import TrainConfig
+
+log = logging.getLogger("demo")
+Step = tuple[str, str, Callable[[Recipe], object]]
+"""A step's name, the file that is written when it is done, and the work."""
+
+
+def run(recipe: Recipe) -> None:
+    """All steps in order, then the report. Ends with code 1 if a goal was missed."""
+    started = time.time()
+    for step in _own_parts():
+        _timed(recipe, step)
+    # One Ray for all data stages; it is gone before training, which wants the cores.
+    with cluster():
+        for step in _data_stages(recipe):
+            _timed(recipe, step)
+    for step in _model_stages(recipe):
+        _timed(recipe, step)
+    log.info("all steps took %.0f s now", time.time() - started)
+    report.run(recipe)
+
+
+def _own_parts() -> list[Step]:
+    def clip(recipe: Recipe) -> None:
+        trained(recipe.root, "clip", recipe[ClipTraining], train_clip)
+
+    def autoencoder(recipe: Recipe) -> None:
+        trained(recipe.root, "autoencoder", recipe[AutoencoderTraining], train_autoencoder)
+
+    return [
+        ("world", "world/world.json", draw_world),
+        ("clip", "clip/manifest.json", clip),
+        ("autoencoder", "autoencoder/manifest.json", autoencoder),
+    ]
+
+
+def _data_stages(recipe: Recipe) -> list[Step]:
+    stages = {"filter": filter, "download": download, "embed": embed, "index": index, "neighbors": neighbors}
+    steps: list[Step] = [(name, f"{name}/manifest.json", stage.run) for name, stage in stages.items()]
+    return [*steps, ("latents", f"latents/{recipe[LatentsConfig].size}/manifest.json", latents.run)]
+
+
+def _model_stages(recipe: Recipe) -> list[Step]:
+    folder = f"runs/{recipe[TrainConfig].name}"
+    last = f"databases/{style_folders(recipe)[-1][0]}/manifest.json"
+    return [
+        ("databases", last, _databases),
+        ("train", f"{folder}/train/manifest.json", train.run),
+        ("sample", f"{folder}/sample/manifest.json", sample.run),
+        ("evaluate", f"{folder}/evaluate/manifest.json", evaluate.run),
+    ]
+
+
+def _databases(recipe: Recipe) -> None:
+    encoder = Encoder(recipe[ClipConfig])
+    for name, folder in style_folders(recipe):
+        database.run(name, folder, encoder, recipe[IndexConfig], recipe.root)
+
+
+def _timed(recipe: Recipe, step: Step) -> None:
+    """Run a step and note its seconds: added to those of runs that did not finish it."""
+    name, mark, work = step
+    log.info("---- %s", name)
+    before, started = _mark(recipe.root, mark), time.time()
+    try:
+        work(recipe)
+    finally:
+        after = _mark(recipe.root, mark)
+        if not before or before != after:
+            seconds = recipe.root.read_json("seconds.json") if recipe.root.exists("seconds.json") else {}
+            earlier = 0.0 if before else seconds.get(name, 0.0)
+            seconds[name] = round(earlier + time.time() - started, 1)
+            recipe.root.write_json("seconds.json", seconds)
+
+
+def _mark(root: Root, name: str) -> bytes:
+    if not root.exists(name):
+        return b""
+    with root.open(name) as file:
+        return file.read()
+
+
+if __name__ == "__main__":
+    main("demo", __doc__, run)

@@ -1,0 +1,85 @@
+"""Recipes are refused whole, before any work, with the key that is wrong."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs.recipe import load_recipe
+from pipeline.embed import EmbedConfig
+from pipeline.neighbors import NeighborsConfig
+from retrieval import UserError
+from retrieval.encoder import ClipConfig
+
+CONFIGS = Path(__file__).resolve().parents[2] / "jobs" / "configs"
+SMALL = 'root = "runs/x"\n[clip]\nmodel = "local-dir:clip"\n[neighbors]\nk = 4\n'
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A small valid recipe."""
+    path = tmp_path / "recipe.toml"
+    path.write_text(SMALL)
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.name)
+def test_every_recipe_of_the_project_is_valid(path: Path) -> None:
+    assert load_recipe(path).resolved()["root"]
+    assert path.read_text().startswith("#"), "a recipe starts with its record"
+
+
+def test_values_come_from_the_file_then_from_overrides_then_from_defaults(recipe: Path) -> None:
+    loaded = load_recipe(recipe, ["neighbors.k=6", "clip.model=local-dir:other", "embed.batch_size=9"])
+    assert loaded[NeighborsConfig].k == 6
+    assert loaded[NeighborsConfig].near_copy_similarity == 0.96
+    assert loaded[ClipConfig].model == "local-dir:other"
+    assert loaded[EmbedConfig].batch_size == 9
+    assert load_recipe(recipe, ["root=elsewhere"]).root.url == "elsewhere"
+    again = load_recipe(Path(loaded.arguments()[0]), loaded.arguments()[2::2])
+    assert again.resolved() == loaded.resolved()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            SMALL.replace("k = 4", "kk = 4"),
+            r"section \[neighbors\]\n  kk: Extra inputs.*\nKnown keys: k, near_copy",
+        ),
+        (SMALL.replace("k = 4", "k = 0"), r"k: Input should be greater than or equal to 1, got 0"),
+        (SMALL.replace("k = 4", 'k = "4"'), r"k: Input should be a valid integer, got '4'"),
+        (SMALL.replace("[neighbors]", "[neighbours]"), r"unknown section \[neighbours\]"),
+        (SMALL.replace('root = "runs/x"', ""), "root must be a folder"),
+        (SMALL + "[", "is not TOML"),
+    ],
+)
+def test_a_mistake_names_the_section_the_key_and_what_was_found(
+    recipe: Path, text: str, message: str
+) -> None:
+    recipe.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_recipe(recipe)
+
+
+@pytest.mark.parametrize("override", ["neighbors", "neighbors=3", "=3"])
+def test_an_override_that_names_no_key_is_refused(recipe: Path, override: str) -> None:
+    with pytest.raises(UserError, match=r"wanted section\.key=value"):
+        load_recipe(recipe, [override])
+
+
+def test_a_missing_section_is_named_when_it_is_needed(recipe: Path) -> None:
+    with pytest.raises(UserError, match=r"no section \[embed\]"):
+        load_recipe(recipe)[EmbedConfig]
+
+
+def test_a_command_prints_the_resolved_recipe_or_a_clean_error(recipe: Path) -> None:
+    command = [sys.executable, "-m", "jobs.neighbors", str(recipe), "--dry-run"]
+    good = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert good.returncode == 0
+    assert '"near_copy_similarity": 0.96' in good.stdout
+    bad = subprocess.run([*command, "--set", "neighbors.q=1"], capture_output=True, text=True, check=False)
+    assert bad.returncode == 2
+    assert bad.stderr.startswith("error: ")
+    assert "Traceback" not in bad.stderr

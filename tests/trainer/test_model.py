@@ -1,0 +1,46 @@
+import pytest
+import torch
+from pydantic import ValidationError
+
+from trainer.model import ModelConfig, build_unet, null_context
+
+LAION = ModelConfig(latent_channels=16, context_dim=768, channels=(448, 896, 1344, 1792), attention=(1, 2, 4))
+IMAGENET = ModelConfig(latent_channels=3, context_dim=512, channels=(192, 384, 576, 960), attention=(2, 4, 8))
+TINY = ModelConfig(latent_channels=4, context_dim=32, channels=(32, 64), attention=(2,), layers=1)
+
+
+@pytest.mark.parametrize(("config", "parameters"), [(LAION, 1_335_480_400), (IMAGENET, 400_920_579)])
+def test_the_papers_models_have_the_papers_number_of_parameters(config: ModelConfig, parameters: int) -> None:
+    with torch.device("meta"):
+        unet = build_unet(config)
+    assert sum(weight.numel() for weight in unet.parameters()) == parameters
+
+
+def test_any_number_of_zero_tokens_equals_one() -> None:
+    torch.manual_seed(0)
+    unet = build_unet(TINY).eval()
+    noisy, t = torch.randn(2, 4, 8, 8), torch.tensor([10, 900])
+    with torch.no_grad():
+        one = unet(noisy, t, null_context(2, 32), return_dict=False)[0]
+        eight = unet(noisy, t, torch.zeros(2, 8, 32), return_dict=False)[0]
+        some = unet(noisy, t, torch.randn(2, 8, 32), return_dict=False)[0]
+    torch.testing.assert_close(one, eight)
+    assert (one - some).abs().max() > 1e-4
+
+
+def test_the_order_of_neighbors_does_not_matter() -> None:
+    torch.manual_seed(0)
+    unet = build_unet(TINY).eval()
+    noisy, t, context = torch.randn(1, 4, 8, 8), torch.tensor([10]), torch.randn(1, 5, 32)
+    with torch.no_grad():
+        forward = unet(noisy, t, context, return_dict=False)[0]
+        backward = unet(noisy, t, context.flip(1), return_dict=False)[0]
+    torch.testing.assert_close(forward, backward)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"), [({"attention": (3,)}, "attention"), ({"channels": (32, 40)}, "divisible")]
+)
+def test_a_model_that_cannot_be_built_is_refused(change: dict[str, object], word: str) -> None:
+    with pytest.raises(ValidationError, match=word):
+        ModelConfig.model_validate({**TINY.model_dump(), **change})
