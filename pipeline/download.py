@@ -13,8 +13,7 @@ from typing import Literal
 from pydantic import Field
 
 from pipeline.fetch import Fetcher, Manners
-from pipeline.runner import Stage, Workers, run_shards
-from pipeline.shard_download import ShardDownload, Storing
+from pipeline.runner import Stage, Work, Workers, run_shards
 from retrieval.config import Config, speed
 from retrieval.manifest import Manifest, read_manifest
 from retrieval.storage import Root
@@ -71,9 +70,11 @@ def run(config: DownloadConfig, root: Root) -> Manifest:
     return stage.complete(records, {"urls": urls}, started)
 
 
-def _make_work(config: DownloadConfig, root: Root) -> ShardDownload:
+def _make_work(config: DownloadConfig, root: Root) -> Work:
     # img2dataset imports albumentations, which otherwise asks the network for a newer release.
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+    from pipeline.shard_download import ShardDownload, Storing
+
     manners = Manners(
         user_agent=config.user_agent,
         contact=config.contact,

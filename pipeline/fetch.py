@@ -22,7 +22,6 @@ from retrieval.schema import Reason
 
 MAX_REDIRECTS = 5
 FIRST_PAUSE_S = 0.5
-CHUNK_BYTES = 1 << 16
 OPT_OUT = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -138,17 +137,18 @@ class Fetcher:
             raise self._too_large()
 
     def _body(self, response: urllib3.BaseHTTPResponse, end: float) -> bytes:
-        body = bytearray()
         try:
-            while chunk := response.read1(CHUNK_BYTES):
-                body += chunk
-                if len(body) > self.manners.max_bytes:
-                    raise self._too_large()
+            # One call, not chunks: the deadline is kept by the sockets below it.
+            body = response.read(self.manners.max_bytes + 1)
         except PoolTimeoutError as error:
             raise self._timeout(end) from error
         except HTTPError as error:
             raise _Failed(Reason.TRUNCATED, "the body ended early", 0.0) from error
-        return bytes(body)
+        if len(body) > self.manners.max_bytes:
+            raise self._too_large()
+        if response.length_remaining:
+            raise _Failed(Reason.TRUNCATED, "the body ended early", 0.0)
+        return body
 
     def _timeout(self, end: float) -> _Failed:
         if time.monotonic() >= end:

@@ -1,13 +1,14 @@
 """Any picture that a server may send, made safe and plain for one decoder.
 
-Takes a body, checks its size in pixels from the header before anything is decoded, and gives bytes that
-OpenCV decodes to upright 8-bit RGB. A plain JPEG keeps its bytes. Everything else (PNG of 16 bits, gray,
-palette, alpha, animation, CMYK, an EXIF rotation) is decoded by Pillow, where OpenCV would get it wrong.
+Takes a body, checks its size in pixels from the header before anything is decoded. A plain JPEG keeps its
+bytes. Everything else (PNG of 16 bits, gray, palette, alpha, animation, CMYK, an EXIF rotation) is decoded
+by Pillow to upright 8-bit RGB, where OpenCV, which decodes for img2dataset, would get it wrong.
 """
 
 import io
 import struct
 import zlib
+from dataclasses import dataclass
 from threading import Semaphore
 
 import numpy as np
@@ -36,15 +37,27 @@ BROKEN = (
 _DECODING = Semaphore(2)
 
 
-def prepared(body: bytes, max_pixels: int) -> bytes | Refusal:
-    """The body itself if it is a plain JPEG, else its upright RGB pixels as PPM; or why it cannot be used.
+@dataclass(frozen=True)
+class Picture:
+    """An upright RGB picture for OpenCV to decode: the JPEG that came, or PPM.
 
-    Never upscales, resizes or judges the edges; animated pictures give their first frame, transparent
-    ones lie on white.
+    size: (width, height) in pixels of a JPEG that is known to be whole and is to be stored as it is;
+    None for what has to be decoded and encoded anew.
+    """
+
+    data: bytes
+    size: tuple[int, int] | None = None
+
+
+def prepared(body: bytes, max_pixels: int, max_edge: int) -> Picture | Refusal:
+    """The picture in a body, or why it cannot be used.
+
+    max_edge: plain JPEGs whose shorter edge is at most this many pixels are stored as they are; 0: all of
+    them. Nothing is resized here. Animated pictures give their first frame, transparent ones lie on white.
     """
     try:
         with Image.open(io.BytesIO(body), formats=FORMATS) as image:
-            return _plain(image, body, max_pixels)
+            return _picture(image, body, max_pixels, max_edge)
     except Image.DecompressionBombError:
         return _too_many(max_pixels)
     except UnidentifiedImageError:
@@ -53,16 +66,23 @@ def prepared(body: bytes, max_pixels: int) -> bytes | Refusal:
         return Refusal(Reason.TRUNCATED, "the picture is damaged or ends early")
 
 
-def _plain(image: Image.Image, body: bytes, max_pixels: int) -> bytes | Refusal:
-    if image.width * image.height > max_pixels:
+def _picture(image: Image.Image, body: bytes, max_pixels: int, max_edge: int) -> Picture | Refusal:
+    size = image.size
+    if size[0] * size[1] > max_pixels:
         return _too_many(max_pixels)
     if image.mode in ("I", "F"):
         return Refusal(Reason.NOT_AN_IMAGE, "pixels of 32 bits, whose range is unknown")
     orientation = _orientation(image)
     if image.format in ("JPEG", "MPO") and image.mode == "RGB" and orientation == 1:
-        return body
+        if max_edge and min(size) > max_edge:
+            return Picture(body)
+        # Decoding an eighth of the size reads the whole stream, finds it cut as a full decoding
+        # would, and costs a third.
+        image.draft(None, (size[0] // 8, size[1] // 8))
+        image.load()
+        return Picture(body, size)
     with _DECODING:
-        return _ppm(_decoded(image, orientation))
+        return Picture(_ppm(_decoded(image, orientation)))
 
 
 def _too_many(max_pixels: int) -> Refusal:

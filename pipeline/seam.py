@@ -3,18 +3,16 @@
 img2dataset's `Downloader` calls a function of its module, `download_image_with_retry(row, ...)`, in many
 threads, and gives what it returns to its resizer and writer. That function opens file:// URLs and private
 addresses, has no limit of bytes or time, retries whatever fails, and leaves rotated and 16-bit pictures to
-be decoded wrongly. `plugged_in` puts a `Seam` in its place while one shard is made.
+be decoded wrongly. `shard_download` puts a `Seam` in its place while one shard is made.
 """
 
 import hashlib
 import io
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from pipeline.fetch import Fetcher
-from pipeline.picture import prepared
+from pipeline.picture import Picture, prepared
 from pipeline.sockets import Refusal
 from retrieval.schema import Reason
 
@@ -23,12 +21,21 @@ MIN_JUDGED_URLS = 5
 _GIVEN_UP = Refusal(Reason.NO_CONNECTION, "not tried: the shard was given up")
 
 
+class Stream(io.BytesIO):
+    """A picture on its way to the resizer; size as in `Picture`."""
+
+    def __init__(self, picture: Picture) -> None:
+        super().__init__(picture.data)
+        self.size = picture.size
+
+
 @dataclass
 class Seam:
     """Fetches the URLs of one shard; knows of each what came, by its row. sent: SHA-256 of bodies, in hex."""
 
     fetcher: Fetcher
     max_pixels: int
+    max_edge: int
     min_success: float
     patience: int
     """URLs that may pass without an answer before the rest is not tried."""
@@ -39,9 +46,7 @@ class Seam:
     silent: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def __call__(
-        self, row: tuple[int, str], **_settings: object
-    ) -> tuple[int, io.BytesIO | None, str | None]:
+    def __call__(self, row: tuple[int, str], **_settings: object) -> tuple[int, Stream | None, str | None]:
         """What `download_image_with_retry` gives: the row's number, and a picture or a message."""
         number, url = row
         try:
@@ -55,7 +60,7 @@ class Seam:
         if isinstance(outcome, Refusal):
             self.refused[number] = outcome
             return number, None, outcome.message
-        return number, io.BytesIO(outcome), None
+        return number, Stream(outcome), None
 
     @property
     def over(self) -> bool:
@@ -68,27 +73,14 @@ class Seam:
         answered = self.done - self.silent
         return self.done >= MIN_JUDGED_URLS and answered < self.min_success * self.done
 
-    def _picture(self, number: int, url: str) -> bytes | Refusal:
+    def _picture(self, number: int, url: str) -> Picture | Refusal:
         body = self.fetcher.fetch(url)
         if isinstance(body, Refusal):
             return body
         self.sent[number] = hashlib.sha256(body).hexdigest()
-        return prepared(body, self.max_pixels)
+        return prepared(body, self.max_pixels, self.max_edge)
 
-    def _count(self, outcome: bytes | Refusal) -> None:
+    def _count(self, outcome: Picture | Refusal) -> None:
         with self.lock:
             self.done += 1
             self.silent += isinstance(outcome, Refusal) and outcome.reason in SILENT
-
-
-@contextmanager
-def plugged_in(seam: Seam) -> Iterator[None]:
-    """While this lasts, img2dataset's Downloader fetches through the seam. One at a time in a process."""
-    from img2dataset import downloader
-
-    theirs = downloader.download_image_with_retry
-    downloader.download_image_with_retry = seam
-    try:
-        yield
-    finally:
-        downloader.download_image_with_retry = theirs

@@ -2,10 +2,9 @@
 
 Reads `filter/<shard>.parquet`; writes `download/<shard>.tar` (WebDataset, rows in the filter's order) and
 `download/<shard>.parquet` (schema DOWNLOADED: every URL, stored or not, and why not). Equal answers of the
-servers give equal bytes.
+servers give equal bytes. Imports img2dataset, which takes seconds and 600 MB: workers alone import this.
 """
 
-import imghdr
 import os
 import shutil
 import tempfile
@@ -18,10 +17,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from img2dataset import downloader
+from img2dataset.resizer import Resizer
+from img2dataset.writer import WebDatasetSampleWriter
 
 from pipeline import tars
 from pipeline.fetch import Fetcher
-from pipeline.seam import Seam, plugged_in
+from pipeline.seam import Seam, Stream
 from pipeline.sockets import Refusal
 from retrieval.errors import UserError
 from retrieval.manifest import ShardRecord
@@ -34,7 +36,7 @@ TOO_SMALL = "image too small"
 
 @dataclass(frozen=True)
 class Storing:
-    """How the pictures of one split are stored. edge: shorter edge to cut down to, in px; 0: keep the size."""
+    """How the pictures of one split are stored. edge: shorter edge to cut down to in px; 0: as it is."""
 
     edge: int
     min_edge: int
@@ -51,14 +53,15 @@ class ShardDownload:
         self.root = root
         self.fetcher = fetcher
         self.storing = storing
-        _know_every_jpeg()
         _sweep_scratch()
 
     def __call__(self, shard: str) -> ShardRecord:
         """Download a shard such as `train/00000-00000`. Raises UserError if nearly no URL gave an answer."""
         rows = read_table(self.root, f"filter/{shard}.parquet", SELECTED)
         storing = self.storing[shard.partition("/")[0]]
-        seam = Seam(self.fetcher, storing.max_pixels, storing.min_success, patience=4 * storing.threads)
+        seam = Seam(
+            self.fetcher, storing.max_pixels, storing.edge, storing.min_success, patience=4 * storing.threads
+        )
         with _scratch() as folder:
             found = _run_img2dataset(rows, storing, seam, folder)
             _check(shard, rows, found, seam)
@@ -74,15 +77,12 @@ class ShardDownload:
 
 def _run_img2dataset(rows: pa.Table, storing: Storing, seam: Seam, folder: Path) -> list[dict[str, Any]]:
     """Fetch and store all rows below `folder`; what img2dataset says of each, in the order of the rows."""
-    from img2dataset.downloader import Downloader
-    from img2dataset.writer import WebDatasetSampleWriter
-
     feather = folder / "rows.feather"
     with pa.ipc.new_file(str(feather), rows.select(["url"]).schema) as writer:
         writer.write_table(rows.select(["url"]))
-    downloader = Downloader(
+    worker = downloader.Downloader(
         sample_writer_class=WebDatasetSampleWriter,
-        resizer=_resizer(storing),
+        resizer=_Resizer(storing),
         thread_count=storing.threads,
         save_caption=False,
         extract_exif=False,
@@ -100,22 +100,41 @@ def _run_img2dataset(rows: pa.Table, storing: Storing, seam: Seam, folder: Path)
     )
     # Not by calling the object, which would turn every failure into a line on stdout.
     with plugged_in(seam):
-        downloader.download_shard((0, str(feather)))
+        worker.download_shard((0, str(feather)))
     found: list[dict[str, Any]] = pq.read_table(folder / "0.parquet").to_pylist()
     return sorted(found, key=lambda row: int(row["key"]))
 
 
-def _resizer(storing: Storing) -> Any:
-    from img2dataset.resizer import Resizer
+class _Resizer(Resizer):
+    """img2dataset's resizer, but for pictures that are known to be whole and keep their bytes."""
 
-    return Resizer(
-        image_size=storing.edge,
-        resize_mode="keep_ratio" if storing.edge else "no",
-        resize_only_if_bigger=True,
-        encode_quality=storing.jpeg_quality,
-        skip_reencode=True,
-        min_image_size=storing.min_edge,
-    )
+    def __init__(self, storing: Storing) -> None:
+        super().__init__(
+            image_size=storing.edge,
+            resize_mode="keep_ratio" if storing.edge else "no",
+            resize_only_if_bigger=True,
+            encode_quality=storing.jpeg_quality,
+            min_image_size=storing.min_edge,
+        )
+
+    def __call__(self, img_stream: Stream, blurring_bbox_list: object = None) -> tuple[Any, ...]:
+        """Bytes, width, height, original width and height, error message: as the base class gives them."""
+        if img_stream.size is None:
+            return super().__call__(img_stream, blurring_bbox_list)
+        if min(img_stream.size) < self.min_image_size:
+            return None, None, None, None, None, TOO_SMALL
+        return img_stream.getvalue(), *img_stream.size, *img_stream.size, None
+
+
+@contextmanager
+def plugged_in(seam: Seam) -> Iterator[None]:
+    """While this lasts, img2dataset's Downloader fetches through the seam. One at a time in a process."""
+    theirs = downloader.download_image_with_retry
+    downloader.download_image_with_retry = seam
+    try:
+        yield
+    finally:
+        downloader.download_image_with_retry = theirs
 
 
 def _check(shard: str, rows: pa.Table, found: list[dict[str, Any]], seam: Seam) -> None:
@@ -169,17 +188,6 @@ def _write_tar(path: Path, source: Path, facts: list[dict[str, Any]]) -> None:
             file.seek(offset)
             shown = {name: value for name, value in row.items() if name not in ("reason", "message")}
             tar.add(tars.key_of(row["image_id"]), file.read(size), row["caption"], shown)
-
-
-def _know_every_jpeg() -> None:
-    # img2dataset asks imghdr whether a file is a JPEG already, and imghdr knows only those that begin with
-    # a JFIF or EXIF header; others would be encoded a second time.
-    if _is_jpeg not in imghdr.tests:
-        imghdr.tests.append(_is_jpeg)
-
-
-def _is_jpeg(head: bytes, _file: object) -> str | None:
-    return "jpeg" if head.startswith(b"\xff\xd8\xff") else None
 
 
 @contextmanager

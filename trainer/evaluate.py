@@ -145,7 +145,7 @@ def _draw_all(sampler: Sampler, cells: Sequence[Cell], pieces: Pieces) -> list[S
                 yield batch
 
     finished: dict[int, Sample] = {}
-    with tqdm(total=total, initial=total - count, desc="evaluate", unit="image") as bar:
+    with tqdm(total=total, initial=total - count, desc="evaluate", unit="image", mininterval=0.5) as bar:
         for samples in sampler.draw(read()):
             cell, batch = drawing.popleft()
             finished.update(zip(batch.positions, samples, strict=True))

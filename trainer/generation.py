@@ -32,6 +32,9 @@ from trainer.picture import to_pictures
 from trainer.request import TRAINING_DATABASE, Compute, Request, Sample
 from trainer.sampler import guided_sample, initial_noise, make_scheduler
 
+MAX_WORKERS = 4
+"""Each worker holds the activations of a batch; beyond a few, threads inside torch do as well."""
+
 
 class Trained(Config):
     """A trained model, with the encoder and the autoencoder that it was trained on."""
@@ -147,6 +150,13 @@ class Sampler:
         guidance = torch.tensor([request.guidance for request in requests], device=self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute.precision == "bf16"):
             latents = guided_sample(self.unet, scheduler, noise, context, guidance)
+        finite = torch.isfinite(latents).flatten(1).all(dim=1).tolist()
+        if not all(finite):
+            worst = requests[finite.index(False)]
+            raise UserError(
+                f"sampling {worst.prompt!r} with seed {worst.seed} and guidance {worst.guidance} left the "
+                f"range of {self.compute.precision}. Lower the guidance, use fp32, or train the model longer."
+            )
         pictures = to_pictures(self.autoencoder.decode(latents).float().cpu().numpy())
         return [
             Sample(item.request, picture, item.neighbors, self.parts)
@@ -170,8 +180,8 @@ class Sampler:
     def _shares(self, batches: int | None) -> tuple[int, int]:
         """Workers, and threads of each. Many one-thread workers beat one worker of many threads."""
         cpus = len(os.sched_getaffinity(0))
-        most = 1 if self.device.type == "cuda" else cpus
-        workers = self.compute.workers or max(1, min(most, most if batches is None else batches))
+        most = 1 if self.device.type == "cuda" else min(cpus, MAX_WORKERS)
+        workers = self.compute.workers or max(1, most if batches is None else min(most, batches))
         return workers, self.compute.threads or max(1, cpus // workers)
 
 

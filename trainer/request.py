@@ -33,7 +33,7 @@ class Compute(Config):
     batch_size: int = speed(16, ge=1)
     """Samples in one UNet call (twice as many rows with guidance)."""
     workers: int = speed(0, ge=0)
-    """Batches computed side by side, each in a thread; 0 for one per CPU, or one on a GPU."""
+    """Batches computed side by side, each in a thread; 0 for one per CPU up to 4, or one on a GPU."""
     threads: int = speed(0, ge=0)
     """CPU threads of each worker inside torch; 0 shares the CPUs out among the workers."""
 

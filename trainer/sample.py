@@ -121,7 +121,9 @@ def _draw_all(sampler: Sampler, jobs: Sequence[Job], pieces: Pieces) -> list[Sha
     def read() -> Iterator[Batch]:
         yield from (batches[number] for number in missing)
 
-    with tqdm(total=len(jobs), initial=len(jobs) - count, desc="sample", unit="image") as bar:
+    with tqdm(
+        total=len(jobs), initial=len(jobs) - count, desc="sample", unit="image", mininterval=0.5
+    ) as bar:
         for number, samples in zip(missing, sampler.draw(read()), strict=True):
             names = [jobs[position].name for position in batches[number].positions]
             files = [file for pair in zip(names, samples, strict=True) for file in _write(*pair, pieces)]

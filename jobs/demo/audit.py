@@ -78,30 +78,22 @@ class NeighborTables:
     config: NeighborsConfig
 
     def recall(self) -> float:
-        """Share of the true neighbors of all training images that the tables hold, with their own vectors."""
+        """Share of the true neighbors of all training images that the tables hold, with their own vectors.
+
+        An image for which the database has fewer than k rows that are no copies of it is left out, as the
+        tables leave it out.
+        """
         found = wanted = 0
-        ids, vectors = self._database
-        rows = dict(zip(ids.tolist(), range(len(ids)), strict=True))
-        tables = {query: row for query, *row in self._pairs()}
-        for queries, query_vectors in self._embedded("train"):
-            products = query_vectors @ vectors.T
-            products[products >= self.config.near_copy_similarity - TOLERANCE] = -np.inf
-            k = min(self.config.k, len(ids))
-            bounds = np.partition(products, -k, axis=1)[:, -k]
-            for query, vector, bound in zip(queries.tolist(), query_vectors, bounds, strict=True):
-                if np.isneginf(bound):
-                    continue  # the database holds too few rows that are no copies of this image
-                wanted += k
-                neighbor_ids, stored = tables.get(query, ((), ()))
-                found += sum(
-                    self._is_neighbor(vector, vectors[rows[one]], bound) and _same(vectors[rows[one]], mine)
-                    for one, mine in dict(zip(neighbor_ids, stored, strict=True)).items()
-                    if one in rows
-                )
+        listed = {query: dict(zip(ids, stored, strict=True)) for query, ids, stored in self._pairs()}
+        for queries, vectors in self._embedded("train"):
+            for query, vector, bound in zip(queries.tolist(), vectors, self._bounds(vectors), strict=True):
+                if np.isfinite(bound):
+                    wanted += self.config.k
+                    found += self._count_true(vector, bound, listed.get(query, {}))
         return found / wanted if wanted else 0.0
 
     def leaks(self) -> int:
-        """Pairs in which the neighbor is the image itself, a training image, or a copy of the image.
+        """Pairs in which the neighbor is a training image (such as the query itself) or a copy of the query.
 
         A copy is a picture of the same scene by the truth; a picture that the truth does not know is
         counted too, since nobody can clear it.
@@ -110,8 +102,7 @@ class NeighborTables:
         hashes = self._hashes("database")
         scenes = self._scenes
         return sum(
-            neighbor == query
-            or neighbor in train_ids
+            neighbor in train_ids
             or hashes.get(neighbor) in train_hashes
             or scenes.get(neighbor) is None
             or scenes.get(neighbor) == scenes.get(query)
@@ -119,8 +110,25 @@ class NeighborTables:
             for neighbor in neighbors
         )
 
-    def _is_neighbor(self, query: Vectors, row: Vectors, bound: float) -> bool:
-        return bound - TOLERANCE <= float(query @ row) < self.config.near_copy_similarity + TOLERANCE
+    def _bounds(self, queries: Vectors) -> Vectors:
+        """The similarity of each query's k-th true neighbor, -inf where there are fewer."""
+        products = queries @ self._database[1].T
+        products[products >= self.config.near_copy_similarity - TOLERANCE] = -np.inf
+        missing = max(0, self.config.k - products.shape[1])
+        padded = np.pad(products, ((0, 0), (0, missing)), constant_values=-np.inf)
+        return np.asarray(np.partition(padded, -self.config.k, axis=1)[:, -self.config.k])
+
+    def _count_true(self, query: Vectors, bound: float, listed: dict[int, Vectors]) -> int:
+        """How many listed neighbors (id to stored vector) are true ones and have their own vector."""
+        count = 0
+        for image_id, stored in listed.items():
+            row = self._row_of.get(image_id)
+            if row is not None:
+                vector = self._database[1][row]
+                similarity = float(query @ vector)
+                true = bound - TOLERANCE <= similarity < self.config.near_copy_similarity + TOLERANCE
+                count += true and _same(vector, stored)
+        return count
 
     def _pairs(self) -> Iterator[tuple[int, list[int], Vectors]]:
         """Each training image with the ids (k) and stored vectors (k, dim) of its neighbors."""
@@ -148,6 +156,11 @@ class NeighborTables:
     def _database(self) -> tuple[Ids, Vectors]:
         ids, vectors = zip(*self._embedded("database"), strict=True)
         return np.concatenate(ids), np.concatenate(vectors)
+
+    @cached_property
+    def _row_of(self) -> dict[int, int]:
+        """Image id to row number in the database."""
+        return {image_id: row for row, image_id in enumerate(self._database[0].tolist())}
 
     @cached_property
     def _training(self) -> tuple[set[int], set[str]]:

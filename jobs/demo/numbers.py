@@ -30,6 +30,10 @@ STYLE_NUMBERS = (
     "style_accuracy_suffix_retrieval",
     "style_accuracy_no_neighbors",
 )
+ROAD = (
+    "install world clip autoencoder filter download embed index neighbors latents databases train sample "
+    "evaluate"
+).split()
 PICTURES_AT_ONCE = 64
 ABOUT_CHANCE = 1.5
 """Accuracies up to this many times chance are told apart from chance by no run of a demo's size."""
@@ -170,16 +174,24 @@ def recall_at(texts: Any, pictures: Any, ks: Sequence[int]) -> dict[int, float]:
 
 
 def seconds(demo: Demo) -> dict[str, float]:
-    """Wall seconds by stage: what `seconds.json` says they took when they did work, else the manifests."""
+    """Wall seconds by step, in the order of the road.
+
+    What `seconds.json` says a step took when it did work; without that file, what the manifests say.
+    """
     if demo.root.exists("seconds.json"):
-        return {stage: float(took) for stage, took in demo.root.read_json("seconds.json").items()}
-    run = f"runs/{demo.name}"
-    stages = ("filter", "download", "embed", "index", "neighbors", f"{run}/train", f"{run}/sample")
-    return {
-        stage.rsplit("/", 1)[-1]: read_manifest(demo.root, stage).seconds
-        for stage in (*stages, f"{run}/evaluate")
-        if demo.root.exists(f"{stage}/manifest.json")
-    }
+        found = {step: float(took) for step, took in demo.root.read_json("seconds.json").items()}
+    else:
+        found = {
+            step: read_manifest(demo.root, folder).seconds
+            for step in ROAD
+            for folder in (step, f"runs/{demo.name}/{step}")
+            if demo.root.exists(f"{folder}/manifest.json")
+        }
+    return {step: found[step] for step in sorted(found, key=_place)}
+
+
+def _place(step: str) -> tuple[int, str]:
+    return (ROAD.index(step) if step in ROAD else len(ROAD), step)
 
 
 def _open(root: Root, name: str) -> Image.Image:

@@ -13,6 +13,7 @@ from typing import Any, cast
 from urllib.parse import unquote
 
 CONTENT_TYPES = {"jpg": "image/jpeg", "webp": "image/webp", "png": "image/png", "gif": "image/gif"}
+MAX_NAME_BYTES = 255
 
 
 class PictureServer(ThreadingHTTPServer):
@@ -40,7 +41,7 @@ class PictureHandler(BaseHTTPRequestHandler):
     server_version = "DemoWorld"
     sys_version = ""
     timeout = 60
-    # with it, an answer in two writes waits 40 ms for the client's acknowledgment of the first
+    # Nagle's algorithm holds an answer's second write back until the first is acknowledged: 40 ms
     disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
@@ -106,7 +107,7 @@ def picture_path(images: Path, parts: list[str]) -> Path | None:
     parts: unquoted path parts, so a quoted slash stands inside a part and is refused here.
     """
     name = parts[0] if len(parts) == 1 else ""
-    if not name or name.startswith(".") or "/" in name:
+    if not name or name.startswith(".") or "/" in name or len(name.encode()) > MAX_NAME_BYTES:
         return None
     path = images / name
     return path if path.is_file() and not path.is_symlink() else None

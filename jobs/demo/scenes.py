@@ -109,8 +109,8 @@ def draw(scene: Scene, width: int, height: int) -> npt.NDArray[np.uint8]:
 def _check_size(width: int, height: int) -> None:
     if min(width, height) < MIN_SIDE_PX or max(width, height) > MAX_ASPECT * min(width, height):
         raise UserError(
-            f"draw: a picture of {width} x {height} px was asked for, wanted at least {MIN_SIDE_PX} px a side "
-            f"and an aspect ratio of at most {MAX_ASPECT}: choose another size"
+            f"draw: a picture of {width} x {height} px was asked for, wanted at least {MIN_SIDE_PX} px "
+            f"a side and an aspect ratio of at most {MAX_ASPECT}: choose another size"
         )
 
 

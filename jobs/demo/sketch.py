@@ -54,7 +54,7 @@ class Sketch:
     """A scene before its style.
 
     x: (1, w), y: (h, 1) coordinates; sky: (h, 1, 3) colors; grounds: far to near, then the figure;
-    pixel: the size of one pixel; rng: the seed's stream for the style's own jitter.
+    pixel: the size of one pixel; rng and seed: for the style's own jitter.
     """
 
     x: Field
@@ -64,6 +64,7 @@ class Sketch:
     figure: Layer
     pixel: float
     rng: np.random.Generator
+    seed: int
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -87,6 +88,7 @@ def plain_sketch(content: "Content", seed: int, width: int, height: int) -> Sket
         figure=Layer(_figure(content, x, y, rng), np.array(_RGB[content.color], dtype=np.float32) / 255),
         pixel=1 / short,
         rng=np.random.default_rng([seed, 1]),
+        seed=seed,
     )
 
 
@@ -127,7 +129,7 @@ def outline(sketch: Sketch) -> Field:
 def noise(sketch: Sketch, cells: float, stream: int) -> Field:
     """Smooth noise in [-1, 1], (h, w), with `cells` bumps along the shorter side."""
     side = int(np.ceil(cells * MAX_ASPECT)) + 4
-    rng = np.random.default_rng([int(sketch.rng.bit_generator.seed_seq.entropy[0]), 2, stream])
+    rng = np.random.default_rng([sketch.seed, 2, stream])
     lattice = rng.uniform(-1, 1, (side, side)).astype(np.float32)
     height, width = sketch.figure.distance.shape
     reach_x, reach_y = width * sketch.pixel * cells / 2, height * sketch.pixel * cells / 2
@@ -203,6 +205,14 @@ _GROUNDS: dict[str, Callable[[Field, Field, np.random.Generator], list[Field]]] 
 # --- figures: signed distance of each shape of radius about 1 at (x, y)
 
 
+@dataclass(frozen=True)
+class _Stamp:
+    shape: str
+    center: tuple[float, float]
+    radius: float
+    angle: float
+
+
 def _figure(content: "Content", x: Field, y: Field, rng: np.random.Generator) -> Field:
     radius = {1: 0.31, 2: 0.2, 3: 0.142}[content.count] * rng.uniform(0.92, 1.08)
     gap = {1: 0.0, 2: 0.46, 3: 0.32}[content.count]
@@ -213,19 +223,20 @@ def _figure(content: "Content", x: Field, y: Field, rng: np.random.Generator) ->
         across = rng.uniform(-0.03, 0.03)
         center = (along, across) if content.layout == "in a row" else (across, along)
         center = (center[0] + rng.uniform(-drift, drift), center[1] + rng.uniform(-drift, drift))
-        _stamp(field, content.shape, (x, y), center, radius, rng.uniform(-0.2, 0.2))
+        stamp = _Stamp(content.shape, center, radius, rng.uniform(-0.2, 0.2))
+        _put(stamp, field, x, y)
     return field
 
 
-def _stamp(
-    field: Field, shape: str, grid: tuple[Field, Field], center: tuple[float, float], radius: float, angle: float
-) -> None:
-    reach = 1.05 * radius + REACH
-    columns = slice(*np.searchsorted(grid[0][0], (center[0] - reach, center[0] + reach)))
-    rows = slice(*np.searchsorted(grid[1][:, 0], (center[1] - reach, center[1] + reach)))
-    x, y = (grid[0][:, columns] - center[0]) / radius, (grid[1][rows] - center[1]) / radius
-    cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
-    distance = _SHAPES[shape](cos * x + sin * y, cos * y - sin * x) * np.float32(radius)
+def _put(stamp: _Stamp, field: Field, x: Field, y: Field) -> None:
+    """Joins the shape to the field of distances, in place."""
+    reach = 1.05 * stamp.radius + REACH
+    (left, top), radius = stamp.center, np.float32(stamp.radius)
+    columns = slice(*np.searchsorted(x[0], (left - reach, left + reach)))
+    rows = slice(*np.searchsorted(y[:, 0], (top - reach, top + reach)))
+    u, v = (x[:, columns] - np.float32(left)) / radius, (y[rows] - np.float32(top)) / radius
+    cos, sin = np.float32(np.cos(stamp.angle)), np.float32(np.sin(stamp.angle))
+    distance = _SHAPES[stamp.shape](cos * u + sin * v, cos * v - sin * u) * radius
     np.minimum(field[rows, columns], distance, out=field[rows, columns])
 
 
@@ -243,7 +254,9 @@ def _triangle(x: Field, y: Field) -> Field:
     slanted = np.float32(0.8660254) * x - np.float32(0.5) * y - np.float32(0.56)
     inside = np.maximum(slanted, y - np.float32(0.56))
     top, corner = np.hypot(x, y + np.float32(1.12)), np.hypot(x - np.float32(0.97), y - np.float32(0.56))
-    beyond = np.where(y < 0, -np.float32(0.5) * x - np.float32(0.8660254) * (y + np.float32(1.12)) > 0, x > 0.97)
+    beyond = np.where(
+        y < 0, -np.float32(0.5) * x - np.float32(0.8660254) * (y + np.float32(1.12)) > 0, x > 0.97
+    )
     return np.where((inside > 0) & beyond, np.minimum(top, corner), inside)
 
 

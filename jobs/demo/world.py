@@ -75,14 +75,14 @@ def write_world(config: WorldConfig, folder: Path) -> None:
     identity = {"version": WORLD_VERSION, "config": config.output_fields()}
     if _read_json(folder / FINISHED) == identity:
         return
-    root = Root(folder)
-    _begin(root, folder, identity)
     rows = plan_rows(config)
     held_out = plan_held_out(config)
     pictures = [row.file for row in rows if row.file is not None]
     drawings = [picture for picture in pictures if isinstance(picture, Drawing)]
     copies = [picture for picture in pictures if isinstance(picture, Copy)]
     drawings += plan_styles(config) + held_out
+    root = Root(folder)
+    _begin(root, folder, identity)
     _write_pictures(folder, [drawings, copies], config.workers)
     write_tables(rows, config.num_metadata_files, root)
     with root.writing("held_out.parquet") as pending:

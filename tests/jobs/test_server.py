@@ -106,6 +106,7 @@ def test_one_connection_carries_several_requests(server: WorldServer) -> None:
         "/images//etc/hostname",
         "/images/%2fetc%2fhostname",
         "/images/a.jpg%00",
+        f"/images/{300 * 'a'}.jpg",
         "/images/.hidden.jpg",
         "/images/link.jpg",
         "/images/deeper",

@@ -6,7 +6,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from pipeline.picture import prepared
+from pipeline.picture import Picture, prepared
 from pipeline.sockets import Refusal
 
 COLOR = (10, 200, 30)
@@ -24,9 +24,9 @@ def solid(mode: str, color: object) -> Image.Image:
 
 def pixels(body: bytes, max_pixels: int = 10_000) -> npt.NDArray[np.uint8]:
     """What OpenCV, which decodes for img2dataset, sees of the prepared picture: (height, width, 3) RGB."""
-    found = prepared(body, max_pixels)
-    assert isinstance(found, bytes), found
-    decoded = cv2.imdecode(np.frombuffer(found, np.uint8), cv2.IMREAD_UNCHANGED)
+    found = prepared(body, max_pixels, 0)
+    assert isinstance(found, Picture), found
+    decoded = cv2.imdecode(np.frombuffer(found.data, np.uint8), cv2.IMREAD_UNCHANGED)
     assert decoded is not None
     assert decoded.dtype == np.uint8
     return decoded[..., ::-1]
@@ -35,7 +35,9 @@ def pixels(body: bytes, max_pixels: int = 10_000) -> npt.NDArray[np.uint8]:
 def test_a_plain_jpeg_keeps_its_bytes() -> None:
     for options in ({}, {"progressive": True}, {"exif": Image.Exif().tobytes()}):
         body = encoded(solid("RGB", COLOR), "JPEG", **options)
-        assert prepared(body, 10_000) is body
+        assert prepared(body, 10_000, 0) == Picture(body, (50, 40))
+        assert prepared(body, 10_000, 40) == Picture(body, (50, 40))
+        assert prepared(body, 10_000, 39) == Picture(body)
 
 
 @pytest.mark.parametrize(
@@ -111,17 +113,17 @@ def test_an_exif_rotation_is_applied(orientation: int) -> None:
 def test_damaged_exif_does_not_cost_the_picture() -> None:
     body = encoded(solid("RGB", COLOR), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
     assert pixels(body).shape == (40, 50, 3)
-    assert prepared(encoded(solid("RGB", COLOR), "JPEG", exif=b"Exif\0\0nonsense"), 10_000) is not None
+    assert prepared(encoded(solid("RGB", COLOR), "JPEG", exif=b"Exif\0\0nonsense"), 10_000, 0) is not None
 
 
 def test_pixels_are_counted_before_they_are_decoded() -> None:
     bomb = encoded(Image.new("1", (30_000, 30_000)), "PNG")
     for limit in (80_000_000, 1999):
-        found = prepared(bomb, limit)
+        found = prepared(bomb, limit, 0)
         assert isinstance(found, Refusal)
         assert found.reason == "too_many_pixels"
-    assert isinstance(prepared(encoded(solid("RGB", COLOR), "PNG"), 2000), bytes)
-    assert isinstance(prepared(encoded(solid("RGB", COLOR), "PNG"), 1999), Refusal)
+    assert isinstance(prepared(encoded(solid("RGB", COLOR), "PNG"), 2000, 0), Picture)
+    assert isinstance(prepared(encoded(solid("RGB", COLOR), "PNG"), 1999, 0), Refusal)
 
 
 @pytest.mark.parametrize(
@@ -135,15 +137,15 @@ def test_pixels_are_counted_before_they_are_decoded() -> None:
     ],
 )
 def test_what_is_no_picture_is_refused(body: bytes) -> None:
-    assert prepared(body, 10_000) == Refusal("not_an_image", "no known picture format")  # type: ignore[arg-type]
+    assert prepared(body, 10_000, 0) == Refusal("not_an_image", "no known picture format")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", ["PNG", "GIF", "WEBP", "TIFF", "BMP"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"])
 def test_a_cut_picture_is_refused_wherever_it_is_cut(kind: str) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)
     body = encoded(Image.fromarray(noise), kind)
     for share in (0.3, 0.6, 0.9):
-        found = prepared(body[: int(len(body) * share)], 10_000)
+        found = prepared(body[: int(len(body) * share)], 10_000, 0)
         assert isinstance(found, Refusal)
         assert found.reason in ("truncated", "not_an_image")
 
@@ -157,4 +159,4 @@ def test_random_damage_never_raises() -> None:
             damaged = body.copy()
             places = rng.integers(0, min(len(body), 400), 6)
             damaged[places] = rng.integers(0, 255, 6)
-            assert isinstance(prepared(damaged.tobytes(), 10_000), bytes | Refusal)
+            assert isinstance(prepared(damaged.tobytes(), 10_000, 0), Picture | Refusal)

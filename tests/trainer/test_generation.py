@@ -126,6 +126,11 @@ def test_bfloat16_is_close_to_float32(tiny, sampler):
     assert 0 < np.abs(pixels(full) - pixels(half)).max() < 16
 
 
+def test_a_diverging_model_is_an_error_that_names_the_request(sampler):
+    with pytest.raises(UserError, match=r"'a circle' with seed 3 and guidance 1e\+38"):
+        sampler.sample([request(seed=2), request(seed=3, guidance=1e38)])
+
+
 @pytest.mark.parametrize("steps", [0, 1000])
 def test_steps_that_the_process_does_not_have_are_refused(sampler, steps):
     with pytest.raises(UserError, match="steps must be 1 to 999"):

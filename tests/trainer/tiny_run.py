@@ -12,16 +12,17 @@ import torch
 from open_clip.model import CLIP
 from PIL import Image
 from safetensors.torch import save_file
-from trainer.autoencoder import Autoencoder, AutoencoderConfig
 
 from retrieval import schema
 from retrieval.build import Identity, IndexConfig, build_database
 from retrieval.encoder import ClipConfig, Encoder
 from retrieval.manifest import Manifest, ShardRecord, write_manifest
 from retrieval.storage import Root
+from trainer.autoencoder import Autoencoder, AutoencoderConfig
 from trainer.diffusion import DiffusionConfig
 from trainer.generation import Trained
 from trainer.model import ModelConfig, build_unet
+from trainer.patch_autoencoder import PatchAutoencoder, PatchShape
 
 DIM = 32
 STYLES = {"deep_red": (200, 40, 40), "green": (40, 190, 60), "sky_blue": (60, 90, 220)}
@@ -106,8 +107,13 @@ def write_model(root: Root, encoder: Encoder, autoencoder: Autoencoder, name: st
 
 
 def tiny_autoencoder(folder: Path, seed: int = 0) -> AutoencoderConfig:
-    """TODO"""
-    return AutoencoderConfig(kind="patch", path="x")
+    """A patch autoencoder fitted to the styles' pictures: factor 4, 4 channels."""
+    torch.manual_seed(seed)
+    model = PatchAutoencoder(PatchShape(factor=4, channels=4, hidden=8, blocks=1))
+    pictures = np.stack([np.asarray(one) for style in STYLES for one in pictures_of(style)])
+    model.fit_components(torch.from_numpy(pictures).movedim(-1, 1) / 127.5 - 1)
+    model.save(folder / "autoencoder")
+    return AutoencoderConfig(kind="patch", path=str(folder / "autoencoder"))
 
 
 def write_run(folder: Path) -> tuple[Root, Trained]:

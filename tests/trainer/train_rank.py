@@ -1,4 +1,4 @@
-"""What a launched rank runs in the tests: `python -m tests.trainer.entry SETTINGS.json ROOT`."""
+"""What each rank runs in test_train: `python -m train_rank RECIPE.json ROOT`."""
 
 import logging
 import sys
