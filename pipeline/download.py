@@ -5,8 +5,10 @@ Reads `filter/{train,database}/<shard>.parquet`; writes `download/{train,databas
 One shard is one task; `fetch` and `picture` say how a URL is treated, `shard_download` how a shard is.
 """
 
+import logging
 import os
 import time
+import warnings
 from functools import partial
 from typing import Literal
 
@@ -75,6 +77,9 @@ def _make_work(config: DownloadConfig, root: Root) -> Work:
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
     from pipeline.shard_download import ShardDownload, Storing
 
+    # What Pillow has to say of other people's files is in the status of each URL.
+    warnings.filterwarnings("ignore", module="PIL")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
     manners = Manners(
         user_agent=config.user_agent,
         contact=config.contact,

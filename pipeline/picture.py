@@ -6,6 +6,7 @@ by Pillow to upright 8-bit RGB, where OpenCV, which decodes for img2dataset, wou
 """
 
 import io
+import math
 import struct
 import zlib
 from dataclasses import dataclass
@@ -39,21 +40,23 @@ _DECODING = Semaphore(2)
 
 @dataclass(frozen=True)
 class Picture:
-    """An upright RGB picture for OpenCV to decode: the JPEG that came, or PPM.
+    """An upright RGB picture. size: (width, height) in pixels as it came.
 
-    size: (width, height) in pixels of a JPEG that is known to be whole and is to be stored as it is;
-    None for what has to be decoded and encoded anew.
+    data: where `keeps_bytes`, the JPEG that came, known to be whole; else pixels as PPM, perhaps already
+    reduced, for OpenCV to decode.
     """
 
     data: bytes
-    size: tuple[int, int] | None = None
+    size: tuple[int, int]
+    keeps_bytes: bool = False
 
 
 def prepared(body: bytes, max_pixels: int, max_edge: int) -> Picture | Refusal:
     """The picture in a body, or why it cannot be used.
 
-    max_edge: plain JPEGs whose shorter edge is at most this many pixels are stored as they are; 0: all of
-    them. Nothing is resized here. Animated pictures give their first frame, transparent ones lie on white.
+    max_edge: shorter edge in pixels to which the picture will be cut down; 0: it keeps its size. It may
+    come out reduced already, never below that. Animations give their first frame, transparent pictures
+    lie on white.
     """
     try:
         with Image.open(io.BytesIO(body), formats=FORMATS) as image:
@@ -72,17 +75,18 @@ def _picture(image: Image.Image, body: bytes, max_pixels: int, max_edge: int) ->
         return _too_many(max_pixels)
     if image.mode in ("I", "F"):
         return Refusal(Reason.NOT_AN_IMAGE, "pixels of 32 bits, whose range is unknown")
-    orientation = _orientation(image)
-    if image.format in ("JPEG", "MPO") and image.mode == "RGB" and orientation == 1:
-        if max_edge and min(size) > max_edge:
-            return Picture(body)
-        # Decoding an eighth of the size reads the whole stream, finds it cut as a full decoding
-        # would, and costs a third.
-        image.draft(None, (size[0] // 8, size[1] // 8))
-        image.load()
-        return Picture(body, size)
+    plain = image.format in ("JPEG", "MPO") and image.mode == "RGB" and _orientation(image) == 1
+    stays = not max_edge or min(size) <= max_edge
     with _DECODING:
-        return Picture(_ppm(_decoded(image, orientation)))
+        if not plain:
+            upright = _decoded(image)
+            return Picture(_ppm(upright), upright.size)
+        # A JPEG can be decoded at a half, quarter or eighth of its size for a fraction of the work, and
+        # shows as well whether it is whole.
+        share = 1 / 8 if stays else max_edge / min(size)
+        image.draft(None, (math.ceil(size[0] * share), math.ceil(size[1] * share)))
+        image.load()
+        return Picture(body, size, keeps_bytes=True) if stays else Picture(_ppm(image), size)
 
 
 def _too_many(max_pixels: int) -> Refusal:
@@ -97,14 +101,14 @@ def _orientation(image: Image.Image) -> int:
     return value if value in range(1, 9) else 1
 
 
-def _decoded(image: Image.Image, orientation: int) -> Image.Image:
+def _decoded(image: Image.Image) -> Image.Image:
     image.seek(0)
     image.load()
-    if orientation != 1:
+    if _orientation(image) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         # Pillow would clip to 255, which makes nearly everything white.
-        return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)).convert("RGB")
+        return Image.fromarray((np.asarray(image).astype(np.uint16) >> 0).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

@@ -22,11 +22,11 @@ _GIVEN_UP = Refusal(Reason.NO_CONNECTION, "not tried: the shard was given up")
 
 
 class Stream(io.BytesIO):
-    """A picture on its way to the resizer; size as in `Picture`."""
+    """A picture on its way to the resizer."""
 
     def __init__(self, picture: Picture) -> None:
         super().__init__(picture.data)
-        self.size = picture.size
+        self.picture = picture
 
 
 @dataclass

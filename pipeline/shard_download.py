@@ -106,7 +106,7 @@ def _run_img2dataset(rows: pa.Table, storing: Storing, seam: Seam, folder: Path)
 
 
 class _Resizer(Resizer):
-    """img2dataset's resizer, but for pictures that are known to be whole and keep their bytes."""
+    """img2dataset's resizer, but for pictures that keep their bytes, and with the sizes that came."""
 
     def __init__(self, storing: Storing) -> None:
         super().__init__(
@@ -114,16 +114,18 @@ class _Resizer(Resizer):
             resize_mode="keep_ratio" if storing.edge else "no",
             resize_only_if_bigger=True,
             encode_quality=storing.jpeg_quality,
-            min_image_size=storing.min_edge,
         )
+        self.min_edge = storing.min_edge
 
     def __call__(self, img_stream: Stream, blurring_bbox_list: object = None) -> tuple[Any, ...]:
         """Bytes, width, height, original width and height, error message: as the base class gives them."""
-        if img_stream.size is None:
-            return super().__call__(img_stream, blurring_bbox_list)
-        if min(img_stream.size) < self.min_image_size:
+        picture = img_stream.picture
+        if min(picture.size) < self.min_edge:
             return None, None, None, None, None, TOO_SMALL
-        return img_stream.getvalue(), *img_stream.size, *img_stream.size, None
+        if picture.keeps_bytes:
+            return picture.data, *picture.size, *picture.size, None
+        data, width, height, _, _, message = super().__call__(img_stream, blurring_bbox_list)
+        return data, width, height, *picture.size, message
 
 
 @contextmanager
@@ -170,12 +172,13 @@ def _facts(rows: pa.Table, found: list[dict[str, Any]], seam: Seam, storing: Sto
 
 
 def _refusal(theirs: dict[str, Any], storing: Storing) -> Refusal | None:
-    """What img2dataset's resizer found amiss with a picture that had come and had a sound header."""
+    """What the resizer found amiss with a sound picture."""
     if theirs["status"] == "success":
         return None
     if theirs["error_message"] == TOO_SMALL:
         return Refusal(Reason.TOO_SMALL, f"shorter edge below {storing.min_edge} pixels")
-    return Refusal(Reason.TRUNCATED, "the picture is damaged or ends early")
+    # Pixels that we made ourselves: if they cannot be encoded, the fault is here and not in the data.
+    raise RuntimeError(f"img2dataset could not store {theirs['url']}: {theirs['error_message']}")
 
 
 def _write_tar(path: Path, source: Path, facts: list[dict[str, Any]]) -> None:

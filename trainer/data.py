@@ -8,7 +8,7 @@ alone, so a run resumes from its step counter and any number of ranks and thread
 import threading
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -75,7 +75,7 @@ class LatentShard:
 
     def inputs(self, row: int, epoch: int) -> npt.NDArray[np.generic]:
         """Mean and standard deviation, (2c, h, w) float16."""
-        return self._moments[row, epoch % self._moments.shape[1]]  # type: ignore[no-any-return]
+        return self._moments[row, epoch % self._moments.shape[1]]
 
 
 class ImageShard:
@@ -173,7 +173,7 @@ class Loader:
             return lambda number: LatentShard(root, samples, samples.shards[number])
         return lambda number: ImageShard(root, samples, seed, samples.shards[number])
 
-    def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
+    def batches(self, first_step: int, last_step: int) -> Generator[Batch]:
         """Batches of steps first_step .. last_step - 1 (0-based)."""
         with ThreadPoolExecutor(self._train.workers, thread_name_prefix="loader") as pool:
             steps = iter(range(first_step, last_step))

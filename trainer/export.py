@@ -7,6 +7,7 @@ Writes `model/config.json`, `model/diffusion_pytorch_model.safetensors`, `recipe
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,7 +47,7 @@ def export(plan: Plan, root: Root, weights: dict[str, torch.Tensor], seconds: fl
 def _write_model(
     root: Root, folder: str, config: ModelConfig, weights: dict[str, torch.Tensor]
 ) -> tuple[FileRecord, ...]:
-    unet = build_unet(config)
+    unet: Any = build_unet(config)
     unet.load_state_dict(weights, strict=True)
     records = []
     with tempfile.TemporaryDirectory(prefix="rdm-") as scratch:

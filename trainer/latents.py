@@ -109,7 +109,7 @@ def image_views(tar: ImageTar, image_id: int, config: LatentsConfig) -> Iterator
 def _encode(pixels: list[Pixels], autoencoder: Autoencoder) -> npt.NDArray[np.float16]:
     with torch.inference_mode():
         moments = autoencoder.encode_moments(torch.from_numpy(np.stack(pixels)))
-    return moments.flatten(1).half().cpu().numpy()  # type: ignore[no-any-return]
+    return moments.flatten(1).half().cpu().numpy()
 
 
 def _batches(views: Iterator[Pixels], count: int) -> Iterator[list[Pixels]]:
@@ -122,7 +122,7 @@ def _embedded_ids(root: Root, shard: str) -> npt.NDArray[np.int64]:
     name = f"embed/train/{shard}.parquet"
     with root.open(name) as file:
         try:
-            return pq.read_table(file, columns=[schema.IMAGE_ID])[schema.IMAGE_ID].to_numpy()  # type: ignore[no-any-return]
+            return pq.read_table(file, columns=[schema.IMAGE_ID])[schema.IMAGE_ID].to_numpy()
         except (pa.ArrowInvalid, KeyError, OSError) as error:
             raise UserError(
                 f"{root.at(name)} is not a table of embeddings: {error}. Run 'make embed'."

@@ -4,7 +4,7 @@ Reads nothing, writes nothing. One configuration expresses both models of the pa
 small one of the demo; the network is diffusers' own class, so that its folders open anywhere.
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -44,12 +44,15 @@ class ModelConfig(Config):
         return self
 
 
-def build_unet(config: ModelConfig) -> UNet2DConditionModel:
-    """A UNet with fresh weights. It takes (n, c, h, w), (n,) timesteps and (n, tokens, context_dim)."""
+def build_unet(config: ModelConfig) -> torch.nn.Module:
+    """A UNet2DConditionModel with fresh weights.
+
+    It takes (n, c, h, w), (n,) timesteps and (n, tokens, context_dim).
+    """
     attends = [2**level in config.attention for level in range(len(config.channels))]
     down = tuple("CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in attends)
     up = tuple("CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends))
-    return UNet2DConditionModel(
+    unet: Any = UNet2DConditionModel(
         in_channels=config.latent_channels,
         out_channels=config.latent_channels,
         cross_attention_dim=config.context_dim,
@@ -68,6 +71,7 @@ def build_unet(config: ModelConfig) -> UNet2DConditionModel:
         freq_shift=0,
         downsample_padding=1,
     )
+    return unet
 
 
 def null_context(count: int, dim: int) -> torch.Tensor:

@@ -61,8 +61,6 @@ class TrainConfig(Config):
     """Steps between lines of the log and of the metrics."""
     ranks: NonNegativeInt = speed(0)
     """Processes that `make train` starts on this machine; 0: one for each GPU, or one."""
-    ranks: NonNegativeInt = speed(0)
-    """Processes that `make train` starts on this machine; 0 starts one for each GPU, or one without GPUs."""
     workers: PositiveInt = speed(2)
     """Threads of each rank that read, decode and cut samples."""
     prefetch_batches: PositiveInt = speed(4)

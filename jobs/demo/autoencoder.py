@@ -12,7 +12,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch.nn import functional
 from tqdm import trange
 
-from jobs.demo.training_scenes import draw_training_scenes
+from jobs.demo.training import draw_training_scenes, warm_up_and_decay
 from retrieval.config import Config, speed
 from trainer.patch_autoencoder import PatchAutoencoder, PatchShape
 
@@ -69,10 +69,8 @@ def _scenes(num_scenes: int, seed: int, num_workers: int) -> torch.Tensor:
 
 
 def _fit(network: PatchAutoencoder, images: torch.Tensor, config: AutoencoderTraining) -> None:
-    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.learning_rate, total_steps=max(config.steps, 10), pct_start=0.1
-    )
+    optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=1e-4)
+    schedule = warm_up_and_decay(optimizer, config.steps)
     progress = trange(config.steps, desc="autoencoder", unit="step", mininterval=1)
     for step in progress:
         rng = np.random.default_rng([config.seed, step])

@@ -22,7 +22,7 @@ from torch.nn import functional
 from tqdm import trange
 
 from jobs.demo.scenes import COLORS, SHAPES, STYLES, Scene, caption, draw, full_caption, random_scene
-from jobs.demo.training_scenes import draw_training_scenes
+from jobs.demo.training import draw_training_scenes, warm_up_and_decay
 from retrieval.config import Config, speed
 from retrieval.storage import Root
 
@@ -52,7 +52,6 @@ WORDS: tuple[tuple[float, tuple[str, ...]], ...] = (
     (1.0, tuple(f"a {shape}" for shape in SHAPES)),
     (0.25, COLORS),
 )
-RECALL_SCENES = 1000
 
 
 class ClipTraining(Config):
@@ -60,7 +59,7 @@ class ClipTraining(Config):
 
     seed: int = 0
     """Seed of the scenes, the initial weights and the order."""
-    num_scenes: PositiveInt = 12_000
+    num_scenes: int = Field(12_000, ge=1000)
     """Scenes drawn for training."""
     steps: PositiveInt = 450
     """Optimizer steps."""
@@ -68,6 +67,8 @@ class ClipTraining(Config):
     """Pairs of a picture and a caption in one step."""
     learning_rate: PositiveFloat = 2e-3
     """Highest step size of AdamW, after a tenth of the steps; it falls to 0 at the end."""
+    num_test_scenes: PositiveInt = 1000
+    """Held-out scenes that the recall is measured on."""
     num_threads: PositiveInt = speed(2)
     """CPU threads of the training, and processes that draw."""
 
@@ -80,7 +81,7 @@ def train_clip(config: ClipTraining, folder: Path) -> dict[str, float]:
     model = CLIP(**MODEL)
     loss = _fit(model, scenes, torch.from_numpy(pixels), config)
     _save(model, Root(folder))
-    return {"loss": loss, "recall_at_10": recall_at_10(folder, RECALL_SCENES, config.seed)}
+    return {"loss": loss, "recall_at_10": recall_at_10(folder, config.num_test_scenes, config.seed)}
 
 
 def recall_at_10(folder: Path, num_scenes: int, seed: int) -> float:
@@ -115,7 +116,8 @@ def _fit(model: CLIP, scenes: list[Scene], pixels: torch.Tensor, config: ClipTra
     words = [(weight, tokenize(list(texts))) for weight, texts in WORDS]
     labels = torch.from_numpy(_word_labels(scenes))
     twins = _twins(scenes)
-    optimizer, schedule = _optimizer(model, config)
+    optimizer = _optimizer(model, config.learning_rate)
+    schedule = warm_up_and_decay(optimizer, config.steps)
     progress = trange(config.steps, desc="clip", unit="step", mininterval=1)
     for step in progress:
         rng = np.random.default_rng([config.seed, 2, step])
@@ -188,17 +190,12 @@ def _augment(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-def _optimizer(
-    model: CLIP, config: ClipTraining
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+def _optimizer(model: CLIP, learning_rate: float) -> torch.optim.Optimizer:
     weights = [parameter for name, parameter in model.named_parameters() if name != "logit_scale"]
     # the scale's way from 14 to about 30 is long for so few steps
-    scale: dict[str, Any] = {"params": [model.logit_scale], "weight_decay": 0.0}
-    optimizer = torch.optim.AdamW([{"params": weights, "weight_decay": 0.05}, scale], betas=(0.9, 0.98))
-    rates = [config.learning_rate, 10 * config.learning_rate]
-    # the schedule wants more than two steps
-    total = max(config.steps, 10)
-    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=total, pct_start=0.1)
+    scale: dict[str, Any] = {"params": [model.logit_scale], "lr": 10 * learning_rate, "weight_decay": 0.0}
+    groups = [{"params": weights, "weight_decay": 0.05}, scale]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
 
 
 def _save(model: CLIP, root: Root) -> None:

@@ -30,10 +30,8 @@ STYLE_NUMBERS = (
     "style_accuracy_suffix_retrieval",
     "style_accuracy_no_neighbors",
 )
-ROAD = (
-    "install world clip autoencoder filter download embed index neighbors latents databases train sample "
-    "evaluate"
-).split()
+DATA_STAGES = ("filter", "download", "embed", "index", "neighbors", "latents")
+ROAD = ("install", "world", "clip", "autoencoder", *DATA_STAGES, "databases", "train", "sample", "evaluate")
 PICTURES_AT_ONCE = 64
 ABOUT_CHANCE = 1.5
 """Accuracies up to this many times chance are told apart from chance by no run of a demo's size."""

@@ -32,12 +32,24 @@ def pixels(body: bytes, max_pixels: int = 10_000) -> npt.NDArray[np.uint8]:
     return decoded[..., ::-1]
 
 
-def test_a_plain_jpeg_keeps_its_bytes() -> None:
+def test_a_plain_jpeg_that_need_not_shrink_keeps_its_bytes() -> None:
     for options in ({}, {"progressive": True}, {"exif": Image.Exif().tobytes()}):
         body = encoded(solid("RGB", COLOR), "JPEG", **options)
-        assert prepared(body, 10_000, 0) == Picture(body, (50, 40))
-        assert prepared(body, 10_000, 40) == Picture(body, (50, 40))
-        assert prepared(body, 10_000, 39) == Picture(body)
+        assert prepared(body, 10_000, 0) == Picture(body, (50, 40), keeps_bytes=True)
+        assert prepared(body, 10_000, 40) == Picture(body, (50, 40), keeps_bytes=True)
+
+
+@pytest.mark.parametrize(
+    ("max_edge", "width"), [(199, 400), (101, 400), (100, 200), (51, 200), (50, 100), (20, 50)]
+)
+def test_a_jpeg_that_shrinks_comes_reduced_but_never_below_its_goal(max_edge: int, width: int) -> None:
+    body = encoded(solid("RGB", COLOR).resize((400, 200)), "JPEG", quality=95)
+    found = prepared(body, 100_000, max_edge)
+    assert isinstance(found, Picture)
+    assert (found.size, found.keeps_bytes) == ((400, 200), False)
+    decoded = cv2.imdecode(np.frombuffer(found.data, np.uint8), cv2.IMREAD_UNCHANGED)
+    assert decoded.shape == (width // 2, width, 3)
+    assert np.abs(decoded[..., ::-1].astype(int) - COLOR).max() <= 2
 
 
 @pytest.mark.parametrize(

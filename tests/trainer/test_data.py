@@ -40,7 +40,9 @@ def global_batch(recipe: Training, root: Root, step: int, world: int) -> list[tu
         batch = part.batch(step)
         slots = rank_slots(part.order, step, count, rank, world).tolist()
         noises = batch.noise.sum(dim=(1, 2, 3)).tolist()
-        samples.update(zip(slots, zip(batch.image_ids.tolist(), batch.timesteps.tolist(), noises), strict=True))
+        samples.update(
+            zip(slots, zip(batch.image_ids.tolist(), batch.timesteps.tolist(), noises), strict=True)
+        )
     return [samples[slot] for slot in range(count)]
 
 
@@ -154,7 +156,9 @@ def test_latents_of_another_autoencoder_or_too_few_are_refused(
         loader(make_recipe(autoencoder_folder), training_set)
     values["autoencoder"] = Autoencoder.load(make_recipe(autoencoder_folder).autoencoder, "cpu").identity
     write_stage(training_set, "latents/64", dict.fromkeys(NAMES, 20), values)
-    with pytest.raises(UserError, match=r"20 rows for shard 00000-00004 and neighbors has 30.*do not line up"):
+    with pytest.raises(
+        UserError, match=r"20 rows for shard 00000-00004 and neighbors has 30.*do not line up"
+    ):
         loader(make_recipe(autoencoder_folder), training_set)
 
 

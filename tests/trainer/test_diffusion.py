@@ -32,7 +32,9 @@ def test_noising_and_targets_equal_those_of_diffusers(prediction: str) -> None:
     x_0, eps = torch.randn(2, 6, 4, 8, 8)
     t = torch.tensor([0, 1, 250, 500, 998, 999])
     abar_t = alphas_bar(config)[t]
-    torch.testing.assert_close(q_sample(x_0, eps, abar_t), scheduler.add_noise(x_0, eps, t), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        q_sample(x_0, eps, abar_t), scheduler.add_noise(x_0, eps, t), rtol=1e-4, atol=1e-5
+    )
     wanted = eps if prediction == "epsilon" else scheduler.get_velocity(x_0, eps, t)
     torch.testing.assert_close(target(prediction, x_0, eps, abar_t), wanted, rtol=1e-4, atol=1e-5)
 

@@ -205,9 +205,10 @@ def test_every_mode_and_style_has_its_samples_and_their_features(evaluated):
         "no_neighbors.png",
     ):
         assert f"{STAGE}/{name}" in manifest.checksums()
-    with root.open(f"{STAGE}/samples/suffix/deep_red/0003.png") as file:
-        recipe = read_recipe(file.read())
-    assert recipe["prompt"].endswith(" in the style of deep red")
+    for number, (prompt, seed) in enumerate(draw_prompts(PROMPTS, 4, "deep_red", seed=0)):
+        with root.open(f"{STAGE}/samples/suffix/deep_red/{number:04d}.png") as file:
+            recipe = read_recipe(file.read())
+        assert (recipe["prompt"], recipe["seed"]) == (f"{prompt} in the style of deep red", seed)
     assert [row["style"] for row in found["styles"]] == list(NAMES)
     assert found["num_styles"] == 3
     # without their neighbors, samples owe nothing to a style: the untrained model shows one look

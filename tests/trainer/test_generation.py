@@ -79,15 +79,16 @@ def test_swapping_the_database_changes_the_picture_and_the_neighbors(sampler):
     assert all("green" in found.url for found in green.neighbors)
 
 
-def test_neighbors_are_the_databases_best_rows_for_the_prompt(sampler):
-    (sample,) = sampler.sample([request(k=5)])
+def test_neighbors_are_the_databases_best_rows_for_each_prompt(sampler):
     database = sampler.database("green")
-    scores = database.embeddings().astype(np.float32) @ sampler.encoder.encode_texts([PROMPTS[0]])[0]
     ids = np.asarray(database.metadata()["image_id"])
-    assert [found.image_id for found in sample.neighbors] == ids[np.argsort(-scores)[:5]].tolist()
-    np.testing.assert_allclose(
-        [found.similarity for found in sample.neighbors], np.sort(scores)[::-1][:5], atol=1e-3
-    )
+    texts = sampler.encoder.encode_texts(PROMPTS)
+    samples = sampler.sample([request(prompt=prompt, k=5) for prompt in PROMPTS])
+    for sample, text in zip(samples, texts, strict=True):
+        scores = database.embeddings().astype(np.float32) @ text
+        assert [found.image_id for found in sample.neighbors] == ids[np.argsort(-scores)[:5]].tolist()
+        similarities = [found.similarity for found in sample.neighbors]
+        np.testing.assert_allclose(similarities, np.sort(scores)[::-1][:5], atol=1e-3)
 
 
 def test_each_mode_conditions_on_its_own_tokens(sampler):

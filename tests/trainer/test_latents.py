@@ -137,7 +137,9 @@ def test_the_manifest_states_what_training_checks(autoencoder_config: Autoencode
         manifest_values(CONFIG.model_copy(update={"size": 60}), autoencoder)
 
 
-def test_a_shard_without_images_makes_an_empty_table(root: Root, autoencoder_config: AutoencoderConfig) -> None:
+def test_a_shard_without_images_makes_an_empty_table(
+    root: Root, autoencoder_config: AutoencoderConfig
+) -> None:
     write_shard(root, {}, [])
     assert make_shard_encoder(CONFIG, autoencoder_config, root)(SHARD).rows == 0
 
@@ -155,7 +157,7 @@ def test_an_embedded_image_that_the_tar_lacks_stops_the_shard(
     root: Root, autoencoder_config: AutoencoderConfig
 ) -> None:
     write_shard(root, {5: png(noise(0))}, [5, 6])
-    with pytest.raises(UserError, match="has no image 6.*do not line up"):
+    with pytest.raises(UserError, match=r"has no image 6.*do not line up"):
         make_shard_encoder(CONFIG, autoencoder_config, root)(SHARD)
 
 

@@ -7,10 +7,11 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
+from retrieval.encoder import Encoder
 from retrieval.errors import UserError
 from retrieval.manifest import read_manifest
 from retrieval.storage import Root
-from tests.trainer.tiny_run import PROMPTS, write_run
+from tests.trainer.tiny_run import PROMPTS, write_clip, write_database, write_run
 from trainer.generation import Trained
 from trainer.picture import read_recipe
 from trainer.sample import SampleConfig, make_jobs, run
@@ -88,6 +89,14 @@ def test_running_again_does_nothing(fresh):
     assert written(fresh[0]) == before
 
 
+def test_a_picture_that_was_removed_comes_back(fresh):
+    root, _ = fresh
+    whole = sample(fresh).checksums()
+    root.delete(f"{STAGE}/green/0001-01.png")
+    assert sample(fresh).checksums() == whole
+    assert root.exists(f"{STAGE}/green/0001-01.png")
+
+
 def test_an_interrupted_run_ends_with_the_checksums_of_an_uninterrupted_one(fresh):
     root, _ = fresh
     whole = sample(fresh).checksums()
@@ -135,6 +144,19 @@ def test_a_missing_database_is_refused_before_finished_pictures_are_touched(fres
     with pytest.raises(UserError, match="no database 'nowhere'"):
         sample(fresh, databases=("green", "nowhere"))
     assert written(fresh[0]) == before
+
+
+def test_a_database_of_another_encoder_is_refused_before_finished_pictures_are_touched(fresh, tmp_path):
+    root, _ = fresh
+    sample(fresh)
+    before = written(root)
+    write_database(root, "databases/foreign", Encoder.load(write_clip(tmp_path / "clip", seed=5)), ["green"])
+    try:
+        with pytest.raises(UserError, match="was built by"):
+            sample(fresh, databases=("green", "foreign"))
+    finally:
+        root.delete("databases/foreign")
+    assert written(root) == before
 
 
 def test_prompts_come_from_the_recipe_and_from_a_file(fresh, tmp_path):

@@ -56,7 +56,11 @@ def write_neighbors(
 ) -> None:
     """One shard of neighbors; only ids and embeddings matter to training."""
     count = len(ids)
-    columns = [np.zeros((count, K), np.int64), np.ones((count, K), np.float32), context.reshape(count, K * DIM)]
+    columns = [
+        np.zeros((count, K), np.int64),
+        np.ones((count, K), np.float32),
+        context.reshape(count, K * DIM),
+    ]
     wanted = schema.neighbors(K, DIM)
     table = pa.table([pa.array(ids), *map(schema.fixed_lists, columns)], schema=wanted)
     schema.write_table(root, f"neighbors/{name}.parquet", table, wanted)
