@@ -67,7 +67,8 @@ def run(config: EmbedConfig, clip: ClipConfig, root: Root) -> Manifest:
 def _make_work(config: EmbedConfig, clip: ClipConfig, root: Root, train: list[str]) -> Work:
     torch.set_num_threads(1 if config.gpus_per_worker else max(1, torch.get_num_threads()))
     encoder = Encoder(clip, "cuda" if config.gpus_per_worker else "cpu")
-    train_hashes = np.sort(np.concatenate([_hashes(_downloaded(root, shard)) for shard in train]))
+    none = np.empty(0, np.uint64)
+    train_hashes = np.concatenate([none, *(_hashes(_downloaded(root, shard)) for shard in train)])
     return partial(_embed_shard, config, encoder, root, train_hashes)
 
 

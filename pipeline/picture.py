@@ -108,7 +108,7 @@ def _decoded(image: Image.Image) -> Image.Image:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         # Pillow would clip to 255, which makes nearly everything white.
-        return Image.fromarray((np.asarray(image).astype(np.uint16) >> 0).astype(np.uint8)).convert("RGB")
+        return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

@@ -243,8 +243,10 @@ class _Pool:
 
     def _retry(self, shard: str, error: RayActorError) -> str:
         self.lost[shard] += 1
+        where = self.stage.root.at(f"{self.stage.name}/{shard}")
+        if error.actor_init_failed:
+            raise ShardError(f"{where}: no worker can start: {error}") from error
         if self.lost[shard] > MAX_LOST_WORKERS:
-            where = self.stage.root.at(f"{self.stage.name}/{shard}")
             raise ShardError(
                 f"{where}: lost its worker {self.lost[shard]} times; the last time: {error}"
             ) from error

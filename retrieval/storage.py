@@ -54,7 +54,8 @@ class Root:
         return f"Root({self.url!r})"
 
     def __reduce__(self) -> tuple[type["Root"], tuple[str]]:
-        return Root, (self.url,)
+        # A worker elsewhere has another working folder, so a relative path travels as an absolute one.
+        return Root, (self._base if self.is_local else self.url,)
 
     def at(self, name: str) -> str:
         """The address of a name for people and for libraries that take fsspec URLs."""

@@ -73,10 +73,10 @@ def run(config: EvaluateConfig, trained: Trained, root: Root) -> Manifest:
         log.info(f"evaluate: {root.at(stage)} is finished")
         return finished
     sampler = Sampler.open(root, trained, config)
-    sampler.require((*styles, TRAINING_DATABASE))
-    pieces.begin()
-    judge, reference = train_judge(config, sampler, styles)
     cells = make_cells(config, config.samples_per_style, styles, prompts)
+    sampler.check([request for cell in cells for request in cell.requests])
+    judge, reference = train_judge(config, sampler, styles)
+    pieces.begin()
     records = _draw_all(sampler, cells, pieces)
     shown = {(cell.mode, cell.style): _shown(sampler, cell, pieces) for cell in cells}
     result = evaluation(judge, shown, reference, config.seed)

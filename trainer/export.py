@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from retrieval import schema
 from retrieval.manifest import Manifest, ShardRecord, write_manifest
@@ -17,6 +18,9 @@ from retrieval.storage import FileRecord, Root
 from trainer.model import ModelConfig, build_unet
 from trainer.plan import Plan
 from trainer.progress import METRICS, read_points, summary
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def export(plan: Plan, root: Root, weights: dict[str, torch.Tensor], seconds: float) -> None:
@@ -51,12 +55,19 @@ def _write_model(
     unet.load_state_dict(weights, strict=True)
     records = []
     with tempfile.TemporaryDirectory(prefix="rdm-") as scratch:
-        unet.save_pretrained(scratch, safe_serialization=True)
+        # One file, whatever the size: readers look for it by name.
+        unet.save_pretrained(scratch, safe_serialization=True, max_shard_size="1TB")
         for path in sorted(Path(scratch).iterdir()):
             with root.writing(f"{folder}/{path.name}") as pending:
                 shutil.copyfile(path, pending.path)
             records.append(pending.record)
     return tuple(records)
+
+
+def read_model(root: Root, folder: str) -> dict[str, torch.Tensor]:
+    """The exported weights of a finished run, by parameter name. folder: the run's, relative to the root."""
+    with root.local(f"{folder}/model/{WEIGHTS}") as path:
+        return load_file(path)
 
 
 def _write_recipe(root: Root, plan: Plan) -> FileRecord:

@@ -86,11 +86,6 @@ class Sampler:
             self._databases[name] = database
         return self._databases[name]
 
-    def require(self, names: Iterable[str]) -> None:
-        """Open all these databases now, so that a missing or foreign one is refused before any work."""
-        for name in names:
-            self.database(name)
-
     @cached_property
     def parts(self) -> dict[str, str]:
         """What a sample's recipe says of its makers: checksums, and the number format."""
@@ -103,11 +98,17 @@ class Sampler:
             "precision": self.compute.precision,
         }
 
-    def plan(self, requests: Sequence[Request]) -> list[Batch]:
-        """Retrieve the neighbors of all requests and batch them. Raises UserError for a request in error."""
+    def check(self, requests: Sequence[Request]) -> None:
+        """Raises UserError for a request that this model cannot serve. Opens its database, samples nothing."""
         for request in requests:
             if not 1 <= request.steps < self.diffusion.steps:
                 raise UserError(f"steps must be 1 to {self.diffusion.steps - 1}, got {request.steps}")
+            if request.mode != "text":
+                self.database(request.database)
+
+    def plan(self, requests: Sequence[Request]) -> list[Batch]:
+        """Retrieve the neighbors of all requests and batch them. Raises UserError for a request in error."""
+        self.check(requests)
         conditioned = condition(requests, self.encoder.encode_texts, self.database)
         return make_batches(conditioned, self.compute.batch_size)
 

@@ -61,6 +61,8 @@ def make_plan(config: Training, root: Root, autoencoder: Autoencoder) -> Plan:
         images.stage: images.fingerprint,
         "autoencoder": autoencoder.identity,
     }
+    if train.start_from:
+        upstream["start_from"] = _start_of(config, root).fingerprint
     # Nothing of a step depends on how many follow, so a checkpoint serves any number of them.
     endless = config.model_copy(update={"train": train.model_copy(update={"steps": 0})})
     return Plan(
@@ -80,6 +82,18 @@ def is_finished(plan: Plan, root: Root) -> bool:
     if not root.exists(f"{folder}/manifest.json"):
         return False
     return read_manifest(root, folder).fingerprint == plan.fingerprint
+
+
+def _start_of(config: Training, root: Root) -> Manifest:
+    """The finished run that this one starts from. Raises UserError if its model is another."""
+    folder = f"runs/{config.train.start_from}/train"
+    start = read_manifest(root, folder)
+    if start.config["model"] != config.model.model_dump(mode="json"):
+        raise UserError(
+            f"{root.at(folder)} trained the model {start.config['model']}, the recipe's is "
+            f"{config.model.model_dump(mode='json')}. Set [model] to the same or train.start_from to another."
+        )
+    return start
 
 
 @dataclass(frozen=True)

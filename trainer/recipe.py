@@ -18,6 +18,8 @@ class TrainConfig(Config):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """The run's folder below `runs/`."""
+    start_from: str = ""
+    """Name of a finished run whose exported weights this one starts from; empty: fresh weights."""
     source: Literal["latents", "images"]
     """What a sample is read from: `latents/<size>`, or the tars of `download/train`, encoded on the way."""
     size: PositiveInt

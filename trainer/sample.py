@@ -74,9 +74,10 @@ def run(config: SampleConfig, trained: Trained, root: Root) -> Manifest:
         log.info(f"sample: {root.at(stage)} is finished")
         return finished
     sampler = Sampler.open(root, trained, config)
-    sampler.require(() if config.mode == "text" else config.columns())
+    jobs = make_jobs(config, prompts)
+    sampler.check([job.request for job in jobs])
     pieces.begin()
-    records = _draw_all(sampler, make_jobs(config, prompts), pieces)
+    records = _draw_all(sampler, jobs, pieces)
     grid = root.write_bytes(f"{stage}/grid.png", _grid(config, prompts, root, stage))
     records.append(ShardRecord("grid", 1, (grid,)))
     seconds = time.monotonic() - began

@@ -20,7 +20,7 @@ from trainer.checkpoint import CheckpointFolder
 from trainer.data import Loader
 from trainer.ema import Average, master_fragments
 from trainer.engine import Ranks, join_ranks, leave_ranks, make_engine
-from trainer.export import export
+from trainer.export import export, read_model
 from trainer.launch import TERMINATED, die_with_parent
 from trainer.loop import Session, Termination, train_steps
 from trainer.model import build_unet
@@ -53,6 +53,8 @@ def run(config: Training, root: Root) -> None:
     dist.barrier()
     torch.manual_seed(config.train.seed)
     unet = build_unet(config.model)
+    if config.train.start_from:
+        unet.load_state_dict(read_model(root, f"runs/{config.train.start_from}/train"), strict=True)
     shapes = {name: weight.shape for name, weight in unet.named_parameters()}
     session, done = _start(plan, root, unet, ranks)
     if ranks.is_first:

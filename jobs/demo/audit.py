@@ -86,7 +86,8 @@ class NeighborTables:
         found = wanted = 0
         listed = {query: dict(zip(ids, stored, strict=True)) for query, ids, stored in self._pairs()}
         for queries, vectors in self._embedded("train"):
-            for query, vector, bound in zip(queries.tolist(), vectors, self._bounds(vectors), strict=True):
+            bounds = self._bounds(vectors).tolist()
+            for query, vector, bound in zip(queries.tolist(), vectors, bounds, strict=True):
                 if np.isfinite(bound):
                     wanted += self.config.k
                     found += self._count_true(vector, bound, listed.get(query, {}))

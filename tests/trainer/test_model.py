@@ -4,16 +4,7 @@ from pydantic import ValidationError
 
 from trainer.model import ModelConfig, build_unet, null_context
 
-LAION = ModelConfig(latent_channels=16, context_dim=768, channels=(448, 896, 1344, 1792), attention=(1, 2, 4))
-IMAGENET = ModelConfig(latent_channels=3, context_dim=512, channels=(192, 384, 576, 960), attention=(2, 4, 8))
 TINY = ModelConfig(latent_channels=4, context_dim=32, channels=(32, 64), attention=(2,), layers=1)
-
-
-@pytest.mark.parametrize(("config", "parameters"), [(LAION, 1_335_480_400), (IMAGENET, 400_920_579)])
-def test_the_papers_models_have_the_papers_number_of_parameters(config: ModelConfig, parameters: int) -> None:
-    with torch.device("meta"):
-        unet = build_unet(config)
-    assert sum(weight.numel() for weight in unet.parameters()) == parameters
 
 
 def test_any_number_of_zero_tokens_equals_one() -> None:

@@ -174,6 +174,14 @@ def test_a_number_has_the_same_seed_for_every_prompt_and_database():
     assert {(job.name[-2:], job.request.seed) for job in jobs} == {("00", 10), ("01", 11)}
 
 
+def test_more_steps_than_the_process_has_are_refused_before_finished_pictures_are_touched(fresh):
+    sample(fresh)
+    before = written(fresh[0])
+    with pytest.raises(UserError, match="steps must be 1 to 999"):
+        sample(fresh, steps=1000)
+    assert written(fresh[0]) == before
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"k": 0}, {"steps": 0}, {"scheduler": "euler"}, {"databases": ()}, {"mode": "image"}, {"colour": 1}],

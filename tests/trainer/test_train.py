@@ -232,6 +232,24 @@ def test_a_checkpoint_of_another_number_of_ranks_or_with_a_damaged_file_is_refus
         checkpoints.load(None, None, alone)
 
 
+def test_a_run_starts_from_the_weights_of_another(
+    autoencoder_folder: str, copied_run: Root, start: Launch
+) -> None:
+    stopped = {"name": "second", "start_from": "tiny", "steps": 1, "learning_rate": 1e-30}
+    code, log = start(recipe_of(autoencoder_folder, **stopped), copied_run, ranks=1).end()
+    assert code == 0, log
+    first, second = (
+        UNet2DConditionModel.from_pretrained(copied_run.local_path(f"runs/{name}/train/model"))
+        for name in ("tiny", "second")
+    )
+    for one, other in zip(first.parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
+    recipe = recipe_of(autoencoder_folder, **{**stopped, "name": "third"})
+    wider = recipe.model.model_copy(update={"channels": (64, 64)})
+    with pytest.raises(UserError, match=r"runs/tiny/train trained the model .*train.start_from"):
+        prepare(recipe.model_copy(update={"model": wider}), copied_run)
+
+
 def test_a_restart_deletes_what_another_run_left_and_nothing_of_its_own(
     autoencoder_folder: str, copied_run: Root
 ) -> None:

@@ -1,0 +1,70 @@
+from pathlib import Path
+
+import pytest
+import tomllib
+import torch
+from pydantic import ValidationError
+
+from retrieval.errors import UserError
+from tests.trainer.training_set import make_recipe
+from trainer.engine import Ranks, engine_settings
+from trainer.latents import LatentsConfig
+from trainer.model import build_unet
+from trainer.recipe import Training
+
+RECIPES = Path(__file__).parents[2] / "jobs" / "configs"
+# Table 1: parameters, images of a step, steps, k.
+PAPER = {
+    "train_laion_256": (1_335_480_400, 1600, 275_000, 8),
+    "train_laion_512": (1_335_480_400, 800, 225_000, 8),
+    "train_laion_768": (1_335_480_400, 432, 270_000, 8),
+    "train_imagenet": (400_920_579, 1240, 112_000, 4),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_recipes_hold_the_papers_numbers(name: str) -> None:
+    sections = tomllib.loads((RECIPES / f"{name}.toml").read_text())
+    LatentsConfig.model_validate(sections["latents"])
+    names = ("model", "diffusion", "autoencoder", "train")
+    recipe = Training.model_validate({section: sections[section] for section in names})
+    with torch.device("meta"):
+        unet = build_unet(recipe.model)
+    parameters = sum(weight.numel() for weight in unet.parameters())
+    train = recipe.train
+    assert (parameters, train.global_batch, train.steps, train.k) == PAPER[name]
+    assert train.learning_rate == 1e-4
+    settings = engine_settings(train, Ranks(0, 8, torch.device("cuda")))
+    assert (
+        settings["gradient_accumulation_steps"] * settings["train_micro_batch_size_per_gpu"] * 8
+        == PAPER[name][1]
+    )
+    # Each of 8 ranks reads only the shards of its own lanes.
+    assert (train.lanes % 8, train.global_batch % train.lanes) == (0, 0)
+
+
+def test_speed_settings_do_not_change_what_is_trained() -> None:
+    changed = {"micro_batch": 4, "workers": 7, "checkpoint_every": 9, "log_every": 3, "ranks": 2}
+    assert make_recipe("", **changed).output_fields() == make_recipe("").output_fields()
+    assert make_recipe("", seed=9).output_fields() != make_recipe("").output_fields()
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"precision": "bf16", "zero_stage": 0}, "zero_stage 0"),
+        ({"micro_batch": 3}, "multiple of micro_batch"),
+        ({"name": "../elsewhere"}, "pattern"),
+        ({"p_uncond": 1.5}, "less than or equal to 1"),
+        ({"k": 0}, "greater than 0"),
+        ({"learning_rat": 1e-4}, "Extra inputs"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(change: dict[str, object], word: str) -> None:
+    with pytest.raises(ValidationError, match=word):
+        make_recipe("", **change)
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused() -> None:
+    with pytest.raises(UserError, match=r"global_batch 8 cannot be split over 3 ranks.*a multiple of 6"):
+        engine_settings(make_recipe("").train, Ranks(0, 3, torch.device("cpu")))
