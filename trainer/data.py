@@ -209,7 +209,8 @@ class Loader:
         timestep = int(rng.integers(self._timesteps))
         kept = np.float16(rng.random() >= self._train.p_uncond)
         posterior_noise, noise = rng.standard_normal((2, *self._samples.latent_shape), dtype=np.float32)
-        # Withholding all k makes the context zero, which equals one zero token (see model.null_context).
+        # Withholding all k makes the context zero. That equals one zero token: keys and values of a zero
+        # token are zero, as their projections have no bias, so attention gives the same for any number.
         context = shard.context[place.row] * kept
         inputs = shard.inputs(place.row, place.epoch)
         return int(shard.ids[place.row]), inputs, context, timestep, posterior_noise, noise

@@ -128,6 +128,11 @@ def train_judge(
     judge = train_classifier(rows, np.concatenate(labels), tuple(styles), config.classifier, config.seed)
     log.info(f"evaluate: judge of {len(styles)} styles  held-out accuracy {judge.held_out_accuracy:.3f}")
     neighbors = config.precision_recall_neighbors
+    if len(rows) <= neighbors:
+        raise UserError(
+            f"the style databases have {len(rows)} pictures in all, too few for precision_recall_neighbors = "
+            f"{neighbors}. Lower it or add pictures."
+        )
     return judge, Reference(rows, balls(rows, neighbors), neighbors)
 
 

@@ -19,7 +19,6 @@ from trainer.model import ModelConfig, build_unet
 from trainer.plan import Plan
 from trainer.progress import METRICS, read_points, summary
 
-
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 

@@ -99,7 +99,7 @@ class Sampler:
         }
 
     def check(self, requests: Sequence[Request]) -> None:
-        """Raises UserError for a request that this model cannot serve. Opens its database, samples nothing."""
+        """Raises UserError for a request that this model cannot serve; opens the databases it names."""
         for request in requests:
             if not 1 <= request.steps < self.diffusion.steps:
                 raise UserError(f"steps must be 1 to {self.diffusion.steps - 1}, got {request.steps}")

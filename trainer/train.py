@@ -49,7 +49,7 @@ def run(config: Training, root: Root) -> None:
     die_with_parent()
     began, termination = time.monotonic(), Termination()
     ranks = join_ranks()
-    lock = _take_folder(plan, root) if ranks.is_first else None
+    lock = take_folder(plan, root) if ranks.is_first else None
     dist.barrier()
     torch.manual_seed(config.train.seed)
     unet = build_unet(config.model)
@@ -90,7 +90,7 @@ def _flat(sections: dict[str, dict[str, object]]) -> dict[str, object]:
     return {name: value for name, value in flat.items() if name != "train.steps"}
 
 
-def _take_folder(plan: Plan, root: Root) -> int:
+def take_folder(plan: Plan, root: Root) -> int:
     """Make the run's folder this process's own, without what another run left. Returns the lock."""
     folder = root.local_path(plan.config.train.folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -260,6 +260,12 @@ def test_no_prompts_file_is_refused(tiny):
         run(EvaluateConfig(), tiny[1], tiny[0])
 
 
+def test_balls_wider_than_all_pictures_are_refused(tiny, prompts_file):
+    wide = config(prompts_file, samples_per_style=100, precision_recall_neighbors=99)
+    with pytest.raises(UserError, match="72 pictures in all"):
+        run(wide, tiny[1], tiny[0])
+
+
 def test_balls_wider_than_a_styles_samples_are_refused():
     with pytest.raises(ValidationError, match="less than samples_per_style 3"):
         EvaluateConfig(samples_per_style=3, precision_recall_neighbors=3)

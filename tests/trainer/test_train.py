@@ -26,7 +26,7 @@ from trainer.model import build_unet
 from trainer.plan import is_finished
 from trainer.progress import read_points
 from trainer.recipe import Training
-from trainer.train import _take_folder, checkpoints_of, prepare, run
+from trainer.train import checkpoints_of, prepare, run, take_folder
 
 LAUNCH = "import sys; from trainer.launch import launch; sys.exit(launch(sys.argv[1:], ranks={ranks}))"
 STEPS = 20
@@ -254,11 +254,11 @@ def test_a_restart_deletes_what_another_run_left_and_nothing_of_its_own(
     autoencoder_folder: str, copied_run: Root
 ) -> None:
     own = recipe_of(autoencoder_folder, restart=True, steps=30)
-    os.close(_take_folder(prepare(own, copied_run), copied_run))
+    os.close(take_folder(prepare(own, copied_run), copied_run))
     assert not copied_run.exists(f"{FOLDER}/manifest.json")
     assert copied_run.exists(f"{FOLDER}/checkpoints/checkpoints.json")
     other = recipe_of(autoencoder_folder, restart=True, learning_rate=0.1)
-    os.close(_take_folder(prepare(other, copied_run), copied_run))
+    os.close(take_folder(prepare(other, copied_run), copied_run))
     assert not copied_run.exists(f"{FOLDER}/checkpoints")
     assert not copied_run.exists(f"{FOLDER}/metrics.jsonl")
 
@@ -268,4 +268,4 @@ def test_two_trainings_do_not_share_a_folder(autoencoder_folder: str, copied_run
     with open(copied_run.local_path(f"{FOLDER}/lock")) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="is being trained by another process"):
-            _take_folder(plan, copied_run)
+            take_folder(plan, copied_run)
