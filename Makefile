@@ -29,7 +29,7 @@ help: ## list what can be made
 install: $(VENV)/installed ## make .venv with everything pinned
 
 $(VENV)/installed: pyproject.toml constraints.txt
-	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not here; name a Python 3.10 to 3.12: make PYTHON=python3.12 install"; exit 2; }
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not here; name a Python 3.11 or 3.12: make PYTHON=python3.12 install"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,s3]'
 	@touch $@
