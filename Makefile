@@ -47,7 +47,7 @@ report: install ## write the demo's report again from what is on disk
 	$(BIN)/python -m jobs.report $(RECIPE) $(ARGS)
 
 test: install ## run all tests
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 
 check: install ## ruff, format, mypy, tests
 	$(BIN)/ruff check .
@@ -59,8 +59,8 @@ format: install ## let ruff put the code in order
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: install ## measure search, join and training step on this machine
-	$(BIN)/python -m benchmarks.speed $(ARGS)
+bench: install ## measure search and join on this machine, into docs/performance.json
+	$(BIN)/python -m benchmarks $(ARGS)
 
 clean: ## remove the demo's outputs
 	rm -rf runs/demo

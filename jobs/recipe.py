@@ -5,11 +5,11 @@ stage's configuration. `--set section.key=value` overrides one key.
 """
 
 import json
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import tomllib
 from pydantic import ValidationError
 
 from jobs.demo.autoencoder import AutoencoderTraining

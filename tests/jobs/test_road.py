@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import embed, filter, index, latents, neighbors
+from jobs import download, embed, filter, index, latents, neighbors
 from jobs.recipe import load_recipe
 from retrieval import Database, Root
 from retrieval.manifest import read_manifest
@@ -41,7 +41,14 @@ TINY = {
     "evaluate.steps": 2,
     "evaluate.samples_per_style": 2,
 }
-STAGES = {"filter": filter, "embed": embed, "index": index, "neighbors": neighbors, "latents": latents}
+STAGES = {
+    "filter": filter,
+    "download": download,
+    "embed": embed,
+    "index": index,
+    "neighbors": neighbors,
+    "latents": latents,
+}
 REPORTED = (
     "filter_rows_unaccounted",
     "download_urls_without_status",
@@ -157,3 +164,4 @@ def _kill_at_first_record(arguments: list[str], folder: Path) -> None:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    time.sleep(1)  # the world's server sees that its parent is gone, and leaves its port
