@@ -16,7 +16,6 @@ STAGES := filter download embed index neighbors latents train sample evaluate
 export RAY_AUTH_MODE ?= disabled
 export OMP_WAIT_POLICY ?= PASSIVE
 export NO_ALBUMENTATIONS_UPDATE ?= 1
-export HF_HUB_OFFLINE ?= 1
 export DS_ACCELERATOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
 .PHONY: help install demo test check format bench database report clean $(STAGES)

@@ -3,9 +3,7 @@
 import argparse
 import json
 import logging
-import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -48,15 +46,21 @@ def execute(arguments: argparse.Namespace, run: Callable[[Recipe], object]) -> N
 
 def finish(work: Callable[[], None]) -> None:
     """Do the work; a UserError is printed without its traceback and ends the process with code 2."""
-    logging.Formatter.converter = time.localtime
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s  %(name)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
-    )
-    for noisy in ("httpx", "PIL", "matplotlib", "fsspec", "s3fs", "urllib3", "faiss.loader"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    _start_log()
     try:
         work()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)
+
+
+def _start_log() -> None:
+    """Our stages log at INFO, by their names; libraries are heard when they warn."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s  %(name)s: %(message)s", datefmt="%H:%M:%S", force=True
+    )
+    for noisy in ("httpx", "PIL", "matplotlib", "fsspec", "s3fs", "urllib3", "faiss.loader"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    # open_clip tells of every file it opens through the nameless logger.
+    [handler] = logging.getLogger().handlers
+    handler.addFilter(lambda record: record.name != "root" or record.levelno >= logging.WARNING)

@@ -18,15 +18,16 @@ def run(recipe: Recipe) -> None:
     config, settings, root = recipe[LatentsConfig], recipe[AutoencoderConfig], recipe.root
     embed = read_manifest(root, "embed")
     autoencoder = Autoencoder.load(settings, "cpu")
-    made_from = {"embed": embed.fingerprint, "autoencoder": autoencoder.identity}
+    made_from = {"embed": embed.identity, "autoencoder": autoencoder.identity}
     stage = Stage(root, f"latents/{config.size}", schema.VERSION, config, made_from)
     if stage.finished():
         return
     stage.begin()
     shards = [shard.removeprefix("train/") for shard in embed.shard_names("train/")]
     make_work = partial(make_shard_encoder, config, settings, root)
+    workers = Workers(config.workers, num_gpus=config.gpus_per_worker)
     with cluster():
-        records = run_shards(stage, shards, make_work, Workers())
+        records = run_shards(stage, shards, make_work, workers)
     stage.complete(records, manifest_values(config, autoencoder), started)
 
 

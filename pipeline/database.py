@@ -13,7 +13,9 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
 
-from pipeline.embed import EmbedConfig, embed_images, with_vectors
+from pipeline.embed import MAX_PIXELS, EmbedConfig, embed_images, with_vectors
+from pipeline.picture import prepared
+from pipeline.sockets import Refusal
 from retrieval import schema
 from retrieval.build import Identity, IndexConfig, build_database
 from retrieval.encoder import Encoder
@@ -58,13 +60,17 @@ def run(name: str, source: Path, encoder: Encoder, config: IndexConfig, root: Ro
 
 
 def _digest(source: Path, paths: list[Path]) -> str:
-    lines = [f"{path.relative_to(source).as_posix()} {file_sha256(path)}" for path in paths]
+    lines = [
+        f"{path.relative_to(source).as_posix()} {file_sha256(path)} {_caption(path)!r}" for path in paths
+    ]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def _bytes(ids: list[int], paths: list[Path]) -> Iterator[tuple[int, bytes]]:
+    """The pictures, upright and 8-bit as download stores them; no bytes for those that are none."""
     for image_id, path in zip(ids, paths, strict=True):
-        yield image_id, path.read_bytes()
+        picture = prepared(path.read_bytes(), MAX_PIXELS, 0)
+        yield image_id, b"" if isinstance(picture, Refusal) else picture.data
 
 
 def _rows(name: str, source: Path, paths: list[Path]) -> pa.Table:
@@ -85,7 +91,7 @@ def _size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             return image.size
-    except (UnidentifiedImageError, OSError):
+    except (Image.DecompressionBombError, UnidentifiedImageError, OSError):
         return 0, 0
 
 

@@ -26,7 +26,7 @@ SCHEMA_VERSION = 1
 class DownloadConfig(Config):
     """How images are fetched and stored."""
 
-    contact: str = Field(pattern=r"^[!-~]+$")
+    contact: str = speed(..., pattern=r"^[!-~]+$")
     """Where the owner of a server can complain: a URL or mail address, sent with every request."""
     user_agent: str = Field("laion-rdm", pattern=r"^[A-Za-z0-9._-]+$")
     """The name that servers see, and by which X-Robots-Tag may forbid us an image."""
@@ -50,7 +50,7 @@ class DownloadConfig(Config):
     """Shorter edge in pixels of the least database image; servers send 1 x 1 for what they have not."""
     jpeg_quality: int = Field(95, ge=1, le=100)
     """Quality of pictures that are encoded anew; an upright RGB JPEG that keeps its size keeps its bytes."""
-    min_success: float = Field(0.05, ge=0, le=1)
+    min_success: float = speed(0.05, ge=0, le=1)
     """Share of a shard's URLs that must give an answer of any kind; with less the network counts as down."""
     threads: int = speed(32, ge=1)
     """URLs that one worker fetches at once."""

@@ -29,8 +29,9 @@ from retrieval.schema import Reason
 from retrieval.storage import Root
 
 SCHEMA_VERSION = 1
-MAX_PIXELS = 1 << 28
-"""download re-encodes every image below its own cap; more than this is no file of ours."""
+MAX_PIXELS = 160_000_000
+"""More than any picture that download keeps, and less than what PIL takes for a bomb."""
+REMOVE = "Remove it and run 'make download' again."
 
 
 class EmbedConfig(Config):
@@ -51,7 +52,7 @@ def run(config: EmbedConfig, clip: ClipConfig, root: Root) -> Manifest:
     started = time.time()
     upstream = read_manifest(root, "download")
     encoder = Encoder(clip).identity
-    made_from = {"download": upstream.fingerprint, "clip": encoder.digest}
+    made_from = {"download": upstream.identity, "clip": encoder.digest}
     stage = Stage(root, "embed", SCHEMA_VERSION, config, made_from)
     if manifest := stage.finished():
         return manifest
@@ -125,22 +126,25 @@ def _decode(encoder: Encoder, data: bytes) -> torch.Tensor | None:
             if image.width * image.height > MAX_PIXELS:
                 return None
             return encoder.preprocess(image)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
+    except (Image.DecompressionBombError, UnidentifiedImageError, OSError, ValueError, SyntaxError):
         return None
 
 
 def _members(path: str, keys: set[str]) -> Iterator[tuple[int, bytes]]:
+    missing = set(keys)
     try:
         with tarfile.open(path) as tar:
             for member in tar:
                 key, _, kind = member.name.partition(".")
-                if kind == "jpg" and key in keys and (file := tar.extractfile(member)):
+                if kind == "jpg" and key in missing and (file := tar.extractfile(member)):
+                    missing.remove(key)
                     image_id = int(key, 16)
                     yield image_id - (1 << 64) if image_id >> 63 else image_id, file.read()
     except tarfile.TarError as error:
-        raise UserError(
-            f"{path} is not a readable tar ({error}). Remove it and run 'make download'."
-        ) from error
+        raise UserError(f"{path} is not a readable tar ({error}). {REMOVE}") from error
+    # tarfile takes a damaged header for the end of the file.
+    if missing:
+        raise UserError(f"{path} holds {len(keys) - len(missing)} of its {len(keys)} pictures. {REMOVE}")
 
 
 def _downloaded(root: Root, shard: str) -> pa.Table:

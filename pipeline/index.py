@@ -40,7 +40,7 @@ def run(config: IndexConfig, root: Root) -> Manifest:
     started = time.time()
     embed = read_manifest(root, "embed")
     encoder = EncoderIdentity(**embed.values["encoder"])
-    stage = Stage(root, "index", SCHEMA_VERSION, config, {"embed": embed.fingerprint})
+    stage = Stage(root, "index", SCHEMA_VERSION, config, {"embed": embed.identity})
     if manifest := stage.finished():
         return manifest
     shards = [record for record in embed.shards if record.shard.startswith("database/")]
@@ -48,8 +48,11 @@ def run(config: IndexConfig, root: Root) -> Manifest:
     if not rows:
         raise UserError(f"{root.at('embed')} has no database images to index. Check filter and download.")
     stage.begin()
-    centroids = _centroids(stage, config, encoder, shards)
-    record = ShardRecord("centroids", 0, (write_centroids(root, "index", centroids),))
+    [record] = run_shards(
+        stage, ["centroids"], partial(_make_centroids, stage, config, encoder, shards), Workers(1)
+    )
+    with root.local("index/centroids.npy") as path:
+        centroids: Vectors = np.load(path, allow_pickle=False)
     workers = Workers(config.workers, num_cpus=config.cores_per_partition)
     groups = _groups(shards)
     names = [f"shuffle/{number:05d}" for number in range(len(groups))]
@@ -61,6 +64,17 @@ def run(config: IndexConfig, root: Root) -> Manifest:
     root.delete("index/shuffle")
     root.delete("index/records/shuffle")
     return stage.complete([record, *built], database_values(encoder, built, config), started)
+
+
+def _make_centroids(
+    stage: Stage, config: IndexConfig, encoder: EncoderIdentity, shards: list[ShardRecord]
+) -> Work:
+    # A shard of its own, so that a run that goes on elsewhere keeps the centroids its shuffle was made with.
+    def train(name: str) -> ShardRecord:
+        centroids = _centroids(stage, config, encoder, shards)
+        return ShardRecord(name, 0, (write_centroids(stage.root, "index", centroids),))
+
+    return train
 
 
 def _centroids(

@@ -19,6 +19,7 @@ from retrieval import schema
 from retrieval.config import Config, speed
 from retrieval.database import Database
 from retrieval.encoder_identity import EncoderIdentity
+from retrieval.errors import UserError
 from retrieval.join import JoinConfig, Joined, join
 from retrieval.manifest import Manifest, ShardRecord, read_manifest
 from retrieval.partition import Vectors, unit
@@ -62,8 +63,10 @@ def run(config: NeighborsConfig, root: Root) -> Manifest:
     embed, index = read_manifest(root, "embed"), read_manifest(root, "index")
     database = Database.open(root.child("index"))
     database.require_encoder(EncoderIdentity(**embed.values["encoder"]))
+    if index.upstream != {"embed": embed.identity}:
+        raise UserError(f"{root.at('index')} was built from other embeddings. Run 'make index' first.")
     stage = Stage(
-        root, "neighbors", SCHEMA_VERSION, config, {"embed": embed.fingerprint, "index": index.fingerprint}
+        root, "neighbors", SCHEMA_VERSION, config, {"embed": embed.identity, "index": index.identity}
     )
     if manifest := stage.finished():
         return manifest
@@ -80,7 +83,7 @@ def _values(config: NeighborsConfig, database: Database, records: list[ShardReco
     return {
         "k": config.k,
         "encoder": database.encoder.model_dump(mode="json"),
-        "recall": found / sampled if sampled else 1.0,
+        **({"recall": found / sampled} if sampled else {}),
         "recall_sampled": sampled,
         "near_copies": sum(record.values["near_copies"] for record in records),
     }

@@ -14,7 +14,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
 from retrieval.config import Config
 from retrieval.errors import UserError
@@ -37,6 +44,9 @@ MAX_LOST_WORKERS = 3
 """How often one shard may lose its worker (killed, out of memory, node gone) before the stage gives up."""
 
 
+LOST_WORKER = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
+
+
 class ShardError(RuntimeError):
     """A shard that could not be made, with the stage and the shard in its text."""
 
@@ -48,21 +58,23 @@ class Workers:
     count: int = 0
     num_cpus: float = 1
     num_gpus: float = 0
-    memory_bytes: int = 0
 
     def resolved(self) -> int:
-        """Number of workers to start: as asked for, or as many as fit the cluster's CPUs (or GPUs)."""
-        if self.count:
-            return self.count
-        resources = ray.cluster_resources()
-        if self.num_gpus:
-            return max(1, int(resources.get("GPU", 0) / self.num_gpus))
-        return max(1, int(resources.get("CPU", 1) / self.num_cpus))
+        """Workers to start: as many as fit the cluster, at most `count`. Raises UserError if none fits."""
+        wanted = {"GPU": self.num_gpus, "CPU": self.num_cpus}
+        there = ray.cluster_resources()
+        fitting = {kind: int(there.get(kind, 0) // need) for kind, need in wanted.items() if need}
+        for kind, count in fitting.items():
+            if not count:
+                raise UserError(
+                    f"a worker takes {wanted[kind]:g} {kind}, the cluster has {there.get(kind, 0):g}. "
+                    "Lower it in the recipe, or set RAY_ADDRESS to a larger cluster."
+                )
+        return min(self.count or max(1, min(fitting.values())), max(1, min(fitting.values())))
 
     def options(self) -> dict[str, Any]:
         """The same as Ray actor options."""
-        options: dict[str, Any] = {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus, "max_restarts": 0}
-        return options | ({"memory": self.memory_bytes} if self.memory_bytes else {})
+        return {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus, "max_restarts": 0}
 
 
 @dataclass(frozen=True)
@@ -91,6 +103,11 @@ class Stage:
             return None
         manifest = read_manifest(self.root, self.name)
         if manifest.fingerprint != self.fingerprint:
+            return None
+        if not all(files_stand(self.root, shard) for shard in manifest.shards):
+            self.log.warning(
+                "files of %s are missing or cut short: they are made again", self.root.at(self.name)
+            )
             return None
         self.log.info("already finished: %s rows in %d shards", f"{manifest.rows:,}", len(manifest.shards))
         return manifest
@@ -218,7 +235,7 @@ class _Pool:
             actor, shard = self.flights.pop(ready)
             try:
                 record = ray.get(ready)
-            except RayActorError as error:
+            except LOST_WORKER as error:
                 todo.appendleft(self._retry(shard, error))
                 idle.append(self._start())
                 continue
@@ -241,10 +258,10 @@ class _Pool:
     def _submit(self, actor: Any, shard: str) -> None:
         self.flights[actor.run.remote(shard)] = (actor, shard)
 
-    def _retry(self, shard: str, error: RayActorError) -> str:
+    def _retry(self, shard: str, error: RayError) -> str:
         self.lost[shard] += 1
         where = self.stage.root.at(f"{self.stage.name}/{shard}")
-        if error.actor_init_failed:
+        if getattr(error, "actor_init_failed", False):
             raise ShardError(f"{where}: no worker can start: {error}") from error
         if self.lost[shard] > MAX_LOST_WORKERS:
             raise ShardError(

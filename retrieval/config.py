@@ -27,5 +27,5 @@ class Config(BaseModel):
 
 
 def speed(default: Any, **limits: Any) -> Any:
-    """A field that alters speed or memory only, so that changing it does not recompute a stage."""
+    """A field that does not alter what is written (speed, memory, when to give up): it recomputes nothing."""
     return Field(default, json_schema_extra={"speed": True}, **limits)

@@ -76,19 +76,19 @@ class Partition:
             return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if self._root.is_local else 0)
 
     def search(self, queries: Vectors, k: int) -> tuple[Vectors, npt.NDArray[np.int64]]:
-        """Exact similarities and row numbers of the best candidates, best first, each (n, min(k, rows)).
-
-        Where the index proposes fewer than k rows the rest has similarity -inf and row 0.
-        """
+        """Exact similarities and row numbers of the best candidates, best first, each (n, min(k, rows))."""
         k = min(k, len(self.embeddings))
         wanted = min(len(self.embeddings), k * CANDIDATES_PER_RESULT)
         _, rows = self._index.search(queries, wanted)
         exact = np.empty(rows.shape, np.float32)
         for i, query in enumerate(queries):
+            if (
+                rows[i].min() < 0
+            ):  # the lists that the index visited hold too few: any rows of the partition do
+                rows[i] = np.argpartition(-(self.embeddings.astype(np.float32) @ query), wanted - 1)[:wanted]
             exact[i] = self.embeddings[rows[i]].astype(np.float32) @ query
-        exact[rows < 0] = -np.inf
         best = np.argsort(-exact, axis=1, kind="stable")[:, :k]
-        return np.take_along_axis(exact, best, 1), np.maximum(np.take_along_axis(rows, best, 1), 0)
+        return np.take_along_axis(exact, best, 1), np.take_along_axis(rows, best, 1)
 
 
 class Database:

@@ -87,10 +87,11 @@ def _load(config: ClipConfig) -> tuple[Any, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            warnings.filterwarnings("error", message=".*QuickGELU mismatch")
             model, _, preprocess = open_clip.create_model_and_transforms(
                 config.model, pretrained=config.pretrained or None, weights_only=True
             )
-    except (RuntimeError, ValueError, OSError, KeyError) as error:
+    except (RuntimeError, ValueError, OSError, KeyError, UserWarning) as error:
         raise UserError(
             f"[clip] model = {config.model!r}, pretrained = {config.pretrained!r} cannot be loaded: {error}. "
             "Wanted: an open_clip model with its tag or checkpoint, or local-dir:<folder>."

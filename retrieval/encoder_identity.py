@@ -9,7 +9,7 @@ class EncoderIdentity(Config):
     """What makes two encoders' vectors comparable."""
 
     model: str
-    """Name of the architecture, for people."""
+    """Name of the architecture: open_clip's, or that of a local folder."""
     weights: str
     """First 16 hex digits of the SHA-256 of all weights in order of their names."""
     preprocessing: str

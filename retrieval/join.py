@@ -1,8 +1,8 @@
 """The k-nearest-neighbor join: every query against the rows of the partitions nearest to it, exactly.
 
 Where `Database.search` answers people, this answers 100 million training images: queries are grouped
-by partition and compared with its float16 vectors by matrix products, block by block, so that memory
-does not grow with either side. Rows that are the query itself, or copies of it, are left out.
+by partition and compared with its float16 vectors by matrix products, block by block: beside one
+partition, memory does not grow with either side. The query itself and copies of it are left out.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from retrieval.config import Config, speed
-from retrieval.database import Database
+from retrieval.database import Database, Partition
 from retrieval.partition import Vectors, route
 
 
@@ -51,7 +51,8 @@ def join(database: Database, queries: Vectors, config: JoinConfig, device: str =
     positions = torch.full((len(queries), config.k), -1, dtype=torch.int64)
     asked = torch.from_numpy(queries)
     near_copies = 0
-    for number, partition in enumerate(database.partitions):
+    for number in range(len(database.partitions)):
+        partition = Partition(database.root, number)  # let go after use: from an object store it is a copy
         asking = torch.from_numpy(np.flatnonzero((visits == number).any(axis=1)))
         for block in asking.split(config.query_block) if len(asking) else ():
             found, rows, copies = _nearest(asked[block].to(device), partition.embeddings, config)

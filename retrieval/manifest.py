@@ -58,6 +58,12 @@ class Manifest:
                 total[word] = total.get(word, 0) + count
         return dict(sorted(total.items()))
 
+    @property
+    def identity(self) -> str:
+        """What a later stage is made from: the settings and, since servers change, the very bytes."""
+        content = json.dumps([self.fingerprint, sorted(self.checksums().items())])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
     def shard_names(self, prefix: str = "") -> list[str]:
         """Names of the shards that start with a prefix such as `train/`, in order."""
         return [shard.shard for shard in self.shards if shard.shard.startswith(prefix)]
@@ -77,7 +83,8 @@ def read_manifest(root: Root, stage: str) -> Manifest:
     """The manifest of a finished stage. Raises UserError if the stage did not finish."""
     name = f"{stage}/manifest.json" if stage else "manifest.json"
     if not root.exists(name):
-        word = stage.rsplit("/", maxsplit=1)[-1]
+        parts = stage.split("/")
+        word = {"": "database", "databases": "database", "runs": parts[-1]}.get(parts[0], parts[0])
         raise UserError(
             f"{root.at(name)} is missing: {word} did not finish. "
             f"Run 'make {word}' (again); finished shards are kept."

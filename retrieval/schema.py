@@ -36,7 +36,6 @@ class Reason(StrEnum):
     WATERMARK = "watermark"
     BLOCKED = "blocked"
     DUPLICATE_URL = "duplicate_url"
-    OVER_QUOTA = "over_quota"
     # download
     REFUSED_ADDRESS = "refused_address"
     NOT_FOUND = "not_found"

@@ -93,6 +93,12 @@ class Root:
             )
         return self.fs.open(f"{self._base}/{name}", "rb")
 
+    def _require(self, name: str) -> None:
+        if not self.exists(name):
+            raise UserError(
+                f"{self.at(name)} is missing: the stage that writes it did not finish; run it again."
+            )
+
     def read_json(self, name: str) -> Any:
         """The parsed content of a JSON file."""
         with self.open(name) as file:
@@ -101,6 +107,7 @@ class Root:
     @contextmanager
     def local(self, name: str) -> Iterator[Path]:
         """A finished file as a local path, fetched first from an object store (and removed after)."""
+        self._require(name)
         if self.is_local:
             yield self.local_path(name)
             return
@@ -126,6 +133,8 @@ class Root:
             self._publish(scratch, final)
         finally:
             scratch.unlink(missing_ok=True)
+            if not self.is_local:
+                scratch.parent.rmdir()
 
     def _publish(self, scratch: Path, final: str) -> None:
         if not self.is_local:

@@ -38,8 +38,8 @@ class AutoencoderConfig(Config):
 class Autoencoder:
     """Pictures to scaled latents and back, in float32, without gradients.
 
-    factor: pixels per latent; channels: of a latent; identity: SHA-256 over weights and scale: equal
-    identities give equal latents.
+    factor: pixels per latent; channels: of a latent; identity: SHA-256 over kind, settings, weights and
+    scale: equal identities give equal latents.
     """
 
     def __init__(self, network: torch.nn.Module, config: AutoencoderConfig, identity: str) -> None:
@@ -55,17 +55,23 @@ class Autoencoder:
         network = _build(config.kind, folder)
         weights = folder / WEIGHTS_NAME
         _fill(network, weights)
-        identity = hashlib.sha256(f"{file_sha256(weights)} {config.scale!r}".encode()).hexdigest()
+        settings = json.loads((folder / CONFIG_NAME).read_text())
+        # An underscore marks what the writer notes about itself, such as diffusers' version.
+        settings = {name: value for name, value in settings.items() if not name.startswith("_")}
+        parts = [config.kind, settings, file_sha256(weights), config.scale]
+        identity = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         return cls(network.to(device), config, identity)
 
     @torch.no_grad()
     def encode_moments(self, images: torch.Tensor) -> torch.Tensor:
         """Mean and standard deviation of the posterior, times scale: (n, 2c, h/factor, w/factor).
 
-        images: (n, 3, h, w) float32 in [-1, 1]. The deviation is 0 unless the kind is `kl`: latents of a
-        quantized autoencoder are those before quantization.
+        images: (n, 3, h, w) float32 in [-1, 1], on any device; the moments are on the network's. The
+        deviation is 0 unless the kind is `kl`: latents of a quantized autoencoder are those before
+        quantization.
         """
-        encoded = self._network.encode(images)
+        device = next(self._network.parameters()).device
+        encoded = self._network.encode(images.to(device))
         if isinstance(self._network, AutoencoderKL):
             mean, deviation = encoded.latent_dist.mean, encoded.latent_dist.std
         else:
@@ -73,17 +79,18 @@ class Autoencoder:
             deviation = torch.zeros_like(mean)
         return torch.cat([mean, deviation], dim=1) * self._scale
 
-    def sample(self, moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Latents (n, c, h, w) = mean + deviation * noise. noise: standard normal, of the latents' shape."""
-        mean, deviation = moments.chunk(2, dim=1)
-        return mean + deviation * noise
-
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Pictures (n, 3, h*factor, w*factor) in [-1, 1] of scaled latents (n, c, h, w)."""
         decoded = self._network.decode(latents / self._scale)
         images: torch.Tensor = decoded if isinstance(self._network, PatchAutoencoder) else decoded.sample
         return images.clamp(-1, 1)
+
+
+def draw_latents(moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Latents (n, c, h, w) = mean + deviation * noise. noise: standard normal, of the latents' shape."""
+    mean, deviation = moments.chunk(2, dim=1)
+    return mean + deviation * noise
 
 
 def kl_f16(width: int = 128, latent_channels: int = 16, norm_groups: int = 32) -> AutoencoderKL:

@@ -21,7 +21,7 @@ from trainer.engine import Ranks
 
 INDEX = "checkpoints.json"
 CLIENT_STATE = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.4}}
-"""What DeepSpeed needs in a checkpoint to convert it for another number of ranks."""
+"""What a later conversion to another number of ranks needs; `load` itself takes the same number only."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,28 @@ class CheckpointFolder:
         index = self._index()
         return index is not None and index["identity"] != self.identity
 
-    def check(self) -> None:
-        """Raise UserError if the folder holds checkpoints of another run."""
+    def is_beyond(self, steps: int) -> bool:
+        """True if the newest checkpoint is of a later step than `steps`."""
         index = self._index()
-        if index is None or not self.is_foreign():
+        return index is not None and index["checkpoints"][-1]["step"] > steps
+
+    def check(self, steps: int) -> None:
+        """Raise UserError if the folder holds checkpoints of another run, or of a later step than `steps`."""
+        index = self._index()
+        if index is None:
             return
-        raise UserError(
-            f"{self.path} holds checkpoints of another run: {_difference(index['settings'], self.settings)}. "
-            f"Choose another train.name to keep them, or set train.restart = true to delete them."
-        )
+        if self.is_foreign():
+            raise UserError(
+                f"{self.path} holds checkpoints of another run: "
+                f"{_difference(index['settings'], self.settings)}. "
+                f"Choose another train.name to keep them, or set train.restart = true to delete them."
+            )
+        if self.is_beyond(steps):
+            raise UserError(
+                f"{self.path} is at step {index['checkpoints'][-1]['step']:,}, beyond train.steps {steps:,}. "
+                f"Raise train.steps to go on, choose another train.name to keep the checkpoints, or set "
+                f"train.restart = true to delete them."
+            )
 
     def save(self, engine: deepspeed.DeepSpeedEngine, average: Average, step: int, ranks: Ranks) -> None:
         """Write a checkpoint after `step` steps, then remove the oldest beyond `keep`. All ranks call it."""

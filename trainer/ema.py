@@ -2,7 +2,7 @@
 
 Each rank averages the pieces of the fp32 master weights that it owns, so that a step needs no
 communication; the pieces come together for the export only. Reads and writes the `ema-*` files of a
-checkpoint, which a run on another number of ranks reads too.
+checkpoint, whose keys say which elements they hold, so that they can be read however they were split.
 """
 
 from collections.abc import Iterator

@@ -39,6 +39,10 @@ class LatentsConfig(Config):
     """Seed of the cuts."""
     batch_size: PositiveInt = speed(32)
     """Views encoded at once."""
+    workers: int = speed(0, ge=0)
+    """Encoders at work at once; 0 fills the cluster's GPUs, or its CPUs where `gpus_per_worker` is 0."""
+    gpus_per_worker: float = speed(0.0, ge=0)
+    """GPUs each encoder takes; 0 encodes on the CPU."""
 
 
 def manifest_values(config: LatentsConfig, autoencoder: Autoencoder) -> dict[str, Any]:
@@ -55,19 +59,20 @@ def latent_shape(size: int, autoencoder: Autoencoder) -> tuple[int, int, int]:
     edge, rest = divmod(size, autoencoder.factor)
     if rest:
         raise UserError(
-            f"a size of {size} px is no multiple of the autoencoder's factor {autoencoder.factor}."
+            f"a size of {size} px is no multiple of the autoencoder's factor {autoencoder.factor}. "
+            f"Set size to {size - rest} or {size - rest + autoencoder.factor}."
         )
     return autoencoder.channels, edge, edge
 
 
 def make_shard_encoder(
-    config: LatentsConfig, autoencoder_config: AutoencoderConfig, root: Root, device: str = "cpu"
+    config: LatentsConfig, autoencoder_config: AutoencoderConfig, root: Root
 ) -> Callable[[str], ShardRecord]:
     """A function from the name of a shard (`00003-00012`) to the record of its written table.
 
     It holds the autoencoder, so make it once in a worker and call it for many shards.
     """
-    autoencoder = Autoencoder.load(autoencoder_config, device)
+    autoencoder = Autoencoder.load(autoencoder_config, "cuda" if config.gpus_per_worker else "cpu")
     wanted = schema.latents(config.views * 2 * int(np.prod(latent_shape(config.size, autoencoder))))
 
     def encode(shard: str) -> ShardRecord:

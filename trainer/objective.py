@@ -3,7 +3,7 @@
 import torch
 
 from trainer import diffusion
-from trainer.autoencoder import Autoencoder
+from trainer.autoencoder import Autoencoder, draw_latents
 from trainer.data import Batch
 from trainer.diffusion import DiffusionConfig
 
@@ -33,5 +33,4 @@ class Objective:
         """A draw from the posterior: mean + standard deviation x noise. (n, c, h, w) float32."""
         inputs = batch.inputs.to(self._device).float()
         moments = inputs if self._autoencoder is None else self._autoencoder.encode_moments(inputs)
-        mean, deviation = moments.float().chunk(2, dim=1)
-        return mean + deviation * batch.posterior_noise.to(self._device)
+        return draw_latents(moments.float(), batch.posterior_noise.to(self._device))

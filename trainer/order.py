@@ -1,14 +1,14 @@
 """The order in which training meets samples: a pure function of seed and position.
 
 The rows of all shards form one sequence without end, epoch after epoch, each sample once an epoch.
-Global batch s is positions [s * B, (s + 1) * B) whatever the number of ranks, so that a run resumed on
-another number of ranks goes on in the same order. An epoch shuffles the shards, cuts their rows into
+Global batch s is positions [s * B, (s + 1) * B) whatever the number of ranks, so that runs on different
+numbers of ranks train on the same batches. An epoch shuffles the shards, cuts their rows into
 `lanes` equal stretches read side by side, and shuffles the rows of each shard within its stretch; a
 rank needs only the shards of its own lanes, one at a time each.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +34,7 @@ class Order:
     seed: int
     lanes: int
 
-    @property
+    @cached_property
     def samples(self) -> int:
         """Samples in one epoch."""
         return sum(self.rows)

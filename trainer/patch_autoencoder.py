@@ -31,7 +31,7 @@ class PatchShape:
 
 
 class PatchAutoencoder(nn.Module):
-    """Pixels in [-1, 1] to latents of unit variance in each channel, and back."""
+    """Pixels in [-1, 1] to latents of about unit variance in each channel, and back."""
 
     components: torch.Tensor
     offset: torch.Tensor
@@ -64,16 +64,14 @@ class PatchAutoencoder(nn.Module):
 
     @torch.no_grad()
     def fit_components(self, images: torch.Tensor) -> None:
-        """Sets the linear code to the principal components of the images' patches."""
+        """Sets the linear code to the principal components of the images' patches.
+
+        The images' latents then have mean 0 and variance 1 in each channel; training keeps them near.
+        """
         patches = functional.pixel_unshuffle(images, self.shape.factor).movedim(1, -1).flatten(0, -2)
         self.offset.copy_(patches.mean(dim=0))
         _, vectors = torch.linalg.eigh(torch.cov(patches.T))
         self.components.copy_(vectors[:, -self.shape.channels :].T.flip(0))
-        self.standardize(images)
-
-    @torch.no_grad()
-    def standardize(self, images: torch.Tensor) -> None:
-        """Sets mean and deviation so that the images' latents have mean 0 and variance 1 in each channel."""
         latents = self.encode(images).movedim(1, -1).flatten(0, -2)
         mean, deviation = latents.mean(dim=0), latents.std(dim=0)
         self.mean += mean * self.deviation

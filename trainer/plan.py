@@ -9,9 +9,10 @@ from typing import Any
 
 from retrieval import schema
 from retrieval.errors import UserError
-from retrieval.manifest import Manifest, fingerprint, read_manifest
+from retrieval.manifest import Manifest, files_stand, fingerprint, read_manifest
 from retrieval.storage import Root
 from trainer.autoencoder import Autoencoder
+from trainer.latents import latent_shape
 from trainer.recipe import Training
 
 
@@ -51,8 +52,7 @@ def make_plan(config: Training, root: Root, autoencoder: Autoencoder) -> Plan:
     neighbors = read_manifest(root, "neighbors")
     _check_neighbors(neighbors, config, root)
     images = read_manifest(root, f"latents/{train.size}" if train.source == "latents" else "download")
-    edge = train.size // autoencoder.factor
-    layout = _Layout((config.model.latent_channels, edge, edge), 1)
+    layout = _Layout(_latent_shape(config, autoencoder), 1)
     if train.source == "latents":
         layout = _Layout(layout.shape, int(images.values["views"]))
         _check_latents(images, neighbors, layout, autoencoder.identity, root)
@@ -77,11 +77,12 @@ def make_plan(config: Training, root: Root, autoencoder: Autoencoder) -> Plan:
 
 
 def is_finished(plan: Plan, root: Root) -> bool:
-    """True if the run's manifest is there and is of this very run."""
+    """True if the run's manifest is there, is of this very run, and all its files stand."""
     folder = plan.config.train.folder
     if not root.exists(f"{folder}/manifest.json"):
         return False
-    return read_manifest(root, folder).fingerprint == plan.fingerprint
+    found = read_manifest(root, folder)
+    return found.fingerprint == plan.fingerprint and all(files_stand(root, shard) for shard in found.shards)
 
 
 def _start_of(config: Training, root: Root) -> Manifest:
@@ -115,6 +116,17 @@ def _samples(config: Training, neighbors: Manifest, layout: _Layout) -> Samples:
         size=config.train.size,
         flip=config.train.flip,
     )
+
+
+def _latent_shape(config: Training, autoencoder: Autoencoder) -> tuple[int, int, int]:
+    """Shape of the latents of train.size. Raises UserError if the size or the model does not fit."""
+    shape = latent_shape(config.train.size, autoencoder)
+    if config.model.latent_channels != shape[0]:
+        raise UserError(
+            f"the autoencoder {config.autoencoder.path} makes latents of shape {shape}, but the recipe's "
+            f"model takes {config.model.latent_channels} channels. Set model.latent_channels or autoencoder.path."
+        )
+    return shape
 
 
 def _check_neighbors(neighbors: Manifest, config: Training, root: Root) -> None:

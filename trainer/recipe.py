@@ -68,7 +68,8 @@ class TrainConfig(Config):
     prefetch_batches: PositiveInt = speed(4)
     """Batches prepared ahead of the step."""
     restart: bool = speed(False)
-    """Start over, deleting the folder's content, where it holds a run with other settings; else refuse."""
+    """Start over, deleting the folder's content, where it holds a run with other settings or of more steps;
+    else refuse."""
     seed: NonNegativeInt = 0
     """Seed of the initial weights, the order of samples and all noise."""
 

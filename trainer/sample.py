@@ -115,7 +115,9 @@ def picture_name(column: str, prompt: int, n: int) -> str:
 
 def _draw_all(sampler: Sampler, jobs: Sequence[Job], pieces: Pieces) -> list[ShardRecord]:
     batches = sampler.plan([job.request for job in jobs])
-    records = {number: record for number in range(len(batches)) if (record := pieces.done(f"{number:05d}"))}
+    # A batch of another size holds other pictures, so its record must not stand for this one.
+    piece_names = [f"{sampler.compute.batch_size:04d}-{number:05d}" for number in range(len(batches))]
+    records = {number: record for number, name in enumerate(piece_names) if (record := pieces.done(name))}
     missing = [number for number in range(len(batches)) if number not in records]
     began, count = time.monotonic(), sum(len(batches[number].items) for number in missing)
 
@@ -128,7 +130,7 @@ def _draw_all(sampler: Sampler, jobs: Sequence[Job], pieces: Pieces) -> list[Sha
         for number, samples in zip(missing, sampler.draw(read()), strict=True):
             names = [jobs[position].name for position in batches[number].positions]
             files = [file for pair in zip(names, samples, strict=True) for file in _write(*pair, pieces)]
-            records[number] = pieces.write(f"{number:05d}", files, len(samples))
+            records[number] = pieces.write(piece_names[number], files, len(samples))
             bar.update(len(samples))
     seconds = time.monotonic() - began
     log.info(f"sample: {count} images  {seconds:.1f} s  {count / max(seconds, 1e-9):.2f} images/s")

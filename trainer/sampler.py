@@ -23,7 +23,6 @@ class Scheduler(Protocol):
 
     timesteps: torch.Tensor
     init_noise_sigma: float
-    alphas_cumprod: torch.Tensor
 
     def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """The latents as the UNet wants them."""

@@ -34,9 +34,11 @@ log = logging.getLogger("train")
 
 def prepare(config: Training, root: Root) -> Plan:
     """Everything that can be refused before a process group exists. Raises UserError."""
+    # Only a local disk can be locked and written to by DeepSpeed.
+    root.local_path(config.train.folder)
     plan = make_plan(config, root, Autoencoder.load(config.autoencoder, "cpu"))
     if not config.train.restart:
-        checkpoints_of(plan, root).check()
+        checkpoints_of(plan, root).check(config.train.steps)
     return plan
 
 
@@ -102,7 +104,8 @@ def take_folder(plan: Plan, root: Root) -> int:
             f"{folder} is being trained by another process. Wait for it or choose another train.name."
         ) from error
     root.delete(f"{plan.config.train.folder}/manifest.json")
-    if checkpoints_of(plan, root).is_foreign():
+    checkpoints = checkpoints_of(plan, root)
+    if checkpoints.is_foreign() or checkpoints.is_beyond(plan.config.train.steps):
         for name in ("checkpoints", "metrics.jsonl", "tensorboard", "model", "recipe.json"):
             root.delete(f"{plan.config.train.folder}/{name}")
     return lock
@@ -116,10 +119,6 @@ def _start(plan: Plan, root: Root, unet: torch.nn.Module, ranks: Ranks) -> tuple
     average = Average(fragments, config.ema_decay)
     checkpoints = checkpoints_of(plan, root)
     done = checkpoints.load(engine, average, ranks)
-    if done > config.steps:
-        raise UserError(
-            f"{checkpoints.path} is at step {done:,}, beyond train.steps {config.steps:,}: raise train.steps."
-        )
     autoencoder = None
     if config.source == "images":
         autoencoder = Autoencoder.load(plan.config.autoencoder, str(ranks.device))

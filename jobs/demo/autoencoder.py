@@ -49,7 +49,6 @@ def train_autoencoder(config: AutoencoderTraining, folder: Path) -> dict[str, fl
     network = PatchAutoencoder(PatchShape(channels=config.channels))
     network.fit_components(images[:1000])
     _fit(network, images, config)
-    network.standardize(images)
     network.save(folder)
     test = _scenes(NUM_TEST_SCENES, config.seed + 1, config.num_threads)
     return {"psnr_db": psnr_db(network, test), "scale": 1.0}

@@ -99,9 +99,13 @@ def recall_at_10(folder: Path, num_scenes: int, seed: int) -> float:
     with torch.inference_mode():
         image_rows = torch.cat([model.encode_image(batch, normalize=True) for batch in images.split(250)])
         text_rows = torch.cat([model.encode_text(batch, normalize=True) for batch in texts.split(250)])
-    similarity = text_rows @ image_rows.T
-    better = (similarity > similarity.diagonal()[:, None]).sum(dim=1)
-    return (better < 10).float().mean().item()
+    return share_found(text_rows @ image_rows.T, 10)
+
+
+def share_found(similarity: torch.Tensor, k: int) -> float:
+    """Share of rows with the diagonal among their k highest; ties and NaN count against it. (n, n)."""
+    ahead = (~(similarity < similarity.diagonal()[:, None])).sum(dim=1) - 1
+    return (ahead < k).float().mean().item()
 
 
 def _through_jpeg(pixels: Pixels) -> Image.Image:

@@ -31,7 +31,7 @@ STYLE_NUMBERS = (
     "style_accuracy_no_neighbors",
 )
 DATA_STAGES = ("filter", "download", "embed", "index", "neighbors", "latents")
-ROAD = ("install", "world", "clip", "autoencoder", *DATA_STAGES, "databases", "train", "sample", "evaluate")
+ROAD = ("world", "clip", "autoencoder", *DATA_STAGES, "databases", "train", "sample", "evaluate")
 PICTURES_AT_ONCE = 64
 ABOUT_CHANCE = 1.5
 """Accuracies up to this many times chance are told apart from chance by no run of a demo's size."""
@@ -88,7 +88,17 @@ def measure(demo: Demo) -> dict[str, Any]:
         f"neighbor_recall_at_{demo.neighbors.k}": tables.recall(),
         "neighbor_leaks": tables.leaks(),
         **{name: evaluation[name] for name in STYLE_NUMBERS},
+        **interval_ends(evaluation),
         "seconds": seconds(demo),
+    }
+
+
+def interval_ends(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """Which ends of two 95 % intervals must not meet: with neighbors the lower, without them the upper."""
+    modes = evaluation["modes"]
+    return {
+        "style_accuracy_retrieval_low": modes["retrieval"]["accuracy_interval"][0],
+        "style_accuracy_no_neighbors_high": modes["no_neighbors"]["accuracy_interval"][1],
     }
 
 
@@ -108,6 +118,7 @@ def goals(numbers: Mapping[str, Any]) -> list[Goal]:
 
     ours, baseline = "style_accuracy_retrieval", numbers["style_accuracy_suffix"]
     withheld = "style_accuracy_no_neighbors"
+    low, high = "style_accuracy_retrieval_low", numbers["style_accuracy_no_neighbors_high"]
     return [
         nothing("filter_rows_unaccounted", "Metadata rows neither kept nor dropped with a reason"),
         nothing("download_urls_without_status", "Selected URLs without exactly one true status"),
@@ -116,13 +127,19 @@ def goals(numbers: Mapping[str, Any]) -> list[Goal]:
         nothing("neighbor_leaks", "Neighbors that are the image, a training image or a copy"),
         at_least("num_styles", "Styles, each with its own database", 10),
         at_least("style_classifier_accuracy", "Judge of styles on pictures it never saw", 0.9),
-        at_least(ours, "Samples taken for their database's style: 5 x chance", 5 * chance),
+        at_least(ours, "Samples taken for their database's style: 5 × chance", 5 * chance),
         goal(ours, "The same, above naming the style", f"> {baseline:.3f}", numbers[ours] > baseline),
         goal(
             withheld,
             "The same prompts, neighbors withheld: about chance",
             f"≤ {ABOUT_CHANCE * chance:g}",
             numbers[withheld] <= ABOUT_CHANCE * chance,
+        ),
+        goal(
+            low,
+            "Lower end of the 95% interval with neighbors, above the upper end without",
+            f"> {high:.3f}",
+            numbers[low] > high,
         ),
     ]
 
@@ -165,9 +182,12 @@ def text_recall(demo: Demo, ks: Sequence[int]) -> dict[int, float]:
 
 
 def recall_at(texts: Any, pictures: Any, ks: Sequence[int]) -> dict[int, float]:
-    """Recall of row i of `pictures` for row i of `texts`, both (n, dim) unit rows, by k."""
+    """Recall of row i of `pictures` for row i of `texts`, both (n, dim) unit rows, by k.
+
+    Whatever is not smaller, ties and NaN too, ranks before it.
+    """
     products = texts @ pictures.T
-    ranks = (products >= np.diag(products)[:, None]).sum(axis=1)
+    ranks = (~(products < np.diag(products)[:, None])).sum(axis=1)
     return {k: float(np.mean(ranks <= k)) for k in ks}
 
 

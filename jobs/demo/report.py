@@ -93,6 +93,7 @@ def hardware() -> str:
 def _content(demo: Demo, numbers: dict[str, Any], found: list[Goal]) -> dict[str, Any]:
     evaluation = demo.root.read_json(f"runs/{demo.name}/evaluate/evaluation.json")
     train = read_manifest(demo.root, f"runs/{demo.name}/train")
+    evaluate = read_manifest(demo.root, f"runs/{demo.name}/evaluate")
     gallery = sheets.gallery(demo, PROMPTS)
     return {
         "numbers": numbers,
@@ -107,6 +108,7 @@ def _content(demo: Demo, numbers: dict[str, Any], found: list[Goal]) -> dict[str
         "image_sheets": sheets.image_sheets(demo, IMAGE_SHEETS),
         "modes": LABELS,
         "evaluation": evaluation,
+        "evaluation_k": evaluate.config["k"],
         "style_bars": _style_bars(evaluation),
         "rows_read": funnel.num_rows(demo.metadata, ""),
         "steps": funnel.steps(demo.root),
@@ -124,7 +126,9 @@ def _style_bars(evaluation: dict[str, Any]) -> list[StyleBars]:
         StyleBars(
             style_words(row["style"]),
             tuple(
-                Bar(mode, 100 * row["modes"][mode]["accuracy"], f"{row['modes'][mode]['accuracy']:.0%}")
+                Bar(
+                    mode, 100 * row["modes"][mode]["accuracy"], f"{100 * row['modes'][mode]['accuracy']:.3g}%"
+                )
                 for mode in LABELS
             ),
         )

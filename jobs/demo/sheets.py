@@ -1,7 +1,7 @@
 """The pictures of the report: samples, training images and their neighbors, each small and inline.
 
 Reads the tars of `download/`, the neighbor tables, `runs/<name>/sample/` and the world's style folders.
-Which ones are shown is drawn by a seed and not picked.
+None is picked by hand: training images are drawn by a seed, samples are the first of the first prompts.
 """
 
 import base64
@@ -42,12 +42,16 @@ class Shown:
 
 @dataclass(frozen=True)
 class Sheet:
-    """A picture with the neighbors that go with it, best first. title: what a sample was asked for."""
+    """A picture with the neighbors that go with it, best first.
+
+    title: what a sample was asked for. told: whether the network also got the prompt itself.
+    """
 
     picture: Shown
     neighbors: tuple[Shown, ...]
     title: str = ""
     database: str = ""
+    told: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,8 @@ def prompt_sheets(demo: Demo, count: int) -> list[Sheet]:
             )
             for found in facts["neighbors"]
         )
-        sheets.append(Sheet(picture, neighbors, prompts[number], style_words(column)))
+        told = facts["mode"] != "neighbors"
+        sheets.append(Sheet(picture, neighbors, prompts[number], style_words(column), told))
     return sheets
 
 

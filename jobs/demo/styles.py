@@ -188,7 +188,7 @@ def _paper_cutout(sketch: Sketch) -> Field:
     for layer in sketch.layers:
         rim = 0.022 if layer is sketch.figure else 0.014
         sheet = layer.distance - np.float32(rim)
-        shadow = np.roll(sheet, (drop, drop), axis=(0, 1))
+        shadow = np.pad(sheet, ((drop, 0), (drop, 0)), mode="edge")[:-drop, :-drop]
         over(picture, _rgb(30, 24, 40), coverage(shadow, 0.045) * np.float32(0.5))
         over(picture, _rgb(253, 251, 246), coverage(sheet, 0.004))
         over(picture, layer.color * 0.85 + 0.12, coverage(layer.distance, 0.004))

@@ -196,10 +196,14 @@ def _write_run(root: Root) -> None:
         for number, prompt in enumerate(PROMPTS):
             place = f"runs/tiny/sample/{column}/{number:04d}-00"
             root.write_bytes(f"{place}.png", jpeg(number))
-            root.write_json(f"{place}.json", {"prompt": prompt, "neighbors": found})
+            root.write_json(
+                f"{place}.json", {"prompt": prompt, "mode": "text_and_neighbors", "neighbors": found}
+            )
     _stage(root, "runs/tiny/sample", [], {"prompts": list(PROMPTS), "columns": columns})
     trained = {"steps": 20, "images": 80, "loss": 0.5, "seconds_per_step": 0.1}
     _stage(root, "runs/tiny/train", [], trained)
+    settings = {"k": K}
+    write_manifest(root, Manifest("runs/tiny/evaluate", 1, "evaluate", {}, settings, (), {}, seconds=1.5))
     rest = {"grad_norm": 1.0, "learning_rate": 1e-3, "images_per_s": 1.0}
     rest |= {"seconds_per_step": 0.1, "waiting_s": 0.0}
     lines = [json.dumps({"step": step, "loss": 10 / step, **rest}) for step in range(1, 21)]

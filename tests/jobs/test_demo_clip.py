@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from jobs.demo.autoencoder import AutoencoderTraining, train_autoencoder
-from jobs.demo.clip import PREPROCESSING, ClipTraining, train_clip
+from jobs.demo.clip import PREPROCESSING, ClipTraining, share_found, train_clip
 from jobs.demo.scenes import draw, is_held_out, random_scene
 from jobs.demo.training import draw_training_scenes
 from retrieval.encoder import ClipConfig, Encoder
@@ -32,8 +32,19 @@ def test_a_few_steps_tell_more_than_chance(clip):
 
 
 def test_recall_is_a_share_of_the_test_scenes(clip):
-    assert (clip[1]["recall_at_10"] * 40) % 1 == pytest.approx(0, abs=1e-3)
-    assert 0 < clip[1]["recall_at_10"] <= 1
+    found = clip[1]["recall_at_10"] * 40
+    assert found == pytest.approx(round(found), abs=1e-3)
+    assert 0 < found <= 40
+
+
+def test_a_picture_that_ties_or_is_no_number_is_not_found():
+    assert share_found(torch.eye(4), 1) == 1
+    assert share_found(torch.ones(4, 4), 3) == 0
+    assert share_found(torch.ones(4, 4), 4) == 1
+    assert share_found(torch.full((4, 4), math.nan), 3) == 0
+    one_lost = torch.eye(4)
+    one_lost[2] = math.nan
+    assert share_found(one_lost, 1) == 0.75
 
 
 def test_the_folder_opens_as_an_encoder_of_texts_and_of_pictures_of_any_size(clip):

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.demo.audit import NeighborTables, download_urls_without_status, filter_rows_unaccounted
-from jobs.demo.numbers import Demo, goal_lines, goals, recall_at, seconds, text_recall
+from jobs.demo.numbers import Demo, goal_lines, goals, interval_ends, recall_at, seconds, text_recall
 from retrieval import schema
 from retrieval.errors import UserError
 from tests.jobs.demo_run import (
@@ -181,8 +181,18 @@ def test_recall_counts_a_tie_as_lost() -> None:
     assert recall_at(np.ones((4, 2)), np.ones((4, 2)), (1, 3, 4)) == {1: 0.0, 3: 0.0, 4: 1.0}
 
 
+@pytest.mark.parametrize("side", ["texts", "pictures"])
+def test_recall_counts_what_is_not_a_number_as_lost(side: str) -> None:
+    rows = {"texts": np.eye(4), "pictures": np.eye(4)}
+    assert recall_at(**rows, ks=(1,)) == {1: 1.0}
+    rows[side][0] = np.nan
+    assert recall_at(**rows, ks=(1,))[1] <= 0.75
+    assert recall_at(np.full((4, 2), np.nan), np.ones((4, 2)), (1, 3)) == {1: 0.0, 3: 0.0}
+
+
 def right_numbers() -> dict[str, Any]:
-    named = {name: value for name, value in evaluation([]).items() if name.startswith(("style_", "num_"))}
+    whole = evaluation([])
+    named = {name: value for name, value in whole.items() if name.startswith(("style_", "num_"))}
     return {
         "filter_rows_unaccounted": 0,
         "download_urls_without_status": 0,
@@ -190,6 +200,7 @@ def right_numbers() -> dict[str, Any]:
         "neighbor_recall_at_8": 1.0,
         "neighbor_leaks": 0,
         **named,
+        **interval_ends(whole),
     }
 
 
@@ -213,6 +224,8 @@ def test_right_numbers_meet_every_goal() -> None:
         ("style_accuracy_retrieval", 0.49),
         ("style_accuracy_suffix", 0.91),
         ("style_accuracy_no_neighbors", 0.2),
+        ("style_accuracy_retrieval_low", 0.15),
+        ("style_accuracy_no_neighbors_high", 0.85),
     ],
 )
 def test_one_wrong_number_misses_a_goal(name: str, value: float) -> None:

@@ -10,7 +10,7 @@ from jobs.demo.charts import curve, duration, ticks
 from jobs.demo.funnel import statuses, steps
 from jobs.demo.numbers import Demo
 from jobs.demo.report import Outcome, write_report_of
-from jobs.demo.sheets import image_sheets
+from jobs.demo.sheets import image_sheets, prompt_sheets
 from tests.jobs.demo_run import DATABASE, HOSTILE, PROMPTS, STYLES, K, write_demo
 from tests.trainer.tiny_run import write_clip
 
@@ -85,6 +85,16 @@ def test_every_picture_has_words(page: Page) -> None:
 def test_the_page_names_styles_prompts_and_reasons(page: Page) -> None:
     for words in (*STYLES, *PROMPTS, "not_found", "bad_url"):
         assert words in page.text
+
+
+def test_the_prompt_stands_among_the_neighbors_only_if_the_network_got_it(demo: Demo, page: Page) -> None:
+    assert page.text.count("the prompt itself") == len(PROMPTS)
+    place = "runs/tiny/sample/deep_red/0000-00.json"
+    before = demo.root.read_json(place)
+    demo.root.write_json(place, before | {"mode": "neighbors"})
+    assert not prompt_sheets(demo, 1)[0].told
+    demo.root.write_json(place, before)
+    assert prompt_sheets(demo, 1)[0].told
 
 
 def test_a_missed_goal_is_told_on_the_page_and_to_the_caller(demo: Demo, outcome: Outcome) -> None:

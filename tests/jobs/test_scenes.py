@@ -123,3 +123,9 @@ def test_captions_vary_and_four_in_ten_leave_something_out():
     assert 0.54 < len(complete) / 1000 < 0.66
     assert len(set(captions)) > 20
     assert all("three pink moons" in text for text in captions)
+
+
+def test_a_paper_shadow_does_not_come_in_from_the_opposite_edge():
+    content = Content("square", "yellow", "hills", 1, "")
+    pixels = draw(Scene(content, "paper cutout", 1), 128, 128).astype(np.float32)
+    assert abs(pixels[:2].mean() - pixels[4:8].mean()) < 4

@@ -1,12 +1,119 @@
-"""A server whose every answer the test writes itself."""
+"""A small run as `download` leaves it, a CLIP model with random weights, and a server that tests script."""
 
+import io
+import json
+import tarfile
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
+import numpy as np
+import open_clip
+import pyarrow as pa
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from retrieval import Root, schema
+from retrieval.encoder import ClipConfig
+from retrieval.manifest import Manifest, ShardRecord, write_manifest
 
 Answer = Callable[[BaseHTTPRequestHandler], None]
+
+ARCHITECTURE = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+def write_clip(folder: Path, seed: int) -> ClipConfig:
+    """A tiny open_clip model with random weights, in open_clip's own folder layout.
+
+    Its image features are centered: otherwise all pictures would look alike to random weights.
+    """
+    folder.mkdir(parents=True)
+    torch.manual_seed(seed)
+    model = open_clip.CLIP(**ARCHITECTURE)
+    blocks = torch.nn.functional.interpolate(2 * torch.randn(256, 3, 4, 4), 32)
+    with torch.no_grad():
+        model.train().encode_image(blocks)  # batch statistics
+        model.eval().visual.attnpool.c_proj.bias -= model.encode_image(blocks).mean(dim=0)
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": ARCHITECTURE}))
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return ClipConfig(model=f"local-dir:{folder}")
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> ClipConfig:
+    """The encoder of these tests."""
+    return write_clip(tmp_path_factory.mktemp("clip") / "model", seed=0)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One row as downloaded: what it shows follows from `seed`; without `data` the download failed."""
+
+    url: str
+    seed: int
+    reason: str = ""
+    data: bytes | None = None
+
+    @property
+    def jpeg(self) -> bytes:
+        """Colored blocks; equal seeds give equal bytes."""
+        if self.data is not None:
+            return self.data
+        blocks = np.random.default_rng(self.seed).integers(0, 255, (4, 4, 3), np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(blocks).resize((48, 48), Image.Resampling.NEAREST).save(buffer, "JPEG", quality=90)
+        return buffer.getvalue()
+
+
+def write_download(root: Root, shards: dict[str, list[Picture]]) -> None:
+    """Tars, status tables and manifest of a finished `download`."""
+    records = []
+    for shard, pictures in shards.items():
+        rows = [_row(picture) for picture in pictures]
+        table = pa.Table.from_pylist(rows, schema=schema.DOWNLOADED)
+        files = [schema.write_table(root, f"download/{shard}.parquet", table, schema.DOWNLOADED)]
+        with root.writing(f"download/{shard}.tar") as pending, tarfile.open(pending.path, "w") as tar:
+            for row, picture in zip(rows, pictures):
+                if not picture.reason:
+                    info = tarfile.TarInfo(f"{row['image_id'] & (1 << 64) - 1:016x}.jpg")
+                    info.size = len(picture.jpeg)
+                    tar.addfile(info, io.BytesIO(picture.jpeg))
+        kept = sum(not picture.reason for picture in pictures)
+        records.append(ShardRecord(shard, kept, (*files, pending.record)))
+    write_manifest(root, Manifest("download", 1, "d" * 16, {}, {}, tuple(records), {}, 1.0))
+
+
+def _row(picture: Picture) -> dict[str, object]:
+    stored = not picture.reason
+    return {
+        "image_id": schema.image_id(picture.url),
+        "url": picture.url,
+        "caption": f"caption of {picture.url}",
+        "license": None,
+        "reason": picture.reason,
+        "message": picture.reason,
+        "width": 48 * stored,
+        "height": 48 * stored,
+        "original_width": 48 * stored,
+        "original_height": 48 * stored,
+        "sha256": f"{picture.seed:064x}" if stored else "",
+    }
+
+
+def pictures(prefix: str, first_seed: int, count: int) -> list[Picture]:
+    """Pictures of consecutive seeds."""
+    return [
+        Picture(f"http://example.org/{prefix}/{i}.jpg", i << 200)
+        for i in range(first_seed, first_seed + count)
+    ]
 
 
 class Origin:

@@ -54,12 +54,13 @@ def test_refused_images_are_counted_by_reason(root: Root, clip: ClipConfig) -> N
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_batch_size_changes_neither_bytes_nor_fingerprint(root: Root, clip: ClipConfig) -> None:
+def test_batch_size_changes_neither_vectors_nor_fingerprint(root: Root, clip: ClipConfig) -> None:
     first = embed.run(CONFIG, clip, root)
+    _, vectors = embedded(root, "train/00000")
     assert embed.run(EmbedConfig(workers=1, batch_size=64), clip, root).seconds == first.seconds
     root.delete("embed")
-    again = embed.run(EmbedConfig(workers=1, batch_size=3), clip, root)
-    assert again.checksums() == first.checksums()
+    assert embed.run(EmbedConfig(workers=1, batch_size=64), clip, root).fingerprint == first.fingerprint
+    np.testing.assert_allclose(embedded(root, "train/00000")[1], vectors, atol=1e-3)
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -68,6 +69,25 @@ def test_another_encoder_embeds_everything_anew(root: Root, clip: ClipConfig, tm
     second = embed.run(CONFIG, write_clip(tmp_path / "other", seed=1), root)
     assert second.fingerprint != first.fingerprint
     assert second.checksums() != first.checksums()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_tar_that_is_damaged_in_the_middle_loses_no_image_silently(root: Root, clip: ClipConfig) -> None:
+    path = root.local_path("download/database/00000.tar")
+    data = bytearray(path.read_bytes())
+    second = data.index(b".jpg", 512 + 100) - 20
+    data[second : second + 8] = b"\xff" * 8
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"holds 1 of its 7 pictures"):
+        embed.run(CONFIG, clip, root)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_deleted_shard_is_made_again(root: Root, clip: ClipConfig) -> None:
+    first = embed.run(CONFIG, clip, root)
+    root.delete("embed/train/00000.parquet")
+    assert embed.run(CONFIG, clip, root).checksums() == first.checksums()
+    assert root.exists("embed/train/00000.parquet")
 
 
 @pytest.mark.usefixtures("ray_cluster")

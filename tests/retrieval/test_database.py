@@ -42,7 +42,7 @@ def test_few_probes_find_most_and_more_probes_find_more(
 def test_an_approximate_index_still_gives_exact_order(
     build: Build, vectors: Vectors, queries: Vectors
 ) -> None:
-    database = build(vectors, index_key="IVF16,Flat")
+    database = build(vectors, index_key="Pad32,IVF16_HNSW4,PQ4x8")
     found = database.search(queries, 10)
     exact = np.einsum("nkd,nd->nk", found.embeddings, queries)
     assert (np.diff(found.similarities, axis=1) <= 0).all()

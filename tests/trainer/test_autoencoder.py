@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from retrieval.errors import UserError
-from trainer.autoencoder import Autoencoder, AutoencoderConfig, kl_f16, vq_f4
+from trainer.autoencoder import Autoencoder, AutoencoderConfig, draw_latents, kl_f16, vq_f4
 from trainer.patch_autoencoder import WEIGHTS_NAME, PatchAutoencoder, PatchShape
 
 KINDS = {"kl": (16, 4), "vq": (4, 3), "patch": (4, 4)}
@@ -44,7 +44,7 @@ def test_pictures_become_moments_and_latents_become_pictures(kind, tmp_path):
     assert (autoencoder.factor, autoencoder.channels) == (factor, channels)
     moments = autoencoder.encode_moments(images())
     assert moments.shape == (2, 2 * channels, 64 // factor, 64 // factor)
-    latents = autoencoder.sample(moments, torch.randn(2, channels, 64 // factor, 64 // factor))
+    latents = draw_latents(moments, torch.randn(2, channels, 64 // factor, 64 // factor))
     decoded = autoencoder.decode(latents)
     assert decoded.shape == (2, 3, 64, 64)
     assert decoded.abs().max() <= 1
@@ -68,12 +68,15 @@ def test_only_the_variational_kind_has_a_deviation(kind, tmp_path):
     assert bool((deviation > 0).all()) == (kind == "kl")
 
 
-def test_a_draw_is_mean_plus_deviation_times_noise(tmp_path):
-    autoencoder = load("kl", write("kl", tmp_path))
+def test_pictures_are_encoded_on_the_device_of_the_network(tmp_path):
+    folder = write("kl", tmp_path)
+    autoencoder = Autoencoder.load(AutoencoderConfig(kind="kl", path=str(folder)), "meta")
+    assert autoencoder.encode_moments(images()).device.type == "meta"
+
+
+def test_a_draw_is_mean_plus_deviation_times_noise():
     moments = torch.cat([torch.full((1, 4, 4, 4), 3.0), torch.full((1, 4, 4, 4), 0.5)], dim=1)
-    assert torch.equal(
-        autoencoder.sample(moments, torch.full((1, 4, 4, 4), 2.0)), torch.full((1, 4, 4, 4), 4.0)
-    )
+    assert torch.equal(draw_latents(moments, torch.full((1, 4, 4, 4), 2.0)), torch.full((1, 4, 4, 4), 4.0))
 
 
 def test_the_quantized_kind_encodes_unquantized_and_decodes_quantized(tmp_path):
@@ -86,11 +89,18 @@ def test_the_quantized_kind_encodes_unquantized_and_decodes_quantized(tmp_path):
     assert torch.equal(autoencoder.decode(code), autoencoder.decode(code + 1e-6))
 
 
-def test_identity_follows_weights_and_scale(tmp_path):
+def test_identity_follows_weights_settings_and_scale(tmp_path):
     one, other = write("patch", tmp_path / "one"), write("patch", tmp_path / "other", seed=1)
     assert load("patch", one).identity == load("patch", one).identity
     assert load("patch", one).identity != load("patch", other).identity
     assert load("patch", one).identity != load("patch", one, scale=2.0).identity
+    folder = write("vq", tmp_path / "vq")
+    before = load("vq", folder).identity
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"_diffusers_version": "0.0.1"}))
+    assert load("vq", folder).identity == before
+    (folder / "config.json").write_text(json.dumps(settings | {"act_fn": "relu"}))
+    assert load("vq", folder).identity != before
 
 
 def test_the_production_autoencoders_have_the_papers_shapes():
@@ -110,7 +120,7 @@ def test_principal_components_alone_bring_smooth_pictures_back():
     assert error < 1e-3
 
 
-def test_standardized_latents_have_unit_variance_in_each_channel_and_decode_as_before():
+def test_latents_of_the_principal_components_have_unit_variance_in_each_channel():
     network = PatchAutoencoder(PatchShape(hidden=8))
     network.fit_components(images(8))
     with torch.no_grad():

@@ -135,7 +135,7 @@ def test_a_latents_table_without_an_image_of_the_neighbors_is_refused(
         ("model", {"context_dim": 64}, r"has dim 32, but the recipe wants 64"),
         ("train", {"global_batch": 80}, r"72 rows, fewer than one global batch of 80"),
         ("train", {"size": 128}, r"latents/128/manifest.json is missing"),
-        ("model", {"latent_channels": 8}, r"shape \(4, 8, 8\), but the recipe's are .* \(8, 8, 8\)"),
+        ("model", {"latent_channels": 8}, r"shape \(4, 8, 8\), but the recipe's model takes 8 channels"),
     ],
 )
 def test_data_that_do_not_fit_the_recipe_are_refused(
@@ -179,6 +179,23 @@ def write_tars(root: Root) -> None:
                 tar.addfile(info, encoded)
         root.write_bytes(f"download/train/{name}.tar", buffer.getvalue())
     write_stage(root, "download", {}, {})
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "word"),
+    [
+        ("model", {"latent_channels": 8}, "model takes 8 channels"),
+        ("train", {"size": 60}, "60 px is no multiple of the autoencoder's factor 8"),
+    ],
+)
+def test_images_that_do_not_fit_the_autoencoder_or_the_model_are_refused(
+    training_set: Root, autoencoder_folder: str, section: str, change: dict[str, int], word: str
+) -> None:
+    write_stage(training_set, "download", {}, {})
+    recipe = make_recipe(autoencoder_folder, source="images")
+    changed = getattr(recipe, section).model_copy(update=change)
+    with pytest.raises(UserError, match=word):
+        loader(recipe.model_copy(update={section: changed}), training_set)
 
 
 def test_images_are_cut_anew_each_epoch_and_alike_for_any_number_of_ranks(

@@ -22,6 +22,11 @@ PAPER = {
 }
 
 
+# beta at both ends, scale and channels of the latents, length of an embedding.
+PAPER_SPACES = dict.fromkeys(PAPER, (0.0015, 0.015, 0.22765929, 16, 768))
+PAPER_SPACES["train_imagenet"] = (0.0015, 0.0195, 1.0, 3, 512)
+
+
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_recipes_hold_the_papers_numbers(name: str) -> None:
     sections = tomllib.loads((RECIPES / f"{name}.toml").read_text())
@@ -34,6 +39,10 @@ def test_the_papers_recipes_hold_the_papers_numbers(name: str) -> None:
     train = recipe.train
     assert (parameters, train.global_batch, train.steps, train.k) == PAPER[name]
     assert train.learning_rate == 1e-4
+    diffusion, model = recipe.diffusion, recipe.model
+    spaces = (recipe.autoencoder.scale, model.latent_channels, model.context_dim)
+    assert (diffusion.beta_start, diffusion.beta_end, *spaces) == PAPER_SPACES[name]
+    assert (diffusion.steps, diffusion.prediction) == (1000, "epsilon")
     settings = engine_settings(train, Ranks(0, 8, torch.device("cuda")))
     assert (
         settings["gradient_accumulation_steps"] * settings["train_micro_batch_size_per_gpu"] * 8

@@ -101,14 +101,25 @@ def test_an_interrupted_run_ends_with_the_checksums_of_an_uninterrupted_one(fres
     root, _ = fresh
     whole = sample(fresh).checksums()
     root.delete(f"{STAGE}/manifest.json")
-    root.delete(f"{STAGE}/records/00001.json")
+    root.delete(f"{STAGE}/records/0003-00001.json")
     root.delete(f"{STAGE}/green/0001-01.png")
     kept = written(root)
     assert sample(fresh).checksums() == whole
     after = written(root)
     unchanged = [name for name in kept if after[name] == kept[name]]
-    assert f"{STAGE}/records/00000.json" in unchanged
+    assert f"{STAGE}/records/0003-00000.json" in unchanged
     assert 0 < len([name for name in unchanged if name.endswith(".png")]) < 8
+
+
+def test_a_run_resumed_with_larger_batches_draws_every_picture_that_is_missing(fresh):
+    root, _ = fresh
+    whole = set(sample(fresh).checksums())
+    last = f"{STAGE}/records/0003-00002.json"
+    missing = [file["name"] for file in root.read_json(last)["files"]]
+    for name in [f"{STAGE}/manifest.json", last, *missing]:
+        root.delete(name)
+    assert set(sample(fresh, batch_size=8).checksums()) == whole
+    assert all(root.exists(name) for name in missing)
 
 
 def test_other_settings_leave_nothing_of_the_old_pictures(fresh):

@@ -202,10 +202,28 @@ def test_a_finished_run_returns_at_once(autoencoder_folder: str, finished_run: d
     run(recipe, root)
 
 
+def test_a_root_on_an_object_store_is_refused_before_anything_is_read(autoencoder_folder: str) -> None:
+    with pytest.raises(UserError, match=r"runs/tiny/train is not on a local disk"):
+        prepare(recipe_of(autoencoder_folder, restart=True), Root("memory://nowhere"))
+
+
 @pytest.fixture
 def copied_run(tmp_path: Path, finished_run: dict[str, Root]) -> Root:
     shutil.copytree(finished_run["root"].local_path(""), tmp_path / "copy")
     return Root(tmp_path / "copy")
+
+
+def test_a_finished_run_whose_model_was_lost_exports_it_again(
+    autoencoder_folder: str, copied_run: Root, start: Launch
+) -> None:
+    before = read_manifest(copied_run, FOLDER).checksums()
+    copied_run.delete(f"{FOLDER}/model/diffusion_pytorch_model.safetensors")
+    recipe = recipe_of(autoencoder_folder)
+    assert not is_finished(prepare(recipe, copied_run), copied_run)
+    code, log = start(recipe, copied_run).end()
+    assert code == 0, log
+    assert is_finished(prepare(recipe, copied_run), copied_run)
+    assert read_manifest(copied_run, FOLDER).checksums() == before
 
 
 def test_a_checkpoint_of_another_model_is_refused(autoencoder_folder: str, copied_run: Root) -> None:
@@ -261,6 +279,16 @@ def test_a_restart_deletes_what_another_run_left_and_nothing_of_its_own(
     os.close(take_folder(prepare(other, copied_run), copied_run))
     assert not copied_run.exists(f"{FOLDER}/checkpoints")
     assert not copied_run.exists(f"{FOLDER}/metrics.jsonl")
+
+
+def test_fewer_steps_than_a_checkpoint_has_are_refused_or_restarted(
+    autoencoder_folder: str, copied_run: Root
+) -> None:
+    with pytest.raises(UserError, match=r"is at step 20, beyond train.steps 10.*train.restart = true"):
+        prepare(recipe_of(autoencoder_folder, steps=10), copied_run)
+    fewer = recipe_of(autoencoder_folder, steps=10, restart=True)
+    os.close(take_folder(prepare(fewer, copied_run), copied_run))
+    assert not copied_run.exists(f"{FOLDER}/checkpoints")
 
 
 def test_two_trainings_do_not_share_a_folder(autoencoder_folder: str, copied_run: Root) -> None:
