@@ -61,6 +61,7 @@ def _start_log() -> None:
     )
     for noisy in ("httpx", "PIL", "matplotlib", "fsspec", "s3fs", "urllib3", "faiss.loader"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    # open_clip tells of every file it opens through the nameless logger.
+    # open_clip tells of every file through the nameless logger, and autofaiss sets its own level back.
+    talkative = ("root", "autofaiss")
     [handler] = logging.getLogger().handlers
-    handler.addFilter(lambda record: record.name != "root" or record.levelno >= logging.WARNING)
+    handler.addFilter(lambda record: record.name not in talkative or record.levelno >= logging.WARNING)

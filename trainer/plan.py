@@ -124,7 +124,8 @@ def _latent_shape(config: Training, autoencoder: Autoencoder) -> tuple[int, int,
     if config.model.latent_channels != shape[0]:
         raise UserError(
             f"the autoencoder {config.autoencoder.path} makes latents of shape {shape}, but the recipe's "
-            f"model takes {config.model.latent_channels} channels. Set model.latent_channels or autoencoder.path."
+            f"model takes {config.model.latent_channels} channels. "
+            f"Set model.latent_channels or autoencoder.path."
         )
     return shape
 
