@@ -1,5 +1,6 @@
 """index: the database of the pipeline holds every embedded row once, and answers as brute force does."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +17,22 @@ from .conftest import pictures, write_download
 CONFIG = IndexConfig(rows_per_partition=15, workers=2)
 
 
-@pytest.fixture
-def root(tmp_path: Path, clip: ClipConfig, ray_cluster: None) -> Root:
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory: pytest.TempPathFactory, clip: ClipConfig, ray_cluster: None) -> Path:
     """Three embedded shards of database images and one of training images."""
-    root = Root(tmp_path)
+    folder = tmp_path_factory.mktemp("embedded")
+    root = Root(folder)
     shards = {f"database/0000{i}": pictures(f"d{i}", 100 * i, 20) for i in range(3)}
     write_download(root, {"train/00000": pictures("train", 900, 4), **shards})
     embed.run(EmbedConfig(workers=1), clip, root)
-    return root
+    return folder
+
+
+@pytest.fixture
+def root(embedded: Path, tmp_path: Path) -> Root:
+    """A copy of that run, to work in."""
+    shutil.copytree(embedded, tmp_path, dirs_exist_ok=True)
+    return Root(tmp_path)
 
 
 def test_the_database_holds_every_row_once_in_semantic_partitions(root: Root) -> None:

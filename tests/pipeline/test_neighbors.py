@@ -1,5 +1,6 @@
 """neighbors: the table that the trainer streams, checked against NumPy."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,10 +19,11 @@ from .conftest import pictures, write_clip, write_download
 CONFIG = NeighborsConfig(k=4, near_copy_similarity=0.999, workers=2)
 
 
-@pytest.fixture
-def root(tmp_path: Path, clip: ClipConfig, ray_cluster: None) -> Root:
+@pytest.fixture(scope="module")
+def indexed(tmp_path_factory: pytest.TempPathFactory, clip: ClipConfig, ray_cluster: None) -> Path:
     """60 indexed database images, one of them a copy of a training image, and 2 x 5 training images."""
-    root = Root(tmp_path)
+    folder = tmp_path_factory.mktemp("indexed")
+    root = Root(folder)
     train = pictures("train", 900, 10)
     database = pictures("database", 100, 60)
     database[7] = replace(database[7], data=train[3].jpeg)
@@ -29,7 +31,14 @@ def root(tmp_path: Path, clip: ClipConfig, ray_cluster: None) -> Root:
     write_download(root, shards)
     embed.run(EmbedConfig(workers=1), clip, root)
     index.run(IndexConfig(rows_per_partition=20, workers=1), root)
-    return root
+    return folder
+
+
+@pytest.fixture
+def root(indexed: Path, tmp_path: Path) -> Root:
+    """A copy of that run, to work in."""
+    shutil.copytree(indexed, tmp_path, dirs_exist_ok=True)
+    return Root(tmp_path)
 
 
 def embedded(root: Root, shard: str) -> tuple[np.ndarray, np.ndarray]:
