@@ -2,19 +2,13 @@
 
 from jobs.command import main
 from jobs.recipe import Recipe
-from retrieval.encoder import ClipConfig
+from jobs.sample import trained
 from trainer import evaluate as stage
-from trainer.autoencoder import AutoencoderConfig
-from trainer.generation import Trained
-from trainer.recipe import TrainConfig
 
 
 def run(recipe: Recipe) -> None:
     """Run the stage with the model that the recipe trained."""
-    trained = Trained(
-        name=recipe[TrainConfig].name, clip=recipe[ClipConfig], autoencoder=recipe[AutoencoderConfig]
-    )
-    stage.run(recipe[stage.EvaluateConfig], trained, recipe.root)
+    stage.run(recipe[stage.EvaluateConfig], trained(recipe), recipe.root)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,14 @@ from trainer.recipe import TrainConfig
 
 def run(recipe: Recipe) -> None:
     """Run the stage with the model that the recipe trained."""
-    trained = Trained(
+    stage.run(recipe[stage.SampleConfig], trained(recipe), recipe.root)
+
+
+def trained(recipe: Recipe) -> Trained:
+    """The model that the recipe trained, with its encoder and autoencoder."""
+    return Trained(
         name=recipe[TrainConfig].name, clip=recipe[ClipConfig], autoencoder=recipe[AutoencoderConfig]
     )
-    stage.run(recipe[stage.SampleConfig], trained, recipe.root)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ class Reason(StrEnum):
     NO_SCORE = "no_score"
     BAD_SIZE = "bad_size"
     UNSAFE = "unsafe"
-    WATERMARK = "watermark"
     BLOCKED = "blocked"
     DUPLICATE_URL = "duplicate_url"
     # download
