@@ -18,7 +18,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export NO_ALBUMENTATIONS_UPDATE ?= 1
 export DS_ACCELERATOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: help install demo test check format bench database report clean $(STAGES)
+.PHONY: help install demo test check format bench bench-retrieval database report clean $(STAGES)
 
 help: ## list what can be made
 	@grep -hE '^[a-z$$()A-Z ]+:.*## ' $(MAKEFILE_LIST) | sed -e 's/$$(STAGES)/<stage>/' -e 's/:.*## /\t/' | expand -t 14
@@ -59,8 +59,16 @@ format: install ## let ruff put the code in order
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: install ## measure search and join on this machine, into docs/performance.json
-	$(BIN)/python -m benchmarks $(ARGS)
+bench: bench-retrieval ## every benchmark there is
+
+bench-retrieval: install .venv-bench/installed ## our engine beside ScaNN, faiss, hnswlib, usearch: docs/performance.md
+	$(BIN)/python -m benchmarks.retrieval $(ARGS)
+
+# Libraries that need other versions than ours, such as NumPy 2, are measured from an environment of their own.
+.venv-bench/installed: benchmarks/requirements.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --disable-pip-version-check -r benchmarks/requirements.txt
+	@touch $@
 
 clean: ## remove the demo's outputs
 	rm -rf runs/demo

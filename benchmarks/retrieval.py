@@ -1,103 +1,142 @@
-"""How fast a database answers, and how fast the neighbor join runs, on this machine.
+"""`make bench-retrieval`: our engine beside what a user would pick instead, on this machine, in one run.
 
-Makes clustered unit vectors from a seed, builds a database of them in a scratch folder, and measures
-medians of interleaved rounds: `Database.search` against the bare faiss calls under it, and the join
-against asking faiss's exhaustive index for the same neighbors.
+Makes the data and every index once, below a scratch folder; tunes, then times in interleaved rounds;
+writes `docs/performance.json`, and from it `docs/performance.md` and the plot.
 """
 
-import statistics
-import tempfile
+import argparse
+import json
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
-import faiss
-import numpy as np
-import pyarrow as pa
+from benchmarks import engine, joins, report, scale
+from benchmarks.catalog import BARE, BY_NAME, DATABASE, ENTRIES, SCANN, Entry
+from benchmarks.data import Data, prepare
+from benchmarks.machine import hardware
+from benchmarks.rounds import ROUNDS, Chosen, Point, best_effort, compare, tune
+from benchmarks.workers import REPOSITORY, Worker, build
 
-from retrieval import Database, Root, schema
-from retrieval.build import Identity, IndexConfig, build_database
-from retrieval.encoder_identity import EncoderIdentity
-from retrieval.join import JoinConfig, join
-from retrieval.partition import Vectors, unit
-
-ROWS, DIM, QUERIES, K = 200_000, 128, 2_000, 8
-CLUSTERS = 500
-ROUNDS = 5
-
-
-def clustered(rows: int, seed: int) -> Vectors:
-    """(rows, DIM) unit rows in clusters of Zipf-like sizes."""
-    centers = np.random.default_rng(7).standard_normal((CLUSTERS, DIM)).astype(np.float32)
-    rng = np.random.default_rng(seed)
-    chosen = np.minimum(rng.zipf(1.3, rows) - 1, CLUSTERS - 1)
-    return unit(centers[chosen] + 0.7 * rng.standard_normal((rows, DIM), dtype=np.float32))
+DOCS = REPOSITORY / "docs"
+FULL_ROWS = 1_000_000
+"""Only a run of so many rows is written into docs/; others stay in the scratch folder."""
+SIZES = [100_000, FULL_ROWS, 4_000_000]
+PARTS = ("search", "engine", "join", "scale")
 
 
-def measure() -> dict[str, float]:
-    """Rates by name: queries or rows a second, and recall."""
-    with tempfile.TemporaryDirectory(prefix="rdm-bench-") as folder:
-        vectors, queries = clustered(ROWS, 0), clustered(QUERIES, 1)
-        build_s, database = _timed(lambda: _build(folder, vectors))
-        flat = faiss.IndexFlatIP(DIM)
-        flat.add(vectors)
-        exact = JoinConfig(k=K, near_copy_similarity=1.0, probes=0)
-        routed = JoinConfig(k=K, near_copy_similarity=1.0, probes=4)
-        times = _rounds(
-            {
-                "search_batch": lambda: database.search(queries, K),
-                "search_single": lambda: [database.search(query[None], K) for query in queries[:100]],
-                "faiss_flat_batch": lambda: flat.search(queries, K),
-                "join_routed": lambda: join(database, queries, routed),
-                "join_exact": lambda: join(database, queries, exact),
-            }
-        )
-        true = flat.search(queries, K)[1]
-        return {
-            "build_rows_per_s": ROWS / build_s,
-            "search_batch_queries_per_s": QUERIES / times["search_batch"],
-            "search_single_queries_per_s": 100 / times["search_single"],
-            "faiss_flat_batch_queries_per_s": QUERIES / times["faiss_flat_batch"],
-            "join_routed_rows_per_s": QUERIES / times["join_routed"],
-            "join_exact_rows_per_s": QUERIES / times["join_exact"],
-            "search_recall": _recall(database.search(queries, K).ids, true),
-            "join_routed_recall": _recall(
-                database.rows_at(join(database, queries, routed).positions)[0], true
-            ),
-        }
-
-
-def _build(folder: str, vectors: Vectors) -> Database:
-    columns = {
-        schema.IMAGE_ID: np.arange(len(vectors)),
-        "url": [str(i) for i in range(len(vectors))],
-        "caption": [""] * len(vectors),
-        "license": pa.nulls(len(vectors), pa.string()),
-        "width": pa.array([1] * len(vectors), pa.int32()),
-        "height": pa.array([1] * len(vectors), pa.int32()),
-        schema.EMBEDDING: schema.fixed_lists(vectors.astype(np.float16)),
+def main() -> None:
+    """Prepare, build, measure, write."""
+    options = _options()
+    data = prepare(options.scratch, options.rows)
+    entries = [entry for entry in ENTRIES if not options.methods or entry.name in options.methods]
+    builds = {entry.name: build(data, entry, options.threads) for entry in entries}
+    if options.build_only:
+        return
+    record = options.scratch / f"{data.folder.name}.json"
+    result: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
+    result |= {"hardware": hardware(), "rows": options.rows, "rounds": ROUNDS, "builds": builds}
+    sizes = SIZES if options.rows == FULL_ROWS else [options.rows]
+    works = {
+        "search": lambda: search(data, entries, options.memory_gb * 1e9),
+        "engine": lambda: alone(data, result["search"]),
+        "join": lambda: joins.measure(data, len(data.read("images"))),
+        "scale": lambda: scale.measure(options.scratch, options.scale or sizes),
     }
-    encoder = EncoderIdentity(model="bench", weights="", preprocessing="", dim=DIM)
-    table = pa.table(columns, schema=schema.embeddings(DIM))
-    build_database(Root(folder), table, encoder, IndexConfig(rows_per_partition=20_000), Identity("db", {}))
-    return Database.open(f"{folder}/db")
+    for part in options.parts:
+        started = time.perf_counter()
+        result[part] = works[part]()
+        _write(record, result)
+        print(f"{part}: {time.perf_counter() - started:.0f} s", flush=True)
+    full = options.rows == FULL_ROWS
+    report.write(result, DOCS if full else options.scratch)
 
 
-def _timed(work: Callable[[], Database]) -> tuple[float, Database]:
-    started = time.perf_counter()
-    made = work()
-    return time.perf_counter() - started, made
+def search(data: Data, entries: list[Entry], memory: float) -> dict[str, Any]:
+    """Recall against speed for every method, and the rounds at the chosen settings, group by group."""
+    points: dict[str, list[Point]] = {}
+    chosen: list[Chosen] = []
+    opened: dict[str, Any] = {}
+    for group in groups(entries, {entry.name: _memory(data, entry) for entry in entries}, memory):
+        workers = [Worker(entry, data) for entry in group]
+        try:
+            for worker in workers:
+                opened[worker.entry.name] = worker.__enter__().open().opened
+            tuned = {*points, BARE.name}
+            points |= tune([worker for worker in workers if worker.entry.name not in tuned])
+            if DATABASE.name in points:
+                points[BARE.name] = points[DATABASE.name]
+            results = compare(workers, points, SCANN.name)
+            for worker in workers:
+                opened[worker.entry.name] |= worker.ask("memory")
+        finally:
+            for worker in workers:
+                worker.__exit__(None, None, None)
+        known = {(result.method, result.mode, result.target) for result in chosen}
+        chosen += [result for result in results if (result.method, result.mode, result.target) not in known]
+    return {
+        "points": {name: [vars(point) for point in found] for name, found in points.items()},
+        "chosen": [result.summary() for result in chosen],
+        "opened": opened,
+    }
 
 
-def _rounds(works: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median seconds of each work, taken in turns so that a noisy minute hits all alike."""
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(ROUNDS):
-        for name, work in works.items():
-            started = time.perf_counter()
-            work()
-            times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+def groups(entries: list[Entry], needed: dict[str, float], memory: float) -> Iterator[list[Entry]]:
+    """Entries that fit in memory together; every group holds the baseline and ours."""
+    fixed = [entry for entry in entries if entry.name in (SCANN.name, DATABASE.name, BARE.name)]
+    rest = [entry for entry in entries if entry not in fixed]
+    while rest:
+        left = memory - sum(needed[entry.name] for entry in fixed)
+        group = []
+        for entry in list(rest):
+            if needed[entry.name] <= left or not group:
+                left -= needed[entry.name]
+                group.append(entry)
+                rest.remove(entry)
+        yield fixed + group
+    if fixed == entries:
+        yield fixed
 
 
-def _recall(found: np.ndarray, true: np.ndarray) -> float:
-    return float(np.mean([np.isin(row, good).mean() for row, good in zip(true, found, strict=True)]))
+def alone(data: Data, found: dict[str, Any]) -> dict[str, Any]:
+    """What concerns our engine only, at its effort for recall 0.95 in batches."""
+    points = [Point(**point) for point in found["points"][DATABASE.name]]
+    best = best_effort(points, "batch", 0.95)
+    assert best is not None
+    return {
+        "overheads": engine.overheads(data, best.effort),
+        "opening": engine.opening(data, best.effort),
+        "calibration": engine.calibration(data),
+    }
+
+
+def _memory(data: Data, entry: Entry) -> float:
+    """Bytes that an open index needs, about."""
+    if entry.name in (DATABASE.name, BARE.name):
+        return 0.3e9
+    size = float(build(data, entry, 1)["bytes"])
+    return max(size, 2.0 * data.read("rows").nbytes if entry.name == "brute" else 0) * 1.05
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    pending = path.with_suffix(".partial")
+    pending.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(pending, path)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.retrieval", description=__doc__)
+    parser.add_argument("--rows", type=int, default=FULL_ROWS, help="fewer for a quick look: 100000")
+    parser.add_argument("--scratch", type=Path, default=REPOSITORY / "runs" / "bench", help="data, indexes")
+    parser.add_argument("--methods", nargs="*", choices=sorted(BY_NAME), help="only these (default: all)")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="only these (default: all)")
+    parser.add_argument("--scale", nargs="*", type=int, help="sizes of the part `scale`")
+    parser.add_argument("--threads", type=int, default=2, help="threads that build")
+    parser.add_argument("--memory-gb", type=float, default=14, help="indexes open at once")
+    parser.add_argument("--build-only", action="store_true", help="stop when every index stands")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,13 +1,14 @@
 """index: the training database, from the vectors of its images.
 
 Reads `embed/database/<shard>.parquet`; writes the database `index/` that `retrieval.Database` opens:
-centroids, then partitions with an autofaiss index each. In between stands a shuffle: groups of embed
-shards are written once, sorted by partition with one row group a partition, and each partition then
-reads only its own row groups.
+centroids, partitions with an index each, and the recall of every effort. In between stands a shuffle:
+groups of embed shards are written once, sorted by partition with one row group a partition, and each
+partition then reads only its own row groups.
 """
 
 import time
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,20 +18,24 @@ import pyarrow.parquet as pq
 from pipeline.runner import Stage, Work, Workers, run_shards
 from retrieval import schema
 from retrieval.build import (
-    SCHEMA_VERSION,
     IndexConfig,
     build_partition,
     database_values,
+    partition_centroids,
     write_centroids,
 )
+from retrieval.calibration import calibrate
+from retrieval.database import SCHEMA_VERSION, Database
 from retrieval.encoder_identity import EncoderIdentity
 from retrieval.errors import UserError
+from retrieval.kmeans import assign
 from retrieval.manifest import Manifest, ShardRecord, read_manifest
-from retrieval.partition import Vectors, assign, partition_folder, train_centroids, unit
+from retrieval.partition import Vectors, partition_folder, unit
 from retrieval.storage import Root
 
 ROWS_PER_GROUP = 1_000_000
 """Rows that one shuffle file holds: at 1,900 partitions some 500 rows a row group."""
+CALIBRATION = "calibration.json"
 SAMPLE_SHARDS = 64
 """Shards from which the sample for the centroids is drawn at most."""
 
@@ -61,9 +66,23 @@ def run(config: IndexConfig, root: Root) -> Manifest:
     build = partial(_make_build, root, encoder.dim, config, names)
     partitions = [partition_folder(number) for number in range(len(centroids))]
     built = run_shards(stage, partitions, build, workers)
-    root.delete("index/shuffle")
-    root.delete("index/records/shuffle")
-    return stage.complete([record, *built], database_values(encoder, built, config), started)
+    values = database_values(encoder, built)
+    run_shards(stage, ["calibration"], partial(_make_calibration, stage, config, values), Workers(1))
+    values["calibration"] = {"images": root.read_json(f"index/{CALIBRATION}")}
+    for name in ("shuffle", "records/shuffle", CALIBRATION, "records/calibration.json"):
+        root.delete(f"index/{name}")
+    return stage.complete([record, *built], values, started)
+
+
+def _make_calibration(stage: Stage, config: IndexConfig, values: dict[str, Any]) -> Work:
+    def measure(name: str) -> ShardRecord:
+        bare = Manifest("index", SCHEMA_VERSION, "", {}, {}, (), {**values, "calibration": {}}, 0.0)
+        database = Database(stage.root.child("index"), bare, np.empty(0, np.int64))
+        lines = calibrate(database, config.num_queries, config.seed)
+        stage.log.info("recall@20 from %.3f to %.3f by effort", lines[0]["recall"], lines[-1]["recall"])
+        return ShardRecord(name, 0, (stage.root.write_json(f"index/{CALIBRATION}", lines),))
+
+    return measure
 
 
 def _make_centroids(
@@ -82,7 +101,6 @@ def _centroids(
 ) -> Vectors:
     """Centroids trained on rows drawn evenly from a seeded choice of shards."""
     rows = sum(record.rows for record in shards)
-    num_partitions = config.num_partitions(rows)
     rng = np.random.default_rng(config.seed)
     chosen = sorted(rng.permutation(len(shards))[:SAMPLE_SHARDS])
     share = min(1.0, config.num_sample / sum(shards[i].rows for i in chosen))
@@ -95,8 +113,9 @@ def _centroids(
         take = np.sort(rng.permutation(len(vectors))[: int(np.ceil(share * len(vectors)))])
         parts.append(unit(vectors[take]))
     sample = np.concatenate(parts)
-    stage.log.info("%d partitions; centroids trained on %s rows", num_partitions, f"{len(sample):,}")
-    return train_centroids(sample, min(num_partitions, len(sample)), config.seed)
+    centroids = partition_centroids(sample, config, rows)
+    stage.log.info("%d partitions; centroids trained on %s rows", len(centroids), f"{len(sample):,}")
+    return centroids
 
 
 def _groups(shards: list[ShardRecord]) -> list[list[str]]:
@@ -119,7 +138,7 @@ def _make_shuffle(root: Root, dim: int, centroids: Vectors, groups: list[list[st
         table = pa.concat_tables(
             [schema.read_table(root, f"embed/{shard}.parquet", wanted) for shard in group]
         ).combine_chunks()
-        numbers = assign(schema.vectors(table, schema.EMBEDDING), centroids)
+        numbers = assign(schema.vectors(table, schema.EMBEDDING), centroids)[:, 0]
         with root.writing(f"index/{name}.parquet") as pending:
             _write_sorted(table, numbers, len(centroids), str(pending.path))
         return ShardRecord(name, len(table), (pending.record,))
@@ -127,7 +146,7 @@ def _make_shuffle(root: Root, dim: int, centroids: Vectors, groups: list[list[st
     return shuffle
 
 
-def _write_sorted(table: pa.Table, numbers: npt.NDArray[np.int32], num_partitions: int, path: str) -> None:
+def _write_sorted(table: pa.Table, numbers: npt.NDArray[np.int64], num_partitions: int, path: str) -> None:
     """Row group p holds the rows of partition p, empty ones included."""
     with pq.ParquetWriter(path, table.schema, compression="zstd") as writer:
         for number in range(num_partitions):

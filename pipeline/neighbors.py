@@ -8,25 +8,29 @@ are left out. The manifest states the recall of this table against brute force o
 
 import time
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from pydantic import Field
 
+from pipeline.matching import make_match, make_route, merged, number_of, queries_of
+from pipeline.recall import make_recall, make_sample, make_truth
 from pipeline.runner import Stage, Work, Workers, run_shards
 from retrieval import schema
 from retrieval.config import Config, speed
 from retrieval.database import Database
 from retrieval.encoder_identity import EncoderIdentity
 from retrieval.errors import UserError
-from retrieval.join import JoinConfig, Joined, join
+from retrieval.join import JoinConfig
 from retrieval.manifest import Manifest, ShardRecord, read_manifest
-from retrieval.partition import Vectors, unit
 from retrieval.schema import Reason
-from retrieval.storage import Root
+from retrieval.storage import FileRecord, Root
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+ROWS_PER_GROUP = 100_000
+"""Training images whose matches are merged at once: 12 KB each at k = 8, for each partition they visit."""
 
 
 class NeighborsConfig(Config):
@@ -37,19 +41,23 @@ class NeighborsConfig(Config):
     near_copy_similarity: float = Field(0.96, gt=0, le=1)
     """A database image at least this similar to the training image is a copy of it, not a neighbor."""
     probes: int = Field(0, ge=0)
-    """Partitions each training image visits; 0 visits all, which is exact."""
-    recall_sample: int = Field(100, ge=0)
-    """Training images of each shard whose neighbors are checked against brute force."""
+    """Partitions each training image visits; 0 visits all."""
+    lists: int = Field(0, ge=0)
+    """Inverted lists it visits in each; 0 compares all rows of the partition, with all partitions exactly."""
+    recall_sample: int = Field(1000, ge=0)
+    """Training images whose neighbors are checked against brute force over the whole database."""
     seed: int = 0
     """Seed of that sample."""
     workers: int = speed(0, ge=0)
-    """Shards joined at once; 0 fills the cluster."""
+    """Groups or partitions at work at once; 0 fills the cluster."""
     gpus_per_worker: float = speed(0.0, ge=0)
     """GPUs each worker takes; 0 joins on CPUs."""
 
-    def join_config(self, probes: int) -> JoinConfig:
-        """The join that these settings ask for, at an effort."""
-        return JoinConfig(k=self.k, near_copy_similarity=self.near_copy_similarity, probes=probes)
+    def join_config(self) -> JoinConfig:
+        """The join that these settings ask for."""
+        return JoinConfig(
+            k=self.k, near_copy_similarity=self.near_copy_similarity, probes=self.probes, lists=self.lists
+        )
 
     @property
     def device(self) -> str:
@@ -71,71 +79,119 @@ def run(config: NeighborsConfig, root: Root) -> Manifest:
     if manifest := stage.finished():
         return manifest
     stage.begin()
-    shards = [shard.removeprefix("train/") for shard in embed.shard_names("train/")]
-    workers = Workers(config.workers, num_gpus=config.gpus_per_worker)
-    records = run_shards(stage, shards, partial(_make_work, config, root), workers)
-    return stage.complete(records, _values(config, database, records), started)
-
-
-def _values(config: NeighborsConfig, database: Database, records: list[ShardRecord]) -> dict[str, object]:
-    found = sum(record.values["recall_found"] for record in records)
-    sampled = sum(record.values["recall_sampled"] for record in records)
-    return {
+    shards = [record for record in embed.shards if record.shard.startswith("train/")]
+    records = _join(stage, config, database, shards)
+    values = {
         "k": config.k,
         "encoder": database.encoder.model_dump(mode="json"),
-        **({"recall": found / sampled} if sampled else {}),
-        "recall_sampled": sampled,
-        "near_copies": sum(record.values["near_copies"] for record in records),
+        "near_copies": int(sum(record.values["near_copies"] for record in records)),
+        **_recall(stage, config, database, records),
     }
+    for folder in ("route", "match", "recall"):
+        root.delete(f"neighbors/{folder}")
+        root.delete(f"neighbors/records/{folder}")
+    return stage.complete(records, values, started)
 
 
-def _make_work(config: NeighborsConfig, root: Root) -> Work:
-    return partial(_join_shard, config, root, Database.open(root.child("index")))
+def _join(
+    stage: Stage, config: NeighborsConfig, database: Database, shards: list[ShardRecord]
+) -> list[ShardRecord]:
+    """Route the queries, match them partition by partition, merge; the records of the training shards."""
+    groups = _groups(shards)
+    routes = [f"route/{number:05d}" for number in range(len(groups))]
+    matches = [f"match/{number:05d}" for number in range(len(database.partitions))]
+    on_cpus = Workers(config.workers)
+    on_gpus = Workers(config.workers, num_gpus=config.gpus_per_worker)
+    run_shards(stage, routes, partial(make_route, stage.root, config.probes, groups), on_cpus)
+    match = partial(make_match, stage.root, config.join_config(), config.device, routes)
+    run_shards(stage, matches, match, on_gpus)
+    merges = [f"merge/{number:05d}" for number in range(len(groups))]
+    done = run_shards(stage, merges, partial(_make_merge, config, stage.root, groups, matches), on_cpus)
+    return [
+        _shard_record(group, shard, at)
+        for group, names in zip(done, groups, strict=True)
+        for at, shard in enumerate(names)
+    ]
 
 
-def _join_shard(config: NeighborsConfig, root: Root, database: Database, shard: str) -> ShardRecord:
-    wanted = schema.embeddings(database.dim)
-    rows = schema.read_table(root, f"embed/train/{shard}.parquet", wanted)
-    queries = unit(schema.vectors(rows, schema.EMBEDDING))
-    joined = join(database, queries, config.join_config(config.probes), config.device)
-    full = np.isfinite(joined.similarities).all(axis=1)
-    table = neighbor_table(rows[schema.IMAGE_ID].to_numpy()[full], joined, full, database)
-    file = schema.write_table(
-        root, f"neighbors/{shard}.parquet", table, schema.neighbors(config.k, database.dim)
-    )
-    short = int((~full).sum())
-    return ShardRecord(
-        shard,
-        len(table),
-        (file,),
-        {Reason.TOO_FEW_NEIGHBORS: short} if short else {},
-        {"near_copies": joined.near_copies, **_recall(config, shard, database, queries, joined)},
-    )
+def _groups(shards: list[ShardRecord]) -> list[list[str]]:
+    """Names of consecutive shards, grouped so that a group has at most ROWS_PER_GROUP rows or one shard."""
+    groups: list[list[str]] = []
+    rows = 0
+    for record in shards:
+        if not groups or rows + record.rows > ROWS_PER_GROUP:
+            groups.append([])
+            rows = 0
+        groups[-1].append(record.shard.removeprefix("train/"))
+        rows += record.rows
+    return groups
+
+
+def _make_merge(config: NeighborsConfig, root: Root, groups: list[list[str]], matches: list[str]) -> Work:
+    """Work that writes the tables of a group's shards; its record holds the counts of each, by its name."""
+    database = Database.open(root.child("index"))
+
+    def work(name: str) -> ShardRecord:
+        shards = groups[number_of(name)]
+        ids = [queries_of(root, shard, database.dim)[0] for shard in shards]
+        shape = (sum(map(len, ids)), config.k, database.dim)
+        best, vectors = merged(root, matches, number_of(name), shape)
+        files: list[FileRecord] = []
+        values: dict[str, float] = {}
+        start = 0
+        for shard, image_ids in zip(shards, ids, strict=True):
+            here = slice(start, start := start + len(image_ids))
+            keep = np.isfinite(best.similarities[here]).all(axis=1)
+            rows = (image_ids[keep], best.positions[here][keep], best.similarities[here][keep])
+            table = neighbor_table(database, rows, vectors[here][keep])
+            files.append(schema.write_table(root, f"neighbors/{shard}.parquet", table, table.schema))
+            values[f"{shard} rows"] = float(keep.sum())
+            values[f"{shard} short"] = float((~keep).sum())
+            values[f"{shard} near_copies"] = float(best.near_copies[here].sum())
+        return ShardRecord(name, shape[0], tuple(files), {}, values)
+
+    return work
 
 
 def neighbor_table(
-    image_ids: npt.NDArray[np.int64], joined: Joined, keep: npt.NDArray[np.bool_], database: Database
+    database: Database,
+    rows: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]],
+    vectors: npt.NDArray[np.float16],
 ) -> pa.Table:
-    """The rows of a join that are kept, as schema.neighbors. image_ids: of the kept rows."""
-    ids, embeddings = database.rows_at(joined.positions[keep])
+    """schema.neighbors of image ids (n,), positions and similarities (n, k), and vectors (n, k, dim)."""
+    image_ids, positions, similarities = rows
+    count, k = positions.shape
     columns = [
         pa.array(image_ids),
-        schema.fixed_lists(ids),
-        schema.fixed_lists(joined.similarities[keep]),
-        schema.fixed_lists(embeddings.reshape(len(ids), ids.shape[1] * database.dim).astype(np.float16)),
+        schema.fixed_lists(database.ids_at(positions)),
+        schema.fixed_lists(similarities),
+        schema.fixed_lists(vectors.reshape(count, k * database.dim)),
     ]
-    return pa.Table.from_arrays(columns, schema=schema.neighbors(ids.shape[1], database.dim))
+    return pa.Table.from_arrays(columns, schema=schema.neighbors(k, database.dim))
+
+
+def _shard_record(group: ShardRecord, shard: str, at: int) -> ShardRecord:
+    """The record of one training shard, from that of the group it was merged in."""
+    short = int(group.values[f"{shard} short"])
+    reasons = {str(Reason.TOO_FEW_NEIGHBORS): short} if short else {}
+    values = {"near_copies": group.values[f"{shard} near_copies"]}
+    return ShardRecord(shard, int(group.values[f"{shard} rows"]), (group.files[at],), reasons, values)
 
 
 def _recall(
-    config: NeighborsConfig, shard: str, database: Database, queries: Vectors, joined: Joined
-) -> dict[str, float]:
-    """How many of the true neighbors of a sample of queries the join found, and how many there are."""
-    rng = np.random.default_rng([config.seed, schema.image_id(shard) & 0xFFFFFFFF])
-    sample = np.sort(rng.permutation(len(queries))[: config.recall_sample])
-    exact = join(database, queries[sample], config.join_config(probes=0), config.device)
-    hits = [
-        len(np.intersect1d(found[true >= 0], true[true >= 0]))
-        for found, true in zip(joined.positions[sample], exact.positions, strict=True)
-    ]
-    return {"recall_found": float(sum(hits)), "recall_sampled": float((exact.positions >= 0).sum())}
+    stage: Stage, config: NeighborsConfig, database: Database, records: list[ShardRecord]
+) -> dict[str, Any]:
+    """Recall@k of the finished tables on a seeded sample of their rows, with its 95 % interval."""
+    rows = sum(record.rows for record in records)
+    if not min(rows, config.recall_sample):
+        return {}
+    on_gpus = Workers(config.workers, num_gpus=config.gpus_per_worker)
+    sample = partial(make_sample, stage.root, records, (config.recall_sample, config.seed))
+    run_shards(stage, ["recall/sample"], sample, Workers(1))
+    truths = [f"recall/{number:05d}" for number in range(len(database.partitions))]
+    exact = config.join_config().model_copy(update={"probes": 0, "lists": 0})
+    run_shards(stage, truths, partial(make_truth, stage.root, exact, config.device), on_gpus)
+    [record] = run_shards(
+        stage, ["recall/all"], partial(make_recall, stage.root, config.k, truths), Workers(1)
+    )
+    return dict(record.values)

@@ -1,36 +1,42 @@
-"""Builds a database: partitions with an autofaiss index each, the float16 vectors and what to show.
+"""Builds a database: partitions with an index each, the float16 vectors and what to show.
 
 A database folder holds `centroids.npy`, `partitions/<number>/{index.faiss, embeddings.npy, metadata.arrow}`
-and, last, `manifest.json`. `build_partition` serves the `index` stage, one call a partition;
-`build_database` does all of it in one process, for databases that fit in memory.
+(with inverted lists also `lists.npy` and `list_centroids.npy`) and, last, `manifest.json`.
+`build_partition` serves the `index` stage, one call a partition; `build_database` does all of it in one
+process, for databases that fit in memory.
 """
 
 import io
 import logging
 import math
+import re
 import shutil
 import tempfile
 import time
 from contextlib import redirect_stderr
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
 import autofaiss
+import faiss
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from retrieval import schema
+from retrieval import inverted, schema
+from retrieval.blocked import FILE as BLOCKED
+from retrieval.calibration import calibrate
 from retrieval.config import Config, speed
+from retrieval.database import SCHEMA_VERSION, Database
 from retrieval.encoder_identity import EncoderIdentity
 from retrieval.errors import UserError
+from retrieval.kmeans import assign, train_centroids
 from retrieval.manifest import Manifest, ShardRecord, fingerprint, write_manifest
-from retrieval.partition import AnyVectors, Vectors, assign, partition_folder, train_centroids, unit
+from retrieval.partition import AnyVectors, Vectors, partition_folder
 from retrieval.storage import FileRecord, Root
 
-SCHEMA_VERSION = 1
-FLAT_ROWS = 50_000
-"""Up to this many rows an exhaustive index answers within milliseconds and needs no tuning."""
+MIN_LIST_ROWS = 1_000
+"""Below so many rows there are too few to train lists and codes on."""
 
 
 class IndexConfig(Config):
@@ -39,44 +45,63 @@ class IndexConfig(Config):
     rows_per_partition: int = Field(1_000_000, ge=1)
     """Wanted rows per partition; the number of partitions follows from it."""
     index_key: str = ""
-    """faiss factory key for every partition; empty: Flat up to 50,000 rows, then IVF with flat lists."""
-    probes: int = Field(4, ge=1)
-    """Partitions that a query visits unless it says otherwise."""
+    """Key of the index that autofaiss builds for every partition, such as Flat, HNSW32 or IVF4096,Flat;
+    empty: Flat up to flat_rows, then inverted lists of 4-bit codes (retrieval.inverted)."""
+    flat_rows: int = Field(50_000, ge=MIN_LIST_ROWS)
+    """Up to this many rows an exhaustive index answers within milliseconds and needs no tuning."""
     num_sample: int = Field(1_000_000, ge=1)
     """Rows on which the coarse centroids are trained."""
+    num_queries: int = Field(1_000, ge=1)
+    """Rows that stand for queries when recall is measured, without themselves among the neighbors."""
     seed: int = 0
-    """Seed of the sample, the centroids and the order of rows within a partition."""
+    """Seed of the sample, the centroids, the order of rows within a partition and the queries."""
     cores_per_partition: int = speed(1, ge=1)
     """Threads that build one partition's index."""
     workers: int = speed(0, ge=0)
     """Partitions built at once; 0 fills the cluster."""
 
+    @field_validator("index_key")
+    @classmethod
+    def _buildable(cls, key: str) -> str:
+        # faiss 1.14.2 renamed an argument of OPQMatrix that autofaiss 2.18 passes by its old name.
+        if key and not re.fullmatch(r"Flat|HNSW\d+|IVF\d+,Flat", key):
+            raise ValueError(
+                f"autofaiss cannot build {key!r} for inner products with faiss {faiss.__version__}. Leave "
+                "index_key empty (it is quicker and finds more), or name Flat, HNSW<n> or IVF<n>,Flat"
+            )
+        return key
+
     def num_partitions(self, rows: int) -> int:
         """Partitions for so many rows."""
         return max(1, math.ceil(rows / self.rows_per_partition))
 
-    def key_for(self, rows: int) -> str:
-        """The faiss factory key for a partition of so many rows."""
-        if self.index_key:
-            return self.index_key
-        return "Flat" if rows <= FLAT_ROWS else f"IVF{2 ** round(math.log2(4 * math.sqrt(rows)))},Flat"
+    def has_lists(self, rows: int) -> bool:
+        """Whether a partition of so many rows gets inverted lists instead of an autofaiss index."""
+        return not self.index_key and rows > self.flat_rows
 
 
 def build_partition(root: Root, stage: str, number: int, table: pa.Table, config: IndexConfig) -> ShardRecord:
     """Write one partition. table: rows of schema.embeddings(dim), in any order; may be empty.
 
-    Rows are stored in an order drawn from (seed, number), because autofaiss trains on the first ones.
+    Rows are stored sorted by inverted list, so that what a search ranks and a join multiplies stands
+    together; without lists in an order drawn from (seed, number), because autofaiss trains on the first.
     """
     order = np.random.default_rng([config.seed, number]).permutation(len(table))
-    table = table.take(pa.array(order))
-    rows = schema.vectors(table, schema.EMBEDDING)
+    rows = schema.vectors(table, schema.EMBEDDING)[order]
     folder = f"{stage}/{partition_folder(number)}"
-    files = [
-        _write_vectors(root, f"{folder}/embeddings.npy", rows),
-        _write_arrow(root, f"{folder}/metadata.arrow", table.drop_columns([schema.EMBEDDING])),
-    ]
-    if len(rows):
+    files: list[FileRecord] = []
+    if config.has_lists(len(rows)):
+        threads = faiss.omp_get_max_threads()
+        faiss.omp_set_num_threads(config.cores_per_partition)
+        made = inverted.train(rows, config.seed)
+        faiss.omp_set_num_threads(threads)
+        rows, order = rows[made.order], order[made.order]
+        files += _write_lists(root, folder, made)
+    elif len(rows):
         files.append(_write_index(root, f"{folder}/index.faiss", rows.astype(np.float32), config))
+    files.append(_write_vectors(root, f"{folder}/embeddings.npy", rows))
+    shown = table.drop_columns([schema.EMBEDDING]).take(pa.array(order))
+    files.append(_write_arrow(root, f"{folder}/metadata.arrow", shown))
     return ShardRecord(partition_folder(number), len(rows), tuple(files))
 
 
@@ -111,14 +136,17 @@ def build_database(
     if not len(table):
         raise UserError(f"database {name} would be empty: no image could be embedded. Check its source.")
     root.delete(f"{name}/manifest.json")
-    root.delete(name)
-    rows = unit(schema.vectors(table, schema.EMBEDDING))
-    centroids = train_centroids(rows[: config.num_sample], config.num_partitions(len(rows)), config.seed)
-    numbers = assign(rows, centroids)
+    for file in root.list(name):
+        if file != f"{name}/{BLOCKED}":  # what must not be shown stays hidden in what comes instead
+            root.delete(file)
+    rows = schema.vectors(table, schema.EMBEDDING)
+    centroids = partition_centroids(rows, config)
+    numbers = assign(rows, centroids)[:, 0]
     records = [ShardRecord("centroids", 0, (write_centroids(root, name, centroids),), identity.reasons)]
     for number in range(len(centroids)):
         part = table.filter(pa.array(numbers == number))
         records.append(build_partition(root, name, number, part, config))
+    values = database_values(encoder, records[1:])
     manifest = Manifest(
         stage=name,
         schema_version=SCHEMA_VERSION,
@@ -126,25 +154,33 @@ def build_database(
         upstream=identity.made_from,
         config=config.model_dump(mode="json"),
         shards=tuple(records),
-        values=database_values(encoder, records[1:], config),
+        values={**values, "calibration": {}},
         seconds=round(time.time() - started, 3),
     )
+    opened = Database(root.child(name), manifest, np.empty(0, np.int64))
+    lines = calibrate(opened, config.num_queries, config.seed)
+    manifest = replace(manifest, values={**values, "calibration": {"images": lines}})
     write_manifest(root, manifest)
     return manifest
 
 
-def database_values(
-    encoder: EncoderIdentity, partitions: list[ShardRecord], config: IndexConfig
-) -> dict[str, object]:
-    """What the manifest of a database states about it, for `Database.open`."""
+def partition_centroids(sample: AnyVectors, config: IndexConfig, rows: int = 0) -> Vectors:
+    """Balanced centroids (partitions, dim) for a database of `rows`, 0 for those of the sample itself."""
+    count = min(config.num_partitions(rows or len(sample)), len(sample))
+    random = np.random.default_rng(config.seed)
+    chosen = np.sort(random.permutation(len(sample))[: config.num_sample])
+    return train_centroids(sample[chosen], count, config.seed, balanced=True)
+
+
+def database_values(encoder: EncoderIdentity, partitions: list[ShardRecord]) -> dict[str, object]:
+    """What the manifest of a database states about it, for `Database.open`; the calibration comes later."""
     return {
         "encoder": encoder.model_dump(mode="json"),
         "rows": [record.rows for record in partitions],
-        "probes": config.probes,
     }
 
 
-def _write_vectors(root: Root, name: str, rows: AnyVectors) -> FileRecord:
+def _write_vectors(root: Root, name: str, rows: AnyVectors | npt.NDArray[np.int64]) -> FileRecord:
     with root.writing(name) as pending, pending.path.open("wb") as file:
         np.save(file, rows)
     return pending.record
@@ -157,23 +193,42 @@ def _write_arrow(root: Root, name: str, table: pa.Table) -> FileRecord:
     return pending.record
 
 
+def _write_lists(root: Root, folder: str, made: inverted.Inverted) -> list[FileRecord]:
+    with root.writing(f"{folder}/index.faiss") as pending:
+        faiss.write_index(made.index, str(pending.path))
+    return [
+        pending.record,
+        _write_vectors(root, f"{folder}/lists.npy", made.offsets),
+        _write_vectors(root, f"{folder}/list_centroids.npy", made.centroids),
+    ]
+
+
 def _write_index(root: Root, name: str, rows: Vectors, config: IndexConfig) -> FileRecord:
-    key = config.key_for(len(rows))
+    key = config.index_key or "Flat"
     with root.writing(name) as pending, tempfile.TemporaryDirectory(prefix="rdm-") as scratch:
-        built = Path(scratch) / "index"
+        # index_param is given because autofaiss would otherwise tune it by the clock; its bars count to one.
+        index = _autofaiss(rows, key, scratch, config.cores_per_partition)
+        if index is None:
+            raise UserError(f"{root.at(name)}: autofaiss built no {key!r} index of {len(rows)} rows.")
+        shutil.copyfile(f"{scratch}/index", pending.path)
+    return pending.record
+
+
+def _autofaiss(rows: Vectors, key: str, folder: str, cores: int) -> object:
+    """What autofaiss built into `<folder>/index`; None where it built nothing and only logged why."""
+    try:
         # index_param is given because autofaiss would otherwise tune it by the clock; its bars count to one.
         with redirect_stderr(io.StringIO()):
             index, _ = autofaiss.build_index(
                 rows,
-                index_path=str(built),
-                index_infos_path=f"{scratch}/infos.json",
+                index_path=f"{folder}/index",
+                index_infos_path=f"{folder}/infos.json",
                 index_key=key,
                 index_param="nprobe=64" if key.startswith("IVF") else "",
                 metric_type="ip",
-                nb_cores=config.cores_per_partition,
+                nb_cores=cores,
                 verbose=logging.ERROR,
             )
-        if index is None:
-            raise UserError(f"{root.at(name)}: autofaiss built no {key!r} index of {len(rows)} rows.")
-        shutil.copyfile(built, pending.path)
-    return pending.record
+    except (RuntimeError, ValueError) as error:  # a key that faiss or autofaiss cannot make of these rows
+        raise UserError(f"index_key {key!r} does not suit {len(rows)} rows: {error}") from error
+    return index

@@ -125,7 +125,7 @@ def _manifest(found: dict[str, Any], where: str) -> Manifest:
     try:
         shards = tuple(_record(shard) for shard in found.pop("shards"))
         return Manifest(shards=shards, **found)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{where} is no manifest of version {VERSION}: {error}. Remove its folder, run the stage again."
         ) from error

@@ -51,6 +51,9 @@ class Reason(StrEnum):
     # embed
     UNREADABLE = "unreadable"
     DUPLICATE_CONTENT = "duplicate_content"
+    # vectors from elsewhere
+    BAD_VECTOR = "bad_vector"
+    DUPLICATE_ID = "duplicate_id"
     # neighbors
     TOO_FEW_NEIGHBORS = "too_few_neighbors"
 

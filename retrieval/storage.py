@@ -102,7 +102,12 @@ class Root:
     def read_json(self, name: str) -> Any:
         """The parsed content of a JSON file."""
         with self.open(name) as file:
-            return json.load(file)
+            try:
+                return json.load(file)
+            except ValueError as error:
+                raise UserError(
+                    f"{self.at(name)} is damaged, it is no JSON: {error}. Remove its folder, make it again."
+                ) from error
 
     @contextmanager
     def local(self, name: str) -> Iterator[Path]:

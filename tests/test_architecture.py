@@ -8,7 +8,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGES = ("retrieval", "pipeline", "trainer", "jobs")
 FORBIDDEN = {
-    "retrieval": {"pipeline", "trainer", "jobs", "deepspeed", "ray"},
+    "retrieval": {"pipeline", "trainer", "jobs", "deepspeed"},
     "pipeline": {"trainer", "jobs", "deepspeed"},
     "trainer": {"pipeline", "jobs", "ray"},
     "jobs": set(),
@@ -34,9 +34,12 @@ def test_imports_follow_the_arrows(path: Path) -> None:
     assert not imported(path) & FORBIDDEN[package]
 
 
-def test_ray_is_known_to_the_runner_alone_in_pipeline() -> None:
-    users = [path.name for path in SOURCES if path.parent.name == "pipeline" and "ray" in imported(path)]
-    assert users == ["runner.py"]
+@pytest.mark.parametrize(
+    ("package", "files"), [("pipeline", ["runner.py"]), ("retrieval", ["cluster.py", "replicas.py"])]
+)
+def test_ray_is_known_to_few_files_alone(package: str, files: list[str]) -> None:
+    users = [path.name for path in SOURCES if path.parent.name == package and "ray" in imported(path)]
+    assert users == files
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline import embed, index
 from pipeline.embed import EmbedConfig
-from retrieval import Database, Root, UserError, schema
+from retrieval import Database, Effort, Root, UserError, schema
 from retrieval.build import IndexConfig
 from retrieval.encoder import ClipConfig
 
@@ -48,7 +48,7 @@ def test_the_database_holds_every_row_once_in_semantic_partitions(root: Root) ->
 def test_a_stored_vector_finds_itself_first(root: Root) -> None:
     index.run(CONFIG, root)
     database = Database.open(root.child("index"))
-    found = database.search(database.embeddings().astype(np.float32), 3, probes=1)
+    found = database.search(database.embeddings().astype(np.float32), 3, effort=Effort(1, 1, 1))
     assert (found.ids[:, 0] == database.metadata()[schema.IMAGE_ID].to_numpy()).mean() > 0.95
     assert found.similarities[:, 0].min() > 0.99
 

@@ -1,11 +1,13 @@
 """Vectors like CLIP's (clusters of unequal sizes) and databases made of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from retrieval import Database, Root, schema
 from retrieval.build import Identity, IndexConfig, build_database
@@ -39,15 +41,31 @@ def table_of(vectors: Vectors) -> pa.Table:
     return pa.table(columns, schema=schema.embeddings(DIM))
 
 
+def built(folder: Path, vectors: Vectors, name: str = "databases/test", **settings: object) -> Database:
+    """Builds a database of vectors under a folder and opens it; recall is measured with few queries."""
+    root = Root(folder)
+    config = IndexConfig(**{"num_queries": 50, **settings})
+    build_database(root, table_of(vectors), IDENTITY, config, Identity(name, {"source": "test"}))
+    return Database.open(root.child(name))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices as small as these are multiplied sooner by one thread than shared out to several."""
+    before = torch.get_num_threads(), faiss.omp_get_max_threads()
+    torch.set_num_threads(1)
+    faiss.omp_set_num_threads(1)
+    yield
+    torch.set_num_threads(before[0])
+    faiss.omp_set_num_threads(before[1])
+
+
 @pytest.fixture
 def build(tmp_path: Path) -> Callable[..., Database]:
     """Builds a database of vectors under tmp_path and opens it."""
 
     def made(vectors: Vectors, name: str = "databases/test", **settings: object) -> Database:
-        root = Root(tmp_path)
-        config = IndexConfig(**settings)
-        build_database(root, table_of(vectors), IDENTITY, config, Identity(name, {"source": "test"}))
-        return Database.open(root.child(name))
+        return built(tmp_path, vectors, name, **settings)
 
     return made
 
@@ -62,6 +80,25 @@ def vectors() -> Vectors:
 def queries() -> Vectors:
     """50 vectors from the same clusters."""
     return clustered(50, seed=2)
+
+
+@pytest.fixture(scope="session")
+def in_lists(tmp_path_factory: pytest.TempPathFactory, vectors: Vectors) -> Database:
+    """The 3,000 vectors in one partition with inverted lists. No test may change it."""
+    return built(tmp_path_factory.mktemp("lists"), vectors, flat_rows=1000)
+
+
+@pytest.fixture(scope="session")
+def in_partitions(tmp_path_factory: pytest.TempPathFactory, vectors: Vectors) -> Database:
+    """The 3,000 vectors in six partitions without lists. No test may change it."""
+    return built(tmp_path_factory.mktemp("partitions"), vectors, rows_per_partition=500)
+
+
+@pytest.fixture(scope="session")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Database:
+    """8,000 vectors in four partitions, large ones with inverted lists. No test may change it."""
+    rows = clustered(8000, seed=1)
+    return built(tmp_path_factory.mktemp("mixed"), rows, rows_per_partition=2000, flat_rows=1500)
 
 
 def brute_force(vectors: Vectors, queries: Vectors, k: int) -> np.ndarray:

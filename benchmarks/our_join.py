@@ -1,0 +1,30 @@
+"""Our join, in a module of its own: it loads torch, which a search does without."""
+
+import numpy as np
+import torch
+
+from benchmarks.data import Ids
+from benchmarks.method import Search
+from benchmarks.ours import OurDatabase
+from retrieval.join import JoinConfig, join
+
+KEEP_COPIES = 2.0
+
+
+class OurJoin(OurDatabase):
+    """`retrieval.join`, copies of the query kept. Effort: partitions, lists in each."""
+
+    def join(self, k: int, effort: tuple[int, ...]) -> Search:
+        """Positions."""
+        probes, lists = effort
+        config = JoinConfig(k=k, near_copy_similarity=KEEP_COPIES, probes=probes, lists=lists)
+        return lambda queries: join(self.database, queries, config).positions
+
+    def threads(self, number: int) -> None:
+        """Always one, as in the workers of the stage `neighbors`: the products are too small for two."""
+        super().threads(1)
+        torch.set_num_threads(1)
+
+    def ids(self, found: Ids) -> Ids:
+        """Row numbers of what was built from."""
+        return np.concatenate([partition.ids for partition in self.database.partitions])[found]

@@ -1,0 +1,169 @@
+"""The two shuffles of the neighbor join: queries to the partitions they visit, matches back to queries.
+
+Between them stands the work, one partition at a time: its vectors are read once for all training images
+that look at it. `route/<group>` holds the queries of a group of shards, a record batch a partition;
+`match/<partition>` their nearest rows there, a record batch a group, vectors inline, so that what merges
+them need not read single rows from the whole database.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipeline.runner import Work
+from retrieval import schema
+from retrieval.database import Database
+from retrieval.join import JoinConfig, Joined, match
+from retrieval.manifest import ShardRecord
+from retrieval.partition import Vectors, route, unit
+from retrieval.partitions import Partition
+from retrieval.storage import FileRecord, Root
+
+QUERIES_AT_ONCE = 131_072
+"""Queries compared with a partition at once; more share its lists better, and are held in memory."""
+
+
+def number_of(name: str) -> int:
+    """The number at the end of a shard's name."""
+    return int(name.rsplit("/", maxsplit=1)[-1])
+
+
+def queries_of(root: Root, shard: str, dim: int) -> tuple[npt.NDArray[np.int64], Vectors]:
+    """Image ids and unit vectors (n, dim) of a training shard, in its order."""
+    rows = schema.read_table(root, f"embed/train/{shard}.parquet", schema.embeddings(dim))
+    return rows[schema.IMAGE_ID].to_numpy(), unit(schema.vectors(rows, schema.EMBEDDING))
+
+
+def make_route(root: Root, probes: int, groups: list[list[str]]) -> Work:
+    """Work that writes `route/<group>`: batch p holds the visitors of p, by place in the group."""
+    database = Database.open(root.child("index"))
+
+    def work(name: str) -> ShardRecord:
+        parts = [queries_of(root, shard, database.dim)[1] for shard in groups[number_of(name)]]
+        queries = np.concatenate(parts) if parts else np.empty((0, database.dim), np.float32)
+        visits = route(queries, database.centroids, probes or len(database.partitions))
+        batches = (np.flatnonzero((visits == p).any(axis=1)) for p in range(len(database.partitions)))
+        wanted = _routed(database.dim)
+        tables = (_table([places, queries[places].astype(np.float16)], wanted) for places in batches)
+        return ShardRecord(name, len(queries), (_write(root, f"neighbors/{name}.arrow", tables, wanted),))
+
+    return work
+
+
+def make_match(root: Root, join: JoinConfig, device: str, groups: list[str]) -> Work:
+    """Work that writes `match/<partition>`: batch g holds what the queries of group g found there."""
+    return partial(_match_partition, root, Database.open(root.child("index")), (join, device), groups)
+
+
+def _match_partition(
+    root: Root, database: Database, how: tuple[JoinConfig, str], groups: list[str], name: str
+) -> ShardRecord:
+    join, device = how
+    number = number_of(name)
+    partition = Partition(database.root, number, database.hidden)
+    wanted = _matched(join.k, database.dim)
+
+    def tables() -> Iterator[pa.Table]:
+        for places, queries in _gathered(root, groups, number, database.dim):
+            found = match(partition, np.concatenate(queries), join, device)
+            ends = np.cumsum([len(part) for part in places])
+            for part, end in zip(places, ends, strict=True):
+                yield _found_table(part, found, slice(end - len(part), end), (database, number))
+
+    return ShardRecord(name, 0, (_write(root, f"neighbors/{name}.arrow", tables(), wanted),))
+
+
+def _gathered(
+    root: Root, groups: list[str], number: int, dim: int
+) -> Iterator[tuple[list[npt.NDArray[np.int64]], list[Vectors]]]:
+    """Places and vectors of a partition's visitors, group by group, several groups at once."""
+    places: list[npt.NDArray[np.int64]] = []
+    queries: list[Vectors] = []
+    for group in groups:
+        table = read_batch(root, f"neighbors/{group}.arrow", number)
+        places.append(table["place"].to_numpy())
+        queries.append(unit(schema.vectors(table, schema.EMBEDDING)).reshape(-1, dim))
+        if sum(map(len, queries)) >= QUERIES_AT_ONCE or group == groups[-1]:
+            yield places, queries
+            places, queries = [], []
+
+
+def _found_table(
+    places: npt.NDArray[np.int64], found: Joined, here: slice, where: tuple[Database, int]
+) -> pa.Table:
+    database, number = where
+    rows = found.positions[here]
+    kept = database.partitions[number].embeddings[np.maximum(rows, 0)]
+    positions = np.where(rows < 0, -1, rows + database.first_position(number))
+    columns = [
+        places,
+        found.similarities[here],
+        positions,
+        found.near_copies[here],
+        kept.reshape(len(rows), rows.shape[1] * database.dim),
+    ]
+    return _table(columns, _matched(rows.shape[1], database.dim))
+
+
+def merged(
+    root: Root, matches: list[str], group: int, shape: tuple[int, int, int]
+) -> tuple[Joined, npt.NDArray[np.float16]]:
+    """The best over all partitions for a group of shape (queries, k, dim), and their vectors."""
+    queries, k, dim = shape
+    best = Joined(
+        np.full((queries, k), -np.inf, np.float32), np.full((queries, k), -1), np.zeros(queries, np.int64)
+    )
+    vectors = np.zeros((queries, k, dim), np.float16)
+    for name in matches:
+        table = read_batch(root, f"neighbors/{name}.arrow", group)
+        places = table["place"].to_numpy()
+        similarities = np.concatenate(
+            [best.similarities[places], schema.vectors(table, schema.SIMILARITIES)], axis=1
+        )
+        positions = np.concatenate([best.positions[places], schema.vectors(table, "positions")], axis=1)
+        found = schema.vectors(table, schema.NEIGHBOR_EMBEDDINGS).reshape(-1, k, dim)
+        order = np.argsort(-similarities, axis=1, kind="stable")[:, :k]
+        both = np.concatenate([vectors[places], found], axis=1)
+        best.similarities[places] = np.take_along_axis(similarities, order, 1)
+        best.positions[places] = np.take_along_axis(positions, order, 1)
+        best.near_copies[places] += table["near_copies"].to_numpy()
+        vectors[places] = np.take_along_axis(both, order[:, :, None], 1)
+    return best, vectors
+
+
+def read_batch(root: Root, name: str, number: int) -> pa.Table:
+    """One record batch of an Arrow file, without reading the others."""
+    with root.open(name) as file:
+        return pa.Table.from_batches([pa.ipc.open_file(file).get_batch(number)])
+
+
+def _write(root: Root, name: str, tables: Iterator[pa.Table], wanted: pa.Schema) -> FileRecord:
+    with root.writing(name) as pending, pa.ipc.new_file(str(pending.path), wanted) as writer:
+        for table in tables:
+            [batch] = table.combine_chunks().to_batches() or [pa.RecordBatch.from_pylist([], schema=wanted)]
+            writer.write_batch(batch)
+    return pending.record
+
+
+def _table(columns: list[npt.NDArray[np.generic]], wanted: pa.Schema) -> pa.Table:
+    arrays = [pa.array(column) if column.ndim == 1 else schema.fixed_lists(column) for column in columns]
+    return pa.Table.from_arrays(arrays, schema=wanted)
+
+
+def _routed(dim: int) -> pa.Schema:
+    return pa.schema([("place", pa.int64()), (schema.EMBEDDING, pa.list_(pa.float16(), dim))])
+
+
+def _matched(k: int, dim: int) -> pa.Schema:
+    return pa.schema(
+        [
+            ("place", pa.int64()),
+            (schema.SIMILARITIES, pa.list_(pa.float32(), k)),
+            ("positions", pa.list_(pa.int64(), k)),
+            ("near_copies", pa.int64()),
+            (schema.NEIGHBOR_EMBEDDINGS, pa.list_(pa.float16(), k * dim)),
+        ]
+    )
