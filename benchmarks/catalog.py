@@ -44,8 +44,8 @@ FAISS = "1.15.1"
 PROBES = (4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128)
 FACTORS = (2, 3, 4, 6, 8)
 SEARCHED = (20, 24, 32, 40, 48, 64, 96, 128, 192, 256, 384)
-LISTS = (4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128)
-CANDIDATES = (2, 3, 4, 6, 8)
+LISTS = (6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96)
+CANDIDATES = (3, 4, 6, 8, 12, 16)
 
 
 def _lists(name: str, label: str, key: str, factors: tuple[int, ...] = ()) -> Entry:
