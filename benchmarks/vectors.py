@@ -16,7 +16,7 @@ DIM = 768
 TOPICS, CLUSTERS = 300, 20_000
 ZIPF = 0.8
 CONE = 0.65
-"""Length of the mean before normalization, the rest being about 0.76 long: two images have a cosine of 0.42."""
+"""Length of the mean before normalization; the rest is about 0.76 long, so two images are 0.42 alike."""
 COPIES = 0.03
 COPY_NOISE = 0.15
 """Length of the noise on a copy: its cosine to the original is about 0.99."""
