@@ -91,7 +91,7 @@ def match(partition: Partition, queries: Vectors, config: JoinConfig, device: st
     """The config.k nearest rows of one partition for each query that are no copies of it."""
     offsets, _ = partition.lists
     asked = torch.from_numpy(queries).to(device)
-    if not config.lists or config.lists >= len(offsets) - 1:
+    if not len(queries) or not config.lists or config.lists >= len(offsets) - 1:
         similarities, rows, copies = _compare_all(partition, asked, config)
     else:
         candidates, sure = _candidates(partition, asked, config)
