@@ -44,7 +44,7 @@ def test_more_lists_find_more_and_many_find_all(
 ) -> None:
     database = request.getfixturevalue(which)
     exact = join(database, queries, settings())
-    found = [join(database, queries, settings(lists)) for lists in (16, 64, 128, 250, 100_000)]
+    found = [join(database, queries, settings(lists)) for lists in (16, 32, 64, 128, 250, 100_000)]
     shares = [recall(exact.positions, some.positions) for some in found]
     assert shares == sorted(shares)
     assert shares[0] < 0.9 < shares[-1]
