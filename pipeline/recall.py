@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 from pipeline.matching import number_of, queries_of
 from pipeline.runner import Work
 from retrieval import schema
-from retrieval.calibration import interval, recalls
+from retrieval.calibration import recalls
 from retrieval.database import Database
+from retrieval.effort import interval
 from retrieval.join import JoinConfig, match
 from retrieval.manifest import ShardRecord
 from retrieval.partitions import Partition

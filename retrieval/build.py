@@ -136,9 +136,7 @@ def build_database(
     if not len(table):
         raise UserError(f"database {name} would be empty: no image could be embedded. Check its source.")
     root.delete(f"{name}/manifest.json")
-    for file in root.list(name):
-        if file != f"{name}/{BLOCKED}":  # what must not be shown stays hidden in what comes instead
-            root.delete(file)
+    root.delete_but(name, BLOCKED)  # what must not be shown stays hidden in what comes instead
     rows = schema.vectors(table, schema.EMBEDDING)
     centroids = partition_centroids(rows, config)
     numbers = assign(rows, centroids)[:, 0]
@@ -206,7 +204,6 @@ def _write_lists(root: Root, folder: str, made: inverted.Inverted) -> list[FileR
 def _write_index(root: Root, name: str, rows: Vectors, config: IndexConfig) -> FileRecord:
     key = config.index_key or "Flat"
     with root.writing(name) as pending, tempfile.TemporaryDirectory(prefix="rdm-") as scratch:
-        # index_param is given because autofaiss would otherwise tune it by the clock; its bars count to one.
         index = _autofaiss(rows, key, scratch, config.cores_per_partition)
         if index is None:
             raise UserError(f"{root.at(name)}: autofaiss built no {key!r} index of {len(rows)} rows.")

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrieval.database import Database
-from retrieval.effort import STREAMS, Effort, Measured
+from retrieval.effort import ROUNDING, STREAMS, Effort, Measured, interval
 from retrieval.errors import UserError
 from retrieval.inverted import DIMENSIONS_PER_CODE
 from retrieval.join import JoinConfig, join
@@ -26,8 +26,6 @@ K = 20
 LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Steps of what an effort counts."""
 MOST_CANDIDATES = 32
-ROUNDING = 1e-5
-"""Similarities this close differ by the order of summation alone."""
 ENOUGH = 0.9995
 """Recall beyond which no harder effort is tried."""
 
@@ -103,13 +101,6 @@ def recalls(found: Vectors, truth: Vectors) -> Vectors:
     hits = (np.isfinite(found) & (found >= least[:, None] - ROUNDING)).sum(axis=1)
     wanted = there.sum(axis=1)
     return (np.minimum(hits, wanted) / np.maximum(wanted, 1)).astype(np.float32)
-
-
-def interval(values: npt.NDArray[Any]) -> tuple[float, float, float]:
-    """Mean and its 95 % interval over queries, by the normal approximation, within [0, 1]."""
-    mean = float(values.mean())
-    half = 1.96 * float(values.std(ddof=1)) / np.sqrt(len(values)) if len(values) > 1 else 1.0
-    return round(mean, 5), round(max(0.0, mean - half), 5), round(min(1.0, mean + half), 5)
 
 
 def cost(database: Database, effort: Effort) -> float:

@@ -4,13 +4,20 @@ A calibration is a list of efforts with their measured recall, the cheapest firs
 measured them on a seeded sample; it stands in the manifest of the database.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
+
+import numpy.typing as npt
 
 from retrieval.errors import UserError
 
 STREAMS = ("images", "texts")
 """What queries are like: rows of the database's kind, or texts, which lie apart and need more effort."""
+
+
+ROUNDING = 1e-5
+"""Similarities of unit vectors this close differ by the order of summation alone."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,18 @@ class Measured:
 def measured(values: dict[str, Any]) -> Measured:
     """A line of a calibration as the manifest holds it."""
     return Measured(effort=Effort(**values["effort"]), **{k: v for k, v in values.items() if k != "effort"})
+
+
+def interval(recalls: npt.NDArray[Any]) -> tuple[float, float, float]:
+    """The mean of recalls per query, (n,) in [0, 1], and its 95 % interval by the normal approximation.
+
+    Where all n are perfect, their spread says nothing and the lower end is 1 - 3/n: were more than that share
+    of queries imperfect, one would be in the sample 19 times in 20.
+    """
+    n, mean = len(recalls), float(recalls.mean())
+    half = 1.96 * float(recalls.std(ddof=1)) / math.sqrt(n) if n > 1 else 1.0
+    low = 1 - 3 / n if mean == 1 else mean - half
+    return round(mean, 5), round(max(0.0, low), 5), round(min(1.0, mean + half), 5)
 
 
 def choose(lines: list[Measured], recall: float) -> Effort:

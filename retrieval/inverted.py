@@ -78,9 +78,7 @@ def _coder(centroids: Vectors) -> Any:
     graph.hnsw.efSearch = 64
     graph.train(centroids)
     threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(
-        1
-    )  # several threads would link the graph in an order that differs from run to run
+    faiss.omp_set_num_threads(1)  # several would link the graph in an order that differs from run to run
     graph.add(centroids)
     faiss.omp_set_num_threads(threads)
     index = faiss.IndexIVFPQ(graph, dim, lists, dim // DIMENSIONS_PER_CODE, 4, metric)

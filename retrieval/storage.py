@@ -169,6 +169,13 @@ class Root:
         elif self.exists(name):
             self.fs.rm(path, recursive=True)
 
+    def delete_but(self, folder: str, kept: str) -> None:
+        """Remove all files below a folder, unfinished ones too, but the one of this name directly in it."""
+        self.sweep_partials(folder)
+        for name in self.list(folder):
+            if name != f"{folder}/{kept}":
+                self.delete(name)
+
     def sweep_partials(self, folder: str) -> None:
         """Remove what killed writers left below a folder of a local root. Call before any writer starts."""
         if self.is_local:

@@ -4,13 +4,13 @@ Reads every file of a database against the checksums in its manifest, then searc
 its own rows and compares with brute force. `python -m retrieval verify DB` prints it.
 """
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from retrieval.database import Database
+from retrieval.effort import ROUNDING, interval
 from retrieval.errors import UserError
 from retrieval.manifest import read_manifest
 from retrieval.partition import Vectors
@@ -18,8 +18,6 @@ from retrieval.storage import Root, file_sha256
 
 BLOCK_ROWS = 32_768
 """Database rows compared with the queries at once; 200 queries x 32,768 similarities take 26 MB."""
-ROUNDING = 1e-5
-"""Similarities of unit vectors this close differ by the order of summation alone."""
 
 
 @dataclass(frozen=True)
@@ -93,16 +91,8 @@ def measure_recall(database: Database, sample: Sample) -> Recall:
 
 
 def recall_of(recalls: npt.NDArray[np.float64], k: int) -> Recall:
-    """The mean of recalls per query, (n,) in [0, 1], with its 95 % interval by the normal approximation.
-
-    Where all n are perfect, their spread says nothing and the lower end is 1 - 3/n: were more than that share
-    of queries imperfect, one would be in the sample 19 times in 20.
-    """
-    n = len(recalls)
-    mean = float(recalls.mean())
-    half = 1.96 * float(recalls.std(ddof=1)) / math.sqrt(n) if n > 1 else 1.0
-    low = 1 - 3 / n if mean == 1 else mean - half
-    return Recall(k, n, mean, max(0.0, low), min(1.0, mean + half))
+    """The mean of recalls per query, (n,) in [0, 1], with its interval."""
+    return Recall(k, len(recalls), *interval(recalls))
 
 
 def visible_positions(database: Database) -> npt.NDArray[np.int64]:

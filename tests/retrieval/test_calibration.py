@@ -201,7 +201,7 @@ def test_an_interval_is_two_standard_errors_each_way_within_bounds() -> None:
     values = np.array([1.0, 0.5] * 50)
     half = 1.96 * np.std(values, ddof=1) / 10
     assert interval(values) == pytest.approx((0.75, 0.75 - half, 0.75 + half), abs=1e-5)
-    assert interval(np.ones(9)) == (1.0, 1.0, 1.0)
+    assert interval(np.ones(9)) == (1.0, 0.66667, 1.0)
     assert interval(np.array([0.9])) == (0.9, 0.0, 1.0)
     mean, low, high = interval(np.array([1.0] * 9 + [0.0]))
     assert (mean, high) == (0.9, 1.0)
