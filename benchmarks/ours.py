@@ -68,8 +68,9 @@ class BareIndex(OurDatabase):
 
     def ids(self, found: Ids) -> Ids:
         """Row numbers of what was built from, each once."""
-        rows = first_of_each(np.zeros(found.shape, np.float32), found.copy())[1]
-        return self.database.partitions[0].ids[rows]
+        (partition,) = self.database.partitions
+        k = found.shape[1] // partition.per_result
+        return partition.ids[first_of_each(np.zeros(found.shape, np.float32), found, k)[1]]
 
 
 def _table(rows: np.ndarray) -> pa.Table:

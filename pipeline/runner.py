@@ -24,6 +24,7 @@ from ray.exceptions import (
 )
 
 from retrieval.config import Config
+from retrieval.blocked import FILE as BLOCKED
 from retrieval.errors import UserError
 from retrieval.manifest import (
     Manifest,
@@ -121,7 +122,7 @@ class Stage:
             return
         if self.root.exists(self.name):
             self.log.info("settings or inputs changed: %s is made anew", self.root.at(self.name))
-        self.root.delete(self.name)
+        self.root.delete_but(self.name, BLOCKED)  # what must not be shown stays hidden in what comes instead
         self.root.write_json(mark, {"fingerprint": self.fingerprint})
 
     def complete(self, records: Sequence[ShardRecord], values: dict[str, Any], started: float) -> Manifest:

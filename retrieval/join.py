@@ -1,31 +1,23 @@
 """The k-nearest-neighbor join: every query against the rows of the lists nearest to it.
 
 Where `Database.search` answers people, this answers 100 million training images. Queries are grouped by
-partition, within it by inverted list, and each group is multiplied with the list's rows as matrices, so
-a row is read once for all queries that look at it. Products are in bfloat16; the best candidates are
-ranked again in float32.
+partition and within it by inverted list (`candidates.py`); the best candidates are ranked in float32.
 The query itself and copies of it are left out. Beside one partition, memory does not grow with either side.
 """
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from retrieval.candidates import Wanted, find_candidates
 from retrieval.config import Config, speed
 from retrieval.database import Database
 from retrieval.partition import Vectors, route
 from retrieval.partitions import Partition
 
-CANDIDATES_PER_RESULT = 2
-"""Rows ranked again exactly for each wanted neighbor."""
-ROUNDING = 2e-3
-"""Products this much below the k-th best so far may still be among the k best."""
-BLOCK_ROWS = 4096
-RANKED_AT_ONCE = 256
+RANKED_AT_ONCE = 64
 
 
 class JoinConfig(Config):
@@ -94,7 +86,8 @@ def match(partition: Partition, queries: Vectors, config: JoinConfig, device: st
     if not len(queries) or not config.lists or config.lists >= len(offsets) - 1:
         similarities, rows, copies = _compare_all(partition, asked, config)
     else:
-        candidates, sure = _candidates(partition, asked, config)
+        wanted = Wanted(config.k, config.lists, config.near_copy_similarity)
+        candidates, sure = find_candidates(partition, asked, wanted)
         similarities, rows, copies = _rank(partition, asked, candidates, config)
         copies += sure
         short = similarities.isneginf().any(dim=1).nonzero()[:, 0]
@@ -138,119 +131,6 @@ def _hide(products: torch.Tensor, partition: Partition, start: int) -> None:
         products[:, hidden.to(products.device)] = -torch.inf
 
 
-def _candidates(
-    partition: Partition, queries: torch.Tensor, config: JoinConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of the nearest lists worth ranking, (n, candidates) int64, -1 for none; sure copies per query."""
-    device, count = queries.device, CANDIDATES_PER_RESULT * config.k
-    mean = torch.from_numpy(partition.lists[1].mean(axis=0)).to(device)
-    halves, base = queries.bfloat16(), queries @ mean
-    visited = _nearest_lists(partition, halves, mean, config.lists)
-    rows = _without_mean(partition, mean)
-    scores = torch.full((len(queries), count), -torch.inf, device=device)
-    places = torch.full((len(queries), count), -1, dtype=torch.int64, device=device)
-    near_copies = torch.zeros(len(queries), dtype=torch.int64, device=device)
-    copies = config.near_copy_similarity
-    # The nearest list first and whole: of the others then only what comes near its k-th best counts.
-    for start, asking, products in _products(halves, rows, visited[:, :1], base, partition):
-        near_copies[asking] += _drop(products, copies + ROUNDING)
-        best, where = products.topk(min(count, products.shape[1]), dim=1)
-        scores[asking, : best.shape[1]], places[asking, : best.shape[1]] = best, where + start
-    places[scores.isneginf()] = -1
-    sure = scores.masked_fill(scores >= copies - ROUNDING, -torch.inf)
-    floor = sure.topk(config.k, dim=1).values[:, -1] - ROUNDING
-    first = torch.arange(len(queries), device=device).repeat_interleave(count)
-    found = [(first, scores.flatten(), places.flatten())]
-    for start, asking, products in _products(halves, rows, visited[:, 1:], base, partition):
-        near_copies[asking] += _drop(products, copies + ROUNDING)
-        which, where = (products > floor[asking, None]).nonzero(as_tuple=True)
-        found.append((asking[which], products[which, where], where + start))
-    askers, values, at = (torch.cat(parts) for parts in zip(*found, strict=True))
-    order = torch.sort(values, descending=True, stable=True).indices
-    return _first(askers[order], at[order], len(queries), count), near_copies
-
-
-def _nearest_lists(
-    partition: Partition, queries: torch.Tensor, mean: torch.Tensor, lists: int
-) -> torch.Tensor:
-    """Numbers of the lists whose centroids are nearest to each query, nearest first, (n, lists) int64."""
-    targets = (torch.from_numpy(partition.lists[1]).to(queries.device) - mean).to(queries.dtype).T
-    return torch.cat(
-        [(block @ targets).topk(lists, dim=1).indices for block in queries.split(RANKED_AT_ONCE)]
-    )
-
-
-def _without_mean(partition: Partition, mean: torch.Tensor) -> torch.Tensor:
-    """(rows, dim) bfloat16: what each row is beyond the mean, which keeps the rounding of products small."""
-    out = torch.empty(partition.embeddings.shape, dtype=torch.bfloat16, device=mean.device)
-    scratch = torch.empty((BLOCK_ROWS, out.shape[1]), device=mean.device)
-    for start in range(0, len(out), BLOCK_ROWS):
-        rows = torch.from_numpy(partition.embeddings[start : start + BLOCK_ROWS])
-        block = scratch[: len(rows)]
-        block.copy_(rows)
-        out[start : start + BLOCK_ROWS].copy_(block.sub_(mean))
-    return out
-
-
-def _drop(products: torch.Tensor, similarity: float) -> torch.Tensor:
-    """Put -inf in the place of products of at least a similarity; how many that were in each row."""
-    over = products >= similarity
-    products.masked_fill_(over, -torch.inf)
-    return over.sum(dim=1)
-
-
-def _products(
-    queries: torch.Tensor, rows: torch.Tensor, visited: torch.Tensor, base: torch.Tensor, partition: Partition
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """For each list that is visited: its first row, the queries visiting it, their similarities to its rows.
-
-    visited: (n, lists) numbers of lists; base: (n,) similarity to the mean that the rows are without.
-    """
-    offsets, _ = partition.lists
-    numbers = visited.flatten()
-    askers = torch.sort(numbers, stable=True).indices // max(visited.shape[1], 1)
-    ends = torch.bincount(numbers, minlength=len(offsets) - 1).cumsum(0).tolist()
-    begin = 0
-    for number, end in enumerate(ends):
-        first, last = int(offsets[number]), int(offsets[number + 1])
-        if end > begin and last > first:
-            asking = askers[begin:end]
-            products = _padded(queries, asking, rows, first, last)
-            products.add_(base[asking, None])
-            _hide(products, partition, first)
-            yield first, asking, products
-        begin = end
-
-
-def _padded(
-    queries: torch.Tensor, asking: torch.Tensor, stored: torch.Tensor, first: int, last: int
-) -> torch.Tensor:
-    """queries[asking] @ stored[first:last].T in float32.
-
-    On a CPU the library compiles a kernel for every new shape of matrices, which takes far longer than
-    one product: so more queries and rows are multiplied than wanted, to have few shapes.
-    """
-    rows = min(64 * math.ceil((last - first) / 64), len(stored))
-    start = min(first, len(stored) - rows)
-    wanted = max(16, 2 ** math.ceil(math.log2(len(asking))))
-    asked = torch.nn.functional.pad(asking, (0, wanted - len(asking)))
-    products = queries[asked] @ stored[start : start + rows].T
-    return products[: len(asking), first - start : last - start].float()
-
-
-def _first(asking: torch.Tensor, rows: torch.Tensor, queries: int, count: int) -> torch.Tensor:
-    """For each query its first `count` rows of a list of pairs, (queries, count), -1 for none."""
-    order = torch.sort(asking, stable=True).indices
-    asking, rows = asking[order], rows[order]
-    starts = torch.bincount(asking, minlength=queries).cumsum(0).roll(1)
-    starts[0] = 0
-    rank = torch.arange(len(asking), device=asking.device) - starts[asking]
-    out = torch.full((queries, count), -1, dtype=torch.int64, device=asking.device)
-    keep = rank < count
-    out[asking[keep], rank[keep]] = rows[keep]
-    return out
-
-
 def _rank(
     partition: Partition, queries: torch.Tensor, candidates: torch.Tensor, config: JoinConfig
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -261,7 +141,7 @@ def _rank(
         block = slice(start, start + RANKED_AT_ONCE)
         wanted = candidates[block].clamp_min(0)
         rows = stored.index_select(0, wanted.flatten().cpu()).to(queries.device, torch.float32)
-        exact[block] = torch.bmm(rows.view(*wanted.shape, -1), queries[block, :, None])[:, :, 0]
+        exact[block] = torch.linalg.vecdot(rows.view(*wanted.shape, -1), queries[block, None])
     exact.masked_fill_(candidates < 0, -torch.inf)
     copies = exact >= config.near_copy_similarity
     exact.masked_fill_(copies, -torch.inf)

@@ -21,8 +21,8 @@ from retrieval.partition import Vectors, partition_folder
 from retrieval.rerank import Rerank
 from retrieval.storage import Root
 
-GRAPH_EFFORT = 2
-"""Centroids that the walk through the graph keeps, for each list to visit."""
+GRAPH_SPARE = 8
+"""Centroids that the walk through the graph keeps beyond the lists to visit."""
 
 
 class Partition:
@@ -115,7 +115,7 @@ class Partition:
         lists = min(effort.lists, self.num_lists)  # faiss answers nonsense where more are asked for
         selector = None if self.visible is None else _selector(self.visible)
         if isinstance(self._base, faiss.IndexIVF):
-            graph = faiss.SearchParametersHNSW(efSearch=max(16, GRAPH_EFFORT * lists))
+            graph = faiss.SearchParametersHNSW(efSearch=lists + GRAPH_SPARE)
             coarse = graph if isinstance(self._base, faiss.IndexIVFPQFastScan) else None
             base = faiss.SearchParametersIVF(nprobe=lists, sel=selector, quantizer_params=coarse)
         elif isinstance(self._base, faiss.IndexHNSW):
@@ -136,8 +136,7 @@ class Partition:
             queries, k * self.per_result, params=self.parameters(effort, k)
         )
         if self.per_result > 1:
-            similarities, rows = first_of_each(similarities, rows)
-        similarities, rows = similarities[:, :k], rows[:, :k]
+            similarities, rows = first_of_each(similarities, rows, k)
         short = np.flatnonzero(rows[:, -1] < 0)
         if len(short) and effort.lists < self.num_lists:
             more = replace(effort, lists=4 * effort.lists)
@@ -161,32 +160,32 @@ def _selector(visible: npt.NDArray[np.bool_]) -> Any:
 
 
 def first_of_each(
-    similarities: Vectors, rows: npt.NDArray[np.int64]
+    similarities: Vectors, rows: npt.NDArray[np.int64], k: int
 ) -> tuple[Vectors, npt.NDArray[np.int64]]:
-    """The results with every repeated row moved behind the others as (-inf, -1), the order kept otherwise.
+    """The first k results (n, k) when every row counts once; (-inf, -1) where there are fewer.
 
     A row repeats with the same similarity; where several are equal, repeats need not stand together.
     """
     if len(rows) == 1:
-        return _first_of_one(similarities, rows)  # an eighth of the time that arrays take for one query
+        return _first_of_one(similarities, rows, k)  # an eighth of the time that arrays take for one query
     order = np.argsort(rows, axis=1, kind="stable")
     by_row = np.take_along_axis(rows, order, 1)
     again = np.zeros(rows.shape, bool)
     np.put_along_axis(again, order[:, 1:], by_row[:, 1:] == by_row[:, :-1], 1)
-    front = np.argsort(again, axis=1, kind="stable")
+    front = np.argsort(again, axis=1, kind="stable")[:, :k]
     similarities = np.where(again, -np.inf, similarities).astype(np.float32)
     return np.take_along_axis(similarities, front, 1), np.take_along_axis(np.where(again, -1, rows), front, 1)
 
 
 def _first_of_one(
-    similarities: Vectors, rows: npt.NDArray[np.int64]
+    similarities: Vectors, rows: npt.NDArray[np.int64], k: int
 ) -> tuple[Vectors, npt.NDArray[np.int64]]:
-    seen: set[int] = set()
-    order: list[int] = []
-    again: list[int] = []
+    first: dict[int, int] = {}
     for place, row in enumerate(rows[0].tolist()):
-        (again if row in seen else order).append(place)
-        seen.add(row)
-    similarities, rows = similarities[:, order + again], rows[:, order + again]
-    similarities[0, len(order) :], rows[0, len(order) :] = -np.inf, -1
-    return similarities, rows
+        first.setdefault(row, place)
+    places = [*first.values()][:k]
+    if len(places) == k:
+        return similarities.take(places, axis=1), rows.take(places, axis=1)
+    best, found = np.full((1, k), -np.inf, np.float32), np.full((1, k), -1, np.int64)
+    best[0, : len(places)], found[0, : len(places)] = similarities[0, places], rows[0, places]
+    return best, found

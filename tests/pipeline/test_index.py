@@ -9,6 +9,7 @@ import pytest
 from pipeline import embed, index
 from pipeline.embed import EmbedConfig
 from retrieval import Database, Effort, Root, UserError, schema
+from retrieval.blocked import block
 from retrieval.build import IndexConfig
 from retrieval.encoder import ClipConfig
 
@@ -62,6 +63,18 @@ def test_shuffling_in_several_groups_gives_the_same_rows(root: Root, monkeypatch
     assert sorted(Database.open(root.child("index")).metadata()["url"].to_pylist()) == once
     assert manifest.rows == 60
     assert not root.exists("index/shuffle")
+
+
+def test_what_was_hidden_stays_hidden_in_an_index_made_anew(root: Root) -> None:
+    index.run(CONFIG, root)
+    database = Database.open(root.child("index"))
+    hidden = database.metadata()[schema.IMAGE_ID].to_numpy()[:5]
+    block(root.child("index"), hidden)
+    index.run(CONFIG.model_copy(update={"seed": 1}), root)
+    again = Database.open(root.child("index"))
+    found = again.search(database.embeddings()[:5], 55)
+    assert again.manifest.config["seed"] == 1
+    assert not np.isin(found.ids, hidden).any()
 
 
 def test_the_index_of_a_run_without_database_images_is_refused(

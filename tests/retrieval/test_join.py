@@ -71,10 +71,10 @@ def test_a_search_in_lists_finds_all_that_the_visited_lists_hold(in_lists: Datab
     visited = np.argsort(-(queries @ centroids.T), axis=1)[:, :32]
     products = queries @ partition.embeddings.astype(np.float32).T
     products[~(numbers[None, None, :] == visited[:, :, None]).any(axis=1)] = -np.inf
-    true = np.argsort(-products, axis=1)[:, :8]
+    true = -np.sort(-products, axis=1)[:, :8]
     joined = join(in_lists, queries, settings(lists=32))
-    # A list at the edge may be another one, for centroids are compared in bfloat16 where that is quicker.
-    assert recall(true, joined.positions) > 0.99
+    # Lists are compared in bfloat16: one at the edge may be another, and those that tie are all visited.
+    assert (joined.similarities >= true - 1e-3).mean() > 0.99
 
 
 def test_answers_do_not_depend_on_who_else_asks(in_lists: Database) -> None:

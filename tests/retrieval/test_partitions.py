@@ -88,18 +88,26 @@ def test_equal_vectors_in_two_lists_come_back_once_each(build: Build) -> None:
     assert ((partition.ids[rows[:, :5]] - 1000) // 5 == np.arange(400)[:, None]).mean() > 0.99
 
 
-def test_repeats_move_behind_even_among_equal_similarities() -> None:
-    similarities = np.array(
-        [[0.9, 0.9, 0.9, 0.9, 0.5, 0.5], [0.8, 0.7, 0.7, 0.6, -np.inf, -np.inf]], np.float32
-    )
-    rows = np.array([[3, 7, 3, 7, 1, 2], [4, 4, 5, 6, -1, -1]])
-    kept, numbers = first_of_each(similarities, rows)
+def test_every_row_counts_once_even_among_equal_similarities() -> None:
     none = -np.inf
-    assert numbers.tolist() == [[3, 7, 1, 2, -1, -1], [4, 5, 6, -1, -1, -1]]
-    np.testing.assert_array_equal(
-        kept, np.array([[0.9, 0.9, 0.5, 0.5, none, none], [0.8, 0.7, 0.6, none, none, none]], np.float32)
-    )
+    similarities = np.array([[0.9, 0.9, 0.9, 0.9, 0.5, 0.5], [0.8, 0.7, 0.7, 0.6, none, none]], np.float32)
+    rows = np.array([[3, 7, 3, 7, 1, 2], [4, 4, 5, 6, -1, -1]])
+    kept, numbers = first_of_each(similarities, rows, 4)
+    assert numbers.tolist() == [[3, 7, 1, 2], [4, 5, 6, -1]]
+    np.testing.assert_array_equal(kept, np.array([[0.9, 0.9, 0.5, 0.5], [0.8, 0.7, 0.6, none]], np.float32))
     assert kept.dtype == np.float32
+
+
+@pytest.mark.parametrize("k", [2, 4, 6])
+def test_one_query_is_told_the_same_as_one_of_many(k: int) -> None:
+    none = -np.inf
+    similarities = np.array([[0.9, 0.9, 0.8, 0.7, none, none], [0.9] * 6], np.float32)
+    rows = np.array([[3, 5, 3, 1, -1, -1], [2, 2, 2, 2, 2, 2]])
+    together = first_of_each(similarities, rows, k)
+    for i in range(2):
+        alone = first_of_each(similarities[i : i + 1], rows[i : i + 1], k)
+        np.testing.assert_array_equal(alone[0][0], together[0][i])
+        np.testing.assert_array_equal(alone[1][0], together[1][i])
 
 
 def test_more_results_than_the_visited_lists_hold_are_found_in_others(
