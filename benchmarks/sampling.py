@@ -33,8 +33,8 @@ from trainer.sampler import SchedulerName
 from trainer.styles import RETRIEVAL, make_cells
 
 Features = npt.NDArray[np.float32]
-OTHER_SEEDS = 1 << 32
-"""Added to a seed: another picture of the same request."""
+OTHER_SEEDS = 1 << 31
+"""Added to a seed, which the evaluation draws below it: another picture of the same request."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ times a stated utilization.
 """
 
 import argparse
-import tomllib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +15,8 @@ import torch
 
 from benchmarks.page import DOCS, REPOSITORY, write
 from benchmarks.table import markdown
+from jobs.recipe import load_recipe
+from trainer.autoencoder import AutoencoderConfig
 from trainer.flops import PEAK_TFLOPS, TERA, training_flops
 from trainer.model import ModelConfig, build_unet
 from trainer.recipe import TrainConfig
@@ -58,12 +59,9 @@ def stages() -> list[Stage]:
 
 
 def _stage(name: str) -> Stage:
-    sections = tomllib.loads((REPOSITORY / "jobs" / "configs" / f"{name}.toml").read_text())
-    model, train = (
-        ModelConfig.model_validate(sections["model"]),
-        TrainConfig.model_validate(sections["train"]),
-    )
-    edge = train.size // FACTORS[sections["autoencoder"]["kind"]]
+    recipe = load_recipe(REPOSITORY / "jobs" / "configs" / f"{name}.toml")
+    model, train = recipe[ModelConfig], recipe[TrainConfig]
+    edge = train.size // FACTORS[recipe[AutoencoderConfig].kind]
     return Stage(name, model, train, (model.latent_channels, edge, edge))
 
 

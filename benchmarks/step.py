@@ -10,7 +10,6 @@ import os
 import socket
 import statistics
 import time
-import tomllib
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,13 +22,15 @@ from benchmarks.machine import hardware
 from benchmarks.page import DOCS, REPOSITORY, SCRATCH, threads, write
 from benchmarks.table import markdown
 from benchmarks.training_data import Extent, prepare
+from jobs.recipe import load_recipe
 from retrieval.storage import Root
 from trainer import diffusion, train
 from trainer.autoencoder import draw_latents
 from trainer.data import Batch, Loader
-from trainer.model import build_unet
+from trainer.diffusion import DiffusionConfig
+from trainer.model import ModelConfig, build_unet
 from trainer.progress import read_points
-from trainer.recipe import Training
+from trainer.recipe import TrainConfig, Training
 
 GOAL = 0.05
 WARM = 5
@@ -213,30 +214,17 @@ def _excess(ours: list[float], theirs: list[float]) -> float:
 
 def _recipe(root: Root, steps: int, zero_stage: int) -> Training:
     """The demo's, on one rank."""
-    demo = tomllib.loads((REPOSITORY / "jobs" / "configs" / "demo.toml").read_text())
-    train_ = demo["train"] | {"name": "bench", "steps": steps, "ranks": 1, "global_batch": BATCH}
-    # From the first step at the full rate, as the bare loops; one checkpoint, after the last step.
-    train_ |= {
-        "micro_batch": BATCH,
-        "lanes": 4,
-        "warmup_steps": 0,
-        "checkpoint_every": steps,
-        "restart": True,
-    }
-    train_ |= {
-        "log_every": 10,
-        "zero_stage": zero_stage,
-        "validation_images": 0,
-        "validate_every": 0,
-        "preview_every": 0,
-    }
-    return Training.model_validate(
-        {
-            "model": demo["model"],
-            "diffusion": demo["diffusion"],
-            "autoencoder": prepare(root, EXTENT),
-            "train": train_,
-        }
+    # At the full rate from the first step, as the bare loops; one checkpoint, after the last step.
+    changes = {"name": "bench", "steps": steps, "ranks": 1, "zero_stage": zero_stage, "warmup_steps": 0}
+    changes |= {"global_batch": BATCH, "micro_batch": BATCH, "lanes": 4, "checkpoint_every": steps}
+    changes |= {"log_every": 10, "validation_images": 0, "validate_every": 0, "preview_every": 0}
+    words = [f"train.{name}={value}" for name, value in changes.items()]
+    demo = load_recipe(REPOSITORY / "jobs" / "configs" / "demo.toml", words)
+    return Training(
+        model=demo[ModelConfig],
+        diffusion=demo[DiffusionConfig],
+        autoencoder=prepare(root, EXTENT),
+        train=demo[TrainConfig],
     )
 
 

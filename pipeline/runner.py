@@ -23,8 +23,8 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from retrieval.config import Config
 from retrieval.blocked import FILE as BLOCKED
+from retrieval.config import Config
 from retrieval.errors import UserError
 from retrieval.manifest import (
     Manifest,

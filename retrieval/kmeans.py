@@ -15,7 +15,8 @@ import torch
 from retrieval.partition import AnyVectors, Vectors, unit
 
 ITERATIONS = 10
-BLOCK_ROWS = 8192
+BLOCK_ROWS = 512
+"""Rows compared at once: with more, the products leave the caches."""
 MAX_SHARE = 2.0
 """A balanced cluster holds at most this many times the mean (of the sample)."""
 BALANCE_ROUNDS = 20
