@@ -171,7 +171,7 @@ class _Search:
         if self._partition.visible is not None:
             hidden = ~torch.from_numpy(self._partition.visible[start:end])
             self._rows[:count, -1].masked_fill_(hidden.to(self._device), HIDDEN)
-        self._rows[count:, -1] = HIDDEN
+        self._rows[count : _padded(count), -1] = HIDDEN
         return count
 
     def _multiply(self, asking: torch.Tensor, rows: int) -> torch.Tensor:
