@@ -7,12 +7,12 @@ from jobs.demo.server import WorldServer
 from jobs.demo.world import WorldConfig
 from jobs.recipe import Recipe
 from pipeline import download as stage
-from pipeline.runner import cluster
+from retrieval.connection import connected
 
 
 def run(recipe: Recipe) -> None:
     """Run the stage on a Ray cluster."""
-    with origin(recipe), cluster():
+    with origin(recipe), connected():
         stage.run(recipe[stage.DownloadConfig], recipe.root)
 
 

@@ -3,13 +3,13 @@
 from jobs.command import main
 from jobs.recipe import Recipe
 from pipeline import embed as stage
-from pipeline.runner import cluster
+from retrieval.connection import connected
 from retrieval.encoder import ClipConfig
 
 
 def run(recipe: Recipe) -> None:
     """Run the stage on a Ray cluster."""
-    with cluster():
+    with connected():
         stage.run(recipe[stage.EmbedConfig], recipe[ClipConfig], recipe.root)
 
 

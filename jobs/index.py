@@ -3,13 +3,13 @@
 from jobs.command import main
 from jobs.recipe import Recipe
 from pipeline import index as stage
-from pipeline.runner import cluster
 from retrieval.build import IndexConfig
+from retrieval.connection import connected
 
 
 def run(recipe: Recipe) -> None:
     """Run the stage on a Ray cluster."""
-    with cluster():
+    with connected():
         stage.run(recipe[IndexConfig], recipe.root)
 
 

@@ -5,8 +5,9 @@ from functools import partial
 
 from jobs.command import main
 from jobs.recipe import Recipe
-from pipeline.runner import Stage, Workers, cluster, run_shards
+from pipeline.runner import Stage, Workers, run_shards
 from retrieval import schema
+from retrieval.connection import connected
 from retrieval.manifest import read_manifest
 from trainer.autoencoder import Autoencoder, AutoencoderConfig
 from trainer.latents import LatentsConfig, make_shard_encoder, manifest_values
@@ -26,7 +27,7 @@ def run(recipe: Recipe) -> None:
     shards = [shard.removeprefix("train/") for shard in embed.shard_names("train/")]
     make_work = partial(make_shard_encoder, config, settings, root)
     workers = Workers(config.workers, num_gpus=config.gpus_per_worker)
-    with cluster():
+    with connected():
         records = run_shards(stage, shards, make_work, workers)
     stage.complete(records, manifest_values(config, autoencoder), started)
 

@@ -3,12 +3,12 @@
 from jobs.command import main
 from jobs.recipe import Recipe
 from pipeline import neighbors as stage
-from pipeline.runner import cluster
+from retrieval.connection import connected
 
 
 def run(recipe: Recipe) -> None:
     """Run the stage on a Ray cluster."""
-    with cluster():
+    with connected():
         stage.run(recipe[stage.NeighborsConfig], recipe.root)
 
 

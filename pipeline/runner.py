@@ -5,11 +5,10 @@ business of the `Work` it is given. This is the only file of `pipeline` that kno
 """
 
 import logging
-import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -270,22 +269,3 @@ class _Pool:
             ) from error
         self.stage.log.warning("shard %s lost its worker (%s); trying again", shard, type(error).__name__)
         return shard
-
-
-@contextmanager
-def cluster(address: str = "") -> Iterator[None]:
-    """A connection to Ray: the one that stands, the address given, RAY_ADDRESS, or a fresh local one."""
-    if ray.is_initialized():
-        yield
-        return
-    # A local cluster started without this writes a token to the home folder and locks other processes out.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    address = address or os.environ.get("RAY_ADDRESS", "") or "local"
-    local: dict[str, Any] = (
-        {"include_dashboard": False, "object_store_memory": 1 << 29} if address == "local" else {}
-    )
-    ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING, **local)
-    try:
-        yield
-    finally:
-        ray.shutdown()

@@ -5,12 +5,11 @@ and merges what actors found; an actor maps only its own partitions. For databas
 of one machine, and for many callers. Results are those of `Database.search`, however many actors there are.
 """
 
-import logging
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -26,6 +25,7 @@ from pydantic import Field, ValidationError
 from retrieval.answers import ANSWER, answer, merge
 from retrieval.batching import Batcher, BatchLimits
 from retrieval.config import Config
+from retrieval.connection import connected
 from retrieval.database import Database
 from retrieval.effort import Effort
 from retrieval.errors import UserError
@@ -274,23 +274,6 @@ class Cluster:
         parts = [table.slice(start, end - start) for start, end in pairwise(bounds)]
         zeros = pa.array(np.zeros(question.k, np.int64))
         return [part.set_column(0, ANSWER.field("query"), zeros[: len(part)]) for part in parts]
-
-
-@contextmanager
-def connected() -> Iterator[None]:
-    """A connection to Ray: the one that stands, the one at RAY_ADDRESS, or a fresh local one."""
-    if ray.is_initialized():
-        yield
-        return
-    # A local cluster started without this writes a token to the home folder and locks other processes out.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    address = os.environ.get("RAY_ADDRESS", "") or "local"
-    local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
-    ray.init(address=address, logging_level=logging.WARNING, **local)
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _shares(database: Database, config: ClusterConfig) -> list[Share]:

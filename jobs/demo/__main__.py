@@ -15,8 +15,8 @@ from jobs.demo.clip import ClipTraining, train_clip
 from jobs.demo.parts import draw_world, style_folders, trained
 from jobs.recipe import Recipe
 from pipeline import database
-from pipeline.runner import cluster
 from retrieval.build import IndexConfig
+from retrieval.connection import connected
 from retrieval.encoder import ClipConfig, Encoder
 from retrieval.storage import Root
 from trainer.latents import LatentsConfig
@@ -33,7 +33,7 @@ def run(recipe: Recipe) -> None:
     for step in _own_parts():
         _timed(recipe, step)
     # One Ray for all data stages; it is gone before training, which wants the cores.
-    with cluster():
+    with connected():
         for step in _data_stages(recipe):
             _timed(recipe, step)
     for step in _model_stages(recipe):

@@ -185,15 +185,17 @@ def test_a_killed_run_is_completed_with_the_same_checksums(tmp_path: Path, root:
     settings = {"rows_per_shard": 16, "max_train": 30}
     whole = run(config(tmp_path / "meta", **settings), root.child("whole"))
     code = (
-        "import sys; from pipeline.filter import FilterConfig, run; from pipeline import runner\n"
+        "import os, sys; os.environ['RAY_ADDRESS'] = 'local'\n"
+        "from pipeline.filter import FilterConfig, run\n"
         "from pipeline import filter as stage; from retrieval.storage import Root\n"
+        "from retrieval.connection import connected\n"
         "made = stage.run_shards\n"
         "def dies(*arguments):\n"
         "    records = made(*arguments)\n"
         "    if arguments[1][0].startswith('select'): import os; os.kill(os.getpid(), 9)\n"
         "    return records\n"
         "stage.run_shards = dies\n"
-        "with runner.cluster('local'):\n"
+        "with connected():\n"
         "    run(FilterConfig(metadata=sys.argv[1], rows_per_shard=16, max_train=30), Root(sys.argv[2]))\n"
     )
     killed = root.child("killed")
