@@ -7,6 +7,7 @@ SHELL := /bin/bash
 
 RECIPE ?= jobs/configs/demo.toml
 ARGS ?=
+OUT ?= sample.png
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,10 +19,10 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export NO_ALBUMENTATIONS_UPDATE ?= 1
 export DS_ACCELERATOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: help install demo test check format bench bench-retrieval database report clean $(STAGES)
+.PHONY: help install demo test check format bench bench-retrieval bench-loader bench-step bench-schedule bench-sampling bench-gpu database convert report clean status capacity plan bench-capacity $(STAGES)
 
 help: ## list what can be made
-	@grep -hE '^[a-z$$()A-Z ]+:.*## ' $(MAKEFILE_LIST) | sed -e 's/$$(STAGES)/<stage>/' -e 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z$$()A-Z -]+:.*## ' $(MAKEFILE_LIST) | sed -e 's/$$(STAGES)/<stage>/' -e 's/:.*## /\t/' | expand -t 18
 	@echo; echo "stages, in order: $(STAGES)"
 	@echo "variables: RECIPE=$(RECIPE)  ARGS=\"--set section.key=value\"  ARGS=--dry-run  ARGS=--help"
 
@@ -37,14 +38,31 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: install ## the whole road on a small drawn world; ends with runs/demo/report.html
 	$(BIN)/python -m jobs.demo jobs/configs/demo.toml $(ARGS)
 
+# One picture:  make sample PROMPT="a stag" OUT=stag.png ARGS="--database woodcut --seed 3"
+sample: OWN = $(if $(PROMPT),--prompt "$$PROMPT" --out "$(OUT)")
+
+# Many machines:  make train HOSTS=hosts.txt RECIPE=...  with lines such as 'gpu-01 slots=8'
+train: OWN = $(if $(HOSTS),--hosts "$(HOSTS)")
+
 $(STAGES): install ## run one stage of RECIPE
-	$(BIN)/python -m jobs.$@ $(RECIPE) $(ARGS)
+	$(BIN)/python -m jobs.$@ $(RECIPE) $(OWN) $(ARGS)
 
 database: install ## build a style database: make database NAME=ukiyo-e SOURCE=folder RECIPE=...
 	$(BIN)/python -m jobs.database $(RECIPE) --name "$(NAME)" --source "$(SOURCE)" $(ARGS)
 
+convert: install ## take a released model, or give one to diffusers: make convert FROM=model.ckpt (or TO=folder) RECIPE=...
+	$(BIN)/python -m jobs.convert $(RECIPE) $(if $(FROM),--from "$(FROM)") $(if $(TO),--to "$(TO)") $(ARGS)
+
 report: install ## write the demo's report again from what is on disk
 	$(BIN)/python -m jobs.report $(RECIPE) $(ARGS)
+
+status: install ## how far each stage of RECIPE is, from its manifests: ARGS="--watch 10", ARGS=--json
+	@$(BIN)/python -m jobs.status $(RECIPE) $(ARGS)
+
+capacity: install ## storage, hours and cost of the real sizes: make capacity RECIPE=jobs/configs/laion2b.toml
+	@$(BIN)/python -m jobs.capacity $(RECIPE) $(ARGS)
+
+plan: capacity ## the same
 
 test: install ## run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
@@ -59,10 +77,28 @@ format: install ## let ruff put the code in order
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: bench-retrieval ## every benchmark there is
+bench: bench-retrieval bench-loader bench-step bench-schedule ## every benchmark that needs nothing else
 
 bench-retrieval: install .venv-bench/installed ## our engine beside ScaNN, faiss, hnswlib, usearch: docs/performance.md
 	$(BIN)/python -m benchmarks.retrieval $(ARGS)
+
+bench-loader: install ## images a second and core that the training set gives: docs/loader.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.loader $(ARGS)
+
+bench-step: install ## the training loop beside a bare one: docs/step.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.step $(ARGS)
+
+bench-schedule: install ## operations and days of the paper's schedule: docs/training.md
+	$(BIN)/python -m benchmarks.schedule $(ARGS)
+
+bench-sampling: install ## DPM-Solver++ beside DDIM and PLMS on RECIPE's finished run: docs/sampling.md
+	$(BIN)/python -m benchmarks.sampling $(RECIPE) $(ARGS)
+
+bench-capacity: install ## the rates that only the capacity plan needs: docs/capacity.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.capacity $(ARGS)
+
+bench-gpu: install ## the paper's network on one CUDA GPU: docs/gpu.md
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 # Libraries that need other versions than ours, such as NumPy 2, are measured from an environment of their own.
 .venv-bench/installed: benchmarks/requirements.txt

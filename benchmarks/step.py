@@ -215,9 +215,16 @@ def _excess(ours: list[float], theirs: list[float]) -> float:
 def _recipe(root: Root, steps: int, zero_stage: int) -> Training:
     """The demo's, on one rank."""
     # At the full rate from the first step, as the bare loops; one checkpoint, after the last step.
-    changes = {"name": "bench", "steps": steps, "ranks": 1, "zero_stage": zero_stage, "warmup_steps": 0}
+    changes: dict[str, object] = {
+        "name": "bench",
+        "steps": steps,
+        "ranks": 1,
+        "zero_stage": zero_stage,
+        "warmup_steps": 0,
+    }
     changes |= {"global_batch": BATCH, "micro_batch": BATCH, "lanes": 4, "checkpoint_every": steps}
     changes |= {"log_every": 10, "validation_images": 0, "validate_every": 0, "preview_every": 0}
+    changes |= {"preview_prompts": []}
     words = [f"train.{name}={value}" for name, value in changes.items()]
     demo = load_recipe(REPOSITORY / "jobs" / "configs" / "demo.toml", words)
     return Training(

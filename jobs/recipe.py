@@ -6,52 +6,45 @@ stage's configuration. `--set section.key=value` overrides one key.
 
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from jobs.demo.autoencoder import AutoencoderTraining
-from jobs.demo.clip import ClipTraining
-from jobs.demo.world import WorldConfig
-from pipeline.download import DownloadConfig
-from pipeline.embed import EmbedConfig
-from pipeline.filter import FilterConfig
-from pipeline.neighbors import NeighborsConfig
-from retrieval.build import IndexConfig
 from retrieval.config import Config
-from retrieval.encoder import ClipConfig
 from retrieval.errors import UserError
 from retrieval.storage import Root
-from trainer.autoencoder import AutoencoderConfig
-from trainer.diffusion import DiffusionConfig
-from trainer.evaluate import EvaluateConfig
-from trainer.latents import LatentsConfig
-from trainer.model import ModelConfig
-from trainer.recipe import TrainConfig
-from trainer.sample import SampleConfig
 
-SECTIONS: dict[str, type[Config]] = {
-    "clip": ClipConfig,
-    "filter": FilterConfig,
-    "download": DownloadConfig,
-    "embed": EmbedConfig,
-    "index": IndexConfig,
-    "neighbors": NeighborsConfig,
-    "autoencoder": AutoencoderConfig,
-    "latents": LatentsConfig,
-    "model": ModelConfig,
-    "diffusion": DiffusionConfig,
-    "train": TrainConfig,
-    "sample": SampleConfig,
-    "evaluate": EvaluateConfig,
-    "world": WorldConfig,
-    "clip_training": ClipTraining,
-    "autoencoder_training": AutoencoderTraining,
+SECTIONS = {
+    "clip": "retrieval.encoder.ClipConfig",
+    "filter": "pipeline.filter.FilterConfig",
+    "download": "pipeline.download.DownloadConfig",
+    "embed": "pipeline.embed.EmbedConfig",
+    "index": "retrieval.build.IndexConfig",
+    "neighbors": "pipeline.neighbors.NeighborsConfig",
+    "autoencoder": "trainer.autoencoder.AutoencoderConfig",
+    "latents": "trainer.latents.LatentsConfig",
+    "model": "trainer.model.ModelConfig",
+    "diffusion": "trainer.diffusion.DiffusionConfig",
+    "train": "trainer.recipe.TrainConfig",
+    "sample": "trainer.sample.SampleConfig",
+    "evaluate": "trainer.evaluate.EvaluateConfig",
+    "world": "jobs.demo.world.WorldConfig",
+    "clip_training": "jobs.demo.clip.ClipTraining",
+    "autoencoder_training": "jobs.demo.autoencoder.AutoencoderTraining",
 }
+"""Sections and their classes, imported for a recipe that has the section: training needs no Ray."""
 
 Section = TypeVar("Section", bound=Config)
+
+
+def imported(place: str) -> type[Config]:
+    """The configuration class of a dotted name."""
+    module, _, name = place.rpartition(".")
+    kind: type[Config] = getattr(import_module(module), name)
+    return kind
 
 
 class Recipe:
@@ -68,7 +61,7 @@ class Recipe:
         for section in self.sections.values():
             if isinstance(section, wanted):
                 return section
-        [name] = [name for name, config in SECTIONS.items() if config is wanted]
+        [name] = [one for one, place in SECTIONS.items() if place == f"{wanted.__module__}.{wanted.__name__}"]
         raise UserError(f"{self.path} has no section [{name}], which this command needs. Add it.")
 
     def has(self, name: str) -> bool:
@@ -85,8 +78,12 @@ class Recipe:
         return {"root": self.root.url, **plain}
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    path: Path, overrides: Sequence[str] = (), find: Callable[[str], type[Config]] = imported
+) -> Recipe:
     """Read and check a recipe. overrides: `section.key=value`, values as in TOML or bare words.
+
+    find: gives the class that a dotted name of SECTIONS stands for.
 
     Raises UserError naming the file, the key, what was found and what was wanted.
     """
@@ -99,7 +96,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     unknown = sorted(set(found) - set(SECTIONS))
     if unknown:
         raise UserError(f"{path}: unknown section [{unknown[0]}]. Known are {', '.join(SECTIONS)}.")
-    sections = {name: _section(path, name, found[name]) for name in SECTIONS if name in found}
+    sections = {
+        name: _section(path, name, found[name], find(SECTIONS[name])) for name in SECTIONS if name in found
+    }
     return Recipe(path, overrides, root, sections)
 
 
@@ -127,12 +126,12 @@ def _override(found: dict[str, Any], override: str) -> None:
         found["root"] = value
 
 
-def _section(path: Path, name: str, values: Any) -> Config:
+def _section(path: Path, name: str, values: Any, kind: type[Config]) -> Config:
     try:
         # JSON, because strict validation takes a list for a tuple only from there.
-        return SECTIONS[name].model_validate_json(json.dumps(values))
+        return kind.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        known = ", ".join(SECTIONS[name].model_fields)
+        known = ", ".join(kind.model_fields)
         found = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors()]
         text = "\n".join([f"{path}: section [{name}]", *found, f"Known keys: {known}."])
         raise UserError(text) from error

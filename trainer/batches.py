@@ -27,7 +27,7 @@ class Conditioned:
 
 @dataclass(frozen=True)
 class Batch:
-    """Requests of one context length, one scheduler and one number of steps."""
+    """Requests of one context length, one scheduler, one number of steps and one size."""
 
     positions: tuple[int, ...]
     """Where each stood in the planned list."""
@@ -61,9 +61,10 @@ def condition(
 
 def make_batches(conditioned: Sequence[Conditioned], batch_size: int) -> list[Batch]:
     """Batches of at most `batch_size`, of nearly equal size, shortest contexts first, order kept within."""
-    groups: dict[tuple[int, str, int], list[int]] = {}
+    groups: dict[tuple[int | str, ...], list[int]] = {}
     for position, item in enumerate(conditioned):
-        key = (len(item.context), item.request.scheduler, item.request.steps)
+        one = item.request
+        key = (len(item.context), one.scheduler, one.steps, one.height, one.width)
         groups.setdefault(key, []).append(position)
     return [
         Batch(tuple(chunk), tuple(conditioned[position] for position in chunk))

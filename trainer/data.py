@@ -23,8 +23,9 @@ import torch
 from retrieval import schema
 from retrieval.errors import UserError
 from retrieval.storage import Root
-from trainer.images import ImageTar, decode, random_crop, resize, unsigned
-from trainer.order import DRAWS, Order, rank_slots
+from trainer.context import unit_rows
+from trainer.images import ImageTar, decode, random_crop, unsigned
+from trainer.order import DRAWS, NEIGHBORS, Order, rank_slots
 from trainer.plan import Plan, Samples
 
 
@@ -36,7 +37,7 @@ class Batch:
     inputs: torch.Tensor
     """(n, 2c, h, w) float16 mean and standard deviation of latents, or (n, 3, size, size) float32 images."""
     context: torch.Tensor
-    """(n, k, dim) float16 neighbor embeddings, best first; all zero where they are withheld."""
+    """(n, tokens, dim) float16 neighbor embeddings, best first; all zero where they are withheld."""
     timesteps: torch.Tensor
     """(n,) int64."""
     posterior_noise: torch.Tensor
@@ -92,9 +93,9 @@ class ImageShard:
     def inputs(self, row: int, epoch: int) -> npt.NDArray[np.generic]:
         """A random square of the image, (3, size, size) float32 in [-1, 1]."""
         image_id = int(self.ids[row])
-        image = decode(self._tar.read(image_id), f"{self._tar.where}: image {image_id}")
+        image = decode(self._tar.read(image_id), f"{self._tar.where}: image {image_id}", self._samples.size)
         seeds = (self._seed, epoch, unsigned(image_id))
-        return random_crop(resize(image, self._samples.size), self._samples.size, seeds, self._samples.flip)
+        return random_crop(image, seeds, self._samples.flip)
 
 
 def read_neighbors(
@@ -102,7 +103,8 @@ def read_neighbors(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float16]]:
     """Ids (rows,) and neighbor embeddings (rows, k, dim) of a shard, checked against the plan."""
     table = schema.read_table(root, f"neighbors/{name}.parquet", schema.neighbors(samples.k, samples.dim))
-    wanted = samples.rows[samples.shards.index(name)]
+    number = samples.shards.index(name)
+    wanted = samples.rows[number] + samples.held_out[number]
     if len(table) != wanted:
         where = root.at(f"neighbors/{name}.parquet")
         raise UserError(
@@ -173,6 +175,10 @@ class Loader:
             return lambda number: LatentShard(root, samples, samples.shards[number])
         return lambda number: ImageShard(root, samples, seed, samples.shards[number])
 
+    def shard(self, number: int) -> Shard:
+        """Shard `number` of the plan, held-out rows included."""
+        return self._shards.get(number)
+
     def batches(self, first_step: int, last_step: int) -> Generator[Batch]:
         """Batches of steps first_step .. last_step - 1 (0-based)."""
         with ThreadPoolExecutor(self._train.workers, thread_name_prefix="loader") as pool:
@@ -211,6 +217,19 @@ class Loader:
         posterior_noise, noise = rng.standard_normal((2, *self._samples.latent_shape), dtype=np.float32)
         # Withholding all k makes the context zero. That equals one zero token: keys and values of a zero
         # token are zero, as their projections have no bias, so attention gives the same for any number.
-        context = shard.context[place.row] * kept
+        context = self._context(shard.context[place.row], step, slot) * kept
         inputs = shard.inputs(place.row, place.epoch)
         return int(shard.ids[place.row]), inputs, context, timestep, posterior_noise, noise
+
+    def _context(self, neighbors: npt.NDArray[np.float16], step: int, slot: int) -> npt.NDArray[np.float16]:
+        """Some of a row's neighbors (k, dim), turned by noise, as the recipe asks; else all, as they are."""
+        used, deviation = self._train.neighbors_used or len(neighbors), self._train.neighbor_noise
+        if used == len(neighbors) and not deviation:
+            return neighbors
+        # A stream of its own: what else is drawn for a sample does not change with these settings.
+        rng = np.random.default_rng([NEIGHBORS, self._train.seed, step, slot])
+        chosen = np.sort(rng.permutation(len(neighbors))[:used])
+        if not deviation:
+            return neighbors[chosen]
+        noise = rng.standard_normal((len(chosen), neighbors.shape[1]), dtype=np.float32)
+        return unit_rows(neighbors[chosen] + deviation * noise).astype(np.float16)

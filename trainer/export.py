@@ -4,13 +4,11 @@ Writes `model/config.json`, `model/diffusion_pytorch_model.safetensors`, `recipe
 `manifest.json` in the run's folder. Whoever samples needs nothing else of the training.
 """
 
-import shutil
-import tempfile
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from retrieval import schema
 from retrieval.manifest import Manifest, ShardRecord, write_manifest
@@ -18,49 +16,84 @@ from retrieval.storage import FileRecord, Root
 from trainer.model import ModelConfig, build_unet
 from trainer.plan import Plan
 from trainer.progress import METRICS, read_points, summary
+from trainer.recipe import Training
 
+CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
+@dataclass(frozen=True)
+class Run:
+    """A finished run: what it was made from and what it goes with."""
+
+    config: Training
+    fingerprint: str
+    upstream: dict[str, str]
+    encoder: dict[str, Any]
+    autoencoder: str
+    latent_shape: tuple[int, int, int]
+    rows: int = 0
+    """Images that it was trained on, where that is known."""
+
+
 def export(plan: Plan, root: Root, weights: dict[str, torch.Tensor], seconds: float) -> None:
-    """Publish fp32 weights (by parameter name) and the manifest of a run. `seconds`: what it took."""
+    """Publish what training left: fp32 weights by parameter name. `seconds`: what it took."""
     train = plan.config.train
-    model_files = _write_model(root, f"{train.folder}/model", plan.config.model, weights)
-    files = (*model_files, _write_recipe(root, plan))
-    points = read_points(root.local_path(f"{train.folder}/{METRICS}"))
-    values = {
-        **summary(points, train.global_batch),
-        "encoder": plan.encoder,
-        "autoencoder": plan.autoencoder,
-        "latent_shape": list(plan.samples.latent_shape),
-    }
-    manifest = Manifest(
-        stage=train.folder,
-        schema_version=schema.VERSION,
+    run = Run(
+        config=plan.config,
         fingerprint=plan.fingerprint,
         upstream=plan.upstream,
-        config=plan.config.model_dump(mode="json"),
-        shards=(ShardRecord("model", rows=sum(plan.samples.rows), files=files),),
-        values=values,
+        encoder=plan.encoder,
+        autoencoder=plan.autoencoder,
+        latent_shape=plan.samples.latent_shape,
+        rows=sum(plan.samples.rows),
+    )
+    points = read_points(root.local_path(f"{train.folder}/{METRICS}"))
+    publish(run, root, weights, summary(points, train.global_batch), seconds)
+
+
+def publish(
+    run: Run, root: Root, weights: dict[str, torch.Tensor], numbers: dict[str, float], seconds: float
+) -> Manifest:
+    """Write the model, the recipe and last the manifest of a run. `numbers`: what the manifest also states.
+
+    weights: fp32, by parameter name; every one of the model and no other.
+    """
+    folder = run.config.train.folder
+    files = (*_write_model(root, f"{folder}/model", run.config.model, weights), _write_recipe(root, run))
+    manifest = Manifest(
+        stage=folder,
+        schema_version=schema.VERSION,
+        fingerprint=run.fingerprint,
+        upstream=run.upstream,
+        config=run.config.model_dump(mode="json"),
+        shards=(ShardRecord("model", rows=run.rows, files=files),),
+        values={
+            **numbers,
+            "encoder": run.encoder,
+            "autoencoder": run.autoencoder,
+            "latent_shape": list(run.latent_shape),
+        },
         seconds=seconds,
     )
     write_manifest(root, manifest)
+    return manifest
 
 
 def _write_model(
     root: Root, folder: str, config: ModelConfig, weights: dict[str, torch.Tensor]
 ) -> tuple[FileRecord, ...]:
-    unet: Any = build_unet(config)
-    unet.load_state_dict(weights, strict=True)
-    records = []
-    with tempfile.TemporaryDirectory(prefix="rdm-") as scratch:
-        # One file, whatever the size: readers look for it by name.
-        unet.save_pretrained(scratch, safe_serialization=True, max_shard_size="1TB")
-        for path in sorted(Path(scratch).iterdir()):
-            with root.writing(f"{folder}/{path.name}") as pending:
-                shutil.copyfile(path, pending.path)
-            records.append(pending.record)
-    return tuple(records)
+    # On no device, so that the weights are held once.
+    with torch.device("meta"):
+        unet: Any = build_unet(config)
+    unet.load_state_dict(weights, strict=True, assign=True)
+    # One file, whatever the size: readers look for it by name.
+    with root.writing(f"{folder}/{WEIGHTS}") as pending:
+        save_file(unet.state_dict(), pending.path, metadata={"format": "pt"})
+        # safetensors lets nobody else read
+        pending.path.chmod(0o644)
+    description = root.write_bytes(f"{folder}/{CONFIG}", unet.to_json_string().encode())
+    return description, pending.record
 
 
 def read_model(root: Root, folder: str) -> dict[str, torch.Tensor]:
@@ -69,16 +102,17 @@ def read_model(root: Root, folder: str) -> dict[str, torch.Tensor]:
         return load_file(path)
 
 
-def _write_recipe(root: Root, plan: Plan) -> FileRecord:
+def _write_recipe(root: Root, run: Run) -> FileRecord:
     """What a sampler must know: the settings of the model, and which encoder and autoencoder it goes with."""
+    config = run.config
     recipe = {
-        "model": plan.config.model.model_dump(mode="json"),
-        "diffusion": plan.config.diffusion.model_dump(mode="json"),
-        "autoencoder": plan.config.autoencoder.model_dump(mode="json"),
-        "autoencoder_identity": plan.autoencoder,
-        "encoder": plan.encoder,
-        "latent_shape": list(plan.samples.latent_shape),
-        "size": plan.config.train.size,
-        "k": plan.config.train.k,
+        "model": config.model.model_dump(mode="json"),
+        "diffusion": config.diffusion.model_dump(mode="json"),
+        "autoencoder": config.autoencoder.model_dump(mode="json"),
+        "autoencoder_identity": run.autoencoder,
+        "encoder": run.encoder,
+        "latent_shape": list(run.latent_shape),
+        "size": config.train.size,
+        "k": config.train.k,
     }
-    return root.write_json(f"{plan.config.train.folder}/recipe.json", recipe)
+    return root.write_json(f"{config.train.folder}/recipe.json", recipe)

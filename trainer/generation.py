@@ -29,8 +29,8 @@ from trainer.autoencoder import Autoencoder, AutoencoderConfig
 from trainer.batches import Batch, condition, make_batches
 from trainer.diffusion import DiffusionConfig
 from trainer.picture import to_pictures
-from trainer.request import TRAINING_DATABASE, Compute, Request, Sample
-from trainer.sampler import guided_sample, initial_noise, make_scheduler
+from trainer.request import MAX_SEED, TRAINING_DATABASE, Compute, Request, Sample
+from trainer.sampler import Denoiser, guided_sample, initial_noise, make_scheduler
 
 MAX_WORKERS = 4
 """Each worker holds the activations of a batch; beyond a few, threads inside torch do as well."""
@@ -65,12 +65,15 @@ class Sampler:
         self.diffusion = DiffusionConfig(**root.read_json(f"{trained.folder}/recipe.json")["diffusion"])
         channels, height, width = self.manifest.values["latent_shape"]
         self.latent_shape = (int(channels), int(height), int(width))
+        """Of a picture of the size of training."""
         with _local_folder(root, f"{trained.folder}/model") as folder:
             unet = UNet2DConditionModel.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False
             )
+        self.downsampling = 2 ** (len(unet.config.block_out_channels) - 1)
         # weights keep requires_grad: autocast remembers its bf16 copies of no others
-        self.unet = unet.to(self.device).eval()
+        unet = unet.to(self.device).eval()
+        self.unet: Denoiser = torch.compile(unet) if compute.compile else unet
         self._databases: dict[str, Database] = {}
 
     @classmethod
@@ -103,8 +106,25 @@ class Sampler:
         for request in requests:
             if not 1 <= request.steps < self.diffusion.steps:
                 raise UserError(f"steps must be 1 to {self.diffusion.steps - 1}, got {request.steps}")
+            if not 0 <= request.seed <= MAX_SEED:
+                raise UserError(f"a seed must be 0 to {MAX_SEED}, got {request.seed}")
+            self.shape_of(request)
             if request.mode != "text":
                 self.database(request.database)
+
+    def shape_of(self, request: Request) -> tuple[int, int, int]:
+        """(c, h, w) of the latent of a request's picture. Raises UserError for pixels that do not divide."""
+        channels, height, width = self.latent_shape
+        factor, grain = self.autoencoder.factor, self.autoencoder.factor * self.downsampling
+        for word, pixels in (("height", request.height), ("width", request.width)):
+            if pixels < 0 or pixels % grain:
+                below = max(0, pixels // grain * grain)
+                raise UserError(
+                    f"{word} must be a multiple of {grain} pixels (the autoencoder's factor {factor} times "
+                    f"the UNet's downsampling {self.downsampling}), got {pixels}. Use "
+                    f"{f'{below} or ' if below else ''}{below + grain}, or 0 for the size of training."
+                )
+        return channels, request.height // factor or height, request.width // factor or width
 
     def plan(self, requests: Sequence[Request]) -> list[Batch]:
         """Retrieve the neighbors of all requests and batch them. Raises UserError for a request in error."""
@@ -146,7 +166,8 @@ class Sampler:
         """The samples of one batch, in its order."""
         requests = [item.request for item in batch.items]
         scheduler = make_scheduler(requests[0].scheduler, requests[0].steps, self.diffusion)
-        noise = initial_noise([request.seed for request in requests], self.latent_shape).to(self.device)
+        noise = initial_noise([request.seed for request in requests], self.shape_of(requests[0]))
+        noise = noise.to(self.device)
         context = torch.from_numpy(batch.contexts).to(self.device)
         guidance = torch.tensor([request.guidance for request in requests], device=self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute.precision == "bf16"):

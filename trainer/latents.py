@@ -23,7 +23,7 @@ from retrieval.errors import UserError
 from retrieval.manifest import ShardRecord
 from retrieval.storage import Root
 from trainer.autoencoder import Autoencoder, AutoencoderConfig
-from trainer.images import ImageTar, Pixels, center_crop, decode, random_crop, resize, unsigned
+from trainer.images import ImageTar, Pixels, center_crop, decode, random_crop, unsigned
 
 
 class LatentsConfig(Config):
@@ -105,10 +105,10 @@ def encode_shard(
 
 def image_views(tar: ImageTar, image_id: int, config: LatentsConfig) -> Iterator[Pixels]:
     """The views of one image, (3, size, size) float32 in [-1, 1] each."""
-    image = resize(decode(tar.read(image_id), f"{tar.where}: image {image_id}"), config.size)
-    yield center_crop(image, config.size)
+    image = decode(tar.read(image_id), f"{tar.where}: image {image_id}", config.size)
+    yield center_crop(image)
     for view in range(1, config.views):
-        yield random_crop(image, config.size, (config.seed, view, unsigned(image_id)), config.flip)
+        yield random_crop(image, (config.seed, view, unsigned(image_id)), config.flip)
 
 
 def _encode(pixels: list[Pixels], autoencoder: Autoencoder) -> npt.NDArray[np.float16]:

@@ -6,7 +6,10 @@ that all stop at the same step.
 
 import math
 import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,14 +21,16 @@ from trainer.checkpoint import CheckpointFolder
 from trainer.data import Batch, Loader
 from trainer.ema import Average
 from trainer.engine import Ranks, gather_numbers, optimizer_step, set_learning_rate
-from trainer.objective import Objective
+from trainer.flops import Gauge
+from trainer.objective import QUARTILES, Objective, quartile_means
 from trainer.progress import Point, Progress
 from trainer.recipe import TrainConfig
+from trainer.review import Review
 
 
 @dataclass(frozen=True)
 class Session:
-    """What the steps of a run work with. `progress` is there on the first rank only."""
+    """What the steps of a run work with. `progress` and `gauge` are there on the first rank only."""
 
     config: TrainConfig
     ranks: Ranks
@@ -34,7 +39,9 @@ class Session:
     objective: Objective
     loader: Loader
     checkpoints: CheckpointFolder
+    review: Review | None
     progress: Progress | None
+    gauge: Gauge | None
 
 
 class Termination:
@@ -42,7 +49,9 @@ class Termination:
 
     def __init__(self) -> None:
         self.asked = False
-        signal.signal(signal.SIGTERM, self._note)
+        # Ray runs a rank in a thread, where no signal arrives.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._note)
 
     def _note(self, *_: Any) -> None:
         self.asked = True
@@ -50,17 +59,33 @@ class Termination:
 
 @dataclass
 class Meter:
-    """Time spent since the last point."""
+    """Time spent, and losses by quartile of the timestep, since the last point."""
 
     began: float = field(default_factory=time.monotonic)
     steps: int = 0
     waiting_s: float = 0.0
+    paused_s: float = 0.0
+    sums: torch.Tensor = field(default_factory=lambda: torch.zeros(2 * QUARTILES, dtype=torch.float64))
 
-    def rates(self, global_batch: int) -> dict[str, float]:
-        """The times of a point, means over the steps counted."""
-        seconds = (time.monotonic() - self.began) / self.steps
-        waiting = self.waiting_s / self.steps
-        return {"images_per_s": global_batch / seconds, "seconds_per_step": seconds, "waiting_s": waiting}
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Counts what is done in the block as a pause."""
+        began = time.monotonic()
+        yield
+        self.paused_s += time.monotonic() - began
+
+    def point_values(self, global_batch: int, gauge: Gauge) -> dict[str, Any]:
+        """The part of a point that tells of all steps counted."""
+        seconds = (time.monotonic() - self.began - self.paused_s) / self.steps
+        return {
+            "images_per_s": global_batch / seconds,
+            "seconds_per_step": seconds,
+            "waiting_s": self.waiting_s / self.steps,
+            "paused_s": self.paused_s / self.steps,
+            "mfu": gauge.mfu(global_batch / seconds),
+            "memory_gib": gauge.memory_gib(),
+            "loss_by_quartile": quartile_means(self.sums),
+        }
 
 
 def train_steps(session: Session, done: int, termination: Termination) -> bool:
@@ -75,36 +100,52 @@ def train_steps(session: Session, done: int, termination: Termination) -> bool:
         meter.steps += 1
 
         rate = set_learning_rate(engine, config, step)
-        loss, grad_norm = _learn(session, batch)
+        mine, grad_norm = _learn(session, batch)
         session.average.update(step + 1)
 
-        numbers = gather_numbers([loss, float(termination.asked)], ranks)
-        _require_finite(step + 1, numbers[:, 0].tolist(), grad_norm, batch, ranks)
-        stopping = bool(numbers[:, 1].any())
+        # One exchange and one wait for the device: losses, who was asked to stop, losses by timestep.
+        told = torch.tensor([float(termination.asked)], dtype=torch.float64, device=ranks.device)
+        numbers = gather_numbers(torch.cat([told, mine]), ranks)
+        losses = numbers[:, 1]
+        meter.sums += numbers[:, 2:].sum(dim=0)
+        _require_finite(step + 1, losses.tolist(), grad_norm, batch, ranks)
+        stopping = bool(numbers[:, 0].any())
         ending = stopping or step + 1 == config.steps
-        if session.progress and (ending or (step + 1) % config.log_every == 0):
-            loss = float(numbers[:, 0].mean())
-            session.progress.add(Point(step + 1, loss, grad_norm, rate, **meter.rates(config.global_batch)))
+        if session.progress and session.gauge and (ending or (step + 1) % config.log_every == 0):
+            values = meter.point_values(config.global_batch, session.gauge)
+            session.progress.add(Point(step + 1, float(losses.mean()), grad_norm, rate, **values))
+        if ending or (step + 1) % config.log_every == 0:
             meter = Meter()
-        if ending or (step + 1) % config.checkpoint_every == 0:
-            session.checkpoints.save(engine, session.average, step + 1, ranks)
+        session.checkpoints.raise_failure()
+        with meter.pause():
+            if session.review and session.review.is_due(step + 1):
+                session.review.run(engine, session.average, step + 1)
+            if ending or (step + 1) % config.checkpoint_every == 0:
+                session.checkpoints.save(engine, session.average, step + 1, ranks)
         if stopping:
             break
     batches.close()
     return not stopping
 
 
-def _learn(session: Session, batch: Batch) -> tuple[float, float]:
-    """One optimizer step on a rank's share. Returns the share's mean loss and the global gradient norm."""
-    config, engine = session.config, session.engine
+def _learn(session: Session, batch: Batch) -> tuple[torch.Tensor, float]:
+    """One optimizer step on a rank's share. Returns the share's losses and the global gradient norm.
+
+    losses: float64 on the device, the mean and then the sums by quartile of the timestep.
+    """
+    config, engine, objective = session.config, session.engine, session.objective
     dtype = next(engine.module.parameters()).dtype
     total, grad_norm = torch.zeros((), device=session.ranks.device), 0.0
+    each = []
     for micro_batch in batch.split(config.micro_batch):
-        loss = session.objective(engine, micro_batch, dtype)
+        losses = objective(engine, micro_batch, dtype)
+        loss = losses.mean()
         engine.backward(loss)
         grad_norm = optimizer_step(engine, config.zero_stage)
         total += loss.detach() * (len(micro_batch.image_ids) / len(batch.image_ids))
-    return float(total), grad_norm
+        each.append(losses.detach())
+    sums = objective.by_quartile(torch.cat(each), batch.timesteps)
+    return torch.cat([total.double().view(1), sums]), grad_norm
 
 
 def _require_finite(step: int, losses: list[float], grad_norm: float, batch: Batch, ranks: Ranks) -> None:
@@ -113,8 +154,10 @@ def _require_finite(step: int, losses: list[float], grad_norm: float, batch: Bat
     # DeepSpeed reports a norm that is not finite as -1.
     if not bad and math.isfinite(grad_norm) and grad_norm >= 0:
         return
-    what = f"loss is {losses[bad[0]]} on rank {bad[0]}" if bad else "gradient is not finite"
+    ids = gather_numbers(torch.from_numpy(batch.image_ids).to(ranks.device), ranks)
+    where = f"loss is {losses[bad[0]]} on rank {bad[0]}" if bad else "gradient is not finite on some rank"
+    images = {rank: ids[rank].tolist() for rank in bad or range(ranks.world)}
     raise UserError(
-        f"train: step {step:,}: {what}. The last checkpoint is kept. Rank {ranks.rank} had images "
-        f"{batch.image_ids.tolist()}: look at those of the rank named, or lower train.learning_rate."
+        f"train: step {step:,}: {where}. The last checkpoint is kept. Images of the step, by rank: {images}. "
+        f"Look at them, or lower train.learning_rate."
     )

@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 import numpy.typing as npt
 
-SHARDS, ROWS, DRAWS, CROPS = range(1, 5)
+SHARDS, ROWS, DRAWS, CROPS, VALIDATION, NEIGHBORS = range(1, 7)
 """First word of every seed, so that no two uses of one seed share a random stream."""
 
 

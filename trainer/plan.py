@@ -23,6 +23,9 @@ class Samples:
     source: str
     shards: tuple[str, ...]
     rows: tuple[int, ...]
+    """Rows of each shard that are trained on: the first ones."""
+    held_out: tuple[int, ...]
+    """Rows of each shard that follow these and are never trained on."""
     k: int
     dim: int
     latent_shape: tuple[int, int, int]
@@ -105,10 +108,12 @@ class _Layout:
 
 def _samples(config: Training, neighbors: Manifest, layout: _Layout) -> Samples:
     filled = [shard for shard in neighbors.shards if shard.rows]
+    held_out = last_rows([shard.rows for shard in filled], config.train.validation_images)
     return Samples(
         source=config.train.source,
         shards=tuple(shard.shard for shard in filled),
-        rows=tuple(shard.rows for shard in filled),
+        rows=tuple(shard.rows - count for shard, count in zip(filled, held_out, strict=True)),
+        held_out=held_out,
         k=config.train.k,
         dim=config.model.context_dim,
         latent_shape=layout.shape,
@@ -116,6 +121,15 @@ def _samples(config: Training, neighbors: Manifest, layout: _Layout) -> Samples:
         size=config.train.size,
         flip=config.train.flip,
     )
+
+
+def last_rows(rows: list[int], count: int) -> tuple[int, ...]:
+    """How many of the last `count` rows each shard has, shards one after the other."""
+    taken = []
+    for rows_here in reversed(rows):
+        taken.append(min(count, rows_here))
+        count -= taken[-1]
+    return tuple(reversed(taken))
 
 
 def _latent_shape(config: Training, autoencoder: Autoencoder) -> tuple[int, int, int]:
@@ -139,10 +153,13 @@ def _check_neighbors(neighbors: Manifest, config: Training, root: Root) -> None:
                 f"{where} has {word} {found[word]}, but the recipe wants {wanted}. Set train.k "
                 f"and model.context_dim to the table's, or run 'make neighbors' with the recipe's."
             )
-    if neighbors.rows < config.train.global_batch:
+    held_out = config.train.validation_images
+    if neighbors.rows - held_out < config.train.global_batch:
+        less = f" less {held_out:,} held out" if held_out else ""
         raise UserError(
-            f"{where} has {neighbors.rows:,} rows, fewer than one global batch of "
-            f"{config.train.global_batch:,}. Lower train.global_batch or select more images."
+            f"{where} has {neighbors.rows:,} rows{less}, fewer than one global batch of "
+            f"{config.train.global_batch:,}. Lower train.global_batch or train.validation_images, or select "
+            f"more images."
         )
 
 

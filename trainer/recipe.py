@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from retrieval.config import Config, speed
+from retrieval.encoder import ClipConfig
 from trainer.autoencoder import AutoencoderConfig
 from trainer.diffusion import DiffusionConfig
 from trainer.model import ModelConfig
@@ -25,7 +26,12 @@ class TrainConfig(Config):
     size: PositiveInt
     """Edge of a training image in pixels."""
     k: PositiveInt
-    """Neighbors of each image in the neighbors table; all of them are the context."""
+    """Neighbors of each image in the neighbors table; all of them are the context, or `neighbors_used`."""
+    neighbors_used: NonNegativeInt = 0
+    """How many of the k, drawn anew at each step and kept best first, are the context; 0: all."""
+    neighbor_noise: NonNegativeFloat = 0.0
+    """Standard deviation of the noise added to each entry of a neighbor's unit vector, which is then scaled
+    back to length 1: for 768 dimensions 0.02 turns it by about 30 degrees. 0: none."""
     flip: bool = True
     """Mirror half of the images. For latents this was decided when they were made."""
     global_batch: PositiveInt
@@ -51,7 +57,7 @@ class TrainConfig(Config):
     """Decay of the averaged weights, which are what is exported."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Number format of the network; master weights, their average and the loss are fp32 in both."""
-    zero_stage: int = Field(1, ge=0, le=3)
+    zero_stage: int = speed(1, ge=0, le=3)
     """What DeepSpeed splits over ranks: 0 nothing, 1 optimizer states, 2 also gradients, 3 also weights."""
     activation_checkpointing: bool = speed(False)
     """Recompute activations in the backward pass: less memory, a third more work."""
@@ -59,10 +65,24 @@ class TrainConfig(Config):
     """Steps between checkpoints."""
     keep_checkpoints: PositiveInt = speed(2)
     """Checkpoints kept, newest first."""
+    keep_every: NonNegativeInt = speed(0)
+    """Checkpoints of multiples of this many steps are kept for good; 0: none."""
     log_every: PositiveInt = speed(10)
     """Steps between lines of the log and of the metrics."""
+    validation_images: NonNegativeInt = 0
+    """Images that training never sees: the last rows of the shards, in order of their names."""
+    validate_every: NonNegativeInt = speed(0)
+    """Steps between losses on the held-out images, by the weights and by their average; 0: never."""
+    preview_every: NonNegativeInt = speed(0)
+    """Steps between sheets of samples by the averaged weights for held-out images; 0: never."""
+    preview_prompts: tuple[str, ...] = speed((), strict=False)
+    """Prompts, each a context by itself, whose samples stand below those for held-out images."""
+    wandb: bool = speed(False)
+    """Send what is logged to Weights & Biases too; its own environment (WANDB_MODE, ...) holds."""
+    wandb_project: str = speed("")
+    """The project there."""
     ranks: NonNegativeInt = speed(0)
-    """Processes that `make train` starts on this machine; 0: one for each GPU, or one."""
+    """Processes that `make train` starts on this machine, or workers on Ray; 0: one for each GPU, or one."""
     workers: PositiveInt = speed(2)
     """Threads of each rank that read, decode and cut samples."""
     prefetch_batches: PositiveInt = speed(4)
@@ -77,9 +97,22 @@ class TrainConfig(Config):
     def _fits(self) -> "TrainConfig":
         if self.zero_stage == 0 and self.precision != "fp32":
             raise ValueError("zero_stage 0 has no fp32 master weights: use precision fp32, or zero_stage 1")
+        if (self.validate_every or self.preview_every) and not self.validation_images:
+            raise ValueError("validate_every and preview_every need validation_images of at least 1")
+        if self.wandb and not self.wandb_project:
+            raise ValueError("wandb = true needs the name of a wandb_project")
+        if self.keep_every % self.checkpoint_every:
+            raise ValueError(f"keep_every must be a multiple of checkpoint_every, got {self.keep_every}")
+        if self.neighbors_used > self.k:
+            raise ValueError(f"neighbors_used must be at most k {self.k}, got {self.neighbors_used}")
         if self.global_batch % self.micro_batch:
             raise ValueError(f"global_batch must be a multiple of micro_batch, got {self.global_batch}")
         return self
+
+    @property
+    def context_tokens(self) -> int:
+        """Neighbors in the context of a sample."""
+        return self.neighbors_used or self.k
 
     @property
     def folder(self) -> str:
@@ -94,3 +127,11 @@ class Training(Config):
     diffusion: DiffusionConfig
     autoencoder: AutoencoderConfig
     train: TrainConfig
+    clip: ClipConfig | None = speed(None)
+    """The encoder of train.preview_prompts; None where there are none."""
+
+    @model_validator(mode="after")
+    def _reads_prompts(self) -> "Training":
+        if self.train.preview_prompts and not self.clip:
+            raise ValueError("train.preview_prompts need a section clip")
+        return self

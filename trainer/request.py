@@ -20,7 +20,8 @@ from trainer.context import Mode
 from trainer.sampler import SchedulerName
 
 TRAINING_DATABASE = "index"
-MAX_SEED = 2**63 - 1
+MAX_SEED = 2**32 - 1
+"""torch's CPU generator heeds 32 bits of a seed: above, pictures would come again."""
 
 
 class Compute(Config):
@@ -30,6 +31,8 @@ class Compute(Config):
     """`cpu`, `cuda`, `cuda:1`; `auto` takes a GPU if there is one."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format inside the UNet; the latents are fp32 in both."""
+    compile: bool = speed(False)
+    """Compile the UNet before its first call: a minute or more, worth it for many samples on a GPU."""
     batch_size: int = speed(16, ge=1)
     """Samples in one UNet call (twice as many rows with guidance)."""
     workers: int = speed(0, ge=0)
@@ -50,12 +53,17 @@ class SamplingConfig(Compute):
     steps: int = Field(default=50, ge=1)
     """Denoising steps."""
     scheduler: SchedulerName = "ddim"
-    """`ddim`, `plms` or `dpm++`."""
+    """`ddim`, `plms` or `dpm++`, which does in 20 steps what the others do in 50."""
+    height: int = Field(default=0, ge=0)
+    """Of a picture in pixels: a multiple of the autoencoder's factor times the UNet's downsampling; 0 for
+    the size of training."""
+    width: int = Field(default=0, ge=0)
+    """As `height`."""
     seed: int = Field(default=0, ge=0)
     """Where all seeds of the stage come from."""
 
     def request(self, prompt: str, seed: int, mode: Mode, database: str) -> "Request":
-        """A request with this stage's k, guidance, steps and scheduler."""
+        """A request with this stage's k, guidance, steps, scheduler and size."""
         return Request(
             prompt=prompt,
             seed=seed,
@@ -65,6 +73,8 @@ class SamplingConfig(Compute):
             guidance=self.guidance,
             steps=self.steps,
             scheduler=self.scheduler,
+            height=self.height,
+            width=self.width,
         )
 
 
@@ -75,7 +85,7 @@ class Request:
     prompt: str
     """Any text: the query for neighbors and, unless the mode is `neighbors`, a token of the context."""
     seed: int = 0
-    """Of the initial noise, 0 .. 2^63 - 1; it means the same picture in every batch."""
+    """Of the initial noise, 0 .. MAX_SEED; it means the same picture in every batch."""
     mode: Mode = "text_and_neighbors"
     """What the UNet is told."""
     database: str = TRAINING_DATABASE
@@ -88,6 +98,10 @@ class Request:
     """Denoising steps."""
     scheduler: SchedulerName = "ddim"
     """`ddim`, `plms` or `dpm++`."""
+    height: int = 0
+    """Of the picture in pixels; 0 for the size of training."""
+    width: int = 0
+    """As `height`."""
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,14 @@ def run(config: SampleConfig, trained: Trained, root: Root) -> Manifest:
     )
 
 
+def draw_one(config: SampleConfig, trained: Trained, root: Root, prompt: str) -> Sample:
+    """A single picture, with the first of the configuration's databases; nothing is written."""
+    sampler = Sampler.open(root, trained, config)
+    request = config.request(prompt, config.seed, config.mode, config.columns()[0])
+    (sample,) = sampler.sample([request])
+    return sample
+
+
 def make_jobs(config: SampleConfig, prompts: Sequence[str]) -> list[Job]:
     """Every picture of the stage: by prompt, then by number, then by database."""
     return [

@@ -10,17 +10,20 @@ import logging
 import os
 import time
 
-import deepspeed.comm as dist
 import torch
 
 from retrieval.errors import UserError
 from retrieval.storage import Root
 from trainer.autoencoder import Autoencoder
+from trainer.boards import import_wandb, open_boards
 from trainer.checkpoint import CheckpointFolder
 from trainer.data import Loader
-from trainer.ema import Average, master_fragments
+from trainer.disk import check_shared, check_space
+from trainer.ema import Average
 from trainer.engine import Ranks, join_ranks, leave_ranks, make_engine
 from trainer.export import export, read_model
+from trainer.flops import make_gauge
+from trainer.fragments import MASTER, owned
 from trainer.launch import TERMINATED, die_with_parent
 from trainer.loop import Session, Termination, train_steps
 from trainer.model import build_unet
@@ -28,17 +31,22 @@ from trainer.objective import Objective
 from trainer.plan import Plan, is_finished, make_plan
 from trainer.progress import Progress
 from trainer.recipe import Training
+from trainer.review import Review
 
 log = logging.getLogger("train")
 
 
 def prepare(config: Training, root: Root) -> Plan:
     """Everything that can be refused before a process group exists. Raises UserError."""
-    # Only a local disk can be locked and written to by DeepSpeed.
+    # Only a local disk can be locked, and read in slices.
     root.local_path(config.train.folder)
+    if config.train.wandb:
+        import_wandb()
     plan = make_plan(config, root, Autoencoder.load(config.autoencoder, "cpu"))
     if not config.train.restart:
         checkpoints_of(plan, root).check(config.train.steps)
+    if not is_finished(plan, root):
+        check_space(plan, root)
     return plan
 
 
@@ -52,7 +60,7 @@ def run(config: Training, root: Root) -> None:
     began, termination = time.monotonic(), Termination()
     ranks = join_ranks()
     lock = take_folder(plan, root) if ranks.is_first else None
-    dist.barrier()
+    check_shared(lock, root.local_path(f"{config.train.folder}/lock"), ranks)
     torch.manual_seed(config.train.seed)
     unet = build_unet(config.model)
     if config.train.start_from:
@@ -62,8 +70,9 @@ def run(config: Training, root: Root) -> None:
     if ranks.is_first:
         _announce(plan, sum(shape.numel() for shape in shapes.values()), ranks, done)
     completed = train_steps(session, done, termination)
+    session.checkpoints.finish()
     if completed:
-        weights = dict(session.average.gather(shapes))
+        weights = {name: one for name, one in session.average.gather(shapes) if ranks.is_first}
         if ranks.is_first:
             export(plan, root, weights, time.monotonic() - began)
     if session.progress:
@@ -83,6 +92,7 @@ def checkpoints_of(plan: Plan, root: Root) -> CheckpointFolder:
         identity=plan.identity,
         settings={**_flat(plan.config.output_fields()), **upstream},
         keep=plan.config.train.keep_checkpoints,
+        keep_every=plan.config.train.keep_every,
     )
 
 
@@ -106,8 +116,18 @@ def take_folder(plan: Plan, root: Root) -> int:
     root.delete(f"{plan.config.train.folder}/manifest.json")
     checkpoints = checkpoints_of(plan, root)
     if checkpoints.is_foreign() or checkpoints.is_beyond(plan.config.train.steps):
-        for name in ("checkpoints", "metrics.jsonl", "tensorboard", "model", "recipe.json"):
+        for name in (
+            "checkpoints",
+            "metrics.jsonl",
+            "validation.jsonl",
+            "previews",
+            "tensorboard",
+            "wandb",
+            "model",
+            "recipe.json",
+        ):
             root.delete(f"{plan.config.train.folder}/{name}")
+    checkpoints.sweep()
     return lock
 
 
@@ -115,22 +135,27 @@ def _start(plan: Plan, root: Root, unet: torch.nn.Module, ranks: Ranks) -> tuple
     """Build everything and load the newest checkpoint. Returns the number of steps done too."""
     config = plan.config.train
     engine = make_engine(unet, config, ranks)
-    fragments = master_fragments(engine.module, config.zero_stage, ranks.rank, ranks.world)
-    average = Average(fragments, config.ema_decay)
+    average = Average(owned(engine, MASTER, ranks), config.ema_decay)
     checkpoints = checkpoints_of(plan, root)
     done = checkpoints.load(engine, average, ranks)
     autoencoder = None
     if config.source == "images":
         autoencoder = Autoencoder.load(plan.config.autoencoder, str(ranks.device))
+    loader = Loader(plan, root, ranks.rank, ranks.world)
+    folder, progress = root.local_path(config.folder), None
+    if ranks.is_first:
+        progress = Progress(folder, done, config.steps, open_boards(plan, folder, done))
     session = Session(
         config=config,
         ranks=ranks,
         engine=engine,
         average=average,
         objective=Objective(plan.config.diffusion, autoencoder, ranks.device),
-        loader=Loader(plan, root, ranks.rank, ranks.world),
+        loader=loader,
         checkpoints=checkpoints,
-        progress=Progress(root.local_path(config.folder), done, config.steps) if ranks.is_first else None,
+        review=Review(plan, loader, ranks, progress) if config.validation_images else None,
+        progress=progress,
+        gauge=make_gauge(plan, ranks) if ranks.is_first else None,
     )
     return session, done
 

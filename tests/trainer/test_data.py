@@ -1,3 +1,4 @@
+import hashlib
 import io
 import tarfile
 from collections import Counter
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 
 from retrieval.errors import UserError
 from retrieval.storage import Root
@@ -110,6 +112,93 @@ def test_all_neighbors_of_a_sample_are_withheld_together_at_the_stated_rate(
     assert set(empty.round().tolist()) == {0.0, 1.0}
     assert ((empty > 0.9) | (empty < 0.1)).all()
     assert empty.round().mean().item() == pytest.approx(0.3, abs=0.06)
+
+
+def digest(one: Loader, steps: int) -> str:
+    """16 hex digits over everything in the batches of the first steps."""
+    found = hashlib.sha256()
+    for step in range(steps):
+        batch = one.batch(step)
+        found.update(batch.image_ids.tobytes())
+        for name in ("inputs", "context", "timesteps", "posterior_noise", "noise"):
+            found.update(getattr(batch, name).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def test_batches_are_what_they_were_before_neighbors_could_be_drawn_and_turned(
+    training_set: Root, autoencoder_folder: str
+) -> None:
+    # Stored when a context was all k neighbors as they are, and images were scaled whole before the cut.
+    assert digest(loader(make_recipe(autoencoder_folder), training_set), 12) == "1cd0f0b25de871f1"
+    write_tars(training_set)
+    assert (
+        digest(loader(make_recipe(autoencoder_folder, source="images"), training_set), 12)
+        == "9acce8385d0ad554"
+    )
+
+
+def test_some_neighbors_are_drawn_anew_at_each_step_and_nothing_else_changes(
+    training_set: Root, autoencoder_folder: str
+) -> None:
+    recipe = make_recipe(autoencoder_folder, p_uncond=0.0)
+    all_of_them = loader(recipe, training_set)
+    some = loader(make_recipe(autoencoder_folder, p_uncond=0.0, neighbors_used=2), training_set)
+    pairs = Counter()
+    for step in range(40):
+        whole, part = all_of_them.batch(step), some.batch(step)
+        assert part.context.shape == (8, 2, 32)
+        assert torch.equal(part.noise, whole.noise)
+        assert torch.equal(part.timesteps, whole.timesteps)
+        for tokens, among in zip(part.context, whole.context, strict=True):
+            places = [(among == token).all(dim=1).nonzero().item() for token in tokens]
+            pairs[tuple(places)] += 1
+    # 4 neighbors have 6 ordered pairs, 53 of each expected of 320
+    assert len(pairs) == 6
+    assert all(one < other for one, other in pairs)
+    assert 25 < min(pairs.values()) <= max(pairs.values()) < 90
+
+
+def test_noise_turns_every_neighbor_by_the_stated_angle_and_leaves_it_a_unit_vector(
+    training_set: Root, autoencoder_folder: str
+) -> None:
+    changes = {"p_uncond": 0.3, "neighbors_used": 3}
+    plain = loader(make_recipe(autoencoder_folder, **changes), training_set)
+    noisy = loader(make_recipe(autoencoder_folder, neighbor_noise=0.5, **changes), training_set)
+    cosines = []
+    for step in range(20):
+        one, other = plain.batch(step), noisy.batch(step)
+        kept = (one.context != 0).flatten(1).any(dim=1)
+        assert torch.equal(kept, (other.context != 0).flatten(1).any(dim=1))
+        lengths = other.context[kept].float().norm(dim=-1)
+        torch.testing.assert_close(lengths, torch.ones_like(lengths), atol=2e-3, rtol=0)
+        rows = one.context[kept].float()
+        cosines += (
+            torch.nn.functional.cosine_similarity(rows, other.context[kept].float(), dim=-1)
+            .flatten()
+            .tolist()
+        )
+    # this set's rows have length sqrt(32), and noise of 0.5 an entry has half of it
+    assert np.mean(cosines) == pytest.approx(1 / np.sqrt(1 + 0.5**2), abs=0.01)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_drawn_neighbors_do_not_depend_on_the_number_of_ranks(
+    training_set: Root, autoencoder_folder: str, world: int
+) -> None:
+    recipe = make_recipe(autoencoder_folder, global_batch=12, lanes=6, neighbors_used=3, neighbor_noise=0.1)
+    alone = loader(recipe, training_set)
+    for step in (0, 5):
+        whole = dict(zip(rank_slots(alone.order, step, 12, 0, 1).tolist(), alone.batch(step).context))
+        for rank in range(world):
+            part = loader(recipe, training_set, rank, world)
+            slots = rank_slots(part.order, step, 12, rank, world).tolist()
+            for slot, context in zip(slots, part.batch(step).context, strict=True):
+                assert torch.equal(context, whole[slot])
+
+
+def test_more_neighbors_than_there_are_cannot_be_used(autoencoder_folder: str) -> None:
+    with pytest.raises(ValidationError, match="neighbors_used must be at most k 4, got 5"):
+        make_recipe(autoencoder_folder, neighbors_used=5)
 
 
 def test_split_keeps_order_and_content(training_set: Root, autoencoder_folder: str) -> None:

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import numpy as np
 import pytest
+import torch
 
 from retrieval.encoder import Encoder
 from retrieval.errors import UserError
@@ -21,6 +23,7 @@ from tests.trainer.tiny_run import (
 from trainer.batches import even_chunks
 from trainer.generation import Sampler, Trained, database_names, pick_device
 from trainer.request import Compute, Request, prompts_digest, read_prompts
+from trainer.sampler import initial_noise
 
 COMPUTE = Compute(device="cpu", batch_size=3, workers=2, threads=1)
 
@@ -127,6 +130,47 @@ def test_bfloat16_is_close_to_float32(tiny, sampler):
     assert 0 < np.abs(pixels(full) - pixels(half)).max() < 16
 
 
+def test_a_compiled_network_gives_the_same_pictures_from_threads_side_by_side(tiny, sampler, monkeypatch):
+    graphs = []
+
+    def backend(graph, inputs):
+        # traced for true; only the compiler behind, which takes minutes, is left out
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    requests = [request(seed=seed) for seed in range(6)]
+    compiled = Sampler.open(*tiny, COMPUTE.model_copy(update={"compile": True}))
+    for one, other in zip(compiled.sample(requests), sampler.sample(requests), strict=True):
+        assert np.abs(pixels(one) - pixels(other)).max() <= 1
+    assert graphs
+
+
+def test_pictures_have_the_size_that_was_asked_for_and_its_meaning_does_not_hang_on_the_batch(sampler):
+    sizes = [(0, 0), (16, 48), (48, 16), (16, 48), (0, 48)]
+    requests = [request(seed=seed, height=high, width=wide) for seed, (high, wide) in enumerate(sizes)]
+    samples = sampler.sample(requests)
+    assert [sample.picture.size[::-1] for sample in samples] == [(h or 32, w or 32) for h, w in sizes]
+    assert sorted(batch.positions for batch in sampler.plan(requests)) == [(0,), (1, 3), (2,), (4,)]
+    (alone,) = sampler.sample(requests[3:4])
+    assert np.abs(pixels(alone) - pixels(samples[3])).max() <= 1
+    (spelled,) = sampler.sample([request(seed=0, height=32, width=32)])
+    assert np.array_equal(pixels(spelled), pixels(samples[0]))
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        ({"height": 20}, r"height must be a multiple of 8 pixels .*factor 4 .*2\), got 20\. Use 16 or 24"),
+        ({"width": 4}, r"width must be .* got 4\. Use 8, or 0"),
+        ({"width": -8}, "width must be"),
+    ],
+)
+def test_a_size_that_the_model_cannot_make_is_refused(sampler, size, words):
+    with pytest.raises(UserError, match=words):
+        sampler.plan([request(**size)])
+
+
 def test_a_diverging_model_is_an_error_that_names_the_request(sampler):
     with pytest.raises(UserError, match=r"'a circle' with seed 3 and guidance 1e\+38"):
         sampler.sample([request(seed=2), request(seed=3, guidance=1e38)])
@@ -136,6 +180,14 @@ def test_a_diverging_model_is_an_error_that_names_the_request(sampler):
 def test_steps_that_the_process_does_not_have_are_refused(sampler, steps):
     with pytest.raises(UserError, match="steps must be 1 to 999"):
         sampler.plan([request(steps=steps)])
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seeds_that_would_repeat_others_are_refused(sampler, seed):
+    sampler.plan([request(seed=2**32 - 1)])
+    assert torch.equal(initial_noise([seed % 2**32], (1, 2, 2)), initial_noise([seed], (1, 2, 2)))
+    with pytest.raises(UserError, match=f"a seed must be 0 to 4294967295, got {seed}"):
+        sampler.plan([request(seed=seed)])
 
 
 @pytest.mark.parametrize("name", ["nowhere", "", "../index", "green/partitions"])
@@ -179,8 +231,6 @@ def test_database_names_are_sorted_and_leave_out_the_training_database(tiny):
 
 
 def test_a_gpu_that_is_not_there_is_refused():
-    import torch
-
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     assert pick_device("auto").type == "cpu"

@@ -14,7 +14,7 @@ from retrieval.storage import Root
 from tests.trainer.training_set import make_recipe
 from trainer import images
 from trainer.autoencoder import Autoencoder, AutoencoderConfig
-from trainer.images import ImageTar, center_crop, decode, random_crop, resize
+from trainer.images import ImageTar, Scaled, center_crop, decode, random_crop
 from trainer.latents import LatentsConfig, image_views, make_shard_encoder, manifest_values
 
 SHARD = "00000-00001"
@@ -104,29 +104,77 @@ def test_the_same_shard_is_encoded_to_the_same_bytes_whatever_the_batch_size(
 def test_view_0_is_the_middle_and_the_others_are_seeded_cuts(root: Root) -> None:
     tar = ImageTar(root.local_path(f"download/train/{SHARD}.tar"))
     views = list(image_views(tar, IDS[0], CONFIG))
-    resized = resize(noise(0), 64)
-    assert resized.size == (87, 64)
-    middle = np.asarray(resized)[:, 11:75].transpose(2, 0, 1) / 127.5 - 1
-    np.testing.assert_allclose(views[0], middle, atol=1e-6)
+    resized = noise(0).resize((87, 64), Image.Resampling.BICUBIC)
+    middle = np.asarray(resized, np.float32)[:, 11:75].transpose(2, 0, 1) / 127.5 - 1
+    np.testing.assert_allclose(views[0], middle, atol=1.01 / 127.5)
+    assert np.mean(views[0] == middle) > 0.99
     np.testing.assert_array_equal(views[1], list(image_views(tar, IDS[0], CONFIG))[1])
     other_seed = list(image_views(tar, IDS[0], CONFIG.model_copy(update={"seed": 2})))
     assert not np.array_equal(views[1], other_seed[1])
 
 
 def test_cuts_cover_the_image_and_half_are_mirrored() -> None:
-    ramp = Image.fromarray(np.tile(np.arange(100, dtype=np.uint8)[None, :, None], (64, 1, 3)))
-    cuts = [random_crop(ramp, 64, (0, 0, seed), flip=True) for seed in range(200)]
+    image = Image.fromarray(np.tile(np.arange(100, dtype=np.uint8)[None, :, None], (64, 1, 3)))
+    ramp = Scaled(image, (100, 64), (100, 64), 64)
+    cuts = [random_crop(ramp, (0, 0, seed), flip=True) for seed in range(200)]
     mirrored = [cut[0, 0, 0] > cut[0, 0, -1] for cut in cuts]
     assert 0.4 < np.mean(mirrored) < 0.6
     lefts = {round((min(cut[0, 0, 0], cut[0, 0, -1]) + 1) * 127.5) for cut in cuts}
     assert {0, 36} <= lefts <= set(range(37))
-    unmirrored = [random_crop(ramp, 64, (0, 0, seed), flip=False) for seed in range(20)]
+    unmirrored = [random_crop(ramp, (0, 0, seed), flip=False) for seed in range(20)]
     assert all(cut[0, 0, 0] < cut[0, 0, -1] for cut in unmirrored)
 
 
 def test_resizing_is_antialiased() -> None:
     stripes = Image.fromarray(np.tile(np.array([0, 255], np.uint8)[None, :, None], (640, 320, 3)))
-    assert np.abs(center_crop(resize(stripes, 64), 64)).max() < 0.05
+    assert np.abs(center_crop(decode(png(stripes), "stripes", 64))).max() < 0.05
+
+
+def scene(width: int, height: int) -> Image.Image:
+    """Soft waves and a sharp disc: what photographs are made of."""
+    y, x = np.mgrid[:height, :width]
+    waves = [128 + 60 * np.sin(x / 23 + phase) * np.cos(y / 31 + phase) for phase in range(3)]
+    waves[0][(x - width / 2) ** 2 + (y - height / 2) ** 2 < (height / 4) ** 2] = 230
+    return Image.fromarray(np.stack(waves, axis=-1).astype(np.uint8))
+
+
+def jpeg(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=92)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("stored", [(1003, 771), (769, 1537), (256, 256), (300, 2400)])
+def test_a_large_jpeg_is_decoded_small_and_cut_as_if_it_were_not(stored: tuple[int, int]) -> None:
+    data = jpeg(scene(*stored))
+    small = decode(data, "a.jpg", 256)
+    whole = Image.open(io.BytesIO(data)).convert("RGB")
+    large = Scaled(whole, whole.size, small.edges, 256)
+    assert (small.raster.width < stored[0]) == (min(stored) >= 2 * 256 * images.GAP)
+    factor = round(stored[0] / small.raster.width)
+    assert small.extent == (stored[0] / factor, stored[1] / factor)
+    assert min(small.raster.size) >= 256 * min(images.GAP, min(stored) / 256)
+    for seed in range(5):
+        one, other = (random_crop(image, (0, 0, seed), flip=True) for image in (small, large))
+        assert np.sqrt(np.square(one - other).mean()) < 2 / 127.5
+
+
+def test_a_cut_equals_the_part_of_the_scaled_image() -> None:
+    image = decode(png(scene(390, 300)), "a.png", 128)
+    scaled = np.asarray(scene(390, 300).resize((166, 128), Image.Resampling.BICUBIC), np.float32)
+    for left in (0, 17, 38):
+        part = scaled[:, left : left + 128].transpose(2, 0, 1) / 127.5 - 1
+        # where a value stands between two levels, another box may round it the other way
+        np.testing.assert_allclose(image.cut(left, 0), part, atol=1.01 / 127.5)
+        assert np.mean(image.cut(left, 0) == part.astype(np.float32)) > 0.99
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P"])
+def test_images_of_every_mode_become_rgb(mode: str) -> None:
+    data = (
+        jpeg(scene(900, 800).convert(mode)) if mode in ("L", "CMYK") else png(scene(900, 800).convert(mode))
+    )
+    assert center_crop(decode(data, "a", 64)).shape == (3, 64, 64)
 
 
 def test_the_manifest_states_what_training_checks(autoencoder_config: AutoencoderConfig) -> None:
@@ -171,4 +219,4 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(monkeypatch
     monkeypatch.setattr(images, "MAX_PIXELS", 130 * 96 - 1)
     with pytest.raises(UserError, match="has 130 x 96 pixels"):
         # Only the header is whole: decoding would fail with another error.
-        decode(png(noise(0))[:5000], "huge.png")
+        decode(png(noise(0))[:5000], "huge.png", 64)

@@ -1,0 +1,62 @@
+"""`python -m jobs.convert`: a released model becomes the recipe's run, and a run a folder for diffusers."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from diffusers import DDIMScheduler, UNet2DConditionModel, VQModel
+
+from jobs.convert import main
+from tests.trainer.released_model import recipe_of, state_of, write_checkpoint
+from tests.trainer.tiny_run import write_clip
+
+
+def toml(sections: dict[str, dict[str, Any]]) -> str:
+    lines = []
+    for name, values in sections.items():
+        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
+    return "\n".join(lines)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe of the small ImageNet model with an encoder, and its checkpoint beside it."""
+    folder = tmp_path_factory.mktemp("convert")
+    sections = recipe_of("imagenet", folder / "autoencoder").model_dump(mode="json")
+    sections["clip"] = write_clip(folder / "clip").model_dump()
+    path = folder / "recipe.toml"
+    path.write_text(f'root = "{folder / "root"}"\n{toml(sections)}\n')
+    write_checkpoint(folder / "model.ckpt", state_of("imagenet"))
+    return path
+
+
+def test_a_checkpoint_becomes_a_run_and_the_run_a_folder_that_diffusers_opens(recipe: Path) -> None:
+    folder = recipe.parent
+    command = [sys.executable, "-m", "jobs.convert", str(recipe), "--from", str(folder / "model.ckpt")]
+    taken = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert taken.returncode == 0, taken.stderr
+    assert "model.ckpt is now" in taken.stderr
+    assert (folder / "root/runs/imagenet/train/manifest.json").is_file()
+    main([str(recipe), "--to", str(folder / "shared")])
+    for kind, part in ((UNet2DConditionModel, "unet"), (VQModel, "vae"), (DDIMScheduler, "scheduler")):
+        assert kind.from_pretrained(folder / "shared", subfolder=part)
+
+
+def test_a_mistake_ends_with_code_2_and_says_what_is_wrong(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torn = recipe.parent / "torn.ckpt"
+    torn.write_bytes(b"torn")
+    for words, told in (
+        (["--from", str(torn), "--set", "train.name=other"], f"error: {torn} is no torch file"),
+        (["--to", str(recipe.parent / "x"), "--set", "train.name=none"], "error: .*none/train"),
+        ([], "one of the arguments --from --to is required"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main([str(recipe), *words])
+        assert stopped.value.code == 2
+        assert re.search(told, capsys.readouterr().err)
