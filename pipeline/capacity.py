@@ -13,6 +13,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from pipeline.neighbors import NeighborsConfig
 from retrieval.build import IndexConfig
 from retrieval.config import Config
+from retrieval.errors import UserError
 
 MICRO = 1e-6
 PUBLISHED_EDGE = 384
@@ -21,6 +22,8 @@ MEASURED_DIM = 768
 """Dimension of the vectors that `rates.index_*` and `rates.match_cpu` were measured with."""
 HALF = 2
 """Bytes of a float16."""
+KEY = 16.125
+"""Bytes that the filter notes of a row between its passes (selection.KEYS)."""
 
 
 class Rate(Config):
@@ -101,7 +104,9 @@ class Inputs(Config):
     """Measured at several sizes."""
 
     def rate(self, name: str) -> float:
-        """The value of a rate."""
+        """The value of a rate. Raises UserError if the file does not state it."""
+        if name not in self.rates:
+            raise UserError(f"the inputs have no [rates.{name}]: give it a value, a unit and a source.")
         return self.rates[name].value
 
 
@@ -132,7 +137,7 @@ class Cost:
     machines: str
     """Name of the machines."""
     hours: float
-    """Wall clock."""
+    """Wall clock, if CPU, GPU and network work side by side."""
     bound: str
     """What takes longest: CPU, GPU or network."""
     dollars: float
@@ -172,8 +177,8 @@ class Reckoning:
         return self._need(
             "filter",
             kept=rows * text,
-            scratch=rows * 17.0,  # a key: bucketed row, id and flag (selection.KEYS)
-            read=2 * rows * self._rate("filter_read") + rows * 17.0,
+            scratch=rows * KEY,
+            read=2 * rows * self._rate("filter_read") + 2 * rows * KEY,
             cpu_s=rows * self._rate("filter_cpu") * MICRO,
         )
 
@@ -258,6 +263,8 @@ class Reckoning:
 def cost(need: Need, inputs: Inputs) -> Cost:
     """Hours and money of a stage that has its machines to itself."""
     name = "gpu" if need.gpu_s else "cpu"
+    if name not in inputs.machines:
+        raise UserError(f"the inputs have no [machines.{name}], which {need.stage} needs.")
     machines = inputs.machines[name]
     traffic = need.kept + need.scratch + need.read + need.fetched
     hours = {
