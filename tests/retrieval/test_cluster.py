@@ -302,7 +302,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
 def test_partitions_that_no_actor_can_open_again_are_named(
     database: Database, queries: Vectors, opened: Open
 ) -> None:
-    spread_out = opened(database, restart_timeout_s=1.5)
+    spread_out = opened(database, restart_timeout_s=10)
     folder = str(database.root.local_path(""))
     shutil.move(folder, f"{folder}-away")
     kill_one(spread_out, 0)
