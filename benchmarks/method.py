@@ -1,5 +1,6 @@
 """What a worker asks of a method: build, open, search, join."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,27 +12,27 @@ from benchmarks.data import Ids, Vectors
 Search = Callable[[Vectors], Ids]
 
 
-class Method:
+class Method(ABC):
     """A method with its settings. Row numbers are ids."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
 
+    @abstractmethod
     def build(self, rows: np.ndarray, folder: Path, threads: int) -> dict[str, Any]:
         """Write the index of rows (n, dim) float16, a memory map, into the folder. Returns what to record."""
-        raise NotImplementedError
 
+    @abstractmethod
     def open(self, folder: Path, rows: np.ndarray) -> None:
         """Make ready for searching."""
-        raise NotImplementedError
 
+    @abstractmethod
     def threads(self, number: int) -> None:
         """Threads that the next searches use."""
-        raise NotImplementedError
 
+    @abstractmethod
     def searcher(self, k: int, effort: tuple[int, ...]) -> Search:
         """Returns (n, dim) float32 -> (n, k) int64 at that effort; what an effort costs once is paid here."""
-        raise NotImplementedError
 
     def single(self, k: int, effort: tuple[int, ...]) -> Search:
         """The same for (1, dim), where a library has another call for it."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
 
 from benchmarks.machine import hardware
 from benchmarks.page import DOCS, write
@@ -90,7 +91,8 @@ def measure(recipe: Recipe, each: int, methods: Sequence[Method]) -> dict[str, A
     cells = make_cells(config, each, styles, read_prompts(config.prompts_file))
     classifier, _ = train_judge(config, sampler, styles)
     drawn = {method.name: Drawn() for method in methods}
-    for number, cell in enumerate(one for one in cells if one.mode == RETRIEVAL):
+    asked = [cell for cell in cells if cell.mode == RETRIEVAL]
+    for number, cell in enumerate(tqdm(asked, "styles", unit="style")):
         # the order turns, so that no method always meets the same neighbor on the machine
         for method in (*methods[number % len(methods) :], *methods[: number % len(methods)]):
             _draw(sampler, classifier, (cell.style, cell.requests), method, drawn[method.name])

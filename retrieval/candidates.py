@@ -56,6 +56,7 @@ def find_candidates(
 
     queries: (n, dim) float32 unit rows, on the device that is to compute. Hidden rows are no candidates.
     """
+    assert len(partition) < 1 << ROW_BITS  # a pair of query and row is one number
     found = [_Search(partition, block, wanted).run() for block in queries.split(QUERIES_AT_ONCE)]
     candidates, copies = zip(*found, strict=True)
     return torch.cat(candidates), torch.cat(copies)
