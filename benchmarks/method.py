@@ -46,5 +46,5 @@ class Method(ABC):
         """Row numbers for what a search returned; outside of what is timed."""
         return found
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most have nothing to stop
         """Stop what was started."""
