@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pydantic import ValidationError
 
 from retrieval.arguments import parser
 from retrieval.blocked import block
+from retrieval.card import card
 from retrieval.database import Database
 from retrieval.effort import measured
 from retrieval.encoder_identity import EncoderIdentity
@@ -141,6 +143,16 @@ def calibrate(arguments: Arguments) -> int:
     return 0
 
 
+def describe(arguments: Arguments) -> int:
+    """Print a database's card, or write it beside its files as README.md."""
+    text = card(Database.open(arguments.database), datetime.now(UTC).date())
+    if arguments.write:
+        Root(arguments.database).write_bytes("README.md", text.encode())
+    else:
+        print(text)
+    return 0
+
+
 def _print_calibration(database: Database, like: str) -> None:
     for line in map(measured, database.manifest.values["calibration"][like]):
         effort = line.effort
@@ -200,6 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "build": build,
         "block": hide,
         "calibrate": calibrate,
+        "card": describe,
     }
     arguments = parser(commands).parse_args(argv)
     try:

@@ -81,6 +81,11 @@ def _calibrate(made: argparse.ArgumentParser) -> None:
     made.add_argument("--like", required=True, choices=("images", "texts"), help="what they are made from")
 
 
+def _card(made: argparse.ArgumentParser) -> None:
+    _database(made)
+    made.add_argument("--write", action="store_true", help="as README.md in the database's folder")
+
+
 ARGUMENTS = {
     "search": _search,
     "info": _info,
@@ -88,4 +93,5 @@ ARGUMENTS = {
     "build": _build,
     "block": _block,
     "calibrate": _calibrate,
+    "card": _card,
 }
