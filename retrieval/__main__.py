@@ -11,10 +11,8 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from pydantic import ValidationError
 
 from retrieval.arguments import parser
@@ -25,10 +23,9 @@ from retrieval.effort import measured
 from retrieval.encoder_identity import EncoderIdentity
 from retrieval.errors import UserError
 from retrieval.manifest import read_manifest
-from retrieval.partition import Vectors
 from retrieval.queries import Asked, encode, read_vectors
 from retrieval.schema import image_id
-from retrieval.sheet import Answer, plain, write_sheet
+from retrieval.sheet import Answer, answers_of, plain, write_sheet
 from retrieval.source import Columns, Source
 from retrieval.storage import Root
 from retrieval.verify import Sample, damaged_files, measure_recall, visible_positions
@@ -46,10 +43,7 @@ def search(arguments: Arguments) -> int:
     asked = Asked(arguments.texts, arguments.image, arguments.vector, arguments.clip, arguments.pretrained)
     names, vectors = encode(asked, database)
     found = database.search(vectors, arguments.k, recall=arguments.recall)
-    answers = [
-        Answer(name, _ranked(similarities, rows))
-        for name, similarities, rows in zip(names, found.similarities, found.rows, strict=True)
-    ]
+    answers = answers_of(names, found)
     if arguments.sheet:
         drawn = write_sheet(arguments.sheet, answers, arguments.pictures)
         print(f"{arguments.sheet}: {drawn} pictures found below {arguments.pictures}", file=sys.stderr)
@@ -160,11 +154,6 @@ def _print_calibration(database: Database, like: str) -> None:
             f"recall@{line.k} {line.recall:.4f} [{line.low:.4f}, {line.high:.4f}] on {line.queries} {like} "
             f"with {effort.probes} partitions, {effort.lists} lists, {effort.candidates} candidates"
         )
-
-
-def _ranked(similarities: Vectors, rows: pa.Table) -> list[dict[str, Any]]:
-    pairs = zip(similarities.tolist(), rows.to_pylist(), strict=True)
-    return [{"rank": rank, "similarity": value, **row} for rank, (value, row) in enumerate(pairs, 1)]
 
 
 def _table(answer: Answer) -> str:

@@ -56,6 +56,12 @@ class Neighbors:
         """For each query a table (schema.METADATA) of its k neighbors, best first; read when asked for."""
         return [self.database.metadata_at(positions) for positions in self.positions]
 
+    def table(self) -> pa.Table:
+        """All of it as one Arrow table, a row for each neighbor: `retrieval.answers.ANSWER` and metadata."""
+        from retrieval.answers import answer
+
+        return answer(self.database, self.similarities, self.positions, rows=True)
+
 
 class Database:
     """An opened database. Safe to share between threads; search effort is an argument of each call."""
@@ -147,8 +153,9 @@ class Database:
         return self.ids_at(positions), unit(embeddings).reshape(*positions.shape, self.dim)
 
     def metadata_at(self, positions: Positions) -> pa.Table:
-        """Metadata (schema.METADATA) of rows by number (n,), in the order asked for."""
-        parts, places = [schema.METADATA.empty_table()], [np.empty(0, np.int64)]
+        """Metadata (schema.METADATA, perhaps DETAILS) of rows by number (n,), in the order asked for."""
+        first = self.partitions[0].metadata.schema.empty_table()
+        parts, places = [first], [np.empty(0, np.int64)]
         for number, here, rows in self._by_partition(positions):
             parts.append(self.partitions[number].metadata.take(pa.array(rows)))
             places.append(here)

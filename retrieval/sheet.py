@@ -4,17 +4,22 @@ A neighbor whose address is a path of a file below the given folder is drawn; an
 caption.
 """
 
+import io
 import struct
 import textwrap
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from retrieval.errors import UserError
+
+if TYPE_CHECKING:
+    from retrieval.database import Neighbors
 
 TILE = 160
 """Edge of a tile in pixels; two lines of text stand below it."""
@@ -37,17 +42,35 @@ class Answer:
 def read_picture(path: Path) -> Image.Image:
     """The picture in a file, upright, RGB. Raises UserError if it cannot be read."""
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (*BROKEN, Image.DecompressionBombError) as error:
+        return decoded(str(path), path.read_bytes())
+    except OSError as error:
         raise UserError(f"{path} is not a readable picture: {error}") from error
 
 
-def write_sheet(path: Path, answers: list[Answer], pictures: Path) -> int:
-    """Write a sheet as an image file: for each answer a line and its tiles. Returns the pictures drawn.
+def decoded(name: str, data: bytes) -> Image.Image:
+    """The picture that a file of this name holds, upright, RGB. Raises UserError if it is none."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (*BROKEN, Image.DecompressionBombError) as error:
+        raise UserError(f"{name} is not a readable picture: {error}") from error
 
-    pictures: the folder that addresses such as `a/b.jpg` are relative to. Raises UserError where the file
-    cannot be written.
+
+def answers_of(queries: Sequence[str], found: "Neighbors") -> list[Answer]:
+    """What a search found, by query as people call it."""
+    results = []
+    for query, similarities, rows in zip(queries, found.similarities.tolist(), found.rows, strict=True):
+        pairs = enumerate(zip(similarities, rows.to_pylist(), strict=True), 1)
+        results.append(
+            Answer(query, [{"rank": rank, "similarity": value, **row} for rank, (value, row) in pairs])
+        )
+    return results
+
+
+def draw_sheet(answers: Sequence[Answer], pictures: Path) -> tuple[Image.Image, int]:
+    """A sheet, for each answer a line and its tiles, and the number of pictures drawn on it.
+
+    pictures: the folder that addresses such as `a/b.jpg` are relative to.
     """
     heights = [_height(answer) for answer in answers]
     widest = max((len(answer.neighbors) for answer in answers), default=0)
@@ -57,6 +80,12 @@ def write_sheet(path: Path, answers: list[Answer], pictures: Path) -> int:
     for answer, height in zip(answers, heights, strict=True):
         drawn += _draw_answer(sheet, top, answer, pictures)
         top += height
+    return sheet, drawn
+
+
+def write_sheet(path: Path, answers: Sequence[Answer], pictures: Path) -> int:
+    """Write a sheet as an image file. Returns the pictures drawn. Raises UserError where it cannot."""
+    sheet, drawn = draw_sheet(answers, pictures)
     try:
         sheet.save(path)
     except (OSError, ValueError) as error:
@@ -77,7 +106,7 @@ def _draw_answer(sheet: Image.Image, top: int, answer: Answer, pictures: Path) -
     for i, neighbor in enumerate(answer.neighbors):
         left = GAP + (i % COLUMNS) * (TILE + GAP)
         upper = top + 2 * LINE + (i // COLUMNS) * (TILE + 2 * LINE + GAP)
-        picture = _picture_of(neighbor["url"], pictures)
+        picture = _picture_of(neighbor, pictures)
         drawn += picture is not None
         sheet.paste(picture or _caption_tile(neighbor["caption"]), (left, upper))
         label = f"{neighbor['rank']}  {neighbor['similarity']:.3f}"
@@ -87,13 +116,17 @@ def _draw_answer(sheet: Image.Image, top: int, answer: Answer, pictures: Path) -
     return drawn
 
 
-def _picture_of(address: str, pictures: Path) -> Image.Image | None:
-    """The tile of a picture below the folder, or None where it has none that can be read."""
+def _picture_of(neighbor: dict[str, Any], pictures: Path) -> Image.Image | None:
+    """The tile of a picture below the folder, or of its part, or None where it has none that can be read."""
+    address, box = neighbor["url"], neighbor.get("box")
     path = (pictures / address).resolve()
     if not address or "://" in address or not path.is_relative_to(pictures.resolve()):
         return None
     try:
-        return ImageOps.pad(read_picture(path), (TILE, TILE), color=EMPTY)
+        picture = read_picture(path)
+        if box:
+            picture = picture.crop((box[0], box[1], box[0] + box[2], box[1] + box[3]))
+        return ImageOps.pad(picture, (TILE, TILE), color=EMPTY)
     except UserError:
         return None
 
