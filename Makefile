@@ -8,10 +8,15 @@ SHELL := /bin/bash
 RECIPE ?= jobs/configs/demo.toml
 ARGS ?=
 OUT ?= sample.png
+WORKERS ?= 2
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAGES := filter download embed index neighbors latents train sample evaluate
+
+# A cluster by the address of its dashboard; RAY_ADDRESS names one too, a local Ray's address stays what it is.
+CLUSTER ?= $(filter http://% https://%,$(RAY_ADDRESS))
+SUBMIT = $(if $(CLUSTER),jobs.submit "$(CLUSTER)")
 
 # Ray would otherwise write a token to the home folder; a busy second thread only spins on a small machine.
 export RAY_AUTH_MODE ?= disabled
@@ -19,7 +24,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export NO_ALBUMENTATIONS_UPDATE ?= 1
 export DS_ACCELERATOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: help install demo test check format bench bench-retrieval bench-loader bench-step bench-schedule bench-sampling bench-gpu database convert report clean status capacity plan bench-capacity $(STAGES)
+.PHONY: help install demo test check format bench bench-retrieval bench-download bench-pipeline bench-loader bench-step bench-schedule bench-sampling bench-gpu bench-crashes bench-near-copies optout bench-load database convert explore paper report clean status capacity plan bench-capacity $(STAGES)
 
 help: ## list what can be made
 	@grep -hE '^[a-z$$()A-Z -]+:.*## ' $(MAKEFILE_LIST) | sed -e 's/$$(STAGES)/<stage>/' -e 's/:.*## /\t/' | expand -t 18
@@ -44,14 +49,23 @@ sample: OWN = $(if $(PROMPT),--prompt "$$PROMPT" --out "$(OUT)")
 # Many machines:  make train HOSTS=hosts.txt RECIPE=...  with lines such as 'gpu-01 slots=8'
 train: OWN = $(if $(HOSTS),--hosts "$(HOSTS)")
 
-$(STAGES): install ## run one stage of RECIPE
-	$(BIN)/python -m jobs.$@ $(RECIPE) $(OWN) $(ARGS)
+$(STAGES): install ## run one stage of RECIPE, on the Ray cluster CLUSTER=http://head:8265 if given
+	$(BIN)/python -m $(SUBMIT) jobs.$@ $(RECIPE) $(OWN) $(ARGS)
 
 database: install ## build a style database: make database NAME=ukiyo-e SOURCE=folder RECIPE=...
 	$(BIN)/python -m jobs.database $(RECIPE) --name "$(NAME)" --source "$(SOURCE)" $(ARGS)
 
 convert: install ## take a released model, or give one to diffusers: make convert FROM=model.ckpt (or TO=folder) RECIPE=...
 	$(BIN)/python -m jobs.convert $(RECIPE) $(if $(FROM),--from "$(FROM)") $(if $(TO),--to "$(TO)") $(ARGS)
+
+explore: install ## a page and an HTTP API to search and to make pictures: ARGS="--port 7860"
+	$(BIN)/python -m jobs.explore $(RECIPE) $(ARGS)
+
+paper: install ## the paper's figures and measurements on RECIPE's finished run: runs/<name>/paper/report.html
+	$(BIN)/python -m jobs.paper $(RECIPE) $(ARGS)
+
+optout: install ## take listed images out of databases and training: make optout LIST=list.txt RECIPE=...
+	$(BIN)/python -m jobs.optout $(RECIPE) --list "$(LIST)" $(ARGS)
 
 report: install ## write the demo's report again from what is on disk
 	$(BIN)/python -m jobs.report $(RECIPE) $(ARGS)
@@ -65,7 +79,7 @@ capacity: install ## storage, hours and cost of the real sizes: make capacity RE
 plan: capacity ## the same
 
 test: install ## run all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: install ## ruff, format, mypy, tests
 	$(BIN)/ruff check .
@@ -85,6 +99,12 @@ bench-retrieval: install .venv-bench/installed ## our engine beside ScaNN, faiss
 bench-loader: install ## images a second and core that the training set gives: docs/loader.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.loader $(ARGS)
 
+bench-download: install ## our download beside img2dataset's own: docs/download.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.download $(ARGS)
+
+bench-pipeline: install .venv-bench/installed ## filter beside bare queries, embed beside a bare loop, two workers: docs/pipeline.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pipeline $(ARGS)
+
 bench-step: install ## the training loop beside a bare one: docs/step.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.step $(ARGS)
 
@@ -94,8 +114,17 @@ bench-schedule: install ## operations and days of the paper's schedule: docs/tra
 bench-sampling: install ## DPM-Solver++ beside DDIM and PLMS on RECIPE's finished run: docs/sampling.md
 	$(BIN)/python -m benchmarks.sampling $(RECIPE) $(ARGS)
 
+bench-load: install ## 100 visitors of the explore page for a minute: docs/load.md
+	$(BIN)/python -m benchmarks.load $(RECIPE) $(ARGS)
+
 bench-capacity: install ## the rates that only the capacity plan needs: docs/capacity.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.capacity $(ARGS)
+
+bench-near-copies: install ## planted copies found, and false removals, on RECIPE's [clip]: docs/near_copies.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.near_copies $(RECIPE) $(ARGS)
+
+bench-crashes: install ## every data stage struck by every fault, then run again: docs/crashes.md
+	$(BIN)/python -m benchmarks.crashes $(ARGS)
 
 bench-gpu: install ## the paper's network on one CUDA GPU: docs/gpu.md
 	$(BIN)/python -m benchmarks.gpu $(ARGS)

@@ -1,4 +1,8 @@
-"""`python -m jobs.database RECIPE --name NAME --source FOLDER`: builds a style database from pictures."""
+"""`python -m jobs.database RECIPE --name NAME --source SOURCE`: builds style databases from pictures.
+
+SOURCE is a folder of pictures, WebDataset tars, or a CSV or Parquet of paths; `--by-style` adds a database of
+each style that its folders or labels tell apart.
+"""
 
 import re
 from pathlib import Path
@@ -6,6 +10,7 @@ from pathlib import Path
 from jobs.command import execute, finish, parser
 from jobs.recipe import Recipe
 from pipeline import database
+from pipeline.sources import Source
 from retrieval.build import IndexConfig
 from retrieval.encoder import ClipConfig, Encoder
 from retrieval.errors import UserError
@@ -13,22 +18,28 @@ from retrieval.errors import UserError
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
 
-def run(recipe: Recipe, name: str, source: Path) -> None:
-    """Build `databases/<name>` of the recipe's root."""
+def run(recipe: Recipe, name: str, source: Source, by_style: bool = False) -> None:
+    """Build `databases/<name>` of the recipe's root, and those of the styles."""
     if not NAME.fullmatch(name):
         raise UserError(f"--name {name!r}: wanted small letters, digits, - and _, as in 'ukiyo-e'")
-    if not source.is_dir():
-        raise UserError(f"--source {source} is not a folder")
-    database.run(name, source, Encoder(recipe[ClipConfig]), recipe[IndexConfig], recipe.root)
+    databases = database.style_databases(name, source) if by_style else {name: ""}
+    database.run_all(databases, source, Encoder(recipe[ClipConfig]), recipe[IndexConfig], recipe.root)
 
 
 def main() -> None:
     """Parse arguments and build."""
     made = parser("database", __doc__ or "")
     made.add_argument("--name", required=True, help="the database's name, as sample.databases lists it")
-    made.add_argument("--source", required=True, type=Path, help="a folder of pictures, at any depth")
-    arguments = made.parse_args()
-    finish(lambda: execute(arguments, lambda recipe: run(recipe, arguments.name, arguments.source)))
+    made.add_argument("--source", required=True, type=Path, help="a folder, .tar, .csv or .parquet")
+    made.add_argument("--by-style", action="store_true", help="also a database of each style")
+    made.add_argument("--images", type=Path, help="the folder that a table's paths are relative to")
+    made.add_argument(
+        "--artist-title", action="store_true", help="files are named artist_title.jpg, as WikiArt's"
+    )
+    made.add_argument("--license", default="", help="of pictures that state none")
+    found = made.parse_args()
+    source = Source(found.source, found.images, found.artist_title, found.license)
+    finish(lambda: execute(found, lambda recipe: run(recipe, found.name, source, found.by_style)))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,14 @@
-"""`python -m jobs.download RECIPE`: fetches the selected images into WebDataset shards."""
+"""`python -m jobs.download RECIPE`: fetches the selected images into WebDataset shards.
 
+With `--retry` it asks once more for those that failed for a reason that passes: 429, 5xx, no connection, a
+timeout, a body cut short.
+"""
+
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
-from jobs.command import main
+from jobs.command import execute, finish, parser
 from jobs.demo.server import WorldServer
 from jobs.demo.world import WorldConfig
 from jobs.recipe import Recipe
@@ -10,10 +16,10 @@ from pipeline import download as stage
 from retrieval.connection import connected
 
 
-def run(recipe: Recipe) -> None:
+def run(recipe: Recipe, retry: bool = False) -> None:
     """Run the stage on a Ray cluster."""
     with origin(recipe), connected():
-        stage.run(recipe[stage.DownloadConfig], recipe.root)
+        stage.run(recipe[stage.DownloadConfig], recipe.root, retry)
 
 
 def origin(recipe: Recipe) -> AbstractContextManager[object]:
@@ -23,5 +29,13 @@ def origin(recipe: Recipe) -> AbstractContextManager[object]:
     return WorldServer(recipe.root.local_path("world"), recipe[WorldConfig].port)
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse arguments and download."""
+    made = parser("download", __doc__ or "")
+    made.add_argument("--retry", action="store_true", help="ask again for what failed in passing")
+    arguments = made.parse_args(argv)
+    finish(lambda: execute(arguments, partial(run, retry=arguments.retry)))
+
+
 if __name__ == "__main__":
-    main("download", __doc__, run)
+    main()

@@ -5,7 +5,8 @@ from functools import partial
 
 from jobs.command import main
 from jobs.recipe import Recipe
-from pipeline.runner import Stage, Workers, run_shards
+from pipeline.runner import Workers, run_shards
+from pipeline.stage import Stage
 from retrieval import schema
 from retrieval.connection import connected
 from retrieval.manifest import read_manifest
@@ -26,7 +27,7 @@ def run(recipe: Recipe) -> None:
     stage.begin()
     shards = [shard.removeprefix("train/") for shard in embed.shard_names("train/")]
     make_work = partial(make_shard_encoder, config, settings, root)
-    workers = Workers(config.workers, num_gpus=config.gpus_per_worker)
+    workers = Workers.of(config, num_gpus=config.gpus_per_worker)
     with connected():
         records = run_shards(stage, shards, make_work, workers)
     stage.complete(records, manifest_values(config, autoencoder), started)

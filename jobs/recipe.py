@@ -31,6 +31,8 @@ SECTIONS = {
     "train": "trainer.recipe.TrainConfig",
     "sample": "trainer.sample.SampleConfig",
     "evaluate": "trainer.evaluate.EvaluateConfig",
+    "paper": "trainer.paper.recipe.PaperConfig",
+    "explore": "jobs.explore.config.ExploreConfig",
     "world": "jobs.demo.world.WorldConfig",
     "clip_training": "jobs.demo.clip.ClipTraining",
     "autoencoder_training": "jobs.demo.autoencoder.AutoencoderTraining",

@@ -29,13 +29,7 @@ from trainer.recipe import TrainConfig, Training
 
 def run(recipe: Recipe, hostfile: Path | None = None, on_ray: bool = False) -> None:
     """Be a rank, or launch the ranks and wait. Raises UserError before launching if the data do not fit."""
-    config = Training(
-        model=recipe[ModelConfig],
-        diffusion=recipe[DiffusionConfig],
-        autoencoder=recipe[AutoencoderConfig],
-        train=recipe[TrainConfig],
-        clip=recipe[ClipConfig] if recipe[TrainConfig].preview_prompts else None,
-    )
+    config = training(recipe)
     if "RANK" in os.environ:
         stage.run(config, recipe.root)
         return
@@ -53,6 +47,17 @@ def run(recipe: Recipe, hostfile: Path | None = None, on_ray: bool = False) -> N
     # DeepSpeed's launcher returns 0 where a signal ended what it had started.
     if code or not is_finished(plan, recipe.root):
         raise SystemExit(code or 1)
+
+
+def training(recipe: Recipe) -> Training:
+    """The sections that training reads."""
+    return Training(
+        model=recipe[ModelConfig],
+        diffusion=recipe[DiffusionConfig],
+        autoencoder=recipe[AutoencoderConfig],
+        train=recipe[TrainConfig],
+        clip=recipe[ClipConfig] if recipe[TrainConfig].preview_prompts else None,
+    )
 
 
 def _launch(config: Training, recipe: Recipe, hostfile: Path | None) -> int:

@@ -2,14 +2,17 @@
 
 Reads `download/{train,database}/<shard>.{tar,parquet}`; writes `embed/{train,database}/<shard>.parquet`
 (schema.embeddings: id, what to show, float16 unit vector), rows in the order of the download. Database
-images whose bytes are those of a training image are dropped here, since only now both are known.
+images that are copies of a training image (`near_copies.py`) are dropped here, since only now both are known.
+With `[embed.patches]` a row of the database is a part of a picture (`patches.py`).
 """
 
 import io
 import tarfile
 import time
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 
@@ -18,33 +21,50 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 from PIL import Image, UnidentifiedImageError
+from pydantic import Field
 
-from pipeline.runner import Stage, Work, Workers, run_shards
+from pipeline.near_copies import grouped, make_copies, without_copies
+from pipeline.patches import PatchesConfig, draw_boxes, patch_pictures, patch_rows, quotas
+from pipeline.phash import MAX_BITS
+from pipeline.runner import Work, Workers, run_shards
+from pipeline.stage import Stage
 from retrieval import schema
-from retrieval.config import Config, speed
+from retrieval.config import WorkersConfig, speed
 from retrieval.encoder import ClipConfig, Encoder
 from retrieval.errors import UserError
 from retrieval.manifest import Manifest, ShardRecord, read_manifest
 from retrieval.schema import Reason
 from retrieval.storage import Root
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MAX_PIXELS = 160_000_000
 """More than any picture that download keeps, and less than what PIL takes for a bomb."""
 REMOVE = "Remove it and run 'make download' again."
 
 
-class EmbedConfig(Config):
-    """How images are embedded. What is written does not depend on any of it."""
+class EmbedConfig(WorkersConfig):
+    """How images are embedded, and which of the database's are copies of training images."""
 
+    near_copy_bits: int = Field(default=6, ge=0, le=MAX_BITS)
+    """Bits of 64 in which the look of a database image may differ from a training image's or its mirror's."""
+    patches: PatchesConfig = PatchesConfig()
+    """Parts of the database's pictures that are rows of their own."""
     batch_size: int = speed(64, ge=1)
     """Images in one pass of the encoder."""
     decode_threads: int = speed(2, ge=1)
     """Threads that decode and resize ahead of the encoder."""
-    workers: int = speed(0, ge=0)
-    """Encoders at work at once; 0 fills the cluster's GPUs, or its CPUs where `gpus_per_worker` is 0."""
     gpus_per_worker: float = speed(0.0, ge=0)
     """GPUs each encoder takes."""
+
+
+@dataclass(frozen=True)
+class Selected:
+    """What becomes of the database shards."""
+
+    copies: dict[str, str]
+    """Names under which the copies among a shard's images are written."""
+    patches: dict[str, int]
+    """How many patches a shard gives at most; none where pictures are whole."""
 
 
 def run(config: EmbedConfig, clip: ClipConfig, root: Root) -> Manifest:
@@ -57,34 +77,48 @@ def run(config: EmbedConfig, clip: ClipConfig, root: Root) -> Manifest:
     if manifest := stage.finished():
         return manifest
     stage.begin()
-    shards = upstream.shard_names()
-    train = [shard for shard in shards if shard.startswith("train/")]
-    workers = Workers(config.workers, num_gpus=config.gpus_per_worker)
-    make_work = partial(_make_work, config, clip, root, train)
-    records = run_shards(stage, shards, make_work, workers)
+    copies = _find_copies(stage, config, upstream)
+    workers = Workers.of(config, num_gpus=config.gpus_per_worker)
+    selected = Selected(copies, quotas(upstream, config.patches))
+    make_work = partial(_make_work, config, clip, root, selected)
+    records = run_shards(stage, upstream.shard_names(), make_work, workers)
+    root.delete("embed/copies")
     return stage.complete(records, {"encoder": encoder.model_dump(mode="json")}, started)
 
 
-def _make_work(config: EmbedConfig, clip: ClipConfig, root: Root, train: list[str]) -> Work:
+def _find_copies(stage: Stage, config: EmbedConfig, download: Manifest) -> dict[str, str]:
+    """Database shards, and the name under which the copies among their images are written."""
+    train, database = (
+        grouped([record for record in download.shards if record.shard.startswith(split)])
+        for split in ("train/", "database/")
+    )
+    names = [f"{number:05d}" for number in range(len(database))]
+    work = partial(make_copies, stage.root, train, database, config.near_copy_bits)
+    run_shards(replace(stage, name="embed/copies"), names, work, Workers.of(config))
+    return {shard: name for name, group in zip(names, database, strict=True) for shard in group}
+
+
+def _make_work(config: EmbedConfig, clip: ClipConfig, root: Root, selected: Selected) -> Work:
     torch.set_num_threads(1 if config.gpus_per_worker else max(1, torch.get_num_threads()))
     encoder = Encoder(clip, "cuda" if config.gpus_per_worker else "cpu")
-    none = np.empty(0, np.uint64)
-    train_hashes = np.concatenate([none, *(_hashes(_downloaded(root, shard)) for shard in train)])
-    return partial(_embed_shard, config, encoder, root, train_hashes)
+    return partial(_embed_shard, config, encoder, root, selected)
 
 
 def _embed_shard(
-    config: EmbedConfig, encoder: Encoder, root: Root, train_hashes: npt.NDArray[np.uint64], shard: str
+    config: EmbedConfig, encoder: Encoder, root: Root, selected: Selected, shard: str
 ) -> ShardRecord:
     stored = _downloaded(root, shard)
     reasons: dict[str, int] = {}
-    if shard.startswith("database/"):
-        fresh = ~np.isin(_hashes(stored), train_hashes)
-        reasons[Reason.DUPLICATE_CONTENT] = int((~fresh).sum())
-        stored = stored.filter(pa.array(fresh))
+    if shard in selected.copies:
+        stored, reasons = without_copies(root, selected.copies[shard], stored)
     keys = {f"{image_id & (1 << 64) - 1:016x}" for image_id in stored[schema.IMAGE_ID].to_pylist()}
     with root.local(f"download/{shard}.tar") as path:
-        found, vectors = embed_images(_members(path.as_posix(), keys), encoder, config)
+        pictures = _members(path.as_posix(), keys)
+        if shard in selected.patches:
+            boxes = draw_boxes(stored, selected.patches[shard], config.patches)
+            stored = patch_rows(stored, boxes)
+            pictures = patch_pictures(pictures, boxes, config.patches.edge, config.decode_threads)
+        found, vectors = embed_images(pictures, encoder, config)
     readable = np.isin(stored[schema.IMAGE_ID].to_numpy(), found)
     reasons[Reason.UNREADABLE] = int((~readable).sum())
     table = with_vectors(stored.filter(pa.array(readable)), vectors)
@@ -99,25 +133,36 @@ def embed_images(
     """Ids (n,) and unit vectors (n, dim) of the pictures that can be decoded, in their order."""
     ids: list[int] = []
     vectors = [np.empty((0, encoder.identity.dim), np.float32)]
-    with ThreadPoolExecutor(config.decode_threads) as pool:
-        while chunk := list(islice(pictures, config.batch_size)):
-            decoded = list(pool.map(partial(_decode, encoder), [data for _, data in chunk]))
-            good = [
-                (image_id, tensor)
-                for (image_id, _), tensor in zip(chunk, decoded, strict=True)
-                if tensor is not None
-            ]
-            if good:
-                ids += [image_id for image_id, _ in good]
-                vectors.append(encoder.encode_tensors(torch.stack([tensor for _, tensor in good])))
+    for batch in _decoded(pictures, encoder, config):
+        good = [(image_id, tensor) for image_id, tensor in batch if tensor is not None]
+        if good:
+            ids += [image_id for image_id, _ in good]
+            vectors.append(encoder.encode_tensors(torch.stack([tensor for _, tensor in good])))
     return np.asarray(ids, np.int64), np.concatenate(vectors)
 
 
+def _decoded(
+    pictures: Iterator[tuple[int, bytes]], encoder: Encoder, config: EmbedConfig
+) -> Iterator[list[tuple[int, torch.Tensor | None]]]:
+    """Batches for the encoder; while it works on one, the threads decode the next."""
+    ahead: deque[list[tuple[int, Future[torch.Tensor | None]]]] = deque()
+    with ThreadPoolExecutor(config.decode_threads) as pool:
+        while chunk := list(islice(pictures, config.batch_size)):
+            ahead.append([(image_id, pool.submit(_decode, encoder, data)) for image_id, data in chunk])
+            if len(ahead) > 1:
+                yield [(image_id, tensor.result()) for image_id, tensor in ahead.popleft()]
+        for batch in ahead:
+            yield [(image_id, tensor.result()) for image_id, tensor in batch]
+
+
 def with_vectors(rows: pa.Table, vectors: npt.NDArray[np.float32]) -> pa.Table:
-    """Rows that have the columns of schema.METADATA, with their (n, dim) vectors as float16."""
-    columns = [rows[name].combine_chunks() for name in schema.METADATA.names]
+    """Rows with the columns of schema.METADATA, perhaps DETAILS, and their (n, dim) vectors as float16."""
     wanted = schema.embeddings(vectors.shape[1])
-    return pa.Table.from_arrays([*columns, schema.fixed_lists(vectors.astype(np.float16))], schema=wanted)
+    if schema.BOX in rows.column_names:
+        wanted = pa.schema([*wanted, *schema.DETAILS])
+    coded = schema.fixed_lists(vectors.astype(np.float16))
+    columns = [coded if name == schema.EMBEDDING else rows[name].combine_chunks() for name in wanted.names]
+    return pa.Table.from_arrays(columns, schema=wanted)
 
 
 def _decode(encoder: Encoder, data: bytes) -> torch.Tensor | None:
@@ -150,8 +195,3 @@ def _members(path: str, keys: set[str]) -> Iterator[tuple[int, bytes]]:
 def _downloaded(root: Root, shard: str) -> pa.Table:
     table = schema.read_table(root, f"download/{shard}.parquet", schema.DOWNLOADED)
     return table.filter(pa.compute.equal(table["reason"], ""))
-
-
-def _hashes(table: pa.Table) -> npt.NDArray[np.uint64]:
-    """The first 64 bits of each row's sha256: enough to tell 100M images from 1.9B."""
-    return np.array([int(text[:16], 16) for text in table["sha256"].to_pylist()], np.uint64)

@@ -1,8 +1,8 @@
 """One image over HTTP, safely and politely: its bytes, or why there are none.
 
 Takes a canonical URL from anybody's metadata. Public addresses only (see `sockets`), few redirects, a
-limit of bytes and a deadline for the whole; says who asks, heeds X-Robots-Tag before it reads the body,
-and tries again only where that can help.
+limit of bytes and a deadline for the whole; says who asks, heeds X-Robots-Tag before it reads the body
+(robots.txt before it asks), and tries again only where that can help. One request is one turn of `turns`.
 """
 
 import http.client
@@ -15,7 +15,10 @@ import urllib3
 from urllib3.exceptions import HTTPError, InvalidHeader, ProtocolError, SSLError
 from urllib3.exceptions import TimeoutError as PoolTimeoutError
 
+from pipeline.robots import MAX_BYTES as MAX_ROBOTS_BYTES
+from pipeline.robots import Robots
 from pipeline.sockets import Access, Refusal, Unreachable, pools, waits
+from pipeline.turns import Courtesy, Errand, Turns
 from pipeline.urls import canonical
 from retrieval.manifest import VERSION
 from retrieval.schema import Reason
@@ -26,14 +29,18 @@ OPT_OUT = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _GONE = frozenset({404, 410})
-_TRY_AGAIN = frozenset({429, 500, 502, 503, 504})
+_BUSY = frozenset({429, 503})
+_TRY_AGAIN = frozenset({*_BUSY, 500, 502, 504})
 # Directives of X-Robots-Tag whose own value follows a colon; any other word before one names a crawler.
 _WITH_VALUE = frozenset({"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"})
 
 
 @dataclass(frozen=True)
 class Manners:
-    """How a fetcher behaves. Times in seconds; deadline_s is for one URL with all its retries."""
+    """How a fetcher behaves. Times in seconds; deadline_s is for one URL with all its retries.
+
+    robots: whether robots.txt is asked for and heeded.
+    """
 
     user_agent: str
     contact: str
@@ -43,15 +50,28 @@ class Manners:
     retries: int
     max_bytes: int
     connections: int
+    courtesy: Courtesy
+    robots: bool = False
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A redirect to another canonical URL."""
+
+    url: str
 
 
 class _Failed(Exception):
-    """An attempt without an image. pause_s: seconds after which another may succeed; negative: none will."""
+    """A request without an image. pause_s: seconds after which another may succeed; negative: none will.
 
-    def __init__(self, reason: Reason, message: str, pause_s: float = -1.0) -> None:
+    busy: the host wants to be left alone for so long.
+    """
+
+    def __init__(self, reason: Reason, message: str, pause_s: float = -1.0, busy: bool = False) -> None:
         super().__init__(message)
         self.refusal = Refusal(reason, message)
         self.pause_s = pause_s
+        self.busy = busy
 
 
 class Fetcher:
@@ -60,42 +80,70 @@ class Fetcher:
     def __init__(self, manners: Manners) -> None:
         self.manners = manners
         self._pools = pools(manners.access, manners.connections)
+        self._robots = Robots(manners.user_agent)
         self._headers = {
             "User-Agent": f"{manners.user_agent}/{VERSION} (+{manners.contact})",
             "Accept": "image/*",
             "Accept-Encoding": "identity",
         }
 
-    def fetch(self, url: str) -> bytes | Refusal:
-        """The body that a URL leads to, as it was sent, or the reason why there is none."""
-        end = time.monotonic() + self.manners.deadline_s
-        with waits(self.manners.timeout_s, end):
-            for attempt in range(self.manners.retries + 1):
-                try:
-                    return self._attempt(url, end)
-                except _Failed as failure:
-                    pause_s = max(failure.pause_s, FIRST_PAUSE_S * 2**attempt)
-                    over = failure.pause_s < 0 or time.monotonic() + pause_s >= end
-                    if over or attempt == self.manners.retries:
-                        return failure.refusal
-                    time.sleep(pause_s)
-        raise AssertionError("unreachable: the last attempt returns")
+    def serve(self, errand: Errand, turns: Turns) -> bytes | Refusal | None:
+        """One request for an errand whose turn it is: the body as it was sent, or the reason why none comes.
 
-    def _attempt(self, url: str, end: float) -> bytes:
+        None: the errand went back to the turns. Whatever happens, its turn is over.
+        """
+        errand.end = errand.end or time.monotonic() + self.manners.deadline_s
+        try:
+            with waits(self.manners.timeout_s, errand.end):
+                outcome = self._asked(errand)
+        except _Failed as failure:
+            return _failed(errand, failure, turns, self.manners.retries)
+        except BaseException:
+            turns.done(errand)
+            raise
+        if isinstance(outcome, Moved):
+            turns.moved(errand, outcome.url)
+            return None
+        turns.done(errand)
+        return outcome
+
+    def _asked(self, errand: Errand) -> bytes | Refusal | Moved:
+        if self.manners.robots and (
+            refusal := self._robots.refusal(errand.url, lambda url: self._robots_txt(url, errand.end))
+        ):
+            return refusal
+        outcome = self._request(errand.url, errand.end)
+        if isinstance(outcome, Moved) and errand.redirects == MAX_REDIRECTS:
+            raise _Failed(Reason.TOO_MANY_REDIRECTS, f"more than {MAX_REDIRECTS} redirects")
+        return outcome
+
+    def _request(self, url: str, end: float) -> bytes | Moved:
+        response = self._answer(url, end)
+        try:
+            if target := _target(response, url):
+                return target
+            self._check(response)
+            return self._body(response, end)
+        finally:
+            # Gives an unread connection up; one whose body was read is back in the pool already.
+            response.close()
+
+    def _robots_txt(self, url: str, end: float) -> bytes:
+        """The beginning of a robots.txt, empty where there is none."""
         for _ in range(MAX_REDIRECTS + 1):
             response = self._answer(url, end)
             try:
-                if response.status not in _REDIRECTS or "Location" not in response.headers:
+                if target := _target(response, url):
+                    url = target.url
+                    continue
+                if response.status == http.HTTPStatus.OK:
+                    return self._read(response, MAX_ROBOTS_BYTES, end)
+                if response.status in _TRY_AGAIN or response.status > max(_TRY_AGAIN):
                     self._check(response)
-                    return self._body(response, end)
-                target = urljoin(url, response.headers["Location"])
+                return b""
             finally:
-                # Gives an unread connection up; one whose body was read is back in the pool already.
                 response.close()
-            url = canonical(target)
-            if not url:
-                raise _Failed(Reason.BAD_URL, f"redirected to {target[:200]!r}")
-        raise _Failed(Reason.TOO_MANY_REDIRECTS, f"more than {MAX_REDIRECTS} redirects")
+        return b""  # the RFC takes too many redirects for no file
 
     def _answer(self, url: str, end: float) -> urllib3.BaseHTTPResponse:
         """Status and headers of the answer to a GET, the body unread."""
@@ -128,27 +176,32 @@ class Fetcher:
         """Raises _Failed where status or headers say that there is nothing to read."""
         if response.status in _GONE:
             raise _Failed(Reason.NOT_FOUND, f"HTTP {response.status}")
+        if response.status in _TRY_AGAIN:
+            busy = response.status in _BUSY
+            raise _Failed(Reason.UNAVAILABLE, f"HTTP {response.status}", _retry_after(response), busy)
         if response.status != http.HTTPStatus.OK:
-            pause_s = _retry_after(response) if response.status in _TRY_AGAIN else -1.0
-            raise _Failed(Reason.HTTP_ERROR, f"HTTP {response.status}", pause_s)
+            raise _Failed(Reason.HTTP_ERROR, f"HTTP {response.status}")
         if opted_out(response.headers.getlist("X-Robots-Tag"), self.manners.user_agent):
             raise _Failed(Reason.OPTED_OUT, "X-Robots-Tag")
         if (response.length_remaining or 0) > self.manners.max_bytes:
             raise self._too_large()
 
     def _body(self, response: urllib3.BaseHTTPResponse, end: float) -> bytes:
-        try:
-            # One call, not chunks: the deadline is kept by the sockets below it.
-            body = response.read(self.manners.max_bytes + 1)
-        except PoolTimeoutError as error:
-            raise self._timeout(end) from error
-        except HTTPError as error:
-            raise _Failed(Reason.TRUNCATED, "the body ended early", 0.0) from error
+        body = self._read(response, self.manners.max_bytes + 1, end)
         if len(body) > self.manners.max_bytes:
             raise self._too_large()
         if response.length_remaining:
             raise _Failed(Reason.TRUNCATED, "the body ended early", 0.0)
         return body
+
+    def _read(self, response: urllib3.BaseHTTPResponse, max_bytes: int, end: float) -> bytes:
+        try:
+            # One call, not chunks: the deadline is kept by the sockets below it.
+            return response.read(max_bytes)
+        except PoolTimeoutError as error:
+            raise self._timeout(end) from error
+        except HTTPError as error:
+            raise _Failed(Reason.TRUNCATED, "the body ended early", 0.0) from error
 
     def _timeout(self, end: float) -> _Failed:
         if time.monotonic() >= end:
@@ -157,6 +210,30 @@ class Fetcher:
 
     def _too_large(self) -> _Failed:
         return _Failed(Reason.TOO_LARGE, f"more than {self.manners.max_bytes} bytes")
+
+
+def _failed(errand: Errand, failure: _Failed, turns: Turns, retries: int) -> Refusal | None:
+    """Give a failed errand back; None if it will be tried again."""
+    pause_s = max(failure.pause_s, FIRST_PAUSE_S * 2**errand.attempts)
+    if failure.busy:
+        turns.hold(errand.host, pause_s)
+    errand.attempts += 1
+    if failure.pause_s < 0 or errand.attempts > retries or time.monotonic() + pause_s >= errand.end:
+        turns.done(errand)
+        return failure.refusal
+    turns.again(errand, pause_s)
+    return None
+
+
+def _target(response: urllib3.BaseHTTPResponse, url: str) -> Moved | None:
+    """Where a redirect leads; None for any other answer."""
+    if response.status not in _REDIRECTS or "Location" not in response.headers:
+        return None
+    given = urljoin(url, response.headers["Location"])
+    target = canonical(given)
+    if not target:
+        raise _Failed(Reason.BAD_URL, f"redirected to {given[:200]!r}")
+    return Moved(target)
 
 
 def _is_garbled(error: ProtocolError) -> bool:

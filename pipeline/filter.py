@@ -22,9 +22,10 @@ from pipeline import selection
 from pipeline.blocklist import read_blocklist
 from pipeline.metadata import Columns, plan
 from pipeline.passes import Dedupe, Job, Scan, Select, read_batch
-from pipeline.runner import Stage, Workers, run_shards
+from pipeline.runner import Workers, run_shards
 from pipeline.selection import Rules
-from retrieval.config import Config, speed
+from pipeline.stage import Stage
+from retrieval.config import WorkersConfig
 from retrieval.errors import UserError
 from retrieval.manifest import Manifest, ShardRecord
 from retrieval.schema import SPLITS
@@ -34,7 +35,7 @@ SCHEMA_VERSION = 1
 KEYS_PER_BUCKET = 1 << 21
 
 
-class FilterConfig(Config):
+class FilterConfig(WorkersConfig):
     """What is read and what is kept."""
 
     metadata: str = Field(min_length=1)
@@ -59,8 +60,6 @@ class FilterConfig(Config):
     """Rows in an output shard; the last one of each piece holds fewer."""
     rows_per_piece: int = Field(2_000_000, ge=1, le=1 << 30)
     """Input rows that one task handles; a file with more is divided between its row groups."""
-    workers: int = speed(0, ge=0)
-    """Worker processes of one CPU each; 0: as many as the cluster has CPUs."""
 
 
 def run(config: FilterConfig, root: Root) -> Manifest:
@@ -73,7 +72,7 @@ def run(config: FilterConfig, root: Root) -> Manifest:
         _sweep(root)
         return done
     stage.begin()
-    workers = Workers(config.workers)
+    workers = Workers.of(config)
     names = [piece.name for piece in job.plan.pieces]
     scans = run_shards(stage, [f"scan/{name}" for name in names], partial(Scan, job), workers)
     buckets = [f"dedupe/{bucket:05d}" for bucket in range(job.num_buckets)]

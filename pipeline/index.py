@@ -15,7 +15,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.runner import Stage, Work, Workers, run_shards
+from pipeline.runner import Work, Workers, run_shards
+from pipeline.stage import Stage
 from retrieval import schema
 from retrieval.build import (
     IndexConfig,
@@ -53,12 +54,11 @@ def run(config: IndexConfig, root: Root) -> Manifest:
     if not rows:
         raise UserError(f"{root.at('embed')} has no database images to index. Check filter and download.")
     stage.begin()
-    [record] = run_shards(
-        stage, ["centroids"], partial(_make_centroids, stage, config, encoder, shards), Workers(1)
-    )
+    centers = partial(_make_centroids, stage, config, encoder, shards)
+    [record] = run_shards(stage, ["centroids"], centers, Workers.of(config, 1))
     with root.local("index/centroids.npy") as path:
         centroids: Vectors = np.load(path, allow_pickle=False)
-    workers = Workers(config.workers, num_cpus=config.cores_per_partition)
+    workers = Workers.of(config, num_cpus=config.cores_per_partition)
     groups = _groups(shards)
     names = [f"shuffle/{number:05d}" for number in range(len(groups))]
     shuffle = partial(_make_shuffle, root, encoder.dim, centroids, groups)
@@ -67,7 +67,8 @@ def run(config: IndexConfig, root: Root) -> Manifest:
     partitions = [partition_folder(number) for number in range(len(centroids))]
     built = run_shards(stage, partitions, build, workers)
     values = database_values(encoder, built)
-    run_shards(stage, ["calibration"], partial(_make_calibration, stage, config, values), Workers(1))
+    measure = partial(_make_calibration, stage, config, values)
+    run_shards(stage, ["calibration"], measure, Workers.of(config, 1))
     values["calibration"] = {"images": root.read_json(f"index/{CALIBRATION}")}
     for name in ("shuffle", "records/shuffle", CALIBRATION, "records/calibration.json"):
         root.delete(f"index/{name}")

@@ -6,6 +6,7 @@ trainer streams one table instead of gathering from the whole database. Copies o
 are left out. The manifest states the recall of this table against brute force on a seeded sample.
 """
 
+import hashlib
 import time
 from functools import partial
 from typing import Any
@@ -16,10 +17,13 @@ import pyarrow as pa
 from pydantic import Field
 
 from pipeline.matching import make_match, make_route, merged, number_of, queries_of
+from pipeline.near_copies import grouped
 from pipeline.recall import make_recall, make_sample, make_truth
-from pipeline.runner import Stage, Work, Workers, run_shards
+from pipeline.runner import Work, Workers, run_shards
+from pipeline.stage import Stage
 from retrieval import schema
-from retrieval.config import Config, speed
+from retrieval.blocked import blocked_ids
+from retrieval.config import WorkersConfig, speed
 from retrieval.database import Database
 from retrieval.encoder_identity import EncoderIdentity
 from retrieval.errors import UserError
@@ -33,7 +37,7 @@ ROWS_PER_GROUP = 100_000
 """Training images whose matches are merged at once: 12 KB each at k = 8, for each partition they visit."""
 
 
-class NeighborsConfig(Config):
+class NeighborsConfig(WorkersConfig):
     """How many neighbors, and how hard they are looked for."""
 
     k: int = Field(8, ge=1)
@@ -48,8 +52,6 @@ class NeighborsConfig(Config):
     """Training images whose neighbors are checked against brute force over the whole database."""
     seed: int = 0
     """Seed of that sample."""
-    workers: int = speed(0, ge=0)
-    """Groups or partitions at work at once; 0 fills the cluster."""
     gpus_per_worker: float = speed(0.0, ge=0)
     """GPUs each worker takes; 0 joins on CPUs."""
 
@@ -73,9 +75,7 @@ def run(config: NeighborsConfig, root: Root) -> Manifest:
     database.require_encoder(EncoderIdentity(**embed.values["encoder"]))
     if index.upstream != {"embed": embed.identity}:
         raise UserError(f"{root.at('index')} was built from other embeddings. Run 'make index' first.")
-    stage = Stage(
-        root, "neighbors", SCHEMA_VERSION, config, {"embed": embed.identity, "index": index.identity}
-    )
+    stage = stage_of(config, root)
     if manifest := stage.finished():
         return manifest
     stage.begin()
@@ -93,15 +93,25 @@ def run(config: NeighborsConfig, root: Root) -> Manifest:
     return stage.complete(records, values, started)
 
 
+def stage_of(config: NeighborsConfig, root: Root) -> Stage:
+    """The stage at a root: what the database hides is no neighbor and is not trained on."""
+    upstream = {stage: read_manifest(root, stage).identity for stage in ("embed", "index")}
+    hidden = blocked_ids(root.child("index"))
+    if len(hidden):
+        upstream["hidden"] = hashlib.sha256(hidden.tobytes()).hexdigest()[:16]
+    return Stage(root, "neighbors", SCHEMA_VERSION, config, upstream)
+
+
 def _join(
     stage: Stage, config: NeighborsConfig, database: Database, shards: list[ShardRecord]
 ) -> list[ShardRecord]:
     """Route the queries, match them partition by partition, merge; the records of the training shards."""
-    groups = _groups(shards)
+    together = grouped(shards, ROWS_PER_GROUP)
+    groups = [[shard.removeprefix("train/") for shard in group] for group in together]
     routes = [f"route/{number:05d}" for number in range(len(groups))]
     matches = [f"match/{number:05d}" for number in range(len(database.partitions))]
-    on_cpus = Workers(config.workers)
-    on_gpus = Workers(config.workers, num_gpus=config.gpus_per_worker)
+    on_cpus = Workers.of(config)
+    on_gpus = Workers.of(config, num_gpus=config.gpus_per_worker)
     run_shards(stage, routes, partial(make_route, stage.root, config.probes, groups), on_cpus)
     match = partial(make_match, stage.root, config.join_config(), config.device, routes)
     run_shards(stage, matches, match, on_gpus)
@@ -112,19 +122,6 @@ def _join(
         for group, names in zip(done, groups, strict=True)
         for at, shard in enumerate(names)
     ]
-
-
-def _groups(shards: list[ShardRecord]) -> list[list[str]]:
-    """Names of consecutive shards, grouped so that a group has at most ROWS_PER_GROUP rows or one shard."""
-    groups: list[list[str]] = []
-    rows = 0
-    for record in shards:
-        if not groups or rows + record.rows > ROWS_PER_GROUP:
-            groups.append([])
-            rows = 0
-        groups[-1].append(record.shard.removeprefix("train/"))
-        rows += record.rows
-    return groups
 
 
 def _make_merge(config: NeighborsConfig, root: Root, groups: list[list[str]], matches: list[str]) -> Work:
@@ -141,12 +138,15 @@ def _make_merge(config: NeighborsConfig, root: Root, groups: list[list[str]], ma
         start = 0
         for shard, image_ids in zip(shards, ids, strict=True):
             here = slice(start, start := start + len(image_ids))
-            keep = np.isfinite(best.similarities[here]).all(axis=1)
+            shown = ~np.isin(image_ids, database.hidden)
+            full = np.isfinite(best.similarities[here]).all(axis=1)
+            keep = shown & full
             rows = (image_ids[keep], best.positions[here][keep], best.similarities[here][keep])
             table = neighbor_table(database, rows, vectors[here][keep])
             files.append(schema.write_table(root, f"neighbors/{shard}.parquet", table, table.schema))
             values[f"{shard} rows"] = float(keep.sum())
-            values[f"{shard} short"] = float((~keep).sum())
+            values[f"{shard} blocked"] = float((~shown).sum())
+            values[f"{shard} short"] = float((shown & ~full).sum())
             values[f"{shard} near_copies"] = float(best.near_copies[here].sum())
         return ShardRecord(name, shape[0], tuple(files), {}, values)
 
@@ -172,8 +172,9 @@ def neighbor_table(
 
 def _shard_record(group: ShardRecord, shard: str, at: int) -> ShardRecord:
     """The record of one training shard, from that of the group it was merged in."""
-    short = int(group.values[f"{shard} short"])
-    reasons = {str(Reason.TOO_FEW_NEIGHBORS): short} if short else {}
+    counts = {Reason.BLOCKED: "blocked", Reason.TOO_FEW_NEIGHBORS: "short"}
+    reasons = {str(word): int(group.values[f"{shard} {kind}"]) for word, kind in counts.items()}
+    reasons = {word: count for word, count in reasons.items() if count}
     values = {"near_copies": group.values[f"{shard} near_copies"]}
     return ShardRecord(shard, int(group.values[f"{shard} rows"]), (group.files[at],), reasons, values)
 
@@ -185,13 +186,13 @@ def _recall(
     rows = sum(record.rows for record in records)
     if not min(rows, config.recall_sample):
         return {}
-    on_gpus = Workers(config.workers, num_gpus=config.gpus_per_worker)
+    on_gpus = Workers.of(config, num_gpus=config.gpus_per_worker)
     sample = partial(make_sample, stage.root, records, (config.recall_sample, config.seed))
-    run_shards(stage, ["recall/sample"], sample, Workers(1))
+    run_shards(stage, ["recall/sample"], sample, Workers.of(config, 1))
     truths = [f"recall/{number:05d}" for number in range(len(database.partitions))]
     exact = config.join_config().model_copy(update={"probes": 0, "lists": 0})
     run_shards(stage, truths, partial(make_truth, stage.root, exact, config.device), on_gpus)
     [record] = run_shards(
-        stage, ["recall/all"], partial(make_recall, stage.root, config.k, truths), Workers(1)
+        stage, ["recall/all"], partial(make_recall, stage.root, config.k, truths), Workers.of(config, 1)
     )
     return dict(record.values)

@@ -15,11 +15,14 @@ from threading import Semaphore
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from pipeline.phash import phash
 from pipeline.sockets import Refusal
 from retrieval.schema import Reason
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 ORIENTATION_TAG = 0x0112
+LEAST_EDGE = 64
+"""Shorter edge in pixels at which a look is taken, where the picture has as much."""
 # What Pillow's readers were seen or are documented to raise for damaged files; no MemoryError.
 BROKEN = (
     OSError,
@@ -49,6 +52,8 @@ class Picture:
     data: bytes
     size: tuple[int, int]
     keeps_bytes: bool = False
+    phash: int = 0
+    """See `pipeline.phash`."""
 
 
 def prepared(body: bytes, max_pixels: int, max_edge: int) -> Picture | Refusal:
@@ -80,13 +85,14 @@ def _picture(image: Image.Image, body: bytes, max_pixels: int, max_edge: int) ->
     with _DECODING:
         if not plain:
             upright = _decoded(image)
-            return Picture(_ppm(upright), upright.size)
+            return Picture(_ppm(upright), upright.size, phash=phash(upright))
         # A JPEG can be decoded at a half, quarter or eighth of its size for a fraction of the work, and
         # shows as well whether it is whole.
-        share = 1 / 8 if stays else max_edge / min(size)
+        share = max(1 / 8, LEAST_EDGE / min(size)) if stays else max_edge / min(size)
         image.draft(None, (math.ceil(size[0] * share), math.ceil(size[1] * share)))
         image.load()
-        return Picture(body, size, keeps_bytes=True) if stays else Picture(_ppm(image), size)
+        data = body if stays else _ppm(image)
+        return Picture(data, size, keeps_bytes=stays, phash=phash(image))
 
 
 def _too_many(max_pixels: int) -> Refusal:

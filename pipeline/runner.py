@@ -1,15 +1,14 @@
 """Runs the shards of a stage on Ray, each to its end exactly once, whatever is killed on the way.
 
-Reads and writes a stage's completion records and its manifest; what a shard is and holds is the
-business of the `Work` it is given. This is the only file of `pipeline` that knows Ray.
+Reads and writes a stage's completion records; what a shard is and holds is the business of the `Work` it is
+given. Only here and in `meters.py` does `pipeline` know Ray.
 """
 
-import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -22,29 +21,24 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from retrieval.blocked import FILE as BLOCKED
-from retrieval.config import Config
+from pipeline import memory
+from pipeline.meters import Meters
+from pipeline.stage import Stage
+from retrieval.config import WorkersConfig
 from retrieval.errors import UserError
-from retrieval.manifest import (
-    Manifest,
-    ShardRecord,
-    files_stand,
-    fingerprint,
-    read_manifest,
-    read_record,
-    write_manifest,
-    write_record,
-)
-from retrieval.storage import Root
+from retrieval.manifest import ShardRecord, files_stand, read_record, write_record
+from retrieval.scratch import sweep_scratch
 
 Work = Callable[[str], ShardRecord]
 """Makes one shard: gets its name, writes its files, returns what it wrote. Safe to repeat."""
 
 MAX_LOST_WORKERS = 3
 """How often one shard may lose its worker (killed, out of memory, node gone) before the stage gives up."""
-
-
 LOST_WORKER = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
+PLACE = 0.001
+"""What a worker takes of the resource that names its nodes: it chooses the node and counts no workers."""
+STARTING = ""
+"""In the place of a shard: a worker that is not there yet."""
 
 
 class ShardError(RuntimeError):
@@ -58,114 +52,81 @@ class Workers:
     count: int = 0
     num_cpus: float = 1
     num_gpus: float = 0
+    memory_gb: float = 0
+    nodes: str = ""
+
+    @classmethod
+    def of(
+        cls, config: WorkersConfig, count: int | None = None, num_cpus: float = 1, num_gpus: float = 0
+    ) -> "Workers":
+        """The workers that a stage's settings ask for. count: instead of theirs."""
+        wanted = config.workers if count is None else count
+        return cls(wanted, num_cpus, num_gpus, config.memory_gb, config.nodes)
 
     def resolved(self) -> int:
-        """Workers to start: as many as fit the cluster, at most `count`. Raises UserError if none fits."""
-        wanted = {"GPU": self.num_gpus, "CPU": self.num_cpus}
-        there = ray.cluster_resources()
-        fitting = {kind: int(there.get(kind, 0) // need) for kind, need in wanted.items() if need}
-        for kind, count in fitting.items():
-            if not count:
-                raise UserError(
-                    f"a worker takes {wanted[kind]:g} {kind}, the cluster has {there.get(kind, 0):g}. "
-                    "Lower it in the recipe, or set RAY_ADDRESS to a larger cluster."
-                )
-        return min(self.count or max(1, min(fitting.values())), max(1, min(fitting.values())))
+        """Workers to start: as many as fit the nodes, at most `count`. Raises UserError if none fits."""
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        fitting = sum(self._fit(there) for there in nodes)
+        if not fitting:
+            known = {kind: max(there.get(kind, 0) for there in nodes) for kind in self._needs()}
+            raise UserError(
+                f"a worker takes {_said(self._needs())}; no node of the cluster has that at once, the most "
+                f"are {_said(known)}. Lower it in the recipe, or use another cluster: RAY_ADDRESS, CLUSTER."
+            )
+        return min(self.count or fitting, fitting)
+
+    def _needs(self) -> dict[str, float]:
+        needs = {"CPU": self.num_cpus, "GPU": self.num_gpus, "memory": self.memory_gb * memory.GB}
+        return {kind: need for kind, need in {**needs, self.nodes: PLACE}.items() if kind and need}
+
+    def _fit(self, there: dict[str, float]) -> int:
+        return min(int(there.get(kind, 0) / need + 1e-6) for kind, need in self._needs().items())
 
     def options(self) -> dict[str, Any]:
         """The same as Ray actor options."""
-        return {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus, "max_restarts": 0}
+        return {
+            "num_cpus": self.num_cpus,
+            "num_gpus": self.num_gpus,
+            "memory": int(self.memory_gb * memory.GB) or None,
+            "resources": {self.nodes: PLACE} if self.nodes else None,
+            "max_restarts": 0,
+        }
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A stage's identity: its folder below the root, format, settings and what it is made from."""
-
-    root: Root
-    name: str
-    schema_version: int
-    config: Config
-    upstream: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def fingerprint(self) -> str:
-        """See `retrieval.manifest.fingerprint`."""
-        return fingerprint(self.name, self.schema_version, self.config, self.upstream)
-
-    @property
-    def log(self) -> logging.Logger:
-        """The logger that bears the stage's name."""
-        return logging.getLogger(self.name)
-
-    def finished(self) -> Manifest | None:
-        """The manifest, if this very stage was finished before; otherwise None."""
-        if not self.root.exists(f"{self.name}/manifest.json"):
-            return None
-        manifest = read_manifest(self.root, self.name)
-        if manifest.fingerprint != self.fingerprint:
-            return None
-        if not all(files_stand(self.root, shard) for shard in manifest.shards):
-            self.log.warning(
-                "files of %s are missing or cut short: they are made again", self.root.at(self.name)
-            )
-            return None
-        self.log.info("already finished: %s rows in %d shards", f"{manifest.rows:,}", len(manifest.shards))
-        return manifest
-
-    def begin(self) -> None:
-        """Make the folder ready: what another fingerprint left is deleted, its manifest first."""
-        mark = f"{self.name}/started.json"
-        self.root.delete(f"{self.name}/manifest.json")
-        if self.root.exists(mark) and self.root.read_json(mark) == {"fingerprint": self.fingerprint}:
-            self.root.sweep_partials(self.name)
-            return
-        if self.root.exists(self.name):
-            self.log.info("settings or inputs changed: %s is made anew", self.root.at(self.name))
-        self.root.delete_but(self.name, BLOCKED)  # what must not be shown stays hidden in what comes instead
-        self.root.write_json(mark, {"fingerprint": self.fingerprint})
-
-    def complete(self, records: Sequence[ShardRecord], values: dict[str, Any], started: float) -> Manifest:
-        """Write the manifest, last of all files. started: `time.time()` when the stage began."""
-        manifest = Manifest(
-            stage=self.name,
-            schema_version=self.schema_version,
-            fingerprint=self.fingerprint,
-            upstream=self.upstream,
-            config=self.config.model_dump(mode="json"),
-            shards=tuple(records),
-            values=values,
-            seconds=round(time.time() - started, 3),
-        )
-        write_manifest(self.root, manifest)
-        self.log.info(
-            "finished: %s rows kept, %s not (%s) in %.1f s",
-            f"{manifest.rows:,}",
-            f"{sum(manifest.reasons.values()):,}",
-            ", ".join(f"{word} {count:,}" for word, count in manifest.reasons.items()) or "no reasons",
-            manifest.seconds,
-        )
-        return manifest
+def _said(resources: dict[str, float]) -> str:
+    return ", ".join(
+        f"{kind} {count / memory.GB:.1f} GB" if kind == "memory" else f"{kind} {count:g}"
+        for kind, count in resources.items()
+    )
 
 
 def run_shards(
-    stage: Stage, shards: Sequence[str], make_work: Callable[[], Work], workers: Workers
+    stage: Stage,
+    shards: Sequence[str],
+    make_work: Callable[[], Work],
+    workers: Workers,
+    finished_too: bool = False,
 ) -> list[ShardRecord]:
     """Make every shard that has no standing record of this fingerprint; records in the order of `shards`.
 
     `make_work` is called once in each worker, where it loads what all its shards share. A shard is
     tried again only if its worker was lost; an exception in it stops the stage with ShardError
-    (UserError where the shard raised that), and the finished shards stay.
+    (UserError where the shard raised that), and the finished shards stay. finished_too: the workers get
+    those as well, because they may be bettered.
     """
-    records = {shard: found for shard in shards if (found := _standing(stage, shard))}
+    records = {s: found for s in shards if not finished_too and (found := _standing(stage, s))}
     if records:
         stage.log.info("%d of %d shards are finished already", len(records), len(shards))
     todo = deque(shard for shard in shards if shard not in records)
+    if not todo:
+        return [records[shard] for shard in shards]
     pool = _Pool(stage, make_work, workers)
     begun = time.time()
     with closing(pool):
-        for record in pool.run(todo):
+        for record, peak in pool.run(todo):
             records[record.shard] = record
-            _report(stage, record, len(records), len(shards), (time.time() - begun) / max(1, pool.made))
+            pool.meters.made(record, peak)
+            _report(stage, record, peak, (len(records), len(shards), (time.time() - begun) / pool.made))
     return [records[shard] for shard in shards]
 
 
@@ -176,30 +137,38 @@ def _standing(stage: Stage, shard: str) -> ShardRecord | None:
     return found[1]
 
 
-def _report(stage: Stage, record: ShardRecord, done: int, total: int, seconds_per_shard: float) -> None:
-    rate = record.rows / record.seconds if record.seconds else 0.0
+def _report(stage: Stage, record: ShardRecord, peak: int, progress: tuple[int, int, float]) -> None:
+    """One line a shard. peak: bytes; progress: shards done, shards in all, seconds for each."""
+    done, total, seconds = progress
     stage.log.info(
-        "shard %s  %s rows  %.1f s  %s rows/s  (%d/%d, %.0f s left)",
+        "shard %s  %s rows  %.1f s  %s rows/s  %.1f GB  (%d/%d, %.0f s left)",
         record.shard,
         f"{record.rows:,}",
         record.seconds,
-        f"{rate:,.0f}",
+        f"{record.rows / record.seconds if record.seconds else 0.0:,.0f}",
+        peak / memory.GB,
         done,
         total,
-        seconds_per_shard * (total - done),
+        seconds * (total - done),
     )
 
 
 class _Worker:
     """A Ray actor that makes shards one after another and notes each as finished."""
 
-    def __init__(self, stage: Stage, make_work: Callable[[], Work]) -> None:
+    def __init__(self, stage: Stage, make_work: Callable[[], Work], memory_gb: float) -> None:
         self.stage = stage
         self.make_work = make_work
         self.work: Work | None = None
+        sweep_scratch()
+        if memory_gb:
+            memory.hold(memory_gb, stage.name)
 
-    def run(self, shard: str) -> ShardRecord:
-        """Make one shard and write its record."""
+    def start(self) -> None:
+        """Return once this worker has its place: a shard waits for no worker that has none."""
+
+    def run(self, shard: str) -> tuple[ShardRecord, int]:
+        """Make one shard and write its record; with the most bytes that this worker ever held."""
         started = time.time()
         try:
             self.work = self.work or self.make_work()
@@ -210,7 +179,7 @@ class _Worker:
             where = self.stage.root.at(f"{self.stage.name}/{shard}")
             raise ShardError(f"{where}: {type(error).__name__}: {error}") from error
         write_record(self.stage.root, self.stage.name, self.stage.fingerprint, record)
-        return record
+        return record, memory.peak_bytes()
 
 
 class _Pool:
@@ -220,52 +189,63 @@ class _Pool:
         self.stage = stage
         self.make_work = make_work
         self.workers = workers
+        self.meters = Meters(stage.name)
         self.made = 0
         self.lost: Counter[str] = Counter()
         self.flights: dict[Any, tuple[Any, str]] = {}
         self.actors: list[Any] = []
 
-    def run(self, todo: deque[str]) -> Iterator[ShardRecord]:
-        """Yields records as shards finish."""
-        idle = [self._start() for _ in range(min(len(todo), self.workers.resolved() if todo else 0))]
-        while todo or self.flights:
+    def run(self, todo: deque[str]) -> Iterator[tuple[ShardRecord, int]]:
+        """Yields records as shards finish, each with its worker's peak of memory in bytes."""
+        for _ in range(min(len(todo), self.workers.resolved())):
+            self._start()
+        self.meters.asked(todo)
+        idle: list[Any] = []
+        # A replacement may wait for a node that never comes back; the shards do not wait with it.
+        while todo or any(shard != STARTING for _, shard in self.flights.values()):
             while todo and idle:
-                self._submit(idle.pop(), todo.popleft())
+                actor, shard = idle.pop(), todo.popleft()
+                self.flights[actor.run.remote(shard)] = (actor, shard)
             [ready], _ = ray.wait(list(self.flights), num_returns=1)
             actor, shard = self.flights.pop(ready)
             try:
-                record = ray.get(ready)
+                result = ray.get(ready)
             except LOST_WORKER as error:
-                todo.appendleft(self._retry(shard, error))
-                idle.append(self._start())
+                self._note_lost(shard, error)
+                if shard != STARTING:
+                    todo.appendleft(shard)
+                self._start()
                 continue
             except RayTaskError as error:
                 raise error.cause if isinstance(error.cause, UserError | ShardError) else error from None
             idle.append(actor)
-            self.made += 1
-            yield record
+            self.lost[STARTING] = 0
+            if shard != STARTING:
+                self.made += 1
+                yield result
 
     def close(self) -> None:
         """End every worker, also those still at work when a shard failed."""
         for actor in self.actors:
             ray.kill(actor)
 
-    def _start(self) -> Any:
-        actor = ray.remote(_Worker).options(**self.workers.options()).remote(self.stage, self.make_work)
+    def _start(self) -> None:
+        kind: Any = ray.remote(_Worker).options(**self.workers.options())
+        actor: Any = kind.remote(self.stage, self.make_work, self.workers.memory_gb)
         self.actors.append(actor)
-        return actor
+        self.flights[actor.start.remote()] = (actor, STARTING)
 
-    def _submit(self, actor: Any, shard: str) -> None:
-        self.flights[actor.run.remote(shard)] = (actor, shard)
-
-    def _retry(self, shard: str, error: RayError) -> str:
+    def _note_lost(self, shard: str, error: RayError) -> None:
         self.lost[shard] += 1
+        self.meters.lost()
         where = self.stage.root.at(f"{self.stage.name}/{shard}")
         if getattr(error, "actor_init_failed", False):
             raise ShardError(f"{where}: no worker can start: {error}") from error
         if self.lost[shard] > MAX_LOST_WORKERS:
+            limit = self.workers.memory_gb
+            held = f" (one that holds more than memory_gb = {limit:g} is ended)" if limit else ""
             raise ShardError(
-                f"{where}: lost its worker {self.lost[shard]} times; the last time: {error}"
+                f"{where}: lost its worker {self.lost[shard]} times{held}; the last time: {error}"
             ) from error
-        self.stage.log.warning("shard %s lost its worker (%s); trying again", shard, type(error).__name__)
-        return shard
+        what = f"shard {shard} lost its worker" if shard else "a worker was lost before it began"
+        self.stage.log.warning("%s (%s); trying again", what, type(error).__name__)

@@ -3,7 +3,8 @@
 img2dataset's `Downloader` calls a function of its module, `download_image_with_retry(row, ...)`, in many
 threads, and gives what it returns to its resizer and writer. That function opens file:// URLs and private
 addresses, has no limit of bytes or time, retries whatever fails, and leaves rotated and 16-bit pictures to
-be decoded wrongly. `shard_download` puts a `Seam` in its place while one shard is made.
+be decoded wrongly. `shard_download` puts a `Seam` in its place while one shard is made. Downloader takes
+the results in any order and by the number that comes with them, so that `turns` may choose the next URL.
 """
 
 import hashlib
@@ -11,14 +12,17 @@ import io
 import threading
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from pipeline.blocklist import Blocklist
 from pipeline.fetch import Fetcher
 from pipeline.picture import Picture, prepared
 from pipeline.sockets import Refusal
+from pipeline.turns import GIVEN_UP, Errand, Turns
 from retrieval.schema import Reason
 
 SILENT = frozenset({Reason.NO_CONNECTION, Reason.TIMEOUT})
 MIN_JUDGED_URLS = 5
-_GIVEN_UP = Refusal(Reason.NO_CONNECTION, "not tried: the shard was given up")
 
 
 class Stream(io.BytesIO):
@@ -34,33 +38,35 @@ class Seam:
     """Fetches the URLs of one shard; knows of each what came, by its row. sent: SHA-256 of bodies, in hex."""
 
     fetcher: Fetcher
+    turns: Turns
     max_pixels: int
     max_edge: int
     min_success: float
     patience: int
     """URLs that may pass without an answer before the rest is not tried."""
+    blocklist: Blocklist = field(default_factory=Blocklist)
     sent: dict[int, str] = field(default_factory=dict)
+    phashes: dict[int, int] = field(default_factory=dict)
     refused: dict[int, Refusal] = field(default_factory=dict)
     defect: Exception | None = None
     done: int = 0
     silent: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def __call__(self, row: tuple[int, str], **_settings: object) -> tuple[int, Stream | None, str | None]:
-        """What `download_image_with_retry` gives: the row's number, and a picture or a message."""
-        number, url = row
-        try:
-            outcome = _GIVEN_UP if self.over else self._picture(number, url)
-        except Exception as error:  # noqa: BLE001
-            # Kept, and raised when the shard is over: an exception in this thread would leave Downloader's
-            # pool waiting for ever (its feeder holds a semaphore that only the broken loop releases).
-            self.defect = error
-            outcome = _GIVEN_UP
+    def __call__(self, _row: object, **_settings: object) -> tuple[int, Stream | None, str | None]:
+        """What `download_image_with_retry` gives: a row's number, and a picture or a message.
+
+        The row is the next one whose turn it is, not the one that Downloader names.
+        """
+        outcome: Picture | Refusal | None = None
+        while outcome is None:
+            errand, outcome = self.turns.take()
+            outcome = outcome or self._served(errand)
         self._count(outcome)
         if isinstance(outcome, Refusal):
-            self.refused[number] = outcome
-            return number, None, outcome.message
-        return number, Stream(outcome), None
+            self.refused[errand.number] = outcome
+            return errand.number, None, outcome.message
+        return errand.number, Stream(outcome), None
 
     @property
     def over(self) -> bool:
@@ -73,14 +79,30 @@ class Seam:
         answered = self.done - self.silent
         return self.done >= MIN_JUDGED_URLS and answered < self.min_success * self.done
 
-    def _picture(self, number: int, url: str) -> Picture | Refusal:
-        body = self.fetcher.fetch(url)
-        if isinstance(body, Refusal):
-            return body
+    def _served(self, errand: Errand) -> Picture | Refusal | None:
+        try:
+            body = self.fetcher.serve(errand, self.turns)
+            return self._picture(errand.number, body) if isinstance(body, bytes) else body
+        except Exception as error:  # noqa: BLE001
+            # Kept, and raised when the shard is over: an exception in this thread would leave Downloader's
+            # pool waiting for ever (its feeder holds a semaphore that only the broken loop releases).
+            self.defect = error
+            return GIVEN_UP
+
+    def _picture(self, number: int, body: bytes) -> Picture | Refusal:
         self.sent[number] = hashlib.sha256(body).hexdigest()
-        return prepared(body, self.max_pixels, self.max_edge)
+        if self.blocklist.blocks_content(body):
+            return Refusal(Reason.BLOCKED, "its content is on the blocklist")
+        picture = prepared(body, self.max_pixels, self.max_edge)
+        if isinstance(picture, Picture):
+            self.phashes[number] = picture.phash
+            if self.blocklist.blocks_looks(np.array([picture.phash])).any():
+                return Refusal(Reason.BLOCKED, "its look is on the blocklist")
+        return picture
 
     def _count(self, outcome: Picture | Refusal) -> None:
         with self.lock:
             self.done += 1
             self.silent += isinstance(outcome, Refusal) and outcome.reason in SILENT
+            if self.over:
+                self.turns.give_up()

@@ -5,33 +5,37 @@ Reads `filter/<shard>.parquet`; writes `download/<shard>.tar` (WebDataset, rows 
 servers give equal bytes. Imports img2dataset, which takes seconds and 600 MB: workers alone import this.
 """
 
-import os
-import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 from img2dataset import downloader
-from img2dataset.resizer import Resizer
 from img2dataset.writer import WebDatasetSampleWriter
 
 from pipeline import tars
+from pipeline.blocklist import Blocklist
 from pipeline.fetch import Fetcher
 from pipeline.seam import Seam, Stream
 from pipeline.sockets import Refusal
+from pipeline.turns import Turns
 from retrieval.errors import UserError
 from retrieval.manifest import ShardRecord
 from retrieval.schema import DOWNLOADED, SELECTED, Reason, read_table, write_table
-from retrieval.storage import Root
+from retrieval.scratch import scratch_folder
+from retrieval.storage import FileRecord, Root
 
-SCRATCH = "rdm-download-"
 TOO_SMALL = "image too small"
+
+Pictures = Callable[[int, str], bytes]
+"""Gives a stored row's JPEG, by the row's number and its key in the tar."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Storing:
     jpeg_quality: int
     threads: int
     min_success: float
+    blocklist: Blocklist = field(default_factory=Blocklist)
 
 
 class ShardDownload:
@@ -53,26 +58,49 @@ class ShardDownload:
         self.root = root
         self.fetcher = fetcher
         self.storing = storing
-        _sweep_scratch()
+        self.open_at: dict[str, float] = {}
 
     def __call__(self, shard: str) -> ShardRecord:
         """Download a shard such as `train/00000-00000`. Raises UserError if nearly no URL gave an answer."""
-        rows = read_table(self.root, f"filter/{shard}.parquet", SELECTED)
-        storing = self.storing[shard.partition("/")[0]]
+        rows = self.selected(shard)
+        with self.fetched(shard, rows, self.storing[shard.partition("/")[0]]) as (facts, picture):
+            with self.root.writing(f"download/{shard}.tar") as tar:
+                write_tar(tar.path, facts, picture)
+            return self.recorded(shard, facts, tar.record)
+
+    def selected(self, shard: str) -> pa.Table:
+        """The rows that filter kept for a shard."""
+        return read_table(self.root, f"filter/{shard}.parquet", SELECTED)
+
+    @contextmanager
+    def fetched(
+        self, shard: str, rows: pa.Table, storing: Storing
+    ) -> Iterator[tuple[list[dict[str, Any]], Pictures]]:
+        """Rows of DOWNLOADED in their order, and while the block lasts the pictures of those stored."""
+        manners = self.fetcher.manners
+        turns = Turns(enumerate(rows["url"].to_pylist()), manners.courtesy, self.open_at)
         seam = Seam(
-            self.fetcher, storing.max_pixels, storing.edge, storing.min_success, patience=4 * storing.threads
+            self.fetcher,
+            turns,
+            storing.max_pixels,
+            storing.edge,
+            storing.min_success,
+            patience=4 * storing.threads,
+            blocklist=storing.blocklist,
         )
-        with _scratch() as folder:
+        with scratch_folder() as folder:
             found = _run_img2dataset(rows, storing, seam, folder)
             _check(shard, rows, found, seam)
-            facts = _facts(rows, found, seam, storing)
-            with self.root.writing(f"download/{shard}.tar") as tar:
-                _write_tar(tar.path, folder / "0.tar", facts)
+            with reading(folder / "0.tar", base=10) as picture:
+                yield _facts(rows, found, seam, storing), lambda number, _: picture(number)
+
+    def recorded(self, shard: str, facts: list[dict[str, Any]], tar: FileRecord) -> ShardRecord:
+        """Write the status table of a shard whose tar is written; the record of both."""
         table = pa.Table.from_pylist(facts, DOWNLOADED)
         file = write_table(self.root, f"download/{shard}.parquet", table, DOWNLOADED)
         reasons = Counter(row["reason"] for row in facts)
         stored = reasons.pop("", 0)
-        return ShardRecord(shard, stored, (tar.record, file), dict(reasons), {"urls": rows.num_rows})
+        return ShardRecord(shard, stored, (tar, file), dict(reasons), {"urls": len(facts)})
 
 
 def _run_img2dataset(rows: pa.Table, storing: Storing, seam: Seam, folder: Path) -> list[dict[str, Any]]:
@@ -105,27 +133,35 @@ def _run_img2dataset(rows: pa.Table, storing: Storing, seam: Seam, folder: Path)
     return sorted(found, key=lambda row: int(row["key"]))
 
 
-class _Resizer(Resizer):
-    """img2dataset's resizer, but for pictures that keep their bytes, and with the sizes that came."""
+class _Resizer:
+    """In the place of img2dataset's, which sets up an albumentations transform for each picture."""
 
     def __init__(self, storing: Storing) -> None:
-        super().__init__(
-            image_size=storing.edge,
-            resize_mode="keep_ratio" if storing.edge else "no",
-            resize_only_if_bigger=True,
-            encode_quality=storing.jpeg_quality,
-        )
-        self.min_edge = storing.min_edge
+        self.storing = storing
+        cv2.setNumThreads(1)  # a worker has one CPU
 
     def __call__(self, img_stream: Stream, blurring_bbox_list: object = None) -> tuple[Any, ...]:
-        """Bytes, width, height, original width and height, error message: as the base class gives them."""
+        """Bytes, width, height, original width and height, error message: as img2dataset's gives them."""
         picture = img_stream.picture
-        if min(picture.size) < self.min_edge:
+        if min(picture.size) < self.storing.min_edge:
             return None, None, None, None, None, TOO_SMALL
         if picture.keeps_bytes:
             return picture.data, *picture.size, *picture.size, None
-        data, width, height, _, _, message = super().__call__(img_stream, blurring_bbox_list)
-        return data, width, height, *picture.size, message
+        pixels = cv2.imdecode(np.frombuffer(picture.data, np.uint8), cv2.IMREAD_COLOR)
+        pixels = _cut_down(np.asarray(pixels, np.uint8), self.storing.edge)
+        whole, data = cv2.imencode(".jpg", pixels, (cv2.IMWRITE_JPEG_QUALITY, self.storing.jpeg_quality))
+        height, width = pixels.shape[:2]
+        return data.tobytes(), width, height, *picture.size, None if whole else "not encoded"
+
+
+def _cut_down(pixels: npt.NDArray[np.uint8], edge: int) -> npt.NDArray[np.uint8]:
+    """Pixels (h, w, 3), their shorter edge cut down to `edge` where that is less and not 0."""
+    height, width = pixels.shape[:2]
+    shorter = min(height, width)
+    if not edge or shorter <= edge:
+        return pixels
+    size = (round(width * edge / shorter), round(height * edge / shorter))
+    return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), np.uint8)
 
 
 @contextmanager
@@ -166,6 +202,7 @@ def _facts(rows: pa.Table, found: list[dict[str, Any]], seam: Seam, storing: Sto
             "reason": str(refusal.reason) if refusal else "",
             "message": refusal.message if refusal else "",
             "sha256": seam.sent.get(number, ""),
+            "phash": seam.phashes.get(number, 0),
         }
         facts.append(row | sizes | outcome)
     return facts
@@ -181,37 +218,26 @@ def _refusal(theirs: dict[str, Any], storing: Storing) -> Refusal | None:
     raise RuntimeError(f"img2dataset could not store {theirs['url']}: {theirs['error_message']}")
 
 
-def _write_tar(path: Path, source: Path, facts: list[dict[str, Any]]) -> None:
-    places = {int(key): place for key, place in tars.places(source, ".jpg").items()}
-    with source.open("rb") as file, tars.writing(path) as tar:
+def write_tar(path: Path, facts: list[dict[str, Any]], picture: Pictures) -> None:
+    """The tar of the rows that were stored, in their order."""
+    with tars.writing(path) as tar:
         for number, row in enumerate(facts):
             if row["reason"]:
                 continue
-            offset, size = places[number]
-            file.seek(offset)
+            key = tars.key_of(row["image_id"])
             shown = {name: value for name, value in row.items() if name not in ("reason", "message")}
-            tar.add(tars.key_of(row["image_id"]), file.read(size), row["caption"], shown)
+            tar.add(key, picture(number, key), row["caption"], shown)
 
 
 @contextmanager
-def _scratch() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix=f"{SCRATCH}{os.getpid()}-") as folder:
-        yield Path(folder)
+def reading(path: Path, base: int) -> Iterator[Callable[[int], bytes]]:
+    """The pictures of a tar by the number that their key is, written to this base."""
+    places = {int(key, base): place for key, place in tars.places(path, ".jpg").items()}
+    with path.open("rb") as file:
 
+        def picture(number: int) -> bytes:
+            offset, size = places[number]
+            file.seek(offset)
+            return file.read(size)
 
-def _sweep_scratch() -> None:
-    """Remove the scratch folders of killed workers of this machine."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*"):
-        owner = folder.name.removeprefix(SCRATCH).partition("-")[0]
-        if owner.isdigit() and not _runs(int(owner)):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        yield picture

@@ -11,7 +11,6 @@ import logging
 import math
 import re
 import shutil
-import tempfile
 import time
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field, replace
@@ -26,20 +25,21 @@ from pydantic import Field, field_validator
 from retrieval import inverted, schema
 from retrieval.blocked import FILE as BLOCKED
 from retrieval.calibration import calibrate
-from retrieval.config import Config, speed
+from retrieval.config import WorkersConfig, speed
 from retrieval.database import SCHEMA_VERSION, Database
 from retrieval.encoder_identity import EncoderIdentity
 from retrieval.errors import UserError
 from retrieval.kmeans import assign, train_centroids
 from retrieval.manifest import Manifest, ShardRecord, fingerprint, write_manifest
 from retrieval.partition import AnyVectors, Vectors, partition_folder
+from retrieval.scratch import scratch_folder
 from retrieval.storage import FileRecord, Root
 
 MIN_LIST_ROWS = 1_000
 """Below so many rows there are too few to train lists and codes on."""
 
 
-class IndexConfig(Config):
+class IndexConfig(WorkersConfig):
     """How rows are partitioned and indexed."""
 
     rows_per_partition: int = Field(1_000_000, ge=1)
@@ -57,8 +57,6 @@ class IndexConfig(Config):
     """Seed of the sample, the centroids, the order of rows within a partition and the queries."""
     cores_per_partition: int = speed(1, ge=1)
     """Threads that build one partition's index."""
-    workers: int = speed(0, ge=0)
-    """Partitions built at once; 0 fills the cluster."""
 
     @field_validator("index_key")
     @classmethod
@@ -203,8 +201,8 @@ def _write_lists(root: Root, folder: str, made: inverted.Inverted) -> list[FileR
 
 def _write_index(root: Root, name: str, rows: Vectors, config: IndexConfig) -> FileRecord:
     key = config.index_key or "Flat"
-    with root.writing(name) as pending, tempfile.TemporaryDirectory(prefix="rdm-") as scratch:
-        index = _autofaiss(rows, key, scratch, config.cores_per_partition)
+    with root.writing(name) as pending, scratch_folder() as scratch:
+        index = _autofaiss(rows, key, str(scratch), config.cores_per_partition)
         if index is None:
             raise UserError(f"{root.at(name)}: autofaiss built no {key!r} index of {len(rows)} rows.")
         shutil.copyfile(f"{scratch}/index", pending.path)

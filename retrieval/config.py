@@ -29,3 +29,14 @@ class Config(BaseModel):
 def speed(default: Any, **limits: Any) -> Any:
     """A field that does not alter what is written (speed, memory, when to give up): it recomputes nothing."""
     return Field(default, json_schema_extra={"speed": True}, **limits)
+
+
+class WorkersConfig(Config):
+    """What the stages that run on Ray share: how many workers, and what each of them takes."""
+
+    workers: int = speed(0, ge=0)
+    """Workers at once; 0: as many as fit the cluster."""
+    memory_gb: float = speed(0.0, ge=0)
+    """Memory of a worker in GB: no node gets more than fit, one that holds more is ended; 0: no limit."""
+    nodes: str = speed("", pattern=r"^[A-Za-z0-9_-]*$")
+    """Nodes that may work: those that offer this custom resource, such as `download`; empty: all."""

@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from retrieval import schema
 from retrieval.blocked import Ids, blocked_ids
 from retrieval.effort import STREAMS, Effort, Measured, choose, measured
 from retrieval.encoder_identity import EncoderIdentity

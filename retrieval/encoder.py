@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import open_clip
 import torch
 from PIL import Image
 
@@ -36,6 +35,8 @@ class Encoder:
 
     def __init__(self, config: ClipConfig, device: str = "cpu") -> None:
         """Load the model. device: `cpu`, `cuda` or `cuda:1`. Raises UserError if it cannot be loaded."""
+        import open_clip  # it takes longer to import than torch, and many need ClipConfig alone
+
         self.device = torch.device(device)
         self._model, self.preprocess = _load(config)
         self._model.eval().requires_grad_(False).to(self.device)
@@ -83,6 +84,8 @@ class Encoder:
 
 
 def _load(config: ClipConfig) -> tuple[Any, Any]:
+    import open_clip
+
     _refuse_traps(config)
     try:
         with warnings.catch_warnings():

@@ -111,6 +111,11 @@ def write_record(root: Root, stage: str, print_: str, record: ShardRecord) -> No
     root.write_json(f"{stage}/records/{record.shard}.json", {"fingerprint": print_, **asdict(record)})
 
 
+def delete_record(root: Root, stage: str, shard: str) -> None:
+    """Take back that a shard is finished, before its files change."""
+    root.delete(f"{stage}/records/{shard}.json")
+
+
 def files_stand(root: Root, record: ShardRecord) -> bool:
     """True if every file that a record names is there with its size."""
     return all(root.size(file.name) == file.bytes for file in record.files)

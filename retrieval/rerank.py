@@ -4,14 +4,14 @@ faiss ranks candidates by their exact similarity when it can read the rows they 
 `embeddings.npy` maps; only touched pages come into memory.
 """
 
-import tempfile
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
 import numpy.typing as npt
+
+from retrieval.scratch import scratch_folder
 
 
 class Rerank:
@@ -34,8 +34,8 @@ class Rerank:
 def _mapped() -> Any:
     # faiss makes a view only together with something that owns the bytes, and names that type only on
     # what it has mapped itself: so it maps a file of one number, once. The rows above own themselves.
-    with tempfile.TemporaryDirectory(prefix="rdm-") as folder:
-        path = str(Path(folder) / "one.faiss")
+    with scratch_folder() as folder:
+        path = str(folder / "one.faiss")
         one = faiss.IndexFlat(1)
         one.add(np.zeros((1, 1), np.float32))
         faiss.write_index(one, path)

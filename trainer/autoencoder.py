@@ -8,10 +8,9 @@ not know which one they use.
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, VQModel
 from pydantic import PositiveFloat
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -21,13 +20,16 @@ from retrieval.errors import UserError
 from retrieval.storage import file_sha256
 from trainer.patch_autoencoder import CONFIG_NAME, WEIGHTS_NAME, PatchAutoencoder
 
-CLASSES: dict[str, Any] = {"kl": AutoencoderKL, "vq": VQModel, "patch": PatchAutoencoder}
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, VQModel
+
+Kind = Literal["kl", "vq", "patch"]
 
 
 class AutoencoderConfig(Config):
     """Which autoencoder (section `autoencoder` of a recipe)."""
 
-    kind: Literal["kl", "vq", "patch"]
+    kind: Kind
     """Variational (diffusers' AutoencoderKL), quantized (VQModel) or the demo's own."""
     path: str
     """Folder of config.json and the weights as safetensors."""
@@ -44,7 +46,7 @@ class Autoencoder:
 
     def __init__(self, network: torch.nn.Module, config: AutoencoderConfig, identity: str) -> None:
         self._network: Any = network.eval().requires_grad_(False)
-        self._scale = config.scale
+        self._kind, self._scale = config.kind, config.scale
         self.identity = identity
         self.factor, self.channels = _geometry(network)
 
@@ -72,10 +74,10 @@ class Autoencoder:
         """
         device = next(self._network.parameters()).device
         encoded = self._network.encode(images.to(device))
-        if isinstance(self._network, AutoencoderKL):
+        if self._kind == "kl":
             mean, deviation = encoded.latent_dist.mean, encoded.latent_dist.std
         else:
-            mean = encoded.latents if isinstance(self._network, VQModel) else encoded
+            mean = encoded.latents if self._kind == "vq" else encoded
             deviation = torch.zeros_like(mean)
         return torch.cat([mean, deviation], dim=1) * self._scale
 
@@ -83,7 +85,7 @@ class Autoencoder:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Pictures (n, 3, h*factor, w*factor) in [-1, 1] of scaled latents (n, c, h, w)."""
         decoded = self._network.decode(latents / self._scale)
-        images: torch.Tensor = decoded if isinstance(self._network, PatchAutoencoder) else decoded.sample
+        images: torch.Tensor = decoded if self._kind == "patch" else decoded.sample
         return images.clamp(-1, 1)
 
 
@@ -93,8 +95,10 @@ def draw_latents(moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     return mean + deviation * noise
 
 
-def kl_f16(width: int = 128, latent_channels: int = 16, norm_groups: int = 32) -> AutoencoderKL:
+def kl_f16(width: int = 128, latent_channels: int = 16, norm_groups: int = 32) -> "AutoencoderKL":
     """LAION-RDM's autoencoder with fresh weights: KL, factor 16 (paper Table 1; scale 0.22765929)."""
+    from diffusers import AutoencoderKL
+
     return AutoencoderKL(
         latent_channels=latent_channels,
         block_out_channels=(width, width, 2 * width, 2 * width, 4 * width),
@@ -105,8 +109,10 @@ def kl_f16(width: int = 128, latent_channels: int = 16, norm_groups: int = 32) -
     )
 
 
-def vq_f4(width: int = 128, codes: int = 8192, norm_groups: int = 32) -> VQModel:
+def vq_f4(width: int = 128, codes: int = 8192, norm_groups: int = 32) -> "VQModel":
     """ImageNet-RDM's autoencoder with fresh weights: quantized, factor 4, 3 channels (paper Table 1)."""
+    from diffusers import VQModel
+
     return VQModel(
         latent_channels=3,
         vq_embed_dim=3,
@@ -127,7 +133,15 @@ def _geometry(network: torch.nn.Module) -> tuple[int, int]:
     return 2 ** (len(settings.block_out_channels) - 1), settings.latent_channels
 
 
-def _build(kind: str, folder: Path) -> torch.nn.Module:
+def _network_class(kind: Kind) -> Any:
+    if kind == "patch":
+        return PatchAutoencoder
+    from diffusers import AutoencoderKL, VQModel
+
+    return {"kl": AutoencoderKL, "vq": VQModel}[kind]
+
+
+def _build(kind: Kind, folder: Path) -> torch.nn.Module:
     """The network of the folder's config.json, with fresh weights."""
     path = folder / CONFIG_NAME
     if not path.is_file():
@@ -135,7 +149,8 @@ def _build(kind: str, folder: Path) -> torch.nn.Module:
             f"{path} is missing: [autoencoder] path must be a folder of {CONFIG_NAME} and {WEIGHTS_NAME}. "
             "Set it to the autoencoder's folder."
         )
-    wanted = CLASSES[kind].__name__
+    network_class = _network_class(kind)
+    wanted = network_class.__name__
     try:
         settings = json.loads(path.read_text())
         found = settings.get("_class_name")
@@ -143,7 +158,7 @@ def _build(kind: str, folder: Path) -> torch.nn.Module:
             raise UserError(
                 f"{path} describes a {found}, [autoencoder] kind '{kind}' wants a {wanted}. Set kind or path."
             )
-        network: torch.nn.Module = CLASSES[kind].from_config(settings)
+        network: torch.nn.Module = network_class.from_config(settings)
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} does not describe a {wanted}: {error}. Restore the file or set another path."

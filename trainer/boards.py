@@ -6,7 +6,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from torch.utils.tensorboard import SummaryWriter
 
 from retrieval.errors import UserError
 from trainer.plan import Plan
@@ -30,6 +29,8 @@ class Board(Protocol):
 
 def open_boards(plan: Plan, folder: Path, done: int) -> list[Board]:
     """The boards of a run in its folder, which goes on after `done` steps."""
+    from torch.utils.tensorboard import SummaryWriter
+
     tensorboard: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
     if not plan.config.train.wandb:
         return [tensorboard]

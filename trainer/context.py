@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 Vectors = npt.NDArray[np.float32]
-Mode = Literal["text_and_neighbors", "neighbors", "text"]
+Mode = Literal["text_and_neighbors", "neighbors", "text", "unconditional"]
 
 
 def unit_rows(vectors: npt.NDArray[np.floating[Any]]) -> Vectors:
@@ -24,18 +24,14 @@ def unit_rows(vectors: npt.NDArray[np.floating[Any]]) -> Vectors:
     return np.asarray(rows / lengths, dtype=np.float32)
 
 
-def make_context(mode: Mode, text: Vectors, neighbors: Vectors) -> Vectors:
-    """Tokens of one picture: the text first, then its neighbors, best first (paper section 2.2).
+def make_context(mode: Mode, query: Vectors, neighbors: Vectors) -> Vectors:
+    """Tokens of one picture: the text and images first, then the neighbors (paper section 2.2).
 
-    text: (dim,); neighbors: (k, dim) with k >= 0. Returns (tokens, dim) unit rows with 1 + k, k or 1
-    tokens. Raises ValueError where nothing is left to say.
+    query: (q, dim), not said in the modes `neighbors` and `unconditional`; neighbors: (n, dim), n >= 0, not
+    said in mode `text`. Returns (tokens, dim) unit rows. Raises ValueError where nothing is left to say.
     """
-    parts = {
-        "text_and_neighbors": [text[None], neighbors],
-        "neighbors": [neighbors],
-        "text": [text[None]],
-    }[mode]
-    tokens = np.concatenate(parts)
+    parts = [query] if mode in ("text", "text_and_neighbors") else []
+    tokens = np.concatenate([*parts, *([] if mode == "text" else [neighbors])])
     if not len(tokens):
         raise ValueError(f"mode {mode} with no neighbors leaves an empty context")
     return unit_rows(tokens)

@@ -5,29 +5,26 @@ samples of each mode and style with their CLIP features, the judge, `evaluation.
 contact sheet of each mode. All modes share prompts and seeds, so that only the way of asking differs.
 """
 
-import io
 import logging
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from pydantic import Field, model_validator
-from tqdm import tqdm
 
 from retrieval import schema
 from retrieval.errors import UserError
 from retrieval.manifest import Manifest, ShardRecord, fingerprint
-from retrieval.storage import FileRecord, Root
-from trainer.batches import Batch
+from retrieval.storage import Root
 from trainer.charts import LABELS, draw_bars
 from trainer.classifier import ClassifierConfig, TrainedClassifier, save_classifier, train_classifier
+from trainer.drawing import draw_cells, place, read_shown
 from trainer.generation import Sampler, Trained, database_names, upstream_of
-from trainer.judgement import Reference, Shown, evaluation
+from trainer.judgement import Reference, evaluation
 from trainer.metrics import Features, balls
-from trainer.picture import Grid, grid_png, open_picture, png_bytes
+from trainer.picture import Grid, grid_png, open_picture
 from trainer.pieces import Pieces
-from trainer.request import TRAINING_DATABASE, Sample, SamplingConfig, prompts_digest, read_prompts
+from trainer.request import TRAINING_DATABASE, SamplingConfig, prompts_digest, read_prompts
 from trainer.styles import MODES, Cell, make_cells, style_words
 
 log = logging.getLogger("evaluate")
@@ -77,8 +74,8 @@ def run(config: EvaluateConfig, trained: Trained, root: Root) -> Manifest:
     sampler.check([request for cell in cells for request in cell.requests])
     judge, reference = train_judge(config, sampler, styles)
     pieces.begin()
-    records = _draw_all(sampler, cells, pieces)
-    shown = {(cell.mode, cell.style): _shown(sampler, cell, pieces) for cell in cells}
+    records = draw_cells(sampler, cells, pieces)
+    shown = {(cell.mode, cell.style): read_shown(sampler, cell, pieces) for cell in cells}
     result = evaluation(judge, shown, reference, config.seed)
     files = [
         *save_classifier(root, stage, judge),
@@ -136,69 +133,17 @@ def train_judge(
     return judge, Reference(rows, balls(rows, neighbors), neighbors)
 
 
-def _draw_all(sampler: Sampler, cells: Sequence[Cell], pieces: Pieces) -> list[ShardRecord]:
-    records = {cell.name: record for cell in cells if (record := pieces.done(cell.name))}
-    missing = [cell for cell in cells if cell.name not in records]
-    total, count = sum(len(cell.requests) for cell in cells), sum(len(cell.requests) for cell in missing)
-    began = time.monotonic()
-    drawing: deque[tuple[Cell, Batch]] = deque()
-
-    def read() -> Iterator[Batch]:
-        for cell in missing:
-            for batch in sampler.plan(cell.requests):
-                drawing.append((cell, batch))
-                yield batch
-
-    finished: dict[int, Sample] = {}
-    with tqdm(total=total, initial=total - count, desc="evaluate", unit="image", mininterval=0.5) as bar:
-        for samples in sampler.draw(read()):
-            cell, batch = drawing.popleft()
-            finished.update(zip(batch.positions, samples, strict=True))
-            bar.update(len(samples))
-            if len(finished) == len(cell.requests):
-                files = _write(sampler, cell, [finished[i] for i in range(len(finished))], pieces)
-                records[cell.name] = pieces.write(cell.name, files, len(finished))
-                finished = {}
-    seconds = time.monotonic() - began
-    log.info(f"evaluate: {count} images  {seconds:.1f} s  {count / max(seconds, 1e-9):.2f} images/s")
-    return [records[cell.name] for cell in cells]
-
-
-def _write(sampler: Sampler, cell: Cell, samples: Sequence[Sample], pieces: Pieces) -> list[FileRecord]:
-    files = [
-        pieces.root.write_bytes(_place(cell, pieces, number), png_bytes(one.picture, one.recipe()))
-        for number, one in enumerate(samples)
-    ]
-    buffer = io.BytesIO()
-    np.save(buffer, sampler.encoder.encode_images([one.picture for one in samples]), allow_pickle=False)
-    return [*files, pieces.root.write_bytes(_features(cell, pieces), buffer.getvalue())]
-
-
-def _shown(sampler: Sampler, cell: Cell, pieces: Pieces) -> Shown:
-    with pieces.root.open(_features(cell, pieces)) as file:
-        pictures: Features = np.load(file, allow_pickle=False)
-    return Shown(pictures, sampler.encoder.encode_texts(cell.prompts))
-
-
 def _sheet(mode: str, cells: Sequence[Cell], pieces: Pieces) -> bytes:
     rows = [cell for cell in cells if cell.mode == mode]
     numbers = range(min(SHEET_COLUMNS, len(rows[0].requests)))
     return grid_png(
         Grid(
-            cells=[[open_picture(pieces.root, _place(cell, pieces, n)) for n in numbers] for cell in rows],
+            cells=[[open_picture(pieces.root, place(cell, pieces, n)) for n in numbers] for cell in rows],
             rows=[style_words(cell.style) for cell in rows],
             columns=[""] * len(numbers),
             title=LABELS[mode],
         )
     )
-
-
-def _place(cell: Cell, pieces: Pieces, number: int) -> str:
-    return f"{pieces.stage}/samples/{cell.name}/{number:04d}.png"
-
-
-def _features(cell: Cell, pieces: Pieces) -> str:
-    return f"{pieces.stage}/samples/{cell.name}/features.npy"
 
 
 def _line(result: dict[str, object]) -> str:

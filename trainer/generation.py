@@ -16,7 +16,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
 
 from retrieval.config import Config
 from retrieval.database import Database
@@ -24,13 +23,17 @@ from retrieval.encoder import ClipConfig, Encoder
 from retrieval.encoder_identity import EncoderIdentity
 from retrieval.errors import UserError
 from retrieval.manifest import read_manifest
+from retrieval.sheet import decoded
 from retrieval.storage import Root
 from trainer.autoencoder import Autoencoder, AutoencoderConfig
-from trainer.batches import Batch, condition, make_batches
+from trainer.batches import Batch, make_batches
+from trainer.conditioning import Sources, condition
+from trainer.context import Vectors
 from trainer.diffusion import DiffusionConfig
 from trainer.picture import to_pictures
-from trainer.request import MAX_SEED, TRAINING_DATABASE, Compute, Request, Sample
-from trainer.sampler import Denoiser, guided_sample, initial_noise, make_scheduler
+from trainer.pseudo_queries import PseudoQueries
+from trainer.request import TRAINING_DATABASE, Compute, ImageQuery, Request, Sample
+from trainer.sampler import Denoiser, guided_sample, initial_noise, make_scheduler, weighed
 
 MAX_WORKERS = 4
 """Each worker holds the activations of a batch; beyond a few, threads inside torch do as well."""
@@ -55,6 +58,8 @@ class Sampler:
 
     def __init__(self, root: Root, trained: Trained, compute: Compute) -> None:
         """Load every part. Raises UserError where one is missing or was made for another."""
+        from diffusers import UNet2DConditionModel
+
         self.root = root
         self.compute = compute
         self.device = pick_device(compute.device)
@@ -89,6 +94,17 @@ class Sampler:
             self._databases[name] = database
         return self._databases[name]
 
+    def image_query(self, name: str, data: bytes) -> ImageQuery:
+        """A picture's file as something to condition on. Raises UserError if it cannot be read."""
+        return ImageQuery.of(name, data, self.encoder.encode_images([decoded(name, data)])[0])
+
+    @cached_property
+    def _pseudo_queries(self) -> PseudoQueries:
+        return PseudoQueries(self.root)
+
+    def _pseudo_query(self, seed: int, top_m: float) -> tuple[int, Vectors]:
+        return self._pseudo_queries.draw(seed, top_m)
+
     @cached_property
     def parts(self) -> dict[str, str]:
         """What a sample's recipe says of its makers: checksums, and the number format."""
@@ -106,11 +122,15 @@ class Sampler:
         for request in requests:
             if not 1 <= request.steps < self.diffusion.steps:
                 raise UserError(f"steps must be 1 to {self.diffusion.steps - 1}, got {request.steps}")
-            if not 0 <= request.seed <= MAX_SEED:
-                raise UserError(f"a seed must be 0 to {MAX_SEED}, got {request.seed}")
+            request.check()
             self.shape_of(request)
-            if request.mode != "text":
-                self.database(request.database)
+            for name in request.shares():
+                self.database(name)
+            dim = self.encoder.identity.dim
+            if strange := [one.name for one in request.images if one.embedding.shape != (dim,)]:
+                raise UserError(f"image {strange[0]!r} was embedded by another encoder: wanted {dim} numbers")
+            if request.mode == "unconditional":
+                self._pseudo_queries  # noqa: B018 - an error comes before any work
 
     def shape_of(self, request: Request) -> tuple[int, int, int]:
         """(c, h, w) of the latent of a request's picture. Raises UserError for pixels that do not divide."""
@@ -129,8 +149,8 @@ class Sampler:
     def plan(self, requests: Sequence[Request]) -> list[Batch]:
         """Retrieve the neighbors of all requests and batch them. Raises UserError for a request in error."""
         self.check(requests)
-        conditioned = condition(requests, self.encoder.encode_texts, self.database)
-        return make_batches(conditioned, self.compute.batch_size)
+        sources = Sources(self.encoder.encode_texts, self.database, self._pseudo_query)
+        return make_batches(condition(requests, sources), self.compute.batch_size)
 
     def draw(self, batches: Iterable[Batch]) -> Iterator[list[Sample]]:
         """The samples of each batch, in order. A generator of batches is read a few ahead."""
@@ -169,9 +189,12 @@ class Sampler:
         noise = initial_noise([request.seed for request in requests], self.shape_of(requests[0]))
         noise = noise.to(self.device)
         context = torch.from_numpy(batch.contexts).to(self.device)
+        unet = self.unet
+        if batch.weights is not None:
+            unet = weighed(unet, torch.from_numpy(batch.weights).to(self.device))
         guidance = torch.tensor([request.guidance for request in requests], device=self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute.precision == "bf16"):
-            latents = guided_sample(self.unet, scheduler, noise, context, guidance)
+            latents = guided_sample(unet, scheduler, noise, context, guidance)
         finite = torch.isfinite(latents).flatten(1).all(dim=1).tolist()
         if not all(finite):
             worst = requests[finite.index(False)]
@@ -181,7 +204,7 @@ class Sampler:
             )
         pictures = to_pictures(self.autoencoder.decode(latents).float().cpu().numpy())
         return [
-            Sample(item.request, picture, item.neighbors, self.parts)
+            Sample(item.request, picture, item.neighbors, self.parts, item.pseudo_query)
             for item, picture in zip(batch.items, pictures, strict=True)
         ]
 

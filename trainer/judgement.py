@@ -72,7 +72,7 @@ def evaluation(
     """All figures: a row for each style, a total for each mode, and the flat names of the report."""
     styles = trained.classifier.styles
     judged = {(mode, style): judge(trained, style, shown) for (mode, style), shown in samples.items()}
-    totals = {mode: _pooled([judged[mode, style] for style in styles]) for mode in MODES}
+    totals = {mode: pooled([judged[mode, style] for style in styles]) for mode in MODES}
     ours, baseline = totals[RETRIEVAL].right, totals[SUFFIX].right
     return {
         "styles": [_style(trained, style, {mode: judged[mode, style] for mode in MODES}) for style in styles],
@@ -100,7 +100,8 @@ def _style(trained: TrainedClassifier, style: str, by_mode: Mapping[str, Judged]
     }
 
 
-def _pooled(parts: Sequence[Judged]) -> Judged:
+def pooled(parts: Sequence[Judged]) -> Judged:
+    """The samples of several styles as one, in order."""
     return Judged(
         right=np.concatenate([part.right for part in parts]),
         logits=np.concatenate([part.logits for part in parts]),

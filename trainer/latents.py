@@ -18,7 +18,7 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt
 
 from retrieval import schema
-from retrieval.config import Config, speed
+from retrieval.config import WorkersConfig, speed
 from retrieval.errors import UserError
 from retrieval.manifest import ShardRecord
 from retrieval.storage import Root
@@ -26,7 +26,7 @@ from trainer.autoencoder import Autoencoder, AutoencoderConfig
 from trainer.images import ImageTar, Pixels, center_crop, decode, random_crop, unsigned
 
 
-class LatentsConfig(Config):
+class LatentsConfig(WorkersConfig):
     """What is encoded (section `latents` of a recipe)."""
 
     size: PositiveInt
@@ -39,8 +39,6 @@ class LatentsConfig(Config):
     """Seed of the cuts."""
     batch_size: PositiveInt = speed(32)
     """Views encoded at once."""
-    workers: int = speed(0, ge=0)
-    """Encoders at work at once; 0 fills the cluster's GPUs, or its CPUs where `gpus_per_worker` is 0."""
     gpus_per_worker: float = speed(0.0, ge=0)
     """GPUs each encoder takes; 0 encodes on the CPU."""
 

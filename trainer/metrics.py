@@ -69,19 +69,36 @@ def clip_score(pictures: Features, texts: Features) -> float:
     return float(np.mean(np.sum(pictures.astype(np.float64) * texts, axis=1)))
 
 
+@dataclass(frozen=True)
+class Gaussian:
+    """A Gaussian fitted to rows: mean (dim,), covariance (dim, dim) and its symmetric root."""
+
+    mean: npt.NDArray[np.float64]
+    covariance: npt.NDArray[np.float64]
+    root: npt.NDArray[np.float64]
+
+    @classmethod
+    def fit(cls, rows: Features) -> "Gaussian":
+        """rows: (n, dim), n at least 2."""
+        mean, covariance = _moments(rows)
+        return cls(mean, covariance, _root(covariance))
+
+    def distance(self, rows: Features) -> float:
+        """Squared Fréchet distance to the Gaussian fitted to rows (n, dim), n at least 2."""
+        mean, covariance = _moments(rows)
+        # tr (C1 C2)^1/2 = tr (C1^1/2 C2 C1^1/2)^1/2, and the latter is symmetric: real and stable
+        cross = np.trace(_root(self.root @ covariance @ self.root))
+        gap = self.mean - mean
+        return max(0.0, float(gap @ gap + np.trace(self.covariance) + np.trace(covariance) - 2 * cross))
+
+
 def frechet_distance(first: Features, second: Features) -> float:
     """Squared Fréchet distance of two Gaussians fitted to rows: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2).
 
     first (n, dim), second (m, dim), n and m at least 2. Biased upwards where rows are fewer than
     dimensions, so compare only figures of equal row counts.
     """
-    means = [np.mean(rows, axis=0, dtype=np.float64) for rows in (first, second)]
-    root = _root(np.atleast_2d(np.cov(first, rowvar=False, dtype=np.float64)))
-    other = np.atleast_2d(np.cov(second, rowvar=False, dtype=np.float64))
-    # tr (C1 C2)^1/2 = tr (C1^1/2 C2 C1^1/2)^1/2, and the latter is symmetric: real and stable
-    cross = np.trace(_root(root @ other @ root))
-    gap = means[0] - means[1]
-    return max(0.0, float(gap @ gap + np.trace(root @ root) + np.trace(other) - 2 * cross))
+    return Gaussian.fit(first).distance(second)
 
 
 @dataclass(frozen=True)
@@ -126,6 +143,11 @@ def _blocks(rows: Features, columns: int) -> list[Features]:
 def _squared(left: Features, right: Features) -> npt.NDArray[np.float64]:
     a, b = left.astype(np.float64), right.astype(np.float64)
     return np.maximum((a * a).sum(1)[:, None] + (b * b).sum(1) - 2 * a @ b.T, 0.0)
+
+
+def _moments(rows: Features) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    covariance = np.atleast_2d(np.cov(rows, rowvar=False, dtype=np.float64))
+    return np.mean(rows, axis=0, dtype=np.float64), covariance
 
 
 def _root(matrix: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -7,7 +7,6 @@ small one of the demo; the network is diffusers' own class, so that its folders 
 from typing import Annotated, Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from retrieval.config import Config
@@ -52,6 +51,8 @@ def build_unet(config: ModelConfig) -> torch.nn.Module:
 
     It takes (n, c, h, w), (n,) timesteps and (n, tokens, context_dim).
     """
+    from diffusers import UNet2DConditionModel  # it takes long, and many need ModelConfig alone
+
     attends = [2**level in config.attention for level in range(len(config.channels))]
     down = tuple("CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in attends)
     up = tuple("CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends))

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -135,8 +134,7 @@ def _write_vae(config: AutoencoderConfig, folder: Path) -> None:
 def _card(name: str, manifest: Manifest, recipe: dict[str, Any], folder: Path) -> str:
     has_vae = (folder / "vae").is_dir()
     kind = _read_json(folder / "vae" / CONFIG)["_class_name"] if has_vae else "of this project, not in here"
-    with torch.device("meta"):
-        unet: Any = UNet2DConditionModel.from_config(_read_json(folder / "unet" / CONFIG))
+    unet = _empty_unet(_read_json(folder / "unet" / CONFIG))
     return CARD.format(
         name=name,
         parameters=unet.num_parameters(),
@@ -168,14 +166,20 @@ def _check_unet(path: Path, unet: Any) -> None:
     settings = _read_json(path)
     if settings.get("_class_name") != "UNet2DConditionModel":
         raise UserError(f"{path} describes no UNet2DConditionModel. Wanted a folder that diffusers wrote.")
-    with torch.device("meta"):
-        theirs = _plain(UNet2DConditionModel.from_config(settings))
+    theirs = _plain(_empty_unet(settings))
     for name, wanted in _plain(unet).items():
         if theirs.get(name) != wanted:
             raise UserError(
                 f"{path} has {name} {theirs.get(name)}, the recipe's [model] makes it {wanted}. "
                 "Set [model] to the folder's model."
             )
+
+
+def _empty_unet(settings: dict[str, Any]) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(settings)
 
 
 def _plain(unet: Any) -> dict[str, Any]:

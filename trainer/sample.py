@@ -7,22 +7,34 @@ with the recipe in its text metadata, a `.json` beside each with the neighbors t
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 from tqdm import tqdm
 
 from retrieval import schema
 from retrieval.errors import UserError
-from retrieval.manifest import Manifest, ShardRecord, fingerprint
+from retrieval.manifest import Manifest, ShardRecord, fingerprint, read_manifest
 from retrieval.storage import FileRecord, Root
 from trainer.batches import Batch
 from trainer.context import Mode
 from trainer.generation import Sampler, Trained, upstream_of
 from trainer.picture import Grid, cell_edge, grid_png, open_picture, png_bytes
 from trainer.pieces import Pieces
-from trainer.request import TRAINING_DATABASE, Request, Sample, SamplingConfig, prompts_digest, read_prompts
+from trainer.request import (
+    TRAINING_DATABASE,
+    Compute,
+    ImageQuery,
+    Request,
+    Sample,
+    SamplingConfig,
+    prompts_digest,
+    read_prompts,
+)
 
 log = logging.getLogger("sample")
 
@@ -38,20 +50,49 @@ class SampleConfig(SamplingConfig):
     databases: tuple[str, ...] = Field(default=(TRAINING_DATABASE,), strict=False, min_length=1)
     """Names below `databases/`, each a column of the grid; `index` is the training database."""
     mode: Mode = "text_and_neighbors"
-    """What conditions a picture: the prompt and its neighbors, the neighbors alone, or the prompt alone."""
+    """What conditions a picture: the prompt and its neighbors, the neighbors alone, the prompt alone, or the
+    neighbors of an image drawn from the training database (`unconditional`)."""
+    mix: dict[str, float] = Field(default={})
+    """Databases with weights above 0: one column in place of those of `databases`, of neighbors from each."""
+    images: tuple[str, ...] = Field(default=(), strict=False)
+    """Files of pictures that condition every sample beside its prompt, or without one."""
+    exclude: tuple[int, ...] = Field(default=(), strict=False)
+    """Image ids that are no neighbors; the next best come in their place."""
+    weights: dict[int, float] = Field(default={})
+    """Image ids with factors on what they weigh as neighbors; 0 leaves one out."""
+    top_m: float = Field(default=1.0, gt=0, le=1)
+    """Mode `unconditional`: share of the most retrieved images to draw from."""
     images_per_prompt: int = Field(default=1, ge=1)
     """Pictures of each prompt and database; number n has seed + n, the same for all prompts and databases."""
 
     def all_prompts(self) -> tuple[str, ...]:
-        """The prompts of the recipe, then those of the file. Raises UserError if there is none."""
+        """The prompts of the recipe, then those of the file. Raises UserError if there must be one."""
         prompts = self.prompts + (read_prompts(self.prompts_file) if self.prompts_file else ())
-        if not prompts:
+        if not prompts and not self.images and self.mode != "unconditional":
             raise UserError("[sample] has no prompt: set prompts or prompts_file.")
-        return prompts
+        return prompts or ("",)
 
     def columns(self) -> tuple[str, ...]:
-        """Folders of the pictures: the databases, or `text` where no database is asked."""
-        return ("text",) if self.mode == "text" else tuple(dict.fromkeys(self.databases))
+        """Folders of the pictures: the databases, `mix`, or `text` where no database is asked."""
+        if self.mode == "text":
+            return ("text",)
+        return ("mix",) if self.mix else tuple(dict.fromkeys(self.databases))
+
+    def searched(self) -> tuple[str, ...]:
+        """The databases that are asked for neighbors."""
+        if self.mode == "text":
+            return ()
+        return tuple(self.mix) or self.columns()
+
+    def wanted(self, prompt: str, seed: int, column: str) -> Request:
+        """The request for a picture of a column, without the images."""
+        return replace(
+            self.request(prompt, seed, self.mode, "" if self.mix else column),
+            mix=() if self.mode == "text" else tuple(self.mix.items()),
+            exclude=self.exclude,
+            weights=tuple(self.weights.items()),
+            top_m=self.top_m,
+        )
 
 
 @dataclass(frozen=True)
@@ -66,15 +107,15 @@ def run(config: SampleConfig, trained: Trained, root: Root) -> Manifest:
     """Sample everything that the configuration names; finished batches of an interrupted run are kept."""
     began = time.monotonic()
     prompts = config.all_prompts()
-    upstream = {"prompts": prompts_digest(prompts)}
-    upstream |= upstream_of(root, trained, () if config.mode == "text" else config.columns())
+    images = {name: read_image(name) for name in config.images}
+    upstream = _upstream(config, trained, root, images) | {"prompts": prompts_digest(prompts)}
     stage = f"runs/{trained.name}/sample"
     pieces = Pieces(root, stage, fingerprint("sample", schema.VERSION, config, upstream))
     if (finished := pieces.manifest()) is not None:
         log.info(f"sample: {root.at(stage)} is finished")
         return finished
     sampler = Sampler.open(root, trained, config)
-    jobs = make_jobs(config, prompts)
+    jobs = make_jobs(config, prompts, image_queries(sampler, images))
     sampler.check([job.request for job in jobs])
     pieces.begin()
     records = _draw_all(sampler, jobs, pieces)
@@ -98,17 +139,45 @@ def run(config: SampleConfig, trained: Trained, root: Root) -> Manifest:
 def draw_one(config: SampleConfig, trained: Trained, root: Root, prompt: str) -> Sample:
     """A single picture, with the first of the configuration's databases; nothing is written."""
     sampler = Sampler.open(root, trained, config)
-    request = config.request(prompt, config.seed, config.mode, config.columns()[0])
+    images = image_queries(sampler, {name: read_image(name) for name in config.images})
+    request = replace(config.wanted(prompt, config.seed, config.columns()[0]), images=images)
     (sample,) = sampler.sample([request])
     return sample
 
 
-def make_jobs(config: SampleConfig, prompts: Sequence[str]) -> list[Job]:
+def draw_again(compute: Compute, trained: Trained, root: Root, recipe: dict[str, Any]) -> Sample:
+    """The picture of a recipe. Raises UserError where this is another model, or neighbors have changed."""
+    sampler = Sampler.open(root, trained, compute.model_copy(update={"precision": recipe.get("precision")}))
+    changed = [name for name, digest in sampler.parts.items() if recipe.get(name) != digest]
+    if changed:
+        raise UserError(
+            f"the recipe was made with another {' and '.join(changed)} than run {trained.name!r} has"
+        )
+    (sample,) = sampler.sample([Request.of(recipe)])
+    if [one for one, _ in recipe["neighbors"]] != [one.image_id for one in sample.neighbors]:
+        raise UserError("the databases have changed: the recipe's neighbors are not found any more")
+    return sample
+
+
+def read_image(name: str) -> bytes:
+    """A picture's file. Raises UserError where there is none."""
+    try:
+        return Path(name).read_bytes()
+    except OSError as error:
+        raise UserError(f"image {name!r} cannot be read: {error}") from error
+
+
+def image_queries(sampler: Sampler, images: Mapping[str, bytes]) -> tuple[ImageQuery, ...]:
+    """Pictures to condition on, by name."""
+    return tuple(sampler.image_query(Path(name).name, data) for name, data in images.items())
+
+
+def make_jobs(config: SampleConfig, prompts: Sequence[str], images: tuple[ImageQuery, ...] = ()) -> list[Job]:
     """Every picture of the stage: by prompt, then by number, then by database."""
     return [
         Job(
             picture_name(column, number, n),
-            config.request(prompt, config.seed + n, config.mode, column),
+            replace(config.wanted(prompt, config.seed + n, column), images=images),
         )
         for number, prompt in enumerate(prompts)
         for n in range(config.images_per_prompt)
@@ -119,6 +188,15 @@ def make_jobs(config: SampleConfig, prompts: Sequence[str]) -> list[Job]:
 def picture_name(column: str, prompt: int, n: int) -> str:
     """Name of a picture below the stage's folder, without its ending."""
     return f"{column}/{prompt:04d}-{n:02d}"
+
+
+def _upstream(
+    config: SampleConfig, trained: Trained, root: Root, images: Mapping[str, bytes]
+) -> dict[str, str]:
+    made_from = upstream_of(root, trained, config.searched())
+    if config.mode == "unconditional":
+        made_from["neighbors"] = read_manifest(root, "neighbors").identity
+    return made_from | {f"image/{name}": sha256(data).hexdigest()[:16] for name, data in images.items()}
 
 
 def _draw_all(sampler: Sampler, jobs: Sequence[Job], pieces: Pieces) -> list[ShardRecord]:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, cast
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 
 from trainer.diffusion import DiffusionConfig, scheduler_settings
 
@@ -16,6 +15,8 @@ SchedulerName = Literal["ddim", "plms", "dpm++"]
 Denoiser = Callable[..., tuple[torch.Tensor, ...]]
 """diffusers' UNet2DConditionModel or anything called like it: (latents, timestep, encoder_hidden_states=,
 return_dict=False) to a tuple that starts with the prediction, of the latents' shape."""
+MASKED = 10_000.0
+"""diffusers adds (1 - mask) * -MASKED to the attention logits of a token."""
 
 
 class Scheduler(Protocol):
@@ -40,6 +41,8 @@ def make_scheduler(name: SchedulerName, steps: int, diffusion: DiffusionConfig) 
 
     `plms` calls the UNet once more than `steps`. steps: 1 up to the process's own number less one.
     """
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
+
     settings: dict[str, Any] = scheduler_settings(diffusion)
     if name == "dpm++":
         # DPM-Solver++ ends at sigma 0 and takes no alpha for it
@@ -61,6 +64,22 @@ def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> torch.Te
     """
     rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(rows)
+
+
+def weighed(unet: Denoiser, weights: torch.Tensor) -> Denoiser:
+    """A UNet of diffusers for which each token of the context counts as often as its weight says.
+
+    weights: (n, tokens) above 0, for calls with n rows, or 2 n where the null context stands before them.
+    Adds log w to the logits of cross-attention, so that w = 2 is a token said twice; float32 masks round
+    w by less than 0.1 %, and not at all at 1.
+    """
+    mask = (1 + weights.double().log() / MASKED).float()
+
+    def denoise(latents: torch.Tensor, *told: torch.Tensor, **named: Any) -> tuple[torch.Tensor, ...]:
+        rows = mask.repeat(len(latents) // len(mask), 1)
+        return unet(latents, *told, encoder_attention_mask=rows, **named)
+
+    return denoise
 
 
 def guided_sample(

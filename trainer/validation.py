@@ -4,6 +4,7 @@ Reads the held-out rows once and keeps their moments; writes nothing. Every rank
 the sum over samples is the same for any number of ranks and whatever training did before.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -74,7 +75,7 @@ class ValidationSet:
         share = -(-len(rows) // ranks.world)
         places = (list(own) + [len(rows) - 1] * share)[:share]
         images = read_held_out(plan, loader, [rows[place] for place in places], autoencoder)
-        self._batch = _with_draws(images, places, plan)
+        self._batch = with_draws(images, places, plan)
 
     @torch.no_grad()
     def loss(self, unet: torch.nn.Module, dtype: torch.dtype) -> tuple[float, Quartiles]:
@@ -87,7 +88,9 @@ class ValidationSet:
         return float(sums[:QUARTILES].sum() / sums[QUARTILES:].sum()), quartile_means(sums)
 
 
-def _with_draws(images: HeldOut, places: list[int], plan: Plan) -> Batch:
+def with_draws(images: HeldOut, places: Sequence[int], plan: Plan) -> Batch:
+    """A batch of these images; each has the timestep, of quartile place % QUARTILES, and the noise of its
+    place. Places: as many as images."""
     shape, steps = plan.samples.latent_shape, plan.config.diffusion.steps
     timesteps, posterior_noise, noise = [], [], []
     for place in places:

@@ -134,7 +134,7 @@ def _write_downloaded(root: Root, split: str, names: tuple[str, ...]) -> None:
     sizes = ("width", "height", "original_width", "original_height")
     with tarfile.open(tar_path, "w") as tar:
         for number, name in enumerate(names):
-            row = {**_shown(name), "reason": "not_found", "message": "", "sha256": ""} | dict.fromkeys(
+            row = {**_shown(name), "reason": "not_found", "message": "", "sha256": "", "phash": 0} | dict.fromkeys(
                 sizes, 0
             )
             if name != "t5":

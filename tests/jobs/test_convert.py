@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +32,12 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_checkpoint_becomes_a_run_and_the_run_a_folder_that_diffusers_opens(recipe: Path) -> None:
+def test_a_checkpoint_becomes_a_run_and_the_run_a_folder_that_diffusers_opens(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = recipe.parent
-    command = [sys.executable, "-m", "jobs.convert", str(recipe), "--from", str(folder / "model.ckpt")]
-    taken = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert taken.returncode == 0, taken.stderr
-    assert "model.ckpt is now" in taken.stderr
+    main([str(recipe), "--from", str(folder / "model.ckpt")])
+    assert "model.ckpt is now" in capsys.readouterr().err
     assert (folder / "root/runs/imagenet/train/manifest.json").is_file()
     main([str(recipe), "--to", str(folder / "shared")])
     for kind, part in ((UNet2DConditionModel, "unet"), (VQModel, "vae"), (DDIMScheduler, "scheduler")):

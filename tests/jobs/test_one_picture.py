@@ -1,7 +1,6 @@
 """One prompt to one PNG from the shell, without the stage."""
 
 import json
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -9,8 +8,8 @@ from PIL import Image
 
 from jobs import sample
 from jobs.recipe import load_recipe
-from tests.trainer.tiny_run import write_run
-from trainer.picture import read_recipe
+from tests.trainer.tiny_run import pictures_of, write_run
+from trainer.picture import png_bytes, read_recipe
 from trainer.sample import SampleConfig
 
 TRAIN = 'name = "tiny"\nsource = "latents"\nsize = 32\nk = 4\nglobal_batch = 1\nmicro_batch = 1\nsteps = 1\n'
@@ -50,10 +49,47 @@ def test_database_seed_and_size_may_be_named(recipe, tmp_path):
 
 
 def test_the_short_options_change_the_stage_as_set_does(recipe):
-    words = sample.overrides(Namespace(database='we"ird', seed=4))
+    line = '--database we"ird --seed 4 --mix green=2 a.b=0.5 --exclude -3 7 --weigh=-3=2 --image a.png'
+    more = ["--top-m", "0.1", "--mode", "neighbors"]
+    words = sample.overrides(sample.arguments_of([str(recipe), *line.split(), *more]))
     config = load_recipe(recipe, words)[SampleConfig]
-    assert (config.databases, config.seed) == (('we"ird',), 4)
+    assert (config.databases, config.seed, config.k) == (('we"ird',), 4, 4)
+    assert config.mix == {"green": 2.0, "a.b": 0.5}
+    assert (config.exclude, config.weights, config.images) == ((-3, 7), {-3: 2.0}, ("a.png",))
+    assert (config.mode, config.top_m) == ("neighbors", 0.1)
     assert json.loads(config.model_dump_json())["prompts"] == ["a star"]
+
+
+def test_a_picture_of_a_mix_and_an_image_is_made_again_from_its_png(recipe, tmp_path, capsys):
+    out, again, image = tmp_path / "first.png", tmp_path / "again.png", tmp_path / "image.png"
+    pictures_of("sky_blue")[0].save(image)
+    words = ["--prompt", "a stag", "--image", str(image), "--mix", "green=2", "deep_red=1"]
+    sample.main([str(recipe), *words, "--out", str(out)])
+    assert "8 neighbors from 'green', 'deep_red'" in capsys.readouterr().out
+    image.unlink()
+    sample.main([str(recipe), "--again", str(out), "--out", str(again)])
+    assert again.read_bytes() == out.read_bytes()
+    found = read_recipe(out.read_bytes())
+    out.write_bytes(png_bytes(Image.open(out), found | {"model": "another"}))
+    with pytest.raises(SystemExit):
+        sample.main([str(recipe), "--again", str(out)])
+    assert "made with another model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--mix", "green"], "wanted words such as neon=2"),
+        (["--prompt", "a", "--image", "nowhere.png"], "'nowhere.png' cannot be read"),
+        (["--again", "nowhere.png"], "wanted a picture that sample made"),
+        (["--prompt", "a", "--mode", "unconditional"], "neighbors"),
+    ],
+)
+def test_what_cannot_be_done_is_told(recipe, words, told, capsys):
+    with pytest.raises(SystemExit) as ended:
+        sample.main([str(recipe), *words])
+    assert ended.value.code == 2
+    assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("out", ["stag.jpg", "nowhere/stag.png"])

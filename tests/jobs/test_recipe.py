@@ -1,11 +1,11 @@
 """Recipes are refused whole, before any work, with the key that is wrong."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from jobs.command import main
+from jobs.neighbors import run
 from jobs.recipe import load_recipe
 from pipeline.embed import EmbedConfig
 from pipeline.neighbors import NeighborsConfig
@@ -74,12 +74,14 @@ def test_a_missing_section_is_named_when_it_is_needed(recipe: Path) -> None:
         load_recipe(recipe)[EmbedConfig]
 
 
-def test_a_command_prints_the_resolved_recipe_or_a_clean_error(recipe: Path) -> None:
-    command = [sys.executable, "-m", "jobs.neighbors", str(recipe), "--dry-run"]
-    good = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert good.returncode == 0
-    assert '"near_copy_similarity": 0.96' in good.stdout
-    bad = subprocess.run([*command, "--set", "neighbors.q=1"], capture_output=True, text=True, check=False)
-    assert bad.returncode == 2
-    assert bad.stderr.startswith("error: ")
-    assert "Traceback" not in bad.stderr
+def test_a_command_prints_the_resolved_recipe_or_a_clean_error(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main("neighbors", "", run, [str(recipe), "--dry-run"])
+    assert '"near_copy_similarity": 0.96' in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        main("neighbors", "", run, [str(recipe), "--dry-run", "--set", "neighbors.q=1"])
+    assert stopped.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert "Traceback" not in told

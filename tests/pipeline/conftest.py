@@ -61,6 +61,7 @@ class Picture:
     seed: int
     reason: str = ""
     data: bytes | None = None
+    phash: int = 0
 
     @property
     def jpeg(self) -> bytes:
@@ -105,6 +106,7 @@ def _row(picture: Picture) -> dict[str, object]:
         "original_width": 48 * stored,
         "original_height": 48 * stored,
         "sha256": f"{picture.seed:064x}" if stored else "",
+        "phash": picture.phash if stored else 0,
     }
 
 

@@ -1,3 +1,4 @@
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,18 @@ def test_a_list_blocks_urls_ids_domains_and_subdomains(tmp_path: Path) -> None:
         ]
     )
     assert blocklist.blocks_hosts(urls).tolist() == [True, True, False, False]
+
+
+def test_contents_and_looks_are_listed_by_their_hashes(tmp_path: Path) -> None:
+    lines = [f"MD5:{hashlib.md5(b'one').hexdigest()}", f"sha256:{hashlib.sha256(b'two').hexdigest()}"]
+    (tmp_path / "list.txt").write_text("\n".join([*lines, "phash:f000000000000001"]))
+    blocklist = read_blocklist(str(tmp_path / "list.txt"))
+    assert [blocklist.blocks_content(body) for body in (b"one", b"two", b"three")] == [True, True, False]
+    listed = np.array([0xF000000000000001], np.uint64)
+    flips = np.array([0, 0b111111 << 20, 0b1111111 << 20], np.uint64)
+    looks = (listed ^ flips).view(np.int64)
+    assert blocklist.blocks_looks(looks).tolist() == [True, True, False]
+    assert not blocklist.blocks_ids(looks).any()
 
 
 def test_an_absent_list_blocks_nothing() -> None:

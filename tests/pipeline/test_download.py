@@ -108,6 +108,7 @@ def config(**settings: object) -> DownloadConfig:
         "retries": 1,
         "max_bytes": 4_000_000,
         "threads": 16,
+        "host_connections": 16,
         "workers": 1,
     }
     return DownloadConfig(**(usual | settings))

@@ -5,24 +5,11 @@ from http.server import BaseHTTPRequestHandler
 
 import pytest
 
-from pipeline.fetch import FIRST_PAUSE_S, MAX_REDIRECTS, Fetcher, Manners, opted_out
+from pipeline.fetch import FIRST_PAUSE_S, MAX_REDIRECTS, opted_out
 from pipeline.sockets import Refusal
+from tests.pipeline.fetching import fetched, fetcher
 
 JPEG = b"\xff\xd8\xff" + bytes(5000)
-
-
-def fetcher(**changes: object) -> Fetcher:
-    manners = {
-        "user_agent": "laion-rdm",
-        "contact": "https://example.org/us",
-        "access": "loopback",
-        "timeout_s": 1.0,
-        "deadline_s": 4.0,
-        "retries": 0,
-        "max_bytes": 100_000,
-        "connections": 4,
-    }
-    return Fetcher(Manners(**(manners | changes)))
 
 
 def reason(found: bytes | Refusal) -> str:
@@ -31,7 +18,7 @@ def reason(found: bytes | Refusal) -> str:
 
 
 def test_a_body_comes_as_it_was_sent_and_the_server_hears_who_asks(origin) -> None:
-    assert fetcher().fetch(origin.sends("/a", JPEG)) == JPEG
+    assert fetched(fetcher(), origin.sends("/a", JPEG)) == JPEG
     [(_, headers)] = origin.asked
     assert headers["User-Agent"].startswith("laion-rdm/")
     assert "https://example.org/us" in headers["User-Agent"]
@@ -40,7 +27,7 @@ def test_a_body_comes_as_it_was_sent_and_the_server_hears_who_asks(origin) -> No
 def test_connections_are_kept_between_urls_of_a_host(origin) -> None:
     one = fetcher()
     for n in range(5):
-        assert one.fetch(origin.sends(f"/{n}", JPEG)) == JPEG
+        assert fetched(one, origin.sends(f"/{n}", JPEG)) == JPEG
     assert origin.connections == 1
 
 
@@ -51,20 +38,20 @@ def test_a_chunked_body_is_joined(origin) -> None:
         handler.end_headers()
         handler.wfile.write(b"3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n")
 
-    assert fetcher().fetch(origin.on("/a", chunked)) == b"abcde"
+    assert fetched(fetcher(), origin.on("/a", chunked)) == b"abcde"
 
 
 def test_compressed_bodies_are_neither_asked_for_nor_unpacked(origin) -> None:
-    assert fetcher().fetch(origin.sends("/a", b"\x1f\x8b123", Content_Encoding="gzip")) == b"\x1f\x8b123"
+    assert fetched(fetcher(), origin.sends("/a", b"\x1f\x8b123", Content_Encoding="gzip")) == b"\x1f\x8b123"
     assert origin.asked[0][1]["Accept-Encoding"] == "identity"
 
 
 @pytest.mark.parametrize(
     ("status", "wanted"),
-    [(404, "not_found"), (410, "not_found"), (403, "http_error"), (204, "http_error"), (500, "http_error")],
+    [(404, "not_found"), (410, "not_found"), (403, "http_error"), (204, "http_error"), (500, "unavailable")],
 )
 def test_a_status_without_an_image_is_named(origin, status: int, wanted: str) -> None:
-    found = fetcher().fetch(origin.sends("/a", b"", status))
+    found = fetched(fetcher(), origin.sends("/a", b"", status))
     assert found == Refusal(wanted, f"HTTP {status}")  # type: ignore[arg-type]
 
 
@@ -74,22 +61,24 @@ def test_a_passing_failure_is_tried_again_and_others_are_not(origin, status: int
     url = origin.on(
         "/a", lambda handler: origin.sends("/b", JPEG, next(answers)) and origin.answers["/b"](handler)
     )
-    assert fetcher(retries=1).fetch(url) == JPEG
+    assert fetched(fetcher(retries=1), url) == JPEG
     for final in (404, 403, 501):
         origin.asked.clear()
-        fetcher(retries=3).fetch(origin.sends("/c", b"", final))
+        fetched(fetcher(retries=3), origin.sends("/c", b"", final))
         assert len(origin.asked) == 1
 
 
 def test_retry_after_is_waited_for_but_not_beyond_the_deadline(origin) -> None:
     start = time.monotonic()
-    assert reason(fetcher(retries=1).fetch(origin.sends("/a", b"", 503, Retry_After="1"))) == "http_error"
+    assert reason(fetched(fetcher(retries=1), origin.sends("/a", b"", 503, Retry_After="1"))) == "unavailable"
     assert 1.0 <= time.monotonic() - start < 2.5
     start = time.monotonic()
     for value in ("3600", "Wed, 21 Oct 2099 07:28:00 GMT"):
-        fetcher(retries=1).fetch(origin.sends("/b", b"", 503, Retry_After=value))
+        fetched(fetcher(retries=1), origin.sends("/b", b"", 503, Retry_After=value))
     assert time.monotonic() - start < FIRST_PAUSE_S
-    assert reason(fetcher(retries=1).fetch(origin.sends("/c", b"", 503, Retry_After="soon"))) == "http_error"
+    assert (
+        reason(fetched(fetcher(retries=1), origin.sends("/c", b"", 503, Retry_After="soon"))) == "unavailable"
+    )
     assert len([path for path, _ in origin.asked if path == "/c"]) == 2
 
 
@@ -97,9 +86,11 @@ def test_redirects_are_followed_up_to_a_limit(origin) -> None:
     origin.sends("/end", JPEG)
     for n in range(MAX_REDIRECTS + 1):
         origin.sends(f"/{n + 1}", b"moved", 302, Location=f"/{n}" if n else "/end")
-    assert fetcher().fetch(f"{origin.url}/{MAX_REDIRECTS}") == JPEG
-    assert reason(fetcher().fetch(f"{origin.url}/{MAX_REDIRECTS + 1}")) == "too_many_redirects"
-    assert reason(fetcher().fetch(origin.sends("/loop", b"", 301, Location="/loop"))) == "too_many_redirects"
+    assert fetched(fetcher(), f"{origin.url}/{MAX_REDIRECTS}") == JPEG
+    assert reason(fetched(fetcher(), f"{origin.url}/{MAX_REDIRECTS + 1}")) == "too_many_redirects"
+    assert (
+        reason(fetched(fetcher(), origin.sends("/loop", b"", 301, Location="/loop"))) == "too_many_redirects"
+    )
 
 
 @pytest.mark.parametrize(
@@ -114,14 +105,16 @@ def test_redirects_are_followed_up_to_a_limit(origin) -> None:
     ],
 )
 def test_a_redirect_leads_nowhere_that_a_url_may_not(origin, target: str, wanted: str) -> None:
-    assert reason(fetcher().fetch(origin.sends("/a", b"", 302, Location=target))) == wanted
+    assert reason(fetched(fetcher(), origin.sends("/a", b"", 302, Location=target))) == wanted
 
 
 def test_loopback_is_refused_unless_allowed_even_by_name(origin) -> None:
     url = origin.sends("/a", JPEG)
-    assert reason(fetcher(access="none").fetch(url)) == "refused_address"
-    assert reason(fetcher(access="none").fetch(url.replace("127.0.0.1", "localhost"))) == "refused_address"
-    assert reason(fetcher(access="none").fetch(url.replace("127.0.0.1", "2130706433"))) == "refused_address"
+    assert reason(fetched(fetcher(access="none"), url)) == "refused_address"
+    assert reason(fetched(fetcher(access="none"), url.replace("127.0.0.1", "localhost"))) == "refused_address"
+    assert (
+        reason(fetched(fetcher(access="none"), url.replace("127.0.0.1", "2130706433"))) == "refused_address"
+    )
     assert origin.asked == []
 
 
@@ -135,8 +128,8 @@ def test_a_body_over_the_limit_is_refused_before_or_while_it_is_read(origin) -> 
             handler.wfile.write(bytes(1 << 16))
             sent.append(1)
 
-    assert reason(fetcher().fetch(origin.sends("/a", JPEG, Content_Length=str(1 << 40)))) == "too_large"
-    assert reason(fetcher().fetch(origin.on("/b", endless))) == "too_large"
+    assert reason(fetched(fetcher(), origin.sends("/a", JPEG, Content_Length=str(1 << 40)))) == "too_large"
+    assert reason(fetched(fetcher(), origin.on("/b", endless))) == "too_large"
     time.sleep(0.2)
     assert len(sent) < 200
 
@@ -149,7 +142,7 @@ def test_a_body_that_ends_early_is_truncated(origin) -> None:
         handler.wfile.write(b"x" * 2000)
         handler.close_connection = True
 
-    assert reason(fetcher().fetch(origin.on("/a", short))) == "truncated"
+    assert reason(fetched(fetcher(), origin.on("/a", short))) == "truncated"
 
 
 @pytest.mark.parametrize("part", ["status", "headers", "body"])
@@ -166,13 +159,13 @@ def test_a_dripping_server_is_left_at_the_deadline(origin, part: str) -> None:
             time.sleep(0.1)
 
     start = time.monotonic()
-    assert reason(fetcher(deadline_s=1.5, retries=2).fetch(origin.on("/a", drip))) == "timeout"
+    assert reason(fetched(fetcher(deadline_s=1.5, retries=2), origin.on("/a", drip))) == "timeout"
     assert 1.4 <= time.monotonic() - start < 2.5
 
 
 def test_a_silent_server_times_out(origin) -> None:
     start = time.monotonic()
-    found = fetcher(timeout_s=0.5, deadline_s=30.0).fetch(origin.on("/a", lambda handler: time.sleep(5)))
+    found = fetched(fetcher(timeout_s=0.5, deadline_s=30.0), origin.on("/a", lambda handler: time.sleep(5)))
     assert found == Refusal("timeout", "nothing came for 0.5 s")  # type: ignore[arg-type]
     assert time.monotonic() - start < 2
 
@@ -182,14 +175,14 @@ def test_no_connection_is_tried_again_with_a_pause_and_then_named() -> None:
         taken.bind(("127.0.0.1", 0))  # bound, not listening: refuses
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/a"
         start = time.monotonic()
-        found = fetcher(retries=1).fetch(url)
+        found = fetched(fetcher(retries=1), url)
     assert found == Refusal("no_connection", "127.0.0.1: Connection refused")  # type: ignore[arg-type]
     assert time.monotonic() - start >= FIRST_PAUSE_S
 
 
 def test_a_name_that_is_none_is_not_tried_again() -> None:
     start = time.monotonic()
-    assert reason(fetcher(retries=3, deadline_s=60.0).fetch("http://a..b/")) == "bad_url"
+    assert reason(fetched(fetcher(retries=3, deadline_s=60.0), "http://a..b/")) == "bad_url"
     assert time.monotonic() - start < FIRST_PAUSE_S
 
 
@@ -214,7 +207,7 @@ def test_an_answer_that_is_no_http_is_a_reason_and_no_crash(raw: bytes, wanted: 
 
         thread = threading.Thread(target=answer)
         thread.start()
-        found = fetcher().fetch(f"http://127.0.0.1:{server.getsockname()[1]}/a")
+        found = fetched(fetcher(), f"http://127.0.0.1:{server.getsockname()[1]}/a")
         thread.join()
     assert reason(found) == wanted
 
@@ -232,7 +225,7 @@ def test_an_opt_out_header_is_heeded_before_the_body_is_read(origin) -> None:
         except OSError:
             reached.set()
 
-    assert reason(fetcher(retries=2).fetch(origin.on("/a", large))) == "opted_out"
+    assert reason(fetched(fetcher(retries=2), origin.on("/a", large))) == "opted_out"
     assert reached.wait(5)
     assert len(origin.asked) == 1
 
@@ -262,7 +255,7 @@ def test_threads_share_a_fetcher(origin) -> None:
     found: dict[int, bytes | Refusal] = {}
     threads = [
         threading.Thread(
-            target=lambda start=start: found.update({n: one.fetch(urls[n]) for n in range(start, 64, 8)})
+            target=lambda start=start: found.update({n: fetched(one, urls[n]) for n in range(start, 64, 8)})
         )
         for start in range(8)
     ]

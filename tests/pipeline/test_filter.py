@@ -251,3 +251,50 @@ def test_metadata_of_which_nothing_can_be_kept_is_an_error(tmp_path: Path, root:
     write(tmp_path / "meta", "a.parquet", numbered(0, 5, punsafe=1.0))
     with pytest.raises(UserError, match=r"none of 5 rows was kept.*'unsafe': 5"):
         run(config(tmp_path / "meta"), root)
+
+
+def test_every_bad_row_has_its_reason_and_the_good_ones_beside_it_stay(tmp_path: Path, root: Root) -> None:
+    given = {
+        "http://example.org/good.jpg": {},
+        "http://bücher.example/größe.jpg": {},
+        "http://example.org/text-number": {"WIDTH": " 1000 "},
+        "http://example.org/long": {"TEXT": b"x" * 10_000_000},
+        "http://example.org/broken-caption": {"TEXT": b"caf\xe9"},
+        "http://example.org/small": {"WIDTH": "1e2"},
+        "file:///etc/passwd": "bad_url",
+        "data:image/png;base64,AAAA": "bad_url",
+        "http://user:secret@example.org/a": "bad_url",
+        b"http://example.org/\xff": "bad_url",
+        None: "bad_url",
+        "": "bad_url",
+        "HTTP://EXAMPLE.ORG:80/good.jpg#again": "duplicate_url",
+        "http://example.org/negative": {"WIDTH": "-1000"},
+        "http://example.org/no-size": {"WIDTH": None},
+        "http://example.org/word": {"WIDTH": "wide"},
+        "http://example.org/nan": {"punsafe": float("nan")},
+        "http://example.org/null": {"pwatermark": None},
+    }
+    usual = {"TEXT": b"a caption", "WIDTH": "1000", "HEIGHT": "900", "pwatermark": 0.1, "punsafe": 0.1}
+    rows = [usual | (odd if isinstance(odd, dict) else {}) for odd in given.values()]
+    columns = {name: [row[name] for row in rows] for name in usual}
+    urls = pa.array([url.encode() if isinstance(url, str) else url for url in given], pa.binary())
+    # Marked as text, as writers do that never look at the bytes.
+    texts = {"URL": urls, "TEXT": pa.array(columns.pop("TEXT"), pa.binary())}
+    unchecked = {
+        name: pa.StringArray.from_buffers(len(column), *column.buffers()[1:], column.buffers()[0])
+        for name, column in texts.items()
+    }
+    (tmp_path / "meta").mkdir()
+    pq.write_table(pa.table(unchecked | columns), tmp_path / "meta" / "a.parquet")
+    manifest = run(config(tmp_path / "meta"), root)
+    assert manifest.reasons == {"bad_url": 6, "duplicate_url": 1, "bad_size": 3, "no_score": 2}
+    train = rows_of(root, manifest, "train")
+    assert train["url"].to_pylist() == [
+        "http://example.org/good.jpg",
+        "http://xn--bcher-kva.example/gr%C3%B6%C3%9Fe.jpg",
+        "http://example.org/text-number",
+        "http://example.org/long",
+        "http://example.org/broken-caption",
+    ]
+    assert [len(caption) for caption in train["caption"].to_pylist()] == [9, 9, 9, 4096, 3]
+    assert rows_of(root, manifest, "database")["url"].to_pylist() == ["http://example.org/small"]

@@ -4,14 +4,18 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
 from ray import cloudpickle
 
-from pipeline.runner import MAX_LOST_WORKERS, ShardError, Stage, Work, Workers, run_shards
+from pipeline.runner import MAX_LOST_WORKERS, ShardError, Work, Workers, run_shards
+from pipeline.stage import Stage
 from retrieval.config import Config, speed
 from retrieval.errors import UserError
 from retrieval.manifest import ShardRecord, write_record
@@ -193,3 +197,47 @@ def test_work_is_set_up_once_in_a_worker(root: Root) -> None:
 
     run_shards(stage(root), SHARDS, make_work, ONE)
     assert root.size("calls/setups") == 1
+
+
+def test_a_worker_that_holds_more_than_its_memory_is_ended(root: Root) -> None:
+    def hoards_once(shard: str, call: int) -> None:
+        if shard == "00001" and call == 1:
+            held = b"x" * 500_000_000
+            time.sleep(60)
+            del held
+
+    began = time.monotonic()
+    run_shards(stage(root), SHARDS, works(root, before=hoards_once), Workers(1, memory_gb=0.45))
+    assert calls(root) == [1, 2, 1]
+    assert time.monotonic() - began < 45
+
+
+def test_a_lost_worker_whose_place_is_taken_keeps_no_shard_waiting(root: Root) -> None:
+    @ray.remote(num_cpus=1)
+    class Squatter:
+        def ready(self) -> None:
+            pass
+
+    squatters: list[Any] = []
+
+    def killed_once(shard: str, call: int) -> None:
+        if shard == "00001" and call == 1:
+            # Waits in Ray's queue for the very CPU that the replacement would get.
+            squatters.append(Squatter.options(name="squatter", lifetime="detached").remote())
+            time.sleep(1)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    try:
+        records = run_shards(stage(root), SHARDS, works(root, before=killed_once), Workers(2))
+        assert [record.shard for record in records] == SHARDS
+    finally:
+        ray.kill(ray.get_actor("squatter"))
+
+
+def test_workers_that_fit_no_node_are_refused_with_what_there_is(root: Root) -> None:
+    with pytest.raises(
+        UserError, match=r"a worker takes CPU 1, memory 9000.0 GB; .* the most are CPU 2, mem"
+    ):
+        run_shards(stage(root), SHARDS, works(root), Workers(memory_gb=9000))
+    with pytest.raises(UserError, match=r"takes CPU 1, far 0.001; no node .* CPU 2, far 0"):
+        run_shards(stage(root), SHARDS, works(root), Workers(nodes="far"))

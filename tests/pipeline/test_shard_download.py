@@ -1,60 +1,40 @@
-import os
-import subprocess
-import sys
-import tempfile
+import dataclasses
+import hashlib
+import io
 from pathlib import Path
 
-import pyarrow as pa
+import numpy as np
 import pytest
 from img2dataset import downloader
 from img2dataset.writer import WebDatasetSampleWriter
+from PIL import Image, ImageOps
 
-from pipeline.fetch import Fetcher, Manners
+from pipeline.blocklist import read_blocklist
+from pipeline.phash import phash
 from pipeline.seam import Seam
-from pipeline.shard_download import SCRATCH, ShardDownload, Storing, plugged_in
-from retrieval.schema import SELECTED, image_id, write_table
+from pipeline.shard_download import ShardDownload, Storing, plugged_in
+from retrieval.schema import DOWNLOADED, read_table
 from retrieval.storage import Root
+from tests.pipeline.fetching import fetcher, turns, write_selected
 
-FETCHER = Fetcher(Manners("laion-rdm", "us@example.org", "loopback", 1.0, 2.0, 0, 100_000, 2))
 STORING = Storing(edge=0, min_edge=1, max_pixels=10_000, jpeg_quality=95, threads=2, min_success=0.05)
 
 
 def test_the_seam_is_taken_out_again() -> None:
     theirs = downloader.download_image_with_retry
-    seam = Seam(FETCHER, max_pixels=1, max_edge=0, min_success=0.1, patience=1)
+    seam = Seam(fetcher(), turns([]), max_pixels=1, max_edge=0, min_success=0.1, patience=1)
     with pytest.raises(RuntimeError), plugged_in(seam):
         assert downloader.download_image_with_retry is seam
         raise RuntimeError
     assert downloader.download_image_with_retry is theirs
 
 
-def test_scratch_of_dead_workers_is_swept_and_that_of_living_ones_is_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    for pid in (dead.pid, os.getpid()):
-        (tmp_path / f"{SCRATCH}{pid}-abc").mkdir()
-    ShardDownload(Root(str(tmp_path)), FETCHER, {})
-    assert [path.name for path in tmp_path.iterdir()] == [f"{SCRATCH}{os.getpid()}-abc"]
-
-
 def test_a_row_that_img2dataset_drops_is_an_error_and_not_a_gap(
     tmp_path: Path, origin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = Root(str(tmp_path))
-    urls = [origin.sends(f"/{n}", b"no picture") for n in range(3)]
-    rows = {
-        "image_id": [image_id(url) for url in urls],
-        "url": urls,
-        "caption": ["", "", ""],
-        "width": [9, 9, 9],
-        "height": [9, 9, 9],
-    }
-    columns = [pa.array(rows.get(field.name, [None] * 3), field.type) for field in SELECTED]
-    write_table(root, "filter/train/0.parquet", pa.table(columns, schema=SELECTED), SELECTED)
-    work = ShardDownload(root, FETCHER, {"train": STORING})
+    write_selected(root, "train/0", [origin.sends(f"/{n}", b"no picture") for n in range(3)])
+    work = ShardDownload(root, fetcher(), {"train": STORING})
     assert work("train/0").reasons == {"not_an_image": 3}
     write = WebDatasetSampleWriter.write
 
@@ -66,3 +46,35 @@ def test_a_row_that_img2dataset_drops_is_an_error_and_not_a_gap(
     monkeypatch.setattr(WebDatasetSampleWriter, "write", full)
     with pytest.raises(RuntimeError, match="kept 2 of 3 rows"):
         work("train/0")
+
+
+def test_listed_contents_and_looks_are_not_stored(tmp_path: Path, origin) -> None:
+    images = [
+        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)).resize((96, 96))
+        for seed in range(3)
+    ]
+    bodies = [jpeg(image, 90) for image in images]
+    bodies.append(jpeg(ImageOps.mirror(images[2]).resize((64, 64)), 60))
+    kept = bodies.pop(0)
+    urls = [origin.sends(f"/{n}", body) for n, body in enumerate([kept, *bodies])]
+    lines = [
+        f"md5:{hashlib.md5(bodies[0]).hexdigest().upper()}",
+        f"phash:{phash(images[2]) & (1 << 64) - 1:016x}",
+        f"sha256:{hashlib.sha256(b'another').hexdigest()}",
+    ]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    storing = dataclasses.replace(STORING, blocklist=read_blocklist(str(tmp_path / "list.txt")))
+    root = Root(str(tmp_path))
+    write_selected(root, "train/0", urls)
+    record = ShardDownload(root, fetcher(), {"train": storing})("train/0")
+    assert (record.rows, record.reasons) == (1, {"blocked": 3})
+    table = read_table(root, "download/train/0.parquet", DOWNLOADED)
+    assert table["message"].to_pylist()[1] == "its content is on the blocklist"
+    assert table["message"].to_pylist()[2:] == ["its look is on the blocklist"] * 2
+    assert table["phash"].to_pylist()[0] == phash(Image.open(io.BytesIO(kept)))
+
+
+def jpeg(image: Image.Image, quality: int) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()

@@ -13,8 +13,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from pipeline.fetch import Fetcher, Manners
 from pipeline.sockets import Refusal, Unreachable, connect, permitted, waits
+from tests.pipeline.fetching import fetched, fetcher
 
 PUBLIC = ["93.184.215.14", "1.1.1.1", "2606:4700::1111", "::ffff:1.1.1.1", "64:ff9b::101:101"]
 LOOPBACK = ["127.0.0.1", "127.1.2.3", "::1", "::ffff:127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::"]
@@ -117,8 +117,7 @@ def tls_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def fetch(url: str) -> bytes | Refusal:
-    manners = Manners("laion-rdm", "us@example.org", "loopback", 1.0, 1.5, 0, 100_000, 2)
-    return Fetcher(manners).fetch(url)
+    return fetched(fetcher(deadline_s=1.5), url)
 
 
 def test_tls_is_checked_and_kept_to_the_deadline(tls_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

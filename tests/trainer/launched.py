@@ -1,26 +1,64 @@
-"""Training runs started by tests that need nothing but their end."""
+"""Ranks for tests that need nothing but their end: forked from one process that imports the trainer once.
 
-import os
-import subprocess
+How ranks are launched for real is what test_train and test_launching test.
+"""
+
+import multiprocessing
+import socket
 import sys
 from pathlib import Path
 
 from retrieval.storage import Root
 from trainer.recipe import Training
 
-LAUNCH = "import sys; from trainer.launch import launch; sys.exit(launch(sys.argv[1:], ranks={ranks}))"
-HERE = Path(__file__).parent
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    [
+        "trainer.train",
+        # What training imports on its way.
+        "deepspeed.runtime.zero.muon.muon_optimizer",
+        "diffusers.models.autoencoders.autoencoder_kl",
+        "diffusers.models.unets.unet_2d_condition",
+        "diffusers.schedulers.scheduling_ddim",
+        "pandas",
+        "torch.utils.tensorboard",
+    ]
+)
+# A rank imports the modules beside this file by name.
+sys.path.append(str(Path(__file__).parent))
 
 
 def train(recipe: Training, root: Root, ranks: int = 1) -> str:
     """Trains to the end on some ranks. Returns the log."""
+    code, log = outcome(recipe, root, ranks)
+    assert code == 0, log
+    return log
+
+
+def outcome(recipe: Training, root: Root, ranks: int = 1) -> tuple[int, str]:
+    """Trains on some ranks. Returns the worst exit code, and the log."""
     path = root.local_path("recipe.json")
     path.write_text(recipe.model_dump_json())
-    command = [sys.executable, "-c", LAUNCH.format(ranks=ranks), "train_rank", str(path), root.url]
-    environment = os.environ | {"PYTHONPATH": f"{HERE}:{HERE.parent.parent}"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
+    return fork(["train_rank", str(path), root.url], root.local_path("log"), ranks)
+
+
+def fork(argv: list[str], log: Path, ranks: int) -> tuple[int, str]:
+    """Runs `python -m <argv>` on some ranks. Returns the worst exit code, and the log."""
+    from forked import run_rank
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    log.write_bytes(b"")
+    started = []
+    for rank in range(ranks):
+        environment = place | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        started.append(FORKS.Process(target=run_rank, args=(argv, log, environment), daemon=True))
+        started[-1].start()
+    for process in started:
+        process.join(timeout=300)
+    codes = [process.exitcode for process in started]
+    return next((code for code in codes if code != 0), 0), log.read_text()
 
 
 def folder_of(recipe: Training, root: Root) -> Path:

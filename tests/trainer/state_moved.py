@@ -1,14 +1,11 @@
 """What test_checkpoint runs: training states saved by one and two ranks at every ZeRO stage, loaded by all.
 
-`python -m state_moved FOLDER`; ends with a failed assertion if a state does not go on as it would have.
-`write` trains, saves, trains on and notes where that ends; `read` trains on from what every writer saved,
-and compares. The ranks are forked, so that they cost no imports.
+`python -m state_moved FOLDER WORD...`; ends with a failed assertion if a state does not go on as it would
+have. `write` trains, saves, trains on and notes where that ends; `read` trains on from what every writer
+saved, and compares.
 """
 
-import os
-import socket
 import sys
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -101,36 +98,9 @@ def pairs(folder: Path) -> Iterator[tuple[int, tuple[int, str], tuple[int, str]]
                         yield world, saved_as, read_as
 
 
-def rank_process(folder: Path, environment: dict[str, str], words: tuple[str, ...]) -> int:
-    """Fork a rank that does what the words say. Returns its process."""
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        os.environ.update(environment)
-        ranks = join_ranks()
-        for word in words:
-            {"write": write, "read": read}[word](folder, ranks)
-        dist.barrier()
-        code = 0
-    finally:
-        if code:
-            traceback.print_exc()
-        os._exit(code)
-
-
-def main(folder: Path) -> None:
-    for world, *words in ((2, "write"), (1, "read", "write"), (2, "read")):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-        each = [
-            {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)} for rank in range(world)
-        ]
-        children = [rank_process(folder, place | one, tuple(words)) for one in each]
-        assert [os.waitpid(child, 0)[1] for child in children] == [0] * world
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    group = join_ranks()
+    for word in sys.argv[2:]:
+        {"write": write, "read": read}[word](Path(sys.argv[1]), group)
+    dist.barrier()
+    dist.destroy_process_group()

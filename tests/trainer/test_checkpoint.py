@@ -1,6 +1,3 @@
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +6,7 @@ import torch
 import torch.distributed
 
 from retrieval.errors import UserError
+from tests.trainer.launched import fork
 from trainer.checkpoint import CheckpointFolder
 from trainer.disk import check_shared
 from trainer.engine import Ranks
@@ -33,24 +31,15 @@ def checkpoints(tmp_path: Path) -> CheckpointFolder:
     return CheckpointFolder(tmp_path / "checkpoints", "test", {"a": 1}, keep=1, keep_every=0)
 
 
-def test_a_state_goes_on_from_any_number_of_ranks_and_any_split_to_any_other(
-    tmp_path: Path, rank_modules: None
-) -> None:
-    run_program("state_moved", tmp_path)
+def test_a_state_goes_on_from_any_number_of_ranks_and_any_split_to_any_other(tmp_path: Path) -> None:
+    for ranks, *words in ((2, "write"), (1, "read", "write"), (2, "read")):
+        code, log = fork(["state_moved", str(tmp_path), *words], tmp_path / "log", ranks)
+        assert code == 0, log
 
 
-def test_a_checkpoint_is_complete_or_absent_whenever_its_ranks_are_killed(
-    tmp_path: Path, rank_modules: None
-) -> None:
-    run_program("checkpoint_killed", tmp_path / "checkpoints")
-
-
-def run_program(name: str, folder: Path) -> None:
-    """Run a module beside this file; it asserts for itself."""
-    command = [sys.executable, "-m", name, str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+def test_a_checkpoint_is_complete_or_absent_whenever_its_ranks_are_killed(tmp_path: Path) -> None:
+    code, log = fork(["checkpoint_killed", str(tmp_path / "checkpoints")], tmp_path / "log", ranks=1)
+    assert code == 0, log
 
 
 def test_what_is_written_is_the_state_when_it_was_saved(alone: None, checkpoints: CheckpointFolder) -> None:

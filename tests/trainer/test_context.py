@@ -5,7 +5,7 @@ import pytest
 
 from trainer.context import make_context, unit_rows
 
-TEXT = np.array([3.0, 0.0, 4.0], np.float32)
+TEXT = np.array([[3.0, 0.0, 4.0]], np.float32)
 NEIGHBORS = np.array([[0.0, 2.0, 0.0], [5.0, 0.0, 0.0]], np.float32)
 
 
@@ -17,7 +17,8 @@ def test_the_text_stands_before_its_neighbors_and_all_have_length_one():
 
 def test_each_mode_has_just_its_own_tokens():
     np.testing.assert_allclose(make_context("text", TEXT, NEIGHBORS), [[0.6, 0, 0.8]], atol=1e-7)
-    np.testing.assert_allclose(make_context("neighbors", TEXT, NEIGHBORS), [[0, 1, 0], [1, 0, 0]])
+    for mode in ("neighbors", "unconditional"):
+        np.testing.assert_allclose(make_context(mode, TEXT, NEIGHBORS), [[0, 1, 0], [1, 0, 0]])
 
 
 def test_fewer_neighbors_make_a_shorter_context_and_no_zero_rows():

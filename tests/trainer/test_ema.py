@@ -1,9 +1,11 @@
+from pathlib import Path
+
 import pytest
 import torch
 
+from tests.trainer.launched import fork
 from trainer.ema import Average, decay_at
 from trainer.fragments import Fragment
-from trainer.launch import launch
 
 
 def test_the_decay_warms_up_to_its_value() -> None:
@@ -32,6 +34,7 @@ def test_a_decay_of_almost_one_still_moves_the_average() -> None:
 
 
 def test_two_ranks_together_hold_the_exact_average_however_deepspeed_splits_weights(
-    rank_modules: None,
+    tmp_path: Path,
 ) -> None:
-    assert launch(["ema_rank"], ranks=2) == 0
+    code, log = fork(["ema_rank"], tmp_path / "log", ranks=2)
+    assert code == 0, log

@@ -1,6 +1,5 @@
 """The sampler as people use it: requests in, pictures with their neighbors out."""
 
-import dataclasses
 import json
 from functools import partial
 
@@ -117,8 +116,7 @@ def test_requests_that_differ_in_scheduler_steps_or_tokens_are_not_batched_toget
 def test_a_recipe_makes_its_picture_again(sampler):
     (sample,) = sampler.sample([request(scheduler="dpm++", seed=77)])
     recipe = json.loads(json.dumps(sample.recipe()))
-    fields = {field.name for field in dataclasses.fields(Request)}
-    (again,) = sampler.sample([Request(**{name: recipe[name] for name in fields})])
+    (again,) = sampler.sample([Request.of(recipe)])
     assert np.array_equal(pixels(again), pixels(sample))
     assert recipe["neighbors"] == [[found.image_id, found.similarity] for found in again.neighbors]
     assert len(recipe["model"]) == 64

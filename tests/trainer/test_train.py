@@ -21,6 +21,7 @@ from diffusers import UNet2DConditionModel
 from retrieval.errors import UserError
 from retrieval.manifest import read_manifest
 from retrieval.storage import Root
+from tests.trainer.launched import outcome, train
 from tests.trainer.training_set import NAMES, SHAPE, VIEWS, ids_of, make_recipe, write_latents
 from trainer.data import Loader
 from trainer.engine import Ranks
@@ -170,13 +171,11 @@ def test_a_run_that_was_killed_and_terminated_equals_one_that_never_stopped(
 
 
 def test_a_run_goes_on_with_other_numbers_of_ranks_as_if_it_had_never_stopped(
-    training_set: Root, autoencoder_folder: str, start: Launch, finished_run: dict[str, Root]
+    training_set: Root, autoencoder_folder: str, finished_run: dict[str, Root]
 ) -> None:
     # ZeRO may change on the way too.
     for steps, ranks, zero_stage in ((7, 1, 1), (14, 2, 3), (STEPS, 1, 2)):
-        recipe = recipe_of(autoencoder_folder, steps=steps, zero_stage=zero_stage)
-        code, log = start(recipe, training_set, ranks=ranks).end()
-        assert code == 0, log
+        train(recipe_of(autoencoder_folder, steps=steps, zero_stage=zero_stage), training_set, ranks)
     mine, wanted = trail(training_set), trail(finished_run["root"])
     # The third number is the gradient's norm, which rounds more.
     np.testing.assert_allclose([one[:2] for one in mine], [one[:2] for one in wanted], rtol=0, atol=1e-5)
@@ -198,12 +197,12 @@ def test_a_killed_launcher_takes_its_ranks_along(
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_rank_and_images(
-    training_set: Root, autoencoder_folder: str, start: Launch
+    training_set: Root, autoencoder_folder: str
 ) -> None:
     moments = np.full((len(ids_of(2)), VIEWS, 2, *SHAPE), np.inf, np.float16)
     write_latents(training_set, NAMES[2], ids_of(2), moments)
     recipe = recipe_of(autoencoder_folder)
-    code, log = start(recipe, training_set).end()
+    code, log = outcome(recipe, training_set, ranks=2)
     assert code != 0
     told = re.findall(
         r"step (\d+): loss is (?:nan|inf) on rank (\d).*Images of the step, by rank: (\{.*\})", log
@@ -238,14 +237,13 @@ def copied_run(tmp_path: Path, finished_run: dict[str, Root]) -> Root:
 
 
 def test_a_finished_run_whose_model_was_lost_exports_it_again(
-    autoencoder_folder: str, copied_run: Root, start: Launch
+    autoencoder_folder: str, copied_run: Root
 ) -> None:
     before = read_manifest(copied_run, FOLDER).checksums()
     copied_run.delete(f"{FOLDER}/model/diffusion_pytorch_model.safetensors")
     recipe = recipe_of(autoencoder_folder)
     assert not is_finished(prepare(recipe, copied_run), copied_run)
-    code, log = start(recipe, copied_run).end()
-    assert code == 0, log
+    train(recipe, copied_run, ranks=2)
     assert is_finished(prepare(recipe, copied_run), copied_run)
     assert read_manifest(copied_run, FOLDER).checksums() == before
 
@@ -269,12 +267,9 @@ def test_a_checkpoint_with_a_damaged_file_is_refused(autoencoder_folder: str, co
         checkpoints.load(None, None, Ranks(0, 1, torch.device("cpu")))
 
 
-def test_a_run_starts_from_the_weights_of_another(
-    autoencoder_folder: str, copied_run: Root, start: Launch
-) -> None:
+def test_a_run_starts_from_the_weights_of_another(autoencoder_folder: str, copied_run: Root) -> None:
     stopped = {"name": "second", "start_from": "tiny", "steps": 1, "learning_rate": 1e-30}
-    code, log = start(recipe_of(autoencoder_folder, **stopped), copied_run, ranks=1).end()
-    assert code == 0, log
+    train(recipe_of(autoencoder_folder, **stopped), copied_run)
     first, second = (
         UNet2DConditionModel.from_pretrained(copied_run.local_path(f"runs/{name}/train/model"))
         for name in ("tiny", "second")

@@ -1,0 +1,154 @@
+"""optout: what is removed leaves databases, neighbor tables and training, however often it is killed."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline import neighbors, optout
+from pipeline.blocklist import Blocklist, read_blocklist
+from pipeline.neighbors import NeighborsConfig
+from retrieval import Database, Root, schema
+from retrieval.blocked import blocked_ids
+from retrieval.build import Identity, IndexConfig, build_database
+from retrieval.encoder_identity import EncoderIdentity
+from retrieval.manifest import Manifest, ShardRecord, read_manifest, write_manifest
+
+from .conftest import Picture, write_download
+
+CONFIG = NeighborsConfig(k=4, near_copy_similarity=0.999, recall_sample=0, workers=1)
+ENCODER = EncoderIdentity(model="none", weights="0" * 16, preprocessing="", dim=16)
+SHARDS = {"train/00000": 6, "train/00001": 6, "database/00000": 60}
+
+
+def shown(shard: str) -> list[Picture]:
+    """Every picture has a URL, a content and a look of its own."""
+    host = "art.example.org" if shard.startswith("database") else "example.org"
+    return [
+        Picture(f"http://{host}/{shard}/{i}.jpg", i, phash=int.from_bytes(digest[:8], "big") >> 1)
+        for i in range(SHARDS[shard])
+        for digest in [hashlib.sha256(f"{shard}/{i}".encode()).digest()]
+    ]
+
+
+def embedded(shard: str, seed: int) -> pa.Table:
+    rows = [
+        {schema.IMAGE_ID: schema.image_id(picture.url), "url": picture.url, "caption": "", "license": None}
+        | {"width": 9, "height": 9}
+        for picture in shown(shard)
+    ]
+    vectors = np.random.default_rng(seed).standard_normal((len(rows), 16))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    table = pa.Table.from_pylist(rows, schema.METADATA)
+    return table.append_column(
+        schema.embeddings(16).field(schema.EMBEDDING), schema.fixed_lists(np.float16(vectors))
+    )
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
+    """A run up to its neighbor tables, a style database, a finished training and one under way."""
+    folder = tmp_path_factory.mktemp("made")
+    root = Root(folder)
+    write_download(root, {shard: shown(shard) for shard in SHARDS})
+    tables = {shard: embedded(shard, seed) for seed, shard in enumerate(SHARDS)}
+    records = []
+    for shard, table in tables.items():
+        file = schema.write_table(root, f"embed/{shard}.parquet", table, schema.embeddings(16))
+        records.append(ShardRecord(shard, len(table), (file,)))
+    values = {"encoder": ENCODER.model_dump()}
+    write_manifest(root, Manifest("embed", 1, "e" * 16, {}, {}, tuple(records), values, 1.0))
+    database = tables["database/00000"]
+    config = IndexConfig(rows_per_partition=20)
+    for name, made_from in (("index", read_manifest(root, "embed").identity), ("databases/ink", "x")):
+        build_database(root, database, ENCODER, config, Identity(name, {"embed": made_from}))
+    fingerprint = neighbors.run(CONFIG, root).fingerprint
+    root.write_json("runs/a/train/manifest.json", {"upstream": {"neighbors": fingerprint}})
+    settings = {"neighbors stage": fingerprint}
+    root.write_json("runs/b/train/checkpoints/checkpoints.json", {"settings": settings})
+    root.write_json("runs/c/train/manifest.json", {"upstream": {"neighbors": "another"}})
+    return folder
+
+
+@pytest.fixture
+def root(made: Path, tmp_path: Path) -> Root:
+    shutil.copytree(made, tmp_path / "run")
+    return Root(tmp_path / "run")
+
+
+def neighbor_ids(root: Root, shard: str) -> dict[int, list[int]]:
+    table = schema.read_table(root, f"neighbors/{shard}.parquet", schema.neighbors(4, 16))
+    return dict(zip(table[schema.IMAGE_ID].to_pylist(), table[schema.NEIGHBOR_IDS].to_pylist(), strict=True))
+
+
+def listed(root: Root, tmp_path: Path) -> tuple[Blocklist, list[int]]:
+    """A list of a training image by URL and two neighbors of shard 00000 alone, by content and by look."""
+    theirs = {row for ids in neighbor_ids(root, "00001").values() for row in ids}
+    mine = {row for ids in neighbor_ids(root, "00000").values() for row in ids}
+    art = [picture for picture in shown("database/00000") if schema.image_id(picture.url) in mine - theirs]
+    train = shown("train/00000")[2]
+    lines = [train.url, f"sha256:{art[0].seed:064x}", f"phash:{art[1].phash ^ 0b1001:016x}"]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    ids = {schema.image_id(picture.url) for picture in (train, *art[:2])}
+    # Training images have the same contents as the first of the database.
+    same = {schema.image_id(p.url) for shard in SHARDS for p in shown(shard) if p.seed == art[0].seed}
+    return read_blocklist(str(tmp_path / "list.txt")), sorted(ids | same)
+
+
+def test_a_removal_that_was_killed_ends_as_if_all_had_been_made_without_the_images(
+    root: Root, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocklist, ids = listed(root, tmp_path)
+    before = read_manifest(root, "neighbors")
+    untouched = root.local_path("neighbors/00001.parquet").stat().st_mtime_ns
+
+    with monkeypatch.context() as killed:
+        killed.setattr(optout, "write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            optout.run(blocklist, root)
+    assert not root.exists("neighbors/manifest.json")
+    report = optout.run(blocklist, root)
+
+    assert report["ids"] == ids
+    assert report["databases"] == {"index": 2, "databases/ink": 2}
+    assert report["trained"] == {"with": ["runs/a", "runs/b"], "unknown": ["runs/c"]}
+    for name in report["databases"]:
+        database = Database.open(root.child(name))
+        assert len(database.search(np.ones((1, 16)), 60).ids[0]) == 58
+    assert not np.isin(ids, [*neighbor_ids(root, "00000"), *neighbor_ids(root, "00001")]).any()
+    after = read_manifest(root, "neighbors")
+    assert after.fingerprint != before.fingerprint
+    if after.shards[1] == before.shards[1]:
+        assert root.local_path("neighbors/00001.parquet").stat().st_mtime_ns == untouched
+    assert not root.list(f"optout/{blocklist.identity}")
+
+    assert optout.run(blocklist, root) == report  # nothing to do, and still told
+    assert neighbors.run(CONFIG, root) == after  # the stage finds its tables made
+
+    anew = Root(tmp_path / "anew")
+    shutil.copytree(root.url, anew.url)
+    anew.delete("neighbors")
+    again = neighbors.run(CONFIG, anew)
+    assert (again.rows, again.reasons, again.fingerprint) == (after.rows, after.reasons, after.fingerprint)
+    for shard in ("00000", "00001"):
+        assert neighbor_ids(anew, shard) == neighbor_ids(root, shard)
+        tables = [
+            schema.read_table(where, f"neighbors/{shard}.parquet", schema.neighbors(4, 16))
+            for where in (root, anew)
+        ]
+        vectors = [schema.vectors(table, schema.NEIGHBOR_EMBEDDINGS) for table in tables]
+        np.testing.assert_array_equal(*vectors)
+
+
+def test_a_domain_empties_a_database_and_rows_without_enough_neighbors_go(root: Root, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("art.example.org")
+    report = optout.run(read_blocklist(str(tmp_path / "list.txt")), root)
+    assert report["databases"] == {"index": 60, "databases/ink": 60}
+    assert len(blocked_ids(root.child("databases/ink"))) == 60
+    manifest = read_manifest(root, "neighbors")
+    assert (manifest.rows, manifest.reasons) == (0, {"too_few_neighbors": 12})
+    assert json.loads(root.local_path(f"optout/{report['list']}.json").read_text()) == report
