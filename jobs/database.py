@@ -5,6 +5,7 @@ each style that its folders or labels tell apart.
 """
 
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 
 from jobs.command import execute, finish, parser
@@ -12,6 +13,8 @@ from jobs.recipe import Recipe
 from pipeline import database
 from pipeline.sources import Source
 from retrieval.build import IndexConfig
+from retrieval.card import card
+from retrieval.database import Database
 from retrieval.encoder import ClipConfig, Encoder
 from retrieval.errors import UserError
 
@@ -19,11 +22,14 @@ NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
 
 def run(recipe: Recipe, name: str, source: Source, by_style: bool = False) -> None:
-    """Build `databases/<name>` of the recipe's root, and those of the styles."""
+    """Build `databases/<name>` of the recipe's root, and those of the styles, each with its card."""
     if not NAME.fullmatch(name):
         raise UserError(f"--name {name!r}: wanted small letters, digits, - and _, as in 'ukiyo-e'")
     databases = database.style_databases(name, source) if by_style else {name: ""}
-    database.run_all(databases, source, Encoder(recipe[ClipConfig]), recipe[IndexConfig], recipe.root)
+    encoder = Encoder(recipe[ClipConfig])
+    for built in database.run_all(databases, source, encoder, recipe[IndexConfig], recipe.root):
+        text = card(Database.open(recipe.root.child(built.stage)), datetime.now(UTC).date())
+        recipe.root.write_bytes(f"{built.stage}/README.md", text.encode())
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from retrieval.manifest import Manifest, read_manifest
 from retrieval.storage import Root
 
 if TYPE_CHECKING:
-    from pipeline.shard_download import Storing
+    from pipeline.seam import Storing
 
 SCHEMA_VERSION = 2
 
@@ -122,7 +122,7 @@ def _manners(config: DownloadConfig) -> Manners:
 
 
 def _storing(config: DownloadConfig, blocklist: Blocklist) -> "dict[str, Storing]":
-    from pipeline.shard_download import Storing
+    from pipeline.seam import Storing
 
     edges = {
         "train": (0, config.train_min_edge),

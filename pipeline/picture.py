@@ -2,7 +2,7 @@
 
 Takes a body, checks its size in pixels from the header before anything is decoded. A plain JPEG keeps its
 bytes. Everything else (PNG of 16 bits, gray, palette, alpha, animation, CMYK, an EXIF rotation) is decoded
-by Pillow to upright 8-bit RGB, where OpenCV, which decodes for img2dataset, would get it wrong.
+by Pillow to upright 8-bit RGB, where OpenCV, which cuts down and encodes what is stored, would get it wrong.
 """
 
 import io
@@ -12,7 +12,9 @@ import zlib
 from dataclasses import dataclass
 from threading import Semaphore
 
+import cv2
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline.phash import phash
@@ -120,6 +122,35 @@ def _decoded(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+@dataclass(frozen=True)
+class Jpeg:
+    """A picture as it is stored. Sizes: (width, height) in pixels, as it is and as it came."""
+
+    data: bytes
+    size: tuple[int, int]
+    original_size: tuple[int, int]
+
+
+def stored(picture: Picture, edge: int, quality: int) -> Jpeg:
+    """A prepared picture, its shorter edge cut down to `edge` px where that is less and not 0."""
+    if picture.keeps_bytes:
+        return Jpeg(picture.data, picture.size, picture.size)
+    pixels = np.asarray(cv2.imdecode(np.frombuffer(picture.data, np.uint8), cv2.IMREAD_COLOR), np.uint8)
+    pixels = _cut_down(pixels, edge)
+    # It cannot fail: these are pixels that we made ourselves.
+    data = cv2.imencode(".jpg", pixels, (cv2.IMWRITE_JPEG_QUALITY, quality))[1].tobytes()
+    return Jpeg(data, (pixels.shape[1], pixels.shape[0]), picture.size)
+
+
+def _cut_down(pixels: npt.NDArray[np.uint8], edge: int) -> npt.NDArray[np.uint8]:
+    height, width = pixels.shape[:2]
+    shorter = min(height, width)
+    if not edge or shorter <= edge:
+        return pixels
+    size = (round(width * edge / shorter), round(height * edge / shorter))
+    return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), np.uint8)
 
 
 def _ppm(image: Image.Image) -> bytes:

@@ -10,13 +10,14 @@ the results in any order and by the number that comes with them, so that `turns`
 import hashlib
 import io
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from pipeline.blocklist import Blocklist
 from pipeline.fetch import Fetcher
-from pipeline.picture import Picture, prepared
+from pipeline.picture import Jpeg, Picture, prepared, stored
 from pipeline.sockets import Refusal
 from pipeline.turns import GIVEN_UP, Errand, Turns
 from retrieval.schema import Reason
@@ -25,12 +26,35 @@ SILENT = frozenset({Reason.NO_CONNECTION, Reason.TIMEOUT})
 MIN_JUDGED_URLS = 5
 
 
-class Stream(io.BytesIO):
-    """A picture on its way to the resizer."""
+# Pixels may take several hundred MB, and what they took stays with the thread that had them. So they are made
+# and encoded in these; the other threads of the process meanwhile go on fetching.
+_PICTURES = ThreadPoolExecutor(2)
 
-    def __init__(self, picture: Picture) -> None:
-        super().__init__(picture.data)
-        self.picture = picture
+
+class Stream(io.BytesIO):
+    """A picture on its way through Downloader, where up to two for each thread wait."""
+
+    def __init__(self, jpeg: Jpeg) -> None:
+        super().__init__(jpeg.data)
+        self.jpeg = jpeg
+
+
+@dataclass(frozen=True)
+class Storing:
+    """How the pictures of one split are stored. edge: shorter edge to cut down to in px; 0: as it is."""
+
+    edge: int
+    min_edge: int
+    max_pixels: int
+    jpeg_quality: int
+    threads: int
+    min_success: float
+    blocklist: Blocklist = field(default_factory=Blocklist)
+
+    @property
+    def patience(self) -> int:
+        """URLs that may pass without an answer before the rest of a shard is not tried."""
+        return 4 * self.threads
 
 
 @dataclass
@@ -39,12 +63,7 @@ class Seam:
 
     fetcher: Fetcher
     turns: Turns
-    max_pixels: int
-    max_edge: int
-    min_success: float
-    patience: int
-    """URLs that may pass without an answer before the rest is not tried."""
-    blocklist: Blocklist = field(default_factory=Blocklist)
+    storing: Storing
     sent: dict[int, str] = field(default_factory=dict)
     phashes: dict[int, int] = field(default_factory=dict)
     refused: dict[int, Refusal] = field(default_factory=dict)
@@ -58,7 +77,7 @@ class Seam:
 
         The row is the next one whose turn it is, not the one that Downloader names.
         """
-        outcome: Picture | Refusal | None = None
+        outcome: Jpeg | Refusal | None = None
         while outcome is None:
             errand, outcome = self.turns.take()
             outcome = outcome or self._served(errand)
@@ -71,36 +90,42 @@ class Seam:
     @property
     def over(self) -> bool:
         """True if nothing more need be fetched: the network is down, or something broke."""
-        return self.defect is not None or (self.done >= self.patience and self.is_down)
+        return self.defect is not None or (self.done >= self.storing.patience and self.is_down)
 
     @property
     def is_down(self) -> bool:
         """True if so few of the URLs so far had any answer that the fault is not theirs."""
         answered = self.done - self.silent
-        return self.done >= MIN_JUDGED_URLS and answered < self.min_success * self.done
+        return self.done >= MIN_JUDGED_URLS and answered < self.storing.min_success * self.done
 
-    def _served(self, errand: Errand) -> Picture | Refusal | None:
+    def _served(self, errand: Errand) -> Jpeg | Refusal | None:
         try:
             body = self.fetcher.serve(errand, self.turns)
-            return self._picture(errand.number, body) if isinstance(body, bytes) else body
+            return self._checked(errand.number, body) if isinstance(body, bytes) else body
         except Exception as error:  # noqa: BLE001
             # Kept, and raised when the shard is over: an exception in this thread would leave Downloader's
             # pool waiting for ever (its feeder holds a semaphore that only the broken loop releases).
             self.defect = error
             return GIVEN_UP
 
-    def _picture(self, number: int, body: bytes) -> Picture | Refusal:
+    def _checked(self, number: int, body: bytes) -> Jpeg | Refusal:
         self.sent[number] = hashlib.sha256(body).hexdigest()
-        if self.blocklist.blocks_content(body):
+        if self.storing.blocklist.blocks_content(body):
             return Refusal(Reason.BLOCKED, "its content is on the blocklist")
-        picture = prepared(body, self.max_pixels, self.max_edge)
-        if isinstance(picture, Picture):
-            self.phashes[number] = picture.phash
-            if self.blocklist.blocks_looks(np.array([picture.phash])).any():
-                return Refusal(Reason.BLOCKED, "its look is on the blocklist")
-        return picture
+        return _PICTURES.submit(self._jpeg, number, body).result()
 
-    def _count(self, outcome: Picture | Refusal) -> None:
+    def _jpeg(self, number: int, body: bytes) -> Jpeg | Refusal:
+        picture = prepared(body, self.storing.max_pixels, self.storing.edge)
+        if not isinstance(picture, Picture):
+            return picture
+        self.phashes[number] = picture.phash
+        if self.storing.blocklist.blocks_looks(np.array([picture.phash])).any():
+            return Refusal(Reason.BLOCKED, "its look is on the blocklist")
+        if min(picture.size) < self.storing.min_edge:
+            return Refusal(Reason.TOO_SMALL, f"shorter edge below {self.storing.min_edge} pixels")
+        return stored(picture, self.storing.edge, self.storing.jpeg_quality)
+
+    def _count(self, outcome: Jpeg | Refusal) -> None:
         with self.lock:
             self.done += 1
             self.silent += isinstance(outcome, Refusal) and outcome.reason in SILENT

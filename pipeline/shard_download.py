@@ -8,47 +8,27 @@ servers give equal bytes. Imports img2dataset, which takes seconds and 600 MB: w
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 from img2dataset import downloader
 from img2dataset.writer import WebDatasetSampleWriter
 
 from pipeline import tars
-from pipeline.blocklist import Blocklist
 from pipeline.fetch import Fetcher
-from pipeline.seam import Seam, Stream
-from pipeline.sockets import Refusal
+from pipeline.seam import Seam, Storing, Stream
 from pipeline.turns import Turns
 from retrieval.errors import UserError
 from retrieval.manifest import ShardRecord
-from retrieval.schema import DOWNLOADED, SELECTED, Reason, read_table, write_table
+from retrieval.schema import DOWNLOADED, SELECTED, read_table, write_table
 from retrieval.scratch import scratch_folder
 from retrieval.storage import FileRecord, Root
 
-TOO_SMALL = "image too small"
-
 Pictures = Callable[[int, str], bytes]
 """Gives a stored row's JPEG, by the row's number and its key in the tar."""
-
-
-@dataclass(frozen=True)
-class Storing:
-    """How the pictures of one split are stored. edge: shorter edge to cut down to in px; 0: as it is."""
-
-    edge: int
-    min_edge: int
-    max_pixels: int
-    jpeg_quality: int
-    threads: int
-    min_success: float
-    blocklist: Blocklist = field(default_factory=Blocklist)
 
 
 class ShardDownload:
@@ -59,6 +39,7 @@ class ShardDownload:
         self.fetcher = fetcher
         self.storing = storing
         self.open_at: dict[str, float] = {}
+        cv2.setNumThreads(1)  # a worker has one CPU
 
     def __call__(self, shard: str) -> ShardRecord:
         """Download a shard such as `train/00000-00000`. Raises UserError if nearly no URL gave an answer."""
@@ -79,20 +60,12 @@ class ShardDownload:
         """Rows of DOWNLOADED in their order, and while the block lasts the pictures of those stored."""
         manners = self.fetcher.manners
         turns = Turns(enumerate(rows["url"].to_pylist()), manners.courtesy, self.open_at)
-        seam = Seam(
-            self.fetcher,
-            turns,
-            storing.max_pixels,
-            storing.edge,
-            storing.min_success,
-            patience=4 * storing.threads,
-            blocklist=storing.blocklist,
-        )
+        seam = Seam(self.fetcher, turns, storing)
         with scratch_folder() as folder:
-            found = _run_img2dataset(rows, storing, seam, folder)
+            found = _run_img2dataset(rows, seam, folder)
             _check(shard, rows, found, seam)
             with reading(folder / "0.tar", base=10) as picture:
-                yield _facts(rows, found, seam, storing), lambda number, _: picture(number)
+                yield _facts(rows, found, seam), lambda number, _: picture(number)
 
     def recorded(self, shard: str, facts: list[dict[str, Any]], tar: FileRecord) -> ShardRecord:
         """Write the status table of a shard whose tar is written; the record of both."""
@@ -103,15 +76,15 @@ class ShardDownload:
         return ShardRecord(shard, stored, (tar, file), dict(reasons), {"urls": len(facts)})
 
 
-def _run_img2dataset(rows: pa.Table, storing: Storing, seam: Seam, folder: Path) -> list[dict[str, Any]]:
+def _run_img2dataset(rows: pa.Table, seam: Seam, folder: Path) -> list[dict[str, Any]]:
     """Fetch and store all rows below `folder`; what img2dataset says of each, in the order of the rows."""
     feather = folder / "rows.feather"
     with pa.ipc.new_file(str(feather), rows.select(["url"]).schema) as writer:
         writer.write_table(rows.select(["url"]))
     worker = downloader.Downloader(
         sample_writer_class=WebDatasetSampleWriter,
-        resizer=_Resizer(storing),
-        thread_count=storing.threads,
+        resizer=_as_it_comes,
+        thread_count=seam.storing.threads,
         save_caption=False,
         extract_exif=False,
         output_folder=str(folder),
@@ -133,35 +106,10 @@ def _run_img2dataset(rows: pa.Table, storing: Storing, seam: Seam, folder: Path)
     return sorted(found, key=lambda row: int(row["key"]))
 
 
-class _Resizer:
-    """In the place of img2dataset's, which sets up an albumentations transform for each picture."""
-
-    def __init__(self, storing: Storing) -> None:
-        self.storing = storing
-        cv2.setNumThreads(1)  # a worker has one CPU
-
-    def __call__(self, img_stream: Stream, blurring_bbox_list: object = None) -> tuple[Any, ...]:
-        """Bytes, width, height, original width and height, error message: as img2dataset's gives them."""
-        picture = img_stream.picture
-        if min(picture.size) < self.storing.min_edge:
-            return None, None, None, None, None, TOO_SMALL
-        if picture.keeps_bytes:
-            return picture.data, *picture.size, *picture.size, None
-        pixels = cv2.imdecode(np.frombuffer(picture.data, np.uint8), cv2.IMREAD_COLOR)
-        pixels = _cut_down(np.asarray(pixels, np.uint8), self.storing.edge)
-        whole, data = cv2.imencode(".jpg", pixels, (cv2.IMWRITE_JPEG_QUALITY, self.storing.jpeg_quality))
-        height, width = pixels.shape[:2]
-        return data.tobytes(), width, height, *picture.size, None if whole else "not encoded"
-
-
-def _cut_down(pixels: npt.NDArray[np.uint8], edge: int) -> npt.NDArray[np.uint8]:
-    """Pixels (h, w, 3), their shorter edge cut down to `edge` where that is less and not 0."""
-    height, width = pixels.shape[:2]
-    shorter = min(height, width)
-    if not edge or shorter <= edge:
-        return pixels
-    size = (round(width * edge / shorter), round(height * edge / shorter))
-    return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), np.uint8)
+def _as_it_comes(img_stream: Stream, blurring_bbox_list: object = None) -> tuple[Any, ...]:
+    """In the place of img2dataset's resizer: bytes, width, height, original width and height, no error."""
+    jpeg = img_stream.jpeg
+    return jpeg.data, *jpeg.size, *jpeg.original_size, None
 
 
 @contextmanager
@@ -191,12 +139,12 @@ def _check(shard: str, rows: pa.Table, found: list[dict[str, Any]], seam: Seam) 
         raise RuntimeError(f"img2dataset kept {len(found)} of {rows.num_rows} rows of {shard}")
 
 
-def _facts(rows: pa.Table, found: list[dict[str, Any]], seam: Seam, storing: Storing) -> list[dict[str, Any]]:
+def _facts(rows: pa.Table, found: list[dict[str, Any]], seam: Seam) -> list[dict[str, Any]]:
     """The rows of DOWNLOADED, in order."""
     columns = rows.select(["image_id", "url", "caption", "license"]).to_pylist()
     facts = []
     for number, (row, theirs) in enumerate(zip(columns, found, strict=True)):
-        refusal = seam.refused.get(number) or _refusal(theirs, storing)
+        refusal = seam.refused.get(number)
         sizes = {name: theirs[name] or 0 for name in ("width", "height", "original_width", "original_height")}
         outcome = {
             "reason": str(refusal.reason) if refusal else "",
@@ -206,16 +154,6 @@ def _facts(rows: pa.Table, found: list[dict[str, Any]], seam: Seam, storing: Sto
         }
         facts.append(row | sizes | outcome)
     return facts
-
-
-def _refusal(theirs: dict[str, Any], storing: Storing) -> Refusal | None:
-    """What the resizer found amiss with a sound picture."""
-    if theirs["status"] == "success":
-        return None
-    if theirs["error_message"] == TOO_SMALL:
-        return Refusal(Reason.TOO_SMALL, f"shorter edge below {storing.min_edge} pixels")
-    # Pixels that we made ourselves: if they cannot be encoded, the fault is here and not in the data.
-    raise RuntimeError(f"img2dataset could not store {theirs['url']}: {theirs['error_message']}")
 
 
 def write_tar(path: Path, facts: list[dict[str, Any]], picture: Pictures) -> None:

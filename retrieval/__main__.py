@@ -25,7 +25,7 @@ from retrieval.errors import UserError
 from retrieval.manifest import read_manifest
 from retrieval.queries import Asked, encode, read_vectors
 from retrieval.schema import image_id
-from retrieval.sheet import Answer, answers_of, plain, write_sheet
+from retrieval.sheet import Answer, answers_of, credit, plain, write_sheet
 from retrieval.source import Columns, Source
 from retrieval.storage import Root
 from retrieval.verify import Sample, damaged_files, measure_recall, visible_positions
@@ -157,12 +157,13 @@ def _print_calibration(database: Database, like: str) -> None:
 
 
 def _table(answer: Answer) -> str:
-    lines = [plain(answer.query), f"{'rank':>4}  {'similarity':>10}  {'image_id':>20}  {'caption':50}  url"]
+    titles = f"{'rank':>4}  {'similarity':>10}  {'image_id':>20}  {'caption':{CAPTION_WIDTH}}  url  credit"
+    lines = [plain(answer.query), titles]
     for row in answer.neighbors:
         caption = plain(row["caption"])[:CAPTION_WIDTH]
         lines.append(
             f"{row['rank']:4}  {row['similarity']:10.4f}  {row['image_id']:20}  "
-            f"{caption:{CAPTION_WIDTH}}  {plain(row['url'])}"
+            f"{caption:{CAPTION_WIDTH}}  {plain(row['url'])}  {plain(credit(row))}".rstrip()
         )
     return "\n".join(lines)
 

@@ -25,7 +25,7 @@ tags: [image-retrieval, clip-embeddings]
 # {name}
 
 A database of {shown:,} images by their CLIP vectors, as retrieval-augmented diffusion looks them up. It
-holds vectors, addresses and captions, no pictures.
+holds vectors, addresses and captions, {pictures}.
 
 | | |
 | --- | --- |
@@ -71,6 +71,7 @@ def card(database: Database, day: date) -> str:
     manifest = database.manifest
     return CARD.format(
         name=_cell(database.name),
+        pictures="and small pictures to show" if database.root.list("pictures") else "no pictures",
         day=day.isoformat(),
         shown=shown,
         blocked=len(database) - shown,

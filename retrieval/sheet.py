@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from retrieval.database import Neighbors
 
 TILE = 160
-"""Edge of a tile in pixels; two lines of text stand below it."""
+"""Edge of a tile in pixels; three lines of text stand below it."""
 LINE = 16
 GAP = 8
+CELL = TILE + 3 * LINE + GAP
 COLUMNS = 10
 PAPER, INK, EMPTY = "#ffffff", "#222222", "#dddddd"
 # What Pillow's readers raise for damaged files, beside its own error for too many pixels.
@@ -95,7 +96,7 @@ def write_sheet(path: Path, answers: Sequence[Answer], pictures: Path) -> int:
 
 def _height(answer: Answer) -> int:
     lines = -(-len(answer.neighbors) // COLUMNS)
-    return 2 * LINE + lines * (TILE + 2 * LINE + GAP)
+    return 2 * LINE + lines * CELL
 
 
 def _draw_answer(sheet: Image.Image, top: int, answer: Answer, pictures: Path) -> int:
@@ -105,14 +106,14 @@ def _draw_answer(sheet: Image.Image, top: int, answer: Answer, pictures: Path) -
     drawn = 0
     for i, neighbor in enumerate(answer.neighbors):
         left = GAP + (i % COLUMNS) * (TILE + GAP)
-        upper = top + 2 * LINE + (i // COLUMNS) * (TILE + 2 * LINE + GAP)
+        upper = top + 2 * LINE + (i // COLUMNS) * CELL
         picture = _picture_of(neighbor, pictures)
         drawn += picture is not None
         sheet.paste(picture or _caption_tile(neighbor["caption"]), (left, upper))
         label = f"{neighbor['rank']}  {neighbor['similarity']:.3f}"
-        draw.text((left, upper + TILE + 1), label, INK, _font(11))
-        caption = _fitted(draw, neighbor["caption"], _font(11), TILE)
-        draw.text((left, upper + TILE + LINE), caption, INK, _font(11))
+        for line, text in enumerate((label, neighbor["caption"], credit(neighbor))):
+            text = _fitted(draw, text, _font(11), TILE)
+            draw.text((left, upper + TILE + 1 + line * LINE), text, INK, _font(11))
     return drawn
 
 
@@ -144,6 +145,11 @@ def _fitted(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont, 
     while text and draw.textlength(text, font) > width:
         text = text[: -max(1, len(text) // 16)]
     return text
+
+
+def credit(neighbor: dict[str, Any]) -> str:
+    """Title, artist and license of a neighbor, as far as its database keeps them."""
+    return ", ".join(neighbor[word] for word in ("title", "artist", "license") if neighbor.get(word))
 
 
 def plain(text: str) -> str:

@@ -10,7 +10,8 @@ from PIL import Image
 from pipeline.download import DownloadConfig
 from pipeline.download import run as run_stage
 from pipeline.retry import ShardRetry, may_change
-from pipeline.shard_download import ShardDownload, Storing
+from pipeline.seam import Storing
+from pipeline.shard_download import ShardDownload
 from retrieval.manifest import (
     Manifest,
     ShardRecord,

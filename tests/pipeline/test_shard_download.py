@@ -11,8 +11,8 @@ from PIL import Image, ImageOps
 
 from pipeline.blocklist import read_blocklist
 from pipeline.phash import phash
-from pipeline.seam import Seam
-from pipeline.shard_download import ShardDownload, Storing, plugged_in
+from pipeline.seam import Seam, Storing
+from pipeline.shard_download import ShardDownload, plugged_in
 from retrieval.schema import DOWNLOADED, read_table
 from retrieval.storage import Root
 from tests.pipeline.fetching import fetcher, turns, write_selected
@@ -22,7 +22,7 @@ STORING = Storing(edge=0, min_edge=1, max_pixels=10_000, jpeg_quality=95, thread
 
 def test_the_seam_is_taken_out_again() -> None:
     theirs = downloader.download_image_with_retry
-    seam = Seam(fetcher(), turns([]), max_pixels=1, max_edge=0, min_success=0.1, patience=1)
+    seam = Seam(fetcher(), turns([]), STORING)
     with pytest.raises(RuntimeError), plugged_in(seam):
         assert downloader.download_image_with_retry is seam
         raise RuntimeError

@@ -60,8 +60,9 @@ def test_the_table_of_artbench_finds_its_files_in_folders_by_style(tmp_path: Pat
         "name,artist,url,is_public_domain,length,width,label,split,cifar_index\n"
         f"{STARRY},vincent-van-gogh,http://example.org/1,True,256,256,post_impressionism,train,3\n"
         "hokusai_wave.jpg,hokusai,,False,256,256,ukiyo_e,train,4\n"
-        "../../etc/passwd,x,,False,1,1,ukiyo_e,train,5\n"
+        "../outside.jpg,x,,False,1,1,ukiyo_e,train,5\n"
     )
+    put(tmp_path, "outside.jpg")
     items, missing = read_items(Source(table, tmp_path / "artbench"))
     assert told(items) == [(f"post_impressionism/{STARRY}", "post_impressionism", "vincent-van-gogh", "")]
     assert (items[0].license, items[0].source, missing) == ("public domain", "http://example.org/1", 2)
@@ -105,8 +106,8 @@ def test_webdataset_tars_give_captions_classes_and_facts(tmp_path: Path) -> None
         "1/a.jpg": b"one",
         "1/a.txt": b"a wave",
         "1/a.cls": b"ukiyo_e",
-        "b.json": facts,
-        "b.PNG": b"two!",
+        "2/a.json": facts,
+        "2/a.PNG": b"two!",
     }
     with tarfile.open(tmp_path / "00000.tar", "w") as tar:
         for name, data in members.items():

@@ -1,0 +1,136 @@
+"""The second model's recipe made tiny: all its stages from metadata to pictures, neighbors are patches."""
+
+import threading
+import tomllib
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from diffusers import VQModel
+from PIL import Image
+
+from jobs import database, download, embed, filter, index, neighbors, sample
+from jobs.recipe import Recipe, load_recipe
+from jobs.train import training
+from pipeline.sources import Source
+from retrieval import Database
+from retrieval.manifest import read_manifest
+from tests.trainer.launched import train
+from tests.trainer.tiny_run import DIM, write_clip
+
+CONFIGS = Path(__file__).resolve().parents[2] / "jobs/configs"
+TRAINED, CUT = 6, 8
+"""Pictures to train on, and pictures of the database."""
+TINY = {
+    "clip.pretrained": '""',
+    "filter.min_edge": 32,
+    "download.train_min_edge": 32,
+    "download.database_edge": 64,
+    "download.allow_private": "loopback",
+    "embed.gpus_per_worker": 0.0,
+    "embed.patches": "{max_patches = 20, shorter_side = 64, edge = 16}",
+    "neighbors.gpus_per_worker": 0.0,
+    "neighbors.near_copy_similarity": 0.9995,
+    "model.context_dim": DIM,
+    "model.channels": "[32, 32]",
+    "model.attention": "[1, 2]",
+    "model.layers": 1,
+    "train.size": 32,
+    "train.global_batch": 4,
+    "train.micro_batch": 2,
+    "train.lanes": 2,
+    "train.steps": 2,
+    "train.warmup_steps": 1,
+    "train.validation_images": 2,
+    "train.precision": "fp32",
+    "train.workers": 1,
+    "sample.prompts": '["a stag"]',
+    "sample.databases": '["index", "loan"]',
+    "sample.k": 4,
+    "sample.steps": 2,
+    "sample.precision": "fp32",
+} | {f"{stage}.workers": 1 for stage in ("filter", "download", "embed", "index", "neighbors", "sample")}
+
+
+def write_pictures(folder: Path, seed: int, count: int) -> list[str]:
+    """Blocks of color, 100 x 80; their names."""
+    folder.mkdir(exist_ok=True)
+    names = [f"{seed}-{i}.jpg" for i in range(count)]
+    for i, name in enumerate(names):
+        blocks = np.random.default_rng([seed, i]).integers(0, 255, (8, 10, 3), np.uint8)
+        Image.fromarray(blocks).resize((100, 80), Image.Resampling.NEAREST).save(folder / name)
+    return names
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """A web server, and the folder it shows."""
+    folder = tmp_path_factory.mktemp("web")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", folder
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, server: tuple[str, Path], ray_cluster: None) -> Recipe:
+    """The recipe with all stages run, and a database from a folder beside its own."""
+    folder, (url, web) = tmp_path_factory.mktemp("imagenet"), server
+    names = write_pictures(web, 1, TRAINED) + write_pictures(web, 2, CUT)
+    told = {"URL": [f"{url}/{name}" for name in names], "TEXT": names, "WIDTH": [100] * len(names)}
+    told |= {"HEIGHT": [80] * len(names), "pwatermark": [0.0] * TRAINED + [1.0] * CUT}
+    (folder / "metadata").mkdir()
+    pq.write_table(pa.table(told), folder / "metadata/a.parquet")
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    widths = {"block_out_channels": (8, 8, 8), "norm_num_groups": 4, "num_vq_embeddings": 16}
+    VQModel(**blocks, **widths).save_pretrained(folder / "vq")
+    places = {
+        "root": folder / "root",
+        "filter.metadata": folder / "metadata",
+        "autoencoder.path": folder / "vq",
+    }
+    places["clip.model"] = write_clip(folder / "clip").model
+    made = load_recipe(
+        CONFIGS / "imagenet_rdm.toml", [f"{key}={value}" for key, value in (places | TINY).items()]
+    )
+    for stage in (filter, download, embed, index, neighbors):
+        stage.run(made)
+    write_pictures(folder / "loan", 3, 4)
+    database.run(made, "loan", Source(folder / "loan", license="CC0"))
+    train(training(made), made.root)
+    sample.run(made)
+    return made
+
+
+def test_every_picture_gives_patches_and_all_are_no_more_than_the_recipe_allows(recipe: Recipe) -> None:
+    rows = Database.open(recipe.root.child("index")).metadata().to_pylist()
+    assert 2 * CUT <= len(rows) <= 20
+    assert len({row["url"] for row in rows}) == CUT
+    assert {tuple(row["box"][2:]) for row in rows} == {(16, 16)}
+    found = read_manifest(recipe.root, "neighbors")
+    assert (found.rows, found.values["k"]) == (TRAINED, 4)
+
+
+def test_a_sample_tells_the_boxes_of_patches_and_the_licenses_of_pictures(recipe: Recipe) -> None:
+    patches, loans = (
+        recipe.root.read_json(f"runs/imagenet/sample/{name}/0000-00.json")["neighbors"]
+        for name in ("index", "loan")
+    )
+    assert [len(one["details"]["box"]) for one in patches] == [4] * 4
+    assert [one["details"]["license"] for one in loans] == ["CC0"] * 4
+    card = recipe.root.local_path("databases/loan/README.md").read_text()
+    assert "| CC0 | 4 |" in card
+    assert "captions, and small pictures to show" in card
+
+
+def test_the_whole_recipe_trains_the_model_of_the_one_for_finished_data() -> None:
+    whole, model = (
+        tomllib.loads((CONFIGS / f"{name}.toml").read_text()) for name in ("imagenet_rdm", "train_imagenet")
+    )
+    assert model.items() <= whole.items()
