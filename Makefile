@@ -7,7 +7,7 @@ SHELL := /bin/bash
 
 RECIPE ?= jobs/configs/demo.toml
 ARGS ?=
-OUT ?= sample.png
+OUT ?=
 WORKERS ?= 2
 PYTHON ?= python3.11
 VENV := .venv
@@ -44,7 +44,7 @@ demo: install ## the whole road on a small drawn world; ends with runs/demo/repo
 	$(BIN)/python -m jobs.demo jobs/configs/demo.toml $(ARGS)
 
 # One picture:  make sample PROMPT="a stag" OUT=stag.png ARGS="--database woodcut --seed 3"
-sample: OWN = $(if $(PROMPT),--prompt "$$PROMPT" --out "$(OUT)")
+sample: OWN = $(if $(PROMPT),--prompt "$$PROMPT") $(if $(OUT),--out "$(OUT)")
 
 # Many machines:  make train HOSTS=hosts.txt RECIPE=...  with lines such as 'gpu-01 slots=8'
 train: OWN = $(if $(HOSTS),--hosts "$(HOSTS)")
@@ -52,7 +52,7 @@ train: OWN = $(if $(HOSTS),--hosts "$(HOSTS)")
 $(STAGES): install ## run one stage of RECIPE, on the Ray cluster CLUSTER=http://head:8265 if given
 	$(BIN)/python -m $(SUBMIT) jobs.$@ $(RECIPE) $(OWN) $(ARGS)
 
-database: install ## build a style database: make database NAME=ukiyo-e SOURCE=folder RECIPE=...
+database: install ## style databases: make database NAME=ukiyo-e SOURCE=folder|tar|csv|parquet ARGS=--by-style
 	$(BIN)/python -m jobs.database $(RECIPE) --name "$(NAME)" --source "$(SOURCE)" $(ARGS)
 
 convert: install ## take a released model, or give one to diffusers: make convert FROM=model.ckpt (or TO=folder) RECIPE=...

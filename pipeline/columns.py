@@ -61,6 +61,13 @@ def captions(column: pa.Array) -> pa.StringArray:
     return clean
 
 
+def count_changed(column: pa.Array, clean: pa.ChunkedArray) -> int:
+    """How many captions `captions` cut or cleaned, missing ones aside."""
+    given = column if is_text(column.type) else column.cast(pa.string())
+    same = pc.equal(given.cast(pa.binary()), clean.cast(pa.binary()))
+    return len(same) - same.null_count - (pc.sum(same).as_py() or 0)
+
+
 def numbers(column: pa.Array) -> pa.DoubleArray:
     """A column as float64; null for what is no finite number. Numbers written as strings count."""
     if is_text(column.type):

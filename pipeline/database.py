@@ -5,7 +5,6 @@ Reads what `sources.py` lists; writes `databases/<name>/`, which `retrieval.Data
 """
 
 import hashlib
-import io
 import logging
 import re
 from collections import Counter
@@ -17,12 +16,11 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from PIL import Image
 from tqdm import tqdm
 
 from pipeline.embed import MAX_PIXELS, EmbedConfig, embed_images, with_vectors
-from pipeline.phash import MIRRORED, NONE, phash
-from pipeline.picture import prepared
+from pipeline.phash import MIRRORED, NONE
+from pipeline.picture import prepared, stored
 from pipeline.sockets import Refusal
 from pipeline.sources import Item, Source, read_items
 from pipeline.tars import key_of, writing
@@ -40,7 +38,7 @@ NEAR_SIMILARITY = 0.9
 """What the embeddings of two pictures that look alike have at least, to be near copies."""
 SHOWN_EDGE = 224
 """Shorter edge in pixels of the pictures that are kept to show."""
-LOOKED_AT = (64, 64)
+SHOWN_QUALITY = 90
 PLACE = "pictures/00000.tar"
 
 log = logging.getLogger("database")
@@ -143,9 +141,7 @@ def _bytes(ids: list[int], items: list[Item], seen: Seen) -> Iterator[tuple[int,
             seen.reasons[picture.reason] += 1
             continue
         seen.sizes[image_id] = picture.size
-        with Image.open(io.BytesIO(picture.data)) as image:
-            image.draft("RGB", LOOKED_AT)
-            seen.hashes[image_id] = phash(image)
+        seen.hashes[image_id] = picture.phash
         yield image_id, picture.data
 
 
@@ -207,16 +203,8 @@ def _write_pictures(root: Root, name: str, rows: pa.Table, items: list[Item]) ->
         for row, item in zip(shown, items, strict=True):
             picture = prepared(item.read(), MAX_PIXELS, SHOWN_EDGE)
             assert not isinstance(picture, Refusal), item.name
-            tar.add(key_of(row[schema.IMAGE_ID]), _small_jpeg(picture.data), row["caption"], row)
-
-
-def _small_jpeg(data: bytes) -> bytes:
-    with Image.open(io.BytesIO(data)) as image:
-        scale = min(1.0, SHOWN_EDGE / min(image.size))
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        buffer = io.BytesIO()
-        image.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
+            small = stored(picture, SHOWN_EDGE, SHOWN_QUALITY)
+            tar.add(key_of(row[schema.IMAGE_ID]), small.data, row["caption"], row)
 
 
 def _digest(items: list[Item]) -> str:

@@ -80,7 +80,7 @@ def run(config: FilterConfig, root: Root) -> Manifest:
     job = replace(job, max_rank=_max_rank(job, config.max_train))
     selects = run_shards(stage, [f"select/{name}" for name in names], partial(Select, job), workers)
     shards = _shards(names, scans, selects)
-    values = _values(job, dedupes, shards)
+    values = _values(job, dedupes, selects, shards)
     _check(job, values, shards, stage.log)
     manifest = stage.complete(shards, values, started)
     _sweep(root)
@@ -135,14 +135,18 @@ def _shards(
     return kept + dropped
 
 
-def _values(job: Job, dedupes: Sequence[ShardRecord], shards: Sequence[ShardRecord]) -> dict[str, object]:
+def _values(
+    job: Job, dedupes: Sequence[ShardRecord], selects: Sequence[ShardRecord], shards: Sequence[ShardRecord]
+) -> dict[str, object]:
     rows = {
         f"rows_{split}": sum(shard.rows for shard in shards if shard.shard.startswith(f"{split}/"))
         for split in SPLITS
     }
     inputs = {piece.name: [piece.file, *piece.row_groups] for piece in job.plan.pieces}
     collisions = int(sum(record.values["collisions"] for record in dedupes))
-    return {"rows_read": job.plan.rows, **rows, "id_collisions": collisions, "pieces": inputs}
+    changed = int(sum(record.values["captions_changed"] for record in selects))
+    counts = {"rows_read": job.plan.rows, **rows, "id_collisions": collisions, "captions_changed": changed}
+    return {**counts, "pieces": inputs}
 
 
 def _check(job: Job, values: dict[str, object], shards: Sequence[ShardRecord], log: logging.Logger) -> None:

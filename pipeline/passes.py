@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline import selection
-from pipeline.columns import captions, numbers, texts
+from pipeline.columns import captions, count_changed, numbers, texts
 from pipeline.metadata import KNOWN, Piece, Plan, read
 from pipeline.selection import KEYS, Rules
 from pipeline.urls import canonical_column
@@ -102,18 +102,22 @@ class Select:
         piece = self.job.plan.pieces[number]
         ids, split, repeated = self._verdicts(number, piece)
         writers = {name: _Splitter(self.job, f"filter/{name}/{piece.name}") for name in SPLITS}
-        first = 0
+        first = changed = 0
         for batch in read(self.job.source, piece, tuple(KNOWN)):
             here = slice(first, first + batch.num_rows)
             for code, name in enumerate(SPLITS, 1):
                 mask = split[here] == code
-                writers[name].add(selected(batch.filter(pa.array(mask)), ids[here][mask]))
+                given = batch.filter(pa.array(mask))
+                table = selected(given, ids[here][mask])
+                changed += count_changed(given["caption"], table["caption"])
+                writers[name].add(table)
             first += batch.num_rows
         files = [file for name in SPLITS for file in writers[name].finish()]
         rows = {file.name: float(count) for file, count in files}
         kept = sum(count for _, count in files)
         reasons = {str(Reason.DUPLICATE_URL): repeated} if repeated else {}
-        return ShardRecord(shard, kept, tuple(file for file, _ in files), reasons, rows)
+        values = rows | {"captions_changed": changed}
+        return ShardRecord(shard, kept, tuple(file for file, _ in files), reasons, values)
 
     def _verdicts(self, number: int, piece: Piece) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int8], int]:
         """Image id and split of each row (0: dropped, else 1 + place in SPLITS), and repeats found."""

@@ -26,9 +26,9 @@ SILENT = frozenset({Reason.NO_CONNECTION, Reason.TIMEOUT})
 MIN_JUDGED_URLS = 5
 
 
-# Pixels may take several hundred MB, and what they took stays with the thread that had them. So they are made
-# and encoded in these; the other threads of the process meanwhile go on fetching.
-_PICTURES = ThreadPoolExecutor(2)
+# Pixels may take several hundred MB, and what they took stays with the thread that had them. So one thread
+# makes and encodes them all (a worker has one CPU) while the others go on fetching.
+_PICTURES = ThreadPoolExecutor(1)
 
 
 class Stream(io.BytesIO):

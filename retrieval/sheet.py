@@ -112,8 +112,8 @@ def _draw_answer(sheet: Image.Image, top: int, answer: Answer, pictures: Path) -
         sheet.paste(picture or _caption_tile(neighbor["caption"]), (left, upper))
         label = f"{neighbor['rank']}  {neighbor['similarity']:.3f}"
         for line, text in enumerate((label, neighbor["caption"], credit(neighbor))):
-            text = _fitted(draw, text, _font(11), TILE)
-            draw.text((left, upper + TILE + 1 + line * LINE), text, INK, _font(11))
+            place = (left, upper + TILE + 1 + line * LINE)
+            draw.text(place, _fitted(draw, text, _font(11), TILE), INK, _font(11))
     return drawn
 
 

@@ -1,5 +1,7 @@
 """The second model's recipe made tiny: all its stages from metadata to pictures, neighbors are patches."""
 
+import io
+import tarfile
 import threading
 import tomllib
 from collections.abc import Iterator
@@ -18,8 +20,12 @@ from jobs import database, download, embed, filter, index, neighbors, sample
 from jobs.recipe import Recipe, load_recipe
 from jobs.train import training
 from pipeline.sources import Source
+from pipeline.tars import key_of
 from retrieval import Database
+from retrieval.__main__ import main
+from retrieval.encoder import ClipConfig, Encoder
 from retrieval.manifest import read_manifest
+from retrieval.schema import image_id
 from tests.trainer.launched import train
 from tests.trainer.tiny_run import DIM, write_clip
 
@@ -34,6 +40,7 @@ TINY = {
     "download.allow_private": "loopback",
     "embed.gpus_per_worker": 0.0,
     "embed.patches": "{max_patches = 20, shorter_side = 64, edge = 16}",
+    "index.cores_per_partition": 1,
     "neighbors.gpus_per_worker": 0.0,
     "neighbors.near_copy_similarity": 0.9995,
     "model.context_dim": DIM,
@@ -117,13 +124,36 @@ def test_every_picture_gives_patches_and_all_are_no_more_than_the_recipe_allows(
     assert (found.rows, found.values["k"]) == (TRAINED, 4)
 
 
-def test_a_sample_tells_the_boxes_of_patches_and_the_licenses_of_pictures(recipe: Recipe) -> None:
+def test_the_vector_of_a_patch_is_that_of_the_picture_in_its_box(recipe: Recipe) -> None:
+    index = Database.open(recipe.root.child("index"))
+    stored: dict[str, Image.Image] = {}
+    for path in sorted(recipe.root.local_path("download/database").glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for name in tar.getnames():
+                if name.endswith(".jpg"):
+                    stored[name] = Image.open(io.BytesIO(tar.extractfile(name).read()))  # type: ignore[union-attr]
+    cuts = []
+    for row in index.metadata().to_pylist():
+        x, y, width, height = row["box"]
+        picture = stored[f"{key_of(image_id(row['url']))}.jpg"]
+        cuts.append(picture.resize((16, 16), Image.Resampling.BICUBIC, (x, y, x + width, y + height)))
+    wanted = Encoder(recipe[ClipConfig]).encode_images(cuts)
+    np.testing.assert_allclose(index.embeddings().astype(np.float32), wanted, atol=3e-3)
+
+
+def test_the_boxes_of_patches_and_the_licenses_of_pictures_are_told(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     patches, loans = (
         recipe.root.read_json(f"runs/imagenet/sample/{name}/0000-00.json")["neighbors"]
         for name in ("index", "loan")
     )
     assert [len(one["details"]["box"]) for one in patches] == [4] * 4
     assert [one["details"]["license"] for one in loans] == ["CC0"] * 4
+    loan = Database.open(recipe.root.child("databases/loan"))
+    np.save(tmp_path / "query.npy", loan.embeddings()[:1].astype(np.float32))
+    main(["search", loan.root.url, "--vector", f"{tmp_path}/query.npy"])
+    assert [line.rsplit("  ", 1)[1] for line in capsys.readouterr().out.splitlines()[2:]] == ["CC0"] * 4
     card = recipe.root.local_path("databases/loan/README.md").read_text()
     assert "| CC0 | 4 |" in card
     assert "captions, and small pictures to show" in card

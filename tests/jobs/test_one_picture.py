@@ -70,10 +70,14 @@ def test_a_picture_of_a_mix_and_an_image_is_made_again_from_its_png(recipe, tmp_
     sample.main([str(recipe), "--again", str(out), "--out", str(again)])
     assert again.read_bytes() == out.read_bytes()
     found = read_recipe(out.read_bytes())
-    out.write_bytes(png_bytes(Image.open(out), found | {"model": "another"}))
-    with pytest.raises(SystemExit):
-        sample.main([str(recipe), "--again", str(out)])
-    assert "made with another model" in capsys.readouterr().err
+    for changed, told in (
+        ({"model": "another"}, "made with another model"),
+        ({"neighbors": found["neighbors"][::-1]}, "the databases have changed"),
+    ):
+        out.write_bytes(png_bytes(Image.open(again), found | changed))
+        with pytest.raises(SystemExit):
+            sample.main([str(recipe), "--again", str(out)])
+        assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_values_come_from_the_file_then_from_overrides_then_from_defaults(recipe
     [
         (
             SMALL.replace("k = 4", "kk = 4"),
-            r"section \[neighbors\]\n  kk: Extra inputs.*\nKnown keys: k, near_copy",
+            r"section \[neighbors\]\n  kk: Extra inputs.*\nKnown keys: .*\bk, near_copy",
         ),
         (SMALL.replace("k = 4", "k = 0"), r"k: Input should be greater than or equal to 1, got 0"),
         (SMALL.replace("k = 4", 'k = "4"'), r"k: Input should be a valid integer, got '4'"),

@@ -48,14 +48,17 @@ def test_a_folder_of_pictures_is_searched_by_picture(source: Path, encoder: Enco
     assert captions["squares/b/a_red-square_11.jpg"] == "a red square 11"
 
 
-def test_building_twice_does_nothing_and_a_changed_picture_builds_again(
+def test_building_twice_does_nothing_and_a_changed_picture_or_license_builds_again(
     source: Path, encoder: Encoder, tmp_path: Path
 ) -> None:
     root = Root(tmp_path)
     first = database.run("squares", source, encoder, IndexConfig(), root)
     assert database.run("squares", source, encoder, IndexConfig(), root) == first
-    (source / "a" / "a_red-square_01.jpg").unlink()
+    (source / "a" / "a_red-square_01.jpg").write_bytes(b"no picture any more")
     assert database.run("squares", source, encoder, IndexConfig(), root).rows == 11
+    database.run("squares", Source(source, license="CC0"), encoder, IndexConfig(), root)
+    licenses = Database.open(root.child("databases/squares")).metadata()["license"]
+    assert set(licenses.to_pylist()) == {"CC0"}
 
 
 def test_every_style_has_a_database_of_its_own_rows_of_the_union_with_all_that_is_known(
@@ -68,9 +71,11 @@ def test_every_style_has_a_database_of_its_own_rows_of_the_union_with_all_that_i
     wanted = Source(table, license="on loan")
     names = database.style_databases("both", wanted)
     assert names == {"both": "", "early_work": "Early Work", "late_work": "Late-Work"}
+    for name in names:
+        database.run(name, wanted, encoder, IndexConfig(), root)
     manifests = database.run_all(names, wanted, encoder, IndexConfig(), root)
     assert [one.rows for one in manifests] == [5, 4, 1]
-    assert manifests[0].reasons == {"not_found": 1}
+    assert [one.reasons for one in manifests] == [{"not_found": 1}, {}, {}]
     early = Database.open(root.child("databases/early_work"))
     union = {
         row["image_id"]: row for row in Database.open(root.child("databases/both")).metadata().to_pylist()

@@ -288,6 +288,7 @@ def test_every_bad_row_has_its_reason_and_the_good_ones_beside_it_stay(tmp_path:
     pq.write_table(pa.table(unchecked | columns), tmp_path / "meta" / "a.parquet")
     manifest = run(config(tmp_path / "meta"), root)
     assert manifest.reasons == {"bad_url": 6, "duplicate_url": 1, "bad_size": 3, "no_score": 2}
+    assert manifest.values["captions_changed"] == 2
     train = rows_of(root, manifest, "train")
     assert train["url"].to_pylist() == [
         "http://example.org/good.jpg",

@@ -1,7 +1,6 @@
 """patches: every picture gives some, all together no more than allowed, each where its box says."""
 
 import io
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,16 +8,13 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from pipeline import embed, index
 from pipeline.embed import EmbedConfig
-from pipeline.patches import PatchesConfig, patch_boxes, patch_counts, quotas
-from retrieval import Database, Root, UserError
-from retrieval.build import IndexConfig
-from retrieval.encoder import ClipConfig, Encoder
+from pipeline.patches import PatchesConfig, patch_boxes, patch_counts, patch_id, patch_pictures, quotas
+from retrieval import UserError
 from retrieval.manifest import Manifest, ShardRecord
 from retrieval.sheet import Answer, write_sheet
 
-from .conftest import pictures, write_download
+from .conftest import pictures
 
 PATCHES = PatchesConfig(max_patches=1000, shorter_side=96, edge=32)
 
@@ -60,33 +56,13 @@ def test_boxes_are_squares_inside_the_picture_of_the_size_that_scaling_leaves() 
     assert patch_boxes((20, 9), 1, PATCHES.model_copy(update={"edge": 96}), 1)[0][2:] == (9, 9)
 
 
-@pytest.mark.usefixtures("ray_cluster")
-def test_patches_go_from_download_to_search_and_are_drawn_from_their_boxes(
-    tmp_path: Path, clip: ClipConfig
-) -> None:
-    root, stored = Root(tmp_path), pictures("database", 1, 6)
-    broken = replace(pictures("database", 9, 1)[0], data=b"no picture")
-    write_download(root, {"train/00000": pictures("train", 30, 3), "database/00000": [*stored, broken]})
-    config = EmbedConfig(patches=PATCHES, workers=1)
-    embedded = embed.run(config, clip, root)
-    assert 2 <= embedded.reasons["unreadable"] <= 3
-    index.run(IndexConfig(workers=1), root)
-    database = Database.open(root.child("index"))
-    rows = database.metadata().to_pylist()
-    assert len({row["image_id"] for row in rows}) == len(rows)
-    assert {row["url"] for row in rows} == {picture.url for picture in stored}
-    assert {(row["box"][2], row["width"], row["height"]) for row in rows} == {(16, 16, 16)}
-    images = {picture.url: Image.open(io.BytesIO(picture.jpeg)) for picture in stored}
-    cuts = [
-        images[row["url"]].resize((32, 32), Image.Resampling.BICUBIC, (x, y, x + 16, y + 16))
-        for row in rows
-        for x, y, _, _ in [row["box"]]
-    ]
-    wanted = Encoder(clip).encode_images(cuts)
-    np.testing.assert_allclose(database.embeddings().astype(np.float32), wanted, atol=3e-3)
-    found = database.search(wanted[:1], 2)
-    assert found.rows[0]["box"][0].as_py() == rows[0]["box"]
-    assert config.output_fields() != EmbedConfig(workers=1).output_fields()
+def test_every_patch_of_a_picture_that_cannot_be_read_comes_empty() -> None:
+    boxes = {7: [(0, 0, 16, 16), (4, 4, 16, 16)], 8: [(1, 2, 16, 16)]}
+    [picture] = pictures("database", 1, 1)
+    found = dict(patch_pictures(iter([(7, b"no picture"), (8, picture.jpeg)]), boxes, 32, 1))
+    assert [found[patch_id(7, box)] for box in boxes[7]] == [b"", b""]
+    assert Image.open(io.BytesIO(found[patch_id(8, boxes[8][0])])).size == (32, 32)
+    assert EmbedConfig(patches=PATCHES).output_fields() != EmbedConfig().output_fields()
 
 
 def test_a_sheet_shows_the_part_in_the_box(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from retrieval.build import Identity, IndexConfig, build_database
 from retrieval.encoder import Encoder
 from retrieval.foreign import build_from
 from retrieval.partition import Vectors, unit
-from retrieval.sheet import TILE, read_picture
+from retrieval.sheet import GAP, LINE, TILE, Answer, credit, draw_sheet, read_picture
 from retrieval.source import Source
 
 from .conftest import IDENTITY, clustered, table_of
@@ -153,6 +153,18 @@ def test_a_sheet_shows_pictures_below_the_folder_and_captions_for_the_rest(
     drawn = dict(zip(shown, middles))
     assert {name: drawn[f"{name}.png"] for name in COLORS} == COLORS
     assert drawn["../outside.png"] != COLORS["red"]
+
+
+def test_a_sheet_says_whose_a_picture_is_where_that_is_known(tmp_path: Path) -> None:
+    row = {"url": "", "caption": "", "rank": 1, "similarity": 1.0, "artist": None, "license": None}
+    known = row | {"title": "Wave", "artist": "Hokusai", "license": "CC0"}
+    assert [credit(one) for one in (row, known)] == ["", "Wave, Hokusai, CC0"]
+    darkest = []
+    for one in (row, known):
+        sheet, _ = draw_sheet([Answer("a", [one])], tmp_path)
+        below = (0, GAP + TILE + 4 * LINE, *sheet.size)
+        darkest.append(sheet.convert("L").crop(below).getextrema()[0])
+    assert darkest[0] == 255 > darkest[1]
 
 
 def test_a_query_picture_is_turned_upright(tmp_path: Path) -> None:

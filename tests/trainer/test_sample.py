@@ -11,7 +11,7 @@ from retrieval.encoder import Encoder
 from retrieval.errors import UserError
 from retrieval.manifest import read_manifest
 from retrieval.storage import Root
-from tests.trainer.tiny_run import PROMPTS, write_clip, write_database, write_run
+from tests.trainer.tiny_run import PROMPTS, pictures_of, write_clip, write_database, write_run
 from trainer.generation import Trained
 from trainer.picture import read_recipe
 from trainer.sample import SampleConfig, make_jobs, run
@@ -141,6 +141,22 @@ def test_a_rebuilt_database_is_sampled_again(fresh):
         assert sample(fresh).fingerprint != old
     finally:
         root.write_json(name, manifest)
+
+
+def test_a_mix_is_one_column_with_neighbors_of_every_database(fresh):
+    sample(fresh, mix={"deep_red": 2.0, "green": 1.0}, databases=("nowhere",))
+    found = fresh[0].read_json(f"{STAGE}/mix/0001-01.json")["neighbors"]
+    wanted = [("deep_red", 2 / 3)] * 4 + [("green", 1 / 3)] * 4
+    assert [(one["database"], one["weight"]) for one in found] == wanted
+
+
+def test_a_changed_image_is_sampled_again(fresh, tmp_path):
+    prints = set()
+    for style in ("green", "sky_blue"):
+        pictures_of(style)[0].save(tmp_path / "image.png")
+        settings = {"images": (str(tmp_path / "image.png"),), "prompts": (), "images_per_prompt": 1}
+        prints.add(sample(fresh, **settings).fingerprint)
+    assert len(prints) == 2
 
 
 def test_text_alone_needs_no_database(fresh):
