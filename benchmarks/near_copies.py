@@ -2,7 +2,7 @@
 
 Reads RECIPE's [clip] and thresholds, and with `--pictures` a folder; draws the demo's scenes. Copies of
 some pictures, made in ways that the web makes them, stand beside other pictures: what is near by its look
-(`pipeline.phash`), by its embedding, or by either, is removed. Writes `docs/near_copies.json` and `.md`.
+(`retrieval.phash`), by its embedding, or by either, is removed. Writes `docs/near_copies.json` and `.md`.
 """
 
 import argparse
@@ -25,11 +25,11 @@ from jobs.demo.scenes import draw, random_scene
 from jobs.recipe import Recipe, load_recipe
 from pipeline.embed import EmbedConfig
 from pipeline.neighbors import NeighborsConfig
-from pipeline.phash import Looks, phash
 from pipeline.picture import prepared
 from pipeline.sockets import Refusal
 from retrieval.encoder import ClipConfig, Encoder
 from retrieval.errors import UserError
+from retrieval.phash import Looks, phash
 
 EDGE = 256
 MAX_PIXELS = 80_000_000

@@ -2,7 +2,7 @@
 
 Reads a text file, one entry a line: a URL, a domain (its subdomains are meant too), an image id as the 16
 hex digits that name it in the tars or as a signed decimal; `md5:` or `sha256:` with the hex digits of a
-file's hash, `phash:` with the 16 of `pipeline.phash`. Empty lines and lines that begin with `#` are skipped.
+file's hash, `phash:` with the 16 of `retrieval.phash`. Empty lines and lines that begin with `#` are skipped.
 """
 
 import hashlib
@@ -16,9 +16,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.phash import Hashes, Looks
 from pipeline.urls import canonical
 from retrieval.errors import UserError
+from retrieval.phash import Hashes, Looks
 from retrieval.schema import image_id
 from retrieval.storage import Root
 

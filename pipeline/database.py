@@ -19,7 +19,6 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from pipeline.embed import MAX_PIXELS, EmbedConfig, embed_images, with_vectors
-from pipeline.phash import MIRRORED, NONE
 from pipeline.picture import prepared, stored
 from pipeline.sockets import Refusal
 from pipeline.sources import Item, Source, read_items
@@ -29,6 +28,7 @@ from retrieval.build import Identity, IndexConfig, build_database
 from retrieval.encoder import Encoder
 from retrieval.errors import UserError
 from retrieval.manifest import Manifest, read_manifest
+from retrieval.phash import MIRRORED, NONE
 from retrieval.schema import Reason
 from retrieval.storage import Root
 
@@ -148,7 +148,7 @@ def _bytes(ids: list[int], items: list[Item], seen: Seen) -> Iterator[tuple[int,
 def near_copies(hashes: npt.NDArray[np.int64], vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
     """Which pictures look like an earlier one that stays, or like its mirror, and are close to it in CLIP.
 
-    hashes: (n,) of `pipeline.phash`; vectors: (n, dim) unit rows. Compares all pairs of hashes.
+    hashes: (n,) of `retrieval.phash`; vectors: (n, dim) unit rows. Compares all pairs of hashes.
     """
     looks = np.flatnonzero(hashes != NONE)
     codes = hashes[looks].view(np.uint64)

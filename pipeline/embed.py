@@ -25,7 +25,6 @@ from pydantic import Field
 
 from pipeline.near_copies import grouped, make_copies, without_copies
 from pipeline.patches import PatchesConfig, draw_boxes, patch_pictures, patch_rows, quotas
-from pipeline.phash import MAX_BITS
 from pipeline.runner import Work, Workers, run_shards
 from pipeline.stage import Stage
 from retrieval import schema
@@ -33,6 +32,7 @@ from retrieval.config import WorkersConfig, speed
 from retrieval.encoder import ClipConfig, Encoder
 from retrieval.errors import UserError
 from retrieval.manifest import Manifest, ShardRecord, read_manifest
+from retrieval.phash import MAX_BITS
 from retrieval.schema import Reason
 from retrieval.storage import Root
 

@@ -14,10 +14,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.phash import Looks
 from pipeline.runner import Work
 from retrieval import schema
 from retrieval.manifest import ShardRecord
+from retrieval.phash import Looks
 from retrieval.schema import Reason
 from retrieval.storage import Root
 

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pipeline.phash import phash
 from pipeline.sockets import Refusal
+from retrieval.phash import phash
 from retrieval.schema import Reason
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -55,7 +55,7 @@ class Picture:
     size: tuple[int, int]
     keeps_bytes: bool = False
     phash: int = 0
-    """See `pipeline.phash`."""
+    """See `retrieval.phash`."""
 
 
 def prepared(body: bytes, max_pixels: int, max_edge: int) -> Picture | Refusal:

@@ -192,7 +192,7 @@ def _located(base: Path, known: Known, row: Known) -> Path | None:
     """The file of a row: as the path says, in a folder of its style, or of its split and style."""
     label, split = known.get("label", ""), str(row.get("split") or "")
     for folder in ("", label, f"{split}/{label}"):
-        path = (base / folder / known["path"]).resolve()
+        path: Path = (base / folder / known["path"]).resolve()
         if path.is_relative_to(base) and path.is_file():
             return path
     return None

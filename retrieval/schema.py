@@ -96,7 +96,7 @@ DOWNLOADED = pa.schema(
 )
 """One row per URL: reason is empty for an image that was stored, sizes in pixels (0 where unknown),
 sha256 in hex of the bytes as the server sent them (empty where none came), phash of the picture as
-decoded (pipeline.phash; 0 where there is none)."""
+decoded (retrieval.phash; 0 where there is none)."""
 
 METADATA = pa.schema(
     [

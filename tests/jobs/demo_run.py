@@ -134,9 +134,13 @@ def _write_downloaded(root: Root, split: str, names: tuple[str, ...]) -> None:
     sizes = ("width", "height", "original_width", "original_height")
     with tarfile.open(tar_path, "w") as tar:
         for number, name in enumerate(names):
-            row = {**_shown(name), "reason": "not_found", "message": "", "sha256": "", "phash": 0} | dict.fromkeys(
-                sizes, 0
-            )
+            row = {
+                **_shown(name),
+                "reason": "not_found",
+                "message": "",
+                "sha256": "",
+                "phash": 0,
+            } | dict.fromkeys(sizes, 0)
             if name != "t5":
                 data = jpeg(number + 50 * (split == "train"))
                 row |= {"reason": "", "sha256": hashlib.sha256(data).hexdigest()}

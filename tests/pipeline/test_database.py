@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from pipeline import database
-from pipeline.phash import phash
 from pipeline.sources import Source
 from retrieval import Database, Root, UserError
 from retrieval.build import IndexConfig
 from retrieval.encoder import ClipConfig, Encoder
+from retrieval.phash import phash
 
 from .conftest import pictures
 

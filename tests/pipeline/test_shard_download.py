@@ -10,9 +10,9 @@ from img2dataset.writer import WebDatasetSampleWriter
 from PIL import Image, ImageOps
 
 from pipeline.blocklist import read_blocklist
-from pipeline.phash import phash
 from pipeline.seam import Seam, Storing
 from pipeline.shard_download import ShardDownload, plugged_in
+from retrieval.phash import phash
 from retrieval.schema import DOWNLOADED, read_table
 from retrieval.storage import Root
 from tests.pipeline.fetching import fetcher, turns, write_selected

@@ -25,9 +25,9 @@ from trainer.paper.memorization import (
     Comparison,
     Distances,
     Nearest,
+    hash_row,
     nearest,
     nearest_own,
-    perceptual_hash,
 )
 from trainer.picture import Grid, cell_edge, open_picture
 
@@ -51,7 +51,7 @@ class Samples:
     @cached_property
     def hashes(self) -> Features:
         """Perceptual hashes (n, 64)."""
-        return np.stack([perceptual_hash(self.picture(i)) for i in range(len(self.names))])
+        return np.stack([hash_row(self.picture(i)) for i in range(len(self.names))])
 
     def picture(self, number: int) -> Image.Image:
         """A sample's picture."""
@@ -107,7 +107,7 @@ class OwnNeighbors:
         wanted = {path for paths in (*told, *real) for path in paths}
         if None in wanted:
             return None
-        known = {path: perceptual_hash(_opened(path)) for path in tqdm(wanted, "style pictures") if path}
+        known = {path: hash_row(_opened(path)) for path in tqdm(wanted, "style pictures") if path}
         own, among = (
             [np.stack([known[path] for path in paths if path]) for paths in part] for part in (told, real)
         )
@@ -145,7 +145,7 @@ class Training:
         hashes = np.empty((count, 64), np.float32)
         pictures = training_pictures(self._root, self._images, range(count))
         for row, picture in tqdm(pictures, "training pictures", count):
-            hashes[row] = perceptual_hash(picture)
+            hashes[row] = hash_row(picture)
         return nearest(samples.hashes, hashes), _among(hashes)
 
     def pictures(self, pairs: Pairs, samples: Samples) -> list[Image.Image | None]:

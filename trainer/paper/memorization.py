@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from retrieval.phash import phash
 from trainer.metrics import Features
 from trainer.paper.intervals import Bootstrap
 from trainer.paper.judged import share
 
-HASH_EDGE, HASH_KEPT = 32, 8
 NEAR = 0.01
 """Share of real images that count as near to another: what samples are held to."""
 BLOCK_PRODUCTS = 1 << 24
@@ -80,17 +80,11 @@ def nearest_own(queries: Features, candidates: Sequence[Features]) -> Nearest:
     )
 
 
-def perceptual_hash(picture: Image.Image) -> Features:
-    """64 signs of the picture's coarse waves as a unit row (64,) float32.
-
-    The low 8 x 8 of a 32 x 32 cosine transform of brightness, each above or below their median: pictures
-    that look alike differ in few. 32 times (1 - inner product) of two is their Hamming distance.
-    """
-    edge = HASH_EDGE
-    gray = np.asarray(picture.convert("L").resize((edge, edge), Image.Resampling.LANCZOS), np.float64)
-    waves = np.cos(np.pi / edge * np.outer(np.arange(HASH_KEPT), np.arange(edge) + 0.5))
-    low = (waves @ gray @ waves.T).reshape(-1)
-    return np.where(low > np.median(low), 0.125, -0.125).astype(np.float32)
+def hash_row(picture: Image.Image) -> Features:
+    """The bits of `retrieval.phash` as a unit row (64,) float32: 32 times (1 - inner product) counts those
+    in which two pictures differ."""
+    bits = np.unpackbits(np.array([phash(picture)], ">i8").view(np.uint8))
+    return np.where(bits, 0.125, -0.125).astype(np.float32)
 
 
 def summary(comparison: Comparison, bootstrap: Bootstrap) -> dict[str, Any]:

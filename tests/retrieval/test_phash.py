@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from pipeline.phash import MIRRORED, NONE, Looks, bits_apart, phash
+from retrieval.phash import MIRRORED, NONE, Looks, bits_apart, phash
 
 
 def picture(seed: int) -> Image.Image:
