@@ -56,7 +56,7 @@ class SamplingConfig(Compute):
     steps: int = Field(default=50, ge=1)
     """Denoising steps."""
     scheduler: SchedulerName = "ddim"
-    """`ddim`, `plms` or `dpm++`, which does in 20 steps what the others do in 50."""
+    """`ddim`, `plms` or `dpm++`."""
     height: int = Field(default=0, ge=0)
     """Of a picture in pixels: a multiple of the autoencoder's factor times the UNet's downsampling; 0 for
     the size of training."""

@@ -34,7 +34,7 @@ from trainer.paper.gallery import TrainingImages, style_picture
 from trainer.paper.held_out import held_out_losses, summary
 from trainer.paper.intervals import Bootstrap
 from trainer.paper.judged import Ruler, tables
-from trainer.paper.memorization import hash_row, nearest
+from trainer.paper.memorization import Comparison, hash_row, nearest
 from trainer.paper.memorization import summary as memorization_summary
 from trainer.plan import make_plan
 from trainer.request import Request
@@ -107,10 +107,12 @@ def test_neighbors_of_another_prompt_stay_in_the_style(found):
     assert all((donor % 100) % 3 != i % 3 for i, donor in enumerate(donors))
 
 
-def test_random_neighbors_are_different_rows_of_the_database(found):
+def test_random_neighbors_are_different_rows_that_the_database_shows(found):
     table = np.random.default_rng(0).normal(size=(9, 2)).astype(np.float32)
 
     class Rows:
+        hidden = np.array([4, 6, 99])
+
         def __len__(self) -> int:
             return len(table)
 
@@ -122,6 +124,7 @@ def test_random_neighbors_are_different_rows_of_the_database(found):
     for one, rows in zip(given, drawn, strict=True):
         np.testing.assert_array_equal(one.context[1:], rows)
         assert len(np.unique(rows, axis=0)) == 3
+        assert not np.isin(rows, table[[4, 6]]).any()
     assert not np.array_equal(drawn[0], drawn[1])
 
 
@@ -228,6 +231,18 @@ def test_a_planted_copy_is_the_closest_pair_by_clip_and_by_hash(tmp_path: Path):
         assert np.abs(np.asarray(sample, float) - np.asarray(source, float)).mean() < 12
     copied = memorization_summary(compared[0][0], BOOTSTRAP)
     assert copied["share_nearer"][0] == pytest.approx(1 / 3)
+
+
+def test_real_images_that_stand_twice_do_not_hide_a_model_that_copies():
+    real = np.concatenate([np.zeros(50), np.linspace(0.02, 0.2, 50)])
+    copies = memorization_summary(Comparison("training_clip", np.zeros(10), real), BOOTSTRAP)
+    assert copies["near"] > 0.02
+    assert copies["share_nearer"][0] == 1
+
+
+def test_pictures_that_show_nothing_are_near_no_other():
+    flat = hash_row(Image.new("RGB", (40, 40), "gray"))
+    assert 32 * (1 - flat @ flat) == 32
 
 
 def test_a_styles_picture_is_found_by_its_name_or_words_and_never_outside(tmp_path: Path):

@@ -44,8 +44,13 @@ def donor_styles(styles: Sequence[str], style: str, count: int) -> list[str]:
 
 
 def random_rows(database: Database, counts: Sequence[int], rng: np.random.Generator) -> list[Vectors]:
-    """Unit vectors of rows drawn from a database: counts[i] different ones for sample i."""
-    return [database.rows_at(rng.permutation(len(database))[:count])[1] for count in counts]
+    """Unit vectors of rows drawn from those a database shows: counts[i] different ones for sample i."""
+    results = []
+    for count in counts:
+        drawn = rng.choice(len(database), min(len(database), count + len(database.hidden)), replace=False)
+        ids, vectors = database.rows_at(drawn)
+        results.append(vectors[~np.isin(ids, database.hidden)][:count])
+    return results
 
 
 def deranged(count: int, rng: np.random.Generator) -> Rows:

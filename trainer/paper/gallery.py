@@ -75,10 +75,10 @@ def training_pictures(
 
 
 def style_picture(folder: str, style: str, url: str) -> Path | None:
-    """The file of a style database's row `<style>/<path>`, below a folder of folders; None if not there."""
+    """The file of a style database's row `<style or union>/<path>`, below a folder of folders by style; None
+    if not there."""
     inside = url.split("/", 1)[-1]
-    for name in (style, style_words(style)):
-        path = Path(folder, name, inside)
+    for path in (*(Path(folder, name, inside) for name in (style, style_words(style))), Path(folder, inside)):
         if folder and ".." not in path.parts and path.is_file():
             return path
     return None

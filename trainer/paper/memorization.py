@@ -12,13 +12,15 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from retrieval.phash import phash
+from retrieval.phash import NONE, phash
 from trainer.metrics import Features
 from trainer.paper.intervals import Bootstrap
 from trainer.paper.judged import share
 
 NEAR = 0.01
 """Share of real images that count as near to another: what samples are held to."""
+SAME = 1e-4
+"""Two pictures at most so far apart (1 - inner product) are one picture."""
 BLOCK_PRODUCTS = 1 << 24
 
 Distances = npt.NDArray[np.float64]
@@ -82,15 +84,20 @@ def nearest_own(queries: Features, candidates: Sequence[Features]) -> Nearest:
 
 def hash_row(picture: Image.Image) -> Features:
     """The bits of `retrieval.phash` as a unit row (64,) float32: 32 times (1 - inner product) counts those
-    in which two pictures differ."""
-    bits = np.unpackbits(np.array([phash(picture)], ">i8").view(np.uint8))
-    return np.where(bits, 0.125, -0.125).astype(np.float32)
+    in which two pictures differ. Zeros for a picture that shows nothing, 32 bits from every other."""
+    look = phash(picture)
+    bits = np.unpackbits(np.array([look], ">i8").view(np.uint8))
+    return np.where(bits, 0.125, -0.125).astype(np.float32) * np.float32(look != NONE)
 
 
 def summary(comparison: Comparison, bootstrap: Bootstrap) -> dict[str, Any]:
-    """Medians with intervals, and the share of samples nearer than all but 1 % of real images are."""
+    """Medians with intervals, and the share of samples as near as the nearest 1 % of real images are.
+
+    Real images that stand twice among the real ones say nothing of what is near, and are left out of it.
+    """
     samples, real = comparison.scaled(comparison.samples), comparison.scaled(comparison.real)
-    near = float(np.quantile(real, NEAR))
+    distinct = real[comparison.real > SAME]
+    near = float(np.quantile(distinct, NEAR)) if len(distinct) else 0.0
     return {
         "name": comparison.name,
         "unit": comparison.unit,
@@ -99,6 +106,6 @@ def summary(comparison: Comparison, bootstrap: Bootstrap) -> dict[str, Any]:
         "median_samples": bootstrap.median(samples),
         "median_real": bootstrap.median(real),
         "near": near,
-        "share_nearer": share(samples < near),
+        "share_nearer": share(samples <= near),
         "smallest": float(samples.min()),
     }
