@@ -1,7 +1,7 @@
 """`python -m jobs.download RECIPE`: fetches the selected images into WebDataset shards.
 
-With `--retry` it asks once more for those that failed for a reason that passes: 429, 5xx, no connection, a
-timeout, a body cut short.
+With `--retry` it asks once more for those that failed for a reason that passes: 429, 500, 502, 503, 504, no
+connection, a timeout, a body cut short.
 """
 
 from collections.abc import Sequence

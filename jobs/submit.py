@@ -11,10 +11,11 @@ import asyncio
 import logging
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
-from ray.job_submission import JobStatus, JobSubmissionClient
+from aiohttp import ClientError
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from jobs.command import finish
 from retrieval.errors import UserError
@@ -23,6 +24,11 @@ FOLDER = Path(__file__).resolve().parents[1]
 LEFT_HERE = [".*", "runs", "docs", "tests", "*.egg-info", "__pycache__"]
 PASSED_ON = ("OMP_WAIT_POLICY", "NO_ALBUMENTATIONS_UPDATE")
 AT_WORK = (JobStatus.PENDING, JobStatus.RUNNING)
+CUT = (RuntimeError, OSError, ClientError)
+"""What a lost connection to the dashboard raises."""
+PAUSE_S = 3.0
+ATTEMPTS = 100
+"""Questions to a silent dashboard, PAUSE_S seconds apart, before a job is left."""
 
 log = logging.getLogger("submit")
 
@@ -30,7 +36,8 @@ log = logging.getLogger("submit")
 def submit(address: str, command: Sequence[str]) -> int:
     """Run a command of ours as a job and show its log; its exit code. command: module, recipe, arguments.
 
-    Raises UserError where nobody answers at the address, or the recipe is not among what is sent.
+    Raises UserError where nobody answers at the address, or no longer, or the recipe is not among what is
+    sent.
     """
     module, recipe, *_ = command
     if not (FOLDER / recipe).is_file():
@@ -44,12 +51,11 @@ def submit(address: str, command: Sequence[str]) -> int:
         name = _start(client, entry)
         log.info("submitted as %s", name)
     try:
-        asyncio.run(_follow(client, name))
+        return asyncio.run(_follow(client, name))
     except KeyboardInterrupt:
         where = f"--address {address} {name}"
         log.warning("left at work. The same command follows it again; stop it: ray job stop %s", where)
         raise SystemExit(130) from None
-    return _exit_code(client, name)
 
 
 def _client(address: str) -> JobSubmissionClient:
@@ -81,13 +87,45 @@ def _start(client: JobSubmissionClient, entry: str) -> str:
         raise UserError(f"the cluster takes no job now: {error}") from error
 
 
-async def _follow(client: JobSubmissionClient, name: str) -> None:
-    async for text in client.tail_job_logs(name):
-        print(text, end="", flush=True)
+async def _follow(client: JobSubmissionClient, name: str) -> int:
+    """Show a job's log until the job ends, over as many connections as that takes; its exit code."""
+    shown = 0
+    while True:
+        place = 0  # each connection gives the log from its beginning
+        async for text in _log(client, name):
+            print(text[max(0, shown - place) :], end="", flush=True)
+            place += len(text)
+            shown = max(shown, place)
+        details = await _details(client, name)
+        if details.status not in AT_WORK:
+            return _exit_code(details)
+        await asyncio.sleep(PAUSE_S)
 
 
-def _exit_code(client: JobSubmissionClient, name: str) -> int:
-    details = client.get_job_info(name)
+async def _log(client: JobSubmissionClient, name: str) -> AsyncIterator[str]:
+    """A job's log, to its end or until the connection is cut."""
+    try:
+        async for text in client.tail_job_logs(name):
+            yield text
+    except CUT as error:
+        where = f"--address {client.get_address()} {name}"
+        log.warning("cut off from the log (%s); all of it: ray job logs %s", error, where)
+
+
+async def _details(client: JobSubmissionClient, name: str) -> JobDetails:
+    for _ in range(ATTEMPTS):
+        try:
+            return client.get_job_info(name)
+        except CUT as error:
+            log.warning("no word of %s (%s)", name, error)
+            await asyncio.sleep(PAUSE_S)
+    raise UserError(
+        f"the cluster does not answer any longer. {name} may still be at work there: the same command "
+        "follows it again."
+    )
+
+
+def _exit_code(details: JobDetails) -> int:
     if details.status == JobStatus.SUCCEEDED:
         return 0
     log.error("%s: %s", details.status.value.lower(), details.message)

@@ -18,7 +18,8 @@ import numpy.typing as npt
 import pyarrow as pa
 from tqdm import tqdm
 
-from pipeline.embed import MAX_PIXELS, EmbedConfig, embed_images, with_vectors
+from pipeline.embed import EmbedConfig, embed_images, with_vectors
+from pipeline.patches import MAX_PIXELS
 from pipeline.picture import prepared, stored
 from pipeline.sockets import Refusal
 from pipeline.sources import Item, Source, read_items

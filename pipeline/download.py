@@ -45,7 +45,7 @@ class DownloadConfig(WorkersConfig):
     deadline_s: float = Field(60.0, gt=0)
     """Longest time for one URL with its redirects and retries, in seconds."""
     retries: int = Field(2, ge=0)
-    """Further attempts after a 429, a 5xx or a broken connection."""
+    """Further attempts after a 429, 500, 502, 503, 504 or a broken connection."""
     max_bytes: int = Field(32 << 20, ge=1)
     """Largest body that is read, in bytes."""
     max_pixels: int = Field(80_000_000, ge=1, le=1 << 30)
@@ -59,7 +59,7 @@ class DownloadConfig(WorkersConfig):
     jpeg_quality: int = Field(95, ge=1, le=100)
     """Quality of pictures that are encoded anew; an upright RGB JPEG that keeps its size keeps its bytes."""
     blocklist: str = ""
-    """Path or URL of a text file of what must not be used, as of filter; hashes are looked up here alone."""
+    """Path or URL of a text file of what must not be used, as of filter; its hashes count here alone."""
     min_success: float = speed(0.05, ge=0, le=1)
     """Share of a shard's URLs that must give an answer of any kind; with less the network counts as down."""
     threads: int = speed(32, ge=1)

@@ -24,7 +24,7 @@ from PIL import Image, UnidentifiedImageError
 from pydantic import Field
 
 from pipeline.near_copies import grouped, make_copies, without_copies
-from pipeline.patches import PatchesConfig, draw_boxes, patch_pictures, patch_rows, quotas
+from pipeline.patches import MAX_PIXELS, PatchesConfig, draw_boxes, patch_pictures, patch_rows, quotas
 from pipeline.runner import Work, Workers, run_shards
 from pipeline.stage import Stage
 from retrieval import schema
@@ -37,8 +37,6 @@ from retrieval.schema import Reason
 from retrieval.storage import Root
 
 SCHEMA_VERSION = 2
-MAX_PIXELS = 160_000_000
-"""More than any picture that download keeps, and less than what PIL takes for a bomb."""
 REMOVE = "Remove it and run 'make download' again."
 
 

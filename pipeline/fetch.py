@@ -138,7 +138,7 @@ class Fetcher:
                     continue
                 if response.status == http.HTTPStatus.OK:
                     return self._read(response, MAX_ROBOTS_BYTES, end)
-                if response.status in _TRY_AGAIN or response.status > max(_TRY_AGAIN):
+                if response.status in _BUSY or response.status >= http.HTTPStatus.INTERNAL_SERVER_ERROR:
                     self._check(response)
                 return b""
             finally:
@@ -229,7 +229,10 @@ def _target(response: urllib3.BaseHTTPResponse, url: str) -> Moved | None:
     """Where a redirect leads; None for any other answer."""
     if response.status not in _REDIRECTS or "Location" not in response.headers:
         return None
-    given = urljoin(url, response.headers["Location"])
+    try:
+        given = urljoin(url, response.headers["Location"])
+    except ValueError as error:
+        raise _Failed(Reason.BAD_URL, "redirected to no URL") from error
     target = canonical(given)
     if not target:
         raise _Failed(Reason.BAD_URL, f"redirected to {given[:200]!r}")
@@ -249,8 +252,9 @@ def _tls_message(error: SSLError) -> str:
 
 def _retry_after(response: urllib3.BaseHTTPResponse) -> float:
     try:
-        return urllib3.Retry().get_retry_after(response) or 0.0
-    except InvalidHeader:
+        # float here, since urllib3 before 2.6 gives numbers that are none
+        return float(urllib3.Retry().get_retry_after(response) or 0.0)
+    except (InvalidHeader, ValueError, OverflowError):
         return 0.0
 
 

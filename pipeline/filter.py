@@ -144,7 +144,8 @@ def _values(
     }
     inputs = {piece.name: [piece.file, *piece.row_groups] for piece in job.plan.pieces}
     collisions = int(sum(record.values["collisions"] for record in dedupes))
-    changed = int(sum(record.values["captions_changed"] for record in selects))
+    # records of a run begun before this was counted lack it
+    changed = int(sum(record.values.get("captions_changed", 0) for record in selects))
     counts = {"rows_read": job.plan.rows, **rows, "id_collisions": collisions, "captions_changed": changed}
     return {**counts, "pieces": inputs}
 

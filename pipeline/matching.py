@@ -2,11 +2,12 @@
 
 Between them stands the work, one partition at a time: its vectors are read once for all training images
 that look at it. `route/<group>` holds the queries of a group of shards, a record batch a partition;
-`match/<partition>` their nearest rows there, a record batch a group, vectors inline, so that what merges
-them need not read single rows from the whole database.
+`match/<partition>` their nearest rows there, a record batch a group, ids and vectors inline, so that what
+merges them opens no partition: a worker never holds more of the database than the one it is at.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -24,6 +25,20 @@ from retrieval.storage import FileRecord, Root
 
 QUERIES_AT_ONCE = 131_072
 """Queries compared with a partition at once; more share its lists better, and are held in memory."""
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The nearest rows of n training images, best first; where fewer than k qualified, similarity -inf."""
+
+    similarities: Vectors
+    """(n, k) inner products."""
+    ids: npt.NDArray[np.int64]
+    """(n, k) image ids; without meaning where the similarity is -inf, as the vectors."""
+    vectors: npt.NDArray[np.float16]
+    """(n, k, dim) as they are on disk."""
+    near_copies: npt.NDArray[np.int64]
+    """(n,) rows left out as copies."""
 
 
 def number_of(name: str) -> int:
@@ -71,7 +86,7 @@ def _match_partition(
             found = match(partition, np.concatenate(queries), join, device)
             ends = np.cumsum([len(part) for part in places])
             for part, end in zip(places, ends, strict=True):
-                yield _found_table(part, found, slice(end - len(part), end), (database, number))
+                yield _found_table(part, found, slice(end - len(part), end), partition)
 
     return ShardRecord(name, 0, (_write(root, f"neighbors/{name}.arrow", tables(), wanted),))
 
@@ -91,47 +106,44 @@ def _gathered(
             places, queries = [], []
 
 
-def _found_table(
-    places: npt.NDArray[np.int64], found: Joined, here: slice, where: tuple[Database, int]
-) -> pa.Table:
-    database, number = where
-    rows = found.positions[here]
-    kept = database.partitions[number].embeddings[np.maximum(rows, 0)]
-    positions = np.where(rows < 0, -1, rows + database.first_position(number))
+def _found_table(places: npt.NDArray[np.int64], found: Joined, here: slice, partition: Partition) -> pa.Table:
+    rows = np.maximum(found.positions[here], 0)
+    count, k = rows.shape
+    dim = partition.embeddings.shape[1]
     columns = [
         places,
         found.similarities[here],
-        positions,
+        partition.ids[rows],
         found.near_copies[here],
-        kept.reshape(len(rows), rows.shape[1] * database.dim),
+        partition.embeddings[rows].reshape(count, k * dim),
     ]
-    return _table(columns, _matched(rows.shape[1], database.dim))
+    return _table(columns, _matched(k, dim))
 
 
-def merged(
-    root: Root, matches: list[str], group: int, shape: tuple[int, int, int]
-) -> tuple[Joined, npt.NDArray[np.float16]]:
-    """The best over all partitions for a group of shape (queries, k, dim), and their vectors."""
+def merged(root: Root, matches: list[str], group: int, shape: tuple[int, int, int]) -> Nearest:
+    """The best over all partitions for a group of shape (queries, k, dim)."""
     queries, k, dim = shape
-    best = Joined(
-        np.full((queries, k), -np.inf, np.float32), np.full((queries, k), -1), np.zeros(queries, np.int64)
+    best = Nearest(
+        np.full((queries, k), -np.inf, np.float32),
+        np.zeros((queries, k), np.int64),
+        np.zeros(shape, np.float16),
+        np.zeros(queries, np.int64),
     )
-    vectors = np.zeros((queries, k, dim), np.float16)
     for name in matches:
         table = read_batch(root, f"neighbors/{name}.arrow", group)
         places = table["place"].to_numpy()
         similarities = np.concatenate(
             [best.similarities[places], schema.vectors(table, schema.SIMILARITIES)], axis=1
         )
-        positions = np.concatenate([best.positions[places], schema.vectors(table, "positions")], axis=1)
+        ids = np.concatenate([best.ids[places], schema.vectors(table, schema.NEIGHBOR_IDS)], axis=1)
         found = schema.vectors(table, schema.NEIGHBOR_EMBEDDINGS).reshape(-1, k, dim)
         order = np.argsort(-similarities, axis=1, kind="stable")[:, :k]
-        both = np.concatenate([vectors[places], found], axis=1)
+        both = np.concatenate([best.vectors[places], found], axis=1)
         best.similarities[places] = np.take_along_axis(similarities, order, 1)
-        best.positions[places] = np.take_along_axis(positions, order, 1)
+        best.ids[places] = np.take_along_axis(ids, order, 1)
         best.near_copies[places] += table["near_copies"].to_numpy()
-        vectors[places] = np.take_along_axis(both, order[:, :, None], 1)
-    return best, vectors
+        best.vectors[places] = np.take_along_axis(both, order[:, :, None], 1)
+    return best
 
 
 def read_batch(root: Root, name: str, number: int) -> pa.Table:
@@ -162,7 +174,7 @@ def _matched(k: int, dim: int) -> pa.Schema:
         [
             ("place", pa.int64()),
             (schema.SIMILARITIES, pa.list_(pa.float32(), k)),
-            ("positions", pa.list_(pa.int64(), k)),
+            (schema.NEIGHBOR_IDS, pa.list_(pa.int64(), k)),
             ("near_copies", pa.int64()),
             (schema.NEIGHBOR_EMBEDDINGS, pa.list_(pa.float16(), k * dim)),
         ]

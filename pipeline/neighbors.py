@@ -132,7 +132,7 @@ def _make_merge(config: NeighborsConfig, root: Root, groups: list[list[str]], ma
         shards = groups[number_of(name)]
         ids = [queries_of(root, shard, database.dim)[0] for shard in shards]
         shape = (sum(map(len, ids)), config.k, database.dim)
-        best, vectors = merged(root, matches, number_of(name), shape)
+        best = merged(root, matches, number_of(name), shape)
         files: list[FileRecord] = []
         values: dict[str, float] = {}
         start = 0
@@ -141,8 +141,8 @@ def _make_merge(config: NeighborsConfig, root: Root, groups: list[list[str]], ma
             shown = ~np.isin(image_ids, database.hidden)
             full = np.isfinite(best.similarities[here]).all(axis=1)
             keep = shown & full
-            rows = (image_ids[keep], best.positions[here][keep], best.similarities[here][keep])
-            table = neighbor_table(database, rows, vectors[here][keep])
+            rows = (image_ids[keep], best.ids[here][keep], best.similarities[here][keep])
+            table = neighbor_table(rows, best.vectors[here][keep])
             files.append(schema.write_table(root, f"neighbors/{shard}.parquet", table, table.schema))
             values[f"{shard} rows"] = float(keep.sum())
             values[f"{shard} blocked"] = float((~shown).sum())
@@ -154,20 +154,19 @@ def _make_merge(config: NeighborsConfig, root: Root, groups: list[list[str]], ma
 
 
 def neighbor_table(
-    database: Database,
     rows: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]],
     vectors: npt.NDArray[np.float16],
 ) -> pa.Table:
-    """schema.neighbors of image ids (n,), positions and similarities (n, k), and vectors (n, k, dim)."""
-    image_ids, positions, similarities = rows
-    count, k = positions.shape
+    """schema.neighbors of image ids (n,), their neighbors' and similarities (n, k), vectors (n, k, dim)."""
+    image_ids, neighbor_ids, similarities = rows
+    count, k, dim = vectors.shape
     columns = [
         pa.array(image_ids),
-        schema.fixed_lists(database.ids_at(positions)),
+        schema.fixed_lists(neighbor_ids),
         schema.fixed_lists(similarities),
-        schema.fixed_lists(vectors.reshape(count, k * database.dim)),
+        schema.fixed_lists(vectors.reshape(count, k * dim)),
     ]
-    return pa.Table.from_arrays(columns, schema=schema.neighbors(k, database.dim))
+    return pa.Table.from_arrays(columns, schema=schema.neighbors(k, dim))
 
 
 def _shard_record(group: ShardRecord, shard: str, at: int) -> ShardRecord:

@@ -7,7 +7,6 @@ killed ends as if it had not been.
 """
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -28,6 +27,7 @@ from retrieval import schema
 from retrieval.blocked import block
 from retrieval.config import Config
 from retrieval.database import Database
+from retrieval.errors import UserError
 from retrieval.manifest import Manifest, ShardRecord, read_manifest, write_manifest
 from retrieval.partitions import Partition
 from retrieval.storage import FileRecord, Root
@@ -36,9 +36,11 @@ SCHEMA_VERSION = 1
 MARKS = ("/train/manifest.json", "/train/checkpoints/checkpoints.json")
 """Files in which a run says what it is trained on."""
 REMAINS = (
-    "Left on disk, unused: the pictures in download/, their rows in filter/, download/ and embed/, vectors in"
-    " the databases, and latents. To erase them, name the list as filter.blocklist and download.blocklist and"
-    " make the run again. md5: entries are known only while downloading. Samples are not searched."
+    "Left on disk, unused: the pictures in download/, the small pictures of style databases"
+    " (databases/*/pictures/*.tar), rows in filter/, download/ and embed/, vectors in the databases, and"
+    " latents. To erase them, name the list as filter.blocklist and download.blocklist and make the run"
+    " again. md5: entries are known only while downloading. sha256: and phash: entries are searched among the"
+    " downloaded pictures, not in style databases: name those by domain or id. Samples are not searched."
 )
 
 
@@ -57,10 +59,13 @@ class Removed:
 
 
 def run(blocklist: Blocklist, root: Root) -> dict[str, Any]:
-    """Remove what a list names from the run at a root; the report. Raises UserError for unfinished stages."""
+    """Remove what a list names from the run at a root; the report.
+
+    Raises UserError for unfinished stages, and for neighbor tables that were made from another index.
+    """
     name = f"optout/{blocklist.identity}"
     earlier = root.read_json(f"{name}.json") if root.exists(f"{name}.json") else {}
-    databases = list(_databases(root))
+    databases = _databases(root)
     made_from = {folder: read_manifest(root, folder).identity for folder in databases}
     if root.exists("download/manifest.json"):
         made_from["download"] = read_manifest(root, "download").identity
@@ -75,6 +80,8 @@ def run(blocklist: Blocklist, root: Root) -> dict[str, Any]:
         if len(hidden):
             block(root.child(folder), hidden)
     removed = _mend(stage) if "index" in held and root.exists("neighbors") else Removed()
+    if earlier:
+        removed = _with_earlier(removed, Removed(**earlier["neighbors"]))
     report = {
         "list": blocklist.identity,
         "ids": ids.tolist(),
@@ -83,8 +90,6 @@ def run(blocklist: Blocklist, root: Root) -> dict[str, Any]:
         "trained": _trained(root, removed),
         "remains": REMAINS,
     }
-    if earlier and not removed.held:  # the tables were freed of it before
-        report |= {key: earlier[key] for key in ("neighbors", "trained")}
     root.write_json(f"{name}.json", report)
     root.delete(name)
     return dict(root.read_json(f"{name}.json"))
@@ -154,11 +159,21 @@ def _collected(stage: Stage, records: list[ShardRecord]) -> npt.NDArray[np.int64
     return np.unique(np.concatenate(parts))
 
 
-def _databases(root: Root) -> Iterator[str]:
-    """Folders of the finished databases of a root."""
-    for name in ["index/manifest.json", *root.list("databases", "/manifest.json")]:
-        if root.exists(name):
-            yield name.removesuffix("/manifest.json")
+def _databases(root: Root) -> list[str]:
+    """Folders of the databases of a root. Raises UserError if one is not finished: it could hide nothing."""
+    files = [name.split("/") for name in root.list("databases")]
+    folders = sorted({f"databases/{parts[1]}" for parts in files if len(parts) > 2})
+    if root.exists("index") or root.exists("download/manifest.json"):
+        folders.insert(0, "index")
+    for folder in folders:
+        if not root.exists(f"{folder}/manifest.json"):
+            word = folder.partition("/")[0].removesuffix("s")
+            raise UserError(
+                f"{root.at(folder)} is not finished, so nothing can be hidden in it. Run 'make {word}', then "
+                "this again; before the first index you may instead name the list as filter.blocklist and "
+                "download.blocklist."
+            )
+    return folders
 
 
 def _mend(stage: Stage) -> Removed:
@@ -168,10 +183,16 @@ def _mend(stage: Stage) -> Removed:
         root.delete(saved)  # more is hidden since, so these new tables will not do
     if not root.exists(saved):
         before = read_manifest(root, "neighbors")
-        now = _now(root, "neighbors").fingerprint
-        if before.fingerprint == now:
-            return Removed(free=(now,))
-        root.write_json(f"{saved}/manifest.json", asdict(replace(before, upstream={"now": now})))
+        now = _now(root, "neighbors")
+        if before.fingerprint == now.fingerprint:
+            return Removed(free=(now.fingerprint,))
+        if _made_from(before) != _made_from(now):
+            raise UserError(
+                f"{root.at('neighbors')} was made from another index; the databases hide the images already. "
+                "Run 'make neighbors', then this again."
+            )
+        marked = replace(before, upstream={"now": now.fingerprint})
+        root.write_json(f"{saved}/manifest.json", asdict(marked))
     before = read_manifest(root, saved)
     config = NeighborsConfig.model_validate(before.config)
     names = [f"refill/{shard}" for shard in before.shard_names()]
@@ -183,6 +204,12 @@ def _mend(stage: Stage) -> Removed:
 def _now(root: Root, folder: str) -> Stage:
     """The stage that would make the tables with the settings of a manifest, and with what is hidden now."""
     return stage_of(NeighborsConfig.model_validate(read_manifest(root, folder).config), root)
+
+
+def _made_from(tables: Manifest | Stage) -> tuple[int, dict[str, str]]:
+    """The format of neighbor tables and what they are made from, but for what is hidden."""
+    upstream = {stage: identity for stage, identity in tables.upstream.items() if stage != "hidden"}
+    return tables.schema_version, upstream
 
 
 def _replace_tables(root: Root, before: Manifest, refilled: list[ShardRecord]) -> Removed:
@@ -203,6 +230,18 @@ def _replace_tables(root: Root, before: Manifest, refilled: list[ShardRecord]) -
         return Removed(free=(now.fingerprint, before.fingerprint))
     counts = [int(sum(new.values.get(word, 0) for new in refilled)) for word in ("dropped", "refilled")]
     return Removed(made_of, (now.fingerprint,), *counts)
+
+
+def _with_earlier(removed: Removed, earlier: Removed) -> Removed:
+    """What left the tables now, or earlier if they were freed of it then, with the tables of both times.
+
+    A run that read the earlier tables may have written its first checkpoint since.
+    """
+    return replace(
+        removed if removed.held else earlier,
+        held=tuple(dict.fromkeys((*removed.held, *earlier.held))),
+        free=tuple(dict.fromkeys((*removed.free, *earlier.free))),
+    )
 
 
 def _replaced(root: Root, old: ShardRecord, new: ShardRecord) -> ShardRecord:

@@ -24,6 +24,7 @@ from retrieval.errors import UserError
 from retrieval.manifest import Manifest
 
 MAX_PIXELS = 160_000_000
+"""More than any picture that download keeps, and less than what PIL takes for a bomb."""
 AT_ONCE = 32
 """Pictures that are cut before the next are read."""
 Counts = npt.NDArray[np.int64]
@@ -97,11 +98,11 @@ def patch_counts(pictures: int, quota: int, config: PatchesConfig, rng: np.rando
 
 
 def patch_boxes(size: tuple[int, int], count: int, config: PatchesConfig, image_id: int) -> list[Box]:
-    """Where the patches of a picture (width, height) lie, in its own pixels."""
+    """Where the patches of a picture (width, height) lie, in its own pixels; equal ones once."""
     rng = np.random.default_rng([config.seed, image_id & (1 << 64) - 1])
     edge = max(1, min(*size, round(config.edge * min(size) / config.shorter_side)))
     corners = rng.integers(0, [size[0] - edge + 1, size[1] - edge + 1], (count, 2))
-    return [(int(x), int(y), edge, edge) for x, y in corners]
+    return list(dict.fromkeys((int(x), int(y), edge, edge) for x, y in corners))
 
 
 def cut(image: Image.Image, box: Box, edge: int) -> Image.Image:

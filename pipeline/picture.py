@@ -39,7 +39,7 @@ BROKEN = (
     zlib.error,
 )
 
-# Each decoding may take several hundred MB; the other threads of the process meanwhile go on fetching.
+# Each decoding may take several hundred MB, and a server of uploads decodes in as many threads as it has.
 _DECODING = Semaphore(2)
 
 

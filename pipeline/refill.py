@@ -18,6 +18,7 @@ from retrieval import schema
 from retrieval.database import Database
 from retrieval.join import join
 from retrieval.manifest import ShardRecord
+from retrieval.partitions import Partition
 from retrieval.schema import Reason
 from retrieval.storage import Root
 
@@ -60,17 +61,21 @@ def _joined(
     queries = vectors[[places[image_id] for image_id in ids.tolist()]]
     found = join(database, queries, config.join_config(), config.device)
     full = np.isfinite(found.similarities).all(axis=1)
-    positions = found.positions[full]
-    stored = _stored(database, positions)
-    return neighbor_table(database, (ids[full], positions, found.similarities[full]), stored)
+    neighbor_ids, stored = _stored(database, found.positions[full])
+    return neighbor_table((ids[full], neighbor_ids, found.similarities[full]), stored)
 
 
-def _stored(database: Database, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float16]:
-    """The vectors (n, k, dim) of rows by number (n, k), as they are on disk."""
+def _stored(
+    database: Database, positions: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float16]]:
+    """Image ids (n, k) and vectors (n, k, dim) of rows by number (n, k), as they are on disk."""
+    ids = np.empty(positions.shape, np.int64)
     vectors = np.empty((*positions.shape, database.dim), np.float16)
-    for number, partition in enumerate(database.partitions):
+    for number, count in enumerate(database.partition_rows):
         first = database.first_position(number)
-        here = (positions >= first) & (positions < first + database.partition_rows[number])
+        here = (positions >= first) & (positions < first + count)
         if here.any():
+            partition = Partition(database.root, number, database.hidden)  # let go after use
+            ids[here] = partition.ids[positions[here] - first]
             vectors[here] = partition.embeddings[positions[here] - first]
-    return vectors
+    return ids, vectors

@@ -9,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -23,7 +24,7 @@ from ray.exceptions import (
 
 from pipeline import memory
 from pipeline.meters import Meters
-from pipeline.stage import Stage
+from pipeline.stage import Stage, at_once
 from retrieval.config import WorkersConfig
 from retrieval.errors import UserError
 from retrieval.manifest import ShardRecord, files_stand, read_record, write_record
@@ -114,7 +115,8 @@ def run_shards(
     (UserError where the shard raised that), and the finished shards stay. finished_too: the workers get
     those as well, because they may be bettered.
     """
-    records = {s: found for s in shards if not finished_too and (found := _standing(stage, s))}
+    found = [] if finished_too else at_once(partial(_standing, stage), shards)
+    records = {record.shard: record for record in found if record}
     if records:
         stage.log.info("%d of %d shards are finished already", len(records), len(shards))
     todo = deque(shard for shard in shards if shard not in records)
@@ -172,7 +174,9 @@ class _Worker:
         started = time.time()
         try:
             self.work = self.work or self.make_work()
-            record = replace(self.work(shard), seconds=round(time.time() - started, 3))
+            record = self.work(shard)
+            # A shard that stayed as it was brings the seconds that it took.
+            record = replace(record, seconds=record.seconds or round(time.time() - started, 3))
         except UserError as error:
             raise UserError(f"{self.stage.name}: shard {shard}: {error}") from error
         except Exception as error:
@@ -211,6 +215,8 @@ class _Pool:
             try:
                 result = ray.get(ready)
             except LOST_WORKER as error:
+                # It may merely be out of reach, and must not write what its replacement writes too.
+                ray.kill(actor)
                 self._note_lost(shard, error)
                 if shard != STARTING:
                     todo.appendleft(shard)

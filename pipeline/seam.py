@@ -10,7 +10,9 @@ the results in any order and by the number that comes with them, so that `turns`
 import hashlib
 import io
 import threading
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,7 +26,7 @@ from retrieval.schema import Reason
 
 SILENT = frozenset({Reason.NO_CONNECTION, Reason.TIMEOUT})
 MIN_JUDGED_URLS = 5
-
+BARRED = Refusal(Reason.BLOCKED, "its URL, domain or id is on the blocklist")
 
 # Pixels may take several hundred MB, and what they took stays with the thread that had them. So one thread
 # makes and encodes them all (a worker has one CPU) while the others go on fetching.
@@ -59,11 +61,15 @@ class Storing:
 
 @dataclass
 class Seam:
-    """Fetches the URLs of one shard; knows of each what came, by its row. sent: SHA-256 of bodies, in hex."""
+    """Fetches the URLs of one shard; knows of each what came, by its row. sent: SHA-256 of bodies, in hex.
+
+    barred: rows that are refused and no host is asked for; they have no turns.
+    """
 
     fetcher: Fetcher
     turns: Turns
     storing: Storing
+    barred: deque[int] = field(default_factory=deque)
     sent: dict[int, str] = field(default_factory=dict)
     phashes: dict[int, int] = field(default_factory=dict)
     refused: dict[int, Refusal] = field(default_factory=dict)
@@ -77,6 +83,10 @@ class Seam:
 
         The row is the next one whose turn it is, not the one that Downloader names.
         """
+        with suppress(IndexError):
+            number = self.barred.popleft()
+            self.refused[number] = BARRED
+            return number, None, BARRED.message
         outcome: Jpeg | Refusal | None = None
         while outcome is None:
             errand, outcome = self.turns.take()

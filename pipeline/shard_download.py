@@ -5,21 +5,23 @@ Reads `filter/<shard>.parquet`; writes `download/<shard>.tar` (WebDataset, rows 
 servers give equal bytes. Imports img2dataset, which takes seconds and 600 MB: workers alone import this.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from img2dataset import downloader
 from img2dataset.writer import WebDatasetSampleWriter
 
 from pipeline import tars
+from pipeline.blocklist import Blocklist
 from pipeline.fetch import Fetcher
-from pipeline.seam import Seam, Storing, Stream
+from pipeline.seam import SILENT, Seam, Storing, Stream
 from pipeline.turns import Turns
 from retrieval.errors import UserError
 from retrieval.manifest import ShardRecord
@@ -59,8 +61,10 @@ class ShardDownload:
     ) -> Iterator[tuple[list[dict[str, Any]], Pictures]]:
         """Rows of DOWNLOADED in their order, and while the block lasts the pictures of those stored."""
         manners = self.fetcher.manners
-        turns = Turns(enumerate(rows["url"].to_pylist()), manners.courtesy, self.open_at)
-        seam = Seam(self.fetcher, turns, storing)
+        barred = _barred(rows, storing.blocklist)
+        allowed = ((n, url) for n, url in enumerate(rows["url"].to_pylist()) if n not in barred)
+        turns = Turns(allowed, manners.courtesy, self.open_at)
+        seam = Seam(self.fetcher, turns, storing, deque(barred))
         with scratch_folder() as folder:
             found = _run_img2dataset(rows, seam, folder)
             _check(shard, rows, found, seam)
@@ -74,6 +78,13 @@ class ShardDownload:
         reasons = Counter(row["reason"] for row in facts)
         stored = reasons.pop("", 0)
         return ShardRecord(shard, stored, (tar, file), dict(reasons), {"urls": len(facts)})
+
+
+def _barred(rows: pa.Table, blocklist: Blocklist) -> set[int]:
+    """Numbers of the rows whose URL, domain or id is listed."""
+    ids = rows["image_id"].to_numpy()
+    urls = rows["url"].combine_chunks()
+    return set(np.flatnonzero(blocklist.blocks_ids(ids) | blocklist.blocks_hosts(urls)).tolist())
 
 
 def _run_img2dataset(rows: pa.Table, seam: Seam, folder: Path) -> list[dict[str, Any]]:
@@ -128,7 +139,7 @@ def _check(shard: str, rows: pa.Table, found: list[dict[str, Any]], seam: Seam) 
         raise seam.defect
     if seam.is_down:
         reasons = Counter(str(refusal.reason) for refusal in seam.refused.values())
-        message = next(iter(seam.refused.values())).message
+        message = next(refusal.message for refusal in seam.refused.values() if refusal.reason in SILENT)
         raise UserError(
             f"{seam.silent} of {rows.num_rows} URLs gave no answer ({dict(reasons)}), such as {message!r}."
             " The network or the server is down. Mend it and run 'make download' again; finished shards"

@@ -103,7 +103,7 @@ def _foldered(source: Source) -> Iterator[Item]:
 
 def _tarred(tars: Iterable[Path], source: Source) -> Iterator[Item]:
     for path in tars:
-        pictures: dict[str, tarfile.TarInfo] = {}
+        pictures: dict[str, tuple[str, tarfile.TarInfo]] = {}
         known: dict[str, dict[str, Any]] = {}
         try:
             with tarfile.open(path, "r:") as tar:
@@ -111,16 +111,15 @@ def _tarred(tars: Iterable[Path], source: Source) -> Iterator[Item]:
                     folder, slash, base = member.name.rpartition("/")
                     stem, _, kind = base.partition(".")
                     key = f"{folder}{slash}{stem}"
-                    if f".{kind.lower()}" in PICTURES:
-                        pictures[key] = member
+                    if PurePosixPath(base).suffix.lower() in PICTURES:
+                        pictures[member.name] = key, member
                     elif kind in ("txt", "cls", "json") and (file := tar.extractfile(member)):
                         known.setdefault(key, {}).update(_beside(kind, file.read()))
         except tarfile.TarError as error:
             raise UserError(f"{path} is not a readable tar: {error}") from error
-        for key, member in sorted(pictures.items()):
+        for name, (key, member) in sorted(pictures.items()):
             place = (member.offset_data, member.size)
-            name = f"{path.stem}/{member.name}"
-            yield _item(name, path, {"label": "", **known.get(key, {})}, source, place)
+            yield _item(f"{path.stem}/{name}", path, {"label": "", **known.get(key, {})}, source, place)
 
 
 def _beside(kind: str, data: bytes) -> dict[str, Any]:
@@ -181,7 +180,9 @@ def _fields(row: Known) -> dict[str, Any]:
     row = {name.lower(): value for name, value in row.items()}
     known: dict[str, str] = {}
     for field, names in FIELDS.items():
-        values = [str(row[name]).strip() for name in names if row.get(name) not in (None, "")]
+        kind = str if field == "path" else object  # a column of pictures may have the name of one of paths
+        there = [row[name] for name in names if row.get(name) not in (None, "")]
+        values = [str(value).strip() for value in there if isinstance(value, kind)]
         known |= {field: values[0]} if values else {}
     if "license" not in known and str(row.get("is_public_domain")).lower() in ("true", "1"):
         known["license"] = "public domain"
@@ -192,9 +193,12 @@ def _located(base: Path, known: Known, row: Known) -> Path | None:
     """The file of a row: as the path says, in a folder of its style, or of its split and style."""
     label, split = known.get("label", ""), str(row.get("split") or "")
     for folder in ("", label, f"{split}/{label}"):
-        path: Path = (base / folder / known["path"]).resolve()
-        if path.is_relative_to(base) and path.is_file():
-            return path
+        try:
+            path: Path = (base / folder / known["path"]).resolve()
+            if path.is_relative_to(base) and path.is_file():
+                return path
+        except (OSError, ValueError):  # no file can have such a path: too long, or with a zero byte
+            continue
     return None
 
 

@@ -5,9 +5,11 @@ Reads and writes `<stage>/started.json` and `<stage>/manifest.json`; knows nothi
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from retrieval.blocked import FILE as BLOCKED
 from retrieval.config import Config
@@ -20,6 +22,12 @@ from retrieval.manifest import (
     write_manifest,
 )
 from retrieval.storage import Root
+
+ASKED_AT_ONCE = 32
+"""Shards that an object store is asked about at once: each answer takes some hundredths of a second."""
+
+Asked = TypeVar("Asked")
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ class Stage:
         manifest = read_manifest(self.root, self.name)
         if manifest.fingerprint != self.fingerprint:
             return None
-        if not all(files_stand(self.root, shard) for shard in manifest.shards):
+        if not all(at_once(partial(files_stand, self.root), manifest.shards)):
             self.log.warning(
                 "files of %s are missing or cut short: they are made again", self.root.at(self.name)
             )
@@ -92,3 +100,9 @@ class Stage:
             manifest.seconds,
         )
         return manifest
+
+
+def at_once(ask: Callable[[Asked], Answer], about: Sequence[Asked]) -> list[Answer]:
+    """What `ask` gives for each, many threads at a time, in order. Raises the first exception of it."""
+    with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
+        return list(pool.map(ask, about))

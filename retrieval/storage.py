@@ -245,13 +245,19 @@ class Root:
     def _abort_uploads(self, below: str) -> None:
         """Remove the parts of files that never became whole; a bucket keeps and charges them unseen."""
         bucket, prefix, _ = self.fs.split_path(below)
-        try:
-            found = self.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix)
-        except PermissionError:  # not all who may write may ask this; the bucket's own rules must do it
-            return
-        for upload in found.get("Uploads", []):
-            name = {key: upload[key] for key in ("Key", "UploadId")}
-            self.fs.call_s3("abort_multipart_upload", Bucket=bucket, **name)
+        after: dict[str, str] = {}
+        while True:  # a listing names no more than 1,000
+            try:
+                found = self.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix, **after)
+            except PermissionError:  # not all who may write may ask this; the bucket's own rules must do it
+                return
+            for upload in found.get("Uploads", []):
+                name = {key: upload[key] for key in ("Key", "UploadId")}
+                with suppress(FileNotFoundError):  # it ended meanwhile
+                    self.fs.call_s3("abort_multipart_upload", Bucket=bucket, **name)
+            if not found.get("IsTruncated"):
+                return
+            after = {mark: found[f"Next{mark}"] for mark in ("KeyMarker", "UploadIdMarker")}
 
 
 def _is_no_room(error: Exception) -> bool:

@@ -16,6 +16,8 @@ from trainer.context import Vectors, make_context, unit_rows
 from trainer.request import Neighbor, Request
 
 SHOWN = (schema.IMAGE_ID, "url", "caption")
+RECALL = 0.95
+"""Share of the true neighbors that conditions are searched with."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,21 @@ class Query:
     tokens: Vectors
     """(q, dim): the text, then the images."""
     pseudo_query: int | None = None
+    like: str = "images"
+    """Which of a database's calibrations holds for it: `texts` for a prompt alone."""
 
     @property
     def vector(self) -> Vectors:
-        """(dim,) the direction to search in: the mean of several tokens."""
+        """(dim,) the direction to search in: the mean of several tokens, which count the same.
+
+        Raises UserError for tokens whose mean has no direction.
+        """
         if len(self.tokens) == 1:
             return np.asarray(self.tokens[0])
-        return unit_rows(self.tokens.mean(axis=0))
+        try:
+            return unit_rows(unit_rows(self.tokens).mean(axis=0))
+        except ValueError as error:
+            raise UserError("prompt and images cancel out: there is no direction to search in.") from error
 
 
 Found = list[tuple[Neighbor, Vectors]]
@@ -83,24 +93,26 @@ def make_queries(requests: Sequence[Request], sources: Sources) -> list[Query]:
             queries.append(Query(vector[None], image_id))
             continue
         text = [texts[one.prompt]] if one.prompt else []
-        queries.append(Query(np.stack([*text, *(image.embedding for image in one.images)])))
+        tokens = np.stack([*text, *(image.embedding for image in one.images)])
+        queries.append(Query(tokens, like="images" if one.images else "texts"))
     return queries
 
 
 def _search(requests: Sequence[Request], queries: Sequence[Query], sources: Sources) -> list[list[Found]]:
     """For each request the neighbors from each of its databases, more than k where some are excluded."""
-    asked: dict[tuple[str, int], dict[bytes, Vectors]] = {}
+    asked: dict[tuple[str, int, str], dict[bytes, Vectors]] = {}
     keys = []
     for one, query in zip(requests, queries, strict=True):
         vector = query.vector
-        places = [(name, one.k + len(one.exclude)) for name in one.shares()]
+        places = [(name, one.k + len(one.exclude), query.like) for name in one.shares()]
         keys.append([(place, vector.tobytes()) for place in places])
         for place in places:
             asked.setdefault(place, {})[vector.tobytes()] = vector
     found = {}
-    for (name, count), vectors in sorted(asked.items()):
-        lists = _listed(sources.database(name), np.stack([*vectors.values()]), count)
-        found.update({((name, count), key): one for key, one in zip(vectors, lists, strict=True)})
+    for place in sorted(asked):
+        (name, count, like), vectors = place, asked[place]
+        lists = _listed(sources.database(name), np.stack([*vectors.values()]), count, like)
+        found.update({(place, key): one for key, one in zip(vectors, lists, strict=True)})
     return [[found[key] for key in one] for one in keys]
 
 
@@ -123,9 +135,9 @@ def _conditioned(request: Request, query: Query, lists: list[Found]) -> Conditio
     return Conditioned(request, neighbors, context, weights, query.pseudo_query)
 
 
-def _listed(database: Database, queries: Vectors, count: int) -> list[Found]:
+def _listed(database: Database, queries: Vectors, count: int, like: str) -> list[Found]:
     """The best rows of a database for each query (n, dim)."""
-    neighbors = database.search(queries, count)
+    neighbors = database.search(queries, count, effort=database.effort(RECALL, like))
     results = []
     for ids, similarities, vectors, table in zip(
         neighbors.ids, neighbors.similarities, neighbors.embeddings, neighbors.rows, strict=True

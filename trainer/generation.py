@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from retrieval.config import Config
@@ -129,6 +130,9 @@ class Sampler:
             dim = self.encoder.identity.dim
             if strange := [one.name for one in request.images if one.embedding.shape != (dim,)]:
                 raise UserError(f"image {strange[0]!r} was embedded by another encoder: wanted {dim} numbers")
+            for one in request.images:
+                if not 0 < np.linalg.norm(one.embedding) < np.inf:  # not so for nan either
+                    raise UserError(f"the vector of image {one.name!r} is zero or not finite: embed it again")
             if request.mode == "unconditional":
                 self._pseudo_queries  # noqa: B018 - an error comes before any work
 

@@ -57,15 +57,17 @@ def is_loopback(host: str) -> bool:
 def token_of(arguments: Namespace) -> str:
     """The token that visitors must know; empty for none.
 
-    Raises UserError where others than this machine could come in without one.
+    Raises UserError where others than this machine could come in without one, and for a file without one.
     """
-    token = os.environ.get(TOKEN, "")
+    token = os.environ.get(TOKEN, "").strip()
     if arguments.token_file is not None:
         if not arguments.token_file.is_file():
             raise UserError(
                 f"--token-file {arguments.token_file} is not there. Wanted: a file with the token."
             )
         token = arguments.token_file.read_text().strip()
+        if not token:
+            raise UserError(f"--token-file {arguments.token_file} is empty. Wanted: a file with the token.")
     if not token and not is_loopback(arguments.host) and not arguments.no_token:
         raise UserError(
             f"--host {arguments.host} lets other machines in, and no token is set. Set {TOKEN}, name a "

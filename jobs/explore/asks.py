@@ -109,12 +109,13 @@ class SampleAsk(Ask):
     def link(self, sample: Sample | None = None, tab: str = "make") -> str:
         """The page's address that fills a tab's form with this and runs it.
 
-        sample: what was made of this; it says what the recipe decided, and its pictures as vectors.
+        sample: what was made of this; it says what was left out here, and its pictures as vectors.
         """
         fields = self.model_dump(exclude_defaults=True, exclude={"images"})
         if sample is not None:
             request = sample.request
-            fields |= {"k": request.k, "guidance": request.guidance, "steps": request.steps}
+            fields |= {"mix": self.mix or [*request.shares()], "k": request.k}
+            fields |= {"guidance": request.guidance, "steps": request.steps}
             fields |= {"scheduler": request.scheduler, "vectors": [one.vector for one in request.images]}
         return _address(tab, fields)
 
@@ -138,7 +139,7 @@ def from_query(kind: type[Asked], query: QueryParams) -> Asked:
 def encoded_mix(names: Sequence[str], weights: Sequence[float | None]) -> list[str]:
     """Databases and weights as `mix` takes them, those without a name left out."""
     return [
-        name if weight == 1 else f"{name}:{0 if weight is None else weight:g}"
+        name if weight == 1 else f"{name}:{0 if weight is None else weight!r}"
         for name, weight in zip(names, weights, strict=True)
         if name
     ]

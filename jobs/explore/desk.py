@@ -60,6 +60,15 @@ def upload(label: str) -> gr.Image:
     made = gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], height=180)
     # Gradio's own opens the file, and has no words for one that is no picture
     made.preprocess = _path_of  # type: ignore[method-assign]
+    move = made.async_move_resource_to_block_cache
+
+    async def moved(path: str | Path | None) -> str | None:
+        # Gradio's own fetches an address, from this machine and however large it is
+        if str(path).startswith(("http://", "https://")):
+            raise gr.Error("Upload the file itself.")
+        return await move(path)
+
+    made.async_move_resource_to_block_cache = moved  # type: ignore[method-assign, assignment]
     return made
 
 

@@ -137,9 +137,8 @@ class Explorer:
         ]
 
     def image_query(self, data: bytes) -> ImageQuery:
-        """A picture as a condition, checked first. Raises UserError where it cannot be read."""
-        self._picture(data)
-        return self._require_sampler().image_query("picture", data)
+        """A picture as a condition, seen as a search sees it. Raises UserError where it cannot be read."""
+        return ImageQuery.of("picture", data, self.encoder.encode_images([self._picture(data)])[0])
 
     def close(self) -> None:
         """Take no more work."""

@@ -1,7 +1,7 @@
 """The pictures of database rows, small, from the tars that stand below the root; nothing is ever fetched.
 
 Reads `download/database/*.tar` for the training database and `databases/<name>/pictures/*.tar` for the
-others. What is not there, or stands in an object store, has no picture and is shown as its caption.
+others. What is not there, is hidden, or stands in an object store has no picture and is shown as its caption.
 """
 
 import io
@@ -56,10 +56,11 @@ class Pictures:
         self._tars: dict[str, Tars] = {}
 
     def add(self, name: str, database: Database) -> None:
-        """Learn where the pictures of a database stand, unless it has more rows than are looked up."""
+        """Learn where the pictures that a database shows stand, unless it has too many rows to look up."""
         folder = "download/database" if name == TRAINING_DATABASE else f"databases/{name}/pictures"
         if self.root.is_local and len(database) <= self.max_rows:
-            self._tars[name] = indexed([self.root.local_path(one) for one in self.root.list(folder, ".tar")])
+            paths = [self.root.local_path(one) for one in self.root.list(folder, ".tar")]
+            self._tars[name] = indexed(paths, database.hidden)
 
     def count(self, name: str) -> int:
         """How many pictures of a database are at hand."""
@@ -82,8 +83,8 @@ class Pictures:
         return buffer.getvalue()
 
 
-def indexed(paths: Sequence[Path]) -> Tars:
-    """Where the JPEG members of tars stand."""
+def indexed(paths: Sequence[Path], hidden: npt.NDArray[np.int64]) -> Tars:
+    """Where the JPEG members of tars stand, those with a hidden id left out."""
     found = [
         (int(key, 16), number, *place)
         for number, path in enumerate(paths)
@@ -92,6 +93,7 @@ def indexed(paths: Sequence[Path]) -> Tars:
     table = np.array(found, np.object_).reshape(-1, 4)
     ids = table[:, 0].astype(np.uint64).view(np.int64)
     order = np.argsort(ids)
+    order = order[~np.isin(ids[order], hidden)]
     return Tars(paths, ids[order], table[order, 1:].astype(np.int64))
 
 

@@ -42,12 +42,12 @@ def add(desk: Desk) -> Tab:
                 scheduler = gr.Dropdown(SCHEDULERS, value=desk.explorer.form.scheduler, label="Sampler")
                 top_m = gr.Slider(0.01, 1, 1, step=0.01, label="Random pictures: share of the most retrieved")
     shown = gr.HTML(elem_id="drawn", min_height=40)
-    vectors = gr.State([])
-    fields = [prompt, *styles, *weights, *settings, mode, image, near, scheduler, top_m, vectors]
+    fields = [prompt, *styles, *weights, *settings, mode, image, near, scheduler, top_m]
 
     async def made(prompt: str, *rest: Any) -> str:
+        """The form's values, and where a link filled it the vectors of its pictures."""
         names, weighted, rest = rest[:STYLES], rest[STYLES : 2 * STYLES], rest[2 * STYLES :]
-        *numbers, mode, image, near, scheduler, top_m, vectors = rest
+        numbers, (mode, image, near, scheduler, top_m, *vectors) = rest[: len(NUMBERS)], rest[len(NUMBERS) :]
         ids = (near or "").replace(",", " ").split()
         ask = SampleAsk.model_validate(
             {
@@ -58,7 +58,7 @@ def add(desk: Desk) -> Tab:
                 "exclude": [one for one in ids if ":" not in one],
                 "weights": [one for one in ids if ":" in one],
                 "images": [encoded(image)] if image else [],
-                "vectors": [] if image else vectors,
+                "vectors": vectors[0] if vectors else [],
             }
         )
         (sample,) = await desk.explorer.sample([ask])
@@ -67,15 +67,16 @@ def add(desk: Desk) -> Tab:
     answer = told(made)
     for trigger in (button.click, prompt.submit):
         trigger(answer, fields, shown, **EVENT)
-    return Tab("make", fields, answer, shown, lambda query: _values(query, desk))
+    # only the run that a link starts has its vectors: the form does not show them
+    return Tab("make", [*fields, gr.State([])], answer, shown, lambda query: _values(query, desk))
 
 
 def numbers(desk: Desk) -> Components:
     """The settings of a picture: k, guidance, steps, seed."""
     limits, form = desk.explorer.limits, desk.explorer.form
     return [
-        gr.Slider(1, min(64, limits.max_k), min(form.k, limits.max_k), step=1, label="Neighbors"),
-        gr.Slider(0, 15, form.guidance, step=0.5, label="Guidance (1 is none)"),
+        gr.Slider(1, limits.max_k, min(form.k, limits.max_k), step=1, label="Neighbors"),
+        gr.Slider(0, 100, form.guidance, step=0.5, label="Guidance (1 is none)"),
         gr.Slider(1, limits.max_steps, min(form.steps, limits.max_steps), step=1, label="Steps"),
         gr.Number(form.seed, label="Seed", precision=0, minimum=0, maximum=MAX_SEED),
     ]

@@ -17,7 +17,7 @@ def add(desk: Desk) -> Tab:
         with gr.Column(scale=3, min_width=260):
             text = gr.Textbox(label="Words", placeholder="a stag in the snow", max_length=limits.max_text)
             database = gr.Dropdown(desk.choices, value=desk.first, label="Database", filterable=False)
-            k = gr.Slider(1, min(100, limits.max_k), 12, step=1, label="Neighbors")
+            k = gr.Slider(1, limits.max_k, min(12, limits.max_k), step=1, label="Neighbors")
             button = gr.Button("Search", variant="primary")
         with gr.Column(scale=2, min_width=220):
             image = upload("Picture (instead of words, or with them)")

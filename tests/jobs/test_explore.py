@@ -7,17 +7,24 @@ from argparse import Namespace
 from collections.abc import Awaitable, Callable
 from threading import Event
 
+import gradio as gr
 import httpx
 import pytest
+from gradio import processing_utils
+from gradio.data_classes import FileData
 from PIL import Image
 
 from jobs.explore.__main__ import TOKEN, make_app, token_of
+from jobs.explore.asks import encoded_mix
+from jobs.explore.desk import upload
 from jobs.explore.explorer import Explorer
 from jobs.explore.turns import Refused, Turns
+from retrieval.blocked import FILE as BLOCKED
+from retrieval.blocked import block
 from retrieval.errors import UserError
 from retrieval.storage import Root
 from tests.jobs.explore_run import file_of, green_id, open_app, open_explorer, write_root
-from tests.trainer.tiny_run import pictures_of
+from tests.trainer.tiny_run import DIM, pictures_of
 from trainer.generation import Trained
 from trainer.picture import read_recipe
 
@@ -67,6 +74,39 @@ def test_a_picture_finds_itself_and_is_shown_small(app):
     assert (shown.headers["content-type"], Image.open(shown).size) == ("image/jpeg", (32, 32))
 
 
+def test_an_opted_out_picture_is_not_served(run):
+    green = run[0].child("databases/green")
+    block(green, [green_id(5)])
+    try:
+        app = open_app(run)
+    finally:
+        green.delete(BLOCKED)
+    assert get(app, f"/picture/green/{green_id(5)}").status_code == 404
+    assert get(app, f"/picture/green/{green_id(6)}").status_code == 200
+
+
+def test_a_transparent_picture_is_the_same_for_a_search_and_for_a_picture(app):
+    picture = pictures_of("green")[5].convert("RGBA")
+    picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+    file = base64_of(file_of(picture))
+    found = post(app, "/search", {"image": file, "database": "green", "k": 4}).json()["neighbors"]
+    made = post(app, "/sample", {"images": [file], "mix": ["green"], "k": 4}).json()["neighbors"]
+    assert [one["image_id"] for one in made] == [one["image_id"] for one in found]
+    similar = [[one["similarity"] for one in list_] for list_ in (made, found)]
+    assert similar[0] == pytest.approx(similar[1], abs=1e-6)
+
+
+def test_a_gradio_upload_that_names_an_address_is_not_fetched(monkeypatch):
+    async def fetched(*args, **options):
+        raise AssertionError("fetched")
+
+    monkeypatch.setattr(processing_utils, "async_ssrf_protected_download", fetched)
+    file = FileData(path="http://example.org/a.png").model_dump()
+    image = upload("Picture")
+    with pytest.raises(gr.Error, match="Upload the file itself"):
+        asyncio.run(processing_utils.async_move_files_to_cache(file, image, check_in_upload_folder=True))
+
+
 def test_words_find_what_the_database_finds_and_say_where_no_picture_is_at_hand(app, run):
     answer = get(app, "/search", params={"text": "a circle", "database": "deep_red", "k": 5}).json()
     explorer = open_explorer(run)
@@ -90,6 +130,12 @@ def test_a_picture_comes_with_its_neighbors_and_its_link_makes_it_again(app):
     assert answer["recipe"]["seed"] == 7
     again = get(app, "/sample?" + answer["link"].partition("tab=make&")[2])
     assert Image.open(again).tobytes() == Image.open(httpx.Response(200, content=png)).tobytes()
+
+
+def test_a_link_names_the_database_that_an_empty_mix_means_and_weights_to_the_last_digit(app):
+    assert "mix=index&" in post(app, "/sample", {"prompt": "a", "steps": 1}).json()["link"]
+    assert "mix=" not in post(app, "/sample", {"prompt": "a", "steps": 1, "mode": "text"}).json()["link"]
+    assert encoded_mix(["green", "index", ""], [0.12345678, None, 1]) == ["green:0.12345678", "index:0"]
 
 
 @pytest.mark.parametrize(
@@ -119,6 +165,7 @@ def test_a_search_that_cannot_be_is_refused_with_a_reason(app, ask, words):
         ({"prompt": "a", "mix": ["green", "nowhere"]}, 400, "no database 'nowhere'"),
         ({"prompt": "a", "mix": ["green:-1", "index"]}, 400, "weight"),
         ({"prompt": "a", "vectors": ["AAAA"]}, 400, "image 'picture'"),
+        ({"prompt": "a", "vectors": [base64_of(bytes(4 * DIM))]}, 400, "zero or not finite"),
         ({"prompt": "a", "weights": ["green:2"]}, 400, "id:factor"),
         ({"prompt": "a", "style": "green"}, 422, "Extra inputs"),
         ({"prompt": "a", "guidance": "nan"}, 422, "100"),
@@ -176,6 +223,18 @@ def test_other_machines_need_a_token(host, token, open_to_all, allowed, monkeypa
     else:
         with pytest.raises(UserError, match="--no-token"):
             token_of(arguments)
+
+
+def test_an_empty_token_opens_nothing(tmp_path, monkeypatch):
+    file = tmp_path / "token"
+    file.write_text(" \n")
+    arguments = Namespace(host="127.0.0.1", token_file=file, no_token=False)
+    with pytest.raises(UserError, match="is empty"):
+        token_of(arguments)
+    monkeypatch.setenv(TOKEN, " \n")
+    arguments.token_file, arguments.host = None, "0.0.0.0"
+    with pytest.raises(UserError, match="--no-token"):
+        token_of(arguments)
 
 
 def test_a_hundred_searches_at_once_are_answered_while_a_picture_is_made(app):

@@ -1,17 +1,21 @@
 """The page in a real browser: typed into, clicked, and looked at; nothing is fetched from elsewhere."""
 
+import base64
+import re
 import shutil
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from urllib.parse import quote
 
+import numpy as np
 import pytest
 import uvicorn
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.jobs.explore_run import file_of, open_app, write_root
-from tests.trainer.tiny_run import pictures_of
+from tests.trainer.tiny_run import DIM, pictures_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WAIT_MS = 30_000
@@ -107,6 +111,17 @@ def test_the_keyboard_makes_a_picture_with_its_neighbors_and_its_link_makes_it_a
     expect(page.get_by_role("textbox", name="What the picture shows")).to_have_value("a star")
     page.goto(f"{address}/?tab=make&prompt=a&steps=none")
     expect(page.get_by_role("alert")).to_contain_text("This link cannot be used. steps")
+
+
+def test_the_form_takes_all_that_a_link_may_say_and_forgets_its_vectors_with_the_first_run(page, address):
+    vector = quote(base64.b64encode(np.ones(DIM, "<f4").tobytes()))
+    page.goto(f"{address}/?tab=make&prompt=a&mix=index&k=70&guidance=40.25&steps=2&vectors={vector}")
+    expect(page.locator("#drawn .made")).to_contain_text("70 neighbors, guidance 40.25, 2 steps")
+    again = page.locator("#drawn a.again")
+    expect(again).to_have_attribute("href", re.compile("mix=index&.*vectors="))
+    page.get_by_role("textbox", name="What the picture shows").fill("b")
+    page.get_by_role("button", name="Make the picture").click()
+    expect(again).to_have_attribute("href", re.compile("prompt=b&((?!vectors).)*$"))
 
 
 def test_styles_stand_side_by_side_also_on_a_phone(page, address):

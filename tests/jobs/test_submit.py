@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,23 +153,35 @@ def meter(told: str, name: str, tag: str) -> float:
     return float(line.split()[-1])
 
 
-def test_a_mistake_keeps_its_code_and_a_job_at_work_is_followed(
+def test_a_mistake_keeps_its_code_and_a_job_at_work_is_followed_though_its_log_is_cut(
     cluster: Cluster,
     recipe: Path,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     command = ["jobs.filter", str(recipe), "--set", "filter.nodes=far"]
     client = JobSubmissionClient(cluster.url)
     first = client.submit_job(
         entrypoint=shlex.join(["python", "-m", *command]), runtime_env=runtime_environment()
     )
+    tail, connections = JobSubmissionClient.tail_job_logs, []
+
+    async def cut_once(client: JobSubmissionClient, name: str) -> AsyncIterator[str]:
+        connections.append(name)
+        if len(connections) == 1:
+            raise RuntimeError("WebSocket connection closed unexpectedly")
+        async for text in tail(client, name):
+            yield text
+
+    monkeypatch.setattr(JobSubmissionClient, "tail_job_logs", cut_once)
     with caplog.at_level("INFO"):
         assert submit(cluster.url, command) == 2
     assert f"jobs.filter is at work already as {first}" in caplog.text
-    assert (
-        "error: a worker takes CPU 1, far 0.001; no node of the cluster has that" in capsys.readouterr().out
-    )
+    assert len(connections) == 2
+    assert "cut off from the log" in caplog.text
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "error: " in line]
+    assert "a worker takes CPU 1, far 0.001; no node of the cluster has that" in line
 
 
 def test_an_address_where_nobody_answers_is_told() -> None:

@@ -82,6 +82,16 @@ def test_retry_after_is_waited_for_but_not_beyond_the_deadline(origin) -> None:
     assert len([path for path, _ in origin.asked if path == "/c"]) == 2
 
 
+@pytest.mark.parametrize(
+    "value",
+    ["Fri, 31 Dec 99999 23:59:59 GMT", "Fri, 31 Dec 9999999999999 23:59:59 GMT", "9" * 5000],
+)
+def test_a_retry_after_beyond_all_numbers_is_none(origin, value: str) -> None:
+    url = origin.sends("/a", b"", 503, Retry_After=value)
+    assert reason(fetched(fetcher(retries=1), url)) == "unavailable"
+    assert len(origin.asked) == 2
+
+
 def test_redirects_are_followed_up_to_a_limit(origin) -> None:
     origin.sends("/end", JPEG)
     for n in range(MAX_REDIRECTS + 1):
@@ -102,6 +112,7 @@ def test_redirects_are_followed_up_to_a_limit(origin) -> None:
         ("file:///etc/passwd", "bad_url"),
         ("ftp://example.org/a", "bad_url"),
         ("http://user:secret@127.0.0.1/", "bad_url"),
+        ("http://[", "bad_url"),
     ],
 )
 def test_a_redirect_leads_nowhere_that_a_url_may_not(origin, target: str, wanted: str) -> None:

@@ -9,10 +9,12 @@ import pytest
 
 from pipeline import embed, index, neighbors
 from pipeline.embed import EmbedConfig
+from pipeline.matching import make_match, make_route
 from pipeline.neighbors import NeighborsConfig
 from retrieval import Root, UserError, schema
 from retrieval.build import IndexConfig
 from retrieval.encoder import ClipConfig
+from retrieval.partitions import Partition
 
 from .conftest import pictures, write_clip, write_download
 
@@ -82,6 +84,29 @@ def test_a_copy_of_the_training_image_is_no_neighbor(root: Root) -> None:
 def test_one_probe_states_a_recall_below_one(root: Root) -> None:
     manifest = neighbors.run(NeighborsConfig(k=8, near_copy_similarity=0.999, probes=1, workers=1), root)
     assert 0.2 < manifest.values["recall"] < 1.0
+
+
+def test_a_worker_lets_go_of_each_partition_and_merges_without_opening_any(
+    root: Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = [["00000", "00001"]]
+    make_route(root, 0, groups)("route/00000")
+    work = make_match(root, CONFIG.join_config(), "cpu", ["route/00000"])
+    partitions = work.args[1].partitions
+    matches = [f"match/{number:05d}" for number in range(len(partitions))]
+    for name in matches:
+        work(name)
+    assert not any({"embeddings", "metadata", "ids"} & vars(one).keys() for one in partitions)
+
+    monkeypatch.delattr(Partition, "metadata")
+    monkeypatch.delattr(Partition, "embeddings")
+    neighbors._make_merge(CONFIG, root, groups, matches)("merge/00000")
+    table = schema.read_table(root, "neighbors/00001.parquet", schema.neighbors(4, 32))
+    ids, stored = embedded(root, "database/00000")
+    places = {image_id: place for place, image_id in enumerate(ids.tolist())}
+    rows = [[places[one] for one in found] for found in table[schema.NEIGHBOR_IDS].to_pylist()]
+    vectors = schema.vectors(table, schema.NEIGHBOR_EMBEDDINGS).reshape(5, 4, 32)
+    np.testing.assert_array_equal(vectors, stored[rows])
 
 
 def test_rows_with_too_few_neighbors_are_dropped_with_a_reason(root: Root) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ import pytest
 from pipeline import neighbors, optout
 from pipeline.blocklist import Blocklist, read_blocklist
 from pipeline.neighbors import NeighborsConfig
-from retrieval import Database, Root, schema
-from retrieval.blocked import blocked_ids
+from pipeline.refill import make_refill
+from retrieval import Database, Root, UserError, schema
+from retrieval.blocked import block, blocked_ids
 from retrieval.build import Identity, IndexConfig, build_database
 from retrieval.encoder_identity import EncoderIdentity
 from retrieval.manifest import Manifest, ShardRecord, read_manifest, write_manifest
@@ -129,6 +131,11 @@ def test_a_removal_that_was_killed_ends_as_if_all_had_been_made_without_the_imag
     assert optout.run(blocklist, root) == report  # nothing to do, and still told
     assert neighbors.run(CONFIG, root) == after  # the stage finds its tables made
 
+    settings = {"neighbors stage": before.fingerprint}
+    root.write_json("runs/d/train/checkpoints/checkpoints.json", {"settings": settings})
+    late = optout.run(blocklist, root)["trained"]
+    assert late == {"with": ["runs/a", "runs/b", "runs/d"], "unknown": ["runs/c"]}, "it read the old tables"
+
     anew = Root(tmp_path / "anew")
     shutil.copytree(root.url, anew.url)
     anew.delete("neighbors")
@@ -152,3 +159,31 @@ def test_a_domain_empties_a_database_and_rows_without_enough_neighbors_go(root: 
     manifest = read_manifest(root, "neighbors")
     assert (manifest.rows, manifest.reasons) == (0, {"too_few_neighbors": 12})
     assert json.loads(root.local_path(f"optout/{report['list']}.json").read_text()) == report
+
+
+@pytest.mark.parametrize("folder", ["index", "databases/ink"])
+def test_a_database_that_is_not_finished_is_not_passed_over(root: Root, tmp_path: Path, folder: str) -> None:
+    (tmp_path / "list.txt").write_text("art.example.org")
+    root.delete(f"{folder}/manifest.json")
+    with pytest.raises(UserError, match=f"{folder} is not finished"):
+        optout.run(read_blocklist(str(tmp_path / "list.txt")), root)
+    assert not root.exists("optout")
+
+
+def test_tables_of_another_index_are_not_vouched_for(root: Root, tmp_path: Path) -> None:
+    blocklist, _ = listed(root, tmp_path)
+    index = read_manifest(root, "index")
+    write_manifest(root, replace(index, fingerprint="f" * 16))
+    tables = read_manifest(root, "neighbors")
+    with pytest.raises(UserError, match=r"made from another index.*make neighbors"):
+        optout.run(blocklist, root)
+    assert read_manifest(root, "neighbors") == tables
+    assert len(blocked_ids(root.child("index"))), "hidden all the same"
+
+
+def test_what_fills_tables_up_lets_go_of_each_partition(root: Root) -> None:
+    block(root.child("index"), neighbor_ids(root, "00000").popitem()[1])
+    work = make_refill(root, CONFIG, "refilled")
+    assert work("refill/00000").values["refilled"] >= 1
+    for partition in work.args[3].partitions:
+        assert not {"embeddings", "metadata", "ids"} & vars(partition).keys()

@@ -54,6 +54,8 @@ def test_boxes_are_squares_inside_the_picture_of_the_size_that_scaling_leaves() 
     assert len(corners) > 250
     assert max(x for x, _ in corners) > 240
     assert patch_boxes((20, 9), 1, PATCHES.model_copy(update={"edge": 96}), 1)[0][2:] == (9, 9)
+    whole = patch_boxes((30, 30), 3, PATCHES.model_copy(update={"edge": 96}), 1)
+    assert whole == [(0, 0, 30, 30)], "a box that is drawn again gives no second patch of the same id"
 
 
 def test_every_patch_of_a_picture_that_cannot_be_read_comes_empty() -> None:

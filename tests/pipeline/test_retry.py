@@ -121,7 +121,7 @@ def test_the_stage_betters_what_it_has_and_its_identity_tells(root: Root, origin
     answers(origin, FAILING)
     first = run_stage(config, root)
     assert run_stage(config, root) == first
-    assert run_stage(config, root, retry=True).identity == first.identity
+    assert run_stage(config, root, retry=True).shards == first.shards
     answers(origin, {6: 404})
     second = run_stage(config, root, retry=True)
     assert second.fingerprint == first.fingerprint

@@ -52,7 +52,8 @@ def test_it_is_asked_once_of_a_server_and_again_a_day_later(origin, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("status", "wanted"), [(404, "fetched"), (403, "fetched"), (429, "unavailable"), (503, "unavailable")]
+    ("status", "wanted"),
+    [(404, "fetched"), (403, "fetched"), (429, "unavailable"), (503, "unavailable"), (501, "http_error")],
 )
 def test_a_missing_file_allows_all_and_a_failing_server_nothing(origin, status: int, wanted: str) -> None:
     origin.sends("/robots.txt", b"User-agent: *\nDisallow: /", status)
@@ -109,3 +110,17 @@ def test_few_servers_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in "abcab":
         one.refusal(f"http://{name}.org/x", lambda url: asked.append(url) or b"")  # type: ignore[func-returns-value]
     assert [url[7] for url in asked] == list("abcab")
+
+
+def test_long_files_are_not_kept_beside_many_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.robots.KEPT_BYTES", 2 * len(RULES))
+    asked: list[str] = []
+
+    def ask(url: str) -> bytes:
+        asked.append(url[7])
+        return RULES
+
+    one = robots.Robots("laion-rdm")
+    for name in "abacabc":
+        one.refusal(f"http://{name}.org/x", ask)
+    assert asked == list("abcbc")

@@ -4,18 +4,21 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 from ray import cloudpickle
+from ray.exceptions import ActorUnavailableError
 
 from pipeline.runner import MAX_LOST_WORKERS, ShardError, Work, Workers, run_shards
-from pipeline.stage import Stage
+from pipeline.stage import Stage, at_once
 from retrieval.config import Config, speed
 from retrieval.errors import UserError
 from retrieval.manifest import ShardRecord, write_record
@@ -150,6 +153,37 @@ def test_a_shard_whose_worker_is_killed_is_made_by_another(
     assert "shard 00001 lost its worker" in caplog.text
 
 
+def test_a_worker_out_of_reach_is_ended_before_another_gets_its_shard(
+    root: Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def outlives(shard: str, call: int) -> None:
+        first = root.local_path("first")
+        if not first.exists():
+            first.write_text(str(os.getpid()))
+        elif shard == "00000":
+            wait_for_end(int(first.read_text()))
+
+    get, answers = ray.get, iter([False, True])  # a worker's start, then its first shard
+
+    def cut_off_once(answer: object) -> object:
+        result = get(answer)
+        if next(answers, False):
+            raise ActorUnavailableError("cut off", None)
+        return result
+
+    monkeypatch.setattr("pipeline.runner.ray.get", cut_off_once)
+    run_shards(stage(root), SHARDS, works(root, before=outlives), ONE)
+    assert calls(root) == [2, 1, 1]
+
+
+def wait_for_end(process: int) -> None:
+    for _ in range(100):
+        if not psutil.pid_exists(process):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{process} is still at work")
+
+
 def test_a_shard_that_kills_every_worker_stops_the_stage(root: Root) -> None:
     def killed(shard: str, call: int) -> None:
         if shard == "00001":
@@ -241,3 +275,13 @@ def test_workers_that_fit_no_node_are_refused_with_what_there_is(root: Root) -> 
         run_shards(stage(root), SHARDS, works(root), Workers(memory_gb=9000))
     with pytest.raises(UserError, match=r"takes CPU 1, far 0.001; no node .* CPU 2, far 0"):
         run_shards(stage(root), SHARDS, works(root), Workers(nodes="far"))
+
+
+def test_many_are_asked_at_once_and_answer_in_order() -> None:
+    together = threading.Barrier(8, timeout=5)
+
+    def ask(number: int) -> int:
+        together.wait()
+        return -number
+
+    assert at_once(ask, range(16)) == [-number for number in range(16)]

@@ -13,7 +13,7 @@ from pipeline.blocklist import read_blocklist
 from pipeline.seam import Seam, Storing
 from pipeline.shard_download import ShardDownload, plugged_in
 from retrieval.phash import phash
-from retrieval.schema import DOWNLOADED, read_table
+from retrieval.schema import DOWNLOADED, image_id, read_table
 from retrieval.storage import Root
 from tests.pipeline.fetching import fetcher, turns, write_selected
 
@@ -72,6 +72,22 @@ def test_listed_contents_and_looks_are_not_stored(tmp_path: Path, origin) -> Non
     assert table["message"].to_pylist()[1] == "its content is on the blocklist"
     assert table["message"].to_pylist()[2:] == ["its look is on the blocklist"] * 2
     assert table["phash"].to_pylist()[0] == phash(Image.open(io.BytesIO(kept)))
+
+
+def test_listed_urls_domains_and_ids_are_not_asked_for(tmp_path: Path, origin) -> None:
+    urls = [origin.sends(f"/{n}", jpeg(Image.new("RGB", (96, 96)), 90)) for n in range(3)]
+    urls.append(urls[2].replace("127.0.0.1", "localhost"))
+    (tmp_path / "list.txt").write_text(f"{urls[0]}\n{image_id(urls[2])}")
+    listed = dataclasses.replace(
+        read_blocklist(str(tmp_path / "list.txt")),
+        domains=frozenset({"localhost"}),  # which stands for a name with dots
+    )
+    storing = dataclasses.replace(STORING, blocklist=listed)
+    root = Root(str(tmp_path))
+    write_selected(root, "train/0", urls)
+    record = ShardDownload(root, fetcher(), {"train": storing})("train/0")
+    assert (record.rows, record.reasons) == (1, {"blocked": 3})
+    assert [path for path, _ in origin.asked] == ["/1"]
 
 
 def jpeg(image: Image.Image, quality: int) -> bytes:

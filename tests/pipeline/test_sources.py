@@ -130,6 +130,37 @@ def test_webdataset_tars_give_captions_classes_and_facts(tmp_path: Path) -> None
         )
 
 
+def test_each_picture_of_a_tar_counts_also_with_dots_in_its_name_or_a_twin_of_another_format(
+    tmp_path: Path,
+) -> None:
+    names = ["st.george.jpg", "a.jpg", "a.png", "a.txt"]
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = len(name)
+            tar.addfile(info, io.BytesIO(name.encode()))
+    items, _ = read_items(Source(tmp_path))
+    assert [(one.name, one.caption, one.read().decode()) for one in items] == [
+        ("x/a.jpg", "a.txt", "a.jpg"),
+        ("x/a.png", "a.txt", "a.png"),
+        ("x/st.george.jpg", "st.george", "st.george.jpg"),
+    ]
+
+
+def test_a_path_that_no_file_can_have_is_missing_and_a_column_of_pictures_is_none_of_paths(
+    tmp_path: Path,
+) -> None:
+    put(tmp_path, "a.jpg")
+    pictures = [{"bytes": b"x", "path": "a.jpg"}] * 3
+    table = pa.table({"image": pictures, "name": ["a.jpg", "\0.jpg", "b" * 300 + ".jpg"]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    items, missing = read_items(Source(tmp_path / "t.parquet"))
+    assert ([one.name for one in items], missing) == (["a.jpg"], 2)
+    pq.write_table(table.select(["image"]), tmp_path / "t.parquet")
+    with pytest.raises(UserError, match="no column of paths"):
+        read_items(Source(tmp_path / "t.parquet"))
+
+
 @pytest.mark.parametrize(
     ("name", "data", "words"),
     [

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -62,6 +63,33 @@ def test_nothing_shows_under_a_name_until_all_of_it_is_there(root: Root, other: 
     assert len(other.call_s3("list_multipart_uploads", Bucket=bucket)["Uploads"]) == 1
     root.sweep_partials("stage")
     assert "Uploads" not in other.call_s3("list_multipart_uploads", Bucket=bucket)
+
+
+def test_sweeping_reads_all_pages_and_passes_over_uploads_that_end_meanwhile(
+    root: Root, other: S3FileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket, key, _ = root.fs.split_path(f"{root.url}/stage")
+    for number in range(3):
+        other.call_s3("create_multipart_upload", Bucket=bucket, Key=f"{key}/{number}")
+    call = root.fs.call_s3
+
+    def two_a_page(method: str, **given: str) -> dict[str, Any]:
+        """The listing as S3 gives it, of which the store here has no pages; the first upload ends at once."""
+        if method != "list_multipart_uploads":
+            return call(method, **given)
+        found = call(method, Bucket=bucket, Prefix=given["Prefix"])["Uploads"]
+        page = [upload for upload in found if upload["Key"] > given.get("KeyMarker", "")][:2]
+        if page[0]["Key"].endswith("0"):
+            other.call_s3(
+                "abort_multipart_upload", Bucket=bucket, Key=page[0]["Key"], UploadId=page[0]["UploadId"]
+            )
+        more = page[-1]["Key"] < found[-1]["Key"]
+        marks = {"NextKeyMarker": page[-1]["Key"], "NextUploadIdMarker": page[-1]["UploadId"]}
+        return {"Uploads": page, "IsTruncated": more, **(marks if more else {})}
+
+    monkeypatch.setattr(root.fs, "call_s3", two_a_page)
+    root.sweep_partials("stage")
+    assert "Uploads" not in call("list_multipart_uploads", Bucket=bucket, Prefix=key)
 
 
 def test_what_another_process_writes_and_deletes_is_seen_at_once(root: Root, other: S3FileSystem) -> None:

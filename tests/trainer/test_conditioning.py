@@ -12,13 +12,14 @@ import torch
 from retrieval import schema
 from retrieval.blocked import FILE as BLOCKED
 from retrieval.blocked import block
+from retrieval.database import Database
 from retrieval.errors import UserError
 from retrieval.manifest import Manifest, ShardRecord, write_manifest
 from retrieval.storage import Root
 from tests.trainer.tiny_run import DIM, pictures_of, write_run
 from trainer.generation import Sampler
 from trainer.pseudo_queries import PseudoQueries
-from trainer.request import Compute, Request
+from trainer.request import Compute, ImageQuery, Request
 from trainer.sampler import weighed
 
 SHARES = {0: 6, 1: 3, 2: 2, 3: 1}
@@ -213,6 +214,38 @@ def test_an_image_that_is_none_or_of_another_encoder_is_refused(sampler):
     short = dataclasses.replace(image(sampler), vector="AAAAAA==")
     with pytest.raises(UserError, match="embedded by another encoder"):
         sampler.plan([request(images=(short,))])
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan, np.inf, 3e38])
+def test_an_image_whose_vector_has_no_direction_is_refused(sampler, value):
+    with pytest.raises(UserError, match=r"a\.png' is zero or not finite"):
+        sampler.plan([request(images=(ImageQuery.of("a.png", b"", np.full(DIM, value)),))])
+
+
+def test_a_prompt_and_an_image_count_the_same_unless_they_cancel_out(sampler):
+    text = sampler.encoder.encode_texts(["a circle"])[0]
+    with pytest.raises(UserError, match="cancel out"):
+        sampler.plan([request(images=(ImageQuery.of("a.png", b"", -text),))])
+    one = image(sampler)
+    long = ImageQuery.of("long", b"", 9 * one.embedding)
+    near, same = (conditioned(sampler, images=(each,)).neighbors for each in (one, long))
+    assert [each.image_id for each in near] == [each.image_id for each in same]
+    np.testing.assert_allclose([n.similarity for n in near], [n.similarity for n in same], atol=1e-5)
+
+
+def test_a_prompt_alone_is_searched_with_the_calibration_of_texts(sampler, monkeypatch):
+    search, efforts = Database.search, []
+
+    def watched(database, *args, **options):
+        efforts.append(options["effort"])
+        return search(database, *args, **options)
+
+    monkeypatch.setattr(Database, "search", watched)
+    both = [request(), request(images=(image(sampler),)), request(prompt="", images=(image(sampler),))]
+    sampler.plan(both)
+    green = sampler.database("green")
+    assert green.effort(0.95, "texts") != green.effort(0.95, "images")
+    assert efforts == [green.effort(0.95, "images"), green.effort(0.95, "texts")]
 
 
 def test_a_recipe_that_is_none_is_refused():
