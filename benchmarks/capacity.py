@@ -59,7 +59,7 @@ def measure(folder: Path, rows: int) -> dict[str, Any]:
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(metadata(ROWS_PER_FILE, number), path, compression="snappy")
     read = sum(path.stat().st_size for path in (folder / "metadata").glob("*.parquet"))
-    job = _job(FilterConfig(metadata=str(folder / "metadata")), Root(folder / "run"))
+    job = filter_job(FilterConfig(metadata=str(folder / "metadata")), Root(folder / "run"))
     began, seconds = time.process_time(), {}
     pieces = [piece.name for piece in job.plan.pieces]
     buckets = [f"{number:05d}" for number in range(job.num_buckets)]
@@ -81,7 +81,8 @@ def measure(folder: Path, rows: int) -> dict[str, Any]:
     }
 
 
-def _job(config: FilterConfig, root: Root) -> Job:
+def filter_job(config: FilterConfig, root: Root) -> Job:
+    """What the passes of filter work on, as the stage makes it."""
     source = Root(config.metadata)
     wanted = ("url", "caption", "width", "height", "pwatermark", "punsafe")
     planned = plan(source, config.columns, wanted, config.rows_per_piece)

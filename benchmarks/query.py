@@ -21,13 +21,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from benchmarks.capacity import filter_job
 from benchmarks.page import REPOSITORY
-from pipeline.blocklist import read_blocklist
-from pipeline.filter import KEYS_PER_BUCKET, FilterConfig
+from pipeline.filter import FilterConfig
 from pipeline.memory import peak_bytes
-from pipeline.metadata import plan
 from pipeline.passes import Dedupe, Job, Scan, Select
-from pipeline.selection import Rules
 from retrieval.storage import Root
 
 ROWS_PER_FILE = 1_000_000
@@ -98,18 +96,7 @@ def _job(paths: list[Path], scratch: Path) -> Job:
     for path in paths:
         (scratch / "metadata" / path.name).symlink_to(path)
     config = FilterConfig(metadata=str(scratch / "metadata"))
-    wanted = ("url", "caption", "width", "height", "pwatermark", "punsafe")
-    planned = plan(Root(config.metadata), config.columns, wanted, config.rows_per_piece)
-    rules = Rules(
-        min_edge=config.min_edge,
-        max_watermark=config.max_watermark,
-        max_unsafe=config.max_unsafe,
-        missing_scores=config.missing_scores,
-        blocklist=read_blocklist(""),
-    )
-    buckets = 1 << max(0, (planned.rows - 1) // KEYS_PER_BUCKET).bit_length()
-    root = Root(str(scratch / "run"))
-    return Job(Root(config.metadata), root, planned, rules, buckets, config.seed, config.rows_per_shard)
+    return filter_job(config, Root(str(scratch / "run")))
 
 
 def _passes(job: Job) -> None:
