@@ -23,9 +23,10 @@ from PIL import Image
 from benchmarks.machine import hardware
 from benchmarks.page import DOCS
 from pipeline.blocklist import read_blocklist
-from pipeline.filter import KEYS_PER_BUCKET, FilterConfig, Job
+from pipeline.filter import KEYS_PER_BUCKET, Job
 from pipeline.metadata import plan
 from pipeline.passes import Dedupe, Scan, Select
+from pipeline.recipe import FilterConfig
 from pipeline.selection import Rules
 from retrieval.storage import Root
 

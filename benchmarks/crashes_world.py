@@ -23,9 +23,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pipeline import download, embed, filter, index, neighbors
-from retrieval.build import IndexConfig
-from retrieval.encoder import ClipConfig
+from pipeline.recipe import DownloadConfig, EmbedConfig, FilterConfig, NeighborsConfig
 from retrieval.manifest import Manifest
+from retrieval.recipe import ClipConfig, IndexConfig
 from retrieval.storage import Root
 
 STAGES = ("filter", "download", "embed", "index", "neighbors")
@@ -52,10 +52,10 @@ class World:
 
     def _stages(self, workers: int) -> dict[str, Callable[[Root], Manifest]]:
         clip = ClipConfig(model=f"local-dir:{self.folder / 'clip'}")
-        selecting = filter.FilterConfig(
+        selecting = FilterConfig(
             metadata=str(self.folder / "metadata"), min_edge=32, rows_per_shard=15, workers=workers
         )
-        fetching = download.DownloadConfig(
+        fetching = DownloadConfig(
             contact="crashes@example.org",
             allow_private="loopback",
             train_min_edge=32,
@@ -63,9 +63,9 @@ class World:
             threads=2,
             workers=workers,
         )
-        embedding = embed.EmbedConfig(batch_size=8, decode_threads=1, workers=workers)
+        embedding = EmbedConfig(batch_size=8, decode_threads=1, workers=workers)
         indexing = IndexConfig(rows_per_partition=20, num_queries=20, workers=workers)
-        joining = neighbors.NeighborsConfig(k=4, near_copy_similarity=1.0, recall_sample=20, workers=workers)
+        joining = NeighborsConfig(k=4, near_copy_similarity=1.0, recall_sample=20, workers=workers)
         return {
             "filter": lambda root: filter.run(selecting, root),
             "download": lambda root: download.run(fetching, root),

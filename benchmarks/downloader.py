@@ -26,7 +26,8 @@ Download = Callable[[str], int]
 def ours(split: str, folder: Path) -> Download:
     """The work of the stage `download`, without Ray around it."""
     from pipeline.blocklist import Blocklist
-    from pipeline.download import DownloadConfig, make_work
+    from pipeline.download import make_work
+    from pipeline.recipe import DownloadConfig
     from retrieval.storage import Root
 
     config = DownloadConfig(

@@ -21,13 +21,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.schedule import Stage, stages
 from trainer.autoencoder import kl_f16
 from trainer.data import Batch
-from trainer.diffusion import DiffusionConfig
 from trainer.engine import Ranks, join_ranks, make_engine, optimizer_step
 from trainer.flops import training_flops
-from trainer.model import ModelConfig, build_unet
+from trainer.model import build_unet
 from trainer.objective import Objective
-from trainer.recipe import TrainConfig
-from trainer.sampler import SchedulerName, guided_sample, initial_noise, make_scheduler
+from trainer.recipe import DiffusionConfig, ModelConfig, SchedulerName, TrainConfig
+from trainer.sampler import guided_sample, initial_noise, make_scheduler
 
 TINY_MODEL = ModelConfig(
     latent_channels=4, context_dim=16, channels=(32, 64), attention=(1, 2), layers=1, norm_groups=8

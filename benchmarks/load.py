@@ -24,7 +24,7 @@ from benchmarks.page import DOCS, write
 from jobs.command import finish
 from jobs.recipe import Recipe, load_recipe
 from retrieval.errors import UserError
-from trainer.sample import SampleConfig
+from trainer.sampling_recipe import SampleConfig
 
 START_S = 300.0
 K = 20

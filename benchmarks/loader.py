@@ -20,11 +20,11 @@ from benchmarks.schedule import GPUS, MFU, stages
 from benchmarks.table import markdown
 from benchmarks.training_data import PICTURES, QUALITY, Extent, picture, prepare
 from retrieval.storage import Root
-from trainer.autoencoder import Autoencoder, AutoencoderConfig
+from trainer.autoencoder import Autoencoder
 from trainer.data import Loader
 from trainer.images import GAP, Scaled, decode, random_crop
 from trainer.plan import Plan, make_plan
-from trainer.recipe import Training
+from trainer.recipe import AutoencoderConfig, Training
 
 HEADROOM = 3
 """The loader is to give this many times what the step takes."""

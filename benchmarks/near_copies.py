@@ -23,13 +23,13 @@ from benchmarks.table import markdown
 from jobs.command import finish
 from jobs.demo.scenes import draw, random_scene
 from jobs.recipe import Recipe, load_recipe
-from pipeline.embed import EmbedConfig
-from pipeline.neighbors import NeighborsConfig
 from pipeline.picture import prepared
+from pipeline.recipe import EmbedConfig, NeighborsConfig
 from pipeline.sockets import Refusal
-from retrieval.encoder import ClipConfig, Encoder
+from retrieval.encoder import Encoder
 from retrieval.errors import UserError
 from retrieval.phash import Looks, phash
+from retrieval.recipe import ClipConfig
 
 EDGE = 256
 MAX_PIXELS = 80_000_000

@@ -6,7 +6,8 @@ import torch
 from benchmarks.data import Ids
 from benchmarks.method import Search
 from benchmarks.ours import OurDatabase
-from retrieval.join import JoinConfig, join
+from retrieval.join import join
+from retrieval.recipe import JoinConfig
 
 KEEP_COPIES = 2.0
 

@@ -16,6 +16,7 @@ from retrieval import Database, Root, schema
 from retrieval.effort import Effort
 from retrieval.encoder_identity import EncoderIdentity
 from retrieval.partitions import first_of_each
+from retrieval.recipe import IndexConfig
 
 NAME = "database"
 CALIBRATION_TEXTS = 1_000
@@ -27,7 +28,7 @@ class OurDatabase(Method):
     def build(self, rows: np.ndarray, folder: Path, threads: int) -> dict[str, Any]:
         """`build_database`, partitions of a million rows; calibrated on texts of another seed as well."""
         from benchmarks.vectors import mixture, texts
-        from retrieval.build import Identity, IndexConfig, build_database  # loads torch
+        from retrieval.build import Identity, build_database  # loads torch
         from retrieval.calibration import recalibrate
 
         faiss.omp_set_num_threads(threads)

@@ -23,9 +23,9 @@ import pyarrow.parquet as pq
 
 from benchmarks.capacity import filter_job
 from benchmarks.page import REPOSITORY
-from pipeline.filter import FilterConfig
 from pipeline.memory import peak_bytes
 from pipeline.passes import Dedupe, Job, Scan, Select
+from pipeline.recipe import FilterConfig
 from retrieval.storage import Root
 
 ROWS_PER_FILE = 1_000_000

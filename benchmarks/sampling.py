@@ -25,12 +25,13 @@ from jobs.recipe import Recipe, load_recipe
 from jobs.sample import trained
 from retrieval.errors import UserError
 from trainer.classifier import TrainedClassifier
-from trainer.evaluate import EvaluateConfig, style_names, train_judge
+from trainer.evaluate import style_names, train_judge
 from trainer.generation import Sampler
 from trainer.judgement import Shown, judge
 from trainer.metrics import wilson_interval
+from trainer.recipe import SchedulerName
 from trainer.request import Request, read_prompts
-from trainer.sampler import SchedulerName
+from trainer.sampling_recipe import EvaluateConfig
 from trainer.styles import RETRIEVAL, make_cells
 
 Features = npt.NDArray[np.float32]

@@ -16,10 +16,9 @@ import torch
 from benchmarks.page import DOCS, REPOSITORY, write
 from benchmarks.table import markdown
 from jobs.recipe import load_recipe
-from trainer.autoencoder import AutoencoderConfig
 from trainer.flops import PEAK_TFLOPS, TERA, training_flops
-from trainer.model import ModelConfig, build_unet
-from trainer.recipe import TrainConfig
+from trainer.model import build_unet
+from trainer.recipe import AutoencoderConfig, ModelConfig, TrainConfig
 
 RECIPES = ("train_laion_256", "train_laion_512", "train_laion_768", "train_imagenet")
 FACTORS = {"kl": 16, "vq": 4}

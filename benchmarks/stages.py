@@ -21,13 +21,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pipeline import embed, filter, index, neighbors
-from pipeline.embed import EmbedConfig, embed_images
-from pipeline.filter import FilterConfig
-from pipeline.neighbors import NeighborsConfig
+from pipeline.embed import embed_images
+from pipeline.recipe import EmbedConfig, FilterConfig, NeighborsConfig
 from retrieval import schema
-from retrieval.build import IndexConfig
-from retrieval.encoder import ClipConfig, Encoder
+from retrieval.encoder import Encoder
 from retrieval.manifest import Manifest, ShardRecord, write_manifest
+from retrieval.recipe import ClipConfig, IndexConfig
 from retrieval.storage import Root
 
 Pictures = list[tuple[int, bytes]]

@@ -27,10 +27,9 @@ from retrieval.storage import Root
 from trainer import diffusion, train
 from trainer.autoencoder import draw_latents
 from trainer.data import Batch, Loader
-from trainer.diffusion import DiffusionConfig
-from trainer.model import ModelConfig, build_unet
+from trainer.model import build_unet
 from trainer.progress import read_points
-from trainer.recipe import TrainConfig, Training
+from trainer.recipe import DiffusionConfig, ModelConfig, TrainConfig, Training
 
 GOAL = 0.05
 WARM = 5

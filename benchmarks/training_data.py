@@ -19,7 +19,8 @@ from PIL import Image
 from retrieval import schema
 from retrieval.manifest import Manifest, ShardRecord, write_manifest
 from retrieval.storage import Root
-from trainer.autoencoder import Autoencoder, AutoencoderConfig
+from trainer.autoencoder import Autoencoder
+from trainer.recipe import AutoencoderConfig
 
 QUALITY = 90
 PICTURES = 64

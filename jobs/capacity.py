@@ -19,16 +19,12 @@ from jobs.capacity_page import page, table
 from jobs.command import execute, finish, parser
 from jobs.recipe import Recipe, load_recipe
 from pipeline.capacity import HALF, Cost, Data, Inputs, Need, Reckoning, cost
-from pipeline.download import DownloadConfig
-from pipeline.filter import FilterConfig
-from pipeline.neighbors import NeighborsConfig
-from retrieval.build import IndexConfig
-from retrieval.encoder import ClipConfig
+from pipeline.recipe import DownloadConfig, FilterConfig, NeighborsConfig
 from retrieval.errors import UserError
-from trainer.autoencoder import AutoencoderConfig
+from retrieval.recipe import ClipConfig, IndexConfig
 from trainer.flops import training_flops
-from trainer.model import ModelConfig, build_unet
-from trainer.recipe import TrainConfig
+from trainer.model import build_unet
+from trainer.recipe import AutoencoderConfig, ModelConfig, TrainConfig
 
 INPUTS = Path(__file__).with_suffix(".toml")
 FACTORS = {"kl": 16, "vq": 4}

@@ -10,11 +10,9 @@ from pathlib import Path
 
 from jobs.command import execute, finish, parser
 from jobs.recipe import Recipe
-from retrieval.encoder import ClipConfig, Encoder
-from trainer.autoencoder import AutoencoderConfig
-from trainer.diffusion import DiffusionConfig
-from trainer.model import ModelConfig
-from trainer.recipe import TrainConfig, Training
+from retrieval.encoder import Encoder
+from retrieval.recipe import ClipConfig
+from trainer.recipe import AutoencoderConfig, DiffusionConfig, ModelConfig, TrainConfig, Training
 from trainer.released_folder import write_folder
 from trainer.released_run import import_run
 

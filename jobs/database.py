@@ -12,11 +12,11 @@ from jobs.command import execute, finish, parser
 from jobs.recipe import Recipe
 from pipeline import database
 from pipeline.sources import Source
-from retrieval.build import IndexConfig
 from retrieval.card import card
 from retrieval.database import Database
-from retrieval.encoder import ClipConfig, Encoder
+from retrieval.encoder import Encoder
 from retrieval.errors import UserError
+from retrieval.recipe import ClipConfig, IndexConfig
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 

@@ -9,17 +9,18 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 from jobs.command import execute, finish, parser
+from jobs.demo.recipe import WorldConfig
 from jobs.demo.server import WorldServer
-from jobs.demo.world import WorldConfig
 from jobs.recipe import Recipe
 from pipeline import download as stage
+from pipeline.recipe import DownloadConfig
 from retrieval.connection import connected
 
 
 def run(recipe: Recipe, retry: bool = False) -> None:
     """Run the stage on a Ray cluster."""
     with origin(recipe), connected():
-        stage.run(recipe[stage.DownloadConfig], recipe.root, retry)
+        stage.run(recipe[DownloadConfig], recipe.root, retry)
 
 
 def origin(recipe: Recipe) -> AbstractContextManager[object]:

@@ -3,14 +3,15 @@
 from jobs.command import main
 from jobs.recipe import Recipe
 from pipeline import embed as stage
+from pipeline.recipe import EmbedConfig
 from retrieval.connection import connected
-from retrieval.encoder import ClipConfig
+from retrieval.recipe import ClipConfig
 
 
 def run(recipe: Recipe) -> None:
     """Run the stage on a Ray cluster."""
     with connected():
-        stage.run(recipe[stage.EmbedConfig], recipe[ClipConfig], recipe.root)
+        stage.run(recipe[EmbedConfig], recipe[ClipConfig], recipe.root)
 
 
 if __name__ == "__main__":

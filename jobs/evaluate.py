@@ -4,11 +4,12 @@ from jobs.command import main
 from jobs.recipe import Recipe
 from jobs.sample import trained
 from trainer import evaluate as stage
+from trainer.sampling_recipe import EvaluateConfig
 
 
 def run(recipe: Recipe) -> None:
     """Run the stage with the model that the recipe trained."""
-    stage.run(recipe[stage.EvaluateConfig], trained(recipe), recipe.root)
+    stage.run(recipe[EvaluateConfig], trained(recipe), recipe.root)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 from jobs.command import main
 from jobs.recipe import Recipe
 from pipeline import filter as stage
+from pipeline.recipe import FilterConfig
 from retrieval.connection import connected
 
 
 def run(recipe: Recipe) -> None:
     """Run the stage on a Ray cluster."""
     with connected():
-        stage.run(recipe[stage.FilterConfig], recipe.root)
+        stage.run(recipe[FilterConfig], recipe.root)
 
 
 if __name__ == "__main__":

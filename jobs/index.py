@@ -3,8 +3,8 @@
 from jobs.command import main
 from jobs.recipe import Recipe
 from pipeline import index as stage
-from retrieval.build import IndexConfig
 from retrieval.connection import connected
+from retrieval.recipe import IndexConfig
 
 
 def run(recipe: Recipe) -> None:

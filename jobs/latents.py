@@ -10,8 +10,9 @@ from pipeline.stage import Stage
 from retrieval import schema
 from retrieval.connection import connected
 from retrieval.manifest import read_manifest
-from trainer.autoencoder import Autoencoder, AutoencoderConfig
-from trainer.latents import LatentsConfig, make_shard_encoder, manifest_values
+from trainer.autoencoder import Autoencoder
+from trainer.latents import make_shard_encoder, manifest_values
+from trainer.recipe import AutoencoderConfig, LatentsConfig
 
 
 def run(recipe: Recipe) -> None:

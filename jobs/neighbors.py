@@ -3,13 +3,14 @@
 from jobs.command import main
 from jobs.recipe import Recipe
 from pipeline import neighbors as stage
+from pipeline.recipe import NeighborsConfig
 from retrieval.connection import connected
 
 
 def run(recipe: Recipe) -> None:
     """Run the stage on a Ray cluster."""
     with connected():
-        stage.run(recipe[stage.NeighborsConfig], recipe.root)
+        stage.run(recipe[NeighborsConfig], recipe.root)
 
 
 if __name__ == "__main__":

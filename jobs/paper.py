@@ -12,10 +12,10 @@ from jobs.paper_page import verdict_lines, write_docs, write_page
 from jobs.recipe import Recipe
 from jobs.sample import trained
 from jobs.train import training
-from trainer.evaluate import EvaluateConfig
 from trainer.paper.experiments import Subject
 from trainer.paper.experiments import run as run_experiments
 from trainer.paper.recipe import PaperConfig
+from trainer.sampling_recipe import EvaluateConfig
 
 
 def run(recipe: Recipe, docs: Path | None = None) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 
 from pipeline.status import Status, duration, modified_at
 from retrieval.storage import Root
+from trainer.recipe import TrainConfig
 
 
-def of_training(root: Root, folder: str, status: Status, asked: tuple[dict[str, Any], float]) -> Status:
+def of_training(root: Root, folder: str, status: Status, asked: tuple[TrainConfig, float]) -> Status:
     """The status of a run in steps, with its last loss. asked: the section `train`, and the time now.
 
     status: what the manifest alone says of it.
@@ -23,8 +24,8 @@ def of_training(root: Root, folder: str, status: Status, asked: tuple[dict[str, 
         status,
         unit="steps",
         done=done,
-        total=config["steps"],
-        rows=done * config["global_batch"],
+        total=config.steps,
+        rows=done * config.global_batch,
         rows_per_s=point.get("images_per_s"),
         bytes=status.bytes + _checkpoint_bytes(root, f"{folder}/checkpoints/checkpoints.json"),
     )
@@ -35,9 +36,9 @@ def of_training(root: Root, folder: str, status: Status, asked: tuple[dict[str, 
         return replace(status, state="unfinished", note="no step is logged yet") if started else status
     ago = now - modified_at(root, f"{folder}/metrics.jsonl")
     step_s = point["seconds_per_step"] + point.get("paused_s", 0.0)
-    quiet = ago > 60 + 5 * config["log_every"] * step_s
+    quiet = ago > 60 + 5 * config.log_every * step_s
     note = f"{_loss(point)}, logged {duration(ago)} ago{': interrupted?' if quiet else ''}"
-    left = None if quiet else (config["steps"] - done) * step_s
+    left = None if quiet else (config.steps - done) * step_s
     return replace(status, state="unfinished", note=note, eta_s=left)
 
 

@@ -6,47 +6,46 @@ stage's configuration. `--set section.key=value` overrides one key.
 
 import json
 import tomllib
-from collections.abc import Callable, Sequence
-from importlib import import_module
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from jobs.demo.recipe import AutoencoderTraining, ClipTraining, WorldConfig
+from jobs.explore.config import ExploreConfig
+from pipeline.recipe import DownloadConfig, EmbedConfig, FilterConfig, NeighborsConfig
 from retrieval.config import Config
 from retrieval.errors import UserError
+from retrieval.recipe import ClipConfig, IndexConfig
 from retrieval.storage import Root
+from trainer.paper.recipe import PaperConfig
+from trainer.recipe import AutoencoderConfig, DiffusionConfig, LatentsConfig, ModelConfig, TrainConfig
+from trainer.sampling_recipe import EvaluateConfig, SampleConfig
 
-SECTIONS = {
-    "clip": "retrieval.encoder.ClipConfig",
-    "filter": "pipeline.filter.FilterConfig",
-    "download": "pipeline.download.DownloadConfig",
-    "embed": "pipeline.embed.EmbedConfig",
-    "index": "retrieval.build.IndexConfig",
-    "neighbors": "pipeline.neighbors.NeighborsConfig",
-    "autoencoder": "trainer.autoencoder.AutoencoderConfig",
-    "latents": "trainer.latents.LatentsConfig",
-    "model": "trainer.model.ModelConfig",
-    "diffusion": "trainer.diffusion.DiffusionConfig",
-    "train": "trainer.recipe.TrainConfig",
-    "sample": "trainer.sample.SampleConfig",
-    "evaluate": "trainer.evaluate.EvaluateConfig",
-    "paper": "trainer.paper.recipe.PaperConfig",
-    "explore": "jobs.explore.config.ExploreConfig",
-    "world": "jobs.demo.world.WorldConfig",
-    "clip_training": "jobs.demo.clip.ClipTraining",
-    "autoencoder_training": "jobs.demo.autoencoder.AutoencoderTraining",
+SECTIONS: dict[str, type[Config]] = {
+    "clip": ClipConfig,
+    "filter": FilterConfig,
+    "download": DownloadConfig,
+    "embed": EmbedConfig,
+    "index": IndexConfig,
+    "neighbors": NeighborsConfig,
+    "autoencoder": AutoencoderConfig,
+    "latents": LatentsConfig,
+    "model": ModelConfig,
+    "diffusion": DiffusionConfig,
+    "train": TrainConfig,
+    "sample": SampleConfig,
+    "evaluate": EvaluateConfig,
+    "paper": PaperConfig,
+    "explore": ExploreConfig,
+    "world": WorldConfig,
+    "clip_training": ClipTraining,
+    "autoencoder_training": AutoencoderTraining,
 }
-"""Sections and their classes, imported for a recipe that has the section: training needs no Ray."""
+"""Sections and their classes, which stand apart from the stages: a recipe is read without torch and Ray."""
 
 Section = TypeVar("Section", bound=Config)
-
-
-def imported(place: str) -> type[Config]:
-    """The configuration class of a dotted name."""
-    module, _, name = place.rpartition(".")
-    kind: type[Config] = getattr(import_module(module), name)
-    return kind
 
 
 class Recipe:
@@ -63,7 +62,7 @@ class Recipe:
         for section in self.sections.values():
             if isinstance(section, wanted):
                 return section
-        [name] = [one for one, place in SECTIONS.items() if place == f"{wanted.__module__}.{wanted.__name__}"]
+        [name] = [one for one, kind in SECTIONS.items() if kind is wanted]
         raise UserError(f"{self.path} has no section [{name}], which this command needs. Add it.")
 
     def has(self, name: str) -> bool:
@@ -80,12 +79,8 @@ class Recipe:
         return {"root": self.root.url, **plain}
 
 
-def load_recipe(
-    path: Path, overrides: Sequence[str] = (), find: Callable[[str], type[Config]] = imported
-) -> Recipe:
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe. overrides: `section.key=value`, values as in TOML or bare words.
-
-    find: gives the class that a dotted name of SECTIONS stands for.
 
     Raises UserError naming the file, the key, what was found and what was wanted.
     """
@@ -98,9 +93,7 @@ def load_recipe(
     unknown = sorted(set(found) - set(SECTIONS))
     if unknown:
         raise UserError(f"{path}: unknown section [{unknown[0]}]. Known are {', '.join(SECTIONS)}.")
-    sections = {
-        name: _section(path, name, found[name], find(SECTIONS[name])) for name in SECTIONS if name in found
-    }
+    sections = {name: _section(path, name, found[name]) for name in SECTIONS if name in found}
     return Recipe(path, overrides, root, sections)
 
 
@@ -128,7 +121,8 @@ def _override(found: dict[str, Any], override: str) -> None:
         found["root"] = value
 
 
-def _section(path: Path, name: str, values: Any, kind: type[Config]) -> Config:
+def _section(path: Path, name: str, values: Any) -> Config:
+    kind = SECTIONS[name]
     try:
         # JSON, because strict validation takes a list for a tuple only from there.
         return kind.model_validate_json(json.dumps(values))

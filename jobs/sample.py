@@ -14,18 +14,18 @@ from typing import Any
 
 from jobs.command import execute, finish, parser
 from jobs.recipe import Recipe
-from retrieval.encoder import ClipConfig
 from retrieval.errors import UserError
+from retrieval.recipe import ClipConfig
 from trainer import sample as stage
-from trainer.autoencoder import AutoencoderConfig
 from trainer.generation import Trained
 from trainer.picture import png_bytes, read_recipe
-from trainer.recipe import TrainConfig
+from trainer.recipe import AutoencoderConfig, TrainConfig
+from trainer.sampling_recipe import SampleConfig
 
 
 def run(recipe: Recipe) -> None:
     """Run the stage with the model that the recipe trained."""
-    stage.run(recipe[stage.SampleConfig], trained(recipe), recipe.root)
+    stage.run(recipe[SampleConfig], trained(recipe), recipe.root)
 
 
 def run_one(recipe: Recipe, prompt: str, out: Path, again: Path | None = None) -> None:
@@ -33,7 +33,7 @@ def run_one(recipe: Recipe, prompt: str, out: Path, again: Path | None = None) -
     if out.suffix != ".png" or not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: wanted a file that ends in .png, in a folder that is there")
     began = time.monotonic()
-    config, model = recipe[stage.SampleConfig], trained(recipe)
+    config, model = recipe[SampleConfig], trained(recipe)
     if again is None:
         sample = stage.draw_one(config, model, recipe.root, prompt)
     else:

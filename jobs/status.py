@@ -17,11 +17,11 @@ import numpy as np
 from jobs.command import finish, parser
 from jobs.progress import of_training
 from jobs.recipe import Recipe, load_recipe
-from jobs.sections import declared
 from pipeline.status import Known, Status, Wanted, duration, judge, manifest_of
 from retrieval.config import Config
 from retrieval.errors import UserError
 from retrieval.storage import Root
+from trainer.recipe import LatentsConfig, TrainConfig, Training
 
 DATA = ("filter", "download", "embed", "index", "neighbors", "latents")
 OF_A_RUN = ("train", "sample", "evaluate")
@@ -50,7 +50,7 @@ def statuses(recipe: Recipe, now: float) -> list[Status]:
         manifest = manifest_of(root, wanted.folder)
         status = judge(root, wanted, manifest, known, now)
         if name == "train":
-            status = of_training(root, wanted.folder, status, (recipe.sections[name].model_dump(), now))
+            status = of_training(root, wanted.folder, status, (recipe[TrainConfig], now))
         found.append(status)
         known[wanted.word] = status, manifest
         if name == "index":
@@ -62,9 +62,9 @@ def _wanted(recipe: Recipe, name: str, known: Known) -> Wanted:
     """What the recipe asks of a stage, and how many shards the manifests before it make it."""
     config = recipe.sections[name]
     if name in OF_A_RUN:
-        folder = f"runs/{recipe.sections['train'].model_dump()['name']}/{name}"
+        folder = f"runs/{recipe[TrainConfig].name}/{name}"
         return Wanted(name, folder, _training(recipe) if name == "train" else config)
-    folder = f"latents/{config.model_dump()['size']}" if name == "latents" else name
+    folder = f"latents/{recipe[LatentsConfig].size}" if name == "latents" else name
     return Wanted(folder, folder, config, _totals(recipe.root, name, known))
 
 
@@ -74,7 +74,7 @@ def _training(recipe: Recipe) -> Config | None:
     if not all(recipe.has(name) for name in names):
         return None
     sections: dict[str, Any] = {name: recipe.sections[name] for name in names}
-    return declared("trainer.recipe.Training").model_construct(**sections, clip=None)
+    return Training.model_construct(**sections, clip=None)
 
 
 def _totals(root: Root, name: str, known: Known) -> dict[str, int]:
@@ -172,7 +172,7 @@ def show(recipe: Recipe, as_json: bool) -> str:
 
 def run(arguments: argparse.Namespace) -> None:
     """Look once, or until interrupted."""
-    recipe = load_recipe(arguments.recipe, arguments.overrides, declared)
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.dry_run:
         print(json.dumps(recipe.resolved(), indent=2))
         return

@@ -15,16 +15,13 @@ import torch
 
 from jobs.command import execute, finish, parser
 from jobs.recipe import Recipe
-from retrieval.encoder import ClipConfig
+from retrieval.recipe import ClipConfig
 from trainer import train as stage
-from trainer.autoencoder import AutoencoderConfig
-from trainer.diffusion import DiffusionConfig
 from trainer.engine import accumulation_steps
 from trainer.hosts import check_hosts, read_hosts
 from trainer.launch import launch, launch_hosts
-from trainer.model import ModelConfig
 from trainer.plan import is_finished
-from trainer.recipe import TrainConfig, Training
+from trainer.recipe import AutoencoderConfig, DiffusionConfig, ModelConfig, TrainConfig, Training
 
 
 def run(recipe: Recipe, hostfile: Path | None = None, on_ray: bool = False) -> None:

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from pipeline.neighbors import NeighborsConfig
-from retrieval.build import IndexConfig
+from pipeline.recipe import NeighborsConfig
 from retrieval.config import Config
 from retrieval.errors import UserError
+from retrieval.recipe import IndexConfig
 
 MICRO = 1e-6
 PUBLISHED_EDGE = 384

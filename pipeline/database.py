@@ -18,18 +18,20 @@ import numpy.typing as npt
 import pyarrow as pa
 from tqdm import tqdm
 
-from pipeline.embed import EmbedConfig, embed_images, with_vectors
+from pipeline.embed import embed_images, with_vectors
 from pipeline.patches import MAX_PIXELS
 from pipeline.picture import prepared, stored
+from pipeline.recipe import EmbedConfig
 from pipeline.sockets import Refusal
 from pipeline.sources import Item, Source, read_items
 from pipeline.tars import key_of, writing
 from retrieval import schema
-from retrieval.build import Identity, IndexConfig, build_database
+from retrieval.build import Identity, build_database
 from retrieval.encoder import Encoder
 from retrieval.errors import UserError
 from retrieval.manifest import Manifest, read_manifest
 from retrieval.phash import MIRRORED, NONE
+from retrieval.recipe import IndexConfig
 from retrieval.schema import Reason
 from retrieval.storage import Root
 

@@ -21,38 +21,22 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 from PIL import Image, UnidentifiedImageError
-from pydantic import Field
 
 from pipeline.near_copies import grouped, make_copies, without_copies
-from pipeline.patches import MAX_PIXELS, PatchesConfig, draw_boxes, patch_pictures, patch_rows, quotas
+from pipeline.patches import MAX_PIXELS, draw_boxes, patch_pictures, patch_rows, quotas
+from pipeline.recipe import EmbedConfig
 from pipeline.runner import Work, Workers, run_shards
 from pipeline.stage import Stage
 from retrieval import schema
-from retrieval.config import WorkersConfig, speed
-from retrieval.encoder import ClipConfig, Encoder
+from retrieval.encoder import Encoder
 from retrieval.errors import UserError
 from retrieval.manifest import Manifest, ShardRecord, read_manifest
-from retrieval.phash import MAX_BITS
+from retrieval.recipe import ClipConfig
 from retrieval.schema import Reason
 from retrieval.storage import Root
 
 SCHEMA_VERSION = 2
 REMOVE = "Remove it and run 'make download' again."
-
-
-class EmbedConfig(WorkersConfig):
-    """How images are embedded, and which of the database's are copies of training images."""
-
-    near_copy_bits: int = Field(default=6, ge=0, le=MAX_BITS)
-    """Bits of 64 in which the look of a database image may differ from a training image's or its mirror's."""
-    patches: PatchesConfig = PatchesConfig()
-    """Parts of the database's pictures that are rows of their own."""
-    batch_size: int = speed(64, ge=1)
-    """Images in one pass of the encoder."""
-    decode_threads: int = speed(2, ge=1)
-    """Threads that decode and resize ahead of the encoder."""
-    gpus_per_worker: float = speed(0.0, ge=0)
-    """GPUs each encoder takes."""
 
 
 @dataclass(frozen=True)

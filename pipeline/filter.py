@@ -12,20 +12,18 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
 
 from pipeline import selection
 from pipeline.blocklist import read_blocklist
-from pipeline.metadata import Columns, plan
+from pipeline.metadata import plan
 from pipeline.passes import Dedupe, Job, Scan, Select, read_batch
+from pipeline.recipe import FilterConfig
 from pipeline.runner import Workers, run_shards
 from pipeline.selection import Rules
 from pipeline.stage import Stage
-from retrieval.config import WorkersConfig
 from retrieval.errors import UserError
 from retrieval.manifest import Manifest, ShardRecord
 from retrieval.schema import SPLITS
@@ -33,33 +31,6 @@ from retrieval.storage import Root
 
 SCHEMA_VERSION = 1
 KEYS_PER_BUCKET = 1 << 21
-
-
-class FilterConfig(WorkersConfig):
-    """What is read and what is kept."""
-
-    metadata: str = Field(min_length=1)
-    """Folder or URL of the metadata's Parquet files, searched with its subfolders."""
-    columns: Columns = Columns()
-    """Names of the columns, where they are not LAION's."""
-    min_edge: int = Field(768, ge=1)
-    """Shorter edge in pixels from which an image may train; the paper's LAION model takes 768."""
-    max_watermark: float = Field(0.8, ge=0)
-    """A row trains only below this `pwatermark`; at or above it goes to the database."""
-    max_unsafe: float = Field(0.5, ge=0)
-    """A row is kept only below this `punsafe`."""
-    missing_scores: Literal["drop", "keep"] = "drop"
-    """Rows without pwatermark or punsafe: dropped as `no_score`, or kept as if the score were 0."""
-    max_train: int = Field(0, ge=0)
-    """Most rows for training, the others go to the database; 0: no limit."""
-    seed: int = Field(0, ge=0)
-    """Decides, with the image id alone, which rows train when there are more than `max_train`."""
-    blocklist: str = ""
-    """Path or URL of a text file of URLs, domains and image ids that must not be used; empty: none."""
-    rows_per_shard: int = Field(10_000, ge=1)
-    """Rows in an output shard; the last one of each piece holds fewer."""
-    rows_per_piece: int = Field(2_000_000, ge=1, le=1 << 30)
-    """Input rows that one task handles; a file with more is divided between its row groups."""
 
 
 def run(config: FilterConfig, root: Root) -> Manifest:

@@ -18,13 +18,7 @@ import pyarrow.parquet as pq
 from pipeline.runner import Work, Workers, run_shards
 from pipeline.stage import Stage
 from retrieval import schema
-from retrieval.build import (
-    IndexConfig,
-    build_partition,
-    database_values,
-    partition_centroids,
-    write_centroids,
-)
+from retrieval.build import build_partition, database_values, partition_centroids, write_centroids
 from retrieval.calibration import calibrate
 from retrieval.database import SCHEMA_VERSION, Database
 from retrieval.encoder_identity import EncoderIdentity
@@ -32,6 +26,7 @@ from retrieval.errors import UserError
 from retrieval.kmeans import assign
 from retrieval.manifest import Manifest, ShardRecord, read_manifest
 from retrieval.partition import Vectors, partition_folder, unit
+from retrieval.recipe import IndexConfig
 from retrieval.storage import Root
 
 ROWS_PER_GROUP = 1_000_000

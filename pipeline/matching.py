@@ -17,10 +17,11 @@ import pyarrow as pa
 from pipeline.runner import Work
 from retrieval import schema
 from retrieval.database import Database
-from retrieval.join import JoinConfig, Joined, match
+from retrieval.join import Joined, match
 from retrieval.manifest import ShardRecord
 from retrieval.partition import Vectors, route, unit
 from retrieval.partitions import Partition
+from retrieval.recipe import JoinConfig
 from retrieval.storage import FileRecord, Root
 
 QUERIES_AT_ONCE = 131_072

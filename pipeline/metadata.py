@@ -13,33 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.columns import is_number, is_text
-from retrieval.config import Config
+from pipeline.recipe import Columns
 from retrieval.errors import UserError
 from retrieval.storage import Root
 
 BATCH_ROWS = 1 << 16
 SIGNED_TAIL_BYTES = 1 << 16
-
-
-class Columns(Config):
-    """Names of the columns in the metadata, upper and lower case alike. Empty: the names LAION uses."""
-
-    url: str = ""
-    """Address of the image."""
-    caption: str = ""
-    """Text beside the image; `TEXT` in LAION."""
-    width: str = ""
-    """Width in pixels. The first release of laion2B-en swapped width and height: map them crosswise there."""
-    height: str = ""
-    """Height in pixels."""
-    similarity: str = ""
-    """CLIP similarity of image and text, kept as it is; may be absent."""
-    pwatermark: str = ""
-    """Probability of a watermark, 0 to 1."""
-    punsafe: str = ""
-    """Probability of unsafe content, 0 to 1."""
-    license: str = ""
-    """Licence; may be absent."""
 
 
 KNOWN = {

@@ -14,20 +14,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from pydantic import Field
 
 from pipeline.matching import make_match, make_route, merged, number_of, queries_of
 from pipeline.near_copies import grouped
 from pipeline.recall import make_recall, make_sample, make_truth
+from pipeline.recipe import NeighborsConfig
 from pipeline.runner import Work, Workers, run_shards
 from pipeline.stage import Stage
 from retrieval import schema
 from retrieval.blocked import blocked_ids
-from retrieval.config import WorkersConfig, speed
 from retrieval.database import Database
 from retrieval.encoder_identity import EncoderIdentity
 from retrieval.errors import UserError
-from retrieval.join import JoinConfig
 from retrieval.manifest import Manifest, ShardRecord, read_manifest
 from retrieval.schema import Reason
 from retrieval.storage import FileRecord, Root
@@ -35,36 +33,6 @@ from retrieval.storage import FileRecord, Root
 SCHEMA_VERSION = 2
 ROWS_PER_GROUP = 100_000
 """Training images whose matches are merged at once: 12 KB each at k = 8, for each partition they visit."""
-
-
-class NeighborsConfig(WorkersConfig):
-    """How many neighbors, and how hard they are looked for."""
-
-    k: int = Field(8, ge=1)
-    """Neighbors per training image (8 in the paper's LAION model, 4 in its ImageNet model)."""
-    near_copy_similarity: float = Field(0.96, gt=0, le=1)
-    """A database image at least this similar to the training image is a copy of it, not a neighbor."""
-    probes: int = Field(0, ge=0)
-    """Partitions each training image visits; 0 visits all."""
-    lists: int = Field(0, ge=0)
-    """Inverted lists it visits in each; 0 compares all rows of the partition, with all partitions exactly."""
-    recall_sample: int = Field(1000, ge=0)
-    """Training images whose neighbors are checked against brute force over the whole database."""
-    seed: int = 0
-    """Seed of that sample."""
-    gpus_per_worker: float = speed(0.0, ge=0)
-    """GPUs each worker takes; 0 joins on CPUs."""
-
-    def join_config(self) -> JoinConfig:
-        """The join that these settings ask for."""
-        return JoinConfig(
-            k=self.k, near_copy_similarity=self.near_copy_similarity, probes=self.probes, lists=self.lists
-        )
-
-    @property
-    def device(self) -> str:
-        """Where the join runs."""
-        return "cuda" if self.gpus_per_worker else "cpu"
 
 
 def run(config: NeighborsConfig, root: Root) -> Manifest:

@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.blocklist import Blocklist
-from pipeline.neighbors import NeighborsConfig, stage_of
+from pipeline.neighbors import stage_of
+from pipeline.recipe import NeighborsConfig
 from pipeline.refill import make_refill
 from pipeline.runner import Work, Workers, run_shards
 from pipeline.selection import identities

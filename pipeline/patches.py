@@ -14,12 +14,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image
-from pydantic import Field, model_validator
 
 from pipeline.picture import prepared
+from pipeline.recipe import PatchesConfig
 from pipeline.sockets import Refusal
 from retrieval import schema
-from retrieval.config import Config
 from retrieval.errors import UserError
 from retrieval.manifest import Manifest
 
@@ -30,32 +29,6 @@ AT_ONCE = 32
 Counts = npt.NDArray[np.int64]
 Box = tuple[int, int, int, int]
 """x, y, width, height in pixels."""
-
-
-class PatchesConfig(Config):
-    """Which parts of database pictures are rows (paper appendix: ImageNet's database)."""
-
-    max_patches: int = Field(default=0, ge=0)
-    """Most patches of all pictures together; 0: whole pictures instead of patches."""
-    fewest: int = Field(default=2, ge=1)
-    """Patches that a picture gives at least, while there are not too many; always one."""
-    most: int = Field(default=3, ge=1)
-    """Patches that a picture gives at most."""
-    shorter_side: int = Field(default=1200, ge=1)
-    """Length in pixels to which the shorter side is scaled before crops are taken."""
-    edge: int = Field(default=256, ge=1)
-    """Edge of a patch in pixels, after that scaling."""
-    seed: int = Field(default=0, ge=0)
-    """Decides how many patches a picture gives and where they lie."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "PatchesConfig":
-        if self.fewest > self.most or self.edge > self.shorter_side:
-            raise ValueError(
-                f"wanted fewest <= most and edge <= shorter_side, got {self.fewest} and {self.most}, "
-                f"{self.edge} and {self.shorter_side}"
-            )
-        return self
 
 
 def quotas(download: Manifest, config: PatchesConfig) -> dict[str, int]:

@@ -16,9 +16,10 @@ from retrieval import schema
 from retrieval.calibration import recalls
 from retrieval.database import Database
 from retrieval.effort import interval
-from retrieval.join import JoinConfig, match
+from retrieval.join import match
 from retrieval.manifest import ShardRecord
 from retrieval.partitions import Partition
+from retrieval.recipe import JoinConfig
 from retrieval.storage import FileRecord, Root
 
 

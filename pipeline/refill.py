@@ -12,7 +12,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.matching import queries_of
-from pipeline.neighbors import NeighborsConfig, neighbor_table
+from pipeline.neighbors import neighbor_table
+from pipeline.recipe import NeighborsConfig
 from pipeline.runner import Work
 from retrieval import schema
 from retrieval.database import Database

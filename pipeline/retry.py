@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from pipeline.shard_download import ShardDownload, reading, write_tar
+from pipeline import tars
+from pipeline.shard_download import ShardDownload, write_tar
 from retrieval.manifest import ShardRecord, delete_record, files_stand, read_record
 from retrieval.schema import DOWNLOADED, Reason, read_table
 
@@ -52,14 +53,16 @@ class ShardRetry:
             tar_name = f"download/{shard}.tar"
             with (
                 root.local(tar_name) as path,
-                reading(path, base=16) as old_picture,
+                tars.reading(path) as old_picture,
                 root.writing(tar_name) as tar,
             ):
-                write_tar(
-                    tar.path,
-                    merged,
-                    lambda n, key: fresh_picture(place[n], key) if n in place else old_picture(int(key, 16)),
-                )
+
+                def picture(number: int) -> bytes:
+                    if number in place:
+                        return fresh_picture(place[number])
+                    return old_picture(tars.key_of(facts[number]["image_id"]))
+
+                write_tar(tar.path, merged, picture)
                 # The next two files replace those that the record describes.
                 delete_record(root, "download", shard)
             return self.download.recorded(shard, merged, tar.record)

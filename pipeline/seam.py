@@ -28,9 +28,9 @@ SILENT = frozenset({Reason.NO_CONNECTION, Reason.TIMEOUT})
 MIN_JUDGED_URLS = 5
 BARRED = Refusal(Reason.BLOCKED, "its URL, domain or id is on the blocklist")
 
-# Pixels may take several hundred MB, and what they took stays with the thread that had them. So one thread
-# makes and encodes them all (a worker has one CPU) while the others go on fetching.
-_PICTURES = ThreadPoolExecutor(1)
+# Pixels may take several hundred MB, and what they took stays with the thread that had them. So two threads
+# make and encode them all (one waits for the interpreter while the other decodes), the others go on fetching.
+_PICTURES = ThreadPoolExecutor(2)
 
 
 class Stream(io.BytesIO):

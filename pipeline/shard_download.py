@@ -2,25 +2,24 @@
 
 Reads `filter/<shard>.parquet`; writes `download/<shard>.tar` (WebDataset, rows in the filter's order) and
 `download/<shard>.parquet` (schema DOWNLOADED: every URL, stored or not, and why not). Equal answers of the
-servers give equal bytes. Imports img2dataset, which takes seconds and 600 MB: workers alone import this.
+servers give equal bytes.
 """
 
+import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import cv2
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from img2dataset import downloader
-from img2dataset.writer import WebDatasetSampleWriter
 
 from pipeline import tars
 from pipeline.blocklist import Blocklist
 from pipeline.fetch import Fetcher
+from pipeline.img2dataset_downloader import downloader
 from pipeline.seam import SILENT, Seam, Storing, Stream
 from pipeline.turns import Turns
 from retrieval.errors import UserError
@@ -29,8 +28,42 @@ from retrieval.schema import DOWNLOADED, SELECTED, read_table, write_table
 from retrieval.scratch import scratch_folder
 from retrieval.storage import FileRecord, Root
 
-Pictures = Callable[[int, str], bytes]
-"""Gives a stored row's JPEG, by the row's number and its key in the tar."""
+Pictures = Callable[[int], bytes]
+"""Gives a stored row's JPEG, by the row's number."""
+SIZES = ("width", "height", "original_width", "original_height")
+
+
+class Shelf:
+    """In the place of img2dataset's writer: one file of pictures in the order of their coming, found by row.
+
+    The tar wants them in the order of the rows, so a tar of img2dataset's would be read once and thrown away.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._places: dict[int, tuple[int, int]] = {}
+        self.sizes: dict[int, dict[str, int]] = {}
+
+    def __call__(self, *_arguments: object) -> "Shelf":
+        """Downloader makes its own writer, of a class that it is given."""
+        return self
+
+    def write(self, img_str: bytes | None, key: str, _caption: str | None, meta: dict[str, Any]) -> None:
+        """Take a row: its JPEG, or None where none came, and img2dataset's facts of it."""
+        number = int(key)
+        self.sizes[number] = {name: meta[name] or 0 for name in SIZES}
+        if img_str is not None:
+            self._places[number] = self._file.tell(), len(img_str)
+            self._file.write(img_str)
+
+    def close(self) -> None:
+        """Let what was written be read."""
+        self._file.flush()
+
+    def picture(self, number: int) -> bytes:
+        """The JPEG of a row."""
+        offset, size = self._places[number]
+        return os.pread(self._file.fileno(), size, offset)
 
 
 class ShardDownload:
@@ -65,11 +98,11 @@ class ShardDownload:
         allowed = ((n, url) for n, url in enumerate(rows["url"].to_pylist()) if n not in barred)
         turns = Turns(allowed, manners.courtesy, self.open_at)
         seam = Seam(self.fetcher, turns, storing, deque(barred))
-        with scratch_folder() as folder:
-            found = _run_img2dataset(rows, seam, folder)
-            _check(shard, rows, found, seam)
-            with reading(folder / "0.tar", base=10) as picture:
-                yield _facts(rows, found, seam), lambda number, _: picture(number)
+        with scratch_folder() as folder, (folder / "pictures").open("w+b") as file:
+            shelf = Shelf(file)
+            _run_img2dataset(rows, seam, shelf, folder)
+            _check(shard, rows, shelf, seam)
+            yield _facts(rows, shelf, seam), shelf.picture
 
     def recorded(self, shard: str, facts: list[dict[str, Any]], tar: FileRecord) -> ShardRecord:
         """Write the status table of a shard whose tar is written; the record of both."""
@@ -87,13 +120,13 @@ def _barred(rows: pa.Table, blocklist: Blocklist) -> set[int]:
     return set(np.flatnonzero(blocklist.blocks_ids(ids) | blocklist.blocks_hosts(urls)).tolist())
 
 
-def _run_img2dataset(rows: pa.Table, seam: Seam, folder: Path) -> list[dict[str, Any]]:
-    """Fetch and store all rows below `folder`; what img2dataset says of each, in the order of the rows."""
+def _run_img2dataset(rows: pa.Table, seam: Seam, shelf: Shelf, folder: Path) -> None:
+    """Fetch all rows and put them on the shelf. folder: for the files that img2dataset wants."""
     feather = folder / "rows.feather"
     with pa.ipc.new_file(str(feather), rows.select(["url"]).schema) as writer:
         writer.write_table(rows.select(["url"]))
     worker = downloader.Downloader(
-        sample_writer_class=WebDatasetSampleWriter,
+        sample_writer_class=shelf,
         resizer=_as_it_comes,
         thread_count=seam.storing.threads,
         save_caption=False,
@@ -113,8 +146,6 @@ def _run_img2dataset(rows: pa.Table, seam: Seam, folder: Path) -> list[dict[str,
     # Not by calling the object, which would turn every failure into a line on stdout.
     with plugged_in(seam):
         worker.download_shard((0, str(feather)))
-    found: list[dict[str, Any]] = pq.read_table(folder / "0.parquet").to_pylist()
-    return sorted(found, key=lambda row: int(row["key"]))
 
 
 def _as_it_comes(img_stream: Stream, blurring_bbox_list: object = None) -> tuple[Any, ...]:
@@ -134,7 +165,7 @@ def plugged_in(seam: Seam) -> Iterator[None]:
         downloader.download_image_with_retry = theirs
 
 
-def _check(shard: str, rows: pa.Table, found: list[dict[str, Any]], seam: Seam) -> None:
+def _check(shard: str, rows: pa.Table, shelf: Shelf, seam: Seam) -> None:
     if seam.defect:
         raise seam.defect
     if seam.is_down:
@@ -146,24 +177,23 @@ def _check(shard: str, rows: pa.Table, found: list[dict[str, Any]], seam: Seam) 
             " are kept. If the hosts are gone for good, lower download.min_success."
         )
     # Downloader prints and forgets a row whose writing failed.
-    if [int(row["key"]) for row in found] != list(range(rows.num_rows)):
-        raise RuntimeError(f"img2dataset kept {len(found)} of {rows.num_rows} rows of {shard}")
+    if len(shelf.sizes) != rows.num_rows:
+        raise RuntimeError(f"img2dataset kept {len(shelf.sizes)} of {rows.num_rows} rows of {shard}")
 
 
-def _facts(rows: pa.Table, found: list[dict[str, Any]], seam: Seam) -> list[dict[str, Any]]:
+def _facts(rows: pa.Table, shelf: Shelf, seam: Seam) -> list[dict[str, Any]]:
     """The rows of DOWNLOADED, in order."""
     columns = rows.select(["image_id", "url", "caption", "license"]).to_pylist()
     facts = []
-    for number, (row, theirs) in enumerate(zip(columns, found, strict=True)):
+    for number, row in enumerate(columns):
         refusal = seam.refused.get(number)
-        sizes = {name: theirs[name] or 0 for name in ("width", "height", "original_width", "original_height")}
         outcome = {
             "reason": str(refusal.reason) if refusal else "",
             "message": refusal.message if refusal else "",
             "sha256": seam.sent.get(number, ""),
             "phash": seam.phashes.get(number, 0),
         }
-        facts.append(row | sizes | outcome)
+        facts.append(row | shelf.sizes[number] | outcome)
     return facts
 
 
@@ -173,20 +203,5 @@ def write_tar(path: Path, facts: list[dict[str, Any]], picture: Pictures) -> Non
         for number, row in enumerate(facts):
             if row["reason"]:
                 continue
-            key = tars.key_of(row["image_id"])
             shown = {name: value for name, value in row.items() if name not in ("reason", "message")}
-            tar.add(key, picture(number, key), row["caption"], shown)
-
-
-@contextmanager
-def reading(path: Path, base: int) -> Iterator[Callable[[int], bytes]]:
-    """The pictures of a tar by the number that their key is, written to this base."""
-    places = {int(key, base): place for key, place in tars.places(path, ".jpg").items()}
-    with path.open("rb") as file:
-
-        def picture(number: int) -> bytes:
-            offset, size = places[number]
-            file.seek(offset)
-            return file.read(size)
-
-        yield picture
+            tar.add(tars.key_of(row["image_id"]), picture(number), row["caption"], shown)

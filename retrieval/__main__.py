@@ -24,6 +24,7 @@ from retrieval.encoder_identity import EncoderIdentity
 from retrieval.errors import UserError
 from retrieval.manifest import read_manifest
 from retrieval.queries import Asked, encode, read_vectors
+from retrieval.recipe import IndexConfig
 from retrieval.schema import image_id
 from retrieval.sheet import Answer, answers_of, credit, plain, write_sheet
 from retrieval.source import Columns, Source
@@ -99,7 +100,6 @@ def verify(arguments: Arguments) -> int:
 
 def build(arguments: Arguments) -> int:
     """Build a database of vectors that another tool made."""
-    from retrieval.build import IndexConfig
     from retrieval.foreign import build_from, dimension
 
     columns = dict(_named(pair) for pair in arguments.column)

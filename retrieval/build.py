@@ -8,8 +8,6 @@ process, for databases that fit in memory.
 
 import io
 import logging
-import math
-import re
 import shutil
 import time
 from contextlib import redirect_stderr
@@ -20,62 +18,19 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from pydantic import Field, field_validator
 
 from retrieval import inverted, schema
 from retrieval.blocked import FILE as BLOCKED
 from retrieval.calibration import calibrate
-from retrieval.config import WorkersConfig, speed
 from retrieval.database import SCHEMA_VERSION, Database
 from retrieval.encoder_identity import EncoderIdentity
 from retrieval.errors import UserError
 from retrieval.kmeans import assign, train_centroids
 from retrieval.manifest import Manifest, ShardRecord, fingerprint, write_manifest
 from retrieval.partition import AnyVectors, Vectors, partition_folder
+from retrieval.recipe import IndexConfig
 from retrieval.scratch import scratch_folder
 from retrieval.storage import FileRecord, Root
-
-MIN_LIST_ROWS = 1_000
-"""Below so many rows there are too few to train lists and codes on."""
-
-
-class IndexConfig(WorkersConfig):
-    """How rows are partitioned and indexed."""
-
-    rows_per_partition: int = Field(1_000_000, ge=1)
-    """Wanted rows per partition; the number of partitions follows from it."""
-    index_key: str = ""
-    """Key of the index that autofaiss builds for every partition, such as Flat, HNSW32 or IVF4096,Flat;
-    empty: Flat up to flat_rows, then inverted lists of 4-bit codes (retrieval.inverted)."""
-    flat_rows: int = Field(50_000, ge=MIN_LIST_ROWS)
-    """Up to this many rows an exhaustive index answers within milliseconds and needs no tuning."""
-    num_sample: int = Field(1_000_000, ge=1)
-    """Rows on which the coarse centroids are trained."""
-    num_queries: int = Field(1_000, ge=1)
-    """Rows that stand for queries when recall is measured, without themselves among the neighbors."""
-    seed: int = 0
-    """Seed of the sample, the centroids, the order of rows within a partition and the queries."""
-    cores_per_partition: int = speed(1, ge=1)
-    """Threads that build one partition's index."""
-
-    @field_validator("index_key")
-    @classmethod
-    def _buildable(cls, key: str) -> str:
-        # faiss 1.14.2 renamed an argument of OPQMatrix that autofaiss 2.18 passes by its old name.
-        if key and not re.fullmatch(r"Flat|HNSW\d+|IVF\d+,Flat", key):
-            raise ValueError(
-                f"autofaiss cannot build {key!r} for inner products with faiss {faiss.__version__}. Leave "
-                "index_key empty (it is quicker and finds more), or name Flat, HNSW<n> or IVF<n>,Flat"
-            )
-        return key
-
-    def num_partitions(self, rows: int) -> int:
-        """Partitions for so many rows."""
-        return max(1, math.ceil(rows / self.rows_per_partition))
-
-    def has_lists(self, rows: int) -> bool:
-        """Whether a partition of so many rows gets inverted lists instead of an autofaiss index."""
-        return not self.index_key and rows > self.flat_rows
 
 
 def build_partition(root: Root, stage: str, number: int, table: pa.Table, config: IndexConfig) -> ShardRecord:

@@ -16,9 +16,10 @@ from retrieval.database import Database
 from retrieval.effort import ROUNDING, STREAMS, Effort, Measured, interval
 from retrieval.errors import UserError
 from retrieval.inverted import DIMENSIONS_PER_CODE
-from retrieval.join import JoinConfig, join
+from retrieval.join import join
 from retrieval.manifest import read_manifest
 from retrieval.partition import Vectors
+from retrieval.recipe import JoinConfig
 from retrieval.storage import Root
 
 K = 20

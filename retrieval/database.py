@@ -8,7 +8,7 @@ the candidates are approximate. Loads no torch.
 import os
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +21,8 @@ from retrieval.errors import UserError
 from retrieval.manifest import Manifest, read_manifest
 from retrieval.partition import Vectors, route, unit
 from retrieval.partitions import Partition
+from retrieval.recipe import IndexConfig
 from retrieval.storage import Root
-
-if TYPE_CHECKING:
-    from retrieval.build import IndexConfig
 
 SCHEMA_VERSION = 2
 """Of the files of a database; opening another version is an error."""
@@ -109,14 +107,13 @@ class Database:
         metadata: "pa.Table | str | os.PathLike[str] | None" = None,
         *,
         encoder: EncoderIdentity,
-        config: "IndexConfig | None" = None,
+        config: IndexConfig | None = None,
     ) -> "Database":
         """Build a database of vectors made anywhere, and open it. See `retrieval.source.Source` for what
         vectors and metadata may be (arrays, .npy, Parquet, clip-retrieval folders), `retrieval.foreign` for
-        how rows are checked. config: a `retrieval.build.IndexConfig`.
+        how rows are checked. config: a `retrieval.recipe.IndexConfig`.
         """
-        from retrieval.build import IndexConfig  # this loads torch and autofaiss, which a search need not
-        from retrieval.foreign import build_from
+        from retrieval.foreign import build_from  # this loads torch and autofaiss, which a search need not
         from retrieval.source import Source
 
         root = root if isinstance(root, Root) else Root(root)

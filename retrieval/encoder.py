@@ -16,18 +16,9 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from retrieval.config import Config
 from retrieval.encoder_identity import EncoderIdentity
 from retrieval.errors import UserError
-
-
-class ClipConfig(Config):
-    """Which CLIP model to load."""
-
-    model: str
-    """open_clip's name (`ViT-L-14-quickgelu`), or `local-dir:<folder>` with open_clip's own layout."""
-    pretrained: str = ""
-    """open_clip's tag (`openai`) or a checkpoint path; empty for `local-dir:`, which holds its weights."""
+from retrieval.recipe import ClipConfig
 
 
 class Encoder:
@@ -35,7 +26,7 @@ class Encoder:
 
     def __init__(self, config: ClipConfig, device: str = "cpu") -> None:
         """Load the model. device: `cpu`, `cuda` or `cuda:1`. Raises UserError if it cannot be loaded."""
-        import open_clip  # it takes longer to import than torch, and many need ClipConfig alone
+        import open_clip  # it takes longer to import than torch, and training encodes for previews alone
 
         self.device = torch.device(device)
         self._model, self.preprocess = _load(config)

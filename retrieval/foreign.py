@@ -14,12 +14,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrieval import schema
-from retrieval.build import Identity, IndexConfig, build_database
+from retrieval.build import Identity, build_database
 from retrieval.encoder_identity import EncoderIdentity
 from retrieval.errors import UserError
 from retrieval.manifest import Manifest, read_manifest
 from retrieval.partition import Vectors, unit
 from retrieval.readers import Block, read_blocks, split_path
+from retrieval.recipe import IndexConfig
 from retrieval.schema import Reason
 from retrieval.source import Columns, Source, find_column
 from retrieval.storage import Root

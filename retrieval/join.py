@@ -12,29 +12,12 @@ import numpy.typing as npt
 import torch
 
 from retrieval.candidates import Wanted, find_candidates
-from retrieval.config import Config, speed
 from retrieval.database import Database
 from retrieval.partition import Vectors, route
 from retrieval.partitions import Partition
+from retrieval.recipe import JoinConfig
 
 RANKED_AT_ONCE = 64
-
-
-class JoinConfig(Config):
-    """What a join looks for and how hard."""
-
-    k: int
-    """Neighbors for each query."""
-    near_copy_similarity: float
-    """Rows at least this similar to the query are copies of it and left out, in [-1, 1]; 2 keeps all."""
-    probes: int
-    """Partitions a query visits; 0 visits all."""
-    lists: int = 0
-    """Inverted lists it visits in each; 0 compares all its rows, in float32."""
-    query_block: int = speed(2048, ge=1)
-    """Queries compared at once with all rows, in float32."""
-    row_block: int = speed(32768, ge=1)
-    """Database rows compared at once; query_block x row_block similarities of 4 bytes are held."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from retrieval.database import Database
 from retrieval.errors import UserError
 from retrieval.readers import check_array, load_npy, split_path
+from retrieval.recipe import ClipConfig
 from retrieval.sheet import read_picture
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def _encoder(asked: Asked, database: Database) -> "Encoder":
             f"texts and pictures must be encoded as the rows were, by {made_by.model} "
             f"({made_by.weights or 'weights unknown'}): name it with --clip and --pretrained, or give vectors"
         )
-    from retrieval.encoder import ClipConfig, Encoder
+    from retrieval.encoder import Encoder
 
     encoder = Encoder(ClipConfig(model=asked.clip, pretrained=asked.pretrained))
     # Who built from another tool's vectors may know no more of their encoder than its name.

@@ -8,33 +8,19 @@ not know which one they use.
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import PositiveFloat
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from retrieval.config import Config
 from retrieval.errors import UserError
 from retrieval.storage import file_sha256
 from trainer.patch_autoencoder import CONFIG_NAME, WEIGHTS_NAME, PatchAutoencoder
+from trainer.recipe import AutoencoderConfig, AutoencoderKind
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, VQModel
-
-Kind = Literal["kl", "vq", "patch"]
-
-
-class AutoencoderConfig(Config):
-    """Which autoencoder (section `autoencoder` of a recipe)."""
-
-    kind: Kind
-    """Variational (diffusers' AutoencoderKL), quantized (VQModel) or the demo's own."""
-    path: str
-    """Folder of config.json and the weights as safetensors."""
-    scale: PositiveFloat = 1.0
-    """Latents are multiplied by it, so that their variance is about 1."""
 
 
 class Autoencoder:
@@ -133,7 +119,7 @@ def _geometry(network: torch.nn.Module) -> tuple[int, int]:
     return 2 ** (len(settings.block_out_channels) - 1), settings.latent_channels
 
 
-def _network_class(kind: Kind) -> Any:
+def _network_class(kind: AutoencoderKind) -> Any:
     if kind == "patch":
         return PatchAutoencoder
     from diffusers import AutoencoderKL, VQModel
@@ -141,7 +127,7 @@ def _network_class(kind: Kind) -> Any:
     return {"kl": AutoencoderKL, "vq": VQModel}[kind]
 
 
-def _build(kind: Kind, folder: Path) -> torch.nn.Module:
+def _build(kind: AutoencoderKind, folder: Path) -> torch.nn.Module:
     """The network of the folder's config.json, with fresh weights."""
     path = folder / CONFIG_NAME
     if not path.is_file():

@@ -9,37 +9,17 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import Field
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from retrieval.config import Config
 from retrieval.errors import UserError
 from retrieval.storage import FileRecord, Root
+from trainer.sampling_recipe import ClassifierConfig
 
 Features = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 Rows = npt.NDArray[np.int64]
 MIN_ROWS = 4
-
-
-class ClassifierConfig(Config):
-    """The perceptron and its training."""
-
-    hidden: int = Field(default=256, ge=1)
-    """Width of the hidden layer."""
-    epochs: int = Field(default=30, ge=1)
-    """Passes over the training rows."""
-    batch_size: int = Field(default=128, ge=1)
-    """Rows a step."""
-    learning_rate: float = Field(default=1e-3, gt=0)
-    """AdamW's peak rate; it falls to zero along a cosine."""
-    weight_decay: float = Field(default=0.01, ge=0)
-    """AdamW's decoupled weight decay."""
-    dropout: float = Field(default=0.2, ge=0, lt=1)
-    """Share of hidden units dropped in training."""
-    held_out_fraction: float = Field(default=0.2, gt=0, lt=1)
-    """Share of each style's rows that are kept for the accuracy."""
 
 
 class StyleClassifier(torch.nn.Module):

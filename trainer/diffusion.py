@@ -4,33 +4,11 @@ x_0 is a latent, eps standard normal noise, t a timestep in 0..T-1, abar_t the p
 s <= t. Reads and writes nothing; the sampler builds diffusers' schedulers from the same settings.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, PositiveInt, model_validator
 
-from retrieval.config import Config
-
-Prediction = Literal["epsilon", "v_prediction"]
-
-
-class DiffusionConfig(Config):
-    """The noise schedule and what the network predicts (section `diffusion` of a recipe)."""
-
-    steps: PositiveInt = 1000
-    """T, the number of timesteps."""
-    beta_start: float = Field(0.0015, gt=0, lt=1)
-    """beta at t = 0."""
-    beta_end: float = Field(0.015, gt=0, lt=1)
-    """beta at t = T - 1; the square root of beta is linear in t."""
-    prediction: Prediction = "epsilon"
-    """epsilon as in the paper, or v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0."""
-
-    @model_validator(mode="after")
-    def _grows(self) -> "DiffusionConfig":
-        if self.beta_end < self.beta_start:
-            raise ValueError(f"beta_end must be at least beta_start {self.beta_start}, got {self.beta_end}")
-        return self
+from trainer.recipe import DiffusionConfig, Prediction
 
 
 def betas(config: DiffusionConfig) -> torch.Tensor:

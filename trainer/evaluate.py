@@ -10,50 +10,26 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
-from pydantic import Field, model_validator
 
 from retrieval import schema
 from retrieval.errors import UserError
 from retrieval.manifest import Manifest, ShardRecord, fingerprint
 from retrieval.storage import Root
 from trainer.charts import LABELS, draw_bars
-from trainer.classifier import ClassifierConfig, TrainedClassifier, save_classifier, train_classifier
+from trainer.classifier import TrainedClassifier, save_classifier, train_classifier
 from trainer.drawing import draw_cells, place, read_shown
 from trainer.generation import Sampler, Trained, database_names, upstream_of
 from trainer.judgement import Reference, evaluation
 from trainer.metrics import Features, balls
 from trainer.picture import Grid, grid_png, open_picture
 from trainer.pieces import Pieces
-from trainer.request import TRAINING_DATABASE, SamplingConfig, prompts_digest, read_prompts
+from trainer.request import TRAINING_DATABASE, prompts_digest, read_prompts
+from trainer.sampling_recipe import EvaluateConfig
 from trainer.styles import MODES, Cell, make_cells, style_words
 
 log = logging.getLogger("evaluate")
 
 SHEET_COLUMNS = 8
-
-
-class EvaluateConfig(SamplingConfig):
-    """How the styles are measured (section `evaluate` of a recipe)."""
-
-    styles: tuple[str, ...] = Field(default=(), strict=False)
-    """Databases below `databases/` that are styles; empty takes all."""
-    samples_per_style: int = Field(default=70, ge=2)
-    """Samples of each style in each mode."""
-    classifier: ClassifierConfig = ClassifierConfig()
-    """The judge."""
-    reference_rows: int = Field(default=2000, ge=4)
-    """Most pictures of a database that train the judge and stand for the style in the distances."""
-    precision_recall_neighbors: int = Field(default=3, ge=1)
-    """Which neighbor the balls of precision and recall reach to."""
-
-    @model_validator(mode="after")
-    def _enough(self) -> "EvaluateConfig":
-        if self.precision_recall_neighbors >= self.samples_per_style:
-            raise ValueError(
-                f"precision_recall_neighbors must be less than samples_per_style {self.samples_per_style}, "
-                f"got {self.precision_recall_neighbors}"
-            )
-        return self
 
 
 def run(config: EvaluateConfig, trained: Trained, root: Root) -> Manifest:

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from retrieval import schema
 from retrieval.manifest import Manifest, ShardRecord, write_manifest
 from retrieval.storage import FileRecord, Root
-from trainer.model import ModelConfig, build_unet
+from trainer.model import build_unet
 from trainer.plan import Plan
 from trainer.progress import METRICS, read_points, summary
-from trainer.recipe import Training
+from trainer.recipe import ModelConfig, Training
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"

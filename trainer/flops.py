@@ -15,8 +15,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.engine import Ranks
-from trainer.model import ModelConfig, build_unet
+from trainer.model import build_unet
 from trainer.plan import Plan
+from trainer.recipe import ModelConfig
 
 log = logging.getLogger("train")
 

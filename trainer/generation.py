@@ -20,21 +20,23 @@ import torch
 
 from retrieval.config import Config
 from retrieval.database import Database
-from retrieval.encoder import ClipConfig, Encoder
+from retrieval.encoder import Encoder
 from retrieval.encoder_identity import EncoderIdentity
 from retrieval.errors import UserError
 from retrieval.manifest import read_manifest
+from retrieval.recipe import ClipConfig
 from retrieval.sheet import decoded
 from retrieval.storage import Root
-from trainer.autoencoder import Autoencoder, AutoencoderConfig
+from trainer.autoencoder import Autoencoder
 from trainer.batches import Batch, make_batches
 from trainer.conditioning import Sources, condition
 from trainer.context import Vectors
-from trainer.diffusion import DiffusionConfig
 from trainer.picture import to_pictures
 from trainer.pseudo_queries import PseudoQueries
-from trainer.request import TRAINING_DATABASE, Compute, ImageQuery, Request, Sample
+from trainer.recipe import AutoencoderConfig, DiffusionConfig
+from trainer.request import TRAINING_DATABASE, ImageQuery, Request, Sample
 from trainer.sampler import Denoiser, guided_sample, initial_noise, make_scheduler, weighed
+from trainer.sampling_recipe import Compute
 
 MAX_WORKERS = 4
 """Each worker holds the activations of a batch; beyond a few, threads inside torch do as well."""

@@ -15,32 +15,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from pydantic import NonNegativeInt, PositiveInt
 
 from retrieval import schema
-from retrieval.config import WorkersConfig, speed
 from retrieval.errors import UserError
 from retrieval.manifest import ShardRecord
 from retrieval.storage import Root
-from trainer.autoencoder import Autoencoder, AutoencoderConfig
+from trainer.autoencoder import Autoencoder
 from trainer.images import ImageTar, Pixels, center_crop, decode, random_crop, unsigned
-
-
-class LatentsConfig(WorkersConfig):
-    """What is encoded (section `latents` of a recipe)."""
-
-    size: PositiveInt
-    """Edge of a view in pixels: the shorter edge of the image is resized to it, then a square is cut."""
-    views: PositiveInt = 1
-    """Views of each image; epoch e of training sees view e % views."""
-    flip: bool = True
-    """Mirror half of the views, never view 0."""
-    seed: NonNegativeInt = 0
-    """Seed of the cuts."""
-    batch_size: PositiveInt = speed(32)
-    """Views encoded at once."""
-    gpus_per_worker: float = speed(0.0, ge=0)
-    """GPUs each encoder takes; 0 encodes on the CPU."""
+from trainer.recipe import AutoencoderConfig, LatentsConfig
 
 
 def manifest_values(config: LatentsConfig, autoencoder: Autoencoder) -> dict[str, Any]:

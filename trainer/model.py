@@ -4,46 +4,11 @@ Reads nothing, writes nothing. One configuration expresses both models of the pa
 small one of the demo; the network is diffusers' own class, so that its folders open anywhere.
 """
 
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from retrieval.config import Config
-
-Integers = Annotated[tuple[PositiveInt, ...], Field(strict=False)]
-
-
-class ModelConfig(Config):
-    """Shape of the UNet (section `model` of a recipe)."""
-
-    latent_channels: PositiveInt
-    """Channels of a latent, in and out."""
-    context_dim: PositiveInt
-    """Length of a neighbor embedding: the dimension of the CLIP encoder."""
-    channels: Integers
-    """Channels at each resolution, finest first; each resolution halves the one before."""
-    attention: Integers
-    """Downsampling factors (1, 2, 4, ...) at which blocks attend to the context. The middle always does."""
-    layers: PositiveInt = 2
-    """Residual blocks at each resolution."""
-    channels_per_head: PositiveInt = 32
-    """Channels of one attention head."""
-    norm_groups: PositiveInt = 32
-    """Groups of the group normalizations; divides every entry of `channels`."""
-    context_gain: PositiveFloat = 1.0
-    """Factor on the initial weights that read the context. 1 as in the paper; more lets a short training
-    heed its neighbors sooner, because the entries of a unit vector are small."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> "ModelConfig":
-        factors = [2**level for level in range(len(self.channels))]
-        if not set(self.attention) <= set(factors):
-            raise ValueError(f"attention must be among {factors}, got {list(self.attention)}")
-        for divisor in (self.norm_groups, self.channels_per_head):
-            if any(width % divisor for width in self.channels):
-                raise ValueError(f"channels {list(self.channels)} must be divisible by {divisor}")
-        return self
+from trainer.recipe import ModelConfig
 
 
 def build_unet(config: ModelConfig) -> torch.nn.Module:
@@ -51,7 +16,7 @@ def build_unet(config: ModelConfig) -> torch.nn.Module:
 
     It takes (n, c, h, w), (n,) timesteps and (n, tokens, context_dim).
     """
-    from diffusers import UNet2DConditionModel  # it takes long, and many need ModelConfig alone
+    from diffusers import UNet2DConditionModel  # it takes long, and who checks a recipe builds none
 
     attends = [2**level in config.attention for level in range(len(config.channels))]
     down = tuple("CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in attends)

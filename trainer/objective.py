@@ -5,7 +5,7 @@ import torch
 from trainer import diffusion
 from trainer.autoencoder import Autoencoder, draw_latents
 from trainer.data import Batch
-from trainer.diffusion import DiffusionConfig
+from trainer.recipe import DiffusionConfig
 
 QUARTILES = 4
 

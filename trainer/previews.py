@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from PIL import Image
 
-from retrieval.encoder import ClipConfig, Encoder
+from retrieval.encoder import Encoder
 from retrieval.encoder_identity import EncoderIdentity
 from retrieval.errors import UserError
+from retrieval.recipe import ClipConfig
 from trainer.autoencoder import Autoencoder
-from trainer.diffusion import DiffusionConfig
 from trainer.picture import PAPER, Grid, cell_edge, draw_grid, to_pictures
+from trainer.recipe import DiffusionConfig
 from trainer.sampler import guided_sample, initial_noise, make_scheduler
 from trainer.validation import HeldOut
 

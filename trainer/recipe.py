@@ -1,17 +1,99 @@
-"""The settings of a training run: everything that `make train` reads from a recipe.
+"""The settings of a training run: everything that `make latents` and `make train` read from a recipe.
 
-The DeepSpeed settings are derived from these in `trainer/engine.py`; nobody writes them twice.
+The DeepSpeed settings are derived from these in `trainer/engine.py`; nobody writes them twice. Nothing that
+computes is imported here: who reads or checks settings need not wait for torch.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from retrieval.config import Config, speed
-from retrieval.encoder import ClipConfig
-from trainer.autoencoder import AutoencoderConfig
-from trainer.diffusion import DiffusionConfig
-from trainer.model import ModelConfig
+from retrieval.config import Config, WorkersConfig, speed
+from retrieval.recipe import ClipConfig
+
+AutoencoderKind = Literal["kl", "vq", "patch"]
+Prediction = Literal["epsilon", "v_prediction"]
+SchedulerName = Literal["ddim", "plms", "dpm++"]
+Integers = Annotated[tuple[PositiveInt, ...], Field(strict=False)]
+
+
+class AutoencoderConfig(Config):
+    """Which autoencoder (section `autoencoder` of a recipe)."""
+
+    kind: AutoencoderKind
+    """Variational (diffusers' AutoencoderKL), quantized (VQModel) or the demo's own."""
+    path: str
+    """Folder of config.json and the weights as safetensors."""
+    scale: PositiveFloat = 1.0
+    """Latents are multiplied by it, so that their variance is about 1."""
+
+
+class LatentsConfig(WorkersConfig):
+    """What is encoded (section `latents` of a recipe)."""
+
+    size: PositiveInt
+    """Edge of a view in pixels: the shorter edge of the image is resized to it, then a square is cut."""
+    views: PositiveInt = 1
+    """Views of each image; epoch e of training sees view e % views."""
+    flip: bool = True
+    """Mirror half of the views, never view 0."""
+    seed: NonNegativeInt = 0
+    """Seed of the cuts."""
+    batch_size: PositiveInt = speed(32)
+    """Views encoded at once."""
+    gpus_per_worker: float = speed(0.0, ge=0)
+    """GPUs each encoder takes; 0 encodes on the CPU."""
+
+
+class ModelConfig(Config):
+    """Shape of the UNet (section `model` of a recipe)."""
+
+    latent_channels: PositiveInt
+    """Channels of a latent, in and out."""
+    context_dim: PositiveInt
+    """Length of a neighbor embedding: the dimension of the CLIP encoder."""
+    channels: Integers
+    """Channels at each resolution, finest first; each resolution halves the one before."""
+    attention: Integers
+    """Downsampling factors (1, 2, 4, ...) at which blocks attend to the context. The middle always does."""
+    layers: PositiveInt = 2
+    """Residual blocks at each resolution."""
+    channels_per_head: PositiveInt = 32
+    """Channels of one attention head."""
+    norm_groups: PositiveInt = 32
+    """Groups of the group normalizations; divides every entry of `channels`."""
+    context_gain: PositiveFloat = 1.0
+    """Factor on the initial weights that read the context. 1 as in the paper; more lets a short training
+    heed its neighbors sooner, because the entries of a unit vector are small."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ModelConfig":
+        factors = [2**level for level in range(len(self.channels))]
+        if not set(self.attention) <= set(factors):
+            raise ValueError(f"attention must be among {factors}, got {list(self.attention)}")
+        for divisor in (self.norm_groups, self.channels_per_head):
+            if any(width % divisor for width in self.channels):
+                raise ValueError(f"channels {list(self.channels)} must be divisible by {divisor}")
+        return self
+
+
+class DiffusionConfig(Config):
+    """The noise schedule and what the network predicts (section `diffusion` of a recipe)."""
+
+    steps: PositiveInt = 1000
+    """T, the number of timesteps."""
+    beta_start: float = Field(0.0015, gt=0, lt=1)
+    """beta at t = 0."""
+    beta_end: float = Field(0.015, gt=0, lt=1)
+    """beta at t = T - 1; the square root of beta is linear in t."""
+    prediction: Prediction = "epsilon"
+    """epsilon as in the paper, or v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0."""
+
+    @model_validator(mode="after")
+    def _grows(self) -> "DiffusionConfig":
+        if self.beta_end < self.beta_start:
+            raise ValueError(f"beta_end must be at least beta_start {self.beta_start}, got {self.beta_end}")
+        return self
 
 
 class TrainConfig(Config):

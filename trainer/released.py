@@ -19,10 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from retrieval.errors import UserError
-from trainer.autoencoder import AutoencoderConfig, kl_f16, vq_f4
-from trainer.diffusion import DiffusionConfig, betas
+from trainer.autoencoder import kl_f16, vq_f4
+from trainer.diffusion import betas
 from trainer.model import build_unet
-from trainer.recipe import Training
+from trainer.recipe import AutoencoderConfig, DiffusionConfig, Training
 from trainer.released_keys import AUTOENCODER, AVERAGE, autoencoder_key, average_key, unet_key
 
 Tensors = dict[str, torch.Tensor]

@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from retrieval.errors import UserError
 from retrieval.manifest import Manifest, read_manifest
 from retrieval.storage import Root
-from trainer.autoencoder import Autoencoder, AutoencoderConfig
-from trainer.diffusion import DiffusionConfig, scheduler_settings
+from trainer.autoencoder import Autoencoder
+from trainer.diffusion import scheduler_settings
 from trainer.export import CONFIG, WEIGHTS
 from trainer.model import build_unet
-from trainer.recipe import Training
+from trainer.recipe import AutoencoderConfig, DiffusionConfig, Training
 from trainer.released import Released
 from trainer.sampler import make_scheduler
 

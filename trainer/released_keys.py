@@ -7,7 +7,7 @@ names to theirs makes a forgotten tensor impossible. Reads and writes nothing.
 
 import re
 
-from trainer.model import ModelConfig
+from trainer.recipe import ModelConfig
 
 UNET = "model.diffusion_model."
 AVERAGE = "model_ema."

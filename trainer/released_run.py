@@ -16,10 +16,10 @@ from retrieval.encoder_identity import EncoderIdentity
 from retrieval.errors import UserError
 from retrieval.manifest import Manifest, files_stand, fingerprint, read_manifest
 from retrieval.storage import Root, file_sha256
-from trainer.autoencoder import Autoencoder, AutoencoderConfig
+from trainer.autoencoder import Autoencoder
 from trainer.export import CONFIG, WEIGHTS, Run, publish
 from trainer.latents import latent_shape
-from trainer.recipe import Training
+from trainer.recipe import AutoencoderConfig, Training
 from trainer.released import read_checkpoint
 from trainer.released_folder import read_folder
 

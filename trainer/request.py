@@ -1,7 +1,7 @@
 """What is asked of the sampler and what it gives back, as plain values.
 
 Reads a prompts file; everything else is a record: a request, a neighbor, a finished sample with the
-recipe that makes it again, and the settings that `sample` and `evaluate` share.
+recipe that makes it again.
 """
 
 import base64
@@ -9,76 +9,20 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image
-from pydantic import Field
 
-from retrieval.config import Config, speed
 from retrieval.errors import UserError
 from retrieval.storage import Root
 from trainer.context import Mode, Vectors
-from trainer.sampler import SchedulerName
+from trainer.recipe import SchedulerName
 
 TRAINING_DATABASE = "index"
 MAX_SEED = 2**32 - 1
 """torch's CPU generator heeds 32 bits of a seed: above, pictures would come again."""
 MAX_WEIGHT = 1e6
-
-
-class Compute(Config):
-    """Where and how samples are computed."""
-
-    device: str = speed("auto")
-    """`cpu`, `cuda`, `cuda:1`; `auto` takes a GPU if there is one."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Number format inside the UNet; the latents are fp32 in both."""
-    compile: bool = speed(False)
-    """Compile the UNet before its first call: a minute or more, worth it for many samples on a GPU."""
-    batch_size: int = speed(16, ge=1)
-    """Samples in one UNet call (twice as many rows with guidance)."""
-    workers: int = speed(0, ge=0)
-    """Batches computed side by side, each in a thread; 0 for one per CPU up to 4, or one on a GPU."""
-    threads: int = speed(0, ge=0)
-    """CPU threads of each worker inside torch; 0 shares the CPUs out among the workers."""
-
-
-class SamplingConfig(Compute):
-    """What a stage that samples needs to know."""
-
-    prompts_file: str = ""
-    """UTF-8 text, one prompt a line; empty lines and lines that start with # are left out."""
-    k: int = Field(default=19, ge=1)
-    """Neighbors that condition a sample; need not be the k of training."""
-    guidance: float = Field(default=5.0, ge=0)
-    """Scale s of classifier-free guidance; 1 is none."""
-    steps: int = Field(default=50, ge=1)
-    """Denoising steps."""
-    scheduler: SchedulerName = "ddim"
-    """`ddim`, `plms` or `dpm++`."""
-    height: int = Field(default=0, ge=0)
-    """Of a picture in pixels: a multiple of the autoencoder's factor times the UNet's downsampling; 0 for
-    the size of training."""
-    width: int = Field(default=0, ge=0)
-    """As `height`."""
-    seed: int = Field(default=0, ge=0)
-    """Where all seeds of the stage come from."""
-
-    def request(self, prompt: str, seed: int, mode: Mode, database: str) -> "Request":
-        """A request with this stage's k, guidance, steps, scheduler and size."""
-        return Request(
-            prompt=prompt,
-            seed=seed,
-            mode=mode,
-            database="" if mode == "text" else database,
-            k=self.k,
-            guidance=self.guidance,
-            steps=self.steps,
-            scheduler=self.scheduler,
-            height=self.height,
-            width=self.width,
-        )
 
 
 @dataclass(frozen=True)

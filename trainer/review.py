@@ -12,10 +12,11 @@ from trainer.autoencoder import Autoencoder
 from trainer.data import Loader
 from trainer.ema import Average
 from trainer.engine import Ranks
-from trainer.model import ModelConfig, build_unet
+from trainer.model import build_unet
 from trainer.plan import Plan
 from trainer.previews import IMAGES, Previews, encode_prompts
 from trainer.progress import Progress, Validation
+from trainer.recipe import ModelConfig
 from trainer.validation import ValidationSet, held_out_rows, read_held_out
 
 

@@ -13,7 +13,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
 from tqdm import tqdm
 
 from retrieval import schema
@@ -21,78 +20,16 @@ from retrieval.errors import UserError
 from retrieval.manifest import Manifest, ShardRecord, fingerprint, read_manifest
 from retrieval.storage import FileRecord, Root
 from trainer.batches import Batch
-from trainer.context import Mode
 from trainer.generation import Sampler, Trained, upstream_of
 from trainer.picture import Grid, cell_edge, grid_png, open_picture, png_bytes
 from trainer.pieces import Pieces
-from trainer.request import (
-    TRAINING_DATABASE,
-    Compute,
-    ImageQuery,
-    Request,
-    Sample,
-    SamplingConfig,
-    prompts_digest,
-    read_prompts,
-)
+from trainer.request import TRAINING_DATABASE, ImageQuery, Request, Sample, prompts_digest
+from trainer.sampling_recipe import Compute, SampleConfig
 
 log = logging.getLogger("sample")
 
 GRID_ROWS = 24
 COLUMN_WORDS = {TRAINING_DATABASE: "training database", "text": "text alone"}
-
-
-class SampleConfig(SamplingConfig):
-    """What to sample (section `sample` of a recipe)."""
-
-    prompts: tuple[str, ...] = Field(default=(), strict=False)
-    """Prompts, before those of `prompts_file`."""
-    databases: tuple[str, ...] = Field(default=(TRAINING_DATABASE,), strict=False, min_length=1)
-    """Names below `databases/`, each a column of the grid; `index` is the training database."""
-    mode: Mode = "text_and_neighbors"
-    """What conditions a picture: the prompt and its neighbors, the neighbors alone, the prompt alone, or the
-    neighbors of an image drawn from the training database (`unconditional`)."""
-    mix: dict[str, float] = Field(default={})
-    """Databases with weights above 0: one column in place of those of `databases`, of neighbors from each."""
-    images: tuple[str, ...] = Field(default=(), strict=False)
-    """Files of pictures that condition every sample beside its prompt, or without one."""
-    exclude: tuple[int, ...] = Field(default=(), strict=False)
-    """Image ids that are no neighbors; the next best come in their place."""
-    weights: dict[int, float] = Field(default={})
-    """Image ids with factors on what they weigh as neighbors; 0 leaves one out."""
-    top_m: float = Field(default=1.0, gt=0, le=1)
-    """Mode `unconditional`: share of the most retrieved images to draw from."""
-    images_per_prompt: int = Field(default=1, ge=1)
-    """Pictures of each prompt and database; number n has seed + n, the same for all prompts and databases."""
-
-    def all_prompts(self) -> tuple[str, ...]:
-        """The prompts of the recipe, then those of the file. Raises UserError if there must be one."""
-        prompts = self.prompts + (read_prompts(self.prompts_file) if self.prompts_file else ())
-        if not prompts and not self.images and self.mode != "unconditional":
-            raise UserError("[sample] has no prompt: set prompts or prompts_file.")
-        return prompts or ("",)
-
-    def columns(self) -> tuple[str, ...]:
-        """Folders of the pictures: the databases, `mix`, or `text` where no database is asked."""
-        if self.mode == "text":
-            return ("text",)
-        return ("mix",) if self.mix else tuple(dict.fromkeys(self.databases))
-
-    def searched(self) -> tuple[str, ...]:
-        """The databases that are asked for neighbors."""
-        if self.mode == "text":
-            return ()
-        return tuple(self.mix) or self.columns()
-
-    def wanted(self, prompt: str, seed: int, column: str) -> Request:
-        """The request for a picture of a column, without the images."""
-        return replace(
-            self.request(prompt, seed, self.mode, "" if self.mix else column),
-            mix=() if self.mode == "text" else tuple(self.mix.items()),
-            exclude=self.exclude,
-            weights=tuple(self.weights.items()),
-            top_m=self.top_m,
-        )
 
 
 @dataclass(frozen=True)

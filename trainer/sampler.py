@@ -5,13 +5,13 @@ files, no CLIP and no pictures; `trainer.generation` builds on them.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 
-from trainer.diffusion import DiffusionConfig, scheduler_settings
+from trainer.diffusion import scheduler_settings
+from trainer.recipe import DiffusionConfig, SchedulerName
 
-SchedulerName = Literal["ddim", "plms", "dpm++"]
 Denoiser = Callable[..., tuple[torch.Tensor, ...]]
 """diffusers' UNet2DConditionModel or anything called like it: (latents, timestep, encoder_hidden_states=,
 return_dict=False) to a tuple that starts with the prediction, of the latents' shape."""

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from trainer.context import Mode
-from trainer.request import TRAINING_DATABASE, Request, SamplingConfig
+from trainer.request import TRAINING_DATABASE, Request
+from trainer.sampling_recipe import SamplingConfig
 
 RETRIEVAL, SUFFIX = "retrieval", "suffix"
 MODES = (RETRIEVAL, SUFFIX, "suffix_retrieval", "no_neighbors")

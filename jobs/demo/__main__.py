@@ -10,17 +10,17 @@ from collections.abc import Callable
 
 from jobs import download, embed, evaluate, filter, index, latents, neighbors, report, sample, train
 from jobs.command import main
-from jobs.demo.autoencoder import AutoencoderTraining, train_autoencoder
-from jobs.demo.clip import ClipTraining, train_clip
+from jobs.demo.autoencoder import train_autoencoder
+from jobs.demo.clip import train_clip
 from jobs.demo.parts import draw_world, style_folders, trained
+from jobs.demo.recipe import AutoencoderTraining, ClipTraining
 from jobs.recipe import Recipe
 from pipeline import database
-from retrieval.build import IndexConfig
 from retrieval.connection import connected
-from retrieval.encoder import ClipConfig, Encoder
+from retrieval.encoder import Encoder
+from retrieval.recipe import ClipConfig, IndexConfig
 from retrieval.storage import Root
-from trainer.latents import LatentsConfig
-from trainer.recipe import TrainConfig
+from trainer.recipe import LatentsConfig, TrainConfig
 
 log = logging.getLogger("demo")
 Step = tuple[str, str, Callable[[Recipe], object]]

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.neighbors import NeighborsConfig
+from pipeline.recipe import NeighborsConfig
 from pipeline.urls import canonical
 from retrieval import schema
 from retrieval.encoder_identity import EncoderIdentity

@@ -8,37 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import PositiveFloat, PositiveInt
 from torch.nn import functional
 from tqdm import trange
 
+from jobs.demo.recipe import AutoencoderTraining
 from jobs.demo.training import draw_training_scenes, warm_up_and_decay
-from retrieval.config import Config, speed
 from trainer.patch_autoencoder import PatchAutoencoder, PatchShape
 
 IMAGE_SIZE = 64
 NUM_TEST_SCENES = 512
-
-
-class AutoencoderTraining(Config):
-    """Training of the demo's autoencoder (section `autoencoder_training` of a recipe)."""
-
-    seed: int = 0
-    """Seed of the scenes, the initial weights and the order."""
-    num_scenes: PositiveInt = 6000
-    """Scenes drawn for training."""
-    steps: PositiveInt = 1000
-    """Optimizer steps."""
-    batch_size: PositiveInt = 32
-    """Pictures in one step."""
-    learning_rate: PositiveFloat = 2e-3
-    """Highest step size of AdamW, after a tenth of the steps; it falls to 0 at the end."""
-    channels: PositiveInt = 8
-    """Channels of a latent; it stands for 4 x 4 pixels."""
-    latent_noise: PositiveFloat = 0.05
-    """Noise on the latents in training, in deviations: the decoder learns to bear a sampler's errors."""
-    num_threads: PositiveInt = speed(2)
-    """CPU threads of the training, and processes that draw."""
 
 
 def train_autoencoder(config: AutoencoderTraining, folder: Path) -> dict[str, float]:

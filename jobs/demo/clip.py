@@ -16,14 +16,13 @@ import open_clip
 import torch
 from open_clip.model import CLIP
 from PIL import Image
-from pydantic import Field, PositiveFloat, PositiveInt
 from safetensors.torch import save
 from torch.nn import functional
 from tqdm import trange
 
+from jobs.demo.recipe import TWINS, ClipTraining
 from jobs.demo.scenes import COLORS, SHAPES, STYLES, Scene, caption, draw, full_caption, random_scene
 from jobs.demo.training import draw_training_scenes, warm_up_and_decay
-from retrieval.config import Config, speed
 from retrieval.storage import Root
 
 Pixels = npt.NDArray[np.uint8]
@@ -44,7 +43,6 @@ PREPROCESSING: dict[str, Any] = {
     "resize_mode": "shortest",
 }
 # Scenes of a batch that share style, color and background, so that shape, count and layout matter too.
-TWINS = 4
 # Words alone, and how much telling them apart counts beside the captions. Style most: neighbors in the
 # database should agree on it before all else.
 WORDS: tuple[tuple[float, tuple[str, ...]], ...] = (
@@ -52,25 +50,6 @@ WORDS: tuple[tuple[float, tuple[str, ...]], ...] = (
     (1.0, tuple(f"a {shape}" for shape in SHAPES)),
     (0.25, COLORS),
 )
-
-
-class ClipTraining(Config):
-    """Training of the demo's CLIP (section `clip_training` of a recipe)."""
-
-    seed: int = 0
-    """Seed of the scenes, the initial weights and the order."""
-    num_scenes: int = Field(12_000, ge=1000)
-    """Scenes drawn for training."""
-    steps: PositiveInt = 450
-    """Optimizer steps."""
-    batch_size: int = Field(128, ge=2 * TWINS, multiple_of=TWINS)
-    """Pairs of a picture and a caption in one step."""
-    learning_rate: PositiveFloat = 2e-3
-    """Highest step size of AdamW, after a tenth of the steps; it falls to 0 at the end."""
-    num_test_scenes: PositiveInt = 1000
-    """Held-out scenes that the recall is measured on."""
-    num_threads: PositiveInt = speed(2)
-    """CPU threads of the training, and processes that draw."""
 
 
 def train_clip(config: ClipTraining, folder: Path) -> dict[str, float]:

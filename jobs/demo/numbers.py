@@ -14,11 +14,11 @@ from PIL import Image
 
 from jobs.demo.audit import NeighborTables, download_urls_without_status, filter_rows_unaccounted
 from jobs.recipe import Recipe
-from pipeline.filter import FilterConfig
-from pipeline.neighbors import NeighborsConfig
-from retrieval.encoder import ClipConfig, Encoder
+from pipeline.recipe import FilterConfig, NeighborsConfig
+from retrieval.encoder import Encoder
 from retrieval.errors import UserError
 from retrieval.manifest import read_manifest
+from retrieval.recipe import ClipConfig
 from retrieval.storage import Root
 from trainer.recipe import TrainConfig
 

@@ -11,7 +11,8 @@ from typing import TypeVar
 
 import pyarrow.parquet as pq
 
-from jobs.demo.world import WorldConfig, write_world
+from jobs.demo.recipe import WorldConfig
+from jobs.demo.world import write_world
 from jobs.recipe import Recipe
 from retrieval.config import Config
 from retrieval.manifest import Manifest, fingerprint, read_manifest, write_manifest

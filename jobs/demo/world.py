@@ -17,15 +17,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
 from tqdm import tqdm
 
 from jobs.demo.bad_rows import spoiled_rows
 from jobs.demo.copies import related_rows
 from jobs.demo.metadata import CONTENT_FIELDS, Row, Site, ordinary_row, scene_fields, write_tables
 from jobs.demo.pictures import Copy, Drawing, start_worker, write_picture
+from jobs.demo.recipe import WorldConfig
 from jobs.demo.scenes import STYLES, Scene, all_contents, full_caption, is_held_out, prompt, random_scene
-from retrieval.config import Config, speed
 from retrieval.errors import UserError
 from retrieval.storage import Root
 
@@ -43,27 +42,6 @@ HELD_OUT_SCHEMA = pa.schema(
     [("path", pa.string()), ("caption", pa.string()), ("prompt", pa.string())]
     + [(name, pa.int64() if name == "count" else pa.string()) for name in (*CONTENT_FIELDS, "style")]
 )
-
-
-class WorldConfig(Config):
-    """The size of the demo world and where it is served."""
-
-    seed: int = Field(default=0, ge=0)
-    """Decides every picture and every row."""
-    port: int = Field(default=28_123, ge=1, le=65_535)
-    """Loopback TCP port of the server, part of every URL; by default below those of outgoing connections."""
-    num_database: int = Field(default=5000, ge=1)
-    """Ordinary rows of database size, 224 to 320 px an edge."""
-    num_train: int = Field(default=1500, ge=1)
-    """Ordinary rows of training size, shorter edge of 768 px or more."""
-    num_per_style: int = Field(default=150, ge=1)
-    """Pictures of 256 px in each style's folder."""
-    num_held_out: int = Field(default=1000, ge=1)
-    """Pictures of 256 px of contents that no other picture shows, with captions and prompts."""
-    num_metadata_files: int = Field(default=4, ge=1)
-    """Parquet files that the rows are spread over."""
-    workers: int = speed(2, ge=1)
-    """Processes that draw."""
 
 
 def write_world(config: WorldConfig, folder: Path) -> None:

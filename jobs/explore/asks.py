@@ -15,8 +15,8 @@ from starlette.datastructures import QueryParams
 from jobs.explore.config import ExploreConfig
 from retrieval.errors import UserError
 from trainer.context import Mode
+from trainer.recipe import SchedulerName
 from trainer.request import MAX_SEED, TRAINING_DATABASE, Sample
-from trainer.sampler import SchedulerName
 
 
 class Ask(BaseModel):

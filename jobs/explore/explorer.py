@@ -20,15 +20,16 @@ from jobs.recipe import Recipe
 from jobs.sample import trained
 from pipeline.sockets import Refusal
 from retrieval.database import Database
-from retrieval.encoder import ClipConfig, Encoder
+from retrieval.encoder import Encoder
 from retrieval.errors import UserError
+from retrieval.recipe import ClipConfig
 from retrieval.storage import Root
 from trainer.context import unit_rows
 from trainer.generation import Sampler, database_names, open_database
 from trainer.picture import png_bytes
 from trainer.request import TRAINING_DATABASE, ImageQuery, Request, Sample
-from trainer.sample import SampleConfig
 from trainer.sampler import Denoiser
+from trainer.sampling_recipe import SampleConfig
 
 SHOWN_DETAILS = ("license", "title", "artist", "source", "box")
 

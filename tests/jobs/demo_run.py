@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from jobs.demo.numbers import Demo
-from pipeline.neighbors import NeighborsConfig
+from pipeline.recipe import NeighborsConfig
 from retrieval import schema
-from retrieval.encoder import ClipConfig
 from retrieval.manifest import Manifest, ShardRecord, write_manifest
+from retrieval.recipe import ClipConfig
 from retrieval.storage import Root
 from trainer.charts import LABELS
 

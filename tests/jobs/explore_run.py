@@ -14,7 +14,7 @@ from retrieval import schema
 from retrieval.storage import Root
 from tests.trainer.tiny_run import pictures_of, write_run
 from trainer.generation import Sampler, Trained
-from trainer.sample import SampleConfig
+from trainer.sampling_recipe import SampleConfig
 
 FORM = SampleConfig(k=4, steps=3, guidance=2.0, device="cpu")
 

@@ -8,12 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-from jobs.demo.autoencoder import AutoencoderTraining, train_autoencoder
-from jobs.demo.clip import PREPROCESSING, ClipTraining, share_found, train_clip
+from jobs.demo.autoencoder import train_autoencoder
+from jobs.demo.clip import PREPROCESSING, share_found, train_clip
+from jobs.demo.recipe import AutoencoderTraining, ClipTraining
 from jobs.demo.scenes import draw, is_held_out, random_scene
 from jobs.demo.training import draw_training_scenes
-from retrieval.encoder import ClipConfig, Encoder
-from trainer.autoencoder import Autoencoder, AutoencoderConfig
+from retrieval.encoder import Encoder
+from retrieval.recipe import ClipConfig
+from trainer.autoencoder import Autoencoder
+from trainer.recipe import AutoencoderConfig
 
 BATCH = 32
 

@@ -23,8 +23,9 @@ from pipeline.sources import Source
 from pipeline.tars import key_of
 from retrieval import Database
 from retrieval.__main__ import main
-from retrieval.encoder import ClipConfig, Encoder
+from retrieval.encoder import Encoder
 from retrieval.manifest import read_manifest
+from retrieval.recipe import ClipConfig
 from retrieval.schema import image_id
 from tests.trainer.launched import train
 from tests.trainer.tiny_run import DIM, write_clip

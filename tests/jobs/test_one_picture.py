@@ -10,7 +10,7 @@ from jobs import sample
 from jobs.recipe import load_recipe
 from tests.trainer.tiny_run import pictures_of, write_run
 from trainer.picture import png_bytes, read_recipe
-from trainer.sample import SampleConfig
+from trainer.sampling_recipe import SampleConfig
 
 TRAIN = 'name = "tiny"\nsource = "latents"\nsize = 32\nk = 4\nglobal_batch = 1\nmicro_batch = 1\nsteps = 1\n'
 

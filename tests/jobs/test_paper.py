@@ -14,13 +14,12 @@ from retrieval import schema
 from retrieval.errors import UserError
 from retrieval.storage import Root
 from tests.trainer.tiny_run import DIM, PROMPTS, STYLES, write_run
-from trainer.classifier import ClassifierConfig
-from trainer.evaluate import EvaluateConfig
 from trainer.generation import open_database
 from trainer.paper.experiments import Subject, run
 from trainer.paper.recipe import PaperConfig
 from trainer.picture import read_recipe
 from trainer.recipe import Training
+from trainer.sampling_recipe import ClassifierConfig, EvaluateConfig
 
 STAGE = "runs/tiny/paper"
 NAMES = tuple(sorted(STYLES))

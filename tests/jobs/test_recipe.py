@@ -7,10 +7,9 @@ import pytest
 from jobs.command import main
 from jobs.neighbors import run
 from jobs.recipe import load_recipe
-from pipeline.embed import EmbedConfig
-from pipeline.neighbors import NeighborsConfig
+from pipeline.recipe import EmbedConfig, NeighborsConfig
 from retrieval import UserError
-from retrieval.encoder import ClipConfig
+from retrieval.recipe import ClipConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "jobs" / "configs"
 SMALL = 'root = "runs/x"\n[clip]\nmodel = "local-dir:clip"\n[neighbors]\nk = 4\n'

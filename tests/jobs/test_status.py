@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.recipe import SECTIONS, imported, load_recipe
-from jobs.sections import declared
+from jobs.recipe import load_recipe
 from jobs.status import WIDTH, main, statuses, table
 from pipeline.status import Status
 from retrieval.errors import UserError
@@ -57,7 +56,7 @@ def recipe(tmp_path: Path) -> Path:
 
 def write_filter(recipe: Path) -> Manifest:
     """A finished filter stage of two shards, and one of what was dropped."""
-    loaded = load_recipe(recipe, (), declared)
+    loaded = load_recipe(recipe)
     config = loaded.sections["filter"]
     shards = (
         ShardRecord("train/00000-00000", 60, (FileRecord("a", 600, ""),)),
@@ -78,25 +77,7 @@ def write_metrics(root: Root, lines: list[dict[str, float]], tail: str, when: fl
 
 
 def look(recipe: Path, *overrides: str) -> dict[str, Status]:
-    return {one.stage: one for one in statuses(load_recipe(recipe, overrides, declared), NOW)}
-
-
-@pytest.mark.parametrize("place", [*SECTIONS.values(), "trainer.recipe.Training"])
-def test_a_class_read_from_its_source_is_the_class_that_the_stage_uses(place: str) -> None:
-    ours, theirs = declared(place), imported(place)
-    assert list(ours.model_fields) == list(theirs.model_fields)
-    for name, field in theirs.model_fields.items():
-        assert ours.model_fields[name].json_schema_extra == field.json_schema_extra, name
-        assert repr(ours.model_fields[name].default) == repr(field.default), name
-        assert repr(ours.model_fields[name].metadata) == repr(field.metadata), name
-
-
-@pytest.mark.parametrize("name", ["demo", "laion2b", "train_laion_256", "train_imagenet"])
-def test_a_recipe_read_from_the_source_has_the_same_fingerprints(name: str) -> None:
-    path = REPOSITORY / "jobs" / "configs" / f"{name}.toml"
-    ours, theirs = load_recipe(path, (), declared), load_recipe(path)
-    for section, config in theirs.sections.items():
-        assert ours.sections[section].output_fields() == config.output_fields(), section
+    return {one.stage: one for one in statuses(load_recipe(recipe, overrides), NOW)}
 
 
 def test_the_command_loads_no_library_of_the_stages(recipe: Path) -> None:
@@ -115,7 +96,7 @@ def test_the_command_loads_no_library_of_the_stages(recipe: Path) -> None:
 
 def test_upstream_manifests_give_the_total_and_the_recipe_its_stages(recipe: Path) -> None:
     made = write_filter(recipe)
-    root = load_recipe(recipe, (), declared).root
+    root = load_recipe(recipe).root
     root.write_json("download/started.json", {"fingerprint": "p"})
     write_record(root, "download", "p", ShardRecord("train/00000-00000", 50, (), {"not_found": 10}))
     found = look(recipe)
@@ -134,7 +115,7 @@ def test_a_changed_setting_is_stale_and_a_changed_speed_is_not(recipe: Path) -> 
 
 
 def test_training_shows_the_last_whole_line_of_its_metrics(recipe: Path) -> None:
-    root = load_recipe(recipe, (), declared).root
+    root = load_recipe(recipe).root
     line = {"step": 100, "loss": 0.9, "images_per_s": 30.0, "seconds_per_step": 0.5, "paused_s": 0.1}
     write_metrics(root, [line, {**line, "step": 200, "loss": 0.5}], '{"step": 300, "lo', NOW - 4)
     found = look(recipe)["train"]
@@ -145,7 +126,7 @@ def test_training_shows_the_last_whole_line_of_its_metrics(recipe: Path) -> None
 
 
 def test_a_training_that_fell_silent_promises_no_time(recipe: Path) -> None:
-    root = load_recipe(recipe, (), declared).root
+    root = load_recipe(recipe).root
     line = {"step": 100, "loss": 0.9, "images_per_s": 30.0, "seconds_per_step": 0.5, "paused_s": 0.1}
     write_metrics(root, [line], "", NOW - 400)
     found = look(recipe)["train"]

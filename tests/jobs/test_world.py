@@ -21,9 +21,10 @@ import pytest
 from PIL import Image, ImageOps
 
 from jobs.demo.bad_rows import KINDS
+from jobs.demo.recipe import WorldConfig
 from jobs.demo.scenes import STYLES, Content, draw, is_held_out
 from jobs.demo.server import REPOSITORY, WorldServer
-from jobs.demo.world import WorldConfig, plan_held_out, plan_rows, plan_styles, write_world
+from jobs.demo.world import plan_held_out, plan_rows, plan_styles, write_world
 from retrieval.errors import UserError
 
 RELATED_KINDS = {"duplicate_row", "other_caption", "copy", "near_copy"}
@@ -263,7 +264,8 @@ def test_an_equal_config_leaves_a_finished_world_alone(folder: Path, config: Wor
 KILLED = """
 import sys
 from pathlib import Path
-from jobs.demo.world import WorldConfig, write_world
+from jobs.demo.recipe import WorldConfig
+from jobs.demo.world import write_world
 if __name__ == "__main__":
     write_world(WorldConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]))
 """

@@ -18,8 +18,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from retrieval import Root, schema
-from retrieval.encoder import ClipConfig
 from retrieval.manifest import Manifest, ShardRecord, write_manifest
+from retrieval.recipe import ClipConfig
 
 Answer = Callable[[BaseHTTPRequestHandler], None]
 

@@ -15,9 +15,9 @@ from pipeline.capacity import (
     cost,
     sources,
 )
-from pipeline.neighbors import NeighborsConfig
-from retrieval.build import IndexConfig
+from pipeline.recipe import NeighborsConfig
 from retrieval.errors import UserError
+from retrieval.recipe import IndexConfig
 
 VALUES = {
     "filter_cpu": 2.0,

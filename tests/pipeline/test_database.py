@@ -11,9 +11,9 @@ from PIL import Image
 from pipeline import database
 from pipeline.sources import Source
 from retrieval import Database, Root, UserError
-from retrieval.build import IndexConfig
-from retrieval.encoder import ClipConfig, Encoder
+from retrieval.encoder import Encoder
 from retrieval.phash import phash
+from retrieval.recipe import ClipConfig, IndexConfig
 
 from .conftest import pictures
 

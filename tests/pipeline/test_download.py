@@ -15,8 +15,8 @@ from PIL import Image
 
 from jobs.demo.server import WorldServer
 from pipeline import filter as filter_stage
-from pipeline.download import DownloadConfig, run
-from pipeline.filter import FilterConfig
+from pipeline.download import run
+from pipeline.recipe import DownloadConfig, FilterConfig
 from retrieval.errors import UserError
 from retrieval.manifest import Manifest
 from retrieval.schema import DOWNLOADED, read_table

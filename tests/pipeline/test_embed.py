@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 from pipeline import embed
-from pipeline.embed import EmbedConfig
+from pipeline.recipe import EmbedConfig
 from retrieval import Root, UserError, schema
-from retrieval.encoder import ClipConfig, Encoder
+from retrieval.encoder import Encoder
+from retrieval.recipe import ClipConfig
 
 from .conftest import pictures, write_clip, write_download
 

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.filter import FilterConfig, run
-from pipeline.metadata import Columns
+from pipeline.filter import run
+from pipeline.recipe import Columns, FilterConfig
 from retrieval.errors import UserError
 from retrieval.manifest import Manifest
 from retrieval.schema import SELECTED, image_id, read_table
@@ -186,8 +186,8 @@ def test_a_killed_run_is_completed_with_the_same_checksums(tmp_path: Path, root:
     whole = run(config(tmp_path / "meta", **settings), root.child("whole"))
     code = (
         "import os, sys; os.environ['RAY_ADDRESS'] = 'local'\n"
-        "from pipeline.filter import FilterConfig, run\n"
-        "from pipeline import filter as stage; from retrieval.storage import Root\n"
+        "from pipeline import filter as stage; from pipeline.recipe import FilterConfig\n"
+        "from retrieval.storage import Root\n"
         "from retrieval.connection import connected\n"
         "made = stage.run_shards\n"
         "def dies(*arguments):\n"
@@ -196,7 +196,8 @@ def test_a_killed_run_is_completed_with_the_same_checksums(tmp_path: Path, root:
         "    return records\n"
         "stage.run_shards = dies\n"
         "with connected():\n"
-        "    run(FilterConfig(metadata=sys.argv[1], rows_per_shard=16, max_train=30), Root(sys.argv[2]))\n"
+        "    config = FilterConfig(metadata=sys.argv[1], rows_per_shard=16, max_train=30)\n"
+        "    stage.run(config, Root(sys.argv[2]))\n"
     )
     killed = root.child("killed")
     result = subprocess.run([sys.executable, "-c", code, str(tmp_path / "meta"), killed.url], check=False)

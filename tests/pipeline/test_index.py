@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 
 from pipeline import embed, index
-from pipeline.embed import EmbedConfig
+from pipeline.recipe import EmbedConfig
 from retrieval import Database, Effort, Root, UserError, schema
 from retrieval.blocked import block
-from retrieval.build import IndexConfig
-from retrieval.encoder import ClipConfig
+from retrieval.recipe import ClipConfig, IndexConfig
 
 from .conftest import pictures, write_download
 

@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 
 from pipeline import embed, index, neighbors
-from pipeline.embed import EmbedConfig
 from pipeline.matching import make_match, make_route
-from pipeline.neighbors import NeighborsConfig
+from pipeline.recipe import EmbedConfig, NeighborsConfig
 from retrieval import Root, UserError, schema
-from retrieval.build import IndexConfig
-from retrieval.encoder import ClipConfig
 from retrieval.partitions import Partition
+from retrieval.recipe import ClipConfig, IndexConfig
 
 from .conftest import pictures, write_clip, write_download
 

@@ -18,9 +18,9 @@ from pipeline.runner import Work, Workers, _Worker
 from pipeline.stage import Stage
 from pipeline.status import Wanted, look
 from retrieval import Database, Root
-from retrieval.build import IndexConfig
-from retrieval.encoder import ClipConfig, Encoder
+from retrieval.encoder import Encoder
 from retrieval.manifest import ShardRecord, read_manifest
+from retrieval.recipe import ClipConfig, IndexConfig
 from trainer.data import ImageShard
 from trainer.plan import Samples
 

@@ -12,13 +12,14 @@ import pytest
 
 from pipeline import neighbors, optout
 from pipeline.blocklist import Blocklist, read_blocklist
-from pipeline.neighbors import NeighborsConfig
+from pipeline.recipe import NeighborsConfig
 from pipeline.refill import make_refill
 from retrieval import Database, Root, UserError, schema
 from retrieval.blocked import block, blocked_ids
-from retrieval.build import Identity, IndexConfig, build_database
+from retrieval.build import Identity, build_database
 from retrieval.encoder_identity import EncoderIdentity
 from retrieval.manifest import Manifest, ShardRecord, read_manifest, write_manifest
+from retrieval.recipe import IndexConfig
 
 from .conftest import Picture, write_download
 

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from pipeline.embed import EmbedConfig
-from pipeline.patches import PatchesConfig, patch_boxes, patch_counts, patch_id, patch_pictures, quotas
+from pipeline.patches import patch_boxes, patch_counts, patch_id, patch_pictures, quotas
+from pipeline.recipe import EmbedConfig, PatchesConfig
 from retrieval import UserError
 from retrieval.manifest import Manifest, ShardRecord
 from retrieval.sheet import Answer, write_sheet

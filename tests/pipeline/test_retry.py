@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.download import DownloadConfig
 from pipeline.download import run as run_stage
+from pipeline.recipe import DownloadConfig
 from pipeline.retry import ShardRetry, may_change
 from pipeline.seam import Storing
 from pipeline.shard_download import ShardDownload

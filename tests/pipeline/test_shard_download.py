@@ -1,17 +1,19 @@
 import dataclasses
 import hashlib
 import io
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from img2dataset import downloader
-from img2dataset.writer import WebDatasetSampleWriter
 from PIL import Image, ImageOps
 
 from pipeline.blocklist import read_blocklist
+from pipeline.img2dataset_downloader import downloader
 from pipeline.seam import Seam, Storing
-from pipeline.shard_download import ShardDownload, plugged_in
+from pipeline.shard_download import ShardDownload, Shelf, plugged_in
 from retrieval.phash import phash
 from retrieval.schema import DOWNLOADED, image_id, read_table
 from retrieval.storage import Root
@@ -29,6 +31,20 @@ def test_the_seam_is_taken_out_again() -> None:
     assert downloader.download_image_with_retry is theirs
 
 
+def test_a_worker_loads_of_img2dataset_what_it_uses_and_the_rest_stays_to_be_had() -> None:
+    code = """
+import sys
+import pipeline.shard_download
+assert "img2dataset" not in sys.modules
+print(*sorted({"torch", "ray", "albumentations"} & sys.modules.keys()))
+import img2dataset
+from img2dataset import downloader
+assert callable(img2dataset.download) and downloader is pipeline.shard_download.downloader
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[0] == ""
+
+
 def test_a_row_that_img2dataset_drops_is_an_error_and_not_a_gap(
     tmp_path: Path, origin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -36,14 +52,14 @@ def test_a_row_that_img2dataset_drops_is_an_error_and_not_a_gap(
     write_selected(root, "train/0", [origin.sends(f"/{n}", b"no picture") for n in range(3)])
     work = ShardDownload(root, fetcher(), {"train": STORING})
     assert work("train/0").reasons == {"not_an_image": 3}
-    write = WebDatasetSampleWriter.write
+    write = Shelf.write
 
-    def full(self: WebDatasetSampleWriter, picture: object, key: str, *rest: object) -> None:
+    def full(self: Shelf, picture: bytes | None, key: str, *rest: Any) -> None:
         if int(key) == 1:
             raise OSError(28, "No space left on device")
         write(self, picture, key, *rest)
 
-    monkeypatch.setattr(WebDatasetSampleWriter, "write", full)
+    monkeypatch.setattr(Shelf, "write", full)
     with pytest.raises(RuntimeError, match="kept 2 of 3 rows"):
         work("train/0")
 

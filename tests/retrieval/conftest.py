@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from retrieval import Database, Root, schema
-from retrieval.build import Identity, IndexConfig, build_database
+from retrieval.build import Identity, build_database
 from retrieval.encoder_identity import EncoderIdentity
 from retrieval.partition import Vectors, unit
+from retrieval.recipe import IndexConfig
 
 DIM = 32
 IDENTITY = EncoderIdentity(model="test", weights="0" * 16, preprocessing="{}", dim=DIM)

@@ -12,11 +12,12 @@ from PIL import Image
 
 from retrieval import Database, Root, UserError
 from retrieval.__main__ import main
-from retrieval.build import Identity, IndexConfig, build_database
+from retrieval.build import Identity, build_database
 from retrieval.encoder import Encoder
 from retrieval.encoder_identity import EncoderIdentity
 from retrieval.foreign import build_from
 from retrieval.partition import Vectors
+from retrieval.recipe import IndexConfig
 from retrieval.source import Source
 from retrieval.verify import damaged_files
 

@@ -12,8 +12,9 @@ import pytest
 
 from retrieval import Database, Effort, Root, UserError, schema
 from retrieval.blocked import block
-from retrieval.build import Identity, IndexConfig, build_database, partition_centroids
+from retrieval.build import Identity, build_database, partition_centroids
 from retrieval.partition import Vectors, unit
+from retrieval.recipe import IndexConfig
 
 from .conftest import IDENTITY, brute_force, built, clustered, table_of
 

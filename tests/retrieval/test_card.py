@@ -10,8 +10,9 @@ import pytest
 from retrieval import Database, Root
 from retrieval.__main__ import main
 from retrieval.blocked import block
-from retrieval.build import Identity, IndexConfig, build_database
+from retrieval.build import Identity, build_database
 from retrieval.card import card
+from retrieval.recipe import IndexConfig
 
 from .conftest import IDENTITY, clustered, table_of
 

@@ -18,9 +18,10 @@ import ray
 from retrieval import Database, Root, UserError, cluster, schema
 from retrieval.answers import ANSWER, merge
 from retrieval.batching import Batcher, BatchLimits
-from retrieval.build import Identity, IndexConfig, build_database
+from retrieval.build import Identity, build_database
 from retrieval.cluster import PROCESS_BYTES, Cluster, spread
 from retrieval.partition import Vectors, partition_folder
+from retrieval.recipe import IndexConfig
 
 from .conftest import IDENTITY, clustered, table_of
 

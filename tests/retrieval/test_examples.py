@@ -9,8 +9,9 @@ from nbclient import NotebookClient
 from PIL import Image
 
 from retrieval import Root, schema
-from retrieval.build import Identity, IndexConfig, build_database
+from retrieval.build import Identity, build_database
 from retrieval.encoder import Encoder
+from retrieval.recipe import IndexConfig
 
 from .conftest import table_of
 from .tiny_clip import write_clip

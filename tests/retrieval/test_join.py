@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from retrieval import Database
-from retrieval.join import JoinConfig, Joined, join, match
+from retrieval.join import Joined, join, match
 from retrieval.partition import Vectors, unit
+from retrieval.recipe import JoinConfig
 
 from .conftest import brute_force, clustered
 

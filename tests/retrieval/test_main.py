@@ -15,10 +15,11 @@ from PIL import Image
 
 from retrieval import Database, Root
 from retrieval.__main__ import main
-from retrieval.build import Identity, IndexConfig, build_database
+from retrieval.build import Identity, build_database
 from retrieval.encoder import Encoder
 from retrieval.foreign import build_from
 from retrieval.partition import Vectors, unit
+from retrieval.recipe import IndexConfig
 from retrieval.sheet import GAP, LINE, TILE, Answer, credit, draw_sheet, read_picture
 from retrieval.source import Source
 

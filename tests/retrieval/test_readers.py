@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from retrieval import Database, UserError, readers, schema
-from retrieval.build import IndexConfig
 from retrieval.foreign import build_from, dimension, read_pieces
 from retrieval.manifest import read_manifest
 from retrieval.partition import Vectors
+from retrieval.recipe import IndexConfig
 from retrieval.source import Columns, Source
 from retrieval.storage import Root
 

@@ -7,7 +7,7 @@ import open_clip
 import torch
 from safetensors.torch import save_file
 
-from retrieval.encoder import ClipConfig
+from retrieval.recipe import ClipConfig
 
 CONTEXT = 16
 ARCHITECTURE = {

@@ -7,10 +7,7 @@ from typing import Any
 import torch
 
 from tests.trainer import compvis
-from trainer.autoencoder import AutoencoderConfig
-from trainer.diffusion import DiffusionConfig
-from trainer.model import ModelConfig
-from trainer.recipe import TrainConfig, Training
+from trainer.recipe import AutoencoderConfig, DiffusionConfig, ModelConfig, TrainConfig, Training
 
 DIM = 32
 SIZES = {"channels": (32, 64, 96), "context_dim": DIM, "channels_per_head": 16}

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from retrieval.errors import UserError
-from trainer.autoencoder import Autoencoder, AutoencoderConfig, draw_latents, kl_f16, vq_f4
+from trainer.autoencoder import Autoencoder, draw_latents, kl_f16, vq_f4
 from trainer.patch_autoencoder import WEIGHTS_NAME, PatchAutoencoder, PatchShape
+from trainer.recipe import AutoencoderConfig
 
 KINDS = {"kl": (16, 4), "vq": (4, 3), "patch": (4, 4)}
 

@@ -6,13 +6,8 @@ import torch
 
 from retrieval.errors import UserError
 from retrieval.storage import Root
-from trainer.classifier import (
-    ClassifierConfig,
-    load_classifier,
-    save_classifier,
-    split_rows,
-    train_classifier,
-)
+from trainer.classifier import load_classifier, save_classifier, split_rows, train_classifier
+from trainer.sampling_recipe import ClassifierConfig
 
 STYLES = ("mosaic", "neon", "woodcut")
 CONFIG = ClassifierConfig(hidden=32, epochs=15)

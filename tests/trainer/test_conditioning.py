@@ -19,8 +19,9 @@ from retrieval.storage import Root
 from tests.trainer.tiny_run import DIM, pictures_of, write_run
 from trainer.generation import Sampler
 from trainer.pseudo_queries import PseudoQueries
-from trainer.request import Compute, ImageQuery, Request
+from trainer.request import ImageQuery, Request
 from trainer.sampler import weighed
+from trainer.sampling_recipe import Compute
 
 SHARES = {0: 6, 1: 3, 2: 2, 3: 1}
 """Rows of the training database, by how often the neighbor tables of this file hold them."""

@@ -6,7 +6,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 from pydantic import ValidationError
 
-from trainer.diffusion import DiffusionConfig, alphas_bar, betas, losses, q_sample, scheduler_settings, target
+from trainer.diffusion import alphas_bar, betas, losses, q_sample, scheduler_settings, target
+from trainer.recipe import DiffusionConfig
 
 CONFIG = DiffusionConfig(steps=1000, beta_start=0.0015, beta_end=0.015)
 

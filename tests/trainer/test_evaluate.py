@@ -9,13 +9,13 @@ from retrieval.errors import UserError
 from retrieval.storage import Root
 from tests.trainer.tiny_run import PROMPTS, STYLES, pictures_of, write_run
 from trainer.charts import draw_bars
-from trainer.classifier import ClassifierConfig, load_classifier, train_classifier
-from trainer.evaluate import EvaluateConfig, run, style_names
+from trainer.classifier import load_classifier, train_classifier
+from trainer.evaluate import run, style_names
 from trainer.generation import Sampler, Trained
 from trainer.judgement import Reference, Shown, evaluation
 from trainer.metrics import balls, frechet_distance, wilson_interval
 from trainer.picture import read_recipe
-from trainer.request import SamplingConfig
+from trainer.sampling_recipe import ClassifierConfig, EvaluateConfig, SamplingConfig
 from trainer.styles import MODES, draw_prompts, make_cells, style_words
 
 STAGE = "runs/tiny/evaluate"

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from trainer.flops import Gauge, Peak, known_peak, peak_of, training_flops
-from trainer.model import ModelConfig
+from trainer.recipe import ModelConfig
 
 RECIPES = Path(__file__).parents[2] / "jobs" / "configs"
 

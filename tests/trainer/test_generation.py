@@ -21,8 +21,9 @@ from tests.trainer.tiny_run import (
 )
 from trainer.batches import even_chunks
 from trainer.generation import Sampler, Trained, database_names, pick_device
-from trainer.request import Compute, Request, prompts_digest, read_prompts
+from trainer.request import Request, prompts_digest, read_prompts
 from trainer.sampler import initial_noise
+from trainer.sampling_recipe import Compute
 
 COMPUTE = Compute(device="cpu", batch_size=3, workers=2, threads=1)
 

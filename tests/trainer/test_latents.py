@@ -13,9 +13,10 @@ from retrieval.errors import UserError
 from retrieval.storage import Root
 from tests.trainer.training_set import make_recipe
 from trainer import images
-from trainer.autoencoder import Autoencoder, AutoencoderConfig
+from trainer.autoencoder import Autoencoder
 from trainer.images import ImageTar, Scaled, center_crop, decode, random_crop
-from trainer.latents import LatentsConfig, image_views, make_shard_encoder, manifest_values
+from trainer.latents import image_views, make_shard_encoder, manifest_values
+from trainer.recipe import AutoencoderConfig, LatentsConfig
 
 SHARD = "00000-00001"
 IDS = [5, -3, 2**62]

@@ -4,9 +4,10 @@ import torch
 from diffusers import DDIMScheduler
 
 from trainer.data import Batch
-from trainer.diffusion import DiffusionConfig, scheduler_settings
-from trainer.model import ModelConfig, build_unet
+from trainer.diffusion import scheduler_settings
+from trainer.model import build_unet
 from trainer.objective import Objective, quartile_means
+from trainer.recipe import DiffusionConfig, ModelConfig
 
 CPU = torch.device("cpu")
 

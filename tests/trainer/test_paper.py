@@ -14,7 +14,7 @@ from retrieval.storage import Root
 from tests.trainer.tiny_run import pictures_of
 from tests.trainer.training_set import make_recipe
 from trainer.autoencoder import Autoencoder
-from trainer.classifier import ClassifierConfig, train_classifier
+from trainer.classifier import train_classifier
 from trainer.conditioning import Conditioned
 from trainer.data import Loader
 from trainer.diffusion import alphas_bar
@@ -38,6 +38,7 @@ from trainer.paper.memorization import Comparison, hash_row, nearest
 from trainer.paper.memorization import summary as memorization_summary
 from trainer.plan import make_plan
 from trainer.request import Request
+from trainer.sampling_recipe import ClassifierConfig
 from trainer.styles import MODES
 
 BOOTSTRAP = Bootstrap(200, 0)

@@ -10,9 +10,9 @@ from retrieval.errors import UserError
 from tests.trainer.tiny_run import DIM, PROMPTS, tiny_autoencoder, write_clip
 from tests.trainer.training_set import make_recipe
 from trainer.autoencoder import Autoencoder
-from trainer.diffusion import DiffusionConfig
-from trainer.model import ModelConfig, build_unet
+from trainer.model import build_unet
 from trainer.previews import Previews, Prompts, encode_prompts
+from trainer.recipe import DiffusionConfig, ModelConfig
 from trainer.validation import HeldOut
 
 CPU = torch.device("cpu")

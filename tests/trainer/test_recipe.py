@@ -8,9 +8,8 @@ from pydantic import ValidationError
 from retrieval.errors import UserError
 from tests.trainer.training_set import make_recipe
 from trainer.engine import Ranks, engine_settings
-from trainer.latents import LatentsConfig
 from trainer.model import build_unet
-from trainer.recipe import Training
+from trainer.recipe import LatentsConfig, Training
 
 RECIPES = Path(__file__).parents[2] / "jobs" / "configs"
 # Table 1: parameters, images of a step, steps, k.

@@ -15,7 +15,8 @@ from retrieval.errors import UserError
 from tests.trainer import compvis
 from tests.trainer.released_model import BETA_END, MODELS, networks, recipe_of, state_of, write_checkpoint
 from trainer.autoencoder import Autoencoder, kl_f16, vq_f4
-from trainer.model import ModelConfig, build_unet
+from trainer.model import build_unet
+from trainer.recipe import ModelConfig
 from trainer.released import Released, read_checkpoint
 from trainer.released_keys import autoencoder_key, average_key, unet_key
 

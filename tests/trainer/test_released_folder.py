@@ -16,9 +16,9 @@ from tests.trainer.released_model import MODELS, networks, recipe_of, state_of, 
 from tests.trainer.test_released_run import ENCODER
 from tests.trainer.tiny_run import write_run
 from trainer.autoencoder import Autoencoder
-from trainer.diffusion import DiffusionConfig
 from trainer.export import read_model
 from trainer.model import build_unet
+from trainer.recipe import DiffusionConfig
 from trainer.released_folder import write_folder
 from trainer.released_run import import_run
 from trainer.sampler import guided_sample, initial_noise, make_scheduler

@@ -16,7 +16,8 @@ from trainer.export import read_model
 from trainer.generation import Sampler, Trained
 from trainer.model import build_unet
 from trainer.released_run import import_run
-from trainer.request import Compute, Request
+from trainer.request import Request
+from trainer.sampling_recipe import Compute
 
 ENCODER = EncoderIdentity(model="ViT-L-14", weights="0" * 16, preprocessing="{}", dim=DIM)
 

@@ -14,7 +14,8 @@ from retrieval.storage import Root
 from tests.trainer.tiny_run import PROMPTS, pictures_of, write_clip, write_database, write_run
 from trainer.generation import Trained
 from trainer.picture import read_recipe
-from trainer.sample import SampleConfig, make_jobs, run
+from trainer.sample import make_jobs, run
+from trainer.sampling_recipe import SampleConfig
 
 STAGE = "runs/tiny/sample"
 

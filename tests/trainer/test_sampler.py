@@ -4,8 +4,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, UNet2DConditionModel
 
-from trainer.diffusion import DiffusionConfig, alphas_bar
-from trainer.model import ModelConfig, build_unet
+from trainer.diffusion import alphas_bar
+from trainer.model import build_unet
+from trainer.recipe import DiffusionConfig, ModelConfig
 from trainer.sampler import guided_sample, initial_noise, make_scheduler
 
 SHAPE = (4, 8, 8)

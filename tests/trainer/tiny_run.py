@@ -14,15 +14,16 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from retrieval import schema
-from retrieval.build import Identity, IndexConfig, build_database
-from retrieval.encoder import ClipConfig, Encoder
+from retrieval.build import Identity, build_database
+from retrieval.encoder import Encoder
 from retrieval.manifest import Manifest, ShardRecord, write_manifest
+from retrieval.recipe import ClipConfig, IndexConfig
 from retrieval.storage import Root
-from trainer.autoencoder import Autoencoder, AutoencoderConfig
-from trainer.diffusion import DiffusionConfig
+from trainer.autoencoder import Autoencoder
 from trainer.generation import Trained
-from trainer.model import ModelConfig, build_unet
+from trainer.model import build_unet
 from trainer.patch_autoencoder import PatchAutoencoder, PatchShape
+from trainer.recipe import AutoencoderConfig, DiffusionConfig, ModelConfig
 
 DIM = 32
 STYLES = {"deep_red": (200, 40, 40), "green": (40, 190, 60), "sky_blue": (60, 90, 220)}

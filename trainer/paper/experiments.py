@@ -23,7 +23,7 @@ from trainer.batches import Batch, make_batches
 from trainer.conditioning import Conditioned
 from trainer.data import Loader
 from trainer.drawing import draw_cells, place, read_shown
-from trainer.evaluate import EvaluateConfig, style_names, train_judge
+from trainer.evaluate import style_names, train_judge
 from trainer.generation import Sampler, Trained, upstream_of
 from trainer.paper import charts, copying, held_out, memorization
 from trainer.paper.controls import CONTROLS, control, random_rows
@@ -38,6 +38,7 @@ from trainer.pieces import Pieces
 from trainer.plan import is_finished, make_plan
 from trainer.recipe import Training
 from trainer.request import TRAINING_DATABASE, read_prompts
+from trainer.sampling_recipe import EvaluateConfig
 from trainer.styles import RETRIEVAL, Cell, make_cells
 
 log = logging.getLogger("paper")

@@ -10,7 +10,8 @@ from trainer.drawing import place
 from trainer.paper.recipe import PaperConfig
 from trainer.picture import Grid, cell_edge, grid_png, open_picture
 from trainer.pieces import Pieces
-from trainer.request import TRAINING_DATABASE, SamplingConfig
+from trainer.request import TRAINING_DATABASE
+from trainer.sampling_recipe import SamplingConfig
 from trainer.styles import Cell, style_words
 
 
