@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline import selection
 from pipeline.columns import captions, count_changed, numbers, texts
 from pipeline.metadata import KNOWN, Piece, Plan, read
-from pipeline.selection import KEYS, Rules
-from pipeline.urls import canonical_column
+from pipeline.selection import KEYS, MENDED, Rules
 from retrieval.manifest import ShardRecord
 from retrieval.schema import SELECTED, SPLITS, Reason, write_table
 from retrieval.storage import FileRecord, Root
@@ -41,7 +41,7 @@ class Job:
 
 
 class Scan:
-    """Judges the rows of a piece; writes their keys, a batch for each bucket."""
+    """Judges the rows of a piece; writes their keys, a batch for each bucket, and the URLs it mended."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -50,18 +50,21 @@ class Scan:
     def __call__(self, shard: str) -> ShardRecord:
         piece = self.pieces[shard]
         reasons: Counter[str] = Counter()
-        tables = [KEYS.empty_table()]
+        tables, urls = [KEYS.empty_table()], []
         rows = 0
         for batch in read(self.job.source, piece, selection.JUDGED):
-            keys, dropped = selection.judge(batch, rows, self.job.rules)
+            keys, mended, dropped = selection.judge(batch, rows, self.job.rules)
             tables.append(keys)
+            urls.append(mended)
             reasons.update(dropped)
             rows += batch.num_rows
         keys = pa.concat_tables(tables)
-        file = _write_batches(
-            self.job.root, f"filter/{shard}.arrow", selection.by_bucket(keys, self.job.num_buckets), KEYS
+        buckets = selection.by_bucket(keys, self.job.num_buckets)
+        files = (
+            _write_batches(self.job.root, f"filter/{shard}.arrow", buckets, KEYS),
+            _write_batches(self.job.root, f"filter/{shard}-urls.arrow", urls, MENDED),
         )
-        return ShardRecord(shard, rows, (file,), dict(reasons))
+        return ShardRecord(shard, rows, files, dict(reasons))
 
 
 class Dedupe:
@@ -103,20 +106,23 @@ class Select:
         ids, split, repeated = self._verdicts(number, piece)
         writers = {name: _Splitter(self.job, f"filter/{name}/{piece.name}") for name in SPLITS}
         first = changed = 0
-        for batch in read(self.job.source, piece, tuple(KNOWN)):
-            here = slice(first, first + batch.num_rows)
-            for code, name in enumerate(SPLITS, 1):
-                mask = split[here] == code
-                given = batch.filter(pa.array(mask))
-                table = selected(given, ids[here][mask])
-                changed += count_changed(given["caption"], table["caption"])
-                writers[name].add(table)
-            first += batch.num_rows
+        with self.job.root.open(f"filter/scan/{piece.name}-urls.arrow") as file:
+            mended = pa.ipc.open_file(file)
+            for turn, batch in enumerate(read(self.job.source, piece, tuple(KNOWN))):
+                rows = _mend(batch, mended.get_batch(turn))
+                here = slice(first, first + rows.num_rows)
+                for code, name in enumerate(SPLITS, 1):
+                    mask = split[here] == code
+                    given = rows.filter(pa.array(mask))
+                    table = selected(given, ids[here][mask])
+                    changed += count_changed(given["caption"], table["caption"])
+                    writers[name].add(table)
+                first += rows.num_rows
         files = [file for name in SPLITS for file in writers[name].finish()]
-        rows = {file.name: float(count) for file, count in files}
+        counts = {file.name: float(count) for file, count in files}
         kept = sum(count for _, count in files)
         reasons = {str(Reason.DUPLICATE_URL): repeated} if repeated else {}
-        values = rows | {"captions_changed": changed}
+        values = counts | {"captions_changed": changed}
         return ShardRecord(shard, kept, tuple(file for file, _ in files), reasons, values)
 
     def _verdicts(self, number: int, piece: Piece) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int8], int]:
@@ -135,11 +141,19 @@ class Select:
         return ids, split, repeated
 
 
+def _mend(batch: pa.RecordBatch, mended: pa.RecordBatch) -> pa.RecordBatch:
+    """A batch of which every row that is kept has its canonical URL. mended: MENDED of the batch."""
+    mask = np.zeros(batch.num_rows, bool)
+    mask[mended["row"].to_numpy()] = True
+    urls = pc.replace_with_mask(texts(batch["url"]), mask, mended["url"])
+    return batch.set_column(batch.schema.get_field_index("url"), "url", urls)
+
+
 def selected(batch: pa.RecordBatch, ids: npt.NDArray[np.int64]) -> pa.Table:
-    """Rows under our names, all of them to be kept, as SELECTED. ids: their image ids."""
+    """Rows under our names, all of them to be kept, as SELECTED: URLs are canonical. ids: their image ids."""
     columns = {
         "image_id": pa.array(ids),
-        "url": canonical_column(texts(batch["url"])),
+        "url": batch["url"],
         "caption": captions(batch["caption"]),
         "license": texts(batch["license"], errors="ignore"),
     }

@@ -11,7 +11,7 @@ RULES = Rules(min_edge=768, max_watermark=0.8, max_unsafe=0.5, missing_scores="d
 
 def judged(rules: Rules = RULES, **columns: object) -> tuple[list[tuple[int, bool]], dict[str, int]]:
     row = {"url": "http://a.org/1", "width": 800, "height": 800, "pwatermark": 0.1, "punsafe": 0.1} | columns
-    keys, reasons = judge(pa.record_batch([[value] for value in row.values()], list(row)), 100, rules)
+    keys, _, reasons = judge(pa.record_batch([[value] for value in row.values()], list(row)), 100, rules)
     return list(zip(keys["row"].to_pylist(), keys["train"].to_pylist(), strict=True)), reasons
 
 
@@ -55,6 +55,13 @@ def test_a_dropped_row_has_one_reason(columns: dict[str, object], reason: str) -
     assert judged(**columns) == ([], {reason: 1})
 
 
+def test_urls_that_were_not_canonical_are_handed_on_and_no_others() -> None:
+    urls = ["http://a.org/1", "HTTP://a.org/2#x", "ftp://a.org/3", None]
+    columns = dict.fromkeys(("width", "height", "pwatermark", "punsafe"), [0] * 4)
+    _, mended, _ = judge(pa.record_batch({"url": urls, **columns}), 100, RULES)
+    assert mended.to_pylist() == [{"row": 1, "url": "http://a.org/2"}]
+
+
 def test_missing_scores_can_be_let_through_while_bad_ones_still_count() -> None:
     keep = Rules(768, 0.8, 0.5, "keep", Blocklist())
     assert judged(keep, punsafe=None, pwatermark=None) == ([(100, True)], {})
@@ -85,6 +92,12 @@ def test_every_later_row_of_an_id_repeats_the_first() -> None:
     later, collisions = repeats(keys_of([5, 7, 5, 9, 5, 7], [1, 2, 1, 3, 1, 2]))
     assert later.tolist() == [False, False, True, False, True, True]
     assert collisions == 0
+
+
+def test_of_many_rows_too_the_first_of_an_id_is_the_one_that_stays() -> None:
+    ids = np.random.default_rng(0).integers(0, 3_000, 10_000)
+    later, _ = repeats(keys_of(ids.tolist(), [0] * len(ids)))
+    assert np.flatnonzero(~later).tolist() == sorted(np.unique(ids, return_index=True)[1].tolist())
 
 
 def test_two_urls_of_one_id_are_counted_as_a_collision() -> None:
