@@ -56,7 +56,7 @@ class Extent:
     edge: int
 
 
-FULL = Extent(shards=4, rows=400, edge=450)
+FULL = Extent(shards=8, rows=400, edge=450)
 TINY = Extent(shards=2, rows=12, edge=40)
 
 
@@ -210,7 +210,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.download", description=__doc__)
     parser.add_argument("--scratch", type=Path, default=SCRATCH, help="where data go")
     parser.add_argument("--docs", type=Path, default=DOCS, help="where the page goes")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tiny", action="store_true", help="a look at the machinery; writes to the scratch")
     options = parser.parse_args(argv)
     every = [(split, processes) for split in SPLITS for processes in PROCESSES]

@@ -216,7 +216,7 @@ def _step_rate(
 
     def step() -> None:
         engine.backward(objective(engine, batch, dtype).mean())
-        optimizer_step(engine, 1)
+        optimizer_step(engine, stage.train)
 
     backends = [BACKENDS[case.backend]] if case.backend else list(BACKENDS.values())
     with sdpa_kernel(backends):

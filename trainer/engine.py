@@ -72,7 +72,8 @@ def engine_settings(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
         "train_batch_size": config.global_batch,
         "train_micro_batch_size_per_gpu": config.micro_batch,
         "gradient_accumulation_steps": accumulation_steps(config, ranks.world),
-        "gradient_clipping": config.clip_norm,
+        # Without ZeRO `optimizer_step` clips: DeepSpeed would take the norm again, weight by weight.
+        "gradient_clipping": config.clip_norm if config.zero_stage else 0.0,
         "bf16": {"enabled": config.precision == "bf16"},
         # Gathering gradients in one buffer spares a GPU's memory; on a CPU it costs a tenth of a small step.
         "zero_optimization": {
@@ -98,6 +99,8 @@ def make_engine(unet: Any, config: TrainConfig, ranks: Ranks) -> deepspeed.DeepS
     engine, *_ = deepspeed.initialize(
         model=unet, optimizer=optimizer, config=engine_settings(config, ranks), dist_init_required=False
     )
+    if ranks.world == 1 and not config.zero_stage:
+        engine.enable_backward_allreduce = False  # it would copy all gradients to nobody and back
     return engine
 
 
@@ -109,19 +112,18 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, config: TrainConfig, st
     return rate
 
 
-def optimizer_step(engine: deepspeed.DeepSpeedEngine, zero_stage: int) -> float:
+def optimizer_step(engine: deepspeed.DeepSpeedEngine, config: TrainConfig) -> float:
     """Update the weights once a global batch is complete. Returns the gradient norm, unclipped, else 0."""
     if not engine.is_gradient_accumulation_boundary():
         engine.step()
         return 0.0
-    if zero_stage:
+    if config.zero_stage:
         engine.step()
         return float(engine.get_global_grad_norm())
-    # DeepSpeed gives no norm without ZeRO; gradients are already averaged over ranks here.
-    gradients = [weight.grad for weight in engine.module.parameters() if weight.grad is not None]
-    norm = float(torch.nn.utils.get_total_norm(gradients))
+    # Gradients are already averaged over ranks here.
+    norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), config.clip_norm or torch.inf)
     engine.step()
-    return norm
+    return float(norm)
 
 
 def gather_numbers(mine: torch.Tensor, ranks: Ranks) -> torch.Tensor:

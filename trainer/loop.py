@@ -141,7 +141,7 @@ def _learn(session: Session, batch: Batch) -> tuple[torch.Tensor, float]:
         losses = objective(engine, micro_batch, dtype)
         loss = losses.mean()
         engine.backward(loss)
-        grad_norm = optimizer_step(engine, config.zero_stage)
+        grad_norm = optimizer_step(engine, config)
         total += loss.detach() * (len(micro_batch.image_ids) / len(batch.image_ids))
         each.append(losses.detach())
     sums = objective.by_quartile(torch.cat(each), batch.timesteps)

@@ -27,6 +27,7 @@ from retrieval.encoder import Encoder
 from retrieval.manifest import read_manifest
 from retrieval.recipe import ClipConfig
 from retrieval.schema import image_id
+from tests.pipeline.made_here import made_here
 from tests.trainer.launched import train
 from tests.trainer.tiny_run import DIM, write_clip
 
@@ -107,8 +108,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, server: tuple[str, Path], r
     made = load_recipe(
         CONFIGS / "imagenet_rdm.toml", [f"{key}={value}" for key, value in (places | TINY).items()]
     )
-    for stage in (filter, download, embed, index, neighbors):
-        stage.run(made)
+    with made_here():
+        for stage in (filter, download, embed, index, neighbors):
+            stage.run(made)
     write_pictures(folder / "loan", 3, 4)
     database.run(made, "loan", Source(folder / "loan", license="CC0"))
     train(training(made), made.root)

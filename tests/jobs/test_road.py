@@ -8,14 +8,17 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from jobs import download, embed, filter, index, latents, neighbors
+from jobs.demo.__main__ import run as run_demo
 from jobs.recipe import load_recipe
 from retrieval import Database, Root
 from retrieval.manifest import read_manifest
+from tests.pipeline.made_here import made_here
 
 DEMO = Path(__file__).resolve().parents[2] / "jobs/configs/demo.toml"
 TINY = {
@@ -26,8 +29,9 @@ TINY = {
     "clip_training.num_scenes": 1000,
     "clip_training.num_test_scenes": 20,
     "clip_training.steps": 30,
+    "clip_training.batch_size": 32,
     "neighbors.near_copy_similarity": 0.9995,
-    "autoencoder_training.num_scenes": 1000,
+    "autoencoder_training.num_scenes": 200,
     "autoencoder_training.steps": 6,
     "filter.rows_per_shard": 20,
     "download.deadline_s": 3.0,
@@ -128,32 +132,54 @@ def test_every_stage_left_a_manifest_and_every_database_opens(road: Path) -> Non
     assert not list(road.rglob(".partial-*"))
 
 
+@pytest.mark.usefixtures("ray_cluster")
 def test_a_second_demo_does_nothing_again(road: Path, free_port: int) -> None:
     before = {path: path.stat().st_mtime_ns for path in road.rglob("manifest.json")}
     assert len(before) > 15
-    subprocess.run(command("demo", road, free_port), capture_output=True, check=False)
+    with made_here(), pytest.raises(SystemExit, match="1"):
+        run_demo(load_recipe(DEMO, overrides(road, free_port)))
     assert {path: path.stat().st_mtime_ns for path in road.rglob("manifest.json")} == before
+
+
+def folder_of(stage: str) -> str:
+    return "latents/64" if stage == "latents" else stage
+
+
+@pytest.fixture(scope="module")
+def killed(road: Path, tmp_path_factory: pytest.TempPathFactory, free_port: int) -> dict[str, Path]:
+    """For each stage a copy of the road, on which one worker ran the stage and was killed, two at a time."""
+
+    def kill(stage: str) -> Path:
+        root = tmp_path_factory.mktemp(stage) / "run"
+        for folder in ("world", "clip", "autoencoder", "filter", "download", "embed", "index"):
+            shutil.copytree(road / folder, root / folder)
+        shutil.rmtree(root / folder_of(stage), ignore_errors=True)
+        # The fingerprint of filter holds where its metadata lies, so its first run is made here.
+        alone = [*command(stage, root, free_port), "--set", f"{stage}.workers=1"]
+        _kill_at_first_record(alone, root / folder_of(stage))
+        return root
+
+    with ThreadPoolExecutor(2) as threads:
+        return dict(zip(STAGES, threads.map(kill, STAGES), strict=True))
 
 
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("stage", sorted(STAGES))
 def test_a_killed_stage_is_completed_to_the_same_bytes(
-    road: Path, tmp_path: Path, free_port: int, stage: str
+    road: Path, killed: dict[str, Path], free_port: int, stage: str
 ) -> None:
-    for folder in ("world", "clip", "autoencoder", "filter", "download", "embed", "index"):
-        shutil.copytree(road / folder, tmp_path / folder)
-    name = "latents/64" if stage == "latents" else stage
+    name, folder = folder_of(stage), killed[stage] / folder_of(stage)
     wanted = read_manifest(Root(road), name)
-    shutil.rmtree(tmp_path / name, ignore_errors=True)
-    # The fingerprint of filter holds where its metadata lies, so its first run is made here.
-    _kill_at_first_record(command(stage, tmp_path, free_port), tmp_path / name)
-    assert not (tmp_path / name / "manifest.json").exists()
-    recipe = load_recipe(DEMO, overrides(tmp_path, free_port))
-    STAGES[stage].run(recipe)
-    found = read_manifest(Root(tmp_path), name)
+    finished = {path: path.stat().st_mtime_ns for path in folder.glob("records/**/*.json")}
+    assert finished
+    assert not (folder / "manifest.json").exists()
+    with made_here():
+        STAGES[stage].run(load_recipe(DEMO, overrides(killed[stage], free_port)))
+    assert all(path.stat().st_mtime_ns == made for path, made in finished.items() if path.exists())
+    found = read_manifest(Root(killed[stage]), name)
     assert found.checksums() == wanted.checksums()
     assert found.reasons == wanted.reasons
-    assert not list((tmp_path / name).rglob(".partial-*"))
+    assert not list(folder.rglob(".partial-*"))
 
 
 def _kill_at_first_record(arguments: list[str], folder: Path) -> None:

@@ -21,6 +21,8 @@ from retrieval import Root, schema
 from retrieval.manifest import Manifest, ShardRecord, write_manifest
 from retrieval.recipe import ClipConfig
 
+from .made_here import made_here
+
 Answer = Callable[[BaseHTTPRequestHandler], None]
 
 ARCHITECTURE = {
@@ -51,6 +53,13 @@ def write_clip(folder: Path, seed: int) -> ClipConfig:
 def clip(tmp_path_factory: pytest.TempPathFactory) -> ClipConfig:
     """The encoder of these tests."""
     return write_clip(tmp_path_factory.mktemp("clip") / "model", seed=0)
+
+
+@pytest.fixture(scope="module")
+def shards_here(ray_cluster: None) -> Iterator[None]:
+    """All stages of a module make their shards in its process."""
+    with made_here():
+        yield
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ from retrieval.manifest import Manifest
 from retrieval.schema import DOWNLOADED, read_table
 from retrieval.storage import Root
 
+from .made_here import made_here
+
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 NAMES = [f"{n}.jpg" for n in range(6)]
@@ -96,7 +98,8 @@ def select(root: Root, meta: Path, urls: list[str], watermark: float = 0.0, **se
     sizes = {"WIDTH": [1000] * n, "HEIGHT": [800] * n}
     scores = {"pwatermark": [watermark] * n, "punsafe": [0.0] * n}
     pq.write_table(pa.table(columns | sizes | scores), meta / f"{watermark}.parquet")
-    filter_stage.run(FilterConfig(metadata=str(meta), workers=1, **settings), root)
+    with made_here():
+        filter_stage.run(FilterConfig(metadata=str(meta), workers=1, **settings), root)
 
 
 def config(**settings: object) -> DownloadConfig:

@@ -39,7 +39,7 @@ def embedded(root: Root, shard: str) -> tuple[list[str], np.ndarray]:
     return table["url"].to_pylist(), schema.vectors(table, schema.EMBEDDING).astype(np.float32)
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("shards_here")
 def test_each_image_gets_its_own_vector_in_the_order_of_the_download(root: Root, clip: ClipConfig) -> None:
     embed.run(CONFIG, clip, root)
     urls, vectors = embedded(root, "train/00000")
@@ -49,7 +49,7 @@ def test_each_image_gets_its_own_vector_in_the_order_of_the_download(root: Root,
     np.testing.assert_allclose(vectors, Encoder(clip).encode_images(images), atol=2e-3)
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("shards_here")
 def test_refused_images_are_counted_by_reason(root: Root, clip: ClipConfig) -> None:
     manifest = embed.run(CONFIG, clip, root)
     assert manifest.rows == 5 + 6
@@ -58,7 +58,7 @@ def test_refused_images_are_counted_by_reason(root: Root, clip: ClipConfig) -> N
     assert embedded(root, "database/00000")[0] == kept
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("shards_here")
 def test_batch_size_changes_neither_vectors_nor_fingerprint(root: Root, clip: ClipConfig) -> None:
     first = embed.run(CONFIG, clip, root)
     _, vectors = embedded(root, "train/00000")
@@ -68,7 +68,7 @@ def test_batch_size_changes_neither_vectors_nor_fingerprint(root: Root, clip: Cl
     np.testing.assert_allclose(embedded(root, "train/00000")[1], vectors, atol=1e-3)
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("shards_here")
 def test_another_encoder_embeds_everything_anew(root: Root, clip: ClipConfig, tmp_path: Path) -> None:
     first = embed.run(CONFIG, clip, root)
     second = embed.run(CONFIG, write_clip(tmp_path / "other", seed=1), root)
@@ -76,7 +76,7 @@ def test_another_encoder_embeds_everything_anew(root: Root, clip: ClipConfig, tm
     assert second.checksums() != first.checksums()
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("shards_here")
 def test_a_tar_that_is_damaged_in_the_middle_loses_no_image_silently(root: Root, clip: ClipConfig) -> None:
     path = root.local_path("download/database/00000.tar")
     data = bytearray(path.read_bytes())
@@ -87,7 +87,7 @@ def test_a_tar_that_is_damaged_in_the_middle_loses_no_image_silently(root: Root,
         embed.run(CONFIG, clip, root)
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("shards_here")
 def test_a_deleted_shard_is_made_again(root: Root, clip: ClipConfig) -> None:
     first = embed.run(CONFIG, clip, root)
     root.delete("embed/train/00000.parquet")
@@ -95,7 +95,7 @@ def test_a_deleted_shard_is_made_again(root: Root, clip: ClipConfig) -> None:
     assert root.exists("embed/train/00000.parquet")
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("shards_here")
 def test_a_corrupt_tar_stops_the_stage_and_names_itself(root: Root, clip: ClipConfig) -> None:
     root.local_path("download/database/00000.tar").write_bytes(b"x" * 2000)
     with pytest.raises(UserError, match=r"download/database/00000\.tar.*not a readable tar"):

@@ -18,7 +18,7 @@ CONFIG = IndexConfig(rows_per_partition=15, workers=2)
 
 
 @pytest.fixture(scope="module")
-def embedded(tmp_path_factory: pytest.TempPathFactory, clip: ClipConfig, ray_cluster: None) -> Path:
+def embedded(tmp_path_factory: pytest.TempPathFactory, clip: ClipConfig, shards_here: None) -> Path:
     """Three embedded shards of database images and one of training images."""
     folder = tmp_path_factory.mktemp("embedded")
     root = Root(folder)
@@ -77,7 +77,7 @@ def test_what_was_hidden_stays_hidden_in_an_index_made_anew(root: Root) -> None:
 
 
 def test_the_index_of_a_run_without_database_images_is_refused(
-    tmp_path: Path, clip: ClipConfig, ray_cluster: None
+    tmp_path: Path, clip: ClipConfig, shards_here: None
 ) -> None:
     root = Root(tmp_path)
     write_download(root, {"train/00000": pictures("train", 900, 4)})

@@ -20,7 +20,7 @@ CONFIG = NeighborsConfig(k=4, near_copy_similarity=0.999, workers=2)
 
 
 @pytest.fixture(scope="module")
-def indexed(tmp_path_factory: pytest.TempPathFactory, clip: ClipConfig, ray_cluster: None) -> Path:
+def indexed(tmp_path_factory: pytest.TempPathFactory, clip: ClipConfig, shards_here: None) -> Path:
     """60 indexed database images, one of them a copy of a training image, and 2 x 5 training images."""
     folder = tmp_path_factory.mktemp("indexed")
     root = Root(folder)

@@ -1,9 +1,6 @@
-"""The data stages on an S3 bucket: every file is the same as on a local disk, and is read from there.
+"""The data stages on an S3 bucket: every file is the same as on a local disk, and is read from there."""
 
-Shards are made in this process. Workers of Ray would only import everything again, a dozen times.
-"""
-
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +10,16 @@ from s3fs import S3FileSystem
 
 from benchmarks.crashes_store import running_store
 from benchmarks.crashes_world import STAGES, served_world
-from pipeline import database, download, embed, filter, index, neighbors
-from pipeline.runner import Work, Workers, _Worker
-from pipeline.stage import Stage
+from pipeline import database
 from pipeline.status import Wanted, look
 from retrieval import Database, Root
 from retrieval.encoder import Encoder
-from retrieval.manifest import ShardRecord, read_manifest
+from retrieval.manifest import read_manifest
 from retrieval.recipe import ClipConfig, IndexConfig
 from trainer.data import ImageShard
 from trainer.plan import Samples
+
+from .made_here import made_here
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +29,9 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Root, Root
     with (
         running_store() as store,
         served_world(folder / "world", seed=0) as world,
-        pytest.MonkeyPatch.context() as patch,
+        made_here(),
     ):
         S3FileSystem.clear_instance_cache()  # clients of another module's store
-        for module in (filter, download, embed, index, neighbors):
-            patch.setattr(module, "run_shards", run_here)
         local, remote = Root(folder / "run"), Root(store.url("run"))
         for stage in STAGES:
             for root in (local, remote):
@@ -44,13 +39,6 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Root, Root
         _build_style(folder / "style", ClipConfig(model=f"local-dir:{world.folder}/clip"), (local, remote))
         yield local, remote
     S3FileSystem.clear_instance_cache()
-
-
-def run_here(
-    stage: Stage, shards: Sequence[str], make_work: Callable[[], Work], workers: Workers, **_: object
-) -> list[ShardRecord]:
-    worker = _Worker(stage, make_work, 0)
-    return [worker.run(shard)[0] for shard in shards]
 
 
 def _build_style(source: Path, clip: ClipConfig, roots: tuple[Root, Root]) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from retrieval.manifest import Manifest, ShardRecord, read_manifest, write_manif
 from retrieval.recipe import IndexConfig
 
 from .conftest import Picture, write_download
+from .made_here import made_here
 
 CONFIG = NeighborsConfig(k=4, near_copy_similarity=0.999, recall_sample=0, workers=1)
 ENCODER = EncoderIdentity(model="none", weights="0" * 16, preprocessing="", dim=16)
@@ -69,7 +71,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
     config = IndexConfig(rows_per_partition=20)
     for name, made_from in (("index", read_manifest(root, "embed").identity), ("databases/ink", "x")):
         build_database(root, database, ENCODER, config, Identity(name, {"embed": made_from}))
-    fingerprint = neighbors.run(CONFIG, root).fingerprint
+    with made_here():
+        fingerprint = neighbors.run(CONFIG, root).fingerprint
     root.write_json("runs/a/train/manifest.json", {"upstream": {"neighbors": fingerprint}})
     settings = {"neighbors stage": fingerprint}
     root.write_json("runs/b/train/checkpoints/checkpoints.json", {"settings": settings})
@@ -81,6 +84,12 @@ def made(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
 def root(made: Path, tmp_path: Path) -> Root:
     shutil.copytree(made, tmp_path / "run")
     return Root(tmp_path / "run")
+
+
+@pytest.fixture
+def shards_here() -> Iterator[None]:
+    with made_here():
+        yield
 
 
 def neighbor_ids(root: Root, shard: str) -> dict[int, list[int]]:
@@ -102,6 +111,7 @@ def listed(root: Root, tmp_path: Path) -> tuple[Blocklist, list[int]]:
     return read_blocklist(str(tmp_path / "list.txt")), sorted(ids | same)
 
 
+@pytest.mark.usefixtures("shards_here")
 def test_a_removal_that_was_killed_ends_as_if_all_had_been_made_without_the_images(
     root: Root, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +181,7 @@ def test_a_database_that_is_not_finished_is_not_passed_over(root: Root, tmp_path
     assert not root.exists("optout")
 
 
+@pytest.mark.usefixtures("shards_here")
 def test_tables_of_another_index_are_not_vouched_for(root: Root, tmp_path: Path) -> None:
     blocklist, _ = listed(root, tmp_path)
     index = read_manifest(root, "index")

@@ -111,7 +111,7 @@ def test_only_what_passes_is_asked_for_again(root: Root) -> None:
     assert [may_change(row) for row in (cut_short, damaged)] == [True, False]
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("shards_here")
 def test_the_stage_betters_what_it_has_and_its_identity_tells(root: Root, origin, well: ShardRecord) -> None:
     config = DownloadConfig(
         contact="us@example.org", allow_private="loopback", retries=0, train_min_edge=1, workers=1

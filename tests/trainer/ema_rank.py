@@ -28,7 +28,7 @@ def check(zero_stage: int, precision: str, ranks: Ranks) -> None:
     dtype = next(engine.module.parameters()).dtype
     for update in (1, 2, 3):
         engine.backward(engine(torch.randn(2, 7).to(dtype)).float().square().mean())
-        optimizer_step(engine, zero_stage)
+        optimizer_step(engine, config)
         split.update(update)
         for name, weights in masters(engine.module, zero_stage).items():
             whole[name].lerp_(weights, 1 - decay_at(update, DECAY))
@@ -47,8 +47,21 @@ def masters(module: torch.nn.Module, zero_stage: int) -> dict[str, torch.Tensor]
     return {name: safe_get_full_fp32_param(weight).detach().clone() for name, weight in named}
 
 
+def check_unclipped(ranks: Ranks) -> None:
+    """A recipe that does not clip trains all the same, without ZeRO too."""
+    config = make_recipe("", zero_stage=0, precision="fp32", global_batch=4, clip_norm=0.0).train
+    layer = torch.nn.Linear(7, 5)
+    engine = make_engine(layer, config, ranks)
+    before = layer.weight.detach().clone()
+    engine.backward(engine(torch.randn(2, 7)).square().mean())
+    assert optimizer_step(engine, config) > 0
+    assert not torch.equal(before, layer.weight)
+    engine.destroy()
+
+
 if __name__ == "__main__":
     group = join_ranks()
+    check_unclipped(group)
     for stage in (0, 1, 2, 3):
         check(stage, "fp32", group)
     for stage in (1, 2, 3):

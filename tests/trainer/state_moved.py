@@ -45,7 +45,7 @@ class Trained:
             batch = torch.randn(4, 7, generator=torch.Generator().manual_seed(step))
             for rows in batch.chunk(self.ranks.world)[self.ranks.rank].split(self.config.micro_batch):
                 self.engine.backward(self.engine(rows.to(dtype)).float().square().mean())
-                optimizer_step(self.engine, self.config.zero_stage)
+                optimizer_step(self.engine, self.config)
             self.average.update(step + 1)
 
     def whole(self) -> dict[str, torch.Tensor]:
