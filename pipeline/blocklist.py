@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.urls import canonical
+from pipeline.urls import canonical, host
 from retrieval.errors import UserError
 from retrieval.phash import Hashes, Looks
 from retrieval.schema import image_id
@@ -55,8 +55,12 @@ class Blocklist:
             return np.zeros(len(urls), bool)
         authorities = pc.list_element(pc.split_pattern(urls, "/", max_splits=3), 2)
         hosts = pc.replace_substring_regex(authorities, ":[0-9]+$", "").dictionary_encode()
-        listed = np.array([self._lists(host) for host in hosts.dictionary.to_pylist()], bool)
+        listed = np.array([self._lists(name) for name in hosts.dictionary.to_pylist()], bool)
         return listed[hosts.indices.to_numpy(zero_copy_only=False)]
+
+    def blocks_url(self, url: str) -> bool:
+        """Whether one canonical URL is listed, or its domain."""
+        return bool(self.blocks_ids(np.array([image_id(url)]))[0]) or self._lists(host(url))
 
     def blocks_content(self, body: bytes) -> bool:
         """Whether the hash of these bytes is listed."""
@@ -72,8 +76,8 @@ class Blocklist:
     def _looks(self) -> Looks:
         return Looks(self.phashes)
 
-    def _lists(self, host: str) -> bool:
-        labels = host.split(".")
+    def _lists(self, name: str) -> bool:
+        labels = name.split(".")
         return any(".".join(labels[i:]) in self.domains for i in range(len(labels)))
 
 

@@ -110,6 +110,9 @@ class Seam:
 
     def _served(self, errand: Errand) -> Jpeg | Refusal | None:
         try:
+            if errand.redirects and self.storing.blocklist.blocks_url(errand.url):
+                self.turns.done(errand)
+                return BARRED
             body = self.fetcher.serve(errand, self.turns)
             return self._checked(errand.number, body) if isinstance(body, bytes) else body
         except Exception as error:  # noqa: BLE001

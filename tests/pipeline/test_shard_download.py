@@ -106,6 +106,21 @@ def test_listed_urls_domains_and_ids_are_not_asked_for(tmp_path: Path, origin) -
     assert [path for path, _ in origin.asked] == ["/1"]
 
 
+def test_redirects_do_not_lead_to_what_is_listed(tmp_path: Path, origin) -> None:
+    there = [origin.sends(f"/{n}", jpeg(Image.new("RGB", (96, 96)), 90)) for n in range(3)]
+    there[2] = there[2].replace("127.0.0.1", "localhost")
+    (tmp_path / "list.txt").write_text(there[1])
+    listed = read_blocklist(str(tmp_path / "list.txt"))
+    listed = dataclasses.replace(listed, domains=frozenset({"localhost"}))
+    storing = dataclasses.replace(STORING, blocklist=listed)
+    root = Root(str(tmp_path))
+    urls = [origin.sends(f"/to/{n}", b"", 302, Location=url) for n, url in enumerate(there)]
+    write_selected(root, "train/0", urls)
+    record = ShardDownload(root, fetcher(), {"train": storing})("train/0")
+    assert (record.rows, record.reasons) == (1, {"blocked": 2})
+    assert sorted(path for path, _ in origin.asked) == ["/0", "/to/0", "/to/1", "/to/2"]
+
+
 def jpeg(image: Image.Image, quality: int) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality)
