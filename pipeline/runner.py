@@ -23,6 +23,7 @@ from ray.exceptions import (
 )
 
 from pipeline import memory
+from pipeline.curves import curves
 from pipeline.meters import Meters
 from pipeline.stage import Stage, at_once
 from retrieval.config import WorkersConfig
@@ -124,10 +125,11 @@ def run_shards(
         return [records[shard] for shard in shards]
     pool = _Pool(stage, make_work, workers)
     begun = time.time()
-    with closing(pool):
+    with curves(stage) as tell, closing(pool):
         for record, peak in pool.run(todo):
             records[record.shard] = record
             pool.meters.made(record, peak)
+            tell(record, peak, len(records))
             _report(stage, record, peak, (len(records), len(shards), (time.time() - begun) / pool.made))
     return [records[shard] for shard in shards]
 

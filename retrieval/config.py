@@ -40,3 +40,5 @@ class WorkersConfig(Config):
     """Memory of a worker in GB: no node gets more than fit, one that holds more is ended; 0: no limit."""
     nodes: str = speed("", pattern=r"^[A-Za-z0-9_-]*$")
     """Nodes that may work: those that offer this custom resource, such as `download`; empty: all."""
+    wandb: str = speed("")
+    """Project of Weights & Biases that is told of every shard; empty: none."""
