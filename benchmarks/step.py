@@ -56,8 +56,8 @@ PART = """
 {table}
 
 Overhead over the bare loop: **{overhead:+.1%}** of its CPU time (median over steps{verdict}), of which
-reading the data is {reading:.1%}; over the loop that also clips and averages: {beside:+.1%}. Both train the
-same: after the last step the losses of ours and of that loop differ by {difference:.1e}.
+reading the data is {reading:.1%}; over the loop that also clips and averages: {beside:+.1%}. After
+the last step the losses of ours and of that loop differ by {difference:.1e}.
 """
 ZERO_STAGES = (0, 1)
 

@@ -47,7 +47,7 @@ def run(config: DownloadConfig, root: Root, retry: bool = False) -> Manifest:
 
 
 def make_work(config: DownloadConfig, root: Root, blocklist: Blocklist, retry: bool = False) -> Work:
-    """What one worker process does with a shard's name; loads img2dataset."""
+    """What one worker process does with a shard's name; loads img2dataset's downloader."""
     from pipeline.retry import ShardRetry
     from pipeline.shard_download import ShardDownload
 

@@ -1,7 +1,7 @@
 """img2dataset's downloader, without the rest of img2dataset.
 
-Reads and writes nothing. The package's own import brings torch, Ray, albumentations and W&B, 670 MB and six
-seconds in each worker, for its command line and its resizer; the module that we use needs next to none of it.
+Reads and writes nothing. The package's own import brings torch, Ray and albumentations, 670 MB and six
+seconds in each worker, for its command line and its resizer; the module that we use needs none of these.
 """
 
 import sys

@@ -18,6 +18,7 @@ from pipeline import selection
 from pipeline.columns import captions, count_changed, numbers, texts
 from pipeline.metadata import KNOWN, Piece, Plan, read
 from pipeline.selection import KEYS, MENDED, Rules
+from retrieval.errors import UserError
 from retrieval.manifest import ShardRecord
 from retrieval.schema import SELECTED, SPLITS, Reason, write_table
 from retrieval.storage import FileRecord, Root
@@ -106,24 +107,34 @@ class Select:
         ids, split, repeated = self._verdicts(number, piece)
         writers = {name: _Splitter(self.job, f"filter/{name}/{piece.name}") for name in SPLITS}
         first = changed = 0
-        with self.job.root.open(f"filter/scan/{piece.name}-urls.arrow") as file:
-            mended = pa.ipc.open_file(file)
-            for turn, batch in enumerate(read(self.job.source, piece, tuple(KNOWN))):
-                rows = _mend(batch, mended.get_batch(turn))
-                here = slice(first, first + rows.num_rows)
-                for code, name in enumerate(SPLITS, 1):
-                    mask = split[here] == code
-                    given = rows.filter(pa.array(mask))
-                    table = selected(given, ids[here][mask])
-                    changed += count_changed(given["caption"], table["caption"])
-                    writers[name].add(table)
-                first += rows.num_rows
+        mended = self._mended(piece)
+        for batch in read(self.job.source, piece, tuple(KNOWN)):
+            rows = _mend(batch, mended, first)
+            here = slice(first, first + rows.num_rows)
+            for code, name in enumerate(SPLITS, 1):
+                mask = split[here] == code
+                given = rows.filter(pa.array(mask))
+                table = selected(given, ids[here][mask])
+                changed += count_changed(given["caption"], table["caption"])
+                writers[name].add(table)
+            first += rows.num_rows
         files = [file for name in SPLITS for file in writers[name].finish()]
         counts = {file.name: float(count) for file, count in files}
         kept = sum(count for _, count in files)
         reasons = {str(Reason.DUPLICATE_URL): repeated} if repeated else {}
         values = counts | {"captions_changed": changed}
         return ShardRecord(shard, kept, tuple(file for file, _ in files), reasons, values)
+
+    def _mended(self, piece: Piece) -> pa.Table:
+        """MENDED of the piece, as its scan found it."""
+        name = f"filter/scan/{piece.name}-urls.arrow"
+        if not self.job.root.exists(name):
+            raise UserError(
+                f"{self.job.root.at(name)} is missing: an older version began this run. Delete"
+                f" {self.job.root.at('filter')} and run 'make filter' again."
+            )
+        with self.job.root.open(name) as file:
+            return pa.ipc.open_file(file).read_all()
 
     def _verdicts(self, number: int, piece: Piece) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int8], int]:
         """Image id and split of each row (0: dropped, else 1 + place in SPLITS), and repeats found."""
@@ -141,11 +152,18 @@ class Select:
         return ids, split, repeated
 
 
-def _mend(batch: pa.RecordBatch, mended: pa.RecordBatch) -> pa.RecordBatch:
-    """A batch of which every row that is kept has its canonical URL. mended: MENDED of the batch."""
+def _mend(batch: pa.RecordBatch, mended: pa.Table, first: int) -> pa.RecordBatch:
+    """A batch of which every row that is kept has its canonical URL.
+
+    mended: MENDED of the piece; first: the batch's first row there. A scan reads fewer columns, and so may
+    have been given other batches.
+    """
+    rows = mended["row"].to_numpy()
+    here = slice(*np.searchsorted(rows, [first, first + batch.num_rows]).tolist())
     mask = np.zeros(batch.num_rows, bool)
-    mask[mended["row"].to_numpy()] = True
-    urls = pc.replace_with_mask(texts(batch["url"]), mask, mended["url"])
+    mask[rows[here] - first] = True
+    found = mended["url"][here].combine_chunks()
+    urls = pc.replace_with_mask(texts(batch["url"]), mask, found)
     return batch.set_column(batch.schema.get_field_index("url"), "url", urls)
 
 

@@ -1,6 +1,6 @@
 """The settings of the data stages: sections `filter`, `download`, `embed` and `neighbors` of a recipe.
 
-Nothing that computes is imported here: who reads or checks settings need not wait for torch, ray and faiss.
+No torch, Ray or faiss is imported here: who reads or checks settings need not wait for them.
 """
 
 from typing import Literal

@@ -40,7 +40,7 @@ KEYS = pa.schema(
 MENDED = pa.schema(
     [pa.field("row", pa.uint32(), nullable=False), pa.field("url", pa.string(), nullable=False)]
 )
-"""A row whose URL was not canonical, and is now. row: counted from its batch's first."""
+"""A row whose URL was not canonical, and is now. row: counted from its piece's first, rising."""
 
 Mask = npt.NDArray[np.bool_]
 Ids = npt.NDArray[np.int64]
@@ -87,12 +87,12 @@ def judge(
     counts = np.bincount(verdict, minlength=6)[1:]
     reasons = {str(word): int(count) for word, count in zip(DROPPED, counts, strict=True) if count}
     columns = [ids, check, (rows + first_row).astype(np.uint32), train[rows]]
-    return pa.table(columns, schema=KEYS), _mended(given, urls), reasons
+    return pa.table(columns, schema=KEYS), _mended(given, urls, first_row), reasons
 
 
-def _mended(given: pa.StringArray, urls: pa.StringArray) -> pa.RecordBatch:
+def _mended(given: pa.StringArray, urls: pa.StringArray, first_row: int) -> pa.RecordBatch:
     rows = np.flatnonzero(pc.fill_null(pc.not_equal(urls, given), False).to_numpy(zero_copy_only=False))
-    return pa.record_batch([rows.astype(np.uint32), urls.take(pa.array(rows))], schema=MENDED)
+    return pa.record_batch([(rows + first_row).astype(np.uint32), urls.take(pa.array(rows))], schema=MENDED)
 
 
 def _edges(column: pa.Array) -> npt.NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""Downloads one shard: img2dataset fetches, resizes and writes it in any order, we put it in order.
+"""Downloads one shard: img2dataset's Downloader runs the threads; fetching, pictures and writing are ours.
 
 Reads `filter/<shard>.parquet`; writes `download/<shard>.tar` (WebDataset, rows in the filter's order) and
 `download/<shard>.parquet` (schema DOWNLOADED: every URL, stored or not, and why not). Equal answers of the
@@ -51,10 +51,12 @@ class Shelf:
     def write(self, img_str: bytes | None, key: str, _caption: str | None, meta: dict[str, Any]) -> None:
         """Take a row: its JPEG, or None where none came, and img2dataset's facts of it."""
         number = int(key)
-        self.sizes[number] = {name: meta[name] or 0 for name in SIZES}
         if img_str is not None:
-            self._places[number] = self._file.tell(), len(img_str)
+            place = self._file.tell(), len(img_str)
             self._file.write(img_str)
+            self._places[number] = place
+        # Last: a row that is not here was not kept, since Downloader goes on after an error.
+        self.sizes[number] = {name: meta[name] or 0 for name in SIZES}
 
     def close(self) -> None:
         """Let what was written be read."""

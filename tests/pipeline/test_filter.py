@@ -13,6 +13,7 @@ from retrieval.errors import UserError
 from retrieval.manifest import Manifest
 from retrieval.schema import SELECTED, image_id, read_table
 from retrieval.storage import Root
+from tests.pipeline.made_here import made_here
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -156,6 +157,36 @@ def test_odd_types_and_values_are_read_or_named(tmp_path: Path, root: Root) -> N
     assert train["caption"].to_pylist() == ["", "größe"]
     assert train["license"].to_pylist() == ["CC0", "?"]
     assert manifest.reasons == {"bad_size": 1, "no_score": 1}
+
+
+def test_urls_are_mended_in_their_rows_however_the_file_divides_its_columns(
+    tmp_path: Path, root: Root
+) -> None:
+    urls = [f"http://example.org/{n}.jpg" for n in range(300)]
+    given = [f"{url}#x" if n % 7 == 3 else url for n, url in enumerate(urls)]
+    captions = [str(n) for n in range(300)]
+    write(tmp_path / "meta", "a.parquet", numbered(0, 300), URL=given, TEXT=captions)
+    table = pq.read_table(tmp_path / "meta/a.parquet")
+    place = table.column_names.index("TEXT")
+    # A dictionary a row group: whoever reads this column gets other batches than who does not.
+    table = table.set_column(place, "TEXT", table["TEXT"].dictionary_encode())
+    pq.write_table(table, tmp_path / "meta/a.parquet", row_group_size=100)
+    train = rows_of(root, run(config(tmp_path / "meta"), root), "train")
+    assert train["url"].to_pylist() == urls
+    assert train["caption"].to_pylist() == captions
+
+
+def test_a_run_that_an_older_version_began_says_what_to_do(
+    tmp_path: Path, root: Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "meta", "a.parquet", numbered(0, 3))
+    exists = Root.exists
+    monkeypatch.setattr(
+        Root, "exists", lambda self, name: not name.endswith("-urls.arrow") and exists(self, name)
+    )
+    wanted = r"-urls.arrow is missing: an older version.*run 'make filter' again"
+    with made_here(), pytest.raises(UserError, match=wanted):
+        run(config(tmp_path / "meta"), root)
 
 
 def test_listed_images_are_not_selected_and_a_changed_list_selects_anew(tmp_path: Path, root: Root) -> None:

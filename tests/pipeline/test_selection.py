@@ -59,7 +59,7 @@ def test_urls_that_were_not_canonical_are_handed_on_and_no_others() -> None:
     urls = ["http://a.org/1", "HTTP://a.org/2#x", "ftp://a.org/3", None]
     columns = dict.fromkeys(("width", "height", "pwatermark", "punsafe"), [0] * 4)
     _, mended, _ = judge(pa.record_batch({"url": urls, **columns}), 100, RULES)
-    assert mended.to_pylist() == [{"row": 1, "url": "http://a.org/2"}]
+    assert mended.to_pylist() == [{"row": 101, "url": "http://a.org/2"}]
 
 
 def test_missing_scores_can_be_let_through_while_bad_ones_still_count() -> None:
