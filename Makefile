@@ -16,7 +16,7 @@ STAGES := filter download embed index neighbors latents train sample evaluate
 
 # A cluster by the address of its dashboard; RAY_ADDRESS names one too, a local Ray's address stays what it is.
 CLUSTER ?= $(filter http://% https://%,$(RAY_ADDRESS))
-SUBMIT = $(if $(CLUSTER),jobs.submit "$(CLUSTER)")
+SUBMIT = $(if $(CLUSTER),jobs.cluster.submit "$(CLUSTER)")
 
 # Ray would otherwise write a token to the home folder; a busy second thread only spins on a small machine.
 export RAY_AUTH_MODE ?= disabled
@@ -68,7 +68,7 @@ optout: install ## take listed images out of databases and training: make optout
 	$(BIN)/python -m jobs.optout $(RECIPE) --list "$(LIST)" $(ARGS)
 
 report: install ## write the demo's report again from what is on disk
-	$(BIN)/python -m jobs.report $(RECIPE) $(ARGS)
+	$(BIN)/python -m jobs.demo.report $(RECIPE) $(ARGS)
 
 status: install ## how far each stage of RECIPE is, from its manifests: ARGS="--watch 10", ARGS=--json
 	@$(BIN)/python -m jobs.status $(RECIPE) $(ARGS)
@@ -97,37 +97,37 @@ bench-retrieval: install .venv-bench/installed ## our engine beside ScaNN, faiss
 	$(BIN)/python -m benchmarks.retrieval $(ARGS)
 
 bench-loader: install ## images a second and core that the training set gives: docs/loader.md
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.loader $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.training.loader $(ARGS)
 
 bench-download: install ## our download beside img2dataset's own: docs/download.md
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.download $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pipeline.download $(ARGS)
 
 bench-pipeline: install .venv-bench/installed ## filter beside bare queries, embed beside a bare loop, two workers: docs/pipeline.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pipeline $(ARGS)
 
 bench-step: install ## the training loop beside a bare one: docs/step.md
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.step $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.training.step $(ARGS)
 
 bench-schedule: install ## operations and days of the paper's schedule: docs/training.md
-	$(BIN)/python -m benchmarks.schedule $(ARGS)
+	$(BIN)/python -m benchmarks.training.schedule $(ARGS)
 
 bench-sampling: install ## DPM-Solver++ beside DDIM and PLMS on RECIPE's finished run: docs/sampling.md
-	$(BIN)/python -m benchmarks.sampling $(RECIPE) $(ARGS)
+	$(BIN)/python -m benchmarks.training.sampling $(RECIPE) $(ARGS)
 
 bench-load: install ## 100 visitors of the explore page for a minute: docs/load.md
-	$(BIN)/python -m benchmarks.load $(RECIPE) $(ARGS)
+	$(BIN)/python -m benchmarks.page.load $(RECIPE) $(ARGS)
 
 bench-capacity: install ## the rates that only the capacity plan needs: docs/capacity.json
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.capacity $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pipeline.capacity $(ARGS)
 
 bench-near-copies: install ## planted copies found, and false removals, on RECIPE's [clip]: docs/near_copies.md
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.near_copies $(RECIPE) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pipeline.near_copies $(RECIPE) $(ARGS)
 
 bench-crashes: install ## every data stage struck by every fault, then run again: docs/crashes.md
 	$(BIN)/python -m benchmarks.crashes $(ARGS)
 
 bench-gpu: install ## the paper's network on one CUDA GPU: docs/gpu.md
-	$(BIN)/python -m benchmarks.gpu $(ARGS)
+	$(BIN)/python -m benchmarks.training.gpu $(ARGS)
 
 # Libraries that need other versions than ours, such as NumPy 2, are measured from an environment of their own.
 .venv-bench/installed: benchmarks/requirements.txt

@@ -8,13 +8,13 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs.command import execute, finish, parser
-from jobs.recipe import Recipe
-from retrieval.encoder import Encoder
+from jobs.cli.command import execute, finish, parser
+from jobs.cli.recipe import Recipe
+from retrieval.clip.encoder import Encoder
 from retrieval.recipe import ClipConfig
 from trainer.recipe import AutoencoderConfig, DiffusionConfig, ModelConfig, TrainConfig, Training
-from trainer.released_folder import write_folder
-from trainer.released_run import import_run
+from trainer.released.diffusers_folder import write_folder
+from trainer.released.import_run import import_run
 
 log = logging.getLogger("convert")
 

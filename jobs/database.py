@@ -8,13 +8,13 @@ import re
 from datetime import UTC, datetime
 from pathlib import Path
 
-from jobs.command import execute, finish, parser
-from jobs.recipe import Recipe
-from pipeline import database
-from pipeline.sources import Source
-from retrieval.card import card
-from retrieval.database import Database
-from retrieval.encoder import Encoder
+from jobs.cli.command import execute, finish, parser
+from jobs.cli.recipe import Recipe
+from pipeline.databases import database
+from pipeline.databases.sources import Source
+from retrieval.cli.card import card
+from retrieval.clip.encoder import Encoder
+from retrieval.database.database import Database
 from retrieval.errors import UserError
 from retrieval.recipe import ClipConfig, IndexConfig
 

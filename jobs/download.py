@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
-from jobs.command import execute, finish, parser
+from jobs.cli.command import execute, finish, parser
+from jobs.cli.recipe import Recipe
 from jobs.demo.recipe import WorldConfig
-from jobs.demo.server import WorldServer
-from jobs.recipe import Recipe
-from pipeline import download as stage
+from jobs.demo.server.server import WorldServer
+from pipeline.download import download as stage
 from pipeline.recipe import DownloadConfig
-from retrieval.connection import connected
+from retrieval.cluster.connection import connected
 
 
 def run(recipe: Recipe, retry: bool = False) -> None:

@@ -1,10 +1,10 @@
 """`python -m jobs.embed RECIPE`: computes the CLIP vector of every downloaded image."""
 
-from jobs.command import main
-from jobs.recipe import Recipe
+from jobs.cli.command import main
+from jobs.cli.recipe import Recipe
 from pipeline import embed as stage
 from pipeline.recipe import EmbedConfig
-from retrieval.connection import connected
+from retrieval.cluster.connection import connected
 from retrieval.recipe import ClipConfig
 
 

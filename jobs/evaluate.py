@@ -1,10 +1,10 @@
 """`python -m jobs.evaluate RECIPE`: measures style by swapped database, against naming it in the prompt."""
 
-from jobs.command import main
-from jobs.recipe import Recipe
+from jobs.cli.command import main
+from jobs.cli.recipe import Recipe
 from jobs.sample import trained
-from trainer import evaluate as stage
-from trainer.sampling_recipe import EvaluateConfig
+from trainer.evaluation import evaluate as stage
+from trainer.sampling.recipe import EvaluateConfig
 
 
 def run(recipe: Recipe) -> None:

@@ -1,10 +1,10 @@
 """`python -m jobs.filter RECIPE`: selects the training set and the database from LAION metadata."""
 
-from jobs.command import main
-from jobs.recipe import Recipe
-from pipeline import filter as stage
+from jobs.cli.command import main
+from jobs.cli.recipe import Recipe
+from pipeline.filter import filter as stage
 from pipeline.recipe import FilterConfig
-from retrieval.connection import connected
+from retrieval.cluster.connection import connected
 
 
 def run(recipe: Recipe) -> None:

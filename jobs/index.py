@@ -1,9 +1,9 @@
 """`python -m jobs.index RECIPE`: builds the training database from the vectors of its images."""
 
-from jobs.command import main
-from jobs.recipe import Recipe
+from jobs.cli.command import main
+from jobs.cli.recipe import Recipe
 from pipeline import index as stage
-from retrieval.connection import connected
+from retrieval.cluster.connection import connected
 from retrieval.recipe import IndexConfig
 
 

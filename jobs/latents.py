@@ -3,20 +3,20 @@
 import time
 from functools import partial
 
-from jobs.command import main
-from jobs.recipe import Recipe
-from pipeline.runner import Workers, run_shards
-from pipeline.stage import Stage
-from retrieval import schema
-from retrieval.connection import connected
-from retrieval.manifest import read_manifest
-from trainer.autoencoder import Autoencoder
-from trainer.latents import make_shard_encoder, manifest_values
+from jobs.cli.command import main
+from jobs.cli.recipe import Recipe
+from pipeline.runtime.runner import Workers, run_shards
+from pipeline.runtime.stage import Stage
+from retrieval.cluster.connection import connected
+from retrieval.storage import schema
+from retrieval.storage.manifest import read_manifest
+from trainer.data.latents import make_shard_encoder, manifest_values
+from trainer.model.autoencoder import Autoencoder
 from trainer.recipe import AutoencoderConfig, LatentsConfig
 
 
 def run(recipe: Recipe) -> None:
-    """Run the stage on a Ray cluster: this wires `trainer.latents`, which knows no Ray, to the runner."""
+    """Run the stage on a Ray cluster: this wires `trainer.data.latents`, which knows no Ray, to the runner."""
     started = time.time()
     config, settings, root = recipe[LatentsConfig], recipe[AutoencoderConfig], recipe.root
     embed = read_manifest(root, "embed")

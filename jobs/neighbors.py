@@ -1,10 +1,10 @@
 """`python -m jobs.neighbors RECIPE`: finds the nearest database images of every training image."""
 
-from jobs.command import main
-from jobs.recipe import Recipe
-from pipeline import neighbors as stage
+from jobs.cli.command import main
+from jobs.cli.recipe import Recipe
+from pipeline.neighbors import neighbors as stage
 from pipeline.recipe import NeighborsConfig
-from retrieval.connection import connected
+from retrieval.cluster.connection import connected
 
 
 def run(recipe: Recipe) -> None:

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from jobs.command import execute, finish, parser
-from jobs.recipe import Recipe
+from jobs.cli.command import execute, finish, parser
+from jobs.cli.recipe import Recipe
 from pipeline import optout
-from pipeline.blocklist import read_blocklist
-from retrieval.connection import connected
+from pipeline.web.blocklist import read_blocklist
+from retrieval.cluster.connection import connected
 from retrieval.errors import UserError
 
 

@@ -12,15 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jobs.command import execute, finish, parser
-from jobs.recipe import Recipe
+from jobs.cli.command import execute, finish, parser
+from jobs.cli.recipe import Recipe
 from retrieval.errors import UserError
 from retrieval.recipe import ClipConfig
-from trainer import sample as stage
-from trainer.generation import Trained
-from trainer.picture import png_bytes, read_recipe
 from trainer.recipe import AutoencoderConfig, TrainConfig
-from trainer.sampling_recipe import SampleConfig
+from trainer.sampling import sample as stage
+from trainer.sampling.picture import png_bytes, read_recipe
+from trainer.sampling.recipe import SampleConfig
+from trainer.sampling.sampler import Trained
 
 
 def run(recipe: Recipe) -> None:

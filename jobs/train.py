@@ -13,15 +13,15 @@ from pathlib import Path
 
 import torch
 
-from jobs.command import execute, finish, parser
-from jobs.recipe import Recipe
+from jobs.cli.command import execute, finish, parser
+from jobs.cli.recipe import Recipe
 from retrieval.recipe import ClipConfig
-from trainer import train as stage
-from trainer.engine import accumulation_steps
-from trainer.hosts import check_hosts, read_hosts
-from trainer.launch import launch, launch_hosts
-from trainer.plan import is_finished
+from trainer.data.plan import is_finished
+from trainer.engine.deepspeed_engine import accumulation_steps
 from trainer.recipe import AutoencoderConfig, DiffusionConfig, ModelConfig, TrainConfig, Training
+from trainer.training import train as stage
+from trainer.training.hosts import check_hosts, read_hosts
+from trainer.training.launch import launch, launch_hosts
 
 
 def run(recipe: Recipe, hostfile: Path | None = None, on_ray: bool = False) -> None:
@@ -36,7 +36,7 @@ def run(recipe: Recipe, hostfile: Path | None = None, on_ray: bool = False) -> N
         return
     if on_ray:
         # Ray is needed here alone.
-        from jobs.workers import train_on_ray
+        from jobs.cluster.ray_training import train_on_ray
 
         train_on_ray(config, recipe.root)
         return

@@ -22,18 +22,18 @@ import pyarrow as pa
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from pipeline.near_copies import grouped, make_copies, without_copies
-from pipeline.patches import MAX_PIXELS, draw_boxes, patch_pictures, patch_rows, quotas
+from pipeline.pictures.near_copies import grouped, make_copies, without_copies
+from pipeline.pictures.patches import MAX_PIXELS, draw_boxes, patch_pictures, patch_rows, quotas
 from pipeline.recipe import EmbedConfig
-from pipeline.runner import Work, Workers, run_shards
-from pipeline.stage import Stage
-from retrieval import schema
-from retrieval.encoder import Encoder
+from pipeline.runtime.runner import Work, Workers, run_shards
+from pipeline.runtime.stage import Stage
+from retrieval.clip.encoder import Encoder
 from retrieval.errors import UserError
-from retrieval.manifest import Manifest, ShardRecord, read_manifest
 from retrieval.recipe import ClipConfig
-from retrieval.schema import Reason
-from retrieval.storage import Root
+from retrieval.storage import schema
+from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest
+from retrieval.storage.root import Root
+from retrieval.storage.schema import Reason
 
 SCHEMA_VERSION = 2
 REMOVE = "Remove it and run 'make download' again."

@@ -15,19 +15,19 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.runner import Work, Workers, run_shards
-from pipeline.stage import Stage
-from retrieval import schema
-from retrieval.build import build_partition, database_values, partition_centroids, write_centroids
-from retrieval.calibration import calibrate
-from retrieval.database import SCHEMA_VERSION, Database
-from retrieval.encoder_identity import EncoderIdentity
+from pipeline.runtime.runner import Work, Workers, run_shards
+from pipeline.runtime.stage import Stage
+from retrieval.clip.identity import EncoderIdentity
+from retrieval.database.build import build_partition, database_values, partition_centroids, write_centroids
+from retrieval.database.calibration import calibrate
+from retrieval.database.database import SCHEMA_VERSION, Database
 from retrieval.errors import UserError
-from retrieval.kmeans import assign
-from retrieval.manifest import Manifest, ShardRecord, read_manifest
-from retrieval.partition import Vectors, partition_folder, unit
+from retrieval.index.kmeans import assign
+from retrieval.index.routing import Vectors, partition_folder, unit
 from retrieval.recipe import IndexConfig
-from retrieval.storage import Root
+from retrieval.storage import schema
+from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest
+from retrieval.storage.root import Root
 
 ROWS_PER_GROUP = 1_000_000
 """Rows that one shuffle file holds: at 1,900 partitions some 500 rows a row group."""

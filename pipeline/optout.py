@@ -16,22 +16,22 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.blocklist import Blocklist
-from pipeline.neighbors import stage_of
+from pipeline.filter.selection import identities
+from pipeline.neighbors.neighbors import stage_of
+from pipeline.neighbors.refill import make_refill
 from pipeline.recipe import NeighborsConfig
-from pipeline.refill import make_refill
-from pipeline.runner import Work, Workers, run_shards
-from pipeline.selection import identities
-from pipeline.stage import Stage
-from pipeline.urls import canonical_column
-from retrieval import schema
-from retrieval.blocked import block
+from pipeline.runtime.runner import Work, Workers, run_shards
+from pipeline.runtime.stage import Stage
+from pipeline.web.blocklist import Blocklist
+from pipeline.web.urls import canonical_column
 from retrieval.config import Config
-from retrieval.database import Database
+from retrieval.database.database import Database
 from retrieval.errors import UserError
-from retrieval.manifest import Manifest, ShardRecord, read_manifest, write_manifest
-from retrieval.partitions import Partition
-from retrieval.storage import FileRecord, Root
+from retrieval.index.hidden import block
+from retrieval.index.partition import Partition
+from retrieval.storage import schema
+from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, write_manifest
+from retrieval.storage.root import FileRecord, Root
 
 SCHEMA_VERSION = 1
 MARKS = ("/train/manifest.json", "/train/checkpoints/checkpoints.json")

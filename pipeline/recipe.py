@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from retrieval.config import Config, WorkersConfig, speed
-from retrieval.phash import MAX_BITS
+from retrieval.perceptual_hash import MAX_BITS
 from retrieval.recipe import JoinConfig
 
 

@@ -1,22 +1,18 @@
-"""Retrieval of images by CLIP vectors: `Database`, and `Encoder` in `retrieval.encoder`."""
+"""Retrieval of images by CLIP vectors: `Database`, and `Encoder` in `retrieval.clip`."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 from retrieval.errors import UserError
-from retrieval.storage import Root
+from retrieval.lazy import public_names
+from retrieval.storage.root import Root
 
 if TYPE_CHECKING:
-    from retrieval.database import Database, Neighbors
-    from retrieval.effort import Effort
+    from retrieval.database.database import Database, Neighbors
+    from retrieval.index.effort import Effort
 
 __all__ = ["Database", "Effort", "Neighbors", "Root", "UserError"]
 
-_PLACES = {"Database": "database", "Effort": "effort", "Neighbors": "database"}
-
-
-def __getattr__(name: str) -> object:
-    """What needs faiss is imported when it is asked for: who reads a manifest does not wait for it."""
-    if name not in _PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+__getattr__ = public_names(
+    __name__,
+    {"Database": "database.database", "Effort": "index.effort", "Neighbors": "database.database"},
+)

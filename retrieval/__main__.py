@@ -15,21 +15,21 @@ from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
 
-from retrieval.arguments import parser
-from retrieval.blocked import block
-from retrieval.card import card
-from retrieval.database import Database
-from retrieval.effort import measured
-from retrieval.encoder_identity import EncoderIdentity
+from retrieval.cli.arguments import parser
+from retrieval.cli.card import card
+from retrieval.cli.contact_sheet import Answer, answers_of, credit, plain, write_sheet
+from retrieval.cli.queries import Asked, encode, read_vectors
+from retrieval.clip.identity import EncoderIdentity
+from retrieval.database.database import Database
+from retrieval.database.verify import Sample, damaged_files, measure_recall, visible_positions
 from retrieval.errors import UserError
-from retrieval.manifest import read_manifest
-from retrieval.queries import Asked, encode, read_vectors
+from retrieval.imports.source import Columns, Source
+from retrieval.index.effort import measured
+from retrieval.index.hidden import block
 from retrieval.recipe import IndexConfig
-from retrieval.schema import image_id
-from retrieval.sheet import Answer, answers_of, credit, plain, write_sheet
-from retrieval.source import Columns, Source
-from retrieval.storage import Root
-from retrieval.verify import Sample, damaged_files, measure_recall, visible_positions
+from retrieval.storage.manifest import read_manifest
+from retrieval.storage.root import Root
+from retrieval.storage.schema import image_id
 
 DAMAGED, USER_ERROR = 1, 2
 CAPTION_WIDTH = 50
@@ -100,7 +100,7 @@ def verify(arguments: Arguments) -> int:
 
 def build(arguments: Arguments) -> int:
     """Build a database of vectors that another tool made."""
-    from retrieval.foreign import build_from, dimension
+    from retrieval.imports.importer import build_from, dimension
 
     columns = dict(_named(pair) for pair in arguments.column)
     try:
@@ -129,7 +129,7 @@ def hide(arguments: Arguments) -> int:
 
 def calibrate(arguments: Arguments) -> int:
     """Measure which effort gives which recall for queries of your own kind, and keep it."""
-    from retrieval.calibration import recalibrate
+    from retrieval.database.calibration import recalibrate
 
     root = Root(arguments.database)
     recalibrate(root, read_vectors(arguments.queries), arguments.like)

@@ -30,7 +30,7 @@ class IndexConfig(WorkersConfig):
     """Wanted rows per partition; the number of partitions follows from it."""
     index_key: str = ""
     """Key of the index that autofaiss builds for every partition, such as Flat, HNSW32 or IVF4096,Flat;
-    empty: Flat up to flat_rows, then inverted lists of 4-bit codes (retrieval.inverted)."""
+    empty: Flat up to flat_rows, then inverted lists of 4-bit codes (retrieval.index.inverted_lists)."""
     flat_rows: int = Field(50_000, ge=MIN_LIST_ROWS)
     """Up to this many rows an exhaustive index answers within milliseconds and needs no tuning."""
     num_sample: int = Field(1_000_000, ge=1)

@@ -1,6 +1,6 @@
 """The settings of a training run: everything that `make latents` and `make train` read from a recipe.
 
-The DeepSpeed settings are derived from these in `trainer/engine.py`; nobody writes them twice. Nothing that
+The DeepSpeed settings are derived from these in `trainer/engine/deepspeed_engine.py`; nobody writes them twice. Nothing that
 computes is imported here: who reads or checks settings need not wait for torch.
 """
 

@@ -8,18 +8,19 @@ import logging
 import time
 from collections.abc import Callable
 
-from jobs import download, embed, evaluate, filter, index, latents, neighbors, report, sample, train
-from jobs.command import main
-from jobs.demo.autoencoder import train_autoencoder
-from jobs.demo.clip import train_clip
-from jobs.demo.parts import draw_world, style_folders, trained
+from jobs import download, embed, evaluate, filter, index, latents, neighbors, sample, train
+from jobs.cli.command import main
+from jobs.cli.recipe import Recipe
+from jobs.demo.models.autoencoder import train_autoencoder
+from jobs.demo.models.clip import train_clip
+from jobs.demo.prerequisites import draw_world, style_folders, trained
 from jobs.demo.recipe import AutoencoderTraining, ClipTraining
-from jobs.recipe import Recipe
-from pipeline import database
-from retrieval.connection import connected
-from retrieval.encoder import Encoder
+from jobs.demo.report import __main__ as report
+from pipeline.databases import database
+from retrieval.clip.encoder import Encoder
+from retrieval.cluster.connection import connected
 from retrieval.recipe import ClipConfig, IndexConfig
-from retrieval.storage import Root
+from retrieval.storage.root import Root
 from trainer.recipe import LatentsConfig, TrainConfig
 
 log = logging.getLogger("demo")

@@ -14,13 +14,13 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI
 
-from jobs.command import execute, finish, parser
+from jobs.cli.command import execute, finish, parser
+from jobs.cli.recipe import Recipe
 from jobs.explore.api import make_api
-from jobs.explore.desk import Desk
 from jobs.explore.explorer import Explorer
-from jobs.explore.made import Made
 from jobs.explore.page import mount
-from jobs.recipe import Recipe
+from jobs.explore.png_cache import Made
+from jobs.explore.widgets import Desk
 from retrieval.errors import UserError
 
 TOKEN = "EXPLORE_TOKEN"

@@ -18,11 +18,11 @@ from starlette.concurrency import run_in_threadpool
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request as Asked
 
-from jobs.explore.asks import SampleAsk, SearchAsk
+from jobs.explore.api_models import SampleAsk, SearchAsk
 from jobs.explore.explorer import Explorer
 from jobs.explore.guard import Guard
-from jobs.explore.made import Made
-from jobs.explore.turns import Refused, Turns
+from jobs.explore.png_cache import Made
+from jobs.explore.work_queue import Refused, Turns
 from retrieval.errors import UserError
 
 Searching = Annotated[SearchAsk, Query()]

@@ -12,24 +12,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from jobs.explore.asks import SampleAsk, SearchAsk, bytes_of
+from jobs.cli.recipe import Recipe
+from jobs.explore.api_models import SampleAsk, SearchAsk, bytes_of
 from jobs.explore.config import ExploreConfig
 from jobs.explore.pictures import Pictures, decoded
-from jobs.explore.turns import Turns
-from jobs.recipe import Recipe
+from jobs.explore.work_queue import Turns
 from jobs.sample import trained
-from pipeline.sockets import Refusal
-from retrieval.database import Database
-from retrieval.encoder import Encoder
+from pipeline.web.sockets import Refusal
+from retrieval.clip.encoder import Encoder
+from retrieval.database.database import Database
 from retrieval.errors import UserError
 from retrieval.recipe import ClipConfig
-from retrieval.storage import Root
-from trainer.context import unit_rows
-from trainer.generation import Sampler, database_names, open_database
-from trainer.picture import png_bytes
-from trainer.request import TRAINING_DATABASE, ImageQuery, Request, Sample
-from trainer.sampler import Denoiser
-from trainer.sampling_recipe import SampleConfig
+from retrieval.storage.root import Root
+from trainer.model.context import unit_rows
+from trainer.sampling.denoising import Denoiser
+from trainer.sampling.picture import png_bytes
+from trainer.sampling.recipe import SampleConfig
+from trainer.sampling.request import TRAINING_DATABASE, ImageQuery, Request, Sample
+from trainer.sampling.sampler import Sampler, database_names, open_database
 
 SHOWN_DETAILS = ("license", "title", "artist", "source", "box")
 

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from pydantic import ValidationError
 
 from jobs.explore import tab_compare, tab_make, tab_search, views
-from jobs.explore.desk import EVENT, Desk, Tab, mistake
+from jobs.explore.widgets import EVENT, Desk, Tab, mistake
 from retrieval.errors import UserError
 
 FORGET_S = 3600

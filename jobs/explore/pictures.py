@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pipeline.picture import prepared
-from pipeline.sockets import Refusal
-from pipeline.tars import places
-from retrieval.database import Database
-from retrieval.storage import Root
-from trainer.request import TRAINING_DATABASE
+from pipeline.download.tars import places
+from pipeline.pictures.picture import prepared
+from pipeline.web.sockets import Refusal
+from retrieval.database.database import Database
+from retrieval.storage.root import Root
+from trainer.sampling.request import TRAINING_DATABASE
 
 THUMB_EDGE = 320
 """Longer edge in pixels of what is sent."""

@@ -6,9 +6,9 @@ import gradio as gr
 from starlette.datastructures import QueryParams
 
 from jobs.explore import views
-from jobs.explore.asks import SampleAsk, from_query
-from jobs.explore.desk import EVENT, Desk, Tab, told
+from jobs.explore.api_models import SampleAsk, from_query
 from jobs.explore.tab_make import drawn, numbers
+from jobs.explore.widgets import EVENT, Desk, Tab, told
 from retrieval.errors import UserError
 
 

@@ -6,11 +6,11 @@ import gradio as gr
 from starlette.datastructures import QueryParams
 
 from jobs.explore import views
-from jobs.explore.asks import SampleAsk, encoded_mix, from_query
-from jobs.explore.desk import EVENT, Desk, Tab, encoded, told, upload
+from jobs.explore.api_models import SampleAsk, encoded_mix, from_query
 from jobs.explore.explorer import Painted, Shown
+from jobs.explore.widgets import EVENT, Desk, Tab, encoded, told, upload
 from retrieval.errors import UserError
-from trainer.request import MAX_SEED
+from trainer.sampling.request import MAX_SEED
 
 Components = list[gr.components.Component]
 NUMBERS = ("k", "guidance", "steps", "seed")

@@ -6,8 +6,8 @@ import gradio as gr
 from starlette.datastructures import QueryParams
 
 from jobs.explore import views
-from jobs.explore.asks import SearchAsk, from_query
-from jobs.explore.desk import EVENT, Desk, Tab, encoded, told, upload
+from jobs.explore.api_models import SearchAsk, from_query
+from jobs.explore.widgets import EVENT, Desk, Tab, encoded, told, upload
 
 
 def add(desk: Desk) -> Tab:

@@ -10,8 +10,8 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader
 
 from jobs.explore.explorer import Shown
-from trainer.request import TRAINING_DATABASE
-from trainer.styles import style_words
+from trainer.evaluation.styles import style_words
+from trainer.sampling.request import TRAINING_DATABASE
 
 FOLDER = Path(__file__).parent
 

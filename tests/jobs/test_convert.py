@@ -9,7 +9,7 @@ import pytest
 from diffusers import DDIMScheduler, UNet2DConditionModel, VQModel
 
 from jobs.convert import main
-from tests.trainer.released_model import recipe_of, state_of, write_checkpoint
+from tests.trainer.released.released_model import recipe_of, state_of, write_checkpoint
 from tests.trainer.tiny_run import write_clip
 
 

@@ -17,19 +17,19 @@ from diffusers import VQModel
 from PIL import Image
 
 from jobs import database, download, embed, filter, index, neighbors, sample
-from jobs.recipe import Recipe, load_recipe
+from jobs.cli.recipe import Recipe, load_recipe
 from jobs.train import training
-from pipeline.sources import Source
-from pipeline.tars import key_of
+from pipeline.databases.sources import Source
+from pipeline.download.tars import key_of
 from retrieval import Database
 from retrieval.__main__ import main
-from retrieval.encoder import Encoder
-from retrieval.manifest import read_manifest
+from retrieval.clip.encoder import Encoder
 from retrieval.recipe import ClipConfig
-from retrieval.schema import image_id
-from tests.pipeline.made_here import made_here
-from tests.trainer.launched import train
+from retrieval.storage.manifest import read_manifest
+from retrieval.storage.schema import image_id
+from tests.pipeline.shards_in_process import made_here
 from tests.trainer.tiny_run import DIM, write_clip
+from tests.trainer.training.launched import train
 
 CONFIGS = Path(__file__).resolve().parents[2] / "jobs/configs"
 TRAINED, CUT = 6, 8

@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from retrieval import Root, schema
-from retrieval.manifest import Manifest, ShardRecord, write_manifest
+from retrieval import Root
 from retrieval.recipe import ClipConfig
-
-from .made_here import made_here
+from retrieval.storage import schema
+from retrieval.storage.manifest import Manifest, ShardRecord, write_manifest
+from tests.pipeline.shards_in_process import made_here
 
 Answer = Callable[[BaseHTTPRequestHandler], None]
 

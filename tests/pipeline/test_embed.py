@@ -10,11 +10,11 @@ from PIL import Image
 
 from pipeline import embed
 from pipeline.recipe import EmbedConfig
-from retrieval import Root, UserError, schema
-from retrieval.encoder import Encoder
+from retrieval import Root, UserError
+from retrieval.clip.encoder import Encoder
 from retrieval.recipe import ClipConfig
-
-from .conftest import pictures, write_clip, write_download
+from retrieval.storage import schema
+from tests.pipeline.conftest import pictures, write_clip, write_download
 
 CONFIG = EmbedConfig(workers=2, batch_size=3)
 

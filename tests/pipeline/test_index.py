@@ -8,11 +8,11 @@ import pytest
 
 from pipeline import embed, index
 from pipeline.recipe import EmbedConfig
-from retrieval import Database, Effort, Root, UserError, schema
-from retrieval.blocked import block
+from retrieval import Database, Effort, Root, UserError
+from retrieval.index.hidden import block
 from retrieval.recipe import ClipConfig, IndexConfig
-
-from .conftest import pictures, write_download
+from retrieval.storage import schema
+from tests.pipeline.conftest import pictures, write_download
 
 CONFIG = IndexConfig(rows_per_partition=15, workers=2)
 

@@ -11,19 +11,20 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline import neighbors, optout
-from pipeline.blocklist import Blocklist, read_blocklist
+from pipeline import optout
+from pipeline.neighbors import neighbors
+from pipeline.neighbors.refill import make_refill
 from pipeline.recipe import NeighborsConfig
-from pipeline.refill import make_refill
-from retrieval import Database, Root, UserError, schema
-from retrieval.blocked import block, blocked_ids
-from retrieval.build import Identity, build_database
-from retrieval.encoder_identity import EncoderIdentity
-from retrieval.manifest import Manifest, ShardRecord, read_manifest, write_manifest
+from pipeline.web.blocklist import Blocklist, read_blocklist
+from retrieval import Database, Root, UserError
+from retrieval.clip.identity import EncoderIdentity
+from retrieval.database.build import Identity, build_database
+from retrieval.index.hidden import block, blocked_ids
 from retrieval.recipe import IndexConfig
-
-from .conftest import Picture, write_download
-from .made_here import made_here
+from retrieval.storage import schema
+from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, write_manifest
+from tests.pipeline.conftest import Picture, write_download
+from tests.pipeline.shards_in_process import made_here
 
 CONFIG = NeighborsConfig(k=4, near_copy_similarity=0.999, recall_sample=0, workers=1)
 ENCODER = EncoderIdentity(model="none", weights="0" * 16, preprocessing="", dim=16)

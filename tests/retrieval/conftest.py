@@ -9,11 +9,12 @@ import pyarrow as pa
 import pytest
 import torch
 
-from retrieval import Database, Root, schema
-from retrieval.build import Identity, build_database
-from retrieval.encoder_identity import EncoderIdentity
-from retrieval.partition import Vectors, unit
+from retrieval import Database, Root
+from retrieval.clip.identity import EncoderIdentity
+from retrieval.database.build import Identity, build_database
+from retrieval.index.routing import Vectors, unit
 from retrieval.recipe import IndexConfig
+from retrieval.storage import schema
 
 DIM = 32
 IDENTITY = EncoderIdentity(model="test", weights="0" * 16, preprocessing="{}", dim=DIM)

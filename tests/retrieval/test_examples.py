@@ -8,13 +8,13 @@ import pytest
 from nbclient import NotebookClient
 from PIL import Image
 
-from retrieval import Root, schema
-from retrieval.build import Identity, build_database
-from retrieval.encoder import Encoder
+from retrieval import Root
+from retrieval.clip.encoder import Encoder
+from retrieval.database.build import Identity, build_database
 from retrieval.recipe import IndexConfig
-
-from .conftest import table_of
-from .tiny_clip import write_clip
+from retrieval.storage import schema
+from tests.retrieval.conftest import table_of
+from tests.retrieval.tiny_clip import write_clip
 
 NOTEBOOK = Path(__file__).resolve().parents[2] / "examples" / "search.ipynb"
 ROWS = 40

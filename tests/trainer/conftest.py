@@ -4,9 +4,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from retrieval.storage import Root
+from retrieval.storage.root import Root
 from tests.trainer.training_set import make_recipe, write_training_set
-from trainer.autoencoder import Autoencoder
+from trainer.model.autoencoder import Autoencoder
 
 
 @pytest.fixture(scope="session")
@@ -22,9 +22,8 @@ def autoencoder_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def rank_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets launched processes import the modules beside this file by name, and the project's."""
-    here = Path(__file__).parent
-    monkeypatch.setenv("PYTHONPATH", f"{here}:{here.parent.parent}")
+    """Launched processes can import the tests and the project."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
 
 
 @pytest.fixture

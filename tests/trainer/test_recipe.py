@@ -7,8 +7,8 @@ from pydantic import ValidationError
 
 from retrieval.errors import UserError
 from tests.trainer.training_set import make_recipe
-from trainer.engine import Ranks, engine_settings
-from trainer.model import build_unet
+from trainer.engine.deepspeed_engine import Ranks, engine_settings
+from trainer.model.unet import build_unet
 from trainer.recipe import LatentsConfig, Training
 
 RECIPES = Path(__file__).parents[2] / "jobs" / "configs"

@@ -13,17 +13,17 @@ from open_clip.model import CLIP
 from PIL import Image
 from safetensors.torch import save_file
 
-from retrieval import schema
-from retrieval.build import Identity, build_database
-from retrieval.encoder import Encoder
-from retrieval.manifest import Manifest, ShardRecord, write_manifest
+from retrieval.clip.encoder import Encoder
+from retrieval.database.build import Identity, build_database
 from retrieval.recipe import ClipConfig, IndexConfig
-from retrieval.storage import Root
-from trainer.autoencoder import Autoencoder
-from trainer.generation import Trained
-from trainer.model import build_unet
-from trainer.patch_autoencoder import PatchAutoencoder, PatchShape
+from retrieval.storage import schema
+from retrieval.storage.manifest import Manifest, ShardRecord, write_manifest
+from retrieval.storage.root import Root
+from trainer.model.autoencoder import Autoencoder
+from trainer.model.patch_autoencoder import PatchAutoencoder, PatchShape
+from trainer.model.unet import build_unet
 from trainer.recipe import AutoencoderConfig, DiffusionConfig, ModelConfig
+from trainer.sampling.sampler import Trained
 
 DIM = 32
 STYLES = {"deep_red": (200, 40, 40), "green": (40, 190, 60), "sky_blue": (60, 90, 220)}

@@ -4,9 +4,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from retrieval import schema
-from retrieval.manifest import Manifest, ShardRecord, write_manifest
-from retrieval.storage import Root
+from retrieval.storage import schema
+from retrieval.storage.manifest import Manifest, ShardRecord, write_manifest
+from retrieval.storage.root import Root
 from trainer.recipe import Training
 
 DIM, K, VIEWS, SHAPE = 32, 4, 2, (4, 8, 8)

@@ -1,0 +1,124 @@
+"""ScaNN, hnswlib and usearch, tuned; these run in .venv-bench."""
+
+from pathlib import Path
+from typing import Any
+
+import hnswlib
+import numpy as np
+import scann
+from usearch.index import Index
+
+from benchmarks.retrieval.adapters.adapter import Method, Search
+
+BLOCK_ROWS = 1 << 16
+
+
+class Scann(Method):
+    """Spherical tree with SOAR, asymmetric hashing, float32 reordering. Effort: leaves, reordered."""
+
+    def build(self, rows: np.ndarray, folder: Path, threads: int) -> dict[str, Any]:
+        """Its own files, the float32 vectors among them."""
+        leaves = min(self.settings["leaves"], 2 * int(len(rows) ** 0.5))
+        builder = scann.scann_ops_pybind.builder(rows.astype(np.float32), 20, "dot_product")
+        builder = builder.set_n_training_threads(threads).tree(
+            leaves,
+            20,
+            training_sample_size=250_000,
+            spherical=True,
+            soar_lambda=1.5,
+            overretrieve_factor=2.0,
+        )
+        builder.score_ah(2, anisotropic_quantization_threshold=0.2).reorder(100).build().serialize(
+            str(folder)
+        )
+        return {"leaves": leaves}
+
+    def open(self, folder: Path, rows: np.ndarray) -> None:
+        """Read the files into memory."""
+        self._searcher = scann.scann_ops_pybind.load_searcher(str(folder))
+
+    def threads(self, number: int) -> None:
+        """One: the sequential call; more: the parallel one."""
+        self._parallel = number > 1
+        self._searcher.set_num_threads(number)
+
+    def searcher(self, k: int, effort: tuple[int, ...]) -> Search:
+        """Batched search."""
+        options = {"leaves_to_search": effort[0], "pre_reorder_num_neighbors": effort[1]}
+        call = self._searcher.search_batched_parallel if self._parallel else self._searcher.search_batched
+        return lambda queries: call(queries, final_num_neighbors=k, **options)[0]
+
+    def single(self, k: int, effort: tuple[int, ...]) -> Search:
+        """The call for one query."""
+        call, (leaves, reordered) = self._searcher.search, effort
+        return lambda query: call(query[0], k, reordered, leaves)[0][None]
+
+
+class Hnswlib(Method):
+    """A graph over float32 vectors. Effort: ef."""
+
+    def build(self, rows: np.ndarray, folder: Path, threads: int) -> dict[str, Any]:
+        """Add all rows, block by block."""
+        index = hnswlib.Index("ip", rows.shape[1])
+        construction, links = self.settings["construction"], self.settings["links"]
+        index.init_index(len(rows), ef_construction=construction, M=links, random_seed=0)
+        for start in range(0, len(rows), BLOCK_ROWS):
+            block = rows[start : start + BLOCK_ROWS].astype(np.float32)
+            index.add_items(block, np.arange(start, start + len(block)), num_threads=threads)
+        index.save_index(str(folder / "index"))
+        return {}
+
+    def open(self, folder: Path, rows: np.ndarray) -> None:
+        """Read the graph into memory."""
+        self._index = hnswlib.Index("ip", rows.shape[1])
+        self._index.load_index(str(folder / "index"))
+
+    def threads(self, number: int) -> None:
+        """Threads of a batch."""
+        self._index.set_num_threads(number)
+
+    def searcher(self, k: int, effort: tuple[int, ...]) -> Search:
+        """ef is state of this library's index."""
+        self._index.set_ef(max(effort[0], k))
+        return lambda queries: self._index.knn_query(queries, k=k)[0].astype(np.int64)
+
+
+class Usearch(Method):
+    """A graph over bfloat16 vectors. Effort: expansion."""
+
+    def build(self, rows: np.ndarray, folder: Path, threads: int) -> dict[str, Any]:
+        """Add all rows, block by block."""
+        index = self._empty(rows.shape[1])
+        for start in range(0, len(rows), BLOCK_ROWS):
+            block = rows[start : start + BLOCK_ROWS].astype(np.float32)
+            index.add(np.arange(start, start + len(block)), block, threads=threads)
+        index.save(str(folder / "index"))
+        return {}
+
+    def open(self, folder: Path, rows: np.ndarray) -> None:
+        """Read the graph into memory."""
+        self._index = self._empty(rows.shape[1])
+        self._index.load(str(folder / "index"))
+
+    def threads(self, number: int) -> None:
+        """Threads of a batch."""
+        self._threads = number
+
+    def searcher(self, k: int, effort: tuple[int, ...]) -> Search:
+        """The expansion is state of this library's index."""
+        self._index.expansion_search = effort[0]
+        return lambda queries: self._index.search(queries, k, threads=self._threads).keys.astype(np.int64)
+
+    def single(self, k: int, effort: tuple[int, ...]) -> Search:
+        """One vector rather than a matrix of one."""
+        self._index.expansion_search = effort[0]
+        return lambda query: self._index.search(query[0], k, threads=1).keys.astype(np.int64)[None]
+
+    def _empty(self, dim: int) -> Index:
+        return Index(
+            ndim=dim,
+            metric="ip",
+            dtype="bf16",
+            connectivity=self.settings["links"],
+            expansion_add=self.settings["construction"],
+        )

@@ -1,0 +1,262 @@
+"""`make bench-step`: what the training loop costs beyond a bare loop over the same network.
+
+Trains the demo's model by `trainer.training.train`, DeepSpeed and all, on one rank in fp32. Its loader hands the
+same batch to two bare loops between our steps: diffusers' UNet with torch's AdamW and nothing else, and
+that with clipping and averaged weights, which is the same work as ours. Writes `docs/step.json` and `.md`.
+"""
+
+import argparse
+import os
+import socket
+import statistics
+import time
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from benchmarks.common.machine import hardware
+from benchmarks.common.page import DOCS, REPOSITORY, SCRATCH, threads, write
+from benchmarks.common.table import markdown
+from benchmarks.training.training_data import Extent, prepare
+from jobs.cli.recipe import load_recipe
+from retrieval.storage.root import Root
+from trainer.data.loader import Batch, Loader
+from trainer.model import diffusion
+from trainer.model.autoencoder import draw_latents
+from trainer.model.unet import build_unet
+from trainer.recipe import DiffusionConfig, ModelConfig, TrainConfig, Training
+from trainer.tracking.progress import read_points
+from trainer.training import train
+
+GOAL = 0.05
+WARM = 5
+"""First steps, not counted."""
+BATCH = 16
+EXTENT = Extent(shards=4, rows=200, k=8, dim=128, size=64, factor=4, channels=8)
+LOOPS = ("bare", "whole", "ours")
+
+PAGE = """# What the training loop costs
+
+Written by `make bench-step`; the numbers are in `step.json`.
+
+**Machine:** {hardware}, {threads} of torch {torch}.
+
+The demo's network ({parameters:,} parameters), batches of {batch} latents, fp32, one rank, {steps} steps.
+In every step each loop gets the same batch, in one process, one after the other; medians. Ours counts
+everything: reading the batch (not ahead, as in training, but in the step), DeepSpeed, averaged weights,
+checks, log. On one rank there is nothing to split, so ZeRO 0 is the measure; ZeRO 1, which needs two ranks
+to be of use, moves all weights through flat buffers.
+"""
+PART = """
+## ZeRO {zero_stage}
+
+{table}
+
+Overhead over the bare loop: **{overhead:+.1%}** of its CPU time (median over steps{verdict}), of which
+reading the data is {reading:.1%}; over the loop that also clips and averages: {beside:+.1%}. After
+the last step the losses of ours and of that loop differ by {difference:.1e}.
+"""
+ZERO_STAGES = (0, 1)
+
+
+@dataclass
+class Times:
+    """Seconds of every step by loop; of what ours takes, CPU seconds of reading data; losses of `whole`."""
+
+    wall: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in LOOPS})
+    cpu: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in LOOPS})
+    reading: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+
+class Bare:
+    """A loop as one writes it by hand. `whole`: with clipping and averaged weights."""
+
+    def __init__(self, config: Training, whole: bool) -> None:
+        self._config, self._whole = config, whole
+        torch.manual_seed(config.train.seed)
+        self._unet = build_unet(config.model)
+        self._optimizer = torch.optim.AdamW(
+            self._unet.parameters(),
+            lr=config.train.learning_rate,
+            weight_decay=config.train.weight_decay,
+            fused=True,
+        )
+        self._average = [weight.detach().clone() for weight in self._unet.parameters()]
+        self._alphas_bar = diffusion.alphas_bar(config.diffusion)
+        self._steps = 0
+        self.loss = float("nan")
+
+    def step(self, batch: Batch) -> None:
+        """One optimizer step; afterwards `loss` is that of the batch."""
+        x_0 = draw_latents(batch.inputs.float(), batch.posterior_noise)
+        abar = self._alphas_bar[batch.timesteps]
+        x_t = diffusion.q_sample(x_0, batch.noise, abar)
+        predicted = self._unet(x_t, batch.timesteps, batch.context.float(), return_dict=False)[0]
+        wanted = diffusion.target(self._config.diffusion.prediction, x_0, batch.noise, abar)
+        loss = torch.nn.functional.mse_loss(predicted, wanted)
+        loss.backward()
+        if self._whole:
+            torch.nn.utils.clip_grad_norm_(self._unet.parameters(), self._config.train.clip_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._steps += 1
+        if self._whole:
+            decay = min(self._config.train.ema_decay, (1 + self._steps) / (10 + self._steps))
+            torch._foreach_lerp_(self._average, [w.detach() for w in self._unet.parameters()], 1 - decay)
+        self.loss = loss.item()
+
+
+def interleaved(config: Training, times: Times) -> type[Loader]:
+    """A loader that runs the bare loops between the steps of the loop that asks it for batches."""
+
+    class Interleaved(Loader):
+        def batches(self, first_step: int, last_step: int) -> Generator[Batch]:
+            with torch.random.fork_rng():
+                loops = {"bare": Bare(config, False), "whole": Bare(config, True)}
+            for step in range(first_step, last_step):
+                reading = _Clock()
+                batch = self.batch(step)
+                reading.stop()
+                # each goes first as often as the other
+                for name in sorted(loops, reverse=bool(step % 2)):
+                    bare = _Clock()
+                    loops[name].step(batch)
+                    bare.stop()
+                    times.wall[name].append(bare.wall)
+                    times.cpu[name].append(bare.cpu)
+                times.losses.append(loops["whole"].loss)
+                ours = _Clock()
+                yield batch
+                ours.stop()
+                times.wall["ours"].append(ours.wall + reading.wall)
+                times.cpu["ours"].append(ours.cpu + reading.cpu)
+                times.reading.append(reading.cpu)
+
+    return Interleaved
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+    def stop(self) -> None:
+        """Seconds since it was made."""
+        self.wall, self.cpu = time.perf_counter() - self.wall, time.process_time() - self.cpu
+
+
+def measure(config: Training, root: Root) -> Times:
+    """Train by the real command's function with the bare loops in between."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update(ranks | {"MASTER_PORT": str(port)})
+    times = Times()
+    with mock.patch.object(train, "Loader", interleaved(config, times)):
+        train.run(config, root)
+    return times
+
+
+def summary(times: Times, config: Training, root: Root) -> dict[str, Any]:
+    """Of one run: medians over the steps after the first WARM, in milliseconds, and overheads."""
+    kept = {name: (times.wall[name][WARM:], times.cpu[name][WARM:]) for name in LOOPS}
+    cpu = {name: seconds[: len(kept["ours"][1])] for name, (_, seconds) in kept.items()}
+    last = read_points(root.local_path(config.train.folder) / "metrics.jsonl")[-1]
+    return {
+        "zero_stage": config.train.zero_stage,
+        "ms": {
+            name: {"wall": statistics.median(wall) * 1000, "cpu": statistics.median(used) * 1000}
+            for name, (wall, used) in kept.items()
+        },
+        "overhead": _excess(cpu["ours"], cpu["bare"]),
+        "reading": _excess(times.reading[WARM:], cpu["bare"]) + 1,
+        "beside": _excess(cpu["ours"], cpu["whole"]),
+        "loss_difference": abs(last.loss - times.losses[last.step - 1]),
+    }
+
+
+def page(result: dict[str, Any]) -> str:
+    """The page as Markdown."""
+    facts = {name: result[name] for name in ("hardware", "threads", "torch", "steps", "parameters")}
+    return PAGE.format(**facts, batch=BATCH) + "".join(_part(run) for run in result["runs"])
+
+
+def _part(run: dict[str, Any]) -> str:
+    words = {
+        "bare": "bare loop: UNet, AdamW",
+        "whole": "the same with clipping and averaged weights",
+        "ours": "**ours**",
+    }
+    bare = run["ms"]["bare"]
+    rows = [
+        [words[name], f"{ms['wall']:.1f}", f"{ms['cpu']:.1f}", f"{ms['cpu'] / bare['cpu'] - 1:+.1%}"]
+        for name, ms in run["ms"].items()
+    ]
+    verdict = f"; goal {GOAL:.0%}: {'reached' if run['overhead'] <= GOAL else 'missed'}"
+    return PART.format(
+        **{name: run[name] for name in ("zero_stage", "overhead", "reading", "beside")},
+        verdict="" if run["zero_stage"] else verdict,
+        difference=run["loss_difference"],
+        table=markdown(["a step", "ms, wall:", "ms, CPU:", "CPU over bare:"], rows),
+    )
+
+
+def _excess(ours: list[float], theirs: list[float]) -> float:
+    """Median over steps of how much longer ours took, as a share."""
+    return statistics.median(one / other for one, other in zip(ours, theirs, strict=False)) - 1
+
+
+def _recipe(root: Root, steps: int, zero_stage: int) -> Training:
+    """The demo's, on one rank."""
+    # At the full rate from the first step, as the bare loops; one checkpoint, after the last step.
+    changes: dict[str, object] = {
+        "name": "bench",
+        "steps": steps,
+        "ranks": 1,
+        "zero_stage": zero_stage,
+        "warmup_steps": 0,
+    }
+    changes |= {"global_batch": BATCH, "micro_batch": BATCH, "lanes": 4, "checkpoint_every": steps}
+    changes |= {"log_every": 10, "validation_images": 0, "validate_every": 0, "preview_every": 0}
+    changes |= {"preview_prompts": []}
+    words = [f"train.{name}={value}" for name, value in changes.items()]
+    demo = load_recipe(REPOSITORY / "jobs" / "configs" / "demo.toml", words)
+    return Training(
+        model=demo[ModelConfig],
+        diffusion=demo[DiffusionConfig],
+        autoencoder=prepare(root, EXTENT),
+        train=demo[TrainConfig],
+    )
+
+
+def main() -> None:
+    """Train, measure, write."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training.step", description=__doc__)
+    parser.add_argument("--scratch", type=Path, default=SCRATCH, help="where data and the run go")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="where the page goes")
+    parser.add_argument("--steps", type=int, default=80, help=f"more than {WARM}")
+    options = parser.parse_args()
+    root = Root(options.scratch / "step")
+    runs = []
+    for zero_stage in ZERO_STAGES:
+        config = _recipe(root, options.steps, zero_stage)
+        root.delete(config.train.folder)
+        runs.append(summary(measure(config, root), config, root))
+    result = {
+        "hardware": hardware(),
+        "torch": torch.__version__,
+        "threads": threads(torch.get_num_threads()),
+        "steps": options.steps,
+        "parameters": sum(weight.numel() for weight in build_unet(config.model).parameters()),
+        "runs": runs,
+    }
+    write(options.docs, "step", result, page(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""The demo's web: a real HTTP server on loopback that serves a world's pictures, in a process of its own.
+
+Reads `images/` of a world folder. A process, because a thread would share the interpreter lock with the
+pipeline that it is to feed; the process ends with its parent, however that one ends.
+"""
+
+import errno
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import TracebackType
+
+from jobs.demo.server.orphans import exit_with_parent
+from jobs.demo.server.picture_server import PictureServer
+from jobs.demo.server.routes import ROUTES
+from retrieval.errors import UserError
+
+HOST = "127.0.0.1"
+BACKLOG = 512
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+class WorldServer:
+    """Serves a world while its `with` block runs.
+
+    Raises UserError on entry if the port is taken or the folder holds no world. The first failure of each
+    flaky URL is remembered for the life of the server.
+    """
+
+    def __init__(self, folder: Path, port: int) -> None:
+        self.folder = folder.resolve()
+        self.port = port
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """The address that every picture's URL begins with, no slash at the end."""
+        return f"http://{HOST}:{self.port}"
+
+    def __enter__(self) -> "WorldServer":
+        _check_world(self.folder)
+        with open_port(self.port) as listener:
+            arguments = [str(listener.fileno()), str(self.folder), str(os.getpid())]
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "jobs.demo.server.server", *arguments],
+                cwd=REPOSITORY,
+                pass_fds=[listener.fileno()],
+                stdout=subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C reaches the command, which then closes this block
+            )
+        assert self._process.stdout is not None
+        if self._process.stdout.readline() != b"ready\n":
+            raise RuntimeError(f"the demo's server ended at its start with code {self._process.wait()}")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        self._process.kill()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+def serve_forever(folder: Path, port: int) -> None:
+    """Serves a world in this process until it is interrupted. Raises UserError as WorldServer does."""
+    _check_world(folder)
+    with open_port(port) as listener:
+        _serve(listener, folder.resolve())
+
+
+def open_port(port: int) -> socket.socket:
+    """A socket that listens on the loopback port. Raises UserError if it is taken."""
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((HOST, port))
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+            raise
+        raise UserError(
+            f"demo world: cannot serve on {HOST}:{port}: {error.strerror}. Stop the program that listens "
+            f"there (another demo?) or choose another port with --set world.port=NUMBER; the world is then "
+            f"drawn anew, because its URLs name the port."
+        ) from error
+    return listener
+
+
+def _check_world(folder: Path) -> None:
+    if not (folder / "world.json").is_file():
+        raise UserError(
+            f"{folder} has no world.json: no demo world was finished there. Run 'make demo' first."
+        )
+
+
+def _serve(listener: socket.socket, folder: Path) -> None:
+    server = PictureServer((HOST, listener.getsockname()[1]), folder, ROUTES)
+    server.socket.close()
+    server.socket = listener
+    server.serve_forever()
+
+
+def _serve_child(descriptor: int, folder: Path, parent_pid: int) -> None:
+    exit_with_parent(parent_pid)
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+    _serve(socket.socket(fileno=descriptor), folder)
+
+
+if __name__ == "__main__":
+    _serve_child(int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

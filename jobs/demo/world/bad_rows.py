@@ -1,0 +1,203 @@
+"""The demo's unusual rows: everything that a crawl of the web puts into such metadata.
+
+Reads and writes nothing. Each kind takes an ordinary row and spoils one thing; the kind's name goes into
+truth.parquet. `failure:<route>` never yields a picture, `route:<route>` does, by a detour or in an odd
+format; the routes are those of jobs.demo.server.routes.
+"""
+
+import base64
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from jobs.demo.world.metadata import Row, Site, ordinary_row
+
+SPOIL_STREAM = 2
+
+Spoil = Callable[[Row, np.random.Generator], Row]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How one kind of unusual row is made.
+
+    per_mille: rows per thousand ordinary ones, at least one row. large_every: every n-th row has (or
+    claims) a training picture's size, 0 for none. picture: whether a picture lies behind the URL.
+    """
+
+    name: str
+    per_mille: int
+    spoil: Spoil
+    large_every: int = 0
+    picture: bool = True
+    file_format: str = ""
+
+
+def _with(**changes: object) -> Spoil:
+    return lambda row, rng: replace(row, **changes)  # type: ignore[arg-type]
+
+
+def _with_url(edit: Callable[[str], str | None]) -> Spoil:
+    return lambda row, rng: replace(row, url=edit(row.url or ""))
+
+
+def _via(route: str) -> Spoil:
+    return _with_url(lambda url: url.replace("/images/", f"/{route}/"))
+
+
+def _any_url(*templates: str) -> Spoil:
+    """One of the templates, `{}` filled with a number so that no two rows repeat each other."""
+    return lambda row, rng: replace(row, url=str(rng.choice(templates)).replace("{}", str(row.scene_uid)))
+
+
+def _renamed(word: str, row: Row, rng: np.random.Generator) -> Row:
+    """The picture's file name begins with word, and so does the last part of the URL, unquoted."""
+    assert row.file is not None
+    assert row.url is not None
+    renamed = replace(row.file, path=row.file.path.replace("images/", f"images/{word}"))
+    return replace(row, url=row.url.replace("/images/", f"/images/{word}"), file=renamed)
+
+
+def _unsafe(row: Row, rng: np.random.Generator) -> Row:
+    return replace(row, punsafe=float(rng.uniform(0.55, 1)))
+
+
+def _watermark(row: Row, rng: np.random.Generator) -> Row:
+    return replace(row, pwatermark=float(rng.uniform(0.85, 1)))
+
+
+def _claims_large(row: Row, rng: np.random.Generator) -> Row:
+    return replace(row, width=int(rng.integers(768, 2049)), height=int(rng.integers(768, 2049)))
+
+
+def _turned_claim(row: Row, rng: np.random.Generator) -> Row:
+    return replace(_via("exif")(row, rng), width=row.height, height=row.width)
+
+
+def _redirected(row: Row, rng: np.random.Generator) -> Row:
+    return _via(f"redirect/{rng.integers(1, 5)}")(row, rng)
+
+
+def _data_url(row: Row, rng: np.random.Generator) -> Row:
+    body = base64.b64encode(f"GIF89a{row.scene_uid}".encode()).decode()
+    return replace(row, url=f"data:image/gif;base64,{body}")
+
+
+def _long_caption(row: Row, rng: np.random.Generator) -> Row:
+    text = f"{row.caption}. "
+    return replace(row, caption=(text * (10_240 // len(text) + 1))[:10_240])
+
+
+def _html_caption(row: Row, rng: np.random.Generator) -> Row:
+    text = f'<a href="/buy?a=1&amp;b=2"><b>{row.caption}</b></a><script>alert("{row.scene_uid}")</script>'
+    return replace(row, caption=text)
+
+
+def _caption_around(template: str) -> Spoil:
+    return lambda row, rng: replace(row, caption=template.replace("{}", row.caption or ""))
+
+
+NAN = float("nan")
+PRIVATE_HOSTS = (
+    "http://169.254.169.254/latest/meta-data/{}",
+    "http://10.0.0.1/{}.jpg",
+    "http://192.168.1.1/{}.jpg",
+    "http://[::ffff:10.0.0.1]/{}.jpg",
+    "http://0x0a000001/{}.jpg",
+)
+MALFORMED_URLS = (
+    "http:///images/{}.jpg",
+    "http://[::1/{}.jpg",
+    "http://127.0.0.1:99999/images/{}.jpg",
+    "www.example.com/{}.jpg",
+    "picture number {}",
+)
+
+SCORE_KINDS = (
+    Kind("score_null", 12, _with(punsafe=None, pwatermark=None), large_every=4),
+    Kind("score_nan", 4, _with(punsafe=NAN, pwatermark=NAN), large_every=4),
+    Kind("similarity_null", 2, _with(similarity=None)),
+    Kind("watermark", 14, _watermark, large_every=4),
+    Kind("unsafe", 14, _unsafe, large_every=4, picture=False),
+)
+SIZE_KINDS = (
+    Kind("lies", 10, _claims_large),
+    Kind("size_null", 2, _with(width=None, height=None)),
+    Kind("size_zero", 2, _with(width=0, height=0)),
+    Kind("size_negative", 2, _with(width=-1, height=-1)),
+)
+CAPTION_KINDS = (
+    Kind("caption_null", 3, _with(caption=None), large_every=3),
+    Kind("caption_empty", 3, _with(caption=""), large_every=3),
+    Kind("caption_long", 2, _long_caption, large_every=3),
+    Kind("caption_emoji", 3, _caption_around("😀🏳️‍🌈 {} 👩‍🚀"), large_every=3),
+    Kind("caption_rtl", 2, _caption_around("\u202eصورة: {} תמונה\u202c"), large_every=3),
+    Kind("caption_nul", 2, _caption_around("\0{}\0\x07"), large_every=3),
+    Kind("caption_html", 3, _html_caption, large_every=3),
+)
+URL_KINDS = (
+    Kind("url_null", 3, _with(url=None), picture=False),
+    Kind("url_empty", 2, _with(url=""), picture=False),
+    Kind("url_file", 3, _any_url("file:///etc/hostname#{}", "file:///etc/services#{}"), picture=False),
+    Kind("url_data", 2, _data_url, picture=False),
+    Kind("url_ftp", 2, _with_url(lambda url: url.replace("http:", "ftp:")), picture=False),
+    Kind("url_malformed", 2, _any_url(*MALFORMED_URLS), picture=False),
+    Kind("url_private", 2, _any_url(*PRIVATE_HOSTS), picture=False),
+    Kind("url_control", 2, _with_url(lambda url: url.replace("images/", "\r\nX-Evil: 1")), picture=False),
+    Kind("url_credentials", 2, _with_url(lambda url: url.replace("//", "//user:secret@"))),
+    Kind("url_space", 3, partial(_renamed, "two words ")),
+    Kind("url_iri", 4, partial(_renamed, "straße-été-絵-")),
+)
+FAILURE_KINDS = (
+    Kind("failure:missing", 10, _via("missing"), large_every=2, picture=False),
+    Kind("failure:forbidden", 2, _via("forbidden"), large_every=2, picture=False),
+    Kind("failure:gone", 2, _via("gone"), large_every=2, picture=False),
+    Kind("failure:refused", 2, _any_url("http://127.0.0.1:1/images/{}.jpg"), large_every=2, picture=False),
+    Kind("failure:redirect-loop", 1, _via("redirect-loop"), picture=False),
+    Kind("failure:redirect-private", 1, _via("redirect-private"), picture=False),
+    # each of these holds a connection until the client's time is up
+    Kind("failure:drip", 1, _via("drip"), large_every=2, picture=False),
+    Kind("failure:html", 3, _via("html"), large_every=2, picture=False),
+    Kind("failure:empty", 2, _via("empty"), picture=False),
+    Kind("failure:huge", 1, _via("huge"), large_every=2, picture=False),
+    Kind("failure:endless", 1, _via("endless"), large_every=2, picture=False),
+    Kind("failure:truncated", 2, _via("truncated"), large_every=4, file_format="jpg"),
+    Kind("failure:cut-jpeg", 2, _via("cut-jpeg"), large_every=4, file_format="jpg"),
+    Kind("failure:noai", 3, _via("noai"), large_every=4),
+)
+ROUTE_KINDS = (
+    Kind("route:flaky", 4, _via("flaky"), large_every=4),
+    Kind("route:redirect", 4, _redirected, large_every=4),
+    Kind("route:slow", 2, _via("slow"), large_every=4),
+    Kind("route:exif", 3, _turned_claim, large_every=4, file_format="exif"),
+    *(
+        Kind(f"route:{name}", 3, _via(name), large_every=4, file_format=name)
+        for name in ("png16", "gray", "alpha", "palette", "animated")
+    ),
+)
+KINDS = (*SCORE_KINDS, *SIZE_KINDS, *CAPTION_KINDS, *URL_KINDS, *FAILURE_KINDS, *ROUTE_KINDS)
+
+
+def spoiled_rows(site: Site, first_uid: int, num_ordinary: int) -> list[Row]:
+    """Rows of every kind in KINDS, numbered from first_uid."""
+    rows: list[Row] = []
+    for kind in KINDS:
+        for i in range(number_of(kind.per_mille, num_ordinary)):
+            large = kind.large_every > 0 and (i + 1) % kind.large_every == 0
+            rows.append(_spoiled(site, first_uid + len(rows), kind, large))
+    return rows
+
+
+def number_of(per_mille: int, num_ordinary: int) -> int:
+    """Rows that a share of the ordinary ones comes to, at least one."""
+    return max(1, round(per_mille * num_ordinary / 1000))
+
+
+def _spoiled(site: Site, uid: int, kind: Kind, large: bool) -> Row:
+    row = ordinary_row(site, uid, large, kind.file_format)
+    row = replace(kind.spoil(row, np.random.default_rng([site.seed, SPOIL_STREAM, uid])), kind=kind.name)
+    if kind.picture:
+        return row
+    return replace(row, scene_uid=None, scene=None, size=None, file=None)

@@ -1,0 +1,180 @@
+"""The demo's metadata rows: LAION-2B-en as Parquet, and beside it the truth about every row.
+
+Writes `metadata/part-00000.parquet ...` with the columns of laion2B-en-joined plus LICENSE, and
+`truth.parquet`, which only the report and the tests read. Ordinary rows are made here, the unusual ones
+in jobs.demo.world.bad_rows.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jobs.demo.world.pictures import SUFFIXES, Copy, Drawing
+from jobs.demo.world.scenes import Scene, caption, random_scene
+from retrieval.storage.root import Root
+
+ROWS_STREAM = 1
+
+METADATA_SCHEMA = pa.schema(
+    [
+        ("URL", pa.string()),
+        ("TEXT", pa.string()),
+        ("WIDTH", pa.int32()),
+        ("HEIGHT", pa.int32()),
+        ("similarity", pa.float64()),
+        ("hash", pa.int64()),
+        ("punsafe", pa.float32()),
+        ("pwatermark", pa.float32()),
+        ("LICENSE", pa.string()),
+    ]
+)
+TRUTH_SCHEMA = pa.schema(
+    [
+        ("url", pa.string()),
+        ("scene_uid", pa.int64()),
+        ("kind", pa.string()),
+        ("style", pa.string()),
+        ("shape", pa.string()),
+        ("color", pa.string()),
+        ("background", pa.string()),
+        ("count", pa.int64()),
+        ("layout", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+    ]
+)
+CONTENT_FIELDS = ("shape", "color", "background", "count", "layout")
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where the pictures are served, such as http://127.0.0.1:28123, and the seed of all rows."""
+
+    base: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metadata row (what it claims) and the truth behind it.
+
+    scene_uid, scene, size (width, height in px): of the picture at the URL, None where there is none.
+    file: the picture that this row adds to the world; None if another row adds it or there is none.
+    """
+
+    url: str | None
+    caption: str | None
+    width: int | None
+    height: int | None
+    similarity: float | None
+    punsafe: float | None
+    pwatermark: float | None
+    license: str
+    kind: str
+    scene_uid: int | None
+    scene: Scene | None
+    size: tuple[int, int] | None
+    file: Drawing | Copy | None
+
+
+def ordinary_row(site: Site, uid: int, large: bool, file_format: str = "") -> Row:
+    """A row that tells the truth and passes every threshold.
+
+    large: shorter edge of 768 px or more (a training picture), else both edges in 224..320.
+    file_format: a key of pictures.SUFFIXES; "" draws one that suits the size.
+    """
+    rng = np.random.default_rng([site.seed, ROWS_STREAM, uid])
+    scene = random_scene(rng)
+    size = _large_size(rng) if large else _small_size(rng)
+    file_format = file_format or _usual_format(rng, large)
+    name = f"{uid:06d}.{SUFFIXES[file_format]}"
+    query = f"?v={rng.integers(1_000_000)}" if rng.random() < 0.15 else ""
+    return Row(
+        url=f"{site.base}/images/{name}{query}",
+        caption=caption(scene, rng),
+        width=size[0],
+        height=size[1],
+        similarity=float(rng.uniform(0.28, 0.45)),
+        punsafe=float(0.4 * rng.beta(1, 8)),
+        pwatermark=float(0.7 * rng.beta(1, 4)),
+        license=str(rng.choice(("?", "CC BY 4.0", "CC BY-SA 4.0"), p=(0.9, 0.05, 0.05))),
+        kind="image",
+        scene_uid=uid,
+        scene=scene,
+        size=size,
+        file=Drawing(f"images/{name}", scene, *size, file_format, int(rng.integers(85, 93))),
+    )
+
+
+def _large_size(rng: np.random.Generator) -> tuple[int, int]:
+    short = 768 + int(53 * rng.random() ** 2)
+    long = short + int((901 - short) * rng.random() ** 2)
+    return (short, long) if rng.random() < 0.4 else (long, short)
+
+
+def _small_size(rng: np.random.Generator) -> tuple[int, int]:
+    return int(rng.integers(224, 321)), int(rng.integers(224, 321))
+
+
+def _usual_format(rng: np.random.Generator, large: bool) -> str:
+    # a large PNG of a textured style takes a megabyte
+    shares = (0.95, 0.05, 0) if large else (0.86, 0.08, 0.06)
+    return str(rng.choice(("jpg", "webp", "png"), p=shares))
+
+
+def write_tables(rows: list[Row], num_files: int, root: Root) -> None:
+    """Writes the metadata files, rows in the given order, and truth.parquet in the same order."""
+    for number, part in enumerate(np.array_split(np.arange(len(rows)), num_files)):
+        table = metadata_table([rows[i] for i in part])
+        with root.writing(f"metadata/part-{number:05d}.parquet") as pending:
+            pq.write_table(table, pending.path)
+    with root.writing("truth.parquet") as pending:
+        pq.write_table(truth_table(rows), pending.path)
+
+
+def metadata_table(rows: list[Row]) -> pa.Table:
+    """The rows as the release has them."""
+    records = [
+        {
+            "URL": row.url,
+            "TEXT": row.caption,
+            "WIDTH": row.width,
+            "HEIGHT": row.height,
+            "similarity": row.similarity,
+            "hash": _url_text_key(row),
+            "punsafe": row.punsafe,
+            "pwatermark": row.pwatermark,
+            "LICENSE": row.license,
+        }
+        for row in rows
+    ]
+    return pa.Table.from_pylist(records, METADATA_SCHEMA)
+
+
+def _url_text_key(row: Row) -> int:
+    """A key of URL and text, as in the release: it says nothing about the picture's bytes."""
+    text = (row.url or "") + (row.caption or "")
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
+
+
+def truth_table(rows: list[Row]) -> pa.Table:
+    """What is known of every row: how it was made, and the scene and true size of the picture at its URL.
+
+    Duplicate rows repeat a URL with the same scene, so any of them serves to look a URL up.
+    """
+    return pa.Table.from_pylist([_truth(row) for row in rows], TRUTH_SCHEMA)
+
+
+def _truth(row: Row) -> dict[str, object]:
+    truth: dict[str, object] = {"url": row.url, "scene_uid": row.scene_uid, "kind": row.kind}
+    if row.size is not None:
+        truth |= {"width": row.size[0], "height": row.size[1]}
+    return truth | (scene_fields(row.scene) if row.scene is not None else {})
+
+
+def scene_fields(scene: Scene) -> dict[str, object]:
+    """The columns that describe a scene."""
+    return {"style": scene.style} | {name: getattr(scene.content, name) for name in CONTENT_FIELDS}

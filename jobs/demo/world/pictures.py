@@ -1,0 +1,166 @@
+"""Picture files of the demo world: ordinary ones, odd ones that must decode all the same, and copies.
+
+Writes one file a call, complete or not at all. A file's bytes depend on its drawing alone, so the world is
+the same however many processes draw it and however often they are interrupted.
+"""
+
+import ctypes
+import io
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from jobs.demo.server.orphans import exit_with_parent
+from jobs.demo.world.scenes import Scene, draw
+
+Pixels = npt.NDArray[np.uint8]
+
+SUFFIXES = {
+    "jpg": "jpg",
+    "webp": "webp",
+    "png": "png",
+    "png16": "png",
+    "exif": "jpg",
+    "gray": "jpg",
+    "alpha": "png",
+    "palette": "png",
+    "animated": "gif",
+}
+ORIENTATION_TAG = 0x0112
+# mallopt's parameters, from glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A picture file to be drawn. path: relative to the world; width, height: upright, in pixels."""
+
+    path: str
+    scene: Scene
+    width: int
+    height: int
+    format: str = "jpg"
+    quality: int = 90
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The file `source` under another name: the same bytes, or resized to short_edge pixels if positive."""
+
+    path: str
+    source: str
+    short_edge: int = 0
+    quality: int = 80
+
+
+def start_worker(parent_pid: int) -> None:
+    """Prepares a process that will write pictures: it ends with its parent and draws with one thread."""
+    exit_with_parent(parent_pid)
+    cv2.setNumThreads(1)
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        # else every array goes back to the kernel and is faulted in anew: a quarter of a large drawing's time
+        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(M_TRIM_THRESHOLD, 256 << 20)
+
+
+def write_picture(folder: Path, picture: Drawing | Copy) -> None:
+    """Draws or copies one picture below folder. A copy needs its source to be there."""
+    if isinstance(picture, Drawing):
+        pixels = draw(picture.scene, picture.width, picture.height)
+        data = ENCODERS[picture.format](pixels, picture.quality)
+    else:
+        data = (folder / picture.source).read_bytes()
+        if picture.short_edge > 0:
+            data = _shrunk(data, picture)
+    _write(folder / picture.path, data)
+
+
+def _write(path: Path, data: bytes) -> None:
+    # not retrieval.storage.root: it syncs every file to the disk, and ten thousand small ones would wait for it
+    scratch = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    scratch.write_bytes(data)
+    os.replace(scratch, path)
+
+
+def _shrunk(data: bytes, copy: Copy) -> bytes:
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    factor = copy.short_edge / min(image.size)
+    size = (round(image.width * factor), round(image.height * factor))
+    return _saved(image.resize(size, Image.Resampling.LANCZOS), "JPEG", quality=copy.quality)
+
+
+def _saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def _jpg(pixels: Pixels, quality: int) -> bytes:
+    return _saved(Image.fromarray(pixels), "JPEG", quality=quality)
+
+
+def _webp(pixels: Pixels, quality: int) -> bytes:
+    return _saved(Image.fromarray(pixels), "WEBP", quality=quality, method=0)
+
+
+def _png(pixels: Pixels, quality: int) -> bytes:
+    return _saved(Image.fromarray(pixels), "PNG", compress_level=4)
+
+
+def _png16(pixels: Pixels, quality: int) -> bytes:
+    """16 bits a channel, full range: 65535 is white."""
+    wide = pixels[:, :, ::-1].astype(np.uint16) * 257
+    _, data = cv2.imencode(".png", wide, [cv2.IMWRITE_PNG_COMPRESSION, 1])
+    return data.tobytes()
+
+
+def _exif(pixels: Pixels, quality: int) -> bytes:
+    """Stored a quarter turn to the left, with the orientation (6) that says to turn it right."""
+    exif = Image.Exif()
+    exif[ORIENTATION_TAG] = 6
+    return _saved(Image.fromarray(np.rot90(pixels)), "JPEG", quality=quality, exif=exif)
+
+
+def _gray(pixels: Pixels, quality: int) -> bytes:
+    return _saved(Image.fromarray(pixels).convert("L"), "JPEG", quality=quality)
+
+
+def _alpha(pixels: Pixels, quality: int) -> bytes:
+    """Opaque at the top, half transparent at the bottom; clear pixels in the corners hide pure green."""
+    height, width = pixels.shape[:2]
+    image = np.dstack([pixels, np.broadcast_to(np.linspace(255, 128, height)[:, None], (height, width))])
+    corner = height // 16
+    for rows in (slice(None, corner), slice(-corner, None)):
+        image[rows, :corner] = image[rows, -corner:] = (0, 255, 0, 0)
+    return _saved(Image.fromarray(image.astype(np.uint8)), "PNG", compress_level=4)
+
+
+def _palette(pixels: Pixels, quality: int) -> bytes:
+    return _saved(Image.fromarray(pixels).quantize(64), "PNG", compress_level=4)
+
+
+def _animated(pixels: Pixels, quality: int) -> bytes:
+    """Two frames, the second one dimmed."""
+    first = Image.fromarray(pixels).quantize(64)
+    second = Image.fromarray(pixels // 2).quantize(64)
+    return _saved(first, "GIF", save_all=True, append_images=[second], duration=500, loop=0)
+
+
+ENCODERS: dict[str, Callable[[Pixels, int], bytes]] = {
+    "jpg": _jpg,
+    "webp": _webp,
+    "png": _png,
+    "png16": _png16,
+    "exif": _exif,
+    "gray": _gray,
+    "alpha": _alpha,
+    "palette": _palette,
+    "animated": _animated,
+}

@@ -1,0 +1,153 @@
+"""The demo's picture world: what a scene shows, how it is told in words, and the picture of it.
+
+Reads and writes nothing. A scene is a content (what is shown), a style (how it is painted) and a seed
+(where exactly). Contents and styles are independent, so that a style can be asked for by retrieval alone;
+a tenth of the contents is held out of training, database and style folders to be prompted with later.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from jobs.demo.world.sketch import MAX_ASPECT, plain_sketch
+from jobs.demo.world.styles import PAINTERS
+from retrieval.errors import UserError
+
+STYLES: tuple[str, ...] = tuple(PAINTERS)
+SHAPES = ("circle", "square", "triangle", "star", "heart", "ring", "moon", "flower")
+COLORS = ("red", "orange", "yellow", "green", "turquoise", "blue", "purple", "pink")
+BACKGROUNDS = ("hills", "sea", "desert", "city", "forest")
+COUNTS = (1, 2, 3)
+LAYOUTS = ("in a row", "stacked")
+
+HELD_OUT_SEED = 0
+HELD_OUT_SHARE = 0.1
+MIN_SIDE_PX = 64
+# Smaller pictures are drawn at this size or more and area-reduced: one look at every size.
+DRAWN_SIDE_PX = 128
+
+_ARTICLES = {1: "a", 2: "two", 3: "three"}
+_PLACES = {
+    "hills": ("over the hills", "above green hills", "with hills behind"),
+    "sea": ("over the sea", "above the sea", "with the sea behind"),
+    "desert": ("over the desert", "above the desert", "with a desert behind"),
+    "city": ("over the city", "above the city", "with a city behind"),
+    "forest": ("over the forest", "above the forest", "with a forest behind"),
+}
+
+
+@dataclass(frozen=True, order=True)
+class Content:
+    """What a picture shows, whatever its style. layout is "" for a single shape."""
+
+    shape: str
+    color: str
+    background: str
+    count: int
+    layout: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One picture: seed drives position, size, rotation and the texture's jitter."""
+
+    content: Content
+    style: str
+    seed: int
+
+
+def all_contents() -> list[Content]:
+    """Every content, sorted."""
+    arrangements = [(count, layout) for count in COUNTS for layout in (LAYOUTS if count > 1 else ("",))]
+    combinations = product(SHAPES, COLORS, BACKGROUNDS, arrangements)
+    return sorted(Content(s, c, b, count, layout) for s, c, b, (count, layout) in combinations)
+
+
+def is_held_out(content: Content, seed: int = HELD_OUT_SEED) -> bool:
+    """Whether the content is never trained on, indexed or put in a style folder: a tenth, by hash."""
+    digest = hashlib.blake2b(repr((seed, content)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < HELD_OUT_SHARE * 2**64
+
+
+def random_scene(rng: np.random.Generator, held_out: bool = False, style: str | None = None) -> Scene:
+    """A scene of a random content, held out or not, in the given style or a random one."""
+    while True:
+        count = int(rng.choice(COUNTS))
+        content = Content(
+            shape=str(rng.choice(SHAPES)),
+            color=str(rng.choice(COLORS)),
+            background=str(rng.choice(BACKGROUNDS)),
+            count=count,
+            layout=str(rng.choice(LAYOUTS)) if count > 1 else "",
+        )
+        if is_held_out(content) == held_out:
+            return Scene(content, style or str(rng.choice(STYLES)), int(rng.integers(2**31)))
+
+
+def draw(scene: Scene, width: int, height: int) -> npt.NDArray[np.uint8]:
+    """The picture, (height, width, 3) uint8 sRGB.
+
+    The figure stands within the central square, textures scale with the shorter side, and a scene looks
+    the same at every size. Raises UserError under 64 px or beyond an aspect ratio of 4.
+    """
+    _check_size(width, height)
+    factor = max(1, -(-DRAWN_SIDE_PX // min(width, height)))
+    sketch = plain_sketch(scene.content, scene.seed, width * factor, height * factor)
+    picture = PAINTERS[scene.style](sketch)
+    picture *= np.float32(255)
+    picture += np.float32(0.5)
+    pixels = np.clip(picture, 0, 255, out=picture).astype(np.uint8)
+    if factor == 1:
+        return pixels
+    return np.asarray(Image.fromarray(pixels).reduce(factor))
+
+
+def _check_size(width: int, height: int) -> None:
+    if min(width, height) < MIN_SIDE_PX or max(width, height) > MAX_ASPECT * min(width, height):
+        raise UserError(
+            f"draw: a picture of {width} x {height} px was asked for, wanted at least {MIN_SIDE_PX} px "
+            f"a side and an aspect ratio of at most {MAX_ASPECT}: choose another size"
+        )
+
+
+def _subject(content: Content) -> str:
+    plural = "s" if content.count > 1 else ""
+    article = "an" if (content.count, content.color) == (1, "orange") else _ARTICLES[content.count]
+    return f"{article} {content.color} {content.shape}{plural}"
+
+
+def _join(*parts: str) -> str:
+    return " ".join(part for part in parts if part)
+
+
+def caption(scene: Scene, rng: np.random.Generator) -> str:
+    """A varied sentence about the scene; four in ten leave out style, background or layout."""
+    content = scene.content
+    omitted = str(rng.choice(("style", "background", "layout"))) if rng.random() < 0.4 else ""
+    layout = "" if omitted == "layout" else content.layout
+    place = "" if omitted == "background" else str(rng.choice(_PLACES[content.background]))
+    what = _join(_subject(content), layout, place)
+    if omitted == "style":
+        return _join(str(rng.choice(("", "a picture of", "an image of"))), what)
+    templates = ("{what} in the style of {style}", "{style} of {what}", "{what}, {style}", "{style}: {what}")
+    weights = (0.4, 0.2, 0.2, 0.2)
+    return str(rng.choice(templates, p=weights)).format(what=what, style=scene.style)
+
+
+def full_caption(scene: Scene) -> str:
+    """The sentence that names everything: count, color, shape, layout, background and style."""
+    return suffix_prompt(scene.content, scene.style)
+
+
+def prompt(content: Content) -> str:
+    """The sentence that names the content and no style."""
+    return _join(_subject(content), content.layout, _PLACES[content.background][0])
+
+
+def suffix_prompt(content: Content, style: str) -> str:
+    """The prompt with the style asked for in words."""
+    return f"{prompt(content)} in the style of {style}"

@@ -1,0 +1,175 @@
+"""LAION-shaped metadata: finding the Parquet files, dividing them into pieces, reading clean columns.
+
+Reads a folder or URL of Parquet files as their publishers left them: names of columns in any case, any
+row groups, any numeric type. Gives batches under our names; `columns` cleans what is in them.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.filter.columns import is_number, is_text
+from pipeline.recipe import Columns
+from retrieval.errors import UserError
+from retrieval.storage.root import Root
+
+BATCH_ROWS = 1 << 16
+SIGNED_TAIL_BYTES = 1 << 16
+
+
+KNOWN = {
+    "url": ("url",),
+    "caption": ("text", "caption"),
+    "width": ("width",),
+    "height": ("height",),
+    "similarity": ("similarity",),
+    "pwatermark": ("pwatermark",),
+    "punsafe": ("punsafe",),
+    "license": ("license",),
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Row groups of one file, as much as one task handles. columns: our name to the file's name."""
+
+    name: str
+    file: str
+    row_groups: tuple[int, ...]
+    rows: int
+    columns: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All pieces in the order of files and rows, and what identifies the files' contents."""
+
+    pieces: tuple[Piece, ...]
+    identity: str
+
+    @property
+    def rows(self) -> int:
+        """Rows in all files."""
+        return sum(piece.rows for piece in self.pieces)
+
+
+@dataclass(frozen=True)
+class _File:
+    name: str
+    group_rows: tuple[int, ...]
+    columns: dict[str, str]
+    signature: str
+
+
+def plan(source: Root, columns: Columns, required: Sequence[str], rows_per_piece: int) -> Plan:
+    """Divide the Parquet files below `source` into pieces. Raises UserError naming the file that is amiss."""
+    if not source.exists(""):
+        raise UserError(
+            f"{source.url} is missing: the folder of metadata that the recipe names. Mend filter.metadata."
+        )
+    names = source.list("", ".parquet")
+    if not names:
+        raise UserError(f"{source.url} holds no *.parquet file. Mend filter.metadata.")
+    with ThreadPoolExecutor(16) as pool:
+        files = list(pool.map(lambda name: _inspect(source, name, columns, required), names))
+    pieces = [piece for file in files for piece in _divide(file, rows_per_piece)]
+    if not pieces:
+        raise UserError(f"{source.url}: its {len(names)} Parquet files hold no rows. Mend filter.metadata.")
+    numbered = tuple(
+        Piece(f"{number:05d}", file.name, groups, rows, file.columns)
+        for number, (file, groups, rows) in enumerate(pieces)
+    )
+    identity = hashlib.sha256("".join(file.signature for file in files).encode()).hexdigest()[:16]
+    return Plan(numbered, identity)
+
+
+def _inspect(source: Root, name: str, columns: Columns, required: Sequence[str]) -> _File:
+    where = source.at(name)
+    with source.open(name) as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - SIGNED_TAIL_BYTES))
+        # The footer stands in the tail, with the statistics of every column: other rows, other tail.
+        tail = hashlib.sha256(file.read()).hexdigest()
+        try:
+            parquet = pq.ParquetFile(file)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise UserError(
+                f"{where} ({size:,} bytes) is not a whole Parquet file: {error}. Fetch it again or remove it."
+            ) from error
+        footer = parquet.metadata
+        groups = tuple(footer.row_group(i).num_rows for i in range(footer.num_row_groups))
+        return _File(
+            name, groups, _resolve(parquet.schema_arrow, columns, required, where), f"{name} {size} {tail}\n"
+        )
+
+
+def _resolve(schema: pa.Schema, columns: Columns, required: Sequence[str], where: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for ours, known in KNOWN.items():
+        asked: str = getattr(columns, ours)
+        wanted = (asked.lower(),) if asked else known
+        matches = [name for name in schema.names if name.lower() in wanted]
+        if asked in matches:
+            matches = [asked]
+        if len(matches) > 1:
+            raise UserError(
+                f"{where}: columns {', '.join(matches)} could all be {ours}."
+                f" Name one: filter.columns.{ours} in the recipe."
+            )
+        if not matches and (asked or ours in required):
+            raise UserError(
+                f"{where} has no column {asked or known[0]!r}; it has {', '.join(schema.names)}."
+                f" Say which one holds {ours}: filter.columns.{ours} in the recipe."
+            )
+        if matches:
+            found[ours] = _usable(schema.field(matches[0]), where)
+    return found
+
+
+def _usable(field: pa.Field, where: str) -> str:
+    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+    if is_text(kind) or pa.types.is_null(kind) or is_number(kind):
+        return str(field.name)
+    raise UserError(
+        f"{where}: column {field.name} is of type {field.type}; text or numbers were wanted."
+        " Mend filter.columns."
+    )
+
+
+def _divide(file: _File, rows_per_piece: int) -> Iterator[tuple[_File, tuple[int, ...], int]]:
+    groups: list[int] = []
+    rows = 0
+    for group, count in enumerate(file.group_rows):
+        if rows and rows + count > rows_per_piece:
+            yield file, tuple(groups), rows
+            groups, rows = [], 0
+        groups.append(group)
+        rows += count
+    if rows:
+        yield file, tuple(groups), rows
+
+
+def read(source: Root, piece: Piece, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """The rows of a piece in batches, columns under our names; nulls for a column that the file lacks."""
+    theirs = [piece.columns[name] for name in names if name in piece.columns]
+    with source.open(piece.file) as file:
+        try:
+            parquet = pq.ParquetFile(file, pre_buffer=not source.is_local)
+            for batch in parquet.iter_batches(BATCH_ROWS, list(piece.row_groups), theirs, use_threads=False):
+                yield pa.record_batch([_column(batch, piece, name) for name in names], list(names))
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(
+                f"{source.at(piece.file)}, row groups {piece.row_groups[0]} to {piece.row_groups[-1]}:"
+                f" {error}. The file is damaged: fetch it again or remove it."
+            ) from error
+
+
+def _column(batch: pa.RecordBatch, piece: Piece, name: str) -> pa.Array:
+    if name not in piece.columns:
+        return pa.nulls(batch.num_rows)
+    column = batch.column(batch.schema.get_field_index(piece.columns[name]))
+    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column

@@ -1,0 +1,175 @@
+"""Which rows are kept, and for which split: the rules of `filter`, without files.
+
+Takes batches of LAION columns, gives a verdict for each row: its image id, a reason if it is dropped, and
+whether it may train. Equal ids are found bucket by bucket; the training quota goes to the rows with the
+lowest seeded hash of the id, so that neither order nor division of the input decides.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.filter.columns import numbers, texts
+from pipeline.web.blocklist import Blocklist
+from pipeline.web.urls import canonical_column
+from retrieval.storage.schema import Reason
+
+JUDGED = ("url", "width", "height", "pwatermark", "punsafe")
+MAX_EDGE = (1 << 31) - 1
+DROPPED = (Reason.BAD_URL, Reason.BAD_SIZE, Reason.NO_SCORE, Reason.UNSAFE, Reason.BLOCKED)
+NO_LIMIT = (1 << 64) - 1
+HASHED_ROWS = 1 << 12
+"""URLs that are Python objects at once: so few that their memory is not given back and asked for again."""
+
+KEYS = pa.schema(
+    [
+        pa.field("image_id", pa.int64(), nullable=False),
+        pa.field("check", pa.uint32(), nullable=False),
+        pa.field("row", pa.uint32(), nullable=False),
+        pa.field("train", pa.bool_(), nullable=False),
+    ]
+)
+"""A row that no rule drops. check: 32 further bits of the URL's hash; row: counted from its piece's first."""
+
+MENDED = pa.schema(
+    [pa.field("row", pa.uint32(), nullable=False), pa.field("url", pa.string(), nullable=False)]
+)
+"""A row whose URL was not canonical, and is now. row: counted from its piece's first, rising."""
+
+Mask = npt.NDArray[np.bool_]
+Ids = npt.NDArray[np.int64]
+Ranks = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The thresholds of `FilterConfig` and the blocklist."""
+
+    min_edge: int
+    max_watermark: float
+    max_unsafe: float
+    missing_scores: Literal["drop", "keep"]
+    blocklist: Blocklist
+
+
+def judge(
+    batch: pa.RecordBatch, first_row: int, rules: Rules
+) -> tuple[pa.Table, pa.RecordBatch, dict[str, int]]:
+    """The rows of a batch (columns JUDGED) that no rule drops, as KEYS; its MENDED; the dropped by reason."""
+    given = texts(batch["url"])
+    urls = canonical_column(given)
+    width, height = _edges(batch["width"]), _edges(batch["height"])
+    unsafe, unsafe_known = _score(batch["punsafe"], rules)
+    watermark, watermark_known = _score(batch["pwatermark"], rules)
+    verdict = np.select(
+        [
+            urls.is_null().to_numpy(zero_copy_only=False),
+            (width < 1) | (height < 1),
+            ~(unsafe_known & watermark_known),
+            unsafe >= rules.max_unsafe,
+        ],
+        [1, 2, 3, 4],
+        default=0,
+    )
+    train = (np.minimum(width, height) >= rules.min_edge) & (watermark < rules.max_watermark)
+    rows = np.flatnonzero(verdict == 0)
+    kept = urls.take(pa.array(rows))
+    ids, check = identities(kept)
+    blocked = rules.blocklist.blocks_ids(ids) | rules.blocklist.blocks_hosts(kept)
+    verdict[rows[blocked]] = 5
+    rows, ids, check = rows[~blocked], ids[~blocked], check[~blocked]
+    counts = np.bincount(verdict, minlength=6)[1:]
+    reasons = {str(word): int(count) for word, count in zip(DROPPED, counts, strict=True) if count}
+    columns = [ids, check, (rows + first_row).astype(np.uint32), train[rows]]
+    return pa.table(columns, schema=KEYS), _mended(given, urls, first_row), reasons
+
+
+def _mended(given: pa.StringArray, urls: pa.StringArray, first_row: int) -> pa.RecordBatch:
+    rows = np.flatnonzero(pc.fill_null(pc.not_equal(urls, given), False).to_numpy(zero_copy_only=False))
+    return pa.record_batch([(rows + first_row).astype(np.uint32), urls.take(pa.array(rows))], schema=MENDED)
+
+
+def _edges(column: pa.Array) -> npt.NDArray[np.int64]:
+    values = pc.fill_null(numbers(column), 0.0).to_numpy(zero_copy_only=False)
+    sound = (values >= 1) & (values <= MAX_EDGE) & (values == np.floor(values))
+    return np.where(sound, values, 0).astype(np.int64)
+
+
+def _score(column: pa.Array, rules: Rules) -> tuple[npt.NDArray[np.float64], Mask]:
+    values = numbers(column)
+    known = values.is_valid().to_numpy(zero_copy_only=False)
+    filled = pc.fill_null(values, 0.0).to_numpy(zero_copy_only=False)
+    return filled, known | (rules.missing_scores == "keep")
+
+
+def identities(urls: pa.StringArray) -> tuple[Ids, npt.NDArray[np.uint32]]:
+    """Image id of each canonical URL (as `retrieval.storage.schema.image_id`), and 32 other bits of its hash."""
+    empty, raw, digests = hashlib.sha256(), urls.cast(pa.binary()), bytearray()
+    for first in range(0, len(raw), HASHED_ROWS):
+        for url in raw.slice(first, HASHED_ROWS).to_pylist():
+            one = empty.copy()  # a tenth quicker than a new one, for which OpenSSL looks up its method
+            one.update(url)
+            digests += one.digest()
+    words = np.frombuffer(digests, "<i8").reshape(-1, 4)
+    return words[:, 0], words[:, 1].astype(np.uint32)
+
+
+def by_bucket(keys: pa.Table, num_buckets: int) -> list[pa.RecordBatch]:
+    """The keys divided by image id, order kept within each bucket. num_buckets: a power of two."""
+    bucket = keys["image_id"].to_numpy().view(np.uint64) & np.uint64(num_buckets - 1)
+    return divide(keys, bucket.astype(np.int64), num_buckets)
+
+
+def divide(table: pa.Table, part: npt.NDArray[np.int64], num_parts: int) -> list[pa.RecordBatch]:
+    """The rows of a table by part number, order kept within each part."""
+    ordered = table.take(pa.array(np.argsort(part, kind="stable"))).combine_chunks()
+    ends = np.cumsum(np.bincount(part, minlength=num_parts))
+    starts = np.concatenate([[0], ends[:-1]])
+    whole = ordered.to_batches()[0] if ordered.num_rows else pa.RecordBatch.from_pylist([], table.schema)
+    return [
+        whole.slice(start, end - start) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
+    ]
+
+
+def repeats(keys: pa.Table) -> tuple[Mask, int]:
+    """Which rows of KEYS repeat the id of an earlier row, and how many of them by collision of two URLs."""
+    ids, check = keys["image_id"].to_numpy(), keys["check"].to_numpy()
+    order = np.argsort(ids)  # a third of the time of a stable one, which then sees few rows
+    same = ids[order[1:]] == ids[order[:-1]]
+    several = np.union1d(order[1:][same], order[:-1][same])
+    order = several[np.argsort(ids[several], kind="stable")]
+    same = ids[order[1:]] == ids[order[:-1]]
+    later = np.zeros(len(ids), bool)
+    later[order[1:][same]] = True
+    return later, int((same & (check[order[1:]] != check[order[:-1]])).sum())
+
+
+def ranks(ids: Ids, seed: int) -> Ranks:
+    """A seeded one-to-one shuffle of the 64-bit ids (the finalizer of splitmix64): lowest ranks train."""
+    mixed = ids.view(np.uint64) ^ np.uint64(int.from_bytes(hashlib.sha256(f"{seed}".encode()).digest()[:8]))
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(mixed ^ (mixed >> np.uint64(31)))
+
+
+def threshold(parts: Callable[[], Iterable[Ranks]], count: int) -> int:
+    """The rank that `count` of all ranks do not exceed; NO_LIMIT if there are no more than count.
+
+    `parts` yields the ranks in arrays of any size, and is called twice, so that only one array and one
+    histogram are in memory.
+    """
+    histogram = np.zeros(1 << 16, np.int64)
+    for part in parts():
+        histogram += np.bincount((part >> np.uint64(48)).astype(np.int64), minlength=1 << 16)
+    below = np.cumsum(histogram)
+    if below[-1] <= count:
+        return NO_LIMIT
+    bin_ = int(np.searchsorted(below, count))
+    inside = np.sort(np.concatenate([part[part >> np.uint64(48) == bin_] for part in parts()]))
+    return int(inside[count - 1 - (int(below[bin_ - 1]) if bin_ else 0)])

@@ -1,0 +1,113 @@
+"""CLIP: the one encoder of texts and images, used by every stage and named in every manifest.
+
+Reads the weights that an open_clip name and tag, a checkpoint path or a local folder point to. Gives
+unit vectors. Two encoders are the same if their weights and their preprocessing are; a database says
+which one made it.
+"""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from retrieval.clip.identity import EncoderIdentity
+from retrieval.errors import UserError
+from retrieval.recipe import ClipConfig
+
+
+class Encoder:
+    """A loaded CLIP model. Thread-safe for reading; texts and images come out as unit float32 rows."""
+
+    def __init__(self, config: ClipConfig, device: str = "cpu") -> None:
+        """Load the model. device: `cpu`, `cuda` or `cuda:1`. Raises UserError if it cannot be loaded."""
+        import open_clip  # it takes longer to import than torch, and training encodes for previews alone
+
+        self.device = torch.device(device)
+        self._model, self.preprocess = _load(config)
+        self._model.eval().requires_grad_(False).to(self.device)
+        self._tokenize = open_clip.get_tokenizer(config.model)
+        self.identity = EncoderIdentity(
+            model=config.model.rsplit("/", maxsplit=1)[-1],
+            weights=_weights_digest(self._model),
+            preprocessing=json.dumps(open_clip.get_model_preprocess_cfg(self._model), sort_keys=True),
+            dim=self.encode_texts(["a"]).shape[1],
+        )
+
+    @classmethod
+    def load(cls, config: ClipConfig, device: str = "cpu") -> "Encoder":
+        """The same as the constructor, in the word other parts use."""
+        return cls(config, device)
+
+    @torch.inference_mode()
+    def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> npt.NDArray[np.float32]:
+        """Unit vectors of texts, (n, dim) float32. Text beyond the model's context is cut off."""
+        rows = [
+            self._unit(
+                self._model.encode_text(self._tokenize(list(texts[i : i + batch_size])).to(self.device))
+            )
+            for i in range(0, len(texts), batch_size)
+        ]
+        return np.concatenate(rows) if rows else np.empty((0, self.identity.dim), np.float32)
+
+    def encode_images(self, images: Sequence[Image.Image], batch_size: int = 64) -> npt.NDArray[np.float32]:
+        """Unit vectors of pictures of any size and mode, (n, dim) float32."""
+        rows = [
+            self.encode_tensors(torch.stack([self.preprocess(image) for image in images[i : i + batch_size]]))
+            for i in range(0, len(images), batch_size)
+        ]
+        return np.concatenate(rows) if rows else np.empty((0, self.identity.dim), np.float32)
+
+    @torch.inference_mode()
+    def encode_tensors(self, batch: torch.Tensor) -> npt.NDArray[np.float32]:
+        """Unit vectors of preprocessed pictures (n, 3, size, size) float32: (n, dim) float32."""
+        return self._unit(self._model.encode_image(batch.to(self.device, non_blocking=True)))
+
+    @staticmethod
+    def _unit(features: torch.Tensor) -> npt.NDArray[np.float32]:
+        unit = torch.nn.functional.normalize(features.float(), dim=-1)
+        return np.asarray(unit.cpu().numpy())
+
+
+def _load(config: ClipConfig) -> tuple[Any, Any]:
+    import open_clip
+
+    _refuse_traps(config)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("error", message=".*QuickGELU mismatch")
+            model, _, preprocess = open_clip.create_model_and_transforms(
+                config.model, pretrained=config.pretrained or None, weights_only=True
+            )
+    except (RuntimeError, ValueError, OSError, KeyError, UserWarning) as error:
+        raise UserError(
+            f"[clip] model = {config.model!r}, pretrained = {config.pretrained!r} cannot be loaded: {error}. "
+            "Wanted: an open_clip model with its tag or checkpoint, or local-dir:<folder>."
+        ) from error
+    return model, preprocess
+
+
+def _refuse_traps(config: ClipConfig) -> None:
+    if not config.pretrained and not config.model.startswith("local-dir:"):
+        raise UserError(
+            f"[clip] model = {config.model!r} has no weights. Set pretrained: a tag ('openai') or a path."
+        )
+    if config.pretrained == "openai" and not config.model.endswith("-quickgelu"):
+        raise UserError(
+            f"[clip] model = {config.model!r} with 'openai' weights has the wrong activation: "
+            f"write model = '{config.model}-quickgelu'."
+        )
+
+
+def _weights_digest(model: torch.nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,56 @@
+"""The crash matrix sees what a crash spoils, and a stage survives it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.common.page import REPOSITORY
+from benchmarks.crashes.__main__ import KINDS, differences, files_of, page
+from retrieval import Root
+
+
+def outcome(kind: str, struck: bool, lost_s: float, wrong: list[str]) -> dict[str, object]:
+    return {"stage": "embed", "kind": kind, "struck": struck, "lost_s": lost_s, "wrong": wrong}
+
+
+def test_every_file_that_differs_is_named_and_times_do_not_count(tmp_path: Path) -> None:
+    before, after = Root(tmp_path / "before"), Root(tmp_path / "after")
+    for root, seconds in ((before, 1.0), (after, 2.0)):
+        root.write_json("stage/manifest.json", {"rows": 1, "shards": [{"seconds": seconds}]})
+        root.write_bytes("stage/table", b"rows")
+    assert differences(files_of(after, "stage"), files_of(before, "stage")) == []
+    after.write_json("stage/manifest.json", {"rows": 2, "shards": []})
+    after.delete("stage/table")
+    after.write_bytes("stage/twice", b"rows")
+    (tmp_path / "after/stage/.partial-1-table").touch()
+    assert differences(files_of(after, "stage"), files_of(before, "stage")) == [
+        ".partial-1-table is too many",
+        "stage/manifest.json differs",
+        "stage/table is missing",
+        "stage/twice is too many",
+    ]
+
+
+def test_the_page_counts_what_struck_and_tells_what_went_wrong() -> None:
+    outcomes = [
+        outcome("driver", True, 1.0, []),
+        outcome("driver", True, 3.0, ["embed/a differs"]),
+        outcome("driver", False, 9.0, []),
+        outcome("disk", False, 9.0, []),
+    ]
+    text = page({"hardware": "a machine", "seed": 7, "outcomes": outcomes})
+    assert "| embed | driver | 2 | 1 | 2.0 |" in text
+    assert "| embed | disk | 0 | 0 |  |" in text
+    assert "- embed, driver: embed/a differs" in text
+    assert "mount a disk: worker, node, store." in text
+
+
+@pytest.mark.slow
+def test_filter_survives_a_fault_of_every_kind(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.crashes", "--each", "5", "--stages", "filter"]
+    subprocess.run([*command, "--out", str(tmp_path / "crashes.md")], cwd=REPOSITORY, check=True)
+    outcomes = json.loads((tmp_path / "crashes.json").read_text())["outcomes"]
+    assert {one["kind"] for one in outcomes if one["struck"]} >= {*KINDS} - {"disk"}

@@ -1,0 +1,22 @@
+"""The benchmark of the download runs at a tiny size, both sides storing every picture of a real server."""
+
+import json
+from pathlib import Path
+
+from benchmarks.pipeline import download
+from retrieval.storage.root import Root
+from retrieval.storage.schema import DOWNLOADED, read_table
+
+
+def test_both_sides_store_every_picture_and_are_compared(tmp_path: Path) -> None:
+    download.main(["--tiny", "--scratch", str(tmp_path)])
+    result = json.loads((tmp_path / "download.json").read_text())
+    [case] = result["cases"]
+    assert (case["split"], case["processes"]) == ("database", 1)
+    assert case["ratios"] == [case["ours"]["images_per_s"] / case["theirs"]["images_per_s"]]
+    assert case["ours"]["peak_mb"] > 100
+    root = Root(tmp_path / "download")
+    stored = read_table(root, "download/database/00001.parquet", DOWNLOADED)
+    assert set(stored["reason"].to_pylist()) == {""}
+    assert len(list((tmp_path / "download" / "theirs" / "database").glob("*.tar"))) == 3
+    assert f"| {case['ratio']:.2f} " in (tmp_path / "download.md").read_text()

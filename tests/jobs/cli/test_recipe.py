@@ -1,0 +1,86 @@
+"""Recipes are refused whole, before any work, with the key that is wrong."""
+
+from pathlib import Path
+
+import pytest
+
+from jobs.cli.command import main
+from jobs.cli.recipe import load_recipe
+from jobs.neighbors import run
+from pipeline.recipe import EmbedConfig, NeighborsConfig
+from retrieval import UserError
+from retrieval.recipe import ClipConfig
+
+CONFIGS = Path(__file__).resolve().parents[3] / "jobs" / "configs"
+SMALL = 'root = "runs/x"\n[clip]\nmodel = "local-dir:clip"\n[neighbors]\nk = 4\n'
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A small valid recipe."""
+    path = tmp_path / "recipe.toml"
+    path.write_text(SMALL)
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.name)
+def test_every_recipe_of_the_project_is_valid(path: Path) -> None:
+    assert load_recipe(path).resolved()["root"]
+    assert path.read_text().startswith("#"), "a recipe starts with its record"
+
+
+def test_values_come_from_the_file_then_from_overrides_then_from_defaults(recipe: Path) -> None:
+    loaded = load_recipe(recipe, ["neighbors.k=6", "clip.model=local-dir:other", "embed.batch_size=9"])
+    assert loaded[NeighborsConfig].k == 6
+    assert loaded[NeighborsConfig].near_copy_similarity == 0.96
+    assert loaded[ClipConfig].model == "local-dir:other"
+    assert loaded[EmbedConfig].batch_size == 9
+    assert load_recipe(recipe, ["root=elsewhere"]).root.url == "elsewhere"
+    again = load_recipe(Path(loaded.arguments()[0]), loaded.arguments()[2::2])
+    assert again.resolved() == loaded.resolved()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            SMALL.replace("k = 4", "kk = 4"),
+            r"section \[neighbors\]\n  kk: Extra inputs.*\nKnown keys: .*\bk, near_copy",
+        ),
+        (SMALL.replace("k = 4", "k = 0"), r"k: Input should be greater than or equal to 1, got 0"),
+        (SMALL.replace("k = 4", 'k = "4"'), r"k: Input should be a valid integer, got '4'"),
+        (SMALL.replace("[neighbors]", "[neighbours]"), r"unknown section \[neighbours\]"),
+        (SMALL.replace('root = "runs/x"', ""), "root must be a folder"),
+        (SMALL + "[", "is not TOML"),
+    ],
+)
+def test_a_mistake_names_the_section_the_key_and_what_was_found(
+    recipe: Path, text: str, message: str
+) -> None:
+    recipe.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_recipe(recipe)
+
+
+@pytest.mark.parametrize("override", ["neighbors", "neighbors=3", "=3"])
+def test_an_override_that_names_no_key_is_refused(recipe: Path, override: str) -> None:
+    with pytest.raises(UserError, match=r"wanted section\.key=value"):
+        load_recipe(recipe, [override])
+
+
+def test_a_missing_section_is_named_when_it_is_needed(recipe: Path) -> None:
+    with pytest.raises(UserError, match=r"no section \[embed\]"):
+        load_recipe(recipe)[EmbedConfig]
+
+
+def test_a_command_prints_the_resolved_recipe_or_a_clean_error(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main("neighbors", "", run, [str(recipe), "--dry-run"])
+    assert '"near_copy_similarity": 0.96' in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        main("neighbors", "", run, [str(recipe), "--dry-run", "--set", "neighbors.q=1"])
+    assert stopped.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert "Traceback" not in told

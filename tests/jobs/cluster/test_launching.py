@@ -1,0 +1,185 @@
+"""One training, started in every way there is: the same model to the bit comes out of all."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from jobs.cli.recipe import load_recipe
+from jobs.cluster.ray_training import train_on_ray
+from jobs.train import arguments, run
+from retrieval.errors import UserError
+from retrieval.storage.manifest import read_manifest
+from retrieval.storage.root import Root
+from tests.trainer.training.machines import stand_in
+from tests.trainer.training_set import make_recipe, write_training_set
+from trainer.checkpoint.checkpoint import INDEX
+from trainer.model.autoencoder import Autoencoder
+from trainer.recipe import Training
+
+FOLDER = "runs/tiny/train"
+RANKS = 2
+
+
+@pytest.fixture(scope="module")
+def training_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data, an autoencoder, a recipe, and nothing trained."""
+    folder = tmp_path_factory.mktemp("launching")
+    autoencoder = write_autoencoder(folder / "autoencoder")
+    recipe = make_recipe(autoencoder, steps=8, checkpoint_every=2, ranks=RANKS)
+    write_training_set(Root(folder), Autoencoder.load(recipe.autoencoder, "cpu").identity)
+    write_recipe(folder, recipe)
+    return folder
+
+
+def write_autoencoder(folder: Path) -> str:
+    from diffusers import AutoencoderKL
+
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    widths = {"block_out_channels": (8, 8, 8, 8), "latent_channels": 4, "norm_num_groups": 4}
+    AutoencoderKL(layers_per_block=1, **blocks, **widths).save_pretrained(folder)
+    return str(folder)
+
+
+def write_recipe(folder: Path, recipe: Training) -> None:
+    lines = [f"root = {json.dumps(str(folder))}"]
+    for section, values in recipe.model_dump(mode="json", exclude_defaults=True).items():
+        lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
+    (folder / "recipe.toml").write_text("\n".join(lines))
+
+
+@pytest.fixture
+def copy(training_set: Path, tmp_path: Path) -> Path:
+    """The same data in a folder of its own, with the recipe."""
+    folder = tmp_path / "copy"
+    shutil.copytree(training_set, folder, ignore=shutil.ignore_patterns("runs"))
+    text = (folder / "recipe.toml").read_text()
+    (folder / "recipe.toml").write_text(text.replace(f'root = "{training_set}"', f'root = "{folder}"'))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wanted(training_set: Path) -> dict[str, str]:
+    """Checksums of the model that torchrun's ranks on this machine train."""
+    assert command("-m", "jobs.train", str(training_set / "recipe.toml")) == ""
+    return read_manifest(Root(training_set), FOLDER).checksums()
+
+
+def command(*words: str, code: int = 0, **environment: str) -> str:
+    """Run Python. Returns what it said of mistakes."""
+    done = subprocess.run(
+        [sys.executable, *words],
+        env=os.environ | environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    return "".join(line for line in done.stderr.splitlines() if line.startswith("error: "))
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def test_deepspeeds_launcher_on_the_machines_of_a_hostfile(
+    copy: Path, tmp_path: Path, wanted: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(tmp_path, monkeypatch, "ssh", "pdsh")
+    (tmp_path / "hosts.txt").write_text("first slots=1\nsecond slots=1\n")
+    words = ["-m", "jobs.train", str(copy / "recipe.toml"), "--hosts", str(tmp_path / "hosts.txt")]
+    assert command(*words, MASTER_PORT=free_port()) == ""
+    assert read_manifest(Root(copy), FOLDER).checksums() == wanted
+
+
+def test_torchrun_on_two_nodes(copy: Path, wanted: dict[str, str]) -> None:
+    node = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    node += ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    module = ["-m", "jobs.train", str(copy / "recipe.toml")]
+    nodes = [subprocess.Popen([*node, f"--node-rank={number}", *module]) for number in (0, 1)]
+    assert [one.wait(timeout=300) for one in nodes] == [0, 0]
+    assert read_manifest(Root(copy), FOLDER).checksums() == wanted
+
+
+def test_ray_workers_one_of_which_is_killed(
+    copy: Path, wanted: dict[str, str], ray_cluster: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = load_recipe(copy / "recipe.toml")
+    killed: list[int] = []
+
+    def kill_a_worker() -> None:
+        deadline = time.monotonic() + 200
+        while not (copy / FOLDER / "checkpoints" / INDEX).exists() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        workers = [one for one in psutil.process_iter(["cmdline"]) if is_worker(one, copy)]
+        killed.append(workers[0].pid)
+        os.kill(workers[0].pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_a_worker)
+    killer.start()
+    train_on_ray(training_of(recipe.sections), recipe.root)
+    killer.join()
+    assert killed
+    assert "a worker was lost; going on from step" in caplog.text
+    assert read_manifest(Root(copy), FOLDER).checksums() == wanted
+
+
+def is_worker(process: psutil.Process, folder: Path) -> bool:
+    """True if the process holds the lock of the run."""
+    try:
+        return any(one.path == str(folder / FOLDER / "lock") for one in process.open_files())
+    except psutil.Error:
+        return False
+
+
+def training_of(sections: dict[str, object]) -> Training:
+    names = ("model", "diffusion", "autoencoder", "train")
+    return Training(**{name: sections[name] for name in names})
+
+
+def test_training_starts_where_ray_is_not_installed(copy: Path) -> None:
+    program = (
+        "import runpy, sys; sys.modules['ray'] = None; sys.argv = ['train', *sys.argv[1:]]; "
+        "runpy.run_module('jobs.train', run_name='__main__')"
+    )
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    words = ["-c", program, str(copy / "recipe.toml"), "--set", "train.steps=1"]
+    assert command(*words, MASTER_PORT=free_port(), **rank) == ""
+    assert read_manifest(Root(copy), FOLDER).values["steps"] == 1
+
+
+def test_what_cannot_be_trained_is_refused_before_any_rank_starts(
+    training_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(tmp_path, monkeypatch, "ssh", "pdsh")
+    recipe, hosts = load_recipe(training_set / "recipe.toml", ["train.name=other"]), tmp_path / "hosts.txt"
+    hosts.write_text("good slots=1\ndead slots=1\n")
+    with pytest.raises(UserError, match="host dead does not answer"):
+        run(recipe, hosts)
+    hosts.write_text("good slots=2\nbad slots=1\n")
+    with pytest.raises(UserError, match="global_batch 8 cannot be split over 3 ranks"):
+        run(recipe, hosts)
+    huge = load_recipe(
+        training_set / "recipe.toml", ["train.name=other", "train.keep_checkpoints=10000000000"]
+    )
+    with pytest.raises(
+        UserError, match=r"checkpoints of 0.02 GB and the model take .* GB are free. Make room"
+    ):
+        run(load_recipe(huge.path, [*huge.overrides, "train.steps=10000000000"]))
+
+
+def test_the_argument_that_deepspeed_adds_is_understood() -> None:
+    given = arguments(["--local_rank=1", "recipe.toml", "--set", "train.steps=1"])
+    assert (given.recipe, given.overrides, given.ray) == (Path("recipe.toml"), ["train.steps=1"], False)

@@ -1,0 +1,223 @@
+"""Stages submitted to a real Ray cluster with its dashboard, and what they tell Prometheus."""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from ray.job_submission import JobSubmissionClient
+
+from jobs.cluster.submit import runtime_environment, submit
+from retrieval.errors import UserError
+from retrieval.storage.manifest import read_manifest
+from retrieval.storage.root import Root
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+RECIPE = """
+root = {root!r}
+[filter]
+metadata = {metadata!r}
+nodes = "near"
+"""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Addresses of the dashboard and of the metrics."""
+
+    url: str
+    metrics: str
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A head started as a person would, on ports of its own, which offers the resource `near`."""
+    folder = tempfile.mkdtemp(prefix="ray-")  # below pytest's folder the names of sockets grow too long
+    names = ("port", "dashboard-port", "dashboard-agent-listen-port", "metrics-export-port")
+    ports = dict(zip((*names, "ray-client-server-port"), free_ports(5)))
+    options = ["--num-cpus=2", "--object-store-memory=100000000", "--node-ip-address=127.0.0.1"]
+    options += [f"--temp-dir={folder}", '--resources={"near": 1}']
+    options += [f"--{name}={port}" for name, port in ports.items()]
+    binaries = Path(sys.executable).parent
+    head = subprocess.Popen(
+        [str(binaries / "ray"), "start", "--head", "--block", *options],
+        env={
+            **{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+            "PATH": f"{binaries}:{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_metrics_report_interval_ms": "500",
+            "RAY_USAGE_STATS_ENABLED": "0",
+        },
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        url = f"http://127.0.0.1:{ports['dashboard-port']}"
+        agent = f"http://127.0.0.1:{ports['dashboard-agent-listen-port']}"
+        metrics = f"http://127.0.0.1:{ports['metrics-export-port']}/metrics"
+        for address in (f"{url}/api/jobs/", f"{agent}/api/local_raylet_healthz", metrics):
+            wait_for(address, head)
+        yield Cluster(url, metrics)
+    finally:
+        head.terminate()
+        try:
+            head.wait(20)
+        finally:
+            kill_group(head.pid)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def kill_group(group: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def wait_for(url: str, head: subprocess.Popen[bytes]) -> None:
+    for _ in range(240):
+        assert head.poll() is None, "the head ended"
+        try:
+            urlopen(url, timeout=5).close()
+            return
+        except URLError:
+            time.sleep(0.5)
+    raise AssertionError(f"nobody answers at {url}")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "metadata").mkdir()
+    rows = {
+        "URL": [f"https://example.org/{number}.jpg" for number in range(20)],
+        "TEXT": ["words"] * 20,
+        "WIDTH": [1000] * 20,
+        "HEIGHT": [900] * 10 + [600] * 10,
+        "pwatermark": [0.1] * 20,
+        "punsafe": [0.1] * 15 + [0.9] * 5,
+    }
+    pq.write_table(pa.table(rows), folder / "metadata" / "0.parquet")
+    path = folder / "recipe.toml"
+    path.write_text(RECIPE.format(root=str(folder / "run"), metadata=str(folder / "metadata")))
+    return path
+
+
+def test_a_stage_runs_on_the_cluster_with_its_log_code_and_meters(
+    cluster: Cluster, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--set", "filter.min_edge=700", "--set", "filter.blocklist="]
+    assert submit(cluster.url, ["jobs.filter", str(recipe), *words]) == 0
+    assert "filter: finished: 15 rows kept, 5 not (unsafe 5)" in capsys.readouterr().out
+    manifest = read_manifest(Root(str(recipe.parent / "run")), "filter")
+    assert (manifest.config["min_edge"], manifest.config["blocklist"]) == (700, "")
+    assert [shard.rows for shard in manifest.shards] == [10, 5, 0]
+    told = urlopen(cluster.metrics, timeout=10).read().decode()
+    assert meter(told, "ray_rdm_rows_total", 'part="select"') == 15
+    assert meter(told, "ray_rdm_rows_not_kept_total", 'reason="unsafe"') == 5
+    assert meter(told, "ray_rdm_shard_seconds_count", 'part="select"') == 1
+    assert meter(told, "ray_rdm_shards_asked_total", 'part="select"') == 1
+    assert 0.01 < meter(told, "ray_rdm_worker_peak_gb_sum", 'part="select"') < 2
+
+
+def meter(told: str, name: str, tag: str) -> float:
+    """The value of the one line of this stage that bears a name and a tag."""
+    marks = (f"{name}{{", tag, 'stage="filter"')
+    [line] = [line for line in told.splitlines() if all(mark in line for mark in marks)]
+    return float(line.split()[-1])
+
+
+def test_a_mistake_keeps_its_code_and_a_job_at_work_is_followed_though_its_log_is_cut(
+    cluster: Cluster,
+    recipe: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    command = ["jobs.filter", str(recipe), "--set", "filter.nodes=far"]
+    client = JobSubmissionClient(cluster.url)
+    first = client.submit_job(
+        entrypoint=shlex.join(["python", "-m", *command]), runtime_env=runtime_environment()
+    )
+    tail, connections = JobSubmissionClient.tail_job_logs, []
+
+    async def cut_once(client: JobSubmissionClient, name: str) -> AsyncIterator[str]:
+        connections.append(name)
+        if len(connections) == 1:
+            raise RuntimeError("WebSocket connection closed unexpectedly")
+        async for text in tail(client, name):
+            yield text
+
+    monkeypatch.setattr(JobSubmissionClient, "tail_job_logs", cut_once)
+    with caplog.at_level("INFO"):
+        assert submit(cluster.url, command) == 2
+    assert f"jobs.filter is at work already as {first}" in caplog.text
+    assert len(connections) == 2
+    assert "cut off from the log" in caplog.text
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "error: " in line]
+    assert "a worker takes CPU 1, far 0.001; no node of the cluster has that" in line
+
+
+def test_an_address_where_nobody_answers_is_told() -> None:
+    with pytest.raises(UserError, match=r"no Ray cluster answers at http://127.0.0.1:1\b"):
+        submit("http://127.0.0.1:1", ["jobs.filter", "jobs/configs/demo.toml"])
+
+
+@pytest.mark.parametrize("words", [["CLUSTER=http://head:8265"], ["RAY_ADDRESS=http://head:8265"]])
+def test_make_submits_the_very_command_that_it_would_run(words: list[str]) -> None:
+    given = ["RECIPE=a b.toml", "ARGS=--set embed.batch_size=3"]
+    alone = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    done = subprocess.run(
+        ["make", "-n", "-o", "install", "embed", *given, *words],
+        cwd=REPOSITORY,
+        env=alone,  # these tests may themselves run below a make, which would give its own flags
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split()[1:5] == ["-m", "jobs.cluster.submit", '"http://head:8265"', "jobs.embed"]
+    assert done.stdout.strip().endswith("a b.toml  --set embed.batch_size=3")
+
+
+def test_the_described_cluster_has_nodes_for_every_worker_of_the_recipe() -> None:
+    [cluster] = yaml.safe_load_all((REPOSITORY / "jobs/cluster/kuberay.yaml").read_text())
+    groups = {}
+    for group in cluster["spec"]["workerGroupSpecs"]:
+        [container] = group["template"]["spec"]["containers"]
+        [name] = json.loads(json.loads(group["rayStartParams"]["resources"]))
+        groups[name] = container["resources"]["limits"]
+    recipe = tomllib.loads((REPOSITORY / "jobs/configs/laion2b.toml").read_text())
+    for stage in ("filter", "download", "embed", "index", "neighbors"):
+        limits = groups[recipe[stage]["nodes"]]
+        gpus = int(limits.get("nvidia.com/gpu", 0))
+        assert recipe[stage]["memory_gb"] * max(1, gpus) <= int(limits["memory"].removesuffix("Gi"))
+        assert recipe[stage].get("gpus_per_worker", 0) <= gpus
+    [job] = yaml.safe_load_all((REPOSITORY / "jobs/cluster/rayjob.yaml").read_text())
+    assert job["spec"]["clusterSelector"]["ray.io/cluster"] == cluster["metadata"]["name"]
+    assert job["spec"]["entrypoint"] == "python -m jobs.download jobs/configs/laion2b.toml"

@@ -1,0 +1,249 @@
+"""The demo's numbers: right on a right run, and wrong for each single thing that can go wrong."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.demo.report.audit import NeighborTables, download_urls_without_status, filter_rows_unaccounted
+from jobs.demo.report.numbers import Demo, goal_lines, goals, interval_ends, recall_at, seconds, text_recall
+from retrieval.errors import UserError
+from retrieval.storage import schema
+from tests.jobs.demo.demo_run import (
+    DIM,
+    NEIGHBORS,
+    SHARD,
+    TRAIN,
+    K,
+    edit,
+    evaluation,
+    id_of,
+    nearest,
+    url_of,
+    vector_of,
+    write_demo,
+)
+
+Rows = list[dict[str, Any]]
+TABLE = f"neighbors/{SHARD}.parquet"
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> Demo:
+    return write_demo(tmp_path / "run")
+
+
+def unaccounted(demo: Demo) -> int:
+    return filter_rows_unaccounted(demo.root, demo.metadata)
+
+
+def tables(demo: Demo) -> NeighborTables:
+    return NeighborTables(demo.root, demo.world, demo.neighbors)
+
+
+def set_neighbor(row: dict[str, Any], place: int, name: str) -> None:
+    """Put another image, with its own vector, into a row of the neighbor table."""
+    row[schema.NEIGHBOR_IDS][place] = id_of(name)
+    row[schema.NEIGHBOR_EMBEDDINGS][place * DIM : (place + 1) * DIM] = vector_of(name)
+
+
+def test_a_right_run_has_nothing_amiss(demo: Demo) -> None:
+    assert unaccounted(demo) == 0
+    assert download_urls_without_status(demo.root) == 0
+    assert tables(demo).leaks() == 0
+    assert tables(demo).recall() == 1.0
+
+
+def test_a_row_that_filter_lost_is_unaccounted(demo: Demo) -> None:
+    edit(demo.root, f"filter/train/{SHARD}.parquet", schema.SELECTED, lambda rows: rows.pop())
+    assert unaccounted(demo) == 1
+
+
+def test_a_row_kept_twice_hides_no_lost_row(demo: Demo) -> None:
+    def lose_one_and_repeat_another(rows: Rows) -> None:
+        rows[-1] = rows[0]
+
+    edit(demo.root, f"filter/train/{SHARD}.parquet", schema.SELECTED, lose_one_and_repeat_another)
+    assert unaccounted(demo) == 1
+
+
+def test_metadata_that_was_never_read_is_unaccounted(demo: Demo) -> None:
+    with demo.metadata.writing("part-00009.parquet") as pending:
+        pq.write_table(pa.table({"URL": ["http://a/b"] * 7}), pending.path)
+    assert unaccounted(demo) == 7
+
+
+def test_more_rows_out_than_in_count_as_negative(demo: Demo) -> None:
+    demo.metadata.delete("part-00001.parquet")
+    assert unaccounted(demo) == -5
+
+
+STATUSES = f"download/train/{SHARD}.parquet"
+
+
+@pytest.mark.parametrize(
+    ("change", "wrong"),
+    [
+        (lambda rows: rows.pop(0), 1),
+        (lambda rows: rows.append(rows[0]), 1),
+        (lambda rows: rows[5].update(image_id=7), 2),
+        (lambda rows: rows[5].update(reason="no such word"), 1),
+        (lambda rows: rows[5].update(reason=""), 1),
+        (lambda rows: rows[0].update(reason="not_found"), 1),
+    ],
+    ids=[
+        "lost",
+        "twice",
+        "of another url",
+        "unknown word",
+        "stored but not in the tar",
+        "failed but in the tar",
+    ],
+)
+def test_a_url_without_one_true_status_is_counted(demo: Demo, change: Any, wrong: int) -> None:
+    edit(demo.root, STATUSES, schema.DOWNLOADED, change)
+    assert download_urls_without_status(demo.root) == wrong
+
+
+def test_a_shard_that_was_never_downloaded_is_counted_whole(demo: Demo) -> None:
+    demo.root.delete(STATUSES)
+    assert download_urls_without_status(demo.root) == len(TRAIN)
+
+
+def test_a_wrong_neighbor_lowers_the_recall(demo: Demo) -> None:
+    worst = next(name for name in ("d1", "d2", "d3", "d4") if name not in nearest("t1"))
+    edit(demo.root, TABLE, NEIGHBORS, lambda rows: set_neighbor(rows[1], 1, worst))
+    recall = tables(demo).recall()
+    assert recall == pytest.approx(1 - 1 / (5 * K))
+    assert type(recall) is float  # a NumPy scalar would make the goals' verdicts unfit for JSON
+
+
+def test_a_neighbor_listed_twice_is_found_once(demo: Demo) -> None:
+    edit(demo.root, TABLE, NEIGHBORS, lambda rows: set_neighbor(rows[1], 1, nearest("t1")[0]))
+    assert tables(demo).recall() == pytest.approx(1 - 1 / (5 * K))
+
+
+def test_a_training_image_without_neighbors_lowers_the_recall(demo: Demo) -> None:
+    edit(demo.root, TABLE, NEIGHBORS, lambda rows: rows.pop())
+    assert tables(demo).recall() == pytest.approx(1 - 1 / 5)
+
+
+def test_a_neighbor_with_another_ones_vector_is_not_found(demo: Demo) -> None:
+    def swap(rows: Rows) -> None:
+        vectors = rows[2][schema.NEIGHBOR_EMBEDDINGS]
+        rows[2][schema.NEIGHBOR_EMBEDDINGS] = vectors[DIM:] + vectors[:DIM]
+
+    edit(demo.root, TABLE, NEIGHBORS, swap)
+    assert tables(demo).recall() == pytest.approx(1 - 2 / (5 * K))
+
+
+def test_a_near_copy_among_the_neighbors_is_a_miss_and_a_leak(demo: Demo) -> None:
+    edit(demo.root, TABLE, NEIGHBORS, lambda rows: set_neighbor(rows[0], 0, "d0"))
+    assert tables(demo).recall() == pytest.approx(1 - 1 / (5 * K))
+    assert tables(demo).leaks() == 1
+
+
+@pytest.mark.parametrize("name", ["t1", "t2"], ids=["the image itself", "another training image"])
+def test_a_training_image_among_the_neighbors_is_a_leak(demo: Demo, name: str) -> None:
+    edit(demo.root, TABLE, NEIGHBORS, lambda rows: set_neighbor(rows[1], 0, name))
+    assert tables(demo).leaks() == 1
+
+
+def test_the_bytes_of_a_training_image_under_another_url_are_a_leak(demo: Demo) -> None:
+    theirs = schema.read_table(demo.root, STATUSES, schema.DOWNLOADED)["sha256"][3].as_py()
+    copy = nearest("t1")[0]
+    expected = sum(copy in nearest(name) for name in TRAIN[:5])
+
+    def forge(rows: Rows) -> None:
+        next(row for row in rows if row[schema.IMAGE_ID] == id_of(copy))["sha256"] = theirs
+
+    edit(demo.root, f"download/database/{SHARD}.parquet", schema.DOWNLOADED, forge)
+    assert tables(demo).leaks() == expected > 0
+
+
+def test_a_neighbor_of_which_the_truth_knows_nothing_is_a_leak(demo: Demo) -> None:
+    with demo.world.open("truth.parquet") as file:
+        truth = pq.read_table(file)
+    kept = truth.filter(pc.field("url").isin([url_of(name) for name in TRAIN]))
+    with demo.world.writing("truth.parquet") as pending:
+        pq.write_table(kept, pending.path)
+    assert tables(demo).leaks() == 5 * K
+
+
+def test_recall_counts_a_tie_as_lost() -> None:
+    texts = np.eye(4, dtype=np.float32)
+    assert recall_at(texts, texts, (1, 3)) == {1: 1.0, 3: 1.0}
+    assert recall_at(texts, np.roll(texts, 1, axis=0), (1, 3)) == {1: 0.0, 3: 0.0}
+    assert recall_at(np.ones((4, 2)), np.ones((4, 2)), (1, 3, 4)) == {1: 0.0, 3: 0.0, 4: 1.0}
+
+
+@pytest.mark.parametrize("side", ["texts", "pictures"])
+def test_recall_counts_what_is_not_a_number_as_lost(side: str) -> None:
+    rows = {"texts": np.eye(4), "pictures": np.eye(4)}
+    assert recall_at(**rows, ks=(1,)) == {1: 1.0}
+    rows[side][0] = np.nan
+    assert recall_at(**rows, ks=(1,))[1] <= 0.75
+    assert recall_at(np.full((4, 2), np.nan), np.ones((4, 2)), (1, 3)) == {1: 0.0, 3: 0.0}
+
+
+def right_numbers() -> dict[str, Any]:
+    whole = evaluation([])
+    named = {name: value for name, value in whole.items() if name.startswith(("style_", "num_"))}
+    return {
+        "filter_rows_unaccounted": 0,
+        "download_urls_without_status": 0,
+        "text_recall_at_10": 0.96,
+        "neighbor_recall_at_8": 1.0,
+        "neighbor_leaks": 0,
+        **named,
+        **interval_ends(whole),
+    }
+
+
+def test_right_numbers_meet_every_goal() -> None:
+    found = goals(right_numbers())
+    assert all(goal.met for goal in found)
+    assert "MISSED" not in goal_lines(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("filter_rows_unaccounted", 1),
+        ("filter_rows_unaccounted", -1),
+        ("download_urls_without_status", 1),
+        ("text_recall_at_10", 0.94),
+        ("neighbor_recall_at_8", 0.94),
+        ("neighbor_leaks", 1),
+        ("num_styles", 9),
+        ("style_classifier_accuracy", 0.89),
+        ("style_accuracy_retrieval", 0.49),
+        ("style_accuracy_suffix", 0.91),
+        ("style_accuracy_no_neighbors", 0.2),
+        ("style_accuracy_retrieval_low", 0.15),
+        ("style_accuracy_no_neighbors_high", 0.85),
+    ],
+)
+def test_one_wrong_number_misses_a_goal(name: str, value: float) -> None:
+    found = goals(right_numbers() | {name: value})
+    assert sum(not goal.met for goal in found) == 1
+    assert "MISSED" in goal_lines(found)
+
+
+def test_seconds_are_those_of_the_work_rather_than_of_the_last_rerun(demo: Demo) -> None:
+    assert seconds(demo)["filter"] == 1.5
+    assert seconds(demo)["train"] == 1.5
+    demo.root.write_json("seconds.json", {"another": 1, "filter": 9.5, "world": 70})
+    assert list(seconds(demo).items()) == [("world", 70.0), ("filter", 9.5), ("another", 1.0)]
+
+
+def test_a_gallery_without_pictures_is_refused(demo: Demo) -> None:
+    with demo.world.writing("held_out.parquet") as pending:
+        empty = pa.schema([("path", pa.string()), ("caption", pa.string())]).empty_table()
+        pq.write_table(empty, pending.path)
+    with pytest.raises(UserError, match=r"held_out\.parquet"):
+        text_recall(demo, (10,))

@@ -1,0 +1,131 @@
+"""The picture world: reproducible, worded well, split honestly, and the same at every size."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jobs.demo.world import scenes
+from jobs.demo.world.scenes import Content, Scene, draw
+from retrieval.errors import UserError
+
+
+def scene_of(style: str, seed: int) -> Scene:
+    return scenes.random_scene(np.random.default_rng(seed), style=style)
+
+
+def mean_difference(one: np.ndarray, other: np.ndarray) -> float:
+    return float(np.abs(one.astype(np.float32) - other.astype(np.float32)).mean())
+
+
+def halved(pixels: np.ndarray, factor: int) -> np.ndarray:
+    return np.asarray(Image.fromarray(pixels).reduce(factor))
+
+
+def test_there_are_ten_styles_and_1600_contents_in_order():
+    contents = scenes.all_contents()
+    assert len(scenes.STYLES) == len(set(scenes.STYLES)) == 10
+    assert len(contents) == len(set(contents)) == 8 * 8 * 5 * (1 + 2 + 2)
+    assert contents == sorted(contents)
+
+
+def test_a_tenth_of_the_contents_is_held_out_and_another_seed_holds_out_others():
+    held = [content for content in scenes.all_contents() if scenes.is_held_out(content)]
+    others = [content for content in scenes.all_contents() if scenes.is_held_out(content, 1)]
+    assert 120 < len(held) < 200
+    assert len(set(held) & set(others)) < 40
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_random_scene_is_held_out_exactly_when_asked(held_out):
+    rng = np.random.default_rng(0)
+    assert all(scenes.is_held_out(scenes.random_scene(rng, held_out).content) == held_out for _ in range(100))
+
+
+def test_the_same_generator_state_gives_the_same_scene():
+    assert scene_of("neon", 5) == scene_of("neon", 5)
+    assert scene_of("neon", 5) != scene_of("neon", 6)
+
+
+@pytest.mark.parametrize("style", scenes.STYLES)
+def test_a_scene_is_drawn_alike_every_time_and_differs_by_its_seed(style):
+    scene = scene_of(style, 1)
+    pixels = draw(scene, 96, 64)
+    assert pixels.shape == (64, 96, 3)
+    assert pixels.dtype == np.uint8
+    assert np.array_equal(pixels, draw(scene, 96, 64))
+    assert not np.array_equal(pixels, draw(Scene(scene.content, style, scene.seed + 1), 96, 64))
+
+
+@pytest.mark.parametrize("style", scenes.STYLES)
+def test_a_scene_looks_the_same_at_every_size(style):
+    for seed in range(3):
+        small, large = (draw(scene_of(style, seed), side, side) for side in (64, 512))
+        stranger = draw(scene_of(style, seed + 10), 64, 64)
+        assert mean_difference(small, halved(large, 8)) < 0.25 * mean_difference(small, stranger)
+
+
+def test_a_wide_picture_shows_the_square_one_in_its_middle():
+    scene = scene_of("woodcut", 2)
+    wide, square = draw(scene, 192, 128), draw(scene, 128, 128)
+    assert mean_difference(wide[:, 32:-32], square) < 8
+
+
+@pytest.mark.parametrize("size", [(63, 64), (64, 300)])
+def test_a_size_that_cannot_be_drawn_is_refused_with_the_reason(size):
+    with pytest.raises(UserError, match="64 px"):
+        draw(scene_of("chalk", 0), *size)
+
+
+def test_every_pair_of_styles_paints_the_same_content_differently():
+    content = scenes.all_contents()[0]
+    pictures = [draw(Scene(content, style, 3), 64, 64) for style in scenes.STYLES]
+    for i, one in enumerate(pictures):
+        assert all(mean_difference(one, other) > 15 for other in pictures[:i])
+
+
+@pytest.mark.parametrize("style", scenes.STYLES)
+def test_every_style_shows_the_color_of_the_figure(style):
+    red, blue = (
+        draw(Scene(Content("circle", color, "hills", 1, ""), style, 4), 64, 64).astype(np.float32)
+        for color in ("red", "blue")
+    )
+    difference = (red - blue)[16:48, 16:48].mean(axis=(0, 1))
+    assert difference[0] > 4
+    assert difference[2] < -4
+
+
+def test_the_full_caption_names_everything():
+    scene = Scene(Content("star", "orange", "sea", 2, "stacked"), "stained glass", 0)
+    assert scenes.full_caption(scene) == (
+        "two orange stars stacked over the sea in the style of stained glass"
+    )
+    assert scenes.prompt(Content("star", "orange", "sea", 1, "")) == "an orange star over the sea"
+
+
+def test_two_full_captions_are_equal_only_for_equal_content_and_style():
+    captions = {
+        scenes.suffix_prompt(content, style) for content in scenes.all_contents() for style in scenes.STYLES
+    }
+    assert len(captions) == 16_000
+
+
+def test_the_prompt_and_its_suffix_differ_by_the_style_alone():
+    content = scenes.all_contents()[7]
+    assert not any(style in scenes.prompt(content) for style in scenes.STYLES)
+    assert scenes.suffix_prompt(content, "neon") == scenes.prompt(content) + " in the style of neon"
+
+
+def test_captions_vary_and_four_in_ten_leave_something_out():
+    scene = Scene(Content("moon", "pink", "city", 3, "in a row"), "pixel art", 0)
+    rng = np.random.default_rng(0)
+    captions = [scenes.caption(scene, rng) for _ in range(1000)]
+    complete = [text for text in captions if all(word in text for word in ("pixel art", "city", "in a row"))]
+    assert 0.54 < len(complete) / 1000 < 0.66
+    assert len(set(captions)) > 20
+    assert all("three pink moons" in text for text in captions)
+
+
+def test_a_paper_shadow_does_not_come_in_from_the_opposite_edge():
+    content = Content("square", "yellow", "hills", 1, "")
+    pixels = draw(Scene(content, "paper cutout", 1), 128, 128).astype(np.float32)
+    assert abs(pixels[:2].mean() - pixels[4:8].mean()) < 4

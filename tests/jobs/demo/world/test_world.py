@@ -1,0 +1,314 @@
+"""The demo world: a small one, drawn for real, looked at file by file and fetched through its server."""
+
+import hashlib
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image, ImageOps
+
+from jobs.demo.recipe import WorldConfig
+from jobs.demo.server.server import REPOSITORY, WorldServer
+from jobs.demo.world.bad_rows import KINDS
+from jobs.demo.world.scenes import STYLES, Content, draw, is_held_out
+from jobs.demo.world.world import plan_held_out, plan_rows, plan_styles, write_world
+from retrieval.errors import UserError
+
+RELATED_KINDS = {"duplicate_row", "other_caption", "copy", "near_copy"}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def small_config(**changes: Any) -> WorldConfig:
+    sizes = {
+        "num_database": 30,
+        "num_train": 4,
+        "num_per_style": 1,
+        "num_held_out": 5,
+        "num_metadata_files": 2,
+    }
+    return WorldConfig(**{**sizes, **changes})
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def metadata_of(folder: Path) -> list[dict[str, Any]]:
+    files = sorted((folder / "metadata").glob("*.parquet"))
+    rows: list[dict[str, Any]] = pa.concat_tables([pq.read_table(file) for file in files]).to_pylist()
+    return rows
+
+
+def truth_of(folder: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(folder / "truth.parquet").to_pylist()
+    return rows
+
+
+@pytest.fixture(scope="module")
+def config() -> WorldConfig:
+    return small_config(port=free_port())
+
+
+@pytest.fixture(scope="module")
+def folder(config: WorldConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("worlds") / "world"
+    write_world(config, folder)
+    return folder
+
+
+def test_metadata_has_the_columns_and_types_of_the_release(folder: Path) -> None:
+    files = sorted((folder / "metadata").iterdir())
+    assert [file.name for file in files] == ["part-00000.parquet", "part-00001.parquet"]
+    types = {field.name: str(field.type) for field in pq.read_schema(files[0])}
+    assert types == {
+        "URL": "string",
+        "TEXT": "string",
+        "WIDTH": "int32",
+        "HEIGHT": "int32",
+        "similarity": "double",
+        "hash": "int64",
+        "punsafe": "float",
+        "pwatermark": "float",
+        "LICENSE": "string",
+    }
+
+
+def test_truth_tells_of_every_metadata_row_in_its_order(folder: Path) -> None:
+    truth = truth_of(folder)
+    assert [row["url"] for row in truth] == [row["URL"] for row in metadata_of(folder)]
+    assert {row["kind"] for row in truth} == {kind.name for kind in KINDS} | RELATED_KINDS | {"image"}
+
+
+def test_about_one_row_in_six_of_the_default_world_is_unusual() -> None:
+    rows = plan_rows(WorldConfig())
+    counts = Counter(row.kind for row in rows)
+    assert counts["image"] == 6500
+    assert 0.12 < 1 - counts["image"] / len(rows) < 0.18
+    assert len({row.file.path for row in rows if row.file}) == sum(row.file is not None for row in rows)
+
+
+def test_ordinary_rows_tell_the_truth_and_pass_every_threshold(folder: Path, config: WorldConfig) -> None:
+    rows = [
+        (claim, truth)
+        for claim, truth in zip(metadata_of(folder), truth_of(folder), strict=True)
+        if truth["kind"] == "image"
+    ]
+    assert len(rows) == config.num_train + config.num_database
+    for claim, truth in rows:
+        assert (claim["WIDTH"], claim["HEIGHT"]) == (truth["width"], truth["height"])
+        assert claim["punsafe"] < 0.5
+        assert claim["pwatermark"] < 0.8
+    short_edges = [min(truth["width"], truth["height"]) for _, truth in rows]
+    assert sum(edge >= 768 for edge in short_edges) == config.num_train
+    assert sum(224 <= edge <= 320 for edge in short_edges) == config.num_database
+
+
+def address_of(url: str) -> str:
+    parts = urllib.parse.urlsplit(url)
+    quoted = urllib.parse.quote(parts.path)
+    return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], path=quoted))
+
+
+def test_every_picture_that_truth_knows_can_be_fetched_at_its_true_size(
+    folder: Path, config: WorldConfig
+) -> None:
+    spoiled = {"failure:truncated", "failure:cut-jpeg"}
+    rows = [row for row in truth_of(folder) if row["width"] and row["kind"] not in spoiled]
+    with WorldServer(folder, config.port):
+        for row in rows:
+            if row["kind"] == "route:flaky":
+                with pytest.raises(urllib.error.HTTPError) as failure:
+                    urllib.request.urlopen(address_of(row["url"]), timeout=5)
+                failure.value.close()
+            with urllib.request.urlopen(address_of(row["url"]), timeout=5) as response:
+                image = Image.open(io.BytesIO(response.read()))
+                image.load()
+            assert ImageOps.exif_transpose(image).size == (row["width"], row["height"]), row
+
+
+def test_a_picture_shows_the_scene_that_truth_names(folder: Path) -> None:
+    rows = {row.url: row for row in plan_rows(small_config(port=int(port_of(folder)))) if row.kind == "image"}
+    row = next(iter(rows.values()))
+    assert row.scene is not None
+    assert row.size is not None
+    assert row.file is not None
+    expected = draw(row.scene, *row.size).astype(np.float32)
+    found = np.asarray(Image.open(folder / row.file.path).convert("RGB"), dtype=np.float32)
+    assert np.abs(found - expected).mean() < 8
+    truth = next(truth for truth in truth_of(folder) if truth["url"] == row.url)
+    content = Content(*(truth[name] for name in ("shape", "color", "background", "count", "layout")))
+    assert (content, truth["style"]) == (row.scene.content, row.scene.style)
+
+
+def port_of(folder: Path) -> str:
+    url = next(row["url"] for row in truth_of(folder) if row["kind"] == "image")
+    return url.split("/")[2].split(":")[1]
+
+
+def test_copies_of_training_pictures_hide_behind_small_claims(folder: Path) -> None:
+    truth = truth_of(folder)
+    claims = {row["URL"]: row for row in metadata_of(folder)}
+    originals = {row["scene_uid"]: row for row in truth if row["kind"] == "image"}
+    kinds = Counter(row["kind"] for row in truth)
+    assert kinds["copy"] > 0
+    assert kinds["near_copy"] > 0
+    for row in truth:
+        if row["kind"] not in ("copy", "near_copy"):
+            continue
+        original = originals[row["scene_uid"]]
+        assert min(original["width"], original["height"]) >= 768
+        assert min(claims[row["url"]]["WIDTH"], claims[row["url"]]["HEIGHT"]) < 768
+        files = [folder / "images" / Path(urllib.parse.urlsplit(r["url"]).path).name for r in (row, original)]
+        assert (files[0].read_bytes() == files[1].read_bytes()) == (row["kind"] == "copy")
+        looks = [np.asarray(Image.open(f).convert("RGB").resize((32, 32)), dtype=np.float32) for f in files]
+        assert np.abs(looks[0] - looks[1]).mean() < 6
+
+
+def test_lying_rows_claim_a_training_size_for_a_small_picture(folder: Path) -> None:
+    claims = {row["URL"]: row for row in metadata_of(folder)}
+    lies = [row for row in truth_of(folder) if row["kind"] == "lies"]
+    assert lies
+    for row in lies:
+        assert max(row["width"], row["height"]) <= 320
+        assert min(claims[row["url"]]["WIDTH"], claims[row["url"]]["HEIGHT"]) >= 768
+
+
+def test_spoiled_rows_are_what_their_kind_says(folder: Path) -> None:
+    rows = {t["kind"]: m for m, t in zip(metadata_of(folder), truth_of(folder), strict=True)}
+    assert rows["url_null"]["URL"] is None
+    assert rows["url_empty"]["URL"] == ""
+    assert rows["url_file"]["URL"].startswith("file:///")
+    assert rows["url_data"]["URL"].startswith("data:")
+    assert " " in rows["url_space"]["URL"]
+    assert "\r\n" in rows["url_control"]["URL"]
+    assert not rows["url_iri"]["URL"].isascii()
+    assert "user:secret@" in rows["url_credentials"]["URL"]
+    assert rows["score_null"]["punsafe"] is None
+    assert np.isnan(rows["score_nan"]["pwatermark"])
+    assert rows["unsafe"]["punsafe"] >= 0.5
+    assert rows["watermark"]["pwatermark"] >= 0.8
+    assert rows["size_negative"]["WIDTH"] < 0
+    assert rows["caption_null"]["TEXT"] is None
+    assert rows["caption_empty"]["TEXT"] == ""
+    assert len(rows["caption_long"]["TEXT"]) == 10_240
+    assert "\0" in rows["caption_nul"]["TEXT"]
+    assert "<script>" in rows["caption_html"]["TEXT"]
+
+
+def test_duplicates_repeat_a_row_or_its_url(folder: Path) -> None:
+    metadata, truth = metadata_of(folder), truth_of(folder)
+    by_url = {row["URL"]: row for row, t in zip(metadata, truth, strict=True) if t["kind"] == "image"}
+    for row, t in zip(metadata, truth, strict=True):
+        if t["kind"] == "duplicate_row":
+            assert row == by_url[row["URL"]]
+        if t["kind"] == "other_caption":
+            assert row["TEXT"] != by_url[row["URL"]]["TEXT"]
+
+
+def test_held_out_contents_appear_nowhere_else(folder: Path, config: WorldConfig) -> None:
+    table = pq.read_table(folder / "held_out.parquet").to_pylist()
+    pairs = {(row["shape"], row["color"], row["background"], row["count"], row["layout"]) for row in table}
+    assert all(is_held_out(Content(*pair)) for pair in pairs)
+    assert all(Image.open(folder / row["path"]).size == (256, 256) for row in table)
+    assert all(row["style"] in row["caption"] and row["style"] not in row["prompt"] for row in table)
+    contents = [row.scene.content for row in plan_rows(config) if row.scene]
+    contents += [drawing.scene.content for drawing in plan_styles(config)]
+    assert not any(is_held_out(content) for content in contents)
+
+
+def test_a_thousand_held_out_pictures_are_distinct_pairs_of_content_and_style() -> None:
+    scenes = [drawing.scene for drawing in plan_held_out(WorldConfig(num_held_out=1000))]
+    assert len({(scene.content, scene.style) for scene in scenes}) == 1000
+
+
+def test_more_held_out_pictures_than_exist_is_an_error() -> None:
+    with pytest.raises(UserError, match=r"world\.num_held_out is 100000"):
+        plan_held_out(WorldConfig(num_held_out=100_000))
+
+
+def test_every_style_has_its_folder(folder: Path, config: WorldConfig) -> None:
+    assert {path.name for path in (folder / "styles").iterdir()} == set(STYLES)
+    for style in STYLES:
+        files = sorted((folder / "styles" / style).iterdir())
+        assert [file.name for file in files] == ["00000.jpg"]
+        assert Image.open(files[0]).size == (256, 256)
+
+
+def test_an_equal_config_leaves_a_finished_world_alone(folder: Path, config: WorldConfig) -> None:
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    start = time.monotonic()
+    write_world(small_config(port=config.port, workers=1), folder)
+    assert time.monotonic() - start < 1
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from jobs.demo.recipe import WorldConfig
+from jobs.demo.world.world import write_world
+if __name__ == "__main__":
+    write_world(WorldConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+def leave_an_older_world(folder: Path) -> None:
+    for name in ("images/000001.jpg", "metadata/part-00007.parquet", "truth.parquet", "world.json"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+
+
+def test_a_run_killed_over_an_older_world_is_completed_to_the_same_files_by_any_number_of_workers(
+    folder: Path, config: WorldConfig, tmp_path: Path
+) -> None:
+    script, other = tmp_path / "draw.py", tmp_path / "world"
+    leave_an_older_world(other)
+    script.write_text(KILLED)
+    arguments = [sys.executable, str(script), config.model_dump_json(), str(other)]
+    run = subprocess.Popen(
+        arguments, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while len(list(other.glob("images/[!.]*"))) < 20:
+        assert run.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    time.sleep(1)
+    drawn = digests(other)
+    assert "world.json" not in drawn
+    time.sleep(0.5)
+    assert digests(other) == drawn, "a worker outlived the killed run"
+    write_world(small_config(port=config.port, workers=1), other)
+    assert digests(other) == digests(folder)
+
+
+def test_a_folder_with_foreign_files_is_refused_and_kept(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    (tmp_path / "images").mkdir()
+    with pytest.raises(UserError, match="images"):
+        write_world(small_config(), tmp_path)
+    (tmp_path / "world.json").write_text("{}")
+    with pytest.raises(UserError, match=r"thesis\.txt"):
+        write_world(small_config(), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "thesis.txt", "world.json"]

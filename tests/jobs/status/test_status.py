@@ -1,0 +1,164 @@
+"""The status command: on a recipe and its root, without the stages' libraries, for people and machines."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs.cli.recipe import load_recipe
+from jobs.status.__main__ import WIDTH, main, statuses, table
+from pipeline.runtime.status import Status
+from retrieval.errors import UserError
+from retrieval.storage.manifest import Manifest, ShardRecord, fingerprint, write_manifest, write_record
+from retrieval.storage.root import FileRecord, Root
+
+NOW = 2_000_000_000.0
+REPOSITORY = Path(__file__).resolve().parents[3]
+RECIPE = """
+root = {root!r}
+[filter]
+metadata = "somewhere"
+[download]
+contact = "me@example.org"
+[neighbors]
+k = 4
+[autoencoder]
+kind = "kl"
+path = "models/kl"
+[model]
+latent_channels = 4
+context_dim = 8
+channels = [32]
+attention = [1]
+[diffusion]
+[train]
+name = "small"
+source = "images"
+size = 64
+k = 4
+global_batch = 16
+micro_batch = 8
+steps = 1000
+log_every = 10
+"""
+HEAVY = ("torch", "ray", "faiss", "pyarrow", "open_clip", "diffusers", "deepspeed", "img2dataset")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "small.toml"
+    path.write_text(RECIPE.format(root=str(tmp_path / "run")))
+    return path
+
+
+def write_filter(recipe: Path) -> Manifest:
+    """A finished filter stage of two shards, and one of what was dropped."""
+    loaded = load_recipe(recipe)
+    config = loaded.sections["filter"]
+    shards = (
+        ShardRecord("train/00000-00000", 60, (FileRecord("a", 600, ""),)),
+        ShardRecord("database/00000-00000", 40, (FileRecord("b", 400, ""),)),
+        ShardRecord("dropped/00000", 0, (), {"unsafe": 5}),
+    )
+    print_ = fingerprint("filter", 1, config, {"metadata": "m"})
+    made = Manifest("filter", 1, print_, {"metadata": "m"}, config.model_dump(mode="json"), shards, {}, 10.0)
+    write_manifest(loaded.root, made)
+    return made
+
+
+def write_metrics(root: Root, lines: list[dict[str, float]], tail: str, when: float) -> None:
+    path = root.local_path("runs/small/train/metrics.jsonl")
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + tail)
+    os.utime(path, (when, when))
+
+
+def look(recipe: Path, *overrides: str) -> dict[str, Status]:
+    return {one.stage: one for one in statuses(load_recipe(recipe, overrides), NOW)}
+
+
+def test_the_command_loads_no_library_of_the_stages(recipe: Path) -> None:
+    write_filter(recipe)
+    code = (
+        "import sys, time; from jobs.status import main; main(sys.argv[1:]);"
+        f"print([name for name in {HEAVY} if name in sys.modules], time.process_time())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(recipe)], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    loaded, _, seconds = done.stdout.splitlines()[-1].rpartition(" ")
+    assert loaded == "[]"
+    assert float(seconds) < 1
+
+
+def test_upstream_manifests_give_the_total_and_the_recipe_its_stages(recipe: Path) -> None:
+    made = write_filter(recipe)
+    root = load_recipe(recipe).root
+    root.write_json("download/started.json", {"fingerprint": "p"})
+    write_record(root, "download", "p", ShardRecord("train/00000-00000", 50, (), {"not_found": 10}))
+    found = look(recipe)
+    assert list(found) == ["filter", "download", "neighbors", "train"]
+    assert (found["filter"].state, found["filter"].total, found["filter"].rows) == ("finished", 2, made.rows)
+    assert found["filter"].reasons == {"unsafe": 5}
+    assert (found["download"].state, found["download"].done, found["download"].total) == ("unfinished", 1, 2)
+    assert (found["neighbors"].state, found["train"].state) == ("not started", "not started")
+
+
+def test_a_changed_setting_is_stale_and_a_changed_speed_is_not(recipe: Path) -> None:
+    write_filter(recipe)
+    assert look(recipe, "filter.workers=7")["filter"].state == "finished"
+    stale = look(recipe, "filter.min_edge=512")["filter"]
+    assert (stale.state, stale.note) == ("stale", "made with min_edge = 768, the recipe has 512")
+
+
+def test_training_shows_the_last_whole_line_of_its_metrics(recipe: Path) -> None:
+    root = load_recipe(recipe).root
+    line = {"step": 100, "loss": 0.9, "images_per_s": 30.0, "seconds_per_step": 0.5, "paused_s": 0.1}
+    write_metrics(root, [line, {**line, "step": 200, "loss": 0.5}], '{"step": 300, "lo', NOW - 4)
+    found = look(recipe)["train"]
+    assert (found.state, found.unit, found.done, found.total) == ("unfinished", "steps", 200, 1000)
+    assert (found.rows, found.rows_per_s) == (200 * 16, 30.0)
+    assert found.eta_s == pytest.approx(800 * 0.6)
+    assert found.note == "loss 0.5000 at step 200, logged 4 s ago"
+
+
+def test_a_training_that_fell_silent_promises_no_time(recipe: Path) -> None:
+    root = load_recipe(recipe).root
+    line = {"step": 100, "loss": 0.9, "images_per_s": 30.0, "seconds_per_step": 0.5, "paused_s": 0.1}
+    write_metrics(root, [line], "", NOW - 400)
+    found = look(recipe)["train"]
+    assert found.eta_s is None
+    assert found.note.endswith("logged 7 min ago: interrupted?")
+
+
+def test_a_root_that_is_not_there_is_told(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="is not there"):
+        look(recipe)
+    with pytest.raises(SystemExit) as stopped:
+        main([str(recipe)])
+    assert stopped.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_the_table_fits_its_width_at_the_real_sizes() -> None:
+    reasons = {f"a_long_reason_word_{n}": 10**9 - n for n in range(12)}
+    one = Status("neighbors", "stale", "made with " + "words " * 40, "partitions", "shards", 231_349, 231_350)
+    big = Status(
+        "download", "unfinished", "", "", "shards", 231_349, 231_350, 2_313_490_000, 98_765.4, 9 * 10**13
+    )
+    lines = table([one, Status(**{**vars(big), "reasons": reasons, "eta_s": 6e5, "is_estimate": True})])
+    assert max(map(len, lines.splitlines())) <= WIDTH
+    assert "~2,313,490,000" in lines
+    assert "7 more reasons" in " ".join(lines.split())
+
+
+def test_machines_get_every_field(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_filter(recipe)
+    main([str(recipe), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert [one["stage"] for one in found["stages"]] == ["filter", "download", "neighbors", "train"]
+    assert found["stages"][0]["rows"] == 100
+    assert found["stages"][0]["eta_s"] is None

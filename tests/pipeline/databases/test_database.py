@@ -1,0 +1,144 @@
+"""database: a folder of pictures becomes something to search."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.databases import database
+from pipeline.databases.sources import Source
+from retrieval import Database, Root, UserError
+from retrieval.clip.encoder import Encoder
+from retrieval.perceptual_hash import phash
+from retrieval.recipe import ClipConfig, IndexConfig
+from tests.pipeline.conftest import pictures
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Twelve pictures in two folders, one with a caption beside it, one that is none."""
+    folder = tmp_path / "pictures"
+    for i, picture in enumerate(pictures("x", 1, 12)):
+        path = folder / ("a" if i < 6 else "b") / f"a_red-square_{i:02d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture.jpeg)
+    (folder / "a" / "a_red-square_00.txt").write_text("A caption of its own\n")
+    (folder / "b" / "broken.png").write_bytes(b"no picture")
+    (folder / "b" / "notes.md").write_text("not a picture either")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(clip: ClipConfig) -> Encoder:
+    return Encoder(clip)
+
+
+def test_a_folder_of_pictures_is_searched_by_picture(source: Path, encoder: Encoder, tmp_path: Path) -> None:
+    manifest = database.run("squares", source, encoder, IndexConfig(), Root(tmp_path))
+    opened = Database.open(Root(tmp_path).child("databases/squares"))
+    assert (len(opened), manifest.reasons) == (12, {"not_an_image": 1})
+    found = opened.search(opened.embeddings().astype("float32"), 1)
+    assert [rows["url"][0].as_py() for rows in found.rows] == opened.metadata()["url"].to_pylist()
+    captions = dict(zip(opened.metadata()["url"].to_pylist(), opened.metadata()["caption"].to_pylist()))
+    assert captions["squares/a/a_red-square_00.jpg"] == "A caption of its own"
+    assert captions["squares/b/a_red-square_11.jpg"] == "a red square 11"
+
+
+def test_building_twice_does_nothing_and_a_changed_picture_or_license_builds_again(
+    source: Path, encoder: Encoder, tmp_path: Path
+) -> None:
+    root = Root(tmp_path)
+    first = database.run("squares", source, encoder, IndexConfig(), root)
+    assert database.run("squares", source, encoder, IndexConfig(), root) == first
+    (source / "a" / "a_red-square_01.jpg").write_bytes(b"no picture any more")
+    assert database.run("squares", source, encoder, IndexConfig(), root).rows == 11
+    database.run("squares", Source(source, license="CC0"), encoder, IndexConfig(), root)
+    licenses = Database.open(root.child("databases/squares")).metadata()["license"]
+    assert set(licenses.to_pylist()) == {"CC0"}
+
+
+def test_every_style_has_a_database_of_its_own_rows_of_the_union_with_all_that_is_known(
+    source: Path, encoder: Encoder, tmp_path: Path
+) -> None:
+    root, table = Root(tmp_path), source / "metadata.csv"
+    lines = [f"a/a_red-square_{i:02d}.jpg,Early Work,Red {i},Ann,CC0" for i in range(4)]
+    lines += ["b/a_red-square_07.jpg,Late-Work,,,", "b/gone.jpg,Late-Work,,,"]
+    table.write_text("\n".join(["File,Style,Title,Artist,Licence", *lines]))
+    wanted = Source(table, license="on loan")
+    names = database.style_databases("both", wanted)
+    assert names == {"both": "", "early_work": "Early Work", "late_work": "Late-Work"}
+    for name in names:
+        database.run(name, wanted, encoder, IndexConfig(), root)
+    manifests = database.run_all(names, wanted, encoder, IndexConfig(), root)
+    assert [one.rows for one in manifests] == [5, 4, 1]
+    assert [one.reasons for one in manifests] == [{"not_found": 1}, {}, {}]
+    early = Database.open(root.child("databases/early_work"))
+    union = {
+        row["image_id"]: row for row in Database.open(root.child("databases/both")).metadata().to_pylist()
+    }
+    assert all(union[row["image_id"]] == row for row in early.metadata().to_pylist())
+    row = next(row for row in union.values() if row["title"] == "Red 2")
+    assert (row["artist"], row["license"], row["caption"]) == ("Ann", "CC0", "Red 2 by Ann")
+    assert [row["license"] for row in union.values() if not row["title"]] == ["on loan"]
+
+
+def test_pictures_to_show_stand_beside_the_database_at_no_more_than_224_pixels(
+    encoder: Encoder, tmp_path: Path
+) -> None:
+    folder = tmp_path / "big"
+    folder.mkdir()
+    Image.effect_noise((900, 600), 90).convert("RGB").save(folder / "a.png")
+    database.run("big", folder, encoder, IndexConfig(), Root(tmp_path))
+    with tarfile.open(tmp_path / "databases/big/pictures/00000.tar") as tar:
+        [name] = [name for name in tar.getnames() if name.endswith(".jpg")]
+        picture = Image.open(io.BytesIO(tar.extractfile(name).read()))  # type: ignore[union-attr]
+    [row] = Database.open(f"{tmp_path}/databases/big").metadata().to_pylist()
+    assert name == f"{row['image_id'] & (1 << 64) - 1:016x}.jpg"
+    assert (picture.size, row["width"], row["height"]) == ((336, 224), 900, 600)
+    (tmp_path / "databases/big/pictures/00000.tar").unlink()
+    database.run("big", folder, encoder, IndexConfig(), Root(tmp_path))
+    assert (tmp_path / "databases/big/pictures/00000.tar").is_file(), "what was lost comes back"
+
+
+def test_copies_that_were_scaled_mirrored_or_encoded_again_are_left_out(
+    encoder: Encoder, tmp_path: Path
+) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for seed in range(4):
+        pixels = np.random.default_rng(seed).integers(0, 255, (6, 8, 3), np.uint8)
+        picture = Image.fromarray(pixels).resize((240, 180), Image.Resampling.BICUBIC)
+        picture.save(folder / f"{seed}.png")
+    picture.resize((100, 75)).save(folder / "smaller.png")
+    picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(folder / "turned.jpg")
+    picture.save(folder / "zagain.jpg", quality=50)
+    manifest = database.run("noise", folder, encoder, IndexConfig(), Root(tmp_path))
+    urls = Database.open(f"{tmp_path}/databases/noise").metadata()["url"].to_pylist()
+    assert sorted(urls) == [f"noise/{seed}.png" for seed in range(4)]
+    assert manifest.reasons == {"near_copy": 3}
+
+
+def test_a_chain_of_copies_keeps_its_first_and_looks_alone_remove_nothing() -> None:
+    looks = np.array([phash(Image.effect_noise((64, 64), 90))] * 4 + [0, 0], np.int64)
+    looks[1] ^= 0b111
+    looks[2] ^= 0b111111111
+    same = np.tile(np.array([1.0, 0.0], np.float32), (6, 1))
+    assert database.near_copies(looks, same).tolist() == [False, True, False, True, False, False]
+    apart = same.copy()
+    apart[1:4] = [0.0, 1.0]
+    assert database.near_copies(looks, apart).tolist() == [False, False, True, True, False, False]
+
+
+def test_a_source_without_styles_or_pictures_is_refused(encoder: Encoder, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no picture"):
+        database.run("empty", tmp_path, encoder, IndexConfig(), Root(tmp_path))
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(UserError, match="tells no styles apart"):
+        database.style_databases("all", Source(tmp_path))
+    (tmp_path / "All").mkdir()
+    (tmp_path / "All" / "b.png").write_bytes(b"")
+    with pytest.raises(UserError, match="do not give different names"):
+        database.style_databases("all", Source(tmp_path))

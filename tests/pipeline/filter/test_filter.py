@@ -1,0 +1,333 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.filter.filter import run
+from pipeline.recipe import Columns, FilterConfig
+from retrieval.errors import UserError
+from retrieval.storage.manifest import Manifest
+from retrieval.storage.root import Root
+from retrieval.storage.schema import SELECTED, image_id, read_table
+from tests.pipeline.shards_in_process import made_here
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def write(folder: Path, name: str, rows: list[dict[str, object]], **columns: object) -> None:
+    """A LAION-like file; `columns` replaces whole columns."""
+    folder.mkdir(exist_ok=True)
+    table = {
+        "URL": [row["url"] for row in rows],
+        "TEXT": [row.get("caption", "a caption") for row in rows],
+        "WIDTH": [row.get("width", 1000) for row in rows],
+        "HEIGHT": [row.get("height", 900) for row in rows],
+        "similarity": [0.3] * len(rows),
+        "pwatermark": [row.get("pwatermark", 0.1) for row in rows],
+        "punsafe": [row.get("punsafe", 0.01) for row in rows],
+    } | columns
+    pq.write_table(pa.table({key: value for key, value in table.items() if value is not None}), folder / name)
+
+
+def numbered(first: int, count: int, **row: object) -> list[dict[str, object]]:
+    return [{"url": f"http://example.org/{n}.jpg", **row} for n in range(first, first + count)]
+
+
+def rows_of(root: Root, manifest: Manifest, split: str) -> pa.Table:
+    tables = [
+        read_table(root, f"filter/{name}.parquet", SELECTED) for name in manifest.shard_names(f"{split}/")
+    ]
+    return pa.concat_tables([SELECTED.empty_table(), *tables])
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Root:
+    return Root(str(tmp_path / "run"))
+
+
+def config(folder: Path, **settings: object) -> FilterConfig:
+    return FilterConfig(metadata=str(folder), **{"workers": 1, **settings})
+
+
+def test_rows_go_to_one_split_or_to_one_reason(tmp_path: Path, root: Root) -> None:
+    meta = tmp_path / "meta"
+    write(meta, "a.parquet", numbered(0, 10) + numbered(10, 5, width=100) + numbered(15, 4, pwatermark=0.9))
+    write(meta, "b.parquet", numbered(19, 3, punsafe=0.9) + numbered(5, 2) + [{"url": "ftp://a/b"}])
+    manifest = run(config(meta), root)
+    train, database = rows_of(root, manifest, "train"), rows_of(root, manifest, "database")
+    assert train["url"].to_pylist() == [f"http://example.org/{n}.jpg" for n in range(10)]
+    assert database["url"].to_pylist() == [f"http://example.org/{n}.jpg" for n in range(10, 19)]
+    assert manifest.reasons == {"bad_url": 1, "duplicate_url": 2, "unsafe": 3}
+    assert manifest.values["rows_read"] == manifest.rows + sum(manifest.reasons.values()) == 25
+    assert train["image_id"].to_pylist() == [image_id(url) for url in train["url"].to_pylist()]
+
+
+def test_of_equal_addresses_only_the_first_row_stays(tmp_path: Path, root: Root) -> None:
+    meta = tmp_path / "meta"
+    rows = [
+        {"url": "http://example.org/a#1", "caption": "first"},
+        {"url": "HTTP://EXAMPLE.org:80/a", "caption": "second", "width": 10},
+    ]
+    write(meta, "a.parquet", rows[:1])
+    write(meta, "b.parquet", [*rows, *rows])
+    manifest = run(config(meta), root)
+    assert rows_of(root, manifest, "train")["caption"].to_pylist() == ["first"]
+    assert rows_of(root, manifest, "database").num_rows == 0
+    assert manifest.reasons == {"duplicate_url": 4}
+
+
+def test_the_quota_is_met_exactly_and_by_the_same_rows_in_any_order(tmp_path: Path, root: Root) -> None:
+    rows = numbered(0, 300)
+    write(tmp_path / "one", "a.parquet", rows + numbered(0, 50))
+    shuffled = [rows[n] for n in np.random.default_rng(0).permutation(300)]
+    write(tmp_path / "two", "a.parquet", shuffled[:100])
+    write(tmp_path / "two", "b.parquet", shuffled[100:])
+    chosen = []
+    for folder in ("one", "two"):
+        manifest = run(config(tmp_path / folder, max_train=70, rows_per_shard=32), root.child(folder))
+        train = rows_of(root.child(folder), manifest, "train")
+        chosen.append(set(train["image_id"].to_pylist()))
+        assert train.num_rows == 70
+        assert rows_of(root.child(folder), manifest, "database").num_rows == 230
+    assert chosen[0] == chosen[1]
+
+
+def test_pieces_and_shards_divide_the_rows_without_changing_them(
+    tmp_path: Path, root: Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meta = tmp_path / "meta"
+    meta.mkdir()
+    table = pa.table(
+        {
+            "URL": [f"http://example.org/{n % 900}" for n in range(1000)],
+            "TEXT": [str(n) for n in range(1000)],
+            "WIDTH": [700 + n % 200 for n in range(1000)],
+            "HEIGHT": [900] * 1000,
+            "pwatermark": [0.1] * 1000,
+            "punsafe": [0.1] * 1000,
+        }
+    )
+    pq.write_table(table, meta / "a.parquet", row_group_size=100)
+    whole = run(config(meta, max_train=300), root.child("whole"))
+    monkeypatch.setattr("pipeline.filter.filter.KEYS_PER_BUCKET", 100)
+    pieces = run(config(meta, max_train=300, rows_per_piece=250, rows_per_shard=7), root.child("pieces"))
+    for split in ("train", "database"):
+        assert rows_of(root.child("whole"), whole, split).equals(rows_of(root.child("pieces"), pieces, split))
+    assert whole.reasons == pieces.reasons == {"duplicate_url": 100}
+    assert {shard.rows for shard in pieces.shards if shard.files} <= set(range(1, 8))
+    assert len(pieces.values["pieces"]) == 5
+
+
+@pytest.mark.parametrize("case", [str.upper, str.lower, str.title])
+def test_columns_are_found_in_any_case(tmp_path: Path, root: Root, case: object) -> None:
+    meta = tmp_path / "meta"
+    write(meta, "a.parquet", numbered(0, 3))
+    table = pq.read_table(meta / "a.parquet")
+    pq.write_table(table.rename_columns([case(name) for name in table.column_names]), meta / "a.parquet")  # type: ignore[operator]
+    assert run(config(meta), root).rows == 3
+
+
+def test_renamed_and_crossed_columns_are_read_as_the_recipe_says(tmp_path: Path, root: Root) -> None:
+    meta = tmp_path / "meta"
+    write(meta, "a.parquet", numbered(0, 1), URL=None, link=["http://example.org/x"])
+    columns = Columns(url="Link", width="HEIGHT", height="WIDTH")
+    manifest = run(config(meta, columns=columns), root)
+    [row] = rows_of(root, manifest, "train").to_pylist()
+    assert (row["url"], row["width"], row["height"]) == ("http://example.org/x", 900, 1000)
+    assert (row["license"], row["similarity"]) == (None, pytest.approx(0.3))
+
+
+def test_odd_types_and_values_are_read_or_named(tmp_path: Path, root: Root) -> None:
+    meta = tmp_path / "meta"
+    write(
+        meta,
+        "a.parquet",
+        numbered(0, 4),
+        WIDTH=["1000", "wide", "1000", "1000"],
+        TEXT=pa.array([None, "nul\0", "x" * 10_000_000, "größe"]).dictionary_encode(),
+        pwatermark=pa.array([0.1, 0.1, float("nan"), 0.1], pa.float32()),
+        LICENSE=["CC0", None, "", "?"],
+    )
+    manifest = run(config(meta), root)
+    train = rows_of(root, manifest, "train")
+    assert train["caption"].to_pylist() == ["", "größe"]
+    assert train["license"].to_pylist() == ["CC0", "?"]
+    assert manifest.reasons == {"bad_size": 1, "no_score": 1}
+
+
+def test_urls_are_mended_in_their_rows_however_the_file_divides_its_columns(
+    tmp_path: Path, root: Root
+) -> None:
+    urls = [f"http://example.org/{n}.jpg" for n in range(300)]
+    given = [f"{url}#x" if n % 7 == 3 else url for n, url in enumerate(urls)]
+    captions = [str(n) for n in range(300)]
+    write(tmp_path / "meta", "a.parquet", numbered(0, 300), URL=given, TEXT=captions)
+    table = pq.read_table(tmp_path / "meta/a.parquet")
+    place = table.column_names.index("TEXT")
+    # A dictionary a row group: whoever reads this column gets other batches than who does not.
+    table = table.set_column(place, "TEXT", table["TEXT"].dictionary_encode())
+    pq.write_table(table, tmp_path / "meta/a.parquet", row_group_size=100)
+    train = rows_of(root, run(config(tmp_path / "meta"), root), "train")
+    assert train["url"].to_pylist() == urls
+    assert train["caption"].to_pylist() == captions
+
+
+def test_a_run_that_an_older_version_began_says_what_to_do(
+    tmp_path: Path, root: Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "meta", "a.parquet", numbered(0, 3))
+    exists = Root.exists
+    monkeypatch.setattr(
+        Root, "exists", lambda self, name: not name.endswith("-urls.arrow") and exists(self, name)
+    )
+    wanted = r"-urls.arrow is missing: an older version.*run 'make filter' again"
+    with made_here(), pytest.raises(UserError, match=wanted):
+        run(config(tmp_path / "meta"), root)
+
+
+def test_listed_images_are_not_selected_and_a_changed_list_selects_anew(tmp_path: Path, root: Root) -> None:
+    write(tmp_path / "meta", "a.parquet", numbered(0, 5))
+    blocklist = tmp_path / "list.txt"
+    blocklist.write_text("http://example.org/1.jpg\n")
+    assert run(config(tmp_path / "meta", blocklist=str(blocklist)), root).reasons == {"blocked": 1}
+    blocklist.write_text("http://example.org/1.jpg\nhttp://example.org/2.jpg\n")
+    assert run(config(tmp_path / "meta", blocklist=str(blocklist)), root).reasons == {"blocked": 2}
+
+
+def test_a_second_run_does_nothing_and_new_metadata_is_noticed(tmp_path: Path, root: Root) -> None:
+    write(tmp_path / "meta", "a.parquet", numbered(0, 5))
+    first = run(config(tmp_path / "meta"), root)
+    assert run(config(tmp_path / "meta", workers=1), root) == first
+    assert not root.exists("filter/scan")
+    assert not root.exists("filter/dedupe")
+    write(tmp_path / "meta", "a.parquet", numbered(5, 5))
+    second = run(config(tmp_path / "meta"), root)
+    assert second.fingerprint != first.fingerprint
+    assert rows_of(root, second, "train")["url"].to_pylist()[0] == "http://example.org/5.jpg"
+
+
+def test_a_killed_run_is_completed_with_the_same_checksums(tmp_path: Path, root: Root) -> None:
+    write(tmp_path / "meta", "a.parquet", numbered(0, 60) + numbered(0, 20))
+    write(tmp_path / "meta", "b.parquet", numbered(40, 60, pwatermark=0.9))
+    settings = {"rows_per_shard": 16, "max_train": 30}
+    whole = run(config(tmp_path / "meta", **settings), root.child("whole"))
+    code = (
+        "import os, sys; os.environ['RAY_ADDRESS'] = 'local'\n"
+        "from pipeline import filter as stage; from pipeline.recipe import FilterConfig\n"
+        "from retrieval.storage.root import Root\n"
+        "from retrieval.cluster.connection import connected\n"
+        "made = stage.run_shards\n"
+        "def dies(*arguments):\n"
+        "    records = made(*arguments)\n"
+        "    if arguments[1][0].startswith('select'): import os; os.kill(os.getpid(), 9)\n"
+        "    return records\n"
+        "stage.run_shards = dies\n"
+        "with connected():\n"
+        "    config = FilterConfig(metadata=sys.argv[1], rows_per_shard=16, max_train=30)\n"
+        "    stage.run(config, Root(sys.argv[2]))\n"
+    )
+    killed = root.child("killed")
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path / "meta"), killed.url], check=False)
+    assert result.returncode == -9
+    assert not killed.exists("filter/manifest.json")
+    assert run(config(tmp_path / "meta", **settings), killed).checksums() == whole.checksums()
+
+
+def test_a_missing_column_is_named_with_the_file_and_the_key_to_set(tmp_path: Path, root: Root) -> None:
+    write(tmp_path / "meta", "a.parquet", numbered(0, 2), punsafe=None)
+    with pytest.raises(
+        UserError, match=r"a\.parquet has no column 'punsafe'; it has URL, .*filter\.columns\.punsafe"
+    ):
+        run(config(tmp_path / "meta"), root)
+    assert run(config(tmp_path / "meta", missing_scores="keep"), root).rows == 2
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(b""), r"b\.parquet \(0 bytes\) is not a whole Parquet file"),
+        (
+            lambda path: path.write_bytes(path.read_bytes()[:-20]),
+            r"b\.parquet .* is not a whole Parquet file",
+        ),
+        (
+            lambda path: path.write_bytes(b"PAR1" + bytes(200) + path.read_bytes()[204:]),
+            r"b\.parquet, row groups 0 to 0",
+        ),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, root: Root, damage: object, message: str) -> None:
+    write(tmp_path / "meta", "a.parquet", numbered(0, 20))
+    write(tmp_path / "meta", "b.parquet", numbered(20, 20))
+    damage(tmp_path / "meta" / "b.parquet")  # type: ignore[operator]
+    with pytest.raises(UserError, match=message):
+        run(config(tmp_path / "meta"), root)
+
+
+def test_a_folder_without_rows_is_an_error(tmp_path: Path, root: Root) -> None:
+    with pytest.raises(UserError, match=r"meta is missing.*filter\.metadata"):
+        run(config(tmp_path / "meta"), root)
+    (tmp_path / "meta").mkdir()
+    with pytest.raises(UserError, match="no \\*\\.parquet file"):
+        run(config(tmp_path / "meta"), root)
+    write(tmp_path / "meta", "a.parquet", [], URL=pa.array([], pa.string()))
+    with pytest.raises(UserError, match="hold no rows"):
+        run(config(tmp_path / "meta"), root)
+
+
+def test_metadata_of_which_nothing_can_be_kept_is_an_error(tmp_path: Path, root: Root) -> None:
+    write(tmp_path / "meta", "a.parquet", numbered(0, 5, punsafe=1.0))
+    with pytest.raises(UserError, match=r"none of 5 rows was kept.*'unsafe': 5"):
+        run(config(tmp_path / "meta"), root)
+
+
+def test_every_bad_row_has_its_reason_and_the_good_ones_beside_it_stay(tmp_path: Path, root: Root) -> None:
+    given = {
+        "http://example.org/good.jpg": {},
+        "http://bücher.example/größe.jpg": {},
+        "http://example.org/text-number": {"WIDTH": " 1000 "},
+        "http://example.org/long": {"TEXT": b"x" * 10_000_000},
+        "http://example.org/broken-caption": {"TEXT": b"caf\xe9"},
+        "http://example.org/small": {"WIDTH": "1e2"},
+        "file:///etc/passwd": "bad_url",
+        "data:image/png;base64,AAAA": "bad_url",
+        "http://user:secret@example.org/a": "bad_url",
+        b"http://example.org/\xff": "bad_url",
+        None: "bad_url",
+        "": "bad_url",
+        "HTTP://EXAMPLE.ORG:80/good.jpg#again": "duplicate_url",
+        "http://example.org/negative": {"WIDTH": "-1000"},
+        "http://example.org/no-size": {"WIDTH": None},
+        "http://example.org/word": {"WIDTH": "wide"},
+        "http://example.org/nan": {"punsafe": float("nan")},
+        "http://example.org/null": {"pwatermark": None},
+    }
+    usual = {"TEXT": b"a caption", "WIDTH": "1000", "HEIGHT": "900", "pwatermark": 0.1, "punsafe": 0.1}
+    rows = [usual | (odd if isinstance(odd, dict) else {}) for odd in given.values()]
+    columns = {name: [row[name] for row in rows] for name in usual}
+    urls = pa.array([url.encode() if isinstance(url, str) else url for url in given], pa.binary())
+    # Marked as text, as writers do that never look at the bytes.
+    texts = {"URL": urls, "TEXT": pa.array(columns.pop("TEXT"), pa.binary())}
+    unchecked = {
+        name: pa.StringArray.from_buffers(len(column), *column.buffers()[1:], column.buffers()[0])
+        for name, column in texts.items()
+    }
+    (tmp_path / "meta").mkdir()
+    pq.write_table(pa.table(unchecked | columns), tmp_path / "meta" / "a.parquet")
+    manifest = run(config(tmp_path / "meta"), root)
+    assert manifest.reasons == {"bad_url": 6, "duplicate_url": 1, "bad_size": 3, "no_score": 2}
+    assert manifest.values["captions_changed"] == 2
+    train = rows_of(root, manifest, "train")
+    assert train["url"].to_pylist() == [
+        "http://example.org/good.jpg",
+        "http://xn--bcher-kva.example/gr%C3%B6%C3%9Fe.jpg",
+        "http://example.org/text-number",
+        "http://example.org/long",
+        "http://example.org/broken-caption",
+    ]
+    assert [len(caption) for caption in train["caption"].to_pylist()] == [9, 9, 9, 4096, 3]
+    assert rows_of(root, manifest, "database")["url"].to_pylist() == ["http://example.org/small"]

@@ -1,0 +1,120 @@
+"""neighbors: the table that the trainer streams, checked against NumPy."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline import embed, index
+from pipeline.neighbors import neighbors
+from pipeline.neighbors.matching import make_match, make_route
+from pipeline.recipe import EmbedConfig, NeighborsConfig
+from retrieval import Root, UserError
+from retrieval.index.partition import Partition
+from retrieval.recipe import ClipConfig, IndexConfig
+from retrieval.storage import schema
+from tests.pipeline.conftest import pictures, write_clip, write_download
+
+CONFIG = NeighborsConfig(k=4, near_copy_similarity=0.999, workers=2)
+
+
+@pytest.fixture(scope="module")
+def indexed(tmp_path_factory: pytest.TempPathFactory, clip: ClipConfig, shards_here: None) -> Path:
+    """60 indexed database images, one of them a copy of a training image, and 2 x 5 training images."""
+    folder = tmp_path_factory.mktemp("indexed")
+    root = Root(folder)
+    train = pictures("train", 900, 10)
+    database = pictures("database", 100, 60)
+    database[7] = replace(database[7], data=train[3].jpeg)
+    shards = {"train/00000": train[:5], "train/00001": train[5:], "database/00000": database}
+    write_download(root, shards)
+    embed.run(EmbedConfig(workers=1), clip, root)
+    index.run(IndexConfig(rows_per_partition=20, workers=1), root)
+    return folder
+
+
+@pytest.fixture
+def root(indexed: Path, tmp_path: Path) -> Root:
+    """A copy of that run, to work in."""
+    shutil.copytree(indexed, tmp_path, dirs_exist_ok=True)
+    return Root(tmp_path)
+
+
+def embedded(root: Root, shard: str) -> tuple[np.ndarray, np.ndarray]:
+    table = schema.read_table(root, f"embed/{shard}.parquet", schema.embeddings(32))
+    return table[schema.IMAGE_ID].to_numpy(), schema.vectors(table, schema.EMBEDDING).astype(np.float32)
+
+
+def test_each_training_image_has_its_true_neighbors_with_their_vectors(root: Root) -> None:
+    manifest = neighbors.run(CONFIG, root)
+    ids, stored = embedded(root, "database/00000")
+    for shard in ("00000", "00001"):
+        table = schema.read_table(root, f"neighbors/{shard}.parquet", schema.neighbors(4, 32))
+        queries_ids, queries = embedded(root, f"train/{shard}")
+        assert table[schema.IMAGE_ID].to_pylist() == queries_ids.tolist()
+        similarities = queries @ stored.T
+        similarities[similarities >= 0.999] = -1
+        best = np.argsort(-similarities, axis=1, kind="stable")[:, :4]
+        found = schema.vectors(table, schema.NEIGHBOR_IDS)
+        np.testing.assert_allclose(
+            schema.vectors(table, schema.SIMILARITIES), np.take_along_axis(similarities, best, 1), atol=2e-3
+        )
+        assert np.mean(found == ids[best]) > 0.95  # near ties may swap
+        vectors = schema.vectors(table, schema.NEIGHBOR_EMBEDDINGS).reshape(5, 4, 32)
+        where = {image_id: row for row, image_id in enumerate(ids.tolist())}
+        np.testing.assert_allclose(
+            vectors, stored[[[where[i] for i in row] for row in found.tolist()]], atol=2e-3
+        )
+    assert manifest.values["recall"] == 1.0
+    assert manifest.values["near_copies"] >= 1
+
+
+def test_a_copy_of_the_training_image_is_no_neighbor(root: Root) -> None:
+    neighbors.run(CONFIG, root)
+    copy = schema.image_id("http://example.org/database/107.jpg")
+    table = schema.read_table(root, "neighbors/00000.parquet", schema.neighbors(4, 32))
+    assert copy not in table[schema.NEIGHBOR_IDS].to_pylist()[3]
+    kept = neighbors.run(NeighborsConfig(k=4, near_copy_similarity=1.0, workers=1), root)
+    assert kept.values["near_copies"] <= 1
+
+
+def test_one_probe_states_a_recall_below_one(root: Root) -> None:
+    manifest = neighbors.run(NeighborsConfig(k=8, near_copy_similarity=0.999, probes=1, workers=1), root)
+    assert 0.2 < manifest.values["recall"] < 1.0
+
+
+def test_a_worker_lets_go_of_each_partition_and_merges_without_opening_any(
+    root: Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = [["00000", "00001"]]
+    make_route(root, 0, groups)("route/00000")
+    work = make_match(root, CONFIG.join_config(), "cpu", ["route/00000"])
+    partitions = work.args[1].partitions
+    matches = [f"match/{number:05d}" for number in range(len(partitions))]
+    for name in matches:
+        work(name)
+    assert not any({"embeddings", "metadata", "ids"} & vars(one).keys() for one in partitions)
+
+    monkeypatch.delattr(Partition, "metadata")
+    monkeypatch.delattr(Partition, "embeddings")
+    neighbors._make_merge(CONFIG, root, groups, matches)("merge/00000")
+    table = schema.read_table(root, "neighbors/00001.parquet", schema.neighbors(4, 32))
+    ids, stored = embedded(root, "database/00000")
+    places = {image_id: place for place, image_id in enumerate(ids.tolist())}
+    rows = [[places[one] for one in found] for found in table[schema.NEIGHBOR_IDS].to_pylist()]
+    vectors = schema.vectors(table, schema.NEIGHBOR_EMBEDDINGS).reshape(5, 4, 32)
+    np.testing.assert_array_equal(vectors, stored[rows])
+
+
+def test_rows_with_too_few_neighbors_are_dropped_with_a_reason(root: Root) -> None:
+    manifest = neighbors.run(NeighborsConfig(k=60, near_copy_similarity=0.999, workers=1), root)
+    assert manifest.reasons["too_few_neighbors"] >= 1
+    assert manifest.rows + manifest.reasons["too_few_neighbors"] == 10
+
+
+def test_a_database_of_another_encoder_is_refused(root: Root, tmp_path: Path) -> None:
+    embed.run(EmbedConfig(workers=1), write_clip(tmp_path / "other", seed=1), root)
+    with pytest.raises(UserError, match="was built by the encoder"):
+        neighbors.run(CONFIG, root)

@@ -1,0 +1,174 @@
+import io
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from pipeline.pictures.picture import Picture, prepared
+from pipeline.web.sockets import Refusal
+
+COLOR = (10, 200, 30)
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def solid(mode: str, color: object) -> Image.Image:
+    return Image.new(mode, (50, 40), color)  # type: ignore[arg-type]
+
+
+def pixels(body: bytes, max_pixels: int = 10_000) -> npt.NDArray[np.uint8]:
+    """What OpenCV, which decodes for img2dataset, sees of the prepared picture: (height, width, 3) RGB."""
+    found = prepared(body, max_pixels, 0)
+    assert isinstance(found, Picture), found
+    decoded = cv2.imdecode(np.frombuffer(found.data, np.uint8), cv2.IMREAD_UNCHANGED)
+    assert decoded is not None
+    assert decoded.dtype == np.uint8
+    return decoded[..., ::-1]
+
+
+def test_a_plain_jpeg_that_need_not_shrink_keeps_its_bytes() -> None:
+    for options in ({}, {"progressive": True}, {"exif": Image.Exif().tobytes()}):
+        body = encoded(solid("RGB", COLOR), "JPEG", **options)
+        assert prepared(body, 10_000, 0) == Picture(body, (50, 40), keeps_bytes=True)
+        assert prepared(body, 10_000, 40) == Picture(body, (50, 40), keeps_bytes=True)
+
+
+@pytest.mark.parametrize(
+    ("max_edge", "width"), [(199, 400), (101, 400), (100, 200), (51, 200), (50, 100), (20, 50)]
+)
+def test_a_jpeg_that_shrinks_comes_reduced_but_never_below_its_goal(max_edge: int, width: int) -> None:
+    body = encoded(solid("RGB", COLOR).resize((400, 200)), "JPEG", quality=95)
+    found = prepared(body, 100_000, max_edge)
+    assert isinstance(found, Picture)
+    assert (found.size, found.keeps_bytes) == ((400, 200), False)
+    decoded = cv2.imdecode(np.frombuffer(found.data, np.uint8), cv2.IMREAD_UNCHANGED)
+    assert decoded.shape == (width // 2, width, 3)
+    assert np.abs(decoded[..., ::-1].astype(int) - COLOR).max() <= 2
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        encoded(solid("RGB", COLOR), "PNG"),
+        encoded(solid("RGB", COLOR), "BMP"),
+        encoded(solid("RGB", COLOR), "TIFF"),
+        encoded(solid("RGB", COLOR), "WEBP", lossless=True),
+        encoded(solid("RGB", COLOR).quantize(4), "PNG"),
+        encoded(solid("RGB", COLOR), "GIF", save_all=True, append_images=[solid("RGB", "white")]),
+        encoded(solid("RGB", COLOR), "PNG", save_all=True, append_images=[solid("RGB", "white")]),
+        encoded(solid("RGBA", (*COLOR, 255)), "PNG"),
+    ],
+)
+def test_every_format_gives_its_first_frame_in_rgb(body: bytes) -> None:
+    assert np.abs(pixels(body).astype(int) - COLOR).max() <= 1
+
+
+def test_gray_and_bilevel_pictures_become_rgb() -> None:
+    assert (pixels(encoded(solid("L", 99), "JPEG")) == 99).all()
+    assert (pixels(encoded(solid("1", 1), "PNG")) == 255).all()
+
+
+def test_cmyk_is_not_taken_for_rgb() -> None:
+    assert (
+        np.abs(pixels(encoded(solid("CMYK", (0, 255, 255, 0)), "JPEG")).astype(int) - (255, 0, 0)).max() < 3
+    )
+
+
+@pytest.mark.parametrize("kind", [".png", ".tiff"])
+def test_sixteen_bits_are_scaled_and_not_clipped(kind: str) -> None:
+    ramp = np.linspace(0, 65535, 256 * 4).reshape(4, 256).astype(np.uint16)
+    for picture in (ramp, np.dstack([ramp] * 3)):
+        if kind == ".tiff" and picture.ndim == 3:
+            continue
+        body = cv2.imencode(kind, picture)[1].tobytes()
+        assert np.abs(pixels(body)[..., 0].astype(int) - (ramp >> 8)).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
+def test_transparent_pixels_lie_on_white(mode: str) -> None:
+    image = solid("RGBA", (255, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (0, 0, 10, 10))
+    body = encoded(image.convert(mode), "PNG") if mode != "PA" else encoded(image.quantize(4), "PNG")
+    found = pixels(body)
+    assert (found[30, 30] == 255).all()
+    assert (found[5, 5] < 10).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_exif_rotation_is_applied(orientation: int) -> None:
+    upright = np.zeros((40, 50, 3), np.uint8)
+    upright[:20, :25] = COLOR
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: upright.transpose(1, 0, 2)[::-1],
+        7: upright.transpose(1, 0, 2)[::-1, ::-1],
+        8: upright.transpose(1, 0, 2)[:, ::-1],
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    found = pixels(encoded(Image.fromarray(stored.copy()), "JPEG", exif=exif, quality=95))
+    assert found.shape == upright.shape
+    assert np.abs(found.astype(int) - upright)[5:15, 5:20].max() < 8
+    assert found[30:, 30:].max() < 8
+
+
+def test_damaged_exif_does_not_cost_the_picture() -> None:
+    body = encoded(solid("RGB", COLOR), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    assert pixels(body).shape == (40, 50, 3)
+    assert prepared(encoded(solid("RGB", COLOR), "JPEG", exif=b"Exif\0\0nonsense"), 10_000, 0) is not None
+
+
+def test_pixels_are_counted_before_they_are_decoded() -> None:
+    bomb = encoded(Image.new("1", (30_000, 30_000)), "PNG")
+    for limit in (80_000_000, 1999):
+        found = prepared(bomb, limit, 0)
+        assert isinstance(found, Refusal)
+        assert found.reason == "too_many_pixels"
+    assert isinstance(prepared(encoded(solid("RGB", COLOR), "PNG"), 2000, 0), Picture)
+    assert isinstance(prepared(encoded(solid("RGB", COLOR), "PNG"), 1999, 0), Refusal)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"<!DOCTYPE html><title>Gone</title>",
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n",
+        bytes(1000),
+    ],
+)
+def test_what_is_no_picture_is_refused(body: bytes) -> None:
+    assert prepared(body, 10_000, 0) == Refusal("not_an_image", "no known picture format")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"])
+def test_a_cut_picture_is_refused_wherever_it_is_cut(kind: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+    body = encoded(Image.fromarray(noise), kind)
+    for share in (0.3, 0.6, 0.9):
+        found = prepared(body[: int(len(body) * share)], 10_000, 0)
+        assert isinstance(found, Refusal)
+        assert found.reason in ("truncated", "not_an_image")
+
+
+def test_random_damage_never_raises() -> None:
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8))
+    for kind in ("PNG", "GIF", "WEBP", "TIFF", "BMP", "JPEG", "AVIF"):
+        body = np.frombuffer(encoded(noise, kind), np.uint8)
+        for _ in range(60):
+            damaged = body.copy()
+            places = rng.integers(0, min(len(body), 400), 6)
+            damaged[places] = rng.integers(0, 255, 6)
+            assert isinstance(prepared(damaged.tobytes(), 10_000, 0), Picture | Refusal)

@@ -1,0 +1,74 @@
+"""The data stages on an S3 bucket: every file is the same as on a local disk, and is read from there."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from s3fs import S3FileSystem
+
+from benchmarks.crashes.store import running_store
+from benchmarks.crashes.world import STAGES, served_world
+from pipeline.databases import database
+from pipeline.runtime.status import Wanted, look
+from retrieval import Database, Root
+from retrieval.clip.encoder import Encoder
+from retrieval.recipe import ClipConfig, IndexConfig
+from retrieval.storage.manifest import read_manifest
+from tests.pipeline.shards_in_process import made_here
+from trainer.data.loader import ImageShard
+from trainer.data.plan import Samples
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Root, Root]]:
+    """A disk and a bucket on which every stage ran."""
+    folder = tmp_path_factory.mktemp("object_store")
+    with (
+        running_store() as store,
+        served_world(folder / "world", seed=0) as world,
+        made_here(),
+    ):
+        S3FileSystem.clear_instance_cache()  # clients of another module's store
+        local, remote = Root(folder / "run"), Root(store.url("run"))
+        for stage in STAGES:
+            for root in (local, remote):
+                world.run(stage, root, workers=1)
+        _build_style(folder / "style", ClipConfig(model=f"local-dir:{world.folder}/clip"), (local, remote))
+        yield local, remote
+    S3FileSystem.clear_instance_cache()
+
+
+def _build_style(source: Path, clip: ClipConfig, roots: tuple[Root, Root]) -> None:
+    source.mkdir()
+    for shade in range(0, 250, 50):
+        Image.new("RGB", (40, 40), (shade, 90, 255 - shade)).save(source / f"{shade}.png")
+    for root in roots:
+        database.run("style", source, Encoder(clip), IndexConfig.model_validate({}), root)
+
+
+@pytest.mark.parametrize("stage", [*STAGES, "databases/style"])
+def test_a_stage_writes_to_a_bucket_what_it_writes_to_a_disk(roots: tuple[Root, Root], stage: str) -> None:
+    local, remote = roots
+    on_disk, in_bucket = read_manifest(local, stage), read_manifest(remote, stage)
+    assert on_disk.rows > 0
+    assert in_bucket.checksums() == on_disk.checksums()
+    assert in_bucket.fingerprint == on_disk.fingerprint
+    assert remote.list(stage) == local.list(stage)
+
+
+def test_what_stands_in_a_bucket_is_searched_trained_on_and_looked_at(roots: tuple[Root, Root]) -> None:
+    local, remote = roots
+    found = Database.open(f"{remote.url}/index").search(np.eye(32), k=3)
+    same = Database.open(local.child("index")).search(np.eye(32), k=3)
+    assert np.array_equal(found.ids, same.ids)
+    assert found.rows[0] == same.rows[0]
+    made = read_manifest(remote, "neighbors")
+    names, rows = tuple(made.shard_names()), tuple(shard.rows for shard in made.shards)
+    samples = Samples("images", names, rows, (0,) * len(rows), 4, 32, (1, 1, 1), 1, 32, False)
+    [ours, theirs] = (ImageShard(root, samples, 0, names[0]) for root in (remote, local))
+    assert np.array_equal(ours.context, theirs.context)
+    assert np.array_equal(ours.inputs(0, 0), theirs.inputs(0, 0))
+    state = look(remote, Wanted("embed", "embed", None), {}, 0.0)
+    assert (state.state, state.rows) == ("finished", read_manifest(local, "embed").rows)

@@ -1,0 +1,96 @@
+import pyarrow as pa
+import pytest
+
+from pipeline.web.urls import MAX_URL_CHARS, canonical, canonical_column, host
+
+SPELLINGS = [
+    ("http://example.org/a.jpg", "http://example.org/a.jpg"),
+    ("HTTPS://Example.ORG/A.jpg", "https://example.org/A.jpg"),
+    ("  http://example.org/a.jpg\n", "http://example.org/a.jpg"),
+    ("http://example.org", "http://example.org/"),
+    ("http://example.org?x=1", "http://example.org/?x=1"),
+    ("http://example.org/a?", "http://example.org/a?"),
+    ("http://example.org:80/a", "http://example.org/a"),
+    ("https://example.org:443/a", "https://example.org/a"),
+    ("https://example.org:80/a", "https://example.org:80/a"),
+    ("http://example.org:08080/a", "http://example.org:8080/a"),
+    ("http://example.org:/a", "http://example.org/a"),
+    ("http://example.org/a#fragment?no=query", "http://example.org/a"),
+    ("http://example.org/a b|c", "http://example.org/a%20b%7Cc"),
+    ("http://example.org/a%20b%7c", "http://example.org/a%20b%7c"),
+    ("http://example.org/größe.jpg?q=é", "http://example.org/gr%C3%B6%C3%9Fe.jpg?q=%C3%A9"),
+    ("http://bücher.example/a", "http://xn--bcher-kva.example/a"),
+    ("http://[2001:DB8::0:1]:8080/a", "http://[2001:db8::1]:8080/a"),
+    ("http://127.0.0.1:59999/a", "http://127.0.0.1:59999/a"),
+    ("http://127.0.0.1:65535/a", "http://127.0.0.1:65535/a"),
+]
+REFUSED = [
+    "",
+    "example.org/a.jpg",
+    "file:///etc/passwd",
+    "data:image/png;base64,AAAA",
+    "ftp://example.org/a",
+    "javascript:alert(1)",
+    "http:///a.jpg",
+    "http:example.org/a",
+    "http://user:secret@example.org/a",
+    "http://user@example.org/a",
+    "http://example.org\\@127.0.0.1/a",
+    "http://example.org/a\tb",
+    "http://example.org/a\0",
+    "http://example.org/a\x85b",
+    "http://example.org:0/a",
+    "http://example.org:65536/a",
+    "http://example.org:port/a",
+    "http://example.org:" + "9" * 5000 + "/a",
+    "http://exa mple.org/a",
+    "http://ex%61mple.org/a",
+    "http://[fe80::1%25eth0]/a",
+    "http://[::1/a",
+    "http://" + "ä" * 70 + ".org/a",
+    "http://example.org/\ud800",
+    "http://example.org/" + "a" * MAX_URL_CHARS,
+]
+
+
+@pytest.mark.parametrize(("given", "wanted"), SPELLINGS)
+def test_a_url_gets_its_one_spelling(given: str, wanted: str) -> None:
+    assert canonical(given) == wanted
+
+
+@pytest.mark.parametrize(("given", "wanted"), SPELLINGS)
+def test_a_canonical_url_is_its_own_canonical_spelling(given: str, wanted: str) -> None:
+    assert canonical(wanted) == wanted
+
+
+@pytest.mark.parametrize("url", REFUSED)
+def test_a_url_that_must_not_be_fetched_has_no_spelling(url: str) -> None:
+    assert canonical(url) == ""
+
+
+def test_a_column_gets_the_same_spellings_as_single_urls() -> None:
+    given = [url for url, _ in SPELLINGS] + [url for url in REFUSED if "\ud800" not in url] + [None]
+    column = canonical_column(pa.array(given, pa.string()))
+    assert column.to_pylist() == [(url and canonical(url)) or None for url in given]
+
+
+def test_the_fast_pattern_accepts_only_what_the_slow_way_leaves_alone() -> None:
+    characters = [chr(code) for code in range(1, 0x180)]
+    given = [
+        shape.format(character)
+        for shape in (
+            "http://example.org/a{}b",
+            "http://e{}.org/",
+            "http{}://e.org/",
+            "http://e.org:1{}/a",
+            "{}http://e.org/",
+        )
+        for character in characters
+    ]
+    column = canonical_column(pa.array(given))
+    assert column.to_pylist() == [canonical(url) or None for url in given]
+
+
+def test_a_host_is_found_with_and_without_a_port() -> None:
+    assert host("http://example.org:8080/a:b") == "example.org"
+    assert host("http://[2001:db8::1]:8080/a") == "2001:db8::1"

@@ -1,0 +1,326 @@
+"""The shell: what the commands print is what the library returns, and mistakes end without a traceback."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from retrieval import Database, Root
+from retrieval.__main__ import main
+from retrieval.cli.contact_sheet import GAP, LINE, TILE, Answer, credit, draw_sheet, read_picture
+from retrieval.clip.encoder import Encoder
+from retrieval.database.build import Identity, build_database
+from retrieval.imports.importer import build_from
+from retrieval.imports.source import Source
+from retrieval.index.routing import Vectors, unit
+from retrieval.recipe import IndexConfig
+from tests.retrieval.conftest import IDENTITY, clustered, table_of
+from tests.retrieval.tiny_clip import write_clip
+
+Build = Callable[..., Database]
+Capture = pytest.CaptureFixture[str]
+COLORS = {"red": (250, 20, 20), "green": (20, 230, 20), "blue": (20, 20, 240), "gray": (128, 128, 128)}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database of 300 rows, ids 1000 and up, which no test may change."""
+    root = Root(tmp_path_factory.mktemp("built"))
+    config, identity = (
+        IndexConfig(rows_per_partition=150, num_queries=100),
+        Identity("database", {"source": "test"}),
+    )
+    build_database(root, table_of(clustered(300, seed=1)), IDENTITY, config, identity)
+    return root.local_path("database")
+
+
+@pytest.fixture
+def database(built: Path, tmp_path: Path) -> str:
+    """Address of a copy of it."""
+    return shutil.copytree(built, tmp_path / "database").as_posix()
+
+
+@pytest.fixture
+def question(tmp_path: Path, queries: Vectors) -> str:
+    """A file with two query vectors."""
+    np.save(tmp_path / "q.npy", queries[:2].astype(np.float64) * 5)
+    return str(tmp_path / "q.npy")
+
+
+@pytest.fixture(scope="module")
+def gallery(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Plain pictures named by their color, their database and the model that encoded them."""
+    folder = tmp_path_factory.mktemp("gallery")
+    encoder = Encoder(write_clip(folder / "clip", seed=0))
+    (folder / "pictures").mkdir()
+    images = []
+    for name, color in COLORS.items():
+        images.append(Image.new("RGB", (60, 40), color))
+        images[-1].save(folder / f"pictures/{name}.png")
+    images[0].save(folder / "outside.png")
+    urls = [f"{name}.png" for name in COLORS] + ["../outside.png", "http://example.org/a.png", "gone.png"]
+    rows = encoder.encode_images([*images, *images[:3]])
+    captions = [*COLORS, "outside", "a \x1b[31mred\nlie", "幻 " * 90]
+    table = pa.table({"url": urls, "caption": captions})
+    build_from(Root(folder / "db"), Source(rows, table), encoder.identity, IndexConfig())
+    return folder
+
+
+def told(capsys: Capture, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of a command."""
+    code = main(arguments)
+    output = capsys.readouterr()
+    return code, output.out, output.err
+
+
+def test_search_prints_what_the_library_finds(
+    database: str, question: str, queries: Vectors, capsys: Capture
+) -> None:
+    found = Database.open(database).search(queries[:2], 4)
+    code, text, _ = told(capsys, "search", database, "--vector", question, "-k", "4", "--json")
+    answers = json.loads(text)
+    assert code == 0
+    assert [[row["image_id"] for row in a["neighbors"]] for a in answers] == found.ids.tolist()
+    assert [row["rank"] for row in answers[1]["neighbors"]] == [1, 2, 3, 4]
+    assert answers[0]["neighbors"][0]["caption"] == f"picture {found.ids[0, 0] - 1000}"
+    assert answers[0]["neighbors"][0]["similarity"] == pytest.approx(found.similarities[0, 0], abs=1e-5)
+    lines = told(capsys, "search", database, "--vector", question, "-k", "4")[1].splitlines()
+    assert len(lines) == 13
+    assert lines[2].split() == [
+        "1",
+        f"{found.similarities[0, 0]:.4f}",
+        str(found.ids[0, 0]),
+        "picture",
+        str(found.ids[0, 0] - 1000),
+        f"http://example.org/{found.ids[0, 0] - 1000}.jpg",
+    ]
+
+
+def test_the_recall_asked_for_decides_how_many_partitions_are_visited(
+    build: Build, tmp_path: Path, capsys: Capture
+) -> None:
+    rows = unit(np.random.default_rng(4).standard_normal((600, 32)))  # no clusters: partitions miss much
+    database = build(rows, rows_per_partition=60, num_queries=100)
+    np.save(tmp_path / "q.npy", rows[:50])
+    found = {}
+    for recall in ("0.5", "1"):
+        command = ("search", database.root.url, "--vector", f"{tmp_path}/q.npy", "-k", "5", "--json")
+        answers = json.loads(told(capsys, *command, "--recall", recall)[1])
+        found[recall] = [[row["image_id"] for row in answer["neighbors"]] for answer in answers]
+        assert found[recall] == database.search(rows[:50], 5, recall=float(recall)).ids.tolist()
+    assert found["0.5"] != found["1"]
+    code, _, message = told(capsys, *command, "--recall", "7")
+    assert code == 2
+    assert "recall must be above 0 and at most 1" in message
+
+
+def test_a_picture_finds_itself_and_a_text_finds_something(gallery: Path, capsys: Capture) -> None:
+    clip = ("--clip", f"local-dir:{gallery}/clip")
+    picture = str(gallery / "pictures/green.png")
+    code, text, _ = told(
+        capsys, "search", f"{gallery}/db", "a stag", "--image", picture, "-k", "3", "--json", *clip
+    )
+    stag, green = json.loads(text)
+    assert (code, stag["query"], green["query"]) == (0, "a stag", picture)
+    assert len(stag["neighbors"]) == 3
+    assert {row["url"] for row in green["neighbors"][:2]} == {"green.png", "http://example.org/a.png"}
+    assert green["neighbors"][0]["similarity"] == pytest.approx(1, abs=2e-3)
+
+
+def test_a_sheet_shows_pictures_below_the_folder_and_captions_for_the_rest(
+    gallery: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    np.save(tmp_path / "q.npy", Database.open(f"{gallery}/db").rows_at(np.array([0]))[1])
+    sheet = tmp_path / "sheet.png"
+    code, text, log = told(
+        capsys,
+        *("search", f"{gallery}/db", "--vector", f"{tmp_path}/q.npy", "--sheet", str(sheet)),
+        *("--pictures", f"{gallery}/pictures", "--json"),
+    )
+    assert (code, log) == (0, f"{sheet}: 4 pictures found below {gallery}/pictures\n")
+    shown = [row["url"] for row in json.loads(text)[0]["neighbors"]]
+    with Image.open(sheet) as image:
+        tops = 8 + 32 + TILE // 2
+        middles = [image.getpixel((8 + i * (TILE + 8) + TILE // 2, tops)) for i in range(7)]
+    drawn = dict(zip(shown, middles))
+    assert {name: drawn[f"{name}.png"] for name in COLORS} == COLORS
+    assert drawn["../outside.png"] != COLORS["red"]
+
+
+def test_a_sheet_says_whose_a_picture_is_where_that_is_known(tmp_path: Path) -> None:
+    row = {"url": "", "caption": "", "rank": 1, "similarity": 1.0, "artist": None, "license": None}
+    known = row | {"title": "Wave", "artist": "Hokusai", "license": "CC0"}
+    assert [credit(one) for one in (row, known)] == ["", "Wave, Hokusai, CC0"]
+    darkest = []
+    for one in (row, known):
+        sheet, _ = draw_sheet([Answer("a", [one])], tmp_path)
+        below = (0, GAP + TILE + 4 * LINE, *sheet.size)
+        darkest.append(sheet.convert("L").crop(below).getextrema()[0])
+    assert darkest[0] == 255 > darkest[1]
+
+
+def test_a_query_picture_is_turned_upright(tmp_path: Path) -> None:
+    image = Image.new("RGB", (40, 20), COLORS["red"])
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert read_picture(tmp_path / "turned.jpg").size == (20, 40)
+
+
+def test_captions_cannot_move_the_cursor_of_a_terminal(
+    gallery: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    np.save(tmp_path / "q.npy", clustered(1, seed=1)[0])
+    text = told(capsys, "search", f"{gallery}/db", "--vector", f"{tmp_path}/q.npy")[1]
+    assert "\x1b" not in text
+    assert "a [31mred lie" in text
+    assert len(text.splitlines()) == 2 + 7
+
+
+def test_texts_need_the_encoder_of_the_database(gallery: Path, capsys: Capture) -> None:
+    code, _, message = told(capsys, "search", f"{gallery}/db", "a stag")
+    assert code == 2
+    assert "must be encoded as the rows were, by clip (" in message
+    write_clip(gallery / "other/clip", seed=1)
+    code, _, message = told(
+        capsys, "search", f"{gallery}/db", "a stag", "--clip", f"local-dir:{gallery}/other/clip"
+    )
+    assert code == 2
+    assert "was built by the encoder clip" in message
+
+
+def test_of_vectors_from_elsewhere_the_encoder_may_be_known_by_name_alone(
+    gallery: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    np.save(tmp_path / "v.npy", clustered(40, seed=1))
+    assert told(capsys, "build", f"{tmp_path}/v.npy", f"{tmp_path}/db", "--model", "clip")[0] == 0
+    clip = ("--clip", f"local-dir:{gallery}/clip")
+    assert told(capsys, "search", f"{tmp_path}/db", "a stag", *clip)[0] == 0
+    assert told(capsys, "build", f"{tmp_path}/v.npy", f"{tmp_path}/db", "--model", "ViT-B-32")[0] == 0
+    code, _, message = told(capsys, "search", f"{tmp_path}/db", "a stag", *clip)
+    assert code == 2
+    assert "was built by the encoder ViT-B-32" in message
+
+
+def test_build_takes_files_with_metadata_and_says_what_it_left_out(tmp_path: Path, capsys: Capture) -> None:
+    rows = clustered(50, seed=3)
+    rows[7] = 0
+    table = pa.table({"TITLE": [f"title {i}" for i in range(50)], "emb": list(rows)})
+    pq.write_table(table, tmp_path / "a.parquet")
+    code, text, _ = told(
+        capsys,
+        *("build", f"{tmp_path}/a.parquet", f"{tmp_path}/db", "--model", "ViT-B-32"),
+        *("--column", "caption=TITLE", "--rows-per-partition", "20"),
+    )
+    assert (code, text) == (0, f"{tmp_path}/db: 49 rows of dim 32, 1 bad_vector\n")
+    database = Database.open(f"{tmp_path}/db")
+    assert (len(database.partitions), database.encoder.dim) == (3, 32)
+    assert database.search(rows[9:10], 1).rows[0]["caption"].to_pylist() == ["title 9"]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--column", "caption"), "wanted FIELD=NAME"),
+        (("--column", "picture=url"), "an option cannot be used"),
+        (("--rows-per-partition", "0"), "an option cannot be used"),
+        (("--model", ""), "which encoder made the vectors"),
+    ],
+)
+def test_build_refuses_options_that_mean_nothing(
+    tmp_path: Path, capsys: Capture, option: tuple[str, str], message: str
+) -> None:
+    np.save(tmp_path / "v.npy", clustered(4, seed=1))
+    code, _, told_ = told(capsys, "build", f"{tmp_path}/v.npy", f"{tmp_path}/db", "--model", "m", *option)
+    assert code == 2
+    assert message in told_
+
+
+def test_info_states_what_is_there(database: str, capsys: Capture) -> None:
+    facts = json.loads(told(capsys, "info", database, "--json")[1])
+    assert (facts["rows"], facts["dim"], facts["encoder"], facts["blocked"]) == (300, 32, "test", 0)
+    files = [path for path in Path(database).rglob("*") if path.is_file() and path.name != "manifest.json"]
+    assert facts["bytes"] == sum(path.stat().st_size for path in files)
+    text = told(capsys, "info", database)[1]
+    assert f"bytes              {facts['bytes']:,}" in text
+
+
+def test_verify_ends_with_0_for_a_whole_database_and_1_for_a_damaged_one(
+    database: str, capsys: Capture
+) -> None:
+    code, text, _ = told(capsys, "verify", database, "--queries", "40", "-k", "5", "--recall", "1")
+    assert code == 0
+    assert "files as their manifest states" in text
+    assert "recall@5 1.0000 [0.9250, 1.0000] on 40 queries, where 1.0 is wanted" in text
+    path = Path(database) / "partitions/00000/embeddings.npy"
+    path.write_bytes(path.read_bytes()[:-2] + b"??")
+    code, text, _ = told(capsys, "verify", database)
+    assert code == 1
+    assert "damaged: partitions/00000/embeddings.npy" in text
+
+
+def test_blocked_rows_are_not_found_again(
+    database: str, question: str, tmp_path: Path, capsys: Capture
+) -> None:
+    def ids() -> list[int]:
+        text = told(capsys, "search", database, "--vector", question, "-k", "5", "--json")[1]
+        return [row["image_id"] for answer in json.loads(text) for row in answer["neighbors"]]
+
+    before = ids()
+    (tmp_path / "ids.txt").write_text(f"# asked to be removed\n\n{before[0]}\nhttp://example.org/x.jpg\n")
+    assert told(capsys, "block", database, f"{tmp_path}/ids.txt")[0] == 0
+    after = ids()
+    assert before[0] not in after
+    assert len(after) == 10
+    assert json.loads(told(capsys, "info", database, "--json")[1])["blocked"] == 1
+    assert told(capsys, "verify", database, "--queries", "299", "--k", "5")[0] == 0
+    (tmp_path / "ids.txt").write_text("12x\n")
+    code, _, message = told(capsys, "block", database, f"{tmp_path}/ids.txt")
+    assert code == 2
+    assert "'12x' is neither an image id nor an address" in message
+
+
+def test_calibrate_notes_what_it_measured_in_the_database(
+    database: str, question: str, capsys: Capture
+) -> None:
+    def measured() -> dict[str, list[dict[str, object]]]:
+        return json.loads(told(capsys, "info", database, "--json")[1])["calibration"]
+
+    assert list(measured()) == ["images"]
+    code, text, _ = told(capsys, "calibrate", database, "--queries", question, "--like", "texts")
+    lines = measured()["texts"]
+    assert code == 0
+    assert [line["queries"] for line in lines] == [2] * len(lines)
+    assert len(text.splitlines()) == len(lines) > 0
+    assert text in told(capsys, "info", database)[1]
+    assert told(capsys, "verify", database, "--queries", "10")[0] == 0
+
+
+def test_a_mistake_ends_a_process_with_2_and_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "retrieval", "search", str(tmp_path / "nowhere"), "a stag"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: ")
+    assert "Traceback" not in ended.stderr
+
+
+def test_help_names_every_command(capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for command in ("search", "info", "verify", "build", "block", "calibrate"):
+        assert f"\n    {command} " in text.replace("\n              ", " ")
+
+
+def test_the_shell_loads_no_torch_before_a_text_is_asked_for() -> None:
+    code = "import retrieval.__main__, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

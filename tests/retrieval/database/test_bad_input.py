@@ -1,0 +1,255 @@
+"""Whatever is wrong with vectors, files or queries: a clear error or a documented result, nothing else."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from retrieval import Database, Root, UserError
+from retrieval.__main__ import main
+from retrieval.clip.encoder import Encoder
+from retrieval.clip.identity import EncoderIdentity
+from retrieval.database.build import Identity, build_database
+from retrieval.database.verify import damaged_files
+from retrieval.imports.importer import build_from
+from retrieval.imports.source import Source
+from retrieval.index.routing import Vectors
+from retrieval.recipe import IndexConfig
+from tests.retrieval.conftest import DIM, IDENTITY, brute_force, clustered, table_of
+from tests.retrieval.tiny_clip import CONTEXT, write_clip
+
+FILES = ("embeddings.npy", "metadata.arrow", "index.faiss")
+
+
+@pytest.fixture(scope="module")
+def rows() -> Vectors:
+    """300 vectors."""
+    return clustered(300, seed=1)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, rows: Vectors) -> Path:
+    """A database of the 300 rows in two partitions, which no test may change."""
+    root = Root(tmp_path_factory.mktemp("built"))
+    config, identity = (
+        IndexConfig(rows_per_partition=150, num_queries=50),
+        Identity("database", {"source": "test"}),
+    )
+    build_database(root, table_of(rows), IDENTITY, config, identity)
+    return root.local_path("database")
+
+
+@pytest.fixture
+def database(built: Path, tmp_path: Path) -> Database:
+    """A copy of it."""
+    return Database.open(shutil.copytree(built, tmp_path / "database").as_posix())
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
+    """A loaded CLIP model with random weights."""
+    return Encoder(write_clip(tmp_path_factory.mktemp("clip") / "clip", seed=0))
+
+
+def build_of(folder: Path, vectors: np.ndarray) -> Database:
+    build_from(
+        Root(folder / "db"), Source(vectors), IDENTITY, IndexConfig(rows_per_partition=150, num_queries=50)
+    )
+    return Database.open(f"{folder}/db")
+
+
+# vectors to build from
+
+
+def test_zero_and_infinite_rows_are_left_out_and_never_found(tmp_path: Path, rows: Vectors) -> None:
+    bad = rows.copy()
+    bad[[3, 50, 200]] = np.array([[0], [np.nan], [-np.inf]])
+    database = build_of(tmp_path, bad)
+    assert len(database) == 297
+    assert database.manifest.reasons == {"bad_vector": 3}
+    found = database.search(rows[:20], 300).ids
+    assert found.shape == (20, 297)
+    assert not np.isin(found, [3, 50, 200]).any()
+
+
+def test_rows_of_any_length_are_found_by_direction(tmp_path: Path, rows: Vectors, queries: Vectors) -> None:
+    lengths = np.random.default_rng(0).uniform(0.01, 900, (300, 1))
+    found = build_of(tmp_path, rows * lengths).search(queries, 300)
+    np.testing.assert_array_equal(found.ids[:, :10], brute_force(rows, queries, 10))
+    assert np.abs(found.similarities).max() <= 1.001
+
+
+@pytest.mark.parametrize("count", [0, 5])
+def test_a_database_of_no_usable_row_is_not_built(tmp_path: Path, count: int) -> None:
+    with pytest.raises(UserError, match="would be empty"):
+        build_of(tmp_path, np.zeros((count, DIM), np.float32))
+    with pytest.raises(UserError):
+        Database.open(f"{tmp_path}/db")
+
+
+@pytest.mark.parametrize(
+    "vectors",
+    [np.ones((4, DIM), np.int64), np.ones((4, DIM), complex), np.ones(DIM), np.ones((4, DIM - 1))],
+    ids=["whole numbers", "complex", "one axis", "another length"],
+)
+def test_arrays_of_another_kind_are_refused(tmp_path: Path, vectors: np.ndarray) -> None:
+    with pytest.raises(UserError, match=r"wanted|the encoder makes 32"):
+        build_of(tmp_path, vectors)
+
+
+# queries
+
+
+@pytest.mark.parametrize(
+    ("query", "k", "message"),
+    [
+        (np.ones((1, DIM)), 0, "k must be at least 1"),
+        (np.ones((1, DIM)), -3, "k must be at least 1"),
+        (np.ones((1, DIM + 1)), 5, r"must be \(n, 32\)"),
+        (np.ones(DIM), 5, r"must be \(n, 32\)"),
+        (np.ones((1, 1, DIM)), 5, r"must be \(n, 32\)"),
+        (np.zeros((1, DIM)), 5, "zero or not finite"),
+        (np.eye(3, DIM) * np.array([[1], [np.nan], [1]]), 5, "zero or not finite"),
+        (np.full((1, DIM), np.inf), 5, "zero or not finite"),
+        (np.full((1, DIM), "stag"), 5, "must be numbers"),
+        (np.full((1, DIM), 1j), 5, "must be numbers"),
+    ],
+    ids=["k 0", "k -3", "long", "one axis", "three axes", "zero", "one NaN", "infinite", "text", "complex"],
+)
+def test_a_query_without_meaning_is_refused(
+    database: Database, query: np.ndarray, k: int, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        database.search(query, k)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1e30])
+def test_the_length_of_a_query_changes_nothing(database: Database, queries: Vectors, scale: float) -> None:
+    plain, scaled = database.search(queries, 5), database.search(queries * np.float32(scale), 5)
+    np.testing.assert_array_equal(plain.ids, scaled.ids)
+    np.testing.assert_allclose(plain.similarities, scaled.similarities, atol=1e-6)
+
+
+def test_no_query_gives_no_answer(database: Database) -> None:
+    found = database.search(np.empty((0, DIM), np.float32), 5)
+    assert len(found.ids) == len(found.similarities) == len(found.rows) == 0
+
+
+def test_k_over_the_size_gives_every_row_once(database: Database, queries: Vectors) -> None:
+    found = database.search(queries[:3], 10_000)
+    assert found.ids.shape == (3, 300)
+    assert all(sorted(ids) == list(range(1000, 1300)) for ids in found.ids.tolist())
+    assert np.isfinite(found.similarities).all()
+    assert [len(table) for table in found.rows] == [300, 300, 300]
+
+
+def test_another_encoders_database_is_refused(database: Database, encoder: Encoder) -> None:
+    assert encoder.identity.dim == database.dim
+    with pytest.raises(UserError, match="was built by the encoder test"):
+        database.require_encoder(encoder.identity)
+    with pytest.raises(UserError, match="was built by the encoder test"):
+        database.require_encoder(EncoderIdentity(model="test", weights="", preprocessing="", dim=DIM))
+
+
+def test_text_beyond_the_context_is_cut_off(encoder: Encoder) -> None:
+    words = ["stag"] * (CONTEXT - 2)
+    long = " ".join([*words, "in", "the", "snow"] + ["and more"] * 5000)
+    vectors = encoder.encode_texts([long, " ".join([*words, "under", "a", "tree"]), "stag"])
+    np.testing.assert_allclose(vectors[0], vectors[1], atol=1e-6)
+    assert not np.allclose(vectors[0], vectors[2], atol=1e-3)
+
+
+def picture(kind: str) -> bytes:
+    """A body that is no picture, or part of one."""
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 64), 80).save(buffer, "PNG")
+    body = buffer.getvalue()
+    return {"empty": b"", "text": b"<html>not found</html>", "half": body[: len(body) // 2]}[kind]
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "half", "missing"])
+def test_an_unreadable_query_picture_is_named(
+    database: Database, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    path = tmp_path / "query.png"
+    if kind != "missing":
+        path.write_bytes(picture(kind))
+    assert main(["search", database.root.url, "--image", str(path), "--clip", "local-dir:nowhere"]) == 2
+    assert f"{path} is not a readable picture" in capsys.readouterr().err
+
+
+# files
+
+
+@pytest.mark.parametrize("name", [*(f"partitions/00001/{file}" for file in FILES), "centroids.npy"])
+def test_a_missing_or_shorter_file_is_found_on_opening(database: Database, name: str) -> None:
+    whole = database.root.local_path(name).read_bytes()
+    for content in (whole[:-1], b"", whole + b"?"):
+        database.root.write_bytes(name, content)
+        with pytest.raises(UserError, match=r"(?s)" + name + r".*damaged"):
+            Database.open(database.root)
+    database.root.delete(name)
+    with pytest.raises(UserError, match=name):
+        Database.open(database.root)
+    assert damaged_files(database.root) == [f"{name}: missing"]
+    database.root.write_bytes(name, whole)
+    assert len(Database.open(database.root)) == 300
+
+
+@pytest.mark.parametrize("name", [*(f"partitions/00001/{file}" for file in FILES), "centroids.npy"])
+def test_other_bytes_of_the_same_size_are_found_by_verify(
+    database: Database, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    whole = database.root.local_path(name).read_bytes()
+    database.root.write_bytes(name, whole[:-64] + bytes(reversed(whole[-64:])))
+    assert main(["verify", database.root.url]) == 1
+    assert f"damaged: {name}: other bytes" in capsys.readouterr().out
+
+
+def test_a_manifest_of_another_schema_version_is_refused(database: Database) -> None:
+    manifest = database.root.read_json("manifest.json")
+    for version in (manifest["schema_version"] - 1, 99):
+        database.root.write_json("manifest.json", {**manifest, "schema_version": version})
+        with pytest.raises(UserError, match=f"version.*{version}|{version}.*version"):
+            Database.open(database.root)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"name": "web app"}', b"\xff\xfe"])
+def test_a_damaged_manifest_is_refused(database: Database, content: bytes) -> None:
+    database.root.write_bytes("manifest.json", content)
+    with pytest.raises(UserError, match=r"manifest.json"):
+        Database.open(database.root)
+
+
+def test_another_stages_folder_is_no_database(database: Database) -> None:
+    manifest = database.root.read_json("manifest.json")
+    database.root.write_json("manifest.json", {**manifest, "stage": "embed", "values": {}})
+    with pytest.raises(UserError, match="'embed'; a database was wanted"):
+        Database.open(database.root)
+
+
+@pytest.mark.parametrize("content", [b"", b"1234\n", np.ones(3).tobytes()])
+def test_a_damaged_list_of_blocked_rows_hides_or_refuses_but_never_shows(
+    database: Database, content: bytes
+) -> None:
+    database.root.write_bytes("blocked.npy", content)
+    with pytest.raises(UserError, match=r"blocked.npy"):
+        Database.open(database.root).search(np.ones((1, DIM)), 5)
+
+
+def test_a_caption_may_be_anything(tmp_path: Path, rows: Vectors, capsys: pytest.CaptureFixture[str]) -> None:
+    captions = ["", "x" * 100_000, "nul \x00 bell \x07", "\u202eright to left", "🦌" * 50, "a\r\nb"]
+    table = pa.table({"caption": captions, "url": [None, "", "a", "b", "c", "d"]})
+    build_from(Root(tmp_path / "db"), Source(rows[:6], table), IDENTITY, IndexConfig())
+    np.save(tmp_path / "q.npy", rows[:1])
+    command = ["search", f"{tmp_path}/db", "--vector", f"{tmp_path}/q.npy", "-k", "6"]
+    assert main([*command, "--sheet", f"{tmp_path}/sheet.png"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 8
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)[0]["neighbors"]
+    assert sorted(row["caption"] for row in found) == sorted(captions)

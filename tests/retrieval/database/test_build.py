@@ -1,0 +1,200 @@
+"""Building: the same input gives the same bytes, and nothing is lost between partitions."""
+
+import hashlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import autofaiss
+import faiss
+import numpy as np
+import pytest
+
+from retrieval import Database, Effort, Root, UserError
+from retrieval.database.build import Identity, build_database, partition_centroids
+from retrieval.index.hidden import block
+from retrieval.index.routing import Vectors, unit
+from retrieval.recipe import IndexConfig
+from retrieval.storage import schema
+from tests.retrieval.conftest import IDENTITY, brute_force, built, clustered, table_of
+
+Build = Callable[..., Database]
+KINDS = {"Flat": faiss.IndexFlat, "HNSW16": faiss.IndexHNSWFlat, "IVF64,Flat": faiss.IndexIVFFlat}
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "manifest.json"
+    }
+
+
+@pytest.mark.parametrize("flat_rows", [1000, 50_000])
+def test_every_row_lies_in_exactly_one_partition(build: Build, vectors: Vectors, flat_rows: int) -> None:
+    database = build(vectors, rows_per_partition=1200, flat_rows=flat_rows)
+    ids = database.metadata()[schema.IMAGE_ID].to_numpy()
+    assert sorted(ids) == list(range(1000, 1000 + len(vectors)))
+    np.testing.assert_array_equal(database.embeddings(), vectors[ids - 1000].astype(np.float16))
+
+
+@pytest.mark.parametrize(
+    ("settings", "files"),
+    [
+        ({"rows_per_partition": 800, "index_key": "IVF16,Flat"}, 13),
+        ({"rows_per_partition": 1600, "flat_rows": 1000}, 9),
+        ({"rows_per_partition": 800}, 13),
+    ],
+)
+def test_two_builds_are_equal_to_the_byte_and_measure_the_same(
+    vectors: Vectors, tmp_path: Path, settings: dict[str, object], files: int
+) -> None:
+    first, second = (built(tmp_path / name, vectors, **settings) for name in ("a", "b"))
+    assert checksums(tmp_path / "a") == checksums(tmp_path / "b")
+    assert len(checksums(tmp_path / "a")) >= files
+    assert first.manifest.values == second.manifest.values
+    assert first.manifest.identity == second.manifest.identity
+
+
+def test_another_seed_gives_another_database(vectors: Vectors, tmp_path: Path) -> None:
+    first, second = (built(tmp_path / str(seed), vectors, flat_rows=1000, seed=seed) for seed in (0, 1))
+    assert first.manifest.identity != second.manifest.identity
+    assert not np.array_equal(first.embeddings(), second.embeddings())
+
+
+def test_large_partitions_get_lists_and_small_ones_an_exhaustive_index(
+    vectors: Vectors, build: Build
+) -> None:
+    assert build(vectors[:1000], "at_limit", flat_rows=1000).partitions[0].num_lists == 1
+    assert build(vectors[:1001], "beyond", flat_rows=1000).partitions[0].num_lists == 256
+    assert not IndexConfig(index_key="Flat", flat_rows=1000).has_lists(5000)
+
+
+@pytest.mark.parametrize("key", sorted(KINDS))
+@pytest.mark.parametrize("rows_per_partition", [1500, 5000])
+def test_an_index_of_autofaiss_is_searched_as_its_own_are(
+    build: Build, vectors: Vectors, queries: Vectors, key: str, rows_per_partition: int
+) -> None:
+    database = build(vectors, index_key=key, flat_rows=1000, rows_per_partition=rows_per_partition)
+    for partition in database.partitions:
+        index = faiss.read_index(str(database.root.local_path(f"{partition._folder}/index.faiss")))
+        assert isinstance(index, KINDS[key])
+    assert database.manifest.values["calibration"]["images"][-1]["recall"] > 0.98
+    true = brute_force(vectors, queries, 10) + 1000
+    full = database.search(queries, 10, effort=Effort(8, 64, 32)).ids
+    assert np.mean([np.isin(want, have).mean() for want, have in zip(true, full)]) > 0.99
+    some = database.search(queries, 10, recall=0.9).ids
+    assert np.mean([np.isin(want, have).mean() for want, have in zip(true, some)]) > 0.8
+    assert (database.search(queries, 2000).ids > 0).all()
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "OPQ16_64,IVF256,PQ16x8",
+        "OPQ32,PQ32",
+        "Pad64,OPQ8,PQ8",
+        "IVF16,SQ8",
+        "PCA16,Flat",
+        "IVF64_HNSW32,Flat",
+    ],
+)
+def test_a_key_that_autofaiss_cannot_build_is_refused_with_what_to_do(key: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"autofaiss cannot build '{key}' for inner products.* Leave index_key"
+    ):
+        IndexConfig(index_key=key)
+
+
+def test_autofaiss_still_cannot_build_opq_for_inner_products(vectors: Vectors, tmp_path: Path) -> None:
+    """Where this fails, `IndexConfig` need no longer refuse OPQ."""
+    with pytest.raises(TypeError, match="unexpected keyword argument 'M'"):
+        autofaiss.build_index(
+            vectors,
+            index_path=str(tmp_path / "index"),
+            index_infos_path=str(tmp_path / "infos.json"),
+            index_key="OPQ16_32,IVF16,PQ16x8",
+            index_param="nprobe=4",
+            metric_type="ip",
+            nb_cores=1,
+            verbose=logging.ERROR,
+        )
+
+
+def test_a_key_that_does_not_suit_the_rows_is_a_user_error_and_leaves_no_database(
+    vectors: Vectors, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="'IVF4096,Flat' does not suit 500 rows"):
+        built(tmp_path, vectors[:500], "x", index_key="IVF4096,Flat")
+    assert not (tmp_path / "x" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"probes": 2},
+        {"key_for": "x"},
+        {"flat_rows": 999},
+        {"num_queries": 0},
+        {"rows_per_partition": 0},
+        {"seed": "1"},
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        IndexConfig(**settings)
+
+
+def test_threads_change_the_speed_of_a_build_and_not_what_it_is() -> None:
+    identity = Identity("databases/x", {"source": "test"})
+    plain, quick = IndexConfig(), IndexConfig(cores_per_partition=8, workers=3)
+    assert identity.fingerprint(plain) == identity.fingerprint(quick)
+    assert identity.fingerprint(plain) != identity.fingerprint(IndexConfig(flat_rows=1000))
+
+
+def test_partitions_are_as_many_as_the_rows_need_and_of_even_sizes(build: Build, vectors: Vectors) -> None:
+    config = IndexConfig(rows_per_partition=250)
+    assert [config.num_partitions(rows) for rows in (1, 250, 251, 3000)] == [1, 1, 2, 12]
+    database = build(vectors, rows_per_partition=500)
+    assert len(database.partitions) == 6
+    assert database.partition_rows.max() < 2.2 * 500
+    assert partition_centroids(vectors[:5], IndexConfig(rows_per_partition=1)).shape == (5, 32)
+
+
+def test_more_partitions_than_distinct_rows_lose_no_row(build: Build, queries: Vectors) -> None:
+    rows = np.repeat(clustered(3, seed=6), 40, axis=0)
+    database = build(rows, rows_per_partition=10)
+    assert len(database) == 120
+    assert len(set(database.search(queries[:1], 120).ids[0].tolist())) == 120
+
+
+def test_a_new_build_leaves_nothing_of_the_old_one(build: Build, vectors: Vectors) -> None:
+    old = build(vectors, rows_per_partition=500, flat_rows=1000)
+    block(old.root, [1001])
+    new = build(vectors[:1200], flat_rows=1000)
+    stated = {
+        file.name.removeprefix("databases/test/") for shard in new.manifest.shards for file in shard.files
+    }
+    assert set(new.root.list("")) == stated | {"manifest.json", "blocked.npy"}
+    assert len(new) == 1200
+
+
+def test_a_zero_row_stays_zero_when_made_unit() -> None:
+    assert (unit(np.zeros((1, 4), np.float32)) == 0).all()
+
+
+def test_an_empty_table_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="would be empty"):
+        build_database(
+            Root(tmp_path),
+            table_of(np.empty((0, 32), np.float32)),
+            IDENTITY,
+            IndexConfig(),
+            Identity("x", {}),
+        )
+
+
+def test_rows_of_another_length_than_the_encoder_makes_are_refused(tmp_path: Path, vectors: Vectors) -> None:
+    encoder = IDENTITY.model_copy(update={"dim": 64})
+    with pytest.raises(UserError, match="database x"):
+        build_database(Root(tmp_path), table_of(vectors[:10]), encoder, IndexConfig(), Identity("x", {}))

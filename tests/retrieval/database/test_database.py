@@ -1,0 +1,287 @@
+"""Search: exact order, honest counts, clear refusals."""
+
+import inspect
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from retrieval import Database, Effort, UserError
+from retrieval.database.database import best_of
+from retrieval.index.routing import Vectors, route, unit
+from retrieval.storage import schema
+from tests.retrieval.conftest import DIM, IDENTITY, brute_force, clustered
+
+Build = Callable[..., Database]
+FULL = Effort(probes=64, lists=4096, candidates=64)
+
+
+@pytest.fixture(params=["in_lists", "in_partitions", "mixed"])
+def database(request: pytest.FixtureRequest) -> Database:
+    """Databases with lists, with partitions and with both."""
+    return request.getfixturevalue(request.param)
+
+
+def test_visiting_every_partition_finds_just_what_brute_force_finds(
+    in_partitions: Database, vectors: Vectors, queries: Vectors
+) -> None:
+    found = in_partitions.search(queries, 8, effort=FULL)
+    assert len(in_partitions.partitions) == 6
+    np.testing.assert_array_equal(found.ids - 1000, brute_force(vectors, queries, 8))
+
+
+@pytest.mark.parametrize("rows_per_partition", [600, 1300, 3000])
+@pytest.mark.parametrize("flat_rows", [1000, 50_000])
+def test_the_number_of_partitions_does_not_show_in_the_results_at_full_effort(
+    build: Build, vectors: Vectors, queries: Vectors, rows_per_partition: int, flat_rows: int
+) -> None:
+    database = build(vectors, rows_per_partition=rows_per_partition, flat_rows=flat_rows)
+    found = database.search(queries, 8, effort=FULL)
+    np.testing.assert_array_equal(found.ids - 1000, brute_force(vectors, queries, 8))
+
+
+def test_few_probes_find_most_and_more_probes_find_more(
+    build: Build, vectors: Vectors, queries: Vectors
+) -> None:
+    database = build(vectors, rows_per_partition=300)
+    true = brute_force(vectors, queries, 10) + 1000
+    recall = []
+    for probes in (1, 3, 10):
+        found = database.search(queries, 10, effort=Effort(probes, 1, 1)).ids
+        recall.append(np.mean([np.isin(want, have).mean() for want, have in zip(true, found)]))
+    assert recall[0] < recall[1] < recall[2] == 1.0
+    assert recall[1] > 0.7
+
+
+@pytest.mark.parametrize("effort", [Effort(1, 1, 1), Effort(2, 8, 3), FULL])
+def test_order_and_similarities_are_exact_at_any_effort(
+    database: Database, queries: Vectors, effort: Effort
+) -> None:
+    found = database.search(queries, 10, effort=effort)
+    stored = database.embeddings().astype(np.float32)
+    exact = np.einsum("nkd,nd->nk", stored[found.positions], queries)
+    assert (np.diff(found.similarities, axis=1) <= 0).all()
+    np.testing.assert_allclose(found.similarities, exact, atol=1e-6)
+    assert all(len(set(row)) == 10 for row in found.ids.tolist())
+
+
+def test_results_carry_their_own_vectors_and_metadata(database: Database, queries: Vectors) -> None:
+    vectors = clustered(len(database), seed=1)
+    found = database.search(queries[:3], 4)
+    for ids, embeddings, rows in zip(found.ids, found.embeddings, found.rows):
+        assert rows.schema.equals(schema.METADATA)
+        assert rows[schema.IMAGE_ID].to_pylist() == ids.tolist()
+        assert rows["caption"].to_pylist() == [f"picture {i - 1000}" for i in ids]
+        np.testing.assert_allclose(embeddings, vectors[ids - 1000], atol=1e-3)
+    np.testing.assert_allclose(np.linalg.norm(found.embeddings, axis=2), 1, atol=1e-6)
+
+
+def test_vectors_and_metadata_are_read_only_when_asked_for(database: Database, queries: Vectors) -> None:
+    found = database.search(queries, 4)
+    assert {"embeddings", "rows"}.isdisjoint(vars(found))
+    ids, embeddings = database.rows_at(found.positions)
+    np.testing.assert_array_equal(ids, found.ids)
+    np.testing.assert_array_equal(found.embeddings, embeddings)
+    assert found.embeddings is found.embeddings
+    assert "rows" not in vars(found)
+
+
+def test_rows_are_found_by_number_in_any_shape_and_order(mixed: Database) -> None:
+    numbers = np.random.default_rng(0).integers(len(mixed), size=(4, 3, 2))
+    ids, embeddings = mixed.rows_at(numbers)
+    assert (ids.shape, embeddings.shape) == ((4, 3, 2), (4, 3, 2, DIM))
+    np.testing.assert_array_equal(embeddings, unit(mixed.embeddings()[numbers]))
+    np.testing.assert_array_equal(ids, mixed.metadata()[schema.IMAGE_ID].to_numpy()[numbers])
+    np.testing.assert_array_equal(ids, mixed.ids_at(numbers))
+    flat = numbers.ravel()
+    assert mixed.metadata_at(flat)[schema.IMAGE_ID].to_pylist() == ids.ravel().tolist()
+
+
+def test_the_partition_of_a_row_follows_from_its_number(mixed: Database) -> None:
+    for number, partition in enumerate(mixed.partitions):
+        first = mixed.first_position(number)
+        assert mixed.ids_at(np.array([first]))[0] == partition.ids[0]
+        assert mixed.ids_at(np.array([first + len(partition) - 1]))[0] == partition.ids[-1]
+    assert sum(mixed.partition_rows) == len(mixed) == 8000
+
+
+def test_fewer_rows_than_k_give_fewer_results_and_no_padding(build: Build, queries: Vectors) -> None:
+    found = build(clustered(5, seed=3)).search(queries, 20)
+    assert found.ids.shape == found.similarities.shape == found.positions.shape == (50, 5)
+    assert all(len(set(row)) == 5 for row in found.ids.tolist())
+
+
+@pytest.mark.parametrize("k", [3000, 4000, 10**9])
+def test_a_k_beyond_all_rows_returns_all_rows(in_partitions: Database, queries: Vectors, k: int) -> None:
+    found = in_partitions.search(queries[:2], k, effort=Effort(1, 1, 1))
+    np.testing.assert_array_equal(np.sort(found.ids, axis=1), np.arange(1000, 4000)[None].repeat(2, axis=0))
+    assert (np.diff(found.similarities, axis=1) <= 0).all()
+
+
+def test_partitions_with_fewer_than_k_rows_are_followed_by_more(
+    build: Build, vectors: Vectors, queries: Vectors
+) -> None:
+    found = build(vectors[:160], rows_per_partition=20).search(queries, 60, effort=Effort(1, 1, 1))
+    assert np.isfinite(found.similarities).all()
+    assert all(len(set(row)) == 60 for row in found.ids.tolist())
+
+
+def test_no_queries_get_no_results(database: Database) -> None:
+    found = database.search(np.empty((0, DIM)), 5)
+    assert len(found.ids) == len(found.positions) == len(found.embeddings) == len(found.rows) == 0
+
+
+@pytest.mark.parametrize("effort", [Effort(1, 4, 3), Effort(3, 32, 3), FULL])
+def test_a_batch_answers_as_single_queries_do_from_many_threads(
+    database: Database, queries: Vectors, effort: Effort
+) -> None:
+    batch = database.search(queries, 8, effort=effort)
+    fresh = Database.open(database.root)
+    with ThreadPoolExecutor(8) as pool:
+        single = list(pool.map(lambda query: fresh.search(query[None], 8, effort=effort), queries))
+    np.testing.assert_array_equal(batch.ids, np.concatenate([found.ids for found in single]))
+    np.testing.assert_array_equal(
+        batch.similarities, np.concatenate([found.similarities for found in single])
+    )
+
+
+def test_searches_with_different_efforts_at_once_do_not_touch_each_other(
+    mixed: Database, queries: Vectors
+) -> None:
+    efforts = [Effort(1, 1, 1), Effort(2, 8, 3), Effort(4, 128, 8)]
+    wanted = [mixed.search(queries, 8, effort=effort).ids for effort in efforts]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda i: mixed.search(queries, 8, effort=efforts[i % 3]).ids, range(48)))
+    for i, answer in enumerate(answers):
+        np.testing.assert_array_equal(answer, wanted[i % 3])
+    assert not np.array_equal(wanted[0], wanted[2])
+
+
+@pytest.mark.parametrize("length", [7.0, 1e-30, 1e30])
+def test_the_length_of_a_query_does_not_matter(database: Database, queries: Vectors, length: float) -> None:
+    scaled = queries.astype(np.float64) * length
+    np.testing.assert_array_equal(database.search(scaled, 5).ids, database.search(queries, 5).ids)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_queries_of_any_float_type_give_the_same(database: Database, dtype: type) -> None:
+    queries = clustered(20, seed=2).astype(np.float16).astype(dtype)
+    wanted = database.search(queries.astype(np.float32), 5).ids
+    np.testing.assert_array_equal(database.search(queries, 5).ids, wanted)
+    np.testing.assert_array_equal(database.search(queries.tolist(), 5).ids, wanted)
+    np.testing.assert_array_equal(database.search(np.asfortranarray(queries), 5).ids, wanted)
+
+
+@pytest.mark.parametrize(
+    ("query", "k", "message"),
+    [
+        (np.ones((1, 32)), 0, "k must be at least 1"),
+        (np.ones((1, 31)), 5, r"must be \(n, 32\)"),
+        (np.ones(32), 5, r"must be \(n, 32\)"),
+        (np.zeros((1, 32)), 5, "zero or not finite"),
+        (np.full((1, 32), np.nan), 5, "zero or not finite"),
+        (np.full((1, 32), np.inf), 5, "zero or not finite"),
+        (np.full((1, 32), "x"), 5, "must be numbers"),
+    ],
+)
+def test_a_query_that_means_nothing_is_refused(
+    in_lists: Database, query: np.ndarray, k: int, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        in_lists.search(query, k)
+
+
+@pytest.mark.parametrize("file", ["embeddings.npy", "metadata.arrow", "index.faiss"])
+def test_a_truncated_file_is_found_on_opening(build: Build, vectors: Vectors, file: str) -> None:
+    database = build(vectors[:100])
+    path = database.root.local_path(f"partitions/00000/{file}")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="the database is damaged"):
+        Database.open(database.root)
+
+
+def test_opening_reads_neither_vectors_nor_metadata_nor_indexes(build: Build, vectors: Vectors) -> None:
+    database = build(vectors[:1200], flat_rows=1000)
+    for name in database.root.list("partitions"):
+        path = database.root.local_path(name)
+        path.write_bytes(bytes(path.stat().st_size))
+    opened = Database.open(database.root)
+    assert len(opened) == 1200
+    with pytest.raises(ValueError, match="Cannot load"):
+        opened.embeddings()
+
+
+def test_a_folder_without_a_manifest_is_no_database(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="did not finish"):
+        Database.open(str(tmp_path))
+
+
+def test_a_database_of_an_older_version_is_refused(build: Build, vectors: Vectors) -> None:
+    root = build(vectors[:50]).root
+    root.write_json("manifest.json", {**root.read_json("manifest.json"), "schema_version": 1})
+    with pytest.raises(UserError, match="is a database of version 1"):
+        Database.open(root)
+
+
+def test_another_encoder_is_refused(in_lists: Database) -> None:
+    in_lists.require_encoder(IDENTITY)
+    with pytest.raises(UserError, match="was built by the encoder test"):
+        in_lists.require_encoder(IDENTITY.model_copy(update={"weights": "f" * 16}))
+
+
+def test_a_query_visits_the_nearest_partitions_first_and_more_where_rows_lack(
+    in_partitions: Database, queries: Vectors
+) -> None:
+    order = np.argsort(-(queries @ in_partitions.centroids.T), axis=1, kind="stable")
+    np.testing.assert_array_equal(route(queries, in_partitions.centroids, 3), order[:, :3])
+    np.testing.assert_array_equal(in_partitions.route(queries, 5, Effort(2, 1, 1)), order[:, :2])
+    for visits, ranked in zip(in_partitions.route(queries, 900, Effort(1, 1, 1)), order):
+        visited = visits[visits >= 0]
+        rows = np.cumsum(in_partitions.partition_rows[ranked])
+        np.testing.assert_array_equal(visited, ranked[: 1 + np.searchsorted(rows, 900)])
+
+
+def test_parts_of_a_search_put_together_are_the_search(mixed: Database, queries: Vectors) -> None:
+    effort, units = Effort(3, 16, 4), mixed.checked(queries, 8)
+    visits = mixed.route(units, 8, effort)
+    whole = mixed.search(queries, 8, effort=effort)
+    parts = [mixed.search_partitions(units, 8, effort, visits, numbers) for numbers in ([0, 2], [1], [3])]
+    similarities, positions = (np.concatenate(columns, axis=1) for columns in zip(*parts))
+    together = best_of(similarities, positions, 8)
+    np.testing.assert_array_equal(together[0], whole.similarities)
+    np.testing.assert_array_equal(together[1], whole.positions)
+
+
+def test_equal_similarities_come_in_the_order_of_their_positions() -> None:
+    similarities = np.array([[0.5, 0.9, 0.9, 0.5, -np.inf]], np.float32)
+    positions = np.array([[8, 7, 3, 2, -1]])
+    best = best_of(similarities, positions, 4)
+    assert best[1].tolist() == [[3, 7, 2, 8]]
+    assert best[0].tolist() == [[np.float32(0.9), np.float32(0.9), 0.5, 0.5]]
+
+
+def search_alone(folder: str) -> None:
+    """Run in a process of its own: a search loads neither torch nor Ray nor autofaiss."""
+    import sys
+
+    import numpy
+
+    from retrieval import Database
+
+    found = Database.open(folder).search(numpy.ones((2, 32)), 3)
+    assert found.embeddings.shape == (2, 3, 32)
+    assert len(found.rows[0]) == 3
+    loaded = {"torch", "ray", "autofaiss"} & set(sys.modules)
+    assert not loaded, loaded
+
+
+@pytest.mark.parametrize("which", ["in_lists", "in_partitions"])
+def test_opening_and_searching_load_no_torch(which: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(which).root.local_path("")
+    code = f"{inspect.getsource(search_alone)}\nsearch_alone({str(folder)!r})"
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,235 @@
+"""One partition: exact similarities from the file as it lies, each row once, never too few."""
+
+import gc
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import faiss
+import numpy as np
+import pytest
+
+from retrieval import Database, Effort
+from retrieval.index.partition import Partition, first_of_each
+from retrieval.index.rerank import Rerank
+from retrieval.index.routing import Vectors
+from retrieval.storage import schema
+from tests.retrieval.conftest import clustered
+
+Build = Callable[..., Database]
+NONE = np.empty(0, np.int64)
+LITTLE, MUCH = Effort(1, 4, 3), Effort(1, 512, 64)
+
+
+def fresh(database: Database, hidden: np.ndarray = NONE) -> Partition:
+    return Partition(database.root, 0, hidden)
+
+
+def exact(partition: Partition, queries: Vectors) -> Vectors:
+    return queries @ partition.embeddings.astype(np.float32).T
+
+
+def test_faiss_ranks_the_rows_where_they_lie_mapped_from_their_file(in_lists: Database) -> None:
+    partition = fresh(in_lists)
+    rerank = Rerank(partition.embeddings)
+    seen = faiss.rev_swig_ptr(rerank.index.codes.data(), partition.embeddings.nbytes)
+    assert isinstance(partition.embeddings, np.memmap)
+    assert seen.ctypes.data == partition.embeddings.ctypes.data
+    assert rerank.index.codes.size() == partition.embeddings.nbytes
+
+
+def test_ranking_gives_the_exact_similarities_of_float16_rows(vectors: Vectors, queries: Vectors) -> None:
+    rows = vectors.astype(np.float16)
+    similarities, found = Rerank(rows).index.search(queries, 20)
+    true = queries.astype(np.float64) @ rows.astype(np.float64).T
+    np.testing.assert_allclose(similarities, np.take_along_axis(true, found, 1), atol=1e-6)
+    np.testing.assert_allclose(similarities, -np.sort(-true, axis=1)[:, :20], rtol=0, atol=1e-6)
+
+
+def test_ranking_keeps_the_rows_alive_that_it_reads(queries: Vectors) -> None:
+    rerank = Rerank(clustered(20_000, seed=8).astype(np.float16))
+    before = rerank.index.search(queries, 5)
+    gc.collect()
+    taken = [np.zeros((20_000, 32), np.float16) for _ in range(8)]
+    np.testing.assert_array_equal(rerank.index.search(queries, 5), before)
+    assert len(taken) == 8
+
+
+@pytest.mark.parametrize("effort", [Effort(1, 1, 1), LITTLE, MUCH])
+@pytest.mark.parametrize("k", [1, 10, 50])
+def test_similarities_are_exact_and_in_order_at_any_effort(
+    in_lists: Database, queries: Vectors, effort: Effort, k: int
+) -> None:
+    partition = in_lists.partitions[0]
+    similarities, rows = partition.search(queries, k, effort)
+    assert similarities.shape == rows.shape == (len(queries), k)
+    assert (np.diff(similarities, axis=1) <= 0).all()
+    np.testing.assert_allclose(
+        similarities, np.take_along_axis(exact(partition, queries), rows, 1), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("effort", [Effort(1, 1, 1), Effort(1, 16, 3), MUCH])
+def test_a_row_in_two_lists_comes_back_once(in_lists: Database, queries: Vectors, effort: Effort) -> None:
+    partition = in_lists.partitions[0]
+    assert partition.per_result == 2
+    _, rows = partition.search(queries, 40, effort)
+    assert (rows >= 0).all()
+    assert all(len(set(found)) == 40 for found in rows.tolist())
+
+
+def test_equal_vectors_in_two_lists_come_back_once_each(build: Build) -> None:
+    distinct = clustered(400, seed=3)
+    partition = build(np.repeat(distinct, 5, axis=0), flat_rows=1000).partitions[0]
+    similarities, rows = partition.search(distinct, 20, MUCH)
+    assert all(len(set(found)) == 20 for found in rows.tolist())
+    # Four groups of five, so that a row left out or given twice breaks the steps.
+    groups = similarities.reshape(len(distinct), 4, 5)
+    np.testing.assert_allclose(groups, groups[:, :, :1].repeat(5, axis=2), atol=1e-6)
+    assert ((partition.ids[rows[:, :5]] - 1000) // 5 == np.arange(400)[:, None]).mean() > 0.99
+
+
+def test_every_row_counts_once_even_among_equal_similarities() -> None:
+    none = -np.inf
+    similarities = np.array([[0.9, 0.9, 0.9, 0.9, 0.5, 0.5], [0.8, 0.7, 0.7, 0.6, none, none]], np.float32)
+    rows = np.array([[3, 7, 3, 7, 1, 2], [4, 4, 5, 6, -1, -1]])
+    kept, numbers = first_of_each(similarities, rows, 4)
+    assert numbers.tolist() == [[3, 7, 1, 2], [4, 5, 6, -1]]
+    np.testing.assert_array_equal(kept, np.array([[0.9, 0.9, 0.5, 0.5], [0.8, 0.7, 0.6, none]], np.float32))
+    assert kept.dtype == np.float32
+
+
+@pytest.mark.parametrize("k", [2, 4, 6])
+def test_one_query_is_told_the_same_as_one_of_many(k: int) -> None:
+    none = -np.inf
+    similarities = np.array([[0.9, 0.9, 0.8, 0.7, none, none], [0.9] * 6], np.float32)
+    rows = np.array([[3, 5, 3, 1, -1, -1], [2, 2, 2, 2, 2, 2]])
+    together = first_of_each(similarities, rows, k)
+    for i in range(2):
+        alone = first_of_each(similarities[i : i + 1], rows[i : i + 1], k)
+        np.testing.assert_array_equal(alone[0][0], together[0][i])
+        np.testing.assert_array_equal(alone[1][0], together[1][i])
+
+
+def test_more_results_than_the_visited_lists_hold_are_found_in_others(
+    in_lists: Database, queries: Vectors
+) -> None:
+    partition = in_lists.partitions[0]
+    offsets, _ = partition.lists
+    k = 4 * int(np.diff(offsets).max())
+    similarities, rows = partition.search(queries, k, Effort(1, 1, 1))
+    assert rows.min() >= 0
+    assert all(len(set(found)) == k for found in rows.tolist())
+    np.testing.assert_allclose(
+        similarities, np.take_along_axis(exact(partition, queries), rows, 1), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("k", [3000, 5000])
+def test_as_many_results_as_rows_are_all_rows_in_exact_order(
+    in_lists: Database, queries: Vectors, k: int
+) -> None:
+    partition = in_lists.partitions[0]
+    similarities, rows = partition.search(queries[:5], k, Effort(1, 1, 1))
+    np.testing.assert_array_equal(np.sort(rows, axis=1), np.arange(3000)[None].repeat(5, axis=0))
+    np.testing.assert_allclose(
+        similarities, -np.sort(-exact(partition, queries[:5]), axis=1), rtol=0, atol=1e-6
+    )
+
+
+def test_much_effort_finds_what_brute_force_finds(in_lists: Database, queries: Vectors) -> None:
+    partition = in_lists.partitions[0]
+    _, rows = partition.search(queries, 20, MUCH)
+    true = np.argsort(-exact(partition, queries), axis=1)[:, :20]
+    assert np.mean([np.isin(want, have).mean() for want, have in zip(true, rows)]) > 0.999
+
+
+@pytest.mark.parametrize("lists", [513, 4096])
+def test_more_lists_than_there_are_means_all(in_lists: Database, queries: Vectors, lists: int) -> None:
+    partition = in_lists.partitions[0]
+    found, wanted = (partition.search(queries, 20, Effort(1, n, 8)) for n in (lists, partition.num_lists))
+    np.testing.assert_array_equal(found[1], wanted[1])
+
+
+def test_more_lists_and_more_candidates_find_more(in_lists: Database, queries: Vectors) -> None:
+    partition = in_lists.partitions[0]
+    true = np.argsort(-exact(partition, queries), axis=1)[:, :10]
+
+    def recall(lists: int, candidates: int) -> float:
+        _, rows = partition.search(queries, 10, Effort(1, lists, candidates))
+        return float(np.mean([np.isin(want, have).mean() for want, have in zip(true, rows)]))
+
+    assert recall(4, 16) < recall(16, 16) < recall(128, 16)
+    assert recall(128, 2) < recall(128, 6) < recall(128, 32)
+
+
+@pytest.mark.parametrize("effort", [Effort(1, 1, 1), LITTLE, MUCH])
+def test_hidden_rows_never_come_back_and_others_fill_their_places(
+    in_lists: Database, queries: Vectors, effort: Effort
+) -> None:
+    whole = in_lists.partitions[0]
+    _, shown = whole.search(queries, 10, MUCH)
+    hidden = np.unique(whole.ids[shown])
+    partition = fresh(in_lists, hidden)
+    similarities, rows = partition.search(queries, 10, effort)
+    assert not np.isin(partition.ids[rows], hidden).any()
+    assert np.isfinite(similarities).all()
+    assert all(len(set(found)) == 10 for found in rows.tolist())
+
+
+def test_when_nearly_all_is_hidden_the_rest_is_found(in_lists: Database, queries: Vectors) -> None:
+    left = np.array([1005, 2100, 3999])
+    hidden = np.setdiff1d(in_lists.partitions[0].ids, left)
+    partition = fresh(in_lists, hidden)
+    similarities, rows = partition.search(queries, 5, LITTLE)
+    np.testing.assert_array_equal(np.sort(partition.ids[rows[:, :3]], axis=1), left[None].repeat(50, axis=0))
+    assert (np.diff(similarities[:, :3], axis=1) <= 0).all()
+    assert (rows[:, 3:] == -1).all()
+    assert np.isneginf(similarities[:, 3:]).all()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 33])
+@pytest.mark.parametrize("effort", [LITTLE, Effort(1, 64, 3)])
+def test_answers_do_not_depend_on_who_else_asks(
+    in_lists: Database, queries: Vectors, size: int, effort: Effort
+) -> None:
+    partition = in_lists.partitions[0]
+    similarities, rows = partition.search(queries, 10, effort)
+    parts = [partition.search(queries[i : i + size], 10, effort) for i in range(0, len(queries), size)]
+    np.testing.assert_array_equal(np.concatenate([part[1] for part in parts]), rows)
+    np.testing.assert_array_equal(np.concatenate([part[0] for part in parts]), similarities)
+
+
+def test_eight_threads_that_open_and_search_at_once_get_the_same(
+    in_lists: Database, queries: Vectors
+) -> None:
+    wanted = in_lists.partitions[0].search(queries, 10, LITTLE)
+    shared = fresh(in_lists)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: shared.search(queries, 10, LITTLE), range(32)))
+    for answer in answers:
+        np.testing.assert_array_equal(answer[1], wanted[1])
+        np.testing.assert_array_equal(answer[0], wanted[0])
+
+
+def test_the_rows_of_a_list_stand_together(in_lists: Database) -> None:
+    partition = in_lists.partitions[0]
+    offsets, centroids = partition.lists
+    nearest = np.argmax(partition.embeddings.astype(np.float32) @ centroids.T, axis=1)
+    numbers = np.repeat(np.arange(len(centroids)), np.diff(offsets))
+    assert (nearest == numbers).mean() > 0.99
+    assert partition.num_lists == len(centroids) == 512
+
+
+def test_without_lists_all_rows_are_one(in_partitions: Database) -> None:
+    partition = in_partitions.partitions[0]
+    offsets, centroids = partition.lists
+    assert offsets.tolist() == [0, len(partition)]
+    assert (centroids.shape, partition.num_lists, partition.per_result) == ((1, 32), 1, 1)
+
+
+def test_metadata_stands_in_the_order_of_the_vectors(in_lists: Database, vectors: Vectors) -> None:
+    partition = in_lists.partitions[0]
+    captions = partition.metadata["caption"].to_pylist()
+    assert partition.metadata.schema.equals(schema.METADATA)
+    assert captions == [f"picture {i - 1000}" for i in partition.ids]
+    np.testing.assert_array_equal(partition.embeddings, vectors[partition.ids - 1000].astype(np.float16))

@@ -1,0 +1,66 @@
+"""Files appear whole or not at all, and listings are sorted."""
+
+from pathlib import Path
+
+import pytest
+
+from retrieval import Root, UserError
+from retrieval.storage.root import file_sha256
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
+    root = Root(tmp_path)
+    with pytest.raises(RuntimeError), root.writing("a/b.txt") as pending:
+        pending.path.write_text("half")
+        raise RuntimeError
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_failed_write_keeps_the_file_that_was_there(tmp_path: Path) -> None:
+    root = Root(tmp_path)
+    root.write_bytes("x", b"old")
+    with pytest.raises(RuntimeError), root.writing("x") as pending:
+        pending.path.write_bytes(b"new")
+        raise RuntimeError
+    assert (tmp_path / "x").read_bytes() == b"old"
+
+
+def test_a_record_tells_size_and_checksum_of_what_stands_there(tmp_path: Path) -> None:
+    record = Root(tmp_path).write_bytes("d/x", b"12345")
+    assert (record.name, record.bytes) == ("d/x", 5)
+    assert record.sha256 == file_sha256(tmp_path / "d/x")
+
+
+def test_listings_are_sorted_and_hide_unfinished_files(tmp_path: Path) -> None:
+    root = Root(tmp_path)
+    for name in ("s/2.txt", "s/10.txt", "s/a/1.txt", "t/3.txt"):
+        root.write_bytes(name, b"")
+    (tmp_path / "s" / ".partial-0-4.txt").write_bytes(b"")
+    assert root.list("s", ".txt") == ["s/10.txt", "s/2.txt", "s/a/1.txt"]
+    assert root.list("nowhere") == []
+
+
+def test_sweeping_removes_what_killed_writers_left(tmp_path: Path) -> None:
+    root = Root(tmp_path)
+    root.write_bytes("s/kept", b"")
+    (tmp_path / "s" / ".partial-0-lost").write_bytes(b"")
+    root.sweep_partials("s")
+    assert [path.name for path in (tmp_path / "s").iterdir()] == ["kept"]
+
+
+def test_an_object_store_works_like_a_folder() -> None:
+    root = Root("memory://bucket/run")
+    root.write_json("stage/manifest.json", {"a": [1]})
+    assert root.read_json("stage/manifest.json") == {"a": [1]}
+    assert root.list("stage") == ["stage/manifest.json"]
+    with root.local("stage/manifest.json") as path:
+        assert path.read_text().startswith("{")
+    root.delete("stage")
+    assert not root.exists("stage/manifest.json")
+    with pytest.raises(UserError, match="needs a local root"):
+        root.local_path("x")
+
+
+def test_a_missing_file_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="did not finish"):
+        Root(tmp_path).open("embed/train/0.parquet")

@@ -1,0 +1,192 @@
+"""Folders for diffusers: its own classes open them, give our latents, and come back as they went."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, VQModel
+from safetensors.torch import load_file, save_file
+
+from retrieval.errors import UserError
+from retrieval.storage.manifest import read_manifest, write_manifest
+from retrieval.storage.root import Root
+from tests.trainer.released.released_model import MODELS, networks, recipe_of, state_of, write_checkpoint
+from tests.trainer.released.test_import_run import ENCODER
+from tests.trainer.tiny_run import write_run
+from trainer.checkpoint.export import read_model
+from trainer.model.autoencoder import Autoencoder
+from trainer.model.unet import build_unet
+from trainer.recipe import DiffusionConfig
+from trainer.released.diffusers_folder import write_folder
+from trainer.released.import_run import import_run
+from trainer.sampling.denoising import guided_sample, initial_noise, make_scheduler
+
+CLASSES = {"laion": AutoencoderKL, "imagenet": VQModel}
+KINDS = sorted(MODELS)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def exported(request, tmp_path_factory):
+    """A small released model, imported and exported: its kind, root, recipe and folder."""
+    kind, folder = request.param, tmp_path_factory.mktemp(request.param)
+    config, root = recipe_of(kind, folder / "autoencoder"), Root(folder / "root")
+    import_run(config, write_checkpoint(folder / "model.ckpt", state_of(kind)), ENCODER, root)
+    write_folder(root, config.train.folder, config.autoencoder, folder / "for-diffusers")
+    return kind, root, config, folder / "for-diffusers"
+
+
+@torch.no_grad()
+def test_our_sampler_and_plain_diffusers_give_the_same_latents(exported):
+    _, root, config, folder = exported
+    shape = (config.model.latent_channels, 8, 8)
+    noise, guidance = initial_noise([3, 4], shape), 3.0
+    context = torch.nn.functional.normalize(torch.randn(2, 5, 32), dim=-1)
+
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True)
+    scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+    scheduler.set_timesteps(10)
+    latents = noise
+    for t in scheduler.timesteps:
+        without = unet(latents, t, encoder_hidden_states=torch.zeros(2, 1, 32)).sample
+        told = unet(latents, t, encoder_hidden_states=context).sample
+        latents = scheduler.step(without + guidance * (told - without), t, latents).prev_sample
+
+    ours = build_unet(config.model).eval()
+    ours.load_state_dict(read_model(root, config.train.folder))
+    diffusion = DiffusionConfig(**root.read_json(f"{config.train.folder}/recipe.json")["diffusion"])
+    scale = torch.full((2,), guidance)
+    found = guided_sample(ours, make_scheduler("ddim", 10, diffusion), noise, context, scale)
+    # a random network drives latents far out: the measure is their own size
+    assert ((found - latents).abs().max() / latents.std()) < 1e-4
+
+
+@torch.no_grad()
+def test_the_autoencoder_opens_with_the_scale_where_diffusers_looks_for_it(exported, tmp_path):
+    kind, root, config, _ = exported
+    # an autoencoder of somebody who left diffusers' default there
+    elsewhere = config.autoencoder.model_copy(update={"path": str(tmp_path / "autoencoder")})
+    shutil.copytree(config.autoencoder.path, elsewhere.path)
+    description = tmp_path / "autoencoder" / "config.json"
+    settings = json.loads(description.read_text()) | {"scaling_factor": 0.18215}
+    description.write_text(json.dumps(settings))
+    autoencoder, run = Autoencoder.load(elsewhere, "cpu"), config.train.folder
+    shutil.copytree(root.local_path(run), tmp_path / "root" / run)
+    manifest = read_manifest(root, run)
+    values = manifest.values | {"autoencoder": autoencoder.identity}
+    write_manifest(Root(tmp_path / "root"), replace(manifest, values=values))
+
+    write_folder(Root(tmp_path / "root"), run, elsewhere, tmp_path / "target")
+    vae = CLASSES[kind].from_pretrained(tmp_path / "target", subfolder="vae", use_safetensors=True)
+    assert vae.config.scaling_factor == config.autoencoder.scale
+    latents = torch.randn(1, config.model.latent_channels, 4, 4)
+    found = vae.decode(latents / vae.config.scaling_factor).sample.clamp(-1, 1)
+    torch.testing.assert_close(found, autoencoder.decode(latents))
+
+
+def test_a_run_is_not_exported_with_an_autoencoder_that_is_not_its_own(exported, tmp_path):
+    kind, root, config, _ = exported
+    other = recipe_of("laion" if kind == "imagenet" else "imagenet", tmp_path / "autoencoder")
+    state = state_of(other.train.name)
+    import_run(other, write_checkpoint(tmp_path / "model.ckpt", state), ENCODER, Root(tmp_path / "root"))
+    with pytest.raises(UserError, match="was trained on latents of autoencoder"):
+        write_folder(root, config.train.folder, other.autoencoder, tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+
+
+def test_the_card_says_how_to_open_the_folder_and_its_code_runs(exported, monkeypatch):
+    kind, _, _, folder = exported
+    card = (folder / "README.md").read_text()
+    assert f"{sum(w.numel() for w in networks(kind)[0].parameters()):,} parameters" in card
+    assert "trained at 64 px" in card
+    assert "with 4 neighbors" in card
+    code = card.split("```python")[1].split("```")[0]
+    monkeypatch.chdir(folder.parent)
+    opened: dict[str, object] = {}
+    exec(code, opened)
+    assert isinstance(opened["vae"], CLASSES[kind])
+
+
+def test_an_exported_folder_comes_back_as_the_same_run(exported, tmp_path):
+    kind, root, config, folder = exported
+    again, back = recipe_of(kind, tmp_path / "autoencoder"), Root(tmp_path / "root")
+    import_run(again, folder, ENCODER, back)
+    wanted, found = (read_model(one, config.train.folder) for one in (root, back))
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    assert (
+        Autoencoder.load(again.autoencoder, "cpu").identity
+        == Autoencoder.load(config.autoencoder, "cpu").identity
+    )
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"model": {"channels_per_head": 8}}, "attention_head_dim"),
+        ({"model": {"norm_groups": 16}}, "norm_num_groups 32, .* makes it 16"),
+        ({"model": {"attention": (1, 4)}}, "down_block_types"),
+        ({"diffusion": {"beta_end": 0.02}}, "has beta_end .* makes it 0.02"),
+        ({"diffusion": {"prediction": "v_prediction"}}, "prediction_type 'epsilon'"),
+        ({"autoencoder": {"scale": 0.5}}, "scaling_factor .* scale is 0.5"),
+    ],
+)
+def test_a_folder_of_another_model_than_the_recipes_is_refused(exported, sections, words, tmp_path):
+    kind, _, _, folder = exported
+    with pytest.raises(UserError, match=words):
+        import_run(recipe_of(kind, tmp_path / "new", **sections), folder, ENCODER, Root(tmp_path / "root"))
+
+
+def test_a_folder_with_a_tensor_too_few_a_description_too_few_or_no_weights_is_refused(exported, tmp_path):
+    kind, root, config, _ = exported
+    folder = tmp_path / "folder"
+    write_folder(root, config.train.folder, config.autoencoder, folder)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    del tensors["conv_out.bias"]
+    save_file(tensors, weights)
+    recipe, back = recipe_of(kind, tmp_path / "new"), Root(tmp_path / "root")
+    with pytest.raises(UserError, match=r"1 tensors are missing, .*\(conv_out.bias\)"):
+        import_run(recipe, folder, ENCODER, back)
+    weights.write_bytes(b"none")
+    with pytest.raises(UserError, match="no safetensors file"):
+        import_run(recipe, folder, ENCODER, back)
+    weights.unlink()
+    with pytest.raises(UserError, match="weights are read from safetensors"):
+        import_run(recipe, folder, ENCODER, back)
+    (folder / "scheduler" / "scheduler_config.json").unlink()
+    with pytest.raises(UserError, match=r"scheduler_config.json is missing"):
+        import_run(recipe, folder, ENCODER, back)
+
+
+def test_a_target_that_is_not_empty_is_left_alone(exported, tmp_path):
+    _, root, config, _ = exported
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "mine").write_text("mine")
+    with pytest.raises(UserError, match="not empty"):
+        write_folder(root, config.train.folder, config.autoencoder, target)
+    assert [path.name for path in target.iterdir()] == ["mine"]
+
+
+def test_a_run_of_the_demo_is_exported_without_its_own_kind_of_autoencoder(tmp_path):
+    root, trained = write_run(tmp_path)
+    recipe = {"size": 32, "k": 4, "latent_shape": [4, 8, 8], "autoencoder": {"scale": 1.0}}
+    recipe["encoder"] = {"model": "clip", "dim": 32}
+    stored = root.read_json(f"{trained.folder}/recipe.json")
+    root.write_json(f"{trained.folder}/recipe.json", stored | recipe)
+    write_folder(root, trained.folder, trained.autoencoder, tmp_path / "target")
+    assert not (tmp_path / "target" / "vae").exists()
+    assert "vae" not in (tmp_path / "target" / "README.md").read_text()
+    settings = json.loads((tmp_path / "target" / "scheduler" / "scheduler_config.json").read_text())
+    assert settings["prediction_type"] == "v_prediction"
+    UNet2DConditionModel.from_pretrained(tmp_path / "target", subfolder="unet")
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path):
+    root, trained = write_run(tmp_path / "run")
+    root.delete(f"{trained.folder}/model/diffusion_pytorch_model.safetensors")
+    with pytest.raises(UserError, match=r"safetensors is missing"):
+        write_folder(root, trained.folder, trained.autoencoder, tmp_path / "target")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -1,0 +1,136 @@
+"""Guided sampling against plain diffusers and against the equation."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, UNet2DConditionModel
+
+from trainer.model.diffusion import alphas_bar
+from trainer.model.unet import build_unet
+from trainer.recipe import DiffusionConfig, ModelConfig
+from trainer.sampling.denoising import guided_sample, initial_noise, make_scheduler
+
+SHAPE = (4, 8, 8)
+COMMON = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0015,
+    "beta_end": 0.015,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
+PLAIN = {
+    "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
+    "plms": (PNDMScheduler, {"skip_prk_steps": True, "set_alpha_to_one": False}),
+    "dpm++": (DPMSolverMultistepScheduler, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        latent_channels=4, context_dim=16, channels=(32, 64), attention=(1, 2), layers=1, norm_groups=8
+    )
+    return build_unet(config).eval().requires_grad_(False)
+
+
+def context(count: int, tokens: int) -> torch.Tensor:
+    rows = torch.randn(count, tokens, 16, generator=torch.Generator().manual_seed(3))
+    return torch.nn.functional.normalize(rows, dim=-1)
+
+
+@torch.no_grad()
+def plain_loop(unet, scheduler, latents, tokens):
+    for t in scheduler.timesteps:
+        predicted = unet(latents, t, encoder_hidden_states=tokens).sample
+        latents = scheduler.step(predicted, t, latents).prev_sample
+    return latents
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", ["ddim", "plms", "dpm++"])
+@torch.no_grad()
+def test_without_guidance_latents_equal_a_plain_diffusers_loop(unet, name, prediction):
+    kind, extra = PLAIN[name]
+    theirs = kind(**COMMON, **extra, prediction_type=prediction)
+    theirs.set_timesteps(7)
+    noise, tokens = initial_noise([5, 6], SHAPE), context(2, 3)
+    ours = make_scheduler(name, 7, DiffusionConfig(prediction=prediction))
+    found = guided_sample(unet, ours, noise, tokens, torch.ones(2))
+    torch.testing.assert_close(found, plain_loop(unet, theirs, noise, tokens), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_guidance_adds_the_scaled_difference_to_the_prediction_without_context(unet):
+    noise, tokens, scale = initial_noise([1, 2], SHAPE), context(2, 3), torch.tensor([5.0, 0.5])
+    scheduler = make_scheduler("ddim", 2, DiffusionConfig())
+    latents = noise
+    for t in scheduler.timesteps:
+        # one zero token here, three in the batched call: the count of zero tokens must not matter
+        nothing = unet(latents, t, torch.zeros(2, 1, 16)).sample
+        told = unet(latents, t, tokens).sample
+        mixed = nothing + scale.view(2, 1, 1, 1) * (told - nothing)
+        latents = scheduler.step(mixed, t, latents).prev_sample
+    found = guided_sample(unet, make_scheduler("ddim", 2, DiffusionConfig()), noise, tokens, scale)
+    torch.testing.assert_close(found, latents, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_seed_gives_the_same_latents_alone_and_in_a_batch(unet):
+    tokens = context(4, 3)
+    scale = torch.full((4,), 3.0)
+    noise = initial_noise([10, 11, 12, 13], SHAPE)
+    together = guided_sample(unet, make_scheduler("ddim", 4, DiffusionConfig()), noise, tokens, scale)
+    alone = guided_sample(
+        unet,
+        make_scheduler("ddim", 4, DiffusionConfig()),
+        initial_noise([12], SHAPE),
+        tokens[2:3],
+        scale[2:3],
+    )
+    torch.testing.assert_close(alone[0], together[2], atol=1e-4, rtol=1e-4)
+    assert (together[0] - together[1]).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_latents_of_another_size_than_in_training_are_sampled(unet):
+    noise = initial_noise([1], (4, 4, 12))
+    found = guided_sample(
+        unet, make_scheduler("plms", 3, DiffusionConfig()), noise, context(1, 2), torch.ones(1)
+    )
+    assert found.shape == (1, 4, 4, 12)
+    assert torch.isfinite(found).all()
+
+
+def test_the_null_context_is_computed_only_where_some_guidance_needs_it():
+    seen = []
+
+    def denoiser(sample, timestep, encoder_hidden_states, *, return_dict):
+        seen.append(len(sample))
+        return (torch.zeros_like(sample),)
+
+    for scale in (torch.ones(2), torch.tensor([1.0, 2.0])):
+        guided_sample(
+            denoiser,
+            make_scheduler("ddim", 1, DiffusionConfig()),
+            initial_noise([0, 1], SHAPE),
+            context(2, 1),
+            scale,
+        )
+    assert seen == [2, 4]
+
+
+def test_a_perfect_prediction_of_v_leads_to_the_picture_it_was_made_from():
+    target = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(9))
+
+    for name in PLAIN:
+        scheduler = make_scheduler(name, 50, DiffusionConfig(prediction="v_prediction"))
+        abar = alphas_bar(DiffusionConfig())
+
+        def oracle(sample, timestep, encoder_hidden_states, *, return_dict, abar=abar):
+            a = abar[timestep]
+            eps = (sample - a.sqrt() * target) / (1 - a).sqrt()
+            return (a.sqrt() * eps - (1 - a).sqrt() * target,)
+
+        found = guided_sample(oracle, scheduler, initial_noise([4], SHAPE), context(1, 1), torch.ones(1))
+        assert (found - target).abs().max() < 0.2, name

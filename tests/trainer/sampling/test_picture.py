@@ -1,0 +1,64 @@
+"""Pictures with their recipe, and labelled grids."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from trainer.sampling.picture import EMPTY, Grid, draw_grid, fit, png_bytes, read_recipe, to_pictures, wrap
+from trainer.sampling.picture import _font as font
+
+
+def test_a_recipe_of_any_unicode_comes_back_from_the_png():
+    recipe = {"prompt": '鹿 im Wald \x00 "quoted" 🦌\n', "seed": 2**63 - 1, "neighbors": [[-5, 0.25]]}
+    png = png_bytes(Image.new("RGB", (4, 3), (1, 2, 3)), recipe)
+    assert read_recipe(png) == recipe
+    assert png == png_bytes(Image.new("RGB", (4, 3), (1, 2, 3)), recipe)
+
+
+def test_a_picture_without_a_recipe_is_refused():
+    import io
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(buffer, "PNG")
+    with pytest.raises(ValueError, match="no recipe"):
+        read_recipe(buffer.getvalue())
+
+
+def test_decoded_pixels_become_eight_bit_colors_and_are_clipped():
+    pixels = np.zeros((1, 3, 2, 2), np.float32)
+    pixels[0, 0], pixels[0, 1], pixels[0, 2] = -1.5, 0.0, 1.0
+    (picture,) = to_pictures(pixels)
+    assert picture.getpixel((0, 0)) == (0, 128, 255)
+
+
+def test_small_pictures_grow_by_whole_factors_and_large_ones_shrink_to_fit():
+    assert fit(Image.new("RGB", (64, 64)), 160).size == (128, 128)
+    assert fit(Image.new("RGB", (768, 384)), 160).size == (160, 80)
+
+
+def test_a_grid_shows_every_picture_in_its_own_cell():
+    red, blue = Image.new("RGB", (80, 80), (255, 0, 0)), Image.new("RGB", (80, 80), (0, 0, 255))
+    sheet = draw_grid(Grid([[red, blue], [None, red]], ["first", "second"], ["a", "b"], "Title", cell=80))
+    colors = {color for _, color in sheet.getcolors(1 << 16)}
+    assert {(255, 0, 0), (0, 0, 255), EMPTY} <= colors
+    pixels = np.asarray(sheet)
+    assert (pixels == [255, 0, 0]).all(-1).sum() == 2 * 80 * 80
+    assert (pixels == [0, 0, 255]).all(-1).sum() == 80 * 80
+    rows, columns = np.nonzero((pixels == [0, 0, 255]).all(-1))
+    reds = np.argwhere((pixels == [255, 0, 0]).all(-1))
+    assert reds[:, 1].min() < columns.min(), "red stands left of blue in the first row"
+    assert reds[:, 0].max() > rows.max(), "and below it in the second"
+
+
+def test_a_long_label_is_wrapped_and_makes_its_row_taller():
+    def height(label: str) -> int:
+        return draw_grid(Grid([[Image.new("RGB", (8, 8))]], [label], ["x"], cell=64)).height
+
+    assert height("a prompt of a great many words " * 6) > height("a prompt")
+
+
+def test_wrapped_lines_fit_and_keep_every_letter():
+    text = "donaudampfschifffahrtsgesellschaft and a few words more"
+    lines = wrap(text, 80, font(13))
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+    assert all(font(13).getlength(line) <= 80 for line in lines)

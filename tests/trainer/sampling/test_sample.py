@@ -1,0 +1,229 @@
+"""Stage sample, on a root as training leaves it."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from pydantic import ValidationError
+
+from retrieval.clip.encoder import Encoder
+from retrieval.errors import UserError
+from retrieval.storage.manifest import read_manifest
+from retrieval.storage.root import Root
+from tests.trainer.tiny_run import PROMPTS, pictures_of, write_clip, write_database, write_run
+from trainer.sampling.picture import read_recipe
+from trainer.sampling.recipe import SampleConfig
+from trainer.sampling.sample import make_jobs, run
+from trainer.sampling.sampler import Trained
+
+STAGE = "runs/tiny/sample"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> tuple[Root, Trained]:
+    return write_run(tmp_path_factory.mktemp("sample"))
+
+
+@pytest.fixture
+def fresh(tiny) -> tuple[Root, Trained]:
+    tiny[0].delete(STAGE)
+    return tiny
+
+
+def config(**settings) -> SampleConfig:
+    defaults = {"prompts": PROMPTS[:2], "databases": ("deep_red", "green"), "images_per_prompt": 2, "k": 4}
+    quick = {"steps": 2, "guidance": 2.0, "batch_size": 3, "workers": 2, "threads": 1, "device": "cpu"}
+    return SampleConfig(**(defaults | quick | settings))
+
+
+def sample(tiny, **settings):
+    root, trained = tiny
+    return run(config(**settings), trained, root)
+
+
+def written(root: Root) -> dict[str, int]:
+    """Every file of the stage with the time it was written."""
+    return {name: root.local_path(name).stat().st_mtime_ns for name in root.list(STAGE)}
+
+
+def test_every_prompt_and_database_has_its_pictures_with_recipe_and_neighbors(fresh):
+    root, _ = fresh
+    manifest = sample(fresh, seed=5)
+    pngs = [name for name in manifest.checksums() if "/0" in name and name.endswith(".png")]
+    assert len(pngs) == 2 * 2 * 2
+    assert sorted([*manifest.checksums(), f"{STAGE}/manifest.json"]) == [
+        name for name in root.list(STAGE) if "/records/" not in name
+    ]
+    with root.open(f"{STAGE}/green/0001-01.png") as file:
+        recipe = read_recipe(file.read())
+    beside = root.read_json(f"{STAGE}/green/0001-01.json")
+    assert (recipe["prompt"], recipe["database"], recipe["seed"]) == (PROMPTS[1], "green", 6)
+    assert {key: recipe[key] for key in ("k", "guidance", "steps", "scheduler", "mode")} == {
+        "k": 4,
+        "guidance": 2.0,
+        "steps": 2,
+        "scheduler": "ddim",
+        "mode": "text_and_neighbors",
+    }
+    assert recipe["neighbors"] == [[one["image_id"], one["similarity"]] for one in beside["neighbors"]]
+    assert all("green" in one["url"] and one["caption"] for one in beside["neighbors"])
+    assert recipe["model"] in read_manifest(root, "runs/tiny/train").checksums().values()
+
+
+def test_the_grid_has_a_row_for_each_picture_of_a_prompt_and_a_column_for_each_database(fresh):
+    sample(fresh)
+    with fresh[0].open(f"{STAGE}/grid.png") as file:
+        four = np.asarray(Image.open(file)).shape
+    sample(fresh, databases=("green",), images_per_prompt=1)
+    with fresh[0].open(f"{STAGE}/grid.png") as file:
+        two = np.asarray(Image.open(file)).shape
+    cell = four[1] - two[1]
+    assert cell > 160, "one column less"
+    assert four[0] - two[0] == pytest.approx(2 * cell, abs=4), "two rows less"
+
+
+def test_running_again_does_nothing(fresh):
+    sample(fresh)
+    before = written(fresh[0])
+    sample(fresh, batch_size=2)
+    assert written(fresh[0]) == before
+
+
+def test_a_picture_that_was_removed_comes_back(fresh):
+    root, _ = fresh
+    whole = sample(fresh).checksums()
+    root.delete(f"{STAGE}/green/0001-01.png")
+    assert sample(fresh).checksums() == whole
+    assert root.exists(f"{STAGE}/green/0001-01.png")
+
+
+def test_an_interrupted_run_ends_with_the_checksums_of_an_uninterrupted_one(fresh):
+    root, _ = fresh
+    whole = sample(fresh).checksums()
+    root.delete(f"{STAGE}/manifest.json")
+    root.delete(f"{STAGE}/records/0003-00001.json")
+    root.delete(f"{STAGE}/green/0001-01.png")
+    kept = written(root)
+    assert sample(fresh).checksums() == whole
+    after = written(root)
+    unchanged = [name for name in kept if after[name] == kept[name]]
+    assert f"{STAGE}/records/0003-00000.json" in unchanged
+    assert 0 < len([name for name in unchanged if name.endswith(".png")]) < 8
+
+
+def test_a_run_resumed_with_larger_batches_draws_every_picture_that_is_missing(fresh):
+    root, _ = fresh
+    whole = set(sample(fresh).checksums())
+    last = f"{STAGE}/records/0003-00002.json"
+    missing = [file["name"] for file in root.read_json(last)["files"]]
+    for name in [f"{STAGE}/manifest.json", last, *missing]:
+        root.delete(name)
+    assert set(sample(fresh, batch_size=8).checksums()) == whole
+    assert all(root.exists(name) for name in missing)
+
+
+def test_other_settings_leave_nothing_of_the_old_pictures(fresh):
+    root, _ = fresh
+    old = sample(fresh)
+    new = sample(fresh, databases=("sky_blue",), guidance=3.0)
+    assert new.fingerprint != old.fingerprint
+    assert not root.exists(f"{STAGE}/green")
+    assert root.exists(f"{STAGE}/sky_blue/0000-00.png")
+
+
+def test_a_rebuilt_database_is_sampled_again(fresh):
+    root, _ = fresh
+    old = sample(fresh).fingerprint
+    name = "databases/green/manifest.json"
+    manifest = root.read_json(name)
+    try:
+        root.write_json(name, manifest | {"fingerprint": "another"})
+        assert sample(fresh).fingerprint != old
+    finally:
+        root.write_json(name, manifest)
+
+
+def test_a_mix_is_one_column_with_neighbors_of_every_database(fresh):
+    sample(fresh, mix={"deep_red": 2.0, "green": 1.0}, databases=("nowhere",))
+    found = fresh[0].read_json(f"{STAGE}/mix/0001-01.json")["neighbors"]
+    wanted = [("deep_red", 2 / 3)] * 4 + [("green", 1 / 3)] * 4
+    assert [(one["database"], one["weight"]) for one in found] == wanted
+
+
+def test_a_changed_image_is_sampled_again(fresh, tmp_path):
+    prints = set()
+    for style in ("green", "sky_blue"):
+        pictures_of(style)[0].save(tmp_path / "image.png")
+        settings = {"images": (str(tmp_path / "image.png"),), "prompts": (), "images_per_prompt": 1}
+        prints.add(sample(fresh, **settings).fingerprint)
+    assert len(prints) == 2
+
+
+def test_text_alone_needs_no_database(fresh):
+    manifest = sample(fresh, mode="text", databases=("nowhere",))
+    assert f"{STAGE}/text/0000-00.png" in manifest.checksums()
+    assert fresh[0].read_json(f"{STAGE}/text/0000-00.json")["neighbors"] == []
+
+
+def test_a_missing_database_is_refused_before_finished_pictures_are_touched(fresh):
+    sample(fresh)
+    before = written(fresh[0])
+    with pytest.raises(UserError, match="no database 'nowhere'"):
+        sample(fresh, databases=("green", "nowhere"))
+    assert written(fresh[0]) == before
+
+
+def test_a_database_of_another_encoder_is_refused_before_finished_pictures_are_touched(fresh, tmp_path):
+    root, _ = fresh
+    sample(fresh)
+    before = written(root)
+    write_database(root, "databases/foreign", Encoder.load(write_clip(tmp_path / "clip", seed=5)), ["green"])
+    try:
+        with pytest.raises(UserError, match="was built by"):
+            sample(fresh, databases=("green", "foreign"))
+    finally:
+        root.delete("databases/foreign")
+    assert written(root) == before
+
+
+def test_prompts_come_from_the_recipe_and_from_a_file(fresh, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("# comment\na red square\n")
+    both = config(prompts_file=str(path))
+    assert both.all_prompts() == (*PROMPTS[:2], "a red square")
+    with pytest.raises(UserError, match="no prompt"):
+        config(prompts=()).all_prompts()
+
+
+def test_a_number_has_the_same_seed_for_every_prompt_and_database():
+    jobs = make_jobs(config(seed=10), PROMPTS[:2])
+    assert {job.name.rpartition("-")[2]: set() for job in jobs} == {"00": set(), "01": set()}
+    assert {(job.name[-2:], job.request.seed) for job in jobs} == {("00", 10), ("01", 11)}
+
+
+def test_more_steps_than_the_process_has_are_refused_before_finished_pictures_are_touched(fresh):
+    sample(fresh)
+    before = written(fresh[0])
+    with pytest.raises(UserError, match="steps must be 1 to 999"):
+        sample(fresh, steps=1000)
+    assert written(fresh[0]) == before
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"k": 0}, {"steps": 0}, {"scheduler": "euler"}, {"databases": ()}, {"mode": "image"}, {"colour": 1}],
+)
+def test_settings_that_mean_nothing_are_refused(settings):
+    with pytest.raises(ValidationError):
+        config(**settings)
+
+
+def test_a_toml_recipe_gives_lists_where_tuples_are_kept():
+    assert SampleConfig.model_validate({"prompts": ["a"], "databases": ["green"]}).databases == ("green",)
+
+
+def test_how_fast_is_not_what():
+    fast = config(batch_size=8, workers=1, threads=2, device="auto")
+    assert json.dumps(fast.output_fields()) == json.dumps(config().output_fields())
+    assert config(precision="bf16").output_fields() != config().output_fields()

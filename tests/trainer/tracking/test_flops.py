@@ -1,0 +1,73 @@
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer.recipe import ModelConfig
+from trainer.tracking.flops import Gauge, Peak, known_peak, peak_of, training_flops
+
+RECIPES = Path(__file__).parents[3] / "jobs" / "configs"
+
+
+# Forward pass of one image, 1e9 operations: counted before on the reference's shapes.
+@pytest.mark.parametrize(
+    ("name", "shape", "k", "gflop"),
+    [
+        ("train_laion_256", (16, 16, 16), 8, 72.2),
+        ("train_laion_512", (16, 32, 32), 8, 295.5),
+        ("train_laion_768", (16, 48, 48), 8, 694.4),
+        ("train_imagenet", (3, 64, 64), 4, 208.6),
+    ],
+)
+def test_the_papers_models_need_the_operations_counted_for_them(
+    name: str, shape: tuple[int, int, int], k: int, gflop: float
+) -> None:
+    sections = tomllib.loads((RECIPES / f"{name}.toml").read_text())
+    model = ModelConfig.model_validate(sections["model"])
+    assert training_flops(model, shape, k) == pytest.approx(3e9 * gflop, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA RTX 6000 Ada Generation", 364),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+    ],
+)
+def test_the_table_knows_devices_by_the_names_that_torch_gives(name: str, tflops: float) -> None:
+    assert known_peak(name) == tflops * 1e12
+
+
+@pytest.mark.parametrize(
+    "name", ["Quadro RTX 6000", "NVIDIA A10", "NVIDIA A1000", "Tesla V100-SXM2-16GB", "CPU"]
+)
+def test_a_device_that_is_not_in_the_table_is_not_taken_for_one_that_is(name: str) -> None:
+    assert known_peak(name) is None
+
+
+def test_a_cpu_is_measured_and_utilization_is_a_share_of_all_devices() -> None:
+    peak = peak_of(torch.device("cpu"), "fp32")
+    assert peak.source == "CPU, fp32 matrix product measured"
+    assert 1e8 < peak.flops_per_s < 1e13
+    gauge = Gauge(2e9, Peak(1e12, "by hand"), world=4, device=torch.device("cpu"))
+    assert gauge.mfu(100) == pytest.approx(100 * 2e9 / 4e12)
+
+
+def test_memory_is_the_most_that_was_ever_resident() -> None:
+    gauge = Gauge(1, Peak(1, ""), 1, torch.device("cpu"))
+    before = gauge.memory_gib()
+    # 64 MiB more than ever, written and let go.
+    count = int(before * 2**30) + 2**26
+    torch.ones(count, dtype=torch.uint8)
+    assert before + 2**26 / 2**30 <= gauge.memory_gib() + 0.01
+    assert gauge.memory_gib() > before

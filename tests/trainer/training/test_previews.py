@@ -1,0 +1,94 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from retrieval.clip.encoder import Encoder
+from retrieval.errors import UserError
+from tests.trainer.tiny_run import DIM, PROMPTS, tiny_autoencoder, write_clip
+from tests.trainer.training_set import make_recipe
+from trainer.model.autoencoder import Autoencoder
+from trainer.model.unet import build_unet
+from trainer.recipe import DiffusionConfig, ModelConfig
+from trainer.training.previews import Previews, Prompts, encode_prompts
+from trainer.training.validation import HeldOut
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Autoencoder:
+    return Autoencoder.load(tiny_autoencoder(tmp_path_factory.mktemp("autoencoder")), "cpu")
+
+
+@pytest.fixture(scope="module")
+def unet() -> torch.nn.Module:
+    shape = {"channels": (32, 32), "attention": (1, 2), "layers": 1, "norm_groups": 8, "context_gain": 50.0}
+    torch.manual_seed(0)
+    return build_unet(ModelConfig(latent_channels=4, context_dim=DIM, **shape)).requires_grad_(False)
+
+
+def images(context_seed: int = 0) -> HeldOut:
+    generator = torch.Generator().manual_seed(1)
+    return HeldOut(
+        image_ids=np.array([-3, 5]),
+        moments=torch.randn(2, 8, 8, 8, generator=generator).half(),
+        context=torch.randn(2, 4, DIM, generator=generator.manual_seed(context_seed)).half(),
+    )
+
+
+def pixels(
+    autoencoder: Autoencoder, unet: torch.nn.Module, shown: HeldOut, prompts: Prompts | None
+) -> np.ndarray:
+    previews = Previews(shown, prompts, autoencoder, DiffusionConfig(), CPU)
+    return np.asarray(previews.draw(unet, next(unet.parameters()).dtype, 7))
+
+
+def test_a_sheet_is_the_same_for_the_same_weights_and_another_for_other_neighbors(
+    autoencoder: Autoencoder, unet: torch.nn.Module
+) -> None:
+    sheet = pixels(autoencoder, unet, images(), None)
+    assert np.array_equal(sheet, pixels(autoencoder, unet, images(), None))
+    other = pixels(autoencoder, unet, images(context_seed=9), None)
+    # Two rows: the same held-out images above, other samples below.
+    middle = sheet.shape[0] - 160
+    assert np.array_equal(sheet[: middle - 10], other[: middle - 10])
+    assert (sheet[middle:] != other[middle:]).any()
+
+
+def test_prompts_stand_below_with_contexts_of_their_own(
+    autoencoder: Autoencoder, unet: torch.nn.Module, tmp_path: Path
+) -> None:
+    clip = write_clip(tmp_path / "clip")
+    encoder = Encoder.load(clip)
+    prompts = encode_prompts(PROMPTS, clip, encoder.identity.model_dump())
+    torch.testing.assert_close(prompts.context[:, 0], torch.from_numpy(encoder.encode_texts(PROMPTS)))
+    alone = pixels(autoencoder, unet, images(), None)
+    both = pixels(autoencoder, unet, images(), prompts)
+    assert np.array_equal(both[: len(alone), : alone.shape[1]], alone)
+    assert len(both) > len(alone) + 160
+    reworded = encode_prompts(("another thing", *PROMPTS[1:]), clip, encoder.identity.model_dump())
+    assert (pixels(autoencoder, unet, images(), reworded)[len(alone) :] != both[len(alone) :]).any()
+
+
+def test_weights_in_bf16_draw_nearly_the_same(autoencoder: Autoencoder, unet: torch.nn.Module) -> None:
+    sheet = pixels(autoencoder, unet, images(), None).astype(float)
+    half = build_unet(
+        ModelConfig(
+            latent_channels=4, context_dim=DIM, channels=(32, 32), attention=(1, 2), layers=1, norm_groups=8
+        )
+    )
+    half.load_state_dict(unet.state_dict())
+    difference = np.abs(pixels(autoencoder, half.type(torch.bfloat16), images(), None) - sheet)
+    assert 0 < difference.mean() < 8
+
+
+def test_prompts_for_another_encoder_or_without_one_are_refused(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "clip")
+    other = Encoder.load(write_clip(tmp_path / "other", seed=1))
+    with pytest.raises(UserError, match=r"neighbors are of encoder other .* \[clip\] is clip"):
+        encode_prompts(PROMPTS, clip, other.identity.model_dump())
+    with pytest.raises(ValidationError, match=r"train.preview_prompts need a section clip"):
+        make_recipe("", validation_images=8, preview_every=2, preview_prompts=PROMPTS)

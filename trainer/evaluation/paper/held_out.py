@@ -1,0 +1,82 @@
+"""What the neighbors add: the loss on images that training never saw, told their neighbors or others.
+
+Takes a network, the training plan and its loader; gives a loss for each image and context. Every context
+meets the same noise and timesteps, so that differences are paired.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from trainer.data.loader import Loader
+from trainer.data.plan import Plan
+from trainer.evaluation.paper.controls import deranged
+from trainer.evaluation.paper.intervals import Bootstrap
+from trainer.model.autoencoder import Autoencoder
+from trainer.training.objective import QUARTILES, Objective
+from trainer.training.validation import HeldOut, held_out_rows, read_held_out, with_draws
+
+TRUE, SHUFFLED, NONE = "true", "shuffled", "none"
+Losses = Mapping[str, npt.NDArray[np.float64]]
+"""By context: (images, draws)."""
+
+
+@torch.no_grad()
+def held_out_losses(
+    unet: torch.nn.Module, plan: Plan, loader: Loader, autoencoder: Autoencoder, draws: int
+) -> Losses:
+    """Eq. 1 of each held-out image with its neighbors, with another image's, and without any.
+
+    draws: timesteps of each image, draw j in quartile j % QUARTILES.
+    """
+    encoder = autoencoder if plan.samples.source == "images" else None
+    images = read_held_out(plan, loader, held_out_rows(plan.samples), encoder)
+    count = len(images.image_ids)
+    batch = with_draws(_repeated(images, draws), range(count * draws), plan)
+    donors = deranged(count, np.random.default_rng([plan.config.train.seed, count]))
+    contexts = {
+        TRUE: images.context,
+        SHUFFLED: images.context[torch.from_numpy(donors)],
+        NONE: torch.zeros_like(images.context[:, :1]),
+    }
+    device = next(unet.parameters()).device
+    objective = Objective(plan.config.diffusion, None, device)
+    found = {}
+    for name, context in contexts.items():
+        told = replace(batch, context=context.repeat_interleave(draws, dim=0))
+        parts = [
+            objective(unet, piece, torch.float32).cpu() for piece in told.split(plan.config.train.micro_batch)
+        ]
+        found[name] = torch.cat(parts).double().numpy().reshape(count, draws)
+    return found
+
+
+def summary(losses: Losses, bootstrap: Bootstrap) -> dict[str, Any]:
+    """Mean losses, and what other and no neighbors add to the loss, with intervals over images."""
+    by_image = {name: values.mean(axis=1) for name, values in losses.items()}
+    images, draws = losses[TRUE].shape
+    return {
+        "images": images,
+        "draws": draws,
+        "loss": {name: bootstrap.mean(values) for name, values in by_image.items()},
+        "added": {name: bootstrap.mean(by_image[name] - by_image[TRUE]) for name in (SHUFFLED, NONE)},
+        "added_by_quartile": {
+            name: [
+                bootstrap.mean((losses[name] - losses[TRUE])[:, quartile::QUARTILES].mean(axis=1))
+                for quartile in range(QUARTILES)
+            ]
+            for name in (SHUFFLED, NONE)
+        },
+    }
+
+
+def _repeated(images: HeldOut, times: int) -> HeldOut:
+    return HeldOut(
+        image_ids=images.image_ids.repeat(times),
+        moments=images.moments.repeat_interleave(times, dim=0),
+        context=images.context.repeat_interleave(times, dim=0),
+    )

@@ -1,0 +1,154 @@
+"""Pictures for people: PNG files that carry their recipe, and labelled grids.
+
+Takes arrays and PIL images, gives PIL images and PNG bytes; whoever calls decides where they are stored.
+"""
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+from retrieval.storage.root import Root
+
+RECIPE = "recipe"
+LABEL_CHARS = 160
+Font = ImageFont.FreeTypeFont
+PAPER, INK, EMPTY = (255, 255, 255), (34, 34, 34), (238, 238, 238)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Pictures in rows and columns with their labels; `None` leaves a cell grey.
+
+    cells[row][column]; as many row labels as rows and column labels as columns.
+    """
+
+    cells: Sequence[Sequence[Image.Image | None]]
+    rows: Sequence[str]
+    columns: Sequence[str]
+    title: str = ""
+    cell: int = 160
+    """Edge of a cell in pixels; pictures are fitted into it whole."""
+
+
+def to_pictures(pixels: npt.NDArray[np.floating[Any]]) -> list[Image.Image]:
+    """Decoded pixels (n, 3, height, width) in -1..1 as RGB pictures; values outside are clipped."""
+    scaled = np.clip(np.rint((np.asarray(pixels, np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)
+    return [Image.fromarray(np.ascontiguousarray(one.transpose(1, 2, 0))) for one in scaled]
+
+
+def png_bytes(picture: Image.Image, recipe: dict[str, Any]) -> bytes:
+    """A PNG with `recipe` as JSON in its text metadata: equal inputs give equal bytes."""
+    text = PngImagePlugin.PngInfo()
+    # ASCII JSON: any prompt survives every PNG reader, whatever it makes of Unicode in text chunks
+    text.add_text(RECIPE, json.dumps(recipe, sort_keys=True, ensure_ascii=True), zip=True)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", pnginfo=text)
+    return buffer.getvalue()
+
+
+def grid_png(grid: Grid) -> bytes:
+    """The grid drawn, as a PNG."""
+    buffer = io.BytesIO()
+    draw_grid(grid).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def open_picture(root: Root, name: str) -> Image.Image:
+    """A stored picture, decoded to RGB."""
+    with root.open(name) as file, Image.open(file) as picture:
+        return picture.convert("RGB")
+
+
+def cell_edge(picture: Image.Image) -> int:
+    """A cell that shows pictures of this size well: whole multiples from 160 px, at most 256 px."""
+    edge = max(picture.size)
+    return min(256, edge * -(-160 // edge))
+
+
+def read_recipe(png: bytes) -> dict[str, Any]:
+    """The recipe that `png_bytes` put in. Raises ValueError for a picture without one."""
+    with Image.open(io.BytesIO(png)) as picture:
+        text = picture.info.get(RECIPE)
+    if text is None:
+        raise ValueError("this picture carries no recipe")
+    return dict(json.loads(text))
+
+
+def fit(picture: Image.Image, edge: int) -> Image.Image:
+    """The picture scaled to touch a square of this edge from inside; small ones by whole factors."""
+    longest = max(picture.size)
+    factor = edge / longest if longest > edge else max(1, edge // longest)
+    size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
+    filter_ = Image.Resampling.LANCZOS if factor < 1 else Image.Resampling.BICUBIC
+    return picture.convert("RGB").resize(size, filter_)
+
+
+def draw_grid(grid: Grid) -> Image.Image:
+    """The grid as one picture: row labels on the left, column labels on top, both wrapped to fit."""
+    size = max(13, grid.cell // 10)
+    font, gap, line = _font(size), max(4, grid.cell // 24), round(size * 1.3)
+    columns = [wrap(label[:LABEL_CHARS], grid.cell, font) for label in grid.columns]
+    rows = [wrap(label[:LABEL_CHARS], round(grid.cell * 1.1), font) for label in grid.rows]
+    side = round(max((font.getlength(text) + 3 * gap for lines in rows for text in lines), default=0))
+    title = line * 2 if grid.title else 0
+    top = title + line * max((len(lines) for lines in columns), default=0) + 2 * gap
+    heights = [max(grid.cell, line * len(lines)) + gap for lines in rows]
+    sheet = Image.new("RGB", (side + gap + (grid.cell + gap) * len(columns), top + sum(heights)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((gap, gap), grid.title, INK, _font(round(size * 1.25)))
+    lefts = [side + gap + (grid.cell + gap) * column for column in range(len(columns))]
+    for left, lines in zip(lefts, columns, strict=True):
+        _write(draw, lines, (left + grid.cell // 2, top - gap - line * len(lines)), line, (font, "ma"))
+    for row, (lines, pictures) in enumerate(zip(rows, grid.cells, strict=True)):
+        y = top + sum(heights[:row])
+        _write(draw, lines, (gap, y + (heights[row] - gap - line * len(lines)) // 2), line, (font, "la"))
+        for left, picture in zip(lefts, pictures, strict=True):
+            _paste(sheet, picture, (left, y), grid.cell)
+    return sheet
+
+
+def wrap(text: str, width: int, font: Font) -> list[str]:
+    """Lines of a text that are at most `width` pixels wide, broken between words, else within one."""
+    lines: list[str] = []
+    for word in text.split():
+        joined = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(joined) <= width:
+            lines[-1] = joined
+        else:
+            lines.extend(_broken(word, width, font))
+    return lines
+
+
+def _broken(word: str, width: int, font: Font) -> list[str]:
+    if len(word) < 2 or font.getlength(word) <= width:
+        return [word]
+    cut = next((n for n in range(len(word) - 1, 1, -1) if font.getlength(word[:n]) <= width), 1)
+    return [word[:cut], *_broken(word[cut:], width, font)]
+
+
+def _font(size: int) -> Font:
+    # matplotlib carries DejaVu, which covers far more scripts than Pillow's own font
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), size)
+
+
+def _write(
+    draw: ImageDraw.ImageDraw, lines: list[str], at: tuple[int, int], line: int, style: tuple[Font, str]
+) -> None:
+    for number, text in enumerate(lines):
+        draw.text((at[0], at[1] + number * line), text, INK, style[0], anchor=style[1])
+
+
+def _paste(sheet: Image.Image, picture: Image.Image | None, at: tuple[int, int], edge: int) -> None:
+    if picture is None:
+        sheet.paste(EMPTY, (*at, at[0] + edge, at[1] + edge))
+        return
+    fitted = fit(picture, edge)
+    sheet.paste(fitted, (at[0] + (edge - fitted.width) // 2, at[1] + (edge - fitted.height) // 2))

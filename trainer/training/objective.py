@@ -1,0 +1,54 @@
+"""The training loss of a batch on a device: from moments or images to eq. 1, whole and by timestep."""
+
+import torch
+
+from trainer.data.loader import Batch
+from trainer.model import diffusion
+from trainer.model.autoencoder import Autoencoder, draw_latents
+from trainer.recipe import DiffusionConfig
+
+QUARTILES = 4
+
+
+class Objective:
+    """Draw latents, noise them, predict, compare. Without an autoencoder a batch brings moments."""
+
+    def __init__(
+        self, config: DiffusionConfig, autoencoder: Autoencoder | None, device: torch.device
+    ) -> None:
+        self._config = config
+        self._alphas_bar = diffusion.alphas_bar(config).to(device)
+        self._autoencoder = autoencoder
+        self._device = device
+
+    def __call__(self, unet: torch.nn.Module, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
+        """Loss of each sample of a batch, (n,) float32. unet: takes x_t, t and the context in `dtype`."""
+        x_0 = self._latents(batch)
+        eps = batch.noise.to(self._device)
+        t = batch.timesteps.to(self._device)
+        abar_t = self._alphas_bar[t]
+        x_t = diffusion.q_sample(x_0, eps, abar_t)
+        predicted = unet(x_t.to(dtype), t, batch.context.to(self._device, dtype), return_dict=False)[0]
+        return diffusion.losses(predicted, diffusion.target(self._config.prediction, x_0, eps, abar_t))
+
+    def by_quartile(self, losses: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Sums of losses, then numbers of samples, by quartile of the timestep: (2 * QUARTILES,) float64.
+
+        losses: (n,) on the device; timesteps: (n,) on the CPU. Waits for nothing on the device.
+        """
+        quartiles = (timesteps * QUARTILES // self._config.steps).to(self._device)
+        values = torch.stack([losses.detach().double(), torch.ones_like(losses, dtype=torch.float64)])
+        sums = torch.zeros(2, QUARTILES, dtype=torch.float64, device=self._device)
+        return sums.index_add_(1, quartiles, values).flatten()
+
+    def _latents(self, batch: Batch) -> torch.Tensor:
+        """A draw from the posterior: mean + standard deviation x noise. (n, c, h, w) float32."""
+        inputs = batch.inputs.to(self._device).float()
+        moments = inputs if self._autoencoder is None else self._autoencoder.encode_moments(inputs)
+        return draw_latents(moments.float(), batch.posterior_noise.to(self._device))
+
+
+def quartile_means(sums: torch.Tensor) -> list[float | None]:
+    """Mean loss of each quartile, lowest timesteps first, of sums by `by_quartile`; None without samples."""
+    totals, counts = sums.view(2, QUARTILES).tolist()
+    return [total / count if count else None for total, count in zip(totals, counts, strict=True)]
