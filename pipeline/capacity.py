@@ -226,7 +226,7 @@ class Reckoning:
         """Route each training image to partitions, match there, merge; check the recall of a sample."""
         rows, queries, dim = self.data.database, self.data.train, self.data.dim
         partitions = index.num_partitions(rows)
-        probes = min(config.probes or partitions, partitions)
+        probes = min(config.partitions_per_query or partitions, partitions)
         found = config.k * (HALF * dim + 12.0) + 16.0
         row = config.k * (HALF * dim + 12.0) + 8.0
         scratch = queries * probes * (HALF * dim + 8.0 + found)
@@ -237,9 +237,9 @@ class Reckoning:
         if config.gpus_per_worker:
             computing = exact / (self._rate("gpu_flops") * self._rate("match_share"))
             gpu_s = max(computing, (read + scratch) / self._rate("gpu_read"))
-        elif config.lists:
+        elif config.lists_per_partition:
             checked = 2.0 * config.recall_sample * dim * rows / self._rate("product_cpu")
-            lists = queries * probes * config.lists * dim / MEASURED_DIM
+            lists = queries * probes * config.lists_per_partition * dim / MEASURED_DIM
             cpu_s += lists * self._rate("match_cpu") * MICRO + checked
         else:
             cpu_s += exact / self._rate("product_cpu")

@@ -99,7 +99,7 @@ def _centroids(
     rows = sum(record.rows for record in shards)
     rng = np.random.default_rng(config.seed)
     chosen = sorted(rng.permutation(len(shards))[:SAMPLE_SHARDS])
-    share = min(1.0, config.num_sample / sum(shards[i].rows for i in chosen))
+    share = min(1.0, config.centroid_sample_rows / sum(shards[i].rows for i in chosen))
     parts = []
     for i in chosen:
         name = f"embed/{shards[i].shard}.parquet"

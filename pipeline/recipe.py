@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from retrieval.config import Config, WorkersConfig, speed
-from retrieval.perceptual_hash import MAX_BITS
+from retrieval.perceptual_hash import MAX_DISTANCE
 from retrieval.recipe import JoinConfig
 
 
@@ -132,7 +132,7 @@ class PatchesConfig(Config):
 class EmbedConfig(WorkersConfig):
     """How images are embedded, which of the database's are copies of training images (section `embed`)."""
 
-    near_copy_bits: int = Field(default=6, ge=0, le=MAX_BITS)
+    near_copy_bits: int = Field(default=6, ge=0, le=MAX_DISTANCE)
     """Bits of 64 in which the look of a database image may differ from a training image's or its mirror's."""
     patches: PatchesConfig = PatchesConfig()
     """Parts of the database's pictures that are rows of their own."""
@@ -151,9 +151,9 @@ class NeighborsConfig(WorkersConfig):
     """Neighbors per training image (8 in the paper's LAION model, 4 in its ImageNet model)."""
     near_copy_similarity: float = Field(0.96, gt=0, le=1)
     """A database image at least this similar to the training image is a copy of it, not a neighbor."""
-    probes: int = Field(0, ge=0)
+    partitions_per_query: int = Field(0, ge=0)
     """Partitions each training image visits; 0 visits all."""
-    lists: int = Field(0, ge=0)
+    lists_per_partition: int = Field(0, ge=0)
     """Inverted lists it visits in each; 0 compares all rows of the partition, with all partitions exactly."""
     recall_sample: int = Field(1000, ge=0)
     """Training images whose neighbors are checked against brute force over the whole database."""
@@ -165,7 +165,10 @@ class NeighborsConfig(WorkersConfig):
     def join_config(self) -> JoinConfig:
         """The join that these settings ask for."""
         return JoinConfig(
-            k=self.k, near_copy_similarity=self.near_copy_similarity, probes=self.probes, lists=self.lists
+            k=self.k,
+            near_copy_similarity=self.near_copy_similarity,
+            partitions_per_query=self.partitions_per_query,
+            lists_per_partition=self.lists_per_partition,
         )
 
     @property

@@ -33,8 +33,8 @@ class IndexConfig(WorkersConfig):
     empty: Flat up to flat_rows, then inverted lists of 4-bit codes (retrieval.index.inverted_lists)."""
     flat_rows: int = Field(50_000, ge=MIN_LIST_ROWS)
     """Up to this many rows an exhaustive index answers within milliseconds and needs no tuning."""
-    num_sample: int = Field(1_000_000, ge=1)
-    """Rows on which the coarse centroids are trained."""
+    centroid_sample_rows: int = Field(1_000_000, ge=1)
+    """Most rows that the partition centroids are trained on; stage `index` samples at most 64 shards."""
     num_queries: int = Field(1_000, ge=1)
     """Rows that stand for queries when recall is measured, without themselves among the neighbors."""
     seed: int = 0
@@ -71,9 +71,9 @@ class JoinConfig(Config):
     """Neighbors for each query."""
     near_copy_similarity: float
     """Rows at least this similar to the query are copies of it and left out, in [-1, 1]; 2 keeps all."""
-    probes: int
+    partitions_per_query: int
     """Partitions a query visits; 0 visits all."""
-    lists: int = 0
+    lists_per_partition: int = 0
     """Inverted lists it visits in each; 0 compares all its rows, in float32."""
     query_block: int = speed(2048, ge=1)
     """Queries compared at once with all rows, in float32."""

@@ -80,7 +80,7 @@ def _join(
     matches = [f"match/{number:05d}" for number in range(len(database.partitions))]
     on_cpus = Workers.of(config)
     on_gpus = Workers.of(config, num_gpus=config.gpus_per_worker)
-    run_shards(stage, routes, partial(make_route, stage.root, config.probes, groups), on_cpus)
+    run_shards(stage, routes, partial(make_route, stage.root, config.partitions_per_query, groups), on_cpus)
     match = partial(make_match, stage.root, config.join_config(), config.device, routes)
     run_shards(stage, matches, match, on_gpus)
     merges = [f"merge/{number:05d}" for number in range(len(groups))]
@@ -157,7 +157,7 @@ def _recall(
     sample = partial(make_sample, stage.root, records, (config.recall_sample, config.seed))
     run_shards(stage, ["recall/sample"], sample, Workers.of(config, 1))
     truths = [f"recall/{number:05d}" for number in range(len(database.partitions))]
-    exact = config.join_config().model_copy(update={"probes": 0, "lists": 0})
+    exact = config.join_config().model_copy(update={"partitions_per_query": 0, "lists_per_partition": 0})
     run_shards(stage, truths, partial(make_truth, stage.root, exact, config.device), on_gpus)
     [record] = run_shards(
         stage, ["recall/all"], partial(make_recall, stage.root, config.k, truths), Workers.of(config, 1)

@@ -120,7 +120,7 @@ def partition_centroids(sample: AnyVectors, config: IndexConfig, rows: int = 0) 
     """Balanced centroids (partitions, dim) for a database of `rows`, 0 for those of the sample itself."""
     count = min(config.num_partitions(rows or len(sample)), len(sample))
     random = np.random.default_rng(config.seed)
-    chosen = np.sort(random.permutation(len(sample))[: config.num_sample])
+    chosen = np.sort(random.permutation(len(sample))[: config.centroid_sample_rows])
     return train_centroids(sample[chosen], count, config.seed, balanced=True)
 
 

@@ -59,7 +59,7 @@ def _lines(database: Database, queries: Vectors, own: npt.NDArray[np.int64]) -> 
 
     own: (n,) the position of each query in the database, which is no neighbor of it; -1 for none.
     """
-    everything = JoinConfig(k=K + 1, near_copy_similarity=2.0, probes=0)
+    everything = JoinConfig(k=K + 1, near_copy_similarity=2.0, partitions_per_query=0)
     exact = join(database, queries, everything)
     truth = _others(exact.similarities, exact.positions, own)
     line = _measured(database, queries, own, truth, Effort(1, _fewest_lists(database), 2))

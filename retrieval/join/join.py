@@ -34,7 +34,7 @@ class Joined:
 
 def join(database: Database, queries: Vectors, config: JoinConfig, device: str = "cpu") -> Joined:
     """The config.k nearest rows of each query that are no copies of it. queries: (n, dim) unit rows."""
-    visits = route(queries, database.centroids, config.probes or len(database.partitions))
+    visits = route(queries, database.centroids, config.partitions_per_query or len(database.partitions))
     joined = Joined(
         np.full((len(queries), config.k), -np.inf, np.float32),
         np.full((len(queries), config.k), -1, np.int64),
@@ -66,10 +66,10 @@ def match(partition: Partition, queries: Vectors, config: JoinConfig, device: st
     """The config.k nearest rows of one partition for each query that are no copies of it."""
     offsets, _ = partition.lists
     asked = torch.from_numpy(queries).to(device)
-    if not len(queries) or not config.lists or config.lists >= len(offsets) - 1:
+    if not len(queries) or not config.lists_per_partition or config.lists_per_partition >= len(offsets) - 1:
         similarities, rows, copies = _compare_all(partition, asked, config)
     else:
-        wanted = Wanted(config.k, config.lists, config.near_copy_similarity)
+        wanted = Wanted(config.k, config.lists_per_partition, config.near_copy_similarity)
         candidates, sure = find_candidates(partition, asked, wanted)
         similarities, rows, copies = _rank(partition, asked, candidates, config)
         copies += sure

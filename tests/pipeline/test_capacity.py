@@ -93,7 +93,9 @@ def test_index_scales_with_the_dimension_and_the_partitions(reckoning: Reckoning
 
 
 def test_neighbors_on_cpus_pay_for_lists_routing_and_the_recall(reckoning: Reckoning) -> None:
-    need = reckoning.neighbors(NeighborsConfig(k=3, probes=2, lists=7, recall_sample=10), INDEX)
+    need = reckoning.neighbors(
+        NeighborsConfig(k=3, partitions_per_query=2, lists_per_partition=7, recall_sample=10), INDEX
+    )
     row = 3 * (768 + 12)
     assert need.kept == 200 * (row + 8)
     assert need.scratch == 200 * 2 * (768 + 8 + row + 16)
@@ -108,7 +110,9 @@ def test_neighbors_of_all_partitions_compare_every_pair(reckoning: Reckoning) ->
 
 
 def test_neighbors_on_gpus_take_the_slower_of_reading_and_computing(reckoning: Reckoning) -> None:
-    need = reckoning.neighbors(NeighborsConfig(k=3, probes=2, recall_sample=0, gpus_per_worker=1.0), INDEX)
+    need = reckoning.neighbors(
+        NeighborsConfig(k=3, partitions_per_query=2, recall_sample=0, gpus_per_worker=1.0), INDEX
+    )
     computing = 2 * 200 * 2 * 384 * 100 / (1e9 * 0.5)
     reading = (800 * (768 + 50) + 200 * 2 * (768 + 8 + 3 * 780 + 16)) / 1e4
     assert need.gpu_s == pytest.approx(max(computing, reading))

@@ -17,8 +17,10 @@ class OurJoin(OurDatabase):
 
     def join(self, k: int, effort: tuple[int, ...]) -> Search:
         """Positions."""
-        probes, lists = effort
-        config = JoinConfig(k=k, near_copy_similarity=KEEP_COPIES, probes=probes, lists=lists)
+        partitions, lists = effort
+        config = JoinConfig(
+            k=k, near_copy_similarity=KEEP_COPIES, partitions_per_query=partitions, lists_per_partition=lists
+        )
         return lambda queries: join(self.database, queries, config).positions
 
     def threads(self, number: int) -> None:

@@ -81,7 +81,9 @@ def test_a_copy_of_the_training_image_is_no_neighbor(root: Root) -> None:
 
 
 def test_one_probe_states_a_recall_below_one(root: Root) -> None:
-    manifest = neighbors.run(NeighborsConfig(k=8, near_copy_similarity=0.999, probes=1, workers=1), root)
+    manifest = neighbors.run(
+        NeighborsConfig(k=8, near_copy_similarity=0.999, partitions_per_query=1, workers=1), root
+    )
     assert 0.2 < manifest.values["recall"] < 1.0
 
 

@@ -20,7 +20,13 @@ def rows_of(database: Database, joined: Joined) -> np.ndarray:
 
 
 def settings(lists: int = 0, k: int = 8, near_copy_similarity: float = 2.0, **more: int) -> JoinConfig:
-    return JoinConfig(k=k, near_copy_similarity=near_copy_similarity, probes=0, lists=lists, **more)
+    return JoinConfig(
+        k=k,
+        near_copy_similarity=near_copy_similarity,
+        partitions_per_query=0,
+        lists_per_partition=lists,
+        **more,
+    )
 
 
 def recall(true: np.ndarray, found: np.ndarray) -> float:
@@ -212,7 +218,7 @@ def test_fewer_probes_lose_some_recall_but_not_order(
     build: Build, vectors: Vectors, queries: Vectors
 ) -> None:
     database = build(vectors, rows_per_partition=300)
-    joined = join(database, queries, JoinConfig(k=8, near_copy_similarity=1.0, probes=3))
+    joined = join(database, queries, JoinConfig(k=8, near_copy_similarity=1.0, partitions_per_query=3))
     share = recall(brute_force(vectors, queries, 8), rows_of(database, joined))
     assert 0.7 < share < 1
     assert (np.diff(joined.similarities, axis=1) <= 0).all()
