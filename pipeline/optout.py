@@ -110,7 +110,7 @@ def _make_find(stage: Stage, blocklist: Blocklist) -> Work:
         table = schema.read_table(stage.root, where, schema.DOWNLOADED)
         meant = blocklist.blocks_hosts(table["url"].combine_chunks())
         meant |= blocklist.blocks_ids(table[schema.IMAGE_ID].to_numpy())
-        meant |= blocklist.blocks_looks(table["phash"].to_numpy())
+        meant |= blocklist.blocks_hashes(table["phash"].to_numpy())
         digests = pa.array([word.removeprefix("sha256:") for word in sorted(blocklist.digests)], pa.string())
         meant |= pc.is_in(table["sha256"].combine_chunks(), digests).to_numpy(zero_copy_only=False)
         return _noted(stage, name, table[schema.IMAGE_ID].to_numpy()[meant])

@@ -1,96 +1,103 @@
-"""The look of a picture in 64 bits, of which a copy that was scaled or encoded again changes few.
+"""A 64-bit perceptual hash of a picture. A scaled or recompressed copy differs in a few bits.
 
-Takes decoded pictures and hashes; reads and writes nothing. A bit is the sign of one of the 8 x 8 lowest
-waves of the gray picture at 32 x 32 (the DCT block of Zauner's pHash, which cuts at the median instead):
-a mirror changes the sign of known waves, so mirrored copies are found by a constant. Cropped ones are not.
+Takes decoded pictures and hashes; reads and writes no files. Each bit is the sign of one of the 8 x 8 lowest
+DCT coefficients of the gray picture at 32 x 32 pixels (Zauner's pHash compares with the median instead).
+Mirroring flips the sign of the odd horizontal frequencies, so one XOR finds mirrored copies. Cropped copies
+are not found.
 """
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-NONE = 0
-"""The hash of a picture that shows next to nothing; it is near no other."""
-MAX_BITS = 7
-"""Of two hashes that differ in at most so many bits, one of four 16-bit bands differs in at most one."""
-MIRRORED = np.uint64(0xAAAAAAAAAAAAAAAA)
+BLANK_HASH = 0
+"""Hash of a nearly uniform picture, and the value for "no hash". It matches no other hash."""
+MAX_DISTANCE = 7
+"""Largest searchable distance: two hashes with at most 7 different bits share one of four 16-bit bands up to
+a single bit."""
+MIRROR_MASK = np.uint64(0xAAAAAAAAAAAAAAAA)
+"""XOR with this gives the hash of the mirrored picture."""
 EDGE = 32
-WAVES = 8
-FLAT = 32.0
-"""A picture (32 x 32, 0 .. 255) whose largest wave is less shows what an encoder's rounding may have made."""
+FREQUENCIES = 8
+MIN_AMPLITUDE = 32.0
+"""A picture (32 x 32, values 0 to 255) without a larger DCT coefficient is blank up to compression noise."""
 BANDS = 4
 PAIRS_AT_ONCE = 1 << 17
 
 Hashes = npt.NDArray[np.int64]
+Bits = npt.NDArray[np.uint64]
 Mask = npt.NDArray[np.bool_]
 
-_COSINES = np.cos(np.pi / EDGE * np.outer(np.arange(1, WAVES + 1), np.arange(EDGE) + 0.5)).astype(np.float32)
-_FLIPS = np.array([0, *(1 << bit for bit in range(16))])
+_COSINES = np.cos(np.pi / EDGE * np.outer(np.arange(1, FREQUENCIES + 1), np.arange(EDGE) + 0.5)).astype(
+    np.float32
+)
+_SINGLE_BIT_FLIPS = np.array([0, *(1 << bit for bit in range(16))])
 _HALVES = tuple(np.uint64(int(byte * 8, 16)) for byte in ("55", "33", "0F", "01"))
 
 
-def phash(image: Image.Image) -> int:
-    """The hash of a decoded picture, as an int64."""
+def perceptual_hash(image: Image.Image) -> int:
+    """The perceptual hash of a decoded picture, as an int64."""
     gray = np.asarray(image.convert("L").resize((EDGE, EDGE), Image.Resampling.BOX), np.float32)
-    waves = _COSINES @ gray @ _COSINES.T
-    if np.abs(waves).max() < FLAT:
-        return NONE
-    return int(np.packbits(waves.ravel() > 0).view(">u8").astype(np.int64)[0])
+    coefficients = _COSINES @ gray @ _COSINES.T
+    if np.abs(coefficients).max() < MIN_AMPLITUDE:
+        return BLANK_HASH
+    return int(np.packbits(coefficients.ravel() > 0).view(">u8").astype(np.int64)[0])
 
 
-def bits_apart(some: npt.NDArray[np.uint64], others: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """In how many bits each of some hashes (n,) differs from each of the others (m,); (n, m)."""
-    differ = some[:, None] ^ others
+def hamming_distance(hashes: Bits, others: Bits) -> Bits:
+    """Number of different bits of each pair of hashes. hashes: (n,); others: (m,). Returns (n, m)."""
+    differences = hashes[:, None] ^ others
     pairs, nibbles, bytes_, sums = _HALVES
-    differ -= differ >> np.uint64(1) & pairs
-    differ = (differ & nibbles) + (differ >> np.uint64(2) & nibbles)
-    differ = differ + (differ >> np.uint64(4)) & bytes_
-    return differ * sums >> np.uint64(56)
+    differences -= differences >> np.uint64(1) & pairs
+    differences = (differences & nibbles) + (differences >> np.uint64(2) & nibbles)
+    differences = differences + (differences >> np.uint64(4)) & bytes_
+    return differences * sums >> np.uint64(56)
 
 
-class Looks:
-    """Hashes among which near ones can be found: held four times, in the order of each 16-bit band."""
+class PerceptualHashIndex:
+    """A set of hashes, searched by distance. Holds four copies, each sorted by one 16-bit band."""
 
     def __init__(self, hashes: Hashes) -> None:
-        self._bands = [_by_key(hashes[hashes != NONE].view(np.uint64), band) for band in range(BANDS)]
+        self._bands = [_sorted_by_band(hashes[hashes != BLANK_HASH].view(np.uint64), b) for b in range(BANDS)]
 
-    def have(self, hashes: Hashes, bits: int) -> Mask:
-        """Which of the hashes (n,) differ from one of these, or from its mirror, in at most `bits` bits.
+    def contains_near(self, hashes: Hashes, max_distance: int) -> Mask:
+        """Which hashes, mirrored or not, are within `max_distance` bits of a hash of the index.
 
-        The more are asked for at once, the less each costs.
+        hashes: (n,); returns (n,). Large batches cost less per hash.
         """
-        assert 0 <= bits <= MAX_BITS
-        found = np.zeros(len(hashes), bool)
-        for turned in (np.uint64(0), MIRRORED):
-            asked = np.flatnonzero(~found & (hashes != NONE))
-            found[asked] = self._near(hashes[asked].view(np.uint64) ^ turned, bits)
-        return found
+        assert 0 <= max_distance <= MAX_DISTANCE
+        matches = np.zeros(len(hashes), bool)
+        for mask in (np.uint64(0), MIRROR_MASK):
+            rows = np.flatnonzero(~matches & (hashes != BLANK_HASH))
+            matches[rows] = self._near(hashes[rows].view(np.uint64) ^ mask, max_distance)
+        return matches
 
-    def _near(self, queries: npt.NDArray[np.uint64], bits: int) -> Mask:
-        found = np.zeros(len(queries), bool)
-        flips = _FLIPS if bits >= BANDS else _FLIPS[:1]
-        for band, (_, mine, starts) in enumerate(self._bands):
-            asking, theirs, firsts = _by_key(queries, band)
+    def _near(self, queries: Bits, max_distance: int) -> Mask:
+        matches = np.zeros(len(queries), bool)
+        # Fewer than 4 different bits leave one of the 4 bands equal.
+        flips = _SINGLE_BIT_FLIPS if max_distance >= BANDS else _SINGLE_BIT_FLIPS[:1]
+        for band, (_, indexed, starts) in enumerate(self._bands):
+            order, ordered, firsts = _sorted_by_band(queries, band)
             for key in np.flatnonzero(np.diff(firsts)):
-                rows = np.concatenate([mine[starts[near] : starts[near + 1]] for near in key ^ flips])
-                if len(rows):
-                    here = slice(firsts[key], firsts[key + 1])
-                    found[asking[here]] |= _within(theirs[here], rows, bits)
-        return found
+                candidates = np.concatenate(
+                    [indexed[starts[near] : starts[near + 1]] for near in key ^ flips]
+                )
+                if len(candidates):
+                    rows = slice(firsts[key], firsts[key + 1])
+                    matches[order[rows]] |= _within(ordered[rows], candidates, max_distance)
+        return matches
 
 
-def _by_key(
-    hashes: npt.NDArray[np.uint64], band: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
-    """Rows in the order of 16 of their bits, the hashes in this order, and where each key begins in it."""
+def _sorted_by_band(hashes: Bits, band: int) -> tuple[npt.NDArray[np.int64], Bits, npt.NDArray[np.int64]]:
+    """Hashes (n,) sorted by one 16-bit band: their order, the sorted hashes, and the start of each key."""
     keys = (hashes >> np.uint64(16 * band) & np.uint64(0xFFFF)).astype(np.int64)
     order = np.argsort(keys, kind="stable")
     starts = np.concatenate([[0], np.cumsum(np.bincount(keys, minlength=1 << 16))])
     return order, hashes[order], starts
 
 
-def _within(queries: npt.NDArray[np.uint64], rows: npt.NDArray[np.uint64], bits: int) -> Mask:
-    """Which of the queries are within so many bits of a row. bits: fewer than 256."""
-    step = max(1, PAIRS_AT_ONCE // len(rows))
-    parts = [queries[first : first + step] for first in range(0, len(queries), step)]
-    return np.concatenate([(bits_apart(part, rows) <= bits).any(axis=1) for part in parts])
+def _within(queries: Bits, candidates: Bits, max_distance: int) -> Mask:
+    """Which queries are within `max_distance` bits of any candidate. Compares in blocks to bound memory."""
+    step = max(1, PAIRS_AT_ONCE // len(candidates))
+    blocks = [queries[first : first + step] for first in range(0, len(queries), step)]
+    return np.concatenate([(hamming_distance(b, candidates) <= max_distance).any(axis=1) for b in blocks])

@@ -1,8 +1,8 @@
 """`make bench-near-copies`: which planted copies of pictures are found, and what else is taken for one.
 
 Reads RECIPE's [clip] and thresholds, and with `--pictures` a folder; draws the demo's scenes. Copies of
-some pictures, made in ways that the web makes them, stand beside other pictures: what is near by its look
-(`retrieval.perceptual_hash`), by its embedding, or by either, is removed. Writes `docs/near_copies.json` and `.md`.
+some pictures, made in ways that the web makes them, stand beside other pictures: what is near by its perceptual
+hash, by its embedding, or by either, is removed. Writes `docs/near_copies.json` and `.md`.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from pipeline.recipe import EmbedConfig, NeighborsConfig
 from pipeline.web.sockets import Refusal
 from retrieval.clip.encoder import Encoder
 from retrieval.errors import UserError
-from retrieval.perceptual_hash import Looks, phash
+from retrieval.perceptual_hash import PerceptualHashIndex, perceptual_hash
 from retrieval.recipe import ClipConfig
 
 EDGE = 256
@@ -37,16 +37,16 @@ HASHES = 100_000
 """Random hashes on either side of the timed comparison."""
 
 Described = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
-"""Looks (n,) and unit vectors (n, dim) of n pictures."""
+"""Perceptual hashes (n,) and unit vectors (n, dim) of n pictures."""
 
 PAGE = """# Near copies
 
 `make bench-near-copies RECIPE=...`, on {hardware}.
-A database picture is removed if its look (64 bits) differs from a training picture's or its mirror's in at
-most {bits} bits, or if its embedding is at least {similarity} similar to one. `make embed` removes by look,
+A database picture is removed if its perceptual hash (64 bits) differs from a training picture's or its mirror's in at
+most {bits} bits, or if its embedding is at least {similarity} similar to one. `make embed` removes by hash,
 for good; `make neighbors` leaves out by embedding, for the training image concerned.
 {worlds}
-A look takes {look_ms:.2f} ms of a core for a decoded {edge} px picture. Comparing {hashes:,} random looks
+A hash takes {hash_ms:.2f} ms of a core for a decoded {edge} px picture. Comparing {hashes:,} random hashes
 with as many, mirrors included, took {compare_s:.1f} s of a core; the pairs grow with the product of the two.
 """
 WORLD = """
@@ -104,14 +104,14 @@ def pictures(folder: Path) -> Iterator[Image.Image]:
 
 def described(images: list[Image.Image], encoder: Encoder) -> Described:
     """What the two ways of comparing know of pictures."""
-    return np.array([phash(image) for image in images], np.int64), encoder.encode_images(images)
+    return np.array([perceptual_hash(image) for image in images], np.int64), encoder.encode_images(images)
 
 
 def judged(theirs: Described, train: Described, bits: int, similarity: float) -> dict[str, float]:
     """The share of pictures that each way takes for copies of training pictures."""
-    by_look = Looks(train[0]).have(theirs[0], bits)
+    by_hash = PerceptualHashIndex(train[0]).contains_near(theirs[0], bits)
     by_embedding = (theirs[1] @ train[1].T).max(axis=1) >= similarity
-    ways = {"look": by_look, "embedding": by_embedding, "either": by_look | by_embedding}
+    ways = {"hash": by_hash, "embedding": by_embedding, "either": by_hash | by_embedding}
     return {way: float(found.mean()) for way, found in ways.items()}
 
 
@@ -130,16 +130,16 @@ def world(
 
 
 def timed() -> dict[str, float]:
-    """What a look costs, and what comparing many does, in seconds of a core."""
+    """Milliseconds of a core to hash one picture, and seconds to compare many hashes."""
     [image] = scenes(1)
     began = time.process_time()
     for _ in range(100):
-        phash(image)
-    look_ms = 10 * (time.process_time() - began)
+        perceptual_hash(image)
+    hash_ms = 10 * (time.process_time() - began)
     known, asked = np.random.default_rng(0).integers(1, 1 << 63, (2, HASHES))
     began = time.process_time()
-    Looks(known).have(asked, 6)
-    return {"look_ms": look_ms, "compare_s": time.process_time() - began}
+    PerceptualHashIndex(known).contains_near(asked, 6)
+    return {"hash_ms": hash_ms, "compare_s": time.process_time() - began}
 
 
 def measure(recipe: Recipe, count: int, folder: Path | None) -> dict[str, Any]:
@@ -163,13 +163,13 @@ def page(result: dict[str, Any]) -> str:
         rows = [
             [kind, *(f"{100 * share:.1f} %" for share in found.values())] for kind, found in lines.items()
         ]
-        heads = ["removed", "by look:", "by embedding:", "by either:"]
+        heads = ["removed", "by hash:", "by embedding:", "by either:"]
         worlds.append(WORLD.format(**one, table=markdown(heads, rows)))
     return PAGE.format(**{**result, "worlds": "".join(worlds)}, edge=EDGE, hashes=HASHES)
 
 
 def main() -> None:
-    """Plant, look, write."""
+    """Measure and write the page."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pipeline.near_copies", description=__doc__)
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="whose [clip] is on disk")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides")

@@ -28,7 +28,7 @@ from pipeline.web.sockets import Refusal
 from retrieval.clip.encoder import Encoder
 from retrieval.database.build import Identity, build_database
 from retrieval.errors import UserError
-from retrieval.perceptual_hash import MIRRORED, NONE
+from retrieval.perceptual_hash import BLANK_HASH, MIRROR_MASK
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, read_manifest
@@ -36,7 +36,7 @@ from retrieval.storage.root import Root
 from retrieval.storage.schema import Reason
 
 NEAR_BITS = 6
-"""Bits of 64 in which the looks of two near copies differ at most."""
+"""Largest Hamming distance of the perceptual hashes of two near copies, of 64 bits."""
 NEAR_SIMILARITY = 0.9
 """What the embeddings of two pictures that look alike have at least, to be near copies."""
 SHOWN_EDGE = 224
@@ -153,12 +153,12 @@ def near_copies(hashes: npt.NDArray[np.int64], vectors: npt.NDArray[np.float32])
 
     hashes: (n,) of `retrieval.perceptual_hash`; vectors: (n, dim) unit rows. Compares all pairs of hashes.
     """
-    looks = np.flatnonzero(hashes != NONE)
+    looks = np.flatnonzero(hashes != BLANK_HASH)
     codes = hashes[looks].view(np.uint64)
     index = faiss.IndexBinaryFlat(64)
     index.add(codes.view(np.uint8).reshape(-1, 8))
     near: dict[int, set[int]] = {}
-    for turned in (np.uint64(0), MIRRORED):
+    for turned in (np.uint64(0), MIRROR_MASK):
         # faiss wants less than the radius
         limits, _, found = index.range_search((codes ^ turned).view(np.uint8).reshape(-1, 8), NEAR_BITS + 1)
         for place, row in enumerate(looks):

@@ -132,8 +132,8 @@ class Seam:
         if not isinstance(picture, Picture):
             return picture
         self.phashes[number] = picture.phash
-        if self.storing.blocklist.blocks_looks(np.array([picture.phash])).any():
-            return Refusal(Reason.BLOCKED, "its look is on the blocklist")
+        if self.storing.blocklist.blocks_hashes(np.array([picture.phash])).any():
+            return Refusal(Reason.BLOCKED, "its perceptual hash is on the blocklist")
         if min(picture.size) < self.storing.min_edge:
             return Refusal(Reason.TOO_SMALL, f"shorter edge below {self.storing.min_edge} pixels")
         return stored(picture, self.storing.edge, self.storing.jpeg_quality)

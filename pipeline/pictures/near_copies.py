@@ -2,7 +2,7 @@
 
 Reads the hashes of `download/{train,database}/<shard>.parquet`; writes `embed/copies/<group>.parquet`, the
 ids of a group of database shards that must not enter the database, each with its reason: equal content
-(SHA-256 of the bytes as sent), or a look (`phash`) that differs in a few bits. Both sides are taken in
+(SHA-256 of the bytes as sent), or a perceptual hash (`phash`) that differs in a few bits. Both sides are taken in
 blocks, so that memory does not grow with them.
 """
 
@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.runtime.runner import Work
-from retrieval.perceptual_hash import Looks
+from retrieval.perceptual_hash import PerceptualHashIndex
 from retrieval.storage import schema
 from retrieval.storage.manifest import ShardRecord
 from retrieval.storage.root import Root
@@ -43,20 +43,20 @@ def grouped(shards: Sequence[ShardRecord], most: int = ROWS_PER_GROUP) -> list[l
 
 
 def make_copies(root: Root, train: list[list[str]], database: list[list[str]], bits: int) -> Work:
-    """Work that writes `embed/copies/<group>` by the group's number. bits: of a look that may differ."""
+    """Work that writes `embed/copies/<group>` by group number. bits: largest Hamming distance of near copies."""
     return partial(_copies, root, train, database, bits)
 
 
 def _copies(
     root: Root, train: list[list[str]], database: list[list[str]], bits: int, name: str
 ) -> ShardRecord:
-    ids, contents, looks = _hashes(root, database[int(name)])
+    ids, contents, hashes = _hashes(root, database[int(name)])
     same, near = np.zeros(len(ids), bool), np.zeros(len(ids), bool)
     for group in train:
-        _, their_contents, their_looks = _hashes(root, group)
+        _, their_contents, their_hashes = _hashes(root, group)
         same |= np.isin(contents, their_contents)
         left = np.flatnonzero(~same & ~near)
-        near[left] = Looks(their_looks).have(looks[left], bits)
+        near[left] = PerceptualHashIndex(their_hashes).contains_near(hashes[left], bits)
     found = np.flatnonzero(same | near)
     reasons = np.where(same[found], str(Reason.DUPLICATE_CONTENT), str(Reason.NEAR_COPY)).tolist()
     table = pa.table([pa.array(ids[found]), pa.array(reasons, pa.string())], schema=COPIES)
@@ -75,12 +75,12 @@ def without_copies(root: Root, name: str, stored: pa.Table) -> tuple[pa.Table, d
 
 
 def _hashes(root: Root, shards: Sequence[str]) -> tuple[Ids, npt.NDArray[np.uint64], Ids]:
-    """Of the stored images of some shards: ids, the first 64 bits of their sha256, and their phash."""
+    """Ids, first 64 bits of the SHA-256 and perceptual hashes of the stored images of some shards."""
     parts = [_shard_hashes(root, shard) for shard in shards]
     return (
         np.concatenate([ids for ids, _, _ in parts]),
         np.concatenate([contents for _, contents, _ in parts]),
-        np.concatenate([looks for _, _, looks in parts]),
+        np.concatenate([hashes for _, _, hashes in parts]),
     )
 
 

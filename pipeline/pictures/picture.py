@@ -18,13 +18,13 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline.web.sockets import Refusal
-from retrieval.perceptual_hash import phash
+from retrieval.perceptual_hash import perceptual_hash
 from retrieval.storage.schema import Reason
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 ORIENTATION_TAG = 0x0112
 LEAST_EDGE = 64
-"""Shorter edge in pixels at which a look is taken, where the picture has as much."""
+"""Shorter edge in pixels at which the perceptual hash is computed, if the picture is that large."""
 # What Pillow's readers were seen or are documented to raise for damaged files; no MemoryError.
 BROKEN = (
     OSError,
@@ -87,14 +87,14 @@ def _picture(image: Image.Image, body: bytes, max_pixels: int, max_edge: int) ->
     with _DECODING:
         if not plain:
             upright = _decoded(image)
-            return Picture(_ppm(upright), upright.size, phash=phash(upright))
+            return Picture(_ppm(upright), upright.size, phash=perceptual_hash(upright))
         # A JPEG can be decoded at a half, quarter or eighth of its size for a fraction of the work, and
         # shows as well whether it is whole.
         share = max(1 / 8, LEAST_EDGE / min(size)) if stays else max_edge / min(size)
         image.draft(None, (math.ceil(size[0] * share), math.ceil(size[1] * share)))
         image.load()
         data = body if stays else _ppm(image)
-        return Picture(data, size, keeps_bytes=stays, phash=phash(image))
+        return Picture(data, size, keeps_bytes=stays, phash=perceptual_hash(image))
 
 
 def _too_many(max_pixels: int) -> Refusal:

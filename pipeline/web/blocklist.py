@@ -1,4 +1,4 @@
-"""Images that must not be used: listed by URL, domain, image id, content or look.
+"""Images that must not be used: listed by URL, domain, image id, content or perceptual hash.
 
 Reads a text file, one entry a line: a URL, a domain (its subdomains are meant too), an image id as the 16
 hex digits that name it in the tars or as a signed decimal; `md5:` or `sha256:` with the hex digits of a
@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from pipeline.web.urls import canonical, host
 from retrieval.errors import UserError
-from retrieval.perceptual_hash import Hashes, Looks
+from retrieval.perceptual_hash import Hashes, PerceptualHashIndex
 from retrieval.storage.root import Root
 from retrieval.storage.schema import image_id
 
@@ -26,7 +26,7 @@ _HEX = re.compile(r"[0-9a-fA-F]{16}")
 _DECIMAL = re.compile(r"-?[0-9]{1,19}")
 _DOMAIN = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)+")
 _DIGEST = re.compile(r"md5:[0-9a-f]{32}|sha256:[0-9a-f]{64}")
-_LOOK = re.compile(r"phash:[0-9a-f]{16}")
+_PHASH = re.compile(r"phash:[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,17 @@ class Blocklist:
             {f"md5:{hashlib.md5(body).hexdigest()}", f"sha256:{hashlib.sha256(body).hexdigest()}"}
         )
 
-    def blocks_looks(self, phashes: Hashes) -> npt.NDArray[np.bool_]:
+    def blocks_hashes(self, phashes: Hashes) -> npt.NDArray[np.bool_]:
         """Which of these perceptual hashes are those of listed pictures, or near them."""
-        return self._looks.have(phashes, self.bits) if len(self.phashes) else np.zeros(len(phashes), bool)
+        return (
+            self._hash_index.contains_near(phashes, self.bits)
+            if len(self.phashes)
+            else np.zeros(len(phashes), bool)
+        )
 
     @cached_property
-    def _looks(self) -> Looks:
-        return Looks(self.phashes)
+    def _hash_index(self) -> PerceptualHashIndex:
+        return PerceptualHashIndex(self.phashes)
 
     def _lists(self, name: str) -> bool:
         labels = name.split(".")
@@ -109,7 +113,7 @@ def _parse(lines: Iterable[str], path: str, identity: str) -> Blocklist:
         # sixteen decimal digits can be either notation: both ids are blocked
         found = _ids(entry)
         ids |= found
-        if not found and not any(kind.fullmatch(entry.lower()) for kind in (_DIGEST, _LOOK, _DOMAIN)):
+        if not found and not any(kind.fullmatch(entry.lower()) for kind in (_DIGEST, _PHASH, _DOMAIN)):
             raise UserError(
                 f"{path}, line {number}: {entry[:100]!r} is no URL, no domain, no image id (16 hex digits, or"
                 " a decimal number) and no md5:, sha256: or phash: with 32, 64 or 16 hex digits."
@@ -117,12 +121,12 @@ def _parse(lines: Iterable[str], path: str, identity: str) -> Blocklist:
             )
         if not found:
             words.add(entry.lower())
-    looks = sorted(word for word in words if word.startswith("phash:"))
+    hashes = sorted(word for word in words if word.startswith("phash:"))
     return Blocklist(
         ids=np.array(sorted(ids), np.int64),
         domains=frozenset(word for word in words if ":" not in word),
         digests=frozenset(word for word in words if _DIGEST.fullmatch(word)),
-        phashes=np.array([_signed(word.removeprefix("phash:")) for word in looks], np.int64),
+        phashes=np.array([_signed(word.removeprefix("phash:")) for word in hashes], np.int64),
         identity=identity,
     )
 

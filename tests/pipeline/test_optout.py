@@ -32,7 +32,7 @@ SHARDS = {"train/00000": 6, "train/00001": 6, "database/00000": 60}
 
 
 def shown(shard: str) -> list[Picture]:
-    """Every picture has a URL, a content and a look of its own."""
+    """Every picture has a URL, a content and a perceptual hash of its own."""
     host = "art.example.org" if shard.startswith("database") else "example.org"
     return [
         Picture(f"http://{host}/{shard}/{i}.jpg", i, phash=int.from_bytes(digest[:8], "big") >> 1)
@@ -99,7 +99,7 @@ def neighbor_ids(root: Root, shard: str) -> dict[int, list[int]]:
 
 
 def listed(root: Root, tmp_path: Path) -> tuple[Blocklist, list[int]]:
-    """A list of a training image by URL and two neighbors of shard 00000 alone, by content and by look."""
+    """A list of a training image by URL and two neighbors of shard 00000 alone, by content and by perceptual hash."""
     theirs = {row for ids in neighbor_ids(root, "00001").values() for row in ids}
     mine = {row for ids in neighbor_ids(root, "00000").values() for row in ids}
     art = [picture for picture in shown("database/00000") if schema.image_id(picture.url) in mine - theirs]

@@ -1,4 +1,4 @@
-"""Looks in 64 bits: what a copy keeps, and that near ones are found as comparing all with all finds them."""
+"""Copies keep most bits of a perceptual hash, and the index finds what a comparison of all pairs finds."""
 
 import io
 
@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from retrieval.perceptual_hash import MIRRORED, NONE, Looks, bits_apart, phash
+from retrieval.perceptual_hash import (
+    BLANK_HASH,
+    MIRROR_MASK,
+    PerceptualHashIndex,
+    hamming_distance,
+    perceptual_hash,
+)
 
 
 def picture(seed: int) -> Image.Image:
@@ -21,38 +27,39 @@ def encoded(image: Image.Image, quality: int) -> Image.Image:
     return Image.open(buffer)
 
 
-def apart(one: Image.Image, other: Image.Image, turned: int = 0) -> int:
-    one_hash, other_hash = (np.array([phash(image)]).view(np.uint64) for image in (one, other))
-    return int(bits_apart(one_hash, other_hash ^ np.uint64(turned))[0, 0])
+def distance(image: Image.Image, other: Image.Image, mask: int = 0) -> int:
+    hash_, other_hash = (np.array([perceptual_hash(each)]).view(np.uint64) for each in (image, other))
+    return int(hamming_distance(hash_, other_hash ^ np.uint64(mask))[0, 0])
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_scaled_recompressed_and_mirrored_copies_differ_in_few_bits_and_others_in_many(seed: int) -> None:
     image = picture(seed)
-    assert apart(image, image.resize((90, 120), Image.Resampling.LANCZOS)) <= 4
-    assert apart(image, encoded(image, 30)) <= 4
-    assert apart(image, ImageOps.mirror(image), int(MIRRORED)) <= 4
-    assert apart(image, ImageOps.mirror(image)) > 20
-    assert apart(image, picture(seed + 100)) > 12
+    assert distance(image, image.resize((90, 120), Image.Resampling.LANCZOS)) <= 4
+    assert distance(image, encoded(image, 30)) <= 4
+    assert distance(image, ImageOps.mirror(image), int(MIRROR_MASK)) <= 4
+    assert distance(image, ImageOps.mirror(image)) > 20
+    assert distance(image, picture(seed + 100)) > 12
 
 
-def test_a_picture_of_nothing_is_near_no_other() -> None:
-    blank = phash(encoded(Image.new("RGB", (300, 200), (17, 90, 160)), 80))
-    assert blank == NONE
-    assert not Looks(np.array([NONE])).have(np.array([NONE, 1]), 7).any()
+def test_a_blank_picture_matches_no_other() -> None:
+    blank = perceptual_hash(encoded(Image.new("RGB", (300, 200), (17, 90, 160)), 80))
+    assert blank == BLANK_HASH
+    assert not PerceptualHashIndex(np.array([blank])).contains_near(np.array([blank, 1]), 7).any()
 
 
-@pytest.mark.parametrize("bits", [0, 3, 6, 7])
-def test_near_hashes_and_mirrors_are_found_as_by_comparing_all(bits: int) -> None:
-    random = np.random.default_rng(bits)
-    known = random.integers(1, 1 << 63, 3000)
-    asked = random.integers(1, 1 << 63, 2000)
+@pytest.mark.parametrize("max_distance", [0, 3, 6, 7])
+def test_near_hashes_and_mirrors_are_those_of_a_comparison_of_all_pairs(max_distance: int) -> None:
+    random = np.random.default_rng(max_distance)
+    indexed = random.integers(1, 1 << 63, 3000)
+    queries = random.integers(1, 1 << 63, 2000)
+    masks = (np.uint64(0), MIRROR_MASK)
     for row in range(1500):
         flips = np.bitwise_or.reduce(np.uint64(1) << random.permutation(64)[: row % 10].astype(np.uint64))
-        turned = MIRRORED if row % 3 == 0 else np.uint64(0)
-        asked[row] = (known[row : row + 1].view(np.uint64) ^ flips ^ turned).view(np.int64)[0]
-    mine, theirs = known.view(np.uint64), asked.view(np.uint64)
-    wanted = [(bits_apart(theirs ^ turned, mine) <= bits).any(axis=1) for turned in (np.uint64(0), MIRRORED)]
-    found = Looks(known).have(asked, bits)
-    np.testing.assert_array_equal(found, wanted[0] | wanted[1])
-    assert 0 < found.sum() < 2000
+        copy = indexed[row : row + 1].view(np.uint64) ^ flips ^ masks[row % 3 == 0]
+        queries[row] = copy.view(np.int64)[0]
+    distances = [hamming_distance(queries.view(np.uint64) ^ mask, indexed.view(np.uint64)) for mask in masks]
+    expected = (np.minimum(*distances) <= max_distance).any(axis=1)
+    matches = PerceptualHashIndex(indexed).contains_near(queries, max_distance)
+    np.testing.assert_array_equal(matches, expected)
+    assert 0 < matches.sum() < 2000

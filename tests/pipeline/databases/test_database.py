@@ -12,7 +12,7 @@ from pipeline.databases import database
 from pipeline.databases.sources import Source
 from retrieval import Database, Root, UserError
 from retrieval.clip.encoder import Encoder
-from retrieval.perceptual_hash import phash
+from retrieval.perceptual_hash import perceptual_hash
 from retrieval.recipe import ClipConfig, IndexConfig
 from tests.pipeline.conftest import pictures
 
@@ -122,14 +122,14 @@ def test_copies_that_were_scaled_mirrored_or_encoded_again_are_left_out(
 
 
 def test_a_chain_of_copies_keeps_its_first_and_looks_alone_remove_nothing() -> None:
-    looks = np.array([phash(Image.effect_noise((64, 64), 90))] * 4 + [0, 0], np.int64)
-    looks[1] ^= 0b111
-    looks[2] ^= 0b111111111
+    hashes = np.array([perceptual_hash(Image.effect_noise((64, 64), 90))] * 4 + [0, 0], np.int64)
+    hashes[1] ^= 0b111
+    hashes[2] ^= 0b111111111
     same = np.tile(np.array([1.0, 0.0], np.float32), (6, 1))
-    assert database.near_copies(looks, same).tolist() == [False, True, False, True, False, False]
+    assert database.near_copies(hashes, same).tolist() == [False, True, False, True, False, False]
     apart = same.copy()
     apart[1:4] = [0.0, 1.0]
-    assert database.near_copies(looks, apart).tolist() == [False, False, True, True, False, False]
+    assert database.near_copies(hashes, apart).tolist() == [False, False, True, True, False, False]
 
 
 def test_a_source_without_styles_or_pictures_is_refused(encoder: Encoder, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pipeline.download.img2dataset_adapter import Seam, Storing
 from pipeline.download.img2dataset_downloader import downloader
 from pipeline.download.shard_download import ShardDownload, Shelf, plugged_in
 from pipeline.web.blocklist import read_blocklist
-from retrieval.perceptual_hash import phash
+from retrieval.perceptual_hash import perceptual_hash
 from retrieval.storage.root import Root
 from retrieval.storage.schema import DOWNLOADED, image_id, read_table
 from tests.pipeline.web.fetching import fetcher, turns, write_selected
@@ -78,7 +78,7 @@ def test_listed_contents_and_looks_are_not_stored(tmp_path: Path, origin) -> Non
     urls = [origin.sends(f"/{n}", body) for n, body in enumerate([kept, *bodies])]
     lines = [
         f"md5:{hashlib.md5(bodies[0]).hexdigest().upper()}",
-        f"phash:{phash(images[2]) & (1 << 64) - 1:016x}",
+        f"phash:{perceptual_hash(images[2]) & (1 << 64) - 1:016x}",
         f"sha256:{hashlib.sha256(b'another').hexdigest()}",
     ]
     (tmp_path / "list.txt").write_text("\n".join(lines))
@@ -89,8 +89,8 @@ def test_listed_contents_and_looks_are_not_stored(tmp_path: Path, origin) -> Non
     assert (record.rows, record.reasons) == (1, {"blocked": 3})
     table = read_table(root, "download/train/0.parquet", DOWNLOADED)
     assert table["message"].to_pylist()[1] == "its content is on the blocklist"
-    assert table["message"].to_pylist()[2:] == ["its look is on the blocklist"] * 2
-    assert table["phash"].to_pylist()[0] == phash(Image.open(io.BytesIO(kept)))
+    assert table["message"].to_pylist()[2:] == ["its perceptual hash is on the blocklist"] * 2
+    assert table["phash"].to_pylist()[0] == perceptual_hash(Image.open(io.BytesIO(kept)))
 
 
 def test_listed_urls_domains_and_ids_are_not_asked_for(tmp_path: Path, origin) -> None:

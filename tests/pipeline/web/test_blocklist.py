@@ -45,9 +45,9 @@ def test_contents_and_looks_are_listed_by_their_hashes(tmp_path: Path) -> None:
     assert [blocklist.blocks_content(body) for body in (b"one", b"two", b"three")] == [True, True, False]
     listed = np.array([0xF000000000000001], np.uint64)
     flips = np.array([0, 0b111111 << 20, 0b1111111 << 20], np.uint64)
-    looks = (listed ^ flips).view(np.int64)
-    assert blocklist.blocks_looks(looks).tolist() == [True, True, False]
-    assert not blocklist.blocks_ids(looks).any()
+    hashes = (listed ^ flips).view(np.int64)
+    assert blocklist.blocks_hashes(hashes).tolist() == [True, True, False]
+    assert not blocklist.blocks_ids(hashes).any()
 
 
 def test_an_absent_list_blocks_nothing() -> None:

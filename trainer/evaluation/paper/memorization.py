@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from retrieval.perceptual_hash import NONE, phash
+from retrieval.perceptual_hash import BLANK_HASH, perceptual_hash
 from trainer.evaluation.metrics import Features
 from trainer.evaluation.paper.intervals import Bootstrap
 from trainer.evaluation.paper.paper_tables import share
@@ -83,11 +83,13 @@ def nearest_own(queries: Features, candidates: Sequence[Features]) -> Nearest:
 
 
 def hash_row(picture: Image.Image) -> Features:
-    """The bits of `retrieval.perceptual_hash` as a unit row (64,) float32: 32 times (1 - inner product) counts those
-    in which two pictures differ. Zeros for a picture that shows nothing, 32 bits from every other."""
-    look = phash(picture)
-    bits = np.unpackbits(np.array([look], ">i8").view(np.uint8))
-    return np.where(bits, 0.125, -0.125).astype(np.float32) * np.float32(look != NONE)
+    """The perceptual hash as a unit row (64,) float32: 32 * (1 - inner product) is the Hamming distance.
+
+    A blank picture gives zeros: distance 32 from every other.
+    """
+    hash_ = perceptual_hash(picture)
+    bits = np.unpackbits(np.array([hash_], ">i8").view(np.uint8))
+    return np.where(bits, 0.125, -0.125).astype(np.float32) * np.float32(hash_ != BLANK_HASH)
 
 
 def summary(comparison: Comparison, bootstrap: Bootstrap) -> dict[str, Any]:
