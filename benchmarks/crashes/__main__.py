@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.common.machine import hardware
 from benchmarks.common.page import DOCS, write
 from benchmarks.common.table import markdown
 from benchmarks.crashes.faults import KINDS, Bench, bench, small_disk, strike
 from benchmarks.crashes.store import running_store
 from benchmarks.crashes.world import STAGES, served_world
+from jobs.reporting.hardware import hardware
 from retrieval.storage.root import Root
 
 LIMIT_S = 600.0

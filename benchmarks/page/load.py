@@ -19,10 +19,10 @@ from typing import Any
 import httpx
 import numpy as np
 
-from benchmarks.common.machine import hardware
 from benchmarks.common.page import DOCS, write
-from jobs.cli.command import finish
+from jobs.cli.command import exit_on_user_error
 from jobs.cli.recipe import Recipe, load_recipe
+from jobs.reporting.hardware import hardware
 from retrieval.errors import UserError
 from trainer.sampling.recipe import SampleConfig
 
@@ -142,7 +142,7 @@ def main() -> None:
     made.add_argument("--seconds", type=float, default=60.0, help="(default %(default)s)")
     made.add_argument("--visitors", type=int, default=100, help="(default %(default)s)")
     made.add_argument("--out", type=Path, default=DOCS, help="folder of the page (default docs)")
-    finish(lambda: run(made.parse_args()))
+    exit_on_user_error(lambda: run(made.parse_args()))
 
 
 if __name__ == "__main__":

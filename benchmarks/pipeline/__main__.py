@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from benchmarks.common.goals import Goal
-from benchmarks.common.machine import hardware
 from benchmarks.common.page import DOCS, SCRATCH, write
 from benchmarks.common.table import markdown
 from benchmarks.pipeline import filter_query as query
 from benchmarks.pipeline import stages
+from jobs.reporting.hardware import hardware
 from retrieval.clip.encoder import Encoder
 from retrieval.cluster.connection import connected
 from retrieval.storage.root import Root

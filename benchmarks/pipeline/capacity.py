@@ -20,8 +20,8 @@ import torch
 from open_clip.transform import image_transform
 from PIL import Image
 
-from benchmarks.common.machine import hardware
 from benchmarks.common.page import DOCS
+from jobs.reporting.hardware import hardware
 from pipeline.filter.filter import KEYS_PER_BUCKET, Job
 from pipeline.filter.filter_passes import Dedupe, Scan, Select
 from pipeline.filter.metadata import plan

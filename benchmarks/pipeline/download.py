@@ -19,12 +19,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from benchmarks.common.machine import hardware
 from benchmarks.common.page import DOCS, REPOSITORY, SCRATCH, write
 from benchmarks.common.table import markdown
 from benchmarks.pipeline.downloader import EDGE, QUALITY, RETRIES, THREADS
 from benchmarks.pipeline.static_server import serving
 from benchmarks.training.training_data import PICTURES, picture
+from jobs.reporting.hardware import hardware
 from retrieval.storage.root import Root
 from retrieval.storage.schema import SELECTED, SPLITS, image_id, write_table
 

@@ -1,8 +1,8 @@
 """`make bench-near-copies`: which planted copies of pictures are found, and what else is taken for one.
 
 Reads RECIPE's [clip] and thresholds, and with `--pictures` a folder; draws the demo's scenes. Copies of
-some pictures, made in ways that the web makes them, stand beside other pictures: what is near by its perceptual
-hash, by its embedding, or by either, is removed. Writes `docs/near_copies.json` and `.md`.
+some pictures, made in ways that the web makes them, stand beside other pictures: what is near by its hash, by
+its embedding, or by either, is removed. Writes `docs/near_copies.json` and `.md`.
 """
 
 import argparse
@@ -17,12 +17,12 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from benchmarks.common.machine import hardware
 from benchmarks.common.page import DOCS, write
 from benchmarks.common.table import markdown
-from jobs.cli.command import finish
+from jobs.cli.command import exit_on_user_error
 from jobs.cli.recipe import Recipe, load_recipe
 from jobs.demo.world.scenes import draw, random_scene
+from jobs.reporting.hardware import hardware
 from pipeline.pictures.picture import prepared
 from pipeline.recipe import EmbedConfig, NeighborsConfig
 from pipeline.web.sockets import Refusal
@@ -42,8 +42,8 @@ Described = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
 PAGE = """# Near copies
 
 `make bench-near-copies RECIPE=...`, on {hardware}.
-A database picture is removed if its perceptual hash (64 bits) differs from a training picture's or its mirror's in at
-most {bits} bits, or if its embedding is at least {similarity} similar to one. `make embed` removes by hash,
+A database picture is removed if its perceptual hash (64 bits) differs from that of a training picture or its
+mirror in at most {bits} bits, or if its embedding is at least {similarity} similar to one. `make embed` removes by hash,
 for good; `make neighbors` leaves out by embedding, for the training image concerned.
 {worlds}
 A hash takes {hash_ms:.2f} ms of a core for a decoded {edge} px picture. Comparing {hashes:,} random hashes
@@ -182,7 +182,7 @@ def main() -> None:
         result = measure(load_recipe(options.recipe, options.overrides), options.count, options.pictures)
         write(options.docs, "near_copies", result, page(result))
 
-    finish(work)
+    exit_on_user_error(work)
 
 
 if __name__ == "__main__":

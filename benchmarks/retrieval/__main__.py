@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.machine import hardware
 from benchmarks.retrieval import engine, joins, scale
 from benchmarks.retrieval.catalog import BARE, BY_NAME, DATABASE, ENTRIES, SCANN, Entry
 from benchmarks.retrieval.data import Data, prepare
 from benchmarks.retrieval.report import report
 from benchmarks.retrieval.rounds import ROUNDS, Chosen, Point, best_effort, compare, tune
 from benchmarks.retrieval.workers import REPOSITORY, Worker, build
+from jobs.reporting.hardware import hardware
 
 DOCS = REPOSITORY / "docs"
 FULL_ROWS = 1_000_000

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.machine import hardware
 from benchmarks.common.page import DOCS, REPOSITORY, SCRATCH, write
 from benchmarks.common.table import markdown
 from benchmarks.training.gpu_cases import BACKENDS, Case, leave, run, words
+from jobs.reporting.hardware import hardware
 
 SIZES = (256, 512, 768)
 CASE_S = 1800

@@ -19,7 +19,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.training.schedule import Stage, stages
-from trainer.data.loader import Batch
+from trainer.data.loader import TrainingBatch
 from trainer.engine.deepspeed_engine import Ranks, join_ranks, make_engine, optimizer_step
 from trainer.model.autoencoder import kl_f16
 from trainer.model.unet import build_unet
@@ -224,13 +224,13 @@ def _step_rate(
     return count / seconds, _memory(device)
 
 
-def _batch(stage: Stage, count: int) -> Batch:
+def _batch(stage: Stage, count: int) -> TrainingBatch:
     channels, height, width = stage.latent_shape
     context = torch.nn.functional.normalize(
         torch.randn(count, stage.train.k, stage.model.context_dim), dim=-1
     )
     noises = torch.randn(2, count, channels, height, width)
-    return Batch(
+    return TrainingBatch(
         image_ids=torch.arange(count).numpy(),
         inputs=torch.randn(count, 2 * channels, height, width).half(),
         context=context.half(),

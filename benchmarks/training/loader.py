@@ -14,17 +14,17 @@ from typing import Any
 
 from PIL import Image
 
-from benchmarks.common.machine import hardware
 from benchmarks.common.page import DOCS, SCRATCH, threads, write
 from benchmarks.common.table import markdown
 from benchmarks.training.schedule import GPUS, MFU, stages
 from benchmarks.training.training_data import PICTURES, QUALITY, Extent, picture, prepare
+from jobs.reporting.hardware import hardware
 from retrieval.storage.root import Root
-from trainer.data.images import GAP, Scaled, decode, random_crop
+from trainer.data.images import GAP, ScaledImage, decode, random_crop
 from trainer.data.loader import Loader
-from trainer.data.plan import Plan, make_plan
+from trainer.data.plan import TrainingPlan, make_plan
 from trainer.model.autoencoder import Autoencoder
-from trainer.recipe import AutoencoderConfig, Training
+from trainer.recipe import AutoencoderConfig, TrainingRecipe
 
 HEADROOM = 3
 """The loader is to give this many times what the step takes."""
@@ -87,7 +87,7 @@ def main() -> None:
     write(options.scratch if options.tiny else options.docs, "loader", result, page(result))
 
 
-def measure(plan: Plan, root: Root, batches: int) -> dict[str, float]:
+def measure(plan: TrainingPlan, root: Root, batches: int) -> dict[str, float]:
     """Images a second, and a CPU second, of a loader whose shards are open and which has nothing ahead."""
     loader = Loader(plan, root, 0, 1)
     for step in range(2):
@@ -100,7 +100,7 @@ def measure(plan: Plan, root: Root, batches: int) -> dict[str, float]:
     }
 
 
-def waiting(plan: Plan, root: Root, batches: int, images_per_s: float) -> float:
+def waiting(plan: TrainingPlan, root: Root, batches: int, images_per_s: float) -> float:
     """Mean seconds that a consumer of so many images a second waits for a batch."""
     waited = []
     arriving = Loader(plan, root, 0, 1).batches(0, batches + 1)
@@ -186,7 +186,7 @@ def cores_for(case: dict[str, float], asked: dict[str, float]) -> float:
 
 
 def _summary(
-    case: tuple[str, int], plan: Plan, root: Root, rates: list[dict[str, float]], batches: int
+    case: tuple[str, int], plan: TrainingPlan, root: Root, rates: list[dict[str, float]], batches: int
 ) -> dict[str, Any]:
     found = {name: statistics.median(rate[name] for rate in rates) for name in rates[0]}
     taken = found["images_per_s"] / HEADROOM
@@ -198,21 +198,21 @@ def _summary(
     }
 
 
-def _decode_whole(data: bytes, where: str, size: int) -> Scaled:
+def _decode_whole(data: bytes, where: str, size: int) -> ScaledImage:
     image = Image.open(io.BytesIO(data)).convert("RGB")
-    return Scaled(image, image.size, decode(data, where, size).edges, size)
+    return ScaledImage(image, image.size, decode(data, where, size).edges, size)
 
 
-def _recipe(extent: Extent, autoencoder: AutoencoderConfig, source: str, workers: int) -> Training:
+def _recipe(extent: Extent, autoencoder: AutoencoderConfig, source: str, workers: int) -> TrainingRecipe:
     train = {"name": "bench", "source": source, "size": extent.size, "k": extent.k, "steps": 1000}
-    train |= {"global_batch": BATCH, "micro_batch": BATCH, "lanes": extent.shards, "workers": workers}
+    train |= {"global_batch": BATCH, "micro_batch": BATCH, "interleaved_shards": extent.shards, "workers": workers}
     model = {
         "latent_channels": extent.channels,
         "context_dim": extent.dim,
         "channels": [32],
         "attention": [1],
     }
-    return Training.model_validate(
+    return TrainingRecipe.model_validate(
         {"model": model, "diffusion": {}, "autoencoder": autoencoder, "train": train}
     )
 

@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from benchmarks.common.machine import hardware
 from benchmarks.common.page import DOCS, write
 from benchmarks.common.table import markdown
-from jobs.cli.command import finish
+from jobs.cli.command import exit_on_user_error
 from jobs.cli.recipe import Recipe, load_recipe
+from jobs.reporting.hardware import hardware
 from jobs.sample import trained
 from retrieval.errors import UserError
 from trainer.evaluation.classifier import TrainedClassifier
@@ -178,7 +178,7 @@ def main() -> None:
         result = measure(load_recipe(options.recipe, options.overrides), options.each, METHODS)
         write(options.docs, "sampling", result, page(result))
 
-    finish(work)
+    exit_on_user_error(work)
 
 
 if __name__ == "__main__":

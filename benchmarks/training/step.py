@@ -18,18 +18,18 @@ from unittest import mock
 
 import torch
 
-from benchmarks.common.machine import hardware
 from benchmarks.common.page import DOCS, REPOSITORY, SCRATCH, threads, write
 from benchmarks.common.table import markdown
 from benchmarks.training.training_data import Extent, prepare
 from jobs.cli.recipe import load_recipe
+from jobs.reporting.hardware import hardware
 from retrieval.storage.root import Root
-from trainer.data.loader import Batch, Loader
+from trainer.data.loader import Loader, TrainingBatch
 from trainer.model import diffusion
 from trainer.model.autoencoder import draw_latents
 from trainer.model.unet import build_unet
-from trainer.recipe import DiffusionConfig, ModelConfig, TrainConfig, Training
-from trainer.tracking.progress import read_points
+from trainer.recipe import DiffusionConfig, ModelConfig, TrainConfig, TrainingRecipe
+from trainer.tracking.training_log import read_step_metrics
 from trainer.training import train
 
 GOAL = 0.05
@@ -76,7 +76,7 @@ class Times:
 class Bare:
     """A loop as one writes it by hand. `whole`: with clipping and averaged weights."""
 
-    def __init__(self, config: Training, whole: bool) -> None:
+    def __init__(self, config: TrainingRecipe, whole: bool) -> None:
         self._config, self._whole = config, whole
         torch.manual_seed(config.train.seed)
         self._unet = build_unet(config.model)
@@ -91,7 +91,7 @@ class Bare:
         self._steps = 0
         self.loss = float("nan")
 
-    def step(self, batch: Batch) -> None:
+    def step(self, batch: TrainingBatch) -> None:
         """One optimizer step; afterwards `loss` is that of the batch."""
         x_0 = draw_latents(batch.inputs.float(), batch.posterior_noise)
         abar = self._alphas_bar[batch.timesteps]
@@ -101,7 +101,7 @@ class Bare:
         loss = torch.nn.functional.mse_loss(predicted, wanted)
         loss.backward()
         if self._whole:
-            torch.nn.utils.clip_grad_norm_(self._unet.parameters(), self._config.train.clip_norm)
+            torch.nn.utils.clip_grad_norm_(self._unet.parameters(), self._config.train.max_grad_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._steps += 1
@@ -111,11 +111,11 @@ class Bare:
         self.loss = loss.item()
 
 
-def interleaved(config: Training, times: Times) -> type[Loader]:
+def interleaved(config: TrainingRecipe, times: Times) -> type[Loader]:
     """A loader that runs the bare loops between the steps of the loop that asks it for batches."""
 
     class Interleaved(Loader):
-        def batches(self, first_step: int, last_step: int) -> Generator[Batch]:
+        def batches(self, first_step: int, last_step: int) -> Generator[TrainingBatch]:
             with torch.random.fork_rng():
                 loops = {"bare": Bare(config, False), "whole": Bare(config, True)}
             for step in range(first_step, last_step):
@@ -149,7 +149,7 @@ class _Clock:
         self.wall, self.cpu = time.perf_counter() - self.wall, time.process_time() - self.cpu
 
 
-def measure(config: Training, root: Root) -> Times:
+def measure(config: TrainingRecipe, root: Root) -> Times:
     """Train by the real command's function with the bare loops in between."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -162,11 +162,11 @@ def measure(config: Training, root: Root) -> Times:
     return times
 
 
-def summary(times: Times, config: Training, root: Root) -> dict[str, Any]:
+def summary(times: Times, config: TrainingRecipe, root: Root) -> dict[str, Any]:
     """Of one run: medians over the steps after the first WARM, in milliseconds, and overheads."""
     kept = {name: (times.wall[name][WARM:], times.cpu[name][WARM:]) for name in LOOPS}
     cpu = {name: seconds[: len(kept["ours"][1])] for name, (_, seconds) in kept.items()}
-    last = read_points(root.local_path(config.train.folder) / "metrics.jsonl")[-1]
+    last = read_step_metrics(root.local_path(config.train.folder) / "metrics.jsonl")[-1]
     return {
         "zero_stage": config.train.zero_stage,
         "ms": {
@@ -211,7 +211,7 @@ def _excess(ours: list[float], theirs: list[float]) -> float:
     return statistics.median(one / other for one, other in zip(ours, theirs, strict=False)) - 1
 
 
-def _recipe(root: Root, steps: int, zero_stage: int) -> Training:
+def _recipe(root: Root, steps: int, zero_stage: int) -> TrainingRecipe:
     """The demo's, on one rank."""
     # At the full rate from the first step, as the bare loops; one checkpoint, after the last step.
     changes: dict[str, object] = {
@@ -221,12 +221,12 @@ def _recipe(root: Root, steps: int, zero_stage: int) -> Training:
         "zero_stage": zero_stage,
         "warmup_steps": 0,
     }
-    changes |= {"global_batch": BATCH, "micro_batch": BATCH, "lanes": 4, "checkpoint_every": steps}
+    changes |= {"global_batch": BATCH, "micro_batch": BATCH, "interleaved_shards": 4, "checkpoint_every": steps}
     changes |= {"log_every": 10, "validation_images": 0, "validate_every": 0, "preview_every": 0}
     changes |= {"preview_prompts": []}
     words = [f"train.{name}={value}" for name, value in changes.items()]
     demo = load_recipe(REPOSITORY / "jobs" / "configs" / "demo.toml", words)
-    return Training(
+    return TrainingRecipe(
         model=demo[ModelConfig],
         diffusion=demo[DiffusionConfig],
         autoencoder=prepare(root, EXTENT),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from jobs.cli.command import execute, finish, parser
+from jobs.cli.command import exit_on_user_error, recipe_parser, run_on_recipe
 from jobs.cli.recipe import Recipe
 from jobs.paper.page import verdict_lines, write_docs, write_page
 from jobs.sample import trained
@@ -31,10 +31,10 @@ def run(recipe: Recipe, docs: Path | None = None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse arguments and run."""
-    made = parser("paper", __doc__ or "")
+    made = recipe_parser("paper", __doc__ or "")
     made.add_argument("--docs", type=Path, help="also write paper.md, paper.json and images/ in this folder")
     arguments = made.parse_args(argv)
-    finish(lambda: execute(arguments, partial(run, docs=arguments.docs)))
+    exit_on_user_error(lambda: run_on_recipe(arguments, partial(run, docs=arguments.docs)))
 
 
 if __name__ == "__main__":

@@ -12,15 +12,15 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from PIL import Image
 
-from jobs.demo.report.charts import duration
-from jobs.demo.report.report import hardware
+from jobs.reporting.charts import duration
+from jobs.reporting.hardware import hardware
+from jobs.reporting.page import render
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
 from trainer.evaluation.paper.charts import MODE_LABELS, TITLES
-from trainer.evaluation.paper.controls import OTHER_PROMPT, RANDOM_ROWS, SHUFFLED
+from trainer.evaluation.paper.controls import RANDOM_ROWS, SHUFFLED
 from trainer.evaluation.styles import RETRIEVAL, SUFFIX, style_words
 
 ABOUT_CHANCE = 1.5
@@ -127,29 +127,18 @@ def _said(estimate: tuple[float, float, float]) -> str:
 
 
 def _render(template: str, page: Page, sources: dict[str, str]) -> str:
-    here = Path(__file__).parent
-    environment = Environment(
-        loader=FileSystemLoader([here, here.parent / "demo" / "report"]),
-        autoescape=select_autoescape(["html.jinja"]),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["said"] = _said
-    environment.filters["words"] = style_words
-    return environment.get_template(template).render(
-        page=page,
-        sources=sources,
-        labels=MODE_LABELS,
-        titles=TITLES,
-        retrieval=RETRIEVAL,
-        suffix=SUFFIX,
-        other_prompt=OTHER_PROMPT,
-        hardware=hardware(),
-        took=duration(page.seconds),
+    content = {
+        "page": page,
+        "sources": sources,
+        "labels": MODE_LABELS,
+        "titles": TITLES,
+        "retrieval": RETRIEVAL,
+        "suffix": SUFFIX,
+        "hardware": hardware(),
+        "took": duration(page.seconds),
         **page.found,
-    )
+    }
+    return render(Path(__file__).with_name(template), content, {"said": _said, "words": style_words})
 
 
 def _small(name: str, data: bytes) -> tuple[str, bytes]:

@@ -27,16 +27,16 @@ class OurDatabase(Method):
     """`Database.search`."""
 
     def build(self, rows: np.ndarray, folder: Path, threads: int) -> dict[str, Any]:
-        """`build_database`, partitions of a million rows; calibrated on texts of another seed as well."""
+        """`write_database`, partitions of a million rows; calibrated on texts of another seed as well."""
         from benchmarks.retrieval.vectors import mixture, texts
-        from retrieval.database.build import Identity, build_database  # loads torch
+        from retrieval.database.build import DatabaseIdentity, write_database  # loads torch
         from retrieval.database.calibration import recalibrate
 
         faiss.omp_set_num_threads(threads)
         dim = rows.shape[1]
         encoder = EncoderIdentity(model="benchmark", weights="", preprocessing="", dim=dim)
         config = IndexConfig(rows_per_partition=1_000_000, cores_per_partition=threads)
-        build_database(Root(str(folder)), _table(rows), encoder, config, Identity(NAME, {}))
+        write_database(Root(str(folder)), _table(rows), encoder, config, DatabaseIdentity(NAME, {}))
         recalibrate(Root(str(folder / NAME)), texts(mixture(0), CALIBRATION_TEXTS, 2), "texts")
         return {}
 

@@ -4,24 +4,23 @@ Reads what every stage left; writes `<root>/report.html` and `<root>/report.json
 of the network. Captions and URLs are hostile text: the template escapes every value.
 """
 
-import os
-import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from jobs.cli.recipe import Recipe
 from jobs.demo.report import funnel
 from jobs.demo.report import report_pictures as sheets
-from jobs.demo.report.charts import Bar, Curve, curve, duration, time_bars
 from jobs.demo.report.numbers import Demo, Goal, goals, measure
+from jobs.reporting.charts import Bar, Curve, curve, duration, time_bars
+from jobs.reporting.hardware import hardware
+from jobs.reporting.page import render
 from retrieval.storage.manifest import read_manifest
 from trainer.evaluation.charts import LABELS
 from trainer.evaluation.styles import style_words
-from trainer.tracking.progress import METRICS, read_points
+from trainer.tracking.training_log import METRICS, read_step_metrics
 
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
 PROMPTS = 6
 PROMPT_SHEETS = 3
 IMAGE_SHEETS = 4
@@ -58,37 +57,9 @@ def write_report_of(demo: Demo) -> Outcome:
     numbers = measure(demo)
     found = goals(numbers)
     demo.root.write_json("report.json", {**numbers, "goals": [asdict(goal) for goal in found]})
-    page = render(_content(demo, numbers, found))
+    page = render(TEMPLATE, _content(demo, numbers, found))
     demo.root.write_bytes("report.html", page.encode())
     return Outcome(demo.root.local_path("report.html"), tuple(found))
-
-
-def render(content: dict[str, Any]) -> str:
-    """The page. content: the names that the template `report.html.jinja` asks for."""
-    here = Path(__file__).parent
-    environment = Environment(
-        loader=FileSystemLoader(here),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.jinja").render(content)
-
-
-def hardware() -> str:
-    """The machine in a line: processor, CPUs that this process may use, memory, system."""
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in _lines("/proc/cpuinfo")
-        if line.startswith(("model name", "Model"))
-    ]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parts = [names[0] if names else platform.machine(), f"{cpus} CPUs", f"{memory:.0f} GiB of memory"]
-    return ", ".join(
-        [*parts, f"{platform.system()} {platform.machine()}", f"Python {platform.python_version()}"]
-    )
 
 
 def _content(demo: Demo, numbers: dict[str, Any], found: list[Goal]) -> dict[str, Any]:
@@ -138,9 +109,5 @@ def _style_bars(evaluation: dict[str, Any]) -> list[StyleBars]:
 
 
 def _loss(demo: Demo) -> Curve:
-    points = read_points(demo.root.local_path(f"runs/{demo.name}/train/{METRICS}"))
+    points = read_step_metrics(demo.root.local_path(f"runs/{demo.name}/train/{METRICS}"))
     return curve([point.step for point in points], [point.loss for point in points])
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []

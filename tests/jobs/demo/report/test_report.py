@@ -3,10 +3,8 @@
 import json
 from html.parser import HTMLParser
 
-import numpy as np
 import pytest
 
-from jobs.demo.report.charts import curve, duration, ticks
 from jobs.demo.report.funnel import statuses, steps
 from jobs.demo.report.numbers import Demo
 from jobs.demo.report.report import Outcome, write_report_of
@@ -130,26 +128,3 @@ def test_a_sheet_shows_the_neighbors_of_the_table_in_their_order(demo: Demo) -> 
         assert similarities == sorted(similarities, reverse=True)
         assert all("/d" in one.url for one in sheet.neighbors)
         assert "/t" in sheet.picture.url
-
-
-def test_a_curve_stays_in_its_box_and_ends_at_its_last_step() -> None:
-    drawn = curve([10, 20, 30, 40], [9.0, 1.0, 0.5, 0.5])
-    x, y = zip(*(map(float, point.split(",")) for point in drawn.raw.split()), strict=True)
-    assert x == (25.0, 50.0, 75.0, 100.0)
-    assert all(-5 <= one <= 105 for one in y)
-    assert list(y) == sorted(y)
-    assert [tick.label for tick in drawn.x_ticks] == ["0", "10", "20", "30", "40"]
-
-
-@pytest.mark.parametrize("end", [1e-4, 0.034, 0.9, 1.0, 7.0, 2000.0, 2025.0, 123456.0])
-def test_ticks_are_few_and_reach_the_end(end: float) -> None:
-    found = ticks(end)
-    assert 3 <= len(found) <= 7
-    assert found[0] == 0
-    assert found[-1] >= end * 0.999
-    assert np.allclose(np.diff(found), found[1])
-
-
-def test_durations_read_well() -> None:
-    found = [duration(one) for one in (0.44, 9.99, 51.2, 59.7, 500)]
-    assert found == ["0.4 s", "10.0 s", "51 s", "1 min 00 s", "8 min 20 s"]

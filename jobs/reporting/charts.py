@@ -1,7 +1,7 @@
-"""The geometry of the report's charts: shares of an axis in percent, ready for HTML and SVG.
+"""Geometry of a report's charts: positions in percent of an axis, ready for HTML and SVG.
 
-Takes measured values, gives positions; reads and writes nothing. What is drawn stretches with the page,
-so nothing here is in pixels.
+Takes measured values and returns positions; reads and writes nothing. Charts scale with the page, so
+there are no pixels here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-NICE = (1.0, 2.0, 2.5, 5.0, 10.0)
+STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
 
 
 @dataclass(frozen=True)
 class Tick:
-    """A labelled place on an axis, in percent from its start."""
+    """A label on an axis and its distance from the start in percent."""
 
     percent: float
     label: str
@@ -33,7 +33,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar from 0: its label, its length in percent of the axis, and its value in words."""
+    """A bar: its label, its length in percent of the axis, and its value as text."""
 
     label: str
     percent: float
@@ -41,28 +41,28 @@ class Bar:
 
 
 def curve(x: Sequence[float], y: Sequence[float]) -> Curve:
-    """A line through (x, y) with its moving average; both axes start at 0. Needs a point beyond x = 0."""
+    """A line through (x, y) and its moving average; both axes start at 0. At least one x must be above 0."""
     values = np.asarray(y, np.float64)
     x_end = float(max(x))
-    # the first values of a loss tower above all others
+    # The first losses are far above all others: the axis leaves out the highest 2 %.
     y_end = ticks(float(np.quantile(values, 0.98)))[-1]
-    places = np.asarray(x, np.float64) / x_end * 100
+    positions = np.asarray(x, np.float64) / x_end * 100
     return Curve(
-        raw=_polyline(places, values / y_end * 100),
-        smooth=_polyline(places, _smooth(values) / y_end * 100),
+        raw=_polyline(positions, values / y_end * 100),
+        smooth=_polyline(positions, _smooth(values) / y_end * 100),
         x_ticks=_ticks_until(x_end),
         y_ticks=_ticks_until(y_end),
     )
 
 
 def time_bars(seconds: Mapping[str, float]) -> list[Bar]:
-    """One bar for each stage, in order, on a common axis."""
+    """One bar for each stage, in order, on a common axis. seconds: by stage."""
     longest = max(seconds.values(), default=0) or 1
-    return [Bar(stage, 100 * took / longest, duration(took)) for stage, took in seconds.items()]
+    return [Bar(stage, 100 * value / longest, duration(value)) for stage, value in seconds.items()]
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words, such as `0.4 s`, `51 s` or `8 min 20 s`.
+    """A duration as text, such as `0.4 s`, `51 s` or `8 min 20 s`.
 
     >>> duration(500.2)
     '8 min 20 s'
@@ -74,23 +74,23 @@ def duration(seconds: float) -> str:
 
 
 def ticks(end: float) -> list[float]:
-    """Three to six round numbers from 0 that reach `end` or more, evenly spaced.
+    """Three to six evenly spaced round numbers from 0 to `end` or more.
 
     >>> ticks(0.9)
     [0.0, 0.25, 0.5, 0.75, 1.0]
     """
     step = end / 4
     power = 10.0 ** np.floor(np.log10(step))
-    step = float(power * next(nice for nice in NICE if nice * power >= step * 0.999))
+    step = float(power * next(nice for nice in STEPS if nice * power >= step * 0.999))
     return [round(step * i, 10) for i in range(int(np.ceil(round(end / step, 6))) + 1)]
 
 
 def _ticks_until(end: float) -> tuple[Tick, ...]:
-    return tuple(Tick(100 * place / end, f"{place:,g}") for place in ticks(end) if place <= end)
+    return tuple(Tick(100 * value / end, f"{value:,g}") for value in ticks(end) if value <= end)
 
 
 def _smooth(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The mean of each value and those around it, over a twentieth of all; shorter at the ends."""
+    """Centered moving average over a twentieth of the values; the window is shorter at the ends."""
     half = max(1, len(values) // 40)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     low = np.maximum(np.arange(len(values)) - half, 0)
