@@ -2,8 +2,8 @@
 
 Reads the hashes of `download/{train,database}/<shard>.parquet`; writes `embed/copies/<group>.parquet`, the
 ids of a group of database shards that must not enter the database, each with its reason: equal content
-(SHA-256 of the bytes as sent), or a perceptual hash (`phash`) that differs in a few bits. Both sides are taken in
-blocks, so that memory does not grow with them.
+(SHA-256 of the bytes as sent), or a perceptual hash (`phash`) that differs in a few bits. Both sides are read
+in blocks, so that memory does not grow with them.
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ def grouped(shards: Sequence[ShardRecord], most: int = ROWS_PER_GROUP) -> list[l
 
 
 def make_copies(root: Root, train: list[list[str]], database: list[list[str]], bits: int) -> Work:
-    """Work that writes `embed/copies/<group>` by group number. bits: largest Hamming distance of near copies."""
+    """Work that writes `embed/copies/<group>` by group number. bits: largest distance of near copies."""
     return partial(_copies, root, train, database, bits)
 
 

@@ -2,7 +2,8 @@
 
 Reads a text file, one entry a line: a URL, a domain (its subdomains are meant too), an image id as the 16
 hex digits that name it in the tars or as a signed decimal; `md5:` or `sha256:` with the hex digits of a
-file's hash, `phash:` with the 16 of `retrieval.perceptual_hash`. Empty lines and lines that begin with `#` are skipped.
+file's hash, `phash:` with the 16 of a perceptual hash. Empty lines and lines
+that begin with `#` are skipped.
 """
 
 import hashlib
