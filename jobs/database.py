@@ -1,14 +1,15 @@
-"""`python -m jobs.database RECIPE --name NAME --source SOURCE`: builds style databases from pictures.
+"""`laion-rdm database RECIPE --name NAME --source SOURCE`: builds style databases from pictures.
 
-SOURCE is a folder of pictures, WebDataset tars, or a CSV or Parquet of paths; `--by-style` adds a database of
-each style that its folders or labels tell apart.
+SOURCE is a folder of pictures, a WebDataset tar, or a CSV or Parquet file of paths. `--by-style` also builds
+one database for each style, taken from the source's folders or labels.
 """
 
 import re
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from jobs.cli.command import execute, finish, parser
+from jobs.cli.command import exit_on_user_error, recipe_parser, run_on_recipe
 from jobs.cli.recipe import Recipe
 from pipeline.databases import database
 from pipeline.databases.sources import Source
@@ -22,30 +23,33 @@ NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
 
 def run(recipe: Recipe, name: str, source: Source, by_style: bool = False) -> None:
-    """Build `databases/<name>` of the recipe's root, and those of the styles, each with its card."""
+    """Build `databases/<name>` below the recipe's root, and those of the styles, each with its README.md."""
     if not NAME.fullmatch(name):
-        raise UserError(f"--name {name!r}: wanted small letters, digits, - and _, as in 'ukiyo-e'")
+        raise UserError(f"--name {name!r}: wanted lower-case letters, digits, - and _, as in 'ukiyo-e'")
     databases = database.style_databases(name, source) if by_style else {name: ""}
     encoder = Encoder(recipe[ClipConfig])
-    for built in database.run_all(databases, source, encoder, recipe[IndexConfig], recipe.root):
-        text = card(Database.open(recipe.root.child(built.stage)), datetime.now(UTC).date())
-        recipe.root.write_bytes(f"{built.stage}/README.md", text.encode())
+    for manifest in database.run_all(databases, source, encoder, recipe[IndexConfig], recipe.root):
+        text = card(Database.open(recipe.root.child(manifest.stage)), datetime.now(UTC).date())
+        recipe.root.write_bytes(f"{manifest.stage}/README.md", text.encode())
 
 
-def main() -> None:
-    """Parse arguments and build."""
-    made = parser("database", __doc__ or "")
-    made.add_argument("--name", required=True, help="the database's name, as sample.databases lists it")
-    made.add_argument("--source", required=True, type=Path, help="a folder, .tar, .csv or .parquet")
-    made.add_argument("--by-style", action="store_true", help="also a database of each style")
-    made.add_argument("--images", type=Path, help="the folder that a table's paths are relative to")
-    made.add_argument(
-        "--artist-title", action="store_true", help="files are named artist_title.jpg, as WikiArt's"
-    )
-    made.add_argument("--license", default="", help="of pictures that state none")
-    found = made.parse_args()
-    source = Source(found.source, found.images, found.artist_title, found.license)
-    finish(lambda: execute(found, lambda recipe: run(recipe, found.name, source, found.by_style)))
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the arguments and build."""
+    parser = recipe_parser("database", __doc__)
+    add = parser.add_argument
+    add("--name", required=True, help="name of the database, as in sample.databases of a recipe")
+    add("--source", required=True, type=Path, help="a folder, .tar, .csv or .parquet")
+    add("--by-style", action="store_true", help="also build a database for each style")
+    add("--images", type=Path, metavar="FOLDER", help="folder that the paths in a CSV or Parquet start from")
+    add("--artist-title", action="store_true", help="file names are artist_title.jpg, as in WikiArt")
+    add("--license", default="", help="license of the pictures that state none")
+    arguments = parser.parse_args(argv)
+    source = Source(arguments.source, arguments.images, arguments.artist_title, arguments.license)
+
+    def build(recipe: Recipe) -> None:
+        run(recipe, arguments.name, source, arguments.by_style)
+
+    exit_on_user_error(lambda: run_on_recipe(arguments, build))
 
 
 if __name__ == "__main__":

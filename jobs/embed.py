@@ -1,6 +1,6 @@
-"""`python -m jobs.embed RECIPE`: computes the CLIP vector of every downloaded image."""
+"""`laion-rdm embed RECIPE`: computes the CLIP vector of every downloaded image."""
 
-from jobs.cli.command import main
+from jobs.cli.command import stage_command
 from jobs.cli.recipe import Recipe
 from pipeline import embed as stage
 from pipeline.recipe import EmbedConfig
@@ -14,5 +14,7 @@ def run(recipe: Recipe) -> None:
         stage.run(recipe[EmbedConfig], recipe[ClipConfig], recipe.root)
 
 
+main = stage_command("embed", __doc__, run)
+
 if __name__ == "__main__":
-    main("embed", __doc__, run)
+    main()

@@ -1,6 +1,6 @@
 """`python -m jobs.evaluate RECIPE`: measures style by swapped database, against naming it in the prompt."""
 
-from jobs.cli.command import main
+from jobs.cli.command import stage_command
 from jobs.cli.recipe import Recipe
 from jobs.sample import trained
 from trainer.evaluation import evaluate as stage
@@ -12,5 +12,7 @@ def run(recipe: Recipe) -> None:
     stage.run(recipe[EvaluateConfig], trained(recipe), recipe.root)
 
 
+main = stage_command("evaluate", __doc__, run)
+
 if __name__ == "__main__":
-    main("evaluate", __doc__, run)
+    main()

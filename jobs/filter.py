@@ -1,6 +1,6 @@
-"""`python -m jobs.filter RECIPE`: selects the training set and the database from LAION metadata."""
+"""`laion-rdm filter RECIPE`: selects training images and database images from LAION's metadata."""
 
-from jobs.cli.command import main
+from jobs.cli.command import stage_command
 from jobs.cli.recipe import Recipe
 from pipeline.filter import filter as stage
 from pipeline.recipe import FilterConfig
@@ -13,5 +13,7 @@ def run(recipe: Recipe) -> None:
         stage.run(recipe[FilterConfig], recipe.root)
 
 
+main = stage_command("filter", __doc__, run)
+
 if __name__ == "__main__":
-    main("filter", __doc__, run)
+    main()

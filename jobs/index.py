@@ -1,6 +1,6 @@
-"""`python -m jobs.index RECIPE`: builds the training database from the vectors of its images."""
+"""`laion-rdm index RECIPE`: builds the search index of the database images from their CLIP vectors."""
 
-from jobs.cli.command import main
+from jobs.cli.command import stage_command
 from jobs.cli.recipe import Recipe
 from pipeline import index as stage
 from retrieval.cluster.connection import connected
@@ -13,5 +13,7 @@ def run(recipe: Recipe) -> None:
         stage.run(recipe[IndexConfig], recipe.root)
 
 
+main = stage_command("index", __doc__, run)
+
 if __name__ == "__main__":
-    main("index", __doc__, run)
+    main()

@@ -1,6 +1,6 @@
-"""`python -m jobs.neighbors RECIPE`: finds the nearest database images of every training image."""
+"""`laion-rdm neighbors RECIPE`: finds the nearest database images of every training image."""
 
-from jobs.cli.command import main
+from jobs.cli.command import stage_command
 from jobs.cli.recipe import Recipe
 from pipeline.neighbors import neighbors as stage
 from pipeline.recipe import NeighborsConfig
@@ -13,5 +13,7 @@ def run(recipe: Recipe) -> None:
         stage.run(recipe[NeighborsConfig], recipe.root)
 
 
+main = stage_command("neighbors", __doc__, run)
+
 if __name__ == "__main__":
-    main("neighbors", __doc__, run)
+    main()

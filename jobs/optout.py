@@ -1,8 +1,9 @@
-"""`python -m jobs.optout RECIPE --list FILE`: takes listed images out of databases and training."""
+"""`laion-rdm optout RECIPE --list FILE`: removes listed images from databases and training tables."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from jobs.cli.command import execute, finish, parser
+from jobs.cli.command import exit_on_user_error, recipe_parser, run_on_recipe
 from jobs.cli.recipe import Recipe
 from pipeline import optout
 from pipeline.web.blocklist import read_blocklist
@@ -11,7 +12,7 @@ from retrieval.errors import UserError
 
 
 def run(recipe: Recipe, path: str) -> None:
-    """Remove what a blocklist names from the recipe's run, and say what that was."""
+    """Remove the images of a blocklist from the outputs below the recipe's root, and print a report."""
     blocklist = read_blocklist(path, "--list")
     if not blocklist.identity:
         raise UserError("--list is empty: name a text file of URLs, domains, image ids and hashes.")
@@ -22,24 +23,24 @@ def run(recipe: Recipe, path: str) -> None:
 
 
 def lines(report: dict[str, Any]) -> list[str]:
-    """The report for a person."""
+    """The report as lines of text."""
     tables, trained = report["neighbors"], report["trained"]
     return [
-        f"{len(report['ids']):,} images of this run are meant",
+        f"{len(report['ids']):,} images of this run are on the list",
         *(f"hidden in {folder}: {count:,}" for folder, count in report["databases"].items()),
-        f"training images dropped: {tables['dropped']:,}; with other neighbors now: {tables['refilled']:,}",
-        f"trained with them: {', '.join(trained['with']) or 'no run'}",
-        f"trained on tables that are gone: {', '.join(trained['unknown']) or 'no run'}",
+        f"training images dropped: {tables['dropped']:,}; with replaced neighbors: {tables['refilled']:,}",
+        f"runs trained with them: {', '.join(trained['with']) or 'none'}",
+        f"runs trained on neighbor tables that no longer exist: {', '.join(trained['unknown']) or 'none'}",
         report["remains"],
     ]
 
 
-def main() -> None:
-    """Parse arguments and remove."""
-    made = parser("optout", __doc__ or "")
-    made.add_argument("--list", required=True, dest="path", help="a text file or URL, one entry a line")
-    arguments = made.parse_args()
-    finish(lambda: execute(arguments, lambda recipe: run(recipe, arguments.path)))
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the arguments and remove the images."""
+    parser = recipe_parser("optout", __doc__)
+    parser.add_argument("--list", required=True, dest="path", help="a text file or URL, one entry a line")
+    arguments = parser.parse_args(argv)
+    exit_on_user_error(lambda: run_on_recipe(arguments, lambda recipe: run(recipe, arguments.path)))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from socketserver import StreamRequestHandler, ThreadingTCPServer
 
 from benchmarks.common.page import REPOSITORY
-from jobs.demo.server.orphans import exit_with_parent
+from jobs.demo.child_process import exit_with_parent
 
 BUCKET = "crashes"
 UNAVAILABLE = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"

@@ -16,7 +16,7 @@ import torch
 from pydantic import ValidationError
 
 from jobs.capacity.page import page, table
-from jobs.cli.command import execute, finish, parser
+from jobs.cli.command import exit_on_user_error, recipe_parser, run_on_recipe
 from jobs.cli.recipe import Recipe, load_recipe
 from pipeline.capacity import HALF, Cost, Data, Inputs, Need, Reckoning, cost
 from pipeline.recipe import DownloadConfig, FilterConfig, NeighborsConfig
@@ -125,12 +125,12 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    made = parser("capacity", __doc__ or "")
+    made = recipe_parser("capacity", __doc__ or "")
     made.add_argument("--inputs", type=Path, default=INPUTS, help="sizes, rates, machines and prices")
     made.add_argument("--json", action="store_true", help="everything as JSON instead of a table")
     made.add_argument("--page", type=Path, metavar="FILE", help="write the page there too")
     arguments = made.parse_args(argv)
-    finish(lambda: execute(arguments, lambda recipe: run(recipe, arguments)))
+    exit_on_user_error(lambda: run_on_recipe(arguments, lambda recipe: run(recipe, arguments)))
 
 
 if __name__ == "__main__":

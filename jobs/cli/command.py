@@ -1,4 +1,4 @@
-"""What every `python -m jobs.<stage> RECIPE` shares: arguments, logging, and how errors end."""
+"""Shared by all commands that take a recipe: arguments, logging and how errors end the process."""
 
 import argparse
 import json
@@ -11,13 +11,19 @@ from jobs.cli.recipe import Recipe, load_recipe
 from retrieval.errors import UserError
 
 USER_ERROR = 2
+"""Exit code of a command that ends with a UserError."""
+QUIET_LIBRARIES = ("httpx", "PIL", "matplotlib", "fsspec", "s3fs", "urllib3", "faiss.loader")
+
+Main = Callable[[Sequence[str] | None], None]
 
 
-def parser(stage: str, about: str) -> argparse.ArgumentParser:
-    """The arguments that every command takes."""
-    made = argparse.ArgumentParser(prog=f"python -m jobs.{stage}", description=about)
-    made.add_argument("recipe", type=Path, metavar="RECIPE", help="a TOML file of jobs/configs")
-    made.add_argument(
+def recipe_parser(command: str, about: str | None) -> argparse.ArgumentParser:
+    """The arguments that every command has: RECIPE, --set and --dry-run."""
+    parser = argparse.ArgumentParser(prog=f"laion-rdm {command}", description=about)
+    parser.add_argument(
+        "recipe", type=Path, metavar="RECIPE", help="TOML file, such as those in jobs/configs"
+    )
+    parser.add_argument(
         "--set",
         action="append",
         default=[],
@@ -25,18 +31,24 @@ def parser(stage: str, about: str) -> argparse.ArgumentParser:
         dest="overrides",
         help="override one key of the recipe; may be repeated",
     )
-    made.add_argument("--dry-run", action="store_true", help="check and print the resolved recipe, then stop")
-    return made
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check and print the resolved recipe, then stop"
+    )
+    return parser
 
 
-def main(stage: str, about: str, run: Callable[[Recipe], object], argv: Sequence[str] | None = None) -> None:
-    """Parse arguments and run one stage."""
-    arguments = parser(stage, about).parse_args(argv)
-    finish(lambda: execute(arguments, run))
+def stage_command(stage: str, about: str | None, run: Callable[[Recipe], object]) -> Main:
+    """The `main` of a command that has no arguments but those of `recipe_parser`."""
+
+    def main(argv: Sequence[str] | None = None) -> None:
+        arguments = recipe_parser(stage, about).parse_args(argv)
+        exit_on_user_error(lambda: run_on_recipe(arguments, run))
+
+    return main
 
 
-def execute(arguments: argparse.Namespace, run: Callable[[Recipe], object]) -> None:
-    """Load the recipe that the arguments name, and run on it unless this is a dry run."""
+def run_on_recipe(arguments: argparse.Namespace, run: Callable[[Recipe], object]) -> None:
+    """Load the recipe that the arguments name. With --dry-run print it, else call `run` with it."""
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.dry_run:
         print(json.dumps(recipe.resolved(), indent=2))
@@ -44,8 +56,8 @@ def execute(arguments: argparse.Namespace, run: Callable[[Recipe], object]) -> N
         run(recipe)
 
 
-def finish(work: Callable[[], None]) -> None:
-    """Do the work; a UserError is printed without its traceback and ends the process with code 2."""
+def exit_on_user_error(work: Callable[[], None]) -> None:
+    """Call `work`. A UserError is printed without its traceback and ends the process with code 2."""
     _start_log()
     try:
         work()
@@ -55,13 +67,14 @@ def finish(work: Callable[[], None]) -> None:
 
 
 def _start_log() -> None:
-    """Our stages log at INFO, by their names; libraries are heard when they warn."""
+    """Log stages at INFO under their names, and libraries at WARNING."""
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s  %(name)s: %(message)s", datefmt="%H:%M:%S", force=True
     )
-    for noisy in ("httpx", "PIL", "matplotlib", "fsspec", "s3fs", "urllib3", "faiss.loader"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    # open_clip tells of every file through the nameless logger, and autofaiss sets its own level back.
-    talkative = ("root", "autofaiss")
+    for library in QUIET_LIBRARIES:
+        logging.getLogger(library).setLevel(logging.WARNING)
+    # open_clip logs every file through the root logger, and autofaiss resets its own level.
     [handler] = logging.getLogger().handlers
-    handler.addFilter(lambda record: record.name not in talkative or record.levelno >= logging.WARNING)
+    handler.addFilter(
+        lambda record: record.name not in ("root", "autofaiss") or record.levelno >= logging.WARNING
+    )

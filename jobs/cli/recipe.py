@@ -1,18 +1,20 @@
-"""Recipes: one TOML file that says everything a run needs, checked whole before any work begins.
+"""Recipes: one TOML file with all settings of a run. It is checked completely before any work begins.
 
-A recipe has a `root` and a section for each stage it runs; a section's keys are the fields of that
-stage's configuration. `--set section.key=value` overrides one key.
+A recipe has a `root` and a section for each stage it runs; the keys of a section are the fields of that
+stage's configuration. `extension = "jobs.demo"` adds the sections of that package. `--set section.key=value`
+overrides one key. Reading a recipe imports neither torch nor Ray.
 """
 
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from pydantic import ValidationError
 
-from jobs.demo.recipe import AutoencoderTraining, ClipTraining, WorldConfig
 from jobs.explore.config import ExploreConfig
 from pipeline.recipe import DownloadConfig, EmbedConfig, FilterConfig, NeighborsConfig
 from retrieval.config import Config
@@ -39,13 +41,20 @@ SECTIONS: dict[str, type[Config]] = {
     "evaluate": EvaluateConfig,
     "paper": PaperConfig,
     "explore": ExploreConfig,
-    "world": WorldConfig,
-    "clip_training": ClipTraining,
-    "autoencoder_training": AutoencoderTraining,
 }
-"""Sections and their classes, which stand apart from the stages: a recipe is read without torch and Ray."""
+"""Name and class of every section that a recipe may have without an extension."""
 
 Section = TypeVar("Section", bound=Config)
+
+
+class Extension(Protocol):
+    """What a package must offer to be named by the recipe's key `extension`."""
+
+    SECTIONS: Mapping[str, type[Config]]
+    """Name and class of every section that it adds."""
+
+    def serving(self, recipe: "Recipe") -> AbstractContextManager[object]:
+        """A context in which the URLs of the recipe's metadata can be downloaded."""
 
 
 class Recipe:
@@ -56,57 +65,79 @@ class Recipe:
         self.overrides = tuple(overrides)
         self.root = Root(root)
         self.sections = sections
+        self.extension = ""
+        """Dotted name of the package that adds sections; empty: none."""
 
-    def __getitem__(self, wanted: type[Section]) -> Section:
+    def __getitem__(self, kind: type[Section]) -> Section:
         """The section of a configuration class. Raises UserError if the recipe has none."""
         for section in self.sections.values():
-            if isinstance(section, wanted):
+            if isinstance(section, kind):
                 return section
-        [name] = [one for one, kind in SECTIONS.items() if kind is wanted]
-        raise UserError(f"{self.path} has no section [{name}], which this command needs. Add it.")
+        names = [f"section [{name}]" for name, known in SECTIONS.items() if known is kind]
+        missing = names[0] if names else f"section for {kind.__name__} ({kind.__module__})"
+        raise UserError(f"{self.path} has no {missing}, which this command needs. Add it.")
 
     def has(self, name: str) -> bool:
         """True if the recipe has a section of this name."""
         return name in self.sections
 
+    def serving(self) -> AbstractContextManager[object]:
+        """The context around the download stage: that of the extension, or an empty one."""
+        return load_extension(self.path, self.extension).serving(self) if self.extension else nullcontext()
+
     def arguments(self) -> list[str]:
-        """The command-line arguments that make this recipe again, in another process."""
+        """Command-line arguments with which another process loads the same recipe."""
         return [str(self.path), *(word for override in self.overrides for word in ("--set", override))]
 
     def resolved(self) -> dict[str, Any]:
-        """Everything, defaults included, ready for JSON."""
-        plain = {name: section.model_dump(mode="json") for name, section in self.sections.items()}
-        return {"root": self.root.url, **plain}
+        """All values, defaults included, ready for JSON."""
+        sections = {name: section.model_dump(mode="json") for name, section in self.sections.items()}
+        extension = {"extension": self.extension} if self.extension else {}
+        return {"root": self.root.url, **extension, **sections}
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe. overrides: `section.key=value`, values as in TOML or bare words.
 
-    Raises UserError naming the file, the key, what was found and what was wanted.
+    Raises UserError with the file, the key, the value found and the value wanted.
     """
-    found = _read(path)
+    values = _read(path)
     for override in overrides:
-        _override(found, override)
-    root = found.pop("root", None)
+        _override(values, override)
+    root, extension = values.pop("root", None), values.pop("extension", "")
     if not isinstance(root, str) or not root:
-        raise UserError(f"{path}: root must be a folder or an URL such as 'runs/demo', got {root!r}")
-    unknown = sorted(set(found) - set(SECTIONS))
+        raise UserError(f"{path}: root must be a folder or a URL such as 'runs/demo', got {root!r}")
+    kinds = SECTIONS | dict(load_extension(path, extension).SECTIONS if extension else {})
+    unknown = sorted(set(values) - set(kinds))
     if unknown:
-        raise UserError(f"{path}: unknown section [{unknown[0]}]. Known are {', '.join(SECTIONS)}.")
-    sections = {name: _section(path, name, found[name]) for name in SECTIONS if name in found}
-    return Recipe(path, overrides, root, sections)
+        raise UserError(f"{path}: unknown section [{unknown[0]}]. Known sections: {', '.join(kinds)}.")
+    sections = {name: _section(path, name, kinds[name], values[name]) for name in kinds if name in values}
+    recipe = Recipe(path, overrides, root, sections)
+    recipe.extension = extension
+    return recipe
+
+
+def load_extension(path: Path, name: object) -> Extension:
+    """Import the package that the recipe at `path` names. Raises UserError if it is not one of ours."""
+    # A recipe is data: only code of this project may be imported because of it.
+    if not isinstance(name, str) or not name.startswith("jobs."):
+        raise UserError(f"{path}: extension must be a package below jobs, such as 'jobs.demo', got {name!r}")
+    try:
+        return cast(Extension, import_module(name))
+    except ModuleNotFoundError as error:
+        raise UserError(f"{path}: extension {name!r} cannot be imported: {error}") from error
 
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"recipe {path} is not there. Recipes stand in jobs/configs.")
+        raise UserError(f"recipe {path} does not exist. The project's recipes are in jobs/configs.")
     try:
         return tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not TOML: {error}") from error
 
 
-def _override(found: dict[str, Any], override: str) -> None:
+def _override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     section, dot, name = key.strip().partition(".")
     if not equals or (not dot and section != "root"):
@@ -116,18 +147,19 @@ def _override(found: dict[str, Any], override: str) -> None:
     except tomllib.TOMLDecodeError:
         value = text.strip()
     if dot:
-        found.setdefault(section, {})[name] = value
+        values.setdefault(section, {})[name] = value
     else:
-        found["root"] = value
+        values["root"] = value
 
 
-def _section(path: Path, name: str, values: Any) -> Config:
-    kind = SECTIONS[name]
+def _section(path: Path, name: str, kind: type[Config], values: Any) -> Config:
     try:
-        # JSON, because strict validation takes a list for a tuple only from there.
+        # Strict validation accepts a list for a tuple only in JSON.
         return kind.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        known = ", ".join(kind.model_fields)
-        found = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors()]
-        text = "\n".join([f"{path}: section [{name}]", *found, f"Known keys: {known}."])
-        raise UserError(text) from error
+        problems = [
+            f"  {'.'.join(map(str, each['loc']))}: {each['msg']}, got {each['input']!r}"
+            for each in error.errors()
+        ]
+        keys = f"Known keys: {', '.join(kind.model_fields)}."
+        raise UserError("\n".join([f"{path}: section [{name}]", *problems, keys])) from error

@@ -18,13 +18,13 @@ from retrieval.cluster.connection import connected
 from retrieval.errors import UserError
 from retrieval.storage.root import Root
 from trainer.engine.deepspeed_engine import accumulation_steps
-from trainer.recipe import Training
+from trainer.recipe import TrainingRecipe
 from trainer.training import train as stage
 
 log = logging.getLogger("train")
 
 
-def train_on_ray(config: Training, root: Root) -> None:
+def train_on_ray(config: TrainingRecipe, root: Root) -> None:
     """Train with `train.ranks` workers, or one for each GPU of the cluster. Raises what a worker raised."""
     checkpoints = stage.checkpoints_of(stage.prepare(config, root), root)
     with connected():
@@ -43,12 +43,12 @@ def train_on_ray(config: Training, root: Root) -> None:
                 log.warning(f"a worker was lost; going on from step {newest:,}")
 
 
-def ranks_on_ray(config: Training) -> int:
+def ranks_on_ray(config: TrainingRecipe) -> int:
     """Workers to start; call it inside `connected`."""
     return config.train.ranks or max(1, int(ray.cluster_resources().get("GPU", 0)))
 
 
-def _trainer(config: Training, root: Root) -> TorchTrainer:
+def _trainer(config: TrainingRecipe, root: Root) -> TorchTrainer:
     gpus = ray.cluster_resources().get("GPU", 0) > 0
     storage = root.local_path(config.train.folder) / "ray"
     return TorchTrainer(
@@ -60,7 +60,7 @@ def _trainer(config: Training, root: Root) -> TorchTrainer:
     )
 
 
-def _be_a_rank(config: Training, root: Root, folder: str) -> None:
+def _be_a_rank(config: TrainingRecipe, root: Root, folder: str) -> None:
     """What a worker does. folder: paths in the recipe are relative to it."""
     if os.path.isdir(folder):
         os.chdir(folder)

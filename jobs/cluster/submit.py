@@ -17,7 +17,7 @@ from pathlib import Path
 from aiohttp import ClientError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from jobs.cli.command import finish
+from jobs.cli.command import exit_on_user_error
 from retrieval.errors import UserError
 
 FOLDER = Path(__file__).resolve().parents[2]
@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if code:
             raise SystemExit(code)
 
-    finish(work)
+    exit_on_user_error(work)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from jobs import download, embed, evaluate, filter, index, latents, neighbors, sample, train
-from jobs.cli.command import main
+from jobs.cli.command import stage_command
 from jobs.cli.recipe import Recipe
 from jobs.demo.models.autoencoder import train_autoencoder
 from jobs.demo.models.clip import train_clip
@@ -103,5 +103,7 @@ def _mark(root: Root, name: str) -> bytes:
         return file.read()
 
 
+main = stage_command("demo", __doc__, run)
+
 if __name__ == "__main__":
-    main("demo", __doc__, run)
+    main()

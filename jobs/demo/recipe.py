@@ -5,7 +5,7 @@ Nothing that computes is imported here: who reads or checks settings need not wa
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from retrieval.config import Config, speed
+from retrieval.config import Config, runtime_setting
 
 # Scenes of a batch that share style, color and background, so that shape, count and layout matter too.
 TWINS = 4
@@ -28,7 +28,7 @@ class WorldConfig(Config):
     """Pictures of 256 px of contents that no other picture shows, with captions and prompts."""
     num_metadata_files: int = Field(default=4, ge=1)
     """Parquet files that the rows are spread over."""
-    workers: int = speed(2, ge=1)
+    workers: int = runtime_setting(2, ge=1)
     """Processes that draw."""
 
 
@@ -47,7 +47,7 @@ class ClipTraining(Config):
     """Highest step size of AdamW, after a tenth of the steps; it falls to 0 at the end."""
     num_test_scenes: PositiveInt = 1000
     """Held-out scenes that the recall is measured on."""
-    num_threads: PositiveInt = speed(2)
+    num_threads: PositiveInt = runtime_setting(2)
     """CPU threads of the training, and processes that draw."""
 
 
@@ -68,5 +68,5 @@ class AutoencoderTraining(Config):
     """Channels of a latent; it stands for 4 x 4 pixels."""
     latent_noise: PositiveFloat = 0.05
     """Noise on the latents in training, in deviations: the decoder learns to bear a sampler's errors."""
-    num_threads: PositiveInt = speed(2)
+    num_threads: PositiveInt = runtime_setting(2)
     """CPU threads of the training, and processes that draw."""

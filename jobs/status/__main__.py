@@ -14,14 +14,21 @@ from typing import Any
 
 import numpy as np
 
-from jobs.cli.command import finish, parser
+from jobs.cli.command import exit_on_user_error, recipe_parser
 from jobs.cli.recipe import Recipe, load_recipe
 from jobs.status.training_progress import of_training
-from pipeline.runtime.status import Known, Status, Wanted, duration, judge, manifest_of
+from pipeline.runtime.status import (
+    StageSpec,
+    Status,
+    UpstreamStages,
+    find_manifest,
+    format_duration,
+    stage_status,
+)
 from retrieval.config import Config
 from retrieval.errors import UserError
 from retrieval.storage.root import Root
-from trainer.recipe import LatentsConfig, TrainConfig, Training
+from trainer.recipe import LatentsConfig, TrainConfig, TrainingRecipe
 
 DATA = ("filter", "download", "embed", "index", "neighbors", "latents")
 OF_A_RUN = ("train", "sample", "evaluate")
@@ -41,31 +48,31 @@ def statuses(recipe: Recipe, now: float) -> list[Status]:
             f"{root.url} is not there: nothing was run with {recipe.path} yet, or elsewhere. "
             f"Begin with 'make filter RECIPE={recipe.path}', or name the folder: --set root=..."
         )
-    known: Known = {}
+    known: UpstreamStages = {}
     found = []
     for name in (*DATA, *OF_A_RUN):
         if not recipe.has(name) or (name in OF_A_RUN and not recipe.has("train")):
             continue
         wanted = _wanted(recipe, name, known)
-        manifest = manifest_of(root, wanted.folder)
-        status = judge(root, wanted, manifest, known, now)
+        manifest = find_manifest(root, wanted.folder)
+        status = stage_status(root, wanted, manifest, known, now)
         if name == "train":
             status = of_training(root, wanted.folder, status, (recipe[TrainConfig], now))
         found.append(status)
-        known[wanted.word] = status, manifest
+        known[wanted.name] = status, manifest
         if name == "index":
             known["database/index"] = known[name]  # as sample and evaluate call it
     return found
 
 
-def _wanted(recipe: Recipe, name: str, known: Known) -> Wanted:
+def _wanted(recipe: Recipe, name: str, known: UpstreamStages) -> StageSpec:
     """What the recipe asks of a stage, and how many shards the manifests before it make it."""
     config = recipe.sections[name]
     if name in OF_A_RUN:
         folder = f"runs/{recipe[TrainConfig].name}/{name}"
-        return Wanted(name, folder, _training(recipe) if name == "train" else config)
+        return StageSpec(name, folder, _training(recipe) if name == "train" else config)
     folder = f"latents/{recipe[LatentsConfig].size}" if name == "latents" else name
-    return Wanted(folder, folder, config, _totals(recipe.root, name, known))
+    return StageSpec(folder, folder, config, _totals(recipe.root, name, known))
 
 
 def _training(recipe: Recipe) -> Config | None:
@@ -74,10 +81,10 @@ def _training(recipe: Recipe) -> Config | None:
     if not all(recipe.has(name) for name in names):
         return None
     sections: dict[str, Any] = {name: recipe.sections[name] for name in names}
-    return Training.model_construct(**sections, clip=None)
+    return TrainingRecipe.model_construct(**sections, clip=None)
 
 
-def _totals(root: Root, name: str, known: Known) -> dict[str, int]:
+def _totals(root: Root, name: str, known: UpstreamStages) -> dict[str, int]:
     """Shards to make by phase, as far as what stands upstream tells."""
     upstream = {"download": "filter", "embed": "download", "latents": "embed", "neighbors": "index"}
     if name == "index":
@@ -115,7 +122,7 @@ def table(found: Sequence[Status]) -> str:
             f"{about}{one.rows:,}" if one.rows else "",
             f"{one.rows_per_s:,.1f}" if one.rows_per_s else "",
             f"{about}{_size(one.bytes)}" if one.bytes else "",
-            duration(one.eta_s) if one.eta_s is not None else "",
+            format_duration(one.eta_s) if one.eta_s is not None else "",
         ]
         lines.append(_line(cells))
         for more in (one.note, _reasons(one)):
@@ -187,12 +194,12 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    made = parser("status", __doc__ or "")
+    made = recipe_parser("status", __doc__ or "")
     made.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     made.add_argument("--watch", type=float, metavar="SECONDS", help="look again after so many seconds")
     arguments = made.parse_args(argv)
     try:
-        finish(lambda: run(arguments))
+        exit_on_user_error(lambda: run(arguments))
     except KeyboardInterrupt:  # how a watch ends
         print()
 

@@ -1,4 +1,4 @@
-"""How far training is, from the last line of its metrics; `trainer.tracking.progress` writes them and loads torch.
+"""How far training is, from the last line of its metrics; `trainer.tracking.training_log` writes them and loads torch.
 
 Reads `runs/<name>/train/metrics.jsonl` and `checkpoints/checkpoints.json`, which are there while it runs.
 """
@@ -7,7 +7,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from pipeline.runtime.status import Status, duration, modified_at
+from pipeline.runtime.status import Status, format_duration, modified_at
 from retrieval.storage.root import Root
 from trainer.recipe import TrainConfig
 
@@ -37,7 +37,7 @@ def of_training(root: Root, folder: str, status: Status, asked: tuple[TrainConfi
     ago = now - modified_at(root, f"{folder}/metrics.jsonl")
     step_s = point["seconds_per_step"] + point.get("paused_s", 0.0)
     quiet = ago > 60 + 5 * config.log_every * step_s
-    note = f"{_loss(point)}, logged {duration(ago)} ago{': interrupted?' if quiet else ''}"
+    note = f"{_loss(point)}, logged {format_duration(ago)} ago{': interrupted?' if quiet else ''}"
     left = None if quiet else (config.steps - done) * step_s
     return replace(status, state="unfinished", note=note, eta_s=left)
 

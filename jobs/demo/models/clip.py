@@ -22,7 +22,8 @@ from tqdm import trange
 
 from jobs.demo.models.training import draw_training_scenes, warm_up_and_decay
 from jobs.demo.recipe import TWINS, ClipTraining
-from jobs.demo.world.scenes import COLORS, SHAPES, STYLES, Scene, caption, draw, full_caption, random_scene
+from jobs.demo.world.content import Scene
+from jobs.demo.world.scenes import COLORS, SHAPES, STYLES, caption, draw, full_caption, random_scene
 from retrieval.index.precision import has_bfloat16
 from retrieval.storage.root import Root
 

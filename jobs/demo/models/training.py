@@ -13,7 +13,8 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from jobs.demo.world.scenes import Scene, draw, random_scene
+from jobs.demo.world.content import Scene
+from jobs.demo.world.scenes import draw, random_scene
 
 SCENES_PER_CHUNK = 256
 WARM_UP_SHARE = 0.1

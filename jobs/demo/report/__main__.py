@@ -1,6 +1,6 @@
 """`python -m jobs.demo.report RECIPE`: measures a finished demo again and writes its report."""
 
-from jobs.cli.command import main
+from jobs.cli.command import stage_command
 from jobs.cli.recipe import Recipe
 from jobs.demo.report.numbers import goal_lines
 from jobs.demo.report.report import write_report
@@ -15,5 +15,7 @@ def run(recipe: Recipe) -> None:
         raise SystemExit(1)
 
 
+main = stage_command("report", __doc__, run)
+
 if __name__ == "__main__":
-    main("report", __doc__, run)
+    main()

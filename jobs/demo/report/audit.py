@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.recipe import NeighborsConfig
-from pipeline.web.urls import canonical
+from pipeline.web.urls import canonical_url
 from retrieval.clip.identity import EncoderIdentity
 from retrieval.storage import schema
 from retrieval.storage.manifest import read_manifest
@@ -173,7 +173,7 @@ class NeighborTables:
         """Image id to the scene that its picture shows."""
         with self.world.open("truth.parquet") as file:
             truth = pq.read_table(file, columns=["url", "scene_uid"]).drop_null()
-        addresses = map(canonical, truth["url"].to_pylist())
+        addresses = map(canonical_url, truth["url"].to_pylist())
         return dict(zip(map(schema.image_id, addresses), truth["scene_uid"].to_pylist(), strict=True))
 
     def _hashes(self, split: str) -> dict[int, str]:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
-from jobs.demo.server.orphans import exit_with_parent
+from jobs.demo.child_process import exit_with_parent
 from jobs.demo.server.picture_server import PictureServer
 from jobs.demo.server.routes import ROUTES
 from retrieval.errors import UserError

@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jobs.demo.world.content import Scene
 from jobs.demo.world.pictures import SUFFIXES, Copy, Drawing
-from jobs.demo.world.scenes import Scene, caption, random_scene
+from jobs.demo.world.scenes import caption, random_scene
 from retrieval.storage.root import Root
 
 ROWS_STREAM = 1

@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from jobs.demo.server.orphans import exit_with_parent
-from jobs.demo.world.scenes import Scene, draw
+from jobs.demo.child_process import exit_with_parent
+from jobs.demo.world.content import Scene
+from jobs.demo.world.scenes import draw
 
 Pixels = npt.NDArray[np.uint8]
 

@@ -6,18 +6,17 @@ a tenth of the contents is held out of training, database and style folders to b
 """
 
 import hashlib
-from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from jobs.demo.world.content import Content, Scene
 from jobs.demo.world.sketch import MAX_ASPECT, plain_sketch
-from jobs.demo.world.styles import PAINTERS
+from jobs.demo.world.styles import PAINTERS, STYLES
 from retrieval.errors import UserError
 
-STYLES: tuple[str, ...] = tuple(PAINTERS)
 SHAPES = ("circle", "square", "triangle", "star", "heart", "ring", "moon", "flower")
 COLORS = ("red", "orange", "yellow", "green", "turquoise", "blue", "purple", "pink")
 BACKGROUNDS = ("hills", "sea", "desert", "city", "forest")
@@ -38,26 +37,6 @@ _PLACES = {
     "city": ("over the city", "above the city", "with a city behind"),
     "forest": ("over the forest", "above the forest", "with a forest behind"),
 }
-
-
-@dataclass(frozen=True, order=True)
-class Content:
-    """What a picture shows, whatever its style. layout is "" for a single shape."""
-
-    shape: str
-    color: str
-    background: str
-    count: int
-    layout: str
-
-
-@dataclass(frozen=True)
-class Scene:
-    """One picture: seed drives position, size, rotation and the texture's jitter."""
-
-    content: Content
-    style: str
-    seed: int
 
 
 def all_contents() -> list[Content]:

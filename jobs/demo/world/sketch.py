@@ -6,14 +6,12 @@ from the center, so that a scene looks the same at every size. Styles (jobs.demo
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-if TYPE_CHECKING:
-    from jobs.demo.world.scenes import Content
+from jobs.demo.world.content import Content
 
 Field = npt.NDArray[np.float32]
 
@@ -71,7 +69,7 @@ class Sketch:
         return (*self.grounds, self.figure)
 
 
-def plain_sketch(content: "Content", seed: int, width: int, height: int) -> Sketch:
+def plain_sketch(content: Content, seed: int, width: int, height: int) -> Sketch:
     """The sketch of a content. Position, size and rotation come from the seed."""
     rng = np.random.default_rng([seed, 0])
     short = min(width, height)
@@ -213,7 +211,7 @@ class _Stamp:
     angle: float
 
 
-def _figure(content: "Content", x: Field, y: Field, rng: np.random.Generator) -> Field:
+def _figure(content: Content, x: Field, y: Field, rng: np.random.Generator) -> Field:
     radius = {1: 0.31, 2: 0.2, 3: 0.142}[content.count] * rng.uniform(0.92, 1.08)
     gap = {1: 0.0, 2: 0.46, 3: 0.32}[content.count]
     drift = {1: 0.06, 2: 0.03, 3: 0.015}[content.count]

@@ -220,3 +220,4 @@ PAINTERS: dict[str, Callable[[Sketch], Field]] = {
     "paper cutout": _paper_cutout,
     "knitting": _knitting,
 }
+STYLES: tuple[str, ...] = tuple(PAINTERS)

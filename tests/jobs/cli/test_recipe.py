@@ -1,12 +1,14 @@
-"""Recipes are refused whole, before any work, with the key that is wrong."""
+"""A recipe with a mistake is refused before any work, and the error names the wrong key."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from jobs.cli.command import main
+from jobs.cli.command import stage_command
 from jobs.cli.recipe import load_recipe
-from jobs.neighbors import run
+from jobs.demo.recipe import WorldConfig
 from pipeline.recipe import EmbedConfig, NeighborsConfig
 from retrieval import UserError
 from retrieval.recipe import ClipConfig
@@ -26,7 +28,7 @@ def recipe(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.name)
 def test_every_recipe_of_the_project_is_valid(path: Path) -> None:
     assert load_recipe(path).resolved()["root"]
-    assert path.read_text().startswith("#"), "a recipe starts with its record"
+    assert path.read_text().startswith("#"), "a recipe starts with its command, hardware and expected result"
 
 
 def test_values_come_from_the_file_then_from_overrides_then_from_defaults(recipe: Path) -> None:
@@ -76,11 +78,48 @@ def test_a_missing_section_is_named_when_it_is_needed(recipe: Path) -> None:
 def test_a_command_prints_the_resolved_recipe_or_a_clean_error(
     recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main("neighbors", "", run, [str(recipe), "--dry-run"])
+    main = stage_command("neighbors", "", lambda recipe: None)
+    main([str(recipe), "--dry-run"])
     assert '"near_copy_similarity": 0.96' in capsys.readouterr().out
     with pytest.raises(SystemExit) as stopped:
-        main("neighbors", "", run, [str(recipe), "--dry-run", "--set", "neighbors.q=1"])
+        main([str(recipe), "--dry-run", "--set", "neighbors.q=1"])
     assert stopped.value.code == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: ")
-    assert "Traceback" not in told
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert "Traceback" not in message
+
+
+def test_an_extension_adds_its_sections(recipe: Path) -> None:
+    recipe.write_text('extension = "jobs.demo"\n' + SMALL + "[world]\nport = 4000\n")
+    assert load_recipe(recipe)[WorldConfig].port == 4000
+    recipe.write_text(SMALL + "[world]\nport = 4000\n")
+    with pytest.raises(UserError, match=r"unknown section \[world\]"):
+        load_recipe(recipe)
+    recipe.write_text(SMALL)
+    with pytest.raises(UserError, match="no section for WorldConfig"):
+        load_recipe(recipe)[WorldConfig]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ('"os"', "a package below jobs"),
+        ("3", "a package below jobs"),
+        ('"jobs.nothing"', "cannot be imported"),
+    ],
+)
+def test_only_packages_of_the_project_are_extensions(recipe: Path, name: str, message: str) -> None:
+    recipe.write_text(f"extension = {name}\n{SMALL}")
+    with pytest.raises(UserError, match=message):
+        load_recipe(recipe)
+
+
+def test_reading_a_recipe_with_an_extension_imports_no_heavy_library() -> None:
+    program = (
+        "import sys; from pathlib import Path; from jobs.cli.recipe import load_recipe;"
+        "load_recipe(Path(sys.argv[1]));"
+        "print([name for name in ('torch', 'ray', 'faiss', 'pyarrow') if name in sys.modules])"
+    )
+    arguments = [sys.executable, "-c", program, str(CONFIGS / "demo.toml")]
+    done = subprocess.run(arguments, cwd=CONFIGS.parents[1], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -24,7 +24,7 @@ from tests.trainer.training.machines import stand_in
 from tests.trainer.training_set import make_recipe, write_training_set
 from trainer.checkpoint.checkpoint import INDEX
 from trainer.model.autoencoder import Autoencoder
-from trainer.recipe import Training
+from trainer.recipe import TrainingRecipe
 
 FOLDER = "runs/tiny/train"
 RANKS = 2
@@ -50,7 +50,7 @@ def write_autoencoder(folder: Path) -> str:
     return str(folder)
 
 
-def write_recipe(folder: Path, recipe: Training) -> None:
+def write_recipe(folder: Path, recipe: TrainingRecipe) -> None:
     lines = [f"root = {json.dumps(str(folder))}"]
     for section, values in recipe.model_dump(mode="json", exclude_defaults=True).items():
         lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
@@ -144,9 +144,9 @@ def is_worker(process: psutil.Process, folder: Path) -> bool:
         return False
 
 
-def training_of(sections: dict[str, object]) -> Training:
+def training_of(sections: dict[str, object]) -> TrainingRecipe:
     names = ("model", "diffusion", "autoencoder", "train")
-    return Training(**{name: sections[name] for name in names})
+    return TrainingRecipe(**{name: sections[name] for name in names})
 
 
 def test_training_starts_where_ray_is_not_installed(copy: Path) -> None:

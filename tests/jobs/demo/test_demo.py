@@ -18,7 +18,7 @@ from jobs.cli.recipe import load_recipe
 from jobs.demo.__main__ import run as run_demo
 from retrieval import Database, Root
 from retrieval.storage.manifest import read_manifest
-from tests.pipeline.shards_in_process import made_here
+from tests.pipeline.shards_in_process import shards_in_process
 
 DEMO = Path(__file__).resolve().parents[3] / "jobs/configs/demo.toml"
 TINY = {
@@ -136,7 +136,7 @@ def test_every_stage_left_a_manifest_and_every_database_opens(road: Path) -> Non
 def test_a_second_demo_does_nothing_again(road: Path, free_port: int) -> None:
     before = {path: path.stat().st_mtime_ns for path in road.rglob("manifest.json")}
     assert len(before) > 15
-    with made_here(), pytest.raises(SystemExit, match="1"):
+    with shards_in_process(), pytest.raises(SystemExit, match="1"):
         run_demo(load_recipe(DEMO, overrides(road, free_port)))
     assert {path: path.stat().st_mtime_ns for path in road.rglob("manifest.json")} == before
 
@@ -173,7 +173,7 @@ def test_a_killed_stage_is_completed_to_the_same_bytes(
     finished = {path: path.stat().st_mtime_ns for path in folder.glob("records/**/*.json")}
     assert finished
     assert not (folder / "manifest.json").exists()
-    with made_here(), caplog.at_level("INFO"):
+    with shards_in_process(), caplog.at_level("INFO"):
         STAGES[stage].run(load_recipe(DEMO, overrides(killed[stage], free_port)))
     assert "shards are finished already" in caplog.text  # neighbors removes its records in the end
     assert all(path.stat().st_mtime_ns == made for path, made in finished.items() if path.exists())

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from jobs.demo.world.content import Content, Scene
 from jobs.demo.world.pictures import Drawing, write_picture
-from jobs.demo.world.scenes import STYLES, Content, Scene, draw
+from jobs.demo.world.scenes import STYLES, draw
 
 ODD_SCENE = Scene(Content("star", "red", "sea", 1, ""), STYLES[0], 7)
 

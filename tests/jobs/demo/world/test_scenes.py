@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 from jobs.demo.world import scenes
-from jobs.demo.world.scenes import Content, Scene, draw
+from jobs.demo.world.content import Content, Scene
+from jobs.demo.world.scenes import draw
 from retrieval.errors import UserError
 
 
