@@ -1,7 +1,7 @@
 """`python -m jobs.explore RECIPE`: a page and an HTTP API to search databases and make pictures.
 
-Listens on this machine alone unless `--host` says otherwise, and then asks for a token, which stands in the
-environment (EXPLORE_TOKEN) or in a file (`--token-file`).
+Binds to localhost by default; other addresses (`--host`) need a token, from the environment variable
+EXPLORE_TOKEN or from a file (`--token-file`).
 """
 
 import ipaddress
@@ -14,28 +14,28 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI
 
-from jobs.cli.command import execute, finish, parser
+from jobs.cli.command import exit_on_user_error, recipe_parser, run_on_recipe
 from jobs.cli.recipe import Recipe
 from jobs.explore.api import make_api
 from jobs.explore.explorer import Explorer
 from jobs.explore.page import mount
-from jobs.explore.png_cache import Made
-from jobs.explore.widgets import Desk
+from jobs.explore.png_cache import PngCache
+from jobs.explore.tabs.widgets import PageContext
 from retrieval.errors import UserError
 
-TOKEN = "EXPLORE_TOKEN"
-LOOPBACK = ["127.0.0.1", "localhost", "[::1]"]
+TOKEN_VARIABLE = "EXPLORE_TOKEN"
+LOOPBACK_HOSTS = ["127.0.0.1", "localhost", "[::1]"]
 
 log = logging.getLogger("explore")
 
 
-def make_app(explorer: Explorer, host: str = LOOPBACK[0], token: str = "") -> FastAPI:
-    """Page and API in one application."""
-    # a page elsewhere could otherwise reach a server on loopback through a name of its own
-    hosts = LOOPBACK if is_loopback(host) else ["*"]
-    made = Made()
-    app = make_api(explorer, made, hosts, token)
-    mount(app, Desk(explorer, made))
+def make_app(explorer: Explorer, host: str = LOOPBACK_HOSTS[0], token: str = "") -> FastAPI:
+    """The application with page and API."""
+    # Checking the Host header keeps other sites from reaching a local server by DNS rebinding.
+    hosts = LOOPBACK_HOSTS if is_loopback(host) else ["*"]
+    cache = PngCache()
+    app = make_api(explorer, cache, hosts, token)
+    mount(app, PageContext(explorer, cache))
     return app
 
 
@@ -47,7 +47,7 @@ def run(recipe: Recipe, host: str, port: int, token: str) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """True if only this machine can reach a server that listens there."""
+    """True if only this machine can reach a server that binds to this host."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -55,40 +55,43 @@ def is_loopback(host: str) -> bool:
 
 
 def token_of(arguments: Namespace) -> str:
-    """The token that visitors must know; empty for none.
+    """The token that requests need; empty for none.
 
-    Raises UserError where others than this machine could come in without one, and for a file without one.
+    Raises UserError if other machines could connect without a token, and for a token file that is missing or
+    empty.
     """
-    token = os.environ.get(TOKEN, "").strip()
+    token = os.environ.get(TOKEN_VARIABLE, "").strip()
     if arguments.token_file is not None:
         if not arguments.token_file.is_file():
             raise UserError(
-                f"--token-file {arguments.token_file} is not there. Wanted: a file with the token."
+                f"--token-file {arguments.token_file} does not exist. Wanted: a file with the token."
             )
         token = arguments.token_file.read_text().strip()
         if not token:
-            raise UserError(f"--token-file {arguments.token_file} is empty. Wanted: a file with the token.")
+            raise UserError(f"--token-file {arguments.token_file} is empty. Write the token into it.")
     if not token and not is_loopback(arguments.host) and not arguments.no_token:
         raise UserError(
-            f"--host {arguments.host} lets other machines in, and no token is set. Set {TOKEN}, name a "
-            "--token-file, or say --no-token if everybody may."
+            f"--host {arguments.host} lets other machines connect, and no token is set. "
+            f"Set {TOKEN_VARIABLE}, give a --token-file, or --no-token to allow everybody."
         )
     return token
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    made = parser("explore", __doc__ or "")
-    made.add_argument("--host", default=LOOPBACK[0], help="address to listen on (default: %(default)s)")
-    made.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
-    made.add_argument("--token-file", type=Path, help=f"file with the token; else {TOKEN} in the environment")
-    made.add_argument("--no-token", action="store_true", help="let everybody in, wherever this listens")
-    arguments = made.parse_args(argv)
+    options = recipe_parser("explore", __doc__ or "")
+    options.add_argument(
+        "--host", default=LOOPBACK_HOSTS[0], help="address to bind to (default: %(default)s)"
+    )
+    options.add_argument("--port", type=int, default=7860, help="port to bind to (default: %(default)s)")
+    options.add_argument("--token-file", type=Path, help=f"file with the token (default: {TOKEN_VARIABLE})")
+    options.add_argument("--no-token", action="store_true", help="accept requests without a token")
+    arguments = options.parse_args(argv)
 
     def serve(recipe: Recipe) -> None:
         run(recipe, arguments.host, arguments.port, token_of(arguments))
 
-    finish(lambda: execute(arguments, serve))
+    exit_on_user_error(lambda: run_on_recipe(arguments, serve))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """The HTTP API: /search, /sample, /databases, /picture, /made, /health, /metrics, /openapi.json.
 
-Takes an Explorer, gives a FastAPI application. Every refusal is JSON with a `detail` for people: 400 for a
-mistake, 401 without the token, 413 for too large a body, 422 for a field that is none, 429, 503 and 504 for
-too much work.
+Every error is JSON with a `detail` text: 400 for a request that cannot be run, 401 without the token, 413
+for a body above the limit, 422 for an invalid field, 429, 503 and 504 when the server is overloaded.
 """
 
 import base64
@@ -16,121 +15,118 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request as Asked
+from starlette.requests import Request as HttpRequest
 
-from jobs.explore.api_models import SampleAsk, SearchAsk
+from jobs.explore.api_models import SampleRequest, SearchRequest
 from jobs.explore.explorer import Explorer
 from jobs.explore.guard import Guard
-from jobs.explore.png_cache import Made
-from jobs.explore.work_queue import Refused, Turns
+from jobs.explore.png_cache import PngCache
+from jobs.explore.work_queue import BusyError, WorkQueue
 from retrieval.errors import UserError
 
-Searching = Annotated[SearchAsk, Query()]
-Sampling = Annotated[SampleAsk, Query()]
 
-
-def make_api(explorer: Explorer, made: Made, hosts: list[str], token: str) -> FastAPI:
-    """The application. hosts: names that visitors may call this server by; token: none is asked if empty."""
+def make_api(explorer: Explorer, cache: PngCache, hosts: list[str], token: str) -> FastAPI:
+    """The application. hosts: accepted values of the Host header; token: none is required if empty."""
     registry = CollectorRegistry()
-    for turns in (explorer.searches, explorer.samples):
-        _watch(turns, registry)
+    for queue in (explorer.searches, explorer.samples):
+        _count_pending(queue, registry)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         explorer.close()
 
-    # swagger's page comes from elsewhere, so there is its description alone
+    # The Swagger and ReDoc pages load scripts from other servers; only their description is served.
     app = FastAPI(title="laion-rdm explore", docs_url=None, redoc_url=None, lifespan=lifespan)
-    app.add_exception_handler(UserError, _told)
-    app.add_exception_handler(Refused, _told)
+    app.add_exception_handler(UserError, _error_response)
+    app.add_exception_handler(BusyError, _error_response)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
     limit = explorer.limits.max_body_bytes
     app.add_middleware(Guard, token=token, max_body_bytes=limit, registry=registry)
-    _add_looking(app, explorer, made, registry)
-    _add_asking(app, explorer)
+    _add_status_routes(app, explorer, registry)
+    _add_picture_routes(app, explorer, cache)
+    _add_search_and_sample(app, explorer)
     return app
 
 
-def _add_looking(app: FastAPI, explorer: Explorer, made: Made, registry: CollectorRegistry) -> None:
+def _add_status_routes(app: FastAPI, explorer: Explorer, registry: CollectorRegistry) -> None:
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        """Answers as soon as requests are served."""
+        """Answers as soon as the server accepts requests."""
         return {"status": "ok", "databases": len(explorer.databases), "samples": explorer.sampler is not None}
 
     @app.get("/databases")
     async def databases() -> dict[str, Any]:
-        """The databases by name, and what may be asked of them."""
+        """The databases by name, and the limits of requests."""
         rows = [
             {
                 "name": name,
-                "rows": len(one),
-                "encoder": one.encoder.model,
+                "rows": len(database),
+                "encoder": database.encoder.model,
                 "pictures": explorer.pictures.count(name),
             }
-            for name, one in explorer.databases.items()
+            for name, database in explorer.databases.items()
         ]
         return {"databases": rows, "limits": explorer.limits.model_dump()}
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        """Counts, times and queues, for Prometheus."""
+        """Counts, times and queue lengths, for Prometheus."""
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
+
+def _add_picture_routes(app: FastAPI, explorer: Explorer, cache: PngCache) -> None:
     @app.get("/picture/{database}/{image_id}", response_class=Response)
     async def picture(database: str, image_id: int) -> Response:
-        """A database row's picture, small, as JPEG."""
+        """The thumbnail of a database row, as JPEG."""
         data = await run_in_threadpool(explorer.pictures.thumbnail, database, image_id)
         if data is None:
-            raise HTTPException(404, "This picture is not at hand.")
+            raise HTTPException(404, "This server has no picture of this row.")
         return Response(data, media_type="image/jpeg", headers={"Cache-Control": "max-age=3600"})
 
     @app.get("/made/{key}.png", response_class=Response)
-    async def made_picture(key: str) -> Response:
-        """A picture that was made a little while ago, as PNG with its recipe inside."""
-        if (data := made.png(key)) is None:
-            raise HTTPException(404, "This picture is forgotten. Make it again: its link still says how.")
+    async def sampled_picture(key: str) -> Response:
+        """A recent sample as PNG; the file stores its full recipe."""
+        if (data := cache.get(key)) is None:
+            raise HTTPException(404, "This picture is no longer in memory. Open its link to make it again.")
         return Response(data, media_type="image/png")
 
 
-def _add_asking(app: FastAPI, explorer: Explorer) -> None:
-    async def searched(ask: SearchAsk) -> dict[str, Any]:
-        return {"neighbors": [asdict(one) for one in await explorer.search(ask)]}
-
+def _add_search_and_sample(app: FastAPI, explorer: Explorer) -> None:
     @app.get("/search")
-    async def search(ask: Searching) -> dict[str, Any]:
+    async def search(request: Annotated[SearchRequest, Query()]) -> dict[str, Any]:
         """The neighbors of a text."""
-        return await searched(ask)
+        return await search_post(request)
 
     @app.post("/search")
-    async def search_post(ask: SearchAsk) -> dict[str, Any]:
+    async def search_post(request: SearchRequest) -> dict[str, Any]:
         """The neighbors of a text, a picture, or both together."""
-        return await searched(ask)
+        return {"neighbors": [asdict(neighbor) for neighbor in await explorer.search(request)]}
 
     @app.get("/sample", response_class=Response)
-    async def sample(ask: Sampling) -> Response:
-        """A picture, as PNG with its recipe inside."""
-        (one,) = await explorer.sample([ask])
-        return Response(one.png, media_type="image/png")
+    async def sample(request: Annotated[SampleRequest, Query()]) -> Response:
+        """A picture as PNG; the file stores its full recipe."""
+        (picture,) = await explorer.sample([request])
+        return Response(picture.png, media_type="image/png")
 
     @app.post("/sample")
-    async def sample_post(ask: SampleAsk) -> dict[str, Any]:
-        """A picture with the neighbors that made it, its recipe, and the page's link that makes it again."""
-        (one,) = await explorer.sample([ask])
+    async def sample_post(request: SampleRequest) -> dict[str, Any]:
+        """A picture, its neighbors, its recipe, and a link to the page that makes it again."""
+        (picture,) = await explorer.sample([request])
         return {
-            "png": base64.b64encode(one.png).decode(),
-            "recipe": one.sample.recipe(),
-            "neighbors": [asdict(found) for found in explorer.neighbors(one.sample)],
-            "link": ask.link(one.sample),
+            "png": base64.b64encode(picture.png).decode(),
+            "recipe": picture.sample.recipe(),
+            "neighbors": [asdict(neighbor) for neighbor in explorer.neighbors(picture.sample)],
+            "link": request.link(picture.sample),
         }
 
 
-def _watch(turns: Turns, registry: CollectorRegistry) -> None:
-    gauge = Gauge(f"explore_{turns.name}_pending", "Under way and waiting.", registry=registry)
-    gauge.set_function(turns.__len__)
+def _count_pending(queue: WorkQueue, registry: CollectorRegistry) -> None:
+    gauge = Gauge(f"explore_{queue.name}_pending", "Jobs running and waiting.", registry=registry)
+    gauge.set_function(queue.__len__)
 
 
-async def _told(request: Asked, error: Exception) -> JSONResponse:
-    status = error.status if isinstance(error, Refused) else 400
+async def _error_response(request: HttpRequest, error: Exception) -> JSONResponse:
+    status = error.status if isinstance(error, BusyError) else 400
     headers = {"Retry-After": "5"} if status in (429, 503) else None
     return JSONResponse({"detail": str(error)}, status, headers)

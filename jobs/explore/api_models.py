@@ -1,6 +1,6 @@
-"""What a visitor may ask, the same by GET, by POST and in the page's links.
+"""Requests to the API, the same by GET, by POST and in links to the page.
 
-Plain records with the checks that need nothing opened; `jobs.explore.explorer` answers them.
+Plain records with the checks that need no opened database; `jobs.explore.explorer` runs the requests.
 """
 
 import base64
@@ -19,125 +19,125 @@ from trainer.recipe import SchedulerName
 from trainer.sampling.request import MAX_SEED, TRAINING_DATABASE, Sample
 
 
-class Ask(BaseModel):
-    """Unknown names are refused, so that a misspelled one is not silently without effect."""
+class ApiRequest(BaseModel):
+    """Unknown fields are rejected, so that a misspelled field is not ignored."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 MAX_IDS = 1000
-"""Most neighbors that a request leaves out or weighs."""
-Asked = TypeVar("Asked", bound=Ask)
+"""Maximum number of neighbors that a request excludes or weighs."""
+AnyRequest = TypeVar("AnyRequest", bound=ApiRequest)
 
 
-class SearchAsk(Ask):
+class SearchRequest(ApiRequest):
     """A search for neighbors: by a text, by a picture, or by both together."""
 
     text: str = ""
-    """What to look for, in words."""
+    """Query text."""
     image: str = ""
-    """A picture file in base64."""
+    """Query picture: a picture file in base64."""
     database: str = TRAINING_DATABASE
-    """A name that /databases lists; `index` is the training database."""
+    """Name of a database, as /databases lists it; `index` is the training database."""
     k: int = Field(default=20, ge=1)
-    """Neighbors wanted."""
+    """Number of neighbors."""
     recall: float = Field(default=0.95, gt=0, le=1)
-    """Share of the true neighbors wanted: less is faster."""
+    """Share of the true neighbors to find; a lower recall is faster."""
 
     def check(self, limits: ExploreConfig) -> None:
-        """Raises UserError for what is more than anybody may ask."""
+        """Raises UserError for a request above the limits, or without a query."""
         _require_text(self.text, limits)
-        _at_most("k", self.k, limits.max_k)
+        _require_at_most("k", self.k, limits.max_k)
         if not self.text.strip() and not self.image:
-            raise UserError("Nothing to search for: type some words or give a picture.")
+            raise UserError("Nothing to search for: type some words or choose a picture.")
 
     def link(self) -> str:
-        """The page's address that fills its form with this and runs it; a picture is left out."""
-        return _address("search", self.model_dump(exclude_defaults=True, exclude={"image"}))
+        """URL path of the page that fills the form and runs this search; a picture is left out."""
+        return _page_path("search", self.model_dump(exclude_defaults=True, exclude={"image"}))
 
 
-class SampleAsk(Ask):
-    """A picture to make. What is left out is as the recipe's [sample] says."""
+class SampleRequest(ApiRequest):
+    """A picture to make. The recipe's section [sample] gives the defaults."""
 
     prompt: str = ""
-    """What the picture shows; may be empty where `images` or `vectors` are given."""
+    """Text prompt; may be empty if `images` or `vectors` are given."""
     mix: list[str] = []
-    """Databases of the neighbors: `woodcut`, or with weights `woodcut:2`, `neon:1`; none: `index`."""
+    """Databases of the neighbors: `woodcut`, or with weights `woodcut:2`, `neon:1`; empty means `index`."""
     mode: Mode = "text_and_neighbors"
-    """What the model is told."""
+    """What conditions the model."""
     k: int | None = Field(default=None, ge=1)
-    """Neighbors from each database."""
+    """Number of neighbors from each database."""
     guidance: float | None = Field(default=None, ge=0, le=100)
-    """Scale of classifier-free guidance; 1 is none."""
+    """Scale of classifier-free guidance; 1 means no guidance."""
     steps: int | None = Field(default=None, ge=1)
     """Denoising steps."""
     scheduler: SchedulerName | None = None
-    """The sampler's method."""
+    """Sampling method."""
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
-    """Of the noise: the same seed and settings make the same picture."""
+    """Seed of the noise; the same seed and settings make the same picture."""
     exclude: list[int] = []
-    """Image ids that are never used; the next best come instead."""
+    """Image ids that are not used as neighbors; the next best rows take their places."""
     weights: list[str] = []
-    """Image ids with factors on what they weigh as neighbors: `123:0.5` halves, `123:0` leaves out."""
+    """Image ids with factors on their weights as neighbors: `123:0.5` halves, `123:0` leaves out."""
     top_m: float = Field(default=1.0, gt=0, le=1)
-    """Mode `unconditional`: the share of the most retrieved images that pseudo-queries are drawn from."""
+    """Mode `unconditional`: share of the most retrieved images from which pseudo-queries are drawn."""
     images: list[str] = []
     """Picture files in base64 that condition the sample."""
     vectors: list[str] = []
-    """The same by their CLIP vectors, base64 of float32, as an earlier answer's recipe has them."""
+    """CLIP vectors that condition the sample, float32 in base64, as in the recipe of an earlier answer."""
 
     def check(self, limits: ExploreConfig) -> None:
-        """Raises UserError for what is more than anybody may ask."""
+        """Raises UserError for a request above the limits."""
         _require_text(self.prompt, limits)
-        _at_most("k", self.k or 1, limits.max_k)
-        _at_most("steps", self.steps or 1, limits.max_steps)
-        _at_most("mix (databases)", len(self.mix), limits.max_styles)
-        _at_most("exclude and weights (ids)", len(self.exclude) + len(self.weights), MAX_IDS)
-        _at_most("images", len(self.images) + len(self.vectors), limits.max_images)
+        _require_at_most("k", self.k or 1, limits.max_k)
+        _require_at_most("steps", self.steps or 1, limits.max_steps)
+        _require_at_most("mix (databases)", len(self.mix), limits.max_styles)
+        _require_at_most("exclude and weights (ids)", len(self.exclude) + len(self.weights), MAX_IDS)
+        _require_at_most("images", len(self.images) + len(self.vectors), limits.max_condition_images)
 
-    def weighted(self) -> list[tuple[str, float]]:
-        """The databases of `mix` with their weights. Raises UserError for a weight that is none."""
-        return [_weighted(one) for one in self.mix]
+    def databases(self) -> list[tuple[str, float]]:
+        """The databases of `mix` with their weights. Raises UserError for a weight that is no number."""
+        return [_name_and_weight(entry) for entry in self.mix]
 
-    def factors(self) -> list[tuple[int, float]]:
-        """The ids of `weights` with their factors. Raises UserError for what is none."""
+    def id_factors(self) -> list[tuple[int, float]]:
+        """The ids of `weights` with their factors. Raises UserError for an entry that is not id:factor."""
         try:
-            return [(int(name), factor) for name, factor in map(_weighted, self.weights)]
+            return [(int(name), factor) for name, factor in map(_name_and_weight, self.weights)]
         except ValueError as error:
             raise UserError(f"weights: wanted id:factor as in '123:0.5', got {self.weights}.") from error
 
     def link(self, sample: Sample | None = None, tab: str = "make") -> str:
-        """The page's address that fills a tab's form with this and runs it.
+        """URL path of the page that fills the form of a tab and runs this request.
 
-        sample: what was made of this; it says what was left out here, and its pictures as vectors.
+        sample: the result of this request; it supplies the defaults, and the pictures as vectors.
         """
         fields = self.model_dump(exclude_defaults=True, exclude={"images"})
         if sample is not None:
             request = sample.request
-            fields |= {"mix": self.mix or [*request.shares()], "k": request.k}
+            fields |= {"mix": self.mix or [*request.database_weights()], "k": request.k}
             fields |= {"guidance": request.guidance, "steps": request.steps}
-            fields |= {"scheduler": request.scheduler, "vectors": [one.vector for one in request.images]}
-        return _address(tab, fields)
+            fields |= {"scheduler": request.scheduler, "vectors": [image.vector for image in request.images]}
+        return _page_path(tab, fields)
 
 
-def bytes_of(text: str, limits: ExploreConfig) -> bytes:
-    """The file in a base64 text. Raises UserError where it is none, or more than is taken."""
-    _at_most("a picture's bytes", len(text) * 3 // 4 - 2, limits.max_upload_bytes)
+def decode_base64(text: str, limits: ExploreConfig) -> bytes:
+    """The file in a base64 text. Raises UserError if it is not base64, or too large."""
+    _require_at_most("bytes in a picture", len(text) * 3 // 4 - 2, limits.max_upload_bytes)
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise UserError(f"A picture must be the base64 of a picture file: {error}.") from error
 
 
-def from_query(kind: type[Asked], query: QueryParams) -> Asked:
-    """What an address asks. Raises pydantic's ValidationError for a value that is none."""
+def from_query(kind: type[AnyRequest], query: QueryParams) -> AnyRequest:
+    """The request in the query of a URL. Raises pydantic's ValidationError for an invalid value."""
     lists = [name for name, field in kind.model_fields.items() if field.default == []]
     fields = {name: query.getlist(name) if name in lists else query[name] for name in query if name != "tab"}
     return kind.model_validate(fields)
 
 
-def encoded_mix(names: Sequence[str], weights: Sequence[float | None]) -> list[str]:
-    """Databases and weights as `mix` takes them, those without a name left out."""
+def encode_mix(names: Sequence[str], weights: Sequence[float | None]) -> list[str]:
+    """Databases and weights as `mix` takes them; empty names are left out."""
     return [
         name if weight == 1 else f"{name}:{0 if weight is None else weight!r}"
         for name, weight in zip(names, weights, strict=True)
@@ -145,11 +145,11 @@ def encoded_mix(names: Sequence[str], weights: Sequence[float | None]) -> list[s
     ]
 
 
-def _address(tab: str, fields: dict[str, Any]) -> str:
+def _page_path(tab: str, fields: dict[str, Any]) -> str:
     return f"/?{urlencode({'tab': tab, **fields}, doseq=True)}"
 
 
-def _weighted(text: str) -> tuple[str, float]:
+def _name_and_weight(text: str) -> tuple[str, float]:
     name, _, weight = text.partition(":")
     try:
         return name, float(weight or 1)
@@ -158,9 +158,9 @@ def _weighted(text: str) -> tuple[str, float]:
 
 
 def _require_text(text: str, limits: ExploreConfig) -> None:
-    _at_most("the text's characters", len(text), limits.max_text)
+    _require_at_most("characters in the text", len(text), limits.max_text_characters)
 
 
-def _at_most(word: str, found: int, most: int) -> None:
-    if found > most:
-        raise UserError(f"Too much of {word}: {found:,}, and {most:,} is the most here.")
+def _require_at_most(name: str, number: int, limit: int) -> None:
+    if number > limit:
+        raise UserError(f"Too many {name}: got {number:,}, the limit of this server is {limit:,}.")

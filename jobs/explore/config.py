@@ -1,39 +1,39 @@
-"""What the page and its API allow: section [explore] of a recipe."""
+"""Limits of the explore page and its API: section [explore] of a recipe."""
 
-from retrieval.config import Config, speed
+from retrieval.config import Config, runtime_setting
 
 
 class ExploreConfig(Config):
-    """Limits of what one visitor may ask, so that none keeps the others waiting for long."""
+    """Limits for each visitor, so that one visitor cannot block the others."""
 
-    max_pictures: int = speed(500_000, ge=0)
-    """Rows of the largest database whose pictures are looked up in tars: 24 bytes of memory each."""
-    max_k: int = speed(100, ge=1)
-    """Most neighbors of one search or picture."""
-    max_steps: int = speed(250, ge=1)
-    """Most denoising steps of a picture."""
-    max_styles: int = speed(16, ge=1)
-    """Most databases that are compared or mixed."""
-    max_text: int = speed(1000, ge=1)
+    max_rows_with_pictures: int = runtime_setting(500_000, ge=0)
+    """Largest database with pictures, in rows: the index of its tars takes 24 bytes of memory a row."""
+    max_k: int = runtime_setting(100, ge=1)
+    """Maximum number of neighbors of one search or picture."""
+    max_steps: int = runtime_setting(250, ge=1)
+    """Maximum number of denoising steps of a picture."""
+    max_styles: int = runtime_setting(16, ge=1)
+    """Maximum number of databases that are compared or mixed."""
+    max_text_characters: int = runtime_setting(1000, ge=1)
     """Longest text, in characters."""
-    max_images: int = speed(4, ge=0)
-    """Most pictures that condition one sample."""
-    max_upload_bytes: int = speed(10 << 20, ge=1)
-    """Largest picture that is taken, in bytes."""
-    max_upload_pixels: int = speed(40_000_000, ge=1)
-    """Largest picture that is decoded: width x height."""
-    max_searches: int = speed(256, ge=1)
-    """Searches under way and waiting; one more is answered with 429."""
-    search_threads: int = speed(2, ge=1)
-    """Searches computed side by side."""
-    search_timeout_s: float = speed(10.0, gt=0)
-    """Longest time of a search with its waiting, in seconds."""
-    max_samples: int = speed(8, ge=1)
-    """Requests for samples under way and waiting; they are computed one at a time."""
-    sample_timeout_s: float = speed(300.0, gt=0)
-    """Longest time of a request for samples with its waiting, in seconds."""
+    max_condition_images: int = runtime_setting(4, ge=0)
+    """Maximum number of pictures that condition one sample."""
+    max_upload_bytes: int = runtime_setting(10 << 20, ge=1)
+    """Largest uploaded file, in bytes."""
+    max_upload_pixels: int = runtime_setting(40_000_000, ge=1)
+    """Largest uploaded picture, width x height."""
+    max_searches: int = runtime_setting(256, ge=1)
+    """Maximum number of searches running and waiting; the next request gets status 429."""
+    search_threads: int = runtime_setting(2, ge=1)
+    """Searches computed in parallel."""
+    search_timeout_s: float = runtime_setting(10.0, gt=0)
+    """Timeout of a search, queueing included, in seconds."""
+    max_samples: int = runtime_setting(8, ge=1)
+    """Maximum number of sampling requests running and waiting; they run one at a time."""
+    sample_timeout_s: float = runtime_setting(300.0, gt=0)
+    """Timeout of a sampling request, queueing included, in seconds."""
 
     @property
     def max_body_bytes(self) -> int:
-        """Of a request: all its pictures in base64, and some room for words."""
-        return (max(1, self.max_images) * self.max_upload_bytes * 4) // 3 + (1 << 20)
+        """Largest request body: all pictures in base64, and 1 MiB for the other fields."""
+        return (max(1, self.max_condition_images) * self.max_upload_bytes * 4) // 3 + (1 << 20)

@@ -1,7 +1,7 @@
-"""Answers to searches and requests for pictures, on one root whose parts are opened once.
+"""Runs searches and makes samples for the page and the API.
 
-Reads the databases and the finished run of a recipe. Searches run side by side in threads; samples are made
-one at a time, and stop between two denoising steps when nobody waits for them any more.
+Reads the databases and the trained model of a recipe once, at the start. Searches run in parallel threads.
+Samples run one at a time; a sample stops between two denoising steps when its request has timed out.
 """
 
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from jobs.cli.recipe import Recipe
-from jobs.explore.api_models import SampleAsk, SearchAsk, bytes_of
+from jobs.explore.api_models import SampleRequest, SearchRequest, decode_base64
 from jobs.explore.config import ExploreConfig
-from jobs.explore.pictures import Pictures, decoded
-from jobs.explore.work_queue import Turns
+from jobs.explore.pictures import Pictures, decode_picture
+from jobs.explore.work_queue import WorkQueue
 from jobs.sample import trained
 from pipeline.web.sockets import Refusal
 from retrieval.clip.encoder import Encoder
@@ -31,43 +31,43 @@ from trainer.sampling.recipe import SampleConfig
 from trainer.sampling.request import TRAINING_DATABASE, ImageQuery, Request, Sample
 from trainer.sampling.sampler import Sampler, database_names, open_database
 
-SHOWN_DETAILS = ("license", "title", "artist", "source", "box")
+DETAILS = ("license", "title", "artist", "source", "box")
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A database row as people see it."""
+class NeighborView:
+    """A database row as the page and the API show it."""
 
     rank: int
     database: str
     image_id: str
-    """64 bits as text: JavaScript would round the number."""
+    """64 bits as text, because JavaScript would round the number."""
     similarity: float
     """Inner product with the query, -1..1."""
     caption: str
     url: str
     picture: str
-    """Where this server has it, small; empty where it is not at hand."""
+    """URL path of the thumbnail on this server; empty if there is none."""
     weight: float
-    """Of its token among the others; 0 in a search."""
+    """Weight of the neighbor's token in a sample; 0 in a search."""
     details: dict[str, Any]
-    """License, title, artist, source and box, as far as the database knows them."""
+    """License, title, artist, source and box, as far as the database has them."""
 
 
 @dataclass(frozen=True)
-class Painted:
-    """A finished sample, and its PNG with the recipe inside."""
+class SampledPicture:
+    """A finished sample, and its PNG with the recipe in it."""
 
     sample: Sample
     png: bytes
 
 
-class Stopped(Exception):
-    """Nobody waits for this picture any more."""
+class CancelledSample(Exception):
+    """The request of this sample has ended."""
 
 
-class Stoppable:
-    """A UNet that raises Stopped once its event is set."""
+class CancellableUNet:
+    """A UNet that raises CancelledSample once its event is set."""
 
     def __init__(self, unet: Denoiser) -> None:
         self.unet = unet
@@ -76,153 +76,157 @@ class Stoppable:
     def __call__(self, *args: Any, **options: Any) -> tuple[torch.Tensor, ...]:
         """One denoising step."""
         if self.stop.is_set():
-            raise Stopped
+            raise CancelledSample
         return self.unet(*args, **options)
 
 
 class Explorer:
-    """The opened parts. `search` and `sample` may be awaited by many at once."""
+    """The opened databases and model. `search` and `sample` may be called concurrently."""
 
     def __init__(
-        self, root: Root, limits: ExploreConfig, encoder: Encoder, sampler: Sampler | None, form: SampleConfig
+        self,
+        root: Root,
+        limits: ExploreConfig,
+        encoder: Encoder,
+        sampler: Sampler | None,
+        defaults: SampleConfig,
     ) -> None:
-        """form: what a request for a picture leaves out. Raises UserError where there is no database."""
+        """defaults: settings that a sampling request leaves out. Raises UserError if there is no database."""
         self.limits = limits
         self.encoder = encoder
         self.sampler = sampler
-        self.form = form
+        self.defaults = defaults
         self.databases = _databases(root, encoder, sampler)
-        self.pictures = Pictures(root, limits.max_pictures)
-        self.searches = Turns("search", limits.search_threads, limits.max_searches, limits.search_timeout_s)
-        self.samples = Turns("picture", 1, limits.max_samples, limits.sample_timeout_s)
+        self.pictures = Pictures(root, limits.max_rows_with_pictures)
+        self.searches = WorkQueue(
+            "search", limits.search_threads, limits.max_searches, limits.search_timeout_s
+        )
+        self.samples = WorkQueue("picture", 1, limits.max_samples, limits.sample_timeout_s)
         if sampler is not None:
-            self._unet = sampler.unet = Stoppable(sampler.unet)
+            self._unet = sampler.unet = CancellableUNet(sampler.unet)
         for name, database in self.databases.items():
             self.pictures.add(name, database)
 
     @classmethod
     def open(cls, recipe: Recipe) -> "Explorer":
-        """The parts that a recipe names; without a finished training there are searches alone."""
+        """Open what a recipe names. Without a finished training only searches are possible."""
         limits = recipe[ExploreConfig] if recipe.has("explore") else ExploreConfig()
-        form = recipe[SampleConfig] if recipe.has("sample") else SampleConfig()
+        defaults = recipe[SampleConfig] if recipe.has("sample") else SampleConfig()
         run = trained(recipe) if recipe.has("train") else None
         if run is None or not recipe.root.exists(f"{run.folder}/manifest.json"):
-            return cls(recipe.root, limits, Encoder(recipe[ClipConfig]), None, form)
-        sampler = Sampler.open(recipe.root, run, form)
-        return cls(recipe.root, limits, sampler.encoder, sampler, form)
+            return cls(recipe.root, limits, Encoder(recipe[ClipConfig]), None, defaults)
+        sampler = Sampler.open(recipe.root, run, defaults)
+        return cls(recipe.root, limits, sampler.encoder, sampler, defaults)
 
     @property
     def styles(self) -> list[str]:
         """Names of all databases but the training database."""
         return [name for name in self.databases if name != TRAINING_DATABASE]
 
-    async def search(self, ask: SearchAsk) -> list[Shown]:
-        """The k nearest rows, best first. Raises UserError, or Refused where the server is too busy."""
-        ask.check(self.limits)
-        database = self._database(ask.database)
-        return await self.searches.run(lambda stop: self._found(ask, database))
+    async def search(self, request: SearchRequest) -> list[NeighborView]:
+        """The k nearest rows, best first. Raises UserError, or BusyError if the server is overloaded."""
+        request.check(self.limits)
+        database = self._database(request.database)
+        return await self.searches.run(lambda stop: self._search(request, database))
 
-    async def sample(self, asks: Sequence[SampleAsk]) -> list[Painted]:
-        """One picture for each. Raises UserError, or Refused where the server is too busy."""
-        for ask in asks:
-            ask.check(self.limits)
-            for name, _ in ask.weighted():
+    async def sample(self, requests: Sequence[SampleRequest]) -> list[SampledPicture]:
+        """One picture for each request. Raises UserError, or BusyError if the server is overloaded."""
+        for request in requests:
+            request.check(self.limits)
+            for name, _ in request.databases():
                 self._database(name)
-        return await self.samples.run(lambda stop: self._made(asks, stop))
+        return await self.samples.run(lambda stop: self._sample(requests, stop))
 
-    def neighbors(self, sample: Sample) -> list[Shown]:
-        """What conditioned a sample, as people see it."""
+    def neighbors(self, sample: Sample) -> list[NeighborView]:
+        """The neighbors that conditioned a sample."""
         return [
-            self._shown(rank, one.database, one.similarity, {**vars(one), **one.details}, one.weight)
-            for rank, one in enumerate(sample.neighbors, 1)
+            self._view(rank, row.database, row.similarity, {**vars(row), **row.details}, row.weight)
+            for rank, row in enumerate(sample.neighbors, 1)
         ]
 
     def image_query(self, data: bytes) -> ImageQuery:
-        """A picture as a condition, seen as a search sees it. Raises UserError where it cannot be read."""
+        """A picture as a condition, embedded as in a search. Raises UserError if it cannot be read."""
         return ImageQuery.of("picture", data, self.encoder.encode_images([self._picture(data)])[0])
 
     def close(self) -> None:
-        """Take no more work."""
+        """Accept no more work."""
         self.searches.close()
         self.samples.close()
 
-    def _found(self, ask: SearchAsk, database: Database) -> list[Shown]:
-        vectors = [self.encoder.encode_texts([ask.text])] if ask.text.strip() else []
-        if ask.image:
-            vectors.append(self.encoder.encode_images([self._picture(bytes_of(ask.image, self.limits))]))
+    def _search(self, request: SearchRequest, database: Database) -> list[NeighborView]:
+        vectors = [self.encoder.encode_texts([request.text])] if request.text.strip() else []
+        if request.image:
+            picture = self._picture(decode_base64(request.image, self.limits))
+            vectors.append(self.encoder.encode_images([picture]))
         query = unit_rows(np.concatenate(vectors)).mean(axis=0, keepdims=True)
-        effort = database.effort(ask.recall, "images" if ask.image else "texts")
-        found = database.search(query, ask.k, effort=effort)
-        (rows,) = found.rows
+        effort = database.effort(request.recall, "images" if request.image else "texts")
+        neighbors = database.search(query, request.k, effort=effort)
+        (rows,) = neighbors.rows
+        pairs = zip(neighbors.similarities[0].tolist(), rows.to_pylist(), strict=True)
         return [
-            self._shown(rank, ask.database, float(similarity), row)
-            for rank, (similarity, row) in enumerate(
-                zip(found.similarities[0], rows.to_pylist(), strict=True), 1
-            )
+            self._view(rank, request.database, similarity, row)
+            for rank, (similarity, row) in enumerate(pairs, 1)
         ]
 
-    def _made(self, asks: Sequence[SampleAsk], stop: Event) -> list[Painted]:
+    def _sample(self, requests: Sequence[SampleRequest], stop: Event) -> list[SampledPicture]:
         sampler = self._require_sampler()
         self._unet.stop = stop
-        samples = sampler.sample([self._request(ask) for ask in asks])
-        return [Painted(one, png_bytes(one.picture, one.recipe())) for one in samples]
+        samples = sampler.sample([self._sampler_request(request) for request in requests])
+        return [SampledPicture(sample, png_bytes(sample.picture, sample.recipe())) for sample in samples]
 
-    def _request(self, ask: SampleAsk) -> Request:
-        form, mix = self.form, ask.weighted()
-        alone = mix[0][0] if len(mix) == 1 else TRAINING_DATABASE
-        images = [self.image_query(bytes_of(one, self.limits)) for one in ask.images]
-        images += [ImageQuery("picture", "", vector) for vector in ask.vectors]
+    def _sampler_request(self, request: SampleRequest) -> Request:
+        defaults, mix = self.defaults, request.databases()
+        database = mix[0][0] if len(mix) == 1 else TRAINING_DATABASE
+        images = [self.image_query(decode_base64(image, self.limits)) for image in request.images]
+        images += [ImageQuery("picture", "", vector) for vector in request.vectors]
         return Request(
-            prompt=ask.prompt.strip(),
-            seed=ask.seed,
-            mode=ask.mode,
-            database="" if ask.mode == "text" else alone,
+            prompt=request.prompt.strip(),
+            seed=request.seed,
+            mode=request.mode,
+            database="" if request.mode == "text" else database,
             mix=tuple(mix) if len(mix) > 1 else (),
-            k=ask.k or form.k,
-            guidance=form.guidance if ask.guidance is None else ask.guidance,
-            steps=ask.steps or form.steps,
-            scheduler=ask.scheduler or form.scheduler,
-            height=form.height,
-            width=form.width,
+            k=request.k or defaults.k,
+            guidance=defaults.guidance if request.guidance is None else request.guidance,
+            steps=request.steps or defaults.steps,
+            scheduler=request.scheduler or defaults.scheduler,
+            height=defaults.height,
+            width=defaults.width,
             images=tuple(images),
-            exclude=tuple(ask.exclude),
-            weights=tuple(ask.factors()),
-            top_m=ask.top_m,
+            exclude=tuple(request.exclude),
+            weights=tuple(request.id_factors()),
+            top_m=request.top_m,
         )
 
     def _picture(self, data: bytes) -> Any:
-        picture = decoded(data, self.limits.max_upload_pixels)
+        picture = decode_picture(data, self.limits.max_upload_pixels)
         if isinstance(picture, Refusal):
             raise UserError(f"This picture cannot be used: {picture.message}.")
         return picture
 
-    def _shown(
+    def _view(
         self, rank: int, name: str, similarity: float, row: dict[str, Any], weight: float = 0.0
-    ) -> Shown:
+    ) -> NeighborView:
         image_id = int(row["image_id"])
-        at_hand = self.pictures.has(name, image_id)
-        return Shown(
+        return NeighborView(
             rank=rank,
             database=name,
             image_id=str(image_id),
             similarity=similarity,
             caption=row["caption"],
             url=row["url"],
-            picture=f"/picture/{name}/{image_id}" if at_hand else "",
+            picture=f"/picture/{name}/{image_id}" if self.pictures.has(name, image_id) else "",
             weight=weight,
-            details={word: row[word] for word in SHOWN_DETAILS if row.get(word) not in (None, "", "?")},
+            details={key: row[key] for key in DETAILS if row.get(key) not in (None, "", "?")},
         )
 
     def _database(self, name: str) -> Database:
         if name not in self.databases:
-            raise UserError(f"There is no database {name!r}. There are: {', '.join(self.databases)}.")
+            raise UserError(f"There is no database {name!r}. Databases: {', '.join(self.databases)}.")
         return self.databases[name]
 
     def _require_sampler(self) -> Sampler:
         if self.sampler is None:
-            raise UserError(
-                "No trained model stands here yet, so there are searches alone. Run 'make train'."
-            )
+            raise UserError("There is no trained model yet. Run 'make train', then restart this server.")
         return self.sampler
 
 
@@ -230,7 +234,7 @@ def _databases(root: Root, encoder: Encoder, sampler: Sampler | None) -> dict[st
     names = [TRAINING_DATABASE] if root.exists(f"{TRAINING_DATABASE}/manifest.json") else []
     names += database_names(root)
     if not names:
-        raise UserError(f"{root.url} holds no database. Run 'make index' or 'make database' first.")
+        raise UserError(f"{root.url} has no database. Run 'make index' or 'make database' first.")
     if sampler is not None:
         return {name: sampler.database(name) for name in names}
     opened = {name: open_database(root, name) for name in names}

@@ -1,6 +1,7 @@
-"""What every request passes, page and API alike: the token, the size of its body, counting, headers.
+"""Middleware for all requests to page and API: token, body size, metrics, security headers.
 
-Plain ASGI, so that streams are passed on as they come. The headers let the page load nothing from elsewhere.
+Plain ASGI, so that streamed responses are not buffered. The headers forbid the page to load anything from
+other servers.
 """
 
 import base64
@@ -14,9 +15,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-OPEN = "/health"
-"""The one address that asks for no token: whoever watches the server has none."""
-POLICY = "; ".join(
+PUBLIC_PATH = "/health"
+"""The only path that needs no token: monitoring has none."""
+CONTENT_SECURITY_POLICY = "; ".join(
     [
         "default-src 'self'",
         "script-src 'self' 'unsafe-inline' 'unsafe-eval'",
@@ -30,34 +31,34 @@ POLICY = "; ".join(
     ]
 )
 HEADERS = {
-    "Content-Security-Policy": POLICY,
+    "Content-Security-Policy": CONTENT_SECURITY_POLICY,
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
 
 
 class Guard:
-    """Middleware around an application. token: asked for as a bearer, or as the password of HTTP Basic."""
+    """ASGI middleware. token: required as bearer token or as HTTP Basic password; empty means none."""
 
     def __init__(self, app: ASGIApp, token: str, max_body_bytes: int, registry: CollectorRegistry) -> None:
         self.app = app
         self.token = token
         self.max_body_bytes = max_body_bytes
         self.requests = Counter(
-            "explore_requests", "Requests answered.", ["route", "status"], registry=registry
+            "explore_requests", "Finished requests.", ["route", "status"], registry=registry
         )
         self.seconds = Histogram(
-            "explore_request_seconds", "Time until the answer ended.", ["route"], registry=registry
+            "explore_request_seconds", "Time until the response ended.", ["route"], registry=registry
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse the request, or pass it on."""
+        """Reject the request, or pass it to the application."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status = time.perf_counter(), 500
+        start, status = time.perf_counter(), 500
 
-        async def answer(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -65,51 +66,55 @@ class Guard:
             await send(message)
 
         try:
-            await self._admit(scope, receive, answer)
+            await self._admit(scope, receive, send_with_headers)
         finally:
-            # the path of the route, not the address: a visitor must not make as many series as they like
+            # The path of the route, not of the URL: visitors must not be able to create new time series.
             route = getattr(scope.get("route"), "path", "page") or "page"
             self.requests.labels(route, status).inc()
-            self.seconds.labels(route).observe(time.perf_counter() - began)
+            self.seconds.labels(route).observe(time.perf_counter() - start)
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
-        if self.token and scope["path"] != OPEN and not self._is_known(headers.get("authorization", "")):
-            await _refuse(send, 401, "This server asks for its token: as a bearer, or as the password.")
+        if (
+            self.token
+            and scope["path"] != PUBLIC_PATH
+            and not self._has_token(headers.get("authorization", ""))
+        ):
+            await _reject(send, 401, "This server needs a token, as bearer token or as password.")
         elif int(headers.get("content-length", "0")) > self.max_body_bytes:
-            await _refuse(send, 413, self._too_large)
+            await _reject(send, 413, self._too_large)
         else:
             await self.app(scope, self._limited(receive), send)
 
-    def _is_known(self, authorization: str) -> bool:
-        kind, _, given = authorization.partition(" ")
-        sent = given.encode("latin-1")  # as Headers decoded it
-        if kind.lower() == "basic":
+    def _has_token(self, authorization: str) -> bool:
+        scheme, _, credentials = authorization.partition(" ")
+        token = credentials.encode("latin-1")  # Headers decoded it so
+        if scheme.lower() == "basic":
             try:
-                sent = base64.b64decode(sent).partition(b":")[2]
+                token = base64.b64decode(token).partition(b":")[2]
             except binascii.Error:
                 return False
-        return hmac.compare_digest(sent, self.token.encode())
+        return hmac.compare_digest(token, self.token.encode())
 
     @property
     def _too_large(self) -> str:
         return f"The request is larger than {self.max_body_bytes:,} bytes."
 
     def _limited(self, receive: Receive) -> Receive:
-        read = 0
+        bytes_read = 0
 
-        async def counted() -> Message:
-            nonlocal read
+        async def counting_receive() -> Message:
+            nonlocal bytes_read
             message = await receive()
-            read += len(message.get("body", b""))
-            if read > self.max_body_bytes:
+            bytes_read += len(message.get("body", b""))
+            if bytes_read > self.max_body_bytes:
                 raise HTTPException(413, self._too_large)
             return message
 
-        return counted
+        return counting_receive
 
 
-async def _refuse(send: Send, status: int, text: str) -> None:
+async def _reject(send: Send, status: int, text: str) -> None:
     body = json.dumps({"detail": text}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status == 401:

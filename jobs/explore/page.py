@@ -1,96 +1,91 @@
-"""The page: tabs that search, make a picture and compare styles, over the same explorer as the API.
+"""The explore page: tabs that search, make a picture and compare styles.
 
-Gradio draws the forms with files that it brings along; fonts are the system's, and nothing is told to
-anybody. An address with a question in it (`/?tab=make&prompt=...`) fills the form and runs it.
+Built with Gradio, which serves its own scripts; the page uses system fonts and sends nothing to other
+servers. A link with a query (`/?tab=make&prompt=...`) fills the form of a tab and runs it.
 """
 
+from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
 from pydantic import ValidationError
 
-from jobs.explore import tab_compare, tab_make, tab_search, views
-from jobs.explore.widgets import EVENT, Desk, Tab, mistake
+from jobs.explore.tabs import compare, sample, search, views
+from jobs.explore.tabs.widgets import EVENT_OPTIONS, PageContext, Tab, error_text
 from retrieval.errors import UserError
 
-FORGET_S = 3600
-"""Seconds after which an upload is removed."""
+UPLOAD_LIFETIME_S = 3600
+"""Uploads are deleted after so many seconds."""
 FONTS = ["system-ui", "sans-serif"]
-INTRODUCTION = """# Paint with what is found
-The model paints while it looks at the nearest pictures of a database. Swap the database, and the same model
-paints in another style."""
+INTRODUCTION = """# Retrieval-augmented diffusion
+The model conditions each picture on the nearest neighbors of the prompt in a database. Choose another
+database, and the same model draws in another style."""
 
 
-def mount(app: FastAPI, desk: Desk) -> None:
-    """Serve the page from the application's root."""
+def mount(app: FastAPI, context: PageContext) -> None:
+    """Serve the page at `/` of the application."""
     theme = gr.themes.Default(font=FONTS, font_mono=["ui-monospace", "monospace"])
-    page = make_page(desk).queue(default_concurrency_limit=None)
+    page = make_page(context).queue(default_concurrency_limit=None)
     gr.mount_gradio_app(
         app,
         page,
         path="/",
         theme=theme,
-        css_paths=views.FOLDER / "page.css",
+        css_paths=Path(__file__).with_name("page.css"),
         footer_links=[],
         run_history=False,
         ssr_mode=False,
-        max_file_size=desk.explorer.limits.max_upload_bytes,
+        max_file_size=context.explorer.limits.max_upload_bytes,
         show_error=False,
     )
 
 
-def make_page(desk: Desk) -> gr.Blocks:
-    """All tabs in one page; without a trained model the first alone."""
-    with gr.Blocks(title="laion-rdm", analytics_enabled=False, delete_cache=(600, FORGET_S)) as page:
+def make_page(context: PageContext) -> gr.Blocks:
+    """The page with all tabs; without a trained model, with the search tab only."""
+    with gr.Blocks(title="laion-rdm", analytics_enabled=False, delete_cache=(600, UPLOAD_LIFETIME_S)) as page:
         gr.Markdown(INTRODUCTION)
         tabs = []
         with gr.Tabs() as bar:
             with gr.Tab("Search", id="search"):
-                tabs.append(tab_search.add(desk))
-            if desk.explorer.sampler is not None:
+                tabs.append(search.add_tab(context))
+            if context.explorer.sampler is not None:
                 with gr.Tab("Make a picture", id="make"):
-                    tabs.append(tab_make.add(desk))
+                    tabs.append(sample.add_tab(context))
                 with gr.Tab("Compare styles", id="compare"):
-                    tabs.append(tab_compare.add(desk))
-        _answer_addresses(page, bar, tabs)
+                    tabs.append(compare.add_tab(context))
+        _run_links(page, bar, tabs)
     return page
 
 
-def _answer_addresses(page: gr.Blocks, bar: gr.Tabs, tabs: list[Tab]) -> None:
-    """Fill and run the tab that the address names."""
-    asked = gr.State("")
-    fields = [field for tab in tabs for field in (*tab.fields, tab.shown)]
+def _run_links(page: gr.Blocks, bar: gr.Tabs, tabs: list[Tab]) -> None:
+    """When the page loads, fill and run the tab that the URL names."""
+    outputs = [bar, *(component for tab in tabs for component in (*tab.fields, tab.output))]
 
-    def fill(request: gr.Request) -> list[Any]:
+    # One event fills the form and shows the result. A second event, chained to the first, could be lost:
+    # the server closes the browser's event stream when no event is pending, and Gradio's client does not
+    # reopen it for an event that is submitted at that moment.
+    async def fill_and_run(request: gr.Request) -> AsyncIterator[list[Any]]:
         query = request.query_params
-        name = query.get("tab", "")
-        values: list[Any] = []
-        for tab in tabs:
-            if tab.name != name:
-                values += [gr.skip()] * (len(tab.fields) + 1)
-                continue
-            try:
-                values += [*tab.values(query), gr.skip()]
-            except (ValidationError, UserError) as error:
-                text = mistake(error) if isinstance(error, ValidationError) else str(error)
-                values += [*[gr.skip()] * len(tab.fields), views.problem(f"This link cannot be used. {text}")]
-                name = ""
-        there = query.get("tab", "") in [tab.name for tab in tabs]
-        return [name, gr.Tabs(selected=query["tab"]) if there else gr.skip(), *values]
+        tab = next((tab for tab in tabs if tab.name == query.get("tab", "")), None)
+        if tab is None:
+            yield [gr.skip()] * len(outputs)
+            return
 
-    filled = page.load(fill, None, [asked, bar, *fields], api_visibility="private", show_progress="hidden")
-    for tab in tabs:
-        filled.then(
-            _if_asked(tab),
-            [asked, *tab.fields],
-            tab.shown,
-            **{**EVENT, "scroll_to_output": False},
-        )
+        def updates(values: list[Any], html: Any) -> list[Any]:
+            place = outputs.index(tab.fields[0])
+            before, after = place - 1, len(outputs) - place - len(values) - 1
+            return [gr.Tabs(selected=tab.name), *[gr.skip()] * before, *values, html, *[gr.skip()] * after]
 
+        unchanged = [gr.skip()] * len(tab.fields)
+        try:
+            values = tab.values_of(query)
+        except (ValidationError, UserError) as error:
+            yield updates(unchanged, views.error(f"This link cannot be used. {error_text(error)}"))
+            return
+        yield updates(values[: len(tab.fields)], gr.skip())
+        yield updates(unchanged, await tab.answer(*values))
 
-def _if_asked(tab: Tab) -> Any:
-    async def answer(asked: str, *values: Any) -> Any:
-        return await tab.answer(*values) if asked == tab.name else gr.skip()
-
-    return answer
+    options = {**EVENT_OPTIONS, "scroll_to_output": False, "show_progress": "hidden"}
+    page.load(fill_and_run, None, outputs, **options)

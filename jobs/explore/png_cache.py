@@ -1,26 +1,26 @@
-"""The pictures that were made last, as PNG files in memory, which pages still show."""
+"""The most recent samples as PNG files in memory; the page loads them by URL."""
 
 import hashlib
 from collections import OrderedDict
 
-KEPT = 128
+MAX_PICTURES = 128
 
 
-class Made:
-    """PNG files by a key."""
+class PngCache:
+    """PNG files by key; the oldest are dropped first."""
 
     def __init__(self) -> None:
         self._pngs: OrderedDict[str, bytes] = OrderedDict()
 
-    def keep(self, png: bytes) -> str:
-        """Remember a picture; returns where it can be fetched."""
+    def add(self, png: bytes) -> str:
+        """Store a picture. Returns the path of its URL."""
         key = hashlib.sha256(png).hexdigest()[:16]
         self._pngs[key] = png
         self._pngs.move_to_end(key)
-        while len(self._pngs) > KEPT:
+        while len(self._pngs) > MAX_PICTURES:
             self._pngs.popitem(last=False)
         return f"/made/{key}.png"
 
-    def png(self, key: str) -> bytes | None:
-        """The file, or None where it is forgotten."""
+    def get(self, key: str) -> bytes | None:
+        """The file, or None if it was dropped."""
         return self._pngs.get(key)

@@ -1,7 +1,7 @@
-"""A few threads with a bounded queue in front, for work that would block the event loop.
+"""A thread pool with a bounded queue, for work that would block the event loop.
 
-Whoever comes when the queue is full is sent away at once, whoever waits too long is told why; work that is
-already running hears it too, and stops where it looks.
+A request to a full queue is rejected at once. A request that waits or runs longer than the timeout fails;
+running work is told through an event and stops at its next check.
 """
 
 import asyncio
@@ -16,20 +16,20 @@ import torch
 Result = TypeVar("Result")
 
 
-class Refused(Exception):
-    """The server cannot serve this now. status: of HTTP; the text is for whoever asked."""
+class BusyError(Exception):
+    """The server cannot serve a request now. status: the HTTP status."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
         self.status = status
 
 
-class Turns:
-    """`threads` workers; at most `most` pieces of work under way and waiting, for `timeout_s` each."""
+class WorkQueue:
+    """`threads` workers; at most `max_pending` jobs running and waiting, for `timeout_s` each."""
 
-    def __init__(self, name: str, threads: int, most: int, timeout_s: float) -> None:
+    def __init__(self, name: str, threads: int, max_pending: int, timeout_s: float) -> None:
         self.name = name
-        self.most = most
+        self.max_pending = max_pending
         self.timeout_s = timeout_s
         self._pool = ThreadPoolExecutor(threads, name, _one_thread_each if threads > 1 else None)
         self._pending: set[Future[Any]] = set()
@@ -38,12 +38,13 @@ class Turns:
         return len(self._pending)
 
     async def run(self, work: Callable[[Event], Result]) -> Result:
-        """What `work` returns. It is given an event that is set when nobody waits for it any longer.
+        """The result of `work`, which is called with an event that is set when the request ends.
 
-        Raises Refused: 429 where the queue is full, 503 where no turn came, 504 where it took too long.
+        Raises BusyError: 429 if the queue is full, 503 if no worker became free in time, 504 if the work took
+        too long.
         """
-        if len(self) >= self.most:
-            raise Refused(429, f"{len(self)} requests wait for a {self.name} already. Try again in a while.")
+        if len(self) >= self.max_pending:
+            raise BusyError(429, f"The queue is full: {len(self)} {self.name} requests. Try again later.")
         stop = Event()
         future = self._pool.submit(work, stop)
         self._pending.add(future)
@@ -52,17 +53,17 @@ class Turns:
             return await asyncio.wait_for(asyncio.wrap_future(future), self.timeout_s)
         except TimeoutError:
             if future.cancel():
-                raise Refused(
-                    503, f"No {self.name} could begin within {self.timeout_s:g} s: others came before."
+                raise BusyError(
+                    503, f"The {self.name} could not start within {self.timeout_s:g} s. Try again later."
                 ) from None
-            raise Refused(
-                504, f"The {self.name} took more than {self.timeout_s:g} s. Ask for less."
+            raise BusyError(
+                504, f"The {self.name} took more than {self.timeout_s:g} s. Choose fewer steps or neighbors."
             ) from None
         finally:
             stop.set()
 
     def close(self) -> None:
-        """Take no more work and drop what waits."""
+        """Accept no more work and drop waiting work."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 

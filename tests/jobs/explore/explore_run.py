@@ -1,4 +1,4 @@
-"""A root that can be explored: the tiny run of the trainer's tests, with pictures beside one database."""
+"""The tiny run of the trainer's tests, with the pictures of one of its databases in a tar."""
 
 import io
 from pathlib import Path
@@ -14,40 +14,40 @@ from retrieval.storage import schema
 from retrieval.storage.root import Root
 from tests.trainer.tiny_run import pictures_of, write_run
 from trainer.sampling.recipe import SampleConfig
-from trainer.sampling.sampler import Sampler, Trained
+from trainer.sampling.sampler import Sampler, TrainedModel
 
-FORM = SampleConfig(k=4, steps=3, guidance=2.0, device="cpu")
+DEFAULTS = SampleConfig(k=4, steps=3, guidance=2.0, device="cpu")
 
 
-def write_root(folder: Path) -> tuple[Root, Trained]:
+def write_root(folder: Path) -> tuple[Root, TrainedModel]:
     """The tiny run; the database `green` has its pictures in a tar."""
     root, trained = write_run(folder)
-    place = root.local_path("databases/green/pictures/00000.tar")
-    place.parent.mkdir()
-    with writing(place) as tar:
+    path = root.local_path("databases/green/pictures/00000.tar")
+    path.parent.mkdir()
+    with writing(path) as tar:
         for number, picture in enumerate(pictures_of("green")):
-            tar.add(key_of(green_id(number)), file_of(picture, "JPEG"), "", {})
+            tar.add(key_of(green_id(number)), encode_picture(picture, "JPEG"), "", {})
     return root, trained
 
 
 def green_id(number: int) -> int:
-    """The image id of a picture of `green`."""
+    """The image id of a picture of the database `green`."""
     return schema.image_id(f"databases/green/green-{number}")
 
 
-def file_of(picture: Image.Image, kind: str = "PNG") -> bytes:
-    """A picture as a file."""
+def encode_picture(picture: Image.Image, kind: str = "PNG") -> bytes:
+    """A picture as the bytes of a file."""
     buffer = io.BytesIO()
     picture.save(buffer, kind)
     return buffer.getvalue()
 
 
-def open_explorer(run: tuple[Root, Trained], **limits: float) -> Explorer:
-    """All parts opened, with such limits."""
-    sampler = Sampler.open(*run, FORM)
-    return Explorer(run[0], ExploreConfig(**limits), sampler.encoder, sampler, FORM)
+def open_explorer(run: tuple[Root, TrainedModel], **limits: float) -> Explorer:
+    """An explorer of the run. limits: fields of ExploreConfig."""
+    sampler = Sampler.open(*run, DEFAULTS)
+    return Explorer(run[0], ExploreConfig(**limits), sampler.encoder, sampler, DEFAULTS)
 
 
-def open_app(run: tuple[Root, Trained], token: str = "", **limits: float) -> FastAPI:
-    """Page and API on the run."""
+def open_app(run: tuple[Root, TrainedModel], token: str = "", **limits: float) -> FastAPI:
+    """Page and API of the run. limits: fields of ExploreConfig."""
     return make_app(open_explorer(run, **limits), token=token)

@@ -1,0 +1,53 @@
+"""The search tab: a text or a picture as the query, the neighbors in one database as the result."""
+
+from typing import Any
+
+import gradio as gr
+from starlette.datastructures import QueryParams
+
+from jobs.explore.api_models import SearchRequest, from_query
+from jobs.explore.tabs import views
+from jobs.explore.tabs.widgets import (
+    EVENT_OPTIONS,
+    PageContext,
+    Tab,
+    file_as_base64,
+    upload_field,
+    with_error_view,
+)
+
+
+def add_tab(context: PageContext) -> Tab:
+    """Add the form and its events to the page."""
+    limits = context.explorer.limits
+    with gr.Row():
+        with gr.Column(scale=3, min_width=260):
+            text = gr.Textbox(
+                label="Text", placeholder="a stag in the snow", max_length=limits.max_text_characters
+            )
+            database = gr.Dropdown(
+                context.choices, value=context.first_database, label="Database", filterable=False
+            )
+            k = gr.Slider(1, limits.max_k, min(12, limits.max_k), step=1, label="Neighbors")
+            button = gr.Button("Search", variant="primary")
+        with gr.Column(scale=2, min_width=220):
+            image = upload_field("Picture (instead of the text, or in addition)")
+    output = gr.HTML(elem_id="search-results", min_height=40)
+    fields = [text, image, database, k]
+
+    async def search(text: str, image: str | None, database: str, k: int) -> str:
+        request = SearchRequest(text=text or "", image=file_as_base64(image), database=database, k=k)
+        neighbors = await context.explorer.search(request)
+        query = f"“{request.text}”" if request.text.strip() else "the picture"
+        heading = f"{len(neighbors)} neighbors of {query} ({views.database_title(database)})"
+        return views.search_results(neighbors, heading, request.link())
+
+    answer = with_error_view(search)
+    for trigger in (button.click, text.submit, image.upload):
+        trigger(answer, fields, output, **EVENT_OPTIONS)
+    return Tab("search", fields, answer, output, _values_of)
+
+
+def _values_of(query: QueryParams) -> list[Any]:
+    request = from_query(SearchRequest, query)
+    return [request.text, None, request.database, request.k]

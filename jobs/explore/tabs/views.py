@@ -1,0 +1,65 @@
+"""HTML of search results, samples and comparisons; all outside text is escaped.
+
+The markup is in `views.html.jinja`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader
+
+from jobs.explore.explorer import NeighborView
+from trainer.evaluation.styles import style_words
+from trainer.sampling.request import TRAINING_DATABASE
+
+
+@dataclass(frozen=True)
+class SampleView:
+    """A sample as the page shows it.
+
+    width: in pixels; png_path: URL path of the PNG; link: URL path of the page that makes it again.
+    """
+
+    title: str
+    prompt: str
+    width: int
+    png_path: str
+    link: str
+    facts: str
+    neighbors: Sequence[NeighborView]
+
+
+def database_title(name: str) -> str:
+    """The name of a database in words."""
+    return "training database" if name == TRAINING_DATABASE else style_words(name)
+
+
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+)
+_TEMPLATES.filters["database_title"] = database_title
+
+
+def _render(view: str, **values: object) -> str:
+    return _TEMPLATES.get_template("views.html.jinja").render(view=view, **values)
+
+
+def search_results(neighbors: Sequence[NeighborView], heading: str, link: str) -> str:
+    """Neighbors, best first, under a heading."""
+    return _render("results", neighbors=neighbors, heading=heading, link=link)
+
+
+def sample(picture: SampleView) -> str:
+    """A sample with its neighbors."""
+    return _render("sample", picture=picture)
+
+
+def comparison(pictures: Sequence[SampleView], heading: str, link: str) -> str:
+    """Samples of one prompt in a grid."""
+    return _render("comparison", pictures=pictures, heading=heading, link=link)
+
+
+def error(text: str) -> str:
+    """An error message."""
+    return _render("error", text=text)

@@ -1,0 +1,106 @@
+"""What the tabs share: the page's context, the upload field, and error messages in place of results."""
+
+import base64
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from pydantic import ValidationError
+from starlette.datastructures import QueryParams
+
+from jobs.explore.explorer import Explorer
+from jobs.explore.png_cache import PngCache
+from jobs.explore.tabs import views
+from jobs.explore.work_queue import BusyError
+from retrieval.errors import UserError
+from trainer.sampling.request import TRAINING_DATABASE
+
+Answer = Callable[..., Awaitable[str]]
+EVENT_OPTIONS: dict[str, Any] = {
+    "api_visibility": "private",  # our own API replaces Gradio's
+    "concurrency_limit": None,  # the explorer's queues limit the work
+    "scroll_to_output": True,  # on a phone the result is below the form
+}
+"""Options of every event that shows a result."""
+
+
+@dataclass(frozen=True)
+class PageContext:
+    """What every tab works with."""
+
+    explorer: Explorer
+    cache: PngCache
+
+    @property
+    def choices(self) -> list[tuple[str, str]]:
+        """(title, name) of all databases; the training database is the last."""
+        last = [name for name in self.explorer.databases if name == TRAINING_DATABASE]
+        return [(views.database_title(name), name) for name in [*self.explorer.styles, *last]]
+
+    @property
+    def first_database(self) -> str:
+        """The database that a form selects at first."""
+        return self.choices[0][1]
+
+
+@dataclass(frozen=True)
+class Tab:
+    """A tab of the page."""
+
+    name: str
+    fields: list[gr.components.Component]
+    """The fields of its form, in order."""
+    answer: Answer
+    """Makes HTML of the values that `values_of` returns, or of those of the fields."""
+    output: gr.HTML
+    values_of: Callable[[QueryParams], list[Any]]
+    """Values of the fields for the query of a URL, and after them values that have no field.
+    Raises pydantic's ValidationError or UserError for an invalid query."""
+
+
+def upload_field(label: str) -> gr.Image:
+    """A field for a picture file. Its value is the path of the file, which nothing has opened yet."""
+    field = gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], height=180)
+    # Gradio's own preprocessing opens the file, and fails without a message if it is not a picture.
+    field.preprocess = _path_of  # type: ignore[method-assign]
+    move = field.async_move_resource_to_block_cache
+
+    async def move_uploads_only(path: str | Path | None) -> str | None:
+        # Gradio would download a URL of any size from this machine.
+        if str(path).startswith(("http://", "https://")):
+            raise gr.Error("Upload the file itself.")
+        return await move(path)
+
+    field.async_move_resource_to_block_cache = move_uploads_only  # type: ignore[method-assign, assignment]
+    return field
+
+
+def file_as_base64(path: str | None) -> str:
+    """An uploaded file in base64, as the API takes it; empty for no file."""
+    return "" if path is None else base64.b64encode(Path(path).read_bytes()).decode()
+
+
+def _path_of(payload: Any) -> str | None:
+    return None if payload is None else str(payload.path)
+
+
+def with_error_view(answer: Answer) -> Answer:
+    """The same function, which returns an error message as HTML instead of raising."""
+
+    async def answer_or_error(*values: Any) -> str:
+        try:
+            return await answer(*values)
+        except (ValidationError, UserError, BusyError) as error:
+            return views.error(error_text(error))
+
+    return answer_or_error
+
+
+def error_text(error: Exception) -> str:
+    """The message of an error; of a ValidationError, the first invalid field."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {str(first['input'])[:80]!r}."
