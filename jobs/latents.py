@@ -7,7 +7,7 @@ from jobs.cli.command import stage_command
 from jobs.cli.recipe import Recipe
 from pipeline.runtime.runner import Workers, run_shards
 from pipeline.runtime.stage import Stage
-from retrieval.cluster.connection import connected
+from retrieval.cluster.connection import ray_connection
 from retrieval.storage import schema
 from retrieval.storage.manifest import read_manifest
 from trainer.data.latents import make_shard_encoder, manifest_values
@@ -29,7 +29,7 @@ def run(recipe: Recipe) -> None:
     shards = [shard.removeprefix("train/") for shard in embed.shard_names("train/")]
     make_work = partial(make_shard_encoder, config, autoencoder_config, root)
     workers = Workers.of(config, num_gpus=config.gpus_per_worker)
-    with connected():
+    with ray_connection():
         records = run_shards(stage, shards, make_work, workers)
     stage.complete(records, manifest_values(config, autoencoder), started)
 

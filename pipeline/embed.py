@@ -60,7 +60,7 @@ def run(config: EmbedConfig, clip: ClipConfig, root: Root) -> Manifest:
         return manifest
     stage.begin()
     copies = _find_copies(stage, config, upstream)
-    workers = Workers.of(config, num_gpus=config.gpus_per_worker)
+    workers = Workers.from_config(config, num_gpus=config.gpus_per_worker)
     selected = Selected(copies, quotas(upstream, config.patches))
     make_work = partial(_make_work, config, clip, root, selected)
     records = run_shards(stage, upstream.shard_names(), make_work, workers)
@@ -76,7 +76,7 @@ def _find_copies(stage: Stage, config: EmbedConfig, download: Manifest) -> dict[
     )
     names = [f"{number:05d}" for number in range(len(database))]
     work = partial(make_copies, stage.root, train, database, config.near_copy_bits)
-    run_shards(replace(stage, name="embed/copies"), names, work, Workers.of(config))
+    run_shards(replace(stage, name="embed/copies"), names, work, Workers.from_config(config))
     return {shard: name for name, group in zip(names, database, strict=True) for shard in group}
 
 

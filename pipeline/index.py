@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 from pipeline.runtime.runner import Work, Workers, run_shards
 from pipeline.runtime.stage import Stage
 from retrieval.clip.identity import EncoderIdentity
-from retrieval.database.build import build_partition, database_values, partition_centroids, write_centroids
+from retrieval.database.build import build_partition, manifest_values, train_partition_centroids, write_centroids
 from retrieval.database.calibration import calibrate
 from retrieval.database.database import SCHEMA_VERSION, Database
 from retrieval.errors import UserError
-from retrieval.index.kmeans import assign
+from retrieval.index.kmeans import nearest_centroids
 from retrieval.index.routing import Vectors, partition_folder, unit
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
@@ -50,10 +50,10 @@ def run(config: IndexConfig, root: Root) -> Manifest:
         raise UserError(f"{root.at('embed')} has no database images to index. Check filter and download.")
     stage.begin()
     centers = partial(_make_centroids, stage, config, encoder, shards)
-    [record] = run_shards(stage, ["centroids"], centers, Workers.of(config, 1))
+    [record] = run_shards(stage, ["centroids"], centers, Workers.from_config(config, 1))
     with root.local("index/centroids.npy") as path:
         centroids: Vectors = np.load(path, allow_pickle=False)
-    workers = Workers.of(config, num_cpus=config.cores_per_partition)
+    workers = Workers.from_config(config, num_cpus=config.cores_per_partition)
     groups = _groups(shards)
     names = [f"shuffle/{number:05d}" for number in range(len(groups))]
     shuffle = partial(_make_shuffle, root, encoder.dim, centroids, groups)
@@ -61,9 +61,9 @@ def run(config: IndexConfig, root: Root) -> Manifest:
     build = partial(_make_build, root, encoder.dim, config, names)
     partitions = [partition_folder(number) for number in range(len(centroids))]
     built = run_shards(stage, partitions, build, workers)
-    values = database_values(encoder, built)
+    values = manifest_values(encoder, built)
     measure = partial(_make_calibration, stage, config, values)
-    run_shards(stage, ["calibration"], measure, Workers.of(config, 1))
+    run_shards(stage, ["calibration"], measure, Workers.from_config(config, 1))
     values["calibration"] = {"images": root.read_json(f"index/{CALIBRATION}")}
     for name in ("shuffle", "records/shuffle", CALIBRATION, "records/calibration.json"):
         root.delete(f"index/{name}")
@@ -109,7 +109,7 @@ def _centroids(
         take = np.sort(rng.permutation(len(vectors))[: int(np.ceil(share * len(vectors)))])
         parts.append(unit(vectors[take]))
     sample = np.concatenate(parts)
-    centroids = partition_centroids(sample, config, rows)
+    centroids = train_partition_centroids(sample, config, rows)
     stage.log.info("%d partitions; centroids trained on %s rows", len(centroids), f"{len(sample):,}")
     return centroids
 
@@ -134,7 +134,7 @@ def _make_shuffle(root: Root, dim: int, centroids: Vectors, groups: list[list[st
         table = pa.concat_tables(
             [schema.read_table(root, f"embed/{shard}.parquet", wanted) for shard in group]
         ).combine_chunks()
-        numbers = assign(schema.vectors(table, schema.EMBEDDING), centroids)[:, 0]
+        numbers = nearest_centroids(schema.vectors(table, schema.EMBEDDING), centroids)[:, 0]
         with root.writing(f"index/{name}.parquet") as pending:
             _write_sorted(table, numbers, len(centroids), str(pending.path))
         return ShardRecord(name, len(table), (pending.record,))

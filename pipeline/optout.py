@@ -27,7 +27,7 @@ from pipeline.web.urls import canonical_column
 from retrieval.config import Config
 from retrieval.database.database import Database
 from retrieval.errors import UserError
-from retrieval.index.hidden import block
+from retrieval.index.hidden import hide
 from retrieval.index.partition import Partition
 from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, write_manifest
@@ -79,7 +79,7 @@ def run(blocklist: Blocklist, root: Root) -> dict[str, Any]:
         # The training database also hides training images: their rows leave the neighbor tables by that.
         hidden = np.union1d(ids, here) if folder == "index" else here
         if len(hidden):
-            block(root.child(folder), hidden)
+            hide(root.child(folder), hidden)
     removed = _mend(stage) if "index" in held and root.exists("neighbors") else Removed()
     if earlier:
         removed = _with_earlier(removed, Removed(**earlier["neighbors"]))
@@ -110,7 +110,7 @@ def _make_find(stage: Stage, blocklist: Blocklist) -> Work:
         table = schema.read_table(stage.root, where, schema.DOWNLOADED)
         meant = blocklist.blocks_hosts(table["url"].combine_chunks())
         meant |= blocklist.blocks_ids(table[schema.IMAGE_ID].to_numpy())
-        meant |= blocklist.blocks_hashes(table["phash"].to_numpy())
+        meant |= blocklist.blocks_phashes(table["phash"].to_numpy())
         digests = pa.array([word.removeprefix("sha256:") for word in sorted(blocklist.digests)], pa.string())
         meant |= pc.is_in(table["sha256"].combine_chunks(), digests).to_numpy(zero_copy_only=False)
         return _noted(stage, name, table[schema.IMAGE_ID].to_numpy()[meant])
@@ -198,7 +198,7 @@ def _mend(stage: Stage) -> Removed:
     config = NeighborsConfig.model_validate(before.config)
     names = [f"refill/{shard}" for shard in before.shard_names()]
     work = partial(make_refill, root, config, f"{stage.name}/neighbors")
-    records = run_shards(stage, names, work, Workers.of(config, num_gpus=config.gpus_per_worker))
+    records = run_shards(stage, names, work, Workers.from_config(config, num_gpus=config.gpus_per_worker))
     return _replace_tables(root, before, records)
 
 

@@ -26,7 +26,7 @@ from pipeline.pictures.picture import prepared, stored
 from pipeline.recipe import EmbedConfig
 from pipeline.web.sockets import Refusal
 from retrieval.clip.encoder import Encoder
-from retrieval.database.build import Identity, build_database
+from retrieval.database.build import DatabaseIdentity, write_database
 from retrieval.errors import UserError
 from retrieval.perceptual_hash import BLANK_HASH, MIRROR_MASK
 from retrieval.recipe import IndexConfig
@@ -101,7 +101,7 @@ def run_all(
     content = _digest(items)
     made_from = {"source": content, "clip": encoder.identity.digest}
     identities = {
-        name: Identity(f"databases/{name}", made_from | ({"style": style} if style else {}))
+        name: DatabaseIdentity(f"databases/{name}", made_from | ({"style": style} if style else {}))
         for name, style in databases.items()
     }
     if all(_stands(root, identity, config) for identity in identities.values()):
@@ -114,7 +114,7 @@ def run_all(
     ]
 
 
-def _stands(root: Root, identity: Identity, config: IndexConfig) -> bool:
+def _stands(root: Root, identity: DatabaseIdentity, config: IndexConfig) -> bool:
     if not root.exists(f"{identity.name}/manifest.json") or not root.exists(f"{identity.name}/{PLACE}"):
         return False
     return read_manifest(root, identity.name).fingerprint == identity.fingerprint(config)
@@ -186,13 +186,13 @@ def _rows(name: str, kept: list[tuple[int, Item]], seen: Seen) -> pa.Table:
 
 
 def _build(
-    root: Root, found: Collection, style: str, made: tuple[Encoder, IndexConfig, Identity]
+    root: Root, found: Collection, style: str, made: tuple[Encoder, IndexConfig, DatabaseIdentity]
 ) -> Manifest:
     encoder, config, identity = made
     chosen = [i for i, item in enumerate(found.items) if style in ("", item.label)]
-    identity = Identity(identity.name, identity.made_from, {} if style else found.reasons)
+    identity = DatabaseIdentity(identity.name, identity.made_from, {} if style else found.reasons)
     rows = found.table.take(pa.array(chosen, pa.int64()))
-    manifest = build_database(root, rows, encoder.identity, config, identity)
+    manifest = write_database(root, rows, encoder.identity, config, identity)
     _write_pictures(root, f"{identity.name}/{PLACE}", rows, [found.items[i] for i in chosen])
     left_out = "".join(f", {count} {word}" for word, count in identity.reasons.items())
     log.info("%s: %s images in %.1f s%s", identity.name, f"{len(rows):,}", manifest.seconds, left_out)

@@ -41,7 +41,7 @@ def run(config: DownloadConfig, root: Root, retry: bool = False) -> Manifest:
     stage.begin()
     shards = [*selected.shard_names("train/"), *selected.shard_names("database/")]
     make = partial(make_work, config, root, blocklist, retry)
-    records = run_shards(stage, shards, make, Workers.of(config), finished_too=retry)
+    records = run_shards(stage, shards, make, Workers.from_config(config), include_finished=retry)
     urls = int(sum(record.values["urls"] for record in records))
     return stage.complete(records, {"urls": urls}, started)
 

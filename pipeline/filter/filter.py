@@ -43,7 +43,7 @@ def run(config: FilterConfig, root: Root) -> Manifest:
         _sweep(root)
         return done
     stage.begin()
-    workers = Workers.of(config)
+    workers = Workers.from_config(config)
     names = [piece.name for piece in job.plan.pieces]
     scans = run_shards(stage, [f"scan/{name}" for name in names], partial(Scan, job), workers)
     buckets = [f"dedupe/{bucket:05d}" for bucket in range(job.num_buckets)]

@@ -18,7 +18,7 @@ from pipeline.runtime.runner import Work
 from retrieval.database.database import Database
 from retrieval.index.partition import Partition
 from retrieval.index.routing import Vectors, route, unit
-from retrieval.join.join import Joined, match
+from retrieval.join.join import JoinResult, match
 from retrieval.recipe import JoinConfig
 from retrieval.storage import schema
 from retrieval.storage.manifest import ShardRecord
@@ -107,7 +107,7 @@ def _gathered(
             places, queries = [], []
 
 
-def _found_table(places: npt.NDArray[np.int64], found: Joined, here: slice, partition: Partition) -> pa.Table:
+def _found_table(places: npt.NDArray[np.int64], found: JoinResult, here: slice, partition: Partition) -> pa.Table:
     rows = np.maximum(found.positions[here], 0)
     count, k = rows.shape
     dim = partition.embeddings.shape[1]

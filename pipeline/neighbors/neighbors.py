@@ -24,7 +24,7 @@ from pipeline.runtime.stage import Stage
 from retrieval.clip.identity import EncoderIdentity
 from retrieval.database.database import Database
 from retrieval.errors import UserError
-from retrieval.index.hidden import blocked_ids
+from retrieval.index.hidden import hidden_ids
 from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest
 from retrieval.storage.root import FileRecord, Root
@@ -64,7 +64,7 @@ def run(config: NeighborsConfig, root: Root) -> Manifest:
 def stage_of(config: NeighborsConfig, root: Root) -> Stage:
     """The stage at a root: what the database hides is no neighbor and is not trained on."""
     upstream = {stage: read_manifest(root, stage).identity for stage in ("embed", "index")}
-    hidden = blocked_ids(root.child("index"))
+    hidden = hidden_ids(root.child("index"))
     if len(hidden):
         upstream["hidden"] = hashlib.sha256(hidden.tobytes()).hexdigest()[:16]
     return Stage(root, "neighbors", SCHEMA_VERSION, config, upstream)
@@ -78,8 +78,8 @@ def _join(
     groups = [[shard.removeprefix("train/") for shard in group] for group in together]
     routes = [f"route/{number:05d}" for number in range(len(groups))]
     matches = [f"match/{number:05d}" for number in range(len(database.partitions))]
-    on_cpus = Workers.of(config)
-    on_gpus = Workers.of(config, num_gpus=config.gpus_per_worker)
+    on_cpus = Workers.from_config(config)
+    on_gpus = Workers.from_config(config, num_gpus=config.gpus_per_worker)
     run_shards(stage, routes, partial(make_route, stage.root, config.partitions_per_query, groups), on_cpus)
     match = partial(make_match, stage.root, config.join_config(), config.device, routes)
     run_shards(stage, matches, match, on_gpus)
@@ -153,13 +153,13 @@ def _recall(
     rows = sum(record.rows for record in records)
     if not min(rows, config.recall_sample):
         return {}
-    on_gpus = Workers.of(config, num_gpus=config.gpus_per_worker)
+    on_gpus = Workers.from_config(config, num_gpus=config.gpus_per_worker)
     sample = partial(make_sample, stage.root, records, (config.recall_sample, config.seed))
-    run_shards(stage, ["recall/sample"], sample, Workers.of(config, 1))
+    run_shards(stage, ["recall/sample"], sample, Workers.from_config(config, 1))
     truths = [f"recall/{number:05d}" for number in range(len(database.partitions))]
     exact = config.join_config().model_copy(update={"partitions_per_query": 0, "lists_per_partition": 0})
     run_shards(stage, truths, partial(make_truth, stage.root, exact, config.device), on_gpus)
     [record] = run_shards(
-        stage, ["recall/all"], partial(make_recall, stage.root, config.k, truths), Workers.of(config, 1)
+        stage, ["recall/all"], partial(make_recall, stage.root, config.k, truths), Workers.from_config(config, 1)
     )
     return dict(record.values)

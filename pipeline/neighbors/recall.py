@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 
 from pipeline.neighbors.matching import number_of, queries_of
 from pipeline.runtime.runner import Work
-from retrieval.database.calibration import recalls
+from retrieval.database.calibration import recall_per_query
 from retrieval.database.database import Database
-from retrieval.index.effort import interval
+from retrieval.index.effort import confidence_interval
 from retrieval.index.partition import Partition
 from retrieval.join.join import match
 from retrieval.recipe import JoinConfig
@@ -77,7 +77,7 @@ def make_recall(root: Root, k: int, truths: list[str]) -> Work:
         )
         truth = -np.sort(-similarities, axis=1)[:, :k].astype(np.float32)
         found = schema.vectors(_read(root, "recall/sample"), schema.SIMILARITIES).astype(np.float32)
-        mean, low, high = interval(recalls(found, truth))
+        mean, low, high = confidence_interval(recall_per_query(found, truth))
         values = {"recall": mean, "recall_low": low, "recall_high": high, "recall_sample": float(len(found))}
         return ShardRecord(name, len(found), (), {}, values)
 

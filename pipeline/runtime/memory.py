@@ -1,7 +1,7 @@
-"""The memory of a worker: how much it holds, the most it held, and the limit that its recipe states.
+"""The memory of a worker: how much it uses, its peak, and the limit that the recipe sets.
 
-Ray's `memory` only counts what was promised when it places workers; nothing holds a worker to it. Here a
-thread of the worker looks, and ends the process before it takes what others on its node were promised.
+Ray counts `memory` only when it places workers and does not enforce it. A thread of the worker checks the
+limit and ends the process before it takes memory that belongs to other workers of its node.
 """
 
 import logging
@@ -11,41 +11,41 @@ import time
 from pathlib import Path
 
 GB = 1_000_000_000
-LOOK_EVERY_S = 0.2
-MEMORY_EXIT = 77
-"""Exit code of a worker that held more than it may."""
+CHECK_EVERY_S = 0.2
+MEMORY_EXIT_CODE = 77
+"""Exit code of a worker that exceeded its memory limit."""
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
-def held_bytes() -> int:
-    """Resident memory of this process without mapped files, whose pages the system may drop."""
+def used_bytes() -> int:
+    """Resident memory of this process in bytes, without mapped files: the system can drop their pages."""
     _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
     return (resident - shared) * PAGE_BYTES
 
 
 def peak_bytes() -> int:
-    """The most resident memory that this process ever had, mapped files included.
+    """Highest resident memory of this process so far in bytes, mapped files included.
 
-    Not from getrusage: a process begins there with the peak of the one that started it.
+    getrusage is not used: there, a new process starts with the peak of its parent.
     """
     lines = Path("/proc/self/status").read_text().splitlines()
     [peak] = [line for line in lines if line.startswith("VmHWM:")]
     return int(peak.split()[1]) * 1024
 
 
-def hold(limit_gb: float, name: str) -> None:
-    """From now on, end this process when it holds more than so many GB. name: the logger that says so."""
-    threading.Thread(target=_watch, args=(int(limit_gb * GB), name), daemon=True).start()
+def start_watchdog(limit_gb: float, stage: str) -> None:
+    """End this process as soon as it uses more than `limit_gb`. stage: name of the logger."""
+    threading.Thread(target=_watch, args=(int(limit_gb * GB), stage), daemon=True).start()
 
 
-def _watch(limit: int, name: str) -> None:
-    while (held := held_bytes()) <= limit:
-        time.sleep(LOOK_EVERY_S)
-    logging.getLogger(name).error(
-        "a worker holds %.2f GB, more than memory_gb = %g: it is ended. Raise memory_gb in the recipe's "
-        "section [%s], or lower what a shard or batch holds",
-        held / GB,
+def _watch(limit: int, stage: str) -> None:
+    while (used := used_bytes()) <= limit:
+        time.sleep(CHECK_EVERY_S)
+    logging.getLogger(stage).error(
+        "a worker uses %.2f GB, more than memory_gb = %g: it is ended. Raise memory_gb in the recipe's "
+        "section [%s], or make shards or batches smaller",
+        used / GB,
         limit / GB,
-        name.partition("/")[0],
+        stage.partition("/")[0],
     )
-    os._exit(MEMORY_EXIT)
+    os._exit(MEMORY_EXIT_CODE)

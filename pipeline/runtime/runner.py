@@ -1,7 +1,7 @@
-"""Runs the shards of a stage on Ray, each to its end exactly once, whatever is killed on the way.
+"""Runs the shards of a stage on Ray workers; shards of killed workers run again.
 
-Reads and writes a stage's completion records; what a shard is and holds is the business of the `Work` it is
-given. Only here and in `meters.py` does `pipeline` know Ray.
+Reads and writes the completion records of a stage. A `Work` function processes the shards. Only this module
+and `prometheus.py` use Ray in this package.
 """
 
 import time
@@ -23,33 +23,33 @@ from ray.exceptions import (
 )
 
 from pipeline.runtime import memory
-from pipeline.runtime.prometheus import Meters
-from pipeline.runtime.stage import Stage, at_once
-from pipeline.runtime.wandb_reporter import curves
+from pipeline.runtime.prometheus import StageMetrics
+from pipeline.runtime.stage import Stage, map_in_threads
+from pipeline.runtime.wandb_reporter import wandb_reporter
 from retrieval.config import WorkersConfig
 from retrieval.errors import UserError
 from retrieval.storage.manifest import ShardRecord, files_stand, read_record, write_record
-from retrieval.storage.temp_folders import sweep_scratch
+from retrieval.storage.temp_folders import remove_stale_folders
 
 Work = Callable[[str], ShardRecord]
-"""Makes one shard: gets its name, writes its files, returns what it wrote. Safe to repeat."""
+"""Processes one shard: takes its name, writes its files, returns its record. Safe to repeat."""
 
 MAX_LOST_WORKERS = 3
-"""How often one shard may lose its worker (killed, out of memory, node gone) before the stage gives up."""
+"""Times that one shard may lose its worker (killed, out of memory, node lost) before the stage fails."""
 LOST_WORKER = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
-PLACE = 0.001
-"""What a worker takes of the resource that names its nodes: it chooses the node and counts no workers."""
+NODE_SHARE = 0.001
+"""Amount of the custom resource `nodes` that a worker takes: it selects nodes and does not limit workers."""
 STARTING = ""
-"""In the place of a shard: a worker that is not there yet."""
+"""Placeholder for a shard name: the worker is still starting."""
 
 
 class ShardError(RuntimeError):
-    """A shard that could not be made, with the stage and the shard in its text."""
+    """A shard failed; the message names its stage and shard."""
 
 
 @dataclass(frozen=True)
 class Workers:
-    """What one worker needs and how many there are; count 0 fills the cluster."""
+    """The resources of one worker and the number of workers; count 0: as many as fit the cluster."""
 
     count: int = 0
     num_cpus: float = 1
@@ -58,44 +58,44 @@ class Workers:
     nodes: str = ""
 
     @classmethod
-    def of(
+    def from_config(
         cls, config: WorkersConfig, count: int | None = None, num_cpus: float = 1, num_gpus: float = 0
     ) -> "Workers":
-        """The workers that a stage's settings ask for. count: instead of theirs."""
-        wanted = config.workers if count is None else count
-        return cls(wanted, num_cpus, num_gpus, config.memory_gb, config.nodes)
+        """The workers of a stage. count: replaces config.workers."""
+        count = config.workers if count is None else count
+        return cls(count, num_cpus, num_gpus, config.memory_gb, config.nodes)
 
-    def resolved(self) -> int:
+    def num_fitting(self) -> int:
         """Workers to start: as many as fit the nodes, at most `count`. Raises UserError if none fits."""
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        fitting = sum(self._fit(there) for there in nodes)
+        fitting = sum(self._fit(node) for node in nodes)
         if not fitting:
-            known = {kind: max(there.get(kind, 0) for there in nodes) for kind in self._needs()}
+            maxima = {kind: max(node.get(kind, 0) for node in nodes) for kind in self._needs()}
             raise UserError(
-                f"a worker takes {_said(self._needs())}; no node of the cluster has that at once, the most "
-                f"are {_said(known)}. Lower it in the recipe, or use another cluster: RAY_ADDRESS, CLUSTER."
+                f"a worker takes {_format(self._needs())}; no node of the cluster has all of that, the most "
+                f"are {_format(maxima)}. Lower it in the recipe, or set RAY_ADDRESS or CLUSTER."
             )
         return min(self.count or fitting, fitting)
 
     def _needs(self) -> dict[str, float]:
         needs = {"CPU": self.num_cpus, "GPU": self.num_gpus, "memory": self.memory_gb * memory.GB}
-        return {kind: need for kind, need in {**needs, self.nodes: PLACE}.items() if kind and need}
+        return {kind: need for kind, need in {**needs, self.nodes: NODE_SHARE}.items() if kind and need}
 
-    def _fit(self, there: dict[str, float]) -> int:
-        return min(int(there.get(kind, 0) / need + 1e-6) for kind, need in self._needs().items())
+    def _fit(self, node: dict[str, float]) -> int:
+        return min(int(node.get(kind, 0) / need + 1e-6) for kind, need in self._needs().items())
 
     def options(self) -> dict[str, Any]:
-        """The same as Ray actor options."""
+        """The resources as Ray actor options."""
         return {
             "num_cpus": self.num_cpus,
             "num_gpus": self.num_gpus,
             "memory": int(self.memory_gb * memory.GB) or None,
-            "resources": {self.nodes: PLACE} if self.nodes else None,
+            "resources": {self.nodes: NODE_SHARE} if self.nodes else None,
             "max_restarts": 0,
         }
 
 
-def _said(resources: dict[str, float]) -> str:
+def _format(resources: dict[str, float]) -> str:
     return ", ".join(
         f"{kind} {count / memory.GB:.1f} GB" if kind == "memory" else f"{kind} {count:g}"
         for kind, count in resources.items()
@@ -107,42 +107,42 @@ def run_shards(
     shards: Sequence[str],
     make_work: Callable[[], Work],
     workers: Workers,
-    finished_too: bool = False,
+    include_finished: bool = False,
 ) -> list[ShardRecord]:
-    """Make every shard that has no standing record of this fingerprint; records in the order of `shards`.
+    """Process the shards that have no valid record of this fingerprint; records in the order of `shards`.
 
-    `make_work` is called once in each worker, where it loads what all its shards share. A shard is
-    tried again only if its worker was lost; an exception in it stops the stage with ShardError
-    (UserError where the shard raised that), and the finished shards stay. finished_too: the workers get
-    those as well, because they may be bettered.
+    `make_work` runs once in each worker and loads what its shards share. A shard runs again only if its
+    worker was lost. An exception in a shard stops the stage with ShardError, or UserError if the shard
+    raised that; finished shards are kept. include_finished: process finished shards again.
     """
-    found = [] if finished_too else at_once(partial(_standing, stage), shards)
-    records = {record.shard: record for record in found if record}
+    finished = [] if include_finished else map_in_threads(partial(_finished_record, stage), shards)
+    records = {record.shard: record for record in finished if record}
     if records:
         stage.log.info("%d of %d shards are finished already", len(records), len(shards))
     todo = deque(shard for shard in shards if shard not in records)
     if not todo:
         return [records[shard] for shard in shards]
     pool = _Pool(stage, make_work, workers)
-    begun = time.time()
-    with curves(stage) as tell, closing(pool):
+    started = time.time()
+    with wandb_reporter(stage) as report, closing(pool):
         for record, peak in pool.run(todo):
             records[record.shard] = record
-            pool.meters.made(record, peak)
-            tell(record, peak, len(records))
-            _report(stage, record, peak, (len(records), len(shards), (time.time() - begun) / pool.made))
+            pool.metrics.shard_finished(record, peak)
+            report(record, peak, len(records))
+            seconds = (time.time() - started) / pool.num_finished
+            _log_shard(stage, record, peak, (len(records), len(shards), seconds))
     return [records[shard] for shard in shards]
 
 
-def _standing(stage: Stage, shard: str) -> ShardRecord | None:
-    found = read_record(stage.root, stage.name, shard)
-    if found is None or found[0] != stage.fingerprint or not files_stand(stage.root, found[1]):
+def _finished_record(stage: Stage, shard: str) -> ShardRecord | None:
+    stored = read_record(stage.root, stage.name, shard)
+    if stored is None or stored[0] != stage.fingerprint or not files_stand(stage.root, stored[1]):
         return None
-    return found[1]
+    return stored[1]
 
 
-def _report(stage: Stage, record: ShardRecord, peak: int, progress: tuple[int, int, float]) -> None:
-    """One line a shard. peak: bytes; progress: shards done, shards in all, seconds for each."""
+def _log_shard(stage: Stage, record: ShardRecord, peak: int, progress: tuple[int, int, float]) -> None:
+    """Log one line. peak: bytes; progress: shards done, all shards, mean seconds a shard."""
     done, total, seconds = progress
     stage.log.info(
         "shard %s  %s rows  %.1f s  %s rows/s  %.1f GB  (%d/%d, %.0f s left)",
@@ -158,68 +158,68 @@ def _report(stage: Stage, record: ShardRecord, peak: int, progress: tuple[int, i
 
 
 class _Worker:
-    """A Ray actor that makes shards one after another and notes each as finished."""
+    """A Ray actor that processes shards one after another and writes the record of each."""
 
     def __init__(self, stage: Stage, make_work: Callable[[], Work], memory_gb: float) -> None:
         self.stage = stage
         self.make_work = make_work
         self.work: Work | None = None
-        sweep_scratch()
+        remove_stale_folders()
         if memory_gb:
-            memory.hold(memory_gb, stage.name)
+            memory.start_watchdog(memory_gb, stage.name)
 
     def start(self) -> None:
-        """Return once this worker has its place: a shard waits for no worker that has none."""
+        """Return when this worker has started: shards are assigned to started workers only."""
 
     def run(self, shard: str) -> tuple[ShardRecord, int]:
-        """Make one shard and write its record; with the most bytes that this worker ever held."""
+        """Process one shard and write its record; returns the record and the peak memory in bytes."""
         started = time.time()
         try:
             self.work = self.work or self.make_work()
             record = self.work(shard)
-            # A shard that stayed as it was brings the seconds that it took.
+            # An unchanged shard brings the seconds of its first run.
             record = replace(record, seconds=record.seconds or round(time.time() - started, 3))
         except UserError as error:
             raise UserError(f"{self.stage.name}: shard {shard}: {error}") from error
         except Exception as error:
-            where = self.stage.root.at(f"{self.stage.name}/{shard}")
-            raise ShardError(f"{where}: {type(error).__name__}: {error}") from error
+            path = self.stage.root.at(f"{self.stage.name}/{shard}")
+            raise ShardError(f"{path}: {type(error).__name__}: {error}") from error
         write_record(self.stage.root, self.stage.name, self.stage.fingerprint, record)
         return record, memory.peak_bytes()
 
 
 class _Pool:
-    """A fixed number of workers, one shard in flight for each, lost ones replaced."""
+    """A fixed number of workers with one shard each; lost workers are replaced."""
 
     def __init__(self, stage: Stage, make_work: Callable[[], Work], workers: Workers) -> None:
         self.stage = stage
         self.make_work = make_work
         self.workers = workers
-        self.meters = Meters(stage.name)
-        self.made = 0
+        self.metrics = StageMetrics(stage.name)
+        self.num_finished = 0
         self.lost: Counter[str] = Counter()
-        self.flights: dict[Any, tuple[Any, str]] = {}
+        self.pending: dict[Any, tuple[Any, str]] = {}
         self.actors: list[Any] = []
 
     def run(self, todo: deque[str]) -> Iterator[tuple[ShardRecord, int]]:
-        """Yields records as shards finish, each with its worker's peak of memory in bytes."""
-        for _ in range(min(len(todo), self.workers.resolved())):
+        """Yield the records of shards as they finish, each with the peak memory of its worker in bytes."""
+        for _ in range(min(len(todo), self.workers.num_fitting())):
             self._start()
-        self.meters.asked(todo)
+        self.metrics.shards_scheduled(todo)
         idle: list[Any] = []
-        # A replacement may wait for a node that never comes back; the shards do not wait with it.
-        while todo or any(shard != STARTING for _, shard in self.flights.values()):
+        # A replacement may wait for a node that never comes back: wait only for workers that have a shard.
+        while todo or any(shard != STARTING for _, shard in self.pending.values()):
             while todo and idle:
                 actor, shard = idle.pop(), todo.popleft()
-                self.flights[actor.run.remote(shard)] = (actor, shard)
-            [ready], _ = ray.wait(list(self.flights), num_returns=1)
-            actor, shard = self.flights.pop(ready)
+                self.pending[actor.run.remote(shard)] = (actor, shard)
+            [ready], _ = ray.wait(list(self.pending), num_returns=1)
+            actor, shard = self.pending.pop(ready)
             try:
                 result = ray.get(ready)
             except LOST_WORKER as error:
-                # It may merely be out of reach, and must not write what its replacement writes too.
+                # The worker may only be unreachable; it must not write the files that its replacement writes.
                 ray.kill(actor)
-                self._note_lost(shard, error)
+                self._record_loss(shard, error)
                 if shard != STARTING:
                     todo.appendleft(shard)
                 self._start()
@@ -229,31 +229,31 @@ class _Pool:
             idle.append(actor)
             self.lost[STARTING] = 0
             if shard != STARTING:
-                self.made += 1
+                self.num_finished += 1
                 yield result
 
     def close(self) -> None:
-        """End every worker, also those still at work when a shard failed."""
+        """End every worker, including those that still run when a shard failed."""
         for actor in self.actors:
             ray.kill(actor)
 
     def _start(self) -> None:
-        kind: Any = ray.remote(_Worker).options(**self.workers.options())
-        actor: Any = kind.remote(self.stage, self.make_work, self.workers.memory_gb)
+        actor_class: Any = ray.remote(_Worker).options(**self.workers.options())
+        actor: Any = actor_class.remote(self.stage, self.make_work, self.workers.memory_gb)
         self.actors.append(actor)
-        self.flights[actor.start.remote()] = (actor, STARTING)
+        self.pending[actor.start.remote()] = (actor, STARTING)
 
-    def _note_lost(self, shard: str, error: RayError) -> None:
+    def _record_loss(self, shard: str, error: RayError) -> None:
         self.lost[shard] += 1
-        self.meters.lost()
-        where = self.stage.root.at(f"{self.stage.name}/{shard}")
+        self.metrics.worker_lost()
+        path = self.stage.root.at(f"{self.stage.name}/{shard}")
         if getattr(error, "actor_init_failed", False):
-            raise ShardError(f"{where}: no worker can start: {error}") from error
+            raise ShardError(f"{path}: no worker can start: {error}") from error
         if self.lost[shard] > MAX_LOST_WORKERS:
             limit = self.workers.memory_gb
-            held = f" (one that holds more than memory_gb = {limit:g} is ended)" if limit else ""
+            hint = f" (workers that use more than memory_gb = {limit:g} are ended)" if limit else ""
             raise ShardError(
-                f"{where}: lost its worker {self.lost[shard]} times{held}; the last time: {error}"
+                f"{path}: lost its worker {self.lost[shard]} times{hint}; the last time: {error}"
             ) from error
-        what = f"shard {shard} lost its worker" if shard else "a worker was lost before it began"
+        what = f"shard {shard} lost its worker" if shard else "a worker was lost before it started"
         self.stage.log.warning("%s (%s); trying again", what, type(error).__name__)

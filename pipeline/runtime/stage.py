@@ -1,6 +1,6 @@
-"""A stage's identity and its folder: what was finished, what is begun, and the manifest at the end.
+"""The identity and the folder of a stage: is it finished, start or resume it, write its manifest.
 
-Reads and writes `<stage>/started.json` and `<stage>/manifest.json`; knows nothing of Ray.
+Reads and writes `<stage>/started.json` and `<stage>/manifest.json`; does not use Ray.
 """
 
 import logging
@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from retrieval.config import Config
-from retrieval.index.hidden import FILE as BLOCKED
+from retrieval.index.hidden import HIDDEN_FILE
 from retrieval.storage.manifest import (
     Manifest,
     ShardRecord,
@@ -23,16 +23,19 @@ from retrieval.storage.manifest import (
 )
 from retrieval.storage.root import Root
 
-ASKED_AT_ONCE = 32
-"""Shards that an object store is asked about at once: each answer takes some hundredths of a second."""
+THREADS = 32
+"""Concurrent requests to an object store: each takes some hundredths of a second."""
 
-Asked = TypeVar("Asked")
-Answer = TypeVar("Answer")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage's identity: its folder below the root, format, settings and what it is made from."""
+    """The identity of a stage: its folder below the root, format version, settings and inputs.
+
+    upstream: identity of each input, by its name.
+    """
 
     root: Root
     name: str
@@ -47,39 +50,41 @@ class Stage:
 
     @property
     def log(self) -> logging.Logger:
-        """The logger that bears the stage's name."""
+        """The logger of the stage."""
         return logging.getLogger(self.name)
 
     def finished(self) -> Manifest | None:
-        """The manifest, if this very stage was finished before; otherwise None."""
+        """The manifest if the stage is finished with this fingerprint and its files exist, else None."""
         if not self.root.exists(f"{self.name}/manifest.json"):
             return None
         manifest = read_manifest(self.root, self.name)
         if manifest.fingerprint != self.fingerprint:
             return None
-        if not all(at_once(partial(files_stand, self.root), manifest.shards)):
+        if not all(map_in_threads(partial(files_stand, self.root), manifest.shards)):
             self.log.warning(
-                "files of %s are missing or cut short: they are made again", self.root.at(self.name)
+                "files of %s are missing or truncated: they are made again", self.root.at(self.name)
             )
             return None
         self.log.info("already finished: %s rows in %d shards", f"{manifest.rows:,}", len(manifest.shards))
         return manifest
 
     def begin(self) -> None:
-        """Make the folder ready: what another fingerprint left is deleted, its manifest first."""
-        mark = f"{self.name}/started.json"
+        """Prepare the folder: delete the files of another fingerprint, the manifest first."""
+        started = f"{self.name}/started.json"
         self.root.delete(f"{self.name}/manifest.json")
-        if self.root.exists(mark) and self.root.read_json(mark) == {"fingerprint": self.fingerprint}:
+        if self.root.exists(started) and self.root.read_json(started) == {"fingerprint": self.fingerprint}:
             self.root.sweep_partials(self.name)
             return
         if self.root.exists(self.name):
-            self.log.info("settings or inputs changed: %s is made anew", self.root.at(self.name))
-        self.root.delete_but(self.name, BLOCKED)  # what must not be shown stays hidden in what comes instead
-        self.root.write_json(mark, {"fingerprint": self.fingerprint})
+            self.log.info(
+                "settings or inputs changed: %s is deleted and built again", self.root.at(self.name)
+            )
+        self.root.delete_but(self.name, HIDDEN_FILE)  # hidden images stay hidden in the new output
+        self.root.write_json(started, {"fingerprint": self.fingerprint})
 
     def complete(self, records: Sequence[ShardRecord], values: dict[str, Any], started: float) -> Manifest:
-        """Write the manifest, last of all files. started: `time.time()` when the stage began."""
-        # Workers of a killed run may have outlived the sweep at the beginning.
+        """Write the manifest, last of all files. started: `time.time()` at the start of the stage."""
+        # Workers of a killed run may have written partial files after begin() deleted the others.
         self.root.sweep_partials(self.name)
         manifest = Manifest(
             stage=self.name,
@@ -102,7 +107,7 @@ class Stage:
         return manifest
 
 
-def at_once(ask: Callable[[Asked], Answer], about: Sequence[Asked]) -> list[Answer]:
-    """What `ask` gives for each, many threads at a time, in order. Raises the first exception of it."""
-    with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
-        return list(pool.map(ask, about))
+def map_in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """The results of `function` for each item, in order, from many threads. Raises its first exception."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(function, items))

@@ -1,8 +1,7 @@
-"""How far each stage is, from the manifests and completion records alone.
+"""The progress of each stage, from its manifest and completion records.
 
-Reads `<stage>/manifest.json`, `<stage>/started.json` and `<stage>/records/`; writes nothing and needs no Ray,
-so it may look at a root on which a stage is at work elsewhere. Times are those that the storage gives the
-records' files.
+Reads `<stage>/manifest.json`, `<stage>/started.json` and `<stage>/records/`; writes nothing and does not use
+Ray, so it also works while a stage runs elsewhere. Times are the modification times of the record files.
 """
 
 from collections import Counter
@@ -28,131 +27,132 @@ PHASES = {
     "index": ("centroids", "shuffle", "partitions", "calibration"),
     "neighbors": ("route", "match", "merge", "recall"),
 }
-"""Stages that make shards of several kinds, one kind after the other, and the folders of their records."""
-AS_MANY = {"select": "scan", "merge": "route"}
-"""Phases of as many shards as an earlier one had."""
-RECORDS_READ = 2_000
-"""Records read of an unfinished stage; of more, as many are drawn evenly and their sums scaled."""
-READERS = 16
-"""Files read at once: an object store answers slowly, but to many."""
-RECENT, FEWEST, MOST = 0.1, 8, 1_000
-"""The last part, by which the time left is judged: a tenth of the shards done, within these bounds."""
-NAMED = 3
-"""Differing settings that are named."""
+"""Stages that run in phases, and the folders of each phase's records, in order."""
+EQUAL_PHASES = {"select": "scan", "merge": "route"}
+"""Phases that have as many shards as an earlier phase."""
+MAX_RECORDS = 2_000
+"""Most records that are read of an unfinished stage; of more, an even sample is read and its sums scaled."""
+THREADS = 16
+"""Files read at once: an object store has high latency but serves many requests."""
+RECENT_SHARE, RECENT_MIN, RECENT_MAX = 0.1, 8, 1_000
+"""The most recent shards, which the remaining time is estimated from: a tenth, within these bounds."""
+MAX_DIFFERENCES = 3
+"""Differing settings that a note lists."""
 MODIFIED = ("mtime", "LastModified", "last_modified", "modified", "updated", "created")
-"""What file systems call the time at which a file was written."""
+"""Keys of the modification time in the file information of different file systems."""
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """A stage as the recipe wants it. word: its name in fingerprints; folder: where it stands."""
+class StageSpec:
+    """A stage as the recipe defines it. name: its name in fingerprints; folder: its folder in the root."""
 
-    word: str
+    name: str
     folder: str
     config: Config | None
-    """Its settings; None where its output does not depend on a section."""
+    """Its settings; None if its output does not depend on a section."""
     totals: Mapping[str, int] = field(default_factory=dict)
-    """Shards to make, by phase ("" for a stage without phases), where upstream manifests say."""
+    """Number of shards by phase ("" for a stage without phases), as far as upstream manifests state it."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """How far a stage is. Counts of an unfinished stage are those of its phase."""
+    """The progress of a stage. Counts of an unfinished stage are those of its current phase."""
 
     stage: str
     state: State
     note: str = ""
-    """Of a stale stage why, of an unfinished one since when nothing came."""
+    """Why a stage is stale; when the last shard of an unfinished stage finished."""
     phase: str = ""
     unit: str = "shards"
     done: int = 0
     total: int | None = None
-    """Shards to make, or None where no manifest says."""
+    """Number of shards; None if no manifest states it."""
     rows: int = 0
     rows_per_s: float | None = None
-    """Over the last run of a finished stage, over the last part of an unfinished one; rows of all workers."""
+    """Of all workers, over the last run of a finished stage or the recent shards of an unfinished one."""
     bytes: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
-    """Rows not kept by reason, most first."""
+    """Rows not kept, by reason, highest count first."""
     eta_s: float | None = None
-    """Seconds until the phase is done at the pace of the last part; None where that cannot be told."""
+    """Estimated seconds until the phase ends, at the rate of the recent shards; None if unknown."""
     is_estimate: bool = False
-    """Rows, bytes and reasons are scaled up from a part of the records."""
+    """Rows, bytes and reasons are scaled up from a sample of the records."""
 
 
-Known = dict[str, tuple[Status, Manifest | None]]
-"""The stages looked at before, by the name under which manifests list them as upstream."""
+UpstreamStages = dict[str, tuple[Status, Manifest | None]]
+"""Status and manifest of earlier stages, by the name under which manifests list them as upstream."""
 
 
-def look(root: Root, wanted: Wanted, known: Known, now: float) -> Status:
-    """The state of one stage. now: seconds since 1970, by the clock of the storage."""
-    return judge(root, wanted, manifest_of(root, wanted.folder), known, now)
+def stage_status(
+    root: Root, spec: StageSpec, manifest: Manifest | None, upstream: UpstreamStages, now: float
+) -> Status:
+    """The status of one stage. manifest: from `find_manifest`; now: in seconds since 1970.
 
-
-def judge(root: Root, wanted: Wanted, manifest: Manifest | None, known: Known, now: float) -> Status:
-    """`look` at a stage whose manifest was read already: at 2.3B rows it is large. None: it has none."""
-    times = _record_times(root, wanted.folder)
+    The manifest is an argument because the caller needs it too, and it is large at 2.3B rows.
+    """
+    times = _record_times(root, spec.folder)
     if manifest:
-        status = _finished(root, wanted.word, manifest, times)
-        why = _why_stale(manifest, wanted, known)
-        return replace(status, state="stale", note=why) if why else status
-    if not times and not root.exists(f"{wanted.folder}/started.json"):
-        return Status(wanted.word, "not started")
-    return _unfinished(root, wanted, times, now)
+        status = _finished(root, spec.name, manifest, times)
+        reason = _stale_reason(manifest, spec, upstream)
+        return replace(status, state="stale", note=reason) if reason else status
+    if not times and not root.exists(f"{spec.folder}/started.json"):
+        return Status(spec.name, "not started")
+    return _unfinished(root, spec, times, now)
 
 
-def manifest_of(root: Root, folder: str) -> Manifest | None:
-    """The manifest of a stage's folder, or None while there is none."""
+def find_manifest(root: Root, folder: str) -> Manifest | None:
+    """The manifest of a stage's folder, or None if there is none."""
     return read_manifest(root, folder) if root.exists(f"{folder}/manifest.json") else None
 
 
-def _finished(root: Root, word: str, manifest: Manifest, times: Mapping[str, float]) -> Status:
+def _finished(root: Root, name: str, manifest: Manifest, times: Mapping[str, float]) -> Status:
     shards = [shard for shard in manifest.shards if not shard.shard.startswith("dropped/")]
     ended = modified_at(root, f"{manifest.stage}/manifest.json")
-    # A resumed stage notes the seconds of its last run alone, in which not all shards were made.
-    made = [when for when in times.values() if when >= ended - manifest.seconds - 1]
-    share = len(made) / len(times) if times else 1.0
+    # A resumed stage stores the seconds of its last run, which processed only a part of the shards.
+    last_run = [time for time in times.values() if time >= ended - manifest.seconds - 1]
+    share = len(last_run) / len(times) if times else 1.0
     return Status(
-        word,
+        name,
         "finished",
         done=len(shards),
         total=len(shards),
         rows=manifest.rows,
         rows_per_s=manifest.rows * share / manifest.seconds if manifest.seconds and share else None,
         bytes=sum(file.bytes for shard in manifest.shards for file in shard.files),
-        reasons=_most_first(manifest.reasons),
+        reasons=_by_count(manifest.reasons),
     )
 
 
-def _why_stale(manifest: Manifest, wanted: Wanted, known: Known) -> str:
-    """Why the stage's command would make it anew, or nothing. Files and formats are not compared."""
-    if wanted.config is not None:
-        now = fingerprint(wanted.word, manifest.schema_version, wanted.config, manifest.upstream)
-        if now != manifest.fingerprint:
-            return f"made {_differences(manifest.config, wanted.config.output_fields())}"
+def _stale_reason(manifest: Manifest, spec: StageSpec, upstream: UpstreamStages) -> str:
+    """Why the stage's command would run it again, or "". Files and format versions are not compared."""
+    if spec.config is not None:
+        current = fingerprint(spec.name, manifest.schema_version, spec.config, manifest.upstream)
+        if current != manifest.fingerprint:
+            return f"made {_differences(manifest.config, spec.config.output_fields())}"
     for name, digest in manifest.upstream.items():
-        if name not in known:
+        if name not in upstream:
             continue
-        status, upstream = known[name]
-        if upstream is None:
+        status, source = upstream[name]
+        if source is None:
             return f"{name}, which it was made from, is {status.state}"
-        if digest not in (upstream.fingerprint, upstream.identity):
+        if digest not in (source.fingerprint, source.identity):
             return f"made from another {name}"
         if status.state == "stale":
             return f"made from {name}, which is stale"
     return ""
 
 
-def _differences(made: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+def _differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> str:
     """The settings that differ, as `with k = 4, the recipe has 8`."""
-    theirs, ours = dict(_flat(made)), dict(_flat(asked))
-    found = [
-        f"with {name} = {theirs[name]!r}, the recipe has {value!r}" if name in theirs else f"without {name}"
-        for name, value in ours.items()
-        if name not in theirs or theirs[name] != value
+    old, new = dict(_flat(stored)), dict(_flat(current))
+    differences = [
+        f"with {name} = {old[name]!r}, the recipe has {value!r}" if name in old else f"without {name}"
+        for name, value in new.items()
+        if name not in old or old[name] != value
     ]
-    more = [f"{len(found) - NAMED} more differences"] if len(found) > NAMED else []
-    return "; ".join([*found[:NAMED], *more]) or "by another version of the code"
+    extra = len(differences) - MAX_DIFFERENCES
+    more = [f"{extra} more differences"] if extra > 0 else []
+    return "; ".join([*differences[:MAX_DIFFERENCES], *more]) or "by another version of the code"
 
 
 def _flat(sections: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -163,123 +163,127 @@ def _flat(sections: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{name}", value
 
 
-def _unfinished(root: Root, wanted: Wanted, times: Mapping[str, float], now: float) -> Status:
-    phase, names = _current_phase(wanted.word, times)
-    total = _total(wanted, phase, times)
-    seen = sorted(times[name] for name in names)
-    pace = _pace(seen)
-    records = _read_records(root, wanted.folder, names)
+def _unfinished(root: Root, spec: StageSpec, times: Mapping[str, float], now: float) -> Status:
+    phase, names = _current_phase(spec.name, times)
+    total = _total(spec, phase, times)
+    finished = sorted(times[name] for name in names)
+    rate = _shards_per_s(finished)
+    records = _read_records(root, spec.folder, names)
     scale = len(names) / len(records) if records else 0.0
     rows = round(scale * sum(record.rows for record in records))
     reasons: Counter[str] = Counter()
     for record in records:
         reasons.update(record.reasons)
     return Status(
-        wanted.word,
+        spec.name,
         "unfinished",
-        note=_since(seen, now),
+        note=_last_shard_note(finished, now),
         phase=phase,
         done=len(names),
         total=total,
         rows=rows,
-        rows_per_s=pace * rows / len(names) if pace and rows else None,
+        rows_per_s=rate * rows / len(names) if rate and rows else None,
         bytes=round(scale * sum(file.bytes for record in records for file in record.files)),
-        reasons=_most_first({word: round(scale * count) for word, count in reasons.items()}),
-        eta_s=(total - len(names)) / pace if pace and total and not _is_quiet(seen, now) else None,
+        reasons=_by_count({word: round(scale * count) for word, count in reasons.items()}),
+        eta_s=(total - len(names)) / rate if rate and total and not _is_stalled(finished, now) else None,
         is_estimate=len(records) < len(names),
     )
 
 
-def _current_phase(word: str, times: Mapping[str, float]) -> tuple[str, list[str]]:
+def _current_phase(stage: str, times: Mapping[str, float]) -> tuple[str, list[str]]:
     """The last phase that has records, and their names; all records for a stage without phases."""
-    for phase in reversed(PHASES.get(word, ())):
+    for phase in reversed(PHASES.get(stage, ())):
         names = sorted(name for name in times if name.partition("/")[0] == phase)
         if names:
             return phase, names
-    return (PHASES[word][0], []) if word in PHASES else ("", sorted(times))
+    return (PHASES[stage][0], []) if stage in PHASES else ("", sorted(times))
 
 
-def _total(wanted: Wanted, phase: str, times: Mapping[str, float]) -> int | None:
-    if phase in AS_MANY:
-        return sum(name.startswith(f"{AS_MANY[phase]}/") for name in times)
-    return wanted.totals.get(phase)
+def _total(spec: StageSpec, phase: str, times: Mapping[str, float]) -> int | None:
+    if phase in EQUAL_PHASES:
+        return sum(name.startswith(f"{EQUAL_PHASES[phase]}/") for name in times)
+    return spec.totals.get(phase)
 
 
-def _pace(seen: Sequence[float]) -> float | None:
-    """Shards a second over the last part. seen: times of completion, sorted."""
-    last = seen[-max(FEWEST, min(MOST, int(len(seen) * RECENT))) :]
-    if len(last) < FEWEST or last[-1] <= last[0]:
+def _recent(finished: Sequence[float]) -> Sequence[float]:
+    """The most recent completion times. finished: all completion times, ascending."""
+    return finished[-max(RECENT_MIN, min(RECENT_MAX, int(len(finished) * RECENT_SHARE))) :]
+
+
+def _shards_per_s(finished: Sequence[float]) -> float | None:
+    """Shards a second over the recent completion times; None if there are too few."""
+    recent = _recent(finished)
+    if len(recent) < RECENT_MIN or recent[-1] <= recent[0]:
         return None
-    return (len(last) - 1) / (last[-1] - last[0])
+    return (len(recent) - 1) / (recent[-1] - recent[0])
 
 
-def _is_quiet(seen: Sequence[float], now: float) -> bool:
-    """True if nothing came for so long that the pace of the last part tells nothing any more."""
-    last = seen[-max(FEWEST, min(MOST, int(len(seen) * RECENT))) :]
-    gaps = [after - before for before, after in pairwise(last)]
-    return now - seen[-1] > 60 + 5 * max(gaps, default=0.0) if seen else True
+def _is_stalled(finished: Sequence[float], now: float) -> bool:
+    """True if no shard finished for so long that the recent rate no longer applies."""
+    gaps = [after - before for before, after in pairwise(_recent(finished))]
+    return now - finished[-1] > 60 + 5 * max(gaps, default=0.0) if finished else True
 
 
-def _since(seen: Sequence[float], now: float) -> str:
-    if not seen:
+def _last_shard_note(finished: Sequence[float], now: float) -> str:
+    if not finished:
         return "no shard is done yet"
-    ago = f"last shard {duration(now - seen[-1])} ago"
-    return f"{ago}: interrupted, or its shards take long" if _is_quiet(seen, now) else ago
+    note = f"last shard {format_duration(now - finished[-1])} ago"
+    return f"{note}: interrupted, or its shards take long" if _is_stalled(finished, now) else note
 
 
 def _read_records(root: Root, folder: str, names: Sequence[str]) -> list[ShardRecord]:
-    """The records of these names, or as many of them as are read, drawn evenly; in order."""
-    count = min(len(names), RECORDS_READ)
-    chosen = [names[number * len(names) // count] for number in range(count)]
-    with ThreadPoolExecutor(READERS) as pool:
-        found = list(pool.map(partial(_read, root, folder), chosen))
-    return [record for record in found if record]
+    """The records of these names, or an even sample of MAX_RECORDS of them; in order."""
+    count = min(len(names), MAX_RECORDS)
+    sample = [names[number * len(names) // count] for number in range(count)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        records = list(pool.map(partial(_read, root, folder), sample))
+    return [record for record in records if record]
 
 
 def _read(root: Root, folder: str, name: str) -> ShardRecord | None:
     try:
-        found = read_record(root, folder, name)
-    except (UserError, FileNotFoundError):  # the stage began anew while we looked
+        stored = read_record(root, folder, name)
+    except (UserError, FileNotFoundError):  # the stage was restarted meanwhile
         return None
-    return found[1] if found else None
+    return stored[1] if stored else None
 
 
 def _record_times(root: Root, folder: str) -> dict[str, float]:
-    """When each record was written, by name of its shard: one listing, however many there are."""
+    """Modification time of each record by shard name, from a single listing."""
     root.fs.invalidate_cache()
     base = _path(root, f"{folder}/records")
     if not root.exists(f"{folder}/records"):
         return {}
-    found: dict[str, dict[str, Any]] = root.fs.find(base, detail=True)
-    names = {path: path[path.rindex(base) + len(base) :].lstrip("/") for path in found}
+    files: dict[str, dict[str, Any]] = root.fs.find(base, detail=True)
+    names = {path: path[path.rindex(base) + len(base) :].lstrip("/") for path in files}
     return {
-        name.removesuffix(".json"): _modified(found[path])
+        name.removesuffix(".json"): _modified(files[path])
         for path, name in names.items()
         if name.endswith(".json") and ".partial-" not in name
     }
 
 
 def _path(root: Root, name: str) -> str:
-    """A name as the root's file system spells it."""
+    """The path of a file in the root's file system."""
     return str(url_to_fs(root.at(name))[1])
 
 
 def modified_at(root: Root, name: str) -> float:
-    """When a file was written, in seconds since 1970."""
+    """Modification time of a file, in seconds since 1970."""
     return _modified(root.fs.info(_path(root, name)))
 
 
 def _modified(info: Mapping[str, Any]) -> float:
-    found = next((info[key] for key in MODIFIED if info.get(key)), 0.0)
-    return found.timestamp() if isinstance(found, datetime) else float(found)
+    time = next((info[key] for key in MODIFIED if info.get(key)), 0.0)
+    return time.timestamp() if isinstance(time, datetime) else float(time)
 
 
-def _most_first(reasons: Mapping[str, int]) -> dict[str, int]:
+def _by_count(reasons: Mapping[str, int]) -> dict[str, int]:
     return dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
 
 
-def duration(seconds: float) -> str:
-    """Seconds for people: `42 s`, `3 min`, `5 h 12 min`, `4 d 3 h`."""
+def format_duration(seconds: float) -> str:
+    """A duration as text: `42 s`, `3 min`, `5 h 12 min`, `4 d 3 h`."""
     minutes, hours = round(seconds / 60), round(seconds / 3600)
     if seconds < 100:
         return f"{max(0.0, seconds):.0f} s"

@@ -1,7 +1,7 @@
-"""What a stage tells Weights & Biases, where its section of the recipe names a project: a point a shard.
+"""Weights & Biases metrics of a stage: one point a shard, if its recipe section names a project.
 
-Writes `wandb/` in the working folder (WANDB_DIR says otherwise) and, unless WANDB_MODE=offline, to its
-server. A stage that goes on does so in the same run of W&B. The record are the manifests.
+Writes `wandb/` in the working folder (or WANDB_DIR) and, unless WANDB_MODE=offline, to the W&B server. A
+resumed stage continues its W&B run. Manifests are the record.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,13 +13,13 @@ from retrieval.config import WorkersConfig
 from retrieval.errors import UserError
 from retrieval.storage.manifest import ShardRecord
 
-Tell = Callable[[ShardRecord, int, int], None]
-"""Takes a shard that was made, the bytes that its worker held at most, and how many shards are done."""
+ReportShard = Callable[[ShardRecord, int, int], None]
+"""Takes the record of a finished shard, its worker's peak memory in bytes, and the number of shards done."""
 
 
 @contextmanager
-def curves(stage: Stage) -> Iterator[Tell]:
-    """What to call for each shard within the block. Raises UserError where W&B cannot start."""
+def wandb_reporter(stage: Stage) -> Iterator[ReportShard]:
+    """Within the block, a function to call for each finished shard. Raises UserError if W&B cannot start."""
     project = stage.config.wandb if isinstance(stage.config, WorkersConfig) else ""
     if not project:
         yield lambda *_: None
@@ -40,13 +40,13 @@ def curves(stage: Stage) -> Iterator[Tell]:
             " Run 'wandb login', set WANDB_MODE=offline, or leave the section's wandb empty."
         ) from error
     with run:
-        yield lambda record, peak, done: run.log(_values(record, peak, done))
+        yield lambda record, peak, done: run.log(_metrics(record, peak, done))
 
 
-def _values(record: ShardRecord, peak: int, done: int) -> dict[str, float]:
+def _metrics(record: ShardRecord, peak: int, done: int) -> dict[str, float]:
     part = record.shard.rpartition("/")[0] or "all"
-    values = {f"{part}/rows": record.rows, f"{part}/seconds": record.seconds}
+    metrics = {f"{part}/rows": record.rows, f"{part}/seconds": record.seconds}
     if record.seconds:
-        values[f"{part}/rows_per_s"] = record.rows / record.seconds
+        metrics[f"{part}/rows_per_s"] = record.rows / record.seconds
     not_kept = {f"{part}/not_kept/{reason}": count for reason, count in record.reasons.items()}
-    return values | not_kept | {"worker_peak_gb": peak / GB, "shards_done": done}
+    return metrics | not_kept | {"worker_peak_gb": peak / GB, "shards_done": done}

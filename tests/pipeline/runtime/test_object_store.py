@@ -1,4 +1,4 @@
-"""The data stages on an S3 bucket: every file is the same as on a local disk, and is read from there."""
+"""The data stages on an S3 bucket write and read the same files as on a local disk."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,26 +11,26 @@ from s3fs import S3FileSystem
 from benchmarks.crashes.store import running_store
 from benchmarks.crashes.world import STAGES, served_world
 from pipeline.databases import database
-from pipeline.runtime.status import Wanted, look
+from pipeline.runtime.status import StageSpec, find_manifest, stage_status
 from retrieval import Database, Root
 from retrieval.clip.encoder import Encoder
 from retrieval.recipe import ClipConfig, IndexConfig
 from retrieval.storage.manifest import read_manifest
-from tests.pipeline.shards_in_process import made_here
+from tests.pipeline.shards_in_process import shards_in_process
 from trainer.data.loader import ImageShard
-from trainer.data.plan import Samples
+from trainer.data.plan import TrainingSet
 
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Root, Root]]:
-    """A disk and a bucket on which every stage ran."""
+    """A local folder and a bucket in which every stage ran."""
     folder = tmp_path_factory.mktemp("object_store")
     with (
         running_store() as store,
         served_world(folder / "world", seed=0) as world,
-        made_here(),
+        shards_in_process(),
     ):
-        S3FileSystem.clear_instance_cache()  # clients of another module's store
+        S3FileSystem.clear_instance_cache()  # remove clients of other modules' stores
         local, remote = Root(folder / "run"), Root(store.url("run"))
         for stage in STAGES:
             for root in (local, remote):
@@ -49,7 +49,9 @@ def _build_style(source: Path, clip: ClipConfig, roots: tuple[Root, Root]) -> No
 
 
 @pytest.mark.parametrize("stage", [*STAGES, "databases/style"])
-def test_a_stage_writes_to_a_bucket_what_it_writes_to_a_disk(roots: tuple[Root, Root], stage: str) -> None:
+def test_a_stage_writes_the_same_files_to_a_bucket_and_to_a_disk(
+    roots: tuple[Root, Root], stage: str
+) -> None:
     local, remote = roots
     on_disk, in_bucket = read_manifest(local, stage), read_manifest(remote, stage)
     assert on_disk.rows > 0
@@ -58,17 +60,17 @@ def test_a_stage_writes_to_a_bucket_what_it_writes_to_a_disk(roots: tuple[Root, 
     assert remote.list(stage) == local.list(stage)
 
 
-def test_what_stands_in_a_bucket_is_searched_trained_on_and_looked_at(roots: tuple[Root, Root]) -> None:
+def test_search_training_and_status_read_from_a_bucket(roots: tuple[Root, Root]) -> None:
     local, remote = roots
-    found = Database.open(f"{remote.url}/index").search(np.eye(32), k=3)
-    same = Database.open(local.child("index")).search(np.eye(32), k=3)
-    assert np.array_equal(found.ids, same.ids)
-    assert found.rows[0] == same.rows[0]
-    made = read_manifest(remote, "neighbors")
-    names, rows = tuple(made.shard_names()), tuple(shard.rows for shard in made.shards)
-    samples = Samples("images", names, rows, (0,) * len(rows), 4, 32, (1, 1, 1), 1, 32, False)
-    [ours, theirs] = (ImageShard(root, samples, 0, names[0]) for root in (remote, local))
-    assert np.array_equal(ours.context, theirs.context)
-    assert np.array_equal(ours.inputs(0, 0), theirs.inputs(0, 0))
-    state = look(remote, Wanted("embed", "embed", None), {}, 0.0)
-    assert (state.state, state.rows) == ("finished", read_manifest(local, "embed").rows)
+    from_remote = Database.open(f"{remote.url}/index").search(np.eye(32), k=3)
+    from_local = Database.open(local.child("index")).search(np.eye(32), k=3)
+    assert np.array_equal(from_remote.ids, from_local.ids)
+    assert from_remote.rows[0] == from_local.rows[0]
+    manifest = read_manifest(remote, "neighbors")
+    names, rows = tuple(manifest.shard_names()), tuple(shard.rows for shard in manifest.shards)
+    samples = TrainingSet("images", names, rows, (0,) * len(rows), 4, 32, (1, 1, 1), 1, 32, False)
+    [on_remote, on_local] = (ImageShard(root, samples, 0, names[0]) for root in (remote, local))
+    assert np.array_equal(on_remote.context, on_local.context)
+    assert np.array_equal(on_remote.inputs(0, 0), on_local.inputs(0, 0))
+    status = stage_status(remote, StageSpec("embed", "embed", None), find_manifest(remote, "embed"), {}, 0.0)
+    assert (status.state, status.rows) == ("finished", read_manifest(local, "embed").rows)

@@ -1,4 +1,4 @@
-"""What manifests and records tell of each stage: how far, how fast, how long still, and whether stale."""
+"""Status of a stage from its manifest and records: progress, rate, time left, and whether it is stale."""
 
 import os
 from dataclasses import replace
@@ -7,8 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.runtime.status import Status, Wanted, duration, look
-from retrieval.config import Config, speed
+from pipeline.runtime.status import (
+    StageSpec,
+    Status,
+    UpstreamStages,
+    find_manifest,
+    format_duration,
+    stage_status,
+)
+from retrieval.config import Config, runtime_setting
 from retrieval.storage.manifest import Manifest, ShardRecord, fingerprint, write_manifest, write_record
 from retrieval.storage.root import FileRecord, Root
 
@@ -16,14 +23,14 @@ NOW = 2_000_000_000.0
 
 
 class Settings(Config):
-    """Of a stage."""
+    """Settings of a stage."""
 
     k: int = 8
-    workers: int = speed(0)
+    workers: int = runtime_setting(0)
 
 
 def write_records(root: Root, stage: str, shards: list[str], ended: float, every: float) -> None:
-    """Records of finished shards, one each `every` seconds, the last at `ended`; 100 rows, 10 not found."""
+    """Write records of finished shards, `every` seconds apart, the last at `ended`, of 100 rows each."""
     for number, shard in enumerate(shards):
         file = FileRecord(f"{stage}/{shard}.parquet", 1000, "")
         write_record(root, stage, "print", ShardRecord(shard, 100, (file,), {"not_found": 10, "timeout": 1}))
@@ -32,19 +39,23 @@ def write_records(root: Root, stage: str, shards: list[str], ended: float, every
 
 
 def write_stage(root: Root, name: str, upstream: dict[str, str], config: Config) -> Manifest:
-    """A finished stage of two shards with 150 rows, made in 30 seconds."""
+    """Write the manifest of a finished stage: two shards, 150 rows, 30 seconds."""
     shards = tuple(
         ShardRecord(f"train/{n}", rows, (FileRecord(f"{n}", 7, f"{n}"),), {"timeout": n})
         for n, rows in enumerate((100, 50))
     )
-    print_ = fingerprint(name, 1, config, upstream)
-    made = Manifest(name, 1, print_, upstream, config.model_dump(mode="json"), shards, {}, 30.0)
-    write_manifest(root, made)
-    return made
+    identity = fingerprint(name, 1, config, upstream)
+    manifest = Manifest(name, 1, identity, upstream, config.model_dump(mode="json"), shards, {}, 30.0)
+    write_manifest(root, manifest)
+    return manifest
 
 
 def numbered(count: int) -> list[str]:
     return [f"train/{number:05d}" for number in range(count)]
+
+
+def status(root: Root, spec: StageSpec, upstream: UpstreamStages | None = None, now: float = NOW) -> Status:
+    return stage_status(root, spec, find_manifest(root, spec.folder), upstream or {}, now)
 
 
 @pytest.fixture
@@ -53,125 +64,139 @@ def root(tmp_path: Path) -> Root:
 
 
 def test_a_stage_without_files_has_not_started(root: Root) -> None:
-    assert look(root, Wanted("embed", "embed", Settings()), {}, NOW) == Status("embed", "not started")
+    assert status(root, StageSpec("embed", "embed", Settings())) == Status("embed", "not started")
 
 
 def test_a_begun_stage_without_records_is_unfinished(root: Root) -> None:
     root.write_json("embed/started.json", {"fingerprint": "print"})
-    found = look(root, Wanted("embed", "embed", None, {"": 12}), {}, NOW)
-    assert (found.state, found.done, found.total, found.eta_s) == ("unfinished", 0, 12, None)
-    assert found.note == "no shard is done yet"
+    current = status(root, StageSpec("embed", "embed", None, {"": 12}))
+    assert (current.state, current.done, current.total, current.eta_s) == ("unfinished", 0, 12, None)
+    assert current.note == "no shard is done yet"
 
 
-def test_rows_pace_and_time_left_follow_from_the_records_alone(root: Root) -> None:
+def test_rows_rate_and_time_left_are_computed_from_the_records(root: Root) -> None:
     write_records(root, "download", numbered(20), ended=NOW - 3, every=4)
-    found = look(root, Wanted("download", "download", None, {"": 50}), {}, NOW)
-    assert (found.state, found.done, found.total) == ("unfinished", 20, 50)
-    assert (found.rows, found.bytes, found.reasons) == (2000, 20_000, {"not_found": 200, "timeout": 20})
-    assert found.rows_per_s == pytest.approx(100 / 4)
-    assert found.eta_s == pytest.approx(30 * 4)
-    assert found.note == "last shard 3 s ago"
+    current = status(root, StageSpec("download", "download", None, {"": 50}))
+    assert (current.state, current.done, current.total) == ("unfinished", 20, 50)
+    assert (current.rows, current.bytes, current.reasons) == (2000, 20_000, {"not_found": 200, "timeout": 20})
+    assert current.rows_per_s == pytest.approx(100 / 4)
+    assert current.eta_s == pytest.approx(30 * 4)
+    assert current.note == "last shard 3 s ago"
 
 
-def test_the_time_left_is_judged_by_the_last_part(root: Root) -> None:
+def test_the_time_left_is_estimated_from_the_recent_shards(root: Root) -> None:
     write_records(root, "download", numbered(20), ended=NOW - 3, every=1)
-    for number in range(12):  # the first ones came slowly
+    for number in range(12):  # the first shards were slow
         when = NOW - 1000 + number
         os.utime(root.local_path(f"download/records/train/{number:05d}.json"), (when, when))
-    found = look(root, Wanted("download", "download", None, {"": 50}), {}, NOW)
-    assert found.eta_s == pytest.approx(30 * 1)
+    current = status(root, StageSpec("download", "download", None, {"": 50}))
+    assert current.eta_s == pytest.approx(30 * 1)
 
 
-def test_a_stage_that_fell_silent_promises_no_time(root: Root) -> None:
+def test_a_stalled_stage_has_no_time_left(root: Root) -> None:
     write_records(root, "download", numbered(20), ended=NOW - 600, every=1)
-    found = look(root, Wanted("download", "download", None, {"": 50}), {}, NOW)
-    assert found.eta_s is None
-    assert found.note == "last shard 10 min ago: interrupted, or its shards take long"
+    current = status(root, StageSpec("download", "download", None, {"": 50}))
+    assert current.eta_s is None
+    assert current.note == "last shard 10 min ago: interrupted, or its shards take long"
 
 
-def test_few_shards_or_an_unknown_total_promise_no_time(root: Root) -> None:
+def test_few_shards_or_an_unknown_total_give_no_time_left(root: Root) -> None:
     write_records(root, "download", numbered(7), ended=NOW, every=1)
-    assert look(root, Wanted("download", "download", None, {"": 50}), {}, NOW).eta_s is None
+    assert status(root, StageSpec("download", "download", None, {"": 50})).eta_s is None
     write_records(root, "embed", numbered(20), ended=NOW, every=1)
-    found = look(root, Wanted("embed", "embed", None), {}, NOW)
-    assert (found.total, found.eta_s) == (None, None)
+    current = status(root, StageSpec("embed", "embed", None))
+    assert (current.total, current.eta_s) == (None, None)
 
 
-def test_of_more_records_than_are_read_the_sums_are_scaled(
-    root: Root, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pipeline.runtime.status.RECORDS_READ", 5)
+def test_the_sums_of_a_sample_of_records_are_scaled(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.runtime.status.MAX_RECORDS", 5)
     write_records(root, "download", numbered(20), ended=NOW, every=1)
-    found = look(root, Wanted("download", "download", None, {"": 50}), {}, NOW)
-    assert found.is_estimate
-    assert (found.done, found.rows, found.bytes, found.reasons["not_found"]) == (20, 2000, 20_000, 200)
+    current = status(root, StageSpec("download", "download", None, {"": 50}))
+    assert current.is_estimate
+    assert (current.done, current.rows, current.bytes, current.reasons["not_found"]) == (
+        20,
+        2000,
+        20_000,
+        200,
+    )
 
 
-def test_a_stage_of_phases_counts_the_phase_it_is_in(root: Root) -> None:
+def test_a_stage_with_phases_counts_its_current_phase(root: Root) -> None:
     write_records(root, "neighbors", [f"route/{n:05d}" for n in range(6)], ended=NOW - 100, every=1)
     write_records(root, "neighbors", [f"match/{n:05d}" for n in range(9)], ended=NOW, every=2)
-    wanted = Wanted("neighbors", "neighbors", None, {"match": 12})
-    found = look(root, wanted, {}, NOW)
-    assert (found.phase, found.done, found.total, found.eta_s) == ("match", 9, 12, pytest.approx(3 * 2))
+    spec = StageSpec("neighbors", "neighbors", None, {"match": 12})
+    current = status(root, spec)
+    assert (current.phase, current.done, current.total, current.eta_s) == (
+        "match",
+        9,
+        12,
+        pytest.approx(3 * 2),
+    )
     write_records(root, "neighbors", ["merge/00000"], ended=NOW, every=1)
-    found = look(root, wanted, {}, NOW)
-    assert (found.phase, found.done, found.total) == ("merge", 1, 6)
+    current = status(root, spec)
+    assert (current.phase, current.done, current.total) == ("merge", 1, 6)
 
 
-def test_unfinished_files_of_records_do_not_count(root: Root) -> None:
+def test_partially_written_records_do_not_count(root: Root) -> None:
     write_records(root, "embed", numbered(2), ended=NOW, every=1)
     (root.local_path("embed/records/train") / ".partial-1-00009.json").write_text("{")
-    assert look(root, Wanted("embed", "embed", None), {}, NOW).done == 2
+    assert status(root, StageSpec("embed", "embed", None)).done == 2
 
 
-def test_a_finished_stage_tells_what_its_manifest_holds(root: Root) -> None:
-    made = write_stage(root, "embed", {}, Settings())
-    found = look(root, Wanted("embed", "embed", Settings(workers=4)), {}, NOW)
-    assert (found.state, found.done, found.total, found.rows, found.bytes) == ("finished", 2, 2, 150, 14)
-    assert (found.rows_per_s, found.reasons) == (pytest.approx(150 / made.seconds), {"timeout": 1})
+def test_a_finished_stage_has_the_numbers_of_its_manifest(root: Root) -> None:
+    manifest = write_stage(root, "embed", {}, Settings())
+    current = status(root, StageSpec("embed", "embed", Settings(workers=4)))
+    assert (current.state, current.done, current.total, current.rows, current.bytes) == (
+        "finished",
+        2,
+        2,
+        150,
+        14,
+    )
+    assert (current.rows_per_s, current.reasons) == (pytest.approx(150 / manifest.seconds), {"timeout": 1})
 
 
 def test_a_resumed_stage_counts_the_shards_of_its_last_run(root: Root) -> None:
     write_stage(root, "embed", {}, Settings())
     ended = root.local_path("embed/manifest.json").stat().st_mtime
     write_records(root, "embed", numbered(4), ended=ended - 1, every=25)  # two of the four in the last 30 s
-    found = look(root, Wanted("embed", "embed", Settings()), {}, ended)
-    assert found.rows_per_s == pytest.approx(150 / 2 / 30)
+    current = status(root, StageSpec("embed", "embed", Settings()), now=ended)
+    assert current.rows_per_s == pytest.approx(150 / 2 / 30)
 
 
-def test_other_settings_make_a_stage_stale_and_are_named(root: Root) -> None:
+def test_changed_settings_make_a_stage_stale_and_are_named(root: Root) -> None:
     write_stage(root, "embed", {}, Settings())
-    found = look(root, Wanted("embed", "embed", Settings(k=4)), {}, NOW)
-    assert (found.state, found.note) == ("stale", "made with k = 8, the recipe has 4")
+    current = status(root, StageSpec("embed", "embed", Settings(k=4)))
+    assert (current.state, current.note) == ("stale", "made with k = 8, the recipe has 4")
 
 
-def test_other_inputs_make_a_stage_stale_and_so_do_stale_ones(root: Root) -> None:
+def test_changed_or_stale_inputs_make_a_stage_stale(root: Root) -> None:
     first = write_stage(root, "download", {}, Settings())
     write_stage(root, "embed", {"download": first.identity}, Settings())
-    wanted, download = Wanted("embed", "embed", Settings()), Status("download", "finished")
-    assert look(root, wanted, {"download": (download, first)}, NOW).state == "finished"
+    spec, download = StageSpec("embed", "embed", Settings()), Status("download", "finished")
+    assert status(root, spec, {"download": (download, first)}).state == "finished"
     other = replace(first, fingerprint="another")
-    assert look(root, wanted, {"download": (download, other)}, NOW).note == "made from another download"
-    stale = look(root, wanted, {"download": (replace(download, state="stale"), first)}, NOW)
-    assert (stale.state, stale.note) == ("stale", "made from download, which is stale")
-    gone = look(root, wanted, {"download": (replace(download, state="unfinished"), None)}, NOW)
-    assert gone.note == "download, which it was made from, is unfinished"
+    assert status(root, spec, {"download": (download, other)}).note == "made from another download"
+    made_from_stale = status(root, spec, {"download": (replace(download, state="stale"), first)})
+    assert (made_from_stale.state, made_from_stale.note) == ("stale", "made from download, which is stale")
+    upstream_unfinished = status(root, spec, {"download": (replace(download, state="unfinished"), None)})
+    assert upstream_unfinished.note == "download, which it was made from, is unfinished"
 
 
-def test_an_object_store_is_read_as_a_disk_is() -> None:
+def test_an_object_store_is_read_like_a_disk() -> None:
     root = Root("memory://status-test/run")
     root.write_json("embed/started.json", {"fingerprint": "print"})
     for shard in numbered(3):
         write_record(root, "embed", "print", ShardRecord(shard, 10, ()))
     now = datetime.now(UTC).timestamp()
-    found = look(root, Wanted("embed", "embed", None, {"": 5}), {}, now)
-    assert (found.state, found.done, found.total, found.rows) == ("unfinished", 3, 5, 30)
-    assert found.note == "last shard 0 s ago"
+    current = status(root, StageSpec("embed", "embed", None, {"": 5}), now=now)
+    assert (current.state, current.done, current.total, current.rows) == ("unfinished", 3, 5, 30)
+    assert current.note == "last shard 0 s ago"
 
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
     [(-1, "0 s"), (42.4, "42 s"), (180, "3 min"), (18_700, "5 h 12 min"), (360_000, "4 d 4 h")],
 )
-def test_durations_are_in_words(seconds: float, words: str) -> None:
-    assert duration(seconds) == words
+def test_durations_are_formatted(seconds: float, words: str) -> None:
+    assert format_duration(seconds) == words

@@ -5,7 +5,7 @@ import pytest
 import wandb
 
 from pipeline.runtime.stage import Stage
-from pipeline.runtime.wandb_reporter import curves
+from pipeline.runtime.wandb_reporter import wandb_reporter
 from retrieval.config import WorkersConfig
 from retrieval.errors import UserError
 from retrieval.storage.manifest import ShardRecord
@@ -25,14 +25,14 @@ def _offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
 
 
-def test_weights_and_biases_gets_a_point_a_shard_in_one_run_of_the_stage(tmp_path: Path) -> None:
-    asked = stage(tmp_path, "rdm")
-    with curves(asked) as tell:
+def test_a_stage_logs_one_point_a_shard_to_one_run(tmp_path: Path) -> None:
+    ink = stage(tmp_path, "rdm")
+    with wandb_reporter(ink) as report:
         for done in (1, 2, 3):
-            tell(RECORD, 2 << 30, done)
+            report(RECORD, 2 << 30, done)
     [path] = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    assert path.name == f"run-databases-ink-{asked.fingerprint}.wandb"
-    # A process of its own writes it, on a busy machine after the run was finished.
+    assert path.name == f"run-databases-ink-{ink.fingerprint}.wandb"
+    # Another process writes the file, on a busy machine only after the run has finished.
     until = time.monotonic() + 60
     while (stored := path.read_bytes()).count(b"train/not_kept/timeout") < 3 and time.monotonic() < until:
         time.sleep(0.1)
@@ -40,21 +40,21 @@ def test_weights_and_biases_gets_a_point_a_shard_in_one_run_of_the_stage(tmp_pat
     assert stored.count(b"train/not_kept/timeout") >= 3
 
 
-def test_nothing_is_told_where_no_project_is_named(tmp_path: Path) -> None:
-    with curves(stage(tmp_path, "")) as tell:
-        tell(RECORD, 0, 1)
+def test_nothing_is_written_without_a_project(tmp_path: Path) -> None:
+    with wandb_reporter(stage(tmp_path, "")) as report:
+        report(RECORD, 0, 1)
     assert not (tmp_path / "wandb").exists()
 
 
-def test_a_login_that_is_missing_stops_the_stage_and_says_what_to_do(
+def test_a_missing_login_stops_the_stage_and_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuses(**_: object) -> None:
+    def fail(**_: object) -> None:
         raise wandb.errors.AuthenticationError("no API key")
 
-    monkeypatch.setattr(wandb, "init", refuses)
+    monkeypatch.setattr(wandb, "init", fail)
     with (
         pytest.raises(UserError, match=r"does not start: no API key.*WANDB_MODE=offline"),
-        curves(stage(tmp_path, "x")),
+        wandb_reporter(stage(tmp_path, "x")),
     ):
         pass

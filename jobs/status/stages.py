@@ -1,0 +1,94 @@
+"""The progress of all stages of a recipe.
+
+Reads the recipe and the files below its root. Knows which sections of a recipe define a stage, and how many
+shards the manifests of earlier stages imply; `pipeline.runtime.status` reads one stage.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from jobs.cli.recipe import Recipe
+from jobs.status.training import training_status
+from pipeline.runtime.status import StageSpec, Status, UpstreamStages, find_manifest, stage_status
+from retrieval.config import Config
+from retrieval.errors import UserError
+from retrieval.storage.root import Root
+from trainer.recipe import LatentsConfig, TrainConfig, TrainingRecipe
+
+DATA_STAGES = ("filter", "download", "embed", "index", "neighbors", "latents")
+RUN_STAGES = ("train", "sample", "evaluate")
+"""Stages below `runs/<name>/`."""
+UPSTREAM = {"download": "filter", "embed": "download", "latents": "embed", "neighbors": "index"}
+"""The stage that decides how many shards a stage has."""
+
+
+def statuses(recipe: Recipe, now: float) -> list[Status]:
+    """The progress of every stage that the recipe has, in order. now: seconds since 1970.
+
+    Raises UserError if the recipe's root does not exist.
+    """
+    root = recipe.root
+    if not root.exists(""):
+        raise UserError(
+            f"{root.url} does not exist: no stage of {recipe.path} has run there. "
+            f"Start with 'make filter RECIPE={recipe.path}', or name another folder: --set root=..."
+        )
+    upstream: UpstreamStages = {}
+    stages = []
+    for name in (*DATA_STAGES, *RUN_STAGES):
+        if not recipe.has(name) or (name in RUN_STAGES and not recipe.has("train")):
+            continue
+        spec = _spec(recipe, name, upstream)
+        manifest = find_manifest(root, spec.folder)
+        status = stage_status(root, spec, manifest, upstream, now)
+        if name == "train":
+            status = training_status(root, recipe[TrainConfig], status, now)
+        stages.append(status)
+        upstream[spec.name] = status, manifest
+        if name == "index":
+            upstream["database/index"] = upstream[name]  # its name in manifests of sample and evaluate
+    return stages
+
+
+def _spec(recipe: Recipe, name: str, upstream: UpstreamStages) -> StageSpec:
+    """Folder, settings and number of shards of a stage."""
+    config = recipe.sections[name]
+    if name in RUN_STAGES:
+        folder = f"runs/{recipe[TrainConfig].name}/{name}"
+        return StageSpec(name, folder, _training_recipe(recipe) if name == "train" else config)
+    folder = f"latents/{recipe[LatentsConfig].size}" if name == "latents" else name
+    return StageSpec(folder, folder, config, _totals(recipe.root, name, upstream))
+
+
+def _training_recipe(recipe: Recipe) -> Config | None:
+    """The sections in the fingerprint of a training run."""
+    names = ("model", "diffusion", "autoencoder", "train")
+    if not all(recipe.has(name) for name in names):
+        return None
+    sections: dict[str, Any] = {name: recipe.sections[name] for name in names}
+    return TrainingRecipe.model_construct(**sections, clip=None)
+
+
+def _totals(root: Root, name: str, upstream: UpstreamStages) -> dict[str, int]:
+    """Number of shards by phase, as far as the upstream stages are finished."""
+    if name == "index":
+        return {"centroids": 1, "calibration": 1, **_partitions(root)}
+    _, manifest = upstream.get(UPSTREAM.get(name, ""), (None, None))
+    if manifest is None:
+        return {}
+    if name == "neighbors":
+        partitions = len(manifest.values["rows"])
+        return {"match": partitions, "recall": partitions + 2}
+    splits = ("train/",) if name == "latents" else ("train/", "database/")
+    return {"": sum(len(manifest.shard_names(split)) for split in splits)}
+
+
+def _partitions(root: Root) -> dict[str, int]:
+    """The number of partitions of an unfinished index, from its centroids; empty before they are written."""
+    if not root.exists("index/centroids.npy"):
+        return {}
+    with root.open("index/centroids.npy") as file:
+        np.lib.format.read_magic(file)
+        shape, _, _ = np.lib.format.read_array_header_1_0(file)
+    return {"partitions": shape[0]}
