@@ -1,4 +1,4 @@
-# One target per stage, each safe to repeat:  make embed RECIPE=jobs/configs/demo.toml ARGS="--set embed.batch_size=64"
+# One target per stage; each can be repeated:  make embed RECIPE=jobs/configs/demo.toml ARGS="--set embed.batch_size=64"
 # `make help` lists them all.
 
 SHELL := /bin/bash
@@ -8,30 +8,30 @@ SHELL := /bin/bash
 RECIPE ?= jobs/configs/demo.toml
 ARGS ?=
 OUT ?=
-WORKERS ?= 0
+WORKERS ?= 2
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAGES := filter download embed index neighbors latents train sample evaluate
 
-# A cluster by the address of its dashboard; RAY_ADDRESS names one too, a local Ray's address stays what it is.
+# The address of a cluster's dashboard. RAY_ADDRESS may give it too, if it begins with http.
 CLUSTER ?= $(filter http://% https://%,$(RAY_ADDRESS))
 SUBMIT = $(if $(CLUSTER),jobs.cluster.submit "$(CLUSTER)")
 
-# Ray would otherwise write a token to the home folder; a busy second thread only spins on a small machine.
+# Without this Ray writes a token to the home folder, and waiting OpenMP threads keep a core busy.
 export RAY_AUTH_MODE ?= disabled
 export OMP_WAIT_POLICY ?= PASSIVE
 export NO_ALBUMENTATIONS_UPDATE ?= 1
 export DS_ACCELERATOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: help install demo test check format bench bench-retrieval bench-download bench-pipeline bench-loader bench-step bench-schedule bench-sampling bench-gpu bench-crashes bench-near-copies optout bench-load database convert explore paper report clean status capacity plan bench-capacity $(STAGES)
+.PHONY: help install demo test check format bench bench-retrieval bench-download bench-pipeline bench-loader bench-step bench-schedule bench-sampling bench-gpu bench-crashes bench-near-copies optout bench-load database convert docs explore paper report clean status capacity plan bench-capacity $(STAGES)
 
-help: ## list what can be made
+help: ## list the targets
 	@grep -hE '^[a-z$$()A-Z -]+:.*## ' $(MAKEFILE_LIST) | sed -e 's/$$(STAGES)/<stage>/' -e 's/:.*## /\t/' | expand -t 18
 	@echo; echo "stages, in order: $(STAGES)"
 	@echo "variables: RECIPE=$(RECIPE)  ARGS=\"--set section.key=value\"  ARGS=--dry-run  ARGS=--help"
 
-install: $(VENV)/installed ## make .venv with everything pinned
+install: $(VENV)/installed ## create .venv with pinned versions of everything
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not here; name a Python 3.11 or 3.12: make PYTHON=python3.12 install"; exit 2; }
@@ -40,7 +40,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: install ## the whole road on a small drawn world; ends with runs/demo/report.html
+demo: install ## the full pipeline on a small synthetic data set; ends with runs/demo/report.html
 	$(BIN)/python -m jobs.demo jobs/configs/demo.toml $(ARGS)
 
 # One picture:  make sample PROMPT="a stag" OUT=stag.png ARGS="--database woodcut --seed 3"
@@ -49,45 +49,50 @@ sample: OWN = $(if $(PROMPT),--prompt "$$PROMPT") $(if $(OUT),--out "$(OUT)")
 # Many machines:  make train HOSTS=hosts.txt RECIPE=...  with lines such as 'gpu-01 slots=8'
 train: OWN = $(if $(HOSTS),--hosts "$(HOSTS)")
 
-$(STAGES): install ## run one stage of RECIPE, on the Ray cluster CLUSTER=http://head:8265 if given
+$(STAGES): install ## run one stage of RECIPE, here or on the Ray cluster CLUSTER=http://head:8265
 	$(BIN)/python -m $(SUBMIT) jobs.$@ $(RECIPE) $(OWN) $(ARGS)
 
 database: install ## style databases: make database NAME=ukiyo-e SOURCE=folder|tar|csv|parquet ARGS=--by-style
 	$(BIN)/python -m jobs.database $(RECIPE) --name "$(NAME)" --source "$(SOURCE)" $(ARGS)
 
-convert: install ## take a released model, or give one to diffusers: make convert FROM=model.ckpt (or TO=folder) RECIPE=...
+convert: install ## import a released model, or export to diffusers: make convert FROM=model.ckpt (or TO=folder) RECIPE=...
 	$(BIN)/python -m jobs.convert $(RECIPE) $(if $(FROM),--from "$(FROM)") $(if $(TO),--to "$(TO)") $(ARGS)
 
-explore: install ## a page and an HTTP API to search and to make pictures: ARGS="--port 7860"
+explore: install ## a page and an HTTP API for search and sampling: ARGS="--port 7860"
 	$(BIN)/python -m jobs.explore $(RECIPE) $(ARGS)
 
 paper: install ## the paper's figures and measurements on RECIPE's finished run: runs/<name>/paper/report.html
 	$(BIN)/python -m jobs.paper $(RECIPE) $(ARGS)
 
-optout: install ## take listed images out of databases and training: make optout LIST=list.txt RECIPE=...
+optout: install ## remove listed images from databases and neighbor tables: make optout LIST=list.txt RECIPE=...
 	$(BIN)/python -m jobs.optout $(RECIPE) --list "$(LIST)" $(ARGS)
 
-report: install ## write the demo's report again from what is on disk
+report: install ## write the demo's report again, from the files on disk
 	$(BIN)/python -m jobs.demo.report $(RECIPE) $(ARGS)
 
-status: install ## how far each stage of RECIPE is, from its manifests: ARGS="--watch 10", ARGS=--json
+status: install ## progress of every stage of RECIPE, from its manifests: ARGS="--watch 10", ARGS=--json
 	@$(BIN)/python -m jobs.status $(RECIPE) $(ARGS)
 
-capacity: install ## storage, hours and cost of the real sizes: make capacity RECIPE=jobs/configs/laion2b.toml
+capacity: install ## storage, hours and cost at full size: make capacity RECIPE=jobs/configs/laion2b.toml
 	@$(BIN)/python -m jobs.capacity $(RECIPE) $(ARGS)
 
 plan: capacity ## the same
 
-test: install ## run all tests
+test: install ## run all tests and doctests, in WORKERS processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-check: install ## ruff, format, mypy, tests
+check: install ## lint, format, types, then all tests; CI runs this
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(MAKE) test
 
-format: install ## let ruff put the code in order
+docs: install ## write the drawings of rooms and the numbers of README; DEMO=runs/demo takes a finished demo's numbers
+	$(if $(DEMO),cp $(DEMO)/report.json docs/demo.json)
+	$(BIN)/python -m docs.generate.rooms
+	$(BIN)/python -m docs.generate.numbers
+
+format: install ## let ruff fix and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -135,5 +140,5 @@ bench-gpu: install ## the paper's network on one CUDA GPU: docs/gpu.md
 	.venv-bench/bin/python -m pip install --disable-pip-version-check -r benchmarks/requirements.txt
 	@touch $@
 
-clean: ## remove the demo's outputs
+clean: ## delete runs/demo
 	rm -rf runs/demo

@@ -1,0 +1,145 @@
+"""README and guides: links lead somewhere, commands exist, and every block that a small machine can run is run.
+
+A block that cannot run here says why after its language, as in "shell (gpu)".
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from docs.generate import numbers, rooms
+from tests.jobs.demo.tiny_demo import TINY
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PAGES = [
+    REPOSITORY / "README.md",
+    REPOSITORY / "CONTRIBUTING.md",
+    *sorted(REPOSITORY.glob("docs/guides/*.md")),
+]
+REASONS = {
+    "cluster": "needs a Ray cluster elsewhere",
+    "data": "needs data that the reader has",
+    "gpu": "needs GPUs",
+    "install": "installs packages",
+    "long": "runs for many minutes; the other tests and CI run it",
+    "serves": "does not end by itself; the page has its own tests",
+    "weights": "needs weights that the reader downloads",
+}
+FENCE = re.compile(r"^```(\w+)(?: \((\w+)\))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)#\s]+)(#[^)]*)?\)")
+
+
+class Block(NamedTuple):
+    """A fenced block of a page."""
+
+    language: str
+    reason: str
+    """Why it is not run, or empty."""
+    text: str
+
+
+def blocks(page: Path) -> list[Block]:
+    return [Block(*groups) for groups in FENCE.findall(page.read_text())]
+
+
+def pages_that_run() -> list[Path]:
+    return [page for page in PAGES if any(is_run(block) for block in blocks(page))]
+
+
+def is_run(block: Block) -> bool:
+    return block.language in ("python", "shell") and not block.reason
+
+
+def tiny_recipe() -> str:
+    """The demo's recipe with the settings of the tiny demo, as TOML."""
+    recipe = tomllib.loads((REPOSITORY / "jobs/configs/demo.toml").read_text())
+    for key, value in TINY.items():
+        section, _, name = key.partition(".")
+        recipe[section][name] = json.loads(value) if isinstance(value, str) and value[0] == "[" else value
+    sections = {name: values for name, values in recipe.items() if isinstance(values, dict)}
+    top = [f"{name} = {json.dumps(value)}" for name, value in recipe.items() if name not in sections]
+    for name, values in sections.items():
+        top += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
+    return "\n".join(top)
+
+
+@pytest.fixture(scope="module")
+def checkout(tiny_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A copy of the repository in which `make demo` has finished a tiny demo."""
+    folder = tmp_path_factory.mktemp("checkout")
+    tracked = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    for name in tracked:
+        if (REPOSITORY / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(REPOSITORY / name, folder / name)
+    (folder / ".venv").symlink_to(sys.prefix)
+    (folder / "jobs/configs/demo.toml").write_text(tiny_recipe())
+    shutil.copytree(tiny_demo, folder / "runs/demo")
+    (folder / "runs/docs").mkdir()
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("page", pages_that_run(), ids=lambda page: page.stem)
+def test_the_blocks_of_a_page_run_in_order(
+    page: Path, checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(checkout)
+    names: dict[str, object] = {}
+    for block in filter(is_run, blocks(page)):
+        if block.language == "python":
+            exec(compile(block.text, str(page), "exec"), names)
+            continue
+        done = subprocess.run(
+            ["bash", "-eu", "-c", block.text], capture_output=True, text=True, check=False, timeout=300
+        )
+        assert done.returncode == 0, f"{block.text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+def test_a_block_that_is_not_run_has_a_known_reason() -> None:
+    for page in PAGES:
+        for block in blocks(page):
+            assert not block.reason or block.reason in REASONS, f"{page.name}: {block.reason}"
+
+
+def test_every_make_command_of_the_pages_names_a_target_of_the_makefile() -> None:
+    makefile = (REPOSITORY / "Makefile").read_text()
+    stages = re.search(r"^STAGES := (.*)$", makefile, re.MULTILINE)
+    assert stages
+    targets = {*stages[1].split(), *re.findall(r"^([a-z-]+):", makefile, re.MULTILINE)}
+    for page in [*PAGES, *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("jobs/configs/*.toml")]:
+        for target in re.findall(
+            r"(?:^|`|# command +|    )make ([a-z][a-z-]*)\b(?!\.)", page.read_text(), re.MULTILINE
+        ):
+            assert target in targets, f"{page.name}: make {target}"
+
+
+def test_links_of_the_pages_lead_to_files() -> None:
+    for page in [*PAGES, *REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")]:
+        for target, _ in LINK.findall(page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.relative_to(REPOSITORY)}: {target}"
+
+
+def test_the_readme_shows_the_committed_numbers() -> None:
+    text = (REPOSITORY / "README.md").read_text()
+    assert numbers.with_numbers(text) == text, "run 'make docs'"
+
+
+def test_the_drawings_of_rooms_are_those_of_the_imports() -> None:
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text()
+    assert rooms.with_drawings(text) == text, "run 'make docs'"
