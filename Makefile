@@ -27,7 +27,7 @@ export DS_ACCELERATOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || e
 .PHONY: help install demo test check format bench bench-retrieval bench-download bench-pipeline bench-loader bench-step bench-schedule bench-sampling bench-gpu bench-crashes bench-near-copies optout bench-load database convert docs explore paper report clean status capacity plan bench-capacity $(STAGES)
 
 help: ## list the targets
-	@grep -hE '^[a-z$$()A-Z -]+:.*## ' $(MAKEFILE_LIST) | sed -e 's/$$(STAGES)/<stage>/' -e 's/:.*## /\t/' | expand -t 18
+	@grep -hE '^[a-z$$()A-Z -]+:.*## ' $(MAKEFILE_LIST) | sed -e 's/$$(STAGES)/<stage>/' -e 's/:.*## /\t/' | expand -t 20
 	@echo; echo "stages, in order: $(STAGES)"
 	@echo "variables: RECIPE=$(RECIPE)  ARGS=\"--set section.key=value\"  ARGS=--dry-run  ARGS=--help"
 
@@ -76,7 +76,7 @@ status: install ## progress of every stage of RECIPE, from its manifests: ARGS="
 capacity: install ## storage, hours and cost at full size: make capacity RECIPE=jobs/configs/laion2b.toml
 	@$(BIN)/python -m jobs.capacity $(RECIPE) $(ARGS)
 
-plan: capacity ## the same
+plan: capacity ## the same as capacity
 
 test: install ## run all tests and doctests, in WORKERS processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
