@@ -1,7 +1,7 @@
-"""The base of every configuration: frozen, strict, and refusing keys it does not know.
+"""Base classes of all configurations: frozen, strictly typed, unknown keys refused.
 
-A field that changes how fast a stage runs and not what it writes is declared with `speed()`; the
-fingerprint of a stage leaves it out.
+`runtime_setting()` declares a field that does not change what a stage writes. The fingerprint of a stage
+leaves it out.
 """
 
 from typing import Any
@@ -10,35 +10,35 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Config(BaseModel):
-    """Immutable settings, checked when made."""
+    """Immutable settings, validated on construction."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
     def output_fields(self) -> dict[str, Any]:
         """The settings that change what is written, nested configurations included, ready for JSON."""
-        plain = self.model_dump(mode="json")
-        kept: dict[str, Any] = {}
+        values = self.model_dump(mode="json")
+        fields: dict[str, Any] = {}
         for name, field in type(self).model_fields.items():
-            if (field.json_schema_extra or {}) == {"speed": True}:
+            if (field.json_schema_extra or {}) == {"runtime": True}:
                 continue
             value = getattr(self, name)
-            kept[name] = value.output_fields() if isinstance(value, Config) else plain[name]
-        return kept
+            fields[name] = value.output_fields() if isinstance(value, Config) else values[name]
+        return fields
 
 
-def speed(default: Any, **limits: Any) -> Any:
-    """A field that does not alter what is written (speed, memory, when to give up): it recomputes nothing."""
-    return Field(default, json_schema_extra={"speed": True}, **limits)
+def runtime_setting(default: Any, **limits: Any) -> Any:
+    """A field that does not change what is written (workers, memory, timeouts). limits: as for `Field`."""
+    return Field(default, json_schema_extra={"runtime": True}, **limits)
 
 
 class WorkersConfig(Config):
-    """What the stages that run on Ray share: how many workers, and what each of them takes."""
+    """Settings of all stages that run on Ray: the workers and the resources of each."""
 
-    workers: int = speed(0, ge=0)
-    """Workers at once; 0: as many as fit the cluster."""
-    memory_gb: float = speed(0.0, ge=0)
-    """Memory of a worker in GB: no node gets more than fit, one that holds more is ended; 0: no limit."""
-    nodes: str = speed("", pattern=r"^[A-Za-z0-9_-]*$")
-    """Nodes that may work: those that offer this custom resource, such as `download`; empty: all."""
-    wandb: str = speed("")
-    """Project of Weights & Biases that is told of every shard; empty: none."""
+    workers: int = runtime_setting(0, ge=0)
+    """Workers that run at once; 0: as many as fit on the cluster."""
+    memory_gb: float = runtime_setting(0.0, ge=0)
+    """Memory of a worker in GB. Ray places workers by it, and a worker above it is stopped; 0: no limit."""
+    nodes: str = runtime_setting("", pattern=r"^[A-Za-z0-9_-]*$")
+    """Run only on nodes with this custom resource of Ray, such as `download`; empty: on all nodes."""
+    wandb: str = runtime_setting("")
+    """Weights & Biases project that logs every finished shard; empty: none."""

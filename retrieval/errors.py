@@ -1,9 +1,9 @@
-"""The one exception class that means "you can mend this".
+"""The exception for mistakes that the user can correct.
 
-The commands in `jobs` print its text alone and exit with code 2; every other exception is a defect
-and keeps its traceback.
+Commands print its text without a traceback and exit with code 2. Any other exception is a defect and keeps
+its traceback.
 """
 
 
 class UserError(Exception):
-    """A mistake in a recipe, a folder or a file: says where, what was found, what was wanted, what to do."""
+    """A mistake in a recipe, folder or file. Says where, what was found, what is wanted and what to do."""

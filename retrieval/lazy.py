@@ -1,14 +1,19 @@
-"""Public names of a package that are imported when they are first used.
+"""Public names of a package, imported on first use.
 
-`from retrieval import Database` works, and reading a manifest does not wait for faiss or torch.
+`from retrieval import Database` works, and `from retrieval import Root` does not load faiss or torch.
 """
 
 from collections.abc import Callable
 from importlib import import_module
 
+from retrieval.extras import extras_named
+
 
 def public_names(package: str, modules: dict[str, str]) -> Callable[[str], object]:
-    """A `__getattr__` for the `__init__.py` of a package. modules: module of each public name, both relative.
+    """A `__getattr__` for the `__init__.py` of a package.
+
+    modules: the module of each public name, relative to the package. The returned function raises UserError
+    for a name that needs a library of an extra that is not installed.
 
     >>> public_names("retrieval", {"UserError": "errors"})("UserError").__name__
     'UserError'
@@ -17,6 +22,7 @@ def public_names(package: str, modules: dict[str, str]) -> Callable[[str], objec
     def load(name: str) -> object:
         if name not in modules:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(import_module(f"{package}.{modules[name]}"), name)
+        with extras_named():
+            return getattr(import_module(f"{package}.{modules[name]}"), name)
 
     return load

@@ -1,0 +1,8 @@
+"""Command line of databases: the commands of `python -m retrieval`, contact sheets and cards.
+
+Users call `main`; notebooks draw contact sheets.
+"""
+
+from retrieval.cli.contact_sheet import draw_contact_sheet, query_results, write_contact_sheet
+
+__all__ = ["draw_contact_sheet", "query_results", "write_contact_sheet"]

@@ -1,7 +1,7 @@
-"""A database's card: what it holds, from whom, under which licenses, by which encoder, and what was removed.
+"""A database's card in Markdown: contents, sources, licenses, encoder, recall and removed rows.
 
-Reads an opened database, its metadata partition after partition; gives Markdown as model hubs show it. It is
-true of the moment it is made: make it again after rows are blocked.
+Reads all metadata of an open database. The card describes the database at the time of writing: write it again
+after rows were hidden.
 """
 
 from collections import Counter
@@ -10,12 +10,12 @@ from urllib.parse import urlsplit
 
 import pyarrow.compute as pc
 
-from retrieval.cli.contact_sheet import plain
+from retrieval.cli.contact_sheet import printable
 from retrieval.database.database import Database
-from retrieval.index.effort import measured
+from retrieval.index.effort import MeasuredEffort
 
-MOST = 20
-"""Sources and licenses named one by one; the rest is one line."""
+MAX_VALUES = 20
+"""Most frequent sources and licenses that are listed; one line sums up the others."""
 LOCAL = "files of a folder"
 UNKNOWN = "not stated"
 
@@ -24,16 +24,16 @@ tags: [image-retrieval, clip-embeddings]
 ---
 # {name}
 
-A database of {shown:,} images by their CLIP vectors, as retrieval-augmented diffusion looks them up. It
-holds vectors, addresses and captions, {pictures}.
+{shown:,} images, indexed by their CLIP vectors for retrieval-augmented diffusion. The database contains
+vectors, URLs and captions, {pictures}.
 
 | | |
 | --- | --- |
 | written | {day} |
-| rows shown; blocked since it was built | {shown:,}; {blocked:,} |
-| left out when it was built | {left_out} |
+| rows shown; hidden since the build | {shown:,}; {hidden:,} |
+| left out by the build | {left_out} |
 | encoder | {encoder} ({dim} numbers a row, float16); weights {weights} |
-| made from | {made_from} |
+| built from | {built_from} |
 | recall | {recall} |
 
 ## Licenses
@@ -44,20 +44,20 @@ holds vectors, addresses and captions, {pictures}.
 
 {sources}
 
-Captions and addresses are other people's and unchecked. Who finds a picture of theirs here can have it
-hidden at once: `python -m retrieval block DB ids.txt`.
+Captions and URLs come from third parties and are unchecked. To hide images from all searches at once, list
+their ids or URLs in a file: `python -m retrieval block DB ids.txt`.
 
 ```python
 from retrieval import Database
 
 database = Database.open("{name}")
-found = database.search(vectors, k=19)  # (n, {dim}) of the encoder above
+neighbors = database.search(vectors, k=19)  # vectors: (n, {dim}) of the encoder above
 ```
 """
 
 
 def card(database: Database, day: date) -> str:
-    """The card as Markdown, of this day. Reads all metadata once."""
+    """The card as Markdown. day: the date on the card. Reads all metadata once."""
     licenses: Counter[str] = Counter()
     sources: Counter[str] = Counter()
     for partition in database.partitions:
@@ -74,15 +74,15 @@ def card(database: Database, day: date) -> str:
         pictures="and small pictures to show" if database.root.list("pictures") else "no pictures",
         day=day.isoformat(),
         shown=shown,
-        blocked=len(database) - shown,
+        hidden=len(database) - shown,
         left_out=", ".join(f"{count:,} {word}" for word, count in manifest.reasons.items()) or "none",
         encoder=_cell(database.encoder.model),
         weights=_cell(database.encoder.weights) or "unknown",
         dim=database.dim,
-        made_from=", ".join(f"{key} {value}" for key, value in sorted(manifest.upstream.items())) or UNKNOWN,
+        built_from=", ".join(f"{key} {value}" for key, value in sorted(manifest.upstream.items())) or UNKNOWN,
         recall=_recall(database),
-        licenses=_counted("license", licenses),
-        sources=_counted("source", sources),
+        licenses=_count_table("license", licenses),
+        sources=_count_table("source", sources),
     )
 
 
@@ -94,20 +94,23 @@ def _host(url: str) -> str:
 
 
 def _recall(database: Database) -> str:
-    lines = [measured(line) for line in database.manifest.values["calibration"].get("images", [])]
-    said = [f"{line.recall:.3f} (of {line.k}, {line.queries} queries)" for line in lines]
-    return ", ".join(said) or "not measured"
+    calibration = database.manifest.values["calibration"].get("images", [])
+    entries = map(MeasuredEffort.from_manifest, calibration)
+    return (
+        ", ".join(f"{entry.recall:.3f} (of {entry.k}, {entry.queries} queries)" for entry in entries)
+        or "not measured"
+    )
 
 
-def _counted(word: str, counts: Counter[str]) -> str:
-    """A table of the most frequent values, equal counts by name."""
+def _count_table(title: str, counts: Counter[str]) -> str:
+    """A table of the most frequent values. Values with equal counts are in alphabetical order."""
     ranked = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
-    rows = [f"| {_cell(value)} | {count:,} |" for value, count in ranked[:MOST]]
-    if rest := ranked[MOST:]:
+    rows = [f"| {_cell(value)} | {count:,} |" for value, count in ranked[:MAX_VALUES]]
+    if rest := ranked[MAX_VALUES:]:
         rows.append(f"| {len(rest):,} others | {sum(count for _, count in rest):,} |")
-    return "\n".join([f"| {word} | rows |", "| --- | ---: |", *rows])
+    return "\n".join([f"| {title} | rows |", "| --- | ---: |", *rows])
 
 
 def _cell(text: str) -> str:
-    """Text as it stands in a table: on one line, none of it markup."""
-    return plain(text)[:200].translate({ord(mark): f"\\{mark}" for mark in r"\`*_[]<>|#"})
+    """Text for a table cell: on one line, with Markdown characters escaped."""
+    return printable(text)[:200].translate({ord(mark): f"\\{mark}" for mark in r"\`*_[]<>|#"})

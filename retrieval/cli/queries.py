@@ -1,6 +1,6 @@
-"""Queries of every kind (texts, pictures, vectors in files) as vectors that one database can be asked.
+"""Turns the queries of the command line (texts, pictures, files of vectors) into vectors for one database.
 
-torch is loaded here alone, and only for texts and pictures.
+Loads torch only for texts and pictures.
 """
 
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from retrieval.cli.contact_sheet import read_picture
 from retrieval.database.database import Database
 from retrieval.errors import UserError
 from retrieval.imports.readers import check_array, load_npy, split_path
+from retrieval.picture_file import read_picture
 from retrieval.recipe import ClipConfig
 
 if TYPE_CHECKING:
@@ -23,32 +23,33 @@ Array = npt.NDArray[np.generic]
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What somebody wants to search for."""
+class QueryInputs:
+    """The queries of one search, and the encoder of texts and pictures."""
 
     texts: list[str]
     images: list[Path]
-    """Files of pictures."""
+    """Picture files."""
     vectors: list[str]
-    """.npy files of one vector or several."""
+    """.npy files of one or more vectors."""
     clip: str = ""
-    """Encoder of the texts and pictures: open_clip's name, or local-dir:<folder>."""
+    """Encoder of the texts and pictures: open_clip's model name, or local-dir:<folder>."""
     pretrained: str = ""
     """open_clip's tag or a checkpoint path."""
 
 
-def encode(asked: Asked, database: Database) -> tuple[list[str], Array]:
-    """The queries as people call them, and as (n, database.dim) rows: texts, then pictures, then vectors.
+def encode_queries(inputs: QueryInputs, database: Database) -> tuple[list[str], Array]:
+    """Name and vector of each query, (n, database.dim): texts first, then pictures, then vectors.
 
-    Raises UserError for no query, an unreadable file, another encoder or vectors of another length.
+    Raises UserError if there is no query, a file cannot be read, the encoder is not that of the database, or
+    vectors have another length.
     """
-    names = [*asked.texts, *map(str, asked.images)]
+    names = [*inputs.texts, *map(str, inputs.images)]
     vectors: list[Array] = []
     if names:
-        pictures = [read_picture(path) for path in asked.images]
-        encoder = _encoder(asked, database)
-        vectors += [encoder.encode_texts(asked.texts), encoder.encode_images(pictures)]
-    for path in asked.vectors:
+        pictures = [read_picture(path) for path in inputs.images]
+        encoder = _load_encoder(inputs, database)
+        vectors += [encoder.encode_texts(inputs.texts), encoder.encode_images(pictures)]
+    for path in inputs.vectors:
         rows = read_vectors(path)
         names += [f"{path}[{i}]" for i in range(len(rows))]
         vectors.append(rows)
@@ -57,28 +58,28 @@ def encode(asked: Asked, database: Database) -> tuple[list[str], Array]:
     for rows in vectors:
         if rows.shape[1] != database.dim:
             raise UserError(
-                f"a query has length {rows.shape[1]}; {database.root.url} has vectors of {database.dim}"
+                f"a query has length {rows.shape[1]}; vectors of {database.root.url} have {database.dim}"
             )
     return names, np.concatenate(vectors)
 
 
 def read_vectors(path: str) -> Array:
-    """The rows of a .npy file, (n, dim); a single vector is one row."""
+    """The rows of a .npy file, (n, dim). A single vector becomes one row."""
     root, name = split_path(path)
     return check_array(np.atleast_2d(load_npy(root, name)), path)
 
 
-def _encoder(asked: Asked, database: Database) -> "Encoder":
-    made_by = database.encoder
-    if not asked.clip:
+def _load_encoder(inputs: QueryInputs, database: Database) -> "Encoder":
+    identity = database.encoder
+    if not inputs.clip:
         raise UserError(
-            f"texts and pictures must be encoded as the rows were, by {made_by.model} "
-            f"({made_by.weights or 'weights unknown'}): name it with --clip and --pretrained, or give vectors"
+            f"texts and pictures need the encoder of the database, {identity.model} "
+            f"({identity.weights or 'weights unknown'}). Set --clip and --pretrained, or give vectors."
         )
     from retrieval.clip.encoder import Encoder
 
-    encoder = Encoder(ClipConfig(model=asked.clip, pretrained=asked.pretrained))
-    # Who built from another tool's vectors may know no more of their encoder than its name.
-    unknown = {} if made_by.weights else {"weights": "", "preprocessing": made_by.preprocessing}
+    encoder = Encoder(ClipConfig(model=inputs.clip, pretrained=inputs.pretrained))
+    # A database of imported vectors may know only the name of its encoder.
+    unknown = {} if identity.weights else {"weights": "", "preprocessing": identity.preprocessing}
     database.require_encoder(encoder.identity.model_copy(update=unknown))
     return encoder

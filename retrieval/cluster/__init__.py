@@ -1,0 +1,18 @@
+"""Ray: a database served by actors, and the connection that all stages use. The only room that imports ray.
+
+Needs the extra `pipeline`; the names are imported on first use.
+"""
+
+from typing import TYPE_CHECKING
+
+from retrieval.lazy import public_names
+
+if TYPE_CHECKING:
+    from retrieval.cluster.cluster import Cluster, ClusterConfig
+    from retrieval.cluster.connection import ray_connection
+
+__all__ = ["Cluster", "ClusterConfig", "ray_connection"]
+
+__getattr__ = public_names(
+    __name__, {"Cluster": "cluster", "ClusterConfig": "cluster", "ray_connection": "connection"}
+)

@@ -1,7 +1,7 @@
-"""Gathers single queries that arrive at once into batches, because a batch costs far less than its queries.
+"""Collects single items into batches, because a batch of queries costs far less than single queries.
 
-Takes items from any number of threads and gives a future for each; calls one function with up to
-`max_batch` items that share a key (here: the same k and effort). Knows nothing of vectors or Ray.
+Accepts items from any thread and returns a future for each. Calls one function with up to `max_batch` items
+of the same key (for queries: the same k and effort). Knows nothing of vectors or Ray.
 """
 
 import threading
@@ -17,48 +17,48 @@ from retrieval.errors import UserError
 
 Key = TypeVar("Key", bound=Hashable)
 Item = TypeVar("Item")
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """When a batch goes off: it is full, or its first item has waited long enough."""
+    """A batch starts when it is full, or when its first item has waited `max_wait_s`."""
 
     max_batch: int
-    """Items."""
+    """Items per batch."""
     max_wait_s: float
-    """Seconds."""
+    """Longest wait of an item in seconds."""
     max_running: int
-    """Batches at work at once; what arrives meanwhile gathers."""
+    """Batches that run at once. Items that arrive meanwhile wait for the next batch."""
 
 
 @dataclass(frozen=True)
-class _Entry(Generic[Item, Answer]):
+class _Entry(Generic[Item, Result]):
     item: Item
-    future: "Future[Answer]" = field(default_factory=Future)
+    future: "Future[Result]" = field(default_factory=Future)
     arrived: float = field(default_factory=time.monotonic)
 
 
-class Batcher(Generic[Key, Item, Answer]):
-    """A queue in front of `run(key, items) -> answers`, one answer an item, in their order.
+class Batcher(Generic[Key, Item, Result]):
+    """A queue in front of `run(key, items) -> results`, which returns one result per item, in order.
 
-    An exception from `run` reaches every item of its batch, and no other.
+    An exception of `run` becomes the exception of all items of that batch.
     """
 
-    def __init__(self, run: Callable[[Key, list[Item]], Sequence[Answer]], limits: BatchLimits) -> None:
+    def __init__(self, run: Callable[[Key, list[Item]], Sequence[Result]], limits: BatchLimits) -> None:
         self._run = run
         self._limits = limits
         self._changed = threading.Condition()
-        self._waiting: dict[Key, deque[_Entry[Item, Answer]]] = {}
+        self._waiting: dict[Key, deque[_Entry[Item, Result]]] = {}
         self._running = 0
         self._closed = False
         self._pool = ThreadPoolExecutor(limits.max_running, thread_name_prefix="batch")
-        self._gatherer = threading.Thread(target=self._gather, name="gather batches", daemon=True)
-        self._gatherer.start()
+        self._scheduler = threading.Thread(target=self._schedule, name="schedule batches", daemon=True)
+        self._scheduler.start()
 
-    def submit(self, key: Key, item: Item) -> "Future[Answer]":
-        """Queue an item; its answer comes with the future. Raises UserError once closed."""
-        entry: _Entry[Item, Answer] = _Entry(item)
+    def submit(self, key: Key, item: Item) -> "Future[Result]":
+        """Queue an item and return the future of its result. Raises UserError after `close`."""
+        entry: _Entry[Item, Result] = _Entry(item)
         with self._changed:
             if self._closed:
                 raise UserError("this cluster is closed and takes no queries. Open it again.")
@@ -67,25 +67,25 @@ class Batcher(Generic[Key, Item, Answer]):
         return entry.future
 
     def close(self) -> None:
-        """Answer what waits, then end the threads."""
+        """Run all waiting items, then stop the threads."""
         with self._changed:
             self._closed = True
             self._changed.notify()
-        self._gatherer.join()
+        self._scheduler.join()
         self._pool.shutdown()
 
-    def _gather(self) -> None:
+    def _schedule(self) -> None:
         while (batch := self._next()) is not None:
             key, entries = batch
-            wanted = [entry for entry in entries if entry.future.set_running_or_notify_cancel()]
-            if not wanted:
+            entries = [entry for entry in entries if entry.future.set_running_or_notify_cancel()]
+            if not entries:
                 self._finish()
                 continue
-            running = self._pool.submit(self._run, key, [entry.item for entry in wanted])
-            running.add_done_callback(partial(self._deliver, wanted))
+            running = self._pool.submit(self._run, key, [entry.item for entry in entries])
+            running.add_done_callback(partial(self._deliver, entries))
 
-    def _next(self) -> tuple[Key, list[_Entry[Item, Answer]]] | None:
-        """The next batch once it is due and may run; None when closed and empty."""
+    def _next(self) -> tuple[Key, list[_Entry[Item, Result]]] | None:
+        """Wait for the next batch that is due and may run; None when closed and empty."""
         with self._changed:
             while self._waiting or not self._closed:
                 key, wait_s = self._due()
@@ -96,7 +96,7 @@ class Batcher(Generic[Key, Item, Answer]):
         return None
 
     def _due(self) -> tuple[Key | None, float]:
-        """The key whose batch goes off next and the seconds until then (0 if nothing waits)."""
+        """The key of the next batch and the seconds until it starts; None and 0 if no item waits."""
         soonest: tuple[Key | None, float] = (None, 0.0)
         for key, entries in self._waiting.items():
             ready = self._closed or len(entries) >= self._limits.max_batch
@@ -105,24 +105,24 @@ class Batcher(Generic[Key, Item, Answer]):
                 soonest = key, wait_s
         return soonest
 
-    def _take(self, key: Key) -> list[_Entry[Item, Answer]]:
+    def _take(self, key: Key) -> list[_Entry[Item, Result]]:
         entries = self._waiting[key]
-        taken = [entries.popleft() for _ in range(min(len(entries), self._limits.max_batch))]
+        batch = [entries.popleft() for _ in range(min(len(entries), self._limits.max_batch))]
         if not entries:
             del self._waiting[key]
-        return taken
+        return batch
 
     def _finish(self) -> None:
         with self._changed:
             self._running -= 1
             self._changed.notify()
 
-    def _deliver(self, entries: list[_Entry[Item, Answer]], running: "Future[Sequence[Answer]]") -> None:
+    def _deliver(self, entries: list[_Entry[Item, Result]], running: "Future[Sequence[Result]]") -> None:
         self._finish()
         error = running.exception()
         if error is not None:
             for entry in entries:
                 entry.future.set_exception(error)
             return
-        for entry, answer in zip(entries, running.result(), strict=True):
-            entry.future.set_result(answer)
+        for entry, result in zip(entries, running.result(), strict=True):
+            entry.future.set_result(result)

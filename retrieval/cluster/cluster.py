@@ -1,8 +1,8 @@
-"""A database searched by Ray: its partitions spread over actors, queries as calls that answer in Arrow.
+"""A database served by Ray actors, for databases larger than one machine's memory and for many callers.
 
-Reads a database folder, which every node must be able to open. The caller checks and routes the queries
-and merges what actors found; an actor maps only its own partitions. For databases larger than the memory
-of one machine, and for many callers. Results are those of `Database.search`, however many actors there are.
+Reads a database folder, which every node must be able to open. Each actor maps only its own partitions. The
+caller checks and routes the queries and merges the actors' Arrow tables. Results equal those of
+`Database.search` for any number of actors.
 """
 
 import os
@@ -23,56 +23,56 @@ import ray
 from pydantic import Field, ValidationError
 
 from retrieval.cluster.batching import Batcher, BatchLimits
-from retrieval.cluster.connection import connected
-from retrieval.cluster.replicas import Flight, Replicas
+from retrieval.cluster.connection import ray_connection
+from retrieval.cluster.replicas import PendingCall, Replicas
 from retrieval.config import Config
-from retrieval.database.answers import ANSWER, answer, merge
 from retrieval.database.database import Database
+from retrieval.database.result_table import RESULT_SCHEMA, merge_results
 from retrieval.errors import UserError
 from retrieval.index.effort import Effort
 from retrieval.index.routing import Vectors, partition_folder
 from retrieval.storage.root import Root
 
 BLOCK_QUERIES = 4096
-"""Queries sent at once; more go in several blocks, of which the object store holds a few."""
+"""Queries per block. A larger search is sent in blocks, of which the object store holds a few."""
 INLINE_BYTES = 100_000
-"""Smaller blocks travel within the calls; larger ones lie once in the object store for all actors."""
+"""Smaller blocks are passed with each call. Larger ones are stored once in the object store."""
 PROCESS_BYTES = 1 << 28
-"""Memory that an actor declares beside its partitions: Python, its libraries, a block of queries."""
+"""Memory that an actor reserves in addition to its partitions: Python, libraries, a block of queries."""
 
 Visits = npt.NDArray[np.int64]
-"""(n, visited) numbers of the partitions that each query visits, -1 for none."""
+"""Partition numbers that each query visits, (n, most visits of a query), padded with -1."""
 
 
 class ClusterConfig(Config):
-    """How a database is spread over actors."""
+    """How a database is distributed over actors."""
 
     actors: int = Field(1, ge=1)
-    """Shares into which the partitions are divided; at most one for each partition."""
+    """Groups into which the partitions are divided, each held by one actor; at most one per partition."""
     replicas: int = Field(1, ge=1)
-    """Actors that hold the same share: more queries at once, and none waits for a lost actor."""
+    """Actors for each group: more queries run at once, and searches go on while a failed actor restarts."""
     cpus_per_actor: float = Field(1.0, gt=0)
-    """CPUs that an actor takes of the cluster; it computes on as many threads, at least one."""
+    """CPUs that an actor reserves. It uses as many threads, at least one."""
     max_batch: int = Field(256, ge=1)
-    """Single queries (see `Cluster.submit`) that go as one batch at most."""
+    """Largest batch of single queries (see `Cluster.submit`)."""
     max_wait_ms: float = Field(2.0, ge=0)
-    """Milliseconds that a single query waits for others at most."""
+    """Longest time in milliseconds that a single query waits for its batch to fill."""
     restart_timeout_s: float = Field(60.0, gt=0)
-    """Seconds that a share may be without any actor before a search of it fails."""
+    """Seconds without a running actor of a group after which a search fails."""
 
 
 @dataclass(frozen=True)
-class Question:
-    """What is wanted for each query of a block. rows: also schema.METADATA of each neighbor."""
+class SearchRequest:
+    """The parameters of a search. metadata: return schema.METADATA of each neighbor too."""
 
     k: int
     effort: Effort
-    rows: bool
+    metadata: bool
 
 
 @dataclass(frozen=True)
-class Share:
-    """Partitions by number, and what an actor that holds them declares: bytes of memory, CPUs."""
+class PartitionGroup:
+    """Partitions held by one actor, and the memory (bytes) and CPUs that it reserves."""
 
     partitions: tuple[int, ...]
     memory: int
@@ -81,109 +81,110 @@ class Share:
 
 @dataclass(frozen=True)
 class ActorStatus:
-    """An actor at work: its share, process, threads of faiss, and what it answered since it started."""
+    """A running actor: its partitions, process, faiss threads, and calls and queries since its start."""
 
-    share: Share
+    group: PartitionGroup
     pid: int
     threads: int
     calls: int
     queries: int
 
 
-def spread(sizes: Sequence[int], actors: int) -> list[list[int]]:
-    """Partition numbers for each actor, ascending, so that the largest sum of sizes is small.
+def distribute(sizes: Sequence[int], actors: int) -> list[list[int]]:
+    """Distribute partitions over actors so that the largest sum of sizes is small.
 
-    The largest partition first, each to the actor that holds least: at most 4/3 of the best (Graham 1969).
-    Equal sizes give equal answers. As many actors as partitions at most, each with one or more.
+    Returns the partition numbers of each actor, ascending: at most one actor per partition, none without a
+    partition. Assigns the largest partition first, each to the least loaded actor: at most 4/3 of the optimum
+    (Graham 1969). The result depends only on the arguments.
     """
-    shares: list[list[int]] = [[] for _ in range(min(actors, len(sizes)))]
-    held = [(0, 0, actor) for actor in range(len(shares))]
+    groups: list[list[int]] = [[] for _ in range(min(actors, len(sizes)))]
+    loads = [(0, 0, actor) for actor in range(len(groups))]
     for number in sorted(range(len(sizes)), key=lambda number: (-sizes[number], number)):
-        total, count, actor = min(held)
-        held[actor] = (total + sizes[number], count + 1, actor)
-        shares[actor].append(number)
-    return [sorted(share) for share in shares]
+        total, count, actor = min(loads)
+        loads[actor] = (total + sizes[number], count + 1, actor)
+        groups[actor].append(number)
+    return [sorted(group) for group in groups]
 
 
-class Searcher:
-    """What an actor runs: a database of which it searches its share."""
+class PartitionSearcher:
+    """The class of the actors: searches its group of partitions of a database."""
 
-    def __init__(self, source: tuple[Root, npt.NDArray[np.int64]], share: Share) -> None:
+    def __init__(self, source: tuple[Root, npt.NDArray[np.int64]], group: PartitionGroup) -> None:
         root, hidden = source
-        # faiss keeps this number by thread; Ray calls all methods of an actor on the one that made it.
-        faiss.omp_set_num_threads(max(1, int(share.cpus)))
+        # faiss stores this number per thread; Ray runs all methods of an actor on one thread.
+        faiss.omp_set_num_threads(max(1, int(group.cpus)))
         database = Database.open(root)
         self._database = database.without(hidden) if len(hidden) else database
-        self._share = share
+        self._group = group
         self._calls = 0
         self._queries = 0
         self._open_files()
 
     def _open_files(self) -> None:
-        """Search every partition once, for otherwise the first query would wait for all files."""
-        visits = np.array([self._share.partitions], np.int64)
-        easiest = Effort(probes=1, lists=1, candidates=1)
-        found = self._database.search_partitions(self._database.centroids[:1], 1, easiest, visits)
-        answer(self._database, *found, rows=False)
+        """Search every partition once, so that the first query does not wait for all files."""
+        visits = np.array([self._group.partitions], np.int64)
+        least = Effort(1, 1, 1)
+        results = self._database.search_partitions(self._database.centroids[:1], 1, least, visits)
+        self._database.result_table(*results, False)
 
-    def search(self, block: tuple[Vectors, Visits], question: Question) -> pa.Table:
-        """Of each query the best neighbors in this share: ANSWER. block: unit queries, their visits."""
+    def search(self, block: tuple[Vectors, Visits], request: SearchRequest) -> pa.Table:
+        """The best neighbors of each query in this group, as RESULT_SCHEMA. block: unit queries, visits."""
         units, visits = block
-        asking = np.flatnonzero(np.isin(visits, self._share.partitions).any(axis=1))
+        numbers = np.flatnonzero(np.isin(visits, self._group.partitions).any(axis=1))
         self._calls += 1
-        self._queries += len(asking)
-        everyone = len(asking) == len(units)
+        self._queries += len(numbers)
+        whole_block = len(numbers) == len(units)
         similarities, positions = self._database.search_partitions(
-            units if everyone else units[asking],
-            question.k,
-            question.effort,
-            visits if everyone else visits[asking],
-            self._share.partitions,
+            units if whole_block else units[numbers],
+            request.k,
+            request.effort,
+            visits if whole_block else visits[numbers],
+            self._group.partitions,
         )
-        table = answer(self._database, similarities, positions, question.rows)
-        if everyone:
+        table = self._database.result_table(similarities, positions, request.metadata)
+        if whole_block:
             return table
-        return table.set_column(0, ANSWER.field("query"), pa.array(asking[table["query"].to_numpy()]))
+        return table.set_column(0, RESULT_SCHEMA.field("query"), pa.array(numbers[table["query"].to_numpy()]))
 
     def status(self) -> ActorStatus:
-        """Answers once the database is open."""
-        return ActorStatus(self._share, os.getpid(), faiss.omp_get_max_threads(), self._calls, self._queries)
+        """The actor's status. The first call returns once the database is open."""
+        return ActorStatus(self._group, os.getpid(), faiss.omp_get_max_threads(), self._calls, self._queries)
 
 
 class Cluster:
-    """A database spread over Ray actors. Safe to share between threads; close it, or use it in `with`."""
+    """A database served by Ray actors. Thread-safe. Close it, or use it in a `with` block."""
 
     def __init__(self, database: Database, config: ClusterConfig) -> None:
         self.database = database
         self.config = config
-        self.shares = _shares(database, config)
+        self.groups = _partition_groups(database, config)
         self._closed = False
         self._replicas: list[Replicas] = []
         limits = BatchLimits(config.max_batch, config.max_wait_ms / 1000, config.replicas + 1)
         with ExitStack() as stack:
-            stack.enter_context(connected())
-            _require_room(self.shares, config)
+            stack.enter_context(ray_connection())
+            _require_resources(self.groups, config)
             source = ray.put((database.root, database.hidden))
-            for share in self.shares:
-                self._replicas.append(self._start(source, share))
+            for group in self.groups:
+                self._replicas.append(self._start(source, group))
                 stack.callback(self._replicas[-1].close)
             for replicas in self._replicas:
                 replicas.wait()
-            self._batcher: Batcher[Question, Vectors, pa.Table] = Batcher(self._answer_singles, limits)
+            self._batcher: Batcher[SearchRequest, Vectors, pa.Table] = Batcher(self._search_singles, limits)
             stack.callback(self._batcher.close)
             self._exits = stack.pop_all()
 
     @classmethod
     def open(cls, database: Database | Root | str, **settings: Any) -> "Cluster":
-        """Start the actors of a database, given open or by its folder. settings: see ClusterConfig.
+        """Start the actors of a database. database: open, or its folder. settings: fields of ClusterConfig.
 
-        Uses the Ray that this process is connected to, else the one at RAY_ADDRESS, else starts one here.
-        Raises UserError for wrong settings, a damaged database, or a cluster too small for it.
+        Uses the current connection to Ray, else the cluster at RAY_ADDRESS, else starts Ray on this machine.
+        Raises UserError for invalid settings, a damaged database, or too few CPUs or too little memory.
         """
         try:
             config = ClusterConfig(**settings)
         except ValidationError as error:
-            raise UserError(f"these settings of a cluster are wrong: {error}") from error
+            raise UserError(f"invalid settings of a cluster: {error}") from error
         return cls(database if isinstance(database, Database) else Database.open(database), config)
 
     def __enter__(self) -> "Cluster":
@@ -193,7 +194,7 @@ class Cluster:
         self.close()
 
     def close(self) -> None:
-        """Answer what was submitted, end the actors, and leave Ray if `open` joined it."""
+        """Finish the submitted queries, stop the actors, and disconnect from Ray if `open` connected."""
         self._closed = True
         self._exits.close()
 
@@ -203,14 +204,15 @@ class Cluster:
         k: int,
         recall: float = 0.95,
         effort: Effort | None = None,
-        rows: bool = False,
+        metadata: bool = False,
     ) -> pa.Table:
-        """The k rows most similar to each query: ANSWER; with `rows` the other columns of METADATA too.
+        """The k rows most similar to each query (n, dim), as RESULT_SCHEMA.
 
-        Takes and refuses what `Database.search` does, before anything is sent.
+        metadata: append the other columns of METADATA. Arguments and errors are those of `Database.search`;
+        they are checked before anything is sent.
         """
-        units = self.database.checked(queries, k)
-        return self._search(units, self._question(k, recall, effort, rows))
+        units = self.database.unit_queries(queries, k)
+        return self._search(units, self._request(k, recall, effort, metadata))
 
     def submit(
         self,
@@ -218,90 +220,91 @@ class Cluster:
         k: int,
         recall: float = 0.95,
         effort: Effort | None = None,
-        rows: bool = False,
+        metadata: bool = False,
     ) -> "Future[pa.Table]":
-        """As `search` for one query (dim,), from any thread: queries that come together go as a batch."""
-        [unit] = self.database.checked(np.asarray(query)[None], k)
-        return self._batcher.submit(self._question(k, recall, effort, rows), unit)
+        """As `search`, for one query (dim,). Queries submitted at the same time are sent as a batch."""
+        [unit] = self.database.unit_queries(np.asarray(query)[None], k)
+        return self._batcher.submit(self._request(k, recall, effort, metadata), unit)
 
     def status(self) -> list[ActorStatus]:
-        """Of every actor that is up now, share by share."""
+        """The status of all running actors, group by group."""
         return [status for replicas in self._replicas for status in replicas.status()]
 
-    def _question(self, k: int, recall: float, effort: Effort | None, rows: bool) -> Question:
+    def _request(self, k: int, recall: float, effort: Effort | None, metadata: bool) -> SearchRequest:
         if self._closed:
             raise UserError(f"the cluster of {self.database.root.url} is closed. Open it again.")
-        return Question(min(k, len(self.database)), effort or self.database.effort(recall), rows)
+        return SearchRequest(min(k, len(self.database)), effort or self.database.effort(recall), metadata)
 
-    def _start(self, source: Any, share: Share) -> Replicas:
-        actor = ray.remote(Searcher).options(
-            num_cpus=share.cpus, memory=share.memory, max_restarts=0, scheduling_strategy="SPREAD"
+    def _start(self, source: Any, group: PartitionGroup) -> Replicas:
+        actor = ray.remote(PartitionSearcher).options(
+            num_cpus=group.cpus, memory=group.memory, max_restarts=0, scheduling_strategy="SPREAD"
         )
-        name = f"{_listed(share.partitions)} of {self.database.root.url}"
+        name = f"{_partition_list(group.partitions)} of {self.database.root.url}"
         config = self.config
-        return Replicas(name, lambda: actor.remote(source, share), config.replicas, config.restart_timeout_s)
+        return Replicas(name, lambda: actor.remote(source, group), config.replicas, config.restart_timeout_s)
 
-    def _search(self, units: Vectors, question: Question) -> pa.Table:
+    def _search(self, units: Vectors, request: SearchRequest) -> pa.Table:
         tables: list[pa.Table] = []
-        sent: deque[tuple[int, list[tuple[Replicas, Flight]]]] = deque()
+        sent: deque[tuple[int, list[tuple[Replicas, PendingCall]]]] = deque()
         blocks = [units[start : start + BLOCK_QUERIES] for start in range(0, len(units) or 1, BLOCK_QUERIES)]
         for block in blocks:
             if len(sent) > self.config.replicas:
-                tables.append(self._receive(*sent.popleft(), question.k))
-            sent.append((len(block), self._send(block, question)))
-        tables += [self._receive(*flights, question.k) for flights in sent]
+                tables.append(self._receive(*sent.popleft(), request.k))
+            sent.append((len(block), self._send(block, request)))
+        tables += [self._receive(*calls, request.k) for calls in sent]
         if len(tables) == 1:
             return tables[0]
         return pa.concat_tables(
-            table.set_column(0, ANSWER.field("query"), pc.add(table["query"], i * BLOCK_QUERIES))
+            table.set_column(0, RESULT_SCHEMA.field("query"), pc.add(table["query"], i * BLOCK_QUERIES))
             for i, table in enumerate(tables)
         )
 
-    def _send(self, units: Vectors, question: Question) -> list[tuple[Replicas, Flight]]:
-        visits = self.database.route(units, question.k, question.effort)
+    def _send(self, units: Vectors, request: SearchRequest) -> list[tuple[Replicas, PendingCall]]:
+        visits = self.database.route(units, request.k, request.effort)
         block: Any = (units, visits)
         if units.nbytes + visits.nbytes > INLINE_BYTES:
             block = ray.put(block)
-        asked = [i for i, share in enumerate(self.shares) if np.isin(share.partitions, visits).any()] or [0]
-        return [(self._replicas[i], self._replicas[i].send(block, question)) for i in asked]
+        # Without queries, the first group returns the empty table.
+        numbers = [i for i, group in enumerate(self.groups) if np.isin(group.partitions, visits).any()] or [0]
+        return [(self._replicas[i], self._replicas[i].send(block, request)) for i in numbers]
 
-    def _receive(self, num_queries: int, flights: list[tuple[Replicas, Flight]], k: int) -> pa.Table:
-        return merge([replicas.receive(flight) for replicas, flight in flights], num_queries, k)
+    def _receive(self, num_queries: int, calls: list[tuple[Replicas, PendingCall]], k: int) -> pa.Table:
+        return merge_results([replicas.receive(call) for replicas, call in calls], num_queries, k)
 
-    def _answer_singles(self, question: Question, units: list[Vectors]) -> list[pa.Table]:
-        table = self._search(np.stack(units), question)
+    def _search_singles(self, request: SearchRequest, units: list[Vectors]) -> list[pa.Table]:
+        table = self._search(np.stack(units), request)
         bounds = np.searchsorted(table["query"].to_numpy(), np.arange(len(units) + 1))
         parts = [table.slice(start, end - start) for start, end in pairwise(bounds)]
-        zeros = pa.array(np.zeros(question.k, np.int64))
-        return [part.set_column(0, ANSWER.field("query"), zeros[: len(part)]) for part in parts]
+        zeros = pa.array(np.zeros(request.k, np.int64))
+        return [part.set_column(0, RESULT_SCHEMA.field("query"), zeros[: len(part)]) for part in parts]
 
 
-def _shares(database: Database, config: ClusterConfig) -> list[Share]:
-    written = {shard.shard: sum(file.bytes for file in shard.files) for shard in database.manifest.shards}
-    sizes = [written[partition_folder(number)] for number in range(len(database.partitions))]
+def _partition_groups(database: Database, config: ClusterConfig) -> list[PartitionGroup]:
+    bytes_of = {shard.shard: sum(file.bytes for file in shard.files) for shard in database.manifest.shards}
+    sizes = [bytes_of[partition_folder(number)] for number in range(len(database.partitions))]
     return [
-        Share(tuple(numbers), PROCESS_BYTES + sum(sizes[number] for number in numbers), config.cpus_per_actor)
-        for numbers in spread(sizes, config.actors)
+        PartitionGroup(tuple(numbers), PROCESS_BYTES + sum(sizes[i] for i in numbers), config.cpus_per_actor)
+        for numbers in distribute(sizes, config.actors)
     ]
 
 
-def _require_room(shares: list[Share], config: ClusterConfig) -> None:
-    """Raises UserError where the actors would wait for CPUs or memory that the cluster does not have."""
-    there = ray.cluster_resources()
+def _require_resources(groups: list[PartitionGroup], config: ClusterConfig) -> None:
+    """Raises UserError if the cluster has fewer CPUs or less memory than all actors reserve."""
+    resources = ray.cluster_resources()
     for kind, unit, amount in (
-        ("CPU", "CPUs", sum(share.cpus for share in shares)),
-        ("memory", "bytes of memory", sum(share.memory for share in shares)),
+        ("CPU", "CPUs", sum(group.cpus for group in groups)),
+        ("memory", "bytes of memory", sum(group.memory for group in groups)),
     ):
-        if config.replicas * amount > there.get(kind, 0):
+        if config.replicas * amount > resources.get(kind, 0):
             raise UserError(
-                f"{len(shares)} actors in {config.replicas} replicas take {config.replicas * amount:,.10g} "
-                f"{unit}, the cluster has {there.get(kind, 0):,.10g}. Lower actors, replicas or "
+                f"{len(groups)} actors in {config.replicas} replicas need {config.replicas * amount:,.10g} "
+                f"{unit}; the cluster has {resources.get(kind, 0):,.10g}. Lower actors, replicas or "
                 "cpus_per_actor, or set RAY_ADDRESS to a larger cluster."
             )
 
 
-def _listed(numbers: tuple[int, ...]) -> str:
-    """`partitions 0, 3, 5`; of more than eight the first ones and how many there are."""
+def _partition_list(numbers: tuple[int, ...]) -> str:
+    """`partitions 0, 3, 5`; the first eight and the count if there are more."""
     shown = ", ".join(str(number) for number in numbers[:8])
     rest = f", ... ({len(numbers)} in all)" if len(numbers) > 8 else ""
     return f"partition{'s' if len(numbers) > 1 else ''} {shown}{rest}"

@@ -1,4 +1,4 @@
-"""A connection to Ray, for whatever runs on it: the stages and the actors that serve a database."""
+"""The connection to Ray, for the pipeline's stages and the actors of a `Cluster`."""
 
 import logging
 import os
@@ -9,16 +9,19 @@ from typing import Any
 import ray
 
 OBJECT_STORE_BYTES = 1 << 29
-"""Of a fresh local Ray: nothing large passes through it."""
+"""Object store of a local Ray. No stage sends large objects."""
 
 
 @contextmanager
-def connected() -> Iterator[None]:
-    """The connection that stands, one to RAY_ADDRESS, or a fresh local Ray, which ends with the block."""
+def ray_connection() -> Iterator[None]:
+    """Connect to RAY_ADDRESS, or start Ray on this machine, until the block ends.
+
+    Does nothing if this process is connected to Ray already.
+    """
     if ray.is_initialized():
         yield
         return
-    # A local Ray started without this writes a token to the home folder and locks other processes out.
+    # Without this, a local Ray writes a token to the home folder and refuses other processes.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     address = os.environ.get("RAY_ADDRESS", "") or "local"
     local: dict[str, Any] = (

@@ -1,7 +1,7 @@
-"""Ray actors that hold the same and answer in turn; a lost one is replaced while the others answer.
+"""Identical Ray actors that share the calls. A failed actor is restarted while the others go on.
 
-Starts, asks and ends the actors of one share; what they hold and answer is the business of
-`retrieval.cluster.cluster`.
+Starts, calls and stops the actors of one group of partitions. Knows nothing of their data
+(see `retrieval.cluster.cluster`).
 """
 
 import itertools
@@ -31,85 +31,85 @@ LOG = logging.getLogger("cluster")
 LOST_ACTOR = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
 
 MAX_LOSSES = 5
-"""How many actors one block of queries may lose before it is held to be the cause."""
-PAUSE_S = 0.5
-"""Seconds between two starts of an actor that fails to come up."""
+"""Actor failures during one call after which the call itself counts as their cause."""
+RESTART_PAUSE_S = 0.5
+"""Shortest time in seconds between two starts of an actor that fails to start."""
 POLL_S = 0.02
-"""Seconds between two looks at actors that are coming up, while none is up."""
+"""Seconds between two checks of the starting actors while none is running."""
 
 
 @dataclass(frozen=True)
-class Flight:
-    """A question under way: the actor asked, the reference of its answer, and the arguments."""
+class PendingCall:
+    """A call of `search`: the actor, the reference of the result, and the arguments."""
 
     actor: Any
-    answer: Any
-    question: tuple[Any, ...]
+    result: Any
+    arguments: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
-class _Coming:
-    """An actor that is not up yet: when it was started, and its first answer."""
+class _StartingActor:
+    """A starting actor: the time of its start, and the reference of its first status."""
 
     started: float
     status: Any
 
 
 class Replicas:
-    """`count` actors made by `start()`, equal, each with the methods `search` and `status`."""
+    """`count` identical actors created by `start()`, with the methods `search` and `status`."""
 
     def __init__(self, name: str, start: Callable[[], Any], count: int, timeout_s: float) -> None:
         self._name = name
         self._start = start
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
-        self._turns = itertools.count()
+        self._num_calls = itertools.count()
         self._closed = False
-        self._reason = "none has started yet"
+        self._last_failure = "none has started yet"
         self._actors = [start() for _ in range(count)]
-        self._coming = {i: self._probe(i) for i in range(count)}
+        self._starting = {i: self._starting_actor(i) for i in range(count)}
 
     def wait(self) -> None:
-        """Until all actors are up. Raises UserError where one fails to start or does not come in time."""
+        """Wait until all actors run. Raises UserError if one fails to start or exceeds the timeout."""
         deadline = time.monotonic() + self._timeout_s
-        for coming in self._coming.values():
+        for starting in self._starting.values():
             try:
-                ray.get(coming.status, timeout=max(0.0, deadline - time.monotonic()))
+                ray.get(starting.status, timeout=max(0.0, deadline - time.monotonic()))
             except RayError as error:
                 raise self._unreachable(_brief(error)) from error
 
-    def send(self, *question: Any) -> Flight:
-        """Ask the next actor that is up, waiting where none is. Raises UserError after the timeout."""
+    def send(self, *arguments: Any) -> PendingCall:
+        """Call `search` of the next running actor. Raises UserError if none runs before the timeout."""
         actor = self._next()
-        return Flight(actor, actor.search.remote(*question), question)
+        return PendingCall(actor, actor.search.remote(*arguments), arguments)
 
-    def receive(self, flight: Flight) -> Any:
-        """The answer, from another actor where this one was lost. Raises the UserError of the search."""
+    def receive(self, call: PendingCall) -> Any:
+        """The result of a call; repeats it on another actor if this one failed. Raises its UserError."""
         for _ in range(MAX_LOSSES):
             try:
-                return ray.get(flight.answer)
+                return ray.get(call.result)
             except RayTaskError as error:
                 raise error.cause if isinstance(error.cause, UserError) else error from None
             except LOST_ACTOR as error:
-                self._lose(flight.actor, error)
-            flight = self.send(*flight.question)
+                self._replace(call.actor, error)
+            call = self.send(*call.arguments)
         raise UserError(
-            f"{self._name}: the same queries lost {MAX_LOSSES} actors; the last time: {self._reason}. "
-            "Too little memory is the usual cause: spread the database over more actors, see Ray's logs."
+            f"{self._name}: {MAX_LOSSES} actors failed on the same queries; the last failure: "
+            f"{self._last_failure}. The usual cause is too little memory: use more actors, see Ray's logs."
         )
 
     def status(self) -> list[Any]:
-        """The status of every actor that is up."""
-        found = []
-        for actor in self._up():
+        """The status of every running actor."""
+        statuses = []
+        for actor in self._running():
             try:
-                found.append(ray.get(actor.status.remote()))
+                statuses.append(ray.get(actor.status.remote()))
             except LOST_ACTOR as error:
-                self._lose(actor, error)
-        return found
+                self._replace(actor, error)
+        return statuses
 
     def close(self) -> None:
-        """End all actors; questions under way end with UserError."""
+        """Stop all actors. Pending calls raise UserError."""
         with self._lock:
             self._closed = True
             for actor in self._actors:
@@ -117,56 +117,56 @@ class Replicas:
 
     def _next(self) -> Any:
         deadline = time.monotonic() + self._timeout_s
-        while not (up := self._up()):
+        while not (running := self._running()):
             if time.monotonic() > deadline:
-                raise self._unreachable(self._reason)
+                raise self._unreachable(self._last_failure)
             time.sleep(POLL_S)
-        return up[next(self._turns) % len(up)]
+        return running[next(self._num_calls) % len(running)]
 
-    def _up(self) -> list[Any]:
+    def _running(self) -> list[Any]:
         with self._lock:
             if self._closed:
                 raise UserError(f"{self._name}: the cluster is closed. Open it again.")
-            for i, coming in list(self._coming.items()):
-                if ray.wait([coming.status], timeout=0)[0]:
-                    self._look(i, coming)
-            return [actor for i, actor in enumerate(self._actors) if i not in self._coming]
+            for i, starting in list(self._starting.items()):
+                if ray.wait([starting.status], timeout=0)[0]:
+                    self._check_started(i, starting)
+            return [actor for i, actor in enumerate(self._actors) if i not in self._starting]
 
-    def _look(self, i: int, coming: _Coming) -> None:
+    def _check_started(self, i: int, starting: _StartingActor) -> None:
         try:
-            ray.get(coming.status)
+            ray.get(starting.status)
         except RayError as error:
-            if time.monotonic() - coming.started > PAUSE_S:
-                self._revive(i, error)
+            if time.monotonic() - starting.started > RESTART_PAUSE_S:
+                self._restart(i, error)
             return
-        del self._coming[i]
+        del self._starting[i]
 
-    def _lose(self, actor: Any, error: RayError) -> None:
+    def _replace(self, actor: Any, error: RayError) -> None:
         with self._lock:
-            for i, held in enumerate(self._actors):
-                if held is not actor or i in self._coming or self._closed:
+            for i, current in enumerate(self._actors):
+                if current is not actor or i in self._starting or self._closed:
                     continue
-                LOG.warning("%s: an actor was lost (%s), another is started", self._name, _brief(error))
-                self._revive(i, error)
+                LOG.warning("%s: an actor failed (%s); starting another", self._name, _brief(error))
+                self._restart(i, error)
 
-    def _revive(self, i: int, error: RayError) -> None:
-        """Replace an actor that is dead; one that only cannot be reached is asked for its status again."""
-        self._reason = _brief(error)
+    def _restart(self, i: int, error: RayError) -> None:
+        """Start a new actor if this one died. If it is only unreachable, request its status again."""
+        self._last_failure = _brief(error)
         if isinstance(error, ActorDiedError):
             self._actors[i] = self._start()
-        self._coming[i] = self._probe(i)
+        self._starting[i] = self._starting_actor(i)
 
-    def _probe(self, i: int) -> _Coming:
-        return _Coming(time.monotonic(), self._actors[i].status.remote())
+    def _starting_actor(self, i: int) -> _StartingActor:
+        return _StartingActor(time.monotonic(), self._actors[i].status.remote())
 
     def _unreachable(self, reason: str) -> UserError:
         return UserError(
-            f"{self._name}: no actor can be reached: {reason}. Mend that (Ray's logs tell more; the cluster "
-            f"may lack free CPUs or memory), or raise restart_timeout_s, now {self._timeout_s:g}."
+            f"{self._name}: no actor can be reached: {reason}. See Ray's logs; the cluster may lack "
+            f"free CPUs or memory. A restart may take restart_timeout_s, now {self._timeout_s:g}."
         )
 
 
 def _brief(error: RayError) -> str:
-    """The last line of Ray's text, shortened; where an actor raised on its start, that is its exception."""
+    """Type and last line of an error of Ray. If an actor failed to start, that line is its exception."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {textwrap.shorten(lines[-1] if lines else '', 240)}"

@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrieval.clip.identity import EncoderIdentity
-from retrieval.database.build import Identity, build_database
+from retrieval.database.build import DatabaseIdentity, write_database
 from retrieval.errors import UserError
-from retrieval.imports.readers import Block, read_blocks, split_path
-from retrieval.imports.source import Columns, Source, find_column
+from retrieval.imports.readers import SourceBlock, read_source_blocks, split_path
+from retrieval.imports.source import SourceColumns, VectorSource, find_column
 from retrieval.index.routing import Vectors, unit
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
@@ -30,7 +30,7 @@ OWN_FILES = ("blocked.npy", "centroids.npy", "partitions/")
 
 
 @dataclass(frozen=True)
-class Piece:
+class DatabaseBlock:
     """Rows of a source, fit for a database, and those left out of it by reason word."""
 
     where: str
@@ -39,14 +39,14 @@ class Piece:
     reasons: dict[str, int]
 
 
-def read_pieces(source: Source, dim: int) -> Iterator[Piece]:
+def read_database_blocks(source: VectorSource, dim: int) -> Iterator[DatabaseBlock]:
     """The rows of a source in its order, at most readers.BLOCK_ROWS at once.
 
     A row's id is its own where the source states one, else `schema.image_id` of its address or path, else
     its number in the source. Raises UserError for vectors whose length is not dim.
     """
     first = 0
-    for block in read_blocks(source):
+    for block in read_source_blocks(source):
         found = block.vectors.shape[1]
         if found not in (dim, 0):
             raise UserError(f"{block.where} has vectors of length {found}; the encoder makes {dim}")
@@ -55,19 +55,21 @@ def read_pieces(source: Source, dim: int) -> Iterator[Piece]:
         vectors = schema.fixed_lists(rows.reshape(-1, dim).astype(np.float16))
         piece = table.append_column(schema.embeddings(dim).field(schema.EMBEDDING), vectors)
         bad = int((~usable).sum())
-        yield Piece(block.where, piece, {Reason.BAD_VECTOR: bad} if bad else {})
+        yield DatabaseBlock(block.where, piece, {Reason.BAD_VECTOR: bad} if bad else {})
         first += len(block.vectors)
 
 
-def dimension(source: Source) -> int:
+def dimension(source: VectorSource) -> int:
     """Length of a source's vectors. Raises UserError if it has none."""
-    for block in read_blocks(source):
+    for block in read_source_blocks(source):
         if block.vectors.shape[1]:
             return int(block.vectors.shape[1])
     raise UserError(f"{source.vectors if isinstance(source.vectors, str) else 'the source'} has no vectors")
 
 
-def build_from(root: Root | str, source: Source, encoder: EncoderIdentity, config: IndexConfig) -> Manifest:
+def build_from(
+    root: Root | str, source: VectorSource, encoder: EncoderIdentity, config: IndexConfig
+) -> Manifest:
     """Build the database in folder `root` from vectors of another tool; a database there is replaced.
 
     The rows must fit in memory in float16. Of several rows with one id the first is kept. Raises UserError
@@ -79,7 +81,7 @@ def build_from(root: Root | str, source: Source, encoder: EncoderIdentity, confi
     _require_free(parent.child(name))
     reasons: dict[str, int] = {}
     tables = [schema.embeddings(encoder.dim).empty_table()]
-    for piece in read_pieces(source, encoder.dim):
+    for piece in read_database_blocks(source, encoder.dim):
         tables.append(piece.table)
         _count(reasons, piece.reasons)
     table = pa.concat_tables(tables).combine_chunks()
@@ -87,8 +89,8 @@ def build_from(root: Root | str, source: Source, encoder: EncoderIdentity, confi
     if len(kept) < len(table):
         _count(reasons, {Reason.DUPLICATE_ID: len(table) - len(kept)})
         table = table.take(pa.array(kept))
-    identity = Identity(name, {"source": _digest(table)}, reasons)
-    return build_database(parent, table, encoder, config, identity)
+    identity = DatabaseIdentity(name, {"source": _digest(table)}, reasons)
+    return write_database(parent, table, encoder, config, identity)
 
 
 def _unit_rows(vectors: npt.NDArray[np.generic]) -> tuple[npt.NDArray[np.bool_], Vectors]:
@@ -102,7 +104,7 @@ def _unit_rows(vectors: npt.NDArray[np.generic]) -> tuple[npt.NDArray[np.bool_],
     return usable, unit((rows[usable] / largest[usable]).astype(np.float32))
 
 
-def _metadata(block: Block, columns: Columns, first: int) -> pa.Table:
+def _metadata(block: SourceBlock, columns: SourceColumns, first: int) -> pa.Table:
     """schema.METADATA rows of a block; first: the number of its first row in the source."""
     count = len(block.vectors)
     known = pa.table({}) if block.metadata is None else block.metadata

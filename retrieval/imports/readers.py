@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from retrieval.errors import UserError
-from retrieval.imports.source import Columns, Path, Source, find_column, known_columns
+from retrieval.imports.source import SourceColumns, Path, VectorSource, find_column, known_columns
 from retrieval.storage.root import Root
 
 BLOCK_ROWS = 32_768
@@ -28,7 +28,7 @@ CLIP_RETRIEVAL = {"images": "img_emb", "texts": "text_emb"}
 
 
 @dataclass(frozen=True)
-class Block:
+class SourceBlock:
     """Consecutive rows of a source as they were found."""
 
     where: str
@@ -39,7 +39,7 @@ class Block:
     """n rows, or None where nothing but vectors is known."""
 
 
-def read_blocks(source: Source) -> Iterator[Block]:
+def read_source_blocks(source: VectorSource) -> Iterator[SourceBlock]:
     """All rows of a source. Raises UserError for what cannot be read or does not belong together."""
     if isinstance(source.vectors, np.ndarray):
         yield from _array_blocks(source)
@@ -108,7 +108,7 @@ def _load_vectors(root: Root, name: str) -> npt.NDArray[np.generic]:
     return check_array(load_npy(root, name), root.at(name))
 
 
-def _array_blocks(source: Source) -> Iterator[Block]:
+def _array_blocks(source: VectorSource) -> Iterator[SourceBlock]:
     vectors = check_array(np.asarray(source.vectors), "the array of vectors")
     table = source.metadata
     if table is not None and not isinstance(table, pa.Table):
@@ -119,12 +119,12 @@ def _array_blocks(source: Source) -> Iterator[Block]:
         _check_counts("the array of vectors", len(vectors), "its metadata table", len(table))
     for start in range(0, len(vectors), BLOCK_ROWS):
         rows = None if table is None else table.slice(start, BLOCK_ROWS)
-        yield Block("the array of vectors", vectors[start : start + BLOCK_ROWS], rows)
+        yield SourceBlock("the array of vectors", vectors[start : start + BLOCK_ROWS], rows)
 
 
 def _clip_retrieval_blocks(
-    root: Root, names: list[str], folders: set[str], source: Source
-) -> Iterator[Block]:
+    root: Root, names: list[str], folders: set[str], source: VectorSource
+) -> Iterator[SourceBlock]:
     folder = CLIP_RETRIEVAL[source.part]
     if folder not in folders:
         raise UserError(
@@ -136,7 +136,7 @@ def _clip_retrieval_blocks(
     yield from _paired_blocks(root, vectors, source)
 
 
-def _paired_blocks(root: Root, vectors: list[str], source: Source) -> Iterator[Block]:
+def _paired_blocks(root: Root, vectors: list[str], source: VectorSource) -> Iterator[SourceBlock]:
     """Blocks of .npy files, each with its Parquet file of metadata where there is one."""
     if isinstance(source.metadata, pa.Table):
         raise UserError(f"{root.url}: metadata of files must be Parquet files, one for each; got a table")
@@ -144,7 +144,7 @@ def _paired_blocks(root: Root, vectors: list[str], source: Source) -> Iterator[B
         for name in vectors:
             array = _load_vectors(root, name)
             for start in range(0, len(array), BLOCK_ROWS):
-                yield Block(root.at(name), array[start : start + BLOCK_ROWS], None)
+                yield SourceBlock(root.at(name), array[start : start + BLOCK_ROWS], None)
         return
     beside, names = _files(source.metadata)
     tables = [name for name in names if name.endswith(".parquet")]
@@ -153,8 +153,8 @@ def _paired_blocks(root: Root, vectors: list[str], source: Source) -> Iterator[B
 
 
 def _aligned_blocks(
-    array: npt.NDArray[np.generic], where: str, metadata: tuple[Root, str], columns: Columns
-) -> Iterator[Block]:
+    array: npt.NDArray[np.generic], where: str, metadata: tuple[Root, str], columns: SourceColumns
+) -> Iterator[SourceBlock]:
     beside, table = metadata
     with _parquet(beside, table) as parquet:
         _check_counts(where, len(array), beside.at(table), parquet.metadata.num_rows)
@@ -163,7 +163,7 @@ def _aligned_blocks(
         start = 0
         for batch in parquet.iter_batches(BLOCK_ROWS, columns=wanted):
             rows = pa.Table.from_batches([batch])
-            yield Block(where, array[start : start + len(rows)], rows)
+            yield SourceBlock(where, array[start : start + len(rows)], rows)
             start += len(rows)
 
 
@@ -193,7 +193,7 @@ def _check_counts(where: str, count: int, other: str, other_count: int, what: st
         )
 
 
-def _parquet_blocks(root: Root, name: str, columns: Columns) -> Iterator[Block]:
+def _parquet_blocks(root: Root, name: str, columns: SourceColumns) -> Iterator[SourceBlock]:
     where = root.at(name)
     with _parquet(root, name) as parquet:
         found = parquet.schema_arrow
@@ -201,7 +201,9 @@ def _parquet_blocks(root: Root, name: str, columns: Columns) -> Iterator[Block]:
         wanted = [vector, *known_columns(found, columns, where)]
         for batch in parquet.iter_batches(BLOCK_ROWS, columns=wanted):
             table = pa.Table.from_batches([batch])
-            yield Block(where, _column_vectors(batch.column(vector), where), table.drop_columns([vector]))
+            yield SourceBlock(
+                where, _column_vectors(batch.column(vector), where), table.drop_columns([vector])
+            )
 
 
 @contextmanager
@@ -213,7 +215,7 @@ def _parquet(root: Root, name: str) -> Iterator[Any]:
             raise UserError(f"{root.at(name)} cannot be read as Parquet: {error}") from error
 
 
-def _vector_column(found: pa.Schema, columns: Columns, where: str) -> str:
+def _vector_column(found: pa.Schema, columns: SourceColumns, where: str) -> str:
     if given := find_column(found, columns, "vector", where):
         return given
     candidates = [column.name for column in found if _is_list(column.type)]

@@ -1,6 +1,6 @@
 """Where vectors made elsewhere stand, and the names that their columns have.
 
-`retrieval.imports.readers` reads what a `Source` points to.
+`retrieval.imports.readers` reads what a `VectorSource` points to.
 """
 
 import os
@@ -17,7 +17,7 @@ from retrieval.errors import UserError
 Path = str | os.PathLike[str]
 
 
-class Columns(Config):
+class SourceColumns(Config):
     """Names of a source's columns. Empty: the first of the usual names that is there, whatever its case."""
 
     vector: str = ""
@@ -48,21 +48,21 @@ USUAL = {
 
 
 @dataclass(frozen=True)
-class Source:
+class VectorSource:
     """Vectors made elsewhere, and what is known of their pictures."""
 
     vectors: npt.NDArray[np.generic] | Path
     """(n, dim) floats; or a .npy or .parquet file, a folder of these, or a folder of clip-retrieval."""
     metadata: pa.Table | Path | None = None
     """A row for each vector: a table, or a Parquet file (a folder of them) for each file of vectors."""
-    columns: Columns = field(default_factory=Columns)
+    columns: SourceColumns = field(default_factory=SourceColumns)
     """Names of the columns in use."""
     part: Literal["images", "texts"] = "images"
     """Which vectors of a clip-retrieval folder: those of its images or of its texts."""
 
 
-def find_column(found: pa.Schema, columns: Columns, word: str, where: str) -> str:
-    """The source's name for a field of Columns, or "" if it has none. Raises UserError for a missing one."""
+def find_column(found: pa.Schema, columns: SourceColumns, word: str, where: str) -> str:
+    """The source's name for a field of SourceColumns, or "" if it has none. Raises UserError for a missing one."""
     if given := getattr(columns, word):
         if given not in found.names:
             raise UserError(f"{where} has no column {given!r} for {word}; it has {', '.join(found.names)}")
@@ -71,7 +71,7 @@ def find_column(found: pa.Schema, columns: Columns, word: str, where: str) -> st
     return next((lowered[name] for name in USUAL[word] if name in lowered), "")
 
 
-def known_columns(found: pa.Schema, columns: Columns, where: str) -> list[str]:
+def known_columns(found: pa.Schema, columns: SourceColumns, where: str) -> list[str]:
     """The source's columns that a database has a use for, the vectors left aside."""
     names = [find_column(found, columns, word, where) for word in USUAL if word != "vector"]
     return [name for name in dict.fromkeys(names) if name]

@@ -1,7 +1,7 @@
-"""Manifests and completion records: how one stage knows that another finished, and with what.
+"""Manifests of finished stages and records of finished shards.
 
-Reads and writes `<stage>/manifest.json` (last of all files of a stage) and `<stage>/records/<shard>.json`
-(one a finished shard). A fingerprint ties both to the settings and to the stages before.
+Reads and writes `<stage>/manifest.json`, a stage's last file, and `<stage>/records/<shard>.json` for each
+finished shard. A fingerprint of the settings and of the earlier stages makes stale output visible.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ VERSION = "0.1.0"
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What one finished shard holds: rows kept, files written, rows refused by reason, extra numbers."""
+    """A finished shard: rows kept, files written, rows left out by reason, and numbers of its stage."""
 
     shard: str
     rows: int
@@ -31,7 +31,7 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A finished stage. `values` holds what only this stage states (encoder, recall, shapes)."""
+    """A finished stage. values: facts of this stage only, such as encoder, recall or shapes."""
 
     stage: str
     schema_version: int
@@ -46,12 +46,12 @@ class Manifest:
 
     @property
     def rows(self) -> int:
-        """Rows kept over all shards."""
+        """Rows kept in all shards."""
         return sum(shard.rows for shard in self.shards)
 
     @property
     def reasons(self) -> dict[str, int]:
-        """Rows not kept, by reason word, over all shards; sorted by word."""
+        """Rows left out of all shards by reason, sorted by reason."""
         total: dict[str, int] = {}
         for shard in self.shards:
             for word, count in shard.reasons.items():
@@ -60,21 +60,21 @@ class Manifest:
 
     @property
     def identity(self) -> str:
-        """What a later stage is made from: the settings and, since servers change, the very bytes."""
+        """Digest of the output for the fingerprint of later stages: of settings and of all file contents."""
         content = json.dumps([self.fingerprint, sorted(self.checksums().items())])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def shard_names(self, prefix: str = "") -> list[str]:
-        """Names of the shards that start with a prefix such as `train/`, in order."""
+        """Names of the shards with a prefix such as `train/`, in order."""
         return [shard.shard for shard in self.shards if shard.shard.startswith(prefix)]
 
     def checksums(self) -> dict[str, str]:
-        """SHA-256 of every file of the stage by name: equal for two equal runs, however interrupted."""
+        """SHA-256 of every file of the stage, by name. Repeated and interrupted runs give the same."""
         return {file.name: file.sha256 for shard in self.shards for file in shard.files}
 
 
 def fingerprint(stage: str, schema_version: int, config: Config, upstream: dict[str, str]) -> str:
-    """Identity of a stage's output: stage, format, the settings that change it, and what it was made from."""
+    """Digest of everything that determines a stage's output. upstream: identities of its input stages."""
     parts = [stage, schema_version, config.output_fields(), sorted(upstream.items())]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -84,53 +84,55 @@ def read_manifest(root: Root, stage: str) -> Manifest:
     name = f"{stage}/manifest.json" if stage else "manifest.json"
     if not root.exists(name):
         parts = stage.split("/")
-        word = {"": "database", "databases": "database", "runs": parts[-1]}.get(parts[0], parts[0])
+        command = {"": "database", "databases": "database", "runs": parts[-1]}.get(parts[0], parts[0])
         raise UserError(
-            f"{root.at(name)} is missing: {word} did not finish. "
-            f"Run 'make {word}' (again); finished shards are kept."
+            f"{root.at(name)} is missing: {command} did not finish. "
+            f"Run 'make {command}' again; finished shards are kept."
         )
     return _manifest(root.read_json(name), root.at(name))
 
 
 def write_manifest(root: Root, manifest: Manifest) -> None:
-    """Write a stage's manifest. Call it last."""
+    """Write a stage's manifest. Call this after all other files are written."""
     root.write_json(f"{manifest.stage}/manifest.json", asdict(manifest))
 
 
 def read_record(root: Root, stage: str, shard: str) -> tuple[str, ShardRecord] | None:
-    """The fingerprint and record of a finished shard, or None where there is none."""
+    """The fingerprint and record of a finished shard, or None if it has no record."""
     name = f"{stage}/records/{shard}.json"
     if not root.exists(name):
         return None
-    found = root.read_json(name)
-    return found.pop("fingerprint"), _record(found)
+    values = root.read_json(name)
+    return values.pop("fingerprint"), _record(values)
 
 
-def write_record(root: Root, stage: str, print_: str, record: ShardRecord) -> None:
-    """Note that a shard is finished, under the fingerprint of its stage."""
-    root.write_json(f"{stage}/records/{record.shard}.json", {"fingerprint": print_, **asdict(record)})
+def write_record(root: Root, stage: str, stage_fingerprint: str, record: ShardRecord) -> None:
+    """Record a finished shard, with the fingerprint of its stage."""
+    root.write_json(
+        f"{stage}/records/{record.shard}.json", {"fingerprint": stage_fingerprint, **asdict(record)}
+    )
 
 
 def delete_record(root: Root, stage: str, shard: str) -> None:
-    """Take back that a shard is finished, before its files change."""
+    """Delete the record of a shard, before its files change."""
     root.delete(f"{stage}/records/{shard}.json")
 
 
-def files_stand(root: Root, record: ShardRecord) -> bool:
-    """True if every file that a record names is there with its size."""
+def files_exist(root: Root, record: ShardRecord) -> bool:
+    """Whether every file of a record exists with its recorded size."""
     return all(root.size(file.name) == file.bytes for file in record.files)
 
 
-def _record(found: dict[str, Any]) -> ShardRecord:
-    files = tuple(FileRecord(**file) for file in found.pop("files"))
-    return ShardRecord(files=files, **found)
+def _record(values: dict[str, Any]) -> ShardRecord:
+    files = tuple(FileRecord(**file) for file in values.pop("files"))
+    return ShardRecord(files=files, **values)
 
 
-def _manifest(found: dict[str, Any], where: str) -> Manifest:
+def _manifest(values: dict[str, Any], path: str) -> Manifest:
     try:
-        shards = tuple(_record(shard) for shard in found.pop("shards"))
-        return Manifest(shards=shards, **found)
+        shards = tuple(_record(shard) for shard in values.pop("shards"))
+        return Manifest(shards=shards, **values)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{where} is no manifest of version {VERSION}: {error}. Remove its folder, run the stage again."
+            f"{path} is not a manifest of version {VERSION}: {error}. Remove its folder, run the stage again."
         ) from error

@@ -1,6 +1,6 @@
-"""What object stores need beyond what fsspec does of itself: attempts, parts, errors, small reads.
+"""Options and errors of object stores that fsspec leaves to the caller: retries, part sizes, read-ahead.
 
-Used by `retrieval.storage.root` alone.
+Used only by `retrieval.storage.root`.
 """
 
 import io
@@ -10,21 +10,22 @@ from contextlib import AbstractContextManager
 from typing import Any, BinaryIO
 
 PART_BYTES = 1 << 24
-"""Of a file sent to S3: files twice as large go in parts, ten at once, and as large as they must be then."""
+"""Smallest part of a multipart upload to S3. Larger files than two are uploaded in parts, ten at once."""
 MAX_PARTS = 10_000
 READ_AHEAD_BYTES = 1 << 20
-"""Fetched beyond what is asked for from an object store; most reads are a row group among many."""
+"""Bytes read ahead from an object store; most reads are one row group among many."""
 ATTEMPTS = 8
-"""Of a request to S3 that got a 5xx or no answer, some 40 seconds in all; AWS_MAX_ATTEMPTS overrides it."""
+"""Attempts of a request to S3 that fails with a 5xx or no response, about 40 seconds in total. The variable
+AWS_MAX_ATTEMPTS of the environment overrides it."""
 
 
 def is_s3(url: str) -> bool:
-    """True for a URL of an S3 bucket."""
+    """Whether a URL names an S3 bucket."""
     return url.startswith(("s3://", "s3a://"))
 
 
-def options(url: str) -> dict[str, Any]:
-    """Of the fsspec file system of a URL. Other processes write too, so it must remember no listing."""
+def filesystem_options(url: str) -> dict[str, Any]:
+    """Options of the fsspec file system for a URL. Listings are not cached, because other processes write."""
     if not is_s3(url):
         return {"use_listings_cache": False}
     retries = {
@@ -34,11 +35,11 @@ def options(url: str) -> dict[str, Any]:
     return {"use_listings_cache": False, "config_kwargs": {"retries": retries}}
 
 
-def failures(url: str) -> tuple[type[Exception], ...]:
-    """What requests to a store raise that come to nothing."""
+def request_errors(url: str) -> tuple[type[Exception], ...]:
+    """Exceptions of failed requests to the store of a URL."""
     if not is_s3(url):
         return (OSError,)
-    # Installed with s3fs, which roots elsewhere do without.
+    # Dependencies of s3fs, which other stores do not need.
     from aiohttp import ClientError
     from botocore.exceptions import BotoCoreError
 
@@ -46,15 +47,15 @@ def failures(url: str) -> tuple[type[Exception], ...]:
 
 
 def part_bytes(size: int) -> int:
-    """Of each part that a file of `size` bytes is sent in."""
+    """Bytes per part of a multipart upload of `size` bytes."""
     return max(PART_BYTES, -(-size // MAX_PARTS))
 
 
-class Fetched(io.RawIOBase):
-    """A file of an object store, open for reading. reaching: what every request to the store stands in."""
+class RemoteFile(io.RawIOBase):
+    """A file of an object store, open for reading. Every request runs inside `store_errors()`."""
 
-    def __init__(self, reaching: Callable[[], AbstractContextManager[None]], file: BinaryIO) -> None:
-        self._reaching = reaching
+    def __init__(self, store_errors: Callable[[], AbstractContextManager[None]], file: BinaryIO) -> None:
+        self._store_errors = store_errors
         self._file = file
 
     def readable(self) -> bool:
@@ -70,7 +71,7 @@ class Fetched(io.RawIOBase):
         return self._file.tell()
 
     def read(self, size: int = -1) -> bytes:
-        with self._reaching():
+        with self._store_errors():
             return self._file.read(size)
 
     def readinto(self, buffer: Any) -> int:

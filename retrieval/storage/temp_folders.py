@@ -1,6 +1,6 @@
-"""Folders for what a process needs for a moment, on this machine's disk, removed even after it was killed.
+"""Temporary folders on the local disk. Those of killed processes are removed later.
 
-They stand among the system's temporary files and bear the number of their process.
+They lie in the system's temporary folder. Their names contain the id of their process.
 """
 
 import os
@@ -10,21 +10,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-SCRATCH = "rdm-"
+PREFIX = "rdm-"
 
 
 @contextmanager
-def scratch_folder() -> Iterator[Path]:
-    """An empty folder on this machine's disk, which is gone after the block."""
-    with tempfile.TemporaryDirectory(prefix=f"{SCRATCH}{os.getpid()}-") as folder:
+def temporary_folder() -> Iterator[Path]:
+    """An empty folder on the local disk, removed after the block."""
+    with tempfile.TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-") as folder:
         yield Path(folder)
 
 
-def sweep_scratch() -> None:
-    """Remove the scratch folders of killed processes of this machine."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*"):
-        owner = folder.name.removeprefix(SCRATCH).partition("-")[0]
-        if owner.isdigit() and not _runs(int(owner)):
+def remove_stale_folders() -> None:
+    """Remove the temporary folders of processes of this machine that no longer run."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        pid = folder.name.removeprefix(PREFIX).partition("-")[0]
+        if pid.isdigit() and not _runs(int(pid)):
             shutil.rmtree(folder, ignore_errors=True)
 
 

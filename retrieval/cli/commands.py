@@ -1,0 +1,220 @@
+"""Commands on databases: search, inspect, verify, build, hide rows, calibrate, describe.
+
+`python -m retrieval COMMAND DB` and `laion-rdm COMMAND DB` call `main`. Exit codes: 0; 1 if `verify` found
+damage; 2 for a UserError, printed without a traceback. torch is loaded only to encode texts and pictures.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+from pydantic import ValidationError
+
+from retrieval.cli.arguments import make_parser
+from retrieval.cli.card import card
+from retrieval.cli.contact_sheet import QueryResult, credit, printable, query_results, write_contact_sheet
+from retrieval.cli.queries import QueryInputs, encode_queries, read_vectors
+from retrieval.clip.identity import EncoderIdentity
+from retrieval.database.database import Database
+from retrieval.database.verify import Sample, damaged_files, measure_recall, visible_positions
+from retrieval.errors import UserError
+from retrieval.extras import extras_named
+from retrieval.imports.source import SourceColumns, VectorSource
+from retrieval.index.effort import MeasuredEffort
+from retrieval.index.hidden import hide
+from retrieval.recipe import IndexConfig
+from retrieval.storage.manifest import read_manifest
+from retrieval.storage.root import Root
+from retrieval.storage.schema import image_id
+
+DAMAGED, USER_ERROR = 1, 2
+CAPTION_WIDTH = 50
+"""Characters of a caption in the table that `search` prints."""
+
+Arguments = argparse.Namespace
+
+
+def search(arguments: Arguments) -> int:
+    """Search for texts, pictures or vectors; print the neighbors or draw them."""
+    database = Database.open(arguments.database)
+    inputs = QueryInputs(
+        arguments.texts, arguments.image, arguments.vector, arguments.clip, arguments.pretrained
+    )
+    names, vectors = encode_queries(inputs, database)
+    results = query_results(names, database.search(vectors, arguments.k, recall=arguments.recall))
+    if arguments.sheet:
+        num_pictures = write_contact_sheet(arguments.sheet, results, arguments.pictures)
+        print(f"{arguments.sheet}: {num_pictures} pictures found below {arguments.pictures}", file=sys.stderr)
+    if arguments.json:
+        print(json.dumps([vars(result) for result in results], indent=1, ensure_ascii=False))
+    else:
+        print("\n\n".join(_table(result) for result in results))
+    return 0
+
+
+def info(arguments: Arguments) -> int:
+    """Print size, encoder, settings and measured recall."""
+    database = Database.open(arguments.database)
+    manifest = database.manifest
+    rows = database.partition_rows
+    calibration = manifest.values["calibration"]
+    facts = {
+        "rows": len(database),
+        "hidden": len(database) - len(visible_positions(database)),
+        "dim": database.dim,
+        "encoder": database.encoder.model,
+        "weights": database.encoder.weights or "unknown",
+        "partitions": len(rows),
+        "rows per partition": [int(rows.min()), int(rows.max())],
+        "bytes": sum(file.bytes for shard in manifest.shards for file in shard.files),
+        "left out": manifest.reasons,
+        "settings": manifest.config,
+        "built from": manifest.upstream,
+        "schema version": manifest.schema_version,
+    }
+    if arguments.json:
+        print(json.dumps({**facts, "calibration": calibration}, indent=1))
+        return 0
+    for key, value in facts.items():
+        print(f"{key:18} {value:,}" if isinstance(value, int) else f"{key:18} {value}")
+    for kind in calibration:
+        _print_calibration(database, kind)
+    return 0
+
+
+def verify(arguments: Arguments) -> int:
+    """Check all files against their checksums, then measure recall."""
+    root = Root(arguments.database)
+    if damaged := damaged_files(root):
+        print("\n".join(f"damaged: {line}" for line in damaged))
+        return DAMAGED
+    print(f"{len(read_manifest(root, '').checksums())} files match the manifest")
+    sample = Sample(arguments.queries, arguments.k, arguments.recall, arguments.seed)
+    print(f"{measure_recall(Database.open(root), sample)}, requested {arguments.recall}")
+    return 0
+
+
+def build(arguments: Arguments) -> int:
+    """Build a database from vectors of another tool."""
+    from retrieval.imports.importer import build_from, dimension
+
+    columns = dict(_column_name(pair) for pair in arguments.column)
+    try:
+        source = VectorSource(arguments.source, arguments.metadata, SourceColumns(**columns), arguments.part)
+        config = IndexConfig.model_validate(
+            {"rows_per_partition": arguments.rows_per_partition, "index_key": arguments.index_key}
+        )
+    except ValidationError as error:
+        problems = (f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        raise UserError(f"invalid option: {'; '.join(problems)}") from error
+    encoder = EncoderIdentity(
+        model=arguments.model, weights=arguments.weights, preprocessing="", dim=dimension(source)
+    )
+    manifest = build_from(arguments.database, source, encoder, config)
+    left_out = "".join(f", {count:,} {word}" for word, count in manifest.reasons.items())
+    print(f"{arguments.database}: {manifest.rows:,} rows of dim {encoder.dim}{left_out}")
+    return 0
+
+
+def hide_images(arguments: Arguments) -> int:
+    """Hide images from all searches, without a new build."""
+    ids = [_listed_id(line) for line in _lines(arguments.ids)]
+    print(f"{hide(Root(arguments.database), np.array(ids, np.int64))} image ids are hidden")
+    return 0
+
+
+def calibrate(arguments: Arguments) -> int:
+    """Measure the recall of each effort on your own queries and store it."""
+    from retrieval.database.calibration import recalibrate
+
+    root = Root(arguments.database)
+    recalibrate(root, read_vectors(arguments.queries), arguments.like)
+    _print_calibration(Database.open(root), arguments.like)
+    return 0
+
+
+def describe(arguments: Arguments) -> int:
+    """Print the database's card, or write it as README.md."""
+    text = card(Database.open(arguments.database), datetime.now(UTC).date())
+    if arguments.write:
+        Root(arguments.database).write_bytes("README.md", text.encode())
+    else:
+        print(text)
+    return 0
+
+
+def _print_calibration(database: Database, kind: str) -> None:
+    for entry in map(MeasuredEffort.from_manifest, database.manifest.values["calibration"][kind]):
+        effort = entry.effort
+        print(
+            f"recall@{entry.k} {entry.recall:.4f} [{entry.low:.4f}, {entry.high:.4f}] "
+            f"on {entry.queries} {kind} with {effort.partitions_per_query} partitions, "
+            f"{effort.lists_per_partition} lists, {effort.candidates_per_result} candidates"
+        )
+
+
+def _table(result: QueryResult) -> str:
+    titles = f"{'rank':>4}  {'similarity':>10}  {'image_id':>20}  {'caption':{CAPTION_WIDTH}}  url  credit"
+    lines = [printable(result.query), titles]
+    for row in result.neighbors:
+        caption = printable(row["caption"])[:CAPTION_WIDTH]
+        lines.append(
+            f"{row['rank']:4}  {row['similarity']:10.4f}  {row['image_id']:20}  "
+            f"{caption:{CAPTION_WIDTH}}  {printable(row['url'])}  {printable(credit(row))}".rstrip()
+        )
+    return "\n".join(lines)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in path.read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def _listed_id(line: str) -> int:
+    """The image id in a line: a whole number, or a URL, which determines the id."""
+    if "://" in line:
+        return image_id(line)
+    try:
+        return int(np.int64(line))
+    except (ValueError, OverflowError) as error:
+        raise UserError(f"{line!r} is neither an image id nor a URL such as https://...") from error
+
+
+def _column_name(pair: str) -> tuple[str, str]:
+    field, equals, name = pair.partition("=")
+    if not equals:
+        raise UserError(f"--column {pair!r}: wanted FIELD=NAME, as in caption=TITLE")
+    return field, name
+
+
+COMMANDS = {
+    "search": search,
+    "info": info,
+    "verify": verify,
+    "build": build,
+    "block": hide_images,
+    "calibrate": calibrate,
+    "card": describe,
+}
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "laion-rdm") -> int:
+    """Run one command and return the exit code. prog: the program's name in the help text."""
+    arguments = make_parser(prog, COMMANDS).parse_args(argv)
+    try:
+        with extras_named():
+            return int(arguments.run(arguments))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except BrokenPipeError:  # the reader, such as `head`, closed the pipe; Python would complain at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
