@@ -1,0 +1,1 @@
+"""What all benchmarks share: tables, goals and writing of results."""

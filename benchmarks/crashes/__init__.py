@@ -1,0 +1,1 @@
+"""Crash tests: every data stage is struck by every kind of fault, then run again."""

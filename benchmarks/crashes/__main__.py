@@ -1,8 +1,8 @@
-"""Every data stage struck by every kind of fault at random moments, then run again: is anything lost?
+"""`make bench-crashes`: injects every kind of fault into every data stage, then runs the stage again.
 
-`python -m benchmarks.crashes --seed 0 --each 20` writes `docs/crashes.md` and `docs/crashes.json`. After
-each fault the stage's files are compared with those of a run that nothing disturbed. With `--stages` the
-other stages keep the results they have. Ends with 1 if a stage did not survive.
+After each fault the stage's files are compared with those of an undisturbed run. Writes `docs/crashes.md` and
+`docs/crashes.json`; with `--stages` the results of the other stages are kept. Exits with 1 if a stage lost or
+changed a file.
 """
 
 import argparse
@@ -23,31 +23,30 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.common.page import DOCS, write
-from benchmarks.common.table import markdown
-from benchmarks.crashes.faults import KINDS, Bench, bench, small_disk, strike
+from benchmarks.common.report import DOCS, markdown_table, write_report
+from benchmarks.crashes.data_set import STAGES, served_data_set
+from benchmarks.crashes.faults import FAULTS, CrashCluster, crash_cluster, inject, small_disk
 from benchmarks.crashes.store import running_store
-from benchmarks.crashes.world import STAGES, served_world
 from jobs.reporting.hardware import hardware
 from retrieval.storage.root import Root
 
 LIMIT_S = 600.0
-"""A run that takes longer counts as hanging."""
-TRIES = 2
-"""For each wanted fault: one that comes after the end is drawn again."""
-TAKES_TIME = ("seconds",)
-PAGE = """# What a crash costs
+"""A longer run counts as hanging."""
+ATTEMPTS = 2
+"""Attempts for each fault: a fault that comes after the end of the stage is drawn again."""
+TIME_KEYS = ("seconds",)
+PAGE = """# Crash tests
 
 Written by `make bench-crashes` (seed {seed}); each fault is in `crashes.json`.
 
 **Machine:** {machine}; a Ray cluster of two nodes with one worker each.
 
-**Faults:** *driver* and *worker* are killed (SIGKILL), a *node* is lost with all its processes, the *disk* is
-filled to its last byte, the *store* (S3, through a proxy) drops all connections, at a moment drawn from the
-seed. Where the stage ended, the fault is mended and the stage is run again. *Survived* means: every file of
-the stage has the bytes that an undisturbed run writes, but for times in records; none is missing, too many or
-unfinished; no process of the stage lives on; what killed processes had left on the disk before is swept. Lost
-is the time beyond an undisturbed run's; most of it is the start of Ray workers.
+**Faults:** the *driver* or a *worker* is killed (SIGKILL), a *node* is lost with all its processes, the
+*disk* is filled completely, or the *store* (S3, through a proxy) drops all connections, at a time drawn from
+the seed. If the stage ends, the fault is repaired and the stage is run again. *Survived* means: every file of
+the stage has the bytes of an undisturbed run, except for times in records; no file is missing, extra or
+unfinished; no process of the stage is left; temporary files of killed processes are removed. *Lost* is the
+time beyond that of an undisturbed run; most of it is the start of Ray workers.
 
 {table}
 """
@@ -55,7 +54,7 @@ is the time beyond an undisturbed run's; most of it is the start of Ray workers.
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a fault did. struck: before the stage's end; wrong: in words, empty where all was well."""
+    """The effect of a fault. struck: it came before the end of the stage; wrong: a text for each problem."""
 
     stage: str
     kind: str
@@ -67,194 +66,212 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Clean:
-    """A stage that nothing disturbed: its files by name, and the seconds that it took."""
+class CleanRun:
+    """An undisturbed run of a stage: SHA-256 of its files by name, and its duration."""
 
     files: dict[str, str]
     seconds: float
 
 
 def files_of(root: Root, stage: str) -> dict[str, str]:
-    """SHA-256 by name of each file of a stage, unfinished ones too; times in JSON do not count."""
-    found = {}
+    """SHA-256 by name of each file of a stage, unfinished files included; times in JSON are ignored."""
+    digests = {}
     for name in root.list(stage):
         with root.open(name) as file:
             data = file.read()
         if name.endswith(".json"):
-            data = json.dumps(_timeless(json.loads(data)), sort_keys=True).encode()
-        found[name] = hashlib.sha256(data).hexdigest()
+            data = json.dumps(_without_times(json.loads(data)), sort_keys=True).encode()
+        digests[name] = hashlib.sha256(data).hexdigest()
     if root.is_local:
-        found |= {path.name: "unfinished" for path in root.local_path(stage).rglob(".partial-*")}
-    return found
+        digests |= {path.name: "unfinished" for path in root.local_path(stage).rglob(".partial-*")}
+    return digests
 
 
-def _timeless(value: Any) -> Any:
+def _without_times(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _timeless(part) for key, part in value.items() if key not in TAKES_TIME}
-    return [_timeless(part) for part in value] if isinstance(value, list) else value
+        return {key: _without_times(part) for key, part in value.items() if key not in TIME_KEYS}
+    return [_without_times(part) for part in value] if isinstance(value, list) else value
 
 
-def differences(found: dict[str, str], wanted: dict[str, str]) -> list[str]:
-    """In words, for each file that is missing, too many or not the same."""
-    words = [f"{name} is missing" for name in wanted.keys() - found.keys()]
-    words += [f"{name} is too many" for name in found.keys() - wanted.keys()]
-    words += [f"{name} differs" for name in found.keys() & wanted.keys() if found[name] != wanted[name]]
-    return sorted(words)
+def differences(files: dict[str, str], expected: dict[str, str]) -> list[str]:
+    """One text for each file that is missing, extra or different."""
+    texts = [f"{name} is missing" for name in expected.keys() - files.keys()]
+    texts += [f"{name} is extra" for name in files.keys() - expected.keys()]
+    texts += [f"{name} differs" for name in files.keys() & expected.keys() if files[name] != expected[name]]
+    return sorted(texts)
 
 
-def run_clean(bench: Bench, stage: str, root: Root) -> Clean:
+def run_clean(cluster: CrashCluster, stage: str, root: Root) -> CleanRun:
     """Run a stage undisturbed."""
-    driver = bench.start(stage, root)
+    driver = cluster.start(stage, root)
     started = time.monotonic()
     driver.join(LIMIT_S)
-    assert driver.exitcode == 0, f"{stage} ended with {driver.exitcode}; see {bench.world.folder}/driver.log"
+    assert driver.exitcode == 0, (
+        f"{stage} ended with {driver.exitcode}; see {cluster.data_set.folder}/driver.log"
+    )
     seconds = time.monotonic() - started
-    return Clean(files_of(root, stage), seconds)
+    return CleanRun(files_of(root, stage), seconds)
 
 
-def suffer(bench: Bench, aim: tuple[str, str, int], root: Root, clean: Clean) -> Outcome:
-    """Run a stage, strike it once, and run it again if it ended. aim: stage, kind, seed."""
-    stage, kind, seed = aim
-    rng = np.random.default_rng([seed, STAGES.index(stage), KINDS.index(kind)])
+def run_with_fault(
+    cluster: CrashCluster, fault: tuple[str, str, int], root: Root, clean: CleanRun
+) -> Outcome:
+    """Run a stage, inject a fault, and run it again if it failed. fault: stage, kind, seed."""
+    stage, kind, seed = fault
+    rng = np.random.default_rng([seed, STAGES.index(stage), FAULTS.index(kind)])
     moment = float(rng.uniform(0, clean.seconds))
     root.delete(stage)
-    scratch = set(Path(tempfile.gettempdir()).iterdir())
-    driver, runs = bench.start(stage, root), 1
+    earlier_files = set(Path(tempfile.gettempdir()).iterdir())
+    driver, runs = cluster.start(stage, root), 1
     started = time.monotonic()
     driver.join(moment)
-    mend = strike(kind, bench, driver, rng) if driver.is_alive() else None
+    repair = inject(kind, cluster, driver, rng) if driver.is_alive() else None
     driver.join(LIMIT_S)
-    if mend:
-        mend()
+    if repair:
+        repair()
     wrong = []
     while driver.exitcode != 0 and runs < 2:
         if driver.is_alive():
-            wrong.append("it hangs")
+            wrong.append("the run hangs")
             driver.kill()
-        driver, runs = bench.start(stage, root), runs + 1
+        driver, runs = cluster.start(stage, root), runs + 1
         driver.join(LIMIT_S)
     lost_s = time.monotonic() - started - clean.seconds
     if driver.exitcode != 0:
-        wrong.append(f"the run after it ended with {driver.exitcode}")
+        wrong.append(f"the run after the fault ended with {driver.exitcode}")
         driver.kill()
     wrong += differences(files_of(root, stage), clean.files)
-    if not bench.settled():
-        wrong.append("a worker lives on")
-    left = {path.name for path in scratch & set(Path(tempfile.gettempdir()).iterdir())}
-    wrong += [f"{name} was left before and is not swept" for name in left if name.startswith("rdm-")]
-    return Outcome(stage, kind, round(moment, 2), mend is not None, runs, round(lost_s, 2), wrong)
+    if not cluster.wait_for_workers_to_end():
+        wrong.append("a worker process is left")
+    left_files = {path.name for path in earlier_files & set(Path(tempfile.gettempdir()).iterdir())}
+    wrong += [
+        f"{name} of an earlier process is not removed" for name in left_files if name.startswith("rdm-")
+    ]
+    return Outcome(stage, kind, round(moment, 2), repair is not None, runs, round(lost_s, 2), wrong)
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """Stages by kinds of faults. count: faults of each kind that must strike each stage."""
+    """All combinations of stages and faults. count: faults of each kind for each stage."""
 
-    bench: Bench
+    cluster: CrashCluster
     roots: dict[str, Root]
     seed: int
     count: int
 
-    def prepare(self, stages: Sequence[str]) -> dict[str, Clean]:
-        """Run the stages undisturbed, and copy what they wrote to the other roots."""
+    def prepare(self, stages: Sequence[str]) -> dict[str, CleanRun]:
+        """Run the stages undisturbed, and copy their output to the other roots."""
         local = self.roots["driver"]
-        clean = {stage: run_clean(self.bench, stage, local) for stage in tqdm(stages, desc="undisturbed")}
+        clean = {stage: run_clean(self.cluster, stage, local) for stage in tqdm(stages, desc="undisturbed")}
         for root in (self.roots[kind] for kind in ("disk", "store") if kind in self.roots):
             for name in local.list(""):
                 with local.open(name) as file:
                     root.write_bytes(name, file.read())
         return clean
 
-    def strikes(self, stage: str, clean: Clean, bar: Any) -> Iterator[Outcome]:
-        """The faults of one stage."""
+    def outcomes(self, stage: str, clean: CleanRun, bar: Any) -> Iterator[Outcome]:
+        """Inject all faults into one stage."""
         for kind, root in self.roots.items():
             bar.set_description(f"{stage}, {kind}")
             struck = 0
-            for number in range(TRIES * self.count):
+            for number in range(ATTEMPTS * self.count):
                 if struck == self.count:
                     break
-                outcome = suffer(self.bench, (stage, kind, 1000 * self.seed + number), root, clean)
+                outcome = run_with_fault(self.cluster, (stage, kind, 1000 * self.seed + number), root, clean)
                 struck += outcome.struck
                 bar.update(outcome.struck)
-                for words in outcome.wrong[:3]:
-                    bar.write(f"{stage}, {kind}: {words}")
+                for text in outcome.wrong[:3]:
+                    bar.write(f"{stage}, {kind}: {text}")
                 yield outcome
             bar.update(self.count - struck)
 
 
 @contextmanager
-def ready(seed: int) -> Iterator[tuple[Bench, dict[str, Root]]]:
-    """A cluster, a world, and a root for each kind of fault that this machine allows."""
-    multiprocessing.util.get_temp_dir()  # made now, it stands elsewhere than what is removed below
+def prepared_cluster(seed: int) -> Iterator[tuple[CrashCluster, dict[str, Root]]]:
+    """A cluster with a data set, and a root for each kind of fault that this machine allows."""
+    multiprocessing.util.get_temp_dir()  # created now, outside of the folder that is removed below
     with tempfile.TemporaryDirectory(prefix="crashes-") as name:
         folder = Path(name)
         with small_disk(folder / "disk") as disk, running_store() as store:
             scratch = (disk or folder) / "scratch"
             scratch.mkdir()
-            with served_world(folder / "world", seed) as world:
+            with served_data_set(folder / "data_set", seed) as data_set:
                 os.environ["TMPDIR"] = tempfile.tempdir = str(scratch)
                 try:
                     local = Root(folder / "run")
                     roots = dict.fromkeys(("driver", "worker", "node"), local)
                     roots |= {"disk": Root(disk / "run")} if disk else {}
                     roots["store"] = Root(store.url("run"))
-                    with bench(world, store.proxy, disk or folder) as made:
-                        yield made, roots
+                    with crash_cluster(data_set, store.proxy, disk or folder) as cluster:
+                        yield cluster, roots
                 finally:
-                    tempfile.tempdir = None  # the store puts back the environment
+                    tempfile.tempdir = None  # running_store restores the environment
 
 
-def rows(outcomes: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """A row a stage and kind: faults that struck, how many of them were survived, seconds lost."""
-    found = []
-    for stage, kind in dict.fromkeys((one["stage"], one["kind"]) for one in outcomes):
-        struck = [one for one in outcomes if (one["stage"], one["kind"]) == (stage, kind) and one["struck"]]
-        well = sum(not one["wrong"] for one in struck)
-        lost = f"{median(one['lost_s'] for one in struck):.1f}" if struck else ""
-        found.append([stage, kind, str(len(struck)), str(well), lost])
-    return found
+def table_rows(outcomes: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """A row for each stage and fault: number of faults, how many were survived, median seconds lost."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for outcome in outcomes:
+        struck = groups.setdefault((outcome["stage"], outcome["kind"]), [])
+        if outcome["struck"]:
+            struck.append(outcome)
+    rows = []
+    for (stage, kind), struck in groups.items():
+        survived = sum(not outcome["wrong"] for outcome in struck)
+        lost = f"{median(outcome['lost_s'] for outcome in struck):.1f}" if struck else ""
+        rows.append([stage, kind, str(len(struck)), str(survived), lost])
+    return rows
 
 
 def page(result: dict[str, Any]) -> str:
-    """The page's Markdown."""
+    """The page as Markdown."""
     outcomes = result["outcomes"]
-    heads = ["stage", "fault", "struck:", "survived:", "median s lost:"]
-    wrong = [f"- {one['stage']}, {one['kind']}: {words}" for one in outcomes for words in one["wrong"][:3]]
-    absent = [kind for kind in KINDS if kind not in {one["kind"] for one in outcomes}]
-    notes = [f"Not tried here, for want of the right to mount a disk: {', '.join(absent)}."] if absent else []
+    headings = ["stage", "fault", "faults:", "survived:", "median s lost:"]
+    problems = [
+        f"- {outcome['stage']}, {outcome['kind']}: {text}"
+        for outcome in outcomes
+        for text in outcome["wrong"][:3]
+    ]
+    missing = [kind for kind in FAULTS if kind not in {outcome["kind"] for outcome in outcomes}]
+    notes = (
+        [f"Not tested, because this process may not mount a disk: {', '.join(missing)}."] if missing else []
+    )
     machine, seed = result["hardware"], result["seed"]
-    table = markdown(heads, rows(outcomes))
-    return "\n".join([PAGE.format(machine=machine, seed=seed, table=table), *notes, *wrong]).rstrip() + "\n"
+    table = markdown_table(headings, table_rows(outcomes))
+    return (
+        "\n".join([PAGE.format(machine=machine, seed=seed, table=table), *notes, *problems]).rstrip() + "\n"
+    )
 
 
 def main() -> None:
-    """The command."""
+    """Parse arguments, inject all faults, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.crashes", description=__doc__)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--each", type=int, default=20, help="faults that strike each stage")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--out", type=Path, default=DOCS / "crashes.md")
-    given = parser.parse_args()
+    parser.add_argument("--seed", type=int, default=0, help="seed of the times of the faults")
+    parser.add_argument("--each", type=int, default=20, help="faults for each stage")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="stages to test")
+    parser.add_argument("--out", type=Path, default=DOCS / "crashes.md", help="the page")
+    options = parser.parse_args()
     logging.getLogger("ray").setLevel(logging.ERROR)
-    with ready(given.seed) as (made, roots):
-        matrix = Matrix(made, roots, given.seed, -(-given.each // len(roots)))
-        clean = matrix.prepare(STAGES[: 1 + max(map(STAGES.index, given.stages))])
-        with tqdm(total=len(given.stages) * len(roots) * matrix.count, unit="fault") as bar:
-            wrong = [
-                merge(given.out, given.seed, stage, list(matrix.strikes(stage, clean[stage], bar)))
-                for stage in given.stages
+    with prepared_cluster(options.seed) as (cluster, roots):
+        matrix = Matrix(cluster, roots, options.seed, -(-options.each // len(roots)))
+        clean = matrix.prepare(STAGES[: 1 + max(map(STAGES.index, options.stages))])
+        with tqdm(total=len(options.stages) * len(roots) * matrix.count, unit="fault") as bar:
+            failed = [
+                merge(options.out, options.seed, stage, list(matrix.outcomes(stage, clean[stage], bar)))
+                for stage in options.stages
             ]
-    raise SystemExit(any(wrong))
+    raise SystemExit(any(failed))
 
 
-def merge(out: Path, seed: int, stage: str, found: list[Outcome]) -> bool:
-    """Write the page with a stage's outcomes in place of older ones. True if something went wrong."""
-    known = out.with_suffix(".json")
-    kept = json.loads(known.read_text())["outcomes"] if known.exists() else []
-    outcomes = [one for one in kept if one["stage"] != stage] + [asdict(one) for one in found]
-    outcomes.sort(key=lambda one: (STAGES.index(one["stage"]), KINDS.index(one["kind"])))
-    result = {"hardware": hardware(), "seed": seed, "outcomes": outcomes}
-    write(out.parent, out.stem, result, page(result))
-    return any(one.wrong for one in found)
+def merge(out: Path, seed: int, stage: str, outcomes: list[Outcome]) -> bool:
+    """Write the page with new outcomes of a stage in place of its old ones. True if there was a problem."""
+    path = out.with_suffix(".json")
+    old = json.loads(path.read_text())["outcomes"] if path.exists() else []
+    merged = [outcome for outcome in old if outcome["stage"] != stage] + [asdict(new) for new in outcomes]
+    merged.sort(key=lambda outcome: (STAGES.index(outcome["stage"]), FAULTS.index(outcome["kind"])))
+    result = {"hardware": hardware(), "seed": seed, "outcomes": merged}
+    write_report(out.parent, out.stem, result, page(result))
+    return any(outcome.wrong for outcome in outcomes)
 
 
 if __name__ == "__main__":

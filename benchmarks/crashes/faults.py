@@ -1,7 +1,7 @@
-"""What goes wrong: a driver, a worker or a whole node killed, a disk filled, a store cut.
+"""Faults for the crash tests: a killed driver, worker or node, a full disk, an unreachable store.
 
-Each fault strikes a stage that runs on a Ray cluster of this process's own, and can be mended. Touches
-no process but the cluster's and its drivers, no disk but one of its own.
+Each fault is injected into a stage on a Ray cluster that this module starts, and can be repaired. Only the
+processes of this cluster and its drivers are killed; only a small separate disk is filled.
 """
 
 import multiprocessing
@@ -21,65 +21,65 @@ import psutil
 import ray
 from ray.cluster_utils import Cluster
 
+from benchmarks.crashes.data_set import SmallDataSet
 from benchmarks.crashes.store import Proxy
-from benchmarks.crashes.world import World
 from retrieval.errors import UserError
 from retrieval.storage.root import Root
 
-KINDS = ("driver", "worker", "node", "disk", "store")
+FAULTS = ("driver", "worker", "node", "disk", "store")
 NODES = 2
-"""The head, which no cluster outlives, and one that can be lost."""
+"""The head, without which the cluster ends, and one node that can be lost."""
 DISK_MB = 64
 SETTLE_S = 30.0
-"""Longest wait for a killed driver's workers to end."""
+"""Longest wait for the workers of a killed driver to end."""
 DRIVER: ForkServerContext = multiprocessing.get_context("forkserver")
 
 
-def drive(address: str, world: World, stage: str, root: str, begun: object) -> None:
-    """Run a stage, as `python -m jobs.<stage>` does. Ends with 2 for a UserError."""
-    log = os.open(world.folder / "driver.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def run_driver(address: str, data_set: SmallDataSet, stage: str, root: str, started: object) -> None:
+    """Run a stage, as `python -m jobs.<stage>` does. Exits with 2 for a UserError."""
+    log = os.open(data_set.folder / "driver.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     ray.init(address=address, log_to_driver=False, logging_level="error")
-    begun.set()  # type: ignore[attr-defined]
+    started.set()  # type: ignore[attr-defined]
     try:
-        world.run(stage, Root(root), NODES)
+        data_set.run(stage, Root(root), NODES)
     except UserError as error:
         os.write(2, f"{stage}: {error}\n".encode())
         raise SystemExit(2) from None
 
 
 @dataclass
-class Bench:
-    """A cluster with two nodes of one worker each, and what faults need to strike it."""
+class CrashCluster:
+    """A cluster with two nodes of one worker each, and the resources that faults act on."""
 
-    cluster: Cluster
-    world: World
+    ray_cluster: Cluster
+    data_set: SmallDataSet
     proxy: Proxy
     disk: Path
     nodes: list[object] = field(default_factory=list)
 
     def start(self, stage: str, root: Root) -> BaseProcess:
-        """Start a driver; returns once it reached the cluster and begins the stage."""
-        begun = DRIVER.Event()
-        arguments = (self.cluster.address, self.world, stage, root.url, begun)
-        driver = DRIVER.Process(target=drive, args=arguments, daemon=True)
+        """Start a driver; returns when it is connected to the cluster and starts the stage."""
+        started = DRIVER.Event()
+        arguments = (self.ray_cluster.address, self.data_set, stage, root.url, started)
+        driver = DRIVER.Process(target=run_driver, args=arguments, daemon=True)
         driver.start()
-        while not begun.wait(0.1) and driver.is_alive():
+        while not started.wait(0.1) and driver.is_alive():
             pass
         return driver
 
     def workers(self) -> list[psutil.Process]:
-        """The processes that make shards, on all nodes."""
-        found = []
-        for node in self.cluster.list_all_nodes():
+        """The worker processes on all nodes."""
+        workers = []
+        for node in self.ray_cluster.list_all_nodes():
             [raylet] = node.all_processes["raylet"]
             with suppress(psutil.NoSuchProcess):
-                found += psutil.Process(raylet.process.pid).children()
-        return [process for process in found if _is_worker(process)]
+                workers += psutil.Process(raylet.process.pid).children()
+        return [process for process in workers if _is_worker(process)]
 
-    def settled(self) -> bool:
-        """Wait until no process makes shards; False if some still does after SETTLE_S."""
+    def wait_for_workers_to_end(self) -> bool:
+        """Wait until no worker is left; False if one is left after SETTLE_S."""
         deadline = time.monotonic() + SETTLE_S
         while self.workers():
             if time.monotonic() > deadline:
@@ -88,8 +88,8 @@ class Bench:
         return True
 
     def add_node(self) -> None:
-        """Give the cluster another node, of one worker."""
-        self.nodes.append(self.cluster.add_node(num_cpus=1))
+        """Add a node with one worker."""
+        self.nodes.append(self.ray_cluster.add_node(num_cpus=1))
 
 
 def _is_worker(process: psutil.Process) -> bool:
@@ -99,24 +99,24 @@ def _is_worker(process: psutil.Process) -> bool:
 
 
 @contextmanager
-def bench(world: World, proxy: Proxy, disk: Path) -> Iterator[Bench]:
-    """A cluster that lasts while the block does. disk: the folder that `disk` fills."""
+def crash_cluster(data_set: SmallDataSet, proxy: Proxy, disk: Path) -> Iterator[CrashCluster]:
+    """A cluster that is shut down when the block ends. disk: the folder that the fault `disk` fills."""
     os.environ |= {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "AWS_MAX_ATTEMPTS": "2"}
     DRIVER.set_forkserver_preload(["benchmarks.crashes.faults"])
-    os.environ["RAY_TMPDIR"] = str(world.folder)  # on no disk that is filled
+    os.environ["RAY_TMPDIR"] = str(data_set.folder)  # not on the disk that is filled
     head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 1 << 27}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    made = Bench(cluster, world, proxy, disk)
+    ray_cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster = CrashCluster(ray_cluster, data_set, proxy, disk)
     try:
-        made.add_node()
-        yield made
+        cluster.add_node()
+        yield cluster
     finally:
-        cluster.shutdown()
+        ray_cluster.shutdown()
 
 
 @contextmanager
 def small_disk(folder: Path) -> Iterator[Path | None]:
-    """A file system of its own in memory; None where this process may not mount one."""
+    """A small file system in memory; None if this process may not mount one."""
     folder.mkdir(parents=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", str(folder)]
     if subprocess.run(mount, check=False, capture_output=True).returncode:
@@ -128,27 +128,29 @@ def small_disk(folder: Path) -> Iterator[Path | None]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def strike(
-    kind: str, bench: Bench, driver: BaseProcess, rng: np.random.Generator
+def inject(
+    kind: str, cluster: CrashCluster, driver: BaseProcess, rng: np.random.Generator
 ) -> Callable[[], object] | None:
-    """Do it. Returns what mends it, or None where there was nothing to strike."""
+    """Inject a fault. Returns a function that repairs it, or None if the stage had already ended."""
     if kind == "driver":
         driver.kill()
         return driver.join
     if kind == "worker":
-        return _kill_worker(bench, driver, rng)
+        return _kill_worker(cluster, driver, rng)
     if kind == "node":
-        bench.cluster.remove_node(bench.nodes.pop(), allow_graceful=False)
-        return bench.add_node
+        cluster.ray_cluster.remove_node(cluster.nodes.pop(), allow_graceful=False)
+        return cluster.add_node
     if kind == "disk":
-        return _fill(bench.disk / "ballast")
-    bench.proxy.cut()
-    return bench.proxy.mend
+        return _fill(cluster.disk / "ballast")
+    cluster.proxy.cut()
+    return cluster.proxy.restore
 
 
-def _kill_worker(bench: Bench, driver: BaseProcess, rng: np.random.Generator) -> Callable[[], object] | None:
+def _kill_worker(
+    cluster: CrashCluster, driver: BaseProcess, rng: np.random.Generator
+) -> Callable[[], object] | None:
     while driver.is_alive():
-        if workers := bench.workers():
+        if workers := cluster.workers():
             with suppress(ProcessLookupError):
                 os.kill(workers[int(rng.integers(len(workers)))].pid, signal.SIGKILL)
                 return lambda: None

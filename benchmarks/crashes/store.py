@@ -1,7 +1,7 @@
-"""An object store that can be cut: moto's S3 server in a process of its own, and a TCP proxy before it.
+"""An object store with simulated outages: moto's S3 server in a child process behind a TCP proxy.
 
-`python -m benchmarks.crashes.store` is that process: it prints its port and ends with its parent.
-Reads and writes nothing; the store is held in memory.
+`python -m benchmarks.crashes.store` is the child process: it prints its port and ends with its parent. The
+store is in memory; nothing is written to disk.
 """
 
 import logging
@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from socketserver import StreamRequestHandler, ThreadingTCPServer
 
-from benchmarks.common.page import REPOSITORY
+from benchmarks.common.report import REPOSITORY
 from jobs.demo.child_process import exit_with_parent
 
 BUCKET = "crashes"
@@ -24,7 +24,7 @@ HOST = "127.0.0.1"
 
 
 class Proxy(ThreadingTCPServer):
-    """Passes bytes to a port and back, until it is cut."""
+    """Forwards connections to a port, except during a simulated outage."""
 
     daemon_threads = True
 
@@ -33,28 +33,28 @@ class Proxy(ThreadingTCPServer):
         self.target = target
         self.is_cut = False
         self.unavailable = 0
-        """So many connections to come are answered with 503 instead."""
-        self.ends: set[socket.socket] = set()
+        """Number of next connections that are answered with status 503."""
+        self.sockets: set[socket.socket] = set()
         self.port = int(self.server_address[1])
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     def cut(self) -> None:
-        """End all connections, and each that comes, until `mend`."""
+        """Close all connections, and every new one, until `restore`."""
         self.is_cut = True
         self.end_connections()
 
     def end_connections(self) -> None:
-        """End those that stand; others may come."""
-        for end in list(self.ends):
+        """Close the open connections; new ones are accepted."""
+        for end in list(self.sockets):
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
 
-    def mend(self) -> None:
-        """Let connections through again."""
+    def restore(self) -> None:
+        """End the outage."""
         self.is_cut = False
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A connection that was cut is no news."""
+        """Errors of closed connections are expected and not logged."""
 
 
 class _Connection(StreamRequestHandler):
@@ -69,16 +69,16 @@ class _Connection(StreamRequestHandler):
             self.connection.sendall(UNAVAILABLE)
             return
         with socket.create_connection((HOST, self.server.target)) as upstream:
-            ends = {self.connection, upstream}
-            self.server.ends |= ends
-            back = threading.Thread(target=_pass, args=(upstream, self.connection), daemon=True)
+            pair = {self.connection, upstream}
+            self.server.sockets |= pair
+            back = threading.Thread(target=_forward, args=(upstream, self.connection), daemon=True)
             back.start()
-            _pass(self.connection, upstream)
+            _forward(self.connection, upstream)
             back.join()
-            self.server.ends -= ends
+            self.server.sockets -= pair
 
 
-def _pass(source: socket.socket, target: socket.socket) -> None:
+def _forward(source: socket.socket, target: socket.socket) -> None:
     with suppress(OSError):
         while data := source.recv(1 << 16):
             target.sendall(data)
@@ -98,7 +98,7 @@ class Store:
 
 
 def environment(port: int) -> dict[str, str]:
-    """What processes need to reach a store behind a port of this machine."""
+    """Environment variables of a client of the store at a local port."""
     return {
         "AWS_ENDPOINT_URL": f"http://{HOST}:{port}",
         "AWS_ACCESS_KEY_ID": "crashes",
@@ -109,7 +109,7 @@ def environment(port: int) -> dict[str, str]:
 
 @contextmanager
 def running_store() -> Iterator[Store]:
-    """Start a store; this process and those it starts reach it while the block lasts."""
+    """Start a store and set its environment variables for this process and its children."""
     command = [sys.executable, "-m", "benchmarks.crashes.store"]
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     assert process.stdout
@@ -129,7 +129,7 @@ def running_store() -> Iterator[Store]:
 
 
 def main() -> None:
-    """Serve until the parent ends."""
+    """Serve until the parent process ends."""
     import boto3
     from moto.server import ThreadedMotoServer
 

@@ -1,0 +1,1 @@
+"""Benchmarks of the data stages, the download and near-copy removal."""

@@ -15,14 +15,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.goals import Goal
-from benchmarks.common.page import DOCS, SCRATCH, write
-from benchmarks.common.table import markdown
+from benchmarks.common.report import DOCS, SCRATCH, Goal, markdown_table, write_report
 from benchmarks.pipeline import filter_query as query
 from benchmarks.pipeline import stages
 from jobs.reporting.hardware import hardware
 from retrieval.clip.encoder import Encoder
-from retrieval.cluster.connection import connected
+from retrieval.cluster.connection import ray_connection
 from retrieval.storage.root import Root
 
 GB = 1e9
@@ -81,7 +79,7 @@ def main() -> None:
         "embed": measure_embed(folder, size),
         "workers": measure_workers(folder, size),
     }
-    write(folder if options.tiny else options.docs, "pipeline", result, page(result))
+    write_report(folder if options.tiny else options.docs, "pipeline", result, page(result))
 
 
 def measure_filter(folder: Path, size: Size) -> dict[str, Any]:
@@ -119,7 +117,7 @@ def measure_workers(folder: Path, size: Size) -> list[dict[str, Any]]:
     clip = stages.write_clip(folder / size.model, size.model)
     few, many = (folder / f"neighbors-{rows}" for rows in size.train)
     stages.write_download(Root(str(folder)), size.shards, max(2, size.pictures // 8))
-    with connected():
+    with ray_connection():
         for place, rows in zip((few, many), size.train, strict=True):
             stages.write_embed(Root(str(place)), rows, size.database, 512 if size is FULL else 8)
             stages.build_index(place, size.database // 12)
@@ -199,13 +197,13 @@ def page(result: dict[str, Any]) -> str:
     parts = [
         "# The data stages",
         INTRO.format(hardware=result["hardware"], rows=found["rows"], rounds=result["rounds"]),
-        markdown(["", "goal:", "measured:", ""], [goal.cells for goal in goals(result)]),
-        markdown(["filter", "CPU us a row:", "rows/s on the clock:"], queries),
-        markdown(["filter, rows", "CPU us a row:", "peak memory:"], sizes),
+        markdown_table(["", "goal:", "measured:", ""], [goal.cells for goal in goals(result)]),
+        markdown_table(["filter", "CPU us a row:", "rows/s on the clock:"], queries),
+        markdown_table(["filter, rows", "CPU us a row:", "peak memory:"], sizes),
         EMBED.format(**result["embed"]),
-        markdown(["loop", "images a CPU second:", "images/s on the clock:"], loops),
+        markdown_table(["loop", "images a CPU second:", "images/s on the clock:"], loops),
         "**Workers.** Seconds a shard through Ray, from each worker's first shard to the last one.",
-        markdown(["stage", "one worker:", "two workers:", "ratio:"], workers),
+        markdown_table(["stage", "one worker:", "two workers:", "ratio:"], workers),
     ]
     return "\n\n".join(parts) + "\n"
 

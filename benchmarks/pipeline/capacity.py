@@ -20,14 +20,11 @@ import torch
 from open_clip.transform import image_transform
 from PIL import Image
 
-from benchmarks.common.page import DOCS
+from benchmarks.common.report import DOCS
 from jobs.reporting.hardware import hardware
-from pipeline.filter.filter import KEYS_PER_BUCKET, Job
+from pipeline.filter.filter import prepare
 from pipeline.filter.filter_passes import Dedupe, Scan, Select
-from pipeline.filter.metadata import plan
-from pipeline.filter.selection import Rules
 from pipeline.recipe import FilterConfig
-from pipeline.web.blocklist import read_blocklist
 from retrieval.storage.root import Root
 
 SIZES = (100_000, 300_000, 1_000_000)
@@ -60,7 +57,7 @@ def measure(folder: Path, rows: int) -> dict[str, Any]:
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(metadata(ROWS_PER_FILE, number), path, compression="snappy")
     read = sum(path.stat().st_size for path in (folder / "metadata").glob("*.parquet"))
-    job = filter_job(FilterConfig(metadata=str(folder / "metadata")), Root(folder / "run"))
+    job = prepare(FilterConfig(metadata=str(folder / "metadata")), Root(folder / "run"))
     began, seconds = time.process_time(), {}
     pieces = [piece.name for piece in job.plan.pieces]
     buckets = [f"{number:05d}" for number in range(job.num_buckets)]
@@ -80,22 +77,6 @@ def measure(folder: Path, rows: int) -> dict[str, Any]:
         "kept": kept / rows,
         "bytes_written_a_row_kept": written / kept,
     }
-
-
-def filter_job(config: FilterConfig, root: Root) -> Job:
-    """What the passes of filter work on, as the stage makes it."""
-    source = Root(config.metadata)
-    wanted = ("url", "caption", "width", "height", "pwatermark", "punsafe")
-    planned = plan(source, config.columns, wanted, config.rows_per_piece)
-    rules = Rules(
-        min_edge=config.min_edge,
-        max_watermark=config.max_watermark,
-        max_unsafe=config.max_unsafe,
-        missing_scores=config.missing_scores,
-        blocklist=read_blocklist(""),
-    )
-    buckets = 1 << max(0, (planned.rows - 1) // KEYS_PER_BUCKET).bit_length()
-    return Job(source, root, planned, rules, buckets, config.seed, config.rows_per_shard)
 
 
 def decoding(edges: tuple[int, int], count: int = 200) -> float:

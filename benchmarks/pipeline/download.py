@@ -19,8 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from benchmarks.common.page import DOCS, REPOSITORY, SCRATCH, write
-from benchmarks.common.table import markdown
+from benchmarks.common.report import DOCS, REPOSITORY, SCRATCH, markdown_table, write_report
 from benchmarks.pipeline.downloader import EDGE, QUALITY, RETRIES, THREADS
 from benchmarks.pipeline.static_server import serving
 from benchmarks.training.training_data import PICTURES, picture
@@ -77,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "version": _version(),
         "cases": cases,
     }
-    write(options.scratch if options.tiny else options.docs, "download", result, page(result))
+    write_report(options.scratch if options.tiny else options.docs, "download", result, page(result))
 
 
 def measure(side: str, split: str, processes: int, folder: Path, extent: Extent) -> dict[str, float]:
@@ -141,7 +140,7 @@ def page(result: dict[str, Any]) -> str:
         )
     heads = ["", "ours, images/s:", "img2dataset:", "ratio (range):"]
     heads += ["ours, CPU ms an image:", "img2dataset:", "ours, peak MB a process:", "img2dataset:"]
-    return "\n\n".join(["# Download beside img2dataset", intro, markdown(heads, rows)]) + "\n"
+    return "\n\n".join(["# Download beside img2dataset", intro, markdown_table(heads, rows)]) + "\n"
 
 
 def _case(folder: Path, extent: Extent, rounds: int, case: tuple[str, int]) -> dict[str, Any]:

@@ -21,9 +21,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from benchmarks.common.page import REPOSITORY
-from benchmarks.pipeline.capacity import filter_job
-from pipeline.filter.filter_passes import Dedupe, Job, Scan, Select
+from benchmarks.common.report import REPOSITORY
+from pipeline.filter.filter import prepare
+from pipeline.filter.filter_passes import Dedupe, FilterContext, Scan, Select
 from pipeline.recipe import FilterConfig
 from pipeline.runtime.memory import peak_bytes
 from retrieval.storage.root import Root
@@ -90,16 +90,16 @@ def ours(paths: list[Path], scratch: Path) -> dict[str, float]:
     return _timed(lambda: _passes(job))
 
 
-def _job(paths: list[Path], scratch: Path) -> Job:
+def _job(paths: list[Path], scratch: Path) -> FilterContext:
     shutil.rmtree(scratch, ignore_errors=True)
     (scratch / "metadata").mkdir(parents=True)
     for path in paths:
         (scratch / "metadata" / path.name).symlink_to(path)
     config = FilterConfig(metadata=str(scratch / "metadata"))
-    return filter_job(config, Root(str(scratch / "run")))
+    return prepare(config, Root(str(scratch / "run")))
 
 
-def _passes(job: Job) -> None:
+def _passes(job: FilterContext) -> None:
     pieces = [piece.name for piece in job.plan.pieces]
     buckets = [f"{number:05d}" for number in range(job.num_buckets)]
     for kind, names in ((Scan, pieces), (Dedupe, buckets), (Select, pieces)):

@@ -17,15 +17,13 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from benchmarks.common.page import DOCS, write
-from benchmarks.common.table import markdown
+from benchmarks.common.report import DOCS, markdown_table, write_report
 from jobs.cli.command import exit_on_user_error
 from jobs.cli.recipe import Recipe, load_recipe
 from jobs.demo.world.scenes import draw, random_scene
 from jobs.reporting.hardware import hardware
-from pipeline.pictures.picture import prepared
+from pipeline.pictures.picture import PictureError, prepare
 from pipeline.recipe import EmbedConfig, NeighborsConfig
-from pipeline.web.sockets import Refusal
 from retrieval.clip.encoder import Encoder
 from retrieval.errors import UserError
 from retrieval.perceptual_hash import PerceptualHashIndex, perceptual_hash
@@ -97,9 +95,11 @@ def scenes(count: int) -> Iterator[Image.Image]:
 def pictures(folder: Path) -> Iterator[Image.Image]:
     """Those below a folder that can be used, as download stores them for the database; two sets alternate."""
     for path in sorted(folder.rglob("*.jpg")):
-        found = prepared(path.read_bytes(), MAX_PIXELS, EDGE)
-        if not isinstance(found, Refusal):
-            yield _scaled(image := Image.open(io.BytesIO(found.data)).convert("RGB"), EDGE / min(image.size))
+        try:
+            picture = prepare(path.read_bytes(), MAX_PIXELS, EDGE)
+        except PictureError:
+            continue
+        yield _scaled(image := Image.open(io.BytesIO(picture.data)).convert("RGB"), EDGE / min(image.size))
 
 
 def described(images: list[Image.Image], encoder: Encoder) -> Described:
@@ -164,7 +164,7 @@ def page(result: dict[str, Any]) -> str:
             [kind, *(f"{100 * share:.1f} %" for share in found.values())] for kind, found in lines.items()
         ]
         heads = ["removed", "by hash:", "by embedding:", "by either:"]
-        worlds.append(WORLD.format(**one, table=markdown(heads, rows)))
+        worlds.append(WORLD.format(**one, table=markdown_table(heads, rows)))
     return PAGE.format(**{**result, "worlds": "".join(worlds)}, edge=EDGE, hashes=HASHES)
 
 
@@ -180,7 +180,7 @@ def main() -> None:
 
     def work() -> None:
         result = measure(load_recipe(options.recipe, options.overrides), options.count, options.pictures)
-        write(options.docs, "near_copies", result, page(result))
+        write_report(options.docs, "near_copies", result, page(result))
 
     exit_on_user_error(work)
 

@@ -1,0 +1,1 @@
+"""Benchmark of our search and join against other libraries."""

@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.page import DOCS, REPOSITORY, SCRATCH, write
-from benchmarks.common.table import markdown
+from benchmarks.common.report import DOCS, REPOSITORY, SCRATCH, markdown_table, write_report
 from benchmarks.training.gpu_cases import BACKENDS, Case, leave, run, words
 from jobs.reporting.hardware import hardware
 
@@ -130,10 +129,10 @@ def page(result: dict[str, Any]) -> str:
         hardware=result["hardware"],
         torch=card["torch"],
         tera=peak / 1e12,
-        training=markdown(heads, training),
+        training=markdown_table(heads, training),
         aim=_aim(result["training"], peak),
-        attention=markdown(["backend", "images/s:"], attention),
-        sampling=markdown(["", "compiled", "batch:", "images/s:", "GiB:"], sampling),
+        attention=markdown_table(["backend", "images/s:"], attention),
+        sampling=markdown_table(["", "compiled", "batch:", "images/s:", "GiB:"], sampling),
         embedding=embedding.get("failed") or f"{embedding['images_per_s']:,.0f} images/s",
     )
 
@@ -180,7 +179,7 @@ def main() -> None:
         print(part, words(case), json.dumps(found), flush=True)
         result[part].append((vars(case), found))
     leave()
-    write(options.scratch if options.tiny else options.docs, "gpu", result, page(result))
+    write_report(options.scratch if options.tiny else options.docs, "gpu", result, page(result))
 
 
 if __name__ == "__main__":

@@ -14,13 +14,12 @@ from typing import Any
 
 from PIL import Image
 
-from benchmarks.common.page import DOCS, SCRATCH, threads, write
-from benchmarks.common.table import markdown
+from benchmarks.common.report import DOCS, SCRATCH, markdown_table, thread_count, write_report
 from benchmarks.training.schedule import GPUS, MFU, stages
 from benchmarks.training.training_data import PICTURES, QUALITY, Extent, picture, prepare
 from jobs.reporting.hardware import hardware
 from retrieval.storage.root import Root
-from trainer.data.images import GAP, ScaledImage, decode, random_crop
+from trainer.data.images import MIN_DRAFT_RATIO, ScaledImage, decode_image, random_crop
 from trainer.data.loader import Loader
 from trainer.data.plan import TrainingPlan, make_plan
 from trainer.model.autoencoder import Autoencoder
@@ -84,7 +83,7 @@ def main() -> None:
         "cases": cases,
     }
     result |= {"cut": cut(extent), "demand": demand()}
-    write(options.scratch if options.tiny else options.docs, "loader", result, page(result))
+    write_report(options.scratch if options.tiny else options.docs, "loader", result, page(result))
 
 
 def measure(plan: TrainingPlan, root: Root, batches: int) -> dict[str, float]:
@@ -118,7 +117,7 @@ def cut(extent: Extent) -> dict[str, float]:
     pictures = [picture(number, extent.edge) for number in range(PICTURES)]
     times: dict[str, list[float]] = {"whole_ms": [], "small_ms": []}
     for data in pictures:
-        for name, opened in (("small_ms", decode), ("whole_ms", _decode_whole)):
+        for name, opened in (("small_ms", decode_image), ("whole_ms", _decode_whole)):
             began = time.thread_time()
             random_crop(opened(data, "", extent.size), (0, 0, 0), flip=True)
             times[name].append((time.thread_time() - began) * 1000)
@@ -148,7 +147,7 @@ def page(result: dict[str, Any]) -> str:
     )
     rates = [
         [
-            f"{case['source']}, {threads(case['threads'])}",
+            f"{case['source']}, {thread_count(case['threads'])}",
             f"{case['images_per_s']:,.0f}",
             f"{case['images_per_core_s']:,.0f}",
         ]
@@ -156,7 +155,7 @@ def page(result: dict[str, Any]) -> str:
     ]
     paced = [
         [
-            f"{case['source']}, {threads(case['threads'])}",
+            f"{case['source']}, {thread_count(case['threads'])}",
             f"{case['taken_per_s']:,.0f}",
             f"{case['waiting_s'] * 1000:.1f}",
             f"{case['waiting_s'] / case['step_s']:.1%}",
@@ -169,14 +168,18 @@ def page(result: dict[str, Any]) -> str:
         for case in cases
         if case["threads"] == max(THREADS)
     ]
-    parts = ["# Does the loader keep up?", intro, markdown(["", "images/s:", "images/s and core:"], rates)]
-    parts += [PACED, markdown(["", "images/s taken:", "ms waited:", "of the step:"], paced)]
+    parts = [
+        "# Does the loader keep up?",
+        intro,
+        markdown_table(["", "images/s:", "images/s and core:"], rates),
+    ]
+    parts += [PACED, markdown_table(["", "images/s taken:", "ms waited:", "of the step:"], paced)]
     parts += [
         needs,
-        markdown(["source", "images/s and core:", f"cores for {HEADROOM} times the demand:"], cores),
+        markdown_table(["source", "images/s and core:", f"cores for {HEADROOM} times the demand:"], cores),
     ]
     found = result["cut"]
-    parts.append(CUT.format(**found, gap=GAP, ratio=found["whole_ms"] / found["small_ms"]))
+    parts.append(CUT.format(**found, gap=MIN_DRAFT_RATIO, ratio=found["whole_ms"] / found["small_ms"]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -200,12 +203,17 @@ def _summary(
 
 def _decode_whole(data: bytes, where: str, size: int) -> ScaledImage:
     image = Image.open(io.BytesIO(data)).convert("RGB")
-    return ScaledImage(image, image.size, decode(data, where, size).edges, size)
+    return ScaledImage(image, image.size, decode_image(data, where, size).edges, size)
 
 
 def _recipe(extent: Extent, autoencoder: AutoencoderConfig, source: str, workers: int) -> TrainingRecipe:
     train = {"name": "bench", "source": source, "size": extent.size, "k": extent.k, "steps": 1000}
-    train |= {"global_batch": BATCH, "micro_batch": BATCH, "interleaved_shards": extent.shards, "workers": workers}
+    train |= {
+        "global_batch": BATCH,
+        "micro_batch": BATCH,
+        "interleaved_shards": extent.shards,
+        "workers": workers,
+    }
     model = {
         "latent_channels": extent.channels,
         "context_dim": extent.dim,

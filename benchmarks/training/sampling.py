@@ -17,20 +17,19 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from benchmarks.common.page import DOCS, write
-from benchmarks.common.table import markdown
+from benchmarks.common.report import DOCS, markdown_table, write_report
 from jobs.cli.command import exit_on_user_error
 from jobs.cli.recipe import Recipe, load_recipe
 from jobs.reporting.hardware import hardware
 from jobs.sample import trained
 from retrieval.errors import UserError
 from trainer.evaluation.classifier import TrainedClassifier
-from trainer.evaluation.evaluate import style_names, train_judge
-from trainer.evaluation.judgement import Shown, judge
+from trainer.evaluation.evaluate import style_names, train_style_classifier
 from trainer.evaluation.metrics import wilson_interval
-from trainer.evaluation.styles import RETRIEVAL, make_cells
+from trainer.evaluation.recipe import EvaluateConfig
+from trainer.evaluation.scores import SampleFeatures, judge
+from trainer.evaluation.styles import RETRIEVAL, make_style_groups
 from trainer.recipe import SchedulerName
-from trainer.sampling.recipe import EvaluateConfig
 from trainer.sampling.request import Request, read_prompts
 from trainer.sampling.sampler import Sampler
 
@@ -89,8 +88,8 @@ def measure(recipe: Recipe, each: int, methods: Sequence[Method]) -> dict[str, A
     config = recipe[EvaluateConfig]
     sampler = Sampler.open(recipe.root, trained(recipe), config)
     styles = style_names(config, recipe.root)
-    cells = make_cells(config, each, styles, read_prompts(config.prompts_file))
-    classifier, _ = train_judge(config, sampler, styles)
+    cells = make_style_groups(config, each, styles, read_prompts(config.prompts_file))
+    classifier, _ = train_style_classifier(config, sampler, styles)
     drawn = {method.name: Drawn() for method in methods}
     asked = [cell for cell in cells if cell.mode == RETRIEVAL]
     for number, cell in enumerate(tqdm(asked, "styles", unit="style")):
@@ -127,7 +126,7 @@ def _draw(
     drawn.seconds.append(time.perf_counter() - began)
     features = sampler.encoder.encode_images([sample.picture for sample in samples])
     drawn.features.append(features)
-    drawn.right.append(judge(classifier, style, Shown(features, features)).right)
+    drawn.right.append(judge(classifier, style, SampleFeatures(features, features)).right)
 
 
 def _row(method: Method, drawn: dict[str, Drawn], reference: Method) -> dict[str, Any]:
@@ -160,7 +159,7 @@ def page(result: dict[str, Any]) -> str:
         for number, row in enumerate(result["methods"])
     ]
     heads = ["", "CLIP distance:", "taken for the style (95 %):", "s per image:", "times as fast:"]
-    return PAGE.format(**result, table=markdown(heads, rows))
+    return PAGE.format(**result, table=markdown_table(heads, rows))
 
 
 def main() -> None:
@@ -176,7 +175,7 @@ def main() -> None:
         if options.each < 2:
             raise UserError(f"--each must be at least 2, got {options.each}")
         result = measure(load_recipe(options.recipe, options.overrides), options.each, METHODS)
-        write(options.docs, "sampling", result, page(result))
+        write_report(options.docs, "sampling", result, page(result))
 
     exit_on_user_error(work)
 

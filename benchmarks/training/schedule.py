@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.page import DOCS, REPOSITORY, write
-from benchmarks.common.table import markdown
+from benchmarks.common.report import DOCS, REPOSITORY, markdown_table, write_report
 from jobs.cli.recipe import load_recipe
 from trainer.model.unet import build_unet
 from trainer.recipe import AutoencoderConfig, ModelConfig, TrainConfig
@@ -106,8 +105,8 @@ def page(rows: list[dict[str, Any]]) -> str:
     return PAGE.format(
         gpus=GPUS,
         peak=PEAK / TERA,
-        stages=markdown(heads, sizes),
-        days=markdown(["images/s / days at MFU", *(f"{mfu:.0%}:" for mfu in MFUS)], days),
+        stages=markdown_table(heads, sizes),
+        days=markdown_table(["images/s / days at MFU", *(f"{mfu:.0%}:" for mfu in MFUS)], days),
         sums=sums,
     )
 
@@ -140,7 +139,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training.schedule", description=__doc__)
     parser.add_argument("--docs", type=Path, default=DOCS, help="where the page goes")
     rows = table()
-    write(parser.parse_args().docs, "training", {"gpus": GPUS, "mfus": MFUS, "recipes": rows}, page(rows))
+    write_report(
+        parser.parse_args().docs, "training", {"gpus": GPUS, "mfus": MFUS, "recipes": rows}, page(rows)
+    )
 
 
 if __name__ == "__main__":

@@ -18,8 +18,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks.common.page import DOCS, REPOSITORY, SCRATCH, threads, write
-from benchmarks.common.table import markdown
+from benchmarks.common.report import DOCS, REPOSITORY, SCRATCH, markdown_table, thread_count, write_report
 from benchmarks.training.training_data import Extent, prepare
 from jobs.cli.recipe import load_recipe
 from jobs.reporting.hardware import hardware
@@ -202,7 +201,7 @@ def _part(run: dict[str, Any]) -> str:
         **{name: run[name] for name in ("zero_stage", "overhead", "reading", "beside")},
         verdict="" if run["zero_stage"] else verdict,
         difference=run["loss_difference"],
-        table=markdown(["a step", "ms, wall:", "ms, CPU:", "CPU over bare:"], rows),
+        table=markdown_table(["a step", "ms, wall:", "ms, CPU:", "CPU over bare:"], rows),
     )
 
 
@@ -221,7 +220,12 @@ def _recipe(root: Root, steps: int, zero_stage: int) -> TrainingRecipe:
         "zero_stage": zero_stage,
         "warmup_steps": 0,
     }
-    changes |= {"global_batch": BATCH, "micro_batch": BATCH, "interleaved_shards": 4, "checkpoint_every": steps}
+    changes |= {
+        "global_batch": BATCH,
+        "micro_batch": BATCH,
+        "interleaved_shards": 4,
+        "checkpoint_every": steps,
+    }
     changes |= {"log_every": 10, "validation_images": 0, "validate_every": 0, "preview_every": 0}
     changes |= {"preview_prompts": []}
     words = [f"train.{name}={value}" for name, value in changes.items()]
@@ -250,12 +254,12 @@ def main() -> None:
     result = {
         "hardware": hardware(),
         "torch": torch.__version__,
-        "threads": threads(torch.get_num_threads()),
+        "threads": thread_count(torch.get_num_threads()),
         "steps": options.steps,
         "parameters": sum(weight.numel() for weight in build_unet(config.model).parameters()),
         "runs": runs,
     }
-    write(options.docs, "step", result, page(result))
+    write_report(options.docs, "step", result, page(result))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from benchmarks.retrieval.data import Ids
 from retrieval import Database, Root
 from retrieval.clip.identity import EncoderIdentity
 from retrieval.index.effort import Effort
-from retrieval.index.partition import first_of_each
+from retrieval.index.partition import drop_repeats
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
 
@@ -53,10 +53,10 @@ class OurDatabase(Method):
         wanted = Effort(*effort)
         return lambda queries: self.database.search(queries, k, effort=wanted).ids
 
-    def effort(self, recall: float, like: str) -> tuple[int, ...]:
+    def effort(self, recall: float, query_kind: str) -> tuple[int, ...]:
         """What the calibration in the manifest takes for that recall."""
-        found = self.database.effort(recall, like=like)
-        return found.probes, found.lists, found.candidates
+        found = self.database.effort(recall, query_kind=query_kind)
+        return found.partitions_per_query, found.lists_per_partition, found.candidates_per_result
 
 
 class BareIndex(OurDatabase):
@@ -65,14 +65,14 @@ class BareIndex(OurDatabase):
     def searcher(self, k: int, effort: tuple[int, ...]) -> Search:
         """Rows of the partition."""
         (partition,) = self.database.partitions
-        parameters, wanted = partition.parameters(Effort(*effort), k), k * partition.per_result
+        parameters, wanted = partition.parameters(Effort(*effort), k), k * partition.results_per_row
         return lambda queries: partition.index.search(queries, wanted, params=parameters)[1]
 
     def ids(self, found: Ids) -> Ids:
         """Row numbers of what was built from, each once."""
         (partition,) = self.database.partitions
-        k = found.shape[1] // partition.per_result
-        return partition.ids[first_of_each(np.zeros(found.shape, np.float32), found, k)[1]]
+        k = found.shape[1] // partition.results_per_row
+        return partition.ids[drop_repeats(np.zeros(found.shape, np.float32), found, k)[1]]
 
 
 def _table(rows: np.ndarray) -> pa.Table:

@@ -1,0 +1,1 @@
+"""Tables, goals, plot and projection of the retrieval benchmark."""

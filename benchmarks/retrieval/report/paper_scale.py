@@ -6,7 +6,7 @@ Takes what `scale` measured and writes a section of `docs/performance.md`. Nothi
 import math
 from typing import Any
 
-from benchmarks.common.table import markdown
+from benchmarks.common.report import markdown_table
 
 QUERIES, ROWS = 100_000_000, 1_900_000_000
 SIZES = (20_000_000, ROWS)
@@ -95,7 +95,7 @@ def section(points: Points) -> str:
         share=MEMORY_SHARE,
         nodes=", ".join(f"{nodes(points, size)} for {size:,} rows" for size in SIZES),
     )
-    return "\n\n".join(["## Scale", notes, markdown(heads, rows), _table(points)])
+    return "\n\n".join(["## Scale", notes, markdown_table(heads, rows), _table(points)])
 
 
 def _table(points: Points) -> str:
@@ -109,7 +109,7 @@ def _table(points: Points) -> str:
     ]
     rows = [cpu, _gpu(f"GPU, exact within {VISITED} partitions a query", VISITED * PARTITION_ROWS)]
     rows.append(_gpu("GPU, exact over everything", ROWS))
-    table = markdown(["by", "machines", "hours:", "dollars:"], rows)
+    table = markdown_table(["by", "machines", "hours:", "dollars:"], rows)
     assumed = ASSUMED.format(
         cpu_price=NODE_PRICE / NODE_CPUS,
         tera=GPU_FLOPS / 1e12,

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.goals import goals
-from benchmarks.common.table import markdown
+from benchmarks.common.report import markdown_table
 from benchmarks.retrieval.catalog import BARE, BY_NAME, DATABASE
 from benchmarks.retrieval.report import paper_scale as paper
 from benchmarks.retrieval.report import plot
+from benchmarks.retrieval.report.goals import goals
 from benchmarks.retrieval.rounds import MARGIN, TARGETS
 
 MODES = {"single": "single query, one thread", "batch": "batches, two threads"}
@@ -66,7 +66,7 @@ def write(result: dict[str, Any], folder: Path) -> None:
 def _goals(result: dict[str, Any]) -> str:
     found = goals(result)
     missed = sum(not goal.met for goal in found)
-    table = markdown(["goal", "wanted:", "this run:", ""], [goal.cells for goal in found])
+    table = markdown_table(["goal", "wanted:", "this run:", ""], [goal.cells for goal in found])
     return f"## Goals: {len(found) - missed} of {len(found)} reached\n\n{table}"
 
 
@@ -92,7 +92,7 @@ def _table(result: dict[str, Any], target: float, mode: str) -> str:
                 _setting(row["effort"], "its own"),
             ]
         )
-    table = markdown(["", "ms per query:", "x ScaNN (range):", "recall:", "setting"], lines)
+    table = markdown_table(["", "ms per query:", "x ScaNN (range):", "recall:", "setting"], lines)
     absent = {*result["search"]["points"]} - {row["method"] for row in rows}
     labels = ", ".join(sorted(BY_NAME[name].label for name in absent))
     return f"{table}\n\nNot reached at any setting tried: {labels}." if absent else table
@@ -114,7 +114,7 @@ def _builds(result: dict[str, Any]) -> str:
                 ]
             )
     heads = ["", "build, CPU s:", "wall s (threads):", "on disk, MB:", "resident, MB:", "of it mapped files:"]
-    return f"**Building and holding**\n\n{markdown(heads, lines)}\n\n{BUILDS}"
+    return f"**Building and holding**\n\n{markdown_table(heads, lines)}\n\n{BUILDS}"
 
 
 def _engine(result: dict[str, Any]) -> str:
@@ -144,7 +144,9 @@ def _engine(result: dict[str, Any]) -> str:
         "batch ms:",
         "setting",
     ]
-    return "\n\n".join(["## The engine alone", markdown(head, batches), text, markdown(names, calibration)])
+    return "\n\n".join(
+        ["## The engine alone", markdown_table(head, batches), text, markdown_table(names, calibration)]
+    )
 
 
 def _calibrated(row: dict[str, Any]) -> list[str]:
@@ -169,7 +171,7 @@ def _join(result: dict[str, Any]) -> str:
         "recall:",
         "setting",
     ]
-    return "\n\n".join(["## Join", JOIN, markdown(heads, lines)])
+    return "\n\n".join(["## Join", JOIN, markdown_table(heads, lines)])
 
 
 def _setting(effort: list[int], without: str) -> str:

@@ -1,4 +1,4 @@
-"""The crash matrix sees what a crash spoils, and a stage survives it."""
+"""The crash tests detect changed files, and the stage `filter` survives all faults."""
 
 import json
 import subprocess
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.common.page import REPOSITORY
-from benchmarks.crashes.__main__ import KINDS, differences, files_of, page
+from benchmarks.common.report import REPOSITORY
+from benchmarks.crashes.__main__ import FAULTS, differences, files_of, page
 from retrieval import Root
 
 
@@ -16,7 +16,7 @@ def outcome(kind: str, struck: bool, lost_s: float, wrong: list[str]) -> dict[st
     return {"stage": "embed", "kind": kind, "struck": struck, "lost_s": lost_s, "wrong": wrong}
 
 
-def test_every_file_that_differs_is_named_and_times_do_not_count(tmp_path: Path) -> None:
+def test_every_different_file_is_named_and_times_are_ignored(tmp_path: Path) -> None:
     before, after = Root(tmp_path / "before"), Root(tmp_path / "after")
     for root, seconds in ((before, 1.0), (after, 2.0)):
         root.write_json("stage/manifest.json", {"rows": 1, "shards": [{"seconds": seconds}]})
@@ -27,14 +27,14 @@ def test_every_file_that_differs_is_named_and_times_do_not_count(tmp_path: Path)
     after.write_bytes("stage/twice", b"rows")
     (tmp_path / "after/stage/.partial-1-table").touch()
     assert differences(files_of(after, "stage"), files_of(before, "stage")) == [
-        ".partial-1-table is too many",
+        ".partial-1-table is extra",
         "stage/manifest.json differs",
         "stage/table is missing",
-        "stage/twice is too many",
+        "stage/twice is extra",
     ]
 
 
-def test_the_page_counts_what_struck_and_tells_what_went_wrong() -> None:
+def test_the_page_counts_faults_and_lists_problems() -> None:
     outcomes = [
         outcome("driver", True, 1.0, []),
         outcome("driver", True, 3.0, ["embed/a differs"]),
@@ -53,4 +53,4 @@ def test_filter_survives_a_fault_of_every_kind(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.crashes", "--each", "5", "--stages", "filter"]
     subprocess.run([*command, "--out", str(tmp_path / "crashes.md")], cwd=REPOSITORY, check=True)
     outcomes = json.loads((tmp_path / "crashes.json").read_text())["outcomes"]
-    assert {one["kind"] for one in outcomes if one["struck"]} >= {*KINDS} - {"disk"}
+    assert {outcome["kind"] for outcome in outcomes if outcome["struck"]} >= {*FAULTS} - {"disk"}

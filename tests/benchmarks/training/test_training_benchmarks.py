@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.common.page import REPOSITORY
+from benchmarks.common.report import REPOSITORY
 from benchmarks.training import loader, sampling
 from benchmarks.training.schedule import PEAK, page, stages
 from jobs.cli.recipe import load_recipe

@@ -9,7 +9,7 @@ from PIL import Image
 from s3fs import S3FileSystem
 
 from benchmarks.crashes.store import running_store
-from benchmarks.crashes.world import STAGES, served_world
+from benchmarks.crashes.data_set import STAGES, served_data_set
 from pipeline.databases import database
 from pipeline.runtime.status import StageSpec, find_manifest, stage_status
 from retrieval import Database, Root
@@ -27,7 +27,7 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Root, Root
     folder = tmp_path_factory.mktemp("object_store")
     with (
         running_store() as store,
-        served_world(folder / "world", seed=0) as world,
+        served_data_set(folder / "world", seed=0) as world,
         shards_in_process(),
     ):
         S3FileSystem.clear_instance_cache()  # remove clients of other modules' stores

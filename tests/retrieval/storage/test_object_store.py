@@ -59,9 +59,9 @@ def test_nothing_shows_under_a_name_until_all_of_it_is_there(root: Root, other: 
     part = {"Bucket": bucket, "Key": key, "UploadId": upload["UploadId"]}
     other.call_s3("upload_part", **part, PartNumber=1, Body=b"half")
     assert not root.exists("stage/killed")
-    root.sweep_partials("another")
+    root.delete_partial_files("another")
     assert len(other.call_s3("list_multipart_uploads", Bucket=bucket)["Uploads"]) == 1
-    root.sweep_partials("stage")
+    root.delete_partial_files("stage")
     assert "Uploads" not in other.call_s3("list_multipart_uploads", Bucket=bucket)
 
 
@@ -88,7 +88,7 @@ def test_sweeping_reads_all_pages_and_passes_over_uploads_that_end_meanwhile(
         return {"Uploads": page, "IsTruncated": more, **(marks if more else {})}
 
     monkeypatch.setattr(root.fs, "call_s3", two_a_page)
-    root.sweep_partials("stage")
+    root.delete_partial_files("stage")
     assert "Uploads" not in call("list_multipart_uploads", Bucket=bucket, Prefix=key)
 
 
@@ -133,14 +133,14 @@ def test_a_store_that_stays_away_is_named_and_a_rerun_goes_on(
             lambda: root.open("table.parquet"),
             lambda: root.write_bytes("more", b""),
             lambda: root.delete("table.parquet"),
-            lambda: root.sweep_partials("stage"),
+            lambda: root.delete_partial_files("stage"),
             lambda: read_table(root, "table.parquet", WANTED),
             file.read,
         ):
             with pytest.raises(UserError, match=r"s3://crashes/away/.* cannot be reached"):
                 request()
     finally:
-        store.proxy.mend()
+        store.proxy.restore()
     assert read_table(root, "table.parquet", WANTED) == table
 
 

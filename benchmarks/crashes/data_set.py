@@ -1,7 +1,7 @@
-"""A world small enough to run every data stage in a second or two: metadata, a slow web server, a CLIP.
+"""A data set on which every data stage takes a second or two: metadata, a slow web server, a tiny CLIP model.
 
 Writes `metadata/*.parquet` and `clip/` below a folder, and serves pictures from memory. The same seed gives
-the same files but for the server's port, which is part of every URL; so a world lasts as long as its server.
+the same files except for the server's port in every URL; a data set can be used only while its server runs.
 """
 
 import io
@@ -38,27 +38,27 @@ ARCHITECTURE = {
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
 }
 ANSWER_S = 0.02
-"""What the server takes for a picture."""
+"""Response time of the server for a picture."""
 
 
 @dataclass(frozen=True)
-class World:
-    """A made world. rows: of the metadata, in `files` files; two in three may train."""
+class SmallDataSet:
+    """A data set. rows: rows of the metadata, in `files` files; two thirds of them are training images."""
 
     folder: Path
     rows: int = 240
     files: int = 4
 
     def run(self, stage: str, root: Root, workers: int) -> Manifest:
-        """Run a data stage on the Ray that is connected."""
+        """Run a data stage on the connected Ray cluster."""
         return self._stages(workers)[stage](root)
 
     def _stages(self, workers: int) -> dict[str, Callable[[Root], Manifest]]:
         clip = ClipConfig(model=f"local-dir:{self.folder / 'clip'}")
-        selecting = FilterConfig(
+        filter_config = FilterConfig(
             metadata=str(self.folder / "metadata"), min_edge=32, rows_per_shard=15, workers=workers
         )
-        fetching = DownloadConfig(
+        download_config = DownloadConfig(
             contact="crashes@example.org",
             allow_private="loopback",
             train_min_edge=32,
@@ -66,29 +66,29 @@ class World:
             threads=2,
             workers=workers,
         )
-        embedding = EmbedConfig(batch_size=8, decode_threads=1, workers=workers)
-        indexing = IndexConfig(rows_per_partition=20, num_queries=20, workers=workers)
-        joining = NeighborsConfig(k=4, near_copy_similarity=1.0, recall_sample=20, workers=workers)
+        embed_config = EmbedConfig(batch_size=8, decode_threads=1, workers=workers)
+        index_config = IndexConfig(rows_per_partition=20, num_queries=20, workers=workers)
+        neighbors_config = NeighborsConfig(k=4, near_copy_similarity=1.0, recall_sample=20, workers=workers)
         return {
-            "filter": lambda root: filter.run(selecting, root),
-            "download": lambda root: download.run(fetching, root),
-            "embed": lambda root: embed.run(embedding, clip, root),
-            "index": lambda root: index.run(indexing, root),
-            "neighbors": lambda root: neighbors.run(joining, root),
+            "filter": lambda root: filter.run(filter_config, root),
+            "download": lambda root: download.run(download_config, root),
+            "embed": lambda root: embed.run(embed_config, clip, root),
+            "index": lambda root: index.run(index_config, root),
+            "neighbors": lambda root: neighbors.run(neighbors_config, root),
         }
 
 
 @contextmanager
-def served_world(folder: Path, seed: int) -> Iterator[World]:
-    """Make a world and serve its pictures while the block lasts."""
-    world = World(folder)
-    pictures = {f"/{number}.jpg": _picture(seed, number) for number in range(world.rows)}
+def served_data_set(folder: Path, seed: int) -> Iterator[SmallDataSet]:
+    """Write a data set, and serve its pictures until the block ends."""
+    data_set = SmallDataSet(folder)
+    pictures = {f"/{number}.jpg": _picture(seed, number) for number in range(data_set.rows)}
     server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(pictures))
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    _write_metadata(world, server.server_port)
+    _write_metadata(data_set, server.server_port)
     _write_clip(folder / "clip", seed)
     try:
-        yield world
+        yield data_set
     finally:
         server.shutdown()
         server.server_close()
@@ -117,26 +117,26 @@ def _handler(pictures: dict[str, bytes]) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-def _write_metadata(world: World, port: int) -> None:
-    (world.folder / "metadata").mkdir(parents=True)
-    numbers = np.arange(world.rows)
+def _write_metadata(data_set: SmallDataSet, port: int) -> None:
+    (data_set.folder / "metadata").mkdir(parents=True)
+    numbers = np.arange(data_set.rows)
     table = pa.table(
         {
             "URL": [f"http://127.0.0.1:{port}/{number}.jpg" for number in numbers],
             "TEXT": [f"picture {number}" for number in numbers],
-            "WIDTH": [48] * world.rows,
-            "HEIGHT": [48] * world.rows,
-            "pwatermark": np.where(numbers % 3 == 0, 0.9, 0.1),  # a third may not train
+            "WIDTH": [48] * data_set.rows,
+            "HEIGHT": [48] * data_set.rows,
+            "pwatermark": np.where(numbers % 3 == 0, 0.9, 0.1),  # a third is not used for training
             "punsafe": np.where(numbers % 20 == 7, 0.9, 0.1),
         }
     )
-    for part in range(world.files):
-        rows = table.take(pa.array(np.flatnonzero(numbers % world.files == part)))
-        pq.write_table(rows, world.folder / "metadata" / f"part-{part}.parquet")
+    for part in range(data_set.files):
+        rows = table.take(pa.array(np.flatnonzero(numbers % data_set.files == part)))
+        pq.write_table(rows, data_set.folder / "metadata" / f"part-{part}.parquet")
 
 
 def _write_clip(folder: Path, seed: int) -> None:
-    """Random weights, in open_clip's own layout."""
+    """A model with random weights, in open_clip's folder layout."""
     folder.mkdir()
     torch.manual_seed(seed)
     weights = open_clip.CLIP(**ARCHITECTURE).state_dict()

@@ -1,0 +1,62 @@
+"""What all benchmarks share: folders, Markdown tables, goals, and writing results to docs/."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRATCH = REPOSITORY / "runs" / "bench"
+DOCS = REPOSITORY / "docs"
+
+
+def thread_count(count: int) -> str:
+    """A number of threads in words."""
+    return f"{count} thread{'s' if count > 1 else ''}"
+
+
+def markdown_table(headings: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table. Columns are aligned to the right if their heading ends in a colon."""
+    lines = [[heading.removesuffix(":") for heading in headings]]
+    lines.append(["---:" if heading.endswith(":") else "---" for heading in headings])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [*lines, *rows])
+
+
+def write_report(folder: Path, name: str, result: dict[str, Any], page: str) -> None:
+    """Write `<name>.json` and `<name>.md` atomically, and print the page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
+    write_atomically(folder / f"{name}.md", page)
+    print(page)
+    print(f"written: {folder / name}.md")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file beside the path, then rename it."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A goal that was set before the measurement, and the measured value."""
+
+    name: str
+    target: float
+    measured: float
+    is_upper_bound: bool = False
+    unit: str = "x"
+
+    @property
+    def is_met(self) -> bool:
+        """True if the measured value reaches the target."""
+        return self.measured <= self.target if self.is_upper_bound else self.measured >= self.target
+
+    @property
+    def cells(self) -> list[str]:
+        """A row of the table of goals, with the distance in percent for a missed goal."""
+        sign, unit = "<=" if self.is_upper_bound else ">=", " x" if self.unit == "x" else self.unit
+        verdict = "reached" if self.is_met else f"**missed by {abs(self.measured / self.target - 1):.1%}**"
+        return [self.name, f"{sign} {self.target:g}{unit}", f"{self.measured:.3g}{unit}", verdict]
