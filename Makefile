@@ -73,8 +73,8 @@ report: install ## write the demo's report again, from the files on disk
 status: install ## progress of every stage of RECIPE, from its manifests: ARGS="--watch 10", ARGS=--json
 	@$(BIN)/python -m jobs.status $(RECIPE) $(ARGS)
 
-capacity: install ## storage, hours and cost at full size: make capacity RECIPE=jobs/configs/laion2b.toml
-	@$(BIN)/python -m jobs.capacity $(RECIPE) $(ARGS)
+capacity: install ## storage, hours and cost at full size: of laion2b.toml, or of RECIPE
+	@$(BIN)/python -m jobs.capacity $(if $(filter file,$(origin RECIPE)),jobs/configs/laion2b.toml,$(RECIPE)) $(ARGS)
 
 plan: capacity ## the same as capacity
 

@@ -11,12 +11,12 @@ from jobs.cli.command import exit_on_user_error, recipe_parser, run_on_recipe
 from jobs.cli.recipe import Recipe
 from pipeline.download import download as stage
 from pipeline.recipe import DownloadConfig
-from retrieval.cluster.connection import connected
+from retrieval.cluster.connection import ray_connection
 
 
 def run(recipe: Recipe, retry: bool = False) -> None:
     """Run the stage on a Ray cluster."""
-    with recipe.serving(), connected():
+    with recipe.serving(), ray_connection():
         stage.run(recipe[DownloadConfig], recipe.root, retry)
 
 

@@ -4,13 +4,13 @@ from jobs.cli.command import stage_command
 from jobs.cli.recipe import Recipe
 from pipeline import embed as stage
 from pipeline.recipe import EmbedConfig
-from retrieval.cluster.connection import connected
+from retrieval.cluster.connection import ray_connection
 from retrieval.recipe import ClipConfig
 
 
 def run(recipe: Recipe) -> None:
     """Run the stage on a Ray cluster."""
-    with connected():
+    with ray_connection():
         stage.run(recipe[EmbedConfig], recipe[ClipConfig], recipe.root)
 
 

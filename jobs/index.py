@@ -3,13 +3,13 @@
 from jobs.cli.command import stage_command
 from jobs.cli.recipe import Recipe
 from pipeline import index as stage
-from retrieval.cluster.connection import connected
+from retrieval.cluster.connection import ray_connection
 from retrieval.recipe import IndexConfig
 
 
 def run(recipe: Recipe) -> None:
     """Run the stage on a Ray cluster."""
-    with connected():
+    with ray_connection():
         stage.run(recipe[IndexConfig], recipe.root)
 
 

@@ -7,7 +7,7 @@ from jobs.cli.command import exit_on_user_error, recipe_parser, run_on_recipe
 from jobs.cli.recipe import Recipe
 from pipeline import optout
 from pipeline.web.blocklist import read_blocklist
-from retrieval.cluster.connection import connected
+from retrieval.cluster.connection import ray_connection
 from retrieval.errors import UserError
 
 
@@ -16,7 +16,7 @@ def run(recipe: Recipe, path: str) -> None:
     blocklist = read_blocklist(path, "--list")
     if not blocklist.identity:
         raise UserError("--list is empty: name a text file of URLs, domains, image ids and hashes.")
-    with connected():
+    with ray_connection():
         report = optout.run(blocklist, recipe.root)
     print("\n".join(lines(report)))
     print(f"\nreport: {recipe.root.at('optout')}/{blocklist.identity}.json")

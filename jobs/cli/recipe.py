@@ -22,8 +22,9 @@ from retrieval.errors import UserError
 from retrieval.recipe import ClipConfig, IndexConfig
 from retrieval.storage.root import Root
 from trainer.evaluation.paper.recipe import PaperConfig
+from trainer.evaluation.recipe import EvaluateConfig
 from trainer.recipe import AutoencoderConfig, DiffusionConfig, LatentsConfig, ModelConfig, TrainConfig
-from trainer.sampling.recipe import EvaluateConfig, SampleConfig
+from trainer.sampling.recipe import SampleConfig
 
 SECTIONS: dict[str, type[Config]] = {
     "clip": ClipConfig,

@@ -14,7 +14,7 @@ import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchTrainer
 
-from retrieval.cluster.connection import connected
+from retrieval.cluster.connection import ray_connection
 from retrieval.errors import UserError
 from retrieval.storage.root import Root
 from trainer.engine.deepspeed_engine import accumulation_steps
@@ -27,7 +27,7 @@ log = logging.getLogger("train")
 def train_on_ray(config: TrainingRecipe, root: Root) -> None:
     """Train with `train.ranks` workers, or one for each GPU of the cluster. Raises what a worker raised."""
     checkpoints = stage.checkpoints_of(stage.prepare(config, root), root)
-    with connected():
+    with ray_connection():
         accumulation_steps(config.train, ranks_on_ray(config))
         trainer = _trainer(config, root)
         while True:
@@ -44,7 +44,7 @@ def train_on_ray(config: TrainingRecipe, root: Root) -> None:
 
 
 def ranks_on_ray(config: TrainingRecipe) -> int:
-    """Workers to start; call it inside `connected`."""
+    """Workers to start; call it inside `ray_connection`."""
     return config.train.ranks or max(1, int(ray.cluster_resources().get("GPU", 0)))
 
 

@@ -18,7 +18,7 @@ from jobs.demo.recipe import AutoencoderTraining, ClipTraining
 from jobs.demo.report import __main__ as report
 from pipeline.databases import database
 from retrieval.clip.encoder import Encoder
-from retrieval.cluster.connection import connected
+from retrieval.cluster.connection import ray_connection
 from retrieval.recipe import ClipConfig, IndexConfig
 from retrieval.storage.root import Root
 from trainer.recipe import LatentsConfig, TrainConfig
@@ -34,7 +34,7 @@ def run(recipe: Recipe) -> None:
     for step in _own_parts():
         _timed(recipe, step)
     # One Ray for all data stages; it is gone before training, which wants the cores.
-    with connected():
+    with ray_connection():
         for step in _data_stages(recipe):
             _timed(recipe, step)
     for step in _model_stages(recipe):

@@ -129,7 +129,7 @@ def _begin(root: Root, folder: Path, identity: dict[str, object]) -> None:
     if _read_json(folder / BEGUN) != identity:
         _clear(folder)
         root.write_json(BEGUN, identity)
-    root.sweep_partials("")
+    root.delete_partial_files("")
     for name in ("images", "held_out", *(f"styles/{style}" for style in STYLES)):
         (folder / name).mkdir(parents=True, exist_ok=True)
 

@@ -1,4 +1,4 @@
-"""The status command: on a recipe and its root, without the stages' libraries, for people and machines."""
+"""The status command: the progress of each stage, as a table and as JSON, without heavy libraries."""
 
 import json
 import os
@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from jobs.cli.recipe import load_recipe
-from jobs.status.__main__ import WIDTH, main, statuses, table
+from jobs.status.__main__ import main
+from jobs.status.stages import statuses
+from jobs.status.table import WIDTH, table
 from pipeline.runtime.status import Status
 from retrieval.errors import UserError
 from retrieval.storage.manifest import Manifest, ShardRecord, fingerprint, write_manifest, write_record
@@ -55,7 +57,7 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def write_filter(recipe: Path) -> Manifest:
-    """A finished filter stage of two shards, and one of what was dropped."""
+    """A finished filter stage: two shards of kept rows, and one shard of dropped rows."""
     loaded = load_recipe(recipe)
     config = loaded.sections["filter"]
     shards = (
@@ -63,80 +65,81 @@ def write_filter(recipe: Path) -> Manifest:
         ShardRecord("database/00000-00000", 40, (FileRecord("b", 400, ""),)),
         ShardRecord("dropped/00000", 0, (), {"unsafe": 5}),
     )
-    print_ = fingerprint("filter", 1, config, {"metadata": "m"})
-    made = Manifest("filter", 1, print_, {"metadata": "m"}, config.model_dump(mode="json"), shards, {}, 10.0)
-    write_manifest(loaded.root, made)
-    return made
+    digest = fingerprint("filter", 1, config, {"metadata": "m"})
+    manifest = Manifest(
+        "filter", 1, digest, {"metadata": "m"}, config.model_dump(mode="json"), shards, {}, 10.0
+    )
+    write_manifest(loaded.root, manifest)
+    return manifest
 
 
-def write_metrics(root: Root, lines: list[dict[str, float]], tail: str, when: float) -> None:
+def write_metrics(root: Root, lines: list[dict[str, float]], incomplete: str, time_s: float) -> None:
     path = root.local_path("runs/small/train/metrics.jsonl")
     path.parent.mkdir(parents=True)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + tail)
-    os.utime(path, (when, when))
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + incomplete)
+    os.utime(path, (time_s, time_s))
 
 
-def look(recipe: Path, *overrides: str) -> dict[str, Status]:
-    return {one.stage: one for one in statuses(load_recipe(recipe, overrides), NOW)}
+def statuses_by_stage(recipe: Path, *overrides: str) -> dict[str, Status]:
+    return {status.stage: status for status in statuses(load_recipe(recipe, overrides), NOW)}
 
 
-def test_the_command_loads_no_library_of_the_stages(recipe: Path) -> None:
+def test_the_command_imports_no_heavy_library(recipe: Path) -> None:
     write_filter(recipe)
     code = (
-        "import sys, time; from jobs.status import main; main(sys.argv[1:]);"
-        f"print([name for name in {HEAVY} if name in sys.modules], time.process_time())"
+        "import sys; from jobs.status.__main__ import main; main(sys.argv[1:]);"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(recipe)], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
-    loaded, _, seconds = done.stdout.splitlines()[-1].rpartition(" ")
-    assert loaded == "[]"
-    assert float(seconds) < 1
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_upstream_manifests_give_the_total_and_the_recipe_its_stages(recipe: Path) -> None:
-    made = write_filter(recipe)
+def test_the_recipe_decides_the_stages_and_upstream_manifests_their_totals(recipe: Path) -> None:
+    manifest = write_filter(recipe)
     root = load_recipe(recipe).root
     root.write_json("download/started.json", {"fingerprint": "p"})
     write_record(root, "download", "p", ShardRecord("train/00000-00000", 50, (), {"not_found": 10}))
-    found = look(recipe)
-    assert list(found) == ["filter", "download", "neighbors", "train"]
-    assert (found["filter"].state, found["filter"].total, found["filter"].rows) == ("finished", 2, made.rows)
-    assert found["filter"].reasons == {"unsafe": 5}
-    assert (found["download"].state, found["download"].done, found["download"].total) == ("unfinished", 1, 2)
-    assert (found["neighbors"].state, found["train"].state) == ("not started", "not started")
+    stages = statuses_by_stage(recipe)
+    assert list(stages) == ["filter", "download", "neighbors", "train"]
+    filtered, downloaded = stages["filter"], stages["download"]
+    assert (filtered.state, filtered.total, filtered.rows) == ("finished", 2, manifest.rows)
+    assert filtered.reasons == {"unsafe": 5}
+    assert (downloaded.state, downloaded.done, downloaded.total) == ("unfinished", 1, 2)
+    assert (stages["neighbors"].state, stages["train"].state) == ("not started", "not started")
 
 
 def test_a_changed_setting_is_stale_and_a_changed_speed_is_not(recipe: Path) -> None:
     write_filter(recipe)
-    assert look(recipe, "filter.workers=7")["filter"].state == "finished"
-    stale = look(recipe, "filter.min_edge=512")["filter"]
+    assert statuses_by_stage(recipe, "filter.workers=7")["filter"].state == "finished"
+    stale = statuses_by_stage(recipe, "filter.min_edge=512")["filter"]
     assert (stale.state, stale.note) == ("stale", "made with min_edge = 768, the recipe has 512")
 
 
-def test_training_shows_the_last_whole_line_of_its_metrics(recipe: Path) -> None:
+def test_training_shows_the_last_complete_line_of_its_metrics(recipe: Path) -> None:
     root = load_recipe(recipe).root
     line = {"step": 100, "loss": 0.9, "images_per_s": 30.0, "seconds_per_step": 0.5, "paused_s": 0.1}
     write_metrics(root, [line, {**line, "step": 200, "loss": 0.5}], '{"step": 300, "lo', NOW - 4)
-    found = look(recipe)["train"]
-    assert (found.state, found.unit, found.done, found.total) == ("unfinished", "steps", 200, 1000)
-    assert (found.rows, found.rows_per_s) == (200 * 16, 30.0)
-    assert found.eta_s == pytest.approx(800 * 0.6)
-    assert found.note == "loss 0.5000 at step 200, logged 4 s ago"
+    status = statuses_by_stage(recipe)["train"]
+    assert (status.state, status.unit, status.done, status.total) == ("unfinished", "steps", 200, 1000)
+    assert (status.rows, status.rows_per_s) == (200 * 16, 30.0)
+    assert status.eta_s == pytest.approx(800 * 0.6)
+    assert status.note == "loss 0.5000 at step 200, logged 4 s ago"
 
 
-def test_a_training_that_fell_silent_promises_no_time(recipe: Path) -> None:
+def test_a_stalled_training_has_no_estimate_of_the_time_left(recipe: Path) -> None:
     root = load_recipe(recipe).root
     line = {"step": 100, "loss": 0.9, "images_per_s": 30.0, "seconds_per_step": 0.5, "paused_s": 0.1}
     write_metrics(root, [line], "", NOW - 400)
-    found = look(recipe)["train"]
-    assert found.eta_s is None
-    assert found.note.endswith("logged 7 min ago: interrupted?")
+    status = statuses_by_stage(recipe)["train"]
+    assert status.eta_s is None
+    assert status.note.endswith("logged 7 min ago: interrupted?")
 
 
-def test_a_root_that_is_not_there_is_told(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match="is not there"):
-        look(recipe)
+def test_a_missing_root_is_an_error(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        statuses_by_stage(recipe)
     with pytest.raises(SystemExit) as stopped:
         main([str(recipe)])
     assert stopped.value.code == 2
@@ -155,10 +158,10 @@ def test_the_table_fits_its_width_at_the_real_sizes() -> None:
     assert "7 more reasons" in " ".join(lines.split())
 
 
-def test_machines_get_every_field(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_has_every_field(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_filter(recipe)
     main([str(recipe), "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert [one["stage"] for one in found["stages"]] == ["filter", "download", "neighbors", "train"]
-    assert found["stages"][0]["rows"] == 100
-    assert found["stages"][0]["eta_s"] is None
+    printed = json.loads(capsys.readouterr().out)
+    assert [one["stage"] for one in printed["stages"]] == ["filter", "download", "neighbors", "train"]
+    assert printed["stages"][0]["rows"] == 100
+    assert printed["stages"][0]["eta_s"] is None
