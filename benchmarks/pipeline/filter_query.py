@@ -1,9 +1,9 @@
-"""Generated LAION metadata, our filter's passes over it, and bare queries of the same predicate.
+"""Generated LAION metadata, our filter, and plain queries with the same predicate.
 
-Each runs in a process of one thread, so that CPU time and peak memory are its own. DuckDB stands in
-`.venv-bench`; without it that row is missing. A query writes what it keeps as Parquet, as our filter does,
-with its library's own defaults otherwise; it makes no ids, mends no URL and (but for `distinct`) drops no
-repeats.
+Each query runs in a separate process on one thread, so that its CPU time and peak memory can be measured.
+DuckDB is installed in `.venv-bench`; without it its row is missing. The plain queries write the kept rows as
+Parquet with zstd and the defaults of their library. They compute no ids, repair no URLs and, except with
+`distinct`, keep repeated URLs.
 """
 
 import json
@@ -29,30 +29,32 @@ from pipeline.runtime.memory import peak_bytes
 from retrieval.storage.root import Root
 
 ROWS_PER_FILE = 1_000_000
-DUCKDB = REPOSITORY / ".venv-bench/bin/python"
+DUCKDB_PYTHON = REPOSITORY / ".venv-bench/bin/python"
 QUERY = """
 import duckdb, json, resource, time
-began = time.perf_counter()
+start = time.perf_counter()
 limits = {{"threads": 1, "memory_limit": "4GB", "temp_directory": {out!r}}}
 database = duckdb.connect(config=limits)
-for split, wanted in (("train", "{train}"), ("database", "NOT ({train})")):
+for split, condition in (("train", "{train}"), ("database", "NOT ({train})")):
     database.execute(f\"\"\"
-        COPY (SELECT {distinct} * FROM read_parquet({files!r}) WHERE {kept} AND {{wanted}})
+        COPY (SELECT {distinct} * FROM read_parquet({files!r}) WHERE {kept} AND {{condition}})
                      TO '{out}/{{split}}.parquet' (FORMAT parquet, COMPRESSION zstd)\"\"\")
-used = resource.getrusage(resource.RUSAGE_SELF)
-print(json.dumps({{"wall_s": time.perf_counter() - began, "cpu_s": used.ru_utime + used.ru_stime}}))
+usage = resource.getrusage(resource.RUSAGE_SELF)
+print(json.dumps({{"wall_s": time.perf_counter() - start, "cpu_s": usage.ru_utime + usage.ru_stime}}))
 """
-KEPT = "punsafe < 0.5 AND pwatermark IS NOT NULL AND WIDTH >= 1 AND HEIGHT >= 1"
-TRAIN = "least(WIDTH, HEIGHT) >= 768 AND pwatermark < 0.8"
+KEPT_ROWS = "punsafe < 0.5 AND pwatermark IS NOT NULL AND WIDTH >= 1 AND HEIGHT >= 1"
+TRAINING_ROWS = "least(WIDTH, HEIGHT) >= 768 AND pwatermark < 0.8"
 
 
-def write_metadata(folder: Path, rows: int, per_file: int) -> list[Path]:
-    """Files of laion2B-en-joined's columns, unless they are there; four rows in a hundred repeat a URL."""
-    paths = [folder / f"{per_file}-{number:05d}.parquet" for number in range(rows // per_file)]
+def write_metadata(folder: Path, rows: int, rows_per_file: int) -> list[Path]:
+    """Write missing files with the columns of laion2B-en-joined; 4 % of the rows repeat a URL."""
+    paths = [folder / f"{rows_per_file}-{number:05d}.parquet" for number in range(rows // rows_per_file)]
     folder.mkdir(parents=True, exist_ok=True)
     for number, path in enumerate(paths):
         if not path.exists():
-            pq.write_table(_table(per_file, number), path.with_suffix(".part"), row_group_size=per_file // 8)
+            pq.write_table(
+                _table(rows_per_file, number), path.with_suffix(".part"), row_group_size=rows_per_file // 8
+            )
             path.with_suffix(".part").rename(path)
     return paths
 
@@ -63,31 +65,31 @@ def _table(rows: int, number: int) -> pa.Table:
     paths = pa.Array.from_buffers(pa.binary(48), rows, [None, digits]).cast(pa.binary()).cast(pa.string())
     hosts = pa.array([f"https://cdn{number}" for number in range(50_000)])
     hosts = hosts.take(pa.array(rng.integers(0, len(hosts), rows)))
-    urls = pc.binary_join_element_wise(hosts, paths, ".example.com/").take(_repeated(rows, rng))
+    urls = pc.binary_join_element_wise(hosts, paths, ".example.com/").take(_rows_with_repeats(rows, rng))
     words = pa.array([f"word{number}" for number in range(5_000)])
-    drawn = [words.take(pa.array(numbers)) for numbers in rng.integers(0, len(words), (8, rows))]
-    captions = pc.binary_join_element_wise(*drawn, " ")
+    chosen = [words.take(pa.array(numbers)) for numbers in rng.integers(0, len(words), (8, rows))]
+    captions = pc.binary_join_element_wise(*chosen, " ")
     edges = np.exp(rng.normal(6.2, 0.6, (2, rows))).astype(np.int32)
     scores = {name: rng.beta(1, 4, rows) for name in ("similarity", "pwatermark", "punsafe")}
     return pa.table({"URL": urls, "TEXT": captions, "WIDTH": edges[0], "HEIGHT": edges[1], **scores})
 
 
-def _repeated(rows: int, rng: np.random.Generator) -> pa.Array:
+def _rows_with_repeats(rows: int, rng: np.random.Generator) -> pa.Array:
     order = np.arange(rows)
     order[rng.integers(0, rows, rows // 25)] = rng.integers(0, rows, rows // 25)
     return pa.array(order)
 
 
-def alone(work: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
-    """What a function returns in a fresh process."""
+def in_new_process(work: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
+    """The result of a function in a new process."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()
 
 
-def ours(paths: list[Path], scratch: Path) -> dict[str, float]:
+def run_our_filter(paths: list[Path], scratch: Path) -> dict[str, float]:
     """The three passes of `filter` on one core, without Ray."""
     job = _job(paths, scratch)
-    return _timed(lambda: _passes(job))
+    return _measure(lambda: _run_passes(job))
 
 
 def _job(paths: list[Path], scratch: Path) -> FilterContext:
@@ -99,7 +101,7 @@ def _job(paths: list[Path], scratch: Path) -> FilterContext:
     return prepare(config, Root(str(scratch / "run")))
 
 
-def _passes(job: FilterContext) -> None:
+def _run_passes(job: FilterContext) -> None:
     pieces = [piece.name for piece in job.plan.pieces]
     buckets = [f"{number:05d}" for number in range(job.num_buckets)]
     for kind, names in ((Scan, pieces), (Dedupe, buckets), (Select, pieces)):
@@ -108,8 +110,8 @@ def _passes(job: FilterContext) -> None:
             work(f"{kind.__name__.lower()}/{name}")
 
 
-def arrow(paths: list[Path], scratch: Path) -> dict[str, float]:
-    """Bare pyarrow: read a file, filter it, write its two parts."""
+def run_pyarrow(paths: list[Path], scratch: Path) -> dict[str, float]:
+    """The query in pyarrow: read a file, filter it, write its two parts."""
     scratch.mkdir(parents=True, exist_ok=True)
 
     def query() -> None:
@@ -123,21 +125,25 @@ def arrow(paths: list[Path], scratch: Path) -> dict[str, float]:
             for split, mask in (("train", train), ("database", pc.invert(train))):
                 pq.write_table(table.filter(mask), scratch / f"{split}-{path.name}", compression="zstd")
 
-    return _timed(query)
+    return _measure(query)
 
 
-def duckdb(paths: list[Path], scratch: Path, distinct: bool = False) -> dict[str, float]:
-    """The query in DuckDB. distinct: repeated URLs are dropped too."""
+def run_duckdb(paths: list[Path], scratch: Path, distinct: bool = False) -> dict[str, float]:
+    """The query in DuckDB. distinct: drop repeated URLs."""
     scratch.mkdir(parents=True, exist_ok=True)
-    words = "DISTINCT ON (URL)" if distinct else ""
+    distinct_clause = "DISTINCT ON (URL)" if distinct else ""
     code = QUERY.format(
-        out=str(scratch), files=[str(path) for path in paths], kept=KEPT, train=TRAIN, distinct=words
+        out=str(scratch),
+        files=[str(path) for path in paths],
+        kept=KEPT_ROWS,
+        train=TRAINING_ROWS,
+        distinct=distinct_clause,
     )
-    done = subprocess.run([str(DUCKDB), "-c", code], capture_output=True, text=True, check=True)
-    return dict(json.loads(done.stdout.splitlines()[-1]))  # a progress bar may come before
+    process = subprocess.run([str(DUCKDB_PYTHON), "-c", code], capture_output=True, text=True, check=True)
+    return dict(json.loads(process.stdout.splitlines()[-1]))  # DuckDB may print a progress bar first
 
 
-def _timed(work: Callable[[], None]) -> dict[str, float]:
+def _measure(work: Callable[[], None]) -> dict[str, float]:
     pa.set_cpu_count(1)
     wall, cpu = time.perf_counter(), time.process_time()
     work()
@@ -146,8 +152,8 @@ def _timed(work: Callable[[], None]) -> dict[str, float]:
 
 
 def has_duckdb() -> bool:
-    """True if DuckDB can be asked."""
-    if not DUCKDB.is_file():
+    """True if DuckDB is installed in .venv-bench."""
+    if not DUCKDB_PYTHON.is_file():
         return False
-    asked = subprocess.run([str(DUCKDB), "-c", "import duckdb"], capture_output=True, check=False)
-    return asked.returncode == 0
+    process = subprocess.run([str(DUCKDB_PYTHON), "-c", "import duckdb"], capture_output=True, check=False)
+    return process.returncode == 0

@@ -1,8 +1,8 @@
-"""`make bench-near-copies`: which planted copies of pictures are found, and what else is taken for one.
+"""`make bench-near-copies`: recall of near-copy removal on modified copies, and its false removals.
 
-Reads RECIPE's [clip] and thresholds, and with `--pictures` a folder; draws the demo's scenes. Copies of
-some pictures, made in ways that the web makes them, stand beside other pictures: what is near by its hash, by
-its embedding, or by either, is removed. Writes `docs/near_copies.json` and `.md`.
+Reads RECIPE's [clip] and thresholds; draws the demo's scenes, and with `--pictures` reads a folder of pictures.
+Half of the pictures are training images. Modified copies of these should be removed, by perceptual hash, by
+embedding, or by either; the other half should not. Writes `docs/near_copies.json` and `docs/near_copies.md`.
 """
 
 import argparse
@@ -32,25 +32,26 @@ from retrieval.recipe import ClipConfig
 EDGE = 256
 MAX_PIXELS = 80_000_000
 HASHES = 100_000
-"""Random hashes on either side of the timed comparison."""
+"""Number of random hashes on each side of the timed comparison."""
 
-Described = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
+Features = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
 """Perceptual hashes (n,) and unit vectors (n, dim) of n pictures."""
 
 PAGE = """# Near copies
 
 `make bench-near-copies RECIPE=...`, on {hardware}.
 A database picture is removed if its perceptual hash (64 bits) differs from that of a training picture or its
-mirror in at most {bits} bits, or if its embedding is at least {similarity} similar to one. `make embed` removes by hash,
-for good; `make neighbors` leaves out by embedding, for the training image concerned.
-{worlds}
-A hash takes {hash_ms:.2f} ms of a core for a decoded {edge} px picture. Comparing {hashes:,} random hashes
-with as many, mirrors included, took {compare_s:.1f} s of a core; the pairs grow with the product of the two.
+mirror in at most {bits} bits, or if the cosine similarity of its embedding to one is at least {similarity}.
+`make embed` removes pictures by hash from the database; `make neighbors` excludes pictures by embedding from
+the neighbors of one training image.
+{data_sets}
+Hashing a decoded {edge} px picture takes {hash_ms:.2f} ms of CPU time. Comparing {hashes:,} random hashes with as
+many, mirrors included, took {compare_s:.1f} s of CPU time; it grows with the product of the two numbers.
 """
-WORLD = """
+DATA_SET = """
 ## {name}
 
-{originals:,} training pictures, one copy of each a kind; {others:,} other pictures beside them.
+{originals:,} training pictures with one copy of each kind; {others:,} other pictures.
 
 {table}
 """
@@ -68,14 +69,14 @@ def _scaled(image: Image.Image, factor: float) -> Image.Image:
 
 
 def _cropped(image: Image.Image, share: float, rng: np.random.Generator) -> Image.Image:
-    """Without a share of the width and of the height, taken from any side."""
+    """Crop a share of the width and of the height, at a random position."""
     width, height = round(image.width * (1 - share)), round(image.height * (1 - share))
     left, top = rng.integers(image.width - width + 1), rng.integers(image.height - height + 1)
     return image.crop((int(left), int(top), int(left) + width, int(top) + height))
 
 
-Kind = Callable[[Image.Image, np.random.Generator], Image.Image]
-KINDS: dict[str, Kind] = {
+Modification = Callable[[Image.Image, np.random.Generator], Image.Image]
+MODIFICATIONS: dict[str, Modification] = {
     "resized to 40 %": lambda image, _: _scaled(image, 0.4),
     "recompressed, quality 40": lambda image, _: _jpeg(image, 40),
     "resized and recompressed": lambda image, _: _jpeg(_scaled(image, 0.5), 60),
@@ -87,13 +88,13 @@ KINDS: dict[str, Kind] = {
 
 
 def scenes(count: int) -> Iterator[Image.Image]:
-    """The demo's pictures."""
+    """Pictures of the demo."""
     for number in range(count):
         yield Image.fromarray(draw(random_scene(np.random.default_rng([11, number])), EDGE, EDGE))
 
 
-def pictures(folder: Path) -> Iterator[Image.Image]:
-    """Those below a folder that can be used, as download stores them for the database; two sets alternate."""
+def pictures_in(folder: Path) -> Iterator[Image.Image]:
+    """The usable pictures of a folder, resized as the stage `download` stores database pictures."""
     for path in sorted(folder.rglob("*.jpg")):
         try:
             picture = prepare(path.read_bytes(), MAX_PIXELS, EDGE)
@@ -102,80 +103,95 @@ def pictures(folder: Path) -> Iterator[Image.Image]:
         yield _scaled(image := Image.open(io.BytesIO(picture.data)).convert("RGB"), EDGE / min(image.size))
 
 
-def described(images: list[Image.Image], encoder: Encoder) -> Described:
-    """What the two ways of comparing know of pictures."""
+def features_of(images: list[Image.Image], encoder: Encoder) -> Features:
+    """Perceptual hashes and embeddings of pictures."""
     return np.array([perceptual_hash(image) for image in images], np.int64), encoder.encode_images(images)
 
 
-def judged(theirs: Described, train: Described, bits: int, similarity: float) -> dict[str, float]:
-    """The share of pictures that each way takes for copies of training pictures."""
-    by_hash = PerceptualHashIndex(train[0]).contains_near(theirs[0], bits)
-    by_embedding = (theirs[1] @ train[1].T).max(axis=1) >= similarity
-    ways = {"hash": by_hash, "embedding": by_embedding, "either": by_hash | by_embedding}
-    return {way: float(found.mean()) for way, found in ways.items()}
+def removed_shares(
+    candidates: Features, train: Features, max_bits: int, min_similarity: float
+) -> dict[str, float]:
+    """The share of candidates that each criterion removes."""
+    by_hash = PerceptualHashIndex(train[0]).contains_near(candidates[0], max_bits)
+    by_embedding = (candidates[1] @ train[1].T).max(axis=1) >= min_similarity
+    removed = {"hash": by_hash, "embedding": by_embedding, "either": by_hash | by_embedding}
+    return {criterion: float(mask.mean()) for criterion, mask in removed.items()}
 
 
-def world(
-    name: str, images: list[Image.Image], encoder: Encoder, limits: tuple[int, float]
+def measure_pictures(
+    name: str, images: list[Image.Image], encoder: Encoder, thresholds: tuple[int, float]
 ) -> dict[str, Any]:
-    """Every second picture trains; the others are what must not be removed."""
+    """Shares of removed copies and of other pictures. Every second picture is a training image."""
     train, others = images[::2], images[1::2]
-    known = described(train, encoder)
-    found = {}
-    for place, (kind, copy) in enumerate(tqdm(KINDS.items(), desc=name)):
-        copies = [copy(image, np.random.default_rng([place, row])) for row, image in enumerate(train)]
-        found[kind] = judged(described(copies, encoder), known, *limits)
-    false = judged(described(others, encoder), known, *limits)
-    return {"name": name, "originals": len(train), "others": len(others), "recall": found, "false": false}
+    train_features = features_of(train, encoder)
+    recall = {}
+    for number, (kind, modify) in enumerate(tqdm(MODIFICATIONS.items(), desc=name)):
+        copies = [modify(image, np.random.default_rng([number, row])) for row, image in enumerate(train)]
+        recall[kind] = removed_shares(features_of(copies, encoder), train_features, *thresholds)
+    false = removed_shares(features_of(others, encoder), train_features, *thresholds)
+    return {"name": name, "originals": len(train), "others": len(others), "recall": recall, "false": false}
 
 
-def timed() -> dict[str, float]:
-    """Milliseconds of a core to hash one picture, and seconds to compare many hashes."""
+def measure_time() -> dict[str, float]:
+    """CPU milliseconds to hash one picture, and CPU seconds to compare HASHES with HASHES."""
     [image] = scenes(1)
-    began = time.process_time()
+    start = time.process_time()
     for _ in range(100):
         perceptual_hash(image)
-    hash_ms = 10 * (time.process_time() - began)
-    known, asked = np.random.default_rng(0).integers(1, 1 << 63, (2, HASHES))
-    began = time.process_time()
-    PerceptualHashIndex(known).contains_near(asked, 6)
-    return {"hash_ms": hash_ms, "compare_s": time.process_time() - began}
+    hash_ms = 10 * (time.process_time() - start)
+    train, candidates = np.random.default_rng(0).integers(1, 1 << 63, (2, HASHES))
+    start = time.process_time()
+    PerceptualHashIndex(train).contains_near(candidates, 6)
+    return {"hash_ms": hash_ms, "compare_s": time.process_time() - start}
 
 
 def measure(recipe: Recipe, count: int, folder: Path | None) -> dict[str, Any]:
-    """Every world, with the thresholds of a recipe."""
+    """Measure all sets of pictures, with the thresholds of a recipe."""
     bits, similarity = recipe[EmbedConfig].near_copy_bits, recipe[NeighborsConfig].near_copy_similarity
     encoder = Encoder(recipe[ClipConfig])
-    worlds = [world("Drawn scenes", list(scenes(2 * count)), encoder, (bits, similarity))]
+    data_sets = [measure_pictures("Drawn scenes", list(scenes(2 * count)), encoder, (bits, similarity))]
     if folder:
-        found = list(pictures(folder))
-        if len(found) < 2:
-            raise UserError(f"--pictures {folder} holds {len(found)} usable .jpg files; wanted two or more.")
-        worlds.append(world("Pictures", found, encoder, (bits, similarity)))
-    return {"hardware": hardware(), "bits": bits, "similarity": similarity, **timed(), "worlds": worlds}
+        images = list(pictures_in(folder))
+        if len(images) < 2:
+            raise UserError(f"--pictures {folder} has {len(images)} usable .jpg files. Wanted at least two.")
+        data_sets.append(measure_pictures("Pictures", images, encoder, (bits, similarity)))
+    return {
+        "hardware": hardware(),
+        "bits": bits,
+        "similarity": similarity,
+        **measure_time(),
+        "data_sets": data_sets,
+    }
 
 
 def page(result: dict[str, Any]) -> str:
     """The page as Markdown."""
-    worlds = []
-    for one in result["worlds"]:
-        lines = {**one["recall"], "*other pictures (false removals)*": one["false"]}
+    sections = []
+    for data_set in result["data_sets"]:
+        lines = {**data_set["recall"], "*other pictures (false removals)*": data_set["false"]}
         rows = [
-            [kind, *(f"{100 * share:.1f} %" for share in found.values())] for kind, found in lines.items()
+            [kind, *(f"{100 * share:.1f} %" for share in shares.values())] for kind, shares in lines.items()
         ]
-        heads = ["removed", "by hash:", "by embedding:", "by either:"]
-        worlds.append(WORLD.format(**one, table=markdown_table(heads, rows)))
-    return PAGE.format(**{**result, "worlds": "".join(worlds)}, edge=EDGE, hashes=HASHES)
+        headings = ["removed", "by hash:", "by embedding:", "by either:"]
+        sections.append(DATA_SET.format(**data_set, table=markdown_table(headings, rows)))
+    return PAGE.format(**{**result, "data_sets": "".join(sections)}, edge=EDGE, hashes=HASHES)
 
 
 def main() -> None:
     """Measure and write the page."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pipeline.near_copies", description=__doc__)
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="whose [clip] is on disk")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides")
-    parser.add_argument("--count", type=int, default=500, help="drawn training pictures")
-    parser.add_argument("--pictures", type=Path, help="a folder of real pictures to try as well")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="where the page goes")
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="recipe with a [clip] model on disk")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        dest="overrides",
+        help="override one key of the recipe",
+    )
+    parser.add_argument("--count", type=int, default=500, help="number of drawn training pictures")
+    parser.add_argument("--pictures", type=Path, help="folder of .jpg files to measure as well")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the results")
     options = parser.parse_args()
 
     def work() -> None:

@@ -1,7 +1,7 @@
-"""A small root that stages run on, and how fast: beside the bare encoder's loop, by one or two workers.
+"""Test data for the stages, and functions that time them: embed against a plain loop, one worker against two.
 
-The pictures are noise at the size of the database's, saved as JPEG; the vectors are noise too. A rate on Ray
-is that between the shards that end each worker's first one and the last shard: no worker's start is in it.
+The pictures are noise of the size of database pictures, saved as JPEG; the vectors are noise too. Rates on
+Ray are measured from the end of each worker's first shard, without the start of workers.
 """
 
 import io
@@ -32,65 +32,67 @@ from retrieval.storage.manifest import Manifest, ShardRecord, write_manifest
 from retrieval.storage.root import Root
 
 Pictures = list[tuple[int, bytes]]
+"""Image ids and JPEG files."""
 
 
 def write_clip(folder: Path, model: str) -> ClipConfig:
-    """A model of open_clip's list with random weights, in its own folder layout."""
+    """Write a model of open_clip's list with random weights, in its folder layout."""
     if not folder.exists():
         torch.manual_seed(0)
-        made = open_clip.create_model(model)
-        (folder.parent / "part").mkdir(parents=True, exist_ok=True)
+        clip = open_clip.create_model(model)
+        partial = folder.parent / "part"
+        partial.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"model_cfg": open_clip.get_model_config(model)})
-        (folder.parent / "part/open_clip_config.json").write_text(text)
-        save_file(made.state_dict(), folder.parent / "part/open_clip_model.safetensors")
-        (folder.parent / "part").rename(folder)
+        (partial / "open_clip_config.json").write_text(text)
+        save_file(clip.state_dict(), partial / "open_clip_model.safetensors")
+        partial.rename(folder)
     return ClipConfig(model=f"local-dir:{folder}")
 
 
-def pictures(count: int, seed: int) -> Pictures:
-    """JPEGs of 224 to 300 px an edge by id; equal numbers give equal bytes."""
-    made = []
+def make_pictures(count: int, seed: int) -> Pictures:
+    """JPEGs of 300 x 224 px; equal seeds give equal bytes."""
+    pictures = []
     for number in range(count):
         rng = np.random.default_rng([seed, number])
         small = Image.fromarray(rng.integers(0, 256, (28, 37, 3), np.uint8))
         buffer = io.BytesIO()
         small.resize((300, 224), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
-        made.append((number, buffer.getvalue()))
-    return made
+        pictures.append((number, buffer.getvalue()))
+    return pictures
 
 
-def bare_loop(found: Pictures, encoder: Encoder, batch_size: int) -> None:
-    """What a script would do: open, preprocess, stack, encode."""
+def plain_loop(pictures: Pictures, encoder: Encoder, batch_size: int) -> None:
+    """A loop as in a script: open, preprocess, stack, encode."""
     model, preprocess = encoder._model, encoder.preprocess
     with torch.inference_mode():
-        for first in range(0, len(found), batch_size):
+        for first in range(0, len(pictures), batch_size):
             batch = [
-                preprocess(Image.open(io.BytesIO(data))) for _, data in found[first : first + batch_size]
+                preprocess(Image.open(io.BytesIO(data))) for _, data in pictures[first : first + batch_size]
             ]
             torch.nn.functional.normalize(model.encode_image(torch.stack(batch)), dim=-1).numpy()
 
 
-def our_loop(found: Pictures, encoder: Encoder, batch_size: int) -> None:
-    """The same by the stage's own function, which counts what it cannot decode."""
-    embed_images(iter(found), encoder, EmbedConfig(batch_size=batch_size, decode_threads=1))
+def our_loop(pictures: Pictures, encoder: Encoder, batch_size: int) -> None:
+    """The same with the function of the stage `embed`, which also counts undecodable pictures."""
+    embed_images(iter(pictures), encoder, EmbedConfig(batch_size=batch_size, decode_threads=1))
 
 
 def timed(work: Callable[[], None]) -> dict[str, float]:
-    """Seconds on the clock and of the CPU."""
+    """Wall time and CPU time of a function in seconds."""
     wall, cpu = time.perf_counter(), time.process_time()
     work()
     return {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
 
 
 def write_download(root: Root, shards: int, rows: int) -> None:
-    """`download` of so many database shards."""
+    """Write the output of the stage `download` with database shards."""
     records = []
     for number in range(shards):
         shard = f"database/{number:05d}"
-        found = pictures(rows, number)
-        ids = [number * rows + at for at, _ in found]
+        pictures = make_pictures(rows, number)
+        ids = [number * rows + row for row, _ in pictures]
         with root.writing(f"download/{shard}.tar") as pending, tarfile.open(pending.path, "w") as tar:
-            for image_id, (_, data) in zip(ids, found, strict=True):
+            for image_id, (_, data) in zip(ids, pictures, strict=True):
                 info = tarfile.TarInfo(f"{image_id:016x}.jpg")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
@@ -100,10 +102,10 @@ def write_download(root: Root, shards: int, rows: int) -> None:
     write_manifest(root, Manifest("download", 1, "made", {}, {}, tuple(records), {}, 1.0))
 
 
-def _rows(ids: list[int], wanted: pa.Schema) -> pa.Table:
-    """Rows of a schema: the ids, and nothing much in the other columns."""
+def _rows(ids: list[int], table_schema: pa.Schema) -> pa.Table:
+    """Rows with these ids and empty values in the other columns."""
     columns = []
-    for field in wanted:
+    for field in table_schema:
         if field.name == schema.IMAGE_ID:
             columns.append(pa.array(ids, field.type))
         elif pa.types.is_string(field.type):
@@ -111,40 +113,40 @@ def _rows(ids: list[int], wanted: pa.Schema) -> pa.Table:
             columns.append(pa.array([text] * len(ids), field.type))
         else:
             columns.append(pa.array(np.zeros(len(ids)), field.type, safe=False))
-    return pa.table(columns, schema=wanted)
+    return pa.table(columns, schema=table_schema)
 
 
 def write_embed(root: Root, train: int, database: int, dim: int) -> None:
-    """`embed` of so many rows: four training shards, and database shards of 10,000 rows."""
+    """Write the output of the stage `embed`: four training shards, and database shards of 10,000 rows."""
     identity = {"model": "noise", "weights": "0", "preprocessing": "{}", "dim": dim}
-    wanted, records, first = schema.embeddings(dim), [], 0
+    table_schema, records, first = schema.embeddings(dim), [], 0
     for split, rows, size in (("train", train, train // 4), ("database", database, 10_000)):
         for number in range(rows // size):
             vectors = np.random.default_rng([first]).standard_normal((size, dim), np.float32)
             vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-            shown = _rows(list(range(first, first + size)), schema.METADATA)
+            table = _rows(list(range(first, first + size)), schema.METADATA)
             name = f"embed/{split}/{number:05d}.parquet"
-            file = schema.write_table(root, name, embed.with_vectors(shown, vectors), wanted)
+            file = schema.write_table(root, name, embed.with_vectors(table, vectors), table_schema)
             records.append(ShardRecord(f"{split}/{number:05d}", size, (file,)))
             first += size
     values = {"encoder": identity}
     write_manifest(root, Manifest("embed", 1, "made", {}, {}, tuple(records), values, 1.0))
 
 
-class Pace(logging.Handler):
-    """Notes when each shard of a stage ended, from the line that the runner logs for it."""
+class ShardTimes(logging.Handler):
+    """Records the time when each shard of a stage ended, from the log lines of the runner."""
 
     def __init__(self, stage: str) -> None:
         super().__init__()
-        self.ended: dict[str, list[float]] = {}
+        self.end_times: dict[str, list[float]] = {}
         self.logger = logging.getLogger(stage)
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.msg.startswith("shard %s  ") and isinstance(record.args, tuple):
             phase = str(record.args[0]).partition("/")[0]
-            self.ended.setdefault(phase, []).append(record.created)
+            self.end_times.setdefault(phase, []).append(record.created)
 
-    def __enter__(self) -> "Pace":
+    def __enter__(self) -> "ShardTimes":
         self.logger.setLevel(logging.INFO)
         self.logger.addHandler(self)
         return self
@@ -152,39 +154,39 @@ class Pace(logging.Handler):
     def __exit__(self, *_: object) -> None:
         self.logger.removeHandler(self)
 
-    def seconds_a_shard(self, phase: str, workers: int) -> float:
-        """Between the first shards, one of each worker, and the last."""
-        times = self.ended[phase]
+    def seconds_per_shard(self, phase: str, workers: int) -> float:
+        """Mean time of a shard, without the first shard of each worker."""
+        times = self.end_times[phase]
         return (times[-1] - times[workers - 1]) / (len(times) - workers)
 
 
 def run_filter(folder: Path, metadata: Path, workers: int, rows_per_piece: int) -> float:
-    """Seconds a piece of scan and select."""
+    """Seconds per piece of the passes scan and select."""
     config = FilterConfig(metadata=str(metadata), workers=workers, rows_per_piece=rows_per_piece)
     shutil.rmtree(folder / "filter", ignore_errors=True)
-    with Pace("filter") as pace:
+    with ShardTimes("filter") as times:
         filter.run(config, Root(str(folder)))
-    return sum(pace.seconds_a_shard(phase, workers) for phase in ("scan", "select"))
+    return sum(times.seconds_per_shard(phase, workers) for phase in ("scan", "select"))
 
 
 def run_embed(folder: Path, clip: ClipConfig, workers: int) -> float:
-    """Seconds a shard."""
+    """Seconds per shard."""
     shutil.rmtree(folder / "embed", ignore_errors=True)
-    with Pace("embed") as pace:
+    with ShardTimes("embed") as times:
         embed.run(EmbedConfig(workers=workers, decode_threads=1), clip, Root(str(folder)))
-    return pace.seconds_a_shard("database", workers)
+    return times.seconds_per_shard("database", workers)
 
 
 def run_neighbors(folder: Path, workers: int) -> float:
-    """Seconds a partition's match."""
+    """Seconds per partition of the phase match."""
     shutil.rmtree(folder / "neighbors", ignore_errors=True)
-    with Pace("neighbors") as pace:
+    with ShardTimes("neighbors") as times:
         neighbors.run(NeighborsConfig(workers=workers, recall_sample=0), Root(str(folder)))
-    return pace.seconds_a_shard("match", workers)
+    return times.seconds_per_shard("match", workers)
 
 
 def build_index(folder: Path, rows_per_partition: int) -> None:
-    """The database of `write_embed`, without lists: the join compares every row."""
+    """Build a database from the output of `write_embed`, without inverted lists, so the join compares all rows."""
     config = IndexConfig(rows_per_partition=rows_per_partition, num_queries=20)
     if not (folder / "index/manifest.json").exists():
         index.run(config, Root(str(folder)))
