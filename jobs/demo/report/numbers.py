@@ -172,7 +172,7 @@ def text_recall(demo: Demo, ks: Sequence[int]) -> dict[int, float]:
         gallery = pq.read_table(file, columns=["path", "caption"]).to_pydict()
     if not gallery["path"]:
         raise UserError(f"{demo.world.at('held_out.parquet')} has no pictures. Set world.num_held_out.")
-    encoder = Encoder.load(demo.clip)
+    encoder = Encoder(demo.clip)
     paths = gallery["path"]
     pictures = [
         encoder.encode_images([_open(demo.world, path) for path in paths[i : i + PICTURES_AT_ONCE]])

@@ -1,8 +1,8 @@
-"""The demo's unusual rows: everything that a crawl of the web puts into such metadata.
+"""Unusual rows of the demo: the defects that metadata of a web crawl contains.
 
-Reads and writes nothing. Each kind takes an ordinary row and spoils one thing; the kind's name goes into
-truth.parquet. `failure:<route>` never yields a picture, `route:<route>` does, by a detour or in an odd
-format; the routes are those of jobs.demo.server.routes.
+Reads and writes nothing. Each kind changes one thing of an ordinary row; its name goes into truth.parquet.
+`failure:<route>` never returns a usable picture; `route:<route>` returns one, indirectly or in an unusual
+format. The routes are those of jobs.demo.server.routes.
 """
 
 import base64
@@ -14,46 +14,46 @@ import numpy as np
 
 from jobs.demo.world.metadata import Row, Site, ordinary_row
 
-SPOIL_STREAM = 2
+CHANGE_STREAM = 2
 
-Spoil = Callable[[Row, np.random.Generator], Row]
+Change = Callable[[Row, np.random.Generator], Row]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How one kind of unusual row is made.
+    """One kind of unusual row.
 
-    per_mille: rows per thousand ordinary ones, at least one row. large_every: every n-th row has (or
-    claims) a training picture's size, 0 for none. picture: whether a picture lies behind the URL.
+    per_mille: rows for each thousand ordinary rows, at least one. large_every: every n-th row has (or
+    states) the size of a training picture, 0 for none. picture: whether the URL has a picture.
     """
 
     name: str
     per_mille: int
-    spoil: Spoil
+    change: Change
     large_every: int = 0
     picture: bool = True
     file_format: str = ""
 
 
-def _with(**changes: object) -> Spoil:
+def _with(**changes: object) -> Change:
     return lambda row, rng: replace(row, **changes)  # type: ignore[arg-type]
 
 
-def _with_url(edit: Callable[[str], str | None]) -> Spoil:
+def _with_url(edit: Callable[[str], str | None]) -> Change:
     return lambda row, rng: replace(row, url=edit(row.url or ""))
 
 
-def _via(route: str) -> Spoil:
+def _via(route: str) -> Change:
     return _with_url(lambda url: url.replace("/images/", f"/{route}/"))
 
 
-def _any_url(*templates: str) -> Spoil:
-    """One of the templates, `{}` filled with a number so that no two rows repeat each other."""
+def _any_url(*templates: str) -> Change:
+    """One of the templates, with a number in `{}` so that all rows differ."""
     return lambda row, rng: replace(row, url=str(rng.choice(templates)).replace("{}", str(row.scene_uid)))
 
 
 def _renamed(word: str, row: Row, rng: np.random.Generator) -> Row:
-    """The picture's file name begins with word, and so does the last part of the URL, unquoted."""
+    """Prefix the picture's file name and the last part of the URL with word, unquoted."""
     assert row.file is not None
     assert row.url is not None
     renamed = replace(row.file, path=row.file.path.replace("images/", f"images/{word}"))
@@ -68,11 +68,11 @@ def _watermark(row: Row, rng: np.random.Generator) -> Row:
     return replace(row, pwatermark=float(rng.uniform(0.85, 1)))
 
 
-def _claims_large(row: Row, rng: np.random.Generator) -> Row:
+def _states_large(row: Row, rng: np.random.Generator) -> Row:
     return replace(row, width=int(rng.integers(768, 2049)), height=int(rng.integers(768, 2049)))
 
 
-def _turned_claim(row: Row, rng: np.random.Generator) -> Row:
+def _turned_size(row: Row, rng: np.random.Generator) -> Row:
     return replace(_via("exif")(row, rng), width=row.height, height=row.width)
 
 
@@ -95,7 +95,7 @@ def _html_caption(row: Row, rng: np.random.Generator) -> Row:
     return replace(row, caption=text)
 
 
-def _caption_around(template: str) -> Spoil:
+def _caption_around(template: str) -> Change:
     return lambda row, rng: replace(row, caption=template.replace("{}", row.caption or ""))
 
 
@@ -123,7 +123,7 @@ SCORE_KINDS = (
     Kind("unsafe", 14, _unsafe, large_every=4, picture=False),
 )
 SIZE_KINDS = (
-    Kind("lies", 10, _claims_large),
+    Kind("lies", 10, _states_large),
     Kind("size_null", 2, _with(width=None, height=None)),
     Kind("size_zero", 2, _with(width=0, height=0)),
     Kind("size_negative", 2, _with(width=-1, height=-1)),
@@ -157,7 +157,7 @@ FAILURE_KINDS = (
     Kind("failure:refused", 2, _any_url("http://127.0.0.1:1/images/{}.jpg"), large_every=2, picture=False),
     Kind("failure:redirect-loop", 1, _via("redirect-loop"), picture=False),
     Kind("failure:redirect-private", 1, _via("redirect-private"), picture=False),
-    # each of these holds a connection until the client's time is up
+    # few: each of these holds a connection until the client times out
     Kind("failure:drip", 1, _via("drip"), large_every=2, picture=False),
     Kind("failure:html", 3, _via("html"), large_every=2, picture=False),
     Kind("failure:empty", 2, _via("empty"), picture=False),
@@ -171,7 +171,7 @@ ROUTE_KINDS = (
     Kind("route:flaky", 4, _via("flaky"), large_every=4),
     Kind("route:redirect", 4, _redirected, large_every=4),
     Kind("route:slow", 2, _via("slow"), large_every=4),
-    Kind("route:exif", 3, _turned_claim, large_every=4, file_format="exif"),
+    Kind("route:exif", 3, _turned_size, large_every=4, file_format="exif"),
     *(
         Kind(f"route:{name}", 3, _via(name), large_every=4, file_format=name)
         for name in ("png16", "gray", "alpha", "palette", "animated")
@@ -180,24 +180,24 @@ ROUTE_KINDS = (
 KINDS = (*SCORE_KINDS, *SIZE_KINDS, *CAPTION_KINDS, *URL_KINDS, *FAILURE_KINDS, *ROUTE_KINDS)
 
 
-def spoiled_rows(site: Site, first_uid: int, num_ordinary: int) -> list[Row]:
-    """Rows of every kind in KINDS, numbered from first_uid."""
+def bad_rows(site: Site, first_uid: int, num_ordinary: int) -> list[Row]:
+    """Rows of every kind in KINDS. Their scene_uid starts at first_uid."""
     rows: list[Row] = []
     for kind in KINDS:
-        for i in range(number_of(kind.per_mille, num_ordinary)):
+        for i in range(num_rows(kind.per_mille, num_ordinary)):
             large = kind.large_every > 0 and (i + 1) % kind.large_every == 0
-            rows.append(_spoiled(site, first_uid + len(rows), kind, large))
+            rows.append(_bad_row(site, first_uid + len(rows), kind, large))
     return rows
 
 
-def number_of(per_mille: int, num_ordinary: int) -> int:
-    """Rows that a share of the ordinary ones comes to, at least one."""
+def num_rows(per_mille: int, num_ordinary: int) -> int:
+    """Number of rows for a share of the ordinary rows, at least one."""
     return max(1, round(per_mille * num_ordinary / 1000))
 
 
-def _spoiled(site: Site, uid: int, kind: Kind, large: bool) -> Row:
+def _bad_row(site: Site, uid: int, kind: Kind, large: bool) -> Row:
     row = ordinary_row(site, uid, large, kind.file_format)
-    row = replace(kind.spoil(row, np.random.default_rng([site.seed, SPOIL_STREAM, uid])), kind=kind.name)
+    row = replace(kind.change(row, np.random.default_rng([site.seed, CHANGE_STREAM, uid])), kind=kind.name)
     if kind.picture:
         return row
     return replace(row, scene_uid=None, scene=None, size=None, file=None)

@@ -1,14 +1,14 @@
-"""The demo's rows that repeat others: duplicates, other captions, and copies of training pictures.
+"""Rows of the demo that repeat other rows: duplicates, other captions, and copies of training pictures.
 
-Reads and writes nothing. The copies claim to be small, so selection sends them to the database, where
-they would be their own originals' best neighbors: only content and embedding can tell.
+Reads and writes nothing. The copies have a small size in the metadata, so the filter sends them to the
+database. There they would be the best neighbors of their originals; only content and embedding reveal them.
 """
 
 from dataclasses import replace
 
 import numpy as np
 
-from jobs.demo.world.bad_rows import number_of
+from jobs.demo.world.bad_rows import num_rows
 from jobs.demo.world.metadata import Row, Site
 from jobs.demo.world.pictures import Copy
 from jobs.demo.world.scenes import full_caption
@@ -20,19 +20,23 @@ NEAR_COPY_PER_MILLE = 16
 
 
 def related_rows(site: Site, train: list[Row], database: list[Row]) -> list[Row]:
-    """Exact duplicates, the same URL with another caption, and small-looking copies of training pictures."""
+    """Duplicates, rows with another caption, and copies of training pictures with a small stated size."""
     rng = np.random.default_rng([site.seed, RELATED_STREAM])
-    good = train + database
+    ordinary = train + database
 
-    def some(rows: list[Row], per_mille: int) -> list[Row]:
-        number = min(len(rows), number_of(per_mille, len(good)))
+    def sample(rows: list[Row], per_mille: int) -> list[Row]:
+        number = min(len(rows), num_rows(per_mille, len(ordinary)))
         return [rows[i] for i in rng.choice(len(rows), number, replace=False)]
 
-    duplicates = [replace(row, kind="duplicate_row", file=None) for row in some(good, DUPLICATE_PER_MILLE)]
-    recaptioned = [_recaptioned(row) for row in some(good, DUPLICATE_PER_MILLE)]
-    copies = [_copy(site, row) for row in some(train, COPY_PER_MILLE)]
-    near_copies = [_near_copy(site, row, rng) for row in some(train, NEAR_COPY_PER_MILLE)]
+    duplicates = [_duplicate(row) for row in sample(ordinary, DUPLICATE_PER_MILLE)]
+    recaptioned = [_recaptioned(row) for row in sample(ordinary, DUPLICATE_PER_MILLE)]
+    copies = [_copy(site, row) for row in sample(train, COPY_PER_MILLE)]
+    near_copies = [_near_copy(site, row, rng) for row in sample(train, NEAR_COPY_PER_MILLE)]
     return duplicates + recaptioned + copies + near_copies
+
+
+def _duplicate(row: Row) -> Row:
+    return replace(row, kind="duplicate_row", file=None)
 
 
 def _recaptioned(row: Row) -> Row:
@@ -41,7 +45,7 @@ def _recaptioned(row: Row) -> Row:
 
 
 def _copy(site: Site, row: Row) -> Row:
-    """The same bytes under another URL, said to be small so that the row goes to the database."""
+    """The same bytes under another URL, with a small stated size so that the row goes to the database."""
     assert row.file is not None
     name = row.file.path.removeprefix("images/")
     file = Copy(f"images/copy-{name}", row.file.path)
@@ -49,7 +53,7 @@ def _copy(site: Site, row: Row) -> Row:
 
 
 def _near_copy(site: Site, row: Row, rng: np.random.Generator) -> Row:
-    """The picture shrunk and encoded again under another URL."""
+    """The picture under another URL, reduced and encoded again."""
     assert row.file is not None
     assert row.size is not None
     edge = int(rng.integers(224, 281))

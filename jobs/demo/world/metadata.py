@@ -1,8 +1,8 @@
-"""The demo's metadata rows: LAION-2B-en as Parquet, and beside it the truth about every row.
+"""The demo's metadata in the format of LAION-2B-en, and a table of the true values of every row.
 
 Writes `metadata/part-00000.parquet ...` with the columns of laion2B-en-joined plus LICENSE, and
-`truth.parquet`, which only the report and the tests read. Ordinary rows are made here, the unusual ones
-in jobs.demo.world.bad_rows.
+`truth.parquet`, which only the report and the tests read. Ordinary rows are made here, unusual rows in
+jobs.demo.world.bad_rows.
 """
 
 import hashlib
@@ -52,7 +52,7 @@ CONTENT_FIELDS = ("shape", "color", "background", "count", "layout")
 
 @dataclass(frozen=True)
 class Site:
-    """Where the pictures are served, such as http://127.0.0.1:28123, and the seed of all rows."""
+    """base: address of the server, such as http://127.0.0.1:28123. seed: of all rows."""
 
     base: str
     seed: int
@@ -60,10 +60,10 @@ class Site:
 
 @dataclass(frozen=True)
 class Row:
-    """One metadata row (what it claims) and the truth behind it.
+    """One metadata row, as stated in the metadata, and the true values.
 
-    scene_uid, scene, size (width, height in px): of the picture at the URL, None where there is none.
-    file: the picture that this row adds to the world; None if another row adds it or there is none.
+    scene_uid, scene, size (width, height in px): of the picture at the URL, None if there is none.
+    file: the picture file that this row adds to the world; None if there is none or another row adds it.
     """
 
     url: str | None
@@ -82,10 +82,10 @@ class Row:
 
 
 def ordinary_row(site: Site, uid: int, large: bool, file_format: str = "") -> Row:
-    """A row that tells the truth and passes every threshold.
+    """A row with correct metadata that passes every threshold.
 
     large: shorter edge of 768 px or more (a training picture), else both edges in 224..320.
-    file_format: a key of pictures.SUFFIXES; "" draws one that suits the size.
+    file_format: a key of pictures.SUFFIXES; "" chooses a common one at random.
     """
     rng = np.random.default_rng([site.seed, ROWS_STREAM, uid])
     scene = random_scene(rng)
@@ -121,13 +121,13 @@ def _small_size(rng: np.random.Generator) -> tuple[int, int]:
 
 
 def _usual_format(rng: np.random.Generator, large: bool) -> str:
-    # a large PNG of a textured style takes a megabyte
+    # no large PNG: with a textured style it takes a megabyte
     shares = (0.95, 0.05, 0) if large else (0.86, 0.08, 0.06)
     return str(rng.choice(("jpg", "webp", "png"), p=shares))
 
 
 def write_tables(rows: list[Row], num_files: int, root: Root) -> None:
-    """Writes the metadata files, rows in the given order, and truth.parquet in the same order."""
+    """Write the metadata files and truth.parquet, with the rows in this order."""
     for number, part in enumerate(np.array_split(np.arange(len(rows)), num_files)):
         table = metadata_table([rows[i] for i in part])
         with root.writing(f"metadata/part-{number:05d}.parquet") as pending:
@@ -137,7 +137,7 @@ def write_tables(rows: list[Row], num_files: int, root: Root) -> None:
 
 
 def metadata_table(rows: list[Row]) -> pa.Table:
-    """The rows as the release has them."""
+    """The rows with the columns of the LAION release."""
     records = [
         {
             "URL": row.url,
@@ -156,15 +156,15 @@ def metadata_table(rows: list[Row]) -> pa.Table:
 
 
 def _url_text_key(row: Row) -> int:
-    """A key of URL and text, as in the release: it says nothing about the picture's bytes."""
+    """A hash of URL and text, as in the release. It does not depend on the bytes of the picture."""
     text = (row.url or "") + (row.caption or "")
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
 
 
 def truth_table(rows: list[Row]) -> pa.Table:
-    """What is known of every row: how it was made, and the scene and true size of the picture at its URL.
+    """The true values of every row: its kind, and scene and size of the picture at its URL.
 
-    Duplicate rows repeat a URL with the same scene, so any of them serves to look a URL up.
+    Duplicate rows have the same URL and the same scene, so any of them can be used to look up a URL.
     """
     return pa.Table.from_pylist([_truth(row) for row in rows], TRUTH_SCHEMA)
 

@@ -1,7 +1,7 @@
-"""Picture files of the demo world: ordinary ones, odd ones that must decode all the same, and copies.
+"""Picture files of the demo world: common formats, unusual valid formats, and copies.
 
-Writes one file a call, complete or not at all. A file's bytes depend on its drawing alone, so the world is
-the same however many processes draw it and however often they are interrupted.
+Each call writes one file atomically. The bytes of a file depend only on its drawing, so the number of
+processes and interruptions do not change the world.
 """
 
 import ctypes
@@ -61,18 +61,18 @@ class Copy:
 
 
 def start_worker(parent_pid: int) -> None:
-    """Prepares a process that will write pictures: it ends with its parent and draws with one thread."""
+    """Prepare a process that writes pictures: it ends with its parent and draws with one thread."""
     exit_with_parent(parent_pid)
     cv2.setNumThreads(1)
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        # else every array goes back to the kernel and is faulted in anew: a quarter of a large drawing's time
+        # otherwise freed arrays go back to the kernel: page faults take 25 % of the time of large drawings
         libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
         libc.mallopt(M_TRIM_THRESHOLD, 256 << 20)
 
 
 def write_picture(folder: Path, picture: Drawing | Copy) -> None:
-    """Draws or copies one picture below folder. A copy needs its source to be there."""
+    """Draw or copy one picture below folder. The source of a copy must exist."""
     if isinstance(picture, Drawing):
         pixels = draw(picture.scene, picture.width, picture.height)
         data = ENCODERS[picture.format](pixels, picture.quality)
@@ -84,10 +84,10 @@ def write_picture(folder: Path, picture: Drawing | Copy) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    # not retrieval.storage.root: it syncs every file to the disk, and ten thousand small ones would wait for it
-    scratch = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    scratch.write_bytes(data)
-    os.replace(scratch, path)
+    # not with Root: it syncs every file to the disk, which is slow for ten thousand small ones
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    partial.write_bytes(data)
+    os.replace(partial, path)
 
 
 def _shrunk(data: bytes, copy: Copy) -> bytes:
@@ -116,14 +116,14 @@ def _png(pixels: Pixels, quality: int) -> bytes:
 
 
 def _png16(pixels: Pixels, quality: int) -> bytes:
-    """16 bits a channel, full range: 65535 is white."""
+    """16 bits for each channel, full range: 65535 is white."""
     wide = pixels[:, :, ::-1].astype(np.uint16) * 257
     _, data = cv2.imencode(".png", wide, [cv2.IMWRITE_PNG_COMPRESSION, 1])
     return data.tobytes()
 
 
 def _exif(pixels: Pixels, quality: int) -> bytes:
-    """Stored a quarter turn to the left, with the orientation (6) that says to turn it right."""
+    """Stored turned left by 90 degrees, with the EXIF orientation (6) that turns it back."""
     exif = Image.Exif()
     exif[ORIENTATION_TAG] = 6
     return _saved(Image.fromarray(np.rot90(pixels)), "JPEG", quality=quality, exif=exif)
@@ -134,7 +134,7 @@ def _gray(pixels: Pixels, quality: int) -> bytes:
 
 
 def _alpha(pixels: Pixels, quality: int) -> bytes:
-    """Opaque at the top, half transparent at the bottom; clear pixels in the corners hide pure green."""
+    """Opaque at the top, half transparent at the bottom; transparent corners contain pure green."""
     height, width = pixels.shape[:2]
     image = np.dstack([pixels, np.broadcast_to(np.linspace(255, 128, height)[:, None], (height, width))])
     corner = height // 16
@@ -148,7 +148,7 @@ def _palette(pixels: Pixels, quality: int) -> bytes:
 
 
 def _animated(pixels: Pixels, quality: int) -> bytes:
-    """Two frames, the second one dimmed."""
+    """Two frames; the second is darker."""
     first = Image.fromarray(pixels).quantize(64)
     second = Image.fromarray(pixels // 2).quantize(64)
     return _saved(first, "GIF", save_all=True, append_images=[second], duration=500, loop=0)

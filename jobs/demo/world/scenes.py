@@ -1,8 +1,8 @@
-"""The demo's picture world: what a scene shows, how it is told in words, and the picture of it.
+"""Scenes of the demo: random ones, their captions and prompts, and their pictures.
 
-Reads and writes nothing. A scene is a content (what is shown), a style (how it is painted) and a seed
-(where exactly). Contents and styles are independent, so that a style can be asked for by retrieval alone;
-a tenth of the contents is held out of training, database and style folders to be prompted with later.
+Reads and writes nothing. A scene has a content (what it shows), a style (how it is painted) and a seed
+(position and texture). Contents and styles are independent, so a sample's style can come from its neighbors
+alone. A tenth of the contents is held out of training, database and style folders, and used as prompts.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ LAYOUTS = ("in a row", "stacked")
 HELD_OUT_SEED = 0
 HELD_OUT_SHARE = 0.1
 MIN_SIDE_PX = 64
-# Smaller pictures are drawn at this size or more and area-reduced: one look at every size.
+# Smaller pictures are drawn at this size or more and then reduced, so that all sizes look alike.
 DRAWN_SIDE_PX = 128
 
 _ARTICLES = {1: "a", 2: "two", 3: "three"}
@@ -47,13 +47,13 @@ def all_contents() -> list[Content]:
 
 
 def is_held_out(content: Content, seed: int = HELD_OUT_SEED) -> bool:
-    """Whether the content is never trained on, indexed or put in a style folder: a tenth, by hash."""
+    """True for a tenth of the contents, by hash: none is in training set, database or style folders."""
     digest = hashlib.blake2b(repr((seed, content)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < HELD_OUT_SHARE * 2**64
 
 
 def random_scene(rng: np.random.Generator, held_out: bool = False, style: str | None = None) -> Scene:
-    """A scene of a random content, held out or not, in the given style or a random one."""
+    """A scene with a random content, held out or not, in this style or a random one."""
     while True:
         count = int(rng.choice(COUNTS))
         content = Content(
@@ -70,8 +70,8 @@ def random_scene(rng: np.random.Generator, held_out: bool = False, style: str | 
 def draw(scene: Scene, width: int, height: int) -> npt.NDArray[np.uint8]:
     """The picture, (height, width, 3) uint8 sRGB.
 
-    The figure stands within the central square, textures scale with the shorter side, and a scene looks
-    the same at every size. Raises UserError under 64 px or beyond an aspect ratio of 4.
+    The figure lies in the central square and textures scale with the shorter side, so a scene looks the same
+    at every size. Raises UserError below 64 px or above an aspect ratio of 4.
     """
     _check_size(width, height)
     factor = max(1, -(-DRAWN_SIDE_PX // min(width, height)))
@@ -88,8 +88,8 @@ def draw(scene: Scene, width: int, height: int) -> npt.NDArray[np.uint8]:
 def _check_size(width: int, height: int) -> None:
     if min(width, height) < MIN_SIDE_PX or max(width, height) > MAX_ASPECT * min(width, height):
         raise UserError(
-            f"draw: a picture of {width} x {height} px was asked for, wanted at least {MIN_SIDE_PX} px "
-            f"a side and an aspect ratio of at most {MAX_ASPECT}: choose another size"
+            f"draw: cannot draw a picture of {width} x {height} px. Wanted at least {MIN_SIDE_PX} px on each "
+            f"side and an aspect ratio of at most {MAX_ASPECT}. Choose another size."
         )
 
 
@@ -104,29 +104,29 @@ def _join(*parts: str) -> str:
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A varied sentence about the scene; four in ten leave out style, background or layout."""
+    """A random sentence about the scene. 40 % of them omit style, background or layout."""
     content = scene.content
     omitted = str(rng.choice(("style", "background", "layout"))) if rng.random() < 0.4 else ""
     layout = "" if omitted == "layout" else content.layout
     place = "" if omitted == "background" else str(rng.choice(_PLACES[content.background]))
-    what = _join(_subject(content), layout, place)
+    description = _join(_subject(content), layout, place)
     if omitted == "style":
-        return _join(str(rng.choice(("", "a picture of", "an image of"))), what)
-    templates = ("{what} in the style of {style}", "{style} of {what}", "{what}, {style}", "{style}: {what}")
+        return _join(str(rng.choice(("", "a picture of", "an image of"))), description)
+    templates = ("{0} in the style of {1}", "{1} of {0}", "{0}, {1}", "{1}: {0}")
     weights = (0.4, 0.2, 0.2, 0.2)
-    return str(rng.choice(templates, p=weights)).format(what=what, style=scene.style)
+    return str(rng.choice(templates, p=weights)).format(description, scene.style)
 
 
 def full_caption(scene: Scene) -> str:
-    """The sentence that names everything: count, color, shape, layout, background and style."""
+    """A sentence with count, color, shape, layout, background and style."""
     return suffix_prompt(scene.content, scene.style)
 
 
 def prompt(content: Content) -> str:
-    """The sentence that names the content and no style."""
+    """A sentence with the content and without the style."""
     return _join(_subject(content), content.layout, _PLACES[content.background][0])
 
 
 def suffix_prompt(content: Content, style: str) -> str:
-    """The prompt with the style asked for in words."""
+    """The prompt, followed by the style in words."""
     return f"{prompt(content)} in the style of {style}"

@@ -1,7 +1,7 @@
-"""The plain picture under every style: geometry as signed distances, and flat colors.
+"""The geometry of a scene as signed distances, with flat colors. Each style paints a picture from it.
 
 Reads and writes nothing. Lengths are in units of the picture's shorter side, x to the right and y down
-from the center, so that a scene looks the same at every size. Styles (jobs.demo.world.styles) paint over it.
+from the center, so a scene looks the same at every size. jobs.demo.world.styles has the styles.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from jobs.demo.world.content import Content
 Field = npt.NDArray[np.float32]
 
 MAX_ASPECT = 4
-# A figure's distance is exact up to here from its outline; glows and shadows reach no further.
+# Distances to a figure are exact up to here; glows and shadows reach no further.
 REACH = 0.2
 
 _RGB = {
@@ -29,7 +29,7 @@ _RGB = {
     "purple": (126, 60, 176),
     "pink": (246, 122, 180),
 }
-# sky at the top, sky at the bottom, then the grounds from far to near
+# Colors of the sky at the top and at the bottom, then of the grounds from far to near.
 _SCENERY = {
     "hills": ((150, 204, 240), (232, 243, 245), (140, 184, 100), (84, 140, 72)),
     "sea": ((250, 222, 160), (254, 242, 214), (78, 160, 200), (46, 118, 174), (28, 84, 140)),
@@ -49,10 +49,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Sketch:
-    """A scene before its style.
+    """A scene before its style is applied.
 
     x: (1, w), y: (h, 1) coordinates; sky: (h, 1, 3) colors; grounds: far to near, then the figure;
-    pixel: the size of one pixel; rng and seed: for the style's own jitter.
+    pixel: the size of one pixel; rng and seed: for the jitter of the style.
     """
 
     x: Field
@@ -70,7 +70,7 @@ class Sketch:
 
 
 def plain_sketch(content: Content, seed: int, width: int, height: int) -> Sketch:
-    """The sketch of a content. Position, size and rotation come from the seed."""
+    """The sketch of a content. The seed decides position, size and rotation."""
     rng = np.random.default_rng([seed, 0])
     short = min(width, height)
     x = ((np.arange(width, dtype=np.float32) + 0.5 - width / 2) / short)[None, :]
@@ -91,12 +91,12 @@ def plain_sketch(content: Content, seed: int, width: int, height: int) -> Sketch
 
 
 def coverage(distance: Field, width: float) -> Field:
-    """How much of each pixel lies inside, in [0, 1], with an edge `width` wide."""
+    """The share of each pixel inside the area, in [0, 1], with an edge of this width."""
     return np.clip(np.float32(0.5) - distance * np.float32(1 / width), 0, 1)
 
 
 def over(picture: Field, color: Field, alpha: Field) -> None:
-    """Lays color (3,) or (h, w, 3) over the picture in place. alpha: (h, w)."""
+    """Blend color (3,) or (h, w, 3) over the picture in place. alpha: (h, w)."""
     covered = alpha > 0
     rows, columns = np.flatnonzero(covered.any(axis=1)), np.flatnonzero(covered.any(axis=0))
     if rows.size == 0:
@@ -118,7 +118,7 @@ def outline(sketch: Sketch) -> Field:
     """Distance to the nearest visible boundary, (h, w), 0 on it."""
     edge = np.abs(sketch.grounds[0].distance)
     for layer in (*sketch.grounds[1:], sketch.figure):
-        # what a nearer layer covers shows no boundary of a farther one
+        # a nearer layer hides the boundaries of farther ones
         np.copyto(edge, np.float32(1), where=layer.distance < 0)
         np.minimum(edge, np.abs(layer.distance), out=edge)
     return edge
@@ -227,7 +227,7 @@ def _figure(content: Content, x: Field, y: Field, rng: np.random.Generator) -> F
 
 
 def _put(stamp: _Stamp, field: Field, x: Field, y: Field) -> None:
-    """Joins the shape to the field of distances, in place."""
+    """Add the shape to the field of distances, in place."""
     reach = 1.05 * stamp.radius + REACH
     (left, top), radius = stamp.center, np.float32(stamp.radius)
     columns = slice(*np.searchsorted(x[0], (left - reach, left + reach)))
@@ -247,7 +247,7 @@ def _square(x: Field, y: Field) -> Field:
 
 
 def _triangle(x: Field, y: Field) -> Field:
-    """Upright: fold onto the right half, then the nearer of its two edges."""
+    """Upright. Folded onto the right half, then the nearer of two edges."""
     x = np.abs(x)
     slanted = np.float32(0.8660254) * x - np.float32(0.5) * y - np.float32(0.56)
     inside = np.maximum(slanted, y - np.float32(0.56))
@@ -259,7 +259,7 @@ def _triangle(x: Field, y: Field) -> Field:
 
 
 def _star(x: Field, y: Field) -> Field:
-    """Five-pointed: fold the plane onto half a point, then the distance to that half's edge."""
+    """Five points. The plane is folded onto half a point, then the distance to its edge."""
     sector = np.float32(2 * np.pi / 5)
     folded = np.abs((np.arctan2(x, -y) + sector / 2) % sector - sector / 2)
     r = np.hypot(x, y)

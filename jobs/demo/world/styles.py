@@ -1,8 +1,7 @@
-"""Ten ways to paint a sketch.
+"""The ten styles: each paints a sketch with its own palette and texture.
 
-Reads and writes nothing. Each painter treats the whole picture, ground and figure alike, with a palette and
-a texture of its own, and keeps the figure's color. Texture periods are at least 1/16 of the shorter side,
-4 px at 64 px, so that a style survives small pictures.
+Reads and writes nothing. A painter covers grounds and figure, and keeps the color of the figure. Texture
+periods are at least 1/16 of the shorter side, 4 px at 64 px, so that styles differ in small pictures too.
 """
 
 from collections.abc import Callable
@@ -25,24 +24,24 @@ def _saturate(color: Field, amount: float) -> Field:
 
 
 def _vivid(color: Field) -> Field:
-    """The color at full brightness, as light or chalk shows it."""
+    """The color at full brightness, for light and chalk."""
     strong = _saturate(color, 1.3)
     return strong / strong.max()
 
 
 def _cells(x: Field, period: float) -> tuple[npt.NDArray[np.int64], Field]:
-    """Index of the cell each coordinate falls in, and its place within the cell in [-0.5, 0.5)."""
+    """Index of the cell of each coordinate, and the position in the cell, in [-0.5, 0.5)."""
     index = np.floor(x / np.float32(period))
     return index.astype(np.int64), (x / np.float32(period) - index - np.float32(0.5)).astype(np.float32)
 
 
 def _table(rng: np.random.Generator, spread: float, channels: int = 1) -> Field:
-    """Random values per cell, (64, 64, channels) in [-spread, spread]; indices wrap."""
+    """Random values of cells, (64, 64, channels) in [-spread, spread]; take indices modulo 64."""
     return rng.uniform(-spread, spread, (64, 64, channels)).astype(np.float32)
 
 
 def _pick(picture: Field, sketch: Sketch, x: Field, y: Field) -> Field:
-    """The picture's colors at coordinates x (1, n) and y (m, 1), or both (m, n)."""
+    """Colors of the picture at coordinates x (1, n) and y (m, 1), or both (m, n)."""
     height, width = picture.shape[:2]
     columns = np.clip(((x - sketch.x[0, 0]) / sketch.pixel + 0.5).astype(np.int64), 0, width - 1)
     rows = np.clip(((y - sketch.y[0, 0]) / sketch.pixel + 0.5).astype(np.int64), 0, height - 1)
@@ -138,7 +137,7 @@ def _voronoi(sketch: Sketch, period: float) -> tuple[Field, Field]:
     for row in range(int(y[0] // period) - 1, int(y[-1] // period) + 2):
         for column in range(int(x[0] // period) - 1, int(x[-1] // period) + 2):
             site_x, site_y, shade = table[row % 64, column % 64]
-            # two cells around the site's own reach every pixel that it is first or second for
+            # only pixels within two cells have this site as the nearest or second nearest
             columns = slice(*np.searchsorted(x, ((column - 1.5) * period, (column + 2.5) * period)))
             rows = slice(*np.searchsorted(y, ((row - 1.5) * period, (row + 2.5) * period)))
             far_x = x[columns] - np.float32((column + 0.5 + 0.36 * site_x) * period)

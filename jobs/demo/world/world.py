@@ -1,8 +1,8 @@
-"""The demo world: drawn pictures, LAION-shaped metadata about them, style folders and held-out prompts.
+"""The demo world, a synthetic data set: pictures, metadata in LAION's format, style folders, prompts.
 
-Writes below a folder: images/ and metadata/ (what the pipeline meets, through URLs only), styles/,
-held_out/ with held_out.parquet, truth.parquet, and world.json last. Nothing may be downloaded for the
-demo, so it brings its own web; jobs.demo.server.server serves it.
+Writes below a folder: images/ and metadata/ (the pipeline downloads the pictures by URL), styles/, held_out/
+with held_out.parquet, truth.parquet, and world.json last. The demo must run without the internet, so
+jobs.demo.server.server serves the pictures.
 """
 
 import json
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from jobs.demo.recipe import WorldConfig
-from jobs.demo.world.bad_rows import spoiled_rows
+from jobs.demo.world.bad_rows import bad_rows
 from jobs.demo.world.content import Scene
 from jobs.demo.world.copies import related_rows
 from jobs.demo.world.metadata import CONTENT_FIELDS, Row, Site, ordinary_row, scene_fields, write_tables
@@ -29,10 +29,10 @@ from jobs.demo.world.scenes import STYLES, all_contents, full_caption, is_held_o
 from retrieval.errors import UserError
 from retrieval.storage.root import Root
 
-# raise it when the same config draws or writes something else than before
+# Increase it when the same config gives other files than before.
 WORLD_VERSION = 1
 FINISHED = "world.json"
-BEGUN = "world.begun.json"
+STARTED = "world.begun.json"
 OWNED = ("images", "metadata", "styles", "held_out", "held_out.parquet", "truth.parquet")
 SMALL_PX = 256
 SHUFFLE_STREAM = 4
@@ -46,10 +46,10 @@ HELD_OUT_SCHEMA = pa.schema(
 
 
 def write_world(config: WorldConfig, folder: Path) -> None:
-    """Draws the world into folder, or completes one that was interrupted.
+    """Draw the world into folder, or complete an interrupted one.
 
-    A finished world of an equal config is left as it is, one of another config is removed first. Raises
-    UserError if the folder holds anything else, so that nothing foreign is ever deleted.
+    A finished world of an equal config is kept, one of another config is removed first. Raises UserError if
+    the folder contains other files, so that only files of the demo are ever deleted.
     """
     identity = {"version": WORLD_VERSION, "config": config.output_fields()}
     if _read_json(folder / FINISHED) == identity:
@@ -66,23 +66,23 @@ def write_world(config: WorldConfig, folder: Path) -> None:
     write_tables(rows, config.num_metadata_files, root)
     with root.writing("held_out.parquet") as pending:
         pq.write_table(held_out_table(held_out), pending.path)
-    os.replace(folder / BEGUN, folder / FINISHED)
+    os.replace(folder / STARTED, folder / FINISHED)
 
 
 def plan_rows(config: WorldConfig) -> list[Row]:
-    """Every metadata row with the picture behind it, shuffled."""
+    """All metadata rows with their pictures, shuffled."""
     site = Site(f"http://127.0.0.1:{config.port}", config.seed)
     num_ordinary = config.num_train + config.num_database
     train = [ordinary_row(site, uid, large=True) for uid in range(config.num_train)]
     database = [ordinary_row(site, uid, large=False) for uid in range(config.num_train, num_ordinary)]
-    unusual = spoiled_rows(site, num_ordinary, num_ordinary) + related_rows(site, train, database)
+    unusual = bad_rows(site, num_ordinary, num_ordinary) + related_rows(site, train, database)
     rows = train + database + unusual
     order = np.random.default_rng([config.seed, SHUFFLE_STREAM]).permutation(len(rows))
     return [rows[i] for i in order]
 
 
 def plan_styles(config: WorldConfig) -> list[Drawing]:
-    """The style folders' pictures, `styles/<style>/NNNNN.jpg`; no held-out content is among them."""
+    """The pictures of the style folders, `styles/<style>/NNNNN.jpg`, without held-out contents."""
     drawings = []
     for number, style in enumerate(STYLES):
         rng = np.random.default_rng([config.seed, STYLES_STREAM, number])
@@ -93,7 +93,7 @@ def plan_styles(config: WorldConfig) -> list[Drawing]:
 
 
 def plan_held_out(config: WorldConfig) -> list[Drawing]:
-    """The held-out pictures, `held_out/NNNNN.jpg`: no two share content and style."""
+    """The held-out pictures, `held_out/NNNNN.jpg`. All pairs of content and style differ."""
     pairs = [(content, style) for content in all_contents() if is_held_out(content) for style in STYLES]
     if config.num_held_out > len(pairs):
         raise UserError(
@@ -102,15 +102,15 @@ def plan_held_out(config: WorldConfig) -> list[Drawing]:
         )
     rng = np.random.default_rng([config.seed, HELD_OUT_STREAM])
     drawings = []
-    for i, chosen in enumerate(rng.choice(len(pairs), config.num_held_out, replace=False)):
-        content, style = pairs[chosen]
+    for i, pair in enumerate(rng.choice(len(pairs), config.num_held_out, replace=False)):
+        content, style = pairs[pair]
         scene = Scene(content, style, int(rng.integers(2**31)))
         drawings.append(Drawing(f"held_out/{i:05d}.jpg", scene, SMALL_PX, SMALL_PX))
     return drawings
 
 
 def held_out_table(drawings: list[Drawing]) -> pa.Table:
-    """One row per held-out picture: path, full caption, prompt without style, content and style."""
+    """One row for each held-out picture: path, full caption, prompt without style, content and style."""
     records = [
         {"path": drawing.path, "caption": full_caption(scene), "prompt": prompt(scene.content)}
         | scene_fields(scene)
@@ -125,10 +125,10 @@ def _read_json(path: Path) -> object:
 
 
 def _begin(root: Root, folder: Path, identity: dict[str, object]) -> None:
-    """Clears what another config left, and notes which config the pictures from now on belong to."""
-    if _read_json(folder / BEGUN) != identity:
+    """Remove files of another config, and store the config of the files that follow."""
+    if _read_json(folder / STARTED) != identity:
         _clear(folder)
-        root.write_json(BEGUN, identity)
+        root.write_json(STARTED, identity)
     root.delete_partial_files("")
     for name in ("images", "held_out", *(f"styles/{style}" for style in STYLES)):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -136,30 +136,27 @@ def _begin(root: Root, folder: Path, identity: dict[str, object]) -> None:
 
 def _clear(folder: Path) -> None:
     present = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    records = [name for name in (FINISHED, BEGUN) if name in present]
+    records = [name for name in (FINISHED, STARTED) if name in present]
     foreign = [name for name in present if not (records and name in (*OWNED, *records))]
     if foreign := [name for name in foreign if not name.startswith(".partial-")]:
         raise UserError(
-            f"{folder} holds {foreign[0]!r}, which is no part of a demo world, and the world there must be "
-            f"drawn anew. Move it away or choose another folder."
+            f"{folder} must be cleared for the demo world, but contains {foreign[0]!r}, which is not "
+            f"a part of one. Move it away or choose another folder."
         )
     if FINISHED in records:
-        # it vouches for nothing from here on, yet the folder must stay known as ours if we are killed
-        os.replace(folder / FINISHED, folder / BEGUN)
+        # from here on the world is unfinished, but a rerun must still recognize the folder as a demo world
+        os.replace(folder / FINISHED, folder / STARTED)
     for name in (name for name in OWNED if name in present):
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _write_pictures(folder: Path, phases: list[list[Drawing] | list[Copy]], workers: int) -> None:
-    """Writes the pictures that are not there yet, one phase after the other.
-
-    Every picture appears complete, so one that is there is done.
-    """
+    """Write the missing pictures, one phase after the other. Files are written atomically."""
     write: Callable[[Drawing | Copy], None] = partial(write_picture, folder)
     missing = [[picture for picture in phase if not (folder / picture.path).exists()] for phase in phases]
     total, left = sum(map(len, phases)), sum(map(len, missing))
-    # spawned: the command may hold threads (Ray, torch) that a fork would copy in any state
+    # spawned: a fork would copy the threads of Ray or torch in an undefined state
     pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker, (os.getpid(),))
     with pool, tqdm(total=total, initial=total - left, desc="world", unit=" pictures") as bar:
         for pictures in missing:

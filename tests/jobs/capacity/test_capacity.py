@@ -125,6 +125,11 @@ def test_json_has_the_same_numbers(
     assert (tmp_path / "p.md").read_text().startswith("# Storage, time and cost at full size")
 
 
+def test_the_training_recipes_of_the_inputs_exist(inputs: Inputs) -> None:
+    assert len(inputs.sizes.training) == 3
+    assert all((INPUTS.parent / name).is_file() for name in inputs.sizes.training)
+
+
 def test_invalid_inputs_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "capacity.toml").write_text("[sizes]\nmetadata_rows = 0\n")
     with pytest.raises(UserError, match=r"capacity\.toml"):

@@ -16,7 +16,7 @@ import pytest
 
 from jobs.cli.recipe import load_recipe
 from jobs.cluster.ray_training import train_on_ray
-from jobs.train import arguments, run
+from jobs.train import parse_arguments, run
 from retrieval.errors import UserError
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
@@ -181,5 +181,5 @@ def test_what_cannot_be_trained_is_refused_before_any_rank_starts(
 
 
 def test_the_argument_that_deepspeed_adds_is_understood() -> None:
-    given = arguments(["--local_rank=1", "recipe.toml", "--set", "train.steps=1"])
+    given = parse_arguments(["--local_rank=1", "recipe.toml", "--set", "train.steps=1"])
     assert (given.recipe, given.overrides, given.ray) == (Path("recipe.toml"), ["train.steps=1"], False)

@@ -51,7 +51,7 @@ def test_a_picture_that_ties_or_is_no_number_is_not_found():
 
 
 def test_the_folder_opens_as_an_encoder_of_texts_and_of_pictures_of_any_size(clip):
-    encoder = Encoder.load(ClipConfig(model=f"local-dir:{clip[0]}"))
+    encoder = Encoder(ClipConfig(model=f"local-dir:{clip[0]}"))
     rng = np.random.default_rng(0)
     pictures = [Image.fromarray(draw(random_scene(rng), *size)) for size in ((64, 64), (200, 120))]
     for vectors in (encoder.encode_images(pictures), encoder.encode_texts(["a red star", "two moons " * 50])):
