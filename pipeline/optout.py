@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.filter.selection import identities
+from pipeline.filter.selection import hash_urls
 from pipeline.neighbors.neighbors import stage_of
 from pipeline.neighbors.refill import make_refill
 from pipeline.recipe import NeighborsConfig
@@ -136,7 +136,7 @@ def _make_hold(stage: Stage, blocklist: Blocklist, ids: npt.NDArray[np.int64]) -
         known = np.flatnonzero(urls.is_valid().to_numpy(zero_copy_only=False))
         urls = urls.take(pa.array(known))
         # Patches have ids of their own, and the URL of their picture.
-        meant[known] |= np.isin(identities(urls)[0], ids) | blocklist.blocks_hosts(urls)
+        meant[known] |= np.isin(hash_urls(urls)[0], ids) | blocklist.blocks_hosts(urls)
         return _noted(stage, name, partition.ids[meant])
 
     return hold

@@ -1,9 +1,9 @@
-"""Selects the rows of LAION metadata that are worth fetching, for training and for the database.
+"""filter: selects the rows of LAION metadata to download, for training and for the database.
 
 Reads a folder of Parquet files; writes `filter/{train,database}/<piece>-<part>.parquet` (schema SELECTED)
-and a manifest in which rows read = rows kept + rows dropped by reason. Three passes, each of them tasks
-that can be lost and repeated: `scan` judges every row and notes the ids, `dedupe` finds equal ids across
-all files, `select` writes the shards. Memory depends on `rows_per_piece`, not on the size of the input.
+and a manifest in which rows read = rows kept + rows dropped by reason. Three passes of repeatable tasks:
+`scan` applies the rules to every row and stores the ids, `dedupe` finds equal ids across all files,
+`select` writes the shards. Memory depends on `rows_per_piece`, not on the size of the input.
 """
 
 import logging
@@ -17,10 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.filter import selection
-from pipeline.filter.filter_passes import Dedupe, Job, Scan, Select, read_batch
-from pipeline.filter.metadata import plan
+from pipeline.filter.filter_passes import Dedupe, FilterContext, Scan, Select
+from pipeline.filter.metadata import plan_pieces
 from pipeline.filter.selection import Rules
 from pipeline.recipe import FilterConfig
+from pipeline.runtime.arrow_files import read_batch
 from pipeline.runtime.runner import Workers, run_shards
 from pipeline.runtime.stage import Stage
 from pipeline.web.blocklist import read_blocklist
@@ -34,34 +35,35 @@ KEYS_PER_BUCKET = 1 << 21
 
 
 def run(config: FilterConfig, root: Root) -> Manifest:
-    """Run the stage, or find it finished. Raises UserError for metadata that cannot be read."""
+    """Run the stage unless it is finished. Raises UserError for metadata that cannot be read."""
     started = time.time()
-    job = _prepare(config, root)
-    upstream = {"metadata": job.plan.identity, "blocklist": job.rules.blocklist.identity}
+    context = prepare(config, root)
+    upstream = {"metadata": context.plan.identity, "blocklist": context.rules.blocklist.identity}
     stage = Stage(root, "filter", SCHEMA_VERSION, config, upstream)
-    if done := stage.finished():
-        _sweep(root)
-        return done
+    if manifest := stage.finished():
+        _delete_pass_files(root)
+        return manifest
     stage.begin()
     workers = Workers.from_config(config)
-    names = [piece.name for piece in job.plan.pieces]
-    scans = run_shards(stage, [f"scan/{name}" for name in names], partial(Scan, job), workers)
-    buckets = [f"dedupe/{bucket:05d}" for bucket in range(job.num_buckets)]
-    dedupes = run_shards(stage, buckets, partial(Dedupe, job), workers)
-    job = replace(job, max_rank=_max_rank(job, config.max_train))
-    selects = run_shards(stage, [f"select/{name}" for name in names], partial(Select, job), workers)
+    names = [piece.name for piece in context.plan.pieces]
+    scans = run_shards(stage, [f"scan/{name}" for name in names], partial(Scan, context), workers)
+    buckets = [f"dedupe/{bucket:05d}" for bucket in range(context.num_buckets)]
+    dedupes = run_shards(stage, buckets, partial(Dedupe, context), workers)
+    context = replace(context, max_rank=_max_rank(context, config.max_train))
+    selects = run_shards(stage, [f"select/{name}" for name in names], partial(Select, context), workers)
     shards = _shards(names, scans, selects)
-    values = _values(job, dedupes, selects, shards)
-    _check(job, values, shards, stage.log)
+    values = _values(context, dedupes, selects, shards)
+    _check(context, values, shards, stage.log)
     manifest = stage.complete(shards, values, started)
-    _sweep(root)
+    _delete_pass_files(root)
     return manifest
 
 
-def _prepare(config: FilterConfig, root: Root) -> Job:
+def prepare(config: FilterConfig, root: Root) -> FilterContext:
+    """Read the metadata's footers and the blocklist. Raises UserError as `run` does."""
     source = Root(config.metadata)
     scores = ("pwatermark", "punsafe") if config.missing_scores == "drop" else ()
-    planned = plan(
+    plan = plan_pieces(
         source, config.columns, ("url", "caption", "width", "height", *scores), config.rows_per_piece
     )
     rules = Rules(
@@ -71,25 +73,25 @@ def _prepare(config: FilterConfig, root: Root) -> Job:
         missing_scores=config.missing_scores,
         blocklist=read_blocklist(config.blocklist),
     )
-    num_buckets = 1 << max(0, (planned.rows - 1) // KEYS_PER_BUCKET).bit_length()
-    return Job(source, root, planned, rules, num_buckets, config.seed, config.rows_per_shard)
+    num_buckets = 1 << max(0, (plan.rows - 1) // KEYS_PER_BUCKET).bit_length()
+    return FilterContext(source, root, plan, rules, num_buckets, config.seed, config.rows_per_shard)
 
 
-def _max_rank(job: Job, max_train: int) -> int:
+def _max_rank(context: FilterContext, max_train: int) -> int:
     if not max_train:
         return selection.NO_LIMIT
 
     def parts() -> Iterator[npt.NDArray[np.uint64]]:
-        for bucket in range(job.num_buckets):
-            yield read_batch(job.root, f"filter/dedupe/{bucket:05d}-ranks.arrow", 0)["rank"].to_numpy()
+        for bucket in range(context.num_buckets):
+            yield read_batch(context.root, f"filter/dedupe/{bucket:05d}-ranks.arrow", 0)["rank"].to_numpy()
 
-    return selection.threshold(parts, max_train)
+    return selection.rank_threshold(parts, max_train)
 
 
 def _shards(
     names: Sequence[str], scans: Sequence[ShardRecord], selects: Sequence[ShardRecord]
 ) -> list[ShardRecord]:
-    """One record a shard, the training ones first, then one a piece for what was dropped of it."""
+    """One record a shard, training shards first, then one a piece with its dropped rows by reason."""
     kept = [
         ShardRecord(
             file.name.removeprefix("filter/").removesuffix(".parquet"), int(record.values[file.name]), (file,)
@@ -107,27 +109,37 @@ def _shards(
 
 
 def _values(
-    job: Job, dedupes: Sequence[ShardRecord], selects: Sequence[ShardRecord], shards: Sequence[ShardRecord]
+    context: FilterContext,
+    dedupes: Sequence[ShardRecord],
+    selects: Sequence[ShardRecord],
+    shards: Sequence[ShardRecord],
 ) -> dict[str, object]:
     rows = {
         f"rows_{split}": sum(shard.rows for shard in shards if shard.shard.startswith(f"{split}/"))
         for split in SPLITS
     }
-    inputs = {piece.name: [piece.file, *piece.row_groups] for piece in job.plan.pieces}
+    inputs = {piece.name: [piece.file, *piece.row_groups] for piece in context.plan.pieces}
     collisions = int(sum(record.values["collisions"] for record in dedupes))
-    # records of a run begun before this was counted lack it
+    # Records written by older versions do not have this count.
     changed = int(sum(record.values.get("captions_changed", 0) for record in selects))
-    counts = {"rows_read": job.plan.rows, **rows, "id_collisions": collisions, "captions_changed": changed}
+    counts = {
+        "rows_read": context.plan.rows,
+        **rows,
+        "id_collisions": collisions,
+        "captions_changed": changed,
+    }
     return {**counts, "pieces": inputs}
 
 
-def _check(job: Job, values: dict[str, object], shards: Sequence[ShardRecord], log: logging.Logger) -> None:
+def _check(
+    context: FilterContext, values: dict[str, object], shards: Sequence[ShardRecord], log: logging.Logger
+) -> None:
     reasons: Counter[str] = Counter()
     for shard in shards:
         reasons.update(shard.reasons)
     kept = sum(shard.rows for shard in shards)
-    assert kept + reasons.total() == job.plan.rows, (
-        f"{kept} kept + {dict(reasons)} != {job.plan.rows} rows read"
+    assert kept + reasons.total() == context.plan.rows, (
+        f"{kept} kept + {dict(reasons)} != {context.plan.rows} rows read"
     )
     if values["id_collisions"]:
         log.warning(
@@ -138,12 +150,13 @@ def _check(job: Job, values: dict[str, object], shards: Sequence[ShardRecord], l
             log.warning("no row was kept for %s; dropped: %s", split, dict(reasons))
     if not kept:
         raise UserError(
-            f"{job.source.url}: none of {job.plan.rows:,} rows was kept; dropped by reason: {dict(reasons)}."
-            " Look at the metadata, or at the thresholds in the recipe's section filter."
+            f"{context.source.url}: none of {context.plan.rows:,} rows was kept; dropped by reason:"
+            f" {dict(reasons)}."
+            " Check the metadata, or the thresholds in the recipe's section filter."
         )
 
 
-def _sweep(root: Root) -> None:
-    """Remove what only the passes needed."""
+def _delete_pass_files(root: Root) -> None:
+    """Delete the files that only the passes need."""
     for folder in ("filter/scan", "filter/dedupe"):
         root.delete(folder)

@@ -1,12 +1,11 @@
 """The three passes of `filter` over the metadata: scan, dedupe, select.
 
-Each is a task that makes one shard of its pass and may be lost and repeated. A scan writes the keys of a
-piece's rows by bucket of their ids, a dedupe reads one bucket of all scans and writes the repeated rows by
-piece, a select reads its piece again and writes the final shards.
+Each pass is a `Work` function that processes one shard and can be repeated. A scan writes the keys of a
+piece's rows, divided into buckets by image id. A dedupe reads one bucket of all scans and writes the
+duplicate rows of each piece. A select reads its piece again and writes the final shards.
 """
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,24 +15,25 @@ import pyarrow.compute as pc
 
 from pipeline.filter import selection
 from pipeline.filter.columns import captions, count_changed, numbers, texts
-from pipeline.filter.metadata import KNOWN, Piece, Plan, read
-from pipeline.filter.selection import KEYS, MENDED, Rules
+from pipeline.filter.metadata import DEFAULT_NAMES, MetadataPlan, Piece, read_piece
+from pipeline.filter.selection import CORRECTED_URL_SCHEMA, KEY_SCHEMA, Rules
+from pipeline.runtime.arrow_files import read_batch, read_batches, write_batches
 from retrieval.errors import UserError
 from retrieval.storage.manifest import ShardRecord
 from retrieval.storage.root import FileRecord, Root
 from retrieval.storage.schema import SELECTED, SPLITS, Reason, write_table
 
-REPEATS = pa.schema([pa.field("row", pa.uint32(), nullable=False)])
-RANKS = pa.schema([pa.field("rank", pa.uint64(), nullable=False)])
+DUPLICATE_SCHEMA = pa.schema([pa.field("row", pa.uint32(), nullable=False)])
+RANK_SCHEMA = pa.schema([pa.field("rank", pa.uint64(), nullable=False)])
 
 
 @dataclass(frozen=True)
-class Job:
-    """What every task of the stage knows. max_rank: the highest seeded rank that may train."""
+class FilterContext:
+    """Inputs of all passes. max_rank: rows with a higher seeded rank go to the database."""
 
     source: Root
     root: Root
-    plan: Plan
+    plan: MetadataPlan
     rules: Rules
     num_buckets: int
     seed: int
@@ -42,133 +42,140 @@ class Job:
 
 
 class Scan:
-    """Judges the rows of a piece; writes their keys, a batch for each bucket, and the URLs it mended."""
+    """Applies the rules to a piece; writes the keys, one batch a bucket, and the canonicalized URLs."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.pieces = {f"scan/{piece.name}": piece for piece in job.plan.pieces}
+    def __init__(self, context: FilterContext) -> None:
+        self.context = context
+        self.pieces = {f"scan/{piece.name}": piece for piece in context.plan.pieces}
 
     def __call__(self, shard: str) -> ShardRecord:
         piece = self.pieces[shard]
         reasons: Counter[str] = Counter()
-        tables, urls = [KEYS.empty_table()], []
+        tables, urls = [KEY_SCHEMA.empty_table()], []
         rows = 0
-        for batch in read(self.job.source, piece, selection.JUDGED):
-            keys, mended, dropped = selection.judge(batch, rows, self.job.rules)
+        for batch in read_piece(self.context.source, piece, selection.RULE_COLUMNS):
+            keys, corrected, dropped = selection.apply_rules(batch, rows, self.context.rules)
             tables.append(keys)
-            urls.append(mended)
+            urls.append(corrected)
             reasons.update(dropped)
             rows += batch.num_rows
         keys = pa.concat_tables(tables)
-        buckets = selection.by_bucket(keys, self.job.num_buckets)
+        buckets = selection.split_into_buckets(keys, self.context.num_buckets)
         files = (
-            _write_batches(self.job.root, f"filter/{shard}.arrow", buckets, KEYS),
-            _write_batches(self.job.root, f"filter/{shard}-urls.arrow", urls, MENDED),
+            write_batches(self.context.root, f"filter/{shard}.arrow", buckets, KEY_SCHEMA),
+            write_batches(self.context.root, f"filter/{shard}-urls.arrow", urls, CORRECTED_URL_SCHEMA),
         )
         return ShardRecord(shard, rows, files, dict(reasons))
 
 
 class Dedupe:
-    """Finds the repeated ids of one bucket; writes their rows, a batch for each piece, and train ranks."""
+    """Finds duplicate ids in one bucket; writes their rows, one batch a piece, and the training ranks."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    def __init__(self, context: FilterContext) -> None:
+        self.context = context
 
     def __call__(self, shard: str) -> ShardRecord:
         bucket = int(shard.removeprefix("dedupe/"))
-        pieces = self.job.plan.pieces
-        batches = [read_batch(self.job.root, f"filter/scan/{piece.name}.arrow", bucket) for piece in pieces]
-        keys = pa.Table.from_batches(batches, KEYS)
-        later, collisions = selection.repeats(keys)
-        origin = np.repeat(np.arange(len(pieces)), [batch.num_rows for batch in batches])
-        rows = keys.select(["row"]).filter(pa.array(later))
-        train = keys["train"].to_numpy() & ~later
-        ranks = selection.ranks(keys["image_id"].to_numpy()[train], self.job.seed)
-        by_piece = selection.divide(rows, origin[later], len(pieces))
+        pieces = self.context.plan.pieces
+        batches = [
+            read_batch(self.context.root, f"filter/scan/{piece.name}.arrow", bucket) for piece in pieces
+        ]
+        keys = pa.Table.from_batches(batches, KEY_SCHEMA)
+        duplicate, collisions = selection.find_duplicates(keys)
+        piece_numbers = np.repeat(np.arange(len(pieces)), [batch.num_rows for batch in batches])
+        rows = keys.select(["row"]).filter(pa.array(duplicate))
+        train = keys["train"].to_numpy() & ~duplicate
+        ranks = selection.training_ranks(keys["image_id"].to_numpy()[train], self.context.seed)
+        by_piece = selection.split_rows(rows, piece_numbers[duplicate], len(pieces))
         files = (
-            _write_batches(self.job.root, f"filter/{shard}.arrow", by_piece, REPEATS),
-            _write_batches(
-                self.job.root, f"filter/{shard}-ranks.arrow", [pa.record_batch([ranks], schema=RANKS)], RANKS
+            write_batches(self.context.root, f"filter/{shard}.arrow", by_piece, DUPLICATE_SCHEMA),
+            write_batches(
+                self.context.root,
+                f"filter/{shard}-ranks.arrow",
+                [pa.record_batch([ranks], schema=RANK_SCHEMA)],
+                RANK_SCHEMA,
             ),
         )
         return ShardRecord(shard, keys.num_rows, files, values={"collisions": collisions})
 
 
 class Select:
-    """Writes the shards of one piece, now that its repeats and the quota are known."""
+    """Writes the shards of one piece, without duplicates and within the training quota."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.pieces = {f"select/{piece.name}": number for number, piece in enumerate(job.plan.pieces)}
+    def __init__(self, context: FilterContext) -> None:
+        self.context = context
+        self.pieces = {f"select/{piece.name}": number for number, piece in enumerate(context.plan.pieces)}
 
     def __call__(self, shard: str) -> ShardRecord:
         number = self.pieces[shard]
-        piece = self.job.plan.pieces[number]
-        ids, split, repeated = self._verdicts(number, piece)
-        writers = {name: _Splitter(self.job, f"filter/{name}/{piece.name}") for name in SPLITS}
+        piece = self.context.plan.pieces[number]
+        ids, split, num_duplicates = self._decisions(number, piece)
+        writers = {name: _Splitter(self.context, f"filter/{name}/{piece.name}") for name in SPLITS}
         first = changed = 0
-        mended = self._mended(piece)
-        for batch in read(self.job.source, piece, tuple(KNOWN)):
-            rows = _mend(batch, mended, first)
-            here = slice(first, first + rows.num_rows)
+        corrected = self._corrected_urls(piece)
+        for batch in read_piece(self.context.source, piece, tuple(DEFAULT_NAMES)):
+            rows = _with_canonical_urls(batch, corrected, first)
+            in_batch = slice(first, first + rows.num_rows)
             for code, name in enumerate(SPLITS, 1):
-                mask = split[here] == code
-                given = rows.filter(pa.array(mask))
-                table = selected(given, ids[here][mask])
-                changed += count_changed(given["caption"], table["caption"])
+                mask = split[in_batch] == code
+                kept_rows = rows.filter(pa.array(mask))
+                table = selected(kept_rows, ids[in_batch][mask])
+                changed += count_changed(kept_rows["caption"], table["caption"])
                 writers[name].add(table)
             first += rows.num_rows
         files = [file for name in SPLITS for file in writers[name].finish()]
         counts = {file.name: float(count) for file, count in files}
         kept = sum(count for _, count in files)
-        reasons = {str(Reason.DUPLICATE_URL): repeated} if repeated else {}
+        reasons = {str(Reason.DUPLICATE_URL): num_duplicates} if num_duplicates else {}
         values = counts | {"captions_changed": changed}
         return ShardRecord(shard, kept, tuple(file for file, _ in files), reasons, values)
 
-    def _mended(self, piece: Piece) -> pa.Table:
-        """MENDED of the piece, as its scan found it."""
+    def _corrected_urls(self, piece: Piece) -> pa.Table:
+        """The corrected URLs of the piece, which its scan wrote."""
         name = f"filter/scan/{piece.name}-urls.arrow"
-        if not self.job.root.exists(name):
+        if not self.context.root.exists(name):
             raise UserError(
-                f"{self.job.root.at(name)} is missing: an older version began this run. Delete"
-                f" {self.job.root.at('filter')} and run 'make filter' again."
+                f"{self.context.root.at(name)} is missing: an older version started this run. Delete"
+                f" {self.context.root.at('filter')} and run 'make filter' again."
             )
-        with self.job.root.open(name) as file:
-            return pa.ipc.open_file(file).read_all()
+        return read_batches(self.context.root, name)
 
-    def _verdicts(self, number: int, piece: Piece) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int8], int]:
-        """Image id and split of each row (0: dropped, else 1 + place in SPLITS), and repeats found."""
+    def _decisions(
+        self, number: int, piece: Piece
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int8], int]:
+        """Image id and split of each row (0: dropped, else 1 + index in SPLITS); number of duplicates."""
         ids, split = np.zeros(piece.rows, np.int64), np.zeros(piece.rows, np.int8)
-        repeated = 0
-        for bucket in range(self.job.num_buckets):
-            keys = read_batch(self.job.root, f"filter/scan/{piece.name}.arrow", bucket)
+        num_duplicates = 0
+        for bucket in range(self.context.num_buckets):
+            keys = read_batch(self.context.root, f"filter/scan/{piece.name}.arrow", bucket)
             rows, key_ids = keys["row"].to_numpy(), keys["image_id"].to_numpy()
-            low = selection.ranks(key_ids, self.job.seed) <= np.uint64(self.job.max_rank)
+            in_quota = selection.training_ranks(key_ids, self.context.seed) <= np.uint64(
+                self.context.max_rank
+            )
             ids[rows] = key_ids
-            split[rows] = np.where(keys["train"].to_numpy(zero_copy_only=False) & low, 1, 2)
-            repeats = read_batch(self.job.root, f"filter/dedupe/{bucket:05d}.arrow", number)["row"]
-            split[repeats.to_numpy()] = 0
-            repeated += len(repeats)
-        return ids, split, repeated
+            split[rows] = np.where(keys["train"].to_numpy(zero_copy_only=False) & in_quota, 1, 2)
+            duplicates = read_batch(self.context.root, f"filter/dedupe/{bucket:05d}.arrow", number)["row"]
+            split[duplicates.to_numpy()] = 0
+            num_duplicates += len(duplicates)
+        return ids, split, num_duplicates
 
 
-def _mend(batch: pa.RecordBatch, mended: pa.Table, first: int) -> pa.RecordBatch:
-    """A batch of which every row that is kept has its canonical URL.
+def _with_canonical_urls(batch: pa.RecordBatch, corrected: pa.Table, first: int) -> pa.RecordBatch:
+    """The batch with canonical URLs. corrected: corrected URLs of the piece; first: the batch's first row.
 
-    mended: MENDED of the piece; first: the batch's first row there. A scan reads fewer columns, and so may
-    have been given other batches.
+    Rows are matched by number: a scan reads fewer columns and can get other batches.
     """
-    rows = mended["row"].to_numpy()
-    here = slice(*np.searchsorted(rows, [first, first + batch.num_rows]).tolist())
+    rows = corrected["row"].to_numpy()
+    in_batch = slice(*np.searchsorted(rows, [first, first + batch.num_rows]).tolist())
     mask = np.zeros(batch.num_rows, bool)
-    mask[rows[here] - first] = True
-    found = mended["url"][here].combine_chunks()
-    urls = pc.replace_with_mask(texts(batch["url"]), mask, found)
+    mask[rows[in_batch] - first] = True
+    canonical = corrected["url"][in_batch].combine_chunks()
+    urls = pc.replace_with_mask(texts(batch["url"]), mask, canonical)
     return batch.set_column(batch.schema.get_field_index("url"), "url", urls)
 
 
 def selected(batch: pa.RecordBatch, ids: npt.NDArray[np.int64]) -> pa.Table:
-    """Rows under our names, all of them to be kept, as SELECTED: URLs are canonical. ids: their image ids."""
+    """Rows as SELECTED. batch: rows with canonical URLs, columns under our names; ids: their image ids."""
     columns = {
         "image_id": pa.array(ids),
         "url": batch["url"],
@@ -183,39 +190,26 @@ def selected(batch: pa.RecordBatch, ids: npt.NDArray[np.int64]) -> pa.Table:
 class _Splitter:
     """Cuts a stream of tables into shards of rows_per_shard rows."""
 
-    def __init__(self, job: Job, prefix: str) -> None:
-        self.job = job
+    def __init__(self, context: FilterContext, prefix: str) -> None:
+        self.context = context
         self.prefix = prefix
-        self.waiting = SELECTED.empty_table()
+        self.buffered = SELECTED.empty_table()
         self.files: list[tuple[FileRecord, int]] = []
 
     def add(self, table: pa.Table) -> None:
-        """Take rows; write the shards they fill."""
-        size = self.job.rows_per_shard
-        self.waiting = pa.concat_tables([self.waiting, table])
-        while self.waiting.num_rows >= size:
-            self._write(self.waiting.slice(0, size))
-            self.waiting = self.waiting.slice(size)
+        """Add rows; write each full shard."""
+        size = self.context.rows_per_shard
+        self.buffered = pa.concat_tables([self.buffered, table])
+        while self.buffered.num_rows >= size:
+            self._write(self.buffered.slice(0, size))
+            self.buffered = self.buffered.slice(size)
 
     def finish(self) -> list[tuple[FileRecord, int]]:
-        """Write what is left; the files with their rows."""
-        if self.waiting.num_rows:
-            self._write(self.waiting)
+        """Write the last rows; returns each file with its number of rows."""
+        if self.buffered.num_rows:
+            self._write(self.buffered)
         return self.files
 
     def _write(self, table: pa.Table) -> None:
         name = f"{self.prefix}-{len(self.files):05d}.parquet"
-        self.files.append((write_table(self.job.root, name, table, SELECTED), table.num_rows))
-
-
-def _write_batches(root: Root, name: str, batches: Sequence[pa.RecordBatch], schema: pa.Schema) -> FileRecord:
-    with root.writing(name) as pending, pa.ipc.new_file(str(pending.path), schema) as writer:
-        for batch in batches:
-            writer.write_batch(batch)
-    return pending.record
-
-
-def read_batch(root: Root, name: str, number: int) -> pa.RecordBatch:
-    """Record batch `number` of an Arrow file."""
-    with root.open(name) as file:
-        return pa.ipc.open_file(file).get_batch(number)
+        self.files.append((write_table(self.context.root, name, table, SELECTED), table.num_rows))

@@ -1,7 +1,7 @@
-"""LAION-shaped metadata: finding the Parquet files, dividing them into pieces, reading clean columns.
+"""Metadata in LAION's format: finds the Parquet files, divides them into pieces, reads their columns.
 
-Reads a folder or URL of Parquet files as their publishers left them: names of columns in any case, any
-row groups, any numeric type. Gives batches under our names; `columns` cleans what is in them.
+Reads a folder or URL of Parquet files as published: column names in any case, any row groups, any numeric
+type. Returns batches with our column names; `columns.py` cleans their values.
 """
 
 import hashlib
@@ -18,10 +18,9 @@ from retrieval.errors import UserError
 from retrieval.storage.root import Root
 
 BATCH_ROWS = 1 << 16
-SIGNED_TAIL_BYTES = 1 << 16
+HASHED_TAIL_BYTES = 1 << 16
 
-
-KNOWN = {
+DEFAULT_NAMES = {
     "url": ("url",),
     "caption": ("text", "caption"),
     "width": ("width",),
@@ -35,7 +34,7 @@ KNOWN = {
 
 @dataclass(frozen=True)
 class Piece:
-    """Row groups of one file, as much as one task handles. columns: our name to the file's name."""
+    """Row groups of one file that one task processes. columns: our column name to the file's."""
 
     name: str
     file: str
@@ -45,8 +44,8 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All pieces in the order of files and rows, and what identifies the files' contents."""
+class MetadataPlan:
+    """All pieces in the order of files and rows. identity: hash of the files' contents."""
 
     pieces: tuple[Piece, ...]
     identity: str
@@ -65,40 +64,43 @@ class _File:
     signature: str
 
 
-def plan(source: Root, columns: Columns, required: Sequence[str], rows_per_piece: int) -> Plan:
-    """Divide the Parquet files below `source` into pieces. Raises UserError naming the file that is amiss."""
+def plan_pieces(source: Root, columns: Columns, required: Sequence[str], rows_per_piece: int) -> MetadataPlan:
+    """Divide the Parquet files below `source` into pieces. Raises UserError that names an invalid file."""
     if not source.exists(""):
         raise UserError(
-            f"{source.url} is missing: the folder of metadata that the recipe names. Mend filter.metadata."
+            f"{source.url} is missing. It is the metadata folder of the recipe: correct filter.metadata."
         )
     names = source.list("", ".parquet")
     if not names:
-        raise UserError(f"{source.url} holds no *.parquet file. Mend filter.metadata.")
+        raise UserError(f"{source.url} has no *.parquet file. Correct filter.metadata.")
     with ThreadPoolExecutor(16) as pool:
         files = list(pool.map(lambda name: _inspect(source, name, columns, required), names))
     pieces = [piece for file in files for piece in _divide(file, rows_per_piece)]
     if not pieces:
-        raise UserError(f"{source.url}: its {len(names)} Parquet files hold no rows. Mend filter.metadata.")
+        raise UserError(
+            f"{source.url}: its {len(names)} Parquet files have no rows. Correct filter.metadata."
+        )
     numbered = tuple(
         Piece(f"{number:05d}", file.name, groups, rows, file.columns)
         for number, (file, groups, rows) in enumerate(pieces)
     )
     identity = hashlib.sha256("".join(file.signature for file in files).encode()).hexdigest()[:16]
-    return Plan(numbered, identity)
+    return MetadataPlan(numbered, identity)
 
 
 def _inspect(source: Root, name: str, columns: Columns, required: Sequence[str]) -> _File:
     where = source.at(name)
     with source.open(name) as file:
         size = file.seek(0, 2)
-        file.seek(max(0, size - SIGNED_TAIL_BYTES))
-        # The footer stands in the tail, with the statistics of every column: other rows, other tail.
+        file.seek(max(0, size - HASHED_TAIL_BYTES))
+        # The tail contains the footer with statistics of every column, so it changes with the rows.
         tail = hashlib.sha256(file.read()).hexdigest()
         try:
             parquet = pq.ParquetFile(file)
         except (pa.ArrowInvalid, OSError) as error:
             raise UserError(
-                f"{where} ({size:,} bytes) is not a whole Parquet file: {error}. Fetch it again or remove it."
+                f"{where} ({size:,} bytes) is not a complete Parquet file: {error}."
+                " Download it again or remove it."
             ) from error
         footer = parquet.metadata
         groups = tuple(footer.row_group(i).num_rows for i in range(footer.num_row_groups))
@@ -108,35 +110,34 @@ def _inspect(source: Root, name: str, columns: Columns, required: Sequence[str])
 
 
 def _resolve(schema: pa.Schema, columns: Columns, required: Sequence[str], where: str) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for ours, known in KNOWN.items():
-        asked: str = getattr(columns, ours)
-        wanted = (asked.lower(),) if asked else known
-        matches = [name for name in schema.names if name.lower() in wanted]
-        if asked in matches:
-            matches = [asked]
+    resolved: dict[str, str] = {}
+    for ours, defaults in DEFAULT_NAMES.items():
+        configured: str = getattr(columns, ours)
+        names = (configured.lower(),) if configured else defaults
+        matches = [name for name in schema.names if name.lower() in names]
+        if configured in matches:
+            matches = [configured]
         if len(matches) > 1:
             raise UserError(
                 f"{where}: columns {', '.join(matches)} could all be {ours}."
-                f" Name one: filter.columns.{ours} in the recipe."
+                f" Set filter.columns.{ours} in the recipe to one of them."
             )
-        if not matches and (asked or ours in required):
+        if not matches and (configured or ours in required):
             raise UserError(
-                f"{where} has no column {asked or known[0]!r}; it has {', '.join(schema.names)}."
-                f" Say which one holds {ours}: filter.columns.{ours} in the recipe."
+                f"{where} has no column {configured or defaults[0]!r}; it has {', '.join(schema.names)}."
+                f" Set filter.columns.{ours} in the recipe to the column of {ours}."
             )
         if matches:
-            found[ours] = _usable(schema.field(matches[0]), where)
-    return found
+            resolved[ours] = _checked_name(schema.field(matches[0]), where)
+    return resolved
 
 
-def _usable(field: pa.Field, where: str) -> str:
+def _checked_name(field: pa.Field, where: str) -> str:
     kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
     if is_text(kind) or pa.types.is_null(kind) or is_number(kind):
         return str(field.name)
     raise UserError(
-        f"{where}: column {field.name} is of type {field.type}; text or numbers were wanted."
-        " Mend filter.columns."
+        f"{where}: column {field.name} has type {field.type}; wanted text or numbers. Correct filter.columns."
     )
 
 
@@ -153,8 +154,8 @@ def _divide(file: _File, rows_per_piece: int) -> Iterator[tuple[_File, tuple[int
         yield file, tuple(groups), rows
 
 
-def read(source: Root, piece: Piece, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """The rows of a piece in batches, columns under our names; nulls for a column that the file lacks."""
+def read_piece(source: Root, piece: Piece, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """The rows of a piece in batches with our column names; a column that the file does not have is null."""
     theirs = [piece.columns[name] for name in names if name in piece.columns]
     with source.open(piece.file) as file:
         try:
@@ -164,7 +165,7 @@ def read(source: Root, piece: Piece, names: Sequence[str]) -> Iterator[pa.Record
         except (pa.ArrowException, OSError) as error:
             raise UserError(
                 f"{source.at(piece.file)}, row groups {piece.row_groups[0]} to {piece.row_groups[-1]}:"
-                f" {error}. The file is damaged: fetch it again or remove it."
+                f" {error}. The file is damaged: download it again or remove it."
             ) from error
 
 

@@ -1,8 +1,8 @@
-"""Which rows are kept, and for which split: the rules of `filter`, without files.
+"""The rules of `filter`: which rows are kept, and for which split. Reads and writes no files.
 
-Takes batches of LAION columns, gives a verdict for each row: its image id, a reason if it is dropped, and
-whether it may train. Equal ids are found bucket by bucket; the training quota goes to the rows with the
-lowest seeded hash of the id, so that neither order nor division of the input decides.
+Takes batches of LAION columns; returns the image id of each row, the reason if it is dropped, and whether
+it can be used for training. Duplicate ids are found within a bucket. The training quota selects the rows
+with the lowest seeded hash of their id, so the order and division of the input have no effect.
 """
 
 import hashlib
@@ -20,14 +20,14 @@ from pipeline.web.blocklist import Blocklist
 from pipeline.web.urls import canonical_column
 from retrieval.storage.schema import Reason
 
-JUDGED = ("url", "width", "height", "pwatermark", "punsafe")
+RULE_COLUMNS = ("url", "width", "height", "pwatermark", "punsafe")
 MAX_EDGE = (1 << 31) - 1
-DROPPED = (Reason.BAD_URL, Reason.BAD_SIZE, Reason.NO_SCORE, Reason.UNSAFE, Reason.BLOCKED)
+DROP_REASONS = (Reason.BAD_URL, Reason.BAD_SIZE, Reason.NO_SCORE, Reason.UNSAFE, Reason.BLOCKED)
 NO_LIMIT = (1 << 64) - 1
 HASHED_ROWS = 1 << 12
-"""URLs that are Python objects at once: so few that their memory is not given back and asked for again."""
+"""URLs that are Python objects at a time: few enough that the allocator reuses their memory."""
 
-KEYS = pa.schema(
+KEY_SCHEMA = pa.schema(
     [
         pa.field("image_id", pa.int64(), nullable=False),
         pa.field("check", pa.uint32(), nullable=False),
@@ -35,12 +35,12 @@ KEYS = pa.schema(
         pa.field("train", pa.bool_(), nullable=False),
     ]
 )
-"""A row that no rule drops. check: 32 further bits of the URL's hash; row: counted from its piece's first."""
+"""A row that no rule drops. check: 32 more bits of the URL's hash; row: its number within the piece."""
 
-MENDED = pa.schema(
+CORRECTED_URL_SCHEMA = pa.schema(
     [pa.field("row", pa.uint32(), nullable=False), pa.field("url", pa.string(), nullable=False)]
 )
-"""A row whose URL was not canonical, and is now. row: counted from its piece's first, rising."""
+"""Rows with a URL that was not canonical, and the canonical URL. row: number within the piece, ascending."""
 
 Mask = npt.NDArray[np.bool_]
 Ids = npt.NDArray[np.int64]
@@ -58,16 +58,20 @@ class Rules:
     blocklist: Blocklist
 
 
-def judge(
+def apply_rules(
     batch: pa.RecordBatch, first_row: int, rules: Rules
 ) -> tuple[pa.Table, pa.RecordBatch, dict[str, int]]:
-    """The rows of a batch (columns JUDGED) that no rule drops, as KEYS; its MENDED; the dropped by reason."""
-    given = texts(batch["url"])
-    urls = canonical_column(given)
+    """Apply the rules to a batch with the columns RULE_COLUMNS.
+
+    Returns the rows that no rule drops (KEY_SCHEMA), corrected URLs (CORRECTED_URL_SCHEMA), and the number of
+    dropped rows by reason.
+    """
+    original = texts(batch["url"])
+    urls = canonical_column(original)
     width, height = _edges(batch["width"]), _edges(batch["height"])
     unsafe, unsafe_known = _score(batch["punsafe"], rules)
     watermark, watermark_known = _score(batch["pwatermark"], rules)
-    verdict = np.select(
+    drop_code = np.select(
         [
             urls.is_null().to_numpy(zero_copy_only=False),
             (width < 1) | (height < 1),
@@ -78,27 +82,29 @@ def judge(
         default=0,
     )
     train = (np.minimum(width, height) >= rules.min_edge) & (watermark < rules.max_watermark)
-    rows = np.flatnonzero(verdict == 0)
+    rows = np.flatnonzero(drop_code == 0)
     kept = urls.take(pa.array(rows))
-    ids, check = identities(kept)
+    ids, check = hash_urls(kept)
     blocked = rules.blocklist.blocks_ids(ids) | rules.blocklist.blocks_hosts(kept)
-    verdict[rows[blocked]] = 5
+    drop_code[rows[blocked]] = 5
     rows, ids, check = rows[~blocked], ids[~blocked], check[~blocked]
-    counts = np.bincount(verdict, minlength=6)[1:]
-    reasons = {str(word): int(count) for word, count in zip(DROPPED, counts, strict=True) if count}
+    counts = np.bincount(drop_code, minlength=6)[1:]
+    reasons = {str(word): int(count) for word, count in zip(DROP_REASONS, counts, strict=True) if count}
     columns = [ids, check, (rows + first_row).astype(np.uint32), train[rows]]
-    return pa.table(columns, schema=KEYS), _mended(given, urls, first_row), reasons
+    return pa.table(columns, schema=KEY_SCHEMA), _corrected_urls(original, urls, first_row), reasons
 
 
-def _mended(given: pa.StringArray, urls: pa.StringArray, first_row: int) -> pa.RecordBatch:
-    rows = np.flatnonzero(pc.fill_null(pc.not_equal(urls, given), False).to_numpy(zero_copy_only=False))
-    return pa.record_batch([(rows + first_row).astype(np.uint32), urls.take(pa.array(rows))], schema=MENDED)
+def _corrected_urls(original: pa.StringArray, urls: pa.StringArray, first_row: int) -> pa.RecordBatch:
+    rows = np.flatnonzero(pc.fill_null(pc.not_equal(urls, original), False).to_numpy(zero_copy_only=False))
+    return pa.record_batch(
+        [(rows + first_row).astype(np.uint32), urls.take(pa.array(rows))], schema=CORRECTED_URL_SCHEMA
+    )
 
 
 def _edges(column: pa.Array) -> npt.NDArray[np.int64]:
     values = pc.fill_null(numbers(column), 0.0).to_numpy(zero_copy_only=False)
-    sound = (values >= 1) & (values <= MAX_EDGE) & (values == np.floor(values))
-    return np.where(sound, values, 0).astype(np.int64)
+    valid = (values >= 1) & (values <= MAX_EDGE) & (values == np.floor(values))
+    return np.where(valid, values, 0).astype(np.int64)
 
 
 def _score(column: pa.Array, rules: Rules) -> tuple[npt.NDArray[np.float64], Mask]:
@@ -108,26 +114,26 @@ def _score(column: pa.Array, rules: Rules) -> tuple[npt.NDArray[np.float64], Mas
     return filled, known | (rules.missing_scores == "keep")
 
 
-def identities(urls: pa.StringArray) -> tuple[Ids, npt.NDArray[np.uint32]]:
-    """Image id of each canonical URL (as `retrieval.storage.schema.image_id`), and 32 other bits of its hash."""
+def hash_urls(urls: pa.StringArray) -> tuple[Ids, npt.NDArray[np.uint32]]:
+    """Image ids of canonical URLs (`retrieval.storage.schema.image_id`), and 32 more bits of each hash."""
     empty, raw, digests = hashlib.sha256(), urls.cast(pa.binary()), bytearray()
     for first in range(0, len(raw), HASHED_ROWS):
         for url in raw.slice(first, HASHED_ROWS).to_pylist():
-            one = empty.copy()  # a tenth quicker than a new one, for which OpenSSL looks up its method
-            one.update(url)
-            digests += one.digest()
+            digest = empty.copy()  # 10 % faster than a new object, for which OpenSSL looks up the algorithm
+            digest.update(url)
+            digests += digest.digest()
     words = np.frombuffer(digests, "<i8").reshape(-1, 4)
     return words[:, 0], words[:, 1].astype(np.uint32)
 
 
-def by_bucket(keys: pa.Table, num_buckets: int) -> list[pa.RecordBatch]:
-    """The keys divided by image id, order kept within each bucket. num_buckets: a power of two."""
+def split_into_buckets(keys: pa.Table, num_buckets: int) -> list[pa.RecordBatch]:
+    """The keys divided by image id, in their order within each bucket. num_buckets: a power of two."""
     bucket = keys["image_id"].to_numpy().view(np.uint64) & np.uint64(num_buckets - 1)
-    return divide(keys, bucket.astype(np.int64), num_buckets)
+    return split_rows(keys, bucket.astype(np.int64), num_buckets)
 
 
-def divide(table: pa.Table, part: npt.NDArray[np.int64], num_parts: int) -> list[pa.RecordBatch]:
-    """The rows of a table by part number, order kept within each part."""
+def split_rows(table: pa.Table, part: npt.NDArray[np.int64], num_parts: int) -> list[pa.RecordBatch]:
+    """The rows of a table divided by part number, in their order within each part."""
     ordered = table.take(pa.array(np.argsort(part, kind="stable"))).combine_chunks()
     ends = np.cumsum(np.bincount(part, minlength=num_parts))
     starts = np.concatenate([[0], ends[:-1]])
@@ -137,32 +143,32 @@ def divide(table: pa.Table, part: npt.NDArray[np.int64], num_parts: int) -> list
     ]
 
 
-def repeats(keys: pa.Table) -> tuple[Mask, int]:
-    """Which rows of KEYS repeat the id of an earlier row, and how many of them by collision of two URLs."""
+def find_duplicates(keys: pa.Table) -> tuple[Mask, int]:
+    """Mask of the rows of KEY_SCHEMA with the id of an earlier row, and how many of them have another URL."""
     ids, check = keys["image_id"].to_numpy(), keys["check"].to_numpy()
-    order = np.argsort(ids)  # a third of the time of a stable one, which then sees few rows
+    order = np.argsort(ids)  # three times faster than a stable sort, which below gets few rows
     same = ids[order[1:]] == ids[order[:-1]]
-    several = np.union1d(order[1:][same], order[:-1][same])
-    order = several[np.argsort(ids[several], kind="stable")]
+    candidates = np.union1d(order[1:][same], order[:-1][same])
+    order = candidates[np.argsort(ids[candidates], kind="stable")]
     same = ids[order[1:]] == ids[order[:-1]]
-    later = np.zeros(len(ids), bool)
-    later[order[1:][same]] = True
-    return later, int((same & (check[order[1:]] != check[order[:-1]])).sum())
+    duplicate = np.zeros(len(ids), bool)
+    duplicate[order[1:][same]] = True
+    return duplicate, int((same & (check[order[1:]] != check[order[:-1]])).sum())
 
 
-def ranks(ids: Ids, seed: int) -> Ranks:
-    """A seeded one-to-one shuffle of the 64-bit ids (the finalizer of splitmix64): lowest ranks train."""
+def training_ranks(ids: Ids, seed: int) -> Ranks:
+    """A seeded one-to-one hash of the 64-bit ids (finalizer of splitmix64). The lowest ranks train."""
     mixed = ids.view(np.uint64) ^ np.uint64(int.from_bytes(hashlib.sha256(f"{seed}".encode()).digest()[:8]))
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return np.asarray(mixed ^ (mixed >> np.uint64(31)))
 
 
-def threshold(parts: Callable[[], Iterable[Ranks]], count: int) -> int:
-    """The rank that `count` of all ranks do not exceed; NO_LIMIT if there are no more than count.
+def rank_threshold(parts: Callable[[], Iterable[Ranks]], count: int) -> int:
+    """The highest of the `count` lowest ranks; NO_LIMIT if there are at most `count` ranks.
 
-    `parts` yields the ranks in arrays of any size, and is called twice, so that only one array and one
-    histogram are in memory.
+    parts: yields the ranks in arrays. It is called twice, so that only one array and one histogram are in
+    memory.
     """
     histogram = np.zeros(1 << 16, np.int64)
     for part in parts():

@@ -28,7 +28,7 @@ from pipeline.runtime.stage import Stage, map_in_threads
 from pipeline.runtime.wandb_reporter import wandb_reporter
 from retrieval.config import WorkersConfig
 from retrieval.errors import UserError
-from retrieval.storage.manifest import ShardRecord, files_stand, read_record, write_record
+from retrieval.storage.manifest import ShardRecord, files_exist, read_record, write_record
 from retrieval.storage.temp_folders import remove_stale_folders
 
 Work = Callable[[str], ShardRecord]
@@ -136,7 +136,7 @@ def run_shards(
 
 def _finished_record(stage: Stage, shard: str) -> ShardRecord | None:
     stored = read_record(stage.root, stage.name, shard)
-    if stored is None or stored[0] != stage.fingerprint or not files_stand(stage.root, stored[1]):
+    if stored is None or stored[0] != stage.fingerprint or not files_exist(stage.root, stored[1]):
         return None
     return stored[1]
 

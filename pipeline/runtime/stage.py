@@ -16,7 +16,7 @@ from retrieval.index.hidden import HIDDEN_FILE
 from retrieval.storage.manifest import (
     Manifest,
     ShardRecord,
-    files_stand,
+    files_exist,
     fingerprint,
     read_manifest,
     write_manifest,
@@ -60,7 +60,7 @@ class Stage:
         manifest = read_manifest(self.root, self.name)
         if manifest.fingerprint != self.fingerprint:
             return None
-        if not all(map_in_threads(partial(files_stand, self.root), manifest.shards)):
+        if not all(map_in_threads(partial(files_exist, self.root), manifest.shards)):
             self.log.warning(
                 "files of %s are missing or truncated: they are made again", self.root.at(self.name)
             )
@@ -73,19 +73,19 @@ class Stage:
         started = f"{self.name}/started.json"
         self.root.delete(f"{self.name}/manifest.json")
         if self.root.exists(started) and self.root.read_json(started) == {"fingerprint": self.fingerprint}:
-            self.root.sweep_partials(self.name)
+            self.root.delete_partial_files(self.name)
             return
         if self.root.exists(self.name):
             self.log.info(
                 "settings or inputs changed: %s is deleted and built again", self.root.at(self.name)
             )
-        self.root.delete_but(self.name, HIDDEN_FILE)  # hidden images stay hidden in the new output
+        self.root.delete_except(self.name, HIDDEN_FILE)  # hidden images stay hidden in the new output
         self.root.write_json(started, {"fingerprint": self.fingerprint})
 
     def complete(self, records: Sequence[ShardRecord], values: dict[str, Any], started: float) -> Manifest:
         """Write the manifest, last of all files. started: `time.time()` at the start of the stage."""
         # Workers of a killed run may have written partial files after begin() deleted the others.
-        self.root.sweep_partials(self.name)
+        self.root.delete_partial_files(self.name)
         manifest = Manifest(
             stage=self.name,
             schema_version=self.schema_version,

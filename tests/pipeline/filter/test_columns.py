@@ -7,7 +7,7 @@ from pipeline.filter.columns import MAX_CAPTION_CHARS, captions, count_changed, 
 
 
 @pytest.mark.parametrize(
-    ("column", "wanted"),
+    ("column", "expected"),
     [
         (pa.array([1, None, 3], pa.int32()), [1.0, None, 3.0]),
         (pa.array([0.5, float("nan"), float("inf")]), [0.5, None, None]),
@@ -20,12 +20,14 @@ from pipeline.filter.columns import MAX_CAPTION_CHARS, captions, count_changed, 
         (pa.nulls(2), [None, None]),
     ],
 )
-def test_whatever_means_a_number_becomes_one(column: pa.Array, wanted: list[float | None]) -> None:
-    assert numbers(column).to_pylist() == wanted
+def test_numbers_are_parsed_and_other_values_become_null(
+    column: pa.Array, expected: list[float | None]
+) -> None:
+    assert numbers(column).to_pylist() == expected
 
 
-def test_captions_lose_nul_broken_bytes_and_excess_length_and_nothing_else() -> None:
-    given = [
+def test_captions_lose_only_nul_invalid_bytes_and_excess_length() -> None:
+    original = [
         b"plain",
         b"nu\0l",
         b"lone \xed\xa0\x80 surrogate",
@@ -34,7 +36,7 @@ def test_captions_lose_nul_broken_bytes_and_excess_length_and_nothing_else() -> 
         "größe 🖼".encode(),
         b"x" * 10_000_000,
     ]
-    column = pa.array(given, pa.binary())
+    column = pa.array(original, pa.binary())
     cleaned = captions(column)
     assert count_changed(column, cleaned) == 4
     assert cleaned.to_pylist() == [
@@ -48,6 +50,6 @@ def test_captions_lose_nul_broken_bytes_and_excess_length_and_nothing_else() -> 
     ]
 
 
-def test_a_text_of_broken_bytes_is_null_while_its_neighbors_stay() -> None:
+def test_only_texts_with_invalid_bytes_become_null() -> None:
     broken = pa.array([b"http://a.org/\xff", b"http://b.org/"], pa.binary())
     assert texts(broken).to_pylist() == [None, "http://b.org/"]

@@ -1,3 +1,4 @@
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +14,12 @@ from retrieval.errors import UserError
 from retrieval.storage.manifest import Manifest
 from retrieval.storage.root import Root
 from retrieval.storage.schema import SELECTED, image_id, read_table
-from tests.pipeline.shards_in_process import made_here
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = pytest.mark.usefixtures("in_process_shards")
 
 
 def write(folder: Path, name: str, rows: list[dict[str, object]], **columns: object) -> None:
-    """A LAION-like file; `columns` replaces whole columns."""
+    """Write a file in LAION's format; `columns` replaces whole columns."""
     folder.mkdir(exist_ok=True)
     table = {
         "URL": [row["url"] for row in rows],
@@ -66,7 +66,7 @@ def test_rows_go_to_one_split_or_to_one_reason(tmp_path: Path, root: Root) -> No
     assert train["image_id"].to_pylist() == [image_id(url) for url in train["url"].to_pylist()]
 
 
-def test_of_equal_addresses_only_the_first_row_stays(tmp_path: Path, root: Root) -> None:
+def test_only_the_first_row_of_equal_urls_stays(tmp_path: Path, root: Root) -> None:
     meta = tmp_path / "meta"
     rows = [
         {"url": "http://example.org/a#1", "caption": "first"},
@@ -80,23 +80,23 @@ def test_of_equal_addresses_only_the_first_row_stays(tmp_path: Path, root: Root)
     assert manifest.reasons == {"duplicate_url": 4}
 
 
-def test_the_quota_is_met_exactly_and_by_the_same_rows_in_any_order(tmp_path: Path, root: Root) -> None:
+def test_the_quota_selects_exactly_the_same_rows_in_any_order(tmp_path: Path, root: Root) -> None:
     rows = numbered(0, 300)
     write(tmp_path / "one", "a.parquet", rows + numbered(0, 50))
     shuffled = [rows[n] for n in np.random.default_rng(0).permutation(300)]
     write(tmp_path / "two", "a.parquet", shuffled[:100])
     write(tmp_path / "two", "b.parquet", shuffled[100:])
-    chosen = []
+    selected = []
     for folder in ("one", "two"):
         manifest = run(config(tmp_path / folder, max_train=70, rows_per_shard=32), root.child(folder))
         train = rows_of(root.child(folder), manifest, "train")
-        chosen.append(set(train["image_id"].to_pylist()))
+        selected.append(set(train["image_id"].to_pylist()))
         assert train.num_rows == 70
         assert rows_of(root.child(folder), manifest, "database").num_rows == 230
-    assert chosen[0] == chosen[1]
+    assert selected[0] == selected[1]
 
 
-def test_pieces_and_shards_divide_the_rows_without_changing_them(
+def test_the_size_of_pieces_and_shards_does_not_change_the_rows(
     tmp_path: Path, root: Root, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     meta = tmp_path / "meta"
@@ -131,7 +131,7 @@ def test_columns_are_found_in_any_case(tmp_path: Path, root: Root, case: object)
     assert run(config(meta), root).rows == 3
 
 
-def test_renamed_and_crossed_columns_are_read_as_the_recipe_says(tmp_path: Path, root: Root) -> None:
+def test_columns_can_be_renamed_and_swapped_in_the_recipe(tmp_path: Path, root: Root) -> None:
     meta = tmp_path / "meta"
     write(meta, "a.parquet", numbered(0, 1), URL=None, link=["http://example.org/x"])
     columns = Columns(url="Link", width="HEIGHT", height="WIDTH")
@@ -141,7 +141,9 @@ def test_renamed_and_crossed_columns_are_read_as_the_recipe_says(tmp_path: Path,
     assert (row["license"], row["similarity"]) == (None, pytest.approx(0.3))
 
 
-def test_odd_types_and_values_are_read_or_named(tmp_path: Path, root: Root) -> None:
+def test_unusual_types_are_read_and_invalid_values_are_dropped_with_a_reason(
+    tmp_path: Path, root: Root
+) -> None:
     meta = tmp_path / "meta"
     write(
         meta,
@@ -159,24 +161,24 @@ def test_odd_types_and_values_are_read_or_named(tmp_path: Path, root: Root) -> N
     assert manifest.reasons == {"bad_size": 1, "no_score": 1}
 
 
-def test_urls_are_mended_in_their_rows_however_the_file_divides_its_columns(
+def test_urls_are_corrected_in_their_rows_when_columns_have_different_batches(
     tmp_path: Path, root: Root
 ) -> None:
     urls = [f"http://example.org/{n}.jpg" for n in range(300)]
-    given = [f"{url}#x" if n % 7 == 3 else url for n, url in enumerate(urls)]
+    original = [f"{url}#x" if n % 7 == 3 else url for n, url in enumerate(urls)]
     captions = [str(n) for n in range(300)]
-    write(tmp_path / "meta", "a.parquet", numbered(0, 300), URL=given, TEXT=captions)
+    write(tmp_path / "meta", "a.parquet", numbered(0, 300), URL=original, TEXT=captions)
     table = pq.read_table(tmp_path / "meta/a.parquet")
-    place = table.column_names.index("TEXT")
-    # A dictionary a row group: whoever reads this column gets other batches than who does not.
-    table = table.set_column(place, "TEXT", table["TEXT"].dictionary_encode())
+    column = table.column_names.index("TEXT")
+    # One dictionary a row group: reading this column changes the batches.
+    table = table.set_column(column, "TEXT", table["TEXT"].dictionary_encode())
     pq.write_table(table, tmp_path / "meta/a.parquet", row_group_size=100)
     train = rows_of(root, run(config(tmp_path / "meta"), root), "train")
     assert train["url"].to_pylist() == urls
     assert train["caption"].to_pylist() == captions
 
 
-def test_a_run_that_an_older_version_began_says_what_to_do(
+def test_a_run_started_by_an_older_version_is_refused_with_a_remedy(
     tmp_path: Path, root: Root, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "meta", "a.parquet", numbered(0, 3))
@@ -184,12 +186,14 @@ def test_a_run_that_an_older_version_began_says_what_to_do(
     monkeypatch.setattr(
         Root, "exists", lambda self, name: not name.endswith("-urls.arrow") and exists(self, name)
     )
-    wanted = r"-urls.arrow is missing: an older version.*run 'make filter' again"
-    with made_here(), pytest.raises(UserError, match=wanted):
+    message = r"-urls.arrow is missing: an older version.*run 'make filter' again"
+    with pytest.raises(UserError, match=message):
         run(config(tmp_path / "meta"), root)
 
 
-def test_listed_images_are_not_selected_and_a_changed_list_selects_anew(tmp_path: Path, root: Root) -> None:
+def test_blocked_images_are_dropped_and_a_changed_blocklist_runs_the_stage_again(
+    tmp_path: Path, root: Root
+) -> None:
     write(tmp_path / "meta", "a.parquet", numbered(0, 5))
     blocklist = tmp_path / "list.txt"
     blocklist.write_text("http://example.org/1.jpg\n")
@@ -198,7 +202,7 @@ def test_listed_images_are_not_selected_and_a_changed_list_selects_anew(tmp_path
     assert run(config(tmp_path / "meta", blocklist=str(blocklist)), root).reasons == {"blocked": 2}
 
 
-def test_a_second_run_does_nothing_and_new_metadata_is_noticed(tmp_path: Path, root: Root) -> None:
+def test_a_second_run_does_nothing_unless_the_metadata_changed(tmp_path: Path, root: Root) -> None:
     write(tmp_path / "meta", "a.parquet", numbered(0, 5))
     first = run(config(tmp_path / "meta"), root)
     assert run(config(tmp_path / "meta", workers=1), root) == first
@@ -210,34 +214,38 @@ def test_a_second_run_does_nothing_and_new_metadata_is_noticed(tmp_path: Path, r
     assert rows_of(root, second, "train")["url"].to_pylist()[0] == "http://example.org/5.jpg"
 
 
-def test_a_killed_run_is_completed_with_the_same_checksums(tmp_path: Path, root: Root) -> None:
+def test_a_killed_run_continues_to_the_same_checksums(tmp_path: Path, root: Root) -> None:
     write(tmp_path / "meta", "a.parquet", numbered(0, 60) + numbered(0, 20))
     write(tmp_path / "meta", "b.parquet", numbered(40, 60, pwatermark=0.9))
     settings = {"rows_per_shard": 16, "max_train": 30}
     whole = run(config(tmp_path / "meta", **settings), root.child("whole"))
     code = (
-        "import os, sys; os.environ['RAY_ADDRESS'] = 'local'\n"
-        "from pipeline import filter as stage; from pipeline.recipe import FilterConfig\n"
+        "import os, sys\n"
+        "sys.path.append(sys.argv[3])\n"
+        "from pipeline.filter import filter as stage\n"
+        "from pipeline.recipe import FilterConfig\n"
         "from retrieval.storage.root import Root\n"
-        "from retrieval.cluster.connection import connected\n"
-        "made = stage.run_shards\n"
-        "def dies(*arguments):\n"
-        "    records = made(*arguments)\n"
-        "    if arguments[1][0].startswith('select'): import os; os.kill(os.getpid(), 9)\n"
+        "from shards_in_process import shards_in_process\n"
+        "run_shards = stage.run_shards\n"
+        "def kill_after_select(*arguments):\n"
+        "    records = run_shards(*arguments)\n"
+        "    if arguments[1][0].startswith('select'):\n"
+        "        os.kill(os.getpid(), 9)\n"
         "    return records\n"
-        "stage.run_shards = dies\n"
-        "with connected():\n"
+        "stage.run_shards = kill_after_select\n"
+        "with shards_in_process():\n"
         "    config = FilterConfig(metadata=sys.argv[1], rows_per_shard=16, max_train=30)\n"
         "    stage.run(config, Root(sys.argv[2]))\n"
     )
     killed = root.child("killed")
-    result = subprocess.run([sys.executable, "-c", code, str(tmp_path / "meta"), killed.url], check=False)
-    assert result.returncode == -9
+    arguments = [str(tmp_path / "meta"), killed.url, str(Path(__file__).parents[1])]
+    result = subprocess.run([sys.executable, "-c", code, *arguments], check=False)
+    assert result.returncode == -signal.SIGKILL
     assert not killed.exists("filter/manifest.json")
     assert run(config(tmp_path / "meta", **settings), killed).checksums() == whole.checksums()
 
 
-def test_a_missing_column_is_named_with_the_file_and_the_key_to_set(tmp_path: Path, root: Root) -> None:
+def test_a_missing_column_is_reported_with_its_file_and_setting(tmp_path: Path, root: Root) -> None:
     write(tmp_path / "meta", "a.parquet", numbered(0, 2), punsafe=None)
     with pytest.raises(
         UserError, match=r"a\.parquet has no column 'punsafe'; it has URL, .*filter\.columns\.punsafe"
@@ -249,10 +257,10 @@ def test_a_missing_column_is_named_with_the_file_and_the_key_to_set(tmp_path: Pa
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: path.write_bytes(b""), r"b\.parquet \(0 bytes\) is not a whole Parquet file"),
+        (lambda path: path.write_bytes(b""), r"b\.parquet \(0 bytes\) is not a complete Parquet file"),
         (
             lambda path: path.write_bytes(path.read_bytes()[:-20]),
-            r"b\.parquet .* is not a whole Parquet file",
+            r"b\.parquet .* is not a complete Parquet file",
         ),
         (
             lambda path: path.write_bytes(b"PAR1" + bytes(200) + path.read_bytes()[204:]),
@@ -260,7 +268,7 @@ def test_a_missing_column_is_named_with_the_file_and_the_key_to_set(tmp_path: Pa
         ),
     ],
 )
-def test_a_damaged_file_is_named(tmp_path: Path, root: Root, damage: object, message: str) -> None:
+def test_a_damaged_file_is_reported_by_name(tmp_path: Path, root: Root, damage: object, message: str) -> None:
     write(tmp_path / "meta", "a.parquet", numbered(0, 20))
     write(tmp_path / "meta", "b.parquet", numbered(20, 20))
     damage(tmp_path / "meta" / "b.parquet")  # type: ignore[operator]
@@ -275,18 +283,18 @@ def test_a_folder_without_rows_is_an_error(tmp_path: Path, root: Root) -> None:
     with pytest.raises(UserError, match="no \\*\\.parquet file"):
         run(config(tmp_path / "meta"), root)
     write(tmp_path / "meta", "a.parquet", [], URL=pa.array([], pa.string()))
-    with pytest.raises(UserError, match="hold no rows"):
+    with pytest.raises(UserError, match="have no rows"):
         run(config(tmp_path / "meta"), root)
 
 
-def test_metadata_of_which_nothing_can_be_kept_is_an_error(tmp_path: Path, root: Root) -> None:
+def test_metadata_without_a_row_to_keep_is_an_error(tmp_path: Path, root: Root) -> None:
     write(tmp_path / "meta", "a.parquet", numbered(0, 5, punsafe=1.0))
     with pytest.raises(UserError, match=r"none of 5 rows was kept.*'unsafe': 5"):
         run(config(tmp_path / "meta"), root)
 
 
-def test_every_bad_row_has_its_reason_and_the_good_ones_beside_it_stay(tmp_path: Path, root: Root) -> None:
-    given = {
+def test_every_invalid_row_has_its_reason_and_valid_rows_stay(tmp_path: Path, root: Root) -> None:
+    row_by_url = {
         "http://example.org/good.jpg": {},
         "http://bücher.example/größe.jpg": {},
         "http://example.org/text-number": {"WIDTH": " 1000 "},
@@ -306,11 +314,11 @@ def test_every_bad_row_has_its_reason_and_the_good_ones_beside_it_stay(tmp_path:
         "http://example.org/nan": {"punsafe": float("nan")},
         "http://example.org/null": {"pwatermark": None},
     }
-    usual = {"TEXT": b"a caption", "WIDTH": "1000", "HEIGHT": "900", "pwatermark": 0.1, "punsafe": 0.1}
-    rows = [usual | (odd if isinstance(odd, dict) else {}) for odd in given.values()]
-    columns = {name: [row[name] for row in rows] for name in usual}
-    urls = pa.array([url.encode() if isinstance(url, str) else url for url in given], pa.binary())
-    # Marked as text, as writers do that never look at the bytes.
+    default = {"TEXT": b"a caption", "WIDTH": "1000", "HEIGHT": "900", "pwatermark": 0.1, "punsafe": 0.1}
+    rows = [default | (change if isinstance(change, dict) else {}) for change in row_by_url.values()]
+    columns = {name: [row[name] for row in rows] for name in default}
+    urls = pa.array([url.encode() if isinstance(url, str) else url for url in row_by_url], pa.binary())
+    # Declared as text without validation, as some writers do.
     texts = {"URL": urls, "TEXT": pa.array(columns.pop("TEXT"), pa.binary())}
     unchecked = {
         name: pa.StringArray.from_buffers(len(column), *column.buffers()[1:], column.buffers()[0])
