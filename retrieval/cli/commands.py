@@ -20,10 +20,12 @@ from retrieval.cli.card import card
 from retrieval.cli.contact_sheet import QueryResult, credit, printable, query_results, write_contact_sheet
 from retrieval.cli.queries import QueryInputs, encode_queries, read_vectors
 from retrieval.clip.identity import EncoderIdentity
+from retrieval.database.calibration import recalibrate
 from retrieval.database.database import Database
-from retrieval.database.verify import Sample, damaged_files, measure_recall, visible_positions
+from retrieval.database.verify import RecallSample, damaged_files, measure_recall, visible_positions
 from retrieval.errors import UserError
 from retrieval.extras import extras_named
+from retrieval.imports.importer import import_vectors, vector_dim
 from retrieval.imports.source import SourceColumns, VectorSource
 from retrieval.index.effort import MeasuredEffort
 from retrieval.index.hidden import hide
@@ -94,15 +96,13 @@ def verify(arguments: Arguments) -> int:
         print("\n".join(f"damaged: {line}" for line in damaged))
         return DAMAGED
     print(f"{len(read_manifest(root, '').checksums())} files match the manifest")
-    sample = Sample(arguments.queries, arguments.k, arguments.recall, arguments.seed)
+    sample = RecallSample(arguments.queries, arguments.k, arguments.recall, arguments.seed)
     print(f"{measure_recall(Database.open(root), sample)}, requested {arguments.recall}")
     return 0
 
 
 def build(arguments: Arguments) -> int:
     """Build a database from vectors of another tool."""
-    from retrieval.imports.importer import build_from, dimension
-
     columns = dict(_column_name(pair) for pair in arguments.column)
     try:
         source = VectorSource(arguments.source, arguments.metadata, SourceColumns(**columns), arguments.part)
@@ -113,9 +113,9 @@ def build(arguments: Arguments) -> int:
         problems = (f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
         raise UserError(f"invalid option: {'; '.join(problems)}") from error
     encoder = EncoderIdentity(
-        model=arguments.model, weights=arguments.weights, preprocessing="", dim=dimension(source)
+        model=arguments.model, weights=arguments.weights, preprocessing="", dim=vector_dim(source)
     )
-    manifest = build_from(arguments.database, source, encoder, config)
+    manifest = import_vectors(arguments.database, source, encoder, config)
     left_out = "".join(f", {count:,} {word}" for word, count in manifest.reasons.items())
     print(f"{arguments.database}: {manifest.rows:,} rows of dim {encoder.dim}{left_out}")
     return 0
@@ -130,8 +130,6 @@ def hide_images(arguments: Arguments) -> int:
 
 def calibrate(arguments: Arguments) -> int:
     """Measure the recall of each effort on your own queries and store it."""
-    from retrieval.database.calibration import recalibrate
-
     root = Root(arguments.database)
     recalibrate(root, read_vectors(arguments.queries), arguments.like)
     _print_calibration(Database.open(root), arguments.like)

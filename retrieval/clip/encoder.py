@@ -1,8 +1,7 @@
-"""CLIP: the one encoder of texts and images, used by every stage and named in every manifest.
+"""CLIP encodes texts and images as unit vectors.
 
-Reads the weights that an open_clip name and tag, a checkpoint path or a local folder point to. Gives
-unit vectors. Two encoders are the same if their weights and their preprocessing are; a database says
-which one made it.
+Reads the weights of an open_clip name and tag, a checkpoint path or a local folder. Two encoders count as the
+same if model, weights and preprocessing are equal; every database stores the identity of its encoder.
 """
 
 import hashlib
@@ -22,11 +21,11 @@ from retrieval.recipe import ClipConfig
 
 
 class Encoder:
-    """A loaded CLIP model. Thread-safe for reading; texts and images come out as unit float32 rows."""
+    """A loaded CLIP model. Texts and images become unit float32 rows. Thread-safe."""
 
     def __init__(self, config: ClipConfig, device: str = "cpu") -> None:
         """Load the model. device: `cpu`, `cuda` or `cuda:1`. Raises UserError if it cannot be loaded."""
-        import open_clip  # it takes longer to import than torch, and training encodes for previews alone
+        import open_clip  # slower to import than torch; training needs it only for previews
 
         self.device = torch.device(device)
         self._model, self.preprocess = _load(config)
@@ -39,14 +38,11 @@ class Encoder:
             dim=self.encode_texts(["a"]).shape[1],
         )
 
-    @classmethod
-    def load(cls, config: ClipConfig, device: str = "cpu") -> "Encoder":
-        """The same as the constructor, in the word other parts use."""
-        return cls(config, device)
+
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> npt.NDArray[np.float32]:
-        """Unit vectors of texts, (n, dim) float32. Text beyond the model's context is cut off."""
+        """Unit vectors of texts, (n, dim) float32. Texts longer than the model's context are truncated."""
         rows = [
             self._unit(
                 self._model.encode_text(self._tokenize(list(texts[i : i + batch_size])).to(self.device))
@@ -77,7 +73,7 @@ class Encoder:
 def _load(config: ClipConfig) -> tuple[Any, Any]:
     import open_clip
 
-    _refuse_traps(config)
+    _check_config(config)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -93,7 +89,8 @@ def _load(config: ClipConfig) -> tuple[Any, Any]:
     return model, preprocess
 
 
-def _refuse_traps(config: ClipConfig) -> None:
+def _check_config(config: ClipConfig) -> None:
+    """Raises UserError for settings that open_clip would accept but that give wrong vectors."""
     if not config.pretrained and not config.model.startswith("local-dir:"):
         raise UserError(
             f"[clip] model = {config.model!r} has no weights. Set pretrained: a tag ('openai') or a path."

@@ -1,4 +1,4 @@
-"""Which encoder made a set of vectors: stated in every manifest, compared before any search."""
+"""The identity of an encoder: stored in every manifest, compared before every search."""
 
 import hashlib
 
@@ -6,12 +6,12 @@ from retrieval.config import Config
 
 
 class EncoderIdentity(Config):
-    """What makes two encoders' vectors comparable."""
+    """Vectors are comparable if the identities of their encoders are equal."""
 
     model: str
-    """Name of the architecture: open_clip's, or that of a local folder."""
+    """Name of the architecture (open_clip's) or of a local folder."""
     weights: str
-    """First 16 hex digits of the SHA-256 of all weights in order of their names."""
+    """First 16 hex digits of the SHA-256 of all weights, ordered by name."""
     preprocessing: str
     """Size, mean, standard deviation and interpolation of the image transform, as JSON."""
     dim: int
@@ -19,5 +19,5 @@ class EncoderIdentity(Config):
 
     @property
     def digest(self) -> str:
-        """The whole identity in 16 hex digits, for fingerprints."""
+        """The identity as 16 hex digits, for fingerprints."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]

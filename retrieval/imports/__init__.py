@@ -6,8 +6,8 @@ from retrieval.imports.source import SourceColumns, VectorSource
 from retrieval.lazy import public_names
 
 if TYPE_CHECKING:
-    from retrieval.imports.importer import build_from
+    from retrieval.imports.importer import build_database, import_vectors
 
-__all__ = ["SourceColumns", "VectorSource", "build_from"]
+__all__ = ["SourceColumns", "VectorSource", "build_database", "import_vectors"]
 
-__getattr__ = public_names(__name__, {"build_from": "importer"})
+__getattr__ = public_names(__name__, {"build_database": "importer", "import_vectors": "importer"})

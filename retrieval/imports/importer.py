@@ -1,10 +1,11 @@
-"""Databases of vectors from elsewhere: another tool's embeddings, with whatever is known of their pictures.
+"""Builds a database from vectors of another tool, with the metadata that comes with them.
 
-Takes the raw blocks of `retrieval.imports.readers`, drops what no search could find (counted by reason word),
-brings the rest to length 1 and to the columns of `schema.embeddings`, and builds a database of it.
+Takes the raw blocks of `retrieval.imports.readers`, leaves out unusable rows (counted by reason), normalizes
+the others, fills the columns of `schema.embeddings`, and builds the database.
 """
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import pyarrow.compute as pc
 
 from retrieval.clip.identity import EncoderIdentity
 from retrieval.database.build import DatabaseIdentity, write_database
+from retrieval.database.database import Database
 from retrieval.errors import UserError
 from retrieval.imports.readers import SourceBlock, read_source_blocks, split_path
 from retrieval.imports.source import SourceColumns, VectorSource, find_column
@@ -25,105 +27,122 @@ from retrieval.storage.manifest import Manifest, read_manifest
 from retrieval.storage.root import Root
 from retrieval.storage.schema import Reason
 
-OWN_FILES = ("blocked.npy", "centroids.npy", "partitions/")
-"""What an interrupted build leaves, and another build may remove."""
+DATABASE_FILES = ("blocked.npy", "centroids.npy", "partitions/")
+"""Files of an interrupted build, which another build may remove."""
 
 
 @dataclass(frozen=True)
 class DatabaseBlock:
-    """Rows of a source, fit for a database, and those left out of it by reason word."""
+    """Consecutive rows of a source in database columns, and the number of rows left out by reason."""
 
-    where: str
+    location: str
     table: pa.Table
     """schema.embeddings(dim)."""
     reasons: dict[str, int]
 
 
 def read_database_blocks(source: VectorSource, dim: int) -> Iterator[DatabaseBlock]:
-    """The rows of a source in its order, at most readers.BLOCK_ROWS at once.
+    """Convert the rows of a source in order, at most readers.BLOCK_ROWS at once.
 
-    A row's id is its own where the source states one, else `schema.image_id` of its address or path, else
-    its number in the source. Raises UserError for vectors whose length is not dim.
+    The image id of a row is that of the source, else `schema.image_id` of its URL or path, else its row
+    number in the source. Raises UserError if vectors have another length than `dim`.
     """
     first = 0
     for block in read_source_blocks(source):
-        found = block.vectors.shape[1]
-        if found not in (dim, 0):
-            raise UserError(f"{block.where} has vectors of length {found}; the encoder makes {dim}")
+        length = block.vectors.shape[1]
+        if length not in (dim, 0):
+            raise UserError(f"{block.location} has vectors of length {length}; the encoder makes {dim}")
         usable, rows = _unit_rows(block.vectors)
         table = _metadata(block, source.columns, first).filter(pa.array(usable))
         vectors = schema.fixed_lists(rows.reshape(-1, dim).astype(np.float16))
-        piece = table.append_column(schema.embeddings(dim).field(schema.EMBEDDING), vectors)
+        table = table.append_column(schema.embeddings(dim).field(schema.EMBEDDING), vectors)
         bad = int((~usable).sum())
-        yield DatabaseBlock(block.where, piece, {Reason.BAD_VECTOR: bad} if bad else {})
+        yield DatabaseBlock(block.location, table, {Reason.BAD_VECTOR: bad} if bad else {})
         first += len(block.vectors)
 
 
-def dimension(source: VectorSource) -> int:
-    """Length of a source's vectors. Raises UserError if it has none."""
+def vector_dim(source: VectorSource) -> int:
+    """Length of the vectors of a source. Raises UserError if it has no vectors."""
     for block in read_source_blocks(source):
         if block.vectors.shape[1]:
             return int(block.vectors.shape[1])
     raise UserError(f"{source.vectors if isinstance(source.vectors, str) else 'the source'} has no vectors")
 
 
-def build_from(
+def build_database(
+    root: Root | str,
+    vectors: npt.NDArray[np.generic] | str | os.PathLike[str],
+    metadata: pa.Table | str | os.PathLike[str] | None = None,
+    *,
+    encoder: EncoderIdentity,
+    config: IndexConfig | None = None,
+) -> Database:
+    """Build a database from vectors of any origin in folder `root`, and open it. Replaces a database there.
+
+    vectors, metadata: as in `VectorSource` (arrays, .npy, Parquet, clip-retrieval folders). Raises UserError
+    as `import_vectors` does.
+    """
+    import_vectors(root, VectorSource(vectors, metadata), encoder, config or IndexConfig.model_validate({}))
+    return Database.open(root)
+
+
+def import_vectors(
     root: Root | str, source: VectorSource, encoder: EncoderIdentity, config: IndexConfig
 ) -> Manifest:
-    """Build the database in folder `root` from vectors of another tool; a database there is replaced.
+    """Build a database in folder `root` from a source, and return its manifest. Replaces a database there.
 
-    The rows must fit in memory in float16. Of several rows with one id the first is kept. Raises UserError
-    for an unreadable source, vectors that are not encoder.dim long, no usable row, or a folder in use.
+    The rows must fit in memory as float16. Of several rows with one image id, the first is kept. Raises
+    UserError for an unreadable source, vectors of another length than encoder.dim, no usable row, or a folder
+    with other files.
     """
     if not encoder.model or encoder.dim < 1:
-        raise UserError(f"which encoder made the vectors? Wanted its name and dim, got {encoder!r}")
+        raise UserError(f"the encoder of the vectors needs a name and a dim, got {encoder!r}")
     parent, name = split_path(root.url if isinstance(root, Root) else root)
     _require_free(parent.child(name))
     reasons: dict[str, int] = {}
     tables = [schema.embeddings(encoder.dim).empty_table()]
-    for piece in read_database_blocks(source, encoder.dim):
-        tables.append(piece.table)
-        _count(reasons, piece.reasons)
+    for block in read_database_blocks(source, encoder.dim):
+        tables.append(block.table)
+        _add_counts(reasons, block.reasons)
     table = pa.concat_tables(tables).combine_chunks()
-    kept = np.sort(np.unique(table[schema.IMAGE_ID].to_numpy(), return_index=True)[1])
-    if len(kept) < len(table):
-        _count(reasons, {Reason.DUPLICATE_ID: len(table) - len(kept)})
-        table = table.take(pa.array(kept))
+    first_rows = np.sort(np.unique(table[schema.IMAGE_ID].to_numpy(), return_index=True)[1])
+    if len(first_rows) < len(table):
+        _add_counts(reasons, {Reason.DUPLICATE_ID: len(table) - len(first_rows)})
+        table = table.take(pa.array(first_rows))
     identity = DatabaseIdentity(name, {"source": _digest(table)}, reasons)
     return write_database(parent, table, encoder, config, identity)
 
 
 def _unit_rows(vectors: npt.NDArray[np.generic]) -> tuple[npt.NDArray[np.bool_], Vectors]:
-    """Which rows have a direction, (n,) bool, and these rows at length 1, float32."""
+    """Which rows are finite and not zero, (n,) bool, and these rows at length 1, float32."""
     if not vectors.shape[1]:
         return np.zeros(len(vectors), bool), np.empty((0, 0), np.float32)
     rows = np.asarray(vectors, np.promote_types(vectors.dtype, np.float32))
     largest = np.abs(rows).max(axis=1, keepdims=True)
     usable = (np.isfinite(largest) & (largest > 0))[:, 0]
-    # Scaled by the largest entry first, for squares of very large and very small ones leave float32's range.
+    # Scaled by the largest entry first: the squares of very large or small entries exceed the float32 range.
     return usable, unit((rows[usable] / largest[usable]).astype(np.float32))
 
 
 def _metadata(block: SourceBlock, columns: SourceColumns, first: int) -> pa.Table:
-    """schema.METADATA rows of a block; first: the number of its first row in the source."""
+    """schema.METADATA of a block. first: the number of its first row in the source."""
     count = len(block.vectors)
-    known = pa.table({}) if block.metadata is None else block.metadata
+    table = pa.table({}) if block.metadata is None else block.metadata
 
     def column(field: str) -> pa.ChunkedArray | None:
-        name = "" if block.metadata is None else find_column(known.schema, columns, field, block.where)
-        return known[name] if name else None
+        name = "" if block.metadata is None else find_column(table.schema, columns, field, block.location)
+        return table[name] if name else None
 
     urls = _texts(column("url"), count).fill_null("")
-    numbers = _ids(column(schema.IMAGE_ID), urls.to_pylist(), first, block.where)
-    made = [
-        numbers,
+    values = [
+        _ids(column(schema.IMAGE_ID), urls.to_pylist(), first, block.location),
         urls,
         _texts(column("caption"), count).fill_null(""),
         _texts(column("license"), count),
         _sizes(column("width"), count),
         _sizes(column("height"), count),
     ]
-    return pa.table(made, schema=schema.METADATA)
+    return pa.table(values, schema=schema.METADATA)
 
 
 def _texts(column: pa.ChunkedArray | None, count: int) -> pa.ChunkedArray:
@@ -140,42 +159,42 @@ def _sizes(column: pa.ChunkedArray | None, count: int) -> pa.Array:
     return column.cast(pa.float64()).fill_null(0).cast(pa.int32(), safe=False)
 
 
-def _ids(column: pa.ChunkedArray | None, urls: list[str], first: int, where: str) -> npt.NDArray[np.int64]:
-    given = [None] * len(urls) if column is None else column.to_pylist()
+def _ids(column: pa.ChunkedArray | None, urls: list[str], first: int, location: str) -> npt.NDArray[np.int64]:
+    values = [None] * len(urls) if column is None else column.to_pylist()
     if column is not None and not (pa.types.is_integer(column.type) or pa.types.is_string(column.type)):
-        raise UserError(f"{where}: ids of type {column.type}; wanted whole numbers or texts")
+        raise UserError(f"{location}: image ids of type {column.type}; wanted whole numbers or texts")
     try:
         return np.array(
-            [_id(value, url, first + i) for i, (value, url) in enumerate(zip(given, urls, strict=True))],
+            [_id(value, url, first + i) for i, (value, url) in enumerate(zip(values, urls, strict=True))],
             np.int64,
         )
     except OverflowError as error:
-        raise UserError(f"{where}: an id does not fit in int64: {error}") from error
+        raise UserError(f"{location}: an image id does not fit in int64: {error}") from error
 
 
-def _id(given: int | str | None, url: str, number: int) -> int:
-    if isinstance(given, int):
-        return given
-    if given or url:
-        return schema.image_id(given or url)
-    return number
+def _id(value: int | str | None, url: str, row_number: int) -> int:
+    if isinstance(value, int):
+        return value
+    if value or url:
+        return schema.image_id(value or url)
+    return row_number
 
 
-def _count(total: dict[str, int], more: dict[str, int]) -> None:
-    for word, count in more.items():
-        total[word] = total.get(word, 0) + count
+def _add_counts(total: dict[str, int], counts: dict[str, int]) -> None:
+    for reason, count in counts.items():
+        total[reason] = total.get(reason, 0) + count
 
 
 def _digest(table: pa.Table) -> str:
-    """What the database is made from: its ids and vectors, in 16 hex digits."""
+    """Digest of all ids and vectors, 16 hex digits."""
     digest = hashlib.sha256(table[schema.IMAGE_ID].to_numpy().data)
     digest.update(schema.vectors(table, schema.EMBEDDING).data)
     return digest.hexdigest()[:16]
 
 
 def _require_free(folder: Root) -> None:
-    """Building deletes the folder first, so it must be a database, or what is left of one."""
+    """Raises UserError for a folder with other files than a database's, because a build deletes them."""
     if folder.exists("manifest.json") and "encoder" in read_manifest(folder, "").values:
         return
-    if strange := [name for name in folder.list("") if not name.startswith(OWN_FILES)]:
-        raise UserError(f"{folder.url} holds {strange[0]}, so it is no database: name another folder")
+    if others := [name for name in folder.list("") if not name.startswith(DATABASE_FILES)]:
+        raise UserError(f"{folder.url} contains {others[0]} and is not a database: name another folder")

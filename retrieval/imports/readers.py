@@ -1,7 +1,7 @@
-"""Reads vectors and metadata made elsewhere: arrays, .npy and Parquet files, clip-retrieval's folders.
+"""Reads vectors and metadata of other tools: arrays, .npy and Parquet files, clip-retrieval's folders.
 
-Out come blocks of raw rows, in the order of the sorted file names and never more than BLOCK_ROWS at once,
-so that sources larger than memory can be read. `retrieval.imports.importer` makes database rows of them.
+Yields blocks of raw rows in the order of the sorted file names, at most BLOCK_ROWS at once, so that sources
+may be larger than memory. `retrieval.imports.importer` converts them to database rows.
 """
 
 import re
@@ -18,29 +18,29 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from retrieval.errors import UserError
-from retrieval.imports.source import SourceColumns, Path, VectorSource, find_column, known_columns
+from retrieval.imports.source import Path, SourceColumns, VectorSource, find_column, metadata_columns
 from retrieval.storage.root import Root
 
 BLOCK_ROWS = 32_768
 FLOATS = (np.float16, np.float32, np.float64)
 CLIP_RETRIEVAL = {"images": "img_emb", "texts": "text_emb"}
-"""Folders of clip-retrieval's output by what their vectors are made from."""
+"""Folders of clip-retrieval's output, by kind of vectors."""
 
 
 @dataclass(frozen=True)
 class SourceBlock:
-    """Consecutive rows of a source as they were found."""
+    """Consecutive raw rows of a source."""
 
-    where: str
-    """The file (or array) that they stand in, for people."""
+    location: str
+    """Their file (or "the array of vectors"), for messages."""
     vectors: npt.NDArray[np.generic]
-    """(n, dim) floats, NaN where a row has none; (n, 0) if no row has any."""
+    """(n, dim) floats, NaN for a row without a vector; (n, 0) if no row has one."""
     metadata: pa.Table | None
-    """n rows, or None where nothing but vectors is known."""
+    """n rows, or None without metadata."""
 
 
 def read_source_blocks(source: VectorSource) -> Iterator[SourceBlock]:
-    """All rows of a source. Raises UserError for what cannot be read or does not belong together."""
+    """Read all rows of a source. Raises UserError if files cannot be read or do not match each other."""
     if isinstance(source.vectors, np.ndarray):
         yield from _array_blocks(source)
         return
@@ -51,7 +51,7 @@ def read_source_blocks(source: VectorSource) -> Iterator[SourceBlock]:
         yield from _paired_blocks(root, vectors, source)
     elif tables := [name for name in names if name.endswith(".parquet")]:
         if source.metadata is not None:
-            raise UserError(f"{root.url}: Parquet files hold their own metadata; give none beside them.")
+            raise UserError(f"{root.url}: Parquet files contain their metadata; leave out other metadata.")
         for name in tables:
             yield from _parquet_blocks(root, name, source.columns)
     else:
@@ -61,7 +61,7 @@ def read_source_blocks(source: VectorSource) -> Iterator[SourceBlock]:
 
 
 def load_npy(root: Root, name: str) -> npt.NDArray[np.generic]:
-    """The array in a .npy file, mapped from a local disk. Raises UserError for anything else."""
+    """The array in a .npy file, memory-mapped if the file is local. Raises UserError for other files."""
     with root.local(name) as path:
         try:
             array = np.load(path, mmap_mode="r" if root.is_local else None, allow_pickle=False)
@@ -72,18 +72,18 @@ def load_npy(root: Root, name: str) -> npt.NDArray[np.generic]:
     return array
 
 
-def check_array(array: npt.NDArray[np.generic], where: str) -> npt.NDArray[np.generic]:
-    """The array, if it is (n, dim) of float16, float32 or float64; else UserError."""
+def check_array(array: npt.NDArray[np.generic], location: str) -> npt.NDArray[np.generic]:
+    """The array. Raises UserError unless it is (n, dim) of float16, float32 or float64."""
     if array.ndim != 2 or array.dtype not in FLOATS:
         raise UserError(
-            f"{where} is an array {array.shape} of {array.dtype}; "
+            f"{location} is an array {array.shape} of {array.dtype}; "
             "wanted (rows, dim) of float16, float32 or float64"
         )
     return array
 
 
 def split_path(path: Path) -> tuple[Root, str]:
-    """The folder that a file or folder stands in, and its name there."""
+    """The parent folder of a file or folder, and its name in it."""
     root = Root(path)
     if root.is_local:
         local = root.local_path("").resolve()
@@ -95,10 +95,10 @@ def split_path(path: Path) -> tuple[Root, str]:
 
 
 def _files(path: Path) -> tuple[Root, list[str]]:
-    """A folder and the names of the files at or below a path."""
+    """A folder, and the names of the files at or below a path."""
     root, name = split_path(path)
     if not root.exists(name):
-        raise UserError(f"{root.at(name)} is not there; wanted a file or folder of vectors")
+        raise UserError(f"{root.at(name)} does not exist; wanted a file or folder of vectors")
     if name.endswith((".npy", ".parquet")):
         return root, [name]
     return root.child(name), root.child(name).list("")
@@ -137,7 +137,7 @@ def _clip_retrieval_blocks(
 
 
 def _paired_blocks(root: Root, vectors: list[str], source: VectorSource) -> Iterator[SourceBlock]:
-    """Blocks of .npy files, each with its Parquet file of metadata where there is one."""
+    """Blocks of .npy files, each with its Parquet file of metadata if there is metadata."""
     if isinstance(source.metadata, pa.Table):
         raise UserError(f"{root.url}: metadata of files must be Parquet files, one for each; got a table")
     if source.metadata is None:
@@ -146,38 +146,41 @@ def _paired_blocks(root: Root, vectors: list[str], source: VectorSource) -> Iter
             for start in range(0, len(array), BLOCK_ROWS):
                 yield SourceBlock(root.at(name), array[start : start + BLOCK_ROWS], None)
         return
-    beside, names = _files(source.metadata)
+    table_root, names = _files(source.metadata)
     tables = [name for name in names if name.endswith(".parquet")]
-    for name, table in _pairs(root, vectors, beside, tables):
-        yield from _aligned_blocks(_load_vectors(root, name), root.at(name), (beside, table), source.columns)
+    for name, table in _pairs(root, vectors, table_root, tables):
+        array = _load_vectors(root, name)
+        yield from _aligned_blocks(array, root.at(name), (table_root, table), source.columns)
 
 
 def _aligned_blocks(
-    array: npt.NDArray[np.generic], where: str, metadata: tuple[Root, str], columns: SourceColumns
+    array: npt.NDArray[np.generic], location: str, metadata: tuple[Root, str], columns: SourceColumns
 ) -> Iterator[SourceBlock]:
-    beside, table = metadata
-    with _parquet(beside, table) as parquet:
-        _check_counts(where, len(array), beside.at(table), parquet.metadata.num_rows)
-        found = parquet.schema_arrow
-        wanted = known_columns(found, columns, beside.at(table)) or found.names[:1]
+    table_root, table = metadata
+    with _parquet(table_root, table) as parquet:
+        _check_counts(location, len(array), table_root.at(table), parquet.metadata.num_rows)
+        schema = parquet.schema_arrow
+        names = metadata_columns(schema, columns, table_root.at(table)) or schema.names[:1]
         start = 0
-        for batch in parquet.iter_batches(BLOCK_ROWS, columns=wanted):
+        for batch in parquet.iter_batches(BLOCK_ROWS, columns=names):
             rows = pa.Table.from_batches([batch])
-            yield SourceBlock(where, array[start : start + len(rows)], rows)
+            yield SourceBlock(location, array[start : start + len(rows)], rows)
             start += len(rows)
 
 
-def _pairs(root: Root, vectors: list[str], beside: Root, tables: list[str]) -> list[tuple[str, str]]:
-    """Each file of vectors with its metadata: by the numbers in their names, else by their order."""
-    ours, theirs = ({_numbers(name): name for name in names} for names in (vectors, tables))
-    if len(ours) == len(vectors) and len(theirs) == len(tables) and () not in ours and () not in theirs:
-        if alone := [ours.get(key) or theirs[key] for key in sorted(ours.keys() ^ theirs.keys())]:
+def _pairs(root: Root, vectors: list[str], table_root: Root, tables: list[str]) -> list[tuple[str, str]]:
+    """Each file of vectors with its file of metadata: paired by the numbers in the names, else by order."""
+    by_number, table_by_number = ({_numbers(name): name for name in names} for names in (vectors, tables))
+    unique = len(by_number) == len(vectors) and len(table_by_number) == len(tables)
+    if unique and () not in by_number and () not in table_by_number:
+        if unpaired := sorted(by_number.keys() ^ table_by_number.keys()):
+            names = [by_number.get(key) or table_by_number[key] for key in unpaired[:5]]
             raise UserError(
-                f"{root.url} and {beside.url}: {', '.join(alone[:5])} without a partner of the same number; "
+                f"{root.url} and {table_root.url}: {', '.join(names)} without a partner of the same number; "
                 "each file of vectors needs its file of metadata"
             )
-        return [(name, theirs[_numbers(name)]) for name in vectors]
-    _check_counts(root.url, len(vectors), beside.url, len(tables), "files")
+        return [(name, table_by_number[_numbers(name)]) for name in vectors]
+    _check_counts(root.url, len(vectors), table_root.url, len(tables), "files")
     return list(zip(vectors, tables, strict=True))
 
 
@@ -185,25 +188,22 @@ def _numbers(name: str) -> tuple[int, ...]:
     return tuple(int(digits) for digits in re.findall(r"\d+", PurePosixPath(name).stem))
 
 
-def _check_counts(where: str, count: int, other: str, other_count: int, what: str = "rows") -> None:
+def _check_counts(location: str, count: int, other: str, other_count: int, unit: str = "rows") -> None:
     if count != other_count:
         raise UserError(
-            f"{where} has {count} {what} and {other} has {other_count}: they do not belong together, and "
-            "captions would stand beside the wrong pictures. Make both again from one run."
+            f"{location} has {count} {unit} and {other} has {other_count}: they do not belong together, and "
+            "pictures would get wrong captions. Create both again in one run."
         )
 
 
 def _parquet_blocks(root: Root, name: str, columns: SourceColumns) -> Iterator[SourceBlock]:
-    where = root.at(name)
+    location = root.at(name)
     with _parquet(root, name) as parquet:
-        found = parquet.schema_arrow
-        vector = _vector_column(found, columns, where)
-        wanted = [vector, *known_columns(found, columns, where)]
-        for batch in parquet.iter_batches(BLOCK_ROWS, columns=wanted):
-            table = pa.Table.from_batches([batch])
-            yield SourceBlock(
-                where, _column_vectors(batch.column(vector), where), table.drop_columns([vector])
-            )
+        vector = _vector_column(parquet.schema_arrow, columns, location)
+        names = [vector, *metadata_columns(parquet.schema_arrow, columns, location)]
+        for batch in parquet.iter_batches(BLOCK_ROWS, columns=names):
+            vectors = _column_vectors(batch.column(vector), location)
+            yield SourceBlock(location, vectors, pa.Table.from_batches([batch]).drop_columns([vector]))
 
 
 @contextmanager
@@ -215,29 +215,32 @@ def _parquet(root: Root, name: str) -> Iterator[Any]:
             raise UserError(f"{root.at(name)} cannot be read as Parquet: {error}") from error
 
 
-def _vector_column(found: pa.Schema, columns: SourceColumns, where: str) -> str:
-    if given := find_column(found, columns, "vector", where):
-        return given
-    candidates = [column.name for column in found if _is_list(column.type)]
+def _vector_column(schema: pa.Schema, columns: SourceColumns, location: str) -> str:
+    if name := find_column(schema, columns, "vector", location):
+        return name
+    candidates = [column.name for column in schema if _is_float_list(column.type)]
     if len(candidates) != 1:
         raise UserError(
-            f"{where} has {len(candidates)} columns of lists of floats ({', '.join(candidates)}); "
-            f"wanted one, or the name of one. Its columns are {', '.join(found.names)}"
+            f"{location} has {len(candidates)} columns of lists of floats ({', '.join(candidates)}); "
+            f"wanted one, or the name of one. Its columns are {', '.join(schema.names)}"
         )
     return candidates[0]
 
 
-def _is_list(kind: pa.DataType) -> bool:
+def _is_float_list(type_: pa.DataType) -> bool:
     lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    return any(is_list(kind) for is_list in lists) and pa.types.is_floating(kind.value_type)
+    return any(is_list(type_) for is_list in lists) and pa.types.is_floating(type_.value_type)
 
 
-def _column_vectors(column: pa.Array, where: str) -> npt.NDArray[np.generic]:
-    if not _is_list(column.type):
-        raise UserError(f"{where}: column of type {column.type}; wanted lists of float16, float32 or float64")
+def _column_vectors(column: pa.Array, location: str) -> npt.NDArray[np.generic]:
+    """The lists of a column as (n, dim), NaN for null rows."""
+    if not _is_float_list(column.type):
+        raise UserError(
+            f"{location}: column of type {column.type}; wanted lists of float16, float32 or float64"
+        )
     lengths = pc.list_value_length(column).drop_null().unique().to_pylist()
     if len(lengths) > 1:
-        raise UserError(f"{where} has vectors of lengths {sorted(lengths)[:5]}; wanted one length")
+        raise UserError(f"{location} has vectors of lengths {sorted(lengths)[:5]}; wanted one length")
     values = column.flatten().to_numpy(zero_copy_only=False)
     dim = lengths[0] if lengths else 0
     rows = np.full((len(column), dim), np.nan, values.dtype)

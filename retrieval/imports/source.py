@@ -1,6 +1,6 @@
-"""Where vectors made elsewhere stand, and the names that their columns have.
+"""Describes vectors of another tool: where they are, and how their columns are named.
 
-`retrieval.imports.readers` reads what a `VectorSource` points to.
+`retrieval.imports.readers` reads a `VectorSource`.
 """
 
 import os
@@ -18,16 +18,16 @@ Path = str | os.PathLike[str]
 
 
 class SourceColumns(Config):
-    """Names of a source's columns. Empty: the first of the usual names that is there, whatever its case."""
+    """Names of a source's columns. Empty: the first of the default names that exists, in any case."""
 
     vector: str = ""
-    """Lists of floats, one length in all rows; by default the only such column."""
+    """Lists of floats of equal length; default: the only such column."""
     image_id: str = ""
-    """Whole numbers, or texts that `schema.image_id` makes numbers of; default image_id, sample_id."""
+    """Whole numbers, or texts that `schema.image_id` turns into numbers; default image_id, sample_id."""
     url: str = ""
-    """Address or path of the picture; default url, image_url, image_path, path, file_name."""
+    """URL or path of the picture; default url, image_url, image_path, path, file_name."""
     caption: str = ""
-    """Text to the picture; default caption, text."""
+    """Caption of the picture; default caption, text."""
     license: str = ""
     """License of the picture."""
     width: str = ""
@@ -36,7 +36,7 @@ class SourceColumns(Config):
     """Pixels."""
 
 
-USUAL = {
+DEFAULT_NAMES = {
     "vector": ("embedding", "vector", "image_embedding", "emb"),
     "image_id": ("image_id", "sample_id"),
     "url": ("url", "image_url", "image_path", "path", "file_name"),
@@ -49,29 +49,34 @@ USUAL = {
 
 @dataclass(frozen=True)
 class VectorSource:
-    """Vectors made elsewhere, and what is known of their pictures."""
+    """Vectors of another tool, and the metadata of their pictures."""
 
     vectors: npt.NDArray[np.generic] | Path
-    """(n, dim) floats; or a .npy or .parquet file, a folder of these, or a folder of clip-retrieval."""
+    """(n, dim) floats; or a .npy or .parquet file, a folder of these, or clip-retrieval's output folder."""
     metadata: pa.Table | Path | None = None
-    """A row for each vector: a table, or a Parquet file (a folder of them) for each file of vectors."""
+    """One row per vector: a table for an array, or one Parquet file per file of vectors (or their folder)."""
     columns: SourceColumns = field(default_factory=SourceColumns)
-    """Names of the columns in use."""
+    """Names of the columns."""
     part: Literal["images", "texts"] = "images"
-    """Which vectors of a clip-retrieval folder: those of its images or of its texts."""
+    """Vectors to read from a clip-retrieval folder."""
 
 
-def find_column(found: pa.Schema, columns: SourceColumns, word: str, where: str) -> str:
-    """The source's name for a field of SourceColumns, or "" if it has none. Raises UserError for a missing one."""
-    if given := getattr(columns, word):
-        if given not in found.names:
-            raise UserError(f"{where} has no column {given!r} for {word}; it has {', '.join(found.names)}")
-        return str(given)
-    lowered = {name.lower(): name for name in reversed(found.names)}
-    return next((lowered[name] for name in USUAL[word] if name in lowered), "")
+def find_column(table: pa.Schema, columns: SourceColumns, field_name: str, location: str) -> str:
+    """The source's column for a field of SourceColumns, or "" if there is none.
+
+    Raises UserError if `columns` names a column that does not exist. location: the file, for the message.
+    """
+    if name := getattr(columns, field_name):
+        if name not in table.names:
+            raise UserError(
+                f"{location} has no column {name!r} for {field_name}; it has {', '.join(table.names)}"
+            )
+        return str(name)
+    lowered = {name.lower(): name for name in reversed(table.names)}
+    return next((lowered[name] for name in DEFAULT_NAMES[field_name] if name in lowered), "")
 
 
-def known_columns(found: pa.Schema, columns: SourceColumns, where: str) -> list[str]:
-    """The source's columns that a database has a use for, the vectors left aside."""
-    names = [find_column(found, columns, word, where) for word in USUAL if word != "vector"]
+def metadata_columns(table: pa.Schema, columns: SourceColumns, location: str) -> list[str]:
+    """The source's columns that go into a database, without the vectors."""
+    names = [find_column(table, columns, name, location) for name in DEFAULT_NAMES if name != "vector"]
     return [name for name in dict.fromkeys(names) if name]

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from typing import Any, BinaryIO
 
 PART_BYTES = 1 << 24
-"""Smallest part of a multipart upload to S3. Larger files than two are uploaded in parts, ten at once."""
+"""Smallest part of a multipart upload to S3. Files of at least two parts are sent in parts, ten at once."""
 MAX_PARTS = 10_000
 READ_AHEAD_BYTES = 1 << 20
 """Bytes read ahead from an object store; most reads are one row group among many."""

@@ -1,7 +1,4 @@
-"""Every column of every table, spelled once, with the checks that run on write and on open.
-
-Also the closed vocabulary of reasons for which a row is not kept, and the 64-bit image id.
-"""
+"""The columns of all tables, checked on write and on read; reasons for left-out rows; image ids."""
 
 import hashlib
 from enum import StrEnum
@@ -24,11 +21,12 @@ NEIGHBOR_EMBEDDINGS = "neighbor_embeddings"
 MOMENTS = "moments"
 SPLITS = ("train", "database")
 REPEATING = ["license", "reason", "message"]
-"""Columns whose values repeat. Dictionaries of the others cost a third of the time and only grow the file."""
+"""Columns with few distinct values, dictionary-encoded. Dictionaries of the other columns take a third of the
+writing time and enlarge the file."""
 
 
 class Reason(StrEnum):
-    """Why a row was not kept. Every refused row carries exactly one of these words."""
+    """Why a row was left out. Every row that is left out has exactly one reason."""
 
     # filter
     BAD_URL = "bad_url"
@@ -56,7 +54,7 @@ class Reason(StrEnum):
     UNREADABLE = "unreadable"
     DUPLICATE_CONTENT = "duplicate_content"
     NEAR_COPY = "near_copy"
-    # vectors from elsewhere
+    # vectors of another tool
     BAD_VECTOR = "bad_vector"
     DUPLICATE_ID = "duplicate_id"
     # neighbors
@@ -76,7 +74,7 @@ SELECTED = pa.schema(
         pa.field("license", pa.string()),
     ]
 )
-"""Rows that filter keeps: width and height in pixels as the metadata states them."""
+"""Rows that `filter` keeps. width, height: pixels according to the metadata."""
 
 DOWNLOADED = pa.schema(
     [
@@ -94,9 +92,8 @@ DOWNLOADED = pa.schema(
         pa.field("phash", pa.int64(), nullable=False),
     ]
 )
-"""One row per URL: reason is empty for an image that was stored, sizes in pixels (0 where unknown),
-sha256 in hex of the bytes as the server sent them (empty where none came), phash of the picture as
-decoded (retrieval.perceptual_hash; 0 where there is none)."""
+"""One row per URL. reason: empty for a stored image; sizes: pixels, 0 if unknown; sha256: hex, of the bytes
+that the server sent, empty if none; phash: retrieval.perceptual_hash of the decoded picture, 0 if none."""
 
 METADATA = pa.schema(
     [
@@ -108,7 +105,7 @@ METADATA = pa.schema(
         pa.field("height", pa.int32(), nullable=False),
     ]
 )
-"""What a database shows beside a neighbor."""
+"""Metadata of an image in a database."""
 
 BOX = "box"
 DETAILS = pa.schema(
@@ -119,17 +116,17 @@ DETAILS = pa.schema(
         pa.field(BOX, pa.list_(pa.int32(), 4)),
     ]
 )
-"""Columns with which METADATA and embeddings may end. source: where a picture came from; box: x, y, width and
-height, in pixels of the picture as stored, of the part that a row stands for."""
+"""Optional last columns of METADATA and embeddings. source: origin of the picture; box: x, y, width, height
+of the part of the picture that a row describes, in pixels of the stored picture."""
 
 
 def embeddings(dim: int) -> pa.Schema:
-    """Rows of `embed`: the id and its unit vector, float16."""
+    """Rows of `embed`: METADATA and the unit vector of each image, float16."""
     return METADATA.append(pa.field(EMBEDDING, pa.list_(pa.float16(), dim), nullable=False))
 
 
 def neighbors(k: int, dim: int) -> pa.Schema:
-    """Rows of `neighbors`, best first; the k embeddings stand one after another."""
+    """Rows of `neighbors`: the k neighbors of each image, best first, and their k x dim embeddings."""
     return pa.schema(
         [
             pa.field(IMAGE_ID, pa.int64(), nullable=False),
@@ -151,7 +148,7 @@ def latents(length: int) -> pa.Schema:
 
 
 def image_id(name: str) -> int:
-    """The int64 id of an image: the first 64 bits of SHA-256 of its canonical URL or relative path.
+    """The int64 id of an image: the first 64 bits of the SHA-256 of its canonical URL or relative path.
 
     >>> image_id("http://example.org/a.jpg")
     -2724313939254161307
@@ -159,26 +156,24 @@ def image_id(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)
 
 
-def check(table: pa.Table, wanted: pa.Schema, where: str) -> pa.Table:
-    """The table, if it has just the wanted columns, types and no nulls where none may be; else UserError.
+def check_table(table: pa.Table, schema: pa.Schema, path: str) -> pa.Table:
+    """The table. Raises UserError unless it has the columns, types and non-null columns of the schema.
 
-    Those of DETAILS may follow.
+    The columns of DETAILS may follow. path: of its file, for the message.
     """
-    if not table.schema.equals(wanted) and not table.schema.equals(pa.schema([*wanted, *DETAILS])):
+    if not table.schema.equals(schema) and not table.schema.equals(pa.schema([*schema, *DETAILS])):
         raise UserError(
-            f"{where} has columns\n{table.schema}\nbut\n{wanted}\nwas wanted. Run the stage that wrote it."
+            f"{path} has columns\n{table.schema}\nbut\n{schema}\nwas wanted. Run the stage that wrote it."
         )
-    for column in wanted:
-        if not column.nullable and table[column.name].null_count:
-            raise UserError(
-                f"{where}: column {column.name} has {table[column.name].null_count} nulls; none may be."
-            )
+    for column in schema:
+        if not column.nullable and (nulls := table[column.name].null_count):
+            raise UserError(f"{path}: column {column.name} has {nulls} nulls; wanted none.")
     return table
 
 
-def write_table(root: Root, name: str, table: pa.Table, wanted: pa.Schema) -> FileRecord:
-    """Check a table and write it as Parquet (zstd), atomically."""
-    check(table, wanted, root.at(name))
+def write_table(root: Root, name: str, table: pa.Table, schema: pa.Schema) -> FileRecord:
+    """Check a table and write it as a Parquet file (zstd)."""
+    check_table(table, schema, root.at(name))
     with root.writing(name) as pending:
         pq.write_table(
             table, pending.path, compression="zstd", row_group_size=10_000, use_dictionary=REPEATING
@@ -186,8 +181,8 @@ def write_table(root: Root, name: str, table: pa.Table, wanted: pa.Schema) -> Fi
     return pending.record
 
 
-def read_table(root: Root, name: str, wanted: pa.Schema) -> pa.Table:
-    """Read a Parquet table and check it. Raises UserError for a missing, damaged or different file."""
+def read_table(root: Root, name: str, schema: pa.Schema) -> pa.Table:
+    """Read a Parquet file and check it. Raises UserError if it is missing, damaged or has another schema."""
     with root.open(name) as file:
         try:
             table = pq.read_table(file)
@@ -195,17 +190,17 @@ def read_table(root: Root, name: str, wanted: pa.Schema) -> pa.Table:
             raise UserError(
                 f"{root.at(name)} is not a readable Parquet file: {error}. Remove it and run again."
             ) from error
-    return check(table, wanted, root.at(name))
+    return check_table(table, schema, root.at(name))
 
 
 def vectors(table: pa.Table, column: str) -> npt.NDArray[np.float16]:
-    """A fixed-size list column as an array (rows, length), without a copy where the table has one chunk."""
+    """A fixed-size list column as an array (rows, length). Copies only if the table has several chunks."""
     lists = table[column].combine_chunks()
     length = lists.type.list_size
     return np.asarray(lists.flatten().to_numpy(zero_copy_only=False)).reshape(-1, length)
 
 
 def fixed_lists(array: npt.NDArray[np.generic]) -> pa.FixedSizeListArray:
-    """An array (rows, length) as a fixed-size list column of its own dtype."""
+    """An array (rows, length) as a fixed-size list column of the same dtype."""
     flat = pa.array(np.ascontiguousarray(array).reshape(-1))
     return pa.FixedSizeListArray.from_arrays(flat, array.shape[1])

@@ -1,4 +1,4 @@
-"""The shell: what the commands print is what the library returns, and mistakes end without a traceback."""
+"""The commands print what the library returns. Mistakes of the user end without a traceback."""
 
 import json
 import shutil
@@ -14,13 +14,14 @@ import pytest
 from PIL import Image
 
 from retrieval import Database, Root
-from retrieval.__main__ import main
-from retrieval.cli.contact_sheet import GAP, LINE, TILE, Answer, credit, draw_sheet, read_picture
+from retrieval.cli.commands import main
+from retrieval.cli.contact_sheet import GAP, LINE, TILE, QueryResult, credit, draw_contact_sheet
 from retrieval.clip.encoder import Encoder
-from retrieval.database.build import Identity, build_database
-from retrieval.imports.importer import build_from
-from retrieval.imports.source import Source
+from retrieval.database.build import DatabaseIdentity, write_database
+from retrieval.imports.importer import import_vectors
+from retrieval.imports.source import VectorSource
 from retrieval.index.routing import Vectors, unit
+from retrieval.picture_file import read_picture
 from retrieval.recipe import IndexConfig
 from tests.retrieval.conftest import IDENTITY, clustered, table_of
 from tests.retrieval.tiny_clip import write_clip
@@ -32,24 +33,24 @@ COLORS = {"red": (250, 20, 20), "green": (20, 230, 20), "blue": (20, 20, 240), "
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database of 300 rows, ids 1000 and up, which no test may change."""
+    """A database of 300 rows with ids from 1000. No test may change it."""
     root = Root(tmp_path_factory.mktemp("built"))
     config, identity = (
         IndexConfig(rows_per_partition=150, num_queries=100),
-        Identity("database", {"source": "test"}),
+        DatabaseIdentity("database", {"source": "test"}),
     )
-    build_database(root, table_of(clustered(300, seed=1)), IDENTITY, config, identity)
+    write_database(root, table_of(clustered(300, seed=1)), IDENTITY, config, identity)
     return root.local_path("database")
 
 
 @pytest.fixture
 def database(built: Path, tmp_path: Path) -> str:
-    """Address of a copy of it."""
+    """The folder of a copy of `built`."""
     return shutil.copytree(built, tmp_path / "database").as_posix()
 
 
 @pytest.fixture
-def question(tmp_path: Path, queries: Vectors) -> str:
+def query_file(tmp_path: Path, queries: Vectors) -> str:
     """A file with two query vectors."""
     np.save(tmp_path / "q.npy", queries[:2].astype(np.float64) * 5)
     return str(tmp_path / "q.npy")
@@ -57,7 +58,7 @@ def question(tmp_path: Path, queries: Vectors) -> str:
 
 @pytest.fixture(scope="module")
 def gallery(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Plain pictures named by their color, their database and the model that encoded them."""
+    """Single-color pictures named by their color, their database and their encoder."""
     folder = tmp_path_factory.mktemp("gallery")
     encoder = Encoder(write_clip(folder / "clip", seed=0))
     (folder / "pictures").mkdir()
@@ -70,62 +71,64 @@ def gallery(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = encoder.encode_images([*images, *images[:3]])
     captions = [*COLORS, "outside", "a \x1b[31mred\nlie", "幻 " * 90]
     table = pa.table({"url": urls, "caption": captions})
-    build_from(Root(folder / "db"), Source(rows, table), encoder.identity, IndexConfig())
+    import_vectors(Root(folder / "db"), VectorSource(rows, table), encoder.identity, IndexConfig())
     return folder
 
 
-def told(capsys: Capture, *arguments: str) -> tuple[int, str, str]:
+def run(capsys: Capture, *arguments: str) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of a command."""
     code = main(arguments)
     output = capsys.readouterr()
     return code, output.out, output.err
 
 
-def test_search_prints_what_the_library_finds(
-    database: str, question: str, queries: Vectors, capsys: Capture
+def test_search_prints_the_neighbors_that_the_library_returns(
+    database: str, query_file: str, queries: Vectors, capsys: Capture
 ) -> None:
-    found = Database.open(database).search(queries[:2], 4)
-    code, text, _ = told(capsys, "search", database, "--vector", question, "-k", "4", "--json")
-    answers = json.loads(text)
+    neighbors = Database.open(database).search(queries[:2], 4)
+    code, text, _ = run(capsys, "search", database, "--vector", query_file, "-k", "4", "--json")
+    results = json.loads(text)
     assert code == 0
-    assert [[row["image_id"] for row in a["neighbors"]] for a in answers] == found.ids.tolist()
-    assert [row["rank"] for row in answers[1]["neighbors"]] == [1, 2, 3, 4]
-    assert answers[0]["neighbors"][0]["caption"] == f"picture {found.ids[0, 0] - 1000}"
-    assert answers[0]["neighbors"][0]["similarity"] == pytest.approx(found.similarities[0, 0], abs=1e-5)
-    lines = told(capsys, "search", database, "--vector", question, "-k", "4")[1].splitlines()
+    assert [[row["image_id"] for row in result["neighbors"]] for result in results] == neighbors.ids.tolist()
+    assert [row["rank"] for row in results[1]["neighbors"]] == [1, 2, 3, 4]
+    assert results[0]["neighbors"][0]["caption"] == f"picture {neighbors.ids[0, 0] - 1000}"
+    assert results[0]["neighbors"][0]["similarity"] == pytest.approx(neighbors.similarities[0, 0], abs=1e-5)
+    lines = run(capsys, "search", database, "--vector", query_file, "-k", "4")[1].splitlines()
     assert len(lines) == 13
     assert lines[2].split() == [
         "1",
-        f"{found.similarities[0, 0]:.4f}",
-        str(found.ids[0, 0]),
+        f"{neighbors.similarities[0, 0]:.4f}",
+        str(neighbors.ids[0, 0]),
         "picture",
-        str(found.ids[0, 0] - 1000),
-        f"http://example.org/{found.ids[0, 0] - 1000}.jpg",
+        str(neighbors.ids[0, 0] - 1000),
+        f"http://example.org/{neighbors.ids[0, 0] - 1000}.jpg",
     ]
 
 
-def test_the_recall_asked_for_decides_how_many_partitions_are_visited(
+def test_recall_determines_how_many_partitions_a_search_visits(
     build: Build, tmp_path: Path, capsys: Capture
 ) -> None:
     rows = unit(np.random.default_rng(4).standard_normal((600, 32)))  # no clusters: partitions miss much
     database = build(rows, rows_per_partition=60, num_queries=100)
     np.save(tmp_path / "q.npy", rows[:50])
-    found = {}
+    ids = {}
     for recall in ("0.5", "1"):
         command = ("search", database.root.url, "--vector", f"{tmp_path}/q.npy", "-k", "5", "--json")
-        answers = json.loads(told(capsys, *command, "--recall", recall)[1])
-        found[recall] = [[row["image_id"] for row in answer["neighbors"]] for answer in answers]
-        assert found[recall] == database.search(rows[:50], 5, recall=float(recall)).ids.tolist()
-    assert found["0.5"] != found["1"]
-    code, _, message = told(capsys, *command, "--recall", "7")
+        results = json.loads(run(capsys, *command, "--recall", recall)[1])
+        ids[recall] = [[row["image_id"] for row in result["neighbors"]] for result in results]
+        assert ids[recall] == database.search(rows[:50], 5, recall=float(recall)).ids.tolist()
+    assert ids["0.5"] != ids["1"]
+    code, _, message = run(capsys, *command, "--recall", "7")
     assert code == 2
     assert "recall must be above 0 and at most 1" in message
 
 
-def test_a_picture_finds_itself_and_a_text_finds_something(gallery: Path, capsys: Capture) -> None:
+def test_a_picture_query_returns_the_picture_first_and_a_text_query_returns_k_rows(
+    gallery: Path, capsys: Capture
+) -> None:
     clip = ("--clip", f"local-dir:{gallery}/clip")
     picture = str(gallery / "pictures/green.png")
-    code, text, _ = told(
+    code, text, _ = run(
         capsys, "search", f"{gallery}/db", "a stag", "--image", picture, "-k", "3", "--json", *clip
     )
     stag, green = json.loads(text)
@@ -135,12 +138,12 @@ def test_a_picture_finds_itself_and_a_text_finds_something(gallery: Path, capsys
     assert green["neighbors"][0]["similarity"] == pytest.approx(1, abs=2e-3)
 
 
-def test_a_sheet_shows_pictures_below_the_folder_and_captions_for_the_rest(
+def test_a_contact_sheet_shows_pictures_below_the_folder_and_captions_of_the_others(
     gallery: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     np.save(tmp_path / "q.npy", Database.open(f"{gallery}/db").rows_at(np.array([0]))[1])
     sheet = tmp_path / "sheet.png"
-    code, text, log = told(
+    code, text, log = run(
         capsys,
         *("search", f"{gallery}/db", "--vector", f"{tmp_path}/q.npy", "--sheet", str(sheet)),
         *("--pictures", f"{gallery}/pictures", "--json"),
@@ -155,19 +158,19 @@ def test_a_sheet_shows_pictures_below_the_folder_and_captions_for_the_rest(
     assert drawn["../outside.png"] != COLORS["red"]
 
 
-def test_a_sheet_says_whose_a_picture_is_where_that_is_known(tmp_path: Path) -> None:
+def test_a_contact_sheet_shows_title_artist_and_license_if_known(tmp_path: Path) -> None:
     row = {"url": "", "caption": "", "rank": 1, "similarity": 1.0, "artist": None, "license": None}
-    known = row | {"title": "Wave", "artist": "Hokusai", "license": "CC0"}
-    assert [credit(one) for one in (row, known)] == ["", "Wave, Hokusai, CC0"]
+    credited = row | {"title": "Wave", "artist": "Hokusai", "license": "CC0"}
+    assert [credit(each) for each in (row, credited)] == ["", "Wave, Hokusai, CC0"]
     darkest = []
-    for one in (row, known):
-        sheet, _ = draw_sheet([Answer("a", [one])], tmp_path)
+    for each in (row, credited):
+        sheet, _ = draw_contact_sheet([QueryResult("a", [each])], tmp_path)
         below = (0, GAP + TILE + 4 * LINE, *sheet.size)
         darkest.append(sheet.convert("L").crop(below).getextrema()[0])
     assert darkest[0] == 255 > darkest[1]
 
 
-def test_a_query_picture_is_turned_upright(tmp_path: Path) -> None:
+def test_a_query_picture_is_rotated_by_its_exif_orientation(tmp_path: Path) -> None:
     image = Image.new("RGB", (40, 20), COLORS["red"])
     exif = image.getexif()
     exif[0x0112] = 6
@@ -179,43 +182,43 @@ def test_captions_cannot_move_the_cursor_of_a_terminal(
     gallery: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     np.save(tmp_path / "q.npy", clustered(1, seed=1)[0])
-    text = told(capsys, "search", f"{gallery}/db", "--vector", f"{tmp_path}/q.npy")[1]
+    text = run(capsys, "search", f"{gallery}/db", "--vector", f"{tmp_path}/q.npy")[1]
     assert "\x1b" not in text
     assert "a [31mred lie" in text
     assert len(text.splitlines()) == 2 + 7
 
 
 def test_texts_need_the_encoder_of_the_database(gallery: Path, capsys: Capture) -> None:
-    code, _, message = told(capsys, "search", f"{gallery}/db", "a stag")
+    code, _, message = run(capsys, "search", f"{gallery}/db", "a stag")
     assert code == 2
-    assert "must be encoded as the rows were, by clip (" in message
+    assert "need the encoder of the database, clip (" in message
     write_clip(gallery / "other/clip", seed=1)
-    code, _, message = told(
+    code, _, message = run(
         capsys, "search", f"{gallery}/db", "a stag", "--clip", f"local-dir:{gallery}/other/clip"
     )
     assert code == 2
-    assert "was built by the encoder clip" in message
+    assert "was built with the encoder clip" in message
 
 
-def test_of_vectors_from_elsewhere_the_encoder_may_be_known_by_name_alone(
+def test_a_database_of_imported_vectors_may_know_only_the_name_of_its_encoder(
     gallery: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     np.save(tmp_path / "v.npy", clustered(40, seed=1))
-    assert told(capsys, "build", f"{tmp_path}/v.npy", f"{tmp_path}/db", "--model", "clip")[0] == 0
+    assert run(capsys, "build", f"{tmp_path}/v.npy", f"{tmp_path}/db", "--model", "clip")[0] == 0
     clip = ("--clip", f"local-dir:{gallery}/clip")
-    assert told(capsys, "search", f"{tmp_path}/db", "a stag", *clip)[0] == 0
-    assert told(capsys, "build", f"{tmp_path}/v.npy", f"{tmp_path}/db", "--model", "ViT-B-32")[0] == 0
-    code, _, message = told(capsys, "search", f"{tmp_path}/db", "a stag", *clip)
+    assert run(capsys, "search", f"{tmp_path}/db", "a stag", *clip)[0] == 0
+    assert run(capsys, "build", f"{tmp_path}/v.npy", f"{tmp_path}/db", "--model", "ViT-B-32")[0] == 0
+    code, _, message = run(capsys, "search", f"{tmp_path}/db", "a stag", *clip)
     assert code == 2
-    assert "was built by the encoder ViT-B-32" in message
+    assert "was built with the encoder ViT-B-32" in message
 
 
-def test_build_takes_files_with_metadata_and_says_what_it_left_out(tmp_path: Path, capsys: Capture) -> None:
+def test_build_reads_files_with_metadata_and_reports_left_out_rows(tmp_path: Path, capsys: Capture) -> None:
     rows = clustered(50, seed=3)
     rows[7] = 0
     table = pa.table({"TITLE": [f"title {i}" for i in range(50)], "emb": list(rows)})
     pq.write_table(table, tmp_path / "a.parquet")
-    code, text, _ = told(
+    code, text, _ = run(
         capsys,
         *("build", f"{tmp_path}/a.parquet", f"{tmp_path}/db", "--model", "ViT-B-32"),
         *("--column", "caption=TITLE", "--rows-per-partition", "20"),
@@ -230,81 +233,81 @@ def test_build_takes_files_with_metadata_and_says_what_it_left_out(tmp_path: Pat
     ("option", "message"),
     [
         (("--column", "caption"), "wanted FIELD=NAME"),
-        (("--column", "picture=url"), "an option cannot be used"),
-        (("--rows-per-partition", "0"), "an option cannot be used"),
-        (("--model", ""), "which encoder made the vectors"),
+        (("--column", "picture=url"), "invalid option"),
+        (("--rows-per-partition", "0"), "invalid option"),
+        (("--model", ""), "needs a name and a dim"),
     ],
 )
-def test_build_refuses_options_that_mean_nothing(
+def test_build_refuses_invalid_options(
     tmp_path: Path, capsys: Capture, option: tuple[str, str], message: str
 ) -> None:
     np.save(tmp_path / "v.npy", clustered(4, seed=1))
-    code, _, told_ = told(capsys, "build", f"{tmp_path}/v.npy", f"{tmp_path}/db", "--model", "m", *option)
+    code, _, error = run(capsys, "build", f"{tmp_path}/v.npy", f"{tmp_path}/db", "--model", "m", *option)
     assert code == 2
-    assert message in told_
+    assert message in error
 
 
-def test_info_states_what_is_there(database: str, capsys: Capture) -> None:
-    facts = json.loads(told(capsys, "info", database, "--json")[1])
-    assert (facts["rows"], facts["dim"], facts["encoder"], facts["blocked"]) == (300, 32, "test", 0)
+def test_info_prints_rows_encoder_and_size(database: str, capsys: Capture) -> None:
+    facts = json.loads(run(capsys, "info", database, "--json")[1])
+    assert (facts["rows"], facts["dim"], facts["encoder"], facts["hidden"]) == (300, 32, "test", 0)
     files = [path for path in Path(database).rglob("*") if path.is_file() and path.name != "manifest.json"]
     assert facts["bytes"] == sum(path.stat().st_size for path in files)
-    text = told(capsys, "info", database)[1]
+    text = run(capsys, "info", database)[1]
     assert f"bytes              {facts['bytes']:,}" in text
 
 
-def test_verify_ends_with_0_for_a_whole_database_and_1_for_a_damaged_one(
+def test_verify_exits_with_0_for_an_intact_database_and_1_for_a_damaged_one(
     database: str, capsys: Capture
 ) -> None:
-    code, text, _ = told(capsys, "verify", database, "--queries", "40", "-k", "5", "--recall", "1")
+    code, text, _ = run(capsys, "verify", database, "--queries", "40", "-k", "5", "--recall", "1")
     assert code == 0
-    assert "files as their manifest states" in text
-    assert "recall@5 1.0000 [0.9250, 1.0000] on 40 queries, where 1.0 is wanted" in text
+    assert "files match the manifest" in text
+    assert "recall@5 1.0000 [0.9250, 1.0000] on 40 queries, requested 1.0" in text
     path = Path(database) / "partitions/00000/embeddings.npy"
     path.write_bytes(path.read_bytes()[:-2] + b"??")
-    code, text, _ = told(capsys, "verify", database)
+    code, text, _ = run(capsys, "verify", database)
     assert code == 1
     assert "damaged: partitions/00000/embeddings.npy" in text
 
 
-def test_blocked_rows_are_not_found_again(
-    database: str, question: str, tmp_path: Path, capsys: Capture
+def test_block_hides_rows_from_every_later_search(
+    database: str, query_file: str, tmp_path: Path, capsys: Capture
 ) -> None:
     def ids() -> list[int]:
-        text = told(capsys, "search", database, "--vector", question, "-k", "5", "--json")[1]
-        return [row["image_id"] for answer in json.loads(text) for row in answer["neighbors"]]
+        text = run(capsys, "search", database, "--vector", query_file, "-k", "5", "--json")[1]
+        return [row["image_id"] for result in json.loads(text) for row in result["neighbors"]]
 
     before = ids()
     (tmp_path / "ids.txt").write_text(f"# asked to be removed\n\n{before[0]}\nhttp://example.org/x.jpg\n")
-    assert told(capsys, "block", database, f"{tmp_path}/ids.txt")[0] == 0
+    assert run(capsys, "block", database, f"{tmp_path}/ids.txt")[0] == 0
     after = ids()
     assert before[0] not in after
     assert len(after) == 10
-    assert json.loads(told(capsys, "info", database, "--json")[1])["blocked"] == 1
-    assert told(capsys, "verify", database, "--queries", "299", "--k", "5")[0] == 0
+    assert json.loads(run(capsys, "info", database, "--json")[1])["hidden"] == 1
+    assert run(capsys, "verify", database, "--queries", "299", "--k", "5")[0] == 0
     (tmp_path / "ids.txt").write_text("12x\n")
-    code, _, message = told(capsys, "block", database, f"{tmp_path}/ids.txt")
+    code, _, message = run(capsys, "block", database, f"{tmp_path}/ids.txt")
     assert code == 2
-    assert "'12x' is neither an image id nor an address" in message
+    assert "'12x' is neither an image id nor a URL" in message
 
 
-def test_calibrate_notes_what_it_measured_in_the_database(
-    database: str, question: str, capsys: Capture
+def test_calibrate_stores_its_measurements_in_the_database(
+    database: str, query_file: str, capsys: Capture
 ) -> None:
-    def measured() -> dict[str, list[dict[str, object]]]:
-        return json.loads(told(capsys, "info", database, "--json")[1])["calibration"]
+    def calibration() -> dict[str, list[dict[str, object]]]:
+        return json.loads(run(capsys, "info", database, "--json")[1])["calibration"]
 
-    assert list(measured()) == ["images"]
-    code, text, _ = told(capsys, "calibrate", database, "--queries", question, "--like", "texts")
-    lines = measured()["texts"]
+    assert list(calibration()) == ["images"]
+    code, text, _ = run(capsys, "calibrate", database, "--queries", query_file, "--like", "texts")
+    lines = calibration()["texts"]
     assert code == 0
     assert [line["queries"] for line in lines] == [2] * len(lines)
     assert len(text.splitlines()) == len(lines) > 0
-    assert text in told(capsys, "info", database)[1]
-    assert told(capsys, "verify", database, "--queries", "10")[0] == 0
+    assert text in run(capsys, "info", database)[1]
+    assert run(capsys, "verify", database, "--queries", "10")[0] == 0
 
 
-def test_a_mistake_ends_a_process_with_2_and_one_line(tmp_path: Path) -> None:
+def test_a_user_error_exits_with_2_and_prints_no_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "retrieval", "search", str(tmp_path / "nowhere"), "a stag"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 2
@@ -321,6 +324,16 @@ def test_help_names_every_command(capsys: Capture) -> None:
         assert f"\n    {command} " in text.replace("\n              ", " ")
 
 
-def test_the_shell_loads_no_torch_before_a_text_is_asked_for() -> None:
-    code = "import retrieval.__main__, sys; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+def test_a_missing_library_is_reported_with_its_extra(
+    database: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "open_clip", None)  # as if not installed
+    code, _, message = run(capsys, "search", database, "a stag", "--clip", "ViT-B-32", "--pretrained", "a")
+    assert code == 2
+    assert "pip install 'laion-rdm[clip]'" in message
+
+
+def test_commands_load_torch_ray_and_matplotlib_only_when_needed() -> None:
+    code = "import retrieval.cli.commands, sys; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert not {"torch", "open_clip", "ray", "matplotlib", "autofaiss"} & set(modules.split())
