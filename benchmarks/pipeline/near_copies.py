@@ -1,7 +1,7 @@
 """`make bench-near-copies`: recall of near-copy removal on modified copies, and its false removals.
 
-Reads RECIPE's [clip] and thresholds; draws the demo's scenes, and with `--pictures` reads a folder of pictures.
-Half of the pictures are training images. Modified copies of these should be removed, by perceptual hash, by
+Reads RECIPE's [clip] and thresholds; draws the demo's scenes, and with `--pictures` reads a folder. Half of
+the pictures are training images. Modified copies of these should be removed, by perceptual hash, by
 embedding, or by either; the other half should not. Writes `docs/near_copies.json` and `docs/near_copies.md`.
 """
 
@@ -39,14 +39,13 @@ Features = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
 
 PAGE = """# Near copies
 
-`make bench-near-copies RECIPE=...`, on {hardware}.
-A database picture is removed if its perceptual hash (64 bits) differs from that of a training picture or its
-mirror in at most {bits} bits, or if the cosine similarity of its embedding to one is at least {similarity}.
-`make embed` removes pictures by hash from the database; `make neighbors` excludes pictures by embedding from
-the neighbors of one training image.
-{data_sets}
-Hashing a decoded {edge} px picture takes {hash_ms:.2f} ms of CPU time. Comparing {hashes:,} random hashes with as
-many, mirrors included, took {compare_s:.1f} s of CPU time; it grows with the product of the two numbers.
+`make bench-near-copies RECIPE=...`, on {hardware}. A database picture is removed if its perceptual hash (64
+bits) differs from that of a training picture or its mirror in at most {bits} bits, or if the cosine
+similarity of its embedding to one is at least {similarity}. `make embed` removes pictures by hash from the
+database; `make neighbors` excludes pictures by embedding from the neighbors of one training image.
+{data_sets} Hashing a decoded {edge} px picture takes {hash_ms:.2f} ms of CPU time. Comparing {hashes:,}
+random hashes with as many, mirrors included, took {compare_s:.1f} s of CPU time, which grows with the
+product of the numbers.
 """
 DATA_SET = """
 ## {name}

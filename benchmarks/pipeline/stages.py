@@ -186,7 +186,7 @@ def run_neighbors(folder: Path, workers: int) -> float:
 
 
 def build_index(folder: Path, rows_per_partition: int) -> None:
-    """Build a database from the output of `write_embed`, without inverted lists, so the join compares all rows."""
+    """Build a database from the output of `write_embed`. It has no inverted lists."""
     config = IndexConfig(rows_per_partition=rows_per_partition, num_queries=20)
     if not (folder / "index/manifest.json").exists():
         index.run(config, Root(str(folder)))

@@ -1,6 +1,6 @@
-"""Everything that is compared: how it is built, how hard it can try, and which environment it runs in.
+"""The compared methods: index settings, search efforts, and the environment each runs in.
 
-Holds data only, so that the parent can read it where the rivals' libraries are not installed.
+Holds data only, so that it can be read without the libraries of the other methods.
 """
 
 import hashlib
@@ -13,25 +13,25 @@ Effort = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One method."""
+class MethodSpec:
+    """A method."""
 
     name: str
     label: str
     implementation: str
-    """module:class, made with the settings."""
+    """module:class of its adapter, which is constructed with the settings."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """What the index depends on, versions included."""
+    """Settings of the index, and the version of the library."""
     efforts: tuple[Effort, ...] = ()
-    """From cheap to dear; what the numbers mean is the implementation's."""
-    bench: bool = False
-    """Whether it runs in .venv-bench."""
+    """Search settings, from fast to slow; the adapter documents their meaning."""
+    uses_bench_venv: bool = False
+    """True if it runs in .venv-bench."""
     index: str = ""
-    """Name of the entry whose index on disk it opens, its own if empty."""
+    """Name of another method with the same index on disk; empty if it has its own."""
 
     @property
     def digest(self) -> str:
-        """Names the index on disk."""
+        """Part of the name of the index on disk."""
         key = json.dumps([self.implementation, self.settings], sort_keys=True)
         return hashlib.sha256(key.encode()).hexdigest()[:8]
 
@@ -41,96 +41,96 @@ def _grid(*axes: tuple[int, ...]) -> tuple[Effort, ...]:
 
 
 FAISS = "1.15.1"
-PROBES = (4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128)
-FACTORS = (2, 3, 4, 6, 8)
-SEARCHED = (20, 24, 32, 40, 48, 64, 96, 128, 192, 256, 384)
-LISTS = (6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 56, 64, 80, 96)
-CANDIDATES = (3, 4, 6, 8, 12, 16)
+PROBED_LISTS = (4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128)
+CANDIDATE_FACTORS = (2, 3, 4, 6, 8)
+GRAPH_EFFORTS = (20, 24, 32, 40, 48, 64, 96, 128, 192, 256, 384)
+LISTS_PER_PARTITION = (6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 56, 64, 80, 96)
+CANDIDATES_PER_RESULT = (3, 4, 6, 8, 12, 16)
 
 
-def _lists(name: str, label: str, key: str, factors: tuple[int, ...] = ()) -> Entry:
-    efforts = _grid(PROBES, factors) if factors else _grid(PROBES)
+def _faiss_ivf(name: str, label: str, key: str, factors: tuple[int, ...] = ()) -> MethodSpec:
+    efforts = _grid(PROBED_LISTS, factors) if factors else _grid(PROBED_LISTS)
     settings = {"key": key, "lists": 4096, "version": FAISS}
-    return Entry(name, label, "benchmarks.retrieval.adapters.inverted:Inverted", settings, efforts)
+    return MethodSpec(name, label, "benchmarks.retrieval.adapters.faiss_ivf:FaissIvf", settings, efforts)
 
 
-SCANN = Entry(
+SCANN = MethodSpec(
     "scann",
     "ScaNN (tree, SOAR, AH, reorder)",
-    "benchmarks.retrieval.adapters.rivals:Scann",
+    "benchmarks.retrieval.adapters.other_libraries:Scann",
     {"leaves": 2000, "version": "1.4.2"},
     _grid((6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64, 96), (40, 60, 80, 100, 150, 200)),
-    bench=True,
+    uses_bench_venv=True,
 )
-DATABASE = Entry(
+DATABASE = MethodSpec(
     "database",
     "Database.search (ours)",
-    "benchmarks.retrieval.adapters.ours:OurDatabase",
+    "benchmarks.retrieval.adapters.our_database:OurDatabase",
     {"schema": 2},
-    _grid((1,), LISTS, CANDIDATES),
+    _grid((1,), LISTS_PER_PARTITION, CANDIDATES_PER_RESULT),
 )
-BARE = Entry(
+BARE = MethodSpec(
     "bare",
-    "the faiss call under it (ours)",
-    "benchmarks.retrieval.adapters.ours:BareIndex",
+    "its faiss call (ours)",
+    "benchmarks.retrieval.adapters.our_database:BareIndex",
     {"schema": 2},
     DATABASE.efforts,
     index="database",
 )
-CLUSTER = Entry(
+CLUSTER = MethodSpec(
     "cluster",
-    "through Ray (ours)",
-    "benchmarks.retrieval.adapters.through_ray:ThroughRay",
+    "on Ray (ours)",
+    "benchmarks.retrieval.adapters.our_cluster:OurCluster",
     {"schema": 2},
     DATABASE.efforts,
     index="database",
 )
-BRUTE = Entry(
-    "brute", "brute force (faiss Flat)", "benchmarks.retrieval.adapters.inverted:BruteForce", {}, ((0,),)
+BRUTE = MethodSpec(
+    "brute", "brute force (faiss Flat)", "benchmarks.retrieval.adapters.faiss_ivf:BruteForce", {}, ((0,),)
 )
-AUTOFAISS = Entry(
+AUTOFAISS = MethodSpec(
     "autofaiss",
     "autofaiss's default",
-    "benchmarks.retrieval.adapters.graphs:Autofaiss",
+    "benchmarks.retrieval.adapters.faiss_graphs:Autofaiss",
     {"version": "2.18.0"},
     ((0,),),
 )
-IVF_FLAT = _lists("ivf-flat", "faiss IVF4096,Flat", "Flat")
-FAST_SCAN = _lists("fast-scan", "faiss IVF4096,PQ384x4fsr + refine", "PQ384x4fsr", FACTORS)
+IVF_FLAT = _faiss_ivf("ivf-flat", "faiss IVF4096,Flat", "Flat")
+FAST_SCAN = _faiss_ivf("fast-scan", "faiss IVF4096,PQ384x4fsr + refine", "PQ384x4fsr", CANDIDATE_FACTORS)
 
-ENTRIES = (
+METHODS = (
     SCANN,
     DATABASE,
     BARE,
     IVF_FLAT,
     FAST_SCAN,
-    _lists("ivf-sqfp16", "faiss IVF4096,SQfp16", "SQfp16"),
-    _lists("ivf-sq8", "faiss IVF4096,SQ8 + refine", "SQ8", (2,)),
-    _lists("rabitq", "faiss IVF4096,RaBitQfs + refine", "RaBitQfs", (4, 6, 8, 12, 16, 24)),
-    Entry(
+    _faiss_ivf("ivf-sqfp16", "faiss IVF4096,SQfp16", "SQfp16"),
+    _faiss_ivf("ivf-sq8", "faiss IVF4096,SQ8 + refine", "SQ8", (2,)),
+    _faiss_ivf("rabitq", "faiss IVF4096,RaBitQfs + refine", "RaBitQfs", (4, 6, 8, 12, 16, 24)),
+    MethodSpec(
         "hnsw",
         "faiss HNSW32",
-        "benchmarks.retrieval.adapters.graphs:FaissHnsw",
+        "benchmarks.retrieval.adapters.faiss_graphs:FaissHnsw",
         {"links": 32, "construction": 40, "version": FAISS},
-        _grid(SEARCHED),
+        _grid(GRAPH_EFFORTS),
     ),
-    Entry(
+    MethodSpec(
         "hnswlib",
         "hnswlib (M=16)",
-        "benchmarks.retrieval.adapters.rivals:Hnswlib",
+        "benchmarks.retrieval.adapters.other_libraries:Hnswlib",
         {"links": 16, "construction": 200, "version": "0.8.0"},
-        _grid(SEARCHED),
-        bench=True,
+        _grid(GRAPH_EFFORTS),
+        uses_bench_venv=True,
     ),
-    Entry(
+    MethodSpec(
         "usearch",
         "usearch (bf16)",
-        "benchmarks.retrieval.adapters.rivals:Usearch",
+        "benchmarks.retrieval.adapters.other_libraries:Usearch",
         {"links": 16, "construction": 128, "version": "2.20.9"},
-        _grid(SEARCHED),
-        bench=True,
+        _grid(GRAPH_EFFORTS),
+        uses_bench_venv=True,
     ),
     AUTOFAISS,
     BRUTE,
 )
-BY_NAME = {entry.name: entry for entry in (*ENTRIES, CLUSTER)}
+BY_NAME = {method.name: method for method in (*METHODS, CLUSTER)}

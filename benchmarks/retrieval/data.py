@@ -1,11 +1,12 @@
-"""The rows, the queries and their true neighbors, made once from seeds and kept below a scratch folder.
+"""The rows, queries and true neighbors, generated once from seeds and stored below a scratch folder.
 
-Writes `<scratch>/<number of rows>/{rows,images,texts,images_truth,texts_truth}.npy`, which the workers read
-through memory maps. The truth is brute force over the stored float16 rows. What is there is kept: delete
-the folder when the generator changes.
+Writes `<scratch>/<number of rows>/{rows,images,texts,images_truth,texts_truth}.npy`, which the adapters
+read as memory maps. The true neighbors come from brute force over the stored float16 rows. Existing files are
+not written again: delete the folder after a change of the generator.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 K = 20
-TRUTH = 100
-"""True neighbors kept for each query."""
-ASKED = 2_000
-"""Queries with a known truth: the first half tunes, the second half is reported."""
-PIECE_ROWS = 1_000_000
-"""Rows drawn under one seed; larger sets are pieces of this size one after another."""
+NUM_TRUE_NEIGHBORS = 100
+"""True neighbors stored for each query."""
+NUM_QUERIES = 2_000
+"""Queries with known neighbors: the first half is for tuning, the second half for the report."""
+ROWS_PER_SEED = 1_000_000
+"""Rows generated from one seed; larger sets use several seeds."""
 QUERY_SEED = 1
 BLOCK_ROWS = 1 << 16
 
@@ -27,68 +28,68 @@ Vectors = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Data:
+class BenchmarkData:
     """One data set on disk."""
 
     folder: Path
 
     def read(self, name: str) -> np.ndarray:
-        """`rows` float16; `images`, `texts` float32; `images_truth`, `texts_truth` (ASKED, TRUTH) int64."""
+        """`rows` float16; `images`, `texts` float32; and their `_truth`, int64."""
         return np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
 
 
-def recall(found: np.ndarray, truth: np.ndarray, k: int) -> float:
-    """Share of the true k nearest among the first k found, averaged over queries."""
-    pairs = zip(found[:, :k], truth[:, :k], strict=True)
-    return float(np.mean([np.isin(true, got).mean() for got, true in pairs]))
+def recall(results: np.ndarray, truth: np.ndarray, k: int) -> float:
+    """Share of the true k nearest rows among the first k results, averaged over queries."""
+    pairs = zip(results[:, :k], truth[:, :k], strict=True)
+    return float(np.mean([np.isin(true, ids).mean() for ids, true in pairs]))
 
 
-def prepare(scratch: Path, rows: int) -> Data:
-    """Make what is not there yet. The join asks a tenth of the rows, 4,000 to 100,000 queries."""
-    data = Data(scratch / str(rows))
+def prepare(scratch: Path, rows: int) -> BenchmarkData:
+    """Write missing files. The join has a tenth as many queries as rows, 4,000 to 100,000."""
+    data = BenchmarkData(scratch / str(rows))
     data.folder.mkdir(parents=True, exist_ok=True)
     for name in ("rows", "images", "texts"):
-        _keep(data, name, lambda name=name: _draw(name, rows))
+        _write_if_missing(data, name, lambda name=name: _generate(name, rows))
     for stream in ("images", "texts"):
-        _keep(data, f"{stream}_truth", lambda stream=stream: _nearest(data, stream))
+        _write_if_missing(data, f"{stream}_truth", lambda stream=stream: _true_neighbors(data, stream))
     return data
 
 
-def _draw(name: str, rows: int) -> np.ndarray:
+def _generate(name: str, rows: int) -> np.ndarray:
     from benchmarks.retrieval import vectors
 
-    kind = vectors.mixture(0)
+    mixture = vectors.mixture(0)
     if name == "texts":
-        return vectors.texts(kind, ASKED, QUERY_SEED)
+        return vectors.texts(mixture, NUM_QUERIES, QUERY_SEED)
     if name == "images":
-        return vectors.images(kind, min(100_000, max(2 * ASKED, rows // 10)), QUERY_SEED)
+        return vectors.images(mixture, min(100_000, max(2 * NUM_QUERIES, rows // 10)), QUERY_SEED)
     out = np.empty((rows, vectors.DIM), np.float16)
-    for start in range(0, rows, PIECE_ROWS):
-        piece = start // PIECE_ROWS
+    for start in range(0, rows, ROWS_PER_SEED):
+        piece = start // ROWS_PER_SEED
         seed = piece if piece < QUERY_SEED else piece + 1
-        out[start : start + PIECE_ROWS] = vectors.images(kind, min(PIECE_ROWS, rows - start), seed)
+        out[start : start + ROWS_PER_SEED] = vectors.images(mixture, min(ROWS_PER_SEED, rows - start), seed)
     return out
 
 
-def _nearest(data: Data, stream: str) -> Ids:
-    """(ASKED, TRUTH) row numbers, best first."""
+def _true_neighbors(data: BenchmarkData, stream: str) -> Ids:
+    """(NUM_QUERIES, NUM_TRUE_NEIGHBORS) row numbers, best first."""
     import torch
 
-    queries = torch.from_numpy(np.array(data.read(stream)[:ASKED]))
+    queries = torch.from_numpy(np.array(data.read(stream)[:NUM_QUERIES]))
     rows = data.read("rows")
-    best, where = torch.empty(ASKED, 0), torch.empty(ASKED, 0, dtype=torch.int64)
+    similarities, ids = torch.empty(NUM_QUERIES, 0), torch.empty(NUM_QUERIES, 0, dtype=torch.int64)
     for start in range(0, len(rows), BLOCK_ROWS):
         block = torch.from_numpy(rows[start : start + BLOCK_ROWS].astype(np.float32))
-        found, at = (queries @ block.T).topk(min(TRUTH, len(block)), dim=1)
-        best, chosen = torch.cat([best, found], 1).topk(TRUTH, dim=1)
-        where = torch.cat([where, at + start], 1).gather(1, chosen)
-    return where.numpy()
+        block_similarities, block_ids = (queries @ block.T).topk(min(NUM_TRUE_NEIGHBORS, len(block)), dim=1)
+        similarities, best = torch.cat([similarities, block_similarities], 1).topk(NUM_TRUE_NEIGHBORS, dim=1)
+        ids = torch.cat([ids, block_ids + start], 1).gather(1, best)
+    return ids.numpy()
 
 
-def _keep(data: Data, name: str, make) -> None:
+def _write_if_missing(data: BenchmarkData, name: str, generate: Callable[[], np.ndarray]) -> None:
     path = data.folder / f"{name}.npy"
     if not path.exists():
-        pending = path.with_suffix(".partial")
-        with pending.open("wb") as file:
-            np.save(file, make())
-        os.replace(pending, path)
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as file:
+            np.save(file, generate())
+        os.replace(partial, path)

@@ -1,12 +1,12 @@
-"""What is asked of our engine alone: overhead over faiss and through Ray, opening, calibration."""
+"""Measurements of our engine: overhead over faiss and on Ray, opening, calibration."""
 
 import statistics
 from typing import Any
 
 from benchmarks.retrieval.catalog import BARE, CLUSTER, DATABASE, Effort
-from benchmarks.retrieval.data import ASKED, Data, K
+from benchmarks.retrieval.data import NUM_QUERIES, BenchmarkData, K
 from benchmarks.retrieval.rounds import TARGETS
-from benchmarks.retrieval.workers import Worker
+from benchmarks.retrieval.workers import WorkerProcess
 
 ROUNDS = 9
 BLOCK = 1_000
@@ -14,13 +14,13 @@ OPENINGS = 5
 SEARCHES = 100
 
 
-def overheads(data: Data, effort: Effort) -> dict[str, Any]:
+def overheads(data: BenchmarkData, effort: Effort) -> dict[str, Any]:
     """Milliseconds per batch of 1,000 on two threads, interleaved, and ratios paired within rounds."""
-    workers = [Worker(entry, data) for entry in (BARE, DATABASE, CLUSTER)]
+    workers = [WorkerProcess(method, data) for method in (BARE, DATABASE, CLUSTER)]
     try:
         for worker in workers:
             worker.__enter__().open()
-        rounds = [[_batch(worker, effort) for worker in workers] for _ in range(ROUNDS)]
+        rounds = [[_batch_ms(worker, effort) for worker in workers] for _ in range(ROUNDS)]
     finally:
         for worker in workers:
             worker.__exit__(None, None, None)
@@ -36,8 +36,8 @@ def overheads(data: Data, effort: Effort) -> dict[str, Any]:
     }
 
 
-def _batch(worker: Worker, effort: Effort) -> float:
-    answer = worker.ask("measure", mode="batch", k=K, effort=effort, count=ASKED, block=BLOCK)
+def _batch_ms(worker: WorkerProcess, effort: Effort) -> float:
+    answer = worker.call("measure", mode="batch", k=K, effort=effort, count=NUM_QUERIES, block=BLOCK)
     return answer["wall_s"] * BLOCK * 1e3
 
 
@@ -45,49 +45,51 @@ def _median(times: tuple[float, ...]) -> float:
     return round(statistics.median(times), 2)
 
 
-def _ratio(dear: tuple[float, ...], cheap: tuple[float, ...]) -> float:
-    return round(statistics.median(a / b for a, b in zip(dear, cheap, strict=True)), 3)
+def _ratio(slow: tuple[float, ...], fast: tuple[float, ...]) -> float:
+    return round(statistics.median(a / b for a, b in zip(slow, fast, strict=True)), 3)
 
 
-def opening(data: Data, effort: Effort) -> dict[str, Any]:
-    """Fresh processes, without imports: seconds to open and to an answer, memory after 100 searches."""
-    found = []
+def opening(data: BenchmarkData, effort: Effort) -> dict[str, Any]:
+    """In new processes, without imports: seconds until the first answer, memory after 100 searches."""
+    runs = []
     for _ in range(OPENINGS):
-        with Worker(DATABASE, data) as worker:
+        with WorkerProcess(DATABASE, data) as worker:
             opened = worker.open().opened
-            before = worker.ask("memory")
+            before = worker.call("memory")
             options = {"mode": "single", "k": K, "effort": effort}
-            first = worker.ask("first", k=K, effort=effort)["seconds"]
-            worker.ask("measure", count=SEARCHES, **options)
-            after = worker.ask("memory")
+            first = worker.call("first", k=K, effort=effort)["seconds"]
+            worker.call("measure", count=SEARCHES, **options)
+            after = worker.call("memory")
         grown = {kind: after[kind] - before[kind] for kind in after}
-        found.append((opened["seconds"], opened["seconds"] + first, opened["memory_bytes"], grown))
-    resident = statistics.median(opened + grown["bytes"] for _, _, opened, grown in found)
+        runs.append((opened["seconds"], opened["seconds"] + first, opened["memory_bytes"], grown))
+    resident = statistics.median(opened + grown["bytes"] for _, _, opened, grown in runs)
     vectors = data.read("rows").nbytes
     return {
-        "seconds": round(statistics.median(line[0] for line in found), 4),
-        "first_answer_seconds": round(statistics.median(line[1] for line in found), 4),
+        "seconds": round(statistics.median(run[0] for run in runs), 4),
+        "first_answer_seconds": round(statistics.median(run[1] for run in runs), 4),
         "resident_bytes": resident,
-        "mapped_bytes": statistics.median(grown["mapped_bytes"] for *_, grown in found),
+        "mapped_bytes": statistics.median(grown["mapped_bytes"] for *_, grown in runs),
         "vector_bytes": vectors,
         "share": round(resident / vectors, 4),
     }
 
 
-def calibration(data: Data) -> list[dict[str, Any]]:
-    """Recall reached where only a recall is asked for: images and texts, by either stream's calibration."""
+def calibration(data: BenchmarkData) -> list[dict[str, Any]]:
+    """Measured recall for requested recalls, for image and text queries, by each kind of calibration."""
     rows = []
-    with Worker(DATABASE, data) as worker:
+    with WorkerProcess(DATABASE, data) as worker:
         worker.open()
         for target in TARGETS:
-            for like, stream in (("images", "images"), ("images", "texts"), ("texts", "texts")):
-                effort = worker.ask("effort", recall=target, like=like)["effort"]
-                answer = worker.ask("measure", mode="batch", k=K, effort=effort, stream=stream, count=ASKED)
-                single = worker.ask("measure", mode="single", k=K, effort=effort, stream=stream, count=500)
+            for query_kind, stream in (("images", "images"), ("images", "texts"), ("texts", "texts")):
+                effort = worker.call("effort", recall=target, query_kind=query_kind)["effort"]
+                answer = worker.call(
+                    "measure", mode="batch", k=K, effort=effort, stream=stream, count=NUM_QUERIES
+                )
+                single = worker.call("measure", mode="single", k=K, effort=effort, stream=stream, count=500)
                 rows.append(
                     {
                         "target": target,
-                        "calibrated_on": like,
+                        "calibrated_on": query_kind,
                         "queries": stream,
                         "effort": effort,
                         "recall": round(answer["recall"], 4),

@@ -1,43 +1,43 @@
-"""The join: every query's k nearest rows at once, by ours, faiss's searches and faiss's own grouping."""
+"""The join (the k nearest rows of very many queries): ours, searches of faiss, the join of faiss.contrib."""
 
 import statistics
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.retrieval.catalog import BRUTE, DATABASE, FAST_SCAN, IVF_FLAT, Effort, Entry
-from benchmarks.retrieval.data import Data
-from benchmarks.retrieval.rounds import HALF, MARGIN
-from benchmarks.retrieval.workers import Worker
+from benchmarks.retrieval.catalog import BRUTE, DATABASE, FAST_SCAN, IVF_FLAT, Effort, MethodSpec
+from benchmarks.retrieval.data import BenchmarkData
+from benchmarks.retrieval.rounds import MARGIN, TUNING_QUERIES
+from benchmarks.retrieval.workers import WorkerProcess
 
 K = 8
 TARGET = 0.965
 ROUNDS = 3
 EXACT_QUERIES = 1_000
-"""Brute force answers so many in each round; its time per query is that of the whole."""
-PROBES = (4, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
+"""Queries of brute force in each round; its time per query does not depend on their number."""
+PROBED_LISTS = (4, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
 
 OURS = replace(
     DATABASE,
     name="join",
     label="join (ours)",
     implementation="benchmarks.retrieval.adapters.our_join:OurJoin",
-    efforts=tuple((1, lists) for lists in PROBES),
+    efforts=tuple((1, lists) for lists in PROBED_LISTS),
     index=DATABASE.name,
 )
 GROUPED = replace(
     IVF_FLAT,
     name="big-batch",
     label="faiss big_batch_search over IVF4096,Flat",
-    implementation="benchmarks.retrieval.adapters.inverted:BigBatch",
-    efforts=tuple((probes,) for probes in PROBES),
+    implementation="benchmarks.retrieval.adapters.faiss_ivf:BigBatch",
+    efforts=tuple((lists,) for lists in PROBED_LISTS),
     index=IVF_FLAT.name,
 )
-ENTRIES = (
+METHODS = (
     OURS,
     replace(IVF_FLAT, efforts=GROUPED.efforts, label="faiss IVF4096,Flat search"),
     replace(
         FAST_SCAN,
-        efforts=tuple((probes, factor) for probes in PROBES for factor in (2, 4, 8)),
+        efforts=tuple((lists, factor) for lists in PROBED_LISTS for factor in (2, 4, 8)),
         label="faiss IVF4096,PQ384x4fsr + refine, search",
     ),
     GROUPED,
@@ -45,57 +45,61 @@ ENTRIES = (
 )
 
 
-def measure(data: Data, queries: int) -> list[dict[str, Any]]:
-    """Interleaved rounds of all joins at the cheapest effort that reaches the target."""
-    workers = [Worker(entry, data) for entry in ENTRIES]
+def measure(data: BenchmarkData, queries: int) -> list[dict[str, Any]]:
+    """Interleaved rounds of all joins, each at the fastest effort that reaches the target."""
+    workers = [WorkerProcess(method, data) for method in METHODS]
     results: list[dict[str, Any]] = []
     try:
         for worker in workers:
             worker.__enter__().open()
-        efforts = [cheapest(worker) for worker in workers]
+        efforts = [fastest_effort(worker) for worker in workers]
         rounds = [
             [_once(*pair, queries) for pair in zip(workers, efforts, strict=True)] for _ in range(ROUNDS)
         ]
         for i, worker in enumerate(workers):
-            results.append(_summary(worker.entry, efforts[i], [timed[i] for timed in rounds], rounds))
+            results.append(_summary(worker.method, efforts[i], [timed[i] for timed in rounds], rounds))
     finally:
         for worker in workers:
             worker.__exit__(None, None, None)
     return results
 
 
-def cheapest(worker: Worker) -> Effort:
-    """The fastest effort whose recall@K on the first half of the queries is over the target."""
-    mode = "join" if worker.entry.name == OURS.name else "batch"
-    tried = []
-    for effort in worker.entry.efforts:
-        answer = worker.ask("measure", mode=mode, k=K, effort=effort, start=0, count=HALF)
+def fastest_effort(worker: WorkerProcess) -> Effort:
+    """The fastest effort with a recall@K above the target on the first half of the queries."""
+    mode = "join" if worker.method.name == OURS.name else "batch"
+    good = []
+    for effort in worker.method.efforts:
+        answer = worker.call("measure", mode=mode, k=K, effort=effort, start=0, count=TUNING_QUERIES)
         if answer["recall"] >= TARGET + MARGIN:
-            tried.append((answer["wall_s"], effort))
-    if not tried:
-        raise RuntimeError(f"{worker.entry.name} reaches recall {TARGET} at no effort")
-    return min(tried)[1]
+            good.append((answer["wall_s"], effort))
+    if not good:
+        raise RuntimeError(f"{worker.method.name} reaches recall {TARGET} at no effort in its catalog entry")
+    return min(good)[1]
 
 
-def _once(worker: Worker, effort: Effort, queries: int) -> dict[str, Any]:
-    count = EXACT_QUERIES if worker.entry.name == BRUTE.name else queries
-    start = HALF if count <= HALF else 0
-    return worker.ask("measure", mode="join", k=K, effort=effort, start=start, count=count, judged=HALF)
+def _once(worker: WorkerProcess, effort: Effort, queries: int) -> dict[str, Any]:
+    count = EXACT_QUERIES if worker.method.name == BRUTE.name else queries
+    start = TUNING_QUERIES if count <= TUNING_QUERIES else 0
+    return worker.call(
+        "measure", mode="join", k=K, effort=effort, start=start, count=count, recall_start=TUNING_QUERIES
+    )
 
 
-def _summary(entry: Entry, effort: Effort, mine: list[dict], rounds: list[list[dict]]) -> dict[str, Any]:
-    """Medians, and how many times ours is faster, paired within rounds."""
+def _summary(
+    method: MethodSpec, effort: Effort, runs: list[dict], rounds: list[list[dict]]
+) -> dict[str, Any]:
+    """Medians, and the ratio of its time to ours, paired within rounds."""
     ratios = {
-        unit: statistics.median(own[unit] / timed[0][unit] for own, timed in zip(mine, rounds, strict=True))
+        unit: statistics.median(run[unit] / timed[0][unit] for run, timed in zip(runs, rounds, strict=True))
         for unit in ("cpu_s", "wall_s")
     }
     return {
-        "method": entry.name,
-        "label": entry.label,
+        "method": method.name,
+        "label": method.label,
         "effort": list(effort),
-        "recall": round(mine[0]["recall"], 4),
-        "cpu_us": round(statistics.median(own["cpu_s"] for own in mine) * 1e6, 1),
-        "wall_us": round(statistics.median(own["wall_s"] for own in mine) * 1e6, 1),
+        "recall": round(runs[0]["recall"], 4),
+        "cpu_us": round(statistics.median(run["cpu_s"] for run in runs) * 1e6, 1),
+        "wall_us": round(statistics.median(run["wall_s"] for run in runs) * 1e6, 1),
         "ours_cpu_ratio": round(ratios["cpu_s"], 2),
         "ours_wall_ratio": round(ratios["wall_s"], 2),
     }

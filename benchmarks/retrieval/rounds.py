@@ -1,7 +1,7 @@
-"""Tunes every method, then times the chosen settings in turns, so that a noisy minute hits all alike.
+"""Tunes every method, then times the chosen settings in interleaved rounds, so that all meet the same load.
 
-Settings are chosen on the first half of the queries and reported on the other half. A ratio is taken
-between two methods within one round, then the median over the rounds.
+Settings are chosen on the first half of the queries and timed on the other half. Ratios of two methods are
+taken within one round; the result is the median over the rounds.
 """
 
 import statistics
@@ -9,34 +9,34 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.retrieval.catalog import Effort
-from benchmarks.retrieval.data import ASKED, K
-from benchmarks.retrieval.workers import Worker
+from benchmarks.retrieval.data import NUM_QUERIES, K
+from benchmarks.retrieval.workers import WorkerProcess
 
 TARGETS = (0.95, 0.99)
 MODES = ("single", "batch")
 ROUNDS = 5
 MARGIN = 0.002
-"""Recall above the target that tuning asks for, so that most choices hold on the other half."""
-HALF = ASKED // 2
-WORTH_TIMING = 0.85
-"""Settings of lower recall are not timed."""
+"""Tuning requires this much more than the target, so that most settings reach it on the other half."""
+TUNING_QUERIES = NUM_QUERIES // 2
+MIN_TIMED_RECALL = 0.85
+"""Settings with a lower recall are not timed."""
 SINGLE_S, BATCH_S = 1.0, 2.0
-"""A slow method is asked fewer queries, to stay within so many seconds."""
+"""Slow methods run fewer queries, so that a measurement takes at most so many seconds."""
 
 
 @dataclass
-class Point:
-    """One setting of one method, measured once while tuning."""
+class TuningResult:
+    """A setting of a method with its recall and time, measured once."""
 
     effort: Effort
     recall: float
     seconds: dict[str, float] = field(default_factory=dict)
-    """Per query, by mode."""
+    """Seconds per query, by mode."""
 
 
 @dataclass
-class Chosen:
-    """One method at one target in one mode."""
+class TimingResult:
+    """A method at a target recall in a mode, timed in several rounds."""
 
     method: str
     mode: str
@@ -44,12 +44,12 @@ class Chosen:
     effort: Effort
     recall: float = 0.0
     seconds: list[float] = field(default_factory=list)
-    """Per query, one for each round."""
+    """Seconds per query, one value for each round."""
     ratios: list[float] = field(default_factory=list)
-    """How many times faster than the baseline in the same round."""
+    """Time of the baseline over time of this method, in the same round."""
 
     def summary(self) -> dict[str, Any]:
-        """For the report."""
+        """Medians over the rounds, as the report stores them."""
         return {
             "method": self.method,
             "mode": self.mode,
@@ -58,71 +58,81 @@ class Chosen:
             "recall": round(self.recall, 4),
             "ms": round(statistics.median(self.seconds) * 1e3, 4),
             "ratio": round(statistics.median(self.ratios), 3) if self.ratios else None,
-            "ratio_range": [round(end(self.ratios), 3) for end in (min, max)] if self.ratios else None,
+            "ratio_range": [round(extreme(self.ratios), 3) for extreme in (min, max)]
+            if self.ratios
+            else None,
         }
 
 
-def tune(workers: list[Worker]) -> dict[str, list[Point]]:
-    """Every setting of every method, interleaved: recall, and times where the recall is worth it."""
-    points: dict[str, list[Point]] = {worker.entry.name: [] for worker in workers}
-    for step in range(max(len(worker.entry.efforts) for worker in workers)):
+def tune(workers: list[WorkerProcess]) -> dict[str, list[TuningResult]]:
+    """Recall of every setting of every method, and its time if the recall is at least MIN_TIMED_RECALL."""
+    points: dict[str, list[TuningResult]] = {worker.method.name: [] for worker in workers}
+    for step in range(max(len(worker.method.efforts) for worker in workers)):
         for worker in workers:
-            if step < len(worker.entry.efforts):
-                points[worker.entry.name].append(_point(worker, worker.entry.efforts[step]))
+            if step < len(worker.method.efforts):
+                points[worker.method.name].append(_measure_setting(worker, worker.method.efforts[step]))
     return points
 
 
-def _point(worker: Worker, effort: Effort) -> Point:
-    probe = worker.ask("measure", mode="single", k=K, effort=effort, start=0, count=20)
-    slow = probe["wall_s"] * HALF / 2 > BATCH_S
-    first = worker.ask("measure", mode="batch", k=K, effort=effort, start=0, count=100 if slow else HALF)
-    point = Point(effort, first["recall"])
-    if point.recall >= WORTH_TIMING:
-        count = min(300, max(20, int(SINGLE_S / probe["wall_s"])))
-        single = worker.ask("measure", mode="single", k=K, effort=effort, start=0, count=count)
+def _measure_setting(worker: WorkerProcess, effort: Effort) -> TuningResult:
+    trial = worker.call("measure", mode="single", k=K, effort=effort, start=0, count=20)
+    slow = trial["wall_s"] * TUNING_QUERIES / 2 > BATCH_S
+    first = worker.call(
+        "measure", mode="batch", k=K, effort=effort, start=0, count=100 if slow else TUNING_QUERIES
+    )
+    point = TuningResult(effort, first["recall"])
+    if point.recall >= MIN_TIMED_RECALL:
+        count = min(300, max(20, int(SINGLE_S / trial["wall_s"])))
+        single = worker.call("measure", mode="single", k=K, effort=effort, start=0, count=count)
         point.seconds = {"single": single["wall_s"], "batch": first["wall_s"]}
     return point
 
 
-def choose(points: list[Point], mode: str, target: float) -> Point | None:
-    """The fastest setting that reaches the target; none if no setting does."""
+def fastest_setting(points: list[TuningResult], mode: str, target: float) -> TuningResult | None:
+    """The fastest setting that reaches the target, or None."""
     good = [point for point in points if point.recall >= target + MARGIN and point.seconds]
     return min(good, key=lambda point: point.seconds[mode], default=None)
 
 
-def best_effort(points: list[Point], mode: str, target: float) -> Point | None:
-    """The choice for a target; a method with one setting takes part with that, whatever it reaches."""
-    return points[0] if len(points) == 1 and points[0].seconds else choose(points, mode, target)
+def best_setting(points: list[TuningResult], mode: str, target: float) -> TuningResult | None:
+    """The fastest setting that reaches the target; for a method with one setting, always that setting."""
+    return points[0] if len(points) == 1 and points[0].seconds else fastest_setting(points, mode, target)
 
 
-def compare(workers: list[Worker], points: dict[str, list[Point]], baseline: str) -> list[Chosen]:
+def compare(
+    workers: list[WorkerProcess], points: dict[str, list[TuningResult]], baseline: str
+) -> list[TimingResult]:
     """Interleaved rounds at every target in every mode."""
     results = []
     for target in TARGETS:
         for mode in MODES:
             chosen = []
             for worker in workers:
-                point = best_effort(points[worker.entry.name], mode, target)
+                point = best_setting(points[worker.method.name], mode, target)
                 if point is not None:
-                    chosen.append((worker, point, Chosen(worker.entry.name, mode, target, point.effort)))
+                    chosen.append(
+                        (worker, point, TimingResult(worker.method.name, mode, target, point.effort))
+                    )
             for _ in range(ROUNDS):
                 _round([(worker, point.seconds[mode], result) for worker, point, result in chosen], baseline)
             results += [result for _, _, result in chosen]
     return results
 
 
-def _round(chosen: list[tuple[Worker, float, Chosen]], baseline: str) -> None:
+def _round(chosen: list[tuple[WorkerProcess, float, TimingResult]], baseline: str) -> None:
     for worker, seconds, result in chosen:
         options = {"mode": result.mode, "k": K, "effort": result.effort}
         limit = int((SINGLE_S if result.mode == "single" else BATCH_S) / seconds)
         if not result.seconds:
-            count = HALF if seconds * HALF < 4 * BATCH_S else max(10, limit)
-            result.recall = worker.ask("measure", start=HALF, count=count, **{**options, "mode": "batch"})[
-                "recall"
-            ]
-        most = HALF if result.mode == "single" else ASKED
+            count = TUNING_QUERIES if seconds * TUNING_QUERIES < 4 * BATCH_S else max(10, limit)
+            result.recall = worker.call(
+                "measure", start=TUNING_QUERIES, count=count, **{**options, "mode": "batch"}
+            )["recall"]
+        most = TUNING_QUERIES if result.mode == "single" else NUM_QUERIES
         count = max(10, min(most, limit))
-        measured = worker.ask("measure", start=max(0, HALF - max(0, count - HALF)), count=count, **options)
+        measured = worker.call(
+            "measure", start=max(0, TUNING_QUERIES - max(0, count - TUNING_QUERIES)), count=count, **options
+        )
         result.seconds.append(measured["wall_s"])
     base = next((result for _, _, result in chosen if result.method == baseline), None)
     if base is not None:

@@ -1,7 +1,7 @@
-"""How the cost of a query and of a joined row grows with the size of the database.
+"""Cost of a query and of a joined row against the size of the database.
 
-Measures our engine at several sizes, in interleaved rounds, each at the cheapest effort that reaches the
-target; `paper` carries the result to sizes that no one machine holds.
+Measures our engine at several sizes in interleaved rounds, each at the fastest effort that reaches the
+target; `report.paper_scale` extrapolates to sizes beyond one machine.
 """
 
 import math
@@ -12,30 +12,30 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.retrieval import joins
-from benchmarks.retrieval.catalog import DATABASE, Entry
-from benchmarks.retrieval.data import ASKED, K, prepare
-from benchmarks.retrieval.rounds import HALF, MARGIN
-from benchmarks.retrieval.workers import Worker, build
+from benchmarks.retrieval.catalog import DATABASE, MethodSpec
+from benchmarks.retrieval.data import NUM_QUERIES, K, prepare
+from benchmarks.retrieval.rounds import MARGIN, TUNING_QUERIES
+from benchmarks.retrieval.workers import WorkerProcess, build
 
 TARGET = 0.95
 ROUNDS = 5
 JOIN_ROUNDS = 3
-LISTS = (4, 6, 8, 12, 16, 24, 32, 48)
-CANDIDATES = (2, 4)
+LISTS_PER_PARTITION = (4, 6, 8, 12, 16, 24, 32, 48)
+CANDIDATES_PER_RESULT = (2, 4)
 PARTITION_ROWS = 1_000_000
 BUILD_BYTES_PER_ROW = 3_500
-"""Memory that making and building a database of 768 dimensions takes, about."""
+"""Approximate memory to generate and build a database of 768 dimensions."""
 
 
 def measure(scratch: Path, sizes: list[int]) -> list[dict[str, Any]]:
-    """Seconds per query (single, batch) and per joined row (wall, CPU) at each size that memory allows."""
+    """Microseconds per query (single, batch) and per joined row (wall, CPU), for sizes that fit in memory."""
     opened = []
     try:
         for rows in (rows for rows in sizes if rows * BUILD_BYTES_PER_ROW < _free_bytes()):
             data = prepare(scratch, rows)
-            search, join = _entries(rows)
+            search, join = _methods(rows)
             build(data, DATABASE, 2)
-            workers = [Worker(entry, data).__enter__().open() for entry in (search, join)]
+            workers = [WorkerProcess(method, data).__enter__().open() for method in (search, join)]
             opened.append((rows, data, workers))
         return _rounds(opened)
     finally:
@@ -44,29 +44,36 @@ def measure(scratch: Path, sizes: list[int]) -> list[dict[str, Any]]:
                 worker.__exit__(None, None, None)
 
 
-def _entries(rows: int) -> tuple[Entry, Entry]:
+def _methods(rows: int) -> tuple[MethodSpec, MethodSpec]:
     partitions = math.ceil(rows / PARTITION_ROWS)
-    probes = [1] if partitions == 1 else [number for number in (1, 2, 3, 4) if number <= partitions]
-    search = replace(DATABASE, efforts=tuple(product(probes, LISTS, CANDIDATES)))
-    return search, replace(joins.OURS, efforts=tuple(product(probes, joins.PROBES)))
+    visited = [1] if partitions == 1 else [number for number in (1, 2, 3, 4) if number <= partitions]
+    search = replace(DATABASE, efforts=tuple(product(visited, LISTS_PER_PARTITION, CANDIDATES_PER_RESULT)))
+    return search, replace(joins.OURS, efforts=tuple(product(visited, joins.PROBED_LISTS)))
 
 
-def _rounds(opened: list[tuple[int, Any, list[Worker]]]) -> list[dict[str, Any]]:
-    efforts = [(_cheapest(workers[0]), joins.cheapest(workers[1])) for _, _, workers in opened]
+def _rounds(opened: list[tuple[int, Any, list[WorkerProcess]]]) -> list[dict[str, Any]]:
+    efforts = [(_fastest_effort(workers[0]), joins.fastest_effort(workers[1])) for _, _, workers in opened]
     times: list[dict[str, list[float]]] = [{"single": [], "batch": [], "wall": [], "cpu": []} for _ in opened]
     recalls = [0.0] * len(opened)
     for number in range(ROUNDS):
         for i, (_, data, (search, join)) in enumerate(opened):
             options = {"k": K, "effort": efforts[i][0]}
-            single = search.ask("measure", mode="single", start=HALF, count=HALF, **options)
-            batch = search.ask("measure", mode="batch", count=ASKED, **options)
+            single = search.call(
+                "measure", mode="single", start=TUNING_QUERIES, count=TUNING_QUERIES, **options
+            )
+            batch = search.call("measure", mode="batch", count=NUM_QUERIES, **options)
             times[i]["single"].append(single["wall_s"])
             times[i]["batch"].append(batch["wall_s"])
             recalls[i] = single["recall"]
             if number < JOIN_ROUNDS:
                 count = len(data.read("images"))
-                joined = join.ask(
-                    "measure", mode="join", k=joins.K, effort=efforts[i][1], count=count, judged=HALF
+                joined = join.call(
+                    "measure",
+                    mode="join",
+                    k=joins.K,
+                    effort=efforts[i][1],
+                    count=count,
+                    recall_start=TUNING_QUERIES,
                 )
                 times[i]["wall"].append(joined["wall_s"])
                 times[i]["cpu"].append(joined["cpu_s"])
@@ -76,24 +83,24 @@ def _rounds(opened: list[tuple[int, Any, list[Worker]]]) -> list[dict[str, Any]]
             "queries_joined": len(data.read("images")),
             "effort": list(effort),
             "join_effort": list(join_effort),
-            "recall": round(reached, 4),
+            "recall": round(recall, 4),
             "bytes": build(data, DATABASE, 2)["bytes"],
             "build_cpu_s": round(build(data, DATABASE, 2)["cpu_s"], 1),
             **{f"{name}_us": round(statistics.median(values) * 1e6, 2) for name, values in timed.items()},
         }
-        for (rows, data, _), (effort, join_effort), timed, reached in zip(
+        for (rows, data, _), (effort, join_effort), timed, recall in zip(
             opened, efforts, times, recalls, strict=True
         )
     ]
 
 
-def _cheapest(worker: Worker) -> tuple[int, ...]:
-    tried = []
-    for effort in worker.entry.efforts:
-        answer = worker.ask("measure", mode="batch", k=K, effort=effort, count=HALF)
+def _fastest_effort(worker: WorkerProcess) -> tuple[int, ...]:
+    good = []
+    for effort in worker.method.efforts:
+        answer = worker.call("measure", mode="batch", k=K, effort=effort, count=TUNING_QUERIES)
         if answer["recall"] >= TARGET + MARGIN:
-            tried.append((answer["wall_s"], effort))
-    return min(tried)[1]
+            good.append((answer["wall_s"], effort))
+    return min(good)[1]
 
 
 def _free_bytes() -> int:

@@ -1,4 +1,4 @@
-"""The parent's side of the workers: starts them in the right environment, builds what is not kept yet."""
+"""Starts the processes of the adapters in the right environment, and builds missing indexes."""
 
 import json
 import os
@@ -10,83 +10,83 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from benchmarks.retrieval.catalog import BY_NAME, Entry
-from benchmarks.retrieval.data import Data
+from benchmarks.common.report import REPOSITORY
+from benchmarks.retrieval.catalog import BY_NAME, MethodSpec
+from benchmarks.retrieval.data import BenchmarkData
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 BENCH_PYTHON = REPOSITORY / ".venv-bench" / "bin" / "python"
 
 
-def index_folder(data: Data, entry: Entry) -> Path:
-    """Where the index of an entry is kept, next to the data it is made from."""
-    owner = BY_NAME[entry.index] if entry.index else entry
+def index_folder(data: BenchmarkData, method: MethodSpec) -> Path:
+    """The folder of the index of a method, next to its data."""
+    owner = BY_NAME[method.index] if method.index else method
     return data.folder / f"{owner.name}-{owner.digest}"
 
 
 @dataclass
-class Worker:
-    """A running worker; a context manager."""
+class WorkerProcess:
+    """The process of an adapter; a context manager."""
 
-    entry: Entry
-    data: Data
+    method: MethodSpec
+    data: BenchmarkData
     opened: dict[str, Any] = field(default_factory=dict)
 
-    def __enter__(self) -> "Worker":
-        folder = index_folder(self.data, self.entry)
+    def __enter__(self) -> "WorkerProcess":
+        folder = index_folder(self.data, self.method)
         folder.mkdir(parents=True, exist_ok=True)
-        self._log = (folder / f"{self.entry.name}.log").open("w")
-        python = str(BENCH_PYTHON) if self.entry.bench else sys.executable
-        # A thread that waits must not spin: the next method is being timed.
-        settings = {"OMP_WAIT_POLICY": "PASSIVE", "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(REPOSITORY)}
-        entry = self.entry
-        arguments = [entry.implementation, json.dumps(entry.settings), str(self.data.folder), str(folder)]
+        self._log = (folder / f"{self.method.name}.log").open("w")
+        python = str(BENCH_PYTHON) if self.method.uses_bench_venv else sys.executable
+        # Waiting threads must not spin while another method is timed.
+        variables = {"OMP_WAIT_POLICY": "PASSIVE", "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(REPOSITORY)}
+        method = self.method
+        arguments = [method.implementation, json.dumps(method.settings), str(self.data.folder), str(folder)]
         self._process = subprocess.Popen(
-            [python, "-m", "benchmarks.retrieval.adapters.worker", *arguments],
+            [python, "-m", "benchmarks.retrieval.adapters.server", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env={**os.environ, **settings},
+            env={**os.environ, **variables},
         )
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._process.poll() is None and kind is None:
-            self.ask("close")
+            self.call("close")
         self._process.stdin.close()
         self._process.wait(60)
         self._log.close()
 
-    def ask(self, what: str, **options: Any) -> dict[str, Any]:
-        """One request, one answer. Raises RuntimeError with the end of the log when the worker dies."""
-        self._process.stdin.write(json.dumps({"do": what, **options}) + "\n")
+    def call(self, method: str, **options: Any) -> dict[str, Any]:
+        """Call a method of AdapterServer. Raises RuntimeError with the end of the log if the process died."""
+        self._process.stdin.write(json.dumps({"method": method, **options}) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         if not answer:
             self._log.flush()
-            raise RuntimeError(f"{self.entry.name} ended:\n{Path(self._log.name).read_text()[-2000:]}")
+            raise RuntimeError(f"{self.method.name} ended:\n{Path(self._log.name).read_text()[-2000:]}")
         return json.loads(answer)
 
-    def open(self) -> "Worker":
+    def open(self) -> "WorkerProcess":
         """Open the index."""
-        self.opened = self.ask("open")
+        self.opened = self.call("open")
         return self
 
 
-def built(data: Data, entry: Entry) -> dict[str, Any] | None:
-    """What is known of a finished build; none if there is none."""
-    record = index_folder(data, entry) / "built.json"
+def read_build_record(data: BenchmarkData, method: MethodSpec) -> dict[str, Any] | None:
+    """The record of a finished build, or None."""
+    record = index_folder(data, method) / "built.json"
     return json.loads(record.read_text()) if record.exists() else None
 
 
-def build(data: Data, entry: Entry, threads: int) -> dict[str, Any]:
-    """The record of the entry's build, made now if it is not kept from before."""
-    known = built(data, entry)
-    if known is not None or entry.index:
-        return known or build(data, BY_NAME[entry.index], threads)
+def build(data: BenchmarkData, method: MethodSpec, threads: int) -> dict[str, Any]:
+    """The record of the build of a method; builds the index if it is missing."""
+    record = read_build_record(data, method)
+    if record is not None or method.index:
+        return record or build(data, BY_NAME[method.index], threads)
     started = time.perf_counter()
-    with Worker(entry, data) as worker:
-        record = worker.ask("build", threads=threads)
-    (index_folder(data, entry) / "built.json").write_text(json.dumps(record, indent=1))
-    print(f"built {entry.name}: {time.perf_counter() - started:.0f} s, {record}", flush=True)
+    with WorkerProcess(method, data) as worker:
+        record = worker.call("build", threads=threads)
+    (index_folder(data, method) / "built.json").write_text(json.dumps(record, indent=1))
+    print(f"built {method.name}: {time.perf_counter() - started:.0f} s, {record}", flush=True)
     return record

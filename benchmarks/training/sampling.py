@@ -21,13 +21,13 @@ from benchmarks.common.report import DOCS, markdown_table, write_report
 from jobs.cli.command import exit_on_user_error
 from jobs.cli.recipe import Recipe, load_recipe
 from jobs.reporting.hardware import hardware
-from jobs.sample import trained
+from jobs.sample import trained_model
 from retrieval.errors import UserError
 from trainer.evaluation.classifier import TrainedClassifier
 from trainer.evaluation.evaluate import style_names, train_style_classifier
 from trainer.evaluation.metrics import wilson_interval
 from trainer.evaluation.recipe import EvaluateConfig
-from trainer.evaluation.scores import SampleFeatures, judge
+from trainer.evaluation.scores import SampleFeatures, score
 from trainer.evaluation.styles import RETRIEVAL, make_style_groups
 from trainer.recipe import SchedulerName
 from trainer.sampling.request import Request, read_prompts
@@ -86,7 +86,7 @@ class Drawn:
 def measure(recipe: Recipe, each: int, methods: Sequence[Method]) -> dict[str, Any]:
     """Sample `each` pictures of every style by every method, the first of which is the reference."""
     config = recipe[EvaluateConfig]
-    sampler = Sampler.open(recipe.root, trained(recipe), config)
+    sampler = Sampler.open(recipe.root, trained_model(recipe), config)
     styles = style_names(config, recipe.root)
     cells = make_style_groups(config, each, styles, read_prompts(config.prompts_file))
     classifier, _ = train_style_classifier(config, sampler, styles)
@@ -98,7 +98,7 @@ def measure(recipe: Recipe, each: int, methods: Sequence[Method]) -> dict[str, A
             _draw(sampler, classifier, (cell.style, cell.requests), method, drawn[method.name])
     return {
         "hardware": hardware(),
-        "run": f"{trained(recipe).folder}",
+        "run": f"{trained_model(recipe).folder}",
         "styles": len(styles),
         "each": each,
         "count": each * len(styles),
@@ -126,7 +126,7 @@ def _draw(
     drawn.seconds.append(time.perf_counter() - began)
     features = sampler.encoder.encode_images([sample.picture for sample in samples])
     drawn.features.append(features)
-    drawn.right.append(judge(classifier, style, SampleFeatures(features, features)).right)
+    drawn.right.append(score(classifier, style, SampleFeatures(features, features)).correct)
 
 
 def _row(method: Method, drawn: dict[str, Drawn], reference: Method) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a worker asks of a method: build, open, search, join."""
+"""The interface of all compared methods: build, open, search, join."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -12,39 +12,39 @@ from benchmarks.retrieval.data import Ids, Vectors
 Search = Callable[[Vectors], Ids]
 
 
-class Method(ABC):
-    """A method with its settings. Row numbers are ids."""
+class SearchAdapter(ABC):
+    """A method with its settings. Its ids are row numbers."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
 
     @abstractmethod
     def build(self, rows: np.ndarray, folder: Path, threads: int) -> dict[str, Any]:
-        """Write the index of rows (n, dim) float16, a memory map, into the folder. Returns what to record."""
+        """Write the index of rows (n, dim) float16 to a folder. Returns values for the record."""
 
     @abstractmethod
     def open(self, folder: Path, rows: np.ndarray) -> None:
-        """Make ready for searching."""
+        """Open the index for searching."""
 
     @abstractmethod
     def threads(self, number: int) -> None:
-        """Threads that the next searches use."""
+        """Set the number of threads of the next searches."""
 
     @abstractmethod
     def searcher(self, k: int, effort: tuple[int, ...]) -> Search:
-        """Returns (n, dim) float32 -> (n, k) int64 at that effort; what an effort costs once is paid here."""
+        """A function (n, dim) float32 -> (n, k) int64; one-time costs of the effort are paid here."""
 
     def single(self, k: int, effort: tuple[int, ...]) -> Search:
-        """The same for (1, dim), where a library has another call for it."""
+        """The same for (1, dim), if the library has a separate call for one query."""
         return self.searcher(k, effort)
 
     def join(self, k: int, effort: tuple[int, ...]) -> Search:
-        """The same for very many queries, where there is another call for it."""
+        """The same for very many queries, if the library has a separate call for them."""
         return self.searcher(k, effort)
 
-    def ids(self, found: Ids) -> Ids:
-        """Row numbers for what a search returned; outside of what is timed."""
-        return found
+    def ids(self, results: Ids) -> Ids:
+        """Row numbers of the results of a search; not timed."""
+        return results
 
-    def close(self) -> None:  # noqa: B027 - most have nothing to stop
-        """Stop what was started."""
+    def close(self) -> None:  # noqa: B027 - most adapters start nothing
+        """Stop processes that the adapter started."""

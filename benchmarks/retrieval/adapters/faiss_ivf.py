@@ -1,7 +1,7 @@
-"""faiss's inverted lists with a flat coarse quantizer, as one would make them by hand, and brute force.
+"""faiss's inverted file indexes with a flat coarse quantizer, and brute force.
 
-All share one spherical k-means (kept beside the indexes; its time is counted in each one's build), and
-quantized ones are refined on float16 vectors held in memory.
+All indexes share one spherical k-means, which is stored next to them; its time is added to the build time of
+each. Quantized indexes are refined with float16 vectors in memory.
 """
 
 import time
@@ -12,34 +12,36 @@ import faiss
 import numpy as np
 from faiss.contrib.big_batch_search import big_batch_search
 
-from benchmarks.retrieval.adapters.adapter import Method, Search
+from benchmarks.retrieval.adapters.adapter import Search, SearchAdapter
 
 POINTS_PER_LIST = 64
 ITERATIONS = 10
 BLOCK_ROWS = 1 << 16
-IP = faiss.METRIC_INNER_PRODUCT
+INNER_PRODUCT = faiss.METRIC_INNER_PRODUCT
 
 
-class Inverted(Method):
-    """IVF<lists>,<key>. Effort: lists probed, then candidates per result where there is a refinement."""
+class FaissIvf(SearchAdapter):
+    """IVF<lists>,<key>. Effort: lists to search (nprobe), and for refined indexes candidates per result."""
 
     def build(self, rows: np.ndarray, folder: Path, threads: int) -> dict[str, Any]:
-        """Train on a seeded sample, add all, write."""
+        """Train on a seeded sample, add all rows, write."""
         faiss.omp_set_num_threads(threads)
         lists = min(self.settings["lists"], 2 ** int(np.log2(len(rows) / 32)))
-        chosen = np.sort(np.random.default_rng(0).permutation(len(rows))[: lists * POINTS_PER_LIST])
-        sample = rows[chosen].astype(np.float32)
+        sample_rows = np.sort(np.random.default_rng(0).permutation(len(rows))[: lists * POINTS_PER_LIST])
+        sample = rows[sample_rows].astype(np.float32)
         centroids, kmeans_cpu_s = _centroids(sample, lists, folder.parent / f"centroids-{lists}.npy")
-        index = faiss.index_factory(rows.shape[1], f"IVF{lists},{self.settings['key']}", IP)
+        index = faiss.index_factory(rows.shape[1], f"IVF{lists},{self.settings['key']}", INNER_PRODUCT)
         faiss.downcast_index(index.quantizer).add(centroids)
         index.train(sample)
-        refined = self._refined(rows)
+        refinement = self._refinement(rows)
         for start in range(0, len(rows), BLOCK_ROWS):
             block = rows[start : start + BLOCK_ROWS].astype(np.float32)
             index.add(block)
-            if refined:
-                refined.add(block)
-        faiss.write_index(faiss.IndexRefine(index, refined) if refined else index, str(folder / "index"))
+            if refinement:
+                refinement.add(block)
+        faiss.write_index(
+            faiss.IndexRefine(index, refinement) if refinement else index, str(folder / "index")
+        )
         return {"lists": lists, "kmeans_cpu_s": kmeans_cpu_s}
 
     def open(self, folder: Path, rows: np.ndarray) -> None:
@@ -47,38 +49,38 @@ class Inverted(Method):
         self._index = faiss.read_index(str(folder / "index"))
 
     def threads(self, number: int) -> None:
-        """OpenMP threads."""
+        """Set the OpenMP threads."""
         faiss.omp_set_num_threads(number)
 
     def searcher(self, k: int, effort: tuple[int, ...]) -> Search:
-        """index.search with parameters of this call."""
+        """`index.search` with the parameters of this effort."""
         options = faiss.SearchParametersIVF(nprobe=effort[0])
         if len(effort) > 1:
             options = faiss.IndexRefineSearchParameters(k_factor=effort[1], base_index_params=options)
         return lambda queries: self._index.search(queries, k, params=options)[1]
 
-    def _refined(self, rows: np.ndarray) -> Any:
+    def _refinement(self, rows: np.ndarray) -> Any:
         if self.settings["key"] in ("Flat", "SQfp16"):
             return None
-        index = faiss.IndexScalarQuantizer(rows.shape[1], faiss.ScalarQuantizer.QT_fp16, IP)
+        index = faiss.IndexScalarQuantizer(rows.shape[1], faiss.ScalarQuantizer.QT_fp16, INNER_PRODUCT)
         index.train(rows[:1000].astype(np.float32))
         return index
 
 
-class BigBatch(Inverted):
-    """faiss.contrib's join over an IVF,Flat index: queries grouped by list, float32 products."""
+class BigBatch(FaissIvf):
+    """The join of faiss.contrib over an IVF,Flat index: queries grouped by list, float32 products."""
 
     def join(self, k: int, effort: tuple[int, ...]) -> Search:
-        """Effort: lists probed."""
+        """Effort: lists to search."""
         self._index.nprobe = effort[0]
         return lambda queries: big_batch_search(self._index, queries, k, method="knn_function", threaded=0)[1]
 
 
-class BruteForce(Method):
-    """Every row, float32."""
+class BruteForce(SearchAdapter):
+    """Exact search over all rows in float32."""
 
     def build(self, rows: np.ndarray, folder: Path, threads: int) -> dict[str, Any]:
-        """Nothing: the rows are the index."""
+        """Write nothing: the rows are the index."""
         return {}
 
     def open(self, folder: Path, rows: np.ndarray) -> None:
@@ -88,17 +90,17 @@ class BruteForce(Method):
             self._index.add(rows[start : start + BLOCK_ROWS].astype(np.float32))
 
     def threads(self, number: int) -> None:
-        """OpenMP threads."""
+        """Set the OpenMP threads."""
         faiss.omp_set_num_threads(number)
 
     def searcher(self, k: int, effort: tuple[int, ...]) -> Search:
-        """No effort: exact."""
+        """Exact search; the effort is ignored."""
         return lambda queries: self._index.search(queries, k)[1]
 
 
-def _centroids(sample: np.ndarray, lists: int, kept: Path) -> tuple[np.ndarray, float]:
-    """The shared k-means and the CPU seconds it took when it ran."""
-    if not kept.exists():
+def _centroids(sample: np.ndarray, lists: int, path: Path) -> tuple[np.ndarray, float]:
+    """The centroids of the shared k-means, and its CPU seconds if it ran in an earlier process."""
+    if not path.exists():
         started = time.process_time()
         kmeans = faiss.Kmeans(
             sample.shape[1],
@@ -110,7 +112,7 @@ def _centroids(sample: np.ndarray, lists: int, kept: Path) -> tuple[np.ndarray, 
             min_points_per_centroid=1,
         )
         kmeans.train(sample)
-        np.save(kept, kmeans.centroids)
-        kept.with_suffix(".txt").write_text(str(time.process_time() - started))
+        np.save(path, kmeans.centroids)
+        path.with_suffix(".txt").write_text(str(time.process_time() - started))
         return kmeans.centroids, 0.0
-    return np.load(kept), float(kept.with_suffix(".txt").read_text())
+    return np.load(path), float(path.with_suffix(".txt").read_text())

@@ -1,4 +1,4 @@
-"""ScaNN, hnswlib and usearch, tuned; these run in .venv-bench."""
+"""ScaNN, hnswlib and usearch; they run in .venv-bench."""
 
 from pathlib import Path
 from typing import Any
@@ -8,16 +8,16 @@ import numpy as np
 import scann
 from usearch.index import Index
 
-from benchmarks.retrieval.adapters.adapter import Method, Search
+from benchmarks.retrieval.adapters.adapter import Search, SearchAdapter
 
 BLOCK_ROWS = 1 << 16
 
 
-class Scann(Method):
-    """Spherical tree with SOAR, asymmetric hashing, float32 reordering. Effort: leaves, reordered."""
+class Scann(SearchAdapter):
+    """Spherical tree with SOAR, asymmetric hashing, float32 reordering. Effort: leaves, rows to reorder."""
 
     def build(self, rows: np.ndarray, folder: Path, threads: int) -> dict[str, Any]:
-        """Its own files, the float32 vectors among them."""
+        """Build and serialize; the files include the float32 vectors."""
         leaves = min(self.settings["leaves"], 2 * int(len(rows) ** 0.5))
         builder = scann.scann_ops_pybind.builder(rows.astype(np.float32), 20, "dot_product")
         builder = builder.set_n_training_threads(threads).tree(
@@ -38,7 +38,7 @@ class Scann(Method):
         self._searcher = scann.scann_ops_pybind.load_searcher(str(folder))
 
     def threads(self, number: int) -> None:
-        """One: the sequential call; more: the parallel one."""
+        """Select the sequential call for one thread, the parallel call for more."""
         self._parallel = number > 1
         self._searcher.set_num_threads(number)
 
@@ -50,15 +50,15 @@ class Scann(Method):
 
     def single(self, k: int, effort: tuple[int, ...]) -> Search:
         """The call for one query."""
-        call, (leaves, reordered) = self._searcher.search, effort
-        return lambda query: call(query[0], k, reordered, leaves)[0][None]
+        call, (leaves, reorder) = self._searcher.search, effort
+        return lambda query: call(query[0], k, reorder, leaves)[0][None]
 
 
-class Hnswlib(Method):
+class Hnswlib(SearchAdapter):
     """A graph over float32 vectors. Effort: ef."""
 
     def build(self, rows: np.ndarray, folder: Path, threads: int) -> dict[str, Any]:
-        """Add all rows, block by block."""
+        """Add all rows in blocks."""
         index = hnswlib.Index("ip", rows.shape[1])
         construction, links = self.settings["construction"], self.settings["links"]
         index.init_index(len(rows), ef_construction=construction, M=links, random_seed=0)
@@ -74,20 +74,20 @@ class Hnswlib(Method):
         self._index.load_index(str(folder / "index"))
 
     def threads(self, number: int) -> None:
-        """Threads of a batch."""
+        """Set the threads of a batch."""
         self._index.set_num_threads(number)
 
     def searcher(self, k: int, effort: tuple[int, ...]) -> Search:
-        """ef is state of this library's index."""
+        """Batched search; ef is a property of the index."""
         self._index.set_ef(max(effort[0], k))
         return lambda queries: self._index.knn_query(queries, k=k)[0].astype(np.int64)
 
 
-class Usearch(Method):
+class Usearch(SearchAdapter):
     """A graph over bfloat16 vectors. Effort: expansion."""
 
     def build(self, rows: np.ndarray, folder: Path, threads: int) -> dict[str, Any]:
-        """Add all rows, block by block."""
+        """Add all rows in blocks."""
         index = self._empty(rows.shape[1])
         for start in range(0, len(rows), BLOCK_ROWS):
             block = rows[start : start + BLOCK_ROWS].astype(np.float32)
@@ -101,16 +101,16 @@ class Usearch(Method):
         self._index.load(str(folder / "index"))
 
     def threads(self, number: int) -> None:
-        """Threads of a batch."""
+        """Set the threads of a batch."""
         self._threads = number
 
     def searcher(self, k: int, effort: tuple[int, ...]) -> Search:
-        """The expansion is state of this library's index."""
+        """Batched search; the expansion is a property of the index."""
         self._index.expansion_search = effort[0]
         return lambda queries: self._index.search(queries, k, threads=self._threads).keys.astype(np.int64)
 
     def single(self, k: int, effort: tuple[int, ...]) -> Search:
-        """One vector rather than a matrix of one."""
+        """The call for one vector."""
         self._index.expansion_search = effort[0]
         return lambda query: self._index.search(query[0], k, threads=1).keys.astype(np.int64)[None]
 

@@ -1,18 +1,18 @@
-"""Our engine through Ray: one local node, one actor that computes on both CPUs."""
+"""Our engine on Ray: a local node with one actor, which computes on two CPUs."""
 
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.retrieval.adapters.adapter import Search
-from benchmarks.retrieval.adapters.ours import OurDatabase
+from benchmarks.retrieval.adapters.our_database import OurDatabase
 from retrieval.cluster.cluster import Cluster
 from retrieval.index.effort import Effort
 from retrieval.storage import schema
 
 
-class ThroughRay(OurDatabase):
-    """`Cluster.search`. Effort as `Database.search`."""
+class OurCluster(OurDatabase):
+    """`Cluster.search`. The effort is that of `Database.search`."""
 
     def open(self, folder: Path, rows: np.ndarray) -> None:
         """Start Ray and the actor."""
@@ -20,15 +20,15 @@ class ThroughRay(OurDatabase):
         self._cluster = Cluster.open(self.database, actors=1, cpus_per_actor=2.0)
 
     def searcher(self, k: int, effort: tuple[int, ...]) -> Search:
-        """The image ids of the Arrow table that comes back."""
-        wanted = Effort(*effort)
+        """`Cluster.search`; reads the image ids from the Arrow table it returns."""
+        settings = Effort(*effort)
 
         def search(queries: np.ndarray) -> np.ndarray:
-            table = self._cluster.search(queries, k, effort=wanted)
+            table = self._cluster.search(queries, k, effort=settings)
             return table[schema.IMAGE_ID].to_numpy().reshape(len(queries), k)
 
         return search
 
     def close(self) -> None:
-        """End the actor and Ray."""
+        """Stop the actor and Ray."""
         self._cluster.close()

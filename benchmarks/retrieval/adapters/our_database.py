@@ -1,6 +1,6 @@
-"""Our own engine: `Database.search`, and the faiss call under it.
+"""Our engine: `Database.search`, and the faiss call in it.
 
-Effort: partitions, inverted lists in each, rows ranked exactly for each result.
+Effort: partitions per query, inverted lists per partition, candidates per result.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ import faiss
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.retrieval.adapters.adapter import Method, Search
+from benchmarks.retrieval.adapters.adapter import Search, SearchAdapter
 from benchmarks.retrieval.data import Ids
 from retrieval import Database, Root
 from retrieval.clip.identity import EncoderIdentity
@@ -23,11 +23,11 @@ NAME = "database"
 CALIBRATION_TEXTS = 1_000
 
 
-class OurDatabase(Method):
+class OurDatabase(SearchAdapter):
     """`Database.search`."""
 
     def build(self, rows: np.ndarray, folder: Path, threads: int) -> dict[str, Any]:
-        """`write_database`, partitions of a million rows; calibrated on texts of another seed as well."""
+        """`write_database`, with partitions of a million rows; calibrated also on texts of another seed."""
         from benchmarks.retrieval.vectors import mixture, texts
         from retrieval.database.build import DatabaseIdentity, write_database  # loads torch
         from retrieval.database.calibration import recalibrate
@@ -45,47 +45,47 @@ class OurDatabase(Method):
         self.database = Database.open(str(folder / NAME))
 
     def threads(self, number: int) -> None:
-        """OpenMP threads."""
+        """Set the OpenMP threads."""
         faiss.omp_set_num_threads(number)
 
     def searcher(self, k: int, effort: tuple[int, ...]) -> Search:
-        """Image ids are row numbers here."""
-        wanted = Effort(*effort)
-        return lambda queries: self.database.search(queries, k, effort=wanted).ids
+        """`Database.search`; the image ids are row numbers."""
+        settings = Effort(*effort)
+        return lambda queries: self.database.search(queries, k, effort=settings).ids
 
     def effort(self, recall: float, query_kind: str) -> tuple[int, ...]:
-        """What the calibration in the manifest takes for that recall."""
-        found = self.database.effort(recall, query_kind=query_kind)
-        return found.partitions_per_query, found.lists_per_partition, found.candidates_per_result
+        """The effort that the calibration in the manifest selects for a recall."""
+        effort = self.database.effort(recall, query_kind=query_kind)
+        return effort.partitions_per_query, effort.lists_per_partition, effort.candidates_per_result
 
 
 class BareIndex(OurDatabase):
-    """The faiss index of the one partition, asked directly with the same parameters."""
+    """The faiss index of the only partition, called directly with the same parameters."""
 
     def searcher(self, k: int, effort: tuple[int, ...]) -> Search:
-        """Rows of the partition."""
+        """`index.search` of faiss; the results are rows of the partition."""
         (partition,) = self.database.partitions
-        parameters, wanted = partition.parameters(Effort(*effort), k), k * partition.results_per_row
-        return lambda queries: partition.index.search(queries, wanted, params=parameters)[1]
+        parameters, count = partition.parameters(Effort(*effort), k), k * partition.results_per_row
+        return lambda queries: partition.index.search(queries, count, params=parameters)[1]
 
-    def ids(self, found: Ids) -> Ids:
-        """Row numbers of what was built from, each once."""
+    def ids(self, results: Ids) -> Ids:
+        """Row numbers in the input of the build, without repeats."""
         (partition,) = self.database.partitions
-        k = found.shape[1] // partition.results_per_row
-        return partition.ids[drop_repeats(np.zeros(found.shape, np.float32), found, k)[1]]
+        k = results.shape[1] // partition.results_per_row
+        return partition.ids[drop_repeats(np.zeros(results.shape, np.float32), results, k)[1]]
 
 
 def _table(rows: np.ndarray) -> pa.Table:
-    """The rows with as little else as a database takes."""
-    number, dim = rows.shape
-    texts = pa.DictionaryArray.from_arrays(pa.array(np.zeros(number, np.int32)), pa.array([""]))
+    """The rows as an embeddings table with empty metadata."""
+    count, dim = rows.shape
+    texts = pa.DictionaryArray.from_arrays(pa.array(np.zeros(count, np.int32)), pa.array([""]))
     empty = texts.cast(pa.string())
-    ones = pa.array(np.ones(number, np.int32))
+    ones = pa.array(np.ones(count, np.int32))
     columns = {
-        schema.IMAGE_ID: np.arange(number),
+        schema.IMAGE_ID: np.arange(count),
         "url": empty,
         "caption": empty,
-        "license": pa.nulls(number, pa.string()),
+        "license": pa.nulls(count, pa.string()),
         "width": ones,
         "height": ones,
         schema.EMBEDDING: schema.fixed_lists(np.asarray(rows)),

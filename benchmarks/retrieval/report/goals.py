@@ -48,7 +48,7 @@ def _engine_goals(result: dict[str, Any]) -> list[Goal]:
     ratios, opening = engine["overheads"], engine["opening"]
     bounds = [
         ("`Database.search`, batches of 1,000, against bare faiss", 1.1, ratios["database_ratio"], "x"),
-        ("through Ray, batches of 1,000, against bare faiss", 1.25, ratios["cluster_ratio"], "x"),
+        ("on Ray, batches of 1,000, against bare faiss", 1.25, ratios["cluster_ratio"], "x"),
         ("opening, until the first answer", 0.5, opening["first_answer_seconds"], " s"),
         ("resident after 100 searches, share of the vectors", 0.25, opening["share"], ""),
     ]

@@ -29,18 +29,18 @@ COLORS = {
     "brute": "#6c757d",
 }
 MARKERS = dict(zip(COLORS, "osD^vPXh<>*p", strict=True))
-LOWEST = 0.88
+MIN_RECALL = 0.88
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Write the picture."""
+    """Write the plot to a PNG file."""
     plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 10.5, "axes.titlesize": 12.5})
     figure, axes = plt.subplots(1, 2, figsize=(13, 6.2), constrained_layout=True)
     for axis, (mode, title) in zip(axes, PANELS.items(), strict=True):
         for name in COLORS:
             points = result["search"]["points"].get(name, [])
             _line(axis, name, frontier(points, mode))
-        _dress(axis, title)
+        _format_axis(axis, title)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(
@@ -51,7 +51,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def frontier(points: list[dict[str, Any]], mode: str) -> list[tuple[float, float]]:
-    """(recall, queries per second) of the settings that no other beats in both."""
+    """(recall, queries per second) of the settings on the Pareto frontier."""
     timed = [(point["recall"], 1 / point["seconds"][mode]) for point in points if point["seconds"]]
     best: list[tuple[float, float]] = []
     for recall, rate in sorted(timed, reverse=True):
@@ -61,46 +61,46 @@ def frontier(points: list[dict[str, Any]], mode: str) -> list[tuple[float, float
 
 
 def _line(axis: Axes, name: str, points: list[tuple[float, float]]) -> None:
-    shown = [(recall, rate) for recall, rate in points if recall >= LOWEST]
-    if not shown or name == BARE.name:
+    visible = [(recall, rate) for recall, rate in points if recall >= MIN_RECALL]
+    if not visible or name == BARE.name:
         return
-    strong = name in (DATABASE.name, SCANN.name)
+    is_main = name in (DATABASE.name, SCANN.name)
     axis.plot(
-        [_stretch(recall) for recall, _ in shown],
-        [rate for _, rate in shown],
+        [_axis_position(recall) for recall, _ in visible],
+        [rate for _, rate in visible],
         color=COLORS[name],
         marker=MARKERS[name],
-        markersize=6.5 if strong or len(shown) == 1 else 5,
-        linewidth=2.8 if strong else 1.5,
-        alpha=1 if strong else 0.9,
-        zorder=5 if strong else 3,
+        markersize=6.5 if is_main or len(visible) == 1 else 5,
+        linewidth=2.8 if is_main else 1.5,
+        alpha=1 if is_main else 0.9,
+        zorder=5 if is_main else 3,
         label=BY_NAME[name].label,
         markeredgecolor="white",
         markeredgewidth=0.6,
     )
 
 
-def _stretch(recall: float) -> float:
-    """Errors on a logarithmic axis, so that 0.99 and 0.999 stand apart; nothing beyond 0.9995."""
+def _axis_position(recall: float) -> float:
+    """Position of a recall on a logarithmic axis of the error 1 - recall, which ends at 0.9995."""
     return -log10(max(1 - recall, 5e-4))
 
 
-def _dress(axis: Axes, title: str) -> None:
+def _format_axis(axis: Axes, title: str) -> None:
     ticks = (0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
     axis.set_yscale("log")
-    axis.set_xlim(_stretch(LOWEST), _stretch(0.9995) + 0.06)
-    axis.xaxis.set_major_locator(FixedLocator([_stretch(tick) for tick in ticks]))
+    axis.set_xlim(_axis_position(MIN_RECALL), _axis_position(0.9995) + 0.06)
+    axis.xaxis.set_major_locator(FixedLocator([_axis_position(tick) for tick in ticks]))
     axis.set_xticklabels([f"{tick:g}" for tick in ticks])
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
     axis.set_title(title, loc="left", pad=10)
-    axis.set_xlabel("recall@20 (axis: logarithm of what is missed)")
+    axis.set_xlabel("recall@20 (logarithmic axis of 1 - recall)")
     axis.set_ylabel("queries per second")
     axis.grid(which="major", color="#dddddd", linewidth=0.8)
     axis.grid(which="minor", axis="y", color="#f0f0f0", linewidth=0.5)
     axis.set_axisbelow(True)
     for target in (0.95, 0.99):
-        axis.axvline(_stretch(target), color="#999999", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        axis.axvline(_axis_position(target), color="#999999", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
