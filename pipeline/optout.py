@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.filter.selection import hash_urls
-from pipeline.neighbors.neighbors import stage_of
-from pipeline.neighbors.refill import make_refill
+from pipeline.neighbors.neighbors import neighbors_stage
+from pipeline.neighbors.refill import refill_work
 from pipeline.recipe import NeighborsConfig
 from pipeline.runtime.runner import Work, Workers, run_shards
 from pipeline.runtime.stage import Stage
@@ -197,14 +197,14 @@ def _mend(stage: Stage) -> Removed:
     before = read_manifest(root, saved)
     config = NeighborsConfig.model_validate(before.config)
     names = [f"refill/{shard}" for shard in before.shard_names()]
-    work = partial(make_refill, root, config, f"{stage.name}/neighbors")
+    work = partial(refill_work, root, config, f"{stage.name}/neighbors")
     records = run_shards(stage, names, work, Workers.from_config(config, num_gpus=config.gpus_per_worker))
     return _replace_tables(root, before, records)
 
 
 def _now(root: Root, folder: str) -> Stage:
     """The stage that would make the tables with the settings of a manifest, and with what is hidden now."""
-    return stage_of(NeighborsConfig.model_validate(read_manifest(root, folder).config), root)
+    return neighbors_stage(NeighborsConfig.model_validate(read_manifest(root, folder).config), root)
 
 
 def _made_from(tables: Manifest | Stage) -> tuple[int, dict[str, str]]:
@@ -215,7 +215,7 @@ def _made_from(tables: Manifest | Stage) -> tuple[int, dict[str, str]]:
 
 def _replace_tables(root: Root, before: Manifest, refilled: list[ShardRecord]) -> Removed:
     """Put the new tables in the place of the old, the manifest last."""
-    now = stage_of(NeighborsConfig.model_validate(before.config), root)
+    now = neighbors_stage(NeighborsConfig.model_validate(before.config), root)
     root.delete("neighbors/manifest.json")
     shards = tuple(_replaced(root, old, new) for old, new in zip(before.shards, refilled, strict=True))
     made_of = (before.fingerprint, *before.values.get("made_of", ()))

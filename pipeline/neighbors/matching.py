@@ -1,9 +1,8 @@
-"""The two shuffles of the neighbor join: queries to the partitions they visit, matches back to queries.
+"""The first three passes of the neighbor join: route the queries, match each partition, merge the matches.
 
-Between them stands the work, one partition at a time: its vectors are read once for all training images
-that look at it. `route/<group>` holds the queries of a group of shards, a record batch a partition;
-`match/<partition>` their nearest rows there, a record batch a group, ids and vectors inline, so that what
-merges them opens no partition: a worker never holds more of the database than the one it is at.
+`route/<group>` holds the queries of a group of training shards, one record batch a partition.
+`match/<partition>` holds the nearest rows of that partition, one record batch a group, with ids and vectors,
+so a merge opens no partition. A worker reads one partition at a time, once for all queries routed to it.
 """
 
 from collections.abc import Iterator
@@ -14,166 +13,163 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline.runtime.arrow_files import read_batch, write_batches
 from pipeline.runtime.runner import Work
 from retrieval.database.database import Database
 from retrieval.index.partition import Partition
 from retrieval.index.routing import Vectors, route, unit
-from retrieval.join.join import JoinResult, match
+from retrieval.index.top_k import top_k_columns
+from retrieval.join.join import JoinResult, join_partition
 from retrieval.recipe import JoinConfig
 from retrieval.storage import schema
 from retrieval.storage.manifest import ShardRecord
-from retrieval.storage.root import FileRecord, Root
+from retrieval.storage.root import Root
 
 QUERIES_AT_ONCE = 131_072
-"""Queries compared with a partition at once; more share its lists better, and are held in memory."""
+"""Queries compared with a partition in one call: more share the work on its lists, but take more memory."""
 
 
 @dataclass(frozen=True)
-class Nearest:
-    """The nearest rows of n training images, best first; where fewer than k qualified, similarity -inf."""
+class MergedMatches:
+    """The nearest rows of n training images, best first."""
 
     similarities: Vectors
-    """(n, k) inner products."""
+    """(n, k) inner products; -inf where fewer than k rows qualify, where ids and vectors are undefined."""
     ids: npt.NDArray[np.int64]
-    """(n, k) image ids; without meaning where the similarity is -inf, as the vectors."""
+    """(n, k) image ids."""
     vectors: npt.NDArray[np.float16]
-    """(n, k, dim) as they are on disk."""
+    """(n, k, dim) stored vectors."""
     near_copies: npt.NDArray[np.int64]
-    """(n,) rows left out as copies."""
+    """(n,) number of rows left out as near copies."""
 
 
-def number_of(name: str) -> int:
+def shard_number(name: str) -> int:
     """The number at the end of a shard's name."""
     return int(name.rsplit("/", maxsplit=1)[-1])
 
 
-def queries_of(root: Root, shard: str, dim: int) -> tuple[npt.NDArray[np.int64], Vectors]:
-    """Image ids and unit vectors (n, dim) of a training shard, in its order."""
+def read_queries(root: Root, shard: str, dim: int) -> tuple[npt.NDArray[np.int64], Vectors]:
+    """Image ids (n,) and unit vectors (n, dim) of a training shard, in its order."""
     rows = schema.read_table(root, f"embed/train/{shard}.parquet", schema.embeddings(dim))
     return rows[schema.IMAGE_ID].to_numpy(), unit(schema.vectors(rows, schema.EMBEDDING))
 
 
-def make_route(root: Root, probes: int, groups: list[list[str]]) -> Work:
-    """Work that writes `route/<group>`: batch p holds the visitors of p, by place in the group."""
+def route_work(root: Root, partitions_per_query: int, groups: list[list[str]]) -> Work:
+    """Work that writes `route/<group>`: batch p holds the queries for partition p and their numbers."""
     database = Database.open(root.child("index"))
 
     def work(name: str) -> ShardRecord:
-        parts = [queries_of(root, shard, database.dim)[1] for shard in groups[number_of(name)]]
-        queries = np.concatenate(parts) if parts else np.empty((0, database.dim), np.float32)
-        visits = route(queries, database.centroids, probes or len(database.partitions))
-        batches = (np.flatnonzero((visits == p).any(axis=1)) for p in range(len(database.partitions)))
-        wanted = _routed(database.dim)
-        tables = (_table([places, queries[places].astype(np.float16)], wanted) for places in batches)
-        return ShardRecord(name, len(queries), (_write(root, f"neighbors/{name}.arrow", tables, wanted),))
+        shards = groups[shard_number(name)]
+        queries = np.concatenate([read_queries(root, shard, database.dim)[1] for shard in shards])
+        visits = route(queries, database.centroids, partitions_per_query or len(database.partitions))
+        numbers = (np.flatnonzero((visits == p).any(axis=1)) for p in range(len(database.partitions)))
+        columns = _route_schema(database.dim)
+        batches = (_batch([chosen, queries[chosen].astype(np.float16)], columns) for chosen in numbers)
+        file = write_batches(root, f"neighbors/{name}.arrow", batches, columns)
+        return ShardRecord(name, len(queries), (file,))
 
     return work
 
 
-def make_match(root: Root, join: JoinConfig, device: str, groups: list[str]) -> Work:
-    """Work that writes `match/<partition>`: batch g holds what the queries of group g found there."""
-    return partial(_match_partition, root, Database.open(root.child("index")), (join, device), groups)
+def match_work(root: Root, join: JoinConfig, device: str, routes: list[str]) -> Work:
+    """Work that writes `match/<partition>`: batch g holds the nearest rows for the queries of group g."""
+    return partial(_match_partition, root, Database.open(root.child("index")), (join, device), routes)
 
 
 def _match_partition(
-    root: Root, database: Database, how: tuple[JoinConfig, str], groups: list[str], name: str
+    root: Root, database: Database, settings: tuple[JoinConfig, str], routes: list[str], name: str
 ) -> ShardRecord:
-    join, device = how
-    number = number_of(name)
+    join, device = settings
+    number = shard_number(name)
     partition = Partition(database.root, number, database.hidden)
-    wanted = _matched(join.k, database.dim)
 
-    def tables() -> Iterator[pa.Table]:
-        for places, queries in _gathered(root, groups, number, database.dim):
-            found = match(partition, np.concatenate(queries), join, device)
-            ends = np.cumsum([len(part) for part in places])
-            for part, end in zip(places, ends, strict=True):
-                yield _found_table(part, found, slice(end - len(part), end), partition)
+    def batches() -> Iterator[pa.RecordBatch]:
+        for numbers, queries in _routed_queries(root, routes, number, database.dim):
+            result = join_partition(partition, np.concatenate(queries), join, device)
+            ends = np.cumsum([len(group) for group in numbers])
+            for group, end in zip(numbers, ends, strict=True):
+                yield _match_batch(group, result, slice(end - len(group), end), partition)
 
-    return ShardRecord(name, 0, (_write(root, f"neighbors/{name}.arrow", tables(), wanted),))
+    file = write_batches(root, f"neighbors/{name}.arrow", batches(), _match_schema(join.k, database.dim))
+    return ShardRecord(name, 0, (file,))
 
 
-def _gathered(
-    root: Root, groups: list[str], number: int, dim: int
+def _routed_queries(
+    root: Root, routes: list[str], partition: int, dim: int
 ) -> Iterator[tuple[list[npt.NDArray[np.int64]], list[Vectors]]]:
-    """Places and vectors of a partition's visitors, group by group, several groups at once."""
-    places: list[npt.NDArray[np.int64]] = []
+    """Numbers and vectors of the queries for a partition, by group; several groups at a time."""
+    numbers: list[npt.NDArray[np.int64]] = []
     queries: list[Vectors] = []
-    for group in groups:
-        table = read_batch(root, f"neighbors/{group}.arrow", number)
-        places.append(table["place"].to_numpy())
+    for route_name in routes:
+        table = _read_table(root, route_name, partition)
+        numbers.append(table["query"].to_numpy())
         queries.append(unit(schema.vectors(table, schema.EMBEDDING)).reshape(-1, dim))
-        if sum(map(len, queries)) >= QUERIES_AT_ONCE or group == groups[-1]:
-            yield places, queries
-            places, queries = [], []
+        if sum(map(len, queries)) >= QUERIES_AT_ONCE or route_name == routes[-1]:
+            yield numbers, queries
+            numbers, queries = [], []
 
 
-def _found_table(places: npt.NDArray[np.int64], found: JoinResult, here: slice, partition: Partition) -> pa.Table:
-    rows = np.maximum(found.positions[here], 0)
+def _match_batch(
+    numbers: npt.NDArray[np.int64], result: JoinResult, group: slice, partition: Partition
+) -> pa.RecordBatch:
+    rows = np.maximum(result.positions[group], 0)
     count, k = rows.shape
     dim = partition.embeddings.shape[1]
     columns = [
-        places,
-        found.similarities[here],
+        numbers,
+        result.similarities[group],
         partition.ids[rows],
-        found.near_copies[here],
+        result.near_copies[group],
         partition.embeddings[rows].reshape(count, k * dim),
     ]
-    return _table(columns, _matched(k, dim))
+    return _batch(columns, _match_schema(k, dim))
 
 
-def merged(root: Root, matches: list[str], group: int, shape: tuple[int, int, int]) -> Nearest:
-    """The best over all partitions for a group of shape (queries, k, dim)."""
-    queries, k, dim = shape
-    best = Nearest(
-        np.full((queries, k), -np.inf, np.float32),
-        np.zeros((queries, k), np.int64),
+def merge_matches(root: Root, matches: list[str], group: int, shape: tuple[int, int, int]) -> MergedMatches:
+    """The nearest rows over all partitions for a group. shape: (queries, k, dim)."""
+    num_queries, k, dim = shape
+    merged = MergedMatches(
+        np.full((num_queries, k), -np.inf, np.float32),
+        np.zeros((num_queries, k), np.int64),
         np.zeros(shape, np.float16),
-        np.zeros(queries, np.int64),
+        np.zeros(num_queries, np.int64),
     )
     for name in matches:
-        table = read_batch(root, f"neighbors/{name}.arrow", group)
-        places = table["place"].to_numpy()
+        table = _read_table(root, name, group)
+        numbers = table["query"].to_numpy()
         similarities = np.concatenate(
-            [best.similarities[places], schema.vectors(table, schema.SIMILARITIES)], axis=1
+            [merged.similarities[numbers], schema.vectors(table, schema.SIMILARITIES)], axis=1
         )
-        ids = np.concatenate([best.ids[places], schema.vectors(table, schema.NEIGHBOR_IDS)], axis=1)
-        found = schema.vectors(table, schema.NEIGHBOR_EMBEDDINGS).reshape(-1, k, dim)
-        order = np.argsort(-similarities, axis=1, kind="stable")[:, :k]
-        both = np.concatenate([best.vectors[places], found], axis=1)
-        best.similarities[places] = np.take_along_axis(similarities, order, 1)
-        best.ids[places] = np.take_along_axis(ids, order, 1)
-        best.near_copies[places] += table["near_copies"].to_numpy()
-        best.vectors[places] = np.take_along_axis(both, order[:, :, None], 1)
-    return best
+        ids = np.concatenate([merged.ids[numbers], schema.vectors(table, schema.NEIGHBOR_IDS)], axis=1)
+        stored = schema.vectors(table, schema.NEIGHBOR_EMBEDDINGS).reshape(-1, k, dim)
+        vectors = np.concatenate([merged.vectors[numbers], stored], axis=1)
+        # Matches come in the order of the partitions, so ascending columns are ascending positions.
+        columns = np.broadcast_to(np.arange(similarities.shape[1]), similarities.shape)
+        order = top_k_columns(similarities, columns, k)
+        merged.similarities[numbers] = np.take_along_axis(similarities, order, 1)
+        merged.ids[numbers] = np.take_along_axis(ids, order, 1)
+        merged.near_copies[numbers] += table["near_copies"].to_numpy()
+        merged.vectors[numbers] = np.take_along_axis(vectors, order[:, :, None], 1)
+    return merged
 
 
-def read_batch(root: Root, name: str, number: int) -> pa.Table:
-    """One record batch of an Arrow file, without reading the others."""
-    with root.open(name) as file:
-        return pa.Table.from_batches([pa.ipc.open_file(file).get_batch(number)])
+def _read_table(root: Root, name: str, number: int) -> pa.Table:
+    return pa.Table.from_batches([read_batch(root, f"neighbors/{name}.arrow", number)])
 
 
-def _write(root: Root, name: str, tables: Iterator[pa.Table], wanted: pa.Schema) -> FileRecord:
-    with root.writing(name) as pending, pa.ipc.new_file(str(pending.path), wanted) as writer:
-        for table in tables:
-            [batch] = table.combine_chunks().to_batches() or [pa.RecordBatch.from_pylist([], schema=wanted)]
-            writer.write_batch(batch)
-    return pending.record
-
-
-def _table(columns: list[npt.NDArray[np.generic]], wanted: pa.Schema) -> pa.Table:
+def _batch(columns: list[npt.NDArray[np.generic]], columns_schema: pa.Schema) -> pa.RecordBatch:
     arrays = [pa.array(column) if column.ndim == 1 else schema.fixed_lists(column) for column in columns]
-    return pa.Table.from_arrays(arrays, schema=wanted)
+    return pa.RecordBatch.from_arrays(arrays, schema=columns_schema)
 
 
-def _routed(dim: int) -> pa.Schema:
-    return pa.schema([("place", pa.int64()), (schema.EMBEDDING, pa.list_(pa.float16(), dim))])
+def _route_schema(dim: int) -> pa.Schema:
+    return pa.schema([("query", pa.int64()), (schema.EMBEDDING, pa.list_(pa.float16(), dim))])
 
 
-def _matched(k: int, dim: int) -> pa.Schema:
+def _match_schema(k: int, dim: int) -> pa.Schema:
     return pa.schema(
         [
-            ("place", pa.int64()),
+            ("query", pa.int64()),
             (schema.SIMILARITIES, pa.list_(pa.float32(), k)),
             (schema.NEIGHBOR_IDS, pa.list_(pa.int64(), k)),
             ("near_copies", pa.int64()),

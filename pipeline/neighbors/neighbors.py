@@ -1,9 +1,9 @@
 """neighbors: the k nearest database images of every training image, with their vectors.
 
-Reads `embed/train/<shard>.parquet` and the database at `index/`; writes `neighbors/<shard>.parquet`
-(schema.neighbors), best first, rows in the order of the shard. The vectors stand inline so that the
-trainer streams one table instead of gathering from the whole database. Copies of the training image
-are left out. The manifest states the recall of this table against brute force on a seeded sample.
+Reads `embed/train/<shard>.parquet` and the database `index/`; writes `neighbors/<shard>.parquet`
+(schema.neighbors), nearest first, rows in the order of the shard. The tables contain the vectors so that
+the trainer streams them and needs no access to the database. Near copies of the training image are left
+out. The manifest states the recall of the tables against brute force on a seeded sample.
 """
 
 import hashlib
@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.neighbors.matching import make_match, make_route, merged, number_of, queries_of
-from pipeline.neighbors.recall import make_recall, make_sample, make_truth
-from pipeline.pictures.near_copies import grouped
+from pipeline.neighbors.matching import match_work, merge_matches, read_queries, route_work, shard_number
+from pipeline.neighbors.recall import recall_work, sample_work, truth_work
+from pipeline.pictures.near_copies import group_shards
 from pipeline.recipe import NeighborsConfig
 from pipeline.runtime.runner import Work, Workers, run_shards
 from pipeline.runtime.stage import Stage
@@ -32,7 +32,7 @@ from retrieval.storage.schema import Reason
 
 SCHEMA_VERSION = 2
 ROWS_PER_GROUP = 100_000
-"""Training images whose matches are merged at once: 12 KB each at k = 8, for each partition they visit."""
+"""Training images merged at a time: 12 KB each at k = 8, for each partition they visit."""
 
 
 def run(config: NeighborsConfig, root: Root) -> Manifest:
@@ -43,7 +43,7 @@ def run(config: NeighborsConfig, root: Root) -> Manifest:
     database.require_encoder(EncoderIdentity(**embed.values["encoder"]))
     if index.upstream != {"embed": embed.identity}:
         raise UserError(f"{root.at('index')} was built from other embeddings. Run 'make index' first.")
-    stage = stage_of(config, root)
+    stage = neighbors_stage(config, root)
     if manifest := stage.finished():
         return manifest
     stage.begin()
@@ -61,8 +61,8 @@ def run(config: NeighborsConfig, root: Root) -> Manifest:
     return stage.complete(records, values, started)
 
 
-def stage_of(config: NeighborsConfig, root: Root) -> Stage:
-    """The stage at a root: what the database hides is no neighbor and is not trained on."""
+def neighbors_stage(config: NeighborsConfig, root: Root) -> Stage:
+    """The stage at a root. Its inputs include the hidden ids: they are neither neighbors nor trained on."""
     upstream = {stage: read_manifest(root, stage).identity for stage in ("embed", "index")}
     hidden = hidden_ids(root.child("index"))
     if len(hidden):
@@ -73,49 +73,50 @@ def stage_of(config: NeighborsConfig, root: Root) -> Stage:
 def _join(
     stage: Stage, config: NeighborsConfig, database: Database, shards: list[ShardRecord]
 ) -> list[ShardRecord]:
-    """Route the queries, match them partition by partition, merge; the records of the training shards."""
-    together = grouped(shards, ROWS_PER_GROUP)
-    groups = [[shard.removeprefix("train/") for shard in group] for group in together]
+    """Route the queries, match each partition, merge; returns the records of the training shards."""
+    groups = [
+        [shard.removeprefix("train/") for shard in group] for group in group_shards(shards, ROWS_PER_GROUP)
+    ]
     routes = [f"route/{number:05d}" for number in range(len(groups))]
     matches = [f"match/{number:05d}" for number in range(len(database.partitions))]
     on_cpus = Workers.from_config(config)
     on_gpus = Workers.from_config(config, num_gpus=config.gpus_per_worker)
-    run_shards(stage, routes, partial(make_route, stage.root, config.partitions_per_query, groups), on_cpus)
-    match = partial(make_match, stage.root, config.join_config(), config.device, routes)
+    run_shards(stage, routes, partial(route_work, stage.root, config.partitions_per_query, groups), on_cpus)
+    match = partial(match_work, stage.root, config.join_config(), config.device, routes)
     run_shards(stage, matches, match, on_gpus)
     merges = [f"merge/{number:05d}" for number in range(len(groups))]
-    done = run_shards(stage, merges, partial(_make_merge, config, stage.root, groups, matches), on_cpus)
+    records = run_shards(stage, merges, partial(_merge_work, config, stage.root, groups, matches), on_cpus)
     return [
-        _shard_record(group, shard, at)
-        for group, names in zip(done, groups, strict=True)
-        for at, shard in enumerate(names)
+        _shard_record(record, shard, number)
+        for record, names in zip(records, groups, strict=True)
+        for number, shard in enumerate(names)
     ]
 
 
-def _make_merge(config: NeighborsConfig, root: Root, groups: list[list[str]], matches: list[str]) -> Work:
-    """Work that writes the tables of a group's shards; its record holds the counts of each, by its name."""
+def _merge_work(config: NeighborsConfig, root: Root, groups: list[list[str]], matches: list[str]) -> Work:
+    """Work that writes the tables of a group's shards; its record has the counts of each shard."""
     database = Database.open(root.child("index"))
 
     def work(name: str) -> ShardRecord:
-        shards = groups[number_of(name)]
-        ids = [queries_of(root, shard, database.dim)[0] for shard in shards]
+        shards = groups[shard_number(name)]
+        ids = [read_queries(root, shard, database.dim)[0] for shard in shards]
         shape = (sum(map(len, ids)), config.k, database.dim)
-        best = merged(root, matches, number_of(name), shape)
+        merged = merge_matches(root, matches, shard_number(name), shape)
         files: list[FileRecord] = []
         values: dict[str, float] = {}
         start = 0
         for shard, image_ids in zip(shards, ids, strict=True):
-            here = slice(start, start := start + len(image_ids))
-            shown = ~np.isin(image_ids, database.hidden)
-            full = np.isfinite(best.similarities[here]).all(axis=1)
-            keep = shown & full
-            rows = (image_ids[keep], best.ids[here][keep], best.similarities[here][keep])
-            table = neighbor_table(rows, best.vectors[here][keep])
+            in_shard = slice(start, start := start + len(image_ids))
+            visible = ~np.isin(image_ids, database.hidden)
+            full = np.isfinite(merged.similarities[in_shard]).all(axis=1)
+            keep = visible & full
+            rows = (image_ids[keep], merged.ids[in_shard][keep], merged.similarities[in_shard][keep])
+            table = neighbor_table(rows, merged.vectors[in_shard][keep])
             files.append(schema.write_table(root, f"neighbors/{shard}.parquet", table, table.schema))
             values[f"{shard} rows"] = float(keep.sum())
-            values[f"{shard} blocked"] = float((~shown).sum())
-            values[f"{shard} short"] = float((shown & ~full).sum())
-            values[f"{shard} near_copies"] = float(best.near_copies[here].sum())
+            values[f"{shard} blocked"] = float((~visible).sum())
+            values[f"{shard} short"] = float((visible & ~full).sum())
+            values[f"{shard} near_copies"] = float(merged.near_copies[in_shard].sum())
         return ShardRecord(name, shape[0], tuple(files), {}, values)
 
     return work
@@ -125,7 +126,7 @@ def neighbor_table(
     rows: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]],
     vectors: npt.NDArray[np.float16],
 ) -> pa.Table:
-    """schema.neighbors of image ids (n,), their neighbors' and similarities (n, k), vectors (n, k, dim)."""
+    """A table of schema.neighbors. rows: image ids (n,), neighbor ids and similarities (n, k)."""
     image_ids, neighbor_ids, similarities = rows
     count, k, dim = vectors.shape
     columns = [
@@ -137,13 +138,13 @@ def neighbor_table(
     return pa.Table.from_arrays(columns, schema=schema.neighbors(k, dim))
 
 
-def _shard_record(group: ShardRecord, shard: str, at: int) -> ShardRecord:
-    """The record of one training shard, from that of the group it was merged in."""
+def _shard_record(group: ShardRecord, shard: str, number: int) -> ShardRecord:
+    """The record of one training shard, from the record of its group. number: within the group."""
     counts = {Reason.BLOCKED: "blocked", Reason.TOO_FEW_NEIGHBORS: "short"}
     reasons = {str(word): int(group.values[f"{shard} {kind}"]) for word, kind in counts.items()}
     reasons = {word: count for word, count in reasons.items() if count}
     values = {"near_copies": group.values[f"{shard} near_copies"]}
-    return ShardRecord(shard, int(group.values[f"{shard} rows"]), (group.files[at],), reasons, values)
+    return ShardRecord(shard, int(group.values[f"{shard} rows"]), (group.files[number],), reasons, values)
 
 
 def _recall(
@@ -154,12 +155,15 @@ def _recall(
     if not min(rows, config.recall_sample):
         return {}
     on_gpus = Workers.from_config(config, num_gpus=config.gpus_per_worker)
-    sample = partial(make_sample, stage.root, records, (config.recall_sample, config.seed))
+    sample = partial(sample_work, stage.root, records, config.recall_sample, config.seed)
     run_shards(stage, ["recall/sample"], sample, Workers.from_config(config, 1))
     truths = [f"recall/{number:05d}" for number in range(len(database.partitions))]
     exact = config.join_config().model_copy(update={"partitions_per_query": 0, "lists_per_partition": 0})
-    run_shards(stage, truths, partial(make_truth, stage.root, exact, config.device), on_gpus)
+    run_shards(stage, truths, partial(truth_work, stage.root, exact, config.device), on_gpus)
     [record] = run_shards(
-        stage, ["recall/all"], partial(make_recall, stage.root, config.k, truths), Workers.from_config(config, 1)
+        stage,
+        ["recall/all"],
+        partial(recall_work, stage.root, config.k, truths),
+        Workers.from_config(config, 1),
     )
     return dict(record.values)

@@ -1,8 +1,7 @@
-"""How many of the true neighbors a finished neighbor table holds: brute force on a seeded sample of rows.
+"""Recall of the finished neighbor tables, against brute force on a seeded sample of their rows.
 
 Reads the tables, their queries from `embed/train`, and every partition of the database once. Each pass
-leaves a small file below `neighbors/recall/`, so that a sample of a thousand is compared with two
-billion rows by many workers.
+writes small files below `neighbors/recall/`; workers compare the sample with one partition each.
 """
 
 import numpy as np
@@ -10,89 +9,78 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.neighbors.matching import number_of, queries_of
+from pipeline.neighbors.matching import read_queries, shard_number
+from pipeline.runtime.arrow_files import read_batches, write_batches
 from pipeline.runtime.runner import Work
-from retrieval.database.calibration import recall_per_query
 from retrieval.database.database import Database
-from retrieval.index.effort import confidence_interval
+from retrieval.database.recall import confidence_interval, recall_per_query
 from retrieval.index.partition import Partition
-from retrieval.join.join import match
+from retrieval.join.join import join_partition
 from retrieval.recipe import JoinConfig
 from retrieval.storage import schema
 from retrieval.storage.manifest import ShardRecord
 from retrieval.storage.root import FileRecord, Root
 
 
-def make_sample(root: Root, records: list[ShardRecord], drawn: tuple[int, int]) -> Work:
-    """Work that writes the vectors and found neighbors of `drawn` = (rows, seed) rows of the tables."""
-    count, seed = drawn
+def sample_work(root: Root, records: list[ShardRecord], num_rows: int, seed: int) -> Work:
+    """Work that writes the query vectors and the similarities of a sample of num_rows rows of the tables."""
     database = Database.open(root.child("index"))
 
     def work(name: str) -> ShardRecord:
         sizes = [record.rows for record in records]
         random = np.random.default_rng([seed, 2])
-        chosen = np.sort(random.permutation(sum(sizes))[:count])
+        sample = np.sort(random.permutation(sum(sizes))[:num_rows])
         parts, start = [], 0
         for record in records:
-            here = chosen[(chosen >= start) & (chosen < start + record.rows)] - start
+            rows = sample[(sample >= start) & (sample < start + record.rows)] - start
             start += record.rows
-            if len(here):
-                parts.append(_sampled(root, record, here, database.dim))
-        return ShardRecord(name, len(chosen), (_write(root, name, pa.concat_tables(parts)),))
+            if len(rows):
+                parts.append(_sampled_rows(root, record, rows, database.dim))
+        return ShardRecord(name, len(sample), (_write(root, name, pa.concat_tables(parts)),))
 
     return work
 
 
-def _sampled(root: Root, record: ShardRecord, rows: npt.NDArray[np.int64], dim: int) -> pa.Table:
+def _sampled_rows(root: Root, record: ShardRecord, rows: npt.NDArray[np.int64], dim: int) -> pa.Table:
     with root.local(record.files[0].name) as path:
         table = pq.read_table(path, columns=[schema.IMAGE_ID, schema.SIMILARITIES]).take(pa.array(rows))
-    ids, queries = queries_of(root, record.shard, dim)
-    places = {image_id: place for place, image_id in enumerate(ids.tolist())}
-    vectors = queries[[places[image_id] for image_id in table[schema.IMAGE_ID].to_pylist()]]
+    ids, queries = read_queries(root, record.shard, dim)
+    numbers = {image_id: number for number, image_id in enumerate(ids.tolist())}
+    vectors = queries[[numbers[image_id] for image_id in table[schema.IMAGE_ID].to_pylist()]]
     return table.append_column(schema.EMBEDDING, schema.fixed_lists(vectors)).combine_chunks()
 
 
-def make_truth(root: Root, exact: JoinConfig, device: str) -> Work:
+def truth_work(root: Root, exact: JoinConfig, device: str) -> Work:
     """Work that compares the sample with all rows of one partition."""
     database = Database.open(root.child("index"))
     queries = schema.vectors(_read(root, "recall/sample"), schema.EMBEDDING).astype(np.float32)
 
     def work(name: str) -> ShardRecord:
-        number = number_of(name)
-        partition = Partition(database.root, number, database.hidden)
-        found = match(partition, queries, exact, device)
-        table = pa.table({schema.SIMILARITIES: schema.fixed_lists(found.similarities)})
+        partition = Partition(database.root, shard_number(name), database.hidden)
+        result = join_partition(partition, queries, exact, device)
+        table = pa.table({schema.SIMILARITIES: schema.fixed_lists(result.similarities)})
         return ShardRecord(name, len(queries), (_write(root, name, table),))
 
     return work
 
 
-def make_recall(root: Root, k: int, truths: list[str]) -> Work:
-    """Work that compares what the tables hold with the best over all partitions."""
+def recall_work(root: Root, k: int, truths: list[str]) -> Work:
+    """Work that compares the tables with the k nearest rows over all partitions; writes no file."""
 
     def work(name: str) -> ShardRecord:
-        tables = [_read(root, truth) for truth in truths]
-        similarities = np.concatenate(
-            [schema.vectors(table, schema.SIMILARITIES) for table in tables], axis=1
-        )
-        truth = -np.sort(-similarities, axis=1)[:, :k].astype(np.float32)
-        found = schema.vectors(_read(root, "recall/sample"), schema.SIMILARITIES).astype(np.float32)
-        mean, low, high = confidence_interval(recall_per_query(found, truth))
-        values = {"recall": mean, "recall_low": low, "recall_high": high, "recall_sample": float(len(found))}
-        return ShardRecord(name, len(found), (), {}, values)
+        exact = [schema.vectors(_read(root, truth), schema.SIMILARITIES) for truth in truths]
+        truth = -np.sort(-np.concatenate(exact, axis=1), axis=1)[:, :k].astype(np.float32)
+        stored = schema.vectors(_read(root, "recall/sample"), schema.SIMILARITIES).astype(np.float32)
+        mean, low, high = confidence_interval(recall_per_query(stored, truth))
+        values = {"recall": mean, "recall_low": low, "recall_high": high, "recall_sample": float(len(stored))}
+        return ShardRecord(name, len(stored), (), {}, values)
 
     return work
 
 
 def _write(root: Root, name: str, table: pa.Table) -> FileRecord:
-    with (
-        root.writing(f"neighbors/{name}.arrow") as pending,
-        pa.ipc.new_file(str(pending.path), table.schema) as file,
-    ):
-        file.write_table(table)
-    return pending.record
+    return write_batches(root, f"neighbors/{name}.arrow", table.to_batches(), table.schema)
 
 
 def _read(root: Root, name: str) -> pa.Table:
-    with root.open(f"neighbors/{name}.arrow") as file:
-        return pa.ipc.open_file(file).read_all()
+    return read_batches(root, f"neighbors/{name}.arrow")

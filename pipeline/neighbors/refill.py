@@ -1,8 +1,8 @@
-"""Neighbor tables without hidden images: their rows dropped, their places among neighbors filled by others.
+"""Removes hidden images from neighbor tables: drops their rows and replaces them as neighbors.
 
-Reads `neighbors/<shard>.parquet` and the database `index/`, whose hidden ids say what must go; writes the
-tables that change, and no others, below another folder: the old ones stand until all are made. The trainer
-reads the rows of the tables alone, so what is in none of them is trained on no more.
+Reads `neighbors/<shard>.parquet` and the database `index/` with its hidden ids; writes only the tables that
+change, into another folder, so the old tables stay valid until all new ones are written. The trainer trains
+only on rows of these tables.
 """
 
 from functools import partial
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.neighbors.matching import queries_of
+from pipeline.neighbors.matching import read_queries
 from pipeline.neighbors.neighbors import neighbor_table
 from pipeline.recipe import NeighborsConfig
 from pipeline.runtime.runner import Work
@@ -24,59 +24,59 @@ from retrieval.storage.root import Root
 from retrieval.storage.schema import Reason
 
 
-def make_refill(root: Root, config: NeighborsConfig, folder: str) -> Work:
-    """Work that writes `<folder>/<shard>.parquet` for `refill/<shard>`, if that table holds a hidden id.
+def refill_work(root: Root, config: NeighborsConfig, folder: str) -> Work:
+    """Work that writes `<folder>/<shard>.parquet` for `refill/<shard>`, if that table has a hidden id.
 
-    config: by which the tables were made. The record's values count rows `dropped` and `refilled`.
+    config: the settings of the tables. The record's values count the rows `dropped` and `refilled`.
     """
     return partial(_refill, root, config, folder, Database.open(root.child("index")))
 
 
 def _refill(root: Root, config: NeighborsConfig, folder: str, database: Database, name: str) -> ShardRecord:
     shard = name.removeprefix("refill/")
-    wanted = schema.neighbors(config.k, database.dim)
-    table = schema.read_table(root, f"neighbors/{shard}.parquet", wanted)
+    columns = schema.neighbors(config.k, database.dim)
+    table = schema.read_table(root, f"neighbors/{shard}.parquet", columns)
     ids = table[schema.IMAGE_ID].to_numpy()
-    gone = np.isin(ids, database.hidden)
-    touched = ~gone & np.isin(schema.vectors(table, schema.NEIGHBOR_IDS), database.hidden).any(axis=1)
-    if not (gone | touched).any():
+    hidden = np.isin(ids, database.hidden)
+    affected = ~hidden & np.isin(schema.vectors(table, schema.NEIGHBOR_IDS), database.hidden).any(axis=1)
+    if not (hidden | affected).any():
         return ShardRecord(name, 0, ())
-    kept, rows = np.flatnonzero(~gone & ~touched), np.flatnonzero(touched)
-    fresh = _joined(root, config, database, shard, ids[rows])
-    rows = rows[np.isin(ids[rows], fresh[schema.IMAGE_ID].to_numpy())]
-    order = np.argsort(np.concatenate([kept, rows]))
-    whole = pa.concat_tables([table.take(pa.array(kept)), fresh]).take(pa.array(order))
-    file = schema.write_table(root, f"{folder}/{shard}.parquet", whole, wanted)
-    short = int(touched.sum()) - len(rows)
-    reasons = {str(Reason.BLOCKED): int(gone.sum()), str(Reason.TOO_FEW_NEIGHBORS): short}
-    values = {"dropped": float(gone.sum() + short), "refilled": float(len(rows))}
-    return ShardRecord(name, len(whole), (file,), {word: n for word, n in reasons.items() if n}, values)
+    unchanged, refilled = np.flatnonzero(~hidden & ~affected), np.flatnonzero(affected)
+    new_rows = _join_again(root, config, database, shard, ids[refilled])
+    refilled = refilled[np.isin(ids[refilled], new_rows[schema.IMAGE_ID].to_numpy())]
+    order = np.argsort(np.concatenate([unchanged, refilled]))
+    new_table = pa.concat_tables([table.take(pa.array(unchanged)), new_rows]).take(pa.array(order))
+    file = schema.write_table(root, f"{folder}/{shard}.parquet", new_table, columns)
+    short = int(affected.sum()) - len(refilled)
+    reasons = {str(Reason.BLOCKED): int(hidden.sum()), str(Reason.TOO_FEW_NEIGHBORS): short}
+    values = {"dropped": float(hidden.sum() + short), "refilled": float(len(refilled))}
+    return ShardRecord(name, len(new_table), (file,), {word: n for word, n in reasons.items() if n}, values)
 
 
-def _joined(
+def _join_again(
     root: Root, config: NeighborsConfig, database: Database, shard: str, ids: npt.NDArray[np.int64]
 ) -> pa.Table:
-    """The rows of some training images of a shard, in this order, as the stage would make them now."""
-    every, vectors = queries_of(root, shard, database.dim)
-    places = {image_id: place for place, image_id in enumerate(every.tolist())}
-    queries = vectors[[places[image_id] for image_id in ids.tolist()]]
-    found = join(database, queries, config.join_config(), config.device)
-    full = np.isfinite(found.similarities).all(axis=1)
-    neighbor_ids, stored = _stored(database, found.positions[full])
-    return neighbor_table((ids[full], neighbor_ids, found.similarities[full]), stored)
+    """Rows of schema.neighbors for training images of a shard, in the order of ids, without hidden ids."""
+    shard_ids, vectors = read_queries(root, shard, database.dim)
+    numbers = {image_id: number for number, image_id in enumerate(shard_ids.tolist())}
+    queries = vectors[[numbers[image_id] for image_id in ids.tolist()]]
+    result = join(database, queries, config.join_config(), config.device)
+    full = np.isfinite(result.similarities).all(axis=1)
+    neighbor_ids, stored = _stored_rows(database, result.positions[full])
+    return neighbor_table((ids[full], neighbor_ids, result.similarities[full]), stored)
 
 
-def _stored(
+def _stored_rows(
     database: Database, positions: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float16]]:
-    """Image ids (n, k) and vectors (n, k, dim) of rows by number (n, k), as they are on disk."""
+    """Image ids (n, k) and stored vectors (n, k, dim) at positions (n, k). Opens one partition at a time."""
     ids = np.empty(positions.shape, np.int64)
     vectors = np.empty((*positions.shape, database.dim), np.float16)
     for number, count in enumerate(database.partition_rows):
         first = database.first_position(number)
-        here = (positions >= first) & (positions < first + count)
-        if here.any():
-            partition = Partition(database.root, number, database.hidden)  # let go after use
-            ids[here] = partition.ids[positions[here] - first]
-            vectors[here] = partition.embeddings[positions[here] - first]
+        inside = (positions >= first) & (positions < first + count)
+        if inside.any():
+            partition = Partition(database.root, number, database.hidden)
+            ids[inside] = partition.ids[positions[inside] - first]
+            vectors[inside] = partition.embeddings[positions[inside] - first]
     return ids, vectors

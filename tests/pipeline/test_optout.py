@@ -13,18 +13,18 @@ import pytest
 
 from pipeline import optout
 from pipeline.neighbors import neighbors
-from pipeline.neighbors.refill import make_refill
+from pipeline.neighbors.refill import refill_work
 from pipeline.recipe import NeighborsConfig
 from pipeline.web.blocklist import Blocklist, read_blocklist
 from retrieval import Database, Root, UserError
 from retrieval.clip.identity import EncoderIdentity
-from retrieval.database.build import Identity, build_database
-from retrieval.index.hidden import block, blocked_ids
+from retrieval.database.build import DatabaseIdentity, write_database
+from retrieval.index.hidden import hide, hidden_ids
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, write_manifest
 from tests.pipeline.conftest import Picture, write_download
-from tests.pipeline.shards_in_process import made_here
+from tests.pipeline.shards_in_process import shards_in_process
 
 CONFIG = NeighborsConfig(k=4, near_copy_similarity=0.999, recall_sample=0, workers=1)
 ENCODER = EncoderIdentity(model="none", weights="0" * 16, preprocessing="", dim=16)
@@ -71,8 +71,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
     database = tables["database/00000"]
     config = IndexConfig(rows_per_partition=20)
     for name, made_from in (("index", read_manifest(root, "embed").identity), ("databases/ink", "x")):
-        build_database(root, database, ENCODER, config, Identity(name, {"embed": made_from}))
-    with made_here():
+        write_database(root, database, ENCODER, config, DatabaseIdentity(name, {"embed": made_from}))
+    with shards_in_process():
         fingerprint = neighbors.run(CONFIG, root).fingerprint
     root.write_json("runs/a/train/manifest.json", {"upstream": {"neighbors": fingerprint}})
     settings = {"neighbors stage": fingerprint}
@@ -88,8 +88,8 @@ def root(made: Path, tmp_path: Path) -> Root:
 
 
 @pytest.fixture
-def shards_here() -> Iterator[None]:
-    with made_here():
+def in_process_shards() -> Iterator[None]:
+    with shards_in_process():
         yield
 
 
@@ -112,7 +112,7 @@ def listed(root: Root, tmp_path: Path) -> tuple[Blocklist, list[int]]:
     return read_blocklist(str(tmp_path / "list.txt")), sorted(ids | same)
 
 
-@pytest.mark.usefixtures("shards_here")
+@pytest.mark.usefixtures("in_process_shards")
 def test_a_removal_that_was_killed_ends_as_if_all_had_been_made_without_the_images(
     root: Root, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,7 +167,7 @@ def test_a_domain_empties_a_database_and_rows_without_enough_neighbors_go(root: 
     (tmp_path / "list.txt").write_text("art.example.org")
     report = optout.run(read_blocklist(str(tmp_path / "list.txt")), root)
     assert report["databases"] == {"index": 60, "databases/ink": 60}
-    assert len(blocked_ids(root.child("databases/ink"))) == 60
+    assert len(hidden_ids(root.child("databases/ink"))) == 60
     manifest = read_manifest(root, "neighbors")
     assert (manifest.rows, manifest.reasons) == (0, {"too_few_neighbors": 12})
     assert json.loads(root.local_path(f"optout/{report['list']}.json").read_text()) == report
@@ -182,7 +182,7 @@ def test_a_database_that_is_not_finished_is_not_passed_over(root: Root, tmp_path
     assert not root.exists("optout")
 
 
-@pytest.mark.usefixtures("shards_here")
+@pytest.mark.usefixtures("in_process_shards")
 def test_tables_of_another_index_are_not_vouched_for(root: Root, tmp_path: Path) -> None:
     blocklist, _ = listed(root, tmp_path)
     index = read_manifest(root, "index")
@@ -191,12 +191,12 @@ def test_tables_of_another_index_are_not_vouched_for(root: Root, tmp_path: Path)
     with pytest.raises(UserError, match=r"made from another index.*make neighbors"):
         optout.run(blocklist, root)
     assert read_manifest(root, "neighbors") == tables
-    assert len(blocked_ids(root.child("index"))), "hidden all the same"
+    assert len(hidden_ids(root.child("index"))), "hidden all the same"
 
 
 def test_what_fills_tables_up_lets_go_of_each_partition(root: Root) -> None:
-    block(root.child("index"), neighbor_ids(root, "00000").popitem()[1])
-    work = make_refill(root, CONFIG, "refilled")
+    hide(root.child("index"), neighbor_ids(root, "00000").popitem()[1])
+    work = refill_work(root, CONFIG, "refilled")
     assert work("refill/00000").values["refilled"] >= 1
     for partition in work.args[3].partitions:
         assert not {"embeddings", "metadata", "ids"} & vars(partition).keys()

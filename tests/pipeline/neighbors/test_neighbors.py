@@ -1,4 +1,4 @@
-"""neighbors: the table that the trainer streams, checked against NumPy."""
+"""The neighbor tables are compared with exact neighbors from NumPy."""
 
 import shutil
 from dataclasses import replace
@@ -9,7 +9,7 @@ import pytest
 
 from pipeline import embed, index
 from pipeline.neighbors import neighbors
-from pipeline.neighbors.matching import make_match, make_route
+from pipeline.neighbors.matching import match_work, route_work
 from pipeline.recipe import EmbedConfig, NeighborsConfig
 from retrieval import Root, UserError
 from retrieval.index.partition import Partition
@@ -21,7 +21,7 @@ CONFIG = NeighborsConfig(k=4, near_copy_similarity=0.999, workers=2)
 
 
 @pytest.fixture(scope="module")
-def indexed(tmp_path_factory: pytest.TempPathFactory, clip: ClipConfig, shards_here: None) -> Path:
+def indexed(tmp_path_factory: pytest.TempPathFactory, clip: ClipConfig, in_process_shards: None) -> Path:
     """60 indexed database images, one of them a copy of a training image, and 2 x 5 training images."""
     folder = tmp_path_factory.mktemp("indexed")
     root = Root(folder)
@@ -37,7 +37,7 @@ def indexed(tmp_path_factory: pytest.TempPathFactory, clip: ClipConfig, shards_h
 
 @pytest.fixture
 def root(indexed: Path, tmp_path: Path) -> Root:
-    """A copy of that run, to work in."""
+    """A copy of the indexed run that a test may change."""
     shutil.copytree(indexed, tmp_path, dirs_exist_ok=True)
     return Root(tmp_path)
 
@@ -57,15 +57,15 @@ def test_each_training_image_has_its_true_neighbors_with_their_vectors(root: Roo
         similarities = queries @ stored.T
         similarities[similarities >= 0.999] = -1
         best = np.argsort(-similarities, axis=1, kind="stable")[:, :4]
-        found = schema.vectors(table, schema.NEIGHBOR_IDS)
+        neighbor_ids = schema.vectors(table, schema.NEIGHBOR_IDS)
         np.testing.assert_allclose(
             schema.vectors(table, schema.SIMILARITIES), np.take_along_axis(similarities, best, 1), atol=2e-3
         )
-        assert np.mean(found == ids[best]) > 0.95  # near ties may swap
+        assert np.mean(neighbor_ids == ids[best]) > 0.95  # near ties may swap
         vectors = schema.vectors(table, schema.NEIGHBOR_EMBEDDINGS).reshape(5, 4, 32)
-        where = {image_id: row for row, image_id in enumerate(ids.tolist())}
+        positions = {image_id: position for position, image_id in enumerate(ids.tolist())}
         np.testing.assert_allclose(
-            vectors, stored[[[where[i] for i in row] for row in found.tolist()]], atol=2e-3
+            vectors, stored[[[positions[i] for i in row] for row in neighbor_ids.tolist()]], atol=2e-3
         )
     assert manifest.values["recall"] == 1.0
     assert manifest.values["near_copies"] >= 1
@@ -76,36 +76,36 @@ def test_a_copy_of_the_training_image_is_no_neighbor(root: Root) -> None:
     copy = schema.image_id("http://example.org/database/107.jpg")
     table = schema.read_table(root, "neighbors/00000.parquet", schema.neighbors(4, 32))
     assert copy not in table[schema.NEIGHBOR_IDS].to_pylist()[3]
-    kept = neighbors.run(NeighborsConfig(k=4, near_copy_similarity=1.0, workers=1), root)
-    assert kept.values["near_copies"] <= 1
+    with_copies = neighbors.run(NeighborsConfig(k=4, near_copy_similarity=1.0, workers=1), root)
+    assert with_copies.values["near_copies"] <= 1
 
 
-def test_one_probe_states_a_recall_below_one(root: Root) -> None:
+def test_one_partition_per_query_has_a_recall_below_one(root: Root) -> None:
     manifest = neighbors.run(
         NeighborsConfig(k=8, near_copy_similarity=0.999, partitions_per_query=1, workers=1), root
     )
     assert 0.2 < manifest.values["recall"] < 1.0
 
 
-def test_a_worker_lets_go_of_each_partition_and_merges_without_opening_any(
+def test_a_match_keeps_no_partition_open_and_a_merge_opens_none(
     root: Root, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     groups = [["00000", "00001"]]
-    make_route(root, 0, groups)("route/00000")
-    work = make_match(root, CONFIG.join_config(), "cpu", ["route/00000"])
+    route_work(root, 0, groups)("route/00000")
+    work = match_work(root, CONFIG.join_config(), "cpu", ["route/00000"])
     partitions = work.args[1].partitions
     matches = [f"match/{number:05d}" for number in range(len(partitions))]
     for name in matches:
         work(name)
-    assert not any({"embeddings", "metadata", "ids"} & vars(one).keys() for one in partitions)
+    assert not any({"embeddings", "metadata", "ids"} & vars(partition).keys() for partition in partitions)
 
     monkeypatch.delattr(Partition, "metadata")
     monkeypatch.delattr(Partition, "embeddings")
-    neighbors._make_merge(CONFIG, root, groups, matches)("merge/00000")
+    neighbors._merge_work(CONFIG, root, groups, matches)("merge/00000")
     table = schema.read_table(root, "neighbors/00001.parquet", schema.neighbors(4, 32))
     ids, stored = embedded(root, "database/00000")
-    places = {image_id: place for place, image_id in enumerate(ids.tolist())}
-    rows = [[places[one] for one in found] for found in table[schema.NEIGHBOR_IDS].to_pylist()]
+    positions = {image_id: position for position, image_id in enumerate(ids.tolist())}
+    rows = [[positions[i] for i in row] for row in table[schema.NEIGHBOR_IDS].to_pylist()]
     vectors = schema.vectors(table, schema.NEIGHBOR_EMBEDDINGS).reshape(5, 4, 32)
     np.testing.assert_array_equal(vectors, stored[rows])
 
@@ -118,5 +118,5 @@ def test_rows_with_too_few_neighbors_are_dropped_with_a_reason(root: Root) -> No
 
 def test_a_database_of_another_encoder_is_refused(root: Root, tmp_path: Path) -> None:
     embed.run(EmbedConfig(workers=1), write_clip(tmp_path / "other", seed=1), root)
-    with pytest.raises(UserError, match="was built by the encoder"):
+    with pytest.raises(UserError, match="was built with the encoder"):
         neighbors.run(CONFIG, root)
