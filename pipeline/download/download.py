@@ -1,8 +1,8 @@
-"""Fetches the selected images from the servers that have them.
+"""Downloads the selected images.
 
-Reads `filter/{train,database}/<shard>.parquet`; writes `download/{train,database}/<shard>.tar` and
-`.parquet`, one row of status for each URL. Training images keep their size, database images are cut down.
-One shard is one task; `fetch` and `picture` say how a URL is treated, `shard_download` how a shard is.
+Reads `filter/{train,database}/<shard>.parquet`; writes `download/{train,database}/<shard>.tar` and `.parquet`
+with one status row for each URL. Training images keep their size; database images are reduced. One shard is
+one task: `shard_download` handles a shard, `image_download` one image, `pipeline.web` one request.
 """
 
 import logging
@@ -15,29 +15,29 @@ from pipeline.recipe import DownloadConfig
 from pipeline.runtime.runner import Work, Workers, run_shards
 from pipeline.runtime.stage import Stage
 from pipeline.web.blocklist import Blocklist, read_blocklist
-from pipeline.web.fetch import Fetcher, Manners
-from pipeline.web.host_queue import Courtesy
+from pipeline.web.fetch import Fetcher, FetchSettings
+from pipeline.web.host_queue import HostLimits
 from retrieval.storage.manifest import Manifest, read_manifest
 from retrieval.storage.root import Root
 
 if TYPE_CHECKING:
-    from pipeline.download.img2dataset_adapter import Storing
+    from pipeline.download.image_download import SplitSettings
 
 SCHEMA_VERSION = 2
 
 
 def run(config: DownloadConfig, root: Root, retry: bool = False) -> Manifest:
-    """Run the stage, or find it finished. Raises UserError if filter did not finish or nothing answers.
+    """Run the stage unless it is finished. Raises UserError if filter did not finish or the network is down.
 
-    retry: ask once more for the URLs of finished shards that failed for a passing reason.
+    retry: request the URLs of finished shards again that failed for a transient reason.
     """
     started = time.time()
     selected = read_manifest(root, "filter")
     blocklist = read_blocklist(config.blocklist, "download.blocklist")
     made_from = {"filter": selected.fingerprint, "blocklist": blocklist.identity}
     stage = Stage(root, "download", SCHEMA_VERSION, config, made_from)
-    if (done := stage.finished()) and not retry:
-        return done
+    if (finished := stage.finished()) and not retry:
+        return finished
     stage.begin()
     shards = [*selected.shard_names("train/"), *selected.shard_names("database/")]
     make = partial(make_work, config, root, blocklist, retry)
@@ -47,19 +47,19 @@ def run(config: DownloadConfig, root: Root, retry: bool = False) -> Manifest:
 
 
 def make_work(config: DownloadConfig, root: Root, blocklist: Blocklist, retry: bool = False) -> Work:
-    """What one worker process does with a shard's name; loads img2dataset's downloader."""
+    """The function that a worker process calls with the name of each shard."""
     from pipeline.download.retry import ShardRetry
     from pipeline.download.shard_download import ShardDownload
 
-    # What Pillow has to say of other people's files is in the status of each URL.
+    # Damaged pictures are reported in the status of their URL; Pillow's warnings add nothing.
     warnings.filterwarnings("ignore", module="PIL")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
-    work = ShardDownload(root, Fetcher(_manners(config)), _storing(config, blocklist))
+    work = ShardDownload(root, Fetcher(_fetch_settings(config)), _split_settings(config, blocklist))
     return ShardRetry(work) if retry else work
 
 
-def _manners(config: DownloadConfig) -> Manners:
-    return Manners(
+def _fetch_settings(config: DownloadConfig) -> FetchSettings:
+    return FetchSettings(
         user_agent=config.user_agent,
         contact=config.contact,
         access=config.allow_private,
@@ -68,26 +68,26 @@ def _manners(config: DownloadConfig) -> Manners:
         retries=config.retries,
         max_bytes=config.max_bytes,
         connections=config.threads,
-        courtesy=Courtesy(config.host_connections, config.host_pause_s, config.host_patience_s),
+        host_limits=HostLimits(config.host_connections, config.host_pause_s, config.host_max_wait_s),
         robots=config.robots,
     )
 
 
-def _storing(config: DownloadConfig, blocklist: Blocklist) -> "dict[str, Storing]":
-    from pipeline.download.img2dataset_adapter import Storing
+def _split_settings(config: DownloadConfig, blocklist: Blocklist) -> "dict[str, SplitSettings]":
+    from pipeline.download.image_download import SplitSettings
 
     edges = {
         "train": (0, config.train_min_edge),
         "database": (config.database_edge, config.database_min_edge),
     }
     return {
-        split: Storing(
+        split: SplitSettings(
             edge=edge,
             min_edge=min_edge,
             max_pixels=config.max_pixels,
             jpeg_quality=config.jpeg_quality,
             threads=config.threads,
-            min_success=config.min_success,
+            min_answered=config.min_answered,
             blocklist=blocklist,
         )
         for split, (edge, min_edge) in edges.items()

@@ -1,68 +1,70 @@
-"""Fetches again what a later day may give: the URLs of a finished shard that failed for a passing reason.
+"""Downloads the URLs of a finished shard again that failed for a transient reason.
 
-Reads `download/<shard>.{tar,parquet}`; writes both anew, with what came now beside what was there, as one
-run would have that found all servers well. A shard that gains no picture stays as it is, since whatever
-was made from it would otherwise be made again.
+Reads `download/<shard>.{tar,parquet}`; writes both anew, as one download would have written them if all
+servers had answered. A shard that gains no image keeps its files, because a new file makes later stages run
+again.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from pipeline.download import tars
-from pipeline.download.shard_download import ShardDownload, write_tar
-from retrieval.storage.manifest import ShardRecord, delete_record, files_stand, read_record
+from pipeline.download.shard_download import Rows, ShardDownload, write_tar
+from pipeline.pictures.tars import picture_reader, sample_key
+from retrieval.storage.manifest import ShardRecord, delete_record, files_exist, read_record
 from retrieval.storage.schema import DOWNLOADED, Reason, read_table
 
-PASSING = frozenset({Reason.UNAVAILABLE, Reason.NO_CONNECTION, Reason.TIMEOUT, Reason.TRUNCATED})
+TRANSIENT = frozenset({Reason.UNAVAILABLE, Reason.NO_CONNECTION, Reason.TIMEOUT, Reason.TRUNCATED})
 
 
-def may_change(row: Mapping[str, Any]) -> bool:
-    """True for a row of DOWNLOADED that another attempt may better: no whole body ever came."""
-    return row["reason"] in PASSING and not row["sha256"]
+def is_transient(row: Mapping[str, Any]) -> bool:
+    """True for a row of DOWNLOADED that another request may change: no complete body was received."""
+    return row["reason"] in TRANSIENT and not row["sha256"]
 
 
 class ShardRetry:
-    """The work of one worker process. Safe to repeat: a shard it was killed in is downloaded whole."""
+    """Retries shards by name, for one worker process. An interrupted shard is downloaded as a whole."""
 
-    def __init__(self, download: ShardDownload) -> None:
-        self.download = download
+    def __init__(self, shard_download: ShardDownload) -> None:
+        self.shard_download = shard_download
 
     def __call__(self, shard: str) -> ShardRecord:
-        """Better a shard that is finished; download one that is not."""
-        root = self.download.root
-        found = read_record(root, "download", shard)
-        if found is None or not files_stand(root, found[1]):
-            return self.download(shard)
-        if PASSING.isdisjoint(found[1].reasons):
-            return found[1]
-        facts = read_table(root, f"download/{shard}.parquet", DOWNLOADED).to_pylist()
-        again = [number for number, row in enumerate(facts) if may_change(row)]
-        return (self._bettered(shard, facts, again) if again else None) or found[1]
+        """Retry the failed URLs of a finished shard, or download an unfinished one."""
+        root = self.shard_download.root
+        stored = read_record(root, "download", shard)
+        if stored is None or not files_exist(root, stored[1]):
+            return self.shard_download(shard)
+        record = stored[1]
+        if TRANSIENT.isdisjoint(record.reasons):
+            return record
+        rows = read_table(root, f"download/{shard}.parquet", DOWNLOADED).to_pylist()
+        failed = [number for number, row in enumerate(rows) if is_transient(row)]
+        return (self._retry(shard, rows, failed) if failed else None) or record
 
-    def _bettered(self, shard: str, facts: list[dict[str, Any]], again: list[int]) -> ShardRecord | None:
-        root = self.download.root
-        rows = self.download.selected(shard).take(again)
-        # These hosts failed before: that they are silent says nothing of the network.
-        storing = replace(self.download.storing[shard.partition("/")[0]], min_success=0.0)
-        with self.download.fetched(shard, rows, storing) as (fresh, fresh_picture):
-            if all(row["reason"] for row in fresh):
+    def _retry(self, shard: str, rows: Rows, failed: list[int]) -> ShardRecord | None:
+        """Download the failed rows again and merge them; None if no image was gained."""
+        root = self.shard_download.root
+        selected = self.shard_download.selected_rows(shard).take(failed)
+        # These hosts failed before: no answer from them does not mean that the network is down.
+        settings = replace(self.shard_download.settings[shard.partition("/")[0]], min_answered=0.0)
+        with self.shard_download.download_rows(selected, settings) as (new_rows, read_new):
+            if all(row["reason"] for row in new_rows):
                 return None
-            place = {number: i for i, number in enumerate(again)}
-            merged = [fresh[place[n]] if n in place else row for n, row in enumerate(facts)]
+            new_number = {number: i for i, number in enumerate(failed)}
+            merged = [new_rows[new_number[n]] if n in new_number else row for n, row in enumerate(rows)]
             tar_name = f"download/{shard}.tar"
             with (
                 root.local(tar_name) as path,
-                tars.reading(path) as old_picture,
+                picture_reader(path) as read_old,
                 root.writing(tar_name) as tar,
             ):
 
-                def picture(number: int) -> bytes:
-                    if number in place:
-                        return fresh_picture(place[number])
-                    return old_picture(tars.key_of(facts[number]["image_id"]))
+                def read_jpeg(number: int) -> bytes:
+                    if number in new_number:
+                        return read_new(new_number[number])
+                    return read_old(sample_key(rows[number]["image_id"]))
 
-                write_tar(tar.path, merged, picture)
-                # The next two files replace those that the record describes.
+                write_tar(tar.path, merged, read_jpeg)
+                # The next two files replace the files that the record describes.
                 delete_record(root, "download", shard)
-            return self.download.recorded(shard, merged, tar.record)
+            return self.shard_download.write_rows(shard, merged, tar.record)

@@ -1,9 +1,9 @@
-"""Database images that show what a training image shows: found before anything is embedded.
+"""Database images that are copies of training images, found by their hashes before anything is embedded.
 
-Reads the hashes of `download/{train,database}/<shard>.parquet`; writes `embed/copies/<group>.parquet`, the
-ids of a group of database shards that must not enter the database, each with its reason: equal content
-(SHA-256 of the bytes as sent), or a perceptual hash (`phash`) that differs in a few bits. Both sides are read
-in blocks, so that memory does not grow with them.
+Reads the hashes of `download/{train,database}/<shard>.parquet`; writes `embed/copies/<group>.parquet`: the
+ids of a group of database shards that must not enter the database, with the reason. A copy has the same
+content (SHA-256 of the downloaded bytes) or a perceptual hash (`phash`) that differs in a few bits. Both
+sides are read in groups of shards, so that memory stays bounded.
 """
 
 from collections.abc import Sequence
@@ -22,56 +22,42 @@ from retrieval.storage.root import Root
 from retrieval.storage.schema import Reason
 
 ROWS_PER_GROUP = 4_000_000
-"""Images of each side that are compared at once."""
+"""Images of each side that are compared at a time."""
 Ids = npt.NDArray[np.int64]
 COPIES = pa.schema(
     [pa.field(schema.IMAGE_ID, pa.int64(), nullable=False), pa.field("reason", pa.string(), nullable=False)]
 )
 
 
-def grouped(shards: Sequence[ShardRecord], most: int = ROWS_PER_GROUP) -> list[list[str]]:
-    """Names of consecutive shards, grouped so that a group has at most `most` rows, or one shard."""
-    groups: list[list[str]] = []
-    rows = 0
-    for record in shards:
-        if not groups or rows + record.rows > most:
-            groups.append([])
-            rows = 0
-        groups[-1].append(record.shard)
-        rows += record.rows
-    return groups
+def copies_work(root: Root, train: list[list[str]], database: list[list[str]], max_distance: int) -> Work:
+    """Work that writes `embed/copies/<group>` by group number. max_distance: in bits of perceptual hashes."""
+    return partial(_write_copies, root, train, database, max_distance)
 
 
-def make_copies(root: Root, train: list[list[str]], database: list[list[str]], bits: int) -> Work:
-    """Work that writes `embed/copies/<group>` by group number. bits: largest distance of near copies."""
-    return partial(_copies, root, train, database, bits)
-
-
-def _copies(
-    root: Root, train: list[list[str]], database: list[list[str]], bits: int, name: str
+def _write_copies(
+    root: Root, train: list[list[str]], database: list[list[str]], max_distance: int, group: str
 ) -> ShardRecord:
-    ids, contents, hashes = _hashes(root, database[int(name)])
-    same, near = np.zeros(len(ids), bool), np.zeros(len(ids), bool)
-    for group in train:
-        _, their_contents, their_hashes = _hashes(root, group)
-        same |= np.isin(contents, their_contents)
-        left = np.flatnonzero(~same & ~near)
-        near[left] = PerceptualHashIndex(their_hashes).contains_near(hashes[left], bits)
-    found = np.flatnonzero(same | near)
-    reasons = np.where(same[found], str(Reason.DUPLICATE_CONTENT), str(Reason.NEAR_COPY)).tolist()
-    table = pa.table([pa.array(ids[found]), pa.array(reasons, pa.string())], schema=COPIES)
-    return ShardRecord(
-        name, len(ids), (schema.write_table(root, f"embed/copies/{name}.parquet", table, COPIES),)
-    )
+    ids, contents, hashes = _hashes(root, database[int(group)])
+    is_same, is_near = np.zeros(len(ids), bool), np.zeros(len(ids), bool)
+    for train_group in train:
+        _, train_contents, train_hashes = _hashes(root, train_group)
+        is_same |= np.isin(contents, train_contents)
+        rest = np.flatnonzero(~is_same & ~is_near)
+        is_near[rest] = PerceptualHashIndex(train_hashes).contains_near(hashes[rest], max_distance)
+    copies = np.flatnonzero(is_same | is_near)
+    reasons = np.where(is_same[copies], str(Reason.DUPLICATE_CONTENT), str(Reason.NEAR_COPY)).tolist()
+    table = pa.table([pa.array(ids[copies]), pa.array(reasons, pa.string())], schema=COPIES)
+    file = schema.write_table(root, f"embed/copies/{group}.parquet", table, COPIES)
+    return ShardRecord(group, len(ids), (file,))
 
 
-def without_copies(root: Root, name: str, stored: pa.Table) -> tuple[pa.Table, dict[str, int]]:
-    """The rows of a database shard that are no copies, and the others by reason. name: of its group."""
-    copies = schema.read_table(root, f"embed/copies/{name}.parquet", COPIES)
-    here = copies.filter(pc.is_in(copies[schema.IMAGE_ID], stored[schema.IMAGE_ID].combine_chunks()))
-    counts = here["reason"].value_counts().to_pylist()
-    kept = stored.filter(pc.invert(pc.is_in(stored[schema.IMAGE_ID], here[schema.IMAGE_ID].combine_chunks())))
-    return kept, {count["values"]: count["counts"] for count in counts}
+def drop_copies(root: Root, group: str, rows: pa.Table) -> tuple[pa.Table, dict[str, int]]:
+    """Drop the copies from the rows of a database shard. Returns the other rows, and the copies by reason."""
+    copies = schema.read_table(root, f"embed/copies/{group}.parquet", COPIES)
+    copies = copies.filter(pc.is_in(copies[schema.IMAGE_ID], rows[schema.IMAGE_ID].combine_chunks()))
+    counts = copies["reason"].value_counts().to_pylist()
+    is_copy = pc.is_in(rows[schema.IMAGE_ID], copies[schema.IMAGE_ID].combine_chunks())
+    return rows.filter(pc.invert(is_copy)), {count["values"]: count["counts"] for count in counts}
 
 
 def _hashes(root: Root, shards: Sequence[str]) -> tuple[Ids, npt.NDArray[np.uint64], Ids]:
@@ -87,7 +73,7 @@ def _hashes(root: Root, shards: Sequence[str]) -> tuple[Ids, npt.NDArray[np.uint
 def _shard_hashes(root: Root, shard: str) -> tuple[Ids, npt.NDArray[np.uint64], Ids]:
     table = schema.read_table(root, f"download/{shard}.parquet", schema.DOWNLOADED)
     stored = table.filter(pc.equal(table["reason"], ""))
-    # 64 bits are enough to tell 100M images from 1.9B.
+    # 64 bits: no collision is expected between 100M and 1.9B images.
     digests = "".join(digest[:16] for digest in stored["sha256"].to_pylist())
     contents = np.frombuffer(bytes.fromhex(digests), np.uint64)
     return stored[schema.IMAGE_ID].to_numpy(), contents, stored["phash"].to_numpy()

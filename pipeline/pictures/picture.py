@@ -1,8 +1,9 @@
-"""Any picture that a server may send, made safe and plain for one decoder.
+"""Downloaded pictures of any format as upright 8-bit RGB, resized and encoded as JPEG.
 
-Takes a body, checks its size in pixels from the header before anything is decoded. A plain JPEG keeps its
-bytes. Everything else (PNG of 16 bits, gray, palette, alpha, animation, CMYK, an EXIF rotation) is decoded
-by Pillow to upright 8-bit RGB, where OpenCV, which cuts down and encodes what is stored, would get it wrong.
+Takes the body of a response and checks its size in pixels before decoding. A plain JPEG that needs no
+resizing keeps its bytes. Pillow decodes everything else (16 bits, gray, palette, alpha, animation, CMYK, EXIF
+rotation) to upright RGB, because OpenCV decodes such files wrongly; OpenCV resizes and encodes. Resizing is
+`keep_ratio` of img2dataset; a test compares the bytes.
 """
 
 import io
@@ -17,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pipeline.web.sockets import Refusal
 from retrieval.perceptual_hash import perceptual_hash
 from retrieval.storage.schema import Reason
 
@@ -25,7 +25,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 ORIENTATION_TAG = 0x0112
 LEAST_EDGE = 64
 """Shorter edge in pixels at which the perceptual hash is computed, if the picture is that large."""
-# What Pillow's readers were seen or are documented to raise for damaged files; no MemoryError.
+# Exceptions that Pillow's readers raise for damaged files, documented or observed; without MemoryError.
 BROKEN = (
     OSError,
     EOFError,
@@ -39,16 +39,23 @@ BROKEN = (
     zlib.error,
 )
 
-# Each decoding may take several hundred MB, and a server of uploads decodes in as many threads as it has.
+# Decoding may take several hundred MB, and the page decodes uploads in all threads of its server.
 _DECODING = Semaphore(2)
+
+
+class PictureError(Exception):
+    """Why a body is not stored as a picture. reason: word of the status table; the text is its message."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An upright RGB picture. size: (width, height) in pixels as it came.
+    """An upright RGB picture. size: (width, height) in pixels, before any reduction.
 
-    data: where `keeps_bytes`, the JPEG that came, known to be whole; else pixels as PPM, perhaps already
-    reduced, for OpenCV to decode.
+    data: with `keeps_bytes` the original JPEG, checked to be complete; else a PPM, perhaps already reduced.
     """
 
     data: bytes
@@ -58,64 +65,64 @@ class Picture:
     """See `retrieval.perceptual_hash`."""
 
 
-def prepared(body: bytes, max_pixels: int, max_edge: int) -> Picture | Refusal:
-    """The picture in a body, or why it cannot be used.
+def prepare(body: bytes, max_pixels: int, max_edge: int) -> Picture:
+    """Check and decode the picture in a body. Raises PictureError if it cannot be used.
 
-    max_edge: shorter edge in pixels to which the picture will be cut down; 0: it keeps its size. It may
-    come out reduced already, never below that. Animations give their first frame, transparent pictures
-    lie on white.
+    max_edge: shorter edge in pixels to which `encode_jpeg` will reduce the picture; 0: it keeps its size. The
+    result may be reduced already, to no less than max_edge. Animations give their first frame; transparent
+    pictures are put on white.
     """
     try:
         with Image.open(io.BytesIO(body), formats=FORMATS) as image:
-            return _picture(image, body, max_pixels, max_edge)
-    except Image.DecompressionBombError:
-        return _too_many(max_pixels)
-    except UnidentifiedImageError:
-        return Refusal(Reason.NOT_AN_IMAGE, "no known picture format")
-    except BROKEN:
-        return Refusal(Reason.TRUNCATED, "the picture is damaged or ends early")
+            return _prepare(image, body, max_pixels, max_edge)
+    except Image.DecompressionBombError as error:
+        raise _too_many_pixels(max_pixels) from error
+    except UnidentifiedImageError as error:
+        raise PictureError(Reason.NOT_AN_IMAGE, "no known picture format") from error
+    except BROKEN as error:
+        raise PictureError(Reason.TRUNCATED, "the picture is damaged or ends early") from error
 
 
-def _picture(image: Image.Image, body: bytes, max_pixels: int, max_edge: int) -> Picture | Refusal:
+def _prepare(image: Image.Image, body: bytes, max_pixels: int, max_edge: int) -> Picture:
     size = image.size
     if size[0] * size[1] > max_pixels:
-        return _too_many(max_pixels)
+        raise _too_many_pixels(max_pixels)
     if image.mode in ("I", "F"):
-        return Refusal(Reason.NOT_AN_IMAGE, "pixels of 32 bits, whose range is unknown")
-    plain = image.format in ("JPEG", "MPO") and image.mode == "RGB" and _orientation(image) == 1
-    stays = not max_edge or min(size) <= max_edge
+        raise PictureError(Reason.NOT_AN_IMAGE, "32-bit pixels with an unknown range of values")
+    is_plain = image.format in ("JPEG", "MPO") and image.mode == "RGB" and _orientation(image) == 1
+    keeps_size = not max_edge or min(size) <= max_edge
     with _DECODING:
-        if not plain:
-            upright = _decoded(image)
+        if not is_plain:
+            upright = _decode(image)
             return Picture(_ppm(upright), upright.size, phash=perceptual_hash(upright))
-        # A JPEG can be decoded at a half, quarter or eighth of its size for a fraction of the work, and
-        # shows as well whether it is whole.
-        share = max(1 / 8, LEAST_EDGE / min(size)) if stays else max_edge / min(size)
-        image.draft(None, (math.ceil(size[0] * share), math.ceil(size[1] * share)))
+        # A JPEG decodes to 1/2, 1/4 or 1/8 of its size at a fraction of the cost. This is enough for the
+        # perceptual hash and detects truncated files.
+        scale = max(1 / 8, LEAST_EDGE / min(size)) if keeps_size else max_edge / min(size)
+        image.draft(None, (math.ceil(size[0] * scale), math.ceil(size[1] * scale)))
         image.load()
-        data = body if stays else _ppm(image)
-        return Picture(data, size, keeps_bytes=stays, phash=perceptual_hash(image))
+        data = body if keeps_size else _ppm(image)
+        return Picture(data, size, keeps_bytes=keeps_size, phash=perceptual_hash(image))
 
 
-def _too_many(max_pixels: int) -> Refusal:
-    return Refusal(Reason.TOO_MANY_PIXELS, f"more than {max_pixels} pixels")
+def _too_many_pixels(max_pixels: int) -> PictureError:
+    return PictureError(Reason.TOO_MANY_PIXELS, f"more than {max_pixels} pixels")
 
 
 def _orientation(image: Image.Image) -> int:
     try:
         value = image.getexif().get(ORIENTATION_TAG, 1)
-    except BROKEN:  # damaged EXIF beside a sound picture
+    except BROKEN:  # the EXIF data are damaged; the picture may be intact
         return 1
     return value if value in range(1, 9) else 1
 
 
-def _decoded(image: Image.Image) -> Image.Image:
+def _decode(image: Image.Image) -> Image.Image:
     image.seek(0)
     image.load()
     if _orientation(image) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
-        # Pillow would clip to 255, which makes nearly everything white.
+        # Pillow would clip to 255, which makes almost all pixels white.
         return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -126,25 +133,24 @@ def _decoded(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class Jpeg:
-    """A picture as it is stored. Sizes: (width, height) in pixels, as it is and as it came."""
+    """A picture as stored. size, original_size: (width, height) in pixels, as stored and as downloaded."""
 
     data: bytes
     size: tuple[int, int]
     original_size: tuple[int, int]
 
 
-def stored(picture: Picture, edge: int, quality: int) -> Jpeg:
-    """A prepared picture, its shorter edge cut down to `edge` px where that is less and not 0."""
+def encode_jpeg(picture: Picture, edge: int, quality: int) -> Jpeg:
+    """Reduce the shorter edge of a picture to `edge` pixels if it is longer, and encode it. edge 0: keep."""
     if picture.keeps_bytes:
         return Jpeg(picture.data, picture.size, picture.size)
     pixels = np.asarray(cv2.imdecode(np.frombuffer(picture.data, np.uint8), cv2.IMREAD_COLOR), np.uint8)
-    pixels = _cut_down(pixels, edge)
-    # It cannot fail: these are pixels that we made ourselves.
+    pixels = _resize(pixels, edge)
     data = cv2.imencode(".jpg", pixels, (cv2.IMWRITE_JPEG_QUALITY, quality))[1].tobytes()
     return Jpeg(data, (pixels.shape[1], pixels.shape[0]), picture.size)
 
 
-def _cut_down(pixels: npt.NDArray[np.uint8], edge: int) -> npt.NDArray[np.uint8]:
+def _resize(pixels: npt.NDArray[np.uint8], edge: int) -> npt.NDArray[np.uint8]:
     height, width = pixels.shape[:2]
     shorter = min(height, width)
     if not edge or shorter <= edge:
@@ -154,7 +160,7 @@ def _cut_down(pixels: npt.NDArray[np.uint8], edge: int) -> npt.NDArray[np.uint8]
 
 
 def _ppm(image: Image.Image) -> bytes:
-    # PPM is raw pixels: nothing is lost and nothing compressed twice before the final JPEG.
+    # PPM holds raw pixels: lossless, and fast to write and to read.
     buffer = io.BytesIO()
     image.save(buffer, "PPM")
     return buffer.getvalue()

@@ -1,9 +1,8 @@
 """Images that must not be used: listed by URL, domain, image id, content or perceptual hash.
 
-Reads a text file, one entry a line: a URL, a domain (its subdomains are meant too), an image id as the 16
-hex digits that name it in the tars or as a signed decimal; `md5:` or `sha256:` with the hex digits of a
-file's hash, `phash:` with the 16 of a perceptual hash. Empty lines and lines
-that begin with `#` are skipped.
+Reads a text file with one entry a line: a URL, a domain (blocks its subdomains too), an image id (16 hex
+digits as in the tars, or a signed decimal), `md5:` or `sha256:` with a file's hash in hex, or `phash:` with
+the 16 hex digits of a perceptual hash. Empty lines and lines that begin with `#` are skipped.
 """
 
 import hashlib
@@ -17,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.web.urls import canonical, host
+from pipeline.web.urls import canonical_url, host_name
 from retrieval.errors import UserError
 from retrieval.perceptual_hash import Hashes, PerceptualHashIndex
 from retrieval.storage.root import Root
@@ -32,36 +31,36 @@ _PHASH = re.compile(r"phash:[0-9a-f]{16}")
 
 @dataclass(frozen=True)
 class Blocklist:
-    """What is blocked. ids: sorted, int64; domains: lower-case; identity: of the list's text, "" for none."""
+    """Entries of a blocklist. ids: sorted; domains: lower-case; identity: hash of the file, "" if none."""
 
     ids: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     domains: frozenset[str] = frozenset()
     digests: frozenset[str] = frozenset()
     """`md5:` or `sha256:` and lower-case hex digits."""
     phashes: Hashes = field(default_factory=lambda: np.empty(0, np.int64))
-    bits: int = 6
-    """Bits in which a perceptual hash may differ from a listed one, or its mirror, and is still meant."""
+    max_distance: int = 6
+    """Largest number of different bits at which a perceptual hash equals a listed one, or its mirror."""
     identity: str = ""
 
     def blocks_ids(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """Which of these image ids are listed."""
         if not len(self.ids):
             return np.zeros(len(ids), bool)
-        place = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
-        return np.asarray(self.ids[place] == ids)
+        positions = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
+        return np.asarray(self.ids[positions] == ids)
 
     def blocks_hosts(self, urls: pa.StringArray) -> npt.NDArray[np.bool_]:
-        """Which of these canonical URLs are of a listed domain or a subdomain of one."""
+        """Which of these canonical URLs belong to a listed domain or to a subdomain of one."""
         if not self.domains:
             return np.zeros(len(urls), bool)
         authorities = pc.list_element(pc.split_pattern(urls, "/", max_splits=3), 2)
         hosts = pc.replace_substring_regex(authorities, ":[0-9]+$", "").dictionary_encode()
-        listed = np.array([self._lists(name) for name in hosts.dictionary.to_pylist()], bool)
+        listed = np.array([self._is_listed(name) for name in hosts.dictionary.to_pylist()], bool)
         return listed[hosts.indices.to_numpy(zero_copy_only=False)]
 
     def blocks_url(self, url: str) -> bool:
-        """Whether one canonical URL is listed, or its domain."""
-        return bool(self.blocks_ids(np.array([image_id(url)]))[0]) or self._lists(host(url))
+        """Whether a canonical URL or its domain is listed."""
+        return bool(self.blocks_ids(np.array([image_id(url)]))[0]) or self._is_listed(host_name(url))
 
     def blocks_content(self, body: bytes) -> bool:
         """Whether the hash of these bytes is listed."""
@@ -69,34 +68,32 @@ class Blocklist:
             {f"md5:{hashlib.md5(body).hexdigest()}", f"sha256:{hashlib.sha256(body).hexdigest()}"}
         )
 
-    def blocks_hashes(self, phashes: Hashes) -> npt.NDArray[np.bool_]:
-        """Which of these perceptual hashes are those of listed pictures, or near them."""
-        return (
-            self._hash_index.contains_near(phashes, self.bits)
-            if len(self.phashes)
-            else np.zeros(len(phashes), bool)
-        )
+    def blocks_phashes(self, phashes: Hashes) -> npt.NDArray[np.bool_]:
+        """Which of these perceptual hashes are within max_distance of a listed one."""
+        if not len(self.phashes):
+            return np.zeros(len(phashes), bool)
+        return self._hash_index.contains_near(phashes, self.max_distance)
 
     @cached_property
     def _hash_index(self) -> PerceptualHashIndex:
         return PerceptualHashIndex(self.phashes)
 
-    def _lists(self, name: str) -> bool:
-        labels = name.split(".")
+    def _is_listed(self, host: str) -> bool:
+        labels = host.split(".")
         return any(".".join(labels[i:]) in self.domains for i in range(len(labels)))
 
 
 def read_blocklist(path: str, setting: str = "filter.blocklist") -> Blocklist:
-    """The blocklist at a path or URL; an empty one for "". Raises UserError for a line it cannot read.
+    """Read the blocklist at a path or URL; an empty one for "". Raises UserError for an invalid line.
 
-    setting: what named the path, for the error.
+    setting: name of the setting that holds the path, for error messages.
     """
     if not path:
         return Blocklist()
     folder, _, name = path.rpartition("/")
     root = Root(folder or ("/" if path.startswith("/") else "."))
     if not root.exists(name):
-        raise UserError(f"{path} is missing: the blocklist that {setting} names. Mend it.")
+        raise UserError(f"{path} is missing: it is the blocklist of {setting}. Correct the setting.")
     with root.open(name) as file:
         content = file.read()
     return _parse(
@@ -106,42 +103,43 @@ def read_blocklist(path: str, setting: str = "filter.blocklist") -> Blocklist:
 
 def _parse(lines: Iterable[str], path: str, identity: str) -> Blocklist:
     ids: set[int] = set()
-    words: set[str] = set()
+    others: set[str] = set()
     for number, line in enumerate(lines, 1):
         entry = line.strip()
         if not entry or entry.startswith("#"):
             continue
-        # sixteen decimal digits can be either notation: both ids are blocked
-        found = _ids(entry)
-        ids |= found
-        if not found and not any(kind.fullmatch(entry.lower()) for kind in (_DIGEST, _PHASH, _DOMAIN)):
+        # 16 decimal digits fit both notations: both ids are blocked
+        entry_ids = _ids(entry)
+        ids |= entry_ids
+        if entry_ids:
+            continue
+        if not any(pattern.fullmatch(entry.lower()) for pattern in (_DIGEST, _PHASH, _DOMAIN)):
             raise UserError(
-                f"{path}, line {number}: {entry[:100]!r} is no URL, no domain, no image id (16 hex digits, or"
-                " a decimal number) and no md5:, sha256: or phash: with 32, 64 or 16 hex digits."
-                " Mend or remove the line."
+                f"{path}, line {number}: {entry[:100]!r} is not a URL, a domain, an image id (16 hex digits"
+                " or a decimal number), or md5:, sha256: or phash: with 32, 64 or 16 hex digits."
+                " Correct or remove the line."
             )
-        if not found:
-            words.add(entry.lower())
-    hashes = sorted(word for word in words if word.startswith("phash:"))
+        others.add(entry.lower())
+    phashes = sorted(entry for entry in others if entry.startswith("phash:"))
     return Blocklist(
         ids=np.array(sorted(ids), np.int64),
-        domains=frozenset(word for word in words if ":" not in word),
-        digests=frozenset(word for word in words if _DIGEST.fullmatch(word)),
-        phashes=np.array([_signed(word.removeprefix("phash:")) for word in hashes], np.int64),
+        domains=frozenset(entry for entry in others if ":" not in entry),
+        digests=frozenset(entry for entry in others if _DIGEST.fullmatch(entry)),
+        phashes=np.array([_signed(entry.removeprefix("phash:")) for entry in phashes], np.int64),
         identity=identity,
     )
 
 
 def _ids(entry: str) -> set[int]:
-    url = canonical(entry)
-    if url:
+    """The image ids that an entry can mean; empty for a domain or a hash."""
+    if url := canonical_url(entry):
         return {image_id(url)}
-    found = set()
+    ids = set()
     if _HEX.fullmatch(entry):
-        found.add(_signed(entry))
+        ids.add(_signed(entry))
     if _DECIMAL.fullmatch(entry) and -(1 << 63) <= int(entry) < 1 << 63:
-        found.add(int(entry))
-    return found
+        ids.add(int(entry))
+    return ids
 
 
 def _signed(digits: str) -> int:

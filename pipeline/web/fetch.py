@@ -1,8 +1,8 @@
-"""One image over HTTP, safely and politely: its bytes, or why there are none.
+"""One image over HTTP: limits, opt-outs, redirects and retries.
 
-Takes a canonical URL from anybody's metadata. Public addresses only (see `sockets`), few redirects, a
-limit of bytes and a deadline for the whole; says who asks, heeds X-Robots-Tag before it reads the body
-(robots.txt before it asks), and tries again only where that can help. One request is one turn of `turns`.
+Takes a canonical URL from untrusted metadata; gives the body, or a FetchError with a reason. Connects to
+public addresses only (`sockets`), follows few redirects, limits bytes and total time. Sends a contact, checks
+robots.txt before a request and X-Robots-Tag before it reads the body. Retries only where that can succeed.
 """
 
 import http.client
@@ -15,11 +15,12 @@ import urllib3
 from urllib3.exceptions import HTTPError, InvalidHeader, ProtocolError, SSLError
 from urllib3.exceptions import TimeoutError as PoolTimeoutError
 
-from pipeline.web.host_queue import Courtesy, Errand, Turns
+from pipeline.web.fetch_error import FetchError
+from pipeline.web.host_queue import FetchRequest, HostLimits, HostQueue
 from pipeline.web.robots import MAX_BYTES as MAX_ROBOTS_BYTES
 from pipeline.web.robots import Robots
-from pipeline.web.sockets import Access, Refusal, Unreachable, pools, waits
-from pipeline.web.urls import canonical
+from pipeline.web.sockets import Access, pool_manager, socket_limits
+from pipeline.web.urls import canonical_url
 from retrieval.storage.manifest import VERSION
 from retrieval.storage.schema import Reason
 
@@ -30,16 +31,16 @@ OPT_OUT = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _GONE = frozenset({404, 410})
 _BUSY = frozenset({429, 503})
-_TRY_AGAIN = frozenset({*_BUSY, 500, 502, 504})
-# Directives of X-Robots-Tag whose own value follows a colon; any other word before one names a crawler.
+_TRANSIENT = frozenset({*_BUSY, 500, 502, 504})
+# Directives of X-Robots-Tag with a value after a colon; any other word before a colon names a crawler.
 _WITH_VALUE = frozenset({"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"})
 
 
 @dataclass(frozen=True)
-class Manners:
-    """How a fetcher behaves. Times in seconds; deadline_s is for one URL with all its retries.
+class FetchSettings:
+    """Identity and limits of a fetcher. Times in seconds; deadline_s is for one URL with all its retries.
 
-    robots: whether robots.txt is asked for and heeded.
+    robots: whether robots.txt is obeyed.
     """
 
     user_agent: str
@@ -50,103 +51,104 @@ class Manners:
     retries: int
     max_bytes: int
     connections: int
-    courtesy: Courtesy
+    host_limits: HostLimits
     robots: bool = False
 
 
 @dataclass(frozen=True)
-class Moved:
-    """A redirect to another canonical URL."""
+class Redirect:
+    """The canonical URL that a response redirects to."""
 
     url: str
 
 
-class _Failed(Exception):
-    """A request without an image. pause_s: seconds after which another may succeed; negative: none will.
-
-    busy: the host wants to be left alone for so long.
-    """
-
-    def __init__(self, reason: Reason, message: str, pause_s: float = -1.0, busy: bool = False) -> None:
-        super().__init__(message)
-        self.refusal = Refusal(reason, message)
-        self.pause_s = pause_s
-        self.busy = busy
-
-
 class Fetcher:
-    """Fetches URLs, from any number of threads, over connections that it keeps."""
+    """Fetches URLs from any number of threads, over keep-alive connections."""
 
-    def __init__(self, manners: Manners) -> None:
-        self.manners = manners
-        self._pools = pools(manners.access, manners.connections)
-        self._robots = Robots(manners.user_agent)
+    def __init__(self, settings: FetchSettings) -> None:
+        self.settings = settings
+        self._pools = pool_manager(settings.access, settings.connections)
+        self._robots = Robots(settings.user_agent)
         self._headers = {
-            "User-Agent": f"{manners.user_agent}/{VERSION} (+{manners.contact})",
+            "User-Agent": f"{settings.user_agent}/{VERSION} (+{settings.contact})",
             "Accept": "image/*",
             "Accept-Encoding": "identity",
         }
 
-    def serve(self, errand: Errand, turns: Turns) -> bytes | Refusal | None:
-        """One request for an errand whose turn it is: the body as it was sent, or the reason why none comes.
+    def fetch(self, request: FetchRequest, queue: HostQueue) -> bytes | None:
+        """Send one HTTP request for a request that the queue handed out, and give it back to the queue.
 
-        None: the errand went back to the turns. Whatever happens, its turn is over.
+        Returns the body as sent, or None if the request waits in the queue again (redirect or retry).
+        Raises FetchError if the URL gives no image.
         """
-        errand.end = errand.end or time.monotonic() + self.manners.deadline_s
+        request.deadline = request.deadline or queue.clock.now() + self.settings.deadline_s
         try:
-            with waits(self.manners.timeout_s, errand.end):
-                outcome = self._asked(errand)
-        except _Failed as failure:
-            return _failed(errand, failure, turns, self.manners.retries)
-        except BaseException:
-            turns.done(errand)
-            raise
-        if isinstance(outcome, Moved):
-            turns.moved(errand, outcome.url)
+            with socket_limits(self.settings.timeout_s, request.deadline):
+                response = self._request(request)
+        except FetchError as error:
+            if not self._retry(request, error, queue):
+                raise
             return None
-        turns.done(errand)
-        return outcome
+        except BaseException:
+            queue.finish(request)
+            raise
+        if isinstance(response, Redirect):
+            queue.redirect(request, response.url)
+            return None
+        queue.finish(request)
+        return response
 
-    def _asked(self, errand: Errand) -> bytes | Refusal | Moved:
-        if self.manners.robots and (
-            refusal := self._robots.refusal(errand.url, lambda url: self._robots_txt(url, errand.end))
-        ):
-            return refusal
-        outcome = self._request(errand.url, errand.end)
-        if isinstance(outcome, Moved) and errand.redirects == MAX_REDIRECTS:
-            raise _Failed(Reason.TOO_MANY_REDIRECTS, f"more than {MAX_REDIRECTS} redirects")
-        return outcome
+    def _retry(self, request: FetchRequest, error: FetchError, queue: HostQueue) -> bool:
+        """Give a failed request back to the queue; True if it will be sent again."""
+        pause_s = max(error.retry_after_s or 0.0, FIRST_PAUSE_S * 2**request.attempts)
+        if error.is_busy:
+            queue.pause_host(request.host, pause_s)
+        request.attempts += 1
+        may_retry = error.retry_after_s is not None and request.attempts <= self.settings.retries
+        if may_retry and queue.clock.now() + pause_s < request.deadline:
+            queue.retry(request, pause_s)
+            return True
+        queue.finish(request)
+        return False
 
-    def _request(self, url: str, end: float) -> bytes | Moved:
-        response = self._answer(url, end)
+    def _request(self, request: FetchRequest) -> bytes | Redirect:
+        if self.settings.robots:
+            self._robots.check(request.url, lambda url: self._robots_txt(url, request.deadline))
+        response = self._get(request.url, request.deadline)
+        if isinstance(response, Redirect) and request.redirects == MAX_REDIRECTS:
+            raise FetchError(Reason.TOO_MANY_REDIRECTS, f"more than {MAX_REDIRECTS} redirects")
+        return response
+
+    def _get(self, url: str, deadline: float) -> bytes | Redirect:
+        response = self._open(url, deadline)
         try:
-            if target := _target(response, url):
-                return target
+            if redirect := _redirect(response, url):
+                return redirect
             self._check(response)
-            return self._body(response, end)
+            return self._body(response, deadline)
         finally:
-            # Gives an unread connection up; one whose body was read is back in the pool already.
+            # Closes a connection with unread data; after a complete body it is back in the pool already.
             response.close()
 
-    def _robots_txt(self, url: str, end: float) -> bytes:
-        """The beginning of a robots.txt, empty where there is none."""
+    def _robots_txt(self, url: str, deadline: float) -> bytes:
+        """The beginning of a robots.txt; empty if there is none."""
         for _ in range(MAX_REDIRECTS + 1):
-            response = self._answer(url, end)
+            response = self._open(url, deadline)
             try:
-                if target := _target(response, url):
-                    url = target.url
+                if redirect := _redirect(response, url):
+                    url = redirect.url
                     continue
                 if response.status == http.HTTPStatus.OK:
-                    return self._read(response, MAX_ROBOTS_BYTES, end)
+                    return self._read(response, MAX_ROBOTS_BYTES, deadline)
                 if response.status in _BUSY or response.status >= http.HTTPStatus.INTERNAL_SERVER_ERROR:
                     self._check(response)
                 return b""
             finally:
                 response.close()
-        return b""  # the RFC takes too many redirects for no file
+        return b""  # RFC 9309 treats too many redirects as a missing file
 
-    def _answer(self, url: str, end: float) -> urllib3.BaseHTTPResponse:
-        """Status and headers of the answer to a GET, the body unread."""
+    def _open(self, url: str, deadline: float) -> urllib3.BaseHTTPResponse:
+        """Status and headers of the response to a GET; the body is unread."""
         try:
             return self._pools.request(
                 "GET",
@@ -156,92 +158,76 @@ class Fetcher:
                 retries=False,
                 preload_content=False,
                 decode_content=False,
-                timeout=self.manners.timeout_s,
+                timeout=self.settings.timeout_s,
             )
-        except Unreachable as error:
-            pause_s = 0.0 if error.retry else -1.0
-            raise _Failed(error.refusal.reason, error.refusal.message, pause_s) from error
         except PoolTimeoutError as error:
-            raise self._timeout(end) from error
+            raise self._timeout(deadline) from error
         except SSLError as error:
-            raise _Failed(Reason.NO_CONNECTION, f"TLS: {_tls_message(error)}") from error
+            raise FetchError(Reason.NO_CONNECTION, f"TLS: {_tls_message(error)}") from error
         except ProtocolError as error:
             if _is_garbled(error):
-                raise _Failed(Reason.HTTP_ERROR, "the answer is not HTTP") from error
-            raise _Failed(Reason.NO_CONNECTION, "connection closed without an answer", 0.0) from error
+                raise FetchError(Reason.HTTP_ERROR, "the answer is not HTTP") from error
+            raise FetchError(Reason.NO_CONNECTION, "connection closed without an answer", 0.0) from error
         except HTTPError as error:
-            raise _Failed(Reason.HTTP_ERROR, type(error).__name__) from error
+            raise FetchError(Reason.HTTP_ERROR, type(error).__name__) from error
 
     def _check(self, response: urllib3.BaseHTTPResponse) -> None:
-        """Raises _Failed where status or headers say that there is nothing to read."""
-        if response.status in _GONE:
-            raise _Failed(Reason.NOT_FOUND, f"HTTP {response.status}")
-        if response.status in _TRY_AGAIN:
-            busy = response.status in _BUSY
-            raise _Failed(Reason.UNAVAILABLE, f"HTTP {response.status}", _retry_after(response), busy)
-        if response.status != http.HTTPStatus.OK:
-            raise _Failed(Reason.HTTP_ERROR, f"HTTP {response.status}")
-        if opted_out(response.headers.getlist("X-Robots-Tag"), self.manners.user_agent):
-            raise _Failed(Reason.OPTED_OUT, "X-Robots-Tag")
-        if (response.length_remaining or 0) > self.manners.max_bytes:
-            raise self._too_large()
+        """Raises FetchError if the status or the headers rule out an image."""
+        status = response.status
+        if status in _GONE:
+            raise FetchError(Reason.NOT_FOUND, f"HTTP {status}")
+        if status in _TRANSIENT:
+            pause_s = _retry_after_s(response)
+            raise FetchError(Reason.UNAVAILABLE, f"HTTP {status}", pause_s, is_busy=status in _BUSY)
+        if status != http.HTTPStatus.OK:
+            raise FetchError(Reason.HTTP_ERROR, f"HTTP {status}")
+        if opted_out(response.headers.getlist("X-Robots-Tag"), self.settings.user_agent):
+            raise FetchError(Reason.OPTED_OUT, "X-Robots-Tag")
+        self._check_size(response.length_remaining or 0)
 
-    def _body(self, response: urllib3.BaseHTTPResponse, end: float) -> bytes:
-        body = self._read(response, self.manners.max_bytes + 1, end)
-        if len(body) > self.manners.max_bytes:
-            raise self._too_large()
+    def _check_size(self, size: int) -> None:
+        if size > self.settings.max_bytes:
+            raise FetchError(Reason.TOO_LARGE, f"more than {self.settings.max_bytes} bytes")
+
+    def _body(self, response: urllib3.BaseHTTPResponse, deadline: float) -> bytes:
+        body = self._read(response, self.settings.max_bytes + 1, deadline)
+        self._check_size(len(body))
         if response.length_remaining:
-            raise _Failed(Reason.TRUNCATED, "the body ended early", 0.0)
+            raise FetchError(Reason.TRUNCATED, "the body ended early", 0.0)
         return body
 
-    def _read(self, response: urllib3.BaseHTTPResponse, max_bytes: int, end: float) -> bytes:
+    def _read(self, response: urllib3.BaseHTTPResponse, max_bytes: int, deadline: float) -> bytes:
         try:
-            # One call, not chunks: the deadline is kept by the sockets below it.
+            # One call instead of chunks: the sockets enforce the deadline.
             return response.read(max_bytes)
         except PoolTimeoutError as error:
-            raise self._timeout(end) from error
+            raise self._timeout(deadline) from error
         except HTTPError as error:
-            raise _Failed(Reason.TRUNCATED, "the body ended early", 0.0) from error
+            raise FetchError(Reason.TRUNCATED, "the body ended early", 0.0) from error
 
-    def _timeout(self, end: float) -> _Failed:
-        if time.monotonic() >= end:
-            return _Failed(Reason.TIMEOUT, f"not done after {self.manners.deadline_s:g} s")
-        return _Failed(Reason.TIMEOUT, f"nothing came for {self.manners.timeout_s:g} s")
-
-    def _too_large(self) -> _Failed:
-        return _Failed(Reason.TOO_LARGE, f"more than {self.manners.max_bytes} bytes")
+    def _timeout(self, deadline: float) -> FetchError:
+        if time.monotonic() >= deadline:
+            return FetchError(Reason.TIMEOUT, f"not finished after {self.settings.deadline_s:g} s")
+        return FetchError(Reason.TIMEOUT, f"no data for {self.settings.timeout_s:g} s")
 
 
-def _failed(errand: Errand, failure: _Failed, turns: Turns, retries: int) -> Refusal | None:
-    """Give a failed errand back; None if it will be tried again."""
-    pause_s = max(failure.pause_s, FIRST_PAUSE_S * 2**errand.attempts)
-    if failure.busy:
-        turns.hold(errand.host, pause_s)
-    errand.attempts += 1
-    if failure.pause_s < 0 or errand.attempts > retries or time.monotonic() + pause_s >= errand.end:
-        turns.done(errand)
-        return failure.refusal
-    turns.again(errand, pause_s)
-    return None
-
-
-def _target(response: urllib3.BaseHTTPResponse, url: str) -> Moved | None:
-    """Where a redirect leads; None for any other answer."""
+def _redirect(response: urllib3.BaseHTTPResponse, url: str) -> Redirect | None:
+    """The target of a redirect; None for any other response. Raises FetchError for a bad target."""
     if response.status not in _REDIRECTS or "Location" not in response.headers:
         return None
     try:
-        given = urljoin(url, response.headers["Location"])
+        location = urljoin(url, response.headers["Location"])
     except ValueError as error:
-        raise _Failed(Reason.BAD_URL, "redirected to no URL") from error
-    target = canonical(given)
+        raise FetchError(Reason.BAD_URL, "redirected to an invalid URL") from error
+    target = canonical_url(location)
     if not target:
-        raise _Failed(Reason.BAD_URL, f"redirected to {given[:200]!r}")
-    return Moved(target)
+        raise FetchError(Reason.BAD_URL, f"redirected to {location[:200]!r}")
+    return Redirect(target)
 
 
 def _is_garbled(error: ProtocolError) -> bool:
     cause = error.args[-1]
-    # RemoteDisconnected is a BadStatusLine by descent, but says that there was no line at all.
+    # RemoteDisconnected is a subclass of BadStatusLine, but means that no status line came.
     return isinstance(cause, http.client.HTTPException) and not isinstance(cause, ConnectionError)
 
 
@@ -250,16 +236,16 @@ def _tls_message(error: SSLError) -> str:
     return str(getattr(cause, "verify_message", "") or getattr(cause, "reason", "") or "failed")
 
 
-def _retry_after(response: urllib3.BaseHTTPResponse) -> float:
+def _retry_after_s(response: urllib3.BaseHTTPResponse) -> float:
     try:
-        # float here, since urllib3 before 2.6 gives numbers that are none
+        # float() inside the try: urllib3 before 2.6 returns numbers too large for it
         return float(urllib3.Retry().get_retry_after(response) or 0.0)
     except (InvalidHeader, ValueError, OverflowError):
         return 0.0
 
 
 def opted_out(values: Iterable[str], user_agent: str) -> bool:
-    """True if X-Robots-Tag headers forbid this use to everyone or to us by name.
+    """True if X-Robots-Tag headers forbid this use to all crawlers, or to ours by name.
 
     >>> opted_out(["googlebot: noindex", "nofollow, NoAI"], "laion-rdm")
     True

@@ -1,8 +1,8 @@
-"""Whose turn it is: the URLs of a shard in an order that is fair to servers and keeps every thread busy.
+"""The URLs of a shard, ordered so that limits per host are kept and no thread waits without need.
 
-Takes the rows of one shard, gives to any number of threads the next URL whose host may be asked now. A host
-has at most so many connections at once, a least pause between requests, and is left alone for as long as
-it asks; meanwhile the threads work for other hosts. A host is a name, not a machine with many names.
+Takes the rows of one shard; hands each thread the next URL that may be requested now. A host has a maximum
+number of connections, a minimum pause between requests, and no requests while it asks for a pause (429, 503);
+meanwhile the threads fetch from other hosts. Hosts are told apart by name, not by address.
 """
 
 import heapq
@@ -13,191 +13,213 @@ from dataclasses import dataclass, field
 from itertools import count
 from threading import Condition
 
-from pipeline.web.sockets import Refusal
-from pipeline.web.urls import host as host_of
+from pipeline.web.fetch_error import FetchError
+from pipeline.web.urls import host_name
 from retrieval.storage.schema import Reason
 
-CLOSED = Refusal(Reason.UNAVAILABLE, "not asked: its host wants to be left alone for too long")
-GIVEN_UP = Refusal(Reason.NO_CONNECTION, "not tried: the shard was given up")
+HOST_CLOSED = "not requested: its host asked for too long a pause"
+STOPPED = "not requested: the download of this shard was stopped"
+
+
+class Clock:
+    """Seconds since any fixed moment, and waiting. Tests use a clock that advances without waiting."""
+
+    def now(self) -> float:
+        """The current time."""
+        return time.monotonic()
+
+    def wait(self, condition: Condition, timeout_s: float | None) -> None:
+        """Wait until the condition is notified, at most timeout_s; None: without limit."""
+        condition.wait(timeout_s)
 
 
 @dataclass(frozen=True)
-class Courtesy:
-    """How one worker treats one host. patience_s: the waiting in a shard after which the host is closed."""
+class HostLimits:
+    """Limits of one worker for one host. max_wait_s: pauses in a shard after which the host is closed."""
 
     connections: int
     pause_s: float
-    patience_s: float
+    max_wait_s: float
 
 
 @dataclass
-class Errand:
-    """One URL on its way. number: its row; url: where redirects led; end: of `time.monotonic`, or 0."""
+class FetchRequest:
+    """One URL to fetch. row: its number in the shard; url: the current one, after redirects."""
 
-    number: int
+    row: int
     url: str
     attempts: int = 0
     redirects: int = 0
-    end: float = 0.0
+    deadline: float = 0.0
+    """Time of the queue's clock; 0: not requested yet."""
 
     @property
     def host(self) -> str:
-        """The host that is asked next."""
-        return host_of(self.url)
+        """The host of the current URL."""
+        return host_name(self.url)
 
 
 @dataclass
 class _Host:
-    waiting: deque[Errand] = field(default_factory=deque)
+    waiting: deque[FetchRequest] = field(default_factory=deque)
     active: int = 0
-    held_s: float = 0.0
-    listed: bool = False
-    """It stands among the ready hosts or has a timer."""
+    paused_s: float = 0.0
+    scheduled: bool = False
+    """The host is in `_ready` or has a timer."""
 
 
-class Turns:
-    """The turns of one shard. open_at: when each host may be asked again; outlives the shard.
+class HostQueue:
+    """The requests of one shard, for any number of threads.
 
-    An errand that was taken is given back by one of done, again or moved.
+    A request that `take` returned without an error is given back by `finish`, `retry` or `redirect`.
+    resume_at: time from which each host may be requested again; updated, and shared by consecutive shards.
     """
 
     def __init__(
-        self, rows: Iterable[tuple[int, str]], courtesy: Courtesy, open_at: dict[str, float]
+        self,
+        rows: Iterable[tuple[int, str]],
+        limits: HostLimits,
+        resume_at: dict[str, float],
+        clock: Clock | None = None,
     ) -> None:
-        self._courtesy = courtesy
-        self._open_at = open_at
+        self.clock = clock or Clock()
+        self._limits = limits
+        self._resume_at = resume_at
         self._hosts: dict[str, _Host] = {}
         self._ready: deque[str] = deque()
-        self._timers: list[tuple[float, int, str, Errand | None]] = []
-        self._number = count()
-        self._given_up = False
-        self._change = Condition()
-        _forget(open_at)
-        for number, url in rows:
-            errand = Errand(number, url)
-            self._host(errand.host).waiting.append(errand)
+        self._timers: list[tuple[float, int, str, FetchRequest | None]] = []
+        self._timer_number = count()
+        self._stopped = False
+        self._changed = Condition()
+        self._remove_past_times()
+        for row, url in rows:
+            request = FetchRequest(row, url)
+            self._host(request.host).waiting.append(request)
         for name in self._hosts:
-            self._list(name)
+            self._schedule(name)
 
-    def take(self) -> tuple[Errand, Refusal | None]:
-        """The next URL, once its turn has come; with a refusal where it shall not be asked for at all.
+    def take(self) -> tuple[FetchRequest, FetchError | None]:
+        """Wait for the next request; with an error if it must not be sent.
 
-        Call it no more often than there are rows, or it never returns.
+        Never returns if it is called more often than there are rows and returned requests.
         """
-        with self._change:
-            while not (name := self._next()):
-                self._change.wait(self._timers[0][0] - time.monotonic() if self._timers else None)
+        with self._changed:
+            while not (name := self._next_host()):
+                timeout_s = self._timers[0][0] - self.clock.now() if self._timers else None
+                self.clock.wait(self._changed, timeout_s)
             host = self._hosts[name]
-            errand = host.waiting.popleft()
-            refusal = self._refusal(host)
-            if not refusal:
-                self._open_at[name] = time.monotonic() + self._courtesy.pause_s
+            request = host.waiting.popleft()
+            error = self._error(host)
+            if not error:
+                self._resume_at[name] = self.clock.now() + self._limits.pause_s
                 host.active += 1
-            self._list(name)
-            self._change.notify()
-            return errand, refusal
+            self._schedule(name)
+            self._changed.notify()
+            return request, error
 
-    def done(self, errand: Errand) -> None:
-        """The errand has its outcome."""
-        with self._change:
-            self._free(errand)
+    def finish(self, request: FetchRequest) -> None:
+        """Release the connection of a request that has its result."""
+        with self._changed:
+            self._release(request)
 
-    def again(self, errand: Errand, pause_s: float) -> None:
-        """The errand is to be tried once more, after a pause."""
-        with self._change:
-            heapq.heappush(
-                self._timers, (time.monotonic() + pause_s, next(self._number), errand.host, errand)
-            )
-            self._free(errand)
-            if self._given_up:
-                self._drain()
+    def retry(self, request: FetchRequest, pause_s: float) -> None:
+        """Return a request to the queue for another attempt after a pause."""
+        with self._changed:
+            timer = (self.clock.now() + pause_s, next(self._timer_number), request.host, request)
+            heapq.heappush(self._timers, timer)
+            self._release(request)
+            if self._stopped:
+                self._make_all_ready()
 
-    def moved(self, errand: Errand, url: str) -> None:
-        """The errand leads to another URL, whose host now has its turns to give."""
-        with self._change:
-            self._free(errand)
-            errand.url = url
-            errand.redirects += 1
-            self._host(errand.host).waiting.appendleft(errand)
-            self._list(errand.host)
+    def redirect(self, request: FetchRequest, url: str) -> None:
+        """Return a request to the queue with another URL; it comes first at the new host."""
+        with self._changed:
+            self._release(request)
+            request.url = url
+            request.redirects += 1
+            self._host(request.host).waiting.appendleft(request)
+            self._schedule(request.host)
 
-    def hold(self, name: str, pause_s: float) -> None:
-        """Leave a host alone for so long."""
-        with self._change:
-            now = time.monotonic()
-            known, wanted = max(now, self._open_at.get(name, 0.0)), now + pause_s
-            if wanted > known:
-                self._host(name).held_s += wanted - known
-                self._open_at[name] = wanted
+    def pause_host(self, name: str, pause_s: float) -> None:
+        """Send no requests to a host for pause_s seconds. Overlapping pauses count once."""
+        with self._changed:
+            now = self.clock.now()
+            current, resume_at = max(now, self._resume_at.get(name, 0.0)), now + pause_s
+            if resume_at > current:
+                self._host(name).paused_s += resume_at - current
+                self._resume_at[name] = resume_at
 
-    def give_up(self) -> None:
-        """Whatever is still waiting is refused."""
-        with self._change:
-            if not self._given_up:
-                self._given_up = True
-                self._drain()
+    def stop(self) -> None:
+        """From now on `take` returns every request at once, with an error."""
+        with self._changed:
+            if not self._stopped:
+                self._stopped = True
+                self._make_all_ready()
 
     def _host(self, name: str) -> _Host:
         if name not in self._hosts:
-            self._hosts[name] = _Host(held_s=max(0.0, self._open_at.get(name, 0.0) - time.monotonic()))
+            pause_s = max(0.0, self._resume_at.get(name, 0.0) - self.clock.now())
+            self._hosts[name] = _Host(paused_s=pause_s)
         return self._hosts[name]
 
-    def _refusal(self, host: _Host) -> Refusal | None:
-        if self._given_up:
-            return GIVEN_UP
-        return CLOSED if host.held_s > self._courtesy.patience_s else None
+    def _error(self, host: _Host) -> FetchError | None:
+        if self._stopped:
+            return FetchError(Reason.NO_CONNECTION, STOPPED)
+        if host.paused_s > self._limits.max_wait_s:
+            return FetchError(Reason.UNAVAILABLE, HOST_CLOSED)
+        return None
 
-    def _free(self, errand: Errand) -> None:
-        self._hosts[errand.host].active -= 1
-        self._list(errand.host)
-        self._change.notify()
+    def _release(self, request: FetchRequest) -> None:
+        self._hosts[request.host].active -= 1
+        self._schedule(request.host)
+        self._changed.notify()
 
-    def _next(self) -> str:
-        """The name of a host whose turn it is, or "" while there is none."""
-        now = time.monotonic()
+    def _next_host(self) -> str:
+        """The name of a host that may be requested now, or "" if there is none."""
+        now = self.clock.now()
         while self._timers and self._timers[0][0] <= now:
-            _, _, name, errand = heapq.heappop(self._timers)
-            if errand:
-                self._hosts[name].waiting.appendleft(errand)
+            _, _, name, request = heapq.heappop(self._timers)
+            if request:
+                self._hosts[name].waiting.appendleft(request)
             else:
-                self._hosts[name].listed = False
-            self._list(name)
+                self._hosts[name].scheduled = False
+            self._schedule(name)
         while self._ready:
             name = self._ready.popleft()
             host = self._hosts[name]
-            host.listed = False
-            if self._refusal(host) or self._open_at.get(name, 0.0) <= now:
+            host.scheduled = False
+            if self._error(host) or self._resume_at.get(name, 0.0) <= now:
                 return name
-            self._list(name)  # it asked for a pause meanwhile
+            self._schedule(name)  # a pause was added since it became ready
         return ""
 
-    def _list(self, name: str) -> None:
-        """Note that a host has something to be asked for: now, or when its pause is over."""
+    def _schedule(self, name: str) -> None:
+        """Mark a host with waiting requests as ready, or set a timer for the end of its pause."""
         host = self._hosts[name]
-        refused = self._refusal(host)
-        if host.listed or not host.waiting or (host.active >= self._courtesy.connections and not refused):
+        error = self._error(host)
+        is_full = host.active >= self._limits.connections and not error
+        if host.scheduled or not host.waiting or is_full:
             return
-        host.listed = True
-        open_at = self._open_at.get(name, 0.0)
-        if refused or open_at <= time.monotonic():
+        host.scheduled = True
+        resume_at = self._resume_at.get(name, 0.0)
+        if error or resume_at <= self.clock.now():
             self._ready.append(name)
         else:
-            heapq.heappush(self._timers, (open_at, next(self._number), name, None))
+            heapq.heappush(self._timers, (resume_at, next(self._timer_number), name, None))
 
-    def _drain(self) -> None:
-        """Make all that waits ready."""
-        for _, _, name, errand in self._timers:
-            if errand:
-                self._hosts[name].waiting.append(errand)
+    def _make_all_ready(self) -> None:
+        """Make every waiting request ready, without pauses."""
+        for _, _, name, request in self._timers:
+            if request:
+                self._hosts[name].waiting.append(request)
         self._timers.clear()
         self._ready.clear()
         for name, host in self._hosts.items():
-            host.listed = False
-            self._list(name)
-        self._change.notify_all()
+            host.scheduled = False
+            self._schedule(name)
+        self._changed.notify_all()
 
-
-def _forget(open_at: dict[str, float]) -> None:
-    now = time.monotonic()
-    for name in [name for name, end in open_at.items() if end <= now]:
-        del open_at[name]
+    def _remove_past_times(self) -> None:
+        now = self.clock.now()
+        for name in [name for name, end in self._resume_at.items() if end <= now]:
+            del self._resume_at[name]

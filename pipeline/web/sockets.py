@@ -1,8 +1,8 @@
-"""Connections that go only where they may, and end when they must.
+"""Connections to permitted addresses only, with a deadline.
 
-A name is resolved once, its addresses are checked, and the connection goes to a checked address, so that
-no second look-up can lead elsewhere. Every wait for the other side is cut to the deadline of the thread
-that waits: the deadline holds against a server that sends a byte now and then, in headers or body.
+Each host name is resolved once, its addresses are checked, and the socket connects to a checked address: a
+second DNS look-up cannot lead elsewhere. Every socket wait is shortened to the deadline of its thread. So the
+deadline also holds for servers that send single bytes slowly, in the headers or in the body.
 """
 
 import ipaddress
@@ -12,76 +12,59 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 
+from pipeline.web.fetch_error import FetchError
 from retrieval.storage.schema import Reason
 
 Access = Literal["none", "loopback", "all"]
-"""Which addresses beside public ones may be reached: none, this machine, or private networks too."""
+"""Permitted addresses besides public ones: none, this machine, or private networks as well."""
 
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-_WAIT = threading.local()
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why there is no image. message: for people, the same in every run."""
-
-    reason: Reason
-    message: str
-
-
-class Unreachable(Exception):
-    """No connection to a host. retry: whether a second attempt may fare better."""
-
-    def __init__(self, refusal: Refusal, retry: bool = False) -> None:
-        super().__init__(refusal.message)
-        self.refusal = refusal
-        self.retry = retry
+_LIMITS = threading.local()
 
 
 @contextmanager
-def waits(timeout_s: float, end: float) -> Iterator[None]:
-    """No wait of this thread takes longer than timeout_s, none goes on after `end` (of `time.monotonic`)."""
-    _WAIT.timeout_s, _WAIT.end = timeout_s, end
+def socket_limits(timeout_s: float, deadline: float) -> Iterator[None]:
+    """Limit each socket wait of this thread to timeout_s, and all to `deadline` (of `time.monotonic`)."""
+    _LIMITS.timeout_s, _LIMITS.deadline = timeout_s, deadline
     try:
         yield
     finally:
-        del _WAIT.timeout_s, _WAIT.end
+        del _LIMITS.timeout_s, _LIMITS.deadline
 
 
-def _longest_wait() -> float:
-    left = float(_WAIT.end) - time.monotonic()
-    if left <= 0:
+def _max_wait_s() -> float:
+    remaining_s = float(_LIMITS.deadline) - time.monotonic()
+    if remaining_s <= 0:
         raise TimeoutError
-    return min(float(_WAIT.timeout_s), left)
+    return min(float(_LIMITS.timeout_s), remaining_s)
 
 
 class _Socket(socket.socket):
     def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
-        self.settimeout(_longest_wait())
+        self.settimeout(_max_wait_s())
         return super().recv_into(buffer, nbytes, flags)
 
 
 class _TlsSocket(ssl.SSLSocket):
     def recv_into(self, buffer: Any, nbytes: int | None = None, flags: int = 0) -> int:
-        self.settimeout(_longest_wait())
+        self.settimeout(_max_wait_s())
         return super().recv_into(buffer, nbytes, flags)
 
 
-def permitted(address: str, access: Access) -> bool:
-    """True if an IP address may be connected to.
+def is_permitted(address: str, access: Access) -> bool:
+    """True if connections to an IP address are permitted.
 
-    >>> [permitted(a, "none") for a in ("93.184.215.14", "10.0.0.1", "127.0.0.1", "169.254.169.254", "::1")]
-    [True, False, False, False, False]
+    >>> [is_permitted(a, "none") for a in ("93.184.215.14", "10.0.0.1", "127.0.0.1", "169.254.169.254",
+    "::1")] [True, False, False, False, False]
     """
     ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address) and (inner := _embedded(ip)):
-        return permitted(str(inner), access)
+    if isinstance(ip, ipaddress.IPv6Address) and (inner := _embedded_ipv4(ip)):
+        return is_permitted(str(inner), access)
     if ip.is_loopback:
         return access != "none"
     if ip.is_multicast or ip.is_link_local or ip.is_unspecified or ip.is_reserved:
@@ -89,46 +72,47 @@ def permitted(address: str, access: Access) -> bool:
     return ip.is_global or (access == "all" and ip.is_private)
 
 
-def _embedded(ip: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
-    """The IPv4 address that an IPv6 one leads to through a gateway."""
+def _embedded_ipv4(ip: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    """The IPv4 address inside a NAT64, mapped, 6to4 or Teredo address; None for other addresses."""
     if ip in _NAT64:
         return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
     return ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
 
 
 def connect(host: str, port: int, access: Access) -> socket.socket:
-    """A connection to the first permitted address that answers. Raises Unreachable."""
-    found = [entry for entry in _resolve(host, port) if permitted(str(entry[4][0]), access)]
-    if not found:
-        raise Unreachable(Refusal(Reason.REFUSED_ADDRESS, f"{host} is not a public address"))
-    failure = Refusal(Reason.NO_CONNECTION, "")
-    for family, kind, protocol, _, address in found:
+    """Connect to the first permitted address that answers. Raises FetchError."""
+    addresses = [entry for entry in _resolve(host, port) if is_permitted(str(entry[4][0]), access)]
+    if not addresses:
+        raise FetchError(Reason.REFUSED_ADDRESS, f"{host} is not a public address")
+    error = FetchError(Reason.NO_CONNECTION, "")
+    for family, kind, protocol, _, address in addresses:
         connection = _Socket(family, kind, protocol)
         try:
-            connection.settimeout(_longest_wait())
+            connection.settimeout(_max_wait_s())
             connection.connect(address)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return connection
         except TimeoutError:
-            failure = Refusal(Reason.TIMEOUT, f"{host}: no connection in time")
-        except OSError as error:
-            failure = Refusal(Reason.NO_CONNECTION, f"{host}: {error.strerror}")
+            error = FetchError(Reason.TIMEOUT, f"{host}: no connection in time")
+        except OSError as cause:
+            error = FetchError(Reason.NO_CONNECTION, f"{host}: {cause.strerror}", retry_after_s=0.0)
         connection.close()
-    raise Unreachable(failure, retry=failure.reason == Reason.NO_CONNECTION)
+    raise error
 
 
 def _resolve(host: str, port: int) -> list[Any]:
     try:
         return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except socket.gaierror as error:
-        refusal = Refusal(Reason.NO_CONNECTION, f"{host}: {error.strerror}")
-        raise Unreachable(refusal, retry=error.errno == socket.EAI_AGAIN) from error
+        retry_after_s = 0.0 if error.errno == socket.EAI_AGAIN else None
+        message = f"{host}: {error.strerror}"
+        raise FetchError(Reason.NO_CONNECTION, message, retry_after_s) from error
     except UnicodeError as error:
-        raise Unreachable(Refusal(Reason.BAD_URL, f"{host} is not a host name")) from error
+        raise FetchError(Reason.BAD_URL, f"{host} is not a host name") from error
 
 
-def pools(access: Access, connections: int) -> urllib3.PoolManager:
-    """Kept connections for one process, any number of threads; never through a proxy of the environment."""
+def pool_manager(access: Access, connections: int) -> urllib3.PoolManager:
+    """Keep-alive connections for all threads of a process. Proxies of the environment are ignored."""
 
     class Plain(HTTPConnection):
         def _new_conn(self) -> socket.socket:

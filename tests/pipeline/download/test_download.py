@@ -1,4 +1,4 @@
-"""The stage against the demo's hostile server, in a process of its own."""
+"""The stage with the demo's web server, which simulates common failures in its own process."""
 
 import hashlib
 import io
@@ -21,12 +21,12 @@ from retrieval.errors import UserError
 from retrieval.storage.manifest import Manifest
 from retrieval.storage.root import Root
 from retrieval.storage.schema import DOWNLOADED, read_table
-from tests.pipeline.shards_in_process import made_here
+from tests.pipeline.shards_in_process import shards_in_process
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 NAMES = [f"{n}.jpg" for n in range(6)]
-WANTED = {
+REASONS = {
     "/images/0.jpg": "",
     "/images/rgba.png": "",
     "/images/adobe.jpg": "",
@@ -75,7 +75,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.fromarray(np.asarray(noise(10))[..., 0].astype(np.uint16) * 256).save(images / "deep.png")
     jpeg = io.BytesIO()
     noise(11).save(jpeg, "JPEG")
-    # Without the JFIF header that imghdr asks for, as Photoshop writes them.
+    # Without a JFIF header, as Photoshop writes JPEGs.
     (images / "adobe.jpg").write_bytes(b"\xff\xd8" + jpeg.getvalue()[20:])
     return folder
 
@@ -90,19 +90,19 @@ def server(world: Path) -> Iterator[WorldServer]:
 
 
 def select(root: Root, meta: Path, urls: list[str], watermark: float = 0.0, **settings: object) -> None:
-    """Filter metadata of these URLs: to train, or to the database if they are marked."""
+    """Run filter on metadata of these URLs: into train, or into the database with a high watermark score."""
     meta.mkdir(exist_ok=True)
     n = len(urls)
     columns = {"URL": urls, "TEXT": [f"Bild {i} größe" for i in range(n)], "LICENSE": ["CC0"] * n}
     sizes = {"WIDTH": [1000] * n, "HEIGHT": [800] * n}
     scores = {"pwatermark": [watermark] * n, "punsafe": [0.0] * n}
     pq.write_table(pa.table(columns | sizes | scores), meta / f"{watermark}.parquet")
-    with made_here():
+    with shards_in_process():
         filter_stage.run(FilterConfig(metadata=str(meta), workers=1, **settings), root)
 
 
 def config(**settings: object) -> DownloadConfig:
-    usual = {
+    defaults = {
         "contact": "us@example.org",
         "allow_private": "loopback",
         "timeout_s": 3.0,
@@ -113,7 +113,7 @@ def config(**settings: object) -> DownloadConfig:
         "host_connections": 16,
         "workers": 1,
     }
-    return DownloadConfig(**(usual | settings))
+    return DownloadConfig(**(defaults | settings))
 
 
 def statuses(root: Root, manifest: Manifest, split: str) -> list[dict[str, object]]:
@@ -124,30 +124,30 @@ def statuses(root: Root, manifest: Manifest, split: str) -> list[dict[str, objec
 
 
 def samples(root: Root, shard: str) -> dict[str, dict[str, bytes]]:
-    found: dict[str, dict[str, bytes]] = {}
+    members: dict[str, dict[str, bytes]] = {}
     with tarfile.open(root.local_path(f"download/{shard}.tar")) as tar:
         for member in tar:
             key, _, kind = member.name.partition(".")
-            found.setdefault(key, {})[kind] = tar.extractfile(member).read()  # type: ignore[union-attr]
-    return found
+            members.setdefault(key, {})[kind] = tar.extractfile(member).read()  # type: ignore[union-attr]
+    return members
 
 
-def test_every_url_gets_the_status_it_deserves(tmp_path: Path, world: Path, server: WorldServer) -> None:
+def test_every_url_gets_its_reason_and_its_picture(tmp_path: Path, world: Path, server: WorldServer) -> None:
     root = Root(str(tmp_path / "run"))
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        nobody = f"http://127.0.0.1:{silent.getsockname()[1]}/a.jpg"
-        select(root, tmp_path / "meta", [server.url + path for path in WANTED] + [nobody])
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        refusing = f"http://127.0.0.1:{bound.getsockname()[1]}/a.jpg"
+        select(root, tmp_path / "meta", [server.url + path for path in REASONS] + [refusing])
         manifest = run(config(), root)
     rows = statuses(root, manifest, "train")
-    assert [row["reason"] for row in rows] == [*WANTED.values(), "no_connection"]
-    assert manifest.values == {"urls": len(WANTED) + 1}
+    assert [row["reason"] for row in rows] == [*REASONS.values(), "no_connection"]
+    assert manifest.values == {"urls": len(REASONS) + 1}
     assert manifest.rows == 8
     assert manifest.rows + sum(manifest.reasons.values()) == len(rows)
     stored = [row for row in rows if not row["reason"]]
     tar = samples(root, "train/00000-00000")
     assert list(tar) == [f"{int(str(row['image_id'])) & (2**64 - 1):016x}" for row in stored]
-    by_path = {path: (row, sample) for path, row, sample in zip(WANTED, stored, tar.values(), strict=False)}
+    by_path = {path: (row, sample) for path, row, sample in zip(REASONS, stored, tar.values(), strict=False)}
     for path in ("/images/0.jpg", "/images/adobe.jpg"):
         row, sample = by_path[path]
         sent = (world / path[1:]).read_bytes()
@@ -161,7 +161,7 @@ def test_every_url_gets_the_status_it_deserves(tmp_path: Path, world: Path, serv
     assert b'"sha256"' in by_path["/images/0.jpg"][1]["json"]
 
 
-def test_database_images_are_cut_down_and_small_ones_left_alone(
+def test_large_database_images_are_reduced_and_small_ones_keep_their_size(
     tmp_path: Path, world: Path, server: WorldServer
 ) -> None:
     root = Root(str(tmp_path / "run"))
@@ -198,11 +198,11 @@ def test_two_runs_write_the_same_bytes(tmp_path: Path, server: WorldServer) -> N
     assert len(manifests[0].checksums()) == 6
 
 
-def test_a_dead_network_is_an_error_and_no_data(tmp_path: Path) -> None:
+def test_a_dead_network_is_an_error_and_writes_nothing(tmp_path: Path) -> None:
     root = Root(str(tmp_path / "run"))
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        port = silent.getsockname()[1]
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        port = bound.getsockname()[1]
         select(root, tmp_path / "meta", [f"http://127.0.0.1:{port}/{n}.jpg" for n in range(40)])
         with pytest.raises(
             UserError, match=r"shard train/00000-00000: 40 of 40 URLs gave no answer.*Connection refused"
@@ -210,9 +210,9 @@ def test_a_dead_network_is_an_error_and_no_data(tmp_path: Path) -> None:
             run(config(threads=8), root)
         assert not root.exists("download/manifest.json")
         assert not root.exists("download/train/00000-00000.tar")
-        assert run(config(threads=8, min_success=0.0), root).reasons == {"no_connection": 40}
+        assert run(config(threads=8, min_answered=0.0), root).reasons == {"no_connection": 40}
 
 
-def test_a_run_without_selected_rows_says_which_stage_is_missing(tmp_path: Path) -> None:
+def test_a_run_before_filter_names_the_missing_stage(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="filter did not finish"):
         run(config(), Root(str(tmp_path / "run")))

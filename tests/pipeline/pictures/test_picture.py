@@ -1,4 +1,7 @@
+"""Pictures of all formats, good and damaged, through `prepare` and `encode_jpeg`."""
+
 import io
+from contextlib import suppress
 
 import cv2
 import numpy as np
@@ -6,8 +9,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from pipeline.pictures.picture import Picture, prepared
-from pipeline.web.sockets import Refusal
+from pipeline.pictures.picture import Picture, PictureError, encode_jpeg, prepare
 
 COLOR = (10, 200, 30)
 
@@ -22,32 +24,37 @@ def solid(mode: str, color: object) -> Image.Image:
     return Image.new(mode, (50, 40), color)  # type: ignore[arg-type]
 
 
+def error_reason(body: bytes, max_pixels: int = 10_000) -> str:
+    """The reason with which a body is refused."""
+    with pytest.raises(PictureError) as caught:
+        prepare(body, max_pixels, 0)
+    return str(caught.value.reason)
+
+
 def pixels(body: bytes, max_pixels: int = 10_000) -> npt.NDArray[np.uint8]:
-    """What OpenCV, which decodes for img2dataset, sees of the prepared picture: (height, width, 3) RGB."""
-    found = prepared(body, max_pixels, 0)
-    assert isinstance(found, Picture), found
-    decoded = cv2.imdecode(np.frombuffer(found.data, np.uint8), cv2.IMREAD_UNCHANGED)
+    """The prepared picture as OpenCV decodes it: (height, width, 3) RGB."""
+    picture = prepare(body, max_pixels, 0)
+    decoded = cv2.imdecode(np.frombuffer(picture.data, np.uint8), cv2.IMREAD_UNCHANGED)
     assert decoded is not None
     assert decoded.dtype == np.uint8
     return decoded[..., ::-1]
 
 
-def test_a_plain_jpeg_that_need_not_shrink_keeps_its_bytes() -> None:
+def test_a_plain_jpeg_that_is_not_reduced_keeps_its_bytes() -> None:
     for options in ({}, {"progressive": True}, {"exif": Image.Exif().tobytes()}):
         body = encoded(solid("RGB", COLOR), "JPEG", **options)
-        assert prepared(body, 10_000, 0) == Picture(body, (50, 40), keeps_bytes=True)
-        assert prepared(body, 10_000, 40) == Picture(body, (50, 40), keeps_bytes=True)
+        assert prepare(body, 10_000, 0) == Picture(body, (50, 40), keeps_bytes=True)
+        assert prepare(body, 10_000, 40) == Picture(body, (50, 40), keeps_bytes=True)
 
 
 @pytest.mark.parametrize(
     ("max_edge", "width"), [(199, 400), (101, 400), (100, 200), (51, 200), (50, 100), (20, 50)]
 )
-def test_a_jpeg_that_shrinks_comes_reduced_but_never_below_its_goal(max_edge: int, width: int) -> None:
+def test_a_large_jpeg_is_decoded_reduced_but_never_below_the_target_edge(max_edge: int, width: int) -> None:
     body = encoded(solid("RGB", COLOR).resize((400, 200)), "JPEG", quality=95)
-    found = prepared(body, 100_000, max_edge)
-    assert isinstance(found, Picture)
-    assert (found.size, found.keeps_bytes) == ((400, 200), False)
-    decoded = cv2.imdecode(np.frombuffer(found.data, np.uint8), cv2.IMREAD_UNCHANGED)
+    picture = prepare(body, 100_000, max_edge)
+    assert (picture.size, picture.keeps_bytes) == ((400, 200), False)
+    decoded = cv2.imdecode(np.frombuffer(picture.data, np.uint8), cv2.IMREAD_UNCHANGED)
     assert decoded.shape == (width // 2, width, 3)
     assert np.abs(decoded[..., ::-1].astype(int) - COLOR).max() <= 2
 
@@ -74,7 +81,7 @@ def test_gray_and_bilevel_pictures_become_rgb() -> None:
     assert (pixels(encoded(solid("1", 1), "PNG")) == 255).all()
 
 
-def test_cmyk_is_not_taken_for_rgb() -> None:
+def test_cmyk_is_converted_to_rgb() -> None:
     assert (
         np.abs(pixels(encoded(solid("CMYK", (0, 255, 255, 0)), "JPEG")).astype(int) - (255, 0, 0)).max() < 3
     )
@@ -91,13 +98,13 @@ def test_sixteen_bits_are_scaled_and_not_clipped(kind: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
-def test_transparent_pixels_lie_on_white(mode: str) -> None:
+def test_transparent_pixels_become_white(mode: str) -> None:
     image = solid("RGBA", (255, 0, 0, 0))
     image.paste((0, 0, 0, 255), (0, 0, 10, 10))
     body = encoded(image.convert(mode), "PNG") if mode != "PA" else encoded(image.quantize(4), "PNG")
-    found = pixels(body)
-    assert (found[30, 30] == 255).all()
-    assert (found[5, 5] < 10).all()
+    rgb = pixels(body)
+    assert (rgb[30, 30] == 255).all()
+    assert (rgb[5, 5] < 10).all()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -116,26 +123,26 @@ def test_an_exif_rotation_is_applied(orientation: int) -> None:
     }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
-    found = pixels(encoded(Image.fromarray(stored.copy()), "JPEG", exif=exif, quality=95))
-    assert found.shape == upright.shape
-    assert np.abs(found.astype(int) - upright)[5:15, 5:20].max() < 8
-    assert found[30:, 30:].max() < 8
+    rgb = pixels(encoded(Image.fromarray(stored.copy()), "JPEG", exif=exif, quality=95))
+    assert rgb.shape == upright.shape
+    assert np.abs(rgb.astype(int) - upright)[5:15, 5:20].max() < 8
+    assert rgb[30:, 30:].max() < 8
 
 
-def test_damaged_exif_does_not_cost_the_picture() -> None:
+def test_a_picture_with_damaged_exif_is_used() -> None:
     body = encoded(solid("RGB", COLOR), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
     assert pixels(body).shape == (40, 50, 3)
-    assert prepared(encoded(solid("RGB", COLOR), "JPEG", exif=b"Exif\0\0nonsense"), 10_000, 0) is not None
+    body = encoded(solid("RGB", COLOR), "JPEG", exif=b"Exif\0\0nonsense")
+    assert prepare(body, 10_000, 0).keeps_bytes
 
 
 def test_pixels_are_counted_before_they_are_decoded() -> None:
-    bomb = encoded(Image.new("1", (30_000, 30_000)), "PNG")
+    bomb = encoded(Image.new("1", (14_000, 14_000)), "PNG")
     for limit in (80_000_000, 1999):
-        found = prepared(bomb, limit, 0)
-        assert isinstance(found, Refusal)
-        assert found.reason == "too_many_pixels"
-    assert isinstance(prepared(encoded(solid("RGB", COLOR), "PNG"), 2000, 0), Picture)
-    assert isinstance(prepared(encoded(solid("RGB", COLOR), "PNG"), 1999, 0), Refusal)
+        assert error_reason(bomb, limit) == "too_many_pixels"
+    body = encoded(solid("RGB", COLOR), "PNG")
+    assert prepare(body, 2000, 0).size == (50, 40)
+    assert error_reason(body, 1999) == "too_many_pixels"
 
 
 @pytest.mark.parametrize(
@@ -148,21 +155,19 @@ def test_pixels_are_counted_before_they_are_decoded() -> None:
         bytes(1000),
     ],
 )
-def test_what_is_no_picture_is_refused(body: bytes) -> None:
-    assert prepared(body, 10_000, 0) == Refusal("not_an_image", "no known picture format")  # type: ignore[arg-type]
+def test_a_body_that_is_not_a_picture_is_refused(body: bytes) -> None:
+    assert error_reason(body) == "not_an_image"
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"])
-def test_a_cut_picture_is_refused_wherever_it_is_cut(kind: str) -> None:
+def test_a_truncated_picture_is_refused_at_every_length(kind: str) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)
     body = encoded(Image.fromarray(noise), kind)
     for share in (0.3, 0.6, 0.9):
-        found = prepared(body[: int(len(body) * share)], 10_000, 0)
-        assert isinstance(found, Refusal)
-        assert found.reason in ("truncated", "not_an_image")
+        assert error_reason(body[: int(len(body) * share)]) in ("truncated", "not_an_image")
 
 
-def test_random_damage_never_raises() -> None:
+def test_random_damage_raises_no_other_error() -> None:
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8))
     for kind in ("PNG", "GIF", "WEBP", "TIFF", "BMP", "JPEG", "AVIF"):
@@ -171,4 +176,18 @@ def test_random_damage_never_raises() -> None:
             damaged = body.copy()
             places = rng.integers(0, min(len(body), 400), 6)
             damaged[places] = rng.integers(0, 255, 6)
-            assert isinstance(prepared(damaged.tobytes(), 10_000, 0), Picture | Refusal)
+            with suppress(PictureError):
+                prepare(damaged.tobytes(), 10_000, 0)
+
+
+def test_resized_pictures_equal_those_of_img2dataset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_ALBUMENTATIONS_UPDATE", "1")
+    from img2dataset.resizer import Resizer
+
+    resize = Resizer(image_size=64, resize_mode="keep_ratio", resize_only_if_bigger=True, encode_quality=95)
+    rng = np.random.default_rng(0)
+    for width, height in rng.integers(20, 400, (40, 2)):
+        noise = rng.integers(0, 255, (height, width, 3), dtype=np.uint8)
+        body = encoded(Image.fromarray(noise), "PNG")
+        jpeg = encode_jpeg(prepare(body, 160_000, 64), 64, 95)
+        assert resize(io.BytesIO(body)) == (jpeg.data, *jpeg.size, *jpeg.original_size, None)

@@ -1,20 +1,40 @@
-"""A fetcher for tests, one URL fetched to its end as a worker does it, and a shard of URLs to download."""
+"""Helpers for tests of fetching: a fetcher, a queue with a clock that does not wait, rows of a shard."""
 
+import time
 from collections.abc import Sequence
+from threading import Condition
 
 import pyarrow as pa
+import pytest
 
-from pipeline.web.fetch import Fetcher, Manners
-from pipeline.web.host_queue import Courtesy, Turns
-from pipeline.web.sockets import Refusal
+from pipeline.web.fetch import Fetcher, FetchSettings
+from pipeline.web.fetch_error import FetchError
+from pipeline.web.host_queue import Clock, HostLimits, HostQueue
 from retrieval.storage.root import Root
 from retrieval.storage.schema import SELECTED, image_id, write_table
 
-COURTESY = Courtesy(connections=4, pause_s=0.0, patience_s=5.0)
+LIMITS = HostLimits(connections=4, pause_s=0.0, max_wait_s=5.0)
 
 
-def fetcher(**changes: object) -> Fetcher:
-    manners = {
+class FakeClock(Clock):
+    """A clock that stands still, and advances at once when a queue waits."""
+
+    def __init__(self) -> None:
+        self.start = time.monotonic()  # deadlines of the queue are also deadlines of real sockets
+        self.elapsed_s = 0.0
+
+    def now(self) -> float:
+        return self.start + self.elapsed_s
+
+    def wait(self, condition: Condition, timeout_s: float | None) -> None:
+        if timeout_s is None:
+            condition.wait()
+        else:
+            self.elapsed_s += timeout_s
+
+
+def make_fetcher(**changes: object) -> Fetcher:
+    settings = {
         "user_agent": "laion-rdm",
         "contact": "https://example.org/us",
         "access": "loopback",
@@ -23,26 +43,41 @@ def fetcher(**changes: object) -> Fetcher:
         "retries": 0,
         "max_bytes": 100_000,
         "connections": 4,
-        "courtesy": COURTESY,
+        "host_limits": LIMITS,
     }
-    return Fetcher(Manners(**(manners | changes)))
+    return Fetcher(FetchSettings(**(settings | changes)))
 
 
-def turns(urls: Sequence[str], **changes: object) -> Turns:
-    return Turns(enumerate(urls), Courtesy(**(vars(COURTESY) | changes)), {})  # type: ignore[arg-type]
+def make_queue(urls: Sequence[str], clock: Clock | None = None, **changes: object) -> HostQueue:
+    limits = HostLimits(**(vars(LIMITS) | changes))  # type: ignore[arg-type]
+    return HostQueue(enumerate(urls), limits, {}, clock or FakeClock())
 
 
-def fetched(one: Fetcher, url: str) -> bytes | Refusal:
-    waiting = turns([url])
-    while True:
-        errand, refusal = waiting.take()
-        found = refusal or one.serve(errand, waiting)
-        if found is not None:
-            return found
+def fetch_url(fetcher: Fetcher, url: str, clock: Clock | None = None) -> bytes:
+    """Fetch one URL with its redirects and retries. Raises FetchError."""
+    queue = make_queue([url], clock)
+    body = None
+    while body is None:
+        request, error = queue.take()
+        if error:
+            raise error
+        body = fetcher.fetch(request, queue)
+    return body
+
+
+def fetch_error(fetcher: Fetcher, url: str, clock: Clock | None = None) -> tuple[str, str]:
+    """Reason and message of the FetchError that a URL gives."""
+    with pytest.raises(FetchError) as caught:
+        fetch_url(fetcher, url, clock)
+    return str(caught.value.reason), str(caught.value)
+
+
+def fetch_reason(fetcher: Fetcher, url: str, clock: Clock | None = None) -> str:
+    return fetch_error(fetcher, url, clock)[0]
 
 
 def write_selected(root: Root, shard: str, urls: Sequence[str]) -> None:
-    """What filter leaves of a shard."""
+    """Write the output of filter for a shard."""
     rows = {
         "image_id": [image_id(url) for url in urls],
         "url": urls,

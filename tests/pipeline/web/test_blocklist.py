@@ -16,7 +16,7 @@ def test_a_list_blocks_urls_ids_domains_and_subdomains(tmp_path: Path) -> None:
     other = image_id("http://example.org/b.jpg")
     third = image_id("http://example.org/c.jpg")
     lines = [
-        "# asked for by mail",
+        "# requested by mail",
         "",
         "HTTP://EXAMPLE.org/a.jpg#x",
         f"{other & (2**64 - 1):016x}",
@@ -38,7 +38,7 @@ def test_a_list_blocks_urls_ids_domains_and_subdomains(tmp_path: Path) -> None:
     assert blocklist.blocks_hosts(urls).tolist() == [True, True, False, False]
 
 
-def test_contents_and_looks_are_listed_by_their_hashes(tmp_path: Path) -> None:
+def test_contents_and_pictures_are_listed_by_their_hashes(tmp_path: Path) -> None:
     lines = [f"MD5:{hashlib.md5(b'one').hexdigest()}", f"sha256:{hashlib.sha256(b'two').hexdigest()}"]
     (tmp_path / "list.txt").write_text("\n".join([*lines, "phash:f000000000000001"]))
     blocklist = read_blocklist(str(tmp_path / "list.txt"))
@@ -46,7 +46,7 @@ def test_contents_and_looks_are_listed_by_their_hashes(tmp_path: Path) -> None:
     listed = np.array([0xF000000000000001], np.uint64)
     flips = np.array([0, 0b111111 << 20, 0b1111111 << 20], np.uint64)
     hashes = (listed ^ flips).view(np.int64)
-    assert blocklist.blocks_hashes(hashes).tolist() == [True, True, False]
+    assert blocklist.blocks_phashes(hashes).tolist() == [True, True, False]
     assert not blocklist.blocks_ids(hashes).any()
 
 
@@ -54,7 +54,7 @@ def test_an_absent_list_blocks_nothing() -> None:
     assert not read_blocklist("").blocks_ids(np.array([1, 2])).any()
 
 
-def test_a_line_that_says_nothing_is_named(tmp_path: Path) -> None:
+def test_an_invalid_line_is_reported_with_its_number(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("example.org\nwhat is this\n")
     with pytest.raises(UserError, match=r"line 2: 'what is this'"):
         read_blocklist(str(tmp_path / "list.txt"))

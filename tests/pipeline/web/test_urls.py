@@ -1,7 +1,7 @@
 import pyarrow as pa
 import pytest
 
-from pipeline.web.urls import MAX_URL_CHARS, canonical, canonical_column, host
+from pipeline.web.urls import MAX_URL_CHARS, canonical_column, canonical_url, host_name
 
 SPELLINGS = [
     ("http://example.org/a.jpg", "http://example.org/a.jpg"),
@@ -53,30 +53,30 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("given", "wanted"), SPELLINGS)
-def test_a_url_gets_its_one_spelling(given: str, wanted: str) -> None:
-    assert canonical(given) == wanted
+@pytest.mark.parametrize(("url", "expected"), SPELLINGS)
+def test_a_url_gets_its_canonical_spelling(url: str, expected: str) -> None:
+    assert canonical_url(url) == expected
 
 
-@pytest.mark.parametrize(("given", "wanted"), SPELLINGS)
-def test_a_canonical_url_is_its_own_canonical_spelling(given: str, wanted: str) -> None:
-    assert canonical(wanted) == wanted
+@pytest.mark.parametrize(("url", "expected"), SPELLINGS)
+def test_a_canonical_url_does_not_change(url: str, expected: str) -> None:
+    assert canonical_url(expected) == expected
 
 
 @pytest.mark.parametrize("url", REFUSED)
-def test_a_url_that_must_not_be_fetched_has_no_spelling(url: str) -> None:
-    assert canonical(url) == ""
+def test_a_url_that_must_not_be_fetched_has_no_canonical_spelling(url: str) -> None:
+    assert canonical_url(url) == ""
 
 
 def test_a_column_gets_the_same_spellings_as_single_urls() -> None:
-    given = [url for url, _ in SPELLINGS] + [url for url in REFUSED if "\ud800" not in url] + [None]
-    column = canonical_column(pa.array(given, pa.string()))
-    assert column.to_pylist() == [(url and canonical(url)) or None for url in given]
+    urls = [url for url, _ in SPELLINGS] + [url for url in REFUSED if "\ud800" not in url] + [None]
+    column = canonical_column(pa.array(urls, pa.string()))
+    assert column.to_pylist() == [(url and canonical_url(url)) or None for url in urls]
 
 
-def test_the_fast_pattern_accepts_only_what_the_slow_way_leaves_alone() -> None:
+def test_the_fast_pattern_accepts_only_canonical_urls() -> None:
     characters = [chr(code) for code in range(1, 0x180)]
-    given = [
+    urls = [
         shape.format(character)
         for shape in (
             "http://example.org/a{}b",
@@ -87,10 +87,10 @@ def test_the_fast_pattern_accepts_only_what_the_slow_way_leaves_alone() -> None:
         )
         for character in characters
     ]
-    column = canonical_column(pa.array(given))
-    assert column.to_pylist() == [canonical(url) or None for url in given]
+    column = canonical_column(pa.array(urls))
+    assert column.to_pylist() == [canonical_url(url) or None for url in urls]
 
 
 def test_a_host_is_found_with_and_without_a_port() -> None:
-    assert host("http://example.org:8080/a:b") == "example.org"
-    assert host("http://[2001:db8::1]:8080/a") == "2001:db8::1"
+    assert host_name("http://example.org:8080/a:b") == "example.org"
+    assert host_name("http://[2001:db8::1]:8080/a") == "2001:db8::1"

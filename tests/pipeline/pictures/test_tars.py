@@ -5,16 +5,16 @@ from pathlib import Path
 
 import webdataset
 
-from pipeline.download import tars
+from pipeline.pictures.tars import member_ranges, picture_reader, sample_key, tar_writer
 
 
 def write(path: Path) -> None:
-    with tars.writing(path) as tar:
-        tar.add(tars.key_of(-1), b"\xff\xd8jpeg", "größe\n🖼", {"b": 1, "a": "ü"})
-        tar.add(tars.key_of(5), b"", "", {})
+    with tar_writer(path) as tar:
+        tar.add(sample_key(-1), b"\xff\xd8jpeg", "größe\n🖼", {"b": 1, "a": "ü"})
+        tar.add(sample_key(5), b"", "", {})
 
 
-def test_a_tar_is_the_same_whenever_it_is_written(tmp_path: Path) -> None:
+def test_equal_samples_give_equal_bytes(tmp_path: Path) -> None:
     write(tmp_path / "a.tar")
     write(tmp_path / "b.tar")
     first, second = (
@@ -34,9 +34,11 @@ def test_webdataset_reads_the_samples_in_order(tmp_path: Path) -> None:
     assert samples[0]["json"] == '{"a": "ü", "b": 1}'.encode()
 
 
-def test_places_lead_to_the_bytes(tmp_path: Path) -> None:
+def test_members_are_read_by_their_range_and_by_their_key(tmp_path: Path) -> None:
     write(tmp_path / "a.tar")
-    offset, size = tars.places(tmp_path / "a.tar", ".jpg")["f" * 16]
+    offset, size = member_ranges(tmp_path / "a.tar", ".jpg")["f" * 16]
     file = io.BytesIO((tmp_path / "a.tar").read_bytes())
     file.seek(offset)
     assert file.read(size) == b"\xff\xd8jpeg"
+    with picture_reader(tmp_path / "a.tar") as read:
+        assert (read("0" * 15 + "5"), read("f" * 16)) == (b"", b"\xff\xd8jpeg")

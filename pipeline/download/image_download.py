@@ -1,0 +1,170 @@
+"""Downloads the images of one shard in many threads: fetch, check, decode, store.
+
+Takes requests from a HostQueue; gives a status for each row, and the JPEGs in a PictureBuffer. img2dataset's
+Downloader is not used: it opens file:// URLs and private addresses, limits neither bytes nor total time,
+retries permanent errors, and its loop continues after an error without the row.
+"""
+
+import hashlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import BinaryIO
+
+import numpy as np
+
+from pipeline.pictures.picture import Jpeg, PictureError, encode_jpeg, prepare
+from pipeline.web.blocklist import Blocklist
+from pipeline.web.fetch import Fetcher
+from pipeline.web.fetch_error import FetchError
+from pipeline.web.host_queue import FetchRequest, HostQueue
+from retrieval.storage.schema import Reason
+
+NO_ANSWER = frozenset({Reason.NO_CONNECTION, Reason.TIMEOUT})
+MIN_JUDGED_URLS = 5
+URL_BLOCKED = "its URL, domain or id is on the blocklist"
+
+# Decoding takes up to several hundred MB, which the allocator keeps for the thread that used it. So all
+# images are decoded in two threads (one decodes while the other holds the interpreter lock), not in every
+# fetch thread.
+_DECODERS = ThreadPoolExecutor(2)
+
+
+@dataclass(frozen=True)
+class SplitSettings:
+    """How images of one split are fetched and stored. edge: shorter edge of a stored image in px; 0: keep."""
+
+    edge: int
+    min_edge: int
+    max_pixels: int
+    jpeg_quality: int
+    threads: int
+    min_answered: float
+    blocklist: Blocklist = field(default_factory=Blocklist)
+
+
+@dataclass
+class RowStatus:
+    """The columns of DOWNLOADED that the download of a URL fills."""
+
+    reason: str = ""
+    message: str = ""
+    width: int = 0
+    height: int = 0
+    original_width: int = 0
+    original_height: int = 0
+    sha256: str = ""
+    phash: int = 0
+
+
+class PictureBuffer:
+    """JPEGs of a shard in a temporary file, added in any order by any thread, then read by row."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._ranges: dict[int, tuple[int, int]] = {}
+        self._lock = threading.Lock()
+
+    def add(self, row: int, jpeg: bytes) -> None:
+        """Append the JPEG of a row."""
+        with self._lock:
+            self._ranges[row] = self._file.tell(), len(jpeg)
+            self._file.write(jpeg)
+
+    def read(self, row: int) -> bytes:
+        """The JPEG of a row. Call it after all rows are added."""
+        offset, size = self._ranges[row]
+        self._file.seek(offset)
+        return self._file.read(size)
+
+
+class ImageDownload:
+    """Downloads the rows of a queue. statuses: of each finished row."""
+
+    def __init__(
+        self, fetcher: Fetcher, queue: HostQueue, settings: SplitSettings, pictures: PictureBuffer
+    ) -> None:
+        self.statuses: dict[int, RowStatus] = {}
+        self.finished = 0
+        self.unanswered = 0
+        self._fetcher = fetcher
+        self._queue = queue
+        self._settings = settings
+        self._pictures = pictures
+        self._lock = threading.Lock()
+
+    def run(self, num_rows: int) -> None:
+        """Download all rows of the queue. If the network is down, the rest is not requested.
+
+        Raises the first exception of a thread that is not a FetchError or PictureError.
+        """
+        with ThreadPoolExecutor(self._settings.threads) as pool:
+            for _ in pool.map(self._finish_row, range(num_rows)):
+                pass
+
+    @property
+    def is_down(self) -> bool:
+        """True if so few URLs were answered that the network must be down."""
+        answered = self.finished - self.unanswered
+        return self.finished >= MIN_JUDGED_URLS and answered < self._settings.min_answered * self.finished
+
+    def _finish_row(self, _: int) -> None:
+        """Send requests until one row, of any number, has its status."""
+        try:
+            status = None
+            while status is None:
+                request, error = self._queue.take()
+                status = _failed(error) if error else self._attempt(request)
+            self.statuses[request.row] = status
+            self._count(status)
+        except BaseException:
+            self._queue.stop()  # otherwise the other threads would finish the shard before the error shows
+            raise
+
+    def _attempt(self, request: FetchRequest) -> RowStatus | None:
+        """Send a request and store its image; None if the request is in the queue again."""
+        status = RowStatus()
+        try:
+            body = self._fetch(request)
+            if body is None:
+                return None
+            status.sha256 = hashlib.sha256(body).hexdigest()
+            if self._settings.blocklist.blocks_content(body):
+                raise FetchError(Reason.BLOCKED, "its content is on the blocklist")
+            jpeg = _DECODERS.submit(self._encode, body, status).result()
+        except (FetchError, PictureError) as error:
+            status.reason, status.message = str(error.reason), str(error)
+            return status
+        status.width, status.height = jpeg.size
+        status.original_width, status.original_height = jpeg.original_size
+        self._pictures.add(request.row, jpeg.data)
+        return status
+
+    def _fetch(self, request: FetchRequest) -> bytes | None:
+        if request.redirects and self._settings.blocklist.blocks_url(request.url):
+            self._queue.finish(request)
+            raise FetchError(Reason.BLOCKED, URL_BLOCKED)
+        return self._fetcher.fetch(request, self._queue)
+
+    def _encode(self, body: bytes, status: RowStatus) -> Jpeg:
+        """The image as it is stored; adds its perceptual hash to the status. Raises PictureError."""
+        settings = self._settings
+        picture = prepare(body, settings.max_pixels, settings.edge)
+        status.phash = picture.phash
+        if settings.blocklist.blocks_phashes(np.array([picture.phash])).any():
+            raise PictureError(Reason.BLOCKED, "its perceptual hash is on the blocklist")
+        if min(picture.size) < settings.min_edge:
+            raise PictureError(Reason.TOO_SMALL, f"shorter edge below {settings.min_edge} pixels")
+        return encode_jpeg(picture, settings.edge, settings.jpeg_quality)
+
+    def _count(self, status: RowStatus) -> None:
+        with self._lock:
+            self.finished += 1
+            self.unanswered += status.reason in NO_ANSWER
+            # Four URLs a thread: a few slow hosts at the start of a shard are no evidence.
+            if self.finished >= 4 * self._settings.threads and self.is_down:
+                self._queue.stop()
+
+
+def _failed(error: FetchError) -> RowStatus:
+    return RowStatus(str(error.reason), str(error))

@@ -1,0 +1,69 @@
+"""WebDataset tars with deterministic bytes.
+
+A sample consists of the consecutive members `<key>.jpg`, `<key>.txt` and `<key>.json`. The tars hold no
+times, owners or modes of the machine, so that equal samples give equal files.
+"""
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def sample_key(image_id: int) -> str:
+    """The name of an image in a tar: the 64 bits of its id in hex.
+
+    >>> sample_key(-1)
+    'ffffffffffffffff'
+    """
+    return f"{image_id & (1 << 64) - 1:016x}"
+
+
+class TarWriter:
+    """Appends samples to a tar."""
+
+    def __init__(self, tar: tarfile.TarFile) -> None:
+        self._tar = tar
+
+    def add(self, key: str, jpeg: bytes, caption: str, metadata: dict[str, Any]) -> None:
+        """Append one sample. metadata: must be serializable as JSON."""
+        text = json.dumps(metadata, sort_keys=True, ensure_ascii=False)
+        members = {"jpg": jpeg, "txt": caption.encode(), "json": text.encode()}
+        for suffix, data in members.items():
+            member = tarfile.TarInfo(f"{key}.{suffix}")  # times and owners are 0 unless set
+            member.size = len(data)
+            self._tar.addfile(member, io.BytesIO(data))
+
+
+@contextmanager
+def tar_writer(path: Path) -> Iterator[TarWriter]:
+    """A tar at a local path; complete when the block ends."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        yield TarWriter(tar)
+
+
+def member_ranges(path: Path, suffix: str) -> dict[str, tuple[int, int]]:
+    """Offset and size in bytes of each member with a suffix, by its name without the suffix."""
+    with tarfile.open(path, "r:") as tar:
+        return {
+            member.name.removesuffix(suffix): (member.offset_data, member.size)
+            for member in tar
+            if member.name.endswith(suffix)
+        }
+
+
+@contextmanager
+def picture_reader(path: Path) -> Iterator[Callable[[str], bytes]]:
+    """A function that reads the JPEG of a key from a local tar, in any order."""
+    ranges = member_ranges(path, ".jpg")
+    with path.open("rb") as file:
+
+        def read(key: str) -> bytes:
+            offset, size = ranges[key]
+            file.seek(offset)
+            return file.read(size)
+
+        yield read
