@@ -1,14 +1,14 @@
-"""The settings of a training run: everything that `make latents` and `make train` read from a recipe.
+"""The recipe sections that `make latents` and `make train` read.
 
-The DeepSpeed settings are derived from these in `trainer/engine/deepspeed_engine.py`; nobody writes them twice. Nothing that
-computes is imported here: who reads or checks settings need not wait for torch.
+`trainer/engine/deepspeed_engine.py` derives the DeepSpeed settings from these. This module imports neither
+torch nor DeepSpeed, so that reading and checking settings is fast.
 """
 
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from retrieval.config import Config, WorkersConfig, speed
+from retrieval.config import Config, WorkersConfig, runtime_setting
 from retrieval.recipe import ClipConfig
 
 AutoencoderKind = Literal["kl", "vq", "patch"]
@@ -18,56 +18,56 @@ Integers = Annotated[tuple[PositiveInt, ...], Field(strict=False)]
 
 
 class AutoencoderConfig(Config):
-    """Which autoencoder (section `autoencoder` of a recipe)."""
+    """The autoencoder (section `autoencoder` of a recipe)."""
 
     kind: AutoencoderKind
-    """Variational (diffusers' AutoencoderKL), quantized (VQModel) or the demo's own."""
+    """`kl`: diffusers' AutoencoderKL; `vq`: diffusers' VQModel; `patch`: the demo's PatchAutoencoder."""
     path: str
-    """Folder of config.json and the weights as safetensors."""
+    """Folder with config.json and the weights in safetensors format."""
     scale: PositiveFloat = 1.0
-    """Latents are multiplied by it, so that their variance is about 1."""
+    """Factor on the latents that brings their variance to about 1."""
 
 
 class LatentsConfig(WorkersConfig):
-    """What is encoded (section `latents` of a recipe)."""
+    """How training images are encoded to latents (section `latents` of a recipe)."""
 
     size: PositiveInt
-    """Edge of a view in pixels: the shorter edge of the image is resized to it, then a square is cut."""
+    """Edge of a view in pixels: the shorter edge of the image is resized to it, then a square is cropped."""
     views: PositiveInt = 1
-    """Views of each image; epoch e of training sees view e % views."""
+    """Views of each image; epoch e of training uses view e % views."""
     flip: bool = True
-    """Mirror half of the views, never view 0."""
+    """Mirror half of the views, except view 0."""
     seed: NonNegativeInt = 0
-    """Seed of the cuts."""
-    batch_size: PositiveInt = speed(32)
-    """Views encoded at once."""
-    gpus_per_worker: float = speed(0.0, ge=0)
-    """GPUs each encoder takes; 0 encodes on the CPU."""
+    """Seed of the random crops."""
+    batch_size: PositiveInt = runtime_setting(32)
+    """Views in one call of the autoencoder."""
+    gpus_per_worker: float = runtime_setting(0.0, ge=0)
+    """GPUs of each worker; 0 encodes on the CPU."""
 
 
 class ModelConfig(Config):
     """Shape of the UNet (section `model` of a recipe)."""
 
     latent_channels: PositiveInt
-    """Channels of a latent, in and out."""
+    """Channels of the network's input and output: those of a latent."""
     context_dim: PositiveInt
-    """Length of a neighbor embedding: the dimension of the CLIP encoder."""
+    """Dimension of a neighbor embedding, which is that of the CLIP encoder."""
     channels: Integers
-    """Channels at each resolution, finest first; each resolution halves the one before."""
+    """Channels at each resolution, finest first. Each resolution is half of the previous one."""
     attention: Integers
-    """Downsampling factors (1, 2, 4, ...) at which blocks attend to the context. The middle always does."""
+    """Downsampling factors (1, 2, 4, ...) with cross-attention to the context; the middle always has it."""
     layers: PositiveInt = 2
     """Residual blocks at each resolution."""
     channels_per_head: PositiveInt = 32
     """Channels of one attention head."""
     norm_groups: PositiveInt = 32
-    """Groups of the group normalizations; divides every entry of `channels`."""
+    """Groups of each group normalization; must divide every entry of `channels`."""
     context_gain: PositiveFloat = 1.0
-    """Factor on the initial weights that read the context. 1 as in the paper; more lets a short training
-    heed its neighbors sooner, because the entries of a unit vector are small."""
+    """Factor on the initial key and value weights of cross-attention. 1 in the paper; a larger factor makes
+    short training runs use the neighbors earlier, because the entries of a unit vector are small."""
 
     @model_validator(mode="after")
-    def _fits(self) -> "ModelConfig":
+    def _check(self) -> "ModelConfig":
         factors = [2**level for level in range(len(self.channels))]
         if not set(self.attention) <= set(factors):
             raise ValueError(f"attention must be among {factors}, got {list(self.attention)}")
@@ -78,7 +78,7 @@ class ModelConfig(Config):
 
 
 class DiffusionConfig(Config):
-    """The noise schedule and what the network predicts (section `diffusion` of a recipe)."""
+    """The noise schedule and the prediction target (section `diffusion` of a recipe)."""
 
     steps: PositiveInt = 1000
     """T, the number of timesteps."""
@@ -90,102 +90,103 @@ class DiffusionConfig(Config):
     """epsilon as in the paper, or v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0."""
 
     @model_validator(mode="after")
-    def _grows(self) -> "DiffusionConfig":
+    def _check(self) -> "DiffusionConfig":
         if self.beta_end < self.beta_start:
             raise ValueError(f"beta_end must be at least beta_start {self.beta_start}, got {self.beta_end}")
         return self
 
 
 class TrainConfig(Config):
-    """How the network is trained (section `train` of a recipe)."""
+    """Training of the UNet (section `train` of a recipe)."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """The run's folder below `runs/`."""
+    """Name of the run, which is also its folder below `runs/`."""
     start_from: str = ""
-    """Name of a finished run whose exported weights this one starts from; empty: fresh weights."""
+    """Name of a finished run; its exported weights initialize this one. Empty: random initial weights."""
     source: Literal["latents", "images"]
-    """What a sample is read from: `latents/<size>`, or the tars of `download/train`, encoded on the way."""
+    """`latents` reads `latents/<size>`; `images` reads the tars of `download/train` and encodes them in the
+    training step."""
     size: PositiveInt
     """Edge of a training image in pixels."""
     k: PositiveInt
-    """Neighbors of each image in the neighbors table; all of them are the context, or `neighbors_used`."""
+    """Neighbors of each image in the neighbors table."""
     neighbors_used: NonNegativeInt = 0
-    """How many of the k, drawn anew at each step and kept best first, are the context; 0: all."""
+    """Neighbors in the context of a sample, drawn from the k at each step, best first; 0: all k."""
     neighbor_noise: NonNegativeFloat = 0.0
-    """Standard deviation of the noise added to each entry of a neighbor's unit vector, which is then scaled
-    back to length 1: for 768 dimensions 0.02 turns it by about 30 degrees. 0: none."""
+    """Standard deviation of the noise added to each entry of a neighbor's unit vector before it is normalized
+    again. 0.02 rotates a vector of 768 dimensions by about 30 degrees. 0: no noise."""
     flip: bool = True
-    """Mirror half of the images. For latents this was decided when they were made."""
+    """Mirror half of the images. Unused for latents: section `latents` has its own `flip`."""
     global_batch: PositiveInt
-    """Samples in one optimizer step, over all ranks."""
-    micro_batch: PositiveInt = speed(...)
-    """Samples a rank puts through the network at once; the rest of its share is accumulated."""
-    lanes: PositiveInt = 16
-    """Shards read side by side. Where ranks divide lanes and lanes divide global_batch, a rank opens only
-    the shards of its own lanes."""
+    """Samples in one optimizer step, summed over all ranks."""
+    micro_batch: PositiveInt = runtime_setting(...)
+    """Samples in one forward and backward pass of a rank; gradients accumulate over its share of the step."""
+    interleaved_shards: PositiveInt = 16
+    """Shards that each global batch is drawn from. If the number of ranks divides it and it divides
+    global_batch, each rank opens only its own part of the shards."""
     steps: PositiveInt
-    """Optimizer steps. Raising it continues a finished run."""
+    """Optimizer steps. A larger number continues a finished run."""
     learning_rate: PositiveFloat = 1e-4
-    """Step size of AdamW after the warm-up; constant."""
+    """Learning rate of AdamW, constant after the warm-up."""
     warmup_steps: NonNegativeInt = 10_000
-    """Steps in which the learning rate grows linearly from 0."""
+    """Steps over which the learning rate rises linearly from 0."""
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay of AdamW."""
-    clip_norm: NonNegativeFloat = 1.0
-    """Largest norm of a gradient; 0 does not clip."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Gradients are clipped to this global norm; 0: no clipping."""
     p_uncond: float = Field(0.1, ge=0, le=1)
-    """Probability that all neighbors of a sample are withheld."""
+    """Probability that a sample is trained without neighbors (for classifier-free guidance)."""
     ema_decay: float = Field(0.9999, ge=0, lt=1)
-    """Decay of the averaged weights, which are what is exported."""
+    """Decay of the moving average of the weights. The averaged weights are exported."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """Number format of the network; master weights, their average and the loss are fp32 in both."""
-    zero_stage: int = speed(1, ge=0, le=3)
-    """What DeepSpeed splits over ranks: 0 nothing, 1 optimizer states, 2 also gradients, 3 also weights.
+    """Number format of the network. Master weights, their average and the loss are always fp32."""
+    zero_stage: int = runtime_setting(1, ge=0, le=3)
+    """What DeepSpeed shards over ranks: 0 nothing, 1 optimizer states, 2 also gradients, 3 also weights.
 
-    One rank has nothing to split: in fp32 take 0 there, which is a few percent quicker.
+    On one rank in fp32, 0 is a few percent faster.
     """
-    activation_checkpointing: bool = speed(False)
-    """Recompute activations in the backward pass: less memory, a third more work."""
-    checkpoint_every: PositiveInt = speed(1000)
+    activation_checkpointing: bool = runtime_setting(False)
+    """Recompute activations in the backward pass: less memory, a third more computation."""
+    checkpoint_every: PositiveInt = runtime_setting(1000)
     """Steps between checkpoints."""
-    keep_checkpoints: PositiveInt = speed(2)
-    """Checkpoints kept, newest first."""
-    keep_every: NonNegativeInt = speed(0)
-    """Checkpoints of multiples of this many steps are kept for good; 0: none."""
-    log_every: PositiveInt = speed(10)
-    """Steps between lines of the log and of the metrics."""
+    keep_checkpoints: PositiveInt = runtime_setting(2)
+    """Number of newest checkpoints that are kept."""
+    keep_every: NonNegativeInt = runtime_setting(0)
+    """Checkpoints at multiples of this step are never deleted; 0: none."""
+    log_every: PositiveInt = runtime_setting(10)
+    """Steps between lines of the log and of metrics.jsonl."""
     validation_images: NonNegativeInt = 0
-    """Images that training never sees: the last rows of the shards, in order of their names."""
-    validate_every: NonNegativeInt = speed(0)
-    """Steps between losses on the held-out images, by the weights and by their average; 0: never."""
-    preview_every: NonNegativeInt = speed(0)
-    """Steps between sheets of samples by the averaged weights for held-out images; 0: never."""
-    preview_prompts: tuple[str, ...] = speed((), strict=False)
-    """Prompts, each a context by itself, whose samples stand below those for held-out images."""
-    wandb: bool = speed(False)
-    """Send what is logged to Weights & Biases too; its own environment (WANDB_MODE, ...) holds."""
-    wandb_project: str = speed("")
-    """The project there."""
-    ranks: NonNegativeInt = speed(0)
-    """Processes that `make train` starts on this machine, or workers on Ray; 0: one for each GPU, or one."""
-    workers: PositiveInt = speed(2)
-    """Threads of each rank that read, decode and cut samples."""
-    prefetch_batches: PositiveInt = speed(4)
-    """Batches prepared ahead of the step."""
-    restart: bool = speed(False)
-    """Start over, deleting the folder's content, where it holds a run with other settings or of more steps;
-    else refuse."""
+    """Held-out images, excluded from training: the last rows over all shards, in order of shard names."""
+    validate_every: NonNegativeInt = runtime_setting(0)
+    """Steps between losses on the held-out images, of the weights and of their average; 0: never."""
+    preview_every: NonNegativeInt = runtime_setting(0)
+    """Steps between sheets of samples for held-out images, drawn with the averaged weights; 0: never."""
+    preview_prompts: tuple[str, ...] = runtime_setting((), strict=False)
+    """Prompts that the sheets also show samples for, each conditioned on the prompt alone."""
+    wandb: bool = runtime_setting(False)
+    """Also log to Weights & Biases, which reads its own environment variables (WANDB_MODE, ...)."""
+    wandb_project: str = runtime_setting("")
+    """Project name in Weights & Biases."""
+    ranks: NonNegativeInt = runtime_setting(0)
+    """Processes that `make train` starts on this machine, or workers on Ray; 0: one per GPU, at least one."""
+    workers: PositiveInt = runtime_setting(2)
+    """Threads of each rank that read, decode and crop samples."""
+    prefetch_batches: PositiveInt = runtime_setting(4)
+    """Batches that each rank prepares ahead of the current step."""
+    restart: bool = runtime_setting(False)
+    """If the folder holds a run with other settings or more steps: true deletes that run and starts over,
+    false is an error."""
     seed: NonNegativeInt = 0
-    """Seed of the initial weights, the order of samples and all noise."""
+    """Seed of the initial weights, the sample order and all noise."""
 
     @model_validator(mode="after")
-    def _fits(self) -> "TrainConfig":
+    def _check(self) -> "TrainConfig":
         if self.zero_stage == 0 and self.precision != "fp32":
-            raise ValueError("zero_stage 0 has no fp32 master weights: use precision fp32, or zero_stage 1")
+            raise ValueError("zero_stage 0 has no fp32 master weights: set precision fp32, or zero_stage 1")
         if (self.validate_every or self.preview_every) and not self.validation_images:
             raise ValueError("validate_every and preview_every need validation_images of at least 1")
         if self.wandb and not self.wandb_project:
-            raise ValueError("wandb = true needs the name of a wandb_project")
+            raise ValueError("wandb = true needs a wandb_project")
         if self.keep_every % self.checkpoint_every:
             raise ValueError(f"keep_every must be a multiple of checkpoint_every, got {self.keep_every}")
         if self.neighbors_used > self.k:
@@ -196,27 +197,27 @@ class TrainConfig(Config):
 
     @property
     def context_tokens(self) -> int:
-        """Neighbors in the context of a sample."""
+        """Number of neighbors in the context of a sample."""
         return self.neighbors_used or self.k
 
     @property
     def folder(self) -> str:
-        """The run's folder relative to the root; also the name of its manifest's stage."""
+        """The run's training folder relative to the root; also the stage name of its manifest."""
         return f"runs/{self.name}/train"
 
 
-class Training(Config):
-    """The sections of a recipe that training reads."""
+class TrainingRecipe(Config):
+    """The recipe sections that training reads."""
 
     model: ModelConfig
     diffusion: DiffusionConfig
     autoencoder: AutoencoderConfig
     train: TrainConfig
-    clip: ClipConfig | None = speed(None)
-    """The encoder of train.preview_prompts; None where there are none."""
+    clip: ClipConfig | None = runtime_setting(None)
+    """The encoder of train.preview_prompts; None without prompts."""
 
     @model_validator(mode="after")
-    def _reads_prompts(self) -> "Training":
+    def _check(self) -> "TrainingRecipe":
         if self.train.preview_prompts and not self.clip:
-            raise ValueError("train.preview_prompts need a section clip")
+            raise ValueError("train.preview_prompts needs a section clip")
         return self

@@ -1,12 +1,9 @@
-from pathlib import Path
-
 import pytest
 import torch
 from diffusers import AutoencoderKL
 
 from retrieval.storage.root import Root
-from tests.trainer.training_set import make_recipe, write_training_set
-from trainer.model.autoencoder import Autoencoder
+from tests.trainer.training_set import new_training_set
 
 
 @pytest.fixture(scope="session")
@@ -21,15 +18,6 @@ def autoencoder_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def rank_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Launched processes can import the tests and the project."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-
-
-@pytest.fixture
 def training_set(tmp_path_factory: pytest.TempPathFactory, autoencoder_folder: str) -> Root:
     """A root with neighbors and latents."""
-    root = Root(tmp_path_factory.mktemp("root"))
-    autoencoder = Autoencoder.load(make_recipe(autoencoder_folder).autoencoder, "cpu")
-    write_training_set(root, autoencoder.identity)
-    return root
+    return new_training_set(tmp_path_factory.mktemp("root"), autoencoder_folder)

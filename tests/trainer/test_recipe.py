@@ -9,10 +9,10 @@ from retrieval.errors import UserError
 from tests.trainer.training_set import make_recipe
 from trainer.engine.deepspeed_engine import Ranks, engine_settings
 from trainer.model.unet import build_unet
-from trainer.recipe import LatentsConfig, Training
+from trainer.recipe import LatentsConfig, TrainingRecipe
 
 RECIPES = Path(__file__).parents[2] / "jobs" / "configs"
-# Table 1: parameters, images of a step, steps, k.
+# Paper Table 1: parameters, images per step, steps, k.
 PAPER = {
     "train_laion_256": (1_335_480_400, 1600, 275_000, 8),
     "train_laion_512": (1_335_480_400, 800, 225_000, 8),
@@ -21,16 +21,16 @@ PAPER = {
 }
 
 
-# beta at both ends, scale and channels of the latents, length of an embedding.
+# First and last beta, scale and channels of the latents, dimension of an embedding.
 PAPER_SPACES = dict.fromkeys(PAPER, (0.0015, 0.015, 0.22765929, 16, 768))
 PAPER_SPACES["train_imagenet"] = (0.0015, 0.0195, 1.0, 3, 512)
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_the_papers_recipes_hold_the_papers_numbers(name: str) -> None:
+def test_the_papers_recipes_have_the_papers_numbers(name: str) -> None:
     sections = tomllib.loads((RECIPES / f"{name}.toml").read_text())
     LatentsConfig.model_validate(sections["latents"])
-    recipe = Training.model_validate({name: sections[name] for name in Training.model_fields})
+    recipe = TrainingRecipe.model_validate({name: sections[name] for name in TrainingRecipe.model_fields})
     with torch.device("meta"):
         unet = build_unet(recipe.model)
     parameters = sum(weight.numel() for weight in unet.parameters())
@@ -46,8 +46,8 @@ def test_the_papers_recipes_hold_the_papers_numbers(name: str) -> None:
         settings["gradient_accumulation_steps"] * settings["train_micro_batch_size_per_gpu"] * 8
         == PAPER[name][1]
     )
-    # Each of 8 ranks reads only the shards of its own lanes.
-    assert (train.lanes % 8, train.global_batch % train.lanes) == (0, 0)
+    # Each of 8 ranks opens only its part of the shards.
+    assert (train.interleaved_shards % 8, train.global_batch % train.interleaved_shards) == (0, 0)
 
 
 def test_speed_settings_do_not_change_what_is_trained() -> None:
@@ -57,7 +57,7 @@ def test_speed_settings_do_not_change_what_is_trained() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "word"),
+    ("change", "message"),
     [
         ({"precision": "bf16", "zero_stage": 0}, "zero_stage 0"),
         ({"micro_batch": 3}, "multiple of micro_batch"),
@@ -68,11 +68,11 @@ def test_speed_settings_do_not_change_what_is_trained() -> None:
         ({"learning_rat": 1e-4}, "Extra inputs"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(change: dict[str, object], word: str) -> None:
-    with pytest.raises(ValidationError, match=word):
+def test_invalid_settings_are_an_error(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         make_recipe("", **change)
 
 
-def test_a_batch_that_the_ranks_cannot_share_is_refused() -> None:
+def test_a_batch_that_cannot_be_split_over_the_ranks_is_an_error() -> None:
     with pytest.raises(UserError, match=r"global_batch 8 cannot be split over 3 ranks.*a multiple of 6"):
         engine_settings(make_recipe("").train, Ranks(0, 3, torch.device("cpu")))

@@ -1,6 +1,6 @@
-"""A root as training leaves it, small: an untrained CLIP, autoencoder and UNet, and databases of pictures.
+"""A small finished run for tests: untrained CLIP, autoencoder and UNet, and databases of noise images.
 
-The styles are tints, which even an untrained image tower tells apart.
+Styles are tints, which even an untrained CLIP separates.
 """
 
 import json
@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from retrieval.clip.encoder import Encoder
-from retrieval.database.build import Identity, build_database
+from retrieval.database.build import DatabaseIdentity, write_database
 from retrieval.recipe import ClipConfig, IndexConfig
 from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, ShardRecord, write_manifest
@@ -23,7 +23,7 @@ from trainer.model.autoencoder import Autoencoder
 from trainer.model.patch_autoencoder import PatchAutoencoder, PatchShape
 from trainer.model.unet import build_unet
 from trainer.recipe import AutoencoderConfig, DiffusionConfig, ModelConfig
-from trainer.sampling.sampler import Trained
+from trainer.sampling.sampler import TrainedModel
 
 DIM = 32
 STYLES = {"deep_red": (200, 40, 40), "green": (40, 190, 60), "sky_blue": (60, 90, 220)}
@@ -32,7 +32,7 @@ ROWS = 24
 
 
 def write_clip(folder: Path, seed: int = 0) -> ClipConfig:
-    """An untrained open_clip model in its own folder layout."""
+    """Write an untrained open_clip model in open_clip's folder layout."""
     vision = {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 8}
     text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
     config = {"embed_dim": DIM, "vision_cfg": vision, "text_cfg": text}
@@ -48,32 +48,34 @@ def write_clip(folder: Path, seed: int = 0) -> ClipConfig:
 
 
 def pictures_of(style: str, count: int = ROWS) -> list[Image.Image]:
-    """Noisy pictures in the style's tint."""
+    """Noise images in the style's tint."""
     rng = np.random.default_rng([3, *style.encode()])
     noise = rng.normal(0, 40, (count, 32, 32, 3)) + np.array(STYLES[style])
-    return [Image.fromarray(one) for one in np.clip(noise, 0, 255).astype(np.uint8)]
+    return [Image.fromarray(pixels) for pixels in np.clip(noise, 0, 255).astype(np.uint8)]
 
 
-def write_database(root: Root, name: str, encoder: Encoder, styles: list[str], rows: int = ROWS) -> None:
-    """A database of the pictures of some styles."""
+def write_style_database(
+    root: Root, name: str, encoder: Encoder, styles: list[str], rows: int = ROWS
+) -> None:
+    """Write a database with the images of some styles."""
     names = [f"{style}-{i}" for style in styles for i in range(rows)]
     vectors = np.concatenate([encoder.encode_images(pictures_of(style, rows)) for style in styles])
     columns = {
-        schema.IMAGE_ID: np.array([schema.image_id(f"{name}/{one}") for one in names]),
-        "url": [f"http://example.org/{one}.jpg" for one in names],
-        "caption": [f"caption of {one}" for one in names],
+        schema.IMAGE_ID: np.array([schema.image_id(f"{name}/{image}") for image in names]),
+        "url": [f"http://example.org/{image}.jpg" for image in names],
+        "caption": [f"caption of {image}" for image in names],
         "license": pa.nulls(len(names), pa.string()),
         "width": pa.array([32] * len(names), pa.int32()),
         "height": pa.array([32] * len(names), pa.int32()),
         schema.EMBEDDING: schema.fixed_lists(vectors.astype(np.float16)),
     }
     table = pa.table(columns, schema=schema.embeddings(DIM))
-    identity = Identity(name, {"source": f"test {name}"})
-    build_database(root, table, encoder.identity, IndexConfig(), identity)
+    identity = DatabaseIdentity(name, {"source": f"test {name}"})
+    write_database(root, table, encoder.identity, IndexConfig(), identity)
 
 
 def write_model(root: Root, encoder: Encoder, autoencoder: Autoencoder, name: str = "tiny") -> None:
-    """An untrained UNet as `train` exports it."""
+    """Write an untrained UNet in the layout of a finished run."""
     stage, shape = f"runs/{name}/train", (autoencoder.channels, 8, 8)
     config = ModelConfig(
         latent_channels=shape[0],
@@ -87,9 +89,9 @@ def write_model(root: Root, encoder: Encoder, autoencoder: Autoencoder, name: st
     torch.manual_seed(1)
     unet = build_unet(config)
     with torch.no_grad():
-        # an untrained network hears its context too softly to see in eight bits
-        for part, weights in unet.named_parameters():
-            if "attn2.to_out" in part or "attn2.to_v" in part:
+        # The context has too little effect on an untrained network to change 8-bit pixels.
+        for parameter, weights in unet.named_parameters():
+            if "attn2.to_out" in parameter or "attn2.to_v" in parameter:
                 weights.mul_(4)
     unet.save_pretrained(root.local_path(f"{stage}/model"), safe_serialization=True)
     recipe = {"diffusion": DiffusionConfig(prediction="v_prediction").model_dump(mode="json")}
@@ -108,22 +110,22 @@ def write_model(root: Root, encoder: Encoder, autoencoder: Autoencoder, name: st
 
 
 def tiny_autoencoder(folder: Path, seed: int = 0) -> AutoencoderConfig:
-    """A patch autoencoder fitted to the styles' pictures: factor 4, 4 channels."""
+    """Write a patch autoencoder fitted to the styles' images: factor 4, 4 channels."""
     torch.manual_seed(seed)
     model = PatchAutoencoder(PatchShape(factor=4, channels=4, hidden=8, blocks=1))
-    pictures = np.stack([np.asarray(one) for style in STYLES for one in pictures_of(style)])
+    pictures = np.stack([np.asarray(image) for style in STYLES for image in pictures_of(style)])
     model.fit_components(torch.from_numpy(pictures).movedim(-1, 1) / 127.5 - 1)
     model.save(folder / "autoencoder")
     return AutoencoderConfig(kind="patch", path=str(folder / "autoencoder"))
 
 
-def write_run(folder: Path) -> tuple[Root, Trained]:
-    """Everything that `sample` and `evaluate` read."""
+def write_run(folder: Path) -> tuple[Root, TrainedModel]:
+    """Write all inputs of `sample` and `evaluate`."""
     autoencoder = tiny_autoencoder(folder)
     clip = write_clip(folder / "clip")
-    root, encoder = Root(folder / "root"), Encoder.load(clip)
+    root, encoder = Root(folder / "root"), Encoder(clip)
     for style in STYLES:
-        write_database(root, f"databases/{style}", encoder, [style])
-    write_database(root, "index", encoder, list(STYLES))
+        write_style_database(root, f"databases/{style}", encoder, [style])
+    write_style_database(root, "index", encoder, list(STYLES))
     write_model(root, encoder, Autoencoder.load(autoencoder, "cpu"))
-    return root, Trained(name="tiny", clip=clip, autoencoder=autoencoder)
+    return root, TrainedModel(name="tiny", clip=clip, autoencoder=autoencoder)

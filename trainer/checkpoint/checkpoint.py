@@ -1,8 +1,9 @@
-"""Checkpoints that are complete or absent, of this run or refused, and readable by any number of ranks.
+"""Atomic checkpoints that any number of ranks can load.
 
-Writes `<folder>/step-<n>/` (each rank its pieces of fp32 weights, AdamW's moments and the average) and,
-after all ranks are done, `<folder>/checkpoints.json`, which alone says what exists. The training waits
-for a copy in host memory; a thread writes it while the next steps run.
+Writes `<folder>/step-<n>/` with one file per rank (its fragments of fp32 weights, AdamW's moments and the
+average) and, after all ranks, the index `<folder>/checkpoints.json`; only indexed checkpoints exist. Training
+waits for a copy in host memory, which a thread writes during the next steps. Checkpoints of another run are
+an error.
 """
 
 import json
@@ -19,128 +20,145 @@ from safetensors import SafetensorError
 
 from retrieval.errors import UserError
 from retrieval.storage.root import Root
-from trainer.checkpoint.fragment_files import SavedFragments, file_name, key_of, write_fragments
+from trainer.checkpoint.fragment_files import SavedFragments, fragment_key, rank_file_name, write_fragments
 from trainer.engine.deepspeed_engine import Ranks
-from trainer.engine.ema import AVERAGE, Average
-from trainer.engine.fragments import MASTER, MOMENTS, begin_moments, held, owned, spread_masters
+from trainer.engine.ema import AVERAGE, MovingAverage
+from trainer.engine.fragments import (
+    MASTER,
+    MOMENTS,
+    copy_masters_to_weights,
+    initialize_moments,
+    local_fragments,
+    owned_fragments,
+)
 
 INDEX = "checkpoints.json"
 LAYOUT = 2
-"""Of the files of a checkpoint. 1 was DeepSpeed's own, one for a number of ranks."""
+"""Version of the file layout. Layout 1 was DeepSpeed's, for a fixed number of ranks."""
 
 
 @dataclass
 class CheckpointFolder:
-    """The checkpoints of one run. `identity` and `settings` say of which."""
+    """The checkpoints of one run. `settings` is for error messages about differing runs."""
 
     path: Path
     identity: str
     settings: dict[str, Any]
     keep: int
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints that are kept."""
     keep_every: int
-    """Checkpoints of multiples of this many steps are kept for good; 0: none."""
+    """Checkpoints at multiples of this step are never deleted; 0: none."""
     _copy: dict[str, torch.Tensor] = field(default_factory=dict, init=False)
     _group: Any = field(default=None, init=False)
     _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1), init=False)
-    _writing: Future[None] | None = field(default=None, init=False)
+    _pending: Future[None] | None = field(default=None, init=False)
 
-    def is_foreign(self) -> bool:
-        """True if the folder holds checkpoints of another run, or in another layout."""
+    def is_other_run(self) -> bool:
+        """True if the folder has checkpoints of another run or in another layout."""
         index = self._index()
         return index is not None and (index["identity"], index.get("layout")) != (self.identity, LAYOUT)
 
-    def is_beyond(self, steps: int) -> bool:
-        """True if the newest checkpoint is of a later step than `steps`."""
+    def is_past(self, steps: int) -> bool:
+        """True if the newest checkpoint is after step `steps`."""
         return self.newest_step() > steps
 
     def newest_step(self) -> int:
-        """Steps done at the newest checkpoint, 0 where there is none."""
-        index = self._index()
-        return 0 if index is None else int(index["checkpoints"][-1]["step"])
+        """Number of steps done at the newest checkpoint, 0 without checkpoints."""
+        return max((int(entry["step"]) for entry in self._entries()), default=0)
 
     def check(self, steps: int) -> None:
-        """Raise UserError if the folder holds checkpoints of another run, or of a later step than `steps`."""
+        """Raise UserError if the folder has checkpoints of another run or after step `steps`."""
         index = self._index()
         if index is None:
             return
-        if self.is_foreign():
-            theirs = {"layout": index.get("layout", 1), **index["settings"]}
+        if self.is_other_run():
+            stored = {"layout": index.get("layout", 1), **index["settings"]}
             raise UserError(
-                f"{self.path} holds checkpoints of another run: "
-                f"{_difference(theirs, {'layout': LAYOUT, **self.settings})}. "
+                f"{self.path} has checkpoints of another run: "
+                f"{_differences(stored, {'layout': LAYOUT, **self.settings})}. "
                 f"Choose another train.name to keep them, or set train.restart = true to delete them."
             )
-        if self.is_beyond(steps):
+        if self.is_past(steps):
             raise UserError(
                 f"{self.path} is at step {self.newest_step():,}, beyond train.steps {steps:,}. "
-                f"Raise train.steps to go on, choose another train.name to keep the checkpoints, or set "
+                f"Raise train.steps to continue, choose another train.name to keep the checkpoints, or set "
                 f"train.restart = true to delete them."
             )
 
-    def sweep(self) -> None:
-        """Remove what a killed run left unfinished. Who alone may write here calls it before it does."""
-        Root(self.path).sweep_partials("")
-        known = {entry["tag"] for entry in (self._index() or {"checkpoints": []})["checkpoints"]}
+    def delete_unfinished(self) -> None:
+        """Delete unfinished checkpoints of a killed run. Only for the process that holds the run's lock."""
+        Root(self.path).delete_partial_files("")
+        known = {entry["tag"] for entry in self._entries()}
         for folder in sorted(self.path.glob("step-*")):
             if folder.name not in known:
                 shutil.rmtree(folder)
 
-    def save(self, engine: deepspeed.DeepSpeedEngine, average: Average, step: int, ranks: Ranks) -> None:
-        """Copy the state after `step` steps and write it while training goes on. All ranks call it.
+    def save(
+        self, engine: deepspeed.DeepSpeedEngine, average: MovingAverage, step: int, ranks: Ranks
+    ) -> None:
+        """Copy the state after `step` steps; a thread writes it while training continues. A collective.
 
-        Waits for the checkpoint before. Raises UserError if that could not be written.
+        Waits for the previous checkpoint. Raises UserError if that could not be written.
         """
-        pieces = {key_of(AVERAGE, piece): piece.values for piece in average.fragments}
+        tensors = {fragment_key(AVERAGE, fragment): fragment.values for fragment in average.fragments}
         for state in (MASTER, *MOMENTS):
-            pieces |= {key_of(state, piece): piece.values for piece in owned(engine, state, ranks)}
-        self.save_pieces(pieces, step, ranks)
+            for fragment in owned_fragments(engine, state, ranks):
+                tensors[fragment_key(state, fragment)] = fragment.values
+        self.save_tensors(tensors, step, ranks)
 
-    def save_pieces(self, pieces: dict[str, torch.Tensor], step: int, ranks: Ranks) -> None:
-        """`save` of a rank's pieces by key, the same keys at every call."""
+    def save_tensors(self, tensors: dict[str, torch.Tensor], step: int, ranks: Ranks) -> None:
+        """`save` for a rank's fragments by key, with the same keys and shapes in every call."""
         self.finish()
         if self._group is None:
-            # Its own group: the ranks' threads talk while the training talks in another.
+            # A separate process group: the writer threads communicate at the same time as the training.
             self._group = torch.distributed.new_group(backend="gloo")
-            self._copy = {key: torch.empty_like(values, device="cpu") for key, values in pieces.items()}
-        for key, values in pieces.items():
+            self._copy = {key: torch.empty_like(values, device="cpu") for key, values in tensors.items()}
+        for key, values in tensors.items():
             self._copy[key].copy_(values)
-        self._writing = self._writer.submit(self._write, step, ranks)
+        self._pending = self._writer.submit(self._write, step, ranks)
 
     def finish(self) -> None:
         """Wait until the last checkpoint is published. Raises UserError if it could not be written."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
-    def raise_failure(self) -> None:
-        """Raise what `finish` would, if the last checkpoint has failed already. Does not wait."""
-        if self._writing is not None and self._writing.done():
+    def raise_if_failed(self) -> None:
+        """Raise the UserError of `finish` if the last checkpoint has already failed. Does not wait."""
+        if self._pending is not None and self._pending.done():
             self.finish()
 
-    def load(self, engine: deepspeed.DeepSpeedEngine, average: Average, ranks: Ranks) -> int:
-        """Load the newest checkpoint, of any number of ranks. Returns its steps, 0 where there is none."""
-        index = self._index()
-        if index is None:
+    def load(self, engine: deepspeed.DeepSpeedEngine, average: MovingAverage, ranks: Ranks) -> int:
+        """Load the newest checkpoint, written by any number of ranks. A collective.
+
+        Returns the number of steps done, 0 without checkpoints. Raises UserError for a damaged checkpoint.
+        """
+        entries = self._entries()
+        if not entries:
             return 0
-        newest = index["checkpoints"][-1]
+        newest = entries[-1]
         self._check_files(newest)
-        begin_moments(engine, newest["step"])
+        initialize_moments(engine, newest["step"])
         with SavedFragments(self.path / newest["tag"]) as saved:
             for state in (MASTER, *MOMENTS):
-                for piece in held(engine, state, ranks):
-                    saved.fill(state, piece)
-            for piece in average.fragments:
-                saved.fill(AVERAGE, piece)
-        spread_masters(engine)
+                for fragment in local_fragments(engine, state, ranks):
+                    saved.read_into(state, fragment)
+            for fragment in average.fragments:
+                saved.read_into(AVERAGE, fragment)
+        copy_masters_to_weights(engine)
         return int(newest["step"])
 
     def _index(self) -> dict[str, Any] | None:
         path = self.path / INDEX
         return json.loads(path.read_text()) if path.exists() else None
 
+    def _entries(self) -> list[dict[str, Any]]:
+        """Entries of the indexed checkpoints, oldest first."""
+        index = self._index()
+        return [] if index is None else index["checkpoints"]
+
     def _write(self, step: int, ranks: Ranks) -> None:
-        """Write this rank's copy; once all ranks have, the first publishes. Runs beside the training."""
+        """Write this rank's copy; when all ranks are done, rank 0 publishes. Runs in the writer thread."""
         folder, size, problem = self.path / f"step-{step:08d}", -1, ""
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -149,24 +167,25 @@ class CheckpointFolder:
             problem = f": {error}"
         sizes = [torch.empty(1, dtype=torch.int64) for _ in range(ranks.world)]
         torch.distributed.all_gather(sizes, torch.tensor([size]), group=self._group)
-        failed = [rank for rank, one in enumerate(sizes) if int(one) < 0]
+        failed = [rank for rank, size in enumerate(sizes) if int(size) < 0]
         if failed:
             raise UserError(
                 f"{folder}: rank {ranks.rank if problem else failed[0]} could not write its part of the "
-                f"checkpoint{problem}. Make room or mend the disk, then start again: earlier ones are kept."
+                f"checkpoint{problem}. Free disk space or repair the disk, then start again: earlier "
+                f"checkpoints are kept."
             )
         if ranks.is_first:
-            self._publish(step, {file_name(rank): int(one) for rank, one in enumerate(sizes)})
+            self._publish(step, {rank_file_name(rank): int(size) for rank, size in enumerate(sizes)})
 
     def _publish(self, step: int, files: dict[str, int]) -> None:
-        known = (self._index() or {"checkpoints": []})["checkpoints"]
+        """Add a checkpoint to the index, then delete the old ones that are no longer kept."""
         entry = {"tag": f"step-{step:08d}", "step": step, "files": files}
-        everything = [*(old for old in known if old["step"] < step), entry]
-        for_good = [one for one in everything if self.keep_every and one["step"] % self.keep_every == 0]
-        kept = [one for one in everything if one in for_good or one in everything[-self.keep :]]
+        entries = [*(old for old in self._entries() if old["step"] < step), entry]
+        permanent = [old for old in entries if self.keep_every and old["step"] % self.keep_every == 0]
+        kept = [old for old in entries if old in permanent or old in entries[-self.keep :]]
         index = {"layout": LAYOUT, "identity": self.identity, "settings": self.settings, "checkpoints": kept}
         Root(self.path).write_json(INDEX, index)
-        for old in everything:
+        for old in entries:
             if old not in kept:
                 shutil.rmtree(self.path / old["tag"])
 
@@ -176,15 +195,15 @@ class CheckpointFolder:
             if not path.exists() or path.stat().st_size != size:
                 raise UserError(
                     f"{path} should have {size:,} bytes: the checkpoint is damaged. Restore the file, or "
-                    f"remove {self.path} to start over."
+                    f"delete {self.path} to start over."
                 )
 
 
-def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    """The settings in which two runs differ, for people."""
-    names = sorted(theirs.keys() | ours.keys())
+def _differences(stored: dict[str, Any], current: dict[str, Any]) -> str:
+    """The settings in which a stored and the current run differ, for an error message."""
+    names = sorted(stored.keys() | current.keys())
     return "; ".join(
-        f"{name} {theirs.get(name)!r} there, {ours.get(name)!r} here"
+        f"{name} was {stored.get(name)!r}, is now {current.get(name)!r}"
         for name in names
-        if theirs.get(name) != ours.get(name)
+        if stored.get(name) != current.get(name)
     )

@@ -1,7 +1,7 @@
-"""The finished run: averaged weights as a diffusers folder, the recipe beside them, the manifest last.
+"""Exports a finished run: the averaged weights as a diffusers folder, the recipe and the manifest.
 
-Writes `model/config.json`, `model/diffusion_pytorch_model.safetensors`, `recipe.json` and
-`manifest.json` in the run's folder. Whoever samples needs nothing else of the training.
+Writes `model/config.json`, `model/diffusion_pytorch_model.safetensors`, `recipe.json` and, last,
+`manifest.json` in the run's folder. Sampling needs only these files of the run.
 """
 
 from dataclasses import dataclass
@@ -13,51 +13,51 @@ from safetensors.torch import load_file, save_file
 from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, ShardRecord, write_manifest
 from retrieval.storage.root import FileRecord, Root
-from trainer.data.plan import Plan
+from trainer.data.plan import TrainingPlan
 from trainer.model.unet import build_unet
-from trainer.recipe import ModelConfig, Training
-from trainer.tracking.progress import METRICS, read_points, summary
+from trainer.recipe import ModelConfig, TrainingRecipe
+from trainer.tracking.training_log import METRICS, read_step_metrics, summarize
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @dataclass(frozen=True)
-class Run:
-    """A finished run: what it was made from and what it goes with."""
+class FinishedRun:
+    """Description of a finished run for its recipe.json and manifest."""
 
-    config: Training
+    config: TrainingRecipe
     fingerprint: str
     upstream: dict[str, str]
     encoder: dict[str, Any]
     autoencoder: str
     latent_shape: tuple[int, int, int]
     rows: int = 0
-    """Images that it was trained on, where that is known."""
+    """Number of training images; 0 if unknown."""
 
 
-def export(plan: Plan, root: Root, weights: dict[str, torch.Tensor], seconds: float) -> None:
-    """Publish what training left: fp32 weights by parameter name. `seconds`: what it took."""
+def export_run(plan: TrainingPlan, root: Root, weights: dict[str, torch.Tensor], seconds: float) -> None:
+    """Publish a trained model. weights: averaged, fp32, by parameter name; seconds: wall time of training."""
     train = plan.config.train
-    run = Run(
+    run = FinishedRun(
         config=plan.config,
         fingerprint=plan.fingerprint,
         upstream=plan.upstream,
         encoder=plan.encoder,
         autoencoder=plan.autoencoder,
-        latent_shape=plan.samples.latent_shape,
-        rows=sum(plan.samples.rows),
+        latent_shape=plan.training_set.latent_shape,
+        rows=sum(plan.training_set.rows),
     )
-    points = read_points(root.local_path(f"{train.folder}/{METRICS}"))
-    publish(run, root, weights, summary(points, train.global_batch), seconds)
+    metrics = read_step_metrics(root.local_path(f"{train.folder}/{METRICS}"))
+    publish_run(run, root, weights, summarize(metrics, train.global_batch), seconds)
 
 
-def publish(
-    run: Run, root: Root, weights: dict[str, torch.Tensor], numbers: dict[str, float], seconds: float
+def publish_run(
+    run: FinishedRun, root: Root, weights: dict[str, torch.Tensor], numbers: dict[str, float], seconds: float
 ) -> Manifest:
-    """Write the model, the recipe and last the manifest of a run. `numbers`: what the manifest also states.
+    """Write the model, the recipe and, last, the manifest of a run.
 
-    weights: fp32, by parameter name; every one of the model and no other.
+    weights: fp32, by parameter name, exactly those of the model; numbers: further manifest values.
     """
     folder = run.config.train.folder
     files = (*_write_model(root, f"{folder}/model", run.config.model, weights), _write_recipe(root, run))
@@ -83,27 +83,27 @@ def publish(
 def _write_model(
     root: Root, folder: str, config: ModelConfig, weights: dict[str, torch.Tensor]
 ) -> tuple[FileRecord, ...]:
-    # On no device, so that the weights are held once.
+    # The meta device, so that the weights are in memory only once.
     with torch.device("meta"):
         unet: Any = build_unet(config)
     unet.load_state_dict(weights, strict=True, assign=True)
-    # One file, whatever the size: readers look for it by name.
+    # Always one file, because readers open it by name.
     with root.writing(f"{folder}/{WEIGHTS}") as pending:
         save_file(unet.state_dict(), pending.path, metadata={"format": "pt"})
-        # safetensors lets nobody else read
+        # safetensors creates files that only the owner can read.
         pending.path.chmod(0o644)
     description = root.write_bytes(f"{folder}/{CONFIG}", unet.to_json_string().encode())
     return description, pending.record
 
 
-def read_model(root: Root, folder: str) -> dict[str, torch.Tensor]:
-    """The exported weights of a finished run, by parameter name. folder: the run's, relative to the root."""
+def read_model_weights(root: Root, folder: str) -> dict[str, torch.Tensor]:
+    """Exported weights of a finished run by parameter name. folder: of the run, relative to the root."""
     with root.local(f"{folder}/model/{WEIGHTS}") as path:
         return load_file(path)
 
 
-def _write_recipe(root: Root, run: Run) -> FileRecord:
-    """What a sampler must know: the settings of the model, and which encoder and autoencoder it goes with."""
+def _write_recipe(root: Root, run: FinishedRun) -> FileRecord:
+    """The settings that sampling needs: model, diffusion, and identities of encoder and autoencoder."""
     config = run.config
     recipe = {
         "model": config.model.model_dump(mode="json"),

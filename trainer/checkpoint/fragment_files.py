@@ -1,7 +1,7 @@
-"""Pieces of named parameters on disk: one safetensors file a rank, readable by any other number of ranks.
+"""Fragments of named parameters on disk: one safetensors file per rank.
 
-Writes `rank-<n>.safetensors`, whose keys `<state>/<parameter>@<start>` say which elements they hold.
-A reader takes the slices that it needs from the files of all ranks and never holds more than these.
+Writes `rank-<n>.safetensors`; a key `<state>/<parameter>@<start>` names the elements of its tensor. Any
+number of ranks can read the files: each reads only the slices that it needs.
 """
 
 import os
@@ -17,22 +17,22 @@ from safetensors.torch import save_file
 from trainer.engine.fragments import Fragment
 
 Slices = list[tuple[int, int, str, Any]]
-"""First element, one past the last, key and open file of the pieces of one parameter's state."""
+"""First element, index after the last, key and open file of each fragment of one parameter's state."""
 
 
-def key_of(state: str, piece: Fragment) -> str:
-    """The key under which a piece is kept."""
-    return f"{state}/{piece.name}@{piece.start}"
+def fragment_key(state: str, fragment: Fragment) -> str:
+    """The key of a fragment in its file."""
+    return f"{state}/{fragment.name}@{fragment.start}"
 
 
-def file_name(rank: int) -> str:
-    """The file of a rank's pieces."""
+def rank_file_name(rank: int) -> str:
+    """Name of the file with a rank's fragments."""
     return f"rank-{rank:05d}.safetensors"
 
 
 def write_fragments(folder: Path, rank: int, values: dict[str, torch.Tensor]) -> int:
-    """Write a rank's pieces, by key, and wait until the disk has them. values: on the CPU. Returns bytes."""
-    path = folder / file_name(rank)
+    """Write a rank's fragments by key and sync the file. values: on the CPU. Returns the size in bytes."""
+    path = folder / rank_file_name(rank)
     save_file(values, path)
     with path.open("rb+") as file:
         os.fsync(file.fileno())
@@ -40,7 +40,7 @@ def write_fragments(folder: Path, rank: int, values: dict[str, torch.Tensor]) ->
 
 
 class SavedFragments:
-    """The pieces of a checkpoint's folder; a context, which keeps its files open."""
+    """The fragments in a checkpoint's folder; a context manager that keeps the files open."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -61,13 +61,13 @@ class SavedFragments:
     ) -> None:
         self._files.close()
 
-    def fill(self, state: str, piece: Fragment) -> None:
-        """Copy the saved elements of a state into a piece, however they were split when they were saved."""
-        filled = 0
-        for start, end, key, file in self._slices[f"{state}/{piece.name}"]:
-            first, last = max(start, piece.start), min(end, piece.end)
+    def read_into(self, state: str, fragment: Fragment) -> None:
+        """Copy the saved elements of a state into a fragment. Saved fragments may have other borders."""
+        count = 0
+        for start, end, key, file in self._slices[f"{state}/{fragment.name}"]:
+            first, last = max(start, fragment.start), min(end, fragment.end)
             if first < last:
                 values = file.get_slice(key)[first - start : last - start]
-                piece.values[first - piece.start : last - piece.start].copy_(values)
-                filled += last - first
-        assert filled == piece.values.numel(), f"{self._folder}: {state} of {piece.name} is incomplete"
+                fragment.values[first - fragment.start : last - fragment.start].copy_(values)
+                count += last - first
+        assert count == fragment.values.numel(), f"{self._folder}: {state} of {fragment.name} is incomplete"

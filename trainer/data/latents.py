@@ -1,8 +1,8 @@
-"""Latents of training images, encoded once so that training need not decode and encode again.
+"""Encodes training images to latents once, so that training does not decode and encode them at each step.
 
-Reads `embed/train/<shard>.parquet` (which images, in which order) and `download/train/<shard>.tar`;
-writes `latents/<size>/<shard>.parquet`: for each image the autoencoder's mean and standard deviation of
-several views. View 0 is the middle of the image; the others are random cuts, some mirrored.
+Reads `embed/train/<shard>.parquet` (image ids and their order) and `download/train/<shard>.tar`; writes
+`latents/<size>/<shard>.parquet`: mean and standard deviation of the latent of several views of each image.
+View 0 is the center crop; the others are random crops, half of them mirrored if `latents.flip` is true.
 """
 
 import time
@@ -20,13 +20,13 @@ from retrieval.errors import UserError
 from retrieval.storage import schema
 from retrieval.storage.manifest import ShardRecord
 from retrieval.storage.root import Root
-from trainer.data.images import ImageTar, Pixels, center_crop, decode, random_crop, unsigned
+from trainer.data.images import ImageTar, Pixels, center_crop, decode_image, random_crop, unsigned_id
 from trainer.model.autoencoder import Autoencoder
 from trainer.recipe import AutoencoderConfig, LatentsConfig
 
 
 def manifest_values(config: LatentsConfig, autoencoder: Autoencoder) -> dict[str, Any]:
-    """What the stage's manifest must state for training to trust the latents."""
+    """Manifest values that training compares with its recipe."""
     return {
         "autoencoder": autoencoder.identity,
         "shape": list(latent_shape(config.size, autoencoder)),
@@ -35,12 +35,12 @@ def manifest_values(config: LatentsConfig, autoencoder: Autoencoder) -> dict[str
 
 
 def latent_shape(size: int, autoencoder: Autoencoder) -> tuple[int, int, int]:
-    """(c, h, w) of the latent of an image of `size` pixels. Raises UserError if it does not divide."""
-    edge, rest = divmod(size, autoencoder.factor)
-    if rest:
+    """(c, h, w) of the latent of a square image. Raises UserError if `size` is no multiple of the factor."""
+    edge, remainder = divmod(size, autoencoder.factor)
+    if remainder:
         raise UserError(
             f"a size of {size} px is no multiple of the autoencoder's factor {autoencoder.factor}. "
-            f"Set size to {size - rest} or {size - rest + autoencoder.factor}."
+            f"Set size to {size - remainder} or {size - remainder + autoencoder.factor}."
         )
     return autoencoder.channels, edge, edge
 
@@ -48,12 +48,12 @@ def latent_shape(size: int, autoencoder: Autoencoder) -> tuple[int, int, int]:
 def make_shard_encoder(
     config: LatentsConfig, autoencoder_config: AutoencoderConfig, root: Root
 ) -> Callable[[str], ShardRecord]:
-    """A function from the name of a shard (`00003-00012`) to the record of its written table.
+    """A function that encodes the shard of a name (`00003-00012`) and returns the record of its table.
 
-    It holds the autoencoder, so make it once in a worker and call it for many shards.
+    It holds the autoencoder: each worker creates it once and calls it for many shards.
     """
     autoencoder = Autoencoder.load(autoencoder_config, "cuda" if config.gpus_per_worker else "cpu")
-    wanted = schema.latents(config.views * 2 * int(np.prod(latent_shape(config.size, autoencoder))))
+    columns = schema.latents(config.views * 2 * int(np.prod(latent_shape(config.size, autoencoder))))
 
     def encode(shard: str) -> ShardRecord:
         began = time.monotonic()
@@ -62,8 +62,8 @@ def make_shard_encoder(
             tar = ImageTar(path)
             moments = encode_shard(tar, ids, autoencoder, config)
             tar.close()
-        table = pa.table([ids, schema.fixed_lists(moments)], schema=wanted)
-        file = schema.write_table(root, f"latents/{config.size}/{shard}.parquet", table, wanted)
+        table = pa.table([ids, schema.fixed_lists(moments)], schema=columns)
+        file = schema.write_table(root, f"latents/{config.size}/{shard}.parquet", table, columns)
         return ShardRecord(shard, rows=len(ids), files=(file,), seconds=time.monotonic() - began)
 
     return encode
@@ -74,7 +74,7 @@ def encode_shard(
 ) -> npt.NDArray[np.float16]:
     """Moments of all views of the images, in the order of `ids`: (rows, views * 2 * c * h * w) float16.
 
-    Raises UserError for an image that is missing or cannot be decoded: earlier stages kept it as good.
+    Raises UserError for an image that is missing or cannot be decoded, because earlier stages accepted it.
     """
     views = (view for image_id in ids.tolist() for view in image_views(tar, image_id, config))
     encoded = [_encode(pixels, autoencoder) for pixels in _batches(views, config.batch_size)]
@@ -85,10 +85,10 @@ def encode_shard(
 
 def image_views(tar: ImageTar, image_id: int, config: LatentsConfig) -> Iterator[Pixels]:
     """The views of one image, (3, size, size) float32 in [-1, 1] each."""
-    image = decode(tar.read(image_id), f"{tar.where}: image {image_id}", config.size)
+    image = decode_image(tar.read(image_id), f"{tar.name}: image {image_id}", config.size)
     yield center_crop(image)
     for view in range(1, config.views):
-        yield random_crop(image, (config.seed, view, unsigned(image_id)), config.flip)
+        yield random_crop(image, (config.seed, view, unsigned_id(image_id)), config.flip)
 
 
 def _encode(pixels: list[Pixels], autoencoder: Autoencoder) -> npt.NDArray[np.float16]:
@@ -103,12 +103,12 @@ def _batches(views: Iterator[Pixels], count: int) -> Iterator[list[Pixels]]:
 
 
 def _embedded_ids(root: Root, shard: str) -> npt.NDArray[np.int64]:
-    """Ids of the images that `embed` found good, in order. The vectors beside them are not read."""
+    """Ids of the embedded images, in table order. Other columns are not read."""
     name = f"embed/train/{shard}.parquet"
     with root.open(name) as file:
         try:
             return pq.read_table(file, columns=[schema.IMAGE_ID])[schema.IMAGE_ID].to_numpy()
         except (pa.ArrowInvalid, KeyError, OSError) as error:
             raise UserError(
-                f"{root.at(name)} is not a table of embeddings: {error}. Run 'make embed'."
+                f"{root.at(name)} is not a table of embeddings: {error}. Run 'make embed' again."
             ) from error

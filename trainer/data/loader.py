@@ -1,8 +1,9 @@
-"""The training set as a stream of batches: shard n of images or latents joined with shard n of neighbors.
+"""Loads training batches: each shard of images or latents is joined with the same shard of neighbors.
 
 Reads `neighbors/<shard>.parquet` and `latents/<size>/<shard>.parquet` (or `download/train/<shard>.tar`);
-writes nothing. Batches are built ahead by threads; what is in one depends on the seed and the step
-alone, so a run resumes from its step counter and any number of ranks and threads sees the same.
+writes nothing. Threads prepare batches ahead of the training step. The content of a batch depends only on
+the seed and the step, so a run resumes from its step counter, and the number of ranks or threads has no
+effect.
 """
 
 import threading
@@ -23,53 +24,53 @@ import torch
 from retrieval.errors import UserError
 from retrieval.storage import schema
 from retrieval.storage.root import Root
-from trainer.data.images import ImageTar, decode, random_crop, unsigned
-from trainer.data.plan import Plan, Samples
-from trainer.data.sample_order import DRAWS, NEIGHBORS, Order, rank_slots
+from trainer.data.images import ImageTar, decode_image, random_crop, unsigned_id
+from trainer.data.plan import TrainingPlan, TrainingSet
+from trainer.data.sample_order import NEIGHBORS, SAMPLE_NOISE, SampleOrder, rank_slots
 from trainer.model.context import unit_rows
 
 
 @dataclass(frozen=True)
-class Batch:
-    """A rank's share of a global batch, n samples."""
+class TrainingBatch:
+    """The n samples of a global batch that one rank trains on."""
 
     image_ids: npt.NDArray[np.int64]
     inputs: torch.Tensor
-    """(n, 2c, h, w) float16 mean and standard deviation of latents, or (n, 3, size, size) float32 images."""
+    """Mean and deviation of latents, (n, 2c, h, w) float16, or images, (n, 3, size, size) float32."""
     context: torch.Tensor
-    """(n, tokens, dim) float16 neighbor embeddings, best first; all zero where they are withheld."""
+    """Neighbor embeddings, best first, (n, tokens, dim) float16; zeros for samples without neighbors."""
     timesteps: torch.Tensor
-    """(n,) int64."""
+    """t, (n,) int64."""
     posterior_noise: torch.Tensor
-    """(n, c, h, w) float32, standard normal: which latent is drawn."""
+    """Noise that draws the latent from its posterior: (n, c, h, w) float32, standard normal."""
     noise: torch.Tensor
-    """(n, c, h, w) float32, standard normal: eps."""
+    """eps: (n, c, h, w) float32, standard normal."""
 
-    def split(self, count: int) -> "Iterator[Batch]":
-        """Pieces of `count` samples, in order."""
+    def split(self, count: int) -> "Iterator[TrainingBatch]":
+        """Parts of `count` samples, in order; the last may be smaller."""
         for first in range(0, len(self.image_ids), count):
-            piece = slice(first, first + count)
-            yield Batch(*(getattr(self, name)[piece] for name in self.__dataclass_fields__))
+            rows = slice(first, first + count)
+            yield TrainingBatch(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
 
 
 class Shard(Protocol):
-    """One shard, open: its neighbor embeddings in memory, its images or latents at hand."""
+    """An open shard: ids and neighbor embeddings of its rows in memory, images or latents by row."""
 
     ids: npt.NDArray[np.int64]
     context: npt.NDArray[np.float16]
 
     def inputs(self, row: int, epoch: int) -> npt.NDArray[np.generic]:
-        """The image or the moments of a row, as an epoch sees them."""
+        """The image or the moments of a row for an epoch."""
 
 
 class LatentShard:
-    """Moments of several views of each image, (views, 2c, h, w) a row; epoch e sees view e % views."""
+    """A shard of latents: moments (views, 2c, h, w) of each row; epoch e uses view e % views."""
 
-    def __init__(self, root: Root, samples: Samples, name: str) -> None:
-        self.ids, self.context = read_neighbors(root, samples, name)
-        channels, height, width = samples.latent_shape
-        layout = (samples.views, 2 * channels, height, width)
-        table_name = f"latents/{samples.size}/{name}.parquet"
+    def __init__(self, root: Root, training_set: TrainingSet, name: str) -> None:
+        self.ids, self.context = read_neighbors(root, training_set, name)
+        channels, height, width = training_set.latent_shape
+        layout = (training_set.views, 2 * channels, height, width)
+        table_name = f"latents/{training_set.size}/{name}.parquet"
         table = schema.read_table(root, table_name, schema.latents(int(np.prod(layout))))
         rows = _rows_of(self.ids, table[schema.IMAGE_ID].to_numpy(), root.at(table_name))
         self._moments = schema.vectors(table.take(pa.array(rows)), schema.MOMENTS).reshape(-1, *layout)
@@ -80,57 +81,62 @@ class LatentShard:
 
 
 class ImageShard:
-    """Images of a tar, decoded when asked for and cut anew in every epoch."""
+    """A shard of images in a tar: decoded on access, with a new random crop in every epoch."""
 
-    def __init__(self, root: Root, samples: Samples, seed: int, name: str) -> None:
-        self.ids, self.context = read_neighbors(root, samples, name)
-        self._samples, self._seed = samples, seed
-        fetched = ExitStack()
-        self._tar = ImageTar(fetched.enter_context(root.local(f"download/train/{name}.tar")))
-        fetched.callback(self._tar.close)
-        weakref.finalize(self, fetched.close)
+    def __init__(self, root: Root, training_set: TrainingSet, seed: int, name: str) -> None:
+        self.ids, self.context = read_neighbors(root, training_set, name)
+        self._training_set, self._seed = training_set, seed
+        resources = ExitStack()
+        self._tar = ImageTar(resources.enter_context(root.local(f"download/train/{name}.tar")))
+        resources.callback(self._tar.close)
+        weakref.finalize(self, resources.close)
 
     def inputs(self, row: int, epoch: int) -> npt.NDArray[np.generic]:
-        """A random square of the image, (3, size, size) float32 in [-1, 1]."""
-        image_id = int(self.ids[row])
-        image = decode(self._tar.read(image_id), f"{self._tar.where}: image {image_id}", self._samples.size)
-        seeds = (self._seed, epoch, unsigned(image_id))
-        return random_crop(image, seeds, self._samples.flip)
+        """A random crop of the image, (3, size, size) float32 in [-1, 1]."""
+        image_id, size = int(self.ids[row]), self._training_set.size
+        image = decode_image(self._tar.read(image_id), f"{self._tar.name}: image {image_id}", size)
+        return random_crop(image, (self._seed, epoch, unsigned_id(image_id)), self._training_set.flip)
 
 
 def read_neighbors(
-    root: Root, samples: Samples, name: str
+    root: Root, training_set: TrainingSet, name: str
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float16]]:
-    """Ids (rows,) and neighbor embeddings (rows, k, dim) of a shard, checked against the plan."""
-    table = schema.read_table(root, f"neighbors/{name}.parquet", schema.neighbors(samples.k, samples.dim))
-    number = samples.shards.index(name)
-    wanted = samples.rows[number] + samples.held_out[number]
-    if len(table) != wanted:
-        where = root.at(f"neighbors/{name}.parquet")
+    """Ids (rows,) int64 and neighbor embeddings (rows, k, dim) float16 of a shard.
+
+    Raises UserError if the table's number of rows is not that of the training set.
+    """
+    columns = schema.neighbors(training_set.k, training_set.dim)
+    table = schema.read_table(root, f"neighbors/{name}.parquet", columns)
+    number = training_set.shards.index(name)
+    expected_rows = training_set.rows[number] + training_set.held_out[number]
+    if len(table) != expected_rows:
         raise UserError(
-            f"{where} has {len(table)} rows, its manifest says {wanted}. Run 'make neighbors' again."
+            f"{root.at(f'neighbors/{name}.parquet')} has {len(table)} rows, but its manifest says "
+            f"{expected_rows}. Run 'make neighbors' again."
         )
     context = schema.vectors(table, schema.NEIGHBOR_EMBEDDINGS)
-    return table[schema.IMAGE_ID].to_numpy(), context.reshape(-1, samples.k, samples.dim)
+    return table[schema.IMAGE_ID].to_numpy(), context.reshape(-1, training_set.k, training_set.dim)
 
 
-def _rows_of(ids: npt.NDArray[np.int64], among: npt.NDArray[np.int64], where: str) -> npt.NDArray[np.int64]:
-    """The row of each id in a table that keeps the same order but may have more rows."""
-    order = np.argsort(among, kind="stable")
-    rows = order[np.minimum(np.searchsorted(among, ids, sorter=order), len(among) - 1)]
-    missing = ids[among[rows] != ids]
+def _rows_of(
+    ids: npt.NDArray[np.int64], table_ids: npt.NDArray[np.int64], table: str
+) -> npt.NDArray[np.int64]:
+    """The row of each id in a table that may have more rows. table: its name, for errors."""
+    order = np.argsort(table_ids, kind="stable")
+    rows = order[np.minimum(np.searchsorted(table_ids, ids, sorter=order), len(table_ids) - 1)]
+    missing = ids[table_ids[rows] != ids]
     if len(missing):
         raise UserError(
-            f"{where} lacks {len(missing)} images of the neighbors table, the first is {missing[0]}: "
-            f"the shards do not line up. Run 'make latents' again."
+            f"{table} lacks {len(missing)} images of the neighbors table, the first is {missing[0]}: "
+            f"the shards do not match. Run 'make latents' again."
         )
     return rows
 
 
 class ShardCache:
-    """The shards in use, each opened once; the least recently used is let go when there are too many.
+    """Open shards; the least recently used one is dropped when there are more than `capacity`.
 
-    A shard closes when nobody refers to it, so one that a thread still reads stays open.
+    A dropped shard closes when its last reference is gone, so a thread can finish reading it.
     """
 
     def __init__(self, open_shard: Callable[[int], Shard], capacity: int) -> None:
@@ -139,7 +145,7 @@ class ShardCache:
         self._lock = threading.Lock()
 
     def get(self, number: int) -> Shard:
-        """Shard `number`, opened by the first thread that asks while others of that shard wait."""
+        """The shard with this index. The first thread opens it; others that need the same shard wait."""
         with self._lock:
             slot = self._slots.setdefault(number, _Slot())
             self._slots.move_to_end(number)
@@ -158,29 +164,29 @@ class _Slot:
 
 
 class Loader:
-    """Batches of one rank from step `first_step` on, built ahead by threads and handed out in order."""
+    """The training batches of one rank, prepared by threads and returned in order of steps."""
 
-    def __init__(self, plan: Plan, root: Root, rank: int, world: int) -> None:
-        self._train, self._samples = plan.config.train, plan.samples
+    def __init__(self, plan: TrainingPlan, root: Root, rank: int, world: int) -> None:
+        self._train, self._training_set = plan.config.train, plan.training_set
         self._timesteps = plan.config.diffusion.steps
         self._rank, self._world = rank, world
-        self.order = Order(plan.samples.rows, self._train.seed, self._train.lanes)
-        # Two a lane: threads ahead may open the next shard of a lane while the last is still read.
-        capacity = 2 * (self._train.lanes // world + 1) + self._train.workers
+        self.order = SampleOrder(plan.training_set.rows, self._train.seed, self._train.interleaved_shards)
+        # Two per lane: a thread may open the next shard of a lane while another still reads the previous one.
+        capacity = 2 * (self._train.interleaved_shards // world + 1) + self._train.workers
         self._shards = ShardCache(self._opener(root), capacity)
 
     def _opener(self, root: Root) -> Callable[[int], Shard]:
-        samples, seed = self._samples, self._train.seed
-        if samples.source == "latents":
-            return lambda number: LatentShard(root, samples, samples.shards[number])
-        return lambda number: ImageShard(root, samples, seed, samples.shards[number])
+        training_set, seed = self._training_set, self._train.seed
+        if training_set.source == "latents":
+            return lambda number: LatentShard(root, training_set, training_set.shards[number])
+        return lambda number: ImageShard(root, training_set, seed, training_set.shards[number])
 
     def shard(self, number: int) -> Shard:
-        """Shard `number` of the plan, held-out rows included."""
+        """The shard with this index in the training set, including its held-out rows."""
         return self._shards.get(number)
 
-    def batches(self, first_step: int, last_step: int) -> Generator[Batch]:
-        """Batches of steps first_step .. last_step - 1 (0-based)."""
+    def batches(self, first_step: int, last_step: int) -> Generator[TrainingBatch]:
+        """Batches of steps first_step .. last_step - 1 (from 0)."""
         with ThreadPoolExecutor(self._train.workers, thread_name_prefix="loader") as pool:
             steps = iter(range(first_step, last_step))
             first = islice(steps, self._train.prefetch_batches)
@@ -193,13 +199,13 @@ class Loader:
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def batch(self, step: int) -> Batch:
-        """This rank's share of global batch `step`, whatever was asked before."""
+    def batch(self, step: int) -> TrainingBatch:
+        """This rank's samples of global batch `step` (from 0); independent of earlier calls."""
         count = self._train.global_batch
         slots = rank_slots(self.order, step, count, self._rank, self._world)
         samples = [self._sample(step, int(slot), step * count + int(slot)) for slot in slots]
         ids, inputs, context, timesteps, posterior_noise, noise = zip(*samples, strict=True)
-        return Batch(
+        return TrainingBatch(
             image_ids=np.array(ids),
             inputs=torch.from_numpy(np.stack(inputs)),
             context=torch.from_numpy(np.stack(context)),
@@ -209,26 +215,26 @@ class Loader:
         )
 
     def _sample(self, step: int, slot: int, position: int) -> tuple[Any, ...]:
-        place = self.order.place(position)
-        shard = self._shards.get(place.shard)
-        rng = np.random.default_rng([DRAWS, self._train.seed, step, slot])
+        location = self.order.locate(position)
+        shard = self._shards.get(location.shard)
+        rng = np.random.default_rng([SAMPLE_NOISE, self._train.seed, step, slot])
         timestep = int(rng.integers(self._timesteps))
-        kept = np.float16(rng.random() >= self._train.p_uncond)
-        posterior_noise, noise = rng.standard_normal((2, *self._samples.latent_shape), dtype=np.float32)
-        # Withholding all k makes the context zero. That equals one zero token: keys and values of a zero
-        # token are zero, as their projections have no bias, so attention gives the same for any number.
-        context = self._context(shard.context[place.row], step, slot) * kept
-        inputs = shard.inputs(place.row, place.epoch)
-        return int(shard.ids[place.row]), inputs, context, timestep, posterior_noise, noise
+        has_context = np.float16(rng.random() >= self._train.p_uncond)
+        posterior_noise, noise = rng.standard_normal((2, *self._training_set.latent_shape), dtype=np.float32)
+        # A sample without neighbors has a context of zeros. Any number of zero tokens equals one: their keys
+        # and values are zero because the projections have no bias.
+        context = self._context(shard.context[location.row], step, slot) * has_context
+        inputs = shard.inputs(location.row, location.epoch)
+        return int(shard.ids[location.row]), inputs, context, timestep, posterior_noise, noise
 
     def _context(self, neighbors: npt.NDArray[np.float16], step: int, slot: int) -> npt.NDArray[np.float16]:
-        """Some of a row's neighbors (k, dim), turned by noise, as the recipe asks; else all, as they are."""
-        used, deviation = self._train.neighbors_used or len(neighbors), self._train.neighbor_noise
-        if used == len(neighbors) and not deviation:
+        """A row's neighbors (k, dim) after `neighbors_used` and `neighbor_noise`: (tokens, dim)."""
+        tokens, deviation = self._train.neighbors_used or len(neighbors), self._train.neighbor_noise
+        if tokens == len(neighbors) and not deviation:
             return neighbors
-        # A stream of its own: what else is drawn for a sample does not change with these settings.
+        # A separate random stream: these settings do not change the noise or timestep of a sample.
         rng = np.random.default_rng([NEIGHBORS, self._train.seed, step, slot])
-        chosen = np.sort(rng.permutation(len(neighbors))[:used])
+        chosen = np.sort(rng.permutation(len(neighbors))[:tokens])
         if not deviation:
             return neighbors[chosen]
         noise = rng.standard_normal((len(chosen), neighbors.shape[1]), dtype=np.float32)

@@ -1,7 +1,7 @@
-"""What a training run will do, decided from its recipe and the manifests before any process group starts.
+"""The plan of a training run: a recipe checked against the data, before any process group starts.
 
-Reads the manifests of `neighbors` and of `latents/<size>` (or `download`) and refuses, with a reason,
-data that do not fit the recipe. Writes nothing.
+Reads the manifests of `neighbors` and of `latents/<size>` (or `download`); writes nothing. Data that do not
+match the recipe are an error that names the difference.
 """
 
 from dataclasses import dataclass
@@ -9,23 +9,23 @@ from typing import Any
 
 from retrieval.errors import UserError
 from retrieval.storage import schema
-from retrieval.storage.manifest import Manifest, files_stand, fingerprint, read_manifest
+from retrieval.storage.manifest import Manifest, files_exist, fingerprint, read_manifest
 from retrieval.storage.root import Root
 from trainer.data.latents import latent_shape
 from trainer.model.autoencoder import Autoencoder
-from trainer.recipe import Training
+from trainer.recipe import TrainingRecipe
 
 
 @dataclass(frozen=True)
-class Samples:
-    """The training set: shards, their rows, and the layout of a row."""
+class TrainingSet:
+    """The training set: its shards, their rows, and the shape of a row."""
 
     source: str
     shards: tuple[str, ...]
     rows: tuple[int, ...]
-    """Rows of each shard that are trained on: the first ones."""
+    """Number of training rows of each shard: the first ones."""
     held_out: tuple[int, ...]
-    """Rows of each shard that follow these and are never trained on."""
+    """Number of held-out rows of each shard: the last ones."""
     k: int
     dim: int
     latent_shape: tuple[int, int, int]
@@ -35,148 +35,152 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A training run that may start."""
+class TrainingPlan:
+    """A training run that matches its data."""
 
-    config: Training
-    samples: Samples
+    config: TrainingRecipe
+    training_set: TrainingSet
     fingerprint: str
-    """Of the finished run."""
-    identity: str
-    """Of its checkpoints: everything but the number of steps."""
+    """Fingerprint of the finished run."""
+    checkpoint_identity: str
+    """Fingerprint of its checkpoints, which does not depend on the number of steps."""
     upstream: dict[str, str]
+    """Fingerprint of each input by name."""
     encoder: dict[str, Any]
+    """Identity of the CLIP encoder of the neighbors."""
     autoencoder: str
+    """Identity of the autoencoder."""
 
 
-def make_plan(config: Training, root: Root, autoencoder: Autoencoder) -> Plan:
-    """Check a recipe against the data. Raises UserError where they do not fit."""
+def make_plan(config: TrainingRecipe, root: Root, autoencoder: Autoencoder) -> TrainingPlan:
+    """Check a recipe against the data. Raises UserError if they do not match."""
     train = config.train
     neighbors = read_manifest(root, "neighbors")
     _check_neighbors(neighbors, config, root)
     images = read_manifest(root, f"latents/{train.size}" if train.source == "latents" else "download")
-    layout = _Layout(_latent_shape(config, autoencoder), 1)
+    shape, views = _latent_shape(config, autoencoder), 1
     if train.source == "latents":
-        layout = _Layout(layout.shape, int(images.values["views"]))
-        _check_latents(images, neighbors, layout, autoencoder.identity, root)
+        views = int(images.values["views"])
+        _check_latents(images, neighbors, autoencoder.identity, shape, root)
     upstream = {
         "neighbors": neighbors.fingerprint,
         images.stage: images.fingerprint,
         "autoencoder": autoencoder.identity,
     }
     if train.start_from:
-        upstream["start_from"] = _start_of(config, root).fingerprint
-    # Nothing of a step depends on how many follow, so a checkpoint serves any number of them.
-    endless = config.model_copy(update={"train": train.model_copy(update={"steps": 0})})
-    return Plan(
+        upstream["start_from"] = _initial_run(config, root).fingerprint
+    # A step does not depend on the total number of steps, so a checkpoint is valid for any total.
+    any_steps = config.model_copy(update={"train": train.model_copy(update={"steps": 0})})
+    return TrainingPlan(
         config=config,
-        samples=_samples(config, neighbors, layout),
+        training_set=_training_set(config, neighbors, shape, views),
         fingerprint=fingerprint("train", schema.VERSION, config, upstream),
-        identity=fingerprint("train", schema.VERSION, endless, upstream),
+        checkpoint_identity=fingerprint("train", schema.VERSION, any_steps, upstream),
         upstream=upstream,
         encoder=neighbors.values["encoder"],
         autoencoder=autoencoder.identity,
     )
 
 
-def is_finished(plan: Plan, root: Root) -> bool:
-    """True if the run's manifest is there, is of this very run, and all its files stand."""
+def is_finished(plan: TrainingPlan, root: Root) -> bool:
+    """True if the folder has the manifest of this plan and all files that the manifest lists."""
     folder = plan.config.train.folder
     if not root.exists(f"{folder}/manifest.json"):
         return False
-    found = read_manifest(root, folder)
-    return found.fingerprint == plan.fingerprint and all(files_stand(root, shard) for shard in found.shards)
+    manifest = read_manifest(root, folder)
+    files_complete = all(files_exist(root, shard) for shard in manifest.shards)
+    return manifest.fingerprint == plan.fingerprint and files_complete
 
 
-def _start_of(config: Training, root: Root) -> Manifest:
-    """The finished run that this one starts from. Raises UserError if its model is another."""
+def _initial_run(config: TrainingRecipe, root: Root) -> Manifest:
+    """Manifest of the run of train.start_from. Raises UserError if its model differs."""
     folder = f"runs/{config.train.start_from}/train"
-    start = read_manifest(root, folder)
-    if start.config["model"] != config.model.model_dump(mode="json"):
+    manifest, model = read_manifest(root, folder), config.model.model_dump(mode="json")
+    if manifest.config["model"] != model:
         raise UserError(
-            f"{root.at(folder)} trained the model {start.config['model']}, the recipe's is "
-            f"{config.model.model_dump(mode='json')}. Set [model] to the same or train.start_from to another."
+            f"{root.at(folder)} trained the model {manifest.config['model']}, but the recipe has {model}. "
+            f"Make [model] equal, or set train.start_from to another run."
         )
-    return start
+    return manifest
 
 
-@dataclass(frozen=True)
-class _Layout:
-    shape: tuple[int, int, int]
-    views: int
-
-
-def _samples(config: Training, neighbors: Manifest, layout: _Layout) -> Samples:
-    filled = [shard for shard in neighbors.shards if shard.rows]
-    held_out = last_rows([shard.rows for shard in filled], config.train.validation_images)
-    return Samples(
+def _training_set(
+    config: TrainingRecipe, neighbors: Manifest, latent_shape: tuple[int, int, int], views: int
+) -> TrainingSet:
+    shards = [shard for shard in neighbors.shards if shard.rows]
+    held_out = last_rows([shard.rows for shard in shards], config.train.validation_images)
+    return TrainingSet(
         source=config.train.source,
-        shards=tuple(shard.shard for shard in filled),
-        rows=tuple(shard.rows - count for shard, count in zip(filled, held_out, strict=True)),
+        shards=tuple(shard.shard for shard in shards),
+        rows=tuple(shard.rows - count for shard, count in zip(shards, held_out, strict=True)),
         held_out=held_out,
         k=config.train.k,
         dim=config.model.context_dim,
-        latent_shape=layout.shape,
-        views=layout.views,
+        latent_shape=latent_shape,
+        views=views,
         size=config.train.size,
         flip=config.train.flip,
     )
 
 
 def last_rows(rows: list[int], count: int) -> tuple[int, ...]:
-    """How many of the last `count` rows each shard has, shards one after the other."""
-    taken = []
-    for rows_here in reversed(rows):
-        taken.append(min(count, rows_here))
-        count -= taken[-1]
-    return tuple(reversed(taken))
+    """Number of rows of each shard among the last `count` rows of all shards. rows: those of each shard."""
+    counts = []
+    for shard_rows in reversed(rows):
+        counts.append(min(count, shard_rows))
+        count -= counts[-1]
+    return tuple(reversed(counts))
 
 
-def _latent_shape(config: Training, autoencoder: Autoencoder) -> tuple[int, int, int]:
-    """Shape of the latents of train.size. Raises UserError if the size or the model does not fit."""
+def _latent_shape(config: TrainingRecipe, autoencoder: Autoencoder) -> tuple[int, int, int]:
+    """Latent shape for train.size. Raises UserError if the size or the model does not match."""
     shape = latent_shape(config.train.size, autoencoder)
     if config.model.latent_channels != shape[0]:
         raise UserError(
-            f"the autoencoder {config.autoencoder.path} makes latents of shape {shape}, but the recipe's "
+            f"the autoencoder {config.autoencoder.path} gives latents of shape {shape}, but the recipe's "
             f"model takes {config.model.latent_channels} channels. "
-            f"Set model.latent_channels or autoencoder.path."
+            f"Change model.latent_channels or autoencoder.path."
         )
     return shape
 
 
-def _check_neighbors(neighbors: Manifest, config: Training, root: Root) -> None:
+def _check_neighbors(neighbors: Manifest, config: TrainingRecipe, root: Root) -> None:
     where = root.at("neighbors")
-    found = {"k": neighbors.values["k"], "dim": neighbors.values["encoder"]["dim"]}
-    for word, wanted in (("k", config.train.k), ("dim", config.model.context_dim)):
-        if found[word] != wanted:
+    table = {"k": neighbors.values["k"], "dim": neighbors.values["encoder"]["dim"]}
+    for name, value in (("k", config.train.k), ("dim", config.model.context_dim)):
+        if table[name] != value:
             raise UserError(
-                f"{where} has {word} {found[word]}, but the recipe wants {wanted}. Set train.k "
-                f"and model.context_dim to the table's, or run 'make neighbors' with the recipe's."
+                f"{where} has {name} {table[name]}, but the recipe has {value}. Set train.k and "
+                f"model.context_dim to those of the table, or run 'make neighbors' with this recipe."
             )
     held_out = config.train.validation_images
     if neighbors.rows - held_out < config.train.global_batch:
-        less = f" less {held_out:,} held out" if held_out else ""
+        excluded = f", {held_out:,} of them held out" if held_out else ""
         raise UserError(
-            f"{where} has {neighbors.rows:,} rows{less}, fewer than one global batch of "
+            f"{where} has {neighbors.rows:,} rows{excluded}: fewer training rows than one global batch of "
             f"{config.train.global_batch:,}. Lower train.global_batch or train.validation_images, or select "
             f"more images."
         )
 
 
 def _check_latents(
-    latents: Manifest, neighbors: Manifest, layout: _Layout, autoencoder: str, root: Root
+    latents: Manifest,
+    neighbors: Manifest,
+    autoencoder: str,
+    shape: tuple[int, int, int],
+    root: Root,
 ) -> None:
     where = root.at(latents.stage)
-    found = (latents.values["autoencoder"], tuple(latents.values["shape"]))
-    if found != (autoencoder, layout.shape):
+    stored = (latents.values["autoencoder"], tuple(latents.values["shape"]))
+    if stored != (autoencoder, shape):
         raise UserError(
-            f"{where} holds latents of autoencoder {found[0]} and shape {found[1]}, but the recipe's are "
-            f"{autoencoder} and {layout.shape}. Run 'make latents' with this recipe."
+            f"{where} has latents of autoencoder {stored[0]} and shape {stored[1]}, but the recipe has "
+            f"{autoencoder} and {shape}. Run 'make latents' with this recipe."
         )
     rows = {shard.shard: shard.rows for shard in latents.shards}
     for shard in neighbors.shards:
         if rows.get(shard.shard, 0) < shard.rows:
             raise UserError(
-                f"{where} has {rows.get(shard.shard, 0)} rows for shard {shard.shard} and neighbors has "
-                f"{shard.rows}: the shards do not line up. Run 'make latents' again."
+                f"{where} has {rows.get(shard.shard, 0)} rows for shard {shard.shard}, but neighbors has "
+                f"{shard.rows}: the shards do not match. Run 'make latents' again."
             )

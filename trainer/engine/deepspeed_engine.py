@@ -1,8 +1,7 @@
-"""DeepSpeed behind a few functions: the process group, the engine, its settings, an orderly end.
+"""DeepSpeed: process group, engine, settings, optimizer step and shutdown.
 
-Reads the launcher's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT). The
-DeepSpeed settings are derived from the recipe, so that nothing is said twice. DEPENDENCIES section 6
-has the measurements behind the oddities.
+Reads the launcher's environment variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) and
+derives all DeepSpeed settings from the recipe.
 """
 
 import logging
@@ -22,7 +21,7 @@ from trainer.recipe import TrainConfig
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together."""
+    """Rank of this process, number of ranks, and device of this process."""
 
     rank: int
     world: int
@@ -30,15 +29,15 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """True on the one rank that logs and writes what is written once."""
+        """True on rank 0, which logs and writes the files of the run."""
         return self.rank == 0
 
 
 def join_ranks() -> Ranks:
-    """Join the process group that the launcher's environment describes."""
+    """Join the process group of the launcher's environment variables."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if get_accelerator().device_name() == "cpu":
-        # DeepSpeed would compile its shared-memory collectives here: a minute, and a compiler, for nothing.
+        # DeepSpeed would compile its shared-memory collectives here, which takes a minute and a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
@@ -48,15 +47,15 @@ def join_ranks() -> Ranks:
 
 
 def leave_ranks(engine: deepspeed.DeepSpeedEngine) -> None:
-    """End the process group in good order."""
-    # Without the barrier a third of all good runs end in SIGABRT.
+    """Shut down the engine and the process group."""
+    # Without the barrier a third of all successful runs end with SIGABRT.
     dist.barrier()
     engine.destroy()
     dist.destroy_process_group()
 
 
 def accumulation_steps(config: TrainConfig, world: int) -> int:
-    """Micro batches of each of `world` ranks in a step. Raises UserError if the batch cannot be split."""
+    """Micro batches per step on each of `world` ranks. Raises UserError if the batch cannot be split."""
     share = config.micro_batch * world
     if config.global_batch % share:
         raise UserError(
@@ -72,10 +71,10 @@ def engine_settings(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
         "train_batch_size": config.global_batch,
         "train_micro_batch_size_per_gpu": config.micro_batch,
         "gradient_accumulation_steps": accumulation_steps(config, ranks.world),
-        # Without ZeRO `optimizer_step` clips: DeepSpeed would take the norm again, weight by weight.
-        "gradient_clipping": config.clip_norm if config.zero_stage else 0.0,
+        # Without ZeRO, `optimizer_step` clips: DeepSpeed would compute the norm again, weight by weight.
+        "gradient_clipping": config.max_grad_norm if config.zero_stage else 0.0,
         "bf16": {"enabled": config.precision == "bf16"},
-        # Gathering gradients in one buffer spares a GPU's memory; on a CPU it costs a tenth of a small step.
+        # One gradient buffer saves GPU memory; on a CPU it adds 10 % to the time of a small step.
         "zero_optimization": {
             "stage": config.zero_stage,
             "contiguous_gradients": ranks.device.type == "cuda",
@@ -86,10 +85,10 @@ def engine_settings(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
 
 
 def make_engine(unet: Any, config: TrainConfig, ranks: Ranks) -> deepspeed.DeepSpeedEngine:
-    """A network with its optimizer, ready to step; weights are those of rank 0.
+    """A DeepSpeed engine with the network and its optimizer. All ranks get the weights of rank 0.
 
     The optimizer is torch's fused AdamW, on CPU and GPU. DeepSpeed's FusedAdam and CPUAdam are compiled at
-    first use, which takes minutes and a compiler on every machine, and give the same losses to 1e-6.
+    first use, which takes minutes and a compiler on every machine; their losses agree to 1e-6.
     """
     if config.activation_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -100,12 +99,12 @@ def make_engine(unet: Any, config: TrainConfig, ranks: Ranks) -> deepspeed.DeepS
         model=unet, optimizer=optimizer, config=engine_settings(config, ranks), dist_init_required=False
     )
     if ranks.world == 1 and not config.zero_stage:
-        engine.enable_backward_allreduce = False  # it would copy all gradients to nobody and back
+        engine.enable_backward_allreduce = False  # with one rank it only copies all gradients
     return engine
 
 
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, config: TrainConfig, step: int) -> float:
-    """Linear from 0 over the warm-up, then constant; of 0-based `step`. Returns it."""
+    """Set the learning rate of `step` (from 0): linear from 0 during warm-up, then constant. Returns it."""
     rate = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup_steps))
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
@@ -113,21 +112,24 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, config: TrainConfig, st
 
 
 def optimizer_step(engine: deepspeed.DeepSpeedEngine, config: TrainConfig) -> float:
-    """Update the weights once a global batch is complete. Returns the gradient norm, unclipped, else 0."""
+    """Update the weights after the last micro batch of a step.
+
+    Returns the global gradient norm before clipping; 0 after the other micro batches.
+    """
     if not engine.is_gradient_accumulation_boundary():
         engine.step()
         return 0.0
     if config.zero_stage:
         engine.step()
         return float(engine.get_global_grad_norm())
-    # Gradients are already averaged over ranks here.
-    norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), config.clip_norm or torch.inf)
+    # Gradients are already averaged over ranks.
+    norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), config.max_grad_norm or torch.inf)
     engine.step()
     return float(norm)
 
 
-def gather_numbers(mine: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """The numbers of every rank: (world, n) on the CPU, the same on all ranks. mine: (n,) on the device."""
-    everyone = [torch.empty_like(mine) for _ in range(ranks.world)]
-    dist.all_gather(everyone, mine)
-    return torch.stack(everyone).cpu()
+def gather_numbers(values: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """The values of all ranks, (world, n) on the CPU, on every rank. values: (n,) on the device."""
+    gathered = [torch.empty_like(values) for _ in range(ranks.world)]
+    dist.all_gather(gathered, values)
+    return torch.stack(gathered).cpu()

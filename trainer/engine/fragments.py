@@ -1,8 +1,8 @@
-"""The training state by parameter name, however DeepSpeed splits it: fp32 weights and the moments of AdamW.
+"""The training state as fragments of named parameters: fp32 master weights and the moments of AdamW.
 
-ZeRO gives each rank flat slices of all parameters laid end to end; here they are pieces of named
-parameters, views that follow the optimizer. Nothing is read or written. The only file that knows where
-DeepSpeed keeps what at which stage.
+ZeRO gives each rank flat slices of all parameters. This module maps them to fragments of named parameters,
+as views of the optimizer's tensors, for every ZeRO stage. Reads and writes no files. Only this module uses
+DeepSpeed's internal attributes.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Fragment:
-    """A piece of one parameter: elements start .. start + values.numel() of its flattened master weight."""
+    """Elements start .. start + values.numel() - 1 of a flattened parameter or of one of its moments."""
 
     name: str
     start: int
@@ -29,40 +29,43 @@ class Fragment:
 
     @property
     def end(self) -> int:
-        """One past its last element in the flattened parameter."""
+        """Index after the last element in the flattened parameter."""
         return self.start + self.values.numel()
 
 
-def held(engine: deepspeed.DeepSpeedEngine, state: str, ranks: Ranks) -> list[Fragment]:
-    """This rank's pieces of MASTER or of one of MOMENTS, which the first step makes: fp32 views."""
+def local_fragments(engine: deepspeed.DeepSpeedEngine, state: str, ranks: Ranks) -> list[Fragment]:
+    """All fragments of a state on this rank, as fp32 views.
+
+    state: MASTER or one of MOMENTS; moments exist after the first step or after `initialize_moments`.
+    """
     stage = engine.zero_optimization_stage()
     return list(_whole(engine, state) if stage == 0 else _split(engine, state, ranks))
 
 
-def owned(engine: deepspeed.DeepSpeedEngine, state: str, ranks: Ranks) -> list[Fragment]:
-    """Of the pieces held those that are this rank's to write: each element is owned by one rank."""
-    pieces = held(engine, state, ranks)
-    # Without ZeRO every rank holds everything.
-    return pieces[ranks.rank :: ranks.world] if engine.zero_optimization_stage() == 0 else pieces
+def owned_fragments(engine: deepspeed.DeepSpeedEngine, state: str, ranks: Ranks) -> list[Fragment]:
+    """The fragments of a state that this rank writes to checkpoints: each element belongs to one rank."""
+    fragments = local_fragments(engine, state, ranks)
+    # Without ZeRO every rank has the complete state.
+    return fragments[ranks.rank :: ranks.world] if engine.zero_optimization_stage() == 0 else fragments
 
 
 def _whole(engine: deepspeed.DeepSpeedEngine, state: str) -> Iterator[Fragment]:
     for name, weight in engine.module.named_parameters():
         values = weight if state == MASTER else engine.optimizer.state[weight][state]
-        # view, not flatten: a copy would not follow the optimizer.
+        # view, not flatten, which may copy: a copy would not follow the optimizer.
         yield Fragment(name, 0, values.detach().view(-1))
 
 
 def _split(engine: deepspeed.DeepSpeedEngine, state: str, ranks: Ranks) -> Iterator[Fragment]:
-    piece_of = _split_weight if engine.zero_optimization_stage() == 3 else _split_optimizer
+    fragment_of = _split_weight if engine.zero_optimization_stage() == 3 else _split_optimizer
     for name, weight in engine.module.named_parameters():
-        start, values = piece_of(weight, state, ranks.rank)
+        start, values = fragment_of(weight, state, ranks.rank)
         if values.numel():
             yield Fragment(name, start, values)
 
 
 def _split_optimizer(weight: Any, state: str, _: int) -> tuple[int, torch.Tensor]:
-    """Stages 1 and 2: a rank has a stretch of all parameters laid end to end."""
+    """Stages 1 and 2: each rank has one contiguous range of the concatenated parameters."""
     mapping = weight._hp_mapping
     if mapping is None:
         return 0, torch.empty(0)
@@ -71,7 +74,7 @@ def _split_optimizer(weight: Any, state: str, _: int) -> tuple[int, torch.Tensor
 
 
 def _split_weight(weight: Any, state: str, rank: int) -> tuple[int, torch.Tensor]:
-    """Stage 3: a rank has an equal piece of every parameter, the last ranks' padded to the common length."""
+    """Stage 3: each rank has an equal part of every parameter; the last ranks' parts are padded."""
     if state == MASTER:
         local = safe_get_local_fp32_param(weight)
     else:
@@ -80,8 +83,8 @@ def _split_weight(weight: Any, state: str, rank: int) -> tuple[int, torch.Tensor
     return start, local.detach().view(-1)[: max(0, weight.ds_numel - start)]
 
 
-def begin_moments(engine: deepspeed.DeepSpeedEngine, steps: int) -> None:
-    """Give AdamW the moments of zero that it would make at its first step, after `steps` steps."""
+def initialize_moments(engine: deepspeed.DeepSpeedEngine, steps: int) -> None:
+    """Create AdamW's moments as zeros, as its first step would, with its step counter at `steps`."""
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
     if stage == 0:
         states, masters = optimizer.state, list(engine.module.parameters())
@@ -95,8 +98,8 @@ def begin_moments(engine: deepspeed.DeepSpeedEngine, steps: int) -> None:
         optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def spread_masters(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Make the network's weights on all ranks those of the masters, as a step does. All ranks call it."""
+def copy_masters_to_weights(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Set the network's weights from the fp32 masters, as an optimizer step does. A collective."""
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
     if stage in (1, 2):
         optimizer.update_lp_params()
@@ -104,5 +107,5 @@ def spread_masters(engine: deepspeed.DeepSpeedEngine) -> None:
         optimizer.checkpoint_event_prologue()
         for group in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        # Small parameters are kept whole on every rank; this gathers them anew.
+        # Gathers the small parameters, of which every rank has a complete copy.
         optimizer.checkpoint_event_epilogue()

@@ -1,8 +1,8 @@
-"""The frozen autoencoder between pictures and latents.
+"""The frozen autoencoder between images and latents.
 
-Reads a folder: diffusers' `save_pretrained` layout of AutoencoderKL or VQModel, or our PatchAutoencoder in
-the same layout; safetensors only. One interface for the three, so that `latents`, `train` and `sample` do
-not know which one they use.
+Reads a folder in diffusers' `save_pretrained` layout with an AutoencoderKL, a VQModel or our
+PatchAutoencoder; weights in safetensors format only. All three have the same interface for `latents`,
+`train` and `sample`.
 """
 
 import hashlib
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 class Autoencoder:
-    """Pictures to scaled latents and back, in float32, without gradients.
+    """Encodes images to scaled latents and decodes them, in float32, without gradients.
 
-    factor: pixels per latent; channels: of a latent; identity: SHA-256 over kind, settings, weights and
-    scale: equal identities give equal latents.
+    factor: pixels per latent along an edge; channels: channels of a latent; identity: SHA-256 of kind,
+    settings, weights and scale. Equal identities give equal latents.
     """
 
     def __init__(self, network: torch.nn.Module, config: AutoencoderConfig, identity: str) -> None:
@@ -38,13 +38,13 @@ class Autoencoder:
 
     @classmethod
     def load(cls, config: AutoencoderConfig, device: str) -> "Autoencoder":
-        """Opens the folder. Raises UserError where it is missing, of another kind or weights do not fit."""
+        """Load a folder. Raises UserError if it is missing, has another kind, or its weights do not match."""
         folder = Path(config.path)
         network = _build(config.kind, folder)
         weights = folder / WEIGHTS_NAME
-        _fill(network, weights)
+        _load_weights(network, weights)
         settings = json.loads((folder / CONFIG_NAME).read_text())
-        # An underscore marks what the writer notes about itself, such as diffusers' version.
+        # Names with an underscore describe the writer, such as diffusers' version.
         settings = {name: value for name, value in settings.items() if not name.startswith("_")}
         parts = [config.kind, settings, file_sha256(weights), config.scale]
         identity = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -54,9 +54,8 @@ class Autoencoder:
     def encode_moments(self, images: torch.Tensor) -> torch.Tensor:
         """Mean and standard deviation of the posterior, times scale: (n, 2c, h/factor, w/factor).
 
-        images: (n, 3, h, w) float32 in [-1, 1], on any device; the moments are on the network's. The
-        deviation is 0 unless the kind is `kl`: latents of a quantized autoencoder are those before
-        quantization.
+        images: (n, 3, h, w) float32 in [-1, 1], on any device; the result is on the network's device. The
+        deviation is 0 unless the kind is `kl`. Latents of kind `vq` are those before quantization.
         """
         device = next(self._network.parameters()).device
         encoded = self._network.encode(images.to(device))
@@ -69,7 +68,7 @@ class Autoencoder:
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pictures (n, 3, h*factor, w*factor) in [-1, 1] of scaled latents (n, c, h, w)."""
+        """Images (n, 3, h*factor, w*factor) in [-1, 1] of scaled latents (n, c, h, w)."""
         decoded = self._network.decode(latents / self._scale)
         images: torch.Tensor = decoded if self._kind == "patch" else decoded.sample
         return images.clamp(-1, 1)
@@ -82,7 +81,7 @@ def draw_latents(moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 
 
 def kl_f16(width: int = 128, latent_channels: int = 16, norm_groups: int = 32) -> "AutoencoderKL":
-    """LAION-RDM's autoencoder with fresh weights: KL, factor 16 (paper Table 1; scale 0.22765929)."""
+    """LAION-RDM's autoencoder with random weights: KL, factor 16 (paper Table 1; scale 0.22765929)."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -96,7 +95,7 @@ def kl_f16(width: int = 128, latent_channels: int = 16, norm_groups: int = 32) -
 
 
 def vq_f4(width: int = 128, codes: int = 8192, norm_groups: int = 32) -> "VQModel":
-    """ImageNet-RDM's autoencoder with fresh weights: quantized, factor 4, 3 channels (paper Table 1)."""
+    """ImageNet-RDM's autoencoder with random weights: quantized, factor 4, 3 channels (paper Table 1)."""
     from diffusers import VQModel
 
     return VQModel(
@@ -112,7 +111,7 @@ def vq_f4(width: int = 128, codes: int = 8192, norm_groups: int = 32) -> "VQMode
 
 
 def _geometry(network: torch.nn.Module) -> tuple[int, int]:
-    """Factor and channels."""
+    """Pixels per latent along an edge, and channels of a latent."""
     if isinstance(network, PatchAutoencoder):
         return network.shape.factor, network.shape.channels
     settings: Any = network.config
@@ -128,55 +127,59 @@ def _network_class(kind: AutoencoderKind) -> Any:
 
 
 def _build(kind: AutoencoderKind, folder: Path) -> torch.nn.Module:
-    """The network of the folder's config.json, with fresh weights."""
+    """The network of the folder's config.json, with random weights."""
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise UserError(
-            f"{path} is missing: [autoencoder] path must be a folder of {CONFIG_NAME} and {WEIGHTS_NAME}. "
+            f"{path} is missing: [autoencoder] path must be a folder with {CONFIG_NAME} and {WEIGHTS_NAME}. "
             "Set it to the autoencoder's folder."
         )
     network_class = _network_class(kind)
-    wanted = network_class.__name__
+    class_name = network_class.__name__
     try:
         settings = json.loads(path.read_text())
-        found = settings.get("_class_name")
-        if found != wanted:
+        if settings.get("_class_name") != class_name:
             raise UserError(
-                f"{path} describes a {found}, [autoencoder] kind '{kind}' wants a {wanted}. Set kind or path."
+                f"{path} describes a {settings.get('_class_name')}, but [autoencoder] kind '{kind}' needs a "
+                f"{class_name}. Change kind or path."
             )
         network: torch.nn.Module = network_class.from_config(settings)
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} does not describe a {wanted}: {error}. Restore the file or set another path."
+            f"{path} does not describe a {class_name}: {error}. Restore the file or change the path."
         ) from error
     return network
 
 
-def _fill(network: torch.nn.Module, path: Path) -> None:
-    """Loads the weights; every tensor of the network and of the file must have its counterpart."""
+def _load_weights(network: torch.nn.Module, path: Path) -> None:
+    """Load the weights. Raises UserError unless names and shapes of all tensors match the network."""
     if not path.is_file():
         raise UserError(
-            f"{path} is missing: weights are read from safetensors only. Convert other formats with "
+            f"{path} is missing: weights must be in safetensors format. Convert other formats with "
             "diffusers' save_pretrained(safe_serialization=True)."
         )
     try:
         weights = load_file(path)
     except SafetensorError as error:
-        raise UserError(f"{path} is no safetensors file: {error}. Fetch or write it again.") from error
-    wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    if wanted != found:
+        raise UserError(f"{path} is not a safetensors file: {error}. Download or write it again.") from error
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if shapes != expected:
         raise UserError(
-            f"{path} does not fit its {CONFIG_NAME}: {_differences(wanted, found)}. "
-            "Both must come from the same model: fetch or write them again."
+            f"{path} does not match its {CONFIG_NAME}: {_differences(expected, shapes)}. "
+            "Both must come from the same model: download or write them again."
         )
     network.load_state_dict(weights)
 
 
-def _differences(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> str:
-    missing, left_over = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    reshaped = sorted(name for name in wanted.keys() & found.keys() if wanted[name] != found[name])
-    kinds = {"missing": missing, "left over": left_over, "of another shape": reshaped}
+def _differences(expected: dict[str, tuple[int, ...]], shapes: dict[str, tuple[int, ...]]) -> str:
+    """Tensors that are missing, unexpected or of another shape, for an error message."""
+    common = expected.keys() & shapes.keys()
+    kinds = {
+        "missing": sorted(expected.keys() - shapes.keys()),
+        "unexpected": sorted(shapes.keys() - expected.keys()),
+        "of another shape": sorted(name for name in common if expected[name] != shapes[name]),
+    }
     return "; ".join(
         f"{len(names)} tensors {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for kind, names in kinds.items()

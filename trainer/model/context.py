@@ -1,9 +1,8 @@
-"""The cross-attention context: what the UNet is told about the picture it should make.
+"""The cross-attention context: the tokens that condition the UNet.
 
-Takes CLIP vectors (a prompt's, k neighbors'), gives a short sequence of unit tokens. Training, sampling
-and evaluation share these functions, so that a token means the same in all three. A context with fewer
-neighbors is shorter, never filled up with zeros: that moves the output by half the effect of
-conditioning (DESIGN section 8).
+Takes CLIP vectors (of a prompt and of its neighbors) and returns a short sequence of unit vectors. Training,
+sampling and evaluation share these functions. A context with fewer neighbors is shorter, not padded with
+zeros: padding would change the output by half the effect of conditioning.
 """
 
 from typing import Any, Literal
@@ -16,22 +15,22 @@ Mode = Literal["text_and_neighbors", "neighbors", "text", "unconditional"]
 
 
 def unit_rows(vectors: npt.NDArray[np.floating[Any]]) -> Vectors:
-    """Rows scaled to length 1, float32. vectors: (n, dim). Raises ValueError for a row without direction."""
+    """Rows normalized to length 1, (n, dim) float32. Raises ValueError for zero or non-finite rows."""
     rows = np.asarray(vectors, dtype=np.float32)
     lengths = np.linalg.norm(rows, axis=-1, keepdims=True)
     if not np.all(np.isfinite(lengths) & (lengths > 0)):
-        raise ValueError("a vector of length zero or with a value that is not finite has no direction")
+        raise ValueError("cannot normalize a vector of length zero or with non-finite values")
     return np.asarray(rows / lengths, dtype=np.float32)
 
 
 def make_context(mode: Mode, query: Vectors, neighbors: Vectors) -> Vectors:
-    """Tokens of one picture: the text and images first, then the neighbors (paper section 2.2).
+    """Tokens of one image: texts and images of the query first, then the neighbors (paper section 2.2).
 
-    query: (q, dim), not said in the modes `neighbors` and `unconditional`; neighbors: (n, dim), n >= 0, not
-    said in mode `text`. Returns (tokens, dim) unit rows. Raises ValueError where nothing is left to say.
+    query: (q, dim), unused in the modes `neighbors` and `unconditional`; neighbors: (n, dim), n >= 0, unused
+    in mode `text`. Returns (tokens, dim) unit rows. Raises ValueError if there are no tokens.
     """
-    parts = [query] if mode in ("text", "text_and_neighbors") else []
-    tokens = np.concatenate([*parts, *([] if mode == "text" else [neighbors])])
+    queries = [query] if mode in ("text", "text_and_neighbors") else []
+    tokens = np.concatenate([*queries, *([] if mode == "text" else [neighbors])])
     if not len(tokens):
-        raise ValueError(f"mode {mode} with no neighbors leaves an empty context")
+        raise ValueError(f"mode {mode} without neighbors gives an empty context")
     return unit_rows(tokens)

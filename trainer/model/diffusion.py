@@ -1,7 +1,7 @@
-"""The diffusion process as equations, with the paper's symbols.
+"""The equations of the diffusion process, with the paper's symbols.
 
 x_0 is a latent, eps standard normal noise, t a timestep in 0..T-1, abar_t the product of 1 - beta_s for
-s <= t. Reads and writes nothing; the sampler builds diffusers' schedulers from the same settings.
+s <= t. Reads and writes nothing. The sampler builds diffusers' schedulers from the same settings.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ def betas(config: DiffusionConfig) -> torch.Tensor:
 
 
 def alphas_bar(config: DiffusionConfig) -> torch.Tensor:
-    """abar_t, the share of signal power at t, falling from near 1. (T,) float32."""
+    """abar_t, the fraction of signal power at t, decreasing from nearly 1. (T,) float32."""
     return torch.cumprod(1 - betas(config), dim=0).float()
 
 
@@ -31,20 +31,20 @@ def q_sample(x_0: torch.Tensor, eps: torch.Tensor, abar_t: torch.Tensor) -> torc
 def target(
     prediction: Prediction, x_0: torch.Tensor, eps: torch.Tensor, abar_t: torch.Tensor
 ) -> torch.Tensor:
-    """What the network should give for x_t: eps, or v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0."""
+    """The training target of the network at x_t: eps, or v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0."""
     if prediction == "epsilon":
         return eps
     abar_t = abar_t.view(-1, 1, 1, 1)
     return abar_t.sqrt() * eps - (1 - abar_t).sqrt() * x_0
 
 
-def losses(predicted: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Eq. 1, the mean squared error of each sample, in float32. (n, c, h, w) twice -> (n,)."""
-    return (predicted.float() - wanted.float()).square().flatten(1).mean(dim=1)
+def losses(predicted: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Eq. 1, the mean squared error of each sample. Both (n, c, h, w). Returns (n,) float32."""
+    return (predicted.float() - targets.float()).square().flatten(1).mean(dim=1)
 
 
 def scheduler_settings(config: DiffusionConfig) -> dict[str, Any]:
-    """Arguments for diffusers' schedulers that describe the same process."""
+    """Arguments of diffusers' schedulers for the same process."""
     return {
         "num_train_timesteps": config.steps,
         "beta_start": config.beta_start,

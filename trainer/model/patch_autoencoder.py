@@ -1,8 +1,8 @@
-"""A small autoencoder for small pictures: principal components of patches, mended by a few convolutions.
+"""A small autoencoder for small images: principal components of patches plus a few residual convolutions.
 
-Reads and writes a folder of config.json and safetensors, as diffusers' autoencoders do. It starts at the
-best linear code of a patch, so that a minute on two cores makes latents that a tiny diffusion model can
-learn; production uses diffusers' own autoencoders.
+Reads and writes a folder with config.json and safetensors weights, like diffusers' autoencoders. It starts
+from the best linear code of a patch, so that one minute of training on two cores gives latents for a tiny
+diffusion model. Production uses diffusers' autoencoders.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
 @dataclass(frozen=True)
 class PatchShape:
-    """factor: edge of a patch in pixels; channels: of a latent; hidden: of a convolution; blocks: per net."""
+    """factor: patch edge in pixels; channels: of a latent; hidden: of a convolution; blocks: per half."""
 
     factor: int = 4
     channels: int = 4
@@ -31,7 +31,7 @@ class PatchShape:
 
 
 class PatchAutoencoder(nn.Module):
-    """Pixels in [-1, 1] to latents of about unit variance in each channel, and back."""
+    """Encodes pixels in [-1, 1] to latents with about unit variance in each channel, and decodes them."""
 
     components: torch.Tensor
     offset: torch.Tensor
@@ -50,7 +50,7 @@ class PatchAutoencoder(nn.Module):
         self.to_patch = _residual_net(shape.channels, patch, shape)
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """images: (n, 3, h, w), edges multiples of factor. Returns (n, channels, h/factor, w/factor)."""
+        """images: (n, 3, h, w), h and w multiples of factor. Returns (n, channels, h/factor, w/factor)."""
         patches = functional.pixel_unshuffle(images, self.shape.factor) - _channelwise(self.offset)
         code = functional.conv2d(patches, self.components[:, :, None, None]) + self.to_latent(patches)
         return (code - _channelwise(self.mean)) / _channelwise(self.deviation)
@@ -64,9 +64,9 @@ class PatchAutoencoder(nn.Module):
 
     @torch.no_grad()
     def fit_components(self, images: torch.Tensor) -> None:
-        """Sets the linear code to the principal components of the images' patches.
+        """Set the linear code to the principal components of the images' patches.
 
-        The images' latents then have mean 0 and variance 1 in each channel; training keeps them near.
+        Latents of these images then have mean 0 and variance 1 in each channel.
         """
         patches = functional.pixel_unshuffle(images, self.shape.factor).movedim(1, -1).flatten(0, -2)
         self.offset.copy_(patches.mean(dim=0))
@@ -78,7 +78,7 @@ class PatchAutoencoder(nn.Module):
         self.deviation *= deviation
 
     def save(self, folder: Path) -> None:
-        """Writes weights, then config.json: a killed call leaves a folder that does not open."""
+        """Write the weights, then config.json: an interrupted call leaves a folder that does not load."""
         root = Root(folder)
         weights = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
         root.write_bytes(WEIGHTS_NAME, save(weights))
@@ -86,7 +86,7 @@ class PatchAutoencoder(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict[str, int | str]) -> "PatchAutoencoder":
-        """A model with fresh weights from the content of config.json."""
+        """A model with random weights from the content of config.json."""
         values = {name: int(value) for name, value in config.items() if not name.startswith("_")}
         return cls(PatchShape(**values))
 
@@ -99,13 +99,13 @@ class _Residual(nn.Module):
         )
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        mended: torch.Tensor = features + self.layers(features)
-        return mended
+        output: torch.Tensor = features + self.layers(features)
+        return output
 
 
 def _residual_net(inputs: int, outputs: int, shape: PatchShape) -> Callable[[torch.Tensor], torch.Tensor]:
     last = nn.Conv2d(shape.hidden, outputs, 3, padding=1)
-    # zero: training starts at the linear code
+    # Zero output, so that training starts from the linear code.
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)  # type: ignore[arg-type]
     blocks = [_Residual(shape.hidden) for _ in range(shape.blocks)]

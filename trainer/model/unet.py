@@ -1,7 +1,7 @@
-"""The denoising network: a UNet whose cross-attention reads neighbor embeddings as they are.
+"""The denoising network: a UNet with cross-attention to neighbor embeddings.
 
-Reads nothing, writes nothing. One configuration expresses both models of the paper's Table 1 and the
-small one of the demo; the network is diffusers' own class, so that its folders open anywhere.
+Reads and writes nothing. One config class covers both models of the paper's Table 1 and the demo's small
+model. The network is diffusers' UNet2DConditionModel, so that other programs can load exported folders.
 """
 
 from typing import Any
@@ -12,11 +12,11 @@ from trainer.recipe import ModelConfig
 
 
 def build_unet(config: ModelConfig) -> torch.nn.Module:
-    """A UNet2DConditionModel with fresh weights.
+    """A UNet2DConditionModel with random weights.
 
-    It takes (n, c, h, w), (n,) timesteps and (n, tokens, context_dim).
+    Inputs of its forward pass: x_t (n, c, h, w), timesteps (n,) and context (n, tokens, context_dim).
     """
-    from diffusers import UNet2DConditionModel  # it takes long, and who checks a recipe builds none
+    from diffusers import UNet2DConditionModel  # slow to import, and not needed to check recipes
 
     attends = [2**level in config.attention for level in range(len(config.channels))]
     down = tuple("CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in attends)
@@ -26,7 +26,7 @@ def build_unet(config: ModelConfig) -> torch.nn.Module:
         out_channels=config.latent_channels,
         cross_attention_dim=config.context_dim,
         block_out_channels=config.channels,
-        # diffusers' argument of this name is the number of heads.
+        # In diffusers this argument is the number of heads, in spite of its name.
         attention_head_dim=tuple(width // config.channels_per_head for width in config.channels),
         down_block_types=down,
         up_block_types=up,

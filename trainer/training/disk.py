@@ -1,6 +1,6 @@
-"""Whether a run's disk is one that all ranks share and holds what the run will write, asked before a step.
+"""Checks of the run's file system before the first step: free space, and access by all ranks.
 
-Writes a word into the run's `lock` file, which every rank must find there.
+Writes a token into the run's `lock` file, which every rank must read there.
 """
 
 import os
@@ -13,56 +13,60 @@ import torch.distributed
 
 from retrieval.errors import UserError
 from retrieval.storage.root import Root
-from trainer.data.plan import Plan
+from trainer.data.plan import TrainingPlan
 from trainer.engine.deepspeed_engine import Ranks
 from trainer.model.unet import build_unet
 
 CHECKPOINT_BYTES = 16
-"""Of a parameter: fp32 weight, two moments and average."""
+"""Bytes of a checkpoint per parameter: fp32 weight, two moments and average."""
 MODEL_BYTES = 4
-"""Of a parameter in the exported model."""
-SEEN_WITHIN_S = 60.0
-"""A network file system may hide a new file from other machines for as long as it caches a folder."""
+"""Bytes of the exported model per parameter."""
+VISIBLE_WITHIN_S = 60.0
+"""A network file system may show a new file to other machines only after its directory cache expires."""
 
 
-def check_space(plan: Plan, root: Root) -> None:
-    """Raise UserError if the checkpoints that are kept, one more and the model do not fit the disk."""
+def check_space(plan: TrainingPlan, root: Root) -> None:
+    """Raise UserError if the disk is too small for the kept checkpoints, one more, and the model."""
     train = plan.config.train
     with torch.device("meta"):
         parameters = sum(weight.numel() for weight in build_unet(plan.config.model).parameters())
-    for_good = train.steps // train.keep_every if train.keep_every else 0
-    # The one being written stands beside those that are kept.
-    count = min(train.keep_checkpoints + 1 + for_good, -(-train.steps // train.checkpoint_every) + 1)
-    wanted = parameters * (count * CHECKPOINT_BYTES + MODEL_BYTES)
+    permanent = train.steps // train.keep_every if train.keep_every else 0
+    # One more than are kept, because an old checkpoint is deleted only after the new one is written.
+    count = min(train.keep_checkpoints + 1 + permanent, -(-train.steps // train.checkpoint_every) + 1)
+    needed = parameters * (count * CHECKPOINT_BYTES + MODEL_BYTES)
     folder = root.local_path(train.folder)
-    there = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-    free = shutil.disk_usage(_nearest(folder)).free
-    if wanted - there > free:
+    written = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    free = shutil.disk_usage(_existing(folder)).free
+    if needed - written > free:
         raise UserError(
             f"{folder}: {count} checkpoints of {parameters * CHECKPOINT_BYTES / 1e9:,.2f} GB and the model "
-            f"take {wanted / 1e9:,.2f} GB; {there / 1e9:,.2f} GB of that are there and {free / 1e9:,.2f} GB "
-            f"are free. Make room, lower train.keep_checkpoints, raise train.keep_every or move the root."
+            f"need {needed / 1e9:,.2f} GB; {written / 1e9:,.2f} GB are already written and "
+            f"{free / 1e9:,.2f} GB are free. Free disk space, lower train.keep_checkpoints, raise "
+            f"train.keep_every or move the root."
         )
 
 
-def _nearest(folder: Path) -> Path:
-    """The folder, or the first above it that exists."""
+def _existing(folder: Path) -> Path:
+    """The folder, or its nearest parent that exists."""
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def check_shared(lock: int | None, path: Path, ranks: Ranks) -> None:
-    """Raise UserError on a rank that does not see the first rank's lock file. All ranks call it."""
-    word = torch.empty(1, dtype=torch.int64, device=ranks.device)
+    """Raise UserError on a rank that does not see the lock file of rank 0. A collective.
+
+    lock: file descriptor of the lock file on rank 0, None on the others.
+    """
+    token = torch.empty(1, dtype=torch.int64, device=ranks.device)
     if lock is not None:
-        word.fill_(time.time_ns())
-        os.pwrite(lock, f"{int(word):020d}\n".encode(), 0)
+        token.fill_(time.time_ns())
+        os.pwrite(lock, f"{int(token):020d}\n".encode(), 0)
         os.fsync(lock)
-    torch.distributed.broadcast(word, 0)
-    deadline = time.monotonic() + SEEN_WITHIN_S
-    while not path.exists() or path.read_text().strip() != f"{int(word):020d}":
+    torch.distributed.broadcast(token, 0)
+    deadline = time.monotonic() + VISIBLE_WITHIN_S
+    while not path.exists() or path.read_text().strip() != f"{int(token):020d}":
         if time.monotonic() > deadline:
             raise UserError(
-                f"{path}: rank {ranks.rank} does not see what rank 0 wrote there. Set the recipe's root to a "
-                f"folder on a file system that all machines of the run share, the same on each."
+                f"{path}: rank {ranks.rank} does not see the token that rank 0 wrote. Set the recipe's root "
+                f"to a folder that all machines of the run share, with the same path on each."
             )
         time.sleep(0.5)

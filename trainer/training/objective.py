@@ -1,8 +1,8 @@
-"""The training loss of a batch on a device: from moments or images to eq. 1, whole and by timestep."""
+"""The training loss (eq. 1) of a batch of latent moments or images, in total and by timestep."""
 
 import torch
 
-from trainer.data.loader import Batch
+from trainer.data.loader import TrainingBatch
 from trainer.model import diffusion
 from trainer.model.autoencoder import Autoencoder, draw_latents
 from trainer.recipe import DiffusionConfig
@@ -11,7 +11,10 @@ QUARTILES = 4
 
 
 class Objective:
-    """Draw latents, noise them, predict, compare. Without an autoencoder a batch brings moments."""
+    """Draws latents, adds noise, predicts and computes the loss.
+
+    With an autoencoder, batches contain images; without one, moments of latents.
+    """
 
     def __init__(
         self, config: DiffusionConfig, autoencoder: Autoencoder | None, device: torch.device
@@ -21,8 +24,8 @@ class Objective:
         self._autoencoder = autoencoder
         self._device = device
 
-    def __call__(self, unet: torch.nn.Module, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
-        """Loss of each sample of a batch, (n,) float32. unet: takes x_t, t and the context in `dtype`."""
+    def __call__(self, unet: torch.nn.Module, batch: TrainingBatch, dtype: torch.dtype) -> torch.Tensor:
+        """Loss of each sample of a batch, (n,) float32. dtype: of the UNet's inputs x_t and context."""
         x_0 = self._latents(batch)
         eps = batch.noise.to(self._device)
         t = batch.timesteps.to(self._device)
@@ -34,21 +37,21 @@ class Objective:
     def by_quartile(self, losses: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Sums of losses, then numbers of samples, by quartile of the timestep: (2 * QUARTILES,) float64.
 
-        losses: (n,) on the device; timesteps: (n,) on the CPU. Waits for nothing on the device.
+        losses: (n,) on the device; timesteps: (n,) on the CPU. Does not synchronize with the device.
         """
         quartiles = (timesteps * QUARTILES // self._config.steps).to(self._device)
         values = torch.stack([losses.detach().double(), torch.ones_like(losses, dtype=torch.float64)])
         sums = torch.zeros(2, QUARTILES, dtype=torch.float64, device=self._device)
         return sums.index_add_(1, quartiles, values).flatten()
 
-    def _latents(self, batch: Batch) -> torch.Tensor:
-        """A draw from the posterior: mean + standard deviation x noise. (n, c, h, w) float32."""
+    def _latents(self, batch: TrainingBatch) -> torch.Tensor:
+        """A sample of the posterior: mean + standard deviation * noise. (n, c, h, w) float32."""
         inputs = batch.inputs.to(self._device).float()
         moments = inputs if self._autoencoder is None else self._autoencoder.encode_moments(inputs)
         return draw_latents(moments.float(), batch.posterior_noise.to(self._device))
 
 
 def quartile_means(sums: torch.Tensor) -> list[float | None]:
-    """Mean loss of each quartile, lowest timesteps first, of sums by `by_quartile`; None without samples."""
+    """Mean loss of each quartile, lowest timesteps first; None without samples. sums: of `by_quartile`."""
     totals, counts = sums.view(2, QUARTILES).tolist()
     return [total / count if count else None for total, count in zip(totals, counts, strict=True)]

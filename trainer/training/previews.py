@@ -1,7 +1,7 @@
-"""Sheets of samples during training: held-out images, below each what its neighbors call up, and prompts.
+"""Sheets of samples during training: for held-out images, from their neighbors, and for prompts.
 
-Takes the averaged weights; gives a picture. Contexts, seeds and settings never change, so that sheets of
-one run differ by the weights alone.
+Takes a UNet with the averaged weights and returns an image. Contexts, seeds and settings are fixed, so that
+the sheets of one run differ only in the weights.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from retrieval.recipe import ClipConfig
 from trainer.model.autoencoder import Autoencoder
 from trainer.recipe import DiffusionConfig
 from trainer.sampling.denoising import guided_sample, initial_noise, make_scheduler
-from trainer.sampling.picture import PAPER, Grid, cell_edge, draw_grid, to_pictures
+from trainer.sampling.picture import BACKGROUND, Grid, cell_edge, draw_grid, to_pictures
 from trainer.training.validation import HeldOut
 
 IMAGES, STEPS, GUIDANCE = 8, 20, 2.0
@@ -27,26 +27,26 @@ IMAGES, STEPS, GUIDANCE = 8, 20, 2.0
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts and their contexts: (n, 1, dim) float32, the text's unit vector."""
+    """Prompts and their contexts: (n, 1, dim) float32 unit vectors of the texts."""
 
     texts: tuple[str, ...]
     context: torch.Tensor
 
 
-def encode_prompts(texts: Sequence[str], clip: ClipConfig, trained_on: dict[str, Any]) -> Prompts:
-    """Raises UserError if CLIP is not the encoder of the neighbors that are trained on."""
-    encoder = Encoder.load(clip)
-    if encoder.identity != EncoderIdentity(**trained_on):
+def encode_prompts(texts: Sequence[str], clip: ClipConfig, neighbor_encoder: dict[str, Any]) -> Prompts:
+    """Encode prompts with CLIP. Raises UserError if it is not the encoder of the neighbors."""
+    encoder = Encoder(clip)
+    if encoder.identity != EncoderIdentity(**neighbor_encoder):
         raise UserError(
-            f"neighbors are of encoder {trained_on['model']} ({trained_on['weights']}), [clip] is "
-            f"{encoder.identity.model} ({encoder.identity.weights}). Set [clip] to the neighbors', or "
-            f"train.preview_prompts to []."
+            f"the neighbors have encoder {neighbor_encoder['model']} ({neighbor_encoder['weights']}), but "
+            f"[clip] is {encoder.identity.model} ({encoder.identity.weights}). Set [clip] to the encoder of "
+            f"the neighbors, or train.preview_prompts to []."
         )
     return Prompts(tuple(texts), torch.from_numpy(encoder.encode_texts(texts))[:, None])
 
 
 class Previews:
-    """What stands on a sheet, for sampling on a device. Works on one rank alone."""
+    """Draws preview sheets on a device. Used on rank 0 only."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class Previews:
 
     @torch.no_grad()
     def draw(self, unet: torch.nn.Module, dtype: torch.dtype, step: int) -> Image.Image:
-        """The sheet for a UNet that computes in `dtype`. step: for the title."""
+        """The sheet of a UNet with weights in `dtype`. step: for the title."""
         cell = cell_edge(self._originals[0])
         grid = Grid(
             cells=[self._originals, self._sample(unet, dtype, self._images.context)],
@@ -80,10 +80,10 @@ class Previews:
         return _stack(draw_grid(grid), draw_grid(below))
 
     def _sample(self, unet: torch.nn.Module, dtype: torch.dtype, contexts: torch.Tensor) -> list[Image.Image]:
-        """A sample for each context, row i from seed i. contexts: (n, tokens, dim)."""
+        """A sample for each context; sample i has seed i. contexts: (n, tokens, dim)."""
 
-        def denoise(latents: torch.Tensor, timestep: torch.Tensor, **named: Any) -> tuple[torch.Tensor, ...]:
-            context = named["encoder_hidden_states"].to(dtype)
+        def denoise(latents: torch.Tensor, timestep: torch.Tensor, **inputs: Any) -> tuple[torch.Tensor, ...]:
+            context = inputs["encoder_hidden_states"].to(dtype)
             return unet(latents.to(dtype), timestep, encoder_hidden_states=context, return_dict=False)
 
         shape = (self._channels, self._height, self._width)
@@ -99,7 +99,7 @@ class Previews:
 
 
 def _stack(above: Image.Image, below: Image.Image) -> Image.Image:
-    sheet = Image.new("RGB", (max(above.width, below.width), above.height + below.height), PAPER)
+    sheet = Image.new("RGB", (max(above.width, below.width), above.height + below.height), BACKGROUND)
     sheet.paste(above, (0, 0))
     sheet.paste(below, (0, above.height))
     return sheet

@@ -1,8 +1,8 @@
-"""Training: what each rank does from the recipe to the exported weights.
+"""Training on one rank, from the recipe to the exported weights.
 
-Reads neighbors and latents (or images) through `trainer.data.loader`; writes checkpoints, metrics and at the
-end the model and the manifest below `runs/<name>/train/`. The same command resumes after any stop, and
-a resumed run equals one that was never stopped: every random choice is a function of seed and step.
+Reads neighbors and latents (or images) through `trainer.data.loader`; writes checkpoints, metrics and, at the
+end, the model and the manifest below `runs/<name>/train/`. The same command resumes a run. A resumed run
+equals an uninterrupted one, because every random number is a function of the seed and the step.
 """
 
 import fcntl
@@ -15,30 +15,33 @@ import torch
 from retrieval.errors import UserError
 from retrieval.storage.root import Root
 from trainer.checkpoint.checkpoint import CheckpointFolder
-from trainer.checkpoint.export import export, read_model
+from trainer.checkpoint.export import export_run, read_model_weights
 from trainer.data.loader import Loader
-from trainer.data.plan import Plan, is_finished, make_plan
+from trainer.data.plan import TrainingPlan, is_finished, make_plan
 from trainer.engine.deepspeed_engine import Ranks, join_ranks, leave_ranks, make_engine
-from trainer.engine.ema import Average
-from trainer.engine.fragments import MASTER, owned
+from trainer.engine.ema import MovingAverage
+from trainer.engine.fragments import MASTER, owned_fragments
 from trainer.model.autoencoder import Autoencoder
 from trainer.model.unet import build_unet
-from trainer.recipe import Training
-from trainer.tracking.boards import import_wandb, open_boards
-from trainer.tracking.flops import make_gauge
-from trainer.tracking.progress import Progress
+from trainer.recipe import TrainingRecipe
+from trainer.tracking.dashboards import import_wandb, open_dashboards
+from trainer.tracking.flops import make_utilization_meter
+from trainer.tracking.training_log import METRICS, PREVIEWS, VALIDATION, TrainingLog
 from trainer.training.disk import check_shared, check_space
 from trainer.training.launch import TERMINATED, die_with_parent
 from trainer.training.loop import Session, Termination, train_steps
+from trainer.training.monitoring import ModelMonitor
 from trainer.training.objective import Objective
-from trainer.training.review import Review
 
 log = logging.getLogger("train")
 
+OUTPUTS = ("checkpoints", METRICS, VALIDATION, PREVIEWS, "tensorboard", "wandb", "model", "recipe.json")
+"""Files and folders of a run that `train.restart` deletes, besides the manifest."""
 
-def prepare(config: Training, root: Root) -> Plan:
-    """Everything that can be refused before a process group exists. Raises UserError."""
-    # Only a local disk can be locked, and read in slices.
+
+def prepare(config: TrainingRecipe, root: Root) -> TrainingPlan:
+    """Plan a run and make all checks that need no process group. Raises UserError."""
+    # Raises for an object store: the lock and partial reads of checkpoints need a local disk.
     root.local_path(config.train.folder)
     if config.train.wandb:
         import_wandb()
@@ -50,8 +53,8 @@ def prepare(config: Training, root: Root) -> Plan:
     return plan
 
 
-def run(config: Training, root: Root) -> None:
-    """Train on all ranks together; each rank calls it. Exits with code 143 after SIGTERM and a checkpoint."""
+def run(config: TrainingRecipe, root: Root) -> None:
+    """Train as one of the ranks; all ranks call it. Exits with code 143 after SIGTERM and a checkpoint."""
     plan = prepare(config, root)
     if is_finished(plan, root):
         log.info(f"{root.at(config.train.folder)} is finished")
@@ -59,24 +62,25 @@ def run(config: Training, root: Root) -> None:
     die_with_parent()
     began, termination = time.monotonic(), Termination()
     ranks = join_ranks()
-    lock = take_folder(plan, root) if ranks.is_first else None
+    lock = lock_folder(plan, root) if ranks.is_first else None
     check_shared(lock, root.local_path(f"{config.train.folder}/lock"), ranks)
     torch.manual_seed(config.train.seed)
     unet = build_unet(config.model)
     if config.train.start_from:
-        unet.load_state_dict(read_model(root, f"runs/{config.train.start_from}/train"), strict=True)
+        unet.load_state_dict(read_model_weights(root, f"runs/{config.train.start_from}/train"), strict=True)
     shapes = {name: weight.shape for name, weight in unet.named_parameters()}
     session, done = _start(plan, root, unet, ranks)
     if ranks.is_first:
-        _announce(plan, sum(shape.numel() for shape in shapes.values()), ranks, done)
+        _log_start(plan, sum(shape.numel() for shape in shapes.values()), ranks, done)
     completed = train_steps(session, done, termination)
     session.checkpoints.finish()
     if completed:
-        weights = {name: one for name, one in session.average.gather(shapes) if ranks.is_first}
+        # All ranks must iterate over the averages; only rank 0 keeps them.
+        weights = {name: weight for name, weight in session.average.gather(shapes) if ranks.is_first}
         if ranks.is_first:
-            export(plan, root, weights, time.monotonic() - began)
-    if session.progress:
-        session.progress.close()
+            export_run(plan, root, weights, time.monotonic() - began)
+    if session.training_log:
+        session.training_log.close()
     leave_ranks(session.engine)
     if lock is not None:
         os.close(lock)
@@ -84,12 +88,12 @@ def run(config: Training, root: Root) -> None:
         raise SystemExit(TERMINATED)
 
 
-def checkpoints_of(plan: Plan, root: Root) -> CheckpointFolder:
+def checkpoints_of(plan: TrainingPlan, root: Root) -> CheckpointFolder:
     """The folder of a run's checkpoints."""
-    upstream = {f"{stage} stage": print_ for stage, print_ in plan.upstream.items()}
+    upstream = {f"{stage} stage": fingerprint for stage, fingerprint in plan.upstream.items()}
     return CheckpointFolder(
         path=root.local_path(f"{plan.config.train.folder}/checkpoints"),
-        identity=plan.identity,
+        identity=plan.checkpoint_identity,
         settings={**_flat(plan.config.output_fields()), **upstream},
         keep=plan.config.train.keep_checkpoints,
         keep_every=plan.config.train.keep_every,
@@ -97,13 +101,16 @@ def checkpoints_of(plan: Plan, root: Root) -> CheckpointFolder:
 
 
 def _flat(sections: dict[str, dict[str, object]]) -> dict[str, object]:
-    """{"model": {"layers": 2}} as {"model.layers": 2}, without what does not bind a checkpoint."""
+    """{"model": {"layers": 2}} as {"model.layers": 2}, without train.steps, which may change on resuming."""
     flat = {f"{section}.{name}": fields[name] for section, fields in sections.items() for name in fields}
     return {name: value for name, value in flat.items() if name != "train.steps"}
 
 
-def take_folder(plan: Plan, root: Root) -> int:
-    """Make the run's folder this process's own, without what another run left. Returns the lock."""
+def lock_folder(plan: TrainingPlan, root: Root) -> int:
+    """Lock the run's folder and delete the files of another run and unfinished checkpoints.
+
+    Returns the file descriptor of the lock. Raises UserError if another process has the lock.
+    """
     folder = root.local_path(plan.config.train.folder)
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o644)
@@ -111,40 +118,31 @@ def take_folder(plan: Plan, root: Root) -> int:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise UserError(
-            f"{folder} is being trained by another process. Wait for it or choose another train.name."
+            f"another process is training in {folder}. Wait for it or choose another train.name."
         ) from error
     root.delete(f"{plan.config.train.folder}/manifest.json")
     checkpoints = checkpoints_of(plan, root)
-    if checkpoints.is_foreign() or checkpoints.is_beyond(plan.config.train.steps):
-        for name in (
-            "checkpoints",
-            "metrics.jsonl",
-            "validation.jsonl",
-            "previews",
-            "tensorboard",
-            "wandb",
-            "model",
-            "recipe.json",
-        ):
+    if checkpoints.is_other_run() or checkpoints.is_past(plan.config.train.steps):
+        for name in OUTPUTS:
             root.delete(f"{plan.config.train.folder}/{name}")
-    checkpoints.sweep()
+    checkpoints.delete_unfinished()
     return lock
 
 
-def _start(plan: Plan, root: Root, unet: torch.nn.Module, ranks: Ranks) -> tuple[Session, int]:
-    """Build everything and load the newest checkpoint. Returns the number of steps done too."""
+def _start(plan: TrainingPlan, root: Root, unet: torch.nn.Module, ranks: Ranks) -> tuple[Session, int]:
+    """Build the session and load the newest checkpoint. Also returns the number of steps done."""
     config = plan.config.train
     engine = make_engine(unet, config, ranks)
-    average = Average(owned(engine, MASTER, ranks), config.ema_decay)
+    average = MovingAverage(owned_fragments(engine, MASTER, ranks), config.ema_decay)
     checkpoints = checkpoints_of(plan, root)
     done = checkpoints.load(engine, average, ranks)
     autoencoder = None
     if config.source == "images":
         autoencoder = Autoencoder.load(plan.config.autoencoder, str(ranks.device))
     loader = Loader(plan, root, ranks.rank, ranks.world)
-    folder, progress = root.local_path(config.folder), None
+    folder, training_log = root.local_path(config.folder), None
     if ranks.is_first:
-        progress = Progress(folder, done, config.steps, open_boards(plan, folder, done))
+        training_log = TrainingLog(folder, done, config.steps, open_dashboards(plan, folder, done))
     session = Session(
         config=config,
         ranks=ranks,
@@ -153,19 +151,19 @@ def _start(plan: Plan, root: Root, unet: torch.nn.Module, ranks: Ranks) -> tuple
         objective=Objective(plan.config.diffusion, autoencoder, ranks.device),
         loader=loader,
         checkpoints=checkpoints,
-        review=Review(plan, loader, ranks, progress) if config.validation_images else None,
-        progress=progress,
-        gauge=make_gauge(plan, ranks) if ranks.is_first else None,
+        monitor=ModelMonitor(plan, loader, ranks, training_log) if config.validation_images else None,
+        training_log=training_log,
+        utilization=make_utilization_meter(plan, ranks) if ranks.is_first else None,
     )
     return session, done
 
 
-def _announce(plan: Plan, parameters: int, ranks: Ranks, done: int) -> None:
-    """Say what will be trained."""
-    config, images = plan.config.train, sum(plan.samples.rows)
+def _log_start(plan: TrainingPlan, parameters: int, ranks: Ranks, done: int) -> None:
+    """Log a summary of the run."""
+    config, images = plan.config.train, sum(plan.training_set.rows)
     log.info(
         f"{config.name}  {parameters:,} parameters  {images:,} images with {config.k} neighbors each  "
-        f"{config.size} px as {plan.samples.latent_shape}  batch {config.global_batch} on {ranks.world} "
+        f"{config.size} px as {plan.training_set.latent_shape}  batch {config.global_batch} on {ranks.world} "
         f"ranks by {config.micro_batch}  {config.precision}  ZeRO {config.zero_stage}  "
         f"steps {done:,} to {config.steps:,} ({config.steps * config.global_batch / images:,.1f} epochs)"
     )

@@ -1,7 +1,7 @@
-"""The loss on images that training never sees, with noise and timesteps that never change.
+"""The loss on held-out images, with fixed noise and timesteps.
 
-Reads the held-out rows once and keeps their moments; writes nothing. Every rank computes its share, and
-the sum over samples is the same for any number of ranks and whatever training did before.
+Reads the held-out rows once and keeps their moments in memory; writes nothing. Each rank computes the losses
+of its share; the mean over all samples does not depend on the number of ranks.
 """
 
 from collections.abc import Sequence
@@ -13,36 +13,36 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from trainer.data.loader import Batch, Loader
-from trainer.data.plan import Plan, Samples
+from trainer.data.loader import Loader, TrainingBatch
+from trainer.data.plan import TrainingPlan, TrainingSet
 from trainer.data.sample_order import VALIDATION
 from trainer.engine.deepspeed_engine import Ranks
 from trainer.model.autoencoder import Autoencoder
-from trainer.tracking.progress import Quartiles
+from trainer.tracking.training_log import Quartiles
 from trainer.training.objective import QUARTILES, Objective, quartile_means
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out images: id, moments (2c, h, w) float16 and context (k, dim) float16 of each."""
+    """Held-out images: ids (n,), moments (n, 2c, h, w) float16, contexts (n, tokens, dim) float16."""
 
     image_ids: npt.NDArray[np.int64]
     moments: torch.Tensor
     context: torch.Tensor
 
 
-def held_out_rows(samples: Samples) -> list[tuple[int, int]]:
-    """Shard number and row of every held-out image, in order."""
-    counts = zip(samples.rows, samples.held_out, strict=True)
+def held_out_rows(training_set: TrainingSet) -> list[tuple[int, int]]:
+    """Shard index and row of every held-out image, in order."""
+    counts = zip(training_set.rows, training_set.held_out, strict=True)
     return [(shard, rows + i) for shard, (rows, count) in enumerate(counts) for i in range(count)]
 
 
 def read_held_out(
-    plan: Plan, loader: Loader, rows: list[tuple[int, int]], autoencoder: Autoencoder | None
+    plan: TrainingPlan, loader: Loader, rows: list[tuple[int, int]], autoencoder: Autoencoder | None
 ) -> HeldOut:
-    """Rows of a loader's shards as training sees them in epoch 0; an autoencoder encodes images.
+    """Read held-out rows as in epoch 0. autoencoder: encodes images; None for a training set of latents.
 
-    The context is the best of the neighbors, as many as training takes.
+    The context of an image is its best neighbors, as many as in training.
     """
     tokens, batch_size = plan.config.train.context_tokens, plan.config.train.micro_batch
     shards = {number: loader.shard(number) for number, _ in rows}
@@ -59,50 +59,53 @@ def read_held_out(
 
 
 class ValidationSet:
-    """A rank's share of the held-out images with their draws, and the loss on all ranks' shares.
+    """A rank's share of the held-out images with fixed noise, and the loss over all ranks.
 
-    Image i, from 0, has a timestep of quartile i % QUARTILES and draws of its own: the same for every run
-    on these images, so that losses of runs compare. No neighbors are withheld.
+    Image i (from 0) has a fixed timestep in quartile i % QUARTILES and fixed noise, equal for all runs on
+    these images, so that their losses can be compared. All samples have their neighbors.
     """
 
-    def __init__(self, plan: Plan, loader: Loader, autoencoder: Autoencoder | None, ranks: Ranks) -> None:
+    def __init__(
+        self, plan: TrainingPlan, loader: Loader, autoencoder: Autoencoder | None, ranks: Ranks
+    ) -> None:
         self._micro_batch, self._ranks = plan.config.train.micro_batch, ranks
         self._objective = Objective(plan.config.diffusion, None, ranks.device)
-        rows = held_out_rows(plan.samples)
-        own = range(ranks.rank, len(rows), ranks.world)
-        self._counted = len(own)
-        # Under ZeRO 3 a forward pass is a collective, so all ranks need as many: the last image is repeated.
-        share = -(-len(rows) // ranks.world)
-        places = (list(own) + [len(rows) - 1] * share)[:share]
-        images = read_held_out(plan, loader, [rows[place] for place in places], autoencoder)
-        self._batch = with_draws(images, places, plan)
+        rows = held_out_rows(plan.training_set)
+        indices = list(range(ranks.rank, len(rows), ranks.world))
+        self._counted = len(indices)
+        # Under ZeRO 3 a forward pass is a collective, so the last image is repeated to make shares equal.
+        indices += [len(rows) - 1] * (-(-len(rows) // ranks.world) - len(indices))
+        images = read_held_out(plan, loader, [rows[index] for index in indices], autoencoder)
+        self._batch = fixed_batch(images, indices, plan)
 
     @torch.no_grad()
     def loss(self, unet: torch.nn.Module, dtype: torch.dtype) -> tuple[float, Quartiles]:
-        """Mean loss over all held-out images, and by quartile; the same on all ranks, which all call it."""
-        parts = [self._objective(unet, piece, dtype) for piece in self._batch.split(self._micro_batch)]
-        losses = torch.cat(parts)[: self._counted]
-        sums = self._objective.by_quartile(losses, self._batch.timesteps[: self._counted])
+        """Mean loss over all held-out images, in total and by quartile; equal on all ranks. A collective."""
+        losses = [self._objective(unet, part, dtype) for part in self._batch.split(self._micro_batch)]
+        timesteps = self._batch.timesteps[: self._counted]
+        sums = self._objective.by_quartile(torch.cat(losses)[: self._counted], timesteps)
         dist.all_reduce(sums)
         sums = sums.cpu()
         return float(sums[:QUARTILES].sum() / sums[QUARTILES:].sum()), quartile_means(sums)
 
 
-def with_draws(images: HeldOut, places: Sequence[int], plan: Plan) -> Batch:
-    """A batch of these images; each has the timestep, of quartile place % QUARTILES, and the noise of its
-    place. Places: as many as images."""
-    shape, steps = plan.samples.latent_shape, plan.config.diffusion.steps
+def fixed_batch(images: HeldOut, indices: Sequence[int], plan: TrainingPlan) -> TrainingBatch:
+    """A batch of images; the index of an image determines its noise and its timestep.
+
+    indices: one per image; the timestep is in quartile index % QUARTILES.
+    """
+    shape, steps = plan.training_set.latent_shape, plan.config.diffusion.steps
     timesteps, posterior_noise, noise = [], [], []
-    for place in places:
-        rng = np.random.default_rng([VALIDATION, place])
-        quartile = place % QUARTILES
-        # the timesteps t of a quartile are those with t * QUARTILES // steps equal to it
-        first, end = (-(-one * steps // QUARTILES) for one in (quartile, quartile + 1))
+    for index in indices:
+        rng = np.random.default_rng([VALIDATION, index])
+        quartile = index % QUARTILES
+        # A timestep t belongs to quartile t * QUARTILES // steps.
+        first, end = (-(-bound * steps // QUARTILES) for bound in (quartile, quartile + 1))
         timesteps.append(int(rng.integers(first, end)))
-        drawn = rng.standard_normal((2, *shape), dtype=np.float32)
-        posterior_noise.append(torch.from_numpy(drawn[0]))
-        noise.append(torch.from_numpy(drawn[1]))
-    return Batch(
+        draws = rng.standard_normal((2, *shape), dtype=np.float32)
+        posterior_noise.append(torch.from_numpy(draws[0]))
+        noise.append(torch.from_numpy(draws[1]))
+    return TrainingBatch(
         image_ids=images.image_ids,
         inputs=images.moments,
         context=images.context,

@@ -1,7 +1,7 @@
-"""What test_checkpoint runs: two ranks that do nothing but write checkpoints, killed at seeded moments.
+"""Kills two ranks that write checkpoints at seeded times and checks the checkpoints, for test_checkpoint.
 
-`python -m tests.trainer.checkpoint.checkpoint_killed FOLDER`; ends with a failed assertion if a checkpoint is there in part. The
-ranks are forked, so that a kill costs no imports. Prints how many checkpoints were seen.
+`python -m checkpoint_killed FOLDER` ends with a failed assertion if an indexed
+checkpoint is incomplete. The ranks are forked, because they then need no imports. Prints the last step.
 """
 
 import os
@@ -24,7 +24,7 @@ from trainer.training.launch import die_with_parent
 
 KILLS, KEPT, KEEP_EVERY = 15, 2, 10
 SIZES = (1000, 4_000_000)
-"""Elements of each rank: the first is done long before the second."""
+"""Number of elements of each rank: rank 0 finishes long before rank 1."""
 
 
 def folder_at(path: Path) -> CheckpointFolder:
@@ -32,17 +32,17 @@ def folder_at(path: Path) -> CheckpointFolder:
 
 
 def rank_process(path: Path, store: str, rank: int) -> None:
-    """Write checkpoints for ever; all values of one are its step."""
+    """Write checkpoints in an endless loop; all values of a checkpoint are its step."""
     die_with_parent()
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
     checkpoints = folder_at(path)
     begin = checkpoints.newest_step() + 1
     if rank == 0:
-        checkpoints.sweep()
+        checkpoints.delete_unfinished()
     dist.barrier()
     for step in count(begin):
-        pieces = {f"master/w@{rank * SIZES[0]}": torch.full((SIZES[rank],), float(step))}
-        checkpoints.save_pieces(pieces, step, Ranks(rank, 2, torch.device("cpu")))
+        tensors = {f"master/w@{rank * SIZES[0]}": torch.full((SIZES[rank],), float(step))}
+        checkpoints.save_tensors(tensors, step, Ranks(rank, 2, torch.device("cpu")))
 
 
 def start(path: Path, store: str, rank: int) -> int:
@@ -56,7 +56,7 @@ def start(path: Path, store: str, rank: int) -> int:
 
 
 def wait_beyond(path: Path, step: int) -> None:
-    """Wait for a checkpoint after a step."""
+    """Wait for a checkpoint after this step."""
     deadline = time.monotonic() + 120
     while folder_at(path).newest_step() <= step:
         assert time.monotonic() < deadline
@@ -64,46 +64,46 @@ def wait_beyond(path: Path, step: int) -> None:
 
 
 def check(path: Path) -> int:
-    """Everything that the index names is whole. Returns the newest step."""
+    """Check that all indexed checkpoints are complete. Returns the newest step."""
     checkpoints = folder_at(path)
     index = checkpoints._index()
     if index is None:
         return 0
     steps = [entry["step"] for entry in index["checkpoints"]]
     newest = steps[-1]
-    for_good = list(range(KEEP_EVERY, newest - KEPT + 1, KEEP_EVERY))
-    assert steps == [*for_good, *range(max(1, newest - KEPT + 1), newest + 1)], steps
-    # Besides them one that was being written, and one that was being removed.
+    permanent = list(range(KEEP_EVERY, newest - KEPT + 1, KEEP_EVERY))
+    assert steps == [*permanent, *range(max(1, newest - KEPT + 1), newest + 1)], steps
+    # Also one that was being written, and one that was being deleted.
     assert len(list(path.glob("step-*"))) <= len(steps) + 2
     for entry in index["checkpoints"]:
         checkpoints._check_files(entry)
         with SavedFragments(path / entry["tag"]) as saved:
-            piece = Fragment("w", 0, torch.zeros(sum(SIZES)))
-            saved.fill("master", piece)
-        assert bool((piece.values == entry["step"]).all())
+            fragment = Fragment("w", 0, torch.zeros(sum(SIZES)))
+            saved.read_into("master", fragment)
+        assert bool((fragment.values == entry["step"]).all())
     return newest
 
 
 def main(path: Path) -> None:
-    seen = [0]
+    newest = 0
     for number in range(KILLS):
         rng = np.random.default_rng([5, number])
-        with tempfile.TemporaryDirectory() as scratch:
-            children = [start(path, f"{scratch}/store", rank) for rank in (0, 1)]
-            wait_beyond(path, seen[-1])
+        with tempfile.TemporaryDirectory() as folder:
+            children = [start(path, f"{folder}/store", rank) for rank in (0, 1)]
+            wait_beyond(path, newest)
             time.sleep(rng.uniform(0, 0.2))
             for child in rng.permutation(children):
                 os.kill(int(child), signal.SIGKILL)
                 time.sleep(rng.uniform(0, 0.01))
             for child in children:
                 os.waitpid(child, 0)
-        seen.append(check(path))
-        assert seen[-1] > seen[-2]
-    folder_at(path).sweep()
-    named = {entry["tag"] for entry in folder_at(path)._index()["checkpoints"]}
-    assert {one.name for one in path.iterdir()} == {"checkpoints.json", *named}
-    assert check(path) == seen[-1]
-    print(seen[-1])
+        previous, newest = newest, check(path)
+        assert newest > previous
+    folder_at(path).delete_unfinished()
+    indexed = {entry["tag"] for entry in folder_at(path)._index()["checkpoints"]}
+    assert {file.name for file in path.iterdir()} == {"checkpoints.json", *indexed}
+    assert check(path) == newest
+    print(newest)
 
 
 if __name__ == "__main__":

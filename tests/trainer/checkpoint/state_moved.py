@@ -1,8 +1,8 @@
-"""What test_checkpoint runs: training states saved by one and two ranks at every ZeRO stage, loaded by all.
+"""Saves and loads training states on one and two ranks at several ZeRO stages, for test_checkpoint.
 
-`python -m tests.trainer.checkpoint.state_moved FOLDER WORD...`; ends with a failed assertion if a state does not go on as it would
-have. `write` trains, saves, trains on and notes where that ends; `read` trains on from what every writer
-saved, and compares.
+`python -m state_moved FOLDER ACTION...` ends with a failed assertion if a loaded
+state trains differently. `write` trains, saves a checkpoint, trains on and stores the final weights; `read`
+loads every checkpoint, trains on and compares with the final weights.
 """
 
 import sys
@@ -17,29 +17,29 @@ from training_set import make_recipe
 
 from trainer.checkpoint.checkpoint import CheckpointFolder
 from trainer.engine.deepspeed_engine import Ranks, join_ranks, make_engine, optimizer_step
-from trainer.engine.ema import Average
-from trainer.engine.fragments import MASTER, owned
+from trainer.engine.ema import MovingAverage
+from trainer.engine.fragments import MASTER, owned_fragments
 
-WAYS = [(0, "fp32"), (1, "fp32"), (3, "fp32"), (2, "bf16"), (3, "bf16")]
+LAYOUTS = [(0, "fp32"), (1, "fp32"), (3, "fp32"), (2, "bf16"), (3, "bf16")]
 SAVED_AT, STEPS = 3, 5
 
 
 class Trained:
-    """A tiny network in training, split in one of the ways."""
+    """A tiny network in training at a ZeRO stage and in a number format."""
 
     def __init__(self, zero_stage: int, precision: str, seed: int, ranks: Ranks) -> None:
         changes = {"zero_stage": zero_stage, "precision": precision, "global_batch": 4, "weight_decay": 0.1}
         self.config = make_recipe("", **changes).train
         torch.manual_seed(seed)
-        # Odd sizes: no split of them is even.
+        # Odd sizes, which cannot be divided evenly.
         layers = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.SiLU(), torch.nn.Linear(5, 3))
         self.shapes = {name: weight.shape for name, weight in layers.named_parameters()}
         self.engine: deepspeed.DeepSpeedEngine = make_engine(layers, self.config, ranks)
-        self.average = Average(owned(self.engine, MASTER, ranks), 0.5)
+        self.average = MovingAverage(owned_fragments(self.engine, MASTER, ranks), 0.5)
         self.ranks = ranks
 
     def train(self, first: int, last: int) -> None:
-        """Steps on batches that depend on nothing but the step."""
+        """Train on batches that depend only on the step."""
         dtype = next(self.engine.module.parameters()).dtype
         for step in range(first, last):
             batch = torch.randn(4, 7, generator=torch.Generator().manual_seed(step))
@@ -48,26 +48,26 @@ class Trained:
                 optimizer_step(self.engine, self.config)
             self.average.update(step + 1)
 
-    def whole(self) -> dict[str, torch.Tensor]:
-        """The fp32 weights and their average."""
-        masters = Average(owned(self.engine, MASTER, self.ranks), 0.5)
-        parts = {"master": masters.gather(self.shapes), "average": self.average.gather(self.shapes)}
-        return {f"{part}.{name}": one for part, named in parts.items() for name, one in named}
+    def state(self) -> dict[str, torch.Tensor]:
+        """The complete fp32 weights and their average."""
+        masters = MovingAverage(owned_fragments(self.engine, MASTER, self.ranks), 0.5)
+        states = {"master": masters.gather(self.shapes), "average": self.average.gather(self.shapes)}
+        return {f"{state}.{name}": values for state, named in states.items() for name, values in named}
 
 
-def folder_of(folder: Path, world: int, way: tuple[int, str]) -> CheckpointFolder:
-    return CheckpointFolder(folder / f"{world}-{way[0]}-{way[1]}", "test", {}, keep=2, keep_every=0)
+def folder_of(folder: Path, world: int, layout: tuple[int, str]) -> CheckpointFolder:
+    return CheckpointFolder(folder / f"{world}-{layout[0]}-{layout[1]}", "test", {}, keep=2, keep_every=0)
 
 
 def write(folder: Path, ranks: Ranks) -> None:
-    for way in WAYS:
-        trained, saved = Trained(*way, seed=0, ranks=ranks), folder_of(folder, ranks.world, way)
+    for layout in LAYOUTS:
+        trained, saved = Trained(*layout, seed=0, ranks=ranks), folder_of(folder, ranks.world, layout)
         trained.train(0, SAVED_AT)
         saved.save(trained.engine, trained.average, SAVED_AT, ranks)
-        # While the thread writes: what it writes is a copy.
+        # Train while the thread writes: it writes a copy.
         trained.train(SAVED_AT, STEPS)
         saved.finish()
-        end = trained.whole()
+        end = trained.state()
         if ranks.is_first:
             save_file(end, saved.path / "end.safetensors")
         trained.engine.destroy()
@@ -80,27 +80,27 @@ def read(folder: Path, ranks: Ranks) -> None:
         assert saved.load(trained.engine, trained.average, ranks) == SAVED_AT
         trained.train(SAVED_AT, STEPS)
         exact = world == ranks.world
-        wanted = load_file(saved.path / "end.safetensors")
-        for name, values in trained.whole().items():
-            text = f"{name} saved by {world} ranks as {saved_as}, read by {ranks.world} as {read_as}"
+        expected = load_file(saved.path / "end.safetensors")
+        for name, values in trained.state().items():
+            message = f"{name} saved by {world} ranks as {saved_as}, read by {ranks.world} as {read_as}"
             rtol, atol = (0.0, 0.0) if exact else (1e-5, 2e-3 if read_as[1] == "bf16" else 1e-6)
-            torch.testing.assert_close(values, wanted[name], rtol=rtol, atol=atol, msg=text)
+            torch.testing.assert_close(values, expected[name], rtol=rtol, atol=atol, msg=message)
         trained.engine.destroy()
 
 
 def pairs(folder: Path) -> Iterator[tuple[int, tuple[int, str], tuple[int, str]]]:
-    """What was saved, and every way to read it in the same precision."""
+    """World size and layout of each saved checkpoint, with every layout of the same precision to load it."""
     for world in (1, 2):
-        for saved_as in WAYS:
+        for saved_as in LAYOUTS:
             if folder_of(folder, world, saved_as).path.exists():
-                for read_as in WAYS:
+                for read_as in LAYOUTS:
                     if saved_as[1] == read_as[1]:
                         yield world, saved_as, read_as
 
 
 if __name__ == "__main__":
-    group = join_ranks()
-    for word in sys.argv[2:]:
-        {"write": write, "read": read}[word](Path(sys.argv[1]), group)
+    ranks = join_ranks()
+    for action in sys.argv[2:]:
+        {"write": write, "read": read}[action](Path(sys.argv[1]), ranks)
     dist.barrier()
     dist.destroy_process_group()

@@ -13,7 +13,7 @@ from retrieval.storage import schema
 from retrieval.storage.root import Root
 from tests.trainer.training_set import make_recipe
 from trainer.data import images
-from trainer.data.images import ImageTar, Scaled, center_crop, decode, random_crop
+from trainer.data.images import ImageTar, ScaledImage, center_crop, decode_image, random_crop
 from trainer.data.latents import image_views, make_shard_encoder, manifest_values
 from trainer.model.autoencoder import Autoencoder
 from trainer.recipe import AutoencoderConfig, LatentsConfig
@@ -47,8 +47,8 @@ def write_shard(root: Root, contents: dict[int, bytes], embedded: list[int]) -> 
         "height": [1] * count,
         schema.EMBEDDING: schema.fixed_lists(np.zeros((count, 8), np.float16)),
     }
-    wanted = schema.embeddings(8)
-    schema.write_table(root, f"embed/train/{SHARD}.parquet", pa.table(columns, schema=wanted), wanted)
+    layout = schema.embeddings(8)
+    schema.write_table(root, f"embed/train/{SHARD}.parquet", pa.table(columns, schema=layout), layout)
 
 
 def png(image: Image.Image) -> bytes:
@@ -75,7 +75,7 @@ def read_moments(root: Root) -> np.ndarray:
     return schema.vectors(table, schema.MOMENTS).reshape(3, 3, 8, 8, 8).astype(np.float32)
 
 
-def test_a_shard_holds_the_moments_of_every_view_in_the_order_of_embed(
+def test_a_shard_has_the_moments_of_every_view_in_the_order_of_embed(
     root: Root, autoencoder_config: AutoencoderConfig
 ) -> None:
     record = make_shard_encoder(CONFIG, autoencoder_config, root)(SHARD)
@@ -86,53 +86,53 @@ def test_a_shard_holds_the_moments_of_every_view_in_the_order_of_embed(
     for row, image_id in enumerate(IDS):
         views = torch.from_numpy(np.stack(list(image_views(tar, image_id, CONFIG))))
         with torch.no_grad():
-            wanted = autoencoder.encode_moments(views)
-        torch.testing.assert_close(torch.from_numpy(moments[row]), wanted, atol=1e-2, rtol=1e-2)
+            expected = autoencoder.encode_moments(views)
+        torch.testing.assert_close(torch.from_numpy(moments[row]), expected, atol=1e-2, rtol=1e-2)
     assert np.abs(moments[:, 1] - moments[:, 2]).max() > 0.01
 
 
-def test_the_same_shard_is_encoded_to_the_same_bytes_whatever_the_batch_size(
+def test_encoding_is_reproducible_and_independent_of_the_batch_size(
     root: Root, autoencoder_config: AutoencoderConfig
 ) -> None:
     first = make_shard_encoder(CONFIG, autoencoder_config, root)(SHARD)
     again = make_shard_encoder(CONFIG, autoencoder_config, root)(SHARD)
     assert first.files == again.files
-    one = read_moments(root)
+    moments = read_moments(root)
     make_shard_encoder(CONFIG.model_copy(update={"batch_size": 9}), autoencoder_config, root)(SHARD)
-    np.testing.assert_allclose(one, read_moments(root), atol=2e-3)
+    np.testing.assert_allclose(moments, read_moments(root), atol=2e-3)
 
 
-def test_view_0_is_the_middle_and_the_others_are_seeded_cuts(root: Root) -> None:
+def test_view_0_is_the_center_crop_and_the_others_are_seeded_random_crops(root: Root) -> None:
     tar = ImageTar(root.local_path(f"download/train/{SHARD}.tar"))
     views = list(image_views(tar, IDS[0], CONFIG))
     resized = noise(0).resize((87, 64), Image.Resampling.BICUBIC)
-    middle = np.asarray(resized, np.float32)[:, 11:75].transpose(2, 0, 1) / 127.5 - 1
-    np.testing.assert_allclose(views[0], middle, atol=1.01 / 127.5)
-    assert np.mean(views[0] == middle) > 0.99
+    center = np.asarray(resized, np.float32)[:, 11:75].transpose(2, 0, 1) / 127.5 - 1
+    np.testing.assert_allclose(views[0], center, atol=1.01 / 127.5)
+    assert np.mean(views[0] == center) > 0.99
     np.testing.assert_array_equal(views[1], list(image_views(tar, IDS[0], CONFIG))[1])
     other_seed = list(image_views(tar, IDS[0], CONFIG.model_copy(update={"seed": 2})))
     assert not np.array_equal(views[1], other_seed[1])
 
 
-def test_cuts_cover_the_image_and_half_are_mirrored() -> None:
+def test_random_crops_cover_the_image_and_half_are_mirrored() -> None:
     image = Image.fromarray(np.tile(np.arange(100, dtype=np.uint8)[None, :, None], (64, 1, 3)))
-    ramp = Scaled(image, (100, 64), (100, 64), 64)
-    cuts = [random_crop(ramp, (0, 0, seed), flip=True) for seed in range(200)]
-    mirrored = [cut[0, 0, 0] > cut[0, 0, -1] for cut in cuts]
+    ramp = ScaledImage(image, (100, 64), (100, 64), 64)
+    crops = [random_crop(ramp, (0, 0, seed), flip=True) for seed in range(200)]
+    mirrored = [crop[0, 0, 0] > crop[0, 0, -1] for crop in crops]
     assert 0.4 < np.mean(mirrored) < 0.6
-    lefts = {round((min(cut[0, 0, 0], cut[0, 0, -1]) + 1) * 127.5) for cut in cuts}
+    lefts = {round((min(crop[0, 0, 0], crop[0, 0, -1]) + 1) * 127.5) for crop in crops}
     assert {0, 36} <= lefts <= set(range(37))
     unmirrored = [random_crop(ramp, (0, 0, seed), flip=False) for seed in range(20)]
-    assert all(cut[0, 0, 0] < cut[0, 0, -1] for cut in unmirrored)
+    assert all(crop[0, 0, 0] < crop[0, 0, -1] for crop in unmirrored)
 
 
 def test_resizing_is_antialiased() -> None:
     stripes = Image.fromarray(np.tile(np.array([0, 255], np.uint8)[None, :, None], (640, 320, 3)))
-    assert np.abs(center_crop(decode(png(stripes), "stripes", 64))).max() < 0.05
+    assert np.abs(center_crop(decode_image(png(stripes), "stripes", 64))).max() < 0.05
 
 
 def scene(width: int, height: int) -> Image.Image:
-    """Soft waves and a sharp disc: what photographs are made of."""
+    """Smooth waves and a disc with sharp edges, similar to a photograph."""
     y, x = np.mgrid[:height, :width]
     waves = [128 + 60 * np.sin(x / 23 + phase) * np.cos(y / 31 + phase) for phase in range(3)]
     waves[0][(x - width / 2) ** 2 + (y - height / 2) ** 2 < (height / 4) ** 2] = 230
@@ -146,39 +146,39 @@ def jpeg(image: Image.Image) -> bytes:
 
 
 @pytest.mark.parametrize("stored", [(1003, 771), (769, 1537), (256, 256), (300, 2400)])
-def test_a_large_jpeg_is_decoded_small_and_cut_as_if_it_were_not(stored: tuple[int, int]) -> None:
+def test_crops_of_a_jpeg_decoded_at_reduced_size_equal_those_at_full_size(stored: tuple[int, int]) -> None:
     data = jpeg(scene(*stored))
-    small = decode(data, "a.jpg", 256)
+    small = decode_image(data, "a.jpg", 256)
     whole = Image.open(io.BytesIO(data)).convert("RGB")
-    large = Scaled(whole, whole.size, small.edges, 256)
-    assert (small.raster.width < stored[0]) == (min(stored) >= 2 * 256 * images.GAP)
+    large = ScaledImage(whole, whole.size, small.edges, 256)
+    assert (small.raster.width < stored[0]) == (min(stored) >= 2 * 256 * images.MIN_DRAFT_RATIO)
     factor = round(stored[0] / small.raster.width)
     assert small.extent == (stored[0] / factor, stored[1] / factor)
-    assert min(small.raster.size) >= 256 * min(images.GAP, min(stored) / 256)
+    assert min(small.raster.size) >= 256 * min(images.MIN_DRAFT_RATIO, min(stored) / 256)
     for seed in range(5):
-        one, other = (random_crop(image, (0, 0, seed), flip=True) for image in (small, large))
-        assert np.sqrt(np.square(one - other).mean()) < 2 / 127.5
+        reduced, full = (random_crop(image, (0, 0, seed), flip=True) for image in (small, large))
+        assert np.sqrt(np.square(reduced - full).mean()) < 2 / 127.5
 
 
-def test_a_cut_equals_the_part_of_the_scaled_image() -> None:
-    image = decode(png(scene(390, 300)), "a.png", 128)
+def test_a_crop_equals_the_same_part_of_the_scaled_image() -> None:
+    image = decode_image(png(scene(390, 300)), "a.png", 128)
     scaled = np.asarray(scene(390, 300).resize((166, 128), Image.Resampling.BICUBIC), np.float32)
     for left in (0, 17, 38):
         part = scaled[:, left : left + 128].transpose(2, 0, 1) / 127.5 - 1
-        # where a value stands between two levels, another box may round it the other way
-        np.testing.assert_allclose(image.cut(left, 0), part, atol=1.01 / 127.5)
-        assert np.mean(image.cut(left, 0) == part.astype(np.float32)) > 0.99
+        # Values halfway between two levels may be rounded differently.
+        np.testing.assert_allclose(image.crop(left, 0), part, atol=1.01 / 127.5)
+        assert np.mean(image.crop(left, 0) == part.astype(np.float32)) > 0.99
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P"])
-def test_images_of_every_mode_become_rgb(mode: str) -> None:
+def test_images_of_every_mode_are_converted_to_rgb(mode: str) -> None:
     data = (
         jpeg(scene(900, 800).convert(mode)) if mode in ("L", "CMYK") else png(scene(900, 800).convert(mode))
     )
-    assert center_crop(decode(data, "a", 64)).shape == (3, 64, 64)
+    assert center_crop(decode_image(data, "a", 64)).shape == (3, 64, 64)
 
 
-def test_the_manifest_states_what_training_checks(autoencoder_config: AutoencoderConfig) -> None:
+def test_the_manifest_has_the_values_that_training_checks(autoencoder_config: AutoencoderConfig) -> None:
     autoencoder = Autoencoder.load(autoencoder_config, "cpu")
     values = manifest_values(CONFIG, autoencoder)
     assert values == {"autoencoder": autoencoder.identity, "shape": [4, 8, 8], "views": 3}
@@ -186,7 +186,7 @@ def test_the_manifest_states_what_training_checks(autoencoder_config: Autoencode
         manifest_values(CONFIG.model_copy(update={"size": 60}), autoencoder)
 
 
-def test_a_shard_without_images_makes_an_empty_table(
+def test_a_shard_without_images_gives_an_empty_table(
     root: Root, autoencoder_config: AutoencoderConfig
 ) -> None:
     write_shard(root, {}, [])
@@ -194,7 +194,7 @@ def test_a_shard_without_images_makes_an_empty_table(
 
 
 @pytest.mark.parametrize("data", [b"no image", png(noise(0))[:5000], b""])
-def test_an_image_that_cannot_be_decoded_stops_the_shard(
+def test_an_image_that_cannot_be_decoded_is_an_error(
     root: Root, autoencoder_config: AutoencoderConfig, data: bytes
 ) -> None:
     write_shard(root, {5: data}, [5])
@@ -202,22 +202,22 @@ def test_an_image_that_cannot_be_decoded_stops_the_shard(
         make_shard_encoder(CONFIG, autoencoder_config, root)(SHARD)
 
 
-def test_an_embedded_image_that_the_tar_lacks_stops_the_shard(
+def test_an_embedded_image_that_is_not_in_the_tar_is_an_error(
     root: Root, autoencoder_config: AutoencoderConfig
 ) -> None:
     write_shard(root, {5: png(noise(0))}, [5, 6])
-    with pytest.raises(UserError, match=r"has no image 6.*do not line up"):
+    with pytest.raises(UserError, match=r"has no image 6.*do not match"):
         make_shard_encoder(CONFIG, autoencoder_config, root)(SHARD)
 
 
-def test_a_damaged_tar_is_an_error_that_names_it(root: Root, autoencoder_config: AutoencoderConfig) -> None:
+def test_the_error_for_a_damaged_tar_names_it(root: Root, autoencoder_config: AutoencoderConfig) -> None:
     root.write_bytes(f"download/train/{SHARD}.tar", b"x" * 2000)
     with pytest.raises(UserError, match=rf"{SHARD}\.tar is not a tar of images"):
         make_shard_encoder(CONFIG, autoencoder_config, root)(SHARD)
 
 
-def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_with_too_many_pixels_is_an_error_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "MAX_PIXELS", 130 * 96 - 1)
     with pytest.raises(UserError, match="has 130 x 96 pixels"):
-        # Only the header is whole: decoding would fail with another error.
-        decode(png(noise(0))[:5000], "huge.png", 64)
+        # The file is truncated after the header, so decoding would raise another error.
+        decode_image(png(noise(0))[:5000], "huge.png", 64)

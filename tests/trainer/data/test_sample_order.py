@@ -3,26 +3,26 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from trainer.data.sample_order import Order, rank_slots
+from trainer.data.sample_order import SampleOrder, rank_slots
 
 ROWS = (10, 0, 7, 25, 3)
 
 
 @pytest.mark.parametrize("lanes", [1, 4, 7, 64])
-def test_every_sample_comes_once_in_every_epoch(lanes: int) -> None:
-    order = Order(ROWS, seed=1, lanes=lanes)
+def test_every_epoch_has_every_sample_once(lanes: int) -> None:
+    order = SampleOrder(ROWS, seed=1, lanes=lanes)
     for epoch in range(3):
-        places = [order.place(epoch * 45 + offset) for offset in range(45)]
-        assert {place.epoch for place in places} == {epoch}
-        counts = Counter((place.shard, place.row) for place in places)
+        locations = [order.locate(epoch * 45 + offset) for offset in range(45)]
+        assert {location.epoch for location in locations} == {epoch}
+        counts = Counter((location.shard, location.row) for location in locations)
         assert counts == Counter((shard, row) for shard, rows in enumerate(ROWS) for row in range(rows))
 
 
-def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+def test_epochs_and_seeds_have_different_orders() -> None:
     def sequence(seed: int, epoch: int) -> list[tuple[int, int]]:
-        order = Order(ROWS, seed=seed, lanes=4)
-        places = [order.place(epoch * 45 + offset) for offset in range(45)]
-        return [(place.shard, place.row) for place in places]
+        order = SampleOrder(ROWS, seed=seed, lanes=4)
+        locations = [order.locate(epoch * 45 + offset) for offset in range(45)]
+        return [(location.shard, location.row) for location in locations]
 
     assert sequence(1, 0) == sequence(1, 0)
     assert sequence(1, 0) != sequence(1, 1)
@@ -31,22 +31,22 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
 
 @pytest.mark.parametrize(("world", "lanes"), [(1, 4), (2, 4), (3, 4), (3, 5), (6, 16)])
 def test_ranks_share_a_global_batch_without_gap_or_overlap(world: int, lanes: int) -> None:
-    order = Order(ROWS, seed=1, lanes=lanes)
+    order = SampleOrder(ROWS, seed=1, lanes=lanes)
     for step in range(9):
         shares = [rank_slots(order, step, 12, rank, world) for rank in range(world)]
         assert {len(share) for share in shares} == {12 // world}
         assert sorted(np.concatenate(shares)) == list(range(12))
 
 
-def test_a_rank_reads_only_the_shards_of_its_own_lanes() -> None:
+def test_a_rank_reads_only_the_shards_of_its_lanes() -> None:
     # 64 shards of 16 rows in 8 lanes: 8 shards a lane, and each of 4 ranks has 2 lanes.
-    order = Order((16,) * 64, seed=1, lanes=8)
-    steps = order.samples // 16
+    order = SampleOrder((16,) * 64, seed=1, lanes=8)
+    steps = order.samples_per_epoch // 16
     for rank in range(4):
         slots = [(step * 16 + slot) for step in range(steps) for slot in rank_slots(order, step, 16, rank, 4)]
-        assert len({order.place(int(position)).shard for position in slots}) == 16
+        assert len({order.locate(int(position)).shard for position in slots}) == 16
 
 
 def test_a_batch_mixes_as_many_shards_as_there_are_lanes() -> None:
-    order = Order((16,) * 64, seed=1, lanes=8)
-    assert len({order.place(position).shard for position in range(16)}) == 8
+    order = SampleOrder((16,) * 64, seed=1, lanes=8)
+    assert len({order.locate(position).shard for position in range(16)}) == 8

@@ -1,6 +1,6 @@
-"""What each rank runs in test_ema: the split average against a whole one, for every way of splitting.
+"""Compares the sharded moving average with an unsharded one at every ZeRO stage, for test_ema.
 
-`python -m tests.trainer.engine.ema_rank`; ends with a failed assertion if they differ.
+`python -m ema_rank` runs as one rank and ends with a failed assertion if they differ.
 """
 
 import deepspeed.comm as dist
@@ -9,38 +9,38 @@ from deepspeed.utils import safe_get_full_fp32_param
 from training_set import make_recipe
 
 from trainer.engine.deepspeed_engine import Ranks, join_ranks, make_engine, optimizer_step
-from trainer.engine.ema import Average, decay_at
-from trainer.engine.fragments import MASTER, owned
+from trainer.engine.ema import MovingAverage, decay_at
+from trainer.engine.fragments import MASTER, owned_fragments
 
 DECAY = 0.5
 
 
 def check(zero_stage: int, precision: str, ranks: Ranks) -> None:
-    """The average of a few steps, exact."""
+    """Compare the averages after three steps; they must be equal."""
     config = make_recipe("", zero_stage=zero_stage, precision=precision, global_batch=4).train
     torch.manual_seed(0)
-    # Odd sizes: no split of them is even.
+    # Odd sizes, which cannot be divided evenly.
     layers = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.SiLU(), torch.nn.Linear(5, 3))
     shapes = {name: weight.shape for name, weight in layers.named_parameters()}
     engine = make_engine(layers, config, ranks)
-    split = Average(owned(engine, MASTER, ranks), DECAY)
-    whole = masters(engine.module, zero_stage)
+    sharded = MovingAverage(owned_fragments(engine, MASTER, ranks), DECAY)
+    expected = masters(engine.module, zero_stage)
     dtype = next(engine.module.parameters()).dtype
     for update in (1, 2, 3):
         engine.backward(engine(torch.randn(2, 7).to(dtype)).float().square().mean())
         optimizer_step(engine, config)
-        split.update(update)
+        sharded.update(update)
         for name, weights in masters(engine.module, zero_stage).items():
-            whole[name].lerp_(weights, 1 - decay_at(update, DECAY))
-    gathered = dict(split.gather(shapes))
-    for name, weights in whole.items():
+            expected[name].lerp_(weights, 1 - decay_at(update, DECAY))
+    gathered = dict(sharded.gather(shapes))
+    for name, weights in expected.items():
         assert torch.equal(gathered[name], weights.view(shapes[name])), f"{name} at ZeRO {zero_stage}"
     dist.barrier()
     engine.destroy()
 
 
 def masters(module: torch.nn.Module, zero_stage: int) -> dict[str, torch.Tensor]:
-    """The fp32 weights, whole."""
+    """The complete fp32 weights."""
     named = module.named_parameters()
     if zero_stage == 0:
         return {name: weight.detach().clone() for name, weight in named}
@@ -48,8 +48,8 @@ def masters(module: torch.nn.Module, zero_stage: int) -> dict[str, torch.Tensor]
 
 
 def check_unclipped(ranks: Ranks) -> None:
-    """A recipe that does not clip trains all the same, without ZeRO too."""
-    config = make_recipe("", zero_stage=0, precision="fp32", global_batch=4, clip_norm=0.0).train
+    """Check that training without ZeRO works without gradient clipping."""
+    config = make_recipe("", zero_stage=0, precision="fp32", global_batch=4, max_grad_norm=0.0).train
     layer = torch.nn.Linear(7, 5)
     engine = make_engine(layer, config, ranks)
     before = layer.weight.detach().clone()
@@ -60,11 +60,11 @@ def check_unclipped(ranks: Ranks) -> None:
 
 
 if __name__ == "__main__":
-    group = join_ranks()
-    check_unclipped(group)
+    ranks = join_ranks()
+    check_unclipped(ranks)
     for stage in (0, 1, 2, 3):
-        check(stage, "fp32", group)
+        check(stage, "fp32", ranks)
     for stage in (1, 2, 3):
-        check(stage, "bf16", group)
+        check(stage, "bf16", ranks)
     dist.barrier()
     dist.destroy_process_group()

@@ -4,37 +4,37 @@ import pytest
 import torch
 
 from tests.trainer.training.launched import fork
-from trainer.engine.ema import Average, decay_at
+from trainer.engine.ema import MovingAverage, decay_at
 from trainer.engine.fragments import Fragment
 
 
-def test_the_decay_warms_up_to_its_value() -> None:
+def test_the_decay_rises_to_its_value() -> None:
     assert decay_at(0, 0.9999) == pytest.approx(0.1)
     assert decay_at(90, 0.9999) == pytest.approx(0.91)
     assert decay_at(10**6, 0.9999) == 0.9999
 
 
-def test_an_average_follows_its_weights_and_moves_slowly() -> None:
+def test_an_average_moves_towards_its_weights() -> None:
     weights = torch.zeros(3)
-    average = Average([Fragment("w", 0, weights)], decay=0.75)
+    average = MovingAverage([Fragment("w", 0, weights)], decay=0.75)
     weights += 1
     for update in (30, 31):
         average.update(update)
-    # From 0 towards 1 in steps of a quarter of what is left.
+    # From 0 towards 1; each step covers a quarter of the remaining distance.
     assert average.fragments[0].values.tolist() == [1 - 0.75**2] * 3
 
 
-def test_a_decay_of_almost_one_still_moves_the_average() -> None:
+def test_a_decay_of_almost_one_still_changes_the_average() -> None:
     weights = torch.ones(1)
-    average = Average([Fragment("w", 0, weights)], decay=0.9999)
+    average = MovingAverage([Fragment("w", 0, weights)], decay=0.9999)
     weights *= 1.01
     for update in range(10**6, 10**6 + 5000):
         average.update(update)
     assert average.fragments[0].values.item() == pytest.approx(1 + 0.01 * (1 - 0.9999**5000), abs=5e-5)
 
 
-def test_two_ranks_together_hold_the_exact_average_however_deepspeed_splits_weights(
+def test_two_ranks_have_the_exact_average_at_every_zero_stage(
     tmp_path: Path,
 ) -> None:
-    code, log = fork(["tests.trainer.engine.ema_rank"], tmp_path / "log", ranks=2)
+    code, log = fork(["ema_rank"], tmp_path / "log", ranks=2)
     assert code == 0, log

@@ -1,4 +1,4 @@
-"""Three kinds of autoencoder behind one interface, and what is refused at the door."""
+"""Three kinds of autoencoder with one interface, and the errors for damaged folders."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ KINDS = {"kl": (16, 4), "vq": (4, 3), "patch": (4, 4)}
 
 
 def write(kind: str, folder: Path, seed: int = 0) -> Path:
-    """A small model of random weights."""
+    """Save a small model with random weights."""
     torch.manual_seed(seed)
     if kind == "patch":
         network = PatchAutoencoder(PatchShape(hidden=8))
@@ -33,13 +33,13 @@ def load(kind: str, folder: Path, scale: float = 1.0) -> Autoencoder:
 
 
 def images(count: int = 2, side: int = 64) -> torch.Tensor:
-    """Smooth random pictures in [-1, 1]."""
+    """Smooth random images in [-1, 1]."""
     noise = torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     return torch.tanh(torch.nn.functional.interpolate(noise, (side, side), mode="bicubic"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pictures_become_moments_and_latents_become_pictures(kind, tmp_path):
+def test_images_are_encoded_to_moments_and_latents_are_decoded_to_images(kind, tmp_path):
     autoencoder = load(kind, write(kind, tmp_path))
     factor, channels = KINDS[kind]
     assert (autoencoder.factor, autoencoder.channels) == (factor, channels)
@@ -53,7 +53,7 @@ def test_pictures_become_moments_and_latents_become_pictures(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_scale_multiplies_moments_and_decoding_takes_it_back(kind, tmp_path):
+def test_scale_multiplies_moments_and_decoding_divides_by_it(kind, tmp_path):
     write(kind, tmp_path)
     plain, scaled = load(kind, tmp_path), load(kind, tmp_path, scale=0.25)
     moments = plain.encode_moments(images())
@@ -63,24 +63,24 @@ def test_scale_multiplies_moments_and_decoding_takes_it_back(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_the_variational_kind_has_a_deviation(kind, tmp_path):
+def test_only_the_kl_kind_has_a_standard_deviation(kind, tmp_path):
     moments = load(kind, write(kind, tmp_path)).encode_moments(images())
     deviation = moments.chunk(2, dim=1)[1]
     assert bool((deviation > 0).all()) == (kind == "kl")
 
 
-def test_pictures_are_encoded_on_the_device_of_the_network(tmp_path):
+def test_images_are_encoded_on_the_device_of_the_network(tmp_path):
     folder = write("kl", tmp_path)
     autoencoder = Autoencoder.load(AutoencoderConfig(kind="kl", path=str(folder)), "meta")
     assert autoencoder.encode_moments(images()).device.type == "meta"
 
 
-def test_a_draw_is_mean_plus_deviation_times_noise():
+def test_a_drawn_latent_is_mean_plus_deviation_times_noise():
     moments = torch.cat([torch.full((1, 4, 4, 4), 3.0), torch.full((1, 4, 4, 4), 0.5)], dim=1)
     assert torch.equal(draw_latents(moments, torch.full((1, 4, 4, 4), 2.0)), torch.full((1, 4, 4, 4), 4.0))
 
 
-def test_the_quantized_kind_encodes_unquantized_and_decodes_quantized(tmp_path):
+def test_the_vq_kind_encodes_without_and_decodes_with_quantization(tmp_path):
     autoencoder = load("vq", write("vq", tmp_path))
     codes = load_file(tmp_path / WEIGHTS_NAME)["quantize.embedding.weight"]
     mean = autoencoder.encode_moments(images()).chunk(2, dim=1)[0]
@@ -90,11 +90,11 @@ def test_the_quantized_kind_encodes_unquantized_and_decodes_quantized(tmp_path):
     assert torch.equal(autoencoder.decode(code), autoencoder.decode(code + 1e-6))
 
 
-def test_identity_follows_weights_settings_and_scale(tmp_path):
-    one, other = write("patch", tmp_path / "one"), write("patch", tmp_path / "other", seed=1)
-    assert load("patch", one).identity == load("patch", one).identity
-    assert load("patch", one).identity != load("patch", other).identity
-    assert load("patch", one).identity != load("patch", one, scale=2.0).identity
+def test_identity_depends_on_weights_settings_and_scale(tmp_path):
+    first, second = write("patch", tmp_path / "first"), write("patch", tmp_path / "second", seed=1)
+    assert load("patch", first).identity == load("patch", first).identity
+    assert load("patch", first).identity != load("patch", second).identity
+    assert load("patch", first).identity != load("patch", first, scale=2.0).identity
     folder = write("vq", tmp_path / "vq")
     before = load("vq", folder).identity
     settings = json.loads((folder / "config.json").read_text())
@@ -113,7 +113,7 @@ def test_the_production_autoencoders_have_the_papers_shapes():
     assert vq.config.block_out_channels == (128, 256, 512)
 
 
-def test_principal_components_alone_bring_smooth_pictures_back():
+def test_principal_components_alone_reconstruct_smooth_images():
     network = PatchAutoencoder(PatchShape(channels=12, hidden=8))
     network.fit_components(images(8))
     with torch.no_grad():
@@ -130,40 +130,40 @@ def test_latents_of_the_principal_components_have_unit_variance_in_each_channel(
     assert torch.allclose(latents.mean(dim=(0, 2, 3)), torch.zeros(4), atol=1e-3)
 
 
-def test_a_missing_folder_says_what_to_set(tmp_path):
+def test_the_error_for_a_missing_folder_names_the_setting(tmp_path):
     with pytest.raises(UserError, match=r"config.json is missing.*Set it to"):
         load("kl", tmp_path / "nowhere")
 
 
-def test_another_kind_than_the_recipes_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"describes a VQModel, .* wants a AutoencoderKL"):
+def test_the_error_for_another_kind_names_both_kinds(tmp_path):
+    with pytest.raises(UserError, match=r"describes a VQModel, .* needs a AutoencoderKL"):
         load("kl", write("vq", tmp_path))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_missing_left_over_and_reshaped_tensors_are_named(kind, tmp_path):
+def test_missing_unexpected_and_reshaped_tensors_are_named(kind, tmp_path):
     weights = load_file(write(kind, tmp_path) / WEIGHTS_NAME)
     first, second = sorted(weights)[:2]
     del weights[first]
     weights[second] = torch.zeros(1, 2, 3)
     weights["stranger"] = torch.zeros(1)
     save_file(weights, tmp_path / WEIGHTS_NAME)
-    message = rf"1 tensors missing \({first}\); 1 tensors left over \(stranger\); .*shape \({second}\)"
+    message = rf"1 tensors missing \({first}\); 1 tensors unexpected \(stranger\); .*shape \({second}\)"
     with pytest.raises(UserError, match=message):
         load(kind, tmp_path)
 
 
-def test_pickled_weights_are_not_read(tmp_path):
+def test_pickled_weights_are_an_error(tmp_path):
     network = kl_f16(8, 4, 4)
     network.save_pretrained(tmp_path, safe_serialization=False)
-    with pytest.raises(UserError, match="safetensors only"):
+    with pytest.raises(UserError, match="must be in safetensors format"):
         load("kl", tmp_path)
 
 
-def test_a_torn_weights_file_and_a_broken_description_are_refused(tmp_path):
+def test_a_truncated_weights_file_and_a_damaged_config_are_errors(tmp_path):
     path = write("patch", tmp_path) / WEIGHTS_NAME
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(UserError, match="no safetensors file"):
+    with pytest.raises(UserError, match="not a safetensors file"):
         load("patch", tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "PatchAutoencoder", "factor": "four"}))
     with pytest.raises(UserError, match="does not describe a PatchAutoencoder"):

@@ -21,14 +21,14 @@ def test_the_square_root_of_beta_is_linear_in_t() -> None:
     assert middle.item() ** 2 == pytest.approx(0.0064967, rel=1e-4)
 
 
-def test_alphas_bar_is_the_running_product_worked_by_hand() -> None:
+def test_alphas_bar_is_the_cumulative_product_computed_by_hand() -> None:
     config = DiffusionConfig(steps=3, beta_start=0.01, beta_end=0.09)
-    # Square roots 0.1, 0.2, 0.3; so beta 0.01, 0.04, 0.09.
+    # sqrt(beta) is 0.1, 0.2, 0.3, so beta is 0.01, 0.04, 0.09.
     torch.testing.assert_close(alphas_bar(config), torch.tensor([0.99, 0.99 * 0.96, 0.99 * 0.96 * 0.91]))
 
 
 @pytest.mark.parametrize("beta_end", [0.015, 0.0195])
-def test_both_schedules_of_the_paper_equal_a_sum_of_logarithms_in_plain_python(beta_end: float) -> None:
+def test_both_schedules_of_the_paper_equal_a_sum_of_logarithms(beta_end: float) -> None:
     ours = alphas_bar(DiffusionConfig(beta_end=beta_end))
     low, high = math.sqrt(0.0015), math.sqrt(beta_end)
     logs = [math.log1p(-((low + (high - low) * s / 999) ** 2)) for s in range(1000)]
@@ -40,28 +40,28 @@ def test_both_schedules_of_the_paper_equal_a_sum_of_logarithms_in_plain_python(b
 @pytest.mark.parametrize(
     "kind",
     [DDIMScheduler, DDPMScheduler, PNDMScheduler, DPMSolverMultistepScheduler],
-    ids=lambda one: one.__name__,
+    ids=lambda scheduler: scheduler.__name__,
 )
-def test_every_scheduler_of_diffusers_has_our_alphas_and_adds_our_noise(kind: Any, beta_end: float) -> None:
+def test_diffusers_schedulers_have_our_alphas_and_add_our_noise(kind: Any, beta_end: float) -> None:
     config = DiffusionConfig(beta_end=beta_end)
     settings = {
         name: value for name, value in scheduler_settings(config).items() if name != "set_alpha_to_one"
     }
     scheduler = kind(**settings)
-    # diffusers works in float32 throughout, a thousand products.
+    # diffusers computes the thousand products in float32.
     torch.testing.assert_close(alphas_bar(config), scheduler.alphas_cumprod, rtol=1e-4, atol=0)
     x_0, eps = torch.randn(2, 5, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     t = torch.tensor([0, 3, 500, 750, 999])
     if kind is DPMSolverMultistepScheduler:
-        # It adds the noise of the timesteps it was set to.
+        # Its add_noise works only for the timesteps of set_timesteps.
         scheduler.set_timesteps(100)
         t = scheduler.timesteps[[99, 90, 50, 25, 0]]
     theirs = scheduler.add_noise(x_0, eps, t)
     torch.testing.assert_close(q_sample(x_0, eps, alphas_bar(config)[t]), theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_a_noised_latent_and_both_targets_worked_by_hand() -> None:
-    # abar = 0.64: the latent is scaled by 0.8, the noise by 0.6. abar = 0: nothing but noise. 1: none.
+def test_a_noised_latent_and_both_targets_equal_values_computed_by_hand() -> None:
+    # abar = 0.64: factor 0.8 on the latent, 0.6 on the noise. abar = 0: only noise. abar = 1: no noise.
     abar_t = torch.tensor([0.64, 0.0, 1.0])
     x_0 = torch.tensor([2.0, 2.0, 2.0]).view(3, 1, 1, 1)
     eps = torch.tensor([-1.0, -1.0, -1.0]).view(3, 1, 1, 1)
@@ -70,7 +70,7 @@ def test_a_noised_latent_and_both_targets_worked_by_hand() -> None:
     v = target("v_prediction", x_0, eps, abar_t)
     torch.testing.assert_close(v.flatten(), torch.tensor([-0.8 - 1.2, -2.0, -1.0]))
     assert target("epsilon", x_0, eps, abar_t) is eps
-    # Salimans and Ho: x_0 = alpha x_t - sigma v, eps = sigma x_t + alpha v.
+    # Salimans and Ho (2022): x_0 = alpha x_t - sigma v, eps = sigma x_t + alpha v.
     alpha, sigma = abar_t.sqrt().view(3, 1, 1, 1), (1 - abar_t).sqrt().view(3, 1, 1, 1)
     torch.testing.assert_close(alpha * x_t - sigma * v, x_0)
     torch.testing.assert_close(sigma * x_t + alpha * v, eps)
@@ -88,12 +88,12 @@ def test_noising_and_targets_equal_those_of_diffusers(prediction: str) -> None:
     torch.testing.assert_close(
         q_sample(x_0, eps, abar_t), scheduler.add_noise(x_0, eps, t), rtol=1e-4, atol=1e-5
     )
-    wanted = eps if prediction == "epsilon" else scheduler.get_velocity(x_0, eps, t)
-    torch.testing.assert_close(target(prediction, x_0, eps, abar_t), wanted, rtol=1e-4, atol=1e-5)
+    expected = eps if prediction == "epsilon" else scheduler.get_velocity(x_0, eps, t)
+    torch.testing.assert_close(target(prediction, x_0, eps, abar_t), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_a_ddim_step_from_the_true_target_leads_to_the_true_latent(prediction: str) -> None:
+def test_a_ddim_step_with_the_true_target_recovers_the_latent(prediction: str) -> None:
     config = DiffusionConfig(prediction=prediction)
     scheduler = DDIMScheduler(**scheduler_settings(config), clip_sample=False)
     scheduler.set_timesteps(50)
@@ -104,13 +104,13 @@ def test_a_ddim_step_from_the_true_target_leads_to_the_true_latent(prediction: s
     torch.testing.assert_close(step.pred_original_sample, x_0, rtol=1e-3, atol=1e-3)
 
 
-def test_the_loss_is_a_mean_for_each_sample_in_float32() -> None:
+def test_the_loss_is_the_mean_of_each_sample_in_float32() -> None:
     predicted = torch.tensor([[1.0, 3.0], [0.0, 0.0]], dtype=torch.bfloat16).view(2, 1, 1, 2)
     loss = losses(predicted, torch.zeros(2, 1, 1, 2))
     assert loss.dtype == torch.float32
     assert loss.tolist() == [5.0, 0.0]
 
 
-def test_a_schedule_that_shrinks_is_refused() -> None:
+def test_a_decreasing_schedule_is_an_error() -> None:
     with pytest.raises(ValidationError, match="beta_end must be at least beta_start"):
         DiffusionConfig(beta_start=0.02, beta_end=0.01)

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from trainer.recipe import ModelConfig
-from trainer.tracking.flops import Gauge, Peak, known_peak, peak_of, training_flops
+from trainer.tracking.flops import PeakRate, UtilizationMeter, known_peak, peak_rate, training_flops
 
 RECIPES = Path(__file__).parents[3] / "jobs" / "configs"
 
 
-# Forward pass of one image, 1e9 operations: counted before on the reference's shapes.
+# GFLOP of the forward pass of one image, counted from the shapes of the reference implementation.
 @pytest.mark.parametrize(
     ("name", "shape", "k", "gflop"),
     [
@@ -20,7 +20,7 @@ RECIPES = Path(__file__).parents[3] / "jobs" / "configs"
         ("train_imagenet", (3, 64, 64), 4, 208.6),
     ],
 )
-def test_the_papers_models_need_the_operations_counted_for_them(
+def test_flops_of_the_papers_models_equal_reference_counts(
     name: str, shape: tuple[int, int, int], k: int, gflop: float
 ) -> None:
     sections = tomllib.loads((RECIPES / f"{name}.toml").read_text())
@@ -44,30 +44,30 @@ def test_the_papers_models_need_the_operations_counted_for_them(
         ("NVIDIA GeForce RTX 4090", 165.2),
     ],
 )
-def test_the_table_knows_devices_by_the_names_that_torch_gives(name: str, tflops: float) -> None:
+def test_device_names_of_torch_are_in_the_table(name: str, tflops: float) -> None:
     assert known_peak(name) == tflops * 1e12
 
 
 @pytest.mark.parametrize(
     "name", ["Quadro RTX 6000", "NVIDIA A10", "NVIDIA A1000", "Tesla V100-SXM2-16GB", "CPU"]
 )
-def test_a_device_that_is_not_in_the_table_is_not_taken_for_one_that_is(name: str) -> None:
+def test_a_device_that_is_not_in_the_table_has_no_known_peak(name: str) -> None:
     assert known_peak(name) is None
 
 
-def test_a_cpu_is_measured_and_utilization_is_a_share_of_all_devices() -> None:
-    peak = peak_of(torch.device("cpu"), "fp32")
+def test_a_cpu_is_measured_and_mfu_is_relative_to_all_devices() -> None:
+    peak = peak_rate(torch.device("cpu"), "fp32")
     assert peak.source == "CPU, fp32 matrix product measured"
     assert 1e8 < peak.flops_per_s < 1e13
-    gauge = Gauge(2e9, Peak(1e12, "by hand"), world=4, device=torch.device("cpu"))
-    assert gauge.mfu(100) == pytest.approx(100 * 2e9 / 4e12)
+    meter = UtilizationMeter(2e9, PeakRate(1e12, "test"), world=4, device=torch.device("cpu"))
+    assert meter.mfu(100) == pytest.approx(100 * 2e9 / 4e12)
 
 
-def test_memory_is_the_most_that_was_ever_resident() -> None:
-    gauge = Gauge(1, Peak(1, ""), 1, torch.device("cpu"))
-    before = gauge.memory_gib()
-    # 64 MiB more than ever, written and let go.
+def test_memory_is_the_peak_resident_memory() -> None:
+    meter = UtilizationMeter(1, PeakRate(1, ""), 1, torch.device("cpu"))
+    before = meter.memory_gib()
+    # Allocate, write and free 64 MiB more than the peak.
     count = int(before * 2**30) + 2**26
     torch.ones(count, dtype=torch.uint8)
-    assert before + 2**26 / 2**30 <= gauge.memory_gib() + 0.01
-    assert gauge.memory_gib() > before
+    assert before + 2**26 / 2**30 <= meter.memory_gib() + 0.01
+    assert meter.memory_gib() > before

@@ -1,4 +1,4 @@
-"""What a rank does that test helpers fork from a process which has imported the trainer already."""
+"""Entry point of a rank that `launched.py` forks from a process with the trainer already imported."""
 
 import os
 import runpy
@@ -9,7 +9,7 @@ import torch
 
 
 def run_rank(argv: list[str], log: Path, environment: dict[str, str]) -> None:
-    """`python -m <argv>` in this process; what it says of itself is appended to the log."""
+    """Run `python -m <argv>` in this process; stderr is appended to the log."""
     os.environ.update(environment)
     os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), sys.stderr.fileno())
     torch.set_num_threads(1)

@@ -1,6 +1,6 @@
-"""Ranks for tests that need nothing but their end: forked from one process that imports the trainer once.
+"""Runs ranks to their end for tests, forked from one process that imports the trainer once.
 
-How ranks are launched for real is what test_train and test_launching test.
+test_train and test_launching test the real launchers.
 """
 
 import multiprocessing
@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 from retrieval.storage.root import Root
-from trainer.recipe import Training
+from trainer.recipe import TrainingRecipe
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
         "trainer.training.train",
-        # What training imports on its way.
+        # Modules that training imports later.
         "deepspeed.runtime.zero.muon.muon_optimizer",
         "diffusers.models.autoencoders.autoencoder_kl",
         "diffusers.models.unets.unet_2d_condition",
@@ -24,43 +24,44 @@ FORKS.set_forkserver_preload(
         "torch.utils.tensorboard",
     ]
 )
-# Ranks import this repository's tests by name.
-sys.path.append(str(Path(__file__).parents[3]))
+TESTS = Path(__file__).parents[1]
+# Ranks import modules of these folders by short names, because site-packages may have a package `tests`.
+sys.path += [str(TESTS), *(str(TESTS / room) for room in ("checkpoint", "engine", "training"))]
 
 
-def train(recipe: Training, root: Root, ranks: int = 1) -> str:
-    """Trains to the end on some ranks. Returns the log."""
-    code, log = outcome(recipe, root, ranks)
+def train(recipe: TrainingRecipe, root: Root, ranks: int = 1) -> str:
+    """Train to the end on some ranks. Returns the log."""
+    code, log = try_to_train(recipe, root, ranks)
     assert code == 0, log
     return log
 
 
-def outcome(recipe: Training, root: Root, ranks: int = 1) -> tuple[int, str]:
-    """Trains on some ranks. Returns the worst exit code, and the log."""
+def try_to_train(recipe: TrainingRecipe, root: Root, ranks: int = 1) -> tuple[int, str]:
+    """Train on some ranks. Returns the first nonzero exit code, else 0, and the log."""
     path = root.local_path("recipe.json")
     path.write_text(recipe.model_dump_json())
-    return fork(["tests.trainer.training.train_rank", str(path), root.url], root.local_path("log"), ranks)
+    return fork(["train_rank", str(path), root.url], root.local_path("log"), ranks)
 
 
 def fork(argv: list[str], log: Path, ranks: int) -> tuple[int, str]:
-    """Runs `python -m <argv>` on some ranks. Returns the worst exit code, and the log."""
-    from tests.trainer.training.forked import run_rank
+    """Run `python -m <argv>` on some ranks. Returns the first nonzero exit code, else 0, and the log."""
+    from forked import run_rank
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
     log.write_bytes(b"")
-    started = []
+    processes = []
     for rank in range(ranks):
-        environment = place | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-        started.append(FORKS.Process(target=run_rank, args=(argv, log, environment), daemon=True))
-        started[-1].start()
-    for process in started:
+        environment = address | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        processes.append(FORKS.Process(target=run_rank, args=(argv, log, environment), daemon=True))
+        processes[-1].start()
+    for process in processes:
         process.join(timeout=300)
-    codes = [process.exitcode for process in started]
+    codes = [process.exitcode for process in processes]
     return next((code for code in codes if code != 0), 0), log.read_text()
 
 
-def folder_of(recipe: Training, root: Root) -> Path:
-    """The run's folder."""
+def folder_of(recipe: TrainingRecipe, root: Root) -> Path:
+    """The run's training folder."""
     return root.local_path(recipe.train.folder)

@@ -1,11 +1,11 @@
-"""Other machines for tests: stand-ins for ssh and pdsh that run every command on this one."""
+"""Replacements of ssh and pdsh for tests, which run all commands on this machine."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-# `dead` answers nothing; `bare` answers, but has nothing of ours.
+# Host `dead` is unreachable; host `bare` is reachable, but lacks this project.
 SSH = """#!/bin/sh
 while [ "${1#-}" != "$1" ]; do shift 2; done
 host=$1; shift
@@ -16,7 +16,7 @@ esac
 [ "$*" = "hostname -I" ] && exec echo 127.0.0.1
 exec sh -c "$*"
 """
-# %n is the machine's number, as in pdsh.
+# pdsh replaces %n by the index of the machine.
 PDSH = """#!/bin/sh
 hosts=$5; shift 5
 number=0
@@ -32,8 +32,8 @@ exit $code
 """
 
 
-def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, *programs: str) -> None:
-    """Put `ssh` or `pdsh` first on the path."""
+def replace_programs(folder: Path, monkeypatch: pytest.MonkeyPatch, *programs: str) -> None:
+    """Put replacements of these programs first on the PATH."""
     for name in programs:
         path = folder / name
         path.write_text({"ssh": SSH, "pdsh": PDSH}[name])

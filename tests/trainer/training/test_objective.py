@@ -3,7 +3,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from trainer.data.loader import Batch
+from trainer.data.loader import TrainingBatch
 from trainer.model.diffusion import scheduler_settings
 from trainer.model.unet import build_unet
 from trainer.recipe import DiffusionConfig, ModelConfig
@@ -12,9 +12,9 @@ from trainer.training.objective import Objective, quartile_means
 CPU = torch.device("cpu")
 
 
-def batch_of(count: int) -> Batch:
+def batch_of(count: int) -> TrainingBatch:
     generator = torch.Generator().manual_seed(0)
-    return Batch(
+    return TrainingBatch(
         image_ids=np.arange(count),
         inputs=torch.randn(count, 8, 8, 8, generator=generator).half(),
         context=torch.randn(count, 3, 16, generator=generator).half(),
@@ -25,33 +25,33 @@ def batch_of(count: int) -> Batch:
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_the_loss_is_that_of_diffusers_training_loop(prediction: str) -> None:
+def test_the_loss_equals_that_of_diffusers_training_scripts(prediction: str) -> None:
     config = DiffusionConfig(prediction=prediction)
     shape = {"channels": (32, 32), "attention": (2,), "layers": 1, "norm_groups": 8}
     torch.manual_seed(0)
     unet = build_unet(ModelConfig(latent_channels=4, context_dim=16, **shape))
     with torch.no_grad():
-        # A fresh network says little of what it is shown.
+        # The output of an untrained network depends little on its input.
         unet.conv_out.weight.mul_(30)
     batch = batch_of(6)
-    # As diffusers' own training scripts write it, from a draw of the posterior to the mean squared error.
+    # The computation of diffusers' training scripts, from the posterior sample to the mean squared error.
     scheduler = DDIMScheduler(**scheduler_settings(config), clip_sample=False)
     mean, deviation = batch.inputs.float().chunk(2, dim=1)
     latents = mean + deviation * batch.posterior_noise
     noisy = scheduler.add_noise(latents, batch.noise, batch.timesteps)
-    wanted = batch.noise
+    target = batch.noise
     if prediction == "v_prediction":
-        wanted = scheduler.get_velocity(latents, batch.noise, batch.timesteps)
+        target = scheduler.get_velocity(latents, batch.noise, batch.timesteps)
     with torch.no_grad():
         predicted = unet(noisy, batch.timesteps, encoder_hidden_states=batch.context.float()).sample
         ours = Objective(config, None, CPU)(unet, batch, torch.float32)
-    each = torch.nn.functional.mse_loss(predicted, wanted, reduction="none").mean(dim=(1, 2, 3))
-    torch.testing.assert_close(ours, each, rtol=1e-4, atol=1e-6)
+    expected = torch.nn.functional.mse_loss(predicted, target, reduction="none").mean(dim=(1, 2, 3))
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_losses_are_summed_by_the_quartile_of_their_timestep() -> None:
     objective = Objective(DiffusionConfig(steps=10), None, CPU)
-    # Of ten timesteps, 0-2 are the first quartile, 3-4 the second, 5-7 the third, 8-9 the last.
+    # Of ten timesteps, 0-2 are in the first quartile, 3-4 in the second, 5-7 in the third, 8-9 in the last.
     timesteps = torch.tensor([0, 2, 3, 5, 7, 4])
     sums = objective.by_quartile(torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0]), timesteps)
     assert sums.tolist() == [3, 36, 24, 0, 2, 2, 2, 0]

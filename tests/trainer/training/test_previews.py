@@ -40,40 +40,41 @@ def images(context_seed: int = 0) -> HeldOut:
 
 
 def pixels(
-    autoencoder: Autoencoder, unet: torch.nn.Module, shown: HeldOut, prompts: Prompts | None
+    autoencoder: Autoencoder, unet: torch.nn.Module, held_out: HeldOut, prompts: Prompts | None
 ) -> np.ndarray:
-    previews = Previews(shown, prompts, autoencoder, DiffusionConfig(), CPU)
+    previews = Previews(held_out, prompts, autoencoder, DiffusionConfig(), CPU)
     return np.asarray(previews.draw(unet, next(unet.parameters()).dtype, 7))
 
 
-def test_a_sheet_is_the_same_for_the_same_weights_and_another_for_other_neighbors(
+def test_a_sheet_is_reproducible_and_depends_on_the_neighbors(
     autoencoder: Autoencoder, unet: torch.nn.Module
 ) -> None:
     sheet = pixels(autoencoder, unet, images(), None)
     assert np.array_equal(sheet, pixels(autoencoder, unet, images(), None))
     other = pixels(autoencoder, unet, images(context_seed=9), None)
-    # Two rows: the same held-out images above, other samples below.
+    # The first row has the same held-out images, the second has other samples.
     middle = sheet.shape[0] - 160
     assert np.array_equal(sheet[: middle - 10], other[: middle - 10])
     assert (sheet[middle:] != other[middle:]).any()
 
 
-def test_prompts_stand_below_with_contexts_of_their_own(
+def test_samples_of_prompts_are_below_and_depend_on_the_prompt(
     autoencoder: Autoencoder, unet: torch.nn.Module, tmp_path: Path
 ) -> None:
     clip = write_clip(tmp_path / "clip")
-    encoder = Encoder.load(clip)
+    encoder = Encoder(clip)
     prompts = encode_prompts(PROMPTS, clip, encoder.identity.model_dump())
     torch.testing.assert_close(prompts.context[:, 0], torch.from_numpy(encoder.encode_texts(PROMPTS)))
-    alone = pixels(autoencoder, unet, images(), None)
-    both = pixels(autoencoder, unet, images(), prompts)
-    assert np.array_equal(both[: len(alone), : alone.shape[1]], alone)
-    assert len(both) > len(alone) + 160
+    without_prompts = pixels(autoencoder, unet, images(), None)
+    with_prompts = pixels(autoencoder, unet, images(), prompts)
+    assert np.array_equal(with_prompts[: len(without_prompts), : without_prompts.shape[1]], without_prompts)
+    assert len(with_prompts) > len(without_prompts) + 160
     reworded = encode_prompts(("another thing", *PROMPTS[1:]), clip, encoder.identity.model_dump())
-    assert (pixels(autoencoder, unet, images(), reworded)[len(alone) :] != both[len(alone) :]).any()
+    other = pixels(autoencoder, unet, images(), reworded)
+    assert (other[len(without_prompts) :] != with_prompts[len(without_prompts) :]).any()
 
 
-def test_weights_in_bf16_draw_nearly_the_same(autoencoder: Autoencoder, unet: torch.nn.Module) -> None:
+def test_weights_in_bf16_draw_nearly_the_same_sheet(autoencoder: Autoencoder, unet: torch.nn.Module) -> None:
     sheet = pixels(autoencoder, unet, images(), None).astype(float)
     half = build_unet(
         ModelConfig(
@@ -85,10 +86,10 @@ def test_weights_in_bf16_draw_nearly_the_same(autoencoder: Autoencoder, unet: to
     assert 0 < difference.mean() < 8
 
 
-def test_prompts_for_another_encoder_or_without_one_are_refused(tmp_path: Path) -> None:
+def test_prompts_need_the_encoder_of_the_neighbors(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "clip")
-    other = Encoder.load(write_clip(tmp_path / "other", seed=1))
-    with pytest.raises(UserError, match=r"neighbors are of encoder other .* \[clip\] is clip"):
+    other = Encoder(write_clip(tmp_path / "other", seed=1))
+    with pytest.raises(UserError, match=r"the neighbors have encoder other .* \[clip\] is clip"):
         encode_prompts(PROMPTS, clip, other.identity.model_dump())
-    with pytest.raises(ValidationError, match=r"train.preview_prompts need a section clip"):
+    with pytest.raises(ValidationError, match=r"train.preview_prompts needs a section clip"):
         make_recipe("", validation_images=8, preview_every=2, preview_prompts=PROMPTS)

@@ -1,0 +1,130 @@
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from pydantic import ValidationError
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from retrieval.errors import UserError
+from retrieval.storage.root import Root
+from tests.trainer.training_set import make_recipe
+from trainer.data.plan import TrainingPlan, make_plan
+from trainer.model.autoencoder import Autoencoder
+from trainer.tracking.dashboards import open_dashboards
+from trainer.tracking.training_log import (
+    StepMetrics,
+    TrainingLog,
+    ValidationMetrics,
+    read_step_metrics,
+    read_validation_metrics,
+)
+from trainer.training.train import prepare
+
+
+def plan_of(autoencoder_folder: str, root: Root, **changes: object) -> TrainingPlan:
+    recipe = make_recipe(autoencoder_folder, **changes)
+    return make_plan(recipe, root, Autoencoder.load(recipe.autoencoder, "cpu"))
+
+
+def step_metrics(step: int, loss: float = 0.5) -> StepMetrics:
+    times = {"images_per_s": 80.0, "seconds_per_step": 0.1, "waiting_s": 0.01, "paused_s": 0.02}
+    others = {"mfu": 0.4, "memory_gib": 1.5, "loss_by_quartile": [0.9, None, 0.3, 0.2]}
+    return StepMetrics(step=step, loss=loss, grad_norm=1.0, learning_rate=1e-3, **times, **others)
+
+
+def validation(step: int) -> ValidationMetrics:
+    return ValidationMetrics(step, 0.5, [0.8, 0.5, 0.4, 0.3], 0.4, [0.7, 0.4, 0.3, 0.2])
+
+
+def record(folder: Path, plan: TrainingPlan, done: int, steps: range) -> None:
+    """Record steps of a run that continues after `done` steps."""
+    training_log = TrainingLog(folder, done, 10, open_dashboards(plan, folder, done))
+    for step in steps:
+        training_log.add_step(step_metrics(step, loss=step / 10 + done / 100))
+        if step % 2 == 0:
+            training_log.add_validation(validation(step))
+            training_log.add_preview(Image.new("RGB", (30, 20), (step, done, 0)), step)
+    training_log.close()
+
+
+def test_a_resumed_run_records_each_step_once_in_files_previews_and_tensorboard(
+    training_set: Root, autoencoder_folder: str, tmp_path: Path
+) -> None:
+    plan = plan_of(autoencoder_folder, training_set)
+    record(tmp_path, plan, 0, range(1, 7))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "loss"')
+    record(tmp_path, plan, 3, range(4, 6))
+    entries = read_step_metrics(tmp_path / "metrics.jsonl")
+    assert [(entry.step, entry.loss) for entry in entries] == [
+        (1, 0.1),
+        (2, 0.2),
+        (3, 0.3),
+        (4, pytest.approx(0.43)),
+        (5, pytest.approx(0.53)),
+    ]
+    assert entries[0].loss_by_quartile == [0.9, None, 0.3, 0.2]
+    assert read_validation_metrics(tmp_path / "validation.jsonl") == [validation(2), validation(4)]
+    assert sorted(path.name for path in (tmp_path / "previews").iterdir()) == ["00000002.png", "00000004.png"]
+    assert Image.open(tmp_path / "previews/00000004.png").getpixel((0, 0)) == (4, 3, 0)
+
+    tensorboard = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in tensorboard.Scalars("train/loss")] == [1, 2, 3, 4, 5]
+    assert tensorboard.Scalars("train/loss")[3].value == pytest.approx(0.43)
+    assert tensorboard.Scalars("train/mfu")[0].value == pytest.approx(0.4)
+    assert tensorboard.Scalars("train/loss_by_quartile/3")[0].value == pytest.approx(0.3)
+    assert "train/loss_by_quartile/2" not in tensorboard.Tags()["scalars"]
+    assert [event.step for event in tensorboard.Scalars("validation/ema_loss")] == [2, 4]
+    assert [(event.step, event.width) for event in tensorboard.Images("samples")] == [(2, 30), (4, 30)]
+
+
+def test_log_lines_have_all_metrics(
+    training_set: Root, autoencoder_folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "train")
+    record(tmp_path, plan_of(autoencoder_folder, training_set), 0, range(4, 5))
+    first, second, third = caplog.messages
+    assert first == (
+        "step 4/10  loss 0.4000  grad 1.000  lr 1.00e-03  80.0 images/s  data 0.010 s  MFU 40.0%  1.50 GiB  "
+        "eta 0:00:01"
+    )
+    assert (
+        "held-out loss 0.5000  averaged weights 0.4000  by timestep 0.8000  0.5000  0.4000  0.3000" in second
+    )
+    assert third.endswith("previews/00000004.png")
+
+
+def test_weights_and_biases_records_the_same_curves_offline(
+    training_set: Root, autoencoder_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    plan = plan_of(autoencoder_folder, training_set, wandb=True, wandb_project="rdm")
+    record(tmp_path, plan, 0, range(1, 5))
+    [path] = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert path.name == f"run-tiny-{plan.checkpoint_identity}.wandb"
+    # The file contains the plain name for each step. A separate process writes it, on a busy machine after
+    # finish() has returned.
+    deadline = time.monotonic() + 60
+    while (stored := path.read_bytes()).count(b"train/mfu") < 4 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert stored.count(b"train/mfu") >= 4
+    assert stored.count(b"validation/ema_loss_by_quartile/4") >= 2
+    assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/images/*.png"))) == 2
+
+
+def test_a_missing_wandb_package_is_an_error_before_training_starts(
+    training_set: Root, autoencoder_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    recipe = make_recipe(autoencoder_folder, wandb=True, wandb_project="rdm")
+    with pytest.raises(UserError, match=r"wandb = true, but the package wandb is not installed.*pip install"):
+        prepare(recipe, training_set)
+
+
+def test_weights_and_biases_needs_a_project() -> None:
+    with pytest.raises(ValidationError, match="wandb = true needs a wandb_project"):
+        make_recipe("", wandb=True)

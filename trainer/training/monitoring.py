@@ -1,0 +1,78 @@
+"""Validation and previews during training.
+
+Every `validate_every` steps it computes the loss on held-out images, every `preview_every` steps a sheet of
+samples, and passes them to the training log of rank 0. For this the averaged weights are gathered into a
+complete UNet, for every ZeRO stage.
+"""
+
+import deepspeed
+import torch
+
+from trainer.data.loader import Loader
+from trainer.data.plan import TrainingPlan
+from trainer.engine.deepspeed_engine import Ranks
+from trainer.engine.ema import MovingAverage
+from trainer.model.autoencoder import Autoencoder
+from trainer.model.unet import build_unet
+from trainer.recipe import ModelConfig
+from trainer.tracking.training_log import TrainingLog, ValidationMetrics
+from trainer.training.previews import IMAGES, Previews, encode_prompts
+from trainer.training.validation import ValidationSet, held_out_rows, read_held_out
+
+
+class ModelMonitor:
+    """Validation set and previews of a run. All ranks have one and call it at the same steps."""
+
+    def __init__(
+        self, plan: TrainingPlan, loader: Loader, ranks: Ranks, training_log: TrainingLog | None
+    ) -> None:
+        self._model, self._train = plan.config.model, plan.config.train
+        self._ranks, self._training_log = ranks, training_log
+        autoencoder = Autoencoder.load(plan.config.autoencoder, str(ranks.device))
+        encoder = autoencoder if plan.training_set.source == "images" else None
+        self._validation = self._previews = prompts = None
+        if self._train.validate_every:
+            self._validation = ValidationSet(plan, loader, encoder, ranks)
+        if self._train.preview_every and ranks.is_first:
+            rows = held_out_rows(plan.training_set)[:IMAGES]
+            images = read_held_out(plan, loader, rows, encoder)
+            if plan.config.clip:
+                prompts = encode_prompts(self._train.preview_prompts, plan.config.clip, plan.encoder)
+            self._previews = Previews(images, prompts, autoencoder, plan.config.diffusion, ranks.device)
+
+    def is_due(self, step: int) -> bool:
+        """True if validation or a preview is due after `step` steps."""
+        return self._validation_due(step) or self._preview_due(step)
+
+    def run(self, engine: deepspeed.DeepSpeedEngine, average: MovingAverage, step: int) -> None:
+        """Run the validation and preview that are due after `step` steps. A collective."""
+        dtype = next(engine.module.parameters()).dtype
+        unet = averaged_unet(self._model, average, self._ranks.device, dtype)
+        if self._validation and self._validation_due(step):
+            engine.eval()
+            losses = (*self._validation.loss(engine, dtype), *self._validation.loss(unet, dtype))
+            engine.train()
+            if self._training_log:
+                self._training_log.add_validation(ValidationMetrics(step, *losses))
+        if self._previews and self._training_log and self._preview_due(step):
+            self._training_log.add_preview(self._previews.draw(unet, dtype, step), step)
+
+    def _validation_due(self, step: int) -> bool:
+        return bool(self._train.validate_every) and step % self._train.validate_every == 0
+
+    def _preview_due(self, step: int) -> bool:
+        return bool(self._train.preview_every) and step % self._train.preview_every == 0
+
+
+def averaged_unet(
+    config: ModelConfig, average: MovingAverage, device: torch.device, dtype: torch.dtype
+) -> torch.nn.Module:
+    """A new UNet with the averaged weights, in evaluation mode. A collective."""
+    with torch.device("meta"):
+        unet = build_unet(config)
+    unet = unet.type(dtype).to_empty(device=device).eval().requires_grad_(False)
+    weights = dict(unet.named_parameters())
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    for name, values in average.gather(shapes):
+        weights[name].copy_(values)
+    return unet
