@@ -1,8 +1,9 @@
-"""`make bench-gpu`: the paper's network on one CUDA GPU: training, sampling, and embedding by ViT-L/14.
+"""`make bench-gpu`: training, sampling and embedding with the paper's networks on one CUDA GPU.
 
-Steps of the 1.3B model at 256, 512 and 768 px by the trainer's own engine, with activation checkpointing on
-and off, compiled and not, by attention backend; samples at 768 px. Writes `docs/gpu.json` and
-`docs/gpu.md`. `--tiny` runs every case with a tiny network, on a CPU too, and writes to the scratch.
+Training steps of the 1.3B model at 256, 512 and 768 px with the trainer's engine, with and without activation
+checkpointing, compilation and each attention backend; sampling at 768 px; embedding with ViT-L/14. Writes
+`docs/gpu.json` and `docs/gpu.md`. `--tiny` runs every case with a tiny network, also on a CPU, and writes to
+the scratch folder.
 """
 
 import argparse
@@ -14,30 +15,31 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.report import DOCS, REPOSITORY, SCRATCH, markdown_table, write_report
-from benchmarks.training.gpu_cases import BACKENDS, Case, leave, run, words
+from benchmarks.training.gpu_cases import BACKENDS, Case, case_as_json, leave_process_group, run
 from jobs.reporting.hardware import hardware
 
 SIZES = (256, 512, 768)
 CASE_S = 1800
-"""Longest that a case may take, compilation included."""
-AIM = 0.5
+"""Timeout of a case, compilation included."""
+MFU_GOAL = 0.5
+"""Model FLOP utilization: FLOP/s of the model over the FLOP/s of a matrix product."""
 
-PAGE = """# On a GPU
+PAGE = """# Speed on a GPU
 
-Written by `make bench-gpu`; the numbers are in `gpu.json`. Each case ran in a process of its own.
+Written by `make bench-gpu`; the numbers are in `gpu.json`. Each case ran in a separate process.
 
-**Machine:** {device}; {hardware}; torch {torch}. A bf16 matrix product reached {tera:,.0f} TFLOP/s, which is
-what MFU is counted against: operations of the UNet, forward and backward, once.
+**Machine:** {device}; {hardware}; torch {torch}. A bf16 matrix product reached {tera:,.0f} TFLOP/s. MFU
+is the rate of operations of the UNet, forward and backward without recomputation, divided by this rate.
 
 ## Training
 
-A step of LAION-RDM on one rank: DeepSpeed ZeRO 1 in bf16 with fp32 master weights, latents in memory,
-k = 8, without averaged weights (5.3 GB more). The batch is the fastest of those that fit; on eight ranks each
-holds an eighth of the optimizer's 16 GB.
+A training step of LAION-RDM on one rank: DeepSpeed ZeRO 1 in bf16 with fp32 master weights, latents in
+memory, k = 8, without averaged weights (5.3 GB more). The batch size is the fastest that fits; on eight
+ranks each rank stores an eighth of the 16 GB of optimizer state.
 
 {training}
 
-{aim}
+{goal}
 
 ## Attention at 256 px
 
@@ -45,18 +47,18 @@ holds an eighth of the optimizer's 16 GB.
 
 ## Sampling at 768 px
 
-Guidance 5, 20 tokens, the UNet in bf16, decoded by the KL autoencoder in fp32.
+Guidance 5, 20 context tokens, the UNet in bf16, decoding by the KL autoencoder in fp32.
 
 {sampling}
 
 ## Embedding
 
-ViT-L/14, bf16, images at hand as tensors: {embedding}.
+ViT-L/14, bf16, images as tensors in memory: {embedding}.
 """
 
 
 def cases(tiny: bool) -> Iterator[tuple[str, Case]]:
-    """Every case, by the part of the page that it belongs to."""
+    """All cases, with their sections of the page."""
     yield "matmul", Case("matmul", tiny=tiny)
     for size in (32,) if tiny else SIZES:
         for checkpointing in (False, True):
@@ -86,79 +88,84 @@ def cases(tiny: bool) -> Iterator[tuple[str, Case]]:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """What a case gives; where it fails, the last line of why. A tiny case needs no process of its own."""
+    """The result of a case, or the last line of its error. Tiny cases run in this process."""
     if case.tiny:
         return run(case)
-    command = [sys.executable, "-m", "benchmarks.training.gpu_cases", words(case)]
+    command = [sys.executable, "-m", "benchmarks.training.gpu_cases", case_as_json(case)]
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             command, cwd=REPOSITORY, capture_output=True, text=True, timeout=CASE_S, check=False
         )
     except subprocess.TimeoutExpired:
         return {"failed": f"took longer than {CASE_S} s"}
-    if done.returncode:
-        return {"failed": (done.stderr.strip().splitlines() or ["no reason given"])[-1][:200]}
-    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+    if process.returncode:
+        return {"failed": (process.stderr.strip().splitlines() or ["no error message"])[-1][:200]}
+    return dict(json.loads(process.stdout.strip().splitlines()[-1]))
 
 
 def page(result: dict[str, Any]) -> str:
     """The page as Markdown."""
-    (card,) = (found for _, found in result["matmul"])
-    peak = card["flops_per_s"]
-    heads = ["px", "checkpointing", "compiled", "batch:", "largest:", "images/s:", "MFU:", "GiB:"]
+    ((_, gpu),) = result["matmul"]
+    peak = gpu["flops_per_s"]
+    headings = ["px", "checkpointing", "compiled", "batch:", "largest:", "images/s:", "MFU:", "GiB:"]
     training = [
-        [str(case["size"]), _yes(case["checkpointing"]), _yes(case["compile"]), *_training_cells(found, peak)]
-        for case, found in result["training"]
+        [
+            str(case["size"]),
+            _yes(case["checkpointing"]),
+            _yes(case["compile"]),
+            *_training_cells(values, peak),
+        ]
+        for case, values in result["training"]
     ]
     attention = [
-        [case["backend"], f"{found['images_per_s']:,.1f}" if "failed" not in found else found["failed"]]
-        for case, found in result["attention"]
+        [case["backend"], values.get("failed") or f"{values['images_per_s']:,.1f}"]
+        for case, values in result["attention"]
     ]
     sampling = [
         [
             f"{case['scheduler']}, {case['steps']} steps",
             _yes(case["compile"]),
             str(case["batch"]),
-            *_cells(found),
+            *_sampling_cells(values),
         ]
-        for case, found in result["sampling"]
+        for case, values in result["sampling"]
     ]
     ((_, embedding),) = result["embedding"]
     return PAGE.format(
-        device=card["device"],
+        device=gpu["device"],
         hardware=result["hardware"],
-        torch=card["torch"],
+        torch=gpu["torch"],
         tera=peak / 1e12,
-        training=markdown_table(heads, training),
-        aim=_aim(result["training"], peak),
+        training=markdown_table(headings, training),
+        goal=_goal_text(result["training"], peak),
         attention=markdown_table(["backend", "images/s:"], attention),
         sampling=markdown_table(["", "compiled", "batch:", "images/s:", "GiB:"], sampling),
         embedding=embedding.get("failed") or f"{embedding['images_per_s']:,.0f} images/s",
     )
 
 
-def _training_cells(found: dict[str, Any], peak: float) -> list[str]:
-    if "failed" in found:
-        return ["", "", found["failed"], "", ""]
-    mfu = found["images_per_s"] * found["flops"] / peak
-    cells = [str(found["batch"]), str(found["largest_batch"]), f"{found['images_per_s']:,.1f}"]
-    return [*cells, f"{mfu:.1%}", f"{found['memory_gib']:.1f}"]
+def _training_cells(values: dict[str, Any], peak: float) -> list[str]:
+    if "failed" in values:
+        return ["", "", values["failed"], "", ""]
+    mfu = values["images_per_s"] * values["flops"] / peak
+    cells = [str(values["batch"]), str(values["largest_batch"]), f"{values['images_per_s']:,.1f}"]
+    return [*cells, f"{mfu:.1%}", f"{values['memory_gib']:.1f}"]
 
 
-def _cells(found: dict[str, Any]) -> list[str]:
-    if "failed" in found:
-        return [found["failed"], ""]
-    return [f"{found['images_per_s']:,.3f}", f"{found['memory_gib']:.1f}"]
+def _sampling_cells(values: dict[str, Any]) -> list[str]:
+    if "failed" in values:
+        return [values["failed"], ""]
+    return [f"{values['images_per_s']:,.3f}", f"{values['memory_gib']:.1f}"]
 
 
-def _aim(training: list[tuple[dict[str, Any], dict[str, Any]]], peak: float) -> str:
-    first = min(case["size"] for case, _ in training)
-    found = [one for case, one in training if case["size"] == first and "failed" not in one]
-    if not found:
-        return f"No case at {first} px gave a number."
-    best = max(one["images_per_s"] * one["flops"] / peak for one in found)
-    verdict = "reached" if best >= AIM else "missed"
-    return f"Aim: {AIM:.0%} MFU at {first} px; best {best:.1%}: {verdict}."
+def _goal_text(training: list[tuple[dict[str, Any], dict[str, Any]]], peak: float) -> str:
+    size = min(case["size"] for case, _ in training)
+    finished = [values for case, values in training if case["size"] == size and "failed" not in values]
+    if not finished:
+        return f"All cases at {size} px failed."
+    best = max(values["images_per_s"] * values["flops"] / peak for values in finished)
+    verdict = "reached" if best >= MFU_GOAL else "missed"
+    return f"Goal: {MFU_GOAL:.0%} MFU at {size} px; best {best:.1%}: {verdict}."
 
 
 def _yes(value: bool) -> str:
@@ -166,19 +173,19 @@ def _yes(value: bool) -> str:
 
 
 def main() -> None:
-    """Measure every case and write."""
+    """Measure every case and write the results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training.gpu", description=__doc__)
-    parser.add_argument("--scratch", type=Path, default=SCRATCH, help="where a tiny run writes")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="where the page goes")
-    parser.add_argument("--tiny", action="store_true", help="every case with a tiny network, on a CPU too")
+    parser.add_argument("--scratch", type=Path, default=SCRATCH, help="folder of the results with --tiny")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the results")
+    parser.add_argument("--tiny", action="store_true", help="tiny networks, also on a CPU")
     options = parser.parse_args()
     result: dict[str, Any] = {"hardware": hardware(), "matmul": [], "training": [], "attention": []}
     result |= {"sampling": [], "embedding": []}
     for part, case in cases(options.tiny):
-        found = measure(case)
-        print(part, words(case), json.dumps(found), flush=True)
-        result[part].append((vars(case), found))
-    leave()
+        values = measure(case)
+        print(part, case_as_json(case), json.dumps(values), flush=True)
+        result[part].append((vars(case), values))
+    leave_process_group()
     write_report(options.scratch if options.tiny else options.docs, "gpu", result, page(result))
 
 

@@ -1,7 +1,8 @@
-"""One measurement on a device, in a process of its own: what `benchmarks.training.gpu` asks for, answered as JSON.
+"""The cases of `benchmarks.training.gpu`: matrix product, training step, embedding, sampling.
 
-A process each, so that a case that runs out of memory or compiles for minutes leaves nothing to the next.
-`python -m benchmarks.training.gpu_cases CASE` with a case as JSON prints the answer as the last line.
+Each case runs in a separate process, so that a case that runs out of memory does not affect the next.
+`python -m benchmarks.training.gpu_cases CASE` takes a case as JSON and prints its values as JSON in the last
+line.
 """
 
 import gc
@@ -42,86 +43,86 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-TEXT_TOKENS = 20
-"""Of a context in sampling: a prompt and its 19 neighbors."""
+CONTEXT_TOKENS = 20
+"""Tokens of the context in sampling: a prompt and its 19 neighbors."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What to measure. `tiny`: a network that a CPU computes at once, to see that the machinery works."""
+    """A measurement. tiny: with a network that is fast on a CPU, for tests."""
 
     kind: str
     """`matmul`, `train`, `embed` or `sample`."""
     size: int = 256
-    """Edge of an image in pixels."""
+    """Edge of the images in pixels."""
     batch: int = 0
-    """Images at once; 0 in `train` looks for the largest that fits."""
+    """Batch size; 0 in `train` means the fastest that fits."""
     checkpointing: bool = False
     compile: bool = False
     backend: str = ""
-    """Of attention, a name of BACKENDS; empty lets torch choose."""
+    """Attention backend, a key of BACKENDS; empty: torch chooses."""
     scheduler: SchedulerName = "ddim"
     steps: int = 50
     tiny: bool = False
 
 
 def run(case: Case) -> dict[str, Any]:
-    """The measured values of a case. Raises torch.OutOfMemoryError where a stated batch does not fit."""
-    work: dict[str, Callable[[Case], dict[str, Any]]] = {
+    """The measured values of a case. Raises torch.OutOfMemoryError if its batch does not fit."""
+    kinds: dict[str, Callable[[Case], dict[str, Any]]] = {
         "matmul": matmul,
         "train": train,
         "embed": embed,
         "sample": sample,
     }
-    return work[case.kind](case)
+    return kinds[case.kind](case)
 
 
 def device_of(case: Case) -> torch.device:
-    """The GPU; a tiny case takes the CPU where there is none."""
+    """The GPU; for a tiny case the CPU if there is no GPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", 0)
     if not case.tiny:
-        raise SystemExit("torch sees no GPU: this benchmark needs one, or --tiny")
+        raise SystemExit("torch finds no CUDA GPU. Run this benchmark on a GPU, or with --tiny.")
     return torch.device("cpu")
 
 
 def matmul(case: Case) -> dict[str, Any]:
-    """The best rate of a bf16 matrix product, over several shapes: what MFU is measured against."""
+    """The best rate of a bf16 matrix product over several shapes, the reference of MFU."""
     device = device_of(case)
     best = 0.0
     for edge in (256,) if case.tiny else (4096, 8192, 12288):
-        one, other = torch.randn(2, edge, edge, device=device, dtype=torch.bfloat16)
-        seconds = timed(lambda one=one, other=other: one @ other, device, 3 if case.tiny else 30)
+        left, right = torch.randn(2, edge, edge, device=device, dtype=torch.bfloat16)
+        seconds = timed(lambda left=left, right=right: left @ right, device, 3 if case.tiny else 30)
         best = max(best, 2 * edge**3 / seconds)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return {"device": name, "flops_per_s": best, "torch": torch.__version__}
 
 
 def train(case: Case) -> dict[str, Any]:
-    """A step of the trainer: DeepSpeed, bf16 with fp32 master weights, one rank, latents at hand."""
+    """A step of the trainer: DeepSpeed, bf16 with fp32 master weights, one rank, latents in memory."""
     stage = _stage(case)
-    _be_the_only_rank()
+    _set_single_rank()
     ranks = join_ranks()
-    batches = [case.batch] if case.batch else _sizes(case)
-    found: dict[str, Any] = {}
+    batches = [case.batch] if case.batch else _batch_sizes(case)
+    values: dict[str, Any] = {}
     engine, objective = _engine(case, stage, ranks)
     for batch in batches:
         try:
             rate, memory = _step_rate(engine, objective, (case, stage, batch), ranks.device)
         except torch.OutOfMemoryError:
-            if not found:
+            if not values:
                 raise
             break
-        tried = {**found.get("tried", {}), str(batch): rate}
-        if rate >= found.get("images_per_s", 0.0):
-            found |= {"images_per_s": rate, "batch": batch, "memory_gib": memory}
-        found |= {"tried": tried, "largest_batch": batch}
+        tried = {**values.get("tried", {}), str(batch): rate}
+        if rate >= values.get("images_per_s", 0.0):
+            values |= {"images_per_s": rate, "batch": batch, "memory_gib": memory}
+        values |= {"tried": tried, "largest_batch": batch}
     engine.destroy()
-    return found | {"flops": training_flops(stage.model, stage.latent_shape, stage.train.k)}
+    return values | {"flops": training_flops(stage.model, stage.latent_shape, stage.train.k)}
 
 
 def embed(case: Case) -> dict[str, Any]:
-    """The image tower of ViT-L/14 with fresh weights, bf16: images that are already 224 px tensors."""
+    """The image encoder of ViT-L/14 with random weights in bf16, on 224 px tensors."""
     device = device_of(case)
     if case.tiny:
         model: Any = open_clip.model.CLIP(**TINY_CLIP)
@@ -140,13 +141,13 @@ def embed(case: Case) -> dict[str, Any]:
 
 
 def sample(case: Case) -> dict[str, Any]:
-    """Guided samples and their decoding by the KL autoencoder, bf16: what `make sample` computes."""
+    """Guided sampling in bf16 and decoding by the KL autoencoder, as in `make sample`."""
     device, stage = device_of(case), _stage(case)
     unet = build_unet(stage.model).to(device).eval()
     width = (8, 4) if case.tiny else (128, 32)
     decoder = kl_f16(width[0], stage.latent_shape[0], width[1]).to(device).eval()
     denoise = torch.compile(unet) if case.compile else unet
-    context = torch.randn(case.batch, TEXT_TOKENS, stage.model.context_dim, device=device)
+    context = torch.randn(case.batch, CONTEXT_TOKENS, stage.model.context_dim, device=device)
     context = torch.nn.functional.normalize(context, dim=-1)
     noise = initial_noise(range(case.batch), stage.latent_shape).to(device)
     guidance = torch.full((case.batch,), 5.0, device=device)
@@ -163,26 +164,26 @@ def sample(case: Case) -> dict[str, Any]:
 
 
 def timed(work: Callable[[], object], device: torch.device, times: int) -> float:
-    """Mean seconds of `times` calls after two that warm up."""
+    """Mean seconds of `times` calls, after two warm-up calls."""
     for _ in range(2):
         work()
-    _finish(device)
-    began = time.perf_counter()
+    _synchronize(device)
+    start = time.perf_counter()
     for _ in range(times):
         work()
-    _finish(device)
-    return (time.perf_counter() - began) / times
+    _synchronize(device)
+    return (time.perf_counter() - start) / times
 
 
 def _stage(case: Case) -> Stage:
     if case.tiny:
         edge = case.size // 16
-        train_ = TrainConfig(
+        config = TrainConfig(
             name="tiny", source="latents", size=case.size, k=2, global_batch=1, micro_batch=1, steps=1
         )
-        return Stage("tiny", TINY_MODEL, train_, (TINY_MODEL.latent_channels, edge, edge))
-    (found,) = [one for one in stages() if one.name == f"train_laion_{case.size}"]
-    return found
+        return Stage("tiny", TINY_MODEL, config, (TINY_MODEL.latent_channels, edge, edge))
+    (stage,) = [stage for stage in stages() if stage.name == f"train_laion_{case.size}"]
+    return stage
 
 
 def _engine(case: Case, stage: Stage, ranks: Ranks) -> tuple[Any, Objective]:
@@ -203,10 +204,10 @@ def _engine(case: Case, stage: Stage, ranks: Ranks) -> tuple[Any, Objective]:
 
 
 def _step_rate(
-    engine: Any, objective: Objective, what: tuple[Case, Stage, int], device: torch.device
+    engine: Any, objective: Objective, run: tuple[Case, Stage, int], device: torch.device
 ) -> tuple[float, float]:
-    """Images a second of whole steps with so many images, and the most memory they took, GiB."""
-    case, stage, count = what
+    """Images per second of training steps, and peak memory in GiB. run: case, stage, batch size."""
+    case, stage, count = run
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -240,8 +241,8 @@ def _batch(stage: Stage, count: int) -> TrainingBatch:
     )
 
 
-def _sizes(case: Case) -> list[int]:
-    """Batches to try, rising: powers of two and what lies halfway between."""
+def _batch_sizes(case: Case) -> list[int]:
+    """Batch sizes to try, ascending: powers of two, and 1.5 times powers of two."""
     if case.tiny:
         return [1, 2]
     return sorted({base << power for base in (2, 3) for power in range(1, 9)})
@@ -251,12 +252,12 @@ def _memory(device: torch.device) -> float:
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
 
 
-def _finish(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _be_the_only_rank() -> None:
+def _set_single_rank() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -264,18 +265,18 @@ def _be_the_only_rank() -> None:
     os.environ.update(ranks | {"MASTER_PORT": str(port)})
 
 
-def leave() -> None:
-    """End the process group, if a case made one, in good order: without the barrier some runs abort."""
+def leave_process_group() -> None:
+    """Destroy the process group, if there is one. Without the barrier some runs abort."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 
-def words(case: Case) -> str:
-    """A case as JSON, for a command line."""
+def case_as_json(case: Case) -> str:
+    """A case as JSON, for the command line."""
     return json.dumps(asdict(case))
 
 
 if __name__ == "__main__":
     print(json.dumps(run(Case(**json.loads(sys.argv[1])))), flush=True)
-    leave()
+    leave_process_group()

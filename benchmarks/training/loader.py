@@ -1,8 +1,9 @@
-"""`make bench-loader`: does reading the training set ever starve the step? (images and latents, per core)
+"""`make bench-loader`: speed of the data loader per core, for images and for latents.
 
-Makes real shards from a seed: tars of JPEGs with shorter edges of 768 px and more, neighbors of k = 8 by 768,
-latents. Times the loader alone, in interleaved rounds, and a consumer that takes a third of what it can
-give. Carries the rate per core to what 8 A100s ask for. Writes `docs/loader.json` and `docs/loader.md`.
+Generates shards from a seed: tars of JPEGs with shorter edges of 768 px and more, neighbor tables with k = 8
+of 768 dimensions, latents. Times the loader alone in interleaved rounds, and with a consumer that takes a
+third of that rate. Projects the number of cores for training on 8 A100s. Writes `docs/loader.json` and
+`docs/loader.md`.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from trainer.model.autoencoder import Autoencoder
 from trainer.recipe import AutoencoderConfig, TrainingRecipe
 
 HEADROOM = 3
-"""The loader is to give this many times what the step takes."""
+"""The loader must be this many times faster than the training step."""
 BATCH = 64
 FULL = Extent(shards=8, rows=256, k=8, dim=768, size=256, factor=16, channels=16, edge=768)
 TINY = Extent(shards=2, rows=40, k=2, dim=8, size=32, factor=16, channels=4, edge=64)
@@ -37,28 +38,28 @@ INTRO = """Written by `make bench-loader`; the numbers are in `loader.json`.
 
 **Machine:** {hardware}.
 
-**Data:** {images:,} samples in {shards} shards made from a seed: JPEGs of quality {quality} with shorter
-edges of {edge} to {twice} px ({megapixels:.1f} megapixels, {kilobytes:.0f} kB on average), cut to {size} px;
-neighbors of k = {k} by {dim}; latents of {shape}. Everything is in the page cache: what a disk or a network
-adds is not in here.
+**Data:** {images:,} generated samples in {shards} shards: JPEGs of quality {quality} with shorter edges of
+{edge} to {twice} px ({megapixels:.1f} megapixels, {kilobytes:.0f} kB on average), cropped to {size} px;
+neighbors with k = {k} of {dim} dimensions; latents of {shape}. All files are in the page cache; the time of
+a disk or a network is not included.
 
-**Method:** batches of {batch}, {rounds} interleaved rounds, medians. A core's rate is images over CPU
-seconds of all threads, so that it holds on a busy machine too."""
+**Method:** batches of {batch}, {rounds} interleaved rounds, medians. The rate per core is images over the CPU
+seconds of all threads, which does not depend on the load of the machine."""
 
-PACED = """**A consumer that takes a third of that rate** waits this long for a batch, the first one not
-counted:"""
+PACED = """**Waiting time:** a consumer that takes a third of this rate waits this long for a batch, the
+first batch not counted:"""
 
-NEEDS = """**What 8 A100s ask for.** Stage 1 needs {flops:.1f} GFLOP of the UNet an image; at {mfu:.0%} of
-312 TFLOP/s each, {gpus} GPUs take {demand:,.0f} images/s. Three times that, on cores like this machine's
-(arithmetic, not measured):"""
+NEEDS = """**Cores for 8 A100s.** Stage 1 needs {flops:.1f} GFLOP of the UNet per image; at {mfu:.0%} of 312
+TFLOP/s each, {gpus} GPUs take {demand:,.0f} images/s. Cores like those of this machine for three times this
+rate (projected, not measured):"""
 
-CUT = """**One image, one thread:** decoding the JPEG whole, then cutting a square: {whole_ms:.2f} ms.
-Decoding it at a half, a quarter or an eighth of its size where {gap} times the wanted edges are left
-(`trainer/data/images.py`): {small_ms:.2f} ms, {ratio:.2f} times as fast."""
+CROP = """**One image, one thread:** decoding the full JPEG and cropping a square takes {whole_ms:.2f} ms.
+Decoding it at a half, a quarter or an eighth of its size, if the result has at least {gap} times the target
+edges (`trainer/data/images.py`), takes {small_ms:.2f} ms: {ratio:.2f} times as fast."""
 
 
 def main() -> None:
-    """Make the data, measure, write."""
+    """Generate the data, measure, write."""
     options = _options()
     extent, batches, rounds = (TINY, 2, 1) if options.tiny else (FULL, 8, options.rounds)
     root = Root(options.scratch / ("loader-tiny" if options.tiny else "loader"))
@@ -70,11 +71,11 @@ def main() -> None:
         for source in SOURCES
         for count in THREADS
     }
-    timed: dict[tuple[str, int], list[dict[str, float]]] = {case: [] for case in plans}
+    measured: dict[tuple[str, int], list[dict[str, float]]] = {case: [] for case in plans}
     for _ in range(rounds):
         for case, plan in plans.items():
-            timed[case].append(measure(plan, root, batches))
-    cases = [_summary(case, plans[case], root, rates, batches) for case, rates in timed.items()]
+            measured[case].append(measure(plan, root, batches))
+    cases = [_summary(case, plans[case], root, rates, batches) for case, rates in measured.items()]
     result = {
         "hardware": hardware(),
         "extent": vars(extent),
@@ -82,12 +83,12 @@ def main() -> None:
         "batch": BATCH,
         "cases": cases,
     }
-    result |= {"cut": cut(extent), "demand": demand()}
+    result |= {"cut": measure_cropping(extent), "demand": demand()}
     write_report(options.scratch if options.tiny else options.docs, "loader", result, page(result))
 
 
 def measure(plan: TrainingPlan, root: Root, batches: int) -> dict[str, float]:
-    """Images a second, and a CPU second, of a loader whose shards are open and which has nothing ahead."""
+    """Images per second and per CPU second of a loader with open shards and no prefetched batches."""
     loader = Loader(plan, root, 0, 1)
     for step in range(2):
         loader.batch(step)
@@ -99,28 +100,28 @@ def measure(plan: TrainingPlan, root: Root, batches: int) -> dict[str, float]:
     }
 
 
-def waiting(plan: TrainingPlan, root: Root, batches: int, images_per_s: float) -> float:
-    """Mean seconds that a consumer of so many images a second waits for a batch."""
+def waiting_time(plan: TrainingPlan, root: Root, batches: int, images_per_s: float) -> float:
+    """Mean seconds that a consumer with this rate waits for a batch."""
     waited = []
-    arriving = Loader(plan, root, 0, 1).batches(0, batches + 1)
+    batches_ahead = Loader(plan, root, 0, 1).batches(0, batches + 1)
     for _ in range(batches + 1):
-        asked = time.perf_counter()
-        batch = next(arriving)
-        waited.append(time.perf_counter() - asked)
+        start = time.perf_counter()
+        batch = next(batches_ahead)
+        waited.append(time.perf_counter() - start)
         time.sleep(len(batch.image_ids) / images_per_s)
-    arriving.close()
+    batches_ahead.close()
     return statistics.fmean(waited[1:])
 
 
-def cut(extent: Extent) -> dict[str, float]:
-    """Milliseconds from a JPEG's bytes to its square, decoded whole and decoded small, and the mean JPEG."""
+def measure_cropping(extent: Extent) -> dict[str, float]:
+    """Milliseconds to decode and crop a JPEG at full and at reduced size, and the mean size of the JPEGs."""
     pictures = [picture(number, extent.edge) for number in range(PICTURES)]
     times: dict[str, list[float]] = {"whole_ms": [], "small_ms": []}
     for data in pictures:
-        for name, opened in (("small_ms", decode_image), ("whole_ms", _decode_whole)):
-            began = time.thread_time()
-            random_crop(opened(data, "", extent.size), (0, 0, 0), flip=True)
-            times[name].append((time.thread_time() - began) * 1000)
+        for name, decode in (("small_ms", decode_image), ("whole_ms", _decode_whole)):
+            start = time.thread_time()
+            random_crop(decode(data, "", extent.size), (0, 0, 0), flip=True)
+            times[name].append((time.thread_time() - start) * 1000)
     sizes = [Image.open(io.BytesIO(data)).size for data in pictures]
     return {
         **{name: statistics.fmean(values) for name, values in times.items()},
@@ -130,14 +131,14 @@ def cut(extent: Extent) -> dict[str, float]:
 
 
 def demand() -> dict[str, float]:
-    """What the first stage of the paper's schedule takes from the loader."""
+    """Rate of the first training stage of the paper's schedule."""
     stage = stages()[0]
     return {"gflops": stage.flops / 1e9, "images_per_s": stage.images_per_s()}
 
 
 def page(result: dict[str, Any]) -> str:
     """The page as Markdown."""
-    extent, cases, asked = Extent(**result["extent"]), result["cases"], result["demand"]
+    extent, cases, demand = Extent(**result["extent"]), result["cases"], result["demand"]
     intro = INTRO.format(
         **vars(extent) | {"images": extent.shards * extent.rows, "twice": 2 * extent.edge},
         **{name: result[name] for name in ("hardware", "rounds", "batch")},
@@ -162,40 +163,40 @@ def page(result: dict[str, Any]) -> str:
         ]
         for case in cases
     ]
-    needs = NEEDS.format(flops=asked["gflops"], mfu=MFU, gpus=GPUS, demand=asked["images_per_s"])
+    needs = NEEDS.format(flops=demand["gflops"], mfu=MFU, gpus=GPUS, demand=demand["images_per_s"])
     cores = [
-        [case["source"], f"{case['images_per_core_s']:,.0f}", f"{cores_for(case, asked):,.0f}"]
+        [case["source"], f"{case['images_per_core_s']:,.0f}", f"{cores_for(case, demand):,.0f}"]
         for case in cases
         if case["threads"] == max(THREADS)
     ]
     parts = [
-        "# Does the loader keep up?",
+        "# Speed of the data loader",
         intro,
-        markdown_table(["", "images/s:", "images/s and core:"], rates),
+        markdown_table(["", "images/s:", "images/s per core:"], rates),
     ]
-    parts += [PACED, markdown_table(["", "images/s taken:", "ms waited:", "of the step:"], paced)]
+    parts += [PACED, markdown_table(["", "images/s taken:", "ms waited:", "share of the step:"], paced)]
     parts += [
         needs,
-        markdown_table(["source", "images/s and core:", f"cores for {HEADROOM} times the demand:"], cores),
+        markdown_table(["source", "images/s per core:", f"cores for {HEADROOM} times the demand:"], cores),
     ]
-    found = result["cut"]
-    parts.append(CUT.format(**found, gap=MIN_DRAFT_RATIO, ratio=found["whole_ms"] / found["small_ms"]))
+    crop = result["cut"]
+    parts.append(CROP.format(**crop, gap=MIN_DRAFT_RATIO, ratio=crop["whole_ms"] / crop["small_ms"]))
     return "\n\n".join(parts) + "\n"
 
 
-def cores_for(case: dict[str, float], asked: dict[str, float]) -> float:
-    """Cores that give HEADROOM times the demand."""
-    return HEADROOM * asked["images_per_s"] / case["images_per_core_s"]
+def cores_for(case: dict[str, float], demand: dict[str, float]) -> float:
+    """Number of cores for HEADROOM times the demand."""
+    return HEADROOM * demand["images_per_s"] / case["images_per_core_s"]
 
 
 def _summary(
     case: tuple[str, int], plan: TrainingPlan, root: Root, rates: list[dict[str, float]], batches: int
 ) -> dict[str, Any]:
-    found = {name: statistics.median(rate[name] for rate in rates) for name in rates[0]}
-    taken = found["images_per_s"] / HEADROOM
-    waited = waiting(plan, root, batches, taken)
+    medians = {name: statistics.median(rate[name] for rate in rates) for name in rates[0]}
+    taken = medians["images_per_s"] / HEADROOM
+    waited = waiting_time(plan, root, batches, taken)
     source, count = case
-    return {"source": source, "threads": count, **found, "taken_per_s": taken} | {
+    return {"source": source, "threads": count, **medians, "taken_per_s": taken} | {
         "step_s": BATCH / taken,
         "waiting_s": waited,
     }
@@ -227,10 +228,10 @@ def _recipe(extent: Extent, autoencoder: AutoencoderConfig, source: str, workers
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training.loader", description=__doc__)
-    parser.add_argument("--scratch", type=Path, default=SCRATCH, help="where data go")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="where the page goes")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tiny", action="store_true", help="a look at the machinery; writes to the scratch")
+    parser.add_argument("--scratch", type=Path, default=SCRATCH, help="folder of the data")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the results")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds")
+    parser.add_argument("--tiny", action="store_true", help="trial run; writes to the scratch folder")
     return parser.parse_args()
 
 

@@ -1,8 +1,9 @@
-"""`make bench-sampling`: DPM-Solver++ at 20 steps beside DDIM and PLMS at 50, on a trained model.
+"""`make bench-sampling`: DPM-Solver++ with 20 steps against DDIM and PLMS with 50, on a trained model.
 
-Reads a recipe's finished run, its style databases and the prompts of its [evaluate]. Every method draws the
-same requests from the same seeds; how far its pictures are from DDIM's is measured in CLIP space, next to
-how far other seeds and five times the steps move them. Writes `docs/sampling.json` and `docs/sampling.md`.
+Reads the finished run of a recipe, its style databases and the prompts of its [evaluate]. All methods sample
+the same requests with the same seeds. The CLIP distance of their pictures to those of DDIM is compared with
+the distances for other seeds and for five times the steps. Writes `docs/sampling.json` and
+`docs/sampling.md`.
 """
 
 import argparse
@@ -35,12 +36,12 @@ from trainer.sampling.sampler import Sampler
 
 Features = npt.NDArray[np.float32]
 OTHER_SEEDS = 1 << 31
-"""Added to a seed, which the evaluation draws below it: another picture of the same request."""
+"""Added to the seeds, which are smaller, for another picture of the same request."""
 
 
 @dataclass(frozen=True)
-class Method:
-    """A way to sample."""
+class SamplingMethod:
+    """A scheduler with a number of steps."""
 
     name: str
     scheduler: SchedulerName
@@ -48,54 +49,54 @@ class Method:
     seed_offset: int = 0
 
 
-REFERENCE = Method("DDIM, 50 steps", "ddim", 50)
+REFERENCE = SamplingMethod("DDIM, 50 steps", "ddim", 50)
 METHODS = (
     REFERENCE,
-    Method("DPM-Solver++, 20 steps", "dpm++", 20),
-    Method("DDIM, 20 steps", "ddim", 20),
-    Method("PLMS, 50 steps", "plms", 50),
-    Method("DDIM, 250 steps", "ddim", 250),
-    Method("DDIM, 50 steps, other seeds", "ddim", 50, OTHER_SEEDS),
+    SamplingMethod("DPM-Solver++, 20 steps", "dpm++", 20),
+    SamplingMethod("DDIM, 20 steps", "ddim", 20),
+    SamplingMethod("PLMS, 50 steps", "plms", 50),
+    SamplingMethod("DDIM, 250 steps", "ddim", 250),
+    SamplingMethod("DDIM, 50 steps, other seeds", "ddim", 50, OTHER_SEEDS),
 )
 
-PAGE = """# DPM-Solver++ at 20 steps beside DDIM at 50
+PAGE = """# DPM-Solver++ with 20 steps against DDIM with 50
 
 Written by `make bench-sampling`; the numbers are in `sampling.json`.
 
 **Machine:** {hardware}.
 
-**Model:** `{run}`, {styles} style databases, {count} requests ({each} a style) with guidance
-{guidance:g}, the same seeds for every method, {precision}. The judge is the evaluation's,
-{judge_accuracy:.3f} right on database pictures that it never saw. Distance is one less the cosine of CLIP
-features, to the picture that DDIM makes of the same request in 50 steps; ± is 1.96 standard errors. Methods
-took turns, style by style.
+**Model:** `{run}`, {styles} style databases, {count} requests ({each} per style) with guidance {guidance:g},
+the same seeds for every method, {precision}. The style classifier is that of the evaluation, with accuracy
+{judge_accuracy:.3f} on held-out database pictures. The distance is 1 - cosine of CLIP features, to the
+picture of the same request by DDIM with 50 steps; ± is 1.96 standard errors. The methods alternate, style by
+style.
 
 {table}
 """
 
 
 @dataclass
-class Drawn:
-    """What a method made: seconds of each style, CLIP features (n, dim) and judgements of all pictures."""
+class MethodResults:
+    """Results of a method for each style: seconds, CLIP features (n, dim), correct classifications (n,)."""
 
     seconds: list[float] = field(default_factory=list)
     features: list[Features] = field(default_factory=list)
-    right: list[npt.NDArray[np.bool_]] = field(default_factory=list)
+    correct: list[npt.NDArray[np.bool_]] = field(default_factory=list)
 
 
-def measure(recipe: Recipe, each: int, methods: Sequence[Method]) -> dict[str, Any]:
-    """Sample `each` pictures of every style by every method, the first of which is the reference."""
+def measure(recipe: Recipe, each: int, methods: Sequence[SamplingMethod]) -> dict[str, Any]:
+    """Sample `each` pictures of every style with every method. The first method is the reference."""
     config = recipe[EvaluateConfig]
     sampler = Sampler.open(recipe.root, trained_model(recipe), config)
     styles = style_names(config, recipe.root)
     cells = make_style_groups(config, each, styles, read_prompts(config.prompts_file))
     classifier, _ = train_style_classifier(config, sampler, styles)
-    drawn = {method.name: Drawn() for method in methods}
+    results = {method.name: MethodResults() for method in methods}
     asked = [cell for cell in cells if cell.mode == RETRIEVAL]
     for number, cell in enumerate(tqdm(asked, "styles", unit="style")):
-        # the order turns, so that no method always meets the same neighbor on the machine
+        # The order rotates, so that no method always follows the same other method.
         for method in (*methods[number % len(methods) :], *methods[: number % len(methods)]):
-            _draw(sampler, classifier, (cell.style, cell.requests), method, drawn[method.name])
+            _sample(sampler, classifier, (cell.style, cell.requests), method, results[method.name])
     return {
         "hardware": hardware(),
         "run": f"{trained_model(recipe).folder}",
@@ -105,43 +106,47 @@ def measure(recipe: Recipe, each: int, methods: Sequence[Method]) -> dict[str, A
         "guidance": config.guidance,
         "precision": config.precision,
         "judge_accuracy": classifier.held_out_accuracy,
-        "methods": [_row(method, drawn, methods[0]) for method in methods],
+        "methods": [_row(method, results, methods[0]) for method in methods],
     }
 
 
-def _draw(
+def _sample(
     sampler: Sampler,
     classifier: TrainedClassifier,
     asked: tuple[str, Sequence[Request]],
-    method: Method,
-    drawn: Drawn,
+    method: SamplingMethod,
+    results: MethodResults,
 ) -> None:
     style, requests = asked
     changed = [
-        replace(one, scheduler=method.scheduler, steps=method.steps, seed=one.seed + method.seed_offset)
-        for one in requests
+        replace(
+            request, scheduler=method.scheduler, steps=method.steps, seed=request.seed + method.seed_offset
+        )
+        for request in requests
     ]
-    began = time.perf_counter()
+    start = time.perf_counter()
     samples = sampler.sample(changed)
-    drawn.seconds.append(time.perf_counter() - began)
+    results.seconds.append(time.perf_counter() - start)
     features = sampler.encoder.encode_images([sample.picture for sample in samples])
-    drawn.features.append(features)
-    drawn.right.append(score(classifier, style, SampleFeatures(features, features)).correct)
+    results.features.append(features)
+    results.correct.append(score(classifier, style, SampleFeatures(features, features)).correct)
 
 
-def _row(method: Method, drawn: dict[str, Drawn], reference: Method) -> dict[str, Any]:
-    mine, theirs = drawn[method.name], drawn[reference.name]
-    distances = 1 - (np.concatenate(mine.features) * np.concatenate(theirs.features)).sum(axis=1)
-    right = np.concatenate(mine.right)
+def _row(
+    method: SamplingMethod, results: dict[str, MethodResults], reference: SamplingMethod
+) -> dict[str, Any]:
+    own, base = results[method.name], results[reference.name]
+    distances = 1 - (np.concatenate(own.features) * np.concatenate(base.features)).sum(axis=1)
+    correct = np.concatenate(own.correct)
     return {
         "name": method.name,
         "distance": float(distances.mean()),
         "error": float(1.96 * distances.std(ddof=1) / len(distances) ** 0.5),
-        "style_accuracy": float(right.mean()),
-        "interval": list(wilson_interval(int(right.sum()), len(right))),
-        "seconds_per_image": sum(mine.seconds) / len(right),
+        "style_accuracy": float(correct.mean()),
+        "interval": list(wilson_interval(int(correct.sum()), len(correct))),
+        "seconds_per_image": sum(own.seconds) / len(correct),
         "times_as_fast": statistics.median(
-            other / own for own, other in zip(mine.seconds, theirs.seconds, strict=True)
+            base_s / own_s for own_s, base_s in zip(own.seconds, base.seconds, strict=True)
         ),
     }
 
@@ -158,17 +163,26 @@ def page(result: dict[str, Any]) -> str:
         ]
         for number, row in enumerate(result["methods"])
     ]
-    heads = ["", "CLIP distance:", "taken for the style (95 %):", "s per image:", "times as fast:"]
-    return PAGE.format(**result, table=markdown_table(heads, rows))
+    headings = ["", "CLIP distance:", "style accuracy (95 %):", "s per image:", "speedup:"]
+    return PAGE.format(**result, table=markdown_table(headings, rows))
 
 
 def main() -> None:
-    """Sample, judge, write."""
+    """Sample, classify, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training.sampling", description=__doc__)
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="of a finished run, with [evaluate]")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides")
-    parser.add_argument("--each", type=int, default=20, help="pictures of every style and method, at least 2")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="where the page goes")
+    parser.add_argument(
+        "recipe", type=Path, metavar="RECIPE", help="recipe of a finished run, with [evaluate]"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        dest="overrides",
+        help="override one key of the recipe",
+    )
+    parser.add_argument("--each", type=int, default=20, help="pictures per style and method, at least 2")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the results")
     options = parser.parse_args()
 
     def work() -> None:

@@ -1,8 +1,8 @@
-"""`make bench-schedule`: the paper's training schedules in operations, and in days of 8 A100s.
+"""`make bench-schedule`: operations of the paper's training schedules, and projected days on 8 A100s.
 
-Reads the train recipes and counts operations on shapes alone (`trainer.tracking.flops`); writes `docs/training.json`
-and `docs/training.md`. Nothing here was run at that size: times are operations over the data sheet's rate
-times a stated utilization.
+Reads the training recipes and counts operations from shapes (`trainer.tracking.flops`). Writes
+`docs/training.json` and `docs/training.md`. Nothing was run at this size: the time is the number of
+operations divided by the data sheet's rate and an assumed utilization.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from trainer.tracking.flops import PEAK_TFLOPS, TERA, training_flops
 
 RECIPES = ("train_laion_256", "train_laion_512", "train_laion_768", "train_imagenet")
 FACTORS = {"kl": 16, "vq": 4}
-"""Pixels per latent of the paper's two autoencoders."""
+"""Pixels per latent position of the paper's two autoencoders."""
 GPUS = 8
 MFU = 0.5
 MFUS = (0.3, 0.4, 0.5)
@@ -30,7 +30,7 @@ PEAK = PEAK_TFLOPS["A100"] * TERA
 
 @dataclass(frozen=True)
 class Stage:
-    """One recipe of the paper's schedule."""
+    """A training recipe of the paper's schedule."""
 
     name: str
     model: ModelConfig
@@ -39,15 +39,15 @@ class Stage:
 
     @cached_property
     def flops(self) -> float:
-        """Operations of the UNet for a training image, forward and backward."""
+        """Operations of the UNet per training image, forward and backward."""
         return training_flops(self.model, self.latent_shape, self.train.k)
 
     def images_per_s(self, mfu: float = MFU) -> float:
-        """Of GPUS A100s that do `mfu` of what their data sheet says."""
+        """Rate of GPUS A100s at this model FLOP utilization."""
         return GPUS * PEAK * mfu / self.flops
 
     def days(self, mfu: float = MFU) -> float:
-        """Of the whole stage."""
+        """Duration of the stage."""
         return self.train.steps * self.train.global_batch / self.images_per_s(mfu) / 86_400
 
 
@@ -63,12 +63,12 @@ def _stage(name: str) -> Stage:
     return Stage(name, model, train, (model.latent_channels, edge, edge))
 
 
-PAGE = """# How long the paper's schedule takes
+PAGE = """# Duration of the paper's training schedule
 
-Written by `make bench-schedule`; the numbers are in `training.json`. **Arithmetic, not a measurement:**
-operations of the UNet, forward and backward, counted once on shapes alone by torch's flop counter,
-over {gpus} A100s of {peak:.0f} dense bf16 TFLOP/s each at the utilization (MFU) stated. Activation
-checkpointing adds up to a third; encoding images on the way, instead of `make latents`, is not counted.
+Written by `make bench-schedule`; the numbers are in `training.json`. **Projected, not measured:** operations
+of the UNet, forward and backward, counted from shapes by torch's flop counter, divided by the rate of {gpus}
+A100s with {peak:.0f} dense bf16 TFLOP/s each at an assumed utilization (MFU). Activation checkpointing adds
+up to a third; encoding images during training, instead of `make latents`, is not included.
 
 {stages}
 
@@ -80,7 +80,7 @@ The three LAION stages together: {sums}.
 
 def page(rows: list[dict[str, Any]]) -> str:
     """The page as Markdown."""
-    heads = ["recipe", "parameters:", "px:", "GFLOP an image:", "batch:", "steps:", "images:", "EFLOP:"]
+    headings = ["recipe", "parameters:", "px:", "GFLOP per image:", "batch:", "steps:", "images:", "EFLOP:"]
     sizes = [
         [
             row["recipe"],
@@ -105,14 +105,14 @@ def page(rows: list[dict[str, Any]]) -> str:
     return PAGE.format(
         gpus=GPUS,
         peak=PEAK / TERA,
-        stages=markdown_table(heads, sizes),
+        stages=markdown_table(headings, sizes),
         days=markdown_table(["images/s / days at MFU", *(f"{mfu:.0%}:" for mfu in MFUS)], days),
         sums=sums,
     )
 
 
 def table() -> list[dict[str, Any]]:
-    """What every recipe needs; images_per_s and days at each of MFUS."""
+    """Operations and duration of every recipe; images_per_s and days at each of MFUS."""
     return [
         {
             "recipe": stage.name,
@@ -135,9 +135,9 @@ def _parameters(model: ModelConfig) -> int:
 
 
 def main() -> None:
-    """Count and write."""
+    """Count operations and write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training.schedule", description=__doc__)
-    parser.add_argument("--docs", type=Path, default=DOCS, help="where the page goes")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the results")
     rows = table()
     write_report(
         parser.parse_args().docs, "training", {"gpus": GPUS, "mfus": MFUS, "recipes": rows}, page(rows)

@@ -1,8 +1,9 @@
-"""`make bench-step`: what the training loop costs beyond a bare loop over the same network.
+"""`make bench-step`: overhead of the training loop over a minimal loop with the same network.
 
-Trains the demo's model by `trainer.training.train`, DeepSpeed and all, on one rank in fp32. Its loader hands the
-same batch to two bare loops between our steps: diffusers' UNet with torch's AdamW and nothing else, and
-that with clipping and averaged weights, which is the same work as ours. Writes `docs/step.json` and `.md`.
+Trains the demo's model with `trainer.training.train` and DeepSpeed on one rank in fp32. Between its steps,
+two other loops train on the same batch: a minimal loop of diffusers' UNet and torch's AdamW, and an
+equivalent loop that also clips gradients and averages weights, as ours does. Writes `docs/step.json` and
+`docs/step.md`.
 """
 
 import argparse
@@ -32,39 +33,39 @@ from trainer.tracking.training_log import read_step_metrics
 from trainer.training import train
 
 GOAL = 0.05
-WARM = 5
-"""First steps, not counted."""
+WARM_UP_STEPS = 5
+"""First steps, which are not counted."""
 BATCH = 16
 EXTENT = Extent(shards=4, rows=200, k=8, dim=128, size=64, factor=4, channels=8)
 LOOPS = ("bare", "whole", "ours")
 
-PAGE = """# What the training loop costs
+PAGE = """# Overhead of the training loop
 
 Written by `make bench-step`; the numbers are in `step.json`.
 
 **Machine:** {hardware}, {threads} of torch {torch}.
 
-The demo's network ({parameters:,} parameters), batches of {batch} latents, fp32, one rank, {steps} steps.
-In every step each loop gets the same batch, in one process, one after the other; medians. Ours counts
-everything: reading the batch (not ahead, as in training, but in the step), DeepSpeed, averaged weights,
-checks, log. On one rank there is nothing to split, so ZeRO 0 is the measure; ZeRO 1, which needs two ranks
-to be of use, moves all weights through flat buffers.
+The demo's network ({parameters:,} parameters), batches of {batch} latents, fp32, one rank, {steps} steps. In
+every step each loop trains on the same batch, in one process, one after the other; medians. Our time
+includes everything: reading the batch (within the step, not ahead as in training), DeepSpeed, averaged
+weights, checks and logging. On one rank there is nothing to shard, so the goal is for ZeRO 0; ZeRO 1, which
+is useful from two ranks on, copies all weights through flat buffers.
 """
-PART = """
+SECTION = """
 ## ZeRO {zero_stage}
 
 {table}
 
-Overhead over the bare loop: **{overhead:+.1%}** of its CPU time (median over steps{verdict}), of which
-reading the data is {reading:.1%}; over the loop that also clips and averages: {beside:+.1%}. After
-the last step the losses of ours and of that loop differ by {difference:.1e}.
+Overhead over the minimal loop: **{overhead:+.1%}** of its CPU time (median over steps{verdict}), of which
+reading the data is {reading:.1%}. Overhead over the equivalent loop: {beside:+.1%}. After the last step the
+losses of our loop and of the equivalent loop differ by {difference:.1e}.
 """
 ZERO_STAGES = (0, 1)
 
 
 @dataclass
-class Times:
-    """Seconds of every step by loop; of what ours takes, CPU seconds of reading data; losses of `whole`."""
+class StepTimes:
+    """Seconds of every step by loop; CPU seconds of our loop for reading data; losses of the loop `whole`."""
 
     wall: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in LOOPS})
     cpu: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in LOOPS})
@@ -72,8 +73,8 @@ class Times:
     losses: list[float] = field(default_factory=list)
 
 
-class Bare:
-    """A loop as one writes it by hand. `whole`: with clipping and averaged weights."""
+class MinimalLoop:
+    """A minimal training loop. whole: also clip gradients and average weights."""
 
     def __init__(self, config: TrainingRecipe, whole: bool) -> None:
         self._config, self._whole = config, whole
@@ -91,13 +92,13 @@ class Bare:
         self.loss = float("nan")
 
     def step(self, batch: TrainingBatch) -> None:
-        """One optimizer step; afterwards `loss` is that of the batch."""
+        """One optimizer step; sets `loss` to the loss of the batch."""
         x_0 = draw_latents(batch.inputs.float(), batch.posterior_noise)
         abar = self._alphas_bar[batch.timesteps]
         x_t = diffusion.q_sample(x_0, batch.noise, abar)
         predicted = self._unet(x_t, batch.timesteps, batch.context.float(), return_dict=False)[0]
-        wanted = diffusion.target(self._config.diffusion.prediction, x_0, batch.noise, abar)
-        loss = torch.nn.functional.mse_loss(predicted, wanted)
+        target = diffusion.target(self._config.diffusion.prediction, x_0, batch.noise, abar)
+        loss = torch.nn.functional.mse_loss(predicted, target)
         loss.backward()
         if self._whole:
             torch.nn.utils.clip_grad_norm_(self._unet.parameters(), self._config.train.max_grad_norm)
@@ -110,24 +111,24 @@ class Bare:
         self.loss = loss.item()
 
 
-def interleaved(config: TrainingRecipe, times: Times) -> type[Loader]:
-    """A loader that runs the bare loops between the steps of the loop that asks it for batches."""
+def interleaved_loader(config: TrainingRecipe, times: StepTimes) -> type[Loader]:
+    """A loader that runs the other loops on each batch before it returns the batch to our loop."""
 
-    class Interleaved(Loader):
+    class InterleavedLoader(Loader):
         def batches(self, first_step: int, last_step: int) -> Generator[TrainingBatch]:
             with torch.random.fork_rng():
-                loops = {"bare": Bare(config, False), "whole": Bare(config, True)}
+                loops = {"bare": MinimalLoop(config, False), "whole": MinimalLoop(config, True)}
             for step in range(first_step, last_step):
                 reading = _Clock()
                 batch = self.batch(step)
                 reading.stop()
-                # each goes first as often as the other
+                # The order alternates, so that each loop is the first equally often.
                 for name in sorted(loops, reverse=bool(step % 2)):
-                    bare = _Clock()
+                    clock = _Clock()
                     loops[name].step(batch)
-                    bare.stop()
-                    times.wall[name].append(bare.wall)
-                    times.cpu[name].append(bare.cpu)
+                    clock.stop()
+                    times.wall[name].append(clock.wall)
+                    times.cpu[name].append(clock.cpu)
                 times.losses.append(loops["whole"].loss)
                 ours = _Clock()
                 yield batch
@@ -136,7 +137,7 @@ def interleaved(config: TrainingRecipe, times: Times) -> type[Loader]:
                 times.cpu["ours"].append(ours.cpu + reading.cpu)
                 times.reading.append(reading.cpu)
 
-    return Interleaved
+    return InterleavedLoader
 
 
 class _Clock:
@@ -144,36 +145,36 @@ class _Clock:
         self.wall, self.cpu = time.perf_counter(), time.process_time()
 
     def stop(self) -> None:
-        """Seconds since it was made."""
+        """Replace the start times by the seconds since then."""
         self.wall, self.cpu = time.perf_counter() - self.wall, time.process_time() - self.cpu
 
 
-def measure(config: TrainingRecipe, root: Root) -> Times:
-    """Train by the real command's function with the bare loops in between."""
+def measure(config: TrainingRecipe, root: Root) -> StepTimes:
+    """Run the training stage with the other loops between its steps."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     os.environ.update(ranks | {"MASTER_PORT": str(port)})
-    times = Times()
-    with mock.patch.object(train, "Loader", interleaved(config, times)):
+    times = StepTimes()
+    with mock.patch.object(train, "Loader", interleaved_loader(config, times)):
         train.run(config, root)
     return times
 
 
-def summary(times: Times, config: TrainingRecipe, root: Root) -> dict[str, Any]:
-    """Of one run: medians over the steps after the first WARM, in milliseconds, and overheads."""
-    kept = {name: (times.wall[name][WARM:], times.cpu[name][WARM:]) for name in LOOPS}
-    cpu = {name: seconds[: len(kept["ours"][1])] for name, (_, seconds) in kept.items()}
+def summary(times: StepTimes, config: TrainingRecipe, root: Root) -> dict[str, Any]:
+    """Medians over the steps after the first WARM_UP_STEPS, in milliseconds, and overheads."""
+    counted = {name: (times.wall[name][WARM_UP_STEPS:], times.cpu[name][WARM_UP_STEPS:]) for name in LOOPS}
+    cpu = {name: seconds[: len(counted["ours"][1])] for name, (_, seconds) in counted.items()}
     last = read_step_metrics(root.local_path(config.train.folder) / "metrics.jsonl")[-1]
     return {
         "zero_stage": config.train.zero_stage,
         "ms": {
             name: {"wall": statistics.median(wall) * 1000, "cpu": statistics.median(used) * 1000}
-            for name, (wall, used) in kept.items()
+            for name, (wall, used) in counted.items()
         },
         "overhead": _excess(cpu["ours"], cpu["bare"]),
-        "reading": _excess(times.reading[WARM:], cpu["bare"]) + 1,
+        "reading": _excess(times.reading[WARM_UP_STEPS:], cpu["bare"]) + 1,
         "beside": _excess(cpu["ours"], cpu["whole"]),
         "loss_difference": abs(last.loss - times.losses[last.step - 1]),
     }
@@ -182,37 +183,38 @@ def summary(times: Times, config: TrainingRecipe, root: Root) -> dict[str, Any]:
 def page(result: dict[str, Any]) -> str:
     """The page as Markdown."""
     facts = {name: result[name] for name in ("hardware", "threads", "torch", "steps", "parameters")}
-    return PAGE.format(**facts, batch=BATCH) + "".join(_part(run) for run in result["runs"])
+    return PAGE.format(**facts, batch=BATCH) + "".join(_section(run) for run in result["runs"])
 
 
-def _part(run: dict[str, Any]) -> str:
-    words = {
-        "bare": "bare loop: UNet, AdamW",
-        "whole": "the same with clipping and averaged weights",
+def _section(run: dict[str, Any]) -> str:
+    titles = {
+        "bare": "minimal loop: UNet, AdamW",
+        "whole": "equivalent loop: also clipping and averaged weights",
         "ours": "**ours**",
     }
     bare = run["ms"]["bare"]
     rows = [
-        [words[name], f"{ms['wall']:.1f}", f"{ms['cpu']:.1f}", f"{ms['cpu'] / bare['cpu'] - 1:+.1%}"]
+        [titles[name], f"{ms['wall']:.1f}", f"{ms['cpu']:.1f}", f"{ms['cpu'] / bare['cpu'] - 1:+.1%}"]
         for name, ms in run["ms"].items()
     ]
     verdict = f"; goal {GOAL:.0%}: {'reached' if run['overhead'] <= GOAL else 'missed'}"
-    return PART.format(
+    return SECTION.format(
         **{name: run[name] for name in ("zero_stage", "overhead", "reading", "beside")},
         verdict="" if run["zero_stage"] else verdict,
         difference=run["loss_difference"],
-        table=markdown_table(["a step", "ms, wall:", "ms, CPU:", "CPU over bare:"], rows),
+        table=markdown_table(
+            ["loop", "ms per step, wall:", "ms per step, CPU:", "CPU time over minimal loop:"], rows
+        ),
     )
 
 
 def _excess(ours: list[float], theirs: list[float]) -> float:
-    """Median over steps of how much longer ours took, as a share."""
-    return statistics.median(one / other for one, other in zip(ours, theirs, strict=False)) - 1
+    """Median over steps of ours / theirs - 1."""
+    return statistics.median(own / other for own, other in zip(ours, theirs, strict=False)) - 1
 
 
 def _recipe(root: Root, steps: int, zero_stage: int) -> TrainingRecipe:
-    """The demo's, on one rank."""
-    # At the full rate from the first step, as the bare loops; one checkpoint, after the last step.
+    """The demo's recipe on one rank, without warm-up, with one checkpoint after the last step."""
     changes: dict[str, object] = {
         "name": "bench",
         "steps": steps,
@@ -228,8 +230,8 @@ def _recipe(root: Root, steps: int, zero_stage: int) -> TrainingRecipe:
     }
     changes |= {"log_every": 10, "validation_images": 0, "validate_every": 0, "preview_every": 0}
     changes |= {"preview_prompts": []}
-    words = [f"train.{name}={value}" for name, value in changes.items()]
-    demo = load_recipe(REPOSITORY / "jobs" / "configs" / "demo.toml", words)
+    overrides = [f"train.{name}={value}" for name, value in changes.items()]
+    demo = load_recipe(REPOSITORY / "jobs" / "configs" / "demo.toml", overrides)
     return TrainingRecipe(
         model=demo[ModelConfig],
         diffusion=demo[DiffusionConfig],
@@ -241,9 +243,9 @@ def _recipe(root: Root, steps: int, zero_stage: int) -> TrainingRecipe:
 def main() -> None:
     """Train, measure, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training.step", description=__doc__)
-    parser.add_argument("--scratch", type=Path, default=SCRATCH, help="where data and the run go")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="where the page goes")
-    parser.add_argument("--steps", type=int, default=80, help=f"more than {WARM}")
+    parser.add_argument("--scratch", type=Path, default=SCRATCH, help="folder of the data and the run")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the results")
+    parser.add_argument("--steps", type=int, default=80, help=f"steps to train, more than {WARM_UP_STEPS}")
     options = parser.parse_args()
     root = Root(options.scratch / "step")
     runs = []

@@ -1,12 +1,11 @@
-"""A training set made from a seed, in the layout that training reads, with an untrained autoencoder.
+"""A generated training set in the layout that training reads, with an untrained autoencoder.
 
-Writes below a folder `neighbors/`, `latents/<size>/`, `download/train/` and `autoencoder/`. The pictures are
-clouds with sharp discs, photographs as far as a JPEG decoder can tell; vectors and latents are noise,
-which no part of the loader looks at.
+Writes `neighbors/`, `latents/<size>/`, `download/train/` and `autoencoder/` below a folder. The pictures are
+fractal noise with sharp discs, which decode as slowly as photographs. Vectors and latents are noise; the
+speed of the loader does not depend on their values.
 """
 
 import io
-import json
 import tarfile
 from dataclasses import dataclass
 from typing import Any
@@ -24,27 +23,27 @@ from trainer.recipe import AutoencoderConfig
 
 QUALITY = 90
 PICTURES = 64
-"""Distinct pictures; with more images than these, several have the same bytes under other ids."""
+"""Number of distinct pictures; several images have the same bytes if there are more images."""
 OCTAVES = 8
 
 
 @dataclass(frozen=True)
 class Extent:
-    """How much to make. Pictures have shorter edges of `edge` to twice that, 1:1 to 1:1.6."""
+    """Size of a training set. Pictures have shorter edges of edge to 2 * edge, and ratios up to 1:1.6."""
 
     shards: int
     rows: int
-    """Of each shard."""
+    """Rows of each shard."""
     k: int
     dim: int
     size: int
     """Edge of a training image in pixels."""
     factor: int
-    """Pixels per latent."""
+    """Pixels per latent position."""
     channels: int
-    """Of a latent."""
+    """Channels of a latent."""
     edge: int = 0
-    """0: latents only."""
+    """Minimum shorter edge of the pictures in pixels; 0: no pictures, latents only."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -53,15 +52,14 @@ class Extent:
 
     @property
     def names(self) -> list[str]:
-        """Of the shards."""
+        """Names of the shards."""
         return [f"{number:05d}-{self.shards:05d}" for number in range(self.shards)]
 
 
 def prepare(root: Root, extent: Extent) -> AutoencoderConfig:
-    """Make the set below a root, unless the same one is there. Returns its autoencoder."""
+    """Write the training set below a root, unless it is there. Returns its autoencoder."""
     config = AutoencoderConfig(kind="kl", path=str(root.local_path("autoencoder")), scale=1.0)
-    finished = root.exists("extent.json") and root.read_json("extent.json") == json.loads(_words(extent))
-    if finished:
+    if root.exists("extent.json") and root.read_json("extent.json") == vars(extent):
         return config
     for name in ("extent.json", "neighbors", "latents", "download"):
         root.delete(name)
@@ -78,12 +76,12 @@ def prepare(root: Root, extent: Extent) -> AutoencoderConfig:
     latents = {"autoencoder": identity, "shape": list(extent.shape), "views": 1}
     _write_stage(root, f"latents/{extent.size}", extent, latents)
     _write_stage(root, "download", extent, {})
-    root.write_json("extent.json", json.loads(_words(extent)))
+    root.write_json("extent.json", vars(extent))
     return config
 
 
 def picture(number: int, edge: int) -> bytes:
-    """A JPEG: clouds, whose detail halves in strength from octave to octave, and discs with sharp rims."""
+    """A JPEG of fractal noise, with half the amplitude in each finer octave, and discs with sharp edges."""
     rng = np.random.default_rng([number, edge])
     short = int(edge * 2 ** rng.random())
     long = int(short * rng.uniform(1, 1.6))
@@ -92,8 +90,8 @@ def picture(number: int, edge: int) -> bytes:
     for octave in range(OCTAVES):
         cells = (max(2, width >> octave), max(2, height >> octave))
         lattice = rng.normal(128, 60, (cells[1], cells[0], 3)).clip(0, 255).astype(np.uint8)
-        grown = Image.fromarray(lattice).resize((width, height), Image.Resampling.BICUBIC)
-        pixels += (np.asarray(grown, np.float32) - 128) * 2.0 ** (octave - OCTAVES + 1)
+        enlarged = Image.fromarray(lattice).resize((width, height), Image.Resampling.BICUBIC)
+        pixels += (np.asarray(enlarged, np.float32) - 128) * 2.0 ** (octave - OCTAVES + 1)
     y, x = np.ogrid[:height, :width]
     for _ in range(12):
         cx, cy, radius = rng.integers(width), rng.integers(height), rng.integers(short // 40, short // 4)
@@ -101,10 +99,6 @@ def picture(number: int, edge: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=QUALITY)
     return buffer.getvalue()
-
-
-def _words(extent: Extent) -> str:
-    return json.dumps(vars(extent), sort_keys=True)
 
 
 def _write_autoencoder(config: AutoencoderConfig, extent: Extent) -> str:
@@ -127,18 +121,18 @@ def _write_neighbors(root: Root, name: str, ids: Any, extent: Extent) -> None:
         np.ones((count, k), np.float32),
         vectors.reshape(count, k * dim).astype(np.float16),
     ]
-    wanted = schema.neighbors(k, dim)
-    table = pa.table([pa.array(ids), *map(schema.fixed_lists, columns)], schema=wanted)
-    schema.write_table(root, f"neighbors/{name}.parquet", table, wanted)
+    table_schema = schema.neighbors(k, dim)
+    table = pa.table([pa.array(ids), *map(schema.fixed_lists, columns)], schema=table_schema)
+    schema.write_table(root, f"neighbors/{name}.parquet", table, table_schema)
 
 
 def _write_latents(root: Root, name: str, ids: Any, extent: Extent) -> None:
     moments = np.random.default_rng([2, int(ids[0]) + (1 << 62)]).standard_normal(
         (len(ids), 2 * int(np.prod(extent.shape))), dtype=np.float32
     )
-    wanted = schema.latents(moments.shape[1])
-    table = pa.table([pa.array(ids), schema.fixed_lists(moments.astype(np.float16))], schema=wanted)
-    schema.write_table(root, f"latents/{extent.size}/{name}.parquet", table, wanted)
+    table_schema = schema.latents(moments.shape[1])
+    table = pa.table([pa.array(ids), schema.fixed_lists(moments.astype(np.float16))], schema=table_schema)
+    schema.write_table(root, f"latents/{extent.size}/{name}.parquet", table, table_schema)
 
 
 def _write_tar(root: Root, name: str, ids: Any, pictures: list[bytes]) -> None:
