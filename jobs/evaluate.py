@@ -1,15 +1,15 @@
-"""`python -m jobs.evaluate RECIPE`: measures style by swapped database, against naming it in the prompt."""
+"""`laion-rdm evaluate RECIPE`: measures how often samples have the style of their database."""
 
 from jobs.cli.command import stage_command
 from jobs.cli.recipe import Recipe
-from jobs.sample import trained
+from jobs.sample import trained_model
 from trainer.evaluation import evaluate as stage
-from trainer.sampling.recipe import EvaluateConfig
+from trainer.evaluation.recipe import EvaluateConfig
 
 
 def run(recipe: Recipe) -> None:
-    """Run the stage with the model that the recipe trained."""
-    stage.run(recipe[EvaluateConfig], trained(recipe), recipe.root)
+    """Run the stage with the trained model of the recipe."""
+    stage.run(recipe[EvaluateConfig], trained_model(recipe), recipe.root)
 
 
 main = stage_command("evaluate", __doc__, run)

@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from jobs.cli.recipe import Recipe
 from jobs.explore.api_models import SampleRequest, SearchRequest, decode_base64
 from jobs.explore.config import ExploreConfig
 from jobs.explore.pictures import Pictures, decode_picture
 from jobs.explore.work_queue import WorkQueue
-from jobs.sample import trained
-from pipeline.web.sockets import Refusal
+from jobs.sample import trained_model
+from pipeline.pictures.picture import PictureError
 from retrieval.clip.encoder import Encoder
 from retrieval.database.database import Database
 from retrieval.errors import UserError
@@ -112,7 +113,7 @@ class Explorer:
         """Open what a recipe names. Without a finished training only searches are possible."""
         limits = recipe[ExploreConfig] if recipe.has("explore") else ExploreConfig()
         defaults = recipe[SampleConfig] if recipe.has("sample") else SampleConfig()
-        run = trained(recipe) if recipe.has("train") else None
+        run = trained_model(recipe) if recipe.has("train") else None
         if run is None or not recipe.root.exists(f"{run.folder}/manifest.json"):
             return cls(recipe.root, limits, Encoder(recipe[ClipConfig]), None, defaults)
         sampler = Sampler.open(recipe.root, run, defaults)
@@ -197,11 +198,11 @@ class Explorer:
             top_m=request.top_m,
         )
 
-    def _picture(self, data: bytes) -> Any:
-        picture = decode_picture(data, self.limits.max_upload_pixels)
-        if isinstance(picture, Refusal):
-            raise UserError(f"This picture cannot be used: {picture.message}.")
-        return picture
+    def _picture(self, data: bytes) -> Image.Image:
+        try:
+            return decode_picture(data, self.limits.max_upload_pixels)
+        except PictureError as error:
+            raise UserError(f"This picture cannot be used: {error}.") from error
 
     def _view(
         self, rank: int, name: str, similarity: float, row: dict[str, Any], weight: float = 0.0

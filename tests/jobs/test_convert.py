@@ -22,7 +22,7 @@ def toml(sections: dict[str, dict[str, Any]]) -> str:
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe of the small ImageNet model with an encoder, and its checkpoint beside it."""
+    """Recipe of the small ImageNet model with an encoder; the checkpoint is in the same folder."""
     folder = tmp_path_factory.mktemp("convert")
     sections = recipe_of("imagenet", folder / "autoencoder").model_dump(mode="json")
     sections["clip"] = write_clip(folder / "clip").model_dump()
@@ -32,29 +32,29 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_checkpoint_becomes_a_run_and_the_run_a_folder_that_diffusers_opens(
+def test_a_checkpoint_is_imported_as_a_run_and_exported_as_a_diffusers_folder(
     recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = recipe.parent
     main([str(recipe), "--from", str(folder / "model.ckpt")])
-    assert "model.ckpt is now" in capsys.readouterr().err
+    assert "model.ckpt as " in capsys.readouterr().err
     assert (folder / "root/runs/imagenet/train/manifest.json").is_file()
     main([str(recipe), "--to", str(folder / "shared")])
     for kind, part in ((UNet2DConditionModel, "unet"), (VQModel, "vae"), (DDIMScheduler, "scheduler")):
         assert kind.from_pretrained(folder / "shared", subfolder=part)
 
 
-def test_a_mistake_ends_with_code_2_and_says_what_is_wrong(
+def test_an_error_ends_the_command_with_code_2_and_its_message(
     recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torn = recipe.parent / "torn.ckpt"
     torn.write_bytes(b"torn")
-    for words, told in (
+    for options, message in (
         (["--from", str(torn), "--set", "train.name=other"], f"error: {torn} is no torch file"),
         (["--to", str(recipe.parent / "x"), "--set", "train.name=none"], "error: .*none/train"),
         ([], "one of the arguments --from --to is required"),
     ):
-        with pytest.raises(SystemExit) as stopped:
-            main([str(recipe), *words])
-        assert stopped.value.code == 2
-        assert re.search(told, capsys.readouterr().err)
+        with pytest.raises(SystemExit) as error:
+            main([str(recipe), *options])
+        assert error.value.code == 2
+        assert re.search(message, capsys.readouterr().err)

@@ -1,4 +1,4 @@
-"""The second model's recipe made tiny: all its stages from metadata to pictures, neighbors are patches."""
+"""The ImageNet recipe at tiny size: all stages from metadata to samples, with patches as neighbors."""
 
 import io
 import tarfile
@@ -18,22 +18,22 @@ from PIL import Image
 
 from jobs import database, download, embed, filter, index, neighbors, sample
 from jobs.cli.recipe import Recipe, load_recipe
-from jobs.train import training
+from jobs.train import training_recipe
 from pipeline.databases.sources import Source
-from pipeline.download.tars import key_of
+from pipeline.pictures.tars import sample_key
 from retrieval import Database
-from retrieval.__main__ import main
+from retrieval.cli.commands import main
 from retrieval.clip.encoder import Encoder
 from retrieval.recipe import ClipConfig
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.schema import image_id
-from tests.pipeline.shards_in_process import made_here
+from tests.pipeline.shards_in_process import shards_in_process
 from tests.trainer.tiny_run import DIM, write_clip
 from tests.trainer.training.launched import train
 
 CONFIGS = Path(__file__).resolve().parents[2] / "jobs/configs"
 TRAINED, CUT = 6, 8
-"""Pictures to train on, and pictures of the database."""
+"""Number of training pictures, and of pictures cut into the database's patches."""
 TINY = {
     "clip.pretrained": '""',
     "filter.min_edge": 32,
@@ -52,7 +52,7 @@ TINY = {
     "train.size": 32,
     "train.global_batch": 4,
     "train.micro_batch": 2,
-    "train.lanes": 2,
+    "train.interleaved_shards": 2,
     "train.steps": 2,
     "train.warmup_steps": 1,
     "train.validation_images": 2,
@@ -67,7 +67,7 @@ TINY = {
 
 
 def write_pictures(folder: Path, seed: int, count: int) -> list[str]:
-    """Blocks of color, 100 x 80; their names."""
+    """Write pictures of colored blocks, 100 x 80. Returns their names."""
     folder.mkdir(exist_ok=True)
     names = [f"{seed}-{i}.jpg" for i in range(count)]
     for i, name in enumerate(names):
@@ -78,7 +78,7 @@ def write_pictures(folder: Path, seed: int, count: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """A web server, and the folder it shows."""
+    """URL of a web server, and the folder it serves."""
     folder = tmp_path_factory.mktemp("web")
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(folder)))
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
@@ -89,45 +89,45 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory, server: tuple[str, Path], ray_cluster: None) -> Recipe:
-    """The recipe with all stages run, and a database from a folder beside its own."""
+    """The recipe after all stages, and a second database, built from a folder."""
     folder, (url, web) = tmp_path_factory.mktemp("imagenet"), server
     names = write_pictures(web, 1, TRAINED) + write_pictures(web, 2, CUT)
-    told = {"URL": [f"{url}/{name}" for name in names], "TEXT": names, "WIDTH": [100] * len(names)}
-    told |= {"HEIGHT": [80] * len(names), "pwatermark": [0.0] * TRAINED + [1.0] * CUT}
+    columns = {"URL": [f"{url}/{name}" for name in names], "TEXT": names, "WIDTH": [100] * len(names)}
+    columns |= {"HEIGHT": [80] * len(names), "pwatermark": [0.0] * TRAINED + [1.0] * CUT}
     (folder / "metadata").mkdir()
-    pq.write_table(pa.table(told), folder / "metadata/a.parquet")
+    pq.write_table(pa.table(columns), folder / "metadata/a.parquet")
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
     widths = {"block_out_channels": (8, 8, 8), "norm_num_groups": 4, "num_vq_embeddings": 16}
     VQModel(**blocks, **widths).save_pretrained(folder / "vq")
-    places = {
+    paths = {
         "root": folder / "root",
         "filter.metadata": folder / "metadata",
         "autoencoder.path": folder / "vq",
     }
-    places["clip.model"] = write_clip(folder / "clip").model
-    made = load_recipe(
-        CONFIGS / "imagenet_rdm.toml", [f"{key}={value}" for key, value in (places | TINY).items()]
+    paths["clip.model"] = write_clip(folder / "clip").model
+    loaded = load_recipe(
+        CONFIGS / "imagenet_rdm.toml", [f"{key}={value}" for key, value in (paths | TINY).items()]
     )
-    with made_here():
+    with shards_in_process():
         for stage in (filter, download, embed, index, neighbors):
-            stage.run(made)
+            stage.run(loaded)
     write_pictures(folder / "loan", 3, 4)
-    database.run(made, "loan", Source(folder / "loan", license="CC0"))
-    train(training(made), made.root)
-    sample.run(made)
-    return made
+    database.run(loaded, "loan", Source(folder / "loan", license="CC0"))
+    train(training_recipe(loaded), loaded.root)
+    sample.run(loaded)
+    return loaded
 
 
-def test_every_picture_gives_patches_and_all_are_no_more_than_the_recipe_allows(recipe: Recipe) -> None:
+def test_every_picture_gives_patches_up_to_the_limit_of_the_recipe(recipe: Recipe) -> None:
     rows = Database.open(recipe.root.child("index")).metadata().to_pylist()
     assert 2 * CUT <= len(rows) <= 20
     assert len({row["url"] for row in rows}) == CUT
     assert {tuple(row["box"][2:]) for row in rows} == {(16, 16)}
-    found = read_manifest(recipe.root, "neighbors")
-    assert (found.rows, found.values["k"]) == (TRAINED, 4)
+    manifest = read_manifest(recipe.root, "neighbors")
+    assert (manifest.rows, manifest.values["k"]) == (TRAINED, 4)
 
 
-def test_the_vector_of_a_patch_is_that_of_the_picture_in_its_box(recipe: Recipe) -> None:
+def test_the_vector_of_a_patch_is_the_embedding_of_its_box(recipe: Recipe) -> None:
     index = Database.open(recipe.root.child("index"))
     stored: dict[str, Image.Image] = {}
     for path in sorted(recipe.root.local_path("download/database").glob("*.tar")):
@@ -138,31 +138,31 @@ def test_the_vector_of_a_patch_is_that_of_the_picture_in_its_box(recipe: Recipe)
     cuts = []
     for row in index.metadata().to_pylist():
         x, y, width, height = row["box"]
-        picture = stored[f"{key_of(image_id(row['url']))}.jpg"]
+        picture = stored[f"{sample_key(image_id(row['url']))}.jpg"]
         cuts.append(picture.resize((16, 16), Image.Resampling.BICUBIC, (x, y, x + width, y + height)))
-    wanted = Encoder(recipe[ClipConfig]).encode_images(cuts)
-    np.testing.assert_allclose(index.embeddings().astype(np.float32), wanted, atol=3e-3)
+    expected = Encoder(recipe[ClipConfig]).encode_images(cuts)
+    np.testing.assert_allclose(index.embeddings().astype(np.float32), expected, atol=3e-3)
 
 
-def test_the_boxes_of_patches_and_the_licenses_of_pictures_are_told(
+def test_samples_and_searches_report_boxes_of_patches_and_licenses_of_pictures(
     recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     patches, loans = (
         recipe.root.read_json(f"runs/imagenet/sample/{name}/0000-00.json")["neighbors"]
         for name in ("index", "loan")
     )
-    assert [len(one["details"]["box"]) for one in patches] == [4] * 4
-    assert [one["details"]["license"] for one in loans] == ["CC0"] * 4
-    loan = Database.open(recipe.root.child("databases/loan"))
-    np.save(tmp_path / "query.npy", loan.embeddings()[:1].astype(np.float32))
-    main(["search", loan.root.url, "--vector", f"{tmp_path}/query.npy"])
+    assert [len(patch["details"]["box"]) for patch in patches] == [4] * 4
+    assert [loan["details"]["license"] for loan in loans] == ["CC0"] * 4
+    loan_database = Database.open(recipe.root.child("databases/loan"))
+    np.save(tmp_path / "query.npy", loan_database.embeddings()[:1].astype(np.float32))
+    main(["search", loan_database.root.url, "--vector", f"{tmp_path}/query.npy"])
     assert [line.rsplit("  ", 1)[1] for line in capsys.readouterr().out.splitlines()[2:]] == ["CC0"] * 4
     card = recipe.root.local_path("databases/loan/README.md").read_text()
     assert "| CC0 | 4 |" in card
     assert "captions, and small pictures to show" in card
 
 
-def test_the_whole_recipe_trains_the_model_of_the_one_for_finished_data() -> None:
+def test_the_full_recipe_trains_the_same_model_as_the_training_recipe() -> None:
     whole, model = (
         tomllib.loads((CONFIGS / f"{name}.toml").read_text()) for name in ("imagenet_rdm", "train_imagenet")
     )

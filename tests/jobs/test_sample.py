@@ -1,4 +1,4 @@
-"""One prompt to one PNG from the shell, without the stage."""
+"""`laion-rdm sample` with --prompt and --again: one picture without the stage."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ TRAIN = 'name = "tiny"\nsource = "latents"\nsize = 32\nk = 4\nglobal_batch = 1\n
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe for a trained model; its [sample] names a prompt and a database."""
+    """Recipe of a trained model; [sample] has a prompt and a database."""
     folder = tmp_path_factory.mktemp("one")
     root, trained = write_run(folder)
     path = folder / "recipe.toml"
@@ -30,29 +30,29 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_prompt_becomes_one_picture_and_the_stage_is_left_alone(recipe, tmp_path, capsys):
+def test_a_prompt_gives_one_picture_and_no_stage(recipe, tmp_path, capsys):
     out = tmp_path / "stag.png"
     sample.main([str(recipe), "--prompt", 'a "stag" 🦌', "--out", str(out)])
-    found = read_recipe(out.read_bytes())
-    assert (found["prompt"], found["database"], found["seed"]) == ('a "stag" 🦌', "green", 7)
+    stored = read_recipe(out.read_bytes())
+    assert (stored["prompt"], stored["database"], stored["seed"]) == ('a "stag" 🦌', "green", 7)
     assert Image.open(out).size == (32, 32)
     assert not (recipe.parent / "root/runs/tiny/sample").exists()
     assert f"{out}: 32 x 32, 4 neighbors from 'green'" in capsys.readouterr().out
 
 
-def test_database_seed_and_size_may_be_named(recipe, tmp_path):
+def test_database_seed_and_size_are_options(recipe, tmp_path):
     out = tmp_path / "stag.png"
-    words = ["--prompt", "a stag", "--out", str(out), "--database", "deep_red", "--seed", "3"]
-    sample.main([str(recipe), *words, "--set", "sample.width=48"])
-    found = read_recipe(out.read_bytes())
-    assert (found["database"], found["seed"], Image.open(out).size) == ("deep_red", 3, (48, 32))
+    options = ["--prompt", "a stag", "--out", str(out), "--database", "deep_red", "--seed", "3"]
+    sample.main([str(recipe), *options, "--set", "sample.width=48"])
+    stored = read_recipe(out.read_bytes())
+    assert (stored["database"], stored["seed"], Image.open(out).size) == ("deep_red", 3, (48, 32))
 
 
-def test_the_short_options_change_the_stage_as_set_does(recipe):
+def test_short_options_have_the_effect_of_set(recipe):
     line = '--database we"ird --seed 4 --mix green=2 a.b=0.5 --exclude -3 7 --weigh=-3=2 --image a.png'
     more = ["--top-m", "0.1", "--mode", "neighbors"]
-    words = sample.overrides(sample.arguments_of([str(recipe), *line.split(), *more]))
-    config = load_recipe(recipe, words)[SampleConfig]
+    overrides = sample.overrides(sample.parse_arguments([str(recipe), *line.split(), *more]))
+    config = load_recipe(recipe, overrides)[SampleConfig]
     assert (config.databases, config.seed, config.k) == (('we"ird',), 4, 4)
     assert config.mix == {"green": 2.0, "a.b": 0.5}
     assert (config.exclude, config.weights, config.images) == ((-3, 7), {-3: 2.0}, ("a.png",))
@@ -60,45 +60,45 @@ def test_the_short_options_change_the_stage_as_set_does(recipe):
     assert json.loads(config.model_dump_json())["prompts"] == ["a star"]
 
 
-def test_a_picture_of_a_mix_and_an_image_is_made_again_from_its_png(recipe, tmp_path, capsys):
+def test_a_picture_of_a_mix_and_an_image_is_reproduced_from_its_png(recipe, tmp_path, capsys):
     out, again, image = tmp_path / "first.png", tmp_path / "again.png", tmp_path / "image.png"
     pictures_of("sky_blue")[0].save(image)
-    words = ["--prompt", "a stag", "--image", str(image), "--mix", "green=2", "deep_red=1"]
-    sample.main([str(recipe), *words, "--out", str(out)])
+    options = ["--prompt", "a stag", "--image", str(image), "--mix", "green=2", "deep_red=1"]
+    sample.main([str(recipe), *options, "--out", str(out)])
     assert "8 neighbors from 'green', 'deep_red'" in capsys.readouterr().out
     image.unlink()
     sample.main([str(recipe), "--again", str(out), "--out", str(again)])
     assert again.read_bytes() == out.read_bytes()
-    found = read_recipe(out.read_bytes())
-    for changed, told in (
-        ({"model": "another"}, "made with another model"),
-        ({"neighbors": found["neighbors"][::-1]}, "the databases have changed"),
+    stored = read_recipe(out.read_bytes())
+    for changed, message in (
+        ({"model": "another"}, "the recipe has another model"),
+        ({"neighbors": stored["neighbors"][::-1]}, "the databases have changed"),
     ):
-        out.write_bytes(png_bytes(Image.open(again), found | changed))
+        out.write_bytes(png_bytes(Image.open(again), stored | changed))
         with pytest.raises(SystemExit):
             sample.main([str(recipe), "--again", str(out)])
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("options", "message"),
     [
-        (["--mix", "green"], "wanted words such as neon=2"),
+        (["--mix", "green"], "wanted pairs such as neon=2"),
         (["--prompt", "a", "--image", "nowhere.png"], "'nowhere.png' cannot be read"),
-        (["--again", "nowhere.png"], "wanted a picture that sample made"),
+        (["--again", "nowhere.png"], "wanted a PNG of a sample"),
         (["--prompt", "a", "--mode", "unconditional"], "neighbors"),
     ],
 )
-def test_what_cannot_be_done_is_told(recipe, words, told, capsys):
-    with pytest.raises(SystemExit) as ended:
-        sample.main([str(recipe), *words])
-    assert ended.value.code == 2
-    assert told in capsys.readouterr().err
+def test_invalid_options_end_the_command_with_code_2(recipe, options, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        sample.main([str(recipe), *options])
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("out", ["stag.jpg", "nowhere/stag.png"])
-def test_a_place_that_cannot_take_a_png_is_refused_before_any_work(recipe, tmp_path, out, capsys):
-    with pytest.raises(SystemExit) as ended:
+def test_an_output_path_that_cannot_be_written_is_refused_at_once(recipe, tmp_path, out, capsys):
+    with pytest.raises(SystemExit) as error:
         sample.main([str(recipe), "--prompt", "a stag", "--out", str(tmp_path / out)])
-    assert ended.value.code == 2
-    assert "a file that ends in .png, in a folder that is there" in capsys.readouterr().err
+    assert error.value.code == 2
+    assert "a file that ends in .png, in an existing folder" in capsys.readouterr().err

@@ -1,0 +1,24 @@
+"""Evaluation of styles: the stage `evaluate`, its style classifier and its metrics.
+
+The experiments of the paper are in `paper`.
+"""
+
+from typing import TYPE_CHECKING
+
+from retrieval.lazy import public_names
+
+if TYPE_CHECKING:
+    from trainer.evaluation.classifier import StyleClassifier, TrainedClassifier
+    from trainer.evaluation.recipe import ClassifierConfig, EvaluateConfig
+
+__all__ = ["ClassifierConfig", "EvaluateConfig", "StyleClassifier", "TrainedClassifier"]
+
+__getattr__ = public_names(
+    __name__,
+    {
+        "ClassifierConfig": "recipe",
+        "EvaluateConfig": "recipe",
+        "StyleClassifier": "classifier",
+        "TrainedClassifier": "classifier",
+    },
+)

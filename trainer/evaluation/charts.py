@@ -1,6 +1,6 @@
-"""The bars of Fig. 4a and 4b: accuracy and logit of each style, asked for in different ways.
+"""Bar chart of Fig. 4a and 4b: accuracy and logit of each style in each mode.
 
-Takes the evaluation's values, gives PNG bytes; draws without a screen.
+Takes the values of `evaluation.json`, returns PNG bytes. Needs no display.
 """
 
 from io import BytesIO
@@ -26,14 +26,14 @@ LABELS = {
 
 
 def draw_bars(evaluation: dict[str, Any]) -> bytes:
-    """A PNG: accuracy by style with 95 % intervals on top; below, the wanted style's logit over the mean."""
+    """PNG bytes. Top: accuracy by style with 95 % intervals; bottom: logit of the style minus the mean."""
     names = [row["style"].replace("_", "\n") for row in evaluation["styles"]]
     figure = Figure(figsize=(max(8.0, 1.15 * (len(names) + 1)), 7.2), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     rows = [*evaluation["styles"], {"modes": evaluation["modes"]}]
     for offset, mode in zip(np.linspace(-0.3, 0.3, len(COLORS)), COLORS, strict=True):
-        _draw_mode(top, bottom, [row["modes"][mode] for row in rows], (mode, float(offset)))
+        _draw_mode(top, bottom, [row["modes"][mode] for row in rows], mode, float(offset))
     top.axhline(evaluation["chance"], color="#444444", linewidth=1, linestyle=":")
     top.set_ylabel("taken for the style")
     top.set_ylim(0, 1.04)
@@ -47,21 +47,20 @@ def draw_bars(evaluation: dict[str, Any]) -> bytes:
         axes.grid(axis="y", color="#eeeeee")
         axes.set_axisbelow(True)
         axes.axvline(len(names) - 0.5, color="#bbbbbb", linewidth=0.8)
-    place = (1.005, evaluation["chance"])
-    top.annotate("chance", place, xycoords=("axes fraction", "data"), va="center", fontsize=9)
+    position = (1.005, evaluation["chance"])
+    top.annotate("chance", position, xycoords=("axes fraction", "data"), va="center", fontsize=9)
     figure.legend(*top.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     buffer = BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 
-def _draw_mode(top: Axes, bottom: Axes, figures: list[dict[str, Any]], style: tuple[str, float]) -> None:
-    mode, offset = style
-    places = np.arange(len(figures)) + offset
-    heights = np.array([one["accuracy"] for one in figures])
-    spans = np.array([one["accuracy_interval"] for one in figures])
+def _draw_mode(top: Axes, bottom: Axes, rows: list[dict[str, Any]], mode: str, offset: float) -> None:
+    x = np.arange(len(rows)) + offset
+    heights = np.array([row["accuracy"] for row in rows])
+    spans = np.array([row["accuracy_interval"] for row in rows])
     errors = np.maximum([heights - spans[:, 0], spans[:, 1] - heights], 0)
     color, width = COLORS[mode], 0.19
-    thin = {"elinewidth": 0.9, "ecolor": "#666666"}
-    top.bar(places, heights, width, yerr=errors, color=color, label=LABELS[mode], error_kw=thin)
-    bottom.bar(places, [one["logit"] for one in figures], width, color=color)
+    error_style = {"elinewidth": 0.9, "ecolor": "#666666"}
+    top.bar(x, heights, width, yerr=errors, color=color, label=LABELS[mode], error_kw=error_style)
+    bottom.bar(x, [row["logit"] for row in rows], width, color=color)

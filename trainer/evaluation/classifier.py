@@ -1,7 +1,7 @@
-"""The judge of styles: a two-layer perceptron on CLIP image features (paper section 2.2, appendix C).
+"""Style classifier: a two-layer perceptron on CLIP image features (paper section 2.2, appendix C).
 
-Trained on the features of the style databases' own pictures, with some rows held out to say how far it
-can be trusted. Reads and writes `<folder>/classifier.safetensors` and `classifier.json`.
+Trained on the features of the style databases; some rows are held out to measure its accuracy. Writes
+`<folder>/classifier.safetensors` and `classifier.json`.
 """
 
 from dataclasses import dataclass
@@ -9,21 +9,19 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from retrieval.errors import UserError
 from retrieval.storage.root import FileRecord, Root
-from trainer.sampling.recipe import ClassifierConfig
+from trainer.evaluation.metrics import Features
+from trainer.evaluation.recipe import ClassifierConfig
 
-Features = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
-Rows = npt.NDArray[np.int64]
 MIN_ROWS = 4
 
 
 class StyleClassifier(torch.nn.Module):
-    """dim -> hidden -> styles, on features scaled by the training rows' mean and deviation."""
+    """Perceptron dim -> hidden -> styles on standardized features."""
 
     mean: torch.Tensor
     deviation: torch.Tensor
@@ -53,45 +51,45 @@ class StyleClassifier(torch.nn.Module):
 
 @dataclass(frozen=True)
 class TrainedClassifier:
-    """A classifier in eval mode with the accuracy on rows that it never saw, in all and by style."""
+    """A network in eval mode and its accuracy on held-out rows, in total and by style."""
 
-    classifier: StyleClassifier
+    network: StyleClassifier
     held_out_accuracy: float
     held_out_by_style: dict[str, float]
     held_out_rows: int
 
 
-def split_rows(labels: Labels, fraction: float, seed: int) -> tuple[Rows, Rows]:
-    """Row numbers (training, held out), sorted, with the fraction taken from every label.
+def split_rows(labels: Labels, fraction: float, seed: int) -> tuple[Labels, Labels]:
+    """Sorted row numbers (training, held out), stratified: `fraction` of each label's rows is held out.
 
-    Each side has at least one row of each label. Raises UserError for a label with fewer than 4 rows.
+    Both have at least one row of each label. Raises UserError for a label with fewer than 4 rows.
     """
-    held: list[int] = []
+    held_out: list[int] = []
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
         if len(rows) < MIN_ROWS:
             raise UserError(
-                f"style number {label} has {len(rows)} pictures; at least {MIN_ROWS} are needed to judge it. "
+                f"style number {label} has {len(rows)} pictures; the classifier needs at least {MIN_ROWS}. "
                 "Add pictures to its database or leave it out of [evaluate] styles."
             )
         count = min(max(1, round(len(rows) * fraction)), len(rows) - 1)
-        held.extend(np.random.default_rng([seed, int(label)]).permutation(rows)[:count])
-    held_rows = np.sort(np.array(held, np.int64))
-    return np.setdiff1d(np.arange(len(labels)), held_rows), held_rows
+        held_out.extend(np.random.default_rng([seed, int(label)]).permutation(rows)[:count])
+    sorted_rows = np.sort(np.array(held_out, np.int64))
+    return np.setdiff1d(np.arange(len(labels)), sorted_rows), sorted_rows
 
 
 def train_classifier(
     features: Features, labels: Labels, styles: tuple[str, ...], config: ClassifierConfig, seed: int
 ) -> TrainedClassifier:
-    """Fit the perceptron with AdamW and class-balanced cross entropy; deterministic from the seed.
+    """Train with AdamW and class-balanced cross entropy; the seed determines the result.
 
-    features: (n, dim); labels: (n,) positions in `styles`, each of which occurs.
+    features: (n, dim); labels: (n,) positions in `styles`, each present at least once.
     """
-    rows, held = split_rows(labels, config.held_out_fraction, seed)
-    classifier = _fit(features[rows], labels[rows], styles, config, seed)
-    right = np.argmax(classifier.logits(features[held]), axis=1) == labels[held]
-    by_style = {style: float(np.mean(right[labels[held] == i])) for i, style in enumerate(styles)}
-    return TrainedClassifier(classifier, float(np.mean(right)), by_style, len(held))
+    rows, held_out = split_rows(labels, config.held_out_fraction, seed)
+    network = _fit(features[rows], labels[rows], styles, config, seed)
+    correct = np.argmax(network.logits(features[held_out]), axis=1) == labels[held_out]
+    by_style = {style: float(np.mean(correct[labels[held_out] == i])) for i, style in enumerate(styles)}
+    return TrainedClassifier(network, float(np.mean(correct)), by_style, len(held_out))
 
 
 def _fit(
@@ -99,54 +97,43 @@ def _fit(
 ) -> StyleClassifier:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        classifier = StyleClassifier(features.shape[1], config.hidden, styles, config.dropout)
-        _scale(classifier, features)
+        network = StyleClassifier(features.shape[1], config.hidden, styles, config.dropout)
+        _scale(network, features)
         counts = np.bincount(labels, minlength=len(styles))
         weight = torch.from_numpy((len(labels) / (len(styles) * counts)).astype(np.float32))
         steps = config.epochs * -(-len(labels) // config.batch_size)
         optimizer = torch.optim.AdamW(
-            classifier.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+            network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         x, y = torch.from_numpy(features), torch.from_numpy(labels)
         for _ in range(config.epochs):
             for batch in torch.randperm(len(labels)).split(config.batch_size):
-                loss = torch.nn.functional.cross_entropy(classifier(x[batch]), y[batch], weight)
+                loss = torch.nn.functional.cross_entropy(network(x[batch]), y[batch], weight)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-    return classifier.eval()
+    return network.eval()
 
 
-def _scale(classifier: StyleClassifier, features: Features) -> None:
-    classifier.mean = torch.from_numpy(features.mean(axis=0))
-    classifier.deviation = torch.from_numpy(features.std(axis=0) + np.float32(1e-6))
+def _scale(network: StyleClassifier, features: Features) -> None:
+    network.mean = torch.from_numpy(features.mean(axis=0))
+    network.deviation = torch.from_numpy(features.std(axis=0) + np.float32(1e-6))
 
 
 def save_classifier(root: Root, folder: str, trained: TrainedClassifier) -> list[FileRecord]:
-    """Write the weights as safetensors and the rest as JSON. Returns both files."""
-    classifier = trained.classifier
-    facts = {
-        "styles": list(classifier.styles),
-        "dim": classifier.mean.shape[0],
-        "hidden": classifier.layers[0].out_features,
+    """Write the weights as safetensors, and styles, sizes and accuracies as JSON. Returns both files."""
+    network = trained.network
+    settings = {
+        "styles": list(network.styles),
+        "dim": network.mean.shape[0],
+        "hidden": network.layers[0].out_features,
         "held_out_accuracy": trained.held_out_accuracy,
         "held_out_by_style": trained.held_out_by_style,
         "held_out_rows": trained.held_out_rows,
     }
     return [
-        root.write_bytes(f"{folder}/classifier.safetensors", save_tensors(classifier.state_dict())),
-        root.write_json(f"{folder}/classifier.json", facts),
+        root.write_bytes(f"{folder}/classifier.safetensors", save_tensors(network.state_dict())),
+        root.write_json(f"{folder}/classifier.json", settings),
     ]
-
-
-def load_classifier(root: Root, folder: str) -> TrainedClassifier:
-    """Read what `save_classifier` wrote. Raises UserError where it is missing."""
-    facts = root.read_json(f"{folder}/classifier.json")
-    classifier = StyleClassifier(facts["dim"], facts["hidden"], tuple(facts["styles"]))
-    with root.open(f"{folder}/classifier.safetensors") as file:
-        classifier.load_state_dict(load_tensors(file.read()))
-    return TrainedClassifier(
-        classifier.eval(), facts["held_out_accuracy"], facts["held_out_by_style"], facts["held_out_rows"]
-    )

@@ -1,7 +1,7 @@
-"""Cells of samples, drawn and stored piece by piece: what `evaluate` and the paper's figures share.
+"""Draws groups of samples and stores them; each group is one resumable item.
 
-Writes, for each cell, `samples/<cell>/<n>.png` with its recipe inside and the pictures' CLIP features in
-`features.npy`; reads them back.
+Used by `evaluate` and the paper's experiments. Writes, for each group, `samples/<group>/<n>.png` with the
+recipe in its metadata, and the CLIP features of the pictures in `features.npy`.
 """
 
 import io
@@ -9,83 +9,89 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
 from retrieval.storage.manifest import ShardRecord
 from retrieval.storage.root import FileRecord
-from trainer.evaluation.judgement import Shown
 from trainer.evaluation.metrics import Features
-from trainer.evaluation.styles import Cell
-from trainer.sampling.batches import Batch
+from trainer.evaluation.scores import SampleFeatures
+from trainer.evaluation.styles import SampleGroup
+from trainer.sampling.batches import SamplingBatch
 from trainer.sampling.picture import png_bytes
 from trainer.sampling.request import Sample
-from trainer.sampling.resumable import Pieces
+from trainer.sampling.resumable import ResumableItems
 from trainer.sampling.sampler import Sampler
 
+Group = TypeVar("Group", bound=SampleGroup)
 
-def draw_cells(
+
+def draw_groups(
     sampler: Sampler,
-    cells: Sequence[Cell],
-    pieces: Pieces,
-    plan: Callable[[Cell], Sequence[Batch]] | None = None,
+    groups: Sequence[Group],
+    items: ResumableItems,
+    plan: Callable[[Group], Sequence[SamplingBatch]] | None = None,
 ) -> list[ShardRecord]:
-    """Draw the cells that are not finished; one piece each. Returns the records of all, in order.
+    """Draw the groups without a record. Returns the records of all groups, in order.
 
-    plan: the batches of a cell, whose positions are those of its requests; by default what retrieval gives.
+    plan: forms the batches of a group, with positions of its requests; default: `sampler.plan`.
     """
-    stage = pieces.stage.rsplit("/", maxsplit=1)[-1]
-    plan = plan or (lambda cell: sampler.plan(cell.requests))
-    records = {cell.name: record for cell in cells if (record := pieces.done(cell.name))}
-    missing = [cell for cell in cells if cell.name not in records]
-    total, count = sum(len(cell.requests) for cell in cells), sum(len(cell.requests) for cell in missing)
-    began = time.monotonic()
-    drawing: deque[tuple[Cell, Batch]] = deque()
+    stage = items.stage.rsplit("/", maxsplit=1)[-1]
+    plan = plan or (lambda group: sampler.plan(group.requests))
+    records = {group.name: record for group in groups if (record := items.read_record(group.name))}
+    missing = [group for group in groups if group.name not in records]
+    total, count = (sum(len(group.requests) for group in part) for part in (groups, missing))
+    started = time.monotonic()
+    pending: deque[tuple[Group, SamplingBatch]] = deque()
 
-    def read() -> Iterator[Batch]:
-        for cell in missing:
-            for batch in plan(cell):
-                drawing.append((cell, batch))
+    def batches() -> Iterator[SamplingBatch]:
+        for group in missing:
+            for batch in plan(group):
+                pending.append((group, batch))
                 yield batch
 
     finished: dict[int, Sample] = {}
     with tqdm(total=total, initial=total - count, desc=stage, unit="image", mininterval=0.5) as bar:
-        for samples in sampler.draw(read()):
-            cell, batch = drawing.popleft()
+        for samples in sampler.draw(batches()):
+            group, batch = pending.popleft()
             finished.update(zip(batch.positions, samples, strict=True))
             bar.update(len(samples))
-            if len(finished) == len(cell.requests):
-                files = _write(sampler, cell, [finished[i] for i in range(len(finished))], pieces)
-                records[cell.name] = pieces.write(cell.name, files, len(finished))
+            if len(finished) == len(group.requests):
+                files = _write(sampler, group, [finished[i] for i in range(len(finished))], items)
+                records[group.name] = items.write_record(group.name, files, len(finished))
                 finished = {}
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - started
     rate = count / max(seconds, 1e-9)
     logging.getLogger(stage).info(f"{stage}: {count} images  {seconds:.1f} s  {rate:.2f} images/s")
-    return [records[cell.name] for cell in cells]
+    return [records[group.name] for group in groups]
 
 
-def read_shown(sampler: Sampler, cell: Cell, pieces: Pieces) -> Shown:
-    """The stored features of a cell's pictures, with those of its prompts."""
-    with pieces.root.open(_features(cell, pieces)) as file:
+def read_features(sampler: Sampler, group: SampleGroup, items: ResumableItems) -> SampleFeatures:
+    """The stored features of a group's pictures, and the features of its prompts."""
+    with items.root.open(_features_path(group, items)) as file:
         pictures: Features = np.load(file, allow_pickle=False)
-    return Shown(pictures, sampler.encoder.encode_texts(cell.prompts))
+    return SampleFeatures(pictures, sampler.encoder.encode_texts(group.prompts))
 
 
-def place(cell: Cell, pieces: Pieces, number: int) -> str:
-    """Name of a cell's picture below the root."""
-    return f"{pieces.stage}/samples/{cell.name}/{number:04d}.png"
+def picture_path(group: SampleGroup, items: ResumableItems, number: int) -> str:
+    """Path of a group's picture below the root."""
+    return f"{items.stage}/samples/{group.name}/{number:04d}.png"
 
 
-def _write(sampler: Sampler, cell: Cell, samples: Sequence[Sample], pieces: Pieces) -> list[FileRecord]:
+def _write(
+    sampler: Sampler, group: SampleGroup, samples: Sequence[Sample], items: ResumableItems
+) -> list[FileRecord]:
     files = [
-        pieces.root.write_bytes(place(cell, pieces, number), png_bytes(one.picture, one.recipe()))
-        for number, one in enumerate(samples)
+        items.root.write_bytes(picture_path(group, items, number), png_bytes(sample.picture, sample.recipe()))
+        for number, sample in enumerate(samples)
     ]
     buffer = io.BytesIO()
-    np.save(buffer, sampler.encoder.encode_images([one.picture for one in samples]), allow_pickle=False)
-    return [*files, pieces.root.write_bytes(_features(cell, pieces), buffer.getvalue())]
+    features = sampler.encoder.encode_images([sample.picture for sample in samples])
+    np.save(buffer, features, allow_pickle=False)
+    return [*files, items.root.write_bytes(_features_path(group, items), buffer.getvalue())]
 
 
-def _features(cell: Cell, pieces: Pieces) -> str:
-    return f"{pieces.stage}/samples/{cell.name}/features.npy"
+def _features_path(group: SampleGroup, items: ResumableItems) -> str:
+    return f"{items.stage}/samples/{group.name}/features.npy"

@@ -1,8 +1,7 @@
-"""Measures of samples in CLIP feature space, as small functions on arrays.
+"""Metrics of samples in CLIP feature space: pure functions on arrays.
 
-Takes features and judgements, gives numbers: an interval for an accuracy, the Fréchet distance, improved
-precision and recall, the CLIP score, and a bootstrap interval for one accuracy relative to another.
-Nothing here reads files or draws on global randomness.
+Accuracy intervals, Fréchet distance, improved precision and recall, CLIP score, and a bootstrap interval
+of one accuracy relative to another.
 """
 
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ class Interval(NamedTuple):
 
 
 class PrecisionRecall(NamedTuple):
-    """precision: share of samples that look real; recall: share of real pictures that samples reach."""
+    """precision: share of samples in the real manifold; recall: share of real pictures in the samples'."""
 
     precision: float
     recall: float
@@ -42,36 +41,36 @@ def wilson_interval(successes: int, trials: int) -> Interval:
 
 
 def relative_improvement(ours: float, baseline: float) -> float | None:
-    """How much larger ours is, as a share of the baseline (paper Fig. 4a); None over a baseline of zero."""
+    """(ours - baseline) / baseline (paper Fig. 4a); None if the baseline is 0."""
     return ours / baseline - 1 if baseline > 0 else None
 
 
 def bootstrap_improvement(
     ours: npt.NDArray[np.bool_], baseline: npt.NDArray[np.bool_], seed: int, draws: int = 2000
 ) -> Interval | None:
-    """95 % bootstrap interval of the relative improvement of paired judgements.
+    """95 % bootstrap interval of the relative improvement of paired results.
 
-    ours, baseline: (n,) of one order, since both sides share prompts and seeds. None where more than
-    2.5 % of the draws leave the baseline without a success: the upper end is unbounded then.
+    ours, baseline: (n,) in the same order, since both share prompts and seeds. None if the baseline has no
+    success in more than 2.5 % of the resamples: then the interval has no upper bound.
     """
     rows = np.random.default_rng([seed, 0]).integers(0, len(ours), (draws, len(ours)))
-    tops, bottoms = ours[rows].mean(axis=1), baseline[rows].mean(axis=1)
-    if np.mean(bottoms == 0) > 0.025:
+    accuracies, baselines = ours[rows].mean(axis=1), baseline[rows].mean(axis=1)
+    if np.mean(baselines == 0) > 0.025:
         return None
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = np.where(bottoms > 0, tops / bottoms - 1, np.inf)
+        ratios = np.where(baselines > 0, accuracies / baselines - 1, np.inf)
     low, high = np.quantile(ratios, [0.025, 0.975], method="nearest")
     return Interval(float(low), float(high))
 
 
 def clip_score(pictures: Features, texts: Features) -> float:
-    """Mean cosine of each picture with its own text, -1..1. Both (n, dim) unit rows of one order."""
+    """Mean cosine of each picture with its text, -1..1. Both (n, dim) unit rows in the same order."""
     return float(np.mean(np.sum(pictures.astype(np.float64) * texts, axis=1)))
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """A Gaussian fitted to rows: mean (dim,), covariance (dim, dim) and its symmetric root."""
+    """A Gaussian fitted to rows: mean (dim,), covariance (dim, dim) and its symmetric square root."""
 
     mean: npt.NDArray[np.float64]
     covariance: npt.NDArray[np.float64]
@@ -79,14 +78,14 @@ class Gaussian:
 
     @classmethod
     def fit(cls, rows: Features) -> "Gaussian":
-        """rows: (n, dim), n at least 2."""
+        """Fit to rows (n, dim), n at least 2."""
         mean, covariance = _moments(rows)
         return cls(mean, covariance, _root(covariance))
 
     def distance(self, rows: Features) -> float:
-        """Squared Fréchet distance to the Gaussian fitted to rows (n, dim), n at least 2."""
+        """Squared Fréchet distance to a Gaussian fitted to rows (n, dim), n at least 2."""
         mean, covariance = _moments(rows)
-        # tr (C1 C2)^1/2 = tr (C1^1/2 C2 C1^1/2)^1/2, and the latter is symmetric: real and stable
+        # tr (C1 C2)^1/2 = tr (C1^1/2 C2 C1^1/2)^1/2; the latter is symmetric, so its root is real and stable
         cross = np.trace(_root(self.root @ covariance @ self.root))
         gap = self.mean - mean
         return max(0.0, float(gap @ gap + np.trace(self.covariance) + np.trace(covariance) - 2 * cross))
@@ -95,43 +94,44 @@ class Gaussian:
 def frechet_distance(first: Features, second: Features) -> float:
     """Squared Fréchet distance of two Gaussians fitted to rows: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2).
 
-    first (n, dim), second (m, dim), n and m at least 2. Biased upwards where rows are fewer than
-    dimensions, so compare only figures of equal row counts.
+    first (n, dim), second (m, dim), n and m at least 2. Biased upwards for few rows, so compare only
+    distances of equal row counts.
     """
     return Gaussian.fit(first).distance(second)
 
 
 @dataclass(frozen=True)
-class Balls:
-    """Feature rows, each with a ball that reaches to its n-th neighbor among the others."""
+class Manifold:
+    """Union of balls: one around each feature row, with the distance to its n-th neighbor as radius."""
 
     centers: Features
     squared_radii: npt.NDArray[np.float64]
 
-    def cover(self, points: Features) -> npt.NDArray[np.bool_]:
-        """Which points (m, dim) lie in at least one ball. (m,)."""
+    def contains(self, points: Features) -> npt.NDArray[np.bool_]:
+        """(m,) whether each point (m, dim) lies in at least one ball."""
         blocks = _blocks(points, len(self.centers))
         return np.concatenate(
             [np.any(_squared(rows, self.centers) <= self.squared_radii, 1) for rows in blocks]
         )
 
 
-def balls(rows: Features, neighbors: int) -> Balls:
-    """Balls to the n-th neighbor. rows: (n, dim). Raises ValueError for no more rows than neighbors."""
+def fit_manifold(rows: Features, neighbors: int) -> Manifold:
+    """rows: (n, dim); neighbors: which neighbor sets the radius. Raises ValueError unless n > neighbors."""
     if len(rows) <= neighbors:
         raise ValueError(f"{len(rows)} rows have no neighbor number {neighbors}")
     radii = [
-        # position 0 is the row itself
+        # Position 0 is the row itself.
         np.partition(_squared(block, rows), neighbors, axis=1)[:, neighbors]
         for block in _blocks(rows, len(rows))
     ]
-    return Balls(rows, np.concatenate(radii))
+    return Manifold(rows, np.concatenate(radii))
 
 
-def precision_recall(real: Balls, samples: Balls) -> PrecisionRecall:
+def precision_recall(real: Manifold, samples: Manifold) -> PrecisionRecall:
     """Improved precision and recall (Kynkäänniemi et al. 2019, eq. 2)."""
     return PrecisionRecall(
-        precision=float(real.cover(samples.centers).mean()), recall=float(samples.cover(real.centers).mean())
+        precision=float(real.contains(samples.centers).mean()),
+        recall=float(samples.contains(real.centers).mean()),
     )
 
 

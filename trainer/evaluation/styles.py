@@ -1,6 +1,6 @@
-"""Which samples an evaluation needs: modes, styles, their prompts and seeds.
+"""The samples that an evaluation draws: modes, styles, prompts and seeds.
 
-Takes a prompts list and the names of the style databases, gives requests. Nothing is read or written.
+Takes a list of prompts and the names of the style databases, returns requests. Reads and writes no files.
 """
 
 from collections.abc import Sequence
@@ -14,45 +14,50 @@ from trainer.sampling.request import TRAINING_DATABASE, Request
 
 RETRIEVAL, SUFFIX = "retrieval", "suffix"
 MODES = (RETRIEVAL, SUFFIX, "suffix_retrieval", "no_neighbors")
-"""How a style is asked for: by its database; by naming it; by naming it, with neighbors from the training
-database; and not at all, which shows what the neighbors do."""
+"""How a style is requested: by its database; by its name in the prompt; by its name, with neighbors from the
+training database; not at all (control without neighbors)."""
 
 
 @dataclass(frozen=True)
-class Cell:
+class SampleGroup:
+    """Samples that are drawn and stored together."""
+
+    name: str
+    """Name of the group's record, and its folder below `samples/`."""
+    prompts: tuple[str, ...]
+    """One per sample, without the name of the style."""
+    requests: tuple[Request, ...]
+    """One per sample."""
+
+
+@dataclass(frozen=True)
+class StyleGroup(SampleGroup):
     """The samples of one mode and style."""
 
     mode: str
     style: str
-    prompts: tuple[str, ...]
-    """Of each sample, without the style's name."""
-    requests: tuple[Request, ...]
-
-    @property
-    def name(self) -> str:
-        """Its piece of the stage, and its folder below `samples/`."""
-        return f"{self.mode}/{self.style}"
 
 
 def style_words(style: str) -> str:
-    """A database's name as it stands in a prompt."""
+    """The name of a style database as it is written in prompts."""
     return style.replace("_", " ").replace("-", " ")
 
 
-def make_cells(
+def make_style_groups(
     config: SamplingConfig, count: int, styles: Sequence[str], prompts: Sequence[str]
-) -> list[Cell]:
-    """`count` samples of each mode and style, by mode, then style.
+) -> list[StyleGroup]:
+    """`count` samples of each mode and style, sorted by mode, then style.
 
-    A style's prompts and seeds are the same in every mode, so that only the way of asking differs.
+    A style has the same prompts and seeds in every mode, so modes differ only in how the style is requested.
     """
-    drawn = {style: draw_prompts(prompts, count, style, config.seed) for style in styles}
+    pairs = {style: draw_prompts(prompts, count, style, config.seed) for style in styles}
     return [
-        Cell(
+        StyleGroup(
+            name=f"{mode}/{style}",
+            prompts=tuple(prompt for prompt, _ in pairs[style]),
+            requests=tuple(_request(config, (mode, style), *pair) for pair in pairs[style]),
             mode=mode,
             style=style,
-            prompts=tuple(prompt for prompt, _ in drawn[style]),
-            requests=tuple(_request(config, (mode, style), *pair) for pair in drawn[style]),
         )
         for mode in MODES
         for style in styles
@@ -60,25 +65,25 @@ def make_cells(
 
 
 def draw_prompts(prompts: Sequence[str], count: int, style: str, seed: int) -> list[tuple[str, int]]:
-    """Prompts with seeds for a style, decided by the seed and the style's name alone.
+    """`count` pairs of prompt and seed; they depend only on `seed` and the name of the style.
 
-    No prompt comes again before all came as often.
+    Every prompt is used once before one is repeated.
     """
     rng = np.random.default_rng([seed, *style.encode()])
     rounds = -(-count // len(prompts))
     order = np.concatenate([rng.permutation(len(prompts)) for _ in range(rounds)])[:count]
     seeds = rng.integers(0, 2**31, count)
-    return [(prompts[number], int(one)) for number, one in zip(order, seeds, strict=True)]
+    return [(prompts[number], int(seed)) for number, seed in zip(order, seeds, strict=True)]
 
 
-def _request(config: SamplingConfig, cell: tuple[str, str], prompt: str, seed: int) -> Request:
-    mode, style = cell
+def _request(config: SamplingConfig, group: tuple[str, str], prompt: str, seed: int) -> Request:
+    mode, style = group
     suffixed = f"{prompt} in the style of {style_words(style)}"
-    ways: dict[str, tuple[str, Mode, str]] = {
+    conditions: dict[str, tuple[str, Mode, str]] = {
         RETRIEVAL: (prompt, "text_and_neighbors", style),
         SUFFIX: (suffixed, "text", ""),
         "suffix_retrieval": (suffixed, "text_and_neighbors", TRAINING_DATABASE),
         "no_neighbors": (prompt, "text", ""),
     }
-    text, kind, database = ways[mode]
-    return config.request(text, seed, kind, database)
+    text, conditioning, database = conditions[mode]
+    return config.request(text, seed, conditioning, database)

@@ -1,0 +1,16 @@
+"""Import of released models as finished runs, and export of a run as a diffusers folder.
+
+Reads CompVis checkpoints and diffusers folders.
+"""
+
+from typing import TYPE_CHECKING
+
+from retrieval.lazy import public_names
+
+if TYPE_CHECKING:
+    from trainer.released.diffusers_folder import write_folder
+    from trainer.released.import_run import import_model
+
+__all__ = ["import_model", "write_folder"]
+
+__getattr__ = public_names(__name__, {"import_model": "import_run", "write_folder": "diffusers_folder"})

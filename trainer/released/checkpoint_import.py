@@ -22,7 +22,7 @@ from retrieval.errors import UserError
 from trainer.model.autoencoder import kl_f16, vq_f4
 from trainer.model.diffusion import betas
 from trainer.model.unet import build_unet
-from trainer.recipe import AutoencoderConfig, DiffusionConfig, Training
+from trainer.recipe import AutoencoderConfig, DiffusionConfig, TrainingRecipe
 from trainer.released.tensor_names import AUTOENCODER, AVERAGE, autoencoder_key, average_key, unet_key
 
 Tensors = dict[str, torch.Tensor]
@@ -58,7 +58,7 @@ IGNORED_PREFIXES = ("cond_stage_model.", "retriever.", f"{AUTOENCODER}loss.")
 
 
 @dataclass(frozen=True)
-class Released:
+class ReleasedModel:
     """A released model: fp32 UNet weights by our names, and the folder of its autoencoder."""
 
     unet: Tensors
@@ -90,7 +90,7 @@ class _Layout:
         }
 
 
-def read_checkpoint(path: Path, config: Training, scratch: Path) -> Released:
+def read_checkpoint(path: Path, config: TrainingRecipe, scratch: Path) -> ReleasedModel:
     """A CompVis checkpoint as the recipe's model; the average where there is one, else the weights.
 
     Writes the autoencoder below `scratch`. Raises UserError naming the keys that are missing, left over or
@@ -112,7 +112,7 @@ def read_checkpoint(path: Path, config: Training, scratch: Path) -> Released:
     network.load_state_dict(first_stage.take(found), assign=True)
     network.register_to_config(scaling_factor=config.autoencoder.scale)
     network.save_pretrained(scratch, safe_serialization=True)
-    return Released((average if averaged else weights).take(found), scratch)
+    return ReleasedModel((average if averaged else weights).take(found), scratch)
 
 
 def _autoencoder(path: Path, found: Tensors, config: AutoencoderConfig) -> Any:
@@ -135,7 +135,7 @@ def _autoencoder(path: Path, found: Tensors, config: AutoencoderConfig) -> Any:
         return vq_f4(sizes["width"], len(codes), NORM_GROUPS)
 
 
-def _check_settings(path: Path, config: Training) -> None:
+def _check_settings(path: Path, config: TrainingRecipe) -> None:
     """What no tensor tells, and no released model has otherwise."""
     fixed = {"model.norm_groups": NORM_GROUPS, "diffusion.prediction": "epsilon"}
     found = {

@@ -23,8 +23,8 @@ from trainer.checkpoint.export import CONFIG, WEIGHTS
 from trainer.model.autoencoder import Autoencoder
 from trainer.model.diffusion import scheduler_settings
 from trainer.model.unet import build_unet
-from trainer.recipe import AutoencoderConfig, DiffusionConfig, Training
-from trainer.released.checkpoint_import import Released
+from trainer.recipe import AutoencoderConfig, DiffusionConfig, TrainingRecipe
+from trainer.released.checkpoint_import import ReleasedModel
 from trainer.sampling.denoising import make_scheduler
 
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -79,7 +79,7 @@ def write_folder(root: Root, run: str, autoencoder: AutoencoderConfig, target: P
         (folder / "README.md").write_text(_card(target.name, manifest, recipe, folder))
 
 
-def read_folder(folder: Path, config: Training) -> Released:
+def read_folder(folder: Path, config: TrainingRecipe) -> ReleasedModel:
     """A folder of `unet/`, `vae/` and `scheduler/` as the recipe's model.
 
     Raises UserError where a setting, a tensor or the noise schedule differs from the recipe's.
@@ -103,7 +103,7 @@ def read_folder(folder: Path, config: Training) -> Released:
             f"{folder / 'vae' / CONFIG} has scaling_factor {scale}, [autoencoder] scale is "
             f"{config.autoencoder.scale}. Set the scale to the model's."
         )
-    return Released({name: weights[name].float() for name in wanted}, folder / "vae")
+    return ReleasedModel({name: weights[name].float() for name in wanted}, folder / "vae")
 
 
 @contextmanager

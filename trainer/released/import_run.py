@@ -14,17 +14,17 @@ from pathlib import Path
 from retrieval.clip.identity import EncoderIdentity
 from retrieval.errors import UserError
 from retrieval.storage import schema
-from retrieval.storage.manifest import Manifest, files_stand, fingerprint, read_manifest
+from retrieval.storage.manifest import Manifest, files_exist, fingerprint, read_manifest
 from retrieval.storage.root import Root, file_sha256
-from trainer.checkpoint.export import CONFIG, WEIGHTS, Run, publish
+from trainer.checkpoint.export import CONFIG, WEIGHTS, FinishedRun, publish_run
 from trainer.data.latents import latent_shape
 from trainer.model.autoencoder import Autoencoder
-from trainer.recipe import AutoencoderConfig, Training
+from trainer.recipe import AutoencoderConfig, TrainingRecipe
 from trainer.released.checkpoint_import import read_checkpoint
 from trainer.released.diffusers_folder import read_folder
 
 
-def import_run(config: Training, source: Path, encoder: EncoderIdentity, root: Root) -> Manifest:
+def import_model(config: TrainingRecipe, source: Path, encoder: EncoderIdentity, root: Root) -> Manifest:
     """Take the model of a checkpoint or a diffusers folder as the recipe's finished run.
 
     What was imported is not imported again, what stopped halfway is; any other run in the folder is left
@@ -46,7 +46,7 @@ def import_run(config: Training, source: Path, encoder: EncoderIdentity, root: R
         else:
             released = read_checkpoint(source, config, Path(scratch))
         autoencoder = _take_autoencoder(released.autoencoder, config)
-    run = Run(
+    run = FinishedRun(
         config=config,
         fingerprint=fingerprint_,
         upstream=upstream,
@@ -54,7 +54,7 @@ def import_run(config: Training, source: Path, encoder: EncoderIdentity, root: R
         autoencoder=autoencoder.identity,
         latent_shape=latent_shape(config.train.size, autoencoder),
     )
-    return publish(run, root, released.unet, {}, time.monotonic() - began)
+    return publish_run(run, root, released.unet, {}, time.monotonic() - began)
 
 
 def _digest(source: Path) -> str:
@@ -78,7 +78,7 @@ def _finished(root: Root, folder: str, fingerprint_: str) -> Manifest | None:
     if root.exists(f"{folder}/manifest.json"):
         manifest = read_manifest(root, folder)
         if manifest.fingerprint == fingerprint_:
-            if all(files_stand(root, shard) for shard in manifest.shards):
+            if all(files_exist(root, shard) for shard in manifest.shards):
                 return manifest
             root.delete(f"{folder}/manifest.json")
     # an import writes its manifest last, so what it left halfway has none
@@ -91,7 +91,7 @@ def _finished(root: Root, folder: str, fingerprint_: str) -> Manifest | None:
     return None
 
 
-def _take_autoencoder(source: Path, config: Training) -> Autoencoder:
+def _take_autoencoder(source: Path, config: TrainingRecipe) -> Autoencoder:
     """The imported autoencoder in the place where the recipe expects it, opened.
 
     What stands there already must be the same.

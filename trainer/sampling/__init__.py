@@ -1,0 +1,38 @@
+"""Sampling of pictures with a trained model and databases: `Sampler`, requests, and the stage `sample`.
+
+The settings are in `recipe`, the conversion of requests to cross-attention tokens in `conditioning`.
+"""
+
+from typing import TYPE_CHECKING
+
+from retrieval.lazy import public_names
+
+if TYPE_CHECKING:
+    from trainer.sampling.recipe import ComputeConfig, SampleConfig
+    from trainer.sampling.request import ImageQuery, Neighbor, Request, Sample
+    from trainer.sampling.sampler import Sampler, TrainedModel
+
+__all__ = [
+    "ComputeConfig",
+    "ImageQuery",
+    "Neighbor",
+    "Request",
+    "Sample",
+    "SampleConfig",
+    "Sampler",
+    "TrainedModel",
+]
+
+__getattr__ = public_names(
+    __name__,
+    {
+        "ComputeConfig": "recipe",
+        "ImageQuery": "request",
+        "Neighbor": "request",
+        "Request": "request",
+        "Sample": "request",
+        "SampleConfig": "recipe",
+        "Sampler": "sampler",
+        "TrainedModel": "sampler",
+    },
+)

@@ -1,7 +1,7 @@
-"""From conditioned requests to batches: which go through the UNet together.
+"""Groups conditioned requests into batches for the UNet.
 
-Gives arrays ready for the sampler. A plan depends only on the list of requests and the batch size, so
-that an interrupted stage computes the same batches again.
+The batches depend only on the list of requests and the batch size, so an interrupted stage forms the
+same batches when it is resumed.
 """
 
 from collections.abc import Sequence
@@ -11,17 +11,17 @@ from itertools import pairwise
 import numpy as np
 
 from trainer.model.context import Vectors
-from trainer.sampling.conditioning import Conditioned
+from trainer.sampling.conditioning import ConditionedRequest
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Requests of one context length, one scheduler, one number of steps and one size; all or none weigh
-    their tokens."""
+class SamplingBatch:
+    """Requests with equal context length, scheduler, steps and picture size. Token weights are used by all
+    requests of a batch or by none."""
 
     positions: tuple[int, ...]
-    """Where each stood in the planned list."""
-    items: tuple[Conditioned, ...]
+    """Position of each item in the planned list."""
+    items: tuple[ConditionedRequest, ...]
 
     @property
     def contexts(self) -> Vectors:
@@ -35,22 +35,21 @@ class Batch:
         return None if (weights == 1).all() else weights
 
 
-def make_batches(conditioned: Sequence[Conditioned], batch_size: int) -> list[Batch]:
-    """Batches of at most `batch_size`, of nearly equal size, shortest contexts first, order kept within."""
+def make_batches(conditioned: Sequence[ConditionedRequest], batch_size: int) -> list[SamplingBatch]:
+    """Batches of at most `batch_size` items and nearly equal size, shortest contexts first, else in order."""
     groups: dict[tuple[int | str, ...], list[int]] = {}
     for position, item in enumerate(conditioned):
-        one = item.request
-        weighed = bool((item.weights != 1).any())
-        key = (len(item.context), weighed, one.scheduler, one.steps, one.height, one.width)
+        request, weighted = item.request, bool((item.weights != 1).any())
+        key = (len(item.context), weighted, request.scheduler, request.steps, request.height, request.width)
         groups.setdefault(key, []).append(position)
     return [
-        Batch(tuple(chunk), tuple(conditioned[position] for position in chunk))
+        SamplingBatch(tuple(chunk), tuple(conditioned[position] for position in chunk))
         for _, positions in sorted(groups.items())
         for chunk in even_chunks(positions, batch_size)
     ]
 
 
 def even_chunks(positions: Sequence[int], size: int) -> list[list[int]]:
-    """As few runs as hold at most `size` each, of lengths that differ by at most one."""
+    """The fewest chunks of at most `size` positions; their lengths differ by at most one."""
     bounds = np.linspace(0, len(positions), -(-len(positions) // size) + 1).round().astype(int)
     return [list(positions[start:end]) for start, end in pairwise(bounds)]

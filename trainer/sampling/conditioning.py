@@ -1,7 +1,7 @@
-"""What each request is conditioned on: its query, its neighbors in one or several databases, their weights.
+"""Turns requests into cross-attention tokens: encodes queries, retrieves neighbors, weights them.
 
-Takes requests, gives tokens with weights. Every distinct prompt is encoded once and every distinct query
-searched for once in a database, however many requests share them.
+Takes requests and returns tokens with weights. Each distinct prompt is encoded once, and each distinct
+query is searched once per database, also if several requests share it.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,143 +15,149 @@ from retrieval.storage import schema
 from trainer.model.context import Vectors, make_context, unit_rows
 from trainer.sampling.request import Neighbor, Request
 
-SHOWN = (schema.IMAGE_ID, "url", "caption")
 RECALL = 0.95
-"""Share of the true neighbors that conditions are searched with."""
+"""Recall of the searches for neighbors."""
+MAIN_FIELDS = (schema.IMAGE_ID, "url", "caption")
 
 
 @dataclass(frozen=True)
-class Sources:
-    """Where conditions come from."""
+class ConditioningSources:
+    """The encoder and the databases that conditioning reads."""
 
     encode: Callable[[list[str]], Vectors]
-    """Texts to unit rows."""
+    """Encodes texts as unit rows."""
     database: Callable[[str], Database]
-    """An opened database by name."""
+    """Opens a database by name."""
     pseudo_query: Callable[[int, float], tuple[int, Vectors]]
-    """Id and embedding of an image of the training database, by seed and top_m."""
+    """Draws (id, embedding) of an image of the training database. Arguments: seed and top_m."""
 
 
 @dataclass(frozen=True)
-class Conditioned:
-    """A request with what retrieval found for it."""
+class ConditionedRequest:
+    """A request with its neighbors and its context."""
 
     request: Request
     neighbors: tuple[Neighbor, ...]
     context: Vectors
     """(tokens, dim) unit rows."""
     weights: Vectors
-    """(tokens,) above 0: how often each token counts in attention."""
+    """(tokens,) above 0: weight of each token in attention."""
     pseudo_query: int | None = None
 
 
 @dataclass(frozen=True)
 class Query:
-    """What stands for a request in a search, and in its context."""
+    """The query of a request: searched for in databases, and part of the context."""
 
     tokens: Vectors
-    """(q, dim): the text, then the images."""
+    """(q, dim): the text's embedding, then those of the images."""
     pseudo_query: int | None = None
-    like: str = "images"
-    """Which of a database's calibrations holds for it: `texts` for a prompt alone."""
+    kind: str = "images"
+    """Selects the calibration of the database: `texts` for a prompt without images, else `images`."""
 
     @property
     def vector(self) -> Vectors:
-        """(dim,) the direction to search in: the mean of several tokens, which count the same.
-
-        Raises UserError for tokens whose mean has no direction.
-        """
+        """(dim,) search vector: the normalized mean of the tokens. Raises UserError if the mean is zero."""
         if len(self.tokens) == 1:
             return np.asarray(self.tokens[0])
         try:
             return unit_rows(unit_rows(self.tokens).mean(axis=0))
         except ValueError as error:
-            raise UserError("prompt and images cancel out: there is no direction to search in.") from error
+            raise UserError(
+                "prompt and images cancel out: their mean is zero. Change the prompt or remove an image."
+            ) from error
 
 
-Found = list[tuple[Neighbor, Vectors]]
+EmbeddedNeighbors = list[tuple[Neighbor, Vectors]]
 """Neighbors with their embeddings (dim,), best first."""
+Search = tuple[str, int, str]
+"""Name of a database, number of results, kind of the queries."""
 
 
-def condition(requests: Sequence[Request], sources: Sources) -> list[Conditioned]:
-    """Neighbors and context of each request, in order. Raises UserError where nothing is left to say."""
+def condition(requests: Sequence[Request], sources: ConditioningSources) -> list[ConditionedRequest]:
+    """Neighbors and context of each request, in order. Raises UserError for an empty context."""
     queries = make_queries(requests, sources)
-    found = _search(requests, queries, sources)
-    return [
-        _conditioned(one, query, lists) for one, query, lists in zip(requests, queries, found, strict=True)
-    ]
+    results = _search_all(requests, queries, sources)
+    return [_conditioned(*item) for item in zip(requests, queries, results, strict=True)]
 
 
-def make_queries(requests: Sequence[Request], sources: Sources) -> list[Query]:
+def make_queries(requests: Sequence[Request], sources: ConditioningSources) -> list[Query]:
     """The query of each request."""
     prompts = sorted({request.prompt for request in requests if request.prompt})
     texts = dict(zip(prompts, sources.encode(prompts), strict=True)) if prompts else {}
     queries = []
-    for one in requests:
-        if one.mode == "unconditional":
-            image_id, vector = sources.pseudo_query(one.seed, one.top_m)
+    for request in requests:
+        if request.mode == "unconditional":
+            image_id, vector = sources.pseudo_query(request.seed, request.top_m)
             queries.append(Query(vector[None], image_id))
             continue
-        text = [texts[one.prompt]] if one.prompt else []
-        tokens = np.stack([*text, *(image.embedding for image in one.images)])
-        queries.append(Query(tokens, like="images" if one.images else "texts"))
+        text = [texts[request.prompt]] if request.prompt else []
+        tokens = np.stack([*text, *(image.embedding for image in request.images)])
+        queries.append(Query(tokens, kind="images" if request.images else "texts"))
     return queries
 
 
-def _search(requests: Sequence[Request], queries: Sequence[Query], sources: Sources) -> list[list[Found]]:
-    """For each request the neighbors from each of its databases, more than k where some are excluded."""
-    asked: dict[tuple[str, int, str], dict[bytes, Vectors]] = {}
+def _search_all(
+    requests: Sequence[Request], queries: Sequence[Query], sources: ConditioningSources
+) -> list[list[EmbeddedNeighbors]]:
+    """Neighbors of each request from each of its databases, k and as many more as the request excludes."""
+    vectors: dict[Search, dict[bytes, Vectors]] = {}
     keys = []
-    for one, query in zip(requests, queries, strict=True):
-        vector = query.vector
-        places = [(name, one.k + len(one.exclude), query.like) for name in one.shares()]
-        keys.append([(place, vector.tobytes()) for place in places])
-        for place in places:
-            asked.setdefault(place, {})[vector.tobytes()] = vector
-    found = {}
-    for place in sorted(asked):
-        (name, count, like), vectors = place, asked[place]
-        lists = _listed(sources.database(name), np.stack([*vectors.values()]), count, like)
-        found.update({(place, key): one for key, one in zip(vectors, lists, strict=True)})
-    return [[found[key] for key in one] for one in keys]
+    for request, query in zip(requests, queries, strict=True):
+        count, vector = request.k + len(request.exclude), query.vector
+        searches = [(name, count, query.kind) for name in request.database_weights()]
+        keys.append([(search, vector.tobytes()) for search in searches])
+        for search in searches:
+            vectors.setdefault(search, {})[vector.tobytes()] = vector
+    results = {}
+    for search in sorted(vectors):
+        neighbors = _search(sources.database(search[0]), np.stack([*vectors[search].values()]), search)
+        results.update({(search, key): row for key, row in zip(vectors[search], neighbors, strict=True)})
+    return [[results[key] for key in of_request] for of_request in keys]
 
 
-def _conditioned(request: Request, query: Query, lists: list[Found]) -> Conditioned:
-    kept: Found = []
+def _conditioned(request: Request, query: Query, results: list[EmbeddedNeighbors]) -> ConditionedRequest:
+    """Weights the k best neighbors of each database and builds the context."""
+    selected: EmbeddedNeighbors = []
     factors = dict(request.weights)
-    for share, found in zip(request.shares().values(), lists, strict=True):
-        allowed = [pair for pair in found if pair[0].image_id not in request.exclude][: request.k]
-        weighed = [(factors.get(one.image_id, 1.0) * share, one, vector) for one, vector in allowed]
-        kept += [(replace(one, weight=weight), vector) for weight, one, vector in weighed if weight > 0]
-    neighbors = tuple(one for one, _ in kept)
+    for share, candidates in zip(request.database_weights().values(), results, strict=True):
+        allowed = [pair for pair in candidates if pair[0].image_id not in request.exclude]
+        for neighbor, vector in allowed[: request.k]:
+            weight = factors.get(neighbor.image_id, 1.0) * share
+            if weight > 0:
+                selected.append((replace(neighbor, weight=weight), vector))
+    neighbors = tuple(neighbor for neighbor, _ in selected)
     dim = query.tokens.shape[1]
-    vectors = np.stack([vector for _, vector in kept]) if kept else np.empty((0, dim), np.float32)
+    vectors = np.stack([vector for _, vector in selected]) if selected else np.empty((0, dim), np.float32)
     try:
         context = make_context(request.mode, query.tokens, vectors)
     except ValueError as error:
-        raise UserError(f"{error}: exclude fewer images, or weigh one above 0.") from error
+        raise UserError(f"{error}: exclude fewer images, or set a weight above 0.") from error
     weights = np.ones(len(context), np.float32)
-    weights[len(context) - len(neighbors) :] = [one.weight for one in neighbors]
-    return Conditioned(request, neighbors, context, weights, query.pseudo_query)
+    weights[len(context) - len(neighbors) :] = [neighbor.weight for neighbor in neighbors]
+    return ConditionedRequest(request, neighbors, context, weights, query.pseudo_query)
 
 
-def _listed(database: Database, queries: Vectors, count: int, like: str) -> list[Found]:
-    """The best rows of a database for each query (n, dim)."""
-    neighbors = database.search(queries, count, effort=database.effort(RECALL, like))
-    results = []
-    for ids, similarities, vectors, table in zip(
-        neighbors.ids, neighbors.similarities, neighbors.embeddings, neighbors.rows, strict=True
-    ):
-        records = [
-            Neighbor(
-                int(id_), float(similarity), row["url"], row["caption"], database.name, 1.0, details(row)
+def _search(database: Database, queries: Vectors, search: Search) -> list[EmbeddedNeighbors]:
+    """The most similar rows of a database for each query (n, dim)."""
+    _, count, kind = search
+    results = database.search(queries, count, effort=database.effort(RECALL, kind))
+    return [
+        [
+            (
+                Neighbor(
+                    int(id_), float(score), row["url"], row["caption"], database.name, 1.0, details(row)
+                ),
+                vector,
             )
-            for id_, similarity, row in zip(ids, similarities, table.to_pylist(), strict=True)
+            for id_, score, vector, row in zip(ids, similarities, vectors, table.to_pylist(), strict=True)
         ]
-        results.append([*zip(records, vectors, strict=True)])
-    return results
+        for ids, similarities, vectors, table in zip(
+            results.ids, results.similarities, results.embeddings, results.rows, strict=True
+        )
+    ]
 
 
 def details(row: dict[str, object]) -> dict[str, object]:
-    """What a database keeps of an image beside its id, address and caption, without what it does not know."""
-    return {name: value for name, value in row.items() if name not in SHOWN and value is not None}
+    """Metadata of an image other than id, URL and caption; unknown values are left out."""
+    return {name: value for name, value in row.items() if name not in MAIN_FIELDS and value is not None}

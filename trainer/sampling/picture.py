@@ -1,6 +1,6 @@
-"""Pictures for people: PNG files that carry their recipe, and labelled grids.
+"""PNG files with the recipe in their metadata, and labelled grids of pictures.
 
-Takes arrays and PIL images, gives PIL images and PNG bytes; whoever calls decides where they are stored.
+Takes arrays and PIL images, returns PIL images and PNG bytes. Writes no files.
 """
 
 import io
@@ -20,14 +20,14 @@ from retrieval.storage.root import Root
 RECIPE = "recipe"
 LABEL_CHARS = 160
 Font = ImageFont.FreeTypeFont
-PAPER, INK, EMPTY = (255, 255, 255), (34, 34, 34), (238, 238, 238)
+BACKGROUND, TEXT_COLOR, EMPTY_CELL = (255, 255, 255), (34, 34, 34), (238, 238, 238)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Pictures in rows and columns with their labels; `None` leaves a cell grey.
+    """Pictures in rows and columns with labels. cells[row][column]; `None` is an empty grey cell.
 
-    cells[row][column]; as many row labels as rows and column labels as columns.
+    There is one label for each row and each column.
     """
 
     cells: Sequence[Sequence[Image.Image | None]]
@@ -35,19 +35,19 @@ class Grid:
     columns: Sequence[str]
     title: str = ""
     cell: int = 160
-    """Edge of a cell in pixels; pictures are fitted into it whole."""
+    """Edge of a cell in pixels; pictures are scaled to fit."""
 
 
 def to_pictures(pixels: npt.NDArray[np.floating[Any]]) -> list[Image.Image]:
-    """Decoded pixels (n, 3, height, width) in -1..1 as RGB pictures; values outside are clipped."""
+    """Decoded pixels (n, 3, height, width) as RGB pictures; -1..1 becomes 0..255, clipped."""
     scaled = np.clip(np.rint((np.asarray(pixels, np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)
-    return [Image.fromarray(np.ascontiguousarray(one.transpose(1, 2, 0))) for one in scaled]
+    return [Image.fromarray(np.ascontiguousarray(array.transpose(1, 2, 0))) for array in scaled]
 
 
 def png_bytes(picture: Image.Image, recipe: dict[str, Any]) -> bytes:
-    """A PNG with `recipe` as JSON in its text metadata: equal inputs give equal bytes."""
+    """A PNG with `recipe` as JSON in its text metadata. Equal inputs give equal bytes."""
     text = PngImagePlugin.PngInfo()
-    # ASCII JSON: any prompt survives every PNG reader, whatever it makes of Unicode in text chunks
+    # ASCII JSON, since PNG readers differ in how they decode Unicode text chunks
     text.add_text(RECIPE, json.dumps(recipe, sort_keys=True, ensure_ascii=True), zip=True)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", pnginfo=text)
@@ -55,7 +55,7 @@ def png_bytes(picture: Image.Image, recipe: dict[str, Any]) -> bytes:
 
 
 def grid_png(grid: Grid) -> bytes:
-    """The grid drawn, as a PNG."""
+    """The grid as PNG bytes."""
     buffer = io.BytesIO()
     draw_grid(grid).save(buffer, "PNG")
     return buffer.getvalue()
@@ -68,22 +68,22 @@ def open_picture(root: Root, name: str) -> Image.Image:
 
 
 def cell_edge(picture: Image.Image) -> int:
-    """A cell that shows pictures of this size well: whole multiples from 160 px, at most 256 px."""
+    """Cell edge for pictures of this size: a whole multiple of at least 160 px, but at most 256 px."""
     edge = max(picture.size)
     return min(256, edge * -(-160 // edge))
 
 
 def read_recipe(png: bytes) -> dict[str, Any]:
-    """The recipe that `png_bytes` put in. Raises ValueError for a picture without one."""
+    """The recipe in a PNG of `png_bytes`. Raises ValueError if there is none."""
     with Image.open(io.BytesIO(png)) as picture:
         text = picture.info.get(RECIPE)
     if text is None:
-        raise ValueError("this picture carries no recipe")
+        raise ValueError("this picture has no recipe in its metadata")
     return dict(json.loads(text))
 
 
 def fit(picture: Image.Image, edge: int) -> Image.Image:
-    """The picture scaled to touch a square of this edge from inside; small ones by whole factors."""
+    """The picture scaled to fit a square of this edge. Small pictures are enlarged by whole factors."""
     longest = max(picture.size)
     factor = edge / longest if longest > edge else max(1, edge // longest)
     size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
@@ -92,7 +92,7 @@ def fit(picture: Image.Image, edge: int) -> Image.Image:
 
 
 def draw_grid(grid: Grid) -> Image.Image:
-    """The grid as one picture: row labels on the left, column labels on top, both wrapped to fit."""
+    """The grid as one picture, with wrapped row labels on the left and column labels on top."""
     size = max(13, grid.cell // 10)
     font, gap, line = _font(size), max(4, grid.cell // 24), round(size * 1.3)
     columns = [wrap(label[:LABEL_CHARS], grid.cell, font) for label in grid.columns]
@@ -101,9 +101,9 @@ def draw_grid(grid: Grid) -> Image.Image:
     title = line * 2 if grid.title else 0
     top = title + line * max((len(lines) for lines in columns), default=0) + 2 * gap
     heights = [max(grid.cell, line * len(lines)) + gap for lines in rows]
-    sheet = Image.new("RGB", (side + gap + (grid.cell + gap) * len(columns), top + sum(heights)), PAPER)
+    sheet = Image.new("RGB", (side + gap + (grid.cell + gap) * len(columns), top + sum(heights)), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
-    draw.text((gap, gap), grid.title, INK, _font(round(size * 1.25)))
+    draw.text((gap, gap), grid.title, TEXT_COLOR, _font(round(size * 1.25)))
     lefts = [side + gap + (grid.cell + gap) * column for column in range(len(columns))]
     for left, lines in zip(lefts, columns, strict=True):
         _write(draw, lines, (left + grid.cell // 2, top - gap - line * len(lines)), line, (font, "ma"))
@@ -116,26 +116,26 @@ def draw_grid(grid: Grid) -> Image.Image:
 
 
 def wrap(text: str, width: int, font: Font) -> list[str]:
-    """Lines of a text that are at most `width` pixels wide, broken between words, else within one."""
+    """Lines of a text, at most `width` pixels wide, broken between words or, in long words, within them."""
     lines: list[str] = []
     for word in text.split():
         joined = f"{lines[-1]} {word}" if lines else word
         if lines and font.getlength(joined) <= width:
             lines[-1] = joined
         else:
-            lines.extend(_broken(word, width, font))
+            lines.extend(_split_word(word, width, font))
     return lines
 
 
-def _broken(word: str, width: int, font: Font) -> list[str]:
+def _split_word(word: str, width: int, font: Font) -> list[str]:
     if len(word) < 2 or font.getlength(word) <= width:
         return [word]
     cut = next((n for n in range(len(word) - 1, 1, -1) if font.getlength(word[:n]) <= width), 1)
-    return [word[:cut], *_broken(word[cut:], width, font)]
+    return [word[:cut], *_split_word(word[cut:], width, font)]
 
 
 def _font(size: int) -> Font:
-    # matplotlib carries DejaVu, which covers far more scripts than Pillow's own font
+    # DejaVu, which matplotlib installs, covers more scripts than Pillow's font.
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), size)
 
 
@@ -143,12 +143,12 @@ def _write(
     draw: ImageDraw.ImageDraw, lines: list[str], at: tuple[int, int], line: int, style: tuple[Font, str]
 ) -> None:
     for number, text in enumerate(lines):
-        draw.text((at[0], at[1] + number * line), text, INK, style[0], anchor=style[1])
+        draw.text((at[0], at[1] + number * line), text, TEXT_COLOR, style[0], anchor=style[1])
 
 
 def _paste(sheet: Image.Image, picture: Image.Image | None, at: tuple[int, int], edge: int) -> None:
     if picture is None:
-        sheet.paste(EMPTY, (*at, at[0] + edge, at[1] + edge))
+        sheet.paste(EMPTY_CELL, (*at, at[0] + edge, at[1] + edge))
         return
     fitted = fit(picture, edge)
     sheet.paste(fitted, (at[0] + (edge - fitted.width) // 2, at[1] + (edge - fitted.height) // 2))

@@ -1,8 +1,8 @@
-"""Queries for pictures of nothing in particular: images of the training database that training retrieved.
+"""Pseudo-queries for unconditional sampling: images of the training database, drawn by retrieval frequency.
 
-Reads the neighbor tables; writes `frequency/`, the database images by how often they are neighbors, once for
-each version of the tables. Drawing by that frequency is the proposal distribution of Blattmann et al.
-(Retrieval-Augmented Diffusion Models, 2022, section 3.3); keeping its most likely part is their top-m.
+Reads the neighbor tables; writes `frequency/`, the database images with the number of training images that
+retrieve them, once for each version of the tables. This is the proposal distribution of Blattmann et al.
+(Retrieval-Augmented Diffusion Models, 2022, section 3.3); its most frequent part is their top-m sampling.
 """
 
 import logging
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from retrieval.index.hidden import blocked_ids
+from retrieval.index.hidden import hidden_ids
 from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, write_manifest
 from retrieval.storage.root import Root
@@ -34,38 +34,38 @@ FREQUENCY = pa.schema(
         pa.field("place", pa.int64(), nullable=False),
     ]
 )
-"""Most retrieved first, equal ones by id. count: rows of the neighbor tables that hold the image; file and
-place: a table, by number, and a slot in it, row * k + rank, where its embedding stands."""
-DRAW = 2
-"""Sets the draw apart from the noise of the same seed."""
+"""Sorted by count, highest first, then by id. count: rows of the neighbor tables that contain the image.
+file: number of a table that has its embedding; place: position there, row * k + rank."""
+RNG_STREAM = 2
+"""Makes the draw independent of the noise with the same seed."""
 Integers = npt.NDArray[np.int64]
 
 
 class PseudoQueries:
-    """Draws images of the training database below a root, as often as training images retrieve them."""
+    """Draws images of the training database with the frequency at which training images retrieve them."""
 
     def __init__(self, root: Root) -> None:
-        """Count, unless that was done for these tables. Raises UserError where `neighbors` did not finish."""
+        """Raises UserError if the stage `neighbors` did not finish."""
         self._root = root
         self._manifest = read_manifest(root, "neighbors")
         self.files = [file.name for shard in self._manifest.shards for file in shard.files]
 
     @cached_property
     def ranking(self) -> pa.Table:
-        """FREQUENCY, without the images that are hidden in the training database."""
+        """FREQUENCY table without hidden images. Counts once for each version of the neighbor tables."""
         table = _stored(self._root, self._manifest)
         if table is None:
             table = _count_all(self._root, self.files)
             _store(self._root, self._manifest, table)
-        hidden = np.isin(table[schema.IMAGE_ID].to_numpy(), blocked_ids(self._root.child("index")))
+        hidden = np.isin(table[schema.IMAGE_ID].to_numpy(), hidden_ids(self._root.child("index")))
         return table.filter(pa.array(~hidden))
 
     def draw(self, seed: int, top_m: float = 1.0) -> tuple[int, Vectors]:
-        """Id and unit vector (dim,) of an image among the share `top_m` of the most retrieved ones."""
-        kept = self.ranking.slice(0, max(1, math.ceil(top_m * len(self.ranking))))
-        reach = np.cumsum(kept["count"].to_numpy())
-        ticket = np.random.default_rng([seed, DRAW]).integers(reach[-1])
-        row = kept.slice(int(np.searchsorted(reach, ticket, side="right")), 1).to_pylist()[0]
+        """Id and unit vector (dim,) of an image from the share `top_m` of the most retrieved images."""
+        candidates = self.ranking.slice(0, max(1, math.ceil(top_m * len(self.ranking))))
+        cumulative = np.cumsum(candidates["count"].to_numpy())
+        draw = np.random.default_rng([seed, RNG_STREAM]).integers(cumulative[-1])
+        row = candidates.slice(int(np.searchsorted(cumulative, draw, side="right")), 1).to_pylist()[0]
         return row[schema.IMAGE_ID], self._embedding(self.files[row["file"]], row["place"])
 
     def _embedding(self, name: str, place: int) -> Vectors:
@@ -94,34 +94,32 @@ def _stored(root: Root, neighbors: Manifest) -> pa.Table | None:
 def _store(root: Root, neighbors: Manifest, table: pa.Table) -> None:
     root.delete(f"{STAGE}/manifest.json")
     file = schema.write_table(root, TABLE, table, FREQUENCY)
-    made_from = {"neighbors": neighbors.identity}
+    upstream = {"neighbors": neighbors.identity}
     shard = ShardRecord("00000", len(table), (file,))
-    write_manifest(
-        root, Manifest(STAGE, schema.VERSION, neighbors.identity, made_from, {}, (shard,), {}, 0.0)
-    )
+    write_manifest(root, Manifest(STAGE, schema.VERSION, neighbors.identity, upstream, {}, (shard,), {}, 0.0))
 
 
 def _count_all(root: Root, files: list[str]) -> pa.Table:
-    """FREQUENCY of all tables. Holds each image once for every table it stands in."""
-    began = time.monotonic()
+    """FREQUENCY of all tables. Memory: each image once for every table that contains it."""
+    started = time.monotonic()
     parts = [
         _count(root, name, number)
         for number, name in enumerate(tqdm(files, desc=STAGE, unit="table", mininterval=0.5))
     ]
     ids, counts, numbers, places = (np.concatenate(column) for column in zip(*parts, strict=True))
-    known, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
-    total = np.zeros(len(known), np.int64)
+    distinct, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
+    total = np.zeros(len(distinct), np.int64)
     np.add.at(total, inverse, counts)
-    order = np.lexsort((known, -total))
-    columns = [known, total, numbers[first].astype(np.int32), places[first]]
-    log.info("%s: %s images in %.1f s", STAGE, f"{len(known):,}", time.monotonic() - began)
+    order = np.lexsort((distinct, -total))
+    columns = [distinct, total, numbers[first].astype(np.int32), places[first]]
+    log.info("%s: %s images in %.1f s", STAGE, f"{len(distinct):,}", time.monotonic() - started)
     return pa.table([column[order] for column in columns], schema=FREQUENCY)
 
 
 def _count(root: Root, name: str, number: int) -> tuple[Integers, Integers, Integers, Integers]:
-    """Ids of one table, how often each stands in it, the table's number, and a slot of each."""
+    """Distinct ids of one table, the count of each, the table's number, and a position of each."""
     with root.open(name) as file:
         table = pq.read_table(file, columns=[schema.NEIGHBOR_IDS])
     ids = schema.vectors(table, schema.NEIGHBOR_IDS).reshape(-1)
-    known, first, counts = np.unique(ids, return_index=True, return_counts=True)
-    return known, counts, np.full(len(known), number), first
+    distinct, first, counts = np.unique(ids, return_index=True, return_counts=True)
+    return distinct, counts, np.full(len(distinct), number), first

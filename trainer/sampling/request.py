@@ -1,7 +1,6 @@
-"""What is asked of the sampler and what it gives back, as plain values.
+"""Input and output of the sampler as plain records: a request, its neighbors, a finished sample.
 
-Reads a prompts file; everything else is a record: a request, a neighbor, a finished sample with the
-recipe that makes it again.
+Also reads prompts files. A sample's recipe holds every value that is needed to reproduce the picture.
 """
 
 import base64
@@ -21,30 +20,30 @@ from trainer.recipe import SchedulerName
 
 TRAINING_DATABASE = "index"
 MAX_SEED = 2**32 - 1
-"""torch's CPU generator heeds 32 bits of a seed: above, pictures would come again."""
+"""torch's CPU generator uses 32 bits of a seed: larger seeds would repeat pictures."""
 MAX_WEIGHT = 1e6
 
 
 @dataclass(frozen=True)
 class ImageQuery:
-    """A picture to condition on, as its embedding, so that a recipe is whole without the file."""
+    """An image to condition on, stored as its embedding, so that a recipe does not need the file."""
 
     name: str
-    """What people call it."""
+    """File name or other label."""
     sha256: str
-    """Of the file's bytes, in hex."""
+    """SHA-256 of the file in hex."""
     vector: str
     """Base64 of the unit vector (dim,), float32, little-endian."""
 
     @classmethod
-    def of(cls, name: str, data: bytes, vector: Vectors) -> "ImageQuery":
-        """A picture's file with its embedding (dim,)."""
-        coded = base64.b64encode(vector.astype("<f4").tobytes()).decode()
-        return cls(name, hashlib.sha256(data).hexdigest(), coded)
+    def from_file(cls, name: str, data: bytes, vector: Vectors) -> "ImageQuery":
+        """data: bytes of the image file; vector: its embedding (dim,)."""
+        encoded = base64.b64encode(vector.astype("<f4").tobytes()).decode()
+        return cls(name, hashlib.sha256(data).hexdigest(), encoded)
 
     @property
     def embedding(self) -> Vectors:
-        """(dim,) float32. Raises UserError for text that is no vector."""
+        """(dim,) float32. Raises UserError if `vector` is not base64 of float32 values."""
         try:
             return np.frombuffer(base64.b64decode(self.vector, validate=True), "<f4").astype(np.float32)
         except ValueError as error:
@@ -53,17 +52,17 @@ class ImageQuery:
 
 @dataclass(frozen=True)
 class Request:
-    """One picture to make."""
+    """One picture to sample."""
 
     prompt: str
-    """Any text: the query for neighbors and, unless the mode is `neighbors`, a token of the context.
-    Empty: no text, where images are given or the mode is `unconditional`."""
+    """Query of the search and, unless the mode is `neighbors`, a token of the context. May be empty if
+    there are images or the mode is `unconditional`."""
     seed: int = 0
-    """Of the initial noise, 0 .. MAX_SEED; it means the same picture in every batch."""
+    """Seed of the initial noise, 0 .. MAX_SEED. The picture does not depend on the batch."""
     mode: Mode = "text_and_neighbors"
-    """What the UNet is told."""
+    """Which tokens the context has."""
     database: str = TRAINING_DATABASE
-    """A name below `databases/`, or `index` for the training database; not read in mode `text`."""
+    """A name below `databases/`, or `index` for the training database; unused in mode `text`."""
     k: int = 19
     """Neighbors to retrieve."""
     guidance: float = 5.0
@@ -73,37 +72,37 @@ class Request:
     scheduler: SchedulerName = "ddim"
     """`ddim`, `plms` or `dpm++`."""
     height: int = 0
-    """Of the picture in pixels; 0 for the size of training."""
+    """Height of the picture in pixels; 0 for the training size."""
     width: int = 0
-    """As `height`."""
+    """Width of the picture in pixels; 0 for the training size."""
     mix: tuple[tuple[str, float], ...] = ()
-    """Databases with weights above 0, in place of `database`: each gives k neighbors, and these weigh in
-    attention as its share of all weights, so that a mix weighs as much as one database."""
+    """(database, weight above 0), replaces `database`: each database contributes k neighbors. Their weight in
+    attention is the database's share of the sum, so a mix counts as much as a single database."""
     images: tuple[ImageQuery, ...] = ()
-    """Pictures to condition on: tokens as the prompt is; the query is the mean direction of all of them."""
+    """Images to condition on: each is a token, and the search query is the mean of all query tokens."""
     exclude: tuple[int, ...] = ()
-    """Image ids that are no neighbors; the next best come in their place."""
+    """Image ids that are not used as neighbors; the next best replace them."""
     weights: tuple[tuple[int, float], ...] = ()
-    """Image ids with factors on what they weigh as neighbors: 2 counts one twice, 0 leaves it out."""
+    """(image id, factor): multiplies a neighbor's weight in attention; 0 removes the neighbor."""
     top_m: float = 1.0
-    """Mode `unconditional`: share, above 0 and up to 1, of the most retrieved images to draw from."""
+    """Mode `unconditional`: share of the most retrieved images to draw a query from, above 0, at most 1."""
 
     @classmethod
-    def of(cls, recipe: Mapping[str, Any]) -> "Request":
-        """The request in a sample's recipe, as JSON gives it. Raises UserError where it is none."""
-        names = {one.name for one in fields(cls)}
+    def from_recipe(cls, recipe: Mapping[str, Any]) -> "Request":
+        """The request of a sample's recipe, decoded from JSON. Raises UserError for wrong values."""
+        names = {entry.name for entry in fields(cls)}
         try:
             values = {name: value for name, value in recipe.items() if name in names}
             for name in ("mix", "weights"):
                 values[name] = tuple((key, factor) for key, factor in values.get(name, ()))
             values["exclude"] = tuple(values.get("exclude", ()))
-            values["images"] = tuple(ImageQuery(**one) for one in values.get("images", ()))
+            values["images"] = tuple(ImageQuery(**image) for image in values.get("images", ()))
             return cls(**values)
         except (TypeError, ValueError) as error:
-            raise UserError(f"this is no recipe of a sample: {error}") from error
+            raise UserError(f"not the recipe of a sample: {error}") from error
 
-    def shares(self) -> dict[str, float]:
-        """The databases to search and what a neighbor from each weighs, 1 in all; none in mode `text`."""
+    def database_weights(self) -> dict[str, float]:
+        """Weight of a neighbor by its database, summing to 1. Empty in mode `text`."""
         if self.mode == "text":
             return {}
         mix = self.mix or ((self.database, 1.0),)
@@ -111,9 +110,9 @@ class Request:
         return {name: weight / total for name, weight in mix}
 
     def check(self) -> None:
-        """Raises UserError for values that mean nothing, whatever the model."""
+        """Raises UserError for values that are invalid for every model."""
         if not (self.prompt or self.images or self.mode == "unconditional"):
-            raise UserError("nothing to condition on: give a prompt, an image, or mode 'unconditional'.")
+            raise UserError("nothing to condition on: set a prompt, an image, or mode 'unconditional'.")
         if not 0 <= self.seed <= MAX_SEED:
             raise UserError(f"a seed must be 0 to {MAX_SEED}, got {self.seed}")
         if self.k < 1:
@@ -121,7 +120,7 @@ class Request:
         if not 0 < self.top_m <= 1:
             raise UserError(f"top_m must be above 0 and at most 1, got {self.top_m}")
         if len(dict(self.mix)) < len(self.mix) or not all(0 < weight < MAX_WEIGHT for _, weight in self.mix):
-            raise UserError(f"mix: wanted each database once, with a weight above 0, got {dict(self.mix)}")
+            raise UserError(f"mix must name each database once, with a weight above 0, got {dict(self.mix)}")
         if not all(0 <= factor < MAX_WEIGHT for _, factor in self.weights):
             raise UserError(f"weights of neighbors must be 0 to {MAX_WEIGHT:g}, got {dict(self.weights)}")
 
@@ -137,44 +136,49 @@ class Neighbor:
     caption: str
     database: str = ""
     weight: float = 1.0
-    """What it weighs in attention; the prompt and images weigh 1."""
+    """Weight in attention; prompt and images have weight 1."""
     details: dict[str, Any] = field(default_factory=dict)
-    """What else its database keeps of it: license, title, artist, source, box."""
+    """Further metadata in the database: license, title, artist, source, box."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A finished picture with all that made it."""
+    """A finished picture with its request, its neighbors and the identity of the model."""
 
     request: Request
     picture: Image.Image
     neighbors: tuple[Neighbor, ...]
-    """Best first, by database; empty in mode `text`."""
-    model: dict[str, str]
-    """Checksums of the parts: `model`, `encoder`, `autoencoder`, and the `precision`."""
+    """By database, best first; empty in mode `text`."""
+    model_identity: dict[str, str]
+    """Checksums `model`, `encoder` and `autoencoder`, and the `precision`."""
     pseudo_query: int | None = None
-    """Mode `unconditional`: id of the image that stood for the query."""
+    """Mode `unconditional`: id of the image used as the query."""
 
     def recipe(self) -> dict[str, Any]:
-        """Everything that makes this picture again, ready for JSON; neighbors as [id, similarity]."""
+        """All values needed to reproduce this picture, ready for JSON; neighbors as [id, similarity]."""
         return {
             **asdict(self.request),
-            **self.model,
+            **self.model_identity,
             **({} if self.pseudo_query is None else {"pseudo_query": self.pseudo_query}),
-            "neighbors": [[found.image_id, found.similarity] for found in self.neighbors],
+            "neighbors": [[neighbor.image_id, neighbor.similarity] for neighbor in self.neighbors],
         }
 
-    def provenance(self) -> dict[str, Any]:
-        """The recipe with the neighbors spelled out: what each is, whose, and what it weighs."""
-        return {**self.recipe(), "neighbors": [asdict(found) for found in self.neighbors]}
+    def detailed_recipe(self) -> dict[str, Any]:
+        """The recipe with all fields of each neighbor."""
+        return {**self.recipe(), "neighbors": [asdict(neighbor) for neighbor in self.neighbors]}
 
 
 def read_prompts(name: str) -> tuple[str, ...]:
-    """The prompts of a UTF-8 text file, in order. Raises UserError if it is missing or has none."""
+    """The prompts of a UTF-8 text file, in order, without empty lines and comments (#).
+
+    Raises UserError if the file is missing or has no prompt.
+    """
     folder, _, file_name = name.rpartition("/")
     root = Root(folder or ".")
     if not root.exists(file_name):
-        raise UserError(f"prompts_file = {name!r} is not there. Wanted: a text file with one prompt a line.")
+        raise UserError(
+            f"prompts_file = {name!r} does not exist. Set it to a text file with one prompt a line."
+        )
     with root.open(file_name) as file:
         data = file.read()
     try:
@@ -183,10 +187,10 @@ def read_prompts(name: str) -> tuple[str, ...]:
         raise UserError(f"prompts_file = {name!r} is not UTF-8 text ({error}). Save it as UTF-8.") from error
     prompts = tuple(line for line in lines if line and not line.startswith("#"))
     if not prompts:
-        raise UserError(f"prompts_file = {name!r} has no prompt. Wanted: one prompt a line.")
+        raise UserError(f"prompts_file = {name!r} has no prompt. Write one prompt a line.")
     return prompts
 
 
 def prompts_digest(prompts: Sequence[str]) -> str:
-    """Identity of a list of prompts: 16 hex digits."""
+    """Hash of a list of prompts, 16 hex digits."""
     return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16]

@@ -1,13 +1,13 @@
-"""A stage of many small pieces that can be killed at any moment and run again.
+"""Resumable stages: a stage folder with many items, each with a record, and a manifest at the end.
 
-Reads and writes the manifest and the records of one stage folder through `retrieval.storage.manifest`. Pieces
-of the same fingerprint are kept, whatever another fingerprint left behind is removed first.
+Reads and writes the records and the manifest of one stage folder. A killed stage resumes after its last
+finished item. Files with another fingerprint are removed before the stage starts.
 """
 
 from retrieval.storage.manifest import (
     Manifest,
     ShardRecord,
-    files_stand,
+    files_exist,
     read_manifest,
     read_record,
     write_manifest,
@@ -16,48 +16,48 @@ from retrieval.storage.manifest import (
 from retrieval.storage.root import FileRecord, Root
 
 
-class Pieces:
-    """The pieces of the stage folder `stage` (such as `runs/demo/sample`) under one fingerprint."""
+class ResumableItems:
+    """The items of the stage folder `stage` (such as `runs/demo/sample`) for one fingerprint."""
 
     def __init__(self, root: Root, stage: str, fingerprint: str) -> None:
         self.root = root
         self.stage = stage
         self.fingerprint = fingerprint
 
-    def manifest(self) -> Manifest | None:
-        """The manifest of the finished stage, or None while it is of another fingerprint or not there."""
+    def finished_manifest(self) -> Manifest | None:
+        """The manifest, or None if the stage did not finish with this fingerprint or files are missing."""
         if not self.root.exists(f"{self.stage}/manifest.json"):
             return None
-        found = read_manifest(self.root, self.stage)
-        stands = all(files_stand(self.root, shard) for shard in found.shards)
-        return found if found.fingerprint == self.fingerprint and stands else None
+        manifest = read_manifest(self.root, self.stage)
+        complete = all(files_exist(self.root, shard) for shard in manifest.shards)
+        return manifest if manifest.fingerprint == self.fingerprint and complete else None
 
     def begin(self) -> None:
-        """Withdraw the manifest, and remove everything that another fingerprint left."""
+        """Delete the manifest, and the whole folder if its records have another fingerprint."""
         self.root.delete(f"{self.stage}/manifest.json")
-        self.root.sweep_partials(self.stage)
+        self.root.delete_partial_files(self.stage)
         prefix = f"{self.stage}/records/"
         for name in self.root.list(f"{self.stage}/records", ".json"):
-            found = read_record(self.root, self.stage, name.removeprefix(prefix).removesuffix(".json"))
-            if found is None or found[0] != self.fingerprint:
+            record = read_record(self.root, self.stage, name.removeprefix(prefix).removesuffix(".json"))
+            if record is None or record[0] != self.fingerprint:
                 self.root.delete(self.stage)
                 return
 
-    def done(self, piece: str) -> ShardRecord | None:
-        """The record of a piece that stands with all its files, or None."""
-        found = read_record(self.root, self.stage, piece)
-        if found is None or found[0] != self.fingerprint or not files_stand(self.root, found[1]):
+    def read_record(self, item: str) -> ShardRecord | None:
+        """The record of a finished item, or None if it or one of its files is missing."""
+        record = read_record(self.root, self.stage, item)
+        if record is None or record[0] != self.fingerprint or not files_exist(self.root, record[1]):
             return None
-        return found[1]
+        return record[1]
 
-    def write(self, piece: str, files: list[FileRecord], rows: int) -> ShardRecord:
-        """Note that a piece with these files is finished."""
-        record = ShardRecord(piece, rows, tuple(files))
+    def write_record(self, item: str, files: list[FileRecord], rows: int) -> ShardRecord:
+        """Record that an item is finished. files: all files of the item; rows: number of samples."""
+        record = ShardRecord(item, rows, tuple(files))
         write_record(self.root, self.stage, self.fingerprint, record)
         return record
 
     def finish(self, manifest: Manifest) -> Manifest:
-        """Remove files that the manifest does not name, then write it, last of all."""
+        """Delete files that the manifest does not list, then write the manifest."""
         named = set(manifest.checksums())
         for name in self.root.list(self.stage):
             if name not in named and not name.startswith(f"{self.stage}/records/"):

@@ -1,8 +1,8 @@
-"""The sampler that people and stages use: requests in, pictures with their neighbors out.
+"""`Sampler`: takes requests, returns pictures with their neighbors.
 
-Opens `runs/<name>/train` (model, recipe, manifest), the CLIP encoder, the autoencoder and any databases
-below one root; refuses parts that were not made for each other. Batches run side by side in threads,
-because torch leaves Python while it computes.
+Opens `runs/<name>/train` (model, recipe, manifest), the CLIP encoder, the autoencoder and databases below
+one root, and checks that they belong together. Batches are computed in parallel threads, since torch
+releases Python's global lock.
 """
 
 import os
@@ -18,79 +18,85 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from retrieval.cli.contact_sheet import decoded
 from retrieval.clip.encoder import Encoder
 from retrieval.clip.identity import EncoderIdentity
 from retrieval.config import Config
 from retrieval.database.database import Database
 from retrieval.errors import UserError
+from retrieval.picture_file import decode_picture
 from retrieval.recipe import ClipConfig
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
 from trainer.model.autoencoder import Autoencoder
 from trainer.model.context import Vectors
 from trainer.recipe import AutoencoderConfig, DiffusionConfig
-from trainer.sampling.batches import Batch, make_batches
-from trainer.sampling.conditioning import Sources, condition
-from trainer.sampling.denoising import Denoiser, guided_sample, initial_noise, make_scheduler, weighed
+from trainer.sampling.batches import SamplingBatch, make_batches
+from trainer.sampling.conditioning import ConditioningSources, condition
+from trainer.sampling.denoising import (
+    Denoiser,
+    guided_sample,
+    initial_noise,
+    make_scheduler,
+    with_token_weights,
+)
 from trainer.sampling.picture import to_pictures
 from trainer.sampling.pseudo_queries import PseudoQueries
-from trainer.sampling.recipe import Compute
+from trainer.sampling.recipe import ComputeConfig
 from trainer.sampling.request import TRAINING_DATABASE, ImageQuery, Request, Sample
 
 MAX_WORKERS = 4
-"""Each worker holds the activations of a batch; beyond a few, threads inside torch do as well."""
+"""Each worker holds the activations of one batch. Beyond a few, threads inside torch are as fast."""
 
 
-class Trained(Config):
-    """A trained model, with the encoder and the autoencoder that it was trained on."""
+class TrainedModel(Config):
+    """A trained model, with the encoder and the autoencoder used in training."""
 
     name: str
-    """The run's folder below `runs/`."""
+    """Name of the run: its folder below `runs/`."""
     clip: ClipConfig
     autoencoder: AutoencoderConfig
 
     @property
     def folder(self) -> str:
-        """Where `train` left the model, relative to the root."""
+        """Folder of the trained model, relative to the root."""
         return f"runs/{self.name}/train"
 
 
 class Sampler:
-    """An opened model. `plan` retrieves and batches, `draw` computes, `sample` does both."""
+    """An opened model. `plan` retrieves neighbors and forms batches, `draw` computes them; `sample`: both."""
 
-    def __init__(self, root: Root, trained: Trained, compute: Compute) -> None:
-        """Load every part. Raises UserError where one is missing or was made for another."""
+    def __init__(self, root: Root, trained: TrainedModel, compute: ComputeConfig) -> None:
+        """Load all parts. Raises UserError if one is missing or the parts do not belong together."""
         from diffusers import UNet2DConditionModel
 
         self.root = root
         self.compute = compute
         self.device = pick_device(compute.device)
         self.manifest = read_manifest(root, trained.folder)
-        self.encoder = Encoder.load(trained.clip, str(self.device))
+        self.encoder = Encoder(trained.clip, str(self.device))
         self.autoencoder = Autoencoder.load(trained.autoencoder, str(self.device))
-        self._require_parts(root.at(trained.folder))
+        self._check_parts(root.at(trained.folder))
         self.diffusion = DiffusionConfig(**root.read_json(f"{trained.folder}/recipe.json")["diffusion"])
         channels, height, width = self.manifest.values["latent_shape"]
         self.latent_shape = (int(channels), int(height), int(width))
-        """Of a picture of the size of training."""
+        """(channels, height, width) of a latent at training size."""
         with _local_folder(root, f"{trained.folder}/model") as folder:
             unet = UNet2DConditionModel.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False
             )
         self.downsampling = 2 ** (len(unet.config.block_out_channels) - 1)
-        # weights keep requires_grad: autocast remembers its bf16 copies of no others
+        # autocast caches its bf16 copies only of weights with requires_grad
         unet = unet.to(self.device).eval()
         self.unet: Denoiser = torch.compile(unet) if compute.compile else unet
         self._databases: dict[str, Database] = {}
 
     @classmethod
-    def open(cls, root: Root, trained: Trained, compute: Compute | None = None) -> "Sampler":
-        """The same as the constructor, computing by default settings unless told otherwise."""
-        return cls(root, trained, compute or Compute())
+    def open(cls, root: Root, trained: TrainedModel, compute: ComputeConfig | None = None) -> "Sampler":
+        """The constructor with default compute settings."""
+        return cls(root, trained, compute or ComputeConfig())
 
     def database(self, name: str) -> Database:
-        """A database by name, opened once. Raises UserError if it is missing or of another encoder."""
+        """A database by name, opened once. Raises UserError if it is missing or has another encoder."""
         if name not in self._databases:
             database = open_database(self.root, name)
             database.require_encoder(self.encoder.identity)
@@ -98,8 +104,8 @@ class Sampler:
         return self._databases[name]
 
     def image_query(self, name: str, data: bytes) -> ImageQuery:
-        """A picture's file as something to condition on. Raises UserError if it cannot be read."""
-        return ImageQuery.of(name, data, self.encoder.encode_images([decoded(name, data)])[0])
+        """Encode an image file as a query. Raises UserError if it cannot be decoded."""
+        return ImageQuery.from_file(name, data, self.encoder.encode_images([decode_picture(name, data)])[0])
 
     @cached_property
     def _pseudo_queries(self) -> PseudoQueries:
@@ -109,10 +115,14 @@ class Sampler:
         return self._pseudo_queries.draw(seed, top_m)
 
     @cached_property
-    def parts(self) -> dict[str, str]:
-        """What a sample's recipe says of its makers: checksums, and the number format."""
-        sums = self.manifest.checksums()
-        (model,) = [sums[name] for name in sums if name.endswith("/diffusion_pytorch_model.safetensors")]
+    def model_identity(self) -> dict[str, str]:
+        """Checksums of model, encoder and autoencoder, and the number format; stored in each recipe."""
+        checksums = self.manifest.checksums()
+        (model,) = [
+            checksum
+            for name, checksum in checksums.items()
+            if name.endswith("/diffusion_pytorch_model.safetensors")
+        ]
         return {
             "model": model,
             "encoder": self.encoder.identity.weights,
@@ -121,134 +131,140 @@ class Sampler:
         }
 
     def check(self, requests: Sequence[Request]) -> None:
-        """Raises UserError for a request that this model cannot serve; opens the databases it names."""
+        """Open all databases that requests name. Raises UserError for a request this model cannot serve."""
         for request in requests:
             if not 1 <= request.steps < self.diffusion.steps:
                 raise UserError(f"steps must be 1 to {self.diffusion.steps - 1}, got {request.steps}")
             request.check()
-            self.shape_of(request)
-            for name in request.shares():
+            self.latent_shape_of(request)
+            for name in request.database_weights():
                 self.database(name)
-            dim = self.encoder.identity.dim
-            if strange := [one.name for one in request.images if one.embedding.shape != (dim,)]:
-                raise UserError(f"image {strange[0]!r} was embedded by another encoder: wanted {dim} numbers")
-            for one in request.images:
-                if not 0 < np.linalg.norm(one.embedding) < np.inf:  # not so for nan either
-                    raise UserError(f"the vector of image {one.name!r} is zero or not finite: embed it again")
+            for image in request.images:
+                self._check_image(image)
             if request.mode == "unconditional":
-                self._pseudo_queries  # noqa: B018 - an error comes before any work
+                self._pseudo_queries  # noqa: B018 - raises an error early if the neighbor tables are missing
 
-    def shape_of(self, request: Request) -> tuple[int, int, int]:
-        """(c, h, w) of the latent of a request's picture. Raises UserError for pixels that do not divide."""
+    def _check_image(self, image: ImageQuery) -> None:
+        shape, dim = image.embedding.shape, self.encoder.identity.dim
+        if shape != (dim,):
+            raise UserError(
+                f"image {image.name!r} was embedded by another encoder: its vector has shape {shape}, "
+                f"wanted ({dim},). Embed it again."
+            )
+        if not 0 < np.linalg.norm(image.embedding) < np.inf:  # also true for nan
+            raise UserError(f"the vector of image {image.name!r} is zero or not finite: embed it again")
+
+    def latent_shape_of(self, request: Request) -> tuple[int, int, int]:
+        """(c, h, w) of the latent of a request's picture. Raises UserError if its size is not a multiple."""
         channels, height, width = self.latent_shape
-        factor, grain = self.autoencoder.factor, self.autoencoder.factor * self.downsampling
-        for word, pixels in (("height", request.height), ("width", request.width)):
-            if pixels < 0 or pixels % grain:
-                below = max(0, pixels // grain * grain)
+        factor, multiple = self.autoencoder.factor, self.autoencoder.factor * self.downsampling
+        for side, pixels in (("height", request.height), ("width", request.width)):
+            if pixels < 0 or pixels % multiple:
+                below = max(0, pixels // multiple * multiple)
                 raise UserError(
-                    f"{word} must be a multiple of {grain} pixels (the autoencoder's factor {factor} times "
-                    f"the UNet's downsampling {self.downsampling}), got {pixels}. Use "
-                    f"{f'{below} or ' if below else ''}{below + grain}, or 0 for the size of training."
+                    f"{side} must be a multiple of {multiple} pixels (the autoencoder's factor {factor} "
+                    f"times the UNet's downsampling {self.downsampling}), got {pixels}. Use "
+                    f"{f'{below} or ' if below else ''}{below + multiple}, or 0 for the training size."
                 )
         return channels, request.height // factor or height, request.width // factor or width
 
-    def plan(self, requests: Sequence[Request]) -> list[Batch]:
-        """Retrieve the neighbors of all requests and batch them. Raises UserError for a request in error."""
+    def plan(self, requests: Sequence[Request]) -> list[SamplingBatch]:
+        """Retrieve neighbors of all requests and form batches. Raises UserError for an invalid request."""
         self.check(requests)
-        sources = Sources(self.encoder.encode_texts, self.database, self._pseudo_query)
+        sources = ConditioningSources(self.encoder.encode_texts, self.database, self._pseudo_query)
         return make_batches(condition(requests, sources), self.compute.batch_size)
 
-    def draw(self, batches: Iterable[Batch]) -> Iterator[list[Sample]]:
-        """The samples of each batch, in order. A generator of batches is read a few ahead."""
-        workers, threads = self._shares(len(batches) if isinstance(batches, Sized) else None)
-        before = torch.get_num_threads()
-        waiting: deque[Future[list[Sample]]] = deque()
+    def draw(self, batches: Iterable[SamplingBatch]) -> Iterator[list[Sample]]:
+        """The samples of each batch, in order. Reads at most two batches ahead for each worker."""
+        workers, threads = self._workers_and_threads(len(batches) if isinstance(batches, Sized) else None)
+        torch_threads = torch.get_num_threads()
+        pending: deque[Future[list[Sample]]] = deque()
         pool = ThreadPoolExecutor(workers, "sampler", torch.set_num_threads, (threads,))
         try:
             for batch in batches:
-                waiting.append(pool.submit(self.compute_batch, batch))
-                # two for each worker: one is computed while the next is planned and the last is stored
-                if len(waiting) >= 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+                pending.append(pool.submit(self.compute_batch, batch))
+                # Two per worker: one is computed while the next is planned and the previous one is stored.
+                if len(pending) >= 2 * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(before)
+            torch.set_num_threads(torch_threads)
 
     def sample(
-        self, requests: Sequence[Request], tell: Callable[[int], object] = lambda count: None
+        self, requests: Sequence[Request], on_batch: Callable[[int], object] = lambda count: None
     ) -> list[Sample]:
-        """One sample for each request, in their order. `tell` hears the size of each finished batch."""
+        """One sample per request, in order. on_batch: called with the size of each finished batch."""
         batches = self.plan(requests)
         ordered: dict[int, Sample] = {}
         for batch, samples in zip(batches, self.draw(batches), strict=True):
             ordered.update(zip(batch.positions, samples, strict=True))
-            tell(len(samples))
+            on_batch(len(samples))
         return [ordered[position] for position in range(len(requests))]
 
     @torch.inference_mode()
-    def compute_batch(self, batch: Batch) -> list[Sample]:
-        """The samples of one batch, in its order."""
+    def compute_batch(self, batch: SamplingBatch) -> list[Sample]:
+        """The samples of one batch, in order. Raises UserError if a latent is not finite."""
         requests = [item.request for item in batch.items]
         scheduler = make_scheduler(requests[0].scheduler, requests[0].steps, self.diffusion)
-        noise = initial_noise([request.seed for request in requests], self.shape_of(requests[0]))
+        noise = initial_noise([request.seed for request in requests], self.latent_shape_of(requests[0]))
         noise = noise.to(self.device)
         context = torch.from_numpy(batch.contexts).to(self.device)
         unet = self.unet
         if batch.weights is not None:
-            unet = weighed(unet, torch.from_numpy(batch.weights).to(self.device))
+            unet = with_token_weights(unet, torch.from_numpy(batch.weights).to(self.device))
         guidance = torch.tensor([request.guidance for request in requests], device=self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute.precision == "bf16"):
             latents = guided_sample(unet, scheduler, noise, context, guidance)
         finite = torch.isfinite(latents).flatten(1).all(dim=1).tolist()
         if not all(finite):
-            worst = requests[finite.index(False)]
+            failed = requests[finite.index(False)]
             raise UserError(
-                f"sampling {worst.prompt!r} with seed {worst.seed} and guidance {worst.guidance} left the "
+                f"sampling {failed.prompt!r} with seed {failed.seed} and guidance {failed.guidance} left the "
                 f"range of {self.compute.precision}. Lower the guidance, use fp32, or train the model longer."
             )
         pictures = to_pictures(self.autoencoder.decode(latents).float().cpu().numpy())
         return [
-            Sample(item.request, picture, item.neighbors, self.parts, item.pseudo_query)
+            Sample(item.request, picture, item.neighbors, self.model_identity, item.pseudo_query)
             for item, picture in zip(batch.items, pictures, strict=True)
         ]
 
-    def _require_parts(self, where: str) -> None:
-        trained_on, encoder = EncoderIdentity(**self.manifest.values["encoder"]), self.encoder.identity
-        if trained_on != encoder:
+    def _check_parts(self, folder: str) -> None:
+        expected, encoder = EncoderIdentity(**self.manifest.values["encoder"]), self.encoder.identity
+        if encoder != expected:
             raise UserError(
-                f"{where} was trained on embeddings of encoder {trained_on.model} ({trained_on.weights}), "
+                f"{folder} was trained on embeddings of encoder {expected.model} ({expected.weights}), "
                 f"[clip] is {encoder.model} ({encoder.weights}). Set [clip] to the model's, or train again."
             )
-        latents_of, autoencoder = self.manifest.values["autoencoder"], self.autoencoder.identity
-        if latents_of != autoencoder:
+        expected_autoencoder, autoencoder = self.manifest.values["autoencoder"], self.autoencoder.identity
+        if autoencoder != expected_autoencoder:
             raise UserError(
-                f"{where} was trained on latents of autoencoder {latents_of}, "
+                f"{folder} was trained on latents of autoencoder {expected_autoencoder}, "
                 f"[autoencoder] is {autoencoder}. Set [autoencoder] to the model's, or train again."
             )
 
-    def _shares(self, batches: int | None) -> tuple[int, int]:
-        """Workers, and threads of each. Many one-thread workers beat one worker of many threads."""
+    def _workers_and_threads(self, batches: int | None) -> tuple[int, int]:
+        """Number of workers and of threads per worker. Many workers with one thread each are fastest."""
         cpus = len(os.sched_getaffinity(0))
-        most = 1 if self.device.type == "cuda" else min(cpus, MAX_WORKERS)
-        workers = self.compute.workers or max(1, most if batches is None else min(most, batches))
+        limit = 1 if self.device.type == "cuda" else min(cpus, MAX_WORKERS)
+        workers = self.compute.workers or max(1, limit if batches is None else min(limit, batches))
         return workers, self.compute.threads or max(1, cpus // workers)
 
 
-def upstream_of(root: Root, trained: Trained, databases: Iterable[str]) -> dict[str, str]:
-    """Fingerprints of a model and of databases, read without loading any weights."""
-    prints = {f"database/{name}": open_database(root, name).manifest.fingerprint for name in databases}
-    return {"train": read_manifest(root, trained.folder).fingerprint, **prints}
+def upstream_fingerprints(root: Root, trained: TrainedModel, databases: Iterable[str]) -> dict[str, str]:
+    """Fingerprints of a model and of databases, by stage or `database/<name>`. Loads no weights."""
+    fingerprints = {f"database/{name}": open_database(root, name).manifest.fingerprint for name in databases}
+    return {"train": read_manifest(root, trained.folder).fingerprint, **fingerprints}
 
 
 def open_database(root: Root, name: str) -> Database:
-    """The database `databases/<name>` below a root, or the training database for `index`."""
+    """The database `databases/<name>`, or the training database for `index`. Raises UserError if missing."""
     folder = name if name == TRAINING_DATABASE else f"databases/{name}"
-    # a name may come from a page: it never leaves the folder
+    # The name may come from a web request: it must not leave the folder.
     if "/" in name or name in ("", ".", "..") or not root.exists(f"{folder}/manifest.json"):
-        there = ", ".join(database_names(root)) or "none"
-        raise UserError(f"there is no database {name!r} at {root.at(folder)}; there are: {there}.")
+        known = ", ".join(database_names(root)) or "none"
+        raise UserError(f"there is no database {name!r} at {root.at(folder)}; there are: {known}.")
     return Database.open(root.child(folder))
 
 
@@ -259,7 +275,7 @@ def database_names(root: Root) -> list[str]:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a name; `auto` is the GPU if there is one. Raises UserError for one that is not."""
+    """The torch device; `auto` is the GPU if there is one. Raises UserError if torch sees no GPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -272,8 +288,8 @@ def _local_folder(root: Root, folder: str) -> Iterator[Path]:
     if root.is_local:
         yield root.local_path(folder)
         return
-    with tempfile.TemporaryDirectory(prefix="rdm-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="rdm-") as temporary:
         for name in root.list(folder):
             with root.local(name) as path:
-                shutil.move(path, Path(scratch) / Path(name).name)
-        yield Path(scratch)
+                shutil.move(path, Path(temporary) / Path(name).name)
+        yield Path(temporary)

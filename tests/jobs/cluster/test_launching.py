@@ -20,7 +20,7 @@ from jobs.train import parse_arguments, run
 from retrieval.errors import UserError
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
-from tests.trainer.training.machines import stand_in
+from tests.trainer.training.machines import replace_programs
 from tests.trainer.training_set import make_recipe, write_training_set
 from trainer.checkpoint.checkpoint import INDEX
 from trainer.model.autoencoder import Autoencoder
@@ -97,7 +97,7 @@ def free_port() -> str:
 def test_deepspeeds_launcher_on_the_machines_of_a_hostfile(
     copy: Path, tmp_path: Path, wanted: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stand_in(tmp_path, monkeypatch, "ssh", "pdsh")
+    replace_programs(tmp_path, monkeypatch, "ssh", "pdsh")
     (tmp_path / "hosts.txt").write_text("first slots=1\nsecond slots=1\n")
     words = ["-m", "jobs.train", str(copy / "recipe.toml"), "--hosts", str(tmp_path / "hosts.txt")]
     assert command(*words, MASTER_PORT=free_port()) == ""
@@ -163,7 +163,7 @@ def test_training_starts_where_ray_is_not_installed(copy: Path) -> None:
 def test_what_cannot_be_trained_is_refused_before_any_rank_starts(
     training_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stand_in(tmp_path, monkeypatch, "ssh", "pdsh")
+    replace_programs(tmp_path, monkeypatch, "ssh", "pdsh")
     recipe, hosts = load_recipe(training_set / "recipe.toml", ["train.name=other"]), tmp_path / "hosts.txt"
     hosts.write_text("good slots=1\ndead slots=1\n")
     with pytest.raises(UserError, match="host dead does not answer"):

@@ -9,7 +9,7 @@ from PIL import Image
 from jobs.explore.__main__ import make_app
 from jobs.explore.config import ExploreConfig
 from jobs.explore.explorer import Explorer
-from pipeline.download.tars import key_of, writing
+from pipeline.pictures.tars import sample_key, tar_writer
 from retrieval.storage import schema
 from retrieval.storage.root import Root
 from tests.trainer.tiny_run import pictures_of, write_run
@@ -24,9 +24,9 @@ def write_root(folder: Path) -> tuple[Root, TrainedModel]:
     root, trained = write_run(folder)
     path = root.local_path("databases/green/pictures/00000.tar")
     path.parent.mkdir()
-    with writing(path) as tar:
+    with tar_writer(path) as tar:
         for number, picture in enumerate(pictures_of("green")):
-            tar.add(key_of(green_id(number)), encode_picture(picture, "JPEG"), "", {})
+            tar.add(sample_key(green_id(number)), encode_picture(picture, "JPEG"), "", {})
     return root, trained
 
 

@@ -1,12 +1,12 @@
-"""Measures against values worked out by hand or by another road."""
+"""Metrics compared with textbook values, closed forms and plain loops."""
 
 import numpy as np
 import pytest
 
 from trainer.evaluation.metrics import (
-    balls,
     bootstrap_improvement,
     clip_score,
+    fit_manifold,
     frechet_distance,
     precision_recall,
     relative_improvement,
@@ -26,12 +26,12 @@ def test_the_wilson_interval_stays_between_zero_and_one(successes, trials):
     assert 0 <= low < high <= 1
 
 
-def test_relative_improvement_over_nothing_is_not_a_number():
+def test_relative_improvement_over_zero_is_none():
     assert relative_improvement(0.9, 0.6) == pytest.approx(0.5)
     assert relative_improvement(0.9, 0.0) is None
 
 
-def test_the_bootstrap_interval_of_paired_judgements_covers_the_improvement():
+def test_the_bootstrap_interval_of_paired_results_covers_the_improvement():
     rng = np.random.default_rng(0)
     baseline = rng.random(400) < 0.4
     ours = rng.random(400) < 0.8
@@ -59,8 +59,8 @@ def test_frechet_distance_equals_the_eigenvalue_formula_for_correlated_rows():
     c1, c2 = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
     cross = np.sqrt(np.maximum(np.linalg.eigvals(c1 @ c2).real, 0)).sum()
     gap = first.mean(0) - second.mean(0)
-    wanted = gap @ gap + np.trace(c1) + np.trace(c2) - 2 * cross
-    assert frechet_distance(first, second) == pytest.approx(wanted, rel=1e-4)
+    expected = gap @ gap + np.trace(c1) + np.trace(c2) - 2 * cross
+    assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-4)
 
 
 def test_frechet_distance_is_finite_with_fewer_rows_than_dimensions():
@@ -71,9 +71,9 @@ def test_frechet_distance_is_finite_with_fewer_rows_than_dimensions():
 def test_precision_and_recall_of_points_on_a_line():
     real = np.array([[0.0], [1.0], [2.0], [10.0]], np.float32)  # radii to the nearest: 1 1 1 8
     samples = np.array([[0.5], [1.5], [30.0]], np.float32)  # radii: 1 1 28.5
-    found = precision_recall(balls(real, 1), balls(samples, 1))
-    assert found.precision == pytest.approx(2 / 3)  # 30 is 20 from the real 10, whose ball reaches 8
-    assert found.recall == 1.0  # 0, 1, 2 lie near 0.5 and 1.5; 10 within 28.5 of 30
+    precision, recall = precision_recall(fit_manifold(real, 1), fit_manifold(samples, 1))
+    assert precision == pytest.approx(2 / 3)  # 30 is at distance 20 from 10, and that ball has radius 8
+    assert recall == 1.0  # 0, 1, 2 lie near 0.5 and 1.5; 10 within 28.5 of 30
 
 
 def test_precision_and_recall_agree_with_a_plain_loop():
@@ -90,13 +90,13 @@ def test_precision_and_recall_agree_with_a_plain_loop():
                     break
         return hits / len(points)
 
-    found = precision_recall(balls(real, 3), balls(samples, 3))
-    assert found == pytest.approx((covered(real, samples), covered(samples, real)))
+    result = precision_recall(fit_manifold(real, 3), fit_manifold(samples, 3))
+    assert result == pytest.approx((covered(real, samples), covered(samples, real)))
 
 
-def test_a_ball_needs_more_rows_than_neighbors():
+def test_a_manifold_needs_more_rows_than_neighbors():
     with pytest.raises(ValueError, match="no neighbor number 3"):
-        balls(np.zeros((3, 2)), 3)
+        fit_manifold(np.zeros((3, 2)), 3)
 
 
 def test_the_clip_score_is_the_mean_cosine_of_each_pair():

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from tests.trainer.released import compvis
-from trainer.recipe import AutoencoderConfig, DiffusionConfig, ModelConfig, TrainConfig, Training
+from trainer.recipe import AutoencoderConfig, DiffusionConfig, ModelConfig, TrainConfig, TrainingRecipe
 
 DIM = 32
 SIZES = {"channels": (32, 64, 96), "context_dim": DIM, "channels_per_head": 16}
@@ -19,7 +19,7 @@ BETA_END = {"laion": 0.015, "imagenet": 0.0195}
 FIRST_STAGE = {"laion": ("kl", 0.22765929), "imagenet": ("vq", 1.0)}
 
 
-def recipe_of(kind: str, folder: Path, **sections: dict[str, Any]) -> Training:
+def recipe_of(kind: str, folder: Path, **sections: dict[str, Any]) -> TrainingRecipe:
     """The recipe of a small released model; its autoencoder goes to `folder`. sections: changed keys."""
     word, scale = FIRST_STAGE[kind]
     plain = {
@@ -30,7 +30,7 @@ def recipe_of(kind: str, folder: Path, **sections: dict[str, Any]) -> Training:
             name=kind, source="images", size=64, k=4, global_batch=2, micro_batch=2, steps=1
         ).model_dump(),
     }
-    return Training.model_validate({name: plain[name] | sections.get(name, {}) for name in plain})
+    return TrainingRecipe.model_validate({name: plain[name] | sections.get(name, {}) for name in plain})
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Released checkpoints: the same numbers come out, every tensor has its place, and nothing else gets in."""
+"""ReleasedModel checkpoints: the same numbers come out, every tensor has its place, and nothing else gets in."""
 
 import re
 import sys
@@ -24,7 +24,7 @@ from tests.trainer.released.released_model import (
 from trainer.model.autoencoder import Autoencoder, kl_f16, vq_f4
 from trainer.model.unet import build_unet
 from trainer.recipe import ModelConfig
-from trainer.released.checkpoint_import import Released, read_checkpoint
+from trainer.released.checkpoint_import import ReleasedModel, read_checkpoint
 from trainer.released.tensor_names import autoencoder_key, average_key, unet_key
 
 KINDS = sorted(MODELS)
@@ -42,12 +42,12 @@ PAPER = {
 }
 
 
-def read(path: Path, kind: str, **sections) -> Released:
+def read(path: Path, kind: str, **sections) -> ReleasedModel:
     scratch = path.parent / "imported"
     return read_checkpoint(path, recipe_of(kind, path.parent / "autoencoder", **sections), scratch)
 
 
-def opened(released: Released, kind: str) -> torch.nn.Module:
+def opened(released: ReleasedModel, kind: str) -> torch.nn.Module:
     unet = build_unet(MODELS[kind])
     unet.load_state_dict(released.unet)
     return unet.eval()

@@ -15,12 +15,12 @@ from retrieval.storage.root import Root
 from tests.trainer.released.released_model import MODELS, networks, recipe_of, state_of, write_checkpoint
 from tests.trainer.released.test_import_run import ENCODER
 from tests.trainer.tiny_run import write_run
-from trainer.checkpoint.export import read_model
+from trainer.checkpoint.export import read_model_weights
 from trainer.model.autoencoder import Autoencoder
 from trainer.model.unet import build_unet
 from trainer.recipe import DiffusionConfig
 from trainer.released.diffusers_folder import write_folder
-from trainer.released.import_run import import_run
+from trainer.released.import_run import import_model
 from trainer.sampling.denoising import guided_sample, initial_noise, make_scheduler
 
 CLASSES = {"laion": AutoencoderKL, "imagenet": VQModel}
@@ -32,7 +32,7 @@ def exported(request, tmp_path_factory):
     """A small released model, imported and exported: its kind, root, recipe and folder."""
     kind, folder = request.param, tmp_path_factory.mktemp(request.param)
     config, root = recipe_of(kind, folder / "autoencoder"), Root(folder / "root")
-    import_run(config, write_checkpoint(folder / "model.ckpt", state_of(kind)), ENCODER, root)
+    import_model(config, write_checkpoint(folder / "model.ckpt", state_of(kind)), ENCODER, root)
     write_folder(root, config.train.folder, config.autoencoder, folder / "for-diffusers")
     return kind, root, config, folder / "for-diffusers"
 
@@ -54,7 +54,7 @@ def test_our_sampler_and_plain_diffusers_give_the_same_latents(exported):
         latents = scheduler.step(without + guidance * (told - without), t, latents).prev_sample
 
     ours = build_unet(config.model).eval()
-    ours.load_state_dict(read_model(root, config.train.folder))
+    ours.load_state_dict(read_model_weights(root, config.train.folder))
     diffusion = DiffusionConfig(**root.read_json(f"{config.train.folder}/recipe.json")["diffusion"])
     scale = torch.full((2,), guidance)
     found = guided_sample(ours, make_scheduler("ddim", 10, diffusion), noise, context, scale)
@@ -89,7 +89,7 @@ def test_a_run_is_not_exported_with_an_autoencoder_that_is_not_its_own(exported,
     kind, root, config, _ = exported
     other = recipe_of("laion" if kind == "imagenet" else "imagenet", tmp_path / "autoencoder")
     state = state_of(other.train.name)
-    import_run(other, write_checkpoint(tmp_path / "model.ckpt", state), ENCODER, Root(tmp_path / "root"))
+    import_model(other, write_checkpoint(tmp_path / "model.ckpt", state), ENCODER, Root(tmp_path / "root"))
     with pytest.raises(UserError, match="was trained on latents of autoencoder"):
         write_folder(root, config.train.folder, other.autoencoder, tmp_path / "target")
     assert not (tmp_path / "target").exists()
@@ -111,8 +111,8 @@ def test_the_card_says_how_to_open_the_folder_and_its_code_runs(exported, monkey
 def test_an_exported_folder_comes_back_as_the_same_run(exported, tmp_path):
     kind, root, config, folder = exported
     again, back = recipe_of(kind, tmp_path / "autoencoder"), Root(tmp_path / "root")
-    import_run(again, folder, ENCODER, back)
-    wanted, found = (read_model(one, config.train.folder) for one in (root, back))
+    import_model(again, folder, ENCODER, back)
+    wanted, found = (read_model_weights(one, config.train.folder) for one in (root, back))
     assert wanted.keys() == found.keys()
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
     assert (
@@ -135,7 +135,7 @@ def test_an_exported_folder_comes_back_as_the_same_run(exported, tmp_path):
 def test_a_folder_of_another_model_than_the_recipes_is_refused(exported, sections, words, tmp_path):
     kind, _, _, folder = exported
     with pytest.raises(UserError, match=words):
-        import_run(recipe_of(kind, tmp_path / "new", **sections), folder, ENCODER, Root(tmp_path / "root"))
+        import_model(recipe_of(kind, tmp_path / "new", **sections), folder, ENCODER, Root(tmp_path / "root"))
 
 
 def test_a_folder_with_a_tensor_too_few_a_description_too_few_or_no_weights_is_refused(exported, tmp_path):
@@ -148,16 +148,16 @@ def test_a_folder_with_a_tensor_too_few_a_description_too_few_or_no_weights_is_r
     save_file(tensors, weights)
     recipe, back = recipe_of(kind, tmp_path / "new"), Root(tmp_path / "root")
     with pytest.raises(UserError, match=r"1 tensors are missing, .*\(conv_out.bias\)"):
-        import_run(recipe, folder, ENCODER, back)
+        import_model(recipe, folder, ENCODER, back)
     weights.write_bytes(b"none")
     with pytest.raises(UserError, match="no safetensors file"):
-        import_run(recipe, folder, ENCODER, back)
+        import_model(recipe, folder, ENCODER, back)
     weights.unlink()
     with pytest.raises(UserError, match="weights are read from safetensors"):
-        import_run(recipe, folder, ENCODER, back)
+        import_model(recipe, folder, ENCODER, back)
     (folder / "scheduler" / "scheduler_config.json").unlink()
     with pytest.raises(UserError, match=r"scheduler_config.json is missing"):
-        import_run(recipe, folder, ENCODER, back)
+        import_model(recipe, folder, ENCODER, back)
 
 
 def test_a_target_that_is_not_empty_is_left_alone(exported, tmp_path):

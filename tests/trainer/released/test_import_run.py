@@ -10,14 +10,14 @@ from retrieval.errors import UserError
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
 from tests.trainer.released.released_model import DIM, MODELS, recipe_of, state_of, write_checkpoint
-from tests.trainer.tiny_run import write_clip, write_database
-from trainer.checkpoint.export import read_model
+from tests.trainer.tiny_run import write_clip, write_style_database
+from trainer.checkpoint.export import read_model_weights
 from trainer.model.autoencoder import Autoencoder
 from trainer.model.unet import build_unet
-from trainer.released.import_run import import_run
-from trainer.sampling.recipe import Compute
+from trainer.released.import_run import import_model
+from trainer.sampling.recipe import ComputeConfig
 from trainer.sampling.request import Request
-from trainer.sampling.sampler import Sampler, Trained
+from trainer.sampling.sampler import Sampler, TrainedModel
 
 ENCODER = EncoderIdentity(model="ViT-L-14", weights="0" * 16, preprocessing="{}", dim=DIM)
 
@@ -28,7 +28,7 @@ def checkpoint(tmp_path_factory):
 
 
 def sample(root, trained, **settings):
-    sampler = Sampler.open(root, trained, Compute(device="cpu", workers=1, threads=1))
+    sampler = Sampler.open(root, trained, ComputeConfig(device="cpu", workers=1, threads=1))
     (found,) = sampler.sample([Request(prompt="a circle", k=3, steps=2, database="green", **settings)])
     return np.asarray(found.picture)
 
@@ -38,10 +38,10 @@ def test_the_sampler_draws_from_an_imported_model(kind, tmp_path):
     path = write_checkpoint(tmp_path / "model.ckpt", state_of(kind))
     config, root = recipe_of(kind, tmp_path / "autoencoder"), Root(tmp_path / "root")
     clip = write_clip(tmp_path / "clip")
-    encoder = Encoder.load(clip)
-    write_database(root, "databases/green", encoder, ["green"])
-    import_run(config, path, encoder.identity, root)
-    trained = Trained(name=kind, clip=clip, autoencoder=config.autoencoder)
+    encoder = Encoder(clip)
+    write_style_database(root, "databases/green", encoder, ["green"])
+    import_model(config, path, encoder.identity, root)
+    trained = TrainedModel(name=kind, clip=clip, autoencoder=config.autoencoder)
     picture = sample(root, trained)
     assert picture.shape == (64, 64, 3)
     assert not np.array_equal(picture, sample(root, trained, seed=1))
@@ -49,9 +49,9 @@ def test_the_sampler_draws_from_an_imported_model(kind, tmp_path):
 
 def test_another_run_can_start_from_an_imported_one(checkpoint, tmp_path):
     config, root = recipe_of("laion", tmp_path / "autoencoder"), Root(tmp_path / "root")
-    manifest = import_run(config, checkpoint, ENCODER, root)
+    manifest = import_model(config, checkpoint, ENCODER, root)
     assert manifest.config["model"] == config.model.model_dump(mode="json")
-    build_unet(config.model).load_state_dict(read_model(root, config.train.folder), strict=True)
+    build_unet(config.model).load_state_dict(read_model_weights(root, config.train.folder), strict=True)
     recipe = root.read_json(f"{config.train.folder}/recipe.json")
     assert recipe["encoder"] == ENCODER.model_dump(mode="json")
     assert recipe["latent_shape"] == [16, 4, 4]
@@ -60,13 +60,13 @@ def test_another_run_can_start_from_an_imported_one(checkpoint, tmp_path):
 
 def test_an_import_is_done_once_and_a_torn_one_again(checkpoint, tmp_path):
     config, root = recipe_of("laion", tmp_path / "autoencoder"), Root(tmp_path / "root")
-    first = import_run(config, checkpoint, ENCODER, root)
+    first = import_model(config, checkpoint, ENCODER, root)
     weights = root.local_path(f"{config.train.folder}/model/diffusion_pytorch_model.safetensors")
     before = weights.stat().st_mtime_ns
-    assert import_run(config, checkpoint, ENCODER, root) == first
+    assert import_model(config, checkpoint, ENCODER, root) == first
     assert weights.stat().st_mtime_ns == before
     weights.unlink()
-    again = import_run(config, checkpoint, ENCODER, root)
+    again = import_model(config, checkpoint, ENCODER, root)
     assert weights.is_file()
     assert again.checksums() == first.checksums()
     assert read_manifest(root, config.train.folder) == again
@@ -76,31 +76,31 @@ def test_a_folder_that_holds_another_run_is_left_alone(checkpoint, tmp_path):
     config, root = recipe_of("laion", tmp_path / "autoencoder"), Root(tmp_path / "root")
     root.write_bytes(f"{config.train.folder}/checkpoints/7/complete", b"")
     with pytest.raises(UserError, match=r"runs/laion/train holds another run \(.*complete"):
-        import_run(config, checkpoint, ENCODER, root)
+        import_model(config, checkpoint, ENCODER, root)
     root.delete(config.train.folder)
-    import_run(config, checkpoint, ENCODER, root)
+    import_model(config, checkpoint, ENCODER, root)
     other = recipe_of("laion", tmp_path / "autoencoder", train={"k": 7})
     with pytest.raises(UserError, match="holds another run"):
-        import_run(other, checkpoint, ENCODER, root)
+        import_model(other, checkpoint, ENCODER, root)
 
 
 def test_an_autoencoder_that_stands_there_already_must_be_the_same(checkpoint, tmp_path):
     folder = tmp_path / "autoencoder"
-    import_run(recipe_of("laion", folder), checkpoint, ENCODER, Root(tmp_path / "one"))
+    import_model(recipe_of("laion", folder), checkpoint, ENCODER, Root(tmp_path / "one"))
     weights = folder / "diffusion_pytorch_model.safetensors"
     before = weights.read_bytes()
-    import_run(recipe_of("laion", folder), checkpoint, ENCODER, Root(tmp_path / "other"))
+    import_model(recipe_of("laion", folder), checkpoint, ENCODER, Root(tmp_path / "other"))
     torch.manual_seed(0)
     state = state_of("laion")
     key = "first_stage_model.post_quant_conv.weight"
     changed = write_checkpoint(tmp_path / "changed.ckpt", state | {key: torch.randn_like(state[key])})
     with pytest.raises(UserError, match="holds another autoencoder"):
-        import_run(recipe_of("laion", folder), changed, ENCODER, Root(tmp_path / "third"))
+        import_model(recipe_of("laion", folder), changed, ENCODER, Root(tmp_path / "third"))
     assert weights.read_bytes() == before
     assert not Root(tmp_path / "third").exists("runs/laion/train/manifest.json")
     # the description is written last, so without it the weights are a torn copy
     (folder / "config.json").unlink()
-    import_run(recipe_of("laion", folder), changed, ENCODER, Root(tmp_path / "third"))
+    import_model(recipe_of("laion", folder), changed, ENCODER, Root(tmp_path / "third"))
     assert weights.read_bytes() != before
 
 
@@ -114,10 +114,10 @@ def test_an_autoencoder_that_stands_there_already_must_be_the_same(checkpoint, t
 def test_a_recipe_that_does_not_fit_is_refused_and_no_run_appears(sections, words, checkpoint, tmp_path):
     root = Root(tmp_path / "root")
     with pytest.raises(UserError, match=words):
-        import_run(recipe_of("laion", tmp_path / "autoencoder", **sections), checkpoint, ENCODER, root)
+        import_model(recipe_of("laion", tmp_path / "autoencoder", **sections), checkpoint, ENCODER, root)
     assert not root.list("runs")
 
 
 def test_a_source_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"nowhere.ckpt is not there"):
-        import_run(recipe_of("laion", tmp_path), tmp_path / "nowhere.ckpt", ENCODER, Root(tmp_path / "root"))
+        import_model(recipe_of("laion", tmp_path), tmp_path / "nowhere.ckpt", ENCODER, Root(tmp_path / "root"))

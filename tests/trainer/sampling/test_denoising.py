@@ -1,4 +1,4 @@
-"""Guided sampling against plain diffusers and against the equation."""
+"""Guided sampling compared with plain diffusers and with the equation."""
 
 import pytest
 import torch
@@ -56,8 +56,8 @@ def test_without_guidance_latents_equal_a_plain_diffusers_loop(unet, name, predi
     theirs.set_timesteps(7)
     noise, tokens = initial_noise([5, 6], SHAPE), context(2, 3)
     ours = make_scheduler(name, 7, DiffusionConfig(prediction=prediction))
-    found = guided_sample(unet, ours, noise, tokens, torch.ones(2))
-    torch.testing.assert_close(found, plain_loop(unet, theirs, noise, tokens), atol=1e-4, rtol=1e-4)
+    latents = guided_sample(unet, ours, noise, tokens, torch.ones(2))
+    torch.testing.assert_close(latents, plain_loop(unet, theirs, noise, tokens), atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -66,13 +66,13 @@ def test_guidance_adds_the_scaled_difference_to_the_prediction_without_context(u
     scheduler = make_scheduler("ddim", 2, DiffusionConfig())
     latents = noise
     for t in scheduler.timesteps:
-        # one zero token here, three in the batched call: the count of zero tokens must not matter
-        nothing = unet(latents, t, torch.zeros(2, 1, 16)).sample
-        told = unet(latents, t, tokens).sample
-        mixed = nothing + scale.view(2, 1, 1, 1) * (told - nothing)
-        latents = scheduler.step(mixed, t, latents).prev_sample
-    found = guided_sample(unet, make_scheduler("ddim", 2, DiffusionConfig()), noise, tokens, scale)
-    torch.testing.assert_close(found, latents, atol=1e-5, rtol=1e-5)
+        # One zero token here, three in the batched call: the number of zero tokens must not matter.
+        unconditional = unet(latents, t, torch.zeros(2, 1, 16)).sample
+        conditional = unet(latents, t, tokens).sample
+        guided = unconditional + scale.view(2, 1, 1, 1) * (conditional - unconditional)
+        latents = scheduler.step(guided, t, latents).prev_sample
+    result = guided_sample(unet, make_scheduler("ddim", 2, DiffusionConfig()), noise, tokens, scale)
+    torch.testing.assert_close(result, latents, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -93,20 +93,20 @@ def test_a_seed_gives_the_same_latents_alone_and_in_a_batch(unet):
 
 
 @torch.no_grad()
-def test_latents_of_another_size_than_in_training_are_sampled(unet):
+def test_latents_may_have_another_size_than_in_training(unet):
     noise = initial_noise([1], (4, 4, 12))
-    found = guided_sample(
+    latents = guided_sample(
         unet, make_scheduler("plms", 3, DiffusionConfig()), noise, context(1, 2), torch.ones(1)
     )
-    assert found.shape == (1, 4, 4, 12)
-    assert torch.isfinite(found).all()
+    assert latents.shape == (1, 4, 4, 12)
+    assert torch.isfinite(latents).all()
 
 
-def test_the_null_context_is_computed_only_where_some_guidance_needs_it():
-    seen = []
+def test_the_null_context_is_computed_only_if_a_guidance_differs_from_1():
+    batch_sizes = []
 
     def denoiser(sample, timestep, encoder_hidden_states, *, return_dict):
-        seen.append(len(sample))
+        batch_sizes.append(len(sample))
         return (torch.zeros_like(sample),)
 
     for scale in (torch.ones(2), torch.tensor([1.0, 2.0])):
@@ -117,10 +117,10 @@ def test_the_null_context_is_computed_only_where_some_guidance_needs_it():
             context(2, 1),
             scale,
         )
-    assert seen == [2, 4]
+    assert batch_sizes == [2, 4]
 
 
-def test_a_perfect_prediction_of_v_leads_to_the_picture_it_was_made_from():
+def test_a_perfect_prediction_of_v_gives_the_target():
     target = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(9))
 
     for name in PLAIN:
@@ -132,5 +132,5 @@ def test_a_perfect_prediction_of_v_leads_to_the_picture_it_was_made_from():
             eps = (sample - a.sqrt() * target) / (1 - a).sqrt()
             return (a.sqrt() * eps - (1 - a).sqrt() * target,)
 
-        found = guided_sample(oracle, scheduler, initial_noise([4], SHAPE), context(1, 1), torch.ones(1))
-        assert (found - target).abs().max() < 0.2, name
+        latents = guided_sample(oracle, scheduler, initial_noise([4], SHAPE), context(1, 1), torch.ones(1))
+        assert (latents - target).abs().max() < 0.2, name

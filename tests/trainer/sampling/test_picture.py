@@ -4,11 +4,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainer.sampling.picture import EMPTY, Grid, draw_grid, fit, png_bytes, read_recipe, to_pictures, wrap
+from trainer.sampling.picture import (
+    EMPTY_CELL,
+    Grid,
+    draw_grid,
+    fit,
+    png_bytes,
+    read_recipe,
+    to_pictures,
+    wrap,
+)
 from trainer.sampling.picture import _font as font
 
 
-def test_a_recipe_of_any_unicode_comes_back_from_the_png():
+def test_a_recipe_with_any_unicode_is_read_back_from_the_png():
     recipe = {"prompt": '鹿 im Wald \x00 "quoted" 🦌\n', "seed": 2**63 - 1, "neighbors": [[-5, 0.25]]}
     png = png_bytes(Image.new("RGB", (4, 3), (1, 2, 3)), recipe)
     assert read_recipe(png) == recipe
@@ -31,7 +40,7 @@ def test_decoded_pixels_become_eight_bit_colors_and_are_clipped():
     assert picture.getpixel((0, 0)) == (0, 128, 255)
 
 
-def test_small_pictures_grow_by_whole_factors_and_large_ones_shrink_to_fit():
+def test_small_pictures_are_enlarged_by_whole_factors_and_large_ones_shrunk_to_fit():
     assert fit(Image.new("RGB", (64, 64)), 160).size == (128, 128)
     assert fit(Image.new("RGB", (768, 384)), 160).size == (160, 80)
 
@@ -40,13 +49,13 @@ def test_a_grid_shows_every_picture_in_its_own_cell():
     red, blue = Image.new("RGB", (80, 80), (255, 0, 0)), Image.new("RGB", (80, 80), (0, 0, 255))
     sheet = draw_grid(Grid([[red, blue], [None, red]], ["first", "second"], ["a", "b"], "Title", cell=80))
     colors = {color for _, color in sheet.getcolors(1 << 16)}
-    assert {(255, 0, 0), (0, 0, 255), EMPTY} <= colors
+    assert {(255, 0, 0), (0, 0, 255), EMPTY_CELL} <= colors
     pixels = np.asarray(sheet)
     assert (pixels == [255, 0, 0]).all(-1).sum() == 2 * 80 * 80
     assert (pixels == [0, 0, 255]).all(-1).sum() == 80 * 80
     rows, columns = np.nonzero((pixels == [0, 0, 255]).all(-1))
     reds = np.argwhere((pixels == [255, 0, 0]).all(-1))
-    assert reds[:, 1].min() < columns.min(), "red stands left of blue in the first row"
+    assert reds[:, 1].min() < columns.min(), "red is left of blue in the first row"
     assert reds[:, 0].max() > rows.max(), "and below it in the second"
 
 
@@ -57,7 +66,7 @@ def test_a_long_label_is_wrapped_and_makes_its_row_taller():
     assert height("a prompt of a great many words " * 6) > height("a prompt")
 
 
-def test_wrapped_lines_fit_and_keep_every_letter():
+def test_wrapped_lines_fit_and_keep_all_letters():
     text = "donaudampfschifffahrtsgesellschaft and a few words more"
     lines = wrap(text, 80, font(13))
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")

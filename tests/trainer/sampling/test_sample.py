@@ -1,4 +1,4 @@
-"""Stage sample, on a root as training leaves it."""
+"""The stage sample on a root with a tiny trained model."""
 
 import json
 
@@ -11,22 +11,22 @@ from retrieval.clip.encoder import Encoder
 from retrieval.errors import UserError
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
-from tests.trainer.tiny_run import PROMPTS, pictures_of, write_clip, write_database, write_run
+from tests.trainer.tiny_run import PROMPTS, pictures_of, write_clip, write_style_database, write_run
 from trainer.sampling.picture import read_recipe
 from trainer.sampling.recipe import SampleConfig
-from trainer.sampling.sample import make_jobs, run
-from trainer.sampling.sampler import Trained
+from trainer.sampling.sample import make_requests, run
+from trainer.sampling.sampler import TrainedModel
 
 STAGE = "runs/tiny/sample"
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> tuple[Root, Trained]:
+def tiny(tmp_path_factory) -> tuple[Root, TrainedModel]:
     return write_run(tmp_path_factory.mktemp("sample"))
 
 
 @pytest.fixture
-def fresh(tiny) -> tuple[Root, Trained]:
+def fresh(tiny) -> tuple[Root, TrainedModel]:
     tiny[0].delete(STAGE)
     return tiny
 
@@ -43,7 +43,7 @@ def sample(tiny, **settings):
 
 
 def written(root: Root) -> dict[str, int]:
-    """Every file of the stage with the time it was written."""
+    """Modification time of each file of the stage."""
     return {name: root.local_path(name).stat().st_mtime_ns for name in root.list(STAGE)}
 
 
@@ -57,7 +57,7 @@ def test_every_prompt_and_database_has_its_pictures_with_recipe_and_neighbors(fr
     ]
     with root.open(f"{STAGE}/green/0001-01.png") as file:
         recipe = read_recipe(file.read())
-    beside = root.read_json(f"{STAGE}/green/0001-01.json")
+    details = root.read_json(f"{STAGE}/green/0001-01.json")
     assert (recipe["prompt"], recipe["database"], recipe["seed"]) == (PROMPTS[1], "green", 6)
     assert {key: recipe[key] for key in ("k", "guidance", "steps", "scheduler", "mode")} == {
         "k": 4,
@@ -66,8 +66,8 @@ def test_every_prompt_and_database_has_its_pictures_with_recipe_and_neighbors(fr
         "scheduler": "ddim",
         "mode": "text_and_neighbors",
     }
-    assert recipe["neighbors"] == [[one["image_id"], one["similarity"]] for one in beside["neighbors"]]
-    assert all("green" in one["url"] and one["caption"] for one in beside["neighbors"])
+    assert recipe["neighbors"] == [[row["image_id"], row["similarity"]] for row in details["neighbors"]]
+    assert all("green" in row["url"] and row["caption"] for row in details["neighbors"])
     assert recipe["model"] in read_manifest(root, "runs/tiny/train").checksums().values()
 
 
@@ -90,40 +90,40 @@ def test_running_again_does_nothing(fresh):
     assert written(fresh[0]) == before
 
 
-def test_a_picture_that_was_removed_comes_back(fresh):
+def test_a_deleted_picture_is_drawn_again(fresh):
     root, _ = fresh
-    whole = sample(fresh).checksums()
+    complete = sample(fresh).checksums()
     root.delete(f"{STAGE}/green/0001-01.png")
-    assert sample(fresh).checksums() == whole
+    assert sample(fresh).checksums() == complete
     assert root.exists(f"{STAGE}/green/0001-01.png")
 
 
 def test_an_interrupted_run_ends_with_the_checksums_of_an_uninterrupted_one(fresh):
     root, _ = fresh
-    whole = sample(fresh).checksums()
+    complete = sample(fresh).checksums()
     root.delete(f"{STAGE}/manifest.json")
     root.delete(f"{STAGE}/records/0003-00001.json")
     root.delete(f"{STAGE}/green/0001-01.png")
-    kept = written(root)
-    assert sample(fresh).checksums() == whole
+    before = written(root)
+    assert sample(fresh).checksums() == complete
     after = written(root)
-    unchanged = [name for name in kept if after[name] == kept[name]]
+    unchanged = [name for name in before if after[name] == before[name]]
     assert f"{STAGE}/records/0003-00000.json" in unchanged
     assert 0 < len([name for name in unchanged if name.endswith(".png")]) < 8
 
 
-def test_a_run_resumed_with_larger_batches_draws_every_picture_that_is_missing(fresh):
+def test_a_run_resumed_with_larger_batches_draws_all_missing_pictures(fresh):
     root, _ = fresh
-    whole = set(sample(fresh).checksums())
+    complete = set(sample(fresh).checksums())
     last = f"{STAGE}/records/0003-00002.json"
     missing = [file["name"] for file in root.read_json(last)["files"]]
     for name in [f"{STAGE}/manifest.json", last, *missing]:
         root.delete(name)
-    assert set(sample(fresh, batch_size=8).checksums()) == whole
+    assert set(sample(fresh, batch_size=8).checksums()) == complete
     assert all(root.exists(name) for name in missing)
 
 
-def test_other_settings_leave_nothing_of_the_old_pictures(fresh):
+def test_other_settings_delete_the_old_pictures(fresh):
     root, _ = fresh
     old = sample(fresh)
     new = sample(fresh, databases=("sky_blue",), guidance=3.0)
@@ -146,27 +146,27 @@ def test_a_rebuilt_database_is_sampled_again(fresh):
 
 def test_a_mix_is_one_column_with_neighbors_of_every_database(fresh):
     sample(fresh, mix={"deep_red": 2.0, "green": 1.0}, databases=("nowhere",))
-    found = fresh[0].read_json(f"{STAGE}/mix/0001-01.json")["neighbors"]
-    wanted = [("deep_red", 2 / 3)] * 4 + [("green", 1 / 3)] * 4
-    assert [(one["database"], one["weight"]) for one in found] == wanted
+    neighbors = fresh[0].read_json(f"{STAGE}/mix/0001-01.json")["neighbors"]
+    expected = [("deep_red", 2 / 3)] * 4 + [("green", 1 / 3)] * 4
+    assert [(row["database"], row["weight"]) for row in neighbors] == expected
 
 
 def test_a_changed_image_is_sampled_again(fresh, tmp_path):
-    prints = set()
+    fingerprints = set()
     for style in ("green", "sky_blue"):
         pictures_of(style)[0].save(tmp_path / "image.png")
         settings = {"images": (str(tmp_path / "image.png"),), "prompts": (), "images_per_prompt": 1}
-        prints.add(sample(fresh, **settings).fingerprint)
-    assert len(prints) == 2
+        fingerprints.add(sample(fresh, **settings).fingerprint)
+    assert len(fingerprints) == 2
 
 
-def test_text_alone_needs_no_database(fresh):
+def test_mode_text_needs_no_database(fresh):
     manifest = sample(fresh, mode="text", databases=("nowhere",))
     assert f"{STAGE}/text/0000-00.png" in manifest.checksums()
     assert fresh[0].read_json(f"{STAGE}/text/0000-00.json")["neighbors"] == []
 
 
-def test_a_missing_database_is_refused_before_finished_pictures_are_touched(fresh):
+def test_a_missing_database_is_refused_before_pictures_are_deleted(fresh):
     sample(fresh)
     before = written(fresh[0])
     with pytest.raises(UserError, match="no database 'nowhere'"):
@@ -174,11 +174,11 @@ def test_a_missing_database_is_refused_before_finished_pictures_are_touched(fres
     assert written(fresh[0]) == before
 
 
-def test_a_database_of_another_encoder_is_refused_before_finished_pictures_are_touched(fresh, tmp_path):
+def test_a_database_of_another_encoder_is_refused_before_pictures_are_deleted(fresh, tmp_path):
     root, _ = fresh
     sample(fresh)
     before = written(root)
-    write_database(root, "databases/foreign", Encoder.load(write_clip(tmp_path / "clip", seed=5)), ["green"])
+    write_style_database(root, "databases/foreign", Encoder(write_clip(tmp_path / "clip", seed=5)), ["green"])
     try:
         with pytest.raises(UserError, match="was built by"):
             sample(fresh, databases=("green", "foreign"))
@@ -196,13 +196,12 @@ def test_prompts_come_from_the_recipe_and_from_a_file(fresh, tmp_path):
         config(prompts=()).all_prompts()
 
 
-def test_a_number_has_the_same_seed_for_every_prompt_and_database():
-    jobs = make_jobs(config(seed=10), PROMPTS[:2])
-    assert {job.name.rpartition("-")[2]: set() for job in jobs} == {"00": set(), "01": set()}
-    assert {(job.name[-2:], job.request.seed) for job in jobs} == {("00", 10), ("01", 11)}
+def test_picture_n_has_the_same_seed_for_every_prompt_and_database():
+    requests = make_requests(config(seed=10), PROMPTS[:2])
+    assert {(named.name[-2:], named.request.seed) for named in requests} == {("00", 10), ("01", 11)}
 
 
-def test_more_steps_than_the_process_has_are_refused_before_finished_pictures_are_touched(fresh):
+def test_too_many_steps_are_refused_before_pictures_are_deleted(fresh):
     sample(fresh)
     before = written(fresh[0])
     with pytest.raises(UserError, match="steps must be 1 to 999"):
@@ -214,16 +213,16 @@ def test_more_steps_than_the_process_has_are_refused_before_finished_pictures_ar
     "settings",
     [{"k": 0}, {"steps": 0}, {"scheduler": "euler"}, {"databases": ()}, {"mode": "image"}, {"colour": 1}],
 )
-def test_settings_that_mean_nothing_are_refused(settings):
+def test_invalid_settings_are_refused(settings):
     with pytest.raises(ValidationError):
         config(**settings)
 
 
-def test_a_toml_recipe_gives_lists_where_tuples_are_kept():
+def test_lists_of_a_toml_recipe_become_tuples():
     assert SampleConfig.model_validate({"prompts": ["a"], "databases": ["green"]}).databases == ("green",)
 
 
-def test_how_fast_is_not_what():
+def test_batch_size_threads_and_device_do_not_change_the_fingerprint_and_precision_does():
     fast = config(batch_size=8, workers=1, threads=2, device="auto")
     assert json.dumps(fast.output_fields()) == json.dumps(config().output_fields())
     assert config(precision="bf16").output_fields() != config().output_fields()

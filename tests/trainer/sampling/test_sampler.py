@@ -1,4 +1,4 @@
-"""The sampler as people use it: requests in, pictures with their neighbors out."""
+"""`Sampler`: takes requests, returns pictures with their neighbors."""
 
 import json
 from functools import partial
@@ -16,21 +16,21 @@ from tests.trainer.tiny_run import (
     STYLES,
     tiny_autoencoder,
     write_clip,
-    write_database,
+    write_style_database,
     write_run,
 )
 from trainer.sampling.batches import even_chunks
 from trainer.sampling.denoising import initial_noise
-from trainer.sampling.recipe import Compute
+from trainer.sampling.recipe import ComputeConfig
 from trainer.sampling.request import Request, prompts_digest, read_prompts
-from trainer.sampling.sampler import Sampler, Trained, database_names, pick_device
+from trainer.sampling.sampler import Sampler, TrainedModel, database_names, pick_device
 
-COMPUTE = Compute(device="cpu", batch_size=3, workers=2, threads=1)
+COMPUTE = ComputeConfig(device="cpu", batch_size=3, workers=2, threads=1)
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> tuple[Root, Trained]:
-    return write_run(tmp_path_factory.mktemp("generation"))
+def tiny(tmp_path_factory) -> tuple[Root, TrainedModel]:
+    return write_run(tmp_path_factory.mktemp("sampler"))
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def pixels(sample) -> np.ndarray:
     return np.asarray(sample.picture).astype(int)
 
 
-def test_samples_come_in_the_order_of_their_requests_whatever_their_batches(sampler):
+def test_samples_have_the_order_of_their_requests(sampler):
     requests = [
         request(prompt=prompt, seed=seed, mode=mode, database=database)
         for seed, (prompt, mode, database) in enumerate(
@@ -58,28 +58,28 @@ def test_samples_come_in_the_order_of_their_requests_whatever_their_batches(samp
             for database in ("green", "index")
         )
     ]
-    told = []
-    samples = sampler.sample(requests, told.append)
+    batch_sizes = []
+    samples = sampler.sample(requests, batch_sizes.append)
     assert [sample.request for sample in samples] == requests
-    assert sum(told) == len(requests)
-    assert max(told) <= 3
+    assert sum(batch_sizes) == len(requests)
+    assert max(batch_sizes) <= 3
 
 
-def test_a_sample_depends_on_its_request_and_not_on_its_batch(sampler):
+def test_a_sample_does_not_depend_on_its_batch(sampler):
     requests = [request(seed=seed, guidance=1.0 + seed) for seed in range(5)]
     together = sampler.sample(requests)
-    for one, sample in zip(requests, together, strict=True):
-        (alone,) = sampler.sample([one])
-        # one grey level: sums of floats may round differently in batches of different size
+    for single, sample in zip(requests, together, strict=True):
+        (alone,) = sampler.sample([single])
+        # One gray level: floating-point sums may round differently in batches of another size.
         assert np.abs(pixels(alone) - pixels(sample)).max() <= 1
     assert np.abs(pixels(together[0]) - pixels(together[1])).max() > 30
 
 
-def test_swapping_the_database_changes_the_picture_and_the_neighbors(sampler):
+def test_another_database_changes_the_picture_and_the_neighbors(sampler):
     red, green = sampler.sample([request(database="deep_red"), request(database="green")])
     assert np.abs(pixels(red) - pixels(green)).max() > 1
-    assert all("deep_red" in found.url for found in red.neighbors)
-    assert all("green" in found.url for found in green.neighbors)
+    assert all("deep_red" in neighbor.url for neighbor in red.neighbors)
+    assert all("green" in neighbor.url for neighbor in green.neighbors)
 
 
 def test_neighbors_are_the_databases_best_rows_for_each_prompt(sampler):
@@ -89,12 +89,12 @@ def test_neighbors_are_the_databases_best_rows_for_each_prompt(sampler):
     samples = sampler.sample([request(prompt=prompt, k=5) for prompt in PROMPTS])
     for sample, text in zip(samples, texts, strict=True):
         scores = database.embeddings().astype(np.float32) @ text
-        assert [found.image_id for found in sample.neighbors] == ids[np.argsort(-scores)[:5]].tolist()
-        similarities = [found.similarity for found in sample.neighbors]
+        assert [neighbor.image_id for neighbor in sample.neighbors] == ids[np.argsort(-scores)[:5]].tolist()
+        similarities = [neighbor.similarity for neighbor in sample.neighbors]
         np.testing.assert_allclose(similarities, np.sort(scores)[::-1][:5], atol=1e-3)
 
 
-def test_each_mode_conditions_on_its_own_tokens(sampler):
+def test_each_mode_has_its_tokens(sampler):
     modes = ("text", "neighbors", "text_and_neighbors")
     batches = sampler.plan([request(mode=mode) for mode in modes])
     assert [batch.contexts.shape[1] for batch in batches] == [1, 4, 5]
@@ -103,7 +103,7 @@ def test_each_mode_conditions_on_its_own_tokens(sampler):
     np.testing.assert_allclose(np.linalg.norm(both, axis=1), 1, rtol=1e-5)
 
 
-def test_a_database_with_fewer_rows_than_k_makes_a_shorter_context(sampler):
+def test_a_database_with_fewer_rows_than_k_gives_a_shorter_context(sampler):
     (batch,) = sampler.plan([request(k=1000)])
     assert batch.contexts.shape[1] == ROWS + 1
     assert len(batch.items[0].neighbors) == ROWS
@@ -114,59 +114,61 @@ def test_requests_that_differ_in_scheduler_steps_or_tokens_are_not_batched_toget
     assert sorted(batch.positions for batch in sampler.plan(requests)) == [(0, 4), (1,), (2,), (3,)]
 
 
-def test_a_recipe_makes_its_picture_again(sampler):
+def test_a_recipe_reproduces_its_picture(sampler):
     (sample,) = sampler.sample([request(scheduler="dpm++", seed=77)])
     recipe = json.loads(json.dumps(sample.recipe()))
-    (again,) = sampler.sample([Request.of(recipe)])
-    assert np.array_equal(pixels(again), pixels(sample))
-    assert recipe["neighbors"] == [[found.image_id, found.similarity] for found in again.neighbors]
+    (reproduced,) = sampler.sample([Request.from_recipe(recipe)])
+    assert np.array_equal(pixels(reproduced), pixels(sample))
+    assert recipe["neighbors"] == [
+        [neighbor.image_id, neighbor.similarity] for neighbor in reproduced.neighbors
+    ]
     assert len(recipe["model"]) == 64
 
 
 def test_bfloat16_is_close_to_float32(tiny, sampler):
     (full,) = sampler.sample([request()])
-    (half,) = Sampler.open(*tiny, Compute(device="cpu", precision="bf16")).sample([request()])
+    (half,) = Sampler.open(*tiny, ComputeConfig(device="cpu", precision="bf16")).sample([request()])
     assert 0 < np.abs(pixels(full) - pixels(half)).max() < 16
 
 
-def test_a_compiled_network_gives_the_same_pictures_from_threads_side_by_side(tiny, sampler, monkeypatch):
+def test_a_compiled_network_gives_the_same_pictures_in_parallel_threads(tiny, sampler, monkeypatch):
     graphs = []
 
     def backend(graph, inputs):
-        # traced for true; only the compiler behind, which takes minutes, is left out
+        # The graph is traced as in use; only code generation, which takes minutes, is left out.
         graphs.append(graph)
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     requests = [request(seed=seed) for seed in range(6)]
     compiled = Sampler.open(*tiny, COMPUTE.model_copy(update={"compile": True}))
-    for one, other in zip(compiled.sample(requests), sampler.sample(requests), strict=True):
-        assert np.abs(pixels(one) - pixels(other)).max() <= 1
+    for first, second in zip(compiled.sample(requests), sampler.sample(requests), strict=True):
+        assert np.abs(pixels(first) - pixels(second)).max() <= 1
     assert graphs
 
 
-def test_pictures_have_the_size_that_was_asked_for_and_its_meaning_does_not_hang_on_the_batch(sampler):
+def test_pictures_have_the_requested_size_in_any_batch(sampler):
     sizes = [(0, 0), (16, 48), (48, 16), (16, 48), (0, 48)]
-    requests = [request(seed=seed, height=high, width=wide) for seed, (high, wide) in enumerate(sizes)]
+    requests = [request(seed=seed, height=height, width=width) for seed, (height, width) in enumerate(sizes)]
     samples = sampler.sample(requests)
     assert [sample.picture.size[::-1] for sample in samples] == [(h or 32, w or 32) for h, w in sizes]
     assert sorted(batch.positions for batch in sampler.plan(requests)) == [(0,), (1, 3), (2,), (4,)]
     (alone,) = sampler.sample(requests[3:4])
     assert np.abs(pixels(alone) - pixels(samples[3])).max() <= 1
-    (spelled,) = sampler.sample([request(seed=0, height=32, width=32)])
-    assert np.array_equal(pixels(spelled), pixels(samples[0]))
+    (training_size,) = sampler.sample([request(seed=0, height=32, width=32)])
+    assert np.array_equal(pixels(training_size), pixels(samples[0]))
 
 
 @pytest.mark.parametrize(
-    ("size", "words"),
+    ("size", "message"),
     [
         ({"height": 20}, r"height must be a multiple of 8 pixels .*factor 4 .*2\), got 20\. Use 16 or 24"),
         ({"width": 4}, r"width must be .* got 4\. Use 8, or 0"),
         ({"width": -8}, "width must be"),
     ],
 )
-def test_a_size_that_the_model_cannot_make_is_refused(sampler, size, words):
-    with pytest.raises(UserError, match=words):
+def test_a_size_that_is_not_a_multiple_is_refused(sampler, size, message):
+    with pytest.raises(UserError, match=message):
         sampler.plan([request(**size)])
 
 
@@ -176,13 +178,13 @@ def test_a_diverging_model_is_an_error_that_names_the_request(sampler):
 
 
 @pytest.mark.parametrize("steps", [0, 1000])
-def test_steps_that_the_process_does_not_have_are_refused(sampler, steps):
+def test_a_number_of_steps_out_of_range_is_refused(sampler, steps):
     with pytest.raises(UserError, match="steps must be 1 to 999"):
         sampler.plan([request(steps=steps)])
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
-def test_seeds_that_would_repeat_others_are_refused(sampler, seed):
+def test_seeds_beyond_32_bits_are_refused_since_their_noise_repeats(sampler, seed):
     sampler.plan([request(seed=2**32 - 1)])
     assert torch.equal(initial_noise([seed % 2**32], (1, 2, 2)), initial_noise([seed], (1, 2, 2)))
     with pytest.raises(UserError, match=f"a seed must be 0 to 4294967295, got {seed}"):
@@ -190,14 +192,14 @@ def test_seeds_that_would_repeat_others_are_refused(sampler, seed):
 
 
 @pytest.mark.parametrize("name", ["nowhere", "", "../index", "green/partitions"])
-def test_an_unknown_database_is_refused_with_the_names_there_are(sampler, name):
+def test_an_unknown_database_is_refused_with_the_known_names(sampler, name):
     with pytest.raises(UserError, match="deep_red, green, sky_blue"):
         sampler.sample([request(database=name)])
 
 
 def test_a_database_of_another_encoder_is_refused(tiny, sampler, tmp_path):
-    other = Encoder.load(write_clip(tmp_path / "clip", seed=5))
-    write_database(tiny[0], "databases/foreign", other, ["green"])
+    other = Encoder(write_clip(tmp_path / "clip", seed=5))
+    write_style_database(tiny[0], "databases/foreign", other, ["green"])
     try:
         with pytest.raises(UserError, match="was built by"):
             sampler.sample([request(database="foreign")])
@@ -229,7 +231,7 @@ def test_database_names_are_sorted_and_leave_out_the_training_database(tiny):
     assert database_names(tiny[0]) == sorted(STYLES)
 
 
-def test_a_gpu_that_is_not_there_is_refused():
+def test_a_missing_gpu_is_refused():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     assert pick_device("auto").type == "cpu"
@@ -238,15 +240,15 @@ def test_a_gpu_that_is_not_there_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("count", "size", "wanted"), [(20, 8, [7, 6, 7]), (3, 8, [3]), (0, 8, []), (8, 8, [8])]
+    ("count", "size", "lengths"), [(20, 8, [7, 6, 7]), (3, 8, [3]), (0, 8, []), (8, 8, [8])]
 )
-def test_chunks_are_few_and_of_nearly_equal_length(count, size, wanted):
+def test_chunks_are_few_and_of_nearly_equal_length(count, size, lengths):
     chunks = even_chunks(list(range(count)), size)
-    assert [len(chunk) for chunk in chunks] == wanted
+    assert [len(chunk) for chunk in chunks] == lengths
     assert [item for chunk in chunks for item in chunk] == list(range(count))
 
 
-def test_prompts_are_read_without_comments_blank_lines_and_byte_order_mark(tmp_path):
+def test_prompts_are_read_without_comments_empty_lines_and_byte_order_mark(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeff# of animals\n\n  a stag 🦌 \r\nein Hirsch\n".encode())
     assert read_prompts(str(path)) == ("a stag 🦌", "ein Hirsch")
@@ -254,11 +256,11 @@ def test_prompts_are_read_without_comments_blank_lines_and_byte_order_mark(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("data", "words"), [(b"", "no prompt"), (b"\xff\xfe\x00a", "not UTF-8"), (None, "not there")]
+    ("data", "message"), [(b"", "no prompt"), (b"\xff\xfe\x00a", "not UTF-8"), (None, "does not exist")]
 )
-def test_a_prompts_file_that_cannot_be_used_is_refused(tmp_path, data, words):
+def test_an_invalid_prompts_file_is_refused(tmp_path, data, message):
     path = tmp_path / "prompts.txt"
     if data is not None:
         path.write_bytes(data)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         read_prompts(str(path))

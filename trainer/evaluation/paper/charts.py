@@ -1,6 +1,6 @@
-"""The experiments as charts: Fig. 4a and 4b, the controls, the held-out loss, distances, retrieval time.
+"""Charts of the experiments: Fig. 4a and 4b, controls, held-out loss, distances and retrieval time.
 
-Takes the values of `paper.json`, gives PNG bytes; draws without a screen.
+Takes the values of `paper.json`, returns PNG bytes. Needs no display.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 
 from trainer.evaluation.charts import COLORS, LABELS
 from trainer.evaluation.paper.controls import OTHER_PROMPT, RANDOM_ROWS, SHUFFLED
-from trainer.evaluation.paper.memorization import Comparison
+from trainer.evaluation.paper.copy_distances import Comparison
 from trainer.evaluation.styles import RETRIEVAL, SUFFIX
 
 MODE_LABELS = LABELS | {
@@ -34,17 +34,17 @@ OURS = COLORS[RETRIEVAL]
 
 
 def improvement_chart(tables: dict[str, Any]) -> bytes:
-    """Fig. 4a above: accuracy relative to naming the style. Fig. 4b below: the wanted style's logits."""
+    """Top: accuracy relative to the style in the prompt (Fig. 4a). Bottom: logits of the style (Fig. 4b)."""
     rows = tables["styles"]
     figure, (top, bottom) = _figure((max(7.0, 0.95 * len(rows) + 1.5), 6.4), 2)
-    for place, row in enumerate(rows):
-        found = row["relative_improvement"]
-        if found["value"] is None:
-            top.text(place, 0, "suffix: none right", rotation=90, ha="center", va="bottom", fontsize=8)
+    for x, row in enumerate(rows):
+        improvement = row["relative_improvement"]
+        if improvement["value"] is None:
+            top.text(x, 0, "suffix: none right", rotation=90, ha="center", va="bottom", fontsize=8)
             continue
-        top.bar(place, found["value"], 0.55, color=OURS)
-        if found["interval"] is not None:
-            top.vlines(place, *found["interval"], color=INK, linewidth=1)
+        top.bar(x, improvement["value"], 0.55, color=OURS)
+        if improvement["interval"] is not None:
+            top.vlines(x, *improvement["interval"], color=INK, linewidth=1)
     top.axhline(0, color=INK, linewidth=0.8)
     top.yaxis.set_major_formatter(lambda value, _: f"{value:+.0%}")
     top.set_ylabel("accuracy relative to suffix")
@@ -53,8 +53,8 @@ def improvement_chart(tables: dict[str, Any]) -> bytes:
         _bars(bottom, np.arange(len(rows)) + offset, values, COLORS[mode])
     bottom.axhline(0, color=INK, linewidth=0.8)
     bottom.set_ylabel("logit above the mean")
-    labelled = [Patch(color=COLORS[mode], label=LABELS[mode]) for mode in (RETRIEVAL, SUFFIX)]
-    figure.legend(handles=labelled, loc="outside upper center", ncols=2, frameon=False)
+    handles = [Patch(color=COLORS[mode], label=LABELS[mode]) for mode in (RETRIEVAL, SUFFIX)]
+    figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False)
     for axes in (top, bottom):
         axes.set_xlim(-0.6, len(rows) - 0.4)
         axes.set_xticks(range(len(rows)), [row["style"].replace("_", "\n") for row in rows])
@@ -62,17 +62,17 @@ def improvement_chart(tables: dict[str, Any]) -> bytes:
 
 
 def modes_chart(tables: dict[str, Any]) -> bytes:
-    """Accuracy of every way to ask, controls below the evaluation's modes, with chance as a line."""
+    """Accuracy of all modes of the evaluation and, below, of the controls; chance is a dotted line."""
     modes = list(tables["modes"])
     figure, (axes,) = _figure((8.0, 0.5 * len(modes) + 0.9), 1)
     values = np.array([tables["modes"][mode]["accuracy"] for mode in modes])
-    places = np.arange(len(modes))
+    y = np.arange(len(modes))
     colors = [COLORS.get(mode, CONTROL) for mode in modes]
     spread = np.maximum([values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]], 0)
-    axes.barh(places, values[:, 0], 0.6, xerr=spread, color=colors, error_kw={"ecolor": INK, "elinewidth": 1})
+    axes.barh(y, values[:, 0], 0.6, xerr=spread, color=colors, error_kw={"ecolor": INK, "elinewidth": 1})
     axes.grid(False, axis="y")
     axes.axvline(tables["chance"], color=INK, linewidth=1, linestyle=":")
-    axes.set_yticks(places, [MODE_LABELS[mode] for mode in modes])
+    axes.set_yticks(y, [MODE_LABELS[mode] for mode in modes])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.02)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -81,7 +81,7 @@ def modes_chart(tables: dict[str, Any]) -> bytes:
 
 
 def loss_chart(held_out: dict[str, Any]) -> bytes:
-    """What other and no neighbors add to the held-out loss, by quartile of the timestep and in all."""
+    """Increase of the held-out loss with other and with no neighbors, by timestep quartile and in total."""
     figure, (axes,) = _figure((7.0, 3.2), 1)
     names = {"shuffled": ("neighbors of another image", CONTROL), "none": ("no neighbors", REAL)}
     for offset, (name, (_, color)) in zip((-0.2, 0.2), names.items(), strict=True):
@@ -95,19 +95,19 @@ def loss_chart(held_out: dict[str, Any]) -> bytes:
 
 
 def distance_chart(comparisons: Sequence[Comparison]) -> bytes:
-    """Distances of samples to what they may copy, over distances among real images: a panel each."""
+    """Histograms of distances: samples to their nearest real image, and real images to each other."""
     columns = 2
-    lines = -(-len(comparisons) // columns)
-    figure, panels = _figure((9.0, 2.7 * lines), lines, columns)
-    for axes, one in zip(panels, comparisons, strict=False):
-        samples, real = one.scaled(one.samples), one.scaled(one.real)
+    rows = -(-len(comparisons) // columns)
+    figure, panels = _figure((9.0, 2.7 * rows), rows, columns)
+    for axes, comparison in zip(panels, comparisons, strict=False):
+        samples, real = (comparison.scaled(values) for values in (comparison.samples, comparison.real))
         end = max(1e-6, float(np.quantile(np.concatenate([samples, real]), 0.995)))
-        edges = np.arange(-1, end + 3, 2) if one.unit.startswith("bits") else np.linspace(0, end, 40)
+        edges = np.arange(-1, end + 3, 2) if comparison.unit.startswith("bits") else np.linspace(0, end, 40)
         for values, color, label in ((real, REAL, "real to real"), (samples, OURS, "samples")):
             weights = np.full(len(values), 1 / len(values))
             axes.hist(values, edges.tolist(), weights=weights, color=color, alpha=0.75, label=label)
-        axes.set_title(TITLES[one.name], fontsize=10)
-        axes.set_xlabel(one.unit.replace("-", "−"))
+        axes.set_title(TITLES[comparison.name], fontsize=10)
+        axes.set_xlabel(comparison.unit.replace("-", "−"))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     panels[0].legend(frameon=False, fontsize=9)
     for axes in panels[len(comparisons) :]:
@@ -116,33 +116,32 @@ def distance_chart(comparisons: Sequence[Comparison]) -> bytes:
 
 
 def time_chart(times: Sequence[dict[str, Any]]) -> bytes:
-    """Milliseconds of a single query by the rows of its database."""
+    """Milliseconds of a single query against the number of rows of its database."""
     figure, (axes,) = _figure((7.0, 3.2), 1)
-    for one in times:
-        value, low, high = one["single_ms"]
-        axes.errorbar(
-            one["rows"], value, [[max(0, value - low)], [max(0, high - value)]], fmt="o", color=OURS
-        )
-    rows = sorted({one["rows"] for one in times})
+    for row in times:
+        value, low, high = row["single_ms"]
+        spread = [[max(0, value - low)], [max(0, high - value)]]
+        axes.errorbar(row["rows"], value, spread, fmt="o", color=OURS)
+    rows = sorted({row["rows"] for row in times})
     axes.set_xscale("log")
     axes.set_xticks(rows, [f"{count:,}" for count in rows], rotation=30, ha="right")
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
     axes.set_xlabel("rows of the database")
-    axes.set_ylabel(f"ms for {max(one['k'] for one in times)} neighbors")
+    axes.set_ylabel(f"ms for {max(row['k'] for row in times)} neighbors")
     return _png(figure)
 
 
-def _bars(axes: Axes, places: Any, values: Any, color: str) -> None:
-    """values: (n, 3) figure and both ends of its interval."""
+def _bars(axes: Axes, x: Any, values: Any, color: str) -> None:
+    """values: (n, 3), each a value and the ends of its interval."""
     spread = np.maximum([values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]], 0)
-    axes.bar(places, values[:, 0], 0.36, yerr=spread, color=color, error_kw={"ecolor": INK, "elinewidth": 1})
+    axes.bar(x, values[:, 0], 0.36, yerr=spread, color=color, error_kw={"ecolor": INK, "elinewidth": 1})
 
 
 def _figure(size: tuple[float, float], rows: int, columns: int = 1) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=size, dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = [axes for line in figure.subplots(rows, columns, squeeze=False) for axes in line]
+    panels = [axes for row in figure.subplots(rows, columns, squeeze=False) for axes in row]
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#eeeeee")

@@ -1,7 +1,7 @@
-"""What the neighbors add: the loss on images that training never saw, told their neighbors or others.
+"""Effect of neighbors on the loss of held-out images: own neighbors, another image's, and none.
 
-Takes a network, the training plan and its loader; gives a loss for each image and context. Every context
-meets the same noise and timesteps, so that differences are paired.
+Takes a network, the training plan and its loader; returns a loss for each image and context. All contexts
+share noise and timesteps, so differences are paired.
 """
 
 from collections.abc import Mapping
@@ -13,31 +13,31 @@ import numpy.typing as npt
 import torch
 
 from trainer.data.loader import Loader
-from trainer.data.plan import Plan
-from trainer.evaluation.paper.controls import deranged
+from trainer.data.plan import TrainingPlan
+from trainer.evaluation.paper.controls import derangement
 from trainer.evaluation.paper.intervals import Bootstrap
 from trainer.model.autoencoder import Autoencoder
 from trainer.training.objective import QUARTILES, Objective
-from trainer.training.validation import HeldOut, held_out_rows, read_held_out, with_draws
+from trainer.training.validation import HeldOut, fixed_batch, held_out_rows, read_held_out
 
 TRUE, SHUFFLED, NONE = "true", "shuffled", "none"
 Losses = Mapping[str, npt.NDArray[np.float64]]
-"""By context: (images, draws)."""
+"""(images, draws) by context."""
 
 
 @torch.no_grad()
 def held_out_losses(
-    unet: torch.nn.Module, plan: Plan, loader: Loader, autoencoder: Autoencoder, draws: int
+    unet: torch.nn.Module, plan: TrainingPlan, loader: Loader, autoencoder: Autoencoder, draws: int
 ) -> Losses:
-    """Eq. 1 of each held-out image with its neighbors, with another image's, and without any.
+    """Loss (eq. 1) of each held-out image with its neighbors, with another image's, and with none.
 
-    draws: timesteps of each image, draw j in quartile j % QUARTILES.
+    draws: timesteps per image; draw j is in quartile j % QUARTILES.
     """
-    encoder = autoencoder if plan.samples.source == "images" else None
-    images = read_held_out(plan, loader, held_out_rows(plan.samples), encoder)
+    encoder = autoencoder if plan.training_set.source == "images" else None
+    images = read_held_out(plan, loader, held_out_rows(plan.training_set), encoder)
     count = len(images.image_ids)
-    batch = with_draws(_repeated(images, draws), range(count * draws), plan)
-    donors = deranged(count, np.random.default_rng([plan.config.train.seed, count]))
+    batch = fixed_batch(_repeated(images, draws), range(count * draws), plan)
+    donors = derangement(count, np.random.default_rng([plan.config.train.seed, count]))
     contexts = {
         TRUE: images.context,
         SHUFFLED: images.context[torch.from_numpy(donors)],
@@ -45,18 +45,19 @@ def held_out_losses(
     }
     device = next(unet.parameters()).device
     objective = Objective(plan.config.diffusion, None, device)
-    found = {}
+    losses = {}
     for name, context in contexts.items():
-        told = replace(batch, context=context.repeat_interleave(draws, dim=0))
+        conditioned = replace(batch, context=context.repeat_interleave(draws, dim=0))
         parts = [
-            objective(unet, piece, torch.float32).cpu() for piece in told.split(plan.config.train.micro_batch)
+            objective(unet, piece, torch.float32).cpu()
+            for piece in conditioned.split(plan.config.train.micro_batch)
         ]
-        found[name] = torch.cat(parts).double().numpy().reshape(count, draws)
-    return found
+        losses[name] = torch.cat(parts).double().numpy().reshape(count, draws)
+    return losses
 
 
 def summary(losses: Losses, bootstrap: Bootstrap) -> dict[str, Any]:
-    """Mean losses, and what other and no neighbors add to the loss, with intervals over images."""
+    """Mean losses, and the increase with other and with no neighbors, with intervals over images."""
     by_image = {name: values.mean(axis=1) for name, values in losses.items()}
     images, draws = losses[TRUE].shape
     return {

@@ -1,6 +1,6 @@
-"""What the judge and the distances say of each way to ask, with intervals (paper Fig. 4a, 4b; controls).
+"""Result tables of the paper with confidence intervals: Fig. 4a, 4b and the controls.
 
-Takes CLIP features of samples by mode and style, gives plain values for JSON. Pure.
+Takes CLIP features of samples by mode and style, returns plain values for JSON. Pure functions.
 """
 
 from collections.abc import Sequence
@@ -10,106 +10,110 @@ from typing import Any
 import numpy as np
 
 from trainer.evaluation.classifier import TrainedClassifier
-from trainer.evaluation.judgement import Judged, Reference, Samples, judge, pooled
 from trainer.evaluation.metrics import (
     Gaussian,
-    balls,
     bootstrap_improvement,
+    fit_manifold,
     relative_improvement,
     wilson_interval,
 )
 from trainer.evaluation.paper.controls import SHUFFLED, donor_styles
 from trainer.evaluation.paper.intervals import Bootstrap, Estimate
+from trainer.evaluation.scores import FeaturesByGroup, Reference, StyleScores, pool, score
 from trainer.evaluation.styles import RETRIEVAL, SUFFIX
 
 
 @dataclass(frozen=True)
-class Ruler:
-    """What samples are measured with."""
+class Evaluator:
+    """The style classifier, the reference of distances, and the bootstrap of intervals."""
 
     classifier: TrainedClassifier
     reference: Reference
     bootstrap: Bootstrap
 
+    @property
+    def styles(self) -> tuple[str, ...]:
+        """The styles, in the order of the classifier's logits."""
+        return self.classifier.network.styles
 
-def tables(samples: Samples, ruler: Ruler) -> dict[str, Any]:
-    """A row for each mode over all styles, and one for each style: Fig. 4a and 4b."""
-    styles = ruler.classifier.classifier.styles
-    judged = {key: judge(ruler.classifier, key[1], shown) for key, shown in samples.items()}
-    modes = list(dict.fromkeys(mode for mode, _ in samples))
-    totals = {mode: pooled([judged[mode, style] for style in styles]) for mode in modes}
-    gaussian = Gaussian.fit(ruler.reference.features)
-    ours, baseline = totals[RETRIEVAL].right, totals[SUFFIX].right
+
+def tables(features: FeaturesByGroup, evaluator: Evaluator) -> dict[str, Any]:
+    """A row for each mode over all styles, and a row for each style (Fig. 4a and 4b)."""
+    styles, bootstrap = evaluator.styles, evaluator.bootstrap
+    scores = {key: score(evaluator.classifier, key[1], group) for key, group in features.items()}
+    modes = list(dict.fromkeys(mode for mode, _ in features))
+    totals = {mode: pool([scores[mode, style] for style in styles]) for mode in modes}
+    gaussian = Gaussian.fit(evaluator.reference.features)
+    ours, baseline = totals[RETRIEVAL].correct, totals[SUFFIX].correct
     return {
         "chance": 1 / len(styles),
-        "judge_accuracy": ruler.classifier.held_out_accuracy,
-        "modes": {mode: _row(total, gaussian, ruler) for mode, total in totals.items()},
+        "judge_accuracy": evaluator.classifier.held_out_accuracy,
+        "modes": {mode: _mode_row(total, gaussian, evaluator) for mode, total in totals.items()},
         "effect": {
-            mode: ruler.bootstrap.mean(ours.astype(float) - total.right)
+            mode: bootstrap.mean(ours.astype(float) - total.correct)
             for mode, total in totals.items()
             if mode != RETRIEVAL
         },
-        "relative_improvement": _improvement(ours, baseline, ruler.bootstrap),
+        "relative_improvement": _improvement(ours, baseline, bootstrap),
         "styles": [
             {
                 "style": style,
                 "relative_improvement": _improvement(
-                    judged[RETRIEVAL, style].right, judged[SUFFIX, style].right, ruler.bootstrap
+                    scores[RETRIEVAL, style].correct, scores[SUFFIX, style].correct, bootstrap
                 ),
-                "modes": {
-                    mode: _figures(judged[mode, style], ruler.bootstrap) for mode in (RETRIEVAL, SUFFIX)
-                },
+                "modes": {mode: _values(scores[mode, style], bootstrap) for mode in (RETRIEVAL, SUFFIX)},
             }
             for style in styles
         ],
-        "shuffled_follows_its_neighbors": _followed(samples, styles, ruler),
+        "shuffled_follows_its_neighbors": _donor_accuracy(features, styles, evaluator),
     }
 
 
-def share(right: Any) -> Estimate:
-    """The share of true values (n,), with Wilson's interval: it has a width where all are true."""
-    return Estimate(float(np.mean(right)), *wilson_interval(int(np.sum(right)), len(right)))
+def share(flags: Any) -> Estimate:
+    """The share of true values (n,) with Wilson's interval, which has a width even if all are true."""
+    return Estimate(float(np.mean(flags)), *wilson_interval(int(np.sum(flags)), len(flags)))
 
 
-def _figures(one: Judged, bootstrap: Bootstrap) -> dict[str, Any]:
+def _values(scores: StyleScores, bootstrap: Bootstrap) -> dict[str, Any]:
+    pictures, texts = scores.features.pictures, scores.features.texts
     return {
-        "samples": len(one.right),
-        "accuracy": share(one.right),
-        "logit": bootstrap.mean(one.logits),
-        "clip_score": bootstrap.mean(np.sum(one.shown.pictures.astype(np.float64) * one.shown.texts, axis=1)),
+        "samples": len(scores.correct),
+        "accuracy": share(scores.correct),
+        "logit": bootstrap.mean(scores.logits),
+        "clip_score": bootstrap.mean(np.sum(pictures.astype(np.float64) * texts, axis=1)),
     }
 
 
-def _row(total: Judged, gaussian: Gaussian, ruler: Ruler) -> dict[str, Any]:
-    """The figures, the Fréchet distance in CLIP space, precision over samples and recall over the reference.
+def _mode_row(total: StyleScores, gaussian: Gaussian, evaluator: Evaluator) -> dict[str, Any]:
+    """Values of a mode with Fréchet distance, precision (over samples) and recall (over the reference).
 
-    Precision and recall draw rows again within fixed manifolds: rows drawn twice would make a smaller one.
+    Precision and recall resample rows with fixed manifolds: duplicate rows would shrink a manifold.
     """
-    pictures, bootstrap = total.shown.pictures, ruler.bootstrap
-    real = ruler.reference
-    covered = balls(pictures, real.neighbors).cover(real.features)
+    pictures, bootstrap, reference = total.features.pictures, evaluator.bootstrap, evaluator.reference
+    covered = fit_manifold(pictures, reference.neighbors).contains(reference.features)
     return {
-        **_figures(total, bootstrap),
-        "frechet_distance": bootstrap.mirrored(lambda rows: gaussian.distance(pictures[rows]), len(pictures)),
-        "precision": bootstrap.mean(real.manifold.cover(pictures)),
+        **_values(total, bootstrap),
+        "frechet_distance": bootstrap.basic_interval(
+            lambda rows: gaussian.distance(pictures[rows]), len(pictures)
+        ),
+        "precision": bootstrap.mean(reference.manifold.contains(pictures)),
         "recall": bootstrap.mean(covered),
     }
 
 
 def _improvement(ours: Any, baseline: Any, bootstrap: Bootstrap) -> dict[str, Any]:
-    """Accuracy relative to naming the style, as a share; None where that is never taken for it."""
+    """Accuracy relative to the style in the prompt; None if that baseline has no success."""
     return {
         "value": relative_improvement(float(ours.mean()), float(baseline.mean())),
         "interval": bootstrap_improvement(ours, baseline, bootstrap.seed, bootstrap.draws),
     }
 
 
-def _followed(samples: Samples, styles: Sequence[str], ruler: Ruler) -> Estimate:
-    """Share of shuffled samples that are taken for the style whose neighbors they got."""
-    classifier = ruler.classifier.classifier
-    right: list[bool] = []
+def _donor_accuracy(features: FeaturesByGroup, styles: Sequence[str], evaluator: Evaluator) -> Estimate:
+    """Share of shuffled samples that are classified as the style of their neighbors."""
+    correct: list[bool] = []
     for style in styles:
-        taken = np.argmax(classifier.logits(samples[SHUFFLED, style].pictures), axis=1)
-        donors = donor_styles(styles, style, len(taken))
-        right += [styles[label] == donor for label, donor in zip(taken, donors, strict=True)]
-    return share(right)
+        labels = np.argmax(evaluator.classifier.network.logits(features[SHUFFLED, style].pictures), axis=1)
+        donors = donor_styles(styles, style, len(labels))
+        correct += [styles[label] == donor for label, donor in zip(labels, donors, strict=True)]
+    return share(correct)

@@ -1,4 +1,4 @@
-"""The settings of the paper's experiments: what `make paper` reads from a recipe beside `[evaluate]`."""
+"""Settings of the paper's experiments: section `paper` of a recipe."""
 
 from pydantic import Field
 
@@ -6,28 +6,28 @@ from retrieval.config import Config
 
 
 class PaperConfig(Config):
-    """Which figures and how sure (section `paper`); k, guidance, steps, prompts and styles are evaluate's."""
+    """Section `paper` of a recipe. Styles, prompts, k, guidance and steps are those of `evaluate`."""
 
     prompts: tuple[str, ...] = Field(default=(), strict=False)
-    """Of the figures; empty: the first four of evaluate.prompts_file."""
-    swap: tuple[str, ...] = Field(default=(), strict=False, max_length=2)
+    """Prompts of the figures; empty: the first four of evaluate.prompts_file."""
+    swapped_databases: tuple[str, ...] = Field(default=(), strict=False, max_length=2)
     """The two style databases of Fig. 2; empty: the first two of evaluate."""
     pictures_per_prompt: int = Field(default=4, ge=1)
-    """Samples of each prompt on the sheets of Fig. 1 and 5."""
+    """Samples per prompt in Fig. 1 and 5."""
     retrieval_k: int = Field(default=20, ge=1)
-    """Neighbors whose retrieval is timed."""
+    """Neighbors per query in the measurement of retrieval time."""
     retrieval_queries: int = Field(default=200, ge=2)
-    """Prompts that are searched for, one by one, in each database."""
-    loss_draws: int = Field(default=8, ge=4, multiple_of=4)
-    """Timesteps, with noise, of each held-out image; every quartile gets as many."""
-    training_images: int = Field(default=10_000, ge=2)
-    """Most training images that samples are compared with, drawn by the seed."""
-    style_pictures: str = ""
-    """Folder of the style databases' pictures, in a folder for each style, by its name or its words; empty:
-    samples are compared with these pictures by CLIP alone."""
+    """Queries per database in the measurement of retrieval time; each is searched alone."""
+    timesteps_per_image: int = Field(default=8, ge=4, multiple_of=4)
+    """Timesteps, each with its noise, per held-out image; the same number in each quartile."""
+    max_training_images: int = Field(default=10_000, ge=2)
+    """Maximum number of training images that samples are compared with, drawn at random."""
+    style_pictures_folder: str = ""
+    """Folder with the pictures of the style databases, one subfolder per style, named as the database or in
+    words. Empty: samples are compared with these pictures by CLIP only."""
     closest_pairs: int = Field(default=8, ge=1)
-    """Samples shown beside what they are nearest to."""
+    """Pairs of sample and nearest real image on a contact sheet."""
     bootstrap_draws: int = Field(default=500, ge=100)
-    """Resamplings behind each confidence interval."""
+    """Resamples per confidence interval."""
     seed: int = Field(default=0, ge=0)
-    """Of controls, resamplings and choices; the samples' seeds are evaluate's."""
+    """Seed of controls and resampling; samples have the seeds of evaluate."""

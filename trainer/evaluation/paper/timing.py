@@ -1,7 +1,7 @@
-"""How long retrieval takes: the k neighbors of a prompt in each database (paper appendix B).
+"""Retrieval time: the k neighbors of prompts in a database (paper appendix B).
 
-Takes opened databases and unit vectors of prompts, gives milliseconds by database. A query is searched
-for alone, and its neighbors' vectors are read, which is what a sample needs.
+Takes an opened database and unit vectors of prompts, returns milliseconds. The neighbors' vectors are read
+too, since sampling needs them.
 """
 
 import time
@@ -13,7 +13,7 @@ from trainer.model.context import Vectors
 
 
 def retrieval_times(database: Database, queries: Vectors, k: int, bootstrap: Bootstrap) -> dict[str, Any]:
-    """Milliseconds a query, the queries one by one and all in one call, after one round unmeasured."""
+    """Milliseconds per query, for single queries and for all in one call, after one call as warm-up."""
     _milliseconds(database, queries, k)
     single = [_milliseconds(database, query[None], k) for query in queries]
     return {
@@ -27,6 +27,6 @@ def retrieval_times(database: Database, queries: Vectors, k: int, bootstrap: Boo
 
 def _milliseconds(database: Database, queries: Vectors, k: int) -> float:
     effort = database.effort(0.95, "texts")
-    began = time.perf_counter()
+    started = time.perf_counter()
     database.search(queries, k, effort=effort).embeddings.sum()
-    return 1000 * (time.perf_counter() - began)
+    return 1000 * (time.perf_counter() - started)

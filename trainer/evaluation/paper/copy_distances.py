@@ -1,7 +1,7 @@
-"""Does the model copy? Distances of samples to what they could be copies of, beside those of real images.
+"""Distances that show whether the model copies images: of samples and, for comparison, of real images.
 
-Pure: takes CLIP features or perceptual hashes as unit rows, gives distances and a summary. A sample that is
-a copy is nearer to its source than real images are to each other.
+Pure functions: take CLIP features or perceptual hashes as unit rows, return distances and a summary. A copy
+is nearer to its source than real images are to each other.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ from trainer.evaluation.paper.intervals import Bootstrap
 from trainer.evaluation.paper.paper_tables import share
 
 NEAR = 0.01
-"""Share of real images that count as near to another: what samples are held to."""
+"""Quantile of the distances of real images below which a sample counts as near."""
 SAME = 1e-4
-"""Two pictures at most so far apart (1 - inner product) are one picture."""
+"""Images with a distance (1 - inner product) up to this are the same image."""
 BLOCK_PRODUCTS = 1 << 24
 
 Distances = npt.NDArray[np.float64]
@@ -28,7 +28,7 @@ Distances = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Nearest:
-    """The nearest candidate of each query: its distance, 1 - inner product, and its row. (n,) both."""
+    """The nearest candidate of each query: distance (1 - inner product) and row number, both (n,)."""
 
     distances: Distances
     rows: npt.NDArray[np.int64]
@@ -36,49 +36,50 @@ class Nearest:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Samples beside real images."""
+    """Distances of samples and of real images to their nearest real image."""
 
     name: str
-    """Ends in `_clip`, or in `_hash` where distances are of hashes."""
+    """Ends with `_clip` or, for distances of perceptual hashes, `_hash`."""
     samples: Distances
     real: Distances
 
     @property
     def unit(self) -> str:
-        """What `scaled` counts."""
+        """Unit of `scaled` distances."""
         return "bits of 64" if self.name.endswith("_hash") else "1 - cosine"
 
     def scaled(self, distances: Distances) -> Distances:
-        """Hamming distances of hashes; others as they are."""
+        """Hamming distances for hashes; CLIP distances are unchanged."""
         return np.rint(32 * distances) if self.name.endswith("_hash") else distances
 
-    def said(self, distance: float) -> str:
-        """A distance in words."""
+    def label(self, distance: float) -> str:
+        """A distance as text."""
         return f"{32 * distance:.0f} bits" if self.name.endswith("_hash") else f"{distance:.3f}"
 
 
-def nearest(queries: Features, candidates: Features, among_themselves: bool = False) -> Nearest:
-    """The nearest of the candidates (m, dim) to each query (n, dim), all unit rows.
+def nearest(queries: Features, candidates: Features, same_rows: bool = False) -> Nearest:
+    """The nearest candidate (m, dim) of each query (n, dim). All are unit rows.
 
-    among_themselves: query i is candidate i, which is not its own neighbor.
+    same_rows: queries and candidates are the same rows; a row is not its own neighbor.
     """
     step = max(1, BLOCK_PRODUCTS // len(candidates))
-    distances, found = [], []
+    distances, rows = [], []
     for start in range(0, len(queries), step):
         products = queries[start : start + step] @ candidates.T
-        if among_themselves:
+        if same_rows:
             np.fill_diagonal(products[:, start:], -np.inf)
-        rows = products.argmax(axis=1)
-        found.append(rows)
-        distances.append(1 - products[np.arange(len(rows)), rows].astype(np.float64))
-    return Nearest(np.maximum(np.concatenate(distances), 0), np.concatenate(found).astype(np.int64))
+        best = products.argmax(axis=1)
+        rows.append(best)
+        distances.append(1 - products[np.arange(len(best)), best].astype(np.float64))
+    return Nearest(np.maximum(np.concatenate(distances), 0), np.concatenate(rows).astype(np.int64))
 
 
-def nearest_own(queries: Features, candidates: Sequence[Features]) -> Nearest:
-    """The nearest to each query (n, dim) of its own candidates, n times (k, dim)."""
-    found = [nearest(query[None], own) for query, own in zip(queries, candidates, strict=True)]
+def nearest_per_query(queries: Features, candidates: Sequence[Features]) -> Nearest:
+    """The same where query i (dim,) has its own candidates i (k, dim)."""
+    results = [nearest(query[None], rows) for query, rows in zip(queries, candidates, strict=True)]
     return Nearest(
-        np.array([one.distances[0] for one in found]), np.array([one.rows[0] for one in found], np.int64)
+        np.array([result.distances[0] for result in results]),
+        np.array([result.rows[0] for result in results], np.int64),
     )
 
 
@@ -93,9 +94,9 @@ def hash_row(picture: Image.Image) -> Features:
 
 
 def summary(comparison: Comparison, bootstrap: Bootstrap) -> dict[str, Any]:
-    """Medians with intervals, and the share of samples as near as the nearest 1 % of real images are.
+    """Medians with intervals, and the share of samples nearer than 99 % of the real images.
 
-    Real images that stand twice among the real ones say nothing of what is near, and are left out of it.
+    Real images with a duplicate among the real images are left out of that quantile.
     """
     samples, real = comparison.scaled(comparison.samples), comparison.scaled(comparison.real)
     distinct = real[comparison.real > SAME]

@@ -1,7 +1,7 @@
-"""Real images to compare samples with: training images with their features, and the styles' pictures.
+"""Real images that samples are compared with: training images and the pictures of the style databases.
 
-Reads `embed/train`, the tars of `download/train` and a folder of style pictures; writes nothing. What is
-not at hand is left out, since a released model comes without its training set.
+Reads `embed/train`, the tars of `download/train` and a folder of style pictures; writes no files. All are
+optional, since a released model comes without its training set.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,15 +25,15 @@ from trainer.model.context import unit_rows
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """Some training images: shard and id of each, and their CLIP features (n, dim) unit rows."""
+    """Training images: shard, id and CLIP features (n, dim) unit rows."""
 
     shards: tuple[str, ...]
     ids: tuple[int, ...]
     features: Features
 
 
-def training_images(root: Root, most: int, seed: int) -> TrainingImages | None:
-    """At most so many images, of shards drawn by the seed until they have enough; None without `embed`."""
+def training_images(root: Root, max_images: int, seed: int) -> TrainingImages | None:
+    """Up to `max_images` random images of random shards; None if `embed` has fewer than 2 images."""
     names = root.list("embed/train", ".parquet")
     rng = np.random.default_rng([seed, len(names)])
     shards: list[str] = []
@@ -45,18 +45,17 @@ def training_images(root: Root, most: int, seed: int) -> TrainingImages | None:
         shards += [Path(names[number]).stem] * len(table)
         ids += table[schema.IMAGE_ID].to_pylist()
         parts.append(schema.vectors(table, schema.EMBEDDING))
-        if len(ids) >= most:
+        if len(ids) >= max_images:
             break
     if len(ids) < 2:
         return None
-    kept = np.sort(rng.permutation(len(ids))[:most])
-    return TrainingImages(
-        tuple(shards[i] for i in kept), tuple(ids[i] for i in kept), unit_rows(np.concatenate(parts)[kept])
-    )
+    selected = np.sort(rng.permutation(len(ids))[:max_images])
+    features = unit_rows(np.concatenate(parts)[selected])
+    return TrainingImages(tuple(shards[i] for i in selected), tuple(ids[i] for i in selected), features)
 
 
 def has_pictures(root: Root, images: TrainingImages) -> bool:
-    """Whether the tars of all these images are there."""
+    """Whether the tars of all these images exist."""
     return all(root.exists(f"download/train/{shard}.tar") for shard in set(images.shards))
 
 
@@ -67,16 +66,18 @@ def training_pictures(
     by_shard: dict[str, list[int]] = {}
     for row in rows:
         by_shard.setdefault(images.shards[row], []).append(row)
-    for shard, here in by_shard.items():
+    for shard, rows_of_shard in by_shard.items():
         with root.local(f"download/train/{shard}.tar") as path, closing(ImageTar(path)) as tar:
-            for row in here:
+            for row in rows_of_shard:
                 with Image.open(BytesIO(tar.read(images.ids[row]))) as picture:
                     yield row, picture.convert("RGB")
 
 
 def style_picture(folder: str, style: str, url: str) -> Path | None:
-    """The file of a style database's row `<style or union>/<path>`, below a folder of folders by style; None
-    if not there."""
+    """Local file of a style database's row, or None.
+
+    url: `<style or union>/<path>`; folder: holds one subfolder per style, named as the database or in words.
+    """
     inside = url.split("/", 1)[-1]
     for path in (*(Path(folder, name, inside) for name in (style, style_words(style))), Path(folder, inside)):
         if folder and ".." not in path.parts and path.is_file():

@@ -1,0 +1,52 @@
+"""Settings of the evaluation: section `evaluate` of a recipe.
+
+Imports no torch, so that recipes are read and checked quickly.
+"""
+
+from pydantic import Field, model_validator
+
+from retrieval.config import Config
+from trainer.sampling.recipe import SamplingConfig
+
+
+class ClassifierConfig(Config):
+    """The style classifier, a two-layer perceptron, and its training."""
+
+    hidden: int = Field(default=256, ge=1)
+    """Width of the hidden layer."""
+    epochs: int = Field(default=30, ge=1)
+    """Passes over the training rows."""
+    batch_size: int = Field(default=128, ge=1)
+    """Rows per step."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Peak learning rate of AdamW; decays to zero along a cosine."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled weight decay of AdamW."""
+    dropout: float = Field(default=0.2, ge=0, lt=1)
+    """Dropout probability of hidden units."""
+    held_out_fraction: float = Field(default=0.2, gt=0, lt=1)
+    """Share of each style's rows that is held out to measure the accuracy."""
+
+
+class EvaluateConfig(SamplingConfig):
+    """Section `evaluate` of a recipe."""
+
+    styles: tuple[str, ...] = Field(default=(), strict=False)
+    """Style databases, by name below `databases/`; empty for all."""
+    samples_per_style: int = Field(default=70, ge=2)
+    """Samples of each style in each mode."""
+    classifier: ClassifierConfig = ClassifierConfig()
+    """The style classifier."""
+    reference_rows_per_style: int = Field(default=2000, ge=4)
+    """Most pictures of a style that train the classifier and are the reference of the distances."""
+    precision_recall_neighbors: int = Field(default=3, ge=1)
+    """Nearest neighbor that sets the radius of the manifolds of precision and recall."""
+
+    @model_validator(mode="after")
+    def _check_neighbors(self) -> "EvaluateConfig":
+        if self.precision_recall_neighbors >= self.samples_per_style:
+            raise ValueError(
+                f"precision_recall_neighbors must be less than samples_per_style {self.samples_per_style}, "
+                f"got {self.precision_recall_neighbors}"
+            )
+        return self
