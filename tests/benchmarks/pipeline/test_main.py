@@ -1,0 +1,29 @@
+"""The goals and the page of the benchmark of the data stages."""
+
+from benchmarks.pipeline.__main__ import goals, page
+
+
+def test_the_page_lists_every_goal_and_marks_missed_goals() -> None:
+    times = {"wall_s": 2.0, "cpu_s": 2.0}
+    result = {
+        "hardware": "a machine",
+        "rounds": 3,
+        "filter": {
+            "rows": 100,
+            "methods": {"ours": {"wall_s": 5.0, "cpu_s": 5.0}, "pyarrow": times},
+            "sizes": [
+                {"rows": 10, "cpu_us": 2.0, "peak_gb": 0.5},
+                {"rows": 100, "cpu_us": 2.1, "peak_gb": 0.6},
+            ],
+        },
+        "embed": {"model": "M", "pictures": 10, "methods": {"ours": times, "bare loop": times}},
+        "workers": [
+            {"stage": "filter", "one_s": 2.0, "two_s": 1.0, "ratio": 2.0},
+            {"stage": "neighbors", "one_s": 2.0, "two_s": 1.0, "ratio": 2.0, "tenth_s": 1.9},
+        ],
+    }
+    reached = [goal.is_met for goal in goals(result)]
+    assert reached == [False, True, True, True, True, True, True]
+    text = page(result)
+    assert "**missed by 20.0%**" in text
+    assert text.count("reached") == 6
