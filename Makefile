@@ -96,45 +96,45 @@ format: install ## let ruff fix and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: bench-retrieval bench-loader bench-step bench-schedule ## every benchmark that needs nothing else
+bench: bench-retrieval bench-loader bench-step bench-schedule ## the benchmarks that need no finished run
 
-bench-retrieval: install .venv-bench/installed ## our engine beside ScaNN, faiss, hnswlib, usearch: docs/performance.md
+bench-retrieval: install .venv-bench/installed ## our search and join against ScaNN, faiss, hnswlib, usearch: docs/performance.md
 	$(BIN)/python -m benchmarks.retrieval $(ARGS)
 
-bench-loader: install ## images a second and core that the training set gives: docs/loader.md
+bench-loader: install ## speed of the data loader per core: docs/loader.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.training.loader $(ARGS)
 
-bench-download: install ## our download beside img2dataset's own: docs/download.md
+bench-download: install ## our download against img2dataset: docs/download.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pipeline.download $(ARGS)
 
-bench-pipeline: install .venv-bench/installed ## filter beside bare queries, embed beside a bare loop, two workers: docs/pipeline.md
+bench-pipeline: install .venv-bench/installed ## filter, embed and neighbors against plain code, one and two workers: docs/pipeline.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pipeline $(ARGS)
 
-bench-step: install ## the training loop beside a bare one: docs/step.md
+bench-step: install ## overhead of the training loop: docs/step.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.training.step $(ARGS)
 
-bench-schedule: install ## operations and days of the paper's schedule: docs/training.md
+bench-schedule: install ## operations and projected days of the paper's training: docs/training.md
 	$(BIN)/python -m benchmarks.training.schedule $(ARGS)
 
-bench-sampling: install ## DPM-Solver++ beside DDIM and PLMS on RECIPE's finished run: docs/sampling.md
+bench-sampling: install ## DPM-Solver++ against DDIM and PLMS on RECIPE's finished run: docs/sampling.md
 	$(BIN)/python -m benchmarks.training.sampling $(RECIPE) $(ARGS)
 
-bench-load: install ## 100 visitors of the explore page for a minute: docs/load.md
+bench-load: install ## load test of the explore page with 100 visitors: docs/load.md
 	$(BIN)/python -m benchmarks.page.load $(RECIPE) $(ARGS)
 
-bench-capacity: install ## the rates that only the capacity plan needs: docs/capacity.json
+bench-capacity: install ## rates for the capacity plan: docs/capacity.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pipeline.capacity $(ARGS)
 
-bench-near-copies: install ## planted copies found, and false removals, on RECIPE's [clip]: docs/near_copies.md
+bench-near-copies: install ## recall and false removals of near-copy removal with RECIPE's [clip]: docs/near_copies.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pipeline.near_copies $(RECIPE) $(ARGS)
 
-bench-crashes: install ## every data stage struck by every fault, then run again: docs/crashes.md
+bench-crashes: install ## crash tests of the data stages: docs/crashes.md
 	$(BIN)/python -m benchmarks.crashes $(ARGS)
 
-bench-gpu: install ## the paper's network on one CUDA GPU: docs/gpu.md
+bench-gpu: install ## training, sampling and embedding on one CUDA GPU: docs/gpu.md
 	$(BIN)/python -m benchmarks.training.gpu $(ARGS)
 
-# Libraries that need other versions than ours, such as NumPy 2, are measured from an environment of their own.
+# Libraries that need other versions than ours, such as NumPy 2, run in a separate environment.
 .venv-bench/installed: benchmarks/requirements.txt
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip install --disable-pip-version-check -r benchmarks/requirements.txt
