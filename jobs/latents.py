@@ -28,7 +28,7 @@ def run(recipe: Recipe) -> None:
     stage.begin()
     shards = [shard.removeprefix("train/") for shard in embed.shard_names("train/")]
     make_work = partial(make_shard_encoder, config, autoencoder_config, root)
-    workers = Workers.of(config, num_gpus=config.gpus_per_worker)
+    workers = Workers.from_config(config, num_gpus=config.gpus_per_worker)
     with ray_connection():
         records = run_shards(stage, shards, make_work, workers)
     stage.complete(records, manifest_values(config, autoencoder), started)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-LONG = ("test_road.py", "test_launching.py", "test_train.py", "test_monitoring.py")
+LONG = ("test_demo.py", "test_launching.py", "test_train.py", "test_monitoring.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

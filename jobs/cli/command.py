@@ -14,7 +14,8 @@ USER_ERROR = 2
 """Exit code of a command that ends with a UserError."""
 QUIET_LIBRARIES = ("httpx", "PIL", "matplotlib", "fsspec", "s3fs", "urllib3", "faiss.loader")
 
-Main = Callable[[Sequence[str] | None], None]
+Main = Callable[..., None]
+"""`main(argv: Sequence[str] | None = None)` of a command."""
 
 
 def recipe_parser(command: str, about: str | None) -> argparse.ArgumentParser:

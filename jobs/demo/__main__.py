@@ -1,7 +1,7 @@
-"""`python -m jobs.demo RECIPE`: the whole road on a world that the demo draws itself, and its report.
+"""`laion-rdm demo RECIPE`: the full pipeline on a small synthetic data set, and a report.
 
-Runs every stage by the code that its own command runs. Finished steps are not done again; a step that
-was killed goes on where it was. `seconds.json` notes how long each step worked.
+Runs every stage with the code of its own command. Finished steps are skipped, interrupted ones continue.
+`seconds.json` stores the wall time of each step.
 """
 
 import logging
@@ -13,7 +13,7 @@ from jobs.cli.command import stage_command
 from jobs.cli.recipe import Recipe
 from jobs.demo.models.autoencoder import train_autoencoder
 from jobs.demo.models.clip import train_clip
-from jobs.demo.prerequisites import draw_world, style_folders, trained
+from jobs.demo.prerequisites import draw_world, style_folders, train_once
 from jobs.demo.recipe import AutoencoderTraining, ClipTraining
 from jobs.demo.report import __main__ as report
 from pipeline.databases import database
@@ -25,30 +25,30 @@ from trainer.recipe import LatentsConfig, TrainConfig
 
 log = logging.getLogger("demo")
 Step = tuple[str, str, Callable[[Recipe], object]]
-"""A step's name, the file that is written when it is done, and the work."""
+"""Name, the file that the step writes last, and the function that runs it."""
 
 
 def run(recipe: Recipe) -> None:
-    """All steps in order, then the report. Ends with code 1 if a goal was missed."""
+    """Run all steps in order, then write the report. Exits with code 1 if a goal is missed."""
     started = time.time()
-    for step in _own_parts():
-        _timed(recipe, step)
-    # One Ray for all data stages; it is gone before training, which wants the cores.
+    for step in _prerequisites():
+        _run_timed(recipe, step)
+    # One Ray for all data stages; it ends before training, which needs the cores.
     with ray_connection():
         for step in _data_stages(recipe):
-            _timed(recipe, step)
+            _run_timed(recipe, step)
     for step in _model_stages(recipe):
-        _timed(recipe, step)
-    log.info("all steps took %.0f s now", time.time() - started)
+        _run_timed(recipe, step)
+    log.info("all steps took %.0f s in this run", time.time() - started)
     report.run(recipe)
 
 
-def _own_parts() -> list[Step]:
+def _prerequisites() -> list[Step]:
     def clip(recipe: Recipe) -> None:
-        trained(recipe.root, "clip", recipe[ClipTraining], train_clip)
+        train_once(recipe.root, "clip", recipe[ClipTraining], train_clip)
 
     def autoencoder(recipe: Recipe) -> None:
-        trained(recipe.root, "autoencoder", recipe[AutoencoderTraining], train_autoencoder)
+        train_once(recipe.root, "autoencoder", recipe[AutoencoderTraining], train_autoencoder)
 
     return [
         ("world", "world/world.json", draw_world),
@@ -65,9 +65,9 @@ def _data_stages(recipe: Recipe) -> list[Step]:
 
 def _model_stages(recipe: Recipe) -> list[Step]:
     folder = f"runs/{recipe[TrainConfig].name}"
-    last = f"databases/{style_folders(recipe)[-1][0]}/manifest.json"
+    last_database = f"databases/{style_folders(recipe)[-1][0]}/manifest.json"
     return [
-        ("databases", last, _databases),
+        ("databases", last_database, _databases),
         ("train", f"{folder}/train/manifest.json", train.run),
         ("sample", f"{folder}/sample/manifest.json", sample.run),
         ("evaluate", f"{folder}/evaluate/manifest.json", evaluate.run),
@@ -80,15 +80,15 @@ def _databases(recipe: Recipe) -> None:
         database.run(name, folder, encoder, recipe[IndexConfig], recipe.root)
 
 
-def _timed(recipe: Recipe, step: Step) -> None:
-    """Run a step and note its seconds: added to those of runs that did not finish it."""
-    name, mark, work = step
+def _run_timed(recipe: Recipe, step: Step) -> None:
+    """Run a step and store its seconds, added to those of earlier runs that did not finish it."""
+    name, last_file, work = step
     log.info("---- %s", name)
-    before, started = _mark(recipe.root, mark), time.time()
+    before, started = _content(recipe.root, last_file), time.time()
     try:
         work(recipe)
     finally:
-        after = _mark(recipe.root, mark)
+        after = _content(recipe.root, last_file)
         if not before or before != after:
             seconds = recipe.root.read_json("seconds.json") if recipe.root.exists("seconds.json") else {}
             earlier = 0.0 if before else seconds.get(name, 0.0)
@@ -96,7 +96,7 @@ def _timed(recipe: Recipe, step: Step) -> None:
             recipe.root.write_json("seconds.json", seconds)
 
 
-def _mark(root: Root, name: str) -> bytes:
+def _content(root: Root, name: str) -> bytes:
     if not root.exists(name):
         return b""
     with root.open(name) as file:

@@ -1,7 +1,7 @@
-"""What the demo has to make because nothing may be downloaded: its world, its CLIP, its autoencoder.
+"""The steps before the stages of the demo: draw the data set, train the CLIP and the autoencoder.
 
-Each is a step that is done once: its manifest holds the fingerprint of its settings, and a finished
-step of the same settings is not done again.
+Reads the recipe; writes `world/`, `prompts.txt`, `clip/` and `autoencoder/` below its root. A finished step
+with the same settings is skipped.
 """
 
 import time
@@ -18,26 +18,26 @@ from retrieval.config import Config
 from retrieval.storage.manifest import Manifest, fingerprint, read_manifest, write_manifest
 from retrieval.storage.root import Root
 
-Settings = TypeVar("Settings", bound=Config)
+TrainingConfig = TypeVar("TrainingConfig", bound=Config)
 
 VERSION = 1
 PROMPTS = "prompts.txt"
 
 
 def draw_world(recipe: Recipe) -> None:
-    """Draw the world, and write the held-out prompts that evaluation samples."""
+    """Draw the world, and write the held-out prompts for evaluation."""
     folder = recipe.root.local_path("world")
     write_world(recipe[WorldConfig], folder)
     prompts = pq.read_table(folder / "held_out.parquet", columns=["prompt"])["prompt"].to_pylist()
     recipe.root.write_bytes(PROMPTS, ("\n".join(sorted(set(prompts))) + "\n").encode())
 
 
-def trained(
-    root: Root, name: str, config: Settings, train: Callable[[Settings, Path], dict[str, float]]
+def train_once(
+    root: Root, name: str, config: TrainingConfig, train: Callable[[TrainingConfig, Path], dict[str, float]]
 ) -> None:
-    """Train a part into `<root>/<name>`, unless one of just these settings stands there."""
-    wanted = fingerprint(name, VERSION, config, {})
-    if root.exists(f"{name}/manifest.json") and read_manifest(root, name).fingerprint == wanted:
+    """Train a model into `<root>/<name>`, unless it exists with the same settings."""
+    digest = fingerprint(name, VERSION, config, {})
+    if root.exists(f"{name}/manifest.json") and read_manifest(root, name).fingerprint == digest:
         return
     started = time.time()
     root.delete(f"{name}/manifest.json")
@@ -45,7 +45,7 @@ def trained(
     manifest = Manifest(
         stage=name,
         schema_version=VERSION,
-        fingerprint=wanted,
+        fingerprint=digest,
         upstream={},
         config=config.model_dump(mode="json"),
         shards=(),
@@ -56,7 +56,7 @@ def trained(
 
 
 def style_folders(recipe: Recipe) -> list[tuple[str, Path]]:
-    """Name of the database and folder of pictures of each style, sorted."""
+    """Database name and picture folder of each style, sorted."""
     styles = recipe.root.local_path("world/styles")
     folders = sorted(path for path in styles.iterdir() if path.is_dir())
     return [(path.name.replace(" ", "_"), path) for path in folders]

@@ -1,35 +1,35 @@
-"""The settings of the demo's own world and models: sections `world`, `clip_training`, `autoencoder_training`.
+"""The settings that only the demo has: sections `world`, `clip_training` and `autoencoder_training`.
 
-Nothing that computes is imported here: who reads or checks settings need not wait for torch.
+Imports no heavy library, because every command that reads a demo recipe imports this.
 """
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from retrieval.config import Config, runtime_setting
 
-# Scenes of a batch that share style, color and background, so that shape, count and layout matter too.
-TWINS = 4
+GROUP_SIZE = 4
+"""Scenes of a batch with equal style, color and background: they differ only in shape, count and layout."""
 
 
 class WorldConfig(Config):
-    """The size of the demo world and where it is served (section `world` of a recipe)."""
+    """The size of the demo world and the port of its server (section `world` of a recipe)."""
 
     seed: int = Field(default=0, ge=0)
-    """Decides every picture and every row."""
+    """Seed of all pictures and rows."""
     port: int = Field(default=28_123, ge=1, le=65_535)
-    """Loopback TCP port of the server, part of every URL; by default below those of outgoing connections."""
+    """TCP port of the server on localhost, part of every URL. The default is below the ephemeral ports."""
     num_database: int = Field(default=5000, ge=1)
-    """Ordinary rows of database size, 224 to 320 px an edge."""
+    """Ordinary rows with pictures of database size, both edges 224 to 320 px."""
     num_train: int = Field(default=1500, ge=1)
-    """Ordinary rows of training size, shorter edge of 768 px or more."""
+    """Ordinary rows with pictures of training size, shorter edge 768 px or more."""
     num_per_style: int = Field(default=150, ge=1)
-    """Pictures of 256 px in each style's folder."""
+    """Pictures of 256 px in the folder of each style."""
     num_held_out: int = Field(default=1000, ge=1)
-    """Pictures of 256 px of contents that no other picture shows, with captions and prompts."""
+    """Pictures of 256 px with held-out contents, captions and prompts."""
     num_metadata_files: int = Field(default=4, ge=1)
-    """Parquet files that the rows are spread over."""
+    """Parquet files of metadata; each has an equal share of the rows."""
     workers: int = runtime_setting(2, ge=1)
-    """Processes that draw."""
+    """Processes that draw pictures."""
 
 
 class ClipTraining(Config):
@@ -38,17 +38,17 @@ class ClipTraining(Config):
     seed: int = 0
     """Seed of the scenes, the initial weights and the order."""
     num_scenes: int = Field(12_000, ge=1000)
-    """Scenes drawn for training."""
+    """Training scenes."""
     steps: PositiveInt = 450
     """Optimizer steps."""
-    batch_size: int = Field(128, ge=2 * TWINS, multiple_of=TWINS)
+    batch_size: int = Field(128, ge=2 * GROUP_SIZE, multiple_of=GROUP_SIZE)
     """Pairs of a picture and a caption in one step."""
     learning_rate: PositiveFloat = 2e-3
-    """Highest step size of AdamW, after a tenth of the steps; it falls to 0 at the end."""
+    """Highest learning rate of AdamW, reached after a tenth of the steps; it falls to 0 at the end."""
     num_test_scenes: PositiveInt = 1000
-    """Held-out scenes that the recall is measured on."""
+    """Held-out scenes for measuring recall."""
     num_threads: PositiveInt = runtime_setting(2)
-    """CPU threads of the training, and processes that draw."""
+    """CPU threads of the training, and processes that draw the scenes."""
 
 
 class AutoencoderTraining(Config):
@@ -57,16 +57,16 @@ class AutoencoderTraining(Config):
     seed: int = 0
     """Seed of the scenes, the initial weights and the order."""
     num_scenes: PositiveInt = 6000
-    """Scenes drawn for training."""
+    """Training scenes."""
     steps: PositiveInt = 1000
     """Optimizer steps."""
     batch_size: PositiveInt = 32
     """Pictures in one step."""
     learning_rate: PositiveFloat = 2e-3
-    """Highest step size of AdamW, after a tenth of the steps; it falls to 0 at the end."""
+    """Highest learning rate of AdamW, reached after a tenth of the steps; it falls to 0 at the end."""
     channels: PositiveInt = 8
-    """Channels of a latent; it stands for 4 x 4 pixels."""
+    """Channels of a latent. One latent encodes 4 x 4 pixels."""
     latent_noise: PositiveFloat = 0.05
-    """Noise on the latents in training, in deviations: the decoder learns to bear a sampler's errors."""
+    """Standard deviation of noise on the latents in training: the decoder must tolerate sampling errors."""
     num_threads: PositiveInt = runtime_setting(2)
-    """CPU threads of the training, and processes that draw."""
+    """CPU threads of the training, and processes that draw the scenes."""

@@ -1,6 +1,6 @@
-"""Trains the demo's autoencoder: the published ones may not be downloaded.
+"""Trains the demo's autoencoder, so that the demo runs without downloading a published one.
 
-Reads nothing: it draws its scenes, none of a held-out content. Writes a folder that
+Reads nothing: it draws its own training scenes, without held-out contents. Writes a folder that
 `trainer.model.autoencoder` opens with kind = "patch" and scale = 1.0.
 """
 
@@ -11,18 +11,16 @@ import torch
 from torch.nn import functional
 from tqdm import trange
 
-from jobs.demo.models.training import draw_training_scenes, warm_up_and_decay
+from jobs.demo.models.training import bfloat16_autocast, draw_training_scenes, warm_up_and_decay
 from jobs.demo.recipe import AutoencoderTraining
-from retrieval.index.precision import has_bfloat16
 from trainer.model.patch_autoencoder import PatchAutoencoder, PatchShape
 
-CPU = torch.device("cpu")
 IMAGE_SIZE = 64
 NUM_TEST_SCENES = 512
 
 
 def train_autoencoder(config: AutoencoderTraining, folder: Path) -> dict[str, float]:
-    """Trains and writes the model. Returns its scale and the PSNR in dB on other scenes."""
+    """Train and write the model. Returns its scale and the PSNR in dB on test scenes."""
     torch.set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)
     images = _scenes(config.num_scenes, config.seed, config.num_threads)
@@ -36,7 +34,7 @@ def train_autoencoder(config: AutoencoderTraining, folder: Path) -> dict[str, fl
 
 @torch.inference_mode()
 def psnr_db(network: PatchAutoencoder, images: torch.Tensor) -> float:
-    """Peak signal to noise ratio of the decoded images, over all of them. images: in [-1, 1]."""
+    """Peak signal-to-noise ratio of decoded images, over all of them. images: in [-1, 1]."""
     decoded = torch.cat([network.decode(network.encode(batch)).clamp(-1, 1) for batch in images.split(128)])
     return (10 * torch.log10(4 / (decoded - images).square().mean())).item()
 
@@ -55,7 +53,7 @@ def _fit(network: PatchAutoencoder, images: torch.Tensor, config: AutoencoderTra
         rng = np.random.default_rng([config.seed, step])
         batch = _augment(images[rng.integers(0, len(images), config.batch_size)], rng)
         batch = batch.contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16(CPU)):
+        with bfloat16_autocast():
             latents = network.encode(batch)
             noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32))
             decoded = network.decode(latents + config.latent_noise * noise)
@@ -68,7 +66,7 @@ def _fit(network: PatchAutoencoder, images: torch.Tensor, config: AutoencoderTra
 
 
 def _augment(images: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Shifted by whole pixels and mirrored, so that a texture meets the patches at every offset."""
+    """Shift by whole pixels and mirror, so that textures occur at every offset from the patches."""
     shift = rng.integers(0, IMAGE_SIZE, 2)
     rolled = torch.roll(images, (int(shift[0]), int(shift[1])), dims=(2, 3))
     return rolled.flip(3) if rng.random() < 0.5 else rolled

@@ -1,7 +1,7 @@
-"""Trains the demo's CLIP: the published one may not be downloaded, and retrieval needs text and image towers.
+"""Trains the demo's CLIP, so that the demo runs without downloading a published one.
 
-Reads nothing: it draws its scenes, none of a held-out content. Writes open_clip's local folder layout
-(open_clip_config.json, open_clip_model.safetensors), which `local-dir:FOLDER` opens in any process.
+Reads nothing: it draws its own training scenes, without held-out contents. Writes open_clip's folder layout
+(open_clip_config.json, open_clip_model.safetensors), which the model name `local-dir:FOLDER` loads.
 """
 
 import io
@@ -20,20 +20,19 @@ from safetensors.torch import save
 from torch.nn import functional
 from tqdm import trange
 
-from jobs.demo.models.training import draw_training_scenes, warm_up_and_decay
-from jobs.demo.recipe import TWINS, ClipTraining
+from jobs.demo.models.training import bfloat16_autocast, draw_training_scenes, warm_up_and_decay
+from jobs.demo.recipe import GROUP_SIZE, ClipTraining
 from jobs.demo.world.content import Scene
-from jobs.demo.world.scenes import COLORS, SHAPES, STYLES, caption, draw, full_caption, random_scene
-from retrieval.index.precision import has_bfloat16
+from jobs.demo.world.scenes import COLORS, SHAPES, caption, draw, full_caption, random_scene
+from jobs.demo.world.styles import STYLES
 from retrieval.storage.root import Root
 
 Pixels = npt.NDArray[np.uint8]
 
-CPU = torch.device("cpu")
 IMAGE_SIZE = 64
 MODEL: dict[str, Any] = {
     "embed_dim": 128,
-    # layers as a list makes open_clip build a residual network; a transformer learns too slowly for this
+    # layers as a list: open_clip builds a residual network, which learns faster than a transformer here
     "vision_cfg": {"image_size": IMAGE_SIZE, "layers": [2, 3, 2, 1], "width": 20, "patch_size": None},
     "text_cfg": {"context_length": 20, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 2},
 }
@@ -45,18 +44,17 @@ PREPROCESSING: dict[str, Any] = {
     "interpolation": "bicubic",
     "resize_mode": "shortest",
 }
-# Scenes of a batch that share style, color and background, so that shape, count and layout matter too.
-# Words alone, and how much telling them apart counts beside the captions. Style most: neighbors in the
-# database should agree on it before all else.
 WORDS: tuple[tuple[float, tuple[str, ...]], ...] = (
     (1.0, tuple(f"in the style of {style}" for style in STYLES)),
     (1.0, tuple(f"a {shape}" for shape in SHAPES)),
     (0.25, COLORS),
 )
+"""Weights and texts of three classification losses besides the captions. Style has full weight, because the
+neighbors of a picture should have its style."""
 
 
 def train_clip(config: ClipTraining, folder: Path) -> dict[str, float]:
-    """Trains and writes the model. Returns the last loss and the recall that `recall_at_10` measures."""
+    """Train and write the model. Returns the last loss and `recall_at_10`."""
     torch.set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)
     scenes, pixels = draw_training_scenes(config.num_scenes, IMAGE_SIZE, config.seed, config.num_threads)
@@ -67,9 +65,9 @@ def train_clip(config: ClipTraining, folder: Path) -> dict[str, float]:
 
 
 def recall_at_10(folder: Path, num_scenes: int, seed: int) -> float:
-    """Share of held-out scenes whose full caption finds the scene among its 10 most similar of all.
+    """Share of held-out scenes with their picture among the 10 most similar to their full caption.
 
-    Pictures are drawn at 256 px, pass through JPEG and the folder's own preprocessing.
+    Pictures are drawn at 256 px, encoded as JPEG, and preprocessed as the folder states.
     """
     name = f"local-dir:{folder}"
     model, _, preprocess = open_clip.create_model_and_transforms(name)
@@ -81,11 +79,11 @@ def recall_at_10(folder: Path, num_scenes: int, seed: int) -> float:
     with torch.inference_mode():
         image_rows = torch.cat([model.encode_image(batch, normalize=True) for batch in images.split(250)])
         text_rows = torch.cat([model.encode_text(batch, normalize=True) for batch in texts.split(250)])
-    return share_found(text_rows @ image_rows.T, 10)
+    return recall_at_k(text_rows @ image_rows.T, 10)
 
 
-def share_found(similarity: torch.Tensor, k: int) -> float:
-    """Share of rows with the diagonal among their k highest; ties and NaN count against it. (n, n)."""
+def recall_at_k(similarity: torch.Tensor, k: int) -> float:
+    """Share of rows of (n, n) with the diagonal among the k highest values. Ties and NaN rank before it."""
     ahead = (~(similarity < similarity.diagonal()[:, None])).sum(dim=1) - 1
     return (ahead < k).float().mean().item()
 
@@ -101,15 +99,15 @@ def _fit(model: CLIP, scenes: list[Scene], pixels: torch.Tensor, config: ClipTra
     tokenize = open_clip.SimpleTokenizer(context_length=MODEL["text_cfg"]["context_length"])
     words = [(weight, tokenize(list(texts))) for weight, texts in WORDS]
     labels = torch.from_numpy(_word_labels(scenes))
-    twins = _twins(scenes)
+    groups = _group(scenes)
     optimizer = _optimizer(model, config.learning_rate)
     schedule = warm_up_and_decay(optimizer, config.steps)
     progress = trange(config.steps, desc="clip", unit="step", mininterval=1)
     for step in progress:
         rng = np.random.default_rng([config.seed, 2, step])
-        batch = _draw_batch(twins, config.batch_size, rng)
+        batch = _sample_batch(groups, config.batch_size, rng)
         texts = tokenize([caption(scenes[i], rng) for i in batch])
-        with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16(CPU)):
+        with bfloat16_autocast():
             images = model.encode_image(_augment(pixels[batch], rng), normalize=True).float()
             loss = _contrast(model, images, model.encode_text(texts, normalize=True).float())
             for (weight, tokens), label in zip(words, labels[:, batch], strict=True):
@@ -132,7 +130,7 @@ def _contrast(model: CLIP, images: torch.Tensor, texts: torch.Tensor) -> torch.T
 
 
 def _word_labels(scenes: list[Scene]) -> npt.NDArray[np.int64]:
-    """Which of WORDS' texts fits each scene, (len(WORDS), n)."""
+    """The index of the matching text in each entry of WORDS, (len(WORDS), n)."""
     return np.array(
         [
             [STYLES.index(scene.style) for scene in scenes],
@@ -142,24 +140,24 @@ def _word_labels(scenes: list[Scene]) -> npt.NDArray[np.int64]:
     )
 
 
-def _twins(scenes: list[Scene]) -> list[npt.NDArray[np.int64]]:
-    """Rows of the scenes that share style, color and background, for each combination with enough of them."""
+def _group(scenes: list[Scene]) -> list[npt.NDArray[np.int64]]:
+    """Row numbers of scenes with equal style, color and background, for groups of GROUP_SIZE or more."""
     groups: dict[tuple[str, str, str], list[int]] = defaultdict(list)
     for i, scene in enumerate(scenes):
         groups[scene.style, scene.content.color, scene.content.background].append(i)
-    return [np.array(rows) for _, rows in sorted(groups.items()) if len(rows) >= TWINS]
+    return [np.array(rows) for _, rows in sorted(groups.items()) if len(rows) >= GROUP_SIZE]
 
 
-def _draw_batch(
-    twins: list[npt.NDArray[np.int64]], batch_size: int, rng: np.random.Generator
+def _sample_batch(
+    groups: list[npt.NDArray[np.int64]], batch_size: int, rng: np.random.Generator
 ) -> npt.NDArray[np.int64]:
-    count = batch_size // TWINS
-    chosen = rng.choice(len(twins), count, replace=count > len(twins))
-    return np.concatenate([rng.choice(twins[i], TWINS, replace=False) for i in chosen])
+    count = batch_size // GROUP_SIZE
+    sample = rng.choice(len(groups), count, replace=count > len(groups))
+    return np.concatenate([rng.choice(groups[i], GROUP_SIZE, replace=False) for i in sample])
 
 
 def _augment(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Crops of 85 to 100 percent, changed contrast, tint and grain, normalized as PREPROCESSING says."""
+    """Crop to 85 to 100 %, change contrast and tint, add noise, and normalize as in PREPROCESSING."""
     count = len(pixels)
     zoom = rng.uniform(0.85, 1, (count, 1))
     transform = np.zeros((count, 2, 3), dtype=np.float32)
@@ -172,20 +170,20 @@ def _augment(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     grain = rng.standard_normal(images.shape, dtype=np.float32) * np.float32(0.02)
     images = (images - 0.5) * torch.from_numpy(contrast) + 0.5 + torch.from_numpy(tint + grain)
     mean, std = (torch.tensor(PREPROCESSING[key])[:, None, None] for key in ("mean", "std"))
-    # channels last: a quarter less time on a CPU
+    # channels last takes 25 % less time on a CPU
     return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 def _optimizer(model: CLIP, learning_rate: float) -> torch.optim.Optimizer:
     weights = [parameter for name, parameter in model.named_parameters() if name != "logit_scale"]
-    # the scale's way from 14 to about 30 is long for so few steps
+    # the scale must grow from 14 to about 30 in few steps
     scale: dict[str, Any] = {"params": [model.logit_scale], "lr": 10 * learning_rate, "weight_decay": 0.0}
     groups = [{"params": weights, "weight_decay": 0.05}, scale]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
 
 
 def _save(model: CLIP, root: Root) -> None:
-    """Writes weights, then the description: a killed call leaves a folder that does not open."""
+    """Write the weights, then the description: the folder of a killed call cannot be opened."""
     root.delete("open_clip_config.json")
     weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     root.write_bytes("open_clip_model.safetensors", save(weights))

@@ -7,15 +7,15 @@ from jobs.demo.report.report import write_report
 
 
 def run(recipe: Recipe) -> None:
-    """Write `report.html` and `report.json`; ends with code 1 if a goal was missed."""
-    outcome = write_report(recipe)
-    print(goal_lines(outcome.goals))
-    print(f"\nreport: {outcome.path}")
-    if not outcome.met:
+    """Write `report.html` and `report.json`. Exits with code 1 if a goal is missed."""
+    report = write_report(recipe)
+    print(goal_lines(report.goals))
+    print(f"\nreport: {report.path}")
+    if not report.all_met:
         raise SystemExit(1)
 
 
-main = stage_command("report", __doc__, run)
+main = stage_command("demo.report", __doc__, run)
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,7 @@
-"""Counts what the stages wrote, from their files and the world's truth rather than from their own claims.
+"""Checks the outputs of the data stages against the true values of the demo world.
 
 Reads the metadata's Parquet files, `filter/`, `download/`, `embed/`, `neighbors/` and `world/truth.parquet`.
-The brute force here is NumPy over all rows, on purpose not the code that wrote the table.
+The brute-force search here is NumPy over all rows and shares no code with the stage that it checks.
 """
 
 import tarfile
@@ -27,13 +27,13 @@ Ids = npt.NDArray[np.int64]
 Vectors = npt.NDArray[np.float32]
 
 TOLERANCE = 1e-5
-"""Two summation orders of a float32 product differ by less."""
+"""Dot products of float32 vectors in different summation orders differ by less."""
 
 
 def filter_rows_unaccounted(root: Root, metadata: Root) -> int:
-    """Rows of the metadata that were neither kept nor dropped with a reason; below 0 if too many were.
+    """Metadata rows that were neither kept nor dropped with a reason; negative for surplus rows.
 
-    A row that was kept twice, or for both splits, counts as kept once.
+    A row that was kept twice, or for both splits, counts once.
     """
     read = 0
     for name in metadata.list("", ".parquet"):
@@ -46,58 +46,56 @@ def filter_rows_unaccounted(root: Root, metadata: Root) -> int:
 
 
 def download_urls_without_status(root: Root) -> int:
-    """Selected URLs that lack one true status, and statuses beyond one a URL.
+    """Selected URLs without a correct status, and surplus statuses.
 
-    A status is a reason word, or "" where the tar really holds the picture.
+    A correct status is "" if the tar contains the picture, else a reason word.
     """
     wrong = 0
     words = {"", *schema.Reason}
     for split in schema.SPLITS:
-        asked = Counter(_ids(root, f"filter/{split}", schema.SELECTED))
-        answered: Counter[int] = Counter()
+        selected = Counter(_ids(root, f"filter/{split}", schema.SELECTED))
+        with_status: Counter[int] = Counter()
         for name in root.list(f"download/{split}", ".parquet"):
             table = schema.read_table(root, name, schema.DOWNLOADED)
             stored = _pictures(root, name.replace(".parquet", ".tar"))
-            answered.update(
+            with_status.update(
                 image_id
                 for image_id, reason in zip(
                     table[schema.IMAGE_ID].to_pylist(), table["reason"].to_pylist(), strict=True
                 )
                 if reason in words and (image_id in stored) == (reason == "")
             )
-        wrong += ((asked - answered) + (answered - asked)).total()
+        wrong += ((selected - with_status) + (with_status - selected)).total()
     return wrong
 
 
 @dataclass(frozen=True)
 class NeighborTables:
-    """What the neighbor tables are checked against: the vectors of `embed`, statuses and the truth."""
+    """Checks the neighbor tables against the vectors of `embed`, the download status and the true scenes."""
 
     root: Root
     world: Root
     config: NeighborsConfig
 
     def recall(self) -> float:
-        """Share of the true neighbors of all training images that the tables hold, with their own vectors.
+        """Share of the true neighbors of all training images that the tables contain with the right vectors.
 
-        An image for which the database has fewer than k rows that are no copies of it is left out, as the
-        tables leave it out.
+        Images with fewer than k neighbors in the database are not counted, because the tables omit them.
         """
-        found = wanted = 0
+        num_found = num_true = 0
         listed = {query: dict(zip(ids, stored, strict=True)) for query, ids, stored in self._pairs()}
         for queries, vectors in self._embedded("train"):
             bounds = self._bounds(vectors).tolist()
             for query, vector, bound in zip(queries.tolist(), vectors, bounds, strict=True):
                 if np.isfinite(bound):
-                    wanted += self.config.k
-                    found += self._count_true(vector, bound, listed.get(query, {}))
-        return found / wanted if wanted else 0.0
+                    num_true += self.config.k
+                    num_found += self._count_true(vector, bound, listed.get(query, {}))
+        return num_found / num_true if num_true else 0.0
 
     def leaks(self) -> int:
         """Pairs in which the neighbor is a training image (such as the query itself) or a copy of the query.
 
-        A copy is a picture of the same scene by the truth; a picture that the truth does not know is
-        counted too, since nobody can clear it.
+        A copy is a picture of the same scene. Pictures without a known scene are counted too.
         """
         train_ids, train_hashes = self._training
         hashes = self._hashes("database")
@@ -112,7 +110,7 @@ class NeighborTables:
         )
 
     def _bounds(self, queries: Vectors) -> Vectors:
-        """The similarity of each query's k-th true neighbor, -inf where there are fewer."""
+        """The similarity of each query's k-th true neighbor, -inf if there are fewer."""
         products = queries @ self._database[1].T
         products[products >= self.config.near_copy_similarity - TOLERANCE] = -np.inf
         missing = max(0, self.config.k - products.shape[1])
@@ -120,22 +118,22 @@ class NeighborTables:
         return np.asarray(np.partition(padded, -self.config.k, axis=1)[:, -self.config.k])
 
     def _count_true(self, query: Vectors, bound: float, listed: dict[int, Vectors]) -> int:
-        """How many listed neighbors (id to stored vector) are true ones and have their own vector."""
+        """Number of listed neighbors (id to stored vector) that are true and have the right vector."""
         count = 0
         for image_id, stored in listed.items():
             row = self._row_of.get(image_id)
             if row is not None:
                 vector = self._database[1][row]
                 similarity = float(query @ vector)
-                true = bound - TOLERANCE <= similarity < self.config.near_copy_similarity + TOLERANCE
-                count += true and _same(vector, stored)
+                is_true = bound - TOLERANCE <= similarity < self.config.near_copy_similarity + TOLERANCE
+                count += is_true and _same(vector, stored)
         return count
 
     def _pairs(self) -> Iterator[tuple[int, list[int], Vectors]]:
         """Each training image with the ids (k) and stored vectors (k, dim) of its neighbors."""
-        wanted = schema.neighbors(self.config.k, self._dim)
+        table_schema = schema.neighbors(self.config.k, self._dim)
         for name in self.root.list("neighbors", ".parquet"):
-            table = schema.read_table(self.root, name, wanted)
+            table = schema.read_table(self.root, name, table_schema)
             vectors = schema.vectors(table, schema.NEIGHBOR_EMBEDDINGS).reshape(
                 len(table), self.config.k, self._dim
             )
@@ -165,19 +163,19 @@ class NeighborTables:
 
     @cached_property
     def _training(self) -> tuple[set[int], set[str]]:
-        """Ids of all training rows, and content hashes of the training pictures that were stored."""
+        """Ids of all training rows, and content hashes of the stored training pictures."""
         return set(_ids(self.root, "filter/train", schema.SELECTED)), set(self._hashes("train").values())
 
     @cached_property
     def _scenes(self) -> dict[int, int]:
-        """Image id to the scene that its picture shows."""
+        """Image id to the scene of its picture."""
         with self.world.open("truth.parquet") as file:
             truth = pq.read_table(file, columns=["url", "scene_uid"]).drop_null()
         addresses = map(canonical_url, truth["url"].to_pylist())
         return dict(zip(map(schema.image_id, addresses), truth["scene_uid"].to_pylist(), strict=True))
 
     def _hashes(self, split: str) -> dict[int, str]:
-        """Image id to content hash of the pictures that were stored."""
+        """Image id to content hash of the stored pictures."""
         tables = [
             schema.read_table(self.root, name, schema.DOWNLOADED)
             for name in self.root.list(f"download/{split}", ".parquet")
@@ -186,11 +184,11 @@ class NeighborTables:
         return dict(zip(stored[schema.IMAGE_ID].to_pylist(), stored["sha256"].to_pylist(), strict=True))
 
 
-def _ids(root: Root, folder: str, wanted: pa.Schema) -> list[int]:
+def _ids(root: Root, folder: str, table_schema: pa.Schema) -> list[int]:
     return [
         image_id
         for name in root.list(folder, ".parquet")
-        for image_id in schema.read_table(root, name, wanted)[schema.IMAGE_ID].to_pylist()
+        for image_id in schema.read_table(root, name, table_schema)[schema.IMAGE_ID].to_pylist()
     ]
 
 
@@ -202,5 +200,5 @@ def _pictures(root: Root, name: str) -> set[int]:
 
 
 def _same(row: Vectors, stored: Vectors) -> bool:
-    """Whether a neighbor's stored vector points where its database row does."""
+    """True if a neighbor's stored vector has the direction of its database row."""
     return float(row @ stored) > 0.999 * float(np.linalg.norm(stored)) > 0

@@ -1,7 +1,7 @@
-"""What became of every metadata row and of every URL, counted from the tables that the stages left.
+"""Numbers of rows that each stage kept or dropped, and of URLs by download status.
 
-Reads `filter/`, `download/`, `embed/`, `neighbors/` and the manifests; reasons of rows that left no row
-behind come from the latter.
+Reads the tables of `filter/`, `download/`, `embed/` and `neighbors/`, and their manifests, which have the
+reasons of dropped rows.
 """
 
 from collections import Counter
@@ -20,7 +20,7 @@ STORED = "stored"
 
 @dataclass(frozen=True)
 class Step:
-    """What a stage kept, by split, and what it did not keep by reason, most frequent first."""
+    """Rows that a stage kept, by split, and rows that it dropped by reason, most frequent first."""
 
     name: str
     about: str
@@ -30,13 +30,13 @@ class Step:
 
     @property
     def lost(self) -> int:
-        """Rows that this stage did not keep."""
+        """Rows that this stage dropped."""
         return sum(count for _, count in self.reasons)
 
 
 @dataclass(frozen=True)
 class Status:
-    """How often a download ended in one way: `stored`, or a reason word."""
+    """Number of URLs with a download status: `stored`, or a reason word."""
 
     word: str
     train: int
@@ -45,9 +45,9 @@ class Status:
 
 def steps(root: Root) -> list[Step]:
     """The stages from the metadata to the neighbor tables, in order."""
-    found = statuses(root)
-    stored = next((status for status in found if status.word == STORED), Status(STORED, 0, 0))
-    failed = {status.word: status.train + status.database for status in found if status.word != STORED}
+    downloads = statuses(root)
+    stored = next((status for status in downloads if status.word == STORED), Status(STORED, 0, 0))
+    failed = {status.word: status.train + status.database for status in downloads if status.word != STORED}
     filtered, embedded = (
         [num_rows(root, f"{stage}/{split}") for split in schema.SPLITS] for stage in ("filter", "embed")
     )
@@ -61,7 +61,7 @@ def steps(root: Root) -> list[Step]:
 
 
 def statuses(root: Root) -> list[Status]:
-    """Every way in which a download ended, stored pictures first, then by frequency."""
+    """Every download status, `stored` first, then by frequency."""
     counts = {split: _words(root, split) for split in schema.SPLITS}
     total = counts["train"] + counts["database"]
     words = sorted(total, key=lambda word: (word != STORED, -total[word], word))

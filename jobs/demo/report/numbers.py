@@ -1,7 +1,7 @@
-"""The demo's numbers and the goals they are held to.
+"""The numbers of the demo's report, and their goals.
 
-Reads what the stages left below the root and gives the flat values of `report.json`. Whatever can be
-counted again is counted again (`jobs.demo.report.audit`); only the style accuracies are the evaluation's own.
+Reads the outputs of the stages and returns the values of `report.json`. `jobs.demo.report.audit` counts again
+whatever can be counted; only the style accuracies are taken from the evaluation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,15 +31,15 @@ STYLE_NUMBERS = (
     "style_accuracy_no_neighbors",
 )
 DATA_STAGES = ("filter", "download", "embed", "index", "neighbors", "latents")
-ROAD = ("world", "clip", "autoencoder", *DATA_STAGES, "databases", "train", "sample", "evaluate")
-PICTURES_AT_ONCE = 64
+STEPS = ("world", "clip", "autoencoder", *DATA_STAGES, "databases", "train", "sample", "evaluate")
+BATCH_SIZE = 64
 ABOUT_CHANCE = 1.5
-"""Accuracies up to this many times chance are told apart from chance by no run of a demo's size."""
+"""Accuracies up to this multiple of chance cannot be distinguished from chance at the demo's size."""
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Where a demo stands: its root, its world and metadata, and the settings that the numbers need."""
+    """The folders of a demo, and the settings that its numbers depend on."""
 
     root: Root
     world: Root
@@ -51,7 +51,7 @@ class Demo:
 
     @classmethod
     def of(cls, recipe: Recipe) -> "Demo":
-        """The demo that a recipe describes; its world stands at `<root>/world`."""
+        """The demo of a recipe. Its world is at `<root>/world`."""
         return cls(
             root=recipe.root,
             world=recipe.root.child("world"),
@@ -64,7 +64,7 @@ class Demo:
 
 @dataclass(frozen=True)
 class Goal:
-    """One number with what was wanted of it."""
+    """A number, and the value wanted as text."""
 
     name: str
     about: str
@@ -74,9 +74,9 @@ class Goal:
 
 
 def measure(demo: Demo) -> dict[str, Any]:
-    """Every number of the report, flat, by the names of `report.json`; `seconds` is an object.
+    """Every number of the report, with the keys of `report.json`. `seconds` is a dict.
 
-    Raises UserError where a stage did not finish.
+    Raises UserError for an unfinished stage.
     """
     recalls = text_recall(demo, (1, 5, 10))
     tables = NeighborTables(demo.root, demo.world, demo.neighbors)
@@ -94,7 +94,7 @@ def measure(demo: Demo) -> dict[str, Any]:
 
 
 def interval_ends(evaluation: Mapping[str, Any]) -> dict[str, float]:
-    """Which ends of two 95 % intervals must not meet: with neighbors the lower, without them the upper."""
+    """Lower end of the 95 % interval with neighbors, and upper end of the one without."""
     modes = evaluation["modes"]
     return {
         "style_accuracy_retrieval_low": modes["retrieval"]["accuracy_interval"][0],
@@ -103,37 +103,44 @@ def interval_ends(evaluation: Mapping[str, Any]) -> dict[str, float]:
 
 
 def goals(numbers: Mapping[str, Any]) -> list[Goal]:
-    """What the demo must reach, in the order of the road. numbers: from `measure`."""
+    """The goals of the demo, in the order of the steps. numbers: from `measure`."""
     chance = 1 / numbers["num_styles"]
     recall = next(name for name in numbers if name.startswith("neighbor_recall_at_"))
 
     def goal(name: str, about: str, wanted: str, met: bool) -> Goal:
         return Goal(name, about, numbers[name], wanted, met)
 
-    def nothing(name: str, about: str) -> Goal:
+    def zero(name: str, about: str) -> Goal:
         return goal(name, about, "0", numbers[name] == 0)
 
     def at_least(name: str, about: str, least: float) -> Goal:
         return goal(name, about, f"≥ {least:g}", numbers[name] >= least)
 
-    ours, baseline = "style_accuracy_retrieval", numbers["style_accuracy_suffix"]
-    withheld = "style_accuracy_no_neighbors"
+    with_neighbors, baseline = "style_accuracy_retrieval", numbers["style_accuracy_suffix"]
+    without = "style_accuracy_no_neighbors"
     low, high = "style_accuracy_retrieval_low", numbers["style_accuracy_no_neighbors_high"]
     return [
-        nothing("filter_rows_unaccounted", "Metadata rows neither kept nor dropped with a reason"),
-        nothing("download_urls_without_status", "Selected URLs without exactly one true status"),
+        zero("filter_rows_unaccounted", "Metadata rows neither kept nor dropped with a reason"),
+        zero("download_urls_without_status", "Selected URLs without exactly one correct status"),
         at_least("text_recall_at_10", "Text-to-image recall@10 on held-out captions", 0.95),
-        at_least(recall, "Neighbor table against brute force, recall@" + recall.rsplit("_", 1)[-1], 0.95),
-        nothing("neighbor_leaks", "Neighbors that are the image, a training image or a copy"),
+        at_least(
+            recall, "Neighbor table compared with brute force, recall@" + recall.rsplit("_", 1)[-1], 0.95
+        ),
+        zero("neighbor_leaks", "Neighbors that are the image itself, a training image or a copy"),
         at_least("num_styles", "Styles, each with its own database", 10),
-        at_least("style_classifier_accuracy", "Judge of styles on pictures it never saw", 0.9),
-        at_least(ours, "Samples taken for their database's style: 5 × chance", 5 * chance),
-        goal(ours, "The same, above naming the style", f"> {baseline:.3f}", numbers[ours] > baseline),
+        at_least("style_classifier_accuracy", "Style classifier on test pictures, accuracy", 0.9),
+        at_least(with_neighbors, "Samples classified as their database's style: 5 × chance", 5 * chance),
         goal(
-            withheld,
-            "The same prompts, neighbors withheld: about chance",
+            with_neighbors,
+            "The same, above the prompt with the style in words",
+            f"> {baseline:.3f}",
+            numbers[with_neighbors] > baseline,
+        ),
+        goal(
+            without,
+            "The same prompts without neighbors: about chance",
             f"≤ {ABOUT_CHANCE * chance:g}",
-            numbers[withheld] <= ABOUT_CHANCE * chance,
+            numbers[without] <= ABOUT_CHANCE * chance,
         ),
         goal(
             low,
@@ -144,8 +151,8 @@ def goals(numbers: Mapping[str, Any]) -> list[Goal]:
     ]
 
 
-def goal_lines(found: Sequence[Goal]) -> str:
-    """The goals as a table for a terminal."""
+def goal_lines(demo_goals: Sequence[Goal]) -> str:
+    """The goals as a text table."""
     rows = [("goal", "measured", "wanted", "")]
     rows += [
         (
@@ -154,7 +161,7 @@ def goal_lines(found: Sequence[Goal]) -> str:
             goal.wanted,
             "met" if goal.met else "MISSED",
         )
-        for goal in found
+        for goal in demo_goals
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     return "\n".join(
@@ -164,19 +171,21 @@ def goal_lines(found: Sequence[Goal]) -> str:
 
 
 def text_recall(demo: Demo, ks: Sequence[int]) -> dict[int, float]:
-    """Share of held-out captions whose own picture is among the k most similar of the whole gallery.
+    """Share of held-out captions with their own picture among the k most similar of all held-out pictures.
 
-    A picture that ties with others is ranked behind them, so an encoder that tells nothing apart scores 0.
+    Ties rank before the own picture, so an encoder that gives equal vectors to all pictures scores 0.
     """
     with demo.world.open("held_out.parquet") as file:
         gallery = pq.read_table(file, columns=["path", "caption"]).to_pydict()
     if not gallery["path"]:
-        raise UserError(f"{demo.world.at('held_out.parquet')} has no pictures. Set world.num_held_out.")
+        raise UserError(
+            f"{demo.world.at('held_out.parquet')} lists no pictures. Set world.num_held_out to 1 or more."
+        )
     encoder = Encoder(demo.clip)
     paths = gallery["path"]
     pictures = [
-        encoder.encode_images([_open(demo.world, path) for path in paths[i : i + PICTURES_AT_ONCE]])
-        for i in range(0, len(paths), PICTURES_AT_ONCE)
+        encoder.encode_images([_open(demo.world, path) for path in paths[i : i + BATCH_SIZE]])
+        for i in range(0, len(paths), BATCH_SIZE)
     ]
     return recall_at(encoder.encode_texts(gallery["caption"]), np.concatenate(pictures), ks)
 
@@ -184,7 +193,7 @@ def text_recall(demo: Demo, ks: Sequence[int]) -> dict[int, float]:
 def recall_at(texts: Any, pictures: Any, ks: Sequence[int]) -> dict[int, float]:
     """Recall of row i of `pictures` for row i of `texts`, both (n, dim) unit rows, by k.
 
-    Whatever is not smaller, ties and NaN too, ranks before it.
+    Similarities that are not smaller rank before it, with ties and NaN.
     """
     products = texts @ pictures.T
     ranks = (~(products < np.diag(products)[:, None])).sum(axis=1)
@@ -192,24 +201,24 @@ def recall_at(texts: Any, pictures: Any, ks: Sequence[int]) -> dict[int, float]:
 
 
 def seconds(demo: Demo) -> dict[str, float]:
-    """Wall seconds by step, in the order of the road.
+    """Wall seconds of each step, in the order of the steps.
 
-    What `seconds.json` says a step took when it did work; without that file, what the manifests say.
+    From `seconds.json`, which skipped steps do not change; without that file from the manifests.
     """
     if demo.root.exists("seconds.json"):
-        found = {step: float(took) for step, took in demo.root.read_json("seconds.json").items()}
+        times = {step: float(value) for step, value in demo.root.read_json("seconds.json").items()}
     else:
-        found = {
+        times = {
             step: read_manifest(demo.root, folder).seconds
-            for step in ROAD
+            for step in STEPS
             for folder in (step, f"runs/{demo.name}/{step}")
             if demo.root.exists(f"{folder}/manifest.json")
         }
-    return {step: found[step] for step in sorted(found, key=_place)}
+    return {step: times[step] for step in sorted(times, key=_order)}
 
 
-def _place(step: str) -> tuple[int, str]:
-    return (ROAD.index(step) if step in ROAD else len(ROAD), step)
+def _order(step: str) -> tuple[int, str]:
+    return (STEPS.index(step) if step in STEPS else len(STEPS), step)
 
 
 def _open(root: Root, name: str) -> Image.Image:

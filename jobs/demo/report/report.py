@@ -1,7 +1,7 @@
-"""The demo's report: one HTML page that carries its pictures inside, and the numbers as JSON.
+"""The demo's report: one HTML page with embedded pictures, and its numbers as JSON.
 
-Reads what every stage left; writes `<root>/report.html` and `<root>/report.json`. The page asks nothing
-of the network. Captions and URLs are hostile text: the template escapes every value.
+Reads the outputs of every stage; writes `<root>/report.html` and `<root>/report.json`. The page loads nothing
+from the network. Captions and URLs are untrusted text, so the template escapes every value.
 """
 
 from dataclasses import asdict, dataclass
@@ -10,7 +10,7 @@ from typing import Any
 
 from jobs.cli.recipe import Recipe
 from jobs.demo.report import funnel
-from jobs.demo.report import report_pictures as sheets
+from jobs.demo.report import report_pictures as pictures
 from jobs.demo.report.numbers import Demo, Goal, goals, measure
 from jobs.reporting.charts import Bar, Curve, curve, duration, time_bars
 from jobs.reporting.hardware import hardware
@@ -21,63 +21,63 @@ from trainer.evaluation.styles import style_words
 from trainer.tracking.training_log import METRICS, read_step_metrics
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
-PROMPTS = 6
-PROMPT_SHEETS = 3
-IMAGE_SHEETS = 4
+NUM_PROMPTS = 6
+NUM_SAMPLES = 3
+NUM_TRAINING_IMAGES = 4
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """The written report and how the goals fared."""
+class WrittenReport:
+    """Path of the written report, and its goals."""
 
     path: Path
     goals: tuple[Goal, ...]
 
     @property
-    def met(self) -> bool:
-        """True if no goal was missed."""
+    def all_met(self) -> bool:
+        """True if no goal is missed."""
         return all(goal.met for goal in self.goals)
 
 
 @dataclass(frozen=True)
 class StyleBars:
-    """The bars of one style: one a mode, in the order of the modes."""
+    """The bars of one style: one for each mode, in the order of LABELS."""
 
     style: str
     bars: tuple[Bar, ...]
 
 
-def write_report(recipe: Recipe) -> Outcome:
-    """Measure everything and write the report. Raises UserError where a stage did not finish."""
-    return write_report_of(Demo.of(recipe))
+def write_report(recipe: Recipe) -> WrittenReport:
+    """Measure everything and write the report. Raises UserError for an unfinished stage."""
+    return write_demo_report(Demo.of(recipe))
 
 
-def write_report_of(demo: Demo) -> Outcome:
-    """The same for a demo by its parts."""
+def write_demo_report(demo: Demo) -> WrittenReport:
+    """The same for a `Demo`."""
     numbers = measure(demo)
-    found = goals(numbers)
-    demo.root.write_json("report.json", {**numbers, "goals": [asdict(goal) for goal in found]})
-    page = render(TEMPLATE, _content(demo, numbers, found))
+    demo_goals = goals(numbers)
+    demo.root.write_json("report.json", {**numbers, "goals": [asdict(goal) for goal in demo_goals]})
+    page = render(TEMPLATE, _content(demo, numbers, demo_goals))
     demo.root.write_bytes("report.html", page.encode())
-    return Outcome(demo.root.local_path("report.html"), tuple(found))
+    return WrittenReport(demo.root.local_path("report.html"), tuple(demo_goals))
 
 
-def _content(demo: Demo, numbers: dict[str, Any], found: list[Goal]) -> dict[str, Any]:
+def _content(demo: Demo, numbers: dict[str, Any], demo_goals: list[Goal]) -> dict[str, Any]:
     evaluation = demo.root.read_json(f"runs/{demo.name}/evaluate/evaluation.json")
     train = read_manifest(demo.root, f"runs/{demo.name}/train")
     evaluate = read_manifest(demo.root, f"runs/{demo.name}/evaluate")
-    gallery = sheets.gallery(demo, PROMPTS)
+    gallery = pictures.gallery(demo, NUM_PROMPTS)
     return {
         "numbers": numbers,
-        "goals": found,
-        "missed": sum(not goal.met for goal in found),
+        "goals": demo_goals,
+        "missed": sum(not goal.met for goal in demo_goals),
         "k": demo.neighbors.k,
         "near_copy_similarity": demo.neighbors.near_copy_similarity,
         "neighbors": read_manifest(demo.root, "neighbors").values,
         "gallery": gallery,
-        "held_out": sheets.are_held_out(demo.world, [row.prompt for row in gallery]),
-        "prompt_sheets": sheets.prompt_sheets(demo, PROMPT_SHEETS),
-        "image_sheets": sheets.image_sheets(demo, IMAGE_SHEETS),
+        "held_out": pictures.are_held_out(demo.world, [row.prompt for row in gallery]),
+        "samples": pictures.samples(demo, NUM_SAMPLES),
+        "training_images": pictures.training_images(demo, NUM_TRAINING_IMAGES),
         "modes": LABELS,
         "evaluation": evaluation,
         "evaluation_k": evaluate.config["k"],

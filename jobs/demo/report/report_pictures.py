@@ -1,7 +1,7 @@
-"""The pictures of the report: samples, training images and their neighbors, each small and inline.
+"""The pictures of the report as small data URLs: samples, training images and their neighbors.
 
-Reads the tars of `download/`, the neighbor tables, `runs/<name>/sample/` and the world's style folders.
-None is picked by hand: training images are drawn by a seed, samples are the first of the first prompts.
+Reads the tars of `download/`, the neighbor tables, `runs/<name>/sample/` and the style folders. No picture is
+chosen by hand: training images are drawn with a seed, samples are the first of the first prompts.
 """
 
 import base64
@@ -9,7 +9,7 @@ import io
 import re
 import tarfile
 from collections.abc import Container, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,8 +31,8 @@ QUALITY = 88
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A picture as a data URL, with the words that describe it and where it came from."""
+class ReportPicture:
+    """A picture as a data URL (src), its caption, its source URL, and its similarity as a neighbor."""
 
     src: str
     caption: str
@@ -41,25 +41,25 @@ class Shown:
 
 
 @dataclass(frozen=True)
-class Sheet:
-    """A picture with the neighbors that go with it, best first.
+class PictureWithNeighbors:
+    """A picture with its neighbors, best first.
 
-    title: what a sample was asked for. told: whether the network also got the prompt itself.
+    prompt, database: of a sample, else "". prompt_in_context: the network also got the prompt's embedding.
     """
 
-    picture: Shown
-    neighbors: tuple[Shown, ...]
-    title: str = ""
+    picture: ReportPicture
+    neighbors: tuple[ReportPicture, ...]
+    prompt: str = ""
     database: str = ""
-    told: bool = False
+    prompt_in_context: bool = False
 
 
 @dataclass(frozen=True)
 class GalleryRow:
-    """One prompt in every style: (style, sample)."""
+    """One prompt in every style. cells: pairs of style and sample."""
 
     prompt: str
-    cells: tuple[tuple[str, Shown], ...]
+    cells: tuple[tuple[str, ReportPicture], ...]
 
 
 def thumb(picture: Image.Image, edge: int = THUMB_PX) -> str:
@@ -71,95 +71,99 @@ def thumb(picture: Image.Image, edge: int = THUMB_PX) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def gallery(demo: Demo, most: int) -> list[GalleryRow]:
-    """The first samples of the first prompts by database: the paper's Fig. 3."""
-    prompts, columns = _sampled(demo)
+def gallery(demo: Demo, max_prompts: int) -> list[GalleryRow]:
+    """The first sample of each of the first prompts from each database: the paper's Fig. 3."""
+    prompts, columns = _prompts_and_columns(demo)
     return [
         GalleryRow(
             prompt,
             tuple((style_words(column), _sample(demo, column, number)[0]) for column in columns),
         )
-        for number, prompt in enumerate(prompts[:most])
+        for number, prompt in enumerate(prompts[:max_prompts])
     ]
 
 
 def are_held_out(world: Root, prompts: Iterable[str]) -> bool:
-    """Whether all prompts describe held-out contents, which nothing of the demo was trained on."""
+    """True if all prompts have held-out contents, which no training, database or style picture shows."""
     with world.open("held_out.parquet") as file:
-        known = pq.read_table(file, columns=["prompt"])["prompt"].to_pylist()
-    return set(prompts) <= set(known)
+        held_out = pq.read_table(file, columns=["prompt"])["prompt"].to_pylist()
+    return set(prompts) <= set(held_out)
 
 
-def prompt_sheets(demo: Demo, count: int) -> list[Sheet]:
-    """Samples with all neighbors that conditioned them, each of another prompt and database."""
-    prompts, columns = _sampled(demo)
+def samples(demo: Demo, count: int) -> list[PictureWithNeighbors]:
+    """Samples with all their neighbors, each with another prompt and database."""
+    prompts, columns = _prompts_and_columns(demo)
     columns = [column for column in columns if column != TRAINING_DATABASE]
-    sheets = []
+    result = []
     for number in range(min(count, len(prompts))):
         column = columns[(number * 3) % len(columns)]
-        picture, facts = _sample(demo, column, number)
+        picture, record = _sample(demo, column, number)
         folder = _style_folder(demo.world, column)
         neighbors = tuple(
-            Shown(
-                src=thumb(_open(demo.world, f"{folder}/{found['url'].split('/', 1)[1]}")),
-                caption=found["caption"],
-                url=found["url"],
-                similarity=found["similarity"],
+            ReportPicture(
+                src=thumb(_open(demo.world, f"{folder}/{neighbor['url'].split('/', 1)[1]}")),
+                caption=neighbor["caption"],
+                url=neighbor["url"],
+                similarity=neighbor["similarity"],
             )
-            for found in facts["neighbors"]
+            for neighbor in record["neighbors"]
         )
-        told = facts["mode"] != "neighbors"
-        sheets.append(Sheet(picture, neighbors, prompts[number], style_words(column), told))
-    return sheets
+        in_context = record["mode"] != "neighbors"
+        result.append(
+            PictureWithNeighbors(picture, neighbors, prompts[number], style_words(column), in_context)
+        )
+    return result
 
 
-def image_sheets(demo: Demo, count: int, seed: int = 0) -> list[Sheet]:
-    """Training images, drawn by the seed, with their neighbors from the table."""
+def training_images(demo: Demo, count: int, seed: int = 0) -> list[PictureWithNeighbors]:
+    """Random training images with their neighbors from the neighbor table."""
     table = _neighbor_rows(demo.root)
-    drawn = np.random.default_rng(seed).permutation(len(table))[:count]
-    rows = table.take(pa.array(np.sort(drawn))).to_pylist()
-    asked = [row[schema.IMAGE_ID] for row in rows]
-    found = {image_id for row in rows for image_id in row[schema.NEIGHBOR_IDS]}
-    queries = _downloaded(demo.root, "train", asked, QUERY_PX)
-    database = _downloaded(demo.root, "database", found, THUMB_PX)
+    numbers = np.random.default_rng(seed).permutation(len(table))[:count]
+    rows = table.take(pa.array(np.sort(numbers))).to_pylist()
+    query_ids = [row[schema.IMAGE_ID] for row in rows]
+    neighbor_ids = {image_id for row in rows for image_id in row[schema.NEIGHBOR_IDS]}
+    queries = _downloaded(demo.root, "train", query_ids, QUERY_PX)
+    database = _downloaded(demo.root, "database", neighbor_ids, THUMB_PX)
     return [
-        Sheet(
+        PictureWithNeighbors(
             queries[row[schema.IMAGE_ID]],
             tuple(
-                Shown(database[one].src, database[one].caption, database[one].url, similarity)
-                for one, similarity in zip(row[schema.NEIGHBOR_IDS], row[schema.SIMILARITIES], strict=True)
+                replace(database[image_id], similarity=similarity)
+                for image_id, similarity in zip(
+                    row[schema.NEIGHBOR_IDS], row[schema.SIMILARITIES], strict=True
+                )
             ),
         )
         for row in rows
     ]
 
 
-def _sampled(demo: Demo) -> tuple[list[str], list[str]]:
-    """The prompts and the columns (databases) of the samples."""
+def _prompts_and_columns(demo: Demo) -> tuple[list[str], list[str]]:
+    """The prompts and the databases (columns) of the samples."""
     values = read_manifest(demo.root, f"runs/{demo.name}/sample").values
     return values["prompts"], values["columns"]
 
 
-def _sample(demo: Demo, column: str, number: int) -> tuple[Shown, dict[str, Any]]:
-    """The first sample of a prompt and a database, and its provenance."""
-    place = f"runs/{demo.name}/sample/{column}/{number:04d}-00"
-    facts = demo.root.read_json(f"{place}.json")
-    words = f"{facts['prompt']}, with neighbors from {style_words(column)}"
-    return Shown(thumb(_open(demo.root, f"{place}.png")), words), facts
+def _sample(demo: Demo, column: str, number: int) -> tuple[ReportPicture, dict[str, Any]]:
+    """The first sample of a prompt and a database, and its JSON record."""
+    path = f"runs/{demo.name}/sample/{column}/{number:04d}-00"
+    record = demo.root.read_json(f"{path}.json")
+    caption = f"{record['prompt']}, with neighbors from {style_words(column)}"
+    return ReportPicture(thumb(_open(demo.root, f"{path}.png")), caption), record
 
 
 def _style_folder(world: Root, column: str) -> str:
-    """The folder of pictures that a style database was made of: its name may be spelled with spaces."""
+    """The folder with the pictures of a style database. Its name may have spaces instead of underscores."""
     folders = {name.split("/")[1] for name in world.list("styles")}
-    return "styles/" + next(name for name in sorted(folders) if _plain(name) == _plain(column))
+    return "styles/" + next(name for name in sorted(folders) if _normalized(name) == _normalized(column))
 
 
-def _plain(name: str) -> str:
+def _normalized(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower())
 
 
 def _neighbor_rows(root: Root) -> pa.Table:
-    """Ids and similarities of all neighbor tables, without the vectors."""
+    """Ids and similarities of all neighbor tables."""
     columns = [schema.IMAGE_ID, schema.NEIGHBOR_IDS, schema.SIMILARITIES]
     parts = []
     for name in root.list("neighbors", ".parquet"):
@@ -168,20 +172,21 @@ def _neighbor_rows(root: Root) -> pa.Table:
     return pa.concat_tables(parts)
 
 
-def _downloaded(root: Root, split: str, wanted: Iterable[int], edge: int) -> dict[int, Shown]:
-    """The stored pictures of some image ids."""
-    left = set(wanted)
-    shown: dict[int, Shown] = {}
+def _downloaded(root: Root, split: str, image_ids: Iterable[int], edge: int) -> dict[int, ReportPicture]:
+    """The downloaded pictures with these image ids."""
+    id_array = pa.array(sorted(set(image_ids)), pa.int64())
+    pictures: dict[int, ReportPicture] = {}
     for name in root.list(f"download/{split}", ".parquet"):
         table = schema.read_table(root, name, schema.DOWNLOADED)
-        here = table.filter(pc.is_in(table[schema.IMAGE_ID], pa.array(sorted(left), pa.int64())))
-        rows = {_key(row[schema.IMAGE_ID]): row for row in here.to_pylist()}
+        matches = table.filter(pc.is_in(table[schema.IMAGE_ID], id_array))
+        rows = {_key(row[schema.IMAGE_ID]): row for row in matches.to_pylist()}
         with root.local(name.replace(".parquet", ".tar")) as path:
             for key, data in _members(str(path), rows):
                 with Image.open(io.BytesIO(data)) as picture:
                     row = rows[key]
-                    shown[row[schema.IMAGE_ID]] = Shown(thumb(picture, edge), row["caption"], row["url"])
-    return shown
+                    small = thumb(picture, edge)
+                    pictures[row[schema.IMAGE_ID]] = ReportPicture(small, row["caption"], row["url"])
+    return pictures
 
 
 def _key(image_id: int) -> str:
@@ -191,8 +196,8 @@ def _key(image_id: int) -> str:
 def _members(path: str, keys: Container[str]) -> Iterator[tuple[str, bytes]]:
     with tarfile.open(path) as tar:
         for member in tar:
-            key, _, kind = member.name.partition(".")
-            if kind == "jpg" and key in keys and (file := tar.extractfile(member)):
+            key, _, suffix = member.name.partition(".")
+            if suffix == "jpg" and key in keys and (file := tar.extractfile(member)):
                 yield key, file.read()
 
 

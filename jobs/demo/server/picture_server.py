@@ -1,6 +1,6 @@
-"""The demo's HTTP server: connections, headers and picture files; the answers are in jobs.demo.server.routes.
+"""The demo's HTTP server: connections, headers and picture files. jobs.demo.server.routes has the responses.
 
-Reads files directly in `images/` of a world, and nothing else whatever a URL says.
+Reads only files directly in `images/` of a world, for any URL.
 """
 
 import sys
@@ -17,7 +17,7 @@ MAX_NAME_BYTES = 255
 
 
 class PictureServer(ThreadingHTTPServer):
-    """Serves the pictures of one world folder; `flaky_seen` holds the flaky names asked for so far."""
+    """Serves the pictures of one world folder. `flaky_seen`: names requested by the route `flaky` so far."""
 
     daemon_threads = True
 
@@ -29,39 +29,39 @@ class PictureServer(ThreadingHTTPServer):
         self.lock = threading.Lock()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Reports a fault of ours; a client that leaves in the middle of an answer is none."""
+        """Print the traceback, except if the client closed the connection."""
         if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
 
 class PictureHandler(BaseHTTPRequestHandler):
-    """One connection: finds the route of each request and lets it answer."""
+    """One connection: passes each request to its route."""
 
     protocol_version = "HTTP/1.1"
     server_version = "DemoWorld"
     sys_version = ""
     timeout = 60
-    # Nagle's algorithm holds an answer's second write back until the first is acknowledged: 40 ms
+    # Nagle's algorithm delays the second write of a response by 40 ms
     disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
-        """Answers `/route/.../name?query`; the query is ignored."""
+        """Respond to `/route/.../name?query`. The query is ignored."""
         route, *parts = self.path.split("?", 1)[0].removeprefix("/").split("/")
-        answer = self.world.routes.get(route)
-        if answer is None or not parts:
+        respond = self.world.routes.get(route)
+        if respond is None or not parts:
             self.fail(HTTPStatus.NOT_FOUND)
         else:
-            answer(self, [unquote(part) for part in parts])
+            respond(self, [unquote(part) for part in parts])
 
     def log_message(self, format: str, *args: object) -> None:
-        """The client's status table is the record; a line a request would only fill the terminal."""
+        """Log nothing: the download stage records the status of every request."""
 
     @property
     def world(self) -> PictureServer:
         return cast(PictureServer, self.server)
 
     def head(self, length: int | None, content_type: str, **headers: str) -> None:
-        """Sends status 200 and headers. length: of the body in bytes, None for one that has no end."""
+        """Send status 200 and headers. length: of the body in bytes, None for an endless body."""
         self.send_response(HTTPStatus.OK)
         self.send_header("Content-Type", content_type)
         if length is None:
@@ -71,7 +71,7 @@ class PictureHandler(BaseHTTPRequestHandler):
         self._finish(headers)
 
     def fail(self, status: HTTPStatus, **headers: str) -> None:
-        """Sends an error status, or a redirect, with a short text."""
+        """Send an error status, or a redirect, with a short text."""
         body = f"{status.value} {status.phrase}\n".encode()
         self.send_response(status)
         self.send_header("Content-Type", "text/plain")
@@ -85,12 +85,12 @@ class PictureHandler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def send(self, data: bytes, content_type: str, **headers: str) -> None:
-        """Sends a whole body with status 200."""
+        """Send a complete response with status 200."""
         self.head(len(data), content_type, **headers)
         self.wfile.write(data)
 
     def picture(self, parts: list[str]) -> tuple[bytes, str] | None:
-        """The bytes and content type of the picture named by one path part; None after answering 404."""
+        """The bytes and content type of a picture. Sends 404 and returns None if there is none."""
         path = picture_path(self.world.images, parts)
         if path is None:
             self.fail(HTTPStatus.NOT_FOUND)
@@ -102,9 +102,9 @@ Route = Callable[[PictureHandler, list[str]], None]
 
 
 def picture_path(images: Path, parts: list[str]) -> Path | None:
-    """The file of that name directly in images; None for anything else, links and dot names included.
+    """The file of this name directly in images; None for other paths, links and names that begin with a dot.
 
-    parts: unquoted path parts, so a quoted slash stands inside a part and is refused here.
+    parts: unquoted parts of the path. A part with a slash, which was quoted in the URL, is refused.
     """
     name = parts[0] if len(parts) == 1 else ""
     if not name or name.startswith(".") or "/" in name or len(name.encode()) > MAX_NAME_BYTES:

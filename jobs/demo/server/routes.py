@@ -1,7 +1,7 @@
-"""What the demo's server answers: pictures, and every way in which the web fails to give one.
+"""The responses of the demo's server: pictures, and simulations of common failures of web servers.
 
-Reads `images/` of a world. `/<route>/<name>` answers about `images/<name>` as the route's word says; its
-outcome is the same in every run for a client that gives up after 3 to 10 seconds and retries once.
+Reads `images/` of a world. `/<route>/<name>` is the picture `images/<name>` with the failure that the route
+names. A client with a timeout of 3 to 10 seconds and one retry gets the same result in every run.
 """
 
 import struct
@@ -20,8 +20,8 @@ MAX_REDIRECTS = 9
 
 
 def _image(handler: PictureHandler, parts: list[str]) -> None:
-    if found := handler.picture(parts):
-        handler.send(*found)
+    if picture := handler.picture(parts):
+        handler.send(*picture)
 
 
 def _status(status: HTTPStatus) -> Route:
@@ -29,7 +29,7 @@ def _status(status: HTTPStatus) -> Route:
 
 
 def _flaky(handler: PictureHandler, parts: list[str]) -> None:
-    """Fails the first request for each name: 500, or 503 with Retry-After 0 or 1, by the name."""
+    """Fail the first request for each name: 500, or 503 with Retry-After 0 or 1, depending on the name."""
     name = parts[-1]
     with handler.world.lock:
         first = name not in handler.world.flaky_seen
@@ -45,7 +45,7 @@ def _flaky(handler: PictureHandler, parts: list[str]) -> None:
 
 
 def _redirect(handler: PictureHandler, parts: list[str]) -> None:
-    """`/redirect/N/name`: N hops to the picture."""
+    """`/redirect/N/name`: N redirects, then the picture."""
     hops = int(parts[0]) if len(parts) == 2 and parts[0] in map(str, range(1, MAX_REDIRECTS + 1)) else 0
     if hops == 0 or picture_path(handler.world.images, parts[1:]) is None:
         handler.fail(HTTPStatus.NOT_FOUND)
@@ -69,7 +69,7 @@ def _slow(handler: PictureHandler, parts: list[str]) -> None:
 
 
 def _drip(handler: PictureHandler, parts: list[str]) -> None:
-    """One byte at a time, often enough that no timeout of a single read ever fires."""
+    """Send one byte at a time, so often that a timeout of a single read never expires."""
     handler.head(None, "image/jpeg")
     handler.close_connection = True
     while True:
@@ -95,18 +95,18 @@ def _empty(handler: PictureHandler, parts: list[str]) -> None:
 
 
 def _truncated(handler: PictureHandler, parts: list[str]) -> None:
-    """Announces the whole picture, sends half of it and hangs up."""
-    if found := handler.picture(parts):
-        data, content_type = found
+    """State the length of the picture, send half of it and close the connection."""
+    if picture := handler.picture(parts):
+        data, content_type = picture
         handler.head(len(data), content_type)
         handler.wfile.write(data[: len(data) // 2])
         handler.close_connection = True
 
 
 def _cut_jpeg(handler: PictureHandler, parts: list[str]) -> None:
-    """Half a picture, honestly announced: only a decoder can tell."""
-    if found := handler.picture(parts):
-        data, content_type = found
+    """Send half of a picture with the correct length: only decoding reveals it."""
+    if picture := handler.picture(parts):
+        data, content_type = picture
         handler.send(data[: len(data) // 2], content_type)
 
 
@@ -115,13 +115,13 @@ def _huge(handler: PictureHandler, parts: list[str]) -> None:
 
 
 def _noai(handler: PictureHandler, parts: list[str]) -> None:
-    if found := handler.picture(parts):
-        handler.send(*found, X_Robots_Tag="noai")
+    if picture := handler.picture(parts):
+        handler.send(*picture, X_Robots_Tag="noai")
 
 
 @cache
 def huge_png() -> bytes:
-    """A valid white PNG of 30000 x 30000 px at one bit a pixel: 110 kB that unpack to 2.7 GB of RGB."""
+    """A valid white PNG of 30000 x 30000 px with one bit a pixel: 110 kB, decoded 2.7 GB of RGB."""
     row = b"\0" + b"\xff" * (HUGE_SIDE_PX // 8)
     packer = zlib.compressobj(9)
     packed = b"".join(packer.compress(row * 1000) for _ in range(HUGE_SIDE_PX // 1000)) + packer.flush()
@@ -152,6 +152,6 @@ ROUTES: dict[str, Route] = {
     "cut-jpeg": _cut_jpeg,
     "huge": _huge,
     "noai": _noai,
-    # the oddity is in the file, the route only names it in status tables
+    # ordinary responses: the file is unusual, and the route names its format in status tables
     **dict.fromkeys(("png16", "exif", "gray", "alpha", "palette", "animated"), _image),
 }

@@ -1,7 +1,7 @@
-"""The demo's web: a real HTTP server on loopback that serves a world's pictures, in a process of its own.
+"""Runs the demo's web server on localhost in a child process.
 
-Reads `images/` of a world folder. A process, because a thread would share the interpreter lock with the
-pipeline that it is to feed; the process ends with its parent, however that one ends.
+Reads `images/` of a world folder. A thread would share the interpreter lock with the pipeline that downloads
+from it. The child process ends with its parent, even if the parent is killed.
 """
 
 import errno
@@ -23,10 +23,10 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 class WorldServer:
-    """Serves a world while its `with` block runs.
+    """Serves a world during its `with` block.
 
-    Raises UserError on entry if the port is taken or the folder holds no world. The first failure of each
-    flaky URL is remembered for the life of the server.
+    Raises UserError on entry if the port is taken or the folder has no world. Each URL of the route `flaky`
+    fails once for each start of the server.
     """
 
     def __init__(self, folder: Path, port: int) -> None:
@@ -36,7 +36,7 @@ class WorldServer:
 
     @property
     def url(self) -> str:
-        """The address that every picture's URL begins with, no slash at the end."""
+        """The beginning of every picture's URL, without a slash at the end."""
         return f"http://{HOST}:{self.port}"
 
     def __enter__(self) -> "WorldServer":
@@ -48,11 +48,13 @@ class WorldServer:
                 cwd=REPOSITORY,
                 pass_fds=[listener.fileno()],
                 stdout=subprocess.PIPE,
-                start_new_session=True,  # Ctrl-C reaches the command, which then closes this block
+                start_new_session=True,  # Ctrl-C reaches only the command, which then leaves this block
             )
         assert self._process.stdout is not None
         if self._process.stdout.readline() != b"ready\n":
-            raise RuntimeError(f"the demo's server ended at its start with code {self._process.wait()}")
+            raise RuntimeError(
+                f"the demo's server failed to start and ended with code {self._process.wait()}"
+            )
         return self
 
     def __exit__(
@@ -66,7 +68,7 @@ class WorldServer:
 
 
 def serve_forever(folder: Path, port: int) -> None:
-    """Serves a world in this process until it is interrupted. Raises UserError as WorldServer does."""
+    """Serve a world in this process until interrupted. Raises UserError as WorldServer does."""
     _check_world(folder)
     with open_port(port) as listener:
         _serve(listener, folder.resolve())
@@ -85,8 +87,8 @@ def open_port(port: int) -> socket.socket:
             raise
         raise UserError(
             f"demo world: cannot serve on {HOST}:{port}: {error.strerror}. Stop the program that listens "
-            f"there (another demo?) or choose another port with --set world.port=NUMBER; the world is then "
-            f"drawn anew, because its URLs name the port."
+            f"there (another demo?) or choose another port with --set world.port=NUMBER. The world is then "
+            f"drawn again, because its URLs contain the port."
         ) from error
     return listener
 
@@ -94,7 +96,7 @@ def open_port(port: int) -> socket.socket:
 def _check_world(folder: Path) -> None:
     if not (folder / "world.json").is_file():
         raise UserError(
-            f"{folder} has no world.json: no demo world was finished there. Run 'make demo' first."
+            f"{folder} has no world.json: it contains no finished demo world. Run 'make demo' first."
         )
 
 

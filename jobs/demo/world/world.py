@@ -25,7 +25,8 @@ from jobs.demo.world.content import Scene
 from jobs.demo.world.copies import related_rows
 from jobs.demo.world.metadata import CONTENT_FIELDS, Row, Site, ordinary_row, scene_fields, write_tables
 from jobs.demo.world.pictures import Copy, Drawing, start_worker, write_picture
-from jobs.demo.world.scenes import STYLES, all_contents, full_caption, is_held_out, prompt, random_scene
+from jobs.demo.world.scenes import all_contents, full_caption, is_held_out, prompt, random_scene
+from jobs.demo.world.styles import STYLES
 from retrieval.errors import UserError
 from retrieval.storage.root import Root
 

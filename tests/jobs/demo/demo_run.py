@@ -1,7 +1,7 @@
-"""A finished demo in miniature, written by hand: every table, sample and figure that the report reads.
+"""A finished demo run of minimal size: every table, sample and number that the report reads.
 
-Twelve rows of metadata: six train, five go to the database, one is dropped. Image t0 has a near copy in
-the database (d0) that the neighbor table leaves out, as the stage would.
+It has twelve metadata rows: six training images, five database images, and one dropped row. Image t0 has a
+near copy in the database (d0), which the neighbor table leaves out.
 """
 
 import hashlib
@@ -44,21 +44,21 @@ def id_of(name: str) -> int:
 
 
 def vector_of(name: str) -> np.ndarray:
-    """A unit vector; that of d0 nearly equals that of t0."""
+    """A unit vector. Those of d0 and t0 are nearly equal."""
     rng = np.random.default_rng([5, *(b"t0" if name == "d0" else name.encode())])
     vector = rng.standard_normal(DIM) + (0.01 if name == "d0" else 0)
     return (vector / np.linalg.norm(vector)).astype(np.float16)
 
 
 def nearest(name: str) -> list[str]:
-    """The K best database rows that are no copies, by plain sorting."""
-    found = []
+    """The K most similar database rows without copies, by sorting."""
+    pairs = []
     for other in DATABASE:
         a, b = vector_of(name).astype(float), vector_of(other).astype(float)
         similarity = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
         if similarity < NEAR_COPY:
-            found.append((similarity, other))
-    return [other for _, other in sorted(found, reverse=True)[:K]]
+            pairs.append((similarity, other))
+    return [other for _, other in sorted(pairs, reverse=True)[:K]]
 
 
 def jpeg(seed: int, edge: int = 32) -> bytes:
@@ -68,15 +68,17 @@ def jpeg(seed: int, edge: int = 32) -> bytes:
     return buffer.getvalue()
 
 
-def edit(root: Root, name: str, wanted: pa.Schema, change: Callable[[list[dict[str, Any]]], Any]) -> None:
-    """Rewrite a table with its rows changed in place."""
-    rows = schema.read_table(root, name, wanted).to_pylist()
+def edit(
+    root: Root, name: str, table_schema: pa.Schema, change: Callable[[list[dict[str, Any]]], Any]
+) -> None:
+    """Rewrite a table after `change` has edited the list of its rows."""
+    rows = schema.read_table(root, name, table_schema).to_pylist()
     change(rows)
-    schema.write_table(root, name, pa.Table.from_pylist(rows, wanted), wanted)
+    schema.write_table(root, name, pa.Table.from_pylist(rows, table_schema), table_schema)
 
 
 def write_demo(folder: Path, clip: ClipConfig | None = None) -> Demo:
-    """Write it all below a folder."""
+    """Write the run below a folder."""
     root = Root(folder)
     _write_world(folder / "world")
     for split, names in (("train", TRAIN), ("database", DATABASE)):
@@ -127,7 +129,7 @@ def _write_selected(root: Root, split: str, names: tuple[str, ...]) -> None:
 
 
 def _write_downloaded(root: Root, split: str, names: tuple[str, ...]) -> None:
-    """All are stored but t5, which is not found."""
+    """All images are stored except t5, which has the reason not_found."""
     rows = []
     tar_path = root.local_path(f"download/{split}/{SHARD}.tar")
     tar_path.parent.mkdir(parents=True)
@@ -162,13 +164,15 @@ def _write_embedded(root: Root, split: str, names: tuple[str, ...]) -> None:
 def _write_neighbors(root: Root) -> None:
     rows = []
     for name in TRAIN[:5]:
-        found = nearest(name)
-        vectors = [vector_of(other) for other in found]
-        similarities = [float(vector_of(name).astype(np.float32) @ one.astype(np.float32)) for one in vectors]
+        neighbors = nearest(name)
+        vectors = [vector_of(other) for other in neighbors]
+        similarities = [
+            float(vector_of(name).astype(np.float32) @ vector.astype(np.float32)) for vector in vectors
+        ]
         rows.append(
             {
                 schema.IMAGE_ID: id_of(name),
-                schema.NEIGHBOR_IDS: [id_of(other) for other in found],
+                schema.NEIGHBOR_IDS: [id_of(other) for other in neighbors],
                 schema.SIMILARITIES: similarities,
                 schema.NEIGHBOR_EMBEDDINGS: np.concatenate(vectors),
             }
@@ -193,15 +197,15 @@ def _write_manifests(root: Root) -> None:
 def _write_run(root: Root) -> None:
     columns = [style.replace(" ", "_") for style in STYLES]
     for column in columns:
-        found = [
+        neighbors = [
             {"image_id": i, "similarity": 0.5 - 0.1 * i, "url": f"{column}/{i:05d}.jpg", "caption": HOSTILE}
             for i in range(K)
         ]
         for number, prompt in enumerate(PROMPTS):
-            place = f"runs/tiny/sample/{column}/{number:04d}-00"
-            root.write_bytes(f"{place}.png", jpeg(number))
+            path = f"runs/tiny/sample/{column}/{number:04d}-00"
+            root.write_bytes(f"{path}.png", jpeg(number))
             root.write_json(
-                f"{place}.json", {"prompt": prompt, "mode": "text_and_neighbors", "neighbors": found}
+                f"{path}.json", {"prompt": prompt, "mode": "text_and_neighbors", "neighbors": neighbors}
             )
     _stage(root, "runs/tiny/sample", [], {"prompts": list(PROMPTS), "columns": columns})
     trained = {"steps": 20, "images": 80, "loss": 0.5, "seconds_per_step": 0.1}
@@ -217,15 +221,15 @@ def _write_run(root: Root) -> None:
 
 
 def evaluation(columns: list[str]) -> dict[str, Any]:
-    """What `evaluate` says of a run in which retrieval works and nothing else does."""
+    """Output of `evaluate` for a run in which only retrieval changes the style."""
 
-    def figures(accuracy: float) -> dict[str, Any]:
+    def results(accuracy: float) -> dict[str, Any]:
         interval = [accuracy - 0.05, accuracy + 0.05]
-        more = {"logit": 2.0, "clip_score": 0.5, "frechet_distance": 0.3}
-        return {"samples": 70, "accuracy": accuracy, "accuracy_interval": interval, **more}
+        others = {"logit": 2.0, "clip_score": 0.5, "frechet_distance": 0.3}
+        return {"samples": 70, "accuracy": accuracy, "accuracy_interval": interval, **others}
 
     rates = dict(zip(LABELS, (0.9, 0.2, 0.3, 0.1), strict=True))
-    modes = {mode: figures(rate) for mode, rate in rates.items()}
+    modes = {mode: results(rate) for mode, rate in rates.items()}
     return {
         "styles": [{"style": column, "modes": modes} for column in columns],
         "modes": modes,

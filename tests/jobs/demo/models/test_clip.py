@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from jobs.demo.models.autoencoder import train_autoencoder
-from jobs.demo.models.clip import PREPROCESSING, share_found, train_clip
+from jobs.demo.models.clip import PREPROCESSING, recall_at_k, train_clip
 from jobs.demo.models.training import draw_training_scenes
 from jobs.demo.recipe import AutoencoderTraining, ClipTraining
 from jobs.demo.world.scenes import draw, is_held_out, random_scene
@@ -41,13 +41,13 @@ def test_recall_is_a_share_of_the_test_scenes(clip):
 
 
 def test_a_picture_that_ties_or_is_no_number_is_not_found():
-    assert share_found(torch.eye(4), 1) == 1
-    assert share_found(torch.ones(4, 4), 3) == 0
-    assert share_found(torch.ones(4, 4), 4) == 1
-    assert share_found(torch.full((4, 4), math.nan), 3) == 0
+    assert recall_at_k(torch.eye(4), 1) == 1
+    assert recall_at_k(torch.ones(4, 4), 3) == 0
+    assert recall_at_k(torch.ones(4, 4), 4) == 1
+    assert recall_at_k(torch.full((4, 4), math.nan), 3) == 0
     one_lost = torch.eye(4)
     one_lost[2] = math.nan
-    assert share_found(one_lost, 1) == 0.75
+    assert recall_at_k(one_lost, 1) == 0.75
 
 
 def test_the_folder_opens_as_an_encoder_of_texts_and_of_pictures_of_any_size(clip):

@@ -1,4 +1,4 @@
-"""The demo's numbers: right on a right run, and wrong for each single thing that can go wrong."""
+"""The numbers of the demo's report: correct on a correct run, and changed by every kind of defect."""
 
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def set_neighbor(row: dict[str, Any], place: int, name: str) -> None:
     row[schema.NEIGHBOR_EMBEDDINGS][place * DIM : (place + 1) * DIM] = vector_of(name)
 
 
-def test_a_right_run_has_nothing_amiss(demo: Demo) -> None:
+def test_a_correct_run_has_no_defects(demo: Demo) -> None:
     assert unaccounted(demo) == 0
     assert download_urls_without_status(demo.root) == 0
     assert tables(demo).leaks() == 0
@@ -71,7 +71,7 @@ def test_a_row_kept_twice_hides_no_lost_row(demo: Demo) -> None:
     assert unaccounted(demo) == 1
 
 
-def test_metadata_that_was_never_read_is_unaccounted(demo: Demo) -> None:
+def test_unread_metadata_is_unaccounted(demo: Demo) -> None:
     with demo.metadata.writing("part-00009.parquet") as pending:
         pq.write_table(pa.table({"URL": ["http://a/b"] * 7}), pending.path)
     assert unaccounted(demo) == 7
@@ -98,18 +98,18 @@ STATUSES = f"download/train/{SHARD}.parquet"
     ids=[
         "lost",
         "twice",
-        "of another url",
+        "other url",
         "unknown word",
         "stored but not in the tar",
         "failed but in the tar",
     ],
 )
-def test_a_url_without_one_true_status_is_counted(demo: Demo, change: Any, wrong: int) -> None:
+def test_a_url_without_exactly_one_correct_status_is_counted(demo: Demo, change: Any, wrong: int) -> None:
     edit(demo.root, STATUSES, schema.DOWNLOADED, change)
     assert download_urls_without_status(demo.root) == wrong
 
 
-def test_a_shard_that_was_never_downloaded_is_counted_whole(demo: Demo) -> None:
+def test_all_urls_of_a_missing_download_shard_are_counted(demo: Demo) -> None:
     demo.root.delete(STATUSES)
     assert download_urls_without_status(demo.root) == len(TRAIN)
 
@@ -119,10 +119,10 @@ def test_a_wrong_neighbor_lowers_the_recall(demo: Demo) -> None:
     edit(demo.root, TABLE, NEIGHBORS, lambda rows: set_neighbor(rows[1], 1, worst))
     recall = tables(demo).recall()
     assert recall == pytest.approx(1 - 1 / (5 * K))
-    assert type(recall) is float  # a NumPy scalar would make the goals' verdicts unfit for JSON
+    assert type(recall) is float  # a NumPy scalar cannot be written as JSON
 
 
-def test_a_neighbor_listed_twice_is_found_once(demo: Demo) -> None:
+def test_a_neighbor_listed_twice_counts_once(demo: Demo) -> None:
     edit(demo.root, TABLE, NEIGHBORS, lambda rows: set_neighbor(rows[1], 1, nearest("t1")[0]))
     assert tables(demo).recall() == pytest.approx(1 - 1 / (5 * K))
 
@@ -132,7 +132,7 @@ def test_a_training_image_without_neighbors_lowers_the_recall(demo: Demo) -> Non
     assert tables(demo).recall() == pytest.approx(1 - 1 / 5)
 
 
-def test_a_neighbor_with_another_ones_vector_is_not_found(demo: Demo) -> None:
+def test_a_neighbor_with_a_wrong_vector_lowers_the_recall(demo: Demo) -> None:
     def swap(rows: Rows) -> None:
         vectors = rows[2][schema.NEIGHBOR_EMBEDDINGS]
         rows[2][schema.NEIGHBOR_EMBEDDINGS] = vectors[DIM:] + vectors[:DIM]
@@ -154,18 +154,18 @@ def test_a_training_image_among_the_neighbors_is_a_leak(demo: Demo, name: str) -
 
 
 def test_the_bytes_of_a_training_image_under_another_url_are_a_leak(demo: Demo) -> None:
-    theirs = schema.read_table(demo.root, STATUSES, schema.DOWNLOADED)["sha256"][3].as_py()
+    content_hash = schema.read_table(demo.root, STATUSES, schema.DOWNLOADED)["sha256"][3].as_py()
     copy = nearest("t1")[0]
     expected = sum(copy in nearest(name) for name in TRAIN[:5])
 
     def forge(rows: Rows) -> None:
-        next(row for row in rows if row[schema.IMAGE_ID] == id_of(copy))["sha256"] = theirs
+        next(row for row in rows if row[schema.IMAGE_ID] == id_of(copy))["sha256"] = content_hash
 
     edit(demo.root, f"download/database/{SHARD}.parquet", schema.DOWNLOADED, forge)
     assert tables(demo).leaks() == expected > 0
 
 
-def test_a_neighbor_of_which_the_truth_knows_nothing_is_a_leak(demo: Demo) -> None:
+def test_a_neighbor_without_a_known_scene_is_a_leak(demo: Demo) -> None:
     with demo.world.open("truth.parquet") as file:
         truth = pq.read_table(file)
     kept = truth.filter(pc.field("url").isin([url_of(name) for name in TRAIN]))
@@ -174,7 +174,7 @@ def test_a_neighbor_of_which_the_truth_knows_nothing_is_a_leak(demo: Demo) -> No
     assert tables(demo).leaks() == 5 * K
 
 
-def test_recall_counts_a_tie_as_lost() -> None:
+def test_recall_counts_a_tie_as_a_miss() -> None:
     texts = np.eye(4, dtype=np.float32)
     assert recall_at(texts, texts, (1, 3)) == {1: 1.0, 3: 1.0}
     assert recall_at(texts, np.roll(texts, 1, axis=0), (1, 3)) == {1: 0.0, 3: 0.0}
@@ -182,7 +182,7 @@ def test_recall_counts_a_tie_as_lost() -> None:
 
 
 @pytest.mark.parametrize("side", ["texts", "pictures"])
-def test_recall_counts_what_is_not_a_number_as_lost(side: str) -> None:
+def test_recall_counts_nan_as_a_miss(side: str) -> None:
     rows = {"texts": np.eye(4), "pictures": np.eye(4)}
     assert recall_at(**rows, ks=(1,)) == {1: 1.0}
     rows[side][0] = np.nan
@@ -190,24 +190,24 @@ def test_recall_counts_what_is_not_a_number_as_lost(side: str) -> None:
     assert recall_at(np.full((4, 2), np.nan), np.ones((4, 2)), (1, 3)) == {1: 0.0, 3: 0.0}
 
 
-def right_numbers() -> dict[str, Any]:
-    whole = evaluation([])
-    named = {name: value for name, value in whole.items() if name.startswith(("style_", "num_"))}
+def correct_numbers() -> dict[str, Any]:
+    results = evaluation([])
+    style_numbers = {name: value for name, value in results.items() if name.startswith(("style_", "num_"))}
     return {
         "filter_rows_unaccounted": 0,
         "download_urls_without_status": 0,
         "text_recall_at_10": 0.96,
         "neighbor_recall_at_8": 1.0,
         "neighbor_leaks": 0,
-        **named,
-        **interval_ends(whole),
+        **style_numbers,
+        **interval_ends(results),
     }
 
 
-def test_right_numbers_meet_every_goal() -> None:
-    found = goals(right_numbers())
-    assert all(goal.met for goal in found)
-    assert "MISSED" not in goal_lines(found)
+def test_correct_numbers_meet_every_goal() -> None:
+    demo_goals = goals(correct_numbers())
+    assert all(goal.met for goal in demo_goals)
+    assert "MISSED" not in goal_lines(demo_goals)
 
 
 @pytest.mark.parametrize(
@@ -229,12 +229,12 @@ def test_right_numbers_meet_every_goal() -> None:
     ],
 )
 def test_one_wrong_number_misses_a_goal(name: str, value: float) -> None:
-    found = goals(right_numbers() | {name: value})
-    assert sum(not goal.met for goal in found) == 1
-    assert "MISSED" in goal_lines(found)
+    demo_goals = goals(correct_numbers() | {name: value})
+    assert sum(not goal.met for goal in demo_goals) == 1
+    assert "MISSED" in goal_lines(demo_goals)
 
 
-def test_seconds_are_those_of_the_work_rather_than_of_the_last_rerun(demo: Demo) -> None:
+def test_a_rerun_that_skips_steps_does_not_change_their_seconds(demo: Demo) -> None:
     assert seconds(demo)["filter"] == 1.5
     assert seconds(demo)["train"] == 1.5
     demo.root.write_json("seconds.json", {"another": 1, "filter": 9.5, "world": 70})

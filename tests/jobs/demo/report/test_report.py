@@ -1,14 +1,18 @@
-"""The report: one page that holds what it shows, escapes what it quotes, and says when a goal is missed."""
+"""The report: one page with embedded pictures and escaped text that lists missed goals."""
 
 import json
 from html.parser import HTMLParser
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from jobs.demo.report.funnel import statuses, steps
 from jobs.demo.report.numbers import Demo
-from jobs.demo.report.report import Outcome, write_report_of
-from jobs.demo.report.report_pictures import image_sheets, prompt_sheets
+from jobs.demo.report.report import WrittenReport, write_demo_report
+from jobs.demo.report.report_pictures import samples, training_images
+from retrieval.clip.encoder import Encoder
 from tests.jobs.demo.demo_run import DATABASE, HOSTILE, PROMPTS, STYLES, K, write_demo
 from tests.trainer.tiny_run import write_clip
 
@@ -28,8 +32,8 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         self.text += data
 
-    def all(self, wanted: str) -> list[dict[str, str | None]]:
-        return [attributes for tag, attributes in self.tags if tag == wanted]
+    def all(self, name: str) -> list[dict[str, str | None]]:
+        return [attributes for tag, attributes in self.tags if tag == name]
 
 
 @pytest.fixture(scope="module")
@@ -39,28 +43,40 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
 
 
 @pytest.fixture(scope="module")
-def outcome(demo: Demo) -> Outcome:
-    return write_report_of(demo)
+def report(demo: Demo) -> WrittenReport:
+    return write_demo_report(demo)
 
 
 @pytest.fixture(scope="module")
-def page(outcome: Outcome) -> Page:
-    return Page(outcome.path.read_text())
+def page(report: WrittenReport) -> Page:
+    return Page(report.path.read_text())
 
 
-def test_the_numbers_stand_flat_under_their_names(demo: Demo, outcome: Outcome) -> None:
-    numbers = json.loads((outcome.path.parent / "report.json").read_text())
+def test_the_json_has_every_number_under_its_name(demo: Demo, report: WrittenReport) -> None:
+    numbers = json.loads((report.path.parent / "report.json").read_text())
     assert numbers["filter_rows_unaccounted"] == 0
     assert numbers["download_urls_without_status"] == 0
     assert numbers["neighbor_leaks"] == 0
-    assert 0 <= numbers["text_recall_at_10"] <= 1
+    for k in (1, 5, 10):
+        assert numbers[f"text_recall_at_{k}"] == pytest.approx(sorted_recall(demo, k))
     assert numbers["style_accuracy_retrieval"] == 0.9
     assert numbers["seconds"]["train"] == 1.5
-    flat = [name for name, value in numbers.items() if isinstance(value, dict | list)]
-    assert sorted(flat) == ["goals", "seconds"]
+    nested = [name for name, value in numbers.items() if isinstance(value, dict | list)]
+    assert sorted(nested) == ["goals", "seconds"]
 
 
-def test_the_page_asks_nothing_of_the_network(page: Page) -> None:
+def sorted_recall(demo: Demo, k: int) -> float:
+    """Text-to-image recall on the held-out pictures, by sorting the similarities of each caption."""
+    with demo.world.open("held_out.parquet") as file:
+        gallery = pq.read_table(file).to_pydict()
+    encoder = Encoder(demo.clip)
+    folder = demo.world.local_path("")
+    images = encoder.encode_images([Image.open(folder / path).convert("RGB") for path in gallery["path"]])
+    best = np.argsort(-encoder.encode_texts(gallery["caption"]) @ images.T, axis=1)[:, :k]
+    return float(np.mean([row in best[row] for row in range(len(best))]))
+
+
+def test_the_page_loads_nothing_from_the_network(page: Page) -> None:
     assert not [tag for tag in ("script", "link", "iframe", "object", "base") if page.all(tag)]
     assert all((image["src"] or "").startswith("data:image/jpeg;base64,") for image in page.all("img"))
     assert all((link["href"] or "").startswith("#") for link in page.all("a"))
@@ -68,44 +84,44 @@ def test_the_page_asks_nothing_of_the_network(page: Page) -> None:
     assert "@import" not in page.text
 
 
-def test_hostile_captions_are_shown_as_the_text_they_are(outcome: Outcome, page: Page) -> None:
-    assert "<script" not in outcome.path.read_text()
+def test_html_in_captions_is_escaped(report: WrittenReport, page: Page) -> None:
+    assert "<script" not in report.path.read_text()
     assert not any("onerror" in attributes for _, attributes in page.tags)
     assert any(image["alt"] == HOSTILE for image in page.all("img"))
 
 
-def test_every_picture_has_words(page: Page) -> None:
+def test_every_picture_has_an_alternative_text(page: Page) -> None:
     images = page.all("img")
     assert len(images) == len(PROMPTS) * len(STYLES) + len(PROMPTS) * (1 + K) + 4 * (1 + K)
     assert all(image["alt"] for image in images)
 
 
-def test_the_page_names_styles_prompts_and_reasons(page: Page) -> None:
+def test_the_page_lists_styles_prompts_and_reasons(page: Page) -> None:
     for words in (*STYLES, *PROMPTS, "not_found", "bad_url"):
         assert words in page.text
 
 
-def test_the_prompt_stands_among_the_neighbors_only_if_the_network_got_it(demo: Demo, page: Page) -> None:
+def test_the_prompt_is_shown_among_the_neighbors_only_if_it_is_in_the_context(demo: Demo, page: Page) -> None:
     assert page.text.count("the prompt itself") == len(PROMPTS)
-    place = "runs/tiny/sample/deep_red/0000-00.json"
-    before = demo.root.read_json(place)
-    demo.root.write_json(place, before | {"mode": "neighbors"})
-    assert not prompt_sheets(demo, 1)[0].told
-    demo.root.write_json(place, before)
-    assert prompt_sheets(demo, 1)[0].told
+    path = "runs/tiny/sample/deep_red/0000-00.json"
+    before = demo.root.read_json(path)
+    demo.root.write_json(path, before | {"mode": "neighbors"})
+    assert not samples(demo, 1)[0].prompt_in_context
+    demo.root.write_json(path, before)
+    assert samples(demo, 1)[0].prompt_in_context
 
 
-def test_a_missed_goal_is_told_on_the_page_and_to_the_caller(demo: Demo, outcome: Outcome) -> None:
-    place = "runs/tiny/evaluate/evaluation.json"
-    before = demo.root.read_json(place)
-    demo.root.write_json(place, before | {"style_accuracy_retrieval": 0.3})
-    missed = write_report_of(demo)
-    demo.root.write_json(place, before)
-    assert not missed.met
+def test_a_missed_goal_is_on_the_page_and_in_the_result(demo: Demo, report: WrittenReport) -> None:
+    path = "runs/tiny/evaluate/evaluation.json"
+    before = demo.root.read_json(path)
+    demo.root.write_json(path, before | {"style_accuracy_retrieval": 0.3})
+    missed = write_demo_report(demo)
+    demo.root.write_json(path, before)
+    assert not missed.all_met
     assert {goal.name for goal in missed.goals if not goal.met} - {
-        goal.name for goal in outcome.goals if not goal.met
+        goal.name for goal in report.goals if not goal.met
     } == {"style_accuracy_retrieval"}
-    marks = [one for one in Page(missed.path.read_text()).all("span") if one.get("aria-label") == "missed"]
+    marks = [span for span in Page(missed.path.read_text()).all("span") if span.get("aria-label") == "missed"]
     assert len(marks) == sum(not goal.met for goal in missed.goals)
 
 
@@ -115,16 +131,16 @@ def test_the_funnel_counts_the_rows_of_the_tables(demo: Demo) -> None:
     assert (downloaded.train, downloaded.database, downloaded.reasons) == (5, 5, (("not_found", 1),))
     assert (embedded.train, embedded.database, embedded.lost) == (5, 5, 0)
     assert (joined.train, joined.database) == (5, len(DATABASE))
-    assert [(one.word, one.train, one.database) for one in statuses(demo.root)] == [
+    assert [(status.word, status.train, status.database) for status in statuses(demo.root)] == [
         ("stored", 5, 5),
         ("not_found", 1, 0),
     ]
 
 
-def test_a_sheet_shows_the_neighbors_of_the_table_in_their_order(demo: Demo) -> None:
-    for sheet in image_sheets(demo, 5):
-        similarities = [one.similarity for one in sheet.neighbors]
+def test_training_images_have_the_neighbors_of_the_table_in_its_order(demo: Demo) -> None:
+    for example in training_images(demo, 5):
+        similarities = [neighbor.similarity for neighbor in example.neighbors]
         assert len(similarities) == K
         assert similarities == sorted(similarities, reverse=True)
-        assert all("/d" in one.url for one in sheet.neighbors)
-        assert "/t" in sheet.picture.url
+        assert all("/d" in neighbor.url for neighbor in example.neighbors)
+        assert "/t" in example.picture.url

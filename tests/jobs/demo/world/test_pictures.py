@@ -9,7 +9,8 @@ from PIL import Image, ImageOps
 
 from jobs.demo.world.content import Content, Scene
 from jobs.demo.world.pictures import Drawing, write_picture
-from jobs.demo.world.scenes import STYLES, draw
+from jobs.demo.world.scenes import draw
+from jobs.demo.world.styles import STYLES
 
 ODD_SCENE = Scene(Content("star", "red", "sea", 1, ""), STYLES[0], 7)
 

@@ -24,7 +24,8 @@ from jobs.demo.recipe import WorldConfig
 from jobs.demo.server.server import REPOSITORY, WorldServer
 from jobs.demo.world.bad_rows import KINDS
 from jobs.demo.world.content import Content
-from jobs.demo.world.scenes import STYLES, draw, is_held_out
+from jobs.demo.world.scenes import draw, is_held_out
+from jobs.demo.world.styles import STYLES
 from jobs.demo.world.world import plan_held_out, plan_rows, plan_styles, write_world
 from retrieval.errors import UserError
 
