@@ -1,9 +1,9 @@
 """embed: the CLIP vector of every downloaded image.
 
 Reads `download/{train,database}/<shard>.{tar,parquet}`; writes `embed/{train,database}/<shard>.parquet`
-(schema.embeddings: id, what to show, float16 unit vector), rows in the order of the download. Database
-images that are copies of a training image (`near_copies.py`) are dropped here, since only now both are known.
-With `[embed.patches]` a row of the database is a part of a picture (`patches.py`).
+(schema.embeddings: id, metadata, float16 unit vector), rows in the order of the download. Database images
+that are copies of a training image (`near_copies.py`) are dropped here, after all downloads are finished.
+With `[embed.patches]` a database row is a patch of a picture (`patches.py`).
 """
 
 import io
@@ -22,11 +22,11 @@ import pyarrow as pa
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from pipeline.pictures.near_copies import grouped, make_copies, without_copies
-from pipeline.pictures.patches import MAX_PIXELS, draw_boxes, patch_pictures, patch_rows, quotas
+from pipeline.pictures.near_copies import ROWS_PER_GROUP, copies_work, drop_copies
+from pipeline.pictures.patches import MAX_PIXELS, draw_boxes, patch_pictures, patch_quotas, patch_rows
 from pipeline.recipe import EmbedConfig
 from pipeline.runtime.runner import Work, Workers, run_shards
-from pipeline.runtime.stage import Stage
+from pipeline.runtime.stage import Stage, group_shards
 from retrieval.clip.encoder import Encoder
 from retrieval.errors import UserError
 from retrieval.recipe import ClipConfig
@@ -40,13 +40,13 @@ REMOVE = "Remove it and run 'make download' again."
 
 
 @dataclass(frozen=True)
-class Selected:
-    """What becomes of the database shards."""
+class DatabaseSelection:
+    """Which pictures and patches of the database shards are embedded."""
 
     copies: dict[str, str]
-    """Names under which the copies among a shard's images are written."""
+    """By shard, the name of the file that lists the copies among its images."""
     patches: dict[str, int]
-    """How many patches a shard gives at most; none where pictures are whole."""
+    """By shard, the most patches that it gives; empty if whole pictures are embedded."""
 
 
 def run(config: EmbedConfig, clip: ClipConfig, root: Root) -> Manifest:
@@ -54,54 +54,54 @@ def run(config: EmbedConfig, clip: ClipConfig, root: Root) -> Manifest:
     started = time.time()
     upstream = read_manifest(root, "download")
     encoder = Encoder(clip).identity
-    made_from = {"download": upstream.identity, "clip": encoder.digest}
-    stage = Stage(root, "embed", SCHEMA_VERSION, config, made_from)
+    inputs = {"download": upstream.identity, "clip": encoder.digest}
+    stage = Stage(root, "embed", SCHEMA_VERSION, config, inputs)
     if manifest := stage.finished():
         return manifest
     stage.begin()
     copies = _find_copies(stage, config, upstream)
     workers = Workers.from_config(config, num_gpus=config.gpus_per_worker)
-    selected = Selected(copies, quotas(upstream, config.patches))
-    make_work = partial(_make_work, config, clip, root, selected)
+    selection = DatabaseSelection(copies, patch_quotas(upstream, config.patches))
+    make_work = partial(_make_work, config, clip, root, selection)
     records = run_shards(stage, upstream.shard_names(), make_work, workers)
     root.delete("embed/copies")
     return stage.complete(records, {"encoder": encoder.model_dump(mode="json")}, started)
 
 
 def _find_copies(stage: Stage, config: EmbedConfig, download: Manifest) -> dict[str, str]:
-    """Database shards, and the name under which the copies among their images are written."""
+    """Find the copies among the database images; by shard, the name of the file that lists them."""
     train, database = (
-        grouped([record for record in download.shards if record.shard.startswith(split)])
+        group_shards([shard for shard in download.shards if shard.shard.startswith(split)], ROWS_PER_GROUP)
         for split in ("train/", "database/")
     )
     names = [f"{number:05d}" for number in range(len(database))]
-    work = partial(make_copies, stage.root, train, database, config.near_copy_bits)
+    work = partial(copies_work, stage.root, train, database, config.near_copy_bits)
     run_shards(replace(stage, name="embed/copies"), names, work, Workers.from_config(config))
     return {shard: name for name, group in zip(names, database, strict=True) for shard in group}
 
 
-def _make_work(config: EmbedConfig, clip: ClipConfig, root: Root, selected: Selected) -> Work:
+def _make_work(config: EmbedConfig, clip: ClipConfig, root: Root, selection: DatabaseSelection) -> Work:
     torch.set_num_threads(1 if config.gpus_per_worker else max(1, torch.get_num_threads()))
     encoder = Encoder(clip, "cuda" if config.gpus_per_worker else "cpu")
-    return partial(_embed_shard, config, encoder, root, selected)
+    return partial(_embed_shard, config, encoder, root, selection)
 
 
 def _embed_shard(
-    config: EmbedConfig, encoder: Encoder, root: Root, selected: Selected, shard: str
+    config: EmbedConfig, encoder: Encoder, root: Root, selection: DatabaseSelection, shard: str
 ) -> ShardRecord:
     stored = _downloaded(root, shard)
     reasons: dict[str, int] = {}
-    if shard in selected.copies:
-        stored, reasons = without_copies(root, selected.copies[shard], stored)
+    if shard in selection.copies:
+        stored, reasons = drop_copies(root, selection.copies[shard], stored)
     keys = {f"{image_id & (1 << 64) - 1:016x}" for image_id in stored[schema.IMAGE_ID].to_pylist()}
     with root.local(f"download/{shard}.tar") as path:
-        pictures = _members(path.as_posix(), keys)
-        if shard in selected.patches:
-            boxes = draw_boxes(stored, selected.patches[shard], config.patches)
+        pictures = _read_pictures(path.as_posix(), keys)
+        if shard in selection.patches:
+            boxes = draw_boxes(stored, selection.patches[shard], config.patches)
             stored = patch_rows(stored, boxes)
             pictures = patch_pictures(pictures, boxes, config.patches.edge, config.decode_threads)
-        found, vectors = embed_images(pictures, encoder, config)
-    readable = np.isin(stored[schema.IMAGE_ID].to_numpy(), found)
+        ids, vectors = embed_images(pictures, encoder, config)
+    readable = np.isin(stored[schema.IMAGE_ID].to_numpy(), ids)
     reasons[Reason.UNREADABLE] = int((~readable).sum())
     table = with_vectors(stored.filter(pa.array(readable)), vectors)
     name = f"embed/{shard}.parquet"
@@ -112,10 +112,10 @@ def _embed_shard(
 def embed_images(
     pictures: Iterator[tuple[int, bytes]], encoder: Encoder, config: EmbedConfig
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Ids (n,) and unit vectors (n, dim) of the pictures that can be decoded, in their order."""
+    """Ids (n,) and unit vectors (n, dim) of the pictures that can be decoded. pictures: ids and bytes."""
     ids: list[int] = []
     vectors = [np.empty((0, encoder.identity.dim), np.float32)]
-    for batch in _decoded(pictures, encoder, config):
+    for batch in _decoded_batches(pictures, encoder, config):
         good = [(image_id, tensor) for image_id, tensor in batch if tensor is not None]
         if good:
             ids += [image_id for image_id, _ in good]
@@ -123,10 +123,10 @@ def embed_images(
     return np.asarray(ids, np.int64), np.concatenate(vectors)
 
 
-def _decoded(
+def _decoded_batches(
     pictures: Iterator[tuple[int, bytes]], encoder: Encoder, config: EmbedConfig
 ) -> Iterator[list[tuple[int, torch.Tensor | None]]]:
-    """Batches for the encoder; while it works on one, the threads decode the next."""
+    """Batches for the encoder; threads decode the next batch while the encoder processes one."""
     ahead: deque[list[tuple[int, Future[torch.Tensor | None]]]] = deque()
     with ThreadPoolExecutor(config.decode_threads) as pool:
         while chunk := list(islice(pictures, config.batch_size)):
@@ -138,13 +138,15 @@ def _decoded(
 
 
 def with_vectors(rows: pa.Table, vectors: npt.NDArray[np.float32]) -> pa.Table:
-    """Rows with the columns of schema.METADATA, perhaps DETAILS, and their (n, dim) vectors as float16."""
-    wanted = schema.embeddings(vectors.shape[1])
+    """Rows of schema.METADATA, with or without DETAILS, and a column of their (n, dim) float16 vectors."""
+    columns = schema.embeddings(vectors.shape[1])
     if schema.BOX in rows.column_names:
-        wanted = pa.schema([*wanted, *schema.DETAILS])
-    coded = schema.fixed_lists(vectors.astype(np.float16))
-    columns = [coded if name == schema.EMBEDDING else rows[name].combine_chunks() for name in wanted.names]
-    return pa.Table.from_arrays(columns, schema=wanted)
+        columns = pa.schema([*columns, *schema.DETAILS])
+    embedding = schema.fixed_lists(vectors.astype(np.float16))
+    arrays = [
+        embedding if name == schema.EMBEDDING else rows[name].combine_chunks() for name in columns.names
+    ]
+    return pa.Table.from_arrays(arrays, schema=columns)
 
 
 def _decode(encoder: Encoder, data: bytes) -> torch.Tensor | None:
@@ -157,7 +159,7 @@ def _decode(encoder: Encoder, data: bytes) -> torch.Tensor | None:
         return None
 
 
-def _members(path: str, keys: set[str]) -> Iterator[tuple[int, bytes]]:
+def _read_pictures(path: str, keys: set[str]) -> Iterator[tuple[int, bytes]]:
     missing = set(keys)
     try:
         with tarfile.open(path) as tar:
@@ -169,7 +171,7 @@ def _members(path: str, keys: set[str]) -> Iterator[tuple[int, bytes]]:
                     yield image_id - (1 << 64) if image_id >> 63 else image_id, file.read()
     except tarfile.TarError as error:
         raise UserError(f"{path} is not a readable tar ({error}). {REMOVE}") from error
-    # tarfile takes a damaged header for the end of the file.
+    # tarfile treats a damaged header as the end of the file.
     if missing:
         raise UserError(f"{path} holds {len(keys) - len(missing)} of its {len(keys)} pictures. {REMOVE}")
 

@@ -111,3 +111,16 @@ def map_in_threads(function: Callable[[Item], Result], items: Sequence[Item]) ->
     """The results of `function` for each item, in order, from many threads. Raises its first exception."""
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(function, items))
+
+
+def group_shards(shards: Sequence[ShardRecord], max_rows: int) -> list[list[str]]:
+    """Group the names of consecutive shards: at most max_rows rows in a group, or a single shard."""
+    groups: list[list[str]] = []
+    rows = 0
+    for record in shards:
+        if not groups or rows + record.rows > max_rows:
+            groups.append([])
+            rows = 0
+        groups[-1].append(record.shard)
+        rows += record.rows
+    return groups
