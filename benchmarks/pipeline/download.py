@@ -1,7 +1,7 @@
-"""`make bench-download`: our download beside img2dataset's own, on one local server, in turns.
+"""`make bench-download`: compares our download with img2dataset's on a local server.
 
-Draws JPEGs from a seed and serves them from a process of its own. Each side downloads the same shards with
-the same threads in one process and in two; the sides take turns, and a ratio is taken within a round.
+Draws JPEGs from a seed and serves them from a separate process. Each side downloads the same shards with the
+same number of threads, in one process and in two; the sides alternate, and ratios are taken within a round.
 Writes `docs/download.json` and `docs/download.md`.
 """
 
@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import pyarrow as pa
 
 from benchmarks.common.report import DOCS, REPOSITORY, SCRATCH, markdown_table, write_report
 from benchmarks.pipeline.downloader import EDGE, QUALITY, RETRIES, THREADS
-from benchmarks.pipeline.static_server import serving
+from benchmarks.pipeline.static_server import serve_folder
 from benchmarks.training.training_data import PICTURES, picture
 from jobs.reporting.hardware import hardware
 from retrieval.storage.root import Root
@@ -32,23 +33,24 @@ PROCESSES = (1, 2)
 
 INTRO = """Written by `make bench-download`; the numbers are in `download.json`.
 
-**Machine:** {hardware}; the server, in a process of its own, has its share of it.
+**Machine:** {hardware}; the server runs on it too, in a separate process.
 
 **Data:** {images:,} URLs in {shards} shards of {rows}, {pictures} distinct JPEGs of {least:.0f} to
 {most:.0f} kB ({mean:.0f} kB on average) with shorter edges of {edge} to {twice} px, on loopback and
 from memory.
 
-**Method:** a worker process of ours (the stage without Ray: bodies checked, rows in order, files published
-atomically with their checksums) beside one of img2dataset {version} itself (its `Downloader` with its own
-fetching). Both: {threads} threads, {retries} retries, SHA-256, captions, WebDataset, JPEG quality {quality},
-no EXIF. `train` keeps pictures as they came (img2dataset: `resize_mode=no`, `skip_reencode`), `database`
-cuts them to {size} px (`keep_ratio`). One shard warms each process up; {rounds} rounds in turns, medians. The
-ratio is ours over theirs within a round."""
+**Method:** ours is a worker process of the stage without Ray; it checks bodies, keeps the order of rows and
+publishes files atomically with checksums. img2dataset is version {version}: its `Downloader`, `Resizer` and
+`WebDatasetSampleWriter`. Both: {threads} threads, {retries} retries, SHA-256, captions, WebDataset, JPEG
+quality {quality}, no EXIF. `train` keeps the bytes of pictures (img2dataset: `resize_mode=no`,
+`skip_reencode`); `database` reduces them to {size} px (`keep_ratio`). One shard warms up each process. Values
+are
+medians of {rounds} rounds with alternating sides. The ratio is ours to img2dataset's within a round."""
 
 
 @dataclass(frozen=True)
 class Extent:
-    """How much is downloaded. rows: of each shard; shards: those measured, one more warms up."""
+    """Size of the benchmark. shards: measured ones, without warm-up; rows: in a shard; edge: in pixels."""
 
     shards: int
     rows: int
@@ -60,65 +62,61 @@ TINY = Extent(shards=2, rows=12, edge=40)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Make the pictures, measure, write."""
+    """Draw the pictures, measure both sides, write the report."""
     options = _options(argv)
     extent, rounds = (TINY, 1) if options.tiny else (FULL, options.rounds)
     folder = options.scratch / "download"
-    sizes = _draw(folder / "pictures", extent)
-    with serving(folder / "pictures") as address:
+    sizes_kb = _draw_pictures(folder / "pictures", extent)
+    with serve_folder(folder / "pictures") as address:
         _write_rows(folder, address, extent)
         cases = [_case(folder, extent, rounds, case) for case in options.cases]
     result = {
         "hardware": hardware(),
         "extent": vars(extent),
         "rounds": rounds,
-        "kilobytes": [min(sizes), statistics.fmean(sizes), max(sizes)],
-        "version": _version(),
+        "kilobytes": [min(sizes_kb), statistics.fmean(sizes_kb), max(sizes_kb)],
+        "version": version("img2dataset"),
         "cases": cases,
     }
     write_report(options.scratch if options.tiny else options.docs, "download", result, page(result))
 
 
 def measure(side: str, split: str, processes: int, folder: Path, extent: Extent) -> dict[str, float]:
-    """Images a second of all processes together, CPU milliseconds an image, most memory of a process."""
+    """Images/s of all processes together, CPU time an image in ms, and peak memory of a process in MB."""
     names = [f"{number:05d}" for number in range(extent.shards + processes)]
     with ExitStack() as stack:
         workers = []
         for first in range(processes):
-            mine = [names[extent.shards + first], *names[first : extent.shards : processes]]
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.pipeline.downloader",
-                side,
-                split,
-                str(folder),
-                ",".join(mine),
-            ]
+            shards = [names[extent.shards + first], *names[first : extent.shards : processes]]
+            arguments = [side, split, str(folder), ",".join(shards)]
             worker = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY
+                [sys.executable, "-m", "benchmarks.pipeline.downloader", *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=REPOSITORY,
             )
             workers.append(stack.enter_context(worker))
         for worker in workers:
-            _heard(worker)
-        began = time.perf_counter()
+            _read_line(worker)  # warmed up
+        started = time.perf_counter()
         for worker in workers:
             assert worker.stdin is not None
             worker.stdin.write("\n")
             worker.stdin.flush()
-        told = [_heard(worker) for worker in workers]
-        seconds = time.perf_counter() - began
-    stored = sum(one["stored"] for one in told)
+        results = [_read_line(worker) for worker in workers]
+        seconds = time.perf_counter() - started
+    stored = sum(result["stored"] for result in results)
     assert stored == extent.shards * extent.rows, f"{side} stored {stored} images"
     return {
         "images_per_s": stored / seconds,
-        "cpu_ms": 1000 * sum(one["cpu_s"] for one in told) / stored,
-        "peak_mb": max(one["peak_mb"] for one in told),
+        "cpu_ms": 1000 * sum(result["cpu_s"] for result in results) / stored,
+        "peak_mb": max(result["peak_mb"] for result in results),
     }
 
 
 def page(result: dict[str, Any]) -> str:
-    """The page as Markdown."""
+    """The report as Markdown."""
     extent, (least, mean, most) = Extent(**result["extent"]), result["kilobytes"]
     intro = INTRO.format(
         **vars(extent) | {"images": extent.shards * extent.rows, "twice": 2 * extent.edge},
@@ -138,29 +136,29 @@ def page(result: dict[str, Any]) -> str:
                 *(f"{side['peak_mb']:,.0f}" for side in (ours, theirs)),
             ]
         )
-    heads = ["", "ours, images/s:", "img2dataset:", "ratio (range):"]
-    heads += ["ours, CPU ms an image:", "img2dataset:", "ours, peak MB a process:", "img2dataset:"]
-    return "\n\n".join(["# Download beside img2dataset", intro, markdown_table(heads, rows)]) + "\n"
+    headers = ["", "ours, images/s:", "img2dataset:", "ratio (range):"]
+    headers += ["ours, CPU ms an image:", "img2dataset:", "ours, peak MB a process:", "img2dataset:"]
+    return "\n\n".join(["# Download compared with img2dataset", intro, markdown_table(headers, rows)]) + "\n"
 
 
 def _case(folder: Path, extent: Extent, rounds: int, case: tuple[str, int]) -> dict[str, Any]:
     split, processes = case
-    timed: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    results: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for number in range(rounds):
         for side in SIDES if number % 2 else reversed(SIDES):
-            timed[side].append(measure(side, split, processes, folder, extent))
-    rates = {side: [one["images_per_s"] for one in timed[side]] for side in SIDES}
-    ratios = [mine / other for mine, other in zip(rates["ours"], rates["theirs"], strict=True)]
+            results[side].append(measure(side, split, processes, folder, extent))
+    rates = {side: [result["images_per_s"] for result in results[side]] for side in SIDES}
+    ratios = [ours / theirs for ours, theirs in zip(rates["ours"], rates["theirs"], strict=True)]
     medians = {
-        side: {name: statistics.median(one[name] for one in found) for name in found[0]}
-        for side, found in timed.items()
+        side: {name: statistics.median(result[name] for result in rounds_) for name in rounds_[0]}
+        for side, rounds_ in results.items()
     }
     summary = {"split": split, "processes": processes, "ratio": statistics.median(ratios), "ratios": ratios}
     return summary | medians
 
 
-def _draw(folder: Path, extent: Extent) -> list[float]:
-    """The distinct pictures; their sizes in kB."""
+def _draw_pictures(folder: Path, extent: Extent) -> list[float]:
+    """Write the distinct pictures. Returns their sizes in kB."""
     folder.mkdir(parents=True, exist_ok=True)
     bodies = [picture(number, extent.edge) for number in range(PICTURES)]
     for number, body in enumerate(bodies):
@@ -169,7 +167,7 @@ def _draw(folder: Path, extent: Extent) -> list[float]:
 
 
 def _write_rows(folder: Path, address: str, extent: Extent) -> None:
-    """The same rows for both: as filter leaves them, and as img2dataset's reader does."""
+    """Write the same rows for both sides: the output of filter, and that of img2dataset's reader."""
     root = Root(folder)
     (folder / "feather").mkdir(exist_ok=True)
     (folder / "rows").write_text(str(extent.rows))
@@ -186,12 +184,12 @@ def _write_rows(folder: Path, address: str, extent: Extent) -> None:
         table = pa.table(arrays, schema=SELECTED)
         for split in SPLITS:
             write_table(root, f"filter/{split}/{shard:05d}.parquet", table, SELECTED)
-        given = table.select(["url", "caption"])
-        with pa.ipc.new_file(str(folder / "feather" / f"{shard:05d}.feather"), given.schema) as writer:
-            writer.write_table(given)
+        columns_read = table.select(["url", "caption"])
+        with pa.ipc.new_file(str(folder / "feather" / f"{shard:05d}.feather"), columns_read.schema) as writer:
+            writer.write_table(columns_read)
 
 
-def _heard(worker: "subprocess.Popen[str]") -> dict[str, float]:
+def _read_line(worker: "subprocess.Popen[str]") -> dict[str, float]:
     assert worker.stdout is not None
     line = worker.stdout.readline()
     if not line:
@@ -199,21 +197,15 @@ def _heard(worker: "subprocess.Popen[str]") -> dict[str, float]:
     return dict(json.loads(line))
 
 
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("img2dataset")
-
-
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pipeline.download", description=__doc__)
-    parser.add_argument("--scratch", type=Path, default=SCRATCH, help="where data go")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="where the page goes")
+    parser.add_argument("--scratch", type=Path, default=SCRATCH, help="folder for data")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder for the report")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tiny", action="store_true", help="a look at the machinery; writes to the scratch")
+    parser.add_argument("--tiny", action="store_true", help="a short check of the code; writes to --scratch")
     options = parser.parse_args(argv)
-    every = [(split, processes) for split in SPLITS for processes in PROCESSES]
-    options.cases = every[2:3] if options.tiny else every
+    cases = [(split, processes) for split in SPLITS for processes in PROCESSES]
+    options.cases = cases[2:3] if options.tiny else cases
     return options
 
 

@@ -1,9 +1,9 @@
-"""One worker process of `benchmarks.pipeline.download`: our download of shards, or img2dataset's own.
+"""A worker process of `benchmarks.pipeline.download`: downloads shards with our code or with img2dataset's.
 
-Started with a side, a split, a folder and shards; downloads the first of them to warm up, says so, waits for
-a line, downloads the others and tells how it went, with the most memory that it ever had. Both sides have
-the same threads, retries, sizes and quality, both keep the bytes of pictures that keep their size, and both
-take a SHA-256. Ours checks, orders and publishes its files as in a run.
+Arguments: side, split, folder, shards. Downloads the first shard to warm up, writes a line, waits for a line,
+downloads the other shards, and writes a line of JSON with time and peak memory. Both sides use the same
+threads, retries, sizes and quality, keep the bytes of pictures that keep their size, and compute a SHA-256.
+Ours checks, orders and publishes its files as in a run.
 """
 
 import json
@@ -20,11 +20,11 @@ EDGE = 224
 QUALITY = 95
 
 Download = Callable[[str], int]
-"""Downloads a shard by name and gives the number of images stored."""
+"""Downloads a shard by name. Returns the number of stored images."""
 
 
 def ours(split: str, folder: Path) -> Download:
-    """The work of the stage `download`, without Ray around it."""
+    """The stage `download` without Ray."""
     from pipeline.download.download import make_work
     from pipeline.recipe import DownloadConfig
     from pipeline.web.blocklist import Blocklist
@@ -46,7 +46,7 @@ def ours(split: str, folder: Path) -> Download:
 
 
 def theirs(split: str, folder: Path) -> Download:
-    """img2dataset's Downloader, made as `img2dataset.download` makes it for a worker."""
+    """img2dataset's Downloader with the arguments that `img2dataset.download` passes."""
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
     from img2dataset.downloader import Downloader
     from img2dataset.resizer import Resizer
@@ -66,7 +66,7 @@ def theirs(split: str, folder: Path) -> Download:
     def download(shard: str) -> int:
         feather = folder / "feather" / f"{shard}.feather"
         copy = output / f"{shard}.feather"
-        copy.write_bytes(feather.read_bytes())  # Downloader removes what it was given
+        copy.write_bytes(feather.read_bytes())  # Downloader deletes its input
         rows = int((folder / "rows").read_text())
         worker = Downloader(
             sample_writer_class=WebDatasetSampleWriter,
@@ -94,31 +94,31 @@ def theirs(split: str, folder: Path) -> Download:
 
 
 def main(side: str, split: str, folder: Path, shards: list[str]) -> None:
-    """Warm up, wait, download, tell."""
+    """Warm up, wait, download, report."""
     download = {"ours": ours, "theirs": theirs}[side](split, folder)
     download(shards[0])
-    _say({})
+    _write_line({})
     sys.stdin.readline()
-    wall, cpu = time.perf_counter(), time.process_time()
+    start, cpu_start = time.perf_counter(), time.process_time()
     stored = sum(download(shard) for shard in shards[1:])
-    _say(
+    _write_line(
         {
             "stored": stored,
-            "seconds": time.perf_counter() - wall,
-            "cpu_s": time.process_time() - cpu,
+            "seconds": time.perf_counter() - start,
+            "cpu_s": time.process_time() - cpu_start,
             "peak_mb": _peak_mb(),
         }
     )
 
 
 def _peak_mb() -> float:
-    """The most memory of this program; ru_maxrss would count the parent's from before the exec."""
+    """Peak memory of this program. ru_maxrss would include the parent's memory before exec."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(float(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:"))
 
 
-def _say(facts: dict[str, float]) -> None:
-    sys.stdout.write(f"{json.dumps(facts)}\n")
+def _write_line(values: dict[str, float]) -> None:
+    sys.stdout.write(f"{json.dumps(values)}\n")
     sys.stdout.flush()
 
 

@@ -37,7 +37,7 @@ limits = {{"threads": 1, "memory_limit": "4GB", "temp_directory": {out!r}}}
 database = duckdb.connect(config=limits)
 for split, condition in (("train", "{train}"), ("database", "NOT ({train})")):
     database.execute(f\"\"\"
-        COPY (SELECT {distinct} * FROM read_parquet({files!r}) WHERE {kept} AND {{condition}})
+        COPY (SELECT {distinct} * FROM read_parquet({files!r}) WHERE {keep} AND {{condition}})
                      TO '{out}/{{split}}.parquet' (FORMAT parquet, COMPRESSION zstd)\"\"\")
 usage = resource.getrusage(resource.RUSAGE_SELF)
 print(json.dumps({{"wall_s": time.perf_counter() - start, "cpu_s": usage.ru_utime + usage.ru_stime}}))
@@ -117,9 +117,9 @@ def run_pyarrow(paths: list[Path], scratch: Path) -> dict[str, float]:
     def query() -> None:
         for path in paths:
             table = pq.read_table(path, use_threads=False)
-            kept = pc.and_(pc.less(table["punsafe"], 0.5), pc.is_valid(table["pwatermark"]))
-            kept = pc.and_(kept, pc.greater_equal(pc.min_element_wise(table["WIDTH"], table["HEIGHT"]), 1))
-            table = table.filter(kept)
+            keep = pc.and_(pc.less(table["punsafe"], 0.5), pc.is_valid(table["pwatermark"]))
+            keep = pc.and_(keep, pc.greater_equal(pc.min_element_wise(table["WIDTH"], table["HEIGHT"]), 1))
+            table = table.filter(keep)
             large = pc.greater_equal(pc.min_element_wise(table["WIDTH"], table["HEIGHT"]), 768)
             train = pc.and_(large, pc.less(table["pwatermark"], 0.8))
             for split, mask in (("train", train), ("database", pc.invert(train))):
@@ -135,7 +135,7 @@ def run_duckdb(paths: list[Path], scratch: Path, distinct: bool = False) -> dict
     code = QUERY.format(
         out=str(scratch),
         files=[str(path) for path in paths],
-        kept=KEPT_ROWS,
+        keep=KEPT_ROWS,
         train=TRAINING_ROWS,
         distinct=distinct_clause,
     )

@@ -99,7 +99,7 @@ def write_download(root: Root, shards: int, rows: int) -> None:
         table = _rows(ids, schema.DOWNLOADED)
         file = schema.write_table(root, f"download/{shard}.parquet", table, schema.DOWNLOADED)
         records.append(ShardRecord(shard, rows, (file, pending.record)))
-    write_manifest(root, Manifest("download", 1, "made", {}, {}, tuple(records), {}, 1.0))
+    write_manifest(root, Manifest("download", 1, "generated", {}, {}, tuple(records), {}, 1.0))
 
 
 def _rows(ids: list[int], table_schema: pa.Schema) -> pa.Table:
@@ -130,7 +130,7 @@ def write_embed(root: Root, train: int, database: int, dim: int) -> None:
             records.append(ShardRecord(f"{split}/{number:05d}", size, (file,)))
             first += size
     values = {"encoder": identity}
-    write_manifest(root, Manifest("embed", 1, "made", {}, {}, tuple(records), values, 1.0))
+    write_manifest(root, Manifest("embed", 1, "generated", {}, {}, tuple(records), values, 1.0))
 
 
 class ShardTimes(logging.Handler):

@@ -89,14 +89,14 @@ def measure(recipe: Recipe, each: int, methods: Sequence[SamplingMethod]) -> dic
     config = recipe[EvaluateConfig]
     sampler = Sampler.open(recipe.root, trained_model(recipe), config)
     styles = style_names(config, recipe.root)
-    cells = make_style_groups(config, each, styles, read_prompts(config.prompts_file))
+    groups = make_style_groups(config, each, styles, read_prompts(config.prompts_file))
     classifier, _ = train_style_classifier(config, sampler, styles)
     results = {method.name: MethodResults() for method in methods}
-    asked = [cell for cell in cells if cell.mode == RETRIEVAL]
-    for number, cell in enumerate(tqdm(asked, "styles", unit="style")):
+    with_neighbors = [group for group in groups if group.mode == RETRIEVAL]
+    for number, group in enumerate(tqdm(with_neighbors, "styles", unit="style")):
         # The order rotates, so that no method always follows the same other method.
         for method in (*methods[number % len(methods) :], *methods[: number % len(methods)]):
-            _sample(sampler, classifier, (cell.style, cell.requests), method, results[method.name])
+            _sample(sampler, classifier, (group.style, group.requests), method, results[method.name])
     return {
         "hardware": hardware(),
         "run": f"{trained_model(recipe).folder}",
@@ -113,11 +113,11 @@ def measure(recipe: Recipe, each: int, methods: Sequence[SamplingMethod]) -> dic
 def _sample(
     sampler: Sampler,
     classifier: TrainedClassifier,
-    asked: tuple[str, Sequence[Request]],
+    group: tuple[str, Sequence[Request]],
     method: SamplingMethod,
     results: MethodResults,
 ) -> None:
-    style, requests = asked
+    style, requests = group
     changed = [
         replace(
             request, scheduler=method.scheduler, steps=method.steps, seed=request.seed + method.seed_offset
@@ -135,24 +135,24 @@ def _sample(
 def _row(
     method: SamplingMethod, results: dict[str, MethodResults], reference: SamplingMethod
 ) -> dict[str, Any]:
-    own, base = results[method.name], results[reference.name]
-    distances = 1 - (np.concatenate(own.features) * np.concatenate(base.features)).sum(axis=1)
-    correct = np.concatenate(own.correct)
+    result, base = results[method.name], results[reference.name]
+    distances = 1 - (np.concatenate(result.features) * np.concatenate(base.features)).sum(axis=1)
+    correct = np.concatenate(result.correct)
     return {
         "name": method.name,
         "distance": float(distances.mean()),
         "error": float(1.96 * distances.std(ddof=1) / len(distances) ** 0.5),
         "style_accuracy": float(correct.mean()),
         "interval": list(wilson_interval(int(correct.sum()), len(correct))),
-        "seconds_per_image": sum(own.seconds) / len(correct),
+        "seconds_per_image": sum(result.seconds) / len(correct),
         "times_as_fast": statistics.median(
-            base_s / own_s for own_s, base_s in zip(own.seconds, base.seconds, strict=True)
+            base_s / method_s for method_s, base_s in zip(result.seconds, base.seconds, strict=True)
         ),
     }
 
 
 def page(result: dict[str, Any]) -> str:
-    """The page as Markdown."""
+    """The page as Markdresult."""
     rows = [
         [
             row["name"],

@@ -57,8 +57,8 @@ SECTION = """
 {table}
 
 Overhead over the minimal loop: **{overhead:+.1%}** of its CPU time (median over steps{verdict}), of which
-reading the data is {reading:.1%}. Overhead over the equivalent loop: {beside:+.1%}. After the last step the
-losses of our loop and of the equivalent loop differ by {difference:.1e}.
+reading the data is {reading:.1%}. Overhead over the equivalent loop: {overhead_equivalent:+.1%}. After the
+last step the losses of our loop and of the equivalent loop differ by {difference:.1e}.
 """
 ZERO_STAGES = (0, 1)
 
@@ -175,7 +175,7 @@ def summary(times: StepTimes, config: TrainingRecipe, root: Root) -> dict[str, A
         },
         "overhead": _excess(cpu["ours"], cpu["bare"]),
         "reading": _excess(times.reading[WARM_UP_STEPS:], cpu["bare"]) + 1,
-        "beside": _excess(cpu["ours"], cpu["whole"]),
+        "overhead_equivalent": _excess(cpu["ours"], cpu["whole"]),
         "loss_difference": abs(last.loss - times.losses[last.step - 1]),
     }
 
@@ -199,7 +199,7 @@ def _section(run: dict[str, Any]) -> str:
     ]
     verdict = f"; goal {GOAL:.0%}: {'reached' if run['overhead'] <= GOAL else 'missed'}"
     return SECTION.format(
-        **{name: run[name] for name in ("zero_stage", "overhead", "reading", "beside")},
+        **{name: run[name] for name in ("zero_stage", "overhead", "reading", "overhead_equivalent")},
         verdict="" if run["zero_stage"] else verdict,
         difference=run["loss_difference"],
         table=markdown_table(
@@ -210,7 +210,7 @@ def _section(run: dict[str, Any]) -> str:
 
 def _excess(ours: list[float], theirs: list[float]) -> float:
     """Median over steps of ours / theirs - 1."""
-    return statistics.median(own / other for own, other in zip(ours, theirs, strict=False)) - 1
+    return statistics.median(our_s / their_s for our_s, their_s in zip(ours, theirs, strict=False)) - 1
 
 
 def _recipe(root: Root, steps: int, zero_stage: int) -> TrainingRecipe:

@@ -13,9 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pipeline.download.tars import places
-from pipeline.pictures.picture import prepared
-from pipeline.web.sockets import Refusal
+from pipeline.pictures.picture import PictureError, prepare
+from pipeline.pictures.tars import member_ranges
 from retrieval.database.database import Database
 from retrieval.storage.root import Root
 from trainer.sampling.request import TRAINING_DATABASE
@@ -74,8 +73,11 @@ class Pictures:
         """The picture as a small JPEG, or None if it is missing or cannot be read."""
         tars = self._tars.get(name, TarIndex())
         row = tars.row(image_id)
-        picture = None if row is None else decode_picture(tars.read(row), MAX_PIXELS, THUMBNAIL_EDGE)
-        if not isinstance(picture, Image.Image):
+        if row is None:
+            return None
+        try:
+            picture = decode_picture(tars.read(row), MAX_PIXELS, THUMBNAIL_EDGE)
+        except PictureError:
             return None
         picture.thumbnail((THUMBNAIL_EDGE, THUMBNAIL_EDGE))
         buffer = io.BytesIO()
@@ -88,7 +90,7 @@ def index_tars(paths: Sequence[Path], hidden: npt.NDArray[np.int64]) -> TarIndex
     members = [
         (int(key, 16), number, *position)
         for number, path in enumerate(paths)
-        for key, position in places(path, ".jpg").items()
+        for key, position in member_ranges(path, ".jpg").items()
     ]
     table = np.array(members, np.object_).reshape(-1, 4)
     ids = table[:, 0].astype(np.uint64).view(np.int64)
@@ -97,9 +99,7 @@ def index_tars(paths: Sequence[Path], hidden: npt.NDArray[np.int64]) -> TarIndex
     return TarIndex(paths, ids[order], table[order, 1:].astype(np.int64))
 
 
-def decode_picture(body: bytes, max_pixels: int, edge: int = 0) -> Image.Image | Refusal:
-    """A picture file as upright RGB, or the reason why it cannot be used. edge: as in `prepared`."""
-    picture = prepared(body, max_pixels, edge)
-    if isinstance(picture, Refusal):
-        return picture
+def decode_picture(body: bytes, max_pixels: int, edge: int = 0) -> Image.Image:
+    """A picture file as upright RGB. Raises PictureError if it cannot be used. edge: as in `prepare`."""
+    picture = prepare(body, max_pixels, edge)
     return Image.open(io.BytesIO(picture.data)).convert("RGB")

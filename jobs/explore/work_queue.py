@@ -1,7 +1,7 @@
 """A thread pool with a bounded queue, for work that would block the event loop.
 
-A request to a full queue is rejected at once. A request that waits or runs longer than the timeout fails;
-running work is told through an event and stops at its next check.
+A request to a full queue is rejected at once. A request that waits or runs longer than the timeout fails, and
+an event that its work checks is set, so that running work can stop.
 """
 
 import asyncio
