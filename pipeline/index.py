@@ -18,6 +18,7 @@ from pipeline.runtime.runner import Work, Workers, run_shards
 from pipeline.runtime.stage import Stage, group_shards
 from retrieval.clip.identity import EncoderIdentity
 from retrieval.database.build import (
+    CENTROID_SAMPLE_ROWS,
     manifest_values,
     train_partition_centroids,
     write_centroids,
@@ -37,7 +38,7 @@ ROWS_PER_GROUP = 1_000_000
 """Rows in a shuffle file: some 500 a row group at 1,900 partitions."""
 CALIBRATION = "calibration.json"
 SAMPLE_SHARDS = 64
-"""Most shards that the sample for the centroids is drawn from."""
+"""Most shards that the sample for the centroids is drawn from: they bound the reads."""
 
 
 def run(config: IndexConfig, root: Root) -> Manifest:
@@ -103,7 +104,7 @@ def _train_centroids(
     rows = sum(record.rows for record in shards)
     rng = np.random.default_rng(config.seed)
     chosen = sorted(rng.permutation(len(shards))[:SAMPLE_SHARDS])
-    share = min(1.0, config.centroid_sample_rows / sum(shards[i].rows for i in chosen))
+    share = min(1.0, CENTROID_SAMPLE_ROWS / sum(shards[i].rows for i in chosen))
     parts = []
     for i in chosen:
         name = f"embed/{shards[i].shard}.parquet"

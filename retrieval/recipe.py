@@ -34,8 +34,6 @@ class IndexConfig(WorkersConfig):
     (retrieval.index.inverted_lists)."""
     flat_rows: int = Field(50_000, ge=MIN_LIST_ROWS)
     """Partitions of at most this many rows are searched exhaustively, which takes milliseconds."""
-    centroid_sample_rows: int = Field(1_000_000, ge=1)
-    """Most rows that the partition centroids are trained on; stage `index` samples at most 64 shards."""
     num_queries: int = Field(1_000, ge=1)
     """Rows used as queries to measure recall. A row is not its own neighbor."""
     seed: int = 0

@@ -1,9 +1,9 @@
-"""Builds a database: partitions with an index each, the float16 vectors and what to show.
+"""Writes databases: partitions with an index each, the float16 vectors and the metadata.
 
-A database folder holds `centroids.npy`, `partitions/<number>/{index.faiss, embeddings.npy, metadata.arrow}`
-(with inverted lists also `lists.npy` and `list_centroids.npy`) and, last, `manifest.json`.
-`build_partition` serves the `index` stage, one call a partition; `build_database` does all of it in one
-process, for databases that fit in memory.
+The folder of a database contains `centroids.npy`, `partitions/<number>/{index.faiss, embeddings.npy,
+metadata.arrow}`, with inverted lists also `lists.npy` and `list_centroids.npy`, and `manifest.json`, which is
+written last. The `index` stage calls `write_partition` for each partition; `write_database` writes a database
+that fits in memory in one process.
 """
 
 import io
@@ -12,8 +12,8 @@ import shutil
 import time
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-import autofaiss
 import faiss
 import numpy as np
 import numpy.typing as npt
@@ -23,22 +23,25 @@ from retrieval.clip.identity import EncoderIdentity
 from retrieval.database.calibration import calibrate
 from retrieval.database.database import SCHEMA_VERSION, Database
 from retrieval.errors import UserError
-from retrieval.index import inverted_lists as inverted
-from retrieval.index.hidden import FILE as BLOCKED
-from retrieval.index.kmeans import assign, train_centroids
+from retrieval.index.hidden import HIDDEN_FILE
+from retrieval.index.inverted_lists import InvertedLists, train_inverted_lists
+from retrieval.index.kmeans import nearest_centroids, train_centroids
 from retrieval.index.routing import AnyVectors, Vectors, partition_folder
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, ShardRecord, fingerprint, write_manifest
 from retrieval.storage.root import FileRecord, Root
-from retrieval.storage.temp_folders import scratch_folder
+from retrieval.storage.temp_folders import temporary_folder
+
+CENTROID_SAMPLE_ROWS = 1_000_000
+"""Most rows that the partition centroids are trained on."""
 
 
-def build_partition(root: Root, stage: str, number: int, table: pa.Table, config: IndexConfig) -> ShardRecord:
+def write_partition(root: Root, stage: str, number: int, table: pa.Table, config: IndexConfig) -> ShardRecord:
     """Write one partition. table: rows of schema.embeddings(dim), in any order; may be empty.
 
-    Rows are stored sorted by inverted list, so that what a search ranks and a join multiplies stands
-    together; without lists in an order drawn from (seed, number), because autofaiss trains on the first.
+    Rows are stored sorted by inverted list, so the rows that a search ranks or a join multiplies are
+    adjacent. Without lists their order is drawn from (seed, number), because autofaiss trains on the first.
     """
     order = np.random.default_rng([config.seed, number]).permutation(len(table))
     rows = schema.vectors(table, schema.EMBEDDING)[order]
@@ -47,85 +50,88 @@ def build_partition(root: Root, stage: str, number: int, table: pa.Table, config
     if config.has_lists(len(rows)):
         threads = faiss.omp_get_max_threads()
         faiss.omp_set_num_threads(config.cores_per_partition)
-        made = inverted.train(rows, config.seed)
+        lists = train_inverted_lists(rows, config.seed)
         faiss.omp_set_num_threads(threads)
-        rows, order = rows[made.order], order[made.order]
-        files += _write_lists(root, folder, made)
+        rows, order = rows[lists.order], order[lists.order]
+        files += _write_lists(root, folder, lists)
     elif len(rows):
         files.append(_write_index(root, f"{folder}/index.faiss", rows.astype(np.float32), config))
     files.append(_write_vectors(root, f"{folder}/embeddings.npy", rows))
-    shown = table.drop_columns([schema.EMBEDDING]).take(pa.array(order))
-    files.append(_write_arrow(root, f"{folder}/metadata.arrow", shown))
+    metadata = table.drop_columns([schema.EMBEDDING]).take(pa.array(order))
+    files.append(_write_arrow(root, f"{folder}/metadata.arrow", metadata))
     return ShardRecord(partition_folder(number), len(rows), tuple(files))
 
 
 @dataclass(frozen=True)
-class Identity:
-    """A database's place below its root, what it is made from (name to digest), and rows left out."""
+class DatabaseIdentity:
+    """The origin of a database."""
 
     name: str
-    made_from: dict[str, str]
+    """Its folder below the root."""
+    upstream: dict[str, str]
+    """Digest of each input by name."""
     reasons: dict[str, int] = field(default_factory=dict)
+    """Rows left out, by reason word."""
 
     def fingerprint(self, config: IndexConfig) -> str:
-        """The fingerprint that a database built from this with these settings has."""
-        return fingerprint(self.name, SCHEMA_VERSION, config, self.made_from)
+        """The fingerprint of a database built from these inputs with these settings."""
+        return fingerprint(self.name, SCHEMA_VERSION, config, self.upstream)
 
 
 def write_centroids(root: Root, stage: str, centroids: Vectors) -> FileRecord:
-    """Write the coarse centroids, (partitions, dim) float32."""
+    """Write the centroids of the partitions, (partitions, dim) float32."""
     return _write_vectors(root, f"{stage}/centroids.npy", centroids)
 
 
-def build_database(
-    root: Root, table: pa.Table, encoder: EncoderIdentity, config: IndexConfig, identity: Identity
+def write_database(
+    root: Root, table: pa.Table, encoder: EncoderIdentity, config: IndexConfig, identity: DatabaseIdentity
 ) -> Manifest:
-    """Build a whole database in this process at `<root>/<identity.name>`, replacing what is there.
+    """Write a whole database in this process to `<root>/<identity.name>`. Replaces a database there.
 
     table: rows of schema.embeddings(encoder.dim). Raises UserError for no rows or rows of another dim.
     """
     name = identity.name
     started = time.time()
-    schema.check(table, schema.embeddings(encoder.dim), f"the table for database {name}")
+    schema.check_table(table, schema.embeddings(encoder.dim), f"the table for database {name}")
     if not len(table):
         raise UserError(f"database {name} would be empty: no image could be embedded. Check its source.")
     root.delete(f"{name}/manifest.json")
-    root.delete_but(name, BLOCKED)  # what must not be shown stays hidden in what comes instead
+    root.delete_except(name, HIDDEN_FILE)  # hidden images stay hidden in the new database
     rows = schema.vectors(table, schema.EMBEDDING)
-    centroids = partition_centroids(rows, config)
-    numbers = assign(rows, centroids)[:, 0]
+    centroids = train_partition_centroids(rows, config)
+    numbers = nearest_centroids(rows, centroids)[:, 0]
     records = [ShardRecord("centroids", 0, (write_centroids(root, name, centroids),), identity.reasons)]
     for number in range(len(centroids)):
         part = table.filter(pa.array(numbers == number))
-        records.append(build_partition(root, name, number, part, config))
-    values = database_values(encoder, records[1:])
+        records.append(write_partition(root, name, number, part, config))
+    values = manifest_values(encoder, records[1:])
     manifest = Manifest(
         stage=name,
         schema_version=SCHEMA_VERSION,
         fingerprint=identity.fingerprint(config),
-        upstream=identity.made_from,
+        upstream=identity.upstream,
         config=config.model_dump(mode="json"),
         shards=tuple(records),
         values={**values, "calibration": {}},
         seconds=round(time.time() - started, 3),
     )
-    opened = Database(root.child(name), manifest, np.empty(0, np.int64))
-    lines = calibrate(opened, config.num_queries, config.seed)
-    manifest = replace(manifest, values={**values, "calibration": {"images": lines}})
+    database = Database(root.child(name), manifest, np.empty(0, np.int64))
+    calibration = {"images": calibrate(database, config.num_queries, config.seed)}
+    manifest = replace(manifest, values={**values, "calibration": calibration})
     write_manifest(root, manifest)
     return manifest
 
 
-def partition_centroids(sample: AnyVectors, config: IndexConfig, rows: int = 0) -> Vectors:
-    """Balanced centroids (partitions, dim) for a database of `rows`, 0 for those of the sample itself."""
+def train_partition_centroids(sample: AnyVectors, config: IndexConfig, rows: int = 0) -> Vectors:
+    """Balanced centroids (partitions, dim) for a database of `rows` rows; 0: the sample is all of them."""
     count = min(config.num_partitions(rows or len(sample)), len(sample))
     random = np.random.default_rng(config.seed)
-    chosen = np.sort(random.permutation(len(sample))[: config.centroid_sample_rows])
+    chosen = np.sort(random.permutation(len(sample))[:CENTROID_SAMPLE_ROWS])
     return train_centroids(sample[chosen], count, config.seed, balanced=True)
 
 
-def database_values(encoder: EncoderIdentity, partitions: list[ShardRecord]) -> dict[str, object]:
-    """What the manifest of a database states about it, for `Database.open`; the calibration comes later."""
+def manifest_values(encoder: EncoderIdentity, partitions: list[ShardRecord]) -> dict[str, object]:
+    """The values that `Database.open` reads from the manifest, without the calibration."""
     return {
         "encoder": encoder.model_dump(mode="json"),
         "rows": [record.rows for record in partitions],
@@ -139,47 +145,57 @@ def _write_vectors(root: Root, name: str, rows: AnyVectors | npt.NDArray[np.int6
 
 
 def _write_arrow(root: Root, name: str, table: pa.Table) -> FileRecord:
-    # Uncompressed Arrow, so that single rows can be read from a memory map.
+    # Not compressed, so that single rows can be read from a memory map.
     with root.writing(name) as pending, pa.ipc.new_file(str(pending.path), table.schema) as writer:
         writer.write_table(table.combine_chunks())
     return pending.record
 
 
-def _write_lists(root: Root, folder: str, made: inverted.Inverted) -> list[FileRecord]:
+def _write_lists(root: Root, folder: str, lists: InvertedLists) -> list[FileRecord]:
     with root.writing(f"{folder}/index.faiss") as pending:
-        faiss.write_index(made.index, str(pending.path))
+        faiss.write_index(lists.index, str(pending.path))
     return [
         pending.record,
-        _write_vectors(root, f"{folder}/lists.npy", made.offsets),
-        _write_vectors(root, f"{folder}/list_centroids.npy", made.centroids),
+        _write_vectors(root, f"{folder}/lists.npy", lists.offsets),
+        _write_vectors(root, f"{folder}/list_centroids.npy", lists.centroids),
     ]
 
 
 def _write_index(root: Root, name: str, rows: Vectors, config: IndexConfig) -> FileRecord:
-    key = config.index_key or "Flat"
-    with root.writing(name) as pending, scratch_folder() as scratch:
-        index = _autofaiss(rows, key, str(scratch), config.cores_per_partition)
-        if index is None:
-            raise UserError(f"{root.at(name)}: autofaiss built no {key!r} index of {len(rows)} rows.")
-        shutil.copyfile(f"{scratch}/index", pending.path)
+    with root.writing(name) as pending:
+        if config.index_key in ("", "Flat"):  # the same bytes as from autofaiss
+            index = faiss.IndexFlatIP(rows.shape[1])
+            index.add(rows)
+            faiss.write_index(index, str(pending.path))
+        else:
+            _build_with_autofaiss(rows, config, pending.path)
     return pending.record
 
 
-def _autofaiss(rows: Vectors, key: str, folder: str, cores: int) -> object:
-    """What autofaiss built into `<folder>/index`; None where it built nothing and only logged why."""
+def _build_with_autofaiss(rows: Vectors, config: IndexConfig, path: Path) -> None:
+    key = config.index_key
     try:
-        # index_param is given because autofaiss would otherwise tune it by the clock; its bars count to one.
-        with redirect_stderr(io.StringIO()):
-            index, _ = autofaiss.build_index(
-                rows,
-                index_path=f"{folder}/index",
-                index_infos_path=f"{folder}/infos.json",
-                index_key=key,
-                index_param="nprobe=64" if key.startswith("IVF") else "",
-                metric_type="ip",
-                nb_cores=cores,
-                verbose=logging.ERROR,
-            )
-    except (RuntimeError, ValueError) as error:  # a key that faiss or autofaiss cannot make of these rows
-        raise UserError(f"index_key {key!r} does not suit {len(rows)} rows: {error}") from error
-    return index
+        import autofaiss  # optional: only these keys need it
+    except ImportError as error:
+        raise UserError(
+            f"index_key {key!r} needs the package autofaiss. Install it, or leave index_key empty."
+        ) from error
+    with temporary_folder() as folder:
+        try:
+            # Without index_param autofaiss would tune it by the clock. Its progress bars go to stderr.
+            with redirect_stderr(io.StringIO()):
+                index, _ = autofaiss.build_index(
+                    rows,
+                    index_path=f"{folder}/index",
+                    index_infos_path=f"{folder}/infos.json",
+                    index_key=key,
+                    index_param="nprobe=64" if key.startswith("IVF") else "",
+                    metric_type="ip",
+                    nb_cores=config.cores_per_partition,
+                    verbose=logging.ERROR,
+                )
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"index_key {key!r} does not suit {len(rows)} rows: {error}") from error
+        if index is None:  # autofaiss logs the error and returns None
+            raise UserError(f"autofaiss built no {key!r} index of {len(rows)} rows; the log says why.")
+        shutil.copyfile(f"{folder}/index", path)
