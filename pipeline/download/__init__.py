@@ -1,0 +1,19 @@
+"""The stage `download`: fetches the selected images into WebDataset shards with a status for every URL.
+
+The names are imported on first use, because their modules load pyarrow and OpenCV.
+"""
+
+from typing import TYPE_CHECKING
+
+from retrieval.lazy import public_names
+
+if TYPE_CHECKING:
+    from pipeline.download.download import run
+    from pipeline.download.retry import ShardRetry
+    from pipeline.download.shard_download import ShardDownload
+
+__all__ = ["ShardDownload", "ShardRetry", "run"]
+
+__getattr__ = public_names(
+    __name__, {"ShardDownload": "shard_download", "ShardRetry": "retry", "run": "download"}
+)

@@ -207,8 +207,8 @@ class Fetcher:
 
     def _timeout(self, deadline: float) -> FetchError:
         if time.monotonic() >= deadline:
-            return FetchError(Reason.TIMEOUT, f"not finished after {self.settings.deadline_s:g} s")
-        return FetchError(Reason.TIMEOUT, f"no data for {self.settings.timeout_s:g} s")
+            return FetchError(Reason.TIMEOUT, f"not done after {self.settings.deadline_s:g} s")
+        return FetchError(Reason.TIMEOUT, f"nothing came for {self.settings.timeout_s:g} s")
 
 
 def _redirect(response: urllib3.BaseHTTPResponse, url: str) -> Redirect | None:
@@ -218,7 +218,7 @@ def _redirect(response: urllib3.BaseHTTPResponse, url: str) -> Redirect | None:
     try:
         location = urljoin(url, response.headers["Location"])
     except ValueError as error:
-        raise FetchError(Reason.BAD_URL, "redirected to an invalid URL") from error
+        raise FetchError(Reason.BAD_URL, "redirected to no URL") from error
     target = canonical_url(location)
     if not target:
         raise FetchError(Reason.BAD_URL, f"redirected to {location[:200]!r}")

@@ -1,4 +1,4 @@
-"""The benchmark of the download runs at a tiny size, both sides storing every picture of a real server."""
+"""The benchmark of the download at a tiny size, with a real server."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from retrieval.storage.root import Root
 from retrieval.storage.schema import DOWNLOADED, read_table
 
 
-def test_both_sides_store_every_picture_and_are_compared(tmp_path: Path) -> None:
+def test_both_sides_store_every_picture_and_the_report_has_their_ratio(tmp_path: Path) -> None:
     download.main(["--tiny", "--scratch", str(tmp_path)])
     result = json.loads((tmp_path / "download.json").read_text())
     [case] = result["cases"]

@@ -166,14 +166,14 @@ def test_a_server_that_sends_single_bytes_is_left_at_the_deadline(server, part: 
             time.sleep(0.1)
 
     fetcher = make_fetcher(deadline_s=1.5, retries=2)
-    assert fetch_error(fetcher, server.on("/a", drip)) == ("timeout", "not finished after 1.5 s")
+    assert fetch_error(fetcher, server.on("/a", drip)) == ("timeout", "not done after 1.5 s")
 
 
 def test_a_silent_server_times_out(server) -> None:
     release = threading.Event()
     fetcher = make_fetcher(timeout_s=0.5, deadline_s=60.0)
     url = server.on("/a", lambda handler: release.wait(60))
-    assert fetch_error(fetcher, url) == ("timeout", "no data for 0.5 s")
+    assert fetch_error(fetcher, url) == ("timeout", "nothing came for 0.5 s")
     release.set()
 
 

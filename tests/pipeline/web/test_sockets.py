@@ -123,7 +123,7 @@ def test_tls_certificates_are_checked_and_the_deadline_holds(tls_url: str) -> No
     assert fetch_url(fetcher, f"{tls_url}/a") == b"picture"
     reason, message = fetch_error(fetcher, f"{tls_url.replace('127.0.0.1', 'localhost')}/a")
     assert (reason, message[:4]) == ("no_connection", "TLS:")
-    assert fetch_error(fetcher, f"{tls_url}/drip") == ("timeout", "not finished after 1.5 s")
+    assert fetch_error(fetcher, f"{tls_url}/drip") == ("timeout", "not done after 1.5 s")
 
 
 def test_an_unknown_certificate_is_refused(tls_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
