@@ -1,0 +1,18 @@
+"""Training data: encoded latents, decoded images, the order of samples, and batches for each rank.
+
+`plan` checks a recipe against the data before a run starts.
+"""
+
+from typing import TYPE_CHECKING
+
+from retrieval.lazy import public_names
+
+if TYPE_CHECKING:
+    from trainer.data.loader import Loader, TrainingBatch
+    from trainer.data.plan import TrainingPlan, make_plan
+
+__all__ = ["Loader", "TrainingBatch", "TrainingPlan", "make_plan"]
+
+__getattr__ = public_names(
+    __name__, {"Loader": "loader", "TrainingBatch": "loader", "TrainingPlan": "plan", "make_plan": "plan"}
+)
