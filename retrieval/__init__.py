@@ -1,18 +1,25 @@
-"""Retrieval of images by CLIP vectors: `Database`, and `Encoder` in `retrieval.clip`."""
+"""Retrieval of images by CLIP vectors: databases here, the encoder in `retrieval.clip`."""
 
 from typing import TYPE_CHECKING
 
+from retrieval.clip.identity import EncoderIdentity
 from retrieval.errors import UserError
 from retrieval.lazy import public_names
 from retrieval.storage.root import Root
 
 if TYPE_CHECKING:
     from retrieval.database.database import Database, Neighbors
+    from retrieval.imports.importer import build_database
     from retrieval.index.effort import Effort
 
-__all__ = ["Database", "Effort", "Neighbors", "Root", "UserError"]
+__all__ = ["Database", "Effort", "EncoderIdentity", "Neighbors", "Root", "UserError", "build_database"]
 
 __getattr__ = public_names(
     __name__,
-    {"Database": "database.database", "Effort": "index.effort", "Neighbors": "database.database"},
+    {
+        "Database": "database.database",
+        "Effort": "index.effort",
+        "Neighbors": "database.database",
+        "build_database": "imports.importer",
+    },
 )

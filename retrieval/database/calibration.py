@@ -1,138 +1,135 @@
-"""Which effort finds how much: measured once when a database is built, looked up by every search.
+"""Measures the recall of search efforts when a database is built. Every search looks up the result.
 
-Queries are rows of the database drawn by a seed (or texts, given later), the truth is brute force over
-all rows. The cost that orders efforts is counted, not timed, so that two builds choose alike: bytes of
-codes, centroids and vectors that a query reads.
+Queries are a seeded sample of the rows, or texts that are given later; the truth is brute force over all
+rows. Efforts are ordered by a computed cost (bytes that a query reads) and not by time, so two builds give
+equal results.
 """
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from retrieval.database.database import Database
+from retrieval.database.recall import (
+    confidence_interval,
+    exact_search,
+    recall_per_query,
+    similarities_without,
+)
 from retrieval.errors import UserError
-from retrieval.index.effort import ROUNDING, STREAMS, Effort, Measured, interval
+from retrieval.index.effort import QUERY_KINDS, Effort, MeasuredEffort
 from retrieval.index.inverted_lists import DIMENSIONS_PER_CODE
 from retrieval.index.routing import Vectors
-from retrieval.join.join import join
-from retrieval.recipe import JoinConfig
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
 
 K = 20
-"""Neighbors over which recall is counted: what a sample of the model retrieves, rounded up."""
+"""Neighbors per query when recall is measured: those that a sample of the model retrieves, rounded up."""
 LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-"""Steps of what an effort counts."""
+"""Values that the fields of an effort take in turn."""
 MOST_CANDIDATES = 32
 ENOUGH = 0.9995
-"""Recall beyond which no harder effort is tried."""
+"""At this recall no more expensive effort is tried."""
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Queries with known true neighbors."""
+
+    units: Vectors
+    """(n, dim) unit rows."""
+    own: npt.NDArray[np.int64]
+    """(n,) the position of each query in the database, which is not its neighbor; -1 for none."""
+    truth: Vectors
+    """(n, K) similarities of the true neighbors, best first."""
 
 
 def calibrate(database: Database, num_queries: int, seed: int) -> list[dict[str, Any]]:
-    """Efforts that are worth their cost for queries like the database's rows, the cheapest first."""
+    """Efforts and their recall for queries like the rows of the database, as JSON, the cheapest first."""
     random = np.random.default_rng([seed, 1])
     own = np.sort(random.permutation(len(database))[:num_queries])
-    return _lines(database, database.rows_at(own)[1], own)
+    return _calibration(database, database.rows_at(own)[1], own)
 
 
-def recalibrate(root: Root, queries: npt.ArrayLike, like: str) -> list[dict[str, Any]]:
-    """Measure with queries of one's own, (n, dim), and note it in the manifest of the database at a root.
+def recalibrate(root: Root, queries: npt.ArrayLike, query_kind: str) -> list[dict[str, Any]]:
+    """Calibrate with given queries, (n, dim), and store the result in the manifest of the database at a root.
 
-    like: "texts" or "images". Raises UserError for another word and for queries that cannot be searched.
+    query_kind: "texts" or "images". Raises UserError for another kind and for unusable queries.
     """
-    if like not in STREAMS:
-        raise UserError(f"queries are like one of {', '.join(STREAMS)}, got {like!r}")
+    if query_kind not in QUERY_KINDS:
+        raise UserError(f"query_kind must be one of {', '.join(QUERY_KINDS)}, got {query_kind!r}")
     database = Database.open(root)
-    lines = _lines(database, database.checked(queries, K), np.full(len(np.asarray(queries)), -1))
+    units = database.unit_queries(queries, K)
+    entries = _calibration(database, units, np.full(len(units), -1))
     manifest = read_manifest(root, "")
-    calibration = {**manifest.values["calibration"], like: lines}
-    stated = replace(manifest, values={**manifest.values, "calibration": calibration})
-    root.write_json("manifest.json", asdict(stated))
-    return lines
+    calibration = {**manifest.values["calibration"], query_kind: entries}
+    updated = replace(manifest, values={**manifest.values, "calibration": calibration})
+    root.write_json("manifest.json", asdict(updated))
+    return entries
 
 
-def _lines(database: Database, queries: Vectors, own: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
-    """Efforts from the least on, each a step that gained most recall for its cost, while recall grew.
+def _calibration(database: Database, units: Vectors, own: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
+    """Entries from the least effort on. Each step is the one with the largest gain in recall for its cost.
 
-    own: (n,) the position of each query in the database, which is no neighbor of it; -1 for none.
+    A step that does not raise the recall is taken but not listed.
     """
-    everything = JoinConfig(k=K + 1, near_copy_similarity=2.0, partitions_per_query=0)
-    exact = join(database, queries, everything)
-    truth = _others(exact.similarities, exact.positions, own)
-    line = _measured(database, queries, own, truth, Effort(1, _fewest_lists(database), 2))
-    kept = [line]
-    while kept[-1].recall < ENOUGH and (steps := _harder(database, line.effort)):
-        tried = [_measured(database, queries, own, truth, effort) for effort in steps]
-        spent = cost(database, line.effort)
-        gains = [(step.recall - line.recall) / (cost(database, step.effort) - spent) for step in tried]
-        line = tried[int(np.argmax(gains))]
-        if line.recall > kept[-1].recall:
-            kept.append(line)
-    return [asdict(line) for line in kept]
+    truth = similarities_without(*exact_search(database, units, K + 1), own, K)
+    queries = Queries(units, own, truth)
+    current = _measure(database, queries, Effort(1, _fewest_lists(database), 2))
+    entries = [current]
+    while entries[-1].recall < ENOUGH and (efforts := _next_efforts(database, current.effort)):
+        steps = [_measure(database, queries, effort) for effort in efforts]
+        current_cost = cost(database, current.effort)
+        gains = [
+            (step.recall - current.recall) / (cost(database, step.effort) - current_cost) for step in steps
+        ]
+        current = steps[int(np.argmax(gains))]
+        if current.recall > entries[-1].recall:
+            entries.append(current)
+    return [asdict(entry) for entry in entries]
+
+
+def _num_lists(database: Database) -> int:
+    return max(partition.num_lists for partition in database.partitions if len(partition))
 
 
 def _fewest_lists(database: Database) -> int:
-    """Lists that hold twice the wanted neighbors on average: with fewer a search has to look further."""
-    lists = max(partition.num_lists for partition in database.partitions if len(partition))
+    """Lists that hold twice the wanted neighbors on average: with fewer a search has to visit more lists."""
+    lists = _num_lists(database)
     return min(lists, math.ceil(2 * (K + 1) * lists * len(database.partitions) / len(database)))
 
 
-def _measured(
-    database: Database,
-    queries: Vectors,
-    own: npt.NDArray[np.int64],
-    truth: Vectors,
-    effort: Effort,
-) -> Measured:
-    found = database.search(queries, K + 1, effort=effort)
-    mean, low, high = interval(recalls(_others(found.similarities, found.positions, own), truth))
-    return Measured(effort, mean, low, high, len(queries), K)
-
-
-def recalls(found: Vectors, truth: Vectors) -> Vectors:
-    """For each query the share of its true neighbors that were found, by similarities (n, k), -inf for none.
-
-    A row as similar as the k-th true neighbor is as good as it: of equal images any k will do.
-    """
-    there = np.isfinite(truth)
-    least = np.where(there, truth, np.inf).min(axis=1, initial=np.inf)
-    hits = (np.isfinite(found) & (found >= least[:, None] - ROUNDING)).sum(axis=1)
-    wanted = there.sum(axis=1)
-    return (np.minimum(hits, wanted) / np.maximum(wanted, 1)).astype(np.float32)
+def _measure(database: Database, queries: Queries, effort: Effort) -> MeasuredEffort:
+    results = database.search(queries.units, K + 1, effort=effort)
+    found = similarities_without(results.similarities, results.positions, queries.own, K)
+    mean, low, high = confidence_interval(recall_per_query(found, queries.truth))
+    return MeasuredEffort(effort, mean, low, high, len(queries.units), K)
 
 
 def cost(database: Database, effort: Effort) -> float:
-    """Bytes that a query of K neighbors reads at an effort; an estimate that only orders efforts."""
-    lists = max(partition.num_lists for partition in database.partitions if len(partition))
+    """Bytes that a query for K neighbors reads with an effort: an estimate that only orders efforts."""
+    lists = effort.lists_per_partition
     rows = max(len(database) / len(database.partitions), 1)
-    codes = effort.lists * 2 * rows / lists * database.dim / DIMENSIONS_PER_CODE / 2
-    graph = 40 * effort.lists * database.dim * 2
-    vectors = K * effort.candidates * database.dim * 2 * 2  # at random places, so twice as dear
-    return effort.probes * (codes + graph + vectors)
+    codes = lists * 2 * rows / _num_lists(database) * database.dim / DIMENSIONS_PER_CODE / 2
+    graph = 40 * lists * database.dim * 2
+    # Vectors are read at random places, which is counted as twice the bytes.
+    vectors = K * effort.candidates_per_result * database.dim * 2 * 2
+    return effort.partitions_per_query * (codes + graph + vectors)
 
 
-def _harder(database: Database, effort: Effort) -> list[Effort]:
-    """The efforts one step of the ladder above this one in one direction."""
-    most = {
-        "probes": len(database.partitions),
-        "lists": max(partition.num_lists for partition in database.partitions if len(partition)),
-        "candidates": MOST_CANDIDATES,
+def _next_efforts(database: Database, effort: Effort) -> list[Effort]:
+    """Efforts with one field raised by one step of the ladder."""
+    limits = {
+        "partitions_per_query": len(database.partitions),
+        "lists_per_partition": _num_lists(database),
+        "candidates_per_result": MOST_CANDIDATES,
     }
-    now = asdict(effort)
+    values = asdict(effort)
     return [
-        Effort(**{**now, what: min(limit, next(step for step in LADDER if step > now[what]))})
-        for what, limit in most.items()
-        if now[what] < min(limit, LADDER[-1])
+        replace(effort, **{field: min(limit, next(step for step in LADDER if step > values[field]))})
+        for field, limit in limits.items()
+        if values[field] < min(limit, LADDER[-1])
     ]
-
-
-def _others(similarities: Vectors, positions: npt.NDArray[np.int64], own: npt.NDArray[np.int64]) -> Vectors:
-    """The first K similarities of each row without the query's own, (n, K), -inf behind the last."""
-    rows = np.full((len(positions), K), -np.inf, np.float32)
-    for i, row in enumerate(positions):
-        others = similarities[i][row != own[i]][:K]
-        rows[i, : len(others)] = others
-    return rows

@@ -1,11 +1,10 @@
-"""A database of images by their CLIP vectors: opened from its folder, searched, never changed.
+"""A searchable database of images by their CLIP vectors. Searching never changes it.
 
-Reads what `retrieval.database.build` wrote. A query visits the partitions nearest to it, each partition's index
-proposes candidates, and these are ranked by their exact similarity, so the order is right even where
-the candidates are approximate. Loads no torch.
+Reads the folder that `retrieval.database.build` wrote. A query visits the partitions nearest to it. The index
+of each partition proposes candidates, which are then ranked by exact similarity: the candidates are
+approximate, their order is exact. Does not load torch.
 """
 
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,25 +14,25 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from retrieval.clip.identity import EncoderIdentity
+from retrieval.database.result_table import result_table
 from retrieval.errors import UserError
-from retrieval.index.effort import STREAMS, Effort, Measured, choose, measured
-from retrieval.index.hidden import Ids, blocked_ids
+from retrieval.index.effort import QUERY_KINDS, Effort, MeasuredEffort, cheapest_effort
+from retrieval.index.hidden import Ids, hidden_ids
 from retrieval.index.partition import Partition
 from retrieval.index.routing import Vectors, route, unit
-from retrieval.recipe import IndexConfig
+from retrieval.index.top_k import Positions, empty_top_k, top_k
 from retrieval.storage.manifest import Manifest, read_manifest
 from retrieval.storage.root import Root
 
-SCHEMA_VERSION = 2
-"""Of the files of a database; opening another version is an error."""
-ORDINARY = (1e-15, 1e15)
-"""Lengths of queries whose squares float32 holds."""
-Positions = npt.NDArray[np.int64]
+SCHEMA_VERSION = 3
+"""Version of the files of a database. Databases of other versions are refused."""
+SAFE_LENGTHS = (1e-15, 1e15)
+"""The square of a length in this range fits in float32."""
 
 
 @dataclass(frozen=True)
 class Neighbors:
-    """What a search found for n queries, k each, best first."""
+    """Results of a search: k neighbors of each of n queries, best first."""
 
     ids: Ids
     """(n, k) image ids."""
@@ -45,29 +44,27 @@ class Neighbors:
 
     @cached_property
     def embeddings(self) -> Vectors:
-        """(n, k, dim) float32 unit rows, read when first asked for."""
+        """(n, k, dim) float32 unit rows, read on first use."""
         return self.database.rows_at(self.positions)[1]
 
     @cached_property
     def rows(self) -> list[pa.Table]:
-        """For each query a table (schema.METADATA) of its k neighbors, best first; read when asked for."""
+        """A table (schema.METADATA) of the k neighbors of each query, best first; read on first use."""
         return [self.database.metadata_at(positions) for positions in self.positions]
 
     def table(self) -> pa.Table:
-        """All of it as one Arrow table, a row for each neighbor: `retrieval.database.answers.ANSWER` and metadata."""
-        from retrieval.database.answers import answer
-
-        return answer(self.database, self.similarities, self.positions, rows=True)
+        """All results as one Arrow table with a row for each neighbor: RESULT_SCHEMA, then the metadata."""
+        return self.database.result_table(self.similarities, self.positions, metadata=True)
 
 
 class Database:
-    """An opened database. Safe to share between threads; search effort is an argument of each call."""
+    """An opened database. Safe to share between threads: every search gets its effort as an argument."""
 
     def __init__(self, root: Root, manifest: Manifest, hidden: Ids) -> None:
         self.root = root
         self.manifest = manifest
         self.hidden = hidden
-        """Image ids that no search returns, ascending: those in `blocked.npy` and those of `without`."""
+        """Image ids that no search returns, ascending: the permanently hidden ones and those of `without`."""
         self.name = manifest.stage.rsplit("/", maxsplit=1)[-1]
         self.encoder = EncoderIdentity(**manifest.values["encoder"])
         self.dim = self.encoder.dim
@@ -79,14 +76,14 @@ class Database:
 
     @classmethod
     def open(cls, root: Root | str) -> "Database":
-        """Open the database in a folder. Raises UserError if it is not one, is unfinished or damaged."""
+        """Open the database in a folder. Raises UserError if it is no database, unfinished or damaged."""
         root = root if isinstance(root, Root) else Root(root)
         manifest = read_manifest(root, "")
         if "encoder" not in manifest.values or "rows" not in manifest.values:
-            raise UserError(f"{root.url} holds the stage {manifest.stage!r}; a database was wanted.")
+            raise UserError(f"{root.url} is the output of stage {manifest.stage!r}; expected a database.")
         if manifest.schema_version != SCHEMA_VERSION:
             raise UserError(
-                f"{root.url} is a database of version {manifest.schema_version}, this code reads version "
+                f"{root.url} is a database of version {manifest.schema_version}; this code reads version "
                 f"{SCHEMA_VERSION}. Build it again."
             )
         for shard in manifest.shards:
@@ -94,126 +91,111 @@ class Database:
                 size = root.size(file.name.removeprefix(f"{manifest.stage}/"))
                 if size != file.bytes:
                     raise UserError(
-                        f"{root.at(file.name)} has {size} bytes, its manifest says {file.bytes}: "
+                        f"{root.at(file.name)} has {size} bytes, expected {file.bytes} (manifest.json): "
                         "the database is damaged. Build it again."
                     )
-        return cls(root, manifest, blocked_ids(root))
-
-    @classmethod
-    def build(
-        cls,
-        root: Root | str,
-        vectors: "npt.NDArray[Any] | str | os.PathLike[str]",
-        metadata: "pa.Table | str | os.PathLike[str] | None" = None,
-        *,
-        encoder: EncoderIdentity,
-        config: IndexConfig | None = None,
-    ) -> "Database":
-        """Build a database of vectors made anywhere, and open it. See `retrieval.imports.source.Source` for what
-        vectors and metadata may be (arrays, .npy, Parquet, clip-retrieval folders), `retrieval.imports.importer` for
-        how rows are checked. config: a `retrieval.recipe.IndexConfig`.
-        """
-        from retrieval.imports.importer import (
-            build_from,  # this loads torch and autofaiss, which a search need not
-        )
-        from retrieval.imports.source import Source
-
-        root = root if isinstance(root, Root) else Root(root)
-        build_from(root, Source(vectors, metadata), encoder, config or IndexConfig.model_validate({}))
-        return cls.open(root)
+        return cls(root, manifest, hidden_ids(root))
 
     def without(self, ids: npt.ArrayLike) -> "Database":
-        """The same database with these image ids hidden too, for whoever holds the result."""
-        more = np.asarray(ids, np.int64).reshape(-1)
-        return Database(self.root, self.manifest, np.union1d(self.hidden, more))
+        """This database with more image ids hidden, in the returned object only."""
+        hidden = np.union1d(self.hidden, np.asarray(ids, np.int64).reshape(-1))
+        return Database(self.root, self.manifest, hidden)
 
     def __len__(self) -> int:
         return int(self._offsets[-1])
 
     def first_position(self, number: int) -> int:
-        """The row number in the database of a partition's first row."""
+        """Position in the database of the first row of a partition."""
         return int(self._offsets[number])
 
     def ids_at(self, positions: Positions) -> Ids:
-        """Image ids (...) int64 of rows by number (...)."""
+        """Image ids (...) int64 of rows by position (...)."""
         if len(self.partitions) == 1:
             return np.asarray(self.partitions[0].ids[positions])
         ids = np.empty(positions.size, np.int64)
-        for number, here, rows in self._by_partition(positions):
-            ids[here] = self.partitions[number].ids[rows]
+        for number, index, rows in self._by_partition(positions):
+            ids[index] = self.partitions[number].ids[rows]
         return ids.reshape(positions.shape)
 
     def rows_at(self, positions: Positions) -> tuple[Ids, Vectors]:
-        """Image ids (...) int64 and unit vectors (..., dim) float32 of rows by number (...)."""
+        """Image ids (...) int64 and unit vectors (..., dim) float32 of rows by position (...)."""
         embeddings = np.empty((positions.size, self.dim), np.float32)
-        for number, here, rows in self._by_partition(positions):
-            embeddings[here] = self.partitions[number].embeddings[rows]
+        for number, index, rows in self._by_partition(positions):
+            embeddings[index] = self.partitions[number].embeddings[rows]
         return self.ids_at(positions), unit(embeddings).reshape(*positions.shape, self.dim)
 
     def metadata_at(self, positions: Positions) -> pa.Table:
-        """Metadata (schema.METADATA, perhaps DETAILS) of rows by number (n,), in the order asked for."""
-        first = self.partitions[0].metadata.schema.empty_table()
-        parts, places = [first], [np.empty(0, np.int64)]
-        for number, here, rows in self._by_partition(positions):
+        """Metadata of rows by position (n,), in this order: schema.METADATA, and DETAILS where stored."""
+        parts = [self.partitions[0].metadata.schema.empty_table()]
+        indices = [np.empty(0, np.int64)]
+        for number, index, rows in self._by_partition(positions):
             parts.append(self.partitions[number].metadata.take(pa.array(rows)))
-            places.append(here)
-        back = np.argsort(np.concatenate(places), kind="stable")
-        return pa.concat_tables(parts).take(pa.array(back)).combine_chunks()
+            indices.append(index)
+        order = np.argsort(np.concatenate(indices), kind="stable")
+        return pa.concat_tables(parts).take(pa.array(order)).combine_chunks()
+
+    def result_table(self, similarities: Vectors, positions: Positions, metadata: bool) -> pa.Table:
+        """Results (n, k) of `search_partitions` as a table of RESULT_SCHEMA, with metadata on request."""
+        found = positions[positions >= 0]
+        columns = self.metadata_at(found) if metadata else None
+        return result_table(similarities, positions, self.ids_at(found), columns)
 
     def require_encoder(self, identity: EncoderIdentity) -> None:
-        """Raises UserError unless this database was built by the encoder of that identity."""
+        """Raises UserError unless the vectors of this database come from the encoder of this identity."""
         if self.encoder != identity:
             raise UserError(
-                f"database {self.root.url} was built by the encoder {self.encoder.model} "
-                f"({self.encoder.weights}), this is {identity.model} ({identity.weights}). "
-                "Build it again with this encoder, or set [clip] to the other one."
+                f"database {self.root.url} was built with the encoder {self.encoder.model} "
+                f"(weights {self.encoder.weights}); the present encoder is {identity.model} "
+                f"(weights {identity.weights}). Set [clip] to the former, or build the database again."
             )
 
-    def effort(self, recall: float, like: str = "images") -> Effort:
+    def effort(self, recall: float, query_kind: str = "images") -> Effort:
         """The cheapest effort that reached a recall when this database was calibrated.
 
-        like: whether queries are like its images or are texts. Without a calibration for texts, twice
-        the partitions and lists of the one for images.
+        query_kind: "images" or "texts". Without a calibration for texts, twice the partitions and lists of
+        the effort for images.
         """
-        if like not in STREAMS:
-            raise UserError(f"queries are like one of {', '.join(STREAMS)}, got {like!r}")
-        if like in self._calibration:
-            return choose(self._calibration[like], recall)
-        effort = choose(self._calibration["images"], recall)
-        return Effort(min(2 * effort.probes, len(self.partitions)), 2 * effort.lists, effort.candidates)
+        if query_kind not in QUERY_KINDS:
+            raise UserError(f"query_kind must be one of {', '.join(QUERY_KINDS)}, got {query_kind!r}")
+        if query_kind in self._calibration:
+            return cheapest_effort(self._calibration[query_kind], recall)
+        effort = cheapest_effort(self._calibration["images"], recall)
+        partitions = min(2 * effort.partitions_per_query, len(self.partitions))
+        return Effort(partitions, 2 * effort.lists_per_partition, effort.candidates_per_result)
 
     @cached_property
-    def _calibration(self) -> dict[str, list[Measured]]:
-        streams = self.manifest.values["calibration"]
-        return {like: [measured(line) for line in lines] for like, lines in streams.items()}
+    def _calibration(self) -> dict[str, list[MeasuredEffort]]:
+        calibration = self.manifest.values["calibration"]
+        return {
+            kind: [MeasuredEffort.from_manifest(entry) for entry in calibration[kind]] for kind in calibration
+        }
 
     def search(
         self, queries: npt.ArrayLike, k: int, *, recall: float = 0.95, effort: Effort | None = None
     ) -> Neighbors:
         """The k rows most similar to each query. queries: (n, dim) of any float type and any length > 0.
 
-        recall: the share of the true k that is wanted on average, mapped to an effort by the calibration
-        in the manifest; an effort given goes before it. Fewer than k results only where the database
-        shows fewer rows. Equal similarities come in the order of their positions across partitions.
-        Raises UserError for k < 1 and for queries of another dimension, zero or not finite.
+        recall: wanted share of the true k neighbors, on average; the calibration in the manifest maps it to
+        an effort. effort: used instead of recall. Returns fewer than k neighbors only if fewer rows are
+        visible. Equal similarities from different partitions are ordered by position. Raises UserError for
+        k < 1 and for queries of another dimension, zero or not finite.
         """
-        units = self.checked(queries, k)
+        units = self.unit_queries(queries, k)
         effort = effort or self.effort(recall)
         visits = self.route(units, k, effort)
         similarities, positions = self.search_partitions(units, k, effort, visits)
         return self.neighbors(similarities, positions)
 
     def neighbors(self, similarities: Vectors, positions: Positions) -> Neighbors:
-        """Results as `search` returns them, of rows (n, k) that may end in similarity -inf."""
-        found = similarities.shape[1]
+        """Results (n, k) as `search` returns them, without the columns that are -inf for all queries."""
+        count = similarities.shape[1]
         if not np.isfinite(similarities[:, -1:]).all():
-            found = int(np.isfinite(similarities).sum(axis=1).max(initial=0))
-        return Neighbors(
-            self.ids_at(positions[:, :found]), similarities[:, :found], positions[:, :found], self
-        )
+            count = int(np.isfinite(similarities).sum(axis=1).max(initial=0))
+        similarities, positions = similarities[:, :count], positions[:, :count]
+        return Neighbors(self.ids_at(positions), similarities, positions, self)
 
-    def checked(self, queries: npt.ArrayLike, k: int) -> Vectors:
-        """The queries as float32 unit rows; raises UserError where they, or k, cannot be searched."""
+    def unit_queries(self, queries: npt.ArrayLike, k: int) -> Vectors:
+        """The queries as float32 unit rows. Raises UserError if they cannot be searched, or for k < 1."""
         array = np.asarray(queries)
         if k < 1:
             raise UserError(f"k must be at least 1, got {k}")
@@ -223,23 +205,24 @@ class Database:
             raise UserError(f"queries for {self.root.url} must be numbers, got {array.dtype}")
         array = array.astype(np.float32)
         lengths = np.sqrt(np.einsum("ij,ij->i", array, array))
-        if ((lengths > ORDINARY[0]) & (lengths < ORDINARY[1])).all():
+        if ((lengths > SAFE_LENGTHS[0]) & (lengths < SAFE_LENGTHS[1])).all():
             return array / lengths[:, None]
         largest = np.abs(array).max(axis=1, keepdims=True, initial=0)
         if not np.isfinite(largest).all() or not largest.all():
-            raise UserError(f"a query for {self.root.url} is zero or not finite: no direction to search")
-        return unit(array / largest)  # scaled first: squares of very large or small numbers leave float32
+            raise UserError(f"a query for {self.root.url} is zero or not finite: it has no direction")
+        return unit(array / largest)  # scaled first, because other squares overflow or underflow float32
 
     def route(self, units: Vectors, k: int, effort: Effort) -> Positions:
         """Partitions each query visits, nearest first: (n, most visited) int64, -1 for none.
 
-        These are effort.probes, and as many more as it takes to hold k rows that are not hidden.
+        A query visits effort.partitions_per_query, and more until these have k visible rows for certain.
         """
         if len(self.partitions) == 1:
             return np.zeros((len(units), 1), np.int64)
         order = route(units, self.centroids, len(self.partitions))
-        seen = np.cumsum(self.partition_rows[order], axis=1)
-        needed = np.maximum(effort.probes, 1 + (seen < k + len(self.hidden)).sum(axis=1))
+        rows = np.cumsum(self.partition_rows[order], axis=1)
+        needed = 1 + (rows < k + len(self.hidden)).sum(axis=1)
+        needed = np.maximum(effort.partitions_per_query, needed)
         visits = np.where(np.arange(order.shape[1]) < needed[:, None], order, -1)
         return visits[:, : min(needed.max(initial=1), order.shape[1])]
 
@@ -251,23 +234,23 @@ class Database:
         visits: Positions,
         numbers: npt.ArrayLike | None = None,
     ) -> tuple[Vectors, Positions]:
-        """The k best rows within the partitions `numbers` (by default all) among those visited.
+        """The k best rows in the visited partitions; numbers: only in these partitions (default: all).
 
-        Returns similarities and positions (n, k), best first, (-inf, -1) behind the last one found.
+        Returns similarities and positions (n, k), best first, (-inf, -1) where there are fewer.
         """
         if len(self.partitions) == 1:
-            return self.partitions[0].search(units, k, effort) if len(units) else _nothing(0, 0)
-        wanted = np.arange(len(self.partitions)) if numbers is None else np.asarray(numbers)
-        wanted = np.intersect1d(wanted[self.partition_rows[wanted] > 0], visits)
+            return self.partitions[0].search(units, k, effort) if len(units) else empty_top_k(0, 0)
+        searched = np.arange(len(self.partitions)) if numbers is None else np.asarray(numbers)
+        searched = np.intersect1d(searched[self.partition_rows[searched] > 0], visits)
         k = min(k, len(self))
-        similarities, positions = _nothing(len(units), k)
-        for number in wanted:
-            asking = np.flatnonzero((visits == number).any(axis=1))
-            found, rows = self.partitions[number].search(units[asking], k, effort)
-            where = np.where(rows < 0, -1, rows + self._offsets[number])
-            similarities[asking], positions[asking] = best_of(
-                np.concatenate([similarities[asking], found], axis=1),
-                np.concatenate([positions[asking], where], axis=1),
+        similarities, positions = empty_top_k(len(units), k)
+        for number in searched:
+            visitors = np.flatnonzero((visits == number).any(axis=1))
+            found, rows = self.partitions[number].search(units[visitors], k, effort)
+            found_positions = np.where(rows < 0, -1, rows + self._offsets[number])
+            similarities[visitors], positions[visitors] = top_k(
+                np.concatenate([similarities[visitors], found], axis=1),
+                np.concatenate([positions[visitors], found_positions], axis=1),
                 k,
             )
         return similarities, positions
@@ -281,20 +264,10 @@ class Database:
         return pa.concat_tables([partition.metadata for partition in self.partitions])
 
     def _by_partition(self, positions: Positions) -> list[tuple[int, Any, Any]]:
-        """For each partition that holds some: its number, places in the flattened positions, its rows."""
+        """For each partition with some of the rows: its number, indices into the flat positions, its rows."""
         flat = positions.reshape(-1)
         numbers = np.searchsorted(self._offsets, flat, side="right") - 1
         return [
-            (int(number), here := np.flatnonzero(numbers == number), flat[here] - self._offsets[number])
+            (int(number), index := np.flatnonzero(numbers == number), flat[index] - self._offsets[number])
             for number in np.unique(numbers)
         ]
-
-
-def best_of(similarities: Vectors, positions: Positions, k: int) -> tuple[Vectors, Positions]:
-    """The k best columns of each row, best first, equal ones in the order of their positions."""
-    order = np.lexsort((positions, -similarities), axis=1)[:, :k]
-    return np.take_along_axis(similarities, order, 1), np.take_along_axis(positions, order, 1)
-
-
-def _nothing(queries: int, k: int) -> tuple[Vectors, Positions]:
-    return np.full((queries, k), -np.inf, np.float32), np.full((queries, k), -1, np.int64)

@@ -1,44 +1,37 @@
-"""How hard a search looks, and which effort reaches a wanted recall on this database.
+"""Search effort: how many partitions, lists and candidates a search visits.
 
-A calibration is a list of efforts with their measured recall, the cheapest first, as `retrieval.database.calibration`
-measured them on a seeded sample; it stands in the manifest of the database.
+The manifest of a database lists efforts with their measured recall, the cheapest first. They were measured by
+`retrieval.database.calibration`.
 """
 
-import math
 from dataclasses import dataclass
-from typing import Any
-
-import numpy.typing as npt
+from typing import Any, Self
 
 from retrieval.errors import UserError
 
-STREAMS = ("images", "texts")
-"""What queries are like: rows of the database's kind, or texts, which lie apart and need more effort."""
-
-
-ROUNDING = 1e-5
-"""Similarities of unit vectors this close differ by the order of summation alone."""
+QUERY_KINDS = ("images", "texts")
+"""Kinds of queries, calibrated separately: text vectors lie apart from image vectors and need more effort."""
 
 
 @dataclass(frozen=True)
 class Effort:
     """What a search visits."""
 
-    probes: int
-    """Partitions each query visits; more are visited where these hold fewer than k rows."""
-    lists: int
-    """Inverted lists it visits in each of them."""
-    candidates: int
-    """Rows ranked by their exact similarity in each of them, for each wanted result."""
+    partitions_per_query: int
+    """Partitions that a query visits; more are visited where these hold fewer than k rows."""
+    lists_per_partition: int
+    """Inverted lists that it visits in each of these partitions."""
+    candidates_per_result: int
+    """Rows per wanted result that each partition ranks by their exact similarity."""
 
     def __post_init__(self) -> None:
-        if min(self.probes, self.lists, self.candidates) < 1:
-            raise UserError(f"an effort counts from 1, got {self}")
+        if min(self.partitions_per_query, self.lists_per_partition, self.candidates_per_result) < 1:
+            raise UserError(f"all numbers of an effort must be at least 1, got {self}")
 
 
 @dataclass(frozen=True)
-class Measured:
-    """An effort and what it found: recall over `queries` queries with its 95 % interval."""
+class MeasuredEffort:
+    """An effort and its recall over `queries` queries, with the 95 % interval `low` to `high`."""
 
     effort: Effort
     recall: float
@@ -47,27 +40,18 @@ class Measured:
     queries: int
     k: int
 
+    @classmethod
+    def from_manifest(cls, values: dict[str, Any]) -> Self:
+        """An entry of a calibration as the manifest stores it."""
+        return cls(**{**values, "effort": Effort(**values["effort"])})
 
-def measured(values: dict[str, Any]) -> Measured:
-    """A line of a calibration as the manifest holds it."""
-    return Measured(effort=Effort(**values["effort"]), **{k: v for k, v in values.items() if k != "effort"})
 
+def cheapest_effort(calibration: list[MeasuredEffort], recall: float) -> Effort:
+    """The cheapest effort that reached a recall; the most expensive one where none reached it.
 
-def interval(recalls: npt.NDArray[Any]) -> tuple[float, float, float]:
-    """The mean of recalls per query, (n,) in [0, 1], and its 95 % interval by the normal approximation.
-
-    Where all n are perfect, their spread says nothing and the lower end is 1 - 3/n: were more than that share
-    of queries imperfect, one would be in the sample 19 times in 20.
+    calibration: ascending in cost. Raises UserError unless recall is in (0, 1].
     """
-    n, mean = len(recalls), float(recalls.mean())
-    half = 1.96 * float(recalls.std(ddof=1)) / math.sqrt(n) if n > 1 else 1.0
-    low = 1 - 3 / n if mean == 1 else mean - half
-    return round(mean, 5), round(max(0.0, low), 5), round(min(1.0, mean + half), 5)
-
-
-def choose(lines: list[Measured], recall: float) -> Effort:
-    """The cheapest effort that reached a recall, or the hardest there is where none did."""
     if not 0 < recall <= 1:
         raise UserError(f"recall must be above 0 and at most 1, got {recall}")
-    reached = [line for line in lines if line.recall >= recall]
-    return (reached[0] if reached else lines[-1]).effort
+    reached = [entry for entry in calibration if entry.recall >= recall]
+    return (reached[0] if reached else calibration[-1]).effort

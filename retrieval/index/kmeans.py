@@ -1,101 +1,112 @@
-"""Spherical k-means and nearest centroids by torch: on a GPU where there is one, in blocks everywhere.
+"""Spherical k-means: the centroids of partitions and of the inverted lists within a partition.
 
-Makes the centroids of partitions (balanced, since the largest partition decides memory and time) and of
-the inverted lists within one. Training compares in bfloat16, which moves no centroid that matters;
-assignment sums in float32, because a row in the wrong list is a row that is not found.
+Clusters of partitions are balanced, because the largest partition decides memory and time. Matrix products
+run in torch where it is installed (on a GPU where there is one), else in faiss.
 """
+
+from importlib.util import find_spec
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from retrieval.index.precision import half_products, multiply
+from retrieval.index.faiss_kmeans import FaissSample, nearest_with_faiss
 from retrieval.index.routing import AnyVectors, Vectors, unit
 
 ITERATIONS = 10
-BLOCK_ROWS = 512
-"""Rows compared at once: with more, the products leave the caches."""
 MAX_SHARE = 2.0
 """A balanced cluster holds at most this many times the mean (of the sample)."""
 BALANCE_ROUNDS = 20
 
 
-def device() -> torch.device:
-    """Where matrix products run: the GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+class Sample(Protocol):
+    """The rows that k-means is trained on."""
+
+    def take(self, numbers: npt.NDArray[np.int64]) -> Vectors:
+        """Some rows as float32."""
+
+    def cluster_sums(self, centroids: Vectors) -> tuple[Vectors, npt.NDArray[np.int64]]:
+        """Sum (count, dim) and number (count,) of the rows nearest to each centroid."""
+
+    def normalized(self, rows: Vectors) -> Vectors:
+        """The rows scaled to length 1."""
 
 
 def train_centroids(sample: AnyVectors, count: int, seed: int, balanced: bool = False) -> Vectors:
     """Spherical k-means, (count, dim) float32 unit rows. sample: (n >= count, dim) unit rows.
 
-    balanced: clusters over MAX_SHARE are split at the expense of the smallest, until none is left.
+    balanced: clusters with more than MAX_SHARE times the mean are split in two, and the smallest clusters are
+    removed instead, until no cluster is larger or for BALANCE_ROUNDS rounds.
     """
-    rows = torch.from_numpy(np.array(sample)).to(device(), torch.bfloat16)
     if count == 1:
         return unit(np.asarray(sample, np.float32).mean(axis=0, keepdims=True))
+    rows = _load_sample(sample)
     random = np.random.default_rng(seed)
-    centroids = rows[torch.from_numpy(np.sort(random.permutation(len(rows))[:count])).to(rows.device)].float()
+    centroids = rows.take(np.sort(random.permutation(len(sample))[:count]))
     for _ in range(ITERATIONS):
         centroids, _ = _step(rows, centroids, random)
-    if balanced:
-        centroids = _balanced(rows, centroids, random)
-    return unit(centroids.cpu().numpy())
+    return unit(_balance(rows, centroids, random) if balanced else centroids)
 
 
-def _balanced(rows: torch.Tensor, centroids: torch.Tensor, random: np.random.Generator) -> torch.Tensor:
-    """Centroids whose largest cluster is at most MAX_SHARE times the mean, or the best met on the way."""
-    best, least = centroids, float(len(rows))
+def nearest_centroids(vectors: AnyVectors, centroids: Vectors, nearest: int = 1) -> npt.NDArray[np.int64]:
+    """Numbers of the `nearest` centroids of each row, nearest first: (n, nearest) int64.
+
+    Sums in float32: a row that is stored in a wrong list is not found.
+    """
+    if not _has_torch():
+        return nearest_with_faiss(vectors, centroids, nearest)
+    from retrieval.index.torch_kmeans import nearest_with_torch  # torch is optional
+
+    return nearest_with_torch(vectors, centroids, nearest)
+
+
+def _has_torch() -> bool:
+    return find_spec("torch") is not None
+
+
+def _load_sample(rows: AnyVectors) -> Sample:
+    if not _has_torch():
+        return FaissSample(rows)
+    from retrieval.index.torch_kmeans import TorchSample
+
+    return TorchSample(rows)
+
+
+def _balance(rows: Sample, centroids: Vectors, random: np.random.Generator) -> Vectors:
+    """Centroids with a largest cluster of at most MAX_SHARE times the mean, or the best ones found."""
+    best, smallest_maximum = centroids, np.inf
     for _ in range(BALANCE_ROUNDS):
         moved, sizes = _step(rows, centroids, random)
-        if sizes.max() < least:
-            best, least = centroids, float(sizes.max())
-        heavy = np.flatnonzero(sizes > MAX_SHARE * len(rows) / len(centroids))[: len(centroids) // 2]
+        if sizes.max() < smallest_maximum:
+            best, smallest_maximum = centroids, float(sizes.max())
+        heavy = np.flatnonzero(sizes > MAX_SHARE * sizes.sum() / len(centroids))[: len(centroids) // 2]
         if not len(heavy):
             break
-        centroids, _ = _step(rows, _split(moved, sizes, heavy, random), random)
+        centroids, _ = _step(rows, _split(rows, moved, sizes, heavy, random), random)
     return best
 
 
-def assign(vectors: AnyVectors, centroids: Vectors, nearest: int = 1) -> npt.NDArray[np.int64]:
-    """Numbers of the `nearest` centroids of each row, nearest first: (n, nearest) int64."""
-    out = np.empty((len(vectors), nearest), np.int64)
-    targets = torch.from_numpy(np.array(centroids)).to(device()).T
-    for start in range(0, len(vectors), BLOCK_ROWS):
-        block = torch.from_numpy(np.array(vectors[start : start + BLOCK_ROWS], np.float32))
-        with half_products():
-            similarities = block.to(targets.device) @ targets
-        out[start : start + BLOCK_ROWS] = similarities.topk(nearest, dim=1).indices.cpu().numpy()
-    return out
-
-
 def _step(
-    rows: torch.Tensor, centroids: torch.Tensor, random: np.random.Generator
-) -> tuple[torch.Tensor, npt.NDArray[np.int64]]:
-    """One Lloyd iteration: new centroids (an empty cluster takes a random row), and the old ones' sizes."""
-    sums = torch.zeros_like(centroids)
-    counts = torch.zeros(len(centroids), dtype=torch.int64, device=rows.device)
-    targets = centroids.to(rows.dtype).T
-    for block in rows.split(BLOCK_ROWS):
-        nearest = multiply(block, targets).max(dim=1).indices  # on CPUs several times quicker than argmax
-        sums.index_add_(0, nearest, block.float())
-        counts += torch.bincount(nearest, minlength=len(centroids))
-    empty = torch.nonzero(counts == 0).flatten()
+    rows: Sample, centroids: Vectors, random: np.random.Generator
+) -> tuple[Vectors, npt.NDArray[np.int64]]:
+    """One Lloyd iteration: new centroids, and the sizes of the old clusters. Empty ones get a random row."""
+    sums, sizes = rows.cluster_sums(centroids)
+    empty = np.flatnonzero(sizes == 0)
     if len(empty):
-        chosen = torch.from_numpy(random.integers(len(rows), size=len(empty))).to(rows.device)
-        sums[empty] = rows[chosen].float()
-    return torch.nn.functional.normalize(sums, dim=1), counts.cpu().numpy()
+        sums[empty] = rows.take(random.integers(sizes.sum(), size=len(empty)))
+    return rows.normalized(sums), sizes
 
 
 def _split(
-    centroids: torch.Tensor,
+    rows: Sample,
+    centroids: Vectors,
     sizes: npt.NDArray[np.int64],
     heavy: npt.NDArray[np.int64],
     random: np.random.Generator,
-) -> torch.Tensor:
-    """Put a slightly moved copy of each heavy centroid in the place of one of the lightest."""
+) -> Vectors:
+    """Replace the lightest centroids by slightly moved copies of the heavy ones."""
     light = np.argsort(sizes, kind="stable")[: len(heavy)]
-    noise = torch.from_numpy(random.standard_normal((len(heavy), centroids.shape[1]), dtype=np.float32))
-    noise = torch.nn.functional.normalize(noise, dim=1).to(centroids.device)
-    moved = centroids.clone()
-    moved[light] = torch.nn.functional.normalize(centroids[heavy] + 0.1 * noise, dim=1)
+    noise = rows.normalized(random.standard_normal((len(heavy), centroids.shape[1]), dtype=np.float32))
+    moved = centroids.copy()
+    moved[light] = rows.normalized(centroids[heavy] + 0.1 * noise)
     return moved

@@ -1,4 +1,4 @@
-"""Matrix products in bfloat16 where the processor has instructions for them, and in float32 elsewhere.
+"""Matrix products in bfloat16 where the processor has instructions for it, else in float32.
 
 A CPU without such instructions emulates them: one product of 1,024 x 1,024 matrices then took 2.3 s on an AMD
 EPYC with AVX2 only, and 0.017 s in float32.
@@ -23,10 +23,10 @@ def multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def half_products() -> Iterator[None]:
-    """Within the block, float32 products multiply in bfloat16 where that is faster, and sum in float32.
+def allow_bfloat16() -> Iterator[None]:
+    """Lets float32 products multiply in bfloat16 where that is faster; they still sum in float32.
 
-    A similarity of unit rows is then accurate to about 1e-4.
+    Similarities of unit rows are then accurate to about 1e-4.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")

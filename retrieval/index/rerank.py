@@ -1,7 +1,7 @@
-"""The float16 vectors of a partition as faiss sees them, in place: no copy, no second file.
+"""A faiss index over the float16 vectors of a partition, without a copy of them.
 
-faiss ranks candidates by their exact similarity when it can read the rows they name. It reads here what
-`embeddings.npy` maps; only touched pages come into memory.
+faiss ranks candidates by exact similarity with this index. It reads the mapped pages of `embeddings.npy`;
+only the pages it touches are loaded into memory.
 """
 
 from functools import cache
@@ -11,11 +11,11 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
-from retrieval.storage.temp_folders import scratch_folder
+from retrieval.storage.temp_folders import temporary_folder
 
 
-class Rerank:
-    """A faiss index over mapped rows that keeps the map alive."""
+class RerankIndex:
+    """A faiss index over mapped rows. It keeps the memory map alive."""
 
     def __init__(self, rows: npt.NDArray[np.float16]) -> None:
         """rows: (n, dim) contiguous, such as a memory map."""
@@ -25,18 +25,18 @@ class Rerank:
             dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
         )
         self.index.codes = faiss.MaybeOwnedVectorUInt8.create_view(
-            faiss.swig_ptr(self._rows), self._rows.size, _mapped().codes.owner
+            faiss.swig_ptr(self._rows), self._rows.size, _mapped_index().codes.owner
         )
         self.index.ntotal = count
 
 
 @cache
-def _mapped() -> Any:
-    # faiss makes a view only together with something that owns the bytes, and names that type only on
-    # what it has mapped itself: so it maps a file of one number, once. The rows above own themselves.
-    with scratch_folder() as folder:
-        path = str(folder / "one.faiss")
-        one = faiss.IndexFlat(1)
-        one.add(np.zeros((1, 1), np.float32))
-        faiss.write_index(one, path)
+def _mapped_index() -> Any:
+    # faiss creates a view only with an owner of the bytes, and Python gets such an owner only from an index
+    # that faiss mapped itself. So faiss maps a file of one number, once; `_rows` owns the real bytes.
+    with temporary_folder() as folder:
+        path = str(folder / "one_number.faiss")
+        index = faiss.IndexFlat(1)
+        index.add(np.zeros((1, 1), np.float32))
+        faiss.write_index(index, path)
         return faiss.read_index(path, faiss.IO_FLAG_MMAP_IFC)

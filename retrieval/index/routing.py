@@ -1,6 +1,6 @@
-"""Semantic partitions as a search sees them: which of them a query visits, in NumPy alone.
+"""Which partitions a query visits: those with the nearest centroids.
 
-`retrieval.index.kmeans` trains the centroids and gives rows to partitions; a search need not load its torch.
+Works with NumPy only, so a search does not load torch. `retrieval.index.kmeans` trains the centroids.
 """
 
 import numpy as np
@@ -11,20 +11,20 @@ AnyVectors = npt.NDArray[np.float16] | npt.NDArray[np.float32]
 
 
 def partition_folder(number: int) -> str:
-    """Where partition `number` stands within a database."""
+    """The folder of a partition within its database."""
     return f"partitions/{number:05d}"
 
 
-def route(queries: Vectors, centroids: Vectors, probes: int) -> npt.NDArray[np.int64]:
-    """The `probes` partitions nearest to each query, nearest first: (n, probes) int64."""
+def route(queries: Vectors, centroids: Vectors, partitions_per_query: int) -> npt.NDArray[np.int64]:
+    """The partitions nearest to each query, nearest first: (n, partitions_per_query) int64."""
     if len(centroids) == 1:
-        return np.zeros((len(queries), min(probes, 1)), np.int64)
+        return np.zeros((len(queries), min(partitions_per_query, 1)), np.int64)
     order = np.argsort(-(queries @ centroids.T), axis=1, kind="stable")
-    return order[:, :probes].astype(np.int64)
+    return order[:, :partitions_per_query].astype(np.int64)
 
 
 def unit(vectors: AnyVectors) -> Vectors:
-    """The rows at length 1, float32. A zero row stays zero."""
+    """The rows scaled to length 1, float32. A zero row stays zero."""
     rows = np.asarray(vectors, np.float32)
     lengths = np.linalg.norm(rows, axis=-1, keepdims=True)
     return rows / np.where(lengths > 0, lengths, 1)

@@ -1,8 +1,8 @@
-"""The k-nearest-neighbor join: every query against the rows of the lists nearest to it.
+"""The k-nearest-neighbor join: the neighbors of millions of queries, such as all training images.
 
-Where `Database.search` answers people, this answers 100 million training images. Queries are grouped by
-partition and within it by inverted list (`candidates.py`); the best candidates are ranked in float32.
-The query itself and copies of it are left out. Beside one partition, memory does not grow with either side.
+`Database.search` is for few queries. A join groups its queries by partition, and within a partition by
+inverted list (`candidates.py`), and ranks the best candidates in float32. It leaves out the query itself and
+near copies of it. One partition is open at a time.
 """
 
 from dataclasses import dataclass
@@ -14,101 +14,103 @@ import torch
 from retrieval.database.database import Database
 from retrieval.index.partition import Partition
 from retrieval.index.routing import Vectors, route
-from retrieval.join.candidates import Wanted, find_candidates
+from retrieval.index.top_k import Positions, empty_top_k, top_k
+from retrieval.join.candidates import CandidateSettings, find_candidates
 from retrieval.recipe import JoinConfig
 
-RANKED_AT_ONCE = 64
+QUERIES_RANKED_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
-class Joined:
-    """Neighbors of n queries; where fewer than k rows qualified, similarity -inf at position -1."""
+class JoinResult:
+    """Neighbors of n queries: best first, equal similarities by ascending position."""
 
     similarities: Vectors
-    """(n, k) inner products, best first."""
-    positions: npt.NDArray[np.int64]
-    """(n, k) row numbers in the database, or in the partition for `match`."""
+    """(n, k) inner products; -inf where fewer than k rows qualify."""
+    positions: Positions
+    """(n, k) positions in the database, from `join_partition` in the partition; -1 where fewer qualify."""
     near_copies: npt.NDArray[np.int64]
-    """(n,) compared rows left out as copies; of a search in lists those that it would have returned."""
+    """(n,) number of compared rows left out as near copies; when lists are searched, of the rows ranked."""
 
 
-def join(database: Database, queries: Vectors, config: JoinConfig, device: str = "cpu") -> Joined:
-    """The config.k nearest rows of each query that are no copies of it. queries: (n, dim) unit rows."""
+def join(database: Database, queries: Vectors, config: JoinConfig, device: str = "cpu") -> JoinResult:
+    """The config.k nearest rows of each query that are no near copies. queries: (n, dim) unit rows."""
     visits = route(queries, database.centroids, config.partitions_per_query or len(database.partitions))
-    joined = Joined(
-        np.full((len(queries), config.k), -np.inf, np.float32),
-        np.full((len(queries), config.k), -1, np.int64),
-        np.zeros(len(queries), np.int64),
-    )
+    result = JoinResult(*empty_top_k(len(queries), config.k), np.zeros(len(queries), np.int64))
     for number in range(len(database.partitions)):
-        asking = np.flatnonzero((visits == number).any(axis=1))
-        if not len(asking) or not database.partition_rows[number]:
+        visitors = np.flatnonzero((visits == number).any(axis=1))
+        if not len(visitors) or not database.partition_rows[number]:
             continue
-        partition = Partition(database.root, number, database.hidden)  # let go after use
-        found = match(partition, queries[asking], config, device)
-        merge(joined, asking, found, database.first_position(number))
-    return joined
+        # Not that of the database, which would keep the files of all partitions open.
+        partition = Partition(database.root, number, database.hidden)
+        found = join_partition(partition, queries[visitors], config, device)
+        _merge(result, visitors, found, database.first_position(number))
+    return result
 
 
-def merge(joined: Joined, places: npt.NDArray[np.int64], found: Joined, first: int) -> None:
-    """Put what `match` found for the queries at some places, its rows counted from `first`, into a result."""
-    k = joined.positions.shape[1]
-    positions = np.where(found.positions < 0, -1, found.positions + first)
-    similarities = np.concatenate([joined.similarities[places], found.similarities], axis=1)
-    positions = np.concatenate([joined.positions[places], positions], axis=1)
-    order = np.argsort(-similarities, axis=1, kind="stable")[:, :k]
-    joined.similarities[places] = np.take_along_axis(similarities, order, 1)
-    joined.positions[places] = np.take_along_axis(positions, order, 1)
-    joined.near_copies[places] += found.near_copies
+def _merge(
+    result: JoinResult, numbers: npt.NDArray[np.int64], found: JoinResult, first_position: int
+) -> None:
+    """Merge the result of one partition for the queries with these numbers into the result of all queries."""
+    positions = np.where(found.positions < 0, -1, found.positions + first_position)
+    result.similarities[numbers], result.positions[numbers] = top_k(
+        np.concatenate([result.similarities[numbers], found.similarities], axis=1),
+        np.concatenate([result.positions[numbers], positions], axis=1),
+        result.positions.shape[1],
+    )
+    result.near_copies[numbers] += found.near_copies
 
 
-def match(partition: Partition, queries: Vectors, config: JoinConfig, device: str = "cpu") -> Joined:
-    """The config.k nearest rows of one partition for each query that are no copies of it."""
+def join_partition(
+    partition: Partition, queries: Vectors, config: JoinConfig, device: str = "cpu"
+) -> JoinResult:
+    """The config.k nearest rows of one partition for each query that are no near copies."""
     offsets, _ = partition.lists
-    asked = torch.from_numpy(queries).to(device)
+    tensor = torch.from_numpy(queries).to(device)
     if not len(queries) or not config.lists_per_partition or config.lists_per_partition >= len(offsets) - 1:
-        similarities, rows, copies = _compare_all(partition, asked, config)
+        similarities, rows, copies = _compare_all(partition, tensor, config)
     else:
-        wanted = Wanted(config.k, config.lists_per_partition, config.near_copy_similarity)
-        candidates, sure = find_candidates(partition, asked, wanted)
-        similarities, rows, copies = _rank(partition, asked, candidates, config)
-        copies += sure
+        settings = CandidateSettings(config.k, config.lists_per_partition, config.near_copy_similarity)
+        candidates, skipped = find_candidates(partition, tensor, settings)
+        similarities, rows, copies = _rank(partition, tensor, candidates, config)
+        copies += skipped
         short = similarities.isneginf().any(dim=1).nonzero()[:, 0]
-        if len(short):  # the lists were too small, or full of copies
-            similarities[short], rows[short], copies[short] = _compare_all(partition, asked[short], config)
+        if len(short):  # the lists had too few rows, or too many near copies
+            similarities[short], rows[short], copies[short] = _compare_all(partition, tensor[short], config)
     rows[similarities.isneginf()] = -1
-    return Joined(similarities.cpu().numpy(), rows.cpu().numpy(), copies.cpu().numpy())
+    best = top_k(similarities.cpu().numpy(), rows.cpu().numpy(), config.k)
+    return JoinResult(*best, copies.cpu().numpy())
 
 
 def _compare_all(
     partition: Partition, queries: torch.Tensor, config: JoinConfig
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    found = [_compare(partition, block, config) for block in queries.split(config.query_block)]
-    similarities, rows, copies = (torch.cat(parts) for parts in zip(*found, strict=True))
+    blocks = [_compare(partition, block, config) for block in queries.split(config.query_block)]
+    similarities, rows, copies = (torch.cat(parts) for parts in zip(*blocks, strict=True))
     return similarities, rows, copies
 
 
 def _compare(
     partition: Partition, queries: torch.Tensor, config: JoinConfig
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The k best of all rows in float32, and how many copies each query has."""
+    """The k best of all rows in float32, and the number of near copies of each query."""
     similarities = torch.full((len(queries), config.k), -torch.inf, device=queries.device)
-    positions = torch.zeros((len(queries), config.k), dtype=torch.int64, device=queries.device)
+    rows = torch.zeros((len(queries), config.k), dtype=torch.int64, device=queries.device)
     near_copies = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
     for start in range(0, len(partition), config.row_block):
         block = torch.from_numpy(partition.embeddings[start : start + config.row_block])
         products = queries @ block.to(queries.device, queries.dtype).T
-        _hide(products, partition, start)
+        _mask_hidden(products, partition, start)
         copies = products >= config.near_copy_similarity
         near_copies += copies.sum(dim=1)
         products.masked_fill_(copies, -torch.inf)
-        found, where = products.topk(min(config.k, products.shape[1]), dim=1)
-        similarities, best = torch.cat([similarities, found], dim=1).topk(config.k, dim=1)
-        positions = torch.cat([positions, where + start], dim=1).gather(1, best)
-    return similarities, positions, near_copies
+        values, columns = products.topk(min(config.k, products.shape[1]), dim=1)
+        similarities, best = torch.cat([similarities, values], dim=1).topk(config.k, dim=1)
+        rows = torch.cat([rows, columns + start], dim=1).gather(1, best)
+    return similarities, rows, near_copies
 
 
-def _hide(products: torch.Tensor, partition: Partition, start: int) -> None:
+def _mask_hidden(products: torch.Tensor, partition: Partition, start: int) -> None:
     if partition.visible is not None:
         hidden = ~torch.from_numpy(partition.visible[start : start + products.shape[1]])
         products[:, hidden.to(products.device)] = -torch.inf
@@ -117,16 +119,16 @@ def _hide(products: torch.Tensor, partition: Partition, start: int) -> None:
 def _rank(
     partition: Partition, queries: torch.Tensor, candidates: torch.Tensor, config: JoinConfig
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The k best candidates by their float32 similarity that are no copies, and the number of copies."""
+    """The k best candidates by float32 similarity that are no near copies, and the number of near copies."""
     exact = torch.full(candidates.shape, -torch.inf, device=queries.device)
     stored = torch.from_numpy(partition.embeddings)
-    for start in range(0, len(queries), RANKED_AT_ONCE):
-        block = slice(start, start + RANKED_AT_ONCE)
-        wanted = candidates[block].clamp_min(0)
-        rows = stored.index_select(0, wanted.flatten().cpu()).to(queries.device, torch.float32)
-        exact[block] = torch.linalg.vecdot(rows.view(*wanted.shape, -1), queries[block, None])
+    for start in range(0, len(queries), QUERIES_RANKED_AT_ONCE):
+        block = slice(start, start + QUERIES_RANKED_AT_ONCE)
+        numbers = candidates[block].clamp_min(0)
+        rows = stored.index_select(0, numbers.flatten().cpu()).to(queries.device, torch.float32)
+        exact[block] = torch.linalg.vecdot(rows.view(*numbers.shape, -1), queries[block, None])
     exact.masked_fill_(candidates < 0, -torch.inf)
     copies = exact >= config.near_copy_similarity
     exact.masked_fill_(copies, -torch.inf)
-    best, where = exact.topk(config.k, dim=1)
-    return best, candidates.gather(1, where), copies.sum(dim=1)
+    best, columns = exact.topk(config.k, dim=1)
+    return best, candidates.gather(1, columns), copies.sum(dim=1)

@@ -9,7 +9,7 @@ import pytest
 from pipeline import embed, index
 from pipeline.recipe import EmbedConfig
 from retrieval import Database, Effort, Root, UserError
-from retrieval.index.hidden import block
+from retrieval.index.hidden import hide
 from retrieval.recipe import ClipConfig, IndexConfig
 from retrieval.storage import schema
 from tests.pipeline.conftest import pictures, write_download
@@ -18,7 +18,7 @@ CONFIG = IndexConfig(rows_per_partition=15, workers=2)
 
 
 @pytest.fixture(scope="module")
-def embedded(tmp_path_factory: pytest.TempPathFactory, clip: ClipConfig, shards_here: None) -> Path:
+def embedded(tmp_path_factory: pytest.TempPathFactory, clip: ClipConfig, in_process_shards: None) -> Path:
     """Three embedded shards of database images and one of training images."""
     folder = tmp_path_factory.mktemp("embedded")
     root = Root(folder)
@@ -68,7 +68,7 @@ def test_what_was_hidden_stays_hidden_in_an_index_made_anew(root: Root) -> None:
     index.run(CONFIG, root)
     database = Database.open(root.child("index"))
     hidden = database.metadata()[schema.IMAGE_ID].to_numpy()[:5]
-    block(root.child("index"), hidden)
+    hide(root.child("index"), hidden)
     index.run(CONFIG.model_copy(update={"seed": 1}), root)
     again = Database.open(root.child("index"))
     found = again.search(database.embeddings()[:5], 55)
@@ -77,7 +77,7 @@ def test_what_was_hidden_stays_hidden_in_an_index_made_anew(root: Root) -> None:
 
 
 def test_the_index_of_a_run_without_database_images_is_refused(
-    tmp_path: Path, clip: ClipConfig, shards_here: None
+    tmp_path: Path, clip: ClipConfig, in_process_shards: None
 ) -> None:
     root = Root(tmp_path)
     write_download(root, {"train/00000": pictures("train", 900, 4)})

@@ -1,6 +1,7 @@
 """Vectors like CLIP's (clusters of unequal sizes) and databases made of them."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import faiss
@@ -11,7 +12,7 @@ import torch
 
 from retrieval import Database, Root
 from retrieval.clip.identity import EncoderIdentity
-from retrieval.database.build import Identity, build_database
+from retrieval.database.build import DatabaseIdentity, write_database
 from retrieval.index.routing import Vectors, unit
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
@@ -44,16 +45,16 @@ def table_of(vectors: Vectors) -> pa.Table:
 
 
 def built(folder: Path, vectors: Vectors, name: str = "databases/test", **settings: object) -> Database:
-    """Builds a database of vectors under a folder and opens it; recall is measured with few queries."""
+    """Builds a database of vectors below a folder and opens it. Recall is measured with few queries."""
     root = Root(folder)
     config = IndexConfig(**{"num_queries": 50, **settings})
-    build_database(root, table_of(vectors), IDENTITY, config, Identity(name, {"source": "test"}))
+    write_database(root, table_of(vectors), IDENTITY, config, DatabaseIdentity(name, {"source": "test"}))
     return Database.open(root.child(name))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Matrices as small as these are multiplied sooner by one thread than shared out to several."""
+    """One thread multiplies such small matrices faster than several."""
     before = torch.get_num_threads(), faiss.omp_get_max_threads()
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
@@ -64,12 +65,8 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def build(tmp_path: Path) -> Callable[..., Database]:
-    """Builds a database of vectors under tmp_path and opens it."""
-
-    def made(vectors: Vectors, name: str = "databases/test", **settings: object) -> Database:
-        return built(tmp_path, vectors, name, **settings)
-
-    return made
+    """Builds a database of vectors below tmp_path and opens it."""
+    return partial(built, tmp_path)
 
 
 @pytest.fixture(scope="session")
@@ -104,6 +101,6 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Database:
 
 
 def brute_force(vectors: Vectors, queries: Vectors, k: int) -> np.ndarray:
-    """Row numbers of the k best float16 rows of each query, best first."""
+    """Row numbers of the k most similar float16 rows of each query, best first."""
     stored = unit(vectors).astype(np.float16).astype(np.float32)
     return np.argsort(-(queries @ stored.T), axis=1, kind="stable")[:, :k]

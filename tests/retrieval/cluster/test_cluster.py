@@ -16,11 +16,11 @@ import pytest
 import ray
 
 from retrieval import Database, Root, UserError
-from retrieval.cluster import cluster
+from retrieval.cluster import cluster as cluster_module
 from retrieval.cluster.batching import Batcher, BatchLimits
-from retrieval.cluster.cluster import PROCESS_BYTES, Cluster, spread
-from retrieval.database.answers import ANSWER, merge
-from retrieval.database.build import Identity, build_database
+from retrieval.cluster.cluster import PROCESS_BYTES, Cluster, distribute
+from retrieval.database.build import DatabaseIdentity, write_database
+from retrieval.database.result_table import RESULT_SCHEMA, merge_results
 from retrieval.index.routing import Vectors, partition_folder
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
@@ -38,8 +38,8 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Database:
     """6,000 rows in six partitions, some of them with inverted lists."""
     root = Root(tmp_path_factory.mktemp("cluster"))
     config = IndexConfig(rows_per_partition=1000, flat_rows=1000, num_queries=20)
-    build_database(
-        root, table_of(clustered(6000, seed=1)), IDENTITY, config, Identity("six", {"source": "test"})
+    write_database(
+        root, table_of(clustered(6000, seed=1)), IDENTITY, config, DatabaseIdentity("six", {"source": "test"})
     )
     return Database.open(root.child("six"))
 
@@ -65,7 +65,7 @@ def assert_same(table: pa.Table, database: Database, queries: Vectors, k: int, *
     """The table holds what a search in this process finds, to the last bit."""
     found = database.search(queries, k, **settings)
     count = found.ids.shape[1]
-    assert table.schema.equals(ANSWER)
+    assert table.schema.equals(RESULT_SCHEMA)
     np.testing.assert_array_equal(table["query"], np.repeat(np.arange(len(queries)), count))
     np.testing.assert_array_equal(table["rank"], np.tile(np.arange(count), len(queries)))
     np.testing.assert_array_equal(table[schema.IMAGE_ID], found.ids.reshape(-1))
@@ -73,9 +73,9 @@ def assert_same(table: pa.Table, database: Database, queries: Vectors, k: int, *
     np.testing.assert_array_equal(table["similarity"], found.similarities.reshape(-1))
 
 
-def kill_one(spread_out: Cluster, seed: int) -> set[int]:
+def kill_one(cluster: Cluster, seed: int) -> set[int]:
     """Kill the process of one of the actors that are up, if any is; its process id."""
-    up = spread_out.status()
+    up = cluster.status()
     if not up:
         return set()
     pid = up[seed % len(up)].pid
@@ -88,17 +88,17 @@ def kill_one(spread_out: Cluster, seed: int) -> set[int]:
 
 def test_partitions_are_spread_evenly_and_always_in_the_same_way() -> None:
     sizes = np.random.default_rng(5).zipf(1.4, 200).clip(max=300).tolist()
-    shares = spread(sizes, 7)
+    shares = distribute(sizes, 7)
     loads = [sum(sizes[number] for number in share) for share in shares]
     assert sorted(number for share in shares for number in share) == list(range(200))
     assert all(share == sorted(share) for share in shares)
     assert max(loads) - min(loads) <= min(sizes)
-    assert spread(sizes, 7) == shares
+    assert distribute(sizes, 7) == shares
 
 
 def test_more_actors_than_partitions_and_empty_partitions_leave_no_actor_without_one() -> None:
-    assert spread([5, 9], 4) == [[1], [0]]
-    assert spread([0, 0, 0, 4], 3) == [[3], [0, 2], [1]]
+    assert distribute([5, 9], 4) == [[1], [0]]
+    assert distribute([0, 0, 0, 4], 3) == [[3], [0, 2], [1]]
 
 
 def test_merging_gives_what_sorting_everything_gives_also_for_ties_and_short_answers() -> None:
@@ -109,7 +109,7 @@ def test_merging_gives_what_sorting_everything_gives_also_for_ties_and_short_ans
         for query in range(num_queries)
     }
     parts = [answered(rows, k, lambda position, part=part: position % 4 == part) for part in range(3)]
-    merged = merge(parts, num_queries, k)
+    merged = merge_results(parts, num_queries, k)
     wanted = answered(rows, k, lambda position: position % 4 < 3)
     assert merged.schema.equals(wanted.schema)
     assert merged.to_pylist() == wanted.to_pylist()
@@ -117,14 +117,14 @@ def test_merging_gives_what_sorting_everything_gives_also_for_ties_and_short_ans
 
 
 def answered(rows: dict[int, list[tuple[float, int]]], k: int, mine: Callable[[int], bool]) -> pa.Table:
-    """ANSWER, and the position again as a column `url`, of the k best rows that are mine."""
+    """RESULT_SCHEMA, and the position again as a column `url`, of the k best rows that are mine."""
     lines = []
     for query, found in rows.items():
         best = sorted((-similarity, position) for similarity, position in found if mine(position))[:k]
         for rank, (negative, position) in enumerate(best):
             lines.append((query, rank, -position, -negative, position, str(position)))
-    names = [*ANSWER.names, "url"]
-    wanted = ANSWER.append(pa.field("url", pa.string()))
+    names = [*RESULT_SCHEMA.names, "url"]
+    wanted = RESULT_SCHEMA.append(pa.field("url", pa.string()))
     return pa.Table.from_pylist([dict(zip(names, line)) for line in lines], schema=wanted)
 
 
@@ -207,25 +207,25 @@ def test_an_error_reaches_every_item_of_its_batch_and_no_other() -> None:
 def test_the_answers_are_those_of_one_process(
     database: Database, queries: Vectors, opened: Open, actors: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spread_out = opened(database, actors=actors, cpus_per_actor=HALF)
-    assert len(spread_out.status()) == actors
-    assert_same(spread_out.search(queries, 19), database, queries, 19)
-    assert_same(spread_out.search(queries[:1], 1), database, queries[:1], 1)
-    assert_same(spread_out.search(queries[:0], 3), database, queries[:0], 3)
+    cluster = opened(database, actors=actors, cpus_per_actor=HALF)
+    assert len(cluster.status()) == actors
+    assert_same(cluster.search(queries, 19), database, queries, 19)
+    assert_same(cluster.search(queries[:1], 1), database, queries[:1], 1)
+    assert_same(cluster.search(queries[:0], 3), database, queries[:0], 3)
     effort = database.effort(0.5)
-    assert_same(spread_out.search(queries, 7, effort=effort), database, queries, 7, effort=effort)
-    monkeypatch.setattr(cluster, "INLINE_BYTES", 0)
+    assert_same(cluster.search(queries, 7, effort=effort), database, queries, 7, effort=effort)
+    monkeypatch.setattr(cluster_module, "INLINE_BYTES", 0)
     longer = queries.astype(np.float64) * 9
-    assert_same(spread_out.search(longer, 19), database, longer, 19)
-    monkeypatch.setattr(cluster, "BLOCK_QUERIES", 8)
-    in_blocks = spread_out.search(queries, 19)
+    assert_same(cluster.search(longer, 19), database, longer, 19)
+    monkeypatch.setattr(cluster_module, "BLOCK_QUERIES", 8)
+    in_blocks = cluster.search(queries, 19)
     whole = database.search(queries, 19)
     np.testing.assert_array_equal(in_blocks[schema.IMAGE_ID], whole.ids.reshape(-1))
     np.testing.assert_array_equal(in_blocks["query"], np.repeat(np.arange(len(queries)), 19))
 
 
 def test_metadata_comes_with_the_answer_on_demand(database: Database, queries: Vectors, opened: Open) -> None:
-    table = opened(database, actors=2, cpus_per_actor=HALF).search(queries, 6, rows=True)
+    table = opened(database, actors=2, cpus_per_actor=HALF).search(queries, 6, metadata=True)
     for query, wanted in enumerate(database.search(queries, 6).rows):
         assert table.slice(6 * query, 6).select(schema.METADATA.names).to_pylist() == wanted.to_pylist()
 
@@ -234,10 +234,10 @@ def test_empty_partitions_and_fewer_rows_than_k(build: Build, opened: Open) -> N
     few = np.repeat(clustered(6, seed=3), 4, axis=0)
     database = build(few, rows_per_partition=2)
     assert (database.partition_rows == 0).any()
-    spread_out = opened(database, actors=3, cpus_per_actor=HALF)
+    cluster = opened(database, actors=3, cpus_per_actor=HALF)
     queries = clustered(9, seed=4)
-    assert_same(spread_out.search(queries, 5), database, queries, 5)
-    everything = spread_out.search(queries, 100)
+    assert_same(cluster.search(queries, 5), database, queries, 5)
+    everything = cluster.search(queries, 100)
     assert_same(everything, database, queries, 100)
     assert len(everything) == 9 * 24
 
@@ -253,18 +253,18 @@ def test_hidden_rows_stay_hidden(database: Database, queries: Vectors, opened: O
 
 def test_replicas_of_a_small_database_take_turns(build: Build, vectors: Vectors, opened: Open) -> None:
     database = build(vectors[:500])
-    spread_out = opened(str(database.root.local_path("")), actors=4, replicas=2, cpus_per_actor=HALF)
+    cluster = opened(str(database.root.local_path("")), actors=4, replicas=2, cpus_per_actor=HALF)
     for query in vectors[:10]:
-        assert_same(spread_out.search(query[None], 4), database, query[None], 4)
-    assert [status.calls for status in spread_out.status()] == [5, 5]
-    assert len({status.pid for status in spread_out.status()}) == 2
+        assert_same(cluster.search(query[None], 4), database, query[None], 4)
+    assert [status.calls for status in cluster.status()] == [5, 5]
+    assert len({status.pid for status in cluster.status()}) == 2
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_actors_killed_while_four_threads_search_cost_no_answer(
     database: Database, queries: Vectors, opened: Open, replicas: int
 ) -> None:
-    spread_out = opened(database, actors=2, replicas=replicas, cpus_per_actor=HALF)
+    cluster = opened(database, actors=2, replicas=replicas, cpus_per_actor=HALF)
     wanted = database.search(queries, 8).ids
     over = threading.Event()
 
@@ -273,9 +273,9 @@ def test_actors_killed_while_four_threads_search_cost_no_answer(
         count = 0
         while not over.is_set():
             chosen = rng.choice(len(queries), 5)
-            table = spread_out.search(queries[chosen], 8)
+            table = cluster.search(queries[chosen], 8)
             np.testing.assert_array_equal(table[schema.IMAGE_ID], wanted[chosen].reshape(-1))
-            single = spread_out.submit(queries[chosen[0]], 8).result()
+            single = cluster.submit(queries[chosen[0]], 8).result()
             np.testing.assert_array_equal(single[schema.IMAGE_ID], wanted[chosen[0]])
             count += 1
         return count
@@ -284,13 +284,13 @@ def test_actors_killed_while_four_threads_search_cost_no_answer(
         streams = [pool.submit(stream, thread) for thread in range(4)]
         killed: set[int] = set()
         while len(killed) < 3 and not any(each.done() for each in streams):
-            killed |= kill_one(spread_out, len(killed))
+            killed |= kill_one(cluster, len(killed))
             time.sleep(0.4)
         over.set()
         assert all(each.result() >= 1 for each in streams)
     assert len(killed) == 3
-    wait_for(lambda: len(spread_out.status()) == 2 * replicas)
-    assert not killed & {status.pid for status in spread_out.status()}
+    wait_for(lambda: len(cluster.status()) == 2 * replicas)
+    assert not killed & {status.pid for status in cluster.status()}
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
@@ -304,36 +304,36 @@ def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
 def test_partitions_that_no_actor_can_open_again_are_named(
     database: Database, queries: Vectors, opened: Open
 ) -> None:
-    spread_out = opened(database, restart_timeout_s=10)
+    cluster = opened(database, restart_timeout_s=10)
     folder = str(database.root.local_path(""))
     shutil.move(folder, f"{folder}-away")
-    kill_one(spread_out, 0)
+    kill_one(cluster, 0)
     with pytest.raises(
         UserError, match=r"partitions 0, 1, 2, 3, 4, 5 of .*six: no actor can be reached.*missing"
     ):
-        spread_out.search(queries, 3)
+        cluster.search(queries, 3)
     shutil.move(f"{folder}-away", folder)
-    assert_same(spread_out.search(queries, 3), database, queries, 3)
+    assert_same(cluster.search(queries, 3), database, queries, 3)
 
 
 def test_single_queries_from_many_threads_go_in_batches_and_get_their_own_answers(
     database: Database, queries: Vectors, opened: Open
 ) -> None:
-    spread_out = opened(database, max_wait_ms=50, max_batch=32)
+    cluster = opened(database, max_wait_ms=50, max_batch=32)
     wanted = database.search(queries, 6)
     with ThreadPoolExecutor(16) as pool:
-        futures = list(pool.map(lambda query: spread_out.submit(query, 6), queries))
+        futures = list(pool.map(lambda query: cluster.submit(query, 6), queries))
     for i, future in enumerate(futures):
         table = future.result(20)
         assert table["query"].to_pylist() == [0] * 6
         assert table["rank"].to_pylist() == list(range(6))
         np.testing.assert_array_equal(table[schema.IMAGE_ID], wanted.ids[i])
         np.testing.assert_allclose(table["similarity"], wanted.similarities[i], atol=1e-6)
-    [status] = spread_out.status()
+    [status] = cluster.status()
     assert status.queries == 50
     assert 2 <= status.calls <= 5
-    other = spread_out.submit(queries[0], 2, rows=True)
-    assert spread_out.submit(queries[0], 3).result().column_names == ANSWER.names
+    other = cluster.submit(queries[0], 2, metadata=True)
+    assert cluster.submit(queries[0], 3).result().column_names == RESULT_SCHEMA.names
     assert other.result().num_rows == 2
     assert "caption" in other.result().column_names
 
@@ -343,14 +343,14 @@ def test_an_actor_declares_the_bytes_of_its_partitions_and_computes_on_its_cpus(
 ) -> None:
     wait_for(lambda: ray.available_resources().get("CPU") == 2)
     before = ray.available_resources()["memory"]
-    spread_out = opened(database, cpus_per_actor=2)
+    cluster = opened(database, cpus_per_actor=2)
     names = [name for number in range(6) for name in database.root.list(partition_folder(number))]
     declared = PROCESS_BYTES + sum(database.root.size(name) for name in names)
-    assert [share.memory for share in spread_out.shares] == [declared]
+    assert [group.memory for group in cluster.groups] == [declared]
     wait_for(lambda: before - ray.available_resources()["memory"] == pytest.approx(declared, rel=0.01))
     assert ray.available_resources().get("CPU", 0) == 0
-    assert [status.threads for status in spread_out.status()] == [2]
-    spread_out.close()
+    assert [status.threads for status in cluster.status()] == [2]
+    cluster.close()
     wait_for(lambda: ray.available_resources().get("CPU") == 2)
 
 
@@ -373,7 +373,7 @@ def test_settings_that_cannot_work_are_refused_at_once(
 def test_a_query_that_means_nothing_is_refused_before_anything_is_sent(
     database: Database, queries: Vectors, opened: Open
 ) -> None:
-    spread_out = opened(database)
+    cluster = opened(database)
     wrong = [
         (np.ones((1, 31)), 5),
         (np.zeros((1, 32)), 5),
@@ -384,30 +384,30 @@ def test_a_query_that_means_nothing_is_refused_before_anything_is_sent(
         with pytest.raises(UserError) as here:
             database.search(query, k)
         with pytest.raises(UserError) as there:
-            spread_out.search(query, k)
+            cluster.search(query, k)
         assert str(there.value) == str(here.value)
         with pytest.raises(UserError):
-            spread_out.submit(query[0], k)
+            cluster.submit(query[0], k)
     with pytest.raises(UserError):
-        spread_out.submit(queries, 5)
+        cluster.submit(queries, 5)
     with pytest.raises(UserError):
-        spread_out.search(queries, 5, recall=1.5)
-    assert [status.calls for status in spread_out.status()] == [0]
+        cluster.search(queries, 5, recall=1.5)
+    assert [status.calls for status in cluster.status()] == [0]
 
 
 def test_a_closed_cluster_answers_what_was_submitted_and_refuses_the_rest(
     database: Database, queries: Vectors
 ) -> None:
-    with Cluster.open(database, max_wait_ms=10_000) as spread_out:
-        pid = spread_out.status()[0].pid
-        waiting = [spread_out.submit(query, 4) for query in queries[:3]]
+    with Cluster.open(database, max_wait_ms=10_000) as cluster:
+        pid = cluster.status()[0].pid
+        waiting = [cluster.submit(query, 4) for query in queries[:3]]
     for future, ids in zip(waiting, database.search(queries[:3], 4).ids):
         np.testing.assert_array_equal(future.result(0)[schema.IMAGE_ID], ids)
     wait_for(lambda: not alive(pid))
-    for refused in (spread_out.search, spread_out.submit):
+    for refused in (cluster.search, cluster.submit):
         with pytest.raises(UserError, match="is closed"):
-            refused(queries[:1] if refused == spread_out.search else queries[0], 4)
-    spread_out.close()
+            refused(queries[:1] if refused == cluster.search else queries[0], 4)
+    cluster.close()
     assert ray.is_initialized()
 
 

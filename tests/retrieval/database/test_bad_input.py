@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 
 from retrieval import Database, Root, UserError
-from retrieval.__main__ import main
+from retrieval.cli.commands import main
 from retrieval.clip.encoder import Encoder
 from retrieval.clip.identity import EncoderIdentity
-from retrieval.database.build import Identity, build_database
+from retrieval.database.build import DatabaseIdentity, write_database
 from retrieval.database.verify import damaged_files
-from retrieval.imports.importer import build_from
-from retrieval.imports.source import Source
+from retrieval.imports.importer import import_vectors
+from retrieval.imports.source import VectorSource
 from retrieval.index.routing import Vectors
 from retrieval.recipe import IndexConfig
 from tests.retrieval.conftest import DIM, IDENTITY, brute_force, clustered, table_of
@@ -38,9 +38,9 @@ def built(tmp_path_factory: pytest.TempPathFactory, rows: Vectors) -> Path:
     root = Root(tmp_path_factory.mktemp("built"))
     config, identity = (
         IndexConfig(rows_per_partition=150, num_queries=50),
-        Identity("database", {"source": "test"}),
+        DatabaseIdentity("database", {"source": "test"}),
     )
-    build_database(root, table_of(rows), IDENTITY, config, identity)
+    write_database(root, table_of(rows), IDENTITY, config, identity)
     return root.local_path("database")
 
 
@@ -57,8 +57,11 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
 
 
 def build_of(folder: Path, vectors: np.ndarray) -> Database:
-    build_from(
-        Root(folder / "db"), Source(vectors), IDENTITY, IndexConfig(rows_per_partition=150, num_queries=50)
+    import_vectors(
+        Root(folder / "db"),
+        VectorSource(vectors),
+        IDENTITY,
+        IndexConfig(rows_per_partition=150, num_queries=50),
     )
     return Database.open(f"{folder}/db")
 
@@ -150,9 +153,9 @@ def test_k_over_the_size_gives_every_row_once(database: Database, queries: Vecto
 
 def test_another_encoders_database_is_refused(database: Database, encoder: Encoder) -> None:
     assert encoder.identity.dim == database.dim
-    with pytest.raises(UserError, match="was built by the encoder test"):
+    with pytest.raises(UserError, match="was built with the encoder test"):
         database.require_encoder(encoder.identity)
-    with pytest.raises(UserError, match="was built by the encoder test"):
+    with pytest.raises(UserError, match="was built with the encoder test"):
         database.require_encoder(EncoderIdentity(model="test", weights="", preprocessing="", dim=DIM))
 
 
@@ -208,7 +211,7 @@ def test_other_bytes_of_the_same_size_are_found_by_verify(
     whole = database.root.local_path(name).read_bytes()
     database.root.write_bytes(name, whole[:-64] + bytes(reversed(whole[-64:])))
     assert main(["verify", database.root.url]) == 1
-    assert f"damaged: {name}: other bytes" in capsys.readouterr().out
+    assert f"damaged: {name}: its checksum differs" in capsys.readouterr().out
 
 
 def test_a_manifest_of_another_schema_version_is_refused(database: Database) -> None:
@@ -229,7 +232,7 @@ def test_a_damaged_manifest_is_refused(database: Database, content: bytes) -> No
 def test_another_stages_folder_is_no_database(database: Database) -> None:
     manifest = database.root.read_json("manifest.json")
     database.root.write_json("manifest.json", {**manifest, "stage": "embed", "values": {}})
-    with pytest.raises(UserError, match="'embed'; a database was wanted"):
+    with pytest.raises(UserError, match="'embed'; expected a database"):
         Database.open(database.root)
 
 
@@ -245,7 +248,7 @@ def test_a_damaged_list_of_blocked_rows_hides_or_refuses_but_never_shows(
 def test_a_caption_may_be_anything(tmp_path: Path, rows: Vectors, capsys: pytest.CaptureFixture[str]) -> None:
     captions = ["", "x" * 100_000, "nul \x00 bell \x07", "\u202eright to left", "🦌" * 50, "a\r\nb"]
     table = pa.table({"caption": captions, "url": [None, "", "a", "b", "c", "d"]})
-    build_from(Root(tmp_path / "db"), Source(rows[:6], table), IDENTITY, IndexConfig())
+    import_vectors(Root(tmp_path / "db"), VectorSource(rows[:6], table), IDENTITY, IndexConfig())
     np.save(tmp_path / "q.npy", rows[:1])
     command = ["search", f"{tmp_path}/db", "--vector", f"{tmp_path}/q.npy", "-k", "6"]
     assert main([*command, "--sheet", f"{tmp_path}/sheet.png"]) == 0

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from retrieval import Database, Effort, Root, UserError
-from retrieval.database.build import Identity, build_database, partition_centroids
-from retrieval.index.hidden import block
+from retrieval.database.build import DatabaseIdentity, train_partition_centroids, write_database
+from retrieval.index.hidden import hide
 from retrieval.index.routing import Vectors, unit
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
@@ -146,7 +146,7 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, object]) ->
 
 
 def test_threads_change_the_speed_of_a_build_and_not_what_it_is() -> None:
-    identity = Identity("databases/x", {"source": "test"})
+    identity = DatabaseIdentity("databases/x", {"source": "test"})
     plain, quick = IndexConfig(), IndexConfig(cores_per_partition=8, workers=3)
     assert identity.fingerprint(plain) == identity.fingerprint(quick)
     assert identity.fingerprint(plain) != identity.fingerprint(IndexConfig(flat_rows=1000))
@@ -158,7 +158,7 @@ def test_partitions_are_as_many_as_the_rows_need_and_of_even_sizes(build: Build,
     database = build(vectors, rows_per_partition=500)
     assert len(database.partitions) == 6
     assert database.partition_rows.max() < 2.2 * 500
-    assert partition_centroids(vectors[:5], IndexConfig(rows_per_partition=1)).shape == (5, 32)
+    assert train_partition_centroids(vectors[:5], IndexConfig(rows_per_partition=1)).shape == (5, 32)
 
 
 def test_more_partitions_than_distinct_rows_lose_no_row(build: Build, queries: Vectors) -> None:
@@ -170,7 +170,7 @@ def test_more_partitions_than_distinct_rows_lose_no_row(build: Build, queries: V
 
 def test_a_new_build_leaves_nothing_of_the_old_one(build: Build, vectors: Vectors) -> None:
     old = build(vectors, rows_per_partition=500, flat_rows=1000)
-    block(old.root, [1001])
+    hide(old.root, [1001])
     new = build(vectors[:1200], flat_rows=1000)
     stated = {
         file.name.removeprefix("databases/test/") for shard in new.manifest.shards for file in shard.files
@@ -185,16 +185,18 @@ def test_a_zero_row_stays_zero_when_made_unit() -> None:
 
 def test_an_empty_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="would be empty"):
-        build_database(
+        write_database(
             Root(tmp_path),
             table_of(np.empty((0, 32), np.float32)),
             IDENTITY,
             IndexConfig(),
-            Identity("x", {}),
+            DatabaseIdentity("x", {}),
         )
 
 
 def test_rows_of_another_length_than_the_encoder_makes_are_refused(tmp_path: Path, vectors: Vectors) -> None:
     encoder = IDENTITY.model_copy(update={"dim": 64})
     with pytest.raises(UserError, match="database x"):
-        build_database(Root(tmp_path), table_of(vectors[:10]), encoder, IndexConfig(), Identity("x", {}))
+        write_database(
+            Root(tmp_path), table_of(vectors[:10]), encoder, IndexConfig(), DatabaseIdentity("x", {})
+        )

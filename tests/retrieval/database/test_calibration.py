@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from retrieval import Database, Effort, UserError
-from retrieval.database.calibration import K, calibrate, cost, interval, recalibrate, recalls
-from retrieval.index.effort import Measured, choose, measured
+from retrieval.database.calibration import K, calibrate, cost, recalibrate
+from retrieval.index.effort import MeasuredEffort, cheapest_effort
 from retrieval.index.routing import Vectors, unit
 from tests.retrieval.conftest import DIM, brute_force, clustered
 
 Build = Callable[..., Database]
 
 
-def lines_of(database: Database, like: str = "images") -> list[Measured]:
-    return [measured(line) for line in database.manifest.values["calibration"][like]]
+def lines_of(database: Database, like: str = "images") -> list[MeasuredEffort]:
+    return [MeasuredEffort.from_manifest(line) for line in database.manifest.values["calibration"][like]]
 
 
 def texts(rows: int, seed: int) -> Vectors:
@@ -84,10 +84,10 @@ def test_a_wanted_recall_gets_the_cheapest_effort_that_reached_it(database: Data
 
 
 def test_a_recall_that_was_never_reached_gets_the_hardest_effort() -> None:
-    lines = [Measured(Effort(1, n, 2), recall, 0.0, 1.0, 50, K) for n, recall in ((1, 0.5), (2, 0.8))]
-    assert choose(lines, 0.5) == Effort(1, 1, 2)
-    assert choose(lines, 0.51) == Effort(1, 2, 2)
-    assert choose(lines, 1.0) == Effort(1, 2, 2)
+    lines = [MeasuredEffort(Effort(1, n, 2), recall, 0.0, 1.0, 50, K) for n, recall in ((1, 0.5), (2, 0.8))]
+    assert cheapest_effort(lines, 0.5) == Effort(1, 1, 2)
+    assert cheapest_effort(lines, 0.51) == Effort(1, 2, 2)
+    assert cheapest_effort(lines, 1.0) == Effort(1, 2, 2)
 
 
 def test_a_search_for_more_recall_finds_more(mixed: Database, queries: Vectors) -> None:
@@ -108,19 +108,19 @@ def test_a_recall_that_is_no_share_is_refused(in_lists: Database, recall: float)
 
 @pytest.mark.parametrize("counts", [(0, 1, 1), (1, 0, 1), (1, 1, 0), (-1, 1, 1)])
 def test_an_effort_counts_from_one(counts: tuple[int, int, int]) -> None:
-    with pytest.raises(UserError, match="counts from 1"):
+    with pytest.raises(UserError, match="must be at least 1"):
         Effort(*counts)
 
 
 def test_texts_get_a_harder_effort_once_they_were_measured(copy: Database) -> None:
     before = copy.effort(0.9)
-    guessed = copy.effort(0.9, like="texts")
-    assert guessed.lists > before.lists
+    guessed = copy.effort(0.9, query_kind="texts")
+    assert guessed.lists_per_partition > before.lists_per_partition
     lines = recalibrate(copy.root, texts(60, seed=3), "texts")
     again = Database.open(copy.root)
     assert [asdict(line) for line in lines_of(again, "texts")] == lines
     assert lines_of(again) == lines_of(copy)
-    harder = again.effort(0.9, like="texts")
+    harder = again.effort(0.9, query_kind="texts")
     assert harder in [line.effort for line in lines_of(again, "texts")]
     assert cost(again, harder) > cost(again, before)
     assert again.effort(0.9) == before
@@ -133,7 +133,7 @@ def test_the_effort_for_texts_finds_what_texts_want(copy: Database) -> None:
     true = brute_force(database.embeddings(), queries, K)
 
     def found(like: str) -> float:
-        positions = database.search(queries, K, effort=database.effort(0.9, like=like)).positions
+        positions = database.search(queries, K, effort=database.effort(0.9, query_kind=like)).positions
         return float(np.mean([np.isin(want, have).mean() for want, have in zip(true, positions)]))
 
     assert found("images") < 0.85 < found("texts")
@@ -158,7 +158,7 @@ def test_queries_of_an_unknown_kind_are_refused(copy: Database) -> None:
     with pytest.raises(UserError, match="images, texts"):
         recalibrate(copy.root, texts(5, seed=0), "sounds")
     with pytest.raises(UserError, match="images, texts"):
-        copy.effort(0.9, like="sounds")
+        copy.effort(0.9, query_kind="sounds")
 
 
 @pytest.mark.parametrize("queries", [np.zeros((3, DIM)), np.ones((3, DIM + 1)), np.full((3, DIM), np.nan)])
@@ -182,26 +182,7 @@ def test_a_database_of_hardly_any_rows_is_measured_all_the_same(build: Build, ro
     assert database.search(clustered(3, seed=4), 30).ids.shape == (3, rows)
 
 
-def test_recall_is_the_share_of_true_neighbors_found() -> None:
-    none = -np.inf
-    truth = np.array([[0.9, 0.8, 0.7, 0.6], [0.9, 0.8, none, none], [0.9, 0.8, 0.7, 0.6]])
-    found = np.array([[0.9, 0.7, 0.5, 0.4], [0.9, 0.8, 0.1, none], [none, none, none, none]])
-    assert recalls(found, truth).tolist() == [0.5, 1.0, 0.0]
-
-
 def test_of_equal_neighbors_any_will_do(build: Build) -> None:
-    assert recalls(np.array([[0.9, 0.9, 0.8]]), np.array([[0.9, 0.9, 0.8]])).tolist() == [1.0]
     database = build(np.repeat(clustered(50, seed=3), 40, axis=0), flat_rows=1000)
     assert lines_of(database)[-1].recall > 0.99
     assert database.search(clustered(3, seed=4), 10).ids.shape == (3, 10)
-
-
-def test_an_interval_is_two_standard_errors_each_way_within_bounds() -> None:
-    values = np.array([1.0, 0.5] * 50)
-    half = 1.96 * np.std(values, ddof=1) / 10
-    assert interval(values) == pytest.approx((0.75, 0.75 - half, 0.75 + half), abs=1e-5)
-    assert interval(np.ones(9)) == (1.0, 0.66667, 1.0)
-    assert interval(np.array([0.9])) == (0.9, 0.0, 1.0)
-    mean, low, high = interval(np.array([1.0] * 9 + [0.0]))
-    assert (mean, high) == (0.9, 1.0)
-    assert low < 0.75

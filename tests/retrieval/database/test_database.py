@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from retrieval import Database, Effort, UserError
-from retrieval.database.database import best_of
 from retrieval.index.routing import Vectors, route, unit
+from retrieval.index.top_k import top_k
 from retrieval.storage import schema
 from tests.retrieval.conftest import DIM, IDENTITY, brute_force, clustered
 
 Build = Callable[..., Database]
-FULL = Effort(probes=64, lists=4096, candidates=64)
+FULL = Effort(64, 4096, 64)
 
 
 @pytest.fixture(params=["in_lists", "in_partitions", "mixed"])
@@ -229,7 +229,7 @@ def test_a_database_of_an_older_version_is_refused(build: Build, vectors: Vector
 
 def test_another_encoder_is_refused(in_lists: Database) -> None:
     in_lists.require_encoder(IDENTITY)
-    with pytest.raises(UserError, match="was built by the encoder test"):
+    with pytest.raises(UserError, match="was built with the encoder test"):
         in_lists.require_encoder(IDENTITY.model_copy(update={"weights": "f" * 16}))
 
 
@@ -246,42 +246,67 @@ def test_a_query_visits_the_nearest_partitions_first_and_more_where_rows_lack(
 
 
 def test_parts_of_a_search_put_together_are_the_search(mixed: Database, queries: Vectors) -> None:
-    effort, units = Effort(3, 16, 4), mixed.checked(queries, 8)
+    effort, units = Effort(3, 16, 4), mixed.unit_queries(queries, 8)
     visits = mixed.route(units, 8, effort)
     whole = mixed.search(queries, 8, effort=effort)
     parts = [mixed.search_partitions(units, 8, effort, visits, numbers) for numbers in ([0, 2], [1], [3])]
     similarities, positions = (np.concatenate(columns, axis=1) for columns in zip(*parts))
-    together = best_of(similarities, positions, 8)
+    together = top_k(similarities, positions, 8)
     np.testing.assert_array_equal(together[0], whole.similarities)
     np.testing.assert_array_equal(together[1], whole.positions)
 
 
-def test_equal_similarities_come_in_the_order_of_their_positions() -> None:
-    similarities = np.array([[0.5, 0.9, 0.9, 0.5, -np.inf]], np.float32)
-    positions = np.array([[8, 7, 3, 2, -1]])
-    best = best_of(similarities, positions, 4)
-    assert best[1].tolist() == [[3, 7, 2, 8]]
-    assert best[0].tolist() == [[np.float32(0.9), np.float32(0.9), 0.5, 0.5]]
-
-
 def search_alone(folder: str) -> None:
-    """Run in a process of its own: a search loads neither torch nor Ray nor autofaiss."""
+    """Runs in a process of its own: searching imports neither torch nor Ray nor autofaiss."""
     import sys
 
     import numpy
 
     from retrieval import Database
 
-    found = Database.open(folder).search(numpy.ones((2, 32)), 3)
-    assert found.embeddings.shape == (2, 3, 32)
-    assert len(found.rows[0]) == 3
-    loaded = {"torch", "ray", "autofaiss"} & set(sys.modules)
-    assert not loaded, loaded
+    neighbors = Database.open(folder).search(numpy.ones((2, 32)), 3)
+    assert neighbors.embeddings.shape == (2, 3, 32)
+    assert len(neighbors.rows[0]) == 3
+    imported = {"torch", "ray", "autofaiss"} & set(sys.modules)
+    assert not imported, imported
+
+
+def build_with_core_packages(folder: str) -> None:
+    """Runs in a process of its own: builds, searches and verifies databases without the optional packages."""
+    import sys
+
+    sys.modules.update(dict.fromkeys(("torch", "autofaiss", "open_clip", "ray")))  # None: cannot be imported
+    import numpy
+    import pytest
+
+    from retrieval import Database, EncoderIdentity, UserError, build_database
+    from retrieval.__main__ import main
+    from retrieval.database.verify import RecallSample, damaged_files, measure_recall
+    from retrieval.recipe import IndexConfig
+
+    vectors = numpy.random.default_rng(0).standard_normal((2500, 32)).astype(numpy.float32)
+    encoder = EncoderIdentity(model="test", weights="", preprocessing="", dim=32)
+    for rows_per_partition, flat_rows in ((5000, 50_000), (500, 50_000), (1250, 1000)):
+        config = IndexConfig(rows_per_partition=rows_per_partition, flat_rows=flat_rows, num_queries=50)
+        database = build_database(folder, vectors, encoder=encoder, config=config)
+        assert Database.open(folder).search(vectors[:9], 3).ids[:, 0].tolist() == list(range(9))
+        assert damaged_files(database.root) == []
+        assert measure_recall(database, RecallSample(50, 10, recall=0.9)).mean > 0.8
+    assert main(["verify", folder]) == 0
+    with pytest.raises(UserError, match="needs the package autofaiss"):
+        build_database(folder, vectors, encoder=encoder, config=IndexConfig(index_key="HNSW16"))
+
+
+def run_in_new_process(function: Callable[[str], None], folder: Path) -> None:
+    code = f"{inspect.getsource(function)}\n{function.__name__}({str(folder)!r})"
+    process = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
 
 
 @pytest.mark.parametrize("which", ["in_lists", "in_partitions"])
-def test_opening_and_searching_load_no_torch(which: str, request: pytest.FixtureRequest) -> None:
-    folder = request.getfixturevalue(which).root.local_path("")
-    code = f"{inspect.getsource(search_alone)}\nsearch_alone({str(folder)!r})"
-    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_opening_and_searching_do_not_import_torch(which: str, request: pytest.FixtureRequest) -> None:
+    run_in_new_process(search_alone, request.getfixturevalue(which).root.local_path(""))
+
+
+def test_databases_are_built_searched_and_verified_with_the_core_packages_alone(tmp_path: Path) -> None:
+    run_in_new_process(build_with_core_packages, tmp_path / "database")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from retrieval import Database, UserError
-from retrieval.database import verify
-from retrieval.database.verify import Sample, damaged_files, measure_recall, recall_of
-from retrieval.index.hidden import block
+from retrieval.database import recall as database_recall
+from retrieval.database.verify import RecallSample, damaged_files, measure_recall, summarize_recall
+from retrieval.index.hidden import hide
 from retrieval.index.routing import Vectors, unit
 from tests.retrieval.conftest import DIM, brute_force, clustered
 
@@ -33,7 +33,7 @@ def test_one_flipped_bit_in_any_file_is_found(
         bent = bytearray(whole)
         bent[len(bent) // 2] ^= 1
         root.write_bytes(name, bytes(bent))
-        assert damaged_files(root) == [f"{name}: other bytes than its manifest states"]
+        assert damaged_files(root) == [f"{name}: its checksum differs from the manifest"]
         root.write_bytes(name, whole)
     root.delete(files[-1])
     assert damaged_files(root) == [f"{files[-1]}: missing"]
@@ -41,7 +41,7 @@ def test_one_flipped_bit_in_any_file_is_found(
 
 def test_inverted_lists_are_measured_as_they_are_searched(build: Build, vectors: Vectors) -> None:
     database = build(vectors, flat_rows=1000, num_queries=200)
-    little, much = (measure_recall(database, Sample(500, 10, recall=recall)) for recall in (0.3, 1.0))
+    little, much = (measure_recall(database, RecallSample(500, 10, recall=recall)) for recall in (0.3, 1.0))
     assert little.high < much.low
     assert much.mean > 0.9
 
@@ -49,7 +49,7 @@ def test_inverted_lists_are_measured_as_they_are_searched(build: Build, vectors:
 def test_an_exhaustive_database_has_recall_one_and_admits_the_sample_is_small(
     build: Build, vectors: Vectors
 ) -> None:
-    recall = measure_recall(build(vectors), Sample(queries=60, k=10))
+    recall = measure_recall(build(vectors), RecallSample(queries=60, k=10))
     assert (recall.mean, recall.high, recall.k, recall.queries) == (1, 1, 10, 60)
     assert recall.low == pytest.approx(0.95)
 
@@ -65,11 +65,11 @@ def test_the_recall_stated_is_that_of_searching_every_row(
     found = database.search(stored, 6, recall=0.5).ids
     every = [len(set(a) & set(b) - {i}) / 5 for a, b, i in zip(true + 1000, found, ids)]
     assert 0.3 < np.mean(every) < 0.95
-    recall = measure_recall(database, Sample(500, 5, recall=0.5))
+    recall = measure_recall(database, RecallSample(500, 5, recall=0.5))
     assert recall.low < np.mean(every) < recall.high
     assert recall.high - recall.low < 0.05
-    monkeypatch.setattr(verify, "BLOCK_ROWS", 37)
-    assert measure_recall(database, Sample(1500, 5, recall=0.5)).mean == pytest.approx(
+    monkeypatch.setattr(database_recall, "BLOCK_ROWS", 37)
+    assert measure_recall(database, RecallSample(1500, 5, recall=0.5)).mean == pytest.approx(
         np.mean(every), abs=1e-3
     )
 
@@ -77,38 +77,38 @@ def test_the_recall_stated_is_that_of_searching_every_row(
 def test_the_sample_follows_its_seed(build: Build, vectors: Vectors) -> None:
     database = build(vectors[:800], rows_per_partition=100, num_queries=100)
     first, again, other = (
-        measure_recall(database, Sample(50, 10, recall=0.5, seed=seed)) for seed in (3, 3, 4)
+        measure_recall(database, RecallSample(50, 10, recall=0.5, seed=seed)) for seed in (3, 3, 4)
     )
     assert first == again != other
 
 
 def test_hidden_rows_are_neither_queries_nor_answers(build: Build, vectors: Vectors) -> None:
     database = build(vectors[:400], rows_per_partition=200, num_queries=50)
-    block(database.root, np.arange(1000, 1300))
+    hide(database.root, np.arange(1000, 1300))
     database = Database.open(database.root)
-    recall = measure_recall(database, Sample(400, 10, recall=1))
+    recall = measure_recall(database, RecallSample(400, 10, recall=1))
     assert (recall.queries, recall.mean) == (100, 1)
-    block(database.root, np.arange(1300, 1399))
-    with pytest.raises(UserError, match="shows 1 rows"):
-        measure_recall(Database.open(database.root), Sample())
+    hide(database.root, np.arange(1300, 1399))
+    with pytest.raises(UserError, match="has 1 visible rows"):
+        measure_recall(Database.open(database.root), RecallSample())
 
 
 def test_copies_of_a_row_count_as_found_whichever_comes_back(build: Build) -> None:
     database = build(np.repeat(clustered(5, seed=8), 40, axis=0), rows_per_partition=100, num_queries=100)
-    assert measure_recall(database, Sample(50, 10)).mean == 1
+    assert measure_recall(database, RecallSample(50, 10)).mean == 1
 
 
 def test_a_database_smaller_than_k_is_measured_on_what_it_has(build: Build) -> None:
-    recall = measure_recall(build(clustered(4, seed=1)), Sample(queries=200, k=20))
+    recall = measure_recall(build(clustered(4, seed=1)), RecallSample(queries=200, k=20))
     assert (recall.queries, recall.k, recall.mean) == (4, 3, 1)
-    with pytest.raises(UserError, match="shows 1 rows"):
-        measure_recall(build(clustered(1, seed=1), "databases/one"), Sample(5, 1))
+    with pytest.raises(UserError, match="has 1 visible rows"):
+        measure_recall(build(clustered(1, seed=1), "databases/one"), RecallSample(5, 1))
 
 
 def test_the_interval_holds_the_truth_19_times_in_20() -> None:
     rng = np.random.default_rng(0)
     within = 0
     for _ in range(1000):
-        recall = recall_of(rng.binomial(20, 0.93, 200) / 20, k=20)
+        recall = summarize_recall(rng.binomial(20, 0.93, 200) / 20, k=20)
         within += recall.low <= 0.93 <= recall.high
     assert 920 <= within <= 975

@@ -1,4 +1,4 @@
-"""Hidden images: gone at once, from every database that is opened, with k results all the same."""
+"""Hidden images: no database that is opened later returns them, and searches still return k results."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retrieval import Database, Effort, Root, UserError
-from retrieval.index.hidden import FILE, block, blocked_ids
+from retrieval import Database, Effort, Root, UserError, build_database
+from retrieval.index.hidden import HIDDEN_FILE, hidden_ids, hide
 from retrieval.index.routing import Vectors
 from tests.retrieval.conftest import brute_force, built, clustered
 
 Build = Callable[..., Database]
-FULL = Effort(probes=64, lists=4096, candidates=64)
+EXHAUSTIVE = Effort(64, 4096, 64)
 LAYOUTS = [
     {},
     {"flat_rows": 1000},
@@ -27,132 +27,134 @@ def test_hidden_images_never_come_back_and_others_fill_their_places(
     build: Build, vectors: Vectors, queries: Vectors, settings: dict[str, object]
 ) -> None:
     database = build(vectors[:2000], **settings)
-    hidden = np.unique(database.search(queries, 10, effort=FULL).ids)
-    block(database.root, hidden)
-    for effort in (Effort(1, 1, 1), FULL):
-        found = Database.open(database.root).search(queries, 10, effort=effort)
-        assert found.ids.shape == (50, 10)
-        assert not np.isin(found.ids, hidden).any()
-        assert all(len(set(row)) == 10 for row in found.ids.tolist())
-        assert np.isfinite(found.similarities).all()
+    hidden = np.unique(database.search(queries, 10, effort=EXHAUSTIVE).ids)
+    hide(database.root, hidden)
+    for effort in (Effort(1, 1, 1), EXHAUSTIVE):
+        results = Database.open(database.root).search(queries, 10, effort=effort)
+        assert results.ids.shape == (50, 10)
+        assert not np.isin(results.ids, hidden).any()
+        assert all(len(set(row)) == 10 for row in results.ids.tolist())
+        assert np.isfinite(results.similarities).all()
 
 
-def test_a_partition_that_is_all_hidden_is_followed_by_others(
+def test_a_query_visits_more_partitions_where_the_nearest_one_is_hidden(
     in_partitions: Database, queries: Vectors
 ) -> None:
     for number, partition in enumerate(in_partitions.partitions):
         database = in_partitions.without(partition.ids[3:])
         nearest = in_partitions.centroids[number : number + 1]
-        found = database.search(nearest, 10, effort=Effort(1, 1, 1))
-        assert found.ids.shape == (1, 10)
-        assert not np.isin(found.ids, database.hidden).any()
+        results = database.search(nearest, 10, effort=Effort(1, 1, 1))
+        assert results.ids.shape == (1, 10)
+        assert not np.isin(results.ids, database.hidden).any()
 
 
-def test_what_comes_instead_is_what_a_database_without_them_finds(
+def test_results_equal_those_of_a_database_without_the_hidden_rows(
     build: Build, vectors: Vectors, queries: Vectors
 ) -> None:
     database = build(vectors[:2000], rows_per_partition=300)
     hidden = np.unique(brute_force(vectors[:2000], queries, 5)) + 1000
-    left = np.setdiff1d(np.arange(2000), hidden - 1000)
-    found = database.without(hidden).search(queries, 8, effort=FULL)
-    np.testing.assert_array_equal(found.ids - 1000, left[brute_force(vectors[left], queries, 8)])
+    visible = np.setdiff1d(np.arange(2000), hidden - 1000)
+    results = database.without(hidden).search(queries, 8, effort=EXHAUSTIVE)
+    np.testing.assert_array_equal(results.ids - 1000, visible[brute_force(vectors[visible], queries, 8)])
 
 
-def test_blocking_adds_to_what_was_blocked_and_stays(build: Build, vectors: Vectors) -> None:
+def test_hiding_adds_to_the_hidden_ids_permanently(build: Build, vectors: Vectors) -> None:
     database = build(vectors[:300])
-    assert block(database.root, [1007, 1003]) == 2
-    assert block(database.root, np.array([1003, 1200])) == 3
-    assert blocked_ids(database.root).tolist() == [1003, 1007, 1200]
+    assert hide(database.root, [1007, 1003]) == 2
+    assert hide(database.root, np.array([1003, 1200])) == 3
+    assert hidden_ids(database.root).tolist() == [1003, 1007, 1200]
     assert Database.open(database.root).hidden.tolist() == [1003, 1007, 1200]
     assert Database.open(database.root.url).hidden.tolist() == [1003, 1007, 1200]
 
 
-def test_a_rebuilt_database_hides_what_the_old_one_hid(build: Build, vectors: Vectors) -> None:
+def test_a_rebuilt_database_hides_the_ids_of_the_old_one(build: Build, vectors: Vectors) -> None:
     database = build(vectors[:300])
-    block(database.root, [1003, 1250])
-    again = build(vectors[:280], rows_per_partition=100)
-    assert len(again) == 280
-    assert again.hidden.tolist() == [1003, 1250]
-    assert not np.isin(again.search(vectors[3:4], 280).ids, [1003, 1250]).any()
+    hide(database.root, [1003, 1250])
+    rebuilt = build(vectors[:280], rows_per_partition=100)
+    assert len(rebuilt) == 280
+    assert rebuilt.hidden.tolist() == [1003, 1250]
+    assert not np.isin(rebuilt.search(vectors[3:4], 280).ids, [1003, 1250]).any()
 
 
-def test_a_build_that_was_interrupted_still_keeps_what_was_hidden(tmp_path: Path, vectors: Vectors) -> None:
+def test_a_build_after_an_interrupted_one_keeps_the_hidden_ids(tmp_path: Path, vectors: Vectors) -> None:
     database = built(tmp_path, vectors[:300])
-    block(database.root, [1003])
+    hide(database.root, [1003])
     for name in database.root.list(""):
-        if name != FILE:
+        if name != HIDDEN_FILE:
             database.root.delete(name)
-    again = Database.build(database.root, vectors[:300], encoder=database.encoder)
-    assert again.hidden.tolist() == [1003]
+    rebuilt = build_database(database.root, vectors[:300], encoder=database.encoder)
+    assert rebuilt.hidden.tolist() == [1003]
 
 
-def test_hiding_for_one_holder_leaves_the_database_alone(build: Build, vectors: Vectors) -> None:
+def test_without_hides_ids_in_the_returned_object_only(build: Build, vectors: Vectors) -> None:
     database = build(vectors[:300])
-    block(database.root, [1008])
+    hide(database.root, [1008])
     database = Database.open(database.root)
     other = database.without([1003, 1008])
-    assert 1003 in database.search(vectors[3:4], 5, effort=FULL).ids
-    assert 1003 not in other.search(vectors[3:4], 5, effort=FULL).ids
-    assert 1003 in database.search(vectors[3:4], 5, effort=FULL).ids
+    assert 1003 in database.search(vectors[3:4], 5, effort=EXHAUSTIVE).ids
+    assert 1003 not in other.search(vectors[3:4], 5, effort=EXHAUSTIVE).ids
+    assert 1003 in database.search(vectors[3:4], 5, effort=EXHAUSTIVE).ids
     assert (other.hidden.tolist(), database.hidden.tolist()) == ([1003, 1008], [1008])
-    assert blocked_ids(database.root).tolist() == [1008]
+    assert hidden_ids(database.root).tolist() == [1008]
     assert other.without(1004).hidden.tolist() == [1003, 1004, 1008]
     assert len(other) == 300
 
 
-def test_fewer_results_where_fewer_are_shown(build: Build) -> None:
+def test_there_are_fewer_results_where_fewer_rows_are_visible(build: Build) -> None:
     database = build(clustered(12, seed=3)).without(np.arange(1000, 1009))
-    found = database.search(clustered(4, seed=4), 10)
-    assert found.ids.shape == (4, 3)
-    assert set(found.ids.ravel().tolist()) == {1009, 1010, 1011}
+    results = database.search(clustered(4, seed=4), 10)
+    assert results.ids.shape == (4, 3)
+    assert set(results.ids.ravel().tolist()) == {1009, 1010, 1011}
 
 
-def test_where_all_is_hidden_nothing_is_found(build: Build) -> None:
+def test_a_database_of_hidden_rows_returns_no_results(build: Build) -> None:
     database = build(clustered(12, seed=3)).without(np.arange(1000, 1012))
-    found = database.search(clustered(4, seed=4), 10)
-    assert found.ids.shape == (4, 0)
-    assert found.embeddings.shape == (4, 0, 32)
-    assert [len(rows) for rows in found.rows] == [0] * 4
+    results = database.search(clustered(4, seed=4), 10)
+    assert results.ids.shape == (4, 0)
+    assert results.embeddings.shape == (4, 0, 32)
+    assert [len(rows) for rows in results.rows] == [0] * 4
 
 
-def test_ids_that_the_database_lacks_do_no_harm(build: Build, vectors: Vectors, queries: Vectors) -> None:
+def test_ids_that_the_database_lacks_change_no_results(
+    build: Build, vectors: Vectors, queries: Vectors
+) -> None:
     database = build(vectors[:300])
-    wanted = database.search(queries, 5).ids
-    block(database.root, [-7, 2**62])
-    np.testing.assert_array_equal(Database.open(database.root).search(queries, 5).ids, wanted)
+    expected = database.search(queries, 5).ids
+    hide(database.root, [-7, 2**62])
+    np.testing.assert_array_equal(Database.open(database.root).search(queries, 5).ids, expected)
 
 
-def test_blocking_nothing_blocks_nothing(build: Build, vectors: Vectors) -> None:
+def test_hiding_no_ids_hides_nothing(build: Build, vectors: Vectors) -> None:
     database = build(vectors[:100])
-    assert block(database.root, []) == 0
+    assert hide(database.root, []) == 0
     assert len(Database.open(database.root).hidden) == 0
 
 
 @pytest.mark.parametrize("ids", [[1.5], ["1003"], [True]])
-def test_what_is_no_image_id_is_refused(build: Build, vectors: Vectors, ids: list[object]) -> None:
+def test_ids_that_are_not_integers_are_refused(build: Build, vectors: Vectors, ids: list[object]) -> None:
     with pytest.raises(UserError, match="must be integers"):
-        block(build(vectors[:50]).root, ids)
+        hide(build(vectors[:50]).root, ids)
 
 
-def test_a_folder_that_is_no_database_is_refused(tmp_path: Path) -> None:
+def test_hiding_in_a_folder_without_a_database_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no database"):
-        block(Root(tmp_path), [1])
-    assert not (tmp_path / FILE).exists()
+        hide(Root(tmp_path), [1])
+    assert not (tmp_path / HIDDEN_FILE).exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"not numpy", b"\x93NUMPY\x01\x00"])
-def test_a_damaged_list_of_hidden_ids_shows_nothing_rather_than_all(
+def test_a_database_with_a_damaged_list_of_hidden_ids_cannot_be_opened(
     build: Build, vectors: Vectors, content: bytes
 ) -> None:
     database = build(vectors[:50])
-    database.root.write_bytes(FILE, content)
-    with pytest.raises(UserError, match="nothing may be shown"):
+    database.root.write_bytes(HIDDEN_FILE, content)
+    with pytest.raises(UserError, match=r"cannot be read.*stays closed"):
         Database.open(database.root)
 
 
 def test_a_list_of_hidden_ids_of_another_type_is_refused(build: Build, vectors: Vectors) -> None:
     database = build(vectors[:50])
-    with database.root.local_path(FILE).open("wb") as file:
+    with database.root.local_path(HIDDEN_FILE).open("wb") as file:
         np.save(file, np.array([[1.0]]))
-    with pytest.raises(UserError, match="wanted int64 ids"):
+    with pytest.raises(UserError, match=r"int64 ids .* were expected"):
         Database.open(database.root)

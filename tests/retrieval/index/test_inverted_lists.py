@@ -1,4 +1,4 @@
-"""The index of a large partition: every row in one list of the files, half of them in two of the index."""
+"""The index of a large partition: each row is stored in one list, and half of them are indexed in two."""
 
 from pathlib import Path
 
@@ -6,8 +6,8 @@ import faiss
 import numpy as np
 import pytest
 
-from retrieval.index.inverted_lists import SPILL, Inverted, num_lists, train
-from retrieval.index.kmeans import assign
+from retrieval.index.inverted_lists import SPILL, InvertedLists, num_lists, train_inverted_lists
+from retrieval.index.kmeans import nearest_centroids
 from retrieval.index.routing import Vectors
 from tests.retrieval.conftest import clustered
 
@@ -19,84 +19,86 @@ def rows() -> Vectors:
 
 
 @pytest.fixture(scope="module")
-def made(rows: Vectors) -> Inverted:
+def built(rows: Vectors) -> InvertedLists:
     """Their index."""
-    return train(rows.astype(np.float16), seed=0)
+    return train_inverted_lists(rows.astype(np.float16), seed=0)
 
 
 def in_index(index: faiss.Index) -> tuple[np.ndarray, np.ndarray]:
-    """Ids that stand in the lists of an index, and the list of each."""
+    """The ids in the lists of an index, and the list of each id."""
     lists = index.invlists
     ids = [faiss.rev_swig_ptr(lists.get_ids(i), lists.list_size(i)).copy() for i in range(index.nlist)]
-    return np.concatenate(ids), np.repeat(np.arange(index.nlist), [len(found) for found in ids])
+    return np.concatenate(ids), np.repeat(np.arange(index.nlist), [len(part) for part in ids])
 
 
-def test_every_row_is_in_exactly_one_list(rows: Vectors, made: Inverted) -> None:
-    np.testing.assert_array_equal(np.sort(made.order), np.arange(len(rows)))
-    assert made.offsets.shape == (len(made.centroids) + 1,)
-    assert (made.offsets.dtype, made.order.dtype, made.centroids.dtype) == (np.int64, np.int64, np.float32)
-    assert (made.offsets[0], made.offsets[-1]) == (0, len(rows))
-    assert (np.diff(made.offsets) >= 0).all()
+def test_every_row_is_in_exactly_one_list(rows: Vectors, built: InvertedLists) -> None:
+    np.testing.assert_array_equal(np.sort(built.order), np.arange(len(rows)))
+    assert built.offsets.shape == (len(built.centroids) + 1,)
+    assert (built.offsets.dtype, built.order.dtype, built.centroids.dtype) == (
+        np.int64,
+        np.int64,
+        np.float32,
+    )
+    assert (built.offsets[0], built.offsets[-1]) == (0, len(rows))
+    assert (np.diff(built.offsets) >= 0).all()
 
 
-def test_the_rows_of_a_list_are_those_nearest_to_its_centroid(rows: Vectors, made: Inverted) -> None:
-    numbers = np.repeat(np.arange(len(made.centroids)), np.diff(made.offsets))
-    stored = rows.astype(np.float16)[made.order]
-    np.testing.assert_array_equal(assign(stored, made.centroids)[:, 0], numbers)
+def test_each_row_is_in_the_list_of_its_nearest_centroid(rows: Vectors, built: InvertedLists) -> None:
+    numbers = np.repeat(np.arange(len(built.centroids)), np.diff(built.offsets))
+    stored = rows.astype(np.float16)[built.order]
+    np.testing.assert_array_equal(nearest_centroids(stored, built.centroids)[:, 0], numbers)
 
 
-def test_half_of_the_rows_stand_in_the_index_twice_in_their_two_nearest_lists(
-    rows: Vectors, made: Inverted
-) -> None:
-    ids, lists = in_index(made.index)
+def test_half_of_the_rows_are_indexed_in_their_two_nearest_lists(rows: Vectors, built: InvertedLists) -> None:
+    ids, lists = in_index(built.index)
     counts = np.bincount(ids, minlength=len(rows))
     assert set(counts) == {1, 2}
     assert (counts == 2).sum() == int(SPILL * len(rows))
-    near = assign(rows.astype(np.float16)[made.order], made.centroids, nearest=2)
+    near = nearest_centroids(rows.astype(np.float16)[built.order], built.centroids, nearest=2)
     pairs = set(zip(ids.tolist(), lists.tolist()))
     wanted = set(enumerate(near[:, 0].tolist()))
     wanted |= {(int(i), int(near[i, 1])) for i in np.flatnonzero(counts == 2)}
     assert pairs == wanted
 
 
-def test_the_rows_that_stand_twice_are_those_nearest_to_a_border(rows: Vectors, made: Inverted) -> None:
-    twice = np.bincount(in_index(made.index)[0], minlength=len(rows)) == 2
-    nearness = np.sort(rows.astype(np.float16)[made.order].astype(np.float32) @ made.centroids.T, axis=1)
+def test_the_rows_indexed_twice_are_those_nearest_to_a_border(rows: Vectors, built: InvertedLists) -> None:
+    twice = np.bincount(in_index(built.index)[0], minlength=len(rows)) == 2
+    nearness = np.sort(rows.astype(np.float16)[built.order].astype(np.float32) @ built.centroids.T, axis=1)
     margin = nearness[:, -1] - nearness[:, -2]
     assert margin[twice].max() <= margin[~twice].min() + 1e-5
 
 
-def test_the_index_says_how_many_rows_it_holds(rows: Vectors, made: Inverted) -> None:
-    assert made.index.ntotal == len(rows)
-    assert made.index.nlist == num_lists(len(rows)) == 512
-    assert made.index.metric_type == faiss.METRIC_INNER_PRODUCT
+def test_the_index_states_its_number_of_rows(rows: Vectors, built: InvertedLists) -> None:
+    assert built.index.ntotal == len(rows)
+    assert built.index.nlist == num_lists(len(rows)) == 512
+    assert built.index.metric_type == faiss.METRIC_INNER_PRODUCT
 
 
-def test_an_index_read_from_its_file_answers_as_the_one_written(
-    made: Inverted, queries: Vectors, tmp_path: Path
+def test_an_index_read_from_its_file_returns_the_same_results(
+    built: InvertedLists, queries: Vectors, tmp_path: Path
 ) -> None:
-    made.index.nprobe = 16
-    faiss.write_index(made.index, str(tmp_path / "index.faiss"))
+    built.index.nprobe = 16
+    faiss.write_index(built.index, str(tmp_path / "index.faiss"))
     read = faiss.read_index(str(tmp_path / "index.faiss"))
-    for found, wanted in zip(read.search(queries, 10), made.index.search(queries, 10)):
+    for found, wanted in zip(read.search(queries, 10), built.index.search(queries, 10)):
         np.testing.assert_array_equal(found, wanted)
-    assert (read.ntotal, read.nprobe) == (made.index.ntotal, 16)
+    assert (read.ntotal, read.nprobe) == (built.index.ntotal, 16)
 
 
-def test_the_codes_alone_find_most_of_what_is_near(rows: Vectors, made: Inverted, queries: Vectors) -> None:
-    made.index.nprobe = 64
-    found = made.order[made.index.search(queries, 40)[1]]
+def test_the_codes_alone_find_most_neighbors(rows: Vectors, built: InvertedLists, queries: Vectors) -> None:
+    built.index.nprobe = 64
+    found = built.order[built.index.search(queries, 40)[1]]
     true = np.argsort(-(queries @ rows.T), axis=1)[:, :10]
     assert np.mean([np.isin(want, have).mean() for want, have in zip(true, found)]) > 0.8
 
 
-def test_a_seed_decides_the_whole_index(rows: Vectors, made: Inverted) -> None:
-    again, other = (train(rows.astype(np.float16), seed) for seed in (0, 1))
-    np.testing.assert_array_equal(again.order, made.order)
-    np.testing.assert_array_equal(again.offsets, made.offsets)
-    assert not np.array_equal(other.order, made.order)
-    again.index.nprobe = made.index.nprobe
-    np.testing.assert_array_equal(faiss.serialize_index(again.index), faiss.serialize_index(made.index))
+def test_a_seed_decides_the_whole_index(rows: Vectors, built: InvertedLists) -> None:
+    repeated, other = (train_inverted_lists(rows.astype(np.float16), seed) for seed in (0, 1))
+    np.testing.assert_array_equal(repeated.order, built.order)
+    np.testing.assert_array_equal(repeated.offsets, built.offsets)
+    assert not np.array_equal(other.order, built.order)
+    repeated.index.nprobe = built.index.nprobe
+    np.testing.assert_array_equal(faiss.serialize_index(repeated.index), faiss.serialize_index(built.index))
 
 
 @pytest.mark.parametrize(("rows", "lists"), [(1001, 256), (50_000, 2048), (1_000_000, 8192)])

@@ -1,16 +1,24 @@
-"""Spherical k-means and nearest centroids against NumPy."""
+"""Spherical k-means and nearest centroids against NumPy, with torch and without it."""
 
 import numpy as np
 import pytest
 import torch
 
-from retrieval.index.kmeans import MAX_SHARE, assign, train_centroids
-from retrieval.index.precision import half_products
+from retrieval.index import kmeans
+from retrieval.index.kmeans import MAX_SHARE, nearest_centroids, train_centroids
+from retrieval.index.precision import allow_bfloat16
 from retrieval.index.routing import Vectors, route, unit
 from tests.retrieval.conftest import DIM, clustered
 
 ROUNDING = 2e-3
-"""How far products of unit rows in bfloat16 may be off, where a processor multiplies in it."""
+"""Largest error of products of unit rows where a processor multiplies in bfloat16."""
+
+
+@pytest.fixture(autouse=True, params=["torch", "faiss"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The library that multiplies matrices. Every test runs with both."""
+    monkeypatch.setattr(kmeans, "_has_torch", lambda: request.param == "torch")
+    return str(request.param)
 
 
 def sizes(vectors: Vectors, centroids: Vectors) -> np.ndarray:
@@ -19,20 +27,22 @@ def sizes(vectors: Vectors, centroids: Vectors) -> np.ndarray:
 
 
 def test_a_seed_decides_the_centroids(vectors: Vectors) -> None:
-    first, again, other = (train_centroids(vectors, 24, seed) for seed in (3, 3, 4))
-    np.testing.assert_array_equal(first, again)
+    first, repeated, other = (train_centroids(vectors, 24, seed) for seed in (3, 3, 4))
+    np.testing.assert_array_equal(first, repeated)
     assert not np.allclose(first, other)
 
 
 def test_a_seed_decides_balanced_centroids_too(vectors: Vectors) -> None:
-    first, again, other = (train_centroids(vectors, 24, seed, balanced=True) for seed in (3, 3, 4))
-    np.testing.assert_array_equal(first, again)
+    first, repeated, other = (train_centroids(vectors, 24, seed, balanced=True) for seed in (3, 3, 4))
+    np.testing.assert_array_equal(first, repeated)
     assert not np.allclose(first, other)
 
 
 @pytest.mark.parametrize("balanced", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 24])
-def test_centroids_are_unit_rows_as_many_as_asked_for(vectors: Vectors, count: int, balanced: bool) -> None:
+def test_centroids_are_the_requested_number_of_unit_rows(
+    vectors: Vectors, count: int, balanced: bool
+) -> None:
     centroids = train_centroids(vectors.astype(np.float16), count, seed=0, balanced=balanced)
     assert (centroids.shape, centroids.dtype) == ((count, DIM), np.float32)
     np.testing.assert_allclose(np.linalg.norm(centroids, axis=1), 1, atol=1e-5)
@@ -42,7 +52,7 @@ def test_one_centroid_is_the_direction_of_the_mean(vectors: Vectors) -> None:
     np.testing.assert_allclose(train_centroids(vectors, 1, seed=0)[0], unit(vectors.mean(axis=0)), atol=1e-5)
 
 
-def test_training_moves_centroids_to_where_the_rows_are(vectors: Vectors) -> None:
+def test_training_moves_centroids_towards_the_rows(vectors: Vectors) -> None:
     drawn = vectors[np.random.default_rng(0).permutation(len(vectors))[:24]]
     trained = train_centroids(vectors, 24, seed=0)
     before, after = ((vectors @ centroids.T).max(axis=1).mean() for centroids in (drawn, trained))
@@ -56,16 +66,16 @@ def test_balanced_centroids_leave_no_cluster_over_twice_the_mean(
 ) -> None:
     found = sizes(vectors, train_centroids(vectors, count, seed, balanced=True))
     assert found.min() > 0
-    # A row between two centroids may count for the other one, for training compares in bfloat16.
+    # A row between two centroids may count for the other one, because training compares in bfloat16.
     assert found.max() <= 1.02 * MAX_SHARE * len(vectors) / count
 
 
-def test_without_balance_skewed_rows_make_a_cluster_over_twice_the_mean(vectors: Vectors) -> None:
+def test_without_balance_skewed_rows_form_a_cluster_over_twice_the_mean(vectors: Vectors) -> None:
     largest = [sizes(vectors, train_centroids(vectors, 12, seed)).max() for seed in range(4)]
     assert min(largest) > MAX_SHARE * len(vectors) / 12
 
 
-def test_rows_that_are_all_equal_end_in_as_many_centroids_all_the_same() -> None:
+def test_equal_rows_still_give_the_requested_number_of_centroids() -> None:
     rows = np.repeat(clustered(1, seed=0), 300, axis=0)
     centroids = train_centroids(rows, 8, seed=0, balanced=True)
     assert centroids.shape == (8, DIM)
@@ -76,7 +86,7 @@ def test_rows_that_are_all_equal_end_in_as_many_centroids_all_the_same() -> None
 def test_a_row_is_assigned_to_its_nearest_centroids_in_order(vectors: Vectors, rows: int) -> None:
     many = np.resize(vectors, (rows, DIM)).astype(np.float16)
     centroids = train_centroids(vectors, 24, seed=0)
-    found = assign(many, centroids, nearest=3)
+    found = nearest_centroids(many, centroids, nearest=3)
     exact = many.astype(np.float32) @ centroids.T
     true = np.argsort(-exact, axis=1, kind="stable")[:, :3]
     assert (found.shape, found.dtype) == ((rows, 3), np.int64)
@@ -88,15 +98,15 @@ def test_a_row_is_assigned_to_its_nearest_centroids_in_order(vectors: Vectors, r
     np.testing.assert_allclose(best, ordered[:, :3], atol=ROUNDING)
 
 
-def test_a_row_goes_where_a_query_equal_to_it_goes_first(vectors: Vectors) -> None:
+def test_a_row_is_assigned_to_the_partition_that_an_equal_query_visits_first(vectors: Vectors) -> None:
     centroids = train_centroids(vectors, 24, seed=0)
-    same = assign(vectors, centroids)[:, 0] == route(vectors, centroids, 2)[:, 0]
+    same = nearest_centroids(vectors, centroids)[:, 0] == route(vectors, centroids, 2)[:, 0]
     assert same.mean() > 0.99
 
 
-def test_quicker_products_end_with_their_block() -> None:
+def test_bfloat16_products_are_allowed_only_in_the_block() -> None:
     before = torch.get_float32_matmul_precision()
-    with pytest.raises(ValueError, match="within"), half_products():
+    with pytest.raises(ValueError, match="within"), allow_bfloat16():
         assert torch.get_float32_matmul_precision() == "medium"
         raise ValueError("within")
     assert torch.get_float32_matmul_precision() == before

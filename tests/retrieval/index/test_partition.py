@@ -1,4 +1,4 @@
-"""One partition: exact similarities from the file as it lies, each row once, never too few."""
+"""One partition: exact similarities from the mapped file, each row once, and k results."""
 
 import gc
 from collections.abc import Callable
@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from retrieval import Database, Effort
-from retrieval.index.partition import Partition, first_of_each
-from retrieval.index.rerank import Rerank
+from retrieval.index.partition import Partition, drop_repeats
+from retrieval.index.rerank import RerankIndex
 from retrieval.index.routing import Vectors
 from retrieval.storage import schema
 from tests.retrieval.conftest import clustered
 
 Build = Callable[..., Database]
 NONE = np.empty(0, np.int64)
-LITTLE, MUCH = Effort(1, 4, 3), Effort(1, 512, 64)
+LOW, HIGH = Effort(1, 4, 3), Effort(1, 512, 64)
 
 
 def fresh(database: Database, hidden: np.ndarray = NONE) -> Partition:
@@ -28,9 +28,9 @@ def exact(partition: Partition, queries: Vectors) -> Vectors:
     return queries @ partition.embeddings.astype(np.float32).T
 
 
-def test_faiss_ranks_the_rows_where_they_lie_mapped_from_their_file(in_lists: Database) -> None:
+def test_faiss_reads_the_mapped_file_without_a_copy(in_lists: Database) -> None:
     partition = fresh(in_lists)
-    rerank = Rerank(partition.embeddings)
+    rerank = RerankIndex(partition.embeddings)
     seen = faiss.rev_swig_ptr(rerank.index.codes.data(), partition.embeddings.nbytes)
     assert isinstance(partition.embeddings, np.memmap)
     assert seen.ctypes.data == partition.embeddings.ctypes.data
@@ -39,14 +39,14 @@ def test_faiss_ranks_the_rows_where_they_lie_mapped_from_their_file(in_lists: Da
 
 def test_ranking_gives_the_exact_similarities_of_float16_rows(vectors: Vectors, queries: Vectors) -> None:
     rows = vectors.astype(np.float16)
-    similarities, found = Rerank(rows).index.search(queries, 20)
+    similarities, found = RerankIndex(rows).index.search(queries, 20)
     true = queries.astype(np.float64) @ rows.astype(np.float64).T
     np.testing.assert_allclose(similarities, np.take_along_axis(true, found, 1), atol=1e-6)
     np.testing.assert_allclose(similarities, -np.sort(-true, axis=1)[:, :20], rtol=0, atol=1e-6)
 
 
-def test_ranking_keeps_the_rows_alive_that_it_reads(queries: Vectors) -> None:
-    rerank = Rerank(clustered(20_000, seed=8).astype(np.float16))
+def test_the_rerank_index_keeps_its_rows_alive(queries: Vectors) -> None:
+    rerank = RerankIndex(clustered(20_000, seed=8).astype(np.float16))
     before = rerank.index.search(queries, 5)
     gc.collect()
     taken = [np.zeros((20_000, 32), np.float16) for _ in range(8)]
@@ -54,7 +54,7 @@ def test_ranking_keeps_the_rows_alive_that_it_reads(queries: Vectors) -> None:
     assert len(taken) == 8
 
 
-@pytest.mark.parametrize("effort", [Effort(1, 1, 1), LITTLE, MUCH])
+@pytest.mark.parametrize("effort", [Effort(1, 1, 1), LOW, HIGH])
 @pytest.mark.parametrize("k", [1, 10, 50])
 def test_similarities_are_exact_and_in_order_at_any_effort(
     in_lists: Database, queries: Vectors, effort: Effort, k: int
@@ -68,49 +68,51 @@ def test_similarities_are_exact_and_in_order_at_any_effort(
     )
 
 
-@pytest.mark.parametrize("effort", [Effort(1, 1, 1), Effort(1, 16, 3), MUCH])
-def test_a_row_in_two_lists_comes_back_once(in_lists: Database, queries: Vectors, effort: Effort) -> None:
+@pytest.mark.parametrize("effort", [Effort(1, 1, 1), Effort(1, 16, 3), HIGH])
+def test_a_row_in_two_lists_is_returned_once(in_lists: Database, queries: Vectors, effort: Effort) -> None:
     partition = in_lists.partitions[0]
-    assert partition.per_result == 2
+    assert partition.results_per_row == 2
     _, rows = partition.search(queries, 40, effort)
     assert (rows >= 0).all()
     assert all(len(set(found)) == 40 for found in rows.tolist())
 
 
-def test_equal_vectors_in_two_lists_come_back_once_each(build: Build) -> None:
+def test_equal_vectors_in_two_lists_are_returned_once_each(build: Build) -> None:
     distinct = clustered(400, seed=3)
     partition = build(np.repeat(distinct, 5, axis=0), flat_rows=1000).partitions[0]
-    similarities, rows = partition.search(distinct, 20, MUCH)
+    similarities, rows = partition.search(distinct, 20, HIGH)
     assert all(len(set(found)) == 20 for found in rows.tolist())
-    # Four groups of five, so that a row left out or given twice breaks the steps.
+    # Four groups of five equal rows: a missing or repeated row would shift the groups.
     groups = similarities.reshape(len(distinct), 4, 5)
     np.testing.assert_allclose(groups, groups[:, :, :1].repeat(5, axis=2), atol=1e-6)
     assert ((partition.ids[rows[:, :5]] - 1000) // 5 == np.arange(400)[:, None]).mean() > 0.99
 
 
-def test_every_row_counts_once_even_among_equal_similarities() -> None:
+def test_repeated_rows_are_dropped_even_among_equal_similarities() -> None:
     none = -np.inf
     similarities = np.array([[0.9, 0.9, 0.9, 0.9, 0.5, 0.5], [0.8, 0.7, 0.7, 0.6, none, none]], np.float32)
     rows = np.array([[3, 7, 3, 7, 1, 2], [4, 4, 5, 6, -1, -1]])
-    kept, numbers = first_of_each(similarities, rows, 4)
-    assert numbers.tolist() == [[3, 7, 1, 2], [4, 5, 6, -1]]
-    np.testing.assert_array_equal(kept, np.array([[0.9, 0.9, 0.5, 0.5], [0.8, 0.7, 0.6, none]], np.float32))
-    assert kept.dtype == np.float32
+    kept_similarities, kept_rows = drop_repeats(similarities, rows, 4)
+    assert kept_rows.tolist() == [[3, 7, 1, 2], [4, 5, 6, -1]]
+    np.testing.assert_array_equal(
+        kept_similarities, np.array([[0.9, 0.9, 0.5, 0.5], [0.8, 0.7, 0.6, none]], np.float32)
+    )
+    assert kept_similarities.dtype == np.float32
 
 
 @pytest.mark.parametrize("k", [2, 4, 6])
-def test_one_query_is_told_the_same_as_one_of_many(k: int) -> None:
+def test_dropping_repeats_of_one_query_equals_dropping_them_in_a_batch(k: int) -> None:
     none = -np.inf
     similarities = np.array([[0.9, 0.9, 0.8, 0.7, none, none], [0.9] * 6], np.float32)
     rows = np.array([[3, 5, 3, 1, -1, -1], [2, 2, 2, 2, 2, 2]])
-    together = first_of_each(similarities, rows, k)
+    together = drop_repeats(similarities, rows, k)
     for i in range(2):
-        alone = first_of_each(similarities[i : i + 1], rows[i : i + 1], k)
+        alone = drop_repeats(similarities[i : i + 1], rows[i : i + 1], k)
         np.testing.assert_array_equal(alone[0][0], together[0][i])
         np.testing.assert_array_equal(alone[1][0], together[1][i])
 
 
-def test_more_results_than_the_visited_lists_hold_are_found_in_others(
+def test_more_lists_are_visited_where_they_have_fewer_than_k_rows(
     in_lists: Database, queries: Vectors
 ) -> None:
     partition = in_lists.partitions[0]
@@ -125,7 +127,7 @@ def test_more_results_than_the_visited_lists_hold_are_found_in_others(
 
 
 @pytest.mark.parametrize("k", [3000, 5000])
-def test_as_many_results_as_rows_are_all_rows_in_exact_order(
+def test_a_k_of_all_rows_returns_all_rows_in_exact_order(
     in_lists: Database, queries: Vectors, k: int
 ) -> None:
     partition = in_lists.partitions[0]
@@ -136,21 +138,21 @@ def test_as_many_results_as_rows_are_all_rows_in_exact_order(
     )
 
 
-def test_much_effort_finds_what_brute_force_finds(in_lists: Database, queries: Vectors) -> None:
+def test_a_large_effort_equals_brute_force(in_lists: Database, queries: Vectors) -> None:
     partition = in_lists.partitions[0]
-    _, rows = partition.search(queries, 20, MUCH)
+    _, rows = partition.search(queries, 20, HIGH)
     true = np.argsort(-exact(partition, queries), axis=1)[:, :20]
     assert np.mean([np.isin(want, have).mean() for want, have in zip(true, rows)]) > 0.999
 
 
 @pytest.mark.parametrize("lists", [513, 4096])
-def test_more_lists_than_there_are_means_all(in_lists: Database, queries: Vectors, lists: int) -> None:
+def test_an_effort_of_too_many_lists_visits_all(in_lists: Database, queries: Vectors, lists: int) -> None:
     partition = in_lists.partitions[0]
-    found, wanted = (partition.search(queries, 20, Effort(1, n, 8)) for n in (lists, partition.num_lists))
-    np.testing.assert_array_equal(found[1], wanted[1])
+    found, expected = (partition.search(queries, 20, Effort(1, n, 8)) for n in (lists, partition.num_lists))
+    np.testing.assert_array_equal(found[1], expected[1])
 
 
-def test_more_lists_and_more_candidates_find_more(in_lists: Database, queries: Vectors) -> None:
+def test_more_lists_and_more_candidates_raise_the_recall(in_lists: Database, queries: Vectors) -> None:
     partition = in_lists.partitions[0]
     true = np.argsort(-exact(partition, queries), axis=1)[:, :10]
 
@@ -162,13 +164,13 @@ def test_more_lists_and_more_candidates_find_more(in_lists: Database, queries: V
     assert recall(128, 2) < recall(128, 6) < recall(128, 32)
 
 
-@pytest.mark.parametrize("effort", [Effort(1, 1, 1), LITTLE, MUCH])
+@pytest.mark.parametrize("effort", [Effort(1, 1, 1), LOW, HIGH])
 def test_hidden_rows_never_come_back_and_others_fill_their_places(
     in_lists: Database, queries: Vectors, effort: Effort
 ) -> None:
     whole = in_lists.partitions[0]
-    _, shown = whole.search(queries, 10, MUCH)
-    hidden = np.unique(whole.ids[shown])
+    _, nearest_rows = whole.search(queries, 10, HIGH)
+    hidden = np.unique(whole.ids[nearest_rows])
     partition = fresh(in_lists, hidden)
     similarities, rows = partition.search(queries, 10, effort)
     assert not np.isin(partition.ids[rows], hidden).any()
@@ -176,20 +178,22 @@ def test_hidden_rows_never_come_back_and_others_fill_their_places(
     assert all(len(set(found)) == 10 for found in rows.tolist())
 
 
-def test_when_nearly_all_is_hidden_the_rest_is_found(in_lists: Database, queries: Vectors) -> None:
-    left = np.array([1005, 2100, 3999])
-    hidden = np.setdiff1d(in_lists.partitions[0].ids, left)
+def test_the_visible_rows_are_found_where_nearly_all_are_hidden(in_lists: Database, queries: Vectors) -> None:
+    visible = np.array([1005, 2100, 3999])
+    hidden = np.setdiff1d(in_lists.partitions[0].ids, visible)
     partition = fresh(in_lists, hidden)
-    similarities, rows = partition.search(queries, 5, LITTLE)
-    np.testing.assert_array_equal(np.sort(partition.ids[rows[:, :3]], axis=1), left[None].repeat(50, axis=0))
+    similarities, rows = partition.search(queries, 5, LOW)
+    np.testing.assert_array_equal(
+        np.sort(partition.ids[rows[:, :3]], axis=1), visible[None].repeat(50, axis=0)
+    )
     assert (np.diff(similarities[:, :3], axis=1) <= 0).all()
     assert (rows[:, 3:] == -1).all()
     assert np.isneginf(similarities[:, 3:]).all()
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 33])
-@pytest.mark.parametrize("effort", [LITTLE, Effort(1, 64, 3)])
-def test_answers_do_not_depend_on_who_else_asks(
+@pytest.mark.parametrize("effort", [LOW, Effort(1, 64, 3)])
+def test_results_do_not_depend_on_the_batch(
     in_lists: Database, queries: Vectors, size: int, effort: Effort
 ) -> None:
     partition = in_lists.partitions[0]
@@ -199,19 +203,19 @@ def test_answers_do_not_depend_on_who_else_asks(
     np.testing.assert_array_equal(np.concatenate([part[0] for part in parts]), similarities)
 
 
-def test_eight_threads_that_open_and_search_at_once_get_the_same(
+def test_eight_threads_that_open_and_search_at_once_get_equal_results(
     in_lists: Database, queries: Vectors
 ) -> None:
-    wanted = in_lists.partitions[0].search(queries, 10, LITTLE)
+    expected = in_lists.partitions[0].search(queries, 10, LOW)
     shared = fresh(in_lists)
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda _: shared.search(queries, 10, LITTLE), range(32)))
-    for answer in answers:
-        np.testing.assert_array_equal(answer[1], wanted[1])
-        np.testing.assert_array_equal(answer[0], wanted[0])
+        results = list(pool.map(lambda _: shared.search(queries, 10, LOW), range(32)))
+    for result in results:
+        np.testing.assert_array_equal(result[1], expected[1])
+        np.testing.assert_array_equal(result[0], expected[0])
 
 
-def test_the_rows_of_a_list_stand_together(in_lists: Database) -> None:
+def test_the_rows_of_a_list_are_adjacent(in_lists: Database) -> None:
     partition = in_lists.partitions[0]
     offsets, centroids = partition.lists
     nearest = np.argmax(partition.embeddings.astype(np.float32) @ centroids.T, axis=1)
@@ -220,14 +224,14 @@ def test_the_rows_of_a_list_stand_together(in_lists: Database) -> None:
     assert partition.num_lists == len(centroids) == 512
 
 
-def test_without_lists_all_rows_are_one(in_partitions: Database) -> None:
+def test_without_lists_all_rows_form_one_list(in_partitions: Database) -> None:
     partition = in_partitions.partitions[0]
     offsets, centroids = partition.lists
     assert offsets.tolist() == [0, len(partition)]
-    assert (centroids.shape, partition.num_lists, partition.per_result) == ((1, 32), 1, 1)
+    assert (centroids.shape, partition.num_lists, partition.results_per_row) == ((1, 32), 1, 1)
 
 
-def test_metadata_stands_in_the_order_of_the_vectors(in_lists: Database, vectors: Vectors) -> None:
+def test_metadata_has_the_order_of_the_vectors(in_lists: Database, vectors: Vectors) -> None:
     partition = in_lists.partitions[0]
     captions = partition.metadata["caption"].to_pylist()
     assert partition.metadata.schema.equals(schema.METADATA)

@@ -9,13 +9,13 @@ import torch
 from retrieval import Database
 from retrieval.index.routing import Vectors
 from retrieval.join import candidates
-from retrieval.join.candidates import Wanted, find_candidates
+from retrieval.join.candidates import CandidateSettings, find_candidates
 from tests.retrieval.conftest import clustered
 
-WANTED = Wanted(k=8, lists=16, near_copy_similarity=2.0)
+WANTED = CandidateSettings(k=8, lists_per_partition=16, near_copy_similarity=2.0)
 
 
-def rows(database: Database, queries: Vectors, wanted: Wanted = WANTED) -> list[list[int]]:
+def rows(database: Database, queries: Vectors, wanted: CandidateSettings = WANTED) -> list[list[int]]:
     return (
         find_candidates(database.partitions[0], torch.from_numpy(queries), wanted)[0].sort().values.tolist()
     )
@@ -28,7 +28,7 @@ def rows(database: Database, queries: Vectors, wanted: Wanted = WANTED) -> list[
         {"PRODUCTS_AT_ONCE": 32},
         {"QUERIES_AT_ONCE": 7},
         {"ROUTED_AT_ONCE": 3},
-        {"HELD_PAIRS": 50},
+        {"PAIRS_AT_ONCE": 50},
     ],
 )
 def test_candidates_do_not_depend_on_how_much_is_held(
@@ -44,7 +44,7 @@ def test_no_row_of_the_visited_lists_beats_a_candidate_by_more_than_rounding(in_
     queries = clustered(200, seed=7)
     partition = in_lists.partitions[0]
     products = queries @ partition.embeddings.astype(np.float32).T
-    everything = Wanted(k=8, lists=len(partition.lists[1]), near_copy_similarity=2.0)
+    everything = CandidateSettings(k=8, lists_per_partition=len(partition.lists[1]), near_copy_similarity=2.0)
     found, _ = find_candidates(partition, torch.from_numpy(queries), everything)
     best = -np.sort(-products, axis=1)[:, :8]
     chosen = -np.sort(-np.take_along_axis(products, found.numpy(), 1), axis=1)[:, :8]
@@ -56,7 +56,7 @@ def test_rows_that_surely_are_copies_are_counted_instead(build: Callable[..., Da
     vectors = clustered(2000, seed=3)
     copied = np.concatenate([vectors, np.repeat(vectors[:5], 30, axis=0)])
     database = build(copied, flat_rows=1000)
-    wanted = Wanted(k=8, lists=32, near_copy_similarity=0.99)
+    wanted = CandidateSettings(k=8, lists_per_partition=32, near_copy_similarity=0.99)
     found, copies = find_candidates(database.partitions[0], torch.from_numpy(vectors[:10]), wanted)
     assert copies[:5].tolist() == [31] * 5
     assert (copies[5:] <= 1).all()
@@ -68,7 +68,7 @@ def test_rows_that_surely_are_copies_are_counted_instead(build: Callable[..., Da
 @pytest.mark.parametrize("lists", [1, 5, 32])
 def test_visited_lists_are_the_nearest_and_hardly_more(lists: int) -> None:
     similarities = torch.randn(100, 8192, generator=torch.Generator().manual_seed(0)).bfloat16()
-    nearest, places = candidates._lists_over(similarities, lists)
+    nearest, places = candidates._nearest_lists(similarities, lists)
     assert torch.equal(similarities.gather(1, nearest[:, None])[:, 0], similarities.amax(dim=1))
     counts = torch.bincount(places // 8192, minlength=100)
     assert counts.min() >= lists

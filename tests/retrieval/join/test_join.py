@@ -7,14 +7,14 @@ import pytest
 
 from retrieval import Database
 from retrieval.index.routing import Vectors, unit
-from retrieval.join.join import Joined, join, match
+from retrieval.join.join import JoinResult, join, join_partition
 from retrieval.recipe import JoinConfig
 from tests.retrieval.conftest import brute_force, clustered
 
 Build = Callable[..., Database]
 
 
-def rows_of(database: Database, joined: Joined) -> np.ndarray:
+def rows_of(database: Database, joined: JoinResult) -> np.ndarray:
     """Numbers of the found vectors, -1 for none."""
     return np.where(joined.positions < 0, -1, database.ids_at(np.maximum(joined.positions, 0)) - 1000)
 
@@ -204,7 +204,7 @@ def test_everything_a_copy_leaves_nothing(build: Build) -> None:
 
 
 def test_a_partition_that_nobody_visits_is_matched_with_nobody(in_lists: Database) -> None:
-    found = match(in_lists.partitions[0], np.empty((0, 32), np.float32), settings(lists=8))
+    found = join_partition(in_lists.partitions[0], np.empty((0, 32), np.float32), settings(lists=8))
     assert found.positions.shape == found.similarities.shape == (0, 8)
 
 
