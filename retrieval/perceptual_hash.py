@@ -45,7 +45,11 @@ def perceptual_hash(image: Image.Image) -> int:
 
 
 def hamming_distance(hashes: Bits, others: Bits) -> Bits:
-    """Number of different bits of each pair of hashes. hashes: (n,); others: (m,). Returns (n, m)."""
+    """Number of different bits of each pair of hashes. hashes: (n,); others: (m,). Returns (n, m).
+
+    >>> hamming_distance(np.array([0b1011], np.uint64), np.array([0b1011, 0b0010], np.uint64)).tolist()
+    [[0, 2]]
+    """
     differences = hashes[:, None] ^ others
     pairs, nibbles, bytes_, sums = _HALVES
     differences -= differences >> np.uint64(1) & pairs

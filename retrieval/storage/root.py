@@ -50,6 +50,12 @@ class Root:
     """A folder, by path or URL. File names are relative, with forward slashes; listings are sorted.
 
     Every method raises UserError if the object store cannot be reached or denies access.
+
+    >>> root = Root("memory://example")
+    >>> root.write_json("stage/facts.json", {"rows": 3}).name
+    'stage/facts.json'
+    >>> root.list("stage"), root.read_json("stage/facts.json")
+    (['stage/facts.json'], {'rows': 3})
     """
 
     def __init__(self, url: str | os.PathLike[str]) -> None:

@@ -1,4 +1,4 @@
-"""A CLIP model with random weights in open_clip's own folder layout, to ask for texts and pictures."""
+"""A CLIP model with random weights, in open_clip's folder layout."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ ARCHITECTURE = {
 
 
 def write_clip(folder: Path, seed: int) -> ClipConfig:
-    """Weights follow from the seed; vectors have the length of the other tests' vectors."""
+    """Write the model and return its configuration. Its vectors have length 32, like those of conftest."""
     folder.mkdir(parents=True)
     torch.manual_seed(seed)
     model = open_clip.CLIP(**ARCHITECTURE)

@@ -1,4 +1,4 @@
-"""A root in an S3 bucket: whole files, parts, true listings, patience with a store and an end to it."""
+"""A root in an S3 bucket: complete files, multipart uploads, fresh listings, retries and their limit."""
 
 import os
 from collections.abc import Iterator
@@ -14,13 +14,13 @@ from retrieval import Root, UserError
 from retrieval.storage.object_store import PART_BYTES
 from retrieval.storage.schema import read_table, write_table
 
-WANTED = pa.schema([("number", pa.int64())])
+SCHEMA = pa.schema([("number", pa.int64())])
 
 
 @pytest.fixture(scope="module")
 def store() -> Iterator[Store]:
     with running_store() as store:
-        S3FileSystem.clear_instance_cache()  # clients of another module's store
+        S3FileSystem.clear_instance_cache()  # removes clients of another module's store
         yield store
     S3FileSystem.clear_instance_cache()
 
@@ -32,11 +32,11 @@ def root(store: Store, request: pytest.FixtureRequest) -> Root:
 
 @pytest.fixture
 def other(store: Store) -> S3FileSystem:
-    """A client that shares nothing with the root's, as another process has."""
+    """A client without shared caches, like that of another process."""
     return S3FileSystem(skip_instance_cache=True)
 
 
-def test_a_large_file_goes_in_parts_and_comes_back_whole(root: Root, tmp_path: Path) -> None:
+def test_a_large_file_is_uploaded_in_parts_and_reads_back_complete(root: Root, tmp_path: Path) -> None:
     data = os.urandom(PART_BYTES) * 2 + b"end"
     record = root.write_bytes("large", data)
     assert root.fs.info(f"{BUCKET}/{root.url.rpartition('/')[2]}/large")["ETag"].strip('"').endswith("-3")
@@ -48,7 +48,7 @@ def test_a_large_file_goes_in_parts_and_comes_back_whole(root: Root, tmp_path: P
         assert file.read() == b"end"
 
 
-def test_nothing_shows_under_a_name_until_all_of_it_is_there(root: Root, other: S3FileSystem) -> None:
+def test_a_file_exists_only_once_it_is_complete(root: Root, other: S3FileSystem) -> None:
     with pytest.raises(RuntimeError), root.writing("stage/a") as pending:
         pending.path.write_bytes(b"half")
         assert not root.exists("stage/a")
@@ -65,7 +65,7 @@ def test_nothing_shows_under_a_name_until_all_of_it_is_there(root: Root, other: 
     assert "Uploads" not in other.call_s3("list_multipart_uploads", Bucket=bucket)
 
 
-def test_sweeping_reads_all_pages_and_passes_over_uploads_that_end_meanwhile(
+def test_unfinished_uploads_of_all_pages_are_aborted_and_those_that_just_ended_are_ignored(
     root: Root, other: S3FileSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bucket, key, _ = root.fs.split_path(f"{root.url}/stage")
@@ -73,26 +73,26 @@ def test_sweeping_reads_all_pages_and_passes_over_uploads_that_end_meanwhile(
         other.call_s3("create_multipart_upload", Bucket=bucket, Key=f"{key}/{number}")
     call = root.fs.call_s3
 
-    def two_a_page(method: str, **given: str) -> dict[str, Any]:
-        """The listing as S3 gives it, of which the store here has no pages; the first upload ends at once."""
+    def two_per_page(method: str, **arguments: str) -> dict[str, Any]:
+        """S3's listing in pages of two, which the test store lacks. The first upload ends meanwhile."""
         if method != "list_multipart_uploads":
-            return call(method, **given)
-        found = call(method, Bucket=bucket, Prefix=given["Prefix"])["Uploads"]
-        page = [upload for upload in found if upload["Key"] > given.get("KeyMarker", "")][:2]
+            return call(method, **arguments)
+        uploads = call(method, Bucket=bucket, Prefix=arguments["Prefix"])["Uploads"]
+        page = [upload for upload in uploads if upload["Key"] > arguments.get("KeyMarker", "")][:2]
         if page[0]["Key"].endswith("0"):
             other.call_s3(
                 "abort_multipart_upload", Bucket=bucket, Key=page[0]["Key"], UploadId=page[0]["UploadId"]
             )
-        more = page[-1]["Key"] < found[-1]["Key"]
-        marks = {"NextKeyMarker": page[-1]["Key"], "NextUploadIdMarker": page[-1]["UploadId"]}
-        return {"Uploads": page, "IsTruncated": more, **(marks if more else {})}
+        truncated = page[-1]["Key"] < uploads[-1]["Key"]
+        markers = {"NextKeyMarker": page[-1]["Key"], "NextUploadIdMarker": page[-1]["UploadId"]}
+        return {"Uploads": page, "IsTruncated": truncated, **(markers if truncated else {})}
 
-    monkeypatch.setattr(root.fs, "call_s3", two_a_page)
+    monkeypatch.setattr(root.fs, "call_s3", two_per_page)
     root.delete_partial_files("stage")
     assert "Uploads" not in call("list_multipart_uploads", Bucket=bucket, Prefix=key)
 
 
-def test_what_another_process_writes_and_deletes_is_seen_at_once(root: Root, other: S3FileSystem) -> None:
+def test_writes_and_deletes_of_another_process_are_visible_at_once(root: Root, other: S3FileSystem) -> None:
     root.write_bytes("stage/a", b"1")
     assert root.list("stage") == ["stage/a"]
     assert (root.size("stage/b"), root.exists("stage/b")) == (-1, False)
@@ -106,7 +106,7 @@ def test_what_another_process_writes_and_deletes_is_seen_at_once(root: Root, oth
     assert not other.exists(f"{root.url}/stage/a")
 
 
-def test_a_busy_store_and_broken_connections_are_outlasted(root: Root, store: Store) -> None:
+def test_requests_to_a_busy_store_and_over_broken_connections_are_retried(root: Root, store: Store) -> None:
     store.proxy.unavailable = 1
     store.proxy.end_connections()
     root.write_bytes("a", b"1")
@@ -115,14 +115,14 @@ def test_a_busy_store_and_broken_connections_are_outlasted(root: Root, store: St
     assert root.read_json("a") == 1
 
 
-def test_a_store_that_stays_away_is_named_and_a_rerun_goes_on(
+def test_an_unreachable_store_raises_an_error_with_its_url_and_works_again_later(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     root = Root(store.url("away"))
     monkeypatch.setattr(root.fs, "retries", 1)
-    table = pa.table({"number": range(9)}, WANTED)
-    write_table(root, "table.parquet", table, WANTED)
+    table = pa.table({"number": range(9)}, SCHEMA)
+    write_table(root, "table.parquet", table, SCHEMA)
     file = root.open("table.parquet")
     store.proxy.cut()
     try:
@@ -134,17 +134,17 @@ def test_a_store_that_stays_away_is_named_and_a_rerun_goes_on(
             lambda: root.write_bytes("more", b""),
             lambda: root.delete("table.parquet"),
             lambda: root.delete_partial_files("stage"),
-            lambda: read_table(root, "table.parquet", WANTED),
+            lambda: read_table(root, "table.parquet", SCHEMA),
             file.read,
         ):
             with pytest.raises(UserError, match=r"s3://crashes/away/.* cannot be reached"):
                 request()
     finally:
         store.proxy.restore()
-    assert read_table(root, "table.parquet", WANTED) == table
+    assert read_table(root, "table.parquet", SCHEMA) == table
 
 
-def test_a_missing_bucket_is_no_empty_folder(store: Store) -> None:
+def test_a_missing_bucket_raises_an_error_instead_of_an_empty_listing(store: Store) -> None:
     with pytest.raises(UserError, match=r"s3://nowhere/run/a is missing"):
         Root("s3://nowhere/run").open("a")
     with pytest.raises(UserError, match=r"s3://nowhere/run/a: The specified bucket does not exist"):

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, and listings are sorted."""
+"""Files appear complete or not at all, and listings are sorted."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def test_a_failed_write_keeps_the_file_that_was_there(tmp_path: Path) -> None:
     assert (tmp_path / "x").read_bytes() == b"old"
 
 
-def test_a_record_tells_size_and_checksum_of_what_stands_there(tmp_path: Path) -> None:
+def test_a_record_has_the_size_and_checksum_of_the_written_file(tmp_path: Path) -> None:
     record = Root(tmp_path).write_bytes("d/x", b"12345")
     assert (record.name, record.bytes) == ("d/x", 5)
     assert record.sha256 == file_sha256(tmp_path / "d/x")
@@ -40,11 +40,11 @@ def test_listings_are_sorted_and_hide_unfinished_files(tmp_path: Path) -> None:
     assert root.list("nowhere") == []
 
 
-def test_sweeping_removes_what_killed_writers_left(tmp_path: Path) -> None:
+def test_partial_files_of_killed_writers_are_deleted(tmp_path: Path) -> None:
     root = Root(tmp_path)
     root.write_bytes("s/kept", b"")
     (tmp_path / "s" / ".partial-0-lost").write_bytes(b"")
-    root.sweep_partials("s")
+    root.delete_partial_files("s")
     assert [path.name for path in (tmp_path / "s").iterdir()] == ["kept"]
 
 

@@ -1,4 +1,4 @@
-"""Tables are checked on write and on open."""
+"""Tables are checked on write and on read."""
 
 from pathlib import Path
 
@@ -15,19 +15,19 @@ def test_a_table_reads_back_equal_with_its_vectors(tmp_path: Path) -> None:
     vectors = clustered(20, seed=0)
     root = Root(tmp_path)
     schema.write_table(root, "e.parquet", table_of(vectors), schema.embeddings(32))
-    found = schema.read_table(root, "e.parquet", schema.embeddings(32))
-    np.testing.assert_array_equal(schema.vectors(found, "embedding"), vectors.astype(np.float16))
+    table = schema.read_table(root, "e.parquet", schema.embeddings(32))
+    np.testing.assert_array_equal(schema.vectors(table, "embedding"), vectors.astype(np.float16))
 
 
-@pytest.mark.parametrize("wanted", [schema.embeddings(16), schema.METADATA, schema.neighbors(8, 32)])
-def test_a_table_with_other_columns_is_refused(tmp_path: Path, wanted: pa.Schema) -> None:
+@pytest.mark.parametrize("expected", [schema.embeddings(16), schema.METADATA, schema.neighbors(8, 32)])
+def test_a_table_with_other_columns_is_refused(tmp_path: Path, expected: pa.Schema) -> None:
     root = Root(tmp_path)
     schema.write_table(root, "e.parquet", table_of(clustered(3, seed=0)), schema.embeddings(32))
     with pytest.raises(UserError, match="was wanted"):
-        schema.read_table(root, "e.parquet", wanted)
+        schema.read_table(root, "e.parquet", expected)
 
 
-def test_a_null_where_none_may_be_is_refused(tmp_path: Path) -> None:
+def test_a_null_in_a_column_without_nulls_is_refused(tmp_path: Path) -> None:
     table = pa.table({name: [None] for name in schema.METADATA.names}, schema=schema.METADATA)
     with pytest.raises(UserError, match="image_id has 1 nulls"):
         schema.write_table(Root(tmp_path), "x.parquet", table, schema.METADATA)
