@@ -12,7 +12,7 @@ from pathlib import Path
 from jobs.cli.command import exit_on_user_error, recipe_parser, run_on_recipe
 from jobs.cli.recipe import Recipe
 from pipeline.databases import database
-from pipeline.databases.sources import Source
+from pipeline.databases.sources import PictureSource
 from retrieval.cli.card import card
 from retrieval.clip.encoder import Encoder
 from retrieval.database.database import Database
@@ -22,7 +22,7 @@ from retrieval.recipe import ClipConfig, IndexConfig
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
 
-def run(recipe: Recipe, name: str, source: Source, by_style: bool = False) -> None:
+def run(recipe: Recipe, name: str, source: PictureSource, by_style: bool = False) -> None:
     """Build `databases/<name>` below the recipe's root, and those of the styles, each with its README.md."""
     if not NAME.fullmatch(name):
         raise UserError(f"--name {name!r}: wanted lower-case letters, digits, - and _, as in 'ukiyo-e'")
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--artist-title", action="store_true", help="file names are artist_title.jpg, as in WikiArt")
     add("--license", default="", help="license of the pictures that state none")
     arguments = parser.parse_args(argv)
-    source = Source(arguments.source, arguments.images, arguments.artist_title, arguments.license)
+    source = PictureSource(arguments.source, arguments.images, arguments.artist_title, arguments.license)
 
     def build(recipe: Recipe) -> None:
         run(recipe, arguments.name, source, arguments.by_style)

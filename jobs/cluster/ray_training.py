@@ -1,8 +1,8 @@
-"""Training on Ray: `trainer.training.train.run` in the workers of a TorchTrainer, each of them one rank.
+"""Training on Ray: each worker of a TorchTrainer is one rank and runs `trainer.training.train.run`.
 
-Takes a checked recipe; what is written is the same as by torchrun, and checkpoints stay the run's own.
-A worker that is lost takes the others along; all start again from the newest checkpoint, as long as
-every attempt writes one. No SIGTERM reaches a rank here. Ray Train keeps its own in the run's `ray/`.
+Takes a checked recipe; writes the same files as torchrun, and Ray Train's state in the run's folder `ray/`.
+If a worker is lost, all workers restart from the newest checkpoint, as long as each attempt has written a
+new one. Ranks do not receive SIGTERM here.
 """
 
 import logging
@@ -25,22 +25,22 @@ log = logging.getLogger("train")
 
 
 def train_on_ray(config: TrainingRecipe, root: Root) -> None:
-    """Train with `train.ranks` workers, or one for each GPU of the cluster. Raises what a worker raised."""
+    """Train with `train.ranks` workers, or one for each GPU. Raises the exception of a failed worker."""
     checkpoints = stage.checkpoints_of(stage.prepare(config, root), root)
     with ray_connection():
         accumulation_steps(config.train, ranks_on_ray(config))
         trainer = _trainer(config, root)
         while True:
-            before = checkpoints.newest_step()
+            step_before = checkpoints.newest_step()
             try:
                 trainer.fit()
                 return
             except TrainingFailedError as error:
-                _raise_mistake(error)
-                newest = checkpoints.newest_step()
-                if newest <= before:
+                _raise_user_error(error)
+                newest_step = checkpoints.newest_step()
+                if newest_step <= step_before:
                     raise
-                log.warning(f"a worker was lost; going on from step {newest:,}")
+                log.warning(f"a worker was lost: restarting from step {newest_step:,}")
 
 
 def ranks_on_ray(config: TrainingRecipe) -> int:
@@ -52,7 +52,7 @@ def _trainer(config: TrainingRecipe, root: Root) -> TorchTrainer:
     gpus = ray.cluster_resources().get("GPU", 0) > 0
     storage = root.local_path(config.train.folder) / "ray"
     return TorchTrainer(
-        partial(_be_a_rank, config, root, os.getcwd()),
+        partial(_run_rank, config, root, os.getcwd()),
         scaling_config=ScalingConfig(num_workers=ranks_on_ray(config), use_gpu=gpus),
         run_config=RunConfig(
             name=config.train.name, storage_path=str(storage), failure_config=FailureConfig(max_failures=0)
@@ -60,16 +60,16 @@ def _trainer(config: TrainingRecipe, root: Root) -> TorchTrainer:
     )
 
 
-def _be_a_rank(config: TrainingRecipe, root: Root, folder: str) -> None:
-    """What a worker does. folder: paths in the recipe are relative to it."""
+def _run_rank(config: TrainingRecipe, root: Root, folder: str) -> None:
+    """The work of one worker. folder: the working directory, which paths in the recipe are relative to."""
     if os.path.isdir(folder):
         os.chdir(folder)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(name)s: %(message)s", force=True)
     stage.run(config, root)
 
 
-def _raise_mistake(error: TrainingFailedError) -> None:
-    """Raise the UserError among a worker group's failures, if there is one."""
+def _raise_user_error(error: TrainingFailedError) -> None:
+    """Raise the UserError among the failures of a worker group, if there is one."""
     failures: dict[int, Any] = error.worker_failures if isinstance(error, WorkerGroupError) else {}
     for failure in failures.values():
         if isinstance(failure, UserError):

@@ -1,9 +1,9 @@
-"""`python -m jobs.cluster.submit http://head:8265 jobs.filter RECIPE ...`: the same command, on a Ray cluster.
+"""`laion-rdm submit http://head:8265 filter RECIPE ...`: runs a command on a remote Ray cluster.
 
-Sends this folder's code to the cluster, where the command runs as a Ray job on the head; shows its log and
-ends with its exit code. The nodes have the libraries, and the recipe's `root` is a place that all of them
-reach. Where this very command is at work there already, it is followed and not started twice. An interrupt
-ends the following alone.
+Uploads the code of this repository; the command runs as a Ray job on the head node. Prints its log and exits
+with its exit code. The nodes need the libraries installed, and the recipe's `root` must be reachable from all
+of them. If the same command is running there already, its log is followed instead. Ctrl-C stops following the
+log; the job goes on.
 """
 
 import argparse
@@ -20,41 +20,40 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from jobs.cli.command import exit_on_user_error
 from retrieval.errors import UserError
 
-FOLDER = Path(__file__).resolve().parents[2]
-LEFT_HERE = [".*", "runs", "docs", "tests", "*.egg-info", "__pycache__"]
-PASSED_ON = ("OMP_WAIT_POLICY", "NO_ALBUMENTATIONS_UPDATE")
-AT_WORK = (JobStatus.PENDING, JobStatus.RUNNING)
-CUT = (RuntimeError, OSError, ClientError)
-"""What a lost connection to the dashboard raises."""
+REPOSITORY = Path(__file__).resolve().parents[2]
+EXCLUDED = [".*", "runs", "docs", "tests", "*.egg-info", "__pycache__"]
+FORWARDED_VARIABLES = ("OMP_WAIT_POLICY", "NO_ALBUMENTATIONS_UPDATE")
+ACTIVE = (JobStatus.PENDING, JobStatus.RUNNING)
+CONNECTION_ERRORS = (RuntimeError, OSError, ClientError)
+"""Exceptions of a lost connection to the dashboard."""
 PAUSE_S = 3.0
 ATTEMPTS = 100
-"""Questions to a silent dashboard, PAUSE_S seconds apart, before a job is left."""
+"""Requests to a dashboard that does not respond, PAUSE_S seconds apart, before giving up."""
 
 log = logging.getLogger("submit")
 
 
 def submit(address: str, command: Sequence[str]) -> int:
-    """Run a command of ours as a job and show its log; its exit code. command: module, recipe, arguments.
+    """Run a command as a job and print its log. Returns its exit code. command: module, recipe, arguments.
 
-    Raises UserError where nobody answers at the address, or no longer, or the recipe is not among what is
-    sent.
+    Raises UserError if the cluster does not respond, or if the recipe is not in the repository.
     """
     module, recipe, *_ = command
-    if not (FOLDER / recipe).is_file():
-        raise UserError(f"recipe {recipe} is not there. Recipes stand in jobs/configs.")
+    if not (REPOSITORY / recipe).is_file():
+        raise UserError(f"recipe {recipe} does not exist. The project's recipes are in jobs/configs.")
     client = _client(address)
-    entry = shlex.join(["python", "-m", *command])
-    name = _at_work(client, entry)
+    entrypoint = shlex.join(["python", "-m", *command])
+    name = _active_job(client, entrypoint)
     if name:
-        log.info("%s is at work already as %s: following it", module, name)
+        log.info("%s is running already as %s: following its log", module, name)
     else:
-        name = _start(client, entry)
+        name = _start(client, entrypoint)
         log.info("submitted as %s", name)
     try:
         return asyncio.run(_follow(client, name))
     except KeyboardInterrupt:
-        where = f"--address {address} {name}"
-        log.warning("left at work. The same command follows it again; stop it: ray job stop %s", where)
+        job = f"--address {address} {name}"
+        log.warning("the job goes on. Follow it: the same command. Stop it: ray job stop %s", job)
         raise SystemExit(130) from None
 
 
@@ -63,65 +62,65 @@ def _client(address: str) -> JobSubmissionClient:
         return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError) as error:
         raise UserError(
-            f"no Ray cluster answers at {address}: {error} "
+            f"no Ray cluster responds at {address}: {error} "
             "Give the address of its dashboard: make <stage> CLUSTER=http://<head>:8265"
         ) from error
 
 
 def runtime_environment() -> dict[str, object]:
-    """What a job gets: this folder's code and the settings of threads; no data and no credentials."""
-    variables = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    return {"working_dir": str(FOLDER), "excludes": LEFT_HERE, "env_vars": variables}
+    """A job's environment: the code of this repository and a few variables, without data and credentials."""
+    variables = {name: os.environ[name] for name in FORWARDED_VARIABLES if name in os.environ}
+    return {"working_dir": str(REPOSITORY), "excludes": EXCLUDED, "env_vars": variables}
 
 
-def _at_work(client: JobSubmissionClient, entry: str) -> str:
-    """The name of a job of this very command that has not ended, or nothing."""
-    jobs = [job for job in client.list_jobs() if job.entrypoint == entry and job.status in AT_WORK]
+def _active_job(client: JobSubmissionClient, entrypoint: str) -> str:
+    """The name of a job with this command that has not ended, or ""."""
+    jobs = [job for job in client.list_jobs() if job.entrypoint == entrypoint and job.status in ACTIVE]
     return str(jobs[0].submission_id) if jobs else ""
 
 
-def _start(client: JobSubmissionClient, entry: str) -> str:
+def _start(client: JobSubmissionClient, entrypoint: str) -> str:
     try:
-        return str(client.submit_job(entrypoint=entry, runtime_env=runtime_environment()))
+        return str(client.submit_job(entrypoint=entrypoint, runtime_env=runtime_environment()))
     except RuntimeError as error:
-        raise UserError(f"the cluster takes no job now: {error}") from error
+        raise UserError(f"the cluster did not accept the job: {error}") from error
 
 
 async def _follow(client: JobSubmissionClient, name: str) -> int:
-    """Show a job's log until the job ends, over as many connections as that takes; its exit code."""
-    shown = 0
+    """Print a job's log until the job ends, reconnecting if necessary. Returns its exit code."""
+    num_printed = 0
     while True:
-        place = 0  # each connection gives the log from its beginning
+        position = 0  # every connection sends the log from its beginning
         async for text in _log(client, name):
-            print(text[max(0, shown - place) :], end="", flush=True)
-            place += len(text)
-            shown = max(shown, place)
+            print(text[max(0, num_printed - position) :], end="", flush=True)
+            position += len(text)
+            num_printed = max(num_printed, position)
         details = await _details(client, name)
-        if details.status not in AT_WORK:
+        if details.status not in ACTIVE:
             return _exit_code(details)
         await asyncio.sleep(PAUSE_S)
 
 
 async def _log(client: JobSubmissionClient, name: str) -> AsyncIterator[str]:
-    """A job's log, to its end or until the connection is cut."""
+    """A job's log, until its end or until the connection is lost."""
     try:
         async for text in client.tail_job_logs(name):
             yield text
-    except CUT as error:
-        where = f"--address {client.get_address()} {name}"
-        log.warning("cut off from the log (%s); all of it: ray job logs %s", error, where)
+    except CONNECTION_ERRORS as error:
+        job = f"--address {client.get_address()} {name}"
+        log.warning("connection to the log lost (%s). Complete log: ray job logs %s", error, job)
 
 
 async def _details(client: JobSubmissionClient, name: str) -> JobDetails:
     for _ in range(ATTEMPTS):
         try:
             return client.get_job_info(name)
-        except CUT as error:
-            log.warning("no word of %s (%s)", name, error)
+        except CONNECTION_ERRORS as error:
+            log.warning("no status of %s (%s)", name, error)
             await asyncio.sleep(PAUSE_S)
     raise UserError(
-        f"the cluster does not answer any longer. {name} may still be at work there: the same command "
-        "follows it again."
+        f"the cluster does not respond any more. {name} may still be running: start the same command again "
+        "to follow it."
     )
 
 
@@ -133,16 +132,18 @@ def _exit_code(details: JobDetails) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(prog="python -m jobs.cluster.submit", description=__doc__)
-    parser.add_argument("address", help="the cluster's dashboard, such as http://head:8265")
-    parser.add_argument("module", help="such as jobs.filter")
+    """Parse the arguments and submit."""
+    parser = argparse.ArgumentParser(prog="laion-rdm submit", description=__doc__)
+    parser.add_argument("address", help="address of the cluster's dashboard, such as http://head:8265")
+    parser.add_argument("module", help="the command, such as filter or jobs.filter")
     parser.add_argument("recipe", help="a recipe in this repository")
-    parser.add_argument("rest", nargs=argparse.REMAINDER, help="its further arguments")
-    given = parser.parse_args(argv)
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help="further arguments of the command")
+    arguments = parser.parse_args(argv)
+
+    module = arguments.module if "." in arguments.module else f"jobs.{arguments.module}"
 
     def work() -> None:
-        code = submit(given.address, [given.module, given.recipe, *given.rest])
+        code = submit(arguments.address, [module, arguments.recipe, *arguments.rest])
         if code:
             raise SystemExit(code)
 

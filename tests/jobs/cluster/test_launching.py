@@ -1,4 +1,4 @@
-"""One training, started in every way there is: the same model to the bit comes out of all."""
+"""Every way to launch a training run gives the same model, bit for bit."""
 
 import json
 import os
@@ -32,7 +32,7 @@ RANKS = 2
 
 @pytest.fixture(scope="module")
 def training_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data, an autoencoder, a recipe, and nothing trained."""
+    """A folder with data, an autoencoder and a recipe, before any training."""
     folder = tmp_path_factory.mktemp("launching")
     autoencoder = write_autoencoder(folder / "autoencoder")
     recipe = make_recipe(autoencoder, steps=8, checkpoint_every=2, ranks=RANKS)
@@ -59,7 +59,7 @@ def write_recipe(folder: Path, recipe: TrainingRecipe) -> None:
 
 @pytest.fixture
 def copy(training_set: Path, tmp_path: Path) -> Path:
-    """The same data in a folder of its own, with the recipe."""
+    """A copy of the data and the recipe in another folder."""
     folder = tmp_path / "copy"
     shutil.copytree(training_set, folder, ignore=shutil.ignore_patterns("runs"))
     text = (folder / "recipe.toml").read_text()
@@ -68,14 +68,14 @@ def copy(training_set: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wanted(training_set: Path) -> dict[str, str]:
-    """Checksums of the model that torchrun's ranks on this machine train."""
+def expected(training_set: Path) -> dict[str, str]:
+    """Checksums of the model trained by torchrun's ranks on this machine."""
     assert command("-m", "jobs.train", str(training_set / "recipe.toml")) == ""
     return read_manifest(Root(training_set), FOLDER).checksums()
 
 
 def command(*words: str, code: int = 0, **environment: str) -> str:
-    """Run Python. Returns what it said of mistakes."""
+    """Run Python with these arguments. Returns the lines of stderr that are a UserError."""
     done = subprocess.run(
         [sys.executable, *words],
         env=os.environ | environment,
@@ -95,26 +95,26 @@ def free_port() -> str:
 
 
 def test_deepspeeds_launcher_on_the_machines_of_a_hostfile(
-    copy: Path, tmp_path: Path, wanted: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    copy: Path, tmp_path: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace_programs(tmp_path, monkeypatch, "ssh", "pdsh")
     (tmp_path / "hosts.txt").write_text("first slots=1\nsecond slots=1\n")
     words = ["-m", "jobs.train", str(copy / "recipe.toml"), "--hosts", str(tmp_path / "hosts.txt")]
     assert command(*words, MASTER_PORT=free_port()) == ""
-    assert read_manifest(Root(copy), FOLDER).checksums() == wanted
+    assert read_manifest(Root(copy), FOLDER).checksums() == expected
 
 
-def test_torchrun_on_two_nodes(copy: Path, wanted: dict[str, str]) -> None:
-    node = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
-    node += ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+def test_torchrun_on_two_nodes(copy: Path, expected: dict[str, str]) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    launcher += ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
     module = ["-m", "jobs.train", str(copy / "recipe.toml")]
-    nodes = [subprocess.Popen([*node, f"--node-rank={number}", *module]) for number in (0, 1)]
-    assert [one.wait(timeout=300) for one in nodes] == [0, 0]
-    assert read_manifest(Root(copy), FOLDER).checksums() == wanted
+    nodes = [subprocess.Popen([*launcher, f"--node-rank={number}", *module]) for number in (0, 1)]
+    assert [node.wait(timeout=300) for node in nodes] == [0, 0]
+    assert read_manifest(Root(copy), FOLDER).checksums() == expected
 
 
-def test_ray_workers_one_of_which_is_killed(
-    copy: Path, wanted: dict[str, str], ray_cluster: None, caplog: pytest.LogCaptureFixture
+def test_ray_workers_of_which_one_is_killed(
+    copy: Path, expected: dict[str, str], ray_cluster: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     recipe = load_recipe(copy / "recipe.toml")
     killed: list[int] = []
@@ -123,7 +123,7 @@ def test_ray_workers_one_of_which_is_killed(
         deadline = time.monotonic() + 200
         while not (copy / FOLDER / "checkpoints" / INDEX).exists() and time.monotonic() < deadline:
             time.sleep(0.005)
-        workers = [one for one in psutil.process_iter(["cmdline"]) if is_worker(one, copy)]
+        workers = [process for process in psutil.process_iter(["cmdline"]) if is_worker(process, copy)]
         killed.append(workers[0].pid)
         os.kill(workers[0].pid, signal.SIGKILL)
 
@@ -132,14 +132,14 @@ def test_ray_workers_one_of_which_is_killed(
     train_on_ray(training_of(recipe.sections), recipe.root)
     killer.join()
     assert killed
-    assert "a worker was lost; going on from step" in caplog.text
-    assert read_manifest(Root(copy), FOLDER).checksums() == wanted
+    assert "a worker was lost: restarting from step" in caplog.text
+    assert read_manifest(Root(copy), FOLDER).checksums() == expected
 
 
 def is_worker(process: psutil.Process, folder: Path) -> bool:
     """True if the process holds the lock of the run."""
     try:
-        return any(one.path == str(folder / FOLDER / "lock") for one in process.open_files())
+        return any(file.path == str(folder / FOLDER / "lock") for file in process.open_files())
     except psutil.Error:
         return False
 
@@ -160,7 +160,7 @@ def test_training_starts_where_ray_is_not_installed(copy: Path) -> None:
     assert read_manifest(Root(copy), FOLDER).values["steps"] == 1
 
 
-def test_what_cannot_be_trained_is_refused_before_any_rank_starts(
+def test_a_training_that_cannot_run_is_refused_before_any_rank_starts(
     training_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace_programs(tmp_path, monkeypatch, "ssh", "pdsh")
@@ -180,6 +180,7 @@ def test_what_cannot_be_trained_is_refused_before_any_rank_starts(
         run(load_recipe(huge.path, [*huge.overrides, "train.steps=10000000000"]))
 
 
-def test_the_argument_that_deepspeed_adds_is_understood() -> None:
-    given = parse_arguments(["--local_rank=1", "recipe.toml", "--set", "train.steps=1"])
-    assert (given.recipe, given.overrides, given.ray) == (Path("recipe.toml"), ["train.steps=1"], False)
+def test_the_argument_that_deepspeed_adds_is_accepted() -> None:
+    arguments = parse_arguments(["--local_rank=1", "recipe.toml", "--set", "train.steps=1"])
+    assert (arguments.recipe, arguments.ray) == (Path("recipe.toml"), False)
+    assert arguments.overrides == ["train.steps=1"]

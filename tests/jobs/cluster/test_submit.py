@@ -1,4 +1,4 @@
-"""Stages submitted to a real Ray cluster with its dashboard, and what they tell Prometheus."""
+"""Stages submitted to a real Ray cluster with its dashboard, and their Prometheus metrics."""
 
 import json
 import os
@@ -48,18 +48,18 @@ class Cluster:
 
 def free_ports(count: int) -> list[int]:
     sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
     return ports
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A head started as a person would, on ports of its own, which offers the resource `near`."""
-    folder = tempfile.mkdtemp(prefix="ray-")  # below pytest's folder the names of sockets grow too long
+    """A head node, started with `ray start` on free ports, with the resource `near`."""
+    folder = tempfile.mkdtemp(prefix="ray-")  # not in pytest's folder: socket paths would be too long
     names = ("port", "dashboard-port", "dashboard-agent-listen-port", "metrics-export-port")
     ports = dict(zip((*names, "ray-client-server-port"), free_ports(5)))
     options = ["--num-cpus=2", "--object-store-memory=100000000", "--node-ip-address=127.0.0.1"]
@@ -102,13 +102,13 @@ def kill_group(group: int) -> None:
 
 def wait_for(url: str, head: subprocess.Popen[bytes]) -> None:
     for _ in range(240):
-        assert head.poll() is None, "the head ended"
+        assert head.poll() is None, "the head node ended"
         try:
             urlopen(url, timeout=5).close()
             return
         except URLError:
             time.sleep(0.5)
-    raise AssertionError(f"nobody answers at {url}")
+    raise AssertionError(f"no response from {url}")
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_stage_runs_on_the_cluster_with_its_log_code_and_meters(
+def test_a_stage_on_the_cluster_has_its_log_exit_code_and_metrics(
     cluster: Cluster, recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--set", "filter.min_edge=700", "--set", "filter.blocklist="]
@@ -138,22 +138,22 @@ def test_a_stage_runs_on_the_cluster_with_its_log_code_and_meters(
     manifest = read_manifest(Root(str(recipe.parent / "run")), "filter")
     assert (manifest.config["min_edge"], manifest.config["blocklist"]) == (700, "")
     assert [shard.rows for shard in manifest.shards] == [10, 5, 0]
-    told = urlopen(cluster.metrics, timeout=10).read().decode()
-    assert meter(told, "ray_rdm_rows_total", 'part="select"') == 15
-    assert meter(told, "ray_rdm_rows_not_kept_total", 'reason="unsafe"') == 5
-    assert meter(told, "ray_rdm_shard_seconds_count", 'part="select"') == 1
-    assert meter(told, "ray_rdm_shards_asked_total", 'part="select"') == 1
-    assert 0.01 < meter(told, "ray_rdm_worker_peak_gb_sum", 'part="select"') < 2
+    metrics = urlopen(cluster.metrics, timeout=10).read().decode()
+    assert metric(metrics, "ray_rdm_rows_total", 'part="select"') == 15
+    assert metric(metrics, "ray_rdm_rows_not_kept_total", 'reason="unsafe"') == 5
+    assert metric(metrics, "ray_rdm_shard_seconds_count", 'part="select"') == 1
+    assert metric(metrics, "ray_rdm_shards_asked_total", 'part="select"') == 1
+    assert 0.01 < metric(metrics, "ray_rdm_worker_peak_gb_sum", 'part="select"') < 2
 
 
-def meter(told: str, name: str, tag: str) -> float:
-    """The value of the one line of this stage that bears a name and a tag."""
-    marks = (f"{name}{{", tag, 'stage="filter"')
-    [line] = [line for line in told.splitlines() if all(mark in line for mark in marks)]
+def metric(metrics: str, name: str, tag: str) -> float:
+    """The value of the line of the filter stage with this name and tag."""
+    parts = (f"{name}{{", tag, 'stage="filter"')
+    [line] = [line for line in metrics.splitlines() if all(part in line for part in parts)]
     return float(line.split()[-1])
 
 
-def test_a_mistake_keeps_its_code_and_a_job_at_work_is_followed_though_its_log_is_cut(
+def test_a_running_job_is_followed_over_a_lost_connection_and_keeps_its_exit_code(
     cluster: Cluster,
     recipe: Path,
     capsys: pytest.CaptureFixture[str],
@@ -167,36 +167,38 @@ def test_a_mistake_keeps_its_code_and_a_job_at_work_is_followed_though_its_log_i
     )
     tail, connections = JobSubmissionClient.tail_job_logs, []
 
-    async def cut_once(client: JobSubmissionClient, name: str) -> AsyncIterator[str]:
+    async def disconnect_once(client: JobSubmissionClient, name: str) -> AsyncIterator[str]:
         connections.append(name)
         if len(connections) == 1:
             raise RuntimeError("WebSocket connection closed unexpectedly")
         async for text in tail(client, name):
             yield text
 
-    monkeypatch.setattr(JobSubmissionClient, "tail_job_logs", cut_once)
+    monkeypatch.setattr(JobSubmissionClient, "tail_job_logs", disconnect_once)
     with caplog.at_level("INFO"):
         assert submit(cluster.url, command) == 2
-    assert f"jobs.filter is at work already as {first}" in caplog.text
+    assert f"jobs.filter is running already as {first}" in caplog.text
     assert len(connections) == 2
-    assert "cut off from the log" in caplog.text
+    assert "connection to the log lost" in caplog.text
     [line] = [line for line in capsys.readouterr().out.splitlines() if "error: " in line]
     assert "a worker takes CPU 1, far 0.001; no node of the cluster has that" in line
 
 
-def test_an_address_where_nobody_answers_is_told() -> None:
-    with pytest.raises(UserError, match=r"no Ray cluster answers at http://127.0.0.1:1\b"):
+def test_an_address_without_a_cluster_is_an_error() -> None:
+    with pytest.raises(UserError, match=r"no Ray cluster responds at http://127.0.0.1:1\b"):
         submit("http://127.0.0.1:1", ["jobs.filter", "jobs/configs/demo.toml"])
 
 
 @pytest.mark.parametrize("words", [["CLUSTER=http://head:8265"], ["RAY_ADDRESS=http://head:8265"]])
-def test_make_submits_the_very_command_that_it_would_run(words: list[str]) -> None:
-    given = ["RECIPE=a b.toml", "ARGS=--set embed.batch_size=3"]
-    alone = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+def test_make_submits_the_command_that_it_would_run_locally(words: list[str]) -> None:
+    variables = ["RECIPE=a b.toml", "ARGS=--set embed.batch_size=3"]
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))
+    }
     done = subprocess.run(
-        ["make", "-n", "-o", "install", "embed", *given, *words],
+        ["make", "-n", "-o", "install", "embed", *variables, *words],
         cwd=REPOSITORY,
-        env=alone,  # these tests may themselves run below a make, which would give its own flags
+        env=environment,  # if make runs these tests, its flags must not reach this make
         capture_output=True,
         text=True,
         check=True,
@@ -205,7 +207,7 @@ def test_make_submits_the_very_command_that_it_would_run(words: list[str]) -> No
     assert done.stdout.strip().endswith("a b.toml  --set embed.batch_size=3")
 
 
-def test_the_described_cluster_has_nodes_for_every_worker_of_the_recipe() -> None:
+def test_the_nodes_in_kuberay_yaml_fit_every_worker_of_the_recipe() -> None:
     [cluster] = yaml.safe_load_all((REPOSITORY / "jobs/cluster/kuberay.yaml").read_text())
     groups = {}
     for group in cluster["spec"]["workerGroupSpecs"]:
