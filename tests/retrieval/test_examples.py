@@ -1,4 +1,4 @@
-"""The example notebook runs from its first cell to its last on a root like the demo's."""
+"""The example notebook runs completely on a root with the folders of the demo."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from PIL import Image
 
 from retrieval import Root
 from retrieval.clip.encoder import Encoder
-from retrieval.database.build import Identity, build_database
+from retrieval.database.build import DatabaseIdentity, write_database
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
 from tests.retrieval.conftest import table_of
@@ -22,7 +22,7 @@ ROWS = 40
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Two databases of pictures drawn at random, and the encoder that they were built by."""
+    """Two databases of random pictures, and their encoder."""
     encoder = Encoder(write_clip(tmp_path / "clip", seed=0))
     for seed, style in enumerate(("neon", "woodcut")):
         folder = tmp_path / "world" / "styles" / style
@@ -35,12 +35,12 @@ def root(tmp_path: Path) -> Path:
         table = table_of(encoder.encode_images(pictures))
         url = table.schema.get_field_index("url")
         table = table.set_column(url, schema.METADATA.field("url"), [names])
-        identity = Identity(f"databases/{style}", {"source": style})
-        build_database(Root(tmp_path), table, encoder.identity, IndexConfig(num_queries=10), identity)
+        identity = DatabaseIdentity(f"databases/{style}", {"source": style})
+        write_database(Root(tmp_path), table, encoder.identity, IndexConfig(num_queries=10), identity)
     return tmp_path
 
 
-def test_the_notebook_runs_to_its_end(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_notebook_runs_without_an_error(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAION_RDM_ROOT", str(root))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     # an assertion or any other exception in a cell raises here

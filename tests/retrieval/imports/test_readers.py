@@ -1,4 +1,4 @@
-"""Vectors from elsewhere: every layout gives the same rows, none beside another's caption."""
+"""All layouts of imported vectors give the same rows, each with its own caption."""
 
 from pathlib import Path
 
@@ -10,8 +10,8 @@ import pytest
 
 from retrieval import Database, UserError
 from retrieval.imports import readers
-from retrieval.imports.importer import build_from, dimension, read_pieces
-from retrieval.imports.source import Columns, Source
+from retrieval.imports.importer import import_vectors, read_database_blocks, vector_dim
+from retrieval.imports.source import SourceColumns, VectorSource
 from retrieval.index.routing import Vectors
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
@@ -24,7 +24,7 @@ COUNTS = (7, 5, 4)
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three rows at once, so that every file spans several blocks."""
+    """Blocks of three rows, so that every file has several blocks."""
     monkeypatch.setattr(readers, "BLOCK_ROWS", 3)
 
 
@@ -34,7 +34,7 @@ def parts() -> list[Vectors]:
 
 
 def metadata(part: int, count: int) -> pa.Table:
-    """Metadata as clip-retrieval writes it, of img2dataset's pictures."""
+    """Metadata as clip-retrieval writes it for pictures of img2dataset."""
     return pa.table(
         {
             "image_path": [f"{part:05d}/{row:09d}.jpg" for row in range(count)],
@@ -48,13 +48,13 @@ def metadata(part: int, count: int) -> pa.Table:
     )
 
 
-def read(source: Source, dim: int = DIM) -> pa.Table:
-    table = pa.concat_tables([piece.table for piece in read_pieces(source, dim)])
-    return schema.check(table.combine_chunks(), schema.embeddings(dim), "read")
+def read(source: VectorSource, dim: int = DIM) -> pa.Table:
+    table = pa.concat_tables([block.table for block in read_database_blocks(source, dim)])
+    return schema.check_table(table.combine_chunks(), schema.embeddings(dim), "read")
 
 
 def clip_retrieval(folder: Path, kind: str = "img") -> Path:
-    """clip-retrieval's folder of three files, whose numbers have no leading zeros."""
+    """A clip-retrieval folder of three files. The numbers in their names have no leading zeros."""
     (folder / f"{kind}_emb").mkdir(parents=True)
     (folder / "metadata").mkdir(exist_ok=True)
     for number, vectors in zip((0, 2, 10), parts()):
@@ -63,12 +63,12 @@ def clip_retrieval(folder: Path, kind: str = "img") -> Path:
     return folder
 
 
-def assert_rows(table: pa.Table, wanted: Vectors) -> None:
-    np.testing.assert_allclose(schema.vectors(table, schema.EMBEDDING), wanted, atol=1e-3)
+def assert_rows(table: pa.Table, expected: Vectors) -> None:
+    np.testing.assert_allclose(schema.vectors(table, schema.EMBEDDING), expected, atol=1e-3)
 
 
-def test_a_clip_retrieval_folder_keeps_each_vector_beside_its_own_caption(tmp_path: Path) -> None:
-    table = read(Source(clip_retrieval(tmp_path / "out")))
+def test_vectors_of_a_clip_retrieval_folder_keep_their_captions(tmp_path: Path) -> None:
+    table = read(VectorSource(clip_retrieval(tmp_path / "out")))
     first, second, third = parts()
     assert_rows(table, np.concatenate([first, third, second]))  # sorted names: 0, 10, 2
     urls = table["url"].to_pylist()
@@ -80,33 +80,33 @@ def test_a_clip_retrieval_folder_keeps_each_vector_beside_its_own_caption(tmp_pa
     assert table["height"].to_pylist()[:7] == [200, 201, 202, 203, 204, 205, 0]
 
 
-def test_an_object_store_reads_as_a_disk_does(tmp_path: Path) -> None:
+def test_an_object_store_gives_the_same_rows_as_a_local_disk(tmp_path: Path) -> None:
     folder = clip_retrieval(tmp_path / "out")
     store = fsspec.filesystem("memory")
     store.put(str(folder), "/bucket/readers-test", recursive=True)
     address = "memory://bucket/readers-test"
     try:
-        assert read(Source(address)).equals(read(Source(folder)))
+        assert read(VectorSource(address)).equals(read(VectorSource(folder)))
         np.save(tmp_path / "pickle.npy", np.array([[None]]))
         store.put_file(str(tmp_path / "pickle.npy"), "/bucket/readers-test/img_emb/img_emb_0.npy")
         with pytest.raises(UserError, match=r"img_emb_0\.npy is not a readable \.npy file"):
-            read(Source(address))
+            read(VectorSource(address))
     finally:
         store.rm("/bucket", recursive=True)
 
 
-def test_texts_of_a_clip_retrieval_folder_are_read_when_asked_for(tmp_path: Path) -> None:
+def test_part_texts_reads_the_text_vectors_of_a_clip_retrieval_folder(tmp_path: Path) -> None:
     folder = clip_retrieval(tmp_path / "out", "text")
     with pytest.raises(UserError, match="has text_emb but no img_emb"):
-        read(Source(folder))
-    assert read(Source(folder, part="texts"))["caption"][0].as_py() == "caption 0 0"
+        read(VectorSource(folder))
+    assert read(VectorSource(folder, part="texts"))["caption"][0].as_py() == "caption 0 0"
 
 
-def test_a_path_is_the_address_where_there_is_no_url(tmp_path: Path) -> None:
+def test_the_path_becomes_the_url_if_there_is_no_url_column(tmp_path: Path) -> None:
     folder = clip_retrieval(tmp_path / "out")
     for path in sorted((folder / "metadata").iterdir()):
         pq.write_table(pq.read_table(path).drop_columns(["url"]), path)
-    table = read(Source(folder))
+    table = read(VectorSource(folder))
     assert table["url"][0].as_py() == "00000/000000000.jpg"
     assert table[schema.IMAGE_ID][0].as_py() == schema.image_id("00000/000000000.jpg")
 
@@ -116,65 +116,65 @@ def test_a_path_is_the_address_where_there_is_no_url(tmp_path: Path) -> None:
 def test_parquet_vectors_of_every_kind_read_the_same(tmp_path: Path, kind: str, dtype: type) -> None:
     for number, vectors in enumerate(parts()):
         value = pa.from_numpy_dtype(dtype)
-        made = {
+        list_type = {
             "list": pa.list_(value),
             "large_list": pa.large_list(value),
             "fixed_size_list": pa.list_(value, DIM),
-        }
-        column = pa.array(list(vectors.astype(dtype)), made[kind])
+        }[kind]
+        column = pa.array(list(vectors.astype(dtype)), list_type)
         table = metadata(number, len(vectors)).append_column("clip", column)
         pq.write_table(table, tmp_path / f"{number}.parquet", row_group_size=2)
-    table = read(Source(tmp_path))
+    table = read(VectorSource(tmp_path))
     assert_rows(table, np.concatenate(parts()))
     assert table["caption"][7].as_py() == "caption 1 0"
-    assert dimension(Source(tmp_path)) == DIM
+    assert vector_dim(VectorSource(tmp_path)) == DIM
 
 
 def test_arrays_and_files_without_metadata_are_numbered_in_order(tmp_path: Path) -> None:
     rows = np.concatenate(parts())
     for number, vectors in enumerate(parts()):
         np.save(tmp_path / f"{number:03d}.npy", vectors)
-    for source in (Source(rows), Source(tmp_path)):
+    for source in (VectorSource(rows), VectorSource(tmp_path)):
         table = read(source)
         assert table[schema.IMAGE_ID].to_pylist() == list(range(16))
         assert_rows(table, rows)
-    assert_rows(read(Source(tmp_path / "001.npy")), parts()[1])
+    assert_rows(read(VectorSource(tmp_path / "001.npy")), parts()[1])
 
 
-def test_given_ids_and_names_of_columns_are_used(tmp_path: Path) -> None:
+def test_named_columns_are_used(tmp_path: Path) -> None:
     rows = parts()[0]
     table = pa.table({"my id": range(70, 77), "TITLE": ["a"] * 7, "caption": ["b"] * 7, "vec": list(rows)})
     pq.write_table(table, tmp_path / "a.parquet")
-    columns = Columns(image_id="my id", caption="TITLE", vector="vec")
-    found = read(Source(tmp_path / "a.parquet", columns=columns))
-    assert found[schema.IMAGE_ID].to_pylist() == list(range(70, 77))
-    assert found["caption"].to_pylist() == ["a"] * 7
+    columns = SourceColumns(image_id="my id", caption="TITLE", vector="vec")
+    rows = read(VectorSource(tmp_path / "a.parquet", columns=columns))
+    assert rows[schema.IMAGE_ID].to_pylist() == list(range(70, 77))
+    assert rows["caption"].to_pylist() == ["a"] * 7
     with pytest.raises(UserError, match="has no column 'nope' for url; it has my id, TITLE"):
-        read(Source(tmp_path, columns=Columns(url="nope")))
+        read(VectorSource(tmp_path, columns=SourceColumns(url="nope")))
 
 
-def test_an_id_that_is_a_text_is_made_a_number_and_a_missing_one_found_elsewhere() -> None:
+def test_text_ids_are_hashed_and_missing_ids_follow_from_the_url_or_the_row_number() -> None:
     table = pa.table({"image_id": ["x", None, None], "URL": ["u", "v", None]})
-    found = read(Source(parts()[0][:3], table))
-    assert found[schema.IMAGE_ID].to_pylist() == [schema.image_id("x"), schema.image_id("v"), 2]
+    rows = read(VectorSource(parts()[0][:3], table))
+    assert rows[schema.IMAGE_ID].to_pylist() == [schema.image_id("x"), schema.image_id("v"), 2]
 
 
-def test_metadata_of_another_length_is_refused_naming_both_files(tmp_path: Path) -> None:
+def test_metadata_of_another_length_is_refused_with_the_names_of_both_files(tmp_path: Path) -> None:
     folder = clip_retrieval(tmp_path / "out")
     path = folder / "metadata/metadata_10.parquet"
     pq.write_table(pq.read_table(path).slice(1), path)
     message = r"img_emb_10.npy has 4 rows and .*metadata_10.parquet has 3: they do not belong together"
     with pytest.raises(UserError, match=message):
-        read(Source(folder))
+        read(VectorSource(folder))
     with pytest.raises(UserError, match="the array of vectors has 7 rows and its metadata table has 6"):
-        read(Source(parts()[0], metadata(0, 6)))
+        read(VectorSource(parts()[0], metadata(0, 6)))
 
 
-def test_a_missing_file_of_metadata_does_not_shift_the_others(tmp_path: Path) -> None:
+def test_a_missing_file_of_metadata_is_refused(tmp_path: Path) -> None:
     folder = clip_retrieval(tmp_path / "out")
     (folder / "metadata/metadata_2.parquet").unlink()
     with pytest.raises(UserError, match=r"img_emb_2\.npy without a partner"):
-        read(Source(folder))
+        read(VectorSource(folder))
 
 
 def test_metadata_files_without_numbers_are_paired_in_order(tmp_path: Path) -> None:
@@ -183,19 +183,19 @@ def test_metadata_files_without_numbers_are_paired_in_order(tmp_path: Path) -> N
     for name, vectors in zip("abc", parts()):
         np.save(tmp_path / f"v/{name}.npy", vectors)
         pq.write_table(metadata(0, len(vectors)), tmp_path / f"m/of-{name}.parquet")
-    table = read(Source(tmp_path / "v", tmp_path / "m"))
+    table = read(VectorSource(tmp_path / "v", tmp_path / "m"))
     assert table["caption"].to_pylist()[6:8] == ["caption 0 6", "caption 0 0"]
     (tmp_path / "m/of-c.parquet").unlink()
     with pytest.raises(UserError, match=r"has 3 files and .* has 2"):
-        read(Source(tmp_path / "v", tmp_path / "m"))
+        read(VectorSource(tmp_path / "v", tmp_path / "m"))
 
 
-def test_rows_without_a_direction_are_left_out_with_their_metadata_and_counted() -> None:
+def test_zero_and_non_finite_rows_are_left_out_with_their_metadata_and_counted() -> None:
     rows = parts()[0].astype(np.float64)
     rows[1], rows[3, 5], rows[4, 0] = 0, np.nan, np.inf
-    pieces = list(read_pieces(Source(rows, metadata(0, 7)), DIM))
-    table = pa.concat_tables([piece.table for piece in pieces])
-    assert [piece.reasons for piece in pieces] == [{"bad_vector": 1}, {"bad_vector": 2}, {}]
+    blocks = list(read_database_blocks(VectorSource(rows, metadata(0, 7)), DIM))
+    table = pa.concat_tables([block.table for block in blocks])
+    assert [block.reasons for block in blocks] == [{"bad_vector": 1}, {"bad_vector": 2}, {}]
     assert table["caption"].to_pylist() == [f"caption 0 {row}" for row in (0, 2, 5, 6)]
     assert_rows(table, rows[[0, 2, 5, 6]])
 
@@ -204,16 +204,16 @@ def test_nulls_in_a_vector_column_are_bad_vectors(tmp_path: Path) -> None:
     lists = [row.tolist() for row in parts()[0]]
     lists[0][3] = lists[4] = lists[5] = lists[3] = None
     pq.write_table(pa.table({"v": pa.array(lists, pa.list_(pa.float32()))}), tmp_path / "a.parquet")
-    pieces = list(read_pieces(Source(tmp_path), DIM))
-    assert [piece.reasons for piece in pieces] == [{"bad_vector": 1}, {"bad_vector": 3}, {}]
-    assert_rows(pa.concat_tables([piece.table for piece in pieces]), parts()[0][[1, 2, 6]])
+    blocks = list(read_database_blocks(VectorSource(tmp_path), DIM))
+    assert [block.reasons for block in blocks] == [{"bad_vector": 1}, {"bad_vector": 3}, {}]
+    assert_rows(pa.concat_tables([block.table for block in blocks]), parts()[0][[1, 2, 6]])
 
 
 @pytest.mark.parametrize("scale", [3.0, 1e-30, 1e30])
-def test_rows_of_any_length_are_brought_to_one(scale: float) -> None:
+def test_rows_of_any_length_are_normalized(scale: float) -> None:
     rows = parts()[0]
-    assert_rows(read(Source((rows * scale).astype(np.float32))), rows)
-    assert_rows(read(Source(rows.astype(np.float64) * scale**8)), rows)
+    assert_rows(read(VectorSource((rows * scale).astype(np.float32))), rows)
+    assert_rows(read(VectorSource(rows.astype(np.float64) * scale**8)), rows)
 
 
 @pytest.mark.parametrize(
@@ -225,55 +225,59 @@ def test_rows_of_any_length_are_brought_to_one(scale: float) -> None:
         (np.array([[None]]), "not a readable .npy file"),
     ],
 )
-def test_arrays_that_are_no_vectors_are_refused(tmp_path: Path, array: np.ndarray, message: str) -> None:
+def test_arrays_of_another_shape_or_dtype_are_refused(
+    tmp_path: Path, array: np.ndarray, message: str
+) -> None:
     np.save(tmp_path / "a.npy", array)
     with pytest.raises(UserError, match=message):
-        read(Source(tmp_path))
+        read(VectorSource(tmp_path))
 
 
-def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nowhere is not there"):
-        read(Source(tmp_path / "nowhere"))
+def test_damaged_and_missing_files_are_named_in_the_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        read(VectorSource(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="holds no vectors"):
-        read(Source(tmp_path))
+        read(VectorSource(tmp_path))
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"a.parquet cannot be read as Parquet"):
-        read(Source(tmp_path))
+        read(VectorSource(tmp_path))
     np.save(tmp_path / "a.npy", parts()[0])
     (tmp_path / "a.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:-40])
     with pytest.raises(UserError, match=r"a.npy is not a readable .npy file"):
-        read(Source(tmp_path))
+        read(VectorSource(tmp_path))
 
 
-def test_parquet_without_one_clear_vector_column_is_refused(tmp_path: Path) -> None:
+def test_parquet_files_without_a_unique_vector_column_are_refused(tmp_path: Path) -> None:
     rows = list(parts()[0])
     pq.write_table(pa.table({"a": rows, "b": rows}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"has 2 columns of lists of floats \(a, b\)"):
-        read(Source(tmp_path))
+        read(VectorSource(tmp_path))
     pq.write_table(pa.table({"a": [[1.0], [1.0, 2.0]]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"vectors of lengths \[1, 2\]"):
-        read(Source(tmp_path))
+        read(VectorSource(tmp_path))
 
 
-def test_a_database_of_another_tools_vectors_is_searched_as_brute_force_does(
+def test_a_search_of_imported_vectors_equals_brute_force(
     vectors: Vectors, queries: Vectors, tmp_path: Path
 ) -> None:
     rows = np.concatenate([vectors[:500] * 9, vectors[:1], np.zeros((2, DIM))])
     table = pa.table({"image_id": [*range(500), 7, 501, 502], "caption": [f"text {i}" for i in range(503)]})
-    root = Root(tmp_path / "of-others")
+    root = Root(tmp_path / "imported")
     encoder = IDENTITY.model_copy(update={"model": "ViT-B-32", "weights": ""})
     for _ in range(2):  # the second replaces the first
-        build_from(root, Source(rows, table), encoder, IndexConfig(rows_per_partition=200, num_queries=50))
+        import_vectors(
+            root, VectorSource(rows, table), encoder, IndexConfig(rows_per_partition=200, num_queries=50)
+        )
     assert read_manifest(root, "").reasons == {"bad_vector": 2, "duplicate_id": 1}
     database = Database.open(root)
     assert (len(database), database.encoder.model) == (500, "ViT-B-32")
-    found = database.search(queries, 500)
-    np.testing.assert_array_equal(found.ids[:, :20], brute_force(vectors[:500], queries, 20))
-    assert found.rows[0]["caption"][0].as_py() == f"text {found.ids[0, 0]}"
+    neighbors = database.search(queries, 500)
+    np.testing.assert_array_equal(neighbors.ids[:, :20], brute_force(vectors[:500], queries, 20))
+    assert neighbors.rows[0]["caption"][0].as_py() == f"text {neighbors.ids[0, 0]}"
 
 
-def test_a_folder_of_other_things_is_never_replaced(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match=r"holds thesis.txt, so it is no database"):
-        build_from(Root(tmp_path), Source(parts()[0]), IDENTITY, IndexConfig())
+    with pytest.raises(UserError, match=r"contains thesis.txt and is not a database"):
+        import_vectors(Root(tmp_path), VectorSource(parts()[0]), IDENTITY, IndexConfig())
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
