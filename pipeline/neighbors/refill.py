@@ -17,7 +17,7 @@ from pipeline.recipe import NeighborsConfig
 from pipeline.runtime.runner import Work
 from retrieval.database.database import Database
 from retrieval.index.partition import Partition
-from retrieval.join.join import join
+from retrieval.join.join import join_database
 from retrieval.storage import schema
 from retrieval.storage.manifest import ShardRecord
 from retrieval.storage.root import Root
@@ -60,7 +60,7 @@ def _join_again(
     shard_ids, vectors = read_queries(root, shard, database.dim)
     numbers = {image_id: number for number, image_id in enumerate(shard_ids.tolist())}
     queries = vectors[[numbers[image_id] for image_id in ids.tolist()]]
-    result = join(database, queries, config.join_config(), config.device)
+    result = join_database(database, queries, config.join_config(), config.device)
     full = np.isfinite(result.similarities).all(axis=1)
     neighbor_ids, stored = _stored_rows(database, result.positions[full])
     return neighbor_table((ids[full], neighbor_ids, result.similarities[full]), stored)

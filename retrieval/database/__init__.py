@@ -1,0 +1,36 @@
+"""Database: builds, opens, searches, calibrates and verifies databases of vectors."""
+
+from typing import TYPE_CHECKING
+
+from retrieval.lazy import public_names
+
+if TYPE_CHECKING:
+    from retrieval.database.build import DatabaseIdentity, write_database
+    from retrieval.database.calibration import recalibrate
+    from retrieval.database.database import Database, Neighbors
+    from retrieval.database.verify import RecallSample, damaged_files, measure_recall
+
+__all__ = [
+    "Database",
+    "DatabaseIdentity",
+    "Neighbors",
+    "RecallSample",
+    "damaged_files",
+    "measure_recall",
+    "recalibrate",
+    "write_database",
+]
+
+__getattr__ = public_names(
+    __name__,
+    {
+        "Database": "database",
+        "DatabaseIdentity": "build",
+        "Neighbors": "database",
+        "RecallSample": "verify",
+        "damaged_files": "verify",
+        "measure_recall": "verify",
+        "recalibrate": "calibration",
+        "write_database": "build",
+    },
+)

@@ -178,7 +178,8 @@ def _build_with_autofaiss(rows: Vectors, config: IndexConfig, path: Path) -> Non
         import autofaiss  # optional: only these keys need it
     except ImportError as error:
         raise UserError(
-            f"index_key {key!r} needs the package autofaiss. Install it, or leave index_key empty."
+            f"index_key {key!r} needs autofaiss, which is not installed. Leave index_key empty, or install "
+            "it: pip install 'laion-rdm[pipeline]' (Python 3.12 at most)."
         ) from error
     with temporary_folder() as folder:
         try:

@@ -1,0 +1,17 @@
+"""Index: one partition of a database, its index in faiss, and the centroids that route queries and rows.
+
+Loads faiss on first use, and torch only to train centroids.
+"""
+
+from typing import TYPE_CHECKING
+
+from retrieval.index.effort import Effort
+from retrieval.index.hidden import hidden_ids, hide
+from retrieval.lazy import public_names
+
+if TYPE_CHECKING:
+    from retrieval.index.partition import Partition
+
+__all__ = ["Effort", "Partition", "hidden_ids", "hide"]
+
+__getattr__ = public_names(__name__, {"Partition": "partition"})

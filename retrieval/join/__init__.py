@@ -1,0 +1,16 @@
+"""Join: the neighbors of millions of queries, on a GPU where there is one. Needs torch, which is loaded on
+first use.
+"""
+
+from typing import TYPE_CHECKING
+
+from retrieval.lazy import public_names
+
+if TYPE_CHECKING:
+    from retrieval.join.join import JoinResult, join_database, join_partition
+
+__all__ = ["JoinResult", "join_database", "join_partition"]
+
+__getattr__ = public_names(
+    __name__, {"JoinResult": "join", "join_database": "join", "join_partition": "join"}
+)

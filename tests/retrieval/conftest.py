@@ -104,3 +104,8 @@ def brute_force(vectors: Vectors, queries: Vectors, k: int) -> np.ndarray:
     """Row numbers of the k most similar float16 rows of each query, best first."""
     stored = unit(vectors).astype(np.float16).astype(np.float32)
     return np.argsort(-(queries @ stored.T), axis=1, kind="stable")[:, :k]
+
+
+def share_found(true: np.ndarray, found: np.ndarray) -> float:
+    """Mean share of the true rows of a query, (n, k), among the found ones, (n, m)."""
+    return float(np.mean([np.isin(truth, rows).mean() for truth, rows in zip(true, found, strict=True)]))

@@ -6,7 +6,7 @@ import torch
 from benchmarks.retrieval.adapters.adapter import Search
 from benchmarks.retrieval.adapters.our_database import OurDatabase
 from benchmarks.retrieval.data import Ids
-from retrieval.join.join import join
+from retrieval.join.join import join_database
 from retrieval.recipe import JoinConfig
 
 KEEP_NEAR_COPIES = 2.0
@@ -14,7 +14,7 @@ KEEP_NEAR_COPIES = 2.0
 
 
 class OurJoin(OurDatabase):
-    """`retrieval.join.join`, near copies of the query included. Effort: partitions, lists per partition."""
+    """`join_database`, near copies of the query included. Effort: partitions, lists per partition."""
 
     def join(self, k: int, effort: tuple[int, ...]) -> Search:
         """Positions of the rows in the database."""
@@ -25,7 +25,7 @@ class OurJoin(OurDatabase):
             partitions_per_query=partitions,
             lists_per_partition=lists,
         )
-        return lambda queries: join(self.database, queries, config).positions
+        return lambda queries: join_database(self.database, queries, config).positions
 
     def threads(self, number: int) -> None:
         """One thread, as in the workers of the stage `neighbors`: the products are too small for two."""

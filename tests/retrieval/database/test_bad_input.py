@@ -1,4 +1,4 @@
-"""Whatever is wrong with vectors, files or queries: a clear error or a documented result, nothing else."""
+"""Unusable vectors, files and queries give a clear error or a documented result."""
 
 import io
 import json
@@ -46,7 +46,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, rows: Vectors) -> Path:
 
 @pytest.fixture
 def database(built: Path, tmp_path: Path) -> Database:
-    """A copy of it."""
+    """A copy of that database, which a test may change."""
     return Database.open(shutil.copytree(built, tmp_path / "database").as_posix())
 
 
@@ -69,26 +69,26 @@ def build_of(folder: Path, vectors: np.ndarray) -> Database:
 # vectors to build from
 
 
-def test_zero_and_infinite_rows_are_left_out_and_never_found(tmp_path: Path, rows: Vectors) -> None:
+def test_zero_and_infinite_rows_are_left_out_of_the_database(tmp_path: Path, rows: Vectors) -> None:
     bad = rows.copy()
     bad[[3, 50, 200]] = np.array([[0], [np.nan], [-np.inf]])
     database = build_of(tmp_path, bad)
     assert len(database) == 297
     assert database.manifest.reasons == {"bad_vector": 3}
-    found = database.search(rows[:20], 300).ids
-    assert found.shape == (20, 297)
-    assert not np.isin(found, [3, 50, 200]).any()
+    results = database.search(rows[:20], 300).ids
+    assert results.shape == (20, 297)
+    assert not np.isin(results, [3, 50, 200]).any()
 
 
 def test_rows_of_any_length_are_found_by_direction(tmp_path: Path, rows: Vectors, queries: Vectors) -> None:
     lengths = np.random.default_rng(0).uniform(0.01, 900, (300, 1))
-    found = build_of(tmp_path, rows * lengths).search(queries, 300)
-    np.testing.assert_array_equal(found.ids[:, :10], brute_force(rows, queries, 10))
-    assert np.abs(found.similarities).max() <= 1.001
+    results = build_of(tmp_path, rows * lengths).search(queries, 300)
+    np.testing.assert_array_equal(results.ids[:, :10], brute_force(rows, queries, 10))
+    assert np.abs(results.similarities).max() <= 1.001
 
 
 @pytest.mark.parametrize("count", [0, 5])
-def test_a_database_of_no_usable_row_is_not_built(tmp_path: Path, count: int) -> None:
+def test_a_database_without_usable_rows_is_not_built(tmp_path: Path, count: int) -> None:
     with pytest.raises(UserError, match="would be empty"):
         build_of(tmp_path, np.zeros((count, DIM), np.float32))
     with pytest.raises(UserError):
@@ -100,7 +100,7 @@ def test_a_database_of_no_usable_row_is_not_built(tmp_path: Path, count: int) ->
     [np.ones((4, DIM), np.int64), np.ones((4, DIM), complex), np.ones(DIM), np.ones((4, DIM - 1))],
     ids=["whole numbers", "complex", "one axis", "another length"],
 )
-def test_arrays_of_another_kind_are_refused(tmp_path: Path, vectors: np.ndarray) -> None:
+def test_unsuitable_arrays_are_refused(tmp_path: Path, vectors: np.ndarray) -> None:
     with pytest.raises(UserError, match=r"wanted|the encoder makes 32"):
         build_of(tmp_path, vectors)
 
@@ -124,34 +124,32 @@ def test_arrays_of_another_kind_are_refused(tmp_path: Path, vectors: np.ndarray)
     ],
     ids=["k 0", "k -3", "long", "one axis", "three axes", "zero", "one NaN", "infinite", "text", "complex"],
 )
-def test_a_query_without_meaning_is_refused(
-    database: Database, query: np.ndarray, k: int, message: str
-) -> None:
+def test_an_unusable_query_is_refused(database: Database, query: np.ndarray, k: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         database.search(query, k)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-3, 1e30])
-def test_the_length_of_a_query_changes_nothing(database: Database, queries: Vectors, scale: float) -> None:
+def test_the_length_of_a_query_does_not_matter(database: Database, queries: Vectors, scale: float) -> None:
     plain, scaled = database.search(queries, 5), database.search(queries * np.float32(scale), 5)
     np.testing.assert_array_equal(plain.ids, scaled.ids)
     np.testing.assert_allclose(plain.similarities, scaled.similarities, atol=1e-6)
 
 
-def test_no_query_gives_no_answer(database: Database) -> None:
-    found = database.search(np.empty((0, DIM), np.float32), 5)
-    assert len(found.ids) == len(found.similarities) == len(found.rows) == 0
+def test_no_queries_give_no_results(database: Database) -> None:
+    results = database.search(np.empty((0, DIM), np.float32), 5)
+    assert len(results.ids) == len(results.similarities) == len(results.rows) == 0
 
 
-def test_k_over_the_size_gives_every_row_once(database: Database, queries: Vectors) -> None:
-    found = database.search(queries[:3], 10_000)
-    assert found.ids.shape == (3, 300)
-    assert all(sorted(ids) == list(range(1000, 1300)) for ids in found.ids.tolist())
-    assert np.isfinite(found.similarities).all()
-    assert [len(table) for table in found.rows] == [300, 300, 300]
+def test_a_k_beyond_all_rows_returns_every_row_once(database: Database, queries: Vectors) -> None:
+    results = database.search(queries[:3], 10_000)
+    assert results.ids.shape == (3, 300)
+    assert all(sorted(ids) == list(range(1000, 1300)) for ids in results.ids.tolist())
+    assert np.isfinite(results.similarities).all()
+    assert [len(table) for table in results.rows] == [300, 300, 300]
 
 
-def test_another_encoders_database_is_refused(database: Database, encoder: Encoder) -> None:
+def test_a_database_of_another_encoder_is_refused(database: Database, encoder: Encoder) -> None:
     assert encoder.identity.dim == database.dim
     with pytest.raises(UserError, match="was built with the encoder test"):
         database.require_encoder(encoder.identity)
@@ -168,15 +166,15 @@ def test_text_beyond_the_context_is_cut_off(encoder: Encoder) -> None:
 
 
 def picture(kind: str) -> bytes:
-    """A body that is no picture, or part of one."""
+    """Bytes that are not a complete picture."""
     buffer = io.BytesIO()
     Image.effect_noise((64, 64), 80).save(buffer, "PNG")
     body = buffer.getvalue()
-    return {"empty": b"", "text": b"<html>not found</html>", "half": body[: len(body) // 2]}[kind]
+    return {"empty": b"", "text": b"<html>not results</html>", "half": body[: len(body) // 2]}[kind]
 
 
 @pytest.mark.parametrize("kind", ["empty", "text", "half", "missing"])
-def test_an_unreadable_query_picture_is_named(
+def test_the_error_names_an_unreadable_query_picture(
     database: Database, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     path = tmp_path / "query.png"
@@ -205,7 +203,7 @@ def test_a_missing_or_shorter_file_is_found_on_opening(database: Database, name:
 
 
 @pytest.mark.parametrize("name", [*(f"partitions/00001/{file}" for file in FILES), "centroids.npy"])
-def test_other_bytes_of_the_same_size_are_found_by_verify(
+def test_verify_finds_changed_bytes_in_a_file_of_the_same_size(
     database: Database, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     whole = database.root.local_path(name).read_bytes()
@@ -229,7 +227,7 @@ def test_a_damaged_manifest_is_refused(database: Database, content: bytes) -> No
         Database.open(database.root)
 
 
-def test_another_stages_folder_is_no_database(database: Database) -> None:
+def test_the_folder_of_another_stage_is_refused(database: Database) -> None:
     manifest = database.root.read_json("manifest.json")
     database.root.write_json("manifest.json", {**manifest, "stage": "embed", "values": {}})
     with pytest.raises(UserError, match="'embed'; expected a database"):
@@ -237,9 +235,7 @@ def test_another_stages_folder_is_no_database(database: Database) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"1234\n", np.ones(3).tobytes()])
-def test_a_damaged_list_of_blocked_rows_hides_or_refuses_but_never_shows(
-    database: Database, content: bytes
-) -> None:
+def test_a_database_with_a_damaged_list_of_hidden_rows_is_refused(database: Database, content: bytes) -> None:
     database.root.write_bytes("blocked.npy", content)
     with pytest.raises(UserError, match=r"blocked.npy"):
         Database.open(database.root).search(np.ones((1, DIM)), 5)
@@ -254,5 +250,5 @@ def test_a_caption_may_be_anything(tmp_path: Path, rows: Vectors, capsys: pytest
     assert main([*command, "--sheet", f"{tmp_path}/sheet.png"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 8
     assert main([*command, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)[0]["neighbors"]
-    assert sorted(row["caption"] for row in found) == sorted(captions)
+    results = json.loads(capsys.readouterr().out)[0]["neighbors"]
+    assert sorted(row["caption"] for row in results) == sorted(captions)

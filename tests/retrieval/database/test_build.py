@@ -1,4 +1,4 @@
-"""Building: the same input gives the same bytes, and nothing is lost between partitions."""
+"""Building: equal inputs give equal bytes, and no row is lost between partitions."""
 
 import hashlib
 import logging
@@ -16,7 +16,7 @@ from retrieval.index.hidden import hide
 from retrieval.index.routing import Vectors, unit
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
-from tests.retrieval.conftest import IDENTITY, brute_force, built, clustered, table_of
+from tests.retrieval.conftest import IDENTITY, brute_force, built, clustered, share_found, table_of
 
 Build = Callable[..., Database]
 KINDS = {"Flat": faiss.IndexFlat, "HNSW16": faiss.IndexHNSWFlat, "IVF64,Flat": faiss.IndexIVFFlat}
@@ -31,7 +31,7 @@ def checksums(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("flat_rows", [1000, 50_000])
-def test_every_row_lies_in_exactly_one_partition(build: Build, vectors: Vectors, flat_rows: int) -> None:
+def test_every_row_is_in_exactly_one_partition(build: Build, vectors: Vectors, flat_rows: int) -> None:
     database = build(vectors, rows_per_partition=1200, flat_rows=flat_rows)
     ids = database.metadata()[schema.IMAGE_ID].to_numpy()
     assert sorted(ids) == list(range(1000, 1000 + len(vectors)))
@@ -46,7 +46,7 @@ def test_every_row_lies_in_exactly_one_partition(build: Build, vectors: Vectors,
         ({"rows_per_partition": 800}, 13),
     ],
 )
-def test_two_builds_are_equal_to_the_byte_and_measure_the_same(
+def test_two_builds_give_equal_bytes_and_equal_calibrations(
     vectors: Vectors, tmp_path: Path, settings: dict[str, object], files: int
 ) -> None:
     first, second = (built(tmp_path / name, vectors, **settings) for name in ("a", "b"))
@@ -72,7 +72,7 @@ def test_large_partitions_get_lists_and_small_ones_an_exhaustive_index(
 
 @pytest.mark.parametrize("key", sorted(KINDS))
 @pytest.mark.parametrize("rows_per_partition", [1500, 5000])
-def test_an_index_of_autofaiss_is_searched_as_its_own_are(
+def test_a_database_with_another_index_key_finds_the_neighbors(
     build: Build, vectors: Vectors, queries: Vectors, key: str, rows_per_partition: int
 ) -> None:
     database = build(vectors, index_key=key, flat_rows=1000, rows_per_partition=rows_per_partition)
@@ -82,10 +82,26 @@ def test_an_index_of_autofaiss_is_searched_as_its_own_are(
     assert database.manifest.values["calibration"]["images"][-1]["recall"] > 0.98
     true = brute_force(vectors, queries, 10) + 1000
     full = database.search(queries, 10, effort=Effort(8, 64, 32)).ids
-    assert np.mean([np.isin(want, have).mean() for want, have in zip(true, full)]) > 0.99
+    assert share_found(true, full) > 0.99
     some = database.search(queries, 10, recall=0.9).ids
-    assert np.mean([np.isin(want, have).mean() for want, have in zip(true, some)]) > 0.8
+    assert share_found(true, some) > 0.8
     assert (database.search(queries, 2000).ids > 0).all()
+
+
+def test_a_flat_index_has_the_bytes_that_autofaiss_writes(vectors: Vectors, tmp_path: Path) -> None:
+    root = built(tmp_path, vectors[:500], index_key="Flat").root
+    rows = np.load(root.local_path("partitions/00000/embeddings.npy")).astype(np.float32)
+    autofaiss.build_index(
+        rows,
+        index_path=str(tmp_path / "index"),
+        index_infos_path=str(tmp_path / "infos.json"),
+        index_key="Flat",
+        index_param="",
+        metric_type="ip",
+        nb_cores=1,
+        verbose=logging.ERROR,
+    )
+    assert root.local_path("partitions/00000/index.faiss").read_bytes() == (tmp_path / "index").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -99,7 +115,7 @@ def test_an_index_of_autofaiss_is_searched_as_its_own_are(
         "IVF64_HNSW32,Flat",
     ],
 )
-def test_a_key_that_autofaiss_cannot_build_is_refused_with_what_to_do(key: str) -> None:
+def test_the_error_for_a_key_that_autofaiss_cannot_build_says_what_to_do(key: str) -> None:
     with pytest.raises(
         ValueError, match=rf"autofaiss cannot build '{key}' for inner products.* Leave index_key"
     ):
@@ -107,7 +123,7 @@ def test_a_key_that_autofaiss_cannot_build_is_refused_with_what_to_do(key: str) 
 
 
 def test_autofaiss_still_cannot_build_opq_for_inner_products(vectors: Vectors, tmp_path: Path) -> None:
-    """Where this fails, `IndexConfig` need no longer refuse OPQ."""
+    """If this test fails, `IndexConfig` no longer needs to refuse OPQ."""
     with pytest.raises(TypeError, match="unexpected keyword argument 'M'"):
         autofaiss.build_index(
             vectors,
@@ -121,7 +137,7 @@ def test_autofaiss_still_cannot_build_opq_for_inner_products(vectors: Vectors, t
         )
 
 
-def test_a_key_that_does_not_suit_the_rows_is_a_user_error_and_leaves_no_database(
+def test_a_key_that_does_not_suit_the_rows_is_refused_and_leaves_no_database(
     vectors: Vectors, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match="'IVF4096,Flat' does not suit 500 rows"):
@@ -140,19 +156,21 @@ def test_a_key_that_does_not_suit_the_rows_is_a_user_error_and_leaves_no_databas
         {"seed": "1"},
     ],
 )
-def test_settings_that_make_no_sense_are_refused(settings: dict[str, object]) -> None:
+def test_invalid_settings_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
         IndexConfig(**settings)
 
 
-def test_threads_change_the_speed_of_a_build_and_not_what_it_is() -> None:
+def test_the_number_of_threads_does_not_change_the_fingerprint() -> None:
     identity = DatabaseIdentity("databases/x", {"source": "test"})
-    plain, quick = IndexConfig(), IndexConfig(cores_per_partition=8, workers=3)
-    assert identity.fingerprint(plain) == identity.fingerprint(quick)
-    assert identity.fingerprint(plain) != identity.fingerprint(IndexConfig(flat_rows=1000))
+    one_thread, eight_threads = IndexConfig(), IndexConfig(cores_per_partition=8, workers=3)
+    assert identity.fingerprint(one_thread) == identity.fingerprint(eight_threads)
+    assert identity.fingerprint(one_thread) != identity.fingerprint(IndexConfig(flat_rows=1000))
 
 
-def test_partitions_are_as_many_as_the_rows_need_and_of_even_sizes(build: Build, vectors: Vectors) -> None:
+def test_partitions_follow_from_the_number_of_rows_and_have_even_sizes(
+    build: Build, vectors: Vectors
+) -> None:
     config = IndexConfig(rows_per_partition=250)
     assert [config.num_partitions(rows) for rows in (1, 250, 251, 3000)] == [1, 1, 2, 12]
     database = build(vectors, rows_per_partition=500)
@@ -168,7 +186,7 @@ def test_more_partitions_than_distinct_rows_lose_no_row(build: Build, queries: V
     assert len(set(database.search(queries[:1], 120).ids[0].tolist())) == 120
 
 
-def test_a_new_build_leaves_nothing_of_the_old_one(build: Build, vectors: Vectors) -> None:
+def test_a_new_build_removes_the_files_of_the_old_one(build: Build, vectors: Vectors) -> None:
     old = build(vectors, rows_per_partition=500, flat_rows=1000)
     hide(old.root, [1001])
     new = build(vectors[:1200], flat_rows=1000)
@@ -179,7 +197,7 @@ def test_a_new_build_leaves_nothing_of_the_old_one(build: Build, vectors: Vector
     assert len(new) == 1200
 
 
-def test_a_zero_row_stays_zero_when_made_unit() -> None:
+def test_a_zero_row_has_no_unit_vector_and_stays_zero() -> None:
     assert (unit(np.zeros((1, 4), np.float32)) == 0).all()
 
 
@@ -194,7 +212,7 @@ def test_an_empty_table_is_refused(tmp_path: Path) -> None:
         )
 
 
-def test_rows_of_another_length_than_the_encoder_makes_are_refused(tmp_path: Path, vectors: Vectors) -> None:
+def test_rows_of_another_length_than_the_encoder_dim_are_refused(tmp_path: Path, vectors: Vectors) -> None:
     encoder = IDENTITY.model_copy(update={"dim": 64})
     with pytest.raises(UserError, match="database x"):
         write_database(

@@ -1,4 +1,4 @@
-"""Search: exact order, honest counts, clear refusals."""
+"""Search: exact order, complete counts and clear errors."""
 
 import inspect
 import subprocess
@@ -14,10 +14,10 @@ from retrieval import Database, Effort, UserError
 from retrieval.index.routing import Vectors, route, unit
 from retrieval.index.top_k import top_k
 from retrieval.storage import schema
-from tests.retrieval.conftest import DIM, IDENTITY, brute_force, clustered
+from tests.retrieval.conftest import DIM, IDENTITY, brute_force, clustered, share_found
 
 Build = Callable[..., Database]
-FULL = Effort(64, 4096, 64)
+EXHAUSTIVE = Effort(64, 4096, 64)
 
 
 @pytest.fixture(params=["in_lists", "in_partitions", "mixed"])
@@ -26,71 +26,69 @@ def database(request: pytest.FixtureRequest) -> Database:
     return request.getfixturevalue(request.param)
 
 
-def test_visiting_every_partition_finds_just_what_brute_force_finds(
+def test_visiting_every_partition_equals_brute_force(
     in_partitions: Database, vectors: Vectors, queries: Vectors
 ) -> None:
-    found = in_partitions.search(queries, 8, effort=FULL)
+    neighbors = in_partitions.search(queries, 8, effort=EXHAUSTIVE)
     assert len(in_partitions.partitions) == 6
-    np.testing.assert_array_equal(found.ids - 1000, brute_force(vectors, queries, 8))
+    np.testing.assert_array_equal(neighbors.ids - 1000, brute_force(vectors, queries, 8))
 
 
 @pytest.mark.parametrize("rows_per_partition", [600, 1300, 3000])
 @pytest.mark.parametrize("flat_rows", [1000, 50_000])
-def test_the_number_of_partitions_does_not_show_in_the_results_at_full_effort(
+def test_results_of_an_exhaustive_effort_do_not_depend_on_the_partitions(
     build: Build, vectors: Vectors, queries: Vectors, rows_per_partition: int, flat_rows: int
 ) -> None:
     database = build(vectors, rows_per_partition=rows_per_partition, flat_rows=flat_rows)
-    found = database.search(queries, 8, effort=FULL)
-    np.testing.assert_array_equal(found.ids - 1000, brute_force(vectors, queries, 8))
+    neighbors = database.search(queries, 8, effort=EXHAUSTIVE)
+    np.testing.assert_array_equal(neighbors.ids - 1000, brute_force(vectors, queries, 8))
 
 
-def test_few_probes_find_most_and_more_probes_find_more(
-    build: Build, vectors: Vectors, queries: Vectors
-) -> None:
+def test_more_partitions_per_query_raise_the_recall(build: Build, vectors: Vectors, queries: Vectors) -> None:
     database = build(vectors, rows_per_partition=300)
     true = brute_force(vectors, queries, 10) + 1000
     recall = []
-    for probes in (1, 3, 10):
-        found = database.search(queries, 10, effort=Effort(probes, 1, 1)).ids
-        recall.append(np.mean([np.isin(want, have).mean() for want, have in zip(true, found)]))
+    for partitions in (1, 3, 10):
+        neighbors = database.search(queries, 10, effort=Effort(partitions, 1, 1)).ids
+        recall.append(share_found(true, neighbors))
     assert recall[0] < recall[1] < recall[2] == 1.0
     assert recall[1] > 0.7
 
 
-@pytest.mark.parametrize("effort", [Effort(1, 1, 1), Effort(2, 8, 3), FULL])
+@pytest.mark.parametrize("effort", [Effort(1, 1, 1), Effort(2, 8, 3), EXHAUSTIVE])
 def test_order_and_similarities_are_exact_at_any_effort(
     database: Database, queries: Vectors, effort: Effort
 ) -> None:
-    found = database.search(queries, 10, effort=effort)
+    neighbors = database.search(queries, 10, effort=effort)
     stored = database.embeddings().astype(np.float32)
-    exact = np.einsum("nkd,nd->nk", stored[found.positions], queries)
-    assert (np.diff(found.similarities, axis=1) <= 0).all()
-    np.testing.assert_allclose(found.similarities, exact, atol=1e-6)
-    assert all(len(set(row)) == 10 for row in found.ids.tolist())
+    exact = np.einsum("nkd,nd->nk", stored[neighbors.positions], queries)
+    assert (np.diff(neighbors.similarities, axis=1) <= 0).all()
+    np.testing.assert_allclose(neighbors.similarities, exact, atol=1e-6)
+    assert all(len(set(row)) == 10 for row in neighbors.ids.tolist())
 
 
-def test_results_carry_their_own_vectors_and_metadata(database: Database, queries: Vectors) -> None:
+def test_results_have_the_vectors_and_metadata_of_their_rows(database: Database, queries: Vectors) -> None:
     vectors = clustered(len(database), seed=1)
-    found = database.search(queries[:3], 4)
-    for ids, embeddings, rows in zip(found.ids, found.embeddings, found.rows):
+    neighbors = database.search(queries[:3], 4)
+    for ids, embeddings, rows in zip(neighbors.ids, neighbors.embeddings, neighbors.rows):
         assert rows.schema.equals(schema.METADATA)
         assert rows[schema.IMAGE_ID].to_pylist() == ids.tolist()
         assert rows["caption"].to_pylist() == [f"picture {i - 1000}" for i in ids]
         np.testing.assert_allclose(embeddings, vectors[ids - 1000], atol=1e-3)
-    np.testing.assert_allclose(np.linalg.norm(found.embeddings, axis=2), 1, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(neighbors.embeddings, axis=2), 1, atol=1e-6)
 
 
-def test_vectors_and_metadata_are_read_only_when_asked_for(database: Database, queries: Vectors) -> None:
-    found = database.search(queries, 4)
-    assert {"embeddings", "rows"}.isdisjoint(vars(found))
-    ids, embeddings = database.rows_at(found.positions)
-    np.testing.assert_array_equal(ids, found.ids)
-    np.testing.assert_array_equal(found.embeddings, embeddings)
-    assert found.embeddings is found.embeddings
-    assert "rows" not in vars(found)
+def test_vectors_and_metadata_are_read_on_first_use(database: Database, queries: Vectors) -> None:
+    neighbors = database.search(queries, 4)
+    assert {"embeddings", "rows"}.isdisjoint(vars(neighbors))
+    ids, embeddings = database.rows_at(neighbors.positions)
+    np.testing.assert_array_equal(ids, neighbors.ids)
+    np.testing.assert_array_equal(neighbors.embeddings, embeddings)
+    assert neighbors.embeddings is neighbors.embeddings
+    assert "rows" not in vars(neighbors)
 
 
-def test_rows_are_found_by_number_in_any_shape_and_order(mixed: Database) -> None:
+def test_rows_are_read_by_position_in_any_shape_and_order(mixed: Database) -> None:
     numbers = np.random.default_rng(0).integers(len(mixed), size=(4, 3, 2))
     ids, embeddings = mixed.rows_at(numbers)
     assert (ids.shape, embeddings.shape) == ((4, 3, 2), (4, 3, 2, DIM))
@@ -101,7 +99,7 @@ def test_rows_are_found_by_number_in_any_shape_and_order(mixed: Database) -> Non
     assert mixed.metadata_at(flat)[schema.IMAGE_ID].to_pylist() == ids.ravel().tolist()
 
 
-def test_the_partition_of_a_row_follows_from_its_number(mixed: Database) -> None:
+def test_positions_are_ordered_by_partition(mixed: Database) -> None:
     for number, partition in enumerate(mixed.partitions):
         first = mixed.first_position(number)
         assert mixed.ids_at(np.array([first]))[0] == partition.ids[0]
@@ -110,55 +108,58 @@ def test_the_partition_of_a_row_follows_from_its_number(mixed: Database) -> None
 
 
 def test_fewer_rows_than_k_give_fewer_results_and_no_padding(build: Build, queries: Vectors) -> None:
-    found = build(clustered(5, seed=3)).search(queries, 20)
-    assert found.ids.shape == found.similarities.shape == found.positions.shape == (50, 5)
-    assert all(len(set(row)) == 5 for row in found.ids.tolist())
+    neighbors = build(clustered(5, seed=3)).search(queries, 20)
+    assert neighbors.ids.shape == neighbors.similarities.shape == neighbors.positions.shape == (50, 5)
+    assert all(len(set(row)) == 5 for row in neighbors.ids.tolist())
 
 
 @pytest.mark.parametrize("k", [3000, 4000, 10**9])
 def test_a_k_beyond_all_rows_returns_all_rows(in_partitions: Database, queries: Vectors, k: int) -> None:
-    found = in_partitions.search(queries[:2], k, effort=Effort(1, 1, 1))
-    np.testing.assert_array_equal(np.sort(found.ids, axis=1), np.arange(1000, 4000)[None].repeat(2, axis=0))
-    assert (np.diff(found.similarities, axis=1) <= 0).all()
+    neighbors = in_partitions.search(queries[:2], k, effort=Effort(1, 1, 1))
+    np.testing.assert_array_equal(
+        np.sort(neighbors.ids, axis=1), np.arange(1000, 4000)[None].repeat(2, axis=0)
+    )
+    assert (np.diff(neighbors.similarities, axis=1) <= 0).all()
 
 
-def test_partitions_with_fewer_than_k_rows_are_followed_by_more(
+def test_more_partitions_are_visited_where_they_have_fewer_than_k_rows(
     build: Build, vectors: Vectors, queries: Vectors
 ) -> None:
-    found = build(vectors[:160], rows_per_partition=20).search(queries, 60, effort=Effort(1, 1, 1))
-    assert np.isfinite(found.similarities).all()
-    assert all(len(set(row)) == 60 for row in found.ids.tolist())
+    neighbors = build(vectors[:160], rows_per_partition=20).search(queries, 60, effort=Effort(1, 1, 1))
+    assert np.isfinite(neighbors.similarities).all()
+    assert all(len(set(row)) == 60 for row in neighbors.ids.tolist())
 
 
 def test_no_queries_get_no_results(database: Database) -> None:
-    found = database.search(np.empty((0, DIM)), 5)
-    assert len(found.ids) == len(found.positions) == len(found.embeddings) == len(found.rows) == 0
+    neighbors = database.search(np.empty((0, DIM)), 5)
+    columns = (neighbors.ids, neighbors.positions, neighbors.embeddings, neighbors.rows)
+    assert [len(column) for column in columns] == [0] * 4
 
 
-@pytest.mark.parametrize("effort", [Effort(1, 4, 3), Effort(3, 32, 3), FULL])
-def test_a_batch_answers_as_single_queries_do_from_many_threads(
+@pytest.mark.parametrize("effort", [Effort(1, 4, 3), Effort(3, 32, 3), EXHAUSTIVE])
+def test_a_batch_equals_single_queries_from_many_threads(
     database: Database, queries: Vectors, effort: Effort
 ) -> None:
     batch = database.search(queries, 8, effort=effort)
     fresh = Database.open(database.root)
     with ThreadPoolExecutor(8) as pool:
         single = list(pool.map(lambda query: fresh.search(query[None], 8, effort=effort), queries))
-    np.testing.assert_array_equal(batch.ids, np.concatenate([found.ids for found in single]))
+    np.testing.assert_array_equal(batch.ids, np.concatenate([neighbors.ids for neighbors in single]))
     np.testing.assert_array_equal(
-        batch.similarities, np.concatenate([found.similarities for found in single])
+        batch.similarities, np.concatenate([neighbors.similarities for neighbors in single])
     )
 
 
-def test_searches_with_different_efforts_at_once_do_not_touch_each_other(
+def test_concurrent_searches_with_different_efforts_do_not_interfere(
     mixed: Database, queries: Vectors
 ) -> None:
     efforts = [Effort(1, 1, 1), Effort(2, 8, 3), Effort(4, 128, 8)]
-    wanted = [mixed.search(queries, 8, effort=effort).ids for effort in efforts]
+    expected = [mixed.search(queries, 8, effort=effort).ids for effort in efforts]
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda i: mixed.search(queries, 8, effort=efforts[i % 3]).ids, range(48)))
-    for i, answer in enumerate(answers):
-        np.testing.assert_array_equal(answer, wanted[i % 3])
-    assert not np.array_equal(wanted[0], wanted[2])
+        results = list(pool.map(lambda i: mixed.search(queries, 8, effort=efforts[i % 3]).ids, range(48)))
+    for i, result in enumerate(results):
+        np.testing.assert_array_equal(result, expected[i % 3])
+    assert not np.array_equal(expected[0], expected[2])
 
 
 @pytest.mark.parametrize("length", [7.0, 1e-30, 1e30])
@@ -168,12 +169,12 @@ def test_the_length_of_a_query_does_not_matter(database: Database, queries: Vect
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_queries_of_any_float_type_give_the_same(database: Database, dtype: type) -> None:
+def test_queries_of_any_float_type_give_equal_results(database: Database, dtype: type) -> None:
     queries = clustered(20, seed=2).astype(np.float16).astype(dtype)
-    wanted = database.search(queries.astype(np.float32), 5).ids
-    np.testing.assert_array_equal(database.search(queries, 5).ids, wanted)
-    np.testing.assert_array_equal(database.search(queries.tolist(), 5).ids, wanted)
-    np.testing.assert_array_equal(database.search(np.asfortranarray(queries), 5).ids, wanted)
+    expected = database.search(queries.astype(np.float32), 5).ids
+    np.testing.assert_array_equal(database.search(queries, 5).ids, expected)
+    np.testing.assert_array_equal(database.search(queries.tolist(), 5).ids, expected)
+    np.testing.assert_array_equal(database.search(np.asfortranarray(queries), 5).ids, expected)
 
 
 @pytest.mark.parametrize(
@@ -188,9 +189,7 @@ def test_queries_of_any_float_type_give_the_same(database: Database, dtype: type
         (np.full((1, 32), "x"), 5, "must be numbers"),
     ],
 )
-def test_a_query_that_means_nothing_is_refused(
-    in_lists: Database, query: np.ndarray, k: int, message: str
-) -> None:
+def test_an_unusable_query_is_refused(in_lists: Database, query: np.ndarray, k: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         in_lists.search(query, k)
 
@@ -233,7 +232,7 @@ def test_another_encoder_is_refused(in_lists: Database) -> None:
         in_lists.require_encoder(IDENTITY.model_copy(update={"weights": "f" * 16}))
 
 
-def test_a_query_visits_the_nearest_partitions_first_and_more_where_rows_lack(
+def test_a_query_visits_the_nearest_partitions_and_more_where_they_have_too_few_rows(
     in_partitions: Database, queries: Vectors
 ) -> None:
     order = np.argsort(-(queries @ in_partitions.centroids.T), axis=1, kind="stable")
@@ -245,7 +244,7 @@ def test_a_query_visits_the_nearest_partitions_first_and_more_where_rows_lack(
         np.testing.assert_array_equal(visited, ranked[: 1 + np.searchsorted(rows, 900)])
 
 
-def test_parts_of_a_search_put_together_are_the_search(mixed: Database, queries: Vectors) -> None:
+def test_merged_searches_of_parts_equal_the_whole_search(mixed: Database, queries: Vectors) -> None:
     effort, units = Effort(3, 16, 4), mixed.unit_queries(queries, 8)
     visits = mixed.route(units, 8, effort)
     whole = mixed.search(queries, 8, effort=effort)
@@ -257,7 +256,7 @@ def test_parts_of_a_search_put_together_are_the_search(mixed: Database, queries:
 
 
 def search_alone(folder: str) -> None:
-    """Runs in a process of its own: searching imports neither torch nor Ray nor autofaiss."""
+    """Runs in a new process: searching imports neither torch nor Ray nor autofaiss."""
     import sys
 
     import numpy
@@ -272,7 +271,7 @@ def search_alone(folder: str) -> None:
 
 
 def build_with_core_packages(folder: str) -> None:
-    """Runs in a process of its own: builds, searches and verifies databases without the optional packages."""
+    """Runs in a new process: builds, searches and verifies databases without the optional packages."""
     import sys
 
     sys.modules.update(dict.fromkeys(("torch", "autofaiss", "open_clip", "ray")))  # None: cannot be imported
@@ -293,7 +292,7 @@ def build_with_core_packages(folder: str) -> None:
         assert damaged_files(database.root) == []
         assert measure_recall(database, RecallSample(50, 10, recall=0.9)).mean > 0.8
     assert main(["verify", folder]) == 0
-    with pytest.raises(UserError, match="needs the package autofaiss"):
+    with pytest.raises(UserError, match="needs autofaiss"):
         build_database(folder, vectors, encoder=encoder, config=IndexConfig(index_key="HNSW16"))
 
 

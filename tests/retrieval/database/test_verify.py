@@ -1,4 +1,4 @@
-"""Verification: damage is found wherever it is, and the recall it states is the recall there is."""
+"""Verification: finds damage in any file, and its sample measures the recall of all rows."""
 
 from collections.abc import Callable
 
@@ -30,31 +30,29 @@ def test_one_flipped_bit_in_any_file_is_found(
     assert len(files) == count
     for name in files:
         whole = root.local_path(name).read_bytes()
-        bent = bytearray(whole)
-        bent[len(bent) // 2] ^= 1
-        root.write_bytes(name, bytes(bent))
+        damaged = bytearray(whole)
+        damaged[len(damaged) // 2] ^= 1
+        root.write_bytes(name, bytes(damaged))
         assert damaged_files(root) == [f"{name}: its checksum differs from the manifest"]
         root.write_bytes(name, whole)
     root.delete(files[-1])
     assert damaged_files(root) == [f"{files[-1]}: missing"]
 
 
-def test_inverted_lists_are_measured_as_they_are_searched(build: Build, vectors: Vectors) -> None:
+def test_a_higher_recall_setting_is_measured_as_a_higher_recall(build: Build, vectors: Vectors) -> None:
     database = build(vectors, flat_rows=1000, num_queries=200)
-    little, much = (measure_recall(database, RecallSample(500, 10, recall=recall)) for recall in (0.3, 1.0))
-    assert little.high < much.low
-    assert much.mean > 0.9
+    low, high = (measure_recall(database, RecallSample(500, 10, recall=recall)) for recall in (0.3, 1.0))
+    assert low.high < high.low
+    assert high.mean > 0.9
 
 
-def test_an_exhaustive_database_has_recall_one_and_admits_the_sample_is_small(
-    build: Build, vectors: Vectors
-) -> None:
+def test_an_exhaustive_database_has_recall_one_with_an_interval(build: Build, vectors: Vectors) -> None:
     recall = measure_recall(build(vectors), RecallSample(queries=60, k=10))
     assert (recall.mean, recall.high, recall.k, recall.queries) == (1, 1, 10, 60)
     assert recall.low == pytest.approx(0.95)
 
 
-def test_the_recall_stated_is_that_of_searching_every_row(
+def test_the_recall_of_a_sample_estimates_that_of_all_rows(
     build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = np.random.default_rng(4)
@@ -63,26 +61,26 @@ def test_the_recall_stated_is_that_of_searching_every_row(
     ids, stored = database.rows_at(np.arange(len(database)))
     true = brute_force(rows, stored, 6)
     found = database.search(stored, 6, recall=0.5).ids
-    every = [len(set(a) & set(b) - {i}) / 5 for a, b, i in zip(true + 1000, found, ids)]
-    assert 0.3 < np.mean(every) < 0.95
+    per_query = [len(set(a) & set(b) - {i}) / 5 for a, b, i in zip(true + 1000, found, ids)]
+    assert 0.3 < np.mean(per_query) < 0.95
     recall = measure_recall(database, RecallSample(500, 5, recall=0.5))
-    assert recall.low < np.mean(every) < recall.high
+    assert recall.low < np.mean(per_query) < recall.high
     assert recall.high - recall.low < 0.05
     monkeypatch.setattr(database_recall, "BLOCK_ROWS", 37)
     assert measure_recall(database, RecallSample(1500, 5, recall=0.5)).mean == pytest.approx(
-        np.mean(every), abs=1e-3
+        np.mean(per_query), abs=1e-3
     )
 
 
-def test_the_sample_follows_its_seed(build: Build, vectors: Vectors) -> None:
+def test_the_seed_decides_the_sample(build: Build, vectors: Vectors) -> None:
     database = build(vectors[:800], rows_per_partition=100, num_queries=100)
-    first, again, other = (
+    first, repeated, other = (
         measure_recall(database, RecallSample(50, 10, recall=0.5, seed=seed)) for seed in (3, 3, 4)
     )
-    assert first == again != other
+    assert first == repeated != other
 
 
-def test_hidden_rows_are_neither_queries_nor_answers(build: Build, vectors: Vectors) -> None:
+def test_hidden_rows_are_neither_queries_nor_neighbors(build: Build, vectors: Vectors) -> None:
     database = build(vectors[:400], rows_per_partition=200, num_queries=50)
     hide(database.root, np.arange(1000, 1300))
     database = Database.open(database.root)
@@ -93,19 +91,19 @@ def test_hidden_rows_are_neither_queries_nor_answers(build: Build, vectors: Vect
         measure_recall(Database.open(database.root), RecallSample())
 
 
-def test_copies_of_a_row_count_as_found_whichever_comes_back(build: Build) -> None:
+def test_any_copy_of_a_true_neighbor_counts_as_found(build: Build) -> None:
     database = build(np.repeat(clustered(5, seed=8), 40, axis=0), rows_per_partition=100, num_queries=100)
     assert measure_recall(database, RecallSample(50, 10)).mean == 1
 
 
-def test_a_database_smaller_than_k_is_measured_on_what_it_has(build: Build) -> None:
+def test_a_database_with_fewer_than_k_rows_is_measured_with_all_of_them(build: Build) -> None:
     recall = measure_recall(build(clustered(4, seed=1)), RecallSample(queries=200, k=20))
     assert (recall.queries, recall.k, recall.mean) == (4, 3, 1)
     with pytest.raises(UserError, match="has 1 visible rows"):
         measure_recall(build(clustered(1, seed=1), "databases/one"), RecallSample(5, 1))
 
 
-def test_the_interval_holds_the_truth_19_times_in_20() -> None:
+def test_the_interval_contains_the_true_recall_19_times_in_20() -> None:
     rng = np.random.default_rng(0)
     within = 0
     for _ in range(1000):

@@ -13,7 +13,7 @@ from retrieval.index.partition import Partition, drop_repeats
 from retrieval.index.rerank import RerankIndex
 from retrieval.index.routing import Vectors
 from retrieval.storage import schema
-from tests.retrieval.conftest import clustered
+from tests.retrieval.conftest import clustered, share_found
 
 Build = Callable[..., Database]
 NONE = np.empty(0, np.int64)
@@ -142,7 +142,7 @@ def test_a_large_effort_equals_brute_force(in_lists: Database, queries: Vectors)
     partition = in_lists.partitions[0]
     _, rows = partition.search(queries, 20, HIGH)
     true = np.argsort(-exact(partition, queries), axis=1)[:, :20]
-    assert np.mean([np.isin(want, have).mean() for want, have in zip(true, rows)]) > 0.999
+    assert share_found(true, rows) > 0.999
 
 
 @pytest.mark.parametrize("lists", [513, 4096])
@@ -158,7 +158,7 @@ def test_more_lists_and_more_candidates_raise_the_recall(in_lists: Database, que
 
     def recall(lists: int, candidates: int) -> float:
         _, rows = partition.search(queries, 10, Effort(1, lists, candidates))
-        return float(np.mean([np.isin(want, have).mean() for want, have in zip(true, rows)]))
+        return share_found(true, rows)
 
     assert recall(4, 16) < recall(16, 16) < recall(128, 16)
     assert recall(128, 2) < recall(128, 6) < recall(128, 32)

@@ -1,4 +1,4 @@
-"""Candidates of a join: the same whatever is held at once, and no row worth ranking is missing."""
+"""Candidates of a join: independent of block sizes, and none of the best rows is missing."""
 
 from collections.abc import Callable
 
@@ -10,14 +10,16 @@ from retrieval import Database
 from retrieval.index.routing import Vectors
 from retrieval.join import candidates
 from retrieval.join.candidates import CandidateSettings, find_candidates
-from tests.retrieval.conftest import clustered
+from tests.retrieval.conftest import clustered, share_found
 
-WANTED = CandidateSettings(k=8, lists_per_partition=16, near_copy_similarity=2.0)
+SETTINGS = CandidateSettings(k=8, lists_per_partition=16, near_copy_similarity=2.0)
 
 
-def rows(database: Database, queries: Vectors, wanted: CandidateSettings = WANTED) -> list[list[int]]:
+def candidate_rows(
+    database: Database, queries: Vectors, settings: CandidateSettings = SETTINGS
+) -> list[list[int]]:
     return (
-        find_candidates(database.partitions[0], torch.from_numpy(queries), wanted)[0].sort().values.tolist()
+        find_candidates(database.partitions[0], torch.from_numpy(queries), settings)[0].sort().values.tolist()
     )
 
 
@@ -31,13 +33,13 @@ def rows(database: Database, queries: Vectors, wanted: CandidateSettings = WANTE
         {"PAIRS_AT_ONCE": 50},
     ],
 )
-def test_candidates_do_not_depend_on_how_much_is_held(
+def test_candidates_do_not_depend_on_block_sizes(
     in_lists: Database, queries: Vectors, monkeypatch: pytest.MonkeyPatch, limits: dict[str, int]
 ) -> None:
-    at_once = rows(in_lists, queries)
+    unlimited = candidate_rows(in_lists, queries)
     for name, value in limits.items():
         monkeypatch.setattr(candidates, name, value)
-    assert rows(in_lists, queries) == at_once
+    assert candidate_rows(in_lists, queries) == unlimited
 
 
 def test_no_row_of_the_visited_lists_beats_a_candidate_by_more_than_rounding(in_lists: Database) -> None:
@@ -45,28 +47,28 @@ def test_no_row_of_the_visited_lists_beats_a_candidate_by_more_than_rounding(in_
     partition = in_lists.partitions[0]
     products = queries @ partition.embeddings.astype(np.float32).T
     everything = CandidateSettings(k=8, lists_per_partition=len(partition.lists[1]), near_copy_similarity=2.0)
-    found, _ = find_candidates(partition, torch.from_numpy(queries), everything)
+    rows_to_rank, _ = find_candidates(partition, torch.from_numpy(queries), everything)
     best = -np.sort(-products, axis=1)[:, :8]
-    chosen = -np.sort(-np.take_along_axis(products, found.numpy(), 1), axis=1)[:, :8]
+    chosen = -np.sort(-np.take_along_axis(products, rows_to_rank.numpy(), 1), axis=1)[:, :8]
     assert (best - chosen).max() < 2 * candidates.ROUNDING
     assert (best == chosen).mean() > 0.99
 
 
-def test_rows_that_surely_are_copies_are_counted_instead(build: Callable[..., Database]) -> None:
+def test_rows_that_are_certainly_near_copies_are_counted_instead(build: Callable[..., Database]) -> None:
     vectors = clustered(2000, seed=3)
     copied = np.concatenate([vectors, np.repeat(vectors[:5], 30, axis=0)])
     database = build(copied, flat_rows=1000)
-    wanted = CandidateSettings(k=8, lists_per_partition=32, near_copy_similarity=0.99)
-    found, copies = find_candidates(database.partitions[0], torch.from_numpy(vectors[:10]), wanted)
+    settings = CandidateSettings(k=8, lists_per_partition=32, near_copy_similarity=0.99)
+    rows_to_rank, copies = find_candidates(database.partitions[0], torch.from_numpy(vectors[:10]), settings)
     assert copies[:5].tolist() == [31] * 5
     assert (copies[5:] <= 1).all()
-    stored = database.partitions[0].embeddings[found].astype(np.float32)
+    stored = database.partitions[0].embeddings[rows_to_rank].astype(np.float32)
     similarities = np.einsum("nkd,nd->nk", stored, vectors[:10])
-    assert similarities[found.numpy() >= 0].max() < 0.99 + candidates.ROUNDING
+    assert similarities[rows_to_rank.numpy() >= 0].max() < 0.99 + candidates.ROUNDING
 
 
 @pytest.mark.parametrize("lists", [1, 5, 32])
-def test_visited_lists_are_the_nearest_and_hardly_more(lists: int) -> None:
+def test_visited_lists_are_the_nearest_and_few_others(lists: int) -> None:
     similarities = torch.randn(100, 8192, generator=torch.Generator().manual_seed(0)).bfloat16()
     nearest, places = candidates._nearest_lists(similarities, lists)
     assert torch.equal(similarities.gather(1, nearest[:, None])[:, 0], similarities.amax(dim=1))
@@ -78,22 +80,22 @@ def test_visited_lists_are_the_nearest_and_hardly_more(lists: int) -> None:
     assert chosen.view(100, -1)[similarities > least[:, None]].all()
 
 
-def test_bits_of_numbers_find_what_comparing_numbers_finds() -> None:
+def test_comparing_bits_equals_comparing_numbers() -> None:
     products = torch.randn(50, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     products[0], products[1, :3] = -products[0].abs(), torch.tensor([0.0, -0.0, -np.inf])
     limits = products.topk(5, dim=1).values[:, -1:]
     limits[2], limits[3] = -0.5, 0.0
-    wanted = ((products >= limits) | (limits <= 0)).flatten().nonzero()[:, 0]
-    assert torch.equal(candidates._at_least(products, limits), wanted)
+    expected = ((products >= limits) | (limits <= 0)).flatten().nonzero()[:, 0]
+    assert torch.equal(candidates._at_least(products, limits), expected)
 
 
 @pytest.mark.parametrize("axes", [4, 256])
-def test_fewer_axes_choose_other_lists_only_where_they_lose_too_much(
+def test_recall_is_high_with_all_axes_and_low_with_four(
     in_lists: Database, monkeypatch: pytest.MonkeyPatch, axes: int
 ) -> None:
     queries = clustered(200, seed=8)
     monkeypatch.setattr(candidates, "ROUTED_DIMENSIONS", axes)
     products = queries @ in_lists.partitions[0].embeddings.astype(np.float32).T
     true = np.argsort(-products, axis=1)[:, :8]
-    recall = np.mean([np.isin(want, got).mean() for want, got in zip(true, rows(in_lists, queries))])
+    recall = share_found(true, candidate_rows(in_lists, queries))
     assert recall > 0.8 if axes == 256 else recall < 0.6
