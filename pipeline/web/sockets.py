@@ -59,8 +59,9 @@ class _TlsSocket(ssl.SSLSocket):
 def is_permitted(address: str, access: Access) -> bool:
     """True if connections to an IP address are permitted.
 
-    >>> [is_permitted(a, "none") for a in ("93.184.215.14", "10.0.0.1", "127.0.0.1", "169.254.169.254",
-    "::1")] [True, False, False, False, False]
+    >>> addresses = ("93.184.215.14", "10.0.0.1", "127.0.0.1", "169.254.169.254", "::1")
+    >>> [is_permitted(address, "none") for address in addresses]
+    [True, False, False, False, False]
     """
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address) and (inner := _embedded_ipv4(ip)):
