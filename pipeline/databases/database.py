@@ -1,7 +1,7 @@
-"""database: a style database from pictures at hand, one of all and, where asked, one of each style.
+"""database: builds a style database from a collection of pictures, and optionally one for each style.
 
-Reads what `sources.py` lists; writes `databases/<name>/`, which `retrieval.Database` opens, and in it
-`pictures/00000.tar`, the pictures small enough to show. Of pictures that are near copies the first stays.
+Reads the pictures that `sources.py` lists; writes `databases/<name>/`, which `retrieval.Database` opens, with
+thumbnails in `pictures/00000.tar`. Of near copies only the first picture is kept.
 """
 
 import hashlib
@@ -18,13 +18,12 @@ import numpy.typing as npt
 import pyarrow as pa
 from tqdm import tqdm
 
-from pipeline.databases.sources import Item, Source, read_items
-from pipeline.download.tars import key_of, writing
+from pipeline.databases.sources import PictureSource, SourcePicture, list_pictures
 from pipeline.embed import embed_images, with_vectors
 from pipeline.pictures.patches import MAX_PIXELS
-from pipeline.pictures.picture import prepared, stored
+from pipeline.pictures.picture import PictureError, encode_jpeg, prepare
+from pipeline.pictures.tars import sample_key, tar_writer
 from pipeline.recipe import EmbedConfig
-from pipeline.web.sockets import Refusal
 from retrieval.clip.encoder import Encoder
 from retrieval.database.build import DatabaseIdentity, write_database
 from retrieval.errors import UserError
@@ -38,18 +37,18 @@ from retrieval.storage.schema import Reason
 NEAR_BITS = 6
 """Largest Hamming distance of the perceptual hashes of two near copies, of 64 bits."""
 NEAR_SIMILARITY = 0.9
-"""What the embeddings of two pictures that look alike have at least, to be near copies."""
-SHOWN_EDGE = 224
-"""Shorter edge in pixels of the pictures that are kept to show."""
-SHOWN_QUALITY = 90
-PLACE = "pictures/00000.tar"
+"""Least cosine similarity of the CLIP vectors of two near copies."""
+THUMBNAIL_EDGE = 224
+"""Shorter edge of thumbnails in pixels; smaller pictures keep their size."""
+THUMBNAIL_QUALITY = 90
+THUMBNAILS = "pictures/00000.tar"
 
 log = logging.getLogger("database")
 
 
 @dataclass
-class Seen:
-    """What was found out about pictures while they were read, by id."""
+class PictureProperties:
+    """Sizes and perceptual hashes of the pictures read so far, by image id; pictures left out, by reason."""
 
     sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
     hashes: dict[int, int] = field(default_factory=dict)
@@ -57,163 +56,178 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Collection:
-    """Pictures fit for databases: equally long and in one order."""
+class EmbeddedPictures:
+    """The pictures of the databases: `pictures` and the rows of `table` have the same order."""
 
-    items: list[Item]
+    pictures: list[SourcePicture]
     table: pa.Table
     """schema.embeddings with DETAILS."""
     reasons: dict[str, int]
-    """Those left out."""
+    """Number of pictures left out, by reason."""
 
 
-def run(name: str, source: Source | Path, encoder: Encoder, config: IndexConfig, root: Root) -> Manifest:
-    """Build `databases/<name>` of a source, unless it was built from just this before.
+def run(
+    name: str, source: PictureSource | Path, encoder: Encoder, config: IndexConfig, root: Root
+) -> Manifest:
+    """Build `databases/<name>` from a source, unless it exists with the same pictures and settings.
 
-    Raises UserError if the source holds no picture, or none that can be read.
+    Raises UserError if the source has no readable picture.
     """
     return run_all({name: ""}, source, encoder, config, root)[0]
 
 
-def style_databases(name: str, source: Source) -> dict[str, str]:
-    """The database of all, and those of the styles, with the style of each. Raises UserError for no style."""
-    labels = sorted({item.label for item in read_items(source)[0]} - {""})
+def style_databases(name: str, source: PictureSource) -> dict[str, str]:
+    """The style of each database by its name; "" for all pictures. Raises UserError if there is no style."""
+    labels = sorted({picture.label for picture in list_pictures(source)[0]} - {""})
     names = {re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_"): label for label in labels}
     if len(names) < len(labels) or "" in names or name in names:
         raise UserError(
             f"the styles {', '.join(labels)} and {name!r} do not give different names. Rename one."
         )
     if not names:
-        raise UserError(f"{source.path} tells no styles apart: wanted folders, or a column of labels.")
+        raise UserError(f"{source.path} has no styles. Wanted: folders by style, or a column of labels.")
     return {name: "", **names}
 
 
 def run_all(
-    databases: dict[str, str], source: Source | Path, encoder: Encoder, config: IndexConfig, root: Root
+    databases: dict[str, str], source: PictureSource | Path, encoder: Encoder, config: IndexConfig, root: Root
 ) -> list[Manifest]:
-    """Build several databases of one source, each of the pictures of a style, or of all where it is ''.
+    """Build several databases of one source. databases: see `style_databases`.
 
-    Every picture is embedded once. Raises UserError as `run` does.
+    Each picture is embedded once. Raises UserError as `run` does.
     """
-    source = source if isinstance(source, Source) else Source(source)
-    items, missing = read_items(source)
-    union = next(iter(databases))
-    content = _digest(items)
-    made_from = {"source": content, "clip": encoder.identity.digest}
+    source = source if isinstance(source, PictureSource) else PictureSource(source)
+    pictures, missing = list_pictures(source)
+    inputs = {"source": _digest(pictures), "clip": encoder.identity.digest}
     identities = {
-        name: DatabaseIdentity(f"databases/{name}", made_from | ({"style": style} if style else {}))
+        name: DatabaseIdentity(f"databases/{name}", inputs | ({"style": style} if style else {}))
         for name, style in databases.items()
     }
-    if all(_stands(root, identity, config) for identity in identities.values()):
+    if all(_is_built(root, identity, config) for identity in identities.values()):
         log.info("%s already built", ", ".join(databases))
         return [read_manifest(root, identity.name) for identity in identities.values()]
-    found = _collect(union, items, missing, encoder)
+    embedded = _embed_pictures(next(iter(databases)), pictures, missing, encoder)
     return [
-        _build(root, found, databases[name], (encoder, config, identity))
+        _build(root, embedded, databases[name], (encoder, config, identity))
         for name, identity in identities.items()
     ]
 
 
-def _stands(root: Root, identity: DatabaseIdentity, config: IndexConfig) -> bool:
-    if not root.exists(f"{identity.name}/manifest.json") or not root.exists(f"{identity.name}/{PLACE}"):
+def _is_built(root: Root, identity: DatabaseIdentity, config: IndexConfig) -> bool:
+    if not root.exists(f"{identity.name}/manifest.json") or not root.exists(f"{identity.name}/{THUMBNAILS}"):
         return False
     return read_manifest(root, identity.name).fingerprint == identity.fingerprint(config)
 
 
-def _collect(name: str, items: list[Item], missing: int, encoder: Encoder) -> Collection:
-    ids = [schema.image_id(f"{name}/{item.name}") for item in items]
-    seen = Seen()
-    read, vectors = embed_images(_bytes(ids, items, seen), encoder, EmbedConfig())
-    seen.reasons[Reason.UNREADABLE] += len(seen.sizes) - len(read)
-    seen.reasons[Reason.NOT_FOUND] += missing
-    hashes = np.array([seen.hashes[one] for one in read.tolist()], np.int64)
-    fresh = ~near_copies(hashes, vectors)
-    seen.reasons[Reason.NEAR_COPY] += int((~fresh).sum())
-    chosen = set(read[fresh].tolist())
-    kept = [(id_, item) for id_, item in zip(ids, items, strict=True) if id_ in chosen]
-    table = with_vectors(_rows(name, kept, seen), vectors[fresh])
-    reasons = {str(word): count for word, count in seen.reasons.items() if count}
-    return Collection([item for _, item in kept], table, reasons)
+def _embed_pictures(
+    name: str, pictures: list[SourcePicture], missing: int, encoder: Encoder
+) -> EmbeddedPictures:
+    ids = [schema.image_id(f"{name}/{picture.name}") for picture in pictures]
+    properties = PictureProperties()
+    embedded_ids, vectors = embed_images(_read(ids, pictures, properties), encoder, EmbedConfig())
+    properties.reasons[Reason.UNREADABLE] += len(properties.sizes) - len(embedded_ids)
+    properties.reasons[Reason.NOT_FOUND] += missing
+    hashes = np.array([properties.hashes[image_id] for image_id in embedded_ids.tolist()], np.int64)
+    keep = ~find_near_copies(hashes, vectors)
+    properties.reasons[Reason.NEAR_COPY] += int((~keep).sum())
+    kept_ids = set(embedded_ids[keep].tolist())
+    kept = {
+        image_id: picture for image_id, picture in zip(ids, pictures, strict=True) if image_id in kept_ids
+    }
+    table = with_vectors(_metadata(name, kept, properties), vectors[keep])
+    reasons = {str(reason): count for reason, count in properties.reasons.items() if count}
+    return EmbeddedPictures([*kept.values()], table, reasons)
 
 
-def _bytes(ids: list[int], items: list[Item], seen: Seen) -> Iterator[tuple[int, bytes]]:
-    """The pictures, upright and 8-bit as download stores them, without those that are none."""
-    for image_id, item in zip(ids, tqdm(items, desc="database", unit="image", mininterval=0.5), strict=True):
-        picture = prepared(item.read(), MAX_PIXELS, 0)
-        if isinstance(picture, Refusal):
-            seen.reasons[picture.reason] += 1
+def _read(
+    ids: list[int], pictures: list[SourcePicture], properties: PictureProperties
+) -> Iterator[tuple[int, bytes]]:
+    """Ids and bytes of the readable pictures, upright and 8-bit as in `download`."""
+    bar = tqdm(pictures, desc="database", unit="image", mininterval=0.5)
+    for image_id, source in zip(ids, bar, strict=True):
+        try:
+            picture = prepare(source.read(), MAX_PIXELS, 0)
+        except PictureError as error:
+            properties.reasons[error.reason] += 1
             continue
-        seen.sizes[image_id] = picture.size
-        seen.hashes[image_id] = picture.phash
+        properties.sizes[image_id] = picture.size
+        properties.hashes[image_id] = picture.phash
         yield image_id, picture.data
 
 
-def near_copies(hashes: npt.NDArray[np.int64], vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
-    """Which pictures look like an earlier one that stays, or like its mirror, and are close to it in CLIP.
+def find_near_copies(
+    hashes: npt.NDArray[np.int64], vectors: npt.NDArray[np.float32]
+) -> npt.NDArray[np.bool_]:
+    """Mask of the pictures that are near copies of an earlier picture that is kept, or of its mirror image.
 
-    hashes: (n,) of `retrieval.perceptual_hash`; vectors: (n, dim) unit rows. Compares all pairs of hashes.
+    hashes: (n,) of `retrieval.perceptual_hash`; vectors: (n, dim) unit rows. Near copies are close in both.
+    Compares all pairs of hashes.
     """
-    looks = np.flatnonzero(hashes != BLANK_HASH)
-    codes = hashes[looks].view(np.uint64)
+    hashed = np.flatnonzero(hashes != BLANK_HASH)
+    codes = hashes[hashed].view(np.uint64)
     index = faiss.IndexBinaryFlat(64)
     index.add(codes.view(np.uint8).reshape(-1, 8))
-    near: dict[int, set[int]] = {}
-    for turned in (np.uint64(0), MIRROR_MASK):
-        # faiss wants less than the radius
-        limits, _, found = index.range_search((codes ^ turned).view(np.uint8).reshape(-1, 8), NEAR_BITS + 1)
-        for place, row in enumerate(looks):
-            near.setdefault(int(row), set()).update(looks[found[limits[place] : limits[place + 1]]].tolist())
+    similar: dict[int, set[int]] = {}
+    for mask in (np.uint64(0), MIRROR_MASK):
+        queries = (codes ^ mask).view(np.uint8).reshape(-1, 8)
+        limits, _, matches = index.range_search(queries, NEAR_BITS + 1)  # faiss excludes the radius itself
+        for number, row in enumerate(hashed):
+            rows = hashed[matches[limits[number] : limits[number + 1]]]
+            similar.setdefault(int(row), set()).update(rows.tolist())
     dropped = np.zeros(len(hashes), bool)
-    for row, others in sorted(near.items()):
-        first = [one for one in others if one < row and not dropped[one]]
-        dropped[row] = bool(first) and float((vectors[first] @ vectors[row]).max()) >= NEAR_SIMILARITY
+    for row, others in sorted(similar.items()):
+        earlier = [other for other in others if other < row and not dropped[other]]
+        dropped[row] = bool(earlier) and float((vectors[earlier] @ vectors[row]).max()) >= NEAR_SIMILARITY
     return dropped
 
 
-def _rows(name: str, kept: list[tuple[int, Item]], seen: Seen) -> pa.Table:
-    sizes = [seen.sizes[image_id] for image_id, _ in kept]
+def _metadata(name: str, pictures: dict[int, SourcePicture], properties: PictureProperties) -> pa.Table:
+    """The columns of schema.METADATA and DETAILS. pictures: by image id."""
+    sizes = [properties.sizes[image_id] for image_id in pictures]
     columns = {
-        schema.IMAGE_ID: [image_id for image_id, _ in kept],
-        "url": [f"{name}/{item.name}" for _, item in kept],
-        "caption": [item.caption for _, item in kept],
+        schema.IMAGE_ID: [*pictures],
+        "url": [f"{name}/{picture.name}" for picture in pictures.values()],
+        "caption": [picture.caption for picture in pictures.values()],
         "width": [width for width, _ in sizes],
         "height": [height for _, height in sizes],
-        schema.BOX: [None] * len(kept),
+        schema.BOX: [None] * len(pictures),
     }
-    for word in ("license", "title", "artist", "source"):
-        columns[word] = [getattr(item, word) or None for _, item in kept]
+    for column in ("license", "title", "artist", "source"):
+        columns[column] = [getattr(picture, column) or None for picture in pictures.values()]
     return pa.table(columns, schema=pa.schema([*schema.METADATA, *schema.DETAILS]))
 
 
 def _build(
-    root: Root, found: Collection, style: str, made: tuple[Encoder, IndexConfig, DatabaseIdentity]
+    root: Root,
+    embedded: EmbeddedPictures,
+    style: str,
+    settings: tuple[Encoder, IndexConfig, DatabaseIdentity],
 ) -> Manifest:
-    encoder, config, identity = made
-    chosen = [i for i, item in enumerate(found.items) if style in ("", item.label)]
-    identity = DatabaseIdentity(identity.name, identity.made_from, {} if style else found.reasons)
-    rows = found.table.take(pa.array(chosen, pa.int64()))
-    manifest = write_database(root, rows, encoder.identity, config, identity)
-    _write_pictures(root, f"{identity.name}/{PLACE}", rows, [found.items[i] for i in chosen])
-    left_out = "".join(f", {count} {word}" for word, count in identity.reasons.items())
-    log.info("%s: %s images in %.1f s%s", identity.name, f"{len(rows):,}", manifest.seconds, left_out)
+    encoder, config, identity = settings
+    rows = [i for i, picture in enumerate(embedded.pictures) if style in ("", picture.label)]
+    identity = DatabaseIdentity(identity.name, identity.upstream, {} if style else embedded.reasons)
+    table = embedded.table.take(pa.array(rows, pa.int64()))
+    manifest = write_database(root, table, encoder.identity, config, identity)
+    _write_thumbnails(root, f"{identity.name}/{THUMBNAILS}", table, [embedded.pictures[i] for i in rows])
+    left_out = "".join(f", {count} {reason}" for reason, count in identity.reasons.items())
+    log.info("%s: %s images in %.1f s%s", identity.name, f"{len(table):,}", manifest.seconds, left_out)
     return manifest
 
 
-def _write_pictures(root: Root, name: str, rows: pa.Table, items: list[Item]) -> None:
-    """A WebDataset of the pictures at SHOWN_EDGE, with what is known of each."""
-    shown = rows.drop_columns([schema.EMBEDDING]).to_pylist()
-    with root.writing(name) as pending, writing(pending.path) as tar:
-        for row, item in zip(shown, items, strict=True):
-            picture = prepared(item.read(), MAX_PIXELS, SHOWN_EDGE)
-            assert not isinstance(picture, Refusal), item.name
-            small = stored(picture, SHOWN_EDGE, SHOWN_QUALITY)
-            tar.add(key_of(row[schema.IMAGE_ID]), small.data, row["caption"], row)
+def _write_thumbnails(root: Root, name: str, table: pa.Table, pictures: list[SourcePicture]) -> None:
+    """Write a WebDataset of the pictures at THUMBNAIL_EDGE with their metadata."""
+    rows = table.drop_columns([schema.EMBEDDING]).to_pylist()
+    with root.writing(name) as pending, tar_writer(pending.path) as tar:
+        for row, source in zip(rows, pictures, strict=True):
+            picture = prepare(source.read(), MAX_PIXELS, THUMBNAIL_EDGE)
+            thumbnail = encode_jpeg(picture, THUMBNAIL_EDGE, THUMBNAIL_QUALITY)
+            tar.add(sample_key(row[schema.IMAGE_ID]), thumbnail.data, row["caption"], row)
 
 
-def _digest(items: list[Item]) -> str:
-    """What databases of these pictures are made from: bytes, names, all that is known, and our rules."""
+def _digest(pictures: list[SourcePicture]) -> str:
+    """Hash of the bytes and metadata of the pictures, and of the limits for near copies."""
     digest = hashlib.sha256(f"{NEAR_BITS} {NEAR_SIMILARITY}".encode())
-    for item in items:
-        told = (item.name, item.label, item.caption, item.title, item.artist, item.license, item.source)
-        digest.update(f"{hashlib.sha256(item.read()).hexdigest()} {told!r}\n".encode())
+    for p in pictures:
+        metadata = (p.name, p.label, p.caption, p.title, p.artist, p.license, p.source)
+        digest.update(f"{hashlib.sha256(p.read()).hexdigest()} {metadata!r}\n".encode())
     return digest.hexdigest()[:16]

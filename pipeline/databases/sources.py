@@ -1,8 +1,8 @@
-"""What a style database can be made of: folders of pictures, WebDataset tars, CSV or Parquet with paths.
+"""Sources of style databases: folders of pictures, WebDataset tars, CSV or Parquet files with paths.
 
-Lists pictures in a fixed order with what is known of them, and reads each when asked. Knows how ArtBench-10
-and WikiArt are laid out: folders by style, perhaps below train and test; names such as `artist_title.jpg`;
-tables of paths, with a header or as `style_train.csv` beside `style_class.txt`.
+Lists the pictures of a source in a fixed order with their metadata. Supports the layouts of ArtBench-10 and
+WikiArt: folders by style, optionally below train and test; file names such as `artist_title.jpg`; tables of
+paths, with a header or as `style_train.csv` with `style_class.txt`.
 """
 
 import csv
@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 
 from retrieval.errors import UserError
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SPLITS = ("train", "test", "val", "validation")
-"""Folders that stand above those of the styles."""
+"""Folders that can contain the folders of the styles."""
 MAX_TEXT_BYTES = 4096
 FIELDS = {
     "path": ("path", "file", "filename", "file_name", "filepath", "image_path", "image", "name"),
@@ -32,33 +32,33 @@ FIELDS = {
     "license": ("license", "licence", "rights"),
     "source": ("source", "source_set", "url", "attribution"),
 }
-"""What a table or a tar's JSON may call each field, in small letters, best first."""
-Known = Mapping[str, Any]
+"""Names of each field in a table or in the JSON files of a tar, in lower case, in order of preference."""
+Fields = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where pictures are, and what the layout alone does not say."""
+class PictureSource:
+    """A collection of pictures, and settings for its layout."""
 
     path: Path
     """A folder of pictures or of tars, a tar, or a table (.csv, .parquet)."""
     images: Path | None = None
-    """The folder that a table's paths are relative to; None: that of the table."""
+    """The folder that the paths of a table are relative to; None: the folder of the table."""
     artist_title: bool = False
-    """Files are named `artist_title.jpg`, words joined by hyphens."""
+    """Files are named `artist_title.jpg`, with hyphens between words."""
     license: str = ""
-    """Of pictures that state none themselves."""
+    """Licence of pictures without one in their metadata."""
 
 
 @dataclass(frozen=True)
-class Item:
-    """A picture of a source and what is known of it."""
+class SourcePicture:
+    """A picture of a source and its metadata."""
 
     name: str
-    """Its path in the source, parts joined by /."""
+    """Path in the source, with / as separator."""
     file: Path
     label: str = ""
-    """Its style."""
+    """Style."""
     caption: str = ""
     title: str = ""
     artist: str = ""
@@ -66,169 +66,175 @@ class Item:
     source: str = ""
     offset: int = 0
     size: int = -1
-    """Where it lies in the file, in bytes; -1: to the end."""
+    """Position in the file in bytes; size -1: to the end of the file."""
 
     def read(self) -> bytes:
-        """The picture's bytes."""
+        """Read the bytes of the picture."""
         with self.file.open("rb") as file:
             file.seek(self.offset)
             return file.read(self.size)
 
 
-def read_items(source: Source) -> tuple[list[Item], int]:
-    """The pictures of a source by name, and how many a table names that are not there.
+def list_pictures(source: PictureSource) -> tuple[list[SourcePicture], int]:
+    """The pictures of a source, sorted by name, and the number of paths in a table without a file.
 
     Raises UserError for a source that cannot be read or has no picture.
     """
     kind = source.path.suffix.lower()
     if source.path.is_dir():
         tars = sorted(source.path.glob("*.tar"))
-        items = list(_tarred(tars, source) if tars else _foldered(source))
+        pictures = list(_from_tars(tars, source) if tars else _from_folder(source))
     elif kind == ".tar" and source.path.is_file():
-        items = list(_tarred([source.path], source))
+        pictures = list(_from_tars([source.path], source))
     elif kind in (".csv", ".parquet") and source.path.is_file():
-        return _tabled(source)
+        return _from_table(source)
     else:
-        raise UserError(f"{source.path} is no folder, .tar, .csv or .parquet. Name one that is there.")
-    return _checked(items, source, 0)
+        raise UserError(f"{source.path} is no existing folder, .tar, .csv or .parquet. Check the path.")
+    return _sorted_by_name(pictures, source, 0)
 
 
-def _foldered(source: Source) -> Iterator[Item]:
+def _from_folder(source: PictureSource) -> Iterator[SourcePicture]:
     for path in sorted(source.path.rglob("*")):
-        if path.suffix.lower() in PICTURES and path.is_file():
-            beside = path.with_suffix(".txt")
-            known = {"caption": _text(beside.read_bytes())} if beside.is_file() else {}
-            yield _item(path.relative_to(source.path).as_posix(), path, known, source)
+        if path.suffix.lower() in SUFFIXES and path.is_file():
+            caption = path.with_suffix(".txt")
+            fields = {"caption": _text(caption.read_bytes())} if caption.is_file() else {}
+            yield _picture(path.relative_to(source.path).as_posix(), path, fields, source)
 
 
-def _tarred(tars: Iterable[Path], source: Source) -> Iterator[Item]:
+def _from_tars(tars: Iterable[Path], source: PictureSource) -> Iterator[SourcePicture]:
     for path in tars:
         pictures: dict[str, tuple[str, tarfile.TarInfo]] = {}
-        known: dict[str, dict[str, Any]] = {}
+        fields: dict[str, dict[str, Any]] = {}
         try:
             with tarfile.open(path, "r:") as tar:
                 for member in tar:
                     folder, slash, base = member.name.rpartition("/")
                     stem, _, kind = base.partition(".")
                     key = f"{folder}{slash}{stem}"
-                    if PurePosixPath(base).suffix.lower() in PICTURES:
+                    if PurePosixPath(base).suffix.lower() in SUFFIXES:
                         pictures[member.name] = key, member
                     elif kind in ("txt", "cls", "json") and (file := tar.extractfile(member)):
-                        known.setdefault(key, {}).update(_beside(kind, file.read()))
+                        fields.setdefault(key, {}).update(_member_fields(kind, file.read()))
         except tarfile.TarError as error:
             raise UserError(f"{path} is not a readable tar: {error}") from error
         for name, (key, member) in sorted(pictures.items()):
-            place = (member.offset_data, member.size)
-            yield _item(f"{path.stem}/{name}", path, {"label": "", **known.get(key, {})}, source, place)
+            position = (member.offset_data, member.size)
+            yield _picture(
+                f"{path.stem}/{name}", path, {"label": "", **fields.get(key, {})}, source, position
+            )
 
 
-def _beside(kind: str, data: bytes) -> dict[str, Any]:
-    """What a tar says of a picture: its caption, its class, or a JSON object of fields."""
+def _member_fields(kind: str, data: bytes) -> dict[str, Any]:
+    """The fields of a metadata member of a tar: a caption (txt), a class (cls) or a JSON object."""
     if kind != "json":
         return {"caption" if kind == "txt" else "label": _text(data)}
     try:
-        found = json.loads(data)
+        content = json.loads(data)
     except ValueError:
         return {}
-    return _fields(found) if isinstance(found, dict) else {}
+    return _read_fields(content) if isinstance(content, dict) else {}
 
 
-def _tabled(source: Source) -> tuple[list[Item], int]:
+def _from_table(source: PictureSource) -> tuple[list[SourcePicture], int]:
     base = (source.images or source.path.parent).resolve()
     rows = _rows(source.path)
-    items = []
+    pictures = []
     for row in rows:
-        known = _fields(row)
-        if "path" not in known:
+        fields = _read_fields(row)
+        if "path" not in fields:
             raise UserError(
-                f"{source.path} has no column of paths; wanted one of {', '.join(FIELDS['path'])}."
+                f"{source.path} has no column of paths. Wanted: one of {', '.join(FIELDS['path'])}."
             )
-        found = _located(base, known, row)
-        if found is not None:
-            items.append(_item(found.relative_to(base).as_posix(), found, known, source))
-    return _checked(items, source, len(rows) - len(items))
+        path = _find_file(base, fields, row)
+        if path is not None:
+            pictures.append(_picture(path.relative_to(base).as_posix(), path, fields, source))
+    return _sorted_by_name(pictures, source, len(rows) - len(pictures))
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     try:
         if path.suffix.lower() == ".parquet":
-            return [_small(row) for row in pq.read_table(path).to_pylist()]
+            return [_lower_names(row) for row in pq.read_table(path).to_pylist()]
         text = path.read_text(encoding="utf-8-sig")
     except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a readable table: {error}") from error
     first = next(csv.reader(io.StringIO(text)), [""])
-    if PurePosixPath(first[0]).suffix.lower() not in PICTURES:
-        return [_small(row) for row in csv.DictReader(io.StringIO(text))]
+    if PurePosixPath(first[0]).suffix.lower() not in SUFFIXES:
+        return [_lower_names(row) for row in csv.DictReader(io.StringIO(text))]
     classes = _classes(path)
     lines = csv.DictReader(io.StringIO(text), ("path", "label"))
     return [{"path": row["path"], "label": classes.get(row["label"] or "", "")} for row in lines]
 
 
 def _classes(path: Path) -> dict[str, str]:
-    """Names by number of `style_class.txt` beside `style_train.csv`, lines such as `3 Baroque`."""
-    beside = path.with_name(f"{path.stem.rpartition('_')[0]}_class.txt")
-    lines = beside.read_text().splitlines() if beside.is_file() else []
+    """Names of the styles by number, from lines such as `3 Baroque` in `style_class.txt`."""
+    classes = path.with_name(f"{path.stem.rpartition('_')[0]}_class.txt")
+    lines = classes.read_text().splitlines() if classes.is_file() else []
     return {number: name.strip() for number, _, name in (line.strip().partition(" ") for line in lines)}
 
 
-def _small(row: Mapping[str | None, Any]) -> dict[str, Any]:
+def _lower_names(row: Mapping[str | None, Any]) -> dict[str, Any]:
     return {name.strip().lower(): value for name, value in row.items() if name}
 
 
-def _fields(row: Known) -> dict[str, Any]:
-    """The fields that a row has, as texts without blanks around them."""
+def _read_fields(row: Fields) -> dict[str, Any]:
+    """The FIELDS of a row as stripped strings, without empty ones."""
     row = {name.lower(): value for name, value in row.items()}
-    known: dict[str, str] = {}
+    fields: dict[str, str] = {}
     for field, names in FIELDS.items():
-        kind = str if field == "path" else object  # a column of pictures may have the name of one of paths
-        there = [row[name] for name in names if row.get(name) not in (None, "")]
-        values = [str(value).strip() for value in there if isinstance(value, kind)]
-        known |= {field: values[0]} if values else {}
-    if "license" not in known and str(row.get("is_public_domain")).lower() in ("true", "1"):
-        known["license"] = "public domain"
-    return known
+        kind = str if field == "path" else object  # a column `image` can also contain pictures
+        present = [row[name] for name in names if row.get(name) not in (None, "")]
+        values = [str(value).strip() for value in present if isinstance(value, kind)]
+        fields |= {field: values[0]} if values else {}
+    if "license" not in fields and str(row.get("is_public_domain")).lower() in ("true", "1"):
+        fields["license"] = "public domain"
+    return fields
 
 
-def _located(base: Path, known: Known, row: Known) -> Path | None:
-    """The file of a row: as the path says, in a folder of its style, or of its split and style."""
-    label, split = known.get("label", ""), str(row.get("split") or "")
+def _find_file(base: Path, fields: Fields, row: Fields) -> Path | None:
+    """The file of a row: at its path below base, the folder of its style, or of its split and style."""
+    label, split = fields.get("label", ""), str(row.get("split") or "")
     for folder in ("", label, f"{split}/{label}"):
         try:
-            path: Path = (base / folder / known["path"]).resolve()
+            path: Path = (base / folder / fields["path"]).resolve()
             if path.is_relative_to(base) and path.is_file():
                 return path
-        except (OSError, ValueError):  # no file can have such a path: too long, or with a zero byte
+        except (OSError, ValueError):  # an impossible path: too long, or with a zero byte
             continue
     return None
 
 
-def _item(name: str, file: Path, known: Known, source: Source, place: tuple[int, int] = (0, -1)) -> Item:
+def _picture(
+    name: str, file: Path, fields: Fields, source: PictureSource, position: tuple[int, int] = (0, -1)
+) -> SourcePicture:
     stem = PurePosixPath(name).stem
-    artist, title = known.get("artist", ""), known.get("title", "")
+    artist, title = fields.get("artist", ""), fields.get("title", "")
     if source.artist_title and "_" in stem:
         first, _, rest = stem.partition("_")
         artist, title = artist or _words(first), title or _words(rest)
-    told = f"{title} by {artist}" if title and artist else title
+    title_and_artist = f"{title} by {artist}" if title and artist else title
     folders = [part for part in PurePosixPath(name).parts[:-1] if part not in SPLITS]
-    return Item(
+    return SourcePicture(
         name=name,
         file=file,
-        label=known.get("label", folders[0] if folders else ""),
-        caption=known.get("caption") or told or _words(stem),
+        label=fields.get("label", folders[0] if folders else ""),
+        caption=fields.get("caption") or title_and_artist or _words(stem),
         title=title,
         artist=artist,
-        license=known.get("license") or source.license,
-        source=known.get("source", ""),
-        offset=place[0],
-        size=place[1],
+        license=fields.get("license") or source.license,
+        source=fields.get("source", ""),
+        offset=position[0],
+        size=position[1],
     )
 
 
-def _checked(items: list[Item], source: Source, missing: int) -> tuple[list[Item], int]:
-    if not items:
-        lost = f"; {missing} paths of the table are not there" if missing else ""
-        raise UserError(f"{source.path} holds no picture ({' '.join(PICTURES)}){lost}. Name other images.")
-    unique = {item.name: item for item in items}
+def _sorted_by_name(
+    pictures: list[SourcePicture], source: PictureSource, missing: int
+) -> tuple[list[SourcePicture], int]:
+    if not pictures:
+        note = f"; {missing} paths of the table do not exist" if missing else ""
+        raise UserError(f"{source.path} has no picture ({' '.join(SUFFIXES)}){note}. Use another source.")
+    unique = {picture.name: picture for picture in pictures}
     return [unique[name] for name in sorted(unique)], missing
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from jobs import database, download, embed, filter, index, neighbors, sample
 from jobs.cli.recipe import Recipe, load_recipe
 from jobs.train import training_recipe
-from pipeline.databases.sources import Source
+from pipeline.databases.sources import PictureSource
 from pipeline.pictures.tars import sample_key
 from retrieval import Database
 from retrieval.cli.commands import main
@@ -112,7 +112,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, server: tuple[str, Path], r
         for stage in (filter, download, embed, index, neighbors):
             stage.run(loaded)
     write_pictures(folder / "loan", 3, 4)
-    database.run(loaded, "loan", Source(folder / "loan", license="CC0"))
+    database.run(loaded, "loan", PictureSource(folder / "loan", license="CC0"))
     train(training_recipe(loaded), loaded.root)
     sample.run(loaded)
     return loaded

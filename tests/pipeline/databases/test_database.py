@@ -1,4 +1,4 @@
-"""database: a folder of pictures becomes something to search."""
+"""Style databases are built from folders and tables of pictures."""
 
 import io
 import tarfile
@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from pipeline.databases import database
-from pipeline.databases.sources import Source
+from pipeline.databases.sources import PictureSource
 from retrieval import Database, Root, UserError
 from retrieval.clip.encoder import Encoder
 from retrieval.perceptual_hash import perceptual_hash
@@ -19,13 +19,13 @@ from tests.pipeline.conftest import pictures
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Twelve pictures in two folders, one with a caption beside it, one that is none."""
+    """Twelve pictures in two folders, one of them with a caption, and two files that are no pictures."""
     folder = tmp_path / "pictures"
     for i, picture in enumerate(pictures("x", 1, 12)):
         path = folder / ("a" if i < 6 else "b") / f"a_red-square_{i:02d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(picture.jpeg)
-    (folder / "a" / "a_red-square_00.txt").write_text("A caption of its own\n")
+    (folder / "a" / "a_red-square_00.txt").write_text("A caption in a file\n")
     (folder / "b" / "broken.png").write_bytes(b"no picture")
     (folder / "b" / "notes.md").write_text("not a picture either")
     return folder
@@ -36,18 +36,18 @@ def encoder(clip: ClipConfig) -> Encoder:
     return Encoder(clip)
 
 
-def test_a_folder_of_pictures_is_searched_by_picture(source: Path, encoder: Encoder, tmp_path: Path) -> None:
+def test_each_picture_of_a_folder_finds_itself(source: Path, encoder: Encoder, tmp_path: Path) -> None:
     manifest = database.run("squares", source, encoder, IndexConfig(), Root(tmp_path))
     opened = Database.open(Root(tmp_path).child("databases/squares"))
     assert (len(opened), manifest.reasons) == (12, {"not_an_image": 1})
-    found = opened.search(opened.embeddings().astype("float32"), 1)
-    assert [rows["url"][0].as_py() for rows in found.rows] == opened.metadata()["url"].to_pylist()
+    neighbors = opened.search(opened.embeddings().astype("float32"), 1)
+    assert [rows["url"][0].as_py() for rows in neighbors.rows] == opened.metadata()["url"].to_pylist()
     captions = dict(zip(opened.metadata()["url"].to_pylist(), opened.metadata()["caption"].to_pylist()))
-    assert captions["squares/a/a_red-square_00.jpg"] == "A caption of its own"
+    assert captions["squares/a/a_red-square_00.jpg"] == "A caption in a file"
     assert captions["squares/b/a_red-square_11.jpg"] == "a red square 11"
 
 
-def test_building_twice_does_nothing_and_a_changed_picture_or_license_builds_again(
+def test_a_database_is_built_again_only_for_a_changed_picture_or_license(
     source: Path, encoder: Encoder, tmp_path: Path
 ) -> None:
     root = Root(tmp_path)
@@ -55,39 +55,37 @@ def test_building_twice_does_nothing_and_a_changed_picture_or_license_builds_aga
     assert database.run("squares", source, encoder, IndexConfig(), root) == first
     (source / "a" / "a_red-square_01.jpg").write_bytes(b"no picture any more")
     assert database.run("squares", source, encoder, IndexConfig(), root).rows == 11
-    database.run("squares", Source(source, license="CC0"), encoder, IndexConfig(), root)
+    database.run("squares", PictureSource(source, license="CC0"), encoder, IndexConfig(), root)
     licenses = Database.open(root.child("databases/squares")).metadata()["license"]
     assert set(licenses.to_pylist()) == {"CC0"}
 
 
-def test_every_style_has_a_database_of_its_own_rows_of_the_union_with_all_that_is_known(
+def test_every_style_gets_a_database_with_the_rows_of_the_full_database(
     source: Path, encoder: Encoder, tmp_path: Path
 ) -> None:
     root, table = Root(tmp_path), source / "metadata.csv"
     lines = [f"a/a_red-square_{i:02d}.jpg,Early Work,Red {i},Ann,CC0" for i in range(4)]
     lines += ["b/a_red-square_07.jpg,Late-Work,,,", "b/gone.jpg,Late-Work,,,"]
     table.write_text("\n".join(["File,Style,Title,Artist,Licence", *lines]))
-    wanted = Source(table, license="on loan")
-    names = database.style_databases("both", wanted)
+    pictures_of_table = PictureSource(table, license="on loan")
+    names = database.style_databases("both", pictures_of_table)
     assert names == {"both": "", "early_work": "Early Work", "late_work": "Late-Work"}
     for name in names:
-        database.run(name, wanted, encoder, IndexConfig(), root)
-    manifests = database.run_all(names, wanted, encoder, IndexConfig(), root)
-    assert [one.rows for one in manifests] == [5, 4, 1]
-    assert [one.reasons for one in manifests] == [{"not_found": 1}, {}, {}]
+        database.run(name, pictures_of_table, encoder, IndexConfig(), root)
+    manifests = database.run_all(names, pictures_of_table, encoder, IndexConfig(), root)
+    assert [manifest.rows for manifest in manifests] == [5, 4, 1]
+    assert [manifest.reasons for manifest in manifests] == [{"not_found": 1}, {}, {}]
     early = Database.open(root.child("databases/early_work"))
-    union = {
+    full = {
         row["image_id"]: row for row in Database.open(root.child("databases/both")).metadata().to_pylist()
     }
-    assert all(union[row["image_id"]] == row for row in early.metadata().to_pylist())
-    row = next(row for row in union.values() if row["title"] == "Red 2")
+    assert all(full[row["image_id"]] == row for row in early.metadata().to_pylist())
+    row = next(row for row in full.values() if row["title"] == "Red 2")
     assert (row["artist"], row["license"], row["caption"]) == ("Ann", "CC0", "Red 2 by Ann")
-    assert [row["license"] for row in union.values() if not row["title"]] == ["on loan"]
+    assert [row["license"] for row in full.values() if not row["title"]] == ["on loan"]
 
 
-def test_pictures_to_show_stand_beside_the_database_at_no_more_than_224_pixels(
-    encoder: Encoder, tmp_path: Path
-) -> None:
+def test_thumbnails_have_a_shorter_edge_of_at_most_224_pixels(encoder: Encoder, tmp_path: Path) -> None:
     folder = tmp_path / "big"
     folder.mkdir()
     Image.effect_noise((900, 600), 90).convert("RGB").save(folder / "a.png")
@@ -100,12 +98,10 @@ def test_pictures_to_show_stand_beside_the_database_at_no_more_than_224_pixels(
     assert (picture.size, row["width"], row["height"]) == ((336, 224), 900, 600)
     (tmp_path / "databases/big/pictures/00000.tar").unlink()
     database.run("big", folder, encoder, IndexConfig(), Root(tmp_path))
-    assert (tmp_path / "databases/big/pictures/00000.tar").is_file(), "what was lost comes back"
+    assert (tmp_path / "databases/big/pictures/00000.tar").is_file(), "missing thumbnails are written again"
 
 
-def test_copies_that_were_scaled_mirrored_or_encoded_again_are_left_out(
-    encoder: Encoder, tmp_path: Path
-) -> None:
+def test_scaled_mirrored_and_recompressed_copies_are_left_out(encoder: Encoder, tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
     folder.mkdir()
     for seed in range(4):
@@ -121,24 +117,24 @@ def test_copies_that_were_scaled_mirrored_or_encoded_again_are_left_out(
     assert manifest.reasons == {"near_copy": 3}
 
 
-def test_a_chain_of_copies_keeps_its_first_and_looks_alone_remove_nothing() -> None:
+def test_a_chain_of_copies_keeps_its_first_and_similar_hashes_need_similar_vectors() -> None:
     hashes = np.array([perceptual_hash(Image.effect_noise((64, 64), 90))] * 4 + [0, 0], np.int64)
     hashes[1] ^= 0b111
     hashes[2] ^= 0b111111111
     same = np.tile(np.array([1.0, 0.0], np.float32), (6, 1))
-    assert database.near_copies(hashes, same).tolist() == [False, True, False, True, False, False]
+    assert database.find_near_copies(hashes, same).tolist() == [False, True, False, True, False, False]
     apart = same.copy()
     apart[1:4] = [0.0, 1.0]
-    assert database.near_copies(hashes, apart).tolist() == [False, False, True, True, False, False]
+    assert database.find_near_copies(hashes, apart).tolist() == [False, False, True, True, False, False]
 
 
 def test_a_source_without_styles_or_pictures_is_refused(encoder: Encoder, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no picture"):
+    with pytest.raises(UserError, match="has no picture"):
         database.run("empty", tmp_path, encoder, IndexConfig(), Root(tmp_path))
     (tmp_path / "a.png").write_bytes(b"")
-    with pytest.raises(UserError, match="tells no styles apart"):
-        database.style_databases("all", Source(tmp_path))
+    with pytest.raises(UserError, match="has no styles"):
+        database.style_databases("all", PictureSource(tmp_path))
     (tmp_path / "All").mkdir()
     (tmp_path / "All" / "b.png").write_bytes(b"")
     with pytest.raises(UserError, match="do not give different names"):
-        database.style_databases("all", Source(tmp_path))
+        database.style_databases("all", PictureSource(tmp_path))
