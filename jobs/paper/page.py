@@ -1,7 +1,7 @@
-"""The page of the paper's experiments: one HTML file with its pictures inside, and the manual's page.
+"""Reports of the paper's experiments: an HTML page, and a Markdown page for the documentation.
 
-Reads `runs/<name>/paper/`; writes `report.html` there, and `paper.md`, `paper.json` and pictures in a folder
-of documents. What was wanted of each experiment stands beside what was measured.
+Reads `runs/<name>/paper/`; writes `report.html` there with all pictures embedded, and `paper.md`,
+`paper.json` and pictures to a folder. Both compare the measured results with the expected ones.
 """
 
 import json
@@ -31,7 +31,7 @@ QUALITY, DOCS_PX = 88, 1400
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was wanted of an experiment, and what was found."""
+    """Expected and measured result of an experiment."""
 
     about: str
     measured: str
@@ -41,85 +41,90 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Page:
-    """What both pages show. pictures: PNG bytes by name."""
+    """Content of both pages. results: values of `paper.json`; pictures: PNG bytes by name."""
 
     folder: str
-    found: dict[str, Any]
+    results: dict[str, Any]
     verdicts: tuple[Verdict, ...]
     pictures: dict[str, bytes]
     seconds: float
 
 
 def write_page(root: Root, folder: str) -> Page:
-    """Write `report.html` of finished experiments. Raises UserError where they did not finish."""
+    """Write `report.html` of finished experiments. Raises UserError if they did not finish."""
     manifest = read_manifest(root, folder)
-    found = root.read_json(f"{folder}/paper.json")
+    results = root.read_json(f"{folder}/paper.json")
     pictures = {}
     for name in manifest.checksums():
         if name.endswith(".png") and name.count("/") == folder.count("/") + 1:
             with root.open(name) as file:
                 pictures[Path(name).stem] = file.read()
-    page = Page(folder, found, tuple(verdicts(found)), pictures, manifest.seconds)
+    page = Page(folder, results, tuple(verdicts(results)), pictures, manifest.seconds)
     sources = {name: _inline(name, data) for name, data in pictures.items()}
     root.write_bytes(f"{folder}/report.html", _render("page.html.jinja", page, sources).encode())
     return page
 
 
 def write_docs(root: Root, page: Page, docs: Path) -> Path:
-    """Write `paper.md` with its numbers and pictures. Returns its place."""
+    """Write `paper.md`, `paper.json` and `images/`. Returns the path of `paper.md`."""
     (docs / "images").mkdir(parents=True, exist_ok=True)
     sources = {}
     for name, data in page.pictures.items():
         file, content = _small(name, data)
         _write(docs / "images" / file, content)
         sources[name] = f"images/{file}"
-    facts = {**page.found, "verdicts": [asdict(one) for one in page.verdicts], "hardware": hardware()}
-    _write(docs / "paper.json", json.dumps(facts, indent=1).encode() + b"\n")
+    values = {
+        **page.results,
+        "verdicts": [asdict(verdict) for verdict in page.verdicts],
+        "hardware": hardware(),
+    }
+    _write(docs / "paper.json", json.dumps(values, indent=1).encode() + b"\n")
     _write(docs / "paper.md", _render("page.md.jinja", page, sources).encode())
     return docs / "paper.md"
 
 
-def verdicts(found: dict[str, Any]) -> list[Verdict]:
-    """Whether the effect is there, and whether each control loses it."""
-    tables, chance = found["tables"], found["tables"]["chance"]
-    results = [
-        _above_zero(
-            "Samples taken for their database's style, over no neighbors", tables["effect"]["no_neighbors"]
-        ),
-        _above_zero("The same over naming the style", tables["effect"][SUFFIX]),
-        _above_zero("The same over another style's neighbors", tables["effect"][SHUFFLED]),
+def verdicts(results: dict[str, Any]) -> list[Verdict]:
+    """Whether neighbors have the expected effect and the controls do not."""
+    tables, effect = results["tables"], results["tables"]["effect"]
+    limit = ABOUT_CHANCE * tables["chance"]
+    gain = "Style accuracy with the database's neighbors, gain over"
+    rows = [
+        _above_zero(f"{gain} no neighbors", effect["no_neighbors"]),
+        _above_zero(f"{gain} the style in the prompt", effect[SUFFIX]),
+        _above_zero(f"{gain} neighbors of another style", effect[SHUFFLED]),
     ]
     for mode in (SHUFFLED, RANDOM_ROWS):
-        value, low, high = tables["modes"][mode]["accuracy"]
-        about = f"Negative {MODE_LABELS[mode]}"
-        wanted = f"about chance: ≤ {ABOUT_CHANCE * chance:.3g}"
-        results.append(Verdict(about, _said((value, low, high)), wanted, value <= ABOUT_CHANCE * chance))
-    if "added" in found["held_out"]:
-        added = found["held_out"]["added"]
-        results.append(_above_zero("Held-out loss added by another image's neighbors", added["shuffled"]))
-        results.append(_above_zero("Held-out loss added by no neighbors", added["none"]))
-    for one in found["copying"]:
-        about = f"Samples nearer {TITLES[one['name']]} than 99% of real images to another"
-        share = one["share_nearer"]
-        results.append(Verdict(about, _said(share), "≤ 0.01", share[0] <= 0.01))
-    return results
+        accuracy, wanted = tables["modes"][mode]["accuracy"], f"about chance: ≤ {limit:.3g}"
+        rows.append(Verdict(f"Negative {MODE_LABELS[mode]}", _text(accuracy), wanted, accuracy[0] <= limit))
+    if "added" in results["held_out"]:
+        added = results["held_out"]["added"]
+        rows.append(_above_zero("Held-out loss, increase with another image's neighbors", added["shuffled"]))
+        rows.append(_above_zero("Held-out loss, increase with no neighbors", added["none"]))
+    for distances in results["copying"]:
+        about = f"Share of samples nearer than 99% of real images: {TITLES[distances['name']]}"
+        share = distances["share_nearer"]
+        rows.append(Verdict(about, _text(share), "≤ 0.01", share[0] <= 0.01))
+    return rows
 
 
 def verdict_lines(page: Page) -> str:
     """The verdicts as a table for a terminal."""
-    rows = [(one.about, one.measured, one.wanted, "met" if one.met else "MISSED") for one in page.verdicts]
+    rows = [
+        (verdict.about, verdict.measured, verdict.wanted, "met" if verdict.met else "MISSED")
+        for verdict in page.verdicts
+    ]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     return "\n".join("  ".join([*(f"{row[i]:<{widths[i]}}" for i in range(3)), row[3]]) for row in rows)
 
 
 def _above_zero(about: str, estimate: tuple[float, float, float]) -> Verdict:
-    return Verdict(about, _said(estimate), "interval above 0", estimate[1] > 0)
+    return Verdict(about, _text(estimate), "interval above 0", estimate[1] > 0)
 
 
-def _said(estimate: tuple[float, float, float]) -> str:
-    """A figure with its interval.
+def _text(estimate: tuple[float, float, float]) -> str:
+    """A value with its interval.
 
-    >>> _said((0.5, 0.25, 0.75))
+    >>> _text((0.5, 0.25, 0.75))
     '0.500 (0.250 to 0.750)'
     """
     value, low, high = estimate
@@ -136,13 +141,13 @@ def _render(template: str, page: Page, sources: dict[str, str]) -> str:
         "suffix": SUFFIX,
         "hardware": hardware(),
         "took": duration(page.seconds),
-        **page.found,
+        **page.results,
     }
-    return render(Path(__file__).with_name(template), content, {"said": _said, "words": style_words})
+    return render(Path(__file__).with_name(template), content, {"estimate": _text, "words": style_words})
 
 
 def _small(name: str, data: bytes) -> tuple[str, bytes]:
-    """File name and content for a document: charts as they are, sheets of pictures as JPEG."""
+    """File name and content for a page: charts as PNG, contact sheets as JPEG of reduced size."""
     if name in CHARTS:
         return f"paper-{name}.png", data
     with Image.open(BytesIO(data)) as picture:

@@ -161,9 +161,9 @@ def test_a_control_that_keeps_the_style_is_a_missed_verdict(finished):
     results["tables"]["effect"]["no_neighbors"] = [0.5, 0.4, 0.6]
     results["copying"][0]["share_nearer"] = [0.2, 0.1, 0.3]
     by_name = {verdict.about: verdict.met for verdict in verdicts(results)}
-    assert by_name["Samples taken for their database's style, over no neighbors"]
+    assert by_name["Style accuracy with the database's neighbors, gain over no neighbors"]
     assert not by_name["Negative control: neighbors of another style and prompt"]
-    assert not by_name["Samples nearer to their own neighbors, CLIP than 99% of real images to another"]
+    assert not by_name["Share of samples nearer than 99% of real images: to their own neighbors, CLIP"]
 
 
 def test_a_report_of_unfinished_experiments_is_refused(tmp_path: Path):
