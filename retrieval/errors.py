@@ -6,4 +6,4 @@ its traceback.
 
 
 class UserError(Exception):
-    """A mistake in a recipe, folder or file. Says where, what was found, what is wanted and what to do."""
+    """A mistake in a recipe, folder or file. Says where, what was found, what was expected and what to do."""

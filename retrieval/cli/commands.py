@@ -189,7 +189,7 @@ def _listed_id(line: str) -> int:
 def _column_name(pair: str) -> tuple[str, str]:
     field, equals, name = pair.partition("=")
     if not equals:
-        raise UserError(f"--column {pair!r}: wanted FIELD=NAME, as in caption=TITLE")
+        raise UserError(f"--column {pair!r}: expected FIELD=NAME, as in caption=TITLE")
     return field, name
 
 

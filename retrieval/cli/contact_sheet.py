@@ -71,7 +71,7 @@ def write_contact_sheet(path: Path, results: Sequence[QueryResult], folder: Path
     try:
         sheet.save(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be written: {error}. Wanted a name such as sheet.png") from error
+        raise UserError(f"{path} cannot be written: {error}. Use a name such as sheet.png") from error
     return num_pictures
 
 

@@ -84,7 +84,7 @@ def _load(config: ClipConfig) -> tuple[Any, Any]:
     except (RuntimeError, ValueError, OSError, KeyError, UserWarning) as error:
         raise UserError(
             f"[clip] model = {config.model!r}, pretrained = {config.pretrained!r} cannot be loaded: {error}. "
-            "Wanted: an open_clip model with its tag or checkpoint, or local-dir:<folder>."
+            "Expected: an open_clip model with its tag or checkpoint, or local-dir:<folder>."
         ) from error
     return model, preprocess
 

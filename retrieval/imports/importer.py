@@ -162,7 +162,7 @@ def _sizes(column: pa.ChunkedArray | None, count: int) -> pa.Array:
 def _ids(column: pa.ChunkedArray | None, urls: list[str], first: int, location: str) -> npt.NDArray[np.int64]:
     values = [None] * len(urls) if column is None else column.to_pylist()
     if column is not None and not (pa.types.is_integer(column.type) or pa.types.is_string(column.type)):
-        raise UserError(f"{location}: image ids of type {column.type}; wanted whole numbers or texts")
+        raise UserError(f"{location}: image ids of type {column.type}; expected whole numbers or texts")
     try:
         return np.array(
             [_id(value, url, first + i) for i, (value, url) in enumerate(zip(values, urls, strict=True))],

@@ -56,7 +56,7 @@ def read_source_blocks(source: VectorSource) -> Iterator[SourceBlock]:
             yield from _parquet_blocks(root, name, source.columns)
     else:
         raise UserError(
-            f"{root.url} holds no vectors: wanted .npy files or Parquet files with a vector column."
+            f"{root.url} has no vectors: expected .npy files or Parquet files with a vector column."
         )
 
 
@@ -68,7 +68,7 @@ def load_npy(root: Root, name: str) -> npt.NDArray[np.generic]:
         except (ValueError, OSError, EOFError) as error:
             raise UserError(f"{root.at(name)} is not a readable .npy file: {error}") from error
     if not isinstance(array, np.ndarray):
-        raise UserError(f"{root.at(name)} is an archive of arrays; wanted one array in a .npy file")
+        raise UserError(f"{root.at(name)} is an archive of arrays; expected one array in a .npy file")
     return array
 
 
@@ -77,7 +77,7 @@ def check_array(array: npt.NDArray[np.generic], location: str) -> npt.NDArray[np
     if array.ndim != 2 or array.dtype not in FLOATS:
         raise UserError(
             f"{location} is an array {array.shape} of {array.dtype}; "
-            "wanted (rows, dim) of float16, float32 or float64"
+            "expected (rows, dim) of float16, float32 or float64"
         )
     return array
 
@@ -90,7 +90,7 @@ def split_path(path: Path) -> tuple[Root, str]:
         return Root(local.parent), local.name
     folder, _, name = root.url.rpartition("/")
     if not name or folder.endswith(":/"):
-        raise UserError(f"{root.url} is a whole bucket; wanted a file or folder in it")
+        raise UserError(f"{root.url} is a whole bucket; expected a file or folder in it")
     return Root(folder), name
 
 
@@ -98,7 +98,7 @@ def _files(path: Path) -> tuple[Root, list[str]]:
     """A folder, and the names of the files at or below a path."""
     root, name = split_path(path)
     if not root.exists(name):
-        raise UserError(f"{root.at(name)} does not exist; wanted a file or folder of vectors")
+        raise UserError(f"{root.at(name)} does not exist; expected a file or folder of vectors")
     if name.endswith((".npy", ".parquet")):
         return root, [name]
     return root.child(name), root.child(name).list("")
@@ -222,7 +222,7 @@ def _vector_column(schema: pa.Schema, columns: SourceColumns, location: str) -> 
     if len(candidates) != 1:
         raise UserError(
             f"{location} has {len(candidates)} columns of lists of floats ({', '.join(candidates)}); "
-            f"wanted one, or the name of one. Its columns are {', '.join(schema.names)}"
+            f"expected one; name it. Its columns are {', '.join(schema.names)}"
         )
     return candidates[0]
 
@@ -236,11 +236,11 @@ def _column_vectors(column: pa.Array, location: str) -> npt.NDArray[np.generic]:
     """The lists of a column as (n, dim), NaN for null rows."""
     if not _is_float_list(column.type):
         raise UserError(
-            f"{location}: column of type {column.type}; wanted lists of float16, float32 or float64"
+            f"{location}: column of type {column.type}; expected lists of float16, float32 or float64"
         )
     lengths = pc.list_value_length(column).drop_null().unique().to_pylist()
     if len(lengths) > 1:
-        raise UserError(f"{location} has vectors of lengths {sorted(lengths)[:5]}; wanted one length")
+        raise UserError(f"{location} has vectors of lengths {sorted(lengths)[:5]}; expected one length")
     values = column.flatten().to_numpy(zero_copy_only=False)
     dim = lengths[0] if lengths else 0
     rows = np.full((len(column), dim), np.nan, values.dtype)

@@ -163,11 +163,11 @@ def check_table(table: pa.Table, schema: pa.Schema, path: str) -> pa.Table:
     """
     if not table.schema.equals(schema) and not table.schema.equals(pa.schema([*schema, *DETAILS])):
         raise UserError(
-            f"{path} has columns\n{table.schema}\nbut\n{schema}\nwas wanted. Run the stage that wrote it."
+            f"{path} has columns\n{table.schema}\nbut\n{schema}\nwas expected. Run the stage that wrote it."
         )
     for column in schema:
         if not column.nullable and (nulls := table[column.name].null_count):
-            raise UserError(f"{path}: column {column.name} has {nulls} nulls; wanted none.")
+            raise UserError(f"{path}: column {column.name} has {nulls} nulls; expected none.")
     return table
 
 

@@ -232,7 +232,7 @@ def test_build_reads_files_with_metadata_and_reports_left_out_rows(tmp_path: Pat
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (("--column", "caption"), "wanted FIELD=NAME"),
+        (("--column", "caption"), "expected FIELD=NAME"),
         (("--column", "picture=url"), "invalid option"),
         (("--rows-per-partition", "0"), "invalid option"),
         (("--model", ""), "needs a name and a dim"),

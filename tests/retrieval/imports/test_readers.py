@@ -236,7 +236,7 @@ def test_arrays_of_another_shape_or_dtype_are_refused(
 def test_damaged_and_missing_files_are_named_in_the_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere does not exist"):
         read(VectorSource(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match="holds no vectors"):
+    with pytest.raises(UserError, match="has no vectors"):
         read(VectorSource(tmp_path))
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"a.parquet cannot be read as Parquet"):

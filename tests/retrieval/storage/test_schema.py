@@ -23,7 +23,7 @@ def test_a_table_reads_back_equal_with_its_vectors(tmp_path: Path) -> None:
 def test_a_table_with_other_columns_is_refused(tmp_path: Path, expected: pa.Schema) -> None:
     root = Root(tmp_path)
     schema.write_table(root, "e.parquet", table_of(clustered(3, seed=0)), schema.embeddings(32))
-    with pytest.raises(UserError, match="was wanted"):
+    with pytest.raises(UserError, match="was expected"):
         schema.read_table(root, "e.parquet", expected)
 
 
