@@ -17,7 +17,7 @@ from benchmarks.retrieval.catalog import BARE, BY_NAME, DATABASE, METHODS, SCANN
 from benchmarks.retrieval.data import BenchmarkData, prepare
 from benchmarks.retrieval.report import report
 from benchmarks.retrieval.rounds import ROUNDS, TimingResult, TuningResult, best_setting, compare, tune
-from benchmarks.retrieval.workers import WorkerProcess, build
+from benchmarks.retrieval.workers import build, open_workers
 from jobs.reporting.hardware import hardware
 
 FULL_ROWS = 1_000_000
@@ -59,10 +59,8 @@ def measure_search(data: BenchmarkData, methods: list[MethodSpec], memory: float
     chosen: list[TimingResult] = []
     opened: dict[str, Any] = {}
     for group in memory_groups(methods, {method.name: _memory(data, method) for method in methods}, memory):
-        workers = [WorkerProcess(method, data) for method in group]
-        try:
-            for worker in workers:
-                opened[worker.method.name] = worker.__enter__().open().opened
+        with open_workers(group, data) as workers:
+            opened |= {worker.method.name: worker.opened for worker in workers}
             tuned = {*points, BARE.name}
             points |= tune([worker for worker in workers if worker.method.name not in tuned])
             if DATABASE.name in points:
@@ -70,9 +68,6 @@ def measure_search(data: BenchmarkData, methods: list[MethodSpec], memory: float
             results = compare(workers, points, SCANN.name)
             for worker in workers:
                 opened[worker.method.name] |= worker.call("memory")
-        finally:
-            for worker in workers:
-                worker.__exit__(None, None, None)
         done = {(result.method, result.mode, result.target) for result in chosen}
         chosen += [result for result in results if (result.method, result.mode, result.target) not in done]
     return {

@@ -6,7 +6,7 @@ from typing import Any
 from benchmarks.retrieval.catalog import BARE, CLUSTER, DATABASE, Effort
 from benchmarks.retrieval.data import NUM_QUERIES, BenchmarkData, K
 from benchmarks.retrieval.rounds import TARGETS
-from benchmarks.retrieval.workers import WorkerProcess
+from benchmarks.retrieval.workers import WorkerProcess, open_workers
 
 ROUNDS = 9
 BLOCK = 1_000
@@ -16,14 +16,8 @@ SEARCHES = 100
 
 def overheads(data: BenchmarkData, effort: Effort) -> dict[str, Any]:
     """Milliseconds per batch of 1,000 on two threads, interleaved, and ratios paired within rounds."""
-    workers = [WorkerProcess(method, data) for method in (BARE, DATABASE, CLUSTER)]
-    try:
-        for worker in workers:
-            worker.__enter__().open()
+    with open_workers((BARE, DATABASE, CLUSTER), data) as workers:
         rounds = [[_batch_ms(worker, effort) for worker in workers] for _ in range(ROUNDS)]
-    finally:
-        for worker in workers:
-            worker.__exit__(None, None, None)
     bare, database, cluster = zip(*rounds, strict=True)
     return {
         "effort": list(effort),

@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.retrieval.catalog import BRUTE, DATABASE, FAST_SCAN, IVF_FLAT, Effort, MethodSpec
 from benchmarks.retrieval.data import BenchmarkData
 from benchmarks.retrieval.rounds import MARGIN, TUNING_QUERIES
-from benchmarks.retrieval.workers import WorkerProcess
+from benchmarks.retrieval.workers import WorkerProcess, open_workers
 
 K = 8
 TARGET = 0.965
@@ -47,33 +47,27 @@ METHODS = (
 
 def measure(data: BenchmarkData, queries: int) -> list[dict[str, Any]]:
     """Interleaved rounds of all joins, each at the fastest effort that reaches the target."""
-    workers = [WorkerProcess(method, data) for method in METHODS]
-    results: list[dict[str, Any]] = []
-    try:
-        for worker in workers:
-            worker.__enter__().open()
-        efforts = [fastest_effort(worker) for worker in workers]
+    with open_workers(METHODS, data) as workers:
+        modes = ["join" if worker.method is OURS else "batch" for worker in workers]
+        efforts = [fastest_effort(*pair, K, TARGET) for pair in zip(workers, modes, strict=True)]
         rounds = [
             [_once(*pair, queries) for pair in zip(workers, efforts, strict=True)] for _ in range(ROUNDS)
         ]
-        for i, worker in enumerate(workers):
-            results.append(_summary(worker.method, efforts[i], [timed[i] for timed in rounds], rounds))
-    finally:
-        for worker in workers:
-            worker.__exit__(None, None, None)
-    return results
+    return [
+        _summary(method, efforts[i], [timed[i] for timed in rounds], rounds)
+        for i, method in enumerate(METHODS)
+    ]
 
 
-def fastest_effort(worker: WorkerProcess) -> Effort:
-    """The fastest effort with a recall@K above the target on the first half of the queries."""
-    mode = "join" if worker.method.name == OURS.name else "batch"
+def fastest_effort(worker: WorkerProcess, mode: str, k: int, target: float) -> Effort:
+    """The fastest effort with a recall@k above the target on the first half of the queries."""
     good = []
     for effort in worker.method.efforts:
-        answer = worker.call("measure", mode=mode, k=K, effort=effort, start=0, count=TUNING_QUERIES)
-        if answer["recall"] >= TARGET + MARGIN:
+        answer = worker.call("measure", mode=mode, k=k, effort=effort, start=0, count=TUNING_QUERIES)
+        if answer["recall"] >= target + MARGIN:
             good.append((answer["wall_s"], effort))
     if not good:
-        raise RuntimeError(f"{worker.method.name} reaches recall {TARGET} at no effort in its catalog entry")
+        raise RuntimeError(f"{worker.method.name} reaches recall {target} at no effort in its catalog entry")
     return min(good)[1]
 
 

@@ -6,6 +6,7 @@ target; `report.paper_scale` extrapolates to sizes beyond one machine.
 
 import math
 import statistics
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Any
 from benchmarks.retrieval import joins
 from benchmarks.retrieval.catalog import DATABASE, MethodSpec
 from benchmarks.retrieval.data import NUM_QUERIES, K, prepare
-from benchmarks.retrieval.rounds import MARGIN, TUNING_QUERIES
-from benchmarks.retrieval.workers import WorkerProcess, build
+from benchmarks.retrieval.joins import fastest_effort
+from benchmarks.retrieval.rounds import TUNING_QUERIES
+from benchmarks.retrieval.workers import WorkerProcess, build, open_workers
 
 TARGET = 0.95
 ROUNDS = 5
@@ -30,18 +32,12 @@ BUILD_BYTES_PER_ROW = 3_500
 def measure(scratch: Path, sizes: list[int]) -> list[dict[str, Any]]:
     """Microseconds per query (single, batch) and per joined row (wall, CPU), for sizes that fit in memory."""
     opened = []
-    try:
+    with ExitStack() as stack:
         for rows in (rows for rows in sizes if rows * BUILD_BYTES_PER_ROW < _free_bytes()):
             data = prepare(scratch, rows)
-            search, join = _methods(rows)
             build(data, DATABASE, 2)
-            workers = [WorkerProcess(method, data).__enter__().open() for method in (search, join)]
-            opened.append((rows, data, workers))
+            opened.append((rows, data, stack.enter_context(open_workers(_methods(rows), data))))
         return _rounds(opened)
-    finally:
-        for _, _, workers in opened:
-            for worker in workers:
-                worker.__exit__(None, None, None)
 
 
 def _methods(rows: int) -> tuple[MethodSpec, MethodSpec]:
@@ -52,7 +48,10 @@ def _methods(rows: int) -> tuple[MethodSpec, MethodSpec]:
 
 
 def _rounds(opened: list[tuple[int, Any, list[WorkerProcess]]]) -> list[dict[str, Any]]:
-    efforts = [(_fastest_effort(workers[0]), joins.fastest_effort(workers[1])) for _, _, workers in opened]
+    efforts = [
+        (fastest_effort(search, "batch", K, TARGET), fastest_effort(join, "join", joins.K, joins.TARGET))
+        for _, _, (search, join) in opened
+    ]
     times: list[dict[str, list[float]]] = [{"single": [], "batch": [], "wall": [], "cpu": []} for _ in opened]
     recalls = [0.0] * len(opened)
     for number in range(ROUNDS):
@@ -92,15 +91,6 @@ def _rounds(opened: list[tuple[int, Any, list[WorkerProcess]]]) -> list[dict[str
             opened, efforts, times, recalls, strict=True
         )
     ]
-
-
-def _fastest_effort(worker: WorkerProcess) -> tuple[int, ...]:
-    good = []
-    for effort in worker.method.efforts:
-        answer = worker.call("measure", mode="batch", k=K, effort=effort, count=TUNING_QUERIES)
-        if answer["recall"] >= TARGET + MARGIN:
-            good.append((answer["wall_s"], effort))
-    return min(good)[1]
 
 
 def _free_bytes() -> int:

@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -71,6 +73,13 @@ class WorkerProcess:
         """Open the index."""
         self.opened = self.call("open")
         return self
+
+
+@contextmanager
+def open_workers(methods: Iterable[MethodSpec], data: BenchmarkData) -> Iterator[list[WorkerProcess]]:
+    """Processes with opened indexes; they end with the block."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(WorkerProcess(method, data)).open() for method in methods]
 
 
 def read_build_record(data: BenchmarkData, method: MethodSpec) -> dict[str, Any] | None:

@@ -21,12 +21,7 @@ class Scann(SearchAdapter):
         leaves = min(self.settings["leaves"], 2 * int(len(rows) ** 0.5))
         builder = scann.scann_ops_pybind.builder(rows.astype(np.float32), 20, "dot_product")
         builder = builder.set_n_training_threads(threads).tree(
-            leaves,
-            20,
-            training_sample_size=250_000,
-            spherical=True,
-            soar_lambda=1.5,
-            overretrieve_factor=2.0,
+            leaves, 20, training_sample_size=250_000, spherical=True, soar_lambda=1.5, overretrieve_factor=2.0
         )
         builder.score_ah(2, anisotropic_quantization_threshold=0.2).reorder(100).build().serialize(
             str(folder)
