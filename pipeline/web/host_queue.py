@@ -2,7 +2,7 @@
 
 Takes the rows of one shard; hands each thread the next URL that may be requested now. A host has a maximum
 number of connections, a minimum pause between requests, and no requests while it asks for a pause (429, 503);
-meanwhile the threads fetch from other hosts. Hosts are told apart by name, not by address.
+meanwhile the threads fetch from other hosts. Hosts are identified by name, not by address.
 """
 
 import heapq
