@@ -25,7 +25,7 @@ from retrieval.database.database import Database
 from retrieval.database.verify import RecallSample, damaged_files, measure_recall, visible_positions
 from retrieval.errors import UserError
 from retrieval.extras import extras_named
-from retrieval.imports.importer import import_vectors, vector_dim
+from retrieval.imports.importer import build_database, vector_dim
 from retrieval.imports.source import SourceColumns, VectorSource
 from retrieval.index.effort import MeasuredEffort
 from retrieval.index.hidden import hide
@@ -115,7 +115,7 @@ def build(arguments: Arguments) -> int:
     encoder = EncoderIdentity(
         model=arguments.model, weights=arguments.weights, preprocessing="", dim=vector_dim(source)
     )
-    manifest = import_vectors(arguments.database, source, encoder, config)
+    manifest = build_database(arguments.database, source, encoder=encoder, config=config).manifest
     left_out = "".join(f", {count:,} {word}" for word, count in manifest.reasons.items())
     print(f"{arguments.database}: {manifest.rows:,} rows of dim {encoder.dim}{left_out}")
     return 0

@@ -6,8 +6,8 @@ from retrieval.imports.source import SourceColumns, VectorSource
 from retrieval.lazy import public_names
 
 if TYPE_CHECKING:
-    from retrieval.imports.importer import build_database, import_vectors
+    from retrieval.imports.importer import build_database
 
-__all__ = ["SourceColumns", "VectorSource", "build_database", "import_vectors"]
+__all__ = ["SourceColumns", "VectorSource", "build_database"]
 
-__getattr__ = public_names(__name__, {"build_database": "importer", "import_vectors": "importer"})
+__getattr__ = public_names(__name__, {"build_database": "importer"})

@@ -5,7 +5,6 @@ the others, fills the columns of `schema.embeddings`, and builds the database.
 """
 
 import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,15 +18,16 @@ from retrieval.database.build import DatabaseIdentity, write_database
 from retrieval.database.database import Database
 from retrieval.errors import UserError
 from retrieval.imports.readers import SourceBlock, read_source_blocks, split_path
-from retrieval.imports.source import SourceColumns, VectorSource, find_column
+from retrieval.imports.source import Path, SourceColumns, VectorSource, find_column
+from retrieval.index.hidden import HIDDEN_FILE
 from retrieval.index.routing import Vectors, unit
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
-from retrieval.storage.manifest import Manifest, read_manifest
+from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
 from retrieval.storage.schema import Reason
 
-DATABASE_FILES = ("blocked.npy", "centroids.npy", "partitions/")
+DATABASE_FILES = (HIDDEN_FILE, "centroids.npy", "partitions/")
 """Files of an interrupted build, which another build may remove."""
 
 
@@ -71,32 +71,21 @@ def vector_dim(source: VectorSource) -> int:
 
 def build_database(
     root: Root | str,
-    vectors: npt.NDArray[np.generic] | str | os.PathLike[str],
-    metadata: pa.Table | str | os.PathLike[str] | None = None,
+    vectors: VectorSource | npt.NDArray[np.generic] | Path,
+    metadata: pa.Table | Path | None = None,
     *,
     encoder: EncoderIdentity,
     config: IndexConfig | None = None,
 ) -> Database:
     """Build a database from vectors of any origin in folder `root`, and open it. Replaces a database there.
 
-    vectors, metadata: as in `VectorSource` (arrays, .npy, Parquet, clip-retrieval folders). Raises UserError
-    as `import_vectors` does.
-    """
-    import_vectors(root, VectorSource(vectors, metadata), encoder, config or IndexConfig.model_validate({}))
-    return Database.open(root)
-
-
-def import_vectors(
-    root: Root | str, source: VectorSource, encoder: EncoderIdentity, config: IndexConfig
-) -> Manifest:
-    """Build a database in folder `root` from a source, and return its manifest. Replaces a database there.
-
-    The rows must fit in memory as float16. Of several rows with one image id, the first is kept. Raises
-    UserError for an unreadable source, vectors of another length than encoder.dim, no usable row, or a folder
-    with other files.
+    vectors, metadata: as in `VectorSource`, or a `VectorSource`. The rows must fit in memory as float16. Of
+    several rows with one image id, the first is kept. Raises UserError for an unreadable source, vectors of
+    another length than encoder.dim, no usable row, or a folder with other files.
     """
     if not encoder.model or encoder.dim < 1:
         raise UserError(f"the encoder of the vectors needs a name and a dim, got {encoder!r}")
+    source = vectors if isinstance(vectors, VectorSource) else VectorSource(vectors, metadata)
     parent, name = split_path(root.url if isinstance(root, Root) else root)
     _require_free(parent.child(name))
     reasons: dict[str, int] = {}
@@ -110,7 +99,8 @@ def import_vectors(
         _add_counts(reasons, {Reason.DUPLICATE_ID: len(table) - len(first_rows)})
         table = table.take(pa.array(first_rows))
     identity = DatabaseIdentity(name, {"source": _digest(table)}, reasons)
-    return write_database(parent, table, encoder, config, identity)
+    write_database(parent, table, encoder, config or IndexConfig.model_validate({}), identity)
+    return Database.open(root)
 
 
 def _unit_rows(vectors: npt.NDArray[np.generic]) -> tuple[npt.NDArray[np.bool_], Vectors]:

@@ -18,7 +18,7 @@ from retrieval.cli.commands import main
 from retrieval.cli.contact_sheet import GAP, LINE, TILE, QueryResult, credit, draw_contact_sheet
 from retrieval.clip.encoder import Encoder
 from retrieval.database.build import DatabaseIdentity, write_database
-from retrieval.imports.importer import import_vectors
+from retrieval.imports.importer import build_database
 from retrieval.imports.source import VectorSource
 from retrieval.index.routing import Vectors, unit
 from retrieval.picture_file import read_picture
@@ -71,7 +71,7 @@ def gallery(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = encoder.encode_images([*images, *images[:3]])
     captions = [*COLORS, "outside", "a \x1b[31mred\nlie", "幻 " * 90]
     table = pa.table({"url": urls, "caption": captions})
-    import_vectors(Root(folder / "db"), VectorSource(rows, table), encoder.identity, IndexConfig())
+    build_database(Root(folder / "db"), VectorSource(rows, table), encoder=encoder.identity)
     return folder
 
 

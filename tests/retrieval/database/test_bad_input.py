@@ -16,7 +16,7 @@ from retrieval.clip.encoder import Encoder
 from retrieval.clip.identity import EncoderIdentity
 from retrieval.database.build import DatabaseIdentity, write_database
 from retrieval.database.verify import damaged_files
-from retrieval.imports.importer import import_vectors
+from retrieval.imports.importer import build_database
 from retrieval.imports.source import VectorSource
 from retrieval.index.routing import Vectors
 from retrieval.recipe import IndexConfig
@@ -57,7 +57,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
 
 
 def build_of(folder: Path, vectors: np.ndarray) -> Database:
-    import_vectors(
+    build_database(
         Root(folder / "db"),
         VectorSource(vectors),
         IDENTITY,
@@ -244,7 +244,7 @@ def test_a_database_with_a_damaged_list_of_hidden_rows_is_refused(database: Data
 def test_a_caption_may_be_anything(tmp_path: Path, rows: Vectors, capsys: pytest.CaptureFixture[str]) -> None:
     captions = ["", "x" * 100_000, "nul \x00 bell \x07", "\u202eright to left", "🦌" * 50, "a\r\nb"]
     table = pa.table({"caption": captions, "url": [None, "", "a", "b", "c", "d"]})
-    import_vectors(Root(tmp_path / "db"), VectorSource(rows[:6], table), IDENTITY, IndexConfig())
+    build_database(Root(tmp_path / "db"), VectorSource(rows[:6], table), encoder=IDENTITY)
     np.save(tmp_path / "q.npy", rows[:1])
     command = ["search", f"{tmp_path}/db", "--vector", f"{tmp_path}/q.npy", "-k", "6"]
     assert main([*command, "--sheet", f"{tmp_path}/sheet.png"]) == 0

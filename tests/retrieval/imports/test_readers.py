@@ -10,7 +10,7 @@ import pytest
 
 from retrieval import Database, UserError
 from retrieval.imports import readers
-from retrieval.imports.importer import import_vectors, read_database_blocks, vector_dim
+from retrieval.imports.importer import build_database, read_database_blocks, vector_dim
 from retrieval.imports.source import SourceColumns, VectorSource
 from retrieval.index.routing import Vectors
 from retrieval.recipe import IndexConfig
@@ -219,8 +219,8 @@ def test_rows_of_any_length_are_normalized(scale: float) -> None:
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.ones(32, np.float32), r"array \(32,\) of float32; wanted \(rows, dim\)"),
-        (np.ones((3, 32), np.int8), r"of int8; wanted"),
+        (np.ones(32, np.float32), r"array \(32,\) of float32; expected \(rows, dim\)"),
+        (np.ones((3, 32), np.int8), r"of int8; expected"),
         (np.ones((3, 31), np.float32), "vectors of length 31; the encoder makes 32"),
         (np.array([[None]]), "not a readable .npy file"),
     ],
@@ -264,10 +264,9 @@ def test_a_search_of_imported_vectors_equals_brute_force(
     table = pa.table({"image_id": [*range(500), 7, 501, 502], "caption": [f"text {i}" for i in range(503)]})
     root = Root(tmp_path / "imported")
     encoder = IDENTITY.model_copy(update={"model": "ViT-B-32", "weights": ""})
-    for _ in range(2):  # the second replaces the first
-        import_vectors(
-            root, VectorSource(rows, table), encoder, IndexConfig(rows_per_partition=200, num_queries=50)
-        )
+    config = IndexConfig(rows_per_partition=200, num_queries=50)
+    for _ in range(2):  # the second build replaces the first
+        build_database(root, VectorSource(rows, table), encoder=encoder, config=config)
     assert read_manifest(root, "").reasons == {"bad_vector": 2, "duplicate_id": 1}
     database = Database.open(root)
     assert (len(database), database.encoder.model) == (500, "ViT-B-32")
@@ -279,5 +278,5 @@ def test_a_search_of_imported_vectors_equals_brute_force(
 def test_a_folder_with_other_files_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match=r"contains thesis.txt and is not a database"):
-        import_vectors(Root(tmp_path), VectorSource(parts()[0]), IDENTITY, IndexConfig())
+        build_database(Root(tmp_path), VectorSource(parts()[0]), encoder=IDENTITY)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
