@@ -57,13 +57,8 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
 
 
 def build_of(folder: Path, vectors: np.ndarray) -> Database:
-    build_database(
-        Root(folder / "db"),
-        VectorSource(vectors),
-        IDENTITY,
-        IndexConfig(rows_per_partition=150, num_queries=50),
-    )
-    return Database.open(f"{folder}/db")
+    config = IndexConfig(rows_per_partition=150, num_queries=50)
+    return build_database(Root(folder / "db"), vectors, encoder=IDENTITY, config=config)
 
 
 # vectors to build from
