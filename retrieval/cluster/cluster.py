@@ -125,7 +125,7 @@ class PartitionSearcher:
         visits = np.array([self._group.partitions], np.int64)
         least = Effort(1, 1, 1)
         results = self._database.search_partitions(self._database.centroids[:1], 1, least, visits)
-        self._database.result_table(*results, False)
+        self._database.result_table(*results, metadata=False)
 
     def search(self, block: tuple[Vectors, Visits], request: SearchRequest) -> pa.Table:
         """The best neighbors of each query in this group, as RESULT_SCHEMA. block: unit queries, visits."""
@@ -141,7 +141,7 @@ class PartitionSearcher:
             visits if whole_block else visits[numbers],
             self._group.partitions,
         )
-        table = self._database.result_table(similarities, positions, request.metadata)
+        table = self._database.result_table(similarities, positions, metadata=request.metadata)
         if whole_block:
             return table
         return table.set_column(0, RESULT_SCHEMA.field("query"), pa.array(numbers[table["query"].to_numpy()]))
