@@ -1,7 +1,7 @@
-"""What the data stages need at a given size: storage, bandwidth, CPU and GPU time, hours and money.
+"""Estimates of what the data stages need at a given size: storage, bandwidth, CPU and GPU time, hours, cost.
 
-Reads nothing, writes nothing: arithmetic on a recipe's settings and on rates that an input file states with
-their sources. Everything is linear in rows, but for the lists of centroids, whose length grows with them.
+Reads and writes no files: arithmetic on the settings of a recipe and on rates with their sources. All needs
+are linear in rows, except comparisons with partition centroids, which grow in number with the rows.
 """
 
 from collections.abc import Iterator
@@ -15,75 +15,74 @@ from retrieval.config import Config
 from retrieval.errors import UserError
 from retrieval.recipe import IndexConfig
 
-MICRO = 1e-6
+MICROSECOND = 1e-6
 PUBLISHED_EDGE = 384
-"""Shorter edge in pixels of the database images whose size `rates.image_database` states."""
+"""Shorter edge in pixels of the images that `rates.image_database` states the size of."""
 MEASURED_DIM = 768
-"""Dimension of the vectors that `rates.index_*` and `rates.match_cpu` were measured with."""
-HALF = 2
-"""Bytes of a float16."""
-KEY = 16.125
-"""Bytes that the filter notes of a row between its passes (selection.KEYS)."""
+"""Dimension of the vectors in the measurements of `rates.index_*` and `rates.match_cpu`."""
+FLOAT16_BYTES = 2
+KEY_BYTES = 16.125
+"""Bytes a row in the temporary files of filter (selection.KEY_SCHEMA)."""
 
 
 class Rate(Config):
-    """A number with its unit and where it is from."""
+    """A number with its unit and source."""
 
     value: float = Field(gt=0)
-    """The number."""
+    """Amount in `unit`."""
     unit: str = Field(min_length=1)
-    """Of what, by what."""
+    """For example `us of CPU a row`."""
     source: str = Field(pattern="^(measured|published|assumed)")
-    """Whether it was measured, published or assumed, and where."""
+    """Measured, published or assumed; then where or why."""
 
 
 class Sizes(Config):
-    """What a recipe does not say."""
+    """Sizes that the recipe does not contain."""
 
     metadata_rows: PositiveInt
-    """Rows of the metadata."""
+    """Rows in the metadata."""
     database_images: PositiveInt
-    """Images of the database that arrive and stay."""
+    """Database images that are downloaded and kept."""
     training: tuple[str, ...] = Field(strict=False)
-    """Recipes that train on the data, relative to the file."""
+    """Recipes that train on the data, relative to the input file."""
 
 
 class Machines(Config):
-    """Equal machines that a stage has to itself."""
+    """Equal machines that run one stage at a time."""
 
     count: PositiveInt
-    """Machines."""
+    """Number of machines."""
     cpus: PositiveInt
-    """CPUs of each."""
+    """CPUs of a machine."""
     gpus: NonNegativeInt
-    """GPUs of each."""
+    """GPUs of a machine."""
     gbit_s: PositiveFloat
-    """Network of each, in and out together, Gbit/s."""
+    """Network bandwidth of a machine in Gbit/s, both directions together."""
     dollars_per_hour: float = Field(ge=0)
-    """Price of each."""
+    """Price of a machine."""
     source: str = Field(min_length=1)
-    """Where the price is from."""
+    """Source of the price."""
 
 
 class Prices(Config):
-    """Prices beside those of machines."""
+    """Prices other than those of machines."""
 
     storage_dollars_per_tb_month: float = Field(ge=0)
-    """Of 10^12 bytes kept."""
+    """Price of 10^12 bytes for a month."""
 
 
-class Check(Config):
-    """A rate at several sizes: where it stays the same, the stage is linear."""
+class LinearityCheck(Config):
+    """A rate measured at several sizes: if it is constant, the stage is linear."""
 
     what: str
-    """The rate and its unit."""
+    """Name of the rate with its unit."""
     sizes: tuple[PositiveInt, ...] = Field(strict=False)
-    """Rows."""
+    """Numbers of rows."""
     values: tuple[PositiveFloat, ...] = Field(strict=False)
-    """The rate at each of them."""
+    """The rate at each size."""
 
     @model_validator(mode="after")
-    def _fits(self) -> "Check":
+    def _fits(self) -> "LinearityCheck":
         if len(self.sizes) != len(self.values):
             raise ValueError(f"{len(self.sizes)} sizes but {len(self.values)} values")
         return self
@@ -93,58 +92,58 @@ class Inputs(Config):
     """The input file."""
 
     sizes: Sizes
-    """How much there is."""
+    """Sizes of the data."""
     rates: dict[str, Rate]
-    """By name."""
+    """Rates by name."""
     machines: dict[str, Machines]
     """`cpu` for stages without GPUs, `gpu` for the others."""
     prices: Prices
-    """What else costs."""
-    checks: tuple[Check, ...] = Field((), strict=False)
-    """Measured at several sizes."""
+    """Other prices."""
+    checks: tuple[LinearityCheck, ...] = Field((), strict=False)
+    """Rates measured at several sizes."""
 
     def rate(self, name: str) -> float:
-        """The value of a rate. Raises UserError if the file does not state it."""
+        """The value of a rate. Raises UserError if the input file does not have it."""
         if name not in self.rates:
             raise UserError(f"the inputs have no [rates.{name}]: give it a value, a unit and a source.")
         return self.rates[name].value
 
 
 @dataclass(frozen=True)
-class Need:
-    """What a stage needs in all. Bytes, and seconds of one CPU or one GPU."""
+class StageNeed:
+    """Total needs of a stage, in bytes and in seconds of one CPU or one GPU."""
 
     stage: str
     rates: tuple[str, ...]
-    """Names of the rates it was reckoned with."""
+    """Names of the rates in the estimate."""
     kept: float = 0.0
-    """Bytes that stay on disk."""
+    """Bytes of the output."""
     scratch: float = 0.0
-    """Bytes written and deleted again when the stage is done."""
+    """Bytes of temporary files, deleted at the end of the stage."""
     read: float = 0.0
     """Bytes read from storage."""
     fetched: float = 0.0
-    """Bytes that come from the internet."""
+    """Bytes received from the internet."""
     cpu_s: float = 0.0
     gpu_s: float = 0.0
 
 
 @dataclass(frozen=True)
 class Cost:
-    """A need on machines."""
+    """Hours and price of a need on given machines."""
 
-    need: Need
+    need: StageNeed
     machines: str
-    """Name of the machines."""
+    """Name of the machines in the input file."""
     hours: float
-    """Wall clock, if CPU, GPU and network work side by side."""
+    """Wall time, if CPU, GPU and network work in parallel."""
     bound: str
-    """What takes longest: CPU, GPU or network."""
+    """The bottleneck: CPU, GPU or network."""
     dollars: float
 
 
-class Data(NamedTuple):
-    """The sizes of everything between the stages. edge: pixels of a database image; dim, k: of vectors."""
+class DataSizes(NamedTuple):
+    """Rows of each stage. edge: shorter edge of database images in pixels; dim: dimension of the vectors."""
 
     metadata: int
     train: int
@@ -154,64 +153,66 @@ class Data(NamedTuple):
 
     @property
     def selected(self) -> int:
-        """Rows that are fetched: all of them; what the filter drops is not known beforehand."""
+        """Rows to download: all, because the number that filter drops is not known beforehand."""
         return self.metadata
 
     @property
     def images(self) -> int:
-        """Images that arrive."""
+        """Downloaded images."""
         return self.train + self.database
 
 
 @dataclass(frozen=True)
-class Reckoning:
-    """Needs of the data stages, one method each, from the input file's rates."""
+class StageEstimates:
+    """Needs of the data stages, from the rates of the input file. One method a stage."""
 
     inputs: Inputs
-    data: Data
+    data: DataSizes
     used: list[str] = field(default_factory=list)
 
-    def filter(self) -> Need:
-        """Three passes over the metadata, of which two read it."""
+    def filter(self) -> StageNeed:
+        """Three passes over the metadata; two of them read it."""
         rows, text = self.data.metadata, self._rate("text")
         return self._need(
             "filter",
             kept=rows * text,
-            scratch=rows * KEY,
-            read=2 * rows * self._rate("filter_read") + 2 * rows * KEY,
-            cpu_s=rows * self._rate("filter_cpu") * MICRO,
+            scratch=rows * KEY_BYTES,
+            read=2 * rows * self._rate("filter_read") + 2 * rows * KEY_BYTES,
+            cpu_s=rows * self._rate("filter_cpu") * MICROSECOND,
         )
 
-    def download(self) -> Need:
-        """Every selected URL is asked, those of images to train on among them."""
+    def download(self) -> StageNeed:
+        """Request every selected URL; store the images that arrive."""
         urls = {"train": self.data.train, "database": self.data.selected - self.data.train}
         return self._need(
             "download",
             kept=self.image_bytes() + self.data.selected * self._rate("text"),
             read=self.data.selected * self._rate("text"),
             fetched=sum(count * self._rate(f"fetch_bytes_{split}") for split, count in urls.items()),
-            cpu_s=sum(count * self._rate(f"fetch_cpu_{split}") for split, count in urls.items()) * MICRO,
+            cpu_s=sum(count * self._rate(f"fetch_cpu_{split}") for split, count in urls.items())
+            * MICROSECOND,
         )
 
     def image_bytes(self) -> float:
-        """All images as stored: those of the database cut down to their edge."""
+        """Bytes of all stored images, database images scaled to their edge."""
         area = (self.data.edge / PUBLISHED_EDGE) ** 2
         database = self.data.database * self._rate("image_database") * area
         return database + self.data.train * self._rate("image_train")
 
-    def embed(self) -> Need:
-        """A float16 vector for each image, beside what is shown of it."""
+    def embed(self) -> StageNeed:
+        """Store a float16 vector and the metadata of each image."""
         images = {"train": self.data.train, "database": self.data.database}
         return self._need(
             "embed",
             kept=self.data.images * self._vector_bytes(),
             read=self.image_bytes(),
-            cpu_s=sum(count * self._rate(f"decode_cpu_{split}") for split, count in images.items()) * MICRO,
+            cpu_s=sum(count * self._rate(f"decode_cpu_{split}") for split, count in images.items())
+            * MICROSECOND,
             gpu_s=self.data.images / self._rate("embed_gpu"),
         )
 
-    def index(self, config: IndexConfig) -> Need:
-        """Assign each row to a partition, write all rows in that order, index each partition."""
+    def index(self, config: IndexConfig) -> StageNeed:
+        """Assign rows to partitions, shuffle them, index each partition."""
         rows, wide = self.data.database, self.data.dim / MEASURED_DIM
         products = 2.0 * rows * self.data.dim * config.num_partitions(rows) / self._rate("product_cpu")
         return self._need(
@@ -219,19 +220,21 @@ class Reckoning:
             kept=rows * (wide * self._rate("index_bytes") + self._rate("text")),
             scratch=rows * self._vector_bytes(),
             read=2 * rows * self._vector_bytes(),
-            cpu_s=rows * wide * self._rate("index_cpu") * MICRO + products,
+            cpu_s=rows * wide * self._rate("index_cpu") * MICROSECOND + products,
         )
 
-    def neighbors(self, config: NeighborsConfig, index: IndexConfig) -> Need:
-        """Route each training image to partitions, match there, merge; check the recall of a sample."""
+    def neighbors(self, config: NeighborsConfig, index: IndexConfig) -> StageNeed:
+        """Route training images to partitions, match, merge; measure recall on a sample."""
         rows, queries, dim = self.data.database, self.data.train, self.data.dim
         partitions = index.num_partitions(rows)
-        probes = min(config.partitions_per_query or partitions, partitions)
-        found = config.k * (HALF * dim + 12.0) + 16.0
-        row = config.k * (HALF * dim + 12.0) + 8.0
-        scratch = queries * probes * (HALF * dim + 8.0 + found)
-        read = self.data.images * self._vector_bytes() + rows * HALF * dim * bool(config.recall_sample)
-        exact = 2.0 * queries * probes * dim * rows / partitions + 2.0 * config.recall_sample * dim * rows
+        visits = min(config.partitions_per_query or partitions, partitions)
+        match = config.k * (FLOAT16_BYTES * dim + 12.0) + 16.0
+        row = config.k * (FLOAT16_BYTES * dim + 12.0) + 8.0
+        scratch = queries * visits * (FLOAT16_BYTES * dim + 8.0 + match)
+        read = self.data.images * self._vector_bytes() + rows * FLOAT16_BYTES * dim * bool(
+            config.recall_sample
+        )
+        exact = 2.0 * queries * visits * dim * rows / partitions + 2.0 * config.recall_sample * dim * rows
         cpu_s = 2.0 * queries * dim * partitions / self._rate("product_cpu")
         gpu_s = 0.0
         if config.gpus_per_worker:
@@ -239,8 +242,8 @@ class Reckoning:
             gpu_s = max(computing, (read + scratch) / self._rate("gpu_read"))
         elif config.lists_per_partition:
             checked = 2.0 * config.recall_sample * dim * rows / self._rate("product_cpu")
-            lists = queries * probes * config.lists_per_partition * dim / MEASURED_DIM
-            cpu_s += lists * self._rate("match_cpu") * MICRO + checked
+            lists = queries * visits * config.lists_per_partition * dim / MEASURED_DIM
+            cpu_s += lists * self._rate("match_cpu") * MICROSECOND + checked
         else:
             cpu_s += exact / self._rate("product_cpu")
         return self._need(
@@ -248,20 +251,20 @@ class Reckoning:
         )
 
     def _vector_bytes(self) -> float:
-        return HALF * self.data.dim + self._rate("text")
+        return FLOAT16_BYTES * self.data.dim + self._rate("text")
 
     def _rate(self, name: str) -> float:
         self.used.append(name)
         return self.inputs.rate(name)
 
-    def _need(self, stage: str, **amounts: float) -> Need:
+    def _need(self, stage: str, **amounts: float) -> StageNeed:
         used = tuple(dict.fromkeys(self.used))
         self.used.clear()
-        return Need(stage, used, **amounts)
+        return StageNeed(stage, used, **amounts)
 
 
-def cost(need: Need, inputs: Inputs) -> Cost:
-    """Hours and money of a stage that has its machines to itself."""
+def cost(need: StageNeed, inputs: Inputs) -> Cost:
+    """Hours and price of a stage that uses its machines alone."""
     name = "gpu" if need.gpu_s else "cpu"
     if name not in inputs.machines:
         raise UserError(f"the inputs have no [machines.{name}], which {need.stage} needs.")
@@ -273,11 +276,11 @@ def cost(need: Need, inputs: Inputs) -> Cost:
     }
     if need.gpu_s:
         hours["GPU"] = need.gpu_s / (machines.count * machines.gpus) / 3600
-    bound = max(hours, key=lambda one: hours[one])
+    bound = max(hours, key=lambda resource: hours[resource])
     return Cost(need, name, hours[bound], bound, hours[bound] * machines.count * machines.dollars_per_hour)
 
 
-def sources(needs: list[Need], inputs: Inputs) -> Iterator[tuple[str, Rate]]:
-    """The rates that were used, in the order of the input file."""
+def used_rates(needs: list[StageNeed], inputs: Inputs) -> Iterator[tuple[str, Rate]]:
+    """The rates in these needs, in the order of the input file."""
     used = {name for need in needs for name in need.rates}
     return ((name, rate) for name, rate in inputs.rates.items() if name in used)

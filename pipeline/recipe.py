@@ -1,169 +1,169 @@
 """The settings of the data stages: sections `filter`, `download`, `embed` and `neighbors` of a recipe.
 
-No torch, Ray or faiss is imported here: who reads or checks settings need not wait for them.
+Imports no torch, Ray or faiss, so reading and checking settings is fast.
 """
 
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from retrieval.config import Config, WorkersConfig, speed
+from retrieval.config import Config, WorkersConfig, runtime_setting
 from retrieval.perceptual_hash import MAX_DISTANCE
 from retrieval.recipe import JoinConfig
 
 
 class Columns(Config):
-    """Names of the columns in the metadata, upper and lower case alike. Empty: the names LAION uses."""
+    """Column names in the metadata, in any case. Empty: LAION's names."""
 
     url: str = ""
-    """Address of the image."""
+    """URL of the image."""
     caption: str = ""
-    """Text beside the image; `TEXT` in LAION."""
+    """Caption of the image; `TEXT` in LAION."""
     width: str = ""
-    """Width in pixels. The first release of laion2B-en swapped width and height: map them crosswise there."""
+    """Width in pixels. The first release of laion2B-en swapped width and height: swap these names there."""
     height: str = ""
     """Height in pixels."""
     similarity: str = ""
-    """CLIP similarity of image and text, kept as it is; may be absent."""
+    """CLIP similarity of image and text, copied to the output; optional."""
     pwatermark: str = ""
     """Probability of a watermark, 0 to 1."""
     punsafe: str = ""
     """Probability of unsafe content, 0 to 1."""
     license: str = ""
-    """Licence; may be absent."""
+    """Licence; optional."""
 
 
 class FilterConfig(WorkersConfig):
-    """What is read and what is kept (section `filter` of a recipe)."""
+    """Which metadata is read and which rows are kept (section `filter` of a recipe)."""
 
     metadata: str = Field(min_length=1)
-    """Folder or URL of the metadata's Parquet files, searched with its subfolders."""
+    """Folder or URL of the metadata's Parquet files, including subfolders."""
     columns: Columns = Columns()
-    """Names of the columns, where they are not LAION's."""
+    """Column names that differ from LAION's."""
     min_edge: int = Field(768, ge=1)
-    """Shorter edge in pixels from which an image may train; the paper's LAION model takes 768."""
+    """Least shorter edge in pixels of a training image; 768 for the paper's LAION model."""
     max_watermark: float = Field(0.8, ge=0)
-    """A row trains only below this `pwatermark`; at or above it goes to the database."""
+    """Rows below this `pwatermark` can be for training; the others go to the database."""
     max_unsafe: float = Field(0.5, ge=0)
-    """A row is kept only below this `punsafe`."""
+    """Rows at or above this `punsafe` are dropped."""
     missing_scores: Literal["drop", "keep"] = "drop"
-    """Rows without pwatermark or punsafe: dropped as `no_score`, or kept as if the score were 0."""
+    """Rows without pwatermark or punsafe: drop them as `no_score`, or keep them with a score of 0."""
     max_train: int = Field(0, ge=0)
-    """Most rows for training, the others go to the database; 0: no limit."""
+    """Most rows for training; the others go to the database; 0: no limit."""
     seed: int = Field(0, ge=0)
-    """Decides, with the image id alone, which rows train when there are more than `max_train`."""
+    """Selects the training rows, together with the image id, if there are more than `max_train`."""
     blocklist: str = ""
-    """Path or URL of a text file of URLs, domains and image ids that must not be used; empty: none."""
+    """Path or URL of the blocklist, a text file of URLs, domains and image ids; empty: none."""
     rows_per_shard: int = Field(10_000, ge=1)
-    """Rows in an output shard; the last one of each piece holds fewer."""
+    """Rows in an output shard; the last shard of a piece can have fewer."""
     rows_per_piece: int = Field(2_000_000, ge=1, le=1 << 30)
-    """Input rows that one task handles; a file with more is divided between its row groups."""
+    """Most input rows of a task; larger files are divided at their row groups."""
 
 
 class DownloadConfig(WorkersConfig):
     """How images are fetched and stored (section `download` of a recipe)."""
 
-    contact: str = speed(..., pattern=r"^[!-~]+$")
-    """Where the owner of a server can complain: a URL or mail address, sent with every request."""
+    contact: str = runtime_setting(..., pattern=r"^[!-~]+$")
+    """URL or mail address for complaints of server owners, sent with every request."""
     user_agent: str = Field("laion-rdm", pattern=r"^[A-Za-z0-9._-]+$")
-    """The name that servers see, and by which X-Robots-Tag may forbid us an image."""
+    """Product name in the User-Agent header; X-Robots-Tag and robots.txt can address it."""
     robots: bool = False
-    """Whether each server's robots.txt is asked for and heeded; X-Robots-Tag always is."""
+    """Whether to request and obey robots.txt. X-Robots-Tag is always obeyed."""
     allow_private: Literal["none", "loopback", "all"] = "none"
-    """Addresses beside public ones: none, this machine alone, or private networks too."""
+    """Allowed addresses besides public ones: none, loopback, or all private networks."""
     timeout_s: float = Field(10.0, gt=0)
-    """Longest wait for a server's next sign of life, in seconds."""
+    """Longest wait for the next data of a server, in seconds."""
     deadline_s: float = Field(60.0, gt=0)
     """Longest time for one URL with its redirects and retries, in seconds."""
     retries: int = Field(2, ge=0)
-    """Further attempts after a 429, 500, 502, 503, 504 or a broken connection."""
+    """Retries after a 429, 500, 502, 503, 504 or a broken connection."""
     max_bytes: int = Field(32 << 20, ge=1)
-    """Largest body that is read, in bytes."""
+    """Largest response body in bytes."""
     max_pixels: int = Field(80_000_000, ge=1, le=1 << 30)
-    """Largest picture that is decoded: width x height."""
+    """Most pixels of a picture that is decoded."""
     train_min_edge: int = Field(768, ge=1)
-    """Shorter edge in pixels that a training image must have once it is decoded."""
+    """Least shorter edge in pixels of a decoded training image."""
     database_edge: int = Field(224, ge=1)
-    """Shorter edge in pixels to which larger database images are cut down, ratio kept."""
+    """Shorter edge in pixels that larger database images are scaled down to."""
     database_min_edge: int = Field(32, ge=1)
-    """Shorter edge in pixels of the least database image; servers send 1 x 1 for what they have not."""
+    """Least shorter edge in pixels of a database image; some servers send 1 x 1 for missing pictures."""
     jpeg_quality: int = Field(95, ge=1, le=100)
-    """Quality of pictures that are encoded anew; an upright RGB JPEG that keeps its size keeps its bytes."""
+    """JPEG quality of re-encoded pictures; an upright RGB JPEG that keeps its size is stored unchanged."""
     blocklist: str = ""
-    """Path or URL of a text file of what must not be used, as of filter; its hashes count here alone."""
-    min_success: float = speed(0.05, ge=0, le=1)
-    """Share of a shard's URLs that must give an answer of any kind; with less the network counts as down."""
-    threads: int = speed(32, ge=1)
-    """URLs that one worker fetches at once."""
-    host_connections: int = speed(6, ge=1)
-    """Most connections that one worker has to one host; further workers add theirs."""
-    host_pause_s: float = speed(0.0, ge=0)
-    """Least seconds between two requests of one worker to one host."""
-    host_patience_s: float = speed(60.0, ge=0)
-    """Seconds that a host may ask us to wait (429, 503) in one shard; then the rest of its URLs is left."""
+    """Path or URL of the blocklist, as in `filter`; entries with hashes apply only here."""
+    min_answered: float = runtime_setting(0.05, ge=0, le=1)
+    """Share of a shard's URLs that must be answered, with any status; below it the network counts as down."""
+    threads: int = runtime_setting(32, ge=1)
+    """URLs that a worker fetches at once."""
+    host_connections: int = runtime_setting(6, ge=1)
+    """Most connections of a worker to a host."""
+    host_pause_s: float = runtime_setting(0.0, ge=0)
+    """Least seconds between two requests of a worker to a host."""
+    host_max_wait_s: float = runtime_setting(60.0, ge=0)
+    """Longest total pause that a host can ask for (429, 503) in a shard; then its other URLs are skipped."""
 
 
 class PatchesConfig(Config):
-    """Which parts of database pictures are rows (section `embed.patches`; paper appendix: ImageNet)."""
+    """Patches of database pictures as rows (section `embed.patches`; paper appendix: ImageNet)."""
 
     max_patches: int = Field(default=0, ge=0)
     """Most patches of all pictures together; 0: whole pictures instead of patches."""
-    fewest: int = Field(default=2, ge=1)
-    """Patches that a picture gives at least, while there are not too many; always one."""
-    most: int = Field(default=3, ge=1)
-    """Patches that a picture gives at most."""
+    min_per_picture: int = Field(default=2, ge=1)
+    """Fewest patches of a picture; less, but at least one, where max_patches requires it."""
+    max_per_picture: int = Field(default=3, ge=1)
+    """Most patches of a picture."""
     shorter_side: int = Field(default=1200, ge=1)
-    """Length in pixels to which the shorter side is scaled before crops are taken."""
+    """Length in pixels that the shorter side is scaled to before patches are cropped."""
     edge: int = Field(default=256, ge=1)
-    """Edge of a patch in pixels, after that scaling."""
+    """Edge of a patch in pixels after scaling."""
     seed: int = Field(default=0, ge=0)
-    """Decides how many patches a picture gives and where they lie."""
+    """Seed of the number of patches of a picture and of their positions."""
 
     @model_validator(mode="after")
     def _ordered(self) -> "PatchesConfig":
-        if self.fewest > self.most or self.edge > self.shorter_side:
+        if self.min_per_picture > self.max_per_picture or self.edge > self.shorter_side:
             raise ValueError(
-                f"wanted fewest <= most and edge <= shorter_side, got {self.fewest} and {self.most}, "
-                f"{self.edge} and {self.shorter_side}"
+                "min_per_picture must be at most max_per_picture, and edge at most shorter_side; got "
+                f"{self.min_per_picture} and {self.max_per_picture}, {self.edge} and {self.shorter_side}"
             )
         return self
 
 
 class EmbedConfig(WorkersConfig):
-    """How images are embedded, which of the database's are copies of training images (section `embed`)."""
+    """How images are embedded and copies of training images are found (section `embed`)."""
 
     near_copy_bits: int = Field(default=6, ge=0, le=MAX_DISTANCE)
-    """Bits of 64 in which the look of a database image may differ from a training image's or its mirror's."""
+    """Database images within this Hamming distance of a training image or its mirror are near copies."""
     patches: PatchesConfig = PatchesConfig()
-    """Parts of the database's pictures that are rows of their own."""
-    batch_size: int = speed(64, ge=1)
-    """Images in one pass of the encoder."""
-    decode_threads: int = speed(2, ge=1)
-    """Threads that decode and resize ahead of the encoder."""
-    gpus_per_worker: float = speed(0.0, ge=0)
-    """GPUs each encoder takes."""
+    """Patches instead of whole database pictures."""
+    batch_size: int = runtime_setting(64, ge=1)
+    """Images in a batch of the encoder."""
+    decode_threads: int = runtime_setting(2, ge=1)
+    """Threads that decode and resize images."""
+    gpus_per_worker: float = runtime_setting(0.0, ge=0)
+    """GPUs of a worker; 0: CPU."""
 
 
 class NeighborsConfig(WorkersConfig):
-    """How many neighbors, and how hard they are looked for (section `neighbors` of a recipe)."""
+    """The number of neighbors and the effort of the join (section `neighbors` of a recipe)."""
 
     k: int = Field(8, ge=1)
     """Neighbors per training image (8 in the paper's LAION model, 4 in its ImageNet model)."""
     near_copy_similarity: float = Field(0.96, gt=0, le=1)
-    """A database image at least this similar to the training image is a copy of it, not a neighbor."""
+    """Database images at least this similar to the training image are near copies and left out."""
     partitions_per_query: int = Field(0, ge=0)
-    """Partitions each training image visits; 0 visits all."""
+    """Partitions that each training image is compared with; 0: all."""
     lists_per_partition: int = Field(0, ge=0)
-    """Inverted lists it visits in each; 0 compares all rows of the partition, with all partitions exactly."""
+    """Inverted lists that it visits in each partition; 0: all rows. Both 0: exact neighbors."""
     recall_sample: int = Field(1000, ge=0)
-    """Training images whose neighbors are checked against brute force over the whole database."""
+    """Training images in the measurement of recall against brute force; 0: no measurement."""
     seed: int = 0
     """Seed of that sample."""
-    gpus_per_worker: float = speed(0.0, ge=0)
-    """GPUs each worker takes; 0 joins on CPUs."""
+    gpus_per_worker: float = runtime_setting(0.0, ge=0)
+    """GPUs of a worker; 0: CPU."""
 
     def join_config(self) -> JoinConfig:
-        """The join that these settings ask for."""
+        """The settings of the join."""
         return JoinConfig(
             k=self.k,
             near_copy_similarity=self.near_copy_similarity,
@@ -173,5 +173,5 @@ class NeighborsConfig(WorkersConfig):
 
     @property
     def device(self) -> str:
-        """Where the join runs."""
+        """Torch device of the join."""
         return "cuda" if self.gpus_per_worker else "cpu"

@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 
 from jobs.cli.recipe import Recipe
-from pipeline.capacity import HALF, Cost, Data, Inputs, Need, Reckoning, cost
+from pipeline.capacity import FLOAT16_BYTES, Cost, DataSizes, Inputs, StageEstimates, StageNeed, cost
 from pipeline.recipe import DownloadConfig, FilterConfig, NeighborsConfig
 from retrieval.errors import UserError
 from retrieval.recipe import ClipConfig, IndexConfig
@@ -41,7 +41,7 @@ class Network(NamedTuple):
 def costs(recipe: Recipe, inputs: Inputs, trainings: Sequence[Recipe]) -> list[Cost]:
     """The cost of each data stage of the recipe and of each training run, in order."""
     data = data_sizes(recipe, inputs)
-    stages = Reckoning(inputs, data)
+    stages = StageEstimates(inputs, data)
     needs = [stages.filter(), stages.download(), stages.embed()]
     needs += [stages.index(recipe[IndexConfig])]
     needs += [stages.neighbors(recipe[NeighborsConfig], recipe[IndexConfig])]
@@ -49,7 +49,7 @@ def costs(recipe: Recipe, inputs: Inputs, trainings: Sequence[Recipe]) -> list[C
     return [cost(need, inputs) for need in needs]
 
 
-def data_sizes(recipe: Recipe, inputs: Inputs) -> Data:
+def data_sizes(recipe: Recipe, inputs: Inputs) -> DataSizes:
     """Numbers of rows and images. Raises UserError if the recipe does not determine one."""
     model = recipe[ClipConfig].model
     settings = open_clip.get_model_config(model)
@@ -57,7 +57,7 @@ def data_sizes(recipe: Recipe, inputs: Inputs) -> Data:
         raise UserError(f"{recipe.path}: open_clip has no model {model!r}, so the vector length is unknown.")
     if not recipe[FilterConfig].max_train:
         raise UserError(f"{recipe.path}: filter.max_train is 0, no limit. Set it: --set filter.max_train=...")
-    return Data(
+    return DataSizes(
         metadata=inputs.sizes.metadata_rows,
         train=recipe[FilterConfig].max_train,
         database=inputs.sizes.database_images,
@@ -66,7 +66,7 @@ def data_sizes(recipe: Recipe, inputs: Inputs) -> Data:
     )
 
 
-def training_need(recipe: Recipe, inputs: Inputs, data: Data) -> Need:
+def training_need(recipe: Recipe, inputs: Inputs, data: DataSizes) -> StageNeed:
     """What a recipe's training run needs, with its checkpoints and exported weights."""
     return need_of(recipe[TrainConfig], network_of(recipe), inputs, data)
 
@@ -84,24 +84,24 @@ def network_of(recipe: Recipe) -> Network:
     return Network(flops, parameters, model.latent_channels * edge * edge)
 
 
-def need_of(train: TrainConfig, network: Network, inputs: Inputs, data: Data) -> Need:
+def need_of(train: TrainConfig, network: Network, inputs: Inputs, data: DataSizes) -> StageNeed:
     """What a training run with a network of this size needs."""
     images = train.steps * train.global_batch
     rates = ["gpu_flops", "train_share"]
     gpu_s = images * network.flops / (inputs.rate("gpu_flops") * inputs.rate("train_share"))
-    image_bytes = 2.0 * HALF * network.latent_values  # mean and standard deviation
+    image_bytes = 2.0 * FLOAT16_BYTES * network.latent_values  # mean and standard deviation
     if train.source == "images":
         rates += ["encode_factor", "image_train"]
         gpu_s *= inputs.rate("encode_factor")
         image_bytes = inputs.rate("image_train")
     kept = train.keep_checkpoints + (train.steps // train.keep_every if train.keep_every else 0)
     written = train.steps // train.checkpoint_every
-    return Need(
+    return StageNeed(
         f"train {train.name}",
         tuple(rates),
         kept=network.parameters * (float(STATE_BYTES) * kept + FLOAT32_BYTES),
         scratch=network.parameters * float(STATE_BYTES) * max(0, written - kept),
-        read=images * (image_bytes + train.k * HALF * data.dim),
+        read=images * (image_bytes + train.k * FLOAT16_BYTES * data.dim),
         gpu_s=gpu_s,
     )
 

@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Sequence
 
-from pipeline.capacity import Check, Cost, Data, Inputs, Need, sources
+from pipeline.capacity import Cost, DataSizes, Inputs, LinearityCheck, StageNeed, used_rates
 
 COLUMNS = {
     "stage": 16, "kept": 10, "scratch": 10, "read": 10, "fetched": 10, "CPU h": 9, "GPU h": 9,
@@ -41,24 +41,24 @@ rows. Nothing was measured beyond the largest size.
 """
 
 
-def table(costs: Sequence[Cost], inputs: Inputs, data: Data) -> str:
+def table(costs: Sequence[Cost], inputs: Inputs, data: DataSizes) -> str:
     """The plan as a table with totals, machines and rates."""
     rows = [_padded(row) for row in (list(COLUMNS), *map(cells, costs), total(costs))]
     rates = [
         f"  {name:<21}{rate.value:>16,g}  {rate.unit}\n      {rate.source}"
-        for name, rate in sources(_needs(costs), inputs)
+        for name, rate in used_rates(_needs(costs), inputs)
     ]
     machines = [f"  {name}: {_machines(inputs, name)}" for name in inputs.machines]
     before, after = (textwrap.fill(text, 109) for text in (sizes(data), totals(costs, inputs)))
     return "\n\n".join([before, "\n".join(rows), after, "\n".join(machines), "\n".join(rates)])
 
 
-def page(costs: Sequence[Cost], inputs: Inputs, data: Data, recipe: str) -> str:
+def page(costs: Sequence[Cost], inputs: Inputs, data: DataSizes, recipe: str) -> str:
     """The page as Markdown."""
     stage, *others = COLUMNS
     heads = [stage, *(f"{head}:" for head in others)]
     rates = [
-        [name, f"{rate.value:,g}", rate.unit, rate.source] for name, rate in sources(_needs(costs), inputs)
+        [name, f"{rate.value:,g}", rate.unit, rate.source] for name, rate in used_rates(_needs(costs), inputs)
     ]
     machines = [[name, _machines(inputs, name), each.source] for name, each in inputs.machines.items()]
     return PAGE.format(
@@ -75,7 +75,7 @@ def page(costs: Sequence[Cost], inputs: Inputs, data: Data, recipe: str) -> str:
     ).replace(" \n", "\n")
 
 
-def sizes(data: Data) -> str:
+def sizes(data: DataSizes) -> str:
     """The numbers of rows and images as text."""
     return (
         f"{data.metadata:,} metadata rows, {data.train:,} training images, {data.database:,} database images "
@@ -122,7 +122,7 @@ def totals(costs: Sequence[Cost], inputs: Inputs) -> str:
     )
 
 
-def spread(check: Check) -> float:
+def spread(check: LinearityCheck) -> float:
     """Relative difference of a check's largest and smallest value: max / min - 1."""
     return max(check.values) / min(check.values) - 1
 
@@ -142,7 +142,7 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _points(check: Check) -> str:
+def _points(check: LinearityCheck) -> str:
     return ", ".join(f"{rows:,}: {value:g}" for rows, value in zip(check.sizes, check.values, strict=True))
 
 
@@ -153,7 +153,7 @@ def _machines(inputs: Inputs, name: str) -> str:
     return f"{machines.count} x {machines.cpus} CPUs{gpus}, {network}"
 
 
-def _needs(costs: Sequence[Cost]) -> list[Need]:
+def _needs(costs: Sequence[Cost]) -> list[StageNeed]:
     return [cost.need for cost in costs]
 
 

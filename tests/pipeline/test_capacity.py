@@ -1,19 +1,19 @@
-"""The arithmetic of the capacity plan, against numbers reckoned by hand on a plan of a thousand rows."""
+"""The arithmetic of the capacity plan, compared with hand-computed numbers for a thousand rows."""
 
 import pytest
 
 from pipeline.capacity import (
-    Check,
-    Data,
+    DataSizes,
     Inputs,
+    LinearityCheck,
     Machines,
-    Need,
     Prices,
     Rate,
-    Reckoning,
     Sizes,
+    StageEstimates,
+    StageNeed,
     cost,
-    sources,
+    used_rates,
 )
 from pipeline.recipe import NeighborsConfig
 from retrieval.errors import UserError
@@ -40,7 +40,7 @@ VALUES = {
     "match_share": 0.5,
     "gpu_read": 1e4,
 }
-DATA = Data(metadata=1000, train=200, database=600, edge=192, dim=384)
+DATA = DataSizes(metadata=1000, train=200, database=600, edge=192, dim=384)
 INDEX = IndexConfig(rows_per_partition=100)
 
 
@@ -59,41 +59,41 @@ def inputs() -> Inputs:
 
 
 @pytest.fixture
-def reckoning(inputs: Inputs) -> Reckoning:
-    return Reckoning(inputs, DATA)
+def estimates(inputs: Inputs) -> StageEstimates:
+    return StageEstimates(inputs, DATA)
 
 
-def test_filter_reads_the_metadata_twice_and_keeps_its_texts(reckoning: Reckoning) -> None:
-    need = reckoning.filter()
+def test_filter_reads_the_metadata_twice_and_stores_its_texts(estimates: StageEstimates) -> None:
+    need = estimates.filter()
     assert need.kept == 1000 * 50
     assert need.scratch == 1000 * 16.125
     assert need.read == 2 * 1000 * 100 + 2 * 1000 * 16.125
     assert need.cpu_s == pytest.approx(1000 * 2e-6)
 
 
-def test_download_asks_every_url_and_stores_what_arrives_by_area(reckoning: Reckoning) -> None:
-    need = reckoning.download()
+def test_download_requests_every_url_and_stores_images_by_area(estimates: StageEstimates) -> None:
+    need = estimates.download()
     assert need.fetched == 200 * 70_000 + 800 * 10_000
     assert need.cpu_s == pytest.approx(200 * 3e-3 + 800 * 1e-3)
     assert need.kept == 600 * 4000 / 4 + 200 * 9000 + 1000 * 50  # 192 px are a quarter of 384 px
 
 
-def test_embed_keeps_a_float16_vector_an_image(reckoning: Reckoning) -> None:
-    need = reckoning.embed()
+def test_embed_stores_a_float16_vector_an_image(estimates: StageEstimates) -> None:
+    need = estimates.embed()
     assert need.kept == 800 * (2 * 384 + 50)
     assert need.gpu_s == 800 / 20
     assert need.cpu_s == pytest.approx(200 * 7e-4 + 600 * 5e-4)
 
 
-def test_index_scales_with_the_dimension_and_the_partitions(reckoning: Reckoning) -> None:
-    need = reckoning.index(INDEX)
+def test_index_scales_with_the_dimension_and_the_partitions(estimates: StageEstimates) -> None:
+    need = estimates.index(INDEX)
     assert need.kept == 600 * (2000 / 2 + 50)
     assert need.scratch == 600 * (768 + 50)
     assert need.cpu_s == pytest.approx(600 * 3e-4 / 2 + 2 * 600 * 384 * 6 / 1e6)
 
 
-def test_neighbors_on_cpus_pay_for_lists_routing_and_the_recall(reckoning: Reckoning) -> None:
-    need = reckoning.neighbors(
+def test_neighbors_on_cpus_need_time_for_lists_routing_and_recall(estimates: StageEstimates) -> None:
+    need = estimates.neighbors(
         NeighborsConfig(k=3, partitions_per_query=2, lists_per_partition=7, recall_sample=10), INDEX
     )
     row = 3 * (768 + 12)
@@ -104,13 +104,13 @@ def test_neighbors_on_cpus_pay_for_lists_routing_and_the_recall(reckoning: Recko
     assert need.gpu_s == 0
 
 
-def test_neighbors_of_all_partitions_compare_every_pair(reckoning: Reckoning) -> None:
-    need = reckoning.neighbors(NeighborsConfig(k=3, recall_sample=0), INDEX)
+def test_neighbors_of_all_partitions_compare_every_pair(estimates: StageEstimates) -> None:
+    need = estimates.neighbors(NeighborsConfig(k=3, recall_sample=0), INDEX)
     assert need.cpu_s == pytest.approx(2 * 200 * 384 * 6 / 1e6 + 2 * 200 * 384 * 600 / 1e6)
 
 
-def test_neighbors_on_gpus_take_the_slower_of_reading_and_computing(reckoning: Reckoning) -> None:
-    need = reckoning.neighbors(
+def test_neighbors_on_gpus_take_the_slower_of_reading_and_computing(estimates: StageEstimates) -> None:
+    need = estimates.neighbors(
         NeighborsConfig(k=3, partitions_per_query=2, recall_sample=0, gpus_per_worker=1.0), INDEX
     )
     computing = 2 * 200 * 2 * 384 * 100 / (1e9 * 0.5)
@@ -118,34 +118,34 @@ def test_neighbors_on_gpus_take_the_slower_of_reading_and_computing(reckoning: R
     assert need.gpu_s == pytest.approx(max(computing, reading))
 
 
-def test_the_slowest_of_cpu_gpu_and_network_sets_the_hours_and_the_price(inputs: Inputs) -> None:
-    slow_cpu = cost(Need("a", (), cpu_s=8 * 3600 * 5), inputs)
+def test_the_bottleneck_sets_the_hours_and_the_price(inputs: Inputs) -> None:
+    slow_cpu = cost(StageNeed("a", (), cpu_s=8 * 3600 * 5), inputs)
     assert (slow_cpu.machines, slow_cpu.bound, slow_cpu.hours) == ("cpu", "CPU", pytest.approx(5))
     assert slow_cpu.dollars == pytest.approx(5 * 2 * 3.0)
-    slow_gpu = cost(Need("b", (), cpu_s=8 * 3600, gpu_s=10 * 3600 * 2), inputs)
+    slow_gpu = cost(StageNeed("b", (), cpu_s=8 * 3600, gpu_s=10 * 3600 * 2), inputs)
     assert (slow_gpu.machines, slow_gpu.bound, slow_gpu.hours) == ("gpu", "GPU", pytest.approx(2))
     bytes_an_hour = 2 * 1e9 / 8 * 3600
-    moved = cost(
-        Need("c", (), kept=bytes_an_hour, scratch=bytes_an_hour, read=bytes_an_hour, fetched=1), inputs
+    slow_network = cost(
+        StageNeed("c", (), kept=bytes_an_hour, scratch=bytes_an_hour, read=bytes_an_hour, fetched=1), inputs
     )
-    assert (moved.bound, moved.hours) == ("network", pytest.approx(3))
+    assert (slow_network.bound, slow_network.hours) == ("network", pytest.approx(3))
 
 
-def test_each_need_names_the_rates_it_rests_on(reckoning: Reckoning, inputs: Inputs) -> None:
-    needs = [reckoning.filter(), reckoning.embed()]
+def test_each_need_names_its_rates(estimates: StageEstimates, inputs: Inputs) -> None:
+    needs = [estimates.filter(), estimates.embed()]
     assert needs[0].rates == ("text", "filter_read", "filter_cpu")
     assert "filter_cpu" not in needs[1].rates
-    assert [name for name, _ in sources(needs, inputs)][:3] == ["filter_cpu", "filter_read", "text"]
+    assert [name for name, _ in used_rates(needs, inputs)][:3] == ["filter_cpu", "filter_read", "text"]
 
 
-def test_a_rate_that_is_not_stated_is_asked_for(inputs: Inputs) -> None:
+def test_a_missing_rate_is_an_error_that_names_it(inputs: Inputs) -> None:
     without = inputs.model_copy(update={"rates": {}})
     with pytest.raises(UserError, match=r"\[rates.text\]"):
-        Reckoning(without, DATA).filter()
+        StageEstimates(without, DATA).filter()
 
 
-def test_a_rate_says_where_it_is_from() -> None:
+def test_a_rate_needs_a_source_and_a_check_as_many_values_as_sizes() -> None:
     with pytest.raises(ValueError, match="source"):
-        Rate(value=1.0, unit="u", source="somebody said so")
+        Rate(value=1.0, unit="u", source="unknown")
     with pytest.raises(ValueError, match="2 sizes but 1 values"):
-        Check(what="w", sizes=(1, 2), values=(1.0,))
+        LinearityCheck(what="w", sizes=(1, 2), values=(1.0,))
