@@ -11,7 +11,7 @@ from retrieval.clip.encoder import Encoder
 from retrieval.errors import UserError
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
-from tests.trainer.tiny_run import PROMPTS, pictures_of, write_clip, write_style_database, write_run
+from tests.trainer.tiny_run import PROMPTS, pictures_of, write_clip, write_run, write_style_database
 from trainer.sampling.picture import read_recipe
 from trainer.sampling.recipe import SampleConfig
 from trainer.sampling.sample import make_requests, run

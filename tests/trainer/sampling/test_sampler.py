@@ -16,8 +16,8 @@ from tests.trainer.tiny_run import (
     STYLES,
     tiny_autoencoder,
     write_clip,
-    write_style_database,
     write_run,
+    write_style_database,
 )
 from trainer.sampling.batches import even_chunks
 from trainer.sampling.denoising import initial_noise
