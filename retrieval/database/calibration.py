@@ -23,6 +23,7 @@ from retrieval.errors import UserError
 from retrieval.index.effort import QUERY_KINDS, Effort, MeasuredEffort
 from retrieval.index.inverted_lists import DIMENSIONS_PER_CODE
 from retrieval.index.routing import Vectors
+from retrieval.index.top_k import Positions
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
 
@@ -41,7 +42,7 @@ class Queries:
 
     units: Vectors
     """(n, dim) unit rows."""
-    own: npt.NDArray[np.int64]
+    positions: Positions
     """(n,) the position of each query in the database, which is not its neighbor; -1 for none."""
     truth: Vectors
     """(n, K) similarities of the true neighbors, best first."""
@@ -50,12 +51,12 @@ class Queries:
 def calibrate(database: Database, num_queries: int, seed: int) -> list[dict[str, Any]]:
     """Efforts and their recall for queries like the rows of the database, as JSON, the cheapest first."""
     random = np.random.default_rng([seed, 1])
-    own = np.sort(random.permutation(len(database))[:num_queries])
-    return _calibration(database, database.rows_at(own)[1], own)
+    query_positions = np.sort(random.permutation(len(database))[:num_queries])
+    return _calibration(database, database.rows_at(query_positions)[1], query_positions)
 
 
 def recalibrate(root: Root, queries: npt.ArrayLike, query_kind: str) -> list[dict[str, Any]]:
-    """Calibrate with given queries, (n, dim), and store the result in the manifest of the database at a root.
+    """Calibrate with these queries, (n, dim), and store the result in the manifest of the database at a root.
 
     query_kind: "texts" or "images". Raises UserError for another kind and for unusable queries.
     """
@@ -71,13 +72,13 @@ def recalibrate(root: Root, queries: npt.ArrayLike, query_kind: str) -> list[dic
     return entries
 
 
-def _calibration(database: Database, units: Vectors, own: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
+def _calibration(database: Database, units: Vectors, query_positions: Positions) -> list[dict[str, Any]]:
     """Entries from the least effort on. Each step is the one with the largest gain in recall for its cost.
 
     A step that does not raise the recall is taken but not listed.
     """
-    truth = similarities_without(*exact_search(database, units, K + 1), own, K)
-    queries = Queries(units, own, truth)
+    truth = similarities_without(*exact_search(database, units, K + 1), query_positions, K)
+    queries = Queries(units, query_positions, truth)
     current = _measure(database, queries, Effort(1, _fewest_lists(database), 2))
     entries = [current]
     while entries[-1].recall < ENOUGH and (efforts := _next_efforts(database, current.effort)):
@@ -97,15 +98,15 @@ def _num_lists(database: Database) -> int:
 
 
 def _fewest_lists(database: Database) -> int:
-    """Lists that hold twice the wanted neighbors on average: with fewer a search has to visit more lists."""
+    """Lists with twice K neighbors on average: with fewer a search has to visit more lists."""
     lists = _num_lists(database)
     return min(lists, math.ceil(2 * (K + 1) * lists * len(database.partitions) / len(database)))
 
 
 def _measure(database: Database, queries: Queries, effort: Effort) -> MeasuredEffort:
     results = database.search(queries.units, K + 1, effort=effort)
-    found = similarities_without(results.similarities, results.positions, queries.own, K)
-    mean, low, high = confidence_interval(recall_per_query(found, queries.truth))
+    similarities = similarities_without(results.similarities, results.positions, queries.positions, K)
+    mean, low, high = confidence_interval(recall_per_query(similarities, queries.truth))
     return MeasuredEffort(effort, mean, low, high, len(queries.units), K)
 
 

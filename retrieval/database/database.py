@@ -136,9 +136,9 @@ class Database:
 
     def result_table(self, similarities: Vectors, positions: Positions, metadata: bool) -> pa.Table:
         """Results (n, k) of `search_partitions` as a table of RESULT_SCHEMA, with metadata on request."""
-        found = positions[positions >= 0]
-        columns = self.metadata_at(found) if metadata else None
-        return result_table(similarities, positions, self.ids_at(found), columns)
+        rows = positions[positions >= 0]
+        columns = self.metadata_at(rows) if metadata else None
+        return result_table(similarities, positions, self.ids_at(rows), columns)
 
     def require_encoder(self, identity: EncoderIdentity) -> None:
         """Raises UserError unless the vectors of this database come from the encoder of this identity."""
@@ -215,7 +215,7 @@ class Database:
     def route(self, units: Vectors, k: int, effort: Effort) -> Positions:
         """Partitions each query visits, nearest first: (n, most visited) int64, -1 for none.
 
-        A query visits effort.partitions_per_query, and more until these have k visible rows for certain.
+        A query visits effort.partitions_per_query, and more until these certainly have k visible rows.
         """
         if len(self.partitions) == 1:
             return np.zeros((len(units), 1), np.int64)
@@ -246,11 +246,11 @@ class Database:
         similarities, positions = empty_top_k(len(units), k)
         for number in searched:
             visitors = np.flatnonzero((visits == number).any(axis=1))
-            found, rows = self.partitions[number].search(units[visitors], k, effort)
-            found_positions = np.where(rows < 0, -1, rows + self._offsets[number])
+            best, rows = self.partitions[number].search(units[visitors], k, effort)
+            best_positions = np.where(rows < 0, -1, rows + self._offsets[number])
             similarities[visitors], positions[visitors] = top_k(
-                np.concatenate([similarities[visitors], found], axis=1),
-                np.concatenate([positions[visitors], found_positions], axis=1),
+                np.concatenate([similarities[visitors], best], axis=1),
+                np.concatenate([positions[visitors], best_positions], axis=1),
                 k,
             )
         return similarities, positions

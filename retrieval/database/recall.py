@@ -32,35 +32,36 @@ def exact_search(database: Database, queries: Vectors, k: int) -> tuple[Vectors,
             if not len(rows):
                 continue
             block = partition.embeddings[rows].astype(np.float32)
-            found = faiss.knn(queries, block, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)
+            best, columns = faiss.knn(queries, block, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)
+            best_positions = rows[columns] + database.first_position(number)
             similarities, positions = top_k(
-                np.concatenate([similarities, found[0]], axis=1),
-                np.concatenate([positions, rows[found[1]] + database.first_position(number)], axis=1),
+                np.concatenate([similarities, best], axis=1),
+                np.concatenate([positions, best_positions], axis=1),
                 k,
             )
     return similarities, positions
 
 
 def similarities_without(
-    similarities: Vectors, positions: Positions, own: npt.NDArray[np.int64], k: int
+    similarities: Vectors, positions: Positions, query_positions: Positions, k: int
 ) -> Vectors:
-    """The first k similarities of each query without its own row, descending: (n, at most k).
+    """The first k similarities of each query to other rows than itself, descending: (n, at most k).
 
-    own: (n,) position of each query in the database, -1 where it is not a row of the database.
+    query_positions: (n,) position of each query in the database, -1 if it is not a row of the database.
     """
-    others = np.where(positions == own[:, None], -np.inf, similarities)
+    others = np.where(positions == query_positions[:, None], -np.inf, similarities)
     return -np.sort(-others, axis=1)[:, :k]
 
 
-def recall_per_query(found: Vectors, truth: Vectors) -> Vectors:
-    """The share of its true neighbors that each query found, (n,) in [0, 1].
+def recall_per_query(similarities: Vectors, truth: Vectors) -> Vectors:
+    """The share of the true neighbors of each query that a search returned, (n,) in [0, 1].
 
-    found, truth: similarities (n, k) of the found and the true neighbors, -inf for none. A row as similar as
-    the k-th true neighbor counts as found, because any k of several equal images are right.
+    similarities, truth: of the returned and the true neighbors, (n, k), -inf for none. A row as similar as
+    the k-th true neighbor counts as a true one, because any k of several equal images are right.
     """
     valid = np.isfinite(truth)
     least = np.where(valid, truth, np.inf).min(axis=1, initial=np.inf)
-    hits = (np.isfinite(found) & (found >= least[:, None] - ROUNDING)).sum(axis=1)
+    hits = (np.isfinite(similarities) & (similarities >= least[:, None] - ROUNDING)).sum(axis=1)
     count = valid.sum(axis=1)
     return (np.minimum(hits, count) / np.maximum(count, 1)).astype(np.float32)
 

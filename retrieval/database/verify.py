@@ -73,8 +73,8 @@ def damaged_files(root: Root) -> list[str]:
 def measure_recall(database: Database, sample: RecallSample) -> Recall:
     """Recall@k of a search with rows of the database as queries. A row is not a neighbor of itself.
 
-    A row as similar as the k-th nearest counts as found. Hidden rows are neither queries nor neighbors.
-    Raises UserError for a database with fewer than two visible rows.
+    A row as similar as the k-th nearest counts as a true neighbor. Hidden rows are neither queries nor
+    neighbors. Raises UserError for a database with fewer than two visible rows.
     """
     if sample.queries < 1 or sample.k < 1:
         raise UserError(f"queries and k must be at least 1, got {sample.queries} and {sample.k}")
@@ -83,12 +83,12 @@ def measure_recall(database: Database, sample: RecallSample) -> Recall:
         raise UserError(f"{database.root.url} has {len(visible)} visible rows; recall needs at least 2")
     k = min(sample.k, len(visible) - 1)
     chosen = np.random.default_rng(sample.seed).permutation(len(visible))[: sample.queries]
-    own = visible[np.sort(chosen)]
-    units = database.rows_at(own)[1]
+    query_positions = visible[np.sort(chosen)]
+    units = database.rows_at(query_positions)[1]
     results = database.search(units, k + 1, recall=sample.recall)
-    found = similarities_without(results.similarities, results.positions, own, k)
-    truth = similarities_without(*exact_search(database, units, k + 1), own, k)
-    return summarize_recall(recall_per_query(found, truth), k)
+    similarities = similarities_without(results.similarities, results.positions, query_positions, k)
+    truth = similarities_without(*exact_search(database, units, k + 1), query_positions, k)
+    return summarize_recall(recall_per_query(similarities, truth), k)
 
 
 def summarize_recall(recalls: npt.NDArray[Any], k: int) -> Recall:

@@ -33,7 +33,9 @@ class JoinResult:
     """(n,) number of compared rows left out as near copies; when lists are searched, of the rows ranked."""
 
 
-def join_database(database: Database, queries: Vectors, config: JoinConfig, device: str = "cpu") -> JoinResult:
+def join_database(
+    database: Database, queries: Vectors, config: JoinConfig, device: str = "cpu"
+) -> JoinResult:
     """The config.k nearest rows of each query that are no near copies. queries: (n, dim) unit rows."""
     visits = route(queries, database.centroids, config.partitions_per_query or len(database.partitions))
     result = JoinResult(*empty_top_k(len(queries), config.k), np.zeros(len(queries), np.int64))
@@ -43,22 +45,20 @@ def join_database(database: Database, queries: Vectors, config: JoinConfig, devi
             continue
         # Not that of the database, which would keep the files of all partitions open.
         partition = Partition(database.root, number, database.hidden)
-        found = join_partition(partition, queries[visitors], config, device)
-        _merge(result, visitors, found, database.first_position(number))
+        part = join_partition(partition, queries[visitors], config, device)
+        _merge(result, visitors, part, database.first_position(number))
     return result
 
 
-def _merge(
-    result: JoinResult, numbers: npt.NDArray[np.int64], found: JoinResult, first_position: int
-) -> None:
+def _merge(result: JoinResult, numbers: npt.NDArray[np.int64], part: JoinResult, first_position: int) -> None:
     """Merge the result of one partition for the queries with these numbers into the result of all queries."""
-    positions = np.where(found.positions < 0, -1, found.positions + first_position)
+    positions = np.where(part.positions < 0, -1, part.positions + first_position)
     result.similarities[numbers], result.positions[numbers] = top_k(
-        np.concatenate([result.similarities[numbers], found.similarities], axis=1),
+        np.concatenate([result.similarities[numbers], part.similarities], axis=1),
         np.concatenate([result.positions[numbers], positions], axis=1),
         result.positions.shape[1],
     )
-    result.near_copies[numbers] += found.near_copies
+    result.near_copies[numbers] += part.near_copies
 
 
 def join_partition(

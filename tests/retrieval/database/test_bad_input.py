@@ -124,26 +124,6 @@ def test_an_unusable_query_is_refused(database: Database, query: np.ndarray, k: 
         database.search(query, k)
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1e30])
-def test_the_length_of_a_query_does_not_matter(database: Database, queries: Vectors, scale: float) -> None:
-    plain, scaled = database.search(queries, 5), database.search(queries * np.float32(scale), 5)
-    np.testing.assert_array_equal(plain.ids, scaled.ids)
-    np.testing.assert_allclose(plain.similarities, scaled.similarities, atol=1e-6)
-
-
-def test_no_queries_give_no_results(database: Database) -> None:
-    results = database.search(np.empty((0, DIM), np.float32), 5)
-    assert len(results.ids) == len(results.similarities) == len(results.rows) == 0
-
-
-def test_a_k_beyond_all_rows_returns_every_row_once(database: Database, queries: Vectors) -> None:
-    results = database.search(queries[:3], 10_000)
-    assert results.ids.shape == (3, 300)
-    assert all(sorted(ids) == list(range(1000, 1300)) for ids in results.ids.tolist())
-    assert np.isfinite(results.similarities).all()
-    assert [len(table) for table in results.rows] == [300, 300, 300]
-
-
 def test_a_database_of_another_encoder_is_refused(database: Database, encoder: Encoder) -> None:
     assert encoder.identity.dim == database.dim
     with pytest.raises(UserError, match="was built with the encoder test"):

@@ -81,10 +81,10 @@ def test_a_database_with_another_index_key_finds_the_neighbors(
         assert isinstance(index, KINDS[key])
     assert database.manifest.values["calibration"]["images"][-1]["recall"] > 0.98
     true = brute_force(vectors, queries, 10) + 1000
-    full = database.search(queries, 10, effort=Effort(8, 64, 32)).ids
-    assert share_found(true, full) > 0.99
-    some = database.search(queries, 10, recall=0.9).ids
-    assert share_found(true, some) > 0.8
+    exhaustive = database.search(queries, 10, effort=Effort(8, 64, 32)).ids
+    assert share_found(true, exhaustive) > 0.99
+    approximate = database.search(queries, 10, recall=0.9).ids
+    assert share_found(true, approximate) > 0.8
     assert (database.search(queries, 2000).ids > 0).all()
 
 

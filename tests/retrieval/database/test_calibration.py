@@ -17,8 +17,10 @@ from tests.retrieval.conftest import DIM, brute_force, clustered, share_found
 Build = Callable[..., Database]
 
 
-def entries_of(database: Database, like: str = "images") -> list[MeasuredEffort]:
-    return [MeasuredEffort.from_manifest(entry) for entry in database.manifest.values["calibration"][like]]
+def entries_of(database: Database, query_kind: str = "images") -> list[MeasuredEffort]:
+    return [
+        MeasuredEffort.from_manifest(entry) for entry in database.manifest.values["calibration"][query_kind]
+    ]
 
 
 def texts(rows: int, seed: int) -> Vectors:
@@ -41,10 +43,10 @@ def database(request: pytest.FixtureRequest) -> Database:
 def test_efforts_rise_in_cost_and_recall_and_state_an_interval(database: Database) -> None:
     entries = entries_of(database)
     costs = [cost(database, entry.effort) for entry in entries]
-    found = [entry.recall for entry in entries]
+    recalls = [entry.recall for entry in entries]
     assert len(entries) > 2
     assert costs == sorted(costs)
-    assert found == sorted(set(found))
+    assert recalls == sorted(set(recalls))
     for entry in entries:
         assert 0 <= entry.low <= entry.recall <= entry.high <= 1
         assert (entry.queries, entry.k) == (50, K)
@@ -55,22 +57,22 @@ def test_efforts_rise_in_cost_and_recall_and_state_an_interval(database: Databas
 @pytest.mark.parametrize("which", [0, 1, -1])
 def test_an_entry_has_the_recall_that_brute_force_measures(database: Database, which: int) -> None:
     entry = entries_of(database)[which]
-    own = np.sort(np.random.default_rng([0, 1]).permutation(len(database))[:50])
+    query_positions = np.sort(np.random.default_rng([0, 1]).permutation(len(database))[:50])
     rows = database.embeddings().astype(np.float32)
-    products = unit(rows[own]) @ rows.T
-    products[np.arange(50), own] = -np.inf
+    products = unit(rows[query_positions]) @ rows.T
+    products[np.arange(50), query_positions] = -np.inf
     true = np.argsort(-products, axis=1)[:, :K]
-    found = database.search(rows[own], K + 1, effort=entry.effort).positions
-    others = np.stack([row[row != query][:K] for row, query in zip(found, own)])
+    positions = database.search(rows[query_positions], K + 1, effort=entry.effort).positions
+    others = np.stack([row[row != query][:K] for row, query in zip(positions, query_positions)])
     assert share_found(true, others) == pytest.approx(entry.recall, abs=2e-3)
 
 
-@pytest.mark.parametrize("wanted", [0.7, 0.95])
+@pytest.mark.parametrize("requested", [0.7, 0.95])
 def test_other_queries_reach_about_the_requested_recall(mixed: Database, requested: float) -> None:
     queries = clustered(200, seed=11)
     true = brute_force(mixed.embeddings(), queries, K)
-    found = mixed.search(queries, K, recall=requested).positions
-    assert share_found(true, found) > requested - 0.06
+    positions = mixed.search(queries, K, recall=requested).positions
+    assert share_found(true, positions) > requested - 0.06
 
 
 def test_a_requested_recall_gets_the_cheapest_effort_that_reached_it(database: Database) -> None:
@@ -92,11 +94,11 @@ def test_a_recall_that_no_effort_reached_gets_the_most_expensive_one() -> None:
 def test_a_higher_requested_recall_finds_more_neighbors(mixed: Database, queries: Vectors) -> None:
     true = brute_force(mixed.embeddings(), queries, K)
 
-    def found(recall: float) -> float:
+    def recall_of_search(recall: float) -> float:
         positions = mixed.search(queries, K, recall=recall).positions
         return share_found(true, positions)
 
-    assert found(0.5) < found(0.9) <= found(0.999)
+    assert recall_of_search(0.5) < recall_of_search(0.9) <= recall_of_search(0.999)
 
 
 @pytest.mark.parametrize("recall", [0.0, -1.0, 1.01, float("nan")])
@@ -131,11 +133,11 @@ def test_the_effort_for_texts_reaches_the_recall_for_texts(copy: Database) -> No
     queries = texts(100, seed=4)
     true = brute_force(database.embeddings(), queries, K)
 
-    def found(like: str) -> float:
-        positions = database.search(queries, K, effort=database.effort(0.9, query_kind=like)).positions
+    def recall_of_search(query_kind: str) -> float:
+        positions = database.search(queries, K, effort=database.effort(0.9, query_kind=query_kind)).positions
         return share_found(true, positions)
 
-    assert found("images") < 0.85 < found("texts")
+    assert recall_of_search("images") < 0.85 < recall_of_search("texts")
 
 
 def test_recalibrating_changes_nothing_else(copy: Database) -> None:

@@ -14,7 +14,7 @@ from retrieval import Database, Effort, UserError
 from retrieval.index.routing import Vectors, route, unit
 from retrieval.index.top_k import top_k
 from retrieval.storage import schema
-from tests.retrieval.conftest import DIM, IDENTITY, brute_force, clustered, share_found
+from tests.retrieval.conftest import DIM, brute_force, clustered, share_found
 
 Build = Callable[..., Database]
 EXHAUSTIVE = Effort(64, 4096, 64)
@@ -177,32 +177,6 @@ def test_queries_of_any_float_type_give_equal_results(database: Database, dtype:
     np.testing.assert_array_equal(database.search(np.asfortranarray(queries), 5).ids, expected)
 
 
-@pytest.mark.parametrize(
-    ("query", "k", "message"),
-    [
-        (np.ones((1, 32)), 0, "k must be at least 1"),
-        (np.ones((1, 31)), 5, r"must be \(n, 32\)"),
-        (np.ones(32), 5, r"must be \(n, 32\)"),
-        (np.zeros((1, 32)), 5, "zero or not finite"),
-        (np.full((1, 32), np.nan), 5, "zero or not finite"),
-        (np.full((1, 32), np.inf), 5, "zero or not finite"),
-        (np.full((1, 32), "x"), 5, "must be numbers"),
-    ],
-)
-def test_an_unusable_query_is_refused(in_lists: Database, query: np.ndarray, k: int, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        in_lists.search(query, k)
-
-
-@pytest.mark.parametrize("file", ["embeddings.npy", "metadata.arrow", "index.faiss"])
-def test_a_truncated_file_is_found_on_opening(build: Build, vectors: Vectors, file: str) -> None:
-    database = build(vectors[:100])
-    path = database.root.local_path(f"partitions/00000/{file}")
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match="the database is damaged"):
-        Database.open(database.root)
-
-
 def test_opening_reads_neither_vectors_nor_metadata_nor_indexes(build: Build, vectors: Vectors) -> None:
     database = build(vectors[:1200], flat_rows=1000)
     for name in database.root.list("partitions"):
@@ -217,19 +191,6 @@ def test_opening_reads_neither_vectors_nor_metadata_nor_indexes(build: Build, ve
 def test_a_folder_without_a_manifest_is_no_database(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did not finish"):
         Database.open(str(tmp_path))
-
-
-def test_a_database_of_an_older_version_is_refused(build: Build, vectors: Vectors) -> None:
-    root = build(vectors[:50]).root
-    root.write_json("manifest.json", {**root.read_json("manifest.json"), "schema_version": 1})
-    with pytest.raises(UserError, match="is a database of version 1"):
-        Database.open(root)
-
-
-def test_another_encoder_is_refused(in_lists: Database) -> None:
-    in_lists.require_encoder(IDENTITY)
-    with pytest.raises(UserError, match="was built with the encoder test"):
-        in_lists.require_encoder(IDENTITY.model_copy(update={"weights": "f" * 16}))
 
 
 def test_a_query_visits_the_nearest_partitions_and_more_where_they_have_too_few_rows(

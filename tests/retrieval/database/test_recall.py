@@ -1,4 +1,4 @@
-"""Recall: the exact nearest rows, the share of them that was found, and its interval."""
+"""Recall: the exact nearest rows, the share of them that a search returned, and its interval."""
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def test_an_exact_search_for_more_rows_than_are_visible_ends_in_none(
     assert (positions[:, 2:] == -1).all()
 
 
-def test_the_own_row_of_a_query_is_left_out_and_the_next_takes_its_place() -> None:
+def test_a_query_is_no_neighbor_of_itself() -> None:
     similarities = np.array([[1.0, 0.9, 0.8], [0.9, 0.8, 0.7]], np.float32)
     positions = np.array([[5, 1, 2], [0, 1, 2]])
     others = similarities_without(similarities, positions, np.array([5, -1]), 2)
@@ -61,8 +61,8 @@ def test_the_own_row_of_a_query_is_left_out_and_the_next_takes_its_place() -> No
 def test_recall_is_the_share_of_true_neighbors_found() -> None:
     none = -np.inf
     truth = np.array([[0.9, 0.8, 0.7, 0.6], [0.9, 0.8, none, none], [0.9, 0.8, 0.7, 0.6]])
-    found = np.array([[0.9, 0.7, 0.5, 0.4], [0.9, 0.8, 0.1, none], [none, none, none, none]])
-    assert recall_per_query(found, truth).tolist() == [0.5, 1.0, 0.0]
+    similarities = np.array([[0.9, 0.7, 0.5, 0.4], [0.9, 0.8, 0.1, none], [none, none, none, none]])
+    assert recall_per_query(similarities, truth).tolist() == [0.5, 1.0, 0.0]
 
 
 def test_rows_equal_to_a_true_neighbor_count_as_found() -> None:

@@ -60,8 +60,8 @@ def test_the_recall_of_a_sample_estimates_that_of_all_rows(
     database = build(rows, rows_per_partition=150, num_queries=200)
     ids, stored = database.rows_at(np.arange(len(database)))
     true = brute_force(rows, stored, 6)
-    found = database.search(stored, 6, recall=0.5).ids
-    per_query = [len(set(a) & set(b) - {i}) / 5 for a, b, i in zip(true + 1000, found, ids)]
+    returned = database.search(stored, 6, recall=0.5).ids
+    per_query = [len(set(a) & set(b) - {i}) / 5 for a, b, i in zip(true + 1000, returned, ids)]
     assert 0.3 < np.mean(per_query) < 0.95
     recall = measure_recall(database, RecallSample(500, 5, recall=0.5))
     assert recall.low < np.mean(per_query) < recall.high

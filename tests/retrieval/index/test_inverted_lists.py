@@ -56,9 +56,9 @@ def test_half_of_the_rows_are_indexed_in_their_two_nearest_lists(rows: Vectors, 
     assert (counts == 2).sum() == int(SPILL * len(rows))
     near = nearest_centroids(rows.astype(np.float16)[built.order], built.centroids, nearest=2)
     pairs = set(zip(ids.tolist(), lists.tolist()))
-    wanted = set(enumerate(near[:, 0].tolist()))
-    wanted |= {(int(i), int(near[i, 1])) for i in np.flatnonzero(counts == 2)}
-    assert pairs == wanted
+    expected = set(enumerate(near[:, 0].tolist()))
+    expected |= {(int(i), int(near[i, 1])) for i in np.flatnonzero(counts == 2)}
+    assert pairs == expected
 
 
 def test_the_rows_indexed_twice_are_those_nearest_to_a_border(rows: Vectors, built: InvertedLists) -> None:
@@ -80,16 +80,16 @@ def test_an_index_read_from_its_file_returns_the_same_results(
     built.index.nprobe = 16
     faiss.write_index(built.index, str(tmp_path / "index.faiss"))
     read = faiss.read_index(str(tmp_path / "index.faiss"))
-    for found, wanted in zip(read.search(queries, 10), built.index.search(queries, 10)):
-        np.testing.assert_array_equal(found, wanted)
+    for results, expected in zip(read.search(queries, 10), built.index.search(queries, 10)):
+        np.testing.assert_array_equal(results, expected)
     assert (read.ntotal, read.nprobe) == (built.index.ntotal, 16)
 
 
 def test_the_codes_alone_find_most_neighbors(rows: Vectors, built: InvertedLists, queries: Vectors) -> None:
     built.index.nprobe = 64
-    found = built.order[built.index.search(queries, 40)[1]]
+    results = built.order[built.index.search(queries, 40)[1]]
     true = np.argsort(-(queries @ rows.T), axis=1)[:, :10]
-    assert share_found(true, found) > 0.8
+    assert share_found(true, results) > 0.8
 
 
 def test_a_seed_decides_the_whole_index(rows: Vectors, built: InvertedLists) -> None:

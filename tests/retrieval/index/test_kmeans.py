@@ -64,10 +64,10 @@ def test_training_moves_centroids_towards_the_rows(vectors: Vectors) -> None:
 def test_balanced_centroids_leave_no_cluster_over_twice_the_mean(
     vectors: Vectors, count: int, seed: int
 ) -> None:
-    found = sizes(vectors, train_centroids(vectors, count, seed, balanced=True))
-    assert found.min() > 0
+    cluster_sizes = sizes(vectors, train_centroids(vectors, count, seed, balanced=True))
+    assert cluster_sizes.min() > 0
     # A row between two centroids may count for the other one, because training compares in bfloat16.
-    assert found.max() <= 1.02 * MAX_SHARE * len(vectors) / count
+    assert cluster_sizes.max() <= 1.02 * MAX_SHARE * len(vectors) / count
 
 
 def test_without_balance_skewed_rows_form_a_cluster_over_twice_the_mean(vectors: Vectors) -> None:
@@ -86,15 +86,15 @@ def test_equal_rows_still_give_the_requested_number_of_centroids() -> None:
 def test_a_row_is_assigned_to_its_nearest_centroids_in_order(vectors: Vectors, rows: int) -> None:
     many = np.resize(vectors, (rows, DIM)).astype(np.float16)
     centroids = train_centroids(vectors, 24, seed=0)
-    found = nearest_centroids(many, centroids, nearest=3)
+    nearest = nearest_centroids(many, centroids, nearest=3)
     exact = many.astype(np.float32) @ centroids.T
     true = np.argsort(-exact, axis=1, kind="stable")[:, :3]
-    assert (found.shape, found.dtype) == ((rows, 3), np.int64)
+    assert (nearest.shape, nearest.dtype) == ((rows, 3), np.int64)
     ordered = np.sort(exact, axis=1)[:, ::-1][:, :4]
     clear = (-np.diff(ordered, axis=1) > ROUNDING).all(axis=1)
     assert rows == 1 or clear.mean() > 0.5
-    np.testing.assert_array_equal(found[clear], true[clear])
-    best = np.take_along_axis(exact, found, 1)
+    np.testing.assert_array_equal(nearest[clear], true[clear])
+    best = np.take_along_axis(exact, nearest, 1)
     np.testing.assert_allclose(best, ordered[:, :3], atol=ROUNDING)
 
 

@@ -31,17 +31,17 @@ def exact(partition: Partition, queries: Vectors) -> Vectors:
 def test_faiss_reads_the_mapped_file_without_a_copy(in_lists: Database) -> None:
     partition = fresh(in_lists)
     rerank = RerankIndex(partition.embeddings)
-    seen = faiss.rev_swig_ptr(rerank.index.codes.data(), partition.embeddings.nbytes)
+    codes = faiss.rev_swig_ptr(rerank.index.codes.data(), partition.embeddings.nbytes)
     assert isinstance(partition.embeddings, np.memmap)
-    assert seen.ctypes.data == partition.embeddings.ctypes.data
+    assert codes.ctypes.data == partition.embeddings.ctypes.data
     assert rerank.index.codes.size() == partition.embeddings.nbytes
 
 
 def test_ranking_gives_the_exact_similarities_of_float16_rows(vectors: Vectors, queries: Vectors) -> None:
     rows = vectors.astype(np.float16)
-    similarities, found = RerankIndex(rows).index.search(queries, 20)
+    similarities, results = RerankIndex(rows).index.search(queries, 20)
     true = queries.astype(np.float64) @ rows.astype(np.float64).T
-    np.testing.assert_allclose(similarities, np.take_along_axis(true, found, 1), atol=1e-6)
+    np.testing.assert_allclose(similarities, np.take_along_axis(true, results, 1), atol=1e-6)
     np.testing.assert_allclose(similarities, -np.sort(-true, axis=1)[:, :20], rtol=0, atol=1e-6)
 
 
@@ -74,14 +74,14 @@ def test_a_row_in_two_lists_is_returned_once(in_lists: Database, queries: Vector
     assert partition.results_per_row == 2
     _, rows = partition.search(queries, 40, effort)
     assert (rows >= 0).all()
-    assert all(len(set(found)) == 40 for found in rows.tolist())
+    assert all(len(set(row)) == 40 for row in rows.tolist())
 
 
 def test_equal_vectors_in_two_lists_are_returned_once_each(build: Build) -> None:
     distinct = clustered(400, seed=3)
     partition = build(np.repeat(distinct, 5, axis=0), flat_rows=1000).partitions[0]
     similarities, rows = partition.search(distinct, 20, HIGH)
-    assert all(len(set(found)) == 20 for found in rows.tolist())
+    assert all(len(set(row)) == 20 for row in rows.tolist())
     # Four groups of five equal rows: a missing or repeated row would shift the groups.
     groups = similarities.reshape(len(distinct), 4, 5)
     np.testing.assert_allclose(groups, groups[:, :, :1].repeat(5, axis=2), atol=1e-6)
@@ -120,7 +120,7 @@ def test_more_lists_are_visited_where_they_have_fewer_than_k_rows(
     k = 4 * int(np.diff(offsets).max())
     similarities, rows = partition.search(queries, k, Effort(1, 1, 1))
     assert rows.min() >= 0
-    assert all(len(set(found)) == k for found in rows.tolist())
+    assert all(len(set(row)) == k for row in rows.tolist())
     np.testing.assert_allclose(
         similarities, np.take_along_axis(exact(partition, queries), rows, 1), atol=1e-6
     )
@@ -148,8 +148,8 @@ def test_a_large_effort_equals_brute_force(in_lists: Database, queries: Vectors)
 @pytest.mark.parametrize("lists", [513, 4096])
 def test_an_effort_of_too_many_lists_visits_all(in_lists: Database, queries: Vectors, lists: int) -> None:
     partition = in_lists.partitions[0]
-    found, expected = (partition.search(queries, 20, Effort(1, n, 8)) for n in (lists, partition.num_lists))
-    np.testing.assert_array_equal(found[1], expected[1])
+    results, expected = (partition.search(queries, 20, Effort(1, n, 8)) for n in (lists, partition.num_lists))
+    np.testing.assert_array_equal(results[1], expected[1])
 
 
 def test_more_lists_and_more_candidates_raise_the_recall(in_lists: Database, queries: Vectors) -> None:
@@ -175,7 +175,7 @@ def test_hidden_rows_never_come_back_and_others_fill_their_places(
     similarities, rows = partition.search(queries, 10, effort)
     assert not np.isin(partition.ids[rows], hidden).any()
     assert np.isfinite(similarities).all()
-    assert all(len(set(found)) == 10 for found in rows.tolist())
+    assert all(len(set(row)) == 10 for row in rows.tolist())
 
 
 def test_the_visible_rows_are_found_where_nearly_all_are_hidden(in_lists: Database, queries: Vectors) -> None:

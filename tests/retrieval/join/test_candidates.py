@@ -15,12 +15,9 @@ from tests.retrieval.conftest import clustered, share_found
 SETTINGS = CandidateSettings(k=8, lists_per_partition=16, near_copy_similarity=2.0)
 
 
-def candidate_rows(
-    database: Database, queries: Vectors, settings: CandidateSettings = SETTINGS
-) -> list[list[int]]:
-    return (
-        find_candidates(database.partitions[0], torch.from_numpy(queries), settings)[0].sort().values.tolist()
-    )
+def candidate_rows(database: Database, queries: Vectors) -> list[list[int]]:
+    candidates, _ = find_candidates(database.partitions[0], torch.from_numpy(queries), SETTINGS)
+    return candidates.sort().values.tolist()
 
 
 @pytest.mark.parametrize(

@@ -212,9 +212,8 @@ def test_fewer_partitions_lower_the_recall_but_keep_the_order(
     build: Build, vectors: Vectors, queries: Vectors
 ) -> None:
     database = build(vectors, rows_per_partition=300)
-    result = join_database(
-        database, queries, JoinConfig(k=8, near_copy_similarity=1.0, partitions_per_query=3)
-    )
+    config = JoinConfig(k=8, near_copy_similarity=1.0, partitions_per_query=3)
+    result = join_database(database, queries, config)
     share = share_found(brute_force(vectors, queries, 8), rows_of(database, result))
     assert 0.7 < share < 1
     assert (np.diff(result.similarities, axis=1) <= 0).all()
