@@ -21,7 +21,8 @@ from jobs.cli.command import exit_on_user_error
 from retrieval.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-EXCLUDED = [".*", "runs", "docs", "tests", "*.egg-info", "__pycache__"]
+# ".*" would match the repository itself, whose relative path is ".": Ray would upload an empty package.
+EXCLUDED = [".?*", "runs", "docs", "tests", "*.egg-info", "__pycache__"]
 FORWARDED_VARIABLES = ("OMP_WAIT_POLICY", "NO_ALBUMENTATIONS_UPDATE")
 ACTIVE = (JobStatus.PENDING, JobStatus.RUNNING)
 CONNECTION_ERRORS = (RuntimeError, OSError, ClientError)

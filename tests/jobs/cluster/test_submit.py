@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 import tomllib
+import zipfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from ray._private.runtime_env.packaging import create_package
 from ray.job_submission import JobSubmissionClient
 
 from jobs.cluster.submit import runtime_environment, submit
@@ -181,7 +183,17 @@ def test_a_running_job_is_followed_over_a_lost_connection_and_keeps_its_exit_cod
     assert len(connections) == 2
     assert "connection to the log lost" in caplog.text
     [line] = [line for line in capsys.readouterr().out.splitlines() if "error: " in line]
-    assert "a worker takes CPU 1, far 0.001; no node of the cluster has that" in line
+    assert "a worker takes CPU 1, far 0.001; no node of the cluster has all of that" in line
+
+
+def test_the_uploaded_package_has_the_code_and_no_data(tmp_path: Path) -> None:
+    environment, package = runtime_environment(), tmp_path / "package.zip"
+    folder, excludes = str(environment["working_dir"]), environment["excludes"]
+    create_package(folder, package, include_gitignore=True, excludes=excludes)
+    names = set(zipfile.ZipFile(package).namelist())
+    assert {"jobs/filter.py", "pipeline/recipe.py", "jobs/configs/laion2b.toml"} <= names
+    top = {name.partition("/")[0] for name in names}
+    assert not top & {".git", ".venv", "runs", "docs", "tests"}
 
 
 def test_an_address_without_a_cluster_is_an_error() -> None:
