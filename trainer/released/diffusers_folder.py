@@ -1,7 +1,7 @@
-"""A model as a folder that diffusers opens without us: `unet/`, `vae/`, `scheduler/` and a model card.
+"""Writes and reads models as diffusers folders: `unet/`, `vae/`, `scheduler/` and a model card.
 
-Reads a finished run and its autoencoder and writes such a folder; reads such a folder, from here or from
-elsewhere, as a released model. Safetensors only.
+diffusers opens such a folder without this project. Folders of other projects can be read too. Weights are
+always safetensors.
 """
 
 import json
@@ -34,12 +34,12 @@ tags: [retrieval-augmented, latent-diffusion]
 ---
 # {name}
 
-A retrieval-augmented latent diffusion model: its cross-attention reads CLIP vectors of neighbors.
+A retrieval-augmented latent diffusion model: its cross-attention takes CLIP vectors of neighbors.
 
 - UNet: {parameters:,} parameters, trained at {size} px ({shape} latents) with {k} neighbors.
-- Encoder of the vectors: {encoder}, {dim} numbers each.
+- Encoder of the vectors: {encoder}, dimension {dim}.
 - Autoencoder: {autoencoder}; latents are multiplied by {scale}.
-- Made from: {upstream}.
+- Inputs: {upstream}.
 
 ```python
 from diffusers import {classes}DDIMScheduler, UNet2DConditionModel
@@ -49,29 +49,29 @@ scheduler = DDIMScheduler.from_pretrained("{name}", subfolder="scheduler")
 {open_vae}```
 
 `encoder_hidden_states` is (n, tokens, {dim}): the unit vector of the text first, then those of the neighbors,
-best first, as many as there are. No condition is one token of zeros. `recipe.json` says the rest.
+best first, any number of them. The unconditional input is one token of zeros. `recipe.json` has all settings.
 """
 
 
 def write_folder(root: Root, run: str, autoencoder: AutoencoderConfig, target: Path) -> None:
-    """Export the finished run in folder `run`. target: a folder that is not there yet, or is empty.
+    """Export the finished run in folder `run`. target: must not exist or be empty.
 
-    The demo's own autoencoder is no class of diffusers, so `vae/` is left out there. Raises UserError where
-    the run was trained with another autoencoder.
+    The demo's patch autoencoder is not a diffusers class: then there is no `vae/`. Raises UserError if the
+    run was trained with another autoencoder.
     """
     manifest = read_manifest(root, run)
     recipe = root.read_json(f"{run}/recipe.json")
-    if (found := Autoencoder.load(autoencoder, "cpu").identity) != manifest.values["autoencoder"]:
+    if (identity := Autoencoder.load(autoencoder, "cpu").identity) != manifest.values["autoencoder"]:
         raise UserError(
             f"{root.at(run)} was trained on latents of autoencoder {manifest.values['autoencoder']}, "
-            f"[autoencoder] is {found}. Set [autoencoder] to the model's."
+            f"[autoencoder] is {identity}. Set [autoencoder] to the model's."
         )
-    with _made_whole(target) as folder:
+    with _complete_folder(target) as folder:
         for name in (f"model/{CONFIG}", f"model/{WEIGHTS}", "recipe.json"):
-            place = folder / name.replace("model/", "unet/")
-            place.parent.mkdir(exist_ok=True)
+            copy = folder / name.replace("model/", "unet/")
+            copy.parent.mkdir(exist_ok=True)
             with root.local(f"{run}/{name}") as path:
-                shutil.copyfile(path, place)
+                shutil.copyfile(path, copy)
         if autoencoder.kind != "patch":
             _write_vae(autoencoder, folder / "vae")
         scheduler: Any = make_scheduler("ddim", 50, DiffusionConfig(**recipe["diffusion"]))
@@ -80,22 +80,22 @@ def write_folder(root: Root, run: str, autoencoder: AutoencoderConfig, target: P
 
 
 def read_folder(folder: Path, config: TrainingRecipe) -> ReleasedModel:
-    """A folder of `unet/`, `vae/` and `scheduler/` as the recipe's model.
+    """Read a folder of `unet/`, `vae/` and `scheduler/` as the recipe's model.
 
-    Raises UserError where a setting, a tensor or the noise schedule differs from the recipe's.
+    Raises UserError if a setting, a tensor or the noise schedule differs from the recipe.
     """
     _check_schedule(folder / SCHEDULER, config.diffusion)
     with torch.device("meta"):
         unet: Any = build_unet(config.model)
     _check_unet(folder / "unet" / CONFIG, unet)
     weights = _read_weights(folder / "unet" / WEIGHTS)
-    wanted = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    if wanted != found:
-        odd = sorted(dict(wanted.items() ^ found.items()))
+    expected = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if shapes != expected:
+        different = sorted(dict(expected.items() ^ shapes.items()))
         raise UserError(
-            f"{folder / 'unet' / WEIGHTS} does not fit the recipe's [model]: {len(odd)} tensors are missing, "
-            f"left over or of another shape ({', '.join(odd[:3])}). Fetch or write it again."
+            f"{folder / 'unet' / WEIGHTS} does not fit the recipe's [model]: {len(different)} tensors are "
+            f"missing, unknown or of another shape ({', '.join(different[:3])}). Download or export it again."
         )
     scale = _read_json(folder / "vae" / CONFIG).get("scaling_factor")
     if scale != config.autoencoder.scale:
@@ -103,27 +103,27 @@ def read_folder(folder: Path, config: TrainingRecipe) -> ReleasedModel:
             f"{folder / 'vae' / CONFIG} has scaling_factor {scale}, [autoencoder] scale is "
             f"{config.autoencoder.scale}. Set the scale to the model's."
         )
-    return ReleasedModel({name: weights[name].float() for name in wanted}, folder / "vae")
+    return ReleasedModel({name: weights[name].float() for name in expected}, folder / "vae")
 
 
 @contextmanager
-def _made_whole(target: Path) -> Iterator[Path]:
-    """A folder beside the target that takes its place when the block ends well, and vanishes else."""
+def _complete_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder next to the target: renamed to the target on success, deleted on an error."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} is there already and not empty. Name a folder that is not there yet.")
+        raise UserError(f"{target} exists and is not empty. Choose a new folder.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
     try:
-        yield scratch
-        # mkdtemp lets nobody else in
-        scratch.chmod(0o755)
-        scratch.replace(target)
+        yield temporary
+        # mkdtemp creates folders that only their owner can read.
+        temporary.chmod(0o755)
+        temporary.replace(target)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_vae(config: AutoencoderConfig, folder: Path) -> None:
-    """The autoencoder's folder, with the recipe's scale where diffusers looks for it."""
+    """Copy the autoencoder, with the recipe's scale as diffusers' `scaling_factor`."""
     source = Path(config.path)
     folder.mkdir()
     shutil.copyfile(source / WEIGHTS, folder / WEIGHTS)
@@ -133,7 +133,11 @@ def _write_vae(config: AutoencoderConfig, folder: Path) -> None:
 
 def _card(name: str, manifest: Manifest, recipe: dict[str, Any], folder: Path) -> str:
     has_vae = (folder / "vae").is_dir()
-    kind = _read_json(folder / "vae" / CONFIG)["_class_name"] if has_vae else "of this project, not in here"
+    kind = (
+        _read_json(folder / "vae" / CONFIG)["_class_name"]
+        if has_vae
+        else "patch autoencoder of this project, not included"
+    )
     unet = _empty_unet(_read_json(folder / "unet" / CONFIG))
     return CARD.format(
         name=name,
@@ -145,32 +149,36 @@ def _card(name: str, manifest: Manifest, recipe: dict[str, Any], folder: Path) -
         dim=recipe["encoder"]["dim"],
         autoencoder=kind,
         scale=recipe["autoencoder"]["scale"],
-        upstream=", ".join(f"{stage} {print_[:16]}" for stage, print_ in sorted(manifest.upstream.items())),
+        upstream=", ".join(
+            f"{stage} {identity[:16]}" for stage, identity in sorted(manifest.upstream.items())
+        ),
         classes=f"{kind}, " if has_vae else "",
         open_vae=f'vae = {kind}.from_pretrained("{name}", subfolder="vae")\n' if has_vae else "",
     )
 
 
 def _check_schedule(path: Path, config: DiffusionConfig) -> None:
-    found, wanted = _read_json(path), scheduler_settings(config)
+    settings, expected = _read_json(path), scheduler_settings(config)
     for name in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type"):
-        if found.get(name) != wanted[name]:
+        if settings.get(name) != expected[name]:
             raise UserError(
-                f"{path} has {name} {found.get(name)!r}, the recipe's [diffusion] makes it {wanted[name]!r}. "
+                f"{path} has {name} {settings.get(name)!r}, [diffusion] gives {expected[name]!r}. "
                 "Set [diffusion] to the model's."
             )
 
 
 def _check_unet(path: Path, unet: Any) -> None:
-    """Weights do not tell heads, groups or activations: the settings must be the recipe's too."""
+    """Compare settings with the recipe: heads, groups and activations do not follow from the weights."""
     settings = _read_json(path)
     if settings.get("_class_name") != "UNet2DConditionModel":
-        raise UserError(f"{path} describes no UNet2DConditionModel. Wanted a folder that diffusers wrote.")
-    theirs = _plain(_empty_unet(settings))
-    for name, wanted in _plain(unet).items():
-        if theirs.get(name) != wanted:
+        raise UserError(
+            f"{path} is not the config of a UNet2DConditionModel. Wanted a folder that diffusers wrote."
+        )
+    found = _comparable_settings(_empty_unet(settings))
+    for name, expected in _comparable_settings(unet).items():
+        if found.get(name) != expected:
             raise UserError(
-                f"{path} has {name} {theirs.get(name)}, the recipe's [model] makes it {wanted}. "
+                f"{path} has {name} {found.get(name)}, [model] of the recipe gives {expected}. "
                 "Set [model] to the folder's model."
             )
 
@@ -182,8 +190,8 @@ def _empty_unet(settings: dict[str, Any]) -> Any:
         return UNet2DConditionModel.from_config(settings)
 
 
-def _plain(unet: Any) -> dict[str, Any]:
-    """Settings as JSON gives them back, without notes on the writer and the size that nothing depends on."""
+def _comparable_settings(unet: Any) -> dict[str, Any]:
+    """Settings as decoded JSON, without notes on the writer and without the unused `sample_size`."""
     settings = json.loads(json.dumps(dict(unet.config), default=list))
     return {name: settings[name] for name in settings if not name.startswith("_") and name != "sample_size"}
 
@@ -194,16 +202,16 @@ def _read_json(path: Path) -> dict[str, Any]:
             f"{path} is missing: wanted a folder of unet/, vae/ and scheduler/. Correct the path."
         )
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        content: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"{path} is no JSON: {error}. Fetch it again.") from error
-    return found
+        raise UserError(f"{path} is not JSON: {error}. Download it again.") from error
+    return content
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
-        raise UserError(f"{path} is missing: weights are read from safetensors, in one file. Write it so.")
+        raise UserError(f"{path} is missing: weights must be one safetensors file. Convert them.")
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise UserError(f"{path} is no safetensors file: {error}. Fetch it again.") from error
+        raise UserError(f"{path} is not a safetensors file: {error}. Download it again.") from error

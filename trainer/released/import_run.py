@@ -1,7 +1,7 @@
-"""A released model as a finished run, so that sampling and `train.start_from` take it like one of ours.
+"""Imports a released model as a finished run, for sampling and `train.start_from`.
 
 Reads a CompVis checkpoint or a diffusers folder; writes `runs/<name>/train` (model, recipe, manifest) and
-the autoencoder's folder. What the file cannot say (encoder, heads, size, k) is the recipe's.
+the autoencoder's folder. The recipe provides what the files do not contain (encoder, heads, size, k).
 """
 
 import hashlib
@@ -25,27 +25,27 @@ from trainer.released.diffusers_folder import read_folder
 
 
 def import_model(config: TrainingRecipe, source: Path, encoder: EncoderIdentity, root: Root) -> Manifest:
-    """Take the model of a checkpoint or a diffusers folder as the recipe's finished run.
+    """Import a checkpoint or a diffusers folder as the recipe's finished run.
 
-    What was imported is not imported again, what stopped halfway is; any other run in the folder is left
-    alone. Raises UserError where the recipe and what is imported do not fit.
+    A finished import is not repeated, an interrupted one is. Raises UserError if the model does not match the
+    recipe, or if the folder has another run.
     """
-    began = time.monotonic()
+    started = time.monotonic()
     if encoder.dim != config.model.context_dim:
         raise UserError(
-            f"[clip] makes vectors of {encoder.dim}, [model] context_dim is {config.model.context_dim}. "
+            f"[clip] has dimension {encoder.dim}, [model] context_dim is {config.model.context_dim}. "
             "Set [clip] to the encoder that the model was trained with."
         )
     upstream = {"released": _digest(source), "encoder": encoder.digest}
     fingerprint_ = fingerprint("train", schema.VERSION, config, upstream)
     if (finished := _finished(root, config.train.folder, fingerprint_)) is not None:
         return finished
-    with tempfile.TemporaryDirectory(prefix="rdm-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="rdm-") as temporary:
         if source.is_dir():
             released = read_folder(source, config)
         else:
-            released = read_checkpoint(source, config, Path(scratch))
-        autoencoder = _take_autoencoder(released.autoencoder, config)
+            released = read_checkpoint(source, config, Path(temporary))
+        autoencoder = _import_autoencoder(released.autoencoder, config)
     run = FinishedRun(
         config=config,
         fingerprint=fingerprint_,
@@ -54,14 +54,14 @@ def import_model(config: TrainingRecipe, source: Path, encoder: EncoderIdentity,
         autoencoder=autoencoder.identity,
         latent_shape=latent_shape(config.train.size, autoencoder),
     )
-    return publish_run(run, root, released.unet, {}, time.monotonic() - began)
+    return publish_run(run, root, released.unet, {}, time.monotonic() - started)
 
 
 def _digest(source: Path) -> str:
-    """SHA-256 of a file, or of all the files of a folder."""
+    """SHA-256 of a file, or of all files of a folder."""
     if not source.exists():
         raise UserError(
-            f"{source} is not there: wanted a checkpoint or a diffusers folder. Correct the path."
+            f"{source} does not exist: wanted a checkpoint or a diffusers folder. Correct the path."
         )
     if source.is_file():
         return file_sha256(source)
@@ -74,48 +74,45 @@ def _digest(source: Path) -> str:
 
 
 def _finished(root: Root, folder: str, fingerprint_: str) -> Manifest | None:
-    """The manifest if this very import is done. Raises UserError if the folder holds anything else."""
+    """The manifest if this import is finished. Raises UserError if the folder has files of another run."""
     if root.exists(f"{folder}/manifest.json"):
         manifest = read_manifest(root, folder)
         if manifest.fingerprint == fingerprint_:
             if all(files_exist(root, shard) for shard in manifest.shards):
                 return manifest
             root.delete(f"{folder}/manifest.json")
-    # an import writes its manifest last, so what it left halfway has none
-    ours = {f"{folder}/{name}" for name in (f"model/{CONFIG}", f"model/{WEIGHTS}", "recipe.json")}
-    if others := [name for name in root.list(folder) if name not in ours]:
+    # An import writes its manifest last: an interrupted one leaves only these files.
+    partial = {f"{folder}/{name}" for name in (f"model/{CONFIG}", f"model/{WEIGHTS}", "recipe.json")}
+    if others := [name for name in root.list(folder) if name not in partial]:
         raise UserError(
-            f"{root.at(folder)} holds another run ({others[0]}). Set train.name to a new one, or remove the "
+            f"{root.at(folder)} has another run ({others[0]}). Set train.name to a new name, or delete the "
             "folder."
         )
     return None
 
 
-def _take_autoencoder(source: Path, config: TrainingRecipe) -> Autoencoder:
-    """The imported autoencoder in the place where the recipe expects it, opened.
-
-    What stands there already must be the same.
-    """
-    wanted = config.autoencoder
-    imported = Autoencoder.load(wanted.model_copy(update={"path": str(source)}), "cpu")
+def _import_autoencoder(source: Path, config: TrainingRecipe) -> Autoencoder:
+    """Copy the autoencoder to the path in the recipe and open it. An existing one must be the same."""
+    target = config.autoencoder
+    imported = Autoencoder.load(target.model_copy(update={"path": str(source)}), "cpu")
     if imported.channels != config.model.latent_channels:
         raise UserError(
             f"the imported autoencoder's latents have {imported.channels} channels, [model] latent_channels "
-            f"is {config.model.latent_channels}. Set it."
+            f"is {config.model.latent_channels}. Change it."
         )
-    if not (Path(wanted.path) / CONFIG).is_file():
-        _copy(source, wanted)
-    if Autoencoder.load(wanted, "cpu").identity != imported.identity:
+    if not (Path(target.path) / CONFIG).is_file():
+        _copy(source, target)
+    if Autoencoder.load(target, "cpu").identity != imported.identity:
         raise UserError(
-            f"{wanted.path} holds another autoencoder than the one that is imported. "
+            f"{target.path} has another autoencoder than the imported model. "
             "Set [autoencoder] path to a new folder."
         )
     return imported
 
 
-def _copy(source: Path, wanted: AutoencoderConfig) -> None:
-    """The description last: a folder without it does not open."""
-    place = Root(wanted.path)
+def _copy(source: Path, target: AutoencoderConfig) -> None:
+    """Copy weights, then the config: without a config the folder counts as missing."""
+    folder = Root(target.path)
     for name in (WEIGHTS, CONFIG):
-        with place.writing(name) as pending:
+        with folder.writing(name) as pending:
             shutil.copyfile(source / name, pending.path)

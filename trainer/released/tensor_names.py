@@ -1,8 +1,7 @@
-"""Where each tensor of our networks stands in a checkpoint of the paper's own code (CompVis).
+"""Maps diffusers' parameter names to the keys of checkpoints of the paper's code (CompVis).
 
-Pure functions from diffusers' parameter names, as our builders give them, to the names of the original
-modules: the UNet with spatial transformers, the variational and the quantized autoencoder. Going from our
-names to theirs makes a forgotten tensor impossible. Reads and writes nothing.
+Covers the UNet with spatial transformers and the variational and quantized autoencoders. Mapping in this
+direction guarantees that no tensor of our networks is forgotten. Pure functions.
 """
 
 import re
@@ -42,35 +41,35 @@ _AUTOENCODER_PARTS = {
 
 
 def unet_key(name: str, config: ModelConfig) -> str:
-    """Key of a UNet parameter of ours in a checkpoint. Attention keeps its names, 1x1 layers their shape."""
+    """Checkpoint key of a UNet parameter. Names within attention blocks are the same in both."""
     if block := _BLOCK.fullmatch(name):
         side, level, kind, number, rest = block.groups()
-        place = _down_place if side == "down" else _up_place
-        return f"{UNET}{place(config, int(level), kind, int(number))}.{_inside(kind, rest)}"
+        module = _down_module if side == "down" else _up_module
+        return f"{UNET}{module(config, int(level), kind, int(number))}.{_inside(kind, rest)}"
     if middle := _MIDDLE.fullmatch(name):
         kind, number, rest = middle.groups()
-        # residual, attention, residual
+        # The order is residual, attention, residual.
         position = 2 * int(number) if kind == "resnets" else 1
         return f"{UNET}middle_block.{position}.{_inside(kind, rest)}"
     return UNET + _renamed(name, _ENDS)
 
 
 def average_key(key: str) -> str:
-    """Key of the averaged copy of a UNet tensor: the dots of its name are gone, as buffers may have none."""
+    """Checkpoint key of the averaged copy of a UNet tensor: without dots, which buffer names cannot have."""
     return AVERAGE + key.removeprefix("model.").replace(".", "")
 
 
 def autoencoder_key(name: str, levels: int) -> str:
-    """Key of an autoencoder parameter of ours in a checkpoint. levels: resolutions of the autoencoder."""
+    """Checkpoint key of an autoencoder parameter. levels: number of resolutions of the autoencoder."""
     side, _, rest = name.partition(".")
     if side not in ("encoder", "decoder"):
         return AUTOENCODER + name
     if block := _BLOCK.fullmatch(rest):
-        way, level, kind, number, inner = block.groups()
-        part = {"resnets": f"block.{number}", "attentions": f"attn.{number}"}.get(kind, f"{way}sample")
-        # both sides count from the finest resolution
-        height = int(level) if way == "down" else levels - 1 - int(level)
-        return f"{AUTOENCODER}{side}.{way}.{height}.{part}.{_renamed(inner, _AUTOENCODER_PARTS)}"
+        direction, level, kind, number, inner = block.groups()
+        part = {"resnets": f"block.{number}", "attentions": f"attn.{number}"}.get(kind, f"{direction}sample")
+        # CompVis numbers both directions from the finest resolution.
+        resolution = int(level) if direction == "down" else levels - 1 - int(level)
+        return f"{AUTOENCODER}{side}.{direction}.{resolution}.{part}.{_renamed(inner, _AUTOENCODER_PARTS)}"
     if middle := _MIDDLE.fullmatch(rest):
         kind, number, inner = middle.groups()
         part = f"{'block' if kind == 'resnets' else 'attn'}_{int(number) + 1}"
@@ -78,16 +77,16 @@ def autoencoder_key(name: str, levels: int) -> str:
     return f"{AUTOENCODER}{side}.{_renamed(rest, _AUTOENCODER_PARTS)}"
 
 
-def _down_place(config: ModelConfig, level: int, kind: str, number: int) -> str:
-    """Block 0 is the first convolution; each level has its layers and, but for the last, a downsampler."""
+def _down_module(config: ModelConfig, level: int, kind: str, number: int) -> str:
+    """Module of a down block. Block 0 is the first convolution; all but the last end with a downsampler."""
     first = 1 + level * (config.layers + 1)
     if kind == "downsamplers":
         return f"input_blocks.{first + config.layers}.0"
     return f"input_blocks.{first + number}.{int(kind == 'attentions')}"
 
 
-def _up_place(config: ModelConfig, level: int, kind: str, number: int) -> str:
-    """Each level has one layer more than on the way down; the last layer holds the upsampler."""
+def _up_module(config: ModelConfig, level: int, kind: str, number: int) -> str:
+    """Module of an up block. It has one layer more than the down block; the last has the upsampler."""
     first = level * (config.layers + 1)
     if kind == "upsamplers":
         attends = 2 ** (len(config.channels) - 1 - level) in config.attention

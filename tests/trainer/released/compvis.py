@@ -123,7 +123,7 @@ class Layers(nn.Sequential):
 
 
 class UNetModel(nn.Module):
-    """The denoising network of the original code."""
+    """The UNet of the original code."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ class PixelAttention(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution: residual blocks, their attention where there is any, and a change of size."""
+    """One resolution: residual blocks, optional attention, and a change of size."""
 
     def __init__(self, widths: list[int], attends: bool) -> None:
         super().__init__()
@@ -317,7 +317,7 @@ class Codes(nn.Module):
 
 
 class Quantized(nn.Module):
-    """VQ-f4: three resolutions, no attention but in the middle."""
+    """VQ-f4: three resolutions, attention only in the middle."""
 
     def __init__(self, width: int, codes: int = 8192, channels: int = 3) -> None:
         super().__init__()
@@ -339,7 +339,7 @@ class Quantized(nn.Module):
 
 
 def checkpoint(unet: nn.Module, first_stage: nn.Module, beta_end: float) -> dict[str, torch.Tensor]:
-    """The state_dict of the whole model, with the schedule's buffers and without an average."""
+    """The state_dict of the full model with the buffers of the schedule, without an average."""
     betas = torch.linspace(0.0015**0.5, beta_end**0.5, 1000, dtype=torch.float64) ** 2
     alphas = torch.cumprod(1 - betas, dim=0)
     state = {f"model.diffusion_model.{name}": tensor for name, tensor in unet.state_dict().items()}
@@ -352,14 +352,14 @@ def checkpoint(unet: nn.Module, first_stage: nn.Module, beta_end: float) -> dict
 
 
 def average(unet: nn.Module) -> dict[str, torch.Tensor]:
-    """The averaged copy as the original keeps it: buffers may have no dots, so the names lose theirs."""
+    """The averaged copy in the original format: buffer names have no dots."""
     names = {name: f"diffusion_model.{name}".replace(".", "") for name, _ in unet.named_parameters()}
     state = {f"model_ema.{names[name]}": tensor.detach() for name, tensor in unet.named_parameters()}
     return state | {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(112_000)}
 
 
 def randomize(network: nn.Module, seed: int) -> nn.Module:
-    """Weights that let every layer be heard: normal, scaled by the layer's inputs; norms near 1."""
+    """Random weights with which every layer affects the output: normal, scaled by fan-in; norms near 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in network.parameters():

@@ -1,4 +1,4 @@
-"""A small released model of each of the paper's two kinds, in the layout it was published in."""
+"""Small released models of the paper's two kinds, in the published layout."""
 
 from functools import cache
 from pathlib import Path
@@ -20,34 +20,36 @@ FIRST_STAGE = {"laion": ("kl", 0.22765929), "imagenet": ("vq", 1.0)}
 
 
 def recipe_of(kind: str, folder: Path, **sections: dict[str, Any]) -> TrainingRecipe:
-    """The recipe of a small released model; its autoencoder goes to `folder`. sections: changed keys."""
-    word, scale = FIRST_STAGE[kind]
-    plain = {
+    """Recipe of a small released model with its autoencoder in `folder`. sections: changed keys."""
+    autoencoder, scale = FIRST_STAGE[kind]
+    defaults = {
         "model": MODELS[kind].model_dump(),
         "diffusion": DiffusionConfig(beta_end=BETA_END[kind]).model_dump(),
-        "autoencoder": AutoencoderConfig(kind=word, path=str(folder), scale=scale).model_dump(),
+        "autoencoder": AutoencoderConfig(kind=autoencoder, path=str(folder), scale=scale).model_dump(),
         "train": TrainConfig(
             name=kind, source="images", size=64, k=4, global_batch=2, micro_batch=2, steps=1
         ).model_dump(),
     }
-    return TrainingRecipe.model_validate({name: plain[name] | sections.get(name, {}) for name in plain})
+    return TrainingRecipe.model_validate(
+        {name: values | sections.get(name, {}) for name, values in defaults.items()}
+    )
 
 
 @cache
 def networks(kind: str) -> tuple[compvis.UNetModel, compvis.UNetModel, Any]:
-    """The UNet, its average and the first stage, all with weights of their own."""
+    """The UNet, its average and the autoencoder, each with different weights."""
     first_stage = compvis.Variational(32) if kind == "laion" else compvis.Quantized(32, codes=64)
     unets = (compvis.randomize(compvis.UNetModel(MODELS[kind]), seed) for seed in (1, 2))
     return *unets, compvis.randomize(first_stage, 3)
 
 
 def state_of(kind: str) -> dict[str, torch.Tensor]:
-    """The state_dict of a small released model, average included."""
+    """The state_dict of a small released model with its average."""
     unet, averaged, first_stage = networks(kind)
     return compvis.checkpoint(unet, first_stage, BETA_END[kind]) | compvis.average(averaged)
 
 
-def write_checkpoint(path: Path, state: dict[str, Any], **beside: Any) -> Path:
-    """A checkpoint as Lightning wrote it."""
-    torch.save({"epoch": 1, "global_step": 2, "state_dict": state, **beside}, path)
+def write_checkpoint(path: Path, state: dict[str, Any], **extra: Any) -> Path:
+    """Write a checkpoint in the format of Lightning. extra: further entries."""
+    torch.save({"epoch": 1, "global_step": 2, "state_dict": state, **extra}, path)
     return path

@@ -1,4 +1,4 @@
-"""Folders for diffusers: its own classes open them, give our latents, and come back as they went."""
+"""diffusers folders: diffusers opens them, gives equal latents, and an import gives the same run."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ KINDS = sorted(MODELS)
 
 @pytest.fixture(scope="module", params=KINDS)
 def exported(request, tmp_path_factory):
-    """A small released model, imported and exported: its kind, root, recipe and folder."""
+    """A small released model after import and export: kind, root, recipe and folder."""
     kind, folder = request.param, tmp_path_factory.mktemp(request.param)
     config, root = recipe_of(kind, folder / "autoencoder"), Root(folder / "root")
     import_model(config, write_checkpoint(folder / "model.ckpt", state_of(kind)), ENCODER, root)
@@ -49,43 +49,45 @@ def test_our_sampler_and_plain_diffusers_give_the_same_latents(exported):
     scheduler.set_timesteps(10)
     latents = noise
     for t in scheduler.timesteps:
-        without = unet(latents, t, encoder_hidden_states=torch.zeros(2, 1, 32)).sample
-        told = unet(latents, t, encoder_hidden_states=context).sample
-        latents = scheduler.step(without + guidance * (told - without), t, latents).prev_sample
+        unconditional = unet(latents, t, encoder_hidden_states=torch.zeros(2, 1, 32)).sample
+        conditional = unet(latents, t, encoder_hidden_states=context).sample
+        latents = scheduler.step(
+            unconditional + guidance * (conditional - unconditional), t, latents
+        ).prev_sample
 
     ours = build_unet(config.model).eval()
     ours.load_state_dict(read_model_weights(root, config.train.folder))
     diffusion = DiffusionConfig(**root.read_json(f"{config.train.folder}/recipe.json")["diffusion"])
     scale = torch.full((2,), guidance)
-    found = guided_sample(ours, make_scheduler("ddim", 10, diffusion), noise, context, scale)
-    # a random network drives latents far out: the measure is their own size
-    assert ((found - latents).abs().max() / latents.std()) < 1e-4
+    sampled = guided_sample(ours, make_scheduler("ddim", 10, diffusion), noise, context, scale)
+    # A random network gives large latents, so the error is relative to their size.
+    assert ((sampled - latents).abs().max() / latents.std()) < 1e-4
 
 
 @torch.no_grad()
-def test_the_autoencoder_opens_with_the_scale_where_diffusers_looks_for_it(exported, tmp_path):
+def test_the_exported_autoencoder_has_the_scale_of_the_recipe(exported, tmp_path):
     kind, root, config, _ = exported
-    # an autoencoder of somebody who left diffusers' default there
-    elsewhere = config.autoencoder.model_copy(update={"path": str(tmp_path / "autoencoder")})
-    shutil.copytree(config.autoencoder.path, elsewhere.path)
-    description = tmp_path / "autoencoder" / "config.json"
-    settings = json.loads(description.read_text()) | {"scaling_factor": 0.18215}
-    description.write_text(json.dumps(settings))
-    autoencoder, run = Autoencoder.load(elsewhere, "cpu"), config.train.folder
+    # An autoencoder with the default scale of diffusers in its config.
+    default_scale = config.autoencoder.model_copy(update={"path": str(tmp_path / "autoencoder")})
+    shutil.copytree(config.autoencoder.path, default_scale.path)
+    file = tmp_path / "autoencoder" / "config.json"
+    settings = json.loads(file.read_text()) | {"scaling_factor": 0.18215}
+    file.write_text(json.dumps(settings))
+    autoencoder, run = Autoencoder.load(default_scale, "cpu"), config.train.folder
     shutil.copytree(root.local_path(run), tmp_path / "root" / run)
     manifest = read_manifest(root, run)
     values = manifest.values | {"autoencoder": autoencoder.identity}
     write_manifest(Root(tmp_path / "root"), replace(manifest, values=values))
 
-    write_folder(Root(tmp_path / "root"), run, elsewhere, tmp_path / "target")
+    write_folder(Root(tmp_path / "root"), run, default_scale, tmp_path / "target")
     vae = CLASSES[kind].from_pretrained(tmp_path / "target", subfolder="vae", use_safetensors=True)
     assert vae.config.scaling_factor == config.autoencoder.scale
     latents = torch.randn(1, config.model.latent_channels, 4, 4)
-    found = vae.decode(latents / vae.config.scaling_factor).sample.clamp(-1, 1)
-    torch.testing.assert_close(found, autoencoder.decode(latents))
+    decoded = vae.decode(latents / vae.config.scaling_factor).sample.clamp(-1, 1)
+    torch.testing.assert_close(decoded, autoencoder.decode(latents))
 
 
-def test_a_run_is_not_exported_with_an_autoencoder_that_is_not_its_own(exported, tmp_path):
+def test_a_run_is_not_exported_with_another_autoencoder(exported, tmp_path):
     kind, root, config, _ = exported
     other = recipe_of("laion" if kind == "imagenet" else "imagenet", tmp_path / "autoencoder")
     state = state_of(other.train.name)
@@ -95,7 +97,7 @@ def test_a_run_is_not_exported_with_an_autoencoder_that_is_not_its_own(exported,
     assert not (tmp_path / "target").exists()
 
 
-def test_the_card_says_how_to_open_the_folder_and_its_code_runs(exported, monkeypatch):
+def test_the_code_of_the_model_card_opens_the_folder(exported, monkeypatch):
     kind, _, _, folder = exported
     card = (folder / "README.md").read_text()
     assert f"{sum(w.numel() for w in networks(kind)[0].parameters()):,} parameters" in card
@@ -108,37 +110,37 @@ def test_the_card_says_how_to_open_the_folder_and_its_code_runs(exported, monkey
     assert isinstance(opened["vae"], CLASSES[kind])
 
 
-def test_an_exported_folder_comes_back_as_the_same_run(exported, tmp_path):
+def test_an_exported_folder_is_imported_as_the_same_run(exported, tmp_path):
     kind, root, config, folder = exported
-    again, back = recipe_of(kind, tmp_path / "autoencoder"), Root(tmp_path / "root")
-    import_model(again, folder, ENCODER, back)
-    wanted, found = (read_model_weights(one, config.train.folder) for one in (root, back))
-    assert wanted.keys() == found.keys()
-    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    recipe, target = recipe_of(kind, tmp_path / "autoencoder"), Root(tmp_path / "root")
+    import_model(recipe, folder, ENCODER, target)
+    exported_weights, imported = (read_model_weights(each, config.train.folder) for each in (root, target))
+    assert exported_weights.keys() == imported.keys()
+    assert all(torch.equal(tensor, imported[name]) for name, tensor in exported_weights.items())
     assert (
-        Autoencoder.load(again.autoencoder, "cpu").identity
+        Autoencoder.load(recipe.autoencoder, "cpu").identity
         == Autoencoder.load(config.autoencoder, "cpu").identity
     )
 
 
 @pytest.mark.parametrize(
-    ("sections", "words"),
+    ("sections", "message"),
     [
         ({"model": {"channels_per_head": 8}}, "attention_head_dim"),
-        ({"model": {"norm_groups": 16}}, "norm_num_groups 32, .* makes it 16"),
+        ({"model": {"norm_groups": 16}}, "norm_num_groups 32, .* gives 16"),
         ({"model": {"attention": (1, 4)}}, "down_block_types"),
-        ({"diffusion": {"beta_end": 0.02}}, "has beta_end .* makes it 0.02"),
+        ({"diffusion": {"beta_end": 0.02}}, "has beta_end .* gives 0.02"),
         ({"diffusion": {"prediction": "v_prediction"}}, "prediction_type 'epsilon'"),
         ({"autoencoder": {"scale": 0.5}}, "scaling_factor .* scale is 0.5"),
     ],
 )
-def test_a_folder_of_another_model_than_the_recipes_is_refused(exported, sections, words, tmp_path):
+def test_a_folder_with_another_model_is_refused(exported, sections, message, tmp_path):
     kind, _, _, folder = exported
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         import_model(recipe_of(kind, tmp_path / "new", **sections), folder, ENCODER, Root(tmp_path / "root"))
 
 
-def test_a_folder_with_a_tensor_too_few_a_description_too_few_or_no_weights_is_refused(exported, tmp_path):
+def test_a_folder_with_a_missing_tensor_config_or_weights_file_is_refused(exported, tmp_path):
     kind, root, config, _ = exported
     folder = tmp_path / "folder"
     write_folder(root, config.train.folder, config.autoencoder, folder)
@@ -146,21 +148,21 @@ def test_a_folder_with_a_tensor_too_few_a_description_too_few_or_no_weights_is_r
     tensors = load_file(weights)
     del tensors["conv_out.bias"]
     save_file(tensors, weights)
-    recipe, back = recipe_of(kind, tmp_path / "new"), Root(tmp_path / "root")
+    recipe, target = recipe_of(kind, tmp_path / "new"), Root(tmp_path / "root")
     with pytest.raises(UserError, match=r"1 tensors are missing, .*\(conv_out.bias\)"):
-        import_model(recipe, folder, ENCODER, back)
+        import_model(recipe, folder, ENCODER, target)
     weights.write_bytes(b"none")
-    with pytest.raises(UserError, match="no safetensors file"):
-        import_model(recipe, folder, ENCODER, back)
+    with pytest.raises(UserError, match="not a safetensors file"):
+        import_model(recipe, folder, ENCODER, target)
     weights.unlink()
-    with pytest.raises(UserError, match="weights are read from safetensors"):
-        import_model(recipe, folder, ENCODER, back)
+    with pytest.raises(UserError, match="weights must be one safetensors file"):
+        import_model(recipe, folder, ENCODER, target)
     (folder / "scheduler" / "scheduler_config.json").unlink()
     with pytest.raises(UserError, match=r"scheduler_config.json is missing"):
-        import_model(recipe, folder, ENCODER, back)
+        import_model(recipe, folder, ENCODER, target)
 
 
-def test_a_target_that_is_not_empty_is_left_alone(exported, tmp_path):
+def test_a_target_that_is_not_empty_is_not_changed(exported, tmp_path):
     _, root, config, _ = exported
     target = tmp_path / "target"
     target.mkdir()
@@ -170,7 +172,7 @@ def test_a_target_that_is_not_empty_is_left_alone(exported, tmp_path):
     assert [path.name for path in target.iterdir()] == ["mine"]
 
 
-def test_a_run_of_the_demo_is_exported_without_its_own_kind_of_autoencoder(tmp_path):
+def test_a_run_with_a_patch_autoencoder_is_exported_without_vae(tmp_path):
     root, trained = write_run(tmp_path)
     recipe = {"size": 32, "k": 4, "latent_shape": [4, 8, 8], "autoencoder": {"scale": 1.0}}
     recipe["encoder"] = {"model": "clip", "dim": 32}
@@ -184,7 +186,7 @@ def test_a_run_of_the_demo_is_exported_without_its_own_kind_of_autoencoder(tmp_p
     UNet2DConditionModel.from_pretrained(tmp_path / "target", subfolder="unet")
 
 
-def test_an_export_that_fails_leaves_nothing(tmp_path):
+def test_a_failed_export_leaves_no_files(tmp_path):
     root, trained = write_run(tmp_path / "run")
     root.delete(f"{trained.folder}/model/diffusion_pytorch_model.safetensors")
     with pytest.raises(UserError, match=r"safetensors is missing"):

@@ -1,4 +1,4 @@
-"""An imported model is a finished run: the sampler opens it, and other runs start from it."""
+"""An imported model is a finished run: the sampler opens it, and training can start from it."""
 
 import numpy as np
 import pytest
@@ -29,8 +29,8 @@ def checkpoint(tmp_path_factory):
 
 def sample(root, trained, **settings):
     sampler = Sampler.open(root, trained, ComputeConfig(device="cpu", workers=1, threads=1))
-    (found,) = sampler.sample([Request(prompt="a circle", k=3, steps=2, database="green", **settings)])
-    return np.asarray(found.picture)
+    (sampled,) = sampler.sample([Request(prompt="a circle", k=3, steps=2, database="green", **settings)])
+    return np.asarray(sampled.picture)
 
 
 @pytest.mark.parametrize("kind", sorted(MODELS))
@@ -58,7 +58,7 @@ def test_another_run_can_start_from_an_imported_one(checkpoint, tmp_path):
     assert recipe["autoencoder_identity"] == Autoencoder.load(config.autoencoder, "cpu").identity
 
 
-def test_an_import_is_done_once_and_a_torn_one_again(checkpoint, tmp_path):
+def test_a_finished_import_is_not_repeated_and_a_damaged_one_is(checkpoint, tmp_path):
     config, root = recipe_of("laion", tmp_path / "autoencoder"), Root(tmp_path / "root")
     first = import_model(config, checkpoint, ENCODER, root)
     weights = root.local_path(f"{config.train.folder}/model/diffusion_pytorch_model.safetensors")
@@ -66,25 +66,25 @@ def test_an_import_is_done_once_and_a_torn_one_again(checkpoint, tmp_path):
     assert import_model(config, checkpoint, ENCODER, root) == first
     assert weights.stat().st_mtime_ns == before
     weights.unlink()
-    again = import_model(config, checkpoint, ENCODER, root)
+    repeated = import_model(config, checkpoint, ENCODER, root)
     assert weights.is_file()
-    assert again.checksums() == first.checksums()
-    assert read_manifest(root, config.train.folder) == again
+    assert repeated.checksums() == first.checksums()
+    assert read_manifest(root, config.train.folder) == repeated
 
 
-def test_a_folder_that_holds_another_run_is_left_alone(checkpoint, tmp_path):
+def test_a_folder_with_another_run_is_not_changed(checkpoint, tmp_path):
     config, root = recipe_of("laion", tmp_path / "autoencoder"), Root(tmp_path / "root")
     root.write_bytes(f"{config.train.folder}/checkpoints/7/complete", b"")
-    with pytest.raises(UserError, match=r"runs/laion/train holds another run \(.*complete"):
+    with pytest.raises(UserError, match=r"runs/laion/train has another run \(.*complete"):
         import_model(config, checkpoint, ENCODER, root)
     root.delete(config.train.folder)
     import_model(config, checkpoint, ENCODER, root)
     other = recipe_of("laion", tmp_path / "autoencoder", train={"k": 7})
-    with pytest.raises(UserError, match="holds another run"):
+    with pytest.raises(UserError, match="has another run"):
         import_model(other, checkpoint, ENCODER, root)
 
 
-def test_an_autoencoder_that_stands_there_already_must_be_the_same(checkpoint, tmp_path):
+def test_an_existing_autoencoder_must_be_the_same(checkpoint, tmp_path):
     folder = tmp_path / "autoencoder"
     import_model(recipe_of("laion", folder), checkpoint, ENCODER, Root(tmp_path / "one"))
     weights = folder / "diffusion_pytorch_model.safetensors"
@@ -94,30 +94,32 @@ def test_an_autoencoder_that_stands_there_already_must_be_the_same(checkpoint, t
     state = state_of("laion")
     key = "first_stage_model.post_quant_conv.weight"
     changed = write_checkpoint(tmp_path / "changed.ckpt", state | {key: torch.randn_like(state[key])})
-    with pytest.raises(UserError, match="holds another autoencoder"):
+    with pytest.raises(UserError, match="has another autoencoder"):
         import_model(recipe_of("laion", folder), changed, ENCODER, Root(tmp_path / "third"))
     assert weights.read_bytes() == before
     assert not Root(tmp_path / "third").exists("runs/laion/train/manifest.json")
-    # the description is written last, so without it the weights are a torn copy
+    # The config is written last, so weights without it are an incomplete copy.
     (folder / "config.json").unlink()
     import_model(recipe_of("laion", folder), changed, ENCODER, Root(tmp_path / "third"))
     assert weights.read_bytes() != before
 
 
 @pytest.mark.parametrize(
-    ("sections", "words"),
+    ("sections", "message"),
     [
-        ({"model": {"context_dim": 64}}, r"\[clip\] makes vectors of 32, .* context_dim is 64"),
+        ({"model": {"context_dim": 64}}, r"\[clip\] has dimension 32, .* context_dim is 64"),
         ({"train": {"size": 60}}, "60 px is no multiple of the autoencoder's factor 16"),
     ],
 )
-def test_a_recipe_that_does_not_fit_is_refused_and_no_run_appears(sections, words, checkpoint, tmp_path):
+def test_a_recipe_that_does_not_match_is_refused_and_writes_no_run(sections, message, checkpoint, tmp_path):
     root = Root(tmp_path / "root")
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         import_model(recipe_of("laion", tmp_path / "autoencoder", **sections), checkpoint, ENCODER, root)
     assert not root.list("runs")
 
 
-def test_a_source_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere.ckpt is not there"):
-        import_model(recipe_of("laion", tmp_path), tmp_path / "nowhere.ckpt", ENCODER, Root(tmp_path / "root"))
+def test_a_missing_source_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere.ckpt does not exist"):
+        import_model(
+            recipe_of("laion", tmp_path), tmp_path / "nowhere.ckpt", ENCODER, Root(tmp_path / "root")
+        )
