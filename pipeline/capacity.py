@@ -264,7 +264,7 @@ class StageEstimates:
 
 
 def cost(need: StageNeed, inputs: Inputs) -> Cost:
-    """Hours and price of a stage that uses its machines alone."""
+    """Hours and price of a stage that has its machines to itself."""
     name = "gpu" if need.gpu_s else "cpu"
     if name not in inputs.machines:
         raise UserError(f"the inputs have no [machines.{name}], which {need.stage} needs.")

@@ -173,7 +173,7 @@ def _read_pictures(path: str, keys: set[str]) -> Iterator[tuple[int, bytes]]:
         raise UserError(f"{path} is not a readable tar ({error}). {REMOVE}") from error
     # tarfile treats a damaged header as the end of the file.
     if missing:
-        raise UserError(f"{path} holds {len(keys) - len(missing)} of its {len(keys)} pictures. {REMOVE}")
+        raise UserError(f"{path} has {len(keys) - len(missing)} of its {len(keys)} pictures. {REMOVE}")
 
 
 def _downloaded(root: Root, shard: str) -> pa.Table:

@@ -1,4 +1,4 @@
-"""A small run as `download` leaves it, a CLIP model with random weights, and a server that tests script."""
+"""A small finished `download`, a CLIP model with random weights, and a server with scripted responses."""
 
 import io
 import json
@@ -30,9 +30,9 @@ ARCHITECTURE = {
 
 
 def write_clip(folder: Path, seed: int) -> ClipConfig:
-    """A tiny open_clip model with random weights, in open_clip's own folder layout.
+    """Write a tiny open_clip model with random weights in open_clip's folder layout.
 
-    Its image features are centered: otherwise all pictures would look alike to random weights.
+    The image features are centered: otherwise those of all pictures would be nearly equal.
     """
     folder.mkdir(parents=True)
     torch.manual_seed(seed)
@@ -48,20 +48,20 @@ def write_clip(folder: Path, seed: int) -> ClipConfig:
 
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> ClipConfig:
-    """The encoder of these tests."""
+    """The encoder of the pipeline tests."""
     return write_clip(tmp_path_factory.mktemp("clip") / "model", seed=0)
 
 
 @pytest.fixture(scope="module")
 def in_process_shards(ray_cluster: None) -> Iterator[None]:
-    """All stages of a module make their shards in its process."""
+    """The stages of a test module run their shards in the test process."""
     with shards_in_process():
         yield
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One row as downloaded: what it shows follows from `seed`; without `data` the download failed."""
+    """One downloaded row. Its content depends on `seed`, unless `data` is set; with a reason it failed."""
 
     url: str
     seed: int
@@ -71,7 +71,7 @@ class Picture:
 
     @property
     def jpeg(self) -> bytes:
-        """Colored blocks; equal seeds give equal bytes."""
+        """`data`, or colored blocks: equal seeds give equal bytes."""
         if self.data is not None:
             return self.data
         blocks = np.random.default_rng(self.seed).integers(0, 255, (4, 4, 3), np.uint8)
@@ -81,7 +81,7 @@ class Picture:
 
 
 def write_download(root: Root, shards: dict[str, list[Picture]]) -> None:
-    """Tars, status tables and manifest of a finished `download`."""
+    """Write the tars, status tables and manifest of a finished `download`."""
     records = []
     for shard, pictures in shards.items():
         rows = [_row(picture) for picture in pictures]
@@ -117,7 +117,7 @@ def _row(picture: Picture) -> dict[str, object]:
 
 
 def pictures(prefix: str, first_seed: int, count: int) -> list[Picture]:
-    """Pictures of consecutive seeds."""
+    """Pictures with consecutive seeds."""
     return [
         Picture(f"http://example.org/{prefix}/{i}.jpg", i << 200)
         for i in range(first_seed, first_seed + count)

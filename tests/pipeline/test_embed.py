@@ -1,4 +1,4 @@
-"""embed: right vectors in the right order, and no image lost without a word."""
+"""embed: correct vectors in the correct order, and a reason for every image that is left out."""
 
 import io
 from dataclasses import replace
@@ -21,7 +21,7 @@ CONFIG = EmbedConfig(workers=2, batch_size=3)
 
 @pytest.fixture
 def root(tmp_path: Path) -> Root:
-    """Two shards: a failed URL, an unreadable file and a database copy of a training picture among them."""
+    """Two shards with a failed URL, an unreadable file, and database copies of training pictures."""
     train = pictures("train", 1, 7)
     database = pictures("database", 100, 8)
     train[2] = replace(train[2], reason="not_found")
@@ -39,18 +39,18 @@ def embedded(root: Root, shard: str) -> tuple[list[str], np.ndarray]:
     return table["url"].to_pylist(), schema.vectors(table, schema.EMBEDDING).astype(np.float32)
 
 
-@pytest.mark.usefixtures("shards_here")
+@pytest.mark.usefixtures("in_process_shards")
 def test_each_image_gets_its_own_vector_in_the_order_of_the_download(root: Root, clip: ClipConfig) -> None:
     embed.run(CONFIG, clip, root)
     urls, vectors = embedded(root, "train/00000")
-    wanted = [p for i, p in enumerate(pictures("train", 1, 7)) if i not in (2, 4)]
-    assert urls == [picture.url for picture in wanted]
-    images = [Image.open(io.BytesIO(picture.jpeg)) for picture in wanted]
+    readable = [p for i, p in enumerate(pictures("train", 1, 7)) if i not in (2, 4)]
+    assert urls == [picture.url for picture in readable]
+    images = [Image.open(io.BytesIO(picture.jpeg)) for picture in readable]
     np.testing.assert_allclose(vectors, Encoder(clip).encode_images(images), atol=2e-3)
 
 
-@pytest.mark.usefixtures("shards_here")
-def test_refused_images_are_counted_by_reason(root: Root, clip: ClipConfig) -> None:
+@pytest.mark.usefixtures("in_process_shards")
+def test_images_left_out_are_counted_by_reason(root: Root, clip: ClipConfig) -> None:
     manifest = embed.run(CONFIG, clip, root)
     assert manifest.rows == 5 + 6
     assert manifest.reasons == {"duplicate_content": 1, "near_copy": 1, "unreadable": 1}
@@ -58,7 +58,7 @@ def test_refused_images_are_counted_by_reason(root: Root, clip: ClipConfig) -> N
     assert embedded(root, "database/00000")[0] == kept
 
 
-@pytest.mark.usefixtures("shards_here")
+@pytest.mark.usefixtures("in_process_shards")
 def test_batch_size_changes_neither_vectors_nor_fingerprint(root: Root, clip: ClipConfig) -> None:
     first = embed.run(CONFIG, clip, root)
     _, vectors = embedded(root, "train/00000")
@@ -68,35 +68,35 @@ def test_batch_size_changes_neither_vectors_nor_fingerprint(root: Root, clip: Cl
     np.testing.assert_allclose(embedded(root, "train/00000")[1], vectors, atol=1e-3)
 
 
-@pytest.mark.usefixtures("shards_here")
-def test_another_encoder_embeds_everything_anew(root: Root, clip: ClipConfig, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("in_process_shards")
+def test_another_encoder_embeds_every_image_again(root: Root, clip: ClipConfig, tmp_path: Path) -> None:
     first = embed.run(CONFIG, clip, root)
     second = embed.run(CONFIG, write_clip(tmp_path / "other", seed=1), root)
     assert second.fingerprint != first.fingerprint
     assert second.checksums() != first.checksums()
 
 
-@pytest.mark.usefixtures("shards_here")
-def test_a_tar_that_is_damaged_in_the_middle_loses_no_image_silently(root: Root, clip: ClipConfig) -> None:
+@pytest.mark.usefixtures("in_process_shards")
+def test_a_tar_damaged_in_the_middle_is_refused(root: Root, clip: ClipConfig) -> None:
     path = root.local_path("download/database/00000.tar")
     data = bytearray(path.read_bytes())
     second = data.index(b".jpg", 512 + 100) - 20
     data[second : second + 8] = b"\xff" * 8
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r"holds 1 of its 6 pictures"):
+    with pytest.raises(UserError, match=r"has 1 of its 6 pictures"):
         embed.run(CONFIG, clip, root)
 
 
-@pytest.mark.usefixtures("shards_here")
-def test_a_deleted_shard_is_made_again(root: Root, clip: ClipConfig) -> None:
+@pytest.mark.usefixtures("in_process_shards")
+def test_a_deleted_shard_is_embedded_again(root: Root, clip: ClipConfig) -> None:
     first = embed.run(CONFIG, clip, root)
     root.delete("embed/train/00000.parquet")
     assert embed.run(CONFIG, clip, root).checksums() == first.checksums()
     assert root.exists("embed/train/00000.parquet")
 
 
-@pytest.mark.usefixtures("shards_here")
-def test_a_corrupt_tar_stops_the_stage_and_names_itself(root: Root, clip: ClipConfig) -> None:
+@pytest.mark.usefixtures("in_process_shards")
+def test_a_corrupt_tar_stops_the_stage_and_is_named(root: Root, clip: ClipConfig) -> None:
     root.local_path("download/database/00000.tar").write_bytes(b"x" * 2000)
     with pytest.raises(UserError, match=r"download/database/00000\.tar.*not a readable tar"):
         embed.run(CONFIG, clip, root)
@@ -109,6 +109,6 @@ def test_openai_weights_with_the_wrong_activation_are_refused() -> None:
 
 
 @pytest.mark.parametrize("model", ["local-dir:nowhere", "ViT-B-32"])
-def test_a_model_that_is_not_there_is_a_clear_error(model: str) -> None:
+def test_a_missing_model_is_an_error_that_names_the_section(model: str) -> None:
     with pytest.raises(UserError, match=r"\[clip\]"):
         Encoder(ClipConfig(model=model))

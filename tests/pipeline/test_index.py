@@ -1,4 +1,4 @@
-"""index: the database of the pipeline holds every embedded row once, and answers as brute force does."""
+"""index: the database has every embedded row once and finds the nearest rows."""
 
 import shutil
 from pathlib import Path
@@ -30,53 +30,53 @@ def embedded(tmp_path_factory: pytest.TempPathFactory, clip: ClipConfig, in_proc
 
 @pytest.fixture
 def root(embedded: Path, tmp_path: Path) -> Root:
-    """A copy of that run, to work in."""
+    """A copy of the embedded run that a test may change."""
     shutil.copytree(embedded, tmp_path, dirs_exist_ok=True)
     return Root(tmp_path)
 
 
-def test_the_database_holds_every_row_once_in_semantic_partitions(root: Root) -> None:
+def test_the_database_has_every_row_once_in_its_nearest_partition(root: Root) -> None:
     index.run(CONFIG, root)
     database = Database.open(root.child("index"))
     urls = database.metadata()["url"].to_pylist()
     assert len(urls) == len(set(urls)) == len(database) == 60
     assert len(database.partitions) == 4
-    own = np.argmax(database.embeddings().astype(np.float32) @ database.centroids.T, axis=1)
-    assert (own == np.repeat(np.arange(4), database.partition_rows)).all()
+    nearest = np.argmax(database.embeddings().astype(np.float32) @ database.centroids.T, axis=1)
+    assert (nearest == np.repeat(np.arange(4), database.partition_rows)).all()
 
 
 def test_a_stored_vector_finds_itself_first(root: Root) -> None:
     index.run(CONFIG, root)
     database = Database.open(root.child("index"))
-    found = database.search(database.embeddings().astype(np.float32), 3, effort=Effort(1, 1, 1))
-    assert (found.ids[:, 0] == database.metadata()[schema.IMAGE_ID].to_numpy()).mean() > 0.95
-    assert found.similarities[:, 0].min() > 0.99
+    neighbors = database.search(database.embeddings().astype(np.float32), 3, effort=Effort(1, 1, 1))
+    assert (neighbors.ids[:, 0] == database.metadata()[schema.IMAGE_ID].to_numpy()).mean() > 0.95
+    assert neighbors.similarities[:, 0].min() > 0.99
 
 
-def test_shuffling_in_several_groups_gives_the_same_rows(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shuffle_in_several_groups_gives_the_same_rows(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
     index.run(CONFIG, root)
-    once = sorted(Database.open(root.child("index")).metadata()["url"].to_pylist())
+    urls = sorted(Database.open(root.child("index")).metadata()["url"].to_pylist())
     root.delete("index")
     monkeypatch.setattr(index, "ROWS_PER_GROUP", 25)
     manifest = index.run(CONFIG, root)
-    assert sorted(Database.open(root.child("index")).metadata()["url"].to_pylist()) == once
+    assert sorted(Database.open(root.child("index")).metadata()["url"].to_pylist()) == urls
     assert manifest.rows == 60
     assert not root.exists("index/shuffle")
 
 
-def test_what_was_hidden_stays_hidden_in_an_index_made_anew(root: Root) -> None:
+def test_hidden_images_stay_hidden_in_a_rebuilt_index(root: Root) -> None:
     index.run(CONFIG, root)
     database = Database.open(root.child("index"))
     hidden = database.metadata()[schema.IMAGE_ID].to_numpy()[:5]
     hide(root.child("index"), hidden)
     index.run(CONFIG.model_copy(update={"seed": 1}), root)
-    again = Database.open(root.child("index"))
-    found = again.search(database.embeddings()[:5], 55)
-    assert again.manifest.config["seed"] == 1
-    assert not np.isin(found.ids, hidden).any()
+    rebuilt = Database.open(root.child("index"))
+    neighbors = rebuilt.search(database.embeddings()[:5], 55)
+    assert rebuilt.manifest.config["seed"] == 1
+    assert not np.isin(neighbors.ids, hidden).any()
 
 
-def test_the_index_of_a_run_without_database_images_is_refused(
+def test_a_run_without_database_images_is_refused(
     tmp_path: Path, clip: ClipConfig, in_process_shards: None
 ) -> None:
     root = Root(tmp_path)

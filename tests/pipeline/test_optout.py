@@ -1,4 +1,4 @@
-"""optout: what is removed leaves databases, neighbor tables and training, however often it is killed."""
+"""optout: listed images leave the databases and neighbor tables, also if the command is interrupted."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from pipeline.web.blocklist import Blocklist, read_blocklist
 from retrieval import Database, Root, UserError
 from retrieval.clip.identity import EncoderIdentity
 from retrieval.database.build import DatabaseIdentity, write_database
-from retrieval.index.hidden import hide, hidden_ids
+from retrieval.index.hidden import hidden_ids, hide
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, write_manifest
@@ -31,8 +31,8 @@ ENCODER = EncoderIdentity(model="none", weights="0" * 16, preprocessing="", dim=
 SHARDS = {"train/00000": 6, "train/00001": 6, "database/00000": 60}
 
 
-def shown(shard: str) -> list[Picture]:
-    """Every picture has a URL, a content and a perceptual hash of its own."""
+def pictures_of(shard: str) -> list[Picture]:
+    """Pictures with different URLs, contents and perceptual hashes."""
     host = "art.example.org" if shard.startswith("database") else "example.org"
     return [
         Picture(f"http://{host}/{shard}/{i}.jpg", i, phash=int.from_bytes(digest[:8], "big") >> 1)
@@ -45,7 +45,7 @@ def embedded(shard: str, seed: int) -> pa.Table:
     rows = [
         {schema.IMAGE_ID: schema.image_id(picture.url), "url": picture.url, "caption": "", "license": None}
         | {"width": 9, "height": 9}
-        for picture in shown(shard)
+        for picture in pictures_of(shard)
     ]
     vectors = np.random.default_rng(seed).standard_normal((len(rows), 16))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -56,11 +56,11 @@ def embedded(shard: str, seed: int) -> pa.Table:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
-    """A run up to its neighbor tables, a style database, a finished training and one under way."""
-    folder = tmp_path_factory.mktemp("made")
+def finished(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
+    """Stages up to the neighbor tables, a style database, and a finished and an unfinished training run."""
+    folder = tmp_path_factory.mktemp("finished")
     root = Root(folder)
-    write_download(root, {shard: shown(shard) for shard in SHARDS})
+    write_download(root, {shard: pictures_of(shard) for shard in SHARDS})
     tables = {shard: embedded(shard, seed) for seed, shard in enumerate(SHARDS)}
     records = []
     for shard, table in tables.items():
@@ -70,8 +70,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
     write_manifest(root, Manifest("embed", 1, "e" * 16, {}, {}, tuple(records), values, 1.0))
     database = tables["database/00000"]
     config = IndexConfig(rows_per_partition=20)
-    for name, made_from in (("index", read_manifest(root, "embed").identity), ("databases/ink", "x")):
-        write_database(root, database, ENCODER, config, DatabaseIdentity(name, {"embed": made_from}))
+    for name, upstream in (("index", read_manifest(root, "embed").identity), ("databases/ink", "x")):
+        write_database(root, database, ENCODER, config, DatabaseIdentity(name, {"embed": upstream}))
     with shards_in_process():
         fingerprint = neighbors.run(CONFIG, root).fingerprint
     root.write_json("runs/a/train/manifest.json", {"upstream": {"neighbors": fingerprint}})
@@ -82,8 +82,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
 
 
 @pytest.fixture
-def root(made: Path, tmp_path: Path) -> Root:
-    shutil.copytree(made, tmp_path / "run")
+def root(finished: Path, tmp_path: Path) -> Root:
+    shutil.copytree(finished, tmp_path / "run")
     return Root(tmp_path / "run")
 
 
@@ -98,30 +98,36 @@ def neighbor_ids(root: Root, shard: str) -> dict[int, list[int]]:
     return dict(zip(table[schema.IMAGE_ID].to_pylist(), table[schema.NEIGHBOR_IDS].to_pylist(), strict=True))
 
 
-def listed(root: Root, tmp_path: Path) -> tuple[Blocklist, list[int]]:
-    """A list of a training image by URL and two neighbors of shard 00000 alone, by content and by perceptual hash."""
-    theirs = {row for ids in neighbor_ids(root, "00001").values() for row in ids}
-    mine = {row for ids in neighbor_ids(root, "00000").values() for row in ids}
-    art = [picture for picture in shown("database/00000") if schema.image_id(picture.url) in mine - theirs]
-    train = shown("train/00000")[2]
+def write_list(root: Root, tmp_path: Path) -> tuple[Blocklist, list[int]]:
+    """A blocklist of a training image and of two neighbors that only shard 00000 has; all listed ids."""
+    neighbors_1 = {row for ids in neighbor_ids(root, "00001").values() for row in ids}
+    neighbors_0 = {row for ids in neighbor_ids(root, "00000").values() for row in ids}
+    art = [
+        picture
+        for picture in pictures_of("database/00000")
+        if schema.image_id(picture.url) in neighbors_0 - neighbors_1
+    ]
+    train = pictures_of("train/00000")[2]
     lines = [train.url, f"sha256:{art[0].seed:064x}", f"phash:{art[1].phash ^ 0b1001:016x}"]
     (tmp_path / "list.txt").write_text("\n".join(lines))
     ids = {schema.image_id(picture.url) for picture in (train, *art[:2])}
-    # Training images have the same contents as the first of the database.
-    same = {schema.image_id(p.url) for shard in SHARDS for p in shown(shard) if p.seed == art[0].seed}
-    return read_blocklist(str(tmp_path / "list.txt")), sorted(ids | same)
+    # The first training images have the contents of the first database images.
+    same_content = {
+        schema.image_id(p.url) for shard in SHARDS for p in pictures_of(shard) if p.seed == art[0].seed
+    }
+    return read_blocklist(str(tmp_path / "list.txt")), sorted(ids | same_content)
 
 
 @pytest.mark.usefixtures("in_process_shards")
-def test_a_removal_that_was_killed_ends_as_if_all_had_been_made_without_the_images(
+def test_an_interrupted_removal_continues_to_the_result_of_stages_without_the_images(
     root: Root, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    blocklist, ids = listed(root, tmp_path)
+    blocklist, ids = write_list(root, tmp_path)
     before = read_manifest(root, "neighbors")
     untouched = root.local_path("neighbors/00001.parquet").stat().st_mtime_ns
 
-    with monkeypatch.context() as killed:
-        killed.setattr(optout, "write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with monkeypatch.context() as patch:
+        patch.setattr(optout, "write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             optout.run(blocklist, root)
     assert not root.exists("neighbors/manifest.json")
@@ -140,30 +146,33 @@ def test_a_removal_that_was_killed_ends_as_if_all_had_been_made_without_the_imag
         assert root.local_path("neighbors/00001.parquet").stat().st_mtime_ns == untouched
     assert not root.list(f"optout/{blocklist.identity}")
 
-    assert optout.run(blocklist, root) == report  # nothing to do, and still told
-    assert neighbors.run(CONFIG, root) == after  # the stage finds its tables made
+    assert optout.run(blocklist, root) == report  # nothing left to remove, same report
+    assert neighbors.run(CONFIG, root) == after  # the stage accepts the new tables
 
     settings = {"neighbors stage": before.fingerprint}
     root.write_json("runs/d/train/checkpoints/checkpoints.json", {"settings": settings})
-    late = optout.run(blocklist, root)["trained"]
-    assert late == {"with": ["runs/a", "runs/b", "runs/d"], "unknown": ["runs/c"]}, "it read the old tables"
+    affected = optout.run(blocklist, root)["trained"]
+    assert affected["with"] == ["runs/a", "runs/b", "runs/d"], "run d read the old tables"
+    assert affected["unknown"] == ["runs/c"]
 
-    anew = Root(tmp_path / "anew")
-    shutil.copytree(root.url, anew.url)
-    anew.delete("neighbors")
-    again = neighbors.run(CONFIG, anew)
+    rebuilt = Root(tmp_path / "rebuilt")
+    shutil.copytree(root.url, rebuilt.url)
+    rebuilt.delete("neighbors")
+    again = neighbors.run(CONFIG, rebuilt)
     assert (again.rows, again.reasons, again.fingerprint) == (after.rows, after.reasons, after.fingerprint)
     for shard in ("00000", "00001"):
-        assert neighbor_ids(anew, shard) == neighbor_ids(root, shard)
+        assert neighbor_ids(rebuilt, shard) == neighbor_ids(root, shard)
         tables = [
-            schema.read_table(where, f"neighbors/{shard}.parquet", schema.neighbors(4, 16))
-            for where in (root, anew)
+            schema.read_table(run_root, f"neighbors/{shard}.parquet", schema.neighbors(4, 16))
+            for run_root in (root, rebuilt)
         ]
         vectors = [schema.vectors(table, schema.NEIGHBOR_EMBEDDINGS) for table in tables]
         np.testing.assert_array_equal(*vectors)
 
 
-def test_a_domain_empties_a_database_and_rows_without_enough_neighbors_go(root: Root, tmp_path: Path) -> None:
+def test_a_domain_can_empty_a_database_and_rows_with_too_few_neighbors_are_dropped(
+    root: Root, tmp_path: Path
+) -> None:
     (tmp_path / "list.txt").write_text("art.example.org")
     report = optout.run(read_blocklist(str(tmp_path / "list.txt")), root)
     assert report["databases"] == {"index": 60, "databases/ink": 60}
@@ -174,7 +183,7 @@ def test_a_domain_empties_a_database_and_rows_without_enough_neighbors_go(root: 
 
 
 @pytest.mark.parametrize("folder", ["index", "databases/ink"])
-def test_a_database_that_is_not_finished_is_not_passed_over(root: Root, tmp_path: Path, folder: str) -> None:
+def test_an_unfinished_database_is_an_error(root: Root, tmp_path: Path, folder: str) -> None:
     (tmp_path / "list.txt").write_text("art.example.org")
     root.delete(f"{folder}/manifest.json")
     with pytest.raises(UserError, match=f"{folder} is not finished"):
@@ -183,18 +192,18 @@ def test_a_database_that_is_not_finished_is_not_passed_over(root: Root, tmp_path
 
 
 @pytest.mark.usefixtures("in_process_shards")
-def test_tables_of_another_index_are_not_vouched_for(root: Root, tmp_path: Path) -> None:
-    blocklist, _ = listed(root, tmp_path)
+def test_tables_of_another_index_are_not_changed(root: Root, tmp_path: Path) -> None:
+    blocklist, _ = write_list(root, tmp_path)
     index = read_manifest(root, "index")
     write_manifest(root, replace(index, fingerprint="f" * 16))
     tables = read_manifest(root, "neighbors")
     with pytest.raises(UserError, match=r"made from another index.*make neighbors"):
         optout.run(blocklist, root)
     assert read_manifest(root, "neighbors") == tables
-    assert len(hidden_ids(root.child("index"))), "hidden all the same"
+    assert len(hidden_ids(root.child("index"))), "the images are hidden nevertheless"
 
 
-def test_what_fills_tables_up_lets_go_of_each_partition(root: Root) -> None:
+def test_a_refill_keeps_no_partition_open(root: Root) -> None:
     hide(root.child("index"), neighbor_ids(root, "00000").popitem()[1])
     work = refill_work(root, CONFIG, "refilled")
     assert work("refill/00000").values["refilled"] >= 1
