@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 from pydantic import ValidationError
 
-from jobs.explore.config import ExploreConfig
+from jobs.cli.explore_config import ExploreConfig
 from pipeline.recipe import DownloadConfig, EmbedConfig, FilterConfig, NeighborsConfig
 from retrieval.config import Config
 from retrieval.errors import UserError

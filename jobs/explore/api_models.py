@@ -12,7 +12,7 @@ from urllib.parse import urlencode
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import QueryParams
 
-from jobs.explore.config import ExploreConfig
+from jobs.cli.explore_config import ExploreConfig
 from retrieval.errors import UserError
 from trainer.model.context import Mode
 from trainer.recipe import SchedulerName

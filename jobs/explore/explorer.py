@@ -15,7 +15,7 @@ from PIL import Image
 
 from jobs.cli.recipe import Recipe
 from jobs.explore.api_models import SampleRequest, SearchRequest, decode_base64
-from jobs.explore.config import ExploreConfig
+from jobs.cli.explore_config import ExploreConfig
 from jobs.explore.pictures import Pictures, decode_picture
 from jobs.explore.work_queue import WorkQueue
 from jobs.sample import trained_model
