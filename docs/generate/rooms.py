@@ -1,7 +1,7 @@
 """Draws the rooms of each package and the imports between them, for CONTRIBUTING.md and for the tests.
 
 Reads the import statements of every module. A room is a folder; a module that stands directly in a folder of
-`GROUND` is a room of its own. `make docs` writes the drawings; `tests/test_architecture.py` compares them.
+`GROUND` counts as a room. `make docs` writes the drawings; `tests/test_architecture.py` compares them.
 """
 
 import ast
@@ -11,8 +11,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("retrieval", "pipeline", "trainer", "jobs")
 FIRST_PARTY = (*PACKAGES, "benchmarks")
-GROUND = (*FIRST_PARTY, "jobs/demo", "benchmarks/retrieval")
-"""Folders with modules that are rooms of their own, such as `trainer/recipe.py`."""
+GROUND = ("retrieval", "pipeline", "trainer")
+"""Folders with modules that count as rooms, such as `trainer/recipe.py`."""
 Arrows = dict[str, set[str]]
 
 
@@ -73,12 +73,22 @@ def module_arrows(package: str) -> Arrows:
 
 
 def room_arrows(package: str) -> Arrows:
-    """For each room of a package the other rooms of the same package that it imports."""
+    """For each room of a package the other rooms of the same package that it imports.
+
+    A room and the rooms inside it, such as `jobs/demo` and `jobs/demo/world`, have no arrows to each other.
+    """
     arrows: Arrows = {room_of(path): set() for path in modules(package)}
     for source, targets in module_arrows(package).items():
-        rooms = {room_of(Path(target)) for target in targets if target.startswith(f"{package}/")}
-        arrows[room_of(Path(source))] |= rooms - {room_of(Path(source)), f"{package}/__init__"}
+        room = room_of(Path(source))
+        for target in targets - {f"{package}/__init__.py"}:
+            other = room_of(Path(target))
+            if target.startswith(f"{package}/") and not _contains(room, other) and not _contains(other, room):
+                arrows[room].add(other)
     return arrows
+
+
+def _contains(room: str, other: str) -> bool:
+    return room == other or ("/" in room and other.startswith(f"{room}/"))
 
 
 def loop(arrows: Arrows) -> list[str]:
@@ -114,10 +124,13 @@ def drawing(package: str) -> str:
     for room in sorted(arrows):
         implied = {end for target in arrows[room] for end in reachable(arrows, arrows.get(target, set()))}
         direct = sorted(arrows[room] - implied)
-        label = room.removeprefix(f"{package}/")
-        lines += [f"    {label} --> {target.removeprefix(f'{package}/')}" for target in direct]
-        lines += [] if direct else [f"    {label}"]
+        lines += [f"    {_label(room)} --> {_label(target)}" for target in direct]
+        lines += [] if direct else [f"    {_label(room)}"]
     return "\n".join([*lines, "```"])
+
+
+def _label(room: str) -> str:
+    return room.partition("/")[2] or "commands"
 
 
 def with_drawings(text: str) -> str:
