@@ -155,10 +155,12 @@ def _write_downloaded(root: Root, split: str, names: tuple[str, ...]) -> None:
 
 
 def _write_embedded(root: Root, split: str, names: tuple[str, ...]) -> None:
-    kept = [name for name in names if name != "t5"]
-    rows = [{**_shown(name), "width": 32, "height": 32, schema.EMBEDDING: vector_of(name)} for name in kept]
-    wanted = schema.embeddings(DIM)
-    schema.write_table(root, f"embed/{split}/{SHARD}.parquet", pa.Table.from_pylist(rows, wanted), wanted)
+    stored = [name for name in names if name != "t5"]
+    rows = [{**_shown(name), "width": 32, "height": 32, schema.EMBEDDING: vector_of(name)} for name in stored]
+    table_schema = schema.embeddings(DIM)
+    schema.write_table(
+        root, f"embed/{split}/{SHARD}.parquet", pa.Table.from_pylist(rows, table_schema), table_schema
+    )
 
 
 def _write_neighbors(root: Root) -> None:

@@ -148,11 +148,15 @@ def test_a_missing_root_is_an_error(recipe: Path, capsys: pytest.CaptureFixture[
 
 def test_the_table_fits_its_width_at_the_real_sizes() -> None:
     reasons = {f"a_long_reason_word_{n}": 10**9 - n for n in range(12)}
-    one = Status("neighbors", "stale", "made with " + "words " * 40, "partitions", "shards", 231_349, 231_350)
-    big = Status(
+    stale = Status(
+        "neighbors", "stale", "made with " + "words " * 40, "partitions", "shards", 231_349, 231_350
+    )
+    unfinished = Status(
         "download", "unfinished", "", "", "shards", 231_349, 231_350, 2_313_490_000, 98_765.4, 9 * 10**13
     )
-    lines = table([one, Status(**{**vars(big), "reasons": reasons, "eta_s": 6e5, "is_estimate": True})])
+    lines = table(
+        [stale, Status(**{**vars(unfinished), "reasons": reasons, "eta_s": 6e5, "is_estimate": True})]
+    )
     assert max(map(len, lines.splitlines())) <= WIDTH
     assert "~2,313,490,000" in lines
     assert "7 more reasons" in " ".join(lines.split())
@@ -162,6 +166,6 @@ def test_json_has_every_field(recipe: Path, capsys: pytest.CaptureFixture[str]) 
     write_filter(recipe)
     main([str(recipe), "--json"])
     printed = json.loads(capsys.readouterr().out)
-    assert [one["stage"] for one in printed["stages"]] == ["filter", "download", "neighbors", "train"]
+    assert [stage["stage"] for stage in printed["stages"]] == ["filter", "download", "neighbors", "train"]
     assert printed["stages"][0]["rows"] == 100
     assert printed["stages"][0]["eta_s"] is None

@@ -1,4 +1,4 @@
-"""The demo's own models after a few steps: they learn, and open where the pipeline opens them."""
+"""The demo's models after a few training steps: they learn, and the pipeline can load them."""
 
 import math
 from pathlib import Path
@@ -28,29 +28,29 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, floa
     return folder, train_clip(training, folder)
 
 
-def test_a_few_steps_tell_more_than_chance(clip):
-    # batch-way captions, ten styles, eight shapes, and eight colors at a quarter
+def test_a_few_steps_give_a_loss_below_chance(clip):
+    # captions of the batch, ten styles, eight shapes, and eight colors with weight 0.25
     chance = math.log(BATCH) + math.log(10) + 1.25 * math.log(8)
     assert clip[1]["loss"] < 0.85 * chance
 
 
 def test_recall_is_a_share_of_the_test_scenes(clip):
-    found = clip[1]["recall_at_10"] * 40
-    assert found == pytest.approx(round(found), abs=1e-3)
-    assert 0 < found <= 40
+    num_hits = clip[1]["recall_at_10"] * 40
+    assert num_hits == pytest.approx(round(num_hits), abs=1e-3)
+    assert 0 < num_hits <= 40
 
 
-def test_a_picture_that_ties_or_is_no_number_is_not_found():
+def test_recall_counts_ties_and_nan_as_misses():
     assert recall_at_k(torch.eye(4), 1) == 1
     assert recall_at_k(torch.ones(4, 4), 3) == 0
     assert recall_at_k(torch.ones(4, 4), 4) == 1
     assert recall_at_k(torch.full((4, 4), math.nan), 3) == 0
-    one_lost = torch.eye(4)
-    one_lost[2] = math.nan
-    assert recall_at_k(one_lost, 1) == 0.75
+    one_miss = torch.eye(4)
+    one_miss[2] = math.nan
+    assert recall_at_k(one_miss, 1) == 0.75
 
 
-def test_the_folder_opens_as_an_encoder_of_texts_and_of_pictures_of_any_size(clip):
+def test_the_encoder_loads_the_folder_and_encodes_texts_and_pictures_of_any_size(clip):
     encoder = Encoder(ClipConfig(model=f"local-dir:{clip[0]}"))
     rng = np.random.default_rng(0)
     pictures = [Image.fromarray(draw(random_scene(rng), *size)) for size in ((64, 64), (200, 120))]
@@ -59,7 +59,7 @@ def test_the_folder_opens_as_an_encoder_of_texts_and_of_pictures_of_any_size(cli
         assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3)
 
 
-def test_only_finished_files_stand_in_the_folder(clip):
+def test_the_folder_has_only_complete_files(clip):
     assert sorted(path.name for path in clip[0].iterdir()) == [
         "open_clip_config.json",
         "open_clip_model.safetensors",
@@ -67,7 +67,7 @@ def test_only_finished_files_stand_in_the_folder(clip):
     assert PREPROCESSING["size"] == 64
 
 
-def test_training_scenes_depend_on_the_seed_alone_and_show_nothing_held_out():
+def test_training_scenes_depend_on_the_seed_and_have_no_held_out_contents():
     scenes, pixels = draw_training_scenes(300, 64, seed=3, num_workers=1)
     again, same_pixels = draw_training_scenes(300, 64, seed=3, num_workers=2)
     assert scenes == again
@@ -76,7 +76,7 @@ def test_training_scenes_depend_on_the_seed_alone_and_show_nothing_held_out():
     assert np.array_equal(pixels[280], draw(scenes[280], 64, 64).transpose(2, 0, 1))
 
 
-def test_the_autoencoder_learns_beyond_its_linear_start_and_opens_in_the_trainer(tmp_path):
+def test_the_autoencoder_improves_on_its_linear_start_and_the_trainer_loads_it(tmp_path):
     values = {}
     for steps in (1, 40):
         training = AutoencoderTraining(num_scenes=256, steps=steps, num_threads=1, learning_rate=1e-3)

@@ -1,4 +1,4 @@
-"""The picture world: reproducible, worded well, split honestly, and the same at every size."""
+"""Scenes: reproducible, with correct captions and held-out contents, and alike at every size."""
 
 import numpy as np
 import pytest
@@ -14,11 +14,11 @@ def scene_of(style: str, seed: int) -> Scene:
     return scenes.random_scene(np.random.default_rng(seed), style=style)
 
 
-def mean_difference(one: np.ndarray, other: np.ndarray) -> float:
-    return float(np.abs(one.astype(np.float32) - other.astype(np.float32)).mean())
+def mean_difference(first: np.ndarray, second: np.ndarray) -> float:
+    return float(np.abs(first.astype(np.float32) - second.astype(np.float32)).mean())
 
 
-def halved(pixels: np.ndarray, factor: int) -> np.ndarray:
+def reduced(pixels: np.ndarray, factor: int) -> np.ndarray:
     return np.asarray(Image.fromarray(pixels).reduce(factor))
 
 
@@ -29,7 +29,7 @@ def test_there_are_ten_styles_and_1600_contents_in_order():
     assert contents == sorted(contents)
 
 
-def test_a_tenth_of_the_contents_is_held_out_and_another_seed_holds_out_others():
+def test_a_tenth_of_the_contents_is_held_out_by_seed():
     held = [content for content in scenes.all_contents() if scenes.is_held_out(content)]
     others = [content for content in scenes.all_contents() if scenes.is_held_out(content, 1)]
     assert 120 < len(held) < 200
@@ -37,7 +37,7 @@ def test_a_tenth_of_the_contents_is_held_out_and_another_seed_holds_out_others()
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_a_random_scene_is_held_out_exactly_when_asked(held_out):
+def test_a_random_scene_is_held_out_only_on_request(held_out):
     rng = np.random.default_rng(0)
     assert all(scenes.is_held_out(scenes.random_scene(rng, held_out).content) == held_out for _ in range(100))
 
@@ -48,7 +48,7 @@ def test_the_same_generator_state_gives_the_same_scene():
 
 
 @pytest.mark.parametrize("style", scenes.STYLES)
-def test_a_scene_is_drawn_alike_every_time_and_differs_by_its_seed(style):
+def test_a_picture_depends_only_on_the_scene(style):
     scene = scene_of(style, 1)
     pixels = draw(scene, 96, 64)
     assert pixels.shape == (64, 96, 3)
@@ -61,18 +61,18 @@ def test_a_scene_is_drawn_alike_every_time_and_differs_by_its_seed(style):
 def test_a_scene_looks_the_same_at_every_size(style):
     for seed in range(3):
         small, large = (draw(scene_of(style, seed), side, side) for side in (64, 512))
-        stranger = draw(scene_of(style, seed + 10), 64, 64)
-        assert mean_difference(small, halved(large, 8)) < 0.25 * mean_difference(small, stranger)
+        other_scene = draw(scene_of(style, seed + 10), 64, 64)
+        assert mean_difference(small, reduced(large, 8)) < 0.25 * mean_difference(small, other_scene)
 
 
-def test_a_wide_picture_shows_the_square_one_in_its_middle():
+def test_the_middle_of_a_wide_picture_is_the_square_picture():
     scene = scene_of("woodcut", 2)
     wide, square = draw(scene, 192, 128), draw(scene, 128, 128)
     assert mean_difference(wide[:, 32:-32], square) < 8
 
 
 @pytest.mark.parametrize("size", [(63, 64), (64, 300)])
-def test_a_size_that_cannot_be_drawn_is_refused_with_the_reason(size):
+def test_an_unsupported_size_is_an_error(size):
     with pytest.raises(UserError, match="64 px"):
         draw(scene_of("chalk", 0), *size)
 
@@ -80,12 +80,12 @@ def test_a_size_that_cannot_be_drawn_is_refused_with_the_reason(size):
 def test_every_pair_of_styles_paints_the_same_content_differently():
     content = scenes.all_contents()[0]
     pictures = [draw(Scene(content, style, 3), 64, 64) for style in scenes.STYLES]
-    for i, one in enumerate(pictures):
-        assert all(mean_difference(one, other) > 15 for other in pictures[:i])
+    for i, picture in enumerate(pictures):
+        assert all(mean_difference(picture, other) > 15 for other in pictures[:i])
 
 
 @pytest.mark.parametrize("style", scenes.STYLES)
-def test_every_style_shows_the_color_of_the_figure(style):
+def test_every_style_keeps_the_color_of_the_figure(style):
     red, blue = (
         draw(Scene(Content("circle", color, "hills", 1, ""), style, 4), 64, 64).astype(np.float32)
         for color in ("red", "blue")
@@ -95,7 +95,7 @@ def test_every_style_shows_the_color_of_the_figure(style):
     assert difference[2] < -4
 
 
-def test_the_full_caption_names_everything():
+def test_the_full_caption_has_all_properties():
     scene = Scene(Content("star", "orange", "sea", 2, "stacked"), "stained glass", 0)
     assert scenes.full_caption(scene) == (
         "two orange stars stacked over the sea in the style of stained glass"
@@ -103,20 +103,20 @@ def test_the_full_caption_names_everything():
     assert scenes.prompt(Content("star", "orange", "sea", 1, "")) == "an orange star over the sea"
 
 
-def test_two_full_captions_are_equal_only_for_equal_content_and_style():
+def test_full_captions_of_different_content_or_style_differ():
     captions = {
         scenes.suffix_prompt(content, style) for content in scenes.all_contents() for style in scenes.STYLES
     }
     assert len(captions) == 16_000
 
 
-def test_the_prompt_and_its_suffix_differ_by_the_style_alone():
+def test_the_suffix_prompt_only_adds_the_style():
     content = scenes.all_contents()[7]
     assert not any(style in scenes.prompt(content) for style in scenes.STYLES)
     assert scenes.suffix_prompt(content, "neon") == scenes.prompt(content) + " in the style of neon"
 
 
-def test_captions_vary_and_four_in_ten_leave_something_out():
+def test_captions_vary_and_four_in_ten_omit_a_property():
     scene = Scene(Content("moon", "pink", "city", 3, "in a row"), "pixel art", 0)
     rng = np.random.default_rng(0)
     captions = [scenes.caption(scene, rng) for _ in range(1000)]
@@ -126,7 +126,7 @@ def test_captions_vary_and_four_in_ten_leave_something_out():
     assert all("three pink moons" in text for text in captions)
 
 
-def test_a_paper_shadow_does_not_come_in_from_the_opposite_edge():
+def test_a_paper_shadow_does_not_wrap_around_the_edge():
     content = Content("square", "yellow", "hills", 1, "")
     pixels = draw(Scene(content, "paper cutout", 1), 128, 128).astype(np.float32)
     assert abs(pixels[:2].mean() - pixels[4:8].mean()) < 4

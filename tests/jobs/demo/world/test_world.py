@@ -1,4 +1,4 @@
-"""The demo world: a small one, drawn for real, looked at file by file and fetched through its server."""
+"""The demo world: a small one is drawn, its files are checked and its pictures are downloaded."""
 
 import hashlib
 import io
@@ -94,7 +94,7 @@ def test_metadata_has_the_columns_and_types_of_the_release(folder: Path) -> None
     }
 
 
-def test_truth_tells_of_every_metadata_row_in_its_order(folder: Path) -> None:
+def test_truth_has_every_metadata_row_in_the_same_order(folder: Path) -> None:
     truth = truth_of(folder)
     assert [row["url"] for row in truth] == [row["URL"] for row in metadata_of(folder)]
     assert {row["kind"] for row in truth} == {kind.name for kind in KINDS} | RELATED_KINDS | {"image"}
@@ -108,17 +108,17 @@ def test_about_one_row_in_six_of_the_default_world_is_unusual() -> None:
     assert len({row.file.path for row in rows if row.file}) == sum(row.file is not None for row in rows)
 
 
-def test_ordinary_rows_tell_the_truth_and_pass_every_threshold(folder: Path, config: WorldConfig) -> None:
+def test_ordinary_rows_are_correct_and_pass_every_threshold(folder: Path, config: WorldConfig) -> None:
     rows = [
-        (claim, truth)
-        for claim, truth in zip(metadata_of(folder), truth_of(folder), strict=True)
+        (stated, truth)
+        for stated, truth in zip(metadata_of(folder), truth_of(folder), strict=True)
         if truth["kind"] == "image"
     ]
     assert len(rows) == config.num_train + config.num_database
-    for claim, truth in rows:
-        assert (claim["WIDTH"], claim["HEIGHT"]) == (truth["width"], truth["height"])
-        assert claim["punsafe"] < 0.5
-        assert claim["pwatermark"] < 0.8
+    for stated, truth in rows:
+        assert (stated["WIDTH"], stated["HEIGHT"]) == (truth["width"], truth["height"])
+        assert stated["punsafe"] < 0.5
+        assert stated["pwatermark"] < 0.8
     short_edges = [min(truth["width"], truth["height"]) for _, truth in rows]
     assert sum(edge >= 768 for edge in short_edges) == config.num_train
     assert sum(224 <= edge <= 320 for edge in short_edges) == config.num_database
@@ -130,11 +130,9 @@ def address_of(url: str) -> str:
     return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], path=quoted))
 
 
-def test_every_picture_that_truth_knows_can_be_fetched_at_its_true_size(
-    folder: Path, config: WorldConfig
-) -> None:
-    spoiled = {"failure:truncated", "failure:cut-jpeg"}
-    rows = [row for row in truth_of(folder) if row["width"] and row["kind"] not in spoiled]
+def test_every_picture_in_truth_can_be_downloaded_at_its_true_size(folder: Path, config: WorldConfig) -> None:
+    damaged = {"failure:truncated", "failure:cut-jpeg"}
+    rows = [row for row in truth_of(folder) if row["width"] and row["kind"] not in damaged]
     with WorldServer(folder, config.port):
         for row in rows:
             if row["kind"] == "route:flaky":
@@ -147,15 +145,15 @@ def test_every_picture_that_truth_knows_can_be_fetched_at_its_true_size(
             assert ImageOps.exif_transpose(image).size == (row["width"], row["height"]), row
 
 
-def test_a_picture_shows_the_scene_that_truth_names(folder: Path) -> None:
+def test_a_picture_shows_the_scene_in_truth(folder: Path) -> None:
     rows = {row.url: row for row in plan_rows(small_config(port=int(port_of(folder)))) if row.kind == "image"}
     row = next(iter(rows.values()))
     assert row.scene is not None
     assert row.size is not None
     assert row.file is not None
     expected = draw(row.scene, *row.size).astype(np.float32)
-    found = np.asarray(Image.open(folder / row.file.path).convert("RGB"), dtype=np.float32)
-    assert np.abs(found - expected).mean() < 8
+    pixels = np.asarray(Image.open(folder / row.file.path).convert("RGB"), dtype=np.float32)
+    assert np.abs(pixels - expected).mean() < 8
     truth = next(truth for truth in truth_of(folder) if truth["url"] == row.url)
     content = Content(*(truth[name] for name in ("shape", "color", "background", "count", "layout")))
     assert (content, truth["style"]) == (row.scene.content, row.scene.style)
@@ -166,9 +164,9 @@ def port_of(folder: Path) -> str:
     return url.split("/")[2].split(":")[1]
 
 
-def test_copies_of_training_pictures_hide_behind_small_claims(folder: Path) -> None:
+def test_copies_of_training_pictures_have_a_small_stated_size(folder: Path) -> None:
     truth = truth_of(folder)
-    claims = {row["URL"]: row for row in metadata_of(folder)}
+    metadata = {row["URL"]: row for row in metadata_of(folder)}
     originals = {row["scene_uid"]: row for row in truth if row["kind"] == "image"}
     kinds = Counter(row["kind"] for row in truth)
     assert kinds["copy"] > 0
@@ -178,23 +176,23 @@ def test_copies_of_training_pictures_hide_behind_small_claims(folder: Path) -> N
             continue
         original = originals[row["scene_uid"]]
         assert min(original["width"], original["height"]) >= 768
-        assert min(claims[row["url"]]["WIDTH"], claims[row["url"]]["HEIGHT"]) < 768
+        assert min(metadata[row["url"]]["WIDTH"], metadata[row["url"]]["HEIGHT"]) < 768
         files = [folder / "images" / Path(urllib.parse.urlsplit(r["url"]).path).name for r in (row, original)]
         assert (files[0].read_bytes() == files[1].read_bytes()) == (row["kind"] == "copy")
-        looks = [np.asarray(Image.open(f).convert("RGB").resize((32, 32)), dtype=np.float32) for f in files]
-        assert np.abs(looks[0] - looks[1]).mean() < 6
+        small = [np.asarray(Image.open(f).convert("RGB").resize((32, 32)), dtype=np.float32) for f in files]
+        assert np.abs(small[0] - small[1]).mean() < 6
 
 
-def test_lying_rows_claim_a_training_size_for_a_small_picture(folder: Path) -> None:
-    claims = {row["URL"]: row for row in metadata_of(folder)}
+def test_rows_of_kind_lies_state_a_training_size_for_a_small_picture(folder: Path) -> None:
+    metadata = {row["URL"]: row for row in metadata_of(folder)}
     lies = [row for row in truth_of(folder) if row["kind"] == "lies"]
     assert lies
     for row in lies:
         assert max(row["width"], row["height"]) <= 320
-        assert min(claims[row["url"]]["WIDTH"], claims[row["url"]]["HEIGHT"]) >= 768
+        assert min(metadata[row["url"]]["WIDTH"], metadata[row["url"]]["HEIGHT"]) >= 768
 
 
-def test_spoiled_rows_are_what_their_kind_says(folder: Path) -> None:
+def test_bad_rows_have_the_defect_of_their_kind(folder: Path) -> None:
     rows = {t["kind"]: m for m, t in zip(metadata_of(folder), truth_of(folder), strict=True)}
     assert rows["url_null"]["URL"] is None
     assert rows["url_empty"]["URL"] == ""
@@ -226,7 +224,7 @@ def test_duplicates_repeat_a_row_or_its_url(folder: Path) -> None:
             assert row["TEXT"] != by_url[row["URL"]]["TEXT"]
 
 
-def test_held_out_contents_appear_nowhere_else(folder: Path, config: WorldConfig) -> None:
+def test_no_other_picture_has_a_held_out_content(folder: Path, config: WorldConfig) -> None:
     table = pq.read_table(folder / "held_out.parquet").to_pylist()
     pairs = {(row["shape"], row["color"], row["background"], row["count"], row["layout"]) for row in table}
     assert all(is_held_out(Content(*pair)) for pair in pairs)
@@ -237,12 +235,12 @@ def test_held_out_contents_appear_nowhere_else(folder: Path, config: WorldConfig
     assert not any(is_held_out(content) for content in contents)
 
 
-def test_a_thousand_held_out_pictures_are_distinct_pairs_of_content_and_style() -> None:
+def test_held_out_pictures_are_distinct_pairs_of_content_and_style() -> None:
     scenes = [drawing.scene for drawing in plan_held_out(WorldConfig(num_held_out=1000))]
     assert len({(scene.content, scene.style) for scene in scenes}) == 1000
 
 
-def test_more_held_out_pictures_than_exist_is_an_error() -> None:
+def test_too_many_held_out_pictures_are_an_error() -> None:
     with pytest.raises(UserError, match=r"world\.num_held_out is 100000"):
         plan_held_out(WorldConfig(num_held_out=100_000))
 
@@ -255,11 +253,9 @@ def test_every_style_has_its_folder(folder: Path, config: WorldConfig) -> None:
         assert Image.open(files[0]).size == (256, 256)
 
 
-def test_an_equal_config_leaves_a_finished_world_alone(folder: Path, config: WorldConfig) -> None:
+def test_an_equal_config_does_not_change_a_finished_world(folder: Path, config: WorldConfig) -> None:
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    start = time.monotonic()
     write_world(small_config(port=config.port, workers=1), folder)
-    assert time.monotonic() - start < 1
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
@@ -273,17 +269,17 @@ if __name__ == "__main__":
 """
 
 
-def leave_an_older_world(folder: Path) -> None:
+def write_older_world(folder: Path) -> None:
     for name in ("images/000001.jpg", "metadata/part-00007.parquet", "truth.parquet", "world.json"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("{}")
 
 
-def test_a_run_killed_over_an_older_world_is_completed_to_the_same_files_by_any_number_of_workers(
+def test_a_killed_run_is_completed_to_the_same_files_by_any_number_of_workers(
     folder: Path, config: WorldConfig, tmp_path: Path
 ) -> None:
     script, other = tmp_path / "draw.py", tmp_path / "world"
-    leave_an_older_world(other)
+    write_older_world(other)
     script.write_text(KILLED)
     arguments = [sys.executable, str(script), config.model_dump_json(), str(other)]
     run = subprocess.Popen(
@@ -305,7 +301,7 @@ def test_a_run_killed_over_an_older_world_is_completed_to_the_same_files_by_any_
     assert digests(other) == digests(folder)
 
 
-def test_a_folder_with_foreign_files_is_refused_and_kept(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_refused_and_kept(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     (tmp_path / "images").mkdir()
     with pytest.raises(UserError, match="images"):
