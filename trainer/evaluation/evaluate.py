@@ -36,9 +36,7 @@ SHEET_COLUMNS = 8
 def run(config: EvaluateConfig, trained: TrainedModel, root: Root) -> Manifest:
     """Draw samples, classify them and write the results. Finished groups of an earlier run are kept."""
     started = time.monotonic()
-    if not config.prompts_file:
-        raise UserError("[evaluate] prompts_file is not set. Set it to a text file with one prompt a line.")
-    prompts = read_prompts(config.prompts_file)
+    prompts = _prompts(config)
     styles = style_names(config, root)
     databases = upstream_fingerprints(root, trained, (*styles, TRAINING_DATABASE))
     upstream = databases | {"prompts": prompts_digest(prompts)}
@@ -74,6 +72,12 @@ def run(config: EvaluateConfig, trained: TrainedModel, root: Root) -> Manifest:
             seconds=time.monotonic() - started,
         )
     )
+
+
+def _prompts(config: EvaluateConfig) -> tuple[str, ...]:
+    if not config.prompts_file:
+        raise UserError("[evaluate] prompts_file is not set. Set it to a text file with one prompt a line.")
+    return read_prompts(config.prompts_file)
 
 
 def style_names(config: EvaluateConfig, root: Root) -> tuple[str, ...]:

@@ -174,11 +174,11 @@ def _check_unet(path: Path, unet: Any) -> None:
         raise UserError(
             f"{path} is not the config of a UNet2DConditionModel. Wanted a folder that diffusers wrote."
         )
-    found = _comparable_settings(_empty_unet(settings))
+    actual = _comparable_settings(_empty_unet(settings))
     for name, expected in _comparable_settings(unet).items():
-        if found.get(name) != expected:
+        if actual.get(name) != expected:
             raise UserError(
-                f"{path} has {name} {found.get(name)}, [model] of the recipe gives {expected}. "
+                f"{path} has {name} {actual.get(name)}, [model] of the recipe gives {expected}. "
                 "Set [model] to the folder's model."
             )
 

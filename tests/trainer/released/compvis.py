@@ -1,6 +1,6 @@
-"""The paper's own networks, written again with the parameter names and the arithmetic of their code.
+"""Reimplementation of the paper's networks with the parameter names and arithmetic of the CompVis code.
 
-Only for tests: it knows nothing of diffusers or of our mapping, so that outputs and keys can be compared.
+Only for tests. It does not use diffusers or our name mapping, so outputs and keys can be compared with ours.
 """
 
 import math
