@@ -96,7 +96,7 @@ def test_a_database_without_usable_rows_is_not_built(tmp_path: Path, count: int)
     ids=["whole numbers", "complex", "one axis", "another length"],
 )
 def test_unsuitable_arrays_are_refused(tmp_path: Path, vectors: np.ndarray) -> None:
-    with pytest.raises(UserError, match=r"wanted|the encoder makes 32"):
+    with pytest.raises(UserError, match=r"expected|the encoder makes 32"):
         build_of(tmp_path, vectors)
 
 
