@@ -21,9 +21,8 @@ def report(recipe: Recipe, as_json: bool) -> str:
     now = time.time()
     stages = statuses(recipe, now)
     if as_json:
-        return json.dumps(
-            {"root": recipe.root.url, "time": now, "stages": [asdict(status) for status in stages]}
-        )
+        plain = [asdict(status) for status in stages]
+        return json.dumps({"root": recipe.root.url, "time": now, "stages": plain})
     local_time = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
     return f"{recipe.root.url}  {local_time}\n\n{table(stages)}"
 

@@ -1,0 +1,1 @@
+"""The demo's report: numbers that are measured again from the files, goals, and an HTML page."""

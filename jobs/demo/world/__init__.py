@@ -1,0 +1,12 @@
+"""The demo world, a synthetic data set: pictures with known contents, and metadata in LAION's format."""
+
+from typing import TYPE_CHECKING
+
+from retrieval.lazy import public_names
+
+if TYPE_CHECKING:
+    from jobs.demo.world.world import write_world
+
+__all__ = ["write_world"]
+
+__getattr__ = public_names(__name__, {"write_world": "world"})
