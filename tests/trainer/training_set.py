@@ -1,14 +1,18 @@
 """A small training set on disk and a recipe for it. The mean of a latent is 5 times that of its neighbors."""
 
+import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from PIL import Image
 
 from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, ShardRecord, write_manifest
 from retrieval.storage.root import Root
+from trainer.data.plan import TrainingPlan, make_plan
 from trainer.model.autoencoder import Autoencoder
 from trainer.recipe import TrainingRecipe
 
@@ -32,6 +36,30 @@ def make_recipe(autoencoder_folder: str, **changes: object) -> TrainingRecipe:
     autoencoder = {"kind": "kl", "path": autoencoder_folder, "scale": 1.0}
     sections = {"model": model, "diffusion": {}, "autoencoder": autoencoder, "train": train | changes}
     return TrainingRecipe.model_validate(sections)
+
+
+def plan_of(autoencoder_folder: str, root: Root, **changes: object) -> TrainingPlan:
+    """The plan of a recipe by `make_recipe`."""
+    recipe = make_recipe(autoencoder_folder, **changes)
+    return make_plan(recipe, root, Autoencoder.load(recipe.autoencoder, "cpu"))
+
+
+def write_tar(root: Root, shard: str, members: dict[str, bytes]) -> None:
+    """Write a shard's tar below `download/train`. members: contents by file name."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    root.write_bytes(f"download/train/{shard}.tar", buffer.getvalue())
+
+
+def png(image: Image.Image) -> bytes:
+    """An image in PNG format."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def new_training_set(folder: Path, autoencoder_folder: str) -> Root:

@@ -1,5 +1,4 @@
 import io
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from PIL import Image
 from retrieval.errors import UserError
 from retrieval.storage import schema
 from retrieval.storage.root import Root
-from tests.trainer.training_set import make_recipe
+from tests.trainer.training_set import make_recipe, png, write_tar
 from trainer.data import images
 from trainer.data.images import ImageTar, ScaledImage, center_crop, decode_image, random_crop
 from trainer.data.latents import image_views, make_shard_encoder, manifest_values
@@ -29,14 +28,11 @@ def noise(seed: int, width: int = 130, height: int = 96) -> Image.Image:
 
 
 def write_shard(root: Root, contents: dict[int, bytes], embedded: list[int]) -> None:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for image_id, data in contents.items():
-            for suffix, member in ((".jpg", data), (".txt", b"caption"), (".json", b"{}")):
-                info = tarfile.TarInfo(f"{image_id & (2**64 - 1):016x}{suffix}")
-                info.size = len(member)
-                tar.addfile(info, io.BytesIO(member))
-    root.write_bytes(f"download/train/{SHARD}.tar", buffer.getvalue())
+    members = {}
+    for image_id, data in contents.items():
+        for suffix, member in ((".jpg", data), (".txt", b"caption"), (".json", b"{}")):
+            members[f"{image_id & (2**64 - 1):016x}{suffix}"] = member
+    write_tar(root, SHARD, members)
     count = len(embedded)
     columns: dict[str, object] = {
         schema.IMAGE_ID: embedded,
@@ -49,12 +45,6 @@ def write_shard(root: Root, contents: dict[int, bytes], embedded: list[int]) -> 
     }
     layout = schema.embeddings(8)
     schema.write_table(root, f"embed/train/{SHARD}.parquet", pa.table(columns, schema=layout), layout)
-
-
-def png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 @pytest.fixture

@@ -1,6 +1,4 @@
 import hashlib
-import io
-import tarfile
 from collections import Counter
 
 import numpy as np
@@ -18,8 +16,10 @@ from tests.trainer.training_set import (
     all_ids,
     ids_of,
     make_recipe,
+    png,
     write_latents,
     write_stage,
+    write_tar,
 )
 from trainer.data.loader import Loader, TrainingBatch
 from trainer.data.plan import make_plan
@@ -247,19 +247,13 @@ def test_latents_of_another_autoencoder_or_too_few_rows_are_an_error(
 def write_tars(root: Root) -> None:
     """A tar for each shard: color gradients of 96 x 80 pixels; the green channel identifies the image."""
     for number, name in enumerate(NAMES):
-        buffer = io.BytesIO()
-        with tarfile.open(fileobj=buffer, mode="w") as tar:
-            for row, image_id in enumerate(ids_of(number).tolist()):
-                pixels = np.zeros((80, 96, 3), np.uint8)
-                pixels[..., 0] = np.arange(96) * 2
-                pixels[..., 1] = 40 * number + row
-                encoded = io.BytesIO()
-                Image.fromarray(pixels).save(encoded, "PNG")
-                info = tarfile.TarInfo(f"{image_id & (2**64 - 1):016x}.jpg")
-                info.size = encoded.tell()
-                encoded.seek(0)
-                tar.addfile(info, encoded)
-        root.write_bytes(f"download/train/{name}.tar", buffer.getvalue())
+        members = {}
+        for row, image_id in enumerate(ids_of(number).tolist()):
+            pixels = np.zeros((80, 96, 3), np.uint8)
+            pixels[..., 0] = np.arange(96) * 2
+            pixels[..., 1] = 40 * number + row
+            members[f"{image_id & (2**64 - 1):016x}.jpg"] = png(Image.fromarray(pixels))
+        write_tar(root, name, members)
     write_stage(root, "download", {}, {})
 
 

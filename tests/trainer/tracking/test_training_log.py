@@ -9,9 +9,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from retrieval.errors import UserError
 from retrieval.storage.root import Root
-from tests.trainer.training_set import make_recipe
-from trainer.data.plan import TrainingPlan, make_plan
-from trainer.model.autoencoder import Autoencoder
+from tests.trainer.training_set import make_recipe, plan_of
+from trainer.data.plan import TrainingPlan
 from trainer.tracking.dashboards import open_dashboards
 from trainer.tracking.training_log import (
     StepMetrics,
@@ -21,11 +20,6 @@ from trainer.tracking.training_log import (
     read_validation_metrics,
 )
 from trainer.training.train import prepare
-
-
-def plan_of(autoencoder_folder: str, root: Root, **changes: object) -> TrainingPlan:
-    recipe = make_recipe(autoencoder_folder, **changes)
-    return make_plan(recipe, root, Autoencoder.load(recipe.autoencoder, "cpu"))
 
 
 def step_metrics(step: int, loss: float = 0.5) -> StepMetrics:

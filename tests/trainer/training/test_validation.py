@@ -10,17 +10,12 @@ from pydantic import ValidationError
 from retrieval.errors import UserError
 from retrieval.storage.root import Root
 from tests.trainer.data.test_loader import write_tars
-from tests.trainer.training_set import ROWS, K, all_ids, make_recipe
+from tests.trainer.training_set import ROWS, K, all_ids, make_recipe, plan_of
 from trainer.data.loader import Loader
-from trainer.data.plan import TrainingPlan, last_rows, make_plan
+from trainer.data.plan import last_rows
 from trainer.engine.deepspeed_engine import Ranks, join_ranks
 from trainer.model.autoencoder import Autoencoder
 from trainer.training.validation import ValidationSet, held_out_rows, read_held_out
-
-
-def plan_of(autoencoder_folder: str, root: Root, **changes: object) -> TrainingPlan:
-    recipe = make_recipe(autoencoder_folder, **changes)
-    return make_plan(recipe, root, Autoencoder.load(recipe.autoencoder, "cpu"))
 
 
 def test_the_last_rows_of_the_last_shards_are_held_out() -> None:
