@@ -8,19 +8,9 @@ from typing import TYPE_CHECKING
 from retrieval.lazy import public_names
 
 if TYPE_CHECKING:
-    from pipeline.databases.database import run, run_all, style_databases
-    from pipeline.databases.sources import PictureSource, SourcePicture, list_pictures
+    from pipeline.databases.database import run, run_all
+    from pipeline.databases.sources import PictureSource
 
-__all__ = ["PictureSource", "SourcePicture", "list_pictures", "run", "run_all", "style_databases"]
+__all__ = ["PictureSource", "run", "run_all"]
 
-__getattr__ = public_names(
-    __name__,
-    {
-        "PictureSource": "sources",
-        "SourcePicture": "sources",
-        "list_pictures": "sources",
-        "run": "database",
-        "run_all": "database",
-        "style_databases": "database",
-    },
-)
+__getattr__ = public_names(__name__, {"PictureSource": "sources", "run": "database", "run_all": "database"})

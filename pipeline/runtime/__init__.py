@@ -8,33 +8,11 @@ from typing import TYPE_CHECKING
 from retrieval.lazy import public_names
 
 if TYPE_CHECKING:
-    from pipeline.runtime.runner import ShardError, Work, Workers, run_shards
+    from pipeline.runtime.runner import ShardError, Workers, run_shards
     from pipeline.runtime.stage import Stage
-    from pipeline.runtime.status import StageSpec, Status, find_manifest, stage_status
 
-__all__ = [
-    "ShardError",
-    "Stage",
-    "StageSpec",
-    "Status",
-    "Work",
-    "Workers",
-    "find_manifest",
-    "run_shards",
-    "stage_status",
-]
+__all__ = ["ShardError", "Stage", "Workers", "run_shards"]
 
 __getattr__ = public_names(
-    __name__,
-    {
-        "ShardError": "runner",
-        "Stage": "stage",
-        "StageSpec": "status",
-        "Status": "status",
-        "Work": "runner",
-        "Workers": "runner",
-        "find_manifest": "status",
-        "run_shards": "runner",
-        "stage_status": "status",
-    },
+    __name__, {"ShardError": "runner", "Stage": "stage", "Workers": "runner", "run_shards": "runner"}
 )
