@@ -24,7 +24,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """A local Ray with two CPUs, joined by whatever a stage runs."""
+    """A local Ray with two CPUs, to which stages connect."""
     os.environ["RAY_AUTH_MODE"] = "disabled"
     ray.init(
         address="local",
