@@ -106,6 +106,7 @@ def goals(numbers: Mapping[str, Any]) -> list[Goal]:
     """The goals of the demo, in the order of the steps. numbers: from `measure`."""
     chance = 1 / numbers["num_styles"]
     recall = next(name for name in numbers if name.startswith("neighbor_recall_at_"))
+    accuracy = "style_accuracy_retrieval"
 
     def goal(name: str, about: str, wanted: str, met: bool) -> Goal:
         return Goal(name, about, numbers[name], wanted, met)
@@ -116,38 +117,25 @@ def goals(numbers: Mapping[str, Any]) -> list[Goal]:
     def at_least(name: str, about: str, least: float) -> Goal:
         return goal(name, about, f"≥ {least:g}", numbers[name] >= least)
 
-    with_neighbors, baseline = "style_accuracy_retrieval", numbers["style_accuracy_suffix"]
-    without = "style_accuracy_no_neighbors"
-    low, high = "style_accuracy_retrieval_low", numbers["style_accuracy_no_neighbors_high"]
+    def at_most(name: str, about: str, most: float) -> Goal:
+        return goal(name, about, f"≤ {most:g}", numbers[name] <= most)
+
+    def above(name: str, about: str, bound: float) -> Goal:
+        return goal(name, about, f"> {bound:.3f}", numbers[name] > bound)
+
+    low_end = "Lower end of the 95% interval with neighbors, above the upper end without"
     return [
         zero("filter_rows_unaccounted", "Metadata rows neither kept nor dropped with a reason"),
         zero("download_urls_without_status", "Selected URLs without exactly one correct status"),
         at_least("text_recall_at_10", "Text-to-image recall@10 on held-out captions", 0.95),
-        at_least(
-            recall, "Neighbor table compared with brute force, recall@" + recall.rsplit("_", 1)[-1], 0.95
-        ),
+        at_least(recall, f"Neighbor table against brute force, {recall[9:].replace('_at_', '@')}", 0.95),
         zero("neighbor_leaks", "Neighbors that are the image itself, a training image or a copy"),
         at_least("num_styles", "Styles, each with its own database", 10),
         at_least("style_classifier_accuracy", "Style classifier on test pictures, accuracy", 0.9),
-        at_least(with_neighbors, "Samples classified as their database's style: 5 × chance", 5 * chance),
-        goal(
-            with_neighbors,
-            "The same, above the prompt with the style in words",
-            f"> {baseline:.3f}",
-            numbers[with_neighbors] > baseline,
-        ),
-        goal(
-            without,
-            "The same prompts without neighbors: about chance",
-            f"≤ {ABOUT_CHANCE * chance:g}",
-            numbers[without] <= ABOUT_CHANCE * chance,
-        ),
-        goal(
-            low,
-            "Lower end of the 95% interval with neighbors, above the upper end without",
-            f"> {high:.3f}",
-            numbers[low] > high,
-        ),
+        at_least(accuracy, "Samples classified as their database's style: 5 × chance", 5 * chance),
+        above(accuracy, "The same, above naming the style in the prompt", numbers["style_accuracy_suffix"]),
+        at_most("style_accuracy_no_neighbors", "Without neighbors: about chance", ABOUT_CHANCE * chance),
+        above("style_accuracy_retrieval_low", low_end, numbers["style_accuracy_no_neighbors_high"]),
     ]
 
 
@@ -184,7 +172,7 @@ def text_recall(demo: Demo, ks: Sequence[int]) -> dict[int, float]:
     encoder = Encoder(demo.clip)
     paths = gallery["path"]
     pictures = [
-        encoder.encode_images([_open(demo.world, path) for path in paths[i : i + BATCH_SIZE]])
+        encoder.encode_images([open_picture(demo.world, path) for path in paths[i : i + BATCH_SIZE]])
         for i in range(0, len(paths), BATCH_SIZE)
     ]
     return recall_at(encoder.encode_texts(gallery["caption"]), np.concatenate(pictures), ks)
@@ -221,6 +209,7 @@ def _order(step: str) -> tuple[int, str]:
     return (STEPS.index(step) if step in STEPS else len(STEPS), step)
 
 
-def _open(root: Root, name: str) -> Image.Image:
+def open_picture(root: Root, name: str) -> Image.Image:
+    """A picture file below the root as RGB."""
     with root.open(name) as file, Image.open(file) as picture:
         return picture.convert("RGB")

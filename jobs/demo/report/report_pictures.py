@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
-from jobs.demo.report.numbers import Demo
+from jobs.demo.report.numbers import Demo, open_picture
 from retrieval.storage import schema
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
@@ -101,7 +101,7 @@ def samples(demo: Demo, count: int) -> list[PictureWithNeighbors]:
         folder = _style_folder(demo.world, column)
         neighbors = tuple(
             ReportPicture(
-                src=thumb(_open(demo.world, f"{folder}/{neighbor['url'].split('/', 1)[1]}")),
+                src=thumb(open_picture(demo.world, f"{folder}/{neighbor['url'].split('/', 1)[1]}")),
                 caption=neighbor["caption"],
                 url=neighbor["url"],
                 similarity=neighbor["similarity"],
@@ -149,7 +149,7 @@ def _sample(demo: Demo, column: str, number: int) -> tuple[ReportPicture, dict[s
     path = f"runs/{demo.name}/sample/{column}/{number:04d}-00"
     record = demo.root.read_json(f"{path}.json")
     caption = f"{record['prompt']}, with neighbors from {style_words(column)}"
-    return ReportPicture(thumb(_open(demo.root, f"{path}.png")), caption), record
+    return ReportPicture(thumb(open_picture(demo.root, f"{path}.png")), caption), record
 
 
 def _style_folder(world: Root, column: str) -> str:
@@ -199,8 +199,3 @@ def _members(path: str, keys: Container[str]) -> Iterator[tuple[str, bytes]]:
             key, _, suffix = member.name.partition(".")
             if suffix == "jpg" and key in keys and (file := tar.extractfile(member)):
                 yield key, file.read()
-
-
-def _open(root: Root, name: str) -> Image.Image:
-    with root.open(name) as file, Image.open(file) as picture:
-        return picture.convert("RGB")
