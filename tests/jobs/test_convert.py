@@ -50,7 +50,7 @@ def test_an_error_ends_the_command_with_code_2_and_its_message(
     torn = recipe.parent / "torn.ckpt"
     torn.write_bytes(b"torn")
     for options, message in (
-        (["--from", str(torn), "--set", "train.name=other"], f"error: {torn} is no torch file"),
+        (["--from", str(torn), "--set", "train.name=other"], f"error: {torn} is not a torch file"),
         (["--to", str(recipe.parent / "x"), "--set", "train.name=none"], "error: .*none/train"),
         ([], "one of the arguments --from --to is required"),
     ):
