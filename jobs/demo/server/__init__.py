@@ -7,6 +7,4 @@ from retrieval.lazy import public_names
 if TYPE_CHECKING:
     from jobs.demo.server.server import WorldServer
 
-__all__ = ["WorldServer"]
-
-__getattr__ = public_names(__name__, {"WorldServer": "server"})
+__getattr__ = public_names(__name__, {"server": "WorldServer"})

@@ -7,6 +7,4 @@ from retrieval.lazy import public_names
 if TYPE_CHECKING:
     from jobs.demo.world.world import write_world
 
-__all__ = ["write_world"]
-
-__getattr__ = public_names(__name__, {"write_world": "world"})
+__getattr__ = public_names(__name__, {"world": "write_world"})

@@ -175,7 +175,7 @@ def test_a_training_that_cannot_run_is_refused_before_any_rank_starts(
         training_set / "recipe.toml", ["train.name=other", "train.keep_checkpoints=10000000000"]
     )
     with pytest.raises(
-        UserError, match=r"checkpoints of 0.02 GB and the model take .* GB are free. Make room"
+        UserError, match=r"checkpoints of 0.02 GB and the model need .* GB are free. Free disk space"
     ):
         run(load_recipe(huge.path, [*huge.overrides, "train.steps=10000000000"]))
 
