@@ -180,7 +180,7 @@ def test_a_database_of_another_encoder_is_refused_before_pictures_are_deleted(fr
     before = written(root)
     write_style_database(root, "databases/foreign", Encoder(write_clip(tmp_path / "clip", seed=5)), ["green"])
     try:
-        with pytest.raises(UserError, match="was built by"):
+        with pytest.raises(UserError, match="was built with"):
             sample(fresh, databases=("green", "foreign"))
     finally:
         root.delete("databases/foreign")

@@ -201,7 +201,7 @@ def test_a_database_of_another_encoder_is_refused(tiny, sampler, tmp_path):
     other = Encoder(write_clip(tmp_path / "clip", seed=5))
     write_style_database(tiny[0], "databases/foreign", other, ["green"])
     try:
-        with pytest.raises(UserError, match="was built by"):
+        with pytest.raises(UserError, match="was built with"):
             sampler.sample([request(database="foreign")])
     finally:
         tiny[0].delete("databases/foreign")
