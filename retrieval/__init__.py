@@ -12,14 +12,11 @@ if TYPE_CHECKING:
     from retrieval.imports.importer import build_database
     from retrieval.index.effort import Effort
 
-__all__ = ["Database", "Effort", "EncoderIdentity", "Neighbors", "Root", "UserError", "build_database"]
-
 __getattr__ = public_names(
     __name__,
     {
-        "Database": "database.database",
-        "Effort": "index.effort",
-        "Neighbors": "database.database",
-        "build_database": "imports.importer",
+        "database.database": "Database Neighbors",
+        "imports.importer": "build_database",
+        "index.effort": "Effort",
     },
 )

@@ -12,17 +12,18 @@ from retrieval.extras import extras_named
 def public_names(package: str, modules: dict[str, str]) -> Callable[[str], object]:
     """A `__getattr__` for the `__init__.py` of a package.
 
-    modules: the module of each public name, relative to the package. The returned function raises UserError
-    for a name that needs a library of an extra that is not installed.
+    modules: for each module, relative to the package, its public names with blanks between them. The returned
+    function raises UserError for a name that needs a library of an extra that is not installed.
 
-    >>> public_names("retrieval", {"UserError": "errors"})("UserError").__name__
+    >>> public_names("retrieval", {"errors": "UserError"})("UserError").__name__
     'UserError'
     """
+    module_of = {name: module for module, names in modules.items() for name in names.split()}
 
     def load(name: str) -> object:
-        if name not in modules:
+        if name not in module_of:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         with extras_named():
-            return getattr(import_module(f"{package}.{modules[name]}"), name)
+            return getattr(import_module(f"{package}.{module_of[name]}"), name)
 
     return load

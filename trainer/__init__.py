@@ -11,6 +11,4 @@ from retrieval.lazy import public_names
 if TYPE_CHECKING:
     from trainer.sampling.sampler import Sampler
 
-__all__ = ["Sampler"]
-
-__getattr__ = public_names(__name__, {"Sampler": "sampling.sampler"})
+__getattr__ = public_names(__name__, {"sampling.sampler": "Sampler"})

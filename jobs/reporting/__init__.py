@@ -5,5 +5,3 @@ Used by the demo's report and by the report of the paper's experiments.
 
 from jobs.reporting.hardware import hardware
 from jobs.reporting.page import render
-
-__all__ = ["hardware", "render"]

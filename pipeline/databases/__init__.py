@@ -11,6 +11,4 @@ if TYPE_CHECKING:
     from pipeline.databases.database import run, run_all
     from pipeline.databases.sources import PictureSource
 
-__all__ = ["PictureSource", "run", "run_all"]
-
-__getattr__ = public_names(__name__, {"PictureSource": "sources", "run": "database", "run_all": "database"})
+__getattr__ = public_names(__name__, {"database": "run run_all", "sources": "PictureSource"})

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from pipeline.download.retry import ShardRetry
     from pipeline.download.shard_download import ShardDownload
 
-__all__ = ["ShardDownload", "ShardRetry", "run"]
-
 __getattr__ = public_names(
-    __name__, {"ShardDownload": "shard_download", "ShardRetry": "retry", "run": "download"}
+    __name__, {"download": "run", "retry": "ShardRetry", "shard_download": "ShardDownload"}
 )

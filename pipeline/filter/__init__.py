@@ -10,6 +10,4 @@ from retrieval.lazy import public_names
 if TYPE_CHECKING:
     from pipeline.filter.filter import run
 
-__all__ = ["run"]
-
-__getattr__ = public_names(__name__, {"run": "filter"})
+__getattr__ = public_names(__name__, {"filter": "run"})

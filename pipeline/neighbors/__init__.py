@@ -11,9 +11,4 @@ if TYPE_CHECKING:
     from pipeline.neighbors.neighbors import neighbors_stage, run
     from pipeline.neighbors.refill import refill_work
 
-__all__ = ["neighbors_stage", "refill_work", "run"]
-
-__getattr__ = public_names(
-    __name__,
-    {"neighbors_stage": "neighbors", "refill_work": "refill", "run": "neighbors"},
-)
+__getattr__ = public_names(__name__, {"neighbors": "neighbors_stage run", "refill": "refill_work"})

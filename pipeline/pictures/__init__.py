@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from pipeline.pictures.picture import Picture, PictureError, encode_jpeg, prepare
     from pipeline.pictures.tars import sample_key, tar_writer
 
-__all__ = ["Picture", "PictureError", "encode_jpeg", "prepare", "sample_key", "tar_writer"]
-
 __getattr__ = public_names(
     __name__,
     dict.fromkeys(("Picture", "PictureError", "encode_jpeg", "prepare"), "picture")

@@ -11,8 +11,4 @@ if TYPE_CHECKING:
     from pipeline.runtime.runner import ShardError, Workers, run_shards
     from pipeline.runtime.stage import Stage
 
-__all__ = ["ShardError", "Stage", "Workers", "run_shards"]
-
-__getattr__ = public_names(
-    __name__, {"ShardError": "runner", "Stage": "stage", "Workers": "runner", "run_shards": "runner"}
-)
+__getattr__ = public_names(__name__, {"runner": "ShardError Workers run_shards", "stage": "Stage"})

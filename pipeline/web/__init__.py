@@ -5,15 +5,3 @@ from pipeline.web.fetch import Fetcher, FetchSettings
 from pipeline.web.fetch_error import FetchError
 from pipeline.web.host_queue import FetchRequest, HostLimits, HostQueue
 from pipeline.web.urls import canonical_url
-
-__all__ = [
-    "Blocklist",
-    "FetchError",
-    "FetchRequest",
-    "FetchSettings",
-    "Fetcher",
-    "HostLimits",
-    "HostQueue",
-    "canonical_url",
-    "read_blocklist",
-]

@@ -4,5 +4,3 @@ Users call `main`; notebooks draw contact sheets.
 """
 
 from retrieval.cli.contact_sheet import draw_contact_sheet, query_results, write_contact_sheet
-
-__all__ = ["draw_contact_sheet", "query_results", "write_contact_sheet"]

@@ -11,6 +11,4 @@ from retrieval.lazy import public_names
 if TYPE_CHECKING:
     from retrieval.clip.encoder import Encoder
 
-__all__ = ["Encoder", "EncoderIdentity"]
-
-__getattr__ = public_names(__name__, {"Encoder": "encoder"})
+__getattr__ = public_names(__name__, {"encoder": "Encoder"})

@@ -11,8 +11,4 @@ if TYPE_CHECKING:
     from retrieval.cluster.cluster import Cluster, ClusterConfig
     from retrieval.cluster.connection import ray_connection
 
-__all__ = ["Cluster", "ClusterConfig", "ray_connection"]
-
-__getattr__ = public_names(
-    __name__, {"Cluster": "cluster", "ClusterConfig": "cluster", "ray_connection": "connection"}
-)
+__getattr__ = public_names(__name__, {"cluster": "Cluster ClusterConfig", "connection": "ray_connection"})

@@ -10,27 +10,12 @@ if TYPE_CHECKING:
     from retrieval.database.database import Database, Neighbors
     from retrieval.database.verify import RecallSample, damaged_files, measure_recall
 
-__all__ = [
-    "Database",
-    "DatabaseIdentity",
-    "Neighbors",
-    "RecallSample",
-    "damaged_files",
-    "measure_recall",
-    "recalibrate",
-    "write_database",
-]
-
 __getattr__ = public_names(
     __name__,
     {
-        "Database": "database",
-        "DatabaseIdentity": "build",
-        "Neighbors": "database",
-        "RecallSample": "verify",
-        "damaged_files": "verify",
-        "measure_recall": "verify",
-        "recalibrate": "calibration",
-        "write_database": "build",
+        "build": "DatabaseIdentity write_database",
+        "calibration": "recalibrate",
+        "database": "Database Neighbors",
+        "verify": "RecallSample damaged_files measure_recall",
     },
 )

@@ -12,6 +12,4 @@ from retrieval.lazy import public_names
 if TYPE_CHECKING:
     from retrieval.index.partition import Partition
 
-__all__ = ["Effort", "Partition", "hidden_ids", "hide"]
-
-__getattr__ = public_names(__name__, {"Partition": "partition"})
+__getattr__ = public_names(__name__, {"partition": "Partition"})

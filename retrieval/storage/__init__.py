@@ -2,5 +2,3 @@
 
 from retrieval.storage.manifest import Manifest, read_manifest
 from retrieval.storage.root import FileRecord, Root
-
-__all__ = ["FileRecord", "Manifest", "Root", "read_manifest"]

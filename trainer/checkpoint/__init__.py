@@ -8,14 +8,6 @@ if TYPE_CHECKING:
     from trainer.checkpoint.checkpoint import CheckpointFolder
     from trainer.checkpoint.export import FinishedRun, publish_run, read_model_weights
 
-__all__ = ["CheckpointFolder", "FinishedRun", "publish_run", "read_model_weights"]
-
 __getattr__ = public_names(
-    __name__,
-    {
-        "CheckpointFolder": "checkpoint",
-        "FinishedRun": "export",
-        "publish_run": "export",
-        "read_model_weights": "export",
-    },
+    __name__, {"checkpoint": "CheckpointFolder", "export": "FinishedRun publish_run read_model_weights"}
 )

@@ -11,8 +11,4 @@ if TYPE_CHECKING:
     from trainer.data.loader import Loader, TrainingBatch
     from trainer.data.plan import TrainingPlan, make_plan
 
-__all__ = ["Loader", "TrainingBatch", "TrainingPlan", "make_plan"]
-
-__getattr__ = public_names(
-    __name__, {"Loader": "loader", "TrainingBatch": "loader", "TrainingPlan": "plan", "make_plan": "plan"}
-)
+__getattr__ = public_names(__name__, {"loader": "Loader TrainingBatch", "plan": "TrainingPlan make_plan"})

@@ -8,14 +8,6 @@ if TYPE_CHECKING:
     from trainer.engine.deepspeed_engine import Ranks, join_ranks, make_engine
     from trainer.engine.ema import MovingAverage
 
-__all__ = ["MovingAverage", "Ranks", "join_ranks", "make_engine"]
-
 __getattr__ = public_names(
-    __name__,
-    {
-        "MovingAverage": "ema",
-        "Ranks": "deepspeed_engine",
-        "join_ranks": "deepspeed_engine",
-        "make_engine": "deepspeed_engine",
-    },
+    __name__, {"deepspeed_engine": "Ranks join_ranks make_engine", "ema": "MovingAverage"}
 )

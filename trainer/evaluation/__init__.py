@@ -11,14 +11,6 @@ if TYPE_CHECKING:
     from trainer.evaluation.classifier import StyleClassifier, TrainedClassifier
     from trainer.evaluation.recipe import ClassifierConfig, EvaluateConfig
 
-__all__ = ["ClassifierConfig", "EvaluateConfig", "StyleClassifier", "TrainedClassifier"]
-
 __getattr__ = public_names(
-    __name__,
-    {
-        "ClassifierConfig": "recipe",
-        "EvaluateConfig": "recipe",
-        "StyleClassifier": "classifier",
-        "TrainedClassifier": "classifier",
-    },
+    __name__, {"classifier": "StyleClassifier TrainedClassifier", "recipe": "ClassifierConfig EvaluateConfig"}
 )

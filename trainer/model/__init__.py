@@ -9,8 +9,6 @@ if TYPE_CHECKING:
     from trainer.model.context import make_context
     from trainer.model.unet import build_unet
 
-__all__ = ["Autoencoder", "build_unet", "make_context"]
-
 __getattr__ = public_names(
-    __name__, {"Autoencoder": "autoencoder", "build_unet": "unet", "make_context": "context"}
+    __name__, {"autoencoder": "Autoencoder", "context": "make_context", "unet": "build_unet"}
 )

@@ -11,6 +11,4 @@ if TYPE_CHECKING:
     from trainer.released.diffusers_folder import write_folder
     from trainer.released.import_run import import_model
 
-__all__ = ["import_model", "write_folder"]
-
-__getattr__ = public_names(__name__, {"import_model": "import_run", "write_folder": "diffusers_folder"})
+__getattr__ = public_names(__name__, {"diffusers_folder": "write_folder", "import_run": "import_model"})

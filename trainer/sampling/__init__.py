@@ -12,27 +12,11 @@ if TYPE_CHECKING:
     from trainer.sampling.request import ImageQuery, Neighbor, Request, Sample
     from trainer.sampling.sampler import Sampler, TrainedModel
 
-__all__ = [
-    "ComputeConfig",
-    "ImageQuery",
-    "Neighbor",
-    "Request",
-    "Sample",
-    "SampleConfig",
-    "Sampler",
-    "TrainedModel",
-]
-
 __getattr__ = public_names(
     __name__,
     {
-        "ComputeConfig": "recipe",
-        "ImageQuery": "request",
-        "Neighbor": "request",
-        "Request": "request",
-        "Sample": "request",
-        "SampleConfig": "recipe",
-        "Sampler": "sampler",
-        "TrainedModel": "sampler",
+        "recipe": "ComputeConfig SampleConfig",
+        "request": "ImageQuery Neighbor Request Sample",
+        "sampler": "Sampler TrainedModel",
     },
 )

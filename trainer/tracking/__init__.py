@@ -8,14 +8,6 @@ if TYPE_CHECKING:
     from trainer.tracking.flops import training_flops
     from trainer.tracking.training_log import StepMetrics, TrainingLog, read_step_metrics
 
-__all__ = ["StepMetrics", "TrainingLog", "read_step_metrics", "training_flops"]
-
 __getattr__ = public_names(
-    __name__,
-    {
-        "StepMetrics": "training_log",
-        "TrainingLog": "training_log",
-        "read_step_metrics": "training_log",
-        "training_flops": "flops",
-    },
+    __name__, {"flops": "training_flops", "training_log": "StepMetrics TrainingLog read_step_metrics"}
 )

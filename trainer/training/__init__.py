@@ -7,6 +7,4 @@ from retrieval.lazy import public_names
 if TYPE_CHECKING:
     from trainer.training.train import prepare, run
 
-__all__ = ["prepare", "run"]
-
-__getattr__ = public_names(__name__, {"prepare": "train", "run": "train"})
+__getattr__ = public_names(__name__, {"train": "prepare run"})

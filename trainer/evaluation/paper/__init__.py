@@ -11,6 +11,4 @@ from trainer.evaluation.paper.recipe import PaperConfig
 if TYPE_CHECKING:
     from trainer.evaluation.paper.experiments import ModelUnderTest
 
-__all__ = ["ModelUnderTest", "PaperConfig"]
-
-__getattr__ = public_names(__name__, {"ModelUnderTest": "experiments"})
+__getattr__ = public_names(__name__, {"experiments": "ModelUnderTest"})
