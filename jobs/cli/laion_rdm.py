@@ -24,7 +24,7 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Command:
-    """A command. module: has `main(argv)`; extra: what to install for it, empty for the core."""
+    """A command. module: has `main(argv)`; extra: what it needs besides the core."""
 
     module: str
     extra: str
@@ -44,8 +44,7 @@ DATABASE_COMMANDS = {
 
 GROUPS: dict[str, dict[str, Command]] = {
     "search a database": {
-        name: Command("retrieval.cli.commands", "clip" if name == "search" else "", about)
-        for name, about in DATABASE_COMMANDS.items()
+        name: Command("retrieval.cli.commands", "", about) for name, about in DATABASE_COMMANDS.items()
     },
     "stages of a recipe, in order": {
         "filter": Command("jobs.filter", "pipeline", "select images from metadata"),
