@@ -74,8 +74,8 @@ def calibration(data: BenchmarkData) -> list[dict[str, Any]]:
     with WorkerProcess(DATABASE, data) as worker:
         worker.open()
         for target in TARGETS:
-            for query_kind, stream in (("images", "images"), ("images", "texts"), ("texts", "texts")):
-                effort = worker.call("effort", recall=target, query_kind=query_kind)["effort"]
+            for like, stream in (("images", "images"), ("images", "texts"), ("texts", "texts")):
+                effort = worker.call("effort", recall=target, like=like)["effort"]
                 answer = worker.call(
                     "measure", mode="batch", k=K, effort=effort, stream=stream, count=NUM_QUERIES
                 )
@@ -83,7 +83,7 @@ def calibration(data: BenchmarkData) -> list[dict[str, Any]]:
                 rows.append(
                     {
                         "target": target,
-                        "calibrated_on": query_kind,
+                        "calibrated_on": like,
                         "queries": stream,
                         "effort": effort,
                         "recall": round(answer["recall"], 4),

@@ -38,8 +38,6 @@ class Encoder:
             dim=self.encode_texts(["a"]).shape[1],
         )
 
-
-
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> npt.NDArray[np.float32]:
         """Unit vectors of texts, (n, dim) float32. Texts longer than the model's context are truncated."""

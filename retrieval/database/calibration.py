@@ -55,18 +55,18 @@ def calibrate(database: Database, num_queries: int, seed: int) -> list[dict[str,
     return _calibration(database, database.rows_at(query_positions)[1], query_positions)
 
 
-def recalibrate(root: Root, queries: npt.ArrayLike, query_kind: str) -> list[dict[str, Any]]:
+def recalibrate(root: Root, queries: npt.ArrayLike, like: str) -> list[dict[str, Any]]:
     """Calibrate with these queries, (n, dim), and store the result in the manifest of the database at a root.
 
-    query_kind: "texts" or "images". Raises UserError for another kind and for unusable queries.
+    like: "texts" or "images". Raises UserError for another kind and for unusable queries.
     """
-    if query_kind not in QUERY_KINDS:
-        raise UserError(f"query_kind must be one of {', '.join(QUERY_KINDS)}, got {query_kind!r}")
+    if like not in QUERY_KINDS:
+        raise UserError(f"like must be one of {', '.join(QUERY_KINDS)}, got {like!r}")
     database = Database.open(root)
     units = database.unit_queries(queries, K)
     entries = _calibration(database, units, np.full(len(units), -1))
     manifest = read_manifest(root, "")
-    calibration = {**manifest.values["calibration"], query_kind: entries}
+    calibration = {**manifest.values["calibration"], like: entries}
     updated = replace(manifest, values={**manifest.values, "calibration": calibration})
     root.write_json("manifest.json", asdict(updated))
     return entries

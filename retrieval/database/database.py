@@ -149,16 +149,16 @@ class Database:
                 f"(weights {identity.weights}). Set [clip] to the former, or build the database again."
             )
 
-    def effort(self, recall: float, query_kind: str = "images") -> Effort:
+    def effort(self, recall: float, like: str = "images") -> Effort:
         """The cheapest effort that reached a recall when this database was calibrated.
 
-        query_kind: "images" or "texts". Without a calibration for texts, twice the partitions and lists of
+        like: "images" or "texts". Without a calibration for texts, twice the partitions and lists of
         the effort for images.
         """
-        if query_kind not in QUERY_KINDS:
-            raise UserError(f"query_kind must be one of {', '.join(QUERY_KINDS)}, got {query_kind!r}")
-        if query_kind in self._calibration:
-            return cheapest_effort(self._calibration[query_kind], recall)
+        if like not in QUERY_KINDS:
+            raise UserError(f"like must be one of {', '.join(QUERY_KINDS)}, got {like!r}")
+        if like in self._calibration:
+            return cheapest_effort(self._calibration[like], recall)
         effort = cheapest_effort(self._calibration["images"], recall)
         partitions = min(2 * effort.partitions_per_query, len(self.partitions))
         return Effort(partitions, 2 * effort.lists_per_partition, effort.candidates_per_result)

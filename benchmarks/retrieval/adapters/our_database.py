@@ -53,9 +53,9 @@ class OurDatabase(SearchAdapter):
         settings = Effort(*effort)
         return lambda queries: self.database.search(queries, k, effort=settings).ids
 
-    def effort(self, recall: float, query_kind: str) -> tuple[int, ...]:
+    def effort(self, recall: float, like: str) -> tuple[int, ...]:
         """The effort that the calibration in the manifest selects for a recall."""
-        effort = self.database.effort(recall, query_kind=query_kind)
+        effort = self.database.effort(recall, like=like)
         return effort.partitions_per_query, effort.lists_per_partition, effort.candidates_per_result
 
 

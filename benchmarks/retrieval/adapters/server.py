@@ -89,9 +89,9 @@ class AdapterServer:
         """Resident bytes: all, and pages of mapped files."""
         return {"bytes": resident("VmRSS"), "mapped_bytes": resident("RssFile")}
 
-    def effort(self, recall: float, query_kind: str) -> dict[str, Any]:
+    def effort(self, recall: float, like: str) -> dict[str, Any]:
         """The effort that the method's calibration selects for a recall."""
-        return {"effort": self._adapter.effort(recall, query_kind)}
+        return {"effort": self._adapter.effort(recall, like)}
 
     def close(self) -> dict[str, Any]:
         """Stop processes that the adapter started."""

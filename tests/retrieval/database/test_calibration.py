@@ -17,9 +17,9 @@ from tests.retrieval.conftest import DIM, brute_force, clustered, share_found
 Build = Callable[..., Database]
 
 
-def entries_of(database: Database, query_kind: str = "images") -> list[MeasuredEffort]:
+def entries_of(database: Database, like: str = "images") -> list[MeasuredEffort]:
     return [
-        MeasuredEffort.from_manifest(entry) for entry in database.manifest.values["calibration"][query_kind]
+        MeasuredEffort.from_manifest(entry) for entry in database.manifest.values["calibration"][like]
     ]
 
 
@@ -115,13 +115,13 @@ def test_the_numbers_of_an_effort_are_at_least_one(counts: tuple[int, int, int])
 
 def test_texts_get_a_larger_effort_after_recalibration(copy: Database) -> None:
     before = copy.effort(0.9)
-    uncalibrated = copy.effort(0.9, query_kind="texts")
+    uncalibrated = copy.effort(0.9, like="texts")
     assert uncalibrated.lists_per_partition > before.lists_per_partition
     entries = recalibrate(copy.root, texts(60, seed=3), "texts")
     reopened = Database.open(copy.root)
     assert [asdict(entry) for entry in entries_of(reopened, "texts")] == entries
     assert entries_of(reopened) == entries_of(copy)
-    larger = reopened.effort(0.9, query_kind="texts")
+    larger = reopened.effort(0.9, like="texts")
     assert larger in [entry.effort for entry in entries_of(reopened, "texts")]
     assert cost(reopened, larger) > cost(reopened, before)
     assert reopened.effort(0.9) == before
@@ -133,8 +133,8 @@ def test_the_effort_for_texts_reaches_the_recall_for_texts(copy: Database) -> No
     queries = texts(100, seed=4)
     true = brute_force(database.embeddings(), queries, K)
 
-    def recall_of_search(query_kind: str) -> float:
-        positions = database.search(queries, K, effort=database.effort(0.9, query_kind=query_kind)).positions
+    def recall_of_search(like: str) -> float:
+        positions = database.search(queries, K, effort=database.effort(0.9, like=like)).positions
         return share_found(true, positions)
 
     assert recall_of_search("images") < 0.85 < recall_of_search("texts")
@@ -159,7 +159,7 @@ def test_queries_of_an_unknown_kind_are_refused(copy: Database) -> None:
     with pytest.raises(UserError, match="images, texts"):
         recalibrate(copy.root, texts(5, seed=0), "sounds")
     with pytest.raises(UserError, match="images, texts"):
-        copy.effort(0.9, query_kind="sounds")
+        copy.effort(0.9, like="sounds")
 
 
 @pytest.mark.parametrize("queries", [np.zeros((3, DIM)), np.ones((3, DIM + 1)), np.full((3, DIM), np.nan)])
