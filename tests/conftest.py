@@ -1,4 +1,4 @@
-"""What tests of several packages share: one Ray for each process that runs tests, and the order of files."""
+"""Fixtures of all tests: one Ray for each test process, one tiny demo for all, and the order of the files."""
 
 import os
 from collections import Counter
@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-LONG = ("test_demo.py", "test_launching.py", "test_train.py", "test_monitoring.py")
+from tests.jobs.demo.tiny_demo import TinyDemo, run_once
+
+LONG = ("test_demo.py", "test_docs.py", "test_launching.py", "test_train.py", "test_monitoring.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,3 +37,11 @@ def ray_cluster() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny_demo(tmp_path_factory: pytest.TempPathFactory) -> TinyDemo:
+    """A complete run of the tiny demo, made once for all test processes. Tests must not change it."""
+    folder = tmp_path_factory.getbasetemp()
+    shared = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    return run_once(shared / "tiny-demo")

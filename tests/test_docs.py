@@ -1,4 +1,4 @@
-"""README and guides: links lead somewhere, commands exist, and every block that a small machine can run is run.
+"""README and guides: links and commands exist, and every block that a small machine can run is run.
 
 A block that cannot run here says why after its language, as in "shell (gpu)".
 """
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 
 from docs.generate import numbers, rooms
-from tests.jobs.demo.tiny_demo import TINY
+from tests.jobs.demo.tiny_demo import TINY, TinyDemo
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -72,7 +72,7 @@ def tiny_recipe() -> str:
 
 
 @pytest.fixture(scope="module")
-def checkout(tiny_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def checkout(tiny_demo: TinyDemo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A copy of the repository in which `make demo` has finished a tiny demo."""
     folder = tmp_path_factory.mktemp("checkout")
     tracked = subprocess.run(
@@ -88,7 +88,7 @@ def checkout(tiny_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
             shutil.copy2(REPOSITORY / name, folder / name)
     (folder / ".venv").symlink_to(sys.prefix)
     (folder / "jobs/configs/demo.toml").write_text(tiny_recipe())
-    shutil.copytree(tiny_demo, folder / "runs/demo")
+    shutil.copytree(tiny_demo.root, folder / "runs/demo")
     (folder / "runs/docs").mkdir()
     yield folder
     shutil.rmtree(folder)

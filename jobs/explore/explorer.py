@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from jobs.cli.explore_config import ExploreConfig
 from jobs.cli.recipe import Recipe
 from jobs.explore.api_models import SampleRequest, SearchRequest, decode_base64
-from jobs.cli.explore_config import ExploreConfig
 from jobs.explore.pictures import Pictures, decode_picture
 from jobs.explore.work_queue import WorkQueue
 from jobs.sample import trained_model

@@ -1,0 +1,1 @@
+"""`laion-rdm paper`: the paper's figures and measurements on a finished run, and their page."""

@@ -4,9 +4,7 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,38 +16,9 @@ from jobs.cli.recipe import load_recipe
 from jobs.demo.__main__ import run as run_demo
 from retrieval import Database, Root
 from retrieval.storage.manifest import read_manifest
+from tests.jobs.demo.tiny_demo import DEMO, TinyDemo, command, overrides
 from tests.pipeline.shards_in_process import shards_in_process
 
-DEMO = Path(__file__).resolve().parents[3] / "jobs/configs/demo.toml"
-TINY = {
-    "world.num_train": 40,
-    "world.num_database": 160,
-    "world.num_per_style": 12,
-    "world.num_held_out": 40,
-    "clip_training.num_scenes": 1000,
-    "clip_training.num_test_scenes": 20,
-    "clip_training.steps": 30,
-    "clip_training.batch_size": 32,
-    "neighbors.near_copy_similarity": 0.9995,
-    "autoencoder_training.num_scenes": 200,
-    "autoencoder_training.steps": 6,
-    "filter.rows_per_shard": 20,
-    "download.deadline_s": 3.0,
-    "index.rows_per_partition": 60,
-    "model.channels": "[32, 32]",
-    "latents.views": 2,
-    "train.steps": 6,
-    "train.warmup_steps": 2,
-    "train.checkpoint_every": 3,
-    "train.log_every": 2,
-    "train.validation_images": 8,
-    "train.validate_every": 3,
-    "train.preview_every": 6,
-    "sample.steps": 3,
-    "sample.databases": '["mosaic", "index"]',
-    "evaluate.steps": 2,
-    "evaluate.samples_per_style": 4,
-}
 STAGES = {
     "filter": filter,
     "download": download,
@@ -72,42 +41,16 @@ REPORTED = (
 )
 
 
-def overrides(root: Path, port: int) -> list[str]:
-    """Overrides that move the demo's recipe to another root and make it tiny."""
-    paths = {
-        "root": str(root),
-        "world.port": port,
-        "clip.model": f"local-dir:{root}/clip",
-        "filter.metadata": f"{root}/world/metadata",
-        "autoencoder.path": f"{root}/autoencoder",
-        "evaluate.prompts_file": f"{root}/prompts.txt",
-    }
-    return [f"{key}={value}" for key, value in (paths | TINY).items()]
-
-
-def command(module: str, root: Path, port: int) -> list[str]:
-    """The command line of a command with the tiny recipe."""
-    settings = [word for override in overrides(root, port) for word in ("--set", override)]
-    return [sys.executable, "-m", f"jobs.{module}", str(DEMO), *settings]
+@pytest.fixture(scope="module")
+def free_port(tiny_demo: TinyDemo) -> int:
+    """The port of the demo's server. All URLs and image ids depend on it."""
+    return tiny_demo.port
 
 
 @pytest.fixture(scope="module")
-def free_port() -> int:
-    """A port for the demo's server. All URLs and image ids depend on it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
-def demo_root(tmp_path_factory: pytest.TempPathFactory, free_port: int) -> Path:
+def demo_root(tiny_demo: TinyDemo) -> Path:
     """The root of a complete demo run."""
-    root = tmp_path_factory.mktemp("demo") / "run"
-    done = subprocess.run(command("demo", root, free_port), capture_output=True, text=True, check=False)
-    # code 1: the report is written, and the model, trained for six steps, misses its goals
-    assert done.returncode == 1, done.stderr[-4000:]
-    assert "report.html" in done.stdout
-    return root
+    return tiny_demo.root
 
 
 def test_the_demo_writes_a_report_with_every_number(demo_root: Path) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 from fastapi import FastAPI
 from PIL import Image
 
-from jobs.explore.__main__ import make_app
 from jobs.cli.explore_config import ExploreConfig
+from jobs.explore.__main__ import make_app
 from jobs.explore.explorer import Explorer
 from pipeline.pictures.tars import sample_key, tar_writer
 from retrieval.storage import schema

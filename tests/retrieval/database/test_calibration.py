@@ -18,9 +18,7 @@ Build = Callable[..., Database]
 
 
 def entries_of(database: Database, like: str = "images") -> list[MeasuredEffort]:
-    return [
-        MeasuredEffort.from_manifest(entry) for entry in database.manifest.values["calibration"][like]
-    ]
+    return [MeasuredEffort.from_manifest(entry) for entry in database.manifest.values["calibration"][like]]
 
 
 def texts(rows: int, seed: int) -> Vectors:

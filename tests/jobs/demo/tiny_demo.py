@@ -1,0 +1,88 @@
+"""A tiny recipe of the demo, and one complete run of it for all test processes."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from filelock import FileLock
+
+DEMO = Path(__file__).resolve().parents[3] / "jobs/configs/demo.toml"
+TINY = {
+    "world.num_train": 40,
+    "world.num_database": 160,
+    "world.num_per_style": 12,
+    "world.num_held_out": 40,
+    "clip_training.num_scenes": 1000,
+    "clip_training.num_test_scenes": 20,
+    "clip_training.steps": 30,
+    "clip_training.batch_size": 32,
+    "neighbors.near_copy_similarity": 0.9995,
+    "autoencoder_training.num_scenes": 200,
+    "autoencoder_training.steps": 6,
+    "filter.rows_per_shard": 20,
+    "download.deadline_s": 3.0,
+    "index.rows_per_partition": 60,
+    "model.channels": "[32, 32]",
+    "latents.views": 2,
+    "train.steps": 6,
+    "train.warmup_steps": 2,
+    "train.checkpoint_every": 3,
+    "train.log_every": 2,
+    "train.validation_images": 8,
+    "train.validate_every": 3,
+    "train.preview_every": 6,
+    "sample.steps": 3,
+    "sample.databases": '["mosaic", "index"]',
+    "evaluate.steps": 2,
+    "evaluate.samples_per_style": 4,
+}
+
+
+class TinyDemo(NamedTuple):
+    """A complete run."""
+
+    root: Path
+    port: int
+    """Port of the demo's server. All URLs and image ids depend on it."""
+
+
+def overrides(root: Path, port: int) -> list[str]:
+    """Overrides that move the demo's recipe to another root and make it tiny."""
+    paths = {
+        "root": str(root),
+        "world.port": port,
+        "clip.model": f"local-dir:{root}/clip",
+        "filter.metadata": f"{root}/world/metadata",
+        "autoencoder.path": f"{root}/autoencoder",
+        "evaluate.prompts_file": f"{root}/prompts.txt",
+    }
+    return [f"{key}={value}" for key, value in (paths | TINY).items()]
+
+
+def command(module: str, root: Path, port: int) -> list[str]:
+    """The command line of a command with the tiny recipe."""
+    settings = [word for override in overrides(root, port) for word in ("--set", override)]
+    return [sys.executable, "-m", f"jobs.{module}", str(DEMO), *settings]
+
+
+def run_once(folder: Path) -> TinyDemo:
+    """The run in a folder that all test processes share. The first process makes it, the others wait."""
+    root, port_file = folder / "run", folder / "port"
+    with FileLock(f"{folder}.lock"):
+        if not port_file.exists():
+            folder.mkdir()
+            port = _free_port()
+            done = subprocess.run(command("demo", root, port), capture_output=True, text=True, check=False)
+            # code 1: the report is written, and the model, trained for six steps, misses its goals
+            assert done.returncode == 1, done.stderr[-4000:]
+            assert "report.html" in done.stdout
+            port_file.write_text(str(port))
+    return TinyDemo(root, int(port_file.read_text()))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
