@@ -1,0 +1,1 @@
+"""Commands: one module per stage and command, recipes, launchers, the demo and the page."""
