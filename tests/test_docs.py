@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pytest
 
 from docs.generate import numbers, rooms
+from tests.checkout import copy_checkout
 from tests.jobs.demo.tiny_demo import TINY, TinyDemo
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -74,18 +75,7 @@ def tiny_recipe() -> str:
 @pytest.fixture(scope="module")
 def checkout(tiny_demo: TinyDemo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A copy of the repository in which `make demo` has finished a tiny demo."""
-    folder = tmp_path_factory.mktemp("checkout")
-    tracked = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.splitlines()
-    for name in tracked:
-        if (REPOSITORY / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(REPOSITORY / name, folder / name)
+    folder = copy_checkout(tmp_path_factory.mktemp("checkout"))
     (folder / ".venv").symlink_to(sys.prefix)
     (folder / "jobs/configs/demo.toml").write_text(tiny_recipe())
     shutil.copytree(tiny_demo.root, folder / "runs/demo")
