@@ -87,8 +87,7 @@ check: install ## lint, format, types, then all tests; CI runs this
 	$(BIN)/mypy
 	$(MAKE) test
 
-docs: install ## write the drawings of rooms and the numbers of README; DEMO=runs/demo takes a finished demo's numbers
-	$(if $(DEMO),cp $(DEMO)/report.json docs/demo.json)
+docs: install ## write the drawings of rooms and the numbers of README
 	$(BIN)/python -m docs.generate.rooms
 	$(BIN)/python -m docs.generate.numbers
 

@@ -1,6 +1,6 @@
 """Writes the headline numbers of README.md from the JSON files that the demo and the benchmarks committed.
 
-Reads `docs/{demo,paper,performance,download,crashes,step}.json`. `make docs` writes them; a test compares.
+Reads `docs/{paper,performance,download,crashes,step}.json`. `make docs` writes them; a test compares.
 """
 
 import json
@@ -36,15 +36,6 @@ def style_row() -> Row:
         "difference to naming the style in the prompt, with neighbors of the training database",
         f"{interval(accuracy)}; {interval(effect)}, {verdict}",
         "[paper](docs/paper.md)",
-    )
-
-
-def recall_row() -> Row:
-    numbers = load("demo")
-    return (
-        "recall@8 of the neighbor table against brute force; text-to-image recall@10",
-        f"{numbers['neighbor_recall_at_8']:.3f}; {numbers['text_recall_at_10']:.3f}",
-        "[demo](docs/demo.json)",
     )
 
 
@@ -95,7 +86,7 @@ def step_row() -> Row:
 
 def headline() -> str:
     """The table of README.md."""
-    rows = [style_row(), recall_row(), search_row(), download_row(), crash_row(), step_row()]
+    rows = [style_row(), search_row(), download_row(), crash_row(), step_row()]
     lines = ["| measured on two CPU cores | | page |", "|---|---|---|"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
