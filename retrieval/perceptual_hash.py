@@ -28,9 +28,7 @@ Hashes = npt.NDArray[np.int64]
 Bits = npt.NDArray[np.uint64]
 Mask = npt.NDArray[np.bool_]
 
-_COSINES = np.cos(np.pi / EDGE * np.outer(np.arange(1, FREQUENCIES + 1), np.arange(EDGE) + 0.5)).astype(
-    np.float32
-)
+_COSINES = np.cos(np.pi / EDGE * np.outer(np.arange(1, FREQUENCIES + 1), np.arange(EDGE) + 0.5)).astype(np.float32)
 _SINGLE_BIT_FLIPS = np.array([0, *(1 << bit for bit in range(16))])
 _HALVES = tuple(np.uint64(int(byte * 8, 16)) for byte in ("55", "33", "0F", "01"))
 
@@ -83,9 +81,7 @@ class PerceptualHashIndex:
         for band, (_, indexed, starts) in enumerate(self._bands):
             order, ordered, firsts = _sorted_by_band(queries, band)
             for key in np.flatnonzero(np.diff(firsts)):
-                candidates = np.concatenate(
-                    [indexed[starts[near] : starts[near + 1]] for near in key ^ flips]
-                )
+                candidates = np.concatenate([indexed[starts[near] : starts[near + 1]] for near in key ^ flips])
                 if len(candidates):
                     rows = slice(firsts[key], firsts[key + 1])
                     matches[order[rows]] |= _within(ordered[rows], candidates, max_distance)

@@ -36,11 +36,7 @@ def _search(parser: argparse.ArgumentParser) -> None:
     add("--recall", type=float, default=0.95, help="recall of the search, above 0 to 1 (default %(default)s)")
     add("--sheet", type=Path, metavar="FILE.png", help="draw the neighbors as a contact sheet")
     add(
-        "--pictures",
-        type=Path,
-        default=Path(),
-        metavar="FOLDER",
-        help="folder of the database's pictures, for --sheet",
+        "--pictures", type=Path, default=Path(), metavar="FOLDER", help="folder of the database's pictures, for --sheet"
     )
     add("--json", action="store_true", help="print JSON")
 

@@ -97,8 +97,7 @@ def _recall(database: Database) -> str:
     calibration = database.manifest.values["calibration"].get("images", [])
     entries = map(MeasuredEffort.from_manifest, calibration)
     return (
-        ", ".join(f"{entry.recall:.3f} (of {entry.k}, {entry.queries} queries)" for entry in entries)
-        or "not measured"
+        ", ".join(f"{entry.recall:.3f} (of {entry.k}, {entry.queries} queries)" for entry in entries) or "not measured"
     )
 
 

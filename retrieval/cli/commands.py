@@ -44,9 +44,7 @@ Arguments = argparse.Namespace
 def search(arguments: Arguments) -> int:
     """Search for texts, pictures or vectors; print the neighbors or draw them."""
     database = Database.open(arguments.database)
-    inputs = QueryInputs(
-        arguments.texts, arguments.image, arguments.vector, arguments.clip, arguments.pretrained
-    )
+    inputs = QueryInputs(arguments.texts, arguments.image, arguments.vector, arguments.clip, arguments.pretrained)
     names, vectors = encode_queries(inputs, database)
     results = query_results(names, database.search(vectors, arguments.k, recall=arguments.recall))
     if arguments.sheet:

@@ -141,7 +141,5 @@ def _font(size: int) -> Font:
     """DejaVu Sans of an installed matplotlib, which has more alphabets than Pillow's own font."""
     matplotlib = find_spec("matplotlib")
     if matplotlib and matplotlib.origin:
-        return ImageFont.truetype(
-            str(Path(matplotlib.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf"), size
-        )
+        return ImageFont.truetype(str(Path(matplotlib.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf"), size)
     return ImageFont.load_default(size)

@@ -57,9 +57,7 @@ def encode_queries(inputs: QueryInputs, database: Database) -> tuple[list[str], 
         raise UserError("nothing to search for: give a text, a picture or a vector")
     for rows in vectors:
         if rows.shape[1] != database.dim:
-            raise UserError(
-                f"a query has length {rows.shape[1]}; vectors of {database.root.url} have {database.dim}"
-            )
+            raise UserError(f"a query has length {rows.shape[1]}; vectors of {database.root.url} have {database.dim}")
     return names, np.concatenate(vectors)
 
 

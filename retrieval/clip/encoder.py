@@ -42,9 +42,7 @@ class Encoder:
     def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> npt.NDArray[np.float32]:
         """Unit vectors of texts, (n, dim) float32. Texts longer than the model's context are truncated."""
         rows = [
-            self._unit(
-                self._model.encode_text(self._tokenize(list(texts[i : i + batch_size])).to(self.device))
-            )
+            self._unit(self._model.encode_text(self._tokenize(list(texts[i : i + batch_size])).to(self.device)))
             for i in range(0, len(texts), batch_size)
         ]
         return np.concatenate(rows) if rows else np.empty((0, self.identity.dim), np.float32)
@@ -90,9 +88,7 @@ def _load(config: ClipConfig) -> tuple[Any, Any]:
 def _check_config(config: ClipConfig) -> None:
     """Raises UserError for settings that open_clip would accept but that give wrong vectors."""
     if not config.pretrained and not config.model.startswith("local-dir:"):
-        raise UserError(
-            f"[clip] model = {config.model!r} has no weights. Set pretrained: a tag ('openai') or a path."
-        )
+        raise UserError(f"[clip] model = {config.model!r} has no weights. Set pretrained: a tag ('openai') or a path.")
     if config.pretrained == "openai" and not config.model.endswith("-quickgelu"):
         raise UserError(
             f"[clip] model = {config.model!r} with 'openai' weights has the wrong activation: "

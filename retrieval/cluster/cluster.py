@@ -199,12 +199,7 @@ class Cluster:
         self._exits.close()
 
     def search(
-        self,
-        queries: npt.ArrayLike,
-        k: int,
-        recall: float = 0.95,
-        effort: Effort | None = None,
-        metadata: bool = False,
+        self, queries: npt.ArrayLike, k: int, recall: float = 0.95, effort: Effort | None = None, metadata: bool = False
     ) -> pa.Table:
         """The k rows most similar to each query (n, dim), as RESULT_SCHEMA.
 
@@ -215,12 +210,7 @@ class Cluster:
         return self._search(units, self._request(k, recall, effort, metadata))
 
     def submit(
-        self,
-        query: npt.ArrayLike,
-        k: int,
-        recall: float = 0.95,
-        effort: Effort | None = None,
-        metadata: bool = False,
+        self, query: npt.ArrayLike, k: int, recall: float = 0.95, effort: Effort | None = None, metadata: bool = False
     ) -> "Future[pa.Table]":
         """As `search`, for one query (dim,). Queries submitted at the same time are sent as a batch."""
         [unit] = self.database.unit_queries(np.asarray(query)[None], k)

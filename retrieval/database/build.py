@@ -132,10 +132,7 @@ def train_partition_centroids(sample: AnyVectors, config: IndexConfig, rows: int
 
 def manifest_values(encoder: EncoderIdentity, partitions: list[ShardRecord]) -> dict[str, object]:
     """The values that `Database.open` reads from the manifest, without the calibration."""
-    return {
-        "encoder": encoder.model_dump(mode="json"),
-        "rows": [record.rows for record in partitions],
-    }
+    return {"encoder": encoder.model_dump(mode="json"), "rows": [record.rows for record in partitions]}
 
 
 def _write_vectors(root: Root, name: str, rows: AnyVectors | npt.NDArray[np.int64]) -> FileRecord:

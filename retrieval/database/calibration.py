@@ -13,12 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrieval.database.database import Database
-from retrieval.database.recall import (
-    confidence_interval,
-    exact_search,
-    recall_per_query,
-    similarities_without,
-)
+from retrieval.database.recall import confidence_interval, exact_search, recall_per_query, similarities_without
 from retrieval.errors import UserError
 from retrieval.index.effort import QUERY_KINDS, Effort, MeasuredEffort
 from retrieval.index.inverted_lists import DIMENSIONS_PER_CODE
@@ -84,9 +79,7 @@ def _calibration(database: Database, units: Vectors, query_positions: Positions)
     while entries[-1].recall < ENOUGH and (efforts := _next_efforts(database, current.effort)):
         steps = [_measure(database, queries, effort) for effort in efforts]
         current_cost = cost(database, current.effort)
-        gains = [
-            (step.recall - current.recall) / (cost(database, step.effort) - current_cost) for step in steps
-        ]
+        gains = [(step.recall - current.recall) / (cost(database, step.effort) - current_cost) for step in steps]
         current = steps[int(np.argmax(gains))]
         if current.recall > entries[-1].recall:
             entries.append(current)

@@ -166,9 +166,7 @@ class Database:
     @cached_property
     def _calibration(self) -> dict[str, list[MeasuredEffort]]:
         calibration = self.manifest.values["calibration"]
-        return {
-            kind: [MeasuredEffort.from_manifest(entry) for entry in calibration[kind]] for kind in calibration
-        }
+        return {kind: [MeasuredEffort.from_manifest(entry) for entry in calibration[kind]] for kind in calibration}
 
     def search(
         self, queries: npt.ArrayLike, k: int, *, recall: float = 0.95, effort: Effort | None = None
@@ -227,12 +225,7 @@ class Database:
         return visits[:, : min(needed.max(initial=1), order.shape[1])]
 
     def search_partitions(
-        self,
-        units: Vectors,
-        k: int,
-        effort: Effort,
-        visits: Positions,
-        numbers: npt.ArrayLike | None = None,
+        self, units: Vectors, k: int, effort: Effort, visits: Positions, numbers: npt.ArrayLike | None = None
     ) -> tuple[Vectors, Positions]:
         """The k best rows in the visited partitions; numbers: only in these partitions (default: all).
 

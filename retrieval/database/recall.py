@@ -35,16 +35,12 @@ def exact_search(database: Database, queries: Vectors, k: int) -> tuple[Vectors,
             best, columns = faiss.knn(queries, block, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)
             best_positions = rows[columns] + database.first_position(number)
             similarities, positions = top_k(
-                np.concatenate([similarities, best], axis=1),
-                np.concatenate([positions, best_positions], axis=1),
-                k,
+                np.concatenate([similarities, best], axis=1), np.concatenate([positions, best_positions], axis=1), k
             )
     return similarities, positions
 
 
-def similarities_without(
-    similarities: Vectors, positions: Positions, query_positions: Positions, k: int
-) -> Vectors:
+def similarities_without(similarities: Vectors, positions: Positions, query_positions: Positions, k: int) -> Vectors:
     """The first k similarities of each query to other rows than itself, descending: (n, at most k).
 
     query_positions: (n,) position of each query in the database, -1 if it is not a row of the database.

@@ -26,9 +26,7 @@ RESULT_SCHEMA = pa.schema(
 inner product in [-1, 1], row number in the database."""
 
 
-def result_table(
-    similarities: Vectors, positions: Positions, ids: Ids, metadata: pa.Table | None = None
-) -> pa.Table:
+def result_table(similarities: Vectors, positions: Positions, ids: Ids, metadata: pa.Table | None = None) -> pa.Table:
     """A table of RESULT_SCHEMA. similarities, positions: (n, k), best first, position -1 for no neighbor.
 
     ids, metadata: of all neighbors, in the order of `positions[positions >= 0]`. The columns of the metadata
@@ -53,9 +51,7 @@ def merge_results(tables: Sequence[pa.Table], num_queries: int, k: int) -> pa.Ta
     if len(tables) == 1:
         return tables[0]
     rows = pa.concat_tables(tables)
-    query, rank, similarity, position = (
-        rows[name].to_numpy() for name in ("query", "rank", "similarity", "position")
-    )
+    query, rank, similarity, position = (rows[name].to_numpy() for name in ("query", "rank", "similarity", "position"))
     column = np.repeat(np.arange(len(tables)) * k, [len(table) for table in tables]) + rank
     shape = (num_queries, len(tables) * k)
     similarities = np.full(shape, -np.inf, np.float32)

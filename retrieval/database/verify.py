@@ -11,12 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrieval.database.database import Database
-from retrieval.database.recall import (
-    confidence_interval,
-    exact_search,
-    recall_per_query,
-    similarities_without,
-)
+from retrieval.database.recall import confidence_interval, exact_search, recall_per_query, similarities_without
 from retrieval.errors import UserError
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root, file_sha256
@@ -98,7 +93,5 @@ def summarize_recall(recalls: npt.NDArray[Any], k: int) -> Recall:
 
 def visible_positions(database: Database) -> npt.NDArray[np.int64]:
     """Positions of the rows that are not hidden, ascending."""
-    visible = [
-        np.ones(len(part), bool) if part.visible is None else part.visible for part in database.partitions
-    ]
+    visible = [np.ones(len(part), bool) if part.visible is None else part.visible for part in database.partitions]
     return np.flatnonzero(np.concatenate(visible))

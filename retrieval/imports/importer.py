@@ -155,8 +155,7 @@ def _ids(column: pa.ChunkedArray | None, urls: list[str], first: int, location: 
         raise UserError(f"{location}: image ids of type {column.type}; expected whole numbers or texts")
     try:
         return np.array(
-            [_id(value, url, first + i) for i, (value, url) in enumerate(zip(values, urls, strict=True))],
-            np.int64,
+            [_id(value, url, first + i) for i, (value, url) in enumerate(zip(values, urls, strict=True))], np.int64
         )
     except OverflowError as error:
         raise UserError(f"{location}: an image id does not fit in int64: {error}") from error

@@ -55,9 +55,7 @@ def read_source_blocks(source: VectorSource) -> Iterator[SourceBlock]:
         for name in tables:
             yield from _parquet_blocks(root, name, source.columns)
     else:
-        raise UserError(
-            f"{root.url} has no vectors: expected .npy files or Parquet files with a vector column."
-        )
+        raise UserError(f"{root.url} has no vectors: expected .npy files or Parquet files with a vector column.")
 
 
 def load_npy(root: Root, name: str) -> npt.NDArray[np.generic]:
@@ -112,9 +110,7 @@ def _array_blocks(source: VectorSource) -> Iterator[SourceBlock]:
     vectors = check_array(np.asarray(source.vectors), "the array of vectors")
     table = source.metadata
     if table is not None and not isinstance(table, pa.Table):
-        raise UserError(
-            f"metadata of an array must be a pyarrow.Table with a row for each vector, got {table!r}"
-        )
+        raise UserError(f"metadata of an array must be a pyarrow.Table with a row for each vector, got {table!r}")
     if table is not None:
         _check_counts("the array of vectors", len(vectors), "its metadata table", len(table))
     for start in range(0, len(vectors), BLOCK_ROWS):
@@ -127,9 +123,7 @@ def _clip_retrieval_blocks(
 ) -> Iterator[SourceBlock]:
     folder = CLIP_RETRIEVAL[source.part]
     if folder not in folders:
-        raise UserError(
-            f"{root.url} has {', '.join(sorted(folders))} but no {folder}: no vectors of {source.part}"
-        )
+        raise UserError(f"{root.url} has {', '.join(sorted(folders))} but no {folder}: no vectors of {source.part}")
     vectors = [name for name in names if name.startswith(f"{folder}/") and name.endswith(".npy")]
     if source.metadata is None and any(name.startswith("metadata/") for name in names):
         source = replace(source, metadata=root.at("metadata"))
@@ -235,9 +229,7 @@ def _is_float_list(type_: pa.DataType) -> bool:
 def _column_vectors(column: pa.Array, location: str) -> npt.NDArray[np.generic]:
     """The lists of a column as (n, dim), NaN for null rows."""
     if not _is_float_list(column.type):
-        raise UserError(
-            f"{location}: column of type {column.type}; expected lists of float16, float32 or float64"
-        )
+        raise UserError(f"{location}: column of type {column.type}; expected lists of float16, float32 or float64")
     lengths = pc.list_value_length(column).drop_null().unique().to_pylist()
     if len(lengths) > 1:
         raise UserError(f"{location} has vectors of lengths {sorted(lengths)[:5]}; expected one length")

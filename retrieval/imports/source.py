@@ -68,9 +68,7 @@ def find_column(table: pa.Schema, columns: SourceColumns, field_name: str, locat
     """
     if name := getattr(columns, field_name):
         if name not in table.names:
-            raise UserError(
-                f"{location} has no column {name!r} for {field_name}; it has {', '.join(table.names)}"
-            )
+            raise UserError(f"{location} has no column {name!r} for {field_name}; it has {', '.join(table.names)}")
         return str(name)
     lowered = {name.lower(): name for name in reversed(table.names)}
     return next((lowered[name] for name in DEFAULT_NAMES[field_name] if name in lowered), "")

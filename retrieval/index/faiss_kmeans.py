@@ -45,7 +45,5 @@ def nearest_with_faiss(vectors: AnyVectors, centroids: Vectors, nearest: int) ->
     numbers = np.empty((len(vectors), nearest), np.int64)
     for start in range(0, len(vectors), BLOCK_ROWS):
         block = np.ascontiguousarray(vectors[start : start + BLOCK_ROWS], np.float32)
-        numbers[start : start + BLOCK_ROWS] = faiss.knn(
-            block, centroids, nearest, metric=faiss.METRIC_INNER_PRODUCT
-        )[1]
+        numbers[start : start + BLOCK_ROWS] = faiss.knn(block, centroids, nearest, metric=faiss.METRIC_INNER_PRODUCT)[1]
     return numbers

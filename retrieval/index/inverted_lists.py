@@ -104,9 +104,7 @@ def _add(
         index.add_core(len(block), *pointers)
 
 
-def _border_rows(
-    rows: AnyVectors, centroids: Vectors, nearest: npt.NDArray[np.int64]
-) -> npt.NDArray[np.int64]:
+def _border_rows(rows: AnyVectors, centroids: Vectors, nearest: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """The SPILL share of the rows that are nearly as similar to their second list as to the first."""
     margins = np.empty(len(rows), np.float32)
     for start in range(0, len(rows), BLOCK_ROWS):

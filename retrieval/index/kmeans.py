@@ -86,9 +86,7 @@ def _balance(rows: Sample, centroids: Vectors, random: np.random.Generator) -> V
     return best
 
 
-def _step(
-    rows: Sample, centroids: Vectors, random: np.random.Generator
-) -> tuple[Vectors, npt.NDArray[np.int64]]:
+def _step(rows: Sample, centroids: Vectors, random: np.random.Generator) -> tuple[Vectors, npt.NDArray[np.int64]]:
     """One Lloyd iteration: new centroids, and the sizes of the old clusters. Empty ones get a random row."""
     sums, sizes = rows.cluster_sums(centroids)
     empty = np.flatnonzero(sizes == 0)

@@ -120,9 +120,7 @@ class Partition:
             coarse = graph if isinstance(self._base, faiss.IndexIVFPQFastScan) else None
             base = faiss.SearchParametersIVF(nprobe=lists, sel=selector, quantizer_params=coarse)
         elif isinstance(self._base, faiss.IndexHNSW):
-            base = faiss.SearchParametersHNSW(
-                efSearch=max(16, k * effort.candidates_per_result), sel=selector
-            )
+            base = faiss.SearchParametersHNSW(efSearch=max(16, k * effort.candidates_per_result), sel=selector)
         else:
             base = faiss.SearchParameters(sel=selector)
         factor = max(1.0, effort.candidates_per_result / self.results_per_row)
@@ -135,9 +133,7 @@ class Partition:
         end all rows. If fewer than k rows are visible, results end in similarity -inf and row -1.
         """
         k = min(k, len(self))
-        similarities, rows = self.index.search(
-            queries, k * self.results_per_row, params=self.parameters(effort, k)
-        )
+        similarities, rows = self.index.search(queries, k * self.results_per_row, params=self.parameters(effort, k))
         if self.results_per_row > 1:
             similarities, rows = drop_repeats(similarities, rows, k)
         short = np.flatnonzero(rows[:, -1] < 0)
@@ -161,9 +157,7 @@ def _selector(visible: npt.NDArray[np.bool_]) -> Any:
     return faiss.IDSelectorNot(faiss.IDSelectorBatch(np.flatnonzero(~visible)))
 
 
-def drop_repeats(
-    similarities: Vectors, rows: npt.NDArray[np.int64], k: int
-) -> tuple[Vectors, npt.NDArray[np.int64]]:
+def drop_repeats(similarities: Vectors, rows: npt.NDArray[np.int64], k: int) -> tuple[Vectors, npt.NDArray[np.int64]]:
     """The first k results (n, k) without repeated rows; (-inf, -1) where there are fewer.
 
     A repeated row has the same similarity. Among equal similarities its repeats need not be adjacent.

@@ -21,9 +21,7 @@ class RerankIndex:
         """rows: (n, dim) contiguous, such as a memory map."""
         count, dim = rows.shape
         self._rows = rows.reshape(-1).view(np.uint8)
-        self.index = faiss.IndexScalarQuantizer(
-            dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
-        )
+        self.index = faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
         self.index.codes = faiss.MaybeOwnedVectorUInt8.create_view(
             faiss.swig_ptr(self._rows), self._rows.size, _mapped_index().codes.owner
         )

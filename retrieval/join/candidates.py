@@ -192,9 +192,7 @@ class _CandidateSearch:
         Yields flat indices into the products of each group, the products there, and a row for each group:
         number of indices, first visit, first row, width of its products.
         """
-        least = torch.full(
-            (1, 1), torch.finfo(torch.bfloat16).tiny, dtype=torch.bfloat16, device=self._device
-        )
+        least = torch.full((1, 1), torch.finfo(torch.bfloat16).tiny, dtype=torch.bfloat16, device=self._device)
         count, indices, values, groups = 0, [], [], []
         for begin, start, _, products in self._products(visits):
             indices.append(_at_least(products, least))
@@ -208,9 +206,7 @@ class _CandidateSearch:
             yield torch.cat(indices), torch.cat(values), torch.tensor(groups, device=self._device)
 
 
-def _pairs_at(
-    indices: torch.Tensor, groups: torch.Tensor, visits: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _pairs_at(indices: torch.Tensor, groups: torch.Tensor, visits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The query and the row at each of the indices that `_pairs_above` yields with its groups."""
     _, begin, start, width = groups.repeat_interleave(groups[:, 0], dim=0).T
     visit = torch.div(indices, width, rounding_mode="floor")

@@ -33,9 +33,7 @@ class JoinResult:
     """(n,) number of compared rows left out as near copies; when lists are searched, of the rows ranked."""
 
 
-def join_database(
-    database: Database, queries: Vectors, config: JoinConfig, device: str = "cpu"
-) -> JoinResult:
+def join_database(database: Database, queries: Vectors, config: JoinConfig, device: str = "cpu") -> JoinResult:
     """The config.k nearest rows of each query that are no near copies. queries: (n, dim) unit rows."""
     visits = route(queries, database.centroids, config.partitions_per_query or len(database.partitions))
     result = JoinResult(*empty_top_k(len(queries), config.k), np.zeros(len(queries), np.int64))
@@ -61,9 +59,7 @@ def _merge(result: JoinResult, numbers: npt.NDArray[np.int64], part: JoinResult,
     result.near_copies[numbers] += part.near_copies
 
 
-def join_partition(
-    partition: Partition, queries: Vectors, config: JoinConfig, device: str = "cpu"
-) -> JoinResult:
+def join_partition(partition: Partition, queries: Vectors, config: JoinConfig, device: str = "cpu") -> JoinResult:
     """The config.k nearest rows of one partition for each query that are no near copies."""
     offsets, _ = partition.lists
     tensor = torch.from_numpy(queries).to(device)

@@ -108,9 +108,7 @@ def read_record(root: Root, stage: str, shard: str) -> tuple[str, ShardRecord] |
 
 def write_record(root: Root, stage: str, stage_fingerprint: str, record: ShardRecord) -> None:
     """Record a finished shard, with the fingerprint of its stage."""
-    root.write_json(
-        f"{stage}/records/{record.shard}.json", {"fingerprint": stage_fingerprint, **asdict(record)}
-    )
+    root.write_json(f"{stage}/records/{record.shard}.json", {"fingerprint": stage_fingerprint, **asdict(record)})
 
 
 def delete_record(root: Root, stage: str, shard: str) -> None:

@@ -28,10 +28,7 @@ def filesystem_options(url: str) -> dict[str, Any]:
     """Options of the fsspec file system for a URL. Listings are not cached, because other processes write."""
     if not is_s3(url):
         return {"use_listings_cache": False}
-    retries = {
-        "mode": "standard",
-        "total_max_attempts": int(os.environ.get("AWS_MAX_ATTEMPTS", ATTEMPTS)),
-    }
+    retries = {"mode": "standard", "total_max_attempts": int(os.environ.get("AWS_MAX_ATTEMPTS", ATTEMPTS))}
     return {"use_listings_cache": False, "config_kwargs": {"retries": retries}}
 
 

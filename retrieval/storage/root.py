@@ -136,9 +136,7 @@ class Root:
         return cast(BinaryIO, object_store.RemoteFile(partial(self._store_errors, name), file))
 
     def _missing(self, name: str) -> UserError:
-        return UserError(
-            f"{self.at(name)} is missing: the stage that writes it did not finish. Run it again."
-        )
+        return UserError(f"{self.at(name)} is missing: the stage that writes it did not finish. Run it again.")
 
     def _disk_full(self, name: str, error: Exception) -> UserError:
         return UserError(

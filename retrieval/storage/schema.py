@@ -175,9 +175,7 @@ def write_table(root: Root, name: str, table: pa.Table, schema: pa.Schema) -> Fi
     """Check a table and write it as a Parquet file (zstd)."""
     check_table(table, schema, root.at(name))
     with root.writing(name) as pending:
-        pq.write_table(
-            table, pending.path, compression="zstd", row_group_size=10_000, use_dictionary=REPEATING
-        )
+        pq.write_table(table, pending.path, compression="zstd", row_group_size=10_000, use_dictionary=REPEATING)
     return pending.record
 
 
