@@ -1,9 +1,8 @@
 """A 64-bit perceptual hash of a picture. A scaled or recompressed copy differs in a few bits.
 
-Takes decoded pictures and hashes; reads and writes no files. Each bit is the sign of one of the 8 x 8 lowest
-DCT coefficients of the gray picture at 32 x 32 pixels (Zauner's pHash compares with the median instead).
-Mirroring flips the sign of the odd horizontal frequencies, so one XOR finds mirrored copies. Cropped copies
-are not found.
+Each bit is the sign of one of the 8 x 8 lowest DCT coefficients of the gray picture at 32 x 32 pixels (Zauner's
+pHash compares with the median instead). Mirroring flips the sign of the odd horizontal frequencies, so one XOR
+finds mirrored copies. Cropped copies are not found.
 """
 
 import numpy as np
@@ -13,8 +12,7 @@ from PIL import Image
 BLANK_HASH = 0
 """Hash of a nearly uniform picture, and the value for "no hash". It matches no other hash."""
 MAX_DISTANCE = 7
-"""Largest searchable distance: two hashes with at most 7 different bits share one of four 16-bit bands up to
-a single bit."""
+"""Largest searchable distance: hashes with at most 7 different bits share one of four bands up to a single bit."""
 MIRROR_MASK = np.uint64(0xAAAAAAAAAAAAAAAA)
 """XOR with this gives the hash of the mirrored picture."""
 EDGE = 32

@@ -1,7 +1,4 @@
-"""Turns the queries of the command line (texts, pictures, files of vectors) into vectors for one database.
-
-Loads torch only for texts and pictures.
-"""
+"""Turns queries (texts, pictures, files of vectors) into vectors. Loads torch only for texts and pictures."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,8 +1,6 @@
-"""Measures the recall of search efforts when a database is built. Every search looks up the result.
+"""Measures the recall of search efforts when a database is built, against brute force over all rows.
 
-Queries are a seeded sample of the rows, or texts that are given later; the truth is brute force over all
-rows. Efforts are ordered by a computed cost (bytes that a query reads) and not by time, so two builds give
-equal results.
+Efforts are ordered by a computed cost (bytes that a query reads) and not by time, so two builds give equal results.
 """
 
 import math
@@ -44,7 +42,7 @@ class Queries:
 
 
 def calibrate(database: Database, num_queries: int, seed: int) -> list[dict[str, Any]]:
-    """Efforts and their recall for queries like the rows of the database, as JSON, the cheapest first."""
+    """Efforts, the cheapest first, and their recall for a seeded sample of the rows as queries, as JSON."""
     random = np.random.default_rng([seed, 1])
     query_positions = np.sort(random.permutation(len(database))[:num_queries])
     return _calibration(database, database.rows_at(query_positions)[1], query_positions)

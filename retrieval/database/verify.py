@@ -1,8 +1,4 @@
-"""Verifies a database: the checksums of its files, and its recall against brute force.
-
-Compares every file with the checksum in the manifest, then searches with a seeded sample of the rows as
-queries. `python -m retrieval verify DB` prints the result.
-"""
+"""Verifies a database: the checksums of its files, and its recall against brute force on a seeded sample of rows."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -41,17 +37,14 @@ class Recall:
     """In [0, 1]."""
     low: float
     high: float
-    """95 % confidence confidence_interval of the mean."""
+    """95 % confidence interval of the mean."""
 
     def __str__(self) -> str:
         return f"recall@{self.k} {self.mean:.4f} [{self.low:.4f}, {self.high:.4f}] on {self.queries} queries"
 
 
 def damaged_files(root: Root) -> list[str]:
-    """Files of the database at `root` that are missing or differ from its manifest, sorted; empty: no damage.
-
-    Raises UserError if there is no readable manifest.
-    """
+    """Files of the database at `root` that are missing or differ from its manifest, sorted. Empty: no damage."""
     manifest = read_manifest(root, "")
     damaged = []
     for name, checksum in sorted(manifest.checksums().items()):

@@ -1,7 +1,6 @@
 """Reads vectors and metadata of other tools: arrays, .npy and Parquet files, clip-retrieval's folders.
 
-Yields blocks of raw rows in the order of the sorted file names, at most BLOCK_ROWS at once, so that sources
-may be larger than memory. `retrieval.imports.importer` converts them to database rows.
+Yields blocks of at most BLOCK_ROWS raw rows in the order of the sorted file names.
 """
 
 import re
@@ -46,7 +45,7 @@ def read_source_blocks(source: VectorSource) -> Iterator[SourceBlock]:
         return
     root, names = _files(source.vectors)
     if folders := {PurePosixPath(name).parts[0] for name in names} & set(CLIP_RETRIEVAL.values()):
-        yield from _clip_retrieval_blocks(root, names, folders, source)
+        yield from _clip_retrieval(root, names, folders, source)
     elif vectors := [name for name in names if name.endswith(".npy")]:
         yield from _paired_blocks(root, vectors, source)
     elif tables := [name for name in names if name.endswith(".parquet")]:
@@ -118,9 +117,7 @@ def _array_blocks(source: VectorSource) -> Iterator[SourceBlock]:
         yield SourceBlock("the array of vectors", vectors[start : start + BLOCK_ROWS], rows)
 
 
-def _clip_retrieval_blocks(
-    root: Root, names: list[str], folders: set[str], source: VectorSource
-) -> Iterator[SourceBlock]:
+def _clip_retrieval(root: Root, names: list[str], folders: set[str], source: VectorSource) -> Iterator[SourceBlock]:
     folder = CLIP_RETRIEVAL[source.part]
     if folder not in folders:
         raise UserError(f"{root.url} has {', '.join(sorted(folders))} but no {folder}: no vectors of {source.part}")

@@ -1,7 +1,4 @@
-"""Describes vectors of another tool: where they are, and how their columns are named.
-
-`retrieval.imports.readers` reads a `VectorSource`.
-"""
+"""Describes vectors of another tool: where they are, and how their columns are named."""
 
 import os
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
-"""A faiss index over the float16 vectors of a partition, without a copy of them.
-
-faiss ranks candidates by exact similarity with this index. It reads the mapped pages of `embeddings.npy`;
-only the pages it touches are loaded into memory.
+"""A faiss index over the float16 vectors of a partition, without a copy of them: it ranks by exact similarity and
+loads only the pages of `embeddings.npy` that it touches.
 """
 
 from functools import cache
