@@ -95,8 +95,10 @@ def _draw_result(sheet: Image.Image, top: int, result: QueryResult, folder: Path
 def _picture_tile(neighbor: dict[str, Any], folder: Path) -> Image.Image | None:
     """The neighbor's picture, cropped to its box, or None if the folder has no readable file of it."""
     url, box = neighbor["url"], neighbor.get("box")
+    if not url or "://" in url or "\0" in url:
+        return None
     path = (folder / url).resolve()
-    if not url or "://" in url or not path.is_relative_to(folder.resolve()):
+    if not path.is_relative_to(folder.resolve()):
         return None
     try:
         picture = read_picture(path)

@@ -37,14 +37,14 @@ class Encoder:
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> npt.NDArray[np.float32]:
         """Unit vectors of texts, (n, dim) float32. Texts longer than the model's context are truncated."""
-        if not texts:
+        if not len(texts):
             return np.empty((0, self.identity.dim), np.float32)
         batches = (self._tokenize(list(texts[i : i + batch_size])) for i in range(0, len(texts), batch_size))
         return np.concatenate([self._unit(self._model.encode_text(batch.to(self.device))) for batch in batches])
 
     def encode_images(self, images: Sequence[Image.Image], batch_size: int = 64) -> npt.NDArray[np.float32]:
         """Unit vectors of pictures of any size and mode, (n, dim) float32."""
-        if not images:
+        if not len(images):
             return np.empty((0, self.identity.dim), np.float32)
         batches = (images[i : i + batch_size] for i in range(0, len(images), batch_size))
         tensors = (torch.stack([self.preprocess(image) for image in batch]) for batch in batches)

@@ -116,7 +116,7 @@ class Batcher(Generic[Key, Item, Result]):
 
     def _deliver(self, entries: list[_Entry[Item, Result]], running: "Future[Sequence[Result]]") -> None:
         self._finish()
-        if error := running.exception():
+        if (error := running.exception()) is not None:
             for entry in entries:
                 entry.future.set_exception(error)
             return
