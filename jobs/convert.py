@@ -43,9 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse arguments and convert."""
     parser = recipe_parser("convert", __doc__)
     direction = parser.add_mutually_exclusive_group(required=True)
-    direction.add_argument(
-        "--from", type=Path, dest="source", help="checkpoint file or diffusers folder to import"
-    )
+    direction.add_argument("--from", type=Path, dest="source", help="checkpoint file or diffusers folder to import")
     direction.add_argument(
         "--to", type=Path, dest="target", help="diffusers folder to write; must not exist or be empty"
     )

@@ -55,9 +55,7 @@ def recipe_of(png: Path) -> dict[str, Any]:
 
 def trained_model(recipe: Recipe) -> TrainedModel:
     """The trained model of the recipe, with its encoder and autoencoder."""
-    return TrainedModel(
-        name=recipe[TrainConfig].name, clip=recipe[ClipConfig], autoencoder=recipe[AutoencoderConfig]
-    )
+    return TrainedModel(name=recipe[TrainConfig].name, clip=recipe[ClipConfig], autoencoder=recipe[AutoencoderConfig])
 
 
 def overrides(arguments: Namespace) -> list[str]:
@@ -93,23 +91,16 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
         "--out", type=Path, help="file of the one picture (default with --prompt or --again: sample.png)"
     )
     parser.add_argument("--again", type=Path, metavar="PNG", help="reproduce the picture in this PNG")
-    parser.add_argument(
-        "--database", help="database of the neighbors: short for --set sample.databases=[...]"
-    )
+    parser.add_argument("--database", help="database of the neighbors: short for --set sample.databases=[...]")
     parser.add_argument("--mix", nargs="+", metavar="NAME=WEIGHT", help="neighbors of several databases")
-    parser.add_argument(
-        "--image", nargs="+", metavar="FILE", help="images to condition on, with or without text"
-    )
+    parser.add_argument("--image", nargs="+", metavar="FILE", help="images to condition on, with or without text")
     parser.add_argument("--mode", help="text_and_neighbors, neighbors, text, or unconditional")
     parser.add_argument("--k", type=int, help="neighbors from each database")
     parser.add_argument(
         "--exclude", nargs="+", type=int, metavar="ID", help="ids of images that are not used as neighbors"
     )
     parser.add_argument(
-        "--weigh",
-        nargs="+",
-        metavar="ID=FACTOR",
-        help="weights of neighbors; for negative ids write --weigh=-5=2",
+        "--weigh", nargs="+", metavar="ID=FACTOR", help="weights of neighbors; for negative ids write --weigh=-5=2"
     )
     parser.add_argument(
         "--top-m", type=float, help="unconditional: share of the most retrieved images to draw a query from"

@@ -73,12 +73,8 @@ def _launch(config: TrainingRecipe, recipe: Recipe, hostfile: Path | None) -> in
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = recipe_parser("train", __doc__)
-    parser.add_argument(
-        "--hosts", type=Path, metavar="FILE", help="machines to train on: lines 'name slots=8'"
-    )
-    parser.add_argument(
-        "--ray", action="store_true", help="train on the Ray cluster of RAY_ADDRESS, or a local one"
-    )
+    parser.add_argument("--hosts", type=Path, metavar="FILE", help="machines to train on: lines 'name slots=8'")
+    parser.add_argument("--ray", action="store_true", help="train on the Ray cluster of RAY_ADDRESS, or a local one")
     # Added by DeepSpeed's launcher; the environment has the same value.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -87,9 +83,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse arguments and train."""
     arguments = parse_arguments(argv)
-    exit_on_user_error(
-        lambda: run_on_recipe(arguments, lambda recipe: run(recipe, arguments.hosts, arguments.ray))
-    )
+    exit_on_user_error(lambda: run_on_recipe(arguments, lambda recipe: run(recipe, arguments.hosts, arguments.ray)))
 
 
 if __name__ == "__main__":

@@ -189,8 +189,7 @@ class StageEstimates:
             kept=self.image_bytes() + self.data.selected * self._rate("text"),
             read=self.data.selected * self._rate("text"),
             fetched=sum(count * self._rate(f"fetch_bytes_{split}") for split, count in urls.items()),
-            cpu_s=sum(count * self._rate(f"fetch_cpu_{split}") for split, count in urls.items())
-            * MICROSECOND,
+            cpu_s=sum(count * self._rate(f"fetch_cpu_{split}") for split, count in urls.items()) * MICROSECOND,
         )
 
     def image_bytes(self) -> float:
@@ -206,8 +205,7 @@ class StageEstimates:
             "embed",
             kept=self.data.images * self._vector_bytes(),
             read=self.image_bytes(),
-            cpu_s=sum(count * self._rate(f"decode_cpu_{split}") for split, count in images.items())
-            * MICROSECOND,
+            cpu_s=sum(count * self._rate(f"decode_cpu_{split}") for split, count in images.items()) * MICROSECOND,
             gpu_s=self.data.images / self._rate("embed_gpu"),
         )
 
@@ -231,9 +229,7 @@ class StageEstimates:
         match = config.k * (FLOAT16_BYTES * dim + 12.0) + 16.0
         row = config.k * (FLOAT16_BYTES * dim + 12.0) + 8.0
         scratch = queries * visits * (FLOAT16_BYTES * dim + 8.0 + match)
-        read = self.data.images * self._vector_bytes() + rows * FLOAT16_BYTES * dim * bool(
-            config.recall_sample
-        )
+        read = self.data.images * self._vector_bytes() + rows * FLOAT16_BYTES * dim * bool(config.recall_sample)
         exact = 2.0 * queries * visits * dim * rows / partitions + 2.0 * config.recall_sample * dim * rows
         cpu_s = 2.0 * queries * dim * partitions / self._rate("product_cpu")
         gpu_s = 0.0

@@ -143,9 +143,7 @@ def with_vectors(rows: pa.Table, vectors: npt.NDArray[np.float32]) -> pa.Table:
     if schema.BOX in rows.column_names:
         columns = pa.schema([*columns, *schema.DETAILS])
     embedding = schema.fixed_lists(vectors.astype(np.float16))
-    arrays = [
-        embedding if name == schema.EMBEDDING else rows[name].combine_chunks() for name in columns.names
-    ]
+    arrays = [embedding if name == schema.EMBEDDING else rows[name].combine_chunks() for name in columns.names]
     return pa.Table.from_arrays(arrays, schema=columns)
 
 

@@ -86,9 +86,7 @@ def _calibration_work(stage: Stage, config: IndexConfig, values: dict[str, Any])
     return measure
 
 
-def _centroids_work(
-    stage: Stage, config: IndexConfig, encoder: EncoderIdentity, shards: list[ShardRecord]
-) -> Work:
+def _centroids_work(stage: Stage, config: IndexConfig, encoder: EncoderIdentity, shards: list[ShardRecord]) -> Work:
     # Centroids are a shard, so that a resumed run keeps those that its shuffle files are sorted by.
     def train(name: str) -> ShardRecord:
         centroids = _train_centroids(stage, config, encoder, shards)
@@ -97,9 +95,7 @@ def _centroids_work(
     return train
 
 
-def _train_centroids(
-    stage: Stage, config: IndexConfig, encoder: EncoderIdentity, shards: list[ShardRecord]
-) -> Vectors:
+def _train_centroids(stage: Stage, config: IndexConfig, encoder: EncoderIdentity, shards: list[ShardRecord]) -> Vectors:
     """Train the partition centroids on an even sample of rows from a seeded choice of shards."""
     rows = sum(record.rows for record in shards)
     rng = np.random.default_rng(config.seed)
@@ -108,9 +104,7 @@ def _train_centroids(
     parts = []
     for i in chosen:
         name = f"embed/{shards[i].shard}.parquet"
-        vectors = schema.vectors(
-            schema.read_table(stage.root, name, schema.embeddings(encoder.dim)), schema.EMBEDDING
-        )
+        vectors = schema.vectors(schema.read_table(stage.root, name, schema.embeddings(encoder.dim)), schema.EMBEDDING)
         take = np.sort(rng.permutation(len(vectors))[: int(np.ceil(share * len(vectors)))])
         parts.append(unit(vectors[take]))
     sample = np.concatenate(parts)

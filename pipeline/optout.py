@@ -118,15 +118,11 @@ def _find_work(stage: Stage, blocklist: Blocklist) -> Work:
     return find
 
 
-def _database_ids(
-    stage: Stage, folder: str, blocklist: Blocklist, ids: npt.NDArray[np.int64]
-) -> npt.NDArray[np.int64]:
+def _database_ids(stage: Stage, folder: str, blocklist: Blocklist, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Ids of the rows of a database that the blocklist matches, ascending."""
     count = len(Database.open(stage.root.child(folder)).partitions)
     names = [f"hold/{folder}/{number:05d}" for number in range(count)]
-    return _collect_ids(
-        stage, run_shards(stage, names, partial(_search_work, stage, blocklist, ids), Workers())
-    )
+    return _collect_ids(stage, run_shards(stage, names, partial(_search_work, stage, blocklist, ids), Workers()))
 
 
 def _search_work(stage: Stage, blocklist: Blocklist, ids: npt.NDArray[np.int64]) -> Work:
@@ -257,14 +253,9 @@ def _replace_table(root: Root, old: ShardRecord, new: ShardRecord) -> ShardRecor
     [old_file] = old.files
     with root.local(new_file.name) as source, root.writing(old_file.name) as pending:
         shutil.copyfile(source, pending.path)
-    reasons = {
-        word: old.reasons.get(word, 0) + new.reasons.get(word, 0) for word in {**old.reasons, **new.reasons}
-    }
+    reasons = {word: old.reasons.get(word, 0) + new.reasons.get(word, 0) for word in {**old.reasons, **new.reasons}}
     return replace(
-        old,
-        rows=new.rows,
-        files=(FileRecord(old_file.name, new_file.bytes, new_file.sha256),),
-        reasons=reasons,
+        old, rows=new.rows, files=(FileRecord(old_file.name, new_file.bytes, new_file.sha256),), reasons=reasons
     )
 
 

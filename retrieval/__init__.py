@@ -14,9 +14,5 @@ if TYPE_CHECKING:
 
 __getattr__ = public_names(
     __name__,
-    {
-        "database.database": "Database Neighbors",
-        "imports.importer": "build_database",
-        "index.effort": "Effort",
-    },
+    {"database.database": "Database Neighbors", "imports.importer": "build_database", "index.effort": "Effort"},
 )

@@ -1,8 +1,4 @@
-"""Base classes of all configurations: frozen, strictly typed, unknown keys refused.
-
-`runtime_setting()` declares a field that does not change what a stage writes. The fingerprint of a stage
-leaves it out.
-"""
+"""Base classes of all configurations: frozen, strictly typed, unknown keys refused."""
 
 from typing import Any
 
@@ -27,7 +23,7 @@ class Config(BaseModel):
 
 
 def runtime_setting(default: Any, **limits: Any) -> Any:
-    """A field that does not change what is written (workers, memory, timeouts). limits: as for `Field`."""
+    """A field that does not change what is written; fingerprints leave it out. limits: as for pydantic's `Field`."""
     return Field(default, json_schema_extra={"runtime": True}, **limits)
 
 

@@ -1,7 +1,4 @@
-"""Optional libraries: the installation extra that contains each of them.
-
-The core package searches databases. Encoding, the pipeline, training and the page need more libraries.
-"""
+"""Libraries that building and searching databases do not need, and the installation extra of each."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

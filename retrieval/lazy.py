@@ -1,7 +1,4 @@
-"""Public names of a package, imported on first use.
-
-`from retrieval import Database` works, and `from retrieval import Root` does not load faiss or torch.
-"""
+"""Public names of a package, imported on first use: `from retrieval import Root` does not load faiss."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -12,7 +9,7 @@ from retrieval.extras import extras_named
 def public_names(package: str, modules: dict[str, str]) -> Callable[[str], object]:
     """A `__getattr__` for the `__init__.py` of a package.
 
-    modules: for each module, relative to the package, its public names with blanks between them. The returned
+    modules: the public names of each module, with blanks between them; modules relative to the package. The
     function raises UserError for a name that needs a library of an extra that is not installed.
 
     >>> public_names("retrieval", {"errors": "UserError"})("UserError").__name__

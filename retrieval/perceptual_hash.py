@@ -1,9 +1,8 @@
 """A 64-bit perceptual hash of a picture. A scaled or recompressed copy differs in a few bits.
 
-Takes decoded pictures and hashes; reads and writes no files. Each bit is the sign of one of the 8 x 8 lowest
-DCT coefficients of the gray picture at 32 x 32 pixels (Zauner's pHash compares with the median instead).
-Mirroring flips the sign of the odd horizontal frequencies, so one XOR finds mirrored copies. Cropped copies
-are not found.
+Each bit is the sign of one of the 8 x 8 lowest DCT coefficients of the gray picture at 32 x 32 pixels (Zauner's
+pHash compares with the median instead). Mirroring flips the sign of the odd horizontal frequencies, so one XOR
+finds mirrored copies. Cropped copies are not found.
 """
 
 import numpy as np
@@ -13,8 +12,7 @@ from PIL import Image
 BLANK_HASH = 0
 """Hash of a nearly uniform picture, and the value for "no hash". It matches no other hash."""
 MAX_DISTANCE = 7
-"""Largest searchable distance: two hashes with at most 7 different bits share one of four 16-bit bands up to
-a single bit."""
+"""Largest searchable distance: hashes with at most 7 different bits share one of four bands up to a single bit."""
 MIRROR_MASK = np.uint64(0xAAAAAAAAAAAAAAAA)
 """XOR with this gives the hash of the mirrored picture."""
 EDGE = 32
@@ -28,9 +26,7 @@ Hashes = npt.NDArray[np.int64]
 Bits = npt.NDArray[np.uint64]
 Mask = npt.NDArray[np.bool_]
 
-_COSINES = np.cos(np.pi / EDGE * np.outer(np.arange(1, FREQUENCIES + 1), np.arange(EDGE) + 0.5)).astype(
-    np.float32
-)
+_COSINES = np.cos(np.pi / EDGE * np.outer(np.arange(1, FREQUENCIES + 1), np.arange(EDGE) + 0.5)).astype(np.float32)
 _SINGLE_BIT_FLIPS = np.array([0, *(1 << bit for bit in range(16))])
 _HALVES = tuple(np.uint64(int(byte * 8, 16)) for byte in ("55", "33", "0F", "01"))
 
@@ -83,9 +79,7 @@ class PerceptualHashIndex:
         for band, (_, indexed, starts) in enumerate(self._bands):
             order, ordered, firsts = _sorted_by_band(queries, band)
             for key in np.flatnonzero(np.diff(firsts)):
-                candidates = np.concatenate(
-                    [indexed[starts[near] : starts[near + 1]] for near in key ^ flips]
-                )
+                candidates = np.concatenate([indexed[starts[near] : starts[near + 1]] for near in key ^ flips])
                 if len(candidates):
                     rows = slice(firsts[key], firsts[key + 1])
                     matches[order[rows]] |= _within(ordered[rows], candidates, max_distance)

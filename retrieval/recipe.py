@@ -1,7 +1,4 @@
-"""Settings of retrieval: the sections `clip` and `index` of a recipe, and the parameters of a join.
-
-Imports neither torch nor faiss, so that reading a recipe is fast.
-"""
+"""Settings: the sections `clip` and `index` of a recipe, and the parameters of a join. Loads no torch, no faiss."""
 
 import math
 import re
@@ -29,9 +26,8 @@ class IndexConfig(WorkersConfig):
     rows_per_partition: int = Field(1_000_000, ge=1)
     """Average rows per partition; determines the number of partitions."""
     index_key: str = ""
-    """Index that autofaiss builds for every partition: Flat, HNSW<n> or IVF<n>,Flat, such as HNSW32.
-    Empty: exhaustive search up to flat_rows, then inverted lists of 4-bit codes
-    (retrieval.index.inverted_lists)."""
+    """Index that autofaiss builds for every partition: Flat, HNSW<n> or IVF<n>,Flat, such as HNSW32. Empty:
+    exhaustive search up to flat_rows, then inverted lists of 4-bit codes (retrieval.index.inverted_lists)."""
     flat_rows: int = Field(50_000, ge=MIN_LIST_ROWS)
     """Partitions of at most this many rows are searched exhaustively, which takes milliseconds."""
     num_queries: int = Field(1_000, ge=1)

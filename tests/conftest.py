@@ -28,13 +28,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def ray_cluster() -> Iterator[None]:
     """A local Ray with two CPUs, to which stages connect."""
     os.environ["RAY_AUTH_MODE"] = "disabled"
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        object_store_memory=1 << 28,
-        logging_level="warning",
-    )
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=1 << 28, logging_level="warning")
     yield
     ray.shutdown()
 

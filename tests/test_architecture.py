@@ -108,9 +108,9 @@ def test_rooms_and_modules_import_each_other_without_loops(package: str) -> None
 def test_rooms_import_the_rooms_in_their_list_and_no_others() -> None:
     listed = dict(line.split(":") for line in ARROWS.strip().splitlines())
     arrows = {room: targets for package in PACKAGES for room, targets in room_arrows(package).items()}
-    assert {
-        room: {target.partition("/")[2] or target for target in targets} for room, targets in arrows.items()
-    } == {room: set(targets.split()) for room, targets in listed.items()}
+    assert {room: {target.partition("/")[2] or target for target in targets} for room, targets in arrows.items()} == {
+        room: set(targets.split()) for room, targets in listed.items()
+    }
 
 
 def test_no_folder_has_more_than_twelve_modules() -> None:

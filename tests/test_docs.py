@@ -20,11 +20,7 @@ from tests.checkout import copy_checkout
 from tests.jobs.demo.tiny_demo import TINY, TinyDemo
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PAGES = [
-    REPOSITORY / "README.md",
-    REPOSITORY / "CONTRIBUTING.md",
-    *sorted(REPOSITORY.glob("docs/guides/*.md")),
-]
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted(REPOSITORY.glob("docs/guides/*.md"))]
 REASONS = {
     "cluster": "needs a Ray cluster elsewhere",
     "data": "needs data that the reader has",
@@ -85,9 +81,7 @@ def checkout(tiny_demo: TinyDemo, tmp_path_factory: pytest.TempPathFactory) -> I
 
 
 @pytest.mark.parametrize("page", pages_that_run(), ids=lambda page: page.stem)
-def test_the_blocks_of_a_page_run_in_order(
-    page: Path, checkout: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_blocks_of_a_page_run_in_order(page: Path, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(checkout)
     names: dict[str, object] = {}
     for block in filter(is_run, blocks(page)):

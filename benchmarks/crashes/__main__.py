@@ -106,16 +106,12 @@ def run_clean(cluster: CrashCluster, stage: str, root: Root) -> CleanRun:
     driver = cluster.start(stage, root)
     started = time.monotonic()
     driver.join(LIMIT_S)
-    assert driver.exitcode == 0, (
-        f"{stage} ended with {driver.exitcode}; see {cluster.data_set.folder}/driver.log"
-    )
+    assert driver.exitcode == 0, f"{stage} ended with {driver.exitcode}; see {cluster.data_set.folder}/driver.log"
     seconds = time.monotonic() - started
     return CleanRun(files_of(root, stage), seconds)
 
 
-def run_with_fault(
-    cluster: CrashCluster, fault: tuple[str, str, int], root: Root, clean: CleanRun
-) -> Outcome:
+def run_with_fault(cluster: CrashCluster, fault: tuple[str, str, int], root: Root, clean: CleanRun) -> Outcome:
     """Run a stage, inject a fault, and run it again if it failed. fault: stage, kind, seed."""
     stage, kind, seed = fault
     rng = np.random.default_rng([seed, STAGES.index(stage), FAULTS.index(kind)])
@@ -144,9 +140,7 @@ def run_with_fault(
     if not cluster.wait_for_workers_to_end():
         wrong.append("a worker process is left")
     left_files = {path.name for path in earlier_files & set(Path(tempfile.gettempdir()).iterdir())}
-    wrong += [
-        f"{name} of an earlier process is not removed" for name in left_files if name.startswith("rdm-")
-    ]
+    wrong += [f"{name} of an earlier process is not removed" for name in left_files if name.startswith("rdm-")]
     return Outcome(stage, kind, round(moment, 2), repair is not None, runs, round(lost_s, 2), wrong)
 
 
@@ -228,19 +222,13 @@ def page(result: dict[str, Any]) -> str:
     outcomes = result["outcomes"]
     headings = ["stage", "fault", "faults:", "survived:", "median s lost:"]
     problems = [
-        f"- {outcome['stage']}, {outcome['kind']}: {text}"
-        for outcome in outcomes
-        for text in outcome["wrong"][:3]
+        f"- {outcome['stage']}, {outcome['kind']}: {text}" for outcome in outcomes for text in outcome["wrong"][:3]
     ]
     missing = [kind for kind in FAULTS if kind not in {outcome["kind"] for outcome in outcomes}]
-    notes = (
-        [f"Not tested, because this process may not mount a disk: {', '.join(missing)}."] if missing else []
-    )
+    notes = [f"Not tested, because this process may not mount a disk: {', '.join(missing)}."] if missing else []
     machine, seed = result["hardware"], result["seed"]
     table = markdown_table(headings, table_rows(outcomes))
-    return (
-        "\n".join([PAGE.format(machine=machine, seed=seed, table=table), *notes, *problems]).rstrip() + "\n"
-    )
+    return "\n".join([PAGE.format(machine=machine, seed=seed, table=table), *notes, *problems]).rstrip() + "\n"
 
 
 def main() -> None:

@@ -146,9 +146,7 @@ def inject(
     return cluster.proxy.restore
 
 
-def _kill_worker(
-    cluster: CrashCluster, driver: BaseProcess, rng: np.random.Generator
-) -> Callable[[], object] | None:
+def _kill_worker(cluster: CrashCluster, driver: BaseProcess, rng: np.random.Generator) -> Callable[[], object] | None:
     while driver.is_alive():
         if workers := cluster.workers():
             with suppress(ProcessLookupError):

@@ -56,9 +56,7 @@ def server(recipe: Path) -> Iterator[str]:
         address, start = f"http://127.0.0.1:{port}", time.monotonic()
         while not _is_healthy(address):
             if process.poll() is not None or time.monotonic() - start > START_S:
-                raise UserError(
-                    f"python -m jobs.explore {recipe} did not start in {START_S:g} s. See its messages."
-                )
+                raise UserError(f"python -m jobs.explore {recipe} did not start in {START_S:g} s. See its messages.")
             time.sleep(0.2)
         yield address
     finally:

@@ -108,9 +108,7 @@ def measure_embed(folder: Path, size: Size) -> dict[str, Any]:
     encoder = Encoder(clip)
     pictures = stages.make_pictures(size.pictures, 0)
     loops = {"ours": stages.our_loop, "bare loop": stages.plain_loop}
-    methods = {
-        name: partial(stages.timed, partial(loop, pictures, encoder, 64)) for name, loop in loops.items()
-    }
+    methods = {name: partial(stages.timed, partial(loop, pictures, encoder, 64)) for name, loop in loops.items()}
     for method in methods.values():
         method()  # warm up
     return {"model": size.model, "pictures": size.pictures, "methods": median_rounds(methods, size.rounds)}
@@ -125,9 +123,7 @@ def measure_workers(folder: Path, size: Size) -> list[dict[str, Any]]:
         for root, rows in zip((small, large), size.train_rows, strict=True):
             stages.write_embed(Root(str(root)), rows, size.database_rows, 512 if size is FULL else 8)
             stages.build_index(root, size.database_rows // 12)
-        run_filter = partial(
-            stages.run_filter, folder, folder / "metadata", rows_per_piece=size.rows_per_piece
-        )
+        run_filter = partial(stages.run_filter, folder, folder / "metadata", rows_per_piece=size.rows_per_piece)
         runs: dict[str, Callable[[int], float]] = {
             "filter": lambda workers: run_filter(workers=workers),
             "embed": partial(stages.run_embed, folder, clip),
@@ -148,17 +144,14 @@ def _one_and_two_workers(name: str, run: Callable[[int], float], rounds: int) ->
     return {"stage": name, "one_s": one, "two_s": two, "ratio": one / two}
 
 
-def median_rounds(
-    methods: dict[str, Callable[[], dict[str, float]]], rounds: int
-) -> dict[str, dict[str, float]]:
+def median_rounds(methods: dict[str, Callable[[], dict[str, float]]], rounds: int) -> dict[str, dict[str, float]]:
     """Medians of the results of each method over interleaved rounds."""
     results: dict[str, list[dict[str, float]]] = {name: [] for name in methods}
     for _ in range(rounds):
         for name, method in methods.items():
             results[name].append(method())
     return {
-        name: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-        for name, runs in results.items()
+        name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in results.items()
     }
 
 
@@ -171,11 +164,7 @@ def goals(result: dict[str, Any]) -> list[Goal]:
     first, last = sizes[0], sizes[-1]
     memory, time = last["peak_gb"] / first["peak_gb"], last["cpu_us"] / first["cpu_us"]
     return [
-        Goal(
-            "filter, rows per CPU second, against the faster plain query",
-            0.5,
-            plain / filters["ours"]["cpu_s"],
-        ),
+        Goal("filter, rows per CPU second, against the faster plain query", 0.5, plain / filters["ours"]["cpu_s"]),
         Goal("filter, peak memory at 10 times the rows", 1.5, memory, True),
         Goal("filter, CPU time per row at 10 times the rows", 1.1, time, True),
         Goal("embed, images per CPU second, against the plain loop", 0.95, rate),
@@ -192,21 +181,12 @@ def page(result: dict[str, Any]) -> str:
     """The page as Markdown."""
     filters, embeds = result["filter"], result["embed"]
     queries = [
-        [
-            name,
-            f"{1e6 * seconds['cpu_s'] / filters['rows']:.2f}",
-            f"{filters['rows'] / seconds['wall_s']:,.0f}",
-        ]
+        [name, f"{1e6 * seconds['cpu_s'] / filters['rows']:.2f}", f"{filters['rows'] / seconds['wall_s']:,.0f}"]
         for name, seconds in filters["methods"].items()
     ]
-    sizes = [
-        [f"{row['rows']:,}", f"{row['cpu_us']:.2f}", f"{row['peak_gb']:.2f} GB"] for row in filters["sizes"]
-    ]
+    sizes = [[f"{row['rows']:,}", f"{row['cpu_us']:.2f}", f"{row['peak_gb']:.2f} GB"] for row in filters["sizes"]]
     loops = [
-        [
-            name.replace("bare", "plain"),
-            *(f"{embeds['pictures'] / seconds[key]:.1f}" for key in ("cpu_s", "wall_s")),
-        ]
+        [name.replace("bare", "plain"), *(f"{embeds['pictures'] / seconds[key]:.1f}" for key in ("cpu_s", "wall_s"))]
         for name, seconds in embeds["methods"].items()
     ]
     workers = [

@@ -52,9 +52,7 @@ def write_metadata(folder: Path, rows: int, rows_per_file: int) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     for number, path in enumerate(paths):
         if not path.exists():
-            pq.write_table(
-                _table(rows_per_file, number), path.with_suffix(".part"), row_group_size=rows_per_file // 8
-            )
+            pq.write_table(_table(rows_per_file, number), path.with_suffix(".part"), row_group_size=rows_per_file // 8)
             path.with_suffix(".part").rename(path)
     return paths
 

@@ -107,9 +107,7 @@ def features_of(images: list[Image.Image], encoder: Encoder) -> Features:
     return np.array([perceptual_hash(image) for image in images], np.int64), encoder.encode_images(images)
 
 
-def removed_shares(
-    candidates: Features, train: Features, max_bits: int, min_similarity: float
-) -> dict[str, float]:
+def removed_shares(candidates: Features, train: Features, max_bits: int, min_similarity: float) -> dict[str, float]:
     """The share of candidates that each criterion removes."""
     by_hash = PerceptualHashIndex(train[0]).contains_near(candidates[0], max_bits)
     by_embedding = (candidates[1] @ train[1].T).max(axis=1) >= min_similarity
@@ -154,13 +152,7 @@ def measure(recipe: Recipe, count: int, folder: Path | None) -> dict[str, Any]:
         if len(images) < 2:
             raise UserError(f"--pictures {folder} has {len(images)} usable .jpg files. Wanted at least two.")
         data_sets.append(measure_pictures("Pictures", images, encoder, (bits, similarity)))
-    return {
-        "hardware": hardware(),
-        "bits": bits,
-        "similarity": similarity,
-        **measure_time(),
-        "data_sets": data_sets,
-    }
+    return {"hardware": hardware(), "bits": bits, "similarity": similarity, **measure_time(), "data_sets": data_sets}
 
 
 def page(result: dict[str, Any]) -> str:
@@ -168,9 +160,7 @@ def page(result: dict[str, Any]) -> str:
     sections = []
     for data_set in result["data_sets"]:
         lines = {**data_set["recall"], "*other pictures (false removals)*": data_set["false"]}
-        rows = [
-            [kind, *(f"{100 * share:.1f} %" for share in shares.values())] for kind, shares in lines.items()
-        ]
+        rows = [[kind, *(f"{100 * share:.1f} %" for share in shares.values())] for kind, shares in lines.items()]
         headings = ["removed", "by hash:", "by embedding:", "by either:"]
         sections.append(DATA_SET.format(**data_set, table=markdown_table(headings, rows)))
     return PAGE.format(**{**result, "data_sets": "".join(sections)}, edge=EDGE, hashes=HASHES)

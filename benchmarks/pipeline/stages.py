@@ -66,9 +66,7 @@ def plain_loop(pictures: Pictures, encoder: Encoder, batch_size: int) -> None:
     model, preprocess = encoder._model, encoder.preprocess
     with torch.inference_mode():
         for first in range(0, len(pictures), batch_size):
-            batch = [
-                preprocess(Image.open(io.BytesIO(data))) for _, data in pictures[first : first + batch_size]
-            ]
+            batch = [preprocess(Image.open(io.BytesIO(data))) for _, data in pictures[first : first + batch_size]]
             torch.nn.functional.normalize(model.encode_image(torch.stack(batch)), dim=-1).numpy()
 
 

@@ -77,9 +77,7 @@ def measure_search(data: BenchmarkData, methods: list[MethodSpec], memory: float
     }
 
 
-def memory_groups(
-    methods: list[MethodSpec], needed: dict[str, float], memory: float
-) -> Iterator[list[MethodSpec]]:
+def memory_groups(methods: list[MethodSpec], needed: dict[str, float], memory: float) -> Iterator[list[MethodSpec]]:
     """Methods that fit in memory together; every group has the baseline and our engine."""
     fixed = [method for method in methods if method.name in (SCANN.name, DATABASE.name, BARE.name)]
     rest = [method for method in methods if method not in fixed]

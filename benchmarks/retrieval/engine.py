@@ -76,9 +76,7 @@ def calibration(data: BenchmarkData) -> list[dict[str, Any]]:
         for target in TARGETS:
             for like, stream in (("images", "images"), ("images", "texts"), ("texts", "texts")):
                 effort = worker.call("effort", recall=target, like=like)["effort"]
-                answer = worker.call(
-                    "measure", mode="batch", k=K, effort=effort, stream=stream, count=NUM_QUERIES
-                )
+                answer = worker.call("measure", mode="batch", k=K, effort=effort, stream=stream, count=NUM_QUERIES)
                 single = worker.call("measure", mode="single", k=K, effort=effort, stream=stream, count=500)
                 rows.append(
                     {

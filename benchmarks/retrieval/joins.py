@@ -50,13 +50,8 @@ def measure(data: BenchmarkData, queries: int) -> list[dict[str, Any]]:
     with open_workers(METHODS, data) as workers:
         modes = ["join" if worker.method is OURS else "batch" for worker in workers]
         efforts = [fastest_effort(*pair, K, TARGET) for pair in zip(workers, modes, strict=True)]
-        rounds = [
-            [_once(*pair, queries) for pair in zip(workers, efforts, strict=True)] for _ in range(ROUNDS)
-        ]
-    return [
-        _summary(method, efforts[i], [timed[i] for timed in rounds], rounds)
-        for i, method in enumerate(METHODS)
-    ]
+        rounds = [[_once(*pair, queries) for pair in zip(workers, efforts, strict=True)] for _ in range(ROUNDS)]
+    return [_summary(method, efforts[i], [timed[i] for timed in rounds], rounds) for i, method in enumerate(METHODS)]
 
 
 def fastest_effort(worker: WorkerProcess, mode: str, k: int, target: float) -> Effort:
@@ -79,9 +74,7 @@ def _once(worker: WorkerProcess, effort: Effort, queries: int) -> dict[str, Any]
     )
 
 
-def _summary(
-    method: MethodSpec, effort: Effort, runs: list[dict], rounds: list[list[dict]]
-) -> dict[str, Any]:
+def _summary(method: MethodSpec, effort: Effort, runs: list[dict], rounds: list[list[dict]]) -> dict[str, Any]:
     """Medians, and the ratio of its time to ours, paired within rounds."""
     ratios = {
         unit: statistics.median(run[unit] / timed[0][unit] for run, timed in zip(runs, rounds, strict=True))

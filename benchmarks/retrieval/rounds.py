@@ -58,9 +58,7 @@ class TimingResult:
             "recall": round(self.recall, 4),
             "ms": round(statistics.median(self.seconds) * 1e3, 4),
             "ratio": round(statistics.median(self.ratios), 3) if self.ratios else None,
-            "ratio_range": [round(extreme(self.ratios), 3) for extreme in (min, max)]
-            if self.ratios
-            else None,
+            "ratio_range": [round(extreme(self.ratios), 3) for extreme in (min, max)] if self.ratios else None,
         }
 
 
@@ -77,9 +75,7 @@ def tune(workers: list[WorkerProcess]) -> dict[str, list[TuningResult]]:
 def _measure_setting(worker: WorkerProcess, effort: Effort) -> TuningResult:
     trial = worker.call("measure", mode="single", k=K, effort=effort, start=0, count=20)
     slow = trial["wall_s"] * TUNING_QUERIES / 2 > BATCH_S
-    first = worker.call(
-        "measure", mode="batch", k=K, effort=effort, start=0, count=100 if slow else TUNING_QUERIES
-    )
+    first = worker.call("measure", mode="batch", k=K, effort=effort, start=0, count=100 if slow else TUNING_QUERIES)
     point = TuningResult(effort, first["recall"])
     if point.recall >= MIN_TIMED_RECALL:
         count = min(300, max(20, int(SINGLE_S / trial["wall_s"])))
@@ -99,9 +95,7 @@ def best_setting(points: list[TuningResult], mode: str, target: float) -> Tuning
     return points[0] if len(points) == 1 and points[0].seconds else fastest_setting(points, mode, target)
 
 
-def compare(
-    workers: list[WorkerProcess], points: dict[str, list[TuningResult]], baseline: str
-) -> list[TimingResult]:
+def compare(workers: list[WorkerProcess], points: dict[str, list[TuningResult]], baseline: str) -> list[TimingResult]:
     """Interleaved rounds at every target in every mode."""
     results = []
     for target in TARGETS:
@@ -110,9 +104,7 @@ def compare(
             for worker in workers:
                 point = best_setting(points[worker.method.name], mode, target)
                 if point is not None:
-                    chosen.append(
-                        (worker, point, TimingResult(worker.method.name, mode, target, point.effort))
-                    )
+                    chosen.append((worker, point, TimingResult(worker.method.name, mode, target, point.effort)))
             for _ in range(ROUNDS):
                 _round([(worker, point.seconds[mode], result) for worker, point, result in chosen], baseline)
             results += [result for _, _, result in chosen]
@@ -125,9 +117,9 @@ def _round(chosen: list[tuple[WorkerProcess, float, TimingResult]], baseline: st
         limit = int((SINGLE_S if result.mode == "single" else BATCH_S) / seconds)
         if not result.seconds:
             count = TUNING_QUERIES if seconds * TUNING_QUERIES < 4 * BATCH_S else max(10, limit)
-            result.recall = worker.call(
-                "measure", start=TUNING_QUERIES, count=count, **{**options, "mode": "batch"}
-            )["recall"]
+            result.recall = worker.call("measure", start=TUNING_QUERIES, count=count, **{**options, "mode": "batch"})[
+                "recall"
+            ]
         most = TUNING_QUERIES if result.mode == "single" else NUM_QUERIES
         count = max(10, min(most, limit))
         measured = worker.call(

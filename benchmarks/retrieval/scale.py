@@ -57,9 +57,7 @@ def _rounds(opened: list[tuple[int, Any, list[WorkerProcess]]]) -> list[dict[str
     for number in range(ROUNDS):
         for i, (_, data, (search, join)) in enumerate(opened):
             options = {"k": K, "effort": efforts[i][0]}
-            single = search.call(
-                "measure", mode="single", start=TUNING_QUERIES, count=TUNING_QUERIES, **options
-            )
+            single = search.call("measure", mode="single", start=TUNING_QUERIES, count=TUNING_QUERIES, **options)
             batch = search.call("measure", mode="batch", count=NUM_QUERIES, **options)
             times[i]["single"].append(single["wall_s"])
             times[i]["batch"].append(batch["wall_s"])
@@ -67,12 +65,7 @@ def _rounds(opened: list[tuple[int, Any, list[WorkerProcess]]]) -> list[dict[str
             if number < JOIN_ROUNDS:
                 count = len(data.read("images"))
                 joined = join.call(
-                    "measure",
-                    mode="join",
-                    k=joins.K,
-                    effort=efforts[i][1],
-                    count=count,
-                    recall_start=TUNING_QUERIES,
+                    "measure", mode="join", k=joins.K, effort=efforts[i][1], count=count, recall_start=TUNING_QUERIES
                 )
                 times[i]["wall"].append(joined["wall_s"])
                 times[i]["cpu"].append(joined["cpu_s"])
@@ -87,9 +80,7 @@ def _rounds(opened: list[tuple[int, Any, list[WorkerProcess]]]) -> list[dict[str
             "build_cpu_s": round(build(data, DATABASE, 2)["cpu_s"], 1),
             **{f"{name}_us": round(statistics.median(values) * 1e6, 2) for name, values in timed.items()},
         }
-        for (rows, data, _), (effort, join_effort), timed, recall in zip(
-            opened, efforts, times, recalls, strict=True
-        )
+        for (rows, data, _), (effort, join_effort), timed, recall in zip(opened, efforts, times, recalls, strict=True)
     ]
 
 

@@ -66,10 +66,7 @@ def cases(tiny: bool) -> Iterator[tuple[str, Case]]:
         if not tiny:
             yield "training", Case("train", size, compile=True)
     for backend in ("math",) if tiny else BACKENDS:
-        yield (
-            "attention",
-            Case("train", 32 if tiny else 256, batch=2 if tiny else 32, backend=backend, tiny=tiny),
-        )
+        yield ("attention", Case("train", 32 if tiny else 256, batch=2 if tiny else 32, backend=backend, tiny=tiny))
     for scheduler, steps in (("ddim", 2), ("dpm++", 2)) if tiny else (("ddim", 50), ("dpm++", 20)):
         for compiled in (False,) if tiny else (False, True):
             yield (
@@ -93,9 +90,7 @@ def measure(case: Case) -> dict[str, Any]:
         return run(case)
     command = [sys.executable, "-m", "benchmarks.training.gpu_cases", case_as_json(case)]
     try:
-        process = subprocess.run(
-            command, cwd=REPOSITORY, capture_output=True, text=True, timeout=CASE_S, check=False
-        )
+        process = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=CASE_S, check=False)
     except subprocess.TimeoutExpired:
         return {"failed": f"took longer than {CASE_S} s"}
     if process.returncode:
@@ -109,12 +104,7 @@ def page(result: dict[str, Any]) -> str:
     peak = gpu["flops_per_s"]
     headings = ["px", "checkpointing", "compiled", "batch:", "largest:", "images/s:", "MFU:", "GiB:"]
     training = [
-        [
-            str(case["size"]),
-            _yes(case["checkpointing"]),
-            _yes(case["compile"]),
-            *_training_cells(values, peak),
-        ]
+        [str(case["size"]), _yes(case["checkpointing"]), _yes(case["compile"]), *_training_cells(values, peak)]
         for case, values in result["training"]
     ]
     attention = [

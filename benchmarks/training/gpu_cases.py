@@ -178,9 +178,7 @@ def timed(work: Callable[[], object], device: torch.device, times: int) -> float
 def _stage(case: Case) -> Stage:
     if case.tiny:
         edge = case.size // 16
-        config = TrainConfig(
-            name="tiny", source="latents", size=case.size, k=2, global_batch=1, micro_batch=1, steps=1
-        )
+        config = TrainConfig(name="tiny", source="latents", size=case.size, k=2, global_batch=1, micro_batch=1, steps=1)
         return Stage("tiny", TINY_MODEL, config, (TINY_MODEL.latent_channels, edge, edge))
     (stage,) = [stage for stage in stages() if stage.name == f"train_laion_{case.size}"]
     return stage
@@ -227,9 +225,7 @@ def _step_rate(
 
 def _batch(stage: Stage, count: int) -> TrainingBatch:
     channels, height, width = stage.latent_shape
-    context = torch.nn.functional.normalize(
-        torch.randn(count, stage.train.k, stage.model.context_dim), dim=-1
-    )
+    context = torch.nn.functional.normalize(torch.randn(count, stage.train.k, stage.model.context_dim), dim=-1)
     noises = torch.randn(2, count, channels, height, width)
     return TrainingBatch(
         image_ids=torch.arange(count).numpy(),

@@ -76,13 +76,7 @@ def main() -> None:
         for case, plan in plans.items():
             measured[case].append(measure(plan, root, batches))
     cases = [_summary(case, plans[case], root, rates, batches) for case, rates in measured.items()]
-    result = {
-        "hardware": hardware(),
-        "extent": vars(extent),
-        "rounds": rounds,
-        "batch": BATCH,
-        "cases": cases,
-    }
+    result = {"hardware": hardware(), "extent": vars(extent), "rounds": rounds, "batch": BATCH, "cases": cases}
     result |= {"cut": measure_cropping(extent), "demand": demand()}
     write_report(options.scratch if options.tiny else options.docs, "loader", result, page(result))
 
@@ -169,16 +163,9 @@ def page(result: dict[str, Any]) -> str:
         for case in cases
         if case["threads"] == max(THREADS)
     ]
-    parts = [
-        "# Speed of the data loader",
-        intro,
-        markdown_table(["", "images/s:", "images/s per core:"], rates),
-    ]
+    parts = ["# Speed of the data loader", intro, markdown_table(["", "images/s:", "images/s per core:"], rates)]
     parts += [PACED, markdown_table(["", "images/s taken:", "ms waited:", "share of the step:"], paced)]
-    parts += [
-        needs,
-        markdown_table(["source", "images/s per core:", f"cores for {HEADROOM} times the demand:"], cores),
-    ]
+    parts += [needs, markdown_table(["source", "images/s per core:", f"cores for {HEADROOM} times the demand:"], cores)]
     crop = result["cut"]
     parts.append(CROP.format(**crop, gap=MIN_DRAFT_RATIO, ratio=crop["whole_ms"] / crop["small_ms"]))
     return "\n\n".join(parts) + "\n"
@@ -209,21 +196,9 @@ def _decode_whole(data: bytes, where: str, size: int) -> ScaledImage:
 
 def _recipe(extent: Extent, autoencoder: AutoencoderConfig, source: str, workers: int) -> TrainingRecipe:
     train = {"name": "bench", "source": source, "size": extent.size, "k": extent.k, "steps": 1000}
-    train |= {
-        "global_batch": BATCH,
-        "micro_batch": BATCH,
-        "interleaved_shards": extent.shards,
-        "workers": workers,
-    }
-    model = {
-        "latent_channels": extent.channels,
-        "context_dim": extent.dim,
-        "channels": [32],
-        "attention": [1],
-    }
-    return TrainingRecipe.model_validate(
-        {"model": model, "diffusion": {}, "autoencoder": autoencoder, "train": train}
-    )
+    train |= {"global_batch": BATCH, "micro_batch": BATCH, "interleaved_shards": extent.shards, "workers": workers}
+    model = {"latent_channels": extent.channels, "context_dim": extent.dim, "channels": [32], "attention": [1]}
+    return TrainingRecipe.model_validate({"model": model, "diffusion": {}, "autoencoder": autoencoder, "train": train})
 
 
 def _options() -> argparse.Namespace:

@@ -119,9 +119,7 @@ def _sample(
 ) -> None:
     style, requests = group
     changed = [
-        replace(
-            request, scheduler=method.scheduler, steps=method.steps, seed=request.seed + method.seed_offset
-        )
+        replace(request, scheduler=method.scheduler, steps=method.steps, seed=request.seed + method.seed_offset)
         for request in requests
     ]
     start = time.perf_counter()
@@ -132,9 +130,7 @@ def _sample(
     results.correct.append(score(classifier, style, SampleFeatures(features, features)).correct)
 
 
-def _row(
-    method: SamplingMethod, results: dict[str, MethodResults], reference: SamplingMethod
-) -> dict[str, Any]:
+def _row(method: SamplingMethod, results: dict[str, MethodResults], reference: SamplingMethod) -> dict[str, Any]:
     result, base = results[method.name], results[reference.name]
     distances = 1 - (np.concatenate(result.features) * np.concatenate(base.features)).sum(axis=1)
     correct = np.concatenate(result.correct)
@@ -170,9 +166,7 @@ def page(result: dict[str, Any]) -> str:
 def main() -> None:
     """Sample, classify, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training.sampling", description=__doc__)
-    parser.add_argument(
-        "recipe", type=Path, metavar="RECIPE", help="recipe of a finished run, with [evaluate]"
-    )
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="recipe of a finished run, with [evaluate]")
     parser.add_argument(
         "--set",
         action="append",

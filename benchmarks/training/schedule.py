@@ -99,9 +99,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         for row in rows
     ]
     laion = [row for row in rows if row["recipe"].startswith("train_laion")]
-    sums = ", ".join(
-        f"{sum(row['days'][i] for row in laion):.1f} days at {mfu:.0%}" for i, mfu in enumerate(MFUS)
-    )
+    sums = ", ".join(f"{sum(row['days'][i] for row in laion):.1f} days at {mfu:.0%}" for i, mfu in enumerate(MFUS))
     return PAGE.format(
         gpus=GPUS,
         peak=PEAK / TERA,
@@ -139,9 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training.schedule", description=__doc__)
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the results")
     rows = table()
-    write_report(
-        parser.parse_args().docs, "training", {"gpus": GPUS, "mfus": MFUS, "recipes": rows}, page(rows)
-    )
+    write_report(parser.parse_args().docs, "training", {"gpus": GPUS, "mfus": MFUS, "recipes": rows}, page(rows))
 
 
 if __name__ == "__main__":

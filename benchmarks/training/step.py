@@ -81,10 +81,7 @@ class MinimalLoop:
         torch.manual_seed(config.train.seed)
         self._unet = build_unet(config.model)
         self._optimizer = torch.optim.AdamW(
-            self._unet.parameters(),
-            lr=config.train.learning_rate,
-            weight_decay=config.train.weight_decay,
-            fused=True,
+            self._unet.parameters(), lr=config.train.learning_rate, weight_decay=config.train.weight_decay, fused=True
         )
         self._average = [weight.detach().clone() for weight in self._unet.parameters()]
         self._alphas_bar = diffusion.alphas_bar(config.diffusion)
@@ -202,9 +199,7 @@ def _section(run: dict[str, Any]) -> str:
         **{name: run[name] for name in ("zero_stage", "overhead", "reading", "overhead_equivalent")},
         verdict="" if run["zero_stage"] else verdict,
         difference=run["loss_difference"],
-        table=markdown_table(
-            ["loop", "ms per step, wall:", "ms per step, CPU:", "CPU time over minimal loop:"], rows
-        ),
+        table=markdown_table(["loop", "ms per step, wall:", "ms per step, CPU:", "CPU time over minimal loop:"], rows),
     )
 
 
@@ -222,12 +217,7 @@ def _recipe(root: Root, steps: int, zero_stage: int) -> TrainingRecipe:
         "zero_stage": zero_stage,
         "warmup_steps": 0,
     }
-    changes |= {
-        "global_batch": BATCH,
-        "micro_batch": BATCH,
-        "interleaved_shards": 4,
-        "checkpoint_every": steps,
-    }
+    changes |= {"global_batch": BATCH, "micro_batch": BATCH, "interleaved_shards": 4, "checkpoint_every": steps}
     changes |= {"log_every": 10, "validation_images": 0, "validate_every": 0, "preview_every": 0}
     changes |= {"preview_prompts": []}
     overrides = [f"train.{name}={value}" for name, value in changes.items()]

@@ -103,10 +103,7 @@ def picture(number: int, edge: int) -> bytes:
 
 def _write_autoencoder(config: AutoencoderConfig, extent: Extent) -> str:
     levels = extent.factor.bit_length()
-    blocks = {
-        "down_block_types": ("DownEncoderBlock2D",) * levels,
-        "up_block_types": ("UpDecoderBlock2D",) * levels,
-    }
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels}
     widths = {"block_out_channels": (8,) * levels, "latent_channels": extent.channels, "norm_num_groups": 4}
     AutoencoderKL(layers_per_block=1, **blocks, **widths).save_pretrained(config.path)
     return Autoencoder.load(config, "cpu").identity

@@ -41,15 +41,12 @@ def style_row() -> Row:
 
 def search_row() -> Row:
     chosen = {
-        (point["method"], point["mode"], point["target"]): point
-        for point in load("performance")["search"]["chosen"]
+        (point["method"], point["mode"], point["target"]): point for point in load("performance")["search"]["chosen"]
     }
     cells = []
     for mode, label in (("batch", "in batches, two threads"), ("single", "alone, one thread")):
         ours, scann = chosen["database", mode, 0.95], chosen["scann", mode, 0.95]
-        cells.append(
-            f"{ours['ms']:.3f} ms {label}, {ours['ratio']:.2f} x ScaNN (recall {scann['recall']:.3f})"
-        )
+        cells.append(f"{ours['ms']:.3f} ms {label}, {ours['ratio']:.2f} x ScaNN (recall {scann['recall']:.3f})")
     recall = chosen["database", "batch", 0.95]["recall"]
     label = f"one query on a million vectors of 768 dimensions, recall@20 {recall:.3f}"
     return (label, "; ".join(cells), "[retrieval](docs/performance.md)")

@@ -64,9 +64,7 @@ def module_arrows(package: str) -> Arrows:
     """For each module of a package the first-party modules that it imports, as paths."""
     return {
         path.as_posix(): {
-            target.as_posix()
-            for name in imported_names(path)
-            if (target := module_of(name)) and target != path
+            target.as_posix() for name in imported_names(path) if (target := module_of(name)) and target != path
         }
         for path in modules(package)
     }

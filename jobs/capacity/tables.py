@@ -57,9 +57,7 @@ def page(costs: Sequence[Cost], inputs: Inputs, data: DataSizes, recipe: str) ->
     """The page as Markdown."""
     stage, *others = COLUMNS
     heads = [stage, *(f"{head}:" for head in others)]
-    rates = [
-        [name, f"{rate.value:,g}", rate.unit, rate.source] for name, rate in used_rates(_needs(costs), inputs)
-    ]
+    rates = [[name, f"{rate.value:,g}", rate.unit, rate.source] for name, rate in used_rates(_needs(costs), inputs)]
     machines = [[name, _machines(inputs, name), each.source] for name, each in inputs.machines.items()]
     return PAGE.format(
         recipe=recipe,
@@ -94,20 +92,11 @@ def cells(cost: Cost) -> list[str]:
 
 def total(costs: Sequence[Cost]) -> list[str]:
     """The last row: sums over stages that run one after the other."""
-    kept, read, fetched = (
-        sum(getattr(cost.need, name) for cost in costs) for name in ("kept", "read", "fetched")
-    )
+    kept, read, fetched = (sum(getattr(cost.need, name) for cost in costs) for name in ("kept", "read", "fetched"))
     cpu, gpu = (sum(getattr(cost.need, name) for cost in costs) / 3600 for name in ("cpu_s", "gpu_s"))
     hours, dollars = sum(cost.hours for cost in costs), sum(cost.dollars for cost in costs)
     scratch = max(cost.need.scratch for cost in costs)
-    sums = [
-        num_bytes(kept),
-        f"<{num_bytes(scratch)}",
-        num_bytes(read),
-        num_bytes(fetched),
-        number(cpu),
-        number(gpu),
-    ]
+    sums = [num_bytes(kept), f"<{num_bytes(scratch)}", num_bytes(read), num_bytes(fetched), number(cpu), number(gpu)]
     return ["all", *sums, "", number(hours), "", number(dollars)]
 
 
@@ -164,8 +153,5 @@ def _padded(row: Sequence[str]) -> str:
 
 def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table. A column is right-aligned if its heading ends in a colon."""
-    lines = [
-        [head.removesuffix(":") for head in heads],
-        ["---:" if h.endswith(":") else "---" for h in heads],
-    ]
+    lines = [[head.removesuffix(":") for head in heads], ["---:" if h.endswith(":") else "---" for h in heads]]
     return "\n".join("| " + " | ".join(line) + " |" for line in [*lines, *rows])

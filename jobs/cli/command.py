@@ -21,9 +21,7 @@ Main = Callable[..., None]
 def recipe_parser(command: str, about: str | None) -> argparse.ArgumentParser:
     """The arguments that every command has: RECIPE, --set and --dry-run."""
     parser = argparse.ArgumentParser(prog=f"laion-rdm {command}", description=about)
-    parser.add_argument(
-        "recipe", type=Path, metavar="RECIPE", help="TOML file, such as those in jobs/configs"
-    )
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="TOML file, such as those in jobs/configs")
     parser.add_argument(
         "--set",
         action="append",
@@ -32,9 +30,7 @@ def recipe_parser(command: str, about: str | None) -> argparse.ArgumentParser:
         dest="overrides",
         help="override one key of the recipe; may be repeated",
     )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check and print the resolved recipe, then stop"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="check and print the resolved recipe, then stop")
     return parser
 
 
@@ -69,13 +65,9 @@ def exit_on_user_error(work: Callable[[], None]) -> None:
 
 def _start_log() -> None:
     """Log stages at INFO under their names, and libraries at WARNING."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s  %(name)s: %(message)s", datefmt="%H:%M:%S", force=True
-    )
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(name)s: %(message)s", datefmt="%H:%M:%S", force=True)
     for library in QUIET_LIBRARIES:
         logging.getLogger(library).setLevel(logging.WARNING)
     # open_clip logs every file through the root logger, and autofaiss resets its own level.
     [handler] = logging.getLogger().handlers
-    handler.addFilter(
-        lambda record: record.name not in ("root", "autofaiss") or record.levelno >= logging.WARNING
-    )
+    handler.addFilter(lambda record: record.name not in ("root", "autofaiss") or record.levelno >= logging.WARNING)

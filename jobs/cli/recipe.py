@@ -159,8 +159,7 @@ def _section(path: Path, name: str, kind: type[Config], values: Any) -> Config:
         return kind.model_validate_json(json.dumps(values))
     except ValidationError as error:
         problems = [
-            f"  {'.'.join(map(str, each['loc']))}: {each['msg']}, got {each['input']!r}"
-            for each in error.errors()
+            f"  {'.'.join(map(str, each['loc']))}: {each['msg']}, got {each['input']!r}" for each in error.errors()
         ]
         keys = f"Known keys: {', '.join(kind.model_fields)}."
         raise UserError("\n".join([f"{path}: section [{name}]", *problems, keys])) from error

@@ -63,9 +63,7 @@ def token_of(arguments: Namespace) -> str:
     token = os.environ.get(TOKEN_VARIABLE, "").strip()
     if arguments.token_file is not None:
         if not arguments.token_file.is_file():
-            raise UserError(
-                f"--token-file {arguments.token_file} does not exist. Wanted: a file with the token."
-            )
+            raise UserError(f"--token-file {arguments.token_file} does not exist. Wanted: a file with the token.")
         token = arguments.token_file.read_text().strip()
         if not token:
             raise UserError(f"--token-file {arguments.token_file} is empty. Write the token into it.")
@@ -80,9 +78,7 @@ def token_of(arguments: Namespace) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     options = recipe_parser("explore", __doc__ or "")
-    options.add_argument(
-        "--host", default=LOOPBACK_HOSTS[0], help="address to bind to (default: %(default)s)"
-    )
+    options.add_argument("--host", default=LOOPBACK_HOSTS[0], help="address to bind to (default: %(default)s)")
     options.add_argument("--port", type=int, default=7860, help="port to bind to (default: %(default)s)")
     options.add_argument("--token-file", type=Path, help=f"file with the token (default: {TOKEN_VARIABLE})")
     options.add_argument("--no-token", action="store_true", help="accept requests without a token")

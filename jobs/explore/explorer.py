@@ -85,12 +85,7 @@ class Explorer:
     """The opened databases and model. `search` and `sample` may be called concurrently."""
 
     def __init__(
-        self,
-        root: Root,
-        limits: ExploreConfig,
-        encoder: Encoder,
-        sampler: Sampler | None,
-        defaults: SampleConfig,
+        self, root: Root, limits: ExploreConfig, encoder: Encoder, sampler: Sampler | None, defaults: SampleConfig
     ) -> None:
         """defaults: settings that a sampling request leaves out. Raises UserError if there is no database."""
         self.limits = limits
@@ -99,9 +94,7 @@ class Explorer:
         self.defaults = defaults
         self.databases = _databases(root, encoder, sampler)
         self.pictures = Pictures(root, limits.max_rows_with_pictures)
-        self.searches = WorkQueue(
-            "search", limits.search_threads, limits.max_searches, limits.search_timeout_s
-        )
+        self.searches = WorkQueue("search", limits.search_threads, limits.max_searches, limits.search_timeout_s)
         self.samples = WorkQueue("picture", 1, limits.max_samples, limits.sample_timeout_s)
         if sampler is not None:
             self._unet = sampler.unet = CancellableUNet(sampler.unet)
@@ -164,10 +157,7 @@ class Explorer:
         neighbors = database.search(query, request.k, effort=effort)
         (rows,) = neighbors.rows
         pairs = zip(neighbors.similarities[0].tolist(), rows.to_pylist(), strict=True)
-        return [
-            self._view(rank, request.database, similarity, row)
-            for rank, (similarity, row) in enumerate(pairs, 1)
-        ]
+        return [self._view(rank, request.database, similarity, row) for rank, (similarity, row) in enumerate(pairs, 1)]
 
     def _sample(self, requests: Sequence[SampleRequest], stop: Event) -> list[SampledPicture]:
         sampler = self._require_sampler()
@@ -204,9 +194,7 @@ class Explorer:
         except PictureError as error:
             raise UserError(f"This picture cannot be used: {error}.") from error
 
-    def _view(
-        self, rank: int, name: str, similarity: float, row: dict[str, Any], weight: float = 0.0
-    ) -> NeighborView:
+    def _view(self, rank: int, name: str, similarity: float, row: dict[str, Any], weight: float = 0.0) -> NeighborView:
         image_id = int(row["image_id"])
         return NeighborView(
             rank=rank,

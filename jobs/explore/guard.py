@@ -44,9 +44,7 @@ class Guard:
         self.app = app
         self.token = token
         self.max_body_bytes = max_body_bytes
-        self.requests = Counter(
-            "explore_requests", "Finished requests.", ["route", "status"], registry=registry
-        )
+        self.requests = Counter("explore_requests", "Finished requests.", ["route", "status"], registry=registry)
         self.seconds = Histogram(
             "explore_request_seconds", "Time until the response ended.", ["route"], registry=registry
         )
@@ -75,11 +73,7 @@ class Guard:
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
-        if (
-            self.token
-            and scope["path"] != PUBLIC_PATH
-            and not self._has_token(headers.get("authorization", ""))
-        ):
+        if self.token and scope["path"] != PUBLIC_PATH and not self._has_token(headers.get("authorization", "")):
             await _reject(send, 401, "This server needs a token, as bearer token or as password.")
         elif int(headers.get("content-length", "0")) > self.max_body_bytes:
             await _reject(send, 413, self._too_large)

@@ -73,11 +73,7 @@ def write_docs(root: Root, page: Page, docs: Path) -> Path:
         file, content = _small(name, data)
         _write(docs / "images" / file, content)
         sources[name] = f"images/{file}"
-    values = {
-        **page.results,
-        "verdicts": [asdict(verdict) for verdict in page.verdicts],
-        "hardware": hardware(),
-    }
+    values = {**page.results, "verdicts": [asdict(verdict) for verdict in page.verdicts], "hardware": hardware()}
     _write(docs / "paper.json", json.dumps(values, indent=1).encode() + b"\n")
     _write(docs / "paper.md", _render("page.md.jinja", page, sources).encode())
     return docs / "paper.md"

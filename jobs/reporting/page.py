@@ -12,9 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 HTML = ".html.jinja"
 
 
-def render(
-    template: Path, content: Mapping[str, Any], filters: Mapping[str, Callable[..., str]] | None = None
-) -> str:
+def render(template: Path, content: Mapping[str, Any], filters: Mapping[str, Callable[..., str]] | None = None) -> str:
     """The rendered template. content: its variables, all of which must be there; filters: by name."""
     environment = Environment(
         loader=FileSystemLoader([template.parent, Path(__file__).parent]),

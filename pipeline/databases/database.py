@@ -66,9 +66,7 @@ class EmbeddedPictures:
     """Number of pictures left out, by reason."""
 
 
-def run(
-    name: str, source: PictureSource | Path, encoder: Encoder, config: IndexConfig, root: Root
-) -> Manifest:
+def run(name: str, source: PictureSource | Path, encoder: Encoder, config: IndexConfig, root: Root) -> Manifest:
     """Build `databases/<name>` from a source, unless it exists with the same pictures and settings.
 
     Raises UserError if the source has no readable picture.
@@ -81,9 +79,7 @@ def style_databases(name: str, source: PictureSource) -> dict[str, str]:
     labels = sorted({picture.label for picture in list_pictures(source)[0]} - {""})
     names = {re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_"): label for label in labels}
     if len(names) < len(labels) or "" in names or name in names:
-        raise UserError(
-            f"the styles {', '.join(labels)} and {name!r} do not give different names. Rename one."
-        )
+        raise UserError(f"the styles {', '.join(labels)} and {name!r} do not give different names. Rename one.")
     if not names:
         raise UserError(f"{source.path} has no styles. Wanted: folders by style, or a column of labels.")
     return {name: "", **names}
@@ -108,8 +104,7 @@ def run_all(
         return [read_manifest(root, identity.name) for identity in identities.values()]
     embedded = _embed_pictures(next(iter(databases)), pictures, missing, encoder)
     return [
-        _build(root, embedded, databases[name], (encoder, config, identity))
-        for name, identity in identities.items()
+        _build(root, embedded, databases[name], (encoder, config, identity)) for name, identity in identities.items()
     ]
 
 
@@ -119,9 +114,7 @@ def _is_built(root: Root, identity: DatabaseIdentity, config: IndexConfig) -> bo
     return read_manifest(root, identity.name).fingerprint == identity.fingerprint(config)
 
 
-def _embed_pictures(
-    name: str, pictures: list[SourcePicture], missing: int, encoder: Encoder
-) -> EmbeddedPictures:
+def _embed_pictures(name: str, pictures: list[SourcePicture], missing: int, encoder: Encoder) -> EmbeddedPictures:
     ids = [schema.image_id(f"{name}/{picture.name}") for picture in pictures]
     properties = PictureProperties()
     embedded_ids, vectors = embed_images(_read(ids, pictures, properties), encoder, EmbedConfig())
@@ -131,17 +124,13 @@ def _embed_pictures(
     keep = ~find_near_copies(hashes, vectors)
     properties.reasons[Reason.NEAR_COPY] += int((~keep).sum())
     kept_ids = set(embedded_ids[keep].tolist())
-    kept = {
-        image_id: picture for image_id, picture in zip(ids, pictures, strict=True) if image_id in kept_ids
-    }
+    kept = {image_id: picture for image_id, picture in zip(ids, pictures, strict=True) if image_id in kept_ids}
     table = with_vectors(_metadata(name, kept, properties), vectors[keep])
     reasons = {str(reason): count for reason, count in properties.reasons.items() if count}
     return EmbeddedPictures([*kept.values()], table, reasons)
 
 
-def _read(
-    ids: list[int], pictures: list[SourcePicture], properties: PictureProperties
-) -> Iterator[tuple[int, bytes]]:
+def _read(ids: list[int], pictures: list[SourcePicture], properties: PictureProperties) -> Iterator[tuple[int, bytes]]:
     """Ids and bytes of the readable pictures, upright and 8-bit as in `download`."""
     bar = tqdm(pictures, desc="database", unit="image", mininterval=0.5)
     for image_id, source in zip(ids, bar, strict=True):
@@ -155,9 +144,7 @@ def _read(
         yield image_id, picture.data
 
 
-def find_near_copies(
-    hashes: npt.NDArray[np.int64], vectors: npt.NDArray[np.float32]
-) -> npt.NDArray[np.bool_]:
+def find_near_copies(hashes: npt.NDArray[np.int64], vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
     """Mask of the pictures that are near copies of an earlier picture that is kept, or of its mirror image.
 
     hashes: (n,) of `retrieval.perceptual_hash`; vectors: (n, dim) unit rows. Near copies are close in both.
@@ -198,10 +185,7 @@ def _metadata(name: str, pictures: dict[int, SourcePicture], properties: Picture
 
 
 def _build(
-    root: Root,
-    embedded: EmbeddedPictures,
-    style: str,
-    settings: tuple[Encoder, IndexConfig, DatabaseIdentity],
+    root: Root, embedded: EmbeddedPictures, style: str, settings: tuple[Encoder, IndexConfig, DatabaseIdentity]
 ) -> Manifest:
     encoder, config, identity = settings
     rows = [i for i, picture in enumerate(embedded.pictures) if style in ("", picture.label)]

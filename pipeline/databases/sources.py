@@ -119,9 +119,7 @@ def _from_tars(tars: Iterable[Path], source: PictureSource) -> Iterator[SourcePi
             raise UserError(f"{path} is not a readable tar: {error}") from error
         for name, (key, member) in sorted(pictures.items()):
             position = (member.offset_data, member.size)
-            yield _picture(
-                f"{path.stem}/{name}", path, {"label": "", **fields.get(key, {})}, source, position
-            )
+            yield _picture(f"{path.stem}/{name}", path, {"label": "", **fields.get(key, {})}, source, position)
 
 
 def _member_fields(kind: str, data: bytes) -> dict[str, Any]:
@@ -142,9 +140,7 @@ def _from_table(source: PictureSource) -> tuple[list[SourcePicture], int]:
     for row in rows:
         fields = _read_fields(row)
         if "path" not in fields:
-            raise UserError(
-                f"{source.path} has no column of paths. Wanted: one of {', '.join(FIELDS['path'])}."
-            )
+            raise UserError(f"{source.path} has no column of paths. Wanted: one of {', '.join(FIELDS['path'])}.")
         path = _find_file(base, fields, row)
         if path is not None:
             pictures.append(_picture(path.relative_to(base).as_posix(), path, fields, source))

@@ -12,6 +12,4 @@ if TYPE_CHECKING:
     from pipeline.download.retry import ShardRetry
     from pipeline.download.shard_download import ShardDownload
 
-__getattr__ = public_names(
-    __name__, {"download": "run", "retry": "ShardRetry", "shard_download": "ShardDownload"}
-)
+__getattr__ = public_names(__name__, {"download": "run", "retry": "ShardRetry", "shard_download": "ShardDownload"})

@@ -76,10 +76,7 @@ def _fetch_settings(config: DownloadConfig) -> FetchSettings:
 def _split_settings(config: DownloadConfig, blocklist: Blocklist) -> "dict[str, SplitSettings]":
     from pipeline.download.image_download import SplitSettings
 
-    edges = {
-        "train": (0, config.train_min_edge),
-        "database": (config.database_edge, config.database_min_edge),
-    }
+    edges = {"train": (0, config.train_min_edge), "database": (config.database_edge, config.database_min_edge)}
     return {
         split: SplitSettings(
             edge=edge,

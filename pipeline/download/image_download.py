@@ -81,9 +81,7 @@ class PictureBuffer:
 class ImageDownload:
     """Downloads the rows of a queue. statuses: of each finished row."""
 
-    def __init__(
-        self, fetcher: Fetcher, queue: HostQueue, settings: SplitSettings, pictures: PictureBuffer
-    ) -> None:
+    def __init__(self, fetcher: Fetcher, queue: HostQueue, settings: SplitSettings, pictures: PictureBuffer) -> None:
         self.statuses: dict[int, RowStatus] = {}
         self.finished = 0
         self.unanswered = 0

@@ -53,11 +53,7 @@ class ShardRetry:
             new_number = {number: i for i, number in enumerate(failed)}
             merged = [new_rows[new_number[n]] if n in new_number else row for n, row in enumerate(rows)]
             tar_name = f"download/{shard}.tar"
-            with (
-                root.local(tar_name) as path,
-                picture_reader(path) as read_old,
-                root.writing(tar_name) as tar,
-            ):
+            with root.local(tar_name) as path, picture_reader(path) as read_old, root.writing(tar_name) as tar:
 
                 def read_jpeg(number: int) -> bytes:
                     if number in new_number:

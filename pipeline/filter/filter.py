@@ -63,9 +63,7 @@ def prepare(config: FilterConfig, root: Root) -> FilterContext:
     """Read the metadata's footers and the blocklist. Raises UserError as `run` does."""
     source = Root(config.metadata)
     scores = ("pwatermark", "punsafe") if config.missing_scores == "drop" else ()
-    plan = plan_pieces(
-        source, config.columns, ("url", "caption", "width", "height", *scores), config.rows_per_piece
-    )
+    plan = plan_pieces(source, config.columns, ("url", "caption", "width", "height", *scores), config.rows_per_piece)
     rules = Rules(
         min_edge=config.min_edge,
         max_watermark=config.max_watermark,
@@ -88,14 +86,10 @@ def _max_rank(context: FilterContext, max_train: int) -> int:
     return selection.rank_threshold(parts, max_train)
 
 
-def _shards(
-    names: Sequence[str], scans: Sequence[ShardRecord], selects: Sequence[ShardRecord]
-) -> list[ShardRecord]:
+def _shards(names: Sequence[str], scans: Sequence[ShardRecord], selects: Sequence[ShardRecord]) -> list[ShardRecord]:
     """One record a shard, training shards first, then one a piece with its dropped rows by reason."""
     kept = [
-        ShardRecord(
-            file.name.removeprefix("filter/").removesuffix(".parquet"), int(record.values[file.name]), (file,)
-        )
+        ShardRecord(file.name.removeprefix("filter/").removesuffix(".parquet"), int(record.values[file.name]), (file,))
         for split in SPLITS
         for record in selects
         for file in record.files
@@ -115,19 +109,13 @@ def _values(
     shards: Sequence[ShardRecord],
 ) -> dict[str, object]:
     rows = {
-        f"rows_{split}": sum(shard.rows for shard in shards if shard.shard.startswith(f"{split}/"))
-        for split in SPLITS
+        f"rows_{split}": sum(shard.rows for shard in shards if shard.shard.startswith(f"{split}/")) for split in SPLITS
     }
     inputs = {piece.name: [piece.file, *piece.row_groups] for piece in context.plan.pieces}
     collisions = int(sum(record.values["collisions"] for record in dedupes))
     # Records written by older versions do not have this count.
     changed = int(sum(record.values.get("captions_changed", 0) for record in selects))
-    counts = {
-        "rows_read": context.plan.rows,
-        **rows,
-        "id_collisions": collisions,
-        "captions_changed": changed,
-    }
+    counts = {"rows_read": context.plan.rows, **rows, "id_collisions": collisions, "captions_changed": changed}
     return {**counts, "pieces": inputs}
 
 
@@ -142,9 +130,7 @@ def _check(
         f"{kept} kept + {dict(reasons)} != {context.plan.rows} rows read"
     )
     if values["id_collisions"]:
-        log.warning(
-            "%s URLs were dropped as duplicates because their 64-bit ids collide", values["id_collisions"]
-        )
+        log.warning("%s URLs were dropped as duplicates because their 64-bit ids collide", values["id_collisions"])
     for split in SPLITS:
         if not values[f"rows_{split}"]:
             log.warning("no row was kept for %s; dropped: %s", split, dict(reasons))

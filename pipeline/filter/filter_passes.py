@@ -77,9 +77,7 @@ class Dedupe:
     def __call__(self, shard: str) -> ShardRecord:
         bucket = int(shard.removeprefix("dedupe/"))
         pieces = self.context.plan.pieces
-        batches = [
-            read_batch(self.context.root, f"filter/scan/{piece.name}.arrow", bucket) for piece in pieces
-        ]
+        batches = [read_batch(self.context.root, f"filter/scan/{piece.name}.arrow", bucket) for piece in pieces]
         keys = pa.Table.from_batches(batches, KEY_SCHEMA)
         duplicate, collisions = selection.find_duplicates(keys)
         piece_numbers = np.repeat(np.arange(len(pieces)), [batch.num_rows for batch in batches])
@@ -140,18 +138,14 @@ class Select:
             )
         return read_batches(self.context.root, name)
 
-    def _decisions(
-        self, number: int, piece: Piece
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int8], int]:
+    def _decisions(self, number: int, piece: Piece) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int8], int]:
         """Image id and split of each row (0: dropped, else 1 + index in SPLITS); number of duplicates."""
         ids, split = np.zeros(piece.rows, np.int64), np.zeros(piece.rows, np.int8)
         num_duplicates = 0
         for bucket in range(self.context.num_buckets):
             keys = read_batch(self.context.root, f"filter/scan/{piece.name}.arrow", bucket)
             rows, key_ids = keys["row"].to_numpy(), keys["image_id"].to_numpy()
-            in_quota = selection.training_ranks(key_ids, self.context.seed) <= np.uint64(
-                self.context.max_rank
-            )
+            in_quota = selection.training_ranks(key_ids, self.context.seed) <= np.uint64(self.context.max_rank)
             ids[rows] = key_ids
             split[rows] = np.where(keys["train"].to_numpy(zero_copy_only=False) & in_quota, 1, 2)
             duplicates = read_batch(self.context.root, f"filter/dedupe/{bucket:05d}.arrow", number)["row"]

@@ -67,9 +67,7 @@ class _File:
 def plan_pieces(source: Root, columns: Columns, required: Sequence[str], rows_per_piece: int) -> MetadataPlan:
     """Divide the Parquet files below `source` into pieces. Raises UserError that names an invalid file."""
     if not source.exists(""):
-        raise UserError(
-            f"{source.url} is missing. It is the metadata folder of the recipe: correct filter.metadata."
-        )
+        raise UserError(f"{source.url} is missing. It is the metadata folder of the recipe: correct filter.metadata.")
     names = source.list("", ".parquet")
     if not names:
         raise UserError(f"{source.url} has no *.parquet file. Correct filter.metadata.")
@@ -77,9 +75,7 @@ def plan_pieces(source: Root, columns: Columns, required: Sequence[str], rows_pe
         files = list(pool.map(lambda name: _inspect(source, name, columns, required), names))
     pieces = [piece for file in files for piece in _divide(file, rows_per_piece)]
     if not pieces:
-        raise UserError(
-            f"{source.url}: its {len(names)} Parquet files have no rows. Correct filter.metadata."
-        )
+        raise UserError(f"{source.url}: its {len(names)} Parquet files have no rows. Correct filter.metadata.")
     numbered = tuple(
         Piece(f"{number:05d}", file.name, groups, rows, file.columns)
         for number, (file, groups, rows) in enumerate(pieces)
@@ -99,14 +95,11 @@ def _inspect(source: Root, name: str, columns: Columns, required: Sequence[str])
             parquet = pq.ParquetFile(file)
         except (pa.ArrowInvalid, OSError) as error:
             raise UserError(
-                f"{where} ({size:,} bytes) is not a complete Parquet file: {error}."
-                " Download it again or remove it."
+                f"{where} ({size:,} bytes) is not a complete Parquet file: {error}. Download it again or remove it."
             ) from error
         footer = parquet.metadata
         groups = tuple(footer.row_group(i).num_rows for i in range(footer.num_row_groups))
-        return _File(
-            name, groups, _resolve(parquet.schema_arrow, columns, required, where), f"{name} {size} {tail}\n"
-        )
+        return _File(name, groups, _resolve(parquet.schema_arrow, columns, required, where), f"{name} {size} {tail}\n")
 
 
 def _resolve(schema: pa.Schema, columns: Columns, required: Sequence[str], where: str) -> dict[str, str]:

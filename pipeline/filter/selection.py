@@ -58,9 +58,7 @@ class Rules:
     blocklist: Blocklist
 
 
-def apply_rules(
-    batch: pa.RecordBatch, first_row: int, rules: Rules
-) -> tuple[pa.Table, pa.RecordBatch, dict[str, int]]:
+def apply_rules(batch: pa.RecordBatch, first_row: int, rules: Rules) -> tuple[pa.Table, pa.RecordBatch, dict[str, int]]:
     """Apply the rules to a batch with the columns RULE_COLUMNS.
 
     Returns the rows that no rule drops (KEY_SCHEMA), corrected URLs (CORRECTED_URL_SCHEMA), and the number of
@@ -138,9 +136,7 @@ def split_rows(table: pa.Table, part: npt.NDArray[np.int64], num_parts: int) -> 
     ends = np.cumsum(np.bincount(part, minlength=num_parts))
     starts = np.concatenate([[0], ends[:-1]])
     whole = ordered.to_batches()[0] if ordered.num_rows else pa.RecordBatch.from_pylist([], table.schema)
-    return [
-        whole.slice(start, end - start) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
-    ]
+    return [whole.slice(start, end - start) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
 
 
 def find_duplicates(keys: pa.Table) -> tuple[Mask, int]:

@@ -69,13 +69,9 @@ def neighbors_stage(config: NeighborsConfig, root: Root) -> Stage:
     return Stage(root, "neighbors", SCHEMA_VERSION, config, upstream)
 
 
-def _join(
-    stage: Stage, config: NeighborsConfig, database: Database, shards: list[ShardRecord]
-) -> list[ShardRecord]:
+def _join(stage: Stage, config: NeighborsConfig, database: Database, shards: list[ShardRecord]) -> list[ShardRecord]:
     """Route the queries, match each partition, merge; returns the records of the training shards."""
-    groups = [
-        [shard.removeprefix("train/") for shard in group] for group in group_shards(shards, ROWS_PER_GROUP)
-    ]
+    groups = [[shard.removeprefix("train/") for shard in group] for group in group_shards(shards, ROWS_PER_GROUP)]
     routes = [f"route/{number:05d}" for number in range(len(groups))]
     matches = [f"match/{number:05d}" for number in range(len(database.partitions))]
     on_cpus = Workers.from_config(config)
@@ -122,8 +118,7 @@ def _merge_work(config: NeighborsConfig, root: Root, groups: list[list[str]], ma
 
 
 def neighbor_table(
-    rows: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]],
-    vectors: npt.NDArray[np.float16],
+    rows: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]], vectors: npt.NDArray[np.float16]
 ) -> pa.Table:
     """A table of schema.neighbors. rows: image ids (n,), neighbor ids and similarities (n, k)."""
     image_ids, neighbor_ids, similarities = rows
@@ -146,9 +141,7 @@ def _shard_record(group: ShardRecord, shard: str, number: int) -> ShardRecord:
     return ShardRecord(shard, int(group.values[f"{shard} rows"]), (group.files[number],), reasons, values)
 
 
-def _recall(
-    stage: Stage, config: NeighborsConfig, database: Database, records: list[ShardRecord]
-) -> dict[str, Any]:
+def _recall(stage: Stage, config: NeighborsConfig, database: Database, records: list[ShardRecord]) -> dict[str, Any]:
     """Recall@k of the finished tables on a seeded sample of their rows, with its 95 % interval."""
     rows = sum(record.rows for record in records)
     if not min(rows, config.recall_sample):
@@ -160,9 +153,6 @@ def _recall(
     exact = config.join_config().model_copy(update={"partitions_per_query": 0, "lists_per_partition": 0})
     run_shards(stage, truths, partial(truth_work, stage.root, exact, config.device), on_gpus)
     [record] = run_shards(
-        stage,
-        ["recall/all"],
-        partial(recall_work, stage.root, config.k, truths),
-        Workers.from_config(config, 1),
+        stage, ["recall/all"], partial(recall_work, stage.root, config.k, truths), Workers.from_config(config, 1)
     )
     return dict(record.values)

@@ -57,8 +57,7 @@ def draw_boxes(pictures: pa.Table, quota: int, config: PatchesConfig) -> dict[in
     counts = patch_counts(len(ids), quota, config, np.random.default_rng([config.seed, shard]))
     sizes = zip(pictures["width"].to_pylist(), pictures["height"].to_pylist(), strict=True)
     return {
-        id_: patch_boxes(size, int(count), config, id_)
-        for id_, size, count in zip(ids, sizes, counts, strict=True)
+        id_: patch_boxes(size, int(count), config, id_) for id_, size, count in zip(ids, sizes, counts, strict=True)
     }
 
 

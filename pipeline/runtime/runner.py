@@ -13,14 +13,7 @@ from functools import partial
 from typing import Any
 
 import ray
-from ray.exceptions import (
-    NodeDiedError,
-    ObjectLostError,
-    OutOfMemoryError,
-    RayActorError,
-    RayError,
-    RayTaskError,
-)
+from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from pipeline.runtime import memory
 from pipeline.runtime.prometheus import StageMetrics
@@ -103,11 +96,7 @@ def _format(resources: dict[str, float]) -> str:
 
 
 def run_shards(
-    stage: Stage,
-    shards: Sequence[str],
-    make_work: Callable[[], Work],
-    workers: Workers,
-    include_finished: bool = False,
+    stage: Stage, shards: Sequence[str], make_work: Callable[[], Work], workers: Workers, include_finished: bool = False
 ) -> list[ShardRecord]:
     """Process the shards that have no valid record of this fingerprint; records in the order of `shards`.
 

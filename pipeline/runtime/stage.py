@@ -13,14 +13,7 @@ from typing import Any, TypeVar
 
 from retrieval.config import Config
 from retrieval.index.hidden import HIDDEN_FILE
-from retrieval.storage.manifest import (
-    Manifest,
-    ShardRecord,
-    files_exist,
-    fingerprint,
-    read_manifest,
-    write_manifest,
-)
+from retrieval.storage.manifest import Manifest, ShardRecord, files_exist, fingerprint, read_manifest, write_manifest
 from retrieval.storage.root import Root
 
 THREADS = 32
@@ -61,9 +54,7 @@ class Stage:
         if manifest.fingerprint != self.fingerprint:
             return None
         if not all(map_in_threads(partial(files_exist, self.root), manifest.shards)):
-            self.log.warning(
-                "files of %s are missing or truncated: they are made again", self.root.at(self.name)
-            )
+            self.log.warning("files of %s are missing or truncated: they are made again", self.root.at(self.name))
             return None
         self.log.info("already finished: %s rows in %d shards", f"{manifest.rows:,}", len(manifest.shards))
         return manifest
@@ -76,9 +67,7 @@ class Stage:
             self.root.delete_partial_files(self.name)
             return
         if self.root.exists(self.name):
-            self.log.info(
-                "settings or inputs changed: %s is deleted and built again", self.root.at(self.name)
-            )
+            self.log.info("settings or inputs changed: %s is deleted and built again", self.root.at(self.name))
         self.root.delete_except(self.name, HIDDEN_FILE)  # hidden images stay hidden in the new output
         self.root.write_json(started, {"fingerprint": self.fingerprint})
 

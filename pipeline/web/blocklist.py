@@ -96,9 +96,7 @@ def read_blocklist(path: str, setting: str = "filter.blocklist") -> Blocklist:
         raise UserError(f"{path} is missing: it is the blocklist of {setting}. Correct the setting.")
     with root.open(name) as file:
         content = file.read()
-    return _parse(
-        content.decode(errors="replace").splitlines(), path, hashlib.sha256(content).hexdigest()[:16]
-    )
+    return _parse(content.decode(errors="replace").splitlines(), path, hashlib.sha256(content).hexdigest()[:16])
 
 
 def _parse(lines: Iterable[str], path: str, identity: str) -> Blocklist:

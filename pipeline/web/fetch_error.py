@@ -11,9 +11,7 @@ class FetchError(Exception):
     is_busy: the server answered 429 or 503, so the pause applies to its whole host.
     """
 
-    def __init__(
-        self, reason: Reason, message: str, retry_after_s: float | None = None, is_busy: bool = False
-    ) -> None:
+    def __init__(self, reason: Reason, message: str, retry_after_s: float | None = None, is_busy: bool = False) -> None:
         super().__init__(message)
         self.reason = reason
         self.retry_after_s = retry_after_s

@@ -23,9 +23,7 @@ _SAFE = "!$%&'()*+,-./:;=?@[]_~"
 
 # Nearly all URLs of LAION are canonical already. This pattern finds them in 0.2 us a row; `canonical_url`
 # takes 4 us. It must accept nothing that `canonical_url` would change; a test compares them.
-_CLEAN = (
-    r"^https?://[a-z0-9_][a-z0-9._-]*(:[1-9][0-9]{3}|:[1-5][0-9]{4})?/[!$%&'()*+,\-./0-9:;=?@A-Z\[\]_a-z~]*\z"
-)
+_CLEAN = r"^https?://[a-z0-9_][a-z0-9._-]*(:[1-9][0-9]{3}|:[1-5][0-9]{4})?/[!$%&'()*+,\-./0-9:;=?@A-Z\[\]_a-z~]*\z"
 
 
 def canonical_url(url: str) -> str:

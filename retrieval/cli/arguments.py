@@ -7,6 +7,8 @@ from pathlib import Path
 from retrieval.imports.source import SourceColumns
 
 Command = Callable[[argparse.Namespace], int]
+Add = Callable[..., object]
+"""`add_argument` of the parser of a command."""
 
 
 def make_parser(prog: str, commands: Mapping[str, Command]) -> argparse.ArgumentParser:
@@ -16,17 +18,16 @@ def make_parser(prog: str, commands: Mapping[str, Command]) -> argparse.Argument
     for name, run in commands.items():
         command = subparsers.add_parser(name, help=run.__doc__, description=run.__doc__)
         command.set_defaults(run=run)
-        ARGUMENTS[name](command)
+        ARGUMENTS[name](command.add_argument)
     return parser
 
 
-def _database(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("database", metavar="DB", help="folder of the database")
+def _database(add: Add) -> None:
+    add("database", metavar="DB", help="folder of the database")
 
 
-def _search(parser: argparse.ArgumentParser) -> None:
-    _database(parser)
-    add = parser.add_argument
+def _search(add: Add) -> None:
+    _database(add)
     add("texts", nargs="*", metavar="TEXT", help="a text query")
     add("-k", "--k", type=int, default=19, help="neighbors per query (default %(default)s)")
     add("--image", type=Path, action="append", default=[], metavar="FILE", help="a picture query")
@@ -35,68 +36,51 @@ def _search(parser: argparse.ArgumentParser) -> None:
     add("--pretrained", default="", metavar="TAG", help="its weights: open_clip's tag or a file")
     add("--recall", type=float, default=0.95, help="recall of the search, above 0 to 1 (default %(default)s)")
     add("--sheet", type=Path, metavar="FILE.png", help="draw the neighbors as a contact sheet")
-    add(
-        "--pictures",
-        type=Path,
-        default=Path(),
-        metavar="FOLDER",
-        help="folder of the database's pictures, for --sheet",
-    )
+    add("--pictures", type=Path, default=Path(), metavar="FOLDER", help="folder of the pictures, for --sheet")
     add("--json", action="store_true", help="print JSON")
 
 
-def _info(parser: argparse.ArgumentParser) -> None:
-    _database(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON")
+def _info(add: Add) -> None:
+    _database(add)
+    add("--json", action="store_true", help="print JSON")
 
 
-def _verify(parser: argparse.ArgumentParser) -> None:
-    _database(parser)
-    add = parser.add_argument
+def _verify(add: Add) -> None:
+    _database(add)
     add("--queries", type=int, default=200, help="rows of the database used as queries (default %(default)s)")
     add("-k", "--k", type=int, default=20, help="neighbors per query (default %(default)s)")
     add("--recall", type=float, default=0.95, help="recall of the search, above 0 to 1 (default %(default)s)")
     add("--seed", type=int, default=0, help="seed of the choice of queries (default %(default)s)")
 
 
-def _build(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
-        "source",
-        metavar="SOURCE",
-        help="vectors: a .npy or Parquet file, a folder of these, or clip-retrieval's output folder",
-    )
-    _database(parser)
+def _build(add: Add) -> None:
+    source = "vectors: a .npy or Parquet file, a folder of these, or clip-retrieval's output folder"
+    add("source", metavar="SOURCE", help=source)
+    _database(add)
     add("--model", required=True, help="name of the encoder of the vectors, such as ViT-B-32")
     add("--weights", default="", help="digest of the encoder's weights, if known")
     add("--metadata", metavar="PATH", help="Parquet file (or folder of files) with a row for each vector")
     add("--part", choices=("images", "texts"), default="images", help="vectors to read from clip-retrieval")
-    add(
-        "--column",
-        action="append",
-        default=[],
-        metavar="FIELD=NAME",
-        help=f"name of a column in the source; fields: {', '.join(SourceColumns.model_fields)}",
-    )
+    column = f"name of a column in the source; fields: {', '.join(SourceColumns.model_fields)}"
+    add("--column", action="append", default=[], metavar="FIELD=NAME", help=column)
     add("--rows-per-partition", type=int, default=1_000_000, metavar="N", help="(default %(default)s)")
     add("--index-key", default="", metavar="KEY", help="faiss factory key; by default chosen by size")
 
 
-def _block(parser: argparse.ArgumentParser) -> None:
-    _database(parser)
-    parser.add_argument("ids", type=Path, help="text file with an image id or a URL in each line")
+def _block(add: Add) -> None:
+    _database(add)
+    add("ids", type=Path, help="text file with an image id or a URL in each line")
 
 
-def _calibrate(parser: argparse.ArgumentParser) -> None:
-    _database(parser)
-    add = parser.add_argument
+def _calibrate(add: Add) -> None:
+    _database(add)
     add("--queries", required=True, metavar="FILE.npy", help="vectors of typical queries")
     add("--like", required=True, choices=("images", "texts"), help="kind of these queries")
 
 
-def _card(parser: argparse.ArgumentParser) -> None:
-    _database(parser)
-    parser.add_argument("--write", action="store_true", help="write README.md into the database's folder")
+def _card(add: Add) -> None:
+    _database(add)
+    add("--write", action="store_true", help="write README.md into the database's folder")
 
 
 ARGUMENTS = {

@@ -1,7 +1,6 @@
-"""A database's card in Markdown: contents, sources, licenses, encoder, recall and removed rows.
+"""A database's card in Markdown: contents, sources, licenses, encoder, recall and hidden rows.
 
-Reads all metadata of an open database. The card describes the database at the time of writing: write it again
-after rows were hidden.
+The card describes the database at the time of writing: write it again after rows were hidden.
 """
 
 from collections import Counter
@@ -94,12 +93,9 @@ def _host(url: str) -> str:
 
 
 def _recall(database: Database) -> str:
-    calibration = database.manifest.values["calibration"].get("images", [])
-    entries = map(MeasuredEffort.from_manifest, calibration)
-    return (
-        ", ".join(f"{entry.recall:.3f} (of {entry.k}, {entry.queries} queries)" for entry in entries)
-        or "not measured"
-    )
+    entries = map(MeasuredEffort.from_manifest, database.manifest.values["calibration"].get("images", []))
+    recalls = [f"{entry.recall:.3f} (of {entry.k}, {entry.queries} queries)" for entry in entries]
+    return ", ".join(recalls) or "not measured"
 
 
 def _count_table(title: str, counts: Counter[str]) -> str:

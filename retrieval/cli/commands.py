@@ -1,13 +1,12 @@
-"""Commands on databases: search, inspect, verify, build, hide rows, calibrate, describe.
+"""Commands on databases: `python -m retrieval COMMAND DB` and `laion-rdm COMMAND DB` call `main`.
 
-`python -m retrieval COMMAND DB` and `laion-rdm COMMAND DB` call `main`. Exit codes: 0; 1 if `verify` found
-damage; 2 for a UserError, printed without a traceback. torch is loaded only to encode texts and pictures.
+Exit codes: 0; 1 if `verify` found damage; 2 for a UserError, printed without a traceback.
 """
 
-import argparse
 import json
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,15 +37,11 @@ DAMAGED, USER_ERROR = 1, 2
 CAPTION_WIDTH = 50
 """Characters of a caption in the table that `search` prints."""
 
-Arguments = argparse.Namespace
 
-
-def search(arguments: Arguments) -> int:
+def search(arguments: Namespace) -> int:
     """Search for texts, pictures or vectors; print the neighbors or draw them."""
     database = Database.open(arguments.database)
-    inputs = QueryInputs(
-        arguments.texts, arguments.image, arguments.vector, arguments.clip, arguments.pretrained
-    )
+    inputs = QueryInputs(arguments.texts, arguments.image, arguments.vector, arguments.clip, arguments.pretrained)
     names, vectors = encode_queries(inputs, database)
     results = query_results(names, database.search(vectors, arguments.k, recall=arguments.recall))
     if arguments.sheet:
@@ -59,7 +54,7 @@ def search(arguments: Arguments) -> int:
     return 0
 
 
-def info(arguments: Arguments) -> int:
+def info(arguments: Namespace) -> int:
     """Print size, encoder, settings and measured recall."""
     database = Database.open(arguments.database)
     manifest = database.manifest
@@ -89,7 +84,7 @@ def info(arguments: Arguments) -> int:
     return 0
 
 
-def verify(arguments: Arguments) -> int:
+def verify(arguments: Namespace) -> int:
     """Check all files against their checksums, then measure recall."""
     root = Root(arguments.database)
     if damaged := damaged_files(root):
@@ -101,34 +96,32 @@ def verify(arguments: Arguments) -> int:
     return 0
 
 
-def build(arguments: Arguments) -> int:
+def build(arguments: Namespace) -> int:
     """Build a database from vectors of another tool."""
     columns = dict(_column_name(pair) for pair in arguments.column)
     try:
         source = VectorSource(arguments.source, arguments.metadata, SourceColumns(**columns), arguments.part)
-        config = IndexConfig.model_validate(
-            {"rows_per_partition": arguments.rows_per_partition, "index_key": arguments.index_key}
-        )
+        settings = {"rows_per_partition": arguments.rows_per_partition, "index_key": arguments.index_key}
+        config = IndexConfig.model_validate(settings)
     except ValidationError as error:
         problems = (f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
         raise UserError(f"invalid option: {'; '.join(problems)}") from error
-    encoder = EncoderIdentity(
-        model=arguments.model, weights=arguments.weights, preprocessing="", dim=vector_dim(source)
-    )
+    dim = vector_dim(source)
+    encoder = EncoderIdentity(model=arguments.model, weights=arguments.weights, preprocessing="", dim=dim)
     manifest = build_database(arguments.database, source, encoder=encoder, config=config).manifest
     left_out = "".join(f", {count:,} {word}" for word, count in manifest.reasons.items())
-    print(f"{arguments.database}: {manifest.rows:,} rows of dim {encoder.dim}{left_out}")
+    print(f"{arguments.database}: {manifest.rows:,} rows of dim {dim}{left_out}")
     return 0
 
 
-def hide_images(arguments: Arguments) -> int:
+def hide_images(arguments: Namespace) -> int:
     """Hide images from all searches, without a new build."""
     ids = [_listed_id(line) for line in _lines(arguments.ids)]
     print(f"{hide(Root(arguments.database), np.array(ids, np.int64))} image ids are hidden")
     return 0
 
 
-def calibrate(arguments: Arguments) -> int:
+def calibrate(arguments: Namespace) -> int:
     """Measure the recall of each effort on your own queries and store it."""
     root = Root(arguments.database)
     recalibrate(root, read_vectors(arguments.queries), arguments.like)
@@ -136,7 +129,7 @@ def calibrate(arguments: Arguments) -> int:
     return 0
 
 
-def describe(arguments: Arguments) -> int:
+def describe(arguments: Namespace) -> int:
     """Print the database's card, or write it as README.md."""
     text = card(Database.open(arguments.database), datetime.now(UTC).date())
     if arguments.write:

@@ -1,7 +1,6 @@
-"""Draws the neighbors of queries as a contact sheet, one row of tiles per query.
+"""Draws the neighbors of queries as a contact sheet, a title and rows of tiles for each query.
 
-Draws pictures with a URL that is the path of a file below the given folder. Other neighbors become gray tiles
-with the caption. Writes one image file.
+Draws pictures with a URL that is a path below the given folder. Other neighbors become gray tiles with the caption.
 """
 
 import textwrap
@@ -42,9 +41,9 @@ class QueryResult:
 def query_results(names: Sequence[str], neighbors: "Neighbors") -> list[QueryResult]:
     """The result of each query. names: of the queries, in the order of the search."""
     results = []
-    for name, similarities, rows in zip(names, neighbors.similarities.tolist(), neighbors.rows, strict=True):
-        pairs = enumerate(zip(similarities, rows.to_pylist(), strict=True), 1)
-        lines = [{"rank": rank, "similarity": similarity, **row} for rank, (similarity, row) in pairs]
+    for name, similarities, table in zip(names, neighbors.similarities.tolist(), neighbors.rows, strict=True):
+        rows = enumerate(zip(similarities, table.to_pylist(), strict=True), 1)
+        lines = [{"rank": rank, "similarity": similarity, **row} for rank, (similarity, row) in rows]
         results.append(QueryResult(name, lines))
     return results
 
@@ -63,10 +62,7 @@ def draw_contact_sheet(results: Sequence[QueryResult], folder: Path) -> tuple[Im
 
 
 def write_contact_sheet(path: Path, results: Sequence[QueryResult], folder: Path) -> int:
-    """Write a contact sheet as an image file and return the number of pictures on it.
-
-    Raises UserError if the file cannot be written.
-    """
+    """Write a contact sheet as an image file. Returns the number of pictures on it."""
     sheet, num_pictures = draw_contact_sheet(results, folder)
     try:
         sheet.save(path)
@@ -99,8 +95,10 @@ def _draw_result(sheet: Image.Image, top: int, result: QueryResult, folder: Path
 def _picture_tile(neighbor: dict[str, Any], folder: Path) -> Image.Image | None:
     """The neighbor's picture, cropped to its box, or None if the folder has no readable file of it."""
     url, box = neighbor["url"], neighbor.get("box")
+    if not url or "://" in url or "\0" in url:
+        return None
     path = (folder / url).resolve()
-    if not url or "://" in url or not path.is_relative_to(folder.resolve()):
+    if not path.is_relative_to(folder.resolve()):
         return None
     try:
         picture = read_picture(path)
@@ -141,7 +139,5 @@ def _font(size: int) -> Font:
     """DejaVu Sans of an installed matplotlib, which has more alphabets than Pillow's own font."""
     matplotlib = find_spec("matplotlib")
     if matplotlib and matplotlib.origin:
-        return ImageFont.truetype(
-            str(Path(matplotlib.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf"), size
-        )
+        return ImageFont.truetype(str(Path(matplotlib.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf"), size)
     return ImageFont.load_default(size)

@@ -1,7 +1,4 @@
-"""Turns the queries of the command line (texts, pictures, files of vectors) into vectors for one database.
-
-Loads torch only for texts and pictures.
-"""
+"""Turns queries (texts, pictures, files of vectors) into vectors. Loads torch only for texts and pictures."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,9 +54,7 @@ def encode_queries(inputs: QueryInputs, database: Database) -> tuple[list[str], 
         raise UserError("nothing to search for: give a text, a picture or a vector")
     for rows in vectors:
         if rows.shape[1] != database.dim:
-            raise UserError(
-                f"a query has length {rows.shape[1]}; vectors of {database.root.url} have {database.dim}"
-            )
+            raise UserError(f"a query has length {rows.shape[1]}; vectors of {database.root.url} have {database.dim}")
     return names, np.concatenate(vectors)
 
 

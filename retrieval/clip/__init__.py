@@ -1,7 +1,4 @@
-"""CLIP: encodes texts and pictures as vectors, and identifies the encoder of stored vectors.
-
-`Encoder` needs the extra `clip` (torch, open_clip); it is imported on first use.
-"""
+"""CLIP: encodes texts and pictures as vectors. `Encoder` needs the extra `clip` and is imported on first use."""
 
 from typing import TYPE_CHECKING
 

@@ -1,8 +1,4 @@
-"""CLIP encodes texts and images as unit vectors.
-
-Reads the weights of an open_clip name and tag, a checkpoint path or a local folder. Two encoders count as the
-same if model, weights and preprocessing are equal; every database stores the identity of its encoder.
-"""
+"""CLIP encodes texts and images as unit vectors. Every database stores the identity of its encoder."""
 
 import hashlib
 import json
@@ -21,7 +17,7 @@ from retrieval.recipe import ClipConfig
 
 
 class Encoder:
-    """A loaded CLIP model. Texts and images become unit float32 rows. Thread-safe."""
+    """A loaded CLIP model. Thread-safe."""
 
     def __init__(self, config: ClipConfig, device: str = "cpu") -> None:
         """Load the model. device: `cpu`, `cuda` or `cuda:1`. Raises UserError if it cannot be loaded."""
@@ -41,21 +37,18 @@ class Encoder:
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> npt.NDArray[np.float32]:
         """Unit vectors of texts, (n, dim) float32. Texts longer than the model's context are truncated."""
-        rows = [
-            self._unit(
-                self._model.encode_text(self._tokenize(list(texts[i : i + batch_size])).to(self.device))
-            )
-            for i in range(0, len(texts), batch_size)
-        ]
-        return np.concatenate(rows) if rows else np.empty((0, self.identity.dim), np.float32)
+        if not len(texts):
+            return np.empty((0, self.identity.dim), np.float32)
+        batches = (self._tokenize(list(texts[i : i + batch_size])) for i in range(0, len(texts), batch_size))
+        return np.concatenate([self._unit(self._model.encode_text(batch.to(self.device))) for batch in batches])
 
     def encode_images(self, images: Sequence[Image.Image], batch_size: int = 64) -> npt.NDArray[np.float32]:
         """Unit vectors of pictures of any size and mode, (n, dim) float32."""
-        rows = [
-            self.encode_tensors(torch.stack([self.preprocess(image) for image in images[i : i + batch_size]]))
-            for i in range(0, len(images), batch_size)
-        ]
-        return np.concatenate(rows) if rows else np.empty((0, self.identity.dim), np.float32)
+        if not len(images):
+            return np.empty((0, self.identity.dim), np.float32)
+        batches = (images[i : i + batch_size] for i in range(0, len(images), batch_size))
+        tensors = (torch.stack([self.preprocess(image) for image in batch]) for batch in batches)
+        return np.concatenate([self.encode_tensors(tensor) for tensor in tensors])
 
     @torch.inference_mode()
     def encode_tensors(self, batch: torch.Tensor) -> npt.NDArray[np.float32]:
@@ -64,8 +57,7 @@ class Encoder:
 
     @staticmethod
     def _unit(features: torch.Tensor) -> npt.NDArray[np.float32]:
-        unit = torch.nn.functional.normalize(features.float(), dim=-1)
-        return np.asarray(unit.cpu().numpy())
+        return np.asarray(torch.nn.functional.normalize(features.float(), dim=-1).cpu().numpy())
 
 
 def _load(config: ClipConfig) -> tuple[Any, Any]:
@@ -90,9 +82,7 @@ def _load(config: ClipConfig) -> tuple[Any, Any]:
 def _check_config(config: ClipConfig) -> None:
     """Raises UserError for settings that open_clip would accept but that give wrong vectors."""
     if not config.pretrained and not config.model.startswith("local-dir:"):
-        raise UserError(
-            f"[clip] model = {config.model!r} has no weights. Set pretrained: a tag ('openai') or a path."
-        )
+        raise UserError(f"[clip] model = {config.model!r} has no weights. Set pretrained: a tag ('openai') or a path.")
     if config.pretrained == "openai" and not config.model.endswith("-quickgelu"):
         raise UserError(
             f"[clip] model = {config.model!r} with 'openai' weights has the wrong activation: "

@@ -1,7 +1,4 @@
-"""Ray: a database served by actors, and the connection that all stages use. The only room that imports ray.
-
-Needs the extra `pipeline`; the names are imported on first use.
-"""
+"""Ray: a database served by actors, and the connection that all stages use. Needs the extra `pipeline`."""
 
 from typing import TYPE_CHECKING
 

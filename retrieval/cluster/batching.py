@@ -1,8 +1,4 @@
-"""Collects single items into batches, because a batch of queries costs far less than single queries.
-
-Accepts items from any thread and returns a future for each. Calls one function with up to `max_batch` items
-of the same key (for queries: the same k and effort). Knows nothing of vectors or Ray.
-"""
+"""Collects single items into batches, because a batch of queries costs far less than single queries."""
 
 import threading
 import time
@@ -40,9 +36,10 @@ class _Entry(Generic[Item, Result]):
 
 
 class Batcher(Generic[Key, Item, Result]):
-    """A queue in front of `run(key, items) -> results`, which returns one result per item, in order.
+    """A queue in front of `run(key, items) -> results`, which returns one result per item, in order. Thread-safe.
 
-    An exception of `run` becomes the exception of all items of that batch.
+    All items of a batch have the same key (for queries: the same k and effort). An exception of `run` becomes the
+    exception of all items of that batch.
     """
 
     def __init__(self, run: Callable[[Key, list[Item]], Sequence[Result]], limits: BatchLimits) -> None:
@@ -119,8 +116,7 @@ class Batcher(Generic[Key, Item, Result]):
 
     def _deliver(self, entries: list[_Entry[Item, Result]], running: "Future[Sequence[Result]]") -> None:
         self._finish()
-        error = running.exception()
-        if error is not None:
+        if (error := running.exception()) is not None:
             for entry in entries:
                 entry.future.set_exception(error)
             return

@@ -1,8 +1,7 @@
 """A database served by Ray actors, for databases larger than one machine's memory and for many callers.
 
-Reads a database folder, which every node must be able to open. Each actor maps only its own partitions. The
-caller checks and routes the queries and merges the actors' Arrow tables. Results equal those of
-`Database.search` for any number of actors.
+Every node must be able to open the database's folder. Each actor maps only its own partitions. The caller routes the
+queries and merges the actors' Arrow tables. Results equal those of `Database.search` for any number of actors.
 """
 
 import os
@@ -91,11 +90,10 @@ class ActorStatus:
 
 
 def distribute(sizes: Sequence[int], actors: int) -> list[list[int]]:
-    """Distribute partitions over actors so that the largest sum of sizes is small.
+    """Partition numbers of each actor, ascending, so that the largest sum of sizes is small.
 
-    Returns the partition numbers of each actor, ascending: at most one actor per partition, none without a
-    partition. Assigns the largest partition first, each to the least loaded actor: at most 4/3 of the optimum
-    (Graham 1969). The result depends only on the arguments.
+    At most one actor per partition, none without a partition. The largest partition is assigned first, each to the
+    least loaded actor: at most 4/3 of the optimum (Graham 1969). The result depends only on the arguments.
     """
     groups: list[list[int]] = [[] for _ in range(min(actors, len(sizes)))]
     loads = [(0, 0, actor) for actor in range(len(groups))]
@@ -116,15 +114,13 @@ class PartitionSearcher:
         database = Database.open(root)
         self._database = database.without(hidden) if len(hidden) else database
         self._group = group
-        self._calls = 0
-        self._queries = 0
+        self._calls = self._queries = 0
         self._open_files()
 
     def _open_files(self) -> None:
         """Search every partition once, so that the first query does not wait for all files."""
         visits = np.array([self._group.partitions], np.int64)
-        least = Effort(1, 1, 1)
-        results = self._database.search_partitions(self._database.centroids[:1], 1, least, visits)
+        results = self._database.search_partitions(self._database.centroids[:1], 1, Effort(1, 1, 1), visits)
         self._database.result_table(*results, metadata=False)
 
     def search(self, block: tuple[Vectors, Visits], request: SearchRequest) -> pa.Table:
@@ -134,14 +130,10 @@ class PartitionSearcher:
         self._calls += 1
         self._queries += len(numbers)
         whole_block = len(numbers) == len(units)
-        similarities, positions = self._database.search_partitions(
-            units if whole_block else units[numbers],
-            request.k,
-            request.effort,
-            visits if whole_block else visits[numbers],
-            self._group.partitions,
-        )
-        table = self._database.result_table(similarities, positions, metadata=request.metadata)
+        if not whole_block:
+            units, visits = units[numbers], visits[numbers]
+        results = self._database.search_partitions(units, request.k, request.effort, visits, self._group.partitions)
+        table = self._database.result_table(*results, metadata=request.metadata)
         if whole_block:
             return table
         return table.set_column(0, RESULT_SCHEMA.field("query"), pa.array(numbers[table["query"].to_numpy()]))
@@ -199,12 +191,7 @@ class Cluster:
         self._exits.close()
 
     def search(
-        self,
-        queries: npt.ArrayLike,
-        k: int,
-        recall: float = 0.95,
-        effort: Effort | None = None,
-        metadata: bool = False,
+        self, queries: npt.ArrayLike, k: int, recall: float = 0.95, effort: Effort | None = None, metadata: bool = False
     ) -> pa.Table:
         """The k rows most similar to each query (n, dim), as RESULT_SCHEMA.
 
@@ -215,12 +202,7 @@ class Cluster:
         return self._search(units, self._request(k, recall, effort, metadata))
 
     def submit(
-        self,
-        query: npt.ArrayLike,
-        k: int,
-        recall: float = 0.95,
-        effort: Effort | None = None,
-        metadata: bool = False,
+        self, query: npt.ArrayLike, k: int, recall: float = 0.95, effort: Effort | None = None, metadata: bool = False
     ) -> "Future[pa.Table]":
         """As `search`, for one query (dim,). Queries submitted at the same time are sent as a batch."""
         [unit] = self.database.unit_queries(np.asarray(query)[None], k)
@@ -240,8 +222,8 @@ class Cluster:
             num_cpus=group.cpus, memory=group.memory, max_restarts=0, scheduling_strategy="SPREAD"
         )
         name = f"{_partition_list(group.partitions)} of {self.database.root.url}"
-        config = self.config
-        return Replicas(name, lambda: actor.remote(source, group), config.replicas, config.restart_timeout_s)
+        timeout_s = self.config.restart_timeout_s
+        return Replicas(name, lambda: actor.remote(source, group), self.config.replicas, timeout_s)
 
     def _search(self, units: Vectors, request: SearchRequest) -> pa.Table:
         tables: list[pa.Table] = []

@@ -14,20 +14,17 @@ OBJECT_STORE_BYTES = 1 << 29
 
 @contextmanager
 def ray_connection() -> Iterator[None]:
-    """Connect to RAY_ADDRESS, or start Ray on this machine, until the block ends.
-
-    Does nothing if this process is connected to Ray already.
-    """
+    """Connect to RAY_ADDRESS, or start Ray on this machine, until the block ends. Keeps an existing connection."""
     if ray.is_initialized():
         yield
         return
     # Without this, a local Ray writes a token to the home folder and refuses other processes.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     address = os.environ.get("RAY_ADDRESS", "") or "local"
-    local: dict[str, Any] = (
-        {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES} if address == "local" else {}
-    )
-    ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING, **local)
+    options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
+    if address == "local":
+        options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    ray.init(address=address, **options)
     try:
         yield
     finally:

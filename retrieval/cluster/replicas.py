@@ -1,8 +1,4 @@
-"""Identical Ray actors that share the calls. A failed actor is restarted while the others go on.
-
-Starts, calls and stops the actors of one group of partitions. Knows nothing of their data
-(see `retrieval.cluster.cluster`).
-"""
+"""Identical Ray actors that share the calls. A failed actor is restarted while the others go on."""
 
 import itertools
 import logging
@@ -14,22 +10,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import (
-    ActorDiedError,
-    NodeDiedError,
-    ObjectLostError,
-    OutOfMemoryError,
-    RayActorError,
-    RayError,
-    RayTaskError,
-)
+from ray import exceptions
+from ray.exceptions import RayError
 
 from retrieval.errors import UserError
 
 LOG = logging.getLogger("cluster")
 
-LOST_ACTOR = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
-
+LOST_ACTOR = (
+    exceptions.RayActorError,
+    exceptions.OutOfMemoryError,
+    exceptions.NodeDiedError,
+    exceptions.ObjectLostError,
+)
 MAX_LOSSES = 5
 """Actor failures during one call after which the call itself counts as their cause."""
 RESTART_PAUSE_S = 0.5
@@ -88,7 +81,7 @@ class Replicas:
         for _ in range(MAX_LOSSES):
             try:
                 return ray.get(call.result)
-            except RayTaskError as error:
+            except exceptions.RayTaskError as error:
                 raise error.cause if isinstance(error.cause, UserError) else error from None
             except LOST_ACTOR as error:
                 self._replace(call.actor, error)
@@ -152,7 +145,7 @@ class Replicas:
     def _restart(self, i: int, error: RayError) -> None:
         """Start a new actor if this one died. If it is only unreachable, request its status again."""
         self._last_failure = _brief(error)
-        if isinstance(error, ActorDiedError):
+        if isinstance(error, exceptions.ActorDiedError):
             self._actors[i] = self._start()
         self._starting[i] = self._starting_actor(i)
 

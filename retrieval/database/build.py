@@ -1,9 +1,6 @@
-"""Writes databases: partitions with an index each, the float16 vectors and the metadata.
-
-The folder of a database contains `centroids.npy`, `partitions/<number>/{index.faiss, embeddings.npy,
-metadata.arrow}`, with inverted lists also `lists.npy` and `list_centroids.npy`, and `manifest.json`, which is
-written last. The `index` stage calls `write_partition` for each partition; `write_database` writes a database
-that fits in memory in one process.
+"""Writes databases. The folder of a database contains `centroids.npy`, `partitions/<number>/{index.faiss,
+embeddings.npy, metadata.arrow}`, with inverted lists also `lists.npy` and `list_centroids.npy`, and `manifest.json`,
+which is written last.
 """
 
 import io
@@ -40,8 +37,8 @@ CENTROID_SAMPLE_ROWS = 1_000_000
 def write_partition(root: Root, stage: str, number: int, table: pa.Table, config: IndexConfig) -> ShardRecord:
     """Write one partition. table: rows of schema.embeddings(dim), in any order; may be empty.
 
-    Rows are stored sorted by inverted list, so the rows that a search ranks or a join multiplies are
-    adjacent. Without lists their order is drawn from (seed, number), because autofaiss trains on the first.
+    Rows are stored sorted by inverted list, so the rows that a search ranks or a join multiplies are adjacent.
+    Without lists their order is drawn from (seed, number), because autofaiss trains on the first rows.
     """
     order = np.random.default_rng([config.seed, number]).permutation(len(table))
     rows = schema.vectors(table, schema.EMBEDDING)[order]
@@ -132,10 +129,7 @@ def train_partition_centroids(sample: AnyVectors, config: IndexConfig, rows: int
 
 def manifest_values(encoder: EncoderIdentity, partitions: list[ShardRecord]) -> dict[str, object]:
     """The values that `Database.open` reads from the manifest, without the calibration."""
-    return {
-        "encoder": encoder.model_dump(mode="json"),
-        "rows": [record.rows for record in partitions],
-    }
+    return {"encoder": encoder.model_dump(mode="json"), "rows": [record.rows for record in partitions]}
 
 
 def _write_vectors(root: Root, name: str, rows: AnyVectors | npt.NDArray[np.int64]) -> FileRecord:

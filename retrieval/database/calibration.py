@@ -1,8 +1,6 @@
-"""Measures the recall of search efforts when a database is built. Every search looks up the result.
+"""Measures the recall of search efforts when a database is built, against brute force over all rows.
 
-Queries are a seeded sample of the rows, or texts that are given later; the truth is brute force over all
-rows. Efforts are ordered by a computed cost (bytes that a query reads) and not by time, so two builds give
-equal results.
+Efforts are ordered by a computed cost (bytes that a query reads) and not by time, so two builds give equal results.
 """
 
 import math
@@ -13,12 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrieval.database.database import Database
-from retrieval.database.recall import (
-    confidence_interval,
-    exact_search,
-    recall_per_query,
-    similarities_without,
-)
+from retrieval.database.recall import confidence_interval, exact_search, recall_per_query, similarities_without
 from retrieval.errors import UserError
 from retrieval.index.effort import QUERY_KINDS, Effort, MeasuredEffort
 from retrieval.index.inverted_lists import DIMENSIONS_PER_CODE
@@ -49,7 +42,7 @@ class Queries:
 
 
 def calibrate(database: Database, num_queries: int, seed: int) -> list[dict[str, Any]]:
-    """Efforts and their recall for queries like the rows of the database, as JSON, the cheapest first."""
+    """Efforts, the cheapest first, and their recall for a seeded sample of the rows as queries, as JSON."""
     random = np.random.default_rng([seed, 1])
     query_positions = np.sort(random.permutation(len(database))[:num_queries])
     return _calibration(database, database.rows_at(query_positions)[1], query_positions)
@@ -84,9 +77,7 @@ def _calibration(database: Database, units: Vectors, query_positions: Positions)
     while entries[-1].recall < ENOUGH and (efforts := _next_efforts(database, current.effort)):
         steps = [_measure(database, queries, effort) for effort in efforts]
         current_cost = cost(database, current.effort)
-        gains = [
-            (step.recall - current.recall) / (cost(database, step.effort) - current_cost) for step in steps
-        ]
+        gains = [(step.recall - current.recall) / (cost(database, step.effort) - current_cost) for step in steps]
         current = steps[int(np.argmax(gains))]
         if current.recall > entries[-1].recall:
             entries.append(current)

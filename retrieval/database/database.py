@@ -1,8 +1,7 @@
-"""A searchable database of images by their CLIP vectors. Searching never changes it.
+"""A searchable database of images by their CLIP vectors. Searching never changes it and does not load torch.
 
-Reads the folder that `retrieval.database.build` wrote. A query visits the partitions nearest to it. The index
-of each partition proposes candidates, which are then ranked by exact similarity: the candidates are
-approximate, their order is exact. Does not load torch.
+A query visits the partitions nearest to it. The index of each partition proposes candidates, which are then ranked by
+exact similarity: the candidates are approximate, their order is exact.
 """
 
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from retrieval.index.effort import QUERY_KINDS, Effort, MeasuredEffort, cheapest
 from retrieval.index.hidden import Ids, hidden_ids
 from retrieval.index.partition import Partition
 from retrieval.index.routing import Vectors, route, unit
-from retrieval.index.top_k import Positions, empty_top_k, top_k
+from retrieval.index.top_k import Positions, empty_top_k, merge_top_k
 from retrieval.storage.manifest import Manifest, read_manifest
 from retrieval.storage.root import Root
 
@@ -150,10 +149,9 @@ class Database:
             )
 
     def effort(self, recall: float, like: str = "images") -> Effort:
-        """The cheapest effort that reached a recall when this database was calibrated.
+        """The cheapest effort that reached a recall when this database was calibrated. like: "images" or "texts".
 
-        like: "images" or "texts". Without a calibration for texts, twice the partitions and lists of
-        the effort for images.
+        Without a calibration for texts, twice the partitions and lists of the effort for images.
         """
         if like not in QUERY_KINDS:
             raise UserError(f"like must be one of {', '.join(QUERY_KINDS)}, got {like!r}")
@@ -166,9 +164,7 @@ class Database:
     @cached_property
     def _calibration(self) -> dict[str, list[MeasuredEffort]]:
         calibration = self.manifest.values["calibration"]
-        return {
-            kind: [MeasuredEffort.from_manifest(entry) for entry in calibration[kind]] for kind in calibration
-        }
+        return {kind: [MeasuredEffort.from_manifest(entry) for entry in calibration[kind]] for kind in calibration}
 
     def search(
         self, queries: npt.ArrayLike, k: int, *, recall: float = 0.95, effort: Effort | None = None
@@ -182,9 +178,7 @@ class Database:
         """
         units = self.unit_queries(queries, k)
         effort = effort or self.effort(recall)
-        visits = self.route(units, k, effort)
-        similarities, positions = self.search_partitions(units, k, effort, visits)
-        return self.neighbors(similarities, positions)
+        return self.neighbors(*self.search_partitions(units, k, effort, self.route(units, k, effort)))
 
     def neighbors(self, similarities: Vectors, positions: Positions) -> Neighbors:
         """Results (n, k) as `search` returns them, without the columns that are -inf for all queries."""
@@ -227,12 +221,7 @@ class Database:
         return visits[:, : min(needed.max(initial=1), order.shape[1])]
 
     def search_partitions(
-        self,
-        units: Vectors,
-        k: int,
-        effort: Effort,
-        visits: Positions,
-        numbers: npt.ArrayLike | None = None,
+        self, units: Vectors, k: int, effort: Effort, visits: Positions, numbers: npt.ArrayLike | None = None
     ) -> tuple[Vectors, Positions]:
         """The k best rows in the visited partitions; numbers: only in these partitions (default: all).
 
@@ -247,12 +236,9 @@ class Database:
         for number in searched:
             visitors = np.flatnonzero((visits == number).any(axis=1))
             best, rows = self.partitions[number].search(units[visitors], k, effort)
-            best_positions = np.where(rows < 0, -1, rows + self._offsets[number])
-            similarities[visitors], positions[visitors] = top_k(
-                np.concatenate([similarities[visitors], best], axis=1),
-                np.concatenate([positions[visitors], best_positions], axis=1),
-                k,
-            )
+            partition_results = best, np.where(rows < 0, -1, rows + self._offsets[number])
+            earlier = similarities[visitors], positions[visitors]
+            similarities[visitors], positions[visitors] = merge_top_k(earlier, partition_results, k)
         return similarities, positions
 
     def embeddings(self) -> npt.NDArray[np.float16]:

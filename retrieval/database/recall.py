@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from retrieval.database.database import Database
 from retrieval.index.routing import Vectors
-from retrieval.index.top_k import Positions, empty_top_k, top_k
+from retrieval.index.top_k import Positions, empty_top_k, merge_top_k
 
 ROUNDING = 1e-5
 """Similarities of unit vectors that differ by less are equal: the order of summation explains it."""
@@ -33,18 +33,12 @@ def exact_search(database: Database, queries: Vectors, k: int) -> tuple[Vectors,
                 continue
             block = partition.embeddings[rows].astype(np.float32)
             best, columns = faiss.knn(queries, block, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)
-            best_positions = rows[columns] + database.first_position(number)
-            similarities, positions = top_k(
-                np.concatenate([similarities, best], axis=1),
-                np.concatenate([positions, best_positions], axis=1),
-                k,
-            )
+            block_results = best, rows[columns] + database.first_position(number)
+            similarities, positions = merge_top_k((similarities, positions), block_results, k)
     return similarities, positions
 
 
-def similarities_without(
-    similarities: Vectors, positions: Positions, query_positions: Positions, k: int
-) -> Vectors:
+def similarities_without(similarities: Vectors, positions: Positions, query_positions: Positions, k: int) -> Vectors:
     """The first k similarities of each query to other rows than itself, descending: (n, at most k).
 
     query_positions: (n,) position of each query in the database, -1 if it is not a row of the database.
@@ -69,8 +63,8 @@ def recall_per_query(similarities: Vectors, truth: Vectors) -> Vectors:
 def confidence_interval(recalls: npt.NDArray[Any]) -> tuple[float, float, float]:
     """Mean of the recall per query, (n,) in [0, 1], and its 95 % interval by the normal approximation.
 
-    If all n are 1, their spread is no estimate and the lower end is 1 - 3/n: if more than this share of
-    queries were below 1, a sample would contain one of them 19 times in 20.
+    If all n are 1, their spread estimates nothing and the lower end is 1 - 3/n: if more than 3/n of all queries
+    were below 1, a sample of n would contain one of them 19 times in 20.
     """
     n, mean = len(recalls), float(recalls.mean())
     half = 1.96 * float(recalls.std(ddof=1)) / math.sqrt(n) if n > 1 else 1.0

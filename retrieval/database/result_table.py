@@ -1,7 +1,4 @@
-"""Results of a search as an Arrow table with a row for each neighbor, and the merge of such tables.
-
-A query can have any number of neighbors, so missing ones need no placeholder.
-"""
+"""Results of a search as an Arrow table with a row for each neighbor, and the merge of such tables."""
 
 from collections.abc import Sequence
 
@@ -15,24 +12,18 @@ from retrieval.storage import schema
 
 RESULT_SCHEMA = pa.schema(
     [
-        pa.field("query", pa.int64(), nullable=False),
-        pa.field("rank", pa.int32(), nullable=False),
-        pa.field(schema.IMAGE_ID, pa.int64(), nullable=False),
-        pa.field("similarity", pa.float32(), nullable=False),
-        pa.field("position", pa.int64(), nullable=False),
+        *schema.columns({"query": pa.int64(), "rank": pa.int32(), schema.IMAGE_ID: pa.int64()}),
+        *schema.columns({"similarity": pa.float32(), "position": pa.int64()}),
     ]
 )
 """A row for each neighbor, sorted by query and rank: number of the query, rank from 0 (the best), image id,
 inner product in [-1, 1], row number in the database."""
 
 
-def result_table(
-    similarities: Vectors, positions: Positions, ids: Ids, metadata: pa.Table | None = None
-) -> pa.Table:
+def result_table(similarities: Vectors, positions: Positions, ids: Ids, metadata: pa.Table | None = None) -> pa.Table:
     """A table of RESULT_SCHEMA. similarities, positions: (n, k), best first, position -1 for no neighbor.
 
-    ids, metadata: of all neighbors, in the order of `positions[positions >= 0]`. The columns of the metadata
-    follow those of RESULT_SCHEMA.
+    ids, metadata: of all neighbors, in the order of `positions[positions >= 0]`. Metadata columns come last.
     """
     query, rank = np.nonzero(positions >= 0)
     columns = [query, rank.astype(np.int32), ids, similarities[query, rank], positions[query, rank]]
@@ -53,9 +44,7 @@ def merge_results(tables: Sequence[pa.Table], num_queries: int, k: int) -> pa.Ta
     if len(tables) == 1:
         return tables[0]
     rows = pa.concat_tables(tables)
-    query, rank, similarity, position = (
-        rows[name].to_numpy() for name in ("query", "rank", "similarity", "position")
-    )
+    query, rank, similarity, position = (rows[name].to_numpy() for name in ("query", "rank", "similarity", "position"))
     column = np.repeat(np.arange(len(tables)) * k, [len(table) for table in tables]) + rank
     shape = (num_queries, len(tables) * k)
     similarities = np.full(shape, -np.inf, np.float32)

@@ -1,8 +1,4 @@
-"""Verifies a database: the checksums of its files, and its recall against brute force.
-
-Compares every file with the checksum in the manifest, then searches with a seeded sample of the rows as
-queries. `python -m retrieval verify DB` prints the result.
-"""
+"""Verifies a database: the checksums of its files, and its recall against brute force on a seeded sample of rows."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrieval.database.database import Database
-from retrieval.database.recall import (
-    confidence_interval,
-    exact_search,
-    recall_per_query,
-    similarities_without,
-)
+from retrieval.database.recall import confidence_interval, exact_search, recall_per_query, similarities_without
 from retrieval.errors import UserError
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root, file_sha256
@@ -46,17 +37,14 @@ class Recall:
     """In [0, 1]."""
     low: float
     high: float
-    """95 % confidence confidence_interval of the mean."""
+    """95 % confidence interval of the mean."""
 
     def __str__(self) -> str:
         return f"recall@{self.k} {self.mean:.4f} [{self.low:.4f}, {self.high:.4f}] on {self.queries} queries"
 
 
 def damaged_files(root: Root) -> list[str]:
-    """Files of the database at `root` that are missing or differ from its manifest, sorted; empty: no damage.
-
-    Raises UserError if there is no readable manifest.
-    """
+    """Files of the database at `root` that are missing or differ from its manifest, sorted. Empty: no damage."""
     manifest = read_manifest(root, "")
     damaged = []
     for name, checksum in sorted(manifest.checksums().items()):
@@ -98,7 +86,5 @@ def summarize_recall(recalls: npt.NDArray[Any], k: int) -> Recall:
 
 def visible_positions(database: Database) -> npt.NDArray[np.int64]:
     """Positions of the rows that are not hidden, ascending."""
-    visible = [
-        np.ones(len(part), bool) if part.visible is None else part.visible for part in database.partitions
-    ]
+    visible = [np.ones(len(part), bool) if part.visible is None else part.visible for part in database.partitions]
     return np.flatnonzero(np.concatenate(visible))

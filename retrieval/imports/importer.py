@@ -1,10 +1,7 @@
-"""Builds a database from vectors of another tool, with the metadata that comes with them.
-
-Takes the raw blocks of `retrieval.imports.readers`, leaves out unusable rows (counted by reason), normalizes
-the others, fills the columns of `schema.embeddings`, and builds the database.
-"""
+"""Builds a database from vectors of another tool and their metadata. Leaves out unusable rows, counted by reason."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -33,11 +30,9 @@ DATABASE_FILES = (HIDDEN_FILE, "centroids.npy", "partitions/")
 
 @dataclass(frozen=True)
 class DatabaseBlock:
-    """Consecutive rows of a source in database columns, and the number of rows left out by reason."""
+    """Consecutive rows of a source as schema.embeddings(dim), and the number of rows left out by reason."""
 
-    location: str
     table: pa.Table
-    """schema.embeddings(dim)."""
     reasons: dict[str, int]
 
 
@@ -57,7 +52,7 @@ def read_database_blocks(source: VectorSource, dim: int) -> Iterator[DatabaseBlo
         vectors = schema.fixed_lists(rows.reshape(-1, dim).astype(np.float16))
         table = table.append_column(schema.embeddings(dim).field(schema.EMBEDDING), vectors)
         bad = int((~usable).sum())
-        yield DatabaseBlock(block.location, table, {Reason.BAD_VECTOR: bad} if bad else {})
+        yield DatabaseBlock(table, {Reason.BAD_VECTOR: bad} if bad else {})
         first += len(block.vectors)
 
 
@@ -88,17 +83,17 @@ def build_database(
     source = vectors if isinstance(vectors, VectorSource) else VectorSource(vectors, metadata)
     parent, name = split_path(root.url if isinstance(root, Root) else root)
     _require_free(parent.child(name))
-    reasons: dict[str, int] = {}
+    reasons: Counter[str] = Counter()
     tables = [schema.embeddings(encoder.dim).empty_table()]
     for block in read_database_blocks(source, encoder.dim):
         tables.append(block.table)
-        _add_counts(reasons, block.reasons)
+        reasons.update(block.reasons)
     table = pa.concat_tables(tables).combine_chunks()
     first_rows = np.sort(np.unique(table[schema.IMAGE_ID].to_numpy(), return_index=True)[1])
     if len(first_rows) < len(table):
-        _add_counts(reasons, {Reason.DUPLICATE_ID: len(table) - len(first_rows)})
+        reasons[Reason.DUPLICATE_ID] = len(table) - len(first_rows)
         table = table.take(pa.array(first_rows))
-    identity = DatabaseIdentity(name, {"source": _digest(table)}, reasons)
+    identity = DatabaseIdentity(name, {"source": _digest(table)}, dict(reasons))
     write_database(parent, table, encoder, config or IndexConfig.model_validate({}), identity)
     return Database.open(root)
 
@@ -144,8 +139,7 @@ def _sizes(column: pa.ChunkedArray | None, count: int) -> pa.Array:
     if column is None:
         return pa.array(np.zeros(count, np.int32))
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        digits = pc.match_substring_regex(column, r"^[0-9]{1,9}$")
-        column = pc.if_else(digits, column, None)
+        column = pc.if_else(pc.match_substring_regex(column, r"^[0-9]{1,9}$"), column, None)
     return column.cast(pa.float64()).fill_null(0).cast(pa.int32(), safe=False)
 
 
@@ -153,11 +147,9 @@ def _ids(column: pa.ChunkedArray | None, urls: list[str], first: int, location: 
     values = [None] * len(urls) if column is None else column.to_pylist()
     if column is not None and not (pa.types.is_integer(column.type) or pa.types.is_string(column.type)):
         raise UserError(f"{location}: image ids of type {column.type}; expected whole numbers or texts")
+    rows = enumerate(zip(values, urls, strict=True), first)
     try:
-        return np.array(
-            [_id(value, url, first + i) for i, (value, url) in enumerate(zip(values, urls, strict=True))],
-            np.int64,
-        )
+        return np.array([_id(value, url, number) for number, (value, url) in rows], np.int64)
     except OverflowError as error:
         raise UserError(f"{location}: an image id does not fit in int64: {error}") from error
 
@@ -165,14 +157,8 @@ def _ids(column: pa.ChunkedArray | None, urls: list[str], first: int, location: 
 def _id(value: int | str | None, url: str, row_number: int) -> int:
     if isinstance(value, int):
         return value
-    if value or url:
-        return schema.image_id(value or url)
-    return row_number
-
-
-def _add_counts(total: dict[str, int], counts: dict[str, int]) -> None:
-    for reason, count in counts.items():
-        total[reason] = total.get(reason, 0) + count
+    name = value or url
+    return schema.image_id(name) if name else row_number
 
 
 def _digest(table: pa.Table) -> str:

@@ -1,7 +1,6 @@
 """Reads vectors and metadata of other tools: arrays, .npy and Parquet files, clip-retrieval's folders.
 
-Yields blocks of raw rows in the order of the sorted file names, at most BLOCK_ROWS at once, so that sources
-may be larger than memory. `retrieval.imports.importer` converts them to database rows.
+Yields blocks of at most BLOCK_ROWS raw rows in the order of the sorted file names.
 """
 
 import re
@@ -46,7 +45,7 @@ def read_source_blocks(source: VectorSource) -> Iterator[SourceBlock]:
         return
     root, names = _files(source.vectors)
     if folders := {PurePosixPath(name).parts[0] for name in names} & set(CLIP_RETRIEVAL.values()):
-        yield from _clip_retrieval_blocks(root, names, folders, source)
+        yield from _clip_retrieval(root, names, folders, source)
     elif vectors := [name for name in names if name.endswith(".npy")]:
         yield from _paired_blocks(root, vectors, source)
     elif tables := [name for name in names if name.endswith(".parquet")]:
@@ -55,9 +54,7 @@ def read_source_blocks(source: VectorSource) -> Iterator[SourceBlock]:
         for name in tables:
             yield from _parquet_blocks(root, name, source.columns)
     else:
-        raise UserError(
-            f"{root.url} has no vectors: expected .npy files or Parquet files with a vector column."
-        )
+        raise UserError(f"{root.url} has no vectors: expected .npy files or Parquet files with a vector column.")
 
 
 def load_npy(root: Root, name: str) -> npt.NDArray[np.generic]:
@@ -112,9 +109,7 @@ def _array_blocks(source: VectorSource) -> Iterator[SourceBlock]:
     vectors = check_array(np.asarray(source.vectors), "the array of vectors")
     table = source.metadata
     if table is not None and not isinstance(table, pa.Table):
-        raise UserError(
-            f"metadata of an array must be a pyarrow.Table with a row for each vector, got {table!r}"
-        )
+        raise UserError(f"metadata of an array must be a pyarrow.Table with a row for each vector, got {table!r}")
     if table is not None:
         _check_counts("the array of vectors", len(vectors), "its metadata table", len(table))
     for start in range(0, len(vectors), BLOCK_ROWS):
@@ -122,14 +117,10 @@ def _array_blocks(source: VectorSource) -> Iterator[SourceBlock]:
         yield SourceBlock("the array of vectors", vectors[start : start + BLOCK_ROWS], rows)
 
 
-def _clip_retrieval_blocks(
-    root: Root, names: list[str], folders: set[str], source: VectorSource
-) -> Iterator[SourceBlock]:
+def _clip_retrieval(root: Root, names: list[str], folders: set[str], source: VectorSource) -> Iterator[SourceBlock]:
     folder = CLIP_RETRIEVAL[source.part]
     if folder not in folders:
-        raise UserError(
-            f"{root.url} has {', '.join(sorted(folders))} but no {folder}: no vectors of {source.part}"
-        )
+        raise UserError(f"{root.url} has {', '.join(sorted(folders))} but no {folder}: no vectors of {source.part}")
     vectors = [name for name in names if name.startswith(f"{folder}/") and name.endswith(".npy")]
     if source.metadata is None and any(name.startswith("metadata/") for name in names):
         source = replace(source, metadata=root.at("metadata"))
@@ -235,9 +226,7 @@ def _is_float_list(type_: pa.DataType) -> bool:
 def _column_vectors(column: pa.Array, location: str) -> npt.NDArray[np.generic]:
     """The lists of a column as (n, dim), NaN for null rows."""
     if not _is_float_list(column.type):
-        raise UserError(
-            f"{location}: column of type {column.type}; expected lists of float16, float32 or float64"
-        )
+        raise UserError(f"{location}: column of type {column.type}; expected lists of float16, float32 or float64")
     lengths = pc.list_value_length(column).drop_null().unique().to_pylist()
     if len(lengths) > 1:
         raise UserError(f"{location} has vectors of lengths {sorted(lengths)[:5]}; expected one length")

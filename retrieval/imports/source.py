@@ -1,7 +1,4 @@
-"""Describes vectors of another tool: where they are, and how their columns are named.
-
-`retrieval.imports.readers` reads a `VectorSource`.
-"""
+"""Describes vectors of another tool: where they are, and how their columns are named."""
 
 import os
 from dataclasses import dataclass, field
@@ -68,9 +65,7 @@ def find_column(table: pa.Schema, columns: SourceColumns, field_name: str, locat
     """
     if name := getattr(columns, field_name):
         if name not in table.names:
-            raise UserError(
-                f"{location} has no column {name!r} for {field_name}; it has {', '.join(table.names)}"
-            )
+            raise UserError(f"{location} has no column {name!r} for {field_name}; it has {', '.join(table.names)}")
         return str(name)
     lowered = {name.lower(): name for name in reversed(table.names)}
     return next((lowered[name] for name in DEFAULT_NAMES[field_name] if name in lowered), "")

@@ -1,7 +1,4 @@
-"""Index: one partition of a database, its index in faiss, and the centroids that route queries and rows.
-
-Loads faiss on first use, and torch only to train centroids.
-"""
+"""Index: one partition of a database, its index in faiss, and the centroids that route queries and rows."""
 
 from typing import TYPE_CHECKING
 

@@ -1,8 +1,4 @@
-"""Search effort: how many partitions, lists and candidates a search visits.
-
-The manifest of a database lists efforts with their measured recall, the cheapest first. They were measured by
-`retrieval.database.calibration`.
-"""
+"""Search effort. The manifest of a database lists efforts with the recall that the calibration measured."""
 
 from dataclasses import dataclass
 from typing import Any, Self
@@ -15,7 +11,7 @@ QUERY_KINDS = ("images", "texts")
 
 @dataclass(frozen=True)
 class Effort:
-    """What a search visits."""
+    """How many partitions, lists and candidates a search visits."""
 
     partitions_per_query: int
     """Partitions that a query visits; more are visited where these hold fewer than k rows."""

@@ -1,30 +1,27 @@
-"""The matrix products of k-means in faiss, on the CPU in float32: for installations without torch.
+"""The matrix products of k-means in faiss, for installations without torch: on the CPU in float32.
 
 On a CPU without bfloat16 instructions they are as fast as those of torch.
 """
 
 import faiss
 import numpy as np
-import numpy.typing as npt
 
-from retrieval.index.routing import AnyVectors, Vectors, unit
+from retrieval.index.routing import AnyVectors, Numbers, Vectors, unit
 
 BLOCK_ROWS = 4096
 """Rows compared in one call. Only one block at a time is converted to float32."""
 
 
 class FaissSample:
-    """The rows that k-means is trained on, compared in float32 on the CPU."""
+    """A `retrieval.index.kmeans.Sample` that is compared in float32 on the CPU."""
 
     def __init__(self, rows: AnyVectors) -> None:
         self._rows = rows
 
-    def take(self, numbers: npt.NDArray[np.int64]) -> Vectors:
-        """Some rows as float32."""
+    def take(self, numbers: Numbers) -> Vectors:
         return self._rows[numbers].astype(np.float32)
 
-    def cluster_sums(self, centroids: Vectors) -> tuple[Vectors, npt.NDArray[np.int64]]:
-        """Sum (count, dim) and number (count,) of the rows nearest to each centroid."""
+    def cluster_sums(self, centroids: Vectors) -> tuple[Vectors, Numbers]:
         sums = np.zeros_like(centroids)
         nearest = nearest_with_faiss(self._rows, centroids, 1)[:, 0]
         for start in range(0, len(self._rows), BLOCK_ROWS):
@@ -36,16 +33,13 @@ class FaissSample:
         return sums, np.bincount(nearest, minlength=len(centroids))
 
     def normalized(self, rows: Vectors) -> Vectors:
-        """The rows scaled to length 1."""
         return unit(rows)
 
 
-def nearest_with_faiss(vectors: AnyVectors, centroids: Vectors, nearest: int) -> npt.NDArray[np.int64]:
-    """`nearest_centroids` by faiss, on the CPU."""
+def nearest_with_faiss(vectors: AnyVectors, centroids: Vectors, nearest: int) -> Numbers:
+    """`retrieval.index.kmeans.nearest_centroids` by faiss."""
     numbers = np.empty((len(vectors), nearest), np.int64)
     for start in range(0, len(vectors), BLOCK_ROWS):
         block = np.ascontiguousarray(vectors[start : start + BLOCK_ROWS], np.float32)
-        numbers[start : start + BLOCK_ROWS] = faiss.knn(
-            block, centroids, nearest, metric=faiss.METRIC_INNER_PRODUCT
-        )[1]
+        numbers[start : start + BLOCK_ROWS] = faiss.knn(block, centroids, nearest, metric=faiss.METRIC_INNER_PRODUCT)[1]
     return numbers

@@ -1,7 +1,6 @@
-"""Image ids that a database does not return. Hiding takes effect at once, without a new build.
+"""Image ids that a database does not return: `blocked.npy` in its folder, int64 in ascending order.
 
-Reads and writes `blocked.npy` in the folder of a database: int64 ids in ascending order. Databases that are
-opened afterwards return the next best rows instead, still k of them.
+Hiding needs no new build. Databases that are opened afterwards return the next best rows instead, still k of them.
 """
 
 import numpy as np

@@ -1,8 +1,8 @@
 """The index of a large partition: inverted lists of 4-bit codes. A search ranks its candidates again exactly.
 
-This layout was the fastest on CLIP-like data (docs/performance.md): many short lists that are found through
-a graph over their centroids, codes of two dimensions of the residual (fast scan), and rows near a border in
-both lists. autofaiss cannot build it, because its factory refuses fast scan with inner products.
+This layout was the fastest on CLIP-like data (docs/performance.md): many short lists that are found through a graph
+over their centroids, codes of two dimensions of the residual (fast scan), and rows near a border in both lists.
+autofaiss cannot build it, because its factory refuses fast scan with inner products.
 """
 
 from dataclasses import dataclass
@@ -10,10 +10,9 @@ from typing import Any
 
 import faiss
 import numpy as np
-import numpy.typing as npt
 
 from retrieval.index.kmeans import nearest_centroids, train_centroids
-from retrieval.index.routing import AnyVectors, Vectors
+from retrieval.index.routing import AnyVectors, Numbers, Vectors
 
 SAMPLE_PER_LIST = 32
 """Rows per list that train the centroids."""
@@ -32,9 +31,9 @@ class InvertedLists:
 
     index: Any
     """faiss.IndexIVFPQFastScan; its ids are indices into `order`."""
-    order: npt.NDArray[np.int64]
+    order: Numbers
     """(n,) row numbers sorted by list: the order in which the rows must be stored."""
-    offsets: npt.NDArray[np.int64]
+    offsets: Numbers
     """(lists + 1,) start and end of each list in that order, second lists not counted."""
     centroids: Vectors
     """(lists, dim) unit rows."""
@@ -87,26 +86,17 @@ def _empty_index(centroids: Vectors) -> Any:
     return index
 
 
-def _add(
-    index: Any,
-    rows: AnyVectors,
-    numbers: npt.NDArray[np.int64],
-    lists: npt.NDArray[np.int64],
-    ids: npt.NDArray[np.int64],
-) -> None:
+def _add(index: Any, rows: AnyVectors, numbers: Numbers, lists: Numbers, ids: Numbers) -> None:
     """Add rows by number to their lists. lists: list of every row (n,); ids: ids of the added rows."""
     for start in range(0, len(numbers), BLOCK_ROWS):
         block = numbers[start : start + BLOCK_ROWS]
         vectors = np.ascontiguousarray(rows[block], np.float32)
         block_lists = np.ascontiguousarray(lists[block])
         block_ids = np.ascontiguousarray(ids[start : start + BLOCK_ROWS])
-        pointers = (faiss.swig_ptr(array) for array in (vectors, block_ids, block_lists))
-        index.add_core(len(block), *pointers)
+        index.add_core(len(block), *map(faiss.swig_ptr, (vectors, block_ids, block_lists)))
 
 
-def _border_rows(
-    rows: AnyVectors, centroids: Vectors, nearest: npt.NDArray[np.int64]
-) -> npt.NDArray[np.int64]:
+def _border_rows(rows: AnyVectors, centroids: Vectors, nearest: Numbers) -> Numbers:
     """The SPILL share of the rows that are nearly as similar to their second list as to the first."""
     margins = np.empty(len(rows), np.float32)
     for start in range(0, len(rows), BLOCK_ROWS):

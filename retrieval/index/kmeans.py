@@ -1,17 +1,15 @@
 """Spherical k-means: the centroids of partitions and of the inverted lists within a partition.
 
-Clusters of partitions are balanced, because the largest partition decides memory and time. Matrix products
-run in torch where it is installed (on a GPU where there is one), else in faiss.
+Matrix products run in torch where it is installed (on a GPU where there is one), else in faiss.
 """
 
 from importlib.util import find_spec
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from retrieval.index.faiss_kmeans import FaissSample, nearest_with_faiss
-from retrieval.index.routing import AnyVectors, Vectors, unit
+from retrieval.index.routing import AnyVectors, Numbers, Vectors, unit
 
 ITERATIONS = 10
 MAX_SHARE = 2.0
@@ -22,10 +20,10 @@ BALANCE_ROUNDS = 20
 class Sample(Protocol):
     """The rows that k-means is trained on."""
 
-    def take(self, numbers: npt.NDArray[np.int64]) -> Vectors:
+    def take(self, numbers: Numbers) -> Vectors:
         """Some rows as float32."""
 
-    def cluster_sums(self, centroids: Vectors) -> tuple[Vectors, npt.NDArray[np.int64]]:
+    def cluster_sums(self, centroids: Vectors) -> tuple[Vectors, Numbers]:
         """Sum (count, dim) and number (count,) of the rows nearest to each centroid."""
 
     def normalized(self, rows: Vectors) -> Vectors:
@@ -35,8 +33,8 @@ class Sample(Protocol):
 def train_centroids(sample: AnyVectors, count: int, seed: int, balanced: bool = False) -> Vectors:
     """Spherical k-means, (count, dim) float32 unit rows. sample: (n >= count, dim) unit rows.
 
-    balanced: clusters with more than MAX_SHARE times the mean are split in two, and the smallest clusters are
-    removed instead, until no cluster is larger or for BALANCE_ROUNDS rounds.
+    balanced: for partitions, because the largest one decides memory and time. Clusters with more than MAX_SHARE
+    times the mean are split in two and the smallest are removed, at most BALANCE_ROUNDS times.
     """
     if count == 1:
         return unit(np.asarray(sample, np.float32).mean(axis=0, keepdims=True))
@@ -48,7 +46,7 @@ def train_centroids(sample: AnyVectors, count: int, seed: int, balanced: bool = 
     return unit(_balance(rows, centroids, random) if balanced else centroids)
 
 
-def nearest_centroids(vectors: AnyVectors, centroids: Vectors, nearest: int = 1) -> npt.NDArray[np.int64]:
+def nearest_centroids(vectors: AnyVectors, centroids: Vectors, nearest: int = 1) -> Numbers:
     """Numbers of the `nearest` centroids of each row, nearest first: (n, nearest) int64.
 
     Sums in float32: a row that is stored in a wrong list is not found.
@@ -86,9 +84,7 @@ def _balance(rows: Sample, centroids: Vectors, random: np.random.Generator) -> V
     return best
 
 
-def _step(
-    rows: Sample, centroids: Vectors, random: np.random.Generator
-) -> tuple[Vectors, npt.NDArray[np.int64]]:
+def _step(rows: Sample, centroids: Vectors, random: np.random.Generator) -> tuple[Vectors, Numbers]:
     """One Lloyd iteration: new centroids, and the sizes of the old clusters. Empty ones get a random row."""
     sums, sizes = rows.cluster_sums(centroids)
     empty = np.flatnonzero(sizes == 0)
@@ -97,13 +93,7 @@ def _step(
     return rows.normalized(sums), sizes
 
 
-def _split(
-    rows: Sample,
-    centroids: Vectors,
-    sizes: npt.NDArray[np.int64],
-    heavy: npt.NDArray[np.int64],
-    random: np.random.Generator,
-) -> Vectors:
+def _split(rows: Sample, centroids: Vectors, sizes: Numbers, heavy: Numbers, random: np.random.Generator) -> Vectors:
     """Replace the lightest centroids by slightly moved copies of the heavy ones."""
     light = np.argsort(sizes, kind="stable")[: len(heavy)]
     noise = rows.normalized(random.standard_normal((len(heavy), centroids.shape[1]), dtype=np.float32))

@@ -1,7 +1,6 @@
-"""One opened partition of a database: its vectors, its metadata and its index.
+"""One opened partition of a database: memory maps on a local disk, whole files from an object store.
 
-Reads `partitions/<number>/`: memory maps on a local disk, whole files from an object store. The index
-proposes candidates from its codes, and faiss ranks them by their stored float16 vectors.
+The index proposes candidates from its codes, and faiss ranks them by their stored float16 vectors.
 """
 
 import threading
@@ -17,7 +16,7 @@ import pyarrow as pa
 from retrieval.index.effort import Effort
 from retrieval.index.hidden import Ids
 from retrieval.index.rerank import RerankIndex
-from retrieval.index.routing import Vectors, partition_folder
+from retrieval.index.routing import Numbers, Vectors, partition_folder
 from retrieval.index.top_k import empty_top_k
 from retrieval.storage import schema
 from retrieval.storage.root import Root
@@ -65,7 +64,7 @@ class Partition:
         return ~hidden if hidden.any() else None
 
     @cached_property
-    def lists(self) -> tuple[npt.NDArray[np.int64], Vectors]:
+    def lists(self) -> tuple[Numbers, Vectors]:
         """Offsets (lists + 1,) and centroids (lists, dim) of the lists. Without lists all rows are one."""
         name = f"{self._folder}/lists.npy"
         if not self._root.exists(name):
@@ -96,6 +95,7 @@ class Partition:
 
     @property
     def _opened(self) -> tuple[Any, Any, RerankIndex]:
+        """The index, the base index that it refines, and the owner of the vectors that it ranks by."""
         with self._lock:  # else two threads would both read the file
             return self._read
 
@@ -114,30 +114,28 @@ class Partition:
 
     def _make_parameters(self, effort: Effort, k: int) -> Any:
         lists = min(effort.lists_per_partition, self.num_lists)  # with more faiss returns wrong results
-        selector = None if self.visible is None else _selector(self.visible)
+        selector = None
+        if self.visible is not None:
+            selector = faiss.IDSelectorNot(faiss.IDSelectorBatch(np.flatnonzero(~self.visible)))
         if isinstance(self._base, faiss.IndexIVF):
             graph = faiss.SearchParametersHNSW(efSearch=lists + GRAPH_SPARE)
             coarse = graph if isinstance(self._base, faiss.IndexIVFPQFastScan) else None
             base = faiss.SearchParametersIVF(nprobe=lists, sel=selector, quantizer_params=coarse)
         elif isinstance(self._base, faiss.IndexHNSW):
-            base = faiss.SearchParametersHNSW(
-                efSearch=max(16, k * effort.candidates_per_result), sel=selector
-            )
+            base = faiss.SearchParametersHNSW(efSearch=max(16, k * effort.candidates_per_result), sel=selector)
         else:
             base = faiss.SearchParameters(sel=selector)
         factor = max(1.0, effort.candidates_per_result / self.results_per_row)
         return faiss.IndexRefineSearchParameters(k_factor=factor, base_index_params=base)
 
-    def search(self, queries: Vectors, k: int, effort: Effort) -> tuple[Vectors, npt.NDArray[np.int64]]:
+    def search(self, queries: Vectors, k: int, effort: Effort) -> tuple[Vectors, Numbers]:
         """Exact similarities and row numbers of the best candidates, best first, each (n, at most k).
 
         queries: (n, dim) unit rows. Where the visited lists hold too few rows, more lists are visited, in the
         end all rows. If fewer than k rows are visible, results end in similarity -inf and row -1.
         """
         k = min(k, len(self))
-        similarities, rows = self.index.search(
-            queries, k * self.results_per_row, params=self.parameters(effort, k)
-        )
+        similarities, rows = self.index.search(queries, k * self.results_per_row, params=self.parameters(effort, k))
         if self.results_per_row > 1:
             similarities, rows = drop_repeats(similarities, rows, k)
         short = np.flatnonzero(rows[:, -1] < 0)
@@ -149,7 +147,7 @@ class Partition:
                 similarities[i], rows[i] = self._compare_all(queries[i], k)
         return similarities, rows
 
-    def _compare_all(self, query: Vectors, k: int) -> tuple[Vectors, npt.NDArray[np.int64]]:
+    def _compare_all(self, query: Vectors, k: int) -> tuple[Vectors, Numbers]:
         products = self.embeddings.astype(np.float32) @ query
         if self.visible is not None:
             products[~self.visible] = -np.inf
@@ -157,16 +155,10 @@ class Partition:
         return products[best], np.where(np.isfinite(products[best]), best, -1)
 
 
-def _selector(visible: npt.NDArray[np.bool_]) -> Any:
-    return faiss.IDSelectorNot(faiss.IDSelectorBatch(np.flatnonzero(~visible)))
-
-
-def drop_repeats(
-    similarities: Vectors, rows: npt.NDArray[np.int64], k: int
-) -> tuple[Vectors, npt.NDArray[np.int64]]:
+def drop_repeats(similarities: Vectors, rows: Numbers, k: int) -> tuple[Vectors, Numbers]:
     """The first k results (n, k) without repeated rows; (-inf, -1) where there are fewer.
 
-    A repeated row has the same similarity. Among equal similarities its repeats need not be adjacent.
+    Repeats need not be adjacent: other rows can have the same similarity.
     """
     if len(rows) == 1:
         return _drop_repeats_of_one(similarities, rows, k)  # takes an eighth of the time for one query
@@ -180,9 +172,7 @@ def drop_repeats(
     return np.take_along_axis(similarities, first, 1), np.take_along_axis(rows, first, 1)
 
 
-def _drop_repeats_of_one(
-    similarities: Vectors, rows: npt.NDArray[np.int64], k: int
-) -> tuple[Vectors, npt.NDArray[np.int64]]:
+def _drop_repeats_of_one(similarities: Vectors, rows: Numbers, k: int) -> tuple[Vectors, Numbers]:
     first: dict[int, int] = {}
     for column, row in enumerate(rows[0].tolist()):
         first.setdefault(row, column)

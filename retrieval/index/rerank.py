@@ -1,7 +1,5 @@
-"""A faiss index over the float16 vectors of a partition, without a copy of them.
-
-faiss ranks candidates by exact similarity with this index. It reads the mapped pages of `embeddings.npy`;
-only the pages it touches are loaded into memory.
+"""A faiss index over the float16 vectors of a partition, without a copy of them: it ranks by exact similarity and
+loads only the pages of `embeddings.npy` that it touches.
 """
 
 from functools import cache
@@ -21,9 +19,7 @@ class RerankIndex:
         """rows: (n, dim) contiguous, such as a memory map."""
         count, dim = rows.shape
         self._rows = rows.reshape(-1).view(np.uint8)
-        self.index = faiss.IndexScalarQuantizer(
-            dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
-        )
+        self.index = faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
         self.index.codes = faiss.MaybeOwnedVectorUInt8.create_view(
             faiss.swig_ptr(self._rows), self._rows.size, _mapped_index().codes.owner
         )

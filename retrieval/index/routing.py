@@ -1,13 +1,12 @@
-"""Which partitions a query visits: those with the nearest centroids.
-
-Works with NumPy only, so a search does not load torch. `retrieval.index.kmeans` trains the centroids.
-"""
+"""Which partitions a query visits: those with the nearest centroids. `retrieval.index.kmeans` trains the centroids."""
 
 import numpy as np
 import numpy.typing as npt
 
 Vectors = npt.NDArray[np.float32]
 AnyVectors = npt.NDArray[np.float16] | npt.NDArray[np.float32]
+Numbers = npt.NDArray[np.int64]
+"""Numbers of rows, partitions, lists or clusters."""
 
 
 def partition_folder(number: int) -> str:
@@ -15,7 +14,7 @@ def partition_folder(number: int) -> str:
     return f"partitions/{number:05d}"
 
 
-def route(queries: Vectors, centroids: Vectors, partitions_per_query: int) -> npt.NDArray[np.int64]:
+def route(queries: Vectors, centroids: Vectors, partitions_per_query: int) -> Numbers:
     """The partitions nearest to each query, nearest first: (n, partitions_per_query) int64."""
     if len(centroids) == 1:
         return np.zeros((len(queries), min(partitions_per_query, 1)), np.int64)

@@ -6,6 +6,8 @@ import numpy.typing as npt
 from retrieval.index.routing import Vectors
 
 Positions = npt.NDArray[np.int64]
+TopK = tuple[Vectors, Positions]
+"""Similarities and positions of the best rows of each query."""
 
 
 def top_k_columns(similarities: Vectors, positions: Positions, k: int) -> Positions:
@@ -16,12 +18,18 @@ def top_k_columns(similarities: Vectors, positions: Positions, k: int) -> Positi
     return np.lexsort((positions, -similarities), axis=1)[:, :k]
 
 
-def top_k(similarities: Vectors, positions: Positions, k: int) -> tuple[Vectors, Positions]:
-    """Similarities and positions (n, at most k) of these columns."""
+def top_k(similarities: Vectors, positions: Positions, k: int) -> TopK:
+    """Similarities and positions of `top_k_columns`, (n, at most k)."""
     best = top_k_columns(similarities, positions, k)
     return np.take_along_axis(similarities, best, 1), np.take_along_axis(positions, best, 1)
 
 
-def empty_top_k(num_queries: int, k: int) -> tuple[Vectors, Positions]:
+def merge_top_k(results: TopK, others: TopK, k: int) -> TopK:
+    """The k best of two results for the same queries, (n, at most k)."""
+    similarities = np.concatenate([results[0], others[0]], axis=1)
+    return top_k(similarities, np.concatenate([results[1], others[1]], axis=1), k)
+
+
+def empty_top_k(num_queries: int, k: int) -> TopK:
     """Results without a row: similarities -inf and positions -1, each (num_queries, k)."""
     return np.full((num_queries, k), -np.inf, np.float32), np.full((num_queries, k), -1, np.int64)

@@ -4,28 +4,25 @@ Training compares in bfloat16, which moves no centroid noticeably; sums are floa
 """
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from retrieval.index.precision import allow_bfloat16, multiply
-from retrieval.index.routing import AnyVectors, Vectors
+from retrieval.index.routing import AnyVectors, Numbers, Vectors
 
 BLOCK_ROWS = 512
 """Rows compared at once: with more, the products do not fit in the caches."""
 
 
 class TorchSample:
-    """The rows that k-means is trained on, in bfloat16 on the device."""
+    """A `retrieval.index.kmeans.Sample` in bfloat16 on the device."""
 
     def __init__(self, rows: AnyVectors) -> None:
         self._tensor = torch.from_numpy(np.array(rows)).to(_device(), torch.bfloat16)
 
-    def take(self, numbers: npt.NDArray[np.int64]) -> Vectors:
-        """Some rows, rounded to bfloat16, as float32."""
+    def take(self, numbers: Numbers) -> Vectors:
         return _array(self._tensor[torch.from_numpy(numbers).to(self._tensor.device)].float())
 
-    def cluster_sums(self, centroids: Vectors) -> tuple[Vectors, npt.NDArray[np.int64]]:
-        """Sum (count, dim) and number (count,) of the rows nearest to each centroid."""
+    def cluster_sums(self, centroids: Vectors) -> tuple[Vectors, Numbers]:
         device = self._tensor.device
         sums = torch.zeros(centroids.shape, device=device)
         sizes = torch.zeros(len(centroids), dtype=torch.int64, device=device)
@@ -37,11 +34,10 @@ class TorchSample:
         return _array(sums), sizes.cpu().numpy()
 
     def normalized(self, rows: Vectors) -> Vectors:
-        """The rows scaled to length 1."""
         return _array(torch.nn.functional.normalize(torch.from_numpy(rows), dim=1))
 
 
-def nearest_with_torch(vectors: AnyVectors, centroids: Vectors, nearest: int) -> npt.NDArray[np.int64]:
+def nearest_with_torch(vectors: AnyVectors, centroids: Vectors, nearest: int) -> Numbers:
     """`retrieval.index.kmeans.nearest_centroids` by torch."""
     numbers = np.empty((len(vectors), nearest), np.int64)
     targets = torch.from_numpy(np.array(centroids)).to(_device()).T

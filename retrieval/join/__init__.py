@@ -1,6 +1,4 @@
-"""Join: the neighbors of millions of queries, on a GPU where there is one. Needs torch, which is loaded on
-first use.
-"""
+"""Join: the neighbors of millions of queries, on a GPU where there is one. Needs the extra `clip` (torch)."""
 
 from typing import TYPE_CHECKING
 

@@ -1,9 +1,9 @@
 """Candidates of a join: for each query the best rows of the inverted lists nearest to it, in one partition.
 
-Queries are grouped by inverted list. Each group is multiplied with the rows of the list as matrices in
-bfloat16, so a row is read once for all queries that visit its list. The list nearest to a query gives a
-threshold that its k best rows reach. The threshold is a column of the matrices, so a product is the
-similarity minus the threshold: rounding errors are small near 0, and a comparison with 0 leaves few pairs.
+Queries are grouped by inverted list. Each group is multiplied with the rows of the list as matrices in bfloat16, so a
+row is read once for all queries that visit its list. The list nearest to a query gives a threshold that its k best
+rows reach. The threshold is a column of the matrices, so a product is the similarity minus the threshold: rounding
+errors are small near 0, and a comparison with 0 leaves few pairs.
 """
 
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from retrieval.index.partition import Partition
 from retrieval.index.precision import multiply
@@ -51,9 +52,7 @@ class CandidateSettings:
     """Rows that are certainly at least this similar are counted instead of returned."""
 
 
-def find_candidates(
-    partition: Partition, queries: torch.Tensor, settings: CandidateSettings
-) -> tuple[torch.Tensor, torch.Tensor]:
+def find_candidates(partition: Partition, queries: Tensor, settings: CandidateSettings) -> tuple[Tensor, Tensor]:
     """Rows to rank, (n, PER_RESULT * k) int64 with -1 for none, and the number of near copies left out, (n,).
 
     queries: (n, dim) float32 unit rows on the device that computes. Hidden rows are no candidates.
@@ -67,13 +66,12 @@ def find_candidates(
 class _CandidateSearch:
     """Finds the candidates of one block of queries."""
 
-    def __init__(self, partition: Partition, queries: torch.Tensor, settings: CandidateSettings) -> None:
+    def __init__(self, partition: Partition, queries: Tensor, settings: CandidateSettings) -> None:
         self._partition, self._queries, self._settings = partition, queries, settings
         self._offsets = partition.lists[0]
         self._device = queries.device
         dim = queries.shape[1]
-        # Three columns follow the dimensions: two bfloat16 parts of the threshold times 1, and -1 times the
-        # penalty of a row.
+        # Three columns follow the dimensions: two bfloat16 parts of the threshold times 1, -1 times a row's penalty.
         self._left = torch.empty((len(queries), dim + 3), dtype=torch.bfloat16, device=self._device)
         self._left[:, :dim] = queries
         self._left[:, dim + 2] = -1
@@ -82,7 +80,7 @@ class _CandidateSearch:
         self._floats = torch.empty((ROWS_AT_ONCE, dim), device=self._device)
         self._block = torch.zeros((PRODUCTS_AT_ONCE, dim + 3), dtype=torch.bfloat16, device=self._device)
 
-    def run(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(self) -> tuple[Tensor, Tensor]:
         """Candidates (n, PER_RESULT * k) and the number of near copies left out (n,)."""
         nearest, visits = self._visits()
         mean = torch.from_numpy(self._partition.lists[1].mean(axis=0)).to(self._device)
@@ -107,7 +105,7 @@ class _CandidateSearch:
     def _count(self) -> int:
         return PER_RESULT * self._settings.k
 
-    def _visits(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _visits(self) -> tuple[Tensor, Tensor]:
         """The list nearest to each query (n,), and all visits as list << 32 | query, ascending."""
         centroids = torch.from_numpy(self._partition.lists[1]).to(self._device)
         centroids = centroids - centroids.mean(dim=0)
@@ -123,7 +121,7 @@ class _CandidateSearch:
             visits.append((indices - query * len(targets) << 32) + query + start)
         return torch.cat(nearest), _sorted(torch.cat(visits))
 
-    def _thresholds(self, nearest: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    def _thresholds(self, nearest: Tensor, base: Tensor) -> Tensor:
         """Similarity that the k best rows of each query have at least, (n,), from the list nearest to it.
 
         base: (n,) similarity of each query to the mean of the lists, the threshold where the nearest list has
@@ -142,13 +140,13 @@ class _CandidateSearch:
                 thresholds[queries] = torch.maximum(thresholds[queries], least)
         return thresholds
 
-    def _set_thresholds(self, similarities: torch.Tensor) -> None:
+    def _set_thresholds(self, similarities: Tensor) -> None:
         dim = self._queries.shape[1]
         coarse = similarities.bfloat16()
         self._left[:, dim] = -coarse
         self._left[:, dim + 1] = (coarse.float() - similarities).bfloat16()
 
-    def _products(self, visits: torch.Tensor) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
+    def _products(self, visits: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """For groups of visits to one list: first visit, first row, queries, products (queries, rows).
 
         The last columns can be padding; the penalty keeps them below every threshold.
@@ -180,21 +178,19 @@ class _CandidateSearch:
         self._rows[count : _padded(count), -1] = HIDDEN_PENALTY
         return count
 
-    def _multiply(self, queries: torch.Tensor, rows: int) -> torch.Tensor:
+    def _multiply(self, queries: Tensor, rows: int) -> Tensor:
         """(queries, rows) bfloat16: similarity of each loaded row minus the threshold of the query."""
         block = self._block[: _padded(len(queries))]
         torch.index_select(self._left, 0, queries, out=block[: len(queries)])
         return multiply(block, self._rows[: _padded(rows)].T)[: len(queries)]
 
-    def _pairs_above(self, visits: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    def _pairs_above(self, visits: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Pairs of query and row above the threshold, for several groups of visits at a time.
 
         Yields flat indices into the products of each group, the products there, and a row for each group:
         number of indices, first visit, first row, width of its products.
         """
-        least = torch.full(
-            (1, 1), torch.finfo(torch.bfloat16).tiny, dtype=torch.bfloat16, device=self._device
-        )
+        least = torch.full((1, 1), torch.finfo(torch.bfloat16).tiny, dtype=torch.bfloat16, device=self._device)
         count, indices, values, groups = 0, [], [], []
         for begin, start, _, products in self._products(visits):
             indices.append(_at_least(products, least))
@@ -208,16 +204,14 @@ class _CandidateSearch:
             yield torch.cat(indices), torch.cat(values), torch.tensor(groups, device=self._device)
 
 
-def _pairs_at(
-    indices: torch.Tensor, groups: torch.Tensor, visits: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _pairs_at(indices: Tensor, groups: Tensor, visits: Tensor) -> tuple[Tensor, Tensor]:
     """The query and the row at each of the indices that `_pairs_above` yields with its groups."""
     _, begin, start, width = groups.repeat_interleave(groups[:, 0], dim=0).T
     visit = torch.div(indices, width, rounding_mode="floor")
     return visits[begin + visit] & 0xFFFFFFFF, start + indices - visit * width
 
 
-def _nearest_lists(similarities: torch.Tensor, lists: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _nearest_lists(similarities: Tensor, lists: int) -> tuple[Tensor, Tensor]:
     """The list nearest to each query (n,), and flat indices of at least the `lists` nearest ones.
 
     similarities: (n, all lists) bfloat16. Lists are chosen by a limit, the `lists`-th largest of the group
@@ -231,7 +225,7 @@ def _nearest_lists(similarities: torch.Tensor, lists: int) -> tuple[torch.Tensor
     return inside * groups.shape[2] + columns[:, 0], _at_least(similarities, largest[:, -1:])
 
 
-def _at_least(products: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
+def _at_least(products: Tensor, limits: Tensor) -> Tensor:
     """Flat indices of the products that reach the limit of their row; all of a row with a limit <= 0.
 
     products: (n, m) bfloat16; limits: (n, 1) or (1, 1).
@@ -243,7 +237,7 @@ def _at_least(products: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.flatnonzero(products.view(torch.int16).numpy() >= bits.numpy()))
 
 
-def _ranks(pairs: torch.Tensor, queries: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _ranks(pairs: Tensor, queries: int) -> tuple[Tensor, Tensor]:
     """The query of each sorted pair, and the rank of the pair among those of its query."""
     query = pairs >> ROW_BITS + SCORE_BITS
     counts = torch.bincount(query, minlength=queries)
@@ -251,7 +245,7 @@ def _ranks(pairs: torch.Tensor, queries: int) -> tuple[torch.Tensor, torch.Tenso
     return query, torch.arange(len(pairs), device=pairs.device) - starts[query]
 
 
-def _sorted(numbers: torch.Tensor) -> torch.Tensor:
+def _sorted(numbers: Tensor) -> Tensor:
     """The integers in ascending order; on a CPU NumPy sorts them in a quarter of the time of torch."""
     if numbers.device.type != "cpu":
         return numbers.sort().values

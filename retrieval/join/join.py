@@ -1,8 +1,7 @@
 """The k-nearest-neighbor join: the neighbors of millions of queries, such as all training images.
 
-`Database.search` is for few queries. A join groups its queries by partition, and within a partition by
-inverted list (`candidates.py`), and ranks the best candidates in float32. It leaves out the query itself and
-near copies of it. One partition is open at a time.
+A join groups its queries by partition, and within a partition by inverted list (`candidates.py`), and ranks the best
+candidates in float32. It leaves out near copies of a query, itself included. One partition is open at a time.
 """
 
 from dataclasses import dataclass
@@ -10,15 +9,18 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from retrieval.database.database import Database
 from retrieval.index.partition import Partition
 from retrieval.index.routing import Vectors, route
-from retrieval.index.top_k import Positions, empty_top_k, top_k
+from retrieval.index.top_k import Positions, empty_top_k, merge_top_k, top_k
 from retrieval.join.candidates import CandidateSettings, find_candidates
 from retrieval.recipe import JoinConfig
 
 QUERIES_RANKED_AT_ONCE = 64
+Best = tuple[Tensor, Tensor, Tensor]
+"""Similarities and row numbers of the k best rows of each query, (n, k), and its number of near copies, (n,)."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,7 @@ class JoinResult:
     """(n,) number of compared rows left out as near copies; when lists are searched, of the rows ranked."""
 
 
-def join_database(
-    database: Database, queries: Vectors, config: JoinConfig, device: str = "cpu"
-) -> JoinResult:
+def join_database(database: Database, queries: Vectors, config: JoinConfig, device: str = "cpu") -> JoinResult:
     """The config.k nearest rows of each query that are no near copies. queries: (n, dim) unit rows."""
     visits = route(queries, database.centroids, config.partitions_per_query or len(database.partitions))
     result = JoinResult(*empty_top_k(len(queries), config.k), np.zeros(len(queries), np.int64))
@@ -52,18 +52,14 @@ def join_database(
 
 def _merge(result: JoinResult, numbers: npt.NDArray[np.int64], part: JoinResult, first_position: int) -> None:
     """Merge the result of one partition for the queries with these numbers into the result of all queries."""
-    positions = np.where(part.positions < 0, -1, part.positions + first_position)
-    result.similarities[numbers], result.positions[numbers] = top_k(
-        np.concatenate([result.similarities[numbers], part.similarities], axis=1),
-        np.concatenate([result.positions[numbers], positions], axis=1),
-        result.positions.shape[1],
-    )
+    part_results = part.similarities, np.where(part.positions < 0, -1, part.positions + first_position)
+    earlier = result.similarities[numbers], result.positions[numbers]
+    k = result.positions.shape[1]
+    result.similarities[numbers], result.positions[numbers] = merge_top_k(earlier, part_results, k)
     result.near_copies[numbers] += part.near_copies
 
 
-def join_partition(
-    partition: Partition, queries: Vectors, config: JoinConfig, device: str = "cpu"
-) -> JoinResult:
+def join_partition(partition: Partition, queries: Vectors, config: JoinConfig, device: str = "cpu") -> JoinResult:
     """The config.k nearest rows of one partition for each query that are no near copies."""
     offsets, _ = partition.lists
     tensor = torch.from_numpy(queries).to(device)
@@ -82,18 +78,14 @@ def join_partition(
     return JoinResult(*best, copies.cpu().numpy())
 
 
-def _compare_all(
-    partition: Partition, queries: torch.Tensor, config: JoinConfig
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _compare_all(partition: Partition, queries: Tensor, config: JoinConfig) -> Best:
     blocks = [_compare(partition, block, config) for block in queries.split(config.query_block)]
     similarities, rows, copies = (torch.cat(parts) for parts in zip(*blocks, strict=True))
     return similarities, rows, copies
 
 
-def _compare(
-    partition: Partition, queries: torch.Tensor, config: JoinConfig
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The k best of all rows in float32, and the number of near copies of each query."""
+def _compare(partition: Partition, queries: Tensor, config: JoinConfig) -> Best:
+    """Compares all rows in float32."""
     similarities = torch.full((len(queries), config.k), -torch.inf, device=queries.device)
     rows = torch.zeros((len(queries), config.k), dtype=torch.int64, device=queries.device)
     near_copies = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
@@ -110,16 +102,14 @@ def _compare(
     return similarities, rows, near_copies
 
 
-def _mask_hidden(products: torch.Tensor, partition: Partition, start: int) -> None:
+def _mask_hidden(products: Tensor, partition: Partition, start: int) -> None:
     if partition.visible is not None:
         hidden = ~torch.from_numpy(partition.visible[start : start + products.shape[1]])
         products[:, hidden.to(products.device)] = -torch.inf
 
 
-def _rank(
-    partition: Partition, queries: torch.Tensor, candidates: torch.Tensor, config: JoinConfig
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The k best candidates by float32 similarity that are no near copies, and the number of near copies."""
+def _rank(partition: Partition, queries: Tensor, candidates: Tensor, config: JoinConfig) -> Best:
+    """Ranks the candidates (n, m), -1 for none, by float32 similarity."""
     exact = torch.full(candidates.shape, -torch.inf, device=queries.device)
     stored = torch.from_numpy(partition.embeddings)
     for start in range(0, len(queries), QUERIES_RANKED_AT_ONCE):

@@ -1,12 +1,11 @@
-"""Manifests of finished stages and records of finished shards.
-
-Reads and writes `<stage>/manifest.json`, a stage's last file, and `<stage>/records/<shard>.json` for each
-finished shard. A fingerprint of the settings and of the earlier stages makes stale output visible.
+"""Manifests of finished stages (`<stage>/manifest.json`) and records of finished shards
+(`<stage>/records/<shard>.json`). A fingerprint of the settings and of the earlier stages makes stale output visible.
 """
 
 import hashlib
 import json
 import platform
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -52,10 +51,9 @@ class Manifest:
     @property
     def reasons(self) -> dict[str, int]:
         """Rows left out of all shards by reason, sorted by reason."""
-        total: dict[str, int] = {}
+        total: Counter[str] = Counter()
         for shard in self.shards:
-            for word, count in shard.reasons.items():
-                total[word] = total.get(word, 0) + count
+            total.update(shard.reasons)
         return dict(sorted(total.items()))
 
     @property
@@ -108,13 +106,11 @@ def read_record(root: Root, stage: str, shard: str) -> tuple[str, ShardRecord] |
 
 def write_record(root: Root, stage: str, stage_fingerprint: str, record: ShardRecord) -> None:
     """Record a finished shard, with the fingerprint of its stage."""
-    root.write_json(
-        f"{stage}/records/{record.shard}.json", {"fingerprint": stage_fingerprint, **asdict(record)}
-    )
+    root.write_json(f"{stage}/records/{record.shard}.json", {"fingerprint": stage_fingerprint, **asdict(record)})
 
 
 def delete_record(root: Root, stage: str, shard: str) -> None:
-    """Delete the record of a shard, before its files change."""
+    """Delete the record of a shard. Call this before its files change."""
     root.delete(f"{stage}/records/{shard}.json")
 
 

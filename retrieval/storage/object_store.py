@@ -1,7 +1,4 @@
-"""Options and errors of object stores that fsspec leaves to the caller: retries, part sizes, read-ahead.
-
-Used only by `retrieval.storage.root`.
-"""
+"""Options and errors of object stores that fsspec leaves to the caller: retries, part sizes, read-ahead."""
 
 import io
 import os
@@ -15,8 +12,7 @@ MAX_PARTS = 10_000
 READ_AHEAD_BYTES = 1 << 20
 """Bytes read ahead from an object store; most reads are one row group among many."""
 ATTEMPTS = 8
-"""Attempts of a request to S3 that fails with a 5xx or no response, about 40 seconds in total. The variable
-AWS_MAX_ATTEMPTS of the environment overrides it."""
+"""Attempts of a request to S3 that fails with 5xx or no response, 40 s in total; AWS_MAX_ATTEMPTS overrides it."""
 
 
 def is_s3(url: str) -> bool:
@@ -28,10 +24,7 @@ def filesystem_options(url: str) -> dict[str, Any]:
     """Options of the fsspec file system for a URL. Listings are not cached, because other processes write."""
     if not is_s3(url):
         return {"use_listings_cache": False}
-    retries = {
-        "mode": "standard",
-        "total_max_attempts": int(os.environ.get("AWS_MAX_ATTEMPTS", ATTEMPTS)),
-    }
+    retries = {"mode": "standard", "total_max_attempts": int(os.environ.get("AWS_MAX_ATTEMPTS", ATTEMPTS))}
     return {"use_listings_cache": False, "config_kwargs": {"retries": retries}}
 
 

@@ -1,7 +1,7 @@
 """Root: a folder on a local disk or in an object store, such as `runs/demo` or `s3://bucket/laion`.
 
-Reads and writes whole files. A file appears complete or not at all: it is written under a temporary name (for
-an object store, on the local disk), then renamed or uploaded. Only this module writes below a root.
+A file appears complete or not at all: it is written under a temporary name (for an object store, on the local
+disk), then renamed or uploaded. Only this module writes below a root.
 """
 
 import errno
@@ -136,9 +136,7 @@ class Root:
         return cast(BinaryIO, object_store.RemoteFile(partial(self._store_errors, name), file))
 
     def _missing(self, name: str) -> UserError:
-        return UserError(
-            f"{self.at(name)} is missing: the stage that writes it did not finish. Run it again."
-        )
+        return UserError(f"{self.at(name)} is missing: the stage that writes it did not finish. Run it again.")
 
     def _disk_full(self, name: str, error: Exception) -> UserError:
         return UserError(
@@ -175,10 +173,7 @@ class Root:
 
     @contextmanager
     def writing(self, name: str) -> Iterator[PendingFile]:
-        """A temporary path that becomes `name` after the block, or is removed if the block raises.
-
-        Raises UserError if the disk is full.
-        """
+        """A path that becomes `name` after the block (removed if it raises). Raises UserError if the disk is full."""
         with ExitStack() as stack:
             try:
                 path = self._temporary_path(name, stack)

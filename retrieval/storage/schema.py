@@ -21,8 +21,8 @@ NEIGHBOR_EMBEDDINGS = "neighbor_embeddings"
 MOMENTS = "moments"
 SPLITS = ("train", "database")
 REPEATING = ["license", "reason", "message"]
-"""Columns with few distinct values, dictionary-encoded. Dictionaries of the other columns take a third of the
-writing time and enlarge the file."""
+"""Columns with few distinct values: only these are dictionary-encoded. Dictionaries of the others take a third of
+the writing time and enlarge the file."""
 
 
 class Reason(StrEnum):
@@ -61,61 +61,32 @@ class Reason(StrEnum):
     TOO_FEW_NEIGHBORS = "too_few_neighbors"
 
 
-SELECTED = pa.schema(
-    [
-        pa.field(IMAGE_ID, pa.int64(), nullable=False),
-        pa.field("url", pa.string(), nullable=False),
-        pa.field("caption", pa.string(), nullable=False),
-        pa.field("width", pa.int32(), nullable=False),
-        pa.field("height", pa.int32(), nullable=False),
-        pa.field("similarity", pa.float32()),
-        pa.field("pwatermark", pa.float32()),
-        pa.field("punsafe", pa.float32()),
-        pa.field("license", pa.string()),
-    ]
-)
+def columns(types: dict[str, pa.DataType], nullable: bool = False) -> list[pa.Field]:
+    """Columns in this order, by name and type."""
+    return [pa.field(name, type_, nullable=nullable) for name, type_ in types.items()]
+
+
+_IMAGE = columns({IMAGE_ID: pa.int64(), "url": pa.string(), "caption": pa.string()})
+_SIZE = columns({"width": pa.int32(), "height": pa.int32()})
+_LICENSE = columns({"license": pa.string()}, nullable=True)
+_SCORES = columns({"similarity": pa.float32(), "pwatermark": pa.float32(), "punsafe": pa.float32()}, nullable=True)
+_OUTCOME = columns({"reason": pa.string(), "message": pa.string()})
+_ORIGINAL_SIZE = columns({"original_width": pa.int32(), "original_height": pa.int32()})
+_HASHES = columns({"sha256": pa.string(), "phash": pa.int64()})
+
+SELECTED = pa.schema([*_IMAGE, *_SIZE, *_SCORES, *_LICENSE])
 """Rows that `filter` keeps. width, height: pixels according to the metadata."""
 
-DOWNLOADED = pa.schema(
-    [
-        pa.field(IMAGE_ID, pa.int64(), nullable=False),
-        pa.field("url", pa.string(), nullable=False),
-        pa.field("caption", pa.string(), nullable=False),
-        pa.field("license", pa.string()),
-        pa.field("reason", pa.string(), nullable=False),
-        pa.field("message", pa.string(), nullable=False),
-        pa.field("width", pa.int32(), nullable=False),
-        pa.field("height", pa.int32(), nullable=False),
-        pa.field("original_width", pa.int32(), nullable=False),
-        pa.field("original_height", pa.int32(), nullable=False),
-        pa.field("sha256", pa.string(), nullable=False),
-        pa.field("phash", pa.int64(), nullable=False),
-    ]
-)
+DOWNLOADED = pa.schema([*_IMAGE, *_LICENSE, *_OUTCOME, *_SIZE, *_ORIGINAL_SIZE, *_HASHES])
 """One row per URL. reason: empty for a stored image; sizes: pixels, 0 if unknown; sha256: hex, of the bytes
 that the server sent, empty if none; phash: retrieval.perceptual_hash of the decoded picture, 0 if none."""
 
-METADATA = pa.schema(
-    [
-        pa.field(IMAGE_ID, pa.int64(), nullable=False),
-        pa.field("url", pa.string(), nullable=False),
-        pa.field("caption", pa.string(), nullable=False),
-        pa.field("license", pa.string()),
-        pa.field("width", pa.int32(), nullable=False),
-        pa.field("height", pa.int32(), nullable=False),
-    ]
-)
+METADATA = pa.schema([*_IMAGE, *_LICENSE, *_SIZE])
 """Metadata of an image in a database."""
 
 BOX = "box"
-DETAILS = pa.schema(
-    [
-        pa.field("title", pa.string()),
-        pa.field("artist", pa.string()),
-        pa.field("source", pa.string()),
-        pa.field(BOX, pa.list_(pa.int32(), 4)),
-    ]
-)
+_DETAIL_TYPES = {"title": pa.string(), "artist": pa.string(), "source": pa.string(), BOX: pa.list_(pa.int32(), 4)}
+DETAILS = pa.schema(columns(_DETAIL_TYPES, nullable=True))
 """Optional last columns of METADATA and embeddings. source: origin of the picture; box: x, y, width, height
 of the part of the picture that a row describes, in pixels of the stored picture."""
 
@@ -127,24 +98,13 @@ def embeddings(dim: int) -> pa.Schema:
 
 def neighbors(k: int, dim: int) -> pa.Schema:
     """Rows of `neighbors`: the k neighbors of each image, best first, and their k x dim embeddings."""
-    return pa.schema(
-        [
-            pa.field(IMAGE_ID, pa.int64(), nullable=False),
-            pa.field(NEIGHBOR_IDS, pa.list_(pa.int64(), k), nullable=False),
-            pa.field(SIMILARITIES, pa.list_(pa.float32(), k), nullable=False),
-            pa.field(NEIGHBOR_EMBEDDINGS, pa.list_(pa.float16(), k * dim), nullable=False),
-        ]
-    )
+    lists = {NEIGHBOR_IDS: pa.list_(pa.int64(), k), SIMILARITIES: pa.list_(pa.float32(), k)}
+    return pa.schema(columns({IMAGE_ID: pa.int64(), **lists, NEIGHBOR_EMBEDDINGS: pa.list_(pa.float16(), k * dim)}))
 
 
 def latents(length: int) -> pa.Schema:
     """Rows of `latents`: `views` x (mean, standard deviation) x channels x height x width, float16, flat."""
-    return pa.schema(
-        [
-            pa.field(IMAGE_ID, pa.int64(), nullable=False),
-            pa.field(MOMENTS, pa.list_(pa.float16(), length), nullable=False),
-        ]
-    )
+    return pa.schema(columns({IMAGE_ID: pa.int64(), MOMENTS: pa.list_(pa.float16(), length)}))
 
 
 def image_id(name: str) -> int:
@@ -175,9 +135,7 @@ def write_table(root: Root, name: str, table: pa.Table, schema: pa.Schema) -> Fi
     """Check a table and write it as a Parquet file (zstd)."""
     check_table(table, schema, root.at(name))
     with root.writing(name) as pending:
-        pq.write_table(
-            table, pending.path, compression="zstd", row_group_size=10_000, use_dictionary=REPEATING
-        )
+        pq.write_table(table, pending.path, compression="zstd", row_group_size=10_000, use_dictionary=REPEATING)
     return pending.record
 
 

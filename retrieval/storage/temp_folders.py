@@ -1,7 +1,4 @@
-"""Temporary folders on the local disk. Those of killed processes are removed later.
-
-They lie in the system's temporary folder. Their names contain the id of their process.
-"""
+"""Temporary folders on the local disk, named after their process so that those of killed ones can be removed."""
 
 import os
 import shutil
@@ -33,6 +30,6 @@ def _runs(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
-        return True
+    except PermissionError:  # a process of another user
+        pass
     return True

@@ -99,15 +99,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, server: tuple[str, Path], r
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
     widths = {"block_out_channels": (8, 8, 8), "norm_num_groups": 4, "num_vq_embeddings": 16}
     VQModel(**blocks, **widths).save_pretrained(folder / "vq")
-    paths = {
-        "root": folder / "root",
-        "filter.metadata": folder / "metadata",
-        "autoencoder.path": folder / "vq",
-    }
+    paths = {"root": folder / "root", "filter.metadata": folder / "metadata", "autoencoder.path": folder / "vq"}
     paths["clip.model"] = write_clip(folder / "clip").model
-    loaded = load_recipe(
-        CONFIGS / "imagenet_rdm.toml", [f"{key}={value}" for key, value in (paths | TINY).items()]
-    )
+    loaded = load_recipe(CONFIGS / "imagenet_rdm.toml", [f"{key}={value}" for key, value in (paths | TINY).items()])
     with shards_in_process():
         for stage in (filter, download, embed, index, neighbors):
             stage.run(loaded)
@@ -148,8 +142,7 @@ def test_samples_and_searches_report_boxes_of_patches_and_licenses_of_pictures(
     recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     patches, loans = (
-        recipe.root.read_json(f"runs/imagenet/sample/{name}/0000-00.json")["neighbors"]
-        for name in ("index", "loan")
+        recipe.root.read_json(f"runs/imagenet/sample/{name}/0000-00.json")["neighbors"] for name in ("index", "loan")
     )
     assert [len(patch["details"]["box"]) for patch in patches] == [4] * 4
     assert [loan["details"]["license"] for loan in loans] == ["CC0"] * 4

@@ -118,10 +118,7 @@ def _row(picture: Picture) -> dict[str, object]:
 
 def pictures(prefix: str, first_seed: int, count: int) -> list[Picture]:
     """Pictures with consecutive seeds."""
-    return [
-        Picture(f"http://example.org/{prefix}/{i}.jpg", i << 200)
-        for i in range(first_seed, first_seed + count)
-    ]
+    return [Picture(f"http://example.org/{prefix}/{i}.jpg", i << 200) for i in range(first_seed, first_seed + count)]
 
 
 @pytest.fixture

@@ -76,9 +76,7 @@ def test_hidden_images_stay_hidden_in_a_rebuilt_index(root: Root) -> None:
     assert not np.isin(neighbors.ids, hidden).any()
 
 
-def test_a_run_without_database_images_is_refused(
-    tmp_path: Path, clip: ClipConfig, in_process_shards: None
-) -> None:
+def test_a_run_without_database_images_is_refused(tmp_path: Path, clip: ClipConfig, in_process_shards: None) -> None:
     root = Root(tmp_path)
     write_download(root, {"train/00000": pictures("train", 900, 4)})
     embed.run(EmbedConfig(workers=1), clip, root)

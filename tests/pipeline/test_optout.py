@@ -50,9 +50,7 @@ def embedded(shard: str, seed: int) -> pa.Table:
     vectors = np.random.default_rng(seed).standard_normal((len(rows), 16))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     table = pa.Table.from_pylist(rows, schema.METADATA)
-    return table.append_column(
-        schema.embeddings(16).field(schema.EMBEDDING), schema.fixed_lists(np.float16(vectors))
-    )
+    return table.append_column(schema.embeddings(16).field(schema.EMBEDDING), schema.fixed_lists(np.float16(vectors)))
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +110,7 @@ def write_list(root: Root, tmp_path: Path) -> tuple[Blocklist, list[int]]:
     (tmp_path / "list.txt").write_text("\n".join(lines))
     ids = {schema.image_id(picture.url) for picture in (train, *art[:2])}
     # The first training images have the contents of the first database images.
-    same_content = {
-        schema.image_id(p.url) for shard in SHARDS for p in pictures_of(shard) if p.seed == art[0].seed
-    }
+    same_content = {schema.image_id(p.url) for shard in SHARDS for p in pictures_of(shard) if p.seed == art[0].seed}
     return read_blocklist(str(tmp_path / "list.txt")), sorted(ids | same_content)
 
 
@@ -170,9 +166,7 @@ def test_an_interrupted_removal_continues_to_the_result_of_stages_without_the_im
         np.testing.assert_array_equal(*vectors)
 
 
-def test_a_domain_can_empty_a_database_and_rows_with_too_few_neighbors_are_dropped(
-    root: Root, tmp_path: Path
-) -> None:
+def test_a_domain_can_empty_a_database_and_rows_with_too_few_neighbors_are_dropped(root: Root, tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("art.example.org")
     report = optout.run(read_blocklist(str(tmp_path / "list.txt")), root)
     assert report["databases"] == {"index": 60, "databases/ink": 60}

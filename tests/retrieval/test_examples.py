@@ -46,10 +46,7 @@ def test_the_notebook_runs_without_an_error(root: Path, monkeypatch: pytest.Monk
     # an assertion or any other exception in a cell raises here
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
     sheets = [
-        output
-        for cell in notebook.cells
-        for output in cell.get("outputs", [])
-        if "image/png" in output.get("data", {})
+        output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
     ]
     assert len(sheets) == 3
     [drawn] = [cell.outputs[0].text for cell in notebook.cells if "pictures drawn" in cell.source]

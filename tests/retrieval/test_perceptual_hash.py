@@ -6,13 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from retrieval.perceptual_hash import (
-    BLANK_HASH,
-    MIRROR_MASK,
-    PerceptualHashIndex,
-    hamming_distance,
-    perceptual_hash,
-)
+from retrieval.perceptual_hash import BLANK_HASH, MIRROR_MASK, PerceptualHashIndex, hamming_distance, perceptual_hash
 
 
 def picture(seed: int) -> Image.Image:

@@ -42,10 +42,7 @@ def test_the_papers_recipes_have_the_papers_numbers(name: str) -> None:
     assert (diffusion.beta_start, diffusion.beta_end, *spaces) == PAPER_SPACES[name]
     assert (diffusion.steps, diffusion.prediction) == (1000, "epsilon")
     settings = engine_settings(train, Ranks(0, 8, torch.device("cuda")))
-    assert (
-        settings["gradient_accumulation_steps"] * settings["train_micro_batch_size_per_gpu"] * 8
-        == PAPER[name][1]
-    )
+    assert settings["gradient_accumulation_steps"] * settings["train_micro_batch_size_per_gpu"] * 8 == PAPER[name][1]
     # Each of 8 ranks opens only its part of the shards.
     assert (train.interleaved_shards % 8, train.global_batch % train.interleaved_shards) == (0, 0)
 

@@ -54,9 +54,7 @@ def pictures_of(style: str, count: int = ROWS) -> list[Image.Image]:
     return [Image.fromarray(pixels) for pixels in np.clip(noise, 0, 255).astype(np.uint8)]
 
 
-def write_style_database(
-    root: Root, name: str, encoder: Encoder, styles: list[str], rows: int = ROWS
-) -> None:
+def write_style_database(root: Root, name: str, encoder: Encoder, styles: list[str], rows: int = ROWS) -> None:
     """Write a database with the images of some styles."""
     names = [f"{style}-{i}" for style in styles for i in range(rows)]
     vectors = np.concatenate([encoder.encode_images(pictures_of(style, rows)) for style in styles])

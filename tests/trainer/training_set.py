@@ -24,13 +24,7 @@ NAMES = tuple(f"{number:05d}-{len(ROWS):05d}" for number in range(len(ROWS)))
 def make_recipe(autoencoder_folder: str, **changes: object) -> TrainingRecipe:
     """A recipe for the training set. changes: settings of section `train`."""
     train = {"name": "tiny", "source": "latents", "size": 64, "k": K, "steps": 6, "seed": 3}
-    train |= {
-        "global_batch": 8,
-        "micro_batch": 2,
-        "interleaved_shards": 4,
-        "learning_rate": 1e-3,
-        "warmup_steps": 2,
-    }
+    train |= {"global_batch": 8, "micro_batch": 2, "interleaved_shards": 4, "learning_rate": 1e-3, "warmup_steps": 2}
     train |= {"precision": "fp32", "ema_decay": 0.9, "log_every": 1, "checkpoint_every": 2}
     model = {"latent_channels": 4, "context_dim": DIM, "channels": [32, 64], "attention": [2], "layers": 1}
     autoencoder = {"kind": "kl", "path": autoencoder_folder, "scale": 1.0}
@@ -83,9 +77,7 @@ def write_training_set(root: Root, autoencoder: str) -> None:
     encoder = {"model": "test", "weights": "0" * 16, "preprocessing": "{}", "dim": DIM}
     write_stage(root, "neighbors", rows, {"k": K, "encoder": encoder})
     latent_rows = {name: count + 1 for name, count in rows.items()}
-    write_stage(
-        root, "latents/64", latent_rows, {"autoencoder": autoencoder, "shape": list(SHAPE), "views": VIEWS}
-    )
+    write_stage(root, "latents/64", latent_rows, {"autoencoder": autoencoder, "shape": list(SHAPE), "views": VIEWS})
 
 
 def ids_of(shard: int) -> npt.NDArray[np.int64]:
@@ -98,24 +90,16 @@ def all_ids() -> list[int]:
     return [int(image_id) for shard in range(len(ROWS)) for image_id in ids_of(shard)]
 
 
-def write_neighbors(
-    root: Root, name: str, ids: npt.NDArray[np.int64], context: npt.NDArray[np.float16]
-) -> None:
+def write_neighbors(root: Root, name: str, ids: npt.NDArray[np.int64], context: npt.NDArray[np.float16]) -> None:
     """One shard of neighbors. Training reads only ids and embeddings."""
     count = len(ids)
-    columns = [
-        np.zeros((count, K), np.int64),
-        np.ones((count, K), np.float32),
-        context.reshape(count, K * DIM),
-    ]
+    columns = [np.zeros((count, K), np.int64), np.ones((count, K), np.float32), context.reshape(count, K * DIM)]
     layout = schema.neighbors(K, DIM)
     table = pa.table([pa.array(ids), *map(schema.fixed_lists, columns)], schema=layout)
     schema.write_table(root, f"neighbors/{name}.parquet", table, layout)
 
 
-def write_latents(
-    root: Root, name: str, ids: npt.NDArray[np.int64], moments: npt.NDArray[np.float16]
-) -> None:
+def write_latents(root: Root, name: str, ids: npt.NDArray[np.int64], moments: npt.NDArray[np.float16]) -> None:
     """One shard of latents. Its first image is not in the neighbors table, to test that rows join by id."""
     length = VIEWS * 2 * int(np.prod(SHAPE))
     flat = np.concatenate([np.zeros((1, length), np.float16), moments.reshape(len(ids), length)])

@@ -93,9 +93,7 @@ class CheckpointFolder:
             if folder.name not in known:
                 shutil.rmtree(folder)
 
-    def save(
-        self, engine: deepspeed.DeepSpeedEngine, average: MovingAverage, step: int, ranks: Ranks
-    ) -> None:
+    def save(self, engine: deepspeed.DeepSpeedEngine, average: MovingAverage, step: int, ranks: Ranks) -> None:
         """Copy the state after `step` steps; a thread writes it while training continues. A collective.
 
         Waits for the previous checkpoint. Raises UserError if that could not be written.

@@ -61,9 +61,7 @@ def _members(path: Path) -> dict[int, tuple[int, int]]:
                     key = int(Path(member.name).stem, 16)
                     members[key - (1 << 64) if key >> 63 else key] = (member.offset_data, member.size)
     except (tarfile.TarError, ValueError) as error:
-        raise UserError(
-            f"{path} is not a tar of images: {error}. Remove it and run 'make download'."
-        ) from error
+        raise UserError(f"{path} is not a tar of images: {error}. Remove it and run 'make download'.") from error
     return members
 
 
@@ -116,9 +114,7 @@ def decode_image(data: bytes, name: str, size: int) -> ScaledImage:
             image = image.convert("RGB")
         return ScaledImage(image, extent, (width, height), size)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"{name} cannot be decoded: {error}. Run the stages again from 'make download'."
-        ) from error
+        raise UserError(f"{name} cannot be decoded: {error}. Run the stages again from 'make download'.") from error
 
 
 def scaled_edges(stored: tuple[int, int], size: int) -> tuple[int, int]:

@@ -118,9 +118,7 @@ def read_neighbors(
     return table[schema.IMAGE_ID].to_numpy(), context.reshape(-1, training_set.k, training_set.dim)
 
 
-def _rows_of(
-    ids: npt.NDArray[np.int64], table_ids: npt.NDArray[np.int64], table: str
-) -> npt.NDArray[np.int64]:
+def _rows_of(ids: npt.NDArray[np.int64], table_ids: npt.NDArray[np.int64], table: str) -> npt.NDArray[np.int64]:
     """The row of each id in a table that may have more rows. table: its name, for errors."""
     order = np.argsort(table_ids, kind="stable")
     rows = order[np.minimum(np.searchsorted(table_ids, ids, sorter=order), len(table_ids) - 1)]

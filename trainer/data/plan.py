@@ -164,11 +164,7 @@ def _check_neighbors(neighbors: Manifest, config: TrainingRecipe, root: Root) ->
 
 
 def _check_latents(
-    latents: Manifest,
-    neighbors: Manifest,
-    autoencoder: str,
-    shape: tuple[int, int, int],
-    root: Root,
+    latents: Manifest, neighbors: Manifest, autoencoder: str, shape: tuple[int, int, int], root: Root
 ) -> None:
     where = root.at(latents.stage)
     stored = (latents.values["autoencoder"], tuple(latents.values["shape"]))

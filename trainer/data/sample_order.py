@@ -56,9 +56,7 @@ class SampleOrder:
         return lane * (self.samples_per_epoch // self.lanes) + min(lane, self.samples_per_epoch % self.lanes)
 
 
-def rank_slots(
-    order: SampleOrder, step: int, global_batch: int, rank: int, world: int
-) -> npt.NDArray[np.int64]:
+def rank_slots(order: SampleOrder, step: int, global_batch: int, rank: int, world: int) -> npt.NDArray[np.int64]:
     """Slots of global batch `step` (from 0) that belong to a rank: (global_batch / world,) int64.
 
     If `world` divides `lanes` and `lanes` divides `global_batch`, all slots of a lane belong to the same rank

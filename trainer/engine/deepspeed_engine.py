@@ -75,10 +75,7 @@ def engine_settings(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
         "gradient_clipping": config.max_grad_norm if config.zero_stage else 0.0,
         "bf16": {"enabled": config.precision == "bf16"},
         # One gradient buffer saves GPU memory; on a CPU it adds 10 % to the time of a small step.
-        "zero_optimization": {
-            "stage": config.zero_stage,
-            "contiguous_gradients": ranks.device.type == "cuda",
-        },
+        "zero_optimization": {"stage": config.zero_stage, "contiguous_gradients": ranks.device.type == "cuda"},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": config.steps + 1,
     }

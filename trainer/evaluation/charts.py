@@ -11,12 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-COLORS = {
-    "retrieval": "#0b6e6e",
-    "suffix": "#e08a3c",
-    "suffix_retrieval": "#a9b8c6",
-    "no_neighbors": "#d9d9d9",
-}
+COLORS = {"retrieval": "#0b6e6e", "suffix": "#e08a3c", "suffix_retrieval": "#a9b8c6", "no_neighbors": "#d9d9d9"}
 LABELS = {
     "retrieval": "neighbors of the style's database",
     "suffix": "style named in the prompt",

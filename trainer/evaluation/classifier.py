@@ -102,9 +102,7 @@ def _fit(
         counts = np.bincount(labels, minlength=len(styles))
         weight = torch.from_numpy((len(labels) / (len(styles) * counts)).astype(np.float32))
         steps = config.epochs * -(-len(labels) // config.batch_size)
-        optimizer = torch.optim.AdamW(
-            network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
-        )
+        optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         x, y = torch.from_numpy(features), torch.from_numpy(labels)
         for _ in range(config.epochs):

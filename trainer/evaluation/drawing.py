@@ -80,9 +80,7 @@ def picture_path(group: SampleGroup, items: ResumableItems, number: int) -> str:
     return f"{items.stage}/samples/{group.name}/{number:04d}.png"
 
 
-def _write(
-    sampler: Sampler, group: SampleGroup, samples: Sequence[Sample], items: ResumableItems
-) -> list[FileRecord]:
+def _write(sampler: Sampler, group: SampleGroup, samples: Sequence[Sample], items: ResumableItems) -> list[FileRecord]:
     files = [
         items.root.write_bytes(picture_path(group, items, number), png_bytes(sample.picture, sample.recipe()))
         for number, sample in enumerate(samples)

@@ -110,9 +110,7 @@ class Manifold:
     def contains(self, points: Features) -> npt.NDArray[np.bool_]:
         """(m,) whether each point (m, dim) lies in at least one ball."""
         blocks = _blocks(points, len(self.centers))
-        return np.concatenate(
-            [np.any(_squared(rows, self.centers) <= self.squared_radii, 1) for rows in blocks]
-        )
+        return np.concatenate([np.any(_squared(rows, self.centers) <= self.squared_radii, 1) for rows in blocks])
 
 
 def fit_manifold(rows: Features, neighbors: int) -> Manifold:
@@ -130,8 +128,7 @@ def fit_manifold(rows: Features, neighbors: int) -> Manifold:
 def precision_recall(real: Manifold, samples: Manifold) -> PrecisionRecall:
     """Improved precision and recall (Kynkäänniemi et al. 2019, eq. 2)."""
     return PrecisionRecall(
-        precision=float(real.contains(samples.centers).mean()),
-        recall=float(samples.contains(real.centers).mean()),
+        precision=float(real.contains(samples.centers).mean()), recall=float(samples.contains(real.centers).mean())
     )
 
 

@@ -75,12 +75,9 @@ def evaluation(
     totals = {mode: pool([scores[mode, style] for style in styles]) for mode in MODES}
     ours, baseline = totals[RETRIEVAL].correct, totals[SUFFIX].correct
     return {
-        "styles": [
-            _style(classifier, style, {mode: scores[mode, style] for mode in MODES}) for style in styles
-        ],
+        "styles": [_style(classifier, style, {mode: scores[mode, style] for mode in MODES}) for style in styles],
         "modes": {
-            mode: {**_values(total), **_distances(total.features.pictures, reference)}
-            for mode, total in totals.items()
+            mode: {**_values(total), **_distances(total.features.pictures, reference)} for mode, total in totals.items()
         },
         "relative_improvement": relative_improvement(float(ours.mean()), float(baseline.mean())),
         "relative_improvement_interval": bootstrap_improvement(ours, baseline, seed),

@@ -28,9 +28,7 @@ def q_sample(x_0: torch.Tensor, eps: torch.Tensor, abar_t: torch.Tensor) -> torc
     return abar_t.sqrt() * x_0 + (1 - abar_t).sqrt() * eps
 
 
-def target(
-    prediction: Prediction, x_0: torch.Tensor, eps: torch.Tensor, abar_t: torch.Tensor
-) -> torch.Tensor:
+def target(prediction: Prediction, x_0: torch.Tensor, eps: torch.Tensor, abar_t: torch.Tensor) -> torch.Tensor:
     """The training target of the network at x_t: eps, or v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0."""
     if prediction == "epsilon":
         return eps

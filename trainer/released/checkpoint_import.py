@@ -85,8 +85,7 @@ class _Layout:
     def extract(self, checkpoint: Tensors) -> Tensors:
         """The tensors by diffusers' names, in fp32 and with our shapes."""
         return {
-            name: checkpoint[key].float().reshape(self.shapes[name]).contiguous()
-            for name, key in self.keys.items()
+            name: checkpoint[key].float().reshape(self.shapes[name]).contiguous() for name, key in self.keys.items()
         }
 
 
@@ -121,9 +120,7 @@ def _empty_autoencoder(path: Path, checkpoint: Tensors, config: AutoencoderConfi
     for size, part in (("width", "encoder.conv_in"), ("moments", "quant_conv")):
         key = f"{AUTOENCODER}{part}.weight"
         if key not in checkpoint:
-            raise UserError(
-                f"{path} has no {key}: wanted a checkpoint with its first stage. Download it again."
-            )
+            raise UserError(f"{path} has no {key}: wanted a checkpoint with its first stage. Download it again.")
         sizes[size] = checkpoint[key].shape[0]
     codes = checkpoint.get(f"{AUTOENCODER}quantize.embedding.weight")
     kind = "kl" if codes is None else "vq"
@@ -140,10 +137,7 @@ def _empty_autoencoder(path: Path, checkpoint: Tensors, config: AutoencoderConfi
 def _check_settings(path: Path, config: TrainingRecipe) -> None:
     """Check settings that have the same value in all released models and follow from no tensor."""
     expected = {"model.norm_groups": NORM_GROUPS, "diffusion.prediction": "epsilon"}
-    settings = {
-        "model.norm_groups": config.model.norm_groups,
-        "diffusion.prediction": config.diffusion.prediction,
-    }
+    settings = {"model.norm_groups": config.model.norm_groups, "diffusion.prediction": config.diffusion.prediction}
     for name, value in expected.items():
         if settings[name] != value:
             raise UserError(f"{name} is {settings[name]!r}, models such as {path} have {value!r}. Set it.")

@@ -149,9 +149,7 @@ def _card(name: str, manifest: Manifest, recipe: dict[str, Any], folder: Path) -
         dim=recipe["encoder"]["dim"],
         autoencoder=kind,
         scale=recipe["autoencoder"]["scale"],
-        upstream=", ".join(
-            f"{stage} {identity[:16]}" for stage, identity in sorted(manifest.upstream.items())
-        ),
+        upstream=", ".join(f"{stage} {identity[:16]}" for stage, identity in sorted(manifest.upstream.items())),
         classes=f"{kind}, " if has_vae else "",
         open_vae=f'vae = {kind}.from_pretrained("{name}", subfolder="vae")\n' if has_vae else "",
     )
@@ -171,9 +169,7 @@ def _check_unet(path: Path, unet: Any) -> None:
     """Compare settings with the recipe: heads, groups and activations do not follow from the weights."""
     settings = _read_json(path)
     if settings.get("_class_name") != "UNet2DConditionModel":
-        raise UserError(
-            f"{path} is not the config of a UNet2DConditionModel. Wanted a folder that diffusers wrote."
-        )
+        raise UserError(f"{path} is not the config of a UNet2DConditionModel. Wanted a folder that diffusers wrote.")
     actual = _comparable_settings(_empty_unet(settings))
     for name, expected in _comparable_settings(unet).items():
         if actual.get(name) != expected:
@@ -198,9 +194,7 @@ def _comparable_settings(unet: Any) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(
-            f"{path} is missing: wanted a folder of unet/, vae/ and scheduler/. Correct the path."
-        )
+        raise UserError(f"{path} is missing: wanted a folder of unet/, vae/ and scheduler/. Correct the path.")
     try:
         content: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:

@@ -60,16 +60,10 @@ def import_model(config: TrainingRecipe, source: Path, encoder: EncoderIdentity,
 def _digest(source: Path) -> str:
     """SHA-256 of a file, or of all files of a folder."""
     if not source.exists():
-        raise UserError(
-            f"{source} does not exist: wanted a checkpoint or a diffusers folder. Correct the path."
-        )
+        raise UserError(f"{source} does not exist: wanted a checkpoint or a diffusers folder. Correct the path.")
     if source.is_file():
         return file_sha256(source)
-    sums = [
-        (str(path.relative_to(source)), file_sha256(path))
-        for path in sorted(source.rglob("*"))
-        if path.is_file()
-    ]
+    sums = [(str(path.relative_to(source)), file_sha256(path)) for path in sorted(source.rglob("*")) if path.is_file()]
     return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
 
@@ -85,8 +79,7 @@ def _finished(root: Root, folder: str, fingerprint_: str) -> Manifest | None:
     partial = {f"{folder}/{name}" for name in (f"model/{CONFIG}", f"model/{WEIGHTS}", "recipe.json")}
     if others := [name for name in root.list(folder) if name not in partial]:
         raise UserError(
-            f"{root.at(folder)} has another run ({others[0]}). Set train.name to a new name, or delete the "
-            "folder."
+            f"{root.at(folder)} has another run ({others[0]}). Set train.name to a new name, or delete the folder."
         )
     return None
 
@@ -104,8 +97,7 @@ def _import_autoencoder(source: Path, config: TrainingRecipe) -> Autoencoder:
         _copy(source, target)
     if Autoencoder.load(target, "cpu").identity != imported.identity:
         raise UserError(
-            f"{target.path} has another autoencoder than the imported model. "
-            "Set [autoencoder] path to a new folder."
+            f"{target.path} has another autoencoder than the imported model. Set [autoencoder] path to a new folder."
         )
     return imported
 

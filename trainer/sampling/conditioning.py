@@ -144,12 +144,7 @@ def _search(database: Database, queries: Vectors, search: Search) -> list[Embedd
     results = database.search(queries, count, effort=database.effort(RECALL, kind))
     return [
         [
-            (
-                Neighbor(
-                    int(id_), float(score), row["url"], row["caption"], database.name, 1.0, details(row)
-                ),
-                vector,
-            )
+            (Neighbor(int(id_), float(score), row["url"], row["caption"], database.name, 1.0, details(row)), vector)
             for id_, score, vector, row in zip(ids, similarities, vectors, table.to_pylist(), strict=True)
         ]
         for ids, similarities, vectors, table in zip(

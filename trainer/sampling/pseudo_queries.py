@@ -103,8 +103,7 @@ def _count_all(root: Root, files: list[str]) -> pa.Table:
     """FREQUENCY of all tables. Memory: each image once for every table that contains it."""
     started = time.monotonic()
     parts = [
-        _count(root, name, number)
-        for number, name in enumerate(tqdm(files, desc=STAGE, unit="table", mininterval=0.5))
+        _count(root, name, number) for number, name in enumerate(tqdm(files, desc=STAGE, unit="table", mininterval=0.5))
     ]
     ids, counts, numbers, places = (np.concatenate(column) for column in zip(*parts, strict=True))
     distinct, first, inverse = np.unique(ids, return_index=True, return_inverse=True)

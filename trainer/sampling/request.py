@@ -176,9 +176,7 @@ def read_prompts(name: str) -> tuple[str, ...]:
     folder, _, file_name = name.rpartition("/")
     root = Root(folder or ".")
     if not root.exists(file_name):
-        raise UserError(
-            f"prompts_file = {name!r} does not exist. Set it to a text file with one prompt a line."
-        )
+        raise UserError(f"prompts_file = {name!r} does not exist. Set it to a text file with one prompt a line.")
     with root.open(file_name) as file:
         data = file.read()
     try:

@@ -91,9 +91,7 @@ def reproduce(compute: ComputeConfig, trained: TrainedModel, root: Root, recipe:
         )
     (sample,) = sampler.sample([Request.from_recipe(recipe)])
     if [id_ for id_, _ in recipe["neighbors"]] != [neighbor.image_id for neighbor in sample.neighbors]:
-        raise UserError(
-            "the databases have changed: retrieval returns other neighbors than the recipe lists."
-        )
+        raise UserError("the databases have changed: retrieval returns other neighbors than the recipe lists.")
     return sample
 
 
@@ -116,8 +114,7 @@ def make_requests(
     """Requests of all pictures of the stage: by prompt, then number, then database."""
     return [
         NamedRequest(
-            picture_name(column, number, n),
-            replace(config.request_for(prompt, config.seed + n, column), images=images),
+            picture_name(column, number, n), replace(config.request_for(prompt, config.seed + n, column), images=images)
         )
         for number, prompt in enumerate(prompts)
         for n in range(config.images_per_prompt)
@@ -130,9 +127,7 @@ def picture_name(column: str, prompt: int, n: int) -> str:
     return f"{column}/{prompt:04d}-{n:02d}"
 
 
-def _upstream(
-    config: SampleConfig, trained: TrainedModel, root: Root, images: Mapping[str, bytes]
-) -> dict[str, str]:
+def _upstream(config: SampleConfig, trained: TrainedModel, root: Root, images: Mapping[str, bytes]) -> dict[str, str]:
     upstream = upstream_fingerprints(root, trained, config.searched_databases())
     if config.mode == "unconditional":
         upstream["neighbors"] = read_manifest(root, "neighbors").identity
@@ -148,9 +143,7 @@ def _draw_all(sampler: Sampler, requests: Sequence[NamedRequest], items: Resumab
     missing = [number for number in range(len(batches)) if number not in records]
     started, count = time.monotonic(), sum(len(batches[number].items) for number in missing)
     drawn = sampler.draw(batches[number] for number in missing)
-    with tqdm(
-        total=len(requests), initial=len(requests) - count, desc="sample", unit="image", mininterval=0.5
-    ) as bar:
+    with tqdm(total=len(requests), initial=len(requests) - count, desc="sample", unit="image", mininterval=0.5) as bar:
         for number, samples in zip(missing, drawn, strict=True):
             pictures = [requests[position].name for position in batches[number].positions]
             files = [file for pair in zip(pictures, samples, strict=True) for file in _write(*pair, items)]
@@ -173,10 +166,7 @@ def _grid(config: SampleConfig, prompts: Sequence[str], root: Root, stage: str) 
     """Grid of prompts by databases, one row per picture of a prompt; at most the first GRID_ROWS rows."""
     rows = [(p, n) for p in range(len(prompts)) for n in range(config.images_per_prompt)][:GRID_ROWS]
     columns = config.columns()
-    cells = [
-        [open_picture(root, f"{stage}/{picture_name(column, *row)}.png") for column in columns]
-        for row in rows
-    ]
+    cells = [[open_picture(root, f"{stage}/{picture_name(column, *row)}.png") for column in columns] for row in rows]
     return grid_png(
         Grid(
             cells=cells,

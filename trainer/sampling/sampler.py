@@ -32,13 +32,7 @@ from trainer.model.context import Vectors
 from trainer.recipe import AutoencoderConfig, DiffusionConfig
 from trainer.sampling.batches import SamplingBatch, make_batches
 from trainer.sampling.conditioning import ConditioningSources, condition
-from trainer.sampling.denoising import (
-    Denoiser,
-    guided_sample,
-    initial_noise,
-    make_scheduler,
-    with_token_weights,
-)
+from trainer.sampling.denoising import Denoiser, guided_sample, initial_noise, make_scheduler, with_token_weights
 from trainer.sampling.picture import to_pictures
 from trainer.sampling.pseudo_queries import PseudoQueries
 from trainer.sampling.recipe import ComputeConfig
@@ -119,9 +113,7 @@ class Sampler:
         """Checksums of model, encoder and autoencoder, and the number format; stored in each recipe."""
         checksums = self.manifest.checksums()
         (model,) = [
-            checksum
-            for name, checksum in checksums.items()
-            if name.endswith("/diffusion_pytorch_model.safetensors")
+            checksum for name, checksum in checksums.items() if name.endswith("/diffusion_pytorch_model.safetensors")
         ]
         return {
             "model": model,

@@ -64,9 +64,7 @@ def check_hosts(hosts: tuple[Host, ...]) -> None:
         return
     for program in ("pdsh", "ssh"):
         if shutil.which(program) is None:
-            raise UserError(
-                f"{program} is missing; DeepSpeed needs it to start ranks on other machines. Install it."
-            )
+            raise UserError(f"{program} is missing; DeepSpeed needs it to start ranks on other machines. Install it.")
     with ThreadPoolExecutor(len(hosts)) as pool:
         problems = [problem for problem in pool.map(_problem, hosts) if problem]
     if problems:

@@ -149,9 +149,7 @@ def _optimize(session: Session, batch: TrainingBatch) -> tuple[torch.Tensor, flo
     return torch.cat([mean_loss.double().view(1), sums]), grad_norm
 
 
-def _require_finite(
-    step: int, losses: list[float], grad_norm: float, batch: TrainingBatch, ranks: Ranks
-) -> None:
+def _require_finite(step: int, losses: list[float], grad_norm: float, batch: TrainingBatch, ranks: Ranks) -> None:
     """Raise UserError on all ranks if the gradient or the loss of any rank is not finite."""
     bad = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
     # DeepSpeed reports a non-finite norm as -1.

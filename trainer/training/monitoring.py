@@ -23,9 +23,7 @@ from trainer.training.validation import ValidationSet, held_out_rows, read_held_
 class ModelMonitor:
     """Validation set and previews of a run. All ranks have one and call it at the same steps."""
 
-    def __init__(
-        self, plan: TrainingPlan, loader: Loader, ranks: Ranks, training_log: TrainingLog | None
-    ) -> None:
+    def __init__(self, plan: TrainingPlan, loader: Loader, ranks: Ranks, training_log: TrainingLog | None) -> None:
         self._model, self._train = plan.config.model, plan.config.train
         self._ranks, self._training_log = ranks, training_log
         autoencoder = Autoencoder.load(plan.config.autoencoder, str(ranks.device))

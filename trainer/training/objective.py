@@ -16,9 +16,7 @@ class Objective:
     With an autoencoder, batches contain images; without one, moments of latents.
     """
 
-    def __init__(
-        self, config: DiffusionConfig, autoencoder: Autoencoder | None, device: torch.device
-    ) -> None:
+    def __init__(self, config: DiffusionConfig, autoencoder: Autoencoder | None, device: torch.device) -> None:
         self._config = config
         self._alphas_bar = diffusion.alphas_bar(config).to(device)
         self._autoencoder = autoencoder

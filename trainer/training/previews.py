@@ -90,9 +90,7 @@ class Previews:
         noise = initial_noise(range(len(contexts)), shape).to(self._device)
         guidance = torch.full((len(contexts),), GUIDANCE, device=self._device)
         scheduler = make_scheduler("dpm++", STEPS, self._diffusion)
-        return self._decode(
-            guided_sample(denoise, scheduler, noise, contexts.to(self._device).float(), guidance)
-        )
+        return self._decode(guided_sample(denoise, scheduler, noise, contexts.to(self._device).float(), guidance))
 
     def _decode(self, latents: torch.Tensor) -> list[Image.Image]:
         return to_pictures(self._autoencoder.decode(latents).float().cpu().numpy())

@@ -65,9 +65,7 @@ class ValidationSet:
     these images, so that their losses can be compared. All samples have their neighbors.
     """
 
-    def __init__(
-        self, plan: TrainingPlan, loader: Loader, autoencoder: Autoencoder | None, ranks: Ranks
-    ) -> None:
+    def __init__(self, plan: TrainingPlan, loader: Loader, autoencoder: Autoencoder | None, ranks: Ranks) -> None:
         self._micro_batch, self._ranks = plan.config.train.micro_batch, ranks
         self._objective = Objective(plan.config.diffusion, None, ranks.device)
         rows = held_out_rows(plan.training_set)

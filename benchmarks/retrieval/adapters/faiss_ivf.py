@@ -39,9 +39,7 @@ class FaissIvf(SearchAdapter):
             index.add(block)
             if refinement:
                 refinement.add(block)
-        faiss.write_index(
-            faiss.IndexRefine(index, refinement) if refinement else index, str(folder / "index")
-        )
+        faiss.write_index(faiss.IndexRefine(index, refinement) if refinement else index, str(folder / "index"))
         return {"lists": lists, "kmeans_cpu_s": kmeans_cpu_s}
 
     def open(self, folder: Path, rows: np.ndarray) -> None:

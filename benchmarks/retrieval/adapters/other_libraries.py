@@ -23,9 +23,7 @@ class Scann(SearchAdapter):
         builder = builder.set_n_training_threads(threads).tree(
             leaves, 20, training_sample_size=250_000, spherical=True, soar_lambda=1.5, overretrieve_factor=2.0
         )
-        builder.score_ah(2, anisotropic_quantization_threshold=0.2).reorder(100).build().serialize(
-            str(folder)
-        )
+        builder.score_ah(2, anisotropic_quantization_threshold=0.2).reorder(100).build().serialize(str(folder))
         return {"leaves": leaves}
 
     def open(self, folder: Path, rows: np.ndarray) -> None:

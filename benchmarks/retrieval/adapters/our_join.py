@@ -20,10 +20,7 @@ class OurJoin(OurDatabase):
         """Positions of the rows in the database."""
         partitions, lists = effort
         config = JoinConfig(
-            k=k,
-            near_copy_similarity=KEEP_NEAR_COPIES,
-            partitions_per_query=partitions,
-            lists_per_partition=lists,
+            k=k, near_copy_similarity=KEEP_NEAR_COPIES, partitions_per_query=partitions, lists_per_partition=lists
         )
         return lambda queries: join_database(self.database, queries, config).positions
 

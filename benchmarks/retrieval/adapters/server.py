@@ -60,11 +60,7 @@ class AdapterServer:
         stream, start, count = options.get("stream", "images"), options.get("start", 0), options["count"]
         queries = self._load_queries(stream, start, count)
         self._adapter.threads(1 if mode == "single" else 2)
-        searchers = {
-            "single": self._adapter.single,
-            "batch": self._adapter.searcher,
-            "join": self._adapter.join,
-        }
+        searchers = {"single": self._adapter.single, "batch": self._adapter.searcher, "join": self._adapter.join}
         search = searchers[mode](k, tuple(effort))
         block = 1 if mode == "single" else options.get("block", count)
         if mode != "join":

@@ -85,9 +85,7 @@ def section(points: Points) -> str:
     for key, label in LINES.items():
         fitted = fit(points, key)
         cells = [f"{point[key]:,.1f}" for point in points]
-        rows.append(
-            [label, *cells, f"{fitted[1]:.2f}", *(f"{extrapolate(fitted, size):,.0f}" for size in SIZES)]
-        )
+        rows.append([label, *cells, f"{fitted[1]:.2f}", *(f"{extrapolate(fitted, size):,.0f}" for size in SIZES)])
     notes = NOTES.format(
         partition=PARTITION_ROWS,
         joined=", ".join(f"{point['queries_joined']:,} against {point['rows']:,}" for point in points),
@@ -110,9 +108,7 @@ def _table(points: Points) -> str:
     ]
     rows = [
         cpu,
-        _gpu(
-            f"GPU, exact, {PARTITIONS_PER_QUERY} partitions per query", PARTITIONS_PER_QUERY * PARTITION_ROWS
-        ),
+        _gpu(f"GPU, exact, {PARTITIONS_PER_QUERY} partitions per query", PARTITIONS_PER_QUERY * PARTITION_ROWS),
     ]
     rows.append(_gpu("GPU, exact, all rows", ROWS))
     table = markdown_table(["method", "machines", "hours:", "dollars:"], rows)

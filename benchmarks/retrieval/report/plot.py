@@ -43,9 +43,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         _format_axis(axis, title)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    figure.suptitle(
-        f"Recall@20 against speed, {result['rows']:,} CLIP-like vectors of 768 dimensions", fontsize=14.5
-    )
+    figure.suptitle(f"Recall@20 against speed, {result['rows']:,} CLIP-like vectors of 768 dimensions", fontsize=14.5)
     figure.savefig(path, dpi=150, facecolor="white")
     plt.close(figure)
 

@@ -56,9 +56,7 @@ def write(result: dict[str, Any], folder: Path) -> None:
     (folder / "performance.json").write_text(json.dumps(result, indent=1) + "\n")
     if "search" in result:
         plot.draw(result, folder / "images" / "retrieval.png")
-    introduction = INTRODUCTION.format(
-        **{name: result[name] for name in ("hardware", "rows", "rounds")}, margin=MARGIN
-    )
+    introduction = INTRODUCTION.format(**{name: result[name] for name in ("hardware", "rows", "rounds")}, margin=MARGIN)
     sections = [introduction, _goals_section(result)]
     sections += [section(result) for part, section in SECTIONS.items() if part in result]
     (folder / "performance.md").write_text("\n\n".join(sections) + "\n")
@@ -114,14 +112,7 @@ def _builds(result: dict[str, Any]) -> str:
                     f"{opened[name]['mapped_bytes'] / 1e6:,.0f}",
                 ]
             )
-    headings = [
-        "",
-        "build, CPU s:",
-        "wall s (threads):",
-        "on disk, MB:",
-        "resident, MB:",
-        "of which mapped files:",
-    ]
+    headings = ["", "build, CPU s:", "wall s (threads):", "on disk, MB:", "resident, MB:", "of which mapped files:"]
     return f"**Building and memory**\n\n{markdown_table(headings, lines)}\n\n{BUILDS}"
 
 
@@ -153,12 +144,7 @@ def _engine(result: dict[str, Any]) -> str:
         "setting",
     ]
     return "\n\n".join(
-        [
-            "## Our engine",
-            markdown_table(headings, batches),
-            text,
-            markdown_table(calibration_headings, calibration),
-        ]
+        ["## Our engine", markdown_table(headings, batches), text, markdown_table(calibration_headings, calibration)]
     )
 
 
@@ -175,15 +161,7 @@ def _join(result: dict[str, Any]) -> str:
         ratios = [f"{row['ours_cpu_ratio']:.2f}", f"{row['ours_wall_ratio']:.2f}"]
         setting = _setting(row["effort"], "exact")
         lines.append([row["label"], *times, *ratios, f"{row['recall']:.4f}", setting])
-    headings = [
-        "",
-        "CPU us per query:",
-        "wall us per query:",
-        "x ours, CPU:",
-        "x ours, wall:",
-        "recall:",
-        "setting",
-    ]
+    headings = ["", "CPU us per query:", "wall us per query:", "x ours, CPU:", "x ours, wall:", "recall:", "setting"]
     return "\n\n".join(["## Join", JOIN, markdown_table(headings, lines)])
 
 

@@ -35,9 +35,7 @@ def draw_training_scenes(
     # spawn: a fork may hang after torch has started threads
     with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
         results = list(tqdm(pool.map(_draw_chunk, chunks), total=len(chunks), desc="draw", unit="chunk"))
-    return [scene for scenes, _ in results for scene in scenes], np.concatenate(
-        [pixels for _, pixels in results]
-    )
+    return [scene for scenes, _ in results for scene in scenes], np.concatenate([pixels for _, pixels in results])
 
 
 def _draw_chunk(chunk: tuple[int, int, int, int]) -> tuple[list[Scene], npt.NDArray[np.uint8]]:

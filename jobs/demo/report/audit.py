@@ -39,9 +39,7 @@ def filter_rows_unaccounted(root: Root, metadata: Root) -> int:
     for name in metadata.list("", ".parquet"):
         with metadata.open(name) as file:
             read += pq.ParquetFile(file).metadata.num_rows
-    kept = {
-        image_id for split in schema.SPLITS for image_id in _ids(root, f"filter/{split}", schema.SELECTED)
-    }
+    kept = {image_id for split in schema.SPLITS for image_id in _ids(root, f"filter/{split}", schema.SELECTED)}
     return read - len(kept) - sum(read_manifest(root, "filter").reasons.values())
 
 
@@ -134,9 +132,7 @@ class NeighborTables:
         table_schema = schema.neighbors(self.config.k, self._dim)
         for name in self.root.list("neighbors", ".parquet"):
             table = schema.read_table(self.root, name, table_schema)
-            vectors = schema.vectors(table, schema.NEIGHBOR_EMBEDDINGS).reshape(
-                len(table), self.config.k, self._dim
-            )
+            vectors = schema.vectors(table, schema.NEIGHBOR_EMBEDDINGS).reshape(len(table), self.config.k, self._dim)
             ids = schema.vectors(table, schema.NEIGHBOR_IDS).tolist()
             yield from zip(table[schema.IMAGE_ID].to_pylist(), ids, vectors.astype(np.float32), strict=True)
 

@@ -153,8 +153,7 @@ def goal_lines(demo_goals: Sequence[Goal]) -> str:
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     return "\n".join(
-        f"  {row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}".rstrip()
-        for row in rows
+        f"  {row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}".rstrip() for row in rows
     )
 
 
@@ -166,9 +165,7 @@ def text_recall(demo: Demo, ks: Sequence[int]) -> dict[int, float]:
     with demo.world.open("held_out.parquet") as file:
         gallery = pq.read_table(file, columns=["path", "caption"]).to_pydict()
     if not gallery["path"]:
-        raise UserError(
-            f"{demo.world.at('held_out.parquet')} lists no pictures. Set world.num_held_out to 1 or more."
-        )
+        raise UserError(f"{demo.world.at('held_out.parquet')} lists no pictures. Set world.num_held_out to 1 or more.")
     encoder = Encoder(demo.clip)
     paths = gallery["path"]
     pictures = [

@@ -98,9 +98,7 @@ def _style_bars(evaluation: dict[str, Any]) -> list[StyleBars]:
         StyleBars(
             style_words(row["style"]),
             tuple(
-                Bar(
-                    mode, 100 * row["modes"][mode]["accuracy"], f"{100 * row['modes'][mode]['accuracy']:.3g}%"
-                )
+                Bar(mode, 100 * row["modes"][mode]["accuracy"], f"{100 * row['modes'][mode]['accuracy']:.3g}%")
                 for mode in LABELS
             ),
         )

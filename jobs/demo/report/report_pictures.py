@@ -75,10 +75,7 @@ def gallery(demo: Demo, max_prompts: int) -> list[GalleryRow]:
     """The first sample of each of the first prompts from each database: the paper's Fig. 3."""
     prompts, columns = _prompts_and_columns(demo)
     return [
-        GalleryRow(
-            prompt,
-            tuple((style_words(column), _sample(demo, column, number)[0]) for column in columns),
-        )
+        GalleryRow(prompt, tuple((style_words(column), _sample(demo, column, number)[0]) for column in columns))
         for number, prompt in enumerate(prompts[:max_prompts])
     ]
 
@@ -109,9 +106,7 @@ def samples(demo: Demo, count: int) -> list[PictureWithNeighbors]:
             for neighbor in record["neighbors"]
         )
         in_context = record["mode"] != "neighbors"
-        result.append(
-            PictureWithNeighbors(picture, neighbors, prompts[number], style_words(column), in_context)
-        )
+        result.append(PictureWithNeighbors(picture, neighbors, prompts[number], style_words(column), in_context))
     return result
 
 
@@ -129,9 +124,7 @@ def training_images(demo: Demo, count: int, seed: int = 0) -> list[PictureWithNe
             queries[row[schema.IMAGE_ID]],
             tuple(
                 replace(database[image_id], similarity=similarity)
-                for image_id, similarity in zip(
-                    row[schema.NEIGHBOR_IDS], row[schema.SIMILARITIES], strict=True
-                )
+                for image_id, similarity in zip(row[schema.NEIGHBOR_IDS], row[schema.SIMILARITIES], strict=True)
             ),
         )
         for row in rows

@@ -52,9 +52,7 @@ class WorldServer:
             )
         assert self._process.stdout is not None
         if self._process.stdout.readline() != b"ready\n":
-            raise RuntimeError(
-                f"the demo's server failed to start and ended with code {self._process.wait()}"
-            )
+            raise RuntimeError(f"the demo's server failed to start and ended with code {self._process.wait()}")
         return self
 
     def __exit__(
@@ -95,9 +93,7 @@ def open_port(port: int) -> socket.socket:
 
 def _check_world(folder: Path) -> None:
     if not (folder / "world.json").is_file():
-        raise UserError(
-            f"{folder} has no world.json: it contains no finished demo world. Run 'make demo' first."
-        )
+        raise UserError(f"{folder} has no world.json: it contains no finished demo world. Run 'make demo' first.")
 
 
 def _serve(listener: socket.socket, folder: Path) -> None:

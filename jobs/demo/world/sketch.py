@@ -252,9 +252,7 @@ def _triangle(x: Field, y: Field) -> Field:
     slanted = np.float32(0.8660254) * x - np.float32(0.5) * y - np.float32(0.56)
     inside = np.maximum(slanted, y - np.float32(0.56))
     top, corner = np.hypot(x, y + np.float32(1.12)), np.hypot(x - np.float32(0.97), y - np.float32(0.56))
-    beyond = np.where(
-        y < 0, -np.float32(0.5) * x - np.float32(0.8660254) * (y + np.float32(1.12)) > 0, x > 0.97
-    )
+    beyond = np.where(y < 0, -np.float32(0.5) * x - np.float32(0.8660254) * (y + np.float32(1.12)) > 0, x > 0.97)
     return np.where((inside > 0) & beyond, np.minimum(top, corner), inside)
 
 

@@ -113,8 +113,7 @@ def plan_held_out(config: WorldConfig) -> list[Drawing]:
 def held_out_table(drawings: list[Drawing]) -> pa.Table:
     """One row for each held-out picture: path, full caption, prompt without style, content and style."""
     records = [
-        {"path": drawing.path, "caption": full_caption(scene), "prompt": prompt(scene.content)}
-        | scene_fields(scene)
+        {"path": drawing.path, "caption": full_caption(scene), "prompt": prompt(scene.content)} | scene_fields(scene)
         for drawing in drawings
         for scene in [drawing.scene]
     ]

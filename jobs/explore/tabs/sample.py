@@ -8,14 +8,7 @@ from starlette.datastructures import QueryParams
 from jobs.explore.api_models import SampleRequest, encode_mix, from_query
 from jobs.explore.explorer import SampledPicture
 from jobs.explore.tabs import views
-from jobs.explore.tabs.widgets import (
-    EVENT_OPTIONS,
-    PageContext,
-    Tab,
-    file_as_base64,
-    upload_field,
-    with_error_view,
-)
+from jobs.explore.tabs.widgets import EVENT_OPTIONS, PageContext, Tab, file_as_base64, upload_field, with_error_view
 from retrieval.errors import UserError
 from trainer.sampling.request import MAX_SEED
 
@@ -46,9 +39,7 @@ def add_tab(context: PageContext) -> Tab:
                 mode = gr.Radio(MODES, value=MODES[0][1], label="Condition the model on")
                 image = upload_field("Picture as a condition")
                 ids = gr.Textbox(label="Neighbors to exclude (id) or to weigh (id:0.5)")
-                scheduler = gr.Dropdown(
-                    SCHEDULERS, value=context.explorer.defaults.scheduler, label="Sampler"
-                )
+                scheduler = gr.Dropdown(SCHEDULERS, value=context.explorer.defaults.scheduler, label="Sampler")
                 top_m = gr.Slider(0.01, 1, 1, step=0.01, label="Unconditional: share of the most retrieved")
     output = gr.HTML(elem_id="sample", min_height=40)
     fields = [prompt, *styles, *weights, *numbers, mode, image, ids, scheduler, top_m]

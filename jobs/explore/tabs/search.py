@@ -7,14 +7,7 @@ from starlette.datastructures import QueryParams
 
 from jobs.explore.api_models import SearchRequest, from_query
 from jobs.explore.tabs import views
-from jobs.explore.tabs.widgets import (
-    EVENT_OPTIONS,
-    PageContext,
-    Tab,
-    file_as_base64,
-    upload_field,
-    with_error_view,
-)
+from jobs.explore.tabs.widgets import EVENT_OPTIONS, PageContext, Tab, file_as_base64, upload_field, with_error_view
 
 
 def add_tab(context: PageContext) -> Tab:
@@ -22,12 +15,8 @@ def add_tab(context: PageContext) -> Tab:
     limits = context.explorer.limits
     with gr.Row():
         with gr.Column(scale=3, min_width=260):
-            text = gr.Textbox(
-                label="Text", placeholder="a stag in the snow", max_length=limits.max_text_characters
-            )
-            database = gr.Dropdown(
-                context.choices, value=context.first_database, label="Database", filterable=False
-            )
+            text = gr.Textbox(label="Text", placeholder="a stag in the snow", max_length=limits.max_text_characters)
+            database = gr.Dropdown(context.choices, value=context.first_database, label="Database", filterable=False)
             k = gr.Slider(1, limits.max_k, min(12, limits.max_k), step=1, label="Neighbors")
             button = gr.Button("Search", variant="primary")
         with gr.Column(scale=2, min_width=220):

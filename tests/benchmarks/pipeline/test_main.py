@@ -11,10 +11,7 @@ def test_the_page_lists_every_goal_and_marks_missed_goals() -> None:
         "filter": {
             "rows": 100,
             "methods": {"ours": {"wall_s": 5.0, "cpu_s": 5.0}, "pyarrow": times},
-            "sizes": [
-                {"rows": 10, "cpu_us": 2.0, "peak_gb": 0.5},
-                {"rows": 100, "cpu_us": 2.1, "peak_gb": 0.6},
-            ],
+            "sizes": [{"rows": 10, "cpu_us": 2.0, "peak_gb": 0.5}, {"rows": 100, "cpu_us": 2.1, "peak_gb": 0.6}],
         },
         "embed": {"model": "M", "pictures": 10, "methods": {"ours": times, "bare loop": times}},
         "workers": [

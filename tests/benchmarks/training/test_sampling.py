@@ -13,9 +13,7 @@ def test_methods_are_compared_on_the_same_requests_and_seeds(tmp_path: Path) -> 
     root, trained = write_run(tmp_path)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a circle\na star\n")
-    train = (
-        'name = "tiny"\nsource = "latents"\nsize = 32\nk = 4\nglobal_batch = 1\nmicro_batch = 1\nsteps = 1\n'
-    )
+    train = 'name = "tiny"\nsource = "latents"\nsize = 32\nk = 4\nglobal_batch = 1\nmicro_batch = 1\nsteps = 1\n'
     path = tmp_path / "recipe.toml"
     path.write_text(
         f'root = "{root.url}"\n[clip]\nmodel = "{trained.clip.model}"\n'

@@ -110,9 +110,7 @@ def test_table_and_page_have_every_stage_and_the_source_of_every_rate(inputs: In
         assert f"{check.sizes[0]:,}: {check.values[0]:,}".removesuffix(".0") in markdown
 
 
-def test_json_has_the_same_numbers(
-    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_json_has_the_same_numbers(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = INPUTS.read_text()
     start = text.index("training = [")
     own_inputs = tmp_path / "capacity.toml"

@@ -19,9 +19,7 @@ def test_help_lists_every_command_and_imports_no_package_of_the_project() -> Non
         "import sys; from jobs.cli.laion_rdm import main; main(['--help']);"
         "print([name for name in ('retrieval', 'pydantic', 'numpy') if name in sys.modules])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     *lines, imported = done.stdout.splitlines()
     assert imported == "[]"
     for name, command in COMMANDS.items():

@@ -56,9 +56,7 @@ def test_values_come_from_the_file_then_from_overrides_then_from_defaults(recipe
         (SMALL + "[", "is not TOML"),
     ],
 )
-def test_a_mistake_names_the_section_the_key_and_what_was_found(
-    recipe: Path, text: str, message: str
-) -> None:
+def test_a_mistake_names_the_section_the_key_and_what_was_found(recipe: Path, text: str, message: str) -> None:
     recipe.write_text(text)
     with pytest.raises(UserError, match=message):
         load_recipe(recipe)
@@ -102,11 +100,7 @@ def test_an_extension_adds_its_sections(recipe: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [
-        ('"os"', "a package below jobs"),
-        ("3", "a package below jobs"),
-        ('"jobs.nothing"', "cannot be imported"),
-    ],
+    [('"os"', "a package below jobs"), ("3", "a package below jobs"), ('"jobs.nothing"', "cannot be imported")],
 )
 def test_only_packages_of_the_project_are_extensions(recipe: Path, name: str, message: str) -> None:
     recipe.write_text(f"extension = {name}\n{SMALL}")

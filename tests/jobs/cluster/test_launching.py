@@ -171,12 +171,8 @@ def test_a_training_that_cannot_run_is_refused_before_any_rank_starts(
     hosts.write_text("good slots=2\nbad slots=1\n")
     with pytest.raises(UserError, match="global_batch 8 cannot be split over 3 ranks"):
         run(recipe, hosts)
-    huge = load_recipe(
-        training_set / "recipe.toml", ["train.name=other", "train.keep_checkpoints=10000000000"]
-    )
-    with pytest.raises(
-        UserError, match=r"checkpoints of 0.02 GB and the model need .* GB are free. Free disk space"
-    ):
+    huge = load_recipe(training_set / "recipe.toml", ["train.name=other", "train.keep_checkpoints=10000000000"])
+    with pytest.raises(UserError, match=r"checkpoints of 0.02 GB and the model need .* GB are free. Free disk space"):
         run(load_recipe(huge.path, [*huge.overrides, "train.steps=10000000000"]))
 
 

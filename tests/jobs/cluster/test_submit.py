@@ -164,9 +164,7 @@ def test_a_running_job_is_followed_over_a_lost_connection_and_keeps_its_exit_cod
 ) -> None:
     command = ["jobs.filter", str(recipe), "--set", "filter.nodes=far"]
     client = JobSubmissionClient(cluster.url)
-    first = client.submit_job(
-        entrypoint=shlex.join(["python", "-m", *command]), runtime_env=runtime_environment()
-    )
+    first = client.submit_job(entrypoint=shlex.join(["python", "-m", *command]), runtime_env=runtime_environment())
     tail, connections = JobSubmissionClient.tail_job_logs, []
 
     async def disconnect_once(client: JobSubmissionClient, name: str) -> AsyncIterator[str]:
@@ -204,9 +202,7 @@ def test_an_address_without_a_cluster_is_an_error() -> None:
 @pytest.mark.parametrize("words", [["CLUSTER=http://head:8265"], ["RAY_ADDRESS=http://head:8265"]])
 def test_make_submits_the_command_that_it_would_run_locally(words: list[str]) -> None:
     variables = ["RECIPE=a b.toml", "ARGS=--set embed.batch_size=3"]
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))
-    }
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     done = subprocess.run(
         ["make", "-n", "-o", "install", "embed", *variables, *words],
         cwd=REPOSITORY,

@@ -68,9 +68,7 @@ def jpeg(seed: int, edge: int = 32) -> bytes:
     return buffer.getvalue()
 
 
-def edit(
-    root: Root, name: str, table_schema: pa.Schema, change: Callable[[list[dict[str, Any]]], Any]
-) -> None:
+def edit(root: Root, name: str, table_schema: pa.Schema, change: Callable[[list[dict[str, Any]]], Any]) -> None:
     """Rewrite a table after `change` has edited the list of its rows."""
     rows = schema.read_table(root, name, table_schema).to_pylist()
     change(rows)
@@ -89,9 +87,7 @@ def write_demo(folder: Path, clip: ClipConfig | None = None) -> Demo:
     _write_manifests(root)
     _write_run(root)
     config = NeighborsConfig(k=K, near_copy_similarity=NEAR_COPY)
-    return Demo(
-        root, root.child("world"), root.child("world/metadata"), clip or ClipConfig(model="x"), config, "tiny"
-    )
+    return Demo(root, root.child("world"), root.child("world/metadata"), clip or ClipConfig(model="x"), config, "tiny")
 
 
 def _write_world(world: Path) -> None:
@@ -136,13 +132,9 @@ def _write_downloaded(root: Root, split: str, names: tuple[str, ...]) -> None:
     sizes = ("width", "height", "original_width", "original_height")
     with tarfile.open(tar_path, "w") as tar:
         for number, name in enumerate(names):
-            row = {
-                **_shown(name),
-                "reason": "not_found",
-                "message": "",
-                "sha256": "",
-                "phash": 0,
-            } | dict.fromkeys(sizes, 0)
+            row = {**_shown(name), "reason": "not_found", "message": "", "sha256": "", "phash": 0} | dict.fromkeys(
+                sizes, 0
+            )
             if name != "t5":
                 data = jpeg(number + 50 * (split == "train"))
                 row |= {"reason": "", "sha256": hashlib.sha256(data).hexdigest()}
@@ -158,9 +150,7 @@ def _write_embedded(root: Root, split: str, names: tuple[str, ...]) -> None:
     stored = [name for name in names if name != "t5"]
     rows = [{**_shown(name), "width": 32, "height": 32, schema.EMBEDDING: vector_of(name)} for name in stored]
     table_schema = schema.embeddings(DIM)
-    schema.write_table(
-        root, f"embed/{split}/{SHARD}.parquet", pa.Table.from_pylist(rows, table_schema), table_schema
-    )
+    schema.write_table(root, f"embed/{split}/{SHARD}.parquet", pa.Table.from_pylist(rows, table_schema), table_schema)
 
 
 def _write_neighbors(root: Root) -> None:
@@ -168,9 +158,7 @@ def _write_neighbors(root: Root) -> None:
     for name in TRAIN[:5]:
         neighbors = nearest(name)
         vectors = [vector_of(other) for other in neighbors]
-        similarities = [
-            float(vector_of(name).astype(np.float32) @ vector.astype(np.float32)) for vector in vectors
-        ]
+        similarities = [float(vector_of(name).astype(np.float32) @ vector.astype(np.float32)) for vector in vectors]
         rows.append(
             {
                 schema.IMAGE_ID: id_of(name),
@@ -206,9 +194,7 @@ def _write_run(root: Root) -> None:
         for number, prompt in enumerate(PROMPTS):
             path = f"runs/tiny/sample/{column}/{number:04d}-00"
             root.write_bytes(f"{path}.png", jpeg(number))
-            root.write_json(
-                f"{path}.json", {"prompt": prompt, "mode": "text_and_neighbors", "neighbors": neighbors}
-            )
+            root.write_json(f"{path}.json", {"prompt": prompt, "mode": "text_and_neighbors", "neighbors": neighbors})
     _stage(root, "runs/tiny/sample", [], {"prompts": list(PROMPTS), "columns": columns})
     trained = {"steps": 20, "images": 80, "loss": 0.5, "seconds_per_step": 0.1}
     _stage(root, "runs/tiny/train", [], trained)

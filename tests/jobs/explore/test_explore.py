@@ -37,9 +37,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Root, TrainedModel]:
 
 @pytest.fixture(scope="module")
 def app(run):
-    return open_app(
-        run, max_upload_bytes=20_000, max_upload_pixels=10_000, max_condition_images=1, max_steps=900
-    )
+    return open_app(run, max_upload_bytes=20_000, max_upload_pixels=10_000, max_condition_images=1, max_steps=900)
 
 
 def with_client(app, requests: Callable[[httpx.AsyncClient], Awaitable[object]], base: str = ADDRESS):
@@ -66,9 +64,7 @@ def base64_of(data: bytes) -> str:
 
 def test_searching_with_a_picture_of_the_database_finds_that_picture_and_its_thumbnail(app):
     answer = post(
-        app,
-        "/search",
-        {"image": base64_of(encode_picture(pictures_of("green")[5])), "database": "green", "k": 3},
+        app, "/search", {"image": base64_of(encode_picture(pictures_of("green")[5])), "database": "green", "k": 3}
     )
     first, *rest = answer.json()["neighbors"]
     assert (first["image_id"], first["caption"], len(rest)) == (str(green_id(5)), "caption of green-5", 2)
@@ -114,9 +110,7 @@ def test_a_text_search_equals_that_of_the_database_and_rows_without_pictures_hav
     answer = get(app, "/search", params={"text": "a circle", "database": "deep_red", "k": 5}).json()
     explorer = open_explorer(run)
     neighbors = explorer.databases["deep_red"].search(explorer.encoder.encode_texts(["a circle"]), 5)
-    assert [row["image_id"] for row in answer["neighbors"]] == [
-        str(image_id) for image_id in neighbors.ids[0]
-    ]
+    assert [row["image_id"] for row in answer["neighbors"]] == [str(image_id) for image_id in neighbors.ids[0]]
     assert {row["picture"] for row in answer["neighbors"]} == {""}
     assert get(app, f"/picture/deep_red/{neighbors.ids[0][0]}").status_code == 404
 

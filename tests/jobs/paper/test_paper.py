@@ -24,11 +24,7 @@ from trainer.sampling.sampler import open_database
 STAGE = "runs/tiny/paper"
 NAMES = tuple(sorted(STYLES))
 CONFIG = PaperConfig(
-    prompts=("a star", "two circles"),
-    pictures_per_prompt=2,
-    retrieval_queries=4,
-    bootstrap_draws=100,
-    closest_pairs=3,
+    prompts=("a star", "two circles"), pictures_per_prompt=2, retrieval_queries=4, bootstrap_draws=100, closest_pairs=3
 )
 
 
@@ -40,10 +36,7 @@ def model(tmp_path_factory) -> tuple[Root, ModelUnderTest]:
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     rows = np.random.default_rng(0).standard_normal((6, DIM))
     table = pa.table(
-        {
-            schema.IMAGE_ID: np.arange(6),
-            schema.EMBEDDING: schema.fixed_lists((rows / 6).astype(np.float16)),
-        }
+        {schema.IMAGE_ID: np.arange(6), schema.EMBEDDING: schema.fixed_lists((rows / 6).astype(np.float16))}
     )
     table_schema = pa.schema([table.schema.field(0).with_nullable(False), *list(table.schema)[1:]])
     schema.write_table(root, "embed/train/00000.parquet", table.cast(table_schema), table_schema)

@@ -66,9 +66,7 @@ def write_filter(recipe: Path) -> Manifest:
         ShardRecord("dropped/00000", 0, (), {"unsafe": 5}),
     )
     digest = fingerprint("filter", 1, config, {"metadata": "m"})
-    manifest = Manifest(
-        "filter", 1, digest, {"metadata": "m"}, config.model_dump(mode="json"), shards, {}, 10.0
-    )
+    manifest = Manifest("filter", 1, digest, {"metadata": "m"}, config.model_dump(mode="json"), shards, {}, 10.0)
     write_manifest(loaded.root, manifest)
     return manifest
 
@@ -148,15 +146,11 @@ def test_a_missing_root_is_an_error(recipe: Path, capsys: pytest.CaptureFixture[
 
 def test_the_table_fits_its_width_at_the_real_sizes() -> None:
     reasons = {f"a_long_reason_word_{n}": 10**9 - n for n in range(12)}
-    stale = Status(
-        "neighbors", "stale", "made with " + "words " * 40, "partitions", "shards", 231_349, 231_350
-    )
+    stale = Status("neighbors", "stale", "made with " + "words " * 40, "partitions", "shards", 231_349, 231_350)
     unfinished = Status(
         "download", "unfinished", "", "", "shards", 231_349, 231_350, 2_313_490_000, 98_765.4, 9 * 10**13
     )
-    lines = table(
-        [stale, Status(**{**vars(unfinished), "reasons": reasons, "eta_s": 6e5, "is_estimate": True})]
-    )
+    lines = table([stale, Status(**{**vars(unfinished), "reasons": reasons, "eta_s": 6e5, "is_estimate": True})])
     assert max(map(len, lines.splitlines())) <= WIDTH
     assert "~2,313,490,000" in lines
     assert "7 more reasons" in " ".join(lines.split())

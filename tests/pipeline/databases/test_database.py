@@ -76,9 +76,7 @@ def test_every_style_gets_a_database_with_the_rows_of_the_full_database(
     assert [manifest.rows for manifest in manifests] == [5, 4, 1]
     assert [manifest.reasons for manifest in manifests] == [{"not_found": 1}, {}, {}]
     early = Database.open(root.child("databases/early_work"))
-    full = {
-        row["image_id"]: row for row in Database.open(root.child("databases/both")).metadata().to_pylist()
-    }
+    full = {row["image_id"]: row for row in Database.open(root.child("databases/both")).metadata().to_pylist()}
     assert all(full[row["image_id"]] == row for row in early.metadata().to_pylist())
     row = next(row for row in full.values() if row["title"] == "Red 2")
     assert (row["artist"], row["license"], row["caption"]) == ("Ann", "CC0", "Red 2 by Ann")

@@ -28,21 +28,13 @@ def labels(pictures: list[SourcePicture]) -> list[tuple[str, str, str, str]]:
 
 def test_folders_by_style_give_styles_artists_and_titles(tmp_path: Path) -> None:
     write_files(
-        tmp_path,
-        f"train/post_impressionism/{STARRY}",
-        "test/ukiyo_e/hokusai_wave.jpg",
-        "test/baroque/plain.png",
+        tmp_path, f"train/post_impressionism/{STARRY}", "test/ukiyo_e/hokusai_wave.jpg", "test/baroque/plain.png"
     )
     pictures, missing = list_pictures(PictureSource(tmp_path, artist_title=True, license="CC0"))
     assert labels(pictures) == [
         ("test/baroque/plain.png", "baroque", "", ""),
         ("test/ukiyo_e/hokusai_wave.jpg", "ukiyo_e", "hokusai", "wave"),
-        (
-            f"train/post_impressionism/{STARRY}",
-            "post_impressionism",
-            "vincent van gogh",
-            "the starry night 1889",
-        ),
+        (f"train/post_impressionism/{STARRY}", "post_impressionism", "vincent van gogh", "the starry night 1889"),
     ]
     assert (pictures[2].caption, pictures[0].caption, missing) == (
         "the starry night 1889 by vincent van gogh",
@@ -64,9 +56,7 @@ def test_an_artbench_table_finds_its_files_in_folders_by_style(tmp_path: Path) -
     )
     write_files(tmp_path, "outside.jpg")
     pictures, missing = list_pictures(PictureSource(table, tmp_path / "artbench"))
-    assert labels(pictures) == [
-        (f"post_impressionism/{STARRY}", "post_impressionism", "vincent-van-gogh", "")
-    ]
+    assert labels(pictures) == [(f"post_impressionism/{STARRY}", "post_impressionism", "vincent-van-gogh", "")]
     assert (pictures[0].license, pictures[0].source, missing) == ("public domain", "http://example.org/1", 2)
     pictures, missing = list_pictures(PictureSource(table, tmp_path / "split"))
     assert [(picture.name, picture.label, picture.license) for picture in pictures] == [
@@ -75,9 +65,7 @@ def test_an_artbench_table_finds_its_files_in_folders_by_style(tmp_path: Path) -
 
 
 def test_a_wikiart_table_without_header_takes_its_styles_from_the_class_file(tmp_path: Path) -> None:
-    write_files(
-        tmp_path, f"Post_Impressionism/{STARRY}", "Ukiyo_e/hokusai_wave.jpg", "Ukiyo_e/hokusai_rain.jpg"
-    )
+    write_files(tmp_path, f"Post_Impressionism/{STARRY}", "Ukiyo_e/hokusai_wave.jpg", "Ukiyo_e/hokusai_rain.jpg")
     (tmp_path / "style_class.txt").write_text("0 Post_Impressionism\n1 Ukiyo_e\n")
     (tmp_path / "style_train.csv").write_text(f"Post_Impressionism/{STARRY},0\nUkiyo_e/hokusai_wave.jpg,1\n")
     pictures, missing = list_pictures(PictureSource(tmp_path / "style_train.csv", artist_title=True))
@@ -90,12 +78,7 @@ def test_a_wikiart_table_without_header_takes_its_styles_from_the_class_file(tmp
 
 def test_a_parquet_table_has_the_same_fields_as_csv(tmp_path: Path) -> None:
     write_files(tmp_path, "a.jpg", "b.jpg")
-    rows = {
-        "Path": ["b.jpg", "a.jpg"],
-        "Caption": ["bee", None],
-        "rights": ["CC0", None],
-        "style": ["x", "y"],
-    }
+    rows = {"Path": ["b.jpg", "a.jpg"], "Caption": ["bee", None], "rights": ["CC0", None], "style": ["x", "y"]}
     pq.write_table(pa.table(rows), tmp_path / "t.parquet")
     pictures, _ = list_pictures(PictureSource(tmp_path / "t.parquet"))
     assert [(picture.name, picture.caption, picture.license, picture.label) for picture in pictures] == [
@@ -106,13 +89,7 @@ def test_a_parquet_table_has_the_same_fields_as_csv(tmp_path: Path) -> None:
 
 def test_webdataset_tars_give_captions_classes_and_json_fields(tmp_path: Path) -> None:
     fields = json.dumps({"Title": "Wave", "artist": "Hokusai", "width": 3}).encode()
-    members = {
-        "1/a.jpg": b"one",
-        "1/a.txt": b"a wave",
-        "1/a.cls": b"ukiyo_e",
-        "2/a.json": fields,
-        "2/a.PNG": b"two!",
-    }
+    members = {"1/a.jpg": b"one", "1/a.txt": b"a wave", "1/a.cls": b"ukiyo_e", "2/a.json": fields, "2/a.PNG": b"two!"}
     with tarfile.open(tmp_path / "00000.tar", "w") as tar:
         for name, data in members.items():
             info = tarfile.TarInfo(name)
@@ -120,12 +97,7 @@ def test_webdataset_tars_give_captions_classes_and_json_fields(tmp_path: Path) -
             tar.addfile(info, io.BytesIO(data))
     for source in (tmp_path, tmp_path / "00000.tar"):
         first, second = list_pictures(PictureSource(source))[0]
-        assert (first.name, first.label, first.caption, first.read()) == (
-            "00000/1/a.jpg",
-            "ukiyo_e",
-            "a wave",
-            b"one",
-        )
+        assert (first.name, first.label, first.caption, first.read()) == ("00000/1/a.jpg", "ukiyo_e", "a wave", b"one")
         assert (second.title, second.artist, second.caption, second.read()) == (
             "Wave",
             "Hokusai",
@@ -134,9 +106,7 @@ def test_webdataset_tars_give_captions_classes_and_json_fields(tmp_path: Path) -
         )
 
 
-def test_pictures_of_a_tar_can_have_dots_in_their_names_or_share_a_stem(
-    tmp_path: Path,
-) -> None:
+def test_pictures_of_a_tar_can_have_dots_in_their_names_or_share_a_stem(tmp_path: Path) -> None:
     names = ["st.george.jpg", "a.jpg", "a.png", "a.txt"]
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for name in names:
@@ -151,9 +121,7 @@ def test_pictures_of_a_tar_can_have_dots_in_their_names_or_share_a_stem(
     ]
 
 
-def test_impossible_paths_are_missing_and_a_column_of_pictures_is_not_used_as_paths(
-    tmp_path: Path,
-) -> None:
+def test_impossible_paths_are_missing_and_a_column_of_pictures_is_not_used_as_paths(tmp_path: Path) -> None:
     write_files(tmp_path, "a.jpg")
     pictures = [{"bytes": b"x", "path": "a.jpg"}] * 3
     table = pa.table({"image": pictures, "name": ["a.jpg", "\0.jpg", "b" * 300 + ".jpg"]})

@@ -118,9 +118,7 @@ def config(**settings: object) -> DownloadConfig:
 
 def statuses(root: Root, manifest: Manifest, split: str) -> list[dict[str, object]]:
     names = manifest.shard_names(f"{split}/")
-    return [
-        row for name in names for row in read_table(root, f"download/{name}.parquet", DOWNLOADED).to_pylist()
-    ]
+    return [row for name in names for row in read_table(root, f"download/{name}.parquet", DOWNLOADED).to_pylist()]
 
 
 def samples(root: Root, shard: str) -> dict[str, dict[str, bytes]]:
@@ -167,18 +165,10 @@ def test_large_database_images_are_reduced_and_small_ones_keep_their_size(
     root = Root(str(tmp_path / "run"))
     Image.new("RGB", (150, 100), "red").save(world / "images" / "little.jpg")
     Image.new("RGB", (1, 1)).save(world / "images" / "pixel.png")
-    urls = [
-        f"{server.url}/images/{name}" for name in ("0.jpg", "turned.jpg", "little.jpg", "pixel.png", "1.jpg")
-    ]
+    urls = [f"{server.url}/images/{name}" for name in ("0.jpg", "turned.jpg", "little.jpg", "pixel.png", "1.jpg")]
     select(root, tmp_path / "meta", urls, watermark=1.0)
     rows = statuses(root, run(config(), root), "database")
-    assert [(row["width"], row["height"]) for row in rows] == [
-        (280, 224),
-        (224, 280),
-        (150, 100),
-        (0, 0),
-        (280, 224),
-    ]
+    assert [(row["width"], row["height"]) for row in rows] == [(280, 224), (224, 280), (150, 100), (0, 0), (280, 224)]
     assert [row["original_width"] for row in rows] == [1000, 800, 150, 0, 1000]
     assert [row["reason"] for row in rows] == ["", "", "", "too_small", ""]
     assert all(row["sha256"] for row in rows)

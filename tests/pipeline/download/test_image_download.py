@@ -13,9 +13,7 @@ from tests.pipeline.web.fetching import make_fetcher, make_queue
 
 
 def make_download(urls: Sequence[str]) -> ImageDownload:
-    settings = SplitSettings(
-        edge=0, min_edge=1, max_pixels=1000, jpeg_quality=95, threads=2, min_answered=0.1
-    )
+    settings = SplitSettings(edge=0, min_edge=1, max_pixels=1000, jpeg_quality=95, threads=2, min_answered=0.1)
     return ImageDownload(make_fetcher(), make_queue(urls), settings, PictureBuffer(io.BytesIO()))
 
 
@@ -66,6 +64,4 @@ def test_pictures_are_read_back_by_row_whatever_the_order_of_their_threads() -> 
     pictures = PictureBuffer(io.BytesIO())
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda row: pictures.add(row, bytes([row]) * row), range(50)))
-    assert [pictures.read(row) for row in reversed(range(50))] == [
-        bytes([row]) * row for row in reversed(range(50))
-    ]
+    assert [pictures.read(row) for row in reversed(range(50))] == [bytes([row]) * row for row in reversed(range(50))]

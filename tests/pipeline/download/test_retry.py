@@ -12,14 +12,7 @@ from pipeline.download.image_download import SplitSettings
 from pipeline.download.retry import ShardRetry, is_transient
 from pipeline.download.shard_download import ShardDownload
 from pipeline.recipe import DownloadConfig
-from retrieval.storage.manifest import (
-    Manifest,
-    ShardRecord,
-    read_manifest,
-    read_record,
-    write_manifest,
-    write_record,
-)
+from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, read_record, write_manifest, write_record
 from retrieval.storage.root import Root
 from retrieval.storage.schema import DOWNLOADED, read_table
 from tests.pipeline.web.fetching import make_fetcher, write_selected
@@ -38,16 +31,11 @@ def jpeg(seed: int) -> bytes:
 def send_pictures(server, failing: dict[int, int]) -> list[str]:
     """Serve seven pictures and a damaged one. failing: status of each URL that fails. Returns the URLs."""
     bodies = [*(jpeg(n) for n in range(7)), jpeg(7)[:200]]
-    return [
-        server.send(f"/{n}", b"" if n in failing else body, failing.get(n, 200))
-        for n, body in enumerate(bodies)
-    ]
+    return [server.send(f"/{n}", b"" if n in failing else body, failing.get(n, 200)) for n, body in enumerate(bodies)]
 
 
 def shard_download(root: Root) -> ShardDownload:
-    settings = SplitSettings(
-        edge=0, min_edge=1, max_pixels=10_000, jpeg_quality=95, threads=4, min_answered=0.05
-    )
+    settings = SplitSettings(edge=0, min_edge=1, max_pixels=10_000, jpeg_quality=95, threads=4, min_answered=0.05)
     return ShardDownload(root, make_fetcher(), {"train": settings})
 
 
@@ -74,9 +62,7 @@ def root(tmp_path: Path, server, complete: ShardRecord) -> Root:
     return root
 
 
-def test_a_retried_shard_equals_a_shard_without_transient_failures(
-    root: Root, server, complete: ShardRecord
-) -> None:
+def test_a_retried_shard_equals_a_shard_without_transient_failures(root: Root, server, complete: ShardRecord) -> None:
     send_pictures(server, {6: 404})
     server.requests.clear()
     record = ShardRetry(shard_download(root))(SHARD)
@@ -117,9 +103,7 @@ def test_only_transient_failures_are_retried(root: Root) -> None:
 def test_a_retry_of_the_stage_changes_its_identity_but_not_its_fingerprint(
     root: Root, server, complete: ShardRecord
 ) -> None:
-    config = DownloadConfig(
-        contact="us@example.org", allow_private="loopback", retries=0, train_min_edge=1, workers=1
-    )
+    config = DownloadConfig(contact="us@example.org", allow_private="loopback", retries=0, train_min_edge=1, workers=1)
     selected = Manifest("filter", 1, "f" * 16, {}, {}, (ShardRecord(SHARD, 8, ()),), {}, 1.0)
     write_manifest(root, selected)
     send_pictures(server, FAILING)

@@ -32,9 +32,7 @@ print(*sorted({"torch", "ray", "albumentations", "img2dataset", "webdataset"} & 
     assert result.stdout.strip() == ""
 
 
-def test_a_full_disk_is_an_error_of_the_shard(
-    tmp_path: Path, server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_an_error_of_the_shard(tmp_path: Path, server, monkeypatch: pytest.MonkeyPatch) -> None:
     root = Root(str(tmp_path))
     body = jpeg(Image.new("RGB", (96, 96)), 90)
     write_selected(root, "train/0", [server.send(f"/{n}", body) for n in range(3)])

@@ -20,9 +20,7 @@ from pipeline.filter.columns import MAX_CAPTION_CHARS, captions, count_changed, 
         (pa.nulls(2), [None, None]),
     ],
 )
-def test_numbers_are_parsed_and_other_values_become_null(
-    column: pa.Array, expected: list[float | None]
-) -> None:
+def test_numbers_are_parsed_and_other_values_become_null(column: pa.Array, expected: list[float | None]) -> None:
     assert numbers(column).to_pylist() == expected
 
 
@@ -39,15 +37,7 @@ def test_captions_lose_only_nul_invalid_bytes_and_excess_length() -> None:
     column = pa.array(original, pa.binary())
     cleaned = captions(column)
     assert count_changed(column, cleaned) == 4
-    assert cleaned.to_pylist() == [
-        "plain",
-        "nul",
-        "lone  surrogate",
-        "",
-        "",
-        "größe 🖼",
-        "x" * MAX_CAPTION_CHARS,
-    ]
+    assert cleaned.to_pylist() == ["plain", "nul", "lone  surrogate", "", "", "größe 🖼", "x" * MAX_CAPTION_CHARS]
 
 
 def test_only_texts_with_invalid_bytes_become_null() -> None:

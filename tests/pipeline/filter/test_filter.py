@@ -38,9 +38,7 @@ def numbered(first: int, count: int, **row: object) -> list[dict[str, object]]:
 
 
 def rows_of(root: Root, manifest: Manifest, split: str) -> pa.Table:
-    tables = [
-        read_table(root, f"filter/{name}.parquet", SELECTED) for name in manifest.shard_names(f"{split}/")
-    ]
+    tables = [read_table(root, f"filter/{name}.parquet", SELECTED) for name in manifest.shard_names(f"{split}/")]
     return pa.concat_tables([SELECTED.empty_table(), *tables])
 
 
@@ -141,9 +139,7 @@ def test_columns_can_be_renamed_and_swapped_in_the_recipe(tmp_path: Path, root: 
     assert (row["license"], row["similarity"]) == (None, pytest.approx(0.3))
 
 
-def test_unusual_types_are_read_and_invalid_values_are_dropped_with_a_reason(
-    tmp_path: Path, root: Root
-) -> None:
+def test_unusual_types_are_read_and_invalid_values_are_dropped_with_a_reason(tmp_path: Path, root: Root) -> None:
     meta = tmp_path / "meta"
     write(
         meta,
@@ -161,9 +157,7 @@ def test_unusual_types_are_read_and_invalid_values_are_dropped_with_a_reason(
     assert manifest.reasons == {"bad_size": 1, "no_score": 1}
 
 
-def test_urls_are_corrected_in_their_rows_when_columns_have_different_batches(
-    tmp_path: Path, root: Root
-) -> None:
+def test_urls_are_corrected_in_their_rows_when_columns_have_different_batches(tmp_path: Path, root: Root) -> None:
     urls = [f"http://example.org/{n}.jpg" for n in range(300)]
     original = [f"{url}#x" if n % 7 == 3 else url for n, url in enumerate(urls)]
     captions = [str(n) for n in range(300)]
@@ -183,17 +177,13 @@ def test_a_run_started_by_an_older_version_is_refused_with_a_remedy(
 ) -> None:
     write(tmp_path / "meta", "a.parquet", numbered(0, 3))
     exists = Root.exists
-    monkeypatch.setattr(
-        Root, "exists", lambda self, name: not name.endswith("-urls.arrow") and exists(self, name)
-    )
+    monkeypatch.setattr(Root, "exists", lambda self, name: not name.endswith("-urls.arrow") and exists(self, name))
     message = r"-urls.arrow is missing: an older version.*run 'make filter' again"
     with pytest.raises(UserError, match=message):
         run(config(tmp_path / "meta"), root)
 
 
-def test_blocked_images_are_dropped_and_a_changed_blocklist_runs_the_stage_again(
-    tmp_path: Path, root: Root
-) -> None:
+def test_blocked_images_are_dropped_and_a_changed_blocklist_runs_the_stage_again(tmp_path: Path, root: Root) -> None:
     write(tmp_path / "meta", "a.parquet", numbered(0, 5))
     blocklist = tmp_path / "list.txt"
     blocklist.write_text("http://example.org/1.jpg\n")
@@ -247,9 +237,7 @@ def test_a_killed_run_continues_to_the_same_checksums(tmp_path: Path, root: Root
 
 def test_a_missing_column_is_reported_with_its_file_and_setting(tmp_path: Path, root: Root) -> None:
     write(tmp_path / "meta", "a.parquet", numbered(0, 2), punsafe=None)
-    with pytest.raises(
-        UserError, match=r"a\.parquet has no column 'punsafe'; it has URL, .*filter\.columns\.punsafe"
-    ):
+    with pytest.raises(UserError, match=r"a\.parquet has no column 'punsafe'; it has URL, .*filter\.columns\.punsafe"):
         run(config(tmp_path / "meta"), root)
     assert run(config(tmp_path / "meta", missing_scores="keep"), root).rows == 2
 
@@ -258,10 +246,7 @@ def test_a_missing_column_is_reported_with_its_file_and_setting(tmp_path: Path, 
     ("damage", "message"),
     [
         (lambda path: path.write_bytes(b""), r"b\.parquet \(0 bytes\) is not a complete Parquet file"),
-        (
-            lambda path: path.write_bytes(path.read_bytes()[:-20]),
-            r"b\.parquet .* is not a complete Parquet file",
-        ),
+        (lambda path: path.write_bytes(path.read_bytes()[:-20]), r"b\.parquet .* is not a complete Parquet file"),
         (
             lambda path: path.write_bytes(b"PAR1" + bytes(200) + path.read_bytes()[204:]),
             r"b\.parquet, row groups 0 to 0",

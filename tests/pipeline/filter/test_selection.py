@@ -21,9 +21,7 @@ RULES = Rules(min_edge=768, max_watermark=0.8, max_unsafe=0.5, missing_scores="d
 
 def apply_to_row(rules: Rules = RULES, **columns: object) -> tuple[list[tuple[int, bool]], dict[str, int]]:
     row = {"url": "http://a.org/1", "width": 800, "height": 800, "pwatermark": 0.1, "punsafe": 0.1} | columns
-    keys, _, reasons = apply_rules(
-        pa.record_batch([[value] for value in row.values()], list(row)), 100, rules
-    )
+    keys, _, reasons = apply_rules(pa.record_batch([[value] for value in row.values()], list(row)), 100, rules)
     return list(zip(keys["row"].to_pylist(), keys["train"].to_pylist(), strict=True)), reasons
 
 
@@ -83,10 +81,7 @@ def test_missing_scores_can_be_accepted_while_unsafe_ones_are_dropped() -> None:
 def test_a_listed_image_is_blocked() -> None:
     rules = Rules(768, 0.8, 0.5, "drop", Blocklist(np.array([image_id("http://a.org/1")])))
     assert apply_to_row(rules) == ([], {"blocked": 1})
-    assert apply_to_row(Rules(768, 0.8, 0.5, "drop", Blocklist(domains=frozenset({"a.org"})))) == (
-        [],
-        {"blocked": 1},
-    )
+    assert apply_to_row(Rules(768, 0.8, 0.5, "drop", Blocklist(domains=frozenset({"a.org"})))) == ([], {"blocked": 1})
 
 
 def test_hash_urls_gives_the_ids_of_single_urls() -> None:

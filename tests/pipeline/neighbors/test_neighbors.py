@@ -81,15 +81,11 @@ def test_a_copy_of_the_training_image_is_no_neighbor(root: Root) -> None:
 
 
 def test_one_partition_per_query_has_a_recall_below_one(root: Root) -> None:
-    manifest = neighbors.run(
-        NeighborsConfig(k=8, near_copy_similarity=0.999, partitions_per_query=1, workers=1), root
-    )
+    manifest = neighbors.run(NeighborsConfig(k=8, near_copy_similarity=0.999, partitions_per_query=1, workers=1), root)
     assert 0.2 < manifest.values["recall"] < 1.0
 
 
-def test_a_match_keeps_no_partition_open_and_a_merge_opens_none(
-    root: Root, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_match_keeps_no_partition_open_and_a_merge_opens_none(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
     groups = [["00000", "00001"]]
     route_work(root, 0, groups)("route/00000")
     work = match_work(root, CONFIG.join_config(), "cpu", ["route/00000"])

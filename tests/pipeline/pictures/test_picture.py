@@ -47,9 +47,7 @@ def test_a_plain_jpeg_that_is_not_reduced_keeps_its_bytes() -> None:
         assert prepare(body, 10_000, 40) == Picture(body, (50, 40), keeps_bytes=True)
 
 
-@pytest.mark.parametrize(
-    ("max_edge", "width"), [(199, 400), (101, 400), (100, 200), (51, 200), (50, 100), (20, 50)]
-)
+@pytest.mark.parametrize(("max_edge", "width"), [(199, 400), (101, 400), (100, 200), (51, 200), (50, 100), (20, 50)])
 def test_a_large_jpeg_is_decoded_reduced_but_never_below_the_target_edge(max_edge: int, width: int) -> None:
     body = encoded(solid("RGB", COLOR).resize((400, 200)), "JPEG", quality=95)
     picture = prepare(body, 100_000, max_edge)
@@ -82,9 +80,7 @@ def test_gray_and_bilevel_pictures_become_rgb() -> None:
 
 
 def test_cmyk_is_converted_to_rgb() -> None:
-    assert (
-        np.abs(pixels(encoded(solid("CMYK", (0, 255, 255, 0)), "JPEG")).astype(int) - (255, 0, 0)).max() < 3
-    )
+    assert np.abs(pixels(encoded(solid("CMYK", (0, 255, 255, 0)), "JPEG")).astype(int) - (255, 0, 0)).max() < 3
 
 
 @pytest.mark.parametrize("kind", [".png", ".tiff"])

@@ -17,9 +17,7 @@ def write(path: Path) -> None:
 def test_equal_samples_give_equal_bytes(tmp_path: Path) -> None:
     write(tmp_path / "a.tar")
     write(tmp_path / "b.tar")
-    first, second = (
-        hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in ("a.tar", "b.tar")
-    )
+    first, second = (hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in ("a.tar", "b.tar"))
     assert first == second
     with tarfile.open(tmp_path / "a.tar") as tar:
         assert all((m.mtime, m.uid, m.gid, m.uname) == (0, 0, 0, "") for m in tar)

@@ -25,11 +25,7 @@ from trainer.data.plan import TrainingSet
 def roots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Root, Root]]:
     """A local folder and a bucket in which every stage ran."""
     folder = tmp_path_factory.mktemp("object_store")
-    with (
-        running_store() as store,
-        served_data_set(folder / "world", seed=0) as world,
-        shards_in_process(),
-    ):
+    with running_store() as store, served_data_set(folder / "world", seed=0) as world, shards_in_process():
         S3FileSystem.clear_instance_cache()  # remove clients of other modules' stores
         local, remote = Root(folder / "run"), Root(store.url("run"))
         for stage in STAGES:
@@ -49,9 +45,7 @@ def _build_style(source: Path, clip: ClipConfig, roots: tuple[Root, Root]) -> No
 
 
 @pytest.mark.parametrize("stage", [*STAGES, "databases/style"])
-def test_a_stage_writes_the_same_files_to_a_bucket_and_to_a_disk(
-    roots: tuple[Root, Root], stage: str
-) -> None:
+def test_a_stage_writes_the_same_files_to_a_bucket_and_to_a_disk(roots: tuple[Root, Root], stage: str) -> None:
     local, remote = roots
     on_disk, in_bucket = read_manifest(local, stage), read_manifest(remote, stage)
     assert on_disk.rows > 0

@@ -49,9 +49,7 @@ def stage(root: Root, **settings: object) -> Stage:
     return Stage(root, "letters", 1, Settings(**settings))  # type: ignore[arg-type]
 
 
-def works(
-    root: Root, text: str = "a", before: Callable[[str, int], None] | None = None
-) -> Callable[[], Work]:
+def works(root: Root, text: str = "a", before: Callable[[str, int], None] | None = None) -> Callable[[], Work]:
     """Work that counts its calls on disk, calls `before(shard, call)` and writes text."""
 
     def work(shard: str) -> ShardRecord:
@@ -131,9 +129,7 @@ def test_a_record_of_other_settings_is_ignored(root: Root) -> None:
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"")])
-def test_a_shard_with_a_missing_or_truncated_file_runs_again(
-    root: Root, damage: Callable[[Path], None]
-) -> None:
+def test_a_shard_with_a_missing_or_truncated_file_runs_again(root: Root, damage: Callable[[Path], None]) -> None:
     letters = stage(root)
     letters.begin()
     run_shards(letters, SHARDS, works(root), ONE)
@@ -142,9 +138,7 @@ def test_a_shard_with_a_missing_or_truncated_file_runs_again(
     assert calls(root) == [1, 2, 1]
 
 
-def test_a_shard_of_a_killed_worker_runs_in_another_worker(
-    root: Root, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_shard_of_a_killed_worker_runs_in_another_worker(root: Root, caplog: pytest.LogCaptureFixture) -> None:
     def killed_once(shard: str, call: int) -> None:
         if shard == "00001" and call == 1:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -270,9 +264,7 @@ def test_shards_do_not_wait_for_a_replacement_that_cannot_start(root: Root) -> N
 
 
 def test_workers_that_fit_no_node_are_refused_with_the_available_resources(root: Root) -> None:
-    with pytest.raises(
-        UserError, match=r"a worker takes CPU 1, memory 9000.0 GB; .* the most are CPU 2, mem"
-    ):
+    with pytest.raises(UserError, match=r"a worker takes CPU 1, memory 9000.0 GB; .* the most are CPU 2, mem"):
         run_shards(stage(root), SHARDS, works(root), Workers(memory_gb=9000))
     with pytest.raises(UserError, match=r"takes CPU 1, far 0.001; no node .* CPU 2, far 0"):
         run_shards(stage(root), SHARDS, works(root), Workers(nodes="far"))

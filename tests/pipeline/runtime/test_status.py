@@ -7,14 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.runtime.status import (
-    StageSpec,
-    Status,
-    UpstreamStages,
-    find_manifest,
-    format_duration,
-    stage_status,
-)
+from pipeline.runtime.status import StageSpec, Status, UpstreamStages, find_manifest, format_duration, stage_status
 from retrieval.config import Config, runtime_setting
 from retrieval.storage.manifest import Manifest, ShardRecord, fingerprint, write_manifest, write_record
 from retrieval.storage.root import FileRecord, Root
@@ -113,12 +106,7 @@ def test_the_sums_of_a_sample_of_records_are_scaled(root: Root, monkeypatch: pyt
     write_records(root, "download", numbered(20), ended=NOW, every=1)
     current = status(root, StageSpec("download", "download", None, {"": 50}))
     assert current.is_estimate
-    assert (current.done, current.rows, current.bytes, current.reasons["not_found"]) == (
-        20,
-        2000,
-        20_000,
-        200,
-    )
+    assert (current.done, current.rows, current.bytes, current.reasons["not_found"]) == (20, 2000, 20_000, 200)
 
 
 def test_a_stage_with_phases_counts_its_current_phase(root: Root) -> None:
@@ -126,12 +114,7 @@ def test_a_stage_with_phases_counts_its_current_phase(root: Root) -> None:
     write_records(root, "neighbors", [f"match/{n:05d}" for n in range(9)], ended=NOW, every=2)
     spec = StageSpec("neighbors", "neighbors", None, {"match": 12})
     current = status(root, spec)
-    assert (current.phase, current.done, current.total, current.eta_s) == (
-        "match",
-        9,
-        12,
-        pytest.approx(3 * 2),
-    )
+    assert (current.phase, current.done, current.total, current.eta_s) == ("match", 9, 12, pytest.approx(3 * 2))
     write_records(root, "neighbors", ["merge/00000"], ended=NOW, every=1)
     current = status(root, spec)
     assert (current.phase, current.done, current.total) == ("merge", 1, 6)
@@ -146,13 +129,7 @@ def test_partially_written_records_do_not_count(root: Root) -> None:
 def test_a_finished_stage_has_the_numbers_of_its_manifest(root: Root) -> None:
     manifest = write_stage(root, "embed", {}, Settings())
     current = status(root, StageSpec("embed", "embed", Settings(workers=4)))
-    assert (current.state, current.done, current.total, current.rows, current.bytes) == (
-        "finished",
-        2,
-        2,
-        150,
-        14,
-    )
+    assert (current.state, current.done, current.total, current.rows, current.bytes) == ("finished", 2, 2, 150, 14)
     assert (current.rows_per_s, current.reasons) == (pytest.approx(150 / manifest.seconds), {"timeout": 1})
 
 
@@ -195,8 +172,7 @@ def test_an_object_store_is_read_like_a_disk() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"),
-    [(-1, "0 s"), (42.4, "42 s"), (180, "3 min"), (18_700, "5 h 12 min"), (360_000, "4 d 4 h")],
+    ("seconds", "words"), [(-1, "0 s"), (42.4, "42 s"), (180, "3 min"), (18_700, "5 h 12 min"), (360_000, "4 d 4 h")]
 )
 def test_durations_are_formatted(seconds: float, words: str) -> None:
     assert format_duration(seconds) == words

@@ -46,9 +46,7 @@ def test_nothing_is_written_without_a_project(tmp_path: Path) -> None:
     assert not (tmp_path / "wandb").exists()
 
 
-def test_a_missing_login_stops_the_stage_and_says_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_login_stops_the_stage_and_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(**_: object) -> None:
         raise wandb.errors.AuthenticationError("no API key")
 

@@ -125,9 +125,7 @@ def test_every_waiting_request_gets_an_error_once_the_queue_is_stopped() -> None
     assert [str(error) for error in errors] == [STOPPED] * 4
 
 
-def fetch_all(
-    fetcher: Fetcher, queue: HostQueue, num_rows: int, threads: int
-) -> dict[int, bytes | FetchError]:
+def fetch_all(fetcher: Fetcher, queue: HostQueue, num_rows: int, threads: int) -> dict[int, bytes | FetchError]:
     """Fetch all URLs in threads, as a worker does."""
 
     def finish_row(_: int) -> tuple[int, bytes | FetchError]:
@@ -146,9 +144,7 @@ def fetch_all(
 
 @pytest.mark.parametrize("status", [429, 503])
 @pytest.mark.parametrize("as_date", [False, True])
-def test_no_url_of_a_busy_server_is_requested_before_the_end_of_its_pause(
-    server, status: int, as_date: bool
-) -> None:
+def test_no_url_of_a_busy_server_is_requested_before_the_end_of_its_pause(server, status: int, as_date: bool) -> None:
     clock = FakeClock()
     times: list[float] = []
     end = formatdate(time.time() + 3600, usegmt=True) if as_date else "3600"

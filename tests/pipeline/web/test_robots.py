@@ -31,9 +31,7 @@ def outcome(url: str, **changes: object) -> str:
         ("/a.png?size=1", "another", "fetched"),
     ],
 )
-def test_the_rules_for_our_name_or_else_for_all_are_obeyed(
-    server, path: str, agent: str, expected: str
-) -> None:
+def test_the_rules_for_our_name_or_else_for_all_are_obeyed(server, path: str, agent: str, expected: str) -> None:
     server.send("/robots.txt", RULES)
     assert outcome(server.send(path, JPEG), user_agent=agent) == expected
     assert server.paths == ["/robots.txt", path][: 1 + (expected == "fetched")]

@@ -20,16 +20,7 @@ from tests.pipeline.web.fetching import fetch_error, fetch_url, make_fetcher
 PUBLIC = ["93.184.215.14", "1.1.1.1", "2606:4700::1111", "::ffff:1.1.1.1", "64:ff9b::101:101"]
 LOOPBACK = ["127.0.0.1", "127.1.2.3", "::1", "::ffff:127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::"]
 PRIVATE = ["10.0.0.1", "172.16.5.5", "192.168.1.1", "fd00:ec2::254", "::ffff:192.168.1.1"]
-NEVER = [
-    "169.254.169.254",
-    "fe80::1",
-    "fe80::1%eth0",
-    "0.0.0.0",
-    "::",
-    "224.0.0.1",
-    "ff02::1",
-    "255.255.255.255",
-]
+NEVER = ["169.254.169.254", "fe80::1", "fe80::1%eth0", "0.0.0.0", "::", "224.0.0.1", "ff02::1", "255.255.255.255"]
 
 
 @pytest.mark.parametrize("address", PUBLIC)
@@ -84,9 +75,7 @@ def tls_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         .serial_number(1)
         .not_valid_before(now - datetime.timedelta(days=1))
         .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(
-            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False
-        )
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
         .sign(key, hashes.SHA256())
     )
     pem = serialization.Encoding.PEM

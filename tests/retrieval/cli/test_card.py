@@ -25,9 +25,7 @@ def database(tmp_path: Path) -> Database:
     """Four rows, ids 1000 to 1003, in two partitions; one row was left out."""
     table = table_of(clustered(4, seed=1))
     for name, values in (("license", LICENSES), ("url", URLS)):
-        table = table.set_column(
-            table.schema.get_field_index(name), table.schema.field(name), pa.array(values)
-        )
+        table = table.set_column(table.schema.get_field_index(name), table.schema.field(name), pa.array(values))
     root = Root(tmp_path)
     identity = DatabaseIdentity("databases/four", {"source": "0123"}, {"unreadable": 1})
     write_database(root, table, IDENTITY, IndexConfig(rows_per_partition=2, num_queries=4), identity)

@@ -105,9 +105,7 @@ def test_search_prints_the_neighbors_that_the_library_returns(
     ]
 
 
-def test_recall_determines_how_many_partitions_a_search_visits(
-    build: Build, tmp_path: Path, capsys: Capture
-) -> None:
+def test_recall_determines_how_many_partitions_a_search_visits(build: Build, tmp_path: Path, capsys: Capture) -> None:
     rows = unit(np.random.default_rng(4).standard_normal((600, 32)))  # no clusters: partitions miss much
     database = build(rows, rows_per_partition=60, num_queries=100)
     np.save(tmp_path / "q.npy", rows[:50])
@@ -128,9 +126,7 @@ def test_a_picture_query_returns_the_picture_first_and_a_text_query_returns_k_ro
 ) -> None:
     clip = ("--clip", f"local-dir:{gallery}/clip")
     picture = str(gallery / "pictures/green.png")
-    code, text, _ = run(
-        capsys, "search", f"{gallery}/db", "a stag", "--image", picture, "-k", "3", "--json", *clip
-    )
+    code, text, _ = run(capsys, "search", f"{gallery}/db", "a stag", "--image", picture, "-k", "3", "--json", *clip)
     stag, green = json.loads(text)
     assert (code, stag["query"], green["query"]) == (0, "a stag", picture)
     assert len(stag["neighbors"]) == 3
@@ -178,9 +174,7 @@ def test_a_query_picture_is_rotated_by_its_exif_orientation(tmp_path: Path) -> N
     assert read_picture(tmp_path / "turned.jpg").size == (20, 40)
 
 
-def test_captions_cannot_move_the_cursor_of_a_terminal(
-    gallery: Path, tmp_path: Path, capsys: Capture
-) -> None:
+def test_captions_cannot_move_the_cursor_of_a_terminal(gallery: Path, tmp_path: Path, capsys: Capture) -> None:
     np.save(tmp_path / "q.npy", clustered(1, seed=1)[0])
     text = run(capsys, "search", f"{gallery}/db", "--vector", f"{tmp_path}/q.npy")[1]
     assert "\x1b" not in text
@@ -193,9 +187,7 @@ def test_texts_need_the_encoder_of_the_database(gallery: Path, capsys: Capture) 
     assert code == 2
     assert "need the encoder of the database, clip (" in message
     write_clip(gallery / "other/clip", seed=1)
-    code, _, message = run(
-        capsys, "search", f"{gallery}/db", "a stag", "--clip", f"local-dir:{gallery}/other/clip"
-    )
+    code, _, message = run(capsys, "search", f"{gallery}/db", "a stag", "--clip", f"local-dir:{gallery}/other/clip")
     assert code == 2
     assert "was built with the encoder clip" in message
 
@@ -238,9 +230,7 @@ def test_build_reads_files_with_metadata_and_reports_left_out_rows(tmp_path: Pat
         (("--model", ""), "needs a name and a dim"),
     ],
 )
-def test_build_refuses_invalid_options(
-    tmp_path: Path, capsys: Capture, option: tuple[str, str], message: str
-) -> None:
+def test_build_refuses_invalid_options(tmp_path: Path, capsys: Capture, option: tuple[str, str], message: str) -> None:
     np.save(tmp_path / "v.npy", clustered(4, seed=1))
     code, _, error = run(capsys, "build", f"{tmp_path}/v.npy", f"{tmp_path}/db", "--model", "m", *option)
     assert code == 2
@@ -256,9 +246,7 @@ def test_info_prints_rows_encoder_and_size(database: str, capsys: Capture) -> No
     assert f"bytes              {facts['bytes']:,}" in text
 
 
-def test_verify_exits_with_0_for_an_intact_database_and_1_for_a_damaged_one(
-    database: str, capsys: Capture
-) -> None:
+def test_verify_exits_with_0_for_an_intact_database_and_1_for_a_damaged_one(database: str, capsys: Capture) -> None:
     code, text, _ = run(capsys, "verify", database, "--queries", "40", "-k", "5", "--recall", "1")
     assert code == 0
     assert "files match the manifest" in text
@@ -291,9 +279,7 @@ def test_block_hides_rows_from_every_later_search(
     assert "'12x' is neither an image id nor a URL" in message
 
 
-def test_calibrate_stores_its_measurements_in_the_database(
-    database: str, query_file: str, capsys: Capture
-) -> None:
+def test_calibrate_stores_its_measurements_in_the_database(database: str, query_file: str, capsys: Capture) -> None:
     def calibration() -> dict[str, list[dict[str, object]]]:
         return json.loads(run(capsys, "info", database, "--json")[1])["calibration"]
 

@@ -27,9 +27,7 @@ class Recorder:
         return [2 * item for item in items]
 
 
-def make_batcher(
-    run: Recorder, max_batch: int, max_wait_s: float, max_running: int
-) -> Batcher[str, int, int]:
+def make_batcher(run: Recorder, max_batch: int, max_wait_s: float, max_running: int) -> Batcher[str, int, int]:
     return Batcher(run, BatchLimits(max_batch, max_wait_s, max_running))
 
 
@@ -39,12 +37,7 @@ def test_items_of_one_key_share_batches_and_close_runs_the_incomplete_ones() -> 
     futures = [batcher.submit("ab"[i % 2], i) for i in range(12)]
     batcher.close()
     assert [future.result(0) for future in futures] == [2 * i for i in range(12)]
-    assert sorted(run.batches) == [
-        ("a", [0, 2, 4, 6]),
-        ("a", [8, 10]),
-        ("b", [1, 3, 5, 7]),
-        ("b", [9, 11]),
-    ]
+    assert sorted(run.batches) == [("a", [0, 2, 4, 6]), ("a", [8, 10]), ("b", [1, 3, 5, 7]), ("b", [9, 11])]
 
 
 def test_a_full_batch_runs_at_once_and_an_incomplete_one_after_its_wait() -> None:
@@ -73,9 +66,7 @@ def test_items_that_arrive_while_all_batches_run_form_one_batch() -> None:
     run.gate.set()
     batcher.close()
     assert first.result(0) == 0
-    assert [future.result(0) for future in rest if not future.cancelled()] == [
-        2 * i for i in range(1, 50) if i != 6
-    ]
+    assert [future.result(0) for future in rest if not future.cancelled()] == [2 * i for i in range(1, 50) if i != 6]
     assert [len(items) for _, items in run.batches] == [1, 48]
 
 

@@ -202,9 +202,7 @@ def test_the_error_names_partitions_that_no_actor_can_open_again(
     folder = str(database.root.local_path(""))
     shutil.move(folder, f"{folder}-away")
     kill_one(cluster, 0)
-    with pytest.raises(
-        UserError, match=r"partitions 0, 1, 2, 3, 4, 5 of .*six: no actor can be reached.*missing"
-    ):
+    with pytest.raises(UserError, match=r"partitions 0, 1, 2, 3, 4, 5 of .*six: no actor can be reached.*missing"):
         cluster.search(queries, 3)
     shutil.move(f"{folder}-away", folder)
     assert_same(cluster.search(queries, 3), database, queries, 3)
@@ -232,9 +230,7 @@ def test_single_queries_of_many_threads_are_sent_in_batches_and_get_their_own_re
     assert "caption" in other.result().column_names
 
 
-def test_an_actor_reserves_the_memory_of_its_partitions_and_uses_its_cpus(
-    database: Database, opened: Open
-) -> None:
+def test_an_actor_reserves_the_memory_of_its_partitions_and_uses_its_cpus(database: Database, opened: Open) -> None:
     wait_for(lambda: ray.available_resources().get("CPU") == 2)
     before = ray.available_resources()["memory"]
     cluster = opened(database, cpus_per_actor=2)
@@ -257,9 +253,7 @@ def test_an_actor_reserves_the_memory_of_its_partitions_and_uses_its_cpus(
         ({"actor": 1}, "Extra inputs are not permitted"),
     ],
 )
-def test_impossible_settings_are_refused(
-    database: Database, settings: dict[str, object], message: str
-) -> None:
+def test_impossible_settings_are_refused(database: Database, settings: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Cluster.open(database, **settings)
 
@@ -268,12 +262,7 @@ def test_an_invalid_query_is_refused_before_anything_is_sent(
     database: Database, queries: Vectors, opened: Open
 ) -> None:
     cluster = opened(database)
-    invalid = [
-        (np.ones((1, 31)), 5),
-        (np.zeros((1, 32)), 5),
-        (np.full((1, 32), np.nan), 5),
-        (queries, 0),
-    ]
+    invalid = [(np.ones((1, 31)), 5), (np.zeros((1, 32)), 5), (np.full((1, 32), np.nan), 5), (queries, 0)]
     for query, k in invalid:
         with pytest.raises(UserError) as local:
             database.search(query, k)
@@ -289,9 +278,7 @@ def test_an_invalid_query_is_refused_before_anything_is_sent(
     assert [status.calls for status in cluster.status()] == [0]
 
 
-def test_a_closed_cluster_finishes_submitted_queries_and_refuses_others(
-    database: Database, queries: Vectors
-) -> None:
+def test_a_closed_cluster_finishes_submitted_queries_and_refuses_others(database: Database, queries: Vectors) -> None:
     with Cluster.open(database, max_wait_ms=10_000) as cluster:
         pid = cluster.status()[0].pid
         waiting = [cluster.submit(query, 4) for query in queries[:3]]
@@ -305,9 +292,7 @@ def test_a_closed_cluster_finishes_submitted_queries_and_refuses_others(
     assert ray.is_initialized()
 
 
-def test_another_process_connects_to_ray_address_and_disconnects_again(
-    database: Database, queries: Vectors
-) -> None:
+def test_another_process_connects_to_ray_address_and_disconnects_again(database: Database, queries: Vectors) -> None:
     code = (
         "import sys, numpy, ray\n"
         "from retrieval import UserError\n"

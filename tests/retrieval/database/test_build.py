@@ -62,9 +62,7 @@ def test_another_seed_gives_another_database(vectors: Vectors, tmp_path: Path) -
     assert not np.array_equal(first.embeddings(), second.embeddings())
 
 
-def test_large_partitions_get_lists_and_small_ones_an_exhaustive_index(
-    vectors: Vectors, build: Build
-) -> None:
+def test_large_partitions_get_lists_and_small_ones_an_exhaustive_index(vectors: Vectors, build: Build) -> None:
     assert build(vectors[:1000], "at_limit", flat_rows=1000).partitions[0].num_lists == 1
     assert build(vectors[:1001], "beyond", flat_rows=1000).partitions[0].num_lists == 256
     assert not IndexConfig(index_key="Flat", flat_rows=1000).has_lists(5000)
@@ -105,20 +103,10 @@ def test_a_flat_index_has_the_bytes_that_autofaiss_writes(vectors: Vectors, tmp_
 
 
 @pytest.mark.parametrize(
-    "key",
-    [
-        "OPQ16_64,IVF256,PQ16x8",
-        "OPQ32,PQ32",
-        "Pad64,OPQ8,PQ8",
-        "IVF16,SQ8",
-        "PCA16,Flat",
-        "IVF64_HNSW32,Flat",
-    ],
+    "key", ["OPQ16_64,IVF256,PQ16x8", "OPQ32,PQ32", "Pad64,OPQ8,PQ8", "IVF16,SQ8", "PCA16,Flat", "IVF64_HNSW32,Flat"]
 )
 def test_the_error_for_a_key_that_autofaiss_cannot_build_says_what_to_do(key: str) -> None:
-    with pytest.raises(
-        ValueError, match=rf"autofaiss cannot build '{key}' for inner products.* Leave index_key"
-    ):
+    with pytest.raises(ValueError, match=rf"autofaiss cannot build '{key}' for inner products.* Leave index_key"):
         IndexConfig(index_key=key)
 
 
@@ -137,9 +125,7 @@ def test_autofaiss_still_cannot_build_opq_for_inner_products(vectors: Vectors, t
         )
 
 
-def test_a_key_that_does_not_suit_the_rows_is_refused_and_leaves_no_database(
-    vectors: Vectors, tmp_path: Path
-) -> None:
+def test_a_key_that_does_not_suit_the_rows_is_refused_and_leaves_no_database(vectors: Vectors, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'IVF4096,Flat' does not suit 500 rows"):
         built(tmp_path, vectors[:500], "x", index_key="IVF4096,Flat")
     assert not (tmp_path / "x" / "manifest.json").exists()
@@ -147,14 +133,7 @@ def test_a_key_that_does_not_suit_the_rows_is_refused_and_leaves_no_database(
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"probes": 2},
-        {"key_for": "x"},
-        {"flat_rows": 999},
-        {"num_queries": 0},
-        {"rows_per_partition": 0},
-        {"seed": "1"},
-    ],
+    [{"probes": 2}, {"key_for": "x"}, {"flat_rows": 999}, {"num_queries": 0}, {"rows_per_partition": 0}, {"seed": "1"}],
 )
 def test_invalid_settings_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
@@ -168,9 +147,7 @@ def test_the_number_of_threads_does_not_change_the_fingerprint() -> None:
     assert identity.fingerprint(one_thread) != identity.fingerprint(IndexConfig(flat_rows=1000))
 
 
-def test_partitions_follow_from_the_number_of_rows_and_have_even_sizes(
-    build: Build, vectors: Vectors
-) -> None:
+def test_partitions_follow_from_the_number_of_rows_and_have_even_sizes(build: Build, vectors: Vectors) -> None:
     config = IndexConfig(rows_per_partition=250)
     assert [config.num_partitions(rows) for rows in (1, 250, 251, 3000)] == [1, 1, 2, 12]
     database = build(vectors, rows_per_partition=500)
@@ -190,9 +167,7 @@ def test_a_new_build_removes_the_files_of_the_old_one(build: Build, vectors: Vec
     old = build(vectors, rows_per_partition=500, flat_rows=1000)
     hide(old.root, [1001])
     new = build(vectors[:1200], flat_rows=1000)
-    stated = {
-        file.name.removeprefix("databases/test/") for shard in new.manifest.shards for file in shard.files
-    }
+    stated = {file.name.removeprefix("databases/test/") for shard in new.manifest.shards for file in shard.files}
     assert set(new.root.list("")) == stated | {"manifest.json", "blocked.npy"}
     assert len(new) == 1200
 
@@ -204,17 +179,11 @@ def test_a_zero_row_has_no_unit_vector_and_stays_zero() -> None:
 def test_an_empty_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="would be empty"):
         write_database(
-            Root(tmp_path),
-            table_of(np.empty((0, 32), np.float32)),
-            IDENTITY,
-            IndexConfig(),
-            DatabaseIdentity("x", {}),
+            Root(tmp_path), table_of(np.empty((0, 32), np.float32)), IDENTITY, IndexConfig(), DatabaseIdentity("x", {})
         )
 
 
 def test_rows_of_another_length_than_the_encoder_dim_are_refused(tmp_path: Path, vectors: Vectors) -> None:
     encoder = IDENTITY.model_copy(update={"dim": 64})
     with pytest.raises(UserError, match="database x"):
-        write_database(
-            Root(tmp_path), table_of(vectors[:10]), encoder, IndexConfig(), DatabaseIdentity("x", {})
-        )
+        write_database(Root(tmp_path), table_of(vectors[:10]), encoder, IndexConfig(), DatabaseIdentity("x", {}))

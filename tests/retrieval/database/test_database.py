@@ -56,9 +56,7 @@ def test_more_partitions_per_query_raise_the_recall(build: Build, vectors: Vecto
 
 
 @pytest.mark.parametrize("effort", [Effort(1, 1, 1), Effort(2, 8, 3), EXHAUSTIVE])
-def test_order_and_similarities_are_exact_at_any_effort(
-    database: Database, queries: Vectors, effort: Effort
-) -> None:
+def test_order_and_similarities_are_exact_at_any_effort(database: Database, queries: Vectors, effort: Effort) -> None:
     neighbors = database.search(queries, 10, effort=effort)
     stored = database.embeddings().astype(np.float32)
     exact = np.einsum("nkd,nd->nk", stored[neighbors.positions], queries)
@@ -116,9 +114,7 @@ def test_fewer_rows_than_k_give_fewer_results_and_no_padding(build: Build, queri
 @pytest.mark.parametrize("k", [3000, 4000, 10**9])
 def test_a_k_beyond_all_rows_returns_all_rows(in_partitions: Database, queries: Vectors, k: int) -> None:
     neighbors = in_partitions.search(queries[:2], k, effort=Effort(1, 1, 1))
-    np.testing.assert_array_equal(
-        np.sort(neighbors.ids, axis=1), np.arange(1000, 4000)[None].repeat(2, axis=0)
-    )
+    np.testing.assert_array_equal(np.sort(neighbors.ids, axis=1), np.arange(1000, 4000)[None].repeat(2, axis=0))
     assert (np.diff(neighbors.similarities, axis=1) <= 0).all()
 
 
@@ -137,22 +133,16 @@ def test_no_queries_get_no_results(database: Database) -> None:
 
 
 @pytest.mark.parametrize("effort", [Effort(1, 4, 3), Effort(3, 32, 3), EXHAUSTIVE])
-def test_a_batch_equals_single_queries_from_many_threads(
-    database: Database, queries: Vectors, effort: Effort
-) -> None:
+def test_a_batch_equals_single_queries_from_many_threads(database: Database, queries: Vectors, effort: Effort) -> None:
     batch = database.search(queries, 8, effort=effort)
     fresh = Database.open(database.root)
     with ThreadPoolExecutor(8) as pool:
         single = list(pool.map(lambda query: fresh.search(query[None], 8, effort=effort), queries))
     np.testing.assert_array_equal(batch.ids, np.concatenate([neighbors.ids for neighbors in single]))
-    np.testing.assert_array_equal(
-        batch.similarities, np.concatenate([neighbors.similarities for neighbors in single])
-    )
+    np.testing.assert_array_equal(batch.similarities, np.concatenate([neighbors.similarities for neighbors in single]))
 
 
-def test_concurrent_searches_with_different_efforts_do_not_interfere(
-    mixed: Database, queries: Vectors
-) -> None:
+def test_concurrent_searches_with_different_efforts_do_not_interfere(mixed: Database, queries: Vectors) -> None:
     efforts = [Effort(1, 1, 1), Effort(2, 8, 3), Effort(4, 128, 8)]
     expected = [mixed.search(queries, 8, effort=effort).ids for effort in efforts]
     with ThreadPoolExecutor(8) as pool:

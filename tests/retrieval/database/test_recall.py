@@ -5,12 +5,7 @@ import pytest
 
 from retrieval import Database
 from retrieval.database import recall
-from retrieval.database.recall import (
-    confidence_interval,
-    exact_search,
-    recall_per_query,
-    similarities_without,
-)
+from retrieval.database.recall import confidence_interval, exact_search, recall_per_query, similarities_without
 from retrieval.index.routing import Vectors
 
 
@@ -42,9 +37,7 @@ def test_an_exact_search_leaves_out_hidden_rows(database: Database, queries: Vec
     np.testing.assert_allclose(similarities, -np.sort(-products, axis=1)[:, :12], rtol=0, atol=1e-6)
 
 
-def test_an_exact_search_for_more_rows_than_are_visible_ends_in_none(
-    in_lists: Database, queries: Vectors
-) -> None:
+def test_an_exact_search_for_more_rows_than_are_visible_ends_in_none(in_lists: Database, queries: Vectors) -> None:
     similarities, positions = exact_search(in_lists.without(np.arange(1000, 3998)), queries, 5)
     assert np.isfinite(similarities[:, :2]).all()
     assert np.isneginf(similarities[:, 2:]).all()

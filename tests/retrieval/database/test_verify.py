@@ -52,9 +52,7 @@ def test_an_exhaustive_database_has_recall_one_with_an_interval(build: Build, ve
     assert recall.low == pytest.approx(0.95)
 
 
-def test_the_recall_of_a_sample_estimates_that_of_all_rows(
-    build: Build, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_recall_of_a_sample_estimates_that_of_all_rows(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(4)
     rows = unit(rng.standard_normal((1500, DIM)))  # no clusters: a few of ten partitions miss much
     database = build(rows, rows_per_partition=150, num_queries=200)

@@ -225,9 +225,7 @@ def test_rows_of_any_length_are_normalized(scale: float) -> None:
         (np.array([[None]]), "not a readable .npy file"),
     ],
 )
-def test_arrays_of_another_shape_or_dtype_are_refused(
-    tmp_path: Path, array: np.ndarray, message: str
-) -> None:
+def test_arrays_of_another_shape_or_dtype_are_refused(tmp_path: Path, array: np.ndarray, message: str) -> None:
     np.save(tmp_path / "a.npy", array)
     with pytest.raises(UserError, match=message):
         read(VectorSource(tmp_path))
@@ -257,9 +255,7 @@ def test_parquet_files_without_a_unique_vector_column_are_refused(tmp_path: Path
         read(VectorSource(tmp_path))
 
 
-def test_a_search_of_imported_vectors_equals_brute_force(
-    vectors: Vectors, queries: Vectors, tmp_path: Path
-) -> None:
+def test_a_search_of_imported_vectors_equals_brute_force(vectors: Vectors, queries: Vectors, tmp_path: Path) -> None:
     rows = np.concatenate([vectors[:500] * 9, vectors[:1], np.zeros((2, DIM))])
     table = pa.table({"image_id": [*range(500), 7, 501, 502], "caption": [f"text {i}" for i in range(503)]})
     root = Root(tmp_path / "imported")

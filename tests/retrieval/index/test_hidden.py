@@ -13,12 +13,7 @@ from tests.retrieval.conftest import brute_force, built, clustered
 
 Build = Callable[..., Database]
 EXHAUSTIVE = Effort(64, 4096, 64)
-LAYOUTS = [
-    {},
-    {"flat_rows": 1000},
-    {"rows_per_partition": 300},
-    {"rows_per_partition": 1100, "flat_rows": 1000},
-]
+LAYOUTS = [{}, {"flat_rows": 1000}, {"rows_per_partition": 300}, {"rows_per_partition": 1100, "flat_rows": 1000}]
 KEYS = [{"index_key": "HNSW16"}, {"index_key": "IVF16,Flat"}]
 
 
@@ -115,9 +110,7 @@ def test_a_database_of_hidden_rows_returns_no_results(build: Build) -> None:
     assert [len(rows) for rows in results.rows] == [0] * 4
 
 
-def test_ids_that_the_database_lacks_change_no_results(
-    build: Build, vectors: Vectors, queries: Vectors
-) -> None:
+def test_ids_that_the_database_lacks_change_no_results(build: Build, vectors: Vectors, queries: Vectors) -> None:
     database = build(vectors[:300])
     expected = database.search(queries, 5).ids
     hide(database.root, [-7, 2**62])

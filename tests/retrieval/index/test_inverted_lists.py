@@ -34,11 +34,7 @@ def in_index(index: faiss.Index) -> tuple[np.ndarray, np.ndarray]:
 def test_every_row_is_in_exactly_one_list(rows: Vectors, built: InvertedLists) -> None:
     np.testing.assert_array_equal(np.sort(built.order), np.arange(len(rows)))
     assert built.offsets.shape == (len(built.centroids) + 1,)
-    assert (built.offsets.dtype, built.order.dtype, built.centroids.dtype) == (
-        np.int64,
-        np.int64,
-        np.float32,
-    )
+    assert (built.offsets.dtype, built.order.dtype, built.centroids.dtype) == (np.int64, np.int64, np.float32)
     assert (built.offsets[0], built.offsets[-1]) == (0, len(rows))
     assert (np.diff(built.offsets) >= 0).all()
 

@@ -40,9 +40,7 @@ def test_a_seed_decides_balanced_centroids_too(vectors: Vectors) -> None:
 
 @pytest.mark.parametrize("balanced", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 24])
-def test_centroids_are_the_requested_number_of_unit_rows(
-    vectors: Vectors, count: int, balanced: bool
-) -> None:
+def test_centroids_are_the_requested_number_of_unit_rows(vectors: Vectors, count: int, balanced: bool) -> None:
     centroids = train_centroids(vectors.astype(np.float16), count, seed=0, balanced=balanced)
     assert (centroids.shape, centroids.dtype) == ((count, DIM), np.float32)
     np.testing.assert_allclose(np.linalg.norm(centroids, axis=1), 1, atol=1e-5)
@@ -61,9 +59,7 @@ def test_training_moves_centroids_towards_the_rows(vectors: Vectors) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("count", [6, 12, 40])
-def test_balanced_centroids_leave_no_cluster_over_twice_the_mean(
-    vectors: Vectors, count: int, seed: int
-) -> None:
+def test_balanced_centroids_leave_no_cluster_over_twice_the_mean(vectors: Vectors, count: int, seed: int) -> None:
     cluster_sizes = sizes(vectors, train_centroids(vectors, count, seed, balanced=True))
     assert cluster_sizes.min() > 0
     # A row between two centroids may count for the other one, because training compares in bfloat16.

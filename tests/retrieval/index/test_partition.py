@@ -63,9 +63,7 @@ def test_similarities_are_exact_and_in_order_at_any_effort(
     similarities, rows = partition.search(queries, k, effort)
     assert similarities.shape == rows.shape == (len(queries), k)
     assert (np.diff(similarities, axis=1) <= 0).all()
-    np.testing.assert_allclose(
-        similarities, np.take_along_axis(exact(partition, queries), rows, 1), atol=1e-6
-    )
+    np.testing.assert_allclose(similarities, np.take_along_axis(exact(partition, queries), rows, 1), atol=1e-6)
 
 
 @pytest.mark.parametrize("effort", [Effort(1, 1, 1), Effort(1, 16, 3), HIGH])
@@ -112,30 +110,22 @@ def test_dropping_repeats_of_one_query_equals_dropping_them_in_a_batch(k: int) -
         np.testing.assert_array_equal(alone[1][0], together[1][i])
 
 
-def test_more_lists_are_visited_where_they_have_fewer_than_k_rows(
-    in_lists: Database, queries: Vectors
-) -> None:
+def test_more_lists_are_visited_where_they_have_fewer_than_k_rows(in_lists: Database, queries: Vectors) -> None:
     partition = in_lists.partitions[0]
     offsets, _ = partition.lists
     k = 4 * int(np.diff(offsets).max())
     similarities, rows = partition.search(queries, k, Effort(1, 1, 1))
     assert rows.min() >= 0
     assert all(len(set(row)) == k for row in rows.tolist())
-    np.testing.assert_allclose(
-        similarities, np.take_along_axis(exact(partition, queries), rows, 1), atol=1e-6
-    )
+    np.testing.assert_allclose(similarities, np.take_along_axis(exact(partition, queries), rows, 1), atol=1e-6)
 
 
 @pytest.mark.parametrize("k", [3000, 5000])
-def test_a_k_of_all_rows_returns_all_rows_in_exact_order(
-    in_lists: Database, queries: Vectors, k: int
-) -> None:
+def test_a_k_of_all_rows_returns_all_rows_in_exact_order(in_lists: Database, queries: Vectors, k: int) -> None:
     partition = in_lists.partitions[0]
     similarities, rows = partition.search(queries[:5], k, Effort(1, 1, 1))
     np.testing.assert_array_equal(np.sort(rows, axis=1), np.arange(3000)[None].repeat(5, axis=0))
-    np.testing.assert_allclose(
-        similarities, -np.sort(-exact(partition, queries[:5]), axis=1), rtol=0, atol=1e-6
-    )
+    np.testing.assert_allclose(similarities, -np.sort(-exact(partition, queries[:5]), axis=1), rtol=0, atol=1e-6)
 
 
 def test_a_large_effort_equals_brute_force(in_lists: Database, queries: Vectors) -> None:
@@ -183,9 +173,7 @@ def test_the_visible_rows_are_found_where_nearly_all_are_hidden(in_lists: Databa
     hidden = np.setdiff1d(in_lists.partitions[0].ids, visible)
     partition = fresh(in_lists, hidden)
     similarities, rows = partition.search(queries, 5, LOW)
-    np.testing.assert_array_equal(
-        np.sort(partition.ids[rows[:, :3]], axis=1), visible[None].repeat(50, axis=0)
-    )
+    np.testing.assert_array_equal(np.sort(partition.ids[rows[:, :3]], axis=1), visible[None].repeat(50, axis=0))
     assert (np.diff(similarities[:, :3], axis=1) <= 0).all()
     assert (rows[:, 3:] == -1).all()
     assert np.isneginf(similarities[:, 3:]).all()
@@ -193,9 +181,7 @@ def test_the_visible_rows_are_found_where_nearly_all_are_hidden(in_lists: Databa
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 33])
 @pytest.mark.parametrize("effort", [LOW, Effort(1, 64, 3)])
-def test_results_do_not_depend_on_the_batch(
-    in_lists: Database, queries: Vectors, size: int, effort: Effort
-) -> None:
+def test_results_do_not_depend_on_the_batch(in_lists: Database, queries: Vectors, size: int, effort: Effort) -> None:
     partition = in_lists.partitions[0]
     similarities, rows = partition.search(queries, 10, effort)
     parts = [partition.search(queries[i : i + size], 10, effort) for i in range(0, len(queries), size)]
@@ -203,9 +189,7 @@ def test_results_do_not_depend_on_the_batch(
     np.testing.assert_array_equal(np.concatenate([part[0] for part in parts]), similarities)
 
 
-def test_eight_threads_that_open_and_search_at_once_get_equal_results(
-    in_lists: Database, queries: Vectors
-) -> None:
+def test_eight_threads_that_open_and_search_at_once_get_equal_results(in_lists: Database, queries: Vectors) -> None:
     expected = in_lists.partitions[0].search(queries, 10, LOW)
     shared = fresh(in_lists)
     with ThreadPoolExecutor(8) as pool:

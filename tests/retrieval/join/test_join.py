@@ -21,11 +21,7 @@ def rows_of(database: Database, result: JoinResult) -> np.ndarray:
 
 def settings(lists: int = 0, k: int = 8, near_copy_similarity: float = 2.0, **more: int) -> JoinConfig:
     return JoinConfig(
-        k=k,
-        near_copy_similarity=near_copy_similarity,
-        partitions_per_query=0,
-        lists_per_partition=lists,
-        **more,
+        k=k, near_copy_similarity=near_copy_similarity, partitions_per_query=0, lists_per_partition=lists, **more
     )
 
 
@@ -41,9 +37,7 @@ def test_visiting_all_partitions_equals_brute_force_for_any_block_size(
 
 
 @pytest.mark.parametrize("which", ["in_lists", "mixed"])
-def test_more_lists_raise_the_recall_up_to_one(
-    request: pytest.FixtureRequest, queries: Vectors, which: str
-) -> None:
+def test_more_lists_raise_the_recall_up_to_one(request: pytest.FixtureRequest, queries: Vectors, which: str) -> None:
     database = request.getfixturevalue(which)
     exact = join_database(database, queries, settings())
     results = [join_database(database, queries, settings(lists)) for lists in (16, 32, 64, 128, 250, 100_000)]
@@ -208,9 +202,7 @@ def test_no_queries_get_no_neighbors(in_lists: Database) -> None:
         assert result.positions.shape == result.similarities.shape == (0, 8)
 
 
-def test_fewer_partitions_lower_the_recall_but_keep_the_order(
-    build: Build, vectors: Vectors, queries: Vectors
-) -> None:
+def test_fewer_partitions_lower_the_recall_but_keep_the_order(build: Build, vectors: Vectors, queries: Vectors) -> None:
     database = build(vectors, rows_per_partition=300)
     config = JoinConfig(k=8, near_copy_similarity=1.0, partitions_per_query=3)
     result = join_database(database, queries, config)

@@ -48,9 +48,7 @@ def test_runtime_settings_do_not_change_the_fingerprint_and_other_settings_do() 
 
 
 def test_a_manifest_reads_back_as_it_was_written(tmp_path: Path) -> None:
-    shard = ShardRecord(
-        "train/00000", 3, (FileRecord("embed/train/00000.parquet", 9, "ab"),), {"too_small": 2}
-    )
+    shard = ShardRecord("train/00000", 3, (FileRecord("embed/train/00000.parquet", 9, "ab"),), {"too_small": 2})
     manifest = Manifest("embed", 1, "f" * 16, {}, {"a": 1}, (shard, shard), {"dim": 4}, 1.5)
     write_manifest(Root(tmp_path), manifest)
     assert read_manifest(Root(tmp_path), "embed") == manifest

@@ -80,9 +80,7 @@ def test_unfinished_uploads_of_all_pages_are_aborted_and_those_that_just_ended_a
         uploads = call(method, Bucket=bucket, Prefix=arguments["Prefix"])["Uploads"]
         page = [upload for upload in uploads if upload["Key"] > arguments.get("KeyMarker", "")][:2]
         if page[0]["Key"].endswith("0"):
-            other.call_s3(
-                "abort_multipart_upload", Bucket=bucket, Key=page[0]["Key"], UploadId=page[0]["UploadId"]
-            )
+            other.call_s3("abort_multipart_upload", Bucket=bucket, Key=page[0]["Key"], UploadId=page[0]["UploadId"])
         truncated = page[-1]["Key"] < uploads[-1]["Key"]
         markers = {"NextKeyMarker": page[-1]["Key"], "NextUploadIdMarker": page[-1]["UploadId"]}
         return {"Uploads": page, "IsTruncated": truncated, **(markers if truncated else {})}

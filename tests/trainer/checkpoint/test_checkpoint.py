@@ -44,9 +44,7 @@ def test_a_checkpoint_is_complete_or_absent_when_its_ranks_are_killed(tmp_path: 
     assert code == 0, log
 
 
-def test_a_checkpoint_has_the_state_at_the_time_of_saving(
-    process_group: None, checkpoints: CheckpointFolder
-) -> None:
+def test_a_checkpoint_has_the_state_at_the_time_of_saving(process_group: None, checkpoints: CheckpointFolder) -> None:
     weights = torch.zeros(20_000_000)
     checkpoints.save_tensors({KEY: weights}, 1, ONE_RANK)
     weights += 1
@@ -98,7 +96,5 @@ def test_a_rank_without_access_to_the_disk_of_rank_0_is_an_error(
     with (tmp_path / "lock").open("w+") as lock:
         check_shared(lock.fileno(), tmp_path / "lock", ONE_RANK)
         (tmp_path / "elsewhere").mkdir()
-        with pytest.raises(
-            UserError, match=r"elsewhere/lock: rank 0 does not see .* all machines of the run"
-        ):
+        with pytest.raises(UserError, match=r"elsewhere/lock: rank 0 does not see .* all machines of the run"):
             check_shared(lock.fileno(), tmp_path / "elsewhere" / "lock", ONE_RANK)

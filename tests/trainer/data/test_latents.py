@@ -162,9 +162,7 @@ def test_a_crop_equals_the_same_part_of_the_scaled_image() -> None:
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P"])
 def test_images_of_every_mode_are_converted_to_rgb(mode: str) -> None:
-    data = (
-        jpeg(scene(900, 800).convert(mode)) if mode in ("L", "CMYK") else png(scene(900, 800).convert(mode))
-    )
+    data = jpeg(scene(900, 800).convert(mode)) if mode in ("L", "CMYK") else png(scene(900, 800).convert(mode))
     assert center_crop(decode_image(data, "a", 64)).shape == (3, 64, 64)
 
 
@@ -176,9 +174,7 @@ def test_the_manifest_has_the_values_that_training_checks(autoencoder_config: Au
         manifest_values(CONFIG.model_copy(update={"size": 60}), autoencoder)
 
 
-def test_a_shard_without_images_gives_an_empty_table(
-    root: Root, autoencoder_config: AutoencoderConfig
-) -> None:
+def test_a_shard_without_images_gives_an_empty_table(root: Root, autoencoder_config: AutoencoderConfig) -> None:
     write_shard(root, {}, [])
     assert make_shard_encoder(CONFIG, autoencoder_config, root)(SHARD).rows == 0
 

@@ -42,9 +42,7 @@ def global_batch(recipe: TrainingRecipe, root: Root, step: int, world: int) -> l
         batch = rank_loader.batch(step)
         slots = rank_slots(rank_loader.order, step, count, rank, world).tolist()
         noises = batch.noise.sum(dim=(1, 2, 3)).tolist()
-        samples.update(
-            zip(slots, zip(batch.image_ids.tolist(), batch.timesteps.tolist(), noises), strict=True)
-        )
+        samples.update(zip(slots, zip(batch.image_ids.tolist(), batch.timesteps.tolist(), noises), strict=True))
     return [samples[slot] for slot in range(count)]
 
 
@@ -76,9 +74,7 @@ def test_order_and_noise_do_not_depend_on_the_number_of_ranks(
         assert global_batch(recipe, training_set, step, world) == global_batch(recipe, training_set, step, 1)
 
 
-def test_a_loader_resumes_at_any_step_with_any_number_of_threads(
-    training_set: Root, autoencoder_folder: str
-) -> None:
+def test_a_loader_resumes_at_any_step_with_any_number_of_threads(training_set: Root, autoencoder_folder: str) -> None:
     whole = list(loader(make_recipe(autoencoder_folder), training_set).batches(0, 12))
     threads = make_recipe(autoencoder_folder, workers=5, prefetch_batches=9)
     resumed = list(loader(threads, training_set).batches(7, 12))
@@ -87,9 +83,7 @@ def test_a_loader_resumes_at_any_step_with_any_number_of_threads(
         assert_equal(batch, resumed_batch)
 
 
-def test_rows_are_joined_by_id_and_each_epoch_uses_the_next_view(
-    training_set: Root, autoencoder_folder: str
-) -> None:
+def test_rows_are_joined_by_id_and_each_epoch_uses_the_next_view(training_set: Root, autoencoder_folder: str) -> None:
     recipe = make_recipe(autoencoder_folder, p_uncond=0.0)
     batches = loader(recipe, training_set)
     for step in (0, 9, 18):
@@ -128,10 +122,7 @@ def test_batches_equal_the_stored_digests(training_set: Root, autoencoder_folder
     # Stored before `neighbors_used` and `neighbor_noise` existed, when images were scaled before cropping.
     assert digest(loader(make_recipe(autoencoder_folder), training_set), 12) == "1cd0f0b25de871f1"
     write_tars(training_set)
-    assert (
-        digest(loader(make_recipe(autoencoder_folder, source="images"), training_set), 12)
-        == "9acce8385d0ad554"
-    )
+    assert digest(loader(make_recipe(autoencoder_folder, source="images"), training_set), 12) == "9acce8385d0ad554"
 
 
 def test_neighbors_used_draws_neighbors_at_each_step_and_changes_nothing_else(
@@ -155,9 +146,7 @@ def test_neighbors_used_draws_neighbors_at_each_step_and_changes_nothing_else(
     assert 25 < min(pairs.values()) <= max(pairs.values()) < 90
 
 
-def test_neighbor_noise_rotates_unit_vectors_by_the_expected_angle(
-    training_set: Root, autoencoder_folder: str
-) -> None:
+def test_neighbor_noise_rotates_unit_vectors_by_the_expected_angle(training_set: Root, autoencoder_folder: str) -> None:
     changes = {"p_uncond": 0.3, "neighbors_used": 3}
     plain = loader(make_recipe(autoencoder_folder, **changes), training_set)
     noisy = loader(make_recipe(autoencoder_folder, neighbor_noise=0.5, **changes), training_set)

@@ -45,15 +45,7 @@ def evaluated(tiny, prompts_file):
 
 def config(prompts_file: str, **settings) -> EvaluateConfig:
     classifier = ClassifierConfig(hidden=32, epochs=40)
-    quick = {
-        "steps": 2,
-        "guidance": 2.0,
-        "k": 4,
-        "batch_size": 3,
-        "workers": 2,
-        "threads": 1,
-        "device": "cpu",
-    }
+    quick = {"steps": 2, "guidance": 2.0, "k": 4, "batch_size": 3, "workers": 2, "threads": 1, "device": "cpu"}
     defaults = {"prompts_file": prompts_file, "samples_per_style": 4, "classifier": classifier}
     return EvaluateConfig(**(defaults | quick | settings))
 
@@ -180,9 +172,7 @@ def test_logits_and_distances_are_better_for_samples_like_the_databases(figures)
 def test_the_clip_score_pairs_each_picture_with_its_prompt(figures):
     samples, _, result = figures
     features = samples["retrieval", NAMES[2]]
-    expected = np.mean(
-        [picture @ text for picture, text in zip(features.pictures, features.texts, strict=True)]
-    )
+    expected = np.mean([picture @ text for picture, text in zip(features.pictures, features.texts, strict=True)])
     assert result["styles"][2]["modes"]["retrieval"]["clip_score"] == pytest.approx(expected, abs=1e-6)
 
 
@@ -205,13 +195,7 @@ def test_every_mode_and_style_has_its_samples_and_their_features(evaluated):
         "report",
     ]
     assert all(shard.rows == 4 for shard in manifest.shards[:-1])
-    for name in (
-        "evaluation.json",
-        "bars.png",
-        "classifier.safetensors",
-        "retrieval.png",
-        "no_neighbors.png",
-    ):
+    for name in ("evaluation.json", "bars.png", "classifier.safetensors", "retrieval.png", "no_neighbors.png"):
         assert f"{STAGE}/{name}" in manifest.checksums()
     for number, (prompt, seed) in enumerate(draw_prompts(PROMPTS, 4, "deep_red", seed=0)):
         with root.open(f"{STAGE}/samples/suffix/deep_red/{number:04d}.png") as file:
@@ -241,9 +225,7 @@ def test_stored_features_belong_to_the_stored_pictures(evaluated, tiny):
     np.testing.assert_allclose(features, encoder.encode_images(pictures), atol=1e-5)
 
 
-def test_a_finished_run_is_not_repeated_and_a_killed_run_ends_with_the_same_checksums(
-    evaluated, tiny, prompts_file
-):
+def test_a_finished_run_is_not_repeated_and_a_killed_run_ends_with_the_same_checksums(evaluated, tiny, prompts_file):
     root, manifest, _ = evaluated
     path = root.local_path(f"{STAGE}/evaluation.json")
     before = path.stat().st_mtime_ns

@@ -44,9 +44,7 @@ def test_both_schedules_of_the_paper_equal_a_sum_of_logarithms(beta_end: float) 
 )
 def test_diffusers_schedulers_have_our_alphas_and_add_our_noise(kind: Any, beta_end: float) -> None:
     config = DiffusionConfig(beta_end=beta_end)
-    settings = {
-        name: value for name, value in scheduler_settings(config).items() if name != "set_alpha_to_one"
-    }
+    settings = {name: value for name, value in scheduler_settings(config).items() if name != "set_alpha_to_one"}
     scheduler = kind(**settings)
     # diffusers computes the thousand products in float32.
     torch.testing.assert_close(alphas_bar(config), scheduler.alphas_cumprod, rtol=1e-4, atol=0)
@@ -85,9 +83,7 @@ def test_noising_and_targets_equal_those_of_diffusers(prediction: str) -> None:
     x_0, eps = torch.randn(2, 6, 4, 8, 8)
     t = torch.tensor([0, 1, 250, 500, 998, 999])
     abar_t = alphas_bar(config)[t]
-    torch.testing.assert_close(
-        q_sample(x_0, eps, abar_t), scheduler.add_noise(x_0, eps, t), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(q_sample(x_0, eps, abar_t), scheduler.add_noise(x_0, eps, t), rtol=1e-4, atol=1e-5)
     expected = eps if prediction == "epsilon" else scheduler.get_velocity(x_0, eps, t)
     torch.testing.assert_close(target(prediction, x_0, eps, abar_t), expected, rtol=1e-4, atol=1e-5)
 

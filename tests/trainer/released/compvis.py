@@ -16,9 +16,7 @@ from trainer.recipe import ModelConfig
 class UNetResidual(nn.Module):
     def __init__(self, inputs: int, outputs: int, time: int) -> None:
         super().__init__()
-        self.in_layers = nn.Sequential(
-            nn.GroupNorm(32, inputs), nn.SiLU(), nn.Conv2d(inputs, outputs, 3, 1, 1)
-        )
+        self.in_layers = nn.Sequential(nn.GroupNorm(32, inputs), nn.SiLU(), nn.Conv2d(inputs, outputs, 3, 1, 1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(time, outputs))
         last = nn.Conv2d(outputs, outputs, 3, 1, 1)
         self.out_layers = nn.Sequential(nn.GroupNorm(32, outputs), nn.SiLU(), nn.Dropout(0), last)

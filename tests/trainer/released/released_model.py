@@ -30,9 +30,7 @@ def recipe_of(kind: str, folder: Path, **sections: dict[str, Any]) -> TrainingRe
             name=kind, source="images", size=64, k=4, global_batch=2, micro_batch=2, steps=1
         ).model_dump(),
     }
-    return TrainingRecipe.model_validate(
-        {name: values | sections.get(name, {}) for name, values in defaults.items()}
-    )
+    return TrainingRecipe.model_validate({name: values | sections.get(name, {}) for name, values in defaults.items()})
 
 
 @cache

@@ -13,14 +13,7 @@ from safetensors.torch import save_file
 
 from retrieval.errors import UserError
 from tests.trainer.released import compvis
-from tests.trainer.released.released_model import (
-    BETA_END,
-    MODELS,
-    networks,
-    recipe_of,
-    state_of,
-    write_checkpoint,
-)
+from tests.trainer.released.released_model import BETA_END, MODELS, networks, recipe_of, state_of, write_checkpoint
 from trainer.model.autoencoder import Autoencoder, kl_f16, vq_f4
 from trainer.model.unet import build_unet
 from trainer.recipe import ModelConfig
@@ -30,9 +23,7 @@ from trainer.released.tensor_names import autoencoder_key, average_key, unet_key
 KINDS = sorted(MODELS)
 PAPER = {
     "laion": (
-        ModelConfig(
-            latent_channels=16, context_dim=768, channels=(448, 896, 1344, 1792), attention=(1, 2, 4)
-        ),
+        ModelConfig(latent_channels=16, context_dim=768, channels=(448, 896, 1344, 1792), attention=(1, 2, 4)),
         1_335_480_400,
     ),
     "imagenet": (
@@ -74,9 +65,7 @@ def test_the_averaged_unet_gives_the_original_networks_outputs(kind, tmp_path):
     unet, averaged, _ = networks(kind)
     expected, actual = outputs(kind, averaged, opened(released, kind))
     assert_same(actual, expected)
-    assert (actual - outputs(kind, unet, averaged)[0]).abs().max() > 0.1, (
-        "the average must differ from the weights"
-    )
+    assert (actual - outputs(kind, unet, averaged)[0]).abs().max() > 0.1, "the average must differ from the weights"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -125,9 +114,7 @@ def test_every_tensor_of_the_papers_model_has_a_key_with_its_shape(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_tensor_of_the_papers_autoencoder_has_a_key_with_its_shape(kind):
     with torch.device("meta"):
-        theirs, ours = (
-            (compvis.Variational(128), kl_f16()) if kind == "laion" else (compvis.Quantized(128), vq_f4())
-        )
+        theirs, ours = (compvis.Variational(128), kl_f16()) if kind == "laion" else (compvis.Quantized(128), vq_f4())
     expected = {f"first_stage_model.{name}": squeezed(w.shape) for name, w in theirs.named_parameters()}
     levels = len(ours.config.block_out_channels)
     shapes = {autoencoder_key(name, levels): squeezed(w.shape) for name, w in ours.state_dict().items()}

@@ -51,9 +51,7 @@ def test_our_sampler_and_plain_diffusers_give_the_same_latents(exported):
     for t in scheduler.timesteps:
         unconditional = unet(latents, t, encoder_hidden_states=torch.zeros(2, 1, 32)).sample
         conditional = unet(latents, t, encoder_hidden_states=context).sample
-        latents = scheduler.step(
-            unconditional + guidance * (conditional - unconditional), t, latents
-        ).prev_sample
+        latents = scheduler.step(unconditional + guidance * (conditional - unconditional), t, latents).prev_sample
 
     ours = build_unet(config.model).eval()
     ours.load_state_dict(read_model_weights(root, config.train.folder))
@@ -117,10 +115,7 @@ def test_an_exported_folder_is_imported_as_the_same_run(exported, tmp_path):
     exported_weights, imported = (read_model_weights(each, config.train.folder) for each in (root, target))
     assert exported_weights.keys() == imported.keys()
     assert all(torch.equal(tensor, imported[name]) for name, tensor in exported_weights.items())
-    assert (
-        Autoencoder.load(recipe.autoencoder, "cpu").identity
-        == Autoencoder.load(config.autoencoder, "cpu").identity
-    )
+    assert Autoencoder.load(recipe.autoencoder, "cpu").identity == Autoencoder.load(config.autoencoder, "cpu").identity
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,4 @@ def test_a_recipe_that_does_not_match_is_refused_and_writes_no_run(sections, mes
 
 def test_a_missing_source_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"nowhere.ckpt does not exist"):
-        import_model(
-            recipe_of("laion", tmp_path), tmp_path / "nowhere.ckpt", ENCODER, Root(tmp_path / "root")
-        )
+        import_model(recipe_of("laion", tmp_path), tmp_path / "nowhere.ckpt", ENCODER, Root(tmp_path / "root"))

@@ -60,9 +60,7 @@ def retrieved(sampler) -> list[int]:
 
 
 def request(**settings) -> Request:
-    return Request(
-        **({"prompt": "a circle", "database": "green", "k": 4, "guidance": 2.0, "steps": 2} | settings)
-    )
+    return Request(**({"prompt": "a circle", "database": "green", "k": 4, "guidance": 2.0, "steps": 2} | settings))
 
 
 def conditioned(sampler, **settings):

@@ -82,11 +82,7 @@ def test_a_seed_gives_the_same_latents_alone_and_in_a_batch(unet):
     noise = initial_noise([10, 11, 12, 13], SHAPE)
     together = guided_sample(unet, make_scheduler("ddim", 4, DiffusionConfig()), noise, tokens, scale)
     alone = guided_sample(
-        unet,
-        make_scheduler("ddim", 4, DiffusionConfig()),
-        initial_noise([12], SHAPE),
-        tokens[2:3],
-        scale[2:3],
+        unet, make_scheduler("ddim", 4, DiffusionConfig()), initial_noise([12], SHAPE), tokens[2:3], scale[2:3]
     )
     torch.testing.assert_close(alone[0], together[2], atol=1e-4, rtol=1e-4)
     assert (together[0] - together[1]).abs().max() > 0.1
@@ -95,9 +91,7 @@ def test_a_seed_gives_the_same_latents_alone_and_in_a_batch(unet):
 @torch.no_grad()
 def test_latents_may_have_another_size_than_in_training(unet):
     noise = initial_noise([1], (4, 4, 12))
-    latents = guided_sample(
-        unet, make_scheduler("plms", 3, DiffusionConfig()), noise, context(1, 2), torch.ones(1)
-    )
+    latents = guided_sample(unet, make_scheduler("plms", 3, DiffusionConfig()), noise, context(1, 2), torch.ones(1))
     assert latents.shape == (1, 4, 4, 12)
     assert torch.isfinite(latents).all()
 
@@ -111,11 +105,7 @@ def test_the_null_context_is_computed_only_if_a_guidance_differs_from_1():
 
     for scale in (torch.ones(2), torch.tensor([1.0, 2.0])):
         guided_sample(
-            denoiser,
-            make_scheduler("ddim", 1, DiffusionConfig()),
-            initial_noise([0, 1], SHAPE),
-            context(2, 1),
-            scale,
+            denoiser, make_scheduler("ddim", 1, DiffusionConfig()), initial_noise([0, 1], SHAPE), context(2, 1), scale
         )
     assert batch_sizes == [2, 4]
 

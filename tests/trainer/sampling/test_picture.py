@@ -4,16 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainer.sampling.picture import (
-    EMPTY_CELL,
-    Grid,
-    draw_grid,
-    fit,
-    png_bytes,
-    read_recipe,
-    to_pictures,
-    wrap,
-)
+from trainer.sampling.picture import EMPTY_CELL, Grid, draw_grid, fit, png_bytes, read_recipe, to_pictures, wrap
 from trainer.sampling.picture import _font as font
 
 

@@ -210,8 +210,7 @@ def test_too_many_steps_are_refused_before_pictures_are_deleted(fresh):
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{"k": 0}, {"steps": 0}, {"scheduler": "euler"}, {"databases": ()}, {"mode": "image"}, {"colour": 1}],
+    "settings", [{"k": 0}, {"steps": 0}, {"scheduler": "euler"}, {"databases": ()}, {"mode": "image"}, {"colour": 1}]
 )
 def test_invalid_settings_are_refused(settings):
     with pytest.raises(ValidationError):

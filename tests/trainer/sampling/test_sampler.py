@@ -10,15 +10,7 @@ import torch
 from retrieval.clip.encoder import Encoder
 from retrieval.errors import UserError
 from retrieval.storage.root import Root
-from tests.trainer.tiny_run import (
-    PROMPTS,
-    ROWS,
-    STYLES,
-    tiny_autoencoder,
-    write_clip,
-    write_run,
-    write_style_database,
-)
+from tests.trainer.tiny_run import PROMPTS, ROWS, STYLES, tiny_autoencoder, write_clip, write_run, write_style_database
 from trainer.sampling.batches import even_chunks
 from trainer.sampling.denoising import initial_noise
 from trainer.sampling.recipe import ComputeConfig
@@ -39,9 +31,7 @@ def sampler(tiny) -> Sampler:
 
 
 def request(**settings) -> Request:
-    return Request(
-        **({"prompt": PROMPTS[0], "database": "green", "k": 4, "guidance": 2.0, "steps": 2} | settings)
-    )
+    return Request(**({"prompt": PROMPTS[0], "database": "green", "k": 4, "guidance": 2.0, "steps": 2} | settings))
 
 
 def pixels(sample) -> np.ndarray:
@@ -119,9 +109,7 @@ def test_a_recipe_reproduces_its_picture(sampler):
     recipe = json.loads(json.dumps(sample.recipe()))
     (reproduced,) = sampler.sample([Request.from_recipe(recipe)])
     assert np.array_equal(pixels(reproduced), pixels(sample))
-    assert recipe["neighbors"] == [
-        [neighbor.image_id, neighbor.similarity] for neighbor in reproduced.neighbors
-    ]
+    assert recipe["neighbors"] == [[neighbor.image_id, neighbor.similarity] for neighbor in reproduced.neighbors]
     assert len(recipe["model"]) == 64
 
 
@@ -239,9 +227,7 @@ def test_a_missing_gpu_is_refused():
         pick_device("cuda")
 
 
-@pytest.mark.parametrize(
-    ("count", "size", "lengths"), [(20, 8, [7, 6, 7]), (3, 8, [3]), (0, 8, []), (8, 8, [8])]
-)
+@pytest.mark.parametrize(("count", "size", "lengths"), [(20, 8, [7, 6, 7]), (3, 8, [3]), (0, 8, []), (8, 8, [8])])
 def test_chunks_are_few_and_of_nearly_equal_length(count, size, lengths):
     chunks = even_chunks(list(range(count)), size)
     assert [len(chunk) for chunk in chunks] == lengths

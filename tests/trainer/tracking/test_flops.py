@@ -48,9 +48,7 @@ def test_device_names_of_torch_are_in_the_table(name: str, tflops: float) -> Non
     assert known_peak(name) == tflops * 1e12
 
 
-@pytest.mark.parametrize(
-    "name", ["Quadro RTX 6000", "NVIDIA A10", "NVIDIA A1000", "Tesla V100-SXM2-16GB", "CPU"]
-)
+@pytest.mark.parametrize("name", ["Quadro RTX 6000", "NVIDIA A10", "NVIDIA A1000", "Tesla V100-SXM2-16GB", "CPU"])
 def test_a_device_that_is_not_in_the_table_has_no_known_peak(name: str) -> None:
     assert known_peak(name) is None
 

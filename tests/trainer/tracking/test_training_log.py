@@ -81,12 +81,9 @@ def test_log_lines_have_all_metrics(
     record(tmp_path, plan_of(autoencoder_folder, training_set), 0, range(4, 5))
     first, second, third = caplog.messages
     assert first == (
-        "step 4/10  loss 0.4000  grad 1.000  lr 1.00e-03  80.0 images/s  data 0.010 s  MFU 40.0%  1.50 GiB  "
-        "eta 0:00:01"
+        "step 4/10  loss 0.4000  grad 1.000  lr 1.00e-03  80.0 images/s  data 0.010 s  MFU 40.0%  1.50 GiB  eta 0:00:01"
     )
-    assert (
-        "held-out loss 0.5000  averaged weights 0.4000  by timestep 0.8000  0.5000  0.4000  0.3000" in second
-    )
+    assert "held-out loss 0.5000  averaged weights 0.4000  by timestep 0.8000  0.5000  0.4000  0.3000" in second
     assert third.endswith("previews/00000004.png")
 
 

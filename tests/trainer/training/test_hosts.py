@@ -16,10 +16,7 @@ def test_a_hostfile_lists_machines_and_their_ranks_in_order(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (
-            "gpu-01 slots=8\ngpu-02 8\n",
-            r"hosts.txt line 2: found 'gpu-02 8'. Write one line .*gpu-01 slots=8",
-        ),
+        ("gpu-01 slots=8\ngpu-02 8\n", r"hosts.txt line 2: found 'gpu-02 8'. Write one line .*gpu-01 slots=8"),
         ("gpu-01 slots=0\n", "line 1: found 'gpu-01 slots=0'"),
         ("gpu-01 slots=8 fast\n", "line 1: found"),
         ("-oProxyCommand=id slots=8\n", "line 1: found"),
@@ -45,9 +42,7 @@ def test_ssh_is_needed_only_for_other_machines(monkeypatch: pytest.MonkeyPatch) 
         check_hosts((Host("localhost", 2), Host("gpu-01", 2)))
 
 
-def test_the_error_for_machines_that_cannot_train_names_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_error_for_machines_that_cannot_train_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replace_programs(tmp_path, monkeypatch, "ssh", "pdsh")
     check_hosts((Host("good", 1), Host("localhost", 1)))
     with pytest.raises(UserError) as caught:
@@ -57,9 +52,7 @@ def test_the_error_for_machines_that_cannot_train_names_them(
     assert "good" not in str(caught.value)
 
 
-def test_the_check_of_a_machine_that_does_not_answer_times_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_check_of_a_machine_that_does_not_answer_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replace_programs(tmp_path, monkeypatch, "ssh", "pdsh")
     (tmp_path / "ssh").write_text("#!/bin/sh\nexec sleep 60\n")
     monkeypatch.setattr("trainer.training.hosts.TIMEOUT_S", 0.25)

@@ -64,9 +64,7 @@ def test_the_held_out_loss_does_not_depend_on_the_number_of_ranks_or_zero_stage(
     assert losses(sharded[0]) == pytest.approx(losses(single[0]), rel=1e-6)
 
 
-def test_the_preview_does_not_depend_on_the_zero_stage(
-    root: Root, unchanged: dict[str, TrainingRecipe]
-) -> None:
+def test_the_preview_does_not_depend_on_the_zero_stage(root: Root, unchanged: dict[str, TrainingRecipe]) -> None:
     sheets = [
         np.asarray(Image.open(folder_of(recipe, root) / "previews" / "00000002.png"), np.int16)
         for recipe in unchanged.values()

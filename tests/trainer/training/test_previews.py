@@ -39,16 +39,12 @@ def images(context_seed: int = 0) -> HeldOut:
     )
 
 
-def pixels(
-    autoencoder: Autoencoder, unet: torch.nn.Module, held_out: HeldOut, prompts: Prompts | None
-) -> np.ndarray:
+def pixels(autoencoder: Autoencoder, unet: torch.nn.Module, held_out: HeldOut, prompts: Prompts | None) -> np.ndarray:
     previews = Previews(held_out, prompts, autoencoder, DiffusionConfig(), CPU)
     return np.asarray(previews.draw(unet, next(unet.parameters()).dtype, 7))
 
 
-def test_a_sheet_is_reproducible_and_depends_on_the_neighbors(
-    autoencoder: Autoencoder, unet: torch.nn.Module
-) -> None:
+def test_a_sheet_is_reproducible_and_depends_on_the_neighbors(autoencoder: Autoencoder, unet: torch.nn.Module) -> None:
     sheet = pixels(autoencoder, unet, images(), None)
     assert np.array_equal(sheet, pixels(autoencoder, unet, images(), None))
     other = pixels(autoencoder, unet, images(context_seed=9), None)
@@ -77,9 +73,7 @@ def test_samples_of_prompts_are_below_and_depend_on_the_prompt(
 def test_weights_in_bf16_draw_nearly_the_same_sheet(autoencoder: Autoencoder, unet: torch.nn.Module) -> None:
     sheet = pixels(autoencoder, unet, images(), None).astype(float)
     half = build_unet(
-        ModelConfig(
-            latent_channels=4, context_dim=DIM, channels=(32, 32), attention=(1, 2), layers=1, norm_groups=8
-        )
+        ModelConfig(latent_channels=4, context_dim=DIM, channels=(32, 32), attention=(1, 2), layers=1, norm_groups=8)
     )
     half.load_state_dict(unet.state_dict())
     difference = np.abs(pixels(autoencoder, half.type(torch.bfloat16), images(), None) - sheet)

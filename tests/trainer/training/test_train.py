@@ -21,15 +21,7 @@ from retrieval.errors import UserError
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
 from tests.trainer.training.launched import train, try_to_train
-from tests.trainer.training_set import (
-    NAMES,
-    SHAPE,
-    VIEWS,
-    ids_of,
-    make_recipe,
-    new_training_set,
-    write_latents,
-)
+from tests.trainer.training_set import NAMES, SHAPE, VIEWS, ids_of, make_recipe, new_training_set, write_latents
 from trainer.data.loader import Loader
 from trainer.data.plan import is_finished
 from trainer.engine.deepspeed_engine import Ranks
@@ -198,9 +190,7 @@ def test_the_error_for_a_non_finite_loss_names_step_rank_and_images(
     recipe = recipe_of(autoencoder_folder)
     code, log = try_to_train(recipe, training_set, ranks=2)
     assert code != 0
-    messages = re.findall(
-        r"step (\d+): loss is (?:nan|inf) on rank (\d).*Images of the step, by rank: (\{.*\})", log
-    )
+    messages = re.findall(r"step (\d+): loss is (?:nan|inf) on rank (\d).*Images of the step, by rank: (\{.*\})", log)
     # All ranks raise the same error.
     assert set(messages) == {messages[0]}
     step, rank, ids = map(ast.literal_eval, messages[0])
@@ -230,9 +220,7 @@ def copied_run(tmp_path: Path, finished_run: Root) -> Root:
     return Root(tmp_path / "copy")
 
 
-def test_a_finished_run_with_a_deleted_model_exports_it_again(
-    autoencoder_folder: str, copied_run: Root
-) -> None:
+def test_a_finished_run_with_a_deleted_model_exports_it_again(autoencoder_folder: str, copied_run: Root) -> None:
     before = read_manifest(copied_run, FOLDER).checksums()
     copied_run.delete(f"{FOLDER}/model/diffusion_pytorch_model.safetensors")
     recipe = recipe_of(autoencoder_folder)
@@ -255,9 +243,7 @@ def test_a_damaged_checkpoint_file_is_an_error(autoencoder_folder: str, copied_r
     checkpoints = checkpoints_of(prepare(recipe_of(autoencoder_folder), copied_run), copied_run)
     damaged = copied_run.local_path(f"{FOLDER}/checkpoints/step-{STEPS:08d}/rank-00001.safetensors")
     damaged.write_bytes(damaged.read_bytes()[:100])
-    with pytest.raises(
-        UserError, match=r"rank-00001.safetensors should have .* bytes: the checkpoint is damaged"
-    ):
+    with pytest.raises(UserError, match=r"rank-00001.safetensors should have .* bytes: the checkpoint is damaged"):
         checkpoints.load(None, None, Ranks(0, 1, torch.device("cpu")))
 
 

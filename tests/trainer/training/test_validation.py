@@ -69,9 +69,7 @@ def test_held_out_contexts_have_as_many_neighbors_as_training_contexts(
     assert torch.equal(context(2), context(0)[:, :2])
 
 
-def test_too_many_held_out_images_for_one_batch_are_an_error(
-    training_set: Root, autoencoder_folder: str
-) -> None:
+def test_too_many_held_out_images_for_one_batch_are_an_error(training_set: Root, autoencoder_folder: str) -> None:
     with pytest.raises(
         UserError, match=r"72 rows, 65 of them held out: fewer training rows than one global batch of 8"
     ):
@@ -120,8 +118,6 @@ def test_noise_and_timesteps_are_fixed_and_cover_all_quartiles(
     assert loss == pytest.approx(1, abs=0.1)
     assert quartiles == pytest.approx([1] * 4, abs=0.2)
     other = plan_of(autoencoder_folder, training_set, validation_images=10, validate_every=1, seed=9)
-    repeated = ValidationSet(other, Loader(other, training_set, 0, 1), None, one_rank).loss(
-        unet, torch.float32
-    )
+    repeated = ValidationSet(other, Loader(other, training_set, 0, 1), None, one_rank).loss(unet, torch.float32)
     assert repeated == (loss, quartiles)
     assert unet.timesteps[:10] == unet.timesteps[10:]

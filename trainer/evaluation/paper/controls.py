@@ -24,18 +24,14 @@ RequestsByStyle = Mapping[str, Sequence[ConditionedRequest]]
 """Conditioned requests by style, the same number for each style."""
 
 
-def control(
-    name: str, style: str, requests: RequestsByStyle, rows: Sequence[Vectors]
-) -> list[ConditionedRequest]:
+def control(name: str, style: str, requests: RequestsByStyle, rows: Sequence[Vectors]) -> list[ConditionedRequest]:
     """The requests of a style under a control. rows: random neighbors (k, dim) for each request."""
     originals = requests[style]
     if name == RANDOM_ROWS:
         return [_with_neighbors(request, vectors) for request, vectors in zip(originals, rows, strict=True)]
     count = len(originals)
     styles = donor_styles(list(requests), style, count) if name == SHUFFLED else [style] * count
-    donors = [
-        _other_prompt(requests[donor], i, originals[i].request.prompt) for i, donor in enumerate(styles)
-    ]
+    donors = [_other_prompt(requests[donor], i, originals[i].request.prompt) for i, donor in enumerate(styles)]
     return [
         replace(_with_neighbors(request, donor.context[1:]), neighbors=donor.neighbors)
         for request, donor in zip(originals, donors, strict=True)
@@ -76,6 +72,4 @@ def _other_prompt(donors: Sequence[ConditionedRequest], i: int, prompt: str) -> 
     for donor in (*donors[i + 1 :], *donors[: i + 1]):
         if donor.request.prompt != prompt:
             return donor
-    raise UserError(
-        "the controls need at least 2 different prompts, [evaluate] prompts_file has 1. Add a prompt."
-    )
+    raise UserError("the controls need at least 2 different prompts, [evaluate] prompts_file has 1. Add a prompt.")

@@ -17,21 +17,9 @@ from tqdm import tqdm
 from retrieval.database.database import Database
 from retrieval.storage.root import Root
 from trainer.evaluation.metrics import Features
-from trainer.evaluation.paper.copy_distances import (
-    Comparison,
-    Distances,
-    Nearest,
-    hash_row,
-    nearest,
-    nearest_per_query,
-)
+from trainer.evaluation.paper.copy_distances import Comparison, Distances, Nearest, hash_row, nearest, nearest_per_query
 from trainer.evaluation.paper.intervals import Rows
-from trainer.evaluation.paper.real_images import (
-    TrainingImages,
-    has_pictures,
-    style_picture,
-    training_pictures,
-)
+from trainer.evaluation.paper.real_images import TrainingImages, has_pictures, style_picture, training_pictures
 from trainer.model.context import unit_rows
 from trainer.sampling.conditioning import ConditionedRequest
 from trainer.sampling.picture import Grid, cell_edge, open_picture
@@ -115,17 +103,14 @@ class NeighborImages:
             return None
         hashes = {path: hash_row(_open_file(path)) for path in tqdm(distinct, "style pictures") if path}
         of_neighbors, of_real = (
-            [np.stack([hashes[path] for path in paths if path]) for paths in part]
-            for part in (neighbors, real)
+            [np.stack([hashes[path] for path in paths if path]) for paths in part] for part in (neighbors, real)
         )
         distances = np.concatenate([_to_nearest_other(rows) for rows in of_real])
         return nearest_per_query(samples.hashes, of_neighbors), distances
 
     def pictures(self, pairs: Pairs, samples: GeneratedSamples) -> list[Image.Image | None]:
         """Pictures from the folder."""
-        paths = [
-            self._paths(samples.styles[i], [samples.conditioned[i].neighbors[row].url])[0] for i, row in pairs
-        ]
+        paths = [self._paths(samples.styles[i], [samples.conditioned[i].neighbors[row].url])[0] for i, row in pairs]
         return [_open_file(path) if path else None for path in paths]
 
     def _paths(self, style: str, urls: Iterable[str]) -> list[Path | None]:
@@ -165,9 +150,7 @@ class TrainingSetImages:
         return [pictures[row] for row in rows]
 
 
-def compare(
-    samples: GeneratedSamples, real_images: RealImages, max_pairs: int
-) -> list[tuple[Comparison, Grid]]:
+def compare(samples: GeneratedSamples, real_images: RealImages, max_pairs: int) -> list[tuple[Comparison, Grid]]:
     """Comparisons by CLIP and, if there are pictures, by hash; each with the sheet of its closest pairs."""
     measured = {"clip": real_images.by_clip(samples), "hash": real_images.by_hash(samples)}
     results = []

@@ -99,9 +99,7 @@ def run(config: PaperConfig, model: ModelUnderTest, root: Root) -> Manifest:
 class Experiments:
     """All experiments on one model. Each is one or several items of the stage."""
 
-    def __init__(
-        self, config: PaperConfig, model: ModelUnderTest, sampler: Sampler, items: ResumableItems
-    ) -> None:
+    def __init__(self, config: PaperConfig, model: ModelUnderTest, sampler: Sampler, items: ResumableItems) -> None:
         self._config, self._model, self._sampler, self._items = config, model, sampler, items
         self._bootstrap = Bootstrap(config.bootstrap_draws, config.seed)
         settings, root = model.evaluate, items.root
@@ -110,18 +108,14 @@ class Experiments:
         self._groups = make_style_groups(settings, settings.samples_per_style, self._styles, self._prompts)
         self._retrieved = [group for group in self._groups if group.mode == RETRIEVAL]
         self._conditioned = {group.style: self._condition(group) for group in self._retrieved}
-        self._figures = make_figures(
-            config, settings, config.prompts or self._prompts[:FIGURE_PROMPTS], self._styles
-        )
+        self._figures = make_figures(config, settings, config.prompts or self._prompts[:FIGURE_PROMPTS], self._styles)
         sampler.check([request for figure in self._figures for request in figure.group.requests])
 
     def run_all(self) -> tuple[list[ShardRecord], dict[str, Any]]:
         """Run the experiments without a record. Returns all records and the values of `paper.json`."""
         records = draw_groups(self._sampler, [figure.group for figure in self._figures], self._items)
         controls = [
-            replace(group, name=f"{name}/{group.style}", mode=name)
-            for name in CONTROLS
-            for group in self._retrieved
+            replace(group, name=f"{name}/{group.style}", mode=name) for name in CONTROLS for group in self._retrieved
         ]
         records += draw_groups(self._sampler, controls, self._items, self._plan_control)
         results: dict[str, Any] = {"asked": self._settings()}
@@ -178,15 +172,10 @@ class Experiments:
     def _tables(self, controls: list[StyleGroup]) -> Result:
         groups = [(group, self._evaluated) for group in self._groups]
         groups += [(group, self._items) for group in controls]
-        features = {
-            (group.mode, group.style): read_features(self._sampler, group, items) for group, items in groups
-        }
+        features = {(group.mode, group.style): read_features(self._sampler, group, items) for group, items in groups}
         classifier, reference = train_style_classifier(self._model.evaluate, self._sampler, self._styles)
         values = tables(features, Evaluator(classifier, reference, self._bootstrap))
-        return values, {
-            "improvement.png": charts.improvement_chart(values),
-            "modes.png": charts.modes_chart(values),
-        }
+        return values, {"improvement.png": charts.improvement_chart(values), "modes.png": charts.modes_chart(values)}
 
     def _held_out(self) -> Result:
         root, sampler = self._items.root, self._sampler
@@ -216,9 +205,7 @@ class Experiments:
         ]
         if (images := training_images(root, config.max_training_images, config.seed)) is not None:
             sources.append(copy_check.TrainingSetImages(root, images))
-        compared = [
-            pair for source in sources for pair in copy_check.compare(samples, source, config.closest_pairs)
-        ]
+        compared = [pair for source in sources for pair in copy_check.compare(samples, source, config.closest_pairs)]
         files = {f"closest_{comparison.name}.png": grid_png(grid) for comparison, grid in compared}
         files["distances.png"] = charts.distance_chart([comparison for comparison, _ in compared])
         return [copy_distances.summary(comparison, self._bootstrap) for comparison, _ in compared], files
@@ -230,9 +217,7 @@ class Experiments:
         return copy_check.GeneratedSamples(
             root=self._items.root,
             names=tuple(
-                picture_path(group, self._evaluated, n)
-                for group in self._retrieved
-                for n in range(len(group.requests))
+                picture_path(group, self._evaluated, n) for group in self._retrieved for n in range(len(group.requests))
             ),
             styles=tuple(item.request.database for item in conditioned),
             features=np.concatenate([group.pictures for group in features]),

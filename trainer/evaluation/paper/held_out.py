@@ -49,8 +49,7 @@ def held_out_losses(
     for name, context in contexts.items():
         conditioned = replace(batch, context=context.repeat_interleave(draws, dim=0))
         parts = [
-            objective(unet, piece, torch.float32).cpu()
-            for piece in conditioned.split(plan.config.train.micro_batch)
+            objective(unet, piece, torch.float32).cpu() for piece in conditioned.split(plan.config.train.micro_batch)
         ]
         losses[name] = torch.cat(parts).double().numpy().reshape(count, draws)
     return losses

@@ -93,9 +93,7 @@ def _mode_row(total: StyleScores, gaussian: Gaussian, evaluator: Evaluator) -> d
     covered = fit_manifold(pictures, reference.neighbors).contains(reference.features)
     return {
         **_values(total, bootstrap),
-        "frechet_distance": bootstrap.basic_interval(
-            lambda rows: gaussian.distance(pictures[rows]), len(pictures)
-        ),
+        "frechet_distance": bootstrap.basic_interval(lambda rows: gaussian.distance(pictures[rows]), len(pictures)),
         "precision": bootstrap.mean(reference.manifold.contains(pictures)),
         "recall": bootstrap.mean(covered),
     }

@@ -59,9 +59,7 @@ def has_pictures(root: Root, images: TrainingImages) -> bool:
     return all(root.exists(f"download/train/{shard}.tar") for shard in set(images.shards))
 
 
-def training_pictures(
-    root: Root, images: TrainingImages, rows: Sequence[int]
-) -> Iterator[tuple[int, Image.Image]]:
+def training_pictures(root: Root, images: TrainingImages, rows: Sequence[int]) -> Iterator[tuple[int, Image.Image]]:
     """The pictures of some rows with their row numbers, shard by shard."""
     by_shard: dict[str, list[int]] = {}
     for row in rows:

@@ -60,10 +60,7 @@ def test_the_encoder_loads_the_folder_and_encodes_texts_and_pictures_of_any_size
 
 
 def test_the_folder_has_only_complete_files(clip):
-    assert sorted(path.name for path in clip[0].iterdir()) == [
-        "open_clip_config.json",
-        "open_clip_model.safetensors",
-    ]
+    assert sorted(path.name for path in clip[0].iterdir()) == ["open_clip_config.json", "open_clip_model.safetensors"]
     assert PREPROCESSING["size"] == 64
 
 

@@ -95,14 +95,7 @@ STATUSES = f"download/train/{SHARD}.parquet"
         (lambda rows: rows[5].update(reason=""), 1),
         (lambda rows: rows[0].update(reason="not_found"), 1),
     ],
-    ids=[
-        "lost",
-        "twice",
-        "other url",
-        "unknown word",
-        "stored but not in the tar",
-        "failed but in the tar",
-    ],
+    ids=["lost", "twice", "other url", "unknown word", "stored but not in the tar", "failed but in the tar"],
 )
 def test_a_url_without_exactly_one_correct_status_is_counted(demo: Demo, change: Any, wrong: int) -> None:
     edit(demo.root, STATUSES, schema.DOWNLOADED, change)

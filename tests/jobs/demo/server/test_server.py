@@ -130,9 +130,7 @@ def test_only_pictures_can_be_read(server: WorldServer, path: str) -> None:
 
 
 @pytest.mark.parametrize(("route", "status"), [("missing", 404), ("forbidden", 403), ("gone", 410)])
-def test_error_routes_have_their_status_though_the_picture_exists(
-    server: WorldServer, route: str, status: int
-) -> None:
+def test_error_routes_have_their_status_though_the_picture_exists(server: WorldServer, route: str, status: int) -> None:
     assert status_of(f"{server.url}/{route}/a.jpg") == status
 
 

@@ -36,12 +36,7 @@ def test_a_16_bit_png_has_the_drawing_in_16_bits(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("file_format", "suffix", "mode", "frames"),
-    [
-        ("gray", "jpg", "L", 1),
-        ("alpha", "png", "RGBA", 1),
-        ("palette", "png", "P", 1),
-        ("animated", "gif", "P", 2),
-    ],
+    [("gray", "jpg", "L", 1), ("alpha", "png", "RGBA", 1), ("palette", "png", "P", 1), ("animated", "gif", "P", 2)],
 )
 def test_unusual_formats_match_their_names(
     tmp_path: Path, file_format: str, suffix: str, mode: str, frames: int

@@ -97,16 +97,12 @@ def test_every_style_keeps_the_color_of_the_figure(style):
 
 def test_the_full_caption_has_all_properties():
     scene = Scene(Content("star", "orange", "sea", 2, "stacked"), "stained glass", 0)
-    assert scenes.full_caption(scene) == (
-        "two orange stars stacked over the sea in the style of stained glass"
-    )
+    assert scenes.full_caption(scene) == ("two orange stars stacked over the sea in the style of stained glass")
     assert scenes.prompt(Content("star", "orange", "sea", 1, "")) == "an orange star over the sea"
 
 
 def test_full_captions_of_different_content_or_style_differ():
-    captions = {
-        scenes.suffix_prompt(content, style) for content in scenes.all_contents() for style in scenes.STYLES
-    }
+    captions = {scenes.suffix_prompt(content, style) for content in scenes.all_contents() for style in scenes.STYLES}
     assert len(captions) == 16_000
 
 

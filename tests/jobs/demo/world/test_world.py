@@ -39,13 +39,7 @@ def free_port() -> int:
 
 
 def small_config(**changes: Any) -> WorldConfig:
-    sizes = {
-        "num_database": 30,
-        "num_train": 4,
-        "num_per_style": 1,
-        "num_held_out": 5,
-        "num_metadata_files": 2,
-    }
+    sizes = {"num_database": 30, "num_train": 4, "num_per_style": 1, "num_held_out": 5, "num_metadata_files": 2}
     return WorldConfig(**{**sizes, **changes})
 
 
@@ -282,9 +276,7 @@ def test_a_killed_run_is_completed_to_the_same_files_by_any_number_of_workers(
     write_older_world(other)
     script.write_text(KILLED)
     arguments = [sys.executable, str(script), config.model_dump_json(), str(other)]
-    run = subprocess.Popen(
-        arguments, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, stderr=subprocess.DEVNULL
-    )
+    run = subprocess.Popen(arguments, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while len(list(other.glob("images/[!.]*"))) < 20:
         assert run.poll() is None

@@ -152,9 +152,7 @@ def clusters(label: int, count: int, seed: int) -> np.ndarray:
 
 def test_tables_have_the_effect_and_the_style_of_shuffled_samples():
     features = np.concatenate([clusters(label, 60, seed=0) for label in range(3)])
-    classifier = train_classifier(
-        features, np.repeat(np.arange(3), 60), NAMES, ClassifierConfig(hidden=32), seed=0
-    )
+    classifier = train_classifier(features, np.repeat(np.arange(3), 60), NAMES, ClassifierConfig(hidden=32), seed=0)
     texts = unit(np.random.default_rng(3).standard_normal((6, 16)))
     samples = {}
     for label, style in enumerate(NAMES):
@@ -165,9 +163,7 @@ def test_tables_have_the_effect_and_the_style_of_shuffled_samples():
         # Shuffled samples have the neighbors of the next two styles alternately, and their style.
         parts = [clusters((label + 1 + i % 2) % 3, 6, seed=4)[i] for i in range(6)]
         samples[SHUFFLED, style] = SampleFeatures(np.stack(parts), texts)
-    result = tables(
-        samples, Evaluator(classifier, Reference(features, fit_manifold(features, 3), 3), BOOTSTRAP)
-    )
+    result = tables(samples, Evaluator(classifier, Reference(features, fit_manifold(features, 3), 3), BOOTSTRAP))
     assert result["modes"]["retrieval"]["accuracy"][0] == 1.0
     assert result["effect"][SHUFFLED] == (1.0, 1.0, 1.0)
     value, low, high = result["effect"]["suffix"]
@@ -277,9 +273,7 @@ class ContextIsLatent(torch.nn.Module):
         return ((x_t - abar_t.sqrt() * x_0) / (1 - abar_t).sqrt(),)
 
 
-def test_own_neighbors_give_the_lowest_loss_and_contexts_share_the_noise(
-    training_set: Root, autoencoder_folder: str
-):
+def test_own_neighbors_give_the_lowest_loss_and_contexts_share_the_noise(training_set: Root, autoencoder_folder: str):
     recipe = make_recipe(autoencoder_folder, validation_images=12)
     autoencoder = Autoencoder.load(recipe.autoencoder, "cpu")
     plan = make_plan(recipe, training_set, autoencoder)

@@ -1,0 +1,1 @@
+"""Benchmarks: one room per subject; each writes a page and its numbers to docs/."""
