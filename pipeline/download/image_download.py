@@ -24,9 +24,8 @@ NO_ANSWER = frozenset({Reason.NO_CONNECTION, Reason.TIMEOUT})
 MIN_JUDGED_URLS = 5
 URL_BLOCKED = "its URL, domain or id is on the blocklist"
 
-# Decoding takes up to several hundred MB, which the allocator keeps for the thread that used it. So all
-# images are decoded in two threads (one decodes while the other holds the interpreter lock), not in every
-# fetch thread.
+# Decoding takes up to several hundred MB, which the allocator keeps for the thread that used it. So all images are
+# decoded in two threads (one decodes while the other holds the interpreter lock), not in every fetch thread.
 _DECODERS = ThreadPoolExecutor(2)
 
 

@@ -163,8 +163,7 @@ def training_ranks(ids: Ids, seed: int) -> Ranks:
 def rank_threshold(parts: Callable[[], Iterable[Ranks]], count: int) -> int:
     """The highest of the `count` lowest ranks; NO_LIMIT if there are at most `count` ranks.
 
-    parts: yields the ranks in arrays. It is called twice, so that only one array and one histogram are in
-    memory.
+    parts: yields the ranks in arrays. It is called twice, so that only one array and one histogram are in memory.
     """
     histogram = np.zeros(1 << 16, np.int64)
     for part in parts():
