@@ -24,6 +24,7 @@ from PIL import Image, UnidentifiedImageError
 
 from pipeline.pictures.near_copies import ROWS_PER_GROUP, copies_work, drop_copies
 from pipeline.pictures.patches import MAX_PIXELS, draw_boxes, patch_pictures, patch_quotas, patch_rows
+from pipeline.pictures.tars import sample_key
 from pipeline.recipe import EmbedConfig
 from pipeline.runtime.runner import Work, Workers, run_shards
 from pipeline.runtime.stage import Stage, group_shards
@@ -89,11 +90,12 @@ def _make_work(config: EmbedConfig, clip: ClipConfig, root: Root, selection: Dat
 def _embed_shard(
     config: EmbedConfig, encoder: Encoder, root: Root, selection: DatabaseSelection, shard: str
 ) -> ShardRecord:
-    stored = _downloaded(root, shard)
+    statuses = schema.read_table(root, f"download/{shard}.parquet", schema.DOWNLOADED)
+    stored = statuses.filter(pa.compute.equal(statuses["reason"], ""))
     reasons: dict[str, int] = {}
     if shard in selection.copies:
         stored, reasons = drop_copies(root, selection.copies[shard], stored)
-    keys = {f"{image_id & (1 << 64) - 1:016x}" for image_id in stored[schema.IMAGE_ID].to_pylist()}
+    keys = {sample_key(image_id) for image_id in stored[schema.IMAGE_ID].to_pylist()}
     with root.local(f"download/{shard}.tar") as path:
         pictures = _read_pictures(path.as_posix(), keys)
         if shard in selection.patches:
@@ -172,8 +174,3 @@ def _read_pictures(path: str, keys: set[str]) -> Iterator[tuple[int, bytes]]:
     # tarfile treats a damaged header as the end of the file.
     if missing:
         raise UserError(f"{path} has {len(keys) - len(missing)} of its {len(keys)} pictures. {REMOVE}")
-
-
-def _downloaded(root: Root, shard: str) -> pa.Table:
-    table = schema.read_table(root, f"download/{shard}.parquet", schema.DOWNLOADED)
-    return table.filter(pa.compute.equal(table["reason"], ""))

@@ -20,16 +20,8 @@ from retrieval.storage.root import Root
 BATCH_ROWS = 1 << 16
 HASHED_TAIL_BYTES = 1 << 16
 
-DEFAULT_NAMES = {
-    "url": ("url",),
-    "caption": ("text", "caption"),
-    "width": ("width",),
-    "height": ("height",),
-    "similarity": ("similarity",),
-    "pwatermark": ("pwatermark",),
-    "punsafe": ("punsafe",),
-    "license": ("license",),
-}
+DEFAULT_NAMES = {name: (name,) for name in Columns.model_fields} | {"caption": ("text", "caption")}
+"""The file's names of a column, in lower case, by our name; LAION's caption is TEXT."""
 
 
 @dataclass(frozen=True)

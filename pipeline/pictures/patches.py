@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image
 
-from pipeline.pictures.picture import PictureError, prepare
+from pipeline.pictures.picture import PictureError, ppm_bytes, prepare
 from pipeline.recipe import PatchesConfig
 from retrieval.errors import UserError
 from retrieval.storage import schema
@@ -128,10 +128,4 @@ def _crop_all(data: bytes, boxes: list[Box], edge: int) -> list[bytes]:
         return [b""] * len(boxes)
     with Image.open(io.BytesIO(picture.data)) as image:
         rgb = image.convert("RGB")
-    return [_ppm(crop(rgb, box, edge)) for box in boxes]
-
-
-def _ppm(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PPM")
-    return buffer.getvalue()
+    return [ppm_bytes(crop(rgb, box, edge)) for box in boxes]
