@@ -48,18 +48,14 @@ class Sizes(Config):
 
 
 class Machines(Config):
-    """Equal machines that run one stage at a time."""
+    """Equal machines that run one stage at a time; all numbers but `count` are those of one machine."""
 
     count: PositiveInt
-    """Number of machines."""
     cpus: PositiveInt
-    """CPUs of a machine."""
     gpus: NonNegativeInt
-    """GPUs of a machine."""
     gbit_s: PositiveFloat
-    """Network bandwidth of a machine in Gbit/s, both directions together."""
+    """Network bandwidth, both directions together."""
     dollars_per_hour: float = Field(ge=0)
-    """Price of a machine."""
     source: str = Field(min_length=1)
     """Source of the price."""
 
@@ -77,9 +73,8 @@ class LinearityCheck(Config):
     what: str
     """Name of the rate with its unit."""
     sizes: tuple[PositiveInt, ...] = Field(strict=False)
-    """Numbers of rows."""
+    """Numbers of rows at which the values were measured."""
     values: tuple[PositiveFloat, ...] = Field(strict=False)
-    """The rate at each size."""
 
     @model_validator(mode="after")
     def _fits(self) -> "LinearityCheck":
@@ -92,15 +87,11 @@ class Inputs(Config):
     """The input file."""
 
     sizes: Sizes
-    """Sizes of the data."""
     rates: dict[str, Rate]
-    """Rates by name."""
     machines: dict[str, Machines]
     """`cpu` for stages without GPUs, `gpu` for the others."""
     prices: Prices
-    """Other prices."""
     checks: tuple[LinearityCheck, ...] = Field((), strict=False)
-    """Rates measured at several sizes."""
 
     def rate(self, name: str) -> float:
         """The value of a rate. Raises UserError if the input file does not have it."""

@@ -1,9 +1,8 @@
 """optout: removes the images of a blocklist from finished stages, without running them again.
 
-Reads the blocklist, the tables of `download`, the databases, `neighbors` and the manifests of training runs;
-writes `blocked.npy` into databases that contain a listed image, the neighbor tables that change, and the
-report `optout/<list>.json`. Pictures, vectors and latents stay on disk but are not used. An interrupted run
-can be repeated with the same result.
+Reads the blocklist, the tables of `download`, the databases, `neighbors` and the manifests of training runs; writes
+`blocked.npy` into databases that contain a listed image, the neighbor tables that change, and `optout/<list>.json`.
+Pictures, vectors and latents stay on disk but are not used. A repeated run gives the same result.
 """
 
 import shutil

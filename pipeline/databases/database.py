@@ -147,8 +147,7 @@ def _read(ids: list[int], pictures: list[SourcePicture], properties: PictureProp
 def find_near_copies(hashes: npt.NDArray[np.int64], vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
     """Mask of the pictures that are near copies of an earlier picture that is kept, or of its mirror image.
 
-    hashes: (n,) of `retrieval.perceptual_hash`; vectors: (n, dim) unit rows. Near copies are close in both.
-    Compares all pairs of hashes.
+    hashes: (n,) of `retrieval.perceptual_hash`, all pairs are compared; vectors: (n, dim) unit rows, close as well.
     """
     hashed = np.flatnonzero(hashes != BLANK_HASH)
     codes = hashes[hashed].view(np.uint64)

@@ -1,8 +1,7 @@
 """Downloads one shard.
 
 Reads `filter/<shard>.parquet`; writes `download/<shard>.tar` (WebDataset, rows in the filter's order) and
-`download/<shard>.parquet` (schema DOWNLOADED: every URL, with the reason if its image was not stored). Equal
-answers of the servers give equal files.
+`download/<shard>.parquet` (DOWNLOADED: a row for every URL). Equal answers of the servers give equal files.
 """
 
 from collections import Counter

@@ -1,7 +1,7 @@
 """Cleans columns of metadata: valid UTF-8 text and finite numbers.
 
-Takes a column as published (numbers as strings, nulls, NaN, invalid UTF-8); returns an array of one type,
-null where a value is missing or invalid.
+Takes a column as published (numbers as strings, nulls, NaN, invalid UTF-8); returns an array of one type, with nulls
+for missing and invalid values.
 """
 
 import numpy as np

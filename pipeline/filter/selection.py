@@ -61,8 +61,7 @@ class Rules:
 def apply_rules(batch: pa.RecordBatch, first_row: int, rules: Rules) -> tuple[pa.Table, pa.RecordBatch, dict[str, int]]:
     """Apply the rules to a batch with the columns RULE_COLUMNS.
 
-    Returns the rows that no rule drops (KEY_SCHEMA), corrected URLs (CORRECTED_URL_SCHEMA), and the number of
-    dropped rows by reason.
+    Returns the kept rows (KEY_SCHEMA), corrected URLs (CORRECTED_URL_SCHEMA), and numbers of dropped rows by reason.
     """
     original = texts(batch["url"])
     urls = canonical_column(original)

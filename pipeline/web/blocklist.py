@@ -107,9 +107,8 @@ def _parse(lines: Iterable[str], path: str, identity: str) -> Blocklist:
         if not entry or entry.startswith("#"):
             continue
         # 16 decimal digits fit both notations: both ids are blocked
-        entry_ids = _ids(entry)
-        ids |= entry_ids
-        if entry_ids:
+        if entry_ids := _ids(entry):
+            ids |= entry_ids
             continue
         if not any(pattern.fullmatch(entry.lower()) for pattern in (_DIGEST, _PHASH, _DOMAIN)):
             raise UserError(
