@@ -55,8 +55,7 @@ def run(config: EmbedConfig, clip: ClipConfig, root: Root) -> Manifest:
     started = time.time()
     upstream = read_manifest(root, "download")
     encoder = Encoder(clip).identity
-    inputs = {"download": upstream.identity, "clip": encoder.digest}
-    stage = Stage(root, "embed", SCHEMA_VERSION, config, inputs)
+    stage = Stage(root, "embed", SCHEMA_VERSION, config, {"download": upstream.identity, "clip": encoder.digest})
     if manifest := stage.finished():
         return manifest
     stage.begin()

@@ -88,10 +88,7 @@ def style_databases(name: str, source: PictureSource) -> dict[str, str]:
 def run_all(
     databases: dict[str, str], source: PictureSource | Path, encoder: Encoder, config: IndexConfig, root: Root
 ) -> list[Manifest]:
-    """Build several databases of one source. databases: see `style_databases`.
-
-    Each picture is embedded once. Raises UserError as `run` does.
-    """
+    """Build several databases (see `style_databases`) of one source; each picture is embedded once. Raises as `run`."""
     source = source if isinstance(source, PictureSource) else PictureSource(source)
     pictures, missing = list_pictures(source)
     inputs = {"source": _digest(pictures), "clip": encoder.identity.digest}

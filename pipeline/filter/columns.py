@@ -1,7 +1,6 @@
 """Cleans columns of metadata: valid UTF-8 text and finite numbers.
 
-Takes a column as published (numbers as strings, nulls, NaN, invalid UTF-8); returns an array of one type, with nulls
-for missing and invalid values.
+Takes a column as published (numbers as strings, nulls, NaN, invalid UTF-8); missing and invalid values become null.
 """
 
 import numpy as np

@@ -31,10 +31,7 @@ Box = tuple[int, int, int, int]
 
 
 def patch_quotas(download: Manifest, config: PatchesConfig) -> dict[str, int]:
-    """The number of patches of each database shard, in total max_patches; empty without patches.
-
-    Raises UserError if max_patches is less than one patch for each picture.
-    """
+    """Patches of each database shard, in total max_patches; empty if that is 0. Raises UserError for more pictures."""
     if not config.max_patches:
         return {}
     shards = [record for record in download.shards if record.shard.startswith("database/")]
@@ -91,10 +88,7 @@ def patch_id(image_id: int, box: Box) -> int:
 
 
 def patch_rows(pictures: pa.Table, boxes: Mapping[int, list[Box]]) -> pa.Table:
-    """One row for each patch, in the order of the pictures. Columns: METADATA and DETAILS.
-
-    Id, size and box are those of the patch; the other columns are those of its picture.
-    """
+    """A row of METADATA and DETAILS for each patch: id, size and box of the patch, other columns of its picture."""
     boxes_of_rows = [boxes[id_] for id_ in pictures[schema.IMAGE_ID].to_pylist()]
     repeats = [len(row_boxes) for row_boxes in boxes_of_rows]
     rows = pictures.take(pa.array(np.repeat(np.arange(len(repeats)), repeats)))

@@ -58,9 +58,8 @@ class Picture:
 def prepare(body: bytes, max_pixels: int, max_edge: int) -> Picture:
     """Check and decode the picture in a body. Raises PictureError if it cannot be used.
 
-    max_edge: shorter edge in pixels to which `encode_jpeg` will reduce the picture; 0: it keeps its size. The result
-    may be reduced already, to no less than max_edge. Animations give their first frame; transparent pictures are
-    put on white.
+    max_edge: shorter edge in pixels that `encode_jpeg` will reduce to; 0: it keeps its size. The result may be reduced
+    already, to no less than max_edge. Animations give their first frame; transparent pictures are put on white.
     """
     try:
         with Image.open(io.BytesIO(body), formats=FORMATS) as image:

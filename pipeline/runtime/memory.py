@@ -24,10 +24,8 @@ def used_bytes() -> int:
 
 
 def peak_bytes() -> int:
-    """Highest resident memory of this process so far in bytes, mapped files included.
-
-    getrusage is not used: there, a new process starts with the peak of its parent.
-    """
+    """Highest resident memory of this process so far in bytes, mapped files included."""
+    # Not from getrusage: there, a new process starts with the peak of its parent.
     lines = Path("/proc/self/status").read_text().splitlines()
     [peak] = [line for line in lines if line.startswith("VmHWM:")]
     return int(peak.split()[1]) * 1024

@@ -25,10 +25,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Stage:
-    """The identity of a stage: its folder below the root, format version, settings and inputs.
-
-    upstream: identity of each input, by its name.
-    """
+    """A stage: its folder below the root, format version, settings, and the identity of each input by its name."""
 
     root: Root
     name: str

@@ -1,7 +1,6 @@
 """Rules of robots.txt, requested once per server and cached (RFC 9309).
 
-A server without the file (4xx) allows everything. If its rules cannot be read, because the server fails or
-cannot be reached, nothing is fetched from it.
+A server without the file (4xx) allows everything; nothing is fetched from a server that fails or cannot be reached.
 """
 
 import time
