@@ -117,10 +117,10 @@ def embed_images(
     ids: list[int] = []
     vectors = [np.empty((0, encoder.identity.dim), np.float32)]
     for batch in _decoded_batches(pictures, encoder, config):
-        good = [(image_id, tensor) for image_id, tensor in batch if tensor is not None]
-        if good:
-            ids += [image_id for image_id, _ in good]
-            vectors.append(encoder.encode_tensors(torch.stack([tensor for _, tensor in good])))
+        decoded = [(image_id, tensor) for image_id, tensor in batch if tensor is not None]
+        if decoded:
+            ids += [image_id for image_id, _ in decoded]
+            vectors.append(encoder.encode_tensors(torch.stack([tensor for _, tensor in decoded])))
     return np.asarray(ids, np.int64), np.concatenate(vectors)
 
 

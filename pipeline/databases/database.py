@@ -158,8 +158,8 @@ def find_near_copies(hashes: npt.NDArray[np.int64], vectors: npt.NDArray[np.floa
             rows = hashed[matches[limits[number] : limits[number + 1]]]
             similar.setdefault(int(row), set()).update(rows.tolist())
     dropped = np.zeros(len(hashes), bool)
-    for row, others in sorted(similar.items()):
-        earlier = [other for other in others if other < row and not dropped[other]]
+    for row, similar_rows in sorted(similar.items()):
+        earlier = [candidate for candidate in similar_rows if candidate < row and not dropped[candidate]]
         dropped[row] = bool(earlier) and float((vectors[earlier] @ vectors[row]).max()) >= NEAR_SIMILARITY
     return dropped
 

@@ -129,7 +129,7 @@ class ImageDownload:
                 status = RowStatus(str(error.reason), str(error)) if error else self._attempt(request)
             self._add_status(request.row, status)
         except BaseException:
-            self._queue.stop()  # otherwise the other threads would finish the shard before the error shows
+            self._queue.stop()  # otherwise the other threads would download the rest of the shard first
             raise
 
     def _attempt(self, request: FetchRequest) -> RowStatus | None:
