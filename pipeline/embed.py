@@ -1,9 +1,8 @@
 """embed: the CLIP vector of every downloaded image.
 
-Reads `download/{train,database}/<shard>.{tar,parquet}`; writes `embed/{train,database}/<shard>.parquet`
-(schema.embeddings: id, metadata, float16 unit vector), rows in the order of the download. Database images
-that are copies of a training image (`near_copies.py`) are dropped here, after all downloads are finished.
-With `[embed.patches]` a database row is a patch of a picture (`patches.py`).
+Reads `download/{train,database}/<shard>.{tar,parquet}`; writes `embed/{train,database}/<shard>.parquet` (id, metadata,
+float16 unit vector), rows in the order of the download. Database images that are copies of a training image
+(`near_copies.py`) are dropped. With `[embed.patches]` a database row is a patch of a picture (`patches.py`).
 """
 
 import io

@@ -1,9 +1,8 @@
 """filter: selects the rows of LAION metadata to download, for training and for the database.
 
-Reads a folder of Parquet files; writes `filter/{train,database}/<piece>-<part>.parquet` (schema SELECTED)
-and a manifest in which rows read = rows kept + rows dropped by reason. Three passes of repeatable tasks:
-`scan` applies the rules to every row and stores the ids, `dedupe` finds equal ids across all files,
-`select` writes the shards. Memory depends on `rows_per_piece`, not on the size of the input.
+Reads a folder of Parquet files; writes `filter/{train,database}/<piece>-<part>.parquet` (schema SELECTED) and a
+manifest in which rows read = rows kept + rows dropped by reason. Three passes of repeatable tasks (`filter_passes`).
+Memory depends on `rows_per_piece`, not on the size of the input.
 """
 
 import logging

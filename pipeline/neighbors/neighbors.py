@@ -144,13 +144,11 @@ def _recall(stage: Stage, config: NeighborsConfig, database: Database, records: 
     rows = sum(record.rows for record in records)
     if not min(rows, config.recall_sample):
         return {}
-    on_gpus = Workers.from_config(config, num_gpus=config.gpus_per_worker)
+    on_gpus, one_worker = Workers.from_config(config, num_gpus=config.gpus_per_worker), Workers.from_config(config, 1)
     sample = partial(sample_work, stage.root, records, config.recall_sample, config.seed)
-    run_shards(stage, ["recall/sample"], sample, Workers.from_config(config, 1))
+    run_shards(stage, ["recall/sample"], sample, one_worker)
     truths = [f"recall/{number:05d}" for number in range(len(database.partitions))]
     exact = config.join_config().model_copy(update={"partitions_per_query": 0, "lists_per_partition": 0})
     run_shards(stage, truths, partial(truth_work, stage.root, exact, config.device), on_gpus)
-    [record] = run_shards(
-        stage, ["recall/all"], partial(recall_work, stage.root, config.k, truths), Workers.from_config(config, 1)
-    )
+    [record] = run_shards(stage, ["recall/all"], partial(recall_work, stage.root, config.k, truths), one_worker)
     return dict(record.values)

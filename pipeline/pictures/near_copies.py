@@ -1,9 +1,8 @@
 """Database images that are copies of training images, found by their hashes before anything is embedded.
 
-Reads the hashes of `download/{train,database}/<shard>.parquet`; writes `embed/copies/<group>.parquet`: the
-ids of a group of database shards that must not enter the database, with the reason. A copy has the same
-content (SHA-256 of the downloaded bytes) or a perceptual hash (`phash`) that differs in a few bits. Both
-sides are read in groups of shards, so that memory stays bounded.
+Reads the hashes of `download/{train,database}/<shard>.parquet`; writes `embed/copies/<group>.parquet`: ids that must
+not enter the database, with the reason. A copy has the same content (SHA-256 of the downloaded bytes) or a perceptual
+hash (`phash`) that differs in a few bits. Both sides are read in groups of shards, so that memory stays bounded.
 """
 
 from collections.abc import Sequence

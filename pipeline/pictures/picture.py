@@ -1,9 +1,8 @@
 """Downloaded pictures of any format as upright 8-bit RGB, resized and encoded as JPEG.
 
-Takes the body of a response and checks its size in pixels before decoding. A plain JPEG that needs no
-resizing keeps its bytes. Pillow decodes everything else (16 bits, gray, palette, alpha, animation, CMYK, EXIF
-rotation) to upright RGB, because OpenCV decodes such files wrongly; OpenCV resizes and encodes. Resizing is
-`keep_ratio` of img2dataset; a test compares the bytes.
+Checks the size in pixels before decoding. A plain JPEG that needs no resizing keeps its bytes. Pillow decodes
+everything else (16 bits, gray, palette, alpha, animation, CMYK, EXIF rotation), because OpenCV decodes such files
+wrongly; OpenCV resizes and encodes. Resizing is `keep_ratio` of img2dataset; a test compares the bytes.
 """
 
 import io

@@ -83,13 +83,9 @@ class Stage:
             seconds=round(time.time() - started, 3),
         )
         write_manifest(self.root, manifest)
-        self.log.info(
-            "finished: %s rows kept, %s not (%s) in %.1f s",
-            f"{manifest.rows:,}",
-            f"{sum(manifest.reasons.values()):,}",
-            ", ".join(f"{word} {count:,}" for word, count in manifest.reasons.items()) or "no reasons",
-            manifest.seconds,
-        )
+        kept, dropped = f"{manifest.rows:,}", f"{sum(manifest.reasons.values()):,}"
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in manifest.reasons.items()) or "no reasons"
+        self.log.info("finished: %s rows kept, %s not (%s) in %.1f s", kept, dropped, reasons, manifest.seconds)
         return manifest
 
 
