@@ -50,8 +50,7 @@ def run(config: IndexConfig, root: Root) -> Manifest:
     if manifest := stage.finished():
         return manifest
     shards = [record for record in embed.shards if record.shard.startswith("database/")]
-    rows = sum(record.rows for record in shards)
-    if not rows:
+    if not sum(record.rows for record in shards):
         raise UserError(f"{root.at('embed')} has no database images to index. Check filter and download.")
     stage.begin()
     train_centroids = partial(_centroids_work, stage, config, encoder.dim, shards)
