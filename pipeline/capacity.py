@@ -48,18 +48,14 @@ class Sizes(Config):
 
 
 class Machines(Config):
-    """Equal machines that run one stage at a time."""
+    """Equal machines that run one stage at a time; all numbers but `count` are those of one machine."""
 
     count: PositiveInt
-    """Number of machines."""
     cpus: PositiveInt
-    """CPUs of a machine."""
     gpus: NonNegativeInt
-    """GPUs of a machine."""
     gbit_s: PositiveFloat
-    """Network bandwidth of a machine in Gbit/s, both directions together."""
+    """Network bandwidth, both directions together."""
     dollars_per_hour: float = Field(ge=0)
-    """Price of a machine."""
     source: str = Field(min_length=1)
     """Source of the price."""
 
@@ -77,9 +73,8 @@ class LinearityCheck(Config):
     what: str
     """Name of the rate with its unit."""
     sizes: tuple[PositiveInt, ...] = Field(strict=False)
-    """Numbers of rows."""
+    """Numbers of rows at which the values were measured."""
     values: tuple[PositiveFloat, ...] = Field(strict=False)
-    """The rate at each size."""
 
     @model_validator(mode="after")
     def _fits(self) -> "LinearityCheck":
@@ -92,15 +87,11 @@ class Inputs(Config):
     """The input file."""
 
     sizes: Sizes
-    """Sizes of the data."""
     rates: dict[str, Rate]
-    """Rates by name."""
     machines: dict[str, Machines]
     """`cpu` for stages without GPUs, `gpu` for the others."""
     prices: Prices
-    """Other prices."""
     checks: tuple[LinearityCheck, ...] = Field((), strict=False)
-    """Rates measured at several sizes."""
 
     def rate(self, name: str) -> float:
         """The value of a rate. Raises UserError if the input file does not have it."""
@@ -211,14 +202,14 @@ class StageEstimates:
 
     def index(self, config: IndexConfig) -> StageNeed:
         """Assign rows to partitions, shuffle them, index each partition."""
-        rows, wide = self.data.database, self.data.dim / MEASURED_DIM
+        rows, dim_ratio = self.data.database, self.data.dim / MEASURED_DIM
         products = 2.0 * rows * self.data.dim * config.num_partitions(rows) / self._rate("product_cpu")
         return self._need(
             "index",
-            kept=rows * (wide * self._rate("index_bytes") + self._rate("text")),
+            kept=rows * (dim_ratio * self._rate("index_bytes") + self._rate("text")),
             scratch=rows * self._vector_bytes(),
             read=2 * rows * self._vector_bytes(),
-            cpu_s=rows * wide * self._rate("index_cpu") * MICROSECOND + products,
+            cpu_s=rows * dim_ratio * self._rate("index_cpu") * MICROSECOND + products,
         )
 
     def neighbors(self, config: NeighborsConfig, index: IndexConfig) -> StageNeed:
@@ -226,25 +217,25 @@ class StageEstimates:
         rows, queries, dim = self.data.database, self.data.train, self.data.dim
         partitions = index.num_partitions(rows)
         visits = min(config.partitions_per_query or partitions, partitions)
-        match = config.k * (FLOAT16_BYTES * dim + 12.0) + 16.0
-        row = config.k * (FLOAT16_BYTES * dim + 12.0) + 8.0
-        scratch = queries * visits * (FLOAT16_BYTES * dim + 8.0 + match)
+        match_bytes = config.k * (FLOAT16_BYTES * dim + 12.0) + 16.0
+        row_bytes = config.k * (FLOAT16_BYTES * dim + 12.0) + 8.0
+        scratch = queries * visits * (FLOAT16_BYTES * dim + 8.0 + match_bytes)
         read = self.data.images * self._vector_bytes() + rows * FLOAT16_BYTES * dim * bool(config.recall_sample)
-        exact = 2.0 * queries * visits * dim * rows / partitions + 2.0 * config.recall_sample * dim * rows
+        recall_flops = 2.0 * config.recall_sample * dim * rows
+        exact_flops = 2.0 * queries * visits * dim * rows / partitions + recall_flops
         cpu_s = 2.0 * queries * dim * partitions / self._rate("product_cpu")
         gpu_s = 0.0
         if config.gpus_per_worker:
-            computing = exact / (self._rate("gpu_flops") * self._rate("match_share"))
-            gpu_s = max(computing, (read + scratch) / self._rate("gpu_read"))
+            compute_s = exact_flops / (self._rate("gpu_flops") * self._rate("match_share"))
+            gpu_s = max(compute_s, (read + scratch) / self._rate("gpu_read"))
         elif config.lists_per_partition:
-            checked = 2.0 * config.recall_sample * dim * rows / self._rate("product_cpu")
+            recall_s = recall_flops / self._rate("product_cpu")
             lists = queries * visits * config.lists_per_partition * dim / MEASURED_DIM
-            cpu_s += lists * self._rate("match_cpu") * MICROSECOND + checked
+            cpu_s += lists * self._rate("match_cpu") * MICROSECOND + recall_s
         else:
-            cpu_s += exact / self._rate("product_cpu")
-        return self._need(
-            "neighbors", kept=queries * row, scratch=scratch, read=read + scratch, cpu_s=cpu_s, gpu_s=gpu_s
-        )
+            cpu_s += exact_flops / self._rate("product_cpu")
+        kept = queries * row_bytes
+        return self._need("neighbors", kept=kept, scratch=scratch, read=read + scratch, cpu_s=cpu_s, gpu_s=gpu_s)
 
     def _vector_bytes(self) -> float:
         return FLOAT16_BYTES * self.data.dim + self._rate("text")

@@ -1,9 +1,8 @@
 """embed: the CLIP vector of every downloaded image.
 
-Reads `download/{train,database}/<shard>.{tar,parquet}`; writes `embed/{train,database}/<shard>.parquet`
-(schema.embeddings: id, metadata, float16 unit vector), rows in the order of the download. Database images
-that are copies of a training image (`near_copies.py`) are dropped here, after all downloads are finished.
-With `[embed.patches]` a database row is a patch of a picture (`patches.py`).
+Reads `download/{train,database}/<shard>.{tar,parquet}`; writes `embed/{train,database}/<shard>.parquet` (id, metadata,
+float16 unit vector), rows in the order of the download. Database images that are copies of a training image
+(`near_copies.py`) are dropped. With `[embed.patches]` a database row is a patch of a picture (`patches.py`).
 """
 
 import io
@@ -24,6 +23,7 @@ from PIL import Image, UnidentifiedImageError
 
 from pipeline.pictures.near_copies import ROWS_PER_GROUP, copies_work, drop_copies
 from pipeline.pictures.patches import MAX_PIXELS, draw_boxes, patch_pictures, patch_quotas, patch_rows
+from pipeline.pictures.tars import sample_key
 from pipeline.recipe import EmbedConfig
 from pipeline.runtime.runner import Work, Workers, run_shards
 from pipeline.runtime.stage import Stage, group_shards
@@ -54,8 +54,7 @@ def run(config: EmbedConfig, clip: ClipConfig, root: Root) -> Manifest:
     started = time.time()
     upstream = read_manifest(root, "download")
     encoder = Encoder(clip).identity
-    inputs = {"download": upstream.identity, "clip": encoder.digest}
-    stage = Stage(root, "embed", SCHEMA_VERSION, config, inputs)
+    stage = Stage(root, "embed", SCHEMA_VERSION, config, {"download": upstream.identity, "clip": encoder.digest})
     if manifest := stage.finished():
         return manifest
     stage.begin()
@@ -89,11 +88,12 @@ def _make_work(config: EmbedConfig, clip: ClipConfig, root: Root, selection: Dat
 def _embed_shard(
     config: EmbedConfig, encoder: Encoder, root: Root, selection: DatabaseSelection, shard: str
 ) -> ShardRecord:
-    stored = _downloaded(root, shard)
+    statuses = schema.read_table(root, f"download/{shard}.parquet", schema.DOWNLOADED)
+    stored = statuses.filter(pa.compute.equal(statuses["reason"], ""))
     reasons: dict[str, int] = {}
     if shard in selection.copies:
         stored, reasons = drop_copies(root, selection.copies[shard], stored)
-    keys = {f"{image_id & (1 << 64) - 1:016x}" for image_id in stored[schema.IMAGE_ID].to_pylist()}
+    keys = {sample_key(image_id) for image_id in stored[schema.IMAGE_ID].to_pylist()}
     with root.local(f"download/{shard}.tar") as path:
         pictures = _read_pictures(path.as_posix(), keys)
         if shard in selection.patches:
@@ -116,10 +116,10 @@ def embed_images(
     ids: list[int] = []
     vectors = [np.empty((0, encoder.identity.dim), np.float32)]
     for batch in _decoded_batches(pictures, encoder, config):
-        good = [(image_id, tensor) for image_id, tensor in batch if tensor is not None]
-        if good:
-            ids += [image_id for image_id, _ in good]
-            vectors.append(encoder.encode_tensors(torch.stack([tensor for _, tensor in good])))
+        decoded = [(image_id, tensor) for image_id, tensor in batch if tensor is not None]
+        if decoded:
+            ids += [image_id for image_id, _ in decoded]
+            vectors.append(encoder.encode_tensors(torch.stack([tensor for _, tensor in decoded])))
     return np.asarray(ids, np.int64), np.concatenate(vectors)
 
 
@@ -172,8 +172,3 @@ def _read_pictures(path: str, keys: set[str]) -> Iterator[tuple[int, bytes]]:
     # tarfile treats a damaged header as the end of the file.
     if missing:
         raise UserError(f"{path} has {len(keys) - len(missing)} of its {len(keys)} pictures. {REMOVE}")
-
-
-def _downloaded(root: Root, shard: str) -> pa.Table:
-    table = schema.read_table(root, f"download/{shard}.parquet", schema.DOWNLOADED)
-    return table.filter(pa.compute.equal(table["reason"], ""))

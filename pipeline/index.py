@@ -50,11 +50,10 @@ def run(config: IndexConfig, root: Root) -> Manifest:
     if manifest := stage.finished():
         return manifest
     shards = [record for record in embed.shards if record.shard.startswith("database/")]
-    rows = sum(record.rows for record in shards)
-    if not rows:
+    if not sum(record.rows for record in shards):
         raise UserError(f"{root.at('embed')} has no database images to index. Check filter and download.")
     stage.begin()
-    train_centroids = partial(_centroids_work, stage, config, encoder, shards)
+    train_centroids = partial(_centroids_work, stage, config, encoder.dim, shards)
     [record] = run_shards(stage, ["centroids"], train_centroids, Workers.from_config(config, 1))
     with root.local("index/centroids.npy") as path:
         centroids: Vectors = np.load(path, allow_pickle=False)
@@ -86,40 +85,36 @@ def _calibration_work(stage: Stage, config: IndexConfig, values: dict[str, Any])
     return measure
 
 
-def _centroids_work(stage: Stage, config: IndexConfig, encoder: EncoderIdentity, shards: list[ShardRecord]) -> Work:
-    # Centroids are a shard, so that a resumed run keeps those that its shuffle files are sorted by.
+def _centroids_work(stage: Stage, config: IndexConfig, dim: int, shards: list[ShardRecord]) -> Work:
+    """Work that trains the partition centroids on an even sample of rows from a seeded choice of shards.
+
+    Centroids are a shard, so that a resumed run keeps those that its shuffle files are sorted by.
+    """
+
     def train(name: str) -> ShardRecord:
-        centroids = _train_centroids(stage, config, encoder, shards)
+        rng = np.random.default_rng(config.seed)
+        chosen = sorted(rng.permutation(len(shards))[:SAMPLE_SHARDS])
+        share = min(1.0, CENTROID_SAMPLE_ROWS / sum(shards[i].rows for i in chosen))
+        parts = []
+        for i in chosen:
+            table = schema.read_table(stage.root, f"embed/{shards[i].shard}.parquet", schema.embeddings(dim))
+            vectors = schema.vectors(table, schema.EMBEDDING)
+            take = np.sort(rng.permutation(len(vectors))[: int(np.ceil(share * len(vectors)))])
+            parts.append(unit(vectors[take]))
+        sample = np.concatenate(parts)
+        centroids = train_partition_centroids(sample, config, sum(record.rows for record in shards))
+        stage.log.info("%d partitions; centroids trained on %s rows", len(centroids), f"{len(sample):,}")
         return ShardRecord(name, 0, (write_centroids(stage.root, "index", centroids),))
 
     return train
-
-
-def _train_centroids(stage: Stage, config: IndexConfig, encoder: EncoderIdentity, shards: list[ShardRecord]) -> Vectors:
-    """Train the partition centroids on an even sample of rows from a seeded choice of shards."""
-    rows = sum(record.rows for record in shards)
-    rng = np.random.default_rng(config.seed)
-    chosen = sorted(rng.permutation(len(shards))[:SAMPLE_SHARDS])
-    share = min(1.0, CENTROID_SAMPLE_ROWS / sum(shards[i].rows for i in chosen))
-    parts = []
-    for i in chosen:
-        name = f"embed/{shards[i].shard}.parquet"
-        vectors = schema.vectors(schema.read_table(stage.root, name, schema.embeddings(encoder.dim)), schema.EMBEDDING)
-        take = np.sort(rng.permutation(len(vectors))[: int(np.ceil(share * len(vectors)))])
-        parts.append(unit(vectors[take]))
-    sample = np.concatenate(parts)
-    centroids = train_partition_centroids(sample, config, rows)
-    stage.log.info("%d partitions; centroids trained on %s rows", len(centroids), f"{len(sample):,}")
-    return centroids
 
 
 def _shuffle_work(root: Root, dim: int, centroids: Vectors, groups: list[list[str]]) -> Work:
     def shuffle(name: str) -> ShardRecord:
         columns = schema.embeddings(dim)
         group = groups[int(name.rsplit("/", maxsplit=1)[-1])]
-        table = pa.concat_tables(
-            [schema.read_table(root, f"embed/{shard}.parquet", columns) for shard in group]
-        ).combine_chunks()
+        parts = [schema.read_table(root, f"embed/{shard}.parquet", columns) for shard in group]
+        table = pa.concat_tables(parts).combine_chunks()
         numbers = nearest_centroids(schema.vectors(table, schema.EMBEDDING), centroids)[:, 0]
         with root.writing(f"index/{name}.parquet") as pending:
             _write_sorted(table, numbers, len(centroids), str(pending.path))

@@ -1,9 +1,8 @@
 """optout: removes the images of a blocklist from finished stages, without running them again.
 
-Reads the blocklist, the tables of `download`, the databases, `neighbors` and the manifests of training runs;
-writes `blocked.npy` into databases that contain a listed image, the neighbor tables that change, and the
-report `optout/<list>.json`. Pictures, vectors and latents stay on disk but are not used. An interrupted run
-can be repeated with the same result.
+Reads the blocklist, the tables of `download`, the databases, `neighbors` and the manifests of training runs; writes
+`blocked.npy` into databases that contain a listed image, the neighbor tables that change, and `optout/<list>.json`.
+Pictures, vectors and latents stay on disk but are not used. A repeated run gives the same result.
 """
 
 import shutil
@@ -31,7 +30,7 @@ from retrieval.index.hidden import hide
 from retrieval.index.partition import Partition
 from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, write_manifest
-from retrieval.storage.root import FileRecord, Root
+from retrieval.storage.root import Root
 
 SCHEMA_VERSION = 1
 TRAINING_FILES = ("/train/manifest.json", "/train/checkpoints/checkpoints.json")
@@ -219,14 +218,10 @@ def _replace_tables(root: Root, before: Manifest, refilled: list[ShardRecord]) -
     root.delete("neighbors/manifest.json")
     shards = tuple(_replace_table(root, old, new) for old, new in zip(before.shards, refilled, strict=True))
     made_of = (before.fingerprint, *before.values.get("made_of", ()))
-    manifest = replace(
-        before,
-        fingerprint=now.fingerprint,
-        upstream=now.upstream,
-        shards=shards,
-        values={**before.values, "made_of": list(made_of)},
+    values = {**before.values, "made_of": list(made_of)}
+    write_manifest(
+        root, replace(before, fingerprint=now.fingerprint, upstream=now.upstream, shards=shards, values=values)
     )
-    write_manifest(root, manifest)
     if not any(new.files for new in refilled):
         return Removed(free=(now.fingerprint, before.fingerprint))
     counts = [int(sum(new.values.get(word, 0) for new in refilled)) for word in ("dropped", "refilled")]
@@ -254,9 +249,7 @@ def _replace_table(root: Root, old: ShardRecord, new: ShardRecord) -> ShardRecor
     with root.local(new_file.name) as source, root.writing(old_file.name) as pending:
         shutil.copyfile(source, pending.path)
     reasons = {word: old.reasons.get(word, 0) + new.reasons.get(word, 0) for word in {**old.reasons, **new.reasons}}
-    return replace(
-        old, rows=new.rows, files=(FileRecord(old_file.name, new_file.bytes, new_file.sha256),), reasons=reasons
-    )
+    return replace(old, rows=new.rows, files=(replace(new_file, name=old_file.name),), reasons=reasons)
 
 
 def _affected_runs(root: Root, removed: Removed) -> dict[str, list[str]]:

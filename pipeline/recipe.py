@@ -100,7 +100,7 @@ class DownloadConfig(WorkersConfig):
     host_pause_s: float = runtime_setting(0.0, ge=0)
     """Least seconds between two requests of a worker to a host."""
     host_max_wait_s: float = runtime_setting(60.0, ge=0)
-    """Longest total pause that a host can ask for (429, 503) in a shard; then its other URLs are skipped."""
+    """Longest total pause of a host in a shard, requested by its 429 and 503; then its other URLs are skipped."""
 
 
 class PatchesConfig(Config):

@@ -1,7 +1,4 @@
-"""The stage `database`: builds style databases from folders, tars or tables of pictures.
-
-The names are imported on first use, because the encoder loads torch.
-"""
+"""The stage `database`: builds style databases from folders, tars or tables of pictures."""
 
 from typing import TYPE_CHECKING
 

@@ -88,10 +88,7 @@ def style_databases(name: str, source: PictureSource) -> dict[str, str]:
 def run_all(
     databases: dict[str, str], source: PictureSource | Path, encoder: Encoder, config: IndexConfig, root: Root
 ) -> list[Manifest]:
-    """Build several databases of one source. databases: see `style_databases`.
-
-    Each picture is embedded once. Raises UserError as `run` does.
-    """
+    """Build several databases (see `style_databases`) of one source; each picture is embedded once. Raises as `run`."""
     source = source if isinstance(source, PictureSource) else PictureSource(source)
     pictures, missing = list_pictures(source)
     inputs = {"source": _digest(pictures), "clip": encoder.identity.digest}
@@ -147,8 +144,7 @@ def _read(ids: list[int], pictures: list[SourcePicture], properties: PictureProp
 def find_near_copies(hashes: npt.NDArray[np.int64], vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
     """Mask of the pictures that are near copies of an earlier picture that is kept, or of its mirror image.
 
-    hashes: (n,) of `retrieval.perceptual_hash`; vectors: (n, dim) unit rows. Near copies are close in both.
-    Compares all pairs of hashes.
+    hashes: (n,) of `retrieval.perceptual_hash`, all pairs are compared; vectors: (n, dim) unit rows, close as well.
     """
     hashed = np.flatnonzero(hashes != BLANK_HASH)
     codes = hashes[hashed].view(np.uint64)
@@ -162,8 +158,8 @@ def find_near_copies(hashes: npt.NDArray[np.int64], vectors: npt.NDArray[np.floa
             rows = hashed[matches[limits[number] : limits[number + 1]]]
             similar.setdefault(int(row), set()).update(rows.tolist())
     dropped = np.zeros(len(hashes), bool)
-    for row, others in sorted(similar.items()):
-        earlier = [other for other in others if other < row and not dropped[other]]
+    for row, similar_rows in sorted(similar.items()):
+        earlier = [candidate for candidate in similar_rows if candidate < row and not dropped[candidate]]
         dropped[row] = bool(earlier) and float((vectors[earlier] @ vectors[row]).max()) >= NEAR_SIMILARITY
     return dropped
 

@@ -1,7 +1,4 @@
-"""The stage `download`: fetches the selected images into WebDataset shards with a status for every URL.
-
-The names are imported on first use, because their modules load pyarrow and OpenCV.
-"""
+"""The stage `download`: fetches the selected images into WebDataset shards with a status for every URL."""
 
 from typing import TYPE_CHECKING
 

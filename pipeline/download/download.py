@@ -1,8 +1,7 @@
-"""Downloads the selected images.
+"""Downloads the selected images. One shard is one task.
 
-Reads `filter/{train,database}/<shard>.parquet`; writes `download/{train,database}/<shard>.tar` and `.parquet`
-with one status row for each URL. Training images keep their size; database images are reduced. One shard is
-one task: `shard_download` handles a shard, `image_download` one image, `pipeline.web` one request.
+Reads `filter/{train,database}/<shard>.parquet`; writes `download/{train,database}/<shard>.tar` and `.parquet` with
+one status row for each URL. Training images keep their size; database images are reduced.
 """
 
 import logging

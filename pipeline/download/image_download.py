@@ -1,12 +1,13 @@
 """Downloads the images of one shard in many threads: fetch, check, decode, store.
 
 Takes requests from a HostQueue; gives a status for each row, and the JPEGs in a PictureBuffer. img2dataset's
-Downloader is not used: it opens file:// URLs and private addresses, limits neither bytes nor total time,
-retries permanent errors, and its loop continues after an error without the row.
+Downloader is not used: it opens file:// URLs and private addresses, limits neither bytes nor total time, retries
+permanent errors, and continues after an error without the row.
 """
 
 import hashlib
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import BinaryIO
@@ -18,15 +19,15 @@ from pipeline.web.blocklist import Blocklist
 from pipeline.web.fetch import Fetcher
 from pipeline.web.fetch_error import FetchError
 from pipeline.web.host_queue import FetchRequest, HostQueue
+from retrieval.errors import UserError
 from retrieval.storage.schema import Reason
 
 NO_ANSWER = frozenset({Reason.NO_CONNECTION, Reason.TIMEOUT})
 MIN_JUDGED_URLS = 5
 URL_BLOCKED = "its URL, domain or id is on the blocklist"
 
-# Decoding takes up to several hundred MB, which the allocator keeps for the thread that used it. So all
-# images are decoded in two threads (one decodes while the other holds the interpreter lock), not in every
-# fetch thread.
+# Decoding takes up to several hundred MB, which the allocator keeps for the thread that used it. So all images are
+# decoded in two threads (one decodes while the other holds the interpreter lock), not in every fetch thread.
 _DECODERS = ThreadPoolExecutor(2)
 
 
@@ -79,7 +80,7 @@ class PictureBuffer:
 
 
 class ImageDownload:
-    """Downloads the rows of a queue. statuses: of each finished row."""
+    """Downloads the rows of a queue. statuses: of the finished rows, by number of the row."""
 
     def __init__(self, fetcher: Fetcher, queue: HostQueue, settings: SplitSettings, pictures: PictureBuffer) -> None:
         self.statuses: dict[int, RowStatus] = {}
@@ -94,7 +95,7 @@ class ImageDownload:
     def run(self, num_rows: int) -> None:
         """Download all rows of the queue. If the network is down, the rest is not requested.
 
-        Raises the first exception of a thread that is not a FetchError or PictureError.
+        Raises an exception of a thread that is not a FetchError or PictureError; then the rest is not requested.
         """
         with ThreadPoolExecutor(self._settings.threads) as pool:
             for _ in pool.map(self._finish_row, range(num_rows)):
@@ -106,24 +107,39 @@ class ImageDownload:
         answered = self.finished - self.unanswered
         return self.finished >= MIN_JUDGED_URLS and answered < self._settings.min_answered * self.finished
 
+    def check_network(self) -> None:
+        """Raises UserError if the network was down."""
+        if not self.is_down:
+            return
+        failures = [status for status in self.statuses.values() if status.reason]
+        reasons = dict(Counter(status.reason for status in failures))
+        message = next(status.message for status in failures if status.reason in NO_ANSWER)
+        raise UserError(
+            f"{self.unanswered} of {len(self.statuses)} URLs gave no answer ({reasons}), for example {message!r}. The"
+            " network or the server is down. Repair it and run 'make download' again; finished shards are kept. If"
+            " the hosts are gone for good, lower download.min_answered."
+        )
+
     def _finish_row(self, _: int) -> None:
         """Send requests until one row, of any number, has its status."""
         try:
             status = None
             while status is None:
                 request, error = self._queue.take()
-                status = _failed(error) if error else self._attempt(request)
-            self.statuses[request.row] = status
-            self._count(status)
+                status = RowStatus(str(error.reason), str(error)) if error else self._attempt(request)
+            self._add_status(request.row, status)
         except BaseException:
-            self._queue.stop()  # otherwise the other threads would finish the shard before the error shows
+            self._queue.stop()  # otherwise the other threads would download the rest of the shard first
             raise
 
     def _attempt(self, request: FetchRequest) -> RowStatus | None:
         """Send a request and store its image; None if the request is in the queue again."""
         status = RowStatus()
         try:
-            body = self._fetch(request)
+            if request.redirects and self._settings.blocklist.blocks_url(request.url):
+                self._queue.finish(request)
+                raise FetchError(Reason.BLOCKED, URL_BLOCKED)
+            body = self._fetcher.fetch(request, self._queue)
             if body is None:
                 return None
             status.sha256 = hashlib.sha256(body).hexdigest()
@@ -138,12 +154,6 @@ class ImageDownload:
         self._pictures.add(request.row, jpeg.data)
         return status
 
-    def _fetch(self, request: FetchRequest) -> bytes | None:
-        if request.redirects and self._settings.blocklist.blocks_url(request.url):
-            self._queue.finish(request)
-            raise FetchError(Reason.BLOCKED, URL_BLOCKED)
-        return self._fetcher.fetch(request, self._queue)
-
     def _encode(self, body: bytes, status: RowStatus) -> Jpeg:
         """The image as it is stored; adds its perceptual hash to the status. Raises PictureError."""
         settings = self._settings
@@ -155,14 +165,11 @@ class ImageDownload:
             raise PictureError(Reason.TOO_SMALL, f"shorter edge below {settings.min_edge} pixels")
         return encode_jpeg(picture, settings.edge, settings.jpeg_quality)
 
-    def _count(self, status: RowStatus) -> None:
+    def _add_status(self, row: int, status: RowStatus) -> None:
         with self._lock:
+            self.statuses[row] = status
             self.finished += 1
             self.unanswered += status.reason in NO_ANSWER
             # Four URLs a thread: a few slow hosts at the start of a shard are no evidence.
             if self.finished >= 4 * self._settings.threads and self.is_down:
                 self._queue.stop()
-
-
-def _failed(error: FetchError) -> RowStatus:
-    return RowStatus(str(error.reason), str(error))

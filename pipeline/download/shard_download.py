@@ -1,8 +1,7 @@
 """Downloads one shard.
 
 Reads `filter/<shard>.parquet`; writes `download/<shard>.tar` (WebDataset, rows in the filter's order) and
-`download/<shard>.parquet` (schema DOWNLOADED: every URL, with the reason if its image was not stored). Equal
-answers of the servers give equal files.
+`download/<shard>.parquet` (DOWNLOADED: a row for every URL). Equal answers of the servers give equal files.
 """
 
 from collections import Counter
@@ -15,19 +14,11 @@ import cv2
 import numpy as np
 import pyarrow as pa
 
-from pipeline.download.image_download import (
-    NO_ANSWER,
-    URL_BLOCKED,
-    ImageDownload,
-    PictureBuffer,
-    RowStatus,
-    SplitSettings,
-)
+from pipeline.download.image_download import URL_BLOCKED, ImageDownload, PictureBuffer, RowStatus, SplitSettings
 from pipeline.pictures.tars import sample_key, tar_writer
 from pipeline.web.blocklist import Blocklist
 from pipeline.web.fetch import Fetcher
 from pipeline.web.host_queue import HostQueue
-from retrieval.errors import UserError
 from retrieval.storage.manifest import ShardRecord
 from retrieval.storage.root import FileRecord, Root
 from retrieval.storage.schema import DOWNLOADED, SELECTED, Reason, read_table, write_table
@@ -71,11 +62,10 @@ class ShardDownload:
             pictures = PictureBuffer(file)
             download = ImageDownload(self.fetcher, queue, settings, pictures)
             download.run(selected.num_rows - len(blocked))
-            _check_network(download, selected.num_rows)
-            statuses = download.statuses
-            statuses |= dict.fromkeys(blocked, RowStatus(str(Reason.BLOCKED), URL_BLOCKED))
+            download.statuses |= dict.fromkeys(blocked, RowStatus(str(Reason.BLOCKED), URL_BLOCKED))
+            download.check_network()
             columns = selected.select(["image_id", "url", "caption", "license"]).to_pylist()
-            yield [row | vars(statuses[number]) for number, row in enumerate(columns)], pictures.read
+            yield [row | vars(download.statuses[number]) for number, row in enumerate(columns)], pictures.read
 
     def write_rows(self, shard: str, rows: Rows, tar: FileRecord) -> ShardRecord:
         """Write the status table of a shard. tar: its written tar. Returns the record of both files."""
@@ -101,17 +91,3 @@ def _blocked_rows(selected: pa.Table, blocklist: Blocklist) -> set[int]:
     ids = selected["image_id"].to_numpy()
     urls = selected["url"].combine_chunks()
     return set(np.flatnonzero(blocklist.blocks_ids(ids) | blocklist.blocks_hosts(urls)).tolist())
-
-
-def _check_network(download: ImageDownload, num_rows: int) -> None:
-    """Raises UserError if almost no URL was answered."""
-    if not download.is_down:
-        return
-    failures = [status for status in download.statuses.values() if status.reason]
-    reasons = dict(Counter(status.reason for status in failures))
-    message = next(status.message for status in failures if status.reason in NO_ANSWER)
-    raise UserError(
-        f"{download.unanswered} of {num_rows} URLs gave no answer ({reasons}), for example {message!r}."
-        " The network or the server is down. Repair it and run 'make download' again; finished shards"
-        " are kept. If the hosts are gone for good, lower download.min_answered."
-    )

@@ -1,7 +1,4 @@
-"""The stage `filter`: selects the rows of LAION metadata to download, for training and for the database.
-
-`run` is imported on first use, because the runner loads Ray.
-"""
+"""The stage `filter`: selects the rows of LAION metadata to download, for training and for the database."""
 
 from typing import TYPE_CHECKING
 

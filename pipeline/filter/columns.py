@@ -1,7 +1,6 @@
 """Cleans columns of metadata: valid UTF-8 text and finite numbers.
 
-Takes a column as published (numbers as strings, nulls, NaN, invalid UTF-8); returns an array of one type,
-null where a value is missing or invalid.
+Takes a column as published (numbers as strings, nulls, NaN, invalid UTF-8); missing and invalid values become null.
 """
 
 import numpy as np
@@ -20,18 +19,9 @@ def is_number(kind: pa.DataType) -> bool:
 
 def is_text(kind: pa.DataType) -> bool:
     """True for types that hold strings or bytes."""
-    return any(
-        test(kind)
-        for test in (
-            pa.types.is_string,
-            pa.types.is_large_string,
-            pa.types.is_string_view,
-            pa.types.is_binary,
-            pa.types.is_large_binary,
-            pa.types.is_binary_view,
-            pa.types.is_fixed_size_binary,
-        )
-    )
+    strings = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    binaries = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
+    return any(test(kind) for test in (*strings, *binaries))
 
 
 def texts(column: pa.Array, errors: str = "") -> pa.StringArray:

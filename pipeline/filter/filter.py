@@ -1,9 +1,8 @@
 """filter: selects the rows of LAION metadata to download, for training and for the database.
 
-Reads a folder of Parquet files; writes `filter/{train,database}/<piece>-<part>.parquet` (schema SELECTED)
-and a manifest in which rows read = rows kept + rows dropped by reason. Three passes of repeatable tasks:
-`scan` applies the rules to every row and stores the ids, `dedupe` finds equal ids across all files,
-`select` writes the shards. Memory depends on `rows_per_piece`, not on the size of the input.
+Reads a folder of Parquet files; writes `filter/{train,database}/<piece>-<part>.parquet` (schema SELECTED) and a
+manifest in which rows read = rows kept + rows dropped by reason. Three passes of repeatable tasks (`filter_passes`).
+Memory depends on `rows_per_piece`, not on the size of the input.
 """
 
 import logging
@@ -32,6 +31,7 @@ from retrieval.storage.schema import SPLITS
 
 SCHEMA_VERSION = 1
 KEYS_PER_BUCKET = 1 << 21
+Records = Sequence[ShardRecord]
 
 
 def run(config: FilterConfig, root: Root) -> Manifest:
@@ -86,7 +86,7 @@ def _max_rank(context: FilterContext, max_train: int) -> int:
     return selection.rank_threshold(parts, max_train)
 
 
-def _shards(names: Sequence[str], scans: Sequence[ShardRecord], selects: Sequence[ShardRecord]) -> list[ShardRecord]:
+def _shards(names: Sequence[str], scans: Records, selects: Records) -> list[ShardRecord]:
     """One record a shard, training shards first, then one a piece with its dropped rows by reason."""
     kept = [
         ShardRecord(file.name.removeprefix("filter/").removesuffix(".parquet"), int(record.values[file.name]), (file,))
@@ -102,12 +102,7 @@ def _shards(names: Sequence[str], scans: Sequence[ShardRecord], selects: Sequenc
     return kept + dropped
 
 
-def _values(
-    context: FilterContext,
-    dedupes: Sequence[ShardRecord],
-    selects: Sequence[ShardRecord],
-    shards: Sequence[ShardRecord],
-) -> dict[str, object]:
+def _values(context: FilterContext, dedupes: Records, selects: Records, shards: Records) -> dict[str, object]:
     rows = {
         f"rows_{split}": sum(shard.rows for shard in shards if shard.shard.startswith(f"{split}/")) for split in SPLITS
     }
@@ -119,16 +114,13 @@ def _values(
     return {**counts, "pieces": inputs}
 
 
-def _check(
-    context: FilterContext, values: dict[str, object], shards: Sequence[ShardRecord], log: logging.Logger
-) -> None:
+def _check(context: FilterContext, values: dict[str, object], shards: Records, log: logging.Logger) -> None:
     reasons: Counter[str] = Counter()
     for shard in shards:
         reasons.update(shard.reasons)
     kept = sum(shard.rows for shard in shards)
-    assert kept + reasons.total() == context.plan.rows, (
-        f"{kept} kept + {dict(reasons)} != {context.plan.rows} rows read"
-    )
+    rows = context.plan.rows
+    assert kept + reasons.total() == rows, f"{kept} kept + {dict(reasons)} != {rows} rows read"
     if values["id_collisions"]:
         log.warning("%s URLs were dropped as duplicates because their 64-bit ids collide", values["id_collisions"])
     for split in SPLITS:
@@ -136,8 +128,7 @@ def _check(
             log.warning("no row was kept for %s; dropped: %s", split, dict(reasons))
     if not kept:
         raise UserError(
-            f"{context.source.url}: none of {context.plan.rows:,} rows was kept; dropped by reason:"
-            f" {dict(reasons)}."
+            f"{context.source.url}: none of {rows:,} rows was kept; dropped by reason: {dict(reasons)}."
             " Check the metadata, or the thresholds in the recipe's section filter."
         )
 

@@ -85,14 +85,10 @@ class Dedupe:
         train = keys["train"].to_numpy() & ~duplicate
         ranks = selection.training_ranks(keys["image_id"].to_numpy()[train], self.context.seed)
         by_piece = selection.split_rows(rows, piece_numbers[duplicate], len(pieces))
+        rank_batch = pa.record_batch([ranks], schema=RANK_SCHEMA)
         files = (
             write_batches(self.context.root, f"filter/{shard}.arrow", by_piece, DUPLICATE_SCHEMA),
-            write_batches(
-                self.context.root,
-                f"filter/{shard}-ranks.arrow",
-                [pa.record_batch([ranks], schema=RANK_SCHEMA)],
-                RANK_SCHEMA,
-            ),
+            write_batches(self.context.root, f"filter/{shard}-ranks.arrow", [rank_batch], RANK_SCHEMA),
         )
         return ShardRecord(shard, keys.num_rows, files, values={"collisions": collisions})
 

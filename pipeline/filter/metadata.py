@@ -20,16 +20,8 @@ from retrieval.storage.root import Root
 BATCH_ROWS = 1 << 16
 HASHED_TAIL_BYTES = 1 << 16
 
-DEFAULT_NAMES = {
-    "url": ("url",),
-    "caption": ("text", "caption"),
-    "width": ("width",),
-    "height": ("height",),
-    "similarity": ("similarity",),
-    "pwatermark": ("pwatermark",),
-    "punsafe": ("punsafe",),
-    "license": ("license",),
-}
+DEFAULT_NAMES = {name: (name,) for name in Columns.model_fields} | {"caption": ("text", "caption")}
+"""The file's names of a column, in lower case, by our name; LAION's caption is TEXT."""
 
 
 @dataclass(frozen=True)
@@ -104,24 +96,24 @@ def _inspect(source: Root, name: str, columns: Columns, required: Sequence[str])
 
 def _resolve(schema: pa.Schema, columns: Columns, required: Sequence[str], where: str) -> dict[str, str]:
     resolved: dict[str, str] = {}
-    for ours, defaults in DEFAULT_NAMES.items():
-        configured: str = getattr(columns, ours)
+    for column, defaults in DEFAULT_NAMES.items():
+        configured: str = getattr(columns, column)
         names = (configured.lower(),) if configured else defaults
         matches = [name for name in schema.names if name.lower() in names]
         if configured in matches:
             matches = [configured]
         if len(matches) > 1:
             raise UserError(
-                f"{where}: columns {', '.join(matches)} could all be {ours}."
-                f" Set filter.columns.{ours} in the recipe to one of them."
+                f"{where}: columns {', '.join(matches)} could all be {column}."
+                f" Set filter.columns.{column} in the recipe to one of them."
             )
-        if not matches and (configured or ours in required):
+        if not matches and (configured or column in required):
             raise UserError(
                 f"{where} has no column {configured or defaults[0]!r}; it has {', '.join(schema.names)}."
-                f" Set filter.columns.{ours} in the recipe to the column of {ours}."
+                f" Set filter.columns.{column} in the recipe to the column of {column}."
             )
         if matches:
-            resolved[ours] = _checked_name(schema.field(matches[0]), where)
+            resolved[column] = _checked_name(schema.field(matches[0]), where)
     return resolved
 
 
@@ -149,11 +141,11 @@ def _divide(file: _File, rows_per_piece: int) -> Iterator[tuple[_File, tuple[int
 
 def read_piece(source: Root, piece: Piece, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
     """The rows of a piece in batches with our column names; a column that the file does not have is null."""
-    theirs = [piece.columns[name] for name in names if name in piece.columns]
+    file_columns = [piece.columns[name] for name in names if name in piece.columns]
     with source.open(piece.file) as file:
         try:
             parquet = pq.ParquetFile(file, pre_buffer=not source.is_local)
-            for batch in parquet.iter_batches(BATCH_ROWS, list(piece.row_groups), theirs, use_threads=False):
+            for batch in parquet.iter_batches(BATCH_ROWS, list(piece.row_groups), file_columns, use_threads=False):
                 yield pa.record_batch([_column(batch, piece, name) for name in names], list(names))
         except (pa.ArrowException, OSError) as error:
             raise UserError(

@@ -61,8 +61,7 @@ class Rules:
 def apply_rules(batch: pa.RecordBatch, first_row: int, rules: Rules) -> tuple[pa.Table, pa.RecordBatch, dict[str, int]]:
     """Apply the rules to a batch with the columns RULE_COLUMNS.
 
-    Returns the rows that no rule drops (KEY_SCHEMA), corrected URLs (CORRECTED_URL_SCHEMA), and the number of
-    dropped rows by reason.
+    Returns the kept rows (KEY_SCHEMA), corrected URLs (CORRECTED_URL_SCHEMA), and numbers of dropped rows by reason.
     """
     original = texts(batch["url"])
     urls = canonical_column(original)
@@ -163,8 +162,7 @@ def training_ranks(ids: Ids, seed: int) -> Ranks:
 def rank_threshold(parts: Callable[[], Iterable[Ranks]], count: int) -> int:
     """The highest of the `count` lowest ranks; NO_LIMIT if there are at most `count` ranks.
 
-    parts: yields the ranks in arrays. It is called twice, so that only one array and one histogram are in
-    memory.
+    parts: yields the ranks in arrays. It is called twice, so that only one array and one histogram are in memory.
     """
     histogram = np.zeros(1 << 16, np.int64)
     for part in parts():

@@ -1,7 +1,4 @@
-"""The stage `neighbors`: joins training images with the database, and refills its tables for opt-outs.
-
-The names are imported on first use, because the join loads torch and faiss.
-"""
+"""The stage `neighbors`: joins training images with the database, and refills its tables for opt-outs."""
 
 from typing import TYPE_CHECKING
 

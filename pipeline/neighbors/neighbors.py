@@ -1,9 +1,8 @@
 """neighbors: the k nearest database images of every training image, with their vectors.
 
-Reads `embed/train/<shard>.parquet` and the database `index/`; writes `neighbors/<shard>.parquet`
-(schema.neighbors), nearest first, rows in the order of the shard. The tables contain the vectors so that
-the trainer streams them and needs no access to the database. Near copies of the training image are left
-out. The manifest states the recall of the tables against brute force on a seeded sample.
+Reads `embed/train/<shard>.parquet` and the database `index/`; writes `neighbors/<shard>.parquet` (schema.neighbors),
+nearest first, rows in the order of the shard. The tables contain the vectors, so that the trainer needs no access to
+the database. Near copies of the training image are left out. The manifest states the recall on a seeded sample.
 """
 
 import hashlib
@@ -108,10 +107,9 @@ def _merge_work(config: NeighborsConfig, root: Root, groups: list[list[str]], ma
             rows = (image_ids[keep], merged.ids[in_shard][keep], merged.similarities[in_shard][keep])
             table = neighbor_table(rows, merged.vectors[in_shard][keep])
             files.append(schema.write_table(root, f"neighbors/{shard}.parquet", table, table.schema))
-            values[f"{shard} rows"] = float(keep.sum())
-            values[f"{shard} blocked"] = float((~visible).sum())
-            values[f"{shard} short"] = float((visible & ~full).sum())
-            values[f"{shard} near_copies"] = float(merged.near_copies[in_shard].sum())
+            counts = {"rows": keep, "blocked": ~visible, "short": visible & ~full}
+            counts["near_copies"] = merged.near_copies[in_shard]
+            values |= {f"{shard} {kind}": float(counted.sum()) for kind, counted in counts.items()}
         return ShardRecord(name, shape[0], tuple(files), {}, values)
 
     return work
@@ -146,13 +144,11 @@ def _recall(stage: Stage, config: NeighborsConfig, database: Database, records: 
     rows = sum(record.rows for record in records)
     if not min(rows, config.recall_sample):
         return {}
-    on_gpus = Workers.from_config(config, num_gpus=config.gpus_per_worker)
+    on_gpus, one_worker = Workers.from_config(config, num_gpus=config.gpus_per_worker), Workers.from_config(config, 1)
     sample = partial(sample_work, stage.root, records, config.recall_sample, config.seed)
-    run_shards(stage, ["recall/sample"], sample, Workers.from_config(config, 1))
+    run_shards(stage, ["recall/sample"], sample, one_worker)
     truths = [f"recall/{number:05d}" for number in range(len(database.partitions))]
     exact = config.join_config().model_copy(update={"partitions_per_query": 0, "lists_per_partition": 0})
     run_shards(stage, truths, partial(truth_work, stage.root, exact, config.device), on_gpus)
-    [record] = run_shards(
-        stage, ["recall/all"], partial(recall_work, stage.root, config.k, truths), Workers.from_config(config, 1)
-    )
+    [record] = run_shards(stage, ["recall/all"], partial(recall_work, stage.root, config.k, truths), one_worker)
     return dict(record.values)

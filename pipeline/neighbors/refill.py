@@ -1,8 +1,7 @@
 """Removes hidden images from neighbor tables: drops their rows and replaces them as neighbors.
 
-Reads `neighbors/<shard>.parquet` and the database `index/` with its hidden ids; writes only the tables that
-change, into another folder, so the old tables stay valid until all new ones are written. The trainer trains
-only on rows of these tables.
+Reads `neighbors/<shard>.parquet` and the database `index/` with its hidden ids; writes only the tables that change,
+into another folder, so the old tables stay valid until all new ones are written.
 """
 
 from functools import partial

@@ -1,7 +1,4 @@
-"""Pictures: decoding and encoding, patches, copies of training images, and WebDataset tars.
-
-The names are imported on first use, because their modules load Pillow and OpenCV.
-"""
+"""Pictures: decoding and encoding, patches, copies of training images, and WebDataset tars."""
 
 from typing import TYPE_CHECKING
 
@@ -12,7 +9,5 @@ if TYPE_CHECKING:
     from pipeline.pictures.tars import sample_key, tar_writer
 
 __getattr__ = public_names(
-    __name__,
-    dict.fromkeys(("Picture", "PictureError", "encode_jpeg", "prepare"), "picture")
-    | dict.fromkeys(("sample_key", "tar_writer"), "tars"),
+    __name__, {"picture": "Picture PictureError encode_jpeg prepare", "tars": "sample_key tar_writer"}
 )

@@ -1,9 +1,8 @@
 """Database images that are copies of training images, found by their hashes before anything is embedded.
 
-Reads the hashes of `download/{train,database}/<shard>.parquet`; writes `embed/copies/<group>.parquet`: the
-ids of a group of database shards that must not enter the database, with the reason. A copy has the same
-content (SHA-256 of the downloaded bytes) or a perceptual hash (`phash`) that differs in a few bits. Both
-sides are read in groups of shards, so that memory stays bounded.
+Reads the hashes of `download/{train,database}/<shard>.parquet`; writes `embed/copies/<group>.parquet`: ids that must
+not enter the database, with the reason. A copy has the same content (SHA-256 of the downloaded bytes) or a perceptual
+hash (`phash`) that differs in a few bits. Both sides are read in groups of shards, so that memory stays bounded.
 """
 
 from collections.abc import Sequence
@@ -62,12 +61,8 @@ def drop_copies(root: Root, group: str, rows: pa.Table) -> tuple[pa.Table, dict[
 
 def _hashes(root: Root, shards: Sequence[str]) -> tuple[Ids, npt.NDArray[np.uint64], Ids]:
     """Ids, first 64 bits of the SHA-256 and perceptual hashes of the stored images of some shards."""
-    parts = [_shard_hashes(root, shard) for shard in shards]
-    return (
-        np.concatenate([ids for ids, _, _ in parts]),
-        np.concatenate([contents for _, contents, _ in parts]),
-        np.concatenate([hashes for _, _, hashes in parts]),
-    )
+    ids, contents, hashes = zip(*(_shard_hashes(root, shard) for shard in shards), strict=True)
+    return np.concatenate(ids), np.concatenate(contents), np.concatenate(hashes)
 
 
 def _shard_hashes(root: Root, shard: str) -> tuple[Ids, npt.NDArray[np.uint64], Ids]:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image
 
-from pipeline.pictures.picture import PictureError, prepare
+from pipeline.pictures.picture import PictureError, ppm_bytes, prepare
 from pipeline.recipe import PatchesConfig
 from retrieval.errors import UserError
 from retrieval.storage import schema
@@ -31,10 +31,7 @@ Box = tuple[int, int, int, int]
 
 
 def patch_quotas(download: Manifest, config: PatchesConfig) -> dict[str, int]:
-    """The number of patches of each database shard, in total max_patches; empty without patches.
-
-    Raises UserError if max_patches is less than one patch for each picture.
-    """
+    """Patches of each database shard, in total max_patches; empty if that is 0. Raises UserError for more pictures."""
     if not config.max_patches:
         return {}
     shards = [record for record in download.shards if record.shard.startswith("database/")]
@@ -91,10 +88,7 @@ def patch_id(image_id: int, box: Box) -> int:
 
 
 def patch_rows(pictures: pa.Table, boxes: Mapping[int, list[Box]]) -> pa.Table:
-    """One row for each patch, in the order of the pictures. Columns: METADATA and DETAILS.
-
-    Id, size and box are those of the patch; the other columns are those of its picture.
-    """
+    """A row of METADATA and DETAILS for each patch: id, size and box of the patch, other columns of its picture."""
     boxes_of_rows = [boxes[id_] for id_ in pictures[schema.IMAGE_ID].to_pylist()]
     repeats = [len(row_boxes) for row_boxes in boxes_of_rows]
     rows = pictures.take(pa.array(np.repeat(np.arange(len(repeats)), repeats)))
@@ -128,10 +122,4 @@ def _crop_all(data: bytes, boxes: list[Box], edge: int) -> list[bytes]:
         return [b""] * len(boxes)
     with Image.open(io.BytesIO(picture.data)) as image:
         rgb = image.convert("RGB")
-    return [_ppm(crop(rgb, box, edge)) for box in boxes]
-
-
-def _ppm(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PPM")
-    return buffer.getvalue()
+    return [ppm_bytes(crop(rgb, box, edge)) for box in boxes]

@@ -1,9 +1,8 @@
 """Downloaded pictures of any format as upright 8-bit RGB, resized and encoded as JPEG.
 
-Takes the body of a response and checks its size in pixels before decoding. A plain JPEG that needs no
-resizing keeps its bytes. Pillow decodes everything else (16 bits, gray, palette, alpha, animation, CMYK, EXIF
-rotation) to upright RGB, because OpenCV decodes such files wrongly; OpenCV resizes and encodes. Resizing is
-`keep_ratio` of img2dataset; a test compares the bytes.
+Checks the size in pixels before decoding. A plain JPEG that needs no resizing keeps its bytes. Pillow decodes
+everything else (16 bits, gray, palette, alpha, animation, CMYK, EXIF rotation), because OpenCV decodes such files
+wrongly; OpenCV resizes and encodes. Resizing is `keep_ratio` of img2dataset; a test compares the bytes.
 """
 
 import io
@@ -26,18 +25,8 @@ ORIENTATION_TAG = 0x0112
 LEAST_EDGE = 64
 """Shorter edge in pixels at which the perceptual hash is computed, if the picture is that large."""
 # Exceptions that Pillow's readers raise for damaged files, documented or observed; without MemoryError.
-BROKEN = (
-    OSError,
-    EOFError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-)
+_BUILT_IN = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError)
+BROKEN = (*_BUILT_IN, struct.error, zlib.error)
 
 # Decoding may take several hundred MB, and the page decodes uploads in all threads of its server.
 _DECODING = Semaphore(2)
@@ -68,9 +57,8 @@ class Picture:
 def prepare(body: bytes, max_pixels: int, max_edge: int) -> Picture:
     """Check and decode the picture in a body. Raises PictureError if it cannot be used.
 
-    max_edge: shorter edge in pixels to which `encode_jpeg` will reduce the picture; 0: it keeps its size. The
-    result may be reduced already, to no less than max_edge. Animations give their first frame; transparent
-    pictures are put on white.
+    max_edge: shorter edge in pixels that `encode_jpeg` will reduce to; 0: it keeps its size. The result may be reduced
+    already, to no less than max_edge. Animations give their first frame; transparent pictures are put on white.
     """
     try:
         with Image.open(io.BytesIO(body), formats=FORMATS) as image:
@@ -94,13 +82,13 @@ def _prepare(image: Image.Image, body: bytes, max_pixels: int, max_edge: int) ->
     with _DECODING:
         if not is_plain:
             upright = _decode(image)
-            return Picture(_ppm(upright), upright.size, phash=perceptual_hash(upright))
+            return Picture(ppm_bytes(upright), upright.size, phash=perceptual_hash(upright))
         # A JPEG decodes to 1/2, 1/4 or 1/8 of its size at a fraction of the cost. This is enough for the
         # perceptual hash and detects truncated files.
         scale = max(1 / 8, LEAST_EDGE / min(size)) if keeps_size else max_edge / min(size)
         image.draft(None, (math.ceil(size[0] * scale), math.ceil(size[1] * scale)))
         image.load()
-        data = body if keeps_size else _ppm(image)
+        data = body if keeps_size else ppm_bytes(image)
         return Picture(data, size, keeps_bytes=keeps_size, phash=perceptual_hash(image))
 
 
@@ -125,9 +113,8 @@ def _decode(image: Image.Image) -> Image.Image:
         # Pillow would clip to 255, which makes almost all pixels white.
         return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
-        image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
 
 
@@ -159,8 +146,8 @@ def _resize(pixels: npt.NDArray[np.uint8], edge: int) -> npt.NDArray[np.uint8]:
     return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), np.uint8)
 
 
-def _ppm(image: Image.Image) -> bytes:
-    # PPM holds raw pixels: lossless, and fast to write and to read.
+def ppm_bytes(image: Image.Image) -> bytes:
+    """The image as PPM: raw pixels, so lossless, and fast to write and to read."""
     buffer = io.BytesIO()
     image.save(buffer, "PPM")
     return buffer.getvalue()

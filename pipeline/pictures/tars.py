@@ -31,8 +31,7 @@ class TarWriter:
     def add(self, key: str, jpeg: bytes, caption: str, metadata: dict[str, Any]) -> None:
         """Append one sample. metadata: must be serializable as JSON."""
         text = json.dumps(metadata, sort_keys=True, ensure_ascii=False)
-        members = {"jpg": jpeg, "txt": caption.encode(), "json": text.encode()}
-        for suffix, data in members.items():
+        for suffix, data in (("jpg", jpeg), ("txt", caption.encode()), ("json", text.encode())):
             member = tarfile.TarInfo(f"{key}.{suffix}")  # times and owners are 0 unless set
             member.size = len(data)
             self._tar.addfile(member, io.BytesIO(data))

@@ -1,7 +1,4 @@
-"""Runtime: what a stage is, how its shards run on Ray workers, its metrics and its progress.
-
-The names are imported on first use, because the runner loads Ray.
-"""
+"""Runtime: what a stage is, how its shards run on Ray workers, its metrics and its progress."""
 
 from typing import TYPE_CHECKING
 

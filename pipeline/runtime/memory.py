@@ -24,10 +24,8 @@ def used_bytes() -> int:
 
 
 def peak_bytes() -> int:
-    """Highest resident memory of this process so far in bytes, mapped files included.
-
-    getrusage is not used: there, a new process starts with the peak of its parent.
-    """
+    """Highest resident memory of this process so far in bytes, mapped files included."""
+    # Not from getrusage: there, a new process starts with the peak of its parent.
     lines = Path("/proc/self/status").read_text().splitlines()
     [peak] = [line for line in lines if line.startswith("VmHWM:")]
     return int(peak.split()[1]) * 1024
@@ -41,11 +39,9 @@ def start_watchdog(limit_gb: float, stage: str) -> None:
 def _watch(limit: int, stage: str) -> None:
     while (used := used_bytes()) <= limit:
         time.sleep(CHECK_EVERY_S)
-    logging.getLogger(stage).error(
+    message = (
         "a worker uses %.2f GB, more than memory_gb = %g: it is ended. Raise memory_gb in the recipe's "
-        "section [%s], or make shards or batches smaller",
-        used / GB,
-        limit / GB,
-        stage.partition("/")[0],
+        "section [%s], or make shards or batches smaller"
     )
+    logging.getLogger(stage).error(message, used / GB, limit / GB, stage.partition("/")[0])
     os._exit(MEMORY_EXIT_CODE)

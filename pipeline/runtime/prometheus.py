@@ -1,7 +1,6 @@
 """Prometheus metrics of a stage, served by the metrics endpoint of the Ray node on which the driver runs.
 
-Ray prefixes the names with `ray_` and adds its own tags. The metrics repeat the numbers of the log lines;
-manifests are the record.
+Ray prefixes the names with `ray_` and adds its own tags. The numbers are those of the log lines.
 """
 
 from collections import Counter as Counts

@@ -1,7 +1,6 @@
 """Runs the shards of a stage on Ray workers; shards of killed workers run again.
 
-Reads and writes the completion records of a stage. A `Work` function processes the shards. Only this module
-and `prometheus.py` use Ray in this package.
+Reads and writes the completion records of a stage. Only this module and `prometheus.py` use Ray in this package.
 """
 
 import time

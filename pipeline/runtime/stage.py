@@ -25,10 +25,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Stage:
-    """The identity of a stage: its folder below the root, format version, settings and inputs.
-
-    upstream: identity of each input, by its name.
-    """
+    """A stage: its folder below the root, format version, settings, and the identity of each input by its name."""
 
     root: Root
     name: str
@@ -86,13 +83,9 @@ class Stage:
             seconds=round(time.time() - started, 3),
         )
         write_manifest(self.root, manifest)
-        self.log.info(
-            "finished: %s rows kept, %s not (%s) in %.1f s",
-            f"{manifest.rows:,}",
-            f"{sum(manifest.reasons.values()):,}",
-            ", ".join(f"{word} {count:,}" for word, count in manifest.reasons.items()) or "no reasons",
-            manifest.seconds,
-        )
+        kept, dropped = f"{manifest.rows:,}", f"{sum(manifest.reasons.values()):,}"
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in manifest.reasons.items()) or "no reasons"
+        self.log.info("finished: %s rows kept, %s not (%s) in %.1f s", kept, dropped, reasons, manifest.seconds)
         return manifest
 
 

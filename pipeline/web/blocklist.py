@@ -101,15 +101,14 @@ def read_blocklist(path: str, setting: str = "filter.blocklist") -> Blocklist:
 
 def _parse(lines: Iterable[str], path: str, identity: str) -> Blocklist:
     ids: set[int] = set()
-    others: set[str] = set()
+    entries: set[str] = set()
     for number, line in enumerate(lines, 1):
         entry = line.strip()
         if not entry or entry.startswith("#"):
             continue
         # 16 decimal digits fit both notations: both ids are blocked
-        entry_ids = _ids(entry)
-        ids |= entry_ids
-        if entry_ids:
+        if entry_ids := _ids(entry):
+            ids |= entry_ids
             continue
         if not any(pattern.fullmatch(entry.lower()) for pattern in (_DIGEST, _PHASH, _DOMAIN)):
             raise UserError(
@@ -117,12 +116,12 @@ def _parse(lines: Iterable[str], path: str, identity: str) -> Blocklist:
                 " or a decimal number), or md5:, sha256: or phash: with 32, 64 or 16 hex digits."
                 " Correct or remove the line."
             )
-        others.add(entry.lower())
-    phashes = sorted(entry for entry in others if entry.startswith("phash:"))
+        entries.add(entry.lower())
+    phashes = sorted(entry for entry in entries if entry.startswith("phash:"))
     return Blocklist(
         ids=np.array(sorted(ids), np.int64),
-        domains=frozenset(entry for entry in others if ":" not in entry),
-        digests=frozenset(entry for entry in others if _DIGEST.fullmatch(entry)),
+        domains=frozenset(entry for entry in entries if ":" not in entry),
+        digests=frozenset(entry for entry in entries if _DIGEST.fullmatch(entry)),
         phashes=np.array([_signed(entry.removeprefix("phash:")) for entry in phashes], np.int64),
         identity=identity,
     )

@@ -38,10 +38,7 @@ _WITH_VALUE = frozenset({"unavailable_after", "max-snippet", "max-image-preview"
 
 @dataclass(frozen=True)
 class FetchSettings:
-    """Identity and limits of a fetcher. Times in seconds; deadline_s is for one URL with all its retries.
-
-    robots: whether robots.txt is obeyed.
-    """
+    """Identity and limits of a fetcher. deadline_s: for one URL with all its retries; robots: obey robots.txt."""
 
     user_agent: str
     contact: str
@@ -78,8 +75,7 @@ class Fetcher:
     def fetch(self, request: FetchRequest, queue: HostQueue) -> bytes | None:
         """Send one HTTP request for a request that the queue handed out, and give it back to the queue.
 
-        Returns the body as sent, or None if the request waits in the queue again (redirect or retry).
-        Raises FetchError if the URL gives no image.
+        Returns the body, or None if it is queued again (redirect, retry). Raises FetchError if the URL gives no image.
         """
         request.deadline = request.deadline or queue.clock.now() + self.settings.deadline_s
         try:

@@ -91,7 +91,8 @@ class HostQueue:
         self._timer_number = count()
         self._stopped = False
         self._changed = Condition()
-        self._remove_past_times()
+        for name in [name for name, end in resume_at.items() if end <= self.clock.now()]:
+            del resume_at[name]
         for row, url in rows:
             request = FetchRequest(row, url)
             self._host(request.host).waiting.append(request)
@@ -158,8 +159,7 @@ class HostQueue:
 
     def _host(self, name: str) -> _Host:
         if name not in self._hosts:
-            pause_s = max(0.0, self._resume_at.get(name, 0.0) - self.clock.now())
-            self._hosts[name] = _Host(paused_s=pause_s)
+            self._hosts[name] = _Host(paused_s=max(0.0, self._resume_at.get(name, 0.0) - self.clock.now()))
         return self._hosts[name]
 
     def _error(self, host: _Host) -> FetchError | None:
@@ -218,8 +218,3 @@ class HostQueue:
             host.scheduled = False
             self._schedule(name)
         self._changed.notify_all()
-
-    def _remove_past_times(self) -> None:
-        now = self.clock.now()
-        for name in [name for name, end in self._resume_at.items() if end <= now]:
-            del self._resume_at[name]

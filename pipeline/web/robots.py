@@ -1,7 +1,6 @@
 """Rules of robots.txt, requested once per server and cached (RFC 9309).
 
-A server without the file (4xx) allows everything. If its rules cannot be read, because the server fails or
-cannot be reached, nothing is fetched from it.
+A server without the file (4xx) allows everything; nothing is fetched from a server that fails or cannot be reached.
 """
 
 import time
@@ -20,7 +19,7 @@ MAX_BYTES = 500 << 10
 CACHE_S = 24 * 3600.0
 MAX_CACHED_SERVERS = 10_000
 MAX_CACHED_BYTES = 2 << 20
-"""Of all cached files. Parsing takes 14 bytes of memory a byte, 114 in the worst case found."""
+"""Of all cached files. Parsing takes 14 bytes of memory a byte, 114 in the worst case measured."""
 
 ReadRobots = Callable[[str], bytes]
 """Returns the body of the robots.txt at a URL, empty if there is none. Raises FetchError if unknown."""

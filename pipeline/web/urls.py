@@ -76,9 +76,9 @@ def canonical_column(urls: pa.StringArray) -> pa.StringArray:
     is_clean = pc.fill_null(pc.and_(short, pc.match_substring_regex(urls, _CLEAN)), False)
     if pc.all(is_clean, min_count=0).as_py():
         return urls
-    others = pc.invert(is_clean)
-    canonical = [(url and canonical_url(url)) or None for url in urls.filter(others).to_pylist()]
-    return pc.replace_with_mask(urls, others, pa.array(canonical, pa.string()))
+    not_clean = pc.invert(is_clean)
+    canonical = [(url and canonical_url(url)) or None for url in urls.filter(not_clean).to_pylist()]
+    return pc.replace_with_mask(urls, not_clean, pa.array(canonical, pa.string()))
 
 
 def host_name(url: str) -> str:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from pipeline.pictures.picture import Picture, PictureError, encode_jpeg, prepare
+from pipeline.pictures import Picture, PictureError, encode_jpeg, prepare
 
 COLOR = (10, 200, 30)
 
