@@ -1,9 +1,8 @@
 """Atomic checkpoints that any number of ranks can load.
 
-Writes `<folder>/step-<n>/` with one file per rank (its fragments of fp32 weights, AdamW's moments and the
-average) and, after all ranks, the index `<folder>/checkpoints.json`; only indexed checkpoints exist. Training
-waits for a copy in host memory, which a thread writes during the next steps. Checkpoints of another run are
-an error.
+Writes `<folder>/step-<n>/` with one file per rank (its fragments of fp32 weights, AdamW's moments and the average) and,
+after all ranks, the index `<folder>/checkpoints.json`; only indexed checkpoints exist. Training waits for a copy in
+host memory, which a thread writes during the next steps. Checkpoints of another run are an error.
 """
 
 import json

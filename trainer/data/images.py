@@ -96,9 +96,8 @@ class ScaledImage:
 def decode_image(data: bytes, name: str, size: int) -> ScaledImage:
     """The RGB image of encoded bytes, to be scaled to a shorter edge of `size` pixels. name: for errors.
 
-    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where MIN_DRAFT_RATIO allows: half the work, and crops
-    that differ by 2 of 256 levels (root mean square). Raises UserError if the image cannot be decoded or has
-    more than MAX_PIXELS.
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where MIN_DRAFT_RATIO allows: half the work, and crops that differ
+    by 2 of 256 levels (root mean square). Raises UserError if the image cannot be decoded or has more than MAX_PIXELS.
     """
     try:
         image: Image.Image = Image.open(io.BytesIO(data))

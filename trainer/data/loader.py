@@ -1,9 +1,8 @@
 """Loads training batches: each shard of images or latents is joined with the same shard of neighbors.
 
-Reads `neighbors/<shard>.parquet` and `latents/<size>/<shard>.parquet` (or `download/train/<shard>.tar`);
-writes nothing. Threads prepare batches ahead of the training step. The content of a batch depends only on
-the seed and the step, so a run resumes from its step counter, and the number of ranks or threads has no
-effect.
+Reads `neighbors/<shard>.parquet` and `latents/<size>/<shard>.parquet` (or `download/train/<shard>.tar`); writes
+nothing. Threads prepare batches ahead of the training step. The content of a batch depends only on the seed and the
+step, so a run resumes from its step counter, and the number of ranks or threads has no effect.
 """
 
 import threading

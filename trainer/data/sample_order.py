@@ -1,10 +1,9 @@
 """The order of training samples, a pure function of the seed and the position.
 
-All rows of all shards form an endless sequence; each epoch has every sample once. Global batch s holds
-positions [s * B, (s + 1) * B) for any number of ranks, so runs on different numbers of ranks train on the
-same batches. An epoch shuffles the shards, divides their rows into `lanes` equal ranges that are read in
-parallel, and shuffles the rows of each shard within its range. Each rank reads only its own lanes, with one
-open shard per lane.
+All rows of all shards form an endless sequence; each epoch has every sample once. Global batch s holds positions [s *
+B, (s + 1) * B) for any number of ranks, so runs on different numbers of ranks train on the same batches. An epoch
+shuffles the shards, divides their rows into `lanes` equal ranges that are read in parallel, and shuffles the rows of
+each shard within its range. Each rank reads only its own lanes, with one open shard per lane.
 """
 
 from dataclasses import dataclass

@@ -1,9 +1,8 @@
 """evaluate: measures whether another database gives another style (paper section 2.2, appendix C).
 
-Reads `runs/<name>/train`, the style databases and `index`. Writes, below `runs/<name>/evaluate/`, the
-samples of each mode and style with their CLIP features, the style classifier, `evaluation.json`, `bars.png`
-and a contact sheet of each mode. All modes share prompts and seeds, so they differ only in how the style is
-requested.
+Reads `runs/<name>/train`, the style databases and `index`. Writes, below `runs/<name>/evaluate/`, the samples of each
+mode and style with their CLIP features, the style classifier, `evaluation.json`, `bars.png` and a contact sheet of each
+mode. All modes share prompts and seeds, so they differ only in how the style is requested.
 """
 
 import logging

@@ -1,8 +1,7 @@
 """The frozen autoencoder between images and latents.
 
-Reads a folder in diffusers' `save_pretrained` layout with an AutoencoderKL, a VQModel or our
-PatchAutoencoder; weights in safetensors format only. All three have the same interface for `latents`,
-`train` and `sample`.
+Reads a folder in diffusers' `save_pretrained` layout with an AutoencoderKL, a VQModel or our PatchAutoencoder; weights
+in safetensors format only. All three have the same interface for `latents`, `train` and `sample`.
 """
 
 import hashlib

@@ -87,9 +87,8 @@ def guided_sample(
 ) -> torch.Tensor:
     """Denoised latents (n, c, h, w) float32. Each step predicts eps(0) + s (eps(c) - eps(0)).
 
-    noise: (n, c, h, w), any size that the UNet accepts; context: (n, tokens, dim); guidance: (n,) scale s.
-    All on one device. The rule is linear, so it also holds for v-prediction. eps(0) is not computed if every
-    s is 1.
+    noise: (n, c, h, w), any size that the UNet accepts; context: (n, tokens, dim); guidance: (n,) scale s. All on one
+    device. The rule is linear, so it also holds for v-prediction. eps(0) is not computed if every s is 1.
     """
     guided = bool((guidance != 1).any())
     # Zero tokens add nothing to attention, so the null context can have the same length: one UNet call.
