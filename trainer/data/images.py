@@ -1,7 +1,6 @@
 """Decodes and crops the training images of a shard.
 
-Reads the WebDataset tars of `download/train` with random access; writes nothing. The number of pixels is
-checked before decoding, and every random crop is a pure function of its seeds.
+Reads the WebDataset tars of `download/train` with random access. Every random crop is a pure function of its seeds.
 """
 
 import io
@@ -67,14 +66,12 @@ def _members(path: Path) -> dict[int, tuple[int, int]]:
 
 @dataclass(frozen=True)
 class ScaledImage:
-    """An image to be scaled so that its shorter edge has `size` pixels; squares are cropped from it.
-
-    `raster` holds the image at its stored size or at 1/2, 1/4 or 1/8 of it. The image covers the first
-    `extent` columns and rows of `raster`, which may be fractional.
-    """
+    """An image to be scaled so that its shorter edge has `size` pixels; squares are cropped from it."""
 
     raster: Image.Image
+    """The image at its stored size, or at 1/2, 1/4 or 1/8 of it."""
     extent: tuple[float, float]
+    """Columns and rows of `raster` that the image covers; may be fractional."""
     edges: tuple[int, int]
     """Width and height after scaling."""
     size: int

@@ -35,7 +35,6 @@ class SampleOrder:
 
     @cached_property
     def samples_per_epoch(self) -> int:
-        """Number of samples in one epoch."""
         return sum(self.rows)
 
     def locate(self, position: int) -> SampleLocation:
@@ -58,8 +57,7 @@ class SampleOrder:
 def rank_slots(order: SampleOrder, step: int, global_batch: int, rank: int, world: int) -> npt.NDArray[np.int64]:
     """Slots of global batch `step` (from 0) that belong to a rank: (global_batch / world,) int64.
 
-    If `world` divides `lanes` and `lanes` divides `global_batch`, all slots of a lane belong to the same rank
-    at every step.
+    If `world` divides `lanes` and `lanes` divides `global_batch`, a lane always belongs to the same rank.
     """
     lane_of_slot = (step * global_batch + np.arange(global_batch)) % order.lanes
     share = global_batch // world

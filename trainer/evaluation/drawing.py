@@ -1,7 +1,6 @@
 """Draws groups of samples and stores them; each group is one resumable item.
 
-Used by `evaluate` and the paper's experiments. Writes, for each group, `samples/<group>/<n>.png` with the
-recipe in its metadata, and the CLIP features of the pictures in `features.npy`.
+Writes for each group `samples/<group>/<n>.png`, with the recipe in the metadata, and the CLIP features `features.npy`.
 """
 
 import io
@@ -34,10 +33,7 @@ def draw_groups(
     items: ResumableItems,
     plan: Callable[[Group], Sequence[SamplingBatch]] | None = None,
 ) -> list[ShardRecord]:
-    """Draw the groups without a record. Returns the records of all groups, in order.
-
-    plan: forms the batches of a group, with positions of its requests; default: `sampler.plan`.
-    """
+    """Draw the groups without a record; returns the records of all. plan: forms the batches of a group's requests."""
     stage = items.stage.rsplit("/", maxsplit=1)[-1]
     plan = plan or (lambda group: sampler.plan(group.requests))
     records = {group.name: record for group in groups if (record := items.read_record(group.name))}

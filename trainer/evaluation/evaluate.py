@@ -118,14 +118,8 @@ def train_style_classifier(
 def _contact_sheet(mode: str, groups: Sequence[StyleGroup], items: ResumableItems) -> bytes:
     rows = [group for group in groups if group.mode == mode]
     numbers = range(min(SHEET_COLUMNS, len(rows[0].requests)))
-    return grid_png(
-        Grid(
-            cells=[[open_picture(items.root, picture_path(row, items, n)) for n in numbers] for row in rows],
-            rows=[style_words(row.style) for row in rows],
-            columns=[""] * len(numbers),
-            title=LABELS[mode],
-        )
-    )
+    cells = [[open_picture(items.root, picture_path(row, items, n)) for n in numbers] for row in rows]
+    return grid_png(Grid(cells, [style_words(row.style) for row in rows], [""] * len(numbers), LABELS[mode]))
 
 
 def _summary_line(result: dict[str, object]) -> str:

@@ -1,7 +1,6 @@
 """Effect of neighbors on the loss of held-out images: own neighbors, another image's, and none.
 
-Takes a network, the training plan and its loader; returns a loss for each image and context. All contexts
-share noise and timesteps, so differences are paired.
+All contexts share noise and timesteps, so differences are paired.
 """
 
 from collections.abc import Mapping
@@ -29,10 +28,7 @@ Losses = Mapping[str, npt.NDArray[np.float64]]
 def held_out_losses(
     unet: torch.nn.Module, plan: TrainingPlan, loader: Loader, autoencoder: Autoencoder, draws: int
 ) -> Losses:
-    """Loss (eq. 1) of each held-out image with its neighbors, with another image's, and with none.
-
-    draws: timesteps per image; draw j is in quartile j % QUARTILES.
-    """
+    """Loss (eq. 1) of each held-out image and context. draws: timesteps per image; j is in quartile j % QUARTILES."""
     encoder = autoencoder if plan.training_set.source == "images" else None
     images = read_held_out(plan, loader, held_out_rows(plan.training_set), encoder)
     count = len(images.image_ids)
@@ -48,9 +44,8 @@ def held_out_losses(
     losses = {}
     for name, context in contexts.items():
         conditioned = replace(batch, context=context.repeat_interleave(draws, dim=0))
-        parts = [
-            objective(unet, piece, torch.float32).cpu() for piece in conditioned.split(plan.config.train.micro_batch)
-        ]
+        pieces = conditioned.split(plan.config.train.micro_batch)
+        parts = [objective(unet, piece, torch.float32).cpu() for piece in pieces]
         losses[name] = torch.cat(parts).double().numpy().reshape(count, draws)
     return losses
 
