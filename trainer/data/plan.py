@@ -152,7 +152,8 @@ def _check_neighbors(neighbors: Manifest, config: TrainingRecipe, root: Root) ->
         excluded = f", {held_out:,} of them held out" if held_out else ""
         raise UserError(
             f"{where} has {neighbors.rows:,} rows{excluded}: fewer training rows than one global batch of "
-            f"{config.train.global_batch:,}. Lower train.global_batch or train.validation_images, or select more images."
+            f"{config.train.global_batch:,}. Lower train.global_batch or train.validation_images, or select more "
+            f"images."
         )
 
 

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from retrieval.errors import UserError
-from retrieval.storage import schema
-from retrieval.storage.manifest import Manifest, ShardRecord, fingerprint
+from retrieval.storage.manifest import Manifest, ShardRecord
 from retrieval.storage.root import Root
 from trainer.evaluation.charts import LABELS, draw_bars
 from trainer.evaluation.classifier import TrainedClassifier, save_classifier, train_classifier
@@ -40,7 +39,7 @@ def run(config: EvaluateConfig, trained: TrainedModel, root: Root) -> Manifest:
     databases = upstream_fingerprints(root, trained, (*styles, TRAINING_DATABASE))
     upstream = databases | {"prompts": prompts_digest(prompts)}
     stage = f"runs/{trained.name}/evaluate"
-    items = ResumableItems(root, stage, fingerprint("evaluate", schema.VERSION, config, upstream))
+    items = ResumableItems(root, stage, config, upstream)
     if (finished := items.finished_manifest()) is not None:
         log.info(f"evaluate: {root.at(stage)} is finished")
         return finished
@@ -59,18 +58,9 @@ def run(config: EvaluateConfig, trained: TrainedModel, root: Root) -> Manifest:
         *(root.write_bytes(f"{stage}/{mode}.png", _contact_sheet(mode, groups, items)) for mode in MODES),
     ]
     log.info(_summary_line(result))
-    return items.finish(
-        Manifest(
-            stage=stage,
-            schema_version=schema.VERSION,
-            fingerprint=items.fingerprint,
-            upstream=upstream,
-            config=config.model_dump(mode="json"),
-            shards=(*records, ShardRecord("report", len(groups), tuple(files))),
-            values={**sampler.model_identity, "styles": list(styles)},
-            seconds=time.monotonic() - started,
-        )
-    )
+    records.append(ShardRecord("report", len(groups), tuple(files)))
+    values = {**sampler.model_identity, "styles": list(styles)}
+    return items.finish(records, values, time.monotonic() - started)
 
 
 def _prompts(config: EvaluateConfig) -> tuple[str, ...]:

@@ -88,9 +88,9 @@ class Gaussian:
 
 
 def frechet_distance(first: Features, second: Features) -> float:
-    """Squared Fréchet distance of Gaussians fitted to rows (n, dim), (m, dim): |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2).
+    """Squared Fréchet distance of two Gaussians fitted to rows: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2).
 
-    n and m are at least 2. Biased upwards for few rows, so compare only distances of equal row counts.
+    (n, dim), (m, dim), n and m at least 2. Biased upwards for few rows: compare only distances of equal row counts.
     """
     return Gaussian.fit(first).distance(second)
 

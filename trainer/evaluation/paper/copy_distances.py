@@ -79,9 +79,10 @@ def nearest_per_query(queries: Features, candidates: Sequence[Features]) -> Near
 
 
 def hash_row(picture: Image.Image) -> Features:
-    """The perceptual hash as a unit row (64,) float32: 32 * (1 - inner product) is the Hamming distance; blank: zeros."""
+    """The perceptual hash as a unit row (64,) float32: 32 * (1 - inner product) is the Hamming distance."""
     hash_ = perceptual_hash(picture)
     bits = np.unpackbits(np.array([hash_], ">i8").view(np.uint8))
+    # A blank picture gives zeros: distance 32 from every other.
     return np.where(bits, 0.125, -0.125).astype(np.float32) * np.float32(hash_ != BLANK_HASH)
 
 
