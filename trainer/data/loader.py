@@ -128,7 +128,7 @@ def _rows_of(ids: npt.NDArray[np.int64], table_ids: npt.NDArray[np.int64], table
 
 
 class ShardCache:
-    """Up to `capacity` open shards, the last ones used. A dropped shard closes when no thread reads it any more."""
+    """The `capacity` most recently used shards, open. A dropped shard closes when no thread reads it any more."""
 
     def __init__(self, open_shard: Callable[[int], Shard], capacity: int) -> None:
         self._open, self._capacity = open_shard, capacity

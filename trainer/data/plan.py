@@ -61,7 +61,8 @@ def make_plan(config: TrainingRecipe, root: Root, autoencoder: Autoencoder) -> T
     if train.source == "latents":
         views = int(images.values["views"])
         _check_latents(images, neighbors, autoencoder.identity, shape, root)
-    upstream = {stage.stage: stage.fingerprint for stage in (neighbors, images)} | {"autoencoder": autoencoder.identity}
+    upstream = {"neighbors": neighbors.fingerprint, images.stage: images.fingerprint}
+    upstream["autoencoder"] = autoencoder.identity
     if train.start_from:
         upstream["start_from"] = _initial_run(config, root).fingerprint
     # A step does not depend on the total number of steps, so a checkpoint is valid for any total.

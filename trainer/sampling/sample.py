@@ -1,7 +1,7 @@
 """sample: generates pictures of prompts with neighbors from databases.
 
 Reads `runs/<name>/train`, `databases/*` and `index`. Writes below `runs/<name>/sample/` `<database>/<prompt>-<n>.png`
-with the recipe in its metadata, `<database>/<prompt>-<n>.json` with its neighbors, and `grid.png`, prompts by databases.
+with the recipe in its metadata, a `.json` file with the neighbors of each picture, and `grid.png` (prompts, databases).
 Another database gives another style without training.
 """
 

@@ -11,7 +11,7 @@ QUARTILES = 4
 
 
 class Objective:
-    """Draws latents, adds noise, predicts, computes the loss. Batches have images if `autoencoder`, else moments."""
+    """Draws latents, adds noise, predicts, computes the loss. Without an autoencoder, batches contain moments."""
 
     def __init__(self, config: DiffusionConfig, autoencoder: Autoencoder | None, device: torch.device) -> None:
         self._config = config

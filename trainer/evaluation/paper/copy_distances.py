@@ -74,7 +74,7 @@ def nearest(queries: Features, candidates: Features, same_rows: bool = False) ->
 def nearest_per_query(queries: Features, candidates: Sequence[Features]) -> Nearest:
     """The same where query i (dim,) has its own candidates i (k, dim)."""
     results = [nearest(query[None], rows) for query, rows in zip(queries, candidates, strict=True)]
-    distances, rows = zip(*((result.distances[0], result.rows[0]) for result in results), strict=True)
+    distances, rows = [result.distances[0] for result in results], [result.rows[0] for result in results]
     return Nearest(np.array(distances), np.array(rows, np.int64))
 
 
