@@ -34,7 +34,7 @@ class MovingAverage:
         torch._foreach_lerp_(self._averages, self._masters, 1 - decay_at(updates, self._decay))
 
     def gather(self, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and complete average of each parameter, on the CPU. A collective: all ranks must iterate to the end."""
+        """Name and complete average of each parameter of `shapes`, on the CPU. A collective: iterate to the end."""
         fragments = {fragment.name: fragment for fragment in self.fragments}
         device = get_accelerator().current_device_name()
         for name, shape in shapes.items():

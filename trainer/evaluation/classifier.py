@@ -60,7 +60,10 @@ class TrainedClassifier:
 
 
 def split_rows(labels: Labels, fraction: float, seed: int) -> tuple[Labels, Labels]:
-    """Sorted row numbers (training, held out): `fraction` of each label's rows is held out, at least one, not all."""
+    """Sorted row numbers (training, held out), stratified: `fraction` of each label's rows is held out.
+
+    Both have at least one row of each label. Raises UserError for a label with fewer than MIN_ROWS rows.
+    """
     held_out: list[int] = []
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)

@@ -33,7 +33,10 @@ def draw_groups(
     items: ResumableItems,
     plan: Callable[[Group], Sequence[SamplingBatch]] | None = None,
 ) -> list[ShardRecord]:
-    """Draw the groups without a record; returns the records of all. plan: forms the batches of a group's requests."""
+    """Draw the groups without a record. Returns the records of all groups, in order.
+
+    plan: forms the batches of a group, with positions of its requests; default: `sampler.plan`.
+    """
     stage = items.stage.rsplit("/", maxsplit=1)[-1]
     plan = plan or (lambda group: sampler.plan(group.requests))
     records = {group.name: record for group in groups if (record := items.read_record(group.name))}

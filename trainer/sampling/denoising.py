@@ -34,7 +34,10 @@ class Scheduler(Protocol):
 
 
 def make_scheduler(name: SchedulerName, steps: int, diffusion: DiffusionConfig) -> Scheduler:
-    """A scheduler for one batch. steps: 1 .. diffusion.steps - 1; `plms` calls the UNet steps + 1 times."""
+    """A scheduler for the diffusion process of training. Stateful: each batch needs its own.
+
+    steps: 1 .. diffusion.steps - 1. `plms` calls the UNet steps + 1 times.
+    """
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 
     settings: dict[str, Any] = scheduler_settings(diffusion)

@@ -166,7 +166,10 @@ class Sample:
 
 
 def read_prompts(name: str) -> tuple[str, ...]:
-    """The prompts of a UTF-8 text file, in order, without empty lines and comments (#); at least one."""
+    """The prompts of a UTF-8 text file, in order, without empty lines and comments (#).
+
+    Raises UserError if the file is missing or has no prompt.
+    """
     folder, _, file_name = name.rpartition("/")
     root = Root(folder or ".")
     if not root.exists(file_name):

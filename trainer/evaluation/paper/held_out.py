@@ -28,7 +28,10 @@ Losses = Mapping[str, npt.NDArray[np.float64]]
 def held_out_losses(
     unet: torch.nn.Module, plan: TrainingPlan, loader: Loader, autoencoder: Autoencoder, draws: int
 ) -> Losses:
-    """Loss (eq. 1) of each held-out image and context. draws: timesteps per image; j is in quartile j % QUARTILES."""
+    """Loss (eq. 1) of each held-out image with its neighbors, with another image's, and with none.
+
+    draws: timesteps per image; draw j is in quartile j % QUARTILES.
+    """
     encoder = autoencoder if plan.training_set.source == "images" else None
     images = read_held_out(plan, loader, held_out_rows(plan.training_set), encoder)
     count = len(images.image_ids)
