@@ -1,8 +1,4 @@
-"""Training, sampling and evaluation of the retrieval-augmented diffusion model.
-
-Training uses `data`, `model`, `engine`, `training`, `checkpoint` and `tracking`. `released` imports
-published checkpoints, `recipe` has the settings of training.
-"""
+"""Training, sampling and evaluation of the retrieval-augmented diffusion model; import of published checkpoints."""
 
 from typing import TYPE_CHECKING
 

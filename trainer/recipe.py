@@ -1,7 +1,6 @@
-"""The recipe sections that `make latents` and `make train` read.
+"""The recipe sections that `make latents` and `make train` read. DeepSpeed's settings are derived from them.
 
-`trainer/engine/deepspeed_engine.py` derives the DeepSpeed settings from these. This module imports neither
-torch nor DeepSpeed, so that reading and checking settings is fast.
+This module imports neither torch nor DeepSpeed, so that reading and checking settings is fast.
 """
 
 from typing import Annotated, Literal
@@ -141,10 +140,8 @@ class TrainConfig(Config):
     precision: Literal["fp32", "bf16"] = "bf16"
     """Number format of the network. Master weights, their average and the loss are always fp32."""
     zero_stage: int = runtime_setting(1, ge=0, le=3)
-    """What DeepSpeed shards over ranks: 0 nothing, 1 optimizer states, 2 also gradients, 3 also weights.
-
-    On one rank in fp32, 0 is a few percent faster.
-    """
+    """What DeepSpeed shards over ranks: 0 nothing (a few percent faster on one rank in fp32), 1 optimizer states,
+    2 also gradients, 3 also weights."""
     activation_checkpointing: bool = runtime_setting(False)
     """Recompute activations in the backward pass: less memory, a third more computation."""
     checkpoint_every: PositiveInt = runtime_setting(1000)
@@ -174,8 +171,7 @@ class TrainConfig(Config):
     prefetch_batches: PositiveInt = runtime_setting(4)
     """Batches that each rank prepares ahead of the current step."""
     restart: bool = runtime_setting(False)
-    """If the folder holds a run with other settings or more steps: true deletes that run and starts over,
-    false is an error."""
+    """Delete a run with other settings or more steps in the folder, and start over; false: it is an error."""
     seed: NonNegativeInt = 0
     """Seed of the initial weights, the sample order and all noise."""
 

@@ -1,9 +1,8 @@
 """Atomic checkpoints that any number of ranks can load.
 
-Writes `<folder>/step-<n>/` with one file per rank (its fragments of fp32 weights, AdamW's moments and the
-average) and, after all ranks, the index `<folder>/checkpoints.json`; only indexed checkpoints exist. Training
-waits for a copy in host memory, which a thread writes during the next steps. Checkpoints of another run are
-an error.
+Writes `<folder>/step-<n>/` with one file per rank (its fragments of fp32 weights, AdamW's moments and the average) and,
+after all ranks, the index `<folder>/checkpoints.json`; only indexed checkpoints exist. Training waits for a copy in
+host memory, which a thread writes during the next steps. Checkpoints of another run are an error.
 """
 
 import json
@@ -94,10 +93,7 @@ class CheckpointFolder:
                 shutil.rmtree(folder)
 
     def save(self, engine: deepspeed.DeepSpeedEngine, average: MovingAverage, step: int, ranks: Ranks) -> None:
-        """Copy the state after `step` steps; a thread writes it while training continues. A collective.
-
-        Waits for the previous checkpoint. Raises UserError if that could not be written.
-        """
+        """Call `finish`, then copy the state after `step` steps, which a thread writes. A collective."""
         tensors = {fragment_key(AVERAGE, fragment): fragment.values for fragment in average.fragments}
         for state in (MASTER, *MOMENTS):
             for fragment in owned_fragments(engine, state, ranks):
@@ -127,10 +123,7 @@ class CheckpointFolder:
             self.finish()
 
     def load(self, engine: deepspeed.DeepSpeedEngine, average: MovingAverage, ranks: Ranks) -> int:
-        """Load the newest checkpoint, written by any number of ranks. A collective.
-
-        Returns the number of steps done, 0 without checkpoints. Raises UserError for a damaged checkpoint.
-        """
+        """Load the newest checkpoint, of any number of ranks. Returns the steps done, or 0. A collective."""
         entries = self._entries()
         if not entries:
             return 0
@@ -188,6 +181,7 @@ class CheckpointFolder:
                 shutil.rmtree(self.path / old["tag"])
 
     def _check_files(self, entry: dict[str, Any]) -> None:
+        """Raise UserError if a file of a checkpoint is missing or damaged."""
         for name, size in entry["files"].items():
             path = self.path / entry["tag"] / name
             if not path.exists() or path.stat().st_size != size:
@@ -199,9 +193,5 @@ class CheckpointFolder:
 
 def _differences(stored: dict[str, Any], current: dict[str, Any]) -> str:
     """The settings in which a stored and the current run differ, for an error message."""
-    names = sorted(stored.keys() | current.keys())
-    return "; ".join(
-        f"{name} was {stored.get(name)!r}, is now {current.get(name)!r}"
-        for name in names
-        if stored.get(name) != current.get(name)
-    )
+    names = [name for name in sorted(stored.keys() | current.keys()) if stored.get(name) != current.get(name)]
+    return "; ".join(f"{name} was {stored.get(name)!r}, is now {current.get(name)!r}" for name in names)

@@ -1,7 +1,6 @@
 """Exports a finished run: the averaged weights as a diffusers folder, the recipe and the manifest.
 
-Writes `model/config.json`, `model/diffusion_pytorch_model.safetensors`, `recipe.json` and, last,
-`manifest.json` in the run's folder. Sampling needs only these files of the run.
+Writes `model/`, `recipe.json` and, last, `manifest.json` in the run's folder: all that sampling needs of the run.
 """
 
 from dataclasses import dataclass
@@ -55,10 +54,7 @@ def export_run(plan: TrainingPlan, root: Root, weights: dict[str, torch.Tensor],
 def publish_run(
     run: FinishedRun, root: Root, weights: dict[str, torch.Tensor], numbers: dict[str, float], seconds: float
 ) -> Manifest:
-    """Write the model, the recipe and, last, the manifest of a run.
-
-    weights: fp32, by parameter name, exactly those of the model; numbers: further manifest values.
-    """
+    """Publish a run. weights: fp32, by name, exactly those of the model; numbers: further values of the manifest."""
     folder = run.config.train.folder
     files = (*_write_model(root, f"{folder}/model", run.config.model, weights), _write_recipe(root, run))
     manifest = Manifest(

@@ -1,7 +1,6 @@
-"""Fragments of named parameters on disk: one safetensors file per rank.
+"""Fragments of named parameters on disk: one file `rank-<n>.safetensors` per rank.
 
-Writes `rank-<n>.safetensors`; a key `<state>/<parameter>@<start>` names the elements of its tensor. Any
-number of ranks can read the files: each reads only the slices that it needs.
+A key `<state>/<parameter>@<start>` names the elements of its tensor. A reader reads only the slices that it needs.
 """
 
 import os
@@ -21,12 +20,10 @@ Slices = list[tuple[int, int, str, Any]]
 
 
 def fragment_key(state: str, fragment: Fragment) -> str:
-    """The key of a fragment in its file."""
     return f"{state}/{fragment.name}@{fragment.start}"
 
 
 def rank_file_name(rank: int) -> str:
-    """Name of the file with a rank's fragments."""
     return f"rank-{rank:05d}.safetensors"
 
 

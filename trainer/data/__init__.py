@@ -1,7 +1,4 @@
-"""Training data: encoded latents, decoded images, the order of samples, and batches for each rank.
-
-`plan` checks a recipe against the data before a run starts.
-"""
+"""Training data: latents, images, the order of samples, batches for each rank, and checks before a run starts."""
 
 from typing import TYPE_CHECKING
 

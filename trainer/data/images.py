@@ -1,7 +1,6 @@
 """Decodes and crops the training images of a shard.
 
-Reads the WebDataset tars of `download/train` with random access; writes nothing. The number of pixels is
-checked before decoding, and every random crop is a pure function of its seeds.
+Reads the WebDataset tars of `download/train` with random access. Every random crop is a pure function of its seeds.
 """
 
 import io
@@ -67,14 +66,12 @@ def _members(path: Path) -> dict[int, tuple[int, int]]:
 
 @dataclass(frozen=True)
 class ScaledImage:
-    """An image to be scaled so that its shorter edge has `size` pixels; squares are cropped from it.
-
-    `raster` holds the image at its stored size or at 1/2, 1/4 or 1/8 of it. The image covers the first
-    `extent` columns and rows of `raster`, which may be fractional.
-    """
+    """An image to be scaled so that its shorter edge has `size` pixels; squares are cropped from it."""
 
     raster: Image.Image
+    """The image at its stored size, or at 1/2, 1/4 or 1/8 of it."""
     extent: tuple[float, float]
+    """Columns and rows of `raster` that the image covers; may be fractional."""
     edges: tuple[int, int]
     """Width and height after scaling."""
     size: int
@@ -96,9 +93,8 @@ class ScaledImage:
 def decode_image(data: bytes, name: str, size: int) -> ScaledImage:
     """The RGB image of encoded bytes, to be scaled to a shorter edge of `size` pixels. name: for errors.
 
-    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where MIN_DRAFT_RATIO allows: half the work, and crops
-    that differ by 2 of 256 levels (root mean square). Raises UserError if the image cannot be decoded or has
-    more than MAX_PIXELS.
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where MIN_DRAFT_RATIO allows: half the work, and crops that differ
+    by 2 of 256 levels (root mean square). Raises UserError if the image cannot be decoded or has more than MAX_PIXELS.
     """
     try:
         image: Image.Image = Image.open(io.BytesIO(data))

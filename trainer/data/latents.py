@@ -1,8 +1,8 @@
 """Encodes training images to latents once, so that training does not decode and encode them at each step.
 
-Reads `embed/train/<shard>.parquet` (image ids and their order) and `download/train/<shard>.tar`; writes
-`latents/<size>/<shard>.parquet`: mean and standard deviation of the latent of several views of each image.
-View 0 is the center crop; the others are random crops, half of them mirrored if `latents.flip` is true.
+Reads `embed/train/<shard>.parquet` (ids and their order) and `download/train/<shard>.tar`. Writes mean and standard
+deviation of the latents of several views of each image to `latents/<size>/<shard>.parquet`. View 0 is the center crop;
+the others are random crops, half of them mirrored if `latents.flip` is true.
 """
 
 import time
@@ -48,10 +48,7 @@ def latent_shape(size: int, autoencoder: Autoencoder) -> tuple[int, int, int]:
 def make_shard_encoder(
     config: LatentsConfig, autoencoder_config: AutoencoderConfig, root: Root
 ) -> Callable[[str], ShardRecord]:
-    """A function that encodes the shard of a name (`00003-00012`) and returns the record of its table.
-
-    It holds the autoencoder: each worker creates it once and calls it for many shards.
-    """
+    """A function that encodes a shard by name (`00003-00012`), with the autoencoder loaded once for many shards."""
     autoencoder = Autoencoder.load(autoencoder_config, "cuda" if config.gpus_per_worker else "cpu")
     columns = schema.latents(config.views * 2 * int(np.prod(latent_shape(config.size, autoencoder))))
 
@@ -72,10 +69,8 @@ def make_shard_encoder(
 def encode_shard(
     tar: ImageTar, ids: npt.NDArray[np.int64], autoencoder: Autoencoder, config: LatentsConfig
 ) -> npt.NDArray[np.float16]:
-    """Moments of all views of the images, in the order of `ids`: (rows, views * 2 * c * h * w) float16.
-
-    Raises UserError for an image that is missing or cannot be decoded, because earlier stages accepted it.
-    """
+    """Moments of all views of the images, in the order of `ids`: (rows, views * 2 * c * h * w) float16."""
+    # An image that is missing or cannot be decoded is an error, because earlier stages accepted it.
     views = (view for image_id in ids.tolist() for view in image_views(tar, image_id, config))
     encoded = [_encode(pixels, autoencoder) for pixels in _batches(views, config.batch_size)]
     length = 2 * int(np.prod(latent_shape(config.size, autoencoder)))
@@ -109,6 +104,5 @@ def _embedded_ids(root: Root, shard: str) -> npt.NDArray[np.int64]:
         try:
             return pq.read_table(file, columns=[schema.IMAGE_ID])[schema.IMAGE_ID].to_numpy()
         except (pa.ArrowInvalid, KeyError, OSError) as error:
-            raise UserError(
-                f"{root.at(name)} is not a table of embeddings: {error}. Run 'make embed' again."
-            ) from error
+            message = f"{root.at(name)} is not a table of embeddings: {error}. Run 'make embed' again."
+            raise UserError(message) from error

@@ -1,9 +1,8 @@
 """Loads training batches: each shard of images or latents is joined with the same shard of neighbors.
 
-Reads `neighbors/<shard>.parquet` and `latents/<size>/<shard>.parquet` (or `download/train/<shard>.tar`);
-writes nothing. Threads prepare batches ahead of the training step. The content of a batch depends only on
-the seed and the step, so a run resumes from its step counter, and the number of ranks or threads has no
-effect.
+Reads `neighbors/<shard>.parquet` and `latents/<size>/<shard>.parquet` (or `download/train/<shard>.tar`); writes
+nothing. Threads prepare batches ahead of the training step. The content of a batch depends only on the seed and the
+step, so a run resumes from its step counter, and the number of ranks or threads has no effect.
 """
 
 import threading
@@ -101,10 +100,7 @@ class ImageShard:
 def read_neighbors(
     root: Root, training_set: TrainingSet, name: str
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float16]]:
-    """Ids (rows,) int64 and neighbor embeddings (rows, k, dim) float16 of a shard.
-
-    Raises UserError if the table's number of rows is not that of the training set.
-    """
+    """Ids (rows,) int64 and neighbor embeddings (rows, k, dim) float16 of a shard. UserError for other row counts."""
     columns = schema.neighbors(training_set.k, training_set.dim)
     table = schema.read_table(root, f"neighbors/{name}.parquet", columns)
     number = training_set.shards.index(name)
@@ -132,10 +128,7 @@ def _rows_of(ids: npt.NDArray[np.int64], table_ids: npt.NDArray[np.int64], table
 
 
 class ShardCache:
-    """Open shards; the least recently used one is dropped when there are more than `capacity`.
-
-    A dropped shard closes when its last reference is gone, so a thread can finish reading it.
-    """
+    """The `capacity` most recently used shards, open. A dropped shard closes when no thread reads it any more."""
 
     def __init__(self, open_shard: Callable[[int], Shard], capacity: int) -> None:
         self._open, self._capacity = open_shard, capacity

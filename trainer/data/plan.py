@@ -1,7 +1,6 @@
 """The plan of a training run: a recipe checked against the data, before any process group starts.
 
-Reads the manifests of `neighbors` and of `latents/<size>` (or `download`); writes nothing. Data that do not
-match the recipe are an error that names the difference.
+Reads the manifests of `neighbors` and of `latents/<size>` (or `download`). Errors name the difference to the recipe.
 """
 
 from dataclasses import dataclass
@@ -62,11 +61,8 @@ def make_plan(config: TrainingRecipe, root: Root, autoencoder: Autoencoder) -> T
     if train.source == "latents":
         views = int(images.values["views"])
         _check_latents(images, neighbors, autoencoder.identity, shape, root)
-    upstream = {
-        "neighbors": neighbors.fingerprint,
-        images.stage: images.fingerprint,
-        "autoencoder": autoencoder.identity,
-    }
+    upstream = {"neighbors": neighbors.fingerprint, images.stage: images.fingerprint}
+    upstream["autoencoder"] = autoencoder.identity
     if train.start_from:
         upstream["start_from"] = _initial_run(config, root).fingerprint
     # A step does not depend on the total number of steps, so a checkpoint is valid for any total.
@@ -137,9 +133,8 @@ def _latent_shape(config: TrainingRecipe, autoencoder: Autoencoder) -> tuple[int
     shape = latent_shape(config.train.size, autoencoder)
     if config.model.latent_channels != shape[0]:
         raise UserError(
-            f"the autoencoder {config.autoencoder.path} gives latents of shape {shape}, but the recipe's "
-            f"model takes {config.model.latent_channels} channels. "
-            f"Change model.latent_channels or autoencoder.path."
+            f"the autoencoder {config.autoencoder.path} gives latents of shape {shape}, but the recipe's model takes "
+            f"{config.model.latent_channels} channels. Change model.latent_channels or autoencoder.path."
         )
     return shape
 
@@ -158,8 +153,8 @@ def _check_neighbors(neighbors: Manifest, config: TrainingRecipe, root: Root) ->
         excluded = f", {held_out:,} of them held out" if held_out else ""
         raise UserError(
             f"{where} has {neighbors.rows:,} rows{excluded}: fewer training rows than one global batch of "
-            f"{config.train.global_batch:,}. Lower train.global_batch or train.validation_images, or select "
-            f"more images."
+            f"{config.train.global_batch:,}. Lower train.global_batch or train.validation_images, or select more "
+            f"images."
         )
 
 

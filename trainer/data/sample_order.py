@@ -1,10 +1,9 @@
 """The order of training samples, a pure function of the seed and the position.
 
-All rows of all shards form an endless sequence; each epoch has every sample once. Global batch s holds
-positions [s * B, (s + 1) * B) for any number of ranks, so runs on different numbers of ranks train on the
-same batches. An epoch shuffles the shards, divides their rows into `lanes` equal ranges that are read in
-parallel, and shuffles the rows of each shard within its range. Each rank reads only its own lanes, with one
-open shard per lane.
+All rows of all shards form an endless sequence; each epoch has every sample once. Global batch s holds positions [s *
+B, (s + 1) * B) for any number of ranks, so runs on different numbers of ranks train on the same batches. An epoch
+shuffles the shards, divides their rows into `lanes` equal ranges that are read in parallel, and shuffles the rows of
+each shard within its range. Each rank reads only its own lanes, with one open shard per lane.
 """
 
 from dataclasses import dataclass
@@ -36,7 +35,6 @@ class SampleOrder:
 
     @cached_property
     def samples_per_epoch(self) -> int:
-        """Number of samples in one epoch."""
         return sum(self.rows)
 
     def locate(self, position: int) -> SampleLocation:
@@ -59,8 +57,7 @@ class SampleOrder:
 def rank_slots(order: SampleOrder, step: int, global_batch: int, rank: int, world: int) -> npt.NDArray[np.int64]:
     """Slots of global batch `step` (from 0) that belong to a rank: (global_batch / world,) int64.
 
-    If `world` divides `lanes` and `lanes` divides `global_batch`, all slots of a lane belong to the same rank
-    at every step.
+    If `world` divides `lanes` and `lanes` divides `global_batch`, a lane always belongs to the same rank.
     """
     lane_of_slot = (step * global_batch + np.arange(global_batch)) % order.lanes
     share = global_batch // world

@@ -1,7 +1,6 @@
 """DeepSpeed: process group, engine, settings, optimizer step and shutdown.
 
-Reads the launcher's environment variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) and
-derives all DeepSpeed settings from the recipe.
+Reads the launcher's environment variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) and the recipe.
 """
 
 import logging
@@ -109,10 +108,7 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, config: TrainConfig, st
 
 
 def optimizer_step(engine: deepspeed.DeepSpeedEngine, config: TrainConfig) -> float:
-    """Update the weights after the last micro batch of a step.
-
-    Returns the global gradient norm before clipping; 0 after the other micro batches.
-    """
+    """Update after a step's last micro batch. Returns the global gradient norm before clipping; 0 after the others."""
     if not engine.is_gradient_accumulation_boundary():
         engine.step()
         return 0.0

@@ -1,7 +1,6 @@
 """The exponential moving average (EMA) of the weights in fp32, sharded over ranks like the weights.
 
-Each rank averages the fragments of the fp32 master weights that it owns, so that a step needs no
-communication. The fragments are gathered for validation, previews and export.
+Each rank averages the master weights that it owns, without communication; validation, previews and export gather them.
 """
 
 from collections.abc import Iterator
@@ -35,10 +34,7 @@ class MovingAverage:
         torch._foreach_lerp_(self._averages, self._masters, 1 - decay_at(updates, self._decay))
 
     def gather(self, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and complete average of each parameter, in the order of `shapes`, on the CPU.
-
-        A collective: all ranks must iterate to the end.
-        """
+        """Name and complete average of each parameter of `shapes`, on the CPU. A collective: iterate to the end."""
         fragments = {fragment.name: fragment for fragment in self.fragments}
         device = get_accelerator().current_device_name()
         for name, shape in shapes.items():

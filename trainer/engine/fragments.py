@@ -1,8 +1,7 @@
 """The training state as fragments of named parameters: fp32 master weights and the moments of AdamW.
 
-ZeRO gives each rank flat slices of all parameters. This module maps them to fragments of named parameters,
-as views of the optimizer's tensors, for every ZeRO stage. Reads and writes no files. Only this module uses
-DeepSpeed's internal attributes.
+ZeRO gives each rank flat slices of all parameters. This module maps them to fragments of named parameters, as views of
+the optimizer's tensors, for every ZeRO stage. Only this module uses DeepSpeed's internal attributes.
 """
 
 from collections.abc import Iterator
@@ -34,10 +33,7 @@ class Fragment:
 
 
 def local_fragments(engine: deepspeed.DeepSpeedEngine, state: str, ranks: Ranks) -> list[Fragment]:
-    """All fragments of a state on this rank, as fp32 views.
-
-    state: MASTER or one of MOMENTS; moments exist after the first step or after `initialize_moments`.
-    """
+    """This rank's fragments of MASTER or of one of MOMENTS (after a step or `initialize_moments`), as fp32 views."""
     stage = engine.zero_optimization_stage()
     return list(_whole(engine, state) if stage == 0 else _split(engine, state, ranks))
 
@@ -75,10 +71,7 @@ def _split_optimizer(weight: Any, state: str, _: int) -> tuple[int, torch.Tensor
 
 def _split_weight(weight: Any, state: str, rank: int) -> tuple[int, torch.Tensor]:
     """Stage 3: each rank has an equal part of every parameter; the last ranks' parts are padded."""
-    if state == MASTER:
-        local = safe_get_local_fp32_param(weight)
-    else:
-        local = safe_get_local_optimizer_state(weight, state)
+    local = safe_get_local_fp32_param(weight) if state == MASTER else safe_get_local_optimizer_state(weight, state)
     start = rank * local.numel()
     return start, local.detach().view(-1)[: max(0, weight.ds_numel - start)]
 

@@ -1,7 +1,4 @@
-"""Evaluation of styles: the stage `evaluate`, its style classifier and its metrics.
-
-The experiments of the paper are in `paper`.
-"""
+"""Evaluation of styles: the stage `evaluate`, its style classifier and metrics, and the paper's experiments."""
 
 from typing import TYPE_CHECKING
 

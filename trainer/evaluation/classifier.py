@@ -62,7 +62,7 @@ class TrainedClassifier:
 def split_rows(labels: Labels, fraction: float, seed: int) -> tuple[Labels, Labels]:
     """Sorted row numbers (training, held out), stratified: `fraction` of each label's rows is held out.
 
-    Both have at least one row of each label. Raises UserError for a label with fewer than 4 rows.
+    Both have at least one row of each label. Raises UserError for a label with fewer than MIN_ROWS rows.
     """
     held_out: list[int] = []
     for label in np.unique(labels):
@@ -81,10 +81,7 @@ def split_rows(labels: Labels, fraction: float, seed: int) -> tuple[Labels, Labe
 def train_classifier(
     features: Features, labels: Labels, styles: tuple[str, ...], config: ClassifierConfig, seed: int
 ) -> TrainedClassifier:
-    """Train with AdamW and class-balanced cross entropy; the seed determines the result.
-
-    features: (n, dim); labels: (n,) positions in `styles`, each present at least once.
-    """
+    """Train with AdamW and class-balanced cross entropy. features: (n, dim); labels: (n,) positions in `styles`."""
     rows, held_out = split_rows(labels, config.held_out_fraction, seed)
     network = _fit(features[rows], labels[rows], styles, config, seed)
     correct = np.argmax(network.logits(features[held_out]), axis=1) == labels[held_out]
@@ -98,7 +95,8 @@ def _fit(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = StyleClassifier(features.shape[1], config.hidden, styles, config.dropout)
-        _scale(network, features)
+        network.mean = torch.from_numpy(features.mean(axis=0))
+        network.deviation = torch.from_numpy(features.std(axis=0) + np.float32(1e-6))
         counts = np.bincount(labels, minlength=len(styles))
         weight = torch.from_numpy((len(labels) / (len(styles) * counts)).astype(np.float32))
         steps = config.epochs * -(-len(labels) // config.batch_size)
@@ -113,11 +111,6 @@ def _fit(
                 optimizer.step()
                 schedule.step()
     return network.eval()
-
-
-def _scale(network: StyleClassifier, features: Features) -> None:
-    network.mean = torch.from_numpy(features.mean(axis=0))
-    network.deviation = torch.from_numpy(features.std(axis=0) + np.float32(1e-6))
 
 
 def save_classifier(root: Root, folder: str, trained: TrainedClassifier) -> list[FileRecord]:

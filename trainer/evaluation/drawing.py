@@ -1,7 +1,6 @@
 """Draws groups of samples and stores them; each group is one resumable item.
 
-Used by `evaluate` and the paper's experiments. Writes, for each group, `samples/<group>/<n>.png` with the
-recipe in its metadata, and the CLIP features of the pictures in `features.npy`.
+Writes for each group `samples/<group>/<n>.png`, with the recipe in the metadata, and the CLIP features `features.npy`.
 """
 
 import io

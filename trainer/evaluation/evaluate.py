@@ -1,9 +1,8 @@
 """evaluate: measures whether another database gives another style (paper section 2.2, appendix C).
 
-Reads `runs/<name>/train`, the style databases and `index`. Writes, below `runs/<name>/evaluate/`, the
-samples of each mode and style with their CLIP features, the style classifier, `evaluation.json`, `bars.png`
-and a contact sheet of each mode. All modes share prompts and seeds, so they differ only in how the style is
-requested.
+Reads `runs/<name>/train`, the style databases and `index`. Writes, below `runs/<name>/evaluate/`, the samples of each
+mode and style with their CLIP features, the style classifier, `evaluation.json`, `bars.png` and a contact sheet of each
+mode. All modes share prompts and seeds, so they differ only in how the style is requested.
 """
 
 import logging
@@ -13,8 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from retrieval.errors import UserError
-from retrieval.storage import schema
-from retrieval.storage.manifest import Manifest, ShardRecord, fingerprint
+from retrieval.storage.manifest import Manifest, ShardRecord
 from retrieval.storage.root import Root
 from trainer.evaluation.charts import LABELS, draw_bars
 from trainer.evaluation.classifier import TrainedClassifier, save_classifier, train_classifier
@@ -41,7 +39,7 @@ def run(config: EvaluateConfig, trained: TrainedModel, root: Root) -> Manifest:
     databases = upstream_fingerprints(root, trained, (*styles, TRAINING_DATABASE))
     upstream = databases | {"prompts": prompts_digest(prompts)}
     stage = f"runs/{trained.name}/evaluate"
-    items = ResumableItems(root, stage, fingerprint("evaluate", schema.VERSION, config, upstream))
+    items = ResumableItems(root, stage, config, upstream)
     if (finished := items.finished_manifest()) is not None:
         log.info(f"evaluate: {root.at(stage)} is finished")
         return finished
@@ -60,18 +58,9 @@ def run(config: EvaluateConfig, trained: TrainedModel, root: Root) -> Manifest:
         *(root.write_bytes(f"{stage}/{mode}.png", _contact_sheet(mode, groups, items)) for mode in MODES),
     ]
     log.info(_summary_line(result))
-    return items.finish(
-        Manifest(
-            stage=stage,
-            schema_version=schema.VERSION,
-            fingerprint=items.fingerprint,
-            upstream=upstream,
-            config=config.model_dump(mode="json"),
-            shards=(*records, ShardRecord("report", len(groups), tuple(files))),
-            values={**sampler.model_identity, "styles": list(styles)},
-            seconds=time.monotonic() - started,
-        )
-    )
+    records.append(ShardRecord("report", len(groups), tuple(files)))
+    values = {**sampler.model_identity, "styles": list(styles)}
+    return items.finish(records, values, time.monotonic() - started)
 
 
 def _prompts(config: EvaluateConfig) -> tuple[str, ...]:
@@ -119,14 +108,8 @@ def train_style_classifier(
 def _contact_sheet(mode: str, groups: Sequence[StyleGroup], items: ResumableItems) -> bytes:
     rows = [group for group in groups if group.mode == mode]
     numbers = range(min(SHEET_COLUMNS, len(rows[0].requests)))
-    return grid_png(
-        Grid(
-            cells=[[open_picture(items.root, picture_path(row, items, n)) for n in numbers] for row in rows],
-            rows=[style_words(row.style) for row in rows],
-            columns=[""] * len(numbers),
-            title=LABELS[mode],
-        )
-    )
+    cells = [[open_picture(items.root, picture_path(row, items, n)) for n in numbers] for row in rows]
+    return grid_png(Grid(cells, [style_words(row.style) for row in rows], [""] * len(numbers), LABELS[mode]))
 
 
 def _summary_line(result: dict[str, object]) -> str:

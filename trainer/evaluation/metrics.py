@@ -1,8 +1,4 @@
-"""Metrics of samples in CLIP feature space: pure functions on arrays.
-
-Accuracy intervals, Fréchet distance, improved precision and recall, CLIP score, and a bootstrap interval
-of one accuracy relative to another.
-"""
+"""Metrics of samples in CLIP feature space: intervals, Fréchet distance, precision and recall, CLIP score."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -94,8 +90,7 @@ class Gaussian:
 def frechet_distance(first: Features, second: Features) -> float:
     """Squared Fréchet distance of two Gaussians fitted to rows: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2).
 
-    first (n, dim), second (m, dim), n and m at least 2. Biased upwards for few rows, so compare only
-    distances of equal row counts.
+    (n, dim), (m, dim), n and m at least 2. Biased upwards for few rows: compare only distances of equal row counts.
     """
     return Gaussian.fit(first).distance(second)
 

@@ -38,7 +38,7 @@ class EvaluateConfig(SamplingConfig):
     classifier: ClassifierConfig = ClassifierConfig()
     """The style classifier."""
     reference_rows_per_style: int = Field(default=2000, ge=4)
-    """Most pictures of a style that train the classifier and are the reference of the distances."""
+    """Maximum number of pictures of a style that train the classifier and are the reference of the distances."""
     precision_recall_neighbors: int = Field(default=3, ge=1)
     """Nearest neighbor that sets the radius of the manifolds of precision and recall."""
 

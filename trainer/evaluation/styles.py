@@ -27,7 +27,6 @@ class SampleGroup:
     prompts: tuple[str, ...]
     """One per sample, without the name of the style."""
     requests: tuple[Request, ...]
-    """One per sample."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +45,7 @@ def style_words(style: str) -> str:
 def make_style_groups(
     config: SamplingConfig, count: int, styles: Sequence[str], prompts: Sequence[str]
 ) -> list[StyleGroup]:
-    """`count` samples of each mode and style, sorted by mode, then style.
-
-    A style has the same prompts and seeds in every mode, so modes differ only in how the style is requested.
-    """
+    """`count` samples of each mode and style, by mode, then style. All modes have the same prompts and seeds."""
     pairs = {style: draw_prompts(prompts, count, style, config.seed) for style in styles}
     return [
         StyleGroup(
@@ -65,10 +61,7 @@ def make_style_groups(
 
 
 def draw_prompts(prompts: Sequence[str], count: int, style: str, seed: int) -> list[tuple[str, int]]:
-    """`count` pairs of prompt and seed; they depend only on `seed` and the name of the style.
-
-    Every prompt is used once before one is repeated.
-    """
+    """`count` pairs of prompt and seed, a function of `seed` and style. Prompts repeat only after all were used."""
     rng = np.random.default_rng([seed, *style.encode()])
     rounds = -(-count // len(prompts))
     order = np.concatenate([rng.permutation(len(prompts)) for _ in range(rounds)])[:count]

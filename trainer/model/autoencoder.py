@@ -1,8 +1,7 @@
 """The frozen autoencoder between images and latents.
 
-Reads a folder in diffusers' `save_pretrained` layout with an AutoencoderKL, a VQModel or our
-PatchAutoencoder; weights in safetensors format only. All three have the same interface for `latents`,
-`train` and `sample`.
+Reads a folder in diffusers' `save_pretrained` layout with an AutoencoderKL, a VQModel or our PatchAutoencoder; weights
+in safetensors format only. All three have the same interface for `latents`, `train` and `sample`.
 """
 
 import hashlib
@@ -130,10 +129,8 @@ def _build(kind: AutoencoderKind, folder: Path) -> torch.nn.Module:
     """The network of the folder's config.json, with random weights."""
     path = folder / CONFIG_NAME
     if not path.is_file():
-        raise UserError(
-            f"{path} is missing: [autoencoder] path must be a folder with {CONFIG_NAME} and {WEIGHTS_NAME}. "
-            "Set it to the autoencoder's folder."
-        )
+        needed = f"{CONFIG_NAME} and {WEIGHTS_NAME}. Set it to the autoencoder's folder."
+        raise UserError(f"{path} is missing: [autoencoder] path must be a folder with {needed}")
     network_class = _network_class(kind)
     class_name = network_class.__name__
     try:
@@ -145,9 +142,8 @@ def _build(kind: AutoencoderKind, folder: Path) -> torch.nn.Module:
             )
         network: torch.nn.Module = network_class.from_config(settings)
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} does not describe a {class_name}: {error}. Restore the file or change the path."
-        ) from error
+        message = f"{path} does not describe a {class_name}: {error}. Restore the file or change the path."
+        raise UserError(message) from error
     return network
 
 

@@ -26,8 +26,8 @@ def unit_rows(vectors: npt.NDArray[np.floating[Any]]) -> Vectors:
 def make_context(mode: Mode, query: Vectors, neighbors: Vectors) -> Vectors:
     """Tokens of one image: texts and images of the query first, then the neighbors (paper section 2.2).
 
-    query: (q, dim), unused in the modes `neighbors` and `unconditional`; neighbors: (n, dim), n >= 0, unused
-    in mode `text`. Returns (tokens, dim) unit rows. Raises ValueError if there are no tokens.
+    query: (q, dim), unused in the modes `neighbors` and `unconditional`; neighbors: (n, dim), n >= 0, unused in mode
+    `text`. Returns (tokens, dim) unit rows. Raises ValueError if there are no tokens.
     """
     queries = [query] if mode in ("text", "text_and_neighbors") else []
     tokens = np.concatenate([*queries, *([] if mode == "text" else [neighbors])])

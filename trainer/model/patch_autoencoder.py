@@ -64,10 +64,7 @@ class PatchAutoencoder(nn.Module):
 
     @torch.no_grad()
     def fit_components(self, images: torch.Tensor) -> None:
-        """Set the linear code to the principal components of the images' patches.
-
-        Latents of these images then have mean 0 and variance 1 in each channel.
-        """
+        """Fit the linear code to the images' patches; their latents then have mean 0 and variance 1 per channel."""
         patches = functional.pixel_unshuffle(images, self.shape.factor).movedim(1, -1).flatten(0, -2)
         self.offset.copy_(patches.mean(dim=0))
         _, vectors = torch.linalg.eigh(torch.cov(patches.T))

@@ -1,7 +1,7 @@
 """The denoising network: a UNet with cross-attention to neighbor embeddings.
 
-Reads and writes nothing. One config class covers both models of the paper's Table 1 and the demo's small
-model. The network is diffusers' UNet2DConditionModel, so that other programs can load exported folders.
+One config class covers both models of the paper's Table 1 and the demo's small model. The network is diffusers'
+UNet2DConditionModel, so that other programs can load exported folders.
 """
 
 from typing import Any
@@ -12,10 +12,7 @@ from trainer.recipe import ModelConfig
 
 
 def build_unet(config: ModelConfig) -> torch.nn.Module:
-    """A UNet2DConditionModel with random weights.
-
-    Inputs of its forward pass: x_t (n, c, h, w), timesteps (n,) and context (n, tokens, context_dim).
-    """
+    """A network with random weights. Inputs: x_t (n, c, h, w), timesteps (n,), context (n, tokens, context_dim)."""
     from diffusers import UNet2DConditionModel  # slow to import, and not needed to check recipes
 
     attends = [2**level in config.attention for level in range(len(config.channels))]

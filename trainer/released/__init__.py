@@ -1,7 +1,4 @@
-"""Import of released models as finished runs, and export of a run as a diffusers folder.
-
-Reads CompVis checkpoints and diffusers folders.
-"""
+"""Import of CompVis checkpoints and diffusers folders as finished runs; export of a run as a diffusers folder."""
 
 from typing import TYPE_CHECKING
 

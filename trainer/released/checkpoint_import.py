@@ -92,8 +92,7 @@ class _Layout:
 def read_checkpoint(path: Path, config: TrainingRecipe, folder: Path) -> ReleasedModel:
     """Read a CompVis checkpoint as the recipe's model: averaged weights if it has them, else the weights.
 
-    Writes the autoencoder to `folder`. Raises UserError with the keys that are missing, unknown or have
-    another shape, or with the setting that differs.
+    Writes the autoencoder to `folder`. Raises UserError with the keys or the setting that differ.
     """
     checkpoint = _read(path)
     _check_settings(path, config)

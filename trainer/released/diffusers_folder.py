@@ -1,7 +1,6 @@
 """Writes and reads models as diffusers folders: `unet/`, `vae/`, `scheduler/` and a model card.
 
-diffusers opens such a folder without this project. Folders of other projects can be read too. Weights are
-always safetensors.
+diffusers opens such a folder without this project. Folders of other projects can be read too.
 """
 
 import json
@@ -80,10 +79,7 @@ def write_folder(root: Root, run: str, autoencoder: AutoencoderConfig, target: P
 
 
 def read_folder(folder: Path, config: TrainingRecipe) -> ReleasedModel:
-    """Read a folder of `unet/`, `vae/` and `scheduler/` as the recipe's model.
-
-    Raises UserError if a setting, a tensor or the noise schedule differs from the recipe.
-    """
+    """Read a folder as the recipe's model. Raises UserError if a setting, a tensor or the noise schedule differs."""
     _check_schedule(folder / SCHEDULER, config.diffusion)
     with torch.device("meta"):
         unet: Any = build_unet(config.model)
@@ -132,12 +128,9 @@ def _write_vae(config: AutoencoderConfig, folder: Path) -> None:
 
 
 def _card(name: str, manifest: Manifest, recipe: dict[str, Any], folder: Path) -> str:
-    has_vae = (folder / "vae").is_dir()
-    kind = (
-        _read_json(folder / "vae" / CONFIG)["_class_name"]
-        if has_vae
-        else "patch autoencoder of this project, not included"
-    )
+    has_vae, kind = (folder / "vae").is_dir(), "patch autoencoder of this project, not included"
+    if has_vae:
+        kind = _read_json(folder / "vae" / CONFIG)["_class_name"]
     unet = _empty_unet(_read_json(folder / "unet" / CONFIG))
     return CARD.format(
         name=name,

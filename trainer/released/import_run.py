@@ -25,10 +25,9 @@ from trainer.released.diffusers_folder import read_folder
 
 
 def import_model(config: TrainingRecipe, source: Path, encoder: EncoderIdentity, root: Root) -> Manifest:
-    """Import a checkpoint or a diffusers folder as the recipe's finished run.
+    """Import a checkpoint or a diffusers folder as the recipe's finished run, unless that is done already.
 
-    A finished import is not repeated, an interrupted one is. Raises UserError if the model does not match the
-    recipe, or if the folder has another run.
+    Raises UserError if the model does not match the recipe, or if the folder has another run.
     """
     started = time.monotonic()
     if encoder.dim != config.model.context_dim:
@@ -41,10 +40,7 @@ def import_model(config: TrainingRecipe, source: Path, encoder: EncoderIdentity,
     if (finished := _finished(root, config.train.folder, fingerprint_)) is not None:
         return finished
     with tempfile.TemporaryDirectory(prefix="rdm-") as temporary:
-        if source.is_dir():
-            released = read_folder(source, config)
-        else:
-            released = read_checkpoint(source, config, Path(temporary))
+        released = read_folder(source, config) if source.is_dir() else read_checkpoint(source, config, Path(temporary))
         autoencoder = _import_autoencoder(released.autoencoder, config)
     run = FinishedRun(
         config=config,

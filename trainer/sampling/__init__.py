@@ -1,7 +1,4 @@
-"""Sampling of pictures with a trained model and databases: `Sampler`, requests, and the stage `sample`.
-
-The settings are in `recipe`, the conversion of requests to cross-attention tokens in `conditioning`.
-"""
+"""Sampling of pictures with a trained model and databases: `Sampler`, requests, and the stage `sample`."""
 
 from typing import TYPE_CHECKING
 

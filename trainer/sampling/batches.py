@@ -1,7 +1,6 @@
 """Groups conditioned requests into batches for the UNet.
 
-The batches depend only on the list of requests and the batch size, so an interrupted stage forms the
-same batches when it is resumed.
+The batches depend only on the requests and the batch size, so a resumed stage forms the same batches.
 """
 
 from collections.abc import Sequence
@@ -16,8 +15,7 @@ from trainer.sampling.conditioning import ConditionedRequest
 
 @dataclass(frozen=True)
 class SamplingBatch:
-    """Requests with equal context length, scheduler, steps and picture size. Token weights are used by all
-    requests of a batch or by none."""
+    """Requests with equal context length, scheduler, steps and picture size, all or none with token weights."""
 
     positions: tuple[int, ...]
     """Position of each item in the planned list."""

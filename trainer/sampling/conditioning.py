@@ -1,7 +1,6 @@
 """Turns requests into cross-attention tokens: encodes queries, retrieves neighbors, weights them.
 
-Takes requests and returns tokens with weights. Each distinct prompt is encoded once, and each distinct
-query is searched once per database, also if several requests share it.
+Each distinct prompt is encoded once, and each distinct query is searched once per database.
 """
 
 from collections.abc import Callable, Sequence

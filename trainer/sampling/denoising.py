@@ -1,7 +1,6 @@
 """Denoises latents with diffusers' schedulers and classifier-free guidance.
 
-Takes a UNet, a scheduler, noise and contexts; returns latents. Plain functions on tensors, used by
-`trainer.sampling.sampler` and by the previews of training.
+Plain functions on tensors, used by `trainer.sampling.sampler` and by the previews of training.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,13 +26,11 @@ class Scheduler(Protocol):
 
     def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """The latents scaled for the UNet's input."""
-        ...
 
     def step(
         self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, *, return_dict: bool
     ) -> tuple[torch.Tensor, ...]:
         """A tuple; its first item is the latents at the next, less noisy timestep."""
-        ...
 
 
 def make_scheduler(name: SchedulerName, steps: int, diffusion: DiffusionConfig) -> Scheduler:
@@ -58,10 +55,8 @@ def make_scheduler(name: SchedulerName, steps: int, diffusion: DiffusionConfig) 
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> torch.Tensor:
-    """Standard normal noise (n, c, h, w) float32; each row is drawn by a generator with that row's seed.
-
-    Drawn on the CPU, so that a seed gives the same noise on every device and in every batch.
-    """
+    """Standard normal noise (n, c, h, w) float32; each row is drawn by a generator with that row's seed."""
+    # On the CPU, so that a seed gives the same noise on every device and in every batch.
     rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(rows)
 
@@ -69,9 +64,8 @@ def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> torch.Te
 def with_token_weights(unet: Denoiser, weights: torch.Tensor) -> Denoiser:
     """A diffusers UNet with a weight for each token of the context in cross-attention.
 
-    weights: (n, tokens) above 0, for calls with n rows, or with 2 n rows (null context first). Adds log w to
-    the attention logits, so w = 2 has the effect of repeating the token. The float32 mask rounds w by less
-    than 0.1 %; w = 1 is exact.
+    weights: (n, tokens) above 0, for calls with n rows, or 2 n rows (null context first). Adds log w to the attention
+    logits, so w = 2 equals repeating the token. The float32 mask rounds w by less than 0.1 %; w = 1 is exact.
     """
     mask = (1 + weights.double().log() / MASKED).float()
 
@@ -87,9 +81,8 @@ def guided_sample(
 ) -> torch.Tensor:
     """Denoised latents (n, c, h, w) float32. Each step predicts eps(0) + s (eps(c) - eps(0)).
 
-    noise: (n, c, h, w), any size that the UNet accepts; context: (n, tokens, dim); guidance: (n,) scale s.
-    All on one device. The rule is linear, so it also holds for v-prediction. eps(0) is not computed if every
-    s is 1.
+    noise: (n, c, h, w), any size that the UNet accepts; context: (n, tokens, dim); guidance: (n,) scale s. All on one
+    device. The rule is linear, so it also holds for v-prediction. eps(0) is not computed if every s is 1.
     """
     guided = bool((guidance != 1).any())
     # Zero tokens add nothing to attention, so the null context can have the same length: one UNet call.

@@ -25,12 +25,10 @@ BACKGROUND, TEXT_COLOR, EMPTY_CELL = (255, 255, 255), (34, 34, 34), (238, 238, 2
 
 @dataclass(frozen=True)
 class Grid:
-    """Pictures in rows and columns with labels. cells[row][column]; `None` is an empty grey cell.
-
-    There is one label for each row and each column.
-    """
+    """Pictures in rows and columns, with one label for each row and each column."""
 
     cells: Sequence[Sequence[Image.Image | None]]
+    """cells[row][column]; `None` is an empty grey cell."""
     rows: Sequence[str]
     columns: Sequence[str]
     title: str = ""

@@ -60,7 +60,6 @@ class Request:
     seed: int = 0
     """Seed of the initial noise, 0 .. MAX_SEED. The picture does not depend on the batch."""
     mode: Mode = "text_and_neighbors"
-    """Which tokens the context has."""
     database: str = TRAINING_DATABASE
     """A name below `databases/`, or `index` for the training database; unused in mode `text`."""
     k: int = 19
@@ -68,9 +67,7 @@ class Request:
     guidance: float = 5.0
     """Scale s of classifier-free guidance."""
     steps: int = 50
-    """Denoising steps."""
     scheduler: SchedulerName = "ddim"
-    """`ddim`, `plms` or `dpm++`."""
     height: int = 0
     """Height of the picture in pixels; 0 for the training size."""
     width: int = 0

@@ -1,13 +1,18 @@
 """Resumable stages: a stage folder with many items, each with a record, and a manifest at the end.
 
-Reads and writes the records and the manifest of one stage folder. A killed stage resumes after its last
-finished item. Files with another fingerprint are removed before the stage starts.
+A killed stage resumes after its last finished item. Files with another fingerprint are removed before it starts.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
+from retrieval.config import Config
+from retrieval.storage import schema
 from retrieval.storage.manifest import (
     Manifest,
     ShardRecord,
     files_exist,
+    fingerprint,
     read_manifest,
     read_record,
     write_manifest,
@@ -17,12 +22,12 @@ from retrieval.storage.root import FileRecord, Root
 
 
 class ResumableItems:
-    """The items of the stage folder `stage` (such as `runs/demo/sample`) for one fingerprint."""
+    """The items of the stage folder `stage` (such as `runs/demo/sample`) for one configuration and its inputs."""
 
-    def __init__(self, root: Root, stage: str, fingerprint: str) -> None:
-        self.root = root
-        self.stage = stage
-        self.fingerprint = fingerprint
+    def __init__(self, root: Root, stage: str, config: Config, upstream: dict[str, str]) -> None:
+        self.root, self.stage = root, stage
+        self._config, self._upstream = config, upstream
+        self._fingerprint = fingerprint(stage.rpartition("/")[2], schema.VERSION, config, upstream)
 
     def finished_manifest(self) -> Manifest | None:
         """The manifest, or None if the stage did not finish with this fingerprint or files are missing."""
@@ -30,7 +35,7 @@ class ResumableItems:
             return None
         manifest = read_manifest(self.root, self.stage)
         complete = all(files_exist(self.root, shard) for shard in manifest.shards)
-        return manifest if manifest.fingerprint == self.fingerprint and complete else None
+        return manifest if manifest.fingerprint == self._fingerprint and complete else None
 
     def begin(self) -> None:
         """Delete the manifest, and the whole folder if its records have another fingerprint."""
@@ -39,25 +44,35 @@ class ResumableItems:
         prefix = f"{self.stage}/records/"
         for name in self.root.list(f"{self.stage}/records", ".json"):
             record = read_record(self.root, self.stage, name.removeprefix(prefix).removesuffix(".json"))
-            if record is None or record[0] != self.fingerprint:
+            if record is None or record[0] != self._fingerprint:
                 self.root.delete(self.stage)
                 return
 
     def read_record(self, item: str) -> ShardRecord | None:
         """The record of a finished item, or None if it or one of its files is missing."""
         record = read_record(self.root, self.stage, item)
-        if record is None or record[0] != self.fingerprint or not files_exist(self.root, record[1]):
+        if record is None or record[0] != self._fingerprint or not files_exist(self.root, record[1]):
             return None
         return record[1]
 
     def write_record(self, item: str, files: list[FileRecord], rows: int) -> ShardRecord:
         """Record that an item is finished. files: all files of the item; rows: number of samples."""
         record = ShardRecord(item, rows, tuple(files))
-        write_record(self.root, self.stage, self.fingerprint, record)
+        write_record(self.root, self.stage, self._fingerprint, record)
         return record
 
-    def finish(self, manifest: Manifest) -> Manifest:
-        """Delete files that the manifest does not list, then write the manifest."""
+    def finish(self, shards: Sequence[ShardRecord], values: dict[str, Any], seconds: float) -> Manifest:
+        """Delete files that no record in `shards` lists, then write the manifest. seconds: wall time of the stage."""
+        manifest = Manifest(
+            stage=self.stage,
+            schema_version=schema.VERSION,
+            fingerprint=self._fingerprint,
+            upstream=self._upstream,
+            config=self._config.model_dump(mode="json"),
+            shards=tuple(shards),
+            values=values,
+            seconds=seconds,
+        )
         named = set(manifest.checksums())
         for name in self.root.list(self.stage):
             if name not in named and not name.startswith(f"{self.stage}/records/"):

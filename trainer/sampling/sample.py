@@ -1,8 +1,8 @@
 """sample: generates pictures of prompts with neighbors from databases.
 
-Reads `runs/<name>/train`, `databases/*` and `index`. Writes `runs/<name>/sample/<database>/<prompt>-<n>.png`
-with the recipe in its text metadata, a `.json` file with the neighbors of each picture, and `grid.png`,
-prompts by databases. Another database gives another style without training.
+Reads `runs/<name>/train`, `databases/*` and `index`. Writes below `runs/<name>/sample/` `<database>/<prompt>-<n>.png`
+with the recipe in its metadata, a `.json` file with the neighbors of each picture, and `grid.png` (prompts, databases).
+Another database gives another style without training.
 """
 
 import logging
@@ -16,8 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from retrieval.errors import UserError
-from retrieval.storage import schema
-from retrieval.storage.manifest import Manifest, ShardRecord, fingerprint, read_manifest
+from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest
 from retrieval.storage.root import FileRecord, Root
 from trainer.sampling.picture import Grid, cell_edge, grid_png, open_picture, png_bytes
 from trainer.sampling.recipe import ComputeConfig, SampleConfig
@@ -45,30 +44,18 @@ def run(config: SampleConfig, trained: TrainedModel, root: Root) -> Manifest:
     prompts = config.all_prompts()
     images = {name: read_image(name) for name in config.images}
     upstream = _upstream(config, trained, root, images) | {"prompts": prompts_digest(prompts)}
-    stage = f"runs/{trained.name}/sample"
-    items = ResumableItems(root, stage, fingerprint("sample", schema.VERSION, config, upstream))
+    items = ResumableItems(root, f"runs/{trained.name}/sample", config, upstream)
     if (finished := items.finished_manifest()) is not None:
-        log.info(f"sample: {root.at(stage)} is finished")
+        log.info(f"sample: {root.at(items.stage)} is finished")
         return finished
     sampler = Sampler.open(root, trained, config)
     requests = make_requests(config, prompts, image_queries(sampler, images))
     sampler.check([named.request for named in requests])
     items.begin()
     records = _draw_all(sampler, requests, items)
-    grid = root.write_bytes(f"{stage}/grid.png", _grid(config, prompts, root, stage))
-    records.append(ShardRecord("grid", 1, (grid,)))
-    return items.finish(
-        Manifest(
-            stage=stage,
-            schema_version=schema.VERSION,
-            fingerprint=items.fingerprint,
-            upstream=upstream,
-            config=config.model_dump(mode="json"),
-            shards=tuple(records),
-            values={**sampler.model_identity, "prompts": list(prompts), "columns": list(config.columns())},
-            seconds=time.monotonic() - started,
-        )
-    )
+    grid = root.write_bytes(f"{items.stage}/grid.png", _grid(config, prompts, items))
+    values = {**sampler.model_identity, "prompts": list(prompts), "columns": list(config.columns())}
+    return items.finish([*records, ShardRecord("grid", 1, (grid,))], values, time.monotonic() - started)
 
 
 def sample_prompt(config: SampleConfig, trained: TrainedModel, root: Root, prompt: str) -> Sample:
@@ -162,16 +149,12 @@ def _write(name: str, sample: Sample, items: ResumableItems) -> list[FileRecord]
     ]
 
 
-def _grid(config: SampleConfig, prompts: Sequence[str], root: Root, stage: str) -> bytes:
+def _grid(config: SampleConfig, prompts: Sequence[str], items: ResumableItems) -> bytes:
     """Grid of prompts by databases, one row per picture of a prompt; at most the first GRID_ROWS rows."""
     rows = [(p, n) for p in range(len(prompts)) for n in range(config.images_per_prompt)][:GRID_ROWS]
     columns = config.columns()
-    cells = [[open_picture(root, f"{stage}/{picture_name(column, *row)}.png") for column in columns] for row in rows]
-    return grid_png(
-        Grid(
-            cells=cells,
-            rows=[prompts[number] if n == 0 else "" for number, n in rows],
-            columns=[COLUMN_LABELS.get(column, column.replace("_", " ")) for column in columns],
-            cell=cell_edge(cells[0][0]),
-        )
-    )
+    names = [[f"{items.stage}/{picture_name(column, *row)}.png" for column in columns] for row in rows]
+    cells = [[open_picture(items.root, name) for name in row] for row in names]
+    row_labels = [prompts[number] if n == 0 else "" for number, n in rows]
+    column_labels = [COLUMN_LABELS.get(column, column.replace("_", " ")) for column in columns]
+    return grid_png(Grid(cells, row_labels, column_labels, cell=cell_edge(cells[0][0])))

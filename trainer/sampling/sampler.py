@@ -1,8 +1,7 @@
 """`Sampler`: takes requests, returns pictures with their neighbors.
 
-Opens `runs/<name>/train` (model, recipe, manifest), the CLIP encoder, the autoencoder and databases below
-one root, and checks that they belong together. Batches are computed in parallel threads, since torch
-releases Python's global lock.
+Opens `runs/<name>/train` (model, recipe, manifest), the CLIP encoder, the autoencoder and databases below one root, and
+checks that they belong together. Batches are computed in parallel threads, since torch releases Python's global lock.
 """
 
 import os

@@ -19,15 +19,12 @@ class Dashboard(Protocol):
 
     def add_scalar(self, name: str, value: float, step: int) -> object:
         """Add a point to a curve."""
-        ...
 
     def add_image(self, name: str, pixels: npt.NDArray[np.uint8], step: int, *, dataformats: str) -> object:
         """Add an image, (height, width, 3) for dataformats HWC."""
-        ...
 
     def close(self) -> None:
         """Flush and close."""
-        ...
 
 
 class WandbDashboard:
@@ -52,8 +49,7 @@ class WandbDashboard:
             ) from error
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
-        """Add a point to a curve."""
-        # W&B ignores steps that a resumed run repeats.
+        """Add a point to a curve. W&B ignores steps that a resumed run repeats."""
         self._run.log({name: value}, step=step)
 
     def add_image(self, name: str, pixels: npt.NDArray[np.uint8], step: int, *, dataformats: str) -> None:

@@ -52,10 +52,7 @@ def _existing(folder: Path) -> Path:
 
 
 def check_shared(lock: int | None, path: Path, ranks: Ranks) -> None:
-    """Raise UserError on a rank that does not see the lock file of rank 0. A collective.
-
-    lock: file descriptor of the lock file on rank 0, None on the others.
-    """
+    """Raise UserError on a rank that does not see rank 0's lock file. lock: its descriptor on rank 0. A collective."""
     token = torch.empty(1, dtype=torch.int64, device=ranks.device)
     if lock is not None:
         token.fill_(time.time_ns())

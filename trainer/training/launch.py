@@ -33,10 +33,7 @@ def launch(argv: list[str], ranks: int) -> int:
 
 
 def launch_hosts(argv: list[str], hostfile: Path, hosts: tuple[Host, ...]) -> int:
-    """`launch` on the machines of a hostfile, with one rank per slot.
-
-    The ranks connect to port MASTER_PORT (default 29500) of the first machine.
-    """
+    """`launch` with one rank per slot of a hostfile. Ranks connect to MASTER_PORT (29500) of the first machine."""
     if not needs_ssh(hosts):
         return launch(argv, hosts[0].slots)
     # `check_hosts` has tested ssh. force_multi: also for a hostfile with a single remote machine.

@@ -1,8 +1,7 @@
 """Validation and previews during training.
 
-Every `validate_every` steps it computes the loss on held-out images, every `preview_every` steps a sheet of
-samples, and passes them to the training log of rank 0. For this the averaged weights are gathered into a
-complete UNet, for every ZeRO stage.
+Computes the loss on held-out images every `validate_every` steps, and a sheet of samples every `preview_every` steps.
+For this the averaged weights are gathered into a complete UNet, for every ZeRO stage.
 """
 
 import deepspeed
@@ -40,26 +39,24 @@ class ModelMonitor:
 
     def is_due(self, step: int) -> bool:
         """True if validation or a preview is due after `step` steps."""
-        return self._validation_due(step) or self._preview_due(step)
+        return _is_due(self._train.validate_every, step) or _is_due(self._train.preview_every, step)
 
     def run(self, engine: deepspeed.DeepSpeedEngine, average: MovingAverage, step: int) -> None:
         """Run the validation and preview that are due after `step` steps. A collective."""
         dtype = next(engine.module.parameters()).dtype
         unet = averaged_unet(self._model, average, self._ranks.device, dtype)
-        if self._validation and self._validation_due(step):
+        if self._validation and _is_due(self._train.validate_every, step):
             engine.eval()
             losses = (*self._validation.loss(engine, dtype), *self._validation.loss(unet, dtype))
             engine.train()
             if self._training_log:
                 self._training_log.add_validation(ValidationMetrics(step, *losses))
-        if self._previews and self._training_log and self._preview_due(step):
+        if self._previews and self._training_log and _is_due(self._train.preview_every, step):
             self._training_log.add_preview(self._previews.draw(unet, dtype, step), step)
 
-    def _validation_due(self, step: int) -> bool:
-        return bool(self._train.validate_every) and step % self._train.validate_every == 0
 
-    def _preview_due(self, step: int) -> bool:
-        return bool(self._train.preview_every) and step % self._train.preview_every == 0
+def _is_due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def averaged_unet(

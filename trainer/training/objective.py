@@ -11,10 +11,7 @@ QUARTILES = 4
 
 
 class Objective:
-    """Draws latents, adds noise, predicts and computes the loss.
-
-    With an autoencoder, batches contain images; without one, moments of latents.
-    """
+    """Draws latents, adds noise, predicts, computes the loss. Without an autoencoder, batches contain moments."""
 
     def __init__(self, config: DiffusionConfig, autoencoder: Autoencoder | None, device: torch.device) -> None:
         self._config = config

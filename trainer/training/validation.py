@@ -40,10 +40,7 @@ def held_out_rows(training_set: TrainingSet) -> list[tuple[int, int]]:
 def read_held_out(
     plan: TrainingPlan, loader: Loader, rows: list[tuple[int, int]], autoencoder: Autoencoder | None
 ) -> HeldOut:
-    """Read held-out rows as in epoch 0. autoencoder: encodes images; None for a training set of latents.
-
-    The context of an image is its best neighbors, as many as in training.
-    """
+    """Read held-out rows as in epoch 0, with as many neighbors as in training. autoencoder: None reads latents."""
     tokens, batch_size = plan.config.train.context_tokens, plan.config.train.micro_batch
     shards = {number: loader.shard(number) for number, _ in rows}
     inputs = (shards[number].inputs(row, 0) for number, row in rows)
@@ -88,10 +85,7 @@ class ValidationSet:
 
 
 def fixed_batch(images: HeldOut, indices: Sequence[int], plan: TrainingPlan) -> TrainingBatch:
-    """A batch of images; the index of an image determines its noise and its timestep.
-
-    indices: one per image; the timestep is in quartile index % QUARTILES.
-    """
+    """A batch of images. The index of an image determines its noise and its timestep, in quartile index % QUARTILES."""
     shape, steps = plan.training_set.latent_shape, plan.config.diffusion.steps
     timesteps, posterior_noise, noise = [], [], []
     for index in indices:

@@ -1,7 +1,4 @@
-"""Experiments of the paper on a trained model: figures, controls, held-out loss, copies, retrieval time.
-
-`experiments` runs them; `recipe` has their settings.
-"""
+"""Experiments of the paper on a trained model: figures, controls, held-out loss, copies, retrieval time."""
 
 from typing import TYPE_CHECKING
 

@@ -4,16 +4,13 @@ Takes the values of `paper.json`, returns PNG bytes. Needs no display.
 """
 
 from collections.abc import Sequence
-from io import BytesIO
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from trainer.evaluation.charts import COLORS, LABELS
+from trainer.evaluation.charts import COLORS, INK, LABELS, figure_png, new_figure
 from trainer.evaluation.paper.controls import OTHER_PROMPT, RANDOM_ROWS, SHUFFLED
 from trainer.evaluation.paper.copy_distances import Comparison
 from trainer.evaluation.styles import RETRIEVAL, SUFFIX
@@ -29,14 +26,14 @@ TITLES = {
     "training_clip": "to the nearest training image, CLIP",
     "training_hash": "to the nearest training image, perceptual hash",
 }
-INK, REAL, CONTROL = "#444444", "#c9c4ba", "#b3574a"
+REAL, CONTROL = "#c9c4ba", "#b3574a"
 OURS = COLORS[RETRIEVAL]
 
 
 def improvement_chart(tables: dict[str, Any]) -> bytes:
     """Top: accuracy relative to the style in the prompt (Fig. 4a). Bottom: logits of the style (Fig. 4b)."""
     rows = tables["styles"]
-    figure, (top, bottom) = _figure((max(7.0, 0.95 * len(rows) + 1.5), 6.4), 2)
+    figure, (top, bottom) = new_figure((max(7.0, 0.95 * len(rows) + 1.5), 6.4), 2)
     for x, row in enumerate(rows):
         improvement = row["relative_improvement"]
         if improvement["value"] is None:
@@ -58,18 +55,17 @@ def improvement_chart(tables: dict[str, Any]) -> bytes:
     for axes in (top, bottom):
         axes.set_xlim(-0.6, len(rows) - 0.4)
         axes.set_xticks(range(len(rows)), [row["style"].replace("_", "\n") for row in rows])
-    return _png(figure)
+    return figure_png(figure)
 
 
 def modes_chart(tables: dict[str, Any]) -> bytes:
     """Accuracy of all modes of the evaluation and, below, of the controls; chance is a dotted line."""
     modes = list(tables["modes"])
-    figure, (axes,) = _figure((8.0, 0.5 * len(modes) + 0.9), 1)
+    figure, (axes,) = new_figure((8.0, 0.5 * len(modes) + 0.9), 1)
     values = np.array([tables["modes"][mode]["accuracy"] for mode in modes])
     y = np.arange(len(modes))
     colors = [COLORS.get(mode, CONTROL) for mode in modes]
-    spread = np.maximum([values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]], 0)
-    axes.barh(y, values[:, 0], 0.6, xerr=spread, color=colors, error_kw={"ecolor": INK, "elinewidth": 1})
+    axes.barh(y, values[:, 0], 0.6, xerr=_spread(values), color=colors, error_kw={"ecolor": INK, "elinewidth": 1})
     axes.grid(False, axis="y")
     axes.axvline(tables["chance"], color=INK, linewidth=1, linestyle=":")
     axes.set_yticks(y, [MODE_LABELS[mode] for mode in modes])
@@ -77,12 +73,12 @@ def modes_chart(tables: dict[str, Any]) -> bytes:
     axes.set_xlim(0, 1.02)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.set_xlabel("taken for the wanted style (dotted: chance)")
-    return _png(figure)
+    return figure_png(figure)
 
 
 def loss_chart(held_out: dict[str, Any]) -> bytes:
     """Increase of the held-out loss with other and with no neighbors, by timestep quartile and in total."""
-    figure, (axes,) = _figure((7.0, 3.2), 1)
+    figure, (axes,) = new_figure((7.0, 3.2), 1)
     names = {"shuffled": ("neighbors of another image", CONTROL), "none": ("no neighbors", REAL)}
     for offset, (name, (_, color)) in zip((-0.2, 0.2), names.items(), strict=True):
         values = np.array([*held_out["added_by_quartile"][name], held_out["added"][name]])
@@ -91,14 +87,14 @@ def loss_chart(held_out: dict[str, Any]) -> bytes:
     axes.set_xticks(range(5), ["t: first\nquartile", "second", "third", "last\n(most noise)", "all"])
     axes.set_ylabel("added to the loss")
     axes.legend(handles=[Patch(color=color, label=label) for label, color in names.values()], frameon=False)
-    return _png(figure)
+    return figure_png(figure)
 
 
 def distance_chart(comparisons: Sequence[Comparison]) -> bytes:
     """Histograms of distances: samples to their nearest real image, and real images to each other."""
     columns = 2
     rows = -(-len(comparisons) // columns)
-    figure, panels = _figure((9.0, 2.7 * rows), rows, columns)
+    figure, panels = new_figure((9.0, 2.7 * rows), rows, columns)
     for axes, comparison in zip(panels, comparisons, strict=False):
         samples, real = (comparison.scaled(values) for values in (comparison.samples, comparison.real))
         end = max(1e-6, float(np.quantile(np.concatenate([samples, real]), 0.995)))
@@ -112,16 +108,15 @@ def distance_chart(comparisons: Sequence[Comparison]) -> bytes:
     panels[0].legend(frameon=False, fontsize=9)
     for axes in panels[len(comparisons) :]:
         axes.set_visible(False)
-    return _png(figure)
+    return figure_png(figure)
 
 
 def time_chart(times: Sequence[dict[str, Any]]) -> bytes:
     """Milliseconds of a single query against the number of rows of its database."""
-    figure, (axes,) = _figure((7.0, 3.2), 1)
+    figure, (axes,) = new_figure((7.0, 3.2), 1)
     for row in times:
-        value, low, high = row["single_ms"]
-        spread = [[max(0, value - low)], [max(0, high - value)]]
-        axes.errorbar(row["rows"], value, spread, fmt="o", color=OURS)
+        estimate = np.array([row["single_ms"]])
+        axes.errorbar(row["rows"], estimate[0, 0], _spread(estimate), fmt="o", color=OURS)
     rows = sorted({row["rows"] for row in times})
     axes.set_xscale("log")
     axes.set_xticks(rows, [f"{count:,}" for count in rows], rotation=30, ha="right")
@@ -129,27 +124,13 @@ def time_chart(times: Sequence[dict[str, Any]]) -> bytes:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("rows of the database")
     axes.set_ylabel(f"ms for {max(row['k'] for row in times)} neighbors")
-    return _png(figure)
+    return figure_png(figure)
 
 
 def _bars(axes: Axes, x: Any, values: Any, color: str) -> None:
-    """values: (n, 3), each a value and the ends of its interval."""
-    spread = np.maximum([values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]], 0)
-    axes.bar(x, values[:, 0], 0.36, yerr=spread, color=color, error_kw={"ecolor": INK, "elinewidth": 1})
+    axes.bar(x, values[:, 0], 0.36, yerr=_spread(values), color=color, error_kw={"ecolor": INK, "elinewidth": 1})
 
 
-def _figure(size: tuple[float, float], rows: int, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=size, dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = [axes for row in figure.subplots(rows, columns, squeeze=False) for axes in row]
-    for axes in panels:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#eeeeee")
-        axes.set_axisbelow(True)
-    return figure, panels
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+def _spread(estimates: Any) -> Any:
+    """Lengths (2, n) of the error bars of estimates (n, 3), each a value and the ends of its interval."""
+    return np.maximum([estimates[:, 0] - estimates[:, 1], estimates[:, 2] - estimates[:, 0]], 0)

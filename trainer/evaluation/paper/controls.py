@@ -1,7 +1,6 @@
 """Negative controls: the evaluation's requests with neighbors that were not retrieved for them.
 
-Takes the conditioned requests of each style, returns them with other neighbors. Prompts, seeds and all
-settings stay the same, so that only the neighbors can explain a difference.
+Prompts, seeds and all settings stay the same, so that only the neighbors can explain a difference.
 """
 
 from collections.abc import Mapping, Sequence

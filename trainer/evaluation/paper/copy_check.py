@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -47,26 +46,7 @@ class GeneratedSamples:
         return np.stack([hash_row(self.picture(i)) for i in range(len(self.names))])
 
     def picture(self, number: int) -> Image.Image:
-        """The picture of a sample."""
         return open_picture(self.root, self.names[number])
-
-
-class RealImages(Protocol):
-    """Real images that samples are compared with."""
-
-    name: str
-
-    def by_clip(self, samples: GeneratedSamples) -> NearestAndReal:
-        """Comparison of CLIP features."""
-        ...
-
-    def by_hash(self, samples: GeneratedSamples) -> NearestAndReal | None:
-        """Comparison of perceptual hashes; None if pictures are missing."""
-        ...
-
-    def pictures(self, pairs: Pairs, samples: GeneratedSamples) -> list[Image.Image | None]:
-        """The real picture of each pair; None if it is missing."""
-        ...
 
 
 class NeighborImages:
@@ -83,13 +63,13 @@ class NeighborImages:
         }
 
     def by_clip(self, samples: GeneratedSamples) -> NearestAndReal:
-        """The nearest among each sample's neighbors."""
+        """CLIP distances to the nearest of each sample's neighbors."""
         real = [_to_nearest_other(db.rows_at(self._rows[style])[1]) for style, db in self._databases.items()]
         neighbors = [conditioned.context[1:] for conditioned in samples.conditioned]
         return nearest_per_query(samples.features, neighbors), np.concatenate(real)
 
     def by_hash(self, samples: GeneratedSamples) -> NearestAndReal | None:
-        """The same by hash; None unless the folder has all pictures."""
+        """The same for perceptual hashes; None unless the folder has all pictures."""
         neighbors = [
             self._paths(style, [neighbor.url for neighbor in conditioned.neighbors])
             for style, conditioned in zip(samples.styles, samples.conditioned, strict=True)
@@ -109,7 +89,7 @@ class NeighborImages:
         return nearest_per_query(samples.hashes, of_neighbors), distances
 
     def pictures(self, pairs: Pairs, samples: GeneratedSamples) -> list[Image.Image | None]:
-        """Pictures from the folder."""
+        """The real picture of each pair from the folder; None if it is missing."""
         paths = [self._paths(samples.styles[i], [samples.conditioned[i].neighbors[row].url])[0] for i, row in pairs]
         return [_open_file(path) if path else None for path in paths]
 
@@ -127,11 +107,11 @@ class TrainingSetImages:
         self._has_pictures = has_pictures(root, images)
 
     def by_clip(self, samples: GeneratedSamples) -> NearestAndReal:
-        """The nearest of all training images."""
+        """CLIP distances to the nearest of all training images."""
         return nearest(samples.features, self._images.features), _to_nearest_other(self._images.features)
 
     def by_hash(self, samples: GeneratedSamples) -> NearestAndReal | None:
-        """The same by hash; None if tars are missing."""
+        """The same for perceptual hashes; None if tars are missing."""
         if not self._has_pictures:
             return None
         count = len(self._images.ids)
@@ -142,12 +122,15 @@ class TrainingSetImages:
         return nearest(samples.hashes, hashes), _to_nearest_other(hashes)
 
     def pictures(self, pairs: Pairs, samples: GeneratedSamples) -> list[Image.Image | None]:
-        """Pictures from the tars."""
+        """The real picture of each pair from the tars; None if it is missing."""
         rows = [row for _, row in pairs]
         if not self._has_pictures:
             return [None] * len(rows)
         pictures = dict(training_pictures(self._root, self._images, rows))
         return [pictures[row] for row in rows]
+
+
+RealImages = NeighborImages | TrainingSetImages
 
 
 def compare(samples: GeneratedSamples, real_images: RealImages, max_pairs: int) -> list[tuple[Comparison, Grid]]:

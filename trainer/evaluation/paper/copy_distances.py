@@ -58,10 +58,7 @@ class Comparison:
 
 
 def nearest(queries: Features, candidates: Features, same_rows: bool = False) -> Nearest:
-    """The nearest candidate (m, dim) of each query (n, dim). All are unit rows.
-
-    same_rows: queries and candidates are the same rows; a row is not its own neighbor.
-    """
+    """The nearest candidate (m, dim) of each query (n, dim), unit rows. same_rows: the nearest other row instead."""
     step = max(1, BLOCK_PRODUCTS // len(candidates))
     distances, rows = [], []
     for start in range(0, len(queries), step):
@@ -77,27 +74,20 @@ def nearest(queries: Features, candidates: Features, same_rows: bool = False) ->
 def nearest_per_query(queries: Features, candidates: Sequence[Features]) -> Nearest:
     """The same where query i (dim,) has its own candidates i (k, dim)."""
     results = [nearest(query[None], rows) for query, rows in zip(queries, candidates, strict=True)]
-    return Nearest(
-        np.array([result.distances[0] for result in results]),
-        np.array([result.rows[0] for result in results], np.int64),
-    )
+    distances, rows = [result.distances[0] for result in results], [result.rows[0] for result in results]
+    return Nearest(np.array(distances), np.array(rows, np.int64))
 
 
 def hash_row(picture: Image.Image) -> Features:
-    """The perceptual hash as a unit row (64,) float32: 32 * (1 - inner product) is the Hamming distance.
-
-    A blank picture gives zeros: distance 32 from every other.
-    """
+    """The perceptual hash as a unit row (64,) float32: 32 * (1 - inner product) is the Hamming distance."""
     hash_ = perceptual_hash(picture)
     bits = np.unpackbits(np.array([hash_], ">i8").view(np.uint8))
+    # A blank picture gives zeros: distance 32 from every other.
     return np.where(bits, 0.125, -0.125).astype(np.float32) * np.float32(hash_ != BLANK_HASH)
 
 
 def summary(comparison: Comparison, bootstrap: Bootstrap) -> dict[str, Any]:
-    """Medians with intervals, and the share of samples nearer than 99 % of the real images.
-
-    Real images with a duplicate among the real images are left out of that quantile.
-    """
+    """Medians with intervals, and the share of samples nearer than 99 % of the real images without a duplicate."""
     samples, real = comparison.scaled(comparison.samples), comparison.scaled(comparison.real)
     distinct = real[comparison.real > SAME]
     near = float(np.quantile(distinct, NEAR)) if len(distinct) else 0.0

@@ -1,8 +1,7 @@
 """paper: the paper's figures and measurements on a trained model (section 2.2, appendices B and C).
 
-Runs `evaluate` first if needed. Reads its samples, the model, the databases and, if present, the training
-set. Writes below `runs/<name>/paper/` samples of figures and controls, `paper.json` and a PNG of each figure.
-Each experiment is a resumable item.
+Runs `evaluate` first if needed. Reads its samples, the model, the databases and, if present, the training set. Writes
+below `runs/<name>/paper/` samples of figures and controls, `paper.json` and a PNG of each figure. Experiments resume.
 """
 
 import logging
@@ -15,8 +14,7 @@ import numpy as np
 import torch
 
 from retrieval.errors import UserError
-from retrieval.storage import schema
-from retrieval.storage.manifest import Manifest, ShardRecord, fingerprint, read_manifest
+from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest
 from retrieval.storage.root import Root
 from trainer.data.loader import Loader
 from trainer.data.plan import is_finished, make_plan
@@ -74,26 +72,16 @@ def run(config: PaperConfig, model: ModelUnderTest, root: Root) -> Manifest:
     for stage in ("embed", "neighbors"):
         if root.exists(f"{stage}/manifest.json"):
             upstream[stage] = read_manifest(root, stage).fingerprint
-    items = ResumableItems(root, model.folder, fingerprint("paper", schema.VERSION, config, upstream))
+    items = ResumableItems(root, model.folder, config, upstream)
     if (finished := items.finished_manifest()) is not None:
         log.info(f"paper: {root.at(model.folder)} is finished")
         return finished
     experiments = Experiments(config, model, Sampler.open(root, model.trained, model.evaluate), items)
     items.begin()
     records, results = experiments.run_all()
-    files = [root.write_json(f"{model.folder}/paper.json", results)]
-    return items.finish(
-        Manifest(
-            stage=model.folder,
-            schema_version=schema.VERSION,
-            fingerprint=items.fingerprint,
-            upstream=upstream,
-            config=config.model_dump(mode="json"),
-            shards=(*records, ShardRecord("values", 1, tuple(files))),
-            values={"styles": list(styles)},
-            seconds=time.monotonic() - started,
-        )
-    )
+    file = root.write_json(f"{model.folder}/paper.json", results)
+    records.append(ShardRecord("values", 1, (file,)))
+    return items.finish(records, {"styles": list(styles)}, time.monotonic() - started)
 
 
 class Experiments:
@@ -103,7 +91,7 @@ class Experiments:
         self._config, self._model, self._sampler, self._items = config, model, sampler, items
         self._bootstrap = Bootstrap(config.bootstrap_draws, config.seed)
         settings, root = model.evaluate, items.root
-        self._evaluated = ResumableItems(root, f"runs/{model.trained.name}/evaluate", "")
+        self._evaluated = ResumableItems(root, f"runs/{model.trained.name}/evaluate", settings, {})
         self._styles, self._prompts = style_names(settings, root), read_prompts(settings.prompts_file)
         self._groups = make_style_groups(settings, settings.samples_per_style, self._styles, self._prompts)
         self._retrieved = [group for group in self._groups if group.mode == RETRIEVAL]
@@ -188,10 +176,9 @@ class Experiments:
         except UserError as error:
             # An imported model comes without its training set; the other experiments do not need it.
             return {"left_out": str(error)}, {}
-        unet = cast(torch.nn.Module, sampler.unet)
-        losses = held_out.held_out_losses(
-            unet, plan, Loader(plan, root, 0, 1), sampler.autoencoder, self._config.timesteps_per_image
-        )
+        unet, loader = cast(torch.nn.Module, sampler.unet), Loader(plan, root, 0, 1)
+        draws = self._config.timesteps_per_image
+        losses = held_out.held_out_losses(unet, plan, loader, sampler.autoencoder, draws)
         values = held_out.summary(losses, self._bootstrap)
         return values, {"held_out.png": charts.loss_chart(values)}
 
@@ -228,11 +215,8 @@ class Experiments:
         config = self._config
         prompts = [self._prompts[i % len(self._prompts)] for i in range(config.retrieval_queries)]
         queries = self._sampler.encoder.encode_texts(prompts)
-        values = [
-            {
-                "database": name,
-                **retrieval_times(self._sampler.database(name), queries, config.retrieval_k, self._bootstrap),
-            }
-            for name in (*self._styles, TRAINING_DATABASE)
-        ]
+        values = []
+        for name in (*self._styles, TRAINING_DATABASE):
+            times = retrieval_times(self._sampler.database(name), queries, config.retrieval_k, self._bootstrap)
+            values.append({"database": name, **times})
         return values, {"times.png": charts.time_chart(values)}

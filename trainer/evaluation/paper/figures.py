@@ -17,12 +17,10 @@ from trainer.sampling.resumable import ResumableItems
 
 @dataclass(frozen=True)
 class Figure:
-    """A contact sheet."""
+    """A contact sheet: name of its file without suffix, its samples row by row, and the labels."""
 
     name: str
-    """Name of its file, without suffix."""
     group: SampleGroup
-    """Its samples, row by row."""
     rows: tuple[str, ...]
     columns: tuple[str, ...]
 
@@ -30,10 +28,7 @@ class Figure:
 def make_figures(
     config: PaperConfig, sampling: SamplingConfig, prompts: Sequence[str], styles: Sequence[str]
 ) -> list[Figure]:
-    """`swap`: databases by prompts; `styles`: prompts by databases; `samples`: prompts by seeds.
-
-    Pictures that compare databases have the same prompt and seed.
-    """
+    """`swap`: databases by prompts, one seed; `styles`: prompts by databases, one seed; `samples`: prompts by seeds."""
     swapped, numbers = config.swapped_databases or tuple(styles[:2]), range(config.pictures_per_prompt)
     cells = {
         "swap": [(prompt, style, 0) for style in swapped for prompt in prompts],

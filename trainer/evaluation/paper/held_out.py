@@ -1,7 +1,6 @@
 """Effect of neighbors on the loss of held-out images: own neighbors, another image's, and none.
 
-Takes a network, the training plan and its loader; returns a loss for each image and context. All contexts
-share noise and timesteps, so differences are paired.
+All contexts share noise and timesteps, so differences are paired.
 """
 
 from collections.abc import Mapping
@@ -48,9 +47,8 @@ def held_out_losses(
     losses = {}
     for name, context in contexts.items():
         conditioned = replace(batch, context=context.repeat_interleave(draws, dim=0))
-        parts = [
-            objective(unet, piece, torch.float32).cpu() for piece in conditioned.split(plan.config.train.micro_batch)
-        ]
+        pieces = conditioned.split(plan.config.train.micro_batch)
+        parts = [objective(unet, piece, torch.float32).cpu() for piece in pieces]
         losses[name] = torch.cat(parts).double().numpy().reshape(count, draws)
     return losses
 

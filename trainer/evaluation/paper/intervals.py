@@ -41,10 +41,7 @@ class Bootstrap:
         return Estimate(statistic(np.arange(count)), float(low), float(high))
 
     def basic_interval(self, statistic: Callable[[Rows], float], count: int) -> Estimate:
-        """The same for a statistic with a bias in resamples, such as the Fréchet distance.
-
-        Basic bootstrap: the bias is subtracted from the value and the interval. No result is below 0.
-        """
+        """The basic bootstrap, at least 0: removes a bias of resamples, such as that of the Fréchet distance."""
         value, resampled = statistic(np.arange(count)), self._resampled(statistic, count)
         low, high = np.quantile(resampled, [0.025, 0.975])
         corrected = [max(0.0, 2 * value - float(end)) for end in (np.mean(resampled), high, low)]

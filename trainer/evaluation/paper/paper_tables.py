@@ -50,9 +50,7 @@ def tables(features: FeaturesByGroup, evaluator: Evaluator) -> dict[str, Any]:
         "judge_accuracy": evaluator.classifier.held_out_accuracy,
         "modes": {mode: _mode_row(total, gaussian, evaluator) for mode, total in totals.items()},
         "effect": {
-            mode: bootstrap.mean(ours.astype(float) - total.correct)
-            for mode, total in totals.items()
-            if mode != RETRIEVAL
+            mode: bootstrap.mean(ours.astype(float) - totals[mode].correct) for mode in modes if mode != RETRIEVAL
         },
         "relative_improvement": _improvement(ours, baseline, bootstrap),
         "styles": [
@@ -85,10 +83,8 @@ def _values(scores: StyleScores, bootstrap: Bootstrap) -> dict[str, Any]:
 
 
 def _mode_row(total: StyleScores, gaussian: Gaussian, evaluator: Evaluator) -> dict[str, Any]:
-    """Values of a mode with Fréchet distance, precision (over samples) and recall (over the reference).
-
-    Precision and recall resample rows with fixed manifolds: duplicate rows would shrink a manifold.
-    """
+    """Values of a mode with Fréchet distance, precision (over samples) and recall (over the reference)."""
+    # Precision and recall resample rows with fixed manifolds: duplicate rows would shrink a manifold.
     pictures, bootstrap, reference = total.features.pictures, evaluator.bootstrap, evaluator.reference
     covered = fit_manifold(pictures, reference.neighbors).contains(reference.features)
     return {

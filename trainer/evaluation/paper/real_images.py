@@ -72,10 +72,7 @@ def training_pictures(root: Root, images: TrainingImages, rows: Sequence[int]) -
 
 
 def style_picture(folder: str, style: str, url: str) -> Path | None:
-    """Local file of a style database's row, or None.
-
-    url: `<style or union>/<path>`; folder: holds one subfolder per style, named as the database or in words.
-    """
+    """The file of a row with url `<style or union>/<path>` in folder/<style> (as the database or in words), or None."""
     inside = url.split("/", 1)[-1]
     for path in (*(Path(folder, name, inside) for name in (style, style_words(style))), Path(folder, inside)):
         if folder and ".." not in path.parts and path.is_file():
