@@ -1,8 +1,7 @@
 """`make bench-load`: load test of the explore page's API with 100 concurrent visitors for a minute.
 
-Starts `python -m jobs.explore RECIPE` on a free port. Each visitor sends the next search as soon as the last
-one is answered, with a different text each time, one database after the other. Writes `docs/load.json` and
-`docs/load.md`.
+Starts `python -m jobs.explore RECIPE` on a free port. Each visitor sends the next search as soon as the last one is
+answered, with a different text each time, one database after the other. Writes `docs/load.json` and `docs/load.md`.
 """
 
 import argparse

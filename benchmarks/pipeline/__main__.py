@@ -1,8 +1,7 @@
 """`make bench-pipeline`: filter against plain queries, embed against a plain loop, one worker against two.
 
-Medians of interleaved rounds, in wall time and in CPU time, which does not depend on the load of the machine.
-Writes `docs/pipeline.json` and `docs/pipeline.md`. About eight minutes on two free cores; `--tiny` is a trial
-run.
+Medians of interleaved rounds, in wall time and in CPU time, which does not depend on the load of the machine. Writes
+`docs/pipeline.json` and `docs/pipeline.md`. About eight minutes on two free cores; `--tiny` is a trial run.
 """
 
 import argparse

@@ -1,9 +1,8 @@
 """Generated LAION metadata, our filter, and plain queries with the same predicate.
 
-Each query runs in a separate process on one thread, so that its CPU time and peak memory can be measured.
-DuckDB is installed in `.venv-bench`; without it its row is missing. The plain queries write the kept rows as
-Parquet with zstd and the defaults of their library. They compute no ids, repair no URLs and, except with
-`distinct`, keep repeated URLs.
+Each query runs in a separate process on one thread, so that its CPU time and peak memory can be measured. DuckDB is
+installed in `.venv-bench`; without it its row is missing. The plain queries write the kept rows as Parquet with zstd
+and the defaults of their library. They compute no ids, repair no URLs and, except with `distinct`, keep repeated URLs.
 """
 
 import json

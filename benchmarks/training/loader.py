@@ -1,9 +1,8 @@
 """`make bench-loader`: speed of the data loader per core, for images and for latents.
 
-Generates shards from a seed: tars of JPEGs with shorter edges of 768 px and more, neighbor tables with k = 8
-of 768 dimensions, latents. Times the loader alone in interleaved rounds, and with a consumer that takes a
-third of that rate. Projects the number of cores for training on 8 A100s. Writes `docs/loader.json` and
-`docs/loader.md`.
+Generates shards from a seed: tars of JPEGs with shorter edges of 768 px and more, neighbor tables with k = 8 of 768
+dimensions, latents. Times the loader alone in interleaved rounds, and with a consumer that takes a third of that rate.
+Projects the number of cores for training on 8 A100s. Writes `docs/loader.json` and `docs/loader.md`.
 """
 
 import argparse

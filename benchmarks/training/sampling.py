@@ -1,9 +1,8 @@
 """`make bench-sampling`: DPM-Solver++ with 20 steps against DDIM and PLMS with 50, on a trained model.
 
-Reads the finished run of a recipe, its style databases and the prompts of its [evaluate]. All methods sample
-the same requests with the same seeds. The CLIP distance of their pictures to those of DDIM is compared with
-the distances for other seeds and for five times the steps. Writes `docs/sampling.json` and
-`docs/sampling.md`.
+Reads the finished run of a recipe, its style databases and the prompts of its [evaluate]. All methods sample the same
+requests with the same seeds. The CLIP distance of their pictures to those of DDIM is compared with the distances for
+other seeds and for five times the steps. Writes `docs/sampling.json` and `docs/sampling.md`.
 """
 
 import argparse

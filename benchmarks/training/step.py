@@ -1,9 +1,8 @@
 """`make bench-step`: overhead of the training loop over a minimal loop with the same network.
 
-Trains the demo's model with `trainer.training.train` and DeepSpeed on one rank in fp32. Between its steps,
-two other loops train on the same batch: a minimal loop of diffusers' UNet and torch's AdamW, and an
-equivalent loop that also clips gradients and averages weights, as ours does. Writes `docs/step.json` and
-`docs/step.md`.
+Trains the demo's model with `trainer.training.train` and DeepSpeed on one rank in fp32. Between its steps, two other
+loops train on the same batch: a minimal loop of diffusers' UNet and torch's AdamW, and an equivalent loop that also
+clips gradients and averages weights, as ours does. Writes `docs/step.json` and `docs/step.md`.
 """
 
 import argparse

@@ -1,9 +1,8 @@
 """`laion-rdm submit http://head:8265 filter RECIPE ...`: runs a command on a remote Ray cluster.
 
-Uploads the code of this repository; the command runs as a Ray job on the head node. Prints its log and exits
-with its exit code. The nodes need the libraries installed, and the recipe's `root` must be reachable from all
-of them. If the same command is running there already, its log is followed instead. Ctrl-C stops following the
-log; the job goes on.
+Uploads the code of this repository; the command runs as a Ray job on the head node. Prints its log and exits with its
+exit code. The nodes need the libraries installed, and the recipe's `root` must be reachable from all of them. If the
+same command is running there already, its log is followed instead. Ctrl-C stops following the log; the job goes on.
 """
 
 import argparse

@@ -57,8 +57,7 @@ def is_loopback(host: str) -> bool:
 def token_of(arguments: Namespace) -> str:
     """The token that requests need; empty for none.
 
-    Raises UserError if other machines could connect without a token, and for a token file that is missing or
-    empty.
+    Raises UserError if other machines could connect without a token, and for a token file that is missing or empty.
     """
     token = os.environ.get(TOKEN_VARIABLE, "").strip()
     if arguments.token_file is not None:

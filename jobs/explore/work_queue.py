@@ -40,8 +40,7 @@ class WorkQueue:
     async def run(self, work: Callable[[Event], Result]) -> Result:
         """The result of `work`, which is called with an event that is set when the request ends.
 
-        Raises BusyError: 429 if the queue is full, 503 if no worker became free in time, 504 if the work took
-        too long.
+        Raises BusyError: 429 if the queue is full, 503 if no worker became free in time, 504 if the work took too long.
         """
         if len(self) >= self.max_pending:
             raise BusyError(429, f"The queue is full: {len(self)} {self.name} requests. Try again later.")

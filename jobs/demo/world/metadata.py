@@ -1,8 +1,7 @@
 """The demo's metadata in the format of LAION-2B-en, and a table of the true values of every row.
 
-Writes `metadata/part-00000.parquet ...` with the columns of laion2B-en-joined plus LICENSE, and
-`truth.parquet`, which only the report and the tests read. Ordinary rows are made here, unusual rows in
-jobs.demo.world.bad_rows.
+Writes `metadata/part-00000.parquet ...` with the columns of laion2B-en-joined plus LICENSE, and `truth.parquet`, which
+only the report and the tests read. Ordinary rows are made here, unusual rows in jobs.demo.world.bad_rows.
 """
 
 import hashlib
