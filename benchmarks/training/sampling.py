@@ -147,7 +147,7 @@ def _row(method: SamplingMethod, results: dict[str, MethodResults], reference: S
 
 
 def page(result: dict[str, Any]) -> str:
-    """The page as Markdresult."""
+    """The page as Markdown."""
     rows = [
         [
             row["name"],

@@ -30,7 +30,6 @@ log = logging.getLogger("explore")
 
 
 def make_app(explorer: Explorer, host: str = LOOPBACK_HOSTS[0], token: str = "") -> FastAPI:
-    """The application with page and API."""
     # Checking the Host header keeps other sites from reaching a local server by DNS rebinding.
     hosts = LOOPBACK_HOSTS if is_loopback(host) else ["*"]
     cache = PngCache()
@@ -75,7 +74,6 @@ def token_of(arguments: Namespace) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
     options = recipe_parser("explore", __doc__ or "")
     options.add_argument("--host", default=LOOPBACK_HOSTS[0], help="address to bind to (default: %(default)s)")
     options.add_argument("--port", type=int, default=7860, help="port to bind to (default: %(default)s)")

@@ -1,7 +1,6 @@
 """A thread pool with a bounded queue, for work that would block the event loop.
 
-A request to a full queue is rejected at once. A request that waits or runs longer than the timeout fails, and
-an event that its work checks is set, so that running work can stop.
+A request to a full queue fails at once. If a request exceeds its timeout, it fails and an event stops its work.
 """
 
 import asyncio
