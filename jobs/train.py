@@ -1,7 +1,7 @@
 """`laion-rdm train RECIPE`: trains the retrieval-augmented diffusion model with DeepSpeed.
 
-Launches one process per GPU (or `train.ranks`) on this machine, on those of `--hosts FILE`, or with `--ray` on a Ray
-cluster. Started by torchrun or deepspeed, it is a rank. The same command resumes a run, on any number of ranks.
+Launches one rank per GPU (or `train.ranks`) on this machine, on those of `--hosts FILE`, or with `--ray` on a Ray
+cluster; a process of torchrun or deepspeed is one rank. The same command resumes a run, on any number of ranks.
 """
 
 import argparse

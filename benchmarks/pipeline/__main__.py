@@ -67,7 +67,6 @@ TINY = Size((2_000, 4_000), 1_000, 1, "RN50", 4, 4, (40, 400), 40_000, 1_000)
 
 
 def main() -> None:
-    """Measure and write the results."""
     options = _options()
     size = TINY if options.tiny else FULL
     folder = options.scratch / ("pipeline-tiny" if options.tiny else "pipeline")

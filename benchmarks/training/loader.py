@@ -58,7 +58,6 @@ edges (`trainer/data/images.py`), takes {small_ms:.2f} ms: {ratio:.2f} times as 
 
 
 def main() -> None:
-    """Generate the data, measure, write."""
     options = _options()
     extent, batches, rounds = (TINY, 2, 1) if options.tiny else (FULL, 8, options.rounds)
     root = Root(options.scratch / ("loader-tiny" if options.tiny else "loader"))

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from benchmarks.common.report import DOCS, markdown_table, write_report
-from jobs.cli.command import exit_on_user_error
+from jobs.cli.command import add_overrides, exit_on_user_error
 from jobs.cli.recipe import Recipe, load_recipe
 from jobs.reporting.hardware import hardware
 from jobs.sample import trained_model
@@ -163,17 +163,9 @@ def page(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Sample, classify, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training.sampling", description=__doc__)
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="recipe of a finished run, with [evaluate]")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        dest="overrides",
-        help="override one key of the recipe",
-    )
+    add_overrides(parser)
     parser.add_argument("--each", type=int, default=20, help="pictures per style and method, at least 2")
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the results")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""`python -m jobs.explore RECIPE`: a page and an HTTP API to search databases and make pictures.
+"""`laion-rdm explore RECIPE`: a page and an HTTP API to search databases and make pictures.
 
 Binds to localhost by default; other addresses (`--host`) need a token, from the environment variable
 EXPLORE_TOKEN or from a file (`--token-file`).

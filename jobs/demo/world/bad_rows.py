@@ -20,17 +20,16 @@ Change = Callable[[Row, np.random.Generator], Row]
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of unusual row.
-
-    per_mille: rows for each thousand ordinary rows, at least one. large_every: every n-th row has (or
-    states) the size of a training picture, 0 for none. picture: whether the URL has a picture.
-    """
+    """One kind of unusual row."""
 
     name: str
     per_mille: int
+    """Rows for each thousand ordinary rows, at least one."""
     change: Change
     large_every: int = 0
+    """Every n-th row has, or states, the size of a training picture; 0: none."""
     picture: bool = True
+    """Whether the URL has a picture."""
     file_format: str = ""
 
 
