@@ -28,7 +28,7 @@ def recipe_parser(command: str, about: str | None) -> argparse.ArgumentParser:
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """Add the option --set, whose values are the `overrides` of `load_recipe`."""
+    """Add the option --set; its values are the `overrides` of `load_recipe`."""
     text = "override one key of the recipe; may be repeated"
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides", help=text)
 

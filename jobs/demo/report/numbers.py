@@ -172,7 +172,7 @@ def text_recall(demo: Demo, ks: Sequence[int]) -> dict[int, float]:
 
 
 def recall_at(texts: Any, pictures: Any, ks: Sequence[int]) -> dict[int, float]:
-    """Recall of row i of `pictures` for row i of `texts`, both (n, dim) unit rows, by k. Ties and NaN rank before it."""
+    """Recall at each k of row i of `pictures` for row i of `texts`, (n, dim) unit rows. Ties and NaN rank before it."""
     products = texts @ pictures.T
     ranks = (~(products < np.diag(products)[:, None])).sum(axis=1)
     return {k: float(np.mean(ranks <= k)) for k in ks}
