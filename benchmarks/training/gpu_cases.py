@@ -1,7 +1,7 @@
 """The cases of `benchmarks.training.gpu`: matrix product, training step, embedding, sampling.
 
-Each case runs in a separate process, so that a case that runs out of memory does not affect the next. `python -m
-benchmarks.training.gpu_cases CASE` takes a case as JSON and prints its values as JSON in the last line.
+Each case runs in a separate process, so that a case that runs out of memory does not affect the next:
+`python -m benchmarks.training.gpu_cases CASE` takes a case as JSON and prints its values as JSON in the last line.
 """
 
 import gc
