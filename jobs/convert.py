@@ -1,7 +1,6 @@
-"""`laion-rdm convert RECIPE --from MODEL` or `--to FOLDER`: imports and exports models.
+"""`laion-rdm convert RECIPE --from MODEL` or `--to FOLDER`: imports and exports a recipe's finished run.
 
-`--from` imports a released checkpoint (CompVis layout) or a diffusers folder as the recipe's finished run;
-`--to` exports the recipe's finished run as a diffusers folder.
+`--from` takes a released checkpoint (CompVis layout) or a diffusers folder; `--to` writes a diffusers folder.
 """
 
 import logging
@@ -10,9 +9,10 @@ from pathlib import Path
 
 from jobs.cli.command import exit_on_user_error, recipe_parser, run_on_recipe
 from jobs.cli.recipe import Recipe
+from jobs.train import training_recipe
 from retrieval.clip.encoder import Encoder
 from retrieval.recipe import ClipConfig
-from trainer.recipe import AutoencoderConfig, DiffusionConfig, ModelConfig, TrainConfig, TrainingRecipe
+from trainer.recipe import AutoencoderConfig, TrainConfig
 from trainer.released.diffusers_folder import write_folder
 from trainer.released.import_run import import_model
 
@@ -21,12 +21,7 @@ log = logging.getLogger("convert")
 
 def import_from(recipe: Recipe, source: Path) -> None:
     """Import the model `source` as the recipe's finished run."""
-    config = TrainingRecipe(
-        model=recipe[ModelConfig],
-        diffusion=recipe[DiffusionConfig],
-        autoencoder=recipe[AutoencoderConfig],
-        train=recipe[TrainConfig],
-    )
+    config = training_recipe(recipe)
     manifest = import_model(config, source, Encoder(recipe[ClipConfig]).identity, recipe.root)
     target = recipe.root.at(manifest.stage)
     log.info(f"imported {source} as {target}, its autoencoder as {config.autoencoder.path}")
@@ -40,7 +35,6 @@ def export_to(recipe: Recipe, target: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse arguments and convert."""
     parser = recipe_parser("convert", __doc__)
     direction = parser.add_mutually_exclusive_group(required=True)
     direction.add_argument("--from", type=Path, dest="source", help="checkpoint file or diffusers folder to import")

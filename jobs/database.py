@@ -7,6 +7,7 @@ one database for each style, taken from the source's folders or labels.
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from jobs.cli.command import exit_on_user_error, recipe_parser, run_on_recipe
@@ -34,7 +35,6 @@ def run(recipe: Recipe, name: str, source: PictureSource, by_style: bool = False
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the arguments and build."""
     parser = recipe_parser("database", __doc__)
     add = parser.add_argument
     add("--name", required=True, help="name of the database, as in sample.databases of a recipe")
@@ -46,9 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     source = PictureSource(arguments.source, arguments.images, arguments.artist_title, arguments.license)
 
-    def build(recipe: Recipe) -> None:
-        run(recipe, arguments.name, source, arguments.by_style)
-
+    build = partial(run, name=arguments.name, source=source, by_style=arguments.by_style)
     exit_on_user_error(lambda: run_on_recipe(arguments, build))
 
 

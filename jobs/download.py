@@ -1,7 +1,6 @@
 """`laion-rdm download RECIPE`: downloads the selected images into WebDataset shards.
 
-With `--retry` it fetches again the URLs that had a transient failure: status 429, 500, 502, 503 or 504, no
-connection, a timeout, or an incomplete body.
+`--retry` retries transient failures: status 429, 500, 502, 503 or 504, no connection, a timeout, an incomplete body.
 """
 
 from collections.abc import Sequence
@@ -21,7 +20,6 @@ def run(recipe: Recipe, retry: bool = False) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the arguments and run the stage."""
     parser = recipe_parser("download", __doc__)
     parser.add_argument("--retry", action="store_true", help="retry transient failures")
     arguments = parser.parse_args(argv)

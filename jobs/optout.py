@@ -23,7 +23,6 @@ def run(recipe: Recipe, path: str) -> None:
 
 
 def lines(report: dict[str, Any]) -> list[str]:
-    """The report as lines of text."""
     tables, trained = report["neighbors"], report["trained"]
     return [
         f"{len(report['ids']):,} images of this run are on the list",
@@ -36,7 +35,6 @@ def lines(report: dict[str, Any]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the arguments and remove the images."""
     parser = recipe_parser("optout", __doc__)
     parser.add_argument("--list", required=True, dest="path", help="a text file or URL, one entry a line")
     arguments = parser.parse_args(argv)

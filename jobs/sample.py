@@ -84,7 +84,6 @@ def _toml_table(option: str, pairs: Sequence[str]) -> str:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> Namespace:
-    """Parse the command line."""
     parser = recipe_parser("sample", __doc__)
     parser.add_argument("--prompt", help="sample one picture of this prompt instead of the stage")
     parser.add_argument(
@@ -110,7 +109,6 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse arguments and sample."""
     arguments = parse_arguments(argv)
     single = any(value is not None for value in (arguments.prompt, arguments.out, arguments.again))
     out = arguments.out or Path("sample.png")

@@ -1,8 +1,7 @@
 """`laion-rdm train RECIPE`: trains the retrieval-augmented diffusion model with DeepSpeed.
 
-Launches one process per GPU (or `train.ranks` processes) on this machine, with `--hosts FILE` on the
-machines of a hostfile, with `--ray` on a Ray cluster. A process started by torchrun or deepspeed is one of
-their ranks. The same command resumes an interrupted run, on any number of ranks.
+Launches one rank per GPU (or `train.ranks`) on this machine, on those of `--hosts FILE`, or with `--ray` on a Ray
+cluster; a process of torchrun or deepspeed is one rank. The same command resumes a run, on any number of ranks.
 """
 
 import argparse
@@ -71,7 +70,6 @@ def _launch(config: TrainingRecipe, recipe: Recipe, hostfile: Path | None) -> in
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
     parser = recipe_parser("train", __doc__)
     parser.add_argument("--hosts", type=Path, metavar="FILE", help="machines to train on: lines 'name slots=8'")
     parser.add_argument("--ray", action="store_true", help="train on the Ray cluster of RAY_ADDRESS, or a local one")
@@ -81,7 +79,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse arguments and train."""
     arguments = parse_arguments(argv)
     exit_on_user_error(lambda: run_on_recipe(arguments, lambda recipe: run(recipe, arguments.hosts, arguments.ray)))
 

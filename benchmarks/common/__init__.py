@@ -1,1 +1,1 @@
-"""What all benchmarks share: tables, goals and writing of results."""
+"""What all benchmarks share: tables, goals, results, ports and environments."""

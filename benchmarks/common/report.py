@@ -33,7 +33,7 @@ def write_report(folder: Path, name: str, result: dict[str, Any], page: str) -> 
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file beside the path, then rename it."""
+    """Write under a temporary name in the same folder, then rename."""
     partial = path.with_suffix(".partial")
     partial.write_text(text)
     os.replace(partial, path)

@@ -1,1 +1,1 @@
-"""Crash tests: every data stage is struck by every kind of fault, then run again."""
+"""Crash tests: inject every kind of fault into every data stage, then run the stage again."""

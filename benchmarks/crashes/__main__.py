@@ -232,7 +232,6 @@ def page(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Parse arguments, inject all faults, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.crashes", description=__doc__)
     parser.add_argument("--seed", type=int, default=0, help="seed of the times of the faults")
     parser.add_argument("--each", type=int, default=20, help="faults for each stage")

@@ -1,13 +1,11 @@
 """`make bench-load`: load test of the explore page's API with 100 concurrent visitors for a minute.
 
-Starts `python -m jobs.explore RECIPE` on a free port. Each visitor sends the next search as soon as the last
-one is answered, with a different text each time, one database after the other. Writes `docs/load.json` and
-`docs/load.md`.
+Starts `python -m jobs.explore RECIPE` on a free port. Each visitor sends the next search as soon as the last one is
+answered, with a different text each time, one database after the other. Writes `docs/load.json` and `docs/load.md`.
 """
 
 import argparse
 import asyncio
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +18,7 @@ from typing import Any
 import httpx
 import numpy as np
 
+from benchmarks.common.processes import free_port
 from benchmarks.common.report import DOCS, write_report
 from jobs.cli.command import exit_on_user_error
 from jobs.cli.recipe import Recipe, load_recipe
@@ -48,9 +47,7 @@ second during the test, had a 99th percentile of {health_p99_ms:.0f} ms.
 @contextmanager
 def server(recipe: Path) -> Iterator[str]:
     """Start a server and yield its URL; the server is stopped when the block ends."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen([sys.executable, "-m", "jobs.explore", str(recipe), "--port", str(port)])
     try:
         address, start = f"http://127.0.0.1:{port}", time.monotonic()
@@ -138,7 +135,6 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Parse arguments and measure."""
     parser = argparse.ArgumentParser(prog="make bench-load", description=__doc__)
     parser.add_argument("recipe", type=Path, metavar="RECIPE")
     parser.add_argument("--seconds", type=float, default=60.0, help="duration (default %(default)s)")

@@ -1,8 +1,7 @@
 """`make bench-pipeline`: filter against plain queries, embed against a plain loop, one worker against two.
 
-Medians of interleaved rounds, in wall time and in CPU time, which does not depend on the load of the machine.
-Writes `docs/pipeline.json` and `docs/pipeline.md`. About eight minutes on two free cores; `--tiny` is a trial
-run.
+Medians of interleaved rounds, in wall time and in CPU time, which does not depend on the load of the machine. Writes
+`docs/pipeline.json` and `docs/pipeline.md`. About eight minutes on two free cores; `--tiny` is a trial run.
 """
 
 import argparse
@@ -68,7 +67,6 @@ TINY = Size((2_000, 4_000), 1_000, 1, "RN50", 4, 4, (40, 400), 40_000, 1_000)
 
 
 def main() -> None:
-    """Measure and write the results."""
     options = _options()
     size = TINY if options.tiny else FULL
     folder = options.scratch / ("pipeline-tiny" if options.tiny else "pipeline")

@@ -95,7 +95,6 @@ def measure_decoding(edges: tuple[int, int], count: int = 200) -> float:
 
 
 def main() -> None:
-    """Measure every size and write the results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pipeline.capacity", description=__doc__)
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the results")
     docs = parser.parse_args().docs

@@ -44,8 +44,7 @@ publishes files atomically with checksums. img2dataset is version {version}: its
 `WebDatasetSampleWriter`. Both: {threads} threads, {retries} retries, SHA-256, captions, WebDataset, JPEG
 quality {quality}, no EXIF. `train` keeps the bytes of pictures (img2dataset: `resize_mode=no`,
 `skip_reencode`); `database` reduces them to {size} px (`keep_ratio`). One shard warms up each process. Values
-are
-medians of {rounds} rounds with alternating sides. The ratio is ours to img2dataset's within a round."""
+are medians of {rounds} rounds with alternating sides. The ratio is ours to img2dataset's within a round."""
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,8 @@
 """Generated LAION metadata, our filter, and plain queries with the same predicate.
 
-Each query runs in a separate process on one thread, so that its CPU time and peak memory can be measured.
-DuckDB is installed in `.venv-bench`; without it its row is missing. The plain queries write the kept rows as
-Parquet with zstd and the defaults of their library. They compute no ids, repair no URLs and, except with
-`distinct`, keep repeated URLs.
+Each query runs in a separate process on one thread, so that its CPU time and peak memory can be measured. DuckDB is
+installed in `.venv-bench`; without it its row is missing. The plain queries write the kept rows as Parquet with zstd
+and the defaults of their library. They compute no ids, repair no URLs and, except with `distinct`, keep repeated URLs.
 """
 
 import json
@@ -129,14 +128,8 @@ def run_pyarrow(paths: list[Path], scratch: Path) -> dict[str, float]:
 def run_duckdb(paths: list[Path], scratch: Path, distinct: bool = False) -> dict[str, float]:
     """The query in DuckDB. distinct: drop repeated URLs."""
     scratch.mkdir(parents=True, exist_ok=True)
-    distinct_clause = "DISTINCT ON (URL)" if distinct else ""
-    code = QUERY.format(
-        out=str(scratch),
-        files=[str(path) for path in paths],
-        keep=KEPT_ROWS,
-        train=TRAINING_ROWS,
-        distinct=distinct_clause,
-    )
+    rows = {"keep": KEPT_ROWS, "train": TRAINING_ROWS, "distinct": "DISTINCT ON (URL)" if distinct else ""}
+    code = QUERY.format(out=str(scratch), files=[str(path) for path in paths], **rows)
     process = subprocess.run([str(DUCKDB_PYTHON), "-c", code], capture_output=True, text=True, check=True)
     return dict(json.loads(process.stdout.splitlines()[-1]))  # DuckDB may print a progress bar first
 

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from benchmarks.common.report import DOCS, markdown_table, write_report
-from jobs.cli.command import exit_on_user_error
+from jobs.cli.command import add_overrides, exit_on_user_error
 from jobs.cli.recipe import Recipe, load_recipe
 from jobs.demo.world.scenes import draw, random_scene
 from jobs.reporting.hardware import hardware
@@ -99,7 +99,8 @@ def pictures_in(folder: Path) -> Iterator[Image.Image]:
             picture = prepare(path.read_bytes(), MAX_PIXELS, EDGE)
         except PictureError:
             continue
-        yield _scaled(image := Image.open(io.BytesIO(picture.data)).convert("RGB"), EDGE / min(image.size))
+        image = Image.open(io.BytesIO(picture.data)).convert("RGB")
+        yield _scaled(image, EDGE / min(image.size))
 
 
 def features_of(images: list[Image.Image], encoder: Encoder) -> Features:
@@ -167,17 +168,9 @@ def page(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure and write the page."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pipeline.near_copies", description=__doc__)
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="recipe with a [clip] model on disk")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        dest="overrides",
-        help="override one key of the recipe",
-    )
+    add_overrides(parser)
     parser.add_argument("--count", type=int, default=500, help="number of drawn training pictures")
     parser.add_argument("--pictures", type=Path, help="folder of .jpg files to measure as well")
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the results")

@@ -117,14 +117,12 @@ def _round(chosen: list[tuple[WorkerProcess, float, TimingResult]], baseline: st
         limit = int((SINGLE_S if result.mode == "single" else BATCH_S) / seconds)
         if not result.seconds:
             count = TUNING_QUERIES if seconds * TUNING_QUERIES < 4 * BATCH_S else max(10, limit)
-            result.recall = worker.call("measure", start=TUNING_QUERIES, count=count, **{**options, "mode": "batch"})[
-                "recall"
-            ]
+            batch = worker.call("measure", start=TUNING_QUERIES, count=count, **{**options, "mode": "batch"})
+            result.recall = batch["recall"]
         most = TUNING_QUERIES if result.mode == "single" else NUM_QUERIES
         count = max(10, min(most, limit))
-        measured = worker.call(
-            "measure", start=max(0, TUNING_QUERIES - max(0, count - TUNING_QUERIES)), count=count, **options
-        )
+        start = max(0, TUNING_QUERIES - max(0, count - TUNING_QUERIES))
+        measured = worker.call("measure", start=start, count=count, **options)
         result.seconds.append(measured["wall_s"])
     base = next((result for _, _, result in chosen if result.method == baseline), None)
     if base is not None:

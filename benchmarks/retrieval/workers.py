@@ -82,20 +82,16 @@ def open_workers(methods: Iterable[MethodSpec], data: BenchmarkData) -> Iterator
         yield [stack.enter_context(WorkerProcess(method, data)).open() for method in methods]
 
 
-def read_build_record(data: BenchmarkData, method: MethodSpec) -> dict[str, Any] | None:
-    """The record of a finished build, or None."""
-    record = index_folder(data, method) / "built.json"
-    return json.loads(record.read_text()) if record.exists() else None
-
-
 def build(data: BenchmarkData, method: MethodSpec, threads: int) -> dict[str, Any]:
     """The record of the build of a method; builds the index if it is missing."""
-    record = read_build_record(data, method)
-    if record is not None or method.index:
-        return record or build(data, BY_NAME[method.index], threads)
+    path = index_folder(data, method) / "built.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    if method.index:
+        return build(data, BY_NAME[method.index], threads)
     started = time.perf_counter()
     with WorkerProcess(method, data) as worker:
         record = worker.call("build", threads=threads)
-    (index_folder(data, method) / "built.json").write_text(json.dumps(record, indent=1))
+    path.write_text(json.dumps(record, indent=1))
     print(f"built {method.name}: {time.perf_counter() - started:.0f} s, {record}", flush=True)
     return record

@@ -66,21 +66,12 @@ def cases(tiny: bool) -> Iterator[tuple[str, Case]]:
         if not tiny:
             yield "training", Case("train", size, compile=True)
     for backend in ("math",) if tiny else BACKENDS:
-        yield ("attention", Case("train", 32 if tiny else 256, batch=2 if tiny else 32, backend=backend, tiny=tiny))
+        yield "attention", Case("train", 32 if tiny else 256, 2 if tiny else 32, backend=backend, tiny=tiny)
+    size, batch = (32, 1) if tiny else (768, 8)
     for scheduler, steps in (("ddim", 2), ("dpm++", 2)) if tiny else (("ddim", 50), ("dpm++", 20)):
         for compiled in (False,) if tiny else (False, True):
-            yield (
-                "sampling",
-                Case(
-                    "sample",
-                    32 if tiny else 768,
-                    batch=1 if tiny else 8,
-                    compile=compiled,
-                    scheduler=scheduler,
-                    steps=steps,
-                    tiny=tiny,
-                ),
-            )
+            case = Case("sample", size, batch, compile=compiled, scheduler=scheduler, steps=steps, tiny=tiny)
+            yield "sampling", case
     yield "embedding", Case("embed", 32 if tiny else 224, batch=2 if tiny else 256, tiny=tiny)
 
 
@@ -163,7 +154,6 @@ def _yes(value: bool) -> str:
 
 
 def main() -> None:
-    """Measure every case and write the results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training.gpu", description=__doc__)
     parser.add_argument("--scratch", type=Path, default=SCRATCH, help="folder of the results with --tiny")
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the results")

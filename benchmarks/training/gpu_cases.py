@@ -1,14 +1,11 @@
 """The cases of `benchmarks.training.gpu`: matrix product, training step, embedding, sampling.
 
-Each case runs in a separate process, so that a case that runs out of memory does not affect the next.
-`python -m benchmarks.training.gpu_cases CASE` takes a case as JSON and prints its values as JSON in the last
-line.
+Each case runs in a separate process, so that a case that runs out of memory does not affect the next:
+`python -m benchmarks.training.gpu_cases CASE` takes a case as JSON and prints its values as JSON in the last line.
 """
 
 import gc
 import json
-import os
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +16,7 @@ import open_clip
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.common.processes import set_single_rank
 from benchmarks.training.schedule import Stage, stages
 from trainer.data.loader import TrainingBatch
 from trainer.engine.deepspeed_engine import Ranks, join_ranks, make_engine, optimizer_step
@@ -68,13 +66,8 @@ class Case:
 
 def run(case: Case) -> dict[str, Any]:
     """The measured values of a case. Raises torch.OutOfMemoryError if its batch does not fit."""
-    kinds: dict[str, Callable[[Case], dict[str, Any]]] = {
-        "matmul": matmul,
-        "train": train,
-        "embed": embed,
-        "sample": sample,
-    }
-    return kinds[case.kind](case)
+    measure = {"matmul": matmul, "train": train, "embed": embed, "sample": sample}[case.kind]
+    return measure(case)
 
 
 def device_of(case: Case) -> torch.device:
@@ -101,7 +94,7 @@ def matmul(case: Case) -> dict[str, Any]:
 def train(case: Case) -> dict[str, Any]:
     """A step of the trainer: DeepSpeed, bf16 with fp32 master weights, one rank, latents in memory."""
     stage = _stage(case)
-    _set_single_rank()
+    set_single_rank()
     ranks = join_ranks()
     batches = [case.batch] if case.batch else _batch_sizes(case)
     values: dict[str, Any] = {}
@@ -189,15 +182,9 @@ def _engine(case: Case, stage: Stage, ranks: Ranks) -> tuple[Any, Objective]:
         unet = build_unet(stage.model)
     if case.compile:
         unet.compile()
-    config = stage.train.model_copy(
-        update={
-            "global_batch": 1,
-            "micro_batch": 1,
-            "activation_checkpointing": case.checkpointing,
-            "precision": "bf16",
-            "zero_stage": 1,
-        }
-    )
+    changes = {"global_batch": 1, "micro_batch": 1, "precision": "bf16", "zero_stage": 1}
+    changes |= {"activation_checkpointing": case.checkpointing}
+    config = stage.train.model_copy(update=changes)
     return make_engine(unet, config, ranks), Objective(DiffusionConfig(), None, ranks.device)
 
 
@@ -251,14 +238,6 @@ def _memory(device: torch.device) -> float:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _set_single_rank() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update(ranks | {"MASTER_PORT": str(port)})
 
 
 def leave_process_group() -> None:

@@ -1,9 +1,8 @@
 """`make bench-loader`: speed of the data loader per core, for images and for latents.
 
-Generates shards from a seed: tars of JPEGs with shorter edges of 768 px and more, neighbor tables with k = 8
-of 768 dimensions, latents. Times the loader alone in interleaved rounds, and with a consumer that takes a
-third of that rate. Projects the number of cores for training on 8 A100s. Writes `docs/loader.json` and
-`docs/loader.md`.
+Generates shards from a seed: tars of JPEGs with shorter edges of 768 px and more, neighbor tables with k = 8 of 768
+dimensions, latents. Times the loader alone in interleaved rounds, and with a consumer that takes a third of that rate.
+Projects the number of cores for training on 8 A100s. Writes `docs/loader.json` and `docs/loader.md`.
 """
 
 import argparse
@@ -59,7 +58,6 @@ edges (`trainer/data/images.py`), takes {small_ms:.2f} ms: {ratio:.2f} times as 
 
 
 def main() -> None:
-    """Generate the data, measure, write."""
     options = _options()
     extent, batches, rounds = (TINY, 2, 1) if options.tiny else (FULL, 8, options.rounds)
     root = Root(options.scratch / ("loader-tiny" if options.tiny else "loader"))

@@ -1,9 +1,8 @@
 """`make bench-sampling`: DPM-Solver++ with 20 steps against DDIM and PLMS with 50, on a trained model.
 
-Reads the finished run of a recipe, its style databases and the prompts of its [evaluate]. All methods sample
-the same requests with the same seeds. The CLIP distance of their pictures to those of DDIM is compared with
-the distances for other seeds and for five times the steps. Writes `docs/sampling.json` and
-`docs/sampling.md`.
+Reads the finished run of a recipe, its style databases and the prompts of its [evaluate]. All methods sample the same
+requests with the same seeds. The CLIP distance of their pictures to those of DDIM is compared with the distances for
+other seeds and for five times the steps. Writes `docs/sampling.json` and `docs/sampling.md`.
 """
 
 import argparse
@@ -19,7 +18,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from benchmarks.common.report import DOCS, markdown_table, write_report
-from jobs.cli.command import exit_on_user_error
+from jobs.cli.command import add_overrides, exit_on_user_error
 from jobs.cli.recipe import Recipe, load_recipe
 from jobs.reporting.hardware import hardware
 from jobs.sample import trained_model
@@ -148,7 +147,7 @@ def _row(method: SamplingMethod, results: dict[str, MethodResults], reference: S
 
 
 def page(result: dict[str, Any]) -> str:
-    """The page as Markdresult."""
+    """The page as Markdown."""
     rows = [
         [
             row["name"],
@@ -164,17 +163,9 @@ def page(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Sample, classify, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training.sampling", description=__doc__)
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="recipe of a finished run, with [evaluate]")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        dest="overrides",
-        help="override one key of the recipe",
-    )
+    add_overrides(parser)
     parser.add_argument("--each", type=int, default=20, help="pictures per style and method, at least 2")
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the results")
     options = parser.parse_args()

@@ -133,7 +133,6 @@ def _parameters(model: ModelConfig) -> int:
 
 
 def main() -> None:
-    """Count operations and write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training.schedule", description=__doc__)
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the results")
     rows = table()

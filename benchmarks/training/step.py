@@ -1,14 +1,11 @@
 """`make bench-step`: overhead of the training loop over a minimal loop with the same network.
 
-Trains the demo's model with `trainer.training.train` and DeepSpeed on one rank in fp32. Between its steps,
-two other loops train on the same batch: a minimal loop of diffusers' UNet and torch's AdamW, and an
-equivalent loop that also clips gradients and averages weights, as ours does. Writes `docs/step.json` and
-`docs/step.md`.
+Trains the demo's model with `trainer.training.train` and DeepSpeed on one rank in fp32. Between its steps, two other
+loops train on the same batch: a minimal loop of diffusers' UNet and torch's AdamW, and an equivalent loop that also
+clips gradients and averages weights, as ours does. Writes `docs/step.json` and `docs/step.md`.
 """
 
 import argparse
-import os
-import socket
 import statistics
 import time
 from collections.abc import Generator
@@ -19,6 +16,7 @@ from unittest import mock
 
 import torch
 
+from benchmarks.common.processes import set_single_rank
 from benchmarks.common.report import DOCS, REPOSITORY, SCRATCH, markdown_table, thread_count, write_report
 from benchmarks.training.training_data import Extent, prepare
 from jobs.cli.recipe import load_recipe
@@ -148,11 +146,7 @@ class _Clock:
 
 def measure(config: TrainingRecipe, root: Root) -> StepTimes:
     """Run the training stage with the other loops between its steps."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update(ranks | {"MASTER_PORT": str(port)})
+    set_single_rank()
     times = StepTimes()
     with mock.patch.object(train, "Loader", interleaved_loader(config, times)):
         train.run(config, root)
@@ -210,16 +204,10 @@ def _excess(ours: list[float], theirs: list[float]) -> float:
 
 def _recipe(root: Root, steps: int, zero_stage: int) -> TrainingRecipe:
     """The demo's recipe on one rank, without warm-up, with one checkpoint after the last step."""
-    changes: dict[str, object] = {
-        "name": "bench",
-        "steps": steps,
-        "ranks": 1,
-        "zero_stage": zero_stage,
-        "warmup_steps": 0,
-    }
+    changes: dict[str, object] = {"name": "bench", "steps": steps, "ranks": 1, "zero_stage": zero_stage}
     changes |= {"global_batch": BATCH, "micro_batch": BATCH, "interleaved_shards": 4, "checkpoint_every": steps}
     changes |= {"log_every": 10, "validation_images": 0, "validate_every": 0, "preview_every": 0}
-    changes |= {"preview_prompts": []}
+    changes |= {"preview_prompts": [], "warmup_steps": 0}
     overrides = [f"train.{name}={value}" for name, value in changes.items()]
     demo = load_recipe(REPOSITORY / "jobs" / "configs" / "demo.toml", overrides)
     return TrainingRecipe(
@@ -231,7 +219,6 @@ def _recipe(root: Root, steps: int, zero_stage: int) -> TrainingRecipe:
 
 
 def main() -> None:
-    """Train, measure, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training.step", description=__doc__)
     parser.add_argument("--scratch", type=Path, default=SCRATCH, help="folder of the data and the run")
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the results")

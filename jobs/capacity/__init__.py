@@ -1,4 +1,1 @@
-"""The command `laion-rdm capacity`: storage, bandwidth, hours and cost of each stage of a recipe, calculated.
-
-`plan.py` computes them from the recipe and `rates.toml`, `tables.py` prints them.
-"""
+"""`laion-rdm capacity`: storage, bandwidth, hours and cost of each stage of a recipe, calculated."""

@@ -35,7 +35,6 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the arguments and run."""
     parser = recipe_parser("capacity", __doc__)
     parser.add_argument("--inputs", type=Path, default=INPUTS, help="TOML of sizes, rates, machines and prices")
     parser.add_argument("--json", action="store_true", help="print JSON, not a table")

@@ -1,4 +1,1 @@
-"""Shared by the commands: the console command, recipes, arguments and errors.
-
-No public names here: `laion-rdm --help` must not wait for the imports of recipes.
-"""
+"""The console command, recipes, arguments and errors. Imports nothing: `laion-rdm --help` must answer at once."""

@@ -22,16 +22,15 @@ def recipe_parser(command: str, about: str | None) -> argparse.ArgumentParser:
     """The arguments that every command has: RECIPE, --set and --dry-run."""
     parser = argparse.ArgumentParser(prog=f"laion-rdm {command}", description=about)
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="TOML file, such as those in jobs/configs")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        dest="overrides",
-        help="override one key of the recipe; may be repeated",
-    )
+    add_overrides(parser)
     parser.add_argument("--dry-run", action="store_true", help="check and print the resolved recipe, then stop")
     return parser
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Add the option --set; its values are the `overrides` of `load_recipe`."""
+    text = "override one key of the recipe; may be repeated"
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides", help=text)
 
 
 def stage_command(stage: str, about: str | None, run: Callable[[Recipe], object]) -> Main:

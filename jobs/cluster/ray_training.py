@@ -1,8 +1,7 @@
 """Training on Ray: each worker of a TorchTrainer is one rank and runs `trainer.training.train.run`.
 
-Takes a checked recipe; writes the same files as torchrun, and Ray Train's state in the run's folder `ray/`.
-If a worker is lost, all workers restart from the newest checkpoint, as long as each attempt has written a
-new one. Ranks do not receive SIGTERM here.
+Writes the same files as torchrun, and Ray Train's state to `ray/` of the run. If a worker is lost, all restart from
+the newest checkpoint, as long as each attempt has written a new one. Ranks do not receive SIGTERM here.
 """
 
 import logging

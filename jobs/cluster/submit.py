@@ -1,9 +1,8 @@
 """`laion-rdm submit http://head:8265 filter RECIPE ...`: runs a command on a remote Ray cluster.
 
-Uploads the code of this repository; the command runs as a Ray job on the head node. Prints its log and exits
-with its exit code. The nodes need the libraries installed, and the recipe's `root` must be reachable from all
-of them. If the same command is running there already, its log is followed instead. Ctrl-C stops following the
-log; the job goes on.
+Uploads the code of this repository; the command runs as a Ray job on the head node. Prints its log and exits with its
+exit code. The nodes need the libraries installed, and the recipe's `root` must be reachable from all of them. If the
+same command is running there already, its log is followed instead. Ctrl-C stops following the log; the job goes on.
 """
 
 import argparse
@@ -44,8 +43,7 @@ def submit(address: str, command: Sequence[str]) -> int:
         raise UserError(f"recipe {recipe} does not exist. The project's recipes are in jobs/configs.")
     client = _client(address)
     entrypoint = shlex.join(["python", "-m", *command])
-    name = _active_job(client, entrypoint)
-    if name:
+    if name := _active_job(client, entrypoint):
         log.info("%s is running already as %s: following its log", module, name)
     else:
         name = _start(client, entrypoint)
@@ -133,7 +131,6 @@ def _exit_code(details: JobDetails) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the arguments and submit."""
     parser = argparse.ArgumentParser(prog="laion-rdm submit", description=__doc__)
     parser.add_argument("address", help="address of the cluster's dashboard, such as http://head:8265")
     parser.add_argument("module", help="the command, such as filter or jobs.filter")

@@ -1,4 +1,4 @@
-"""The demo: the full pipeline on a synthetic data set, its web server, its small models and its report.
+"""The demo: the full pipeline on a synthetic data set, with a web server, small models and a report.
 
 A recipe with `extension = "jobs.demo"` has the SECTIONS below, and downloads from the demo's web server.
 """

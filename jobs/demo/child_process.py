@@ -1,8 +1,4 @@
-"""Ends a child process together with its parent, even if the parent is killed.
-
-Reads and writes nothing. The demo's web server and its drawing processes call this first. Otherwise a killed
-command would leave a process that holds a port or goes on drawing.
-"""
+"""Ends child processes with their parent: a killed command would leave some that hold a port or go on drawing."""
 
 import os
 import threading

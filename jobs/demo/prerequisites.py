@@ -1,7 +1,6 @@
 """The steps before the stages of the demo: draw the data set, train the CLIP and the autoencoder.
 
-Reads the recipe; writes `world/`, `prompts.txt`, `clip/` and `autoencoder/` below its root. A finished step
-with the same settings is skipped.
+Writes `world/`, `prompts.txt`, `clip/` and `autoencoder/`. A finished step with the same settings is skipped.
 """
 
 import time

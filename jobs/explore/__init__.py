@@ -1,4 +1,1 @@
-"""The explore page and its HTTP API: search databases, make pictures, compare styles.
-
-Start it with `python -m jobs.explore RECIPE`.
-"""
+"""`laion-rdm explore`: a page and an HTTP API to search databases, make pictures and compare styles."""

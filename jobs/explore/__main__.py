@@ -1,4 +1,4 @@
-"""`python -m jobs.explore RECIPE`: a page and an HTTP API to search databases and make pictures.
+"""`laion-rdm explore RECIPE`: a page and an HTTP API to search databases and make pictures.
 
 Binds to localhost by default; other addresses (`--host`) need a token, from the environment variable
 EXPLORE_TOKEN or from a file (`--token-file`).
@@ -30,7 +30,6 @@ log = logging.getLogger("explore")
 
 
 def make_app(explorer: Explorer, host: str = LOOPBACK_HOSTS[0], token: str = "") -> FastAPI:
-    """The application with page and API."""
     # Checking the Host header keeps other sites from reaching a local server by DNS rebinding.
     hosts = LOOPBACK_HOSTS if is_loopback(host) else ["*"]
     cache = PngCache()
@@ -57,8 +56,7 @@ def is_loopback(host: str) -> bool:
 def token_of(arguments: Namespace) -> str:
     """The token that requests need; empty for none.
 
-    Raises UserError if other machines could connect without a token, and for a token file that is missing or
-    empty.
+    Raises UserError if other machines could connect without a token, and for a token file that is missing or empty.
     """
     token = os.environ.get(TOKEN_VARIABLE, "").strip()
     if arguments.token_file is not None:
@@ -76,7 +74,6 @@ def token_of(arguments: Namespace) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
     options = recipe_parser("explore", __doc__ or "")
     options.add_argument("--host", default=LOOPBACK_HOSTS[0], help="address to bind to (default: %(default)s)")
     options.add_argument("--port", type=int, default=7860, help="port to bind to (default: %(default)s)")

@@ -1,7 +1,4 @@
-"""Requests to the API, the same by GET, by POST and in links to the page.
-
-Plain records with the checks that need no opened database; `jobs.explore.explorer` runs the requests.
-"""
+"""Requests to the API, by GET, by POST and in links to the page, with the checks that need no opened database."""
 
 import base64
 import binascii

@@ -1,7 +1,6 @@
-"""Runs searches and makes samples for the page and the API.
+"""Runs searches and makes samples for the page and the API, with the databases and the model of a recipe.
 
-Reads the databases and the trained model of a recipe once, at the start. Searches run in parallel threads.
-Samples run one at a time; a sample stops between two denoising steps when its request has timed out.
+Searches run in parallel threads. Samples run one at a time, and stop between two steps when the request has timed out.
 """
 
 from collections.abc import Sequence
@@ -160,9 +159,10 @@ class Explorer:
         return [self._view(rank, request.database, similarity, row) for rank, (similarity, row) in enumerate(pairs, 1)]
 
     def _sample(self, requests: Sequence[SampleRequest], stop: Event) -> list[SampledPicture]:
-        sampler = self._require_sampler()
+        if self.sampler is None:
+            raise UserError("There is no trained model yet. Run 'make train', then restart this server.")
         self._unet.stop = stop
-        samples = sampler.sample([self._sampler_request(request) for request in requests])
+        samples = self.sampler.sample([self._sampler_request(request) for request in requests])
         return [SampledPicture(sample, png_bytes(sample.picture, sample.recipe())) for sample in samples]
 
     def _sampler_request(self, request: SampleRequest) -> Request:
@@ -212,11 +212,6 @@ class Explorer:
         if name not in self.databases:
             raise UserError(f"There is no database {name!r}. Databases: {', '.join(self.databases)}.")
         return self.databases[name]
-
-    def _require_sampler(self) -> Sampler:
-        if self.sampler is None:
-            raise UserError("There is no trained model yet. Run 'make train', then restart this server.")
-        return self.sampler
 
 
 def _databases(root: Root, encoder: Encoder, sampler: Sampler | None) -> dict[str, Database]:

@@ -1,7 +1,6 @@
 """Middleware for all requests to page and API: token, body size, metrics, security headers.
 
-Plain ASGI, so that streamed responses are not buffered. The headers forbid the page to load anything from
-other servers.
+Plain ASGI, so that streamed responses are not buffered. The headers forbid the page to load from other servers.
 """
 
 import base64

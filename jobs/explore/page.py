@@ -1,7 +1,6 @@
-"""The explore page: tabs that search, make a picture and compare styles.
+"""The explore page: tabs that search, make a picture and compare styles. Nothing is loaded from other servers.
 
-Built with Gradio, which serves its own scripts; the page uses system fonts and sends nothing to other
-servers. A link with a query (`/?tab=make&prompt=...`) fills the form of a tab and runs it.
+A link with a query (`/?tab=make&prompt=...`) fills the form of a tab and runs it.
 """
 
 from collections.abc import AsyncIterator

@@ -1,7 +1,6 @@
-"""Thumbnails of database rows, read from the tars below the root; nothing is downloaded.
+"""Thumbnails of database rows, read from `download/database/*.tar` or `databases/<name>/pictures/*.tar`.
 
-Reads `download/database/*.tar` for the training database and `databases/<name>/pictures/*.tar` for the
-others. Rows have no picture if they are hidden, if their tar is missing, or if the root is an object store.
+Rows have no picture if they are hidden, if their tar is missing, or if the root is an object store.
 """
 
 import io

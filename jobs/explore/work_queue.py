@@ -1,7 +1,6 @@
 """A thread pool with a bounded queue, for work that would block the event loop.
 
-A request to a full queue is rejected at once. A request that waits or runs longer than the timeout fails, and
-an event that its work checks is set, so that running work can stop.
+A request to a full queue fails at once. If a request exceeds its timeout, it fails and an event stops its work.
 """
 
 import asyncio
@@ -40,8 +39,7 @@ class WorkQueue:
     async def run(self, work: Callable[[Event], Result]) -> Result:
         """The result of `work`, which is called with an event that is set when the request ends.
 
-        Raises BusyError: 429 if the queue is full, 503 if no worker became free in time, 504 if the work took
-        too long.
+        Raises BusyError: 429 if the queue is full, 503 if no worker became free in time, 504 if the work took too long.
         """
         if len(self) >= self.max_pending:
             raise BusyError(429, f"The queue is full: {len(self)} {self.name} requests. Try again later.")

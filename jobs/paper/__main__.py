@@ -30,7 +30,6 @@ def run(recipe: Recipe, docs: Path | None = None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse arguments and run."""
     parser = recipe_parser("paper", __doc__)
     parser.add_argument("--docs", type=Path, help="also write paper.md, paper.json and images/ to this folder")
     arguments = parser.parse_args(argv)

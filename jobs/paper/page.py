@@ -1,11 +1,9 @@
-"""Reports of the paper's experiments: an HTML page, and a Markdown page for the documentation.
+"""Pages of the paper's experiments, which compare measured and expected results.
 
-Reads `runs/<name>/paper/`; writes `report.html` there with all pictures embedded, and `paper.md`,
-`paper.json` and pictures to a folder. Both compare the measured results with the expected ones.
+Reads `runs/<name>/paper/`; writes `report.html` there, and `paper.md`, `paper.json` and pictures for the documentation.
 """
 
 import json
-import os
 from base64 import b64encode
 from dataclasses import asdict, dataclass
 from io import BytesIO
@@ -67,15 +65,13 @@ def write_page(root: Root, folder: str) -> Page:
 
 def write_docs(root: Root, page: Page, docs: Path) -> Path:
     """Write `paper.md`, `paper.json` and `images/`. Returns the path of `paper.md`."""
-    (docs / "images").mkdir(parents=True, exist_ok=True)
-    sources = {}
+    folder, sources = Root(docs), {}
     for name, data in page.pictures.items():
         file, content = _small(name, data)
-        _write(docs / "images" / file, content)
-        sources[name] = f"images/{file}"
+        sources[name] = folder.write_bytes(f"images/{file}", content).name
     values = {**page.results, "verdicts": [asdict(verdict) for verdict in page.verdicts], "hardware": hardware()}
-    _write(docs / "paper.json", json.dumps(values, indent=1).encode() + b"\n")
-    _write(docs / "paper.md", _render("page.md.jinja", page, sources).encode())
+    folder.write_bytes("paper.json", json.dumps(values, indent=1).encode() + b"\n")
+    folder.write_bytes("paper.md", _render("page.md.jinja", page, sources).encode())
     return docs / "paper.md"
 
 
@@ -158,9 +154,3 @@ def _inline(name: str, data: bytes) -> str:
     file, content = _small(name, data)
     kind = "jpeg" if file.endswith("jpg") else "png"
     return f"data:image/{kind};base64,{b64encode(content).decode()}"
-
-
-def _write(path: Path, content: bytes) -> None:
-    pending = path.with_name(f"{path.name}.partial")
-    pending.write_bytes(content)
-    os.replace(pending, path)

@@ -1,8 +1,4 @@
-"""Geometry of a report's charts: positions in percent of an axis, ready for HTML and SVG.
-
-Takes measured values and returns positions; reads and writes nothing. Charts scale with the page, so
-there are no pixels here.
-"""
+"""Geometry of a report's charts, for HTML and SVG: positions in percent, because charts scale with the page."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

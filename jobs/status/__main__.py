@@ -38,7 +38,6 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the arguments and run."""
     parser = recipe_parser("status", __doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object a line, not a table")
     parser.add_argument("--watch", type=float, metavar="SECONDS", help="print again at this interval")

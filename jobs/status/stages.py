@@ -1,7 +1,6 @@
-"""The progress of all stages of a recipe.
+"""The progress of all stages of a recipe, from the files below its root.
 
-Reads the recipe and the files below its root. Knows which sections of a recipe define a stage, and how many
-shards the manifests of earlier stages imply; `pipeline.runtime.status` reads one stage.
+Determines which stages a recipe has, and their numbers of shards from the manifests of earlier stages.
 """
 
 from typing import Any

@@ -1,7 +1,6 @@
-"""The progress of a training run, in steps instead of shards.
+"""The progress of a training run in steps, from its `metrics.jsonl` and `checkpoints/checkpoints.json`.
 
-Reads `runs/<name>/train/metrics.jsonl` and `checkpoints/checkpoints.json`, which exist while it runs. The
-metrics are parsed here, because the module that writes them imports torch.
+The metrics are parsed here, because the module that writes them imports torch.
 """
 
 import json

@@ -18,7 +18,6 @@ class FaissHnsw(SearchAdapter):
     """HNSW over float32 vectors. Effort: efSearch."""
 
     def build(self, rows: np.ndarray, folder: Path, threads: int) -> dict[str, Any]:
-        """Add all rows in blocks."""
         faiss.omp_set_num_threads(threads)
         index = faiss.IndexHNSWFlat(rows.shape[1], self.settings["links"], faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efConstruction = self.settings["construction"]
@@ -28,11 +27,9 @@ class FaissHnsw(SearchAdapter):
         return {}
 
     def open(self, folder: Path, rows: np.ndarray) -> None:
-        """Read into memory."""
         self._index = faiss.read_index(str(folder / "index"))
 
     def threads(self, number: int) -> None:
-        """Set the OpenMP threads."""
         faiss.omp_set_num_threads(number)
 
     def searcher(self, k: int, effort: tuple[int, ...]) -> Search:
@@ -45,7 +42,6 @@ class Autofaiss(FaissHnsw):
     """`autofaiss.build_index(rows, metric_type="ip")`, which chooses index and settings (10 ms per query)."""
 
     def build(self, rows: np.ndarray, folder: Path, threads: int) -> dict[str, Any]:
-        """Call autofaiss with its defaults."""
         index, infos = autofaiss.build_index(
             rows.astype(np.float32),
             index_path=str(folder / "index"),

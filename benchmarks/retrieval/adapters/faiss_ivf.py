@@ -43,11 +43,9 @@ class FaissIvf(SearchAdapter):
         return {"lists": lists, "kmeans_cpu_s": kmeans_cpu_s}
 
     def open(self, folder: Path, rows: np.ndarray) -> None:
-        """Read into memory."""
         self._index = faiss.read_index(str(folder / "index"))
 
     def threads(self, number: int) -> None:
-        """Set the OpenMP threads."""
         faiss.omp_set_num_threads(number)
 
     def searcher(self, k: int, effort: tuple[int, ...]) -> Search:
@@ -78,17 +76,14 @@ class BruteForce(SearchAdapter):
     """Exact search over all rows in float32."""
 
     def build(self, rows: np.ndarray, folder: Path, threads: int) -> dict[str, Any]:
-        """Write nothing: the rows are the index."""
-        return {}
+        return {}  # the rows are the index
 
     def open(self, folder: Path, rows: np.ndarray) -> None:
-        """Read the rows into memory."""
         self._index = faiss.IndexFlatIP(rows.shape[1])
         for start in range(0, len(rows), BLOCK_ROWS):
             self._index.add(rows[start : start + BLOCK_ROWS].astype(np.float32))
 
     def threads(self, number: int) -> None:
-        """Set the OpenMP threads."""
         faiss.omp_set_num_threads(number)
 
     def searcher(self, k: int, effort: tuple[int, ...]) -> Search:

@@ -27,7 +27,6 @@ class Scann(SearchAdapter):
         return {"leaves": leaves}
 
     def open(self, folder: Path, rows: np.ndarray) -> None:
-        """Read the files into memory."""
         self._searcher = scann.scann_ops_pybind.load_searcher(str(folder))
 
     def threads(self, number: int) -> None:
@@ -51,7 +50,6 @@ class Hnswlib(SearchAdapter):
     """A graph over float32 vectors. Effort: ef."""
 
     def build(self, rows: np.ndarray, folder: Path, threads: int) -> dict[str, Any]:
-        """Add all rows in blocks."""
         index = hnswlib.Index("ip", rows.shape[1])
         construction, links = self.settings["construction"], self.settings["links"]
         index.init_index(len(rows), ef_construction=construction, M=links, random_seed=0)
@@ -62,12 +60,10 @@ class Hnswlib(SearchAdapter):
         return {}
 
     def open(self, folder: Path, rows: np.ndarray) -> None:
-        """Read the graph into memory."""
         self._index = hnswlib.Index("ip", rows.shape[1])
         self._index.load_index(str(folder / "index"))
 
     def threads(self, number: int) -> None:
-        """Set the threads of a batch."""
         self._index.set_num_threads(number)
 
     def searcher(self, k: int, effort: tuple[int, ...]) -> Search:
@@ -80,7 +76,6 @@ class Usearch(SearchAdapter):
     """A graph over bfloat16 vectors. Effort: expansion."""
 
     def build(self, rows: np.ndarray, folder: Path, threads: int) -> dict[str, Any]:
-        """Add all rows in blocks."""
         index = self._empty(rows.shape[1])
         for start in range(0, len(rows), BLOCK_ROWS):
             block = rows[start : start + BLOCK_ROWS].astype(np.float32)
@@ -89,12 +84,10 @@ class Usearch(SearchAdapter):
         return {}
 
     def open(self, folder: Path, rows: np.ndarray) -> None:
-        """Read the graph into memory."""
         self._index = self._empty(rows.shape[1])
         self._index.load(str(folder / "index"))
 
     def threads(self, number: int) -> None:
-        """Set the threads of a batch."""
         self._threads = number
 
     def searcher(self, k: int, effort: tuple[int, ...]) -> Search:

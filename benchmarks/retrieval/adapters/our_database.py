@@ -41,11 +41,9 @@ class OurDatabase(SearchAdapter):
         return {}
 
     def open(self, folder: Path, rows: np.ndarray) -> None:
-        """`Database.open`."""
         self.database = Database.open(str(folder / NAME))
 
     def threads(self, number: int) -> None:
-        """Set the OpenMP threads."""
         faiss.omp_set_num_threads(number)
 
     def searcher(self, k: int, effort: tuple[int, ...]) -> Search:

@@ -53,9 +53,8 @@ class AdapterServer:
     def measure(self, mode: str, k: int, effort: list[int], **options: Any) -> dict[str, Any]:
         """Wall and CPU seconds per query, and recall on queries with known neighbors.
 
-        mode: `single` (one thread, one query per call), `batch` or `join` (two threads). options: stream,
-        start, count (queries), block (queries per call), recall_start (first query that counts for the
-        recall).
+        mode: `single` (one thread, one query per call), `batch` or `join` (two threads). options: stream, start, count
+        (queries), block (queries per call), recall_start (first query that counts for the recall).
         """
         stream, start, count = options.get("stream", "images"), options.get("start", 0), options["count"]
         queries = self._load_queries(stream, start, count)

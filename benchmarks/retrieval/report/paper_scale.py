@@ -1,7 +1,6 @@
 """Projected hours and costs of the paper's neighbor table: 100M queries against 1.9B rows, k=8.
 
-Extrapolates the measurements of `scale` and writes a section of `docs/performance.md`. Nothing was run at
-that size.
+Extrapolates the measurements of `scale` and writes a section of `docs/performance.md`. Nothing was run at that size.
 """
 
 import math

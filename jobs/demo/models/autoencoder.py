@@ -1,7 +1,6 @@
-"""Trains the demo's autoencoder, so that the demo runs without downloading a published one.
+"""Trains the demo's autoencoder on scenes that it draws, so that the demo downloads no published one.
 
-Reads nothing: it draws its own training scenes, without held-out contents. Writes a folder that
-`trainer.model.autoencoder` opens with kind = "patch" and scale = 1.0.
+Writes a folder that `trainer.model.autoencoder` opens with kind = "patch" and scale = 1.0.
 """
 
 from pathlib import Path

@@ -1,7 +1,6 @@
-"""Trains the demo's CLIP, so that the demo runs without downloading a published one.
+"""Trains the demo's CLIP on scenes that it draws, so that the demo downloads no published one.
 
-Reads nothing: it draws its own training scenes, without held-out contents. Writes open_clip's folder layout
-(open_clip_config.json, open_clip_model.safetensors), which the model name `local-dir:FOLDER` loads.
+Writes open_clip_config.json and open_clip_model.safetensors, which the model name `local-dir:FOLDER` loads.
 """
 
 import io

@@ -1,7 +1,6 @@
 """Shared by the training of the demo's CLIP and autoencoder: training scenes, precision, learning rates.
 
-Reads and writes nothing. Both models train on scenes of the demo world, as published models train on pictures
-of the web, but never on held-out contents.
+Both models train on scenes of the demo world, but never on held-out contents.
 """
 
 import math
@@ -24,10 +23,7 @@ WARM_UP_SHARE = 0.1
 def draw_training_scenes(
     num_scenes: int, side: int, seed: int, num_workers: int
 ) -> tuple[list[Scene], npt.NDArray[np.uint8]]:
-    """Random scenes without held-out contents, and their square pictures (n, 3, side, side).
-
-    The result depends on seed, not on num_workers.
-    """
+    """Random scenes without held-out contents, and their pictures (n, 3, side, side). num_workers changes no result."""
     chunks = [
         (seed, start, min(SCENES_PER_CHUNK, num_scenes - start), side)
         for start in range(0, num_scenes, SCENES_PER_CHUNK)

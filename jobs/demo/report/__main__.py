@@ -2,13 +2,13 @@
 
 from jobs.cli.command import stage_command
 from jobs.cli.recipe import Recipe
-from jobs.demo.report.numbers import goal_lines
+from jobs.demo.report.numbers import Demo, goal_lines
 from jobs.demo.report.report import write_report
 
 
 def run(recipe: Recipe) -> None:
     """Write `report.html` and `report.json`. Exits with code 1 if a goal is missed."""
-    report = write_report(recipe)
+    report = write_report(Demo.of(recipe))
     print(goal_lines(report.goals))
     print(f"\nreport: {report.path}")
     if not report.all_met:

@@ -1,6 +1,5 @@
-"""Checks the outputs of the data stages against the true values of the demo world.
+"""Checks the outputs of the data stages against the metadata and the true values of the demo world.
 
-Reads the metadata's Parquet files, `filter/`, `download/`, `embed/`, `neighbors/` and `world/truth.parquet`.
 The brute-force search here is NumPy over all rows and shares no code with the stage that it checks.
 """
 
@@ -16,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from jobs.demo.report.funnel import num_rows
 from pipeline.recipe import NeighborsConfig
 from pipeline.web.urls import canonical_url
 from retrieval.clip.identity import EncoderIdentity
@@ -31,23 +31,13 @@ TOLERANCE = 1e-5
 
 
 def filter_rows_unaccounted(root: Root, metadata: Root) -> int:
-    """Metadata rows that were neither kept nor dropped with a reason; negative for surplus rows.
-
-    A row that was kept twice, or for both splits, counts once.
-    """
-    read = 0
-    for name in metadata.list("", ".parquet"):
-        with metadata.open(name) as file:
-            read += pq.ParquetFile(file).metadata.num_rows
+    """Metadata rows that were neither kept nor dropped with a reason, negative for surplus rows. Repeats count once."""
     kept = {image_id for split in schema.SPLITS for image_id in _ids(root, f"filter/{split}", schema.SELECTED)}
-    return read - len(kept) - sum(read_manifest(root, "filter").reasons.values())
+    return num_rows(metadata, "") - len(kept) - sum(read_manifest(root, "filter").reasons.values())
 
 
 def download_urls_without_status(root: Root) -> int:
-    """Selected URLs without a correct status, and surplus statuses.
-
-    A correct status is "" if the tar contains the picture, else a reason word.
-    """
+    """Selected URLs without a correct status ("" if the tar has the picture, else a reason), and surplus statuses."""
     wrong = 0
     words = {"", *schema.Reason}
     for split in schema.SPLITS:

@@ -1,8 +1,4 @@
-"""Numbers of rows that each stage kept or dropped, and of URLs by download status.
-
-Reads the tables of `filter/`, `download/`, `embed/` and `neighbors/`, and their manifests, which have the
-reasons of dropped rows.
-"""
+"""Numbers of rows that each stage kept or dropped, and of URLs by download status, from tables and manifests."""
 
 from collections import Counter
 from collections.abc import Mapping

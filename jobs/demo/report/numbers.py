@@ -1,7 +1,6 @@
-"""The numbers of the demo's report, and their goals.
+"""The numbers of the demo's report (the values of `report.json`), and their goals.
 
-Reads the outputs of the stages and returns the values of `report.json`. `jobs.demo.report.audit` counts again
-whatever can be counted; only the style accuracies are taken from the evaluation.
+Everything is measured again from the outputs of the stages, except the style accuracies of the evaluation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -74,10 +73,7 @@ class Goal:
 
 
 def measure(demo: Demo) -> dict[str, Any]:
-    """Every number of the report, with the keys of `report.json`. `seconds` is a dict.
-
-    Raises UserError for an unfinished stage.
-    """
+    """Every number of the report, with the keys of `report.json`. Raises UserError for an unfinished stage."""
     recalls = text_recall(demo, (1, 5, 10))
     tables = NeighborTables(demo.root, demo.world, demo.neighbors)
     evaluation = demo.root.read_json(f"runs/{demo.name}/evaluate/evaluation.json")
@@ -176,10 +172,7 @@ def text_recall(demo: Demo, ks: Sequence[int]) -> dict[int, float]:
 
 
 def recall_at(texts: Any, pictures: Any, ks: Sequence[int]) -> dict[int, float]:
-    """Recall of row i of `pictures` for row i of `texts`, both (n, dim) unit rows, by k.
-
-    Similarities that are not smaller rank before it, with ties and NaN.
-    """
+    """Recall at each k of row i of `pictures` for row i of `texts`, (n, dim) unit rows. Ties and NaN rank before it."""
     products = texts @ pictures.T
     ranks = (~(products < np.diag(products)[:, None])).sum(axis=1)
     return {k: float(np.mean(ranks <= k)) for k in ks}

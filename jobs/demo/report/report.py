@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.cli.recipe import Recipe
 from jobs.demo.report import funnel
 from jobs.demo.report import report_pictures as pictures
 from jobs.demo.report.numbers import Demo, Goal, goals, measure
@@ -47,13 +46,8 @@ class StyleBars:
     bars: tuple[Bar, ...]
 
 
-def write_report(recipe: Recipe) -> WrittenReport:
+def write_report(demo: Demo) -> WrittenReport:
     """Measure everything and write the report. Raises UserError for an unfinished stage."""
-    return write_demo_report(Demo.of(recipe))
-
-
-def write_demo_report(demo: Demo) -> WrittenReport:
-    """The same for a `Demo`."""
     numbers = measure(demo)
     demo_goals = goals(numbers)
     demo.root.write_json("report.json", {**numbers, "goals": [asdict(goal) for goal in demo_goals]})
@@ -94,16 +88,12 @@ def _content(demo: Demo, numbers: dict[str, Any], demo_goals: list[Goal]) -> dic
 
 
 def _style_bars(evaluation: dict[str, Any]) -> list[StyleBars]:
-    return [
-        StyleBars(
-            style_words(row["style"]),
-            tuple(
-                Bar(mode, 100 * row["modes"][mode]["accuracy"], f"{100 * row['modes'][mode]['accuracy']:.3g}%")
-                for mode in LABELS
-            ),
-        )
-        for row in evaluation["styles"]
-    ]
+    def bar(row: dict[str, Any], mode: str) -> Bar:
+        percent = 100 * row["modes"][mode]["accuracy"]
+        return Bar(mode, percent, f"{percent:.3g}%")
+
+    rows = evaluation["styles"]
+    return [StyleBars(style_words(row["style"]), tuple(bar(row, mode) for mode in LABELS)) for row in rows]
 
 
 def _loss(demo: Demo) -> Curve:

@@ -1,7 +1,6 @@
 """The pictures of the report as small data URLs: samples, training images and their neighbors.
 
-Reads the tars of `download/`, the neighbor tables, `runs/<name>/sample/` and the style folders. No picture is
-chosen by hand: training images are drawn with a seed, samples are the first of the first prompts.
+No picture is chosen by hand: training images are drawn with a seed, samples are the first of the first prompts.
 """
 
 import base64

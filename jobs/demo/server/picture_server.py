@@ -1,7 +1,4 @@
-"""The demo's HTTP server: connections, headers and picture files. jobs.demo.server.routes has the responses.
-
-Reads only files directly in `images/` of a world, for any URL.
-"""
+"""The demo's HTTP server: connections and headers. It reads only files directly in `images/` of a world."""
 
 import sys
 import threading

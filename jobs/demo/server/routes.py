@@ -1,7 +1,7 @@
 """The responses of the demo's server: pictures, and simulations of common failures of web servers.
 
-Reads `images/` of a world. `/<route>/<name>` is the picture `images/<name>` with the failure that the route
-names. A client with a timeout of 3 to 10 seconds and one retry gets the same result in every run.
+`/<route>/<name>` is the picture `images/<name>` with the failure that the route names. A client with a timeout of
+3 to 10 seconds and one retry gets the same result in every run.
 """
 
 import struct
@@ -13,6 +13,7 @@ from http import HTTPStatus
 from jobs.demo.server.picture_server import PictureHandler, Route, picture_path
 
 PRIVATE_URL = "http://169.254.169.254/latest/meta-data/"
+MOVED_PAGE = b"<!DOCTYPE html><title>Gone</title><p>This picture has moved.</p>\n"
 SLOW_S = 1.5
 DRIP_S = 0.2
 HUGE_SIDE_PX = 30_000
@@ -55,14 +56,6 @@ def _redirect(handler: PictureHandler, parts: list[str]) -> None:
     handler.fail(HTTPStatus.FOUND, Location=target)
 
 
-def _redirect_loop(handler: PictureHandler, parts: list[str]) -> None:
-    handler.fail(HTTPStatus.FOUND, Location=handler.path)
-
-
-def _redirect_private(handler: PictureHandler, parts: list[str]) -> None:
-    handler.fail(HTTPStatus.FOUND, Location=PRIVATE_URL)
-
-
 def _slow(handler: PictureHandler, parts: list[str]) -> None:
     time.sleep(SLOW_S)
     _image(handler, parts)
@@ -85,15 +78,6 @@ def _endless(handler: PictureHandler, parts: list[str]) -> None:
         handler.wfile.write(chunk)
 
 
-def _html(handler: PictureHandler, parts: list[str]) -> None:
-    page = b"<!DOCTYPE html><title>Gone</title><p>This picture has moved.</p>\n"
-    handler.send(page, "text/html; charset=utf-8")
-
-
-def _empty(handler: PictureHandler, parts: list[str]) -> None:
-    handler.send(b"", "image/jpeg")
-
-
 def _truncated(handler: PictureHandler, parts: list[str]) -> None:
     """State the length of the picture, send half of it and close the connection."""
     if picture := handler.picture(parts):
@@ -108,10 +92,6 @@ def _cut_jpeg(handler: PictureHandler, parts: list[str]) -> None:
     if picture := handler.picture(parts):
         data, content_type = picture
         handler.send(data[: len(data) // 2], content_type)
-
-
-def _huge(handler: PictureHandler, parts: list[str]) -> None:
-    handler.send(huge_png(), "image/png")
 
 
 def _noai(handler: PictureHandler, parts: list[str]) -> None:
@@ -141,16 +121,16 @@ ROUTES: dict[str, Route] = {
     "gone": _status(HTTPStatus.GONE),
     "flaky": _flaky,
     "redirect": _redirect,
-    "redirect-loop": _redirect_loop,
-    "redirect-private": _redirect_private,
+    "redirect-loop": lambda handler, parts: handler.fail(HTTPStatus.FOUND, Location=handler.path),
+    "redirect-private": lambda handler, parts: handler.fail(HTTPStatus.FOUND, Location=PRIVATE_URL),
     "slow": _slow,
     "drip": _drip,
     "endless": _endless,
-    "html": _html,
-    "empty": _empty,
+    "html": lambda handler, parts: handler.send(MOVED_PAGE, "text/html; charset=utf-8"),
+    "empty": lambda handler, parts: handler.send(b"", "image/jpeg"),
     "truncated": _truncated,
     "cut-jpeg": _cut_jpeg,
-    "huge": _huge,
+    "huge": lambda handler, parts: handler.send(huge_png(), "image/png"),
     "noai": _noai,
     # ordinary responses: the file is unusual, and the route names its format in status tables
     **dict.fromkeys(("png16", "exif", "gray", "alpha", "palette", "animated"), _image),

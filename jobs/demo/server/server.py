@@ -1,7 +1,6 @@
-"""Runs the demo's web server on localhost in a child process.
+"""Runs the demo's web server on localhost in a child process, which ends with its parent even if that is killed.
 
-Reads `images/` of a world folder. A thread would share the interpreter lock with the pipeline that downloads
-from it. The child process ends with its parent, even if the parent is killed.
+Reads `images/` of a world folder. A thread would share the interpreter lock with the pipeline that downloads from it.
 """
 
 import errno
@@ -23,10 +22,9 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 class WorldServer:
-    """Serves a world during its `with` block.
+    """Serves a world during its `with` block. Each URL of the route `flaky` fails once for each start.
 
-    Raises UserError on entry if the port is taken or the folder has no world. Each URL of the route `flaky`
-    fails once for each start of the server.
+    Raises UserError on entry if the port is taken or the folder has no world.
     """
 
     def __init__(self, folder: Path, port: int) -> None:
@@ -40,7 +38,10 @@ class WorldServer:
         return f"http://{HOST}:{self.port}"
 
     def __enter__(self) -> "WorldServer":
-        _check_world(self.folder)
+        if not (self.folder / "world.json").is_file():
+            raise UserError(
+                f"{self.folder} has no world.json: it contains no finished demo world. Run 'make demo' first."
+            )
         with open_port(self.port) as listener:
             arguments = [str(listener.fileno()), str(self.folder), str(os.getpid())]
             self._process = subprocess.Popen(
@@ -65,13 +66,6 @@ class WorldServer:
         self._process.stdout.close()
 
 
-def serve_forever(folder: Path, port: int) -> None:
-    """Serve a world in this process until interrupted. Raises UserError as WorldServer does."""
-    _check_world(folder)
-    with open_port(port) as listener:
-        _serve(listener, folder.resolve())
-
-
 def open_port(port: int) -> socket.socket:
     """A socket that listens on the loopback port. Raises UserError if it is taken."""
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
@@ -91,24 +85,16 @@ def open_port(port: int) -> socket.socket:
     return listener
 
 
-def _check_world(folder: Path) -> None:
-    if not (folder / "world.json").is_file():
-        raise UserError(f"{folder} has no world.json: it contains no finished demo world. Run 'make demo' first.")
-
-
-def _serve(listener: socket.socket, folder: Path) -> None:
+def _serve(descriptor: int, folder: Path, parent_pid: int) -> None:
+    """Serve on an inherited socket, in the child process."""
+    exit_with_parent(parent_pid)
+    print("ready", flush=True)
+    listener = socket.socket(fileno=descriptor)
     server = PictureServer((HOST, listener.getsockname()[1]), folder, ROUTES)
     server.socket.close()
     server.socket = listener
     server.serve_forever()
 
 
-def _serve_child(descriptor: int, folder: Path, parent_pid: int) -> None:
-    exit_with_parent(parent_pid)
-    sys.stdout.write("ready\n")
-    sys.stdout.flush()
-    _serve(socket.socket(fileno=descriptor), folder)
-
-
 if __name__ == "__main__":
-    _serve_child(int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    _serve(int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

@@ -1,8 +1,7 @@
 """Unusual rows of the demo: the defects that metadata of a web crawl contains.
 
-Reads and writes nothing. Each kind changes one thing of an ordinary row; its name goes into truth.parquet.
-`failure:<route>` never returns a usable picture; `route:<route>` returns one, indirectly or in an unusual
-format. The routes are those of jobs.demo.server.routes.
+Each kind changes one thing of an ordinary row; its name goes into truth.parquet. `failure:<route>` never returns a
+usable picture; `route:<route>` returns one, indirectly or in an unusual format (routes: jobs.demo.server.routes).
 """
 
 import base64
@@ -21,17 +20,16 @@ Change = Callable[[Row, np.random.Generator], Row]
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of unusual row.
-
-    per_mille: rows for each thousand ordinary rows, at least one. large_every: every n-th row has (or
-    states) the size of a training picture, 0 for none. picture: whether the URL has a picture.
-    """
+    """One kind of unusual row."""
 
     name: str
     per_mille: int
+    """Rows for each thousand ordinary rows, at least one."""
     change: Change
     large_every: int = 0
+    """Every n-th row has, or states, the size of a training picture; 0: none."""
     picture: bool = True
+    """Whether the URL has a picture."""
     file_format: str = ""
 
 
@@ -60,12 +58,9 @@ def _renamed(word: str, row: Row, rng: np.random.Generator) -> Row:
     return replace(row, url=row.url.replace("/images/", f"/images/{word}"), file=renamed)
 
 
-def _unsafe(row: Row, rng: np.random.Generator) -> Row:
-    return replace(row, punsafe=float(rng.uniform(0.55, 1)))
-
-
-def _watermark(row: Row, rng: np.random.Generator) -> Row:
-    return replace(row, pwatermark=float(rng.uniform(0.85, 1)))
+def _with_score(name: str, least: float) -> Change:
+    """A random score from least to 1."""
+    return lambda row, rng: replace(row, **{name: float(rng.uniform(least, 1))})  # type: ignore[arg-type]
 
 
 def _states_large(row: Row, rng: np.random.Generator) -> Row:
@@ -74,10 +69,6 @@ def _states_large(row: Row, rng: np.random.Generator) -> Row:
 
 def _turned_size(row: Row, rng: np.random.Generator) -> Row:
     return replace(_via("exif")(row, rng), width=row.height, height=row.width)
-
-
-def _redirected(row: Row, rng: np.random.Generator) -> Row:
-    return _via(f"redirect/{rng.integers(1, 5)}")(row, rng)
 
 
 def _data_url(row: Row, rng: np.random.Generator) -> Row:
@@ -91,8 +82,8 @@ def _long_caption(row: Row, rng: np.random.Generator) -> Row:
 
 
 def _html_caption(row: Row, rng: np.random.Generator) -> Row:
-    text = f'<a href="/buy?a=1&amp;b=2"><b>{row.caption}</b></a><script>alert("{row.scene_uid}")</script>'
-    return replace(row, caption=text)
+    link = f'<a href="/buy?a=1&amp;b=2"><b>{row.caption}</b></a>'
+    return replace(row, caption=f'{link}<script>alert("{row.scene_uid}")</script>')
 
 
 def _caption_around(template: str) -> Change:
@@ -119,8 +110,8 @@ SCORE_KINDS = (
     Kind("score_null", 12, _with(punsafe=None, pwatermark=None), large_every=4),
     Kind("score_nan", 4, _with(punsafe=NAN, pwatermark=NAN), large_every=4),
     Kind("similarity_null", 2, _with(similarity=None)),
-    Kind("watermark", 14, _watermark, large_every=4),
-    Kind("unsafe", 14, _unsafe, large_every=4, picture=False),
+    Kind("watermark", 14, _with_score("pwatermark", 0.85), large_every=4),
+    Kind("unsafe", 14, _with_score("punsafe", 0.55), large_every=4, picture=False),
 )
 SIZE_KINDS = (
     Kind("lies", 10, _states_large),
@@ -169,7 +160,7 @@ FAILURE_KINDS = (
 )
 ROUTE_KINDS = (
     Kind("route:flaky", 4, _via("flaky"), large_every=4),
-    Kind("route:redirect", 4, _redirected, large_every=4),
+    Kind("route:redirect", 4, lambda row, rng: _via(f"redirect/{rng.integers(1, 5)}")(row, rng), large_every=4),
     Kind("route:slow", 2, _via("slow"), large_every=4),
     Kind("route:exif", 3, _turned_size, large_every=4, file_format="exif"),
     *(

@@ -1,7 +1,7 @@
 """Rows of the demo that repeat other rows: duplicates, other captions, and copies of training pictures.
 
-Reads and writes nothing. The copies have a small size in the metadata, so the filter sends them to the
-database. There they would be the best neighbors of their originals; only content and embedding reveal them.
+The copies have a small size in the metadata, so the filter sends them to the database. There they would be the best
+neighbors of their originals; only content and embedding reveal them.
 """
 
 from dataclasses import replace

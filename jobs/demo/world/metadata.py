@@ -1,8 +1,7 @@
 """The demo's metadata in the format of LAION-2B-en, and a table of the true values of every row.
 
-Writes `metadata/part-00000.parquet ...` with the columns of laion2B-en-joined plus LICENSE, and
-`truth.parquet`, which only the report and the tests read. Ordinary rows are made here, unusual rows in
-jobs.demo.world.bad_rows.
+Writes `metadata/part-00000.parquet ...` with the columns of laion2B-en-joined plus LICENSE, and `truth.parquet`, which
+only the report and the tests read. Ordinary rows are made here, unusual rows in jobs.demo.world.bad_rows.
 """
 
 import hashlib
@@ -13,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.demo.world.content import Scene
-from jobs.demo.world.pictures import SUFFIXES, Copy, Drawing
+from jobs.demo.world.pictures import FORMATS, Copy, Drawing
 from jobs.demo.world.scenes import caption, random_scene
 from retrieval.storage.root import Root
 
@@ -32,22 +31,19 @@ METADATA_SCHEMA = pa.schema(
         ("LICENSE", pa.string()),
     ]
 )
+CONTENT_FIELDS = ("shape", "color", "background", "count", "layout")
+CONTENT_COLUMNS = [(name, pa.int64() if name == "count" else pa.string()) for name in CONTENT_FIELDS]
 TRUTH_SCHEMA = pa.schema(
     [
         ("url", pa.string()),
         ("scene_uid", pa.int64()),
         ("kind", pa.string()),
         ("style", pa.string()),
-        ("shape", pa.string()),
-        ("color", pa.string()),
-        ("background", pa.string()),
-        ("count", pa.int64()),
-        ("layout", pa.string()),
+        *CONTENT_COLUMNS,
         ("width", pa.int32()),
         ("height", pa.int32()),
     ]
 )
-CONTENT_FIELDS = ("shape", "color", "background", "count", "layout")
 
 
 @dataclass(frozen=True)
@@ -85,13 +81,13 @@ def ordinary_row(site: Site, uid: int, large: bool, file_format: str = "") -> Ro
     """A row with correct metadata that passes every threshold.
 
     large: shorter edge of 768 px or more (a training picture), else both edges in 224..320.
-    file_format: a key of pictures.SUFFIXES; "" chooses a common one at random.
+    file_format: a key of pictures.FORMATS; "" chooses a common one at random.
     """
     rng = np.random.default_rng([site.seed, ROWS_STREAM, uid])
     scene = random_scene(rng)
     size = _large_size(rng) if large else _small_size(rng)
     file_format = file_format or _usual_format(rng, large)
-    name = f"{uid:06d}.{SUFFIXES[file_format]}"
+    name = f"{uid:06d}.{FORMATS[file_format][0]}"
     query = f"?v={rng.integers(1_000_000)}" if rng.random() < 0.15 else ""
     return Row(
         url=f"{site.base}/images/{name}{query}",

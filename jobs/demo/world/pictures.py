@@ -1,7 +1,6 @@
 """Picture files of the demo world: common formats, unusual valid formats, and copies.
 
-Each call writes one file atomically. The bytes of a file depend only on its drawing, so the number of
-processes and interruptions do not change the world.
+Files are written atomically, and their bytes depend only on the drawing, not on processes or interruptions.
 """
 
 import ctypes
@@ -22,17 +21,6 @@ from jobs.demo.world.scenes import draw
 
 Pixels = npt.NDArray[np.uint8]
 
-SUFFIXES = {
-    "jpg": "jpg",
-    "webp": "webp",
-    "png": "png",
-    "png16": "png",
-    "exif": "jpg",
-    "gray": "jpg",
-    "alpha": "png",
-    "palette": "png",
-    "animated": "gif",
-}
 ORIENTATION_TAG = 0x0112
 # mallopt's parameters, from glibc's malloc.h
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -75,7 +63,8 @@ def write_picture(folder: Path, picture: Drawing | Copy) -> None:
     """Draw or copy one picture below folder. The source of a copy must exist."""
     if isinstance(picture, Drawing):
         pixels = draw(picture.scene, picture.width, picture.height)
-        data = ENCODERS[picture.format](pixels, picture.quality)
+        _, encode = FORMATS[picture.format]
+        data = encode(pixels, picture.quality)
     else:
         data = (folder / picture.source).read_bytes()
         if picture.short_edge > 0:
@@ -103,18 +92,6 @@ def _saved(image: Image.Image, kind: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def _jpg(pixels: Pixels, quality: int) -> bytes:
-    return _saved(Image.fromarray(pixels), "JPEG", quality=quality)
-
-
-def _webp(pixels: Pixels, quality: int) -> bytes:
-    return _saved(Image.fromarray(pixels), "WEBP", quality=quality, method=0)
-
-
-def _png(pixels: Pixels, quality: int) -> bytes:
-    return _saved(Image.fromarray(pixels), "PNG", compress_level=4)
-
-
 def _png16(pixels: Pixels, quality: int) -> bytes:
     """16 bits for each channel, full range: 65535 is white."""
     wide = pixels[:, :, ::-1].astype(np.uint16) * 257
@@ -129,10 +106,6 @@ def _exif(pixels: Pixels, quality: int) -> bytes:
     return _saved(Image.fromarray(np.rot90(pixels)), "JPEG", quality=quality, exif=exif)
 
 
-def _gray(pixels: Pixels, quality: int) -> bytes:
-    return _saved(Image.fromarray(pixels).convert("L"), "JPEG", quality=quality)
-
-
 def _alpha(pixels: Pixels, quality: int) -> bytes:
     """Opaque at the top, half transparent at the bottom; transparent corners contain pure green."""
     height, width = pixels.shape[:2]
@@ -143,10 +116,6 @@ def _alpha(pixels: Pixels, quality: int) -> bytes:
     return _saved(Image.fromarray(image.astype(np.uint8)), "PNG", compress_level=4)
 
 
-def _palette(pixels: Pixels, quality: int) -> bytes:
-    return _saved(Image.fromarray(pixels).quantize(64), "PNG", compress_level=4)
-
-
 def _animated(pixels: Pixels, quality: int) -> bytes:
     """Two frames; the second is darker."""
     first = Image.fromarray(pixels).quantize(64)
@@ -154,14 +123,15 @@ def _animated(pixels: Pixels, quality: int) -> bytes:
     return _saved(first, "GIF", save_all=True, append_images=[second], duration=500, loop=0)
 
 
-ENCODERS: dict[str, Callable[[Pixels, int], bytes]] = {
-    "jpg": _jpg,
-    "webp": _webp,
-    "png": _png,
-    "png16": _png16,
-    "exif": _exif,
-    "gray": _gray,
-    "alpha": _alpha,
-    "palette": _palette,
-    "animated": _animated,
+FORMATS: dict[str, tuple[str, Callable[[Pixels, int], bytes]]] = {
+    "jpg": ("jpg", lambda pixels, quality: _saved(Image.fromarray(pixels), "JPEG", quality=quality)),
+    "webp": ("webp", lambda pixels, quality: _saved(Image.fromarray(pixels), "WEBP", quality=quality, method=0)),
+    "png": ("png", lambda pixels, quality: _saved(Image.fromarray(pixels), "PNG", compress_level=4)),
+    "png16": ("png", _png16),
+    "exif": ("jpg", _exif),
+    "gray": ("jpg", lambda pixels, quality: _saved(Image.fromarray(pixels).convert("L"), "JPEG", quality=quality)),
+    "alpha": ("png", _alpha),
+    "palette": ("png", lambda pixels, quality: _saved(Image.fromarray(pixels).quantize(64), "PNG", compress_level=4)),
+    "animated": ("gif", _animated),
 }
+"""File suffix of each format, and its encoder."""

@@ -1,8 +1,7 @@
 """Scenes of the demo: random ones, their captions and prompts, and their pictures.
 
-Reads and writes nothing. A scene has a content (what it shows), a style (how it is painted) and a seed
-(position and texture). Contents and styles are independent, so a sample's style can come from its neighbors
-alone. A tenth of the contents is held out of training, database and style folders, and used as prompts.
+A scene has a content (what it shows), a style (how it is painted) and a seed (position and texture). Contents and
+styles are independent, so a sample's style can come from its neighbors alone. A tenth of the contents is held out.
 """
 
 import hashlib

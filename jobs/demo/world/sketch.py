@@ -1,7 +1,7 @@
 """The geometry of a scene as signed distances, with flat colors. Each style paints a picture from it.
 
-Reads and writes nothing. Lengths are in units of the picture's shorter side, x to the right and y down
-from the center, so a scene looks the same at every size. jobs.demo.world.styles has the styles.
+Lengths are in units of the picture's shorter side, x to the right and y down from the center, so a scene looks the
+same at every size.
 """
 
 from collections.abc import Callable

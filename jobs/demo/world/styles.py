@@ -1,7 +1,6 @@
-"""The ten styles: each paints a sketch with its own palette and texture.
+"""The ten styles: each paints a sketch with its own palette and texture, and keeps the color of the figure.
 
-Reads and writes nothing. A painter covers grounds and figure, and keeps the color of the figure. Texture
-periods are at least 1/16 of the shorter side, 4 px at 64 px, so that styles differ in small pictures too.
+Texture periods are at least 1/16 of the shorter side, 4 px at 64 px, so that styles differ in small pictures too.
 """
 
 from collections.abc import Callable

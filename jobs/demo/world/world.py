@@ -1,8 +1,7 @@
 """The demo world, a synthetic data set: pictures, metadata in LAION's format, style folders, prompts.
 
-Writes below a folder: images/ and metadata/ (the pipeline downloads the pictures by URL), styles/, held_out/
-with held_out.parquet, truth.parquet, and world.json last. The demo must run without the internet, so
-jobs.demo.server.server serves the pictures.
+Writes below a folder: images/ and metadata/ (the pipeline downloads the pictures by URL, from the demo's server),
+styles/, held_out/ with held_out.parquet, truth.parquet, and world.json last.
 """
 
 import json
@@ -23,7 +22,7 @@ from jobs.demo.recipe import WorldConfig
 from jobs.demo.world.bad_rows import bad_rows
 from jobs.demo.world.content import Scene
 from jobs.demo.world.copies import related_rows
-from jobs.demo.world.metadata import CONTENT_FIELDS, Row, Site, ordinary_row, scene_fields, write_tables
+from jobs.demo.world.metadata import CONTENT_COLUMNS, Row, Site, ordinary_row, scene_fields, write_tables
 from jobs.demo.world.pictures import Copy, Drawing, start_worker, write_picture
 from jobs.demo.world.scenes import all_contents, full_caption, is_held_out, prompt, random_scene
 from jobs.demo.world.styles import STYLES
@@ -41,8 +40,7 @@ STYLES_STREAM = 5
 HELD_OUT_STREAM = 6
 
 HELD_OUT_SCHEMA = pa.schema(
-    [("path", pa.string()), ("caption", pa.string()), ("prompt", pa.string())]
-    + [(name, pa.int64() if name == "count" else pa.string()) for name in (*CONTENT_FIELDS, "style")]
+    [("path", pa.string()), ("caption", pa.string()), ("prompt", pa.string()), *CONTENT_COLUMNS, ("style", pa.string())]
 )
 
 

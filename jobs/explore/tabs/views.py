@@ -1,7 +1,4 @@
-"""HTML of search results, samples and comparisons; all outside text is escaped.
-
-The markup is in `views.html.jinja`.
-"""
+"""HTML of search results, samples and comparisons, from `views.html.jinja`; all outside text is escaped."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +13,7 @@ from trainer.sampling.request import TRAINING_DATABASE
 
 @dataclass(frozen=True)
 class SampleView:
-    """A sample as the page shows it.
-
-    width: in pixels; png_path: URL path of the PNG; link: URL path of the page that makes it again.
-    """
+    """A sample on the page. width: in pixels; png_path, link: URL paths of the PNG and of the page that remakes it."""
 
     title: str
     prompt: str
@@ -61,5 +55,4 @@ def comparison(pictures: Sequence[SampleView], heading: str, link: str) -> str:
 
 
 def error(text: str) -> str:
-    """An error message."""
     return _render("error", text=text)

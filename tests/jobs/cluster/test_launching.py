@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ from jobs.train import parse_arguments, run
 from retrieval.errors import UserError
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
+from tests.jobs.free_ports import free_port
 from tests.trainer.training.machines import replace_programs
 from tests.trainer.training_set import make_recipe, write_training_set
 from trainer.checkpoint.checkpoint import INDEX
@@ -88,19 +88,13 @@ def command(*words: str, code: int = 0, **environment: str) -> str:
     return "".join(line for line in done.stderr.splitlines() if line.startswith("error: "))
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def test_deepspeeds_launcher_on_the_machines_of_a_hostfile(
     copy: Path, tmp_path: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace_programs(tmp_path, monkeypatch, "ssh", "pdsh")
     (tmp_path / "hosts.txt").write_text("first slots=1\nsecond slots=1\n")
     words = ["-m", "jobs.train", str(copy / "recipe.toml"), "--hosts", str(tmp_path / "hosts.txt")]
-    assert command(*words, MASTER_PORT=free_port()) == ""
+    assert command(*words, MASTER_PORT=str(free_port())) == ""
     assert read_manifest(Root(copy), FOLDER).checksums() == expected
 
 
@@ -156,7 +150,7 @@ def test_training_starts_where_ray_is_not_installed(copy: Path) -> None:
     )
     rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     words = ["-c", program, str(copy / "recipe.toml"), "--set", "train.steps=1"]
-    assert command(*words, MASTER_PORT=free_port(), **rank) == ""
+    assert command(*words, MASTER_PORT=str(free_port()), **rank) == ""
     assert read_manifest(Root(copy), FOLDER).values["steps"] == 1
 
 

@@ -42,7 +42,7 @@ REPORTED = (
 
 
 @pytest.fixture(scope="module")
-def free_port(tiny_demo: TinyDemo) -> int:
+def demo_port(tiny_demo: TinyDemo) -> int:
     """The port of the demo's server. All URLs and image ids depend on it."""
     return tiny_demo.port
 
@@ -76,11 +76,11 @@ def test_every_stage_has_a_manifest_and_every_database_opens(demo_root: Path) ->
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_second_demo_skips_all_steps(demo_root: Path, free_port: int) -> None:
+def test_a_second_demo_skips_all_steps(demo_root: Path, demo_port: int) -> None:
     before = {path: path.stat().st_mtime_ns for path in demo_root.rglob("manifest.json")}
     assert len(before) > 15
     with shards_in_process(), pytest.raises(SystemExit, match="1"):
-        run_demo(load_recipe(DEMO, overrides(demo_root, free_port)))
+        run_demo(load_recipe(DEMO, overrides(demo_root, demo_port)))
     assert {path: path.stat().st_mtime_ns for path in demo_root.rglob("manifest.json")} == before
 
 
@@ -89,7 +89,7 @@ def folder_of(stage: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def killed(demo_root: Path, tmp_path_factory: pytest.TempPathFactory, free_port: int) -> dict[str, Path]:
+def killed(demo_root: Path, tmp_path_factory: pytest.TempPathFactory, demo_port: int) -> dict[str, Path]:
     """For each stage a copy of the run, in which the stage was killed. Two stages run at a time."""
 
     def kill(stage: str) -> Path:
@@ -98,7 +98,7 @@ def killed(demo_root: Path, tmp_path_factory: pytest.TempPathFactory, free_port:
             shutil.copytree(demo_root / folder, root / folder)
         shutil.rmtree(root / folder_of(stage), ignore_errors=True)
         # The fingerprint of filter contains the path of the metadata, so it also starts in this folder.
-        arguments = [*command(stage, root, free_port), "--set", f"{stage}.workers=1"]
+        arguments = [*command(stage, root, demo_port), "--set", f"{stage}.workers=1"]
         _kill_at_first_record(arguments, root / folder_of(stage))
         return root
 
@@ -109,7 +109,7 @@ def killed(demo_root: Path, tmp_path_factory: pytest.TempPathFactory, free_port:
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("stage", sorted(STAGES))
 def test_a_killed_stage_is_completed_to_the_same_bytes(
-    demo_root: Path, killed: dict[str, Path], free_port: int, stage: str, caplog: pytest.LogCaptureFixture
+    demo_root: Path, killed: dict[str, Path], demo_port: int, stage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     name, folder = folder_of(stage), killed[stage] / folder_of(stage)
     expected = read_manifest(Root(demo_root), name)
@@ -117,7 +117,7 @@ def test_a_killed_stage_is_completed_to_the_same_bytes(
     assert finished
     assert not (folder / "manifest.json").exists()
     with shards_in_process(), caplog.at_level("INFO"):
-        STAGES[stage].run(load_recipe(DEMO, overrides(killed[stage], free_port)))
+        STAGES[stage].run(load_recipe(DEMO, overrides(killed[stage], demo_port)))
     assert "shards are finished already" in caplog.text
     assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in finished.items() if path.exists())
     resumed = read_manifest(Root(killed[stage]), name)

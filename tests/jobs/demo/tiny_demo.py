@@ -1,12 +1,13 @@
 """A tiny recipe of the demo, and one complete run of it for all test processes."""
 
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from filelock import FileLock
+
+from tests.jobs.free_ports import free_port
 
 DEMO = Path(__file__).resolve().parents[3] / "jobs/configs/demo.toml"
 TINY = {
@@ -73,16 +74,10 @@ def run_once(folder: Path) -> TinyDemo:
     with FileLock(f"{folder}.lock"):
         if not port_file.exists():
             folder.mkdir()
-            port = _free_port()
+            port = free_port()
             done = subprocess.run(command("demo", root, port), capture_output=True, text=True, check=False)
             # code 1: the report is written, and the model, trained for six steps, misses its goals
             assert done.returncode == 1, done.stderr[-4000:]
             assert "report.html" in done.stdout
             port_file.write_text(str(port))
     return TinyDemo(root, int(port_file.read_text()))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

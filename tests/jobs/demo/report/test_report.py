@@ -10,7 +10,7 @@ from PIL import Image
 
 from jobs.demo.report.funnel import statuses, steps
 from jobs.demo.report.numbers import Demo
-from jobs.demo.report.report import WrittenReport, write_demo_report
+from jobs.demo.report.report import WrittenReport, write_report
 from jobs.demo.report.report_pictures import samples, training_images
 from retrieval.clip.encoder import Encoder
 from tests.jobs.demo.demo_run import DATABASE, HOSTILE, PROMPTS, STYLES, K, write_demo
@@ -44,7 +44,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
 
 @pytest.fixture(scope="module")
 def report(demo: Demo) -> WrittenReport:
-    return write_demo_report(demo)
+    return write_report(demo)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_a_missed_goal_is_on_the_page_and_in_the_result(demo: Demo, report: Writ
     path = "runs/tiny/evaluate/evaluation.json"
     before = demo.root.read_json(path)
     demo.root.write_json(path, before | {"style_accuracy_retrieval": 0.3})
-    missed = write_demo_report(demo)
+    missed = write_report(demo)
     demo.root.write_json(path, before)
     assert not missed.all_met
     assert {goal.name for goal in missed.goals if not goal.met} - {

@@ -23,15 +23,10 @@ from jobs.demo.server.routes import HUGE_SIDE_PX, ROUTES, SLOW_S
 from jobs.demo.server.server import REPOSITORY, WorldServer, open_port
 from jobs.demo.world.bad_rows import FAILURE_KINDS, ROUTE_KINDS
 from retrieval.errors import UserError
+from tests.jobs.free_ports import free_port
 
 # a failure without a route: no server listens at these URLs
 NOT_SERVED = {"refused"}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def get(url: str, timeout_s: float = 5) -> http.client.HTTPResponse:

@@ -4,7 +4,6 @@ import hashlib
 import io
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -28,14 +27,9 @@ from jobs.demo.world.scenes import draw, is_held_out
 from jobs.demo.world.styles import STYLES
 from jobs.demo.world.world import plan_held_out, plan_rows, plan_styles, write_world
 from retrieval.errors import UserError
+from tests.jobs.free_ports import free_port
 
 RELATED_KINDS = {"duplicate_row", "other_caption", "copy", "near_copy"}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def small_config(**changes: Any) -> WorldConfig:
