@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jobs.cli.command import exit_on_user_error, recipe_parser, run_on_recipe
 from jobs.cli.recipe import Recipe
-from pipeline.databases import database
+from pipeline.databases import build as database
 from pipeline.databases.sources import PictureSource
 from retrieval.cli.card import card
 from retrieval.clip.encoder import Encoder

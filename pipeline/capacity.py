@@ -1,7 +1,8 @@
 """Estimates of what the data stages need at a given size: storage, bandwidth, CPU and GPU time, hours, cost.
 
 Reads and writes no files: arithmetic on the settings of a recipe and on rates with their sources. All needs
-are linear in rows, except comparisons with partition centroids, which grow in number with the rows.
+are linear in rows, with one exception: the number of partition centroids grows with the rows, and each row is compared
+with all of them.
 """
 
 from collections.abc import Iterator

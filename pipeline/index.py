@@ -1,8 +1,9 @@
 """index: the training database, from the vectors of its images.
 
 Reads `embed/database/<shard>.parquet`; writes the database `index/` that `retrieval.Database` opens:
-centroids, partitions with an index each, and the measured recall of search settings. A shuffle writes groups
-of embed shards sorted by partition, one row group a partition; each partition then reads only its row groups.
+centroids, partitions with an index each, and the measured recall of search settings. A shuffle reads groups
+of embed shards and writes each group sorted by partition, with one row group per partition. The build of a partition
+reads only the row groups of that partition.
 """
 
 import time

@@ -153,8 +153,7 @@ def test_files_and_functions_stay_within_their_limits() -> None:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 lines = (node.end_lineno or 0) - node.lineno + 1
                 arguments = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
-                longest = 120 if path.name == "loop.py" else 60  # the training loop is read top to bottom
-                assert lines <= longest, f"{path}: {node.name} has {lines} lines"
+                assert lines <= 40, f"{path}: {node.name} has {lines} lines"
                 assert len([a for a in arguments if a not in ("self", "cls")]) <= 5, f"{path}: {node.name}"
 
 

@@ -36,7 +36,7 @@ DATABASE_COMMANDS = {
     "info": "print size, encoder and measured recall of a database",
     "verify": "check a database's files and recall",
     "build": "build a database from vectors of another tool",
-    "block": "hide images of a database from every search",
+    "hide": "hide images of a database from every search",
     "calibrate": "measure search settings for your own queries",
     "card": "print a database's README",
 }

@@ -16,7 +16,7 @@ from jobs.demo.models.clip import train_clip
 from jobs.demo.prerequisites import draw_world, style_folders, train_once
 from jobs.demo.recipe import AutoencoderTraining, ClipTraining
 from jobs.demo.report import __main__ as report
-from pipeline.databases import database
+from pipeline.databases import build as database
 from retrieval.clip.encoder import Encoder
 from retrieval.cluster.connection import ray_connection
 from retrieval.recipe import ClipConfig, IndexConfig

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from retrieval.lazy import public_names
 
 if TYPE_CHECKING:
-    from pipeline.databases.database import run, run_all
+    from pipeline.databases.build import run, run_all
     from pipeline.databases.sources import PictureSource
 
-__getattr__ = public_names(__name__, {"database": "run run_all", "sources": "PictureSource"})
+__getattr__ = public_names(__name__, {"build": "run run_all", "sources": "PictureSource"})

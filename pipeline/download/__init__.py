@@ -6,7 +6,9 @@ from retrieval.lazy import public_names
 
 if TYPE_CHECKING:
     from pipeline.download.download import run
-    from pipeline.download.retry import ShardRetry
+    from pipeline.download.retry_failed import ShardRetry
     from pipeline.download.shard_download import ShardDownload
 
-__getattr__ = public_names(__name__, {"download": "run", "retry": "ShardRetry", "shard_download": "ShardDownload"})
+__getattr__ = public_names(
+    __name__, {"download": "run", "retry_failed": "ShardRetry", "shard_download": "ShardDownload"}
+)

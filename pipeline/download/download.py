@@ -47,7 +47,7 @@ def run(config: DownloadConfig, root: Root, retry: bool = False) -> Manifest:
 
 def make_work(config: DownloadConfig, root: Root, blocklist: Blocklist, retry: bool = False) -> Work:
     """The function that a worker process calls with the name of each shard."""
-    from pipeline.download.retry import ShardRetry
+    from pipeline.download.retry_failed import ShardRetry
     from pipeline.download.shard_download import ShardDownload
 
     # Damaged pictures are reported in the status of their URL; Pillow's warnings add nothing.

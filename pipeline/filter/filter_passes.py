@@ -1,6 +1,6 @@
 """The three passes of `filter` over the metadata: scan, dedupe, select.
 
-Each pass is a `Work` function that processes one shard and can be repeated. A scan writes the keys of a
+Each pass is a class with a `__call__` that processes one shard and can be repeated. A scan writes the keys of a
 piece's rows, divided into buckets by image id. A dedupe reads one bucket of all scans and writes the
 duplicate rows of each piece. A select reads its piece again and writes the final shards.
 """

@@ -1,7 +1,8 @@
 """The rules of `filter`: which rows are kept, and for which split. Reads and writes no files.
 
 Takes batches of LAION columns; returns the image id of each row, the reason if it is dropped, and whether
-it can be used for training. Duplicate ids are found within a bucket. The training quota selects the rows
+it can be used for training. Rows with equal ids are in the same bucket, so duplicates
+are found there. The training quota selects the rows
 with the lowest seeded hash of their id, so the order and division of the input have no effect.
 """
 

@@ -60,7 +60,7 @@ def run(config: NeighborsConfig, root: Root) -> Manifest:
 
 
 def neighbors_stage(config: NeighborsConfig, root: Root) -> Stage:
-    """The stage at a root. Its inputs include the hidden ids: they are neither neighbors nor trained on."""
+    """The stage at a root. The hidden ids are among its inputs: hidden images are left out of the tables."""
     upstream = {stage: read_manifest(root, stage).identity for stage in ("embed", "index")}
     hidden = hidden_ids(root.child("index"))
     if len(hidden):

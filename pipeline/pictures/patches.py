@@ -1,7 +1,8 @@
 """Patches: random crops of database pictures, each with its own row, as in the paper's ImageNet model.
 
 Takes pictures; gives crops with their boxes. The number and position of a picture's crops depend on the seed
-and its id only. Every picture gives at least one, and all together no more than the recipe allows.
+and its id only. Every picture gives at least one crop. Otherwise the
+recipe limits the total.
 """
 
 import io

@@ -35,7 +35,8 @@ class Clock:
 
 @dataclass(frozen=True)
 class HostLimits:
-    """Limits of one worker for one host. max_wait_s: pauses in a shard after which the host is closed."""
+    """Limits of one worker for one host. max_wait_s: total pause per shard; then the
+    host's other URLs are not requested."""
 
     connections: int
     pause_s: float
@@ -102,7 +103,8 @@ class HostQueue:
     def take(self) -> tuple[FetchRequest, FetchError | None]:
         """Wait for the next request; with an error if it must not be sent.
 
-        Never returns if it is called more often than there are rows and returned requests.
+        The number of calls must not exceed the number of rows plus the number of requests put back: a further call
+        waits forever.
         """
         with self._changed:
             while not (name := self._next_host()):

@@ -67,7 +67,7 @@ def _build(add: Add) -> None:
     add("--index-key", default="", metavar="KEY", help="faiss factory key; by default chosen by size")
 
 
-def _block(add: Add) -> None:
+def _hide(add: Add) -> None:
     _database(add)
     add("ids", type=Path, help="text file with an image id or a URL in each line")
 
@@ -88,7 +88,7 @@ ARGUMENTS = {
     "info": _info,
     "verify": _verify,
     "build": _build,
-    "block": _block,
+    "hide": _hide,
     "calibrate": _calibrate,
     "card": _card,
 }

@@ -44,7 +44,7 @@ vectors, URLs and captions, {pictures}.
 {sources}
 
 Captions and URLs come from third parties and are unchecked. To hide images from all searches at once, list
-their ids or URLs in a file: `python -m retrieval block DB ids.txt`.
+their ids or URLs in a file: `python -m retrieval hide DB ids.txt`.
 
 ```python
 from retrieval import Database

@@ -191,7 +191,7 @@ COMMANDS = {
     "info": info,
     "verify": verify,
     "build": build,
-    "block": hide_images,
+    "hide": hide_images,
     "calibrate": calibrate,
     "card": describe,
 }

@@ -68,7 +68,7 @@ def recalibrate(root: Root, queries: npt.ArrayLike, like: str) -> list[dict[str,
 def _calibration(database: Database, units: Vectors, query_positions: Positions) -> list[dict[str, Any]]:
     """Entries from the least effort on. Each step is the one with the largest gain in recall for its cost.
 
-    A step that does not raise the recall is taken but not listed.
+    A step that does not raise the recall is not listed; the next step starts from it.
     """
     truth = similarities_without(*exact_search(database, units, K + 1), query_positions, K)
     queries = Queries(units, query_positions, truth)
@@ -89,7 +89,7 @@ def _num_lists(database: Database) -> int:
 
 
 def _fewest_lists(database: Database) -> int:
-    """Lists with twice K neighbors on average: with fewer a search has to visit more lists."""
+    """The number of lists that hold 2 K rows on average; fewer lists may not hold K neighbors."""
     lists = _num_lists(database)
     return min(lists, math.ceil(2 * (K + 1) * lists * len(database.partitions) / len(database)))
 

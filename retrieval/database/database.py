@@ -151,7 +151,7 @@ class Database:
     def effort(self, recall: float, like: str = "images") -> Effort:
         """The cheapest effort that reached a recall when this database was calibrated. like: "images" or "texts".
 
-        Without a calibration for texts, twice the partitions and lists of the effort for images.
+        If it has no calibration for texts: the effort for images with twice the partitions and lists.
         """
         if like not in QUERY_KINDS:
             raise UserError(f"like must be one of {', '.join(QUERY_KINDS)}, got {like!r}")

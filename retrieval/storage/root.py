@@ -1,7 +1,7 @@
 """Root: a folder on a local disk or in an object store, such as `runs/demo` or `s3://bucket/laion`.
 
 A file appears complete or not at all: it is written under a temporary name (for an object store, on the local
-disk), then renamed or uploaded. Only this module writes below a root.
+disk), then renamed or uploaded. Stages write below a root only through this module.
 """
 
 import errno

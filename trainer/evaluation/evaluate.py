@@ -16,9 +16,9 @@ from retrieval.storage.manifest import Manifest, ShardRecord
 from retrieval.storage.root import Root
 from trainer.evaluation.charts import LABELS, draw_bars
 from trainer.evaluation.classifier import TrainedClassifier, save_classifier, train_classifier
-from trainer.evaluation.drawing import draw_groups, picture_path, read_features
 from trainer.evaluation.metrics import Features, fit_manifold
 from trainer.evaluation.recipe import EvaluateConfig
+from trainer.evaluation.sample_groups import draw_groups, picture_path, read_features
 from trainer.evaluation.scores import Reference, evaluation
 from trainer.evaluation.styles import MODES, StyleGroup, make_style_groups, style_words
 from trainer.sampling.picture import Grid, grid_png, open_picture

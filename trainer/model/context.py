@@ -2,7 +2,7 @@
 
 Takes CLIP vectors (of a prompt and of its neighbors) and returns a short sequence of unit vectors. Training,
 sampling and evaluation share these functions. A context with fewer neighbors is shorter, not padded with
-zeros: padding would change the output by half the effect of conditioning.
+zeros: padding changed the output of a trained model by half as much as conditioning did.
 """
 
 from typing import Any, Literal

@@ -1,7 +1,7 @@
 """Maps diffusers' parameter names to the keys of checkpoints of the paper's code (CompVis).
 
-Covers the UNet with spatial transformers and the variational and quantized autoencoders. Mapping in this
-direction guarantees that no tensor of our networks is forgotten. Pure functions.
+Covers the UNet with spatial transformers and the variational and quantized autoencoders. The mapping
+starts from our names, so a tensor of our networks that a checkpoint lacks is an error. Pure functions.
 """
 
 import re

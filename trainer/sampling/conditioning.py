@@ -99,7 +99,7 @@ def make_queries(requests: Sequence[Request], sources: ConditioningSources) -> l
 def _search_all(
     requests: Sequence[Request], queries: Sequence[Query], sources: ConditioningSources
 ) -> list[list[EmbeddedNeighbors]]:
-    """Neighbors of each request from each of its databases, k and as many more as the request excludes."""
+    """Neighbors of each request from each of its databases: k plus the number of excluded ids."""
     vectors: dict[Search, dict[bytes, Vectors]] = {}
     keys = []
     for request, query in zip(requests, queries, strict=True):

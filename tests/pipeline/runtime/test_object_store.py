@@ -10,7 +10,7 @@ from s3fs import S3FileSystem
 
 from benchmarks.crashes.data_set import STAGES, served_data_set
 from benchmarks.crashes.store import running_store
-from pipeline.databases import database
+from pipeline.databases import build as database
 from pipeline.runtime.status import StageSpec, find_manifest, stage_status
 from retrieval import Database, Root
 from retrieval.clip.encoder import Encoder

@@ -267,14 +267,14 @@ def test_block_hides_rows_from_every_later_search(
 
     before = ids()
     (tmp_path / "ids.txt").write_text(f"# asked to be removed\n\n{before[0]}\nhttp://example.org/x.jpg\n")
-    assert run(capsys, "block", database, f"{tmp_path}/ids.txt")[0] == 0
+    assert run(capsys, "hide", database, f"{tmp_path}/ids.txt")[0] == 0
     after = ids()
     assert before[0] not in after
     assert len(after) == 10
     assert json.loads(run(capsys, "info", database, "--json")[1])["hidden"] == 1
     assert run(capsys, "verify", database, "--queries", "299", "--k", "5")[0] == 0
     (tmp_path / "ids.txt").write_text("12x\n")
-    code, _, message = run(capsys, "block", database, f"{tmp_path}/ids.txt")
+    code, _, message = run(capsys, "hide", database, f"{tmp_path}/ids.txt")
     assert code == 2
     assert "'12x' is neither an image id nor a URL" in message
 
@@ -306,7 +306,7 @@ def test_help_names_every_command(capsys: Capture) -> None:
         main(["--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    for command in ("search", "info", "verify", "build", "block", "calibrate"):
+    for command in ("search", "info", "verify", "build", "hide", "calibrate"):
         assert f"\n    {command} " in text.replace("\n              ", " ")
 
 

@@ -19,7 +19,6 @@ from retrieval.storage.root import Root
 from trainer.data.loader import Loader
 from trainer.data.plan import is_finished, make_plan
 from trainer.evaluation import evaluate
-from trainer.evaluation.drawing import draw_groups, picture_path, read_features
 from trainer.evaluation.evaluate import style_names, train_style_classifier
 from trainer.evaluation.paper import charts, copy_check, copy_distances, held_out
 from trainer.evaluation.paper.controls import CONTROLS, control, random_rows
@@ -30,6 +29,7 @@ from trainer.evaluation.paper.real_images import training_images
 from trainer.evaluation.paper.recipe import PaperConfig
 from trainer.evaluation.paper.timing import retrieval_times
 from trainer.evaluation.recipe import EvaluateConfig
+from trainer.evaluation.sample_groups import draw_groups, picture_path, read_features
 from trainer.evaluation.styles import RETRIEVAL, StyleGroup, make_style_groups
 from trainer.recipe import TrainingRecipe
 from trainer.sampling.batches import SamplingBatch, make_batches

@@ -6,8 +6,8 @@ Takes the recipe's prompts and databases, returns the requests of each figure an
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainer.evaluation.drawing import picture_path
 from trainer.evaluation.paper.recipe import PaperConfig
+from trainer.evaluation.sample_groups import picture_path
 from trainer.evaluation.styles import SampleGroup, style_words
 from trainer.sampling.picture import Grid, cell_edge, grid_png, open_picture
 from trainer.sampling.recipe import SamplingConfig

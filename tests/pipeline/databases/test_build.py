@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.databases import database
+from pipeline.databases import build as database
 from pipeline.databases.sources import PictureSource
 from retrieval import Database, Root, UserError
 from retrieval.clip.encoder import Encoder

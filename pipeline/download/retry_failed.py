@@ -1,7 +1,7 @@
-"""Downloads the URLs of a finished shard again that failed for a transient reason.
+"""`download --retry`: requests the URLs that failed for a transient reason, shard by shard.
 
-Reads `download/<shard>.{tar,parquet}`; writes both anew, as one download would have written them if all servers had
-answered. A shard that gains no image keeps its files, because a new file makes later stages run again.
+Reads the finished `download/<shard>.{tar,parquet}`. Writes both again with the new images in their rows. A shard that
+gains no image keeps its files, because a new file makes later stages run again.
 """
 
 from collections.abc import Mapping

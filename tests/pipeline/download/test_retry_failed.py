@@ -9,7 +9,7 @@ from PIL import Image
 
 from pipeline.download.download import run as run_stage
 from pipeline.download.image_download import SplitSettings
-from pipeline.download.retry import ShardRetry, is_transient
+from pipeline.download.retry_failed import ShardRetry, is_transient
 from pipeline.download.shard_download import ShardDownload
 from pipeline.recipe import DownloadConfig
 from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, read_record, write_manifest, write_record
