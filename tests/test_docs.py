@@ -72,7 +72,11 @@ def tiny_recipe() -> str:
 def checkout(tiny_demo: TinyDemo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A copy of the repository in which `make demo` has finished a tiny demo."""
     folder = copy_checkout(tmp_path_factory.mktemp("checkout"))
-    (folder / ".venv").symlink_to(sys.prefix)
+    (folder / ".venv").mkdir()
+    for path in Path(sys.prefix).iterdir():
+        (folder / ".venv" / path.name).symlink_to(path)
+    (folder / ".venv/installed").unlink(missing_ok=True)
+    (folder / ".venv/installed").touch()  # newer than the copied files: make installs nothing
     (folder / "jobs/configs/demo.toml").write_text(tiny_recipe())
     shutil.copytree(tiny_demo.root, folder / "runs/demo")
     (folder / "runs/docs").mkdir()
