@@ -50,7 +50,7 @@ sample: OWN = $(if $(PROMPT),--prompt "$$PROMPT") $(if $(OUT),--out "$(OUT)")
 train: OWN = $(if $(HOSTS),--hosts "$(HOSTS)")
 
 $(STAGES): install ## run one stage of RECIPE, here or on the Ray cluster CLUSTER=http://head:8265
-	$(BIN)/python -m $(SUBMIT) jobs.$@ $(RECIPE) $(OWN) $(ARGS)
+	$(BIN)/python -m $(if $(SUBMIT),$(SUBMIT) $@,jobs.$@) $(RECIPE) $(OWN) $(ARGS)
 
 database: install ## style databases: make database NAME=ukiyo-e SOURCE=folder|tar|csv|parquet ARGS=--by-style
 	$(BIN)/python -m jobs.database $(RECIPE) --name "$(NAME)" --source "$(SOURCE)" $(ARGS)

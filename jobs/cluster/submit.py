@@ -1,31 +1,41 @@
 """`laion-rdm submit http://head:8265 filter RECIPE ...`: runs a command on a remote Ray cluster.
 
-Uploads the code of this repository; the command runs as a Ray job on the head node. Prints its log and exits with its
-exit code. The nodes need the libraries installed, and the recipe's `root` must be reachable from all of them. If the
-same command is running there already, its log is followed instead. Ctrl-C stops following the log; the job goes on.
+Uploads the code of this repository and the recipe; the command runs as a Ray job on the head node. Prints its log and
+exits with its exit code. The nodes need the libraries installed, and the recipe's `root` must be reachable from all of
+them. If the same command is running there already, its log is followed instead. Ctrl-C stops following the log; the
+job goes on.
 """
 
 import argparse
 import asyncio
+import hashlib
+import json
 import logging
 import os
 import shlex
+import shutil
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 from aiohttp import ClientError
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from jobs.cli.command import exit_on_user_error
+from jobs.cli.command import exit_on_user_error, recipe_parser
+from jobs.cli.recipe import Recipe, load_recipe
 from retrieval.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# ".*" would match the repository itself, whose relative path is ".": Ray would upload an empty package.
-EXCLUDED = [".?*", "runs", "docs", "tests", "*.egg-info", "__pycache__"]
+PACKAGES = ("retrieval", "pipeline", "trainer", "jobs")
+UPLOADED_RECIPE = "recipe.toml"
+COMMANDS = ("filter", "download", "embed", "index", "neighbors", "latents", "train", "sample", "evaluate", "status")
+"""Commands that read and write nothing but the recipe's root."""
 FORWARDED_VARIABLES = ("OMP_WAIT_POLICY", "NO_ALBUMENTATIONS_UPDATE")
 ACTIVE = (JobStatus.PENDING, JobStatus.RUNNING)
 CONNECTION_ERRORS = (RuntimeError, OSError, ClientError)
-"""Exceptions of a lost connection to the dashboard."""
+"""Exceptions of the dashboard's client: no connection, or a response that is an error."""
 PAUSE_S = 3.0
 ATTEMPTS = 100
 """Requests to a dashboard that does not respond, PAUSE_S seconds apart, before giving up."""
@@ -33,20 +43,46 @@ ATTEMPTS = 100
 log = logging.getLogger("submit")
 
 
-def submit(address: str, command: Sequence[str]) -> int:
-    """Run a command as a job and print its log. Returns its exit code. command: module, recipe, arguments.
+class Command(NamedTuple):
+    """A command of this project, as it is submitted."""
 
-    Raises UserError if the cluster does not respond, or if the recipe is not in the repository.
+    name: str
+    recipe: Recipe
+    arguments: tuple[str, ...]
+
+    @property
+    def entrypoint(self) -> str:
+        """The shell command of the job."""
+        return shlex.join(["python", "-m", f"jobs.{self.name}", UPLOADED_RECIPE, *self.arguments])
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the recipe with all its values: it tells jobs apart that have the same entrypoint."""
+        return hashlib.sha256(json.dumps(self.recipe.resolved(), sort_keys=True).encode()).hexdigest()
+
+
+def submit(address: str, command: Command) -> int:
+    """Run a command as a job and print its log. Returns its exit code.
+
+    Raises UserError if the cluster does not respond, or if the same command runs there with another recipe.
     """
-    module, recipe, *_ = command
-    if not (REPOSITORY / recipe).is_file():
-        raise UserError(f"recipe {recipe} does not exist. The project's recipes are in jobs/configs.")
-    client = _client(address)
-    entrypoint = shlex.join(["python", "-m", *command])
-    if name := _active_job(client, entrypoint):
-        log.info("%s is running already as %s: following its log", module, name)
+    try:
+        client = JobSubmissionClient(address)
+        name = _active_job(client, command)
+    except AuthenticationError as error:
+        raise UserError(
+            f"the Ray cluster at {address} denies access (401). Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the "
+            "cluster's token."
+        ) from error
+    except CONNECTION_ERRORS as error:
+        raise UserError(
+            f"no Ray cluster responds at {address}: {error} "
+            "Give the address of its dashboard: make <stage> CLUSTER=http://<head>:8265"
+        ) from error
+    if name:
+        log.info("%s is running already as %s: following its log", command.name, name)
     else:
-        name = _start(client, entrypoint)
+        name = start_job(client, command)
         log.info("submitted as %s", name)
     try:
         return asyncio.run(_follow(client, name))
@@ -56,33 +92,63 @@ def submit(address: str, command: Sequence[str]) -> int:
         raise SystemExit(130) from None
 
 
-def _client(address: str) -> JobSubmissionClient:
-    try:
-        return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError) as error:
+def read_command(name: str, recipe: Path, arguments: Sequence[str]) -> Command:
+    """A command for `submit`. Raises UserError if it would read or write files that only this machine has."""
+    name = name.removeprefix("jobs.")
+    if name not in COMMANDS:
+        raise UserError(f"{name} cannot be submitted to a cluster. Wanted one of: {', '.join(COMMANDS)}.")
+    known, others = recipe_parser(name, None).parse_known_args([str(recipe), *arguments])
+    if name in ("sample", "train") and others:
         raise UserError(
-            f"no Ray cluster responds at {address}: {error} "
-            "Give the address of its dashboard: make <stage> CLUSTER=http://<head>:8265"
-        ) from error
+            f"{name} {' '.join(others)}: on a cluster this command takes --set only, because other options name "
+            "files of this machine. Run it here: the recipe's root may be on the cluster's object store."
+        )
+    loaded = load_recipe(recipe, known.overrides)
+    if "://" not in loaded.root.url and not Path(loaded.root.url).is_absolute():
+        raise UserError(
+            f"{recipe}: root = {loaded.root.url!r} is relative. On the cluster that is a temporary folder, and the "
+            "outputs would be lost. Wanted: a URL such as s3://bucket/run, or the absolute path of a folder that all "
+            "nodes share. Add --set root=..."
+        )
+    return Command(name, loaded, tuple(arguments))
 
 
-def runtime_environment() -> dict[str, object]:
-    """A job's environment: the code of this repository and a few variables, without data and credentials."""
-    variables = {name: os.environ[name] for name in FORWARDED_VARIABLES if name in os.environ}
-    return {"working_dir": str(REPOSITORY), "excludes": EXCLUDED, "env_vars": variables}
+def copy_upload(recipe: Path, folder: Path) -> None:
+    """Copy what a job needs into an empty folder: the code, without data and credentials, and the recipe."""
+    for package in PACKAGES:
+        shutil.copytree(REPOSITORY / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    shutil.copyfile(recipe, folder / UPLOADED_RECIPE)
 
 
-def _active_job(client: JobSubmissionClient, entrypoint: str) -> str:
+def _active_job(client: JobSubmissionClient, command: Command) -> str:
     """The name of a job with this command that has not ended, or ""."""
-    jobs = [job for job in client.list_jobs() if job.entrypoint == entrypoint and job.status in ACTIVE]
-    return str(jobs[0].submission_id) if jobs else ""
+    jobs = [job for job in client.list_jobs() if job.entrypoint == command.entrypoint and job.status in ACTIVE]
+    for job in jobs:
+        if (job.metadata or {}).get("recipe") == command.digest:
+            return str(job.submission_id)
+    if jobs:
+        raise UserError(
+            f"{command.name} is running already as {jobs[0].submission_id}, with another recipe or other contents of "
+            f"{command.recipe.path}. Wait for it, or stop it: "
+            f"ray job stop --address {client.get_address()} {jobs[0].submission_id}"
+        )
+    return ""
 
 
-def _start(client: JobSubmissionClient, entrypoint: str) -> str:
-    try:
-        return str(client.submit_job(entrypoint=entrypoint, runtime_env=runtime_environment()))
-    except RuntimeError as error:
-        raise UserError(f"the cluster did not accept the job: {error}") from error
+def start_job(client: JobSubmissionClient, command: Command) -> str:
+    """Start a job and return its name. Raises UserError if the cluster does not accept it."""
+    variables = {name: os.environ[name] for name in FORWARDED_VARIABLES if name in os.environ}
+    with TemporaryDirectory(prefix="laion-rdm-upload-") as folder:
+        copy_upload(command.recipe.path, Path(folder))
+        try:
+            name = client.submit_job(
+                entrypoint=command.entrypoint,
+                runtime_env={"working_dir": folder, "env_vars": variables},
+                metadata={"recipe": command.digest},
+            )
+        except CONNECTION_ERRORS as error:
+            raise UserError(f"the cluster did not accept the job: {error}") from error
+    return str(name)
 
 
 async def _follow(client: JobSubmissionClient, name: str) -> int:
@@ -133,15 +199,14 @@ def _exit_code(details: JobDetails) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="laion-rdm submit", description=__doc__)
     parser.add_argument("address", help="address of the cluster's dashboard, such as http://head:8265")
-    parser.add_argument("module", help="the command, such as filter or jobs.filter")
-    parser.add_argument("recipe", help="a recipe in this repository")
+    parser.add_argument("command", help=f"one of {', '.join(COMMANDS)}")
+    parser.add_argument("recipe", type=Path, help="TOML file, such as those in jobs/configs")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="further arguments of the command")
     arguments = parser.parse_args(argv)
 
-    module = arguments.module if "." in arguments.module else f"jobs.{arguments.module}"
-
     def work() -> None:
-        code = submit(arguments.address, [module, arguments.recipe, *arguments.rest])
+        command = read_command(arguments.command, arguments.recipe, arguments.rest)
+        code = submit(arguments.address, command)
         if code:
             raise SystemExit(code)
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -10,22 +9,23 @@ import sys
 import tempfile
 import time
 import tomllib
-import zipfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import jsonschema
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from ray._private.runtime_env.packaging import create_package
 from ray.job_submission import JobSubmissionClient
 
-from jobs.cluster.submit import runtime_environment, submit
+from jobs.cluster.submit import copy_upload, read_command, start_job, submit
 from retrieval.errors import UserError
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
@@ -125,7 +125,7 @@ def test_a_stage_on_the_cluster_has_its_log_exit_code_and_metrics(
     cluster: Cluster, recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--set", "filter.min_edge=700", "--set", "filter.blocklist="]
-    assert submit(cluster.url, ["jobs.filter", str(recipe), *words]) == 0
+    assert submit(cluster.url, read_command("filter", recipe, words)) == 0
     assert "filter: finished: 15 rows kept, 5 not (unsafe 5)" in capsys.readouterr().out
     manifest = read_manifest(Root(str(recipe.parent / "run")), "filter")
     assert (manifest.config["min_edge"], manifest.config["blocklist"]) == (700, "")
@@ -152,9 +152,8 @@ def test_a_running_job_is_followed_over_a_lost_connection_and_keeps_its_exit_cod
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    command = ["jobs.filter", str(recipe), "--set", "filter.nodes=far"]
-    client = JobSubmissionClient(cluster.url)
-    first = client.submit_job(entrypoint=shlex.join(["python", "-m", *command]), runtime_env=runtime_environment())
+    command = read_command("filter", recipe, ["--set", "filter.nodes=far"])
+    first = start_job(JobSubmissionClient(cluster.url), command)
     tail, connections = JobSubmissionClient.tail_job_logs, []
 
     async def disconnect_once(client: JobSubmissionClient, name: str) -> AsyncIterator[str]:
@@ -167,26 +166,75 @@ def test_a_running_job_is_followed_over_a_lost_connection_and_keeps_its_exit_cod
     monkeypatch.setattr(JobSubmissionClient, "tail_job_logs", disconnect_once)
     with caplog.at_level("INFO"):
         assert submit(cluster.url, command) == 2
-    assert f"jobs.filter is running already as {first}" in caplog.text
+    assert f"filter is running already as {first}" in caplog.text
     assert len(connections) == 2
     assert "connection to the log lost" in caplog.text
     [line] = [line for line in capsys.readouterr().out.splitlines() if "error: " in line]
     assert "a worker takes CPU 1, far 0.001; no node of the cluster has all of that" in line
 
 
-def test_the_uploaded_package_has_the_code_and_no_data(tmp_path: Path) -> None:
-    environment, package = runtime_environment(), tmp_path / "package.zip"
-    folder, excludes = str(environment["working_dir"]), environment["excludes"]
-    create_package(folder, package, include_gitignore=True, excludes=excludes)
-    names = set(zipfile.ZipFile(package).namelist())
-    assert {"jobs/filter.py", "pipeline/recipe.py", "jobs/configs/laion2b.toml"} <= names
-    top = {name.partition("/")[0] for name in names}
-    assert not top & {".git", ".venv", "runs", "docs", "tests"}
+def test_a_running_job_with_another_content_of_the_recipe_is_not_followed(cluster: Cluster, recipe: Path) -> None:
+    words = ["--set", "filter.nodes=near", "--set", "filter.min_edge=650"]
+    command = read_command("filter", recipe, words)
+    name = start_job(JobSubmissionClient(cluster.url), command)
+    edited = recipe.with_name("edited.toml")
+    edited.write_text(recipe.read_text() + "max_unsafe = 0.2\n")
+    with pytest.raises(UserError, match=f"filter is running already as {name}, with another recipe"):
+        submit(cluster.url, read_command("filter", edited, words))
+    assert submit(cluster.url, command) == 0
 
 
-def test_an_address_without_a_cluster_is_an_error() -> None:
+def test_the_upload_has_the_code_and_the_recipe_and_nothing_else(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text("root = 's3://bucket/run'")
+    copy_upload(recipe, tmp_path / "upload")
+    assert {path.name for path in (tmp_path / "upload").iterdir()} == {
+        "jobs",
+        "pipeline",
+        "recipe.toml",
+        "retrieval",
+        "trainer",
+    }
+    assert (tmp_path / "upload/recipe.toml").read_text() == recipe.read_text()
+    assert (tmp_path / "upload/jobs/configs/laion2b.toml").is_file()
+    assert not list((tmp_path / "upload").rglob("__pycache__"))
+
+
+def test_an_address_without_a_cluster_is_an_error(recipe: Path) -> None:
     with pytest.raises(UserError, match=r"no Ray cluster responds at http://127.0.0.1:1\b"):
-        submit("http://127.0.0.1:1", ["jobs.filter", "jobs/configs/demo.toml"])
+        submit("http://127.0.0.1:1", read_command("filter", recipe, []))
+
+
+def test_a_cluster_that_denies_access_is_an_error(recipe: Path) -> None:
+    class Denying(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(401)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Denying) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(UserError, match=f"the Ray cluster at {address} denies access"):
+            submit(address, read_command("filter", recipe, []))
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("database", ["--name", "x"], "database cannot be submitted"),
+        ("sample", ["--prompt", "a stag", "--out", "stag.png"], r"sample --prompt .* name\s+files of this machine"),
+        ("train", ["--hosts", "hosts.txt"], "train --hosts hosts.txt"),
+        ("filter", ["--set", "root=runs/mine"], r"root = 'runs/mine' is relative"),
+    ],
+)
+def test_a_command_that_needs_this_machine_is_not_submitted(
+    recipe: Path, name: str, words: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        read_command(name, recipe, words)
 
 
 @pytest.mark.parametrize("words", [["CLUSTER=http://head:8265"], ["RAY_ADDRESS=http://head:8265"]])
@@ -201,7 +249,7 @@ def test_make_submits_the_command_that_it_would_run_locally(words: list[str]) ->
         text=True,
         check=True,
     )
-    assert done.stdout.split()[1:5] == ["-m", "jobs.cluster.submit", '"http://head:8265"', "jobs.embed"]
+    assert done.stdout.split()[1:5] == ["-m", "jobs.cluster.submit", '"http://head:8265"', "embed"]
     assert done.stdout.strip().endswith("a b.toml  --set embed.batch_size=3")
 
 
@@ -220,4 +268,16 @@ def test_the_nodes_in_kuberay_yaml_fit_every_worker_of_the_recipe() -> None:
         assert recipe[stage].get("gpus_per_worker", 0) <= gpus
     [job] = yaml.safe_load_all((REPOSITORY / "jobs/cluster/rayjob.yaml").read_text())
     assert job["spec"]["clusterSelector"]["ray.io/cluster"] == cluster["metadata"]["name"]
+    # KubeRay refuses a job with both, or deletes the cluster when it retries.
+    assert "clusterSelector" in job["spec"]
+    assert not job["spec"].get("backoffLimit", 0)
     assert job["spec"]["entrypoint"] == "python -m jobs.download jobs/configs/laion2b.toml"
+
+
+@pytest.mark.parametrize(("file", "kind"), [("kuberay.yaml", "raycluster"), ("rayjob.yaml", "rayjob")])
+def test_the_kubernetes_files_are_valid_for_the_schemas_of_kuberay(file: str, kind: str) -> None:
+    schema = REPOSITORY.parent / f"shared/kuberay/{kind}.v1.schema.json"
+    if not schema.is_file():
+        pytest.skip("KubeRay's schemas are not here")
+    for document in yaml.safe_load_all((REPOSITORY / "jobs/cluster" / file).read_text()):
+        jsonschema.validate(document, json.loads(schema.read_text()))
