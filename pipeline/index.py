@@ -32,6 +32,7 @@ from retrieval.index.kmeans import nearest_centroids
 from retrieval.index.routing import Vectors, partition_folder, unit
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
+from retrieval.storage.arrow_columns import take_rows
 from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest
 from retrieval.storage.root import Root
 
@@ -115,7 +116,7 @@ def _shuffle_work(root: Root, dim: int, centroids: Vectors, groups: list[list[st
         columns = schema.embeddings(dim)
         group = groups[int(name.rsplit("/", maxsplit=1)[-1])]
         parts = [schema.read_table(root, f"embed/{shard}.parquet", columns) for shard in group]
-        table = pa.concat_tables(parts).combine_chunks()
+        table = pa.concat_tables(parts)
         numbers = nearest_centroids(schema.vectors(table, schema.EMBEDDING), centroids)[:, 0]
         with root.writing(f"index/{name}.parquet") as pending:
             _write_sorted(table, numbers, len(centroids), str(pending.path))
@@ -128,7 +129,7 @@ def _write_sorted(table: pa.Table, numbers: npt.NDArray[np.int64], num_partition
     """Write row group p with the rows of partition p, also if it has none."""
     with pq.ParquetWriter(path, table.schema, compression="zstd") as writer:
         for number in range(num_partitions):
-            part = table.take(pa.array(np.flatnonzero(numbers == number)))
+            part = take_rows(table, np.flatnonzero(numbers == number))
             writer.write_table(part, row_group_size=max(1, len(part)))
 
 

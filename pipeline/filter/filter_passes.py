@@ -14,11 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.filter import selection
-from pipeline.filter.columns import captions, count_changed, numbers, texts
+from pipeline.filter.columns import captions
 from pipeline.filter.metadata import DEFAULT_NAMES, MetadataPlan, Piece, read_piece
 from pipeline.filter.selection import CORRECTED_URL_SCHEMA, KEY_SCHEMA, Rules
 from pipeline.runtime.arrow_files import read_batch, read_batches, write_batches
 from retrieval.errors import UserError
+from retrieval.storage.arrow_columns import count_changed, numbers, pixels, texts
 from retrieval.storage.manifest import ShardRecord
 from retrieval.storage.root import FileRecord, Root
 from retrieval.storage.schema import SELECTED, SPLITS, Reason, write_table
@@ -172,7 +173,8 @@ def selected(batch: pa.RecordBatch, ids: npt.NDArray[np.int64]) -> pa.Table:
         "caption": captions(batch["caption"]),
         "license": texts(batch["license"], errors="ignore"),
     }
-    for name in ("width", "height", "similarity", "pwatermark", "punsafe"):
+    columns |= {name: pa.array(pixels(batch[name])) for name in ("width", "height")}
+    for name in ("similarity", "pwatermark", "punsafe"):
         columns[name] = numbers(batch[name]).cast(SELECTED.field(name).type, safe=False)
     return pa.table([columns[name] for name in SELECTED.names], schema=SELECTED)
 

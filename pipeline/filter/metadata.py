@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.filter.columns import is_number, is_text
 from pipeline.recipe import Columns
 from retrieval.errors import UserError
+from retrieval.storage.arrow_columns import is_number, is_text, plain_table, plain_type
 from retrieval.storage.root import Root
 
 BATCH_ROWS = 1 << 16
@@ -118,7 +118,7 @@ def _resolve(schema: pa.Schema, columns: Columns, required: Sequence[str], where
 
 
 def _checked_name(field: pa.Field, where: str) -> str:
-    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+    kind = plain_type(field.type)
     if is_text(kind) or pa.types.is_null(kind) or is_number(kind):
         return str(field.name)
     raise UserError(
@@ -146,7 +146,8 @@ def read_piece(source: Root, piece: Piece, names: Sequence[str]) -> Iterator[pa.
         try:
             parquet = pq.ParquetFile(file, pre_buffer=not source.is_local)
             for batch in parquet.iter_batches(BATCH_ROWS, list(piece.row_groups), file_columns, use_threads=False):
-                yield pa.record_batch([_column(batch, piece, name) for name in names], list(names))
+                rows = pa.record_batch([_column(batch, piece, name) for name in names], list(names))
+                yield from plain_table(rows).to_batches()
         except (pa.ArrowException, OSError) as error:
             raise UserError(
                 f"{source.at(piece.file)}, row groups {piece.row_groups[0]} to {piece.row_groups[-1]}:"
@@ -157,5 +158,4 @@ def read_piece(source: Root, piece: Piece, names: Sequence[str]) -> Iterator[pa.
 def _column(batch: pa.RecordBatch, piece: Piece, name: str) -> pa.Array:
     if name not in piece.columns:
         return pa.nulls(batch.num_rows)
-    column = batch.column(batch.schema.get_field_index(piece.columns[name]))
-    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+    return batch.column(batch.schema.get_field_index(piece.columns[name]))

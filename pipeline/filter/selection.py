@@ -16,13 +16,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.filter.columns import numbers, texts
 from pipeline.web.blocklist import Blocklist
 from pipeline.web.urls import canonical_column
+from retrieval.storage.arrow_columns import numbers, pixels, texts
 from retrieval.storage.schema import Reason
 
 RULE_COLUMNS = ("url", "width", "height", "pwatermark", "punsafe")
-MAX_EDGE = (1 << 31) - 1
 DROP_REASONS = (Reason.BAD_URL, Reason.BAD_SIZE, Reason.NO_SCORE, Reason.UNSAFE, Reason.BLOCKED)
 NO_LIMIT = (1 << 64) - 1
 HASHED_ROWS = 1 << 12
@@ -66,7 +65,7 @@ def apply_rules(batch: pa.RecordBatch, first_row: int, rules: Rules) -> tuple[pa
     """
     original = texts(batch["url"])
     urls = canonical_column(original)
-    width, height = _edges(batch["width"]), _edges(batch["height"])
+    width, height = pixels(batch["width"]), pixels(batch["height"])
     unsafe, unsafe_known = _score(batch["punsafe"], rules)
     watermark, watermark_known = _score(batch["pwatermark"], rules)
     drop_code = np.select(
@@ -97,12 +96,6 @@ def _corrected_urls(original: pa.StringArray, urls: pa.StringArray, first_row: i
     return pa.record_batch(
         [(rows + first_row).astype(np.uint32), urls.take(pa.array(rows))], schema=CORRECTED_URL_SCHEMA
     )
-
-
-def _edges(column: pa.Array) -> npt.NDArray[np.int64]:
-    values = pc.fill_null(numbers(column), 0.0).to_numpy(zero_copy_only=False)
-    valid = (values >= 1) & (values <= MAX_EDGE) & (values == np.floor(values))
-    return np.where(valid, values, 0).astype(np.int64)
 
 
 def _score(column: pa.Array, rules: Rules) -> tuple[npt.NDArray[np.float64], Mask]:

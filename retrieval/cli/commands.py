@@ -111,6 +111,8 @@ def build(arguments: Namespace) -> int:
     manifest = build_database(arguments.database, source, encoder=encoder, config=config).manifest
     left_out = "".join(f", {count:,} {word}" for word, count in manifest.reasons.items())
     print(f"{arguments.database}: {manifest.rows:,} rows of dim {dim}{left_out}")
+    for name, count in manifest.values.get("changed_values", {}).items():
+        print(f"column {name}: {count:,} values unusable or cleaned")
     return 0
 
 

@@ -26,6 +26,7 @@ from retrieval.index.kmeans import nearest_centroids, train_centroids
 from retrieval.index.routing import AnyVectors, Vectors, partition_folder
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
+from retrieval.storage.arrow_columns import take_rows
 from retrieval.storage.manifest import Manifest, ShardRecord, fingerprint, write_manifest
 from retrieval.storage.root import FileRecord, Root
 from retrieval.storage.temp_folders import temporary_folder
@@ -54,7 +55,7 @@ def write_partition(root: Root, stage: str, number: int, table: pa.Table, config
     elif len(rows):
         files.append(_write_index(root, f"{folder}/index.faiss", rows.astype(np.float32), config))
     files.append(_write_vectors(root, f"{folder}/embeddings.npy", rows))
-    metadata = table.drop_columns([schema.EMBEDDING]).take(pa.array(order))
+    metadata = take_rows(table.drop_columns([schema.EMBEDDING]), order)
     files.append(_write_arrow(root, f"{folder}/metadata.arrow", metadata))
     return ShardRecord(partition_folder(number), len(rows), tuple(files))
 
@@ -69,6 +70,8 @@ class DatabaseIdentity:
     """Digest of each input by name."""
     reasons: dict[str, int] = field(default_factory=dict)
     """Rows left out, by reason word."""
+    values: dict[str, object] = field(default_factory=dict)
+    """More values of the manifest."""
 
     def fingerprint(self, config: IndexConfig) -> str:
         """The fingerprint of a database built from these inputs with these settings."""
@@ -101,7 +104,7 @@ def write_database(
     for number in range(len(centroids)):
         part = table.filter(pa.array(numbers == number))
         records.append(write_partition(root, name, number, part, config))
-    values = manifest_values(encoder, records[1:])
+    values = {**manifest_values(encoder, records[1:]), **identity.values}
     manifest = Manifest(
         stage=name,
         schema_version=SCHEMA_VERSION,

@@ -20,6 +20,7 @@ from retrieval.index.hidden import Ids, hidden_ids
 from retrieval.index.partition import Partition
 from retrieval.index.routing import Vectors, route, unit
 from retrieval.index.top_k import Positions, empty_top_k, merge_top_k
+from retrieval.storage.arrow_columns import take_rows
 from retrieval.storage.manifest import Manifest, read_manifest
 from retrieval.storage.root import Root
 
@@ -128,10 +129,10 @@ class Database:
         parts = [self.partitions[0].metadata.schema.empty_table()]
         indices = [np.empty(0, np.int64)]
         for number, index, rows in self._by_partition(positions):
-            parts.append(self.partitions[number].metadata.take(pa.array(rows)))
+            parts.append(take_rows(self.partitions[number].metadata, rows))
             indices.append(index)
         order = np.argsort(np.concatenate(indices), kind="stable")
-        return pa.concat_tables(parts).take(pa.array(order)).combine_chunks()
+        return take_rows(pa.concat_tables(parts), order).combine_chunks()
 
     def result_table(self, similarities: Vectors, positions: Positions, metadata: bool) -> pa.Table:
         """Results (n, k) of `search_partitions` as a table of RESULT_SCHEMA, with metadata on request."""

@@ -8,18 +8,19 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from retrieval.clip.identity import EncoderIdentity
 from retrieval.database.build import DatabaseIdentity, write_database
 from retrieval.database.database import Database
 from retrieval.errors import UserError
-from retrieval.imports.readers import SourceBlock, read_source_blocks, split_path
-from retrieval.imports.source import Path, SourceColumns, VectorSource, find_column
+from retrieval.imports.metadata import read_metadata
+from retrieval.imports.readers import read_source_blocks, split_path
+from retrieval.imports.source import Path, VectorSource
 from retrieval.index.hidden import HIDDEN_FILE
 from retrieval.index.routing import Vectors, unit
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
+from retrieval.storage.arrow_columns import take_rows
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
 from retrieval.storage.schema import Reason
@@ -30,10 +31,13 @@ DATABASE_FILES = (HIDDEN_FILE, "centroids.npy", "partitions/")
 
 @dataclass(frozen=True)
 class DatabaseBlock:
-    """Consecutive rows of a source as schema.embeddings(dim), and the number of rows left out by reason."""
+    """Consecutive rows of a source as schema.embeddings(dim)."""
 
     table: pa.Table
     reasons: dict[str, int]
+    """Number of rows left out, by reason."""
+    changed: dict[str, int]
+    """Number of values of the metadata that were unusable or cleaned, by column."""
 
 
 def read_database_blocks(source: VectorSource, dim: int) -> Iterator[DatabaseBlock]:
@@ -48,11 +52,12 @@ def read_database_blocks(source: VectorSource, dim: int) -> Iterator[DatabaseBlo
         if length not in (dim, 0):
             raise UserError(f"{block.location} has vectors of length {length}; the encoder makes {dim}")
         usable, rows = _unit_rows(block.vectors)
-        table = _metadata(block, source.columns, first).filter(pa.array(usable))
+        metadata = read_metadata(block.metadata, len(usable), first, source.columns, block.location)
+        table = metadata.table.filter(pa.array(usable))
         vectors = schema.fixed_lists(rows.reshape(-1, dim).astype(np.float16))
         table = table.append_column(schema.embeddings(dim).field(schema.EMBEDDING), vectors)
         bad = int((~usable).sum())
-        yield DatabaseBlock(table, {Reason.BAD_VECTOR: bad} if bad else {})
+        yield DatabaseBlock(table, {Reason.BAD_VECTOR: bad} if bad else {}, metadata.changed)
         first += len(block.vectors)
 
 
@@ -84,16 +89,19 @@ def build_database(
     parent, name = split_path(root.url if isinstance(root, Root) else root)
     _require_free(parent.child(name))
     reasons: Counter[str] = Counter()
+    changed: Counter[str] = Counter()
     tables = [schema.embeddings(encoder.dim).empty_table()]
     for block in read_database_blocks(source, encoder.dim):
         tables.append(block.table)
         reasons.update(block.reasons)
-    table = pa.concat_tables(tables).combine_chunks()
+        changed.update(block.changed)
+    table = pa.concat_tables(tables)
     first_rows = np.sort(np.unique(table[schema.IMAGE_ID].to_numpy(), return_index=True)[1])
     if len(first_rows) < len(table):
         reasons[Reason.DUPLICATE_ID] = len(table) - len(first_rows)
-        table = table.take(pa.array(first_rows))
-    identity = DatabaseIdentity(name, {"source": _digest(table)}, dict(reasons))
+        table = take_rows(table, first_rows)
+    values: dict[str, object] = {"changed_values": dict(changed)} if changed else {}
+    identity = DatabaseIdentity(name, {"source": _digest(table)}, dict(reasons), values)
     write_database(parent, table, encoder, config or IndexConfig.model_validate({}), identity)
     return Database.open(root)
 
@@ -107,58 +115,6 @@ def _unit_rows(vectors: npt.NDArray[np.generic]) -> tuple[npt.NDArray[np.bool_],
     usable = (np.isfinite(largest) & (largest > 0))[:, 0]
     # Scaled by the largest entry first: the squares of very large or small entries exceed the float32 range.
     return usable, unit((rows[usable] / largest[usable]).astype(np.float32))
-
-
-def _metadata(block: SourceBlock, columns: SourceColumns, first: int) -> pa.Table:
-    """schema.METADATA of a block. first: the number of its first row in the source."""
-    count = len(block.vectors)
-    table = pa.table({}) if block.metadata is None else block.metadata
-
-    def column(field: str) -> pa.ChunkedArray | None:
-        name = "" if block.metadata is None else find_column(table.schema, columns, field, block.location)
-        return table[name] if name else None
-
-    urls = _texts(column("url"), count).fill_null("")
-    values = [
-        _ids(column(schema.IMAGE_ID), urls.to_pylist(), first, block.location),
-        urls,
-        _texts(column("caption"), count).fill_null(""),
-        _texts(column("license"), count),
-        _sizes(column("width"), count),
-        _sizes(column("height"), count),
-    ]
-    return pa.table(values, schema=schema.METADATA)
-
-
-def _texts(column: pa.ChunkedArray | None, count: int) -> pa.ChunkedArray:
-    return pa.nulls(count, pa.string()) if column is None else column.cast(pa.string())
-
-
-def _sizes(column: pa.ChunkedArray | None, count: int) -> pa.Array:
-    """Pixels, 0 where unknown."""
-    if column is None:
-        return pa.array(np.zeros(count, np.int32))
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        column = pc.if_else(pc.match_substring_regex(column, r"^[0-9]{1,9}$"), column, None)
-    return column.cast(pa.float64()).fill_null(0).cast(pa.int32(), safe=False)
-
-
-def _ids(column: pa.ChunkedArray | None, urls: list[str], first: int, location: str) -> npt.NDArray[np.int64]:
-    values = [None] * len(urls) if column is None else column.to_pylist()
-    if column is not None and not (pa.types.is_integer(column.type) or pa.types.is_string(column.type)):
-        raise UserError(f"{location}: image ids of type {column.type}; expected whole numbers or texts")
-    rows = enumerate(zip(values, urls, strict=True), first)
-    try:
-        return np.array([_id(value, url, number) for number, (value, url) in rows], np.int64)
-    except OverflowError as error:
-        raise UserError(f"{location}: an image id does not fit in int64: {error}") from error
-
-
-def _id(value: int | str | None, url: str, row_number: int) -> int:
-    if isinstance(value, int):
-        return value
-    name = value or url
-    return schema.image_id(name) if name else row_number
 
 
 def _digest(table: pa.Table) -> str:

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from retrieval.errors import UserError
 from retrieval.imports.source import Path, SourceColumns, VectorSource, find_column, metadata_columns
+from retrieval.storage.arrow_columns import is_float_list, plain
 from retrieval.storage.root import Root
 
 BLOCK_ROWS = 32_768
@@ -209,7 +210,7 @@ def _parquet(root: Root, name: str) -> Iterator[Any]:
 def _vector_column(schema: pa.Schema, columns: SourceColumns, location: str) -> str:
     if name := find_column(schema, columns, "vector", location):
         return name
-    candidates = [column.name for column in schema if _is_float_list(column.type)]
+    candidates = [column.name for column in schema if is_float_list(column.type)]
     if len(candidates) != 1:
         raise UserError(
             f"{location} has {len(candidates)} columns of lists of floats ({', '.join(candidates)}); "
@@ -218,15 +219,11 @@ def _vector_column(schema: pa.Schema, columns: SourceColumns, location: str) -> 
     return candidates[0]
 
 
-def _is_float_list(type_: pa.DataType) -> bool:
-    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    return any(is_list(type_) for is_list in lists) and pa.types.is_floating(type_.value_type)
-
-
 def _column_vectors(column: pa.Array, location: str) -> npt.NDArray[np.generic]:
     """The lists of a column as (n, dim), NaN for null rows."""
-    if not _is_float_list(column.type):
+    if not is_float_list(column.type):
         raise UserError(f"{location}: column of type {column.type}; expected lists of float16, float32 or float64")
+    [column] = plain(column).chunks
     lengths = pc.list_value_length(column).drop_null().unique().to_pylist()
     if len(lengths) > 1:
         raise UserError(f"{location} has vectors of lengths {sorted(lengths)[:5]}; expected one length")

@@ -61,14 +61,18 @@ class VectorSource:
 def find_column(table: pa.Schema, columns: SourceColumns, field_name: str, location: str) -> str:
     """The source's column for a field of SourceColumns, or "" if there is none.
 
-    Raises UserError if `columns` names a column that does not exist. location: the file, for the message.
+    Raises UserError if `columns` names a column that does not exist, or if there are several of this name.
+    location: the file, for the message.
     """
     if name := getattr(columns, field_name):
         if name not in table.names:
             raise UserError(f"{location} has no column {name!r} for {field_name}; it has {', '.join(table.names)}")
-        return str(name)
-    lowered = {name.lower(): name for name in reversed(table.names)}
-    return next((lowered[name] for name in DEFAULT_NAMES[field_name] if name in lowered), "")
+    else:
+        lowered = {name.lower(): name for name in reversed(table.names)}
+        name = next((lowered[name] for name in DEFAULT_NAMES[field_name] if name in lowered), "")
+    if table.names.count(name) > 1:
+        raise UserError(f"{location} has {table.names.count(name)} columns {name!r}. Rename or remove all but one.")
+    return str(name)
 
 
 def metadata_columns(table: pa.Schema, columns: SourceColumns, location: str) -> list[str]:

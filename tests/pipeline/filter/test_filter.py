@@ -157,6 +157,24 @@ def test_unusual_types_are_read_and_invalid_values_are_dropped_with_a_reason(tmp
     assert manifest.reasons == {"bad_size": 1, "no_score": 1}
 
 
+def test_columns_of_newer_arrow_types_are_read(tmp_path: Path, root: Root) -> None:
+    urls = pa.array([f"http://example.org/{n}.jpg" for n in range(3)])
+    write(
+        tmp_path / "meta",
+        "a.parquet",
+        numbered(0, 3),
+        URL=urls.cast(pa.string_view()),
+        TEXT=pa.array(["a", None, "c"]).cast(pa.large_string()),
+        LICENSE=pa.array(["CC0", "CC0", None]).cast(pa.large_string()).dictionary_encode(),
+        WIDTH=pa.array([1000, float("nan"), 1e18]),
+        pwatermark=pa.array(np.array([0.1] * 3, np.float16)),
+    )
+    manifest = run(config(tmp_path / "meta"), root)
+    [row] = rows_of(root, manifest, "train").to_pylist()
+    assert (row["url"], row["caption"], row["license"], row["width"]) == ("http://example.org/0.jpg", "a", "CC0", 1000)
+    assert manifest.reasons == {"bad_size": 2}
+
+
 def test_urls_are_corrected_in_their_rows_when_columns_have_different_batches(tmp_path: Path, root: Root) -> None:
     urls = [f"http://example.org/{n}.jpg" for n in range(300)]
     original = [f"{url}#x" if n % 7 == 3 else url for n, url in enumerate(urls)]

@@ -1,6 +1,9 @@
 """All layouts of imported vectors give the same rows, each with its own caption."""
 
+from collections import Counter
+from decimal import Decimal
 from pathlib import Path
+from uuid import UUID
 
 import fsspec
 import numpy as np
@@ -157,6 +160,75 @@ def test_text_ids_are_hashed_and_missing_ids_follow_from_the_url_or_the_row_numb
     table = pa.table({"image_id": ["x", None, None], "URL": ["u", "v", None]})
     rows = read(VectorSource(parts()[0][:3], table))
     assert rows[schema.IMAGE_ID].to_pylist() == [schema.image_id("x"), schema.image_id("v"), 2]
+
+
+def imported(table: pa.Table) -> tuple[pa.Table, dict[str, int]]:
+    """The rows of an array with this metadata, and the number of changed values by column."""
+    blocks = list(read_database_blocks(VectorSource(clustered(len(table), seed=10), table), DIM))
+    changed: Counter[str] = Counter()
+    for block in blocks:
+        changed.update(block.changed)
+    return pa.concat_tables([block.table for block in blocks]), dict(changed)
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        (pa.array(["x", "y"], pa.large_string()), [schema.image_id("x"), schema.image_id("y")]),
+        (pa.array(["x", "y"], pa.string_view()).dictionary_encode(), [schema.image_id("x"), schema.image_id("y")]),
+        (pa.array([b"\xff", b"y"]), [schema.image_id("\\xff"), schema.image_id("y")]),
+        (pa.array([-3, 2**63 - 1]), [-3, 2**63 - 1]),
+        (pa.array([3, 2**64 - 2], pa.uint64()), [3, -2]),
+        (pa.array([Decimal(3), Decimal(-7)], pa.decimal128(20, 0)), [3, -7]),
+        (
+            pa.array([UUID(int=5).bytes, UUID(int=6).bytes], pa.uuid()),
+            [schema.image_id(str(UUID(int=n))) for n in (5, 6)],
+        ),
+    ],
+)
+def test_image_ids_of_every_type_are_read(ids: pa.Array, expected: list[int]) -> None:
+    assert imported(pa.table({"image_id": ids}))[0][schema.IMAGE_ID].to_pylist() == expected
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (pa.array([1.0, 2.0]), "image ids of type double; expected whole numbers or texts"),
+        (pa.array([Decimal("1.5")]), r"image id of type decimal128\(2, 1\) is no whole number"),
+        (pa.array([[1], [2]]), "column image_id for image_id has type list<.*; expected texts or numbers"),
+    ],
+)
+def test_image_ids_of_other_types_are_refused(ids: pa.Array, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        imported(pa.table({"image_id": ids}))
+
+
+def test_captions_lose_invalid_bytes_and_are_counted() -> None:
+    table, changed = imported(pa.table({"caption": pa.array([b"caf\xe9", b"tea", None, b"\xff"]), "url": ["a"] * 4}))
+    assert table["caption"].to_pylist() == ["caf", "tea", "", ""]
+    assert changed == {"caption": 2}
+
+
+def test_captions_that_are_lists_are_refused() -> None:
+    with pytest.raises(UserError, match=r"column caption for caption has type list<.*Name another column"):
+        imported(pa.table({"caption": [["a", "b"], ["c"]]}))
+
+
+def test_unusable_sizes_are_unknown_and_counted(tmp_path: Path) -> None:
+    sizes = [float("nan"), 1e18, -3, 0, None, 480, 0.5]
+    table = pa.table({"width": sizes, "height": ["", "tall", "0", "12", None, "1e2", "99999999999"]})
+    rows, changed = imported(table)
+    assert rows["width"].to_pylist() == [0, 0, 0, 0, 0, 480, 0]
+    assert rows["height"].to_pylist() == [0, 0, 0, 12, 0, 100, 0]
+    assert changed == {"width": 4, "height": 3}
+    database = build_database(tmp_path / "db", clustered(7, seed=1), table, encoder=IDENTITY)
+    assert database.manifest.values["changed_values"] == changed
+
+
+def test_a_column_that_occurs_twice_is_refused() -> None:
+    table = pa.table([["a"], ["b"]], names=["caption", "caption"])
+    with pytest.raises(UserError, match="has 2 columns 'caption'"):
+        imported(table)
 
 
 def test_metadata_of_another_length_is_refused_with_the_names_of_both_files(tmp_path: Path) -> None:
