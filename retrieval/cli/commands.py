@@ -70,6 +70,7 @@ def info(arguments: Namespace) -> int:
         "rows per partition": [int(rows.min()), int(rows.max())],
         "bytes": sum(file.bytes for shard in manifest.shards for file in shard.files),
         "left out": manifest.reasons,
+        "changed values": manifest.values.get("changed_values", {}),
         "settings": manifest.config,
         "built from": manifest.upstream,
         "schema version": manifest.schema_version,
