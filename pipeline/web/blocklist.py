@@ -1,10 +1,13 @@
 """Images that must not be used: listed by URL, domain, image id, content or perceptual hash.
 
-Reads a text file with one entry a line: a URL, a domain (blocks its subdomains too), an image id (16 hex
-digits as in the tars, or a signed decimal), `md5:` or `sha256:` with a file's hash in hex, or `phash:` with
-the 16 hex digits of a perceptual hash. Empty lines and lines that begin with `#` are skipped.
+Reads a text file in UTF-8, or in UTF-16 with a byte order mark, with one entry a line: a URL (blocks the same URL of
+http and https; without a path it is a domain), a domain (blocks its subdomains too; `*.` before it changes nothing; a
+port restricts it to that port), an image id (16 hex digits as in the tars, or a signed decimal), `md5:` or `sha256:`
+with a file's hash in hex, or `phash:` with the 16 hex digits of a perceptual hash. Empty lines and lines that begin
+with `#` are skipped.
 """
 
+import codecs
 import hashlib
 import re
 from collections.abc import Iterable
@@ -16,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.web.urls import canonical_url, host_name
+from pipeline.web.urls import canonical_url
 from retrieval.errors import UserError
 from retrieval.perceptual_hash import Hashes, PerceptualHashIndex
 from retrieval.storage.root import Root
@@ -24,17 +27,18 @@ from retrieval.storage.schema import image_id
 
 _HEX = re.compile(r"[0-9a-fA-F]{16}")
 _DECIMAL = re.compile(r"-?[0-9]{1,19}")
-_DOMAIN = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)+")
+_PORT = re.compile(r":[0-9]+$")
 _DIGEST = re.compile(r"md5:[0-9a-f]{32}|sha256:[0-9a-f]{64}")
 _PHASH = re.compile(r"phash:[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
 class Blocklist:
-    """Entries of a blocklist. ids: sorted; domains: lower-case; identity: hash of the file, "" if none."""
+    """Entries of a blocklist. ids: sorted; identity: hash of the file, "" if none."""
 
     ids: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     domains: frozenset[str] = frozenset()
+    """Hosts as in canonical URLs, with or without a port."""
     digests: frozenset[str] = frozenset()
     """`md5:` or `sha256:` and lower-case hex digits."""
     phashes: Hashes = field(default_factory=lambda: np.empty(0, np.int64))
@@ -53,14 +57,13 @@ class Blocklist:
         """Which of these canonical URLs belong to a listed domain or to a subdomain of one."""
         if not self.domains:
             return np.zeros(len(urls), bool)
-        authorities = pc.list_element(pc.split_pattern(urls, "/", max_splits=3), 2)
-        hosts = pc.replace_substring_regex(authorities, ":[0-9]+$", "").dictionary_encode()
+        hosts = pc.list_element(pc.split_pattern(urls, "/", max_splits=3), 2).dictionary_encode()
         listed = np.array([self._is_listed(name) for name in hosts.dictionary.to_pylist()], bool)
         return listed[hosts.indices.to_numpy(zero_copy_only=False)]
 
     def blocks_url(self, url: str) -> bool:
         """Whether a canonical URL or its domain is listed."""
-        return bool(self.blocks_ids(np.array([image_id(url)]))[0]) or self._is_listed(host_name(url))
+        return bool(self.blocks_ids(np.array([image_id(url)]))[0]) or self._is_listed(url.split("/", 3)[2])
 
     def blocks_content(self, body: bytes) -> bool:
         """Whether the hash of these bytes is listed."""
@@ -78,9 +81,11 @@ class Blocklist:
     def _hash_index(self) -> PerceptualHashIndex:
         return PerceptualHashIndex(self.phashes)
 
-    def _is_listed(self, host: str) -> bool:
-        labels = host.split(".")
-        return any(".".join(labels[i:]) in self.domains for i in range(len(labels)))
+    def _is_listed(self, authority: str) -> bool:
+        """Whether a host, with or without a port, or a domain that it belongs to is listed."""
+        names = {authority, _PORT.sub("", authority)}
+        parents = (name.split(".", position)[-1] for name in names for position in range(name.count(".") + 1))
+        return not self.domains.isdisjoint(parents)
 
 
 def read_blocklist(path: str, setting: str = "filter.blocklist") -> Blocklist:
@@ -96,44 +101,69 @@ def read_blocklist(path: str, setting: str = "filter.blocklist") -> Blocklist:
         raise UserError(f"{path} is missing: it is the blocklist of {setting}. Correct the setting.")
     with root.open(name) as file:
         content = file.read()
-    return _parse(content.decode(errors="replace").splitlines(), path, hashlib.sha256(content).hexdigest()[:16])
+    return _parse(_lines(content, path), path, hashlib.sha256(content).hexdigest()[:16])
+
+
+def _lines(content: bytes, path: str) -> list[str]:
+    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8"
+    try:
+        # A concatenated list has a byte order mark within.
+        return re.split(r"\r\n|\r|\n", content.decode(encoding).replace("\ufeff", ""))
+    except UnicodeDecodeError as error:
+        number = content.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path}, line {number}: {content[error.start : error.end]!r} is not {encoding.upper()}."
+            " Save the list as UTF-8."
+        ) from error
 
 
 def _parse(lines: Iterable[str], path: str, identity: str) -> Blocklist:
     ids: set[int] = set()
     entries: set[str] = set()
+    domains: set[str] = set()
     for number, line in enumerate(lines, 1):
         entry = line.strip()
         if not entry or entry.startswith("#"):
             continue
-        # 16 decimal digits fit both notations: both ids are blocked
-        if entry_ids := _ids(entry):
+        if _DIGEST.fullmatch(entry.lower()) or _PHASH.fullmatch(entry.lower()):
+            entries.add(entry.lower())
+        elif domain := _domain(entry):
+            domains.add(domain)
+        elif entry_ids := _ids(entry):
             ids |= entry_ids
-            continue
-        if not any(pattern.fullmatch(entry.lower()) for pattern in (_DIGEST, _PHASH, _DOMAIN)):
+        else:
             raise UserError(
                 f"{path}, line {number}: {entry[:100]!r} is not a URL, a domain, an image id (16 hex digits"
                 " or a decimal number), or md5:, sha256: or phash: with 32, 64 or 16 hex digits."
                 " Correct or remove the line."
             )
-        entries.add(entry.lower())
     phashes = sorted(entry for entry in entries if entry.startswith("phash:"))
     return Blocklist(
         ids=np.array(sorted(ids), np.int64),
-        domains=frozenset(entry for entry in entries if ":" not in entry),
+        domains=frozenset(domains),
         digests=frozenset(entry for entry in entries if _DIGEST.fullmatch(entry)),
         phashes=np.array([_signed(entry.removeprefix("phash:")) for entry in phashes], np.int64),
         identity=identity,
     )
 
 
+def _domain(entry: str) -> str:
+    """The host of a domain, or of a URL without a path, with its port if that is not a default one; else ""."""
+    scheme, _, rest = entry.rpartition("://")
+    name = re.sub(r"^(\*\.|\.)", "", rest)
+    authority, _, path = canonical_url(f"{scheme or 'http'}://{name}").partition("://")[2].partition("/")
+    is_domain = not path and ("." in authority or authority.startswith("["))
+    return re.sub(r":(80|443)$", "", authority) if is_domain else ""
+
+
 def _ids(entry: str) -> set[int]:
     """The image ids that an entry can mean; empty for a domain or a hash."""
-    if url := canonical_url(entry):
-        return {image_id(url)}
+    if address := canonical_url(entry).partition(":")[2]:
+        return {image_id(canonical_url(f"{scheme}:{address}")) for scheme in ("http", "https")}
     ids = set()
     if _HEX.fullmatch(entry):
         ids.add(_signed(entry))
+    # 16 decimal digits fit both notations: both ids are blocked
     if _DECIMAL.fullmatch(entry) and -(1 << 63) <= int(entry) < 1 << 63:
         ids.add(int(entry))
     return ids
