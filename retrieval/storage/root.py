@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, cast
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from retrieval.errors import UserError
+from retrieval.errors import NodeError, UserError
 from retrieval.extras import extras_named
 from retrieval.storage import object_store
 from retrieval.storage.temp_folders import temporary_folder
@@ -49,7 +49,7 @@ class PendingFile:
 class Root:
     """A folder, by path or URL. File names are relative, with forward slashes; listings are sorted.
 
-    Every method raises UserError if the object store cannot be reached or denies access.
+    Every method raises NodeError if the object store cannot be reached or denies access, or if the disk is full.
 
     >>> root = Root("memory://example")
     >>> root.write_json("stage/facts.json", {"rows": 3}).name
@@ -88,15 +88,15 @@ class Root:
 
     @contextmanager
     def _store_errors(self, name: str) -> Iterator[None]:
-        """Turns errors of the object store, after its retries, into a UserError."""
+        """Turns errors of the object store, after its retries, into a NodeError."""
         try:
             yield
-        except FileNotFoundError:
+        except (FileNotFoundError, FileExistsError):
             raise
         except self._request_errors as error:
             if _is_disk_full(error):
                 raise self._disk_full(name, error) from error
-            raise UserError(
+            raise NodeError(
                 f"{self.at(name)} cannot be reached ({type(error).__name__}: {error}). Check the store and "
                 "your access to it, then run this again; finished shards are kept."
             ) from error
@@ -138,11 +138,19 @@ class Root:
     def _missing(self, name: str) -> UserError:
         return UserError(f"{self.at(name)} is missing: the stage that writes it did not finish. Run it again.")
 
-    def _disk_full(self, name: str, error: Exception) -> UserError:
-        return UserError(
+    def _disk_full(self, name: str, error: Exception) -> NodeError:
+        return NodeError(
             f"{self.at(name)}: the disk of this machine is full ({error}). Free some space and run this "
             "again; finished shards are kept."
         )
+
+    def read_bytes(self, name: str) -> bytes | None:
+        """The content of a small file, or None if it does not exist."""
+        try:
+            with self._store_errors(name):
+                return bytes(self.fs.cat_file(f"{self._base}/{name}"))
+        except FileNotFoundError:
+            return None
 
     def read_json(self, name: str) -> Any:
         """The parsed content of a JSON file."""
@@ -173,7 +181,7 @@ class Root:
 
     @contextmanager
     def writing(self, name: str) -> Iterator[PendingFile]:
-        """A path that becomes `name` after the block (removed if it raises). Raises UserError if the disk is full."""
+        """A path that becomes `name` after the block (removed if it raises). Raises NodeError if the disk is full."""
         with ExitStack() as stack:
             try:
                 path = self._temporary_path(name, stack)
@@ -217,6 +225,32 @@ class Root:
         with self.writing(name) as pending:
             pending.path.write_bytes(data)
         return pending.record
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a small file unless it exists. False: it exists already.
+
+        Atomic on local disks and on stores with conditional writes; others may overwrite a file of the same moment.
+        """
+        path = f"{self._base}/{name}"
+        try:
+            if self.is_local:
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+                with open(path, "xb") as file:
+                    file.write(data)
+            else:
+                self._create_in_store(path, data)
+        except FileExistsError:
+            return False
+        return True
+
+    def _create_in_store(self, path: str, data: bytes) -> None:
+        with self._store_errors(path.removeprefix(f"{self._base}/")):
+            try:
+                self.fs.pipe_file(path, data, mode="create")
+            except OSError as error:
+                if error.errno != errno.ENOSYS:
+                    raise
+                self.fs.pipe_file(path, data)
 
     def write_json(self, name: str, value: Any) -> FileRecord:
         """Write a value as indented JSON with sorted keys."""

@@ -1,0 +1,187 @@
+"""Leases: only one process at a time works on a folder of a root.
+
+Reads and writes `leases/<name>.json`: the owner, since when, and a number that the owner raises every HEARTBEAT_S.
+A holder on this machine is checked by its process. A holder elsewhere is alive if it renews its lease within EXPIRE_S,
+measured by the observer's clock, so that clocks of two machines are never compared.
+"""
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from retrieval.errors import UserError
+from retrieval.storage.root import Root
+
+HEARTBEAT_S = 10.0
+EXPIRE_S = 60.0
+"""A lease that was not renewed for so long is taken over."""
+SETTLE_S = 1.0
+"""Pause before a new lease is read back: not every store refuses to create a file that exists already."""
+POLL_S = 2.0
+
+log = logging.getLogger("lease")
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A process. process_start: clock ticks from the boot of its machine, because process ids are used again."""
+
+    host: str
+    boot: str
+    pid_namespace: str
+    pid: int
+    process_start: int
+
+    def is_visible(self) -> bool:
+        """Whether this process can see that one: same machine, boot and namespace of process ids."""
+        here = this_process()
+        return (self.host, self.boot, self.pid_namespace) == (here.host, here.boot, here.pid_namespace)
+
+    def has_ended(self) -> bool:
+        """Whether a visible process has ended."""
+        return _process_start(self.pid) != self.process_start
+
+
+def this_process() -> Owner:
+    """The identity of this process."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    namespace = os.readlink("/proc/self/ns/pid")
+    return Owner(socket.gethostname(), boot, namespace, os.getpid(), _process_start(os.getpid()))
+
+
+def _process_start(pid: int) -> int:
+    """Start of a running process in clock ticks; -1 if there is no such process or it is a zombie."""
+    try:
+        # The second field is the command in parentheses and may contain spaces.
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return -1
+    return -1 if state == "Z" else int(fields[18])
+
+
+_lost: list[str] = []
+"""Names of leases that another process took from this one."""
+
+
+def raise_if_lost() -> None:
+    """Raise UserError if another process has taken over a lease of this one, which was silent for too long."""
+    if _lost:
+        raise UserError(
+            f"{_lost[0]} was taken over by another process, because this one did not renew it for {EXPIRE_S:g} s. "
+            "The other process goes on with the same files; finished shards are kept."
+        )
+
+
+@contextmanager
+def lease(root: Root, name: str) -> Iterator[None]:
+    """Hold the lease of a folder of a root until the block ends. Raises UserError if another process holds it.
+
+    The lease of an ended process is taken over: at once on the same machine, else after EXPIRE_S.
+    """
+    held = _Lease(root, name)
+    while not held.take():
+        pass
+    thread = threading.Thread(target=held.renew, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        held.released.set()
+        thread.join()
+        held.release()
+
+
+class _Lease:
+    """The lease of one folder, held by this process after `take` returned True."""
+
+    def __init__(self, root: Root, name: str) -> None:
+        self.root = root
+        self.folder = root.at(name)
+        self.file = f"leases/{name}.json"
+        self.released = threading.Event()
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        self.values: dict[str, Any] = {
+            "owner": vars(this_process()),
+            "since": since,
+            "token": uuid.uuid4().hex,
+            "renewals": 0,
+        }
+
+    def take(self) -> bool:
+        """Take the lease if it is free. False: it changed meanwhile. Raises UserError if a process holds it."""
+        current = self._read()
+        if current is not None:
+            self._wait_for_end(current)
+            self.root.delete(self.file)
+        if not self.root.create(self.file, json.dumps(self.values).encode()):
+            return False
+        if current is not None or not self.root.is_local:
+            time.sleep(SETTLE_S)
+        return self._is_mine()
+
+    def renew(self) -> None:
+        """Renew the lease until it is released or lost."""
+        while not self.released.wait(HEARTBEAT_S):
+            try:
+                if not self._is_mine():
+                    _lost.append(self.folder)
+                    log.error("another process took over %s", self.folder)
+                    return
+                self.values["renewals"] += 1
+                self.root.write_json(self.file, self.values)
+            except (UserError, OSError) as error:
+                log.warning("cannot renew the lease of %s: %s", self.folder, error)
+
+    def release(self) -> None:
+        """Delete the lease."""
+        with suppress(UserError, OSError):  # it expires
+            if self._is_mine():
+                self.root.delete(self.file)
+
+    def _is_mine(self) -> bool:
+        return (self._read() or {}).get("token") == self.values["token"]
+
+    def _read(self) -> dict[str, Any] | None:
+        """The stored lease: None without one, empty while it is being written."""
+        data = self.root.read_bytes(self.file)
+        try:
+            return None if data is None else dict(json.loads(data))
+        except (ValueError, TypeError):
+            return {}
+
+    def _wait_for_end(self, current: dict[str, Any]) -> None:
+        """Return when the holder of a lease has ended or released it. Raises UserError if it is alive."""
+        owner = Owner(**current["owner"]) if current else None
+        if owner and owner.is_visible():
+            if not owner.has_ended():
+                raise self._held(current)
+            log.warning("%s: process %d, which held its lease, has ended", self.folder, owner.pid)
+            return
+        holder = f"a process on {owner.host}" if owner else "another process"
+        log.warning("%s: waiting up to %g s to see whether %s still works on it", self.folder, EXPIRE_S, holder)
+        deadline = time.monotonic() + EXPIRE_S
+        while time.monotonic() < deadline:
+            time.sleep(POLL_S)
+            latest = self._read()
+            if latest is None:
+                return
+            if latest != current:
+                raise self._held(latest)
+        log.warning("%s: its lease has expired", self.folder)
+
+    def _held(self, current: dict[str, Any]) -> UserError:
+        owner = Owner(**current["owner"])
+        return UserError(
+            f"{self.folder}: process {owner.pid} on {owner.host} has worked on it since {current['since']}. Only one "
+            "process at a time may write there: wait for it, or end it and run this again."
+        )

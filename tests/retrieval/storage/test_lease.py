@@ -1,0 +1,148 @@
+"""Leases of folders on a local disk and in a bucket: one holder, takeover from ended and silent ones."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from s3fs import S3FileSystem
+
+from benchmarks.crashes.store import running_store
+from retrieval import Root, UserError
+from retrieval.storage import lease as module
+from retrieval.storage.lease import lease, raise_if_lost, this_process
+
+FILE = "leases/embed.json"
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[Callable[[str], str]]:
+    with running_store() as store:
+        S3FileSystem.clear_instance_cache()  # removes clients of another module's store
+        yield store.url
+    S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> Root:
+    if request.param == "local":
+        return Root(tmp_path)
+    url: Callable[[str], str] = request.getfixturevalue("bucket")
+    return Root(url(request.node.originalname))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in {"HEARTBEAT_S": 0.05, "EXPIRE_S": 0.6, "SETTLE_S": 0.05, "POLL_S": 0.02}.items():
+        monkeypatch.setattr(module, name, seconds)
+
+
+def write_lease(root: Root, renewals: int = 0, /, **owner: Any) -> None:
+    """A lease of a process that differs from this one in the given fields."""
+    values = vars(replace(this_process(), **owner))
+    since = "2026-01-02T03:04:05+00:00"
+    root.write_json(FILE, {"owner": values, "since": since, "token": "other", "renewals": renewals})
+
+
+def test_a_second_holder_is_told_who_holds_the_lease_and_since_when(root: Root) -> None:
+    with lease(root, "embed"):
+        since = re.escape(root.read_json(FILE)["since"])
+        told = rf"embed: process {os.getpid()} on .* has worked on it since {since}"
+        with pytest.raises(UserError, match=told), lease(root, "embed"):
+            pass
+        with lease(root, "index"):
+            pass
+    with lease(root, "embed"):
+        pass
+    assert root.list("leases") == []
+
+
+def test_the_lease_of_a_process_that_ended_here_is_taken_over_at_once(root: Root) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for owner in ({"pid": dead.pid}, {"process_start": 1}):  # gone; its id belongs to another process now
+        write_lease(root, **owner)
+        started = time.monotonic()
+        with lease(root, "embed"):
+            assert root.read_json(FILE)["token"] != "other"
+        assert time.monotonic() - started < module.EXPIRE_S
+
+
+@pytest.mark.parametrize("field", ["host", "boot", "pid_namespace"])
+def test_the_lease_of_a_silent_process_elsewhere_is_taken_over_after_it_expired(tmp_path: Path, field: str) -> None:
+    root = Root(tmp_path)
+    write_lease(root, 0, **{"pid": -1, field: "elsewhere"})
+    started = time.monotonic()
+    with lease(root, "embed"):
+        assert time.monotonic() - started >= module.EXPIRE_S
+
+
+def test_a_process_elsewhere_that_renews_its_lease_keeps_it(root: Root) -> None:
+    write_lease(root, host="elsewhere", pid=7)
+    threading.Timer(0.2, write_lease, (root, 1), {"host": "elsewhere", "pid": 7}).start()
+    told = "process 7 on elsewhere has worked on it since 2026-01-02T03:04:05"
+    with pytest.raises(UserError, match=told), lease(root, "embed"):
+        pass
+
+
+def test_a_lease_is_renewed_while_it_is_held(root: Root) -> None:
+    with lease(root, "embed"):
+        deadline = time.monotonic() + 20
+        while json.loads(root.read_bytes(FILE) or b"{}").get("renewals", 0) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+def test_a_half_written_lease_expires(tmp_path: Path) -> None:
+    Root(tmp_path).write_bytes(FILE, b'{"owner"')
+    with lease(Root(tmp_path), "embed"):
+        pass
+
+
+def test_of_many_processes_that_find_the_same_ended_holder_one_gets_the_lease(root: Root) -> None:
+    write_lease(root, process_start=1)
+    holders: list[int] = []
+    barrier, ended = threading.Barrier(6), threading.Event()
+
+    def take(number: int) -> None:
+        barrier.wait()
+        try:
+            with lease(root, "embed"):
+                holders.append(number)
+                ended.wait(20)
+        except UserError:
+            refused.release()
+
+    refused = threading.Semaphore(0)
+    threads = [threading.Thread(target=take, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    assert all(refused.acquire(timeout=20) for _ in range(5))
+    ended.set()
+    for thread in threads:
+        thread.join()
+    assert len(holders) == 1
+
+
+def test_a_process_that_lost_its_lease_is_told_and_leaves_the_lease_of_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_lost", [])
+    root = Root(tmp_path)
+    with lease(root, "embed"):
+        raise_if_lost()
+        write_lease(root, host="elsewhere")
+        deadline = time.monotonic() + 20
+        while not module._lost and time.monotonic() < deadline:
+            time.sleep(0.02)
+        with pytest.raises(UserError, match="embed was taken over by another process"):
+            raise_if_lost()
+    assert root.read_json(FILE)["token"] == "other"
