@@ -25,13 +25,13 @@ def run(recipe: Recipe) -> None:
     stage = Stage(root, f"latents/{config.size}", schema.VERSION, config, upstream)
     if stage.finished():
         return
-    stage.begin()
-    shards = [shard.removeprefix("train/") for shard in embed.shard_names("train/")]
-    make_work = partial(make_shard_encoder, config, autoencoder_config, root)
-    workers = Workers.from_config(config, num_gpus=config.gpus_per_worker)
-    with ray_connection():
-        records = run_shards(stage, shards, make_work, workers)
-    stage.complete(records, manifest_values(config, autoencoder), started)
+    with stage.building():
+        shards = [shard.removeprefix("train/") for shard in embed.shard_names("train/")]
+        make_work = partial(make_shard_encoder, config, autoencoder_config, root)
+        workers = Workers.from_config(config, num_gpus=config.gpus_per_worker)
+        with ray_connection():
+            records = run_shards(stage, shards, make_work, workers)
+        stage.complete(records, manifest_values(config, autoencoder), started)
 
 
 main = stage_command("latents", __doc__, run)

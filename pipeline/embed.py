@@ -57,14 +57,14 @@ def run(config: EmbedConfig, clip: ClipConfig, root: Root) -> Manifest:
     stage = Stage(root, "embed", SCHEMA_VERSION, config, {"download": upstream.identity, "clip": encoder.digest})
     if manifest := stage.finished():
         return manifest
-    stage.begin()
-    copies = _find_copies(stage, config, upstream)
-    workers = Workers.from_config(config, num_gpus=config.gpus_per_worker)
-    selection = DatabaseSelection(copies, patch_quotas(upstream, config.patches))
-    make_work = partial(_make_work, config, clip, root, selection)
-    records = run_shards(stage, upstream.shard_names(), make_work, workers)
-    root.delete("embed/copies")
-    return stage.complete(records, {"encoder": encoder.model_dump(mode="json")}, started)
+    with stage.building():
+        copies = _find_copies(stage, config, upstream)
+        workers = Workers.from_config(config, num_gpus=config.gpus_per_worker)
+        selection = DatabaseSelection(copies, patch_quotas(upstream, config.patches))
+        make_work = partial(_make_work, config, clip, root, selection)
+        records = run_shards(stage, upstream.shard_names(), make_work, workers)
+        root.delete("embed/copies")
+        return stage.complete(records, {"encoder": encoder.model_dump(mode="json")}, started)
 
 
 def _find_copies(stage: Stage, config: EmbedConfig, download: Manifest) -> dict[str, str]:

@@ -54,26 +54,26 @@ def run(config: IndexConfig, root: Root) -> Manifest:
     shards = [record for record in embed.shards if record.shard.startswith("database/")]
     if not sum(record.rows for record in shards):
         raise UserError(f"{root.at('embed')} has no database images to index. Check filter and download.")
-    stage.begin()
-    train_centroids = partial(_centroids_work, stage, config, encoder.dim, shards)
-    [record] = run_shards(stage, ["centroids"], train_centroids, Workers.from_config(config, 1))
-    with root.local("index/centroids.npy") as path:
-        centroids: Vectors = np.load(path, allow_pickle=False)
-    workers = Workers.from_config(config, num_cpus=config.cores_per_partition)
-    groups = group_shards(shards, ROWS_PER_GROUP)
-    names = [f"shuffle/{number:05d}" for number in range(len(groups))]
-    shuffle = partial(_shuffle_work, root, encoder.dim, centroids, groups)
-    run_shards(stage, names, shuffle, workers)
-    build = partial(_build_work, root, encoder.dim, config, names)
-    partitions = [partition_folder(number) for number in range(len(centroids))]
-    built = run_shards(stage, partitions, build, workers)
-    values = manifest_values(encoder, built)
-    measure = partial(_calibration_work, stage, config, values)
-    run_shards(stage, ["calibration"], measure, Workers.from_config(config, 1))
-    values["calibration"] = {"images": root.read_json(f"index/{CALIBRATION}")}
-    for name in ("shuffle", "records/shuffle", CALIBRATION, "records/calibration.json"):
-        root.delete(f"index/{name}")
-    return stage.complete([record, *built], values, started)
+    with stage.building():
+        train_centroids = partial(_centroids_work, stage, config, encoder.dim, shards)
+        [record] = run_shards(stage, ["centroids"], train_centroids, Workers.from_config(config, 1))
+        with root.local("index/centroids.npy") as path:
+            centroids: Vectors = np.load(path, allow_pickle=False)
+        workers = Workers.from_config(config, num_cpus=config.cores_per_partition)
+        groups = group_shards(shards, ROWS_PER_GROUP)
+        names = [f"shuffle/{number:05d}" for number in range(len(groups))]
+        shuffle = partial(_shuffle_work, root, encoder.dim, centroids, groups)
+        run_shards(stage, names, shuffle, workers)
+        build = partial(_build_work, root, encoder.dim, config, names)
+        partitions = [partition_folder(number) for number in range(len(centroids))]
+        built = run_shards(stage, partitions, build, workers)
+        values = manifest_values(encoder, built)
+        measure = partial(_calibration_work, stage, config, values)
+        run_shards(stage, ["calibration"], measure, Workers.from_config(config, 1))
+        values["calibration"] = {"images": root.read_json(f"index/{CALIBRATION}")}
+        for name in ("shuffle", "records/shuffle", CALIBRATION, "records/calibration.json"):
+            root.delete(f"index/{name}")
+        return stage.complete([record, *built], values, started)
 
 
 def _calibration_work(stage: Stage, config: IndexConfig, values: dict[str, Any]) -> Work:

@@ -70,29 +70,29 @@ def run(blocklist: Blocklist, root: Root) -> dict[str, Any]:
     if root.exists("download/manifest.json"):
         inputs["download"] = read_manifest(root, "download").identity
     stage = Stage(root, name, SCHEMA_VERSION, Config(), {**inputs, "list": blocklist.identity})
-    stage.begin()
-    ids = _downloaded_ids(stage, blocklist)
-    listed = np.union1d(ids, blocklist.ids)
-    ids_by_database = {folder: _database_ids(stage, folder, blocklist, listed) for folder in databases}
-    for folder, database_ids in ids_by_database.items():
-        # The training database also hides training images: this removes their rows from the neighbor tables.
-        hidden = np.union1d(ids, database_ids) if folder == "index" else database_ids
-        if len(hidden):
-            hide(root.child(folder), hidden)
-    removed = _refill_tables(stage) if "index" in databases and root.exists("neighbors") else Removed()
-    if earlier:
-        removed = _with_earlier(removed, Removed(**earlier["neighbors"]))
-    report = {
-        "list": blocklist.identity,
-        "ids": ids.tolist(),
-        "databases": {folder: len(database_ids) for folder, database_ids in ids_by_database.items()},
-        "neighbors": asdict(removed),
-        "trained": _affected_runs(root, removed),
-        "remains": REMAINS,
-    }
-    root.write_json(f"{name}.json", report)
-    root.delete(name)
-    return dict(root.read_json(f"{name}.json"))
+    with stage.building():
+        ids = _downloaded_ids(stage, blocklist)
+        listed = np.union1d(ids, blocklist.ids)
+        ids_by_database = {folder: _database_ids(stage, folder, blocklist, listed) for folder in databases}
+        for folder, database_ids in ids_by_database.items():
+            # The training database also hides training images: this removes their rows from the neighbor tables.
+            hidden = np.union1d(ids, database_ids) if folder == "index" else database_ids
+            if len(hidden):
+                hide(root.child(folder), hidden)
+        removed = _refill_tables(stage) if "index" in databases and root.exists("neighbors") else Removed()
+        if earlier:
+            removed = _with_earlier(removed, Removed(**earlier["neighbors"]))
+        report = {
+            "list": blocklist.identity,
+            "ids": ids.tolist(),
+            "databases": {folder: len(database_ids) for folder, database_ids in ids_by_database.items()},
+            "neighbors": asdict(removed),
+            "trained": _affected_runs(root, removed),
+            "remains": REMAINS,
+        }
+        root.write_json(f"{name}.json", report)
+        root.delete(name)
+        return dict(root.read_json(f"{name}.json"))
 
 
 def _downloaded_ids(stage: Stage, blocklist: Blocklist) -> npt.NDArray[np.int64]:

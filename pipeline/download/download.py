@@ -37,12 +37,12 @@ def run(config: DownloadConfig, root: Root, retry: bool = False) -> Manifest:
     stage = Stage(root, "download", SCHEMA_VERSION, config, made_from)
     if (finished := stage.finished()) and not retry:
         return finished
-    stage.begin()
-    shards = [*selected.shard_names("train/"), *selected.shard_names("database/")]
-    make = partial(make_work, config, root, blocklist, retry)
-    records = run_shards(stage, shards, make, Workers.from_config(config), include_finished=retry)
-    urls = int(sum(record.values["urls"] for record in records))
-    return stage.complete(records, {"urls": urls}, started)
+    with stage.building():
+        shards = [*selected.shard_names("train/"), *selected.shard_names("database/")]
+        make = partial(make_work, config, root, blocklist, retry)
+        records = run_shards(stage, shards, make, Workers.from_config(config), include_finished=retry)
+        urls = int(sum(record.values["urls"] for record in records))
+        return stage.complete(records, {"urls": urls}, started)
 
 
 def make_work(config: DownloadConfig, root: Root, blocklist: Blocklist, retry: bool = False) -> Work:

@@ -43,20 +43,20 @@ def run(config: FilterConfig, root: Root) -> Manifest:
     if manifest := stage.finished():
         _delete_pass_files(root)
         return manifest
-    stage.begin()
-    workers = Workers.from_config(config)
-    names = [piece.name for piece in context.plan.pieces]
-    scans = run_shards(stage, [f"scan/{name}" for name in names], partial(Scan, context), workers)
-    buckets = [f"dedupe/{bucket:05d}" for bucket in range(context.num_buckets)]
-    dedupes = run_shards(stage, buckets, partial(Dedupe, context), workers)
-    context = replace(context, max_rank=_max_rank(context, config.max_train))
-    selects = run_shards(stage, [f"select/{name}" for name in names], partial(Select, context), workers)
-    shards = _shards(names, scans, selects)
-    values = _values(context, dedupes, selects, shards)
-    _check(context, values, shards, stage.log)
-    manifest = stage.complete(shards, values, started)
-    _delete_pass_files(root)
-    return manifest
+    with stage.building():
+        workers = Workers.from_config(config)
+        names = [piece.name for piece in context.plan.pieces]
+        scans = run_shards(stage, [f"scan/{name}" for name in names], partial(Scan, context), workers)
+        buckets = [f"dedupe/{bucket:05d}" for bucket in range(context.num_buckets)]
+        dedupes = run_shards(stage, buckets, partial(Dedupe, context), workers)
+        context = replace(context, max_rank=_max_rank(context, config.max_train))
+        selects = run_shards(stage, [f"select/{name}" for name in names], partial(Select, context), workers)
+        shards = _shards(names, scans, selects)
+        values = _values(context, dedupes, selects, shards)
+        _check(context, values, shards, stage.log)
+        manifest = stage.complete(shards, values, started)
+        _delete_pass_files(root)
+        return manifest
 
 
 def prepare(config: FilterConfig, root: Root) -> FilterContext:

@@ -44,19 +44,19 @@ def run(config: NeighborsConfig, root: Root) -> Manifest:
     stage = neighbors_stage(config, root)
     if manifest := stage.finished():
         return manifest
-    stage.begin()
-    shards = [record for record in embed.shards if record.shard.startswith("train/")]
-    records = _join(stage, config, database, shards)
-    values = {
-        "k": config.k,
-        "encoder": database.encoder.model_dump(mode="json"),
-        "near_copies": int(sum(record.values["near_copies"] for record in records)),
-        **_recall(stage, config, database, records),
-    }
-    for folder in ("route", "match", "recall"):
-        root.delete(f"neighbors/{folder}")
-        root.delete(f"neighbors/records/{folder}")
-    return stage.complete(records, values, started)
+    with stage.building():
+        shards = [record for record in embed.shards if record.shard.startswith("train/")]
+        records = _join(stage, config, database, shards)
+        values = {
+            "k": config.k,
+            "encoder": database.encoder.model_dump(mode="json"),
+            "near_copies": int(sum(record.values["near_copies"] for record in records)),
+            **_recall(stage, config, database, records),
+        }
+        for folder in ("route", "match", "recall"):
+            root.delete(f"neighbors/{folder}")
+            root.delete(f"neighbors/records/{folder}")
+        return stage.complete(records, values, started)
 
 
 def neighbors_stage(config: NeighborsConfig, root: Root) -> Stage:

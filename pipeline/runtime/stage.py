@@ -5,14 +5,16 @@ Reads and writes `<stage>/started.json` and `<stage>/manifest.json`; does not us
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
 from retrieval.config import Config
 from retrieval.index.hidden import HIDDEN_FILE
+from retrieval.storage.lease import lease, raise_if_lost
 from retrieval.storage.manifest import Manifest, ShardRecord, files_exist, fingerprint, read_manifest, write_manifest
 from retrieval.storage.root import Root
 
@@ -56,8 +58,18 @@ class Stage:
         self.log.info("already finished: %s rows in %d shards", f"{manifest.rows:,}", len(manifest.shards))
         return manifest
 
+    @contextmanager
+    def building(self) -> Iterator[None]:
+        """Hold the lease of the stage until the block ends, and `begin` it.
+
+        Raises UserError if another process works on this stage.
+        """
+        with lease(self.root, self.name):
+            self.begin()
+            yield
+
     def begin(self) -> None:
-        """Prepare the folder: delete the files of another fingerprint, the manifest first."""
+        """Prepare the folder, under the lease: delete the files of another fingerprint, the manifest first."""
         started = f"{self.name}/started.json"
         self.root.delete(f"{self.name}/manifest.json")
         if self.root.exists(started) and self.root.read_json(started) == {"fingerprint": self.fingerprint}:
@@ -69,7 +81,8 @@ class Stage:
         self.root.write_json(started, {"fingerprint": self.fingerprint})
 
     def complete(self, records: Sequence[ShardRecord], values: dict[str, Any], started: float) -> Manifest:
-        """Write the manifest, last of all files. started: `time.time()` at the start of the stage."""
+        """Write the manifest under the lease, last of all files. started: `time.time()` at the start of the stage."""
+        raise_if_lost()
         # Workers of a killed run may have written partial files after begin() deleted the others.
         self.root.delete_partial_files(self.name)
         manifest = Manifest(
