@@ -16,6 +16,8 @@ from jobs.cli.command import exit_on_user_error, recipe_parser, run_on_recipe
 from jobs.cli.recipe import Recipe
 from retrieval.errors import UserError
 from retrieval.recipe import ClipConfig
+from retrieval.storage.root import Root
+from retrieval.storage.writable import require_writable
 from trainer.recipe import AutoencoderConfig, TrainConfig
 from trainer.sampling import sample as stage
 from trainer.sampling.picture import png_bytes, read_recipe
@@ -32,13 +34,15 @@ def run_one(recipe: Recipe, prompt: str, out: Path, again: Path | None = None) -
     """Write one picture with its recipe: of `prompt`, or reproduced from the PNG `again`."""
     if out.suffix != ".png" or not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: wanted a file that ends in .png, in an existing folder")
+    folder = Root(out.absolute().parent)
+    require_writable(folder, out.name)
     started = time.monotonic()
     config, model = recipe[SampleConfig], trained_model(recipe)
     if again is None:
         sample = stage.sample_prompt(config, model, recipe.root, prompt)
     else:
         sample = stage.reproduce(config, model, recipe.root, recipe_of(again))
-    out.write_bytes(png_bytes(sample.picture, sample.recipe()))
+    folder.write_bytes(out.name, png_bytes(sample.picture, sample.recipe()))
     width, height = sample.picture.size
     names = ", ".join(f"'{name}'" for name in sample.request.database_weights())
     conditioning = f"{len(sample.neighbors)} neighbors from {names}" if names else "text alone"

@@ -61,7 +61,7 @@ trainer/evaluation: model sampling
 trainer/evaluation/paper: data model recipe sampling training
 trainer/model: recipe
 trainer/recipe:
-trainer/released: checkpoint data model recipe sampling
+trainer/released: checkpoint data model recipe
 trainer/sampling: model recipe
 trainer/tracking: data engine model recipe
 trainer/training: checkpoint data engine model recipe sampling tracking

@@ -12,6 +12,8 @@ from jobs.cli.recipe import Recipe
 from jobs.paper.page import verdict_lines, write_docs, write_page
 from jobs.sample import trained_model
 from jobs.train import training_recipe
+from retrieval.storage.root import Root
+from retrieval.storage.writable import require_writable
 from trainer.evaluation.paper.experiments import ModelUnderTest
 from trainer.evaluation.paper.experiments import run as run_experiments
 from trainer.evaluation.paper.recipe import PaperConfig
@@ -20,6 +22,8 @@ from trainer.evaluation.recipe import EvaluateConfig
 
 def run(recipe: Recipe, docs: Path | None = None) -> None:
     """Run the experiments that are not finished and write the report."""
+    if docs:
+        require_writable(Root(docs), "paper.json")
     model = ModelUnderTest(trained_model(recipe), training_recipe(recipe), recipe[EvaluateConfig])
     run_experiments(recipe[PaperConfig], model, recipe.root)
     page = write_page(recipe.root, model.folder)

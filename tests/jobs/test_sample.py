@@ -96,6 +96,38 @@ def test_invalid_options_end_the_command_with_code_2(recipe, options, message, c
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("prompt", ["", "   ", "\t\n", "\u3000", "\u200b\ufeff"])
+def test_a_prompt_without_visible_characters_is_refused_before_the_model_is_loaded(
+    recipe, tmp_path, prompt, monkeypatch, capsys
+):
+    monkeypatch.setattr("trainer.sampling.sampler.Sampler.open", None)
+    with pytest.raises(SystemExit) as error:
+        sample.main([str(recipe), "--prompt", prompt, "--out", str(tmp_path / "stag.png")])
+    assert error.value.code == 2
+    assert "no visible character" in (message := capsys.readouterr().err) or "nothing to condition on" in message
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["folder", "device", "no permission", "long name"])
+def test_an_output_file_that_cannot_be_written_is_refused_before_the_model_is_loaded(
+    recipe, tmp_path, kind, monkeypatch, capsys
+):
+    monkeypatch.setattr("trainer.sampling.sampler.Sampler.open", None)
+    out = tmp_path / "stag.png"
+    if kind == "folder":
+        out.mkdir()
+    elif kind == "device":
+        out.symlink_to("/dev/full")
+    elif kind == "no permission":
+        out = Path("/proc/self/stag.png")
+    else:
+        out = tmp_path / ("a" * 300 + ".png")
+    with pytest.raises(SystemExit) as error:
+        sample.main([str(recipe), "--prompt", "a stag", "--out", str(out)])
+    assert error.value.code == 2
+    assert out.name in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("out", ["stag.jpg", "nowhere/stag.png"])
 def test_an_output_path_that_cannot_be_written_is_refused_at_once(recipe, tmp_path, out, capsys):
     with pytest.raises(SystemExit) as error:

@@ -24,7 +24,6 @@ from trainer.model.diffusion import scheduler_settings
 from trainer.model.unet import build_unet
 from trainer.recipe import AutoencoderConfig, DiffusionConfig, TrainingRecipe
 from trainer.released.checkpoint_import import ReleasedModel
-from trainer.sampling.denoising import make_scheduler
 
 SCHEDULER = "scheduler/scheduler_config.json"
 CARD = """---
@@ -58,6 +57,8 @@ def write_folder(root: Root, run: str, autoencoder: AutoencoderConfig, target: P
     The demo's patch autoencoder is not a diffusers class: then there is no `vae/`. Raises UserError if the
     run was trained with another autoencoder.
     """
+    from diffusers import DDIMScheduler
+
     manifest = read_manifest(root, run)
     recipe = root.read_json(f"{run}/recipe.json")
     if (identity := Autoencoder.load(autoencoder, "cpu").identity) != manifest.values["autoencoder"]:
@@ -73,7 +74,8 @@ def write_folder(root: Root, run: str, autoencoder: AutoencoderConfig, target: P
                 shutil.copyfile(path, copy)
         if autoencoder.kind != "patch":
             _write_vae(autoencoder, folder / "vae")
-        scheduler: Any = make_scheduler("ddim", 50, DiffusionConfig(**recipe["diffusion"]))
+        settings = scheduler_settings(DiffusionConfig(**recipe["diffusion"]))
+        scheduler: Any = DDIMScheduler(**settings, clip_sample=False)
         scheduler.save_pretrained(folder / "scheduler")
         (folder / "README.md").write_text(_card(target.name, manifest, recipe, folder))
 

@@ -8,12 +8,17 @@ from typing import Any, Protocol, cast
 
 import torch
 
+from retrieval.errors import UserError
 from trainer.model.diffusion import scheduler_settings
 from trainer.recipe import DiffusionConfig, SchedulerName
 
 Denoiser = Callable[..., tuple[torch.Tensor, ...]]
 """diffusers' UNet2DConditionModel or a callable with its signature: (latents, timestep,
 encoder_hidden_states=, return_dict=False) to a tuple; item 0 is the prediction, shaped as the latents."""
+LEADING_STEPS = 20
+"""From this number on, divisors of the timesteps of training keep the spacing of the released models (`leading`): its
+first timestep is within 5 % of the last. Others start at the last timestep (`trailing`)."""
+PLMS = {"skip_prk_steps": True}
 MASKED = 10_000.0
 """diffusers adds (1 - mask) * -MASKED to the attention logits of a token."""
 
@@ -36,22 +41,52 @@ class Scheduler(Protocol):
 def make_scheduler(name: SchedulerName, steps: int, diffusion: DiffusionConfig) -> Scheduler:
     """A scheduler for the diffusion process of training. Stateful: each batch needs its own.
 
-    steps: 1 .. diffusion.steps - 1. `plms` calls the UNet steps + 1 times.
+    Its timesteps decrease from the last ones of training. `plms` calls the UNet steps + 1 times. Raises UserError as
+    `check_steps` does.
     """
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 
+    check_steps(name, steps, diffusion.steps)
     settings: dict[str, Any] = scheduler_settings(diffusion)
-    if name == "dpm++":
-        # DPM-Solver++ always ends at sigma 0 and does not know this setting.
+    extra: dict[str, Any]
+    if name != "dpm++" and diffusion.steps % steps == 0:
+        settings["timestep_spacing"] = "leading" if LEADING_STEPS <= steps < diffusion.steps else "trailing"
+        kind, extra = {"ddim": (DDIMScheduler, {"clip_sample": False}), "plms": (PNDMScheduler, PLMS)}[name]
+        scheduler: Any = kind(**settings, **extra)
+        scheduler.set_timesteps(steps)
+    else:
+        # diffusers' DDIM always subtracts T // steps from a timestep, so it needs equal spacing. DPM-Solver of order 1
+        # that ends at t = 0 is DDIM and takes any timesteps.
+        extra = {"solver_order": 1, "final_sigmas_type": "sigma_min"} if name == "ddim" else {}
         del settings["set_alpha_to_one"]
-    kind, extra = {
-        "ddim": (DDIMScheduler, {"clip_sample": False}),
-        "plms": (PNDMScheduler, {"skip_prk_steps": True}),
-        "dpm++": (DPMSolverMultistepScheduler, {}),
-    }[name]
-    scheduler: Any = kind(**settings, **extra)
-    scheduler.set_timesteps(steps)
+        scheduler = DPMSolverMultistepScheduler(**settings, **extra)
+        scheduler.set_timesteps(timesteps=trailing_timesteps(steps, diffusion.steps))
     return cast(Scheduler, scheduler)
+
+
+def trailing_timesteps(steps: int, train_steps: int) -> list[int]:
+    """`steps` evenly spaced timesteps from train_steps - 1 downwards, rounded half up.
+
+    diffusers' own `trailing` spacing adds up floats and ends at t = -1 for some numbers of steps, such as 61.
+
+    >>> trailing_timesteps(3, 1000)
+    [999, 666, 332]
+    """
+    return [(2 * train_steps * left + steps) // (2 * steps) - 1 for left in range(steps, 0, -1)]
+
+
+def check_steps(name: SchedulerName, steps: int, train_steps: int) -> None:
+    """Raises UserError, with the nearest possible numbers, unless a scheduler can take this number of steps.
+
+    `ddim` and `dpm++` take 1 to train_steps. The formula of `plms` needs equal spacing: a divisor of train_steps.
+    """
+    possible = [count for count in range(1, train_steps + 1) if name != "plms" or train_steps % count == 0]
+    if steps in possible:
+        return
+    below, above = ([n for n in possible if n < steps], [n for n in possible if n > steps])
+    wanted = f"a divisor of {train_steps}" if name == "plms" else f"1 to {train_steps}"
+    nearest = " or ".join(str(count) for count in (*below[-1:], *above[:1]))
+    raise UserError(f"steps of {name} must be {wanted}, the timesteps of training; got {steps}. Use {nearest}.")
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> torch.Tensor:

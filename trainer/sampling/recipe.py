@@ -12,7 +12,7 @@ from retrieval.config import Config, runtime_setting
 from retrieval.errors import UserError
 from trainer.model.context import Mode
 from trainer.recipe import SchedulerName
-from trainer.sampling.request import TRAINING_DATABASE, Request, read_prompts
+from trainer.sampling.request import TRAINING_DATABASE, Request, read_prompts, require_text
 
 
 class ComputeConfig(Config):
@@ -94,6 +94,8 @@ class SampleConfig(SamplingConfig):
 
     def all_prompts(self) -> tuple[str, ...]:
         """The prompts of the recipe, then those of the file. Raises UserError if the mode needs one."""
+        for prompt in filter(None, self.prompts):
+            require_text(prompt)
         prompts = self.prompts + (read_prompts(self.prompts_file) if self.prompts_file else ())
         if not prompts and not self.images and self.mode != "unconditional":
             raise UserError("[sample] has no prompt. Set prompts or prompts_file.")

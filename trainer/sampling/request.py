@@ -108,7 +108,9 @@ class Request:
 
     def check(self) -> None:
         """Raises UserError for values that are invalid for every model."""
-        if not (self.prompt or self.images or self.mode == "unconditional"):
+        if self.prompt:
+            require_text(self.prompt)
+        elif not (self.images or self.mode == "unconditional"):
             raise UserError("nothing to condition on: set a prompt, an image, or mode 'unconditional'.")
         if not 0 <= self.seed <= MAX_SEED:
             raise UserError(f"a seed must be 0 to {MAX_SEED}, got {self.seed}")
@@ -165,6 +167,16 @@ class Sample:
         return {**self.recipe(), "neighbors": [asdict(neighbor) for neighbor in self.neighbors]}
 
 
+def require_text(prompt: str) -> None:
+    """Raise UserError for a prompt without a visible character, such as blanks or zero-width spaces.
+
+    >>> require_text("a stag")
+    """
+    # isprintable() is false for control and format characters and for all spaces but the ASCII one
+    if not any(character.isprintable() and character != " " for character in prompt):
+        raise UserError(f"the prompt {prompt!r} has no visible character. Write what the picture shows.")
+
+
 def read_prompts(name: str) -> tuple[str, ...]:
     """The prompts of a UTF-8 text file, in order, without empty lines and comments (#).
 
@@ -181,6 +193,8 @@ def read_prompts(name: str) -> tuple[str, ...]:
     except UnicodeDecodeError as error:
         raise UserError(f"prompts_file = {name!r} is not UTF-8 text ({error}). Save it as UTF-8.") from error
     prompts = tuple(line for line in lines if line and not line.startswith("#"))
+    for prompt in prompts:
+        require_text(prompt)
     if not prompts:
         raise UserError(f"prompts_file = {name!r} has no prompt. Write one prompt a line.")
     return prompts

@@ -19,6 +19,7 @@ from retrieval.storage.manifest import (
     write_record,
 )
 from retrieval.storage.root import FileRecord, Root
+from retrieval.storage.writable import require_writable
 
 
 class ResumableItems:
@@ -38,7 +39,11 @@ class ResumableItems:
         return manifest if manifest.fingerprint == self._fingerprint and complete else None
 
     def begin(self) -> None:
-        """Delete the manifest, and the whole folder if its records have another fingerprint."""
+        """Delete the manifest, and the whole folder if its records have another fingerprint.
+
+        Raises UserError first if the folder cannot be written.
+        """
+        require_writable(self.root, f"{self.stage}/manifest.json")
         self.root.delete(f"{self.stage}/manifest.json")
         self.root.delete_partial_files(self.stage)
         prefix = f"{self.stage}/records/"

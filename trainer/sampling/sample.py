@@ -60,10 +60,12 @@ def run(config: SampleConfig, trained: TrainedModel, root: Root) -> Manifest:
 
 def sample_prompt(config: SampleConfig, trained: TrainedModel, root: Root, prompt: str) -> Sample:
     """One picture of a prompt with the first database of the configuration; writes nothing."""
+    request = config.request_for(prompt, config.seed, config.columns()[0])
+    files = {name: read_image(name) for name in config.images}
+    if prompt or not files:
+        request.check()
     sampler = Sampler.open(root, trained, config)
-    images = image_queries(sampler, {name: read_image(name) for name in config.images})
-    request = replace(config.request_for(prompt, config.seed, config.columns()[0]), images=images)
-    (sample,) = sampler.sample([request])
+    (sample,) = sampler.sample([replace(request, images=image_queries(sampler, files))])
     return sample
 
 

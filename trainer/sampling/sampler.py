@@ -31,7 +31,14 @@ from trainer.model.context import Vectors
 from trainer.recipe import AutoencoderConfig, DiffusionConfig
 from trainer.sampling.batches import SamplingBatch, make_batches
 from trainer.sampling.conditioning import ConditioningSources, condition
-from trainer.sampling.denoising import Denoiser, guided_sample, initial_noise, make_scheduler, with_token_weights
+from trainer.sampling.denoising import (
+    Denoiser,
+    check_steps,
+    guided_sample,
+    initial_noise,
+    make_scheduler,
+    with_token_weights,
+)
 from trainer.sampling.picture import to_pictures
 from trainer.sampling.pseudo_queries import PseudoQueries
 from trainer.sampling.recipe import ComputeConfig
@@ -124,8 +131,7 @@ class Sampler:
     def check(self, requests: Sequence[Request]) -> None:
         """Open all databases that requests name. Raises UserError for a request this model cannot serve."""
         for request in requests:
-            if not 1 <= request.steps < self.diffusion.steps:
-                raise UserError(f"steps must be 1 to {self.diffusion.steps - 1}, got {request.steps}")
+            check_steps(request.scheduler, request.steps, self.diffusion.steps)
             request.check()
             self.latent_shape_of(request)
             for name in request.database_weights():

@@ -4,10 +4,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, UNet2DConditionModel
 
+from retrieval.errors import UserError
 from trainer.model.diffusion import alphas_bar
 from trainer.model.unet import build_unet
 from trainer.recipe import DiffusionConfig, ModelConfig
-from trainer.sampling.denoising import guided_sample, initial_noise, make_scheduler
+from trainer.sampling.denoising import check_steps, guided_sample, initial_noise, make_scheduler, trailing_timesteps
 
 SHAPE = (4, 8, 8)
 COMMON = {
@@ -52,10 +53,12 @@ def plain_loop(unet, scheduler, latents, tokens):
 @torch.no_grad()
 def test_without_guidance_latents_equal_a_plain_diffusers_loop(unet, name, prediction):
     kind, extra = PLAIN[name]
-    theirs = kind(**COMMON, **extra, prediction_type=prediction)
-    theirs.set_timesteps(7)
+    spacing = {"timestep_spacing": "trailing"} if name == "dpm++" else {}
+    theirs = kind(**COMMON | spacing, **extra, prediction_type=prediction)
+    theirs.set_timesteps(20)
     noise, tokens = initial_noise([5, 6], SHAPE), context(2, 3)
-    ours = make_scheduler(name, 7, DiffusionConfig(prediction=prediction))
+    ours = make_scheduler(name, 20, DiffusionConfig(prediction=prediction))
+    assert ours.timesteps.tolist() == theirs.timesteps.tolist()
     latents = guided_sample(unet, ours, noise, tokens, torch.ones(2))
     torch.testing.assert_close(latents, plain_loop(unet, theirs, noise, tokens), atol=1e-4, rtol=1e-4)
 
@@ -72,7 +75,7 @@ def test_guidance_adds_the_scaled_difference_to_the_prediction_without_context(u
         guided = unconditional + scale.view(2, 1, 1, 1) * (conditional - unconditional)
         latents = scheduler.step(guided, t, latents).prev_sample
     result = guided_sample(unet, make_scheduler("ddim", 2, DiffusionConfig()), noise, tokens, scale)
-    torch.testing.assert_close(result, latents, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(result, latents, atol=1e-3, rtol=1e-3)
 
 
 @torch.no_grad()
@@ -84,14 +87,14 @@ def test_a_seed_gives_the_same_latents_alone_and_in_a_batch(unet):
     alone = guided_sample(
         unet, make_scheduler("ddim", 4, DiffusionConfig()), initial_noise([12], SHAPE), tokens[2:3], scale[2:3]
     )
-    torch.testing.assert_close(alone[0], together[2], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(alone[0], together[2], atol=1e-3, rtol=1e-3)
     assert (together[0] - together[1]).abs().max() > 0.1
 
 
 @torch.no_grad()
 def test_latents_may_have_another_size_than_in_training(unet):
     noise = initial_noise([1], (4, 4, 12))
-    latents = guided_sample(unet, make_scheduler("plms", 3, DiffusionConfig()), noise, context(1, 2), torch.ones(1))
+    latents = guided_sample(unet, make_scheduler("plms", 4, DiffusionConfig()), noise, context(1, 2), torch.ones(1))
     assert latents.shape == (1, 4, 4, 12)
     assert torch.isfinite(latents).all()
 
@@ -110,11 +113,80 @@ def test_the_null_context_is_computed_only_if_a_guidance_differs_from_1():
     assert batch_sizes == [2, 4]
 
 
+@pytest.mark.parametrize("name", ["ddim", "plms", "dpm++"])
+@pytest.mark.parametrize("steps", [1, 2, 10, 20, 25, 50, 61, 250, 333, 350, 500, 600, 750, 998, 999, 1000])
+def test_timesteps_decrease_from_the_last_ones_of_training(name, steps):
+    if name == "plms" and 1000 % steps:
+        return
+    timesteps = make_scheduler(name, steps, DiffusionConfig()).timesteps.tolist()
+    distinct = sorted(set(timesteps), reverse=True)
+    assert len(distinct) == steps
+    assert distinct == list(dict.fromkeys(timesteps))
+    assert max(950, 1000 - 1000 // steps) <= distinct[0] <= 999
+    assert 0 <= distinct[-1] < 1000 / steps + 1
+
+
+@pytest.mark.parametrize("steps", [50, 250])
+def test_the_usual_numbers_of_steps_keep_the_spacing_of_the_released_models(steps):
+    for name in ("ddim", "plms"):
+        theirs = PLAIN[name][0](**COMMON, **PLAIN[name][1])
+        theirs.set_timesteps(steps)
+        assert make_scheduler(name, steps, DiffusionConfig()).timesteps.tolist() == theirs.timesteps.tolist()
+
+
+def test_trailing_timesteps_are_those_of_diffusers_without_its_additional_last_one():
+    theirs = DPMSolverMultistepScheduler(**COMMON | {"timestep_spacing": "trailing"})
+    for steps in (7, 61, 103, 350, 600, 998, 1000):
+        theirs.set_timesteps(steps)
+        expected = [t for t in theirs.timesteps.tolist() if t >= 0]
+        assert max(abs(a - b) for a, b in zip(trailing_timesteps(steps, 1000), expected, strict=True)) <= 1
+    for steps in range(1, 1001):
+        ours = trailing_timesteps(steps, 1000)
+        assert (len(set(ours)), ours[0]) == (steps, 999)
+        assert ours[-1] >= 0
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@torch.no_grad()
+def test_ddim_on_uneven_timesteps_is_the_equation_of_ddim(unet, prediction):
+    """Song et al. 2021, eq. 12 with eta = 0: x_s = sqrt(abar_s) x_0 + sqrt(1 - abar_s) eps, ending at abar_0."""
+    scheduler = make_scheduler("ddim", 7, DiffusionConfig(prediction=prediction))
+    abar = alphas_bar(DiffusionConfig())
+    noise, tokens = initial_noise([3], SHAPE), context(1, 2)
+    latents, timesteps = noise, trailing_timesteps(7, 1000)
+    for t, following in zip(timesteps, [*timesteps[1:], 0], strict=True):
+        predicted, signal, spread = unet(latents, t, tokens).sample, abar[t].sqrt(), (1 - abar[t]).sqrt()
+        v = prediction == "v_prediction"
+        x_0 = signal * latents - spread * predicted if v else (latents - spread * predicted) / signal
+        eps = spread * latents + signal * predicted if v else predicted
+        latents = abar[following].sqrt() * x_0 + (1 - abar[following]).sqrt() * eps
+    sampled = guided_sample(unet, scheduler, noise, tokens, torch.ones(1))
+    torch.testing.assert_close(sampled, latents, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "nearest"),
+    [
+        ("ddim", 0, "Use 1."),
+        ("dpm++", -5, "Use 1."),
+        ("ddim", 1001, "Use 1000."),
+        ("plms", 350, "Use 250 or 500."),
+        ("plms", 30, "Use 25 or 40."),
+        ("plms", 5000, "Use 1000."),
+    ],
+)
+def test_an_impossible_number_of_steps_is_refused_with_the_nearest_possible_ones(name, steps, nearest):
+    with pytest.raises(UserError, match=nearest):
+        check_steps(name, steps, 1000)
+    with pytest.raises(UserError, match=nearest):
+        make_scheduler(name, steps, DiffusionConfig())
+
+
 def test_a_perfect_prediction_of_v_gives_the_target():
     target = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(9))
 
-    for name in PLAIN:
-        scheduler = make_scheduler(name, 50, DiffusionConfig(prediction="v_prediction"))
+    for name, steps in [("ddim", 50), ("ddim", 60), ("plms", 50), ("dpm++", 50), ("dpm++", 70)]:
+        scheduler = make_scheduler(name, steps, DiffusionConfig(prediction="v_prediction"))
         abar = alphas_bar(DiffusionConfig())
 
         def oracle(sample, timestep, encoder_hidden_states, *, return_dict, abar=abar):
@@ -123,4 +195,4 @@ def test_a_perfect_prediction_of_v_gives_the_target():
             return (a.sqrt() * eps - (1 - a).sqrt() * target,)
 
         latents = guided_sample(oracle, scheduler, initial_noise([4], SHAPE), context(1, 1), torch.ones(1))
-        assert (latents - target).abs().max() < 0.2, name
+        assert (latents - target).abs().max() < 0.2, (name, steps)

@@ -204,8 +204,8 @@ def test_picture_n_has_the_same_seed_for_every_prompt_and_database():
 def test_too_many_steps_are_refused_before_pictures_are_deleted(fresh):
     sample(fresh)
     before = written(fresh[0])
-    with pytest.raises(UserError, match="steps must be 1 to 999"):
-        sample(fresh, steps=1000)
+    with pytest.raises(UserError, match="must be 1 to 1000"):
+        sample(fresh, steps=1001)
     assert written(fresh[0]) == before
 
 

@@ -165,9 +165,9 @@ def test_a_diverging_model_is_an_error_that_names_the_request(sampler):
         sampler.sample([request(seed=2), request(seed=3, guidance=1e38)])
 
 
-@pytest.mark.parametrize("steps", [0, 1000])
+@pytest.mark.parametrize("steps", [0, 1001])
 def test_a_number_of_steps_out_of_range_is_refused(sampler, steps):
-    with pytest.raises(UserError, match="steps must be 1 to 999"):
+    with pytest.raises(UserError, match="must be 1 to 1000"):
         sampler.plan([request(steps=steps)])
 
 

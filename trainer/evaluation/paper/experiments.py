@@ -35,7 +35,7 @@ from trainer.recipe import TrainingRecipe
 from trainer.sampling.batches import SamplingBatch, make_batches
 from trainer.sampling.conditioning import ConditionedRequest
 from trainer.sampling.picture import grid_png
-from trainer.sampling.request import TRAINING_DATABASE, read_prompts
+from trainer.sampling.request import TRAINING_DATABASE, read_prompts, require_text
 from trainer.sampling.resumable import ResumableItems
 from trainer.sampling.sampler import Sampler, TrainedModel, upstream_fingerprints
 
@@ -63,6 +63,8 @@ class ModelUnderTest:
 def run(config: PaperConfig, model: ModelUnderTest, root: Root) -> Manifest:
     """Run all experiments. Finished items of an earlier run are kept."""
     started = time.monotonic()
+    for prompt in config.prompts:
+        require_text(prompt)
     evaluated = evaluate.run(model.evaluate, model.trained, root)
     styles = style_names(model.evaluate, root)
     upstream = {
