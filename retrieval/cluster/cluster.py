@@ -27,6 +27,7 @@ from retrieval.cluster.replicas import PendingCall, Replicas
 from retrieval.config import Config
 from retrieval.database.database import Database
 from retrieval.database.result_table import RESULT_SCHEMA, merge_results
+from retrieval.database.unit_rows import as_array
 from retrieval.errors import UserError
 from retrieval.index.effort import Effort
 from retrieval.index.routing import Vectors, partition_folder
@@ -205,7 +206,7 @@ class Cluster:
         self, query: npt.ArrayLike, k: int, recall: float = 0.95, effort: Effort | None = None, metadata: bool = False
     ) -> "Future[pa.Table]":
         """As `search`, for one query (dim,). Queries submitted at the same time are sent as a batch."""
-        [unit] = self.database.unit_queries(np.asarray(query)[None], k)
+        [unit] = self.database.unit_queries(as_array(query, "the query")[None], k)
         return self._batcher.submit(self._request(k, recall, effort, metadata), unit)
 
     def status(self) -> list[ActorStatus]:
@@ -215,7 +216,7 @@ class Cluster:
     def _request(self, k: int, recall: float, effort: Effort | None, metadata: bool) -> SearchRequest:
         if self._closed:
             raise UserError(f"the cluster of {self.database.root.url} is closed. Open it again.")
-        return SearchRequest(min(k, len(self.database)), effort or self.database.effort(recall), metadata)
+        return SearchRequest(min(int(k), len(self.database)), effort or self.database.effort(recall), metadata)
 
     def _start(self, source: Any, group: PartitionGroup) -> Replicas:
         actor = ray.remote(PartitionSearcher).options(

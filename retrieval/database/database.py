@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from retrieval.clip.identity import EncoderIdentity
 from retrieval.database.result_table import result_table
+from retrieval.database.unit_rows import unit_queries, whole_k
 from retrieval.errors import UserError
 from retrieval.index.effort import QUERY_KINDS, Effort, MeasuredEffort, cheapest_effort
 from retrieval.index.hidden import Ids, hidden_ids
@@ -26,8 +27,6 @@ from retrieval.storage.root import Root
 
 SCHEMA_VERSION = 3
 """Version of the files of a database. Databases of other versions are refused."""
-SAFE_LENGTHS = (1e-15, 1e15)
-"""The square of a length in this range fits in float32."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +169,8 @@ class Database:
     def search(
         self, queries: npt.ArrayLike, k: int, *, recall: float = 0.95, effort: Effort | None = None
     ) -> Neighbors:
-        """The k rows most similar to each query. queries: (n, dim) of any float type and any length > 0.
+        """The k rows most similar to each query. queries: (n, dim) numbers of any length > 0: an array, a
+        tensor of torch or nested lists.
 
         recall: wanted share of the true k neighbors, on average; the calibration in the manifest maps it to
         an effort. effort: used instead of recall. Returns fewer than k neighbors only if fewer rows are
@@ -178,6 +178,7 @@ class Database:
         k < 1 and for queries of another dimension, zero or not finite.
         """
         units = self.unit_queries(queries, k)
+        k = min(int(k), len(self))
         effort = effort or self.effort(recall)
         return self.neighbors(*self.search_partitions(units, k, effort, self.route(units, k, effort)))
 
@@ -191,21 +192,8 @@ class Database:
 
     def unit_queries(self, queries: npt.ArrayLike, k: int) -> Vectors:
         """The queries as float32 unit rows. Raises UserError if they cannot be searched, or for k < 1."""
-        array = np.asarray(queries)
-        if k < 1:
-            raise UserError(f"k must be at least 1, got {k}")
-        if array.ndim != 2 or array.shape[1] != self.dim:
-            raise UserError(f"queries for {self.root.url} must be (n, {self.dim}), got {array.shape}")
-        if array.dtype.kind not in "fiu":
-            raise UserError(f"queries for {self.root.url} must be numbers, got {array.dtype}")
-        array = array.astype(np.float32)
-        lengths = np.sqrt(np.einsum("ij,ij->i", array, array))
-        if ((lengths > SAFE_LENGTHS[0]) & (lengths < SAFE_LENGTHS[1])).all():
-            return array / lengths[:, None]
-        largest = np.abs(array).max(axis=1, keepdims=True, initial=0)
-        if not np.isfinite(largest).all() or not largest.all():
-            raise UserError(f"a query for {self.root.url} is zero or not finite: it has no direction")
-        return unit(array / largest)  # scaled first, because other squares overflow or underflow float32
+        whole_k(k)
+        return unit_queries(queries, self.dim, self.root.url)
 
     def route(self, units: Vectors, k: int, effort: Effort) -> Positions:
         """Partitions each query visits, nearest first: (n, most visited) int64, -1 for none.

@@ -12,12 +12,12 @@ import pyarrow as pa
 from retrieval.clip.identity import EncoderIdentity
 from retrieval.database.build import DatabaseIdentity, write_database
 from retrieval.database.database import Database
+from retrieval.database.unit_rows import unit_rows
 from retrieval.errors import UserError
 from retrieval.imports.metadata import read_metadata
 from retrieval.imports.readers import read_source_blocks, split_path
 from retrieval.imports.source import Path, VectorSource
 from retrieval.index.hidden import HIDDEN_FILE
-from retrieval.index.routing import Vectors, unit
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
 from retrieval.storage.arrow_columns import take_rows
@@ -51,7 +51,7 @@ def read_database_blocks(source: VectorSource, dim: int) -> Iterator[DatabaseBlo
         length = block.vectors.shape[1]
         if length not in (dim, 0):
             raise UserError(f"{block.location} has vectors of length {length}; the encoder makes {dim}")
-        usable, rows = _unit_rows(block.vectors)
+        usable, rows = unit_rows(block.vectors)
         metadata = read_metadata(block.metadata, len(usable), first, source.columns, block.location)
         table = metadata.table.filter(pa.array(usable))
         vectors = schema.fixed_lists(rows.reshape(-1, dim).astype(np.float16))
@@ -104,17 +104,6 @@ def build_database(
     identity = DatabaseIdentity(name, {"source": _digest(table)}, dict(reasons), values)
     write_database(parent, table, encoder, config or IndexConfig.model_validate({}), identity)
     return Database.open(root)
-
-
-def _unit_rows(vectors: npt.NDArray[np.generic]) -> tuple[npt.NDArray[np.bool_], Vectors]:
-    """Which rows are finite and not zero, (n,) bool, and these rows at length 1, float32."""
-    if not vectors.shape[1]:
-        return np.zeros(len(vectors), bool), np.empty((0, 0), np.float32)
-    rows = np.asarray(vectors, np.promote_types(vectors.dtype, np.float32))
-    largest = np.abs(rows).max(axis=1, keepdims=True)
-    usable = (np.isfinite(largest) & (largest > 0))[:, 0]
-    # Scaled by the largest entry first: the squares of very large or small entries exceed the float32 range.
-    return usable, unit((rows[usable] / largest[usable]).astype(np.float32))
 
 
 def _digest(table: pa.Table) -> str:

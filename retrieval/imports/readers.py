@@ -3,6 +3,7 @@
 Yields blocks of at most BLOCK_ROWS raw rows in the order of the sorted file names.
 """
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from retrieval.database.unit_rows import as_array
 from retrieval.errors import UserError
 from retrieval.imports.source import Path, SourceColumns, VectorSource, find_column, metadata_columns
 from retrieval.storage.arrow_columns import is_float_list, plain
+from retrieval.storage.data_files import data_files
 from retrieval.storage.root import Root
 
 BLOCK_ROWS = 32_768
@@ -41,21 +44,24 @@ class SourceBlock:
 
 def read_source_blocks(source: VectorSource) -> Iterator[SourceBlock]:
     """Read all rows of a source. Raises UserError if files cannot be read or do not match each other."""
-    if isinstance(source.vectors, np.ndarray):
+    if not isinstance(source.vectors, str | os.PathLike):
         yield from _array_blocks(source)
         return
     root, names = _files(source.vectors)
     if folders := {PurePosixPath(name).parts[0] for name in names} & set(CLIP_RETRIEVAL.values()):
         yield from _clip_retrieval(root, names, folders, source)
-    elif vectors := [name for name in names if name.endswith(".npy")]:
+    elif vectors := _with_suffix(names, ".npy"):
         yield from _paired_blocks(root, vectors, source)
-    elif tables := [name for name in names if name.endswith(".parquet")]:
+    elif tables := _with_suffix(names, ".parquet"):
         if source.metadata is not None:
             raise UserError(f"{root.url}: Parquet files contain their metadata; leave out other metadata.")
         for name in tables:
             yield from _parquet_blocks(root, name, source.columns)
     else:
-        raise UserError(f"{root.url} has no vectors: expected .npy files or Parquet files with a vector column.")
+        examples = f"it has {', '.join(names[:5])}" if names else "it has no files"
+        raise UserError(
+            f"{root.url} has no vectors: expected .npy files or Parquet files with a vector column; {examples}."
+        )
 
 
 def load_npy(root: Root, name: str) -> npt.NDArray[np.generic]:
@@ -97,9 +103,29 @@ def _files(path: Path) -> tuple[Root, list[str]]:
     root, name = split_path(path)
     if not root.exists(name):
         raise UserError(f"{root.at(name)} does not exist; expected a file or folder of vectors")
-    if name.endswith((".npy", ".parquet")):
+    if name.lower().endswith((".npy", ".parquet")) and root.size(name) >= 0:
         return root, [name]
-    return root.child(name), root.child(name).list("")
+    if root.child(name).list("") == [""]:
+        raise UserError(f"{root.at(name)} {_other_file(root, name)}")
+    return root.child(name), data_files(root.child(name))
+
+
+def _other_file(root: Root, name: str) -> str:
+    """What a file with the wrong suffix is, and what to do."""
+    with root.open(name) as file:
+        is_faiss = re.match(rb"I[A-Za-z][A-Za-z0-9][A-Za-z0-9]", file.read(4)) and name.lower().endswith(
+            (".faiss", ".index")
+        )
+    if is_faiss:
+        return (
+            "is a faiss index, which may store its vectors only approximately. Give the original vectors; from a "
+            "flat index: numpy.save('vectors.npy', index.reconstruct_n(0, index.ntotal))"
+        )
+    return "is neither a .npy nor a .parquet file; expected one of these, or a folder of them"
+
+
+def _with_suffix(names: list[str], suffix: str) -> list[str]:
+    return [name for name in names if name.lower().endswith(suffix)]
 
 
 def _load_vectors(root: Root, name: str) -> npt.NDArray[np.generic]:
@@ -107,7 +133,7 @@ def _load_vectors(root: Root, name: str) -> npt.NDArray[np.generic]:
 
 
 def _array_blocks(source: VectorSource) -> Iterator[SourceBlock]:
-    vectors = check_array(np.asarray(source.vectors), "the array of vectors")
+    vectors = check_array(as_array(source.vectors, "the array of vectors"), "the array of vectors")
     table = source.metadata
     if table is not None and not isinstance(table, pa.Table):
         raise UserError(f"metadata of an array must be a pyarrow.Table with a row for each vector, got {table!r}")
@@ -122,7 +148,7 @@ def _clip_retrieval(root: Root, names: list[str], folders: set[str], source: Vec
     folder = CLIP_RETRIEVAL[source.part]
     if folder not in folders:
         raise UserError(f"{root.url} has {', '.join(sorted(folders))} but no {folder}: no vectors of {source.part}")
-    vectors = [name for name in names if name.startswith(f"{folder}/") and name.endswith(".npy")]
+    vectors = [name for name in _with_suffix(names, ".npy") if name.startswith(f"{folder}/")]
     if source.metadata is None and any(name.startswith("metadata/") for name in names):
         source = replace(source, metadata=root.at("metadata"))
     yield from _paired_blocks(root, vectors, source)
@@ -139,7 +165,7 @@ def _paired_blocks(root: Root, vectors: list[str], source: VectorSource) -> Iter
                 yield SourceBlock(root.at(name), array[start : start + BLOCK_ROWS], None)
         return
     table_root, names = _files(source.metadata)
-    tables = [name for name in names if name.endswith(".parquet")]
+    tables = _with_suffix(names, ".parquet")
     for name, table in _pairs(root, vectors, table_root, tables):
         array = _load_vectors(root, name)
         yield from _aligned_blocks(array, root.at(name), (table_root, table), source.columns)

@@ -22,6 +22,7 @@ NEIGHBORS_IN_GRAPH = 32
 SPILL = 0.5
 """Share of the rows that are in their second list too: those nearest to the border between the two."""
 DIMENSIONS_PER_CODE = 2
+"""Of vectors with an odd number of dimensions each dimension has a code."""
 BLOCK_ROWS = 1 << 16
 
 
@@ -45,7 +46,7 @@ def num_lists(rows: int) -> int:
 
 
 def train_inverted_lists(rows: AnyVectors, seed: int) -> InvertedLists:
-    """Index unit rows (n, dim) with dim even. Peak memory besides the rows: a float32 copy of one block."""
+    """Index unit rows (n, dim). Peak memory besides the rows: a float32 copy of one block."""
     random = np.random.default_rng(seed)
     lists = num_lists(len(rows))
     sample = np.sort(random.permutation(len(rows))[: SAMPLE_PER_LIST * lists])
@@ -81,7 +82,8 @@ def _empty_index(centroids: Vectors) -> Any:
     faiss.omp_set_num_threads(1)  # more threads link the graph in an order that differs from run to run
     graph.add(centroids)
     faiss.omp_set_num_threads(threads)
-    index = faiss.IndexIVFPQ(graph, dim, lists, dim // DIMENSIONS_PER_CODE, 4, metric)
+    codes = dim if dim % DIMENSIONS_PER_CODE else dim // DIMENSIONS_PER_CODE
+    index = faiss.IndexIVFPQ(graph, dim, lists, codes, 4, metric)
     index.by_residual = True
     return index
 

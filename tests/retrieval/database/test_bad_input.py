@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from PIL import Image
 
 from retrieval import Database, Root, UserError
@@ -122,6 +123,46 @@ def test_unsuitable_arrays_are_refused(tmp_path: Path, vectors: np.ndarray) -> N
 def test_an_unusable_query_is_refused(database: Database, query: np.ndarray, k: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         database.search(query, k)
+
+
+def test_queries_of_any_number_type_and_library_find_the_same_rows(database: Database, rows: Vectors) -> None:
+    queries = rows[:4]
+    expected = database.search(queries, 3).ids
+    tensor = torch.from_numpy(queries)
+    for same in (queries.tolist(), list(queries), list(tensor), tensor.double(), tensor.requires_grad_()):
+        for k in (3, np.int64(3), np.uint8(3), torch.tensor(3), np.array(3)):
+            np.testing.assert_array_equal(database.search(same, k).ids, expected)
+    for rounded in (
+        tensor.bfloat16(),
+        tensor.half(),
+        list(tensor.bfloat16()),
+        tensor.detach().numpy().astype(np.float16),
+    ):
+        np.testing.assert_array_equal(database.search(rounded, 1).ids, expected[:, :1])
+
+
+@pytest.mark.parametrize("scale", [1e300, 1e-300, 5e-324])
+def test_very_long_and_very_short_queries_have_a_direction(database: Database, scale: float) -> None:
+    query = np.eye(1, DIM) * scale
+    results = database.search(query, 3)
+    np.testing.assert_array_equal(results.ids, database.search(np.eye(1, DIM), 3).ids)
+    assert np.abs(results.similarities).max() <= 1.001
+
+
+@pytest.mark.parametrize("k", [3.0, np.float64(3), "3", None, [3], np.array([3, 4])])
+def test_a_number_of_neighbors_that_is_not_whole_is_refused(database: Database, k: object) -> None:
+    with pytest.raises(UserError, match="k must be a whole number, got"):
+        database.search(np.ones((1, DIM)), k)  # type: ignore[arg-type]
+
+
+def test_more_neighbors_than_rows_are_all_rows(database: Database) -> None:
+    assert database.search(np.ones((1, DIM)), 10**30).ids.shape == (1, 300)
+
+
+@pytest.mark.parametrize("queries", [[[1.0], [1.0, 2.0]], torch.eye(DIM).to_sparse(), object()])
+def test_queries_that_are_no_array_are_refused(database: Database, queries: object) -> None:
+    with pytest.raises(UserError, match=r"cannot be read as an array|must be \(n, 32\)"):
+        database.search(queries, 3)
 
 
 def test_a_database_of_another_encoder_is_refused(database: Database, encoder: Encoder) -> None:

@@ -10,7 +10,7 @@ import faiss
 import numpy as np
 import pytest
 
-from retrieval import Database, Effort, Root, UserError
+from retrieval import Database, Effort, EncoderIdentity, Root, UserError, build_database
 from retrieval.database.build import DatabaseIdentity, train_partition_centroids, write_database
 from retrieval.index.hidden import hide
 from retrieval.index.routing import Vectors, unit
@@ -187,3 +187,13 @@ def test_rows_of_another_length_than_the_encoder_dim_are_refused(tmp_path: Path,
     encoder = IDENTITY.model_copy(update={"dim": 64})
     with pytest.raises(UserError, match="database x"):
         write_database(Root(tmp_path), table_of(vectors[:10]), encoder, IndexConfig(), DatabaseIdentity("x", {}))
+
+
+@pytest.mark.parametrize("dim", [1, 3, 33])
+def test_vectors_with_an_odd_number_of_dimensions_get_inverted_lists(tmp_path: Path, dim: int) -> None:
+    rows = unit(np.random.default_rng(0).standard_normal((1100, dim)))
+    encoder = EncoderIdentity(model="test", weights="", preprocessing="", dim=dim)
+    config = IndexConfig(flat_rows=1000, num_queries=20)
+    database = build_database(tmp_path / "db", rows, encoder=encoder, config=config)
+    assert database.partitions[0].num_lists == 256
+    np.testing.assert_allclose(database.search(rows[:20], 1, recall=0.99).similarities, 1, atol=0.02)

@@ -5,11 +5,13 @@ from decimal import Decimal
 from pathlib import Path
 from uuid import UUID
 
+import faiss
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from retrieval import Database, UserError
 from retrieval.imports import readers
@@ -315,6 +317,38 @@ def test_damaged_and_missing_files_are_named_in_the_error(tmp_path: Path) -> Non
     (tmp_path / "a.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:-40])
     with pytest.raises(UserError, match=r"a.npy is not a readable .npy file"):
         read(VectorSource(tmp_path))
+
+
+def test_files_that_are_no_vectors_are_named_with_a_remedy(tmp_path: Path) -> None:
+    index = faiss.IndexFlatIP(DIM)
+    index.add(parts()[0])
+    faiss.write_index(index, str(tmp_path / "flat.faiss"))
+    (tmp_path / "notes.txt").write_text("0.1 0.2")
+    (tmp_path / "empty").touch()
+    with pytest.raises(UserError, match=r"flat\.faiss is a faiss index.*reconstruct_n"):
+        read(VectorSource(tmp_path / "flat.faiss"))
+    for name in ("notes.txt", "empty"):
+        with pytest.raises(UserError, match=rf"{name} is neither a \.npy nor a \.parquet file"):
+            read(VectorSource(tmp_path / name))
+    with pytest.raises(UserError, match=r"has no vectors: expected .*; it has empty, flat\.faiss, notes\.txt"):
+        read(VectorSource(tmp_path))
+
+
+def test_hidden_files_are_left_out_and_suffixes_may_be_upper_case(tmp_path: Path) -> None:
+    np.save(tmp_path / "B.npy", parts()[0])
+    (tmp_path / "B.npy").rename(tmp_path / "B.NPY")
+    for name in ("_temporary/0.npy", ".ipynb_checkpoints/B.npy", "__MACOSX/._B.npy", "._B.npy", "_SUCCESS"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"no array")
+    assert_rows(read(VectorSource(tmp_path)), parts()[0])
+    assert_rows(read(VectorSource(tmp_path / "B.NPY")), parts()[0])
+
+
+def test_tensors_and_lists_are_vectors_too() -> None:
+    rows = parts()[0]
+    for vectors in (torch.from_numpy(rows).bfloat16().requires_grad_(), rows.astype(np.float64).tolist()):
+        table = pa.concat_tables([block.table for block in read_database_blocks(VectorSource(vectors), DIM)])
+        np.testing.assert_allclose(schema.vectors(table, schema.EMBEDDING), rows, atol=1e-2)
 
 
 def test_parquet_files_without_a_unique_vector_column_are_refused(tmp_path: Path) -> None:
