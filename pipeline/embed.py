@@ -19,16 +19,17 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from pipeline.pictures.near_copies import ROWS_PER_GROUP, copies_work, drop_copies
-from pipeline.pictures.patches import MAX_PIXELS, draw_boxes, patch_pictures, patch_quotas, patch_rows
+from pipeline.pictures.patches import draw_boxes, patch_pictures, patch_quotas, patch_rows
 from pipeline.pictures.tars import sample_key
 from pipeline.recipe import EmbedConfig
 from pipeline.runtime.runner import Work, Workers, run_shards
 from pipeline.runtime.stage import Stage, group_shards
 from retrieval.clip.encoder import Encoder
 from retrieval.errors import UserError
+from retrieval.pictures.decode import BROKEN, PictureError, decode_share
 from retrieval.recipe import ClipConfig
 from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest
@@ -149,11 +150,9 @@ def with_vectors(rows: pa.Table, vectors: npt.NDArray[np.float32]) -> pa.Table:
 
 def _decode(encoder: Encoder, data: bytes) -> torch.Tensor | None:
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                return None
+        with Image.open(io.BytesIO(data)) as image, decode_share(image):
             return encoder.preprocess(image)
-    except (Image.DecompressionBombError, UnidentifiedImageError, OSError, ValueError, SyntaxError):
+    except (Image.DecompressionBombError, PictureError, *BROKEN):
         return None
 
 

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from retrieval.config import Config, WorkersConfig, runtime_setting
 from retrieval.perceptual_hash import MAX_DISTANCE
+from retrieval.pictures.decode import MAX_PIXELS
 from retrieval.recipe import JoinConfig
 
 
@@ -79,8 +80,9 @@ class DownloadConfig(WorkersConfig):
     """Retries after a 429, 500, 502, 503, 504 or a broken connection."""
     max_bytes: int = Field(32 << 20, ge=1)
     """Largest response body in bytes."""
-    max_pixels: int = Field(80_000_000, ge=1, le=1 << 30)
-    """Most pixels of a picture that is decoded."""
+    max_pixels: int = Field(80_000_000, ge=1, le=MAX_PIXELS)
+    """Most pixels of a picture that is decoded, at most 134 million. WebP and AVIF take 20 bytes of memory a pixel and
+    end at 100 million."""
     train_min_edge: int = Field(768, ge=1)
     """Least shorter edge in pixels of a decoded training image."""
     database_edge: int = Field(224, ge=1)

@@ -27,7 +27,7 @@ FORBIDDEN = {
 RAY_USERS = {"retrieval/cluster", "pipeline/runtime", "jobs/cluster"}
 ARROWS = """
 retrieval/__main__: cli
-retrieval/cli: clip database errors extras imports index picture_file recipe storage
+retrieval/cli: clip database errors extras imports index pictures recipe storage
 retrieval/clip: config errors recipe
 retrieval/cluster: config database errors index storage
 retrieval/config:
@@ -39,7 +39,7 @@ retrieval/index: errors storage
 retrieval/join: database index recipe
 retrieval/lazy: extras
 retrieval/perceptual_hash:
-retrieval/picture_file: errors
+retrieval/pictures: errors lazy storage
 retrieval/recipe: config
 retrieval/storage: config errors extras
 pipeline/capacity: recipe

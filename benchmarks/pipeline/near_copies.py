@@ -22,15 +22,15 @@ from jobs.cli.command import add_overrides, exit_on_user_error
 from jobs.cli.recipe import Recipe, load_recipe
 from jobs.demo.world.scenes import draw, random_scene
 from jobs.reporting.hardware import hardware
-from pipeline.pictures.picture import PictureError, prepare
+from pipeline.pictures.picture import prepare
 from pipeline.recipe import EmbedConfig, NeighborsConfig
 from retrieval.clip.encoder import Encoder
 from retrieval.errors import UserError
 from retrieval.perceptual_hash import PerceptualHashIndex, perceptual_hash
+from retrieval.pictures.decode import MAX_PIXELS, PictureError
 from retrieval.recipe import ClipConfig
 
 EDGE = 256
-MAX_PIXELS = 80_000_000
 HASHES = 100_000
 """Number of random hashes on each side of the timed comparison."""
 

@@ -18,10 +18,10 @@ from jobs.explore.api_models import SampleRequest, SearchRequest, decode_base64
 from jobs.explore.pictures import Pictures, decode_picture
 from jobs.explore.work_queue import WorkQueue
 from jobs.sample import trained_model
-from pipeline.pictures.picture import PictureError
 from retrieval.clip.encoder import Encoder
 from retrieval.database.database import Database
 from retrieval.errors import UserError
+from retrieval.pictures.decode import PictureError
 from retrieval.recipe import ClipConfig
 from retrieval.storage.root import Root
 from trainer.model.context import unit_rows

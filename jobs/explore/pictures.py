@@ -12,15 +12,15 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pipeline.pictures.picture import PictureError, prepare
+from pipeline.pictures.picture import prepare
 from pipeline.pictures.tars import member_ranges
 from retrieval.database.database import Database
+from retrieval.pictures.decode import MAX_PIXELS, PictureError
 from retrieval.storage.root import Root
 from trainer.sampling.request import TRAINING_DATABASE
 
 THUMBNAIL_EDGE = 320
 """Longer edge of a thumbnail in pixels."""
-MAX_PIXELS = 160_000_000
 
 
 @dataclass(frozen=True)

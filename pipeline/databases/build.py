@@ -20,14 +20,14 @@ from tqdm import tqdm
 
 from pipeline.databases.sources import PictureSource, SourcePicture, list_pictures
 from pipeline.embed import embed_images, with_vectors
-from pipeline.pictures.patches import MAX_PIXELS
-from pipeline.pictures.picture import PictureError, encode_jpeg, prepare
+from pipeline.pictures.picture import encode_jpeg, prepare
 from pipeline.pictures.tars import sample_key, tar_writer
 from pipeline.recipe import EmbedConfig
 from retrieval.clip.encoder import Encoder
 from retrieval.database.build import DatabaseIdentity, write_database
 from retrieval.errors import UserError
 from retrieval.perceptual_hash import BLANK_HASH, MIRROR_MASK
+from retrieval.pictures.decode import MAX_PIXELS, PictureError
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, read_manifest
@@ -200,7 +200,7 @@ def _write_thumbnails(root: Root, name: str, table: pa.Table, pictures: list[Sou
     with root.writing(name) as pending, tar_writer(pending.path) as tar:
         for row, source in zip(rows, pictures, strict=True):
             picture = prepare(source.read(), MAX_PIXELS, THUMBNAIL_EDGE)
-            thumbnail = encode_jpeg(picture, THUMBNAIL_EDGE, THUMBNAIL_QUALITY)
+            thumbnail = encode_jpeg(picture, THUMBNAIL_QUALITY)
             tar.add(sample_key(row[schema.IMAGE_ID]), thumbnail.data, row["caption"], row)
 
 

@@ -14,12 +14,13 @@ from typing import BinaryIO
 
 import numpy as np
 
-from pipeline.pictures.picture import Jpeg, PictureError, encode_jpeg, prepare
+from pipeline.pictures.picture import Jpeg, encode_jpeg, prepare
 from pipeline.web.blocklist import Blocklist
 from pipeline.web.fetch import Fetcher
 from pipeline.web.fetch_error import FetchError
 from pipeline.web.host_queue import FetchRequest, HostQueue
 from retrieval.errors import UserError
+from retrieval.pictures.decode import PictureError
 from retrieval.storage.schema import Reason
 
 NO_ANSWER = frozenset({Reason.NO_CONNECTION, Reason.TIMEOUT})
@@ -163,7 +164,7 @@ class ImageDownload:
             raise PictureError(Reason.BLOCKED, "its perceptual hash is on the blocklist")
         if min(picture.size) < settings.min_edge:
             raise PictureError(Reason.TOO_SMALL, f"shorter edge below {settings.min_edge} pixels")
-        return encode_jpeg(picture, settings.edge, settings.jpeg_quality)
+        return encode_jpeg(picture, settings.jpeg_quality)
 
     def _add_status(self, row: int, status: RowStatus) -> None:
         with self._lock:

@@ -16,14 +16,13 @@ import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image
 
-from pipeline.pictures.picture import PictureError, ppm_bytes, prepare
+from pipeline.pictures.picture import ppm_bytes, prepare
 from pipeline.recipe import PatchesConfig
 from retrieval.errors import UserError
+from retrieval.pictures.decode import MAX_PIXELS, PictureError
 from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest
 
-MAX_PIXELS = 160_000_000
-"""More than any downloaded picture has, and below the limit at which Pillow warns of a decompression bomb."""
 PICTURES_PER_CHUNK = 32
 """Pictures that are cropped before the next are read."""
 Counts = npt.NDArray[np.int64]
@@ -123,4 +122,4 @@ def _crop_all(data: bytes, boxes: list[Box], edge: int) -> list[bytes]:
         return [b""] * len(boxes)
     with Image.open(io.BytesIO(picture.data)) as image:
         rgb = image.convert("RGB")
-    return [ppm_bytes(crop(rgb, box, edge)) for box in boxes]
+    return [ppm_bytes(np.asarray(crop(rgb, box, edge))) for box in boxes]

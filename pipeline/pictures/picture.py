@@ -1,50 +1,35 @@
-"""Downloaded pictures of any format as upright 8-bit RGB, resized and encoded as JPEG.
+"""Downloaded pictures of any format as upright 8-bit sRGB, reduced and encoded as JPEG.
 
-Checks the size in pixels before decoding. A plain JPEG that needs no resizing keeps its bytes. Pillow decodes
-everything else (16 bits, gray, palette, alpha, animation, CMYK, EXIF rotation), because OpenCV decodes such files
-wrongly; OpenCV resizes and encodes. Resizing is `keep_ratio` of img2dataset; a test compares the bytes.
+A plain sRGB JPEG that needs no reduction keeps its compressed pixels and loses its private metadata
+(`jpeg_metadata.py`). Pillow decodes everything else (16 bits, gray, palette, alpha, animation, CMYK, colour profiles,
+EXIF rotation), because OpenCV decodes such files wrongly; OpenCV reduces and encodes. Reduction is `keep_ratio` of
+img2dataset; a test compares the bytes.
 """
 
-import io
 import math
-import struct
-import zlib
 from dataclasses import dataclass
-from threading import Semaphore
 
 import cv2
 import numpy as np
-import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
+from pipeline.pictures.jpeg_metadata import without_private_metadata
 from retrieval.perceptual_hash import perceptual_hash
+from retrieval.pictures.budget import BUDGET
+from retrieval.pictures.decode import STRIP_PIXELS, PictureError, Pixels, open_picture, orientation, upright_rgb
+from retrieval.pictures.srgb import is_srgb
 from retrieval.storage.schema import Reason
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-ORIENTATION_TAG = 0x0112
 LEAST_EDGE = 64
 """Shorter edge in pixels at which the perceptual hash is computed, if the picture is that large."""
-# Exceptions that Pillow's readers raise for damaged files, documented or observed; without MemoryError.
-_BUILT_IN = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError)
-BROKEN = (*_BUILT_IN, struct.error, zlib.error)
-
-# Decoding may take several hundred MB, and the page decodes uploads in all threads of its server.
-_DECODING = Semaphore(2)
-
-
-class PictureError(Exception):
-    """Why a body is not stored as a picture. reason: word of the status table; the text is its message."""
-
-    def __init__(self, reason: Reason, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
+MAX_JPEG_EDGE = 65_535
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An upright RGB picture. size: (width, height) in pixels, before any reduction.
+    """An upright sRGB picture. size: (width, height) in pixels, before any reduction.
 
-    data: with `keeps_bytes` the original JPEG, checked to be complete; else a PPM, perhaps already reduced.
+    data: with `keeps_bytes` the original JPEG, checked to be complete, without private metadata; else a PPM.
     """
 
     data: bytes
@@ -55,67 +40,68 @@ class Picture:
 
 
 def prepare(body: bytes, max_pixels: int, max_edge: int) -> Picture:
-    """Check and decode the picture in a body. Raises PictureError if it cannot be used.
+    """Check, decode and reduce the picture in a body. Raises PictureError if it cannot be used or stored as JPEG.
 
-    max_edge: shorter edge in pixels that `encode_jpeg` will reduce to; 0: it keeps its size. The result may be reduced
-    already, to no less than max_edge. Animations give their first frame; transparent pictures are put on white.
+    max_edge: a longer shorter edge is reduced to so many pixels; 0: it keeps its size. Animations give their first
+    frame; transparent pictures are put on white.
     """
-    try:
-        with Image.open(io.BytesIO(body), formats=FORMATS) as image:
-            return _prepare(image, body, max_pixels, max_edge)
-    except Image.DecompressionBombError as error:
-        raise _too_many_pixels(max_pixels) from error
-    except UnidentifiedImageError as error:
-        raise PictureError(Reason.NOT_AN_IMAGE, "no known picture format") from error
-    except BROKEN as error:
-        raise PictureError(Reason.TRUNCATED, "the picture is damaged or ends early") from error
+    with open_picture(body, max_pixels) as image:
+        return _prepare(image, body, max_edge)
 
 
-def _prepare(image: Image.Image, body: bytes, max_pixels: int, max_edge: int) -> Picture:
-    size = image.size
-    if size[0] * size[1] > max_pixels:
-        raise _too_many_pixels(max_pixels)
-    if image.mode in ("I", "F"):
-        raise PictureError(Reason.NOT_AN_IMAGE, "32-bit pixels with an unknown range of values")
-    is_plain = image.format in ("JPEG", "MPO") and image.mode == "RGB" and _orientation(image) == 1
+def _prepare(image: Image.Image, body: bytes, max_edge: int) -> Picture:
+    turn = orientation(image)
+    size = image.size if turn < 5 else image.size[::-1]
+    _check_edge(size, max_edge)
     keeps_size = not max_edge or min(size) <= max_edge
-    with _DECODING:
-        if not is_plain:
-            upright = _decode(image)
-            return Picture(ppm_bytes(upright), upright.size, phash=perceptual_hash(upright))
-        # A JPEG decodes to 1/2, 1/4 or 1/8 of its size at a fraction of the cost. This is enough for the
-        # perceptual hash and detects truncated files.
-        scale = max(1 / 8, LEAST_EDGE / min(size)) if keeps_size else max_edge / min(size)
-        image.draft(None, (math.ceil(size[0] * scale), math.ceil(size[1] * scale)))
-        image.load()
-        data = body if keeps_size else ppm_bytes(image)
-        return Picture(data, size, keeps_bytes=keeps_size, phash=perceptual_hash(image))
+    if image.format in ("JPEG", "MPO"):
+        is_plain = image.mode == "RGB" and turn == 1 and is_srgb(image.info.get("icc_profile"))
+        if is_plain and keeps_size and (jpeg := without_private_metadata(body, image)):
+            # Decoding to 1/8 of the size is enough for the perceptual hash and detects truncated files.
+            _draft(image, LEAST_EDGE)
+            image.load()
+            return Picture(jpeg, size, keeps_bytes=True, phash=perceptual_hash(image))
+        if not keeps_size:
+            _draft(image, max_edge)
+    pixels = upright_rgb(image)
+    phash = _perceptual_hash(pixels)
+    return Picture(ppm_bytes(_reduced(pixels, max_edge)), size, phash=phash)
 
 
-def _too_many_pixels(max_pixels: int) -> PictureError:
-    return PictureError(Reason.TOO_MANY_PIXELS, f"more than {max_pixels} pixels")
+def _check_edge(size: tuple[int, int], max_edge: int) -> None:
+    scale = min(1, max_edge / min(size)) if max_edge else 1
+    if round(max(size) * scale) > MAX_JPEG_EDGE:
+        message = f"{size[0]} x {size[1]} pixels, an edge of more than {MAX_JPEG_EDGE} pixels as JPEG"
+        raise PictureError(Reason.TOO_MANY_PIXELS, message)
 
 
-def _orientation(image: Image.Image) -> int:
-    try:
-        value = image.getexif().get(ORIENTATION_TAG, 1)
-    except BROKEN:  # the EXIF data are damaged; the picture may be intact
-        return 1
-    return value if value in range(1, 9) else 1
+def _draft(image: Image.Image, least_edge: int) -> None:
+    """Let a JPEG be decoded to 1/2, 1/4 or 1/8 of its size, at a fraction of the cost, but not below an edge."""
+    scale = max(1 / 8, least_edge / min(image.size))
+    image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
 
 
-def _decode(image: Image.Image) -> Image.Image:
-    image.seek(0)
-    image.load()
-    if _orientation(image) != 1:
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        # Pillow would clip to 255, which makes almost all pixels white.
-        return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
+def _perceptual_hash(pixels: Pixels) -> int:
+    """The perceptual hash of RGB pixels. Converts strips to gray: Pillow would hold them with 4 bytes a pixel."""
+    rows = max(1, STRIP_PIXELS // pixels.shape[1])
+    strips = (pixels[top : top + rows] for top in range(0, len(pixels), rows))
+    gray = np.concatenate([np.asarray(Image.fromarray(strip).convert("L")) for strip in strips])
+    return perceptual_hash(Image.fromarray(gray))
+
+
+def _reduced(pixels: Pixels, edge: int) -> Pixels:
+    height, width = pixels.shape[:2]
+    shorter = min(height, width)
+    if not edge or shorter <= edge:
+        return pixels
+    size = (round(width * edge / shorter), round(height * edge / shorter))
+    return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), np.uint8)
+
+
+def ppm_bytes(pixels: Pixels) -> bytes:
+    """RGB pixels as PPM: lossless, and fast to write and to read."""
+    height, width = pixels.shape[:2]
+    return b"".join([f"P6 {width} {height} 255\n".encode(), np.ascontiguousarray(pixels).data])
 
 
 @dataclass(frozen=True)
@@ -127,27 +113,11 @@ class Jpeg:
     original_size: tuple[int, int]
 
 
-def encode_jpeg(picture: Picture, edge: int, quality: int) -> Jpeg:
-    """Reduce the shorter edge of a picture to `edge` pixels if it is longer, and encode it. edge 0: keep."""
+def encode_jpeg(picture: Picture, quality: int) -> Jpeg:
+    """Encode a picture, unless it is a JPEG already."""
     if picture.keeps_bytes:
         return Jpeg(picture.data, picture.size, picture.size)
-    pixels = np.asarray(cv2.imdecode(np.frombuffer(picture.data, np.uint8), cv2.IMREAD_COLOR), np.uint8)
-    pixels = _resize(pixels, edge)
-    data = cv2.imencode(".jpg", pixels, (cv2.IMWRITE_JPEG_QUALITY, quality))[1].tobytes()
+    with BUDGET.share(min(2 * len(picture.data), BUDGET.max_bytes)):
+        pixels = np.asarray(cv2.imdecode(np.frombuffer(picture.data, np.uint8), cv2.IMREAD_COLOR), np.uint8)
+        data = cv2.imencode(".jpg", pixels, (cv2.IMWRITE_JPEG_QUALITY, quality))[1].tobytes()
     return Jpeg(data, (pixels.shape[1], pixels.shape[0]), picture.size)
-
-
-def _resize(pixels: npt.NDArray[np.uint8], edge: int) -> npt.NDArray[np.uint8]:
-    height, width = pixels.shape[:2]
-    shorter = min(height, width)
-    if not edge or shorter <= edge:
-        return pixels
-    size = (round(width * edge / shorter), round(height * edge / shorter))
-    return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), np.uint8)
-
-
-def ppm_bytes(image: Image.Image) -> bytes:
-    """The image as PPM: raw pixels, so lossless, and fast to write and to read."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PPM")
-    return buffer.getvalue()

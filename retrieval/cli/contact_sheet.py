@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from retrieval.errors import UserError
-from retrieval.picture_file import read_picture
+from retrieval.pictures.picture_file import read_picture
 
 if TYPE_CHECKING:
     from retrieval.database.database import Neighbors

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from retrieval.database.database import Database
 from retrieval.errors import UserError
 from retrieval.imports.readers import check_array, load_npy, split_path
-from retrieval.picture_file import read_picture
+from retrieval.pictures.picture_file import read_picture
 from retrieval.recipe import ClipConfig
 
 if TYPE_CHECKING:

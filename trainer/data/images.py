@@ -15,10 +15,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from retrieval.errors import UserError
+from retrieval.pictures.decode import MAX_PIXELS
 from trainer.data.sample_order import CROPS
-
-MAX_PIXELS = 1 << 27
-"""Larger images are an error before decoding: 128 megapixels are 400 MB of RGB."""
 
 MIN_DRAFT_RATIO = 1.5
 """A JPEG decoded at reduced size is at least this much larger than its scaled size: less loses sharpness."""

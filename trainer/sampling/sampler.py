@@ -22,7 +22,7 @@ from retrieval.clip.identity import EncoderIdentity
 from retrieval.config import Config
 from retrieval.database.database import Database
 from retrieval.errors import UserError
-from retrieval.picture_file import decode_picture
+from retrieval.pictures.picture_file import decode_picture
 from retrieval.recipe import ClipConfig
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root

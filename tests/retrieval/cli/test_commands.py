@@ -21,7 +21,7 @@ from retrieval.database.build import DatabaseIdentity, write_database
 from retrieval.imports.importer import build_database
 from retrieval.imports.source import VectorSource
 from retrieval.index.routing import Vectors, unit
-from retrieval.picture_file import read_picture
+from retrieval.pictures.picture_file import read_picture
 from retrieval.recipe import IndexConfig
 from tests.retrieval.conftest import IDENTITY, clustered, table_of
 from tests.retrieval.tiny_clip import write_clip

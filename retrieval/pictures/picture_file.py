@@ -1,16 +1,11 @@
-"""Reads picture files: upright, RGB. Damaged files raise UserError."""
+"""Reads picture files that a user names: upright, sRGB. Files that cannot be decoded raise UserError."""
 
-import io
-import struct
-import zlib
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from retrieval.errors import UserError
-
-# Exceptions that Pillow's readers raise for damaged files, besides its own error for too many pixels.
-DAMAGED = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, struct.error, zlib.error)
+from retrieval.pictures.decode import PictureError, open_picture, upright_rgb
 
 
 def read_picture(path: Path) -> Image.Image:
@@ -24,7 +19,7 @@ def read_picture(path: Path) -> Image.Image:
 def decode_picture(name: str, data: bytes) -> Image.Image:
     """Decode the bytes of a picture file, upright, RGB. name: of the file, for the UserError."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (*DAMAGED, Image.DecompressionBombError) as error:
+        with open_picture(data) as image:
+            return Image.fromarray(upright_rgb(image))
+    except PictureError as error:
         raise UserError(f"{name} is not a readable picture: {error}") from error
