@@ -39,7 +39,7 @@ retrieval/index: errors storage
 retrieval/join: database index recipe
 retrieval/lazy: extras
 retrieval/perceptual_hash:
-retrieval/pictures: errors lazy storage
+retrieval/pictures: errors storage
 retrieval/recipe: config
 retrieval/storage: config errors extras
 pipeline/capacity: recipe

@@ -4,9 +4,21 @@ A thread takes a share before it decodes and waits until the others have returne
 a row take more time, not more memory.
 """
 
+import ctypes
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+TRIMMED_BYTES = 64 << 20
+
+
+def trim_memory(num_bytes: int) -> None:
+    """Return freed memory to the system if so many bytes were freed: glibc keeps blocks up to 32 MiB for itself."""
+    if num_bytes >= TRIMMED_BYTES and sys.platform == "linux":
+        library = ctypes.CDLL(None)
+        if hasattr(library, "malloc_trim"):
+            library.malloc_trim(0)
 
 
 class DecodeBudget:

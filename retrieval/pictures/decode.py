@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from retrieval.pictures.budget import BUDGET
+from retrieval.pictures.budget import BUDGET, trim_memory
 from retrieval.pictures.srgb import srgb_conversion
 from retrieval.storage.schema import Reason
 
@@ -72,14 +72,21 @@ def open_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Im
 
 @contextmanager
 def decode_share(image: Image.Image) -> Iterator[None]:
-    """Hold the memory that decoding an opened image takes. Raises PictureError if that is more than the budget."""
+    """Hold the memory that decoding an opened image takes, and close the image after the block.
+
+    Raises PictureError if it takes more than the budget.
+    """
     progressive = _PROGRESSIVE if image.info.get("progressive") else _OTHER
     num_bytes = image.width * image.height * _LARGE.get(image.format or "", progressive)
     if num_bytes > BUDGET.max_bytes:
         message = f"decoding takes {num_bytes / 1e9:.1f} GB, more than {BUDGET.max_bytes / 1e9:.1f} GB"
         raise PictureError(Reason.TOO_MANY_PIXELS, message)
     with BUDGET.share(num_bytes):
-        yield
+        try:
+            yield
+        finally:
+            image.close()  # frees its pixels
+            trim_memory(num_bytes)
 
 
 def orientation(image: Image.Image) -> int:
