@@ -90,7 +90,7 @@ class DownloadConfig(WorkersConfig):
     database_min_edge: int = Field(32, ge=1)
     """Least shorter edge in pixels of a database image; some servers send 1 x 1 for missing pictures."""
     jpeg_quality: int = Field(95, ge=1, le=100)
-    """JPEG quality of re-encoded pictures; an upright RGB JPEG that keeps its size is stored unchanged."""
+    """JPEG quality of re-encoded pictures; an upright sRGB JPEG that keeps its size keeps its compressed pixels."""
     blocklist: str = ""
     """Path or URL of the blocklist, as in `filter`; entries with hashes apply only here."""
     min_answered: float = runtime_setting(0.05, ge=0, le=1)
