@@ -1,8 +1,9 @@
 """embed: the CLIP vector of every downloaded image.
 
 Reads `download/{train,database}/<shard>.{tar,parquet}`; writes `embed/{train,database}/<shard>.parquet` (id, metadata,
-float16 unit vector), rows in the order of the download. Database images that are copies of a training image
-(`near_copies.py`) are dropped. With `[embed.patches]` a database row is a patch of a picture (`patches.py`).
+length of the CLIP vector, float16 unit vector), rows in the order of the download. Database images that are copies of
+a training image (`near_copies.py`) are dropped. With `[embed.patches]` a database row is a patch of a picture
+(`patches.py`).
 """
 
 import io
@@ -29,6 +30,7 @@ from pipeline.runtime.runner import Work, Workers, run_shards
 from pipeline.runtime.stage import Stage, group_shards
 from retrieval.clip.encoder import Encoder
 from retrieval.errors import UserError
+from retrieval.index.routing import unit
 from retrieval.pictures.decode import BROKEN, PictureError, decode_share
 from retrieval.recipe import ClipConfig
 from retrieval.storage import schema
@@ -36,7 +38,7 @@ from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest
 from retrieval.storage.root import Root
 from retrieval.storage.schema import Reason
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 REMOVE = "Remove it and run 'make download' again."
 
 
@@ -113,14 +115,14 @@ def _embed_shard(
 def embed_images(
     pictures: Iterator[tuple[int, bytes]], encoder: Encoder, config: EmbedConfig
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Ids (n,) and unit vectors (n, dim) of the pictures that can be decoded. pictures: ids and bytes."""
+    """Ids (n,) and CLIP vectors (n, dim), not normalized, of the readable pictures. pictures: ids and bytes."""
     ids: list[int] = []
     vectors = [np.empty((0, encoder.identity.dim), np.float32)]
     for batch in _decoded_batches(pictures, encoder, config):
         decoded = [(image_id, tensor) for image_id, tensor in batch if tensor is not None]
         if decoded:
             ids += [image_id for image_id, _ in decoded]
-            vectors.append(encoder.encode_tensors(torch.stack([tensor for _, tensor in decoded])))
+            vectors.append(encoder.encode_tensors(torch.stack([tensor for _, tensor in decoded]), unit=False))
     return np.asarray(ids, np.int64), np.concatenate(vectors)
 
 
@@ -139,12 +141,18 @@ def _decoded_batches(
 
 
 def with_vectors(rows: pa.Table, vectors: npt.NDArray[np.float32]) -> pa.Table:
-    """Rows of schema.METADATA, with or without DETAILS, and a column of their (n, dim) float16 vectors."""
+    """Rows of schema.METADATA, with or without DETAILS, with the lengths and float16 directions of their CLIP vectors.
+
+    vectors: (n, dim) at any length, which replaces `norm` of the rows.
+    """
     columns = schema.embeddings(vectors.shape[1])
     if schema.BOX in rows.column_names:
         columns = pa.schema([*columns, *schema.DETAILS])
-    embedding = schema.fixed_lists(vectors.astype(np.float16))
-    arrays = [embedding if name == schema.EMBEDDING else rows[name].combine_chunks() for name in columns.names]
+    of_vectors = {
+        schema.NORM: pa.array(np.linalg.norm(vectors, axis=1).astype(np.float32)),
+        schema.EMBEDDING: schema.fixed_lists(unit(vectors).astype(np.float16)),
+    }
+    arrays = [of_vectors[name] if name in of_vectors else rows[name].combine_chunks() for name in columns.names]
     return pa.Table.from_arrays(arrays, schema=columns)
 
 

@@ -13,6 +13,7 @@ from retrieval.recipe import ClipConfig
 AutoencoderKind = Literal["kl", "vq", "patch"]
 Prediction = Literal["epsilon", "v_prediction"]
 SchedulerName = Literal["ddim", "plms", "dpm++"]
+ContextNorm = Literal["unit", "raw"]
 Integers = Annotated[tuple[PositiveInt, ...], Field(strict=False)]
 
 
@@ -51,6 +52,9 @@ class ModelConfig(Config):
     """Channels of the network's input and output: those of a latent."""
     context_dim: PositiveInt
     """Dimension of a neighbor embedding, which is that of the CLIP encoder."""
+    context_norm: ContextNorm = "unit"
+    """Length of the CLIP vectors that condition the network. `unit`: normalized to 1, as in the paper's LAION model;
+    `raw`: as CLIP gives them (about 10 for ViT-B/32), as in the paper's ImageNet model."""
     channels: Integers
     """Channels at each resolution, finest first. Each resolution is half of the previous one."""
     attention: Integers
@@ -112,8 +116,8 @@ class TrainConfig(Config):
     neighbors_used: NonNegativeInt = 0
     """Neighbors in the context of a sample, drawn from the k at each step, best first; 0: all k."""
     neighbor_noise: NonNegativeFloat = 0.0
-    """Standard deviation of the noise added to each entry of a neighbor's unit vector before it is normalized
-    again. 0.02 rotates a vector of 768 dimensions by about 30 degrees. 0: no noise."""
+    """Standard deviation of the noise added to each entry of a neighbor's unit vector, which then gets its former
+    length. 0.02 rotates a vector of 768 dimensions by about 30 degrees. 0: no noise."""
     flip: bool = True
     """Mirror half of the images. Unused for latents: section `latents` has its own `flip`."""
     global_batch: PositiveInt

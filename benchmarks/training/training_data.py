@@ -117,6 +117,7 @@ def _write_neighbors(root: Root, name: str, ids: Any, extent: Extent) -> None:
         np.zeros((count, k), np.int64),
         np.ones((count, k), np.float32),
         vectors.reshape(count, k * dim).astype(np.float16),
+        np.ones((count, k), np.float32),
     ]
     table_schema = schema.neighbors(k, dim)
     table = pa.table([pa.array(ids), *map(schema.fixed_lists, columns)], schema=table_schema)

@@ -139,7 +139,8 @@ class Explorer:
 
     def image_query(self, data: bytes) -> ImageQuery:
         """A picture as a condition, embedded as in a search. Raises UserError if it cannot be read."""
-        return ImageQuery.from_file("picture", data, self.encoder.encode_images([self._picture(data)])[0])
+        vectors = self.encoder.encode_images([self._picture(data)], unit=False)
+        return ImageQuery.from_file("picture", data, vectors[0])
 
     def close(self) -> None:
         """Accept no more work."""

@@ -26,6 +26,7 @@ from pipeline.recipe import EmbedConfig
 from retrieval.clip.encoder import Encoder
 from retrieval.database.build import DatabaseIdentity, write_database
 from retrieval.errors import UserError
+from retrieval.index.routing import unit
 from retrieval.perceptual_hash import BLANK_HASH, MIRROR_MASK
 from retrieval.pictures.decode import MAX_PIXELS, PictureError
 from retrieval.recipe import IndexConfig
@@ -118,7 +119,7 @@ def _embed_pictures(name: str, pictures: list[SourcePicture], missing: int, enco
     properties.reasons[Reason.UNREADABLE] += len(properties.sizes) - len(embedded_ids)
     properties.reasons[Reason.NOT_FOUND] += missing
     hashes = np.array([properties.hashes[image_id] for image_id in embedded_ids.tolist()], np.int64)
-    keep = ~find_near_copies(hashes, vectors)
+    keep = ~find_near_copies(hashes, unit(vectors))
     properties.reasons[Reason.NEAR_COPY] += int((~keep).sum())
     kept_ids = set(embedded_ids[keep].tolist())
     kept = {image_id: picture for image_id, picture in zip(ids, pictures, strict=True) if image_id in kept_ids}
@@ -173,7 +174,7 @@ def _metadata(name: str, pictures: dict[int, SourcePicture], properties: Picture
         "caption": [picture.caption for picture in pictures.values()],
         "width": [width for width, _ in sizes],
         "height": [height for _, height in sizes],
-        schema.BOX: [None] * len(pictures),
+        **{unknown: [None] * len(pictures) for unknown in (schema.NORM, schema.BOX)},
     }
     for column in ("license", "title", "artist", "source"):
         columns[column] = [getattr(picture, column) or None for picture in pictures.values()]

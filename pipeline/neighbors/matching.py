@@ -38,7 +38,9 @@ class MergedMatches:
     ids: npt.NDArray[np.int64]
     """(n, k) image ids."""
     vectors: npt.NDArray[np.float16]
-    """(n, k, dim) stored vectors."""
+    """(n, k, dim) stored unit vectors."""
+    norms: Vectors
+    """(n, k) lengths of the CLIP vectors before normalization."""
     near_copies: npt.NDArray[np.int64]
     """(n,) number of rows left out as near copies."""
 
@@ -121,6 +123,7 @@ def _match_batch(
         partition.ids[rows],
         result.near_copies[group],
         partition.embeddings[rows].reshape(count, k * dim),
+        partition.norms[rows],
     ]
     return _batch(columns, _match_schema(k, dim))
 
@@ -132,6 +135,7 @@ def merge_matches(root: Root, matches: list[str], group: int, shape: tuple[int, 
         np.full((num_queries, k), -np.inf, np.float32),
         np.zeros((num_queries, k), np.int64),
         np.zeros(shape, np.float16),
+        np.zeros((num_queries, k), np.float32),
         np.zeros(num_queries, np.int64),
     )
     for name in matches:
@@ -143,11 +147,13 @@ def merge_matches(root: Root, matches: list[str], group: int, shape: tuple[int, 
         ids = np.concatenate([merged.ids[numbers], schema.vectors(table, schema.NEIGHBOR_IDS)], axis=1)
         stored = schema.vectors(table, schema.NEIGHBOR_EMBEDDINGS).reshape(-1, k, dim)
         vectors = np.concatenate([merged.vectors[numbers], stored], axis=1)
+        norms = np.concatenate([merged.norms[numbers], schema.vectors(table, schema.NEIGHBOR_NORMS)], axis=1)
         # Matches come in the order of the partitions, so ascending columns are ascending positions.
         columns = np.broadcast_to(np.arange(similarities.shape[1]), similarities.shape)
         order = top_k_columns(similarities, columns, k)
         merged.similarities[numbers] = np.take_along_axis(similarities, order, 1)
         merged.ids[numbers] = np.take_along_axis(ids, order, 1)
+        merged.norms[numbers] = np.take_along_axis(norms, order, 1)
         merged.near_copies[numbers] += table["near_copies"].to_numpy()
         merged.vectors[numbers] = np.take_along_axis(vectors, order[:, :, None], 1)
     return merged
@@ -174,5 +180,6 @@ def _match_schema(k: int, dim: int) -> pa.Schema:
             (schema.NEIGHBOR_IDS, pa.list_(pa.int64(), k)),
             ("near_copies", pa.int64()),
             (schema.NEIGHBOR_EMBEDDINGS, pa.list_(pa.float16(), k * dim)),
+            (schema.NEIGHBOR_NORMS, pa.list_(pa.float32(), k)),
         ]
     )

@@ -28,7 +28,7 @@ from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest
 from retrieval.storage.root import FileRecord, Root
 from retrieval.storage.schema import Reason
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 ROWS_PER_GROUP = 100_000
 """Training images merged at a time: 12 KB each at k = 8, for each partition they visit."""
 
@@ -105,7 +105,7 @@ def _merge_work(config: NeighborsConfig, root: Root, groups: list[list[str]], ma
             full = np.isfinite(merged.similarities[in_shard]).all(axis=1)
             keep = visible & full
             rows = (image_ids[keep], merged.ids[in_shard][keep], merged.similarities[in_shard][keep])
-            table = neighbor_table(rows, merged.vectors[in_shard][keep])
+            table = neighbor_table(rows, merged.vectors[in_shard][keep], merged.norms[in_shard][keep])
             files.append(schema.write_table(root, f"neighbors/{shard}.parquet", table, table.schema))
             counts = {"rows": keep, "blocked": ~visible, "short": visible & ~full}
             counts["near_copies"] = merged.near_copies[in_shard]
@@ -116,9 +116,11 @@ def _merge_work(config: NeighborsConfig, root: Root, groups: list[list[str]], ma
 
 
 def neighbor_table(
-    rows: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]], vectors: npt.NDArray[np.float16]
+    rows: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]],
+    vectors: npt.NDArray[np.float16],
+    norms: npt.NDArray[np.float32],
 ) -> pa.Table:
-    """A table of schema.neighbors. rows: image ids (n,), neighbor ids and similarities (n, k)."""
+    """A table of schema.neighbors. rows: image ids (n,), neighbor ids and similarities (n, k); norms: (n, k)."""
     image_ids, neighbor_ids, similarities = rows
     count, k, dim = vectors.shape
     columns = [
@@ -126,6 +128,7 @@ def neighbor_table(
         schema.fixed_lists(neighbor_ids),
         schema.fixed_lists(similarities),
         schema.fixed_lists(vectors.reshape(count, k * dim)),
+        schema.fixed_lists(norms),
     ]
     return pa.Table.from_arrays(columns, schema=schema.neighbors(k, dim))
 

@@ -61,16 +61,17 @@ def _join_again(
     queries = vectors[[numbers[image_id] for image_id in ids.tolist()]]
     result = join_database(database, queries, config.join_config(), config.device)
     full = np.isfinite(result.similarities).all(axis=1)
-    neighbor_ids, stored = _stored_rows(database, result.positions[full])
-    return neighbor_table((ids[full], neighbor_ids, result.similarities[full]), stored)
+    neighbor_ids, stored, norms = _stored_rows(database, result.positions[full])
+    return neighbor_table((ids[full], neighbor_ids, result.similarities[full]), stored, norms)
 
 
 def _stored_rows(
     database: Database, positions: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float16]]:
-    """Image ids (n, k) and stored vectors (n, k, dim) at positions (n, k). Opens one partition at a time."""
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float16], npt.NDArray[np.float32]]:
+    """Ids (n, k), unit vectors (n, k, dim) and lengths (n, k) at positions (n, k). Opens one partition at a time."""
     ids = np.empty(positions.shape, np.int64)
     vectors = np.empty((*positions.shape, database.dim), np.float16)
+    norms = np.empty(positions.shape, np.float32)
     for number, count in enumerate(database.partition_rows):
         first = database.first_position(number)
         inside = (positions >= first) & (positions < first + count)
@@ -78,4 +79,5 @@ def _stored_rows(
             partition = Partition(database.root, number, database.hidden)
             ids[inside] = partition.ids[positions[inside] - first]
             vectors[inside] = partition.embeddings[positions[inside] - first]
-    return ids, vectors
+            norms[inside] = partition.norms[positions[inside] - first]
+    return ids, vectors, norms

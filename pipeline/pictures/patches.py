@@ -98,7 +98,7 @@ def patch_rows(pictures: pa.Table, boxes: Mapping[int, list[Box]]) -> pa.Table:
     of_patches |= {"width": [box[2] for box in flat], "height": [box[3] for box in flat]}
     of_pictures = {name: rows[name] for name in rows.column_names}
     target = pa.schema([*schema.METADATA, *schema.DETAILS])
-    missing = dict.fromkeys(target.names, pa.nulls(len(flat), pa.string()))
+    missing: dict[str, Any] = {name: pa.nulls(len(flat), target.field(name).type) for name in target.names}
     columns = missing | of_pictures | of_patches
     return pa.table({name: columns[name] for name in target.names}, schema=target)
 

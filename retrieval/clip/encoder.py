@@ -1,4 +1,4 @@
-"""CLIP encodes texts and images as unit vectors. Every database stores the identity of its encoder."""
+"""CLIP encodes texts and images as vectors. Every database stores the identity of its encoder."""
 
 import hashlib
 import json
@@ -17,7 +17,10 @@ from retrieval.recipe import ClipConfig
 
 
 class Encoder:
-    """A loaded CLIP model. Thread-safe."""
+    """A loaded CLIP model. Thread-safe.
+
+    Vectors have length 1, as databases and searches need them. With `unit=False` they keep the length that CLIP gives.
+    """
 
     def __init__(self, config: ClipConfig, device: str = "cpu") -> None:
         """Load the model. device: `cpu`, `cuda` or `cuda:1`. Raises UserError if it cannot be loaded."""
@@ -35,29 +38,34 @@ class Encoder:
         )
 
     @torch.inference_mode()
-    def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> npt.NDArray[np.float32]:
-        """Unit vectors of texts, (n, dim) float32. Texts longer than the model's context are truncated."""
+    def encode_texts(
+        self, texts: Sequence[str], batch_size: int = 256, *, unit: bool = True
+    ) -> npt.NDArray[np.float32]:
+        """Vectors of texts, (n, dim) float32. Texts longer than the model's context are truncated."""
         if not len(texts):
             return np.empty((0, self.identity.dim), np.float32)
         batches = (self._tokenize(list(texts[i : i + batch_size])) for i in range(0, len(texts), batch_size))
-        return np.concatenate([self._unit(self._model.encode_text(batch.to(self.device))) for batch in batches])
+        return np.concatenate([_rows(self._model.encode_text(batch.to(self.device)), unit) for batch in batches])
 
-    def encode_images(self, images: Sequence[Image.Image], batch_size: int = 64) -> npt.NDArray[np.float32]:
-        """Unit vectors of pictures of any size and mode, (n, dim) float32."""
+    def encode_images(
+        self, images: Sequence[Image.Image], batch_size: int = 64, *, unit: bool = True
+    ) -> npt.NDArray[np.float32]:
+        """Vectors of pictures of any size and mode, (n, dim) float32."""
         if not len(images):
             return np.empty((0, self.identity.dim), np.float32)
         batches = (images[i : i + batch_size] for i in range(0, len(images), batch_size))
         tensors = (torch.stack([self.preprocess(image) for image in batch]) for batch in batches)
-        return np.concatenate([self.encode_tensors(tensor) for tensor in tensors])
+        return np.concatenate([self.encode_tensors(tensor, unit=unit) for tensor in tensors])
 
     @torch.inference_mode()
-    def encode_tensors(self, batch: torch.Tensor) -> npt.NDArray[np.float32]:
-        """Unit vectors of preprocessed pictures (n, 3, size, size) float32: (n, dim) float32."""
-        return self._unit(self._model.encode_image(batch.to(self.device, non_blocking=True)))
+    def encode_tensors(self, batch: torch.Tensor, *, unit: bool = True) -> npt.NDArray[np.float32]:
+        """Vectors of preprocessed pictures (n, 3, size, size) float32: (n, dim) float32."""
+        return _rows(self._model.encode_image(batch.to(self.device, non_blocking=True)), unit)
 
-    @staticmethod
-    def _unit(features: torch.Tensor) -> npt.NDArray[np.float32]:
-        return np.asarray(torch.nn.functional.normalize(features.float(), dim=-1).cpu().numpy())
+
+def _rows(features: torch.Tensor, unit: bool) -> npt.NDArray[np.float32]:
+    rows = features.float()
+    return np.asarray((torch.nn.functional.normalize(rows, dim=-1) if unit else rows).cpu().numpy())
 
 
 def _load(config: ClipConfig) -> tuple[Any, Any]:

@@ -25,7 +25,7 @@ from retrieval.storage.arrow_columns import take_rows
 from retrieval.storage.manifest import Manifest, read_manifest
 from retrieval.storage.root import Root
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Version of the files of a database. Databases of other versions are refused."""
 
 
@@ -45,6 +45,11 @@ class Neighbors:
     def embeddings(self) -> Vectors:
         """(n, k, dim) float32 unit rows, read on first use."""
         return self.database.rows_at(self.positions)[1]
+
+    @cached_property
+    def norms(self) -> Vectors:
+        """(n, k) float32 lengths of the CLIP vectors before normalization, NaN if unknown; read on first use."""
+        return self.database.norms_at(self.positions)
 
     @cached_property
     def rows(self) -> list[pa.Table]:
@@ -122,6 +127,13 @@ class Database:
         for number, index, rows in self._by_partition(positions):
             embeddings[index] = self.partitions[number].embeddings[rows]
         return self.ids_at(positions), unit(embeddings).reshape(*positions.shape, self.dim)
+
+    def norms_at(self, positions: Positions) -> Vectors:
+        """Lengths (...) float32 of the CLIP vectors of rows by position (...), NaN if unknown."""
+        norms = np.empty(positions.size, np.float32)
+        for number, index, rows in self._by_partition(positions):
+            norms[index] = self.partitions[number].norms[rows]
+        return norms.reshape(positions.shape)
 
     def metadata_at(self, positions: Positions) -> pa.Table:
         """Metadata of rows by position (n,), in this order: schema.METADATA, and DETAILS where stored."""

@@ -27,6 +27,8 @@ from retrieval.storage.schema import Reason
 
 DATABASE_FILES = (HIDDEN_FILE, "centroids.npy", "partitions/")
 """Files of an interrupted build, which another build may remove."""
+UNIT_TOLERANCE = 0.005
+"""Lengths of normalized float16 vectors differ from 1 by at most this."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,9 @@ def read_database_blocks(source: VectorSource, dim: int) -> Iterator[DatabaseBlo
             raise UserError(f"{block.location} has vectors of length {length}; the encoder makes {dim}")
         usable, rows = unit_rows(block.vectors)
         metadata = read_metadata(block.metadata, len(usable), first, source.columns, block.location)
-        table = metadata.table.filter(pa.array(usable))
+        place = metadata.table.column_names.index(schema.NORM)
+        table = metadata.table.set_column(place, schema.METADATA.field(schema.NORM), _norms(block.vectors))
+        table = table.filter(pa.array(usable))
         vectors = schema.fixed_lists(rows.reshape(-1, dim).astype(np.float16))
         table = table.append_column(schema.embeddings(dim).field(schema.EMBEDDING), vectors)
         bad = int((~usable).sum())
@@ -104,6 +108,13 @@ def build_database(
     identity = DatabaseIdentity(name, {"source": _digest(table)}, dict(reasons), values)
     write_database(parent, table, encoder, config or IndexConfig.model_validate({}), identity)
     return Database.open(root)
+
+
+def _norms(vectors: npt.NDArray[np.generic]) -> pa.Array:
+    """Lengths (n,) of vectors (n, dim), float32. A length of 1 is null: the other tool has normalized the vector."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        norms = np.linalg.norm(vectors.astype(np.float64), axis=1).astype(np.float32)
+    return pa.array(norms, mask=~np.isfinite(norms) | (np.abs(norms - 1) < UNIT_TOLERANCE))
 
 
 def _digest(table: pa.Table) -> str:

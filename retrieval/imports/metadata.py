@@ -22,7 +22,7 @@ BITS = (1 << 64) - 1
 
 @dataclass(frozen=True)
 class SourceMetadata:
-    """Metadata of consecutive rows of a source as schema.METADATA."""
+    """Metadata of consecutive rows of a source as schema.METADATA; the lengths of their vectors are null."""
 
     table: pa.Table
     changed: dict[str, int]
@@ -37,8 +37,9 @@ def read_metadata(
     location: their file, for messages. Raises UserError for a column of another type than texts and numbers.
     """
     changed: Counter[str] = Counter()
-    read = {name: _column(rows, count, columns, name, location) for name in schema.METADATA.names}
-    values: dict[str, Any] = {}
+    names = [name for name in schema.METADATA.names if name != schema.NORM]
+    read = {name: _column(rows, count, columns, name, location) for name in names}
+    values: dict[str, Any] = {schema.NORM: pa.nulls(count, pa.float32())}
     for name in ("url", "caption", "license"):
         values[name] = texts(read[name], errors="ignore")
         changed[name] = count_changed(read[name], values[name])

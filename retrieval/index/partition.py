@@ -58,6 +58,11 @@ class Partition:
         return np.asarray(self.metadata[schema.IMAGE_ID].to_numpy())
 
     @cached_property
+    def norms(self) -> Vectors:
+        """(rows,) lengths of the CLIP vectors before normalization, NaN if unknown."""
+        return np.asarray(self.metadata[schema.NORM].fill_null(np.nan).to_numpy())
+
+    @cached_property
     def visible(self) -> npt.NDArray[np.bool_] | None:
         """(rows,) True for the rows that are not hidden; None where no row is hidden."""
         hidden = np.isin(self.ids, self._hidden) if len(self._hidden) else np.zeros(0, bool)

@@ -15,9 +15,11 @@ VERSION = 1
 
 IMAGE_ID = "image_id"
 EMBEDDING = "embedding"
+NORM = "norm"
 NEIGHBOR_IDS = "neighbor_ids"
 SIMILARITIES = "similarities"
 NEIGHBOR_EMBEDDINGS = "neighbor_embeddings"
+NEIGHBOR_NORMS = "neighbor_norms"
 MOMENTS = "moments"
 SPLITS = ("train", "database")
 REPEATING = ["license", "reason", "message"]
@@ -81,8 +83,8 @@ DOWNLOADED = pa.schema([*_IMAGE, *_LICENSE, *_OUTCOME, *_SIZE, *_ORIGINAL_SIZE, 
 """One row per URL. reason: empty for a stored image; sizes: pixels, 0 if unknown; sha256: hex, of the bytes
 that the server sent, empty if none; phash: retrieval.perceptual_hash of the decoded picture, 0 if none."""
 
-METADATA = pa.schema([*_IMAGE, *_LICENSE, *_SIZE])
-"""Metadata of an image in a database."""
+METADATA = pa.schema([*_IMAGE, *_LICENSE, *_SIZE, pa.field(NORM, pa.float32())])
+"""Metadata of an image in a database. norm: length of its CLIP vector before normalization, null if unknown."""
 
 BOX = "box"
 _DETAIL_TYPES = {"title": pa.string(), "artist": pa.string(), "source": pa.string(), BOX: pa.list_(pa.int32(), 4)}
@@ -97,9 +99,13 @@ def embeddings(dim: int) -> pa.Schema:
 
 
 def neighbors(k: int, dim: int) -> pa.Schema:
-    """Rows of `neighbors`: the k neighbors of each image, best first, and their k x dim embeddings."""
+    """Rows of `neighbors`: the k neighbors of each image, best first, with k x dim unit vectors and k lengths.
+
+    A length is that of the CLIP vector before normalization, NaN if unknown.
+    """
     lists = {NEIGHBOR_IDS: pa.list_(pa.int64(), k), SIMILARITIES: pa.list_(pa.float32(), k)}
-    return pa.schema(columns({IMAGE_ID: pa.int64(), **lists, NEIGHBOR_EMBEDDINGS: pa.list_(pa.float16(), k * dim)}))
+    vectors = {NEIGHBOR_EMBEDDINGS: pa.list_(pa.float16(), k * dim), NEIGHBOR_NORMS: pa.list_(pa.float32(), k)}
+    return pa.schema(columns({IMAGE_ID: pa.int64(), **lists, **vectors}))
 
 
 def latents(length: int) -> pa.Schema:

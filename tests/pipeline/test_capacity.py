@@ -96,7 +96,7 @@ def test_neighbors_on_cpus_need_time_for_lists_routing_and_recall(estimates: Sta
     need = estimates.neighbors(
         NeighborsConfig(k=3, partitions_per_query=2, lists_per_partition=7, recall_sample=10), INDEX
     )
-    row = 3 * (768 + 12)
+    row = 3 * (768 + 16)
     assert need.kept == 200 * (row + 8)
     assert need.scratch == 200 * 2 * (768 + 8 + row + 16)
     matched, routed, checked = 200 * 2 * 7 * 5e-6 / 2, 2 * 200 * 384 * 6 / 1e6, 2 * 10 * 384 * 600 / 1e6
@@ -114,7 +114,7 @@ def test_neighbors_on_gpus_take_the_slower_of_reading_and_computing(estimates: S
         NeighborsConfig(k=3, partitions_per_query=2, recall_sample=0, gpus_per_worker=1.0), INDEX
     )
     computing = 2 * 200 * 2 * 384 * 100 / (1e9 * 0.5)
-    reading = (800 * (768 + 50) + 200 * 2 * (768 + 8 + 3 * 780 + 16)) / 1e4
+    reading = (800 * (768 + 50) + 200 * 2 * (768 + 8 + 3 * 784 + 16)) / 1e4
     assert need.gpu_s == pytest.approx(max(computing, reading))
 
 

@@ -46,7 +46,12 @@ def test_each_image_gets_its_own_vector_in_the_order_of_the_download(root: Root,
     readable = [p for i, p in enumerate(pictures("train", 1, 7)) if i not in (2, 4)]
     assert urls == [picture.url for picture in readable]
     images = [Image.open(io.BytesIO(picture.jpeg)) for picture in readable]
-    np.testing.assert_allclose(vectors, Encoder(clip).encode_images(images), atol=2e-3)
+    raw = Encoder(clip).encode_images(images, unit=False)
+    lengths = np.linalg.norm(raw, axis=1)
+    np.testing.assert_allclose(vectors, raw / lengths[:, None], atol=2e-3)
+    table = schema.read_table(root, "embed/train/00000.parquet", schema.embeddings(32))
+    np.testing.assert_allclose(table[schema.NORM].to_numpy(), lengths, rtol=1e-4)
+    assert np.ptp(lengths) > 1e-3
 
 
 @pytest.mark.usefixtures("in_process_shards")

@@ -39,6 +39,7 @@ def table_of(vectors: Vectors) -> pa.Table:
         "license": pa.nulls(count, pa.string()),
         "width": pa.array([224] * count, pa.int32()),
         "height": pa.array([300] * count, pa.int32()),
+        schema.NORM: pa.nulls(count, pa.float32()),
         schema.EMBEDDING: schema.fixed_lists(vectors.astype(np.float16)),
     }
     return pa.table(columns, schema=schema.embeddings(DIM))

@@ -9,7 +9,7 @@ from retrieval.errors import UserError
 from tests.trainer.training_set import make_recipe
 from trainer.engine.deepspeed_engine import Ranks, engine_settings
 from trainer.model.unet import build_unet
-from trainer.recipe import LatentsConfig, TrainingRecipe
+from trainer.recipe import LatentsConfig, ModelConfig, TrainingRecipe
 
 RECIPES = Path(__file__).parents[2] / "jobs" / "configs"
 # Paper Table 1: parameters, images per step, steps, k.
@@ -45,6 +45,15 @@ def test_the_papers_recipes_have_the_papers_numbers(name: str) -> None:
     assert settings["gradient_accumulation_steps"] * settings["train_micro_batch_size_per_gpu"] * 8 == PAPER[name][1]
     # Each of 8 ranks opens only its part of the shards.
     assert (train.interleaved_shards % 8, train.global_batch % train.interleaved_shards) == (0, 0)
+
+
+def test_only_the_imagenet_models_take_clip_vectors_at_their_own_length() -> None:
+    norms = {}
+    for path in sorted(RECIPES.glob("*.toml")):
+        if model := tomllib.loads(path.read_text()).get("model"):
+            norms[path.stem] = ModelConfig.model_validate(model).context_norm
+    assert len(norms) > 6
+    assert norms == {name: "raw" if "imagenet" in name else "unit" for name in norms}
 
 
 def test_speed_settings_do_not_change_what_is_trained() -> None:

@@ -13,6 +13,7 @@ from open_clip.model import CLIP
 from PIL import Image
 from safetensors.torch import save_file
 
+from pipeline.embed import with_vectors
 from retrieval.clip.encoder import Encoder
 from retrieval.database.build import DatabaseIdentity, write_database
 from retrieval.recipe import ClipConfig, IndexConfig
@@ -22,7 +23,7 @@ from retrieval.storage.root import Root
 from trainer.model.autoencoder import Autoencoder
 from trainer.model.patch_autoencoder import PatchAutoencoder, PatchShape
 from trainer.model.unet import build_unet
-from trainer.recipe import AutoencoderConfig, DiffusionConfig, ModelConfig
+from trainer.recipe import AutoencoderConfig, ContextNorm, DiffusionConfig, ModelConfig
 from trainer.sampling.sampler import TrainedModel
 
 DIM = 32
@@ -57,7 +58,7 @@ def pictures_of(style: str, count: int = ROWS) -> list[Image.Image]:
 def write_style_database(root: Root, name: str, encoder: Encoder, styles: list[str], rows: int = ROWS) -> None:
     """Write a database with the images of some styles."""
     names = [f"{style}-{i}" for style in styles for i in range(rows)]
-    vectors = np.concatenate([encoder.encode_images(pictures_of(style, rows)) for style in styles])
+    vectors = np.concatenate([encoder.encode_images(pictures_of(style, rows), unit=False) for style in styles])
     columns = {
         schema.IMAGE_ID: np.array([schema.image_id(f"{name}/{image}") for image in names]),
         "url": [f"http://example.org/{image}.jpg" for image in names],
@@ -65,19 +66,21 @@ def write_style_database(root: Root, name: str, encoder: Encoder, styles: list[s
         "license": pa.nulls(len(names), pa.string()),
         "width": pa.array([32] * len(names), pa.int32()),
         "height": pa.array([32] * len(names), pa.int32()),
-        schema.EMBEDDING: schema.fixed_lists(vectors.astype(np.float16)),
     }
-    table = pa.table(columns, schema=schema.embeddings(DIM))
+    table = with_vectors(pa.table(columns), vectors)
     identity = DatabaseIdentity(name, {"source": f"test {name}"})
     write_database(root, table, encoder.identity, IndexConfig(), identity)
 
 
-def write_model(root: Root, encoder: Encoder, autoencoder: Autoencoder, name: str = "tiny") -> None:
+def write_model(
+    root: Root, encoder: Encoder, autoencoder: Autoencoder, name: str = "tiny", context_norm: ContextNorm = "unit"
+) -> None:
     """Write an untrained UNet in the layout of a finished run."""
     stage, shape = f"runs/{name}/train", (autoencoder.channels, 8, 8)
     config = ModelConfig(
         latent_channels=shape[0],
         context_dim=DIM,
+        context_norm=context_norm,
         channels=(32, 32),
         attention=(1, 2),
         layers=1,
@@ -92,7 +95,10 @@ def write_model(root: Root, encoder: Encoder, autoencoder: Autoencoder, name: st
             if "attn2.to_out" in parameter or "attn2.to_v" in parameter:
                 weights.mul_(4)
     unet.save_pretrained(root.local_path(f"{stage}/model"), safe_serialization=True)
-    recipe = {"diffusion": DiffusionConfig(prediction="v_prediction").model_dump(mode="json")}
+    recipe = {
+        "model": config.model_dump(mode="json"),
+        "diffusion": DiffusionConfig(prediction="v_prediction").model_dump(mode="json"),
+    }
     root.write_json(f"{stage}/recipe.json", recipe)
     files = []
     for file in root.list(f"{stage}/model"):

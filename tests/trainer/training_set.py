@@ -90,10 +90,17 @@ def all_ids() -> list[int]:
     return [int(image_id) for shard in range(len(ROWS)) for image_id in ids_of(shard)]
 
 
-def write_neighbors(root: Root, name: str, ids: npt.NDArray[np.int64], context: npt.NDArray[np.float16]) -> None:
-    """One shard of neighbors. Training reads only ids and embeddings."""
+def write_neighbors(
+    root: Root,
+    name: str,
+    ids: npt.NDArray[np.int64],
+    context: npt.NDArray[np.float16],
+    norms: npt.NDArray[np.float32] | None = None,
+) -> None:
+    """One shard of neighbors. Training reads only ids, embeddings and lengths (all 1 by default)."""
     count = len(ids)
-    columns = [np.zeros((count, K), np.int64), np.ones((count, K), np.float32), context.reshape(count, K * DIM)]
+    ones = np.ones((count, K), np.float32)
+    columns = [np.zeros((count, K), np.int64), ones, context.reshape(count, K * DIM), ones if norms is None else norms]
     layout = schema.neighbors(K, DIM)
     table = pa.table([pa.array(ids), *map(schema.fixed_lists, columns)], schema=layout)
     schema.write_table(root, f"neighbors/{name}.parquet", table, layout)

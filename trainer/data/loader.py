@@ -26,7 +26,7 @@ from retrieval.storage.root import Root
 from trainer.data.images import ImageTar, decode_image, random_crop, unsigned_id
 from trainer.data.plan import TrainingPlan, TrainingSet
 from trainer.data.sample_order import NEIGHBORS, SAMPLE_NOISE, SampleOrder, rank_slots
-from trainer.model.context import unit_rows
+from trainer.model.context import at_raw_norm, unit_rows
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,10 @@ class ImageShard:
 def read_neighbors(
     root: Root, training_set: TrainingSet, name: str
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float16]]:
-    """Ids (rows,) int64 and neighbor embeddings (rows, k, dim) float16 of a shard. UserError for other row counts."""
+    """Ids (rows,) int64 and neighbor embeddings (rows, k, dim) float16 of a shard, at the length that the model takes.
+
+    Raises UserError for another number of rows, or for lengths that the model takes and the table lacks.
+    """
     columns = schema.neighbors(training_set.k, training_set.dim)
     table = schema.read_table(root, f"neighbors/{name}.parquet", columns)
     number = training_set.shards.index(name)
@@ -110,8 +113,11 @@ def read_neighbors(
             f"{root.at(f'neighbors/{name}.parquet')} has {len(table)} rows, but its manifest says "
             f"{expected_rows}. Run 'make neighbors' again."
         )
-    context = schema.vectors(table, schema.NEIGHBOR_EMBEDDINGS)
-    return table[schema.IMAGE_ID].to_numpy(), context.reshape(-1, training_set.k, training_set.dim)
+    context = schema.vectors(table, schema.NEIGHBOR_EMBEDDINGS).reshape(-1, training_set.k, training_set.dim)
+    if training_set.context_norm == "raw":
+        norms = schema.vectors(table, schema.NEIGHBOR_NORMS)
+        context = at_raw_norm(context, norms, root.at(f"neighbors/{name}.parquet"))
+    return table[schema.IMAGE_ID].to_numpy(), context
 
 
 def _rows_of(ids: npt.NDArray[np.int64], table_ids: npt.NDArray[np.int64], table: str) -> npt.NDArray[np.int64]:
@@ -229,4 +235,6 @@ class Loader:
         if not deviation:
             return neighbors[chosen]
         noise = rng.standard_normal((len(chosen), neighbors.shape[1]), dtype=np.float32)
-        return unit_rows(neighbors[chosen] + deviation * noise).astype(np.float16)
+        rows, is_raw = neighbors[chosen].astype(np.float32), self._training_set.context_norm == "raw"
+        lengths = np.linalg.norm(rows, axis=1, keepdims=True) if is_raw else np.float32(1)
+        return (lengths * unit_rows(rows + deviation * lengths * noise)).astype(np.float16)

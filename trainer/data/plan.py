@@ -12,7 +12,7 @@ from retrieval.storage.manifest import Manifest, files_exist, fingerprint, read_
 from retrieval.storage.root import Root
 from trainer.data.latents import latent_shape
 from trainer.model.autoencoder import Autoencoder
-from trainer.recipe import TrainingRecipe
+from trainer.recipe import ContextNorm, ModelConfig, TrainingRecipe
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class TrainingSet:
     """Number of held-out rows of each shard: the last ones."""
     k: int
     dim: int
+    context_norm: ContextNorm
     latent_shape: tuple[int, int, int]
     views: int
     size: int
@@ -91,10 +92,10 @@ def is_finished(plan: TrainingPlan, root: Root) -> bool:
 def _initial_run(config: TrainingRecipe, root: Root) -> Manifest:
     """Manifest of the run of train.start_from. Raises UserError if its model differs."""
     folder = f"runs/{config.train.start_from}/train"
-    manifest, model = read_manifest(root, folder), config.model.model_dump(mode="json")
-    if manifest.config["model"] != model:
+    manifest = read_manifest(root, folder)
+    if (model := ModelConfig.model_validate(manifest.config["model"])) != config.model:
         raise UserError(
-            f"{root.at(folder)} trained the model {manifest.config['model']}, but the recipe has {model}. "
+            f"{root.at(folder)} trained the model {model}, but the recipe has {config.model}. "
             f"Make [model] equal, or set train.start_from to another run."
         )
     return manifest
@@ -112,6 +113,7 @@ def _training_set(
         held_out=held_out,
         k=config.train.k,
         dim=config.model.context_dim,
+        context_norm=config.model.context_norm,
         latent_shape=latent_shape,
         views=views,
         size=config.train.size,

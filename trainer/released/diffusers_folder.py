@@ -22,9 +22,10 @@ from trainer.checkpoint.export import CONFIG, WEIGHTS
 from trainer.model.autoencoder import Autoencoder
 from trainer.model.diffusion import scheduler_settings
 from trainer.model.unet import build_unet
-from trainer.recipe import AutoencoderConfig, DiffusionConfig, TrainingRecipe
+from trainer.recipe import AutoencoderConfig, DiffusionConfig, ModelConfig, TrainingRecipe
 from trainer.released.checkpoint_import import ReleasedModel
 
+LENGTHS = {"unit": "each of length 1", "raw": "with the lengths that CLIP gives them, not normalized"}
 SCHEDULER = "scheduler/scheduler_config.json"
 CARD = """---
 library_name: diffusers
@@ -46,8 +47,9 @@ unet = UNet2DConditionModel.from_pretrained("{name}", subfolder="unet")
 scheduler = DDIMScheduler.from_pretrained("{name}", subfolder="scheduler")
 {open_vae}```
 
-`encoder_hidden_states` is (n, tokens, {dim}): the unit vector of the text first, then those of the neighbors,
-best first, any number of them. The unconditional input is one token of zeros. `recipe.json` has all settings.
+`encoder_hidden_states` is (n, tokens, {dim}): the CLIP vector of the text first, then those of the neighbors,
+best first, any number of them, {lengths}. The unconditional input is one token of
+zeros. `recipe.json` has all settings.
 """
 
 
@@ -140,6 +142,7 @@ def _card(name: str, manifest: Manifest, recipe: dict[str, Any], folder: Path) -
         size=recipe["size"],
         shape="x".join(map(str, recipe["latent_shape"])),
         k=recipe["k"],
+        lengths=LENGTHS[ModelConfig(**recipe["model"]).context_norm],
         encoder=recipe["encoder"]["model"],
         dim=recipe["encoder"]["dim"],
         autoencoder=kind,

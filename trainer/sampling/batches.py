@@ -23,7 +23,7 @@ class SamplingBatch:
 
     @property
     def contexts(self) -> Vectors:
-        """(n, tokens, dim) float32 unit rows."""
+        """(n, tokens, dim) float32 rows at the length that the model takes."""
         return np.stack([item.context for item in self.items])
 
     @property

@@ -11,12 +11,13 @@ import numpy as np
 from retrieval.database.database import Database
 from retrieval.errors import UserError
 from retrieval.storage import schema
-from trainer.model.context import Vectors, make_context, unit_rows
+from trainer.model.context import Vectors, at_raw_norm, make_context, unit_rows
+from trainer.recipe import ContextNorm
 from trainer.sampling.request import Neighbor, Request
 
 RECALL = 0.95
 """Recall of the searches for neighbors."""
-MAIN_FIELDS = (schema.IMAGE_ID, "url", "caption")
+MAIN_FIELDS = (schema.IMAGE_ID, "url", "caption", schema.NORM)
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,13 @@ class ConditioningSources:
     """The encoder and the databases that conditioning reads."""
 
     encode: Callable[[list[str]], Vectors]
-    """Encodes texts as unit rows."""
+    """Encodes texts as rows at the length that CLIP gives."""
     database: Callable[[str], Database]
     """Opens a database by name."""
     pseudo_query: Callable[[int, float], tuple[int, Vectors]]
     """Draws (id, embedding) of an image of the training database. Arguments: seed and top_m."""
+    context_norm: ContextNorm = "unit"
+    """Length of the tokens that the model takes."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class ConditionedRequest:
     request: Request
     neighbors: tuple[Neighbor, ...]
     context: Vectors
-    """(tokens, dim) unit rows."""
+    """(tokens, dim) rows at the length that the model takes."""
     weights: Vectors
     """(tokens,) above 0: weight of each token in attention."""
     pseudo_query: int | None = None
@@ -49,7 +52,7 @@ class Query:
     """The query of a request: searched for in databases, and part of the context."""
 
     tokens: Vectors
-    """(q, dim): the text's embedding, then those of the images."""
+    """(q, dim): the text's embedding, then those of the images, at any length."""
     pseudo_query: int | None = None
     kind: str = "images"
     """Selects the calibration of the database: `texts` for a prompt without images, else `images`."""
@@ -57,10 +60,11 @@ class Query:
     @property
     def vector(self) -> Vectors:
         """(dim,) search vector: the normalized mean of the tokens. Raises UserError if the mean is zero."""
-        if len(self.tokens) == 1:
-            return np.asarray(self.tokens[0])
+        units = unit_rows(self.tokens)
+        if len(units) == 1:
+            return np.asarray(units[0])
         try:
-            return unit_rows(unit_rows(self.tokens).mean(axis=0))
+            return unit_rows(units.mean(axis=0))
         except ValueError as error:
             raise UserError(
                 "prompt and images cancel out: their mean is zero. Change the prompt or remove an image."
@@ -77,7 +81,8 @@ def condition(requests: Sequence[Request], sources: ConditioningSources) -> list
     """Neighbors and context of each request, in order. Raises UserError for an empty context."""
     queries = make_queries(requests, sources)
     results = _search_all(requests, queries, sources)
-    return [_conditioned(*item) for item in zip(requests, queries, results, strict=True)]
+    conditions = zip(requests, queries, results, strict=True)
+    return [_conditioned(*condition, sources.context_norm) for condition in conditions]
 
 
 def make_queries(requests: Sequence[Request], sources: ConditioningSources) -> list[Query]:
@@ -110,12 +115,15 @@ def _search_all(
             vectors.setdefault(search, {})[vector.tobytes()] = vector
     results = {}
     for search in sorted(vectors):
-        neighbors = _search(sources.database(search[0]), np.stack([*vectors[search].values()]), search)
+        queries_ = np.stack([*vectors[search].values()])
+        neighbors = _search(sources.database(search[0]), queries_, search, sources.context_norm)
         results.update({(search, key): row for key, row in zip(vectors[search], neighbors, strict=True)})
     return [[results[key] for key in of_request] for of_request in keys]
 
 
-def _conditioned(request: Request, query: Query, results: list[EmbeddedNeighbors]) -> ConditionedRequest:
+def _conditioned(
+    request: Request, query: Query, results: list[EmbeddedNeighbors], norm: ContextNorm
+) -> ConditionedRequest:
     """Weights the k best neighbors of each database and builds the context."""
     selected: EmbeddedNeighbors = []
     factors = dict(request.weights)
@@ -129,7 +137,7 @@ def _conditioned(request: Request, query: Query, results: list[EmbeddedNeighbors
     dim = query.tokens.shape[1]
     vectors = np.stack([vector for _, vector in selected]) if selected else np.empty((0, dim), np.float32)
     try:
-        context = make_context(request.mode, query.tokens, vectors)
+        context = make_context(request.mode, query.tokens, vectors, norm)
     except ValueError as error:
         raise UserError(f"{error}: exclude fewer images, or set a weight above 0.") from error
     weights = np.ones(len(context), np.float32)
@@ -137,21 +145,24 @@ def _conditioned(request: Request, query: Query, results: list[EmbeddedNeighbors
     return ConditionedRequest(request, neighbors, context, weights, query.pseudo_query)
 
 
-def _search(database: Database, queries: Vectors, search: Search) -> list[EmbeddedNeighbors]:
-    """The most similar rows of a database for each query (n, dim)."""
+def _search(database: Database, queries: Vectors, search: Search, norm: ContextNorm) -> list[EmbeddedNeighbors]:
+    """The most similar rows of a database for each query (n, dim), with vectors at the length that the model takes."""
     _, count, kind = search
     results = database.search(queries, count, effort=database.effort(RECALL, kind))
+    embeddings = results.embeddings
+    if norm == "raw":
+        embeddings = at_raw_norm(embeddings, results.norms, f"database {database.name}")
     return [
         [
             (Neighbor(int(id_), float(score), row["url"], row["caption"], database.name, 1.0, details(row)), vector)
             for id_, score, vector, row in zip(ids, similarities, vectors, table.to_pylist(), strict=True)
         ]
         for ids, similarities, vectors, table in zip(
-            results.ids, results.similarities, results.embeddings, results.rows, strict=True
+            results.ids, results.similarities, embeddings, results.rows, strict=True
         )
     ]
 
 
 def details(row: dict[str, object]) -> dict[str, object]:
-    """Metadata of an image other than id, URL and caption; unknown values are left out."""
+    """Metadata of an image other than MAIN_FIELDS; unknown values are left out."""
     return {name: value for name, value in row.items() if name not in MAIN_FIELDS and value is not None}

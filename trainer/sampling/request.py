@@ -33,7 +33,7 @@ class ImageQuery:
     sha256: str
     """SHA-256 of the file in hex."""
     vector: str
-    """Base64 of the unit vector (dim,), float32, little-endian."""
+    """Base64 of the CLIP vector (dim,) at its length, float32, little-endian."""
 
     @classmethod
     def from_file(cls, name: str, data: bytes, vector: Vectors) -> "ImageQuery":

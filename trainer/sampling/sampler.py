@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
 from trainer.model.autoencoder import Autoencoder
 from trainer.model.context import Vectors
-from trainer.recipe import AutoencoderConfig, DiffusionConfig
+from trainer.recipe import AutoencoderConfig, DiffusionConfig, ModelConfig
 from trainer.sampling.batches import SamplingBatch, make_batches
 from trainer.sampling.conditioning import ConditioningSources, condition
 from trainer.sampling.denoising import (
@@ -44,6 +44,8 @@ from trainer.sampling.pseudo_queries import PseudoQueries
 from trainer.sampling.recipe import ComputeConfig
 from trainer.sampling.request import TRAINING_DATABASE, ImageQuery, Request, Sample
 
+UNIT_TOLERANCE = 1e-4
+"""Lengths of normalized float32 vectors differ from 1 by less."""
 MAX_WORKERS = 4
 """Each worker holds the activations of one batch. Beyond a few, threads inside torch are as fast."""
 
@@ -76,7 +78,10 @@ class Sampler:
         self.encoder = Encoder(trained.clip, str(self.device))
         self.autoencoder = Autoencoder.load(trained.autoencoder, str(self.device))
         self._check_parts(root.at(trained.folder))
-        self.diffusion = DiffusionConfig(**root.read_json(f"{trained.folder}/recipe.json")["diffusion"])
+        recipe = root.read_json(f"{trained.folder}/recipe.json")
+        self.diffusion = DiffusionConfig(**recipe["diffusion"])
+        self.context_norm = ModelConfig(**recipe["model"]).context_norm
+        """Length of the CLIP vectors that the model takes."""
         channels, height, width = self.manifest.values["latent_shape"]
         self.latent_shape = (int(channels), int(height), int(width))
         """(channels, height, width) of a latent at training size."""
@@ -105,7 +110,8 @@ class Sampler:
 
     def image_query(self, name: str, data: bytes) -> ImageQuery:
         """Encode an image file as a query. Raises UserError if it cannot be decoded."""
-        return ImageQuery.from_file(name, data, self.encoder.encode_images([decode_picture(name, data)])[0])
+        vectors = self.encoder.encode_images([decode_picture(name, data)], unit=False)
+        return ImageQuery.from_file(name, data, vectors[0])
 
     @cached_property
     def _pseudo_queries(self) -> PseudoQueries:
@@ -148,8 +154,14 @@ class Sampler:
                 f"image {image.name!r} was embedded by another encoder: its vector has shape {shape}, "
                 f"wanted ({dim},). Embed it again."
             )
-        if not 0 < np.linalg.norm(image.embedding) < np.inf:  # also true for nan
+        length = np.linalg.norm(image.embedding)
+        if not 0 < length < np.inf:  # also true for nan
             raise UserError(f"the vector of image {image.name!r} is zero or not finite: embed it again")
+        if self.context_norm == "raw" and abs(length - 1) < UNIT_TOLERANCE:
+            raise UserError(
+                f"the vector of image {image.name!r} has length 1, but the model takes vectors as CLIP gives them "
+                '(model.context_norm = "raw"). Embed the picture again.'
+            )
 
     def latent_shape_of(self, request: Request) -> tuple[int, int, int]:
         """(c, h, w) of the latent of a request's picture. Raises UserError if its size is not a multiple."""
@@ -168,7 +180,8 @@ class Sampler:
     def plan(self, requests: Sequence[Request]) -> list[SamplingBatch]:
         """Retrieve neighbors of all requests and form batches. Raises UserError for an invalid request."""
         self.check(requests)
-        sources = ConditioningSources(self.encoder.encode_texts, self.database, self._pseudo_query)
+        encode = partial(self.encoder.encode_texts, unit=False)
+        sources = ConditioningSources(encode, self.database, self._pseudo_query, self.context_norm)
         return make_batches(condition(requests, sources), self.compute.batch_size)
 
     def draw(self, batches: Iterable[SamplingBatch]) -> Iterator[list[Sample]]:

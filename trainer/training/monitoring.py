@@ -34,7 +34,8 @@ class ModelMonitor:
             rows = held_out_rows(plan.training_set)[:IMAGES]
             images = read_held_out(plan, loader, rows, encoder)
             if plan.config.clip:
-                prompts = encode_prompts(self._train.preview_prompts, plan.config.clip, plan.encoder)
+                texts, norm = self._train.preview_prompts, self._model.context_norm
+                prompts = encode_prompts(texts, plan.config.clip, plan.encoder, norm)
             self._previews = Previews(images, prompts, autoencoder, plan.config.diffusion, ranks.device)
 
     def is_due(self, step: int) -> bool:

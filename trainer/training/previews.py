@@ -16,7 +16,7 @@ from retrieval.clip.identity import EncoderIdentity
 from retrieval.errors import UserError
 from retrieval.recipe import ClipConfig
 from trainer.model.autoencoder import Autoencoder
-from trainer.recipe import DiffusionConfig
+from trainer.recipe import ContextNorm, DiffusionConfig
 from trainer.sampling.denoising import guided_sample, initial_noise, make_scheduler
 from trainer.sampling.picture import BACKGROUND, Grid, cell_edge, draw_grid, to_pictures
 from trainer.training.validation import HeldOut
@@ -27,14 +27,16 @@ IMAGES, STEPS, GUIDANCE = 8, 20, 2.0
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts and their contexts: (n, 1, dim) float32 unit vectors of the texts."""
+    """Prompts and their contexts: (n, 1, dim) float32 CLIP vectors of the texts, at the length that the model takes."""
 
     texts: tuple[str, ...]
     context: torch.Tensor
 
 
-def encode_prompts(texts: Sequence[str], clip: ClipConfig, neighbor_encoder: dict[str, Any]) -> Prompts:
-    """Encode prompts with CLIP. Raises UserError if it is not the encoder of the neighbors."""
+def encode_prompts(
+    texts: Sequence[str], clip: ClipConfig, neighbor_encoder: dict[str, Any], norm: ContextNorm = "unit"
+) -> Prompts:
+    """Encode prompts with CLIP. norm: of the model. Raises UserError if it is not the encoder of the neighbors."""
     encoder = Encoder(clip)
     if encoder.identity != EncoderIdentity(**neighbor_encoder):
         raise UserError(
@@ -42,7 +44,7 @@ def encode_prompts(texts: Sequence[str], clip: ClipConfig, neighbor_encoder: dic
             f"[clip] is {encoder.identity.model} ({encoder.identity.weights}). Set [clip] to the encoder of "
             f"the neighbors, or train.preview_prompts to []."
         )
-    return Prompts(tuple(texts), torch.from_numpy(encoder.encode_texts(texts))[:, None])
+    return Prompts(tuple(texts), torch.from_numpy(encoder.encode_texts(texts, unit=norm == "unit"))[:, None])
 
 
 class Previews:

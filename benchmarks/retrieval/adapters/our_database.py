@@ -86,6 +86,7 @@ def _table(rows: np.ndarray) -> pa.Table:
         "license": pa.nulls(count, pa.string()),
         "width": ones,
         "height": ones,
+        schema.NORM: pa.nulls(count, pa.float32()),
         schema.EMBEDDING: schema.fixed_lists(np.asarray(rows)),
     }
     return pa.table(columns, schema=schema.embeddings(dim))

@@ -165,6 +165,7 @@ def _write_neighbors(root: Root) -> None:
                 schema.NEIGHBOR_IDS: [id_of(other) for other in neighbors],
                 schema.SIMILARITIES: similarities,
                 schema.NEIGHBOR_EMBEDDINGS: np.concatenate(vectors),
+                schema.NEIGHBOR_NORMS: [1.0] * K,
             }
         )
     table = pa.Table.from_pylist(rows, NEIGHBORS)

@@ -50,6 +50,8 @@ def embedded(root: Root, shard: str) -> tuple[np.ndarray, np.ndarray]:
 def test_each_training_image_has_its_true_neighbors_with_their_vectors(root: Root) -> None:
     manifest = neighbors.run(CONFIG, root)
     ids, stored = embedded(root, "database/00000")
+    table = schema.read_table(root, "embed/database/00000.parquet", schema.embeddings(32))
+    norms = table[schema.NORM].to_numpy()
     for shard in ("00000", "00001"):
         table = schema.read_table(root, f"neighbors/{shard}.parquet", schema.neighbors(4, 32))
         queries_ids, queries = embedded(root, f"train/{shard}")
@@ -64,9 +66,9 @@ def test_each_training_image_has_its_true_neighbors_with_their_vectors(root: Roo
         assert np.mean(neighbor_ids == ids[best]) > 0.95  # near ties may swap
         vectors = schema.vectors(table, schema.NEIGHBOR_EMBEDDINGS).reshape(5, 4, 32)
         positions = {image_id: position for position, image_id in enumerate(ids.tolist())}
-        np.testing.assert_allclose(
-            vectors, stored[[[positions[i] for i in row] for row in neighbor_ids.tolist()]], atol=2e-3
-        )
+        rows = np.array([[positions[i] for i in row] for row in neighbor_ids.tolist()])
+        np.testing.assert_allclose(vectors, stored[rows], atol=2e-3)
+        np.testing.assert_array_equal(schema.vectors(table, schema.NEIGHBOR_NORMS), norms[rows])
     assert manifest.values["recall"] == 1.0
     assert manifest.values["near_copies"] >= 1
 

@@ -382,3 +382,14 @@ def test_a_folder_with_other_files_is_never_replaced(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"contains thesis.txt and is not a database"):
         build_database(Root(tmp_path), VectorSource(parts()[0]), encoder=IDENTITY)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_lengths_of_vectors_are_kept_and_a_length_of_one_is_unknown() -> None:
+    units = parts()[0]
+    norms = np.array([9.8, 1.0, 11.0, 0.5, 1e30, 2.0, 1.0], np.float64)[: len(units)]
+    vectors = units * norms[:, None]
+    vectors[5] = np.inf
+    table = read(VectorSource(vectors))
+    kept = np.delete(np.where(norms == 1, np.nan, norms), 5)
+    np.testing.assert_allclose(table[schema.NORM].fill_null(np.nan).to_numpy(), kept, rtol=1e-5)
+    assert read(VectorSource(units.astype(np.float16)))[schema.NORM].null_count == len(units)

@@ -41,6 +41,7 @@ def write_shard(root: Root, contents: dict[int, bytes], embedded: list[int]) -> 
         "license": [None] * count,
         "width": [1] * count,
         "height": [1] * count,
+        schema.NORM: [None] * count,
         schema.EMBEDDING: schema.fixed_lists(np.zeros((count, 8), np.float16)),
     }
     layout = schema.embeddings(8)

@@ -1,5 +1,6 @@
 import hashlib
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,14 +11,19 @@ from pydantic import ValidationError
 from retrieval.errors import UserError
 from retrieval.storage.root import Root
 from tests.trainer.training_set import (
+    DIM,
     NAMES,
+    ROWS,
     SHAPE,
     VIEWS,
+    K,
     all_ids,
     ids_of,
     make_recipe,
+    new_training_set,
     png,
     write_latents,
+    write_neighbors,
     write_stage,
     write_tar,
 )
@@ -161,6 +167,35 @@ def test_neighbor_noise_rotates_unit_vectors_by_the_expected_angle(training_set:
         cosines += torch.nn.functional.cosine_similarity(before, after, dim=-1).flatten().tolist()
     # Rows of this training set have length sqrt(32); noise of deviation 0.5 has half of that.
     assert np.mean(cosines) == pytest.approx(1 / np.sqrt(1 + 0.5**2), abs=0.01)
+
+
+def test_a_model_of_raw_vectors_gets_the_lengths_of_its_neighbors(tmp_path: Path, autoencoder_folder: str) -> None:
+    root = new_training_set(tmp_path, autoencoder_folder)
+    context = np.random.default_rng(1).standard_normal((ROWS[0], K, DIM)).astype(np.float16)
+    norms = np.linspace(5, 15, ROWS[0] * K, dtype=np.float32).reshape(ROWS[0], K)
+    units = (context / np.linalg.norm(context, axis=-1, keepdims=True)).astype(np.float16)
+    write_neighbors(root, NAMES[0], ids_of(0), units, norms)
+    unit, raw, noisy = (
+        loader(with_norm(make_recipe(autoencoder_folder, neighbor_noise=noise), norm), root, 0, 1)
+        for norm, noise in (("unit", 0.0), ("raw", 0.0), ("raw", 0.05))
+    )
+    np.testing.assert_array_equal(unit.shard(0).context, units)
+    np.testing.assert_allclose(np.linalg.norm(raw.shard(0).context.astype(np.float32), axis=-1), norms, rtol=2e-3)
+    row = raw.shard(0).context[7]
+    noised = noisy._context(row, 0, 0).astype(np.float32)
+    np.testing.assert_allclose(np.linalg.norm(noised, axis=-1), norms[7], rtol=2e-3)
+    cosines = (noised * row).sum(axis=1) / norms[7] ** 2
+    assert 0.9 < cosines.min() < cosines.max() < 0.99
+
+    norms[3, 2] = np.nan
+    write_neighbors(root, NAMES[0], ids_of(0), units, norms)
+    assert len(loader(make_recipe(autoencoder_folder), root, 0, 1).shard(0).ids) == ROWS[0]
+    with pytest.raises(UserError, match=f"{NAMES[0]}.parquet lacks the lengths of 1 of 120 vectors"):
+        loader(with_norm(make_recipe(autoencoder_folder), "raw"), root, 0, 1).shard(0)
+
+
+def with_norm(recipe: TrainingRecipe, norm: str) -> TrainingRecipe:
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"context_norm": norm})})
 
 
 @pytest.mark.parametrize("world", [2, 3])

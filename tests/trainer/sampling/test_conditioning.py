@@ -39,6 +39,7 @@ def write_neighbors(root: Root, sampler: Sampler) -> list[int]:
             schema.fixed_lists(ids[part]),
             schema.fixed_lists(np.ones(part.shape, np.float32)),
             schema.fixed_lists(vectors[part].reshape(len(part), -1)),
+            schema.fixed_lists(np.ones(part.shape, np.float32)),
         ]
         table_schema = schema.neighbors(2, DIM)
         table = pa.table([pa.array(column) for column in columns], schema=table_schema)

@@ -11,7 +11,8 @@ import numpy as np
 from retrieval.database.database import Database
 from retrieval.errors import UserError
 from trainer.evaluation.paper.intervals import Rows
-from trainer.model.context import Vectors
+from trainer.model.context import Vectors, at_raw_norm
+from trainer.recipe import ContextNorm
 from trainer.sampling.conditioning import ConditionedRequest
 
 SHUFFLED, RANDOM_ROWS, OTHER_PROMPT = "shuffled", "random_rows", "other_prompt"
@@ -43,12 +44,19 @@ def donor_styles(styles: Sequence[str], style: str, count: int) -> list[str]:
     return [styles[(at + 1 + i % (len(styles) - 1)) % len(styles)] for i in range(count)]
 
 
-def random_rows(database: Database, counts: Sequence[int], rng: np.random.Generator) -> list[Vectors]:
-    """Random unit vectors of a database without its hidden rows: counts[i] distinct rows for sample i."""
+def random_rows(
+    database: Database, counts: Sequence[int], rng: np.random.Generator, norm: ContextNorm = "unit"
+) -> list[Vectors]:
+    """Random vectors of a database without its hidden rows: counts[i] distinct rows for sample i.
+
+    norm: of the model, whose length the vectors get.
+    """
     results = []
     for count in counts:
         positions = rng.choice(len(database), min(len(database), count + len(database.hidden)), replace=False)
         ids, vectors = database.rows_at(positions)
+        if norm == "raw":
+            vectors = at_raw_norm(vectors, database.norms_at(positions), f"database {database.name}")
         results.append(vectors[~np.isin(ids, database.hidden)][:count])
     return results
 

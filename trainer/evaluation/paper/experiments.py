@@ -151,7 +151,7 @@ class Experiments:
     def _plan_control(self, group: StyleGroup) -> list[SamplingBatch]:
         rng = np.random.default_rng([self._config.seed, *group.style.encode()])
         counts = [len(request.context) - 1 for request in self._conditioned[group.style]]
-        rows = random_rows(self._sampler.database(TRAINING_DATABASE), counts, rng)
+        rows = random_rows(self._sampler.database(TRAINING_DATABASE), counts, rng, self._sampler.context_norm)
         requests = control(group.mode, group.style, self._conditioned, rows)
         return make_batches(requests, self._sampler.compute.batch_size)
 
