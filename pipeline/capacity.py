@@ -218,8 +218,8 @@ class StageEstimates:
         rows, queries, dim = self.data.database, self.data.train, self.data.dim
         partitions = index.num_partitions(rows)
         visits = min(config.partitions_per_query or partitions, partitions)
-        match_bytes = config.k * (FLOAT16_BYTES * dim + 12.0) + 16.0
-        row_bytes = config.k * (FLOAT16_BYTES * dim + 12.0) + 8.0
+        match_bytes = config.k * (FLOAT16_BYTES * dim + 16.0) + 16.0
+        row_bytes = config.k * (FLOAT16_BYTES * dim + 16.0) + 8.0
         scratch = queries * visits * (FLOAT16_BYTES * dim + 8.0 + match_bytes)
         read = self.data.images * self._vector_bytes() + rows * FLOAT16_BYTES * dim * bool(config.recall_sample)
         recall_flops = 2.0 * config.recall_sample * dim * rows

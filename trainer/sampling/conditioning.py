@@ -17,6 +17,8 @@ from trainer.sampling.request import Neighbor, Request
 
 RECALL = 0.95
 """Recall of the searches for neighbors."""
+MIN_MEAN = 1e-5
+"""A shorter mean of unit vectors has no direction but that of rounding errors."""
 MAIN_FIELDS = (schema.IMAGE_ID, "url", "caption", schema.NORM)
 
 
@@ -60,15 +62,10 @@ class Query:
     @property
     def vector(self) -> Vectors:
         """(dim,) search vector: the normalized mean of the tokens. Raises UserError if the mean is zero."""
-        units = unit_rows(self.tokens)
-        if len(units) == 1:
-            return np.asarray(units[0])
-        try:
-            return unit_rows(units.mean(axis=0))
-        except ValueError as error:
-            raise UserError(
-                "prompt and images cancel out: their mean is zero. Change the prompt or remove an image."
-            ) from error
+        mean = unit_rows(self.tokens).mean(axis=0)
+        if np.linalg.norm(mean) < MIN_MEAN:
+            raise UserError("prompt and images cancel out: their mean is zero. Change the prompt or remove an image.")
+        return unit_rows(mean)
 
 
 EmbeddedNeighbors = list[tuple[Neighbor, Vectors]]

@@ -16,6 +16,7 @@ from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, ShardRecord, write_manifest
 from retrieval.storage.root import Root
 from tests.trainer.tiny_run import DIM, pictures_of, write_run
+from trainer.model.context import unit_rows
 from trainer.sampling.denoising import with_token_weights
 from trainer.sampling.pseudo_queries import PseudoQueries
 from trainer.sampling.recipe import ComputeConfig
@@ -135,9 +136,10 @@ def test_excluded_images_are_replaced_by_the_next_best_and_weights_apply_to_neig
 def test_images_are_tokens_of_the_context_and_their_mean_is_the_query(sampler):
     first, second = image(sampler), image(sampler, "deep_red", 3)
     item = conditioned(sampler, prompt="", images=(first, second), database="index")
-    np.testing.assert_allclose(item.context[:2], [first.embedding, second.embedding], atol=1e-6)
+    units = unit_rows(np.stack([first.embedding, second.embedding]))
+    np.testing.assert_allclose(item.context[:2], units, atol=1e-6)
     database = sampler.database("index")
-    scores = database.embeddings().astype(np.float32) @ (first.embedding + second.embedding)
+    scores = database.embeddings().astype(np.float32) @ units.sum(axis=0)
     best = np.asarray(database.metadata()["image_id"])[np.argsort(-scores)[:4]]
     assert image_ids(item) == best.tolist()
     assert len(conditioned(sampler, images=(first,), mode="text").context) == 2
