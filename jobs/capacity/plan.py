@@ -23,8 +23,8 @@ from trainer.model.unet import build_unet
 from trainer.recipe import AutoencoderConfig, ModelConfig, TrainConfig
 from trainer.tracking.flops import training_flops
 
-DOWNSAMPLING = {"kl": 16, "vq": 4}
-"""Pixels along an edge for one latent, of the paper's two autoencoders."""
+DOWNSAMPLING = {"kl": 16, "vq": 4, "patch": 4}
+"""Pixels along an edge for one latent, by kind of autoencoder: the paper's two, and the demo's."""
 STATE_BYTES = 16
 """Bytes of a checkpoint for each parameter: fp32 weights, their average, and two moments of AdamW."""
 FLOAT32_BYTES = 4
@@ -39,31 +39,46 @@ class Network(NamedTuple):
 
 
 def costs(recipe: Recipe, inputs: Inputs, trainings: Sequence[Recipe]) -> list[Cost]:
-    """The cost of each data stage of the recipe and of each training run, in order."""
+    """The cost of each data stage that the recipe has and of each training run, in order.
+
+    Raises UserError if there is neither.
+    """
     data = data_sizes(recipe, inputs)
     stages = StageEstimates(inputs, data)
-    needs = [stages.filter(), stages.download(), stages.embed()]
-    needs += [stages.index(recipe[IndexConfig])]
-    needs += [stages.neighbors(recipe[NeighborsConfig], recipe[IndexConfig])]
+    estimates = {
+        "filter": stages.filter,
+        "download": stages.download,
+        "embed": stages.embed,
+        "index": lambda: stages.index(recipe[IndexConfig]),
+        "neighbors": lambda: stages.neighbors(recipe[NeighborsConfig], recipe[IndexConfig]),
+    }
+    needs = [estimate() for name, estimate in estimates.items() if recipe.has(name)]
     needs += [training_need(training, inputs, data) for training in trainings]
+    if not needs:
+        raise UserError(f"{recipe.path} has no stage to estimate. Wanted a section of: {', '.join(estimates)}, train.")
     return [cost(need, inputs) for need in needs]
 
 
 def data_sizes(recipe: Recipe, inputs: Inputs) -> DataSizes:
-    """Numbers of rows and images. Raises UserError if the recipe does not determine one."""
-    model = recipe[ClipConfig].model
-    settings = open_clip.get_model_config(model)
-    if settings is None:
-        raise UserError(f"{recipe.path}: open_clip has no model {model!r}, so the vector length is unknown.")
-    if not recipe[FilterConfig].max_train:
-        raise UserError(f"{recipe.path}: filter.max_train is 0, no limit. Set it: --set filter.max_train=...")
+    """Numbers of rows and images. Without `filter.max_train`, every row of the metadata is a training image."""
+    limit = recipe[FilterConfig].max_train if recipe.has("filter") else 0
+    default_edge = DownloadConfig.model_fields["database_edge"].default
     return DataSizes(
         metadata=inputs.sizes.metadata_rows,
-        train=recipe[FilterConfig].max_train,
+        train=limit or inputs.sizes.metadata_rows,
         database=inputs.sizes.database_images,
-        edge=recipe[DownloadConfig].database_edge,
-        dim=int(settings["embed_dim"]),
+        edge=recipe[DownloadConfig].database_edge if recipe.has("download") else default_edge,
+        dim=recipe[ModelConfig].context_dim if recipe.has("model") else _vector_length(recipe[ClipConfig].model),
     )
+
+
+def _vector_length(model: str) -> int:
+    """The dimension of a CLIP model that open_clip knows by name. Raises UserError for another one."""
+    if model not in open_clip.list_models():
+        raise UserError(
+            f"clip.model = {model!r}: its vector length is unknown. Add a section [model] with context_dim."
+        )
+    return int(open_clip.get_model_config(model)["embed_dim"])
 
 
 def training_need(recipe: Recipe, inputs: Inputs, data: DataSizes) -> StageNeed:
@@ -72,11 +87,9 @@ def training_need(recipe: Recipe, inputs: Inputs, data: DataSizes) -> StageNeed:
 
 
 def network_of(recipe: Recipe) -> Network:
-    """The size of a recipe's network. Raises UserError for an autoencoder of another kind than kl and vq."""
-    train, model, kind = recipe[TrainConfig], recipe[ModelConfig], recipe[AutoencoderConfig].kind
-    if kind not in DOWNSAMPLING:
-        raise UserError(f"{recipe.path}: the downsampling factor of autoencoder kind {kind!r} is unknown.")
-    edge = train.size // DOWNSAMPLING[kind]
+    """The size of a recipe's network."""
+    train, model = recipe[TrainConfig], recipe[ModelConfig]
+    edge = train.size // DOWNSAMPLING[recipe[AutoencoderConfig].kind]
     shape = (model.latent_channels, edge, edge)
     with torch.device("meta"):
         parameters = sum(weight.numel() for weight in build_unet(model).parameters())

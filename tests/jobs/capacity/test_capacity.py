@@ -68,9 +68,24 @@ def test_the_plan_depends_on_the_settings_of_the_recipe(inputs: Inputs) -> None:
     assert grown == pytest.approx(1.9e9 * 40_300 * (448**2 - 224**2) / 384**2)
 
 
-def test_a_training_set_without_a_size_is_refused(inputs: Inputs) -> None:
-    with pytest.raises(UserError, match="max_train"):
-        data_sizes(recipe("filter.max_train=0"), inputs)
+def test_without_a_limit_every_row_of_the_metadata_is_a_training_image(inputs: Inputs) -> None:
+    assert data_sizes(recipe("filter.max_train=0"), inputs).train == inputs.sizes.metadata_rows
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_has_a_plan_of_the_stages_that_it_has(inputs: Inputs, path: Path) -> None:
+    # demo.toml names a CLIP folder that does not exist before the demo ran.
+    planned = load_recipe(path)
+    stages = costs(planned, inputs, [planned] if planned.has("train") else [])
+    names = [name for name in ("filter", "download", "embed", "index", "neighbors") if planned.has(name)]
+    names += [f"train {planned[TrainConfig].name}"] if planned.has("train") else []
+    assert [cost.need.stage for cost in stages] == names
+    assert all(cost.hours > 0 for cost in stages)
+
+
+def test_an_unknown_clip_model_without_a_network_is_an_error(inputs: Inputs) -> None:
+    with pytest.raises(UserError, match=r"clip.model = 'local-dir:nowhere': its vector length is unknown"):
+        data_sizes(recipe("clip.model=local-dir:nowhere"), inputs)
 
 
 def test_measured_rates_are_those_of_the_benchmarks(inputs: Inputs) -> None:
