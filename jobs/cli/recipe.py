@@ -139,24 +139,39 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    section, dot, name = key.strip().partition(".")
-    if not equals or (not dot and section != "root"):
+    """Set one key. A key is dotted as in TOML and may lie in a nested section."""
+    dotted, equals, text = override.partition("=")
+    keys = _keys(dotted)
+    if not equals or not keys or (len(keys) == 1 and keys[0] != "root"):
         raise UserError(f"--set {override}: wanted section.key=value, such as embed.batch_size=64")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
-    if dot:
-        values.setdefault(section, {})[name] = value
-    else:
-        values["root"] = value
+    section = values
+    for place, key in enumerate(keys[:-1], 1):
+        section = section.setdefault(key, {})
+        if not isinstance(section, dict):
+            raise UserError(f"--set {override}: {'.'.join(keys[:place])} is {section!r}, not a section")
+    section[keys[-1]] = value
+
+
+def _keys(dotted: str) -> list[str]:
+    """The parts of a dotted TOML key; empty if it is not one."""
+    try:
+        keys, table = [], tomllib.loads(f"{dotted} = 0")
+    except tomllib.TOMLDecodeError:
+        return []
+    while isinstance(table, dict) and len(table) == 1:
+        [(key, table)] = table.items()
+        keys.append(key)
+    return keys
 
 
 def _section(path: Path, name: str, kind: type[Config], values: Any) -> Config:
     try:
-        # Strict validation accepts a list for a tuple only in JSON.
-        return kind.model_validate_json(json.dumps(values))
+        # Strict validation accepts a list for a tuple only in JSON. Dates are the only values of TOML that JSON lacks.
+        return kind.model_validate_json(json.dumps(values, default=str))
     except ValidationError as error:
         problems = [
             f"  {'.'.join(map(str, each['loc']))}: {each['msg']}, got {each['input']!r}" for each in error.errors()

@@ -12,6 +12,7 @@ from jobs.demo.recipe import WorldConfig
 from pipeline.recipe import EmbedConfig, NeighborsConfig
 from retrieval import UserError
 from retrieval.recipe import ClipConfig
+from trainer.sampling.recipe import SampleConfig
 
 CONFIGS = Path(__file__).resolve().parents[3] / "jobs" / "configs"
 SMALL = 'root = "runs/x"\n[clip]\nmodel = "local-dir:clip"\n[neighbors]\nk = 4\n'
@@ -62,7 +63,29 @@ def test_a_mistake_names_the_section_the_key_and_what_was_found(recipe: Path, te
         load_recipe(recipe)
 
 
-@pytest.mark.parametrize("override", ["neighbors", "neighbors=3", "=3"])
+def test_an_override_may_set_a_key_of_a_nested_section(recipe: Path) -> None:
+    assert load_recipe(recipe, ["embed.patches.max_patches=10"])[EmbedConfig].patches.max_patches == 10
+    mix = load_recipe(recipe, ["sample.mix={neon = 1.0}", 'sample.mix."ukiyo-e"=2.0'])[SampleConfig].mix
+    assert dict(mix) == {"neon": 1.0, "ukiyo-e": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("root.x=1", r"--set root.x=1: root is 'runs/x', not a section"),
+        ("neighbors.k.x=1", r"--set neighbors.k.x=1: neighbors.k is 4, not a section"),
+        ("neighbors.k=2024-01-01", r"k: Input should be a valid integer, got '2024-01-01'"),
+        ("neighbors.k=12:30:00", r"k: Input should be a valid integer"),
+        ("neighbors.near_copy_similarity=inf", r"near_copy_similarity: .*got inf"),
+        ("neighbors.near_copy_similarity=nan", r"near_copy_similarity: "),
+    ],
+)
+def test_a_value_of_the_wrong_kind_names_the_key(recipe: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_recipe(recipe, [override])
+
+
+@pytest.mark.parametrize("override", ["neighbors", "neighbors=3", "=3", "a b.c=1", ".k=1"])
 def test_an_override_that_names_no_key_is_refused(recipe: Path, override: str) -> None:
     with pytest.raises(UserError, match=r"wanted section\.key=value"):
         load_recipe(recipe, [override])
