@@ -22,12 +22,16 @@ class ExploreConfig(Config):
     """Largest uploaded file, in bytes."""
     max_upload_pixels: int = runtime_setting(40_000_000, ge=1)
     """Largest uploaded picture, width x height."""
+    max_uploads_bytes: int = runtime_setting(1 << 30, ge=1)
+    """Most bytes that all visitors together may upload within an hour; after that the uploads are deleted."""
     max_searches: int = runtime_setting(256, ge=1)
     """Maximum number of searches running and waiting; the next request gets status 429."""
     search_threads: int = runtime_setting(2, ge=1)
     """Searches computed in parallel."""
     search_timeout_s: float = runtime_setting(10.0, gt=0)
     """Timeout of a search, queueing included, in seconds."""
+    max_thumbnails: int = runtime_setting(1024, ge=1)
+    """Maximum number of thumbnails that are made and waiting; the browser asks for all of a result at once."""
     max_samples: int = runtime_setting(8, ge=1)
     """Maximum number of sampling requests running and waiting; they run one at a time."""
     sample_timeout_s: float = runtime_setting(300.0, gt=0)

@@ -5,7 +5,6 @@ EXPLORE_TOKEN or from a file (`--token-file`).
 """
 
 import ipaddress
-import logging
 import os
 from argparse import Namespace
 from collections.abc import Sequence
@@ -21,12 +20,13 @@ from jobs.explore.explorer import Explorer
 from jobs.explore.page import mount
 from jobs.explore.png_cache import PngCache
 from jobs.explore.tabs.widgets import PageContext
+from jobs.explore.visits import Visits
 from retrieval.errors import UserError
 
 TOKEN_VARIABLE = "EXPLORE_TOKEN"
 LOOPBACK_HOSTS = ["127.0.0.1", "localhost", "[::1]"]
-
-log = logging.getLogger("explore")
+SHUTDOWN_S = 2
+"""Seconds that running requests have to finish when the server is interrupted."""
 
 
 def make_app(explorer: Explorer, host: str = LOOPBACK_HOSTS[0], token: str = "") -> FastAPI:
@@ -34,15 +34,23 @@ def make_app(explorer: Explorer, host: str = LOOPBACK_HOSTS[0], token: str = "")
     hosts = LOOPBACK_HOSTS if is_loopback(host) else ["*"]
     cache = PngCache()
     app = make_api(explorer, cache, hosts, token)
-    mount(app, PageContext(explorer, cache))
+    mount(app, PageContext(explorer, cache, Visits()))
     return app
 
 
-def run(recipe: Recipe, host: str, port: int, token: str) -> None:
+def run(recipe: Recipe, arguments: Namespace) -> None:
     """Serve until interrupted."""
-    app = make_app(Explorer.open(recipe), host, token)
-    print(f"open http://{host}:{port}/", flush=True)
-    uvicorn.run(app, host=host, port=port, log_level="warning", access_log=False)
+    app = make_app(Explorer.open(recipe), arguments.host, token_of(arguments))
+    print(f"open http://{arguments.host}:{arguments.port}{arguments.root_path}/", flush=True)
+    uvicorn.run(
+        app,
+        host=arguments.host,
+        port=arguments.port,
+        root_path=arguments.root_path,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=SHUTDOWN_S,
+    )
 
 
 def is_loopback(host: str) -> bool:
@@ -79,12 +87,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--port", type=int, default=7860, help="port to bind to (default: %(default)s)")
     options.add_argument("--token-file", type=Path, help=f"file with the token (default: {TOKEN_VARIABLE})")
     options.add_argument("--no-token", action="store_true", help="accept requests without a token")
+    options.add_argument("--root-path", default="", metavar="/PATH", help="where a proxy serves this page, if not at /")
     arguments = options.parse_args(argv)
-
-    def serve(recipe: Recipe) -> None:
-        run(recipe, arguments.host, arguments.port, token_of(arguments))
-
-    exit_on_user_error(lambda: run_on_recipe(arguments, serve))
+    exit_on_user_error(lambda: run_on_recipe(arguments, lambda recipe: run(recipe, arguments)))
 
 
 if __name__ == "__main__":

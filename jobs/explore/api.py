@@ -1,7 +1,8 @@
 """The HTTP API: /search, /sample, /databases, /picture, /made, /health, /metrics, /openapi.json.
 
-Every error is JSON with a `detail` text: 400 for a request that cannot be run, 401 without the token, 413
-for a body above the limit, 422 for an invalid field, 429, 503 and 504 when the server is overloaded.
+Every error is JSON with a `detail` text: 400 for a request that cannot be run, 401 without the token, 403 for a
+request from another site, 413 for a body above the limit, 422 for an invalid field, 429, 503 and 504 when the server
+is overloaded, 503 when its object store does not respond. URLs in responses are relative to that of the page.
 """
 
 import base64
@@ -13,7 +14,6 @@ from typing import Annotated, Any
 from fastapi import FastAPI, HTTPException, Query
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
-from starlette.concurrency import run_in_threadpool
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request as HttpRequest
 
@@ -21,14 +21,15 @@ from jobs.explore.api_models import SampleRequest, SearchRequest
 from jobs.explore.explorer import Explorer
 from jobs.explore.guard import Guard
 from jobs.explore.png_cache import PngCache
+from jobs.explore.visits import while_connected
 from jobs.explore.work_queue import BusyError, WorkQueue
-from retrieval.errors import UserError
+from retrieval.errors import NodeError, UserError
 
 
 def make_api(explorer: Explorer, cache: PngCache, hosts: list[str], token: str) -> FastAPI:
     """The application. hosts: accepted values of the Host header; token: none is required if empty."""
     registry = CollectorRegistry()
-    for queue in (explorer.searches, explorer.samples):
+    for queue in explorer.queues:
         _count_pending(queue, registry)
 
     @asynccontextmanager
@@ -41,8 +42,7 @@ def make_api(explorer: Explorer, cache: PngCache, hosts: list[str], token: str) 
     app.add_exception_handler(UserError, _error_response)
     app.add_exception_handler(BusyError, _error_response)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
-    limit = explorer.limits.max_body_bytes
-    app.add_middleware(Guard, token=token, max_body_bytes=limit, registry=registry)
+    app.add_middleware(Guard, token=token, limits=explorer.limits, registry=registry)
     _add_status_routes(app, explorer, registry)
     _add_picture_routes(app, explorer, cache)
     _add_search_and_sample(app, explorer)
@@ -79,7 +79,7 @@ def _add_picture_routes(app: FastAPI, explorer: Explorer, cache: PngCache) -> No
     @app.get("/picture/{database}/{image_id}", response_class=Response)
     async def picture(database: str, image_id: int) -> Response:
         """The thumbnail of a database row, as JPEG."""
-        data = await run_in_threadpool(explorer.pictures.thumbnail, database, image_id)
+        data = await explorer.thumbnail(database, image_id)
         if data is None:
             raise HTTPException(404, "This server has no picture of this row.")
         return Response(data, media_type="image/jpeg", headers={"Cache-Control": "max-age=3600"})
@@ -94,25 +94,26 @@ def _add_picture_routes(app: FastAPI, explorer: Explorer, cache: PngCache) -> No
 
 def _add_search_and_sample(app: FastAPI, explorer: Explorer) -> None:
     @app.get("/search")
-    async def search(request: Annotated[SearchRequest, Query()]) -> dict[str, Any]:
+    async def search(connection: HttpRequest, request: Annotated[SearchRequest, Query()]) -> dict[str, Any]:
         """The neighbors of a text."""
-        return await search_post(request)
+        return await search_post(connection, request)
 
     @app.post("/search")
-    async def search_post(request: SearchRequest) -> dict[str, Any]:
+    async def search_post(connection: HttpRequest, request: SearchRequest) -> dict[str, Any]:
         """The neighbors of a text, a picture, or both together."""
-        return {"neighbors": [asdict(neighbor) for neighbor in await explorer.search(request)]}
+        neighbors = await while_connected(connection, explorer.search(request))
+        return {"neighbors": [asdict(neighbor) for neighbor in neighbors]}
 
     @app.get("/sample", response_class=Response)
-    async def sample(request: Annotated[SampleRequest, Query()]) -> Response:
+    async def sample(connection: HttpRequest, request: Annotated[SampleRequest, Query()]) -> Response:
         """A picture as PNG; the file stores its full recipe."""
-        (picture,) = await explorer.sample([request])
+        (picture,) = await while_connected(connection, explorer.sample([request]))
         return Response(picture.png, media_type="image/png")
 
     @app.post("/sample")
-    async def sample_post(request: SampleRequest) -> dict[str, Any]:
+    async def sample_post(connection: HttpRequest, request: SampleRequest) -> dict[str, Any]:
         """A picture, its neighbors, its recipe, and a link to the page that makes it again."""
-        (picture,) = await explorer.sample([request])
+        (picture,) = await while_connected(connection, explorer.sample([request]))
         return {
             "png": base64.b64encode(picture.png).decode(),
             "recipe": picture.sample.recipe(),
@@ -127,6 +128,6 @@ def _count_pending(queue: WorkQueue, registry: CollectorRegistry) -> None:
 
 
 async def _error_response(request: HttpRequest, error: Exception) -> JSONResponse:
-    status = error.status if isinstance(error, BusyError) else 400
+    status = error.status if isinstance(error, BusyError) else 503 if isinstance(error, NodeError) else 400
     headers = {"Retry-After": "5"} if status in (429, 503) else None
     return JSONResponse({"detail": str(error)}, status, headers)

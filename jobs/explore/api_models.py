@@ -49,7 +49,7 @@ class SearchRequest(ApiRequest):
             raise UserError("Nothing to search for: type some words or choose a picture.")
 
     def link(self) -> str:
-        """URL path of the page that fills the form and runs this search; a picture is left out."""
+        """The link to the page that fills the form and runs this search; a picture is left out."""
         return _page_path("search", self.model_dump(exclude_defaults=True, exclude={"image"}))
 
 
@@ -104,7 +104,7 @@ class SampleRequest(ApiRequest):
             raise UserError(f"weights: wanted id:factor as in '123:0.5', got {self.weights}.") from error
 
     def link(self, sample: Sample | None = None, tab: str = "make") -> str:
-        """URL path of the page that fills the form of a tab and runs this request.
+        """The link to the page that fills the form of a tab and runs this request, relative to the page's URL.
 
         sample: the result of this request; it supplies the defaults, and the pictures as vectors.
         """
@@ -143,7 +143,7 @@ def encode_mix(names: Sequence[str], weights: Sequence[float | None]) -> list[st
 
 
 def _page_path(tab: str, fields: dict[str, Any]) -> str:
-    return f"/?{urlencode({'tab': tab, **fields}, doseq=True)}"
+    return f"?{urlencode({'tab': tab, **fields}, doseq=True)}"
 
 
 def _name_and_weight(text: str) -> tuple[str, float]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Event
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ class NeighborView:
     caption: str
     url: str
     picture: str
-    """URL path of the thumbnail on this server; empty if there is none."""
+    """URL of the thumbnail, relative to that of the page; empty if there is none."""
     weight: float
     """Weight of the neighbor's token in a sample; 0 in a search."""
     details: dict[str, Any]
@@ -95,6 +96,7 @@ class Explorer:
         self.pictures = Pictures(root, limits.max_rows_with_pictures)
         self.searches = WorkQueue("search", limits.search_threads, limits.max_searches, limits.search_timeout_s)
         self.samples = WorkQueue("picture", 1, limits.max_samples, limits.sample_timeout_s)
+        self.thumbnails = WorkQueue("thumbnail", limits.search_threads, limits.max_thumbnails, limits.search_timeout_s)
         if sampler is not None:
             self._unet = sampler.unet = CancellableUNet(sampler.unet)
         for name, database in self.databases.items():
@@ -110,6 +112,11 @@ class Explorer:
             return cls(recipe.root, limits, Encoder(recipe[ClipConfig]), None, defaults)
         sampler = Sampler.open(recipe.root, run, defaults)
         return cls(recipe.root, limits, sampler.encoder, sampler, defaults)
+
+    @property
+    def queues(self) -> tuple[WorkQueue, ...]:
+        """All queues of work."""
+        return self.searches, self.samples, self.thumbnails
 
     @property
     def styles(self) -> list[str]:
@@ -130,6 +137,10 @@ class Explorer:
                 self._database(name)
         return await self.samples.run(lambda stop: self._sample(requests, stop))
 
+    async def thumbnail(self, database: str, image_id: int) -> bytes | None:
+        """A row's picture as a small JPEG, or None. Raises BusyError if the server is overloaded."""
+        return await self.thumbnails.run(lambda stop: self.pictures.thumbnail(database, image_id))
+
     def neighbors(self, sample: Sample) -> list[NeighborView]:
         """The neighbors that conditioned a sample."""
         return [
@@ -144,8 +155,8 @@ class Explorer:
 
     def close(self) -> None:
         """Accept no more work."""
-        self.searches.close()
-        self.samples.close()
+        for queue in self.queues:
+            queue.close()
 
     def _search(self, request: SearchRequest, database: Database) -> list[NeighborView]:
         vectors = [self.encoder.encode_texts([request.text])] if request.text.strip() else []
@@ -204,7 +215,7 @@ class Explorer:
             similarity=similarity,
             caption=row["caption"],
             url=row["url"],
-            picture=f"/picture/{name}/{image_id}" if self.pictures.has(name, image_id) else "",
+            picture=f"picture/{quote(name)}/{image_id}" if self.pictures.has(name, image_id) else "",
             weight=weight,
             details={key: row[key] for key in DETAILS if row.get(key) not in (None, "", "?")},
         )

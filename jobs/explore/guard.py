@@ -1,4 +1,4 @@
-"""Middleware for all requests to page and API: token, body size, metrics, security headers.
+"""Middleware for all requests to page and API: token, origin, body size, uploads, metrics, security headers.
 
 Plain ASGI, so that streamed responses are not buffered. The headers forbid the page to load from other servers.
 """
@@ -8,14 +8,21 @@ import binascii
 import hmac
 import json
 import time
+from collections import deque
+from urllib.parse import urlsplit
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from jobs.cli.explore_config import ExploreConfig
+
 PUBLIC_PATH = "/health"
 """The only path that needs no token: monitoring has none."""
+UPLOAD_PATH = "/gradio_api/upload"
+UPLOAD_LIFETIME_S = 3600
+"""Uploads are deleted after so many seconds."""
 CONTENT_SECURITY_POLICY = "; ".join(
     [
         "default-src 'self'",
@@ -39,10 +46,11 @@ HEADERS = {
 class Guard:
     """ASGI middleware. token: required as bearer token or as HTTP Basic password; empty means none."""
 
-    def __init__(self, app: ASGIApp, token: str, max_body_bytes: int, registry: CollectorRegistry) -> None:
+    def __init__(self, app: ASGIApp, token: str, limits: ExploreConfig, registry: CollectorRegistry) -> None:
         self.app = app
         self.token = token
-        self.max_body_bytes = max_body_bytes
+        self.max_body_bytes = limits.max_body_bytes
+        self.uploads = UploadQuota(limits.max_uploads_bytes)
         self.requests = Counter("explore_requests", "Finished requests.", ["route", "status"], registry=registry)
         self.seconds = Histogram(
             "explore_request_seconds", "Time until the response ended.", ["route"], registry=registry
@@ -72,10 +80,16 @@ class Guard:
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
-        if self.token and scope["path"] != PUBLIC_PATH and not self._has_token(headers.get("authorization", "")):
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        size = int(headers.get("content-length", self.max_body_bytes if "transfer-encoding" in headers else 0))
+        if self.token and path != PUBLIC_PATH and not self._has_token(headers.get("authorization", "")):
             await _reject(send, 401, "This server needs a token, as bearer token or as password.")
-        elif int(headers.get("content-length", "0")) > self.max_body_bytes:
+        elif is_foreign(headers, scope["method"], path):
+            await _reject(send, 403, "A page of another site made this request. Open this server's own page.")
+        elif size > self.max_body_bytes:
             await _reject(send, 413, self._too_large)
+        elif path == UPLOAD_PATH and not self.uploads.take(size, time.monotonic()):
+            await _reject(send, 429, "The uploads of the last hour have filled this server. Try again later.")
         else:
             await self.app(scope, self._limited(receive), send)
 
@@ -105,6 +119,38 @@ class Guard:
             return message
 
         return counting_receive
+
+
+class UploadQuota:
+    """Limits the bytes that are uploaded within UPLOAD_LIFETIME_S."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._uploads: deque[tuple[float, int]] = deque()
+        """(seconds, bytes) of each upload that may still be stored."""
+
+    def take(self, size: int, now: float) -> bool:
+        """Count an upload of `size` bytes at the time `now` in seconds; False if it does not fit."""
+        while self._uploads and self._uploads[0][0] <= now - UPLOAD_LIFETIME_S:
+            self._uploads.popleft()
+        if sum(stored for _, stored in self._uploads) + size > self.max_bytes:
+            return False
+        self._uploads.append((now, size))
+        return True
+
+
+def is_foreign(headers: Headers, method: str, path: str) -> bool:
+    """True if a page of another site caused the request. A link to our page may be on any site.
+
+    Browsers tell the site by `Sec-Fetch-Site`, and to servers without TLS by `Origin` or `Referer` only. Programs that
+    are not browsers send none of them.
+    """
+    if method == "GET" and path == "/" and headers.get("sec-fetch-mode", "navigate") == "navigate":
+        return False
+    if site := headers.get("sec-fetch-site"):
+        return site not in ("same-origin", "none")
+    source = headers.get("origin") or headers.get("referer")
+    return bool(source) and urlsplit(source).netloc != headers.get("host")
 
 
 async def _reject(send: Send, status: int, text: str) -> None:

@@ -1,6 +1,7 @@
 """The explore page: tabs that search, make a picture and compare styles. Nothing is loaded from other servers.
 
-A link with a query (`/?tab=make&prompt=...`) fills the form of a tab and runs it.
+A link with a query (`?tab=make&prompt=...`) fills the form of a tab and runs it. What a visitor started is cancelled
+when the visitor leaves.
 """
 
 from collections.abc import AsyncIterator
@@ -11,12 +12,11 @@ import gradio as gr
 from fastapi import FastAPI
 from pydantic import ValidationError
 
+from jobs.explore.guard import UPLOAD_LIFETIME_S
 from jobs.explore.tabs import compare, sample, search, views
 from jobs.explore.tabs.widgets import EVENT_OPTIONS, PageContext, Tab, error_text
 from retrieval.errors import UserError
 
-UPLOAD_LIFETIME_S = 3600
-"""Uploads are deleted after so many seconds."""
 FONTS = ["system-ui", "sans-serif"]
 INTRODUCTION = """# Retrieval-augmented diffusion
 The model conditions each picture on the nearest neighbors of the prompt in a database. Choose another
@@ -55,6 +55,11 @@ def make_page(context: PageContext) -> gr.Blocks:
                 with gr.Tab("Compare styles", id="compare"):
                     tabs.append(compare.add_tab(context))
         _run_links(page, bar, tabs)
+
+        async def end_visit(request: gr.Request) -> None:
+            context.visits.end(request.session_hash or "")
+
+        page.unload(end_visit)
     return page
 
 
@@ -84,7 +89,7 @@ def _run_links(page: gr.Blocks, bar: gr.Tabs, tabs: list[Tab]) -> None:
             yield updates(unchanged, views.error(f"This link cannot be used. {error_text(error)}"))
             return
         yield updates(values[: len(tab.fields)], gr.skip())
-        yield updates(unchanged, await tab.answer(*values))
+        yield updates(unchanged, await tab.answer(request, *values))
 
     options = {**EVENT_OPTIONS, "scroll_to_output": False, "show_progress": "hidden"}
     page.load(fill_and_run, None, outputs, **options)

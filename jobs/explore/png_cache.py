@@ -13,13 +13,13 @@ class PngCache:
         self._pngs: OrderedDict[str, bytes] = OrderedDict()
 
     def add(self, png: bytes) -> str:
-        """Store a picture. Returns the path of its URL."""
+        """Store a picture. Returns its URL, relative to that of the page."""
         key = hashlib.sha256(png).hexdigest()[:16]
         self._pngs[key] = png
         self._pngs.move_to_end(key)
         while len(self._pngs) > MAX_PICTURES:
             self._pngs.popitem(last=False)
-        return f"/made/{key}.png"
+        return f"made/{key}.png"
 
     def get(self, key: str) -> bytes | None:
         """The file, or None if it was dropped."""

@@ -1,6 +1,6 @@
 """A thread pool with a bounded queue, for work that would block the event loop.
 
-A request to a full queue fails at once. If a request exceeds its timeout, it fails and an event stops its work.
+A request to a full queue fails at once. If a request exceeds its timeout or is cancelled, an event stops its work.
 """
 
 import asyncio
@@ -32,6 +32,7 @@ class WorkQueue:
         self.timeout_s = timeout_s
         self._pool = ThreadPoolExecutor(threads, name, _one_thread_each if threads > 1 else None)
         self._pending: set[Future[Any]] = set()
+        self._stops: set[Event] = set()
 
     def __len__(self) -> int:
         return len(self._pending)
@@ -44,6 +45,7 @@ class WorkQueue:
         if len(self) >= self.max_pending:
             raise BusyError(429, f"The queue is full: {len(self)} {self.name} requests. Try again later.")
         stop = Event()
+        self._stops.add(stop)
         future = self._pool.submit(work, stop)
         self._pending.add(future)
         future.add_done_callback(self._pending.discard)
@@ -59,9 +61,12 @@ class WorkQueue:
             ) from None
         finally:
             stop.set()
+            self._stops.discard(stop)
 
     def close(self) -> None:
-        """Accept no more work and drop waiting work."""
+        """Accept no more work, drop waiting work and stop running work."""
+        for stop in list(self._stops):
+            stop.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 

@@ -8,7 +8,7 @@ from starlette.datastructures import QueryParams
 from jobs.explore.api_models import SampleRequest, from_query
 from jobs.explore.tabs import views
 from jobs.explore.tabs.sample import NUMBERS, number_fields, number_values, sample_view
-from jobs.explore.tabs.widgets import EVENT_OPTIONS, PageContext, Tab, with_error_view
+from jobs.explore.tabs.widgets import EVENT_OPTIONS, PageContext, Tab, page_event
 from retrieval.errors import UserError
 
 
@@ -38,7 +38,7 @@ def add_tab(context: PageContext) -> Tab:
         heading = f"“{request.prompt}” in {len(names)} styles"
         return views.comparison(shown, heading, request.link(tab="compare"))
 
-    answer = with_error_view(compare)
+    answer = page_event(context, compare)
     for trigger in (button.click, prompt.submit):
         trigger(answer, fields, output, **EVENT_OPTIONS)
     return Tab("compare", fields, answer, output, lambda query: _values_of(query, context))

@@ -8,7 +8,7 @@ from starlette.datastructures import QueryParams
 from jobs.explore.api_models import SampleRequest, encode_mix, from_query
 from jobs.explore.explorer import SampledPicture
 from jobs.explore.tabs import views
-from jobs.explore.tabs.widgets import EVENT_OPTIONS, PageContext, Tab, file_as_base64, upload_field, with_error_view
+from jobs.explore.tabs.widgets import EVENT_OPTIONS, PageContext, Tab, file_as_base64, page_event, upload_field
 from retrieval.errors import UserError
 from trainer.sampling.request import MAX_SEED
 
@@ -49,7 +49,7 @@ def add_tab(context: PageContext) -> Tab:
         (picture,) = await context.explorer.sample([request])
         return views.sample(sample_view(context, request, picture))
 
-    answer = with_error_view(sample)
+    answer = page_event(context, sample)
     for trigger in (button.click, prompt.submit):
         trigger(answer, fields, output, **EVENT_OPTIONS)
     return Tab("make", fields, answer, output, lambda query: _values_of(query, context))
@@ -86,7 +86,7 @@ def sample_view(context: PageContext, request: SampleRequest, picture: SampledPi
         title=" and ".join(databases) or "no neighbors",
         prompt=settings.prompt,
         width=sample.picture.width,
-        png_path=context.cache.add(picture.png),
+        png_url=context.cache.add(picture.png),
         link=request.link(sample),
         facts=facts,
         neighbors=neighbors,

@@ -7,7 +7,7 @@ from starlette.datastructures import QueryParams
 
 from jobs.explore.api_models import SearchRequest, from_query
 from jobs.explore.tabs import views
-from jobs.explore.tabs.widgets import EVENT_OPTIONS, PageContext, Tab, file_as_base64, upload_field, with_error_view
+from jobs.explore.tabs.widgets import EVENT_OPTIONS, PageContext, Tab, file_as_base64, page_event, upload_field
 
 
 def add_tab(context: PageContext) -> Tab:
@@ -31,7 +31,7 @@ def add_tab(context: PageContext) -> Tab:
         heading = f"{len(neighbors)} neighbors of {query} ({views.database_title(database)})"
         return views.search_results(neighbors, heading, request.link())
 
-    answer = with_error_view(search)
+    answer = page_event(context, search)
     for trigger in (button.click, text.submit, image.upload):
         trigger(answer, fields, output, **EVENT_OPTIONS)
     return Tab("search", fields, answer, output, _values_of)

@@ -13,12 +13,12 @@ from trainer.sampling.request import TRAINING_DATABASE
 
 @dataclass(frozen=True)
 class SampleView:
-    """A sample on the page. width: in pixels; png_path, link: URL paths of the PNG and of the page that remakes it."""
+    """A sample on the page. width: in pixels; png_url, link: the PNG, and the page that remakes it; relative."""
 
     title: str
     prompt: str
     width: int
-    png_path: str
+    png_url: str
     link: str
     facts: str
     neighbors: Sequence[NeighborView]

@@ -1,7 +1,7 @@
 """What the tabs share: the page's context, the upload field, and error messages in place of results."""
 
 import base64
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from starlette.datastructures import QueryParams
 from jobs.explore.explorer import Explorer
 from jobs.explore.png_cache import PngCache
 from jobs.explore.tabs import views
+from jobs.explore.visits import Visits
 from jobs.explore.work_queue import BusyError
 from retrieval.errors import UserError
 from trainer.sampling.request import TRAINING_DATABASE
 
-Answer = Callable[..., Awaitable[str]]
+Answer = Callable[..., Coroutine[Any, Any, str]]
 EVENT_OPTIONS: dict[str, Any] = {
     "api_visibility": "private",  # our own API replaces Gradio's
     "concurrency_limit": None,  # the explorer's queues limit the work
@@ -32,6 +33,7 @@ class PageContext:
 
     explorer: Explorer
     cache: PngCache
+    visits: Visits
 
     @property
     def choices(self) -> list[tuple[str, str]]:
@@ -53,7 +55,7 @@ class Tab:
     fields: list[gr.components.Component]
     """The fields of its form, in order."""
     answer: Answer
-    """Makes HTML of the values that `values_of` returns, or of those of the fields."""
+    """Makes HTML of Gradio's request, and of the values that `values_of` returns or of those of the fields."""
     output: gr.HTML
     values_of: Callable[[QueryParams], list[Any]]
     """Values of the fields for the query of a URL, and after them values that have no field.
@@ -86,12 +88,12 @@ def _path_of(payload: Any) -> str | None:
     return None if payload is None else str(payload.path)
 
 
-def with_error_view(answer: Answer) -> Answer:
-    """The same function, which returns an error message as HTML instead of raising."""
+def page_event(context: PageContext, answer: Answer) -> Answer:
+    """The function as an event of the page: an error becomes HTML, and it is cancelled when the visitor leaves."""
 
-    async def answer_or_error(*values: Any) -> str:
+    async def answer_or_error(request: gr.Request, *values: Any) -> str:
         try:
-            return await answer(*values)
+            return await context.visits.run(request.session_hash or "", answer(*values), "")
         except (ValidationError, UserError, BusyError) as error:
             return views.error(error_text(error))
 

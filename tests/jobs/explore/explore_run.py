@@ -1,8 +1,15 @@
 """The tiny run of the trainer's tests, with the pictures of one of its databases in a tar."""
 
 import io
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import uvicorn
 from fastapi import FastAPI
 from PIL import Image
 
@@ -51,3 +58,33 @@ def open_explorer(run: tuple[Root, TrainedModel], **limits: float) -> Explorer:
 def open_app(run: tuple[Root, TrainedModel], token: str = "", **limits: float) -> FastAPI:
     """Page and API of the run. limits: fields of ExploreConfig."""
     return make_app(open_explorer(run, **limits), token=token)
+
+
+@contextmanager
+def serving(app: Any, root_path: str = "") -> Iterator[str]:
+    """The address of a running server of an ASGI application."""
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", root_path=root_path))
+    thread = threading.Thread(target=server.run, args=([listening],))
+    thread.start()
+    while not server.started and thread.is_alive():
+        time.sleep(0.05)
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def slow_down(explorer: Explorer, seconds: float) -> list[float]:
+    """Let every denoising step take so long. Returns a list that holds the time of every step made."""
+    unet, times = explorer.sampler.unet.unet, []
+
+    def slow_unet(*args: Any, **options: Any) -> Any:
+        times.append(time.monotonic())
+        time.sleep(seconds)
+        return unet(*args, **options)
+
+    explorer.sampler.unet.unet = slow_unet
+    return times

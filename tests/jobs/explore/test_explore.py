@@ -17,12 +17,21 @@ from PIL import Image
 from jobs.explore.__main__ import TOKEN_VARIABLE, make_app, token_of
 from jobs.explore.api_models import encode_mix
 from jobs.explore.explorer import Explorer
+from jobs.explore.guard import UploadQuota
 from jobs.explore.tabs.widgets import upload_field
 from jobs.explore.work_queue import BusyError, WorkQueue
-from retrieval.errors import UserError
+from retrieval.errors import NodeError, UserError
 from retrieval.index.hidden import HIDDEN_FILE, hide
 from retrieval.storage.root import Root
-from tests.jobs.explore.explore_run import encode_picture, green_id, open_app, open_explorer, write_root
+from tests.jobs.explore.explore_run import (
+    encode_picture,
+    green_id,
+    open_app,
+    open_explorer,
+    serving,
+    slow_down,
+    write_root,
+)
 from tests.trainer.tiny_run import DIM, pictures_of
 from trainer.sampling.picture import read_recipe
 from trainer.sampling.sampler import TrainedModel
@@ -80,8 +89,8 @@ def test_an_opted_out_picture_is_not_served(run):
         app = open_app(run)
     finally:
         green.delete(HIDDEN_FILE)
-    assert get(app, f"/picture/green/{green_id(5)}").status_code == 404
-    assert get(app, f"/picture/green/{green_id(6)}").status_code == 200
+    assert get(app, f"picture/green/{green_id(5)}").status_code == 404
+    assert get(app, f"picture/green/{green_id(6)}").status_code == 200
 
 
 def test_a_transparent_picture_has_the_same_neighbors_in_a_search_and_in_a_sample(app):
@@ -112,7 +121,7 @@ def test_a_text_search_equals_that_of_the_database_and_rows_without_pictures_hav
     neighbors = explorer.databases["deep_red"].search(explorer.encoder.encode_texts(["a circle"]), 5)
     assert [row["image_id"] for row in answer["neighbors"]] == [str(image_id) for image_id in neighbors.ids[0]]
     assert {row["picture"] for row in answer["neighbors"]} == {""}
-    assert get(app, f"/picture/deep_red/{neighbors.ids[0][0]}").status_code == 404
+    assert get(app, f"picture/deep_red/{neighbors.ids[0][0]}").status_code == 404
 
 
 def test_a_sample_has_its_neighbors_and_its_link_makes_the_same_picture(app):
@@ -248,14 +257,7 @@ def test_a_hundred_concurrent_searches_are_answered_during_sampling(app):
 
 def test_sampling_stops_at_its_timeout_and_the_next_request_is_served(run):
     explorer = open_explorer(run, sample_timeout_s=3.0, max_steps=999)
-    unet, steps = explorer.sampler.unet.unet, []
-
-    def slow_unet(*args, **options):
-        steps.append(1)
-        time.sleep(0.01)
-        return unet(*args, **options)
-
-    explorer.sampler.unet.unet = slow_unet
+    steps = slow_down(explorer, 0.01)
     app = make_app(explorer)
 
     async def requests(client: httpx.AsyncClient):
@@ -309,3 +311,80 @@ def test_the_page_loads_nothing_from_other_servers_and_the_api_has_an_openapi_de
         "encoder": "clip",
         "pictures": 24,
     }
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        ("/sample?prompt=a&steps=1", {"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"}, 403),
+        ("/sample?prompt=a&steps=1", {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}, 403),
+        ("/sample?prompt=a&steps=1", {"sec-fetch-site": "same-site"}, 403),
+        ("/search?text=a", {"origin": "https://elsewhere.example"}, 403),
+        ("/search?text=a", {"origin": "null"}, 403),
+        ("/search?text=a", {"referer": "https://elsewhere.example/page"}, 403),
+        ("/search?text=a", {"sec-fetch-site": "same-origin", "referer": "http://127.0.0.1/"}, 200),
+        ("/search?text=a", {"origin": "http://127.0.0.1"}, 200),
+        ("/search?text=a", {"sec-fetch-site": "none", "sec-fetch-mode": "navigate"}, 200),
+        ("/search?text=a", {}, 200),
+        ("/", {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}, 200),
+        ("/", {"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"}, 403),
+    ],
+)
+def test_a_page_of_another_site_may_link_to_the_page_and_nothing_else(app, path, headers, status):
+    assert get(app, path, headers=headers).status_code == status
+
+
+def test_a_page_of_another_site_cannot_upload(app):
+    answer = post_file(app, {"origin": "https://elsewhere.example"})
+    assert answer.status_code == 403
+    assert post_file(app, {}).status_code == 200
+
+
+def test_uploads_of_an_hour_are_limited(run):
+    app = open_app(run, max_uploads_bytes=1500)
+    assert [post_file(app, {}).status_code for _ in range(2)] == [200, 429]
+    quota = UploadQuota(100)
+    assert [quota.take(60, 0.0), quota.take(60, 10.0), quota.take(40, 20.0)] == [True, False, True]
+    assert [quota.take(60, 3599.0), quota.take(60, 3600.0)] == [False, True]
+
+
+def post_file(app, headers):
+    async def request(client: httpx.AsyncClient):
+        files = {"files": ("a.png", b"x" * 1000)}
+        return await client.post("/gradio_api/upload", files=files, headers=headers)
+
+    return with_client(app, request)
+
+
+def test_a_sample_is_cancelled_when_the_client_disconnects(run):
+    explorer = open_explorer(run, max_steps=999)
+    steps = slow_down(explorer, 0.02)
+    with serving(make_app(explorer)) as url:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.get(f"{url}/sample", params={"prompt": "a", "steps": 900}, timeout=1.0)
+        while len(explorer.samples):
+            time.sleep(0.05)
+    assert 0 < len(steps) < 700
+
+
+def test_closing_the_server_stops_running_work():
+    async def stopped() -> bool:
+        queue = WorkQueue("picture", threads=1, max_pending=2, timeout_s=30.0)
+        running = asyncio.create_task(queue.run(lambda stop: stop.wait(20)))
+        while not len(queue):
+            await asyncio.sleep(0.01)
+        queue.close()
+        return await running
+
+    assert asyncio.run(stopped())
+
+
+def test_an_object_store_that_does_not_respond_is_no_fault_of_the_request(run, monkeypatch):
+    explorer = open_explorer(run)
+
+    def fail(*_: object) -> None:
+        raise NodeError("s3://bucket does not respond")
+
+    monkeypatch.setattr(explorer, "_search", fail)
+    answer = get(make_app(explorer), "/search?text=a")
+    assert (answer.status_code, answer.json()["detail"]) == (503, "s3://bucket does not respond")

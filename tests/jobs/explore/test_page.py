@@ -3,18 +3,21 @@
 import base64
 import re
 import shutil
-import socket
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from urllib.parse import quote
 
+import httpx
 import numpy as np
 import pytest
-import uvicorn
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+from starlette.routing import Route
 
-from tests.jobs.explore.explore_run import encode_picture, open_app, write_root
+from jobs.explore.__main__ import make_app
+from tests.jobs.explore.explore_run import encode_picture, open_app, open_explorer, serving, slow_down, write_root
 from tests.trainer.tiny_run import DIM, pictures_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -27,16 +30,8 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH: i
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A running server."""
     app = open_app(write_root(tmp_path_factory.mktemp("page")), max_upload_pixels=10_000)
-    listening = socket.socket()
-    listening.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-    thread = threading.Thread(target=server.run, args=([listening],))
-    thread.start()
-    while not server.started and thread.is_alive():
-        time.sleep(0.05)
-    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    with serving(app) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +101,7 @@ def test_the_keyboard_alone_makes_a_picture_and_its_link_makes_the_same_picture(
     expect(page.locator("#sample .neighbors li")).to_have_count(4)
     expect(page.locator("#sample .sample")).to_contain_text("seed 5")
     png_path = page.locator("#sample .sample > img").get_attribute("src")
-    page.goto(address + page.locator("#sample a.permalink").get_attribute("href"))
+    page.goto(f"{address}/" + page.locator("#sample a.permalink").get_attribute("href"))
     expect(page.locator("#sample .sample > img")).to_have_attribute("src", png_path)
     expect(page.get_by_role("textbox", name="Prompt")).to_have_value("a star")
     page.goto(f"{address}/?tab=make&prompt=a&steps=none")
@@ -132,3 +127,51 @@ def test_the_comparison_fits_on_a_phone(page, address):
     assert is_drawn(page, "#comparison .sample > img")
     width, scroll = page.evaluate("[innerWidth, document.documentElement.scrollWidth]")
     assert scroll <= width == 390
+
+
+def test_a_picture_is_cancelled_when_the_visitor_leaves(browser, tmp_path):
+    explorer = open_explorer(write_root(tmp_path), max_steps=999)
+    steps = slow_down(explorer, 0.02)
+    with serving(make_app(explorer)) as url:
+        page = browser.new_page()
+        page.goto(f"{url}/?tab=make&prompt=a&steps=900")
+        wait_until(lambda: len(steps) > 2)
+        page.close()
+        wait_until(lambda: not len(explorer.samples))
+    assert len(steps) < 700
+
+
+def test_the_page_works_below_the_path_of_a_proxy(browser, tmp_path):
+    app = open_app(write_root(tmp_path))
+    with serving(app, "/rdm") as server, serving(proxy(server, "/rdm")) as url:
+        page = browser.new_page()
+        page.goto(f"{url}/rdm/?tab=search&text=a+circle&database=green")
+        expect(page.locator("#search-results img").first).to_be_visible(timeout=WAIT_MS)
+        assert is_drawn(page, "#search-results img")
+        page.locator("a.permalink").first.click()
+        expect(page.locator("#search-results img").first).to_be_visible(timeout=WAIT_MS)
+        assert page.url.startswith(f"{url}/rdm/?")
+        page.close()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("this took more than 30 s")
+
+
+def proxy(server: str, prefix: str) -> Starlette:
+    """A reverse proxy that serves another server below a path, and passes on responses as they arrive."""
+    client = httpx.AsyncClient(base_url=server, timeout=60)
+
+    async def forward(request: Request) -> StreamingResponse:
+        path = request.url.path.removeprefix(prefix)
+        sent = client.build_request(
+            request.method, f"{path}?{request.url.query}", headers=request.headers.raw, content=await request.body()
+        )
+        response = await client.send(sent, stream=True)
+        return StreamingResponse(response.aiter_raw(), response.status_code, dict(response.headers))
+
+    return Starlette(routes=[Route(f"{prefix}/{{path:path}}", forward, methods=["GET", "POST"])])
