@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jobs.cli.command import exit_on_user_error, recipe_parser, run_on_recipe
+from jobs.cli.command import add_remake, exit_on_user_error, recipe_parser, run_on_recipe
 from jobs.cli.recipe import Recipe
 from retrieval.errors import UserError
 from retrieval.recipe import ClipConfig
@@ -89,6 +89,7 @@ def _toml_table(option: str, pairs: Sequence[str]) -> str:
 
 def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     parser = recipe_parser("sample", __doc__)
+    add_remake(parser)
     parser.add_argument("--prompt", help="sample one picture of this prompt instead of the stage")
     parser.add_argument(
         "--out", type=Path, help="file of the one picture (default with --prompt or --again: sample.png)"

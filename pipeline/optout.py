@@ -69,7 +69,9 @@ def run(blocklist: Blocklist, root: Root) -> dict[str, Any]:
     inputs = {folder: read_manifest(root, folder).identity for folder in databases}
     if root.exists("download/manifest.json"):
         inputs["download"] = read_manifest(root, "download").identity
-    stage = Stage(root, name, SCHEMA_VERSION, Config(), {**inputs, "list": blocklist.identity})
+    # Its files are temporary: those of a killed run with other inputs are deleted.
+    temporary = Root(root.url, remake=True)
+    stage = Stage(temporary, name, SCHEMA_VERSION, Config(), {**inputs, "list": blocklist.identity})
     with stage.building():
         ids = _downloaded_ids(stage, blocklist)
         listed = np.union1d(ids, blocklist.ids)

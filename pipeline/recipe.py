@@ -53,8 +53,9 @@ class FilterConfig(WorkersConfig):
     """Most rows for training; the others go to the database; 0: no limit."""
     seed: int = Field(0, ge=0)
     """Selects the training rows, together with the image id, if there are more than `max_train`."""
-    blocklist: str = ""
-    """Path or URL of the blocklist, a text file of URLs, domains and image ids; empty: none."""
+    blocklist: str = runtime_setting("")
+    """Path or URL of the blocklist, a text file of URLs, domains and image ids; empty: none. If its entries change,
+    newly listed rows of a finished stage are dropped; rows that it dropped before need `--remake`."""
     rows_per_shard: int = Field(10_000, ge=1)
     """Rows in an output shard; the last shard of a piece can have fewer."""
     rows_per_piece: int = Field(2_000_000, ge=1, le=1 << 30)
@@ -62,25 +63,28 @@ class FilterConfig(WorkersConfig):
 
 
 class DownloadConfig(WorkersConfig):
-    """How images are fetched and stored (section `download` of a recipe)."""
+    """How images are fetched and stored (section `download` of a recipe).
+
+    Only the edges are part of the fingerprint. The other settings apply to new requests and delete no finished shard.
+    """
 
     contact: str = runtime_setting(..., pattern=r"^[!-~]+$")
     """URL or mail address for complaints of server owners, sent with every request."""
-    user_agent: str = Field("laion-rdm", pattern=r"^[A-Za-z0-9._-]+$")
+    user_agent: str = runtime_setting("laion-rdm", pattern=r"^[A-Za-z0-9._-]+$")
     """Product name in the User-Agent header; X-Robots-Tag and robots.txt can address it."""
-    robots: bool = False
+    robots: bool = runtime_setting(False)
     """Whether to request and obey robots.txt. X-Robots-Tag is always obeyed."""
-    allow_private: Literal["none", "loopback", "all"] = "none"
+    allow_private: Literal["none", "loopback", "all"] = runtime_setting("none")
     """Allowed addresses besides public ones: none, loopback, or all private networks."""
-    timeout_s: float = Field(10.0, gt=0)
+    timeout_s: float = runtime_setting(10.0, gt=0)
     """Longest wait for the next data of a server, in seconds."""
-    deadline_s: float = Field(60.0, gt=0)
+    deadline_s: float = runtime_setting(60.0, gt=0)
     """Longest time for one URL with its redirects and retries, in seconds."""
-    retries: int = Field(2, ge=0)
+    retries: int = runtime_setting(2, ge=0)
     """Retries after a 429, 500, 502, 503, 504 or a broken connection."""
-    max_bytes: int = Field(32 << 20, ge=1)
+    max_bytes: int = runtime_setting(32 << 20, ge=1)
     """Largest response body in bytes."""
-    max_pixels: int = Field(80_000_000, ge=1, le=MAX_PIXELS)
+    max_pixels: int = runtime_setting(80_000_000, ge=1, le=MAX_PIXELS)
     """Most pixels of a picture that is decoded, at most 134 million. WebP and AVIF take 20 bytes of memory a pixel and
     end at 100 million."""
     train_min_edge: int = Field(768, ge=1)
@@ -89,10 +93,11 @@ class DownloadConfig(WorkersConfig):
     """Shorter edge in pixels that larger database images are scaled down to."""
     database_min_edge: int = Field(32, ge=1)
     """Least shorter edge in pixels of a database image; some servers send 1 x 1 for missing pictures."""
-    jpeg_quality: int = Field(95, ge=1, le=100)
+    jpeg_quality: int = runtime_setting(95, ge=1, le=100)
     """JPEG quality of re-encoded pictures; an upright sRGB JPEG that keeps its size keeps its compressed pixels."""
-    blocklist: str = ""
-    """Path or URL of the blocklist, as in `filter`; entries with hashes apply only here."""
+    blocklist: str = runtime_setting("")
+    """Path or URL of the blocklist, as in `filter`; entries with hashes apply only here. If its entries change, listed
+    images are removed from finished shards, and images no longer listed wait for `--retry`."""
     min_answered: float = runtime_setting(0.05, ge=0, le=1)
     """Share of a shard's URLs that must be answered, with any status; below it the network counts as down."""
     threads: int = runtime_setting(32, ge=1)

@@ -33,11 +33,19 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides", help=text)
 
 
+def add_remake(parser: argparse.ArgumentParser) -> None:
+    """Add the option --remake, without which a stage deletes no finished work."""
+    text = "delete finished shards that were made with other settings or inputs, and make them again"
+    parser.add_argument("--remake", action="store_true", help=text)
+
+
 def stage_command(stage: str, about: str | None, run: Callable[[Recipe], object]) -> Main:
-    """The `main` of a command that has no arguments but those of `recipe_parser`."""
+    """The `main` of a command that has no arguments but those of `recipe_parser` and --remake."""
 
     def main(argv: Sequence[str] | None = None) -> None:
-        arguments = recipe_parser(stage, about).parse_args(argv)
+        parser = recipe_parser(stage, about)
+        add_remake(parser)
+        arguments = parser.parse_args(argv)
         exit_on_user_error(lambda: run_on_recipe(arguments, run))
 
     return main
@@ -45,7 +53,7 @@ def stage_command(stage: str, about: str | None, run: Callable[[Recipe], object]
 
 def run_on_recipe(arguments: argparse.Namespace, run: Callable[[Recipe], object]) -> None:
     """Load the recipe that the arguments name. With --dry-run print it, else call `run` with it."""
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    recipe = load_recipe(arguments.recipe, arguments.overrides, getattr(arguments, "remake", False))
     if arguments.dry_run:
         print(json.dumps(recipe.resolved(), indent=2))
     else:

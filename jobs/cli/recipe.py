@@ -61,10 +61,10 @@ class Extension(Protocol):
 class Recipe:
     """A checked recipe."""
 
-    def __init__(self, path: Path, overrides: Sequence[str], root: str, sections: dict[str, Config]) -> None:
+    def __init__(self, path: Path, overrides: Sequence[str], root: Root, sections: dict[str, Config]) -> None:
         self.path = path
         self.overrides = tuple(overrides)
-        self.root = Root(root)
+        self.root = root
         self.sections = sections
         self.extension = ""
         """Dotted name of the package that adds sections; empty: none."""
@@ -88,7 +88,8 @@ class Recipe:
 
     def arguments(self) -> list[str]:
         """Command-line arguments with which another process loads the same recipe."""
-        return [str(self.path), *(word for override in self.overrides for word in ("--set", override))]
+        remake = ["--remake"] if self.root.remake else []
+        return [str(self.path), *(word for override in self.overrides for word in ("--set", override)), *remake]
 
     def resolved(self) -> dict[str, Any]:
         """All values, defaults included, ready for JSON."""
@@ -97,8 +98,10 @@ class Recipe:
         return {"root": self.root.url, **extension, **sections}
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: Path, overrides: Sequence[str] = (), remake: bool = False) -> Recipe:
     """Read and check a recipe. overrides: `section.key=value`, values as in TOML or bare words.
+
+    remake: its stages may delete finished work of other settings or inputs.
 
     Raises UserError with the file, the key, the value found and the value wanted.
     """
@@ -109,11 +112,13 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(root, str) or not root:
         raise UserError(f"{path}: root must be a folder or a URL such as 'runs/demo', got {root!r}")
     kinds = SECTIONS | dict(load_extension(path, extension).SECTIONS if extension else {})
+    if remake and "train" in values:
+        values["train"]["restart"] = True
     unknown = sorted(set(values) - set(kinds))
     if unknown:
         raise UserError(f"{path}: unknown section [{unknown[0]}]. Known sections: {', '.join(kinds)}.")
     sections = {name: _section(path, name, kinds[name], values[name]) for name in kinds if name in values}
-    recipe = Recipe(path, overrides, root, sections)
+    recipe = Recipe(path, overrides, Root(root, remake), sections)
     recipe.extension = extension
     return recipe
 

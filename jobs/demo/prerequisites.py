@@ -14,8 +14,9 @@ from jobs.cli.recipe import Recipe
 from jobs.demo.recipe import WorldConfig
 from jobs.demo.world.world import write_world
 from retrieval.config import Config
-from retrieval.storage.manifest import Manifest, fingerprint, read_manifest, write_manifest
+from retrieval.storage.manifest import Manifest, read_manifest, write_manifest
 from retrieval.storage.root import Root
+from retrieval.storage.stage_folder import StageIdentity, prepare_folder
 
 TrainingConfig = TypeVar("TrainingConfig", bound=Config)
 
@@ -34,17 +35,20 @@ def draw_world(recipe: Recipe) -> None:
 def train_once(
     root: Root, name: str, config: TrainingConfig, train: Callable[[TrainingConfig, Path], dict[str, float]]
 ) -> None:
-    """Train a model into `<root>/<name>`, unless it exists with the same settings."""
-    digest = fingerprint(name, VERSION, config, {})
-    if root.exists(f"{name}/manifest.json") and read_manifest(root, name).fingerprint == digest:
+    """Train a model into `<root>/<name>`, unless it exists with the same settings.
+
+    Raises UserError if it exists with others and `root.remake` does not permit to delete it.
+    """
+    identity = StageIdentity.of(name, VERSION, config, {})
+    if root.exists(f"{name}/manifest.json") and read_manifest(root, name).fingerprint == identity.fingerprint:
         return
     started = time.time()
-    root.delete(f"{name}/manifest.json")
+    prepare_folder(root, name, identity)
     values = train(config, root.local_path(name))
     manifest = Manifest(
         stage=name,
         schema_version=VERSION,
-        fingerprint=digest,
+        fingerprint=identity.fingerprint,
         upstream={},
         config=config.model_dump(mode="json"),
         shards=(),

@@ -25,6 +25,7 @@ from pipeline.pictures.tars import sample_key, tar_writer
 from pipeline.recipe import EmbedConfig
 from retrieval.clip.encoder import Encoder
 from retrieval.database.build import DatabaseIdentity, write_database
+from retrieval.database.database import SCHEMA_VERSION
 from retrieval.errors import UserError
 from retrieval.index.routing import unit
 from retrieval.perceptual_hash import BLANK_HASH, MIRROR_MASK
@@ -34,6 +35,7 @@ from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, read_manifest
 from retrieval.storage.root import Root
 from retrieval.storage.schema import Reason
+from retrieval.storage.stage_folder import StageIdentity, check_remake
 
 NEAR_BITS = 6
 """Largest Hamming distance of the perceptual hashes of two near copies, of 64 bits."""
@@ -70,7 +72,7 @@ class EmbeddedPictures:
 def run(name: str, source: PictureSource | Path, encoder: Encoder, config: IndexConfig, root: Root) -> Manifest:
     """Build `databases/<name>` from a source, unless it exists with the same pictures and settings.
 
-    Raises UserError if the source has no readable picture.
+    Raises UserError if the source has no readable picture, and as `check_remake`.
     """
     return run_all({name: ""}, source, encoder, config, root)[0]
 
@@ -100,6 +102,8 @@ def run_all(
     if all(_is_built(root, identity, config) for identity in identities.values()):
         log.info("%s already built", ", ".join(databases))
         return [read_manifest(root, identity.name) for identity in identities.values()]
+    for identity in identities.values():
+        check_remake(root, identity.name, StageIdentity.of(identity.name, SCHEMA_VERSION, config, identity.upstream))
     embedded = _embed_pictures(next(iter(databases)), pictures, missing, encoder)
     return [
         _build(root, embedded, databases[name], (encoder, config, identity)) for name, identity in identities.items()

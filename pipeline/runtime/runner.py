@@ -97,7 +97,7 @@ def _format(resources: dict[str, float]) -> str:
 def run_shards(
     stage: Stage, shards: Sequence[str], make_work: Callable[[], Work], workers: Workers, include_finished: bool = False
 ) -> list[ShardRecord]:
-    """Process the shards that have no valid record of this fingerprint; records in the order of `shards`.
+    """Process the shards that have no valid record of this fingerprint and inputs; records in the order of `shards`.
 
     `make_work` runs once in each worker and loads what its shards share. A shard runs again only if its
     worker was lost. An exception in a shard stops the stage with ShardError, or UserError if the shard
@@ -124,9 +124,9 @@ def run_shards(
 
 def _finished_record(stage: Stage, shard: str) -> ShardRecord | None:
     stored = read_record(stage.root, stage.name, shard)
-    if stored is None or stored[0] != stage.fingerprint or not files_exist(stage.root, stored[1]):
+    if stored is None or stored[0] != stage.fingerprint or stored[1].inputs != stage.inputs:
         return None
-    return stored[1]
+    return stored[1] if files_exist(stage.root, stored[1]) else None
 
 
 def _log_shard(stage: Stage, record: ShardRecord, peak: int, progress: tuple[int, int, float]) -> None:
@@ -166,7 +166,8 @@ class _Worker:
             self.work = self.work or self.make_work()
             record = self.work(shard)
             # An unchanged shard brings the seconds of its first run.
-            record = replace(record, seconds=record.seconds or round(time.time() - started, 3))
+            seconds = record.seconds or round(time.time() - started, 3)
+            record = replace(record, seconds=seconds, inputs=self.stage.inputs)
         except UserError as error:
             raise UserError(f"{self.stage.name}: shard {shard}: {error}") from error
         except Exception as error:

@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 from retrieval.config import Config
 from retrieval.index.hidden import HIDDEN_FILE
 from retrieval.storage.lease import lease, raise_if_lost
-from retrieval.storage.manifest import Manifest, ShardRecord, files_exist, fingerprint, read_manifest, write_manifest
+from retrieval.storage.manifest import Manifest, ShardRecord, files_exist, read_manifest, write_manifest
 from retrieval.storage.root import Root
+from retrieval.storage.stage_folder import StageIdentity, prepare_folder
 
 THREADS = 32
 """Concurrent requests to an object store: each takes some hundredths of a second."""
@@ -27,18 +28,27 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage: its folder below the root, format version, settings, and the identity of each input by its name."""
+    """A stage: its folder below the root, format version, settings, and the identity of each input by its name.
+
+    upstream: inputs in the fingerprint. inputs: other inputs; if they change, finished shards are updated.
+    """
 
     root: Root
     name: str
     schema_version: int
     config: Config
     upstream: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> StageIdentity:
+        """What determines the stage's output."""
+        return StageIdentity.of(self.name, self.schema_version, self.config, self.upstream)
 
     @property
     def fingerprint(self) -> str:
         """See `retrieval.storage.manifest.fingerprint`."""
-        return fingerprint(self.name, self.schema_version, self.config, self.upstream)
+        return self.identity.fingerprint
 
     @property
     def log(self) -> logging.Logger:
@@ -46,7 +56,15 @@ class Stage:
         return logging.getLogger(self.name)
 
     def finished(self) -> Manifest | None:
-        """The manifest if the stage is finished with this fingerprint and its files exist, else None."""
+        """As `stored`, but only if the inputs are these too."""
+        manifest = self.stored()
+        if manifest is None or manifest.inputs != self.inputs:
+            return None
+        self.log.info("already finished: %s rows in %d shards", f"{manifest.rows:,}", len(manifest.shards))
+        return manifest
+
+    def stored(self) -> Manifest | None:
+        """The manifest if the stage is finished with this fingerprint and any inputs and its files exist, else None."""
         if not self.root.exists(f"{self.name}/manifest.json"):
             return None
         manifest = read_manifest(self.root, self.name)
@@ -55,7 +73,6 @@ class Stage:
         if not all(map_in_threads(partial(files_exist, self.root), manifest.shards)):
             self.log.warning("files of %s are missing or truncated: they are made again", self.root.at(self.name))
             return None
-        self.log.info("already finished: %s rows in %d shards", f"{manifest.rows:,}", len(manifest.shards))
         return manifest
 
     @contextmanager
@@ -69,16 +86,12 @@ class Stage:
             yield
 
     def begin(self) -> None:
-        """Prepare the folder, under the lease: delete the files of another fingerprint, the manifest first."""
-        started = f"{self.name}/started.json"
-        self.root.delete(f"{self.name}/manifest.json")
-        if self.root.exists(started) and self.root.read_json(started) == {"fingerprint": self.fingerprint}:
-            self.root.delete_partial_files(self.name)
-            return
-        if self.root.exists(self.name):
-            self.log.info("settings or inputs changed: %s is deleted and built again", self.root.at(self.name))
-        self.root.delete_except(self.name, HIDDEN_FILE)  # hidden images stay hidden in the new output
-        self.root.write_json(started, {"fingerprint": self.fingerprint})
+        """Prepare the folder under the lease, see `prepare_folder`.
+
+        Raises UserError for finished shards of another fingerprint.
+        """
+        # Hidden images stay hidden in the new output.
+        prepare_folder(self.root, self.name, self.identity, kept=HIDDEN_FILE)
 
     def complete(self, records: Sequence[ShardRecord], values: dict[str, Any], started: float) -> Manifest:
         """Write the manifest under the lease, last of all files. started: `time.time()` at the start of the stage."""
@@ -94,6 +107,7 @@ class Stage:
             shards=tuple(records),
             values=values,
             seconds=round(time.time() - started, 3),
+            inputs=self.inputs,
         )
         write_manifest(self.root, manifest)
         kept, dropped = f"{manifest.rows:,}", f"{sum(manifest.reasons.values()):,}"

@@ -5,7 +5,7 @@ Ray, so it also works while a stage runs elsewhere. Times are the modification t
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -19,6 +19,7 @@ from retrieval.config import Config
 from retrieval.errors import UserError
 from retrieval.storage.manifest import Manifest, ShardRecord, fingerprint, read_manifest, read_record
 from retrieval.storage.root import Root
+from retrieval.storage.stage_folder import setting_differences
 
 State = Literal["not started", "unfinished", "finished", "stale"]
 
@@ -36,8 +37,6 @@ THREADS = 16
 """Files read at once: an object store has high latency but serves many requests."""
 RECENT_SHARE, RECENT_MIN, RECENT_MAX = 0.1, 8, 1_000
 """The most recent shards, which the remaining time is estimated from: a tenth, within these bounds."""
-MAX_DIFFERENCES = 3
-"""Differing settings that a note lists."""
 MODIFIED = ("mtime", "LastModified", "last_modified", "modified", "updated", "created")
 """Keys of the modification time in the file information of different file systems."""
 
@@ -128,7 +127,8 @@ def _stale_reason(manifest: Manifest, spec: StageSpec, upstream: UpstreamStages)
     if spec.config is not None:
         current = fingerprint(spec.name, manifest.schema_version, spec.config, manifest.upstream)
         if current != manifest.fingerprint:
-            return f"made {_differences(manifest.config, spec.config.output_fields())}"
+            differences = setting_differences(manifest.config, spec.config.output_fields())
+            return f"made {'; '.join(differences) or 'by another version of the code'}"
     for name, digest in manifest.upstream.items():
         if name not in upstream:
             continue
@@ -140,27 +140,6 @@ def _stale_reason(manifest: Manifest, spec: StageSpec, upstream: UpstreamStages)
         if status.state == "stale":
             return f"made from {name}, which is stale"
     return ""
-
-
-def _differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> str:
-    """The settings that differ, as `with k = 4, the recipe has 8`."""
-    old, new = dict(_flat(stored)), dict(_flat(current))
-    differences = [
-        f"with {name} = {old[name]!r}, the recipe has {value!r}" if name in old else f"without {name}"
-        for name, value in new.items()
-        if name not in old or old[name] != value
-    ]
-    extra = len(differences) - MAX_DIFFERENCES
-    more = [f"{extra} more differences"] if extra > 0 else []
-    return "; ".join([*differences[:MAX_DIFFERENCES], *more]) or "by another version of the code"
-
-
-def _flat(sections: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in sections.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _unfinished(root: Root, spec: StageSpec, times: Mapping[str, float], now: float) -> Status:

@@ -26,6 +26,8 @@ class ShardRecord:
     reasons: dict[str, int] = field(default_factory=dict)
     values: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    inputs: dict[str, str] = field(default_factory=dict)
+    """Digests of inputs outside the fingerprint: if they change, the finished shard is updated, not made again."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Manifest:
     shards: tuple[ShardRecord, ...]
     values: dict[str, Any]
     seconds: float
+    inputs: dict[str, str] = field(default_factory=dict)
+    """As those of its records."""
     code_version: str = VERSION
     hardware: str = field(default_factory=lambda: f"{platform.machine()} {platform.system()}")
 

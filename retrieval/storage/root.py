@@ -49,6 +49,8 @@ class PendingFile:
 class Root:
     """A folder, by path or URL. File names are relative, with forward slashes; listings are sorted.
 
+    remake: stages may delete finished shards of other settings or inputs below it (`stage_folder.prepare_folder`).
+
     Every method raises NodeError if the object store cannot be reached or denies access, or if the disk is full.
 
     >>> root = Root("memory://example")
@@ -58,7 +60,8 @@ class Root:
     (['stage/facts.json'], {'rows': 3})
     """
 
-    def __init__(self, url: str | os.PathLike[str]) -> None:
+    def __init__(self, url: str | os.PathLike[str], remake: bool = False) -> None:
+        self.remake = remake
         self.url = os.fspath(url).rstrip("/")
         with extras_named():
             self.fs, self._base = fsspec.core.url_to_fs(self.url, **object_store.filesystem_options(self.url))
@@ -68,9 +71,9 @@ class Root:
     def __repr__(self) -> str:
         return f"Root({self.url!r})"
 
-    def __reduce__(self) -> tuple[type["Root"], tuple[str]]:
+    def __reduce__(self) -> tuple[type["Root"], tuple[str, bool]]:
         # Ray workers have another working folder, so a relative path is pickled as an absolute one.
-        return Root, (self._base if self.is_local else self.url,)
+        return Root, (self._base if self.is_local else self.url, self.remake)
 
     def at(self, name: str) -> str:
         """The path or fsspec URL of a file."""
@@ -78,7 +81,7 @@ class Root:
 
     def child(self, name: str) -> "Root":
         """The folder `name` below this one, as a root."""
-        return Root(self.at(name))
+        return Root(self.at(name), self.remake)
 
     def local_path(self, name: str) -> Path:
         """The local path of a file. Raises UserError for an object store."""
@@ -116,13 +119,17 @@ class Root:
 
     def list(self, folder: str, suffix: str = "") -> list[str]:
         """Names of all files below a folder, at any depth, sorted; empty if the folder does not exist."""
+        return [name for name in self.sizes(folder) if name.endswith(suffix)]
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Bytes of all files below a folder by name, sorted by name, from one listing. As `list`."""
         try:
             with self._store_errors(folder):
-                paths = self.fs.find(f"{self._base}/{folder}".rstrip("/"))
+                files = self.fs.find(f"{self._base}/{folder}".rstrip("/"), detail=True)
         except FileNotFoundError:
-            return []
-        names = (path[len(self._base) :].lstrip("/") for path in paths)
-        return sorted(name for name in names if name.endswith(suffix) and "/.partial-" not in f"/{name}")
+            return {}
+        sizes = {path[len(self._base) :].lstrip("/"): int(info["size"] or 0) for path, info in files.items()}
+        return {name: sizes[name] for name in sorted(sizes) if "/.partial-" not in f"/{name}"}
 
     def open(self, name: str) -> BinaryIO:
         """Open a finished file for reading. Raises UserError if it does not exist."""

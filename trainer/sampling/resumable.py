@@ -1,6 +1,6 @@
 """Resumable stages: a stage folder with many items, each with a record, and a manifest at the end.
 
-A killed stage resumes after its last finished item. Files with another fingerprint are removed before it starts.
+A killed stage resumes after its last finished item. Files with another fingerprint are deleted only on request.
 """
 
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from retrieval.storage.manifest import (
     Manifest,
     ShardRecord,
     files_exist,
-    fingerprint,
     read_manifest,
     read_record,
     write_manifest,
     write_record,
 )
 from retrieval.storage.root import FileRecord, Root
+from retrieval.storage.stage_folder import STARTED_FILE, StageIdentity, prepare_folder
 from retrieval.storage.writable import require_writable
 
 
@@ -28,7 +28,7 @@ class ResumableItems:
     def __init__(self, root: Root, stage: str, config: Config, upstream: dict[str, str]) -> None:
         self.root, self.stage = root, stage
         self._config, self._upstream = config, upstream
-        self._fingerprint = fingerprint(stage.rpartition("/")[2], schema.VERSION, config, upstream)
+        self._identity = StageIdentity.of(stage.rpartition("/")[2], schema.VERSION, config, upstream)
 
     def finished_manifest(self) -> Manifest | None:
         """The manifest, or None if the stage did not finish with this fingerprint or files are missing."""
@@ -36,34 +36,27 @@ class ResumableItems:
             return None
         manifest = read_manifest(self.root, self.stage)
         complete = all(files_exist(self.root, shard) for shard in manifest.shards)
-        return manifest if manifest.fingerprint == self._fingerprint and complete else None
+        return manifest if manifest.fingerprint == self._identity.fingerprint and complete else None
 
     def begin(self) -> None:
-        """Delete the manifest, and the whole folder if its records have another fingerprint.
+        """Prepare the folder, see `prepare_folder`. Raises UserError for finished items of another fingerprint.
 
         Raises UserError first if the folder cannot be written.
         """
         require_writable(self.root, f"{self.stage}/manifest.json")
-        self.root.delete(f"{self.stage}/manifest.json")
-        self.root.delete_partial_files(self.stage)
-        prefix = f"{self.stage}/records/"
-        for name in self.root.list(f"{self.stage}/records", ".json"):
-            record = read_record(self.root, self.stage, name.removeprefix(prefix).removesuffix(".json"))
-            if record is None or record[0] != self._fingerprint:
-                self.root.delete(self.stage)
-                return
+        prepare_folder(self.root, self.stage, self._identity)
 
     def read_record(self, item: str) -> ShardRecord | None:
         """The record of a finished item, or None if it or one of its files is missing."""
         record = read_record(self.root, self.stage, item)
-        if record is None or record[0] != self._fingerprint or not files_exist(self.root, record[1]):
+        if record is None or record[0] != self._identity.fingerprint or not files_exist(self.root, record[1]):
             return None
         return record[1]
 
     def write_record(self, item: str, files: list[FileRecord], rows: int) -> ShardRecord:
         """Record that an item is finished. files: all files of the item; rows: number of samples."""
         record = ShardRecord(item, rows, tuple(files))
-        write_record(self.root, self.stage, self._fingerprint, record)
+        write_record(self.root, self.stage, self._identity.fingerprint, record)
         return record
 
     def finish(self, shards: Sequence[ShardRecord], values: dict[str, Any], seconds: float) -> Manifest:
@@ -71,14 +64,14 @@ class ResumableItems:
         manifest = Manifest(
             stage=self.stage,
             schema_version=schema.VERSION,
-            fingerprint=self._fingerprint,
+            fingerprint=self._identity.fingerprint,
             upstream=self._upstream,
             config=self._config.model_dump(mode="json"),
             shards=tuple(shards),
             values=values,
             seconds=seconds,
         )
-        named = set(manifest.checksums())
+        named = {*manifest.checksums(), f"{self.stage}/{STARTED_FILE}"}
         for name in self.root.list(self.stage):
             if name not in named and not name.startswith(f"{self.stage}/records/"):
                 self.root.delete(name)

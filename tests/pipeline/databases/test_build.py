@@ -72,6 +72,7 @@ def test_every_style_gets_a_database_with_the_rows_of_the_full_database(
     assert names == {"both": "", "early_work": "Early Work", "late_work": "Late-Work"}
     for name in names:
         database.run(name, pictures_of_table, encoder, IndexConfig(), root)
+    root = Root(tmp_path, remake=True)
     manifests = database.run_all(names, pictures_of_table, encoder, IndexConfig(), root)
     assert [manifest.rows for manifest in manifests] == [5, 4, 1]
     assert [manifest.reasons for manifest in manifests] == [{"not_found": 1}, {}, {}]

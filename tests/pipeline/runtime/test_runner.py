@@ -21,7 +21,7 @@ from pipeline.runtime.runner import MAX_LOST_WORKERS, ShardError, Work, Workers,
 from pipeline.runtime.stage import Stage, map_in_threads
 from retrieval.config import Config, runtime_setting
 from retrieval.errors import UserError
-from retrieval.storage.manifest import ShardRecord, write_record
+from retrieval.storage.manifest import ShardRecord, read_manifest, write_record
 from retrieval.storage.root import Root
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -100,9 +100,12 @@ def test_a_finished_stage_runs_no_shard_even_with_another_speed_setting(root: Ro
     assert calls(root) == [1, 1, 1]
 
 
-def test_a_changed_setting_runs_every_shard_again(root: Root) -> None:
+def test_a_changed_setting_runs_every_shard_again_only_on_request(root: Root) -> None:
     run(root, works(root))
-    run(root, works(root, "b"), text="b")
+    with pytest.raises(UserError, match="3 finished shards .*, made with text = 'a', the recipe has 'b'.*--remake"):
+        run(root, works(root, "b"), text="b")
+    assert (calls(root), run(root, works(root))) == ([1, 1, 1], read_manifest(root, "letters"))
+    run(Root(root.url, remake=True), works(root, "b"), text="b")
     assert calls(root) == [2, 2, 2]
     assert root.local_path("letters/00001.txt").read_text() == "b"
 
@@ -114,7 +117,7 @@ def test_a_changed_setting_removes_the_old_manifest_before_the_first_new_shard(r
         raise UserError("no")
 
     with pytest.raises(UserError):
-        run(root, works(root, "b", fail), text="b")
+        run(Root(root.url, remake=True), works(root, "b", fail), text="b")
     assert not root.exists("letters/manifest.json")
     assert not root.exists("letters/00001.txt")
 
