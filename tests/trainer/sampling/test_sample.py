@@ -81,7 +81,7 @@ def test_the_grid_has_a_row_for_each_picture_of_a_prompt_and_a_column_for_each_d
     sample(fresh)
     with fresh[0].open(f"{STAGE}/grid.png") as file:
         four = np.asarray(Image.open(file)).shape
-    sample(fresh, databases=("green",), images_per_prompt=1)
+    sample_again(fresh, databases=("green",), images_per_prompt=1)
     with fresh[0].open(f"{STAGE}/grid.png") as file:
         two = np.asarray(Image.open(file)).shape
     cell = four[1] - two[1]
