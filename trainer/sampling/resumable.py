@@ -39,9 +39,9 @@ class ResumableItems:
         return manifest if manifest.fingerprint == self._identity.fingerprint and complete else None
 
     def begin(self) -> None:
-        """Prepare the folder, see `prepare_folder`. Raises UserError for finished items of another fingerprint.
+        """Prepare the folder, see `prepare_folder`.
 
-        Raises UserError first if the folder cannot be written.
+        Raises UserError first if the folder cannot be written, and for finished items of another fingerprint.
         """
         require_writable(self.root, f"{self.stage}/manifest.json")
         prepare_folder(self.root, self.stage, self._identity)

@@ -102,7 +102,7 @@ def test_a_finished_stage_runs_no_shard_even_with_another_speed_setting(root: Ro
 
 def test_a_changed_setting_runs_every_shard_again_only_on_request(root: Root) -> None:
     run(root, works(root))
-    with pytest.raises(UserError, match="3 finished shards .*, made with text = 'a', the recipe has 'b'.*--remake"):
+    with pytest.raises(UserError, match=r"3 finished shards .*, made with text = 'a', the recipe has 'b'.*--remake"):
         run(root, works(root, "b"), text="b")
     assert (calls(root), run(root, works(root))) == ([1, 1, 1], read_manifest(root, "letters"))
     run(Root(root.url, remake=True), works(root, "b"), text="b")
