@@ -45,8 +45,10 @@ def prepare_folder(root: Root, folder: str, identity: StageIdentity, kept: str =
     root.delete(f"{folder}/manifest.json")
     if is_same:
         root.delete_partial_files(folder)
-    else:
+    elif kept:
         root.delete_except(folder, kept)
+    else:
+        root.delete(folder)
     root.write_json(f"{folder}/{STARTED_FILE}", asdict(identity))
 
 

@@ -54,6 +54,9 @@ def test_a_database_is_built_again_only_for_a_changed_picture_or_license(
     first = database.run("squares", source, encoder, IndexConfig(), root)
     assert database.run("squares", source, encoder, IndexConfig(), root) == first
     (source / "a" / "a_red-square_01.jpg").write_bytes(b"no picture any more")
+    with pytest.raises(UserError, match=r"databases/squares has .*, made from another source"):
+        database.run("squares", source, encoder, IndexConfig(), root)
+    root = Root(tmp_path, remake=True)
     assert database.run("squares", source, encoder, IndexConfig(), root).rows == 11
     database.run("squares", PictureSource(source, license="CC0"), encoder, IndexConfig(), root)
     licenses = Database.open(root.child("databases/squares")).metadata()["license"]
