@@ -103,6 +103,7 @@ def test_only_transient_failures_are_retried(root: Root) -> None:
 def test_a_retry_of_the_stage_changes_its_identity_but_not_its_fingerprint(
     root: Root, server, complete: ShardRecord
 ) -> None:
+    root.delete("download")
     config = DownloadConfig(contact="us@example.org", allow_private="loopback", retries=0, train_min_edge=1, workers=1)
     selected = Manifest("filter", 1, "f" * 16, {}, {}, (ShardRecord(SHARD, 8, ()),), {}, 1.0)
     write_manifest(root, selected)
