@@ -207,7 +207,9 @@ def test_blocked_images_are_dropped_and_a_changed_blocklist_runs_the_stage_again
     blocklist.write_text("http://example.org/1.jpg\n")
     assert run(config(tmp_path / "meta", blocklist=str(blocklist)), root).reasons == {"blocked": 1}
     blocklist.write_text("http://example.org/1.jpg\nhttp://example.org/2.jpg\n")
-    assert run(config(tmp_path / "meta", blocklist=str(blocklist)), Root(root.url, remake=True)).reasons == {"blocked": 2}
+    assert run(config(tmp_path / "meta", blocklist=str(blocklist)), Root(root.url, remake=True)).reasons == {
+        "blocked": 2
+    }
 
 
 def test_a_second_run_does_nothing_unless_the_metadata_changed(tmp_path: Path, root: Root) -> None:
