@@ -12,9 +12,12 @@ from retrieval.perceptual_hash import MAX_DISTANCE
 from retrieval.pictures.decode import MAX_PIXELS
 from retrieval.recipe import JoinConfig
 
+MetadataFormatName = Literal["laion", "relaion", "datacomp", "coyo", "cc3m", "cc12m", "wit"]
+Missing = Literal["drop", "keep"]
+
 
 class Columns(Config):
-    """Column names in the metadata, in any case. Empty: LAION's names."""
+    """Column names in the metadata, in any case. Empty: the names of `metadata_format`."""
 
     url: str = ""
     """URL of the image."""
@@ -38,17 +41,24 @@ class FilterConfig(WorkersConfig):
     """Which metadata is read and which rows are kept (section `filter` of a recipe)."""
 
     metadata: str = Field(min_length=1)
-    """Folder or URL of the metadata's Parquet files, including subfolders."""
+    """File, or folder with subfolders, of the metadata: Parquet, CSV, TSV or JSON lines; a path or a URL."""
+    metadata_format: MetadataFormatName = "laion"
+    """Data set whose column names are expected."""
     columns: Columns = Columns()
-    """Column names that differ from LAION's."""
+    """Column names that differ from those of `metadata_format`."""
     min_edge: int = Field(768, ge=1)
     """Least shorter edge in pixels of a training image; 768 for the paper's LAION model."""
     max_watermark: float = Field(0.8, ge=0)
     """Rows below this `pwatermark` can be for training; the others go to the database."""
     max_unsafe: float = Field(0.5, ge=0)
     """Rows at or above this `punsafe` are dropped."""
-    missing_scores: Literal["drop", "keep"] = "drop"
-    """Rows without pwatermark or punsafe: drop them as `no_score`, or keep them with a score of 0."""
+    missing_watermark: Missing = "drop"
+    """Rows without pwatermark: drop them as `no_score`, or keep them as if there was no watermark. With "drop" a
+    file without this column is an error; this holds for all three settings."""
+    missing_safety: Missing = "drop"
+    """Rows without punsafe: drop them as `no_score`, or keep them as if they were safe."""
+    missing_size: Missing = "drop"
+    """Rows without width or height: drop them as `bad_size`, or keep them; then `download` checks the sizes."""
     max_train: int = Field(0, ge=0)
     """Most rows for training; the others go to the database; 0: no limit."""
     seed: int = Field(0, ge=0)
@@ -59,7 +69,7 @@ class FilterConfig(WorkersConfig):
     rows_per_shard: int = Field(10_000, ge=1)
     """Rows in an output shard; the last shard of a piece can have fewer."""
     rows_per_piece: int = Field(2_000_000, ge=1, le=1 << 30)
-    """Most input rows of a task; larger files are divided at their row groups."""
+    """Most input rows of a task; larger Parquet files are divided at their row groups, text files are not."""
 
 
 class DownloadConfig(WorkersConfig):

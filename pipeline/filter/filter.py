@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from pipeline.filter import selection
 from pipeline.filter.filter_passes import Dedupe, FilterContext, Scan, Select
-from pipeline.filter.metadata import plan_pieces
+from pipeline.filter.metadata import kept_if_missing, plan_pieces
 from pipeline.filter.selection import Rules
 from pipeline.recipe import FilterConfig
 from pipeline.runtime.arrow_files import read_batch
@@ -61,18 +61,16 @@ def run(config: FilterConfig, root: Root) -> Manifest:
 
 def prepare(config: FilterConfig, root: Root) -> FilterContext:
     """Read the metadata's footers and the blocklist. Raises UserError as `run` does."""
-    source = Root(config.metadata)
-    scores = ("pwatermark", "punsafe") if config.missing_scores == "drop" else ()
-    plan = plan_pieces(source, config.columns, ("url", "caption", "width", "height", *scores), config.rows_per_piece)
+    plan = plan_pieces(config)
     rules = Rules(
         min_edge=config.min_edge,
         max_watermark=config.max_watermark,
         max_unsafe=config.max_unsafe,
-        missing_scores=config.missing_scores,
+        keep_missing=kept_if_missing(config),
         blocklist=read_blocklist(config.blocklist),
     )
     num_buckets = 1 << max(0, (plan.rows - 1) // KEYS_PER_BUCKET).bit_length()
-    return FilterContext(source, root, plan, rules, num_buckets, config.seed, config.rows_per_shard)
+    return FilterContext(root, plan, rules, num_buckets, config.seed, config.rows_per_shard)
 
 
 def _max_rank(context: FilterContext, max_train: int) -> int:
@@ -128,7 +126,7 @@ def _check(context: FilterContext, values: dict[str, object], shards: Records, l
             log.warning("no row was kept for %s; dropped: %s", split, dict(reasons))
     if not kept:
         raise UserError(
-            f"{context.source.url}: none of {rows:,} rows was kept; dropped by reason: {dict(reasons)}."
+            f"{context.plan.source.url}: none of {rows:,} rows was kept; dropped by reason: {dict(reasons)}."
             " Check the metadata, or the thresholds in the recipe's section filter."
         )
 

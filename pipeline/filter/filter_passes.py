@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from pipeline.filter import selection
 from pipeline.filter.columns import captions
-from pipeline.filter.metadata import DEFAULT_NAMES, MetadataPlan, Piece, read_piece
+from pipeline.filter.metadata import COLUMNS, MetadataPlan, Piece, read_piece
 from pipeline.filter.selection import CORRECTED_URL_SCHEMA, KEY_SCHEMA, Rules
 from pipeline.runtime.arrow_files import read_batch, read_batches, write_batches
 from retrieval.errors import UserError
@@ -32,7 +32,6 @@ RANK_SCHEMA = pa.schema([pa.field("rank", pa.uint64(), nullable=False)])
 class FilterContext:
     """Inputs of all passes. max_rank: rows with a higher seeded rank go to the database."""
 
-    source: Root
     root: Root
     plan: MetadataPlan
     rules: Rules
@@ -51,10 +50,10 @@ class Scan:
 
     def __call__(self, shard: str) -> ShardRecord:
         piece = self.pieces[shard]
-        reasons: Counter[str] = Counter()
+        reasons: Counter[str] = Counter({Reason.BAD_ROW: piece.bad_rows} if piece.bad_rows else {})
         tables, urls = [KEY_SCHEMA.empty_table()], []
         rows = 0
-        for batch in read_piece(self.context.source, piece, selection.RULE_COLUMNS):
+        for batch in read_piece(self.context.plan, piece, selection.RULE_COLUMNS):
             keys, corrected, dropped = selection.apply_rules(batch, rows, self.context.rules)
             tables.append(keys)
             urls.append(corrected)
@@ -108,7 +107,7 @@ class Select:
         writers = {name: _Splitter(self.context, f"filter/{name}/{piece.name}") for name in SPLITS}
         first = changed = 0
         corrected = self._corrected_urls(piece)
-        for batch in read_piece(self.context.source, piece, tuple(DEFAULT_NAMES)):
+        for batch in read_piece(self.context.plan, piece, COLUMNS):
             rows = _with_canonical_urls(batch, corrected, first)
             in_batch = slice(first, first + rows.num_rows)
             for code, name in enumerate(SPLITS, 1):

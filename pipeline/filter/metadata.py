@@ -1,10 +1,11 @@
-"""Metadata in LAION's format: finds the Parquet files, divides them into pieces, reads their columns.
+"""Metadata of public data sets: lists the files, divides them into pieces, reads their columns.
 
-Reads a folder or URL of Parquet files as published: column names in any case, any row groups, any numeric
-type. Returns batches with our column names; `columns.py` cleans their values.
+Reads a file or a folder of Parquet, CSV, TSV or JSON lines as published: column names in any case, any row groups,
+any type of texts and numbers. Returns batches with our column names; `retrieval.storage.arrow_columns` cleans values.
 """
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,71 +13,114 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.recipe import Columns
+from pipeline.filter.metadata_formats import METADATA_FORMATS, MetadataFormat
+from pipeline.filter.text_tables import TEXT_SUFFIXES, inspect_text, read_text
+from pipeline.recipe import Columns, FilterConfig
 from retrieval.errors import UserError
 from retrieval.storage.arrow_columns import is_number, is_text, plain_table, plain_type
-from retrieval.storage.root import Root
+from retrieval.storage.data_files import data_files
+from retrieval.storage.root import CHUNK_BYTES, Root
 
 BATCH_ROWS = 1 << 16
 HASHED_TAIL_BYTES = 1 << 16
-
-DEFAULT_NAMES = {name: (name,) for name in Columns.model_fields} | {"caption": ("text", "caption")}
-"""The file's names of a column, in lower case, by our name; LAION's caption is TEXT."""
+PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
+COLUMNS = tuple(Columns.model_fields)
+SETTING_OF_MISSING = {
+    "width": "missing_size",
+    "height": "missing_size",
+    "pwatermark": "missing_watermark",
+    "punsafe": "missing_safety",
+}
+"""The setting of FilterConfig that decides on rows without a column."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Row groups of one file that one task processes. columns: our column name to the file's."""
+    """Rows of one file that one task processes: row groups of a Parquet file, or a whole text file (no groups)."""
 
     name: str
     file: str
     row_groups: tuple[int, ...]
     rows: int
+    bad_rows: int
+    """More rows that cannot be read; only of text files."""
     columns: dict[str, str]
+    """Our column name to the file's."""
 
 
 @dataclass(frozen=True)
 class MetadataPlan:
-    """All pieces in the order of files and rows. identity: hash of the files' contents."""
+    """All pieces in the order of files and rows. identity: hash of the files' contents and of the columns."""
 
+    source: Root
+    published: MetadataFormat
     pieces: tuple[Piece, ...]
     identity: str
 
     @property
     def rows(self) -> int:
         """Rows in all files."""
-        return sum(piece.rows for piece in self.pieces)
+        return sum(piece.rows + piece.bad_rows for piece in self.pieces)
 
 
 @dataclass(frozen=True)
 class _File:
     name: str
     group_rows: tuple[int, ...]
+    bad_rows: int
     columns: dict[str, str]
     signature: str
 
 
-def plan_pieces(source: Root, columns: Columns, required: Sequence[str], rows_per_piece: int) -> MetadataPlan:
-    """Divide the Parquet files below `source` into pieces. Raises UserError that names an invalid file."""
-    if not source.exists(""):
-        raise UserError(f"{source.url} is missing. It is the metadata folder of the recipe: correct filter.metadata.")
-    names = source.list("", ".parquet")
-    if not names:
-        raise UserError(f"{source.url} has no *.parquet file. Correct filter.metadata.")
+def kept_if_missing(config: FilterConfig) -> frozenset[str]:
+    """Which of size, safety and watermark a row need not have."""
+    return frozenset(
+        setting.removeprefix("missing_")
+        for setting in SETTING_OF_MISSING.values()
+        if getattr(config, setting) == "keep"
+    )
+
+
+def plan_pieces(config: FilterConfig) -> MetadataPlan:
+    """Divide the files of the metadata into pieces. Raises UserError that names an invalid file."""
+    source, names = _tables(config.metadata)
+    published = METADATA_FORMATS[config.metadata_format]
     with ThreadPoolExecutor(16) as pool:
-        files = list(pool.map(lambda name: _inspect(source, name, columns, required), names))
-    pieces = [piece for file in files for piece in _divide(file, rows_per_piece)]
+        files = list(pool.map(lambda name: _inspect(source, name, config), names))
+    pieces = [piece for file in files for piece in _divide(file, config.rows_per_piece)]
     if not pieces:
-        raise UserError(f"{source.url}: its {len(names)} Parquet files have no rows. Correct filter.metadata.")
+        raise UserError(f"{config.metadata}: its {len(names)} files have no rows. Correct filter.metadata.")
     numbered = tuple(
-        Piece(f"{number:05d}", file.name, groups, rows, file.columns)
+        Piece(f"{number:05d}", file.name, groups, rows, file.bad_rows, file.columns)
         for number, (file, groups, rows) in enumerate(pieces)
     )
     identity = hashlib.sha256("".join(file.signature for file in files).encode()).hexdigest()[:16]
-    return MetadataPlan(numbered, identity)
+    return MetadataPlan(source, published, numbered, identity)
 
 
-def _inspect(source: Root, name: str, columns: Columns, required: Sequence[str]) -> _File:
+def _tables(path: str) -> tuple[Root, list[str]]:
+    """The folder of the metadata, and the names of its tables: Parquet files, else text files."""
+    source, names = data_files(path, "It is the metadata of the recipe: correct filter.metadata.")
+    parquet = [name for name in names if name.lower().endswith(PARQUET_SUFFIXES)]
+    text = [name for name in names if name.lower().endswith(TEXT_SUFFIXES)]
+    if parquet and text:
+        logging.getLogger("filter").warning(
+            "%s has Parquet files and text files; only the %d Parquet files are read, not %s",
+            source.url,
+            len(parquet),
+            ", ".join(text[:5]),
+        )
+    if not parquet and not text:
+        raise UserError(
+            f"{path} has no *.parquet file, CSV, TSV or JSON lines; found {', '.join(names[:5]) or 'no file'}."
+            " Correct filter.metadata."
+        )
+    return source, parquet or text
+
+
+def _inspect(source: Root, name: str, config: FilterConfig) -> _File:
+    if name.lower().endswith(TEXT_SUFFIXES):
+        return _inspect_text(source, name, config)
     where = source.at(name)
     with source.open(name) as file:
         size = file.seek(0, 2)
@@ -91,30 +135,62 @@ def _inspect(source: Root, name: str, columns: Columns, required: Sequence[str])
             ) from error
         footer = parquet.metadata
         groups = tuple(footer.row_group(i).num_rows for i in range(footer.num_row_groups))
-        return _File(name, groups, _resolve(parquet.schema_arrow, columns, required, where), f"{name} {size} {tail}\n")
+        # Spark writes empty parts, which may lack columns.
+        columns = _resolve(parquet.schema_arrow, config, where) if sum(groups) else {}
+        return _File(name, groups, 0, columns, f"{name} {size} {tail}\n")
 
 
-def _resolve(schema: pa.Schema, columns: Columns, required: Sequence[str], where: str) -> dict[str, str]:
+def _inspect_text(source: Root, name: str, config: FilterConfig) -> _File:
+    digest = hashlib.sha256()
+    with source.open(name) as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    table = inspect_text(source, name, METADATA_FORMATS[config.metadata_format])
+    types = {column: pa.list_(pa.string()) if column in table.nested else pa.string() for column in table.names}
+    schema = pa.schema([pa.field(column, types[column]) for column in table.names])
+    columns = _resolve(schema, config, source.at(name)) if table.rows else {}
+    if table.bad_rows and not table.rows:
+        raise UserError(f"{source.at(name)}: none of its {table.bad_rows:,} rows can be read. Mend or remove the file.")
+    return _File(name, (table.rows,), table.bad_rows, columns, f"{name} {digest.hexdigest()}\n")
+
+
+def _resolve(schema: pa.Schema, config: FilterConfig, where: str) -> dict[str, str]:
     resolved: dict[str, str] = {}
-    for column, defaults in DEFAULT_NAMES.items():
-        configured: str = getattr(columns, column)
-        names = (configured.lower(),) if configured else defaults
+    published = METADATA_FORMATS[config.metadata_format].columns
+    for column in COLUMNS:
+        configured: str = getattr(config.columns, column)
+        names = (configured.lower(),) if configured else published.get(column, ())
         matches = [name for name in schema.names if name.lower() in names]
         if configured in matches:
-            matches = [configured]
+            matches = [name for name in matches if name == configured]
+        if len(matches) > len(set(matches)):
+            raise UserError(f"{where} has several columns {matches[0]!r}. Rename or remove all but one.")
         if len(matches) > 1:
             raise UserError(
                 f"{where}: columns {', '.join(matches)} could all be {column}."
                 f" Set filter.columns.{column} in the recipe to one of them."
             )
-        if not matches and (configured or column in required):
-            raise UserError(
-                f"{where} has no column {configured or defaults[0]!r}; it has {', '.join(schema.names)}."
-                f" Set filter.columns.{column} in the recipe to the column of {column}."
-            )
         if matches:
             resolved[column] = _checked_name(schema.field(matches[0]), where)
+        elif configured or _is_required(column, config):
+            raise UserError(_missing_column(column, configured, schema, config, where))
     return resolved
+
+
+def _is_required(column: str, config: FilterConfig) -> bool:
+    setting = SETTING_OF_MISSING.get(column)
+    return column in ("url", "caption") or (setting is not None and getattr(config, setting) == "drop")
+
+
+def _missing_column(column: str, configured: str, schema: pa.Schema, config: FilterConfig, where: str) -> str:
+    published = METADATA_FORMATS[config.metadata_format].columns.get(column, ())
+    wanted = f"no column {configured or published[0]!r}" if configured or published else f"no column of {column}"
+    setting = SETTING_OF_MISSING.get(column)
+    keep = f", or filter.{setting} to 'keep' to use rows without it" if setting else ""
+    return (
+        f"{where} has {wanted}; it has {', '.join(schema.names)}. Set filter.columns.{column} in the recipe to the"
+        f" column of {column}, or filter.metadata_format (now {config.metadata_format!r}) to the data set{keep}."
+    )
 
 
 def _checked_name(field: pa.Field, where: str) -> str:
@@ -127,6 +203,10 @@ def _checked_name(field: pa.Field, where: str) -> str:
 
 
 def _divide(file: _File, rows_per_piece: int) -> Iterator[tuple[_File, tuple[int, ...], int]]:
+    if file.name.lower().endswith(TEXT_SUFFIXES):
+        if file.group_rows[0]:
+            yield file, (), file.group_rows[0]
+        return
     groups: list[int] = []
     rows = 0
     for group, count in enumerate(file.group_rows):
@@ -139,23 +219,30 @@ def _divide(file: _File, rows_per_piece: int) -> Iterator[tuple[_File, tuple[int
         yield file, tuple(groups), rows
 
 
-def read_piece(source: Root, piece: Piece, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+def read_piece(plan: MetadataPlan, piece: Piece, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
     """The rows of a piece in batches with our column names; a column that the file does not have is null."""
-    file_columns = [piece.columns[name] for name in names if name in piece.columns]
+    file_columns = list(dict.fromkeys(piece.columns[name] for name in names if name in piece.columns))
+    for batch in _batches(plan, piece, file_columns):
+        columns = [
+            batch.column(batch.schema.get_field_index(piece.columns[name]))
+            if name in piece.columns
+            else pa.nulls(batch.num_rows)
+            for name in names
+        ]
+        yield from plain_table(pa.record_batch(columns, list(names))).to_batches()
+
+
+def _batches(plan: MetadataPlan, piece: Piece, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    source = plan.source
+    if not piece.row_groups:
+        yield from read_text(source, piece.file, plan.published, columns)
+        return
     with source.open(piece.file) as file:
         try:
             parquet = pq.ParquetFile(file, pre_buffer=not source.is_local)
-            for batch in parquet.iter_batches(BATCH_ROWS, list(piece.row_groups), file_columns, use_threads=False):
-                rows = pa.record_batch([_column(batch, piece, name) for name in names], list(names))
-                yield from plain_table(rows).to_batches()
+            yield from parquet.iter_batches(BATCH_ROWS, list(piece.row_groups), columns, use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise UserError(
                 f"{source.at(piece.file)}, row groups {piece.row_groups[0]} to {piece.row_groups[-1]}:"
                 f" {error}. The file is damaged: download it again or remove it."
             ) from error
-
-
-def _column(batch: pa.RecordBatch, piece: Piece, name: str) -> pa.Array:
-    if name not in piece.columns:
-        return pa.nulls(batch.num_rows)
-    return batch.column(batch.schema.get_field_index(piece.columns[name]))

@@ -9,7 +9,6 @@ with the lowest seeded hash of their id, so the order and division of the input 
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -54,7 +53,8 @@ class Rules:
     min_edge: int
     max_watermark: float
     max_unsafe: float
-    missing_scores: Literal["drop", "keep"]
+    keep_missing: frozenset[str]
+    """Which of size, safety and watermark a row need not have."""
     blocklist: Blocklist
 
 
@@ -66,19 +66,20 @@ def apply_rules(batch: pa.RecordBatch, first_row: int, rules: Rules) -> tuple[pa
     original = texts(batch["url"])
     urls = canonical_column(original)
     width, height = pixels(batch["width"]), pixels(batch["height"])
-    unsafe, unsafe_known = _score(batch["punsafe"], rules)
-    watermark, watermark_known = _score(batch["pwatermark"], rules)
+    unknown_size = (width < 1) | (height < 1)
+    unsafe, unsafe_known = _score(batch["punsafe"], "safety" in rules.keep_missing)
+    watermark, watermark_known = _score(batch["pwatermark"], "watermark" in rules.keep_missing)
     drop_code = np.select(
         [
             urls.is_null().to_numpy(zero_copy_only=False),
-            (width < 1) | (height < 1),
+            unknown_size & ("size" not in rules.keep_missing),
             ~(unsafe_known & watermark_known),
             unsafe >= rules.max_unsafe,
         ],
         [1, 2, 3, 4],
         default=0,
     )
-    train = (np.minimum(width, height) >= rules.min_edge) & (watermark < rules.max_watermark)
+    train = ((np.minimum(width, height) >= rules.min_edge) | unknown_size) & (watermark < rules.max_watermark)
     rows = np.flatnonzero(drop_code == 0)
     kept = urls.take(pa.array(rows))
     ids, check = hash_urls(kept)
@@ -98,11 +99,12 @@ def _corrected_urls(original: pa.StringArray, urls: pa.StringArray, first_row: i
     )
 
 
-def _score(column: pa.Array, rules: Rules) -> tuple[npt.NDArray[np.float64], Mask]:
+def _score(column: pa.Array, keep_missing: bool) -> tuple[npt.NDArray[np.float64], Mask]:
+    """The scores, 0 if missing, and which rows have one or need none."""
     values = numbers(column)
     known = values.is_valid().to_numpy(zero_copy_only=False)
     filled = pc.fill_null(values, 0.0).to_numpy(zero_copy_only=False)
-    return filled, known | (rules.missing_scores == "keep")
+    return filled, known | keep_missing
 
 
 def hash_urls(urls: pa.StringArray) -> tuple[Ids, npt.NDArray[np.uint32]]:

@@ -9,9 +9,10 @@ import numpy.typing as npt
 
 from retrieval.database.database import Database
 from retrieval.errors import UserError
-from retrieval.imports.readers import check_array, load_npy, split_path
+from retrieval.imports.readers import check_array, load_npy
 from retrieval.pictures.picture_file import read_picture
 from retrieval.recipe import ClipConfig
+from retrieval.storage.data_files import split_path
 
 if TYPE_CHECKING:
     from retrieval.clip.encoder import Encoder

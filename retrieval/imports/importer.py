@@ -15,12 +15,13 @@ from retrieval.database.database import Database
 from retrieval.database.unit_rows import unit_rows
 from retrieval.errors import UserError
 from retrieval.imports.metadata import read_metadata
-from retrieval.imports.readers import read_source_blocks, split_path
+from retrieval.imports.readers import read_source_blocks
 from retrieval.imports.source import Path, VectorSource
 from retrieval.index.hidden import HIDDEN_FILE
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
 from retrieval.storage.arrow_columns import take_rows
+from retrieval.storage.data_files import split_path
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
 from retrieval.storage.schema import Reason

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from retrieval.database.unit_rows import as_array
 from retrieval.errors import UserError
-from retrieval.imports.source import Path, SourceColumns, VectorSource, find_column, metadata_columns
+from retrieval.imports.source import SourceColumns, VectorSource, find_column, metadata_columns
 from retrieval.storage.arrow_columns import is_float_list, plain
 from retrieval.storage.data_files import data_files
 from retrieval.storage.root import Root
@@ -47,7 +47,7 @@ def read_source_blocks(source: VectorSource) -> Iterator[SourceBlock]:
     if not isinstance(source.vectors, str | os.PathLike):
         yield from _array_blocks(source)
         return
-    root, names = _files(source.vectors)
+    root, names = data_files(source.vectors, "It was expected to be a file or folder of vectors.")
     if folders := {PurePosixPath(name).parts[0] for name in names} & set(CLIP_RETRIEVAL.values()):
         yield from _clip_retrieval(root, names, folders, source)
     elif vectors := _with_suffix(names, ".npy"):
@@ -58,10 +58,7 @@ def read_source_blocks(source: VectorSource) -> Iterator[SourceBlock]:
         for name in tables:
             yield from _parquet_blocks(root, name, source.columns)
     else:
-        examples = f"it has {', '.join(names[:5])}" if names else "it has no files"
-        raise UserError(
-            f"{root.url} has no vectors: expected .npy files or Parquet files with a vector column; {examples}."
-        )
+        raise UserError(_no_vectors(root, names))
 
 
 def load_npy(root: Root, name: str) -> npt.NDArray[np.generic]:
@@ -86,42 +83,15 @@ def check_array(array: npt.NDArray[np.generic], location: str) -> npt.NDArray[np
     return array
 
 
-def split_path(path: Path) -> tuple[Root, str]:
-    """The parent folder of a file or folder, and its name in it."""
-    root = Root(path)
-    if root.is_local:
-        local = root.local_path("").resolve()
-        return Root(local.parent), local.name
-    folder, _, name = root.url.rpartition("/")
-    if not name or folder.endswith(":/"):
-        raise UserError(f"{root.url} is a whole bucket; expected a file or folder in it")
-    return Root(folder), name
-
-
-def _files(path: Path) -> tuple[Root, list[str]]:
-    """A folder, and the names of the files at or below a path."""
-    root, name = split_path(path)
-    if not root.exists(name):
-        raise UserError(f"{root.at(name)} does not exist; expected a file or folder of vectors")
-    if name.lower().endswith((".npy", ".parquet")) and root.size(name) >= 0:
-        return root, [name]
-    if root.child(name).list("") == [""]:
-        raise UserError(f"{root.at(name)} {_other_file(root, name)}")
-    return root.child(name), data_files(root.child(name))
-
-
-def _other_file(root: Root, name: str) -> str:
-    """What a file with the wrong suffix is, and what to do."""
-    with root.open(name) as file:
-        is_faiss = re.match(rb"I[A-Za-z][A-Za-z0-9][A-Za-z0-9]", file.read(4)) and name.lower().endswith(
-            (".faiss", ".index")
-        )
-    if is_faiss:
+def _no_vectors(root: Root, names: list[str]) -> str:
+    """Why these files have no vectors, and what to do."""
+    if indexes := [name for name in names if name.lower().endswith((".faiss", ".index"))]:
         return (
-            "is a faiss index, which may store its vectors only approximately. Give the original vectors; from a "
-            "flat index: numpy.save('vectors.npy', index.reconstruct_n(0, index.ntotal))"
+            f"{root.at(indexes[0])} is a faiss index, which may store approximate vectors. Give the original "
+            "vectors, or from a flat index: numpy.save('vectors.npy', index.reconstruct_n(0, index.ntotal))."
         )
-    return "is neither a .npy nor a .parquet file; expected one of these, or a folder of them"
+    files = f"found {', '.join(names[:5])}" if names else "found no file"
+    return f"{root.url} has no vectors: expected .npy files or Parquet files with a vector column; {files}."
 
 
 def _with_suffix(names: list[str], suffix: str) -> list[str]:
@@ -164,7 +134,7 @@ def _paired_blocks(root: Root, vectors: list[str], source: VectorSource) -> Iter
             for start in range(0, len(array), BLOCK_ROWS):
                 yield SourceBlock(root.at(name), array[start : start + BLOCK_ROWS], None)
         return
-    table_root, names = _files(source.metadata)
+    table_root, names = data_files(source.metadata, "It was expected to be a file or folder of metadata.")
     tables = _with_suffix(names, ".parquet")
     for name, table in _pairs(root, vectors, table_root, tables):
         array = _load_vectors(root, name)

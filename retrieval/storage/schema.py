@@ -31,6 +31,7 @@ class Reason(StrEnum):
     """Why a row was left out. Every row that is left out has exactly one reason."""
 
     # filter
+    BAD_ROW = "bad_row"
     BAD_URL = "bad_url"
     NO_SCORE = "no_score"
     BAD_SIZE = "bad_size"

@@ -261,7 +261,9 @@ def test_a_missing_column_is_reported_with_its_file_and_setting(tmp_path: Path, 
     write(tmp_path / "meta", "a.parquet", numbered(0, 2), punsafe=None)
     with pytest.raises(UserError, match=r"a\.parquet has no column 'punsafe'; it has URL, .*filter\.columns\.punsafe"):
         run(config(tmp_path / "meta"), root)
-    assert run(config(tmp_path / "meta", missing_scores="keep"), root).rows == 2
+    with pytest.raises(UserError, match=r"or filter\.missing_safety to 'keep' to use rows without it"):
+        run(config(tmp_path / "meta"), root)
+    assert run(config(tmp_path / "meta", missing_safety="keep"), root).rows == 2
 
 
 @pytest.mark.parametrize(
@@ -292,6 +294,21 @@ def test_a_folder_without_rows_is_an_error(tmp_path: Path, root: Root) -> None:
     write(tmp_path / "meta", "a.parquet", [], URL=pa.array([], pa.string()))
     with pytest.raises(UserError, match="have no rows"):
         run(config(tmp_path / "meta"), root)
+
+
+def test_rows_of_a_text_file_are_selected_or_have_a_reason(tmp_path: Path, root: Root) -> None:
+    lines = ["http://example.org/1\ta caption", "no fields", "http://example.org/2\t", "http://example.org/1\tagain"]
+    (tmp_path / "cc12m.tsv").write_text("\n".join(lines))
+    keep = {"missing_watermark": "keep", "missing_safety": "keep", "missing_size": "keep"}
+    manifest = run(config(tmp_path / "cc12m.tsv", metadata_format="cc12m", **keep), root)
+    assert manifest.reasons == {"bad_row": 1, "duplicate_url": 1}
+    assert manifest.values["rows_read"] == 4
+    train = rows_of(root, manifest, "train").select(["url", "caption", "width", "pwatermark"]).to_pylist()
+    expected = {"width": 0, "pwatermark": None}
+    assert train == [
+        {"url": "http://example.org/1", "caption": "a caption", **expected},
+        {"url": "http://example.org/2", "caption": "", **expected},
+    ]
 
 
 def test_metadata_without_a_row_to_keep_is_an_error(tmp_path: Path, root: Root) -> None:

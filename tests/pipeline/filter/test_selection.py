@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -16,7 +18,7 @@ from pipeline.filter.selection import (
 from pipeline.web.blocklist import Blocklist
 from retrieval.storage.schema import image_id
 
-RULES = Rules(min_edge=768, max_watermark=0.8, max_unsafe=0.5, missing_scores="drop", blocklist=Blocklist())
+RULES = Rules(min_edge=768, max_watermark=0.8, max_unsafe=0.5, keep_missing=frozenset(), blocklist=Blocklist())
 
 
 def apply_to_row(rules: Rules = RULES, **columns: object) -> tuple[list[tuple[int, bool]], dict[str, int]]:
@@ -72,16 +74,24 @@ def test_only_urls_that_were_not_canonical_are_corrected() -> None:
     assert corrected.to_pylist() == [{"row": 101, "url": "http://a.org/2"}]
 
 
-def test_missing_scores_can_be_accepted_while_unsafe_ones_are_dropped() -> None:
-    keep = Rules(768, 0.8, 0.5, "keep", Blocklist())
+def test_each_missing_value_can_be_accepted_while_unsafe_rows_are_dropped() -> None:
+    keep = replace(RULES, keep_missing=frozenset({"watermark", "safety"}))
     assert apply_to_row(keep, punsafe=None, pwatermark=None) == ([(100, True)], {})
     assert apply_to_row(keep, punsafe=0.9, pwatermark=None) == ([], {"unsafe": 1})
+    assert apply_to_row(keep, width=None) == ([], {"bad_size": 1})
+    keep = replace(RULES, keep_missing=frozenset({"watermark"}))
+    assert apply_to_row(keep, pwatermark=None) == ([(100, True)], {})
+    assert apply_to_row(keep, punsafe=None) == ([], {"no_score": 1})
+    keep = replace(RULES, keep_missing=frozenset({"size"}))
+    assert apply_to_row(keep, width=None, height=None) == ([(100, True)], {})
+    assert apply_to_row(keep, width=700) == ([(100, False)], {})
+    assert apply_to_row(keep, width=None, pwatermark=0.9) == ([(100, False)], {})
 
 
 def test_a_listed_image_is_blocked() -> None:
-    rules = Rules(768, 0.8, 0.5, "drop", Blocklist(np.array([image_id("http://a.org/1")])))
+    rules = replace(RULES, blocklist=Blocklist(np.array([image_id("http://a.org/1")])))
     assert apply_to_row(rules) == ([], {"blocked": 1})
-    assert apply_to_row(Rules(768, 0.8, 0.5, "drop", Blocklist(domains=frozenset({"a.org"})))) == ([], {"blocked": 1})
+    assert apply_to_row(replace(RULES, blocklist=Blocklist(domains=frozenset({"a.org"})))) == ([], {"blocked": 1})
 
 
 def test_hash_urls_gives_the_ids_of_single_urls() -> None:

@@ -1,0 +1,59 @@
+"""Column names of public data sets, by the name of the data set (`filter.metadata_format`)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pipeline.recipe import Columns, MetadataFormatName
+
+
+@dataclass(frozen=True)
+class MetadataFormat:
+    """How a data set publishes its metadata."""
+
+    columns: Mapping[str, tuple[str, ...]]
+    """The file's names of a column, in lower case, by our name. A column without names is not published."""
+    header: tuple[str, ...] = ()
+    """Names of the columns of text files without a header line."""
+    quoted_tsv: bool = False
+    """Whether fields of .tsv files may be in quotes and contain line breaks; those of .csv files may."""
+
+
+LAION = MetadataFormat({name: (name,) for name in Columns.model_fields} | {"caption": ("text", "caption")})
+"""LAION: URL, TEXT, WIDTH, HEIGHT, similarity, pwatermark, punsafe, LICENSE. Re-LAION: url, caption, ..."""
+CONCEPTUAL = {"url": ("url", "image_url"), "caption": ("caption",)}
+
+METADATA_FORMATS: dict[MetadataFormatName, MetadataFormat] = {
+    "laion": LAION,
+    "relaion": LAION,
+    "datacomp": MetadataFormat(
+        {
+            "url": ("url",),
+            "caption": ("text",),
+            "width": ("original_width",),
+            "height": ("original_height",),
+            "similarity": ("clip_l14_similarity_score",),
+        }
+    ),
+    "coyo": MetadataFormat(
+        {
+            "url": ("url",),
+            "caption": ("text",),
+            "width": ("width",),
+            "height": ("height",),
+            "similarity": ("clip_similarity_vitl14",),
+            "pwatermark": ("watermark_score",),
+            "punsafe": ("nsfw_score_opennsfw2",),
+        }
+    ),
+    "cc3m": MetadataFormat(CONCEPTUAL, header=("caption", "url")),
+    "cc12m": MetadataFormat(CONCEPTUAL, header=("url", "caption")),
+    "wit": MetadataFormat(
+        {
+            "url": ("image_url",),
+            "caption": ("caption_reference_description",),
+            "width": ("original_width",),
+            "height": ("original_height",),
+        },
+        quoted_tsv=True,
+    ),
+}

@@ -1,0 +1,228 @@
+"""Metadata of all formats and public data sets gives the same rows under our names, or a true message."""
+
+import bz2
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.filter.metadata import COLUMNS, MetadataPlan, plan_pieces, read_piece
+from pipeline.recipe import Columns, FilterConfig
+from retrieval.errors import UserError
+from retrieval.storage.arrow_columns import numbers, texts
+
+ROWS = [
+    {"URL": "http://a.org/1", "TEXT": "one, two", "WIDTH": 800, "HEIGHT": 600, "pwatermark": 0.25, "punsafe": 0.5},
+    {"URL": "http://a.org/2", "TEXT": 'in "quotes"', "WIDTH": 801, "HEIGHT": 601, "pwatermark": 0.0, "punsafe": 1e-3},
+]
+EXPECTED = [("http://a.org/1", "one, two", 800, 600, 0.25, 0.5), ("http://a.org/2", 'in "quotes"', 801, 601, 0.0, 1e-3)]
+Write = Callable[[Path], None]
+
+
+def plan(path: Path, **settings: object) -> MetadataPlan:
+    return plan_pieces(FilterConfig(metadata=str(path), **settings))
+
+
+def values(path: Path, **settings: object) -> list[tuple[object, ...]]:
+    """URL, caption, width, height, pwatermark and punsafe of all rows."""
+    pieces = plan(path, **settings)
+    batches = [batch for piece in pieces.pieces for batch in read_piece(pieces, piece, COLUMNS)]
+    rows: list[tuple[object, ...]] = []
+    for batch in batches:
+        columns = [texts(batch[name]).to_pylist() for name in ("url", "caption")]
+        columns += [numbers(batch[name]).to_pylist() for name in ("width", "height", "pwatermark", "punsafe")]
+        rows += zip(*columns, strict=True)
+    return rows
+
+
+def separated(delimiter: str, rows: list[dict[str, object]] = ROWS) -> bytes:
+    """Rows in lines, with a header; texts with quotes or delimiters in quotes."""
+    lines = [delimiter.join(rows[0])]
+    for row in rows:
+        fields = [str(value) for value in row.values()]
+        quoted = [
+            '"' + field.replace('"', '""') + '"' if '"' in field or delimiter in field else field for field in fields
+        ]
+        lines.append(delimiter.join(quoted))
+    return "\n".join(lines).encode() + b"\n"
+
+
+TSV = b"URL\tTEXT\tWIDTH\tHEIGHT\tpwatermark\tpunsafe\n" + b"".join(
+    "\t".join(map(str, row.values())).encode() + b"\n" for row in ROWS
+)
+JSON_LINES = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.csv", separated(",")),
+        ("A.CSV", b"\xef\xbb\xbf" + separated(";").replace(b"\n", b"\r\n")),
+        ("pipes.csv", separated("|")),
+        ("tabs.csv", separated("\t")),
+        ("a.csv.gz", gzip.compress(separated(",")[:40]) + gzip.compress(separated(",")[40:])),
+        ("a.tsv", TSV),
+        ("a.tsv.bz2", bz2.compress(TSV)),
+        ("a.csv.zst", pa.compress(separated(","), "zstd", asbytes=True)),
+        ("a.jsonl", JSON_LINES),
+        ("a.ndjson.gz", gzip.compress(JSON_LINES)),
+        ("part-00000.json", b"\n" + JSON_LINES.rstrip()),
+    ],
+)
+def test_text_files_give_the_rows_of_a_parquet_file(tmp_path: Path, name: str, data: bytes) -> None:
+    (tmp_path / name).write_bytes(data)
+    assert values(tmp_path) == values(tmp_path / name) == EXPECTED
+
+
+@pytest.mark.parametrize("name", ["A.PARQUET", "part-0.snappy.parquet", "spark.parquet/part-0.parquet", "a.parq"])
+def test_parquet_files_are_read_alone_and_in_folders(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(ROWS), file)
+    assert values(tmp_path) == values(file) == values(file.parent) == EXPECTED
+
+
+def test_hidden_files_and_empty_parts_of_spark_are_left_out(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "part-1.parquet")
+    pq.write_table(pa.table({}), tmp_path / "part-0.parquet")
+    pq.write_table(pa.table({"URL": pa.array([], pa.string())}), tmp_path / "part-2.parquet")
+    for name in (
+        "_SUCCESS",
+        "_metadata",
+        "_temporary/0/part-9.parquet",
+        "._part-1.parquet",
+        ".ipynb_checkpoints/x.parquet",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"not a table")
+    assert values(tmp_path) == EXPECTED
+
+
+def test_rows_that_cannot_be_read_are_left_out_and_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(separated(",") + b"http://a.org/short,x\n" + b"1,2,3,4,5,6,7\n")
+    (tmp_path / "b.jsonl").write_bytes(b"[1]\n" + JSON_LINES + b'{"URL": \n' + b"[" * 100_000 + b"\n")
+    (tmp_path / "empty.csv").touch()
+    pieces = plan(tmp_path)
+    assert [(piece.file, piece.rows, piece.bad_rows) for piece in pieces.pieces] == [("a.csv", 2, 2), ("b.jsonl", 2, 3)]
+    assert pieces.rows == 9
+    assert values(tmp_path) == 2 * EXPECTED
+
+
+def test_texts_with_invalid_bytes_come_through_json_and_csv(tmp_path: Path) -> None:
+    settings = {"missing_watermark": "keep", "missing_safety": "keep", "missing_size": "keep"}
+    (tmp_path / "a.csv").write_bytes(b"url,text\nhttp://a.org/1,caf\xe9\n")
+    (tmp_path / "b.jsonl").write_bytes(b'{"url": "http://a.org/2", "text": "x\\ud800y"}\n{"url": null, "text": 3}\n')
+    pieces = plan(tmp_path, **settings)
+    captions = [
+        text
+        for piece in pieces.pieces
+        for batch in read_piece(pieces, piece, ("caption",))
+        for text in texts(batch["caption"], errors="ignore").to_pylist()
+    ]
+    assert captions == ["caf", "xy", "3"]
+
+
+def test_a_changed_text_file_is_another_input(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(JSON_LINES)
+    before = plan(tmp_path).identity
+    (tmp_path / "a.jsonl").write_bytes(JSON_LINES.replace(b"801", b"802"))
+    assert plan(tmp_path).identity != before
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("notes.txt", b"hello", r"has no \*\.parquet file, CSV, TSV or JSON lines; found notes\.txt"),
+        ("a.csv", b"link,TEXT\nx,y\n", r"a\.csv has no column 'url'; it has link, TEXT\. Set filter\.columns\.url"),
+        ("a.csv", b"url,url,text\nx,y,z\n", r"has several columns 'url'"),
+        ("a.csv", b"url,URL,text\nx,y,z\n", r"columns url, URL could all be url"),
+        ("a.csv.gz", gzip.compress(separated(",") * 99)[:-30], r"a\.csv\.gz cannot be read as CSV or TSV: .*Truncated"),
+        ("a.csv.gz", b"no gzip", r"a\.csv\.gz cannot be read as CSV or TSV"),
+        ("a.json", b"[\n{}\n]\n", r"a\.json has no column 'url'"),
+        ("a.json", b'[{"url": "x"}]', r"a\.json: none of its 1 rows can be read"),
+        ("a.jsonl", b'{"url": "x", "text": ["a", "b"]}', r"column text has type list<.*; wanted text or numbers"),
+    ],
+)
+def test_unsuitable_files_are_named_with_what_they_have(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        plan(tmp_path)
+
+
+def test_a_parquet_column_twice_is_refused(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist(ROWS)
+    pq.write_table(table.append_column("URL", table["URL"]), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="has several columns 'URL'"):
+        plan(tmp_path)
+
+
+DATA_SETS = {
+    "relaion": ("a.parquet", {"url": "u", "caption": "c", "width": 7, "height": 8, "pwatermark": 0.1, "punsafe": 0.2}),
+    "datacomp": (
+        "a.parquet",
+        {"uid": "5f", "url": "u", "text": "c", "original_width": 7, "original_height": 8, "sha256": "ab"},
+    ),
+    "coyo": (
+        "a.parquet",
+        {
+            "id": 1,
+            "url": "u",
+            "text": "c",
+            "width": 7,
+            "height": 8,
+            "watermark_score": 0.1,
+            "nsfw_score_opennsfw2": 0.2,
+        },
+    ),
+    "cc3m": ("Train.tsv", b"c\tu\n"),
+    "cc12m": ("cc12m.tsv", b"u\tc\n"),
+    "wit": (
+        "wit.tsv",
+        b'language\timage_url\tcaption_reference_description\toriginal_height\toriginal_width\ten\nen\tu\t"c"\t8\t7\t\n',
+    ),
+}
+SIZED, SCORED = {"relaion", "datacomp", "coyo", "wit"}, {"relaion", "coyo"}
+
+
+@pytest.mark.parametrize("name", DATA_SETS)
+def test_public_data_sets_are_read_by_name(tmp_path: Path, name: str) -> None:
+    file, content = DATA_SETS[name]
+    if isinstance(content, bytes):
+        (tmp_path / file).write_bytes(content)
+    else:
+        pq.write_table(pa.Table.from_pylist([content]), tmp_path / file)
+    keep: dict[str, object] = {"metadata_format": name}
+    for missing in [] if name in SIZED else ["size"]:
+        with pytest.raises(UserError, match=r"has no column of width.*filter\.missing_size to 'keep'"):
+            plan(tmp_path, **keep)
+        keep[f"missing_{missing}"] = "keep"
+    for missing in [] if name in SCORED else ["watermark", "safety"]:
+        with pytest.raises(UserError, match=rf"filter\.missing_{missing} to 'keep'"):
+            plan(tmp_path, **keep)
+        keep[f"missing_{missing}"] = "keep"
+    [row] = values(tmp_path, **keep)
+    sizes = (7, 8) if name in SIZED else (None, None)
+    scores = (0.1, 0.2) if name in SCORED else (None, None)
+    assert row == ("u", "c", *sizes, *scores)
+
+
+def test_quotes_are_characters_in_cc12m_and_marks_in_wit(tmp_path: Path) -> None:
+    keep = {"missing_watermark": "keep", "missing_safety": "keep", "missing_size": "keep"}
+    (tmp_path / "cc12m.tsv").write_bytes(b'u\t"unbalanced\nv\tplain\n')
+    assert [row[1] for row in values(tmp_path / "cc12m.tsv", metadata_format="cc12m", **keep)] == [
+        '"unbalanced',
+        "plain",
+    ]
+    (tmp_path / "wit.tsv").write_bytes(b'image_url\tcaption_reference_description\nu\t"two\nlines"\n')
+    assert [row[1] for row in values(tmp_path / "wit.tsv", metadata_format="wit", **keep)] == ["two\nlines"]
+
+
+def test_columns_of_the_recipe_come_before_those_of_the_data_set(tmp_path: Path) -> None:
+    row = {"url": "u", "text": "c", "width": 7, "height": 8, "watermark_score": 0.1, "nsfw_score_gantman": 0.3}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    columns = Columns(punsafe="nsfw_score_gantman")
+    assert values(tmp_path, metadata_format="coyo", columns=columns) == [("u", "c", 7, 8, 0.1, 0.3)]
