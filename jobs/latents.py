@@ -5,8 +5,9 @@ from functools import partial
 
 from jobs.cli.command import stage_command
 from jobs.cli.recipe import Recipe
-from pipeline.runtime.runner import Workers, run_shards
+from pipeline.runtime.runner import run_shards
 from pipeline.runtime.stage import Stage
+from pipeline.runtime.workers import Workers
 from retrieval.cluster.connection import ray_connection
 from retrieval.storage import schema
 from retrieval.storage.manifest import read_manifest

@@ -26,8 +26,9 @@ from pipeline.pictures.near_copies import ROWS_PER_GROUP, copies_work, drop_copi
 from pipeline.pictures.patches import draw_boxes, patch_pictures, patch_quotas, patch_rows
 from pipeline.pictures.tars import sample_key
 from pipeline.recipe import EmbedConfig
-from pipeline.runtime.runner import Work, Workers, run_shards
+from pipeline.runtime.runner import run_shards
 from pipeline.runtime.stage import Stage, group_shards
+from pipeline.runtime.workers import Work, Workers
 from retrieval.clip.encoder import Encoder
 from retrieval.errors import UserError
 from retrieval.index.routing import unit

@@ -15,8 +15,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.runtime.runner import Work, Workers, run_shards
+from pipeline.runtime.runner import run_shards
 from pipeline.runtime.stage import Stage, group_shards
+from pipeline.runtime.workers import Work, Workers
 from retrieval.clip.identity import EncoderIdentity
 from retrieval.database.build import (
     CENTROID_SAMPLE_ROWS,

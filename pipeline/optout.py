@@ -19,8 +19,9 @@ from pipeline.filter.selection import hash_urls
 from pipeline.neighbors.neighbors import neighbors_stage
 from pipeline.neighbors.refill import refill_work
 from pipeline.recipe import NeighborsConfig
-from pipeline.runtime.runner import Work, Workers, run_shards
+from pipeline.runtime.runner import run_shards
 from pipeline.runtime.stage import Stage
+from pipeline.runtime.workers import Work, Workers
 from pipeline.web.blocklist import Blocklist
 from pipeline.web.urls import canonical_column
 from retrieval.config import Config

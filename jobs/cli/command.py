@@ -10,8 +10,6 @@ from pathlib import Path
 from jobs.cli.recipe import Recipe, load_recipe
 from retrieval.errors import UserError
 
-USER_ERROR = 2
-"""Exit code of a command that ends with a UserError."""
 QUIET_LIBRARIES = ("httpx", "PIL", "matplotlib", "fsspec", "s3fs", "urllib3", "faiss.loader")
 
 Main = Callable[..., None]
@@ -61,13 +59,13 @@ def run_on_recipe(arguments: argparse.Namespace, run: Callable[[Recipe], object]
 
 
 def exit_on_user_error(work: Callable[[], None]) -> None:
-    """Call `work`. A UserError is printed without its traceback and ends the process with code 2."""
+    """Call `work`. A UserError is printed without its traceback and ends the process with its exit code."""
     _start_log()
     try:
         work()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(USER_ERROR)
+        sys.exit(error.exit_code)
 
 
 def _start_log() -> None:

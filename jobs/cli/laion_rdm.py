@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run(name, arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
 
 
 def run(name: str, arguments: list[str]) -> None:

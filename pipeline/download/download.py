@@ -11,8 +11,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pipeline.recipe import DownloadConfig
-from pipeline.runtime.runner import Work, Workers, run_shards
+from pipeline.runtime.runner import run_shards
 from pipeline.runtime.stage import Stage
+from pipeline.runtime.workers import Work, Workers
 from pipeline.web.blocklist import Blocklist, read_blocklist
 from pipeline.web.fetch import Fetcher, FetchSettings
 from pipeline.web.host_queue import HostLimits

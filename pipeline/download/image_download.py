@@ -19,7 +19,7 @@ from pipeline.web.blocklist import Blocklist
 from pipeline.web.fetch import Fetcher
 from pipeline.web.fetch_error import FetchError
 from pipeline.web.host_queue import FetchRequest, HostQueue
-from retrieval.errors import UserError
+from retrieval.errors import NodeError
 from retrieval.pictures.decode import PictureError
 from retrieval.storage.schema import Reason
 
@@ -109,13 +109,13 @@ class ImageDownload:
         return self.finished >= MIN_JUDGED_URLS and answered < self._settings.min_answered * self.finished
 
     def check_network(self) -> None:
-        """Raises UserError if the network was down."""
+        """Raises NodeError if the network was down."""
         if not self.is_down:
             return
         failures = [status for status in self.statuses.values() if status.reason]
         reasons = dict(Counter(status.reason for status in failures))
         message = next(status.message for status in failures if status.reason in NO_ANSWER)
-        raise UserError(
+        raise NodeError(
             f"{self.unanswered} of {len(self.statuses)} URLs gave no answer ({reasons}), for example {message!r}. The"
             " network or the server is down. Repair it and run 'make download' again; finished shards are kept. If"
             " the hosts are gone for good, lower download.min_answered."

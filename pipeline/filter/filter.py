@@ -21,8 +21,9 @@ from pipeline.filter.metadata import kept_if_missing, plan_pieces
 from pipeline.filter.selection import Rules
 from pipeline.recipe import FilterConfig
 from pipeline.runtime.arrow_files import read_batch
-from pipeline.runtime.runner import Workers, run_shards
+from pipeline.runtime.runner import run_shards
 from pipeline.runtime.stage import Stage
+from pipeline.runtime.workers import Workers
 from pipeline.web.blocklist import read_blocklist
 from retrieval.errors import UserError
 from retrieval.storage.manifest import Manifest, ShardRecord

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.runtime.arrow_files import read_batch, write_batches
-from pipeline.runtime.runner import Work
+from pipeline.runtime.workers import Work
 from retrieval.database.database import Database
 from retrieval.index.partition import Partition
 from retrieval.index.routing import Vectors, route, unit

@@ -17,8 +17,9 @@ import pyarrow as pa
 from pipeline.neighbors.matching import match_work, merge_matches, read_queries, route_work, shard_number
 from pipeline.neighbors.recall import recall_work, sample_work, truth_work
 from pipeline.recipe import NeighborsConfig
-from pipeline.runtime.runner import Work, Workers, run_shards
+from pipeline.runtime.runner import run_shards
 from pipeline.runtime.stage import Stage, group_shards
+from pipeline.runtime.workers import Work, Workers
 from retrieval.clip.identity import EncoderIdentity
 from retrieval.database.database import Database
 from retrieval.errors import UserError

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from pipeline.neighbors.matching import read_queries, shard_number
 from pipeline.runtime.arrow_files import read_batches, write_batches
-from pipeline.runtime.runner import Work
+from pipeline.runtime.workers import Work
 from retrieval.database.database import Database
 from retrieval.database.recall import confidence_interval, recall_per_query
 from retrieval.index.partition import Partition

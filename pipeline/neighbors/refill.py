@@ -13,7 +13,7 @@ import pyarrow as pa
 from pipeline.neighbors.matching import read_queries
 from pipeline.neighbors.neighbors import neighbor_table
 from pipeline.recipe import NeighborsConfig
-from pipeline.runtime.runner import Work
+from pipeline.runtime.workers import Work
 from retrieval.database.database import Database
 from retrieval.index.partition import Partition
 from retrieval.join.join import join_database

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.runtime.runner import Work
+from pipeline.runtime.workers import Work
 from retrieval.perceptual_hash import PerceptualHashIndex
 from retrieval.storage import schema
 from retrieval.storage.manifest import ShardRecord

@@ -5,7 +5,11 @@ from typing import TYPE_CHECKING
 from retrieval.lazy import public_names
 
 if TYPE_CHECKING:
-    from pipeline.runtime.runner import ShardError, Workers, run_shards
+    from pipeline.runtime.pool import ShardError
+    from pipeline.runtime.runner import run_shards
     from pipeline.runtime.stage import Stage
+    from pipeline.runtime.workers import Workers
 
-__getattr__ = public_names(__name__, {"runner": "ShardError Workers run_shards", "stage": "Stage"})
+__getattr__ = public_names(
+    __name__, {"pool": "ShardError", "runner": "run_shards", "stage": "Stage", "workers": "Workers"}
+)

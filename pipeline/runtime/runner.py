@@ -1,97 +1,17 @@
-"""Runs the shards of a stage on Ray workers; shards of killed workers run again.
-
-Reads and writes the completion records of a stage. Only this module and `prometheus.py` use Ray in this package.
-"""
+"""Runs the shards of a stage that are not finished, on Ray workers. Reads the completion records of a stage."""
 
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
-import ray
-from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, RayError, RayTaskError
-
-from pipeline.runtime import memory
-from pipeline.runtime.prometheus import StageMetrics
+from pipeline.runtime.memory import GB
+from pipeline.runtime.pool import Pool
+from pipeline.runtime.shard_queue import ShardQueue
 from pipeline.runtime.stage import Stage, map_in_threads
 from pipeline.runtime.wandb_reporter import wandb_reporter
-from retrieval.config import WorkersConfig
-from retrieval.errors import UserError
-from retrieval.storage.manifest import ShardRecord, files_exist, read_record, write_record
-from retrieval.storage.temp_folders import remove_stale_folders
-
-Work = Callable[[str], ShardRecord]
-"""Processes one shard: takes its name, writes its files, returns its record. Safe to repeat."""
-
-MAX_LOST_WORKERS = 3
-"""Times that one shard may lose its worker (killed, out of memory, node lost) before the stage fails."""
-LOST_WORKER = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
-NODE_SHARE = 0.001
-"""Amount of the custom resource `nodes` that a worker takes: it selects nodes and does not limit workers."""
-STARTING = ""
-"""Placeholder for a shard name: the worker is still starting."""
-
-
-class ShardError(RuntimeError):
-    """A shard failed; the message names its stage and shard."""
-
-
-@dataclass(frozen=True)
-class Workers:
-    """The resources of one worker and the number of workers; count 0: as many as fit the cluster."""
-
-    count: int = 0
-    num_cpus: float = 1
-    num_gpus: float = 0
-    memory_gb: float = 0
-    nodes: str = ""
-
-    @classmethod
-    def from_config(
-        cls, config: WorkersConfig, count: int | None = None, num_cpus: float = 1, num_gpus: float = 0
-    ) -> "Workers":
-        """The workers of a stage. count: replaces config.workers."""
-        count = config.workers if count is None else count
-        return cls(count, num_cpus, num_gpus, config.memory_gb, config.nodes)
-
-    def num_fitting(self) -> int:
-        """Workers to start: as many as fit the nodes, at most `count`. Raises UserError if none fits."""
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        fitting = sum(self._fit(node) for node in nodes)
-        if not fitting:
-            maxima = {kind: max(node.get(kind, 0) for node in nodes) for kind in self._needs()}
-            raise UserError(
-                f"a worker takes {_format(self._needs())}; no node of the cluster has all of that, the most "
-                f"are {_format(maxima)}. Lower it in the recipe, or set RAY_ADDRESS or CLUSTER."
-            )
-        return min(self.count or fitting, fitting)
-
-    def _needs(self) -> dict[str, float]:
-        needs = {"CPU": self.num_cpus, "GPU": self.num_gpus, "memory": self.memory_gb * memory.GB}
-        return {kind: need for kind, need in {**needs, self.nodes: NODE_SHARE}.items() if kind and need}
-
-    def _fit(self, node: dict[str, float]) -> int:
-        return min(int(node.get(kind, 0) / need + 1e-6) for kind, need in self._needs().items())
-
-    def options(self) -> dict[str, Any]:
-        """The resources as Ray actor options."""
-        return {
-            "num_cpus": self.num_cpus,
-            "num_gpus": self.num_gpus,
-            "memory": int(self.memory_gb * memory.GB) or None,
-            "resources": {self.nodes: NODE_SHARE} if self.nodes else None,
-            "max_restarts": 0,
-        }
-
-
-def _format(resources: dict[str, float]) -> str:
-    return ", ".join(
-        f"{kind} {count / memory.GB:.1f} GB" if kind == "memory" else f"{kind} {count:g}"
-        for kind, count in resources.items()
-    )
+from pipeline.runtime.workers import Work, Workers
+from retrieval.storage.manifest import ShardRecord, files_exist, read_record
 
 
 def run_shards(
@@ -99,21 +19,23 @@ def run_shards(
 ) -> list[ShardRecord]:
     """Process the shards that have no valid record of this fingerprint and inputs; records in the order of `shards`.
 
-    `make_work` runs once in each worker and loads what its shards share. A shard runs again only if its
-    worker was lost. An exception in a shard stops the stage with ShardError, or UserError if the shard
-    raised that; finished shards are kept. include_finished: process finished shards again.
+    `make_work` runs once in each worker and loads what its shards share. A shard that fails, or whose worker is
+    lost, runs again, on another node first; see `shard_queue` for the limits. Raises UnfinishedError, after all other
+    shards, with the shards that failed, and a UserError of a shard that is no NodeError at once. Finished shards are
+    kept. include_finished: process finished shards again.
     """
     finished = [] if include_finished else map_in_threads(partial(_finished_record, stage), shards)
     records = {record.shard: record for record in finished if record}
     if records:
         stage.log.info("%d of %d shards are finished already", len(records), len(shards))
-    todo = deque(shard for shard in shards if shard not in records)
+    todo = [shard for shard in shards if shard not in records]
     if not todo:
         return [records[shard] for shard in shards]
-    pool = _Pool(stage, make_work, workers)
+    pool = Pool(stage, make_work, workers)
+    pool.metrics.shards_scheduled(todo)
     started = time.time()
     with wandb_reporter(stage) as report, closing(pool):
-        for record, peak in pool.run(todo):
+        for record, peak in pool.run(ShardQueue(todo)):
             records[record.shard] = record
             pool.metrics.shard_finished(record, peak)
             report(record, peak, len(records))
@@ -138,11 +60,12 @@ def _log_shard(stage: Stage, record: ShardRecord, peak: int, progress: tuple[int
         f"{record.rows:,}",
         record.seconds,
         f"{record.rows / record.seconds if record.seconds else 0.0:,.0f}",
-        peak / memory.GB,
+        peak / GB,
         done,
         total,
         seconds * (total - done),
     )
+<<<<<<< HEAD
 
 
 class _Worker:
@@ -246,3 +169,5 @@ class _Pool:
             ) from error
         what = f"shard {shard} lost its worker" if shard else "a worker was lost before it started"
         self.stage.log.warning("%s (%s); trying again", what, type(error).__name__)
+=======
+>>>>>>> 12a7f19 (Failed shards are tried elsewhere and parked; sick nodes are set aside; losses at start are waited for)

@@ -3,14 +3,15 @@
 Ray workers are covered by test_runner.py, by the demo test and by the benchmark of crashes.
 """
 
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 from ray import cloudpickle
 
-from pipeline.runtime import runner
+from pipeline.runtime.pool import Pool, RemoteWorker, ShardError
+from pipeline.runtime.shard_queue import Failure, ShardQueue
+from retrieval.errors import NodeError
 from retrieval.storage.manifest import ShardRecord
 
 
@@ -18,14 +19,25 @@ from retrieval.storage.manifest import ShardRecord
 def shards_in_process() -> Iterator[None]:
     """Within the block, `run_shards` starts no Ray workers; the rest of it is unchanged."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner._Pool, "run", _run)
+        patch.setattr(Pool, "run", _run)
         yield
 
 
-def _run(pool: runner._Pool, todo: deque[str]) -> Iterator[tuple[ShardRecord, int]]:
+def _run(pool: Pool, queue: ShardQueue) -> Iterator[tuple[ShardRecord, int]]:
     """Assign the shards to workers in rotation; each worker unpickles the stage and the work, as with Ray."""
     pickled = cloudpickle.dumps((pool.stage, pool.make_work))
-    workers = [runner._Worker(*cloudpickle.loads(pickled), 0.0) for _ in range(pool.workers.count or 2)]
-    for number, shard in enumerate(todo):
+    stages = [cloudpickle.loads(pickled) for _ in range(pool.workers.count or 2)]
+    workers = [RemoteWorker(stage, make_work, 0.0) for stage, make_work in stages]
+    number = 0
+    while (shard := queue.take("here", ["here"])) is not None:
+        worker = workers[number % len(workers)]
+        number += 1
+        try:
+            result = worker.run(shard)
+        except (NodeError, ShardError) as error:
+            queue.failed(shard, Failure("here", "error", str(error)))
+            continue
+        queue.succeeded(shard, "here")
         pool.num_finished += 1
-        yield workers[number % len(workers)].run(shard)
+        yield result
+    queue.check(pool.stage.name)

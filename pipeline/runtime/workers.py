@@ -1,0 +1,74 @@
+"""The work of a stage's workers, their resources, and how many of them fit the nodes of the Ray cluster."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from pipeline.runtime import memory
+from retrieval.config import WorkersConfig
+from retrieval.errors import UserError
+from retrieval.storage.manifest import ShardRecord
+
+Work = Callable[[str], ShardRecord]
+"""Processes one shard: takes its name, writes its files, returns its record. Safe to repeat."""
+NODE_SHARE = 0.001
+"""Amount of the custom resource `nodes` that a worker takes: it selects nodes and does not limit workers."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The resources of one worker and the number of workers; count 0: as many as fit the cluster."""
+
+    count: int = 0
+    num_cpus: float = 1
+    num_gpus: float = 0
+    memory_gb: float = 0
+    nodes: str = ""
+
+    @classmethod
+    def from_config(
+        cls, config: WorkersConfig, count: int | None = None, num_cpus: float = 1, num_gpus: float = 0
+    ) -> "Workers":
+        """The workers of a stage. count: replaces config.workers."""
+        count = config.workers if count is None else count
+        return cls(count, num_cpus, num_gpus, config.memory_gb, config.nodes)
+
+    def num_fitting(self) -> int:
+        """Workers to start: as many as fit the nodes, at most `count`. Raises UserError if none fits."""
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        fitting = sum(self._fit(node) for node in nodes)
+        if not fitting:
+            maxima = {kind: max(node.get(kind, 0) for node in nodes) for kind in self._needs()}
+            raise UserError(
+                f"a worker takes {_format(self._needs())}; no node of the cluster has all of that, the most "
+                f"are {_format(maxima)}. Lower it in the recipe, or set RAY_ADDRESS or CLUSTER."
+            )
+        return min(self.count or fitting, fitting)
+
+    def _needs(self) -> dict[str, float]:
+        needs = {"CPU": self.num_cpus, "GPU": self.num_gpus, "memory": self.memory_gb * memory.GB}
+        return {kind: need for kind, need in {**needs, self.nodes: NODE_SHARE}.items() if kind and need}
+
+    def _fit(self, node: dict[str, float]) -> int:
+        return min(int(node.get(kind, 0) / need + 1e-6) for kind, need in self._needs().items())
+
+    def options(self, sick_nodes: set[str]) -> dict[str, Any]:
+        """The resources as Ray actor options. sick_nodes: ids of nodes that get no worker."""
+        selector = {"ray.io/node-id": f"!in({','.join(sorted(sick_nodes))})"} if sick_nodes else None
+        return {
+            "num_cpus": self.num_cpus,
+            "num_gpus": self.num_gpus,
+            "memory": int(self.memory_gb * memory.GB) or None,
+            "resources": {self.nodes: NODE_SHARE} if self.nodes else None,
+            "label_selector": selector,
+            "max_restarts": 0,
+        }
+
+
+def _format(resources: dict[str, float]) -> str:
+    return ", ".join(
+        f"{kind} {count / memory.GB:.1f} GB" if kind == "memory" else f"{kind} {count:g}"
+        for kind, count in resources.items()
+    )
