@@ -17,7 +17,8 @@ from jobs.demo.server.server import WorldServer
 from pipeline.download.download import run
 from pipeline.filter import filter as filter_stage
 from pipeline.recipe import DownloadConfig, FilterConfig
-from retrieval.errors import UserError
+from pipeline.runtime import shard_queue
+from retrieval.errors import UnfinishedError, UserError
 from retrieval.storage.manifest import Manifest
 from retrieval.storage.root import Root
 from retrieval.storage.schema import DOWNLOADED, read_table
@@ -188,14 +189,16 @@ def test_two_runs_write_the_same_bytes(tmp_path: Path, server: WorldServer) -> N
     assert len(manifests[0].checksums()) == 6
 
 
-def test_a_dead_network_is_an_error_and_writes_nothing(tmp_path: Path) -> None:
+def test_a_dead_network_parks_its_shards_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_queue, "MAX_ERRORS", 1)
     root = Root(str(tmp_path / "run"))
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         port = bound.getsockname()[1]
         select(root, tmp_path / "meta", [f"http://127.0.0.1:{port}/{n}.jpg" for n in range(40)])
         with pytest.raises(
-            UserError, match=r"shard train/00000-00000: 40 of 40 URLs gave no answer.*Connection refused"
+            UnfinishedError,
+            match=r"(?s)1 shards failed.* train/00000-00000: .*40 of 40 URLs gave no answer.*Connection refused",
         ):
             run(config(threads=8), root)
         assert not root.exists("download/manifest.json")
