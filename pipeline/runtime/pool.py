@@ -58,7 +58,8 @@ class RemoteWorker:
             self.work = self.work or self.make_work()
             record = self.work(shard)
             # An unchanged shard brings the seconds of its first run.
-            record = replace(record, seconds=record.seconds or round(time.time() - started, 3))
+            seconds = record.seconds or round(time.time() - started, 3)
+            record = replace(record, seconds=seconds, inputs=self.stage.inputs)
             write_record(self.stage.root, self.stage.name, self.stage.fingerprint, record)
         except UserError as error:
             raise type(error)(f"{self.stage.name}: shard {shard}: {error}") from error

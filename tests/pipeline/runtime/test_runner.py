@@ -23,13 +23,8 @@ from pipeline.runtime.runner import run_shards
 from pipeline.runtime.stage import Stage, map_in_threads
 from pipeline.runtime.workers import Work, Workers
 from retrieval.config import Config, runtime_setting
-<<<<<<< HEAD
-from retrieval.errors import UserError
-from retrieval.storage.manifest import ShardRecord, read_manifest, write_record
-=======
 from retrieval.errors import NodeError, UnfinishedError, UserError
-from retrieval.storage.manifest import ShardRecord, write_record
->>>>>>> 12a7f19 (Failed shards are tried elsewhere and parked; sick nodes are set aside; losses at start are waited for)
+from retrieval.storage.manifest import ShardRecord, read_manifest, write_record
 from retrieval.storage.root import Root
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
