@@ -132,14 +132,22 @@ def _search_work(stage: Stage, blocklist: Blocklist, ids: npt.NDArray[np.int64])
         folder, _, number = name.removeprefix("hold/").rpartition("/")
         partition = Partition(stage.root.child(folder), int(number), np.empty(0, np.int64))
         matches = np.isin(partition.ids, ids)
-        urls = canonical_column(partition.metadata["url"].combine_chunks())
-        known = np.flatnonzero(urls.is_valid().to_numpy(zero_copy_only=False))
-        urls = urls.take(pa.array(known))
-        # The id of a patch is not that of its picture, but its URL is.
-        matches[known] |= np.isin(hash_urls(urls)[0], ids) | blocklist.blocks_hosts(urls)
+        # One chunk, or several if the URLs have more than 2 GiB.
+        listed = [_are_listed(urls, blocklist, ids) for urls in partition.metadata["url"].chunks]
+        matches |= np.concatenate([np.zeros(0, bool), *listed])
         return _write_ids(stage, name, partition.ids[matches])
 
     return search
+
+
+def _are_listed(column: pa.StringArray, blocklist: Blocklist, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Which URLs have a listed host or a listed id: the id of a patch is not that of its picture, but its URL is."""
+    urls = canonical_column(column)
+    known = np.flatnonzero(urls.is_valid().to_numpy(zero_copy_only=False))
+    urls = urls.take(pa.array(known))
+    matches = np.zeros(len(column), bool)
+    matches[known] = np.isin(hash_urls(urls)[0], ids) | blocklist.blocks_hosts(urls)
+    return matches
 
 
 def _write_ids(stage: Stage, name: str, ids: npt.NDArray[np.int64]) -> ShardRecord:
