@@ -44,7 +44,8 @@ class TextTable:
 @dataclass(frozen=True)
 class _Layout:
     names: tuple[str, ...]
-    has_header: bool
+    lines_before: int
+    """Number of lines before the first row: empty ones and the header."""
     delimiter: str
     quoted: bool
 
@@ -96,15 +97,21 @@ def _is_json(name: str) -> bool:
 def _layout(source: Root, name: str, published: MetadataFormat) -> _Layout:
     """The layout of a CSV or TSV file, from its first line; no names if it is empty."""
     is_tsv = ".tsv" in name.lower()[-8:]
+    first_line, number = "", 0
     with _opened(source, name) as stream:
-        lines = io.BufferedReader(stream).readline(MAX_ROW_BYTES).decode("utf-8-sig", errors="replace").splitlines()
-    if not lines:
-        return _Layout((), False, ",", False)
+        reader = io.BufferedReader(stream)
+        while not first_line and (line := reader.readline(MAX_ROW_BYTES)):
+            first_line = line.decode("utf-8-sig", errors="replace").strip("\r\n")
+            number += 1
+    if not first_line:
+        return _Layout((), 0, ",", False)
+    lines = first_line.splitlines()
     delimiter = "\t" if is_tsv else max(DELIMITERS, key=lines[0].count)
     quoted = published.quoted_tsv or not is_tsv
     first = next(csv.reader(lines[:1], delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE))
     has_header = not published.header or {field.strip().lower() for field in first} >= set(published.header)
-    return _Layout(tuple(map(str.strip, first)) if has_header else published.header, has_header, delimiter, quoted)
+    names = tuple(map(str.strip, first)) if has_header else published.header
+    return _Layout(names, number if has_header else number - 1, delimiter, quoted)
 
 
 def _csv_batches(
@@ -119,7 +126,7 @@ def _csv_batches(
         return "skip"
 
     read = pyarrow.csv.ReadOptions(
-        column_names=layout.names, skip_rows=int(layout.has_header), block_size=MAX_ROW_BYTES, use_threads=False
+        column_names=layout.names, skip_rows=layout.lines_before, block_size=MAX_ROW_BYTES, use_threads=False
     )
     quote = '"' if layout.quoted else False
     parse = pyarrow.csv.ParseOptions(

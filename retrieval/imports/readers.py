@@ -136,6 +136,10 @@ def _paired_blocks(root: Root, vectors: list[str], source: VectorSource) -> Iter
         return
     table_root, names = data_files(source.metadata, "It was expected to be a file or folder of metadata.")
     tables = _with_suffix(names, ".parquet")
+    if not tables:
+        raise UserError(
+            f"{source.metadata} has no Parquet file of metadata; found {', '.join(names[:5]) or 'no file'}."
+        )
     for name, table in _pairs(root, vectors, table_root, tables):
         array = _load_vectors(root, name)
         yield from _aligned_blocks(array, root.at(name), (table_root, table), source.columns)
@@ -208,23 +212,25 @@ def _vector_column(schema: pa.Schema, columns: SourceColumns, location: str) -> 
         return name
     candidates = [column.name for column in schema if is_float_list(column.type)]
     if len(candidates) != 1:
+        types = ", ".join(f"{column.name} ({column.type})" for column in schema)
         raise UserError(
             f"{location} has {len(candidates)} columns of lists of floats ({', '.join(candidates)}); "
-            f"expected one; name it. Its columns are {', '.join(schema.names)}"
+            f"expected one; name it. Its columns are {types}"
         )
     return candidates[0]
 
 
 def _column_vectors(column: pa.Array, location: str) -> npt.NDArray[np.generic]:
-    """The lists of a column as (n, dim), NaN for null rows."""
+    """The lists of a column as (n, dim), NaN for nulls and empty lists."""
     if not is_float_list(column.type):
         raise UserError(f"{location}: column of type {column.type}; expected lists of float16, float32 or float64")
     [column] = plain(column).chunks
-    lengths = pc.list_value_length(column).drop_null().unique().to_pylist()
+    length_of = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+    lengths = np.unique(length_of[length_of > 0])
     if len(lengths) > 1:
-        raise UserError(f"{location} has vectors of lengths {sorted(lengths)[:5]}; expected one length")
+        raise UserError(f"{location} has vectors of lengths {lengths[:5].tolist()}; expected one length")
     values = column.flatten().to_numpy(zero_copy_only=False)
-    dim = lengths[0] if lengths else 0
+    dim = int(lengths[0]) if len(lengths) else 0
     rows = np.full((len(column), dim), np.nan, values.dtype)
-    rows[column.is_valid().to_numpy(zero_copy_only=False)] = values.reshape(-1, dim) if dim else 0
+    rows[length_of > 0] = values.reshape(-1, dim) if dim else 0
     return rows

@@ -63,6 +63,7 @@ JSON_LINES = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
         ("a.csv", separated(",")),
         ("A.CSV", b"\xef\xbb\xbf" + separated(";").replace(b"\n", b"\r\n")),
         ("pipes.csv", separated("|")),
+        ("blank.csv", b"\n\r\n" + separated(",")),
         ("tabs.csv", separated("\t")),
         ("a.csv.gz", gzip.compress(separated(",")[:40]) + gzip.compress(separated(",")[40:])),
         ("a.tsv", TSV),

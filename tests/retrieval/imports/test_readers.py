@@ -276,7 +276,8 @@ def test_zero_and_non_finite_rows_are_left_out_with_their_metadata_and_counted()
 
 def test_nulls_in_a_vector_column_are_bad_vectors(tmp_path: Path) -> None:
     lists = [row.tolist() for row in parts()[0]]
-    lists[0][3] = lists[4] = lists[5] = lists[3] = None
+    lists[0][3] = lists[4] = lists[3] = None
+    lists[5] = []
     pq.write_table(pa.table({"v": pa.array(lists, pa.list_(pa.float32()))}), tmp_path / "a.parquet")
     blocks = list(read_database_blocks(VectorSource(tmp_path), DIM))
     assert [block.reasons for block in blocks] == [{"bad_vector": 1}, {"bad_vector": 3}, {}]
@@ -354,7 +355,9 @@ def test_tensors_and_lists_are_vectors_too() -> None:
 def test_parquet_files_without_a_unique_vector_column_are_refused(tmp_path: Path) -> None:
     rows = list(parts()[0])
     pq.write_table(pa.table({"a": rows, "b": rows}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"has 2 columns of lists of floats \(a, b\)"):
+    with pytest.raises(
+        UserError, match=r"has 2 columns of lists of floats \(a, b\).*columns are a \(list<.*float>\), b"
+    ):
         read(VectorSource(tmp_path))
     pq.write_table(pa.table({"a": [[1.0], [1.0, 2.0]]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"vectors of lengths \[1, 2\]"):
