@@ -1,7 +1,7 @@
 """`laion-rdm database RECIPE --name NAME --source SOURCE`: builds style databases from pictures.
 
-SOURCE is a folder of pictures, a WebDataset tar, or a CSV or Parquet file of paths. `--by-style` also builds
-one database for each style, taken from the source's folders or labels.
+SOURCE is a folder of pictures, tars or Parquet files, a WebDataset tar, or a table of paths or pictures. `--by-style`
+also builds one database for each style, taken from the source's folders or labels.
 """
 
 import re
@@ -39,9 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_remake(parser)
     add = parser.add_argument
     add("--name", required=True, help="name of the database, as in sample.databases of a recipe")
-    add("--source", required=True, type=Path, help="a folder, .tar, .csv or .parquet")
+    add("--source", required=True, type=Path, help="a folder, .tar, .csv, .tsv, .jsonl, .parquet or .arrow")
     add("--by-style", action="store_true", help="also build a database for each style")
-    add("--images", type=Path, metavar="FOLDER", help="folder that the paths in a CSV or Parquet start from")
+    add("--images", type=Path, metavar="FOLDER", help="folder that the paths in a table start from")
     add("--artist-title", action="store_true", help="file names are artist_title.jpg, as in WikiArt")
     add("--license", default="", help="license of the pictures that state none")
     arguments = parser.parse_args(argv)

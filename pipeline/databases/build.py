@@ -1,14 +1,14 @@
 """database: builds a style database from a collection of pictures, and optionally one for each style.
 
-Reads the pictures that `sources.py` lists; writes `databases/<name>/`, which `retrieval.Database` opens, with
+Reads the pictures that `listing.py` lists; writes `databases/<name>/`, which `retrieval.Database` opens, with
 thumbnails in `pictures/00000.tar`. Of near copies only the first picture is kept.
 """
 
 import hashlib
 import logging
-import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +18,9 @@ import numpy.typing as npt
 import pyarrow as pa
 from tqdm import tqdm
 
-from pipeline.databases.sources import PictureSource, SourcePicture, list_pictures
+from pipeline.databases.labels import database_names
+from pipeline.databases.listing import Listing, list_pictures
+from pipeline.databases.sources import PictureSource, SourcePicture
 from pipeline.embed import embed_images, with_vectors
 from pipeline.pictures.picture import encode_jpeg, prepare
 from pipeline.pictures.tars import sample_key, tar_writer
@@ -32,6 +34,7 @@ from retrieval.perceptual_hash import BLANK_HASH, MIRROR_MASK
 from retrieval.pictures.decode import MAX_PIXELS, PictureError
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
+from retrieval.storage.listing import described
 from retrieval.storage.manifest import Manifest, read_manifest
 from retrieval.storage.root import Root
 from retrieval.storage.schema import Reason
@@ -60,11 +63,13 @@ class PictureProperties:
 
 @dataclass(frozen=True)
 class EmbeddedPictures:
-    """The pictures of the databases: `pictures` and the rows of `table` have the same order."""
+    """The pictures of the databases: `pictures`, the rows of `table` and `is_first` have the same order."""
 
     pictures: list[SourcePicture]
     table: pa.Table
     """schema.embeddings with DETAILS."""
+    is_first: npt.NDArray[np.bool_]
+    """Whether a picture is no near copy of an earlier one of any style."""
     reasons: dict[str, int]
     """Number of pictures left out, by reason."""
 
@@ -79,22 +84,24 @@ def run(name: str, source: PictureSource | Path, encoder: Encoder, config: Index
 
 def style_databases(name: str, source: PictureSource) -> dict[str, str]:
     """The style of each database by its name; "" for all pictures. Raises UserError if there is no style."""
-    labels = sorted({picture.label for picture in list_pictures(source)[0]} - {""})
-    names = {re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_"): label for label in labels}
-    if len(names) < len(labels) or "" in names or name in names:
-        raise UserError(f"the styles {', '.join(labels)} and {name!r} do not give different names. Rename one.")
-    if not names:
+    labels = sorted({picture.label for picture in list_pictures(source).pictures} - {""})
+    if not labels:
         raise UserError(f"{source.path} has no styles. Wanted: folders by style, or a column of labels.")
-    return {name: "", **names}
+    return {name: "", **database_names(labels, name)}
 
 
 def run_all(
     databases: dict[str, str], source: PictureSource | Path, encoder: Encoder, config: IndexConfig, root: Root
 ) -> list[Manifest]:
-    """Build several databases (see `style_databases`) of one source; each picture is embedded once. Raises as `run`."""
+    """Build several databases (see `style_databases`) of one source; each picture is embedded once. Raises as `run`.
+
+    A style without a readable picture gives no database and a warning.
+    """
     source = source if isinstance(source, PictureSource) else PictureSource(source)
-    pictures, missing = list_pictures(source)
-    inputs = {"source": _digest(pictures), "clip": encoder.identity.digest}
+    listing = list_pictures(source)
+    if listing.left_out:
+        log.info("%s: left out of the listing: %s", source.path, described(listing.left_out))
+    inputs = {"source": _digest(listing.pictures), "clip": encoder.identity.digest}
     identities = {
         name: DatabaseIdentity(f"databases/{name}", inputs | ({"style": style} if style else {}))
         for name, style in databases.items()
@@ -104,9 +111,14 @@ def run_all(
         return [read_manifest(root, identity.name) for identity in identities.values()]
     for identity in identities.values():
         check_remake(root, identity.name, StageIdentity.of(identity.name, SCHEMA_VERSION, config, identity.upstream))
-    embedded = _embed_pictures(next(iter(databases)), pictures, missing, encoder)
+    embedded = _embed_pictures(next(iter(databases)), listing, encoder)
+    labels = {picture.label for picture in embedded.pictures}
+    if empty := [style for style in databases.values() if style and style not in labels]:
+        log.warning("no database for %s: none of its pictures can be read", ", ".join(empty))
     return [
-        _build(root, embedded, databases[name], (encoder, config, identity)) for name, identity in identities.items()
+        _build(root, embedded, databases[name], (encoder, config, identity))
+        for name, identity in identities.items()
+        if databases[name] in ("", *labels)
     ]
 
 
@@ -116,20 +128,27 @@ def _is_built(root: Root, identity: DatabaseIdentity, config: IndexConfig) -> bo
     return read_manifest(root, identity.name).fingerprint == identity.fingerprint(config)
 
 
-def _embed_pictures(name: str, pictures: list[SourcePicture], missing: int, encoder: Encoder) -> EmbeddedPictures:
+def _embed_pictures(name: str, listing: Listing, encoder: Encoder) -> EmbeddedPictures:
+    pictures = listing.pictures
     ids = [schema.image_id(f"{name}/{picture.name}") for picture in pictures]
     properties = PictureProperties()
     embedded_ids, vectors = embed_images(_read(ids, pictures, properties), encoder, EmbedConfig())
     properties.reasons[Reason.UNREADABLE] += len(properties.sizes) - len(embedded_ids)
-    properties.reasons[Reason.NOT_FOUND] += missing
+    properties.reasons[Reason.NOT_FOUND] += listing.missing
     hashes = np.array([properties.hashes[image_id] for image_id in embedded_ids.tolist()], np.int64)
-    keep = ~find_near_copies(hashes, unit(vectors))
-    properties.reasons[Reason.NEAR_COPY] += int((~keep).sum())
-    kept_ids = set(embedded_ids[keep].tolist())
-    kept = {image_id: picture for image_id, picture in zip(ids, pictures, strict=True) if image_id in kept_ids}
+    units = unit(vectors)
+    is_first = ~find_near_copies(hashes, units)
+    properties.reasons[Reason.NEAR_COPY] += int((~is_first).sum())
+    picture_of = dict(zip(ids, pictures, strict=True))
+    labels = np.array([picture_of[image_id].label for image_id in embedded_ids.tolist()])
+    keep = is_first.copy()
+    for label in np.unique(labels):  # a style keeps its picture if another style has a copy
+        rows = np.flatnonzero(labels == label)
+        keep[rows] |= ~find_near_copies(hashes[rows], units[rows])
+    kept = {image_id: picture_of[image_id] for image_id in embedded_ids[keep].tolist()}
     table = with_vectors(_metadata(name, kept, properties), vectors[keep])
     reasons = {str(reason): count for reason, count in properties.reasons.items() if count}
-    return EmbeddedPictures([*kept.values()], table, reasons)
+    return EmbeddedPictures([*kept.values()], table, is_first[keep], reasons)
 
 
 def _read(ids: list[int], pictures: list[SourcePicture], properties: PictureProperties) -> Iterator[tuple[int, bytes]]:
@@ -137,7 +156,7 @@ def _read(ids: list[int], pictures: list[SourcePicture], properties: PictureProp
     bar = tqdm(pictures, desc="database", unit="image", mininterval=0.5)
     for image_id, source in zip(ids, bar, strict=True):
         try:
-            picture = prepare(source.read(), MAX_PIXELS, 0)
+            picture = prepare(source.content.read(), MAX_PIXELS, 0)
         except PictureError as error:
             properties.reasons[error.reason] += 1
             continue
@@ -189,11 +208,15 @@ def _build(
     root: Root, embedded: EmbeddedPictures, style: str, settings: tuple[Encoder, IndexConfig, DatabaseIdentity]
 ) -> Manifest:
     encoder, config, identity = settings
-    rows = [i for i, picture in enumerate(embedded.pictures) if style in ("", picture.label)]
+    is_row = embedded.is_first if not style else [picture.label == style for picture in embedded.pictures]
+    rows = np.flatnonzero(is_row).tolist()
     identity = DatabaseIdentity(identity.name, identity.upstream, {} if style else embedded.reasons)
     table = embedded.table.take(pa.array(rows, pa.int64()))
-    manifest = write_database(root, table, encoder.identity, config, identity)
-    _write_thumbnails(root, f"{identity.name}/{THUMBNAILS}", table, [embedded.pictures[i] for i in rows])
+    with ExitStack() as incomplete:
+        incomplete.callback(root.delete, f"{identity.name}/manifest.json")  # no database without its pictures
+        manifest = write_database(root, table, encoder.identity, config, identity)
+        _write_thumbnails(root, f"{identity.name}/{THUMBNAILS}", table, [embedded.pictures[i] for i in rows])
+        incomplete.pop_all()
     left_out = "".join(f", {count} {reason}" for reason, count in identity.reasons.items())
     log.info("%s: %s images in %.1f s%s", identity.name, f"{len(table):,}", manifest.seconds, left_out)
     return manifest
@@ -204,8 +227,11 @@ def _write_thumbnails(root: Root, name: str, table: pa.Table, pictures: list[Sou
     rows = table.drop_columns([schema.EMBEDDING]).to_pylist()
     with root.writing(name) as pending, tar_writer(pending.path) as tar:
         for row, source in zip(rows, pictures, strict=True):
-            picture = prepare(source.read(), MAX_PIXELS, THUMBNAIL_EDGE)
-            thumbnail = encode_jpeg(picture, THUMBNAIL_QUALITY)
+            try:
+                picture = prepare(source.content.read(), MAX_PIXELS, THUMBNAIL_EDGE)
+                thumbnail = encode_jpeg(picture, THUMBNAIL_QUALITY)
+            except (PictureError, OSError) as error:
+                raise UserError(f"{source.name} changed while the database was built: {error}. Run again.") from error
             tar.add(sample_key(row[schema.IMAGE_ID]), thumbnail.data, row["caption"], row)
 
 
@@ -214,5 +240,5 @@ def _digest(pictures: list[SourcePicture]) -> str:
     digest = hashlib.sha256(f"{NEAR_BITS} {NEAR_SIMILARITY}".encode())
     for p in pictures:
         metadata = (p.name, p.label, p.caption, p.title, p.artist, p.license, p.source)
-        digest.update(f"{hashlib.sha256(p.read()).hexdigest()} {metadata!r}\n".encode())
+        digest.update(f"{hashlib.sha256(p.content.read()).hexdigest()} {metadata!r}\n".encode())
     return digest.hexdigest()[:16]

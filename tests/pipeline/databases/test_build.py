@@ -138,5 +138,36 @@ def test_a_source_without_styles_or_pictures_is_refused(encoder: Encoder, tmp_pa
         database.style_databases("all", PictureSource(tmp_path))
     (tmp_path / "All").mkdir()
     (tmp_path / "All" / "b.png").write_bytes(b"")
-    with pytest.raises(UserError, match="do not give different names"):
-        database.style_databases("all", PictureSource(tmp_path))
+    [_, (name, style)] = database.style_databases("all", PictureSource(tmp_path)).items()
+    assert (name != "all", style) == (True, "All")
+
+
+def test_a_style_in_any_script_and_a_style_of_copies_give_databases(encoder: Encoder, tmp_path: Path) -> None:
+    for style in ("浮世絵", "copies"):
+        for i, picture in enumerate(pictures("x", 1, 2)):
+            (tmp_path / "source" / style).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "source" / style / f"{i}.jpg").write_bytes(picture.jpeg)
+    (tmp_path / "source" / "broken").mkdir()
+    (tmp_path / "source" / "broken" / "0.jpg").write_bytes(b"no picture")
+    Image.new("L", (70_000, 1)).save(tmp_path / "source" / "copies" / "long.png")
+    names = database.style_databases("all", PictureSource(tmp_path / "source"))
+    manifests = database.run_all(names, tmp_path / "source", encoder, IndexConfig(), Root(tmp_path))
+    assert {manifest.stage: manifest.rows for manifest in manifests} == {
+        "databases/all": 2,
+        "databases/copies": 2,
+        "databases/浮世絵": 2,
+    }
+    assert manifests[0].reasons == {"not_an_image": 1, "too_many_pixels": 1, "near_copy": 2}
+    assert len(Database.open(Root(tmp_path).child("databases/浮世絵"))) == 2
+
+
+def test_a_database_without_its_thumbnails_cannot_be_opened(
+    source: Path, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def changed(*_: object) -> None:
+        raise OSError("gone")
+
+    monkeypatch.setattr(database, "encode_jpeg", changed)
+    with pytest.raises(UserError, match="changed while the database was built"):
+        database.run("squares", source, encoder, IndexConfig(), Root(tmp_path))
+    assert not (tmp_path / "databases/squares/manifest.json").exists()

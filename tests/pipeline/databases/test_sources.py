@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.databases.sources import PictureSource, SourcePicture, list_pictures
+from pipeline.databases.listing import list_pictures
+from pipeline.databases.sources import PictureSource, SourcePicture
 from retrieval import UserError
 
 STARRY = "vincent-van-gogh_the-starry-night-1889.jpg"
@@ -22,6 +23,12 @@ def write_files(folder: Path, *names: str) -> None:
         path.write_bytes(name.encode())
 
 
+def listed(source: PictureSource) -> tuple[list[SourcePicture], int]:
+    """The pictures of a source and the number of rows without one."""
+    listing = list_pictures(source)
+    return listing.pictures, listing.missing
+
+
 def labels(pictures: list[SourcePicture]) -> list[tuple[str, str, str, str]]:
     return [(picture.name, picture.label, picture.artist, picture.title) for picture in pictures]
 
@@ -30,7 +37,7 @@ def test_folders_by_style_give_styles_artists_and_titles(tmp_path: Path) -> None
     write_files(
         tmp_path, f"train/post_impressionism/{STARRY}", "test/ukiyo_e/hokusai_wave.jpg", "test/baroque/plain.png"
     )
-    pictures, missing = list_pictures(PictureSource(tmp_path, artist_title=True, license="CC0"))
+    pictures, missing = listed(PictureSource(tmp_path, artist_title=True, license="CC0"))
     assert labels(pictures) == [
         ("test/baroque/plain.png", "baroque", "", ""),
         ("test/ukiyo_e/hokusai_wave.jpg", "ukiyo_e", "hokusai", "wave"),
@@ -41,7 +48,7 @@ def test_folders_by_style_give_styles_artists_and_titles(tmp_path: Path) -> None
         "plain",
         0,
     )
-    assert pictures[1].read() == b"test/ukiyo_e/hokusai_wave.jpg"
+    assert pictures[1].content.read() == b"test/ukiyo_e/hokusai_wave.jpg"
     assert {picture.license for picture in pictures} == {"CC0"}
 
 
@@ -55,10 +62,10 @@ def test_an_artbench_table_finds_its_files_in_folders_by_style(tmp_path: Path) -
         "../outside.jpg,x,,False,1,1,ukiyo_e,train,5\n"
     )
     write_files(tmp_path, "outside.jpg")
-    pictures, missing = list_pictures(PictureSource(table, tmp_path / "artbench"))
+    pictures, missing = listed(PictureSource(table, tmp_path / "artbench"))
     assert labels(pictures) == [(f"post_impressionism/{STARRY}", "post_impressionism", "vincent-van-gogh", "")]
     assert (pictures[0].license, pictures[0].source, missing) == ("public domain", "http://example.org/1", 2)
-    pictures, missing = list_pictures(PictureSource(table, tmp_path / "split"))
+    pictures, missing = listed(PictureSource(table, tmp_path / "split"))
     assert [(picture.name, picture.label, picture.license) for picture in pictures] == [
         ("train/ukiyo_e/hokusai_wave.jpg", "ukiyo_e", "")
     ]
@@ -68,7 +75,7 @@ def test_a_wikiart_table_without_header_takes_its_styles_from_the_class_file(tmp
     write_files(tmp_path, f"Post_Impressionism/{STARRY}", "Ukiyo_e/hokusai_wave.jpg", "Ukiyo_e/hokusai_rain.jpg")
     (tmp_path / "style_class.txt").write_text("0 Post_Impressionism\n1 Ukiyo_e\n")
     (tmp_path / "style_train.csv").write_text(f"Post_Impressionism/{STARRY},0\nUkiyo_e/hokusai_wave.jpg,1\n")
-    pictures, missing = list_pictures(PictureSource(tmp_path / "style_train.csv", artist_title=True))
+    pictures, missing = listed(PictureSource(tmp_path / "style_train.csv", artist_title=True))
     assert [(picture.label, picture.artist) for picture in pictures] == [
         ("Post_Impressionism", "vincent van gogh"),
         ("Ukiyo_e", "hokusai"),
@@ -80,7 +87,7 @@ def test_a_parquet_table_has_the_same_fields_as_csv(tmp_path: Path) -> None:
     write_files(tmp_path, "a.jpg", "b.jpg")
     rows = {"Path": ["b.jpg", "a.jpg"], "Caption": ["bee", None], "rights": ["CC0", None], "style": ["x", "y"]}
     pq.write_table(pa.table(rows), tmp_path / "t.parquet")
-    pictures, _ = list_pictures(PictureSource(tmp_path / "t.parquet"))
+    pictures, _ = listed(PictureSource(tmp_path / "t.parquet"))
     assert [(picture.name, picture.caption, picture.license, picture.label) for picture in pictures] == [
         ("a.jpg", "a", "", "y"),
         ("b.jpg", "bee", "CC0", "x"),
@@ -96,9 +103,14 @@ def test_webdataset_tars_give_captions_classes_and_json_fields(tmp_path: Path) -
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     for source in (tmp_path, tmp_path / "00000.tar"):
-        first, second = list_pictures(PictureSource(source))[0]
-        assert (first.name, first.label, first.caption, first.read()) == ("00000/1/a.jpg", "ukiyo_e", "a wave", b"one")
-        assert (second.title, second.artist, second.caption, second.read()) == (
+        first, second = listed(PictureSource(source))[0]
+        assert (first.name, first.label, first.caption, first.content.read()) == (
+            "00000/1/a.jpg",
+            "ukiyo_e",
+            "a wave",
+            b"one",
+        )
+        assert (second.title, second.artist, second.caption, second.content.read()) == (
             "Wave",
             "Hokusai",
             "Wave by Hokusai",
@@ -113,35 +125,32 @@ def test_pictures_of_a_tar_can_have_dots_in_their_names_or_share_a_stem(tmp_path
             info = tarfile.TarInfo(name)
             info.size = len(name)
             tar.addfile(info, io.BytesIO(name.encode()))
-    pictures, _ = list_pictures(PictureSource(tmp_path))
-    assert [(picture.name, picture.caption, picture.read().decode()) for picture in pictures] == [
+    pictures, _ = listed(PictureSource(tmp_path))
+    assert [(picture.name, picture.caption, picture.content.read().decode()) for picture in pictures] == [
         ("x/a.jpg", "a.txt", "a.jpg"),
         ("x/a.png", "a.txt", "a.png"),
         ("x/st.george.jpg", "st.george", "st.george.jpg"),
     ]
 
 
-def test_impossible_paths_are_missing_and_a_column_of_pictures_is_not_used_as_paths(tmp_path: Path) -> None:
+def test_impossible_paths_are_missing(tmp_path: Path) -> None:
     write_files(tmp_path, "a.jpg")
-    pictures = [{"bytes": b"x", "path": "a.jpg"}] * 3
-    table = pa.table({"image": pictures, "name": ["a.jpg", "\0.jpg", "b" * 300 + ".jpg"]})
+    table = pa.table({"image": [1, 2, 3], "name": ["a.jpg", "\0.jpg", "b" * 300 + ".jpg"]})
     pq.write_table(table, tmp_path / "t.parquet")
-    pictures, missing = list_pictures(PictureSource(tmp_path / "t.parquet"))
+    pictures, missing = listed(PictureSource(tmp_path / "t.parquet"))
     assert ([picture.name for picture in pictures], missing) == (["a.jpg"], 2)
-    pq.write_table(table.select(["image"]), tmp_path / "t.parquet")
-    with pytest.raises(UserError, match="no column of paths"):
-        list_pictures(PictureSource(tmp_path / "t.parquet"))
 
 
 @pytest.mark.parametrize(
     ("name", "data", "words"),
     [
-        ("t.csv", b"width,height\n1,2\n", "no column of paths"),
-        ("t.csv", b"path\nnowhere.jpg\n", "1 paths of the table do not exist"),
+        ("t.csv", b"width,height\n1,2\n", "no column of paths. Its columns: 'width', 'height'"),
+        ("t.csv", b"a;b\n1;2\n", "Its columns: 'a', 'b'"),
+        ("t.csv", b"path\nnowhere.jpg\n", "1 rows of the table name no file that exists"),
         ("t.csv", b"\xff\xfe\xff", "not a readable table"),
         ("t.parquet", b"PAR", "not a readable table"),
         ("t.tar", b"this is no tar, long enough to be read" * 40, "not a readable tar"),
-        ("t.zip", b"", r"no existing folder, \.tar, \.csv or \.parquet"),
+        ("t.zip", b"", r"no existing folder, \.tar, \.csv"),
     ],
 )
 def test_an_unusable_source_is_refused(tmp_path: Path, name: str, data: bytes, words: str) -> None:

@@ -1,0 +1,123 @@
+"""Readers of folders and of WebDataset tars.
+
+A folder can contain pictures with captions in text files of the same name, tars, and Parquet or Arrow files with
+pictures. Files of tools are left out (`retrieval.storage.listing`); what is left out is counted by reason.
+"""
+
+import json
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pipeline.databases.sources import SIGNATURE_BYTES, FileRange, Item, is_picture, read_fields, text_of
+from pipeline.databases.tables import IMAGE_TABLES, image_items
+from retrieval.errors import UserError
+from retrieval.storage.listing import HIDDEN, is_hidden, list_files, safe_text
+
+METADATA_SUFFIXES = ("txt", "cls", "json")
+REPEATED = "with the name of another"
+
+
+def hub_folder(path: Path) -> Path | None:
+    """The folder of a Hugging Face cache (with `blobs` and `snapshots`) that a path is in, or None."""
+    for folder in (path, *path.parents):
+        if (folder / "blobs").is_dir() and (folder / "snapshots").is_dir():
+            return folder
+    return None
+
+
+def snapshot(path: Path) -> Path:
+    """The newest snapshot of a Hugging Face cache folder; another path as it is. Raises UserError if not known."""
+    if hub_folder(path) != path:
+        return path
+    main = path / "refs" / "main"
+    revisions = sorted(child.name for child in (path / "snapshots").iterdir() if not is_hidden(child.name))
+    revision = main.read_text().strip() if main.is_file() else ""
+    if revision not in revisions and len(revisions) != 1:
+        raise UserError(f"{path} has the snapshots {', '.join(revisions)}. Name the folder of one as the source.")
+    return path / "snapshots" / (revision if revision in revisions else revisions[0])
+
+
+def folder_items(folder: Path, left_out: Counter[str]) -> Iterator[Item]:
+    """The pictures of a folder in the order of its files. left_out: counts files by the reason, is added to."""
+    hub = hub_folder(folder.absolute())
+    names, hidden = list_files(folder, [hub / "blobs"] if hub else [])
+    left_out.update(hidden)
+    tars = [name for name in names if name.lower().endswith(".tar")]
+    captions = {name for name in names if name.lower().endswith(".txt")}
+    for name in names:
+        path, suffix = folder / name, PurePosixPath(name).suffix.lower()
+        if name in tars:
+            yield from tar_items(path, name[: -len(".tar")], left_out, len(tars) > 1)
+        elif suffix in IMAGE_TABLES:
+            yield from image_items(path, safe_text(name[: -len(suffix)]), left_out)
+        elif is_picture(name, FileRange(path, 0, SIGNATURE_BYTES).read()):
+            caption = str(PurePosixPath(name).with_suffix(".txt"))
+            fields = {"caption": text_of((folder / caption).read_bytes())} if caption in captions else {}
+            yield Item(safe_text(name), FileRange(path), fields, PurePosixPath(safe_text(name)).parts[:-1])
+        elif suffix[1:] not in METADATA_SUFFIXES:
+            left_out[f"of another kind ({suffix or 'no suffix'})"] += 1
+
+
+def tar_items(path: Path, name: str, left_out: Counter[str], is_one_of_many: bool = False) -> Iterator[Item]:
+    """The pictures of a tar in the order of their names, with their captions, classes and JSON fields.
+
+    name: of the tar in the source, without suffix. A tar among others whose name has no number is a style.
+    """
+    pictures: dict[str, tuple[str, FileRange]] = {}
+    fields: dict[str, dict[str, Any]] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.isdir():
+                    continue
+                if reason := _member_reason(tar, member):
+                    left_out[reason] += 1
+                    continue
+                folder, slash, base = member.name.rpartition("/")
+                stem, _, kind = base.partition(".")
+                key = f"{folder}{slash}{stem}"
+                if kind in METADATA_SUFFIXES:
+                    fields.setdefault(key, {}).update(_member_fields(kind, _bytes(tar, member)))
+                else:
+                    left_out[REPEATED] += safe_text(member.name) in pictures
+                    pictures[safe_text(member.name)] = key, FileRange(path, member.offset_data, member.size)
+    except tarfile.TarError as error:
+        raise UserError(f"{path} is not a readable tar: {error}") from error
+    parents = PurePosixPath(safe_text(name)).parts
+    style = () if not is_one_of_many or re.search(r"\d$", parents[-1]) else parents[-1:]
+    for member_name, (key, content) in sorted(pictures.items()):
+        folders = PurePosixPath(member_name).parts[:-1]
+        item_name = PurePosixPath(safe_text(name), member_name).as_posix()
+        yield Item(item_name, content, fields.get(key, {}), (*parents[:-1], *(folders or style)))
+
+
+def _member_reason(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
+    """Why a member of a tar is left out; "" for pictures and their metadata."""
+    if is_hidden(member.name):
+        return HIDDEN
+    if not member.isfile():
+        return "a link in a tar"
+    suffix = PurePosixPath(member.name).suffix.lower()
+    if suffix[1:] in METADATA_SUFFIXES or is_picture(member.name, _bytes(tar, member, SIGNATURE_BYTES)):
+        return ""
+    return f"of another kind ({safe_text(suffix) or 'no suffix'})"
+
+
+def _bytes(tar: tarfile.TarFile, member: tarfile.TarInfo, size: int = -1) -> bytes:
+    file = tar.extractfile(member)
+    return file.read(size) if file else b""
+
+
+def _member_fields(kind: str, data: bytes) -> dict[str, str]:
+    """The fields of a metadata member of a tar: a caption (txt), a class (cls) or a JSON object."""
+    if kind != "json":
+        return {"caption" if kind == "txt" else "label": text_of(data)}
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return read_fields(content) if isinstance(content, dict) else {}

@@ -1,0 +1,237 @@
+"""Readers of tables: paths in .csv, .tsv, .jsonl, .parquet or .arrow, and pictures in .parquet or .arrow.
+
+Takes the layouts of ArtBench and WikiArt (a header, or `style_train.csv` with `style_class.txt`), the separators , ;
+tab and |, UTF-8, UTF-16 or Latin-1, and the columns `image: {bytes, path}` and class labels of Hugging Face.
+"""
+
+import csv
+import io
+import json
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.databases.sources import FIELDS, SUFFIXES, Fields, FileRange, Item, read_fields
+from retrieval.errors import UserError
+from retrieval.storage.listing import is_inside, safe_text
+
+IMAGE_TABLES = (".parquet", ".arrow")
+TABLES = (".csv", ".tsv", ".jsonl", *IMAGE_TABLES)
+IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
+DELIMITERS = ",;\t|"
+NO_PICTURES = "a table without pictures"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TableCell:
+    """A picture in a Parquet or Arrow file. group: row group; row: in the group; version: changes with the file."""
+
+    file: Path
+    version: int
+    column: str
+    group: int
+    row: int
+
+    def read(self) -> bytes:
+        """The bytes of the picture; none if the cell is null."""
+        value = _images(self.file, self.version, self.column, self.group)[self.row].as_py()
+        return (value.get("bytes") if isinstance(value, dict) else value) or b""
+
+
+def path_items(path: Path, roots: Sequence[Path]) -> Iterator[Item | None]:
+    """The pictures that a table names by path, None for a row without a path or without its file.
+
+    roots: resolved folders; the paths are relative to the first, links may also lead into the others.
+    """
+    columns, rows = _read_table(path)
+    if not set(FIELDS["path"]) & {column.strip().lower() for column in columns}:
+        raise UserError(
+            f"{path} has no column of paths. Its columns: {', '.join(map(repr, columns))}."
+            f" Wanted: one of {', '.join(FIELDS['path'])}."
+        )
+    for row in rows:
+        fields = read_fields(row)
+        file = _find_file(roots, fields, row) if "path" in fields else None
+        name = safe_text(file.relative_to(roots[0]).as_posix()) if file else ""
+        yield Item(name, FileRange(file), fields, PurePosixPath(name).parts[:-1]) if file else None
+
+
+def image_items(path: Path, name: str, left_out: Counter[str]) -> Iterator[Item]:
+    """The pictures in a Parquet or Arrow file, in the order of its rows. name: of the table in the source."""
+    schema, counts = _schema(path)
+    column = _image_column(schema)
+    if not column:
+        left_out[NO_PICTURES] += 1
+        return
+    rows = _image_free_rows(path, schema)
+    version = path.stat().st_mtime_ns
+    cells = (TableCell(path, version, column, group, row) for group, count in enumerate(counts) for row in range(count))
+    for number, (cell, row) in enumerate(zip(cells, rows, strict=True)):
+        yield Item(f"{name}/{number:07d}", cell, read_fields(row))
+
+
+def has_images(path: Path) -> bool:
+    """Whether a table contains pictures."""
+    return path.suffix.lower() in IMAGE_TABLES and bool(_image_column(_schema(path)[0]))
+
+
+def _schema(path: Path) -> tuple[pa.Schema, list[int]]:
+    """The schema and the number of rows of each row group of a Parquet or Arrow file."""
+    try:
+        if path.suffix.lower() == ".arrow":
+            table = _arrow_table(path)
+            return table.schema, [len(table)]
+        metadata = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not a readable table: {error}") from error
+    groups = metadata.metadata
+    return metadata.schema_arrow, [groups.row_group(group).num_rows for group in range(groups.num_row_groups)]
+
+
+def _arrow_table(path: Path) -> pa.Table:
+    """An Arrow file, or a stream as Hugging Face writes it; stays on disk."""
+    source = pa.memory_map(str(path))
+    try:
+        return pa.ipc.open_file(source).read_all()
+    except pa.ArrowInvalid:
+        source.seek(0)
+        return pa.ipc.open_stream(source).read_all()
+
+
+@lru_cache(2)
+def _images(path: Path, version: int, column: str, group: int) -> pa.ChunkedArray:
+    """The pictures of a row group. version: so that a changed file is read again."""
+    if path.suffix.lower() == ".arrow":
+        return _arrow_table(path)[column]
+    return pq.ParquetFile(path).read_row_group(group, [column])[column]
+
+
+def _image_column(schema: pa.Schema) -> str:
+    """The first column of pictures: a struct with `bytes`, or bytes under one of IMAGE_COLUMNS; "" if none."""
+    for field in schema:
+        if pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0:
+            return str(field.name)
+        is_bytes = pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type)
+        if is_bytes and field.name.lower() in IMAGE_COLUMNS:
+            return str(field.name)
+    return ""
+
+
+def _image_free_rows(path: Path, schema: pa.Schema) -> list[Row]:
+    """The rows of the columns that `read_fields` uses, without pictures, with names for numbers of classes."""
+    known = {"split", "is_public_domain", *(name for names in FIELDS.values() for name in names)}
+    simple = [field.name for field in schema if field.name.strip().lower() in known and not field.type.num_fields]
+    try:
+        arrow = path.suffix.lower() == ".arrow"
+        table = _arrow_table(path).select(simple) if arrow else pq.ParquetFile(path).read(simple)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not a readable table: {error}") from error
+    classes = _class_names(schema)
+    rows = table.to_pylist() if simple else [{}] * table.num_rows
+    return [{name: _class_name(value, classes.get(name)) for name, value in row.items()} for row in rows]
+
+
+def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
+    """The names of the classes by column, from the metadata that Hugging Face writes."""
+    try:
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        columns = {name: feature["names"] for name, feature in features.items() if "names" in feature}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return {}
+    return {name: [str(label) for label in names] for name, names in columns.items() if isinstance(names, list)}
+
+
+def _class_name(value: Any, names: list[str] | None) -> Any:
+    return names[value] if names and isinstance(value, int) and 0 <= value < len(names) else value
+
+
+def _read_table(path: Path) -> tuple[list[str], list[Row]]:
+    """The columns and rows of a table."""
+    if path.suffix.lower() in IMAGE_TABLES:
+        schema, _ = _schema(path)
+        return schema.names, _image_free_rows(path, schema)
+    try:
+        text = _decoded(path.read_bytes()).lstrip("\r\n")
+        return _json_rows(text) if path.suffix.lower() == ".jsonl" else _csv_rows(path, text)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is not a readable table: {error}") from error
+
+
+def _decoded(data: bytes) -> str:
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return data.decode("utf-16")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
+
+
+def _json_rows(text: str) -> tuple[list[str], list[Row]]:
+    """The objects of JSON lines; a line that is no object is an empty row."""
+    rows: list[Row] = []
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        rows.append(row if isinstance(row, dict) else {})
+    return list({column: None for row in rows for column in row}), rows
+
+
+def _csv_rows(path: Path, text: str) -> tuple[list[str], list[Row]]:
+    if text.startswith("sep="):  # Excel
+        text = text.partition("\n")[2]
+    candidates = [next(csv.reader(io.StringIO(text), delimiter=delimiter), [""]) for delimiter in DELIMITERS]
+    with_paths = [cells for cells in candidates if _has_path_column(cells)]
+    header = max(with_paths or candidates, key=len)
+    lines = list(csv.reader(io.StringIO(text), delimiter=DELIMITERS[candidates.index(header)]))
+    if _is_path(header[0]):
+        classes = _classes(path)
+        cells = [[*line, "", ""][:2] for line in lines]
+        return ["path", "label"], [{"path": file, "label": classes.get(number, "")} for file, number in cells]
+    return header, [dict(zip(header, line, strict=False)) for line in lines[1:]]
+
+
+def _has_path_column(cells: list[str]) -> bool:
+    return _is_path(cells[0]) or any(cell.strip().lower() in FIELDS["path"] for cell in cells)
+
+
+def _is_path(cell: str) -> bool:
+    return PurePosixPath(cell).suffix.lower() in SUFFIXES
+
+
+def _classes(path: Path) -> dict[str, str]:
+    """Names of the styles by number, from lines such as `3 Baroque` in `style_class.txt`."""
+    classes = path.with_name(f"{path.stem.rpartition('_')[0]}_class.txt")
+    lines = _decoded(classes.read_bytes()).splitlines() if classes.is_file() else []
+    return {number: name.strip() for number, _, name in (line.strip().partition(" ") for line in lines)}
+
+
+def _find_file(roots: Sequence[Path], fields: Fields, row: Fields) -> Path | None:
+    """The file of a row: at its path below the first root, the folder of its style, or of its split and style."""
+    label, split = fields.get("label", ""), str(row.get("split") or "")
+    for folder in ("", label, f"{split}/{label}"):
+        for text in _spellings(fields["path"]):
+            try:
+                path = Path(os.path.normpath(roots[0] / folder / text))
+                if path.is_relative_to(roots[0]) and is_inside(path, roots) and path.is_file():
+                    return path
+            except (OSError, ValueError, RuntimeError):  # an impossible path: too long, a zero byte, a loop of links
+                continue
+    return None
+
+
+def _spellings(path: str) -> list[str]:
+    """A path as it is, with / for the separator of Windows, with composed and with decomposed letters."""
+    paths = (path, path.replace("\\", "/"))
+    forms = (unicodedata.normalize(form, text) for form in ("NFC", "NFD") for text in paths)
+    return list(dict.fromkeys([*paths, *forms]))

@@ -1,0 +1,151 @@
+"""Folders and tars as people have them: files of tools, links, odd endings, names and nesting."""
+
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipeline.databases.labels import database_names
+from pipeline.databases.listing import Listing, list_pictures
+from pipeline.databases.sources import PictureSource
+from retrieval import UserError
+
+
+def write(folder: Path, *names: str, data: bytes = b"x") -> None:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+def write_tar(path: Path, *names: str) -> None:
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, encoding="utf-8", errors="surrogateescape") as tar:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = len(name)
+            tar.addfile(member, io.BytesIO(b"x" * len(name)))
+
+
+def labels(path: Path) -> dict[str, str]:
+    """The style of each picture of a source, by name."""
+    return {picture.name: picture.label for picture in list_pictures(PictureSource(path)).pictures}
+
+
+def names(listing: Listing) -> list[str]:
+    return [picture.name for picture in listing.pictures]
+
+
+def test_files_of_tools_are_no_styles_and_are_counted(tmp_path: Path) -> None:
+    write(tmp_path, "baroque/0.jpg", "cubism/0.jpg", ".ipynb_checkpoints/0.jpg", "__MACOSX/baroque/._0.jpg")
+    write(tmp_path, "._x.tar", "cubism/raw.psd", "cubism/notes.txt", "cubism/Thumbs.db")
+    write_tar(tmp_path / "x.tar", "./rococo/0.jpg", "__MACOSX/rococo/._0.jpg", "rococo/.DS_Store", "rococo/b.heic")
+    listing = list_pictures(PictureSource(tmp_path))
+    assert names(listing) == ["baroque/0.jpg", "cubism/0.jpg", "x/rococo/0.jpg"]
+    assert [picture.label for picture in listing.pictures] == ["baroque", "cubism", "rococo"]
+    assert listing.left_out == {
+        "hidden or left by a tool": 6,
+        "of another kind (.psd)": 1,
+        "of another kind (.heic)": 1,
+    }
+
+
+def test_pictures_are_taken_by_any_usual_ending_or_by_their_first_bytes(tmp_path: Path) -> None:
+    endings = ("jfif", "jpe", "avif", "webp", "bmp", "tif", "gif", "JPG", "jpg!Large.jpg")
+    write(tmp_path, *(f"a.{ending}" for ending in endings))
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(buffer, "JPEG")
+    write(tmp_path, "without", "a.jpg_large", data=buffer.getvalue())
+    write_tar(tmp_path / "t.tar", "b.jfif")
+    assert len(list_pictures(PictureSource(tmp_path)).pictures) == len(endings) + 3
+
+
+def test_splits_and_folders_of_everything_are_seen_through(tmp_path: Path) -> None:
+    write(tmp_path, "art/train/baroque/0.jpg", "art/val/cubism/1.jpg", "art/Test/images/cubism/old/2.jpg")
+    assert sorted(labels(tmp_path).values()) == ["baroque", "cubism", "cubism"]
+    write(tmp_path / "flat", "train/0.jpg", "val/1.jpg", "test2017/2.jpg", "validation_set/3.jpg")
+    assert set(labels(tmp_path / "flat").values()) == {""}
+
+
+def test_tars_give_the_styles_of_their_folders_or_names(tmp_path: Path) -> None:
+    write_tar(tmp_path / "all.tar", "art/train/baroque/0.jpg", "art/test/cubism/1.jpg")
+    assert labels(tmp_path / "all.tar") == {
+        "all/art/train/baroque/0.jpg": "baroque",
+        "all/art/test/cubism/1.jpg": "cubism",
+    }
+    write(tmp_path / "styles", "rococo/0.jpg")
+    for style in ("baroque", "cubism"):
+        write_tar(tmp_path / "styles" / f"{style}.tar", "0.jpg")
+    assert sorted(labels(tmp_path / "styles").values()) == ["baroque", "cubism", "rococo"]
+    for number in range(2):
+        write(tmp_path / "shards")
+        (tmp_path / "shards").mkdir(exist_ok=True)
+        write_tar(tmp_path / "shards" / f"train-{number:05d}.tar", "0.jpg")
+    assert set(labels(tmp_path / "shards").values()) == {""}
+
+
+def test_names_that_are_not_utf8_are_read_as_latin1(tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path) + b"/folder/Fran\xe7ais"
+    os.makedirs(folder)
+    Path(os.fsdecode(folder + b"/d\xfcrer.jpg")).write_bytes(b"data")
+    [picture] = list_pictures(PictureSource(tmp_path / "folder")).pictures
+    assert (picture.name, picture.label, picture.content.read()) == ("Français/dürer.jpg", "Français", b"data")
+    write_tar(tmp_path / "t.tar", "d\udcfcrer.jpg", "ok.jpg")
+    assert names(list_pictures(PictureSource(tmp_path / "t.tar"))) == ["t/dürer.jpg", "t/ok.jpg"]
+
+
+def test_a_hugging_face_cache_is_read_through_its_links(tmp_path: Path) -> None:
+    hub = tmp_path / "datasets--a--b"
+    write(hub, "blobs/0", "blobs/1", "refs/main", data=b"rev2")
+    write(tmp_path, "secret.jpg")
+    for revision in ("rev1", "rev2"):
+        for number, style in enumerate(("baroque", "cubism")):
+            link = hub / "snapshots" / revision / "train" / style / "0.jpg"
+            link.parent.mkdir(parents=True)
+            link.symlink_to(f"../../../../blobs/{number}")
+    (hub / "snapshots/rev2/train/secret.jpg").symlink_to("../../../../secret.jpg")
+    for source in (hub, hub / "snapshots" / "rev2"):
+        listing = list_pictures(PictureSource(source))
+        assert names(listing) == ["train/baroque/0.jpg", "train/cubism/0.jpg"]
+        assert listing.left_out == {"a link that leaves the folder or leads nowhere": 1}
+    (hub / "snapshots/rev2/metadata.csv").write_text("file_name,style\ntrain/baroque/0.jpg,x\ntrain/secret.jpg,y\n")
+    listing = list_pictures(PictureSource(hub / "snapshots/rev2/metadata.csv"))
+    assert (names(listing), listing.missing) == (["train/baroque/0.jpg"], 1)
+    (hub / "refs/main").write_text("gone")
+    with pytest.raises(UserError, match="has the snapshots rev1, rev2"):
+        list_pictures(PictureSource(hub))
+
+
+def test_two_pictures_of_one_name_are_counted(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", "a.jpg", "a.jpg", "b.jpg")
+    write(tmp_path, "x/b.jpg")
+    assert list_pictures(PictureSource(tmp_path)).left_out == {"with the name of another": 2}
+
+
+def test_an_empty_folder_tells_what_was_left_out(tmp_path: Path) -> None:
+    write(tmp_path, "a.heic", ".cache/b.jpg")
+    with pytest.raises(UserError, match=r"left out: 1 hidden or left by a tool, 1 of another kind \(\.heic\)"):
+        list_pictures(PictureSource(tmp_path))
+
+
+def test_different_styles_have_different_names_also_where_case_and_composition_do_not_count() -> None:
+    styles = [
+        "浮世絵",
+        "Барокко",
+        "हिन्दी",
+        "Art Nouveau (Modern)",
+        "Art Nouveau Modern",
+        "all",
+        "!!",
+        "e\u0301",
+        "é",
+        "É",
+    ]
+    styles += ["x" * 300, "x" * 301, "../up"]
+    names_of_styles = database_names(styles, "all")
+    assert sorted(names_of_styles.values()) == sorted(styles)
+    assert {"浮世絵", "барокко", "हिन्दी", "up"} <= names_of_styles.keys()
+    assert "all" not in names_of_styles
+    assert all(name == name.casefold() and "/" not in name and len(name) < 80 for name in names_of_styles)

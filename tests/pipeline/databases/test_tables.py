@@ -1,0 +1,119 @@
+"""Tables as people have them: separators, encodings, short rows, pictures inside."""
+
+import io
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipeline.databases.listing import list_pictures
+from pipeline.databases.sources import PictureSource, SourcePicture
+from retrieval import UserError
+
+
+def listed(path: Path) -> tuple[list[SourcePicture], int]:
+    listing = list_pictures(PictureSource(path))
+    return listing.pictures, listing.missing
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("a.jpg", "dürer.jpg", "sub/b.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    return tmp_path
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+def test_every_separator_and_encoding_is_read(folder: Path, separator: str, encoding: str) -> None:
+    rows = [
+        ("Style", "Path", "note"),
+        ("x", "a.jpg", "1"),
+        ("Jugendstil (schön)", "dürer.jpg", "2"),
+        ("z", "sub\\b.jpg", ""),
+    ]
+    text = "\r\n".join(separator.join(row) for row in rows)
+    (folder / "t.csv").write_bytes(text.encode(encoding))
+    pictures, missing = listed(folder / "t.csv")
+    assert ([picture.name for picture in pictures], missing) == (["a.jpg", "dürer.jpg", "sub/b.jpg"], 0)
+    assert pictures[1].label == "Jugendstil (schön)"
+
+
+def test_blank_short_and_long_rows_are_counted(folder: Path) -> None:
+    (folder / "t.csv").write_text("\nlabel,path\na,a.jpg\n\nb\n,\nc,sub/b.jpg,more\nd,  \n")
+    pictures, missing = listed(folder / "t.csv")
+    assert ([picture.name for picture in pictures], missing) == (["a.jpg", "sub/b.jpg"], 4)
+    pq.write_table(pa.table({"path": [None, "a.jpg", ""], "label": ["x", None, "z"]}), folder / "t.parquet")
+    pictures, missing = listed(folder / "t.parquet")
+    assert ([picture.name for picture in pictures], missing) == (["a.jpg"], 2)
+    (folder / "m.jsonl").write_text('{"file_name": "a.jpg", "text": "A"}\n\n{broken\n{"file_name": null}\n[1]\n')
+    pictures, missing = listed(folder / "m.jsonl")
+    assert ([picture.caption for picture in pictures], missing) == (["A"], 4)
+
+
+def test_a_table_without_header_may_be_short(folder: Path) -> None:
+    (folder / "style_class.txt").write_text("0 Baroque\n")
+    (folder / "style_train.csv").write_text("a.jpg,0\nsub/b.jpg\n\n")
+    pictures, missing = listed(folder / "style_train.csv")
+    assert ([(picture.name, picture.label) for picture in pictures], missing) == (
+        [("a.jpg", "Baroque"), ("sub/b.jpg", "sub")],
+        1,
+    )
+
+
+def jpeg(color: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), color).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def image_table() -> pa.Table:
+    """Three pictures as Hugging Face stores them, with a class label."""
+    images = [{"bytes": jpeg(color), "path": None} for color in ("red", "green", "blue")]
+    features = {"image": {"_type": "Image"}, "style": {"names": ["baroque", "浮世絵"], "_type": "ClassLabel"}}
+    table = pa.table({"image": images, "style": [1, 0, 1], "artist": [0, 1, 2], "title": ["Red", None, "Blue"]})
+    return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+
+
+@pytest.mark.parametrize("kind", ["parquet", "stream", "file"])
+def test_pictures_in_a_table_are_read_with_the_names_of_their_classes(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "data" / ("train-0.parquet" if kind == "parquet" else "train-0.arrow")
+    path.parent.mkdir()
+    if kind == "parquet":
+        pq.write_table(image_table(), path, row_group_size=2)
+    else:
+        new = pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file
+        with new(path, image_table().schema) as writer:
+            writer.write_table(image_table(), max_chunksize=2)
+    for source, prefix in ((path, ""), (tmp_path, "data/")):
+        pictures, _ = listed(source)
+        assert [(picture.name, picture.label) for picture in pictures] == [
+            (f"{prefix}train-0/0000000", "浮世絵"),
+            (f"{prefix}train-0/0000001", "baroque"),
+            (f"{prefix}train-0/0000002", "浮世絵"),
+        ]
+        assert [picture.content.read() for picture in pictures] == [jpeg(color) for color in ("red", "green", "blue")]
+        assert [(picture.title, picture.artist) for picture in pictures] == [("Red", ""), ("", ""), ("Blue", "")]
+
+
+def test_a_column_of_bytes_and_null_pictures_are_read(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"jpg": [b"x", None], "label": ["a", "b"]}), tmp_path / "t.parquet")
+    pictures, _ = listed(tmp_path / "t.parquet")
+    assert [(picture.label, picture.content.read()) for picture in pictures] == [("a", b"x"), ("b", b"")]
+
+
+def test_damaged_tables_and_metadata_of_classes_are_user_errors_or_ignored(tmp_path: Path) -> None:
+    for metadata in (b"[", b"[]", b'{"info": 3}', b'{"info": {"features": {"style": {"names": 3}}}}'):
+        pq.write_table(image_table().replace_schema_metadata({"huggingface": metadata}), tmp_path / "t.parquet")
+        assert [picture.label for picture in listed(tmp_path / "t.parquet")[0]] == ["1", "0", "1"]
+    for name in ("t.parquet", "t.arrow"):
+        (tmp_path / name).write_bytes(b"neither")
+        with pytest.raises(UserError, match="not a readable table"):
+            listed(tmp_path / name)
+    (tmp_path / "t.csv").write_bytes(b"path,label\n" + b"x" * 200_000 + b",1\n")
+    with pytest.raises(UserError, match="not a readable table: field larger than"):
+        listed(tmp_path / "t.csv")
