@@ -1,9 +1,13 @@
 """Files that other programs wrote: a file or a folder of files, without hidden ones."""
 
+import logging
 import os
 
 from retrieval.errors import UserError
+from retrieval.storage.listing import data_names, described
 from retrieval.storage.root import Root
+
+log = logging.getLogger("listing")
 
 
 def split_path(path: str | os.PathLike[str]) -> tuple[Root, str]:
@@ -21,9 +25,8 @@ def split_path(path: str | os.PathLike[str]) -> tuple[Root, str]:
 def data_files(path: str | os.PathLike[str], remedy: str) -> tuple[Root, list[str]]:
     """A folder and the names of the files below it, sorted; for a file its folder and its name.
 
-    As in Spark and pyarrow, files and folders whose names begin with "_" or "." are no data: `_SUCCESS`,
-    `_temporary`, `_metadata`, `__MACOSX`, `.ipynb_checkpoints`, `._part.parquet`. Raises UserError, which ends
-    with the remedy, if there is no such file or folder.
+    Files of tools are no data (`listing`), and as in Spark and pyarrow no names that begin with "_"; their number is
+    logged. Raises UserError, which ends with the remedy, if there is no such file or folder.
     """
     root = Root(path)
     names = root.list("")
@@ -32,4 +35,7 @@ def data_files(path: str | os.PathLike[str], remedy: str) -> tuple[Root, list[st
         return folder, [name]
     if not names and not root.exists(""):
         raise UserError(f"{root.url} is missing. {remedy}")
-    return root, [name for name in names if not any(part.startswith(("_", ".")) for part in name.split("/"))]
+    kept, left_out = data_names(names, "._")
+    if left_out:
+        log.info("%s: left out: %s", root.url, described(left_out))
+    return root, kept

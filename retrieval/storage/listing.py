@@ -7,7 +7,7 @@ of files that the project did not write uses this module, and tells the user wha
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 HIDDEN = "hidden or left by a tool"
@@ -24,21 +24,23 @@ TOOL_NAMES = frozenset(
 """Names of files and folders of tools, in lower case, that do not begin with a dot."""
 
 
-def is_hidden(name: str) -> bool:
-    """Whether a relative path is no data: a part begins with a dot (also ..) or has the name of a tool's file.
+def is_hidden(name: str, hidden_prefixes: str = ".") -> bool:
+    """Whether a relative path is no data: a part begins with a hidden prefix (also ..) or is named as a tool's file.
 
     >>> [is_hidden(name) for name in ("baroque/0.jpg", "./baroque/0.jpg", "baroque/._0.jpg", "__MACOSX/0.jpg")]
     [False, False, True, True]
     """
     parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".")]
-    return any(part.startswith(".") or part.lower() in TOOL_NAMES for part in parts)
+    return any(part[0] in hidden_prefixes or part.lower() in TOOL_NAMES for part in parts)
 
 
-def data_names(names: Iterable[str]) -> tuple[list[str], Counter[str]]:
-    """The names that are data, sorted, and the number of the others by reason."""
-    names = list(names)
-    kept = sorted(name for name in names if not is_hidden(name))
-    return kept, Counter({HIDDEN: len(names) - len(kept)})
+def data_names(names: Sequence[str], hidden_prefixes: str = ".") -> tuple[list[str], Counter[str]]:
+    """The names that are data, sorted, and the number of the others by reason.
+
+    hidden_prefixes: first characters of hidden names; Spark and pyarrow write `_` before names that are no tables.
+    """
+    kept = sorted(name for name in names if not is_hidden(name, hidden_prefixes))
+    return kept, +Counter({HIDDEN: len(names) - len(kept)})
 
 
 def list_files(folder: Path, link_targets: Sequence[Path] = ()) -> tuple[list[str], Counter[str]]:

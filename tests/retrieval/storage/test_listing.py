@@ -34,6 +34,7 @@ def test_files_of_tools_are_no_data() -> None:
     names, left_out = data_names(["b/a.jpg", *TOOLS, "./c.jpg", "_temporary_style/a.jpg"])
     assert names == ["./c.jpg", "_temporary_style/a.jpg", "b/a.jpg"]
     assert left_out == {HIDDEN: len(TOOLS)}
+    assert data_names(["a.parquet", "_metadata", "b/_temporary.1/a.parquet"], "._")[0] == ["a.parquet"]
     assert described(left_out) == "12 hidden or left by a tool"
 
 
