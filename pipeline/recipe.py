@@ -83,7 +83,7 @@ class DownloadConfig(WorkersConfig):
     user_agent: str = runtime_setting("laion-rdm", pattern=r"^[A-Za-z0-9._-]+$")
     """Product name in the User-Agent header; X-Robots-Tag and robots.txt can address it."""
     robots: bool = runtime_setting(False)
-    """Whether to request and obey robots.txt. X-Robots-Tag is always obeyed."""
+    """Whether to request and obey robots.txt and tdmrep.json. Preferences in response headers are always obeyed."""
     allow_private: Literal["none", "loopback", "all"] = runtime_setting("none")
     """Allowed addresses besides public ones: none, loopback, or all private networks."""
     timeout_s: float = runtime_setting(10.0, gt=0)

@@ -7,7 +7,7 @@ from retrieval.errors import UserError
 
 LIBRARIES = {
     "clip": ("open_clip", "safetensors", "torch", "torchvision"),
-    "pipeline": ("autofaiss", "cv2", "idna", "prometheus_client", "protego", "ray"),
+    "pipeline": ("autofaiss", "cv2", "idna", "prometheus_client", "ray"),
     "train": ("deepspeed", "diffusers", "jinja2", "matplotlib", "tensorboard"),
     "page": ("fastapi", "gradio", "uvicorn"),
     "s3": ("s3fs",),

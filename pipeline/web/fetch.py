@@ -1,22 +1,23 @@
 """One image over HTTP: limits, opt-outs, redirects and retries.
 
 Takes a canonical URL from untrusted metadata; gives the body, or a FetchError with a reason. Connects to
-public addresses only (`sockets`), follows few redirects, limits bytes and total time. Sends a contact, checks
-robots.txt before a request and X-Robots-Tag before it reads the body. Retries only where that can succeed.
+public addresses only (`sockets`), follows few redirects, limits bytes and total time. Sends a contact, obeys
+robots.txt before a request and the headers of every response, redirects too. Retries only where that can succeed.
 """
 
 import http.client
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
-from urllib.parse import urljoin
+from urllib.parse import quote, urljoin
 
 import urllib3
 from urllib3.exceptions import HTTPError, InvalidHeader, ProtocolError, SSLError
 from urllib3.exceptions import TimeoutError as PoolTimeoutError
 
+from pipeline.web.content_coding import decode_body
 from pipeline.web.fetch_error import FetchError
 from pipeline.web.host_queue import FetchRequest, HostLimits, HostQueue
+from pipeline.web.preferences import opted_out, tdm_reserved, usage_forbidden
 from pipeline.web.robots import MAX_BYTES as MAX_ROBOTS_BYTES
 from pipeline.web.robots import Robots
 from pipeline.web.sockets import Access, pool_manager, socket_limits
@@ -25,20 +26,20 @@ from retrieval.storage.manifest import VERSION
 from retrieval.storage.schema import Reason
 
 MAX_REDIRECTS = 5
+MAX_CODINGS = 5
 FIRST_PAUSE_S = 0.5
-OPT_OUT = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})
 
+_ASCII = bytes(range(0x80))
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _GONE = frozenset({404, 410})
 _BUSY = frozenset({429, 503})
 _TRANSIENT = frozenset({*_BUSY, 500, 502, 504})
-# Directives of X-Robots-Tag with a value after a colon; any other word before a colon names a crawler.
-_WITH_VALUE = frozenset({"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"})
 
 
 @dataclass(frozen=True)
 class FetchSettings:
-    """Identity and limits of a fetcher. deadline_s: for one URL with all its retries; robots: obey robots.txt."""
+    """Identity and limits of a fetcher. deadline_s: for one URL with all its retries; robots: obey robots.txt and
+    tdmrep.json."""
 
     user_agent: str
     contact: str
@@ -80,6 +81,8 @@ class Fetcher:
         request.deadline = request.deadline or queue.clock.now() + self.settings.deadline_s
         try:
             with socket_limits(self.settings.timeout_s, request.deadline):
+                if self.settings.robots and not self._may_request(request, queue):
+                    return None
                 response = self._request(request)
         except FetchError as error:
             if not self._retry(request, error, queue):
@@ -107,9 +110,12 @@ class Fetcher:
         queue.finish(request)
         return False
 
+    def _may_request(self, request: FetchRequest, queue: HostQueue) -> bool:
+        """False if a Crawl-delay postpones the request. Raises FetchError if the server disallows it."""
+        delay_s = self._robots.check(request, lambda url: self._site_file(url, request.deadline))
+        return queue.delay_host(request, delay_s)
+
     def _request(self, request: FetchRequest) -> bytes | Redirect:
-        if self.settings.robots:
-            self._robots.check(request.url, lambda url: self._robots_txt(url, request.deadline))
         response = self._get(request.url, request.deadline)
         if isinstance(response, Redirect) and request.redirects == MAX_REDIRECTS:
             raise FetchError(Reason.TOO_MANY_REDIRECTS, f"more than {MAX_REDIRECTS} redirects")
@@ -119,6 +125,7 @@ class Fetcher:
         response = self._open(url, deadline)
         try:
             if redirect := _redirect(response, url):
+                self._check_preferences(response)
                 return redirect
             self._check(response)
             return self._body(response, deadline)
@@ -126,8 +133,8 @@ class Fetcher:
             # Closes a connection with unread data; after a complete body it is back in the pool already.
             response.close()
 
-    def _robots_txt(self, url: str, deadline: float) -> bytes:
-        """The beginning of a robots.txt; empty if there is none."""
+    def _site_file(self, url: str, deadline: float) -> bytes:
+        """The beginning of a robots.txt or tdmrep.json; empty if there is none."""
         for _ in range(MAX_REDIRECTS + 1):
             response = self._open(url, deadline)
             try:
@@ -177,9 +184,19 @@ class Fetcher:
             raise FetchError(Reason.UNAVAILABLE, f"HTTP {status}", pause_s, is_busy=status in _BUSY)
         if status != http.HTTPStatus.OK:
             raise FetchError(Reason.HTTP_ERROR, f"HTTP {status}")
-        if opted_out(response.headers.getlist("X-Robots-Tag"), self.settings.user_agent):
-            raise FetchError(Reason.OPTED_OUT, "X-Robots-Tag")
+        self._check_preferences(response)
         self._check_size(response.length_remaining or 0)
+
+    def _check_preferences(self, response: urllib3.BaseHTTPResponse) -> None:
+        """Raises FetchError if a header forbids this use of the image."""
+        values = response.headers.getlist
+        if opted_out(values("X-Robots-Tag"), self.settings.user_agent):
+            raise FetchError(Reason.OPTED_OUT, "X-Robots-Tag")
+        for name in ("Content-Usage", "Content-Signal"):
+            if usage_forbidden(",".join(values(name))):
+                raise FetchError(Reason.OPTED_OUT, name)
+        if tdm_reserved(values("TDM-Reservation")):
+            raise FetchError(Reason.OPTED_OUT, "TDM-Reservation")
 
     def _check_size(self, size: int) -> None:
         if size > self.settings.max_bytes:
@@ -188,18 +205,21 @@ class Fetcher:
     def _body(self, response: urllib3.BaseHTTPResponse, deadline: float) -> bytes:
         body = self._read(response, self.settings.max_bytes + 1, deadline)
         self._check_size(len(body))
-        if response.length_remaining:
-            raise FetchError(Reason.TRUNCATED, "the body ended early", 0.0)
         return body
 
     def _read(self, response: urllib3.BaseHTTPResponse, max_bytes: int, deadline: float) -> bytes:
+        """The first max_bytes bytes of a body, decoded."""
+        codings = _codings(response)
         try:
             # One call instead of chunks: the sockets enforce the deadline.
-            return response.read(max_bytes)
+            body = response.read(max_bytes)
         except PoolTimeoutError as error:
             raise self._timeout(deadline) from error
         except HTTPError as error:
             raise FetchError(Reason.TRUNCATED, "the body ended early", 0.0) from error
+        if response.length_remaining and len(body) < max_bytes:
+            raise FetchError(Reason.TRUNCATED, "the body ended early", 0.0)
+        return decode_body(body, codings, max_bytes)
 
     def _timeout(self, deadline: float) -> FetchError:
         if time.monotonic() >= deadline:
@@ -209,16 +229,42 @@ class Fetcher:
 
 def _redirect(response: urllib3.BaseHTTPResponse, url: str) -> Redirect | None:
     """The target of a redirect; None for any other response. Raises FetchError for a bad target."""
-    if response.status not in _REDIRECTS or "Location" not in response.headers:
+    locations = set(response.headers.getlist("Location"))
+    if response.status not in _REDIRECTS or not locations:
         return None
+    if len(locations) > 1:
+        raise FetchError(Reason.BAD_URL, "redirected to several URLs")
+    location = _location(locations.pop())
     try:
-        location = urljoin(url, response.headers["Location"])
+        target = canonical_url(urljoin(url, location))
     except ValueError as error:
         raise FetchError(Reason.BAD_URL, "redirected to no URL") from error
-    target = canonical_url(location)
     if not target:
         raise FetchError(Reason.BAD_URL, f"redirected to {location[:200]!r}")
     return Redirect(target)
+
+
+def _location(value: str) -> str:
+    """A Location header as browsers read it: raw bytes are UTF-8, or else kept; a backslash is a slash.
+
+    value: the bytes of the header decoded as latin-1.
+    """
+    raw = value.replace("\t", "").encode("latin-1")
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError:
+        text = quote(raw, safe=_ASCII)
+    path, mark, query = text.partition("?")
+    return path.replace("\\", "/") + mark + query
+
+
+def _codings(response: urllib3.BaseHTTPResponse) -> list[str]:
+    values = [*response.headers.getlist("Content-Encoding"), *response.headers.getlist("Transfer-Encoding")]
+    words = [word.strip().lower() for value in values for word in value.split(",")]
+    codings = [word for word in words if word not in ("", "identity", "chunked")]
+    if len(codings) > MAX_CODINGS:
+        raise FetchError(Reason.HTTP_ERROR, f"more than {MAX_CODINGS} content codings")
+    return codings
 
 
 def _is_garbled(error: ProtocolError) -> bool:
@@ -238,25 +284,3 @@ def _retry_after_s(response: urllib3.BaseHTTPResponse) -> float:
         return float(urllib3.Retry().get_retry_after(response) or 0.0)
     except (InvalidHeader, ValueError, OverflowError):
         return 0.0
-
-
-def opted_out(values: Iterable[str], user_agent: str) -> bool:
-    """True if X-Robots-Tag headers forbid this use to all crawlers, or to ours by name.
-
-    >>> opted_out(["googlebot: noindex", "nofollow, NoAI"], "laion-rdm")
-    True
-    >>> opted_out(["googlebot: noindex, noai"], "laion-rdm")
-    False
-    """
-    for value in values:
-        crawler = ""
-        for part in value.lower().split(","):
-            word, colon, rest = part.partition(":")
-            if colon and word.strip() in _WITH_VALUE:
-                continue
-            if colon:
-                crawler = word.strip()
-            directive = (rest if colon else word).strip()
-            if directive in OPT_OUT and crawler in ("", user_agent.lower()):
-                return True
-    return False

@@ -1,8 +1,8 @@
 """The URLs of a shard, ordered so that limits per host are kept and no thread waits without need.
 
 Takes the rows of one shard; hands each thread the next URL that may be requested now. A host has a maximum
-number of connections, a minimum pause between requests, and no requests while it asks for a pause (429, 503);
-meanwhile the threads fetch from other hosts. Hosts are identified by name, not by address.
+number of connections, a minimum pause between requests (its Crawl-delay, if it states one), and no requests while it
+asks for a pause (429, 503); meanwhile the threads fetch from other hosts. Hosts are identified by name, not by address.
 """
 
 import heapq
@@ -35,8 +35,8 @@ class Clock:
 
 @dataclass(frozen=True)
 class HostLimits:
-    """Limits of one worker for one host. max_wait_s: total pause per shard; then the
-    host's other URLs are not requested."""
+    """Limits of one worker for one host. max_wait_s: total pause per shard that the host may ask for; then its other
+    URLs are not requested."""
 
     connections: int
     pause_s: float
@@ -53,6 +53,8 @@ class FetchRequest:
     redirects: int = 0
     deadline: float = 0.0
     """Time of the queue's clock; 0: not requested yet."""
+    delay_s: float = 0.0
+    """Crawl-delay that was kept before this request was handed out."""
 
     @property
     def host(self) -> str:
@@ -65,6 +67,7 @@ class _Host:
     waiting: deque[FetchRequest] = field(default_factory=deque)
     active: int = 0
     paused_s: float = 0.0
+    delay_s: float = 0.0
     scheduled: bool = False
     """The host is in `_ready` or has a timer."""
 
@@ -114,7 +117,9 @@ class HostQueue:
             request = host.waiting.popleft()
             error = self._error(host)
             if not error:
-                self._resume_at[name] = self.clock.now() + self._limits.pause_s
+                self._resume_at[name] = self.clock.now() + max(self._limits.pause_s, host.delay_s)
+                host.paused_s += host.delay_s
+                request.delay_s = host.delay_s
                 host.active += 1
             self._schedule(name)
             self._changed.notify()
@@ -151,6 +156,23 @@ class HostQueue:
             if resume_at > current:
                 self._host(name).paused_s += resume_at - current
                 self._resume_at[name] = resume_at
+
+    def delay_host(self, request: FetchRequest, delay_s: float) -> bool:
+        """Keep a Crawl-delay between all requests to the host of a request.
+
+        Returns False if the request itself was handed out too early: then it is in the queue again.
+        """
+        with self._changed:
+            host = self._hosts[request.host]
+            is_first = delay_s > host.delay_s
+            if is_first:
+                host.delay_s = delay_s
+                self.pause_host(request.host, delay_s)
+            if is_first or request.delay_s >= delay_s:
+                return True
+        request.deadline = 0.0
+        self.retry(request, 0.0)
+        return False
 
     def stop(self) -> None:
         """From now on `take` returns every request at once, with an error."""

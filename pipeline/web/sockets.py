@@ -18,6 +18,7 @@ import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 
 from pipeline.web.fetch_error import FetchError
+from pipeline.web.response_head import BrowserResponse
 from retrieval.storage.schema import Reason
 
 Access = Literal["none", "loopback", "all"]
@@ -116,10 +117,14 @@ def pool_manager(access: Access, connections: int) -> urllib3.PoolManager:
     """Keep-alive connections for all threads of a process. Proxies of the environment are ignored."""
 
     class Plain(HTTPConnection):
+        response_class = BrowserResponse
+
         def _new_conn(self) -> socket.socket:
             return connect(self._dns_host, self.port, access)
 
     class Tls(HTTPSConnection):
+        response_class = BrowserResponse
+
         def _new_conn(self) -> socket.socket:
             return connect(self._dns_host, self.port, access)
 

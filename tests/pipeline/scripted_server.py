@@ -7,8 +7,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 Respond = Callable[[BaseHTTPRequestHandler], None]
 
 
+def not_found(handler: BaseHTTPRequestHandler) -> None:
+    """Answer with 404."""
+    handler.send_response(404)
+    handler.send_header("Content-Length", "0")
+    handler.end_headers()
+
+
 class ScriptedServer:
-    """Answers GET by path. requests: (path, headers) of each request, in order."""
+    """Answers GET by path, unknown paths with 404. requests: (path, headers) of each request, in order."""
 
     def __init__(self) -> None:
         self.responses: dict[str, Respond] = {}
@@ -33,7 +40,7 @@ class ScriptedServer:
 
             def do_GET(self) -> None:
                 server.requests.append((self.path, dict(self.headers)))
-                server.responses[self.path](self)
+                server.responses.get(self.path, not_found)(self)
 
             def log_message(self, format: str, *args: object) -> None:
                 pass

@@ -1,7 +1,11 @@
 """Helpers for tests of fetching: a fetcher, a queue with a clock that does not wait, rows of a shard."""
 
+import socket
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from threading import Condition
 
 import pyarrow as pa
@@ -31,6 +35,26 @@ class FakeClock(Clock):
             condition.wait()
         else:
             self.elapsed_s += timeout_s
+
+
+@contextmanager
+def raw_server(response: bytes) -> Iterator[str]:
+    """The URL of a server that answers each connection with the same bytes and closes it."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def respond() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    with connection:
+                        connection.recv(1 << 16)
+                        connection.sendall(response)
+
+        thread = threading.Thread(target=respond, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/a"
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join(30)
 
 
 def make_fetcher(**changes: object) -> Fetcher:
@@ -74,6 +98,23 @@ def fetch_error(fetcher: Fetcher, url: str, clock: Clock | None = None) -> tuple
 
 def fetch_reason(fetcher: Fetcher, url: str, clock: Clock | None = None) -> str:
     return fetch_error(fetcher, url, clock)[0]
+
+
+def fetch_all(fetcher: Fetcher, queue: HostQueue, num_rows: int, threads: int) -> dict[int, bytes | FetchError]:
+    """Fetch all URLs in threads, as a worker does."""
+
+    def finish_row(_: int) -> tuple[int, bytes | FetchError]:
+        while True:
+            request, error = queue.take()
+            try:
+                result = error or fetcher.fetch(request, queue)
+            except FetchError as raised:
+                result = raised
+            if result is not None:
+                return request.row, result
+
+    with ThreadPoolExecutor(threads) as pool:
+        return dict(pool.map(finish_row, range(num_rows)))
 
 
 def write_selected(root: Root, shard: str, urls: Sequence[str]) -> None:

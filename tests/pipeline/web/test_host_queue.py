@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler
@@ -10,10 +10,9 @@ from itertools import pairwise
 
 import pytest
 
-from pipeline.web.fetch import Fetcher
 from pipeline.web.fetch_error import FetchError
 from pipeline.web.host_queue import HOST_CLOSED, STOPPED, Clock, HostLimits, HostQueue
-from tests.pipeline.web.fetching import FakeClock, make_fetcher, make_queue
+from tests.pipeline.web.fetching import FakeClock, fetch_all, make_fetcher, make_queue
 
 JPEG = b"\xff\xd8\xff" + bytes(500)
 
@@ -111,6 +110,25 @@ def test_overlapping_pauses_count_once() -> None:
     assert clock.elapsed_s == pytest.approx(0.2)
 
 
+def test_requests_handed_out_before_a_crawl_delay_was_known_wait_for_it() -> None:
+    clock = FakeClock()
+    resume_at: dict[str, float] = {}
+    limits = HostLimits(connections=4, pause_s=0.0, max_wait_s=60.0)
+    for first_s in (0.0, 9.0):  # the delay is kept between shards too
+        queue = HostQueue(enumerate([*urls("a.org", 3), *urls("b.org", 1)]), limits, resume_at, clock)
+        times = {"a.org": list[float](), "b.org": list[float]()}
+        handed_out = deque((queue.take()[0], clock.elapsed_s) for _ in range(4))
+        while handed_out:
+            request, elapsed_s = handed_out.popleft()
+            if queue.delay_host(request, 3.0 if request.host == "a.org" else 0.0):
+                times[request.host].append(elapsed_s)
+                queue.finish(request)
+            else:
+                handed_out.append((queue.take()[0], clock.elapsed_s))
+        assert times["a.org"] == pytest.approx([first_s, first_s + 3, first_s + 6])
+        assert len(times["b.org"]) == 1
+
+
 def test_every_waiting_request_gets_an_error_once_the_queue_is_stopped() -> None:
     queue = make_queue([*urls("a.org", 3), *urls("b.org", 1)], Clock(), connections=1, max_wait_s=7200.0)
     active, _ = queue.take()
@@ -123,23 +141,6 @@ def test_every_waiting_request_gets_an_error_once_the_queue_is_stopped() -> None
     queue.retry(active, 3600.0)
     errors += [queue.take()[1] for _ in range(3)]
     assert [str(error) for error in errors] == [STOPPED] * 4
-
-
-def fetch_all(fetcher: Fetcher, queue: HostQueue, num_rows: int, threads: int) -> dict[int, bytes | FetchError]:
-    """Fetch all URLs in threads, as a worker does."""
-
-    def finish_row(_: int) -> tuple[int, bytes | FetchError]:
-        while True:
-            request, error = queue.take()
-            try:
-                result = error or fetcher.fetch(request, queue)
-            except FetchError as raised:
-                result = raised
-            if result is not None:
-                return request.row, result
-
-    with ThreadPoolExecutor(threads) as pool:
-        return dict(pool.map(finish_row, range(num_rows)))
 
 
 @pytest.mark.parametrize("status", [429, 503])
