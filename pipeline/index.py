@@ -26,12 +26,12 @@ from retrieval.database.build import (
     write_centroids,
     write_partition,
 )
-from retrieval.database.calibration import calibrate
+from retrieval.database.calibration import calibrate, calibrate_for, sample_captions
 from retrieval.database.database import SCHEMA_VERSION, Database
 from retrieval.errors import UserError
 from retrieval.index.kmeans import nearest_centroids
 from retrieval.index.routing import Vectors, partition_folder, unit
-from retrieval.recipe import IndexConfig
+from retrieval.recipe import ClipConfig, IndexConfig
 from retrieval.storage import schema
 from retrieval.storage.arrow_columns import take_rows
 from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest
@@ -44,8 +44,11 @@ SAMPLE_SHARDS = 64
 """Most shards that the sample for the centroids is drawn from: they bound the reads."""
 
 
-def run(config: IndexConfig, root: Root) -> Manifest:
-    """Build the training database. Raises UserError if `embed` has no database images."""
+def run(config: IndexConfig, root: Root, clip: ClipConfig | None = None) -> Manifest:
+    """Build the training database. Raises UserError if `embed` has no database images.
+
+    clip: the encoder of `embed`. With it the recall of searches for texts is measured too, on captions of the images.
+    """
     started = time.time()
     embed = read_manifest(root, "embed")
     encoder = EncoderIdentity(**embed.values["encoder"])
@@ -69,20 +72,27 @@ def run(config: IndexConfig, root: Root) -> Manifest:
         partitions = [partition_folder(number) for number in range(len(centroids))]
         built = run_shards(stage, partitions, build, workers)
         values = manifest_values(encoder, built)
-        measure = partial(_calibration_work, stage, config, values)
+        measure = partial(_calibration_work, stage, config, values, clip)
         run_shards(stage, ["calibration"], measure, Workers.from_config(config, 1))
-        values["calibration"] = {"images": root.read_json(f"index/{CALIBRATION}")}
+        values["calibration"] = root.read_json(f"index/{CALIBRATION}")
         for name in ("shuffle", "records/shuffle", CALIBRATION, "records/calibration.json"):
             root.delete(f"index/{name}")
         return stage.complete([record, *built], values, started)
 
 
-def _calibration_work(stage: Stage, config: IndexConfig, values: dict[str, Any]) -> Work:
+def _calibration_work(stage: Stage, config: IndexConfig, values: dict[str, Any], clip: ClipConfig | None) -> Work:
     def measure(name: str) -> ShardRecord:
         manifest = Manifest("index", SCHEMA_VERSION, "", {}, {}, (), {**values, "calibration": {}}, 0.0)
         database = Database(stage.root.child("index"), manifest, np.empty(0, np.int64))
-        measured = calibrate(database, config.num_queries, config.seed)
-        stage.log.info("recall@20 from %.3f to %.3f by effort", measured[0]["recall"], measured[-1]["recall"])
+        measured = {"images": calibrate(database, config.num_queries, config.seed)}
+        captions = sample_captions(database, config.num_queries, config.seed)
+        if clip and captions and not database.is_exact:
+            from retrieval.clip.encoder import Encoder  # loads torch
+
+            encoder = Encoder(clip)
+            database.require_encoder(encoder.identity)
+            measured["texts"] = calibrate_for(database, encoder.encode_texts(captions))
+        stage.log.info("recall measured for searches with %s", " and ".join(measured))
         return ShardRecord(name, 0, (stage.root.write_json(f"index/{CALIBRATION}", measured),))
 
     return measure

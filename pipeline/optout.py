@@ -130,7 +130,7 @@ def _database_ids(stage: Stage, folder: str, blocklist: Blocklist, ids: npt.NDAr
 def _search_work(stage: Stage, blocklist: Blocklist, ids: npt.NDArray[np.int64]) -> Work:
     def search(name: str) -> ShardRecord:
         folder, _, number = name.removeprefix("hold/").rpartition("/")
-        partition = Partition(stage.root.child(folder), int(number), np.empty(0, np.int64))
+        partition = Partition.open(stage.root.child(folder), int(number), np.empty(0, np.int64))
         matches = np.isin(partition.ids, ids)
         # One chunk, or several if the URLs have more than 2 GiB.
         listed = [_are_listed(urls, blocklist, ids) for urls in partition.metadata["url"].chunks]

@@ -18,3 +18,7 @@ class UnfinishedError(UserError):
     """Some shards of a stage failed. The others are finished and kept; the next start tries the failed ones again."""
 
     exit_code = 3
+
+
+class RecallWarning(UserWarning):
+    """The recall of a search was not measured, or is reached only at a high cost. Says why and what to do."""

@@ -66,14 +66,14 @@ DATABASE = MethodSpec(
     "database",
     "Database.search (ours)",
     "benchmarks.retrieval.adapters.our_database:OurDatabase",
-    {"schema": 2},
+    {"schema": 4},
     _grid((1,), LISTS_PER_PARTITION, CANDIDATES_PER_RESULT),
 )
 BARE = MethodSpec(
     "bare",
     "its faiss call (ours)",
     "benchmarks.retrieval.adapters.our_database:BareIndex",
-    {"schema": 2},
+    {"schema": 4},
     DATABASE.efforts,
     index="database",
 )
@@ -81,7 +81,7 @@ CLUSTER = MethodSpec(
     "cluster",
     "on Ray (ours)",
     "benchmarks.retrieval.adapters.our_cluster:OurCluster",
-    {"schema": 2},
+    {"schema": 4},
     DATABASE.efforts,
     index="database",
 )

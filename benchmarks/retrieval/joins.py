@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.retrieval.catalog import BRUTE, DATABASE, FAST_SCAN, IVF_FLAT, Effort, MethodSpec
 from benchmarks.retrieval.data import BenchmarkData
-from benchmarks.retrieval.rounds import MARGIN, TUNING_QUERIES
+from benchmarks.retrieval.rounds import NEAR, TUNING_QUERIES
 from benchmarks.retrieval.workers import WorkerProcess, open_workers
 
 K = 8
@@ -55,12 +55,15 @@ def measure(data: BenchmarkData, queries: int) -> list[dict[str, Any]]:
 
 
 def fastest_effort(worker: WorkerProcess, mode: str, k: int, target: float) -> Effort:
-    """The fastest effort with a recall@k above the target on the first half of the queries."""
+    """The fastest effort, timed on the first half of the queries, that reaches the recall@k on the other half."""
     good = []
     for effort in worker.method.efforts:
-        answer = worker.call("measure", mode=mode, k=k, effort=effort, start=0, count=TUNING_QUERIES)
-        if answer["recall"] >= target + MARGIN:
-            good.append((answer["wall_s"], effort))
+        options = {"mode": mode, "k": k, "effort": effort, "count": TUNING_QUERIES}
+        tuned = worker.call("measure", start=0, **options)
+        if tuned["recall"] < target - NEAR:
+            continue
+        if worker.call("measure", start=TUNING_QUERIES, **options)["recall"] >= target:
+            good.append((tuned["wall_s"], effort))
     if not good:
         raise RuntimeError(f"{worker.method.name} reaches recall {target} at no effort in its catalog entry")
     return min(good)[1]

@@ -1,11 +1,15 @@
 """Tunes every method, then times the chosen settings in interleaved rounds, so that all meet the same load.
 
-Settings are chosen on the first half of the queries and timed on the other half. Ratios of two methods are
+Settings are tuned on the first half of the queries. The tables compare times at equal recall on the other half: between
+the two settings next to the target, one below and one above it, the time is interpolated. Ratios of two methods are
 taken within one round; the result is the median over the rounds.
 """
 
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
 from typing import Any
 
 from benchmarks.retrieval.catalog import Effort
@@ -16,8 +20,10 @@ TARGETS = (0.95, 0.99)
 MODES = ("single", "batch")
 ROUNDS = 5
 MARGIN = 0.002
-"""Tuning requires this much more than the target, so that most settings reach it on the other half."""
+"""The effort for a single measurement must exceed its target by so much on the tuning queries."""
 TUNING_QUERIES = NUM_QUERIES // 2
+NEAR = 0.02
+"""Settings that miss the target by more on the tuning queries are not measured on the other half."""
 MIN_TIMED_RECALL = 0.85
 """Settings with a lower recall are not timed."""
 SINGLE_S, BATCH_S = 1.0, 2.0
@@ -34,6 +40,15 @@ class TuningResult:
     """Seconds per query, by mode."""
 
 
+@dataclass(frozen=True)
+class HeldOutSetting:
+    """A setting with its recall on the queries that did not tune it, and its time per query while tuning."""
+
+    effort: Effort
+    recall: float
+    seconds: float
+
+
 @dataclass
 class TimingResult:
     """A method at a target recall in a mode, timed in several rounds."""
@@ -41,12 +56,26 @@ class TimingResult:
     method: str
     mode: str
     target: float
-    effort: Effort
-    recall: float = 0.0
+    settings: list[HeldOutSetting]
+    """The setting above the target, or the only setting of the method, and that below it if there is one."""
     seconds: list[float] = field(default_factory=list)
-    """Seconds per query, one value for each round."""
+    """Seconds per query at the recall `recall`, one value for each round."""
     ratios: list[float] = field(default_factory=list)
     """Time of the baseline over time of this method, in the same round."""
+
+    @property
+    def recall(self) -> float:
+        """The recall on held-out queries for which the times hold."""
+        return self.target if len(self.settings) == 2 else self.settings[0].recall
+
+    def add_round(self, seconds: list[float]) -> None:
+        """Add the times of the settings in one round, interpolated linearly at the target."""
+        if len(seconds) == 1:
+            self.seconds.append(seconds[0])
+            return
+        above, below = self.settings
+        weight = (self.target - below.recall) / (above.recall - below.recall)
+        self.seconds.append(seconds[1] + weight * (seconds[0] - seconds[1]))
 
     def summary(self) -> dict[str, Any]:
         """Medians over the rounds, as the report stores them."""
@@ -54,8 +83,9 @@ class TimingResult:
             "method": self.method,
             "mode": self.mode,
             "target": self.target,
-            "effort": list(self.effort),
+            "effort": list(self.settings[0].effort),
             "recall": round(self.recall, 4),
+            "held_out": [[list(setting.effort), round(setting.recall, 4)] for setting in self.settings],
             "ms": round(statistics.median(self.seconds) * 1e3, 4),
             "ratio": round(statistics.median(self.ratios), 3) if self.ratios else None,
             "ratio_range": [round(extreme(self.ratios), 3) for extreme in (min, max)] if self.ratios else None,
@@ -95,36 +125,66 @@ def best_setting(points: list[TuningResult], mode: str, target: float) -> Tuning
     return points[0] if len(points) == 1 and points[0].seconds else fastest_setting(points, mode, target)
 
 
+def frontier(points: list[TuningResult], mode: str) -> list[TuningResult]:
+    """The timed settings for which no faster one has an equal or higher recall, ascending in recall and time."""
+    best: list[TuningResult] = []
+    for point in sorted((point for point in points if point.seconds), key=lambda point: point.seconds[mode]):
+        if not best or point.recall > best[-1].recall:
+            best.append(point)
+    return best
+
+
+def settings_at(
+    settings: list[TuningResult], mode: str, target: float, held_out_recall: Callable[[Effort], float]
+) -> list[HeldOutSetting]:
+    """The first setting whose held-out recall reaches the target, and the one before it; none if no setting does.
+
+    settings: a frontier. A method with one setting is always compared at it.
+    """
+    below: list[HeldOutSetting] = []
+    for point in settings:
+        if point.recall < target - NEAR and point is not settings[-1]:
+            continue  # far below on the tuning queries, so below on the others too
+        setting = HeldOutSetting(point.effort, held_out_recall(point.effort), point.seconds[mode])
+        if setting.recall >= target or len(settings) == 1:
+            return [setting, *below]
+        below = [setting]
+    return []
+
+
 def compare(workers: list[WorkerProcess], points: dict[str, list[TuningResult]], baseline: str) -> list[TimingResult]:
     """Interleaved rounds at every target in every mode."""
     results = []
-    for target in TARGETS:
-        for mode in MODES:
-            chosen = []
-            for worker in workers:
-                point = best_setting(points[worker.method.name], mode, target)
-                if point is not None:
-                    chosen.append((worker, point, TimingResult(worker.method.name, mode, target, point.effort)))
-            for _ in range(ROUNDS):
-                _round([(worker, point.seconds[mode], result) for worker, point, result in chosen], baseline)
-            results += [result for _, _, result in chosen]
+    for target, mode in product(TARGETS, MODES):
+        chosen = []
+        for worker in workers:
+            name = worker.method.name
+            settings = settings_at(frontier(points[name], mode), mode, target, partial(_held_out_recall, worker))
+            if settings:
+                chosen.append((worker, TimingResult(name, mode, target, settings)))
+        for _ in range(ROUNDS):
+            _round(chosen, baseline)
+        results += [result for _, result in chosen]
     return results
 
 
-def _round(chosen: list[tuple[WorkerProcess, float, TimingResult]], baseline: str) -> None:
-    for worker, seconds, result in chosen:
-        options = {"mode": result.mode, "k": K, "effort": result.effort}
-        limit = int((SINGLE_S if result.mode == "single" else BATCH_S) / seconds)
-        if not result.seconds:
-            count = TUNING_QUERIES if seconds * TUNING_QUERIES < 4 * BATCH_S else max(10, limit)
-            batch = worker.call("measure", start=TUNING_QUERIES, count=count, **{**options, "mode": "batch"})
-            result.recall = batch["recall"]
-        most = TUNING_QUERIES if result.mode == "single" else NUM_QUERIES
-        count = max(10, min(most, limit))
-        start = max(0, TUNING_QUERIES - max(0, count - TUNING_QUERIES))
-        measured = worker.call("measure", start=start, count=count, **options)
-        result.seconds.append(measured["wall_s"])
-    base = next((result for _, _, result in chosen if result.method == baseline), None)
+def _held_out_recall(worker: WorkerProcess, effort: Effort) -> float:
+    options = {"mode": "batch", "k": K, "effort": effort, "start": TUNING_QUERIES, "count": TUNING_QUERIES}
+    return float(worker.call("measure", **options)["recall"])
+
+
+def _round(chosen: list[tuple[WorkerProcess, TimingResult]], baseline: str) -> None:
+    for worker, result in chosen:
+        result.add_round([_seconds(worker, result.mode, setting) for setting in result.settings])
+    base = next((result for _, result in chosen if result.method == baseline), None)
     if base is not None:
-        for _, _, result in chosen:
+        for _, result in chosen:
             result.ratios.append(base.seconds[-1] / result.seconds[-1])
+
+
+def _seconds(worker: WorkerProcess, mode: str, setting: HeldOutSetting) -> float:
+    limit = int((SINGLE_S if mode == "single" else BATCH_S) / setting.seconds)
+    count = max(10, min(TUNING_QUERIES if mode == "single" else NUM_QUERIES, limit))
+    start = max(0, TUNING_QUERIES - max(0, count - TUNING_QUERIES))
+    options = {"mode": mode, "k": K, "effort": setting.effort, "start": start, "count": count}
+    return float(worker.call("measure", **options)["wall_s"])

@@ -164,8 +164,8 @@ class Explorer:
             picture = self._picture(decode_base64(request.image, self.limits))
             vectors.append(self.encoder.encode_images([picture]))
         query = unit_rows(np.concatenate(vectors)).mean(axis=0, keepdims=True)
-        effort = database.effort(request.recall, "images" if request.image else "texts")
-        neighbors = database.search(query, request.k, effort=effort)
+        like = "images" if request.image else "texts"
+        neighbors = database.search(query, request.k, recall=request.recall, like=like)
         (rows,) = neighbors.rows
         pairs = zip(neighbors.similarities[0].tolist(), rows.to_pylist(), strict=True)
         return [self._view(rank, request.database, similarity, row) for rank, (similarity, row) in enumerate(pairs, 1)]

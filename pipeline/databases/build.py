@@ -27,7 +27,8 @@ from pipeline.pictures.tars import sample_key, tar_writer
 from pipeline.recipe import EmbedConfig
 from retrieval.clip.encoder import Encoder
 from retrieval.database.build import DatabaseIdentity, write_database
-from retrieval.database.database import SCHEMA_VERSION
+from retrieval.database.calibration import recalibrate, sample_captions
+from retrieval.database.database import SCHEMA_VERSION, Database
 from retrieval.errors import UserError
 from retrieval.index.routing import unit
 from retrieval.perceptual_hash import BLANK_HASH, MIRROR_MASK
@@ -212,14 +213,24 @@ def _build(
     rows = np.flatnonzero(is_row).tolist()
     identity = DatabaseIdentity(identity.name, identity.upstream, {} if style else embedded.reasons)
     table = embedded.table.take(pa.array(rows, pa.int64()))
+    root.delete(f"{identity.name}/{THUMBNAILS}")  # those of an earlier build
     with ExitStack() as incomplete:
         incomplete.callback(root.delete, f"{identity.name}/manifest.json")  # no database without its pictures
         manifest = write_database(root, table, encoder.identity, config, identity)
+        _calibrate_for_texts(root.child(identity.name), encoder, config)
         _write_thumbnails(root, f"{identity.name}/{THUMBNAILS}", table, [embedded.pictures[i] for i in rows])
         incomplete.pop_all()
     left_out = "".join(f", {count} {reason}" for reason, count in identity.reasons.items())
     log.info("%s: %s images in %.1f s%s", identity.name, f"{len(table):,}", manifest.seconds, left_out)
     return manifest
+
+
+def _calibrate_for_texts(root: Root, encoder: Encoder, config: IndexConfig) -> None:
+    """Measure the recall of searches for texts with captions of the database, unless every search is exact."""
+    database = Database.open(root)
+    captions = [] if database.is_exact else sample_captions(database, config.num_queries, config.seed)
+    if captions:
+        recalibrate(root, encoder.encode_texts(captions), "texts")
 
 
 def _write_thumbnails(root: Root, name: str, table: pa.Table, pictures: list[SourcePicture]) -> None:

@@ -56,7 +56,7 @@ def truth_work(root: Root, exact: JoinConfig, device: str) -> Work:
     queries = schema.vectors(_read(root, "recall/sample"), schema.EMBEDDING).astype(np.float32)
 
     def work(name: str) -> ShardRecord:
-        partition = Partition(database.root, shard_number(name), database.hidden)
+        partition = Partition.open(database.root, shard_number(name), database.hidden)
         result = join_partition(partition, queries, exact, device)
         table = pa.table({schema.SIMILARITIES: schema.fixed_lists(result.similarities)})
         return ShardRecord(name, len(queries), (_write(root, name, table),))

@@ -76,7 +76,7 @@ def _stored_rows(
         first = database.first_position(number)
         inside = (positions >= first) & (positions < first + count)
         if inside.any():
-            partition = Partition(database.root, number, database.hidden)
+            partition = Partition.open(database.root, number, database.hidden)
             ids[inside] = partition.ids[positions[inside] - first]
             vectors[inside] = partition.embeddings[positions[inside] - first]
             norms[inside] = partition.norms[positions[inside] - first]

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from retrieval.config import Config
-from retrieval.index.hidden import HIDDEN_FILE
+from retrieval.index.hidden import KEPT_BY_BUILDS
 from retrieval.storage.lease import lease, raise_if_lost
 from retrieval.storage.manifest import Manifest, ShardRecord, files_exist, read_manifest, write_manifest
 from retrieval.storage.root import Root
@@ -91,7 +91,7 @@ class Stage:
         Raises UserError for finished shards of another fingerprint.
         """
         # Hidden images stay hidden in the new output.
-        prepare_folder(self.root, self.name, self.identity, kept=HIDDEN_FILE)
+        prepare_folder(self.root, self.name, self.identity, kept=KEPT_BY_BUILDS)
 
     def complete(self, records: Sequence[ShardRecord], values: dict[str, Any], started: float) -> Manifest:
         """Write the manifest under the lease, last of all files. started: `time.time()` at the start of the stage."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from retrieval.imports.source import SourceColumns
+from retrieval.index.effort import QUERY_KINDS
 
 Command = Callable[[argparse.Namespace], int]
 Add = Callable[..., object]
@@ -35,6 +36,7 @@ def _search(add: Add) -> None:
     add("--clip", default="", metavar="MODEL", help="encoder: open_clip's name or local-dir:FOLDER")
     add("--pretrained", default="", metavar="TAG", help="its weights: open_clip's tag or a file")
     add("--recall", type=float, default=0.95, help="recall of the search, above 0 to 1 (default %(default)s)")
+    add("--like", choices=QUERY_KINDS, default="images", help="kind of the --vector queries (default %(default)s)")
     add("--sheet", type=Path, metavar="FILE.png", help="draw the neighbors as a contact sheet")
     add("--pictures", type=Path, default=Path(), metavar="FOLDER", help="folder of the pictures, for --sheet")
     add("--json", action="store_true", help="print JSON")
@@ -60,6 +62,7 @@ def _build(add: Add) -> None:
     add("--model", required=True, help="name of the encoder of the vectors, such as ViT-B-32")
     add("--weights", default="", help="digest of the encoder's weights, if known")
     add("--metadata", metavar="PATH", help="Parquet file (or folder of files) with a row for each vector")
+    add("--texts", metavar="FILE.npy", help="vectors of typical texts, to measure the recall of searches for texts")
     add("--part", choices=("images", "texts"), default="images", help="vectors to read from clip-retrieval")
     column = f"name of a column in the source; fields: {', '.join(SourceColumns.model_fields)}"
     add("--column", action="append", default=[], metavar="FIELD=NAME", help=column)
@@ -75,7 +78,7 @@ def _hide(add: Add) -> None:
 def _calibrate(add: Add) -> None:
     _database(add)
     add("--queries", required=True, metavar="FILE.npy", help="vectors of typical queries")
-    add("--like", required=True, choices=("images", "texts"), help="kind of these queries")
+    add("--like", required=True, choices=QUERY_KINDS, help="kind of these queries")
 
 
 def _card(add: Add) -> None:

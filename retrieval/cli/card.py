@@ -11,7 +11,6 @@ import pyarrow.compute as pc
 
 from retrieval.cli.contact_sheet import printable
 from retrieval.database.database import Database
-from retrieval.index.effort import MeasuredEffort
 
 MAX_VALUES = 20
 """Most frequent sources and licenses that are listed; one line sums up the others."""
@@ -50,7 +49,7 @@ their ids or URLs in a file: `python -m retrieval hide DB ids.txt`.
 from retrieval import Database
 
 database = Database.open("{name}")
-neighbors = database.search(vectors, k=19)  # vectors: (n, {dim}) of the encoder above
+neighbors = database.search(vectors, k=19)  # vectors: (n, {dim}) of the encoder above; like="texts" for texts
 ```
 """
 
@@ -93,9 +92,14 @@ def _host(url: str) -> str:
 
 
 def _recall(database: Database) -> str:
-    entries = map(MeasuredEffort.from_manifest, database.manifest.values["calibration"].get("images", []))
-    recalls = [f"{entry.recall:.3f} (of {entry.k}, {entry.queries} queries)" for entry in entries]
-    return ", ".join(recalls) or "not measured"
+    """For each kind of queries and each k, the recalls that a search can be asked for."""
+    lines = []
+    for kind, entries in database.calibration.items():
+        for k in sorted({entry.k for entry in entries}):
+            measured = [entry for entry in entries if entry.k == k]
+            recalls = ", ".join("1 (all rows)" if entry.is_exact else f"{entry.recall:.3f}" for entry in measured)
+            lines.append(f"{kind}, {k} neighbors ({measured[0].queries} queries): {recalls}")
+    return "; ".join(lines) or "not measured"
 
 
 def _count_table(title: str, counts: Counter[str]) -> str:

@@ -8,6 +8,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -26,7 +27,6 @@ from retrieval.errors import UserError
 from retrieval.extras import extras_named
 from retrieval.imports.importer import build_database, vector_dim
 from retrieval.imports.source import SourceColumns, VectorSource
-from retrieval.index.effort import MeasuredEffort
 from retrieval.index.hidden import hide
 from retrieval.recipe import IndexConfig
 from retrieval.storage.manifest import read_manifest
@@ -42,8 +42,10 @@ def search(arguments: Namespace) -> int:
     """Search for texts, pictures or vectors; print the neighbors or draw them."""
     database = Database.open(arguments.database)
     inputs = QueryInputs(arguments.texts, arguments.image, arguments.vector, arguments.clip, arguments.pretrained)
-    names, vectors = encode_queries(inputs, database)
-    results = query_results(names, database.search(vectors, arguments.k, recall=arguments.recall))
+    results = []
+    for queries in encode_queries(inputs, database, arguments.like):
+        neighbors = database.search(queries.vectors, arguments.k, recall=arguments.recall, like=queries.like)
+        results += query_results(queries.names, neighbors)
     if arguments.sheet:
         num_pictures = write_contact_sheet(arguments.sheet, results, arguments.pictures)
         print(f"{arguments.sheet}: {num_pictures} pictures found below {arguments.pictures}", file=sys.stderr)
@@ -59,7 +61,6 @@ def info(arguments: Namespace) -> int:
     database = Database.open(arguments.database)
     manifest = database.manifest
     rows = database.partition_rows
-    calibration = manifest.values["calibration"]
     facts = {
         "rows": len(database),
         "hidden": len(database) - len(visible_positions(database)),
@@ -76,11 +77,12 @@ def info(arguments: Namespace) -> int:
         "schema version": manifest.schema_version,
     }
     if arguments.json:
+        calibration = {kind: [asdict(entry) for entry in entries] for kind, entries in database.calibration.items()}
         print(json.dumps({**facts, "calibration": calibration}, indent=1))
         return 0
     for key, value in facts.items():
         print(f"{key:18} {value:,}" if isinstance(value, int) else f"{key:18} {value}")
-    for kind in calibration:
+    for kind in database.calibration:
         _print_calibration(database, kind)
     return 0
 
@@ -101,7 +103,9 @@ def build(arguments: Namespace) -> int:
     """Build a database from vectors of another tool."""
     columns = dict(_column_name(pair) for pair in arguments.column)
     try:
-        source = VectorSource(arguments.source, arguments.metadata, SourceColumns(**columns), arguments.part)
+        source = VectorSource(
+            arguments.source, arguments.metadata, SourceColumns(**columns), arguments.part, arguments.texts
+        )
         settings = {"rows_per_partition": arguments.rows_per_partition, "index_key": arguments.index_key}
         config = IndexConfig.model_validate(settings)
     except ValidationError as error:
@@ -143,8 +147,11 @@ def describe(arguments: Namespace) -> int:
 
 
 def _print_calibration(database: Database, kind: str) -> None:
-    for entry in map(MeasuredEffort.from_manifest, database.manifest.values["calibration"][kind]):
+    for entry in database.calibration[kind]:
         effort = entry.effort
+        if entry.is_exact:
+            print(f"recall@{entry.k} 1 for {kind} by comparing all rows")
+            continue
         print(
             f"recall@{entry.k} {entry.recall:.4f} [{entry.low:.4f}, {entry.high:.4f}] "
             f"on {entry.queries} {kind} with {effort.partitions_per_query} partitions, "

@@ -35,28 +35,35 @@ class QueryInputs:
     """open_clip's tag or a checkpoint path."""
 
 
-def encode_queries(inputs: QueryInputs, database: Database) -> tuple[list[str], Array]:
-    """Name and vector of each query, (n, database.dim): texts first, then pictures, then vectors.
+@dataclass(frozen=True)
+class EncodedQueries:
+    """Queries of one kind, which is a key of the calibration: name and vector (n, database.dim) of each."""
+
+    like: str
+    names: list[str]
+    vectors: Array
+
+
+def encode_queries(inputs: QueryInputs, database: Database, like: str) -> list[EncodedQueries]:
+    """The queries: texts first, then pictures, then vectors. like: the kind of the vectors.
 
     Raises UserError if there is no query, a file cannot be read, the encoder is not that of the database, or
     vectors have another length.
     """
-    names = [*inputs.texts, *map(str, inputs.images)]
-    vectors: list[Array] = []
-    if names:
+    queries = []
+    if inputs.texts or inputs.images:
         pictures = [read_picture(path) for path in inputs.images]
         encoder = _load_encoder(inputs, database)
-        vectors += [encoder.encode_texts(inputs.texts), encoder.encode_images(pictures)]
+        queries.append(EncodedQueries("texts", inputs.texts, encoder.encode_texts(inputs.texts)))
+        queries.append(EncodedQueries("images", [*map(str, inputs.images)], encoder.encode_images(pictures)))
     for path in inputs.vectors:
         rows = read_vectors(path)
-        names += [f"{path}[{i}]" for i in range(len(rows))]
-        vectors.append(rows)
-    if not names:
-        raise UserError("nothing to search for: give a text, a picture or a vector")
-    for rows in vectors:
         if rows.shape[1] != database.dim:
             raise UserError(f"a query has length {rows.shape[1]}; vectors of {database.root.url} have {database.dim}")
-    return names, np.concatenate(vectors)
+        queries.append(EncodedQueries(like, [f"{path}[{i}]" for i in range(len(rows))], rows))
+    if not queries:
+        raise UserError("nothing to search for: give a text, a picture or a vector")
+    return [each for each in queries if each.names]
 
 
 def read_vectors(path: str) -> Array:

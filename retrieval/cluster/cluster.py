@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import faiss
 import numpy as np
@@ -61,6 +61,19 @@ class ClusterConfig(Config):
     """Seconds without a running actor of a group after which a search fails."""
 
 
+class SearchOptions(TypedDict, total=False):
+    """Options of `Cluster.search` and `submit`: those of `Database.search`, and metadata."""
+
+    recall: float
+    """Wanted recall; default 0.95."""
+    like: str
+    """Kind of the queries, "images" (default) or "texts"."""
+    effort: Effort | None
+    """Used instead of both."""
+    metadata: bool
+    """Append the other columns of METADATA; default False."""
+
+
 @dataclass(frozen=True)
 class SearchRequest:
     """The parameters of a search. metadata: return schema.METADATA of each neighbor too."""
@@ -81,9 +94,10 @@ class PartitionGroup:
 
 @dataclass(frozen=True)
 class ActorStatus:
-    """A running actor: its partitions, process, faiss threads, and calls and queries since its start."""
+    """A running actor: its partitions, the hidden rows in each, process, faiss threads, calls and queries."""
 
     group: PartitionGroup
+    hidden_rows: tuple[int, ...]
     pid: int
     threads: int
     calls: int
@@ -141,7 +155,8 @@ class PartitionSearcher:
 
     def status(self) -> ActorStatus:
         """The actor's status. The first call returns once the database is open."""
-        return ActorStatus(self._group, os.getpid(), faiss.omp_get_max_threads(), self._calls, self._queries)
+        hidden = tuple(self._database.partitions[number].num_hidden for number in self._group.partitions)
+        return ActorStatus(self._group, hidden, os.getpid(), faiss.omp_get_max_threads(), self._calls, self._queries)
 
 
 class Cluster:
@@ -163,6 +178,8 @@ class Cluster:
                 stack.callback(self._replicas[-1].close)
             for replicas in self._replicas:
                 replicas.wait()
+            if len(database.hidden):  # counted by the actors, so that this process need not read the ids of all rows
+                database.hidden_rows = _hidden_rows(self.status(), len(database.partitions))
             self._batcher: Batcher[SearchRequest, Vectors, pa.Table] = Batcher(self._search_singles, limits)
             stack.callback(self._batcher.close)
             self._exits = stack.pop_all()
@@ -191,32 +208,31 @@ class Cluster:
         self._closed = True
         self._exits.close()
 
-    def search(
-        self, queries: npt.ArrayLike, k: int, recall: float = 0.95, effort: Effort | None = None, metadata: bool = False
-    ) -> pa.Table:
+    def search(self, queries: npt.ArrayLike, k: int, **options: Unpack[SearchOptions]) -> pa.Table:
         """The k rows most similar to each query (n, dim), as RESULT_SCHEMA.
 
-        metadata: append the other columns of METADATA. Arguments and errors are those of `Database.search`;
-        they are checked before anything is sent.
+        Arguments, warnings and errors are those of `Database.search`; they are checked before anything is sent.
         """
         units = self.database.unit_queries(queries, k)
-        return self._search(units, self._request(k, recall, effort, metadata))
+        return self._search(units, self._request(k, options))
 
-    def submit(
-        self, query: npt.ArrayLike, k: int, recall: float = 0.95, effort: Effort | None = None, metadata: bool = False
-    ) -> "Future[pa.Table]":
+    def submit(self, query: npt.ArrayLike, k: int, **options: Unpack[SearchOptions]) -> "Future[pa.Table]":
         """As `search`, for one query (dim,). Queries submitted at the same time are sent as a batch."""
         [unit] = self.database.unit_queries(as_array(query, "the query")[None], k)
-        return self._batcher.submit(self._request(k, recall, effort, metadata), unit)
+        return self._batcher.submit(self._request(k, options), unit)
 
     def status(self) -> list[ActorStatus]:
         """The status of all running actors, group by group."""
         return [status for replicas in self._replicas for status in replicas.status()]
 
-    def _request(self, k: int, recall: float, effort: Effort | None, metadata: bool) -> SearchRequest:
+    def _request(self, k: int, options: SearchOptions) -> SearchRequest:
         if self._closed:
             raise UserError(f"the cluster of {self.database.root.url} is closed. Open it again.")
-        return SearchRequest(min(int(k), len(self.database)), effort or self.database.effort(recall), metadata)
+        k = min(int(k), len(self.database))
+        effort = options.get("effort")
+        if effort is None:
+            effort = self.database.effort(options.get("recall", 0.95), options.get("like", "images"), k)
+        return SearchRequest(k, effort, options.get("metadata", False))
 
     def _start(self, source: Any, group: PartitionGroup) -> Replicas:
         actor = ray.remote(PartitionSearcher).options(
@@ -269,6 +285,13 @@ def _partition_groups(database: Database, config: ClusterConfig) -> list[Partiti
         PartitionGroup(tuple(numbers), PROCESS_BYTES + sum(sizes[i] for i in numbers), config.cpus_per_actor)
         for numbers in distribute(sizes, config.actors)
     ]
+
+
+def _hidden_rows(statuses: list[ActorStatus], num_partitions: int) -> Visits:
+    counts = np.zeros(num_partitions, np.int64)
+    for status in statuses:
+        counts[list(status.group.partitions)] = status.hidden_rows
+    return counts
 
 
 def _require_resources(groups: list[PartitionGroup], config: ClusterConfig) -> None:

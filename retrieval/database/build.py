@@ -5,6 +5,7 @@ which is written last.
 
 import io
 import logging
+import re
 import shutil
 import time
 from contextlib import redirect_stderr
@@ -19,20 +20,24 @@ import pyarrow as pa
 from retrieval.clip.identity import EncoderIdentity
 from retrieval.database.calibration import calibrate
 from retrieval.database.database import SCHEMA_VERSION, Database
+from retrieval.database.stored_calibration import FOLDER as CALIBRATION_FOLDER
 from retrieval.errors import UserError
-from retrieval.index.hidden import HIDDEN_FILE
-from retrieval.index.inverted_lists import InvertedLists, train_inverted_lists
+from retrieval.index.inverted_lists import InvertedLists, held_out, train_inverted_lists
 from retrieval.index.kmeans import nearest_centroids, train_centroids
 from retrieval.index.routing import AnyVectors, Vectors, partition_folder
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
 from retrieval.storage.arrow_columns import take_rows
-from retrieval.storage.manifest import Manifest, ShardRecord, fingerprint, write_manifest
+from retrieval.storage.manifest import Manifest, ShardRecord, fingerprint, read_manifest, write_manifest
 from retrieval.storage.root import FileRecord, Root
 from retrieval.storage.temp_folders import temporary_folder
 
 CENTROID_SAMPLE_ROWS = 1_000_000
 """Most rows that the partition centroids are trained on."""
+OWN_FILE = re.compile(
+    r"centroids\.npy|partitions/\d{5,}/(index\.faiss|embeddings\.npy|metadata\.arrow|lists\.npy|list_centroids\.npy)"
+)
+"""Files that an interrupted build leaves, relative to the folder of the database."""
 
 
 def write_partition(root: Root, stage: str, number: int, table: pa.Table, config: IndexConfig) -> ShardRecord:
@@ -48,7 +53,7 @@ def write_partition(root: Root, stage: str, number: int, table: pa.Table, config
     if config.has_lists(len(rows)):
         threads = faiss.omp_get_max_threads()
         faiss.omp_set_num_threads(config.cores_per_partition)
-        lists = train_inverted_lists(rows, config.seed)
+        lists = train_inverted_lists(rows, config.seed, held_out(table[schema.IMAGE_ID].to_numpy()[order]))
         faiss.omp_set_num_threads(threads)
         rows, order = rows[lists.order], order[lists.order]
         files += _write_lists(root, folder, lists)
@@ -86,7 +91,7 @@ def write_centroids(root: Root, stage: str, centroids: Vectors) -> FileRecord:
 def write_database(
     root: Root, table: pa.Table, encoder: EncoderIdentity, config: IndexConfig, identity: DatabaseIdentity
 ) -> Manifest:
-    """Write a whole database in this process to `<root>/<identity.name>`. Replaces a database there.
+    """Write a whole database in this process to `<root>/<identity.name>`. Replaces a database there, and no other file.
 
     table: rows of schema.embeddings(encoder.dim). Raises UserError for no rows or rows of another dim.
     """
@@ -95,8 +100,7 @@ def write_database(
     schema.check_table(table, schema.embeddings(encoder.dim), f"the table for database {name}")
     if not len(table):
         raise UserError(f"database {name} would be empty: no image could be embedded. Check its source.")
-    root.delete(f"{name}/manifest.json")
-    root.delete_except(name, HIDDEN_FILE)  # hidden images stay hidden in the new database
+    delete_database(root, name)
     rows = schema.vectors(table, schema.EMBEDDING)
     centroids = train_partition_centroids(rows, config)
     numbers = nearest_centroids(rows, centroids)[:, 0]
@@ -120,6 +124,23 @@ def write_database(
     manifest = replace(manifest, values={**values, "calibration": calibration})
     write_manifest(root, manifest)
     return manifest
+
+
+def delete_database(root: Root, name: str) -> None:
+    """Delete the files of the database `<root>/<name>` that its manifest names, or those of an interrupted build.
+
+    Hidden images stay hidden in the next database there, and files of other origin stay where they are.
+    """
+    stored = {file.removeprefix(f"{name}/") for file in root.list(name)}
+    own = {file for file in stored if OWN_FILE.fullmatch(file)}
+    if "manifest.json" in stored:
+        manifest = read_manifest(root, name)
+        own = stored & {file.removeprefix(f"{manifest.stage}/") for file in manifest.checksums()}
+    root.delete(f"{name}/manifest.json")
+    root.delete(f"{name}/{CALIBRATION_FOLDER}")
+    root.delete_partial_files(name)
+    for file in sorted(own):
+        root.delete(f"{name}/{file}")
 
 
 def train_partition_centroids(sample: AnyVectors, config: IndexConfig, rows: int = 0) -> Vectors:

@@ -1,127 +1,160 @@
 """Measures the recall of search efforts when a database is built, against brute force over all rows.
 
-Efforts are ordered by a computed cost (bytes that a query reads) and not by time, so two builds give equal results.
+Queries are rows of the database that trained no centroid and no code, and copies of a query count neither as true
+neighbors nor as results: so new queries reach the measured recall. Efforts are ordered by a computed cost (bytes that
+a query reads) and not by time, so two builds give equal results.
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from retrieval.database.coverage import (
+    TIES,
+    Queries,
+    candidate_steps,
+    find_truth,
+    least_candidates,
+    partition_ranks,
+    recall_by_effort,
+)
 from retrieval.database.database import Database
-from retrieval.database.recall import confidence_interval, exact_search, recall_per_query, similarities_without
+from retrieval.database.recall import confidence_interval
+from retrieval.database.stored_calibration import write_calibration
 from retrieval.errors import UserError
 from retrieval.index.effort import QUERY_KINDS, Effort, MeasuredEffort
-from retrieval.index.inverted_lists import DIMENSIONS_PER_CODE
-from retrieval.index.routing import Vectors
+from retrieval.index.inverted_lists import DIMENSIONS_PER_CODE, held_out
+from retrieval.index.routing import Numbers, Vectors
 from retrieval.index.top_k import Positions
-from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
 
-K = 20
-"""Neighbors per query when recall is measured: those that a sample of the model retrieves, rounded up."""
-LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-"""Values that the fields of an effort take in turn."""
-MOST_CANDIDATES = 32
-ENOUGH = 0.9995
-"""At this recall no more expensive effort is tried."""
-
-
-@dataclass(frozen=True)
-class Queries:
-    """Queries with known true neighbors."""
-
-    units: Vectors
-    """(n, dim) unit rows."""
-    positions: Positions
-    """(n,) the position of each query in the database, which is not its neighbor; -1 for none."""
-    truth: Vectors
-    """(n, K) similarities of the true neighbors, best first."""
+KS = (1, 10, 20, 100, 1000)
+"""Numbers of neighbors whose recall is measured."""
+LARGE_K = 1000
+"""From this k on a fifth of the queries is enough, because each of them has many true neighbors."""
+RECALLS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99, 0.9925, 0.995, 0.9975)
+"""Recalls for which the cheapest effort is stored."""
+ENOUGH = 0.9985
+"""When the visited lists hold this share of the true neighbors, no larger number of lists is tried."""
 
 
 def calibrate(database: Database, num_queries: int, seed: int) -> list[dict[str, Any]]:
-    """Efforts, the cheapest first, and their recall for a seeded sample of the rows as queries, as JSON."""
-    random = np.random.default_rng([seed, 1])
-    query_positions = np.sort(random.permutation(len(database))[:num_queries])
+    """Efforts, for each k the cheapest first, and their recall for rows of the database as queries, as JSON."""
+    # About one row of 16 trained nothing, so there are enough of them among 64 times the queries.
+    positions = _draw(np.random.default_rng([seed, 1]), len(database), 64 * num_queries)
+    untrained_first = np.argsort(~held_out(database.ids_at(positions)), kind="stable")
+    query_positions = np.sort(positions[untrained_first][:num_queries])
     return _calibration(database, database.rows_at(query_positions)[1], query_positions)
 
 
-def recalibrate(root: Root, queries: npt.ArrayLike, like: str) -> list[dict[str, Any]]:
-    """Calibrate with these queries, (n, dim), and store the result in the manifest of the database at a root.
+def calibrate_for(database: Database, queries: npt.ArrayLike) -> list[dict[str, Any]]:
+    """As `calibrate`, for queries (n, dim) that are no rows of the database. Raises UserError for unusable queries."""
+    units = database.unit_queries(queries, 1)
+    if not len(units):
+        raise UserError(f"no queries to calibrate {database.root.url} with: give at least one")
+    return _calibration(database, units, np.full(len(units), -1))
 
+
+def recalibrate(root: Root, queries: npt.ArrayLike, like: str) -> list[dict[str, Any]]:
+    """Calibrate with these queries, (n, dim), and store the result beside the manifest of the database at a root.
+
+    Databases that are opened afterwards use it in place of an earlier calibration for the same kind of queries.
     like: "texts" or "images". Raises UserError for another kind and for unusable queries.
     """
     if like not in QUERY_KINDS:
         raise UserError(f"like must be one of {', '.join(QUERY_KINDS)}, got {like!r}")
-    database = Database.open(root)
-    units = database.unit_queries(queries, K)
-    entries = _calibration(database, units, np.full(len(units), -1))
-    manifest = read_manifest(root, "")
-    calibration = {**manifest.values["calibration"], like: entries}
-    updated = replace(manifest, values={**manifest.values, "calibration": calibration})
-    root.write_json("manifest.json", asdict(updated))
+    database = Database.open(root).with_all_rows()
+    entries = calibrate_for(database, queries)
+    write_calibration(database.root, database.manifest, like, entries)
     return entries
 
 
-def _calibration(database: Database, units: Vectors, query_positions: Positions) -> list[dict[str, Any]]:
-    """Entries from the least effort on. Each step is the one with the largest gain in recall for its cost.
+def sample_captions(database: Database, num_queries: int, seed: int) -> list[str]:
+    """Captions of at most `num_queries` rows, without empty ones: texts as people write them for such images."""
+    positions = _draw(np.random.default_rng([seed, 2]), len(database), num_queries)
+    captions = database.metadata_at(np.sort(positions))["caption"].to_pylist()
+    return [caption for caption in captions if caption.strip()]
 
-    A step that does not raise the recall is not listed; the next step starts from it.
-    """
-    truth = similarities_without(*exact_search(database, units, K + 1), query_positions, K)
-    queries = Queries(units, query_positions, truth)
-    current = _measure(database, queries, Effort(1, _fewest_lists(database), 2))
-    entries = [current]
-    while entries[-1].recall < ENOUGH and (efforts := _next_efforts(database, current.effort)):
-        steps = [_measure(database, queries, effort) for effort in efforts]
-        current_cost = cost(database, current.effort)
-        gains = [(step.recall - current.recall) / (cost(database, step.effort) - current_cost) for step in steps]
-        current = steps[int(np.argmax(gains))]
-        if current.recall > entries[-1].recall:
-            entries.append(current)
+
+def _draw(random: np.random.Generator, total: int, most: int) -> Positions:
+    """Distinct positions below `total` in random order, about `most` of them if there are more."""
+    if total <= 2 * most:
+        return random.permutation(total)[:most]
+    return random.permutation(np.unique(random.integers(total, size=most)))
+
+
+def _calibration(database: Database, units: Vectors, query_positions: Positions) -> list[dict[str, Any]]:
+    ks = tuple(k for k in KS if k < len(database)) or (1,)
+    if ks[-1] < min(KS[-1], len(database) - 1):
+        ks = (*ks, len(database) - 1)
+    if database.is_exact:
+        return [asdict(_exact_effort(database, k)) for k in ks]
+    order = np.random.default_rng(0).permutation(len(units))  # a fifth of them is then a fair sample
+    queries = find_truth(database, units[order], query_positions[order], ks[-1])
+    entries: list[MeasuredEffort] = []
+    for group in (tuple(k for k in ks if k < LARGE_K), tuple(k for k in ks if k >= LARGE_K)):
+        if group:
+            count = len(units) if group[-1] < LARGE_K else math.ceil(len(units) / 5)
+            measured = _measure(database, queries.first(count, group[-1] + TIES), group)
+            entries += [
+                entry for k in group for entry in (*_cheapest(database, measured[k]), _exact_effort(database, k))
+            ]
     return [asdict(entry) for entry in entries]
 
 
-def _num_lists(database: Database) -> int:
-    return max(partition.num_lists for partition in database.partitions if len(partition))
+def _measure(database: Database, queries: Queries, ks: tuple[int, ...]) -> dict[int, list[MeasuredEffort]]:
+    """Every combination of partitions, lists and candidates with its recall, for each k."""
+    partitions = _ladder(len(database.partitions))
+    visited = np.searchsorted(partitions, partition_ranks(database, queries), side="right").astype(np.int8)
+    measured: dict[int, list[MeasuredEffort]] = {k: [] for k in ks}
+    for lists in _ladder(max(part.num_lists for part in database.partitions if len(part))):
+        least = least_candidates(database, queries, int(lists), ks)
+        in_lists = []
+        for k in ks:
+            steps = candidate_steps(k)
+            recalls = recall_by_effort(queries, k, (visited, least[k]), (len(partitions), len(steps)))
+            if not len(recalls):
+                continue
+            for i, j in np.ndindex(recalls.shape[1:]):
+                effort = Effort(int(partitions[i]), int(lists), int(steps[j]))
+                measured[k].append(MeasuredEffort(effort, *confidence_interval(recalls[:, i, j]), len(recalls), k))
+            in_lists.append(float(recalls[:, -1, -1].mean()))
+        if min(in_lists, default=1.0) >= ENOUGH:
+            break
+    return measured
 
 
-def _fewest_lists(database: Database) -> int:
-    """The number of lists that hold 2 K rows on average; fewer lists may not hold K neighbors."""
-    lists = _num_lists(database)
-    return min(lists, math.ceil(2 * (K + 1) * lists * len(database.partitions) / len(database)))
+def _cheapest(database: Database, measured: list[MeasuredEffort]) -> list[MeasuredEffort]:
+    """The cheapest effort for each of RECALLS that the lower end of its interval reaches, in ascending cost."""
+    by_cost = sorted(measured, key=lambda entry: cost(database, entry.effort, entry.k))
+    reached = (next((entry for entry in by_cost if entry.low >= recall), None) for recall in RECALLS)
+    return list(dict.fromkeys(entry for entry in reached if entry))
 
 
-def _measure(database: Database, queries: Queries, effort: Effort) -> MeasuredEffort:
-    results = database.search(queries.units, K + 1, effort=effort)
-    similarities = similarities_without(results.similarities, results.positions, queries.positions, K)
-    mean, low, high = confidence_interval(recall_per_query(similarities, queries.truth))
-    return MeasuredEffort(effort, mean, low, high, len(queries.units), K)
+def _exact_effort(database: Database, k: int) -> MeasuredEffort:
+    """The effort that compares all rows."""
+    rows = len(database)
+    effort = Effort(1, 1, 1) if database.is_exact else Effort(len(database.partitions), rows, rows)
+    return MeasuredEffort(effort, 1.0, 1.0, 1.0, 0, k)
 
 
-def cost(database: Database, effort: Effort) -> float:
-    """Bytes that a query for K neighbors reads with an effort: an estimate that only orders efforts."""
-    lists = effort.lists_per_partition
+def _ladder(most: int) -> Numbers:
+    """1, 2, 3, 4, 6, 8, 12, ... up to `most`."""
+    steps = sorted(
+        {1, most, *(factor * 2**power for power in range(64) for factor in (1, 1.5) if power or factor == 1)}
+    )
+    return np.array([int(step) for step in steps if step <= most])
+
+
+def cost(database: Database, effort: Effort, k: int) -> float:
+    """Bytes that a query for k neighbors reads with an effort: an estimate that only orders efforts."""
+    num_lists = max(partition.num_lists for partition in database.partitions if len(partition))
     rows = max(len(database) / len(database.partitions), 1)
-    codes = lists * 2 * rows / _num_lists(database) * database.dim / DIMENSIONS_PER_CODE / 2
-    graph = 40 * lists * database.dim * 2
+    codes = effort.lists_per_partition * 2 * rows / num_lists * database.dim / DIMENSIONS_PER_CODE / 2
+    graph = 40 * effort.lists_per_partition * database.dim * 2
     # Vectors are read at random places, which is counted as twice the bytes.
-    vectors = K * effort.candidates_per_result * database.dim * 2 * 2
+    vectors = k * effort.candidates_per_result * database.dim * 2 * 2
     return effort.partitions_per_query * (codes + graph + vectors)
-
-
-def _next_efforts(database: Database, effort: Effort) -> list[Effort]:
-    """Efforts with one field raised by one step of the ladder."""
-    limits = {
-        "partitions_per_query": len(database.partitions),
-        "lists_per_partition": _num_lists(database),
-        "candidates_per_result": MOST_CANDIDATES,
-    }
-    values = asdict(effort)
-    return [
-        replace(effort, **{field: min(limit, next(step for step in LADDER if step > values[field]))})
-        for field, limit in limits.items()
-        if values[field] < min(limit, LADDER[-1])
-    ]

@@ -4,6 +4,7 @@ A query visits the partitions nearest to it. The index of each partition propose
 exact similarity: the candidates are approximate, their order is exact.
 """
 
+import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,19 +14,22 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from retrieval.clip.identity import EncoderIdentity
+from retrieval.database.efforts import Efforts
 from retrieval.database.result_table import result_table
+from retrieval.database.stored_calibration import read_calibrations
 from retrieval.database.unit_rows import unit_queries, whole_k
 from retrieval.errors import UserError
-from retrieval.index.effort import QUERY_KINDS, Effort, MeasuredEffort, cheapest_effort
-from retrieval.index.hidden import Ids, hidden_ids
+from retrieval.index.effort import Effort, MeasuredEffort
+from retrieval.index.hidden import Ids, as_ids, hidden_ids
 from retrieval.index.partition import Partition
-from retrieval.index.routing import Vectors, route, unit
+from retrieval.index.partition_files import load_array, load_file
+from retrieval.index.routing import Numbers, Vectors, route, unit
 from retrieval.index.top_k import Positions, empty_top_k, merge_top_k
 from retrieval.storage.arrow_columns import take_rows
 from retrieval.storage.manifest import Manifest, read_manifest
 from retrieval.storage.root import Root
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """Version of the files of a database. Databases of other versions are refused."""
 
 
@@ -73,10 +77,10 @@ class Database:
         self.encoder = EncoderIdentity(**manifest.values["encoder"])
         self.dim = self.encoder.dim
         self.partition_rows = np.asarray(manifest.values["rows"], np.int64)
-        self.partitions = [Partition(root, number, hidden) for number in range(len(self.partition_rows))]
+        self.partitions = [Partition.open(root, number, hidden) for number in range(len(self.partition_rows))]
+        self._warned: set[str] = set()
         self._offsets = np.concatenate([[0], np.cumsum(self.partition_rows)])
-        with root.local("centroids.npy") as path:
-            self.centroids: Vectors = np.load(path, allow_pickle=False)
+        self.centroids: Vectors = load_file(root, "centroids.npy", load_array)
 
     @classmethod
     def open(cls, root: Root | str) -> "Database":
@@ -92,18 +96,42 @@ class Database:
             )
         for shard in manifest.shards:
             for file in shard.files:
-                size = root.size(file.name.removeprefix(f"{manifest.stage}/"))
+                name = file.name.removeprefix(f"{manifest.stage}/")
+                size = root.size(name)
                 if size != file.bytes:
                     raise UserError(
-                        f"{root.at(file.name)} has {size} bytes, expected {file.bytes} (manifest.json): "
+                        f"{root.at(name)} has {size} bytes, expected {file.bytes} (manifest.json): "
                         "the database is damaged. Build it again."
                     )
         return cls(root, manifest, hidden_ids(root))
 
     def without(self, ids: npt.ArrayLike) -> "Database":
-        """This database with more image ids hidden, in the returned object only."""
-        hidden = np.union1d(self.hidden, np.asarray(ids, np.int64).reshape(-1))
-        return Database(self.root, self.manifest, hidden)
+        """This database with more image ids hidden, in the returned object only. Both share all opened files."""
+        return self._hiding(np.union1d(self.hidden, as_ids(ids)))
+
+    def with_all_rows(self) -> "Database":
+        """This database with no row hidden, in the returned object only."""
+        return self._hiding(np.empty(0, np.int64))
+
+    def _hiding(self, hidden: Ids) -> "Database":
+        other = copy.copy(self)
+        other.hidden = hidden
+        other.partitions = [Partition(partition.files, hidden) for partition in self.partitions]
+        for name in ("hidden_rows", "_chosen"):
+            other.__dict__.pop(name, None)
+        return other
+
+    @cached_property
+    def hidden_rows(self) -> Numbers:
+        """Number of hidden rows in each partition, (partitions,). Reads the ids of all rows if any id is hidden."""
+        if not len(self.hidden):
+            return np.zeros(len(self.partitions), np.int64)
+        return np.array([partition.num_hidden for partition in self.partitions], np.int64)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every search compares all rows: one partition without lists and without a graph."""
+        return len(self.partitions) == 1 and self.partitions[0].is_flat
 
     def __len__(self) -> int:
         return int(self._offsets[-1])
@@ -111,6 +139,10 @@ class Database:
     def first_position(self, number: int) -> int:
         """Position in the database of the first row of a partition."""
         return int(self._offsets[number])
+
+    def partition_numbers(self, positions: Positions) -> Positions:
+        """The partition of each row by position (...)."""
+        return np.searchsorted(self._offsets, positions, side="right") - 1
 
     def ids_at(self, positions: Positions) -> Ids:
         """Image ids (...) int64 of rows by position (...)."""
@@ -160,38 +192,44 @@ class Database:
                 f"(weights {identity.weights}). Set [clip] to the former, or build the database again."
             )
 
-    def effort(self, recall: float, like: str = "images") -> Effort:
-        """The cheapest effort that reached a recall when this database was calibrated. like: "images" or "texts".
+    @cached_property
+    def calibration(self) -> dict[str, list[MeasuredEffort]]:
+        """The measured efforts for each kind of queries."""
+        return read_calibrations(self.root, self.manifest)
 
-        If it has no calibration for texts: the effort for images with twice the partitions and lists.
+    def effort(self, recall: float, like: str = "images", k: int = 20) -> Effort:
+        """The cheapest effort that reached a recall of k neighbors in the calibration. like: "images" or "texts".
+
+        Without a calibration for texts: a safe effort. Warns (RecallWarning, once) in this case, for a k beyond
+        those that were measured, and where only comparing all rows reached the recall: see `efforts.Efforts`.
         """
-        if like not in QUERY_KINDS:
-            raise UserError(f"like must be one of {', '.join(QUERY_KINDS)}, got {like!r}")
-        if like in self._calibration:
-            return cheapest_effort(self._calibration[like], recall)
-        effort = cheapest_effort(self._calibration["images"], recall)
-        partitions = min(2 * effort.partitions_per_query, len(self.partitions))
-        return Effort(partitions, 2 * effort.lists_per_partition, effort.candidates_per_result)
+        return self._chosen.effort(recall, like, min(k, len(self)))
 
     @cached_property
-    def _calibration(self) -> dict[str, list[MeasuredEffort]]:
-        calibration = self.manifest.values["calibration"]
-        return {kind: [MeasuredEffort.from_manifest(entry) for entry in calibration[kind]] for kind in calibration}
+    def _chosen(self) -> Efforts:
+        return Efforts(self.root.url, self.calibration, self.partition_rows, self.hidden_rows, self._warned)
 
     def search(
-        self, queries: npt.ArrayLike, k: int, *, recall: float = 0.95, effort: Effort | None = None
+        self,
+        queries: npt.ArrayLike,
+        k: int,
+        *,
+        recall: float = 0.95,
+        like: str = "images",
+        effort: Effort | None = None,
     ) -> Neighbors:
         """The k rows most similar to each query. queries: (n, dim) numbers of any length > 0: an array, a
         tensor of torch or nested lists.
 
-        recall: wanted share of the true k neighbors, on average; the calibration in the manifest maps it to
-        an effort. effort: used instead of recall. Returns fewer than k neighbors only if fewer rows are
-        visible. Equal similarities from different partitions are ordered by position. Raises UserError for
-        k < 1 and for queries of another dimension, zero or not finite.
+        recall: wanted share of the true k neighbors, on average over new queries; the calibration of the database
+        maps it to an effort. like: the kind of the queries, "images" or "texts"; texts need more effort. effort:
+        used instead of both. Returns fewer than k neighbors only if fewer rows are visible. Equal similarities
+        from different partitions are ordered by position. Warns as `effort`. Raises UserError for k < 1 and for
+        queries of another dimension, zero or not finite.
         """
         units = self.unit_queries(queries, k)
         k = min(int(k), len(self))
-        effort = effort or self.effort(recall)
+        effort = effort or self.effort(recall, like, k)
         return self.neighbors(*self.search_partitions(units, k, effort, self.route(units, k, effort)))
 
     def neighbors(self, similarities: Vectors, positions: Positions) -> Neighbors:
@@ -215,8 +253,7 @@ class Database:
         if len(self.partitions) == 1:
             return np.zeros((len(units), 1), np.int64)
         order = route(units, self.centroids, len(self.partitions))
-        rows = np.cumsum(self.partition_rows[order], axis=1)
-        needed = 1 + (rows < k + len(self.hidden)).sum(axis=1)
+        needed = 1 + (np.cumsum((self.partition_rows - self.hidden_rows)[order], axis=1) < k).sum(axis=1)
         needed = np.maximum(effort.partitions_per_query, needed)
         visits = np.where(np.arange(order.shape[1]) < needed[:, None], order, -1)
         return visits[:, : min(needed.max(initial=1), order.shape[1])]
@@ -253,7 +290,7 @@ class Database:
     def _by_partition(self, positions: Positions) -> list[tuple[int, Any, Any]]:
         """For each partition with some of the rows: its number, indices into the flat positions, its rows."""
         flat = positions.reshape(-1)
-        numbers = np.searchsorted(self._offsets, flat, side="right") - 1
+        numbers = self.partition_numbers(flat)
         return [
             (int(number), index := np.flatnonzero(numbers == number), flat[index] - self._offsets[number])
             for number in np.unique(numbers)

@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-import faiss
 import numpy as np
 import numpy.typing as npt
 
@@ -13,8 +12,6 @@ from retrieval.index.top_k import Positions, empty_top_k, merge_top_k
 
 ROUNDING = 1e-5
 """Similarities of unit vectors that differ by less are equal: the order of summation explains it."""
-BLOCK_ROWS = 32_768
-"""Database rows compared at once: 100 MB of 768 dimensions in float32."""
 
 
 def exact_search(database: Database, queries: Vectors, k: int) -> tuple[Vectors, Positions]:
@@ -23,19 +20,12 @@ def exact_search(database: Database, queries: Vectors, k: int) -> tuple[Vectors,
     queries: (n, dim) float32 unit rows. Best first, equal similarities by ascending position; (-inf, -1)
     where fewer than k rows are visible.
     """
-    similarities, positions = empty_top_k(len(queries), k)
+    results = empty_top_k(len(queries), k)
     for number, partition in enumerate(database.partitions):
-        for start in range(0, len(partition), BLOCK_ROWS):
-            rows = np.arange(start, min(start + BLOCK_ROWS, len(partition)))
-            if partition.visible is not None:
-                rows = rows[partition.visible[rows]]
-            if not len(rows):
-                continue
-            block = partition.embeddings[rows].astype(np.float32)
-            best, columns = faiss.knn(queries, block, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)
-            block_results = best, rows[columns] + database.first_position(number)
-            similarities, positions = merge_top_k((similarities, positions), block_results, k)
-    return similarities, positions
+        similarities, rows = partition.compare_all(queries, k)
+        positions = np.where(rows < 0, -1, rows + database.first_position(number))
+        results = merge_top_k(results, (similarities, positions), k)
+    return results
 
 
 def similarities_without(similarities: Vectors, positions: Positions, query_positions: Positions, k: int) -> Vectors:

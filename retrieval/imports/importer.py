@@ -10,14 +10,15 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from retrieval.clip.identity import EncoderIdentity
-from retrieval.database.build import DatabaseIdentity, write_database
+from retrieval.database.build import OWN_FILE, DatabaseIdentity, write_database
+from retrieval.database.calibration import recalibrate
 from retrieval.database.database import Database
 from retrieval.database.unit_rows import unit_rows
 from retrieval.errors import UserError
 from retrieval.imports.metadata import read_metadata
-from retrieval.imports.readers import read_source_blocks
+from retrieval.imports.readers import read_source_blocks, read_text_queries
 from retrieval.imports.source import Path, VectorSource
-from retrieval.index.hidden import HIDDEN_FILE
+from retrieval.index.hidden import KEPT_BY_BUILDS
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
 from retrieval.storage.arrow_columns import take_rows
@@ -26,8 +27,6 @@ from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
 from retrieval.storage.schema import Reason
 
-DATABASE_FILES = (HIDDEN_FILE, "centroids.npy", "partitions/")
-"""Files of an interrupted build, which another build may remove."""
 UNIT_TOLERANCE = 0.005
 """Lengths of normalized float16 vectors differ from 1 by at most this."""
 
@@ -85,7 +84,8 @@ def build_database(
     """Build a database from vectors of any origin in folder `root`, and open it. Replaces a database there.
 
     vectors, metadata: as in `VectorSource`, or a `VectorSource`. The rows must fit in memory as float16. Of
-    several rows with one image id, the first is kept. Raises UserError for an unreadable source, vectors of
+    several rows with one image id, the first is kept. A `VectorSource` can contain vectors of texts, which measure the
+    recall of searches for texts. Raises UserError for an unreadable source, vectors of
     another length than encoder.dim, no usable row, or a folder with other files.
     """
     if not encoder.model or encoder.dim < 1:
@@ -108,6 +108,8 @@ def build_database(
     values: dict[str, object] = {"changed_values": dict(changed)} if changed else {}
     identity = DatabaseIdentity(name, {"source": _digest(table)}, dict(reasons), values)
     write_database(parent, table, encoder, config or IndexConfig.model_validate({}), identity)
+    if (texts := read_text_queries(source)) is not None:
+        recalibrate(parent.child(name), texts, "texts")
     return Database.open(root)
 
 
@@ -126,8 +128,9 @@ def _digest(table: pa.Table) -> str:
 
 
 def _require_free(folder: Root) -> None:
-    """Raises UserError for a folder with other files than a database's, because a build deletes them."""
+    """Raises UserError for a folder that contains other files and no database."""
     if folder.exists("manifest.json") and "encoder" in read_manifest(folder, "").values:
         return
-    if others := [name for name in folder.list("") if not name.startswith(DATABASE_FILES)]:
+    own = (name for name in folder.list("") if OWN_FILE.fullmatch(name) or name.startswith(KEPT_BY_BUILDS))
+    if others := sorted(set(folder.list("")) - set(own)):
         raise UserError(f"{folder.url} contains {others[0]} and is not a database: name another folder")

@@ -21,10 +21,11 @@ from retrieval.database.unit_rows import as_array
 from retrieval.errors import UserError
 from retrieval.imports.source import SourceColumns, VectorSource, find_column, metadata_columns
 from retrieval.storage.arrow_columns import is_float_list, plain
-from retrieval.storage.data_files import data_files
+from retrieval.storage.data_files import data_files, split_path
 from retrieval.storage.root import Root
 
 BLOCK_ROWS = 32_768
+MAX_TEXT_QUERIES = 1_000
 FLOATS = (np.float16, np.float32, np.float64)
 CLIP_RETRIEVAL = {"images": "img_emb", "texts": "text_emb"}
 """Folders of clip-retrieval's output, by kind of vectors."""
@@ -59,6 +60,27 @@ def read_source_blocks(source: VectorSource) -> Iterator[SourceBlock]:
             yield from _parquet_blocks(root, name, source.columns)
     else:
         raise UserError(_no_vectors(root, names))
+
+
+def read_text_queries(source: VectorSource) -> npt.NDArray[np.generic] | None:
+    """At most MAX_TEXT_QUERIES vectors of texts of a source, evenly spaced, (n, dim); None if it has none.
+
+    Raises UserError if they cannot be read.
+    """
+    if isinstance(source.text_queries, str | os.PathLike):
+        arrays = [_load_vectors(*split_path(source.text_queries))]
+    elif source.text_queries is not None:
+        arrays = [check_array(as_array(source.text_queries, "the text queries"), "the text queries")]
+    elif not isinstance(source.vectors, str | os.PathLike) or source.part == "texts":
+        return None
+    else:
+        root, names = data_files(source.vectors, "It was expected to be a file or folder of vectors.")
+        folder = f"{CLIP_RETRIEVAL['texts']}/"
+        arrays = [_load_vectors(root, name) for name in _with_suffix(names, ".npy") if name.startswith(folder)]
+    step = max(1, -(-sum(map(len, arrays)) // MAX_TEXT_QUERIES))
+    texts = np.concatenate([array[::step] for array in arrays]) if arrays else np.empty((0, 0), np.float32)
+    usable = np.isfinite(texts).all(axis=1) & texts.any(axis=1)
+    return texts[usable] if usable.any() else None
 
 
 def load_npy(root: Root, name: str) -> npt.NDArray[np.generic]:

@@ -56,6 +56,9 @@ class VectorSource:
     """Names of the columns."""
     part: Literal["images", "texts"] = "images"
     """Vectors to read from a clip-retrieval folder."""
+    text_queries: npt.NDArray[np.generic] | Path | None = None
+    """Vectors of typical texts, (n, dim) or a .npy file, to measure the recall of searches for texts. Default: those
+    of a clip-retrieval folder, if it has any."""
 
 
 def find_column(table: pa.Schema, columns: SourceColumns, field_name: str, location: str) -> str:

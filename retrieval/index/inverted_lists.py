@@ -10,6 +10,7 @@ from typing import Any
 
 import faiss
 import numpy as np
+import numpy.typing as npt
 
 from retrieval.index.kmeans import nearest_centroids, train_centroids
 from retrieval.index.routing import AnyVectors, Numbers, Vectors
@@ -45,16 +46,30 @@ def num_lists(rows: int) -> int:
     return int(2 ** round(np.log2(8 * np.sqrt(rows))))
 
 
-def train_inverted_lists(rows: AnyVectors, seed: int) -> InvertedLists:
-    """Index unit rows (n, dim). Peak memory besides the rows: a float32 copy of one block."""
+def held_out(ids: Numbers) -> npt.NDArray[np.bool_]:
+    """Which rows train no centroid and no code, about one of 16 by a hash of the image id, (n,).
+
+    They are as far from the centroids as new queries, so the calibration uses them as queries.
+    """
+    return (ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(60) == 0
+
+
+def train_inverted_lists(rows: AnyVectors, seed: int, untrained: npt.NDArray[np.bool_] | None = None) -> InvertedLists:
+    """Index unit rows (n, dim). Peak memory besides the rows: a float32 copy of one block.
+
+    untrained: (n,) rows that are indexed but train nothing. It is ignored where too few rows would be left.
+    """
     random = np.random.default_rng(seed)
     lists = num_lists(len(rows))
-    sample = np.sort(random.permutation(len(rows))[: SAMPLE_PER_LIST * lists])
+    order = random.permutation(len(rows))
+    if untrained is not None and (~untrained).sum() >= max(lists, len(rows) // 2):
+        order = order[~untrained[order]]
+    sample = np.sort(order[: SAMPLE_PER_LIST * lists])
     centroids = train_centroids(rows[sample], lists, seed)
     nearest = nearest_centroids(rows, centroids, nearest=2)
     order = np.argsort(nearest[:, 0], kind="stable")
     index = _empty_index(centroids)
-    chosen = np.sort(random.permutation(len(rows))[:SAMPLE_CODES])
+    chosen = np.sort(random.permutation(order)[:SAMPLE_CODES])
     index.train(np.asarray(rows[chosen], np.float32))
     _add(index, rows, order, nearest[:, 0], np.arange(len(rows)))
     stored = np.empty(len(rows), np.int64)

@@ -1,12 +1,13 @@
-"""One opened partition of a database: memory maps on a local disk, whole files from an object store.
+"""One partition of a database: its files, the rows that are hidden, and the search.
 
-The index proposes candidates from its codes, and faiss ranks them by their stored float16 vectors.
+The index proposes candidates from its codes, and faiss ranks them by their stored float16 vectors. A search over
+hidden rows searches all rows, drops the hidden ones, and where fewer than k are left it searches for more results in
+more lists: the effort grows with the hidden rows near the query, and with nothing else.
 """
 
-import threading
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import faiss
 import numpy as np
@@ -15,149 +16,190 @@ import pyarrow as pa
 
 from retrieval.index.effort import Effort
 from retrieval.index.hidden import Ids
-from retrieval.index.rerank import RerankIndex
+from retrieval.index.partition_files import PartitionFiles
 from retrieval.index.routing import Numbers, Vectors, partition_folder
-from retrieval.index.top_k import empty_top_k
+from retrieval.index.top_k import TopK, empty_top_k, merge_top_k, top_k
 from retrieval.storage import schema
 from retrieval.storage.root import Root
 
-GRAPH_SPARE = 8
-"""Centroids that the walk through the graph keeps in addition to the lists to visit."""
+SCALES = tuple(float(factor * 2**power) for power in range(40) for factor in (1, 1.5))
+"""Factors by which a repeated search raises the results and the lists: 1, 1.5, 2, 3, 4, 6, 8, ..."""
+SPARE = 1.25
+"""A repeated search fetches this many times the results that it expects to need."""
+FIRST_SCALE = 8.0
+"""Factor of the next search where a search returned no visible row."""
+MAX_RANKED_SHARE = 0.25
+"""Where a search would rank more than this share of the visible rows, all of them are compared instead."""
+BLOCK_ROWS = 32_768
+"""Rows compared at once: 100 MB of 768 dimensions in float32."""
+BLOCK_BYTES = 1 << 26
+"""Vectors that are ranked at once after a comparison of all rows."""
 
 
 class Partition:
-    """One partition. Its files are opened on first use. Safe to share between threads."""
+    """One partition without its hidden rows. Safe to share between threads."""
 
-    def __init__(self, root: Root, number: int, hidden: Ids) -> None:
-        self._root = root
-        self._folder = partition_folder(number)
+    def __init__(self, files: PartitionFiles, hidden: Ids) -> None:
+        self.files = files
         self._hidden = hidden
-        self._lock = threading.Lock()
-        self._parameters: dict[tuple[Effort, int], Any] = {}
+
+    @classmethod
+    def open(cls, root: Root, number: int, hidden: Ids) -> Self:
+        """A partition of the database at a root, with files of its own."""
+        return cls(PartitionFiles(root, partition_folder(number)), hidden)
 
     def __len__(self) -> int:
         return len(self.embeddings)
 
-    @cached_property
+    @property
     def embeddings(self) -> npt.NDArray[np.float16]:
         """(rows, dim) float16 unit rows, sorted by list."""
-        with self._root.local(f"{self._folder}/embeddings.npy") as path:
-            # Mode "c" (copy on write), because faiss and torch accept only writable arrays.
-            return np.load(path, mmap_mode="c" if self._root.is_local else None, allow_pickle=False)
+        return self.files.embeddings
 
-    @cached_property
+    @property
     def metadata(self) -> pa.Table:
         """schema.METADATA, in the order of the embeddings."""
-        with self._root.local(f"{self._folder}/metadata.arrow") as path:
-            source = pa.memory_map(str(path)) if self._root.is_local else pa.py_buffer(path.read_bytes())
-            return schema.check_table(pa.ipc.open_file(source).read_all(), schema.METADATA, self._folder)
+        return self.files.metadata
 
-    @cached_property
+    @property
     def ids(self) -> Ids:
         """(rows,) image ids."""
-        return np.asarray(self.metadata[schema.IMAGE_ID].to_numpy())
+        return self.files.ids
 
     @cached_property
     def norms(self) -> Vectors:
         """(rows,) lengths of the CLIP vectors before normalization, NaN if unknown."""
         return np.asarray(self.metadata[schema.NORM].fill_null(np.nan).to_numpy())
 
-    @cached_property
-    def visible(self) -> npt.NDArray[np.bool_] | None:
-        """(rows,) True for the rows that are not hidden; None where no row is hidden."""
-        hidden = np.isin(self.ids, self._hidden) if len(self._hidden) else np.zeros(0, bool)
-        return ~hidden if hidden.any() else None
-
-    @cached_property
+    @property
     def lists(self) -> tuple[Numbers, Vectors]:
         """Offsets (lists + 1,) and centroids (lists, dim) of the lists. Without lists all rows are one."""
-        name = f"{self._folder}/lists.npy"
-        if not self._root.exists(name):
-            return np.array([0, len(self)]), np.zeros((1, self.embeddings.shape[1]), np.float32)
-        with self._root.local(name) as path:
-            offsets = np.load(path, allow_pickle=False)
-        with self._root.local(f"{self._folder}/list_centroids.npy") as path:
-            return offsets, np.load(path, allow_pickle=False)
+        return self.files.lists
 
     @property
     def index(self) -> Any:
         """The faiss.IndexRefine to search for `results_per_row * k` results, because rows may repeat."""
-        return self._opened[0]
+        return self.files.opened[0]
 
     @property
     def results_per_row(self) -> int:
         """How often one row can be among the results of `index`."""
-        return 2 if isinstance(self._base, faiss.IndexIVFPQFastScan) else 1
+        return self.files.results_per_row
 
     @property
     def num_lists(self) -> int:
         """Number of inverted lists; 1 where a search visits all rows."""
-        return self._base.nlist if isinstance(self._base, faiss.IndexIVF) else 1
+        return self.files.num_lists
 
     @property
-    def _base(self) -> Any:
-        return self._opened[1]
-
-    @property
-    def _opened(self) -> tuple[Any, Any, RerankIndex]:
-        """The index, the base index that it refines, and the owner of the vectors that it ranks by."""
-        with self._lock:  # else two threads would both read the file
-            return self._read
-
-    @cached_property
-    def _read(self) -> tuple[Any, Any, RerankIndex]:
-        with self._root.local(f"{self._folder}/index.faiss") as path:
-            base = faiss.read_index(str(path))
-        rerank = RerankIndex(self.embeddings)
-        return faiss.IndexRefine(base, rerank.index), base, rerank
+    def is_flat(self) -> bool:
+        """Whether the index compares all rows."""
+        return self.files.is_flat
 
     def parameters(self, effort: Effort, k: int) -> Any:
         """faiss.IndexRefineSearchParameters for an effort and k wanted results."""
-        if (effort, k) not in self._parameters:  # creating them takes a tenth of the time of a search
-            self._parameters[effort, k] = self._make_parameters(effort, k)
-        return self._parameters[effort, k]
+        return self.files.parameters(effort, k)
 
-    def _make_parameters(self, effort: Effort, k: int) -> Any:
-        lists = min(effort.lists_per_partition, self.num_lists)  # with more faiss returns wrong results
-        selector = None
-        if self.visible is not None:
-            selector = faiss.IDSelectorNot(faiss.IDSelectorBatch(np.flatnonzero(~self.visible)))
-        if isinstance(self._base, faiss.IndexIVF):
-            graph = faiss.SearchParametersHNSW(efSearch=lists + GRAPH_SPARE)
-            coarse = graph if isinstance(self._base, faiss.IndexIVFPQFastScan) else None
-            base = faiss.SearchParametersIVF(nprobe=lists, sel=selector, quantizer_params=coarse)
-        elif isinstance(self._base, faiss.IndexHNSW):
-            base = faiss.SearchParametersHNSW(efSearch=max(16, k * effort.candidates_per_result), sel=selector)
-        else:
-            base = faiss.SearchParameters(sel=selector)
-        factor = max(1.0, effort.candidates_per_result / self.results_per_row)
-        return faiss.IndexRefineSearchParameters(k_factor=factor, base_index_params=base)
+    @cached_property
+    def visible(self) -> npt.NDArray[np.bool_] | None:
+        """(rows,) True for the rows that are not hidden; None where no row is hidden."""
+        hidden = np.isin(self.ids, self._hidden) if len(self._hidden) and len(self) else np.zeros(0, bool)
+        return ~hidden if hidden.any() else None
 
-    def search(self, queries: Vectors, k: int, effort: Effort) -> tuple[Vectors, Numbers]:
+    @cached_property
+    def num_hidden(self) -> int:
+        """Number of the rows of this partition that are hidden."""
+        return 0 if self.visible is None else int((~self.visible).sum())
+
+    def search(self, queries: Vectors, k: int, effort: Effort) -> TopK:
         """Exact similarities and row numbers of the best candidates, best first, each (n, at most k).
 
-        queries: (n, dim) unit rows. Where the visited lists hold too few rows, more lists are visited, in the
-        end all rows. If fewer than k rows are visible, results end in similarity -inf and row -1.
+        queries: (n, dim) unit rows. Similarities are in [-1, 1]. Where the visited lists hold too few visible rows,
+        more lists are visited, in the end all rows. If fewer than k rows are visible, results end in similarity
+        -inf and row -1.
         """
-        k = min(k, len(self))
-        similarities, rows = self.index.search(queries, k * self.results_per_row, params=self.parameters(effort, k))
-        if self.results_per_row > 1:
-            similarities, rows = drop_repeats(similarities, rows, k)
-        short = np.flatnonzero(rows[:, -1] < 0)
-        if len(short) and effort.lists_per_partition < self.num_lists:
-            higher = replace(effort, lists_per_partition=4 * effort.lists_per_partition)
-            similarities[short], rows[short] = self.search(queries[short], k, higher)
-        else:
-            for i in short:
-                similarities[i], rows[i] = self._compare_all(queries[i], k)
+        return self._search(queries, min(k, len(self)), effort, 1.0)
+
+    def compare_all(self, queries: Vectors, k: int) -> TopK:
+        """The k best visible rows of each query by comparing all rows, (-inf, -1) where there are fewer."""
+        results = empty_top_k(len(queries), k)
+        for start in range(0, len(self), BLOCK_ROWS):
+            rows = np.arange(start, min(start + BLOCK_ROWS, len(self)))
+            if self.visible is not None:
+                rows = rows[self.visible[rows]]
+            if len(rows):
+                block = self.embeddings[rows].astype(np.float32)
+                best, columns = faiss.knn(queries, block, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)
+                results = merge_top_k(results, (_clipped(best), rows[columns]), k)
+        return results
+
+    def _search(self, queries: Vectors, k: int, effort: Effort, scale: float) -> TopK:
+        """As `search`, in `scale` times the lists, and where rows are hidden for `scale` times the results."""
+        fetched = k if self.visible is None else min(int(np.ceil(scale * k)), len(self))
+        if self._compares_all(fetched * effort.candidates_per_result, effort, scale):
+            return self._rank_all(queries, k)
+        lists = min(int(np.ceil(scale * effort.lists_per_partition)), self.num_lists)
+        similarities, rows = self._search_index(
+            queries, fetched, replace(effort, partitions_per_query=1, lists_per_partition=lists)
+        )
+        if self.visible is not None:
+            similarities, rows = _first_visible(similarities, rows, self.visible, k)
+        if (rows[:, -1] >= 0).all():
+            return similarities, rows
+        scales = _next_scales(scale, (rows >= 0).sum(axis=1), k)
+        for next_scale in np.unique(scales[scales > 0]):
+            short = np.flatnonzero(scales == next_scale)
+            similarities[short], rows[short] = self._search(queries[short], k, effort, float(next_scale))
         return similarities, rows
 
-    def _compare_all(self, query: Vectors, k: int) -> tuple[Vectors, Numbers]:
-        products = self.embeddings.astype(np.float32) @ query
-        if self.visible is not None:
-            products[~self.visible] = -np.inf
-        best = np.argsort(-products, kind="stable")[:k]
-        return products[best], np.where(np.isfinite(products[best]), best, -1)
+    def _compares_all(self, ranked: int, effort: Effort, scale: float) -> bool:
+        """Whether a search that ranks so many candidates compares all visible rows instead."""
+        num_visible = len(self) - self.num_hidden
+        if scale == 1:
+            return not self.is_flat and effort.lists_per_partition >= self.num_lists and ranked >= num_visible
+        if self.visible is None:
+            return scale * effort.lists_per_partition >= 1.5 * self.num_lists
+        return self.is_flat or ranked >= MAX_RANKED_SHARE * num_visible
+
+    def _search_index(self, queries: Vectors, k: int, effort: Effort) -> TopK:
+        """The k best candidates of the index, hidden rows too; row -1 where the visited lists hold fewer."""
+        similarities, rows = self.index.search(queries, k * self.results_per_row, params=self.parameters(effort, k))
+        if self.results_per_row > 1:
+            return drop_repeats(_clipped(similarities), rows, k)
+        return _clipped(similarities), rows
+
+    def _rank_all(self, queries: Vectors, k: int) -> TopK:
+        """`compare_all`, with similarities that do not depend on the other queries, as those of the index."""
+        similarities, rows = self.compare_all(queries, k)
+        step = max(1, BLOCK_BYTES // max(1, 4 * k * self.embeddings.shape[1]))
+        for start in range(0, len(queries), step):
+            block = slice(start, start + step)
+            vectors = self.embeddings[rows[block]].astype(np.float32)
+            exact = _clipped(np.einsum("qkd,qd->qk", vectors, queries[block]))
+            exact = np.where(rows[block] < 0, -np.inf, exact).astype(np.float32)
+            similarities[block], rows[block] = top_k(exact, rows[block], k)
+        return similarities, rows
+
+
+def _clipped(similarities: Vectors) -> Vectors:
+    """The similarities in [-1, 1]: rows that are stored in float16 are longer or shorter than 1 by up to 0.0003."""
+    return np.maximum(np.minimum(similarities, 1), -1)
+
+
+def _first_visible(similarities: Vectors, rows: Numbers, visible: npt.NDArray[np.bool_], k: int) -> TopK:
+    """The first k visible results, (-inf, -1) where there are fewer."""
+    keep = (rows >= 0) & visible[rows]
+    order = np.argsort(~keep, axis=1, kind="stable")[:, :k]
+    keep = np.take_along_axis(keep, order, 1)
+    similarities = np.where(keep, np.take_along_axis(similarities, order, 1), -np.inf).astype(np.float32)
+    return similarities, np.where(keep, np.take_along_axis(rows, order, 1), -1)
+
+
+def _next_scales(scale: float, counts: Numbers, k: int) -> Vectors:
+    """The scale at which each query probably has k results, of SCALES; 0 where it has them. counts: (n,) results."""
+    wanted = np.where(counts > 0, SPARE * scale * k / np.maximum(counts, 1), FIRST_SCALE * scale)
+    steps = np.array(SCALES)
+    return np.where(counts < k, steps[np.searchsorted(steps, wanted)], 0)
 
 
 def drop_repeats(similarities: Vectors, rows: Numbers, k: int) -> tuple[Vectors, Numbers]:

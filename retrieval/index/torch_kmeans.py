@@ -1,6 +1,7 @@
 """The matrix products of k-means in torch: on a GPU where there is one, else on the CPU.
 
-Training compares in bfloat16, which moves no centroid noticeably; sums are float32.
+Training compares in bfloat16, which moves no centroid noticeably; sums are float32. Two trainings on the same device
+give the same centroids; those of a GPU differ from those of a CPU by rounding.
 """
 
 import numpy as np
@@ -29,12 +30,20 @@ class TorchSample:
         targets = torch.from_numpy(centroids).to(device, torch.bfloat16).T
         for block in self._tensor.split(BLOCK_ROWS):
             nearest = multiply(block, targets).max(dim=1).indices  # several times faster than argmax on CPUs
-            sums.index_add_(0, nearest, block.float())
+            add_rows(sums, nearest, block.float())
             sizes += torch.bincount(nearest, minlength=len(centroids))
         return _array(sums), sizes.cpu().numpy()
 
     def normalized(self, rows: Vectors) -> Vectors:
         return _array(torch.nn.functional.normalize(torch.from_numpy(rows), dim=1))
+
+
+def add_rows(sums: torch.Tensor, numbers: torch.Tensor, rows: torch.Tensor) -> None:
+    """Add each row (n, dim) to sums[number]; the same bits in every run."""
+    if sums.device.type == "cpu":
+        sums.index_add_(0, numbers, rows)
+    else:  # index_add_ of a GPU adds in an order that differs from run to run
+        sums.addmm_(torch.nn.functional.one_hot(numbers, len(sums)).T.to(rows.dtype), rows)
 
 
 def nearest_with_torch(vectors: AnyVectors, centroids: Vectors, nearest: int) -> Numbers:

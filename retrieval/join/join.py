@@ -44,7 +44,7 @@ def join_database(database: Database, queries: Vectors, config: JoinConfig, devi
         if not len(visitors) or not database.partition_rows[number]:
             continue
         # Not that of the database, which would keep the files of all partitions open.
-        partition = Partition(database.root, number, database.hidden)
+        partition = Partition.open(database.root, number, database.hidden)
         part = join_partition(partition, queries[visitors], config, device)
         _merge(result, visitors, part, database.first_position(number))
     return result
@@ -74,6 +74,8 @@ def join_partition(partition: Partition, queries: Vectors, config: JoinConfig, d
         if len(short):  # the lists had too few rows, or too many near copies
             similarities[short], rows[short], copies[short] = _compare_all(partition, tensor[short], config)
     rows[similarities.isneginf()] = -1
+    # Rows that are stored in float16 are not exactly of length 1.
+    similarities = similarities.where(similarities.isneginf(), similarities.clamp(-1, 1))
     best = top_k(similarities.cpu().numpy(), rows.cpu().numpy(), config.k)
     return JoinResult(*best, copies.cpu().numpy())
 

@@ -273,11 +273,11 @@ class Root:
         with suppress(FileNotFoundError), self._store_errors(name):
             self.fs.rm(path, recursive=True)
 
-    def delete_except(self, folder: str, kept: str) -> None:
-        """Remove all files below a folder, unfinished ones too, except the file `kept` directly in it."""
+    def delete_except(self, folder: str, kept: tuple[str, ...]) -> None:
+        """Remove all files below a folder, unfinished ones too. kept: beginnings of names in it that stay."""
         self.delete_partial_files(folder)
         for name in self.list(folder):
-            if name != f"{folder}/{kept}":
+            if not name.startswith(tuple(f"{folder}/{start}" for start in kept)):
                 self.delete(name)
 
     def delete_partial_files(self, folder: str) -> None:

@@ -35,11 +35,11 @@ class StageIdentity:
         return cls(digest, schema_version, config.output_fields(), upstream)
 
 
-def prepare_folder(root: Root, folder: str, identity: StageIdentity, kept: str = "") -> None:
+def prepare_folder(root: Root, folder: str, identity: StageIdentity, kept: tuple[str, ...] = ()) -> None:
     """Prepare the folder of a stage that did not finish with this identity. Call it before the first shard is written.
 
-    Deletes the manifest and unfinished files; where the identity differs, everything but the file `kept`. Raises as
-    `check_remake`.
+    Deletes the manifest and unfinished files; where the identity differs, everything but names that begin as one of
+    `kept`. Raises as `check_remake`.
     """
     is_same = check_remake(root, folder, identity)
     root.delete(f"{folder}/manifest.json")

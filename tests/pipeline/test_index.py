@@ -64,6 +64,15 @@ def test_a_shuffle_in_several_groups_gives_the_same_rows(root: Root, monkeypatch
     assert not root.exists("index/shuffle")
 
 
+def test_searches_for_texts_are_calibrated_with_the_captions(root: Root, clip: ClipConfig) -> None:
+    index.run(CONFIG, root, clip)
+    database = Database.open(root.child("index"))
+    assert {kind: entries[0].queries for kind, entries in database.calibration.items()} == {"images": 60, "texts": 60}
+    root.delete("index")
+    index.run(CONFIG, root)
+    assert [*Database.open(root.child("index")).calibration] == ["images"]
+
+
 def test_hidden_images_stay_hidden_in_a_rebuilt_index(root: Root) -> None:
     index.run(CONFIG, root)
     database = Database.open(root.child("index"))

@@ -145,7 +145,7 @@ def _conditioned(
 def _search(database: Database, queries: Vectors, search: Search, norm: ContextNorm) -> list[EmbeddedNeighbors]:
     """The most similar rows of a database for each query (n, dim), with vectors at the length that the model takes."""
     _, count, kind = search
-    results = database.search(queries, count, effort=database.effort(RECALL, kind))
+    results = database.search(queries, count, recall=RECALL, like=kind)
     embeddings = results.embeddings
     if norm == "raw":
         embeddings = at_raw_norm(embeddings, results.norms, f"database {database.name}")

@@ -21,7 +21,7 @@ from jobs.explore.guard import UploadQuota
 from jobs.explore.tabs.widgets import upload_field
 from jobs.explore.work_queue import BusyError, WorkQueue
 from retrieval.errors import NodeError, UserError
-from retrieval.index.hidden import HIDDEN_FILE, hide
+from retrieval.index.hidden import HIDDEN_FOLDER, hide
 from retrieval.storage.root import Root
 from tests.jobs.explore.explore_run import (
     encode_picture,
@@ -88,7 +88,7 @@ def test_an_opted_out_picture_is_not_served(run):
     try:
         app = open_app(run)
     finally:
-        green.delete(HIDDEN_FILE)
+        green.delete(HIDDEN_FOLDER)
     assert get(app, f"picture/green/{green_id(5)}").status_code == 404
     assert get(app, f"picture/green/{green_id(6)}").status_code == 200
 

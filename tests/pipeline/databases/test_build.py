@@ -47,6 +47,12 @@ def test_each_picture_of_a_folder_finds_itself(source: Path, encoder: Encoder, t
     assert captions["squares/b/a_red-square_11.jpg"] == "a red square 11"
 
 
+def test_searches_for_texts_are_calibrated_with_the_captions(source: Path, encoder: Encoder, tmp_path: Path) -> None:
+    database.run("squares", source, encoder, IndexConfig(rows_per_partition=4), Root(tmp_path))
+    opened = Database.open(Root(tmp_path).child("databases/squares"))
+    assert {kind: entries[0].queries for kind, entries in opened.calibration.items()} == {"images": 12, "texts": 12}
+
+
 def test_a_database_is_built_again_only_for_a_changed_picture_or_license(
     source: Path, encoder: Encoder, tmp_path: Path
 ) -> None:

@@ -174,8 +174,15 @@ def test_opening_reads_neither_vectors_nor_metadata_nor_indexes(build: Build, ve
         path.write_bytes(bytes(path.stat().st_size))
     opened = Database.open(database.root)
     assert len(opened) == 1200
-    with pytest.raises(ValueError, match="Cannot load"):
-        opened.embeddings()
+    for name, read in (
+        ("embeddings.npy", opened.embeddings),
+        ("metadata.arrow", opened.metadata),
+        ("lists.npy", lambda: opened.partitions[0].lists),
+        ("index.faiss", lambda: opened.partitions[0].files.base),
+    ):
+        path = database.root.at(f"partitions/00000/{name}")
+        with pytest.raises(UserError, match=rf"^{path} cannot be read .*damaged. Build it again"):
+            read()
 
 
 def test_a_folder_without_a_manifest_is_no_database(tmp_path: Path) -> None:

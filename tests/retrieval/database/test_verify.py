@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from retrieval import Database, UserError
-from retrieval.database import recall as database_recall
 from retrieval.database.verify import RecallSample, damaged_files, measure_recall, summarize_recall
+from retrieval.index import partition
 from retrieval.index.hidden import hide
 from retrieval.index.routing import Vectors, unit
 from tests.retrieval.conftest import DIM, brute_force, clustered
@@ -64,7 +64,7 @@ def test_the_recall_of_a_sample_estimates_that_of_all_rows(build: Build, monkeyp
     recall = measure_recall(database, RecallSample(500, 5, recall=0.5))
     assert recall.low < np.mean(per_query) < recall.high
     assert recall.high - recall.low < 0.05
-    monkeypatch.setattr(database_recall, "BLOCK_ROWS", 37)
+    monkeypatch.setattr(partition, "BLOCK_ROWS", 37)
     assert measure_recall(database, RecallSample(1500, 5, recall=0.5)).mean == pytest.approx(
         np.mean(per_query), abs=1e-3
     )

@@ -1,15 +1,18 @@
 """Hidden images: no database that is opened later returns them, and searches still return k results."""
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from retrieval import Database, Effort, Root, UserError, build_database
-from retrieval.index.hidden import HIDDEN_FILE, hidden_ids, hide
+from retrieval.index.hidden import EARLIER_FILE, HIDDEN_FOLDER, hidden_ids, hide
+from retrieval.index.partition_files import MAX_PARAMETERS
 from retrieval.index.routing import Vectors
-from tests.retrieval.conftest import brute_force, built, clustered
+from tests.retrieval.conftest import brute_force, built, clustered, share_found
 
 Build = Callable[..., Database]
 EXHAUSTIVE = Effort(64, 4096, 64)
@@ -41,6 +44,49 @@ def test_a_query_visits_more_partitions_where_the_nearest_one_is_hidden(
         results = database.search(nearest, 10, effort=Effort(1, 1, 1))
         assert results.ids.shape == (1, 10)
         assert not np.isin(results.ids, database.hidden).any()
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_the_requested_recall_holds_where_a_share_of_the_rows_is_hidden(mixed: Database, share: float) -> None:
+    hidden = np.random.default_rng(3).permutation(8000)[: int(share * 8000)] + 1000
+    assert recall_of_search(mixed.without(hidden)) > 0.94
+
+
+def test_the_requested_recall_holds_where_the_nearest_rows_are_hidden(mixed: Database) -> None:
+    hidden = np.unique(mixed.search(clustered(20, seed=11), 100, effort=EXHAUSTIVE).ids)
+    assert recall_of_search(mixed.without(hidden)) > 0.94
+
+
+def recall_of_search(database: Database) -> float:
+    queries = clustered(20, seed=11)
+    visible = ~np.isin(database.metadata()["image_id"].to_numpy(), database.hidden)
+    true = np.flatnonzero(visible)[brute_force(database.embeddings()[visible], queries, 20)]
+    return share_found(true, database.search(queries, 20, recall=0.95).positions)
+
+
+def test_ids_that_the_database_lacks_raise_no_effort(in_partitions: Database, queries: Vectors) -> None:
+    other = in_partitions.without(np.arange(10_000, 60_000))
+    effort = in_partitions.effort(0.5)
+    assert other.effort(0.5) == effort
+    np.testing.assert_array_equal(other.route(queries, 20, effort), in_partitions.route(queries, 20, effort))
+
+
+def test_hidden_rows_of_a_partition_raise_the_number_of_visited_partitions(in_partitions: Database) -> None:
+    ids = in_partitions.partitions[0].ids
+    few, most = (in_partitions.without(ids[:count]).effort(0.9).partitions_per_query for count in (1, len(ids)))
+    assert in_partitions.effort(0.9).partitions_per_query <= few < most
+
+
+def test_a_database_with_hidden_rows_shares_the_opened_files_of_its_parent(
+    in_lists: Database, queries: Vectors
+) -> None:
+    other = in_lists.without([1003])
+    other.search(queries, 5)
+    assert other.partitions[0].embeddings is in_lists.partitions[0].embeddings
+    assert other.partitions[0].index is in_lists.partitions[0].index
+    for k in range(1, MAX_PARAMETERS + 10):
+        other.partitions[0].parameters(Effort(1, 1, 1), k)
+    assert len(in_lists.partitions[0].files._parameters) <= MAX_PARAMETERS
 
 
 def test_results_equal_those_of_a_database_without_the_hidden_rows(
@@ -75,7 +121,7 @@ def test_a_build_after_an_interrupted_one_keeps_the_hidden_ids(tmp_path: Path, v
     database = built(tmp_path, vectors[:300])
     hide(database.root, [1003])
     for name in database.root.list(""):
-        if name != HIDDEN_FILE:
+        if not name.startswith(HIDDEN_FOLDER):
             database.root.delete(name)
     rebuilt = build_database(database.root, vectors[:300], encoder=database.encoder)
     assert rebuilt.hidden.tolist() == [1003]
@@ -117,13 +163,37 @@ def test_ids_that_the_database_lacks_change_no_results(build: Build, vectors: Ve
     np.testing.assert_array_equal(Database.open(database.root).search(queries, 5).ids, expected)
 
 
+def test_calls_at_the_same_time_hide_the_ids_of_all_of_them(build: Build, vectors: Vectors) -> None:
+    root = build(vectors[:300]).root
+    start = threading.Barrier(8)
+
+    def hide_ten(first: int) -> None:
+        start.wait()
+        for image_id in range(first, first + 10):
+            hide(root, [image_id])
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(hide_ten, range(1000, 1080, 10)))
+    assert Database.open(root).hidden.tolist() == [*range(1000, 1080)]
+    hide(root, [1000])
+    assert len(root.list(HIDDEN_FOLDER)) == 80, "the same ids are the same file"
+
+
+def test_ids_hidden_by_an_earlier_version_stay_hidden(build: Build, vectors: Vectors) -> None:
+    root = build(vectors[:300]).root
+    with root.local_path(EARLIER_FILE).open("wb") as file:
+        np.save(file, np.array([1003, 1250]))
+    assert hide(root, [1007]) == 3
+    assert build(vectors[:280]).hidden.tolist() == [1003, 1007, 1250]
+
+
 def test_hiding_no_ids_hides_nothing(build: Build, vectors: Vectors) -> None:
     database = build(vectors[:100])
     assert hide(database.root, []) == 0
     assert len(Database.open(database.root).hidden) == 0
 
 
-@pytest.mark.parametrize("ids", [[1.5], ["1003"], [True]])
+@pytest.mark.parametrize("ids", [[1.5], ["1003"], [True], [2**63]])
 def test_ids_that_are_not_integers_are_refused(build: Build, vectors: Vectors, ids: list[object]) -> None:
     with pytest.raises(UserError, match="must be integers"):
         hide(build(vectors[:50]).root, ids)
@@ -132,7 +202,7 @@ def test_ids_that_are_not_integers_are_refused(build: Build, vectors: Vectors, i
 def test_hiding_in_a_folder_without_a_database_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no database"):
         hide(Root(tmp_path), [1])
-    assert not (tmp_path / HIDDEN_FILE).exists()
+    assert not (tmp_path / HIDDEN_FOLDER).exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"not numpy", b"\x93NUMPY\x01\x00"])
@@ -140,14 +210,16 @@ def test_a_database_with_a_damaged_list_of_hidden_ids_cannot_be_opened(
     build: Build, vectors: Vectors, content: bytes
 ) -> None:
     database = build(vectors[:50])
-    database.root.write_bytes(HIDDEN_FILE, content)
-    with pytest.raises(UserError, match=r"cannot be read.*stays closed"):
-        Database.open(database.root)
+    for name in (EARLIER_FILE, f"{HIDDEN_FOLDER}/0.npy"):
+        database.root.write_bytes(name, content)
+        with pytest.raises(UserError, match=rf"{name} cannot be read.*stays closed"):
+            Database.open(database.root)
+        database.root.delete(name)
 
 
 def test_a_list_of_hidden_ids_of_another_type_is_refused(build: Build, vectors: Vectors) -> None:
     database = build(vectors[:50])
-    with database.root.local_path(HIDDEN_FILE).open("wb") as file:
+    with database.root.local_path(EARLIER_FILE).open("wb") as file:
         np.save(file, np.array([[1.0]]))
     with pytest.raises(UserError, match=r"int64 ids .* were expected"):
         Database.open(database.root)
