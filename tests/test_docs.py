@@ -123,9 +123,19 @@ def test_links_of_the_pages_lead_to_files() -> None:
                 assert (page.parent / target).exists(), f"{page.relative_to(REPOSITORY)}: {target}"
 
 
-def test_the_readme_shows_the_committed_numbers() -> None:
-    text = (REPOSITORY / "README.md").read_text()
-    assert numbers.with_numbers(text) == text, "run 'make docs'"
+def test_the_pages_show_the_committed_numbers() -> None:
+    for page in PAGES:
+        text = page.read_text()
+        assert numbers.with_numbers(text) == text, f"{page.name}: run 'make docs'"
+        assert text.count("<!-- numbers: ") == len(numbers.BLOCK.findall(text)), page.name
+
+
+def test_a_changed_number_changes_its_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    paper = numbers.load("paper")
+    for estimate, words in (([0.2, 0.1, 0.3], "**beats**"), ([0.0, -0.1, 0.1], "**does not beat**")):
+        paper["tables"]["effect"]["suffix_retrieval"] = estimate
+        monkeypatch.setattr(numbers, "load", lambda name: paper)
+        assert words in numbers.styles()
 
 
 def test_the_drawings_of_rooms_are_those_of_the_imports() -> None:

@@ -24,10 +24,9 @@ from jobs.reporting.hardware import hardware
 from jobs.sample import trained_model
 from retrieval.errors import UserError
 from trainer.evaluation.classifier import TrainedClassifier
-from trainer.evaluation.evaluate import style_names, train_style_classifier
-from trainer.evaluation.metrics import wilson_interval
+from trainer.evaluation.evaluate import database_rows, style_names, train_feature_judge
+from trainer.evaluation.intervals import share
 from trainer.evaluation.recipe import EvaluateConfig
-from trainer.evaluation.scores import SampleFeatures, score
 from trainer.evaluation.styles import RETRIEVAL, make_style_groups
 from trainer.recipe import SchedulerName
 from trainer.sampling.request import Request, read_prompts
@@ -89,7 +88,7 @@ def measure(recipe: Recipe, each: int, methods: Sequence[SamplingMethod]) -> dic
     sampler = Sampler.open(recipe.root, trained_model(recipe), config)
     styles = style_names(config, recipe.root)
     groups = make_style_groups(config, each, styles, read_prompts(config.prompts_file))
-    classifier, _ = train_style_classifier(config, sampler, styles)
+    classifier = train_feature_judge(config, database_rows(config, sampler, styles))
     results = {method.name: MethodResults() for method in methods}
     with_neighbors = [group for group in groups if group.mode == RETRIEVAL]
     for number, group in enumerate(tqdm(with_neighbors, "styles", unit="style")):
@@ -126,7 +125,8 @@ def _sample(
     results.seconds.append(time.perf_counter() - start)
     features = sampler.encoder.encode_images([sample.picture for sample in samples])
     results.features.append(features)
-    results.correct.append(score(classifier, style, SampleFeatures(features, features)).correct)
+    label = classifier.network.styles.index(style)
+    results.correct.append(np.argmax(classifier.network.logits(features), axis=1) == label)
 
 
 def _row(method: SamplingMethod, results: dict[str, MethodResults], reference: SamplingMethod) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def _row(method: SamplingMethod, results: dict[str, MethodResults], reference: S
         "distance": float(distances.mean()),
         "error": float(1.96 * distances.std(ddof=1) / len(distances) ** 0.5),
         "style_accuracy": float(correct.mean()),
-        "interval": list(wilson_interval(int(correct.sum()), len(correct))),
+        "interval": list(share(correct)[1:]),
         "seconds_per_image": sum(result.seconds) / len(correct),
         "times_as_fast": statistics.median(
             base_s / method_s for method_s, base_s in zip(result.seconds, base.seconds, strict=True)

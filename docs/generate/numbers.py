@@ -1,12 +1,15 @@
-"""Writes the headline numbers of README.md from the JSON files that the demo and the benchmarks committed.
+"""Writes the numbers of README.md and of the guides from the JSON files that the demo and the benchmarks committed.
 
-Reads `docs/{paper,performance,download,crashes,step}.json`. `make docs` writes them; a test compares.
+Reads `docs/*.json`; writes the blocks `<!-- numbers: NAME -->` of the pages. `make docs` runs it; a test compares.
 """
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from jobs.reporting.estimates import against_zero, estimate_text
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 Row = tuple[str, str, str]
@@ -17,26 +20,33 @@ def load(name: str) -> Any:
     return json.loads((REPOSITORY / "docs" / f"{name}.json").read_text())
 
 
-def interval(estimate: Sequence[float]) -> str:
-    """A value with its 95 % interval.
-
-    >>> interval((0.01, -0.005, 0.03))
-    '0.010 (-0.005 to 0.030)'
-    """
-    value, low, high = estimate
-    return f"{value:.3f} ({low:.3f} to {high:.3f})"
-
-
 def style_row() -> Row:
     tables = load("paper")["tables"]
-    accuracy, effect = tables["modes"]["retrieval"]["accuracy"], tables["effect"]["suffix_retrieval"]
-    verdict = "not distinguishable from 0" if effect[1] <= 0 else "above 0"
+    baseline, ours = (estimate_text(tables["modes"][mode]["accuracy"]) for mode in ("suffix_retrieval", "retrieval"))
+    effect = tables["effect"]["suffix_retrieval"]
     return (
-        "share of 200 samples that the style classifier assigns to the searched database; "
-        "difference to naming the style in the prompt, with neighbors of the training database",
-        f"{interval(accuracy)}; {interval(effect)}, {verdict}",
+        "style accuracy with neighbors from a style database, minus that of the stronger baseline: the style named in "
+        "the prompt, with neighbors of the training database",
+        f"{estimate_text(effect)}, {against_zero(effect)}; the two are {ours} and {baseline}",
         "[paper](docs/paper.md)",
     )
+
+
+def styles() -> str:
+    """In words, whether retrieval beats the stronger baseline on the demo."""
+    tables = load("paper")["tables"]
+    judged = {"the judge on CLIP features": tables["effect"], "the judge on pixels": tables.get("effect_pixels")}
+    lines = []
+    for judge, effects in judged.items():
+        if effects:
+            effect = effects["suffix_retrieval"]
+            words = "beats" if effect[1] > 0 else "is below" if effect[2] < 0 else "does not beat"
+            lines += [
+                f"By {judge}, retrieval from a style database **{words}** naming the style in the prompt with",
+                "neighbors of the training database: the difference in style accuracy is",
+                f"{estimate_text(effect)}, {against_zero(effect)}.",
+            ]
+    return "\n".join(lines)
 
 
 def search_row() -> Row:
@@ -81,20 +91,92 @@ def step_row() -> Row:
     )
 
 
+def filter_row() -> Row:
+    sizes = load("pipeline")["filter"]["sizes"]
+    first, last = sizes[0], sizes[-1]
+    return (
+        f"CPU time per row of filter, {last['rows']:,} generated rows with the columns of laion2B-en-joined",
+        f"{last['cpu_us']:.2f} us ({first['cpu_us']:.2f} us with {first['rows']:,} rows)",
+        "[pipeline](docs/pipeline.md)",
+    )
+
+
+def near_copies_row() -> Row:
+    return (
+        "other pictures that are removed as near copies by mistake, by hash or embedding",
+        "; ".join(
+            f"{case['false']['either']:.1%} of {case['others']} {case['name'].lower()}"
+            for case in load("near_copies")["data_sets"]
+        ),
+        "[near copies](docs/near_copies.md)",
+    )
+
+
+def load_row() -> Row:
+    page = load("load")
+    return (
+        f"searches per second on the page, {page['visitors']} visitors, {page['databases']} databases with "
+        f"{page['rows']:,} rows in all",
+        f"{page['per_s']:.0f}; median {page['p50_ms']:,.0f} ms, 99th percentile {page['p99_ms']:,.0f} ms",
+        "[load](docs/load.md)",
+    )
+
+
 def headline() -> str:
     """The table of README.md."""
-    rows = [style_row(), search_row(), download_row(), crash_row(), step_row()]
+    table = (style_row, search_row, filter_row, download_row, near_copies_row, crash_row, step_row, load_row)
     lines = ["| measured on two CPU cores | | page |", "|---|---|---|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+    return "\n".join([*lines, *(f"| {' | '.join(row())} |" for row in table)])
+
+
+def near_copies() -> str:
+    """What the removal of near copies misses and removes by mistake."""
+    lines = ["| | cropped by 10 %, removed | other pictures, removed by mistake |", "|---|---|---|"]
+    for case in load("near_copies")["data_sets"]:
+        cropped, mistakes = case["recall"]["cropped by 10 %"]["either"], case["false"]["either"]
+        lines.append(
+            f"| {case['name'].lower()} | {cropped:.1%} of {case['originals']} | {mistakes:.1%} of {case['others']} |"
+        )
+    return "\n".join(lines)
+
+
+def sampling() -> str:
+    """The sampling methods on the demo."""
+    result = load("sampling")
+    lines = ["| method | style accuracy | CLIP distance to the first | speed |", "|---|---|---|---|"]
+    for row in result["methods"]:
+        accuracy = estimate_text((row["style_accuracy"], *row["interval"]))
+        lines.append(f"| {row['name']} | {accuracy} | {row['distance']:.4f} | {row['times_as_fast']:.2f} x |")
+    return "\n".join(lines)
+
+
+def models() -> str:
+    """The recipes of the paper's two models."""
+    lines = ["| recipe | parameters | resolution | images per step | steps |", "|---|---|---|---|---|"]
+    for row in load("training")["recipes"]:
+        lines.append(
+            f"| `{row['recipe']}.toml` | {row['parameters']:,} | {row['size']} | {row['batch']:,} | {row['steps']:,} |"
+        )
+    return "\n".join(lines)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "headline": headline,
+    "models": models,
+    "near_copies": near_copies,
+    "sampling": sampling,
+    "styles": styles,
+}
+"""The text of each block: `<!-- numbers: NAME -->` to `<!-- end of numbers: NAME -->`."""
+BLOCK = re.compile(r"(<!-- numbers: (\w+) -->\n).*?(<!-- end of numbers: \2 -->)", re.DOTALL)
+PAGES = (REPOSITORY / "README.md", *sorted(REPOSITORY.glob("docs/guides/*.md")))
 
 
 def with_numbers(text: str) -> str:
-    """README.md with its table of numbers."""
-    begin, end = "<!-- numbers: headline -->\n", "\n<!-- end of numbers: headline -->"
-    before, _, rest = text.partition(begin)
-    return f"{before}{begin}{headline()}{end}{rest.partition(end)[2]}"
+    """A page with the text of its blocks."""
+    return BLOCK.sub(lambda block: f"{block[1]}{BLOCKS[block[2]]()}\n{block[3]}", text)
 
 
 if __name__ == "__main__":
-    page = REPOSITORY / "README.md"
-    page.write_text(with_numbers(page.read_text()))
+    for page in PAGES:
+        page.write_text(with_numbers(page.read_text()))

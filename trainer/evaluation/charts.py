@@ -66,10 +66,10 @@ def figure_png(figure: Figure) -> bytes:
 
 def _draw_mode(top: Axes, bottom: Axes, rows: list[dict[str, Any]], mode: str, offset: float) -> None:
     x = np.arange(len(rows)) + offset
-    heights = np.array([row["accuracy"] for row in rows])
-    spans = np.array([row["accuracy_interval"] for row in rows])
-    errors = np.maximum([heights - spans[:, 0], spans[:, 1] - heights], 0)
+    accuracies = np.array([row["accuracy"] for row in rows])
+    heights = accuracies[:, 0]
+    errors = np.maximum([heights - accuracies[:, 1], accuracies[:, 2] - heights], 0)
     color, width = COLORS[mode], 0.19
     error_style = {"elinewidth": 0.9, "ecolor": "#666666"}
     top.bar(x, heights, width, yerr=errors, color=color, label=LABELS[mode], error_kw=error_style)
-    bottom.bar(x, [row["logit"] for row in rows], width, color=color)
+    bottom.bar(x, [row["logit"][0] for row in rows], width, color=color)

@@ -1,10 +1,12 @@
-"""Style classifier: a two-layer perceptron on CLIP image features (paper section 2.2, appendix C).
+"""Style classifiers: the paper's perceptron on CLIP image features (section 2.2, appendix C), and the common training.
 
-Trained on the features of the style databases; some rows are held out to measure its accuracy. Writes
-`<folder>/classifier.safetensors` and `classifier.json`.
+The paper's is trained on the features of the style databases; some rows are held out to measure its accuracy. Writes
+`<folder>/<name>.safetensors` and `<name>.json`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,10 +16,22 @@ from safetensors.torch import save as save_tensors
 from retrieval.errors import UserError
 from retrieval.storage.root import FileRecord, Root
 from trainer.evaluation.metrics import Features
-from trainer.evaluation.recipe import ClassifierConfig
+from trainer.evaluation.recipe import ClassifierConfig, TrainingConfig
 
 Labels = npt.NDArray[np.int64]
 MIN_ROWS = 4
+
+
+class Network(Protocol):
+    """A classifier of rows: CLIP features, or pixels."""
+
+    styles: tuple[str, ...]
+
+    def logits(self, rows: npt.NDArray[Any]) -> Features:
+        """Logits (n, styles) float32 of rows (n, ...), in the order of `styles`."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The weights by name."""
 
 
 class StyleClassifier(torch.nn.Module):
@@ -44,19 +58,29 @@ class StyleClassifier(torch.nn.Module):
         return logits
 
     @torch.inference_mode()
-    def logits(self, features: Features) -> Features:
+    def logits(self, rows: npt.NDArray[Any]) -> Features:
         """Logits (n, styles) float32 of features (n, dim), in the order of `styles`."""
-        return np.asarray(self(torch.from_numpy(np.asarray(features, np.float32))).numpy())
+        return np.asarray(self(torch.from_numpy(np.asarray(rows, np.float32))).numpy())
+
+
+Trainable = TypeVar("Trainable", bound=torch.nn.Module)
 
 
 @dataclass(frozen=True)
 class TrainedClassifier:
     """A network in eval mode and its accuracy on held-out rows, in total and by style."""
 
-    network: StyleClassifier
+    network: Network
     held_out_accuracy: float
     held_out_by_style: dict[str, float]
     held_out_rows: int
+
+    @classmethod
+    def test(cls, network: Network, rows: npt.NDArray[Any], labels: Labels) -> "TrainedClassifier":
+        """Measure a network on held-out rows (n, ...) with labels (n,), positions in its styles."""
+        correct = np.argmax(network.logits(rows), axis=1) == labels
+        by_style = {style: float(np.mean(correct[labels == i])) for i, style in enumerate(network.styles)}
+        return cls(network, float(np.mean(correct)), by_style, len(labels))
 
 
 def split_rows(labels: Labels, fraction: float, seed: int) -> tuple[Labels, Labels]:
@@ -70,7 +94,7 @@ def split_rows(labels: Labels, fraction: float, seed: int) -> tuple[Labels, Labe
         if len(rows) < MIN_ROWS:
             raise UserError(
                 f"style number {label} has {len(rows)} pictures; the classifier needs at least {MIN_ROWS}. "
-                "Add pictures to its database or leave it out of [evaluate] styles."
+                "Add pictures of it, or leave it out of [evaluate] styles."
             )
         count = min(max(1, round(len(rows) * fraction)), len(rows) - 1)
         held_out.extend(np.random.default_rng([seed, int(label)]).permutation(rows)[:count])
@@ -81,28 +105,35 @@ def split_rows(labels: Labels, fraction: float, seed: int) -> tuple[Labels, Labe
 def train_classifier(
     features: Features, labels: Labels, styles: tuple[str, ...], config: ClassifierConfig, seed: int
 ) -> TrainedClassifier:
-    """Train with AdamW and class-balanced cross entropy. features: (n, dim); labels: (n,) positions in `styles`."""
+    """Train the perceptron. features: (n, dim); labels: (n,) positions in `styles`."""
     rows, held_out = split_rows(labels, config.held_out_fraction, seed)
-    network = _fit(features[rows], labels[rows], styles, config, seed)
-    correct = np.argmax(network.logits(features[held_out]), axis=1) == labels[held_out]
-    by_style = {style: float(np.mean(correct[labels[held_out] == i])) for i, style in enumerate(styles)}
-    return TrainedClassifier(network, float(np.mean(correct)), by_style, len(held_out))
+
+    def build() -> StyleClassifier:
+        network = StyleClassifier(features.shape[1], config.hidden, styles, config.dropout)
+        network.mean = torch.from_numpy(features[rows].mean(axis=0))
+        network.deviation = torch.from_numpy(features[rows].std(axis=0) + np.float32(1e-6))
+        return network
+
+    network = fit(build, features[rows], labels[rows], config, seed)
+    return TrainedClassifier.test(network, features[held_out], labels[held_out])
 
 
-def _fit(
-    features: Features, labels: Labels, styles: tuple[str, ...], config: ClassifierConfig, seed: int
-) -> StyleClassifier:
+def fit(
+    build: Callable[[], Trainable], rows: npt.NDArray[Any], labels: Labels, config: TrainingConfig, seed: int
+) -> Trainable:
+    """Build a network and train it with AdamW and class-balanced cross entropy; returns it in eval mode.
+
+    rows: (n, ...) inputs; labels: (n,) from 0, each present. The seed decides weights, order and dropout.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = StyleClassifier(features.shape[1], config.hidden, styles, config.dropout)
-        network.mean = torch.from_numpy(features.mean(axis=0))
-        network.deviation = torch.from_numpy(features.std(axis=0) + np.float32(1e-6))
-        counts = np.bincount(labels, minlength=len(styles))
-        weight = torch.from_numpy((len(labels) / (len(styles) * counts)).astype(np.float32))
+        network = build()
+        counts = np.bincount(labels)
+        weight = torch.from_numpy((len(labels) / (len(counts) * counts)).astype(np.float32))
         steps = config.epochs * -(-len(labels) // config.batch_size)
         optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        x, y = torch.from_numpy(features), torch.from_numpy(labels)
+        x, y = torch.from_numpy(rows), torch.from_numpy(labels)
         for _ in range(config.epochs):
             for batch in torch.randperm(len(labels)).split(config.batch_size):
                 loss = torch.nn.functional.cross_entropy(network(x[batch]), y[batch], weight)
@@ -113,18 +144,16 @@ def _fit(
     return network.eval()
 
 
-def save_classifier(root: Root, folder: str, trained: TrainedClassifier) -> list[FileRecord]:
-    """Write the weights as safetensors, and styles, sizes and accuracies as JSON. Returns both files."""
+def save_classifier(root: Root, name: str, trained: TrainedClassifier) -> list[FileRecord]:
+    """Write the weights as `<name>.safetensors`, and styles and accuracies as `<name>.json`. Returns both files."""
     network = trained.network
     settings = {
         "styles": list(network.styles),
-        "dim": network.mean.shape[0],
-        "hidden": network.layers[0].out_features,
         "held_out_accuracy": trained.held_out_accuracy,
         "held_out_by_style": trained.held_out_by_style,
         "held_out_rows": trained.held_out_rows,
     }
     return [
-        root.write_bytes(f"{folder}/classifier.safetensors", save_tensors(network.state_dict())),
-        root.write_json(f"{folder}/classifier.json", settings),
+        root.write_bytes(f"{name}.safetensors", save_tensors(network.state_dict())),
+        root.write_json(f"{name}.json", settings),
     ]

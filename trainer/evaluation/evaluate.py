@@ -1,26 +1,31 @@
 """evaluate: measures whether another database gives another style (paper section 2.2, appendix C).
 
-Reads `runs/<name>/train`, the style databases and `index`. Writes, below `runs/<name>/evaluate/`, the samples of each
-mode and style with their CLIP features, the style classifier, `evaluation.json`, `bars.png` and a contact sheet of each
-mode. All modes share prompts and seeds, so they differ only in how the style is requested.
+Reads `runs/<name>/train`, the style databases, `index` and the pictures of the judge on pixels. Writes, below
+`runs/<name>/evaluate/`, the samples of each mode and style with their CLIP features, the style classifiers,
+`evaluation.json`, `bars.png` and a contact sheet of each mode. All modes share prompts and seeds, so they differ only
+in how the style is requested.
 """
 
 import logging
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from retrieval.errors import UserError
 from retrieval.storage.manifest import Manifest, ShardRecord
 from retrieval.storage.root import Root
+from retrieval.storage.writable import require_writable
 from trainer.evaluation.charts import LABELS, draw_bars
 from trainer.evaluation.classifier import TrainedClassifier, save_classifier, train_classifier
-from trainer.evaluation.metrics import Features, fit_manifold
+from trainer.evaluation.intervals import Bootstrap
+from trainer.evaluation.metrics import Features
+from trainer.evaluation.pixel_judge import pictures_digest, train_pixel_judge
 from trainer.evaluation.recipe import EvaluateConfig
 from trainer.evaluation.sample_groups import draw_groups, picture_path, read_features
-from trainer.evaluation.scores import Reference, evaluation
-from trainer.evaluation.styles import MODES, StyleGroup, make_style_groups, style_words
+from trainer.evaluation.scores import Evaluator, Reference, results
+from trainer.evaluation.styles import MODES, SUFFIX_RETRIEVAL, StyleGroup, make_style_groups, style_words
 from trainer.sampling.picture import Grid, grid_png, open_picture
 from trainer.sampling.request import TRAINING_DATABASE, prompts_digest, read_prompts
 from trainer.sampling.resumable import ResumableItems
@@ -29,6 +34,7 @@ from trainer.sampling.sampler import Sampler, TrainedModel, database_names, upst
 log = logging.getLogger("evaluate")
 
 SHEET_COLUMNS = 8
+BOOTSTRAP_DRAWS = 1000
 
 
 def run(config: EvaluateConfig, trained: TrainedModel, root: Root) -> Manifest:
@@ -38,6 +44,8 @@ def run(config: EvaluateConfig, trained: TrainedModel, root: Root) -> Manifest:
     styles = style_names(config, root)
     databases = upstream_fingerprints(root, trained, (*styles, TRAINING_DATABASE))
     upstream = databases | {"prompts": prompts_digest(prompts)}
+    if config.judge_pictures:
+        upstream["judge_pictures"] = pictures_digest(config.judge_pictures)
     stage = f"runs/{trained.name}/evaluate"
     items = ResumableItems(root, stage, config, upstream)
     if (finished := items.finished_manifest()) is not None:
@@ -46,13 +54,15 @@ def run(config: EvaluateConfig, trained: TrainedModel, root: Root) -> Manifest:
     sampler = Sampler.open(root, trained, config)
     groups = make_style_groups(config, config.samples_per_style, styles, prompts)
     sampler.check([request for group in groups for request in group.requests])
-    classifier, reference = train_style_classifier(config, sampler, styles)
+    require_writable(root, f"{stage}/manifest.json")
+    evaluator = make_evaluator(config, sampler, styles, Bootstrap(BOOTSTRAP_DRAWS, config.seed))
     items.begin()
     records = draw_groups(sampler, groups, items)
     features = {(group.mode, group.style): read_features(sampler, group, items) for group in groups}
-    result = evaluation(classifier, features, reference, config.seed)
+    result = results(features, evaluator)
     files = [
-        *save_classifier(root, stage, classifier),
+        *save_classifier(root, f"{stage}/classifier", evaluator.classifier),
+        *(save_classifier(root, f"{stage}/pixel_classifier", judge) if (judge := evaluator.pixel_classifier) else ()),
         root.write_json(f"{stage}/evaluation.json", result),
         root.write_bytes(f"{stage}/bars.png", draw_bars(result)),
         *(root.write_bytes(f"{stage}/{mode}.png", _contact_sheet(mode, groups, items)) for mode in MODES),
@@ -80,29 +90,45 @@ def style_names(config: EvaluateConfig, root: Root) -> tuple[str, ...]:
     return styles
 
 
-def train_style_classifier(
-    config: EvaluateConfig, sampler: Sampler, styles: Sequence[str]
-) -> tuple[TrainedClassifier, Reference]:
-    """Train the classifier on embeddings of the style databases; they are also the reference of distances."""
-    parts: list[Features] = []
-    labels = []
-    for label, style in enumerate(styles):
+def make_evaluator(config: EvaluateConfig, sampler: Sampler, styles: Sequence[str], bootstrap: Bootstrap) -> Evaluator:
+    """Train the judges. Rows of the style databases train one and are the reference of distances."""
+    rows = database_rows(config, sampler, styles)
+    count, neighbors = sum(map(len, rows.values())), config.precision_recall_neighbors
+    if count <= neighbors:
+        raise UserError(
+            f"the style databases have {count} pictures in all, too few for precision_recall_neighbors = "
+            f"{neighbors}. Lower it or add pictures."
+        )
+    pixels = None
+    if config.judge_pictures:
+        max_rows = config.reference_rows_per_style
+        pixels = train_pixel_judge(config.judge_pictures, styles, config.pixel_classifier, max_rows, config.seed)
+        _log_judge("pixels", pixels)
+    return Evaluator(train_feature_judge(config, rows), pixels, Reference.of(rows, neighbors), bootstrap)
+
+
+def database_rows(config: EvaluateConfig, sampler: Sampler, styles: Sequence[str]) -> dict[str, Features]:
+    """CLIP features (n, dim) of random rows of each style database."""
+    rows: dict[str, Features] = {}
+    for style in styles:
         embeddings = sampler.database(style).embeddings()
         rng = np.random.default_rng([config.seed, *style.encode()])
         selected = np.sort(rng.permutation(len(embeddings))[: config.reference_rows_per_style])
-        parts.append(embeddings[selected].astype(np.float32))
-        labels.append(np.full(len(selected), label, np.int64))
-    rows: Features = np.concatenate(parts)
-    classifier = train_classifier(rows, np.concatenate(labels), tuple(styles), config.classifier, config.seed)
-    accuracy = classifier.held_out_accuracy
-    log.info(f"evaluate: classifier of {len(styles)} styles  held-out accuracy {accuracy:.3f}")
-    neighbors = config.precision_recall_neighbors
-    if len(rows) <= neighbors:
-        raise UserError(
-            f"the style databases have {len(rows)} pictures in all, too few for precision_recall_neighbors = "
-            f"{neighbors}. Lower it or add pictures."
-        )
-    return classifier, Reference(rows, fit_manifold(rows, neighbors), neighbors)
+        rows[style] = embeddings[selected].astype(np.float32)
+    return rows
+
+
+def train_feature_judge(config: EvaluateConfig, rows: dict[str, Features]) -> TrainedClassifier:
+    """The paper's judge, trained on CLIP features (n, dim) of each style."""
+    labels = np.repeat(np.arange(len(rows)), [len(part) for part in rows.values()])
+    trained = train_classifier(np.concatenate([*rows.values()]), labels, tuple(rows), config.classifier, config.seed)
+    _log_judge("CLIP features", trained)
+    return trained
+
+
+def _log_judge(inputs: str, trained: TrainedClassifier) -> None:
+    styles, accuracy = len(trained.network.styles), trained.held_out_accuracy
+    log.info(f"evaluate: classifier of {styles} styles on {inputs}  held-out accuracy {accuracy:.3f}")
 
 
 def _contact_sheet(mode: str, groups: Sequence[StyleGroup], items: ResumableItems) -> bytes:
@@ -112,6 +138,10 @@ def _contact_sheet(mode: str, groups: Sequence[StyleGroup], items: ResumableItem
     return grid_png(Grid(cells, [style_words(row.style) for row in rows], [""] * len(numbers), LABELS[mode]))
 
 
-def _summary_line(result: dict[str, object]) -> str:
-    rates = "  ".join(f"{mode} {result[f'style_accuracy_{mode}']:.3f}" for mode in MODES)
-    return f"evaluate: classified as the requested style: {rates}  (chance {result['chance']:.3f})"
+def _summary_line(result: dict[str, Any]) -> str:
+    rates = "  ".join(f"{mode} {result['modes'][mode]['accuracy'].value:.3f}" for mode in MODES)
+    gain = result["effect"][SUFFIX_RETRIEVAL]
+    return (
+        f"evaluate: classified as the requested style: {rates}  (chance {result['chance']:.3f}); retrieval minus "
+        f"{SUFFIX_RETRIEVAL}: {gain.value:.3f} ({gain.low:.3f} to {gain.high:.3f})"
+    )

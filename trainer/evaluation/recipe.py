@@ -9,11 +9,9 @@ from retrieval.config import Config
 from trainer.sampling.recipe import SamplingConfig
 
 
-class ClassifierConfig(Config):
-    """The style classifier, a two-layer perceptron, and its training."""
+class TrainingConfig(Config):
+    """Training of a style classifier."""
 
-    hidden: int = Field(default=256, ge=1)
-    """Width of the hidden layer."""
     epochs: int = Field(default=30, ge=1)
     """Passes over the training rows."""
     batch_size: int = Field(default=128, ge=1)
@@ -28,6 +26,24 @@ class ClassifierConfig(Config):
     """Share of each style's rows that is held out to measure the accuracy."""
 
 
+class ClassifierConfig(TrainingConfig):
+    """The paper's style classifier, a two-layer perceptron on CLIP features, and its training."""
+
+    hidden: int = Field(default=256, ge=1)
+    """Width of the hidden layer."""
+
+
+class PixelClassifierConfig(TrainingConfig):
+    """Training of the style classifier on pixels."""
+
+    epochs: int = Field(default=8, ge=1)
+    """Passes over the training pictures."""
+    batch_size: int = Field(default=32, ge=2)
+    """Pictures per step."""
+    learning_rate: float = Field(default=3e-3, gt=0)
+    """Peak learning rate of AdamW; decays to zero along a cosine."""
+
+
 class EvaluateConfig(SamplingConfig):
     """Section `evaluate` of a recipe."""
 
@@ -36,7 +52,12 @@ class EvaluateConfig(SamplingConfig):
     samples_per_style: int = Field(default=70, ge=2)
     """Samples of each style in each mode."""
     classifier: ClassifierConfig = ClassifierConfig()
-    """The style classifier."""
+    """The paper's style classifier. It sees the CLIP features that also condition the samples."""
+    judge_pictures: str = ""
+    """Parquet table with columns `path` (from its folder) and `style` (as the database or in words): pictures that are
+    in no database and no training set. They train and test a second judge, on pixels; empty: there is none."""
+    pixel_classifier: PixelClassifierConfig = PixelClassifierConfig()
+    """The style classifier on pixels."""
     reference_rows_per_style: int = Field(default=2000, ge=4)
     """Maximum number of pictures of a style that train the classifier and are the reference of the distances."""
     precision_recall_neighbors: int = Field(default=3, ge=1)

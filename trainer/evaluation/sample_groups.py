@@ -16,10 +16,11 @@ from tqdm import tqdm
 from retrieval.storage.manifest import ShardRecord
 from retrieval.storage.root import FileRecord
 from trainer.evaluation.metrics import Features
+from trainer.evaluation.pixel_judge import thumbnails
 from trainer.evaluation.scores import SampleFeatures
 from trainer.evaluation.styles import SampleGroup
 from trainer.sampling.batches import SamplingBatch
-from trainer.sampling.picture import png_bytes
+from trainer.sampling.picture import open_picture, png_bytes
 from trainer.sampling.request import Sample
 from trainer.sampling.resumable import ResumableItems
 from trainer.sampling.sampler import Sampler
@@ -68,10 +69,12 @@ def draw_groups(
 
 
 def read_features(sampler: Sampler, group: SampleGroup, items: ResumableItems) -> SampleFeatures:
-    """The stored features of a group's pictures, and the features of its prompts."""
+    """The stored features of a group's pictures, the features of its prompts, and the pixels."""
     with items.root.open(_features_path(group, items)) as file:
-        pictures: Features = np.load(file, allow_pickle=False)
-    return SampleFeatures(pictures, sampler.encoder.encode_texts(group.prompts))
+        features: Features = np.load(file, allow_pickle=False)
+    names = (picture_path(group, items, number) for number in range(len(group.requests)))
+    pixels = thumbnails(open_picture(items.root, name) for name in names)
+    return SampleFeatures(features, sampler.encoder.encode_texts(group.prompts), group.prompts, pixels)
 
 
 def picture_path(group: SampleGroup, items: ResumableItems, number: int) -> str:

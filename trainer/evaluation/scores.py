@@ -1,7 +1,7 @@
-"""Scores of samples: accuracy, logits, CLIP score and distances (paper section 2.2, Fig. 4a and 4b).
+"""Scores of samples with confidence intervals by prompt (paper section 2.2, Fig. 4a and 4b).
 
-Takes CLIP features of samples by mode and style and a trained style classifier, returns plain values for
-JSON. Pure functions: `trainer.evaluation.evaluate` draws the samples and stores the result.
+Takes features of samples by mode and style and the trained judges, returns plain values for JSON. Pure functions:
+`trainer.evaluation.evaluate` and `trainer.evaluation.paper` draw the samples and store the result.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,122 +12,220 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer.evaluation.classifier import TrainedClassifier
+from trainer.evaluation.intervals import Bootstrap, Estimate, Floats, interval, share
 from trainer.evaluation.metrics import (
     Features,
+    KernelDistance,
     Manifold,
-    bootstrap_improvement,
-    clip_score,
+    clip_scores,
     fit_manifold,
-    frechet_distance,
-    precision_recall,
     relative_improvement,
-    wilson_interval,
 )
-from trainer.evaluation.styles import MODES, RETRIEVAL, SUFFIX
+from trainer.evaluation.pixel_judge import Pixels
+from trainer.evaluation.styles import RETRIEVAL, SUFFIX
+
+MAX_FAILURES = 0.025
+"""A relative improvement has no upper bound if the baseline fails in a larger share of the resamples."""
 
 
 @dataclass(frozen=True)
 class SampleFeatures:
-    """CLIP features (n, dim) of the samples of one mode and style, and of their prompts without the style."""
+    """Features of the samples of one mode and style."""
 
     pictures: Features
+    """(n, dim) CLIP features."""
     texts: Features
-
-
-@dataclass(frozen=True)
-class StyleScores:
-    """Output of the style classifier for the samples of one mode and style."""
-
-    correct: npt.NDArray[np.bool_]
-    """(n,) whether the sample is classified as its style."""
-    logits: npt.NDArray[np.float32]
-    """(n,) logit of the requested style minus the mean of all: softmax ignores a common shift."""
-    features: SampleFeatures
+    """(n, dim) CLIP features of the prompts without the style."""
+    prompts: tuple[str, ...]
+    """The prompts without the style; intervals resample them."""
+    pixels: Pixels
+    """(n, EDGE, EDGE, 3)."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Features (n, dim) of the style databases and their manifold for precision and recall."""
+    """CLIP features of the style databases and their manifold for precision and recall."""
 
-    features: Features
+    by_style: dict[str, Features]
+    """(n, dim) unit rows of each style."""
     manifold: Manifold
+    """Of all styles together."""
     neighbors: int
     """The nearest neighbor that sets the radius of manifolds."""
 
+    @classmethod
+    def of(cls, by_style: dict[str, Features], neighbors: int) -> "Reference":
+        """Raises ValueError unless there are more rows in all than `neighbors`."""
+        return cls(by_style, fit_manifold(np.concatenate([*by_style.values()]), neighbors), neighbors)
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """The judges of style, the reference of distances, and the bootstrap of intervals."""
+
+    classifier: TrainedClassifier
+    """The paper's judge on CLIP features, which also condition the samples."""
+    pixel_classifier: TrainedClassifier | None
+    """The judge on pixels, trained on pictures of its own; None without such pictures."""
+    reference: Reference
+    bootstrap: Bootstrap
+
+    @property
+    def styles(self) -> tuple[str, ...]:
+        """The styles, in the order of the logits."""
+        return self.classifier.network.styles
+
+
+@dataclass(frozen=True)
+class StyleScores:
+    """Output of the judges for samples of one mode."""
+
+    correct: npt.NDArray[np.bool_]
+    """(n,) whether the sample is classified as its style."""
+    correct_pixels: npt.NDArray[np.bool_]
+    """The same for the judge on pixels; (0,) without one."""
+    logits: Floats
+    """(n,) logit of the requested style minus the mean of all: softmax ignores a common shift."""
+    clip_scores: Floats
+    """(n,) cosine of picture and prompt."""
+    prompts: tuple[str, ...]
+
 
 FeaturesByGroup = Mapping[tuple[str, str], SampleFeatures]
-"""Features by (mode, style)."""
+"""Features by (mode, style); all modes have the same prompts and seeds in the same order."""
+Scores = dict[tuple[str, str], StyleScores]
 
 
-def score(classifier: TrainedClassifier, style: str, features: SampleFeatures) -> StyleScores:
-    """Classify samples that were requested in a style."""
-    label = classifier.network.styles.index(style)
-    logits = classifier.network.logits(features.pictures)
-    return StyleScores(np.argmax(logits, axis=1) == label, logits[:, label] - logits.mean(axis=1), features)
-
-
-def evaluation(
-    classifier: TrainedClassifier, features: FeaturesByGroup, reference: Reference, seed: int
-) -> dict[str, Any]:
-    """All results: by style, by mode, and flat values that the demo's report reads."""
-    styles = classifier.network.styles
-    scores = {(mode, style): score(classifier, style, group) for (mode, style), group in features.items()}
-    totals = {mode: pool([scores[mode, style] for style in styles]) for mode in MODES}
-    ours, baseline = totals[RETRIEVAL].correct, totals[SUFFIX].correct
+def results(features: FeaturesByGroup, evaluator: Evaluator) -> dict[str, Any]:
+    """A row for each mode over all styles, a row for each style, and the differences of retrieval to other modes."""
+    styles = evaluator.styles
+    scores: Scores = {key: score(evaluator, key[1], group) for key, group in features.items()}
+    modes = list(dict.fromkeys(mode for mode, _ in features))
+    totals = {mode: pool([scores[mode, style] for style in styles]) for mode in modes}
     return {
-        "styles": [_style(classifier, style, {mode: scores[mode, style] for mode in MODES}) for style in styles],
-        "modes": {
-            mode: {**_values(total), **_distances(total.features.pictures, reference)} for mode, total in totals.items()
-        },
-        "relative_improvement": relative_improvement(float(ours.mean()), float(baseline.mean())),
-        "relative_improvement_interval": bootstrap_improvement(ours, baseline, seed),
         "chance": 1 / len(styles),
         "num_styles": len(styles),
-        "style_classifier_accuracy": classifier.held_out_accuracy,
-        "style_classifier_rows": classifier.held_out_rows,
-        **{f"style_accuracy_{mode}": float(total.correct.mean()) for mode, total in totals.items()},
+        "judges": {
+            "clip": _judge(evaluator.classifier),
+            "pixels": evaluator.pixel_classifier and _judge(evaluator.pixel_classifier),
+        },
+        "modes": {
+            mode: values(total, evaluator) | _distances({style: features[mode, style] for style in styles}, evaluator)
+            for mode, total in totals.items()
+        },
+        "effect": _effects(totals, "correct", evaluator),
+        "effect_pixels": evaluator.pixel_classifier and _effects(totals, "correct_pixels", evaluator),
+        "relative_improvement": _improvement(totals[RETRIEVAL], totals[SUFFIX], evaluator.bootstrap),
+        "styles": [_style_row(style, modes, scores, evaluator) for style in styles],
     }
 
 
-def _style(classifier: TrainedClassifier, style: str, by_mode: Mapping[str, StyleScores]) -> dict[str, Any]:
-    ours, baseline = (float(by_mode[mode].correct.mean()) for mode in (RETRIEVAL, SUFFIX))
-    return {
-        "style": style,
-        "held_out_accuracy": classifier.held_out_by_style[style],
-        "relative_improvement": relative_improvement(ours, baseline),
-        "modes": {mode: _values(scores) for mode, scores in by_mode.items()},
-    }
+def score(evaluator: Evaluator, style: str, features: SampleFeatures) -> StyleScores:
+    """Judge samples that were requested in a style."""
+    label = evaluator.styles.index(style)
+    logits = evaluator.classifier.network.logits(features.pictures).astype(np.float64)
+    judge = evaluator.pixel_classifier
+    by_pixels = np.argmax(judge.network.logits(features.pixels), axis=1) == label if judge else np.empty(0, np.bool_)
+    return StyleScores(
+        correct=np.argmax(logits, axis=1) == label,
+        correct_pixels=by_pixels,
+        logits=logits[:, label] - logits.mean(axis=1),
+        clip_scores=clip_scores(features.pictures, features.texts),
+        prompts=features.prompts,
+    )
 
 
 def pool(parts: Sequence[StyleScores]) -> StyleScores:
     """The scores of several styles, concatenated in order."""
     return StyleScores(
         correct=np.concatenate([part.correct for part in parts]),
+        correct_pixels=np.concatenate([part.correct_pixels for part in parts]),
         logits=np.concatenate([part.logits for part in parts]),
-        features=SampleFeatures(
-            pictures=np.concatenate([part.features.pictures for part in parts]),
-            texts=np.concatenate([part.features.texts for part in parts]),
-        ),
+        clip_scores=np.concatenate([part.clip_scores for part in parts]),
+        prompts=tuple(prompt for part in parts for prompt in part.prompts),
     )
 
 
-def _values(scores: StyleScores) -> dict[str, Any]:
-    count, correct = len(scores.correct), int(scores.correct.sum())
+def values(scores: StyleScores, evaluator: Evaluator) -> dict[str, Any]:
+    """Numbers of samples and prompts, accuracies by both judges, logit and CLIP score."""
+    mean, prompts = evaluator.bootstrap.mean, scores.prompts
     return {
-        "samples": count,
-        "right": correct,
-        "accuracy": correct / count,
-        "accuracy_interval": wilson_interval(correct, count),
-        "logit": float(scores.logits.mean()),
-        "clip_score": clip_score(scores.features.pictures, scores.features.texts),
+        "samples": len(scores.correct),
+        "prompts": len(set(prompts)),
+        "accuracy": share(scores.correct, prompts),
+        "accuracy_pixels": evaluator.pixel_classifier and share(scores.correct_pixels, prompts),
+        "logit": mean(scores.logits, prompts),
+        "clip_score": mean(scores.clip_scores, prompts),
     }
 
 
-def _distances(pictures: Features, reference: Reference) -> dict[str, float]:
-    samples = fit_manifold(pictures, reference.neighbors)
-    precision, recall = precision_recall(reference.manifold, samples)
+def _style_row(style: str, modes: Sequence[str], scores: Scores, evaluator: Evaluator) -> dict[str, Any]:
+    pixels = evaluator.pixel_classifier
     return {
-        "frechet_distance": frechet_distance(pictures, reference.features),
-        "precision": precision,
-        "recall": recall,
+        "style": style,
+        "held_out_accuracy": evaluator.classifier.held_out_by_style[style],
+        "held_out_accuracy_pixels": pixels and pixels.held_out_by_style[style],
+        "relative_improvement": _improvement(scores[RETRIEVAL, style], scores[SUFFIX, style], evaluator.bootstrap),
+        "modes": {mode: values(scores[mode, style], evaluator) for mode in modes},
     }
+
+
+def _judge(trained: TrainedClassifier) -> dict[str, Any]:
+    right = round(trained.held_out_accuracy * trained.held_out_rows)
+    flags = np.arange(trained.held_out_rows) < right
+    return {"accuracy": share(flags), "held_out_rows": trained.held_out_rows}
+
+
+def _effects(totals: Mapping[str, StyleScores], flags: str, evaluator: Evaluator) -> dict[str, Estimate]:
+    """Accuracy of retrieval minus that of each other mode, for pairs with equal prompt and seed."""
+    ours = totals[RETRIEVAL]
+    return {
+        mode: evaluator.bootstrap.difference(getattr(ours, flags), getattr(total, flags), ours.prompts)
+        for mode, total in totals.items()
+        if mode != RETRIEVAL
+    }
+
+
+def _distances(groups: Mapping[str, SampleFeatures], evaluator: Evaluator) -> dict[str, Estimate]:
+    """Kernel distance to the style's own database, mean over styles; precision and recall over all styles."""
+    bootstrap, reference = evaluator.bootstrap, evaluator.reference
+    pictures = np.concatenate([group.pictures for group in groups.values()])
+    prompts = [prompt for group in groups.values() for prompt in group.prompts]
+    weights, start, resampled, distances = bootstrap.weights(prompts), 0, [], []
+    # Unit rows are scaled so that x y / dim in the kernel is their cosine.
+    scale = np.float32(pictures.shape[1] ** 0.5)
+    for style, group in groups.items():
+        kernel = KernelDistance.of(scale * group.pictures, scale * reference.by_style[style])
+        distances.append(kernel.value())
+        resampled.append(kernel.resampled(weights[:, start : start + len(group.prompts)]))
+        start += len(group.prompts)
+    covered = fit_manifold(pictures, reference.neighbors).contains(reference.manifold.centers)
+    return {
+        "kernel_distance": interval(float(np.mean(distances)), _mean_of_known(np.array(resampled))),
+        # Rows are resampled with fixed manifolds: duplicate rows would shrink a manifold.
+        "precision": share(reference.manifold.contains(pictures), prompts),
+        "recall": share(covered),
+    }
+
+
+def _mean_of_known(resampled: Floats) -> Floats:
+    """Mean over styles of each resample, (draws or fewer,), without nan. resampled: (styles, draws)."""
+    known = np.isfinite(resampled)
+    usable = known.any(axis=0)
+    return np.asarray(np.where(known, resampled, 0).sum(axis=0)[usable] / known.sum(axis=0)[usable])
+
+
+def _improvement(ours: StyleScores, baseline: StyleScores, bootstrap: Bootstrap) -> dict[str, Any]:
+    """Accuracy relative to a baseline with the same prompts (Fig. 4a); None if that never succeeds.
+
+    The interval is None if the baseline fails in more than MAX_FAILURES of the resamples.
+    """
+    weights = bootstrap.weights(ours.prompts)
+    ours_right, baseline_right = weights @ ours.correct, weights @ baseline.correct
+    ends = None
+    if np.mean(baseline_right == 0) <= MAX_FAILURES:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios = np.where(baseline_right > 0, ours_right / baseline_right - 1, np.inf)
+        ends = [float(end) for end in np.quantile(ratios, [0.025, 0.975], method="nearest")]
+    value = relative_improvement(float(ours.correct.mean()), float(baseline.correct.mean()))
+    return {"value": value, "interval": ends}

@@ -12,10 +12,10 @@ from trainer.model.context import Mode
 from trainer.sampling.recipe import SamplingConfig
 from trainer.sampling.request import TRAINING_DATABASE, Request
 
-RETRIEVAL, SUFFIX = "retrieval", "suffix"
-MODES = (RETRIEVAL, SUFFIX, "suffix_retrieval", "no_neighbors")
+RETRIEVAL, SUFFIX, SUFFIX_RETRIEVAL, NO_NEIGHBORS = "retrieval", "suffix", "suffix_retrieval", "no_neighbors"
+MODES = (RETRIEVAL, SUFFIX, SUFFIX_RETRIEVAL, NO_NEIGHBORS)
 """How a style is requested: by its database; by its name in the prompt; by its name, with neighbors from the
-training database; not at all (control without neighbors)."""
+training database; not at all (control without neighbors). The third is the stronger baseline."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ def _request(config: SamplingConfig, group: tuple[str, str], prompt: str, seed: 
     conditions: dict[str, tuple[str, Mode, str]] = {
         RETRIEVAL: (prompt, "text_and_neighbors", style),
         SUFFIX: (suffixed, "text", ""),
-        "suffix_retrieval": (suffixed, "text_and_neighbors", TRAINING_DATABASE),
-        "no_neighbors": (prompt, "text", ""),
+        SUFFIX_RETRIEVAL: (suffixed, "text_and_neighbors", TRAINING_DATABASE),
+        NO_NEIGHBORS: (prompt, "text", ""),
     }
     text, conditioning, database = conditions[mode]
     return config.request(text, seed, conditioning, database)

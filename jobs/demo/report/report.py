@@ -12,11 +12,12 @@ from jobs.demo.report import funnel
 from jobs.demo.report import report_pictures as pictures
 from jobs.demo.report.numbers import Demo, Goal, goals, measure
 from jobs.reporting.charts import Bar, Curve, curve, duration, time_bars
+from jobs.reporting.estimates import against_zero, estimate_text
 from jobs.reporting.hardware import hardware
 from jobs.reporting.page import render
 from retrieval.storage.manifest import read_manifest
 from trainer.evaluation.charts import LABELS
-from trainer.evaluation.styles import style_words
+from trainer.evaluation.styles import SUFFIX_RETRIEVAL, style_words
 from trainer.tracking.training_log import METRICS, read_step_metrics
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -51,7 +52,8 @@ def write_report(demo: Demo) -> WrittenReport:
     numbers = measure(demo)
     demo_goals = goals(numbers)
     demo.root.write_json("report.json", {**numbers, "goals": [asdict(goal) for goal in demo_goals]})
-    page = render(TEMPLATE, _content(demo, numbers, demo_goals))
+    filters = {"estimate": estimate_text, "against_zero": against_zero}
+    page = render(TEMPLATE, _content(demo, numbers, demo_goals), filters)
     demo.root.write_bytes("report.html", page.encode())
     return WrittenReport(demo.root.local_path("report.html"), tuple(demo_goals))
 
@@ -74,6 +76,8 @@ def _content(demo: Demo, numbers: dict[str, Any], demo_goals: list[Goal]) -> dic
         "training_images": pictures.training_images(demo, NUM_TRAINING_IMAGES),
         "modes": LABELS,
         "evaluation": evaluation,
+        "gain": evaluation["effect"][SUFFIX_RETRIEVAL],
+        "gain_pixels": evaluation["effect_pixels"] and evaluation["effect_pixels"][SUFFIX_RETRIEVAL],
         "evaluation_k": evaluate.config["k"],
         "style_bars": _style_bars(evaluation),
         "rows_read": funnel.num_rows(demo.metadata, ""),
@@ -89,7 +93,7 @@ def _content(demo: Demo, numbers: dict[str, Any], demo_goals: list[Goal]) -> dic
 
 def _style_bars(evaluation: dict[str, Any]) -> list[StyleBars]:
     def bar(row: dict[str, Any], mode: str) -> Bar:
-        percent = 100 * row["modes"][mode]["accuracy"]
+        percent = 100 * row["modes"][mode]["accuracy"][0]
         return Bar(mode, percent, f"{percent:.3g}%")
 
     rows = evaluation["styles"]

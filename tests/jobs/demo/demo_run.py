@@ -212,18 +212,24 @@ def _write_run(root: Root) -> None:
 def evaluation(columns: list[str]) -> dict[str, Any]:
     """Output of `evaluate` for a run in which only retrieval changes the style."""
 
+    def estimate(value: float) -> list[float]:
+        return [value, value - 0.05, value + 0.05]
+
     def results(accuracy: float) -> dict[str, Any]:
-        interval = [accuracy - 0.05, accuracy + 0.05]
-        others = {"logit": 2.0, "clip_score": 0.5, "frechet_distance": 0.3}
-        return {"samples": 70, "accuracy": accuracy, "accuracy_interval": interval, **others}
+        others = {"logit": estimate(2.0), "clip_score": estimate(0.5), "kernel_distance": estimate(0.3)}
+        accuracies = {"accuracy": estimate(accuracy), "accuracy_pixels": estimate(accuracy - 0.02)}
+        return {"samples": 70, "prompts": 60, **accuracies, **others}
 
     rates = dict(zip(LABELS, (0.9, 0.2, 0.3, 0.1), strict=True))
     modes = {mode: results(rate) for mode, rate in rates.items()}
+    effect = {mode: estimate(rates["retrieval"] - rate) for mode, rate in rates.items() if mode != "retrieval"}
+    judge = {"accuracy": estimate(0.94), "held_out_rows": 100}
     return {
         "styles": [{"style": column, "modes": modes} for column in columns],
         "modes": modes,
         "chance": 0.1,
         "num_styles": 10,
-        "style_classifier_accuracy": 0.97,
-        **{f"style_accuracy_{mode}": rate for mode, rate in rates.items()},
+        "judges": {"clip": judge, "pixels": judge},
+        "effect": effect,
+        "effect_pixels": effect,
     }

@@ -14,7 +14,7 @@ TINY = {
     "world.num_train": 40,
     "world.num_database": 160,
     "world.num_per_style": 12,
-    "world.num_held_out": 40,
+    "world.num_held_out": 120,
     "clip_training.num_scenes": 1000,
     "clip_training.num_test_scenes": 20,
     "clip_training.steps": 30,
@@ -58,6 +58,7 @@ def overrides(root: Path, port: int) -> list[str]:
         "filter.metadata": f"{root}/world/metadata",
         "autoencoder.path": f"{root}/autoencoder",
         "evaluate.prompts_file": f"{root}/prompts.txt",
+        "evaluate.judge_pictures": f"{root}/world/held_out.parquet",
     }
     return [f"{key}={value}" for key, value in (paths | TINY).items()]
 

@@ -11,7 +11,9 @@ from trainer.evaluation.classifier import StyleClassifier
 def read_classifier(root: Root, folder: str) -> tuple[StyleClassifier, dict[str, Any]]:
     """The network in eval mode, and the content of `classifier.json`."""
     settings = root.read_json(f"{folder}/classifier.json")
-    network = StyleClassifier(settings["dim"], settings["hidden"], tuple(settings["styles"]))
     with root.open(f"{folder}/classifier.safetensors") as file:
-        network.load_state_dict(load(file.read()))
+        weights = load(file.read())
+    hidden, dim = weights["layers.0.weight"].shape
+    network = StyleClassifier(dim, hidden, tuple(settings["styles"]))
+    network.load_state_dict(weights)
     return network.eval(), settings

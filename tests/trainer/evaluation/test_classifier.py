@@ -72,8 +72,8 @@ def test_a_style_with_too_few_pictures_is_refused_with_its_count():
 def test_a_saved_classifier_has_the_same_logits_and_accuracy(tmp_path):
     features, labels = clusters([20, 20, 20], spread=0.4)
     trained = train_classifier(features, labels, STYLES, CONFIG, seed=0)
-    save_classifier(Root(tmp_path), "classifier", trained)
-    network, settings = read_classifier(Root(tmp_path), "classifier")
+    save_classifier(Root(tmp_path), "judges/classifier", trained)
+    network, settings = read_classifier(Root(tmp_path), "judges")
     np.testing.assert_array_equal(network.logits(features), trained.network.logits(features))
     assert network.styles == STYLES
     assert settings["held_out_accuracy"] == trained.held_out_accuracy

@@ -1,6 +1,12 @@
 """The stage evaluate: its requests, its scores, and the stage on a root with a tiny trained model."""
 
+import io
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from pydantic import ValidationError
@@ -10,11 +16,13 @@ from retrieval.storage.root import Root
 from tests.trainer.evaluation.stored_classifier import read_classifier
 from tests.trainer.tiny_run import PROMPTS, STYLES, pictures_of, write_run
 from trainer.evaluation.charts import draw_bars
-from trainer.evaluation.classifier import train_classifier
+from trainer.evaluation.classifier import TrainedClassifier, train_classifier
 from trainer.evaluation.evaluate import run, style_names
-from trainer.evaluation.metrics import fit_manifold, frechet_distance, wilson_interval
-from trainer.evaluation.recipe import ClassifierConfig, EvaluateConfig
-from trainer.evaluation.scores import Reference, SampleFeatures, evaluation
+from trainer.evaluation.intervals import Bootstrap, share
+from trainer.evaluation.metrics import KernelDistance
+from trainer.evaluation.pixel_judge import EDGE
+from trainer.evaluation.recipe import ClassifierConfig, EvaluateConfig, PixelClassifierConfig
+from trainer.evaluation.scores import Evaluator, Reference, SampleFeatures, results
 from trainer.evaluation.styles import MODES, draw_prompts, make_style_groups, style_words
 from trainer.sampling.picture import read_recipe
 from trainer.sampling.recipe import SamplingConfig
@@ -31,9 +39,17 @@ def tiny(tmp_path_factory) -> tuple[Root, TrainedModel]:
 
 @pytest.fixture(scope="module")
 def prompts_file(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
-    path.write_text("\n".join(PROMPTS))
-    return str(path)
+    """A prompts file; its folder has pictures for the judge on pixels as well."""
+    folder = tmp_path_factory.mktemp("prompts")
+    rows = {"path": [], "style": []}
+    for style in NAMES:
+        for number, picture in enumerate(pictures_of(style, 10)):
+            picture.save(folder / f"{style}-{number}.png")
+            rows["path"].append(f"{style}-{number}.png")
+            rows["style"].append(style_words(style))
+    pq.write_table(pa.table(rows), folder / "judge.parquet")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    return str(folder / "prompts.txt")
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +63,8 @@ def config(prompts_file: str, **settings) -> EvaluateConfig:
     classifier = ClassifierConfig(hidden=32, epochs=40)
     quick = {"steps": 2, "guidance": 2.0, "k": 4, "batch_size": 3, "workers": 2, "threads": 1, "device": "cpu"}
     defaults = {"prompts_file": prompts_file, "samples_per_style": 4, "classifier": classifier}
+    defaults["judge_pictures"] = str(Path(prompts_file).with_name("judge.parquet"))
+    defaults["pixel_classifier"] = PixelClassifierConfig(epochs=5, batch_size=4)
     return EvaluateConfig(**(defaults | quick | settings))
 
 
@@ -106,80 +124,123 @@ def clusters(label: int, count: int, seed: int) -> np.ndarray:
     return unit(centers[label] + 0.2 * np.random.default_rng([seed, label]).standard_normal((count, 16)))
 
 
+TEXTS = unit(np.random.default_rng(3).standard_normal((6, 16)))
+SIX_PROMPTS = tuple(f"prompt {i // 2}" for i in range(6))
+
+
+class ByGrayLevel:
+    """A judge on pixels: black is the first style, 1 the second, 2 the third."""
+
+    styles = NAMES
+
+    def logits(self, rows: np.ndarray) -> np.ndarray:
+        return np.eye(3, dtype=np.float32)[rows[:, 0, 0, 0]]
+
+    def state_dict(self) -> dict:
+        return {}
+
+
+def samples_of(pictures: np.ndarray, gray: int = 0) -> SampleFeatures:
+    return SampleFeatures(pictures, TEXTS, SIX_PROMPTS, np.full((6, EDGE, EDGE, 3), gray, np.uint8))
+
+
 @pytest.fixture(scope="module")
-def figures():
-    features = np.concatenate([clusters(label, 60, seed=0) for label in range(3)])
-    labels = np.repeat(np.arange(3), 60)
+def evaluator() -> Evaluator:
+    rows = {style: clusters(label, 60, seed=0) for label, style in enumerate(NAMES)}
+    features, labels = np.concatenate([*rows.values()]), np.repeat(np.arange(3), 60)
     classifier = train_classifier(features, labels, NAMES, ClassifierConfig(hidden=32, epochs=20), seed=0)
-    texts = unit(np.random.default_rng(3).standard_normal((6, 16)))
-    samples = {}
+    pixels = TrainedClassifier(ByGrayLevel(), 1.0, dict.fromkeys(NAMES, 1.0), 30)
+    return Evaluator(classifier, pixels, Reference.of(rows, 3), Bootstrap(200, 0))
+
+
+@pytest.fixture(scope="module")
+def samples() -> dict[tuple[str, str], SampleFeatures]:
+    groups = {}
     for label, style in enumerate(NAMES):
         right, wrong = clusters(label, 6, seed=1), clusters((label + 1) % 3, 6, seed=2)
-        samples["retrieval", style] = SampleFeatures(right, texts)
-        samples["suffix", style] = SampleFeatures(np.concatenate([right[:3], wrong[:3]]), texts)
-        samples["suffix_retrieval", style] = SampleFeatures(np.concatenate([right[:4], wrong[:2]]), texts)
+        groups["retrieval", style] = samples_of(right, gray=label)
+        groups["suffix", style] = samples_of(np.concatenate([right[:3], wrong[:3]]), gray=label)
+        groups["suffix_retrieval", style] = samples_of(np.concatenate([right[:4], wrong[:2]]))
         # Without neighbors every sample looks like the first style.
-        samples["no_neighbors", style] = SampleFeatures(clusters(0, 6, seed=3), texts)
-    return (
-        samples,
-        features,
-        evaluation(classifier, samples, Reference(features, fit_manifold(features, 3), 3), seed=0),
-    )
+        groups["no_neighbors", style] = samples_of(clusters(0, 6, seed=3))
+    return groups
 
 
-def test_accuracies_are_the_shares_of_correct_samples(figures):
-    _, _, result = figures
-    assert result["style_accuracy_retrieval"] == 1.0
-    assert result["style_accuracy_suffix"] == 0.5
-    assert result["style_accuracy_suffix_retrieval"] == pytest.approx(2 / 3)
-    assert result["style_accuracy_no_neighbors"] == pytest.approx(1 / 3)
+@pytest.fixture(scope="module")
+def result(samples, evaluator):
+    return results(samples, evaluator)
+
+
+def test_accuracies_are_the_shares_of_correct_samples_by_each_judge(result):
+    accuracies = {mode: row["accuracy"].value for mode, row in result["modes"].items()}
+    assert accuracies == pytest.approx(dict(zip(MODES, (1, 1 / 2, 2 / 3, 1 / 3), strict=True)))
+    by_pixels = {mode: row["accuracy_pixels"].value for mode, row in result["modes"].items()}
+    assert by_pixels == pytest.approx(dict(zip(MODES, (1, 1, 1 / 3, 1 / 3), strict=True)))
     assert (result["num_styles"], result["chance"]) == (3, pytest.approx(1 / 3))
-    assert result["style_classifier_accuracy"] >= 0.95
+    assert result["judges"]["clip"]["accuracy"].value >= 0.95
+    assert result["judges"]["pixels"] == {"accuracy": share([1] * 30), "held_out_rows": 30}
 
 
-def test_improvements_and_intervals_follow_from_the_accuracies(figures):
-    _, _, result = figures
-    assert result["relative_improvement"] == pytest.approx(1.0)
-    low, high = result["relative_improvement_interval"]
-    assert 0.2 < low < 1.0 < high
+def test_intervals_are_by_prompt_and_differences_are_paired(result):
     row = result["styles"][1]["modes"]["suffix"]
-    assert (row["right"], row["samples"]) == (3, 6)
-    assert row["accuracy_interval"] == wilson_interval(3, 6)
-    assert result["modes"]["suffix"]["accuracy_interval"] == wilson_interval(9, 18)
+    assert (row["samples"], row["prompts"]) == (6, 3)
+    assert row["accuracy"] == share([1, 1, 1, 0, 0, 0], SIX_PROMPTS)
+    # Three prompts say less than 18 samples.
+    low, high = result["modes"]["suffix"]["accuracy"][1:]
+    assert high - low > share([1] * 9 + [0] * 9).high - share([1] * 9 + [0] * 9).low
+    value, low, high = result["effect"]["suffix_retrieval"]
+    assert value == pytest.approx(1 / 3)
+    assert low <= 0 < high
+    assert result["effect_pixels"]["suffix"].value == 0
+    assert result["effect_pixels"]["suffix_retrieval"].value == pytest.approx(2 / 3)
 
 
-def test_a_style_without_success_of_the_baseline_has_no_relative_improvement(figures):
-    samples, features, _ = figures
-    missed = dict(samples)
-    missed["suffix", NAMES[0]] = SampleFeatures(clusters(1, 6, seed=4), samples["suffix", NAMES[0]].texts)
-    labels = np.repeat(np.arange(3), 60)
-    classifier = train_classifier(features, labels, NAMES, ClassifierConfig(hidden=32, epochs=20), seed=0)
-    result = evaluation(classifier, missed, Reference(features, fit_manifold(features, 3), 3), seed=0)
-    assert result["styles"][0]["relative_improvement"] is None
-    assert result["styles"][1]["relative_improvement"] == pytest.approx(1.0)
+def test_without_a_judge_on_pixels_its_values_are_none(samples, evaluator):
+    result = results(samples, replace(evaluator, pixel_classifier=None))
+    assert result["judges"]["pixels"] is result["effect_pixels"] is None
+    assert result["modes"]["retrieval"]["accuracy_pixels"] is None
 
 
-def test_logits_and_distances_are_better_for_samples_like_the_databases(figures):
-    samples, features, result = figures
+def test_improvements_follow_from_the_accuracies(result):
+    assert result["relative_improvement"]["value"] == pytest.approx(1.0)
+    assert result["styles"][1]["relative_improvement"]["value"] == pytest.approx(1.0)
+
+
+def test_a_style_without_success_of_the_baseline_has_no_relative_improvement(samples, evaluator):
+    missed = samples | {("suffix", NAMES[0]): samples_of(clusters(1, 6, seed=4))}
+    result = results(missed, evaluator)
+    assert result["styles"][0]["relative_improvement"] == {"value": None, "interval": None}
+    assert result["styles"][1]["relative_improvement"]["value"] == pytest.approx(1.0)
+
+
+def test_logits_and_distances_are_better_for_samples_like_the_databases(samples, evaluator, result):
     modes = result["modes"]
-    assert modes["retrieval"]["logit"] > modes["suffix"]["logit"] > modes["no_neighbors"]["logit"]
-    assert modes["retrieval"]["frechet_distance"] < modes["no_neighbors"]["frechet_distance"]
-    assert modes["retrieval"]["recall"] > modes["no_neighbors"]["recall"]
-    pooled = np.concatenate([samples["suffix", style].pictures for style in NAMES])
-    assert modes["suffix"]["frechet_distance"] == pytest.approx(frechet_distance(pooled, features))
+    assert modes["retrieval"]["logit"].value > modes["suffix"]["logit"].value > modes["no_neighbors"]["logit"].value
+    assert modes["retrieval"]["recall"].value > modes["no_neighbors"]["recall"].value
+    distances = [modes[mode]["kernel_distance"] for mode in ("retrieval", "suffix_retrieval", "suffix")]
+    assert distances == sorted(distances)
+    assert distances[0].high < distances[1].value
+    expected = [
+        KernelDistance.of(4 * samples["suffix", style].pictures, 4 * evaluator.reference.by_style[style]).value()
+        for style in NAMES
+    ]
+    assert distances[2].value == pytest.approx(np.mean(expected))
 
 
-def test_the_clip_score_pairs_each_picture_with_its_prompt(figures):
-    samples, _, result = figures
+def test_samples_in_the_styles_of_other_databases_are_far_although_all_styles_together_are_equal(samples, evaluator):
+    """A distance to all databases at once would find nothing wrong with samples of interchanged styles."""
+    turned = samples | {("suffix", style): samples_of(clusters((i + 1) % 3, 6, 1)) for i, style in enumerate(NAMES)}
+    modes = results(turned, evaluator)["modes"]
+    assert modes["suffix"]["kernel_distance"].low > modes["retrieval"]["kernel_distance"].high + 0.5
+
+
+def test_the_clip_score_pairs_each_picture_with_its_prompt(samples, result):
     features = samples["retrieval", NAMES[2]]
     expected = np.mean([picture @ text for picture, text in zip(features.pictures, features.texts, strict=True)])
-    assert result["styles"][2]["modes"]["retrieval"]["clip_score"] == pytest.approx(expected, abs=1e-6)
+    assert result["styles"][2]["modes"]["retrieval"]["clip_score"].value == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_bar_chart_is_wider_for_more_styles(figures, tmp_path):
-    import io
-
-    result = figures[2]
+def test_the_bar_chart_is_wider_for_more_styles(result):
     wide = dict(result, styles=result["styles"] * 4)
     sizes = [Image.open(io.BytesIO(draw_bars(values))).size for values in (result, wide)]
     assert sizes[0][0] < sizes[1][0]
@@ -195,7 +256,8 @@ def test_every_mode_and_style_has_its_samples_and_their_features(evaluated):
         "report",
     ]
     assert all(shard.rows == 4 for shard in manifest.shards[:-1])
-    for name in ("evaluation.json", "bars.png", "classifier.safetensors", "retrieval.png", "no_neighbors.png"):
+    classifiers = ("classifier.safetensors", "pixel_classifier.safetensors", "pixel_classifier.json")
+    for name in ("evaluation.json", "bars.png", "retrieval.png", "no_neighbors.png", *classifiers):
         assert f"{STAGE}/{name}" in manifest.checksums()
     for number, (prompt, seed) in enumerate(draw_prompts(PROMPTS, 4, "deep_red", seed=0)):
         with root.open(f"{STAGE}/samples/suffix/deep_red/{number:04d}.png") as file:
@@ -204,12 +266,14 @@ def test_every_mode_and_style_has_its_samples_and_their_features(evaluated):
     assert [row["style"] for row in result["styles"]] == list(NAMES)
     assert result["num_styles"] == 3
     # Without neighbors the untrained model draws the same style for all.
-    assert result["style_accuracy_no_neighbors"] == pytest.approx(1 / 3, abs=0.34)
+    for accuracy in ("accuracy", "accuracy_pixels"):
+        assert result["modes"]["no_neighbors"][accuracy][0] == pytest.approx(1 / 3, abs=0.34)
 
 
 def test_the_classifier_learned_the_pictures_of_the_databases(evaluated, tiny):
     root, _, result = evaluated
-    assert result["style_classifier_accuracy"] == 1.0
+    assert result["judges"]["clip"]["accuracy"][0] == 1.0
+    assert result["judges"]["pixels"]["held_out_rows"] == 6
     network, _ = read_classifier(root, STAGE)
     encoder = Sampler.open(root, tiny[1]).encoder
     for label, style in enumerate(network.styles):

@@ -10,7 +10,7 @@ import numpy as np
 
 from retrieval.database.database import Database
 from retrieval.errors import UserError
-from trainer.evaluation.paper.intervals import Rows
+from trainer.evaluation.intervals import Rows
 from trainer.model.context import Vectors, at_raw_norm
 from trainer.recipe import ContextNorm
 from trainer.sampling.conditioning import ConditionedRequest

@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from retrieval.database.database import Database
 from retrieval.storage.root import Root
+from trainer.evaluation.intervals import Rows
 from trainer.evaluation.metrics import Features
 from trainer.evaluation.paper.copy_distances import Comparison, Distances, Nearest, hash_row, nearest, nearest_per_query
-from trainer.evaluation.paper.intervals import Rows
 from trainer.evaluation.paper.real_images import TrainingImages, has_pictures, style_picture, training_pictures
 from trainer.model.context import unit_rows
 from trainer.sampling.conditioning import ConditionedRequest

@@ -13,9 +13,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from retrieval.perceptual_hash import BLANK_HASH, perceptual_hash
+from trainer.evaluation.intervals import Bootstrap, share
 from trainer.evaluation.metrics import Features
-from trainer.evaluation.paper.intervals import Bootstrap
-from trainer.evaluation.paper.paper_tables import share
 
 NEAR = 0.01
 """Quantile of the distances of real images below which a sample counts as near."""

@@ -19,12 +19,12 @@ from retrieval.storage.root import Root
 from trainer.data.loader import Loader
 from trainer.data.plan import is_finished, make_plan
 from trainer.evaluation import evaluate
-from trainer.evaluation.evaluate import style_names, train_style_classifier
+from trainer.evaluation.evaluate import make_evaluator, style_names
+from trainer.evaluation.intervals import Bootstrap
 from trainer.evaluation.paper import charts, copy_check, copy_distances, held_out
 from trainer.evaluation.paper.controls import CONTROLS, control, random_rows
 from trainer.evaluation.paper.figures import draw_figure, make_figures
-from trainer.evaluation.paper.intervals import Bootstrap
-from trainer.evaluation.paper.paper_tables import Evaluator, tables
+from trainer.evaluation.paper.paper_tables import tables
 from trainer.evaluation.paper.real_images import training_images
 from trainer.evaluation.paper.recipe import PaperConfig
 from trainer.evaluation.paper.timing import retrieval_times
@@ -163,8 +163,8 @@ class Experiments:
         groups = [(group, self._evaluated) for group in self._groups]
         groups += [(group, self._items) for group in controls]
         features = {(group.mode, group.style): read_features(self._sampler, group, items) for group, items in groups}
-        classifier, reference = train_style_classifier(self._model.evaluate, self._sampler, self._styles)
-        values = tables(features, Evaluator(classifier, reference, self._bootstrap))
+        evaluator = make_evaluator(self._model.evaluate, self._sampler, self._styles, self._bootstrap)
+        values = tables(features, evaluator)
         return values, {"improvement.png": charts.improvement_chart(values), "modes.png": charts.modes_chart(values)}
 
     def _held_out(self) -> Result:

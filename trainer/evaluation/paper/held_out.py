@@ -13,8 +13,8 @@ import torch
 
 from trainer.data.loader import Loader
 from trainer.data.plan import TrainingPlan
+from trainer.evaluation.intervals import Bootstrap
 from trainer.evaluation.paper.controls import derangement
-from trainer.evaluation.paper.intervals import Bootstrap
 from trainer.model.autoencoder import Autoencoder
 from trainer.training.objective import QUARTILES, Objective
 from trainer.training.validation import HeldOut, fixed_batch, held_out_rows, read_held_out

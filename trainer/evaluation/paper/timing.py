@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from retrieval.database.database import Database
-from trainer.evaluation.paper.intervals import Bootstrap
+from trainer.evaluation.intervals import Bootstrap
 from trainer.model.context import Vectors
 
 

@@ -59,7 +59,8 @@ def test_the_json_has_every_number_under_its_name(demo: Demo, report: WrittenRep
     assert numbers["neighbor_leaks"] == 0
     for k in (1, 5, 10):
         assert numbers[f"text_recall_at_{k}"] == pytest.approx(sorted_recall(demo, k))
-    assert numbers["style_accuracy_retrieval"] == 0.9
+    assert (numbers["style_accuracy_retrieval"], numbers["style_accuracy_retrieval_low"]) == (0.9, 0.85)
+    assert numbers["style_gain_over_suffix_retrieval"] == pytest.approx(0.6)
     assert numbers["seconds"]["train"] == 1.5
     nested = [name for name, value in numbers.items() if isinstance(value, dict | list)]
     assert sorted(nested) == ["goals", "seconds"]
@@ -114,7 +115,9 @@ def test_the_prompt_is_shown_among_the_neighbors_only_if_it_is_in_the_context(de
 def test_a_missed_goal_is_on_the_page_and_in_the_result(demo: Demo, report: WrittenReport) -> None:
     path = "runs/tiny/evaluate/evaluation.json"
     before = demo.root.read_json(path)
-    demo.root.write_json(path, before | {"style_accuracy_retrieval": 0.3})
+    changed = demo.root.read_json(path)
+    changed["modes"]["retrieval"]["accuracy"] = [0.3, 0.2, 0.4]
+    demo.root.write_json(path, changed)
     missed = write_report(demo)
     demo.root.write_json(path, before)
     assert not missed.all_met
@@ -123,6 +126,20 @@ def test_a_missed_goal_is_on_the_page_and_in_the_result(demo: Demo, report: Writ
     } == {"style_accuracy_retrieval"}
     marks = [span for span in Page(missed.path.read_text()).all("span") if span.get("aria-label") == "missed"]
     assert len(marks) == sum(not goal.met for goal in missed.goals)
+
+
+def test_the_stronger_baseline_with_its_interval_comes_first(demo: Demo, report: WrittenReport) -> None:
+    text = report.path.read_text()
+    assert text.index("above the stronger baseline") < text.index("classified as the database’s style")
+    assert "above 0" in text
+    path = "runs/tiny/evaluate/evaluation.json"
+    before = demo.root.read_json(path)
+    changed = demo.root.read_json(path)
+    changed["effect"]["suffix_retrieval"] = [0.01, -0.005, 0.03]
+    demo.root.write_json(path, changed)
+    text = write_report(demo).path.read_text()
+    demo.root.write_json(path, before)
+    assert "0.010 (-0.005 to 0.030), not distinguishable from 0" in text
 
 
 def test_the_funnel_counts_the_rows_of_the_tables(demo: Demo) -> None:

@@ -1,0 +1,107 @@
+"""95 % confidence intervals of statistics of rows: bootstrap, and Wilson's interval of shares.
+
+Rows with the same cluster, such as samples of one prompt, are not independent: they are resampled together.
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Rows = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Clusters = Sequence[Hashable]
+"""The cluster of each row (n,)."""
+Z95 = 1.959963984540054
+ENDS = (0.025, 0.975)
+
+
+class Estimate(NamedTuple):
+    """A value and the ends of its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Interval(NamedTuple):
+    """A 95 % confidence interval."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """Number of resamples and their seed."""
+
+    draws: int
+    seed: int
+
+    def weights(self, clusters: Clusters) -> Rows:
+        """How often each resample contains each row: (draws, n). Clusters are drawn with replacement."""
+        numbers = _cluster_numbers(clusters)
+        count = int(numbers.max()) + 1
+        rng = np.random.default_rng([self.seed, count])
+        return np.asarray(rng.multinomial(count, np.full(count, 1 / count), self.draws)[:, numbers])
+
+    def mean(self, values: npt.ArrayLike, clusters: Clusters | None = None) -> Estimate:
+        """The mean of values (n,), n at least 1. clusters: by default each row is its own."""
+        array = np.asarray(values, np.float64)
+        weights = self.weights(range(len(array)) if clusters is None else clusters)
+        return interval(float(array.mean()), weights @ array / weights.sum(axis=1))
+
+    def difference(self, ours: npt.ArrayLike, baseline: npt.ArrayLike, clusters: Clusters) -> Estimate:
+        """Difference of two shares of paired flags (n,). The interval has a width even if all pairs are equal."""
+        values = np.asarray(ours, np.float64) - np.asarray(baseline, np.float64)
+        if values.any():
+            return self.mean(values, clusters)
+        bound = 1 - wilson_interval(1.0, len(set(clusters))).low
+        return Estimate(0.0, -bound, bound)
+
+    def median(self, values: npt.ArrayLike) -> Estimate:
+        """The median of independent values (n,), n at least 1."""
+        array = np.asarray(values, np.float64)
+        rng = np.random.default_rng([self.seed, len(array)])
+        resampled = [np.median(array[rng.integers(0, len(array), len(array))]) for _ in range(self.draws)]
+        return interval(float(np.median(array)), np.array(resampled))
+
+
+def interval(value: float, resampled: Floats) -> Estimate:
+    """A value with the percentile interval of its resamples (draws,)."""
+    low, high = np.quantile(resampled, ENDS)
+    return Estimate(value, float(low), float(high))
+
+
+def wilson_interval(share: float, trials: float) -> Interval:
+    """95 % Wilson score interval of a proportion; (0, 1) without trials. trials: may be fractional."""
+    if not trials:
+        return Interval(0.0, 1.0)
+    z2 = Z95**2
+    center = share + z2 / (2 * trials)
+    half = Z95 * np.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
+    scale = 1 + z2 / trials
+    return Interval(max(0.0, float((center - half) / scale)), min(1.0, float((center + half) / scale)))
+
+
+def share(flags: npt.ArrayLike, clusters: Clusters | None = None) -> Estimate:
+    """The share of true flags (n,), n at least 1, with Wilson's interval for the effective number of rows.
+
+    That number is n divided by the design effect: the variance between clusters over that of independent rows. If all
+    flags are equal, it is the number of clusters.
+    """
+    values = np.asarray(flags, np.float64)
+    numbers = _cluster_numbers(range(len(values)) if clusters is None else clusters)
+    n, count, mean = len(values), int(numbers.max()) + 1, float(values.mean())
+    independent = np.sum((values - mean) ** 2) * n / max(n - 1, 1)
+    clustered = np.sum(np.bincount(numbers, values - mean) ** 2) * count / max(count - 1, 1)
+    trials = min(n, n * independent / clustered) if clustered > 0 else count
+    return Estimate(mean, *wilson_interval(mean, trials))
+
+
+def _cluster_numbers(clusters: Clusters) -> Rows:
+    """Clusters as numbers 0, 1, ... in the order of their first row: (n,)."""
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(cluster, len(numbers)) for cluster in clusters], np.int64)

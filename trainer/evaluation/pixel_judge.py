@@ -1,0 +1,130 @@
+"""Style classifier on pixels: a judge that does not see the CLIP features that condition the samples.
+
+Reads a Parquet table of labelled pictures that are in no database and no training set; writes no files. A small
+convolutional network is trained on most of them and tested on the rest.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from torch.nn import functional
+
+from retrieval.errors import UserError
+from retrieval.picture_file import read_picture
+from trainer.evaluation.classifier import Labels, TrainedClassifier, fit, split_rows
+from trainer.evaluation.metrics import Features
+from trainer.evaluation.recipe import PixelClassifierConfig
+from trainer.evaluation.styles import style_words
+
+EDGE = 64
+CHANNELS = (16, 32, 64, 96)
+MAX_SHIFT = 4
+NOISE = 0.05
+BLOCK = 256
+Pixels = npt.NDArray[np.uint8]
+
+
+class PixelClassifier(torch.nn.Module):
+    """Four strided convolutions, the mean over the picture, and a linear layer.
+
+    In training, pictures are mirrored, blurred, shifted and noised at random: samples are less sharp than real ones.
+    """
+
+    def __init__(self, styles: tuple[str, ...], dropout: float) -> None:
+        super().__init__()
+        self.styles = styles
+        layers: list[torch.nn.Module] = []
+        for inputs, outputs in zip((3, *CHANNELS), CHANNELS, strict=False):
+            layers += [torch.nn.Conv2d(inputs, outputs, 3, 2, 1), torch.nn.BatchNorm2d(outputs), torch.nn.ReLU()]
+        pooling = (torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Dropout(dropout))
+        self.layers = torch.nn.Sequential(*layers, *pooling, torch.nn.Linear(CHANNELS[-1], len(styles)))
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Logits (n, styles) of pixels (n, EDGE, EDGE, 3) uint8."""
+        pictures = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+        logits: torch.Tensor = self.layers(_augmented(pictures) if self.training else pictures)
+        return logits
+
+    @torch.inference_mode()
+    def logits(self, rows: npt.NDArray[Any]) -> Features:
+        """Logits (n, styles) float32 of pixels (n, EDGE, EDGE, 3) uint8, in the order of `styles`."""
+        blocks = torch.from_numpy(rows).split(BLOCK)
+        return np.concatenate([self(block).numpy() for block in blocks])
+
+
+def train_pixel_judge(
+    table: str, styles: Sequence[str], config: PixelClassifierConfig, max_rows: int, seed: int
+) -> TrainedClassifier:
+    """Train and test on the pictures of a table, at most `max_rows` of each style.
+
+    table: path of a Parquet file with columns `path`, from the folder of the table, and `style`, as the database is
+    called or in words. Raises UserError if it cannot be read, or has too few pictures of a style.
+    """
+    paths, labels = _rows(table, styles, max_rows, seed)
+    pixels = thumbnails(read_picture(path) for path in paths)
+    rows, held_out = split_rows(labels, config.held_out_fraction, seed)
+    network = fit(lambda: PixelClassifier(tuple(styles), config.dropout), pixels[rows], labels[rows], config, seed)
+    return TrainedClassifier.test(network, pixels[held_out], labels[held_out])
+
+
+def thumbnails(pictures: Iterable[Image.Image]) -> Pixels:
+    """Pictures scaled to the input of the network: (n, EDGE, EDGE, 3)."""
+    small = (picture.convert("RGB").resize((EDGE, EDGE), Image.Resampling.LANCZOS) for picture in pictures)
+    return np.stack([np.asarray(picture, np.uint8) for picture in small])
+
+
+def pictures_digest(table: str) -> str:
+    """Hash of a table and of the sizes of its pictures, 16 hex digits: changes with the data of the judge."""
+    digest = hashlib.sha256(Path(table).read_bytes())
+    for path, _ in _read(table):
+        digest.update(f"{path} {path.stat().st_size if path.exists() else -1}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _augmented(pictures: torch.Tensor) -> torch.Tensor:
+    """Randomly changed pictures (n, 3, EDGE, EDGE)."""
+    # For each picture, not for each batch: batches of blurred pictures alone would spoil the batch norm's averages.
+    mirrored, blurred = torch.rand(2, len(pictures), 1, 1, 1) < 0.5
+    pictures = torch.where(mirrored, pictures.flip(3), pictures)
+    smooth = functional.avg_pool2d(functional.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    pictures = torch.where(blurred, smooth, pictures)
+    padded = functional.pad(pictures, (MAX_SHIFT,) * 4, mode="reflect")
+    x, y = torch.randint(0, 2 * MAX_SHIFT + 1, (2,)).tolist()
+    return padded[:, :, y : y + EDGE, x : x + EDGE] + NOISE * torch.randn(pictures.shape)
+
+
+def _rows(table: str, styles: Sequence[str], max_rows: int, seed: int) -> tuple[list[Path], Labels]:
+    """Paths and labels of the pictures that are used, by style."""
+    by_style: dict[str, list[Path]] = {style_words(style): [] for style in styles}
+    for path, style in _read(table):
+        if (words := style_words(style)) in by_style:
+            by_style[words].append(path)
+    paths: list[Path] = []
+    labels: list[int] = []
+    for label, (words, of_style) in enumerate(by_style.items()):
+        if not of_style:
+            raise UserError(f"judge_pictures = {table!r} has no picture of style {words!r}. Add some.")
+        order = np.random.default_rng([seed, label]).permutation(len(of_style))[:max_rows]
+        paths += [of_style[number] for number in sorted(order)]
+        labels += [label] * len(order)
+    return paths, np.array(labels, np.int64)
+
+
+def _read(table: str) -> list[tuple[Path, str]]:
+    """The rows of a table: path of the picture, and style."""
+    try:
+        columns = pq.read_table(table, columns=["path", "style"]).to_pydict()
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(
+            f"judge_pictures = {table!r} cannot be read: {error}. Wanted a Parquet table with columns path and style."
+        ) from error
+    pairs = zip(columns["path"], columns["style"], strict=True)
+    return [(Path(table).parent / path, style) for path, style in pairs if path and style]
