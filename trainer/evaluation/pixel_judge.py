@@ -18,7 +18,7 @@ from PIL import Image
 from torch.nn import functional
 
 from retrieval.errors import UserError
-from retrieval.picture_file import read_picture
+from retrieval.pictures.picture_file import read_picture
 from trainer.evaluation.classifier import Labels, TrainedClassifier, fit, split_rows
 from trainer.evaluation.metrics import Features
 from trainer.evaluation.recipe import PixelClassifierConfig
