@@ -3,7 +3,7 @@
 Imports no torch, Ray or faiss, so reading and checking settings is fast.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -86,6 +86,8 @@ class DownloadConfig(WorkersConfig):
     """Whether to request and obey robots.txt and tdmrep.json. Preferences in response headers are always obeyed."""
     allow_private: Literal["none", "loopback", "all"] = runtime_setting("none")
     """Allowed addresses besides public ones: none, loopback, or all private networks."""
+    ports: tuple[Annotated[int, Field(ge=1, lt=1 << 16)], ...] = runtime_setting((80, 443, 8080, 8443), strict=False)
+    """Ports that may be contacted at public addresses. Other allowed addresses may use any port."""
     timeout_s: float = runtime_setting(10.0, gt=0)
     """Longest wait for the next data of a server, in seconds."""
     deadline_s: float = runtime_setting(60.0, gt=0)

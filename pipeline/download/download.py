@@ -70,6 +70,7 @@ def _fetch_settings(config: DownloadConfig) -> FetchSettings:
         connections=config.threads,
         host_limits=HostLimits(config.host_connections, config.host_pause_s, config.host_max_wait_s),
         robots=config.robots,
+        ports=frozenset(config.ports),
     )
 
 

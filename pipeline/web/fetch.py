@@ -20,7 +20,7 @@ from pipeline.web.host_queue import FetchRequest, HostLimits, HostQueue
 from pipeline.web.preferences import opted_out, tdm_reserved, usage_forbidden
 from pipeline.web.robots import MAX_BYTES as MAX_ROBOTS_BYTES
 from pipeline.web.robots import Robots
-from pipeline.web.sockets import Access, pool_manager, socket_limits
+from pipeline.web.sockets import PORTS, Access, pool_manager, socket_limits
 from pipeline.web.urls import canonical_url
 from retrieval.storage.manifest import VERSION
 from retrieval.storage.schema import Reason
@@ -51,6 +51,7 @@ class FetchSettings:
     connections: int
     host_limits: HostLimits
     robots: bool = False
+    ports: frozenset[int] = PORTS
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Fetcher:
 
     def __init__(self, settings: FetchSettings) -> None:
         self.settings = settings
-        self._pools = pool_manager(settings.access, settings.connections)
+        self._pools = pool_manager(settings.access, settings.ports, settings.connections)
         self._robots = Robots(settings.user_agent)
         self._headers = {
             "User-Agent": f"{settings.user_agent}/{VERSION} (+{settings.contact})",

@@ -1,8 +1,8 @@
 """Connections to permitted addresses only, with a deadline.
 
 Each host name is resolved once, its addresses are checked, and the socket connects to a checked address: a
-second DNS look-up cannot lead elsewhere. Every socket wait is shortened to the deadline of its thread. So the
-deadline also holds for servers that send single bytes slowly, in the headers or in the body.
+second DNS look-up cannot lead elsewhere. Every wait is shortened to the deadline of its thread: for the resolver, the
+connections, the TLS handshake, and servers that send single bytes slowly, in the headers or in the body.
 """
 
 import ipaddress
@@ -11,6 +11,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -24,7 +25,30 @@ from retrieval.storage.schema import Reason
 Access = Literal["none", "loopback", "all"]
 """Permitted addresses besides public ones: none, this machine, or private networks as well."""
 
+PORTS = frozenset({80, 443, 8080, 8443})
+"""Ports of public addresses that are usual for web servers."""
+
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
+_NEVER = tuple(
+    map(
+        ipaddress.ip_network,
+        (
+            # Metadata and credentials of cloud machines, at addresses that look public or private.
+            "168.63.129.16",  # Azure
+            "192.0.0.192",  # Oracle
+            "fd00:ec2::/32",  # Amazon
+            "fd00:c1::a9fe:a9fe",  # Oracle
+            "fd00:42::42",  # Scaleway
+            "fd20:ce::254",  # Google
+            "fec0::/10",  # site-local, deprecated by RFC 3879
+            "64:ff9b:1::/48",  # NAT64 of a local network (RFC 8215)
+            "192.88.99.0/24",  # relays of 6to4
+            "3fff::/20",  # documentation (RFC 9637)
+        ),
+    )
+)
+_Ip = ipaddress.IPv4Address | ipaddress.IPv6Address
 _LIMITS = threading.local()
 
 
@@ -64,35 +88,46 @@ def is_permitted(address: str, access: Access) -> bool:
     >>> [is_permitted(address, "none") for address in addresses]
     [True, False, False, False, False]
     """
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address) and (inner := _embedded_ipv4(ip)):
-        return is_permitted(str(inner), access)
+    ip = _target(address)
     if ip.is_loopback:
         return access != "none"
     if ip.is_multicast or ip.is_link_local or ip.is_unspecified or ip.is_reserved:
         return False
-    return ip.is_global or (access == "all" and ip.is_private)
+    if any(ip in network for network in _NEVER):
+        return False
+    return _is_public(ip) or (access == "all" and ip.is_private)
 
 
-def _embedded_ipv4(ip: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
-    """The IPv4 address inside a NAT64, mapped, 6to4 or Teredo address; None for other addresses."""
+def _target(address: str) -> _Ip:
+    """An IP address; the IPv4 address inside a NAT64, mapped, 6to4 or Teredo address."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv4Address):
+        return ip
     if ip in _NAT64:
         return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-    return ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
+    return ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else ip)
 
 
-def connect(host: str, port: int, access: Access) -> socket.socket:
-    """Connect to the first permitted address that answers. Raises FetchError."""
-    addresses = [entry for entry in _resolve(host, port) if is_permitted(str(entry[4][0]), access)]
-    if not addresses:
-        raise FetchError(Reason.REFUSED_ADDRESS, f"{host} is not a public address")
+def _is_public(ip: _Ip) -> bool:
+    return ip.is_global and (ip.version == 4 or ip in _GLOBAL_UNICAST)
+
+
+def connect(host: str, port: int, access: Access, ports: frozenset[int] = PORTS) -> socket.socket:
+    """Connect to the first permitted address that answers. Raises FetchError.
+
+    ports: of public addresses; others that `access` permits may have any. All addresses share one socket wait.
+    """
+    addresses = _permitted_addresses(host, port, access, ports)
     error = FetchError(Reason.NO_CONNECTION, "")
-    for family, kind, protocol, _, address in addresses:
+    end = time.monotonic() + float(_LIMITS.timeout_s)
+    for position, (family, kind, protocol, _, address) in enumerate(addresses):
         connection = _Socket(family, kind, protocol)
         try:
-            connection.settimeout(_max_wait_s())
+            share_s = max(end - time.monotonic(), 0.01) / (len(addresses) - position)
+            connection.settimeout(min(share_s, _max_wait_s()))
             connection.connect(address)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.settimeout(_max_wait_s())  # for the TLS handshake
             return connection
         except TimeoutError:
             error = FetchError(Reason.TIMEOUT, f"{host}: no connection in time")
@@ -102,9 +137,33 @@ def connect(host: str, port: int, access: Access) -> socket.socket:
     raise error
 
 
+def _permitted_addresses(host: str, port: int, access: Access, ports: frozenset[int]) -> list[Any]:
+    """The addresses of a host in the notation of `getaddrinfo`. Raises FetchError if none is permitted."""
+    addresses = [entry for entry in _resolve(host, port) if is_permitted(str(entry[4][0]), access)]
+    if not addresses:
+        raise FetchError(Reason.REFUSED_ADDRESS, f"{host} is not a public address")
+    if port not in ports:
+        addresses = [entry for entry in addresses if not _is_public(_target(str(entry[4][0])))]
+    if not addresses:
+        raise FetchError(Reason.REFUSED_ADDRESS, f"{host}: port {port} is not in download.ports")
+    return addresses
+
+
 def _resolve(host: str, port: int) -> list[Any]:
+    """The addresses of a host. The resolver has no time limit of its own, so it runs in a thread that may be left."""
+    lookup: Future[list[Any]] = Future()
+
+    def resolve() -> None:
+        try:
+            lookup.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except (OSError, UnicodeError) as error:
+            lookup.set_exception(error)
+
+    threading.Thread(target=resolve, name="resolver", daemon=True).start()
     try:
-        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        return lookup.result(_max_wait_s())
+    except TimeoutError as error:
+        raise FetchError(Reason.TIMEOUT, f"{host}: no address in time") from error
     except socket.gaierror as error:
         retry_after_s = 0.0 if error.errno == socket.EAI_AGAIN else None
         message = f"{host}: {error.strerror}"
@@ -113,20 +172,20 @@ def _resolve(host: str, port: int) -> list[Any]:
         raise FetchError(Reason.BAD_URL, f"{host} is not a host name") from error
 
 
-def pool_manager(access: Access, connections: int) -> urllib3.PoolManager:
+def pool_manager(access: Access, ports: frozenset[int], connections: int) -> urllib3.PoolManager:
     """Keep-alive connections for all threads of a process. Proxies of the environment are ignored."""
 
     class Plain(HTTPConnection):
         response_class = BrowserResponse
 
         def _new_conn(self) -> socket.socket:
-            return connect(self._dns_host, self.port, access)
+            return connect(self._dns_host, self.port, access, ports)
 
     class Tls(HTTPSConnection):
         response_class = BrowserResponse
 
         def _new_conn(self) -> socket.socket:
-            return connect(self._dns_host, self.port, access)
+            return connect(self._dns_host, self.port, access, ports)
 
     class PlainPool(urllib3.HTTPConnectionPool):
         ConnectionCls = Plain

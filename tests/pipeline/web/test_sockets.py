@@ -1,9 +1,11 @@
 import datetime
 import ipaddress
+import socket
 import ssl
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -13,14 +15,37 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from pipeline.download.download import make_work
+from pipeline.recipe import DownloadConfig
+from pipeline.web.blocklist import Blocklist
 from pipeline.web.fetch_error import FetchError
 from pipeline.web.sockets import connect, is_permitted, socket_limits
+from retrieval.storage.root import Root
 from tests.pipeline.web.fetching import fetch_error, fetch_url, make_fetcher
 
 PUBLIC = ["93.184.215.14", "1.1.1.1", "2606:4700::1111", "::ffff:1.1.1.1", "64:ff9b::101:101"]
 LOOPBACK = ["127.0.0.1", "127.1.2.3", "::1", "::ffff:127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::"]
-PRIVATE = ["10.0.0.1", "172.16.5.5", "192.168.1.1", "fd00:ec2::254", "::ffff:192.168.1.1"]
-NEVER = ["169.254.169.254", "fe80::1", "fe80::1%eth0", "0.0.0.0", "::", "224.0.0.1", "ff02::1", "255.255.255.255"]
+PRIVATE = ["10.0.0.1", "172.16.5.5", "192.168.1.1", "fd00::1", "::ffff:192.168.1.1"]
+NEVER = ["fe80::1", "fe80::1%eth0", "0.0.0.0", "::", "224.0.0.1", "ff02::1", "255.255.255.255", "100.64.0.1"]
+NEVER += [
+    "fec0::1",
+    "feff::1",
+    "3fff::1",
+    "5f00::1",
+    "64:ff9b:1::a00:1",
+    "192.88.99.1",
+    "::10.0.0.1",
+    "::ffff:0:7f00:1",
+]
+METADATA = ["169.254.169.254", "168.63.129.16", "100.100.100.200", "192.0.0.192", "fd00:ec2::254", "fd00:ec2::23"]
+METADATA += ["fd20:ce::254", "fd00:42::42", "fd00:c1::a9fe:a9fe"]
+METADATA += [
+    "::ffff:168.63.129.16",
+    "64:ff9b::a83f:8110",
+    "2002:a83f:8110::1",
+    "::ffff:169.254.169.254",
+    "64:ff9b::a9fe:a9fe",
+]
 
 
 @pytest.mark.parametrize("address", PUBLIC)
@@ -41,8 +66,8 @@ def test_private_networks_need_the_permission_for_all(address: str) -> None:
     assert is_permitted(address, "all")
 
 
-@pytest.mark.parametrize("address", [*NEVER, "100.64.0.1"])
-def test_link_local_and_reserved_addresses_are_never_permitted(address: str) -> None:
+@pytest.mark.parametrize("address", [*NEVER, *METADATA])
+def test_local_reserved_and_metadata_addresses_are_never_permitted(address: str) -> None:
     assert not is_permitted(address, "all")
 
 
@@ -59,6 +84,84 @@ def test_the_address_that_was_checked_is_the_one_connected_to(monkeypatch: pytes
     with limits, pytest.raises(FetchError, match="not a public address"):
         connect("rebinding.example", 80, "loopback")
     assert hosts == ["rebinding.example"]
+
+
+def resolve_to(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
+    """Let every host name have these addresses."""
+
+    def resolver(host: str, port: int, **_: object) -> list[object]:
+        return [(socket.AF_INET6 if ":" in ip else socket.AF_INET, 1, 6, "", (ip, port)) for ip in addresses]
+
+    monkeypatch.setattr("socket.getaddrinfo", resolver)
+
+
+@pytest.mark.parametrize("address", ["93.184.215.14", "::ffff:93.184.215.14", "64:ff9b::5db8:d70e", "2606:4700::1111"])
+def test_public_addresses_are_contacted_at_ports_of_web_servers_only(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolve_to(monkeypatch, address)
+    with socket_limits(60.0, time.monotonic() + 60):
+        for port in (22, 25, 6379, 8081):
+            with pytest.raises(FetchError, match=rf"port {port} is not in download\.ports"):
+                connect("example.org", port, "all")
+
+
+def test_ports_are_a_setting_and_other_permitted_addresses_may_use_any(server) -> None:
+    url = server.send("/a", b"picture")
+    assert fetch_url(make_fetcher(access="loopback"), url) == b"picture"
+    config = DownloadConfig.model_validate({"contact": "a@example.org", "ports": [80, 8081]})
+    assert make_work(config, Root("unused"), Blocklist()).fetcher.settings.ports == {80, 8081}  # type: ignore[attr-defined]
+
+
+def test_the_deadline_holds_for_a_slow_resolver(monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: release.wait(30))
+    for limits, message in (({"timeout_s": 0.2}, "no address in time"), ({"deadline_s": 0.2}, "no address in time")):
+        started = time.monotonic()
+        reason, text = fetch_error(
+            make_fetcher(**{"timeout_s": 20.0, "deadline_s": 20.0} | limits), "http://a.example/"
+        )
+        assert (reason, text) == ("timeout", f"a.example: {message}")
+        assert time.monotonic() - started < 5
+    release.set()
+
+
+@pytest.fixture
+def silent_port() -> Iterator[int]:
+    """A port of loopback that answers no connection: its backlog is full."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener, ExitStack() as stack:
+        for _ in range(4):
+            client = stack.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(listener.getsockname())
+        yield listener.getsockname()[1]
+
+
+def test_all_addresses_of_a_host_share_the_time_of_one_wait(silent_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolve_to(monkeypatch, *["127.0.0.1"] * 30)
+    for limits in ({"timeout_s": 0.5}, {"deadline_s": 0.5}):
+        started = time.monotonic()
+        fetcher = make_fetcher(**{"timeout_s": 10.0, "deadline_s": 20.0} | limits)
+        assert fetch_error(fetcher, f"http://many.example:{silent_port}/")[0] == "timeout"
+        assert time.monotonic() - started < 5
+
+
+def test_a_working_address_is_reached_behind_silent_ones(
+    server, silent_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = int(server.url.rpartition(":")[2])
+    entries = [(2, 1, 6, "", ("127.0.0.1", number)) for number in (silent_port, silent_port, port)]
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: entries)
+    server.send("/a", b"picture")
+    assert fetch_url(make_fetcher(timeout_s=1.0), "http://many.example/a") == b"picture"
+
+
+def test_the_deadline_holds_for_a_tls_handshake() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        started = time.monotonic()
+        fetcher = make_fetcher(timeout_s=20.0, deadline_s=0.5)
+        assert fetch_error(fetcher, f"https://127.0.0.1:{listener.getsockname()[1]}/a")[0] == "timeout"
+        assert time.monotonic() - started < 5
 
 
 @pytest.fixture
