@@ -35,7 +35,7 @@ from retrieval.index.routing import unit
 from retrieval.pictures.decode import BROKEN, PictureError, decode_share
 from retrieval.recipe import ClipConfig
 from retrieval.storage import schema
-from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest
+from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, shard_file
 from retrieval.storage.root import Root
 from retrieval.storage.schema import Reason
 
@@ -92,13 +92,13 @@ def _make_work(config: EmbedConfig, clip: ClipConfig, root: Root, selection: Dat
 def _embed_shard(
     config: EmbedConfig, encoder: Encoder, root: Root, selection: DatabaseSelection, shard: str
 ) -> ShardRecord:
-    statuses = schema.read_table(root, f"download/{shard}.parquet", schema.DOWNLOADED)
+    statuses = schema.read_table(root, shard_file(root, "download", shard, ".parquet"), schema.DOWNLOADED)
     stored = statuses.filter(pa.compute.equal(statuses["reason"], ""))
     reasons: dict[str, int] = {}
     if shard in selection.copies:
         stored, reasons = drop_copies(root, selection.copies[shard], stored)
     keys = {sample_key(image_id) for image_id in stored[schema.IMAGE_ID].to_pylist()}
-    with root.local(f"download/{shard}.tar") as path:
+    with root.local(shard_file(root, "download", shard, ".tar")) as path:
         pictures = _read_pictures(path.as_posix(), keys)
         if shard in selection.patches:
             boxes = draw_boxes(stored, selection.patches[shard], config.patches)

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline.filter.selection import hash_urls
 from pipeline.neighbors.neighbors import neighbors_stage
@@ -30,7 +29,7 @@ from retrieval.errors import UserError
 from retrieval.index.hidden import hide
 from retrieval.index.partition import Partition
 from retrieval.storage import schema
-from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, write_manifest
+from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, shard_file, write_manifest
 from retrieval.storage.root import Root
 
 SCHEMA_VERSION = 1
@@ -39,8 +38,9 @@ TRAINING_FILES = ("/train/manifest.json", "/train/checkpoints/checkpoints.json")
 REMAINS = (
     "Left on disk, unused: the pictures in download/, the small pictures of style databases"
     " (databases/*/pictures/*.tar), rows in filter/, download/ and embed/, vectors in the databases, and"
-    " latents. To erase them, set filter.blocklist and download.blocklist to the list and run all stages"
-    " again. md5: entries apply only while downloading. sha256: and phash: entries apply to downloaded"
+    " latents. To erase all but the rows in filter/, add the list to filter.blocklist and download.blocklist, run these"
+    " stages, then the later ones with --remake. md5: entries apply only while downloading. sha256: and phash: entries"
+    " apply to downloaded"
     " pictures, not to style databases: list their pictures by domain or id. Samples are not searched."
 )
 
@@ -108,13 +108,12 @@ def _downloaded_ids(stage: Stage, blocklist: Blocklist) -> npt.NDArray[np.int64]
 
 def _find_work(stage: Stage, blocklist: Blocklist) -> Work:
     def find(name: str) -> ShardRecord:
-        path = f"download/{name.removeprefix('find/')}.parquet"
+        path = shard_file(stage.root, "download", name.removeprefix("find/"), ".parquet")
         table = schema.read_table(stage.root, path, schema.DOWNLOADED)
         matches = blocklist.blocks_hosts(table["url"].combine_chunks())
         matches |= blocklist.blocks_ids(table[schema.IMAGE_ID].to_numpy())
         matches |= blocklist.blocks_phashes(table["phash"].to_numpy())
-        digests = pa.array([word.removeprefix("sha256:") for word in sorted(blocklist.digests)], pa.string())
-        matches |= pc.is_in(table["sha256"].combine_chunks(), digests).to_numpy(zero_copy_only=False)
+        matches |= blocklist.blocks_contents(table["sha256"].combine_chunks())
         return _write_ids(stage, name, table[schema.IMAGE_ID].to_numpy()[matches])
 
     return find

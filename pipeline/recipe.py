@@ -65,7 +65,7 @@ class FilterConfig(WorkersConfig):
     """Selects the training rows, together with the image id, if there are more than `max_train`."""
     blocklist: str = runtime_setting("")
     """Path or URL of the blocklist, a text file of URLs, domains and image ids; empty: none. If its entries change,
-    newly listed rows of a finished stage are dropped; rows that it dropped before need `--remake`."""
+    newly listed rows of a finished stage are dropped. Rows that its first list dropped stay dropped."""
     rows_per_shard: int = Field(10_000, ge=1)
     """Rows in an output shard; the last shard of a piece can have fewer."""
     rows_per_piece: int = Field(2_000_000, ge=1, le=1 << 30)

@@ -44,7 +44,7 @@ retrieval/recipe: config
 retrieval/storage: config errors extras
 pipeline/capacity: recipe
 pipeline/databases: embed pictures recipe
-pipeline/download: pictures recipe runtime web
+pipeline/download: filter pictures recipe runtime web
 pipeline/embed: pictures recipe runtime
 pipeline/filter: recipe runtime web
 pipeline/index: runtime

@@ -6,9 +6,9 @@ from retrieval.lazy import public_names
 
 if TYPE_CHECKING:
     from pipeline.download.download import run
-    from pipeline.download.retry_failed import ShardRetry
     from pipeline.download.shard_download import ShardDownload
+    from pipeline.download.shard_update import ShardUpdate
 
 __getattr__ = public_names(
-    __name__, {"download": "run", "retry_failed": "ShardRetry", "shard_download": "ShardDownload"}
+    __name__, {"download": "run", "shard_download": "ShardDownload", "shard_update": "ShardUpdate"}
 )

@@ -1,15 +1,20 @@
 """Downloads the selected images. One shard is one task.
 
 Reads `filter/{train,database}/<shard>.parquet`; writes `download/{train,database}/<shard>.tar` and `.parquet` with
-one status row for each URL. Training images keep their size; database images are reduced.
+one status row for each URL. Training images keep their size; database images are reduced. Updated shards get other
+file names (`shard_update`): their records name them.
 """
 
 import logging
 import time
 import warnings
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from pipeline.filter.later_blocked import later_blocked_ids
 from pipeline.recipe import DownloadConfig
 from pipeline.runtime.runner import run_shards
 from pipeline.runtime.stage import Stage
@@ -17,8 +22,11 @@ from pipeline.runtime.workers import Work, Workers
 from pipeline.web.blocklist import Blocklist, read_blocklist
 from pipeline.web.fetch import Fetcher, FetchSettings
 from pipeline.web.host_queue import HostLimits
-from retrieval.storage.manifest import Manifest, read_manifest
+from retrieval.config import WorkersConfig
+from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest
 from retrieval.storage.root import Root
+from retrieval.storage.schema import SPLITS
+from retrieval.storage.stage_folder import setting_differences
 
 if TYPE_CHECKING:
     from pipeline.download.image_download import SplitSettings
@@ -29,33 +37,54 @@ SCHEMA_VERSION = 2
 def run(config: DownloadConfig, root: Root, retry: bool = False) -> Manifest:
     """Run the stage unless it is finished. Raises UserError if filter did not finish or the network is down.
 
-    retry: request the URLs of finished shards again that failed for a transient reason.
+    A changed blocklist is applied to finished shards. retry: request the URLs of finished shards again that failed for
+    a transient reason or are no longer blocked.
     """
     started = time.time()
     selected = read_manifest(root, "filter")
     blocklist = read_blocklist(config.blocklist, "download.blocklist")
-    made_from = {"filter": selected.fingerprint, "blocklist": blocklist.identity}
-    stage = Stage(root, "download", SCHEMA_VERSION, config, made_from)
+    blocklist = replace(blocklist, ids=np.union1d(blocklist.ids, later_blocked_ids(root, selected)))
+    inputs = {"blocklist": blocklist.identity}
+    stage = Stage(root, "download", SCHEMA_VERSION, config, {"filter": selected.identity}, inputs)
     if (finished := stage.finished()) and not retry:
+        _log_changed_settings(stage, finished)
         return finished
     with stage.building():
         shards = [*selected.shard_names("train/"), *selected.shard_names("database/")]
         make = partial(make_work, config, root, blocklist, retry)
         records = run_shards(stage, shards, make, Workers.from_config(config), include_finished=retry)
+        _delete_unnamed(root, records)
         urls = int(sum(record.values["urls"] for record in records))
         return stage.complete(records, {"urls": urls}, started)
 
 
+def _log_changed_settings(stage: Stage, finished: Manifest) -> None:
+    """Log which settings of a finished download would fetch other images now. They are not fetched again."""
+    workers = WorkersConfig.model_fields.keys()
+    now = {name: value for name, value in stage.config.model_dump(mode="json").items() if name not in workers}
+    if differences := setting_differences(finished.config, now):
+        stage.log.info("made %s: this applies to new requests only", "; ".join(differences))
+
+
+def _delete_unnamed(root: Root, records: list[ShardRecord]) -> None:
+    """Delete files of updates that were killed: tars and tables of the shards that no record names."""
+    named = {file.name for record in records for file in record.files}
+    shards = {f"download/{record.shard}" for record in records}
+    for name in (name for split in SPLITS for name in root.list(f"download/{split}")):
+        if name not in named and name.partition(".")[0] in shards:
+            root.delete(name)
+
+
 def make_work(config: DownloadConfig, root: Root, blocklist: Blocklist, retry: bool = False) -> Work:
     """The function that a worker process calls with the name of each shard."""
-    from pipeline.download.retry_failed import ShardRetry
     from pipeline.download.shard_download import ShardDownload
+    from pipeline.download.shard_update import ShardUpdate
 
     # Damaged pictures are reported in the status of their URL; Pillow's warnings add nothing.
     warnings.filterwarnings("ignore", module="PIL")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
     work = ShardDownload(root, Fetcher(_fetch_settings(config)), _split_settings(config, blocklist))
-    return ShardRetry(work) if retry else work
+    return ShardUpdate(work, retry)
 
 
 def _fetch_settings(config: DownloadConfig) -> FetchSettings:

@@ -26,6 +26,8 @@ from retrieval.storage.schema import Reason
 NO_ANSWER = frozenset({Reason.NO_CONNECTION, Reason.TIMEOUT})
 MIN_JUDGED_URLS = 5
 URL_BLOCKED = "its URL, domain or id is on the blocklist"
+CONTENT_BLOCKED = "its content is on the blocklist"
+PHASH_BLOCKED = "its perceptual hash is on the blocklist"
 
 # Decoding takes up to several hundred MB, which the allocator keeps for the thread that used it. So all images are
 # decoded in two threads (one decodes while the other holds the interpreter lock), not in every fetch thread.
@@ -145,7 +147,7 @@ class ImageDownload:
                 return None
             status.sha256 = hashlib.sha256(body).hexdigest()
             if self._settings.blocklist.blocks_content(body):
-                raise FetchError(Reason.BLOCKED, "its content is on the blocklist")
+                raise FetchError(Reason.BLOCKED, CONTENT_BLOCKED)
             jpeg = _DECODERS.submit(self._encode, body, status).result()
         except (FetchError, PictureError) as error:
             status.reason, status.message = str(error.reason), str(error)
@@ -161,7 +163,7 @@ class ImageDownload:
         picture = prepare(body, settings.max_pixels, settings.edge)
         status.phash = picture.phash
         if settings.blocklist.blocks_phashes(np.array([picture.phash])).any():
-            raise PictureError(Reason.BLOCKED, "its perceptual hash is on the blocklist")
+            raise PictureError(Reason.BLOCKED, PHASH_BLOCKED)
         if min(picture.size) < settings.min_edge:
             raise PictureError(Reason.TOO_SMALL, f"shorter edge below {settings.min_edge} pixels")
         return encode_jpeg(picture, settings.jpeg_quality)

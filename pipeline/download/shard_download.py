@@ -26,8 +26,10 @@ from retrieval.storage.temp_folders import temporary_folder
 
 ReadJpeg = Callable[[int], bytes]
 """Returns the stored JPEG of a row, by the number of the row."""
-Rows = list[dict[str, Any]]
-"""Rows of DOWNLOADED, in the filter's order."""
+Row = dict[str, Any]
+"""A row of DOWNLOADED."""
+Rows = list[Row]
+"""The rows of a shard, in the filter's order."""
 
 
 class ShardDownload:
@@ -42,20 +44,16 @@ class ShardDownload:
 
     def __call__(self, shard: str) -> ShardRecord:
         """Download a shard such as `train/00000-00000`. Raises UserError if almost no URL was answered."""
-        selected = self.selected_rows(shard)
+        selected = read_table(self.root, f"filter/{shard}.parquet", SELECTED)
         with self.download_rows(selected, self.settings[shard.partition("/")[0]]) as (rows, read_jpeg):
             with self.root.writing(f"download/{shard}.tar") as tar:
                 write_tar(tar.path, rows, read_jpeg)
             return self.write_rows(shard, rows, tar.record)
 
-    def selected_rows(self, shard: str) -> pa.Table:
-        """The rows of a shard that filter selected."""
-        return read_table(self.root, f"filter/{shard}.parquet", SELECTED)
-
     @contextmanager
     def download_rows(self, selected: pa.Table, settings: SplitSettings) -> Iterator[tuple[Rows, ReadJpeg]]:
-        """Download rows of SELECTED. The stored JPEGs can be read until the block ends."""
-        blocked = _blocked_rows(selected, settings.blocklist)
+        """Download rows of SELECTED or DOWNLOADED. The stored JPEGs can be read until the block ends."""
+        blocked = blocked_urls(selected, settings.blocklist)
         urls = ((row, url) for row, url in enumerate(selected["url"].to_pylist()) if row not in blocked)
         queue = HostQueue(urls, self.fetcher.settings.host_limits, self._resume_at)
         with temporary_folder() as folder, (folder / "pictures").open("w+b") as file:
@@ -68,9 +66,9 @@ class ShardDownload:
             yield [row | vars(download.statuses[number]) for number, row in enumerate(columns)], pictures.read
 
     def write_rows(self, shard: str, rows: Rows, tar: FileRecord) -> ShardRecord:
-        """Write the status table of a shard. tar: its written tar. Returns the record of both files."""
+        """Write the status table of a shard, named as its tar. Returns the record of both files."""
         table = pa.Table.from_pylist(rows, DOWNLOADED)
-        file = write_table(self.root, f"download/{shard}.parquet", table, DOWNLOADED)
+        file = write_table(self.root, f"{tar.name.removesuffix('.tar')}.parquet", table, DOWNLOADED)
         reasons = Counter(row["reason"] for row in rows)
         num_stored = reasons.pop("", 0)
         return ShardRecord(shard, num_stored, (tar, file), dict(reasons), {"urls": len(rows)})
@@ -86,7 +84,7 @@ def write_tar(path: Path, rows: Rows, read_jpeg: ReadJpeg) -> None:
             tar.add(sample_key(row["image_id"]), read_jpeg(number), row["caption"], metadata)
 
 
-def _blocked_rows(selected: pa.Table, blocklist: Blocklist) -> set[int]:
+def blocked_urls(selected: pa.Table, blocklist: Blocklist) -> set[int]:
     """Numbers of the rows with a URL, domain or id on the blocklist."""
     ids = selected["image_id"].to_numpy()
     urls = selected["url"].combine_chunks()

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from pipeline.filter import selection
 from pipeline.filter.filter_passes import Dedupe, FilterContext, Scan, Select
+from pipeline.filter.later_blocked import block_later
 from pipeline.filter.metadata import kept_if_missing, plan_pieces
 from pipeline.filter.selection import Rules
 from pipeline.recipe import FilterConfig
@@ -39,13 +40,15 @@ def run(config: FilterConfig, root: Root) -> Manifest:
     """Run the stage unless it is finished. Raises UserError for metadata that cannot be read."""
     started = time.time()
     context = prepare(config, root)
-    upstream = {"metadata": context.plan.identity, "blocklist": context.rules.blocklist.identity}
-    stage = Stage(root, "filter", SCHEMA_VERSION, config, upstream)
+    blocklist, workers = context.rules.blocklist, Workers.from_config(config)
+    inputs = {"blocklist": blocklist.identity}
+    stage = Stage(root, "filter", SCHEMA_VERSION, config, {"metadata": context.plan.identity}, inputs)
     if manifest := stage.finished():
         _delete_pass_files(root)
         return manifest
+    if manifest := stage.stored():
+        return block_later(stage, manifest, blocklist, workers)
     with stage.building():
-        workers = Workers.from_config(config)
         names = [piece.name for piece in context.plan.pieces]
         scans = run_shards(stage, [f"scan/{name}" for name in names], partial(Scan, context), workers)
         buckets = [f"dedupe/{bucket:05d}" for bucket in range(context.num_buckets)]

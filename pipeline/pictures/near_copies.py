@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from pipeline.runtime.workers import Work
 from retrieval.perceptual_hash import PerceptualHashIndex
 from retrieval.storage import schema
-from retrieval.storage.manifest import ShardRecord
+from retrieval.storage.manifest import ShardRecord, shard_file
 from retrieval.storage.root import Root
 from retrieval.storage.schema import Reason
 
@@ -66,7 +66,7 @@ def _hashes(root: Root, shards: Sequence[str]) -> tuple[Ids, npt.NDArray[np.uint
 
 
 def _shard_hashes(root: Root, shard: str) -> tuple[Ids, npt.NDArray[np.uint64], Ids]:
-    table = schema.read_table(root, f"download/{shard}.parquet", schema.DOWNLOADED)
+    table = schema.read_table(root, shard_file(root, "download", shard, ".parquet"), schema.DOWNLOADED)
     stored = table.filter(pc.equal(table["reason"], ""))
     # 64 bits: no collision is expected between 100M and 1.9B images.
     digests = "".join(digest[:16] for digest in stored["sha256"].to_pylist())

@@ -85,6 +85,12 @@ class Stage:
             self.begin()
             yield
 
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """Hold the lease of a finished stage until the block ends. Its output stays valid until `complete`."""
+        with lease(self.root, self.name):
+            yield
+
     def begin(self) -> None:
         """Prepare the folder under the lease, see `prepare_folder`.
 

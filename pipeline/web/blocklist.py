@@ -34,7 +34,7 @@ _PHASH = re.compile(r"phash:[0-9a-f]{16}")
 
 @dataclass(frozen=True)
 class Blocklist:
-    """Entries of a blocklist. ids: sorted; identity: hash of the file, "" if none."""
+    """Entries of a blocklist. ids: sorted."""
 
     ids: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     domains: frozenset[str] = frozenset()
@@ -44,7 +44,15 @@ class Blocklist:
     phashes: Hashes = field(default_factory=lambda: np.empty(0, np.int64))
     max_distance: int = 6
     """Largest number of different bits at which a perceptual hash equals a listed one, or its mirror."""
-    identity: str = ""
+
+    @cached_property
+    def identity(self) -> str:
+        """Digest of the entries, which comments and their order do not change; "" without entries."""
+        names = sorted(self.domains | self.digests)
+        if not (names or len(self.ids) or len(self.phashes)):
+            return ""
+        parts = (*names, str(self.max_distance), np.unique(self.phashes).tobytes().hex())
+        return hashlib.sha256("\n".join(parts).encode() + b"\n" + np.unique(self.ids).tobytes()).hexdigest()[:16]
 
     def blocks_ids(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """Which of these image ids are listed."""
@@ -70,6 +78,11 @@ class Blocklist:
         return bool(self.digests) and not self.digests.isdisjoint(
             {f"md5:{hashlib.md5(body).hexdigest()}", f"sha256:{hashlib.sha256(body).hexdigest()}"}
         )
+
+    def blocks_contents(self, digests: pa.StringArray) -> npt.NDArray[np.bool_]:
+        """Which of these SHA-256 in hex are listed."""
+        listed = sorted(word.removeprefix("sha256:") for word in self.digests if word.startswith("sha256:"))
+        return np.asarray(pc.is_in(digests, pa.array(listed, pa.string())).to_numpy(zero_copy_only=False))
 
     def blocks_phashes(self, phashes: Hashes) -> npt.NDArray[np.bool_]:
         """Which of these perceptual hashes are within max_distance of a listed one."""
@@ -101,7 +114,7 @@ def read_blocklist(path: str, setting: str = "filter.blocklist") -> Blocklist:
         raise UserError(f"{path} is missing: it is the blocklist of {setting}. Correct the setting.")
     with root.open(name) as file:
         content = file.read()
-    return _parse(_lines(content, path), path, hashlib.sha256(content).hexdigest()[:16])
+    return _parse(_lines(content, path), path)
 
 
 def _lines(content: bytes, path: str) -> list[str]:
@@ -117,7 +130,7 @@ def _lines(content: bytes, path: str) -> list[str]:
         ) from error
 
 
-def _parse(lines: Iterable[str], path: str, identity: str) -> Blocklist:
+def _parse(lines: Iterable[str], path: str) -> Blocklist:
     ids: set[int] = set()
     entries: set[str] = set()
     domains: set[str] = set()
@@ -143,7 +156,6 @@ def _parse(lines: Iterable[str], path: str, identity: str) -> Blocklist:
         domains=frozenset(domains),
         digests=frozenset(entry for entry in entries if _DIGEST.fullmatch(entry)),
         phashes=np.array([_signed(entry.removeprefix("phash:")) for entry in phashes], np.int64),
-        identity=identity,
     )
 
 

@@ -29,6 +29,10 @@ class ShardRecord:
     inputs: dict[str, str] = field(default_factory=dict)
     """Digests of inputs outside the fingerprint: if they change, the finished shard is updated, not made again."""
 
+    def file(self, suffix: str) -> str:
+        """The name of the file with a suffix such as `.tar`. An updated shard has other names than a new one."""
+        return next(file.name for file in self.files if file.name.endswith(suffix))
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -109,8 +113,21 @@ def read_record(root: Root, stage: str, shard: str) -> tuple[str, ShardRecord] |
 
 
 def write_record(root: Root, stage: str, stage_fingerprint: str, record: ShardRecord) -> None:
-    """Record a finished shard, with the fingerprint of its stage."""
+    """Record a finished shard, with the fingerprint of its stage.
+
+    Files that only its earlier record names are deleted afterwards.
+    """
+    earlier = read_record(root, stage, record.shard)
     root.write_json(f"{stage}/records/{record.shard}.json", {"fingerprint": stage_fingerprint, **asdict(record)})
+    if earlier and earlier[0] == stage_fingerprint:
+        for name in sorted({file.name for file in earlier[1].files} - {file.name for file in record.files}):
+            root.delete(name)
+
+
+def shard_file(root: Root, stage: str, shard: str, suffix: str) -> str:
+    """The name of a file of a finished shard: from its record, or without one the name that new shards have."""
+    stored = read_record(root, stage, shard)
+    return stored[1].file(suffix) if stored else f"{stage}/{shard}{suffix}"
 
 
 def delete_record(root: Root, stage: str, shard: str) -> None:

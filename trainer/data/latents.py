@@ -18,7 +18,7 @@ import torch
 
 from retrieval.errors import UserError
 from retrieval.storage import schema
-from retrieval.storage.manifest import ShardRecord
+from retrieval.storage.manifest import ShardRecord, shard_file
 from retrieval.storage.root import Root
 from trainer.data.images import ImageTar, Pixels, center_crop, decode_image, random_crop, unsigned_id
 from trainer.model.autoencoder import Autoencoder
@@ -55,7 +55,7 @@ def make_shard_encoder(
     def encode(shard: str) -> ShardRecord:
         began = time.monotonic()
         ids = _embedded_ids(root, shard)
-        with root.local(f"download/train/{shard}.tar") as path:
+        with root.local(shard_file(root, "download", f"train/{shard}", ".tar")) as path:
             tar = ImageTar(path)
             moments = encode_shard(tar, ids, autoencoder, config)
             tar.close()

@@ -22,6 +22,7 @@ import torch
 
 from retrieval.errors import UserError
 from retrieval.storage import schema
+from retrieval.storage.manifest import shard_file
 from retrieval.storage.root import Root
 from trainer.data.images import ImageTar, decode_image, random_crop, unsigned_id
 from trainer.data.plan import TrainingPlan, TrainingSet
@@ -86,7 +87,8 @@ class ImageShard:
         self.ids, self.context = read_neighbors(root, training_set, name)
         self._training_set, self._seed = training_set, seed
         resources = ExitStack()
-        self._tar = ImageTar(resources.enter_context(root.local(f"download/train/{name}.tar")))
+        tar = shard_file(root, "download", f"train/{name}", ".tar")
+        self._tar = ImageTar(resources.enter_context(root.local(tar)))
         resources.callback(self._tar.close)
         weakref.finalize(self, resources.close)
 

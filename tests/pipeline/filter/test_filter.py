@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.filter.filter import run
+from pipeline.filter.later_blocked import later_blocked_ids
 from pipeline.recipe import Columns, FilterConfig
 from retrieval.errors import UserError
 from retrieval.storage.manifest import Manifest
@@ -201,15 +202,58 @@ def test_a_run_started_by_an_older_version_is_refused_with_a_remedy(
         run(config(tmp_path / "meta"), root)
 
 
-def test_blocked_images_are_dropped_and_a_changed_blocklist_runs_the_stage_again(tmp_path: Path, root: Root) -> None:
+def test_a_changed_blocklist_is_applied_to_a_finished_filter_without_changing_its_shards(
+    tmp_path: Path, root: Root
+) -> None:
+    write(tmp_path / "meta", "a.parquet", numbered(0, 5) + numbered(5, 2, pwatermark=0.9))
+    blocklist = tmp_path / "list.txt"
+
+    def run_with(lines: str) -> tuple[Manifest, list[int]]:
+        blocklist.write_text(lines)
+        manifest = run(config(tmp_path / "meta", blocklist=str(blocklist)), root)
+        return manifest, later_blocked_ids(root, manifest).tolist()
+
+    url = "http://example.org/{}.jpg\n".format
+    first, ids = run_with(url(1))
+    assert (first.reasons, first.rows, ids) == ({"blocked": 1}, 6, [])
+    assert run_with(f"# a comment\n{url(1)}")[0] == first
+    second, ids = run_with(url(1) + url(2) + url(6))
+    assert (second.reasons, second.rows, second.values["rows_database"]) == ({"blocked": 3}, 4, 1)
+    assert ids == sorted(image_id(url(n).strip()) for n in (2, 6))
+    assert (second.identity, second.checksums()) == (first.identity, first.checksums())
+    third, ids = run_with("")
+    assert (third.reasons, third.rows, ids) == ({"blocked": 1}, 6, [])
+    assert [name for name in root.list("filter") if "blocked" in name] == []
+
+
+def test_a_changed_blocklist_that_is_killed_leaves_the_finished_filter(
+    tmp_path: Path, root: Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path / "meta", "a.parquet", numbered(0, 5))
     blocklist = tmp_path / "list.txt"
-    blocklist.write_text("http://example.org/1.jpg\n")
+    blocklist.touch()
+    first = run(config(tmp_path / "meta", blocklist=str(blocklist)), root)
+    blocklist.write_text("http://example.org/2.jpg\n")
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.runtime.stage.write_manifest", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(config(tmp_path / "meta", blocklist=str(blocklist)), root)
+    assert run(config(tmp_path / "meta"), root) == first
     assert run(config(tmp_path / "meta", blocklist=str(blocklist)), root).reasons == {"blocked": 1}
-    blocklist.write_text("http://example.org/1.jpg\nhttp://example.org/2.jpg\n")
-    assert run(config(tmp_path / "meta", blocklist=str(blocklist)), Root(root.url, remake=True)).reasons == {
-        "blocked": 2
-    }
+
+
+def test_an_unfinished_filter_applies_a_changed_blocklist_in_all_passes(
+    tmp_path: Path, root: Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "meta", "a.parquet", numbered(0, 5))
+    blocklist = tmp_path / "list.txt"
+    blocklist.write_text("http://example.org/2.jpg\n")
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.runtime.stage.write_manifest", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(config(tmp_path / "meta"), root)
+    manifest = run(config(tmp_path / "meta", blocklist=str(blocklist)), root)
+    assert (rows_of(root, manifest, "train").num_rows, manifest.reasons) == (4, {"blocked": 1})
 
 
 def test_a_second_run_does_nothing_unless_the_metadata_changed(tmp_path: Path, root: Root) -> None:

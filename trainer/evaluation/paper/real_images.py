@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from retrieval.storage import schema
+from retrieval.storage.manifest import shard_file
 from retrieval.storage.root import Root
 from trainer.data.images import ImageTar
 from trainer.evaluation.metrics import Features
@@ -56,7 +57,11 @@ def training_images(root: Root, max_images: int, seed: int) -> TrainingImages | 
 
 def has_pictures(root: Root, images: TrainingImages) -> bool:
     """Whether the tars of all these images exist."""
-    return all(root.exists(f"download/train/{shard}.tar") for shard in set(images.shards))
+    return all(root.exists(_tar(root, shard)) for shard in set(images.shards))
+
+
+def _tar(root: Root, shard: str) -> str:
+    return shard_file(root, "download", f"train/{shard}", ".tar")
 
 
 def training_pictures(root: Root, images: TrainingImages, rows: Sequence[int]) -> Iterator[tuple[int, Image.Image]]:
@@ -65,7 +70,7 @@ def training_pictures(root: Root, images: TrainingImages, rows: Sequence[int]) -
     for row in rows:
         by_shard.setdefault(images.shards[row], []).append(row)
     for shard, rows_of_shard in by_shard.items():
-        with root.local(f"download/train/{shard}.tar") as path, closing(ImageTar(path)) as tar:
+        with root.local(_tar(root, shard)) as path, closing(ImageTar(path)) as tar:
             for row in rows_of_shard:
                 with Image.open(BytesIO(tar.read(images.ids[row]))) as picture:
                     yield row, picture.convert("RGB")

@@ -1,0 +1,113 @@
+"""Brings a finished shard up to date: with the blocklist and, for `download --retry`, with what servers answer now.
+
+Reads the files that the shard's record names. If rows changed, writes both files again under other names; the record,
+which is written last, names them. So a kill at any moment leaves the old files or the new ones. A shard without
+changes keeps its files, because a new file makes later stages run again.
+"""
+
+import hashlib
+import json
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.download.image_download import CONTENT_BLOCKED, PHASH_BLOCKED, URL_BLOCKED, RowStatus, SplitSettings
+from pipeline.download.shard_download import ReadJpeg, Row, Rows, ShardDownload, blocked_urls, write_tar
+from pipeline.pictures.tars import picture_reader, sample_key
+from pipeline.web.blocklist import Blocklist
+from retrieval.storage.manifest import ShardRecord, delete_record, files_exist, read_record
+from retrieval.storage.schema import DOWNLOADED, Reason, read_table
+
+TRANSIENT = frozenset({Reason.UNAVAILABLE, Reason.NO_CONNECTION, Reason.TIMEOUT, Reason.TRUNCATED})
+
+
+def is_transient(row: Row) -> bool:
+    """True for a row of DOWNLOADED that another request may change: no complete body was received."""
+    return row["reason"] in TRANSIENT and not row["sha256"]
+
+
+def listed_rows(table: pa.Table, blocklist: Blocklist) -> dict[int, str]:
+    """By number, the rows of DOWNLOADED that a blocklist lists, and why. `md5:` entries need the body: not here."""
+    by_phash = blocklist.blocks_phashes(table["phash"].to_numpy())
+    by_content = blocklist.blocks_contents(table["sha256"].combine_chunks())
+    listed = dict.fromkeys(np.flatnonzero(by_phash).tolist(), PHASH_BLOCKED)
+    listed |= dict.fromkeys(np.flatnonzero(by_content).tolist(), CONTENT_BLOCKED)
+    return listed | dict.fromkeys(blocked_urls(table, blocklist), URL_BLOCKED)
+
+
+class ShardUpdate:
+    """Downloads unfinished shards by name and updates finished ones, for one worker process.
+
+    retry: request the URLs again that failed for a transient reason, or that the blocklist no longer lists.
+    """
+
+    def __init__(self, shard_download: ShardDownload, retry: bool = False) -> None:
+        self.shard_download = shard_download
+        self.retry = retry
+
+    def __call__(self, shard: str) -> ShardRecord:
+        """The record of a shard, new or unchanged. The caller writes it."""
+        root = self.shard_download.root
+        stored = read_record(root, "download", shard)
+        if stored is None or not files_exist(root, stored[1]):
+            delete_record(root, "download", shard)  # the download writes files that it names
+            return self.shard_download(shard)
+        record = stored[1]
+        blocklist = self._settings(shard).blocklist
+        is_current = record.inputs == {"blocklist": blocklist.identity}
+        if is_current and not (self.retry and {*TRANSIENT, Reason.BLOCKED} & {*record.reasons}):
+            return record
+        return self._update(record, blocklist)
+
+    def _settings(self, shard: str) -> SplitSettings:
+        return self.shard_download.settings[shard.partition("/")[0]]
+
+    def _update(self, record: ShardRecord, blocklist: Blocklist) -> ShardRecord:
+        table = read_table(self.shard_download.root, record.file(".parquet"), DOWNLOADED)
+        listed = listed_rows(table, blocklist)
+        before = table.to_pylist()
+        failed = [n for n, row in enumerate(before) if self.retry and n not in listed and _may_change(row)]
+        # These hosts failed before: no answer from them does not mean that the network is down.
+        settings = replace(self._settings(record.shard), min_answered=0.0)
+        with self.shard_download.download_rows(table.take(pa.array(failed, pa.int64())), settings) as (new, read_new):
+            numbers = {n: i for i, n in enumerate(failed)}
+            rows = [new[numbers[n]] if n in numbers else _blocked(row, listed.get(n)) for n, row in enumerate(before)]
+            if [_outcome(row) for row in rows] == [_outcome(row) for row in before]:
+                return record
+            return self._write(record, rows, numbers, read_new)
+
+    def _write(self, record: ShardRecord, rows: Rows, numbers: dict[int, int], read_new: ReadJpeg) -> ShardRecord:
+        """Write a shard again. numbers: of the rows that were fetched now, by their number in the shard."""
+        root = self.shard_download.root
+        digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:8]
+        name = f"download/{record.shard}.{digest}.tar"
+        with root.local(record.file(".tar")) as path, picture_reader(path) as read_old, root.writing(name) as tar:
+
+            def read_jpeg(n: int) -> bytes:
+                return read_new(numbers[n]) if n in numbers else read_old(sample_key(rows[n]["image_id"]))
+
+            write_tar(tar.path, rows, read_jpeg)
+        return self.shard_download.write_rows(record.shard, rows, tar.record)
+
+
+def _may_change(row: Row) -> bool:
+    """Whether to request the URL of a row again. The row is not listed now."""
+    return is_transient(row) or row["reason"] == Reason.BLOCKED
+
+
+def _blocked(row: Row, message: str | None) -> Row:
+    """A row as the blocklist leaves it. message: why it is listed, None if it is not."""
+    if message is None or row["reason"] == Reason.BLOCKED:
+        return row
+    status = vars(RowStatus(str(Reason.BLOCKED), message))
+    if message != URL_BLOCKED:
+        status["sha256"] = row["sha256"]
+    if message == PHASH_BLOCKED:
+        status["phash"] = row["phash"]
+    return {**row, **status}
+
+
+def _outcome(row: Row) -> str:
+    """`stored`, `blocked` or `failed`: a row that fails for another reason is no change."""
+    return {"": "stored", Reason.BLOCKED: "blocked"}.get(row["reason"], "failed")
