@@ -1,6 +1,7 @@
 """`laion-rdm download RECIPE`: downloads the selected images into WebDataset shards.
 
-`--retry` retries transient failures: status 429, 500, 502, 503 or 504, no connection, a timeout, an incomplete body.
+`--retry` retries transient failures (status 429, 500, 502, 503 or 504, no connection, a timeout, an incomplete body)
+and requests rows that the blocklist no longer lists.
 """
 
 from collections.abc import Sequence

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jobs.demo.report.funnel import num_rows
+from pipeline.filter.later_blocked import later_blocked_ids
 from pipeline.recipe import NeighborsConfig
 from pipeline.web.urls import canonical_url
 from retrieval.clip.identity import EncoderIdentity
@@ -33,7 +34,9 @@ TOLERANCE = 1e-5
 def filter_rows_unaccounted(root: Root, metadata: Root) -> int:
     """Metadata rows that were neither kept nor dropped with a reason, negative for surplus rows. Repeats count once."""
     kept = {image_id for split in schema.SPLITS for image_id in _ids(root, f"filter/{split}", schema.SELECTED)}
-    return num_rows(metadata, "") - len(kept) - sum(read_manifest(root, "filter").reasons.values())
+    manifest = read_manifest(root, "filter")
+    kept.difference_update(later_blocked_ids(root, manifest).tolist())
+    return num_rows(metadata, "") - len(kept) - sum(manifest.reasons.values())
 
 
 def download_urls_without_status(root: Root) -> int:
