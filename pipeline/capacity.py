@@ -22,7 +22,7 @@ PUBLISHED_EDGE = 384
 MEASURED_DIM = 768
 """Dimension of the vectors in the measurements of `rates.index_*` and `rates.match_cpu`."""
 FLOAT16_BYTES = 2
-KEY_BYTES = 16.125
+KEY_BYTES = 16.5
 """Bytes a row in the temporary files of filter (selection.KEY_SCHEMA)."""
 
 

@@ -49,9 +49,10 @@ class FilterConfig(WorkersConfig):
     min_edge: int = Field(768, ge=1)
     """Least shorter edge in pixels of a training image; 768 for the paper's LAION model."""
     max_watermark: float = Field(0.8, ge=0)
-    """Rows below this `pwatermark` can be for training; the others go to the database."""
+    """Rows below this `pwatermark` can be for training; the others go to the database. Of several rows with one URL the
+    highest counts."""
     max_unsafe: float = Field(0.5, ge=0)
-    """Rows at or above this `punsafe` are dropped."""
+    """Rows at or above this `punsafe` are dropped, and all other rows with their URL."""
     missing_watermark: Missing = "drop"
     """Rows without pwatermark: drop them as `no_score`, or keep them as if there was no watermark. With "drop" a
     file without this column is an error; this holds for all three settings."""

@@ -31,7 +31,7 @@ from retrieval.storage.manifest import Manifest, ShardRecord
 from retrieval.storage.root import Root
 from retrieval.storage.schema import SPLITS
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 KEYS_PER_BUCKET = 1 << 21
 Records = Sequence[ShardRecord]
 
@@ -98,7 +98,7 @@ def _shards(names: Sequence[str], scans: Records, selects: Records) -> list[Shar
         if file.name.startswith(f"filter/{split}/")
     ]
     dropped = [
-        ShardRecord(f"dropped/{name}", 0, (), {**scan.reasons, **select.reasons})
+        ShardRecord(f"dropped/{name}", 0, (), dict(Counter(scan.reasons) + Counter(select.reasons)))
         for name, scan, select in zip(names, scans, selects, strict=True)
     ]
     return kept + dropped

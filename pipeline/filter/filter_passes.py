@@ -1,8 +1,8 @@
 """The three passes of `filter` over the metadata: scan, dedupe, select.
 
 Each pass is a class with a `__call__` that processes one shard and can be repeated. A scan writes the keys of a
-piece's rows, divided into buckets by image id. A dedupe reads one bucket of all scans and writes the
-duplicate rows of each piece. A select reads its piece again and writes the final shards.
+piece's rows, divided into buckets by image id. A dedupe reads one bucket of all scans and writes what rows with equal
+ids decide about each other. A select reads its piece again and writes the final shards.
 """
 
 from collections import Counter
@@ -24,7 +24,10 @@ from retrieval.storage.manifest import ShardRecord
 from retrieval.storage.root import FileRecord, Root
 from retrieval.storage.schema import SELECTED, SPLITS, Reason, write_table
 
-DUPLICATE_SCHEMA = pa.schema([pa.field("row", pa.uint32(), nullable=False)])
+DECISION_SCHEMA = pa.schema(
+    [pa.field("row", pa.uint32(), nullable=False), pa.field("decision", pa.uint8(), nullable=False)]
+)
+"""Rows that other rows of their URL decide about. decision: as in `selection.compare_rows`."""
 RANK_SCHEMA = pa.schema([pa.field("rank", pa.uint64(), nullable=False)])
 
 
@@ -69,7 +72,7 @@ class Scan:
 
 
 class Dedupe:
-    """Finds duplicate ids in one bucket; writes their rows, one batch a piece, and the training ranks."""
+    """Compares rows with equal ids in one bucket; writes the decisions, one batch a piece, and the training ranks."""
 
     def __init__(self, context: FilterContext) -> None:
         self.context = context
@@ -79,15 +82,16 @@ class Dedupe:
         pieces = self.context.plan.pieces
         batches = [read_batch(self.context.root, f"filter/scan/{piece.name}.arrow", bucket) for piece in pieces]
         keys = pa.Table.from_batches(batches, KEY_SCHEMA)
-        duplicate, collisions = selection.find_duplicates(keys)
+        decisions, collisions = selection.compare_rows(keys)
         piece_numbers = np.repeat(np.arange(len(pieces)), [batch.num_rows for batch in batches])
-        rows = keys.select(["row"]).filter(pa.array(duplicate))
-        train = keys["train"].to_numpy() & ~duplicate
+        decided = np.flatnonzero(decisions != selection.AS_IT_IS)
+        rows = pa.table([keys["row"].take(pa.array(decided)), decisions[decided]], schema=DECISION_SCHEMA)
+        train = keys["kept"].to_numpy() & keys["train"].to_numpy() & (decisions == selection.AS_IT_IS)
         ranks = selection.training_ranks(keys["image_id"].to_numpy()[train], self.context.seed)
-        by_piece = selection.split_rows(rows, piece_numbers[duplicate], len(pieces))
+        by_piece = selection.split_rows(rows, piece_numbers[decided], len(pieces))
         rank_batch = pa.record_batch([ranks], schema=RANK_SCHEMA)
         files = (
-            write_batches(self.context.root, f"filter/{shard}.arrow", by_piece, DUPLICATE_SCHEMA),
+            write_batches(self.context.root, f"filter/{shard}.arrow", by_piece, DECISION_SCHEMA),
             write_batches(self.context.root, f"filter/{shard}-ranks.arrow", [rank_batch], RANK_SCHEMA),
         )
         return ShardRecord(shard, keys.num_rows, files, values={"collisions": collisions})
@@ -103,7 +107,7 @@ class Select:
     def __call__(self, shard: str) -> ShardRecord:
         number = self.pieces[shard]
         piece = self.context.plan.pieces[number]
-        ids, split, num_duplicates = self._decisions(number, piece)
+        ids, split, dropped = self._decisions(number, piece)
         writers = {name: _Splitter(self.context, f"filter/{name}/{piece.name}") for name in SPLITS}
         first = changed = 0
         corrected = self._corrected_urls(piece)
@@ -120,7 +124,7 @@ class Select:
         files = [file for name in SPLITS for file in writers[name].finish()]
         counts = {file.name: float(count) for file, count in files}
         kept = sum(count for _, count in files)
-        reasons = {str(Reason.DUPLICATE_URL): num_duplicates} if num_duplicates else {}
+        reasons = {reason: count for reason, count in dropped.items() if count}
         values = counts | {"captions_changed": changed}
         return ShardRecord(shard, kept, tuple(file for file, _ in files), reasons, values)
 
@@ -134,20 +138,23 @@ class Select:
             )
         return read_batches(self.context.root, name)
 
-    def _decisions(self, number: int, piece: Piece) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int8], int]:
-        """Image id and split of each row (0: dropped, else 1 + index in SPLITS); number of duplicates."""
+    def _decisions(self, number: int, piece: Piece) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int8], Counter[str]]:
+        """Image id and split of each row (0: dropped, else 1 + index in SPLITS); rows dropped because of others."""
         ids, split = np.zeros(piece.rows, np.int64), np.zeros(piece.rows, np.int8)
-        num_duplicates = 0
+        reasons: Counter[str] = Counter()
         for bucket in range(self.context.num_buckets):
             keys = read_batch(self.context.root, f"filter/scan/{piece.name}.arrow", bucket)
+            keys = keys.filter(keys["kept"])
             rows, key_ids = keys["row"].to_numpy(), keys["image_id"].to_numpy()
             in_quota = selection.training_ranks(key_ids, self.context.seed) <= np.uint64(self.context.max_rank)
             ids[rows] = key_ids
             split[rows] = np.where(keys["train"].to_numpy(zero_copy_only=False) & in_quota, 1, 2)
-            duplicates = read_batch(self.context.root, f"filter/dedupe/{bucket:05d}.arrow", number)["row"]
-            split[duplicates.to_numpy()] = 0
-            num_duplicates += len(duplicates)
-        return ids, split, num_duplicates
+            decided = read_batch(self.context.root, f"filter/dedupe/{bucket:05d}.arrow", number)
+            rows, decisions = decided["row"].to_numpy(), decided["decision"].to_numpy()
+            split[rows] = np.where(decisions == selection.TO_DATABASE, 2, 0)
+            for code, reason in ((selection.DUPLICATE, Reason.DUPLICATE_URL), (selection.UNSAFE, Reason.UNSAFE)):
+                reasons[str(reason)] += int((decisions == code).sum())
+        return ids, split, reasons
 
 
 def _with_canonical_urls(batch: pa.RecordBatch, corrected: pa.Table, first: int) -> pa.RecordBatch:

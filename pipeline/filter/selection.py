@@ -1,8 +1,8 @@
 """The rules of `filter`: which rows are kept, and for which split. Reads and writes no files.
 
-Takes batches of LAION columns; returns the image id of each row, the reason if it is dropped, and whether
-it can be used for training. Rows with equal ids are in the same bucket, so duplicates
-are found there. The training quota selects the rows
+Takes batches of LAION columns; returns the image id of each row, the reason if it is dropped, and whether it can be
+used for training. Rows with equal ids are in the same bucket, so duplicates are found there, and rows that disagree
+about a URL: unsafe anywhere is unsafe, watermarked anywhere is not for training. The training quota selects the rows
 with the lowest seeded hash of their id, so the order and division of the input have no effect.
 """
 
@@ -31,16 +31,25 @@ KEY_SCHEMA = pa.schema(
         pa.field("image_id", pa.int64(), nullable=False),
         pa.field("check", pa.uint32(), nullable=False),
         pa.field("row", pa.uint32(), nullable=False),
+        pa.field("kept", pa.bool_(), nullable=False),
         pa.field("train", pa.bool_(), nullable=False),
+        pa.field("unsafe", pa.bool_(), nullable=False),
+        pa.field("watermarked", pa.bool_(), nullable=False),
     ]
 )
-"""A row that no rule drops. check: 32 more bits of the URL's hash; row: its number within the piece."""
+"""A row that no rule drops (kept), or a dropped row that decides about others of its URL: it is unsafe or watermarked.
+check: 32 more bits of the URL's hash; row: its number within the piece; train: its size and watermark allow training.
+"""
 
 CORRECTED_URL_SCHEMA = pa.schema(
     [pa.field("row", pa.uint32(), nullable=False), pa.field("url", pa.string(), nullable=False)]
 )
 """Rows with a URL that was not canonical, and the canonical URL. row: number within the piece, ascending."""
 
+AS_IT_IS, DUPLICATE, UNSAFE, TO_DATABASE = np.arange(4, dtype=np.uint8)
+"""What the other rows of its URL decide about a row: nothing, two reasons to drop it, or not to train on it."""
+
+Decisions = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 Ids = npt.NDArray[np.int64]
 Ranks = npt.NDArray[np.uint64]
@@ -61,7 +70,7 @@ class Rules:
 def apply_rules(batch: pa.RecordBatch, first_row: int, rules: Rules) -> tuple[pa.Table, pa.RecordBatch, dict[str, int]]:
     """Apply the rules to a batch with the columns RULE_COLUMNS.
 
-    Returns the kept rows (KEY_SCHEMA), corrected URLs (CORRECTED_URL_SCHEMA), and numbers of dropped rows by reason.
+    Returns the keys (KEY_SCHEMA), corrected URLs (CORRECTED_URL_SCHEMA), and numbers of dropped rows by reason.
     """
     original = texts(batch["url"])
     urls = canonical_column(original)
@@ -69,26 +78,21 @@ def apply_rules(batch: pa.RecordBatch, first_row: int, rules: Rules) -> tuple[pa
     unknown_size = (width < 1) | (height < 1)
     unsafe, unsafe_known = _score(batch["punsafe"], "safety" in rules.keep_missing)
     watermark, watermark_known = _score(batch["pwatermark"], "watermark" in rules.keep_missing)
-    drop_code = np.select(
-        [
-            urls.is_null().to_numpy(zero_copy_only=False),
-            unknown_size & ("size" not in rules.keep_missing),
-            ~(unsafe_known & watermark_known),
-            unsafe >= rules.max_unsafe,
-        ],
-        [1, 2, 3, 4],
-        default=0,
-    )
-    train = ((np.minimum(width, height) >= rules.min_edge) | unknown_size) & (watermark < rules.max_watermark)
-    rows = np.flatnonzero(drop_code == 0)
-    kept = urls.take(pa.array(rows))
-    ids, check = hash_urls(kept)
-    blocked = rules.blocklist.blocks_ids(ids) | rules.blocklist.blocks_hosts(kept)
-    drop_code[rows[blocked]] = 5
-    rows, ids, check = rows[~blocked], ids[~blocked], check[~blocked]
+    is_url = urls.is_valid().to_numpy(zero_copy_only=False)
+    is_unsafe = unsafe_known & (unsafe >= rules.max_unsafe)
+    has_watermark = watermark_known & (watermark >= rules.max_watermark)
+    bad_size, no_score = unknown_size & ("size" not in rules.keep_missing), ~(unsafe_known & watermark_known)
+    drop_code = np.select([~is_url, bad_size, no_score, is_unsafe], [1, 2, 3, 4], default=0)
+    train = ((np.minimum(width, height) >= rules.min_edge) | unknown_size) & ~has_watermark
+    rows = np.flatnonzero((drop_code == 0) | (is_url & (is_unsafe | has_watermark)))
+    hashed = urls.take(pa.array(rows))
+    ids, check = hash_urls(hashed)
+    listed = rules.blocklist.blocks_ids(ids) | rules.blocklist.blocks_hosts(hashed)
+    drop_code[rows[listed & (drop_code[rows] == 0)]] = 5
     counts = np.bincount(drop_code, minlength=6)[1:]
     reasons = {str(word): int(count) for word, count in zip(DROP_REASONS, counts, strict=True) if count}
-    columns = [ids, check, (rows + first_row).astype(np.uint32), train[rows]]
+    masks = [drop_code[rows] == 0, train[rows], is_unsafe[rows], has_watermark[rows]]
+    columns = [ids, check, (rows + first_row).astype(np.uint32), *masks]
     return pa.table(columns, schema=KEY_SCHEMA), _corrected_urls(original, urls, first_row), reasons
 
 
@@ -134,17 +138,34 @@ def split_rows(table: pa.Table, part: npt.NDArray[np.int64], num_parts: int) -> 
     return [whole.slice(start, end - start) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
 
 
-def find_duplicates(keys: pa.Table) -> tuple[Mask, int]:
-    """Mask of the rows of KEY_SCHEMA with the id of an earlier row, and how many of them have another URL."""
-    ids, check = keys["image_id"].to_numpy(), keys["check"].to_numpy()
-    order = np.argsort(ids)  # three times faster than a stable sort, which below gets few rows
+def compare_rows(keys: pa.Table) -> tuple[Decisions, int]:
+    """What the other rows of its URL decide about each row of KEY_SCHEMA, and the number of colliding ids.
+
+    Of the kept rows with an id the first stays. An id is unsafe if any of its rows is, and not for training if any of
+    its rows has a watermark. Returns AS_IT_IS, DUPLICATE, UNSAFE or TO_DATABASE for each kept row.
+    """
+    all_ids, check = keys["image_id"].to_numpy(), keys["check"].to_numpy()
+    rows = _repeated(all_ids)
+    ids = all_ids[rows]
+    kept, unsafe, watermarked = (keys[name].to_numpy()[rows] for name in ("kept", "unsafe", "watermarked"))
+    decisions = np.full(len(rows), AS_IT_IS)
+    decisions[np.isin(ids, ids[watermarked])] = TO_DATABASE
+    order = np.flatnonzero(kept)
+    order = order[np.argsort(ids[order], kind="stable")]
     same = ids[order[1:]] == ids[order[:-1]]
-    candidates = np.union1d(order[1:][same], order[:-1][same])
-    order = candidates[np.argsort(ids[candidates], kind="stable")]
+    decisions[order[1:][same]] = DUPLICATE
+    decisions[np.isin(ids, ids[unsafe])] = UNSAFE
+    result = np.full(len(all_ids), AS_IT_IS)
+    result[rows[kept]] = decisions[kept]
+    check = check[rows]
+    return result, int((same & (check[order[1:]] != check[order[:-1]])).sum())
+
+
+def _repeated(ids: Ids) -> npt.NDArray[np.int64]:
+    """Numbers of the rows with an id that another row has too, ascending."""
+    order = np.argsort(ids)  # three times faster than a stable sort
     same = ids[order[1:]] == ids[order[:-1]]
-    duplicate = np.zeros(len(ids), bool)
-    duplicate[order[1:][same]] = True
-    return duplicate, int((same & (check[order[1:]] != check[order[:-1]])).sum())
+    return np.union1d(order[1:][same], order[:-1][same])
 
 
 def training_ranks(ids: Ids, seed: int) -> Ranks:

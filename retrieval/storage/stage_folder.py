@@ -128,4 +128,4 @@ def _finished_contents(root: Root, folder: str) -> str:
         return ""
     size = sum(sizes.values())
     amount = f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
-    return f"{shards:,} finished shards ({len(sizes):,} files, {amount})"
+    return f"{shards:,} finished {'shard' if shards == 1 else 'shards'} ({len(sizes):,} files, {amount})"

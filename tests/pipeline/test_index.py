@@ -78,7 +78,7 @@ def test_hidden_images_stay_hidden_in_a_rebuilt_index(root: Root) -> None:
     database = Database.open(root.child("index"))
     hidden = database.metadata()[schema.IMAGE_ID].to_numpy()[:5]
     hide(root.child("index"), hidden)
-    index.run(CONFIG.model_copy(update={"seed": 1}), root)
+    index.run(CONFIG.model_copy(update={"seed": 1}), Root(root.url, remake=True))
     rebuilt = Database.open(root.child("index"))
     neighbors = rebuilt.search(database.embeddings()[:5], 55)
     assert rebuilt.manifest.config["seed"] == 1

@@ -217,7 +217,7 @@ def test_another_way_to_fetch_deletes_and_requests_nothing(root: Root, server) -
     for n in range(8):
         server.send(f"/{n}", b"", 404)
     assert run_stage(config(timeout_s=30.0), root, retry=True).rows == first.rows == 3
-    with pytest.raises(UserError, match=r"1 finished shards \(.*train_min_edge = 1, the recipe has 2"):
+    with pytest.raises(UserError, match=r"1 finished shard \(.*train_min_edge = 1, the recipe has 2"):
         run_stage(config(train_min_edge=2), root)
     assert len(root.list("download/train")) == 2
 

@@ -79,6 +79,22 @@ def test_only_the_first_row_of_equal_urls_stays(tmp_path: Path, root: Root) -> N
     assert manifest.reasons == {"duplicate_url": 4}
 
 
+def test_rows_of_one_url_that_disagree_are_judged_by_the_worst(tmp_path: Path, root: Root) -> None:
+    meta = tmp_path / "meta"
+    url = "http://example.org/{}.jpg".format
+    first = [{"url": url("unsafe")}, {"url": url("unsafe-first"), "punsafe": 0.9}, {"url": url("watermark")}]
+    first += [{"url": url("unknown"), "punsafe": None}, {"url": url("small-and-unsafe"), "width": 0, "punsafe": 0.9}]
+    second = [{"url": url("unsafe") + "#again", "punsafe": 0.9}, {"url": url("unsafe-first")}]
+    second += [{"url": url("watermark"), "pwatermark": 0.9, "width": 0}, {"url": url("unknown")}]
+    second += [{"url": url("small-and-unsafe")}, {"url": url("safe")}]
+    write(meta, "a.parquet", first)
+    write(meta, "b.parquet", second)
+    manifest = run(config(meta), root)
+    assert rows_of(root, manifest, "train")["url"].to_pylist() == [url("unknown"), url("safe")]
+    assert rows_of(root, manifest, "database")["url"].to_pylist() == [url("watermark")]
+    assert manifest.reasons == {"bad_size": 2, "no_score": 1, "unsafe": 5}
+
+
 def test_the_quota_selects_exactly_the_same_rows_in_any_order(tmp_path: Path, root: Root) -> None:
     rows = numbered(0, 300)
     write(tmp_path / "one", "a.parquet", rows + numbered(0, 50))

@@ -5,11 +5,15 @@ import pyarrow as pa
 import pytest
 
 from pipeline.filter.selection import (
+    AS_IT_IS,
+    DUPLICATE,
     KEY_SCHEMA,
     NO_LIMIT,
+    TO_DATABASE,
+    UNSAFE,
     Rules,
     apply_rules,
-    find_duplicates,
+    compare_rows,
     hash_urls,
     rank_threshold,
     split_into_buckets,
@@ -24,6 +28,7 @@ RULES = Rules(min_edge=768, max_watermark=0.8, max_unsafe=0.5, keep_missing=froz
 def apply_to_row(rules: Rules = RULES, **columns: object) -> tuple[list[tuple[int, bool]], dict[str, int]]:
     row = {"url": "http://a.org/1", "width": 800, "height": 800, "pwatermark": 0.1, "punsafe": 0.1} | columns
     keys, _, reasons = apply_rules(pa.record_batch([[value] for value in row.values()], list(row)), 100, rules)
+    keys = keys.filter(keys["kept"])
     return list(zip(keys["row"].to_pylist(), keys["train"].to_pylist(), strict=True)), reasons
 
 
@@ -101,24 +106,52 @@ def test_hash_urls_gives_the_ids_of_single_urls() -> None:
     assert len(set(check.tolist())) == 50
 
 
-def keys_of(ids: list[int], check: list[int]) -> pa.Table:
-    return pa.table([ids, check, list(range(len(ids))), [True] * len(ids)], schema=KEY_SCHEMA)
+def keys_of(ids: list[int], check: list[int], **columns: list[bool]) -> pa.Table:
+    n = len(ids)
+    masks = {"kept": [True] * n, "train": [True] * n, "unsafe": [False] * n, "watermarked": [False] * n} | columns
+    return pa.table([ids, check, list(range(n)), *masks.values()], schema=KEY_SCHEMA)
 
 
 def test_every_later_row_of_an_id_is_a_duplicate() -> None:
-    duplicate, collisions = find_duplicates(keys_of([5, 7, 5, 9, 5, 7], [1, 2, 1, 3, 1, 2]))
-    assert duplicate.tolist() == [False, False, True, False, True, True]
+    decisions, collisions = compare_rows(keys_of([5, 7, 5, 9, 5, 7], [1, 2, 1, 3, 1, 2]))
+    assert (decisions == DUPLICATE).tolist() == [False, False, True, False, True, True]
     assert collisions == 0
 
 
 def test_the_first_row_of_an_id_stays_among_many_rows() -> None:
     ids = np.random.default_rng(0).integers(0, 3_000, 10_000)
-    duplicate, _ = find_duplicates(keys_of(ids.tolist(), [0] * len(ids)))
-    assert np.flatnonzero(~duplicate).tolist() == sorted(np.unique(ids, return_index=True)[1].tolist())
+    decisions, _ = compare_rows(keys_of(ids.tolist(), [0] * len(ids)))
+    assert np.flatnonzero(decisions == AS_IT_IS).tolist() == sorted(np.unique(ids, return_index=True)[1].tolist())
 
 
 def test_two_urls_with_one_id_are_a_collision() -> None:
-    assert find_duplicates(keys_of([5, 5, 6], [1, 2, 1]))[1] == 1
+    assert compare_rows(keys_of([5, 5, 6], [1, 2, 1]))[1] == 1
+
+
+def test_a_url_is_unsafe_or_watermarked_if_any_of_its_rows_is() -> None:
+    ids = [1, 1, 2, 2, 3, 3, 4, 4, 4, 5]
+    dropped, watermarked = {1, 2, 4, 8}, {4, 6, 7}
+    keys = keys_of(
+        ids,
+        [0] * len(ids),
+        kept=[n not in dropped for n in range(10)],
+        unsafe=[n in {1, 2, 8} for n in range(10)],
+        watermarked=[n in watermarked for n in range(10)],
+    )
+    expected = [UNSAFE, AS_IT_IS, AS_IT_IS, UNSAFE, AS_IT_IS, TO_DATABASE, UNSAFE, UNSAFE, AS_IT_IS, AS_IT_IS]
+    assert compare_rows(keys)[0].tolist() == [int(decision) for decision in expected]
+
+
+def test_dropped_rows_still_say_what_is_known_of_their_url() -> None:
+    columns = {"url": ["http://a.org/1"] * 4, "width": [0, 800, 800, 800], "height": [800] * 4}
+    scores = {"pwatermark": [0.1, None, 0.9, 0.1], "punsafe": [0.9, 0.9, None, None]}
+    keys, _, reasons = apply_rules(pa.record_batch(columns | scores), 0, RULES)
+    assert keys.select(["row", "kept", "unsafe", "watermarked"]).to_pylist() == [
+        {"row": 0, "kept": False, "unsafe": True, "watermarked": False},
+        {"row": 1, "kept": False, "unsafe": True, "watermarked": False},
+        {"row": 2, "kept": False, "unsafe": False, "watermarked": True},
+    ]
+    assert reasons == {"bad_size": 1, "no_score": 3}
 
 
 def test_buckets_are_disjoint_complete_and_ordered() -> None:

@@ -78,12 +78,14 @@ def test_a_copy_of_the_training_image_is_no_neighbor(root: Root) -> None:
     copy = schema.image_id("http://example.org/database/107.jpg")
     table = schema.read_table(root, "neighbors/00000.parquet", schema.neighbors(4, 32))
     assert copy not in table[schema.NEIGHBOR_IDS].to_pylist()[3]
+    root = Root(root.url, remake=True)
     with_copies = neighbors.run(NeighborsConfig(k=4, near_copy_similarity=1.0, workers=1), root)
     assert with_copies.values["near_copies"] <= 1
 
 
 def test_one_partition_per_query_has_a_recall_below_one(root: Root) -> None:
-    manifest = neighbors.run(NeighborsConfig(k=8, near_copy_similarity=0.999, partitions_per_query=1, workers=1), root)
+    config = NeighborsConfig(k=8, near_copy_similarity=0.999, partitions_per_query=1, workers=1)
+    manifest = neighbors.run(config, Root(root.url, remake=True))
     assert 0.2 < manifest.values["recall"] < 1.0
 
 
@@ -115,6 +117,6 @@ def test_rows_with_too_few_neighbors_are_dropped_with_a_reason(root: Root) -> No
 
 
 def test_a_database_of_another_encoder_is_refused(root: Root, tmp_path: Path) -> None:
-    embed.run(EmbedConfig(workers=1), write_clip(tmp_path / "other", seed=1), root)
+    embed.run(EmbedConfig(workers=1), write_clip(tmp_path / "other", seed=1), Root(root.url, remake=True))
     with pytest.raises(UserError, match="was built with the encoder"):
         neighbors.run(CONFIG, root)

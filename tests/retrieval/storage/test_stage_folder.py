@@ -82,7 +82,7 @@ def test_a_folder_with_only_a_manifest_is_finished(tmp_path: Path) -> None:
     file = root.write_bytes("s/a", b"x")
     shards = (ShardRecord("a", 1, (file,)),)
     write_manifest(root, Manifest("s", 1, "f" * 16, {"filter": "a"}, {"edge": 7, "timeout_s": 2.0}, shards, {}, 1.0))
-    with pytest.raises(UserError, match=r"1 finished shards .*made with edge = 7, the recipe has 8"):
+    with pytest.raises(UserError, match=r"1 finished shard .*made with edge = 7, the recipe has 8"):
         prepare_folder(root, "s", identity())
 
 
