@@ -66,8 +66,8 @@ def estimates(inputs: Inputs) -> StageEstimates:
 def test_filter_reads_the_metadata_twice_and_stores_its_texts(estimates: StageEstimates) -> None:
     need = estimates.filter()
     assert need.kept == 1000 * 50
-    assert need.scratch == 1000 * 16.125
-    assert need.read == 2 * 1000 * 100 + 2 * 1000 * 16.125
+    assert need.scratch == 1000 * 16.5
+    assert need.read == 2 * 1000 * 100 + 2 * 1000 * 16.5
     assert need.cpu_s == pytest.approx(1000 * 2e-6)
 
 
