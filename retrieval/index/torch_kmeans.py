@@ -43,7 +43,12 @@ def add_rows(sums: torch.Tensor, numbers: torch.Tensor, rows: torch.Tensor) -> N
     if sums.device.type == "cpu":
         sums.index_add_(0, numbers, rows)
     else:  # index_add_ of a GPU adds in an order that differs from run to run
-        sums.addmm_(torch.nn.functional.one_hot(numbers, len(sums)).T.to(rows.dtype), rows)
+        add_rows_as_product(sums, numbers, rows)
+
+
+def add_rows_as_product(sums: torch.Tensor, numbers: torch.Tensor, rows: torch.Tensor) -> None:
+    """As `add_rows`, by one matrix product."""
+    sums.addmm_(torch.nn.functional.one_hot(numbers, len(sums)).T.to(rows.dtype), rows)
 
 
 def nearest_with_torch(vectors: AnyVectors, centroids: Vectors, nearest: int) -> Numbers:

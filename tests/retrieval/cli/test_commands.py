@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 from retrieval import Database, Root
 from retrieval.cli.commands import main
 from retrieval.cli.contact_sheet import GAP, LINE, TILE, QueryResult, credit, draw_contact_sheet
+from retrieval.cli.queries import QueryInputs, encode_queries
 from retrieval.clip.encoder import Encoder
 from retrieval.database.build import DatabaseIdentity, write_database
 from retrieval.imports.importer import build_database
@@ -119,6 +121,15 @@ def test_recall_determines_how_many_partitions_a_search_visits(build: Build, tmp
     code, _, message = run(capsys, *command, "--recall", "7")
     assert code == 2
     assert "recall must be above 0 and at most 1" in message
+
+
+def test_each_query_is_searched_as_the_kind_that_it_is(gallery: Path) -> None:
+    inputs = QueryInputs(["a stag"], [gallery / "pictures/green.png"], [str(gallery / "vectors.npy")])
+    inputs = replace(inputs, clip=f"local-dir:{gallery}/clip")
+    database = Database.open(f"{gallery}/db")
+    np.save(gallery / "vectors.npy", np.ones((2, database.dim)))
+    queries = encode_queries(inputs, database, like="texts")
+    assert [(each.like, len(each.names)) for each in queries] == [("texts", 1), ("images", 1), ("texts", 2)]
 
 
 def test_a_picture_query_returns_the_picture_first_and_a_text_query_returns_k_rows(

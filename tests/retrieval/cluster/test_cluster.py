@@ -20,6 +20,7 @@ from retrieval.cluster import cluster as cluster_module
 from retrieval.cluster.cluster import PROCESS_BYTES, Cluster, distribute
 from retrieval.database.build import DatabaseIdentity, write_database
 from retrieval.database.result_table import RESULT_SCHEMA
+from retrieval.errors import RecallWarning
 from retrieval.index.routing import Vectors, partition_folder
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
@@ -134,6 +135,14 @@ def test_empty_partitions_and_fewer_rows_than_k_are_searched(build: Build, opene
     everything = cluster.search(queries, 100)
     assert_same(everything, database, queries, 100)
     assert len(everything) == 9 * 24
+
+
+def test_texts_get_the_effort_for_texts(database: Database, queries: Vectors, opened: Open) -> None:
+    cluster = opened(Database.open(database.root), cpus_per_actor=HALF)
+    with pytest.warns(RecallWarning, match="no calibration for texts"):
+        table = cluster.search(queries, 5, like="texts")
+    with pytest.warns(RecallWarning, match="no calibration for texts"):
+        assert_same(table, Database.open(database.root), queries, 5, like="texts")
 
 
 def test_hidden_rows_stay_hidden(database: Database, queries: Vectors, opened: Open) -> None:

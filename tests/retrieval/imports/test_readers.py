@@ -100,6 +100,19 @@ def test_an_object_store_gives_the_same_rows_as_a_local_disk(tmp_path: Path) -> 
         store.rm("/bucket", recursive=True)
 
 
+def test_the_text_vectors_of_a_clip_retrieval_folder_measure_searches_for_texts(tmp_path: Path) -> None:
+    rows, texts = clustered(60, seed=1), clustered(60, seed=2)
+    for folder, vectors in (("img_emb", rows), ("text_emb", texts)):
+        (tmp_path / "source" / folder).mkdir(parents=True)
+        np.save(tmp_path / "source" / folder / f"{folder}_0.npy", vectors.astype(np.float16))
+    config = IndexConfig(rows_per_partition=20, num_queries=10)
+    database = build_database(Root(tmp_path / "db"), str(tmp_path / "source"), encoder=IDENTITY, config=config)
+    assert {kind: entries[0].queries for kind, entries in database.calibration.items()} == {"images": 10, "texts": 60}
+    given = VectorSource(rows, text_queries=np.concatenate([texts[:8], np.zeros((1, DIM))]))
+    database = build_database(Root(tmp_path / "other"), given, encoder=IDENTITY, config=config)
+    assert database.calibration["texts"][0].queries == 8
+
+
 def test_part_texts_reads_the_text_vectors_of_a_clip_retrieval_folder(tmp_path: Path) -> None:
     folder = clip_retrieval(tmp_path / "out", "text")
     with pytest.raises(UserError, match="has text_emb but no img_emb"):

@@ -8,6 +8,7 @@ from retrieval.index import kmeans
 from retrieval.index.kmeans import MAX_SHARE, nearest_centroids, train_centroids
 from retrieval.index.precision import allow_bfloat16
 from retrieval.index.routing import Vectors, route, unit
+from retrieval.index.torch_kmeans import add_rows, add_rows_as_product
 from tests.retrieval.conftest import DIM, clustered
 
 ROUNDING = 2e-3
@@ -24,6 +25,17 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def sizes(vectors: Vectors, centroids: Vectors) -> np.ndarray:
     nearest = np.argmax(vectors @ centroids.T, axis=1)
     return np.bincount(nearest, minlength=len(centroids))
+
+
+def test_rows_are_added_to_their_clusters_on_every_device() -> None:
+    random = torch.Generator().manual_seed(0)
+    numbers, rows = torch.randint(7, (50,), generator=random), torch.randn(50, 4, generator=random)
+    expected = torch.stack([rows[numbers == number].sum(dim=0) for number in range(7)])
+    on_cpu, as_product = torch.zeros(7, 4), torch.zeros(7, 4)
+    add_rows(on_cpu, numbers, rows)
+    add_rows_as_product(as_product, numbers, rows)
+    torch.testing.assert_close(on_cpu, expected)
+    torch.testing.assert_close(as_product, expected)
 
 
 def test_a_seed_decides_the_centroids(vectors: Vectors) -> None:

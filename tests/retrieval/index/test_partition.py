@@ -45,6 +45,17 @@ def test_ranking_gives_the_exact_similarities_of_float16_rows(vectors: Vectors, 
     np.testing.assert_allclose(similarities, -np.sort(-true, axis=1)[:, :20], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("effort", [Effort(1, 4, 3), Effort(1, 512, 3000)])
+def test_similarities_of_float16_rows_stay_between_minus_one_and_one(in_lists: Database, effort: Effort) -> None:
+    partition = fresh(in_lists)
+    rows = partition.embeddings.astype(np.float32)
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    assert lengths.max() > 1
+    similarities, _ = partition.search(rows / lengths, 1, effort)
+    assert similarities.max() == 1
+    assert partition.compare_all(-rows[:50] / lengths[:50], 3000)[0].min() == -1
+
+
 def test_the_rerank_index_keeps_its_rows_alive(queries: Vectors) -> None:
     rerank = RerankIndex(clustered(20_000, seed=8).astype(np.float16))
     before = rerank.index.search(queries, 5)
