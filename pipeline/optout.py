@@ -1,7 +1,8 @@
 """optout: removes the images of a blocklist from finished stages, without running them again.
 
 Reads the blocklist, the tables of `download`, the databases, `neighbors` and the manifests of training runs; writes
-`hidden/<digest>.npy` into databases that contain a listed image, the neighbor tables that change, and `optout/<list>.json`.
+`hidden/<digest>.npy` into databases that contain a listed image, the neighbor tables that change, and
+`optout/<list>.json`.
 Pictures, vectors and latents stay on disk but are not used. A repeated run gives the same result.
 """
 

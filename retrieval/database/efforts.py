@@ -68,7 +68,7 @@ class Efforts:
                 "the lower end of an interval). All rows are compared, which is slow. Ask for a lower recall, or "
                 "calibrate with more queries."
             )
-        elif k > chosen.max_k and not chosen.is_exact:
+        elif chosen.max_k < min(k, self._rows.sum() - 1) and not chosen.is_exact:
             self._warn(
                 f"recall was measured for 1 to {chosen.max_k} neighbors. For {k} the effort is "
                 f"{math.ceil(k / chosen.max_k)} times that of {chosen.max_k}, and the recall may differ from {recall}."
