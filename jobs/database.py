@@ -20,12 +20,12 @@ from retrieval.database.database import Database
 from retrieval.errors import UserError
 from retrieval.recipe import ClipConfig, IndexConfig
 
-NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+NAME = re.compile(r"[^\W_][\w-]*")
 
 
 def run(recipe: Recipe, name: str, source: PictureSource, by_style: bool = False) -> None:
     """Build `databases/<name>` below the recipe's root, and those of the styles, each with its README.md."""
-    if not NAME.fullmatch(name):
+    if not NAME.fullmatch(name) or name != name.casefold():
         raise UserError(f"--name {name!r}: wanted lower-case letters, digits, - and _, as in 'ukiyo-e'")
     databases = database.style_databases(name, source) if by_style else {name: ""}
     encoder = Encoder(recipe[ClipConfig])
