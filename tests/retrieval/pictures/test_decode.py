@@ -124,8 +124,7 @@ def test_small_shares_do_not_overtake_a_large_one() -> None:
     with budget.share(5):
         large = threading.Thread(target=take, args=(10,))
         large.start()
-        while not budget._turn.locked():
-            pass
+        large.join(0.05)  # waits for its turn
         small = threading.Thread(target=take, args=(1,))
         small.start()
         small.join(0.05)
