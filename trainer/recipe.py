@@ -12,6 +12,10 @@ from retrieval.recipe import ClipConfig
 
 AutoencoderKind = Literal["kl", "vq", "patch"]
 Prediction = Literal["epsilon", "v_prediction"]
+CHANGEABLE = frozenset(
+    {"steps", "global_batch", "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "ema_decay"}
+)
+"""Settings of section `train` that may change when a run is resumed. The metrics record them."""
 SchedulerName = Literal["ddim", "plms", "dpm++"]
 ContextNorm = Literal["unit", "raw"]
 Integers = Annotated[tuple[PositiveInt, ...], Field(strict=False)]
@@ -128,7 +132,7 @@ class TrainConfig(Config):
     """Shards that each global batch is drawn from. If the number of ranks divides it and it divides
     global_batch, each rank opens only its own part of the shards."""
     steps: PositiveInt
-    """Optimizer steps. A larger number continues a finished run."""
+    """Optimizer steps, skipped ones included. A larger number continues a finished run."""
     learning_rate: PositiveFloat = 1e-4
     """Learning rate of AdamW, constant after the warm-up."""
     warmup_steps: NonNegativeInt = 10_000
@@ -137,6 +141,11 @@ class TrainConfig(Config):
     """Decoupled weight decay of AdamW."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradients are clipped to this global norm; 0: no clipping."""
+    max_skipped_steps: NonNegativeInt = runtime_setting(20)
+    """Consecutive steps with a non-finite loss or gradient that may be skipped; one more ends the run."""
+    max_replaced: float = runtime_setting(0.001, ge=0, le=1)
+    """Share of the samples that other rows of their shard may replace because their picture cannot be read; more end
+    the run. At least 10 are allowed."""
     p_uncond: float = Field(0.1, ge=0, le=1)
     """Probability that a sample is trained without neighbors (for classifier-free guidance)."""
     ema_decay: float = Field(0.9999, ge=0, lt=1)
@@ -146,6 +155,9 @@ class TrainConfig(Config):
     zero_stage: int = runtime_setting(1, ge=0, le=3)
     """What DeepSpeed shards over ranks: 0 nothing (a few percent faster on one rank in fp32), 1 optimizer states,
     2 also gradients, 3 also weights."""
+    deterministic: bool = runtime_setting(False)
+    """Use only deterministic algorithms of torch and cuDNN, at some cost in speed: on CUDA a resumed run then equals an
+    uninterrupted one to the bit, as it does on CPUs in any case."""
     activation_checkpointing: bool = runtime_setting(False)
     """Recompute activations in the backward pass: less memory, a third more computation."""
     checkpoint_every: PositiveInt = runtime_setting(1000)

@@ -8,7 +8,7 @@ host memory, which a thread writes during the next steps. Checkpoints of another
 import json
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,36 @@ from trainer.engine.fragments import (
     local_fragments,
     owned_fragments,
 )
+from trainer.recipe import CHANGEABLE
 
 INDEX = "checkpoints.json"
-LAYOUT = 2
-"""Version of the file layout. Layout 1 was DeepSpeed's, for a fixed number of ranks."""
+CHANGEABLE_NAMES = frozenset(f"train.{name}" for name in CHANGEABLE)
+LAYOUT = 3
+"""Version of the file layout. Layout 1 was DeepSpeed's, for a fixed number of ranks; layout 2 had only the step."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a run has done so far, over all its starts."""
+
+    step: int = 0
+    """Steps done, skipped ones included."""
+    images: int = 0
+    """Samples of these steps: the position of the next one in the sample order."""
+    skipped: int = 0
+    """Steps that changed nothing because the gradient was not finite."""
+    replaced: int = 0
+    """Samples that another row replaced because their picture could not be read."""
+
+    @property
+    def updates(self) -> int:
+        """Number of updates of the weights."""
+        return self.step - self.skipped
 
 
 @dataclass
 class CheckpointFolder:
-    """The checkpoints of one run. `settings` is for error messages about differing runs."""
+    """The checkpoints of one run. settings: flat, for messages about differing runs."""
 
     path: Path
     identity: str
@@ -72,9 +93,10 @@ class CheckpointFolder:
             return
         if self.is_other_run():
             stored = {"layout": index.get("layout", 1), **index["settings"]}
+            differences = _differences(stored, {"layout": LAYOUT, **self.settings})
             raise UserError(
                 f"{self.path} has checkpoints of another run: "
-                f"{_differences(stored, {'layout': LAYOUT, **self.settings})}. "
+                f"{'; '.join(text for name, text in differences.items() if name not in CHANGEABLE_NAMES)}. "
                 f"Choose another train.name to keep them, or set train.restart = true to delete them."
             )
         if self.is_past(steps):
@@ -83,6 +105,20 @@ class CheckpointFolder:
                 f"Raise train.steps to continue, choose another train.name to keep the checkpoints, or set "
                 f"train.restart = true to delete them."
             )
+        if self.is_ended_with_others(steps):
+            raise UserError(
+                f"{self.path} is at the last step {steps:,}, and settings changed since: {self.changes()}. Raise "
+                f"train.steps to continue with them, restore them, or set train.restart = true to start over."
+            )
+
+    def changes(self) -> str:
+        """The settings that changed since the newest checkpoint of this run; empty if there is none."""
+        index = self._index()
+        return "" if index is None else "; ".join(_differences(index["settings"], self.settings).values())
+
+    def is_ended_with_others(self, steps: int) -> bool:
+        """True if step `steps` is done and settings changed since, other than the number of steps."""
+        return 0 < steps == self.newest_step() and bool(self.changes())
 
     def delete_unfinished(self) -> None:
         """Delete unfinished checkpoints of a killed run. Only for the process that holds the run's lock."""
@@ -92,15 +128,15 @@ class CheckpointFolder:
             if folder.name not in known:
                 shutil.rmtree(folder)
 
-    def save(self, engine: deepspeed.DeepSpeedEngine, average: MovingAverage, step: int, ranks: Ranks) -> None:
-        """Call `finish`, then copy the state after `step` steps, which a thread writes. A collective."""
+    def save(self, engine: deepspeed.DeepSpeedEngine, average: MovingAverage, progress: Progress, ranks: Ranks) -> None:
+        """Call `finish`, then copy the present state, which a thread writes. A collective."""
         tensors = {fragment_key(AVERAGE, fragment): fragment.values for fragment in average.fragments}
         for state in (MASTER, *MOMENTS):
             for fragment in owned_fragments(engine, state, ranks):
                 tensors[fragment_key(state, fragment)] = fragment.values
-        self.save_tensors(tensors, step, ranks)
+        self.save_tensors(tensors, progress, ranks)
 
-    def save_tensors(self, tensors: dict[str, torch.Tensor], step: int, ranks: Ranks) -> None:
+    def save_tensors(self, tensors: dict[str, torch.Tensor], progress: Progress, ranks: Ranks) -> None:
         """`save` for a rank's fragments by key, with the same keys and shapes in every call."""
         self.finish()
         if self._group is None:
@@ -109,7 +145,7 @@ class CheckpointFolder:
             self._copy = {key: torch.empty_like(values, device="cpu") for key, values in tensors.items()}
         for key, values in tensors.items():
             self._copy[key].copy_(values)
-        self._pending = self._writer.submit(self._write, step, ranks)
+        self._pending = self._writer.submit(self._write, progress, ranks)
 
     def finish(self) -> None:
         """Wait until the last checkpoint is published. Raises UserError if it could not be written."""
@@ -122,14 +158,15 @@ class CheckpointFolder:
         if self._pending is not None and self._pending.done():
             self.finish()
 
-    def load(self, engine: deepspeed.DeepSpeedEngine, average: MovingAverage, ranks: Ranks) -> int:
-        """Load the newest checkpoint, of any number of ranks. Returns the steps done, or 0. A collective."""
+    def load(self, engine: deepspeed.DeepSpeedEngine, average: MovingAverage, ranks: Ranks) -> Progress:
+        """Load the newest checkpoint, of any number of ranks. Returns what the run has done. A collective."""
         entries = self._entries()
         if not entries:
-            return 0
+            return Progress()
         newest = entries[-1]
         self._check_files(newest)
-        initialize_moments(engine, newest["step"])
+        progress = Progress(**{name: newest[name] for name in Progress.__dataclass_fields__})
+        initialize_moments(engine, progress.updates)
         with SavedFragments(self.path / newest["tag"]) as saved:
             for state in (MASTER, *MOMENTS):
                 for fragment in local_fragments(engine, state, ranks):
@@ -137,7 +174,7 @@ class CheckpointFolder:
             for fragment in average.fragments:
                 saved.read_into(AVERAGE, fragment)
         copy_masters_to_weights(engine)
-        return int(newest["step"])
+        return progress
 
     def _index(self) -> dict[str, Any] | None:
         path = self.path / INDEX
@@ -148,9 +185,9 @@ class CheckpointFolder:
         index = self._index()
         return [] if index is None else index["checkpoints"]
 
-    def _write(self, step: int, ranks: Ranks) -> None:
+    def _write(self, progress: Progress, ranks: Ranks) -> None:
         """Write this rank's copy; when all ranks are done, rank 0 publishes. Runs in the writer thread."""
-        folder, size, problem = self.path / f"step-{step:08d}", -1, ""
+        folder, size, problem = self.path / f"step-{progress.step:08d}", -1, ""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             size = write_fragments(folder, ranks.rank, self._copy)
@@ -166,12 +203,12 @@ class CheckpointFolder:
                 f"checkpoints are kept."
             )
         if ranks.is_first:
-            self._publish(step, {rank_file_name(rank): int(size) for rank, size in enumerate(sizes)})
+            self._publish(progress, {rank_file_name(rank): int(size) for rank, size in enumerate(sizes)})
 
-    def _publish(self, step: int, files: dict[str, int]) -> None:
+    def _publish(self, progress: Progress, files: dict[str, int]) -> None:
         """Add a checkpoint to the index, then delete the old ones that are no longer kept."""
-        entry = {"tag": f"step-{step:08d}", "step": step, "files": files}
-        entries = [*(old for old in self._entries() if old["step"] < step), entry]
+        entry = {"tag": f"step-{progress.step:08d}", **asdict(progress), "files": files}
+        entries = [*(old for old in self._entries() if old["step"] < progress.step), entry]
         permanent = [old for old in entries if self.keep_every and old["step"] % self.keep_every == 0]
         kept = [old for old in entries if old in permanent or old in entries[-self.keep :]]
         index = {"layout": LAYOUT, "identity": self.identity, "settings": self.settings, "checkpoints": kept}
@@ -191,7 +228,7 @@ class CheckpointFolder:
                 )
 
 
-def _differences(stored: dict[str, Any], current: dict[str, Any]) -> str:
-    """The settings in which a stored and the current run differ, for an error message."""
+def _differences(stored: dict[str, Any], current: dict[str, Any]) -> dict[str, str]:
+    """The settings in which a stored and the current run differ, by name, for messages."""
     names = [name for name in sorted(stored.keys() | current.keys()) if stored.get(name) != current.get(name)]
-    return "; ".join(f"{name} was {stored.get(name)!r}, is now {current.get(name)!r}" for name in names)
+    return {name: f"{name} was {stored.get(name)!r}, is now {current.get(name)!r}" for name in names}

@@ -48,7 +48,7 @@ def export_run(plan: TrainingPlan, root: Root, weights: dict[str, torch.Tensor],
         rows=sum(plan.training_set.rows),
     )
     metrics = read_step_metrics(root.local_path(f"{train.folder}/{METRICS}"))
-    publish_run(run, root, weights, summarize(metrics, train.global_batch), seconds)
+    publish_run(run, root, weights, summarize(metrics), seconds)
 
 
 def publish_run(

@@ -15,8 +15,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from retrieval.errors import UserError
-from retrieval.pictures.decode import MAX_PIXELS
+from retrieval.pictures.decode import BROKEN, MAX_PIXELS
 from trainer.data.sample_order import CROPS
+from trainer.data.unreadable import UnreadableError
 
 MIN_DRAFT_RATIO = 1.5
 """A JPEG decoded at reduced size is at least this much larger than its scaled size: less loses sharpness."""
@@ -92,12 +93,12 @@ def decode_image(data: bytes, name: str, size: int) -> ScaledImage:
     """The RGB image of encoded bytes, to be scaled to a shorter edge of `size` pixels. name: for errors.
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where MIN_DRAFT_RATIO allows: half the work, and crops that differ
-    by 2 of 256 levels (root mean square). Raises UserError if the image cannot be decoded or has more than MAX_PIXELS.
+    by 2 of 256 levels (root mean square). Raises UnreadableError if it cannot be decoded or has more than MAX_PIXELS.
     """
     try:
         image: Image.Image = Image.open(io.BytesIO(data))
         if image.width * image.height > MAX_PIXELS:
-            raise UserError(f"{name} has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}.")
+            raise UnreadableError(f"{name} has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}.")
         stored = image.size
         width, height = scaled_edges(stored, size)
         reduced = image.draft(None, (math.ceil(MIN_DRAFT_RATIO * width), math.ceil(MIN_DRAFT_RATIO * height)))
@@ -107,8 +108,9 @@ def decode_image(data: bytes, name: str, size: int) -> ScaledImage:
         else:
             image = image.convert("RGB")
         return ScaledImage(image, extent, (width, height), size)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{name} cannot be decoded: {error}. Run the stages again from 'make download'.") from error
+    except (*BROKEN, Image.DecompressionBombError) as error:
+        message = f"{name} cannot be decoded: {error}. Run the stages again from 'make download'."
+        raise UnreadableError(message) from error
 
 
 def scaled_edges(stored: tuple[int, int], size: int) -> tuple[int, int]:

@@ -11,9 +11,9 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,8 @@ from retrieval.storage.manifest import shard_file
 from retrieval.storage.root import Root
 from trainer.data.images import ImageTar, decode_image, random_crop, unsigned_id
 from trainer.data.plan import TrainingPlan, TrainingSet
-from trainer.data.sample_order import NEIGHBORS, SAMPLE_NOISE, SampleOrder, rank_slots
+from trainer.data.sample_order import NEIGHBORS, REPLACEMENTS, SAMPLE_NOISE, SampleOrder, rank_slots
+from trainer.data.unreadable import Shard, read_or_replace, retried
 from trainer.model.context import at_raw_norm, unit_rows
 
 
@@ -45,22 +46,14 @@ class TrainingBatch:
     """Noise that draws the latent from its posterior: (n, c, h, w) float32, standard normal."""
     noise: torch.Tensor
     """eps: (n, c, h, w) float32, standard normal."""
+    replaced: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
+    """True for samples of a row that took the place of an unreadable one, (n,); may be empty for none."""
 
     def split(self, count: int) -> "Iterator[TrainingBatch]":
         """Parts of `count` samples, in order; the last may be smaller."""
         for first in range(0, len(self.image_ids), count):
             rows = slice(first, first + count)
             yield TrainingBatch(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
-
-
-class Shard(Protocol):
-    """An open shard: ids and neighbor embeddings of its rows in memory, images or latents by row."""
-
-    ids: npt.NDArray[np.int64]
-    context: npt.NDArray[np.float16]
-
-    def inputs(self, row: int, epoch: int) -> npt.NDArray[np.generic]:
-        """The image or the moments of a row for an epoch."""
 
 
 class LatentShard:
@@ -165,7 +158,9 @@ class _Slot:
 class Loader:
     """The training batches of one rank, prepared by threads and returned in order of steps."""
 
-    def __init__(self, plan: TrainingPlan, root: Root, rank: int, world: int) -> None:
+    def __init__(self, plan: TrainingPlan, root: Root, rank: int, world: int, shift: int = 0) -> None:
+        """shift: positions that global batch s begins after s * global_batch, if the batch was changed earlier."""
+        self._shift = shift
         self._train, self._training_set = plan.config.train, plan.training_set
         self._timesteps = plan.config.diffusion.steps
         self._rank, self._world = rank, world
@@ -182,7 +177,13 @@ class Loader:
 
     def shard(self, number: int) -> Shard:
         """The shard with this index in the training set, including its held-out rows."""
-        return self._shards.get(number)
+        return retried(lambda: self._shards.get(number))
+
+    def held_out(self, number: int, row: int) -> tuple[int, npt.NDArray[np.generic]]:
+        """A held-out row of a shard and its inputs as in epoch 0; an unreadable row is replaced by another one."""
+        first = self._training_set.rows[number]
+        rows = range(first, first + self._training_set.held_out[number])
+        return read_or_replace(self.shard(number), row, 0, rows, (REPLACEMENTS, self._train.seed, number, row))
 
     def batches(self, first_step: int, last_step: int) -> Generator[TrainingBatch]:
         """Batches of steps first_step .. last_step - 1 (from 0)."""
@@ -201,9 +202,10 @@ class Loader:
     def batch(self, step: int) -> TrainingBatch:
         """This rank's samples of global batch `step` (from 0); independent of earlier calls."""
         count = self._train.global_batch
-        slots = rank_slots(self.order, step, count, self._rank, self._world)
-        samples = [self._sample(step, int(slot), step * count + int(slot)) for slot in slots]
-        ids, inputs, context, timesteps, posterior_noise, noise = zip(*samples, strict=True)
+        first = self._shift + step * count
+        slots = rank_slots(self.order, first, count, self._rank, self._world)
+        samples = [self._sample(step, int(slot), first + int(slot)) for slot in slots]
+        ids, inputs, context, timesteps, posterior_noise, noise, replaced = zip(*samples, strict=True)
         return TrainingBatch(
             image_ids=np.array(ids),
             inputs=torch.from_numpy(np.stack(inputs)),
@@ -211,20 +213,22 @@ class Loader:
             timesteps=torch.tensor(timesteps),
             posterior_noise=torch.from_numpy(np.stack(posterior_noise)),
             noise=torch.from_numpy(np.stack(noise)),
+            replaced=np.array(replaced),
         )
 
     def _sample(self, step: int, slot: int, position: int) -> tuple[Any, ...]:
         location = self.order.locate(position)
-        shard = self._shards.get(location.shard)
+        shard, rows = self.shard(location.shard), range(self._training_set.rows[location.shard])
         rng = np.random.default_rng([SAMPLE_NOISE, self._train.seed, step, slot])
         timestep = int(rng.integers(self._timesteps))
         has_context = np.float16(rng.random() >= self._train.p_uncond)
         posterior_noise, noise = rng.standard_normal((2, *self._training_set.latent_shape), dtype=np.float32)
         # A sample without neighbors has a context of zeros. Any number of zero tokens equals one: their keys
         # and values are zero because the projections have no bias.
-        context = self._context(shard.context[location.row], step, slot) * has_context
-        inputs = shard.inputs(location.row, location.epoch)
-        return int(shard.ids[location.row]), inputs, context, timestep, posterior_noise, noise
+        seeds = (REPLACEMENTS, self._train.seed, step, slot)
+        row, inputs = read_or_replace(shard, location.row, location.epoch, rows, seeds)
+        context = self._context(shard.context[row], step, slot) * has_context
+        return int(shard.ids[row]), inputs, context, timestep, posterior_noise, noise, row != location.row
 
     def _context(self, neighbors: npt.NDArray[np.float16], step: int, slot: int) -> npt.NDArray[np.float16]:
         """A row's neighbors (k, dim) after `neighbors_used` and `neighbor_noise`: (tokens, dim)."""

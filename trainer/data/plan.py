@@ -12,7 +12,7 @@ from retrieval.storage.manifest import Manifest, files_exist, fingerprint, read_
 from retrieval.storage.root import Root
 from trainer.data.latents import latent_shape
 from trainer.model.autoencoder import Autoencoder
-from trainer.recipe import ContextNorm, ModelConfig, TrainingRecipe
+from trainer.recipe import CHANGEABLE, ContextNorm, ModelConfig, TrainingRecipe
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class TrainingPlan:
     fingerprint: str
     """Fingerprint of the finished run."""
     checkpoint_identity: str
-    """Fingerprint of its checkpoints, which does not depend on the number of steps."""
+    """Fingerprint of its checkpoints, which does not depend on the settings of CHANGEABLE."""
     upstream: dict[str, str]
     """Fingerprint of each input by name."""
     encoder: dict[str, Any]
@@ -66,13 +66,12 @@ def make_plan(config: TrainingRecipe, root: Root, autoencoder: Autoencoder) -> T
     upstream["autoencoder"] = autoencoder.identity
     if train.start_from:
         upstream["start_from"] = _initial_run(config, root).fingerprint
-    # A step does not depend on the total number of steps, so a checkpoint is valid for any total.
-    any_steps = config.model_copy(update={"train": train.model_copy(update={"steps": 0})})
+    unchanged = config.model_copy(update={"train": train.model_copy(update=dict.fromkeys(CHANGEABLE, 0))})
     return TrainingPlan(
         config=config,
         training_set=_training_set(config, neighbors, shape, views),
         fingerprint=fingerprint("train", schema.VERSION, config, upstream),
-        checkpoint_identity=fingerprint("train", schema.VERSION, any_steps, upstream),
+        checkpoint_identity=fingerprint("train", schema.VERSION, unchanged, upstream),
         upstream=upstream,
         encoder=neighbors.values["encoder"],
         autoencoder=autoencoder.identity,

@@ -1,7 +1,7 @@
 """The order of training samples, a pure function of the seed and the position.
 
-All rows of all shards form an endless sequence; each epoch has every sample once. Global batch s holds positions [s *
-B, (s + 1) * B) for any number of ranks, so runs on different numbers of ranks train on the same batches. An epoch
+All rows of all shards form an endless sequence; each epoch has every sample once. Global batches are consecutive
+positions of it for any number of ranks, so runs on different numbers of ranks train on the same batches. An epoch
 shuffles the shards, divides their rows into `lanes` equal ranges that are read in parallel, and shuffles the rows of
 each shard within its range. Each rank reads only its own lanes, with one open shard per lane.
 """
@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 import numpy.typing as npt
 
-SHARDS, ROWS, SAMPLE_NOISE, CROPS, VALIDATION, NEIGHBORS = range(1, 7)
+SHARDS, ROWS, SAMPLE_NOISE, CROPS, VALIDATION, NEIGHBORS, REPLACEMENTS = range(1, 8)
 """First word of every seed: each use of randomness has a separate stream."""
 
 
@@ -54,12 +54,12 @@ class SampleOrder:
         return lane * (self.samples_per_epoch // self.lanes) + min(lane, self.samples_per_epoch % self.lanes)
 
 
-def rank_slots(order: SampleOrder, step: int, global_batch: int, rank: int, world: int) -> npt.NDArray[np.int64]:
-    """Slots of global batch `step` (from 0) that belong to a rank: (global_batch / world,) int64.
+def rank_slots(order: SampleOrder, first: int, global_batch: int, rank: int, world: int) -> npt.NDArray[np.int64]:
+    """Slots of a global batch that belong to a rank: (global_batch / world,) int64. first: position of slot 0.
 
     If `world` divides `lanes` and `lanes` divides `global_batch`, a lane always belongs to the same rank.
     """
-    lane_of_slot = (step * global_batch + np.arange(global_batch)) % order.lanes
+    lane_of_slot = (first + np.arange(global_batch)) % order.lanes
     share = global_batch // world
     return np.argsort(lane_of_slot, kind="stable")[rank * share : (rank + 1) * share]
 

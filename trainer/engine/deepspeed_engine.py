@@ -4,6 +4,7 @@ Reads the launcher's environment variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER
 """
 
 import logging
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,13 @@ def join_ranks() -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
+def use_deterministic_algorithms() -> None:
+    """Let torch and cuDNN compute the same bits in every run on the same hardware. Call it before the first product."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this setting
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
 def leave_ranks(engine: deepspeed.DeepSpeedEngine) -> None:
     """Shut down the engine and the process group."""
     # Without the barrier a third of all successful runs end with SIGABRT.
@@ -72,9 +80,13 @@ def engine_settings(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
         "gradient_accumulation_steps": accumulation_steps(config, ranks.world),
         # Without ZeRO, `optimizer_step` clips: DeepSpeed would compute the norm again, weight by weight.
         "gradient_clipping": config.max_grad_norm if config.zero_stage else 0.0,
-        "bf16": {"enabled": config.precision == "bf16"},
+        # A step with a non-finite gradient is skipped on all ranks; the reported norm is then inf.
+        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": True},
         # One gradient buffer saves GPU memory; on a CPU it adds 10 % to the time of a small step.
-        "zero_optimization": {"stage": config.zero_stage, "contiguous_gradients": ranks.device.type == "cuda"},
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "contiguous_gradients": ranks.device.type == "cuda" or config.precision == "bf16",
+        },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": config.steps + 1,
     }
@@ -108,7 +120,10 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, config: TrainConfig, st
 
 
 def optimizer_step(engine: deepspeed.DeepSpeedEngine, config: TrainConfig) -> float:
-    """Update after a step's last micro batch. Returns the global gradient norm before clipping; 0 after the others."""
+    """Update after a step's last micro batch. Returns the global gradient norm before clipping; 0 after the others.
+
+    A non-finite gradient changes nothing on any rank, and the returned norm is not finite.
+    """
     if not engine.is_gradient_accumulation_boundary():
         engine.step()
         return 0.0
@@ -116,9 +131,11 @@ def optimizer_step(engine: deepspeed.DeepSpeedEngine, config: TrainConfig) -> fl
         engine.step()
         return float(engine.get_global_grad_norm())
     # Gradients are already averaged over ranks.
-    norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), config.max_grad_norm or torch.inf)
+    norm = float(torch.nn.utils.clip_grad_norm_(engine.module.parameters(), config.max_grad_norm or torch.inf))
+    if not math.isfinite(norm):
+        engine.module.zero_grad(set_to_none=True)  # AdamW leaves weights without a gradient as they are
     engine.step()
-    return float(norm)
+    return norm
 
 
 def gather_numbers(values: torch.Tensor, ranks: Ranks) -> torch.Tensor:

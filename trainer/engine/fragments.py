@@ -4,11 +4,12 @@ ZeRO gives each rank flat slices of all parameters. This module maps them to fra
 the optimizer's tensors, for every ZeRO stage. Only this module uses DeepSpeed's internal attributes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
+import deepspeed.comm as dist
 import torch
 from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
@@ -89,6 +90,20 @@ def initialize_moments(engine: deepspeed.DeepSpeedEngine, steps: int) -> None:
         states[master] = {"step": torch.tensor(float(steps), device=master.device), **moments}
     if stage in (1, 2):
         optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def set_masters(engine: deepspeed.DeepSpeedEngine, weights: Mapping[str, torch.Tensor], ranks: Ranks) -> None:
+    """Set the fp32 masters to the weights of rank 0, by parameter name. A collective.
+
+    DeepSpeed makes masters from the network after it was rounded to bf16, which loses two thirds of the digits.
+    """
+    fragments = {fragment.name: fragment for fragment in local_fragments(engine, MASTER, ranks)}
+    for name, weight in weights.items():
+        values = weight.detach().to(ranks.device, torch.float32, copy=True).flatten()
+        dist.broadcast(values, 0)
+        if name in fragments:
+            fragments[name].values.copy_(values[fragments[name].start : fragments[name].end])
+    copy_masters_to_weights(engine)
 
 
 def copy_masters_to_weights(engine: deepspeed.DeepSpeedEngine) -> None:

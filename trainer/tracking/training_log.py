@@ -33,10 +33,20 @@ class StepMetrics:
     """Metrics after `step` optimizer steps. Times are means over the steps since the previous entry."""
 
     step: int
+    images: int
+    """Samples of all steps so far."""
+    skipped_steps: int
+    """Steps so far that changed nothing because the gradient was not finite."""
+    replaced_images: int
+    """Samples so far that another row replaced because their picture could not be read."""
     loss: float
-    """Mean loss of this step's global batch."""
+    """Mean loss of the global batch of the last step with finite numbers."""
     grad_norm: float
     learning_rate: float
+    global_batch: int
+    weight_decay: float
+    max_grad_norm: float
+    ema_decay: float
     images_per_s: float
     """Summed over all ranks, without pauses."""
     seconds_per_step: float
@@ -169,12 +179,14 @@ def _read(path: Path, entry_class: type[Entry]) -> list[Entry]:
     return [entry_class(**json.loads(line)) for line in lines if line.endswith("\n")]
 
 
-def summarize(entries: list[StepMetrics], global_batch: int) -> dict[str, float]:
+def summarize(entries: list[StepMetrics]) -> dict[str, float]:
     """Values for the manifest: mean loss over the last tenth of the entries, median time of a step."""
     tail = entries[-max(1, len(entries) // 10) :]
     return {
         "steps": entries[-1].step,
-        "images": entries[-1].step * global_batch,
+        "images": entries[-1].images,
+        "skipped_steps": entries[-1].skipped_steps,
+        "replaced_images": entries[-1].replaced_images,
         "loss": statistics.fmean(entry.loss for entry in tail),
         "seconds_per_step": statistics.median(entry.seconds_per_step for entry in entries),
     }

@@ -1,31 +1,41 @@
-"""The training loop. It ends after the last step, after SIGTERM, or with an error for a non-finite loss.
+"""The training loop. It ends after the last step, after SIGTERM, or with an error for too many unusable steps.
 
 Writes checkpoints and the training log. Every step ends with one small all-gather, so that all ranks stop at
-the same step.
+the same step. Steps with a non-finite gradient change nothing and are counted. An error is raised after a checkpoint,
+so that the next start goes on behind the steps that failed.
 """
 
+import logging
 import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn
 
 import deepspeed
 import torch
 
 from retrieval.errors import UserError
-from trainer.checkpoint.checkpoint import CheckpointFolder
+from trainer.checkpoint.checkpoint import CheckpointFolder, Progress
 from trainer.data.loader import Loader, TrainingBatch
 from trainer.engine.deepspeed_engine import Ranks, gather_numbers, optimizer_step, set_learning_rate
 from trainer.engine.ema import MovingAverage
+from trainer.engine.fragments import MASTER, Fragment, owned_fragments
 from trainer.recipe import TrainConfig
 from trainer.tracking.flops import UtilizationMeter
 from trainer.tracking.training_log import StepMetrics, TrainingLog
 from trainer.training.monitoring import ModelMonitor
 from trainer.training.objective import QUARTILES, Objective, quartile_means
+
+RECORDED = ("global_batch", "weight_decay", "max_grad_norm", "ema_decay")
+"""Settings that may change when a run is resumed; the metrics have them at every entry."""
+MIN_REPLACED = 10
+"""Replaced samples that are always allowed, so that one bad picture does not end a run at its start."""
+
+log = logging.getLogger("train")
 
 
 @dataclass(frozen=True)
@@ -88,45 +98,129 @@ class IntervalMetrics:
         }
 
 
-def train_steps(session: Session, done: int, termination: Termination) -> bool:
-    """Run steps `done` .. config.steps - 1. Returns False if SIGTERM ended them early, after a checkpoint."""
-    config, engine, ranks = session.config, session.engine, session.ranks
-    batches = session.loader.batches(done, config.steps)
-    interval, stopping = IntervalMetrics(), False
-    for step in range(done, config.steps):
+def train_steps(session: Session, start: Progress, termination: Termination) -> bool:
+    """Run the steps after `start`. Returns False if SIGTERM ended them early, after a checkpoint."""
+    steps = session.config.steps
+    if start.step >= steps:
+        return True
+    batches = session.loader.batches(start.step, steps)
+    loop = _Loop(session, start)
+    while not loop.step(batches, termination) and loop.progress.step < steps:
+        pass
+    batches.close()
+    return loop.progress.step == steps
+
+
+class _Loop:
+    """The state of the loop: what was done, and the numbers of the present interval of the log."""
+
+    def __init__(self, session: Session, start: Progress) -> None:
+        self.progress = start
+        self._session, self._config, self._ranks = session, session.config, session.ranks
+        self._interval = IntervalMetrics()
+        self._consecutive = 0
+        self._loss = self._grad_norm = math.nan
+
+    def step(self, batches: Generator[TrainingBatch], termination: Termination) -> bool:
+        """One step and what is due after it. Returns True if a rank has received SIGTERM."""
+        session, config, ranks = self._session, self._config, self._ranks
         began = time.monotonic()
         batch = next(batches)
-        interval.waiting_s += time.monotonic() - began
-        interval.steps += 1
-
-        rate = set_learning_rate(engine, config, step)
+        self._interval.waiting_s += time.monotonic() - began
+        self._interval.steps += 1
+        rate = set_learning_rate(session.engine, config, self.progress.step)
         local_losses, grad_norm = _optimize(session, batch)
-        session.average.update(step + 1)
-
-        # One all-gather and one device synchronization per step: stop requests, losses, losses by timestep.
-        stop = torch.tensor([float(termination.requested)], dtype=torch.float64, device=ranks.device)
-        numbers = gather_numbers(torch.cat([stop, local_losses]), ranks)
-        losses = numbers[:, 1]
-        interval.sums += numbers[:, 2:].sum(dim=0)
-        _require_finite(step + 1, losses.tolist(), grad_norm, batch, ranks)
+        # One all-gather and one device synchronization per step: stop requests, replaced rows, losses by timestep.
+        flags = [float(termination.requested), float(batch.replaced.sum())]
+        local = torch.cat([torch.tensor(flags, dtype=torch.float64, device=ranks.device), local_losses])
+        numbers = gather_numbers(local, ranks)
+        self._count(numbers, grad_norm, batch)
         stopping = bool(numbers[:, 0].any())
-        ending = stopping or step + 1 == config.steps
-        if ending or (step + 1) % config.log_every == 0:
-            if session.training_log and session.utilization:
-                values = interval.values(config.global_batch, session.utilization)
-                metrics = StepMetrics(step + 1, float(losses.mean()), grad_norm, rate, **values)
-                session.training_log.add_step(metrics)
-            interval = IntervalMetrics()
+        ending = stopping or self.progress.step == config.steps
+        if ending or self.progress.step % config.log_every == 0:
+            self._log(rate)
         session.checkpoints.raise_if_failed()
-        with interval.pause():
-            if session.monitor and session.monitor.is_due(step + 1):
-                session.monitor.run(engine, session.average, step + 1)
-            if ending or (step + 1) % config.checkpoint_every == 0:
-                session.checkpoints.save(engine, session.average, step + 1, ranks)
-        if stopping:
-            break
-    batches.close()
-    return not stopping
+        with self._interval.pause():
+            if session.monitor and session.monitor.is_due(self.progress.step):
+                session.monitor.run(session.engine, session.average, self.progress.step)
+            if ending or self.progress.step % config.checkpoint_every == 0:
+                session.checkpoints.save(session.engine, session.average, self.progress, ranks)
+        return stopping
+
+    def _count(self, numbers: torch.Tensor, grad_norm: float, batch: TrainingBatch) -> None:
+        """Count a step. numbers: (world, n) of all ranks. Raises UserError if too many steps or rows were unusable."""
+        losses, done = numbers[:, 2], self.progress
+        is_update, is_finite = math.isfinite(grad_norm), bool(torch.isfinite(losses).all())
+        self.progress = replace(
+            done,
+            step=done.step + 1,
+            images=done.images + self._config.global_batch,
+            skipped=done.skipped + (not is_update),
+            replaced=done.replaced + int(numbers[:, 1].sum()),
+        )
+        if is_update:
+            self._session.average.update(self.progress.updates)
+        if is_update and is_finite:
+            self._consecutive = 0
+            self._loss, self._grad_norm = float(losses.mean()), grad_norm
+            self._interval.sums += numbers[:, 3:].sum(dim=0)
+        else:
+            self._consecutive += 1
+            self._report_non_finite(losses.tolist(), batch)
+        if self.progress.replaced > max(MIN_REPLACED, self._config.max_replaced * self.progress.images):
+            self._end(
+                f"{self.progress.replaced:,} of {self.progress.images:,} samples could not be read, train.max_replaced "
+                f"is {self._config.max_replaced:g}; the log names their pictures. Check the disk, run the stages again "
+                f"from 'make download', or raise train.max_replaced."
+            )
+
+    def _report_non_finite(self, losses: list[float], batch: TrainingBatch) -> None:
+        """Log a step whose loss or gradient is not finite. Raises UserError after too many consecutive ones."""
+        bad = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+        ids = gather_numbers(torch.from_numpy(batch.image_ids).to(self._ranks.device), self._ranks)
+        where = f"loss is {losses[bad[0]]} on rank {bad[0]}" if bad else "gradient is not finite on some rank"
+        images = {rank: ids[rank].tolist() for rank in bad or range(self._ranks.world)}
+        message = f"step {self.progress.step:,}: {where}. Images of the step, by rank: {images}"
+        if self._consecutive <= self._config.max_skipped_steps:
+            if self._ranks.is_first:
+                log.warning(f"{message}. The step is skipped ({self.progress.skipped:,} so far).")
+            return
+        self._end(
+            f"{message}. {self._consecutive} consecutive steps were not finite, train.max_skipped_steps is "
+            f"{self._config.max_skipped_steps}. Check these images, or start again with a lower train.learning_rate."
+        )
+
+    def _end(self, message: str) -> NoReturn:
+        """Save a checkpoint and raise UserError on all ranks. Weights that are not finite are not saved."""
+        session = self._session
+        finite = all(bool(torch.isfinite(part.values).all()) for part in self._masters())
+        everywhere = gather_numbers(torch.tensor([float(finite)], device=self._ranks.device), self._ranks)
+        if bool(everywhere.all()):
+            session.checkpoints.save(session.engine, session.average, self.progress, self._ranks)
+        session.checkpoints.finish()
+        kept = "The next start continues after this step." if bool(everywhere.all()) else "The last checkpoint is kept."
+        raise UserError(f"train: {message} {kept}")
+
+    def _masters(self) -> list[Fragment]:
+        return owned_fragments(self._session.engine, MASTER, self._ranks)
+
+    def _log(self, rate: float) -> None:
+        """Record the interval, if it has any finite numbers."""
+        session, config = self._session, self._config
+        if session.training_log and session.utilization and math.isfinite(self._loss):
+            metrics = StepMetrics(
+                step=self.progress.step,
+                images=self.progress.images,
+                skipped_steps=self.progress.skipped,
+                replaced_images=self.progress.replaced,
+                loss=self._loss,
+                grad_norm=self._grad_norm,
+                learning_rate=rate,
+                **{name: getattr(config, name) for name in RECORDED},
+                **self._interval.values(config.global_batch, session.utilization),
+            )
+            session.training_log.add_step(metrics)
+        self._interval = IntervalMetrics()
 
 
 def _optimize(session: Session, batch: TrainingBatch) -> tuple[torch.Tensor, float]:
@@ -147,18 +241,3 @@ def _optimize(session: Session, batch: TrainingBatch) -> tuple[torch.Tensor, flo
         sample_losses.append(losses.detach())
     sums = objective.by_quartile(torch.cat(sample_losses), batch.timesteps)
     return torch.cat([mean_loss.double().view(1), sums]), grad_norm
-
-
-def _require_finite(step: int, losses: list[float], grad_norm: float, batch: TrainingBatch, ranks: Ranks) -> None:
-    """Raise UserError on all ranks if the gradient or the loss of any rank is not finite."""
-    bad = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
-    # DeepSpeed reports a non-finite norm as -1.
-    if not bad and math.isfinite(grad_norm) and grad_norm >= 0:
-        return
-    ids = gather_numbers(torch.from_numpy(batch.image_ids).to(ranks.device), ranks)
-    where = f"loss is {losses[bad[0]]} on rank {bad[0]}" if bad else "gradient is not finite on some rank"
-    images = {rank: ids[rank].tolist() for rank in bad or range(ranks.world)}
-    raise UserError(
-        f"train: step {step:,}: {where}. The last checkpoint is kept. Images of the step, by rank: {images}. "
-        f"Check these images, or lower train.learning_rate."
-    )

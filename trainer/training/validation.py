@@ -6,7 +6,6 @@ of its share; the mean over all samples does not depend on the number of ranks.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import deepspeed.comm as dist
 import numpy as np
@@ -40,18 +39,22 @@ def held_out_rows(training_set: TrainingSet) -> list[tuple[int, int]]:
 def read_held_out(
     plan: TrainingPlan, loader: Loader, rows: list[tuple[int, int]], autoencoder: Autoencoder | None
 ) -> HeldOut:
-    """Read held-out rows as in epoch 0, with as many neighbors as in training. autoencoder: None reads latents."""
+    """Read held-out rows as in epoch 0, with as many neighbors as in training. autoencoder: None reads latents.
+
+    Other held-out rows take the place of those that cannot be read.
+    """
     tokens, batch_size = plan.config.train.context_tokens, plan.config.train.micro_batch
     shards = {number: loader.shard(number) for number, _ in rows}
-    inputs = (shards[number].inputs(row, 0) for number, row in rows)
-    moments = []
-    while batch := list(islice(inputs, batch_size)):
-        stacked = torch.from_numpy(np.stack(batch))
+    read, moments = [], []
+    for first in range(0, len(rows), batch_size):
+        batch = [(number, *loader.held_out(number, row)) for number, row in rows[first : first + batch_size]]
+        read += [(number, row) for number, row, _ in batch]
+        stacked = torch.from_numpy(np.stack([inputs for *_, inputs in batch]))
         moments.append(stacked if autoencoder is None else autoencoder.encode_moments(stacked).half().cpu())
     return HeldOut(
-        image_ids=np.array([shards[number].ids[row] for number, row in rows]),
+        image_ids=np.array([shards[number].ids[row] for number, row in read]),
         moments=torch.cat(moments),
-        context=torch.from_numpy(np.stack([shards[number].context[row][:tokens] for number, row in rows])),
+        context=torch.from_numpy(np.stack([shards[number].context[row][:tokens] for number, row in read])),
     )
 
 

@@ -203,7 +203,8 @@ def _write_run(root: Root) -> None:
     write_manifest(root, Manifest("runs/tiny/evaluate", 1, "evaluate", {}, settings, (), {}, seconds=1.5))
     rest = {"grad_norm": 1.0, "learning_rate": 1e-3, "images_per_s": 1.0}
     rest |= {"seconds_per_step": 0.1, "waiting_s": 0.0, "paused_s": 0.0, "mfu": 0.5, "memory_gib": 1.0}
-    rest |= {"loss_by_quartile": [1.0, 1.0, 1.0, None]}
+    rest |= {"loss_by_quartile": [1.0, 1.0, 1.0, None], "global_batch": 4, "weight_decay": 0.01, "max_grad_norm": 1.0}
+    rest |= {"ema_decay": 0.9999, "images": 80, "skipped_steps": 0, "replaced_images": 0}
     lines = [json.dumps({"step": step, "loss": 10 / step, **rest}) for step in range(1, 21)]
     root.write_bytes("runs/tiny/train/metrics.jsonl", "".join(f"{line}\n" for line in lines).encode())
     root.write_json("runs/tiny/evaluate/evaluation.json", evaluation(columns))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from trainer.checkpoint.checkpoint import CheckpointFolder
+from trainer.checkpoint.checkpoint import CheckpointFolder, Progress
 from trainer.checkpoint.fragment_files import SavedFragments
 from trainer.engine.deepspeed_engine import Ranks
 from trainer.engine.fragments import Fragment
@@ -42,7 +42,7 @@ def rank_process(path: Path, store: str, rank: int) -> None:
     dist.barrier()
     for step in count(begin):
         tensors = {f"master/w@{rank * SIZES[0]}": torch.full((SIZES[rank],), float(step))}
-        checkpoints.save_tensors(tensors, step, Ranks(rank, 2, torch.device("cpu")))
+        checkpoints.save_tensors(tensors, Progress(step), Ranks(rank, 2, torch.device("cpu")))
 
 
 def start(path: Path, store: str, rank: int) -> int:

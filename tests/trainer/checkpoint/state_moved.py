@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from training_set import make_recipe
 
-from trainer.checkpoint.checkpoint import CheckpointFolder
+from trainer.checkpoint.checkpoint import CheckpointFolder, Progress
 from trainer.engine.deepspeed_engine import Ranks, join_ranks, make_engine, optimizer_step
 from trainer.engine.ema import MovingAverage
 from trainer.engine.fragments import MASTER, owned_fragments
@@ -63,7 +63,7 @@ def write(folder: Path, ranks: Ranks) -> None:
     for layout in LAYOUTS:
         trained, saved = Trained(*layout, seed=0, ranks=ranks), folder_of(folder, ranks.world, layout)
         trained.train(0, SAVED_AT)
-        saved.save(trained.engine, trained.average, SAVED_AT, ranks)
+        saved.save(trained.engine, trained.average, Progress(SAVED_AT), ranks)
         # Train while the thread writes: it writes a copy.
         trained.train(SAVED_AT, STEPS)
         saved.finish()
@@ -77,7 +77,7 @@ def read(folder: Path, ranks: Ranks) -> None:
     for world, saved_as, read_as in pairs(folder):
         saved = folder_of(folder, world, saved_as)
         trained = Trained(*read_as, seed=1, ranks=ranks)
-        assert saved.load(trained.engine, trained.average, ranks) == SAVED_AT
+        assert saved.load(trained.engine, trained.average, ranks) == Progress(SAVED_AT)
         trained.train(SAVED_AT, STEPS)
         exact = world == ranks.world
         expected = load_file(saved.path / "end.safetensors")

@@ -7,7 +7,7 @@ import torch.distributed
 
 from retrieval.errors import UserError
 from tests.trainer.training.launched import fork
-from trainer.checkpoint.checkpoint import CheckpointFolder
+from trainer.checkpoint.checkpoint import CheckpointFolder, Progress
 from trainer.checkpoint.fragment_files import SavedFragments
 from trainer.engine.deepspeed_engine import Ranks
 from trainer.engine.fragments import Fragment
@@ -46,7 +46,7 @@ def test_a_checkpoint_is_complete_or_absent_when_its_ranks_are_killed(tmp_path: 
 
 def test_a_checkpoint_has_the_state_at_the_time_of_saving(process_group: None, checkpoints: CheckpointFolder) -> None:
     weights = torch.zeros(20_000_000)
-    checkpoints.save_tensors({KEY: weights}, 1, ONE_RANK)
+    checkpoints.save_tensors({KEY: weights}, Progress(1), ONE_RANK)
     weights += 1
     checkpoints.finish()
     fragment = Fragment("w", 5, torch.ones(19_999_990))
@@ -59,7 +59,7 @@ def test_saving_waits_for_a_copy_in_memory_and_not_for_the_disk(
     process_group: None, checkpoints: CheckpointFolder
 ) -> None:
     for step in (1, 2):
-        checkpoints.save_tensors({KEY: torch.zeros(20_000_000)}, step, ONE_RANK)
+        checkpoints.save_tensors({KEY: torch.zeros(20_000_000)}, Progress(step), ONE_RANK)
         assert checkpoints.newest_step() == step - 1
     checkpoints.finish()
     assert checkpoints.newest_step() == 2
@@ -69,10 +69,10 @@ def test_saving_waits_for_a_copy_in_memory_and_not_for_the_disk(
 def test_a_checkpoint_that_cannot_be_written_is_an_error_and_keeps_the_previous_one(
     process_group: None, checkpoints: CheckpointFolder
 ) -> None:
-    checkpoints.save_tensors({KEY: torch.zeros(3)}, 1, ONE_RANK)
+    checkpoints.save_tensors({KEY: torch.zeros(3)}, Progress(1), ONE_RANK)
     checkpoints.finish()
     (checkpoints.path / "step-00000002").write_text("a file instead of a folder")
-    checkpoints.save_tensors({KEY: torch.zeros(3)}, 2, ONE_RANK)
+    checkpoints.save_tensors({KEY: torch.zeros(3)}, Progress(2), ONE_RANK)
     with pytest.raises(
         UserError, match=r"step-00000002: rank 0 could not write its part.*File exists.*Free disk space"
     ):
@@ -85,7 +85,7 @@ def test_checkpoints_in_deepspeeds_layout_are_an_error(checkpoints: CheckpointFo
     checkpoints.path.mkdir()
     old = '{"identity": "test", "settings": {"a": 1}, "checkpoints": [{"tag": "step-4", "step": 4}]}'
     (checkpoints.path / "checkpoints.json").write_text(old)
-    with pytest.raises(UserError, match=r"another run: layout was 1, is now 2\. Choose another train\.name"):
+    with pytest.raises(UserError, match=r"another run: layout was 1, is now 3\. Choose another train\.name"):
         checkpoints.check(10)
 
 

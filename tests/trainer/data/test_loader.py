@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from pydantic import ValidationError
 
 from retrieval.errors import UserError
@@ -21,11 +20,11 @@ from tests.trainer.training_set import (
     ids_of,
     make_recipe,
     new_training_set,
-    png,
+    plan_of,
     write_latents,
     write_neighbors,
     write_stage,
-    write_tar,
+    write_tars,
 )
 from trainer.data.loader import Loader, TrainingBatch
 from trainer.data.plan import make_plan
@@ -46,7 +45,7 @@ def global_batch(recipe: TrainingRecipe, root: Root, step: int, world: int) -> l
     for rank in range(world):
         rank_loader = loader(recipe, root, rank, world)
         batch = rank_loader.batch(step)
-        slots = rank_slots(rank_loader.order, step, count, rank, world).tolist()
+        slots = rank_slots(rank_loader.order, step * count, count, rank, world).tolist()
         noises = batch.noise.sum(dim=(1, 2, 3)).tolist()
         samples.update(zip(slots, zip(batch.image_ids.tolist(), batch.timesteps.tolist(), noises), strict=True))
     return [samples[slot] for slot in range(count)]
@@ -207,10 +206,10 @@ def test_drawn_neighbors_do_not_depend_on_the_number_of_ranks(
     )
     single = loader(recipe, training_set)
     for step in (0, 5):
-        contexts = dict(zip(rank_slots(single.order, step, 12, 0, 1).tolist(), single.batch(step).context))
+        contexts = dict(zip(rank_slots(single.order, step * 12, 12, 0, 1).tolist(), single.batch(step).context))
         for rank in range(world):
             rank_loader = loader(recipe, training_set, rank, world)
-            slots = rank_slots(rank_loader.order, step, 12, rank, world).tolist()
+            slots = rank_slots(rank_loader.order, step * 12, 12, rank, world).tolist()
             for slot, context in zip(slots, rank_loader.batch(step).context, strict=True):
                 assert torch.equal(context, contexts[slot])
 
@@ -268,19 +267,6 @@ def test_latents_of_another_autoencoder_or_too_few_rows_are_an_error(
         loader(make_recipe(autoencoder_folder), training_set)
 
 
-def write_tars(root: Root) -> None:
-    """A tar for each shard: color gradients of 96 x 80 pixels; the green channel identifies the image."""
-    for number, name in enumerate(NAMES):
-        members = {}
-        for row, image_id in enumerate(ids_of(number).tolist()):
-            pixels = np.zeros((80, 96, 3), np.uint8)
-            pixels[..., 0] = np.arange(96) * 2
-            pixels[..., 1] = 40 * number + row
-            members[f"{image_id & (2**64 - 1):016x}.jpg"] = png(Image.fromarray(pixels))
-        write_tar(root, name, members)
-    write_stage(root, "download", {}, {})
-
-
 @pytest.mark.parametrize(
     ("section", "change", "message"),
     [
@@ -315,6 +301,17 @@ def test_random_crops_differ_between_epochs_and_not_between_numbers_of_ranks(
     differing = [not torch.equal(*pair) for pair in crops.values()]
     assert np.mean(differing) > 0.8
     second = loader(recipe, training_set, rank=1, world=2).batch(3)
-    slots = rank_slots(single.order, 3, 12, 1, 2).tolist()
-    order = rank_slots(single.order, 3, 12, 0, 1).tolist()
+    slots = rank_slots(single.order, 36, 12, 1, 2).tolist()
+    order = rank_slots(single.order, 36, 12, 0, 1).tolist()
     assert torch.equal(second.inputs, batches[3].inputs[[order.index(slot) for slot in slots]])
+
+
+def test_a_changed_batch_goes_on_at_the_next_position(training_set: Root, autoencoder_folder: str) -> None:
+    recipe = make_recipe(autoencoder_folder, global_batch=12)
+    plan = plan_of(autoencoder_folder, training_set, global_batch=4)
+    before = loader(recipe, training_set).batch(3)
+    slots = rank_slots(loader(recipe, training_set).order, 36, 12, 0, 1).tolist()
+    ids = dict(zip(slots, before.image_ids.tolist(), strict=True))
+    shifted = Loader(plan, training_set, 0, 1, shift=36 - 3 * 4)
+    for part, step in enumerate((3, 4, 5)):
+        assert set(shifted.batch(step).image_ids.tolist()) == {ids[4 * part + slot] for slot in range(4)}

@@ -33,7 +33,7 @@ def test_epochs_and_seeds_have_different_orders() -> None:
 def test_ranks_share_a_global_batch_without_gap_or_overlap(world: int, lanes: int) -> None:
     order = SampleOrder(ROWS, seed=1, lanes=lanes)
     for step in range(9):
-        shares = [rank_slots(order, step, 12, rank, world) for rank in range(world)]
+        shares = [rank_slots(order, step * 12, 12, rank, world) for rank in range(world)]
         assert {len(share) for share in shares} == {12 // world}
         assert sorted(np.concatenate(shares)) == list(range(12))
 
@@ -43,7 +43,7 @@ def test_a_rank_reads_only_the_shards_of_its_lanes() -> None:
     order = SampleOrder((16,) * 64, seed=1, lanes=8)
     steps = order.samples_per_epoch // 16
     for rank in range(4):
-        slots = [(step * 16 + slot) for step in range(steps) for slot in rank_slots(order, step, 16, rank, 4)]
+        slots = [(step * 16 + slot) for step in range(steps) for slot in rank_slots(order, step * 16, 16, rank, 4)]
         assert len({order.locate(int(position)).shard for position in slots}) == 16
 
 

@@ -33,6 +33,6 @@ def test_a_decay_of_almost_one_still_changes_the_average() -> None:
     assert average.fragments[0].values.item() == pytest.approx(1 + 0.01 * (1 - 0.9999**5000), abs=5e-5)
 
 
-def test_two_ranks_have_the_exact_average_at_every_zero_stage(tmp_path: Path) -> None:
-    code, log = fork(["ema_rank"], tmp_path / "log", ranks=2)
+def test_two_ranks_have_exact_masters_and_averages_and_skip_bad_gradients_at_every_zero_stage(tmp_path: Path) -> None:
+    code, log = fork(["engine_rank"], tmp_path / "log", ranks=2)
     assert code == 0, log

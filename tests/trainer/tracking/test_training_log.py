@@ -25,6 +25,8 @@ from trainer.training.train import prepare
 def step_metrics(step: int, loss: float = 0.5) -> StepMetrics:
     times = {"images_per_s": 80.0, "seconds_per_step": 0.1, "waiting_s": 0.01, "paused_s": 0.02}
     others = {"mfu": 0.4, "memory_gib": 1.5, "loss_by_quartile": [0.9, None, 0.3, 0.2]}
+    others |= {"images": 8 * step, "skipped_steps": 0, "replaced_images": 0, "global_batch": 8}
+    others |= {"weight_decay": 0.01, "max_grad_norm": 1.0, "ema_decay": 0.9999}
     return StepMetrics(step=step, loss=loss, grad_norm=1.0, learning_rate=1e-3, **times, **others)
 
 

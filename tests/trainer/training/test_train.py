@@ -1,9 +1,7 @@
 """Training of a tiny network on two gloo ranks: killed, terminated and resumed runs, and refused inputs."""
 
-import ast
 import fcntl
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -20,9 +18,8 @@ from diffusers import UNet2DConditionModel
 from retrieval.errors import UserError
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
-from tests.trainer.training.launched import train, try_to_train
-from tests.trainer.training_set import NAMES, SHAPE, VIEWS, ids_of, make_recipe, new_training_set, write_latents
-from trainer.data.loader import Loader
+from tests.trainer.training.launched import train
+from tests.trainer.training_set import SHAPE, make_recipe, new_training_set
 from trainer.data.plan import is_finished
 from trainer.engine.deepspeed_engine import Ranks
 from trainer.model.unet import build_unet
@@ -182,24 +179,22 @@ def test_ranks_end_when_their_launcher_is_killed(training_set: Root, autoencoder
         time.sleep(0.05)
 
 
-def test_the_error_for_a_non_finite_loss_names_step_rank_and_images(
-    training_set: Root, autoencoder_folder: str
+def test_the_papers_combination_trains_like_fp32_and_its_settings_may_change_on_resuming(
+    training_set: Root, autoencoder_folder: str, finished_run: Root
 ) -> None:
-    moments = np.full((len(ids_of(2)), VIEWS, 2, *SHAPE), np.inf, np.float16)
-    write_latents(training_set, NAMES[2], ids_of(2), moments)
-    recipe = recipe_of(autoencoder_folder)
-    code, log = try_to_train(recipe, training_set, ranks=2)
-    assert code != 0
-    messages = re.findall(r"step (\d+): loss is (?:nan|inf) on rank (\d).*Images of the step, by rank: (\{.*\})", log)
-    # All ranks raise the same error.
-    assert set(messages) == {messages[0]}
-    step, rank, ids = map(ast.literal_eval, messages[0])
-    assert rank in ids
-    plan = prepare(recipe, training_set)
-    for bad in ids:
-        assert ids[bad] == Loader(plan, training_set, bad, 2).batch(step - 1).image_ids.tolist()
-        assert set(ids[bad]) & set(ids_of(2).tolist())
-    assert not training_set.exists(f"{FOLDER}/manifest.json")
+    """bf16, ZeRO 1, contiguous gradients and two micro batches on two ranks; then one rank with another batch."""
+    changes = {"precision": "bf16", "zero_stage": 1, "activation_checkpointing": True, "deterministic": True}
+    train(recipe_of(autoencoder_folder, **changes, steps=6), training_set, ranks=2)
+    expected, losses = (np.array(history(root))[:6, 1] for root in (finished_run, training_set))
+    np.testing.assert_allclose(losses, expected, rtol=2e-2)
+    assert (losses != expected).all()
+    changes |= {"global_batch": 4, "learning_rate": 5e-4, "max_grad_norm": 0.5, "ema_decay": 0.5}
+    log = train(recipe_of(autoencoder_folder, **changes, steps=8), training_set)
+    assert "train.global_batch was 8, is now 4; train.learning_rate was 0.001, is now 0.0005" in log
+    entries = read_step_metrics(training_set.local_path(f"{FOLDER}/metrics.jsonl"))
+    recorded = [(entry.images, entry.global_batch, entry.learning_rate, entry.ema_decay) for entry in entries[5:7]]
+    assert recorded == [(48, 8, 1e-3, 0.9), (52, 4, 5e-4, 0.5)]
+    assert read_manifest(training_set, FOLDER).values["images"] == 56
 
 
 def test_a_finished_run_is_not_trained_again(autoencoder_folder: str, finished_run: Root) -> None:
@@ -235,8 +230,11 @@ def test_a_checkpoint_of_another_recipe_is_an_error(autoencoder_folder: str, cop
     wider = recipe.model.model_copy(update={"channels": (64, 64)})
     with pytest.raises(UserError, match=r"another run: model.channels was \[32, 64\], is now \[64, 64\]"):
         prepare(recipe.model_copy(update={"model": wider}), copied_run)
-    with pytest.raises(UserError, match=r"train.learning_rate was 0.001, is now 0.1.*train.restart"):
+    with pytest.raises(UserError, match=r"train.p_uncond was 0.1, is now 0.2.*train.restart"):
+        prepare(recipe_of(autoencoder_folder, p_uncond=0.2), copied_run)
+    with pytest.raises(UserError, match=r"last step 20, and.*train.learning_rate was 0.001, is now 0.1.*train.restart"):
         prepare(recipe_of(autoencoder_folder, learning_rate=0.1), copied_run)
+    prepare(recipe_of(autoencoder_folder, learning_rate=0.1, steps=21), copied_run)
 
 
 def test_a_damaged_checkpoint_file_is_an_error(autoencoder_folder: str, copied_run: Root) -> None:

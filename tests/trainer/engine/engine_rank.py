@@ -1,8 +1,11 @@
-"""Compares the sharded moving average with an unsharded one at every ZeRO stage, for test_ema.
+"""Checks masters, moving average and skipped steps of two ranks at every ZeRO stage, for test_ema.
 
-`python -m ema_rank` runs as one rank and ends with a failed assertion if they differ.
+`python -m engine_rank` runs as one rank and ends with a failed assertion if they are wrong.
 """
 
+import math
+
+import deepspeed
 import deepspeed.comm as dist
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
@@ -10,19 +13,26 @@ from training_set import make_recipe
 
 from trainer.engine.deepspeed_engine import Ranks, join_ranks, make_engine, optimizer_step
 from trainer.engine.ema import MovingAverage, decay_at
-from trainer.engine.fragments import MASTER, owned_fragments
+from trainer.engine.fragments import MASTER, owned_fragments, set_masters
+from trainer.recipe import TrainConfig
 
 DECAY = 0.5
 
 
 def check(zero_stage: int, precision: str, ranks: Ranks) -> None:
-    """Compare the averages after three steps; they must be equal."""
+    """Compare the masters at the start and the averages after three steps with unsharded ones; they must be equal."""
     config = make_recipe("", zero_stage=zero_stage, precision=precision, global_batch=4).train
-    torch.manual_seed(0)
+    torch.manual_seed(ranks.rank)
     # Odd sizes, which cannot be divided evenly.
     layers = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.SiLU(), torch.nn.Linear(5, 3))
     shapes = {name: weight.shape for name, weight in layers.named_parameters()}
+    weights = {name: weight.detach().clone() for name, weight in layers.named_parameters()}
     engine = make_engine(layers, config, ranks)
+    if precision == "bf16":
+        set_masters(engine, weights, ranks)
+    for name, master in masters(engine.module, zero_stage).items():
+        dist.broadcast(weights[name], 0)
+        assert torch.equal(master.view(shapes[name]), weights[name]), f"master of {name} at ZeRO {zero_stage}"
     sharded = MovingAverage(owned_fragments(engine, MASTER, ranks), DECAY)
     expected = masters(engine.module, zero_stage)
     dtype = next(engine.module.parameters()).dtype
@@ -35,8 +45,22 @@ def check(zero_stage: int, precision: str, ranks: Ranks) -> None:
     gathered = dict(sharded.gather(shapes))
     for name, weights in expected.items():
         assert torch.equal(gathered[name], weights.view(shapes[name])), f"{name} at ZeRO {zero_stage}"
+    check_skipped(engine, config, ranks)
     dist.barrier()
     engine.destroy()
+
+
+def check_skipped(engine: deepspeed.DeepSpeedEngine, config: TrainConfig, ranks: Ranks) -> None:
+    """Check that a gradient that is not finite on one rank changes no weight, and that the next step does."""
+    dtype = next(engine.module.parameters()).dtype
+    for factor, is_update in ((math.inf, False), (math.nan, False), (1.0, True)):
+        before = masters(engine.module, config.zero_stage)
+        loss = engine(torch.randn(2, 7).to(dtype)).float().square().mean()
+        engine.backward(loss * (factor if ranks.rank == 1 else 1.0))
+        norm = optimizer_step(engine, config)
+        assert math.isfinite(norm) == is_update, f"{norm} at ZeRO {config.zero_stage}"
+        for name, weights in masters(engine.module, config.zero_stage).items():
+            assert torch.equal(weights, before[name]) != is_update, f"{name} at ZeRO {config.zero_stage}"
 
 
 def masters(module: torch.nn.Module, zero_stage: int) -> dict[str, torch.Tensor]:
