@@ -17,19 +17,21 @@ from typing import Any
 from benchmarks.common.report import DOCS, REPOSITORY, SCRATCH, markdown_table, write_report
 from benchmarks.training.gpu_cases import BACKENDS, Case, case_as_json, leave_process_group, run
 from jobs.reporting.hardware import hardware
+from trainer.tracking.flops import known_peak
 
 SIZES = (256, 512, 768)
 CASE_S = 1800
 """Timeout of a case, compilation included."""
 MFU_GOAL = 0.5
-"""Model FLOP utilization: FLOP/s of the model over the FLOP/s of a matrix product."""
+"""Model FLOPs utilization, as in training (trainer.tracking.flops)."""
 
 PAGE = """# Speed on a GPU
 
 Written by `make bench-gpu`; the numbers are in `gpu.json`. Each case ran in a separate process.
 
-**Machine:** {device}; {hardware}; torch {torch}. A bf16 matrix product reached {tera:,.0f} TFLOP/s. MFU
-is the rate of operations of the UNet, forward and backward without recomputation, divided by this rate.
+**Machine:** {device}; {hardware}; torch {torch}. A bf16 matrix product reached {tera:,.0f} TFLOP/s; the data sheet
+says {sheet}. MFU is the rate of operations of the UNet, forward and backward without recomputation, divided by the rate
+of the data sheet; "of product" is the same divided by the rate of the matrix product.
 
 ## Training
 
@@ -92,10 +94,10 @@ def measure(case: Case) -> dict[str, Any]:
 def page(result: dict[str, Any]) -> str:
     """The page as Markdown."""
     ((_, gpu),) = result["matmul"]
-    peak = gpu["flops_per_s"]
-    headings = ["px", "checkpointing", "compiled", "batch:", "largest:", "images/s:", "MFU:", "GiB:"]
+    rates = {"MFU": known_peak(gpu["device"]), "product": gpu["flops_per_s"]}
+    headings = ["px", "checkpointing", "compiled", "batch:", "largest:", "images/s:", "MFU:", "of product:", "GiB:"]
     training = [
-        [str(case["size"]), _yes(case["checkpointing"]), _yes(case["compile"]), *_training_cells(values, peak)]
+        [str(case["size"]), _yes(case["checkpointing"]), _yes(case["compile"]), *_training_cells(values, rates)]
         for case, values in result["training"]
     ]
     attention = [
@@ -116,21 +118,24 @@ def page(result: dict[str, Any]) -> str:
         device=gpu["device"],
         hardware=result["hardware"],
         torch=gpu["torch"],
-        tera=peak / 1e12,
+        tera=gpu["flops_per_s"] / 1e12,
+        sheet=f"{rates['MFU'] / 1e12:,.0f} TFLOP/s"
+        if rates["MFU"]
+        else "nothing about this device, so there is no MFU",
         training=markdown_table(headings, training),
-        goal=_goal_text(result["training"], peak),
+        goal=_goal_text(result["training"], rates["MFU"]),
         attention=markdown_table(["backend", "images/s:"], attention),
         sampling=markdown_table(["", "compiled", "batch:", "images/s:", "GiB:"], sampling),
         embedding=embedding.get("failed") or f"{embedding['images_per_s']:,.0f} images/s",
     )
 
 
-def _training_cells(values: dict[str, Any], peak: float) -> list[str]:
+def _training_cells(values: dict[str, Any], rates: dict[str, float | None]) -> list[str]:
     if "failed" in values:
-        return ["", "", values["failed"], "", ""]
-    mfu = values["images_per_s"] * values["flops"] / peak
+        return ["", "", values["failed"], "", "", ""]
+    shares = [f"{values['images_per_s'] * values['flops'] / rate:.1%}" if rate else "" for rate in rates.values()]
     cells = [str(values["batch"]), str(values["largest_batch"]), f"{values['images_per_s']:,.1f}"]
-    return [*cells, f"{mfu:.1%}", f"{values['memory_gib']:.1f}"]
+    return [*cells, *shares, f"{values['memory_gib']:.1f}"]
 
 
 def _sampling_cells(values: dict[str, Any]) -> list[str]:
@@ -139,11 +144,13 @@ def _sampling_cells(values: dict[str, Any]) -> list[str]:
     return [f"{values['images_per_s']:,.3f}", f"{values['memory_gib']:.1f}"]
 
 
-def _goal_text(training: list[tuple[dict[str, Any], dict[str, Any]]], peak: float) -> str:
+def _goal_text(training: list[tuple[dict[str, Any], dict[str, Any]]], peak: float | None) -> str:
     size = min(case["size"] for case, _ in training)
     finished = [values for case, values in training if case["size"] == size and "failed" not in values]
     if not finished:
         return f"All cases at {size} px failed."
+    if peak is None:
+        return f"Goal: {MFU_GOAL:.0%} MFU at {size} px; not comparable on this device."
     best = max(values["images_per_s"] * values["flops"] / peak for values in finished)
     verdict = "reached" if best >= MFU_GOAL else "missed"
     return f"Goal: {MFU_GOAL:.0%} MFU at {size} px; best {best:.1%}: {verdict}."

@@ -24,7 +24,7 @@ from trainer.model.autoencoder import kl_f16
 from trainer.model.unet import build_unet
 from trainer.recipe import DiffusionConfig, ModelConfig, SchedulerName, TrainConfig
 from trainer.sampling.denoising import guided_sample, initial_noise, make_scheduler
-from trainer.tracking.flops import training_flops
+from trainer.tracking.flops import device_name, training_flops
 from trainer.training.objective import Objective
 
 TINY_MODEL = ModelConfig(
@@ -80,15 +80,14 @@ def device_of(case: Case) -> torch.device:
 
 
 def matmul(case: Case) -> dict[str, Any]:
-    """The best rate of a bf16 matrix product over several shapes, the reference of MFU."""
+    """The best rate of a bf16 matrix product over several shapes, which kernels of the same device can reach."""
     device = device_of(case)
     best = 0.0
     for edge in (256,) if case.tiny else (4096, 8192, 12288):
         left, right = torch.randn(2, edge, edge, device=device, dtype=torch.bfloat16)
         seconds = timed(lambda left=left, right=right: left @ right, device, 3 if case.tiny else 30)
         best = max(best, 2 * edge**3 / seconds)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return {"device": name, "flops_per_s": best, "torch": torch.__version__}
+    return {"device": device_name(device), "flops_per_s": best, "torch": torch.__version__}
 
 
 def train(case: Case) -> dict[str, Any]:

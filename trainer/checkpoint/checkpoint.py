@@ -159,9 +159,13 @@ class CheckpointFolder:
             self.finish()
 
     def load(self, engine: deepspeed.DeepSpeedEngine, average: MovingAverage, ranks: Ranks) -> Progress:
-        """Load the newest checkpoint, of any number of ranks. Returns what the run has done. A collective."""
+        """Load the newest checkpoint, of any number of ranks. Returns what the run has done. A collective.
+
+        Without a checkpoint the moments of the optimizer become zero, so that a checkpoint can follow skipped steps.
+        """
         entries = self._entries()
         if not entries:
+            initialize_moments(engine, 0)
             return Progress()
         newest = entries[-1]
         self._check_files(newest)

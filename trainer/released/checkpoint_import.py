@@ -7,10 +7,12 @@ model exactly. Pickled objects are never created.
 
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tarfile import is_tarfile
 from typing import Any
 
 import numpy as np
@@ -218,13 +220,19 @@ _HARMLESS: list[Any] = [
 
 
 def _unpickle(path: Path) -> Any:
-    """Content of a torch file. Memory-mapped, so that unused tensors are not read."""
+    """Content of a torch file. Memory-mapped, so that unused tensors are not read.
+
+    Files of torch before 1.6 are a pickle without a zip archive; they are read at once, by the same rules.
+    """
     damaged = f"{path} is not a torch file, or incomplete. Download it again."
-    if not zipfile.is_zipfile(path):
-        raise UserError(damaged)
+    is_zip = zipfile.is_zipfile(path)
+    if not is_zip and (kind := _other_kind(path)):
+        raise UserError(
+            f"{path} is {kind}; wanted a torch file or safetensors. Download it again, or correct the path."
+        )
     try:
         with torch.serialization.safe_globals(_HARMLESS):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         match = re.search(r"GLOBAL (\S+)", str(error))
         if match is None:
@@ -233,5 +241,22 @@ def _unpickle(path: Path) -> Any:
             f"{path} contains a pickled {match.group(1)}, which could run any code: only tensors are loaded. "
             "If you trust the file, save its state_dict as safetensors and import that."
         ) from error
-    except (RuntimeError, LookupError, EOFError) as error:
+    except (RuntimeError, LookupError, EOFError, ValueError, OSError, struct.error) as error:
         raise UserError(damaged) from error
+
+
+def _other_kind(path: Path) -> str:
+    """What a file that is no zip archive is, if it is certainly no checkpoint that can be read; else empty."""
+    with path.open("rb") as file:
+        start = file.read(512)
+    if not start.strip(b"\0"):
+        return "empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS, not the file itself (run 'git lfs pull')"
+    if start.lstrip()[:1] == b"<":
+        return "a web page, perhaps an error message or a login"
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
+        return "a safetensors file with another suffix (rename it)"
+    if start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!")):
+        return "a compressed file (unpack it)"
+    return "a tar archive, as torch before 0.1.10 wrote (save it again with a newer torch)" if is_tarfile(path) else ""

@@ -1,15 +1,14 @@
 """Utilization of the devices: FLOPs of the model, peak rate of the devices, memory in use.
 
-Model FLOPs utilization (MFU) is images per second times FLOPs per training image, divided by the peak rate
-of all devices. FLOPs are those of the UNet's forward and backward pass, counted from shapes on the meta
-device. Recomputed activations and the autoencoder do not count.
+Model FLOPs utilization (MFU) is images per second times FLOPs per training image, divided by the dense bf16 rate that
+the data sheets give all devices, in every number format. Devices that are not in the table, such as CPUs, have no MFU.
+FLOPs are those of the UNet's forward and backward pass, counted from shapes on the meta device. Recomputed activations
+and the autoencoder do not count.
 """
 
 import logging
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -47,25 +46,18 @@ PEAK_TFLOPS = {
 
 
 @dataclass(frozen=True)
-class PeakRate:
-    """FLOP/s that one device can reach, and the source of the number."""
-
-    flops_per_s: float
-    source: str
-
-
-@dataclass(frozen=True)
 class UtilizationMeter:
     """Computes MFU and memory. flops_per_image: forward and backward pass; world: number of devices."""
 
     flops_per_image: float
-    peak: PeakRate
+    peak: float | None
+    """Dense bf16 FLOP/s of one device by its data sheet; None if unknown."""
     world: int
     device: torch.device
 
-    def mfu(self, images_per_s: float) -> float:
-        """Model FLOPs utilization, 0 to 1."""
-        return images_per_s * self.flops_per_image / (self.peak.flops_per_s * self.world)
+    def mfu(self, images_per_s: float) -> float | None:
+        """Model FLOPs utilization, 0 to 1; None if the device's rate is unknown."""
+        return images_per_s * self.flops_per_image / (self.peak * self.world) if self.peak else None
 
     def memory_gib(self) -> float:
         """Peak memory of this process, GiB: allocated by torch on a GPU, resident memory on a CPU."""
@@ -80,9 +72,10 @@ def make_utilization_meter(plan: TrainingPlan, ranks: Ranks) -> UtilizationMeter
     """The meter of a run on these ranks. Logs the FLOPs per image and the peak rate."""
     config = plan.config
     flops = training_flops(config.model, plan.training_set.latent_shape, config.train.context_tokens)
-    peak = peak_rate(ranks.device, config.train.precision)
-    rate = f"{peak.flops_per_s / TERA:,.3f} TFLOP/s per rank ({peak.source})"
-    log.info(f"MFU counts {flops / 1e9:,.2f} GFLOP per image against {rate}")
+    name = device_name(ranks.device)
+    peak = known_peak(name)
+    rate = f"MFU is relative to {peak / TERA:,.0f} TFLOP/s of {name}" if peak else f"no data sheet of {name}, no MFU"
+    log.info(f"{flops / 1e9:,.2f} GFLOP of the UNet per image; {rate}")
     return UtilizationMeter(flops, peak, ranks.world, ranks.device)
 
 
@@ -96,12 +89,9 @@ def training_flops(config: ModelConfig, latent_shape: tuple[int, int, int], k: i
     return 3.0 * counter.get_total_flops()
 
 
-def peak_rate(device: torch.device, precision: Literal["fp32", "bf16"]) -> PeakRate:
-    """Peak rate of a device in a number format: from PEAK_TFLOPS, else measured."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    if precision == "bf16" and (known := known_peak(name)):
-        return PeakRate(known, f"{name}, data sheet")
-    return PeakRate(_matmul_rate(device, precision), f"{name}, {precision} matrix product measured")
+def device_name(device: torch.device) -> str:
+    """The name that torch has for a GPU, else `CPU`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def known_peak(name: str) -> float | None:
@@ -114,20 +104,3 @@ def known_peak(name: str) -> float | None:
 def _matches(key: list[str], words: list[str]) -> bool:
     """True if each word of a key is a word of the name, or its part before a dash (A100-SXM4-80GB)."""
     return all(any(word == part or word.startswith(f"{part}-") for word in words) for part in key)
-
-
-def _matmul_rate(device: torch.device, precision: Literal["fp32", "bf16"]) -> float:
-    """FLOP/s of the fastest of five square matrix products."""
-    edge = 8192 if device.type == "cuda" else 768
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    # Random numbers: a GPU multiplies constant matrices with less power and therefore faster.
-    generator = torch.Generator(device).manual_seed(0)
-    factors = torch.rand(2, edge, edge, device=device, generator=generator).to(dtype)
-    return max(2 * edge**3 / _seconds_of_product(*factors) for _ in range(5))
-
-
-def _seconds_of_product(left: torch.Tensor, right: torch.Tensor) -> float:
-    began = time.perf_counter()
-    product = left @ right
-    product[0, 0].item()  # waits for the GPU
-    return time.perf_counter() - began

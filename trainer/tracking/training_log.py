@@ -55,8 +55,8 @@ class StepMetrics:
     """Seconds per step spent waiting for data."""
     paused_s: float
     """Seconds per step spent on checkpoints, validation and previews."""
-    mfu: float
-    """Model FLOPs utilization, 0 to 1 (trainer.tracking.flops)."""
+    mfu: float | None
+    """Model FLOPs utilization, 0 to 1 (trainer.tracking.flops); None on devices whose rate is unknown."""
     memory_gib: float
     """Peak memory of rank 0, GiB."""
     loss_by_quartile: Quartiles
@@ -111,11 +111,12 @@ class TrainingLog:
 
     def add_step(self, metrics: StepMetrics) -> None:
         """Log and record the metrics of a step."""
+        mfu = "" if metrics.mfu is None else f"MFU {metrics.mfu:.1%}  "
         seconds_left = (self._steps - metrics.step) * (metrics.seconds_per_step + metrics.paused_s)
         log.info(
             f"step {metrics.step:,}/{self._steps:,}  loss {metrics.loss:.4f}  grad {metrics.grad_norm:.3f}  "
             f"lr {metrics.learning_rate:.2e}  {metrics.images_per_s:,.1f} images/s  "
-            f"data {metrics.waiting_s:.3f} s  MFU {metrics.mfu:.1%}  {metrics.memory_gib:.2f} GiB  "
+            f"data {metrics.waiting_s:.3f} s  {mfu}{metrics.memory_gib:.2f} GiB  "
             f"eta {timedelta(seconds=round(seconds_left))}"
         )
         self._step_metrics.add(metrics)
@@ -155,7 +156,7 @@ class TrainingLog:
         for name, value in asdict(metrics).items():
             if isinstance(value, list):
                 scalars |= {f"{name}/{i}": loss for i, loss in enumerate(value, 1) if loss is not None}
-            elif name != "step":
+            elif name != "step" and value is not None:
                 scalars[name] = value
         for name, scalar in scalars.items():
             for dashboard in self._dashboards:

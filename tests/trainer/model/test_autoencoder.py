@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from retrieval.errors import UserError
-from trainer.model.autoencoder import Autoencoder, draw_latents, kl_f16, vq_f4
+from trainer.model import autoencoder as autoencoder_module
+from trainer.model.autoencoder import Autoencoder, draw_latents, encode_in_bf16, kl_f16, vq_f4
 from trainer.model.patch_autoencoder import WEIGHTS_NAME, PatchAutoencoder, PatchShape
 from trainer.recipe import AutoencoderConfig
 
@@ -67,6 +68,30 @@ def test_only_the_kl_kind_has_a_standard_deviation(kind, tmp_path):
     moments = load(kind, write(kind, tmp_path)).encode_moments(images())
     deviation = moments.chunk(2, dim=1)[1]
     assert bool((deviation > 0).all()) == (kind == "kl")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_images_are_encoded_in_slices_to_the_same_moments(kind, tmp_path, monkeypatch):
+    autoencoder = load(kind, write(kind, tmp_path))
+    whole = autoencoder.encode_moments(images(5))
+    monkeypatch.setattr(autoencoder_module, "PIXELS_AT_ONCE", 2 * 64 * 64)
+    counts = []
+    encode = autoencoder._network.encode
+    monkeypatch.setattr(autoencoder._network, "encode", lambda part: counts.append(len(part)) or encode(part))
+    torch.testing.assert_close(autoencoder.encode_moments(images(5)), whole, rtol=1e-4, atol=1e-5)
+    assert counts == [2, 2, 1]
+
+
+@pytest.mark.parametrize("kind", ["kl", "vq"])
+def test_an_encoder_in_bf16_gives_nearly_the_same_float32_moments(kind, tmp_path):
+    folder = write(kind, tmp_path)
+    autoencoder, lower = load(kind, folder), load(kind, folder)
+    encode_in_bf16(lower._network)
+    expected, moments = autoencoder.encode_moments(images()), lower.encode_moments(images())
+    assert moments.dtype == torch.float32
+    assert 0 < (moments - expected).norm() / expected.norm() < 0.02
+    latents = expected.chunk(2, dim=1)[0]
+    assert torch.equal(autoencoder.decode(latents), lower.decode(latents))
 
 
 def test_images_are_encoded_on_the_device_of_the_network(tmp_path):

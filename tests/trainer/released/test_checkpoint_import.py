@@ -1,7 +1,9 @@
 """Import of released checkpoints: equal outputs, complete tensors, and no pickled objects."""
 
+import gzip
 import re
 import sys
+import tarfile
 import types
 import zipfile
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from retrieval.errors import UserError
 from tests.trainer.released import compvis
@@ -243,6 +245,45 @@ def test_a_checkpoint_without_its_schedule_or_first_stage_is_refused(key, tmp_pa
     del state[key]
     with pytest.raises(UserError, match=f"has no {re.escape(key)}"):
         read(write_checkpoint(tmp_path / "model.ckpt", state), "laion")
+
+
+def test_a_checkpoint_of_torch_before_1_6_is_read_by_the_same_rules(tmp_path):
+    state, path = state_of("imagenet"), tmp_path / "old.ckpt"
+    torch.save({"state_dict": state, "epoch": 3}, path, _use_new_zipfile_serialization=False)
+    assert not zipfile.is_zipfile(path)
+    new = read(write_checkpoint(tmp_path / "new.ckpt", state), "imagenet")
+    for name, tensor in read(path, "imagenet").unet.items():
+        assert torch.equal(tensor, new.unet[name])
+    for cut in (100, path.stat().st_size // 2, path.stat().st_size - 10):
+        (tmp_path / "cut.ckpt").write_bytes(path.read_bytes()[:cut])
+        with pytest.raises(UserError, match="not a torch file, or incomplete"):
+            read(tmp_path / "cut.ckpt", "imagenet")
+    torch.save({"state_dict": state, "model": Path("x")}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match="contains a pickled pathlib"):
+        read(path, "imagenet")
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"", "empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "pointer of Git LFS"),
+        (b"\n<!DOCTYPE html><html>Sign in</html>", "a web page"),
+        (save({"a": torch.zeros(2)}), "a safetensors file with another suffix"),
+        (gzip.compress(b"model"), "a compressed file"),
+    ],
+)
+def test_a_file_of_another_kind_is_named(data, kind, tmp_path):
+    (tmp_path / "model.ckpt").write_bytes(data)
+    with pytest.raises(UserError, match=kind):
+        read(tmp_path / "model.ckpt", "imagenet")
+
+
+def test_a_tar_of_early_torch_is_named(tmp_path):
+    with tarfile.open(tmp_path / "model.ckpt", "w") as tar:
+        tar.addfile(tarfile.TarInfo("pickle"))
+    with pytest.raises(UserError, match=r"a tar archive, as torch before 0\.1\.10 wrote"):
+        read(tmp_path / "model.ckpt", "imagenet")
 
 
 def test_an_invalid_or_incomplete_file_is_refused(tmp_path):

@@ -42,6 +42,7 @@ def test_steps_that_are_not_finite_are_skipped_and_too_many_end_the_run_after_a_
     assert code != 0
     pattern = r"step (\d+): (?:loss is (?:nan|inf) on rank \d|gradient).*Images of the step, by rank: (\{.*?\})\. (\w+)"
     messages = re.findall(pattern, log)
+    assert messages, log
     # Rank 0 logs the skipped steps, and all ranks raise the same error.
     assert [word for *_, word in messages if word != "The"] == ["4", "4"]
     assert len(messages) >= 5
