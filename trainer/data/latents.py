@@ -2,11 +2,14 @@
 
 Reads `embed/train/<shard>.parquet` (ids and their order) and `download/train/<shard>.tar`. Writes mean and standard
 deviation of the latents of several views of each image to `latents/<size>/<shard>.parquet`. View 0 is the center crop;
-the others are random crops, half of them mirrored if `latents.flip` is true.
+the others are random crops, half of them mirrored if `latents.flip` is true. Images that cannot be read are left out
+and counted; training replaces them by others.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -20,9 +23,13 @@ from retrieval.errors import UserError
 from retrieval.storage import schema
 from retrieval.storage.manifest import ShardRecord, shard_file
 from retrieval.storage.root import Root
+from retrieval.storage.schema import Reason
 from trainer.data.images import ImageTar, Pixels, center_crop, decode_image, random_crop, unsigned_id
+from trainer.data.unreadable import UnreadableError, retried
 from trainer.model.autoencoder import Autoencoder
 from trainer.recipe import AutoencoderConfig, LatentsConfig
+
+log = logging.getLogger("latents")
 
 
 def manifest_values(config: LatentsConfig, autoencoder: Autoencoder) -> dict[str, Any]:
@@ -57,33 +64,49 @@ def make_shard_encoder(
         ids = _embedded_ids(root, shard)
         with root.local(shard_file(root, "download", f"train/{shard}", ".tar")) as path:
             tar = ImageTar(path)
-            moments = encode_shard(tar, ids, autoencoder, config)
+            readable, moments = encode_shard(tar, ids, autoencoder, config)
             tar.close()
-        table = pa.table([ids, schema.fixed_lists(moments)], schema=columns)
+        table = pa.table([ids[readable], schema.fixed_lists(moments)], schema=columns)
+        unreadable = len(ids) - len(table)
+        reasons = {str(Reason.UNREADABLE): unreadable} if unreadable else {}
         file = schema.write_table(root, f"latents/{config.size}/{shard}.parquet", table, columns)
-        return ShardRecord(shard, rows=len(ids), files=(file,), seconds=time.monotonic() - began)
+        return ShardRecord(shard, len(table), (file,), reasons, seconds=time.monotonic() - began)
 
     return encode
 
 
 def encode_shard(
     tar: ImageTar, ids: npt.NDArray[np.int64], autoencoder: Autoencoder, config: LatentsConfig
-) -> npt.NDArray[np.float16]:
-    """Moments of all views of the images, in the order of `ids`: (rows, views * 2 * c * h * w) float16."""
-    # An image that is missing or cannot be decoded is an error, because earlier stages accepted it.
-    views = (view for image_id in ids.tolist() for view in image_views(tar, image_id, config))
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float16]]:
+    """Which images can be read, (n,) bool, and the moments of all their views: (rows, views * 2 * c * h * w) float16.
+
+    Rows are in the order of `ids`. An image that the tar lacks is an error, because earlier stages found it there.
+    """
+    readable = np.ones(len(ids), bool)
+    views = _readable_views(tar, ids, config, readable)
     encoded = [_encode(pixels, autoencoder) for pixels in _batches(views, config.batch_size)]
     length = 2 * int(np.prod(latent_shape(config.size, autoencoder)))
     flat = np.concatenate([np.empty((0, length), np.float16), *encoded])
-    return flat.reshape(len(ids), config.views * length)
+    return readable, flat.reshape(int(readable.sum()), config.views * length)
 
 
-def image_views(tar: ImageTar, image_id: int, config: LatentsConfig) -> Iterator[Pixels]:
+def _readable_views(
+    tar: ImageTar, ids: npt.NDArray[np.int64], config: LatentsConfig, readable: npt.NDArray[np.bool_]
+) -> Iterator[Pixels]:
+    """All views of all images in order; sets `readable` to False for images that cannot be read."""
+    for number, image_id in enumerate(ids.tolist()):
+        try:
+            yield from retried(partial(image_views, tar, image_id, config))
+        except UnreadableError as error:
+            readable[number] = False
+            log.warning(f"left out: {error}")
+
+
+def image_views(tar: ImageTar, image_id: int, config: LatentsConfig) -> list[Pixels]:
     """The views of one image, (3, size, size) float32 in [-1, 1] each."""
     image = decode_image(tar.read(image_id), f"{tar.name}: image {image_id}", config.size)
-    yield center_crop(image)
-    for view in range(1, config.views):
-        yield random_crop(image, (config.seed, view, unsigned_id(image_id)), config.flip)
+    seeds = ((config.seed, view, unsigned_id(image_id)) for view in range(1, config.views))
+    return [center_crop(image), *(random_crop(image, view_seeds, config.flip) for view_seeds in seeds)]
 
 
 def _encode(pixels: list[Pixels], autoencoder: Autoencoder) -> npt.NDArray[np.float16]:

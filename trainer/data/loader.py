@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import torch
 
 from retrieval.errors import UserError
@@ -27,7 +26,7 @@ from retrieval.storage.root import Root
 from trainer.data.images import ImageTar, decode_image, random_crop, unsigned_id
 from trainer.data.plan import TrainingPlan, TrainingSet
 from trainer.data.sample_order import NEIGHBORS, REPLACEMENTS, SAMPLE_NOISE, SampleOrder, rank_slots
-from trainer.data.unreadable import Shard, read_or_replace, retried
+from trainer.data.unreadable import Shard, UnreadableError, read_or_replace, retried
 from trainer.model.context import at_raw_norm, unit_rows
 
 
@@ -65,12 +64,15 @@ class LatentShard:
         layout = (training_set.views, 2 * channels, height, width)
         table_name = f"latents/{training_set.size}/{name}.parquet"
         table = schema.read_table(root, table_name, schema.latents(int(np.prod(layout))))
-        rows = _rows_of(self.ids, table[schema.IMAGE_ID].to_numpy(), root.at(table_name))
-        self._moments = schema.vectors(table.take(pa.array(rows)), schema.MOMENTS).reshape(-1, *layout)
+        unreadable = training_set.unreadable[training_set.shards.index(name)]
+        self._rows = _rows_of(self.ids, table[schema.IMAGE_ID].to_numpy(), root.at(table_name), unreadable)
+        self._moments = schema.vectors(table, schema.MOMENTS).reshape(-1, *layout)
 
     def inputs(self, row: int, epoch: int) -> npt.NDArray[np.generic]:
         """Mean and standard deviation, (2c, h, w) float16."""
-        return self._moments[row, epoch % self._moments.shape[1]]
+        if self._rows[row] < 0:
+            raise UnreadableError("it has no latents, because 'make latents' could not read it")
+        return self._moments[self._rows[row], epoch % self._moments.shape[1]]
 
 
 class ImageShard:
@@ -115,12 +117,14 @@ def read_neighbors(
     return table[schema.IMAGE_ID].to_numpy(), context
 
 
-def _rows_of(ids: npt.NDArray[np.int64], table_ids: npt.NDArray[np.int64], table: str) -> npt.NDArray[np.int64]:
-    """The row of each id in a table that may have more rows. table: its name, for errors."""
-    order = np.argsort(table_ids, kind="stable")
-    rows = order[np.minimum(np.searchsorted(table_ids, ids, sorter=order), len(table_ids) - 1)]
-    missing = ids[table_ids[rows] != ids]
-    if len(missing):
+def _rows_of(
+    ids: npt.NDArray[np.int64], table_ids: npt.NDArray[np.int64], table: str, unreadable: int
+) -> npt.NDArray[np.int64]:
+    """The row of each id in a table that may have more rows; -1 for at most `unreadable` ids. table: its name."""
+    row_of = {image_id: row for row, image_id in enumerate(table_ids.tolist())}
+    rows = np.array([row_of.get(image_id, -1) for image_id in ids.tolist()], np.int64)
+    missing = ids[rows < 0]
+    if len(missing) > unreadable:
         raise UserError(
             f"{table} lacks {len(missing)} images of the neighbors table, the first is {missing[0]}: "
             f"the shards do not match. Run 'make latents' again."

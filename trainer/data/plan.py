@@ -10,6 +10,7 @@ from retrieval.errors import UserError
 from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, files_exist, fingerprint, read_manifest
 from retrieval.storage.root import Root
+from retrieval.storage.schema import Reason
 from trainer.data.latents import latent_shape
 from trainer.model.autoencoder import Autoencoder
 from trainer.recipe import CHANGEABLE, ContextNorm, ModelConfig, TrainingRecipe
@@ -25,6 +26,8 @@ class TrainingSet:
     """Number of training rows of each shard: the first ones."""
     held_out: tuple[int, ...]
     """Number of held-out rows of each shard: the last ones."""
+    unreadable: tuple[int, ...]
+    """Number of images of each shard that have no latents because they could not be read."""
     k: int
     dim: int
     context_norm: ContextNorm
@@ -69,7 +72,7 @@ def make_plan(config: TrainingRecipe, root: Root, autoencoder: Autoencoder) -> T
     unchanged = config.model_copy(update={"train": train.model_copy(update=dict.fromkeys(CHANGEABLE, 0))})
     return TrainingPlan(
         config=config,
-        training_set=_training_set(config, neighbors, shape, views),
+        training_set=_training_set(config, neighbors, images, shape, views),
         fingerprint=fingerprint("train", schema.VERSION, config, upstream),
         checkpoint_identity=fingerprint("train", schema.VERSION, unchanged, upstream),
         upstream=upstream,
@@ -101,8 +104,9 @@ def _initial_run(config: TrainingRecipe, root: Root) -> Manifest:
 
 
 def _training_set(
-    config: TrainingRecipe, neighbors: Manifest, latent_shape: tuple[int, int, int], views: int
+    config: TrainingRecipe, neighbors: Manifest, images: Manifest, latent_shape: tuple[int, int, int], views: int
 ) -> TrainingSet:
+    unreadable = {shard.shard: shard.reasons.get(Reason.UNREADABLE, 0) for shard in images.shards}
     shards = [shard for shard in neighbors.shards if shard.rows]
     held_out = last_rows([shard.rows for shard in shards], config.train.validation_images)
     return TrainingSet(
@@ -110,6 +114,7 @@ def _training_set(
         shards=tuple(shard.shard for shard in shards),
         rows=tuple(shard.rows - count for shard, count in zip(shards, held_out, strict=True)),
         held_out=held_out,
+        unreadable=tuple(unreadable.get(shard.shard, 0) for shard in shards),
         k=config.train.k,
         dim=config.model.context_dim,
         context_norm=config.model.context_norm,
@@ -169,7 +174,7 @@ def _check_latents(
             f"{where} has latents of autoencoder {stored[0]} and shape {stored[1]}, but the recipe has "
             f"{autoencoder} and {shape}. Run 'make latents' with this recipe."
         )
-    rows = {shard.shard: shard.rows for shard in latents.shards}
+    rows = {shard.shard: shard.rows + shard.reasons.get(Reason.UNREADABLE, 0) for shard in latents.shards}
     for shard in neighbors.shards:
         if rows.get(shard.shard, 0) < shard.rows:
             raise UserError(

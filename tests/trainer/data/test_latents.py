@@ -181,12 +181,14 @@ def test_a_shard_without_images_gives_an_empty_table(root: Root, autoencoder_con
 
 
 @pytest.mark.parametrize("data", [b"no image", png(noise(0))[:5000], b""])
-def test_an_image_that_cannot_be_decoded_is_an_error(
+def test_an_image_that_cannot_be_decoded_is_left_out_and_counted(
     root: Root, autoencoder_config: AutoencoderConfig, data: bytes
 ) -> None:
-    write_shard(root, {5: data}, [5])
-    with pytest.raises(UserError, match=r"image 5 cannot be decoded"):
-        make_shard_encoder(CONFIG, autoencoder_config, root)(SHARD)
+    write_shard(root, {4: png(noise(0)), 5: data, 6: png(noise(1))}, [4, 5, 6])
+    record = make_shard_encoder(CONFIG, autoencoder_config, root)(SHARD)
+    assert (record.rows, record.reasons) == (2, {"unreadable": 1})
+    table = schema.read_table(root, f"latents/64/{SHARD}.parquet", schema.latents(3 * 8 * 8 * 8))
+    assert table[schema.IMAGE_ID].to_pylist() == [4, 6]
 
 
 def test_an_embedded_image_that_is_not_in_the_tar_is_an_error(

@@ -1,12 +1,15 @@
 """Rows that cannot be read: tried again, replaced, counted."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from retrieval.errors import UserError
+from retrieval.storage.manifest import read_manifest, write_manifest
 from retrieval.storage.root import Root
-from tests.trainer.training_set import NAMES, ids_of, plan_of, png, write_tar, write_tars
+from tests.trainer.training_set import NAMES, SHAPE, VIEWS, ids_of, plan_of, png, write_latents, write_tar, write_tars
 from trainer.data import unreadable
 from trainer.data.loader import Loader
 from trainer.data.unreadable import UnreadableError, read_or_replace
@@ -53,6 +56,29 @@ def test_an_unreadable_held_out_picture_is_replaced_by_a_held_out_one(
     members |= {member(image_id): png(Image.new("RGB", (96, 80))) for image_id in ids_of(3)[22:].tolist()}
     write_tar(training_set, NAMES[3], members)
     assert {reader.held_out(2, row)[0] for row in range(20, 25)} <= {22, 23, 24}
+
+
+def test_images_without_latents_are_replaced_if_the_latents_stage_has_counted_them(
+    training_set: Root, autoencoder_folder: str
+) -> None:
+    moments = np.ones((len(ids_of(2)) - 2, VIEWS, 2, *SHAPE), np.float16)
+    write_latents(training_set, NAMES[2], ids_of(2)[:-2], moments)
+    manifest = read_manifest(training_set, "latents/64")
+    for counted in (1, 2):
+        shards = [
+            replace(shard, rows=16, reasons={"unreadable": counted}) if shard.shard == NAMES[2] else shard
+            for shard in manifest.shards
+        ]
+        write_manifest(training_set, replace(manifest, shards=tuple(shards)))
+        reader = Loader(plan_of(autoencoder_folder, training_set), training_set, 0, 1)
+        if counted == 1:
+            with pytest.raises(UserError, match="lacks 2 images of the neighbors table"):
+                reader.shard(1)
+            continue
+        batches = [reader.batch(step) for step in range(9)]
+        assert sum(int(batch.replaced.sum()) for batch in batches) == 2
+        lost = set(ids_of(2)[-2:].tolist())
+        assert not any(lost & set(batch.image_ids.tolist()) for batch in batches)
 
 
 class Shard:
