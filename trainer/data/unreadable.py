@@ -67,8 +67,7 @@ def read_or_replace(
             log.warning(f"image {shard.ids[candidate]} is replaced: {error}")
             problem = problem or error
     raise UserError(
-        f"image {shard.ids[row]} and {MAX_REPLACEMENTS} others of its shard cannot be read: {problem}. "
-        "Check the disk, or run the stages again from 'make download'."
+        f"image {shard.ids[row]} and {MAX_REPLACEMENTS} others of its shard cannot be read. Check the disk. {problem}"
     ) from problem
 
 

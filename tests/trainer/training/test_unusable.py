@@ -69,12 +69,12 @@ def test_pictures_that_cannot_be_read_are_replaced_and_counted_and_too_many_end_
     picture = png(Image.fromarray(np.full((80, 96, 3), 90, np.uint8)))
     for number, name in enumerate(NAMES):
         names = [f"{image_id & (2**64 - 1):016x}.jpg" for image_id in ids_of(number).tolist()]
-        write_tar(training_set, name, {name: picture[: -400 * (i % 3 == 0)] or b"" for i, name in enumerate(names)})
+        write_tar(training_set, name, {name: b"" if i % 3 == 0 else picture for i, name in enumerate(names)})
     write_stage(training_set, "download", {}, {})
     code, log = try_to_train(recipe_of(autoencoder_folder, source="images"), training_set)
     assert code != 0
-    message = re.search(r"train: (\d+) of (\d+) samples could not be read, and train.max_replaced is 0.001", log)
-    assert message is not None, log
+    message = re.search(r"train: (\d+) of (\d+) samples could not be read, train.max_replaced is 0.001", log)
+    assert message, log
     replaced, images = map(int, message.groups())
     assert 10 < replaced <= 18
     assert (
