@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from retrieval.config import Config, WorkersConfig, runtime_setting
 from retrieval.perceptual_hash import MAX_DISTANCE
-from retrieval.pictures.decode import MAX_PIXELS
+from retrieval.pictures.budget import MAX_PIXELS
 from retrieval.recipe import JoinConfig
 
 MetadataFormatName = Literal["laion", "relaion", "datacomp", "coyo", "cc3m", "cc12m", "wit"]

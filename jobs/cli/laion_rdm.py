@@ -58,7 +58,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "evaluate": Command("jobs.evaluate", "train", "measure how well databases change the style"),
     },
     "work with a recipe": {
-        "demo": Command("jobs.demo.__main__", "all", "run all stages on a small synthetic data set"),
+        "demo": Command("jobs.demo.run", "all", "run all stages on a small synthetic data set"),
         "database": Command("jobs.database", "pipeline", "build style databases from pictures"),
         "convert": Command("jobs.convert", "train", "import or export a model of another project"),
         "optout": Command("jobs.optout", "pipeline", "remove listed images from databases and training"),

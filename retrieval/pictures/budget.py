@@ -1,4 +1,4 @@
-"""The memory for decoding, shared by all threads of a process.
+"""The limits for decoding: pixels of a picture, and memory, shared by all threads of a process.
 
 A thread takes a share before it decodes and waits until the others have returned enough. So many large pictures in
 a row take more time, not more memory.
@@ -10,6 +10,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+MAX_PIXELS = 1 << 27
+"""Most pixels of a picture in any stage. Below Pillow's own limit of 178,956,970."""
 TRIMMED_BYTES = 64 << 20
 
 

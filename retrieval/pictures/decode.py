@@ -15,13 +15,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from retrieval.pictures.budget import BUDGET, trim_memory
+from retrieval.pictures.budget import BUDGET, MAX_PIXELS, trim_memory
 from retrieval.pictures.srgb import srgb_conversion
 from retrieval.storage.schema import Reason
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-MAX_PIXELS = 1 << 27
-"""Most pixels of a picture in any stage. Below Pillow's own limit of 178,956,970."""
 ORIENTATION_TAG = 0x0112
 STRIP_PIXELS = 1 << 20
 MAX_JPEG_SCANS = 1000

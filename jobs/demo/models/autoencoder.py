@@ -10,8 +10,9 @@ import torch
 from torch.nn import functional
 from tqdm import trange
 
-from jobs.demo.models.training import bfloat16_autocast, draw_training_scenes, warm_up_and_decay
+from jobs.demo.models.training import bfloat16_autocast, warm_up_and_decay
 from jobs.demo.recipe import AutoencoderTraining
+from jobs.demo.world.training_scenes import draw_training_scenes
 from trainer.model.patch_autoencoder import PatchAutoencoder, PatchShape
 
 IMAGE_SIZE = 64

@@ -19,11 +19,12 @@ from safetensors.torch import save
 from torch.nn import functional
 from tqdm import trange
 
-from jobs.demo.models.training import bfloat16_autocast, draw_training_scenes, warm_up_and_decay
+from jobs.demo.models.training import bfloat16_autocast, warm_up_and_decay
 from jobs.demo.recipe import GROUP_SIZE, ClipTraining
 from jobs.demo.world.content import Scene
 from jobs.demo.world.scenes import COLORS, SHAPES, caption, draw, full_caption, random_scene
 from jobs.demo.world.styles import STYLES
+from jobs.demo.world.training_scenes import draw_training_scenes
 from retrieval.storage.root import Root
 
 Pixels = npt.NDArray[np.uint8]

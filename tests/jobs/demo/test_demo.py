@@ -13,7 +13,7 @@ import pytest
 
 from jobs import download, embed, filter, index, latents, neighbors
 from jobs.cli.recipe import load_recipe
-from jobs.demo.__main__ import run as run_demo
+from jobs.demo.run import run as run_demo
 from retrieval import Database, Root
 from retrieval.storage.manifest import read_manifest
 from tests.jobs.demo.tiny_demo import DEMO, TinyDemo, command, overrides

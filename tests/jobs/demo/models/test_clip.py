@@ -10,9 +10,9 @@ from PIL import Image
 
 from jobs.demo.models.autoencoder import train_autoencoder
 from jobs.demo.models.clip import PREPROCESSING, recall_at_k, train_clip
-from jobs.demo.models.training import draw_training_scenes
 from jobs.demo.recipe import AutoencoderTraining, ClipTraining
 from jobs.demo.world.scenes import draw, is_held_out, random_scene
+from jobs.demo.world.training_scenes import draw_training_scenes
 from retrieval.clip.encoder import Encoder
 from retrieval.recipe import ClipConfig
 from trainer.model.autoencoder import Autoencoder

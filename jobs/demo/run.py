@@ -1,0 +1,106 @@
+"""`laion-rdm demo RECIPE`: the full pipeline on a small synthetic data set, and a report.
+
+Runs every stage with the code of its own command. Finished steps are skipped, interrupted ones continue.
+`seconds.json` stores the wall time of each step.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+
+from jobs import download, embed, evaluate, filter, index, latents, neighbors, sample, train
+from jobs.cli.command import stage_command
+from jobs.cli.recipe import Recipe
+from jobs.demo.models.autoencoder import train_autoencoder
+from jobs.demo.models.clip import train_clip
+from jobs.demo.prerequisites import draw_world, style_folders, train_once
+from jobs.demo.recipe import AutoencoderTraining, ClipTraining
+from jobs.demo.report import __main__ as report
+from pipeline.databases import build as database
+from retrieval.clip.encoder import Encoder
+from retrieval.cluster.connection import ray_connection
+from retrieval.recipe import ClipConfig, IndexConfig
+from retrieval.storage.root import Root
+from trainer.recipe import LatentsConfig, TrainConfig
+
+log = logging.getLogger("demo")
+Step = tuple[str, str, Callable[[Recipe], object]]
+"""Name, the file that the step writes last, and the function that runs it."""
+
+
+def run(recipe: Recipe) -> None:
+    """Run all steps in order, then write the report. Exits with code 1 if a goal is missed."""
+    started = time.time()
+    for step in _prerequisites():
+        _run_timed(recipe, step)
+    # One Ray for all data stages; it ends before training, which needs the cores.
+    with ray_connection():
+        for step in _data_stages(recipe):
+            _run_timed(recipe, step)
+    for step in _model_stages(recipe):
+        _run_timed(recipe, step)
+    log.info("all steps took %.0f s in this run", time.time() - started)
+    report.run(recipe)
+
+
+def _prerequisites() -> list[Step]:
+    def clip(recipe: Recipe) -> None:
+        train_once(recipe.root, "clip", recipe[ClipTraining], train_clip)
+
+    def autoencoder(recipe: Recipe) -> None:
+        train_once(recipe.root, "autoencoder", recipe[AutoencoderTraining], train_autoencoder)
+
+    return [
+        ("world", "world/world.json", draw_world),
+        ("clip", "clip/manifest.json", clip),
+        ("autoencoder", "autoencoder/manifest.json", autoencoder),
+    ]
+
+
+def _data_stages(recipe: Recipe) -> list[Step]:
+    stages = {"filter": filter, "download": download, "embed": embed, "index": index, "neighbors": neighbors}
+    steps: list[Step] = [(name, f"{name}/manifest.json", stage.run) for name, stage in stages.items()]
+    return [*steps, ("latents", f"latents/{recipe[LatentsConfig].size}/manifest.json", latents.run)]
+
+
+def _model_stages(recipe: Recipe) -> list[Step]:
+    folder = f"runs/{recipe[TrainConfig].name}"
+    last_database = f"databases/{style_folders(recipe)[-1][0]}/manifest.json"
+    return [
+        ("databases", last_database, _databases),
+        ("train", f"{folder}/train/manifest.json", train.run),
+        ("sample", f"{folder}/sample/manifest.json", sample.run),
+        ("evaluate", f"{folder}/evaluate/manifest.json", evaluate.run),
+    ]
+
+
+def _databases(recipe: Recipe) -> None:
+    encoder = Encoder(recipe[ClipConfig])
+    for name, folder in style_folders(recipe):
+        database.run(name, folder, encoder, recipe[IndexConfig], recipe.root)
+
+
+def _run_timed(recipe: Recipe, step: Step) -> None:
+    """Run a step and store its seconds, added to those of earlier runs that did not finish it."""
+    name, last_file, work = step
+    log.info("---- %s", name)
+    before, started = _content(recipe.root, last_file), time.time()
+    try:
+        work(recipe)
+    finally:
+        after = _content(recipe.root, last_file)
+        if not before or before != after:
+            seconds = recipe.root.read_json("seconds.json") if recipe.root.exists("seconds.json") else {}
+            earlier = 0.0 if before else seconds.get(name, 0.0)
+            seconds[name] = round(earlier + time.time() - started, 1)
+            recipe.root.write_json("seconds.json", seconds)
+
+
+def _content(root: Root, name: str) -> bytes:
+    if not root.exists(name):
+        return b""
+    with root.open(name) as file:
+        return file.read()
+
+
+main = stage_command("demo", __doc__, run)

@@ -1,0 +1,37 @@
+"""Pictures of random scenes without held-out contents, on which the demo's models train.
+
+Imports no torch, because each process that draws imports this module.
+"""
+
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from jobs.demo.world.content import Scene
+from jobs.demo.world.scenes import draw, random_scene
+
+SCENES_PER_CHUNK = 256
+
+
+def draw_training_scenes(
+    num_scenes: int, side: int, seed: int, num_workers: int
+) -> tuple[list[Scene], npt.NDArray[np.uint8]]:
+    """Random scenes without held-out contents, and their pictures (n, 3, side, side). num_workers changes no result."""
+    chunks = [
+        (seed, start, min(SCENES_PER_CHUNK, num_scenes - start), side)
+        for start in range(0, num_scenes, SCENES_PER_CHUNK)
+    ]
+    # spawn: a fork may hang after torch has started threads
+    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
+        results = list(tqdm(pool.map(_draw_chunk, chunks), total=len(chunks), desc="draw", unit="chunk"))
+    return [scene for scenes, _ in results for scene in scenes], np.concatenate([pixels for _, pixels in results])
+
+
+def _draw_chunk(chunk: tuple[int, int, int, int]) -> tuple[list[Scene], npt.NDArray[np.uint8]]:
+    seed, start, size, side = chunk
+    rng = np.random.default_rng([seed, start])
+    scenes = [random_scene(rng) for _ in range(size)]
+    return scenes, np.stack([draw(scene, side, side).transpose(2, 0, 1) for scene in scenes])
