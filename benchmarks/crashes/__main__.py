@@ -1,12 +1,11 @@
-"""`make bench-crashes`: injects every kind of fault into every data stage, then runs the stage again.
+"""`make bench-crashes`: injects every kind of fault into every data stage, and plays the cases of `cases.py`.
 
 After each fault the stage's files are compared with those of an undisturbed run. Writes `docs/crashes.md` and
-`docs/crashes.json`; with `--stages` the results of the other stages are kept. Exits with 1 if a stage lost or
-changed a file.
+`docs/crashes.json` after each fault; with `--stages` and `--cases` the other results are kept. Exits with 1 if a stage
+lost or changed a file.
 """
 
 import argparse
-import hashlib
 import json
 import logging
 import multiprocessing.util
@@ -16,25 +15,32 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.common.report import DOCS, markdown_table, write_report
-from benchmarks.crashes.data_set import STAGES, served_data_set
-from benchmarks.crashes.faults import FAULTS, CrashCluster, crash_cluster, inject, small_disk
+from benchmarks.common.report import DOCS, markdown_table, write_atomically
+from benchmarks.crashes.cases import CASES, CaseWorld
+from benchmarks.crashes.cases import STAGE as CASE_STAGE
+from benchmarks.crashes.data_set import STAGES, ServedPictures, served_data_set
+from benchmarks.crashes.faults import FAULTS, Command, CrashCluster, crash_cluster, inject, small_disk
+from benchmarks.crashes.outcome import CleanRun, Outcome, differences, files_of, table_rows
 from benchmarks.crashes.store import running_store
 from jobs.reporting.hardware import hardware
 from retrieval.storage.root import Root
 
+KINDS = (*FAULTS, *CASES)
 LIMIT_S = 600.0
 """A longer run counts as hanging."""
+OUTAGE_S = 3.0
+"""Time from a fault to its repair."""
+CASE_COUNT = 2
+"""Runs of each case, with other seeds."""
 ATTEMPTS = 2
 """Attempts for each fault: a fault that comes after the end of the stage is drawn again."""
-TIME_KEYS = ("seconds",)
 PAGE = """# Crash tests
 
 Written by `make bench-crashes` (seed {seed}); each fault is in `crashes.json`.
@@ -43,72 +49,26 @@ Written by `make bench-crashes` (seed {seed}); each fault is in `crashes.json`.
 
 **Faults:** the *driver* or a *worker* is killed (SIGKILL), a *node* is lost with all its processes, the
 *disk* is filled completely, or the *store* (S3, through a proxy) drops all connections, at a time drawn from
-the seed. If the stage ends, the fault is repaired and the stage is run again. *Survived* means: every file of
+the seed. The fault is repaired after {outage:g} s; if the stage ends, it is run again. *Survived* means: every file of
 the stage has the bytes of an undisturbed run, except for times in records; no file is missing, extra or
 unfinished; no process of the stage is left; temporary files of killed processes are removed. *Lost* is the
 time beyond that of an undisturbed run; most of it is the start of Ray workers.
+
+**Cases** of the download: a finished stage with a *changed timeout* keeps its files; a *killed retry* loses no
+picture; of *two drivers* the second is refused; a *sick node* without the store does not stop the others; *losses at
+start* of more workers than a shard may lose do not stop the stage.
 
 {table}
 """
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """The effect of a fault. struck: it came before the end of the stage; wrong: a text for each problem."""
-
-    stage: str
-    kind: str
-    moment_s: float
-    struck: bool
-    runs: int
-    lost_s: float
-    wrong: list[str]
-
-
-@dataclass(frozen=True)
-class CleanRun:
-    """An undisturbed run of a stage: SHA-256 of its files by name, and its duration."""
-
-    files: dict[str, str]
-    seconds: float
-
-
-def files_of(root: Root, stage: str) -> dict[str, str]:
-    """SHA-256 by name of each file of a stage, unfinished files included; times in JSON are ignored."""
-    digests = {}
-    for name in root.list(stage):
-        with root.open(name) as file:
-            data = file.read()
-        if name.endswith(".json"):
-            data = json.dumps(_without_times(json.loads(data)), sort_keys=True).encode()
-        digests[name] = hashlib.sha256(data).hexdigest()
-    if root.is_local:
-        digests |= {path.name: "unfinished" for path in root.local_path(stage).rglob(".partial-*")}
-    return digests
-
-
-def _without_times(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_times(part) for key, part in value.items() if key not in TIME_KEYS}
-    return [_without_times(part) for part in value] if isinstance(value, list) else value
-
-
-def differences(files: dict[str, str], expected: dict[str, str]) -> list[str]:
-    """One text for each file that is missing, extra or different."""
-    texts = [f"{name} is missing" for name in expected.keys() - files.keys()]
-    texts += [f"{name} is extra" for name in files.keys() - expected.keys()]
-    texts += [f"{name} differs" for name in files.keys() & expected.keys() if files[name] != expected[name]]
-    return sorted(texts)
-
-
 def run_clean(cluster: CrashCluster, stage: str, root: Root) -> CleanRun:
     """Run a stage undisturbed."""
-    driver = cluster.start(stage, root)
+    driver = cluster.start(Command(stage, root.url))
     started = time.monotonic()
     driver.join(LIMIT_S)
     assert driver.exitcode == 0, f"{stage} ended with {driver.exitcode}; see {cluster.data_set.folder}/driver.log"
-    seconds = time.monotonic() - started
-    return CleanRun(files_of(root, stage), seconds)
+    return CleanRun(files_of(root, stage), time.monotonic() - started)
 
 
 def run_with_fault(cluster: CrashCluster, fault: tuple[str, str, int], root: Root, clean: CleanRun) -> Outcome:
@@ -118,19 +78,20 @@ def run_with_fault(cluster: CrashCluster, fault: tuple[str, str, int], root: Roo
     moment = float(rng.uniform(0, clean.seconds))
     root.delete(stage)
     earlier_files = set(Path(tempfile.gettempdir()).iterdir())
-    driver, runs = cluster.start(stage, root), 1
+    driver, runs = cluster.start(Command(stage, root.url)), 1
     started = time.monotonic()
     driver.join(moment)
     repair = inject(kind, cluster, driver, rng) if driver.is_alive() else None
-    driver.join(LIMIT_S)
     if repair:
+        driver.join(OUTAGE_S)
         repair()
+    driver.join(LIMIT_S)
     wrong = []
     while driver.exitcode != 0 and runs < 2:
         if driver.is_alive():
             wrong.append("the run hangs")
             driver.kill()
-        driver, runs = cluster.start(stage, root), runs + 1
+        driver, runs = cluster.start(Command(stage, root.url)), runs + 1
         driver.join(LIMIT_S)
     lost_s = time.monotonic() - started - clean.seconds
     if driver.exitcode != 0:
@@ -146,9 +107,10 @@ def run_with_fault(cluster: CrashCluster, fault: tuple[str, str, int], root: Roo
 
 @dataclass(frozen=True)
 class Matrix:
-    """All combinations of stages and faults. count: faults of each kind for each stage."""
+    """Stages, faults and cases. roots: by fault; count: faults of each kind for each stage."""
 
     cluster: CrashCluster
+    pictures: ServedPictures
     roots: dict[str, Root]
     seed: int
     count: int
@@ -163,33 +125,42 @@ class Matrix:
                     root.write_bytes(name, file.read())
         return clean
 
-    def outcomes(self, stage: str, clean: CleanRun, bar: Any) -> Iterator[Outcome]:
-        """Inject all faults into one stage."""
-        for kind, root in self.roots.items():
-            bar.set_description(f"{stage}, {kind}")
-            struck = 0
-            for number in range(ATTEMPTS * self.count):
-                if struck == self.count:
-                    break
-                outcome = run_with_fault(self.cluster, (stage, kind, 1000 * self.seed + number), root, clean)
-                struck += outcome.struck
-                bar.update(outcome.struck)
-                for text in outcome.wrong[:3]:
-                    bar.write(f"{stage}, {kind}: {text}")
-                yield outcome
-            bar.update(self.count - struck)
+    def fault_outcomes(self, stage: str, kind: str, clean: CleanRun) -> Iterator[Outcome]:
+        """Inject faults of one kind into one stage."""
+        struck = 0
+        for number in range(ATTEMPTS * self.count):
+            if struck == self.count:
+                break
+            fault = stage, kind, 1000 * self.seed + number
+            outcome = run_with_fault(self.cluster, fault, self.roots[kind], clean)
+            struck += outcome.struck
+            yield outcome
+
+    def case_outcomes(self, name: str, clean: CleanRun) -> Iterator[Outcome]:
+        """Play a case."""
+        world = CaseWorld(self.cluster, self.pictures, self.roots["driver"], self.roots["store"], clean)
+        for number in range(CASE_COUNT):
+            for root in (world.local, world.store):
+                root.delete(CASE_STAGE)
+            started = time.monotonic()
+            wrong = CASES[name](world, np.random.default_rng([self.seed, number, *name.encode()]))
+            if not self.cluster.wait_for_workers_to_end():
+                wrong.append("a worker process is left")
+            seconds = round(time.monotonic() - started - clean.seconds, 2)
+            yield Outcome(CASE_STAGE, name, 0.0, True, 1, seconds, wrong)
 
 
 @contextmanager
-def prepared_cluster(seed: int) -> Iterator[tuple[CrashCluster, dict[str, Root]]]:
-    """A cluster with a data set, and a root for each kind of fault that this machine allows."""
+def prepared_cluster(seed: int) -> Iterator[tuple[CrashCluster, ServedPictures, dict[str, Root]]]:
+    """A cluster with a data set, its pictures, and a root for each kind of fault that this machine allows."""
     multiprocessing.util.get_temp_dir()  # created now, outside of the folder that is removed below
+    pictures = ServedPictures()
     with tempfile.TemporaryDirectory(prefix="crashes-") as name:
         folder = Path(name)
         with small_disk(folder / "disk") as disk, running_store() as store:
             scratch = (disk or folder) / "scratch"
             scratch.mkdir()
-            with served_data_set(folder / "data_set", seed) as data_set:
+            with served_data_set(folder / "data_set", seed, pictures) as data_set:
                 os.environ["TMPDIR"] = tempfile.tempdir = str(scratch)
                 try:
                     local = Root(folder / "run")
@@ -197,24 +168,9 @@ def prepared_cluster(seed: int) -> Iterator[tuple[CrashCluster, dict[str, Root]]
                     roots |= {"disk": Root(disk / "run")} if disk else {}
                     roots["store"] = Root(store.url("run"))
                     with crash_cluster(data_set, store.proxy, disk or folder) as cluster:
-                        yield cluster, roots
+                        yield cluster, pictures, roots
                 finally:
                     tempfile.tempdir = None  # running_store restores the environment
-
-
-def table_rows(outcomes: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """A row for each stage and fault: number of faults, how many were survived, median seconds lost."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for outcome in outcomes:
-        struck = groups.setdefault((outcome["stage"], outcome["kind"]), [])
-        if outcome["struck"]:
-            struck.append(outcome)
-    rows = []
-    for (stage, kind), struck in groups.items():
-        survived = sum(not outcome["wrong"] for outcome in struck)
-        lost = f"{median(outcome['lost_s'] for outcome in struck):.1f}" if struck else ""
-        rows.append([stage, kind, str(len(struck)), str(survived), lost])
-    return rows
 
 
 def page(result: dict[str, Any]) -> str:
@@ -224,11 +180,36 @@ def page(result: dict[str, Any]) -> str:
     problems = [
         f"- {outcome['stage']}, {outcome['kind']}: {text}" for outcome in outcomes for text in outcome["wrong"][:3]
     ]
-    missing = [kind for kind in FAULTS if kind not in {outcome["kind"] for outcome in outcomes}]
-    notes = [f"Not tested, because this process may not mount a disk: {', '.join(missing)}."] if missing else []
+    missing = [kind for kind in KINDS if kind not in {outcome["kind"] for outcome in outcomes}]
+    notes = [f"Not tested: {', '.join(missing)}."] if missing else []
     machine, seed = result["hardware"], result["seed"]
     table = markdown_table(headings, table_rows(outcomes))
-    return "\n".join([PAGE.format(machine=machine, seed=seed, table=table), *notes, *problems]).rstrip() + "\n"
+    return (
+        "\n".join([PAGE.format(machine=machine, seed=seed, outage=OUTAGE_S, table=table), *notes, *problems]).rstrip()
+        + "\n"
+    )
+
+
+class Report:
+    """The page and its JSON, written after each outcome. Outcomes of other stages and kinds are kept."""
+
+    def __init__(self, out: Path, seed: int, pairs: Sequence[tuple[str, str]]) -> None:
+        self.out = out
+        self.seed = seed
+        self.failed = False
+        path = out.with_suffix(".json")
+        stored = json.loads(path.read_text())["outcomes"] if path.exists() else []
+        self.outcomes = [outcome for outcome in stored if (outcome["stage"], outcome["kind"]) not in pairs]
+
+    def add(self, outcome: Outcome) -> None:
+        """Add an outcome and write the page."""
+        self.failed |= bool(outcome.wrong)
+        self.outcomes.append(asdict(outcome))
+        self.outcomes.sort(key=lambda each: (STAGES.index(each["stage"]), KINDS.index(each["kind"])))
+        result = {"hardware": hardware(), "seed": self.seed, "outcomes": self.outcomes}
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.out.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
+        write_atomically(self.out, page(result))
 
 
 def main() -> None:
@@ -236,29 +217,27 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the times of the faults")
     parser.add_argument("--each", type=int, default=20, help="faults for each stage")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="stages to test")
+    parser.add_argument("--cases", nargs="+", choices=KINDS, default=list(KINDS), help="faults and cases to test")
     parser.add_argument("--out", type=Path, default=DOCS / "crashes.md", help="the page")
     options = parser.parse_args()
     logging.getLogger("ray").setLevel(logging.ERROR)
-    with prepared_cluster(options.seed) as (cluster, roots):
-        matrix = Matrix(cluster, roots, options.seed, -(-options.each // len(roots)))
+    with prepared_cluster(options.seed) as (cluster, pictures, roots):
+        faults = [kind for kind in options.cases if kind in roots]
+        cases = [kind for kind in options.cases if kind in CASES]
+        matrix = Matrix(cluster, pictures, roots, options.seed, -(-options.each // len(roots)))
+        pairs = [(CASE_STAGE, kind) for kind in cases if CASE_STAGE in options.stages]
+        pairs += [(stage, kind) for stage in options.stages for kind in faults]
         clean = matrix.prepare(STAGES[: 1 + max(map(STAGES.index, options.stages))])
-        with tqdm(total=len(options.stages) * len(roots) * matrix.count, unit="fault") as bar:
-            failed = [
-                merge(options.out, options.seed, stage, list(matrix.outcomes(stage, clean[stage], bar)))
-                for stage in options.stages
-            ]
-    raise SystemExit(any(failed))
-
-
-def merge(out: Path, seed: int, stage: str, outcomes: list[Outcome]) -> bool:
-    """Write the page with new outcomes of a stage in place of its old ones. True if there was a problem."""
-    path = out.with_suffix(".json")
-    old = json.loads(path.read_text())["outcomes"] if path.exists() else []
-    merged = [outcome for outcome in old if outcome["stage"] != stage] + [asdict(new) for new in outcomes]
-    merged.sort(key=lambda outcome: (STAGES.index(outcome["stage"]), FAULTS.index(outcome["kind"])))
-    result = {"hardware": hardware(), "seed": seed, "outcomes": merged}
-    write_report(out.parent, out.stem, result, page(result))
-    return any(outcome.wrong for outcome in outcomes)
+        report = Report(options.out, options.seed, pairs)
+        with tqdm(pairs, unit="pair") as bar:
+            for stage, kind in bar:
+                bar.set_description(f"{stage}, {kind}")
+                play = matrix.case_outcomes if kind in CASES else partial(matrix.fault_outcomes, stage)
+                for outcome in play(kind, clean[stage]):
+                    report.add(outcome)
+                    bar.write(f"{stage}, {kind}: {'; '.join(outcome.wrong[:3]) or f'survived, {outcome.lost_s} s'}")
+    print(options.out.read_text())
+    raise SystemExit(report.failed)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -49,11 +49,11 @@ class SmallDataSet:
     rows: int = 240
     files: int = 4
 
-    def run(self, stage: str, root: Root, workers: int) -> Manifest:
-        """Run a data stage on the connected Ray cluster."""
-        return self._stages(workers)[stage](root)
+    def run(self, stage: str, root: Root, workers: int, variant: str = "") -> Manifest:
+        """Run a data stage on the connected Ray cluster. variant: `retry` or `timeout` of the download."""
+        return self._stages(workers, variant)[stage](root)
 
-    def _stages(self, workers: int) -> dict[str, Callable[[Root], Manifest]]:
+    def _stages(self, workers: int, variant: str) -> dict[str, Callable[[Root], Manifest]]:
         clip = ClipConfig(model=f"local-dir:{self.folder / 'clip'}")
         filter_config = FilterConfig(
             metadata=str(self.folder / "metadata"), min_edge=32, rows_per_shard=15, workers=workers
@@ -64,6 +64,8 @@ class SmallDataSet:
             train_min_edge=32,
             database_edge=32,
             threads=2,
+            retries=0,
+            timeout_s=5.0 if variant == "timeout" else 10.0,
             workers=workers,
         )
         embed_config = EmbedConfig(batch_size=8, decode_threads=1, workers=workers)
@@ -71,18 +73,27 @@ class SmallDataSet:
         neighbors_config = NeighborsConfig(k=4, near_copy_similarity=1.0, recall_sample=20, workers=workers)
         return {
             "filter": lambda root: filter.run(filter_config, root),
-            "download": lambda root: download.run(download_config, root),
+            "download": lambda root: download.run(download_config, root, retry=variant == "retry"),
             "embed": lambda root: embed.run(embed_config, clip, root),
             "index": lambda root: index.run(index_config, root),
             "neighbors": lambda root: neighbors.run(neighbors_config, root),
         }
 
 
+@dataclass
+class ServedPictures:
+    """The pictures of the web server by path. Those of `unavailable` are answered with status 503."""
+
+    bodies: dict[str, bytes] = field(default_factory=dict)
+    unavailable: set[str] = field(default_factory=set)
+
+
 @contextmanager
-def served_data_set(folder: Path, seed: int) -> Iterator[SmallDataSet]:
-    """Write a data set, and serve its pictures until the block ends."""
+def served_data_set(folder: Path, seed: int, pictures: ServedPictures | None = None) -> Iterator[SmallDataSet]:
+    """Write a data set, and serve its pictures until the block ends. pictures: filled, and may be changed then."""
     data_set = SmallDataSet(folder)
-    pictures = {f"/{number}.jpg": _picture(seed, number) for number in range(data_set.rows)}
+    pictures = ServedPictures() if pictures is None else pictures
+    pictures.bodies |= {f"/{number}.jpg": _picture(seed, number) for number in range(data_set.rows)}
     server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(pictures))
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     _write_metadata(data_set, server.server_port)
@@ -101,12 +112,12 @@ def _picture(seed: int, number: int) -> bytes:
     return buffer.getvalue()
 
 
-def _handler(pictures: dict[str, bytes]) -> type[BaseHTTPRequestHandler]:
+def _handler(pictures: ServedPictures) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             time.sleep(ANSWER_S)
-            body = pictures.get(self.path, b"")
-            self.send_response(200 if body else 404)
+            body = pictures.bodies.get(self.path, b"")
+            self.send_response(503 if self.path in pictures.unavailable else 200 if body else 404)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)

@@ -4,6 +4,7 @@ Each fault is injected into a stage on a Ray cluster that this module starts, an
 processes of this cluster and its drivers are killed; only a small separate disk is filled.
 """
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -23,6 +25,7 @@ from ray.cluster_utils import Cluster
 
 from benchmarks.crashes.data_set import SmallDataSet
 from benchmarks.crashes.store import Proxy
+from pipeline.runtime import shard_queue
 from retrieval.errors import UserError
 from retrieval.storage.root import Root
 
@@ -30,23 +33,37 @@ FAULTS = ("driver", "worker", "node", "disk", "store")
 NODES = 2
 """The head, without which the cluster ends, and one node that can be lost."""
 DISK_MB = 64
+PAUSE_S = 1.0
+"""First pause of a worker after a failure, instead of 5 s."""
 SETTLE_S = 30.0
 """Longest wait for the workers of a killed driver to end."""
 DRIVER: ForkServerContext = multiprocessing.get_context("forkserver")
 
 
-def run_driver(address: str, data_set: SmallDataSet, stage: str, root: str, started: object) -> None:
-    """Run a stage, as `python -m jobs.<stage>` does. Exits with 2 for a UserError."""
+@dataclass(frozen=True)
+class Command:
+    """What a driver runs. variant: of `SmallDataSet.run`; workers: for the stage."""
+
+    stage: str
+    root: str
+    variant: str = ""
+    workers: int = NODES
+
+
+def run_driver(address: str, data_set: SmallDataSet, command: Command, started: object) -> None:
+    """Run a stage, as `python -m jobs.<stage>` does, with shorter pauses. Exits with the exit code of a UserError."""
     log = os.open(data_set.folder / "driver.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    ray.init(address=address, log_to_driver=False, logging_level="error")
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    shard_queue.PAUSE_S = PAUSE_S
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s  %(name)s: %(message)s", force=True)
     started.set()  # type: ignore[attr-defined]
     try:
-        data_set.run(stage, Root(root), NODES)
+        data_set.run(command.stage, Root(command.root), command.workers, command.variant)
     except UserError as error:
-        os.write(2, f"{stage}: {error}\n".encode())
-        raise SystemExit(2) from None
+        os.write(2, f"{command.stage}: {error}\n".encode())
+        raise SystemExit(error.exit_code) from None
 
 
 @dataclass
@@ -57,12 +74,12 @@ class CrashCluster:
     data_set: SmallDataSet
     proxy: Proxy
     disk: Path
-    nodes: list[object] = field(default_factory=list)
+    nodes: list[Any] = field(default_factory=list)
 
-    def start(self, stage: str, root: Root) -> BaseProcess:
+    def start(self, command: Command) -> BaseProcess:
         """Start a driver; returns when it is connected to the cluster and starts the stage."""
         started = DRIVER.Event()
-        arguments = (self.ray_cluster.address, self.data_set, stage, root.url, started)
+        arguments = (self.ray_cluster.address, self.data_set, command, started)
         driver = DRIVER.Process(target=run_driver, args=arguments, daemon=True)
         driver.start()
         while not started.wait(0.1) and driver.is_alive():
@@ -76,7 +93,7 @@ class CrashCluster:
             [raylet] = node.all_processes["raylet"]
             with suppress(psutil.NoSuchProcess):
                 workers += psutil.Process(raylet.process.pid).children()
-        return [process for process in workers if _is_worker(process)]
+        return [process for process in workers if worker_title(process)]
 
     def wait_for_workers_to_end(self) -> bool:
         """Wait until no worker is left; False if one is left after SETTLE_S."""
@@ -87,15 +104,20 @@ class CrashCluster:
             time.sleep(0.1)
         return True
 
-    def add_node(self) -> None:
-        """Add a node with one worker."""
-        self.nodes.append(self.ray_cluster.add_node(num_cpus=1))
+    def add_node(self, **environment: str) -> None:
+        """Add a node with one worker. environment: variables of its processes."""
+        self.nodes.append(self.ray_cluster.add_node(num_cpus=1, env_vars=environment))
+
+    def remove_node(self) -> None:
+        """Remove the node that was added last, with all its processes."""
+        self.ray_cluster.remove_node(self.nodes.pop(), allow_graceful=False)
 
 
-def _is_worker(process: psutil.Process) -> bool:
+def worker_title(process: psutil.Process) -> str:
+    """The title of a worker's process, with the method that it runs; empty for other processes."""
     with suppress(psutil.NoSuchProcess):
-        return any("_Worker" in word for word in process.cmdline()[:1])
-    return False
+        return next((word for word in process.cmdline()[:1] if "RemoteWorker" in word), "")
+    return ""
 
 
 @contextmanager
@@ -138,7 +160,7 @@ def inject(
     if kind == "worker":
         return _kill_worker(cluster, driver, rng)
     if kind == "node":
-        cluster.ray_cluster.remove_node(cluster.nodes.pop(), allow_graceful=False)
+        cluster.remove_node()
         return cluster.add_node
     if kind == "disk":
         return _fill(cluster.disk / "ballast")
