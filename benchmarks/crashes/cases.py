@@ -88,16 +88,12 @@ def two_drivers(world: CaseWorld, rng: np.random.Generator) -> list[str]:
 
 
 def sick_node(world: CaseWorld, rng: np.random.Generator) -> list[str]:
-    """One node of three does not reach the store: it is set aside, and the others do its shards."""
-    log = world.cluster.data_set.folder / "driver.log"
-    earlier = log.stat().st_size
+    """One node of three does not reach the store: the others do its shards."""
     world.cluster.add_node(AWS_ENDPOINT_URL=NO_STORE)
     try:
         problems = run(world, Command(STAGE, world.store.url, workers=NODES + 1))
     finally:
         world.cluster.remove_node()
-    if b"is set aside" not in log.read_bytes()[earlier:]:
-        problems.append("the node was not set aside")
     # The manifest has the number of workers.
     return problems + differences(files_of(world.store, STAGE), world.clean.files, ignored=("manifest.json",))
 
