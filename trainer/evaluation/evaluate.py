@@ -56,21 +56,25 @@ def run(config: EvaluateConfig, trained: TrainedModel, root: Root) -> Manifest:
     sampler.check([request for group in groups for request in group.requests])
     require_writable(root, f"{stage}/manifest.json")
     evaluator = make_evaluator(config, sampler, styles, Bootstrap(BOOTSTRAP_DRAWS, config.seed))
-    items.begin()
-    records = draw_groups(sampler, groups, items)
-    features = {(group.mode, group.style): read_features(sampler, group, items) for group in groups}
-    result = results(features, evaluator)
-    files = [
-        *save_classifier(root, f"{stage}/classifier", evaluator.classifier),
-        *(save_classifier(root, f"{stage}/pixel_classifier", judge) if (judge := evaluator.pixel_classifier) else ()),
-        root.write_json(f"{stage}/evaluation.json", result),
-        root.write_bytes(f"{stage}/bars.png", draw_bars(result)),
-        *(root.write_bytes(f"{stage}/{mode}.png", _contact_sheet(mode, groups, items)) for mode in MODES),
-    ]
-    log.info(_summary_line(result))
-    records.append(ShardRecord("report", len(groups), tuple(files)))
-    values = {**sampler.model_identity, "styles": list(styles)}
-    return items.finish(records, values, time.monotonic() - started)
+    with items.building():
+        records = draw_groups(sampler, groups, items)
+        features = {(group.mode, group.style): read_features(sampler, group, items) for group in groups}
+        result = results(features, evaluator)
+        files = [
+            *save_classifier(root, f"{stage}/classifier", evaluator.classifier),
+            *(
+                save_classifier(root, f"{stage}/pixel_classifier", judge)
+                if (judge := evaluator.pixel_classifier)
+                else ()
+            ),
+            root.write_json(f"{stage}/evaluation.json", result),
+            root.write_bytes(f"{stage}/bars.png", draw_bars(result)),
+            *(root.write_bytes(f"{stage}/{mode}.png", _contact_sheet(mode, groups, items)) for mode in MODES),
+        ]
+        log.info(_summary_line(result))
+        records.append(ShardRecord("report", len(groups), tuple(files)))
+        values = {**sampler.model_identity, "styles": list(styles)}
+        return items.finish(records, values, time.monotonic() - started)
 
 
 def _prompts(config: EvaluateConfig) -> tuple[str, ...]:

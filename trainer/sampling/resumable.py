@@ -3,11 +3,13 @@
 A killed stage resumes after its last finished item. Files with another fingerprint are deleted only on request.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from retrieval.config import Config
 from retrieval.storage import schema
+from retrieval.storage.lease import lease, raise_if_lost
 from retrieval.storage.manifest import (
     Manifest,
     ShardRecord,
@@ -38,8 +40,18 @@ class ResumableItems:
         complete = all(files_exist(self.root, shard) for shard in manifest.shards)
         return manifest if manifest.fingerprint == self._identity.fingerprint and complete else None
 
+    @contextmanager
+    def building(self) -> Iterator[None]:
+        """Hold the lease of the stage until the block ends, and `begin` it.
+
+        Raises UserError if another process works on this stage.
+        """
+        with lease(self.root, self.stage):
+            self.begin()
+            yield
+
     def begin(self) -> None:
-        """Prepare the folder, see `prepare_folder`.
+        """Prepare the folder under the lease, see `prepare_folder`.
 
         Raises UserError first if the folder cannot be written, and for finished items of another fingerprint.
         """
@@ -61,6 +73,7 @@ class ResumableItems:
 
     def finish(self, shards: Sequence[ShardRecord], values: dict[str, Any], seconds: float) -> Manifest:
         """Delete files that no record in `shards` lists, then write the manifest. seconds: wall time of the stage."""
+        raise_if_lost()
         manifest = Manifest(
             stage=self.stage,
             schema_version=schema.VERSION,

@@ -51,11 +51,11 @@ def run(config: SampleConfig, trained: TrainedModel, root: Root) -> Manifest:
     sampler = Sampler.open(root, trained, config)
     requests = make_requests(config, prompts, image_queries(sampler, images))
     sampler.check([named.request for named in requests])
-    items.begin()
-    records = _draw_all(sampler, requests, items)
-    grid = root.write_bytes(f"{items.stage}/grid.png", _grid(config, prompts, items))
-    values = {**sampler.model_identity, "prompts": list(prompts), "columns": list(config.columns())}
-    return items.finish([*records, ShardRecord("grid", 1, (grid,))], values, time.monotonic() - started)
+    with items.building():
+        records = _draw_all(sampler, requests, items)
+        grid = root.write_bytes(f"{items.stage}/grid.png", _grid(config, prompts, items))
+        values = {**sampler.model_identity, "prompts": list(prompts), "columns": list(config.columns())}
+        return items.finish([*records, ShardRecord("grid", 1, (grid,))], values, time.monotonic() - started)
 
 
 def sample_prompt(config: SampleConfig, trained: TrainedModel, root: Root, prompt: str) -> Sample:

@@ -79,11 +79,11 @@ def run(config: PaperConfig, model: ModelUnderTest, root: Root) -> Manifest:
         log.info(f"paper: {root.at(model.folder)} is finished")
         return finished
     experiments = Experiments(config, model, Sampler.open(root, model.trained, model.evaluate), items)
-    items.begin()
-    records, results = experiments.run_all()
-    file = root.write_json(f"{model.folder}/paper.json", results)
-    records.append(ShardRecord("values", 1, (file,)))
-    return items.finish(records, {"styles": list(styles)}, time.monotonic() - started)
+    with items.building():
+        records, results = experiments.run_all()
+        file = root.write_json(f"{model.folder}/paper.json", results)
+        records.append(ShardRecord("values", 1, (file,)))
+        return items.finish(records, {"styles": list(styles)}, time.monotonic() - started)
 
 
 class Experiments:
