@@ -36,7 +36,7 @@ class ClassifierConfig(TrainingConfig):
 class PixelClassifierConfig(TrainingConfig):
     """Training of the style classifier on pixels."""
 
-    epochs: int = Field(default=8, ge=1)
+    epochs: int = Field(default=12, ge=1)
     """Passes over the training pictures."""
     batch_size: int = Field(default=32, ge=2)
     """Pictures per step."""
