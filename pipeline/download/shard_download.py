@@ -6,7 +6,7 @@ Reads `filter/<shard>.parquet`; writes `download/<shard>.tar` (WebDataset, rows 
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from pipeline.pictures.tars import sample_key, tar_writer
 from pipeline.web.blocklist import Blocklist
 from pipeline.web.fetch import Fetcher
 from pipeline.web.host_queue import HostQueue
+from retrieval.storage.full_disk import full_disk_named
 from retrieval.storage.manifest import ShardRecord
 from retrieval.storage.root import FileRecord, Root
 from retrieval.storage.schema import DOWNLOADED, SELECTED, Reason, read_table, write_table
@@ -56,7 +57,10 @@ class ShardDownload:
         blocked = blocked_urls(selected, settings.blocklist)
         urls = ((row, url) for row, url in enumerate(selected["url"].to_pylist()) if row not in blocked)
         queue = HostQueue(urls, self.fetcher.settings.host_limits, self._resume_at)
-        with temporary_folder() as folder, (folder / "pictures").open("w+b") as file:
+        with ExitStack() as stack:
+            path = stack.enter_context(temporary_folder()) / "pictures"
+            stack.enter_context(full_disk_named(path))
+            file = stack.enter_context(path.open("w+b"))
             pictures = PictureBuffer(file)
             download = ImageDownload(self.fetcher, queue, settings, pictures)
             download.run(selected.num_rows - len(blocked))

@@ -23,10 +23,10 @@ from fsspec.implementations.local import LocalFileSystem
 from retrieval.errors import NodeError, UserError
 from retrieval.extras import extras_named
 from retrieval.storage import object_store
+from retrieval.storage.full_disk import full_disk_named, is_disk_full
 from retrieval.storage.temp_folders import temporary_folder
 
 CHUNK_BYTES = 1 << 22
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ class Root:
         except (FileNotFoundError, FileExistsError):
             raise
         except self._request_errors as error:
-            if _is_disk_full(error):
-                raise self._disk_full(name, error) from error
+            if is_disk_full(error):
+                raise
             raise NodeError(
                 f"{self.at(name)} cannot be reached ({type(error).__name__}: {error}). Check the store and "
                 "your access to it, then run this again; finished shards are kept."
@@ -145,12 +145,6 @@ class Root:
     def _missing(self, name: str) -> UserError:
         return UserError(f"{self.at(name)} is missing: the stage that writes it did not finish. Run it again.")
 
-    def _disk_full(self, name: str, error: Exception) -> NodeError:
-        return NodeError(
-            f"{self.at(name)}: the disk of this machine is full ({error}). Free some space and run this "
-            "again; finished shards are kept."
-        )
-
     def read_bytes(self, name: str) -> bytes | None:
         """The content of a small file, or None if it does not exist."""
         try:
@@ -190,16 +184,15 @@ class Root:
     def writing(self, name: str) -> Iterator[PendingFile]:
         """A path that becomes `name` after the block (removed if it raises). Raises NodeError if the disk is full."""
         with ExitStack() as stack:
-            try:
-                path = self._temporary_path(name, stack)
-                pending = PendingFile(path)
-                yield pending
-                pending.record = FileRecord(name, path.stat().st_size, file_sha256(path))
-                self._publish(path, name)
-            except OSError as error:
-                if not _is_disk_full(error):
-                    raise
-                raise self._disk_full(name, error) from error
+            if self.is_local:
+                stack.enter_context(full_disk_named(self.local_path(name)))
+            path = self._temporary_path(name, stack)
+            if not self.is_local:
+                stack.enter_context(full_disk_named(path, self.at(name)))
+            pending = PendingFile(path)
+            yield pending
+            pending.record = FileRecord(name, path.stat().st_size, file_sha256(path))
+            self._publish(path, name)
 
     def _temporary_path(self, name: str, stack: ExitStack) -> Path:
         """A path to write to. The stack removes what remains of it."""
@@ -305,10 +298,6 @@ class Root:
             if not page.get("IsTruncated"):
                 return
             markers = {marker: page[f"Next{marker}"] for marker in ("KeyMarker", "UploadIdMarker")}
-
-
-def _is_disk_full(error: Exception) -> bool:
-    return isinstance(error, OSError) and error.errno in DISK_FULL
 
 
 def file_sha256(path: Path) -> str:

@@ -14,15 +14,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from retrieval.storage.full_disk import full_disk_named
+
 PREFIX = "rdm-"
 
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """An empty folder on the local disk, removed after the block."""
-    folder, lock = _locked_folder()
+    """An empty folder on the local disk, removed after the block. Raises NodeError if the disk is full."""
+    with full_disk_named(Path(tempfile.gettempdir())):
+        folder, lock = _locked_folder()
     try:
-        yield folder
+        with full_disk_named(folder):
+            yield folder
     finally:
         shutil.rmtree(folder)
         os.close(lock)

@@ -5,18 +5,21 @@ import hashlib
 import io
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from pipeline.download.image_download import PictureBuffer, SplitSettings
+from pipeline.download.image_download import SplitSettings
 from pipeline.download.shard_download import ShardDownload
 from pipeline.web.blocklist import read_blocklist
+from retrieval.errors import NodeError
 from retrieval.perceptual_hash import perceptual_hash
 from retrieval.storage.root import Root
 from retrieval.storage.schema import DOWNLOADED, image_id, read_table
+from tests.full_disk import files_of_at_most
 from tests.pipeline.web.fetching import make_fetcher, write_selected
 
 SETTINGS = SplitSettings(edge=0, min_edge=1, max_pixels=10_000, jpeg_quality=95, threads=2, min_answered=0.05)
@@ -32,19 +35,29 @@ print(*sorted({"torch", "ray", "albumentations", "img2dataset", "webdataset"} & 
     assert result.stdout.strip() == ""
 
 
-def test_a_full_disk_is_an_error_of_the_shard(tmp_path: Path, server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_scratch_disk_is_named_at_once(tmp_path: Path, server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     root = Root(str(tmp_path))
-    body = jpeg(Image.new("RGB", (96, 96)), 90)
-    write_selected(root, "train/0", [server.send(f"/{n}", body) for n in range(3)])
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8))
+    urls = [server.send(f"/{n}", jpeg(noise, 95)) for n in range(50)]
+    write_selected(root, "train/0", urls)
     work = ShardDownload(root, make_fetcher(), {"train": SETTINGS})
-    assert work("train/0").rows == 3
-
-    def no_space(buffer: PictureBuffer, row: int, jpeg: bytes) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(PictureBuffer, "add", no_space)
-    with pytest.raises(OSError, match="No space left"):
+    with files_of_at_most(30_000), pytest.raises(NodeError, match=rf"{tmp_path}/rdm-.*/pictures: the disk /.* is full"):
         work("train/0")
+    assert len(server.requests) < 10
+    assert work("train/0").rows == 50
+
+
+def test_a_full_output_disk_is_named(tmp_path: Path, server, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Root(str(tmp_path))
+    write_selected(root, "train/0", [server.send("/0", jpeg(Image.new("RGB", (96, 96)), 90))])
+    work = ShardDownload(root, make_fetcher(), {"train": SETTINGS})
+    with (
+        files_of_at_most(5_000),
+        pytest.raises(NodeError, match=rf"{tmp_path}/download/train/0\.tar: the disk /.* full"),
+    ):
+        work("train/0")
+    assert root.list("download") == []
 
 
 def test_images_with_listed_contents_or_perceptual_hashes_are_not_stored(tmp_path: Path, server) -> None:

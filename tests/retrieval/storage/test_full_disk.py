@@ -1,0 +1,62 @@
+"""Full disks are named, whichever library meets them."""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from retrieval import Root
+from retrieval.errors import NodeError
+from retrieval.storage.full_disk import full_disk_named
+from retrieval.storage.temp_folders import temporary_folder
+from tests.full_disk import files_of_at_most
+
+
+def write_faiss(path: Path) -> None:
+    index = faiss.IndexFlatIP(64)
+    index.add(np.zeros((1000, 64), np.float32))
+    faiss.write_index(index, str(path))
+
+
+def write_numpy(path: Path) -> None:
+    with path.open("wb") as file:
+        np.save(file, np.zeros(100_000))
+
+
+def write_arrow(path: Path) -> None:
+    table = pa.table({"a": np.zeros(100_000)})
+    with pa.ipc.new_file(str(path), table.schema) as writer:
+        writer.write_table(table)
+
+
+def write_bytes(path: Path) -> None:
+    path.write_bytes(bytes(100_000))
+
+
+@pytest.mark.parametrize("write", [write_faiss, write_numpy, write_arrow, write_bytes])
+def test_a_full_output_disk_is_named_with_the_file(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    root = Root(tmp_path)
+    named = pytest.raises(NodeError, match=rf"{tmp_path}/stage/x: the disk /.* is full")
+    with files_of_at_most(10_000), named, root.writing("stage/x") as pending:
+        write(pending.path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_full_disk_of_temporary_files_is_named_with_its_folder_or_its_target() -> None:
+    with files_of_at_most(10_000):
+        with pytest.raises(NodeError, match=r"rdm-.*: the disk /.* is full.*TMPDIR"), temporary_folder() as folder:
+            (folder / "x").write_bytes(bytes(20_000))
+        with pytest.raises(NodeError, match=r"/x, on its way to memory://full/a/x: the disk"):
+            Root("memory://full").write_bytes("a/x", bytes(20_000))
+
+
+def test_other_errors_are_not_changed(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError), full_disk_named(tmp_path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    with pytest.raises(RuntimeError, match="another"), full_disk_named(tmp_path):
+        raise RuntimeError("another")
