@@ -22,7 +22,7 @@ from trainer.checkpoint.export import CONFIG, WEIGHTS
 from trainer.model.autoencoder import Autoencoder
 from trainer.model.diffusion import scheduler_settings
 from trainer.model.unet import build_unet
-from trainer.recipe import AutoencoderConfig, DiffusionConfig, ModelConfig, TrainingRecipe
+from trainer.recipe import AutoencoderConfig, ContextNorm, DiffusionConfig, ModelConfig, TrainingRecipe
 from trainer.released.checkpoint_import import ReleasedModel
 
 LENGTHS = {"unit": "each of length 1", "raw": "with the lengths that CLIP gives them, not normalized"}
@@ -85,6 +85,7 @@ def write_folder(root: Root, run: str, autoencoder: AutoencoderConfig, target: P
 def read_folder(folder: Path, config: TrainingRecipe) -> ReleasedModel:
     """Read a folder as the recipe's model. Raises UserError if a setting, a tensor or the noise schedule differs."""
     _check_schedule(folder / SCHEDULER, config.diffusion)
+    _check_norm(folder / "recipe.json", config.model.context_norm)
     with torch.device("meta"):
         unet: Any = build_unet(config.model)
     _check_unet(folder / "unet" / CONFIG, unet)
@@ -161,6 +162,14 @@ def _check_schedule(path: Path, config: DiffusionConfig) -> None:
                 f"{path} has {name} {settings.get(name)!r}, [diffusion] gives {expected[name]!r}. "
                 "Set [diffusion] to the model's."
             )
+
+
+def _check_norm(path: Path, context_norm: ContextNorm) -> None:
+    """Compare the length of the model's CLIP vectors with the recipe. Folders of other projects do not tell it."""
+    if path.is_file() and (norm := ModelConfig(**_read_json(path)["model"]).context_norm) != context_norm:
+        raise UserError(
+            f'{path} has model.context_norm "{norm}", the recipe has "{context_norm}". Set it to the model\'s.'
+        )
 
 
 def _check_unet(path: Path, unet: Any) -> None:

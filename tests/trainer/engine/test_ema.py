@@ -1,9 +1,11 @@
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.trainer.training.launched import fork
+from trainer.engine.deepspeed_engine import use_deterministic_algorithms
 from trainer.engine.ema import MovingAverage, decay_at
 from trainer.engine.fragments import Fragment
 
@@ -31,6 +33,17 @@ def test_a_decay_of_almost_one_still_changes_the_average() -> None:
     for update in range(10**6, 10**6 + 5000):
         average.update(update)
     assert average.fragments[0].values.item() == pytest.approx(1 + 0.01 * (1 - 0.9999**5000), abs=5e-5)
+
+
+def test_deterministic_algorithms_are_required_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    use_deterministic_algorithms()
+    try:
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG")
 
 
 def test_two_ranks_have_exact_masters_and_averages_and_skip_bad_gradients_at_every_zero_stage(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ DIM = 32
 SIZES = {"channels": (32, 64, 96), "context_dim": DIM, "channels_per_head": 16}
 MODELS = {
     "laion": ModelConfig(latent_channels=16, attention=(1, 2), **SIZES),
-    "imagenet": ModelConfig(latent_channels=3, attention=(2, 4), **SIZES),
+    "imagenet": ModelConfig(latent_channels=3, attention=(2, 4), context_norm="raw", **SIZES),
 }
 BETA_END = {"laion": 0.015, "imagenet": 0.0195}
 FIRST_STAGE = {"laion": ("kl", 0.22765929), "imagenet": ("vq", 1.0)}

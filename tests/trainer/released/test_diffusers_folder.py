@@ -101,6 +101,7 @@ def test_the_code_of_the_model_card_opens_the_folder(exported, monkeypatch):
     assert f"{sum(w.numel() for w in networks(kind)[0].parameters()):,} parameters" in card
     assert "trained at 64 px" in card
     assert "with 4 neighbors" in card
+    assert {"laion": "each of length 1", "imagenet": "not normalized"}[kind] in card
     code = card.split("```python")[1].split("```")[0]
     monkeypatch.chdir(folder.parent)
     opened: dict[str, object] = {}
@@ -116,6 +117,14 @@ def test_an_exported_folder_is_imported_as_the_same_run(exported, tmp_path):
     assert exported_weights.keys() == imported.keys()
     assert all(torch.equal(tensor, imported[name]) for name, tensor in exported_weights.items())
     assert Autoencoder.load(recipe.autoencoder, "cpu").identity == Autoencoder.load(config.autoencoder, "cpu").identity
+
+
+def test_a_folder_whose_model_takes_vectors_of_another_length_is_refused(exported, tmp_path):
+    kind, _, _, folder = exported
+    theirs, other = ("unit", "raw") if kind == "laion" else ("raw", "unit")
+    recipe = recipe_of(kind, tmp_path / "new", model={"context_norm": other})
+    with pytest.raises(UserError, match=f'context_norm "{theirs}", the recipe has "{other}"'):
+        import_model(recipe, folder, ENCODER, Root(tmp_path / "root"))
 
 
 @pytest.mark.parametrize(
