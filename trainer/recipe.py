@@ -144,8 +144,8 @@ class TrainConfig(Config):
     max_skipped_steps: NonNegativeInt = runtime_setting(20)
     """Consecutive steps with a non-finite loss or gradient that may be skipped; one more ends the run."""
     max_replaced: float = runtime_setting(0.001, ge=0, le=1)
-    """Share of the samples that other rows of their shard may replace because their picture cannot be read; more end
-    the run. At least 10 are allowed."""
+    """Largest share of the samples that may be replaced by other rows of their shard because their picture cannot be
+    read; more end the run. 10 samples may always be replaced."""
     p_uncond: float = Field(0.1, ge=0, le=1)
     """Probability that a sample is trained without neighbors (for classifier-free guidance)."""
     ema_decay: float = Field(0.9999, ge=0, lt=1)

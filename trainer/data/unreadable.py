@@ -1,4 +1,4 @@
-"""What training does with rows that cannot be read: it tries again, then another row of the shard takes their place.
+"""Rows that cannot be read in training: they are read again, then replaced by another row of their shard.
 
 The replacement depends only on the seeds, so that it is the same for any number of ranks and threads. Reads rows of
 open shards; writes nothing.
@@ -7,6 +7,7 @@ open shards; writes nothing.
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Protocol, TypeVar
 
@@ -18,7 +19,7 @@ from retrieval.errors import UserError
 PAUSES_S = (0.1, 1.0)
 """Seconds before the second and third attempt after a read error; an unreadable row is read again at once."""
 MAX_REPLACEMENTS = 8
-"""Rows that are tried in the place of one; if none can be read, the shard is lost."""
+"""Number of other rows that are tried in the place of one that cannot be read."""
 
 log = logging.getLogger("train")
 Result = TypeVar("Result")
@@ -39,12 +40,12 @@ class Shard(Protocol):
 
 
 def retried(read: Callable[[], Result]) -> Result:
-    """The result of `read`, which is tried again after a read error: network disks have short failures."""
+    """The result of `read`, which is called again after a read error: network disks have short failures."""
     for pause_s in PAUSES_S:
         try:
             return read()
         except (OSError, UserError) as error:
-            if not _may_pass(error):
+            if not _is_read_error(error):
                 raise
             if not isinstance(error, UnreadableError):
                 time.sleep(pause_s)
@@ -56,21 +57,24 @@ def read_or_replace(
 ) -> tuple[int, npt.NDArray[np.generic]]:
     """A row that can be read, and its inputs: `row`, else one of `rows` drawn with the seeds.
 
-    Raises UserError if neither the row nor MAX_REPLACEMENTS others can be read.
+    Raises UserError if neither the row nor any of up to MAX_REPLACEMENTS others can be read.
     """
-    others = (int(other) for other in np.random.default_rng(seeds).permutation(rows)[:MAX_REPLACEMENTS])
-    problem: Exception | None = None
-    for candidate in (row, *others):
-        try:
-            return candidate, retried(partial(shard.inputs, candidate, epoch))
-        except (OSError, UnreadableError) as error:
-            log.warning(f"image {shard.ids[candidate]} is replaced: {error}")
-            problem = problem or error
+    try:
+        return row, retried(partial(shard.inputs, row, epoch))
+    except (OSError, UnreadableError) as error:
+        problem = error
+    shuffled = np.random.default_rng(seeds).permutation(rows)
+    others = [int(other) for other in shuffled[: MAX_REPLACEMENTS + 1] if other != row][:MAX_REPLACEMENTS]
+    for other in others:
+        with suppress(OSError, UnreadableError):
+            inputs = retried(partial(shard.inputs, other, epoch))
+            log.warning(f"image {shard.ids[row]} is replaced by image {shard.ids[other]}: {problem}")
+            return other, inputs
     raise UserError(
-        f"image {shard.ids[row]} and {MAX_REPLACEMENTS} others of its shard cannot be read. Check the disk. {problem}"
+        f"image {shard.ids[row]} and {len(others)} others of its shard cannot be read. Check the disk. {problem}"
     ) from problem
 
 
-def _may_pass(error: Exception) -> bool:
-    """True for errors of reading and for unreadable rows, which may be read errors."""
+def _is_read_error(error: Exception) -> bool:
+    """True for errors of reading and for unreadable rows, which may have been read wrongly."""
     return isinstance(error, OSError | UnreadableError) or isinstance(error.__cause__, OSError)

@@ -89,16 +89,16 @@ def wilson_interval(share: float, trials: float) -> Interval:
 def share(flags: npt.ArrayLike, clusters: Clusters | None = None) -> Estimate:
     """The share of true flags (n,), n at least 1, with Wilson's interval for the effective number of rows.
 
-    That number is n divided by the design effect: the variance between clusters over that of independent rows. If all
-    flags are equal, it is the number of clusters.
+    That number is n divided by the design effect: the variance of the mean of clusters over that of independent rows,
+    at least 1. If the flags are all equal or of one cluster, the effect is unknown and the number is that of clusters.
     """
     values = np.asarray(flags, np.float64)
     numbers = _cluster_numbers(range(len(values)) if clusters is None else clusters)
     n, count, mean = len(values), int(numbers.max()) + 1, float(values.mean())
     independent = np.sum((values - mean) ** 2) * n / max(n - 1, 1)
     clustered = np.sum(np.bincount(numbers, values - mean) ** 2) * count / max(count - 1, 1)
-    trials = min(n, n * independent / clustered) if clustered > 0 else count
-    return Estimate(mean, *wilson_interval(mean, trials))
+    is_known = independent > 0 and count > 1
+    return Estimate(mean, *wilson_interval(mean, n / max(1.0, clustered / independent) if is_known else count))
 
 
 def _cluster_numbers(clusters: Clusters) -> Rows:

@@ -82,9 +82,13 @@ def thumbnails(pictures: Iterable[Image.Image]) -> Pixels:
 
 
 def pictures_digest(table: str) -> str:
-    """Hash of a table and of the sizes of its pictures, 16 hex digits: changes with the data of the judge."""
+    """Hash of a table and of the sizes of its pictures, 16 hex digits: changes with the data of the judge.
+
+    Raises UserError if the table cannot be read.
+    """
+    rows = _read(table)
     digest = hashlib.sha256(Path(table).read_bytes())
-    for path, _ in _read(table):
+    for path, _ in rows:
         digest.update(f"{path} {path.stat().st_size if path.exists() else -1}\n".encode())
     return digest.hexdigest()[:16]
 
@@ -109,7 +113,8 @@ def _rows(table: str, styles: Sequence[str], max_rows: int, seed: int) -> tuple[
             by_style[words].append(path)
     paths: list[Path] = []
     labels: list[int] = []
-    for label, (words, of_style) in enumerate(by_style.items()):
+    for label, words in enumerate(map(style_words, styles)):
+        of_style = by_style[words]
         if not of_style:
             raise UserError(f"judge_pictures = {table!r} has no picture of style {words!r}. Add some.")
         order = np.random.default_rng([seed, label]).permutation(len(of_style))[:max_rows]

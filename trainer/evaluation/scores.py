@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer.evaluation.classifier import TrainedClassifier
-from trainer.evaluation.intervals import Bootstrap, Estimate, Floats, interval, share
+from trainer.evaluation.intervals import ENDS, Bootstrap, Estimate, Floats, interval, share, wilson_interval
 from trainer.evaluation.metrics import (
     Features,
     KernelDistance,
@@ -171,9 +171,8 @@ def _style_row(style: str, modes: Sequence[str], scores: Scores, evaluator: Eval
 
 
 def _judge(trained: TrainedClassifier) -> dict[str, Any]:
-    right = round(trained.held_out_accuracy * trained.held_out_rows)
-    flags = np.arange(trained.held_out_rows) < right
-    return {"accuracy": share(flags), "held_out_rows": trained.held_out_rows}
+    accuracy, rows = trained.held_out_accuracy, trained.held_out_rows
+    return {"accuracy": Estimate(accuracy, *wilson_interval(accuracy, rows)), "held_out_rows": rows}
 
 
 def _effects(totals: Mapping[str, StyleScores], flags: str, evaluator: Evaluator) -> dict[str, Estimate]:
@@ -226,6 +225,6 @@ def _improvement(ours: StyleScores, baseline: StyleScores, bootstrap: Bootstrap)
     if np.mean(baseline_right == 0) <= MAX_FAILURES:
         with np.errstate(divide="ignore", invalid="ignore"):
             ratios = np.where(baseline_right > 0, ours_right / baseline_right - 1, np.inf)
-        ends = [float(end) for end in np.quantile(ratios, [0.025, 0.975], method="nearest")]
+        ends = [float(end) for end in np.quantile(ratios, ENDS, method="nearest")]
     value = relative_improvement(float(ours.correct.mean()), float(baseline.correct.mean()))
     return {"value": value, "interval": ends}

@@ -55,5 +55,5 @@ def make_context(mode: Mode, query: Vectors, neighbors: Vectors, norm: ContextNo
     tokens = np.concatenate([*queries, *([] if mode == "text" else [neighbors])])
     if not len(tokens):
         raise ValueError(f"mode {mode} without neighbors gives an empty context")
-    units = unit_rows(tokens)
+    units = unit_rows(tokens)  # for `raw` too: raises for a row of zeros
     return units if norm == "unit" else tokens

@@ -78,8 +78,8 @@ def condition(requests: Sequence[Request], sources: ConditioningSources) -> list
     """Neighbors and context of each request, in order. Raises UserError for an empty context."""
     queries = make_queries(requests, sources)
     results = _search_all(requests, queries, sources)
-    conditions = zip(requests, queries, results, strict=True)
-    return [_conditioned(*condition, sources.context_norm) for condition in conditions]
+    rows = zip(requests, queries, results, strict=True)
+    return [_conditioned(*row, sources.context_norm) for row in rows]
 
 
 def make_queries(requests: Sequence[Request], sources: ConditioningSources) -> list[Query]:
@@ -112,8 +112,8 @@ def _search_all(
             vectors.setdefault(search, {})[vector.tobytes()] = vector
     results = {}
     for search in sorted(vectors):
-        queries_ = np.stack([*vectors[search].values()])
-        neighbors = _search(sources.database(search[0]), queries_, search, sources.context_norm)
+        distinct = np.stack([*vectors[search].values()])
+        neighbors = _search(sources.database(search[0]), distinct, search, sources.context_norm)
         results.update({(search, key): row for key, row in zip(vectors[search], neighbors, strict=True)})
     return [[results[key] for key in of_request] for of_request in keys]
 

@@ -1,8 +1,8 @@
 """The training loop. It ends after the last step, after SIGTERM, or with an error for too many unusable steps.
 
 Writes checkpoints and the training log. Every step ends with one small all-gather, so that all ranks stop at
-the same step. Steps with a non-finite gradient change nothing and are counted. An error is raised after a checkpoint,
-so that the next start goes on behind the steps that failed.
+the same step. Steps with a non-finite gradient change nothing and are counted. A checkpoint is written before an
+error is raised, so that the next start goes on after the steps that failed.
 """
 
 import logging
@@ -23,7 +23,7 @@ from trainer.checkpoint.checkpoint import CheckpointFolder, Progress
 from trainer.data.loader import Loader, TrainingBatch
 from trainer.engine.deepspeed_engine import Ranks, gather_numbers, optimizer_step, set_learning_rate
 from trainer.engine.ema import MovingAverage
-from trainer.engine.fragments import MASTER, Fragment, owned_fragments
+from trainer.engine.fragments import MASTER, owned_fragments
 from trainer.recipe import TrainConfig
 from trainer.tracking.flops import UtilizationMeter
 from trainer.tracking.training_log import StepMetrics, TrainingLog
@@ -167,7 +167,9 @@ class _Loop:
         else:
             self._consecutive += 1
             self._report_non_finite(losses.tolist(), batch)
-        if self.progress.replaced > max(MIN_REPLACED, self._config.max_replaced * self.progress.images):
+        # Only at a step that replaced some: a run that is resumed with a mended disk goes on.
+        allowed = max(MIN_REPLACED, self._config.max_replaced * self.progress.images)
+        if self.progress.replaced > max(done.replaced, allowed):
             self._end(
                 f"{self.progress.replaced:,} of {self.progress.images:,} samples could not be read, train.max_replaced "
                 f"is {self._config.max_replaced:g}; the log names their pictures. Check the disk, run the stages again "
@@ -183,7 +185,7 @@ class _Loop:
         message = f"step {self.progress.step:,}: {where}. Images of the step, by rank: {images}"
         if self._consecutive <= self._config.max_skipped_steps:
             if self._ranks.is_first:
-                log.warning(f"{message}. The step is skipped ({self.progress.skipped:,} so far).")
+                log.warning(f"{message}. Steps skipped so far: {self.progress.skipped:,}.")
             return
         self._end(
             f"{message}. {self._consecutive} consecutive steps were not finite, train.max_skipped_steps is "
@@ -193,16 +195,14 @@ class _Loop:
     def _end(self, message: str) -> NoReturn:
         """Save a checkpoint and raise UserError on all ranks. Weights that are not finite are not saved."""
         session = self._session
-        finite = all(bool(torch.isfinite(part.values).all()) for part in self._masters())
-        everywhere = gather_numbers(torch.tensor([float(finite)], device=self._ranks.device), self._ranks)
-        if bool(everywhere.all()):
+        masters = owned_fragments(session.engine, MASTER, self._ranks)
+        finite = float(all(bool(torch.isfinite(fragment.values).all()) for fragment in masters))
+        is_saved = bool(gather_numbers(torch.tensor([finite], device=self._ranks.device), self._ranks).all())
+        if is_saved:
             session.checkpoints.save(session.engine, session.average, self.progress, self._ranks)
         session.checkpoints.finish()
-        kept = "The next start continues after this step." if bool(everywhere.all()) else "The last checkpoint is kept."
+        kept = "The next start continues after this step." if is_saved else "The last checkpoint is kept."
         raise UserError(f"train: {message} {kept}")
-
-    def _masters(self) -> list[Fragment]:
-        return owned_fragments(self._session.engine, MASTER, self._ranks)
 
     def _log(self, rate: float) -> None:
         """Record the interval, if it has any finite numbers."""

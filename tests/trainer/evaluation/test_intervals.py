@@ -80,3 +80,9 @@ def test_a_difference_is_paired_and_has_a_width_even_if_all_pairs_are_equal():
     assert equal.value == 0
     assert -0.2 < equal.low < -0.1
     assert equal.high == -equal.low
+
+
+def test_a_share_whose_clusters_are_alike_has_all_its_rows_and_one_cluster_counts_once():
+    flags = [1, 0, 0] * 20
+    assert share(flags, [i // 3 for i in range(60)])[1:] == pytest.approx(wilson_interval(1 / 3, 60))
+    assert share(flags, ["one prompt"] * 60)[1:] == pytest.approx(wilson_interval(1 / 3, 1))

@@ -93,6 +93,9 @@ def test_a_table_that_cannot_be_read_is_refused(tmp_path: Path, kind: str):
         pq.write_table(pa.table({"path": ["a.png"] * 4, "style": ["checks"] * 4}), path)
     with pytest.raises(UserError, match=r"pictures\.parquet|a\.png"):
         train_pixel_judge(str(path), ("checks",), CONFIG, 100, seed=0)
+    if kind != "missing picture":
+        with pytest.raises(UserError, match=r"pictures\.parquet"):
+            pictures_digest(str(path))
 
 
 def test_the_digest_changes_with_the_table_and_with_a_picture(tmp_path: Path):
