@@ -9,12 +9,13 @@ import ray
 
 from tests.jobs.demo.tiny_demo import TinyDemo, run_once
 
-LONG = ("test_demo.py", "test_docs.py", "test_launching.py", "test_train.py", "test_monitoring.py")
+LONG = ("test_demo.py", "test_train.py", "test_launching.py", "test_crashes.py", "test_docs.py", "test_monitoring.py")
+"""Files that take longest, in this order. test_docs.py waits for the tiny demo, which test_demo.py makes."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take minutes come first, so that the processes end at about the same time."""
-    items.sort(key=lambda item: item.path.name not in LONG)
+    """Put the files of LONG first, so that the processes end at about the same time."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -66,6 +66,8 @@ class AutoencoderTraining(Config):
     """Highest learning rate of AdamW, reached after a tenth of the steps; it falls to 0 at the end."""
     channels: PositiveInt = 8
     """Channels of a latent. One latent encodes 4 x 4 pixels."""
+    num_test_scenes: PositiveInt = 512
+    """Scenes for measuring the error."""
     latent_noise: PositiveFloat = 0.05
     """Standard deviation of noise on the latents in training: the decoder must tolerate sampling errors."""
     num_threads: PositiveInt = runtime_setting(2)

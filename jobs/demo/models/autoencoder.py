@@ -16,7 +16,6 @@ from jobs.demo.world.training_scenes import draw_training_scenes
 from trainer.model.patch_autoencoder import PatchAutoencoder, PatchShape
 
 IMAGE_SIZE = 64
-NUM_TEST_SCENES = 512
 
 
 def train_autoencoder(config: AutoencoderTraining, folder: Path) -> dict[str, float]:
@@ -28,7 +27,7 @@ def train_autoencoder(config: AutoencoderTraining, folder: Path) -> dict[str, fl
     network.fit_components(images[:1000])
     _fit(network, images, config)
     network.save(folder)
-    test = _scenes(NUM_TEST_SCENES, config.seed + 1, config.num_threads)
+    test = _scenes(config.num_test_scenes, config.seed + 1, config.num_threads)
     return {"psnr_db": psnr_db(network, test), "scale": 1.0}
 
 

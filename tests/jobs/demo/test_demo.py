@@ -3,20 +3,19 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
-import time
-from concurrent.futures import ThreadPoolExecutor
+import sys
 from pathlib import Path
 
 import pytest
+import ray
 
 from jobs import download, embed, filter, index, latents, neighbors
 from jobs.cli.recipe import load_recipe
 from jobs.demo.run import run as run_demo
 from retrieval import Database, Root
 from retrieval.storage.manifest import read_manifest
-from tests.jobs.demo.tiny_demo import DEMO, TinyDemo, command, overrides
+from tests.jobs.demo.tiny_demo import DEMO, TinyDemo, overrides
 from tests.pipeline.shards_in_process import shards_in_process
 
 STAGES = {
@@ -89,21 +88,31 @@ def folder_of(stage: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def killed(demo_root: Path, tmp_path_factory: pytest.TempPathFactory, demo_port: int) -> dict[str, Path]:
-    """For each stage a copy of the run, in which the stage was killed. Two stages run at a time."""
-
-    def kill(stage: str) -> Path:
-        root = tmp_path_factory.mktemp(stage) / "run"
+def killed(
+    demo_root: Path, tmp_path_factory: pytest.TempPathFactory, demo_port: int, ray_cluster: None
+) -> dict[str, Path]:
+    """For each stage a copy of the run, in which the stage was killed."""
+    roots = {stage: tmp_path_factory.mktemp(stage) / "run" for stage in STAGES}
+    arguments = []
+    for stage, root in roots.items():
         for folder in ("world", "clip", "autoencoder", "filter", "download", "embed", "index"):
             shutil.copytree(demo_root / folder, root / folder)
         shutil.rmtree(root / folder_of(stage), ignore_errors=True)
         # The fingerprint of filter contains the path of the metadata, so it also starts in this folder.
-        arguments = [*command(stage, root, demo_port), "--set", f"{stage}.workers=1"]
-        _kill_at_first_record(arguments, root / folder_of(stage))
-        return root
-
-    with ThreadPoolExecutor(2) as threads:
-        return dict(zip(STAGES, threads.map(kill, STAGES), strict=True))
+        settings = [*overrides(root, demo_port), f"{stage}.workers=1"]
+        arguments.append((stage, str(root / folder_of(stage)), str(DEMO), settings))
+    environment = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "PYTHONPATH": str(DEMO.parents[2])}
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("kill_stages.py"))],
+        input=json.dumps(arguments),
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | environment,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return roots
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -113,7 +122,7 @@ def test_a_killed_stage_is_completed_to_the_same_bytes(
 ) -> None:
     name, folder = folder_of(stage), killed[stage] / folder_of(stage)
     expected = read_manifest(Root(demo_root), name)
-    finished = {path: path.stat().st_mtime_ns for path in folder.glob("records/**/*.json")}
+    finished = {path: path.stat().st_mtime_ns for path in folder.glob("records/**/[!.]*.json")}
     assert finished
     assert not (folder / "manifest.json").exists()
     with shards_in_process(), caplog.at_level("INFO"):
@@ -124,18 +133,3 @@ def test_a_killed_stage_is_completed_to_the_same_bytes(
     assert resumed.checksums() == expected.checksums()
     assert resumed.reasons == expected.reasons
     assert not list(folder.rglob(".partial-*"))
-
-
-def _kill_at_first_record(arguments: list[str], folder: Path) -> None:
-    """Start a stage, and kill all its processes as soon as the record of one shard exists."""
-    process = subprocess.Popen(arguments, start_new_session=True, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(folder.glob("records/**/*.json")):
-        assert process.poll() is None or list(folder.glob("records/**/*.json")), (
-            "the stage ended before it could be killed"
-        )
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    time.sleep(1)  # the demo's server ends after its parent, which frees the port
