@@ -122,6 +122,8 @@ class _Lease:
         current = self._read()
         if current is not None:
             self._wait_for_end(current)
+            if self._read() != current:
+                return False
             self.root.delete(self.file)
         if not self.root.create(self.file, json.dumps(self.values).encode()):
             return False

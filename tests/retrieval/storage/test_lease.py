@@ -65,7 +65,10 @@ def test_a_second_holder_is_told_who_holds_the_lease_and_since_when(root: Root) 
     assert root.list("leases") == []
 
 
-def test_the_lease_of_a_process_that_ended_here_is_taken_over_at_once(root: Root) -> None:
+def test_the_lease_of_a_process_that_ended_here_is_taken_over_at_once(
+    root: Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "EXPIRE_S", 60.0)
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     for owner in ({"pid": dead.pid}, {"process_start": 1}):  # gone; its id belongs to another process now
@@ -85,7 +88,8 @@ def test_the_lease_of_a_silent_process_elsewhere_is_taken_over_after_it_expired(
         assert time.monotonic() - started >= module.EXPIRE_S
 
 
-def test_a_process_elsewhere_that_renews_its_lease_keeps_it(root: Root) -> None:
+def test_a_process_elsewhere_that_renews_its_lease_keeps_it(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "EXPIRE_S", 60.0)
     write_lease(root, host="elsewhere", pid=7)
     threading.Timer(0.2, write_lease, (root, 1), {"host": "elsewhere", "pid": 7}).start()
     told = "process 7 on elsewhere has worked on it since 2026-01-02T03:04:05"
@@ -107,7 +111,10 @@ def test_a_half_written_lease_expires(tmp_path: Path) -> None:
         pass
 
 
-def test_of_many_processes_that_find_the_same_ended_holder_one_gets_the_lease(root: Root) -> None:
+def test_of_many_processes_that_find_the_same_ended_holder_one_gets_the_lease(
+    root: Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SETTLE_S", 1.0)
     write_lease(root, process_start=1)
     holders: list[int] = []
     barrier, ended = threading.Barrier(6), threading.Event()
@@ -117,7 +124,7 @@ def test_of_many_processes_that_find_the_same_ended_holder_one_gets_the_lease(ro
         try:
             with lease(root, "embed"):
                 holders.append(number)
-                ended.wait(20)
+                ended.wait(60)
         except UserError:
             refused.release()
 
@@ -125,7 +132,7 @@ def test_of_many_processes_that_find_the_same_ended_holder_one_gets_the_lease(ro
     threads = [threading.Thread(target=take, args=(number,)) for number in range(6)]
     for thread in threads:
         thread.start()
-    assert all(refused.acquire(timeout=20) for _ in range(5))
+    assert all(refused.acquire(timeout=60) for _ in range(5))
     ended.set()
     for thread in threads:
         thread.join()
