@@ -112,7 +112,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), remake: bool = False)
     if not isinstance(root, str) or not root:
         raise UserError(f"{path}: root must be a folder or a URL such as 'runs/demo', got {root!r}")
     kinds = SECTIONS | dict(load_extension(path, extension).SECTIONS if extension else {})
-    if remake and "train" in values:
+    if remake and isinstance(values.get("train"), dict):
         values["train"]["restart"] = True
     unknown = sorted(set(values) - set(kinds))
     if unknown:

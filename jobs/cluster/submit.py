@@ -23,7 +23,7 @@ from aiohttp import ClientError
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from jobs.cli.command import exit_on_user_error, recipe_parser
+from jobs.cli.command import add_remake, exit_on_user_error, recipe_parser
 from jobs.cli.recipe import Recipe, load_recipe
 from retrieval.errors import UserError
 
@@ -97,11 +97,13 @@ def read_command(name: str, recipe: Path, arguments: Sequence[str]) -> Command:
     name = name.removeprefix("jobs.")
     if name not in COMMANDS:
         raise UserError(f"{name} cannot be submitted to a cluster. Wanted one of: {', '.join(COMMANDS)}.")
-    known, others = recipe_parser(name, None).parse_known_args([str(recipe), *arguments])
+    parser = recipe_parser(name, None)
+    add_remake(parser)
+    known, others = parser.parse_known_args([str(recipe), *arguments])
     if name in ("sample", "train") and others:
         raise UserError(
-            f"{name} {' '.join(others)}: on a cluster this command takes --set only, because other options name "
-            "files of this machine. Run it here: the recipe's root may be on the cluster's object store."
+            f"{name} {' '.join(others)}: on a cluster this command takes --set and --remake only, because other "
+            "options name files of this machine. Run it here: the recipe's root may be on the cluster's object store."
         )
     loaded = load_recipe(recipe, known.overrides)
     if "://" not in loaded.root.url and not Path(loaded.root.url).is_absolute():

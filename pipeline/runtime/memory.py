@@ -1,11 +1,13 @@
 """The memory of a worker: how much it uses, its peak, and the limit that the recipe sets.
 
 Ray counts `memory` only when it places workers and does not enforce it. A thread of the worker checks the
-limit and ends the process before it takes memory that belongs to other workers of its node.
+limit and ends the process before it takes memory that belongs to other workers of its node. Both read /proc; on systems
+without it, such as macOS, the limit is not checked.
 """
 
 import logging
 import os
+import resource
 import threading
 import time
 from pathlib import Path
@@ -15,25 +17,29 @@ CHECK_EVERY_S = 0.2
 MEMORY_EXIT_CODE = 77
 """Exit code of a worker that exceeded its memory limit."""
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+PROCESS = Path("/proc/self")
 
 
 def used_bytes() -> int:
     """Resident memory of this process in bytes, without mapped files: the system can drop their pages."""
-    _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
+    _, resident, shared, *_ = map(int, (PROCESS / "statm").read_text().split())
     return (resident - shared) * PAGE_BYTES
 
 
 def peak_bytes() -> int:
     """Highest resident memory of this process so far in bytes, mapped files included."""
-    # Not from getrusage: there, a new process starts with the peak of its parent.
-    lines = Path("/proc/self/status").read_text().splitlines()
+    if not PROCESS.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes
+    # Not from getrusage: on Linux, a new process starts there with the peak of its parent.
+    lines = (PROCESS / "status").read_text().splitlines()
     [peak] = [line for line in lines if line.startswith("VmHWM:")]
     return int(peak.split()[1]) * 1024
 
 
 def start_watchdog(limit_gb: float, stage: str) -> None:
-    """End this process as soon as it uses more than `limit_gb`. stage: name of the logger."""
-    threading.Thread(target=_watch, args=(int(limit_gb * GB), stage), daemon=True).start()
+    """End this process as soon as it uses more than `limit_gb`, where there is /proc. stage: name of the logger."""
+    if PROCESS.exists():
+        threading.Thread(target=_watch, args=(int(limit_gb * GB), stage), daemon=True).start()
 
 
 def _watch(limit: int, stage: str) -> None:

@@ -1,8 +1,9 @@
 """Leases: only one process at a time works on a folder of a root.
 
 Reads and writes `leases/<name>.json`: the owner, since when, and a number that the owner raises every HEARTBEAT_S.
-A holder on this machine is checked by its process. A holder elsewhere is alive if it renews its lease within EXPIRE_S,
-measured by the observer's clock, so that clocks of two machines are never compared.
+A holder on this machine is checked by its process in /proc. A holder elsewhere, and any holder on a system without
+/proc such as macOS, is alive if it renews its lease within EXPIRE_S, measured by the observer's clock, so that clocks
+of two machines are never compared.
 """
 
 import json
@@ -28,6 +29,7 @@ EXPIRE_S = 60.0
 SETTLE_S = 1.0
 """Pause before a new lease is read back: not every store refuses to create a file that exists already."""
 POLL_S = 2.0
+PROC = Path("/proc")
 
 log = logging.getLogger("lease")
 
@@ -43,9 +45,10 @@ class Owner:
     process_start: int
 
     def is_visible(self) -> bool:
-        """Whether this process can see that one: same machine, boot and namespace of process ids."""
+        """Whether this process can see that one: same machine, boot and namespace of process ids, and /proc exists."""
         here = this_process()
-        return (self.host, self.boot, self.pid_namespace) == (here.host, here.boot, here.pid_namespace)
+        same = (self.host, self.boot, self.pid_namespace) == (here.host, here.boot, here.pid_namespace)
+        return same and bool(here.boot)
 
     def has_ended(self) -> bool:
         """Whether a visible process has ended."""
@@ -53,9 +56,11 @@ class Owner:
 
 
 def this_process() -> Owner:
-    """The identity of this process."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    namespace = os.readlink("/proc/self/ns/pid")
+    """The identity of this process. Without /proc, boot and namespace are empty."""
+    if not (PROC / "self").exists():
+        return Owner(socket.gethostname(), "", "", os.getpid(), 0)
+    boot = (PROC / "sys/kernel/random/boot_id").read_text().strip()
+    namespace = os.readlink(PROC / "self/ns/pid")
     return Owner(socket.gethostname(), boot, namespace, os.getpid(), _process_start(os.getpid()))
 
 
@@ -63,7 +68,7 @@ def _process_start(pid: int) -> int:
     """Start of a running process in clock ticks; -1 if there is no such process or it is a zombie."""
     try:
         # The second field is the command in parentheses and may contain spaces.
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        state, *fields = (PROC / f"{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return -1
     return -1 if state == "Z" else int(fields[18])

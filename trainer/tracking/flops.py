@@ -7,6 +7,7 @@ and the autoencoder do not count.
 """
 
 import logging
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +64,10 @@ class UtilizationMeter:
         """Peak memory of this process, GiB: allocated by torch on a GPU, resident memory on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**30
-        lines = Path("/proc/self/status").read_text().splitlines()
+        status = Path("/proc/self/status")
+        if not status.exists():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # macOS counts bytes
+        lines = status.read_text().splitlines()
         [kib] = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
         return int(kib) / 2**20
 

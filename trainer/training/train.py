@@ -75,7 +75,7 @@ def run(config: TrainingRecipe, root: Root) -> None:
     shapes = {name: weight.shape for name, weight in unet.named_parameters()}
     session, progress = _start(plan, root, unet, ranks)
     if ranks.is_first:
-        _log_start(plan, sum(shape.numel() for shape in shapes.values()), ranks, progress.step)
+        _log_start(plan, sum(shape.numel() for shape in shapes.values()), ranks, progress)
         if changes := session.checkpoints.changes():
             log.info(f"settings changed since the last checkpoint: {changes}")
     completed = train_steps(session, progress, termination)
@@ -169,12 +169,13 @@ def _start(plan: TrainingPlan, root: Root, unet: torch.nn.Module, ranks: Ranks) 
     return session, progress
 
 
-def _log_start(plan: TrainingPlan, parameters: int, ranks: Ranks, done: int) -> None:
+def _log_start(plan: TrainingPlan, parameters: int, ranks: Ranks, done: Progress) -> None:
     """Log a summary of the run."""
     config, images = plan.config.train, sum(plan.training_set.rows)
+    epochs = (done.images + (config.steps - done.step) * config.global_batch) / images
     log.info(
         f"{config.name}  {parameters:,} parameters  {images:,} images with {config.k} neighbors each  "
         f"{config.size} px as {plan.training_set.latent_shape}  batch {config.global_batch} on {ranks.world} "
         f"ranks by {config.micro_batch}  {config.precision}  ZeRO {config.zero_stage}  "
-        f"steps {done:,} to {config.steps:,} ({config.steps * config.global_batch / images:,.1f} epochs)"
+        f"steps {done.step:,} to {config.steps:,} ({epochs:,.1f} epochs)"
     )

@@ -4,7 +4,7 @@ import io
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -88,3 +88,12 @@ def slow_down(explorer: Explorer, seconds: float) -> list[float]:
 
     explorer.sampler.unet.unet = slow_unet
     return times
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait until a condition holds, at most 30 s."""
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("this took more than 30 s")

@@ -3,8 +3,7 @@
 import base64
 import re
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from urllib.parse import quote
 
 import httpx
@@ -17,7 +16,15 @@ from starlette.responses import StreamingResponse
 from starlette.routing import Route
 
 from jobs.explore.__main__ import make_app
-from tests.jobs.explore.explore_run import encode_picture, open_app, open_explorer, serving, slow_down, write_root
+from tests.jobs.explore.explore_run import (
+    encode_picture,
+    open_app,
+    open_explorer,
+    serving,
+    slow_down,
+    wait_until,
+    write_root,
+)
 from tests.trainer.tiny_run import DIM, pictures_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -152,14 +159,6 @@ def test_the_page_works_below_the_path_of_a_proxy(browser, tmp_path):
         expect(page.locator("#search-results img").first).to_be_visible(timeout=WAIT_MS)
         assert page.url.startswith(f"{url}/rdm/?")
         page.close()
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    for _ in range(600):
-        if condition():
-            return
-        time.sleep(0.05)
-    raise AssertionError("this took more than 30 s")
 
 
 def proxy(server: str, prefix: str) -> Starlette:

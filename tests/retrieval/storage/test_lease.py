@@ -65,6 +65,19 @@ def test_a_second_holder_is_told_who_holds_the_lease_and_since_when(root: Root) 
     assert root.list("leases") == []
 
 
+def test_without_proc_a_lease_is_held_while_it_is_renewed_and_taken_over_when_it_expires(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Root(tmp_path)
+    monkeypatch.setattr(module, "PROC", tmp_path / "absent")  # as on macOS
+    monkeypatch.setattr(module, "EXPIRE_S", 2.0)
+    with lease(root, "embed"), pytest.raises(UserError, match="has worked on it since"), lease(root, "embed"):
+        pass
+    write_lease(root)
+    with lease(root, "embed"):
+        assert root.read_json(FILE)["token"] != "other"
+
+
 def test_the_lease_of_a_process_that_ended_here_is_taken_over_at_once(
     root: Root, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,11 +2,14 @@
 
 import ast
 import re
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
+from retrieval.errors import UserError
 from retrieval.storage.root import Root
 from tests.trainer.training.launched import try_to_train
 from tests.trainer.training_set import (
@@ -20,11 +23,14 @@ from tests.trainer.training_set import (
     write_stage,
     write_tar,
 )
+from trainer.checkpoint.checkpoint import Progress
 from trainer.checkpoint.fragment_files import SavedFragments
 from trainer.data.loader import Loader
 from trainer.engine.fragments import MASTER, Fragment
 from trainer.recipe import TrainingRecipe
 from trainer.tracking.training_log import read_step_metrics
+from trainer.training.loop import _Loop
+from trainer.training.objective import QUARTILES
 from trainer.training.train import checkpoints_of, prepare
 
 
@@ -44,7 +50,7 @@ def test_steps_that_are_not_finite_are_skipped_and_too_many_end_the_run_after_a_
     messages = re.findall(pattern, log)
     assert messages, log
     # Rank 0 logs the skipped steps, and all ranks raise the same error.
-    assert [word for *_, word in messages if word != "The"] == ["4", "4"]
+    assert [word for *_, word in messages if word != "Steps"] == ["4", "4"]
     assert len(messages) >= 5
     plan = prepare(recipe, training_set)
     for step, ids, _ in messages:
@@ -77,13 +83,25 @@ def test_pictures_that_cannot_be_read_are_replaced_and_counted_and_too_many_end_
     assert message, log
     replaced, images = map(int, message.groups())
     assert 10 < replaced <= 18
-    assert (
-        checkpoints_of(
-            prepare(recipe_of(autoencoder_folder, source="images"), training_set), training_set
-        ).newest_step()
-        == images // 8
-    )
+    plan = prepare(recipe_of(autoencoder_folder, source="images"), training_set)
+    assert checkpoints_of(plan, training_set).newest_step() == images // 8
     entries = read_step_metrics(training_set.local_path("runs/tiny/train/metrics.jsonl"))
     counts = [entry.replaced_images for entry in entries]
     assert counts == sorted(counts)
     assert 0 < counts[-1] <= 10
+
+
+def test_a_run_over_its_limit_goes_on_while_all_pictures_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def end(_: _Loop, message: str) -> None:
+        raise UserError(message)
+
+    monkeypatch.setattr(_Loop, "_end", end)
+    average = SimpleNamespace(update=lambda updates: None)
+    loop = _Loop(SimpleNamespace(config=recipe_of("").train, ranks=None, average=average), Progress(10, 80, 0, 11))
+    numbers = torch.ones(1, 3 + 2 * QUARTILES, dtype=torch.float64)
+    numbers[0, 1] = 0
+    loop._count(numbers, 1.0, None)
+    assert loop.progress == Progress(11, 88, 0, 11)
+    numbers[0, 1] = 1
+    with pytest.raises(UserError, match="12 of 96 samples could not be read"):
+        loop._count(numbers, 1.0, None)
