@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -158,11 +159,15 @@ def with_vectors(rows: pa.Table, vectors: npt.NDArray[np.float32]) -> pa.Table:
 
 
 def _decode(encoder: Encoder, data: bytes) -> torch.Tensor | None:
-    try:
-        with Image.open(io.BytesIO(data)) as image, decode_share(image):
-            return encoder.preprocess(image)
-    except (Image.DecompressionBombError, PictureError, *BROKEN):
-        return None
+    """The input of the encoder, or None if the picture cannot be read. Errors of the encoder are raised."""
+    with ExitStack() as stack:
+        try:
+            image = stack.enter_context(Image.open(io.BytesIO(data)))
+            stack.enter_context(decode_share(image))
+            image.load()
+        except (Image.DecompressionBombError, PictureError, *BROKEN):
+            return None
+        return encoder.preprocess(image)
 
 
 def _read_pictures(path: str, keys: set[str]) -> Iterator[tuple[int, bytes]]:

@@ -2,8 +2,7 @@
 
 Reads the blocklist, the tables of `download`, the databases, `neighbors` and the manifests of training runs; writes
 `hidden/<digest>.npy` into databases that contain a listed image, the neighbor tables that change, and
-`optout/<list>.json`.
-Pictures, vectors and latents stay on disk but are not used. A repeated run gives the same result.
+`optout/<list>.json`. Pictures, vectors and latents stay on disk but are not used. A repeated run gives the same result.
 """
 
 import shutil
@@ -19,6 +18,7 @@ from pipeline.filter.selection import hash_urls
 from pipeline.neighbors.neighbors import neighbors_stage
 from pipeline.neighbors.refill import refill_work
 from pipeline.recipe import NeighborsConfig
+from pipeline.runtime.id_files import read_ids, write_ids
 from pipeline.runtime.runner import run_shards
 from pipeline.runtime.stage import Stage
 from pipeline.runtime.workers import Work, Workers
@@ -41,8 +41,8 @@ REMAINS = (
     " (databases/*/pictures/*.tar), rows in filter/, download/ and embed/, vectors in the databases, and"
     " latents. To erase all but the rows in filter/, add the list to filter.blocklist and download.blocklist, run these"
     " stages, then the later ones with --remake. md5: entries apply only while downloading. sha256: and phash: entries"
-    " apply to downloaded"
-    " pictures, not to style databases: list their pictures by domain or id. Samples are not searched."
+    " apply to downloaded pictures, not to style databases: list their pictures by domain or id. Samples are not"
+    " searched."
 )
 
 
@@ -104,7 +104,8 @@ def _downloaded_ids(stage: Stage, blocklist: Blocklist) -> npt.NDArray[np.int64]
     if "download" not in stage.upstream:
         return blocklist.ids
     shards = [f"find/{shard}" for shard in read_manifest(stage.root, "download").shard_names()]
-    return _collect_ids(stage, run_shards(stage, shards, partial(_find_work, stage, blocklist), Workers()))
+    records = run_shards(stage, shards, partial(_find_work, stage, blocklist), Workers())
+    return read_ids(stage.root, [file for record in records for file in record.files])
 
 
 def _find_work(stage: Stage, blocklist: Blocklist) -> Work:
@@ -115,7 +116,7 @@ def _find_work(stage: Stage, blocklist: Blocklist) -> Work:
         matches |= blocklist.blocks_ids(table[schema.IMAGE_ID].to_numpy())
         matches |= blocklist.blocks_phashes(table["phash"].to_numpy())
         matches |= blocklist.blocks_contents(table["sha256"].combine_chunks())
-        return _write_ids(stage, name, table[schema.IMAGE_ID].to_numpy()[matches])
+        return write_ids(stage.root, stage.name, name, table[schema.IMAGE_ID].to_numpy()[matches])
 
     return find
 
@@ -124,7 +125,8 @@ def _database_ids(stage: Stage, folder: str, blocklist: Blocklist, ids: npt.NDAr
     """Ids of the rows of a database that the blocklist matches, ascending."""
     count = len(Database.open(stage.root.child(folder)).partitions)
     names = [f"hold/{folder}/{number:05d}" for number in range(count)]
-    return _collect_ids(stage, run_shards(stage, names, partial(_search_work, stage, blocklist, ids), Workers()))
+    records = run_shards(stage, names, partial(_search_work, stage, blocklist, ids), Workers())
+    return read_ids(stage.root, [file for record in records for file in record.files])
 
 
 def _search_work(stage: Stage, blocklist: Blocklist, ids: npt.NDArray[np.int64]) -> Work:
@@ -135,7 +137,7 @@ def _search_work(stage: Stage, blocklist: Blocklist, ids: npt.NDArray[np.int64])
         # One chunk, or several if the URLs have more than 2 GiB.
         listed = [_are_listed(urls, blocklist, ids) for urls in partition.metadata["url"].chunks]
         matches |= np.concatenate([np.zeros(0, bool), *listed])
-        return _write_ids(stage, name, partition.ids[matches])
+        return write_ids(stage.root, stage.name, name, partition.ids[matches])
 
     return search
 
@@ -148,24 +150,6 @@ def _are_listed(column: pa.StringArray, blocklist: Blocklist, ids: npt.NDArray[n
     matches = np.zeros(len(column), bool)
     matches[known] = np.isin(hash_urls(urls)[0], ids) | blocklist.blocks_hosts(urls)
     return matches
-
-
-def _write_ids(stage: Stage, name: str, ids: npt.NDArray[np.int64]) -> ShardRecord:
-    """Write the ids of a shard, if any; returns its record."""
-    if not len(ids):
-        return ShardRecord(name, 0, ())
-    file = stage.root.write_bytes(f"{stage.name}/{name}.ids", ids.astype("<i8").tobytes())
-    return ShardRecord(name, len(ids), (file,))
-
-
-def _collect_ids(stage: Stage, records: list[ShardRecord]) -> npt.NDArray[np.int64]:
-    """The ids of all shards, ascending."""
-    parts = [np.empty(0, np.int64)]
-    for record in records:
-        for file in record.files:
-            with stage.root.open(file.name) as stream:
-                parts.append(np.frombuffer(stream.read(), "<i8"))
-    return np.unique(np.concatenate(parts))
 
 
 def _databases(root: Root) -> list[str]:

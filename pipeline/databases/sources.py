@@ -1,5 +1,6 @@
 """Sources of style databases and their pictures: the settings, a picture with its metadata, the names of fields."""
 
+import codecs
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -14,7 +15,7 @@ SUFFIXES = (
 # Without TIFF, whose signature the raw files of cameras share.
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")
 SIGNATURE_BYTES = 16
-MAX_TEXT_BYTES = 4096
+MAX_TEXT_CHARACTERS = 4096
 FIELDS = {
     "path": ("path", "file", "filename", "file_name", "filepath", "image_path", "image", "name"),
     "label": ("label", "style", "style_name", "class"),
@@ -134,8 +135,18 @@ def read_fields(row: Fields) -> dict[str, str]:
 
 
 def text_of(data: bytes) -> str:
-    """The text of a caption file."""
-    return data[:MAX_TEXT_BYTES].decode(errors="replace").strip()
+    """The text of a caption file, at most MAX_TEXT_CHARACTERS."""
+    return decoded(data).strip()[:MAX_TEXT_CHARACTERS]
+
+
+def decoded(data: bytes) -> str:
+    """The text of a file in UTF-16 with a byte order mark, in UTF-8, or else in Latin-1."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16", errors="replace")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
 
 
 def _words(stem: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.databases.sources import FIELDS, SUFFIXES, Fields, FileRange, Item, read_fields
+from pipeline.databases.sources import FIELDS, SUFFIXES, Fields, FileRange, Item, decoded, read_fields
 from retrieval.errors import UserError
 from retrieval.storage.listing import is_inside, safe_text
 
@@ -160,19 +160,10 @@ def _read_table(path: Path) -> tuple[list[str], list[Row]]:
         schema, _ = _schema(path)
         return schema.names, _image_free_rows(path, schema)
     try:
-        text = _decoded(path.read_bytes()).lstrip("\r\n")
+        text = decoded(path.read_bytes()).lstrip("\r\n")
         return _json_rows(text) if path.suffix.lower() == ".jsonl" else _csv_rows(path, text)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, csv.Error) as error:
         raise UserError(f"{path} is not a readable table: {error}") from error
-
-
-def _decoded(data: bytes) -> str:
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return data.decode("utf-16")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return data.decode("latin-1")
 
 
 def _json_rows(text: str) -> tuple[list[str], list[Row]]:
@@ -212,7 +203,7 @@ def _is_path(cell: str) -> bool:
 def _classes(path: Path) -> dict[str, str]:
     """Names of the styles by number, from lines such as `3 Baroque` in `style_class.txt`."""
     classes = path.with_name(f"{path.stem.rpartition('_')[0]}_class.txt")
-    lines = _decoded(classes.read_bytes()).splitlines() if classes.is_file() else []
+    lines = decoded(classes.read_bytes()).splitlines() if classes.is_file() else []
     return {number: name.strip() for number, _, name in (line.strip().partition(" ") for line in lines)}
 
 

@@ -74,7 +74,7 @@ def read_text(source: Root, name: str, published: MetadataFormat, columns: Seque
 def _errors_named(source: Root, name: str) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowException, OSError, EOFError) as error:
+    except (pa.ArrowException, OSError, EOFError, csv.Error) as error:
         raise UserError(
             f"{source.at(name)} cannot be read as {'JSON lines' if _is_json(name) else 'CSV or TSV'}: {error}. Rows "
             f"may have {MAX_ROW_BYTES:,} bytes; a longer one often has an unbalanced quote. Mend or remove the file."

@@ -92,10 +92,10 @@ class Robots:
             file.rules, file.error = parse(read_file(url)[:MAX_BYTES]), None
         except FetchError as error:
             file.rules, file.error = RobotsRules(), error
-            raise
-        finally:
-            file.expires = time.monotonic() + (FAILURE_CACHE_S if file.error else CACHE_S)
-            self._count_rules(url, file)
+        file.expires = time.monotonic() + (FAILURE_CACHE_S if file.error else CACHE_S)
+        self._count_rules(url, file)
+        if file.error:
+            raise file.error
 
     def _file(self, url: str) -> _File:
         with self._lock:

@@ -36,13 +36,12 @@ class RobotsRules:
         return len(self.access) + len(self.usage)
 
     def disallows(self, path: str) -> bool:
-        """Whether the longest pattern that matches a path and query disallows it; of equal ones, `allow` counts."""
-        allows = _longest_match(self.access, path)
-        return bool(allows) and not any(allows)
+        """Whether the longest pattern that matches a path and query disallows it; of equal lengths `allow` counts."""
+        return _longest_match(self.access, path) is False
 
     def forbids_training(self, path: str) -> bool:
         """Whether the longest pattern that matches a path and query forbids training."""
-        return any(_longest_match(self.usage, path))
+        return _longest_match(self.usage, path) is True
 
 
 def parse_robots(body: bytes, names: Sequence[str]) -> RobotsRules:
@@ -134,12 +133,7 @@ def _pattern(value: str) -> str:
     return normal_path(re.sub(r"\*+", "*", path))
 
 
-def _longest_match(rules: Iterable[tuple[str, bool]], path: str) -> list[bool]:
-    """The flags of the longest patterns that match a path and query."""
+def _longest_match(rules: Iterable[tuple[str, bool]], path: str) -> bool | None:
+    """The flag of the longest pattern that matches a path and query, of equally long ones True; None without one."""
     path = normal_path(path)
-    longest, flags = -1, list[bool]()
-    for pattern, flag in rules:
-        if len(pattern) >= longest and matches(pattern, path):
-            flags = [flag, *flags] if len(pattern) == longest else [flag]
-            longest = len(pattern)
-    return flags
+    return max(((len(pattern), flag) for pattern, flag in rules if matches(pattern, path)), default=(0, None))[1]

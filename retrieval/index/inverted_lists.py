@@ -61,15 +61,15 @@ def train_inverted_lists(rows: AnyVectors, seed: int, untrained: npt.NDArray[np.
     """
     random = np.random.default_rng(seed)
     lists = num_lists(len(rows))
-    order = random.permutation(len(rows))
+    trainable = random.permutation(len(rows))
     if untrained is not None and (~untrained).sum() >= max(lists, len(rows) // 2):
-        order = order[~untrained[order]]
-    sample = np.sort(order[: SAMPLE_PER_LIST * lists])
+        trainable = trainable[~untrained[trainable]]
+    sample = np.sort(trainable[: SAMPLE_PER_LIST * lists])
     centroids = train_centroids(rows[sample], lists, seed)
     nearest = nearest_centroids(rows, centroids, nearest=2)
     order = np.argsort(nearest[:, 0], kind="stable")
     index = _empty_index(centroids)
-    chosen = np.sort(random.permutation(order)[:SAMPLE_CODES])
+    chosen = np.sort(random.permutation(trainable)[:SAMPLE_CODES])
     index.train(np.asarray(rows[chosen], np.float32))
     _add(index, rows, order, nearest[:, 0], np.arange(len(rows)))
     stored = np.empty(len(rows), np.int64)

@@ -6,6 +6,7 @@ A holder on this machine is checked by its process in /proc. A holder elsewhere,
 of two machines are never compared.
 """
 
+import fcntl
 import json
 import logging
 import os
@@ -74,15 +75,15 @@ def _process_start(pid: int) -> int:
     return -1 if state == "Z" else int(fields[18])
 
 
-_lost: list[str] = []
-"""Names of leases that another process took from this one."""
+_lost: set[str] = set()
+"""Folders of the leases in use that another process took from this one."""
 
 
 def raise_if_lost() -> None:
     """Raise UserError if another process has taken over a lease of this one, which was silent for too long."""
     if _lost:
         raise UserError(
-            f"{_lost[0]} was taken over by another process, because this one did not renew it for {EXPIRE_S:g} s. "
+            f"{min(_lost)} was taken over by another process, because this one did not renew it for {EXPIRE_S:g} s. "
             "The other process goes on with the same files; finished shards are kept."
         )
 
@@ -104,6 +105,7 @@ def lease(root: Root, name: str) -> Iterator[None]:
         held.released.set()
         thread.join()
         held.release()
+        _lost.discard(held.folder)
 
 
 class _Lease:
@@ -127,21 +129,38 @@ class _Lease:
         current = self._read()
         if current is not None:
             self._wait_for_end(current)
+        with self._exclusive():
             if self._read() != current:
                 return False
             self.root.delete(self.file)
-        if not self.root.create(self.file, json.dumps(self.values).encode()):
-            return False
+            if not self.root.create(self.file, json.dumps(self.values).encode()):
+                return False
         if current is not None or not self.root.is_local:
             time.sleep(SETTLE_S)
         return self._is_mine()
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """Exclude other processes, on a local disk with locks: else one could delete the new lease of another."""
+        if not self.root.is_local:
+            yield
+            return
+        folder = self.root.local_path(self.file).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
 
     def renew(self) -> None:
         """Renew the lease until it is released or lost."""
         while not self.released.wait(HEARTBEAT_S):
             try:
                 if not self._is_mine():
-                    _lost.append(self.folder)
+                    _lost.add(self.folder)
                     log.error("another process took over %s", self.folder)
                     return
                 self.values["renewals"] += 1
@@ -182,7 +201,7 @@ class _Lease:
             latest = self._read()
             if latest is None:
                 return
-            if latest != current:
+            if latest and latest != current:
                 raise self._held(latest)
         log.warning("%s: its lease has expired", self.folder)
 

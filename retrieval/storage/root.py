@@ -234,9 +234,10 @@ class Root:
         path = f"{self._base}/{name}"
         try:
             if self.is_local:
-                Path(path).parent.mkdir(parents=True, exist_ok=True)
-                with open(path, "xb") as file:
-                    file.write(data)
+                with full_disk_named(Path(path)):
+                    Path(path).parent.mkdir(parents=True, exist_ok=True)
+                    with open(path, "xb") as file:
+                        file.write(data)
             else:
                 self._create_in_store(path, data)
         except FileExistsError:

@@ -3,6 +3,7 @@
 import io
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -106,6 +107,19 @@ def test_a_corrupt_tar_stops_the_stage_and_is_named(root: Root, clip: ClipConfig
     with pytest.raises(UserError, match=r"download/database/00000\.tar.*not a readable tar"):
         embed.run(CONFIG, clip, root)
     assert not root.exists("embed/manifest.json")
+
+
+def test_an_error_of_the_encoder_is_no_unreadable_picture() -> None:
+    class FailingEncoder:
+        def preprocess(self, image: Image.Image) -> None:
+            raise RuntimeError("not enough memory")
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "JPEG")
+    encoder = cast(Encoder, FailingEncoder())
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        embed._decode(encoder, buffer.getvalue())
+    assert embed._decode(encoder, buffer.getvalue()[:100]) is None
 
 
 def test_openai_weights_with_the_wrong_activation_are_refused() -> None:

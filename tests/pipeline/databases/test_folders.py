@@ -52,6 +52,15 @@ def test_files_of_tools_are_no_styles_and_are_counted(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+def test_captions_are_read_in_the_encodings_of_tables(tmp_path: Path, encoding: str) -> None:
+    write(tmp_path, "a.jpg")
+    text = "ü" * 5000
+    write(tmp_path, "a.txt", data=f" {text}\n".encode(encoding))
+    [picture] = list_pictures(PictureSource(tmp_path)).pictures
+    assert picture.caption == text[:4096]
+
+
 def test_pictures_are_taken_by_any_usual_ending_or_by_their_first_bytes(tmp_path: Path) -> None:
     endings = ("jfif", "jpe", "avif", "webp", "bmp", "tif", "gif", "JPG", "jpg!Large.jpg")
     write(tmp_path, *(f"a.{ending}" for ending in endings))

@@ -143,6 +143,7 @@ def test_a_changed_text_file_is_another_input(tmp_path: Path) -> None:
         ("a.csv", b"url,URL,text\nx,y,z\n", r"columns url, URL could all be url"),
         ("a.csv.gz", gzip.compress(separated(",") * 99)[:-30], r"a\.csv\.gz cannot be read as CSV or TSV: .*Truncated"),
         ("a.csv.gz", b"no gzip", r"a\.csv\.gz cannot be read as CSV or TSV"),
+        ("a.csv", b"url,text," + b"x" * 200_000, r"a\.csv cannot be read as CSV or TSV: field larger than"),
         ("a.json", b"[\n{}\n]\n", r"a\.json has no column 'url'"),
         ("a.json", b'[{"url": "x"}]', r"a\.json: none of its 1 rows can be read"),
         ("a.jsonl", b'{"url": "x", "text": ["a", "b"]}', r"column text has type list<.*; wanted text or numbers"),

@@ -116,6 +116,7 @@ def test_hostile_files_take_little_time() -> None:
         "User-agent: *\nDisallow: /" + "*a" * 250_000,
         "User-agent: *\nDisallow: " + "*" * 500_000,
         "User-agent: laion\n" * 20_000 + "Disallow: /x\n" * 10_000,
+        "User-agent: *\n" + "Disallow:/\n" * 45_000,
         " " * 500_000,
         "a " * 250_000,
         "User-agent: *\nContent-Usage: " + "a" * 500_000,

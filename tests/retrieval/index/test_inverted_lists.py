@@ -6,7 +6,7 @@ import faiss
 import numpy as np
 import pytest
 
-from retrieval.index.inverted_lists import SPILL, InvertedLists, num_lists, train_inverted_lists
+from retrieval.index.inverted_lists import SPILL, InvertedLists, held_out, num_lists, train_inverted_lists
 from retrieval.index.kmeans import nearest_centroids
 from retrieval.index.routing import Vectors
 from tests.retrieval.conftest import clustered, share_found
@@ -95,6 +95,15 @@ def test_a_seed_decides_the_whole_index(rows: Vectors, built: InvertedLists) -> 
     assert not np.array_equal(other.order, built.order)
     repeated.index.nprobe = built.index.nprobe
     np.testing.assert_array_equal(faiss.serialize_index(repeated.index), faiss.serialize_index(built.index))
+
+
+def test_held_out_rows_change_no_centroid_and_no_code(rows: Vectors) -> None:
+    untrained = held_out(np.arange(len(rows)))
+    other = rows.copy()
+    other[untrained] = other[untrained][:, ::-1]
+    first, second = (train_inverted_lists(each.astype(np.float16), 0, untrained) for each in (rows, other))
+    np.testing.assert_array_equal(first.centroids, second.centroids)
+    np.testing.assert_array_equal(*(faiss.vector_to_array(each.index.pq.centroids) for each in (first, second)))
 
 
 @pytest.mark.parametrize(("rows", "lists"), [(1001, 256), (50_000, 2048), (1_000_000, 8192)])

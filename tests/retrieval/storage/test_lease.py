@@ -89,7 +89,7 @@ def test_the_lease_of_a_process_that_ended_here_is_taken_over_at_once(
         started = time.monotonic()
         with lease(root, "embed"):
             assert root.read_json(FILE)["token"] != "other"
-        assert time.monotonic() - started < module.EXPIRE_S
+        assert time.monotonic() - started < module.EXPIRE_S / 2
 
 
 @pytest.mark.parametrize("field", ["host", "boot", "pid_namespace"])
@@ -116,6 +116,14 @@ def test_a_lease_is_renewed_while_it_is_held(root: Root) -> None:
         while json.loads(root.read_bytes(FILE) or b"{}").get("renewals", 0) < 2:
             assert time.monotonic() < deadline
             time.sleep(0.02)
+
+
+def test_a_lease_that_is_taken_while_another_process_waits_for_its_end_can_be_half_written(tmp_path: Path) -> None:
+    root = Root(tmp_path)
+    write_lease(root, host="elsewhere", pid=7)
+    threading.Timer(0.1, root.write_bytes, (FILE, b'{"owner"')).start()
+    with lease(root, "embed"):
+        pass
 
 
 def test_a_half_written_lease_expires(tmp_path: Path) -> None:
@@ -152,10 +160,7 @@ def test_of_many_processes_that_find_the_same_ended_holder_one_gets_the_lease(
     assert len(holders) == 1
 
 
-def test_a_process_that_lost_its_lease_is_told_and_leaves_the_lease_of_the_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "_lost", [])
+def test_a_process_that_lost_its_lease_is_told_and_leaves_the_lease_of_the_other(tmp_path: Path) -> None:
     root = Root(tmp_path)
     with lease(root, "embed"):
         raise_if_lost()
@@ -166,3 +171,4 @@ def test_a_process_that_lost_its_lease_is_told_and_leaves_the_lease_of_the_other
         with pytest.raises(UserError, match="embed was taken over by another process"):
             raise_if_lost()
     assert root.read_json(FILE)["token"] == "other"
+    raise_if_lost()  # a later stage of this process is not concerned
