@@ -1,5 +1,6 @@
 """Leases of folders on a local disk and in a bucket: one holder, takeover from ended and silent ones."""
 
+import itertools
 import json
 import os
 import re
@@ -104,10 +105,21 @@ def test_the_lease_of_a_silent_process_elsewhere_is_taken_over_after_it_expired(
 def test_a_process_elsewhere_that_renews_its_lease_keeps_it(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "EXPIRE_S", 60.0)
     write_lease(root, host="elsewhere", pid=7)
-    threading.Timer(0.2, write_lease, (root, 1), {"host": "elsewhere", "pid": 7}).start()
+    ended = threading.Event()
+
+    def renew() -> None:
+        for renewals in itertools.count(1):
+            write_lease(root, renewals, host="elsewhere", pid=7)
+            if ended.wait(0.1):
+                return
+
+    renewing = threading.Thread(target=renew)
+    renewing.start()
     told = "process 7 on elsewhere has worked on it since 2026-01-02T03:04:05"
     with pytest.raises(UserError, match=told), lease(root, "embed"):
         pass
+    ended.set()
+    renewing.join()
 
 
 def test_a_lease_is_renewed_while_it_is_held(root: Root) -> None:
