@@ -132,7 +132,8 @@ class _Lease:
         with self._exclusive():
             if self._read() != current:
                 return False
-            self.root.delete(self.file)
+            if current is not None:
+                self.root.delete(self.file)
             if not self.root.create(self.file, json.dumps(self.values).encode()):
                 return False
         if current is not None or not self.root.is_local:
