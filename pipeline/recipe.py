@@ -40,7 +40,7 @@ class Columns(Config):
 class FilterConfig(WorkersConfig):
     """Which metadata is read and which rows are kept (section `filter` of a recipe)."""
 
-    metadata: str = Field(min_length=1)
+    metadata: str = runtime_setting(..., min_length=1)
     """File, or folder with subfolders, of the metadata: Parquet, CSV, TSV or JSON lines; a path or a URL."""
     metadata_format: MetadataFormatName = "laion"
     """Data set whose column names are expected."""

@@ -98,7 +98,6 @@ def killed(
         for folder in ("world", "clip", "autoencoder", "filter", "download", "embed", "index"):
             shutil.copytree(demo_root / folder, root / folder)
         shutil.rmtree(root / folder_of(stage), ignore_errors=True)
-        # The fingerprint of filter contains the path of the metadata, so it also starts in this folder.
         settings = [*overrides(root, demo_port), f"{stage}.workers=1"]
         arguments.append((stage, str(root / folder_of(stage)), str(DEMO), settings))
     environment = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "PYTHONPATH": str(DEMO.parents[2])}

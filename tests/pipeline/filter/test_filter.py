@@ -1,3 +1,4 @@
+import shutil
 import signal
 import subprocess
 import sys
@@ -278,6 +279,8 @@ def test_a_second_run_does_nothing_unless_the_metadata_changed(tmp_path: Path, r
     assert run(config(tmp_path / "meta", workers=1), root) == first
     assert not root.exists("filter/scan")
     assert not root.exists("filter/dedupe")
+    shutil.copytree(tmp_path / "meta", tmp_path / "moved")
+    assert run(config(tmp_path / "moved"), root) == first
     write(tmp_path / "meta", "a.parquet", numbered(5, 5))
     with pytest.raises(UserError, match=r"made from another metadata.*--remake"):
         run(config(tmp_path / "meta"), root)
