@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -62,19 +63,23 @@ def _table(rows: int, number: int) -> pa.Table:
     paths = pa.Array.from_buffers(pa.binary(48), rows, [None, digits]).cast(pa.binary()).cast(pa.string())
     hosts = pa.array([f"https://cdn{number}" for number in range(50_000)])
     hosts = hosts.take(pa.array(rng.integers(0, len(hosts), rows)))
-    urls = pc.binary_join_element_wise(hosts, paths, ".example.com/").take(_rows_with_repeats(rows, rng))
+    order = _rows_with_repeats(rows, rng)
+    urls = pc.binary_join_element_wise(hosts, paths, ".example.com/").take(pa.array(order))
     words = pa.array([f"word{number}" for number in range(5_000)])
     chosen = [words.take(pa.array(numbers)) for numbers in rng.integers(0, len(words), (8, rows))]
     captions = pc.binary_join_element_wise(*chosen, " ")
     edges = np.exp(rng.normal(6.2, 0.6, (2, rows))).astype(np.int32)
-    scores = {name: rng.beta(1, 4, rows) for name in ("similarity", "pwatermark", "punsafe")}
+    # Sizes and scores belong to the picture, so the rows of one URL have the same.
+    edges = edges[:, order]
+    scores = {name: rng.beta(1, 4, rows)[order] for name in ("similarity", "pwatermark", "punsafe")}
     return pa.table({"URL": urls, "TEXT": captions, "WIDTH": edges[0], "HEIGHT": edges[1], **scores})
 
 
-def _rows_with_repeats(rows: int, rng: np.random.Generator) -> pa.Array:
+def _rows_with_repeats(rows: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Row numbers of which 4 % are those of another row."""
     order = np.arange(rows)
     order[rng.integers(0, rows, rows // 25)] = rng.integers(0, rows, rows // 25)
-    return pa.array(order)
+    return order
 
 
 def in_new_process(work: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:

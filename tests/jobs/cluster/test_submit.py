@@ -120,6 +120,11 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def another_root(recipe: Path, name: str) -> list[str]:
+    """Words that give the recipe a root of its own: in one root, other settings need --remake."""
+    return ["--set", f"root={recipe.parent / name}"]
+
+
 def test_a_stage_on_the_cluster_has_its_log_exit_code_and_metrics(
     cluster: Cluster, recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -151,7 +156,7 @@ def test_a_running_job_is_followed_over_a_lost_connection_and_keeps_its_exit_cod
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    command = read_command("filter", recipe, ["--set", "filter.nodes=far"])
+    command = read_command("filter", recipe, ["--set", "filter.nodes=far", *another_root(recipe, "far")])
     first = start_job(JobSubmissionClient(cluster.url), command)
     tail, connections = JobSubmissionClient.tail_job_logs, []
 
@@ -173,7 +178,7 @@ def test_a_running_job_is_followed_over_a_lost_connection_and_keeps_its_exit_cod
 
 
 def test_a_running_job_with_another_content_of_the_recipe_is_not_followed(cluster: Cluster, recipe: Path) -> None:
-    words = ["--set", "filter.nodes=near", "--set", "filter.min_edge=650"]
+    words = ["--set", "filter.min_edge=650", *another_root(recipe, "edited")]
     command = read_command("filter", recipe, words)
     name = start_job(JobSubmissionClient(cluster.url), command)
     edited = recipe.with_name("edited.toml")

@@ -147,7 +147,7 @@ def test_impossible_paths_are_missing(tmp_path: Path) -> None:
         ("t.csv", b"width,height\n1,2\n", "no column of paths. Its columns: 'width', 'height'"),
         ("t.csv", b"a;b\n1;2\n", "Its columns: 'a', 'b'"),
         ("t.csv", b"path\nnowhere.jpg\n", "1 rows of the table name no file that exists"),
-        ("t.csv", b"\xff\xfe\xff", "not a readable table"),
+        ("t.csv", b"\xff\xfe\xff", "has no column of paths"),
         ("t.parquet", b"PAR", "not a readable table"),
         ("t.tar", b"this is no tar, long enough to be read" * 40, "not a readable tar"),
         ("t.zip", b"", r"no existing folder, \.tar, \.csv"),

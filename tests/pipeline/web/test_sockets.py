@@ -110,7 +110,8 @@ def test_ports_are_a_setting_and_other_permitted_addresses_may_use_any(server) -
     url = server.send("/a", b"picture")
     assert fetch_url(make_fetcher(access="loopback"), url) == b"picture"
     config = DownloadConfig.model_validate({"contact": "a@example.org", "ports": [80, 8081]})
-    assert make_work(config, Root("unused"), Blocklist()).fetcher.settings.ports == {80, 8081}  # type: ignore[attr-defined]
+    work = make_work(config, Root("unused"), Blocklist())
+    assert work.shard_download.fetcher.settings.ports == {80, 8081}  # type: ignore[attr-defined]
 
 
 def test_the_deadline_holds_for_a_slow_resolver(monkeypatch: pytest.MonkeyPatch) -> None:
