@@ -37,7 +37,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not here; name a Python 3.11 or 3.12: make PYTHON=python3.12 install"; exit 2; }
 	@echo 'installing into .venv: 6 GB, some two minutes'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@# Python compiles the modules that are used when they are first imported; pip would take a minute for all.
+	$(BIN)/python -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 demo: install ## the full pipeline on a small synthetic data set; ends with runs/demo/report.html

@@ -27,6 +27,7 @@ from trainer.model.autoencoder import Autoencoder
 from trainer.recipe import TrainingRecipe
 
 FOLDER = "runs/tiny/train"
+REPOSITORY = Path(__file__).parents[3]
 RANKS = 2
 
 
@@ -61,7 +62,7 @@ def write_recipe(folder: Path, recipe: TrainingRecipe) -> None:
 def copy(training_set: Path, tmp_path: Path) -> Path:
     """A copy of the data and the recipe in another folder."""
     folder = tmp_path / "copy"
-    shutil.copytree(training_set, folder, ignore=shutil.ignore_patterns("runs"))
+    shutil.copytree(training_set, folder, ignore=shutil.ignore_patterns("runs", "without_ray"))
     text = (folder / "recipe.toml").read_text()
     (folder / "recipe.toml").write_text(text.replace(f'root = "{training_set}"', f'root = "{folder}"'))
     return folder
@@ -69,8 +70,11 @@ def copy(training_set: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(training_set: Path) -> dict[str, str]:
-    """Checksums of the model trained by torchrun's ranks on this machine."""
-    assert command("-m", "jobs.train", str(training_set / "recipe.toml")) == ""
+    """Checksums of the model trained by torchrun's ranks on this machine, where Ray cannot be imported."""
+    (training_set / "without_ray").mkdir()
+    (training_set / "without_ray/ray.py").write_text("raise ImportError('Ray is not installed')")
+    path = f"{training_set / 'without_ray'}:{REPOSITORY}"
+    assert command("-m", "jobs.train", str(training_set / "recipe.toml"), PYTHONPATH=path) == ""
     return read_manifest(Root(training_set), FOLDER).checksums()
 
 
@@ -143,15 +147,8 @@ def training_of(sections: dict[str, object]) -> TrainingRecipe:
     return TrainingRecipe(**{name: sections[name] for name in names})
 
 
-def test_training_starts_where_ray_is_not_installed(copy: Path) -> None:
-    program = (
-        "import runpy, sys; sys.modules['ray'] = None; sys.argv = ['train', *sys.argv[1:]]; "
-        "runpy.run_module('jobs.train', run_name='__main__')"
-    )
-    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    words = ["-c", program, str(copy / "recipe.toml"), "--set", "train.steps=1"]
-    assert command(*words, MASTER_PORT=str(free_port()), **rank) == ""
-    assert read_manifest(Root(copy), FOLDER).values["steps"] == 1
+def test_training_needs_no_ray(training_set: Path, expected: dict[str, str]) -> None:
+    assert read_manifest(Root(training_set), FOLDER).values["steps"] == 8
 
 
 def test_a_training_that_cannot_run_is_refused_before_any_rank_starts(
