@@ -16,7 +16,7 @@ from PIL import Image
 from pipeline.pictures.jpeg_metadata import without_private_metadata
 from retrieval.perceptual_hash import perceptual_hash
 from retrieval.pictures.budget import BUDGET
-from retrieval.pictures.decode import STRIP_PIXELS, PictureError, Pixels, open_picture, orientation, upright_rgb
+from retrieval.pictures.decode import STRIP_PIXELS, PictureError, Pixels, load, open_picture, orientation, upright_rgb
 from retrieval.pictures.srgb import is_srgb
 from retrieval.storage.schema import Reason
 
@@ -59,7 +59,7 @@ def _prepare(image: Image.Image, body: bytes, max_edge: int) -> Picture:
         if is_plain and keeps_size and (jpeg := without_private_metadata(body, image)):
             # Decoding to 1/8 of the size is enough for the perceptual hash and detects truncated files.
             _draft(image, LEAST_EDGE)
-            image.load()
+            load(image)
             return Picture(jpeg, size, keeps_bytes=True, phash=perceptual_hash(image))
         if not keeps_size:
             _draft(image, max_edge)

@@ -45,27 +45,43 @@ class PictureError(Exception):
 
 
 @contextmanager
+def codec_errors() -> Iterator[None]:
+    """Turns exceptions of a codec into a PictureError. The block must call nothing but Pillow on the picture."""
+    try:
+        yield
+    except Image.DecompressionBombError as error:
+        raise PictureError(Reason.TOO_MANY_PIXELS, "more pixels than Pillow allows") from error
+    except UnidentifiedImageError as error:
+        raise PictureError(Reason.NOT_AN_IMAGE, "no known picture format") from error
+    except BROKEN as error:
+        raise PictureError(Reason.TRUNCATED, "the picture is damaged or ends early") from error
+
+
+@contextmanager
 def open_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
     """Open a picture file, check its size and hold its share of the memory for decoding during the block.
 
-    Raises PictureError if the picture cannot be used, also for errors of its codec in the block.
+    Raises PictureError if the picture cannot be used, also if the memory does not suffice in the block.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with codec_errors():
+            opened = Image.open(io.BytesIO(data), formats=FORMATS)
+        with opened as image:
             if image.width * image.height > max_pixels:
                 raise PictureError(Reason.TOO_MANY_PIXELS, f"more than {max_pixels} pixels")
             if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
                 raise PictureError(Reason.TOO_MANY_PIXELS, f"a JPEG of more than {MAX_JPEG_SCANS} scans")
             with decode_share(image):
                 yield image
-    except Image.DecompressionBombError as error:
-        raise PictureError(Reason.TOO_MANY_PIXELS, f"more than {max_pixels} pixels") from error
     except MemoryError as error:
         raise PictureError(Reason.TOO_MANY_PIXELS, "too large for the memory") from error
-    except UnidentifiedImageError as error:
-        raise PictureError(Reason.NOT_AN_IMAGE, "no known picture format") from error
-    except BROKEN as error:
-        raise PictureError(Reason.TRUNCATED, "the picture is damaged or ends early") from error
+
+
+def load(image: Image.Image) -> None:
+    """Decode the first frame of an opened image. Raises PictureError if it is damaged."""
+    with codec_errors():
+        image.seek(0)
+        image.load()
 
 
 @contextmanager
@@ -100,8 +116,7 @@ def upright_rgb(image: Image.Image) -> Pixels:
     """The first frame of an opened image, upright, in sRGB, transparent pixels on white. Call it in `open_picture`."""
     if image.mode in ("I", "F"):
         raise PictureError(Reason.NOT_AN_IMAGE, "32-bit pixels with an unknown range of values")
-    image.seek(0)
-    image.load()
+    load(image)
     turn = orientation(image)
     width, height = image.size
     upright = np.empty((width, height, 3) if turn >= 5 else (height, width, 3), np.uint8)
@@ -109,8 +124,9 @@ def upright_rgb(image: Image.Image) -> Pixels:
     convert = srgb_conversion(image.info.get("icc_profile"), image.mode)
     rows = max(1, STRIP_PIXELS // width)
     for top in range(0, height, rows):
-        strip = image.crop((0, top, width, min(height, top + rows)))
-        stored[top : top + rows] = np.asarray(convert(_opaque(strip)))
+        with codec_errors():  # a damaged palette or transparency shows only here
+            strip = np.asarray(convert(_opaque(image.crop((0, top, width, min(height, top + rows))))))
+        stored[top : top + rows] = strip
     return upright
 
 

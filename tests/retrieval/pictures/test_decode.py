@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngImageFile
 
 from retrieval import UserError
 from retrieval.pictures import decode, read_picture
@@ -145,9 +146,21 @@ def test_an_exception_returns_the_share() -> None:
 @pytest.mark.parametrize(
     "error", [MemoryError, OverflowError, SyntaxError, AttributeError, Image.DecompressionBombError]
 )
-def test_any_error_of_a_codec_gives_a_reason(error: type[Exception]) -> None:
-    with pytest.raises(PictureError), open_picture(encoded(Image.new("L", (4, 4)), "PNG")):
+def test_any_error_of_a_codec_gives_a_reason(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
         raise error
+
+    body = encoded(Image.new("L", (4, 4)), "PNG")
+    for reader, method in ((PngImageFile, "load"), (PngImageFile, "_open")):
+        with monkeypatch.context() as patched:
+            patched.setattr(reader, method, fail)
+            with pytest.raises(PictureError), open_picture(body) as image:
+                upright_rgb(image)
+
+
+def test_an_error_of_other_code_is_not_taken_for_a_damaged_picture() -> None:
+    with pytest.raises(AttributeError), open_picture(encoded(Image.new("L", (4, 4)), "PNG")):
+        raise AttributeError
 
 
 def test_a_picture_file_is_read_upright_in_srgb_or_refused(tmp_path: Path) -> None:
