@@ -13,6 +13,11 @@ LONG = ("test_demo.py", "test_train.py", "test_launching.py", "test_crashes.py",
 """Files that take longest, in this order. test_docs.py waits for the tiny demo, which test_demo.py makes."""
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name bytes by their argument. A gzip body holds the second it was made in, which differs between processes."""
+    return argname if isinstance(val, bytes) else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the files of LONG first, so that the processes end at about the same time."""
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))

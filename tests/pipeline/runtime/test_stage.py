@@ -39,12 +39,12 @@ def test_a_driver_that_failed_releases_its_stage(stage: Stage) -> None:
 
 
 def test_a_driver_that_lost_its_lease_does_not_finish_the_stage(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "_lost", [])
+    monkeypatch.setattr(lease, "_lost", set())
     with stage.building(), pytest.raises(UserError, match="letters was taken over by another process"):
         file = stage.root.local_path("leases/letters.json")
         other = json.loads(file.read_text()) | {"token": "other"}
         file.write_text(json.dumps(other))
-        lease._lost.append(stage.root.at("letters"))  # as its heartbeat does
+        lease._lost.add(stage.root.at("letters"))  # as its heartbeat does
         stage.complete([ShardRecord("a", 1, ())], {}, 0.0)
     assert not stage.root.exists("letters/manifest.json")
     assert stage.root.exists("leases/letters.json")
