@@ -22,12 +22,18 @@ def run(recipe: Recipe) -> None:
     config, autoencoder_config, root = recipe[LatentsConfig], recipe[AutoencoderConfig], recipe.root
     embed = read_manifest(root, "embed")
     autoencoder = Autoencoder.load(autoencoder_config, "cpu")
-    upstream = {"embed": embed.identity, "autoencoder": autoencoder.identity}
-    stage = Stage(root, f"latents/{config.size}", schema.VERSION, config, upstream)
+    upstream = {"embed": embed.identity_of("train/"), "autoencoder": autoencoder.identity}
+    # The inputs of an embedded shard are the digests of its pictures.
+    by_shard = {
+        record.shard.removeprefix("train/"): record.inputs | {"embed": record.digest}
+        for record in embed.shards
+        if record.shard.startswith("train/")
+    }
+    stage = Stage(root, f"latents/{config.size}", schema.VERSION, config, upstream, by_shard=by_shard)
     if stage.finished():
         return
     with stage.building():
-        shards = [shard.removeprefix("train/") for shard in embed.shard_names("train/")]
+        shards = list(by_shard)
         make_work = partial(make_shard_encoder, config, autoencoder_config, root)
         workers = Workers.from_config(config, num_gpus=config.gpus_per_worker)
         with ray_connection():

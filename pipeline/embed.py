@@ -23,7 +23,7 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from pipeline.pictures.near_copies import ROWS_PER_GROUP, copies_work, drop_copies
+from pipeline.pictures.near_copies import ROWS_PER_GROUP, copies_work, copy_digests, drop_copies
 from pipeline.pictures.patches import draw_boxes, patch_pictures, patch_quotas, patch_rows
 from pipeline.pictures.tars import sample_key
 from pipeline.recipe import EmbedConfig
@@ -57,19 +57,32 @@ class DatabaseSelection:
 def run(config: EmbedConfig, clip: ClipConfig, root: Root) -> Manifest:
     """Embed every shard of `download`. Raises UserError if the encoder cannot be loaded."""
     started = time.time()
-    upstream = read_manifest(root, "download")
+    download = read_manifest(root, "download")
     encoder = Encoder(clip).identity
-    stage = Stage(root, "embed", SCHEMA_VERSION, config, {"download": upstream.identity, "clip": encoder.digest})
+    inputs = {"download": download.identity, "clip": encoder.digest}
+    by_shard = {record.shard: {"download": record.digest} for record in download.shards}
+    stage = Stage(root, "embed", SCHEMA_VERSION, config, inputs, by_shard=by_shard)
     if manifest := stage.finished():
         return manifest
     with stage.building():
-        copies = _find_copies(stage, config, upstream)
+        selection = DatabaseSelection(_find_copies(stage, config, download), patch_quotas(download, config.patches))
+        stage = replace(stage, by_shard=_shard_inputs(stage, selection))
         workers = Workers.from_config(config, num_gpus=config.gpus_per_worker)
-        selection = DatabaseSelection(copies, patch_quotas(upstream, config.patches))
         make_work = partial(_make_work, config, clip, root, selection)
-        records = run_shards(stage, upstream.shard_names(), make_work, workers)
+        records = run_shards(stage, download.shard_names(), make_work, workers)
         root.delete("embed/copies")
         return stage.complete(records, {"encoder": encoder.model_dump(mode="json")}, started)
+
+
+def _shard_inputs(stage: Stage, selection: DatabaseSelection) -> dict[str, dict[str, str]]:
+    """By shard, the digests of its download and of its near copies, and its number of patches."""
+    by_shard = {shard: dict(inputs) for shard, inputs in stage.by_shard.items()}
+    for group in sorted(set(selection.copies.values())):
+        for shard, digest in copy_digests(stage.root, group).items():
+            by_shard[shard]["near copies"] = digest
+    for shard, quota in selection.patches.items():
+        by_shard[shard]["number of patches"] = str(quota)
+    return by_shard
 
 
 def _find_copies(stage: Stage, config: EmbedConfig, download: Manifest) -> dict[str, str]:
@@ -80,7 +93,8 @@ def _find_copies(stage: Stage, config: EmbedConfig, download: Manifest) -> dict[
     )
     names = [f"{number:05d}" for number in range(len(database))]
     work = partial(copies_work, stage.root, train, database, config.near_copy_bits)
-    run_shards(replace(stage, name="embed/copies"), names, work, Workers.from_config(config))
+    copies = Stage(stage.root, "embed/copies", SCHEMA_VERSION, config, {"download": download.identity})
+    run_shards(copies, names, work, Workers.from_config(config))
     return {shard: name for name, group in zip(names, database, strict=True) for shard in group}
 
 

@@ -47,12 +47,13 @@ SAMPLE_SHARDS = 64
 def run(config: IndexConfig, root: Root, clip: ClipConfig | None = None) -> Manifest:
     """Build the training database. Raises UserError if `embed` has no database images.
 
+    The vectors of the training images are no input: if only these change, the database stays.
     clip: the encoder of `embed`. With it the recall of searches for texts is measured too, on captions of the images.
     """
     started = time.time()
     embed = read_manifest(root, "embed")
     encoder = EncoderIdentity(**embed.values["encoder"])
-    stage = Stage(root, "index", SCHEMA_VERSION, config, {"embed": embed.identity})
+    stage = Stage(root, "index", SCHEMA_VERSION, config, {"embed": embed.identity_of("database/")})
     if manifest := stage.finished():
         return manifest
     shards = [record for record in embed.shards if record.shard.startswith("database/")]

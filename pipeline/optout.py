@@ -20,7 +20,7 @@ from pipeline.neighbors.refill import refill_work
 from pipeline.recipe import NeighborsConfig
 from pipeline.runtime.id_files import read_ids, write_ids
 from pipeline.runtime.runner import run_shards
-from pipeline.runtime.stage import Stage
+from pipeline.runtime.stage import Stage, map_in_threads
 from pipeline.runtime.workers import Work, Workers
 from pipeline.web.blocklist import Blocklist
 from pipeline.web.urls import canonical_column
@@ -30,8 +30,9 @@ from retrieval.errors import UserError
 from retrieval.index.hidden import hide
 from retrieval.index.partition import Partition
 from retrieval.storage import schema
-from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, shard_file, write_manifest
+from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, shard_file, write_manifest, write_record
 from retrieval.storage.root import Root
+from retrieval.storage.stage_folder import STARTED_FILE
 
 SCHEMA_VERSION = 1
 TRAINING_FILES = ("/train/manifest.json", "/train/checkpoints/checkpoints.json")
@@ -212,6 +213,8 @@ def _replace_tables(root: Root, before: Manifest, refilled: list[ShardRecord]) -
     now = neighbors_stage(NeighborsConfig.model_validate(before.config), root)
     root.delete("neighbors/manifest.json")
     shards = tuple(_replace_table(root, old, new) for old, new in zip(before.shards, refilled, strict=True))
+    root.write_json(f"neighbors/{STARTED_FILE}", asdict(now.identity))
+    map_in_threads(partial(write_record, root, "neighbors", now.identity.shard_fingerprint), shards)
     made_of = (before.fingerprint, *before.values.get("made_of", ()))
     values = {**before.values, "made_of": list(made_of)}
     write_manifest(

@@ -23,9 +23,8 @@ from pipeline.web.blocklist import Blocklist, read_blocklist
 from pipeline.web.fetch import Fetcher, FetchSettings
 from pipeline.web.host_queue import HostLimits
 from retrieval.config import WorkersConfig
-from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest
+from retrieval.storage.manifest import Manifest, read_manifest
 from retrieval.storage.root import Root
-from retrieval.storage.schema import SPLITS
 from retrieval.storage.stage_folder import setting_differences
 
 if TYPE_CHECKING:
@@ -37,23 +36,26 @@ SCHEMA_VERSION = 2
 def run(config: DownloadConfig, root: Root, retry: bool = False) -> Manifest:
     """Run the stage unless it is finished. Raises UserError if filter did not finish or the network is down.
 
-    A changed blocklist is applied to finished shards. retry: request the URLs of finished shards again that failed for
-    a transient reason or are no longer blocked.
+    A changed blocklist or filter is applied to finished shards; pictures that stay selected are kept. retry: request
+    the URLs of finished shards again that failed for a transient reason or are no longer blocked.
     """
     started = time.time()
     selected = read_manifest(root, "filter")
     blocklist = read_blocklist(config.blocklist, "download.blocklist")
     blocklist = replace(blocklist, ids=np.union1d(blocklist.ids, later_blocked_ids(root, selected)))
     inputs = {"blocklist": blocklist.identity}
-    stage = Stage(root, "download", SCHEMA_VERSION, config, {"filter": selected.identity}, inputs)
+    shards = [*selected.shard_names("train/"), *selected.shard_names("database/")]
+    digests = {record.shard: record.digest for record in selected.shards}
+    by_shard = {shard: {"filter": digests[shard]} for shard in shards}
+    stage = Stage(
+        root, "download", SCHEMA_VERSION, config, {"filter": selected.identity}, inputs, by_shard, updates_shards=True
+    )
     if (finished := stage.finished()) and not retry:
         _log_changed_settings(stage, finished)
         return finished
     with stage.building():
-        shards = [*selected.shard_names("train/"), *selected.shard_names("database/")]
         make = partial(make_work, config, root, blocklist, retry)
         records = run_shards(stage, shards, make, Workers.from_config(config), include_finished=retry)
-        _delete_unnamed(root, records)
         urls = int(sum(record.values["urls"] for record in records))
         return stage.complete(records, {"urls": urls}, started)
 
@@ -64,15 +66,6 @@ def _log_changed_settings(stage: Stage, finished: Manifest) -> None:
     now = {name: value for name, value in stage.config.model_dump(mode="json").items() if name not in workers}
     if differences := setting_differences(finished.config, now):
         stage.log.info("made %s: this applies to new requests only", "; ".join(differences))
-
-
-def _delete_unnamed(root: Root, records: list[ShardRecord]) -> None:
-    """Delete files of updates that were killed: tars and tables of the shards that no record names."""
-    named = {file.name for record in records for file in record.files}
-    shards = {f"download/{record.shard}" for record in records}
-    for name in (name for split in SPLITS for name in root.list(f"download/{split}")):
-        if name not in named and name.partition(".")[0] in shards:
-            root.delete(name)
 
 
 def make_work(config: DownloadConfig, root: Root, blocklist: Blocklist, retry: bool = False) -> Work:

@@ -1,6 +1,8 @@
-"""Brings a finished shard up to date: with the blocklist and, for `download --retry`, with what servers answer now.
+"""Brings a finished shard up to date: with the blocklist, with the rows that filter selects now and, for
+`download --retry`, with what servers answer now.
 
-Reads the files that the shard's record names. If rows changed, writes both files again under other names; the record,
+Reads the files that the shard's record names, and `filter/<shard>.parquet`. Pictures that are still selected are not
+fetched again. If rows changed, writes both files again under other names; the record,
 which is written last, names them. So a kill at any moment leaves the old files or the new ones. A shard without
 changes keeps its files, because a new file makes later stages run again.
 """
@@ -17,8 +19,12 @@ from pipeline.download.shard_download import ReadJpeg, Row, Rows, ShardDownload,
 from pipeline.pictures.tars import picture_reader, sample_key
 from pipeline.web.blocklist import Blocklist
 from retrieval.storage.manifest import ShardRecord, delete_record, files_exist, read_record
-from retrieval.storage.schema import DOWNLOADED, Reason, read_table
+from retrieval.storage.schema import DOWNLOADED, SELECTED, Reason, read_table
 
+FROM_FILTER = ["image_id", "url", "caption", "license"]
+"""Columns of a row that filter decides."""
+NEW = "new"
+"""Stands for the outcome of a row that was not requested yet."""
 TRANSIENT = frozenset({Reason.UNAVAILABLE, Reason.NO_CONNECTION, Reason.TIMEOUT, Reason.TRUNCATED})
 
 
@@ -54,28 +60,37 @@ class ShardUpdate:
             delete_record(root, "download", shard)  # the download writes files that it names
             return self.shard_download(shard)
         record = stored[1]
-        blocklist = self._settings(shard).blocklist
-        is_current = record.inputs == {"blocklist": blocklist.identity}
+        selected = read_table(root, f"filter/{shard}.parquet", SELECTED)
+        before = read_table(root, record.file(".parquet"), DOWNLOADED)
+        is_selected = before.select(FROM_FILTER).equals(selected.select(FROM_FILTER))
+        is_current = is_selected and record.inputs.get("blocklist") == self._settings(shard).blocklist.identity
         if is_current and not (self.retry and {*TRANSIENT, Reason.BLOCKED} & {*record.reasons}):
             return record
-        return self._update(record, blocklist)
+        rows = _selected_rows(selected, before)
+        return self._update(record, rows, None if not is_selected else [_outcome(row) for row in rows])
 
     def _settings(self, shard: str) -> SplitSettings:
         return self.shard_download.settings[shard.partition("/")[0]]
 
-    def _update(self, record: ShardRecord, blocklist: Blocklist) -> ShardRecord:
-        table = read_table(self.shard_download.root, record.file(".parquet"), DOWNLOADED)
-        listed = listed_rows(table, blocklist)
-        before = table.to_pylist()
-        failed = [n for n, row in enumerate(before) if self.retry and n not in listed and _may_change(row)]
-        # These hosts failed before: no answer from them does not mean that the network is down.
-        settings = replace(self._settings(record.shard), min_answered=0.0)
-        with self.shard_download.download_rows(table.take(pa.array(failed, pa.int64())), settings) as (new, read_new):
-            numbers = {n: i for i, n in enumerate(failed)}
+    def _update(self, record: ShardRecord, before: Rows, outcomes: list[str] | None) -> ShardRecord:
+        """Fetch what is missing and write the shard, unless that gives the same outcomes. before: rows by now."""
+        table = pa.Table.from_pylist(before, DOWNLOADED)
+        settings = self._settings(record.shard)
+        listed = listed_rows(table, settings.blocklist)
+        missing = [n for n, row in enumerate(before) if n not in listed and self._is_missing(row)]
+        if not any(before[n]["reason"] == NEW for n in missing):
+            # These hosts failed before: no answer from them does not mean that the network is down.
+            settings = replace(settings, min_answered=0.0)
+        with self.shard_download.download_rows(table.take(pa.array(missing, pa.int64())), settings) as (new, read_new):
+            numbers = {n: i for i, n in enumerate(missing)}
             rows = [new[numbers[n]] if n in numbers else _blocked(row, listed.get(n)) for n, row in enumerate(before)]
-            if [_outcome(row) for row in rows] == [_outcome(row) for row in before]:
+            if [_outcome(row) for row in rows] == outcomes:
                 return record
             return self._write(record, rows, numbers, read_new)
+
+    def _is_missing(self, row: Row) -> bool:
+        """Whether to request the URL of a row, which is not listed now."""
+        return row["reason"] == NEW or (self.retry and (is_transient(row) or row["reason"] == Reason.BLOCKED))
 
     def _write(self, record: ShardRecord, rows: Rows, numbers: dict[int, int], read_new: ReadJpeg) -> ShardRecord:
         """Write a shard again. numbers: of the rows that were fetched now, by their number in the shard."""
@@ -91,9 +106,11 @@ class ShardUpdate:
         return self.shard_download.write_rows(record.shard, rows, tar.record)
 
 
-def _may_change(row: Row) -> bool:
-    """Whether to request the URL of a row again. The row is not listed now."""
-    return is_transient(row) or row["reason"] == Reason.BLOCKED
+def _selected_rows(selected: pa.Table, before: pa.Table) -> Rows:
+    """The rows of `selected` (SELECTED) with their stored outcome in `before` (DOWNLOADED), or with the reason NEW."""
+    stored = {row["image_id"]: row for row in before.to_pylist()}
+    new = vars(RowStatus(NEW))
+    return [stored.get(row["image_id"], new) | row for row in selected.select(FROM_FILTER).to_pylist()]
 
 
 def _blocked(row: Row, message: str | None) -> Row:

@@ -7,6 +7,7 @@ the database. Near copies of the training image are left out. The manifest state
 
 import hashlib
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,21 +18,23 @@ import pyarrow as pa
 from pipeline.neighbors.matching import match_work, merge_matches, read_queries, route_work, shard_number
 from pipeline.neighbors.recall import recall_work, sample_work, truth_work
 from pipeline.recipe import NeighborsConfig
-from pipeline.runtime.runner import run_shards
-from pipeline.runtime.stage import Stage, group_shards
+from pipeline.runtime.runner import finished_shards, run_shards
+from pipeline.runtime.stage import Stage, group_shards, map_in_threads
 from pipeline.runtime.workers import Work, Workers
 from retrieval.clip.identity import EncoderIdentity
 from retrieval.database.database import Database
 from retrieval.errors import UserError
 from retrieval.index.hidden import hidden_ids
 from retrieval.storage import schema
-from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest
+from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, write_record
 from retrieval.storage.root import FileRecord, Root
 from retrieval.storage.schema import Reason
 
 SCHEMA_VERSION = 3
 ROWS_PER_GROUP = 100_000
 """Training images merged at a time: 12 KB each at k = 8, for each partition they visit."""
+QUERIES = "neighbors/queries.json"
+"""Digests of the training shards that the files of the passes are made from."""
 
 
 def run(config: NeighborsConfig, root: Root) -> Manifest:
@@ -40,40 +43,79 @@ def run(config: NeighborsConfig, root: Root) -> Manifest:
     embed, index = read_manifest(root, "embed"), read_manifest(root, "index")
     database = Database.open(root.child("index"))
     database.require_encoder(EncoderIdentity(**embed.values["encoder"]))
-    if index.upstream != {"embed": embed.identity}:
+    if index.upstream != {"embed": embed.identity_of("database/")}:
         raise UserError(f"{root.at('index')} was built from other embeddings. Run 'make index' first.")
     stage = neighbors_stage(config, root)
     if manifest := stage.finished():
         return manifest
     with stage.building():
-        shards = [record for record in embed.shards if record.shard.startswith("train/")]
-        records = _join(stage, config, database, shards)
+        records = _join(stage, config, database, embed)
         values = {
             "k": config.k,
             "encoder": database.encoder.model_dump(mode="json"),
             "near_copies": int(sum(record.values["near_copies"] for record in records)),
-            **_recall(stage, config, database, records),
+            **_recall(replace(stage, by_shard={}), config, database, records),
         }
-        for folder in ("route", "match", "recall"):
-            root.delete(f"neighbors/{folder}")
-            root.delete(f"neighbors/records/{folder}")
+        _delete_passes(root)
         return stage.complete(records, values, started)
 
 
 def neighbors_stage(config: NeighborsConfig, root: Root) -> Stage:
-    """The stage at a root. The hidden ids are among its inputs: hidden images are left out of the tables."""
-    upstream = {stage: read_manifest(root, stage).identity for stage in ("embed", "index")}
+    """The stage at a root. The hidden ids are among its inputs: hidden images are left out of the tables.
+
+    A table depends on the vectors of its own training shard only, so that other tables stay when that changes.
+    """
+    embed, index = read_manifest(root, "embed"), read_manifest(root, "index")
+    upstream = {"embed": embed.identity_of("train/"), "index": index.identity}
     hidden = hidden_ids(root.child("index"))
     if len(hidden):
         upstream["hidden"] = hashlib.sha256(hidden.tobytes()).hexdigest()[:16]
-    return Stage(root, "neighbors", SCHEMA_VERSION, config, upstream)
+    by_shard = {record.shard.removeprefix("train/"): {"embed": record.digest} for record in _train_shards(embed)}
+    return Stage(root, "neighbors", SCHEMA_VERSION, config, upstream, by_shard=by_shard)
 
 
-def _join(stage: Stage, config: NeighborsConfig, database: Database, shards: list[ShardRecord]) -> list[ShardRecord]:
-    """Route the queries, match each partition, merge; returns the records of the training shards."""
+def _train_shards(embed: Manifest) -> list[ShardRecord]:
+    return [record for record in embed.shards if record.shard.startswith("train/")]
+
+
+def _join(stage: Stage, config: NeighborsConfig, database: Database, embed: Manifest) -> list[ShardRecord]:
+    """Join the training shards that have no table of their present vectors; returns the records of all."""
+    finished = finished_shards(stage, list(stage.by_shard))
+    shards = [record for record in _train_shards(embed) if record.shard.removeprefix("train/") not in finished]
     groups = [[shard.removeprefix("train/") for shard in group] for group in group_shards(shards, ROWS_PER_GROUP)]
+    _start_passes(stage.root, {shard.shard: shard.digest for shard in shards})
+    joined = _run_passes(replace(stage, by_shard={}), config, len(database.partitions), groups)
+    map_in_threads(partial(_write_record, stage), joined)
+    records = finished | {record.shard: record for record in joined}
+    return [records[shard] for shard in stage.by_shard]
+
+
+def _write_record(stage: Stage, record: ShardRecord) -> None:
+    record = replace(record, inputs=stage.inputs_of(record.shard))
+    write_record(stage.root, stage.name, stage.identity.shard_fingerprint, record)
+
+
+def _start_passes(root: Root, queries: dict[str, str]) -> None:
+    """Delete what a killed run with other queries left. queries: digests of the training shards, by name."""
+    if root.exists(QUERIES) and root.read_json(QUERIES) == queries:
+        return
+    _delete_passes(root)
+    root.write_json(QUERIES, queries)
+
+
+def _delete_passes(root: Root) -> None:
+    root.delete(QUERIES)
+    for folder in ("route", "match", "merge", "recall"):
+        root.delete(f"neighbors/records/{folder}")
+        root.delete(f"neighbors/{folder}")
+
+
+def _run_passes(
+    stage: Stage, config: NeighborsConfig, num_partitions: int, groups: list[list[str]]
+) -> list[ShardRecord]:
+    """Route the queries, match each partition, merge; returns the records of the training shards."""
     routes = [f"route/{number:05d}" for number in range(len(groups))]
-    matches = [f"match/{number:05d}" for number in range(len(database.partitions))]
+    matches = [f"match/{number:05d}" for number in range(num_partitions if groups else 0)]
     on_cpus = Workers.from_config(config)
     on_gpus = Workers.from_config(config, num_gpus=config.gpus_per_worker)
     run_shards(stage, routes, partial(route_work, stage.root, config.partitions_per_query, groups), on_cpus)
@@ -82,9 +124,9 @@ def _join(stage: Stage, config: NeighborsConfig, database: Database, shards: lis
     merges = [f"merge/{number:05d}" for number in range(len(groups))]
     records = run_shards(stage, merges, partial(_merge_work, config, stage.root, groups, matches), on_cpus)
     return [
-        _shard_record(record, shard, number)
+        _shard_record(record, names, number)
         for record, names in zip(records, groups, strict=True)
-        for number, shard in enumerate(names)
+        for number in range(len(names))
     ]
 
 
@@ -134,13 +176,15 @@ def neighbor_table(
     return pa.Table.from_arrays(columns, schema=schema.neighbors(k, dim))
 
 
-def _shard_record(group: ShardRecord, shard: str, number: int) -> ShardRecord:
-    """The record of one training shard, from the record of its group. number: within the group."""
+def _shard_record(group: ShardRecord, shards: list[str], number: int) -> ShardRecord:
+    """The record of one training shard, from the record of its group. number: within the group's shards."""
+    shard = shards[number]
     counts = {Reason.BLOCKED: "blocked", Reason.TOO_FEW_NEIGHBORS: "short"}
     reasons = {str(word): int(group.values[f"{shard} {kind}"]) for word, kind in counts.items()}
     reasons = {word: count for word, count in reasons.items() if count}
     values = {"near_copies": group.values[f"{shard} near_copies"]}
-    return ShardRecord(shard, int(group.values[f"{shard} rows"]), (group.files[number],), reasons, values)
+    rows, seconds = int(group.values[f"{shard} rows"]), round(group.seconds / len(shards), 3)
+    return ShardRecord(shard, rows, (group.files[number],), reasons, values, seconds)
 
 
 def _recall(stage: Stage, config: NeighborsConfig, database: Database, records: list[ShardRecord]) -> dict[str, Any]:

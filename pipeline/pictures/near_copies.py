@@ -1,11 +1,12 @@
 """Database images that are copies of training images, found by their hashes before anything is embedded.
 
 Reads the hashes of `download/{train,database}/<shard>.parquet`; writes `embed/copies/<group>.parquet`: ids that must
-not enter the database, with the reason. A copy has the same content (SHA-256 of the downloaded bytes) or a perceptual
-hash (`phash`) that differs in a few bits. Both sides are read in groups of shards, so that memory stays bounded.
+not enter the database, with the reason, and `<group>.json`: a digest of the ids of each shard. A copy has the same
+content (SHA-256 of the downloaded bytes) or a perceptual hash (`phash`) that differs in a few bits. Both sides are read
+in groups of shards, so that memory stays bounded.
 """
 
-from collections.abc import Sequence
+import hashlib
 from functools import partial
 
 import numpy as np
@@ -36,18 +37,34 @@ def copies_work(root: Root, train: list[list[str]], database: list[list[str]], m
 def _write_copies(
     root: Root, train: list[list[str]], database: list[list[str]], max_distance: int, group: str
 ) -> ShardRecord:
-    ids, contents, hashes = _hashes(root, database[int(group)])
+    shards = [_shard_hashes(root, shard) for shard in database[int(group)]]
+    ids, contents, hashes = (np.concatenate(column) for column in zip(*shards, strict=True))
     is_same, is_near = np.zeros(len(ids), bool), np.zeros(len(ids), bool)
     for train_group in train:
-        _, train_contents, train_hashes = _hashes(root, train_group)
-        is_same |= np.isin(contents, train_contents)
+        _, train_contents, train_hashes = zip(*(_shard_hashes(root, shard) for shard in train_group), strict=True)
+        is_same |= np.isin(contents, np.concatenate(train_contents))
         rest = np.flatnonzero(~is_same & ~is_near)
-        is_near[rest] = PerceptualHashIndex(train_hashes).contains_near(hashes[rest], max_distance)
+        is_near[rest] = PerceptualHashIndex(np.concatenate(train_hashes)).contains_near(hashes[rest], max_distance)
     copies = np.flatnonzero(is_same | is_near)
     reasons = np.where(is_same[copies], str(Reason.DUPLICATE_CONTENT), str(Reason.NEAR_COPY)).tolist()
     table = pa.table([pa.array(ids[copies]), pa.array(reasons, pa.string())], schema=COPIES)
-    file = schema.write_table(root, f"embed/copies/{group}.parquet", table, COPIES)
-    return ShardRecord(group, len(ids), (file,))
+    starts = np.cumsum([0, *(len(shard_ids) for shard_ids, _, _ in shards)])
+    parts = np.split(np.arange(len(copies)), np.searchsorted(copies, starts[1:-1]))
+    digests = {
+        shard: hashlib.sha256(repr(table.take(pa.array(part)).to_pylist()).encode()).hexdigest()[:16]
+        for shard, part in zip(database[int(group)], parts, strict=True)
+        if len(part)
+    }
+    files = (
+        schema.write_table(root, f"embed/copies/{group}.parquet", table, COPIES),
+        root.write_json(f"embed/copies/{group}.json", digests),
+    )
+    return ShardRecord(group, len(ids), files)
+
+
+def copy_digests(root: Root, group: str) -> dict[str, str]:
+    """By shard of a group with copies, a digest of them."""
+    return dict(root.read_json(f"embed/copies/{group}.json"))
 
 
 def drop_copies(root: Root, group: str, rows: pa.Table) -> tuple[pa.Table, dict[str, int]]:
@@ -59,13 +76,8 @@ def drop_copies(root: Root, group: str, rows: pa.Table) -> tuple[pa.Table, dict[
     return rows.filter(pc.invert(is_copy)), {count["values"]: count["counts"] for count in counts}
 
 
-def _hashes(root: Root, shards: Sequence[str]) -> tuple[Ids, npt.NDArray[np.uint64], Ids]:
-    """Ids, first 64 bits of the SHA-256 and perceptual hashes of the stored images of some shards."""
-    ids, contents, hashes = zip(*(_shard_hashes(root, shard) for shard in shards), strict=True)
-    return np.concatenate(ids), np.concatenate(contents), np.concatenate(hashes)
-
-
 def _shard_hashes(root: Root, shard: str) -> tuple[Ids, npt.NDArray[np.uint64], Ids]:
+    """Ids, first 64 bits of the SHA-256 and perceptual hashes of the stored images of a shard."""
     table = schema.read_table(root, shard_file(root, "download", shard, ".parquet"), schema.DOWNLOADED)
     stored = table.filter(pc.equal(table["reason"], ""))
     # 64 bits: no collision is expected between 100M and 1.9B images.

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import ray
 from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, RayError, RayTaskError
@@ -21,6 +21,7 @@ from pipeline.runtime.workers import Work, Workers
 from retrieval.errors import NodeError, UserError
 from retrieval.storage.lease import HEARTBEAT_S, raise_if_lost
 from retrieval.storage.manifest import ShardRecord, write_record
+from retrieval.storage.root import Root
 from retrieval.storage.temp_folders import remove_stale_folders
 
 LOST_WORKER = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
@@ -36,36 +37,44 @@ class ShardError(RuntimeError):
     """A shard failed; the message names its path."""
 
 
+class RecordFolder(NamedTuple):
+    """Where a worker writes the records of shards: the folder of the stage, and the fingerprint of the records."""
+
+    root: Root
+    stage: str
+    fingerprint: str
+
+
 class RemoteWorker:
     """A Ray actor that processes shards one after another and writes the record of each."""
 
-    def __init__(self, stage: Stage, make_work: Callable[[], Work], memory_gb: float) -> None:
-        self.stage = stage
+    def __init__(self, folder: RecordFolder, make_work: Callable[[], Work], memory_gb: float) -> None:
+        self.folder = folder
         self.make_work = make_work
         self.work: Work | None = None
         remove_stale_folders()
         if memory_gb:
-            memory.start_watchdog(memory_gb, stage.name)
+            memory.start_watchdog(memory_gb, folder.stage)
 
     def place(self) -> tuple[str, str]:
         """Node id and host of this worker. It has started when this returns: only then it gets shards."""
         return str(ray.get_runtime_context().get_node_id()), socket.gethostname()
 
-    def run(self, shard: str) -> tuple[ShardRecord, int]:
-        """Process one shard and write its record; returns the record and the peak memory in bytes."""
+    def run(self, shard: str, inputs: dict[str, str]) -> tuple[ShardRecord, int]:
+        """Process one shard and write its record, with its inputs; returns the record and the peak memory in bytes."""
+        root, stage, fingerprint = self.folder
         started = time.time()
         try:
             self.work = self.work or self.make_work()
             record = self.work(shard)
             # An unchanged shard brings the seconds of its first run.
             seconds = record.seconds or round(time.time() - started, 3)
-            record = replace(record, seconds=seconds, inputs=self.stage.inputs)
-            write_record(self.stage.root, self.stage.name, self.stage.fingerprint, record)
+            record = replace(record, seconds=seconds, inputs=inputs)
+            write_record(root, stage, fingerprint, record)
         except UserError as error:
-            raise type(error)(f"{self.stage.name}: shard {shard}: {error}") from error
+            raise type(error)(f"{stage}: shard {shard}: {error}") from error
         except Exception as error:
-            path = self.stage.root.at(f"{self.stage.name}/{shard}")
-            raise ShardError(f"{path}: {type(error).__name__}: {error}") from error
+            raise ShardError(f"{root.at(f'{stage}/{shard}')}: {type(error).__name__}: {error}") from error
         return record, memory.peak_bytes()
 
 
@@ -84,6 +93,7 @@ class Pool:
 
     def __init__(self, stage: Stage, make_work: Callable[[], Work], workers: Workers) -> None:
         self.stage = stage
+        self.folder = RecordFolder(stage.root, stage.name, stage.identity.shard_fingerprint)
         self.make_work = make_work
         self.workers = workers
         self.metrics = StageMetrics(stage.name)
@@ -124,7 +134,7 @@ class Pool:
 
     def _start(self, queue: ShardQueue) -> None:
         actor_class: Any = ray.remote(RemoteWorker).options(**self.workers.options(queue.sick_nodes))
-        actor: Any = actor_class.remote(self.stage, self.make_work, self.workers.memory_gb)
+        actor: Any = actor_class.remote(self.folder, self.make_work, self.workers.memory_gb)
         self.actors.append(actor)
         self.pending[actor.place.remote()] = (_Handle(actor), STARTING)
 
@@ -139,7 +149,7 @@ class Pool:
             shard = queue.take(handle.node, nodes)
             if shard is not None:
                 self.idle.remove(handle)
-                self.pending[handle.actor.run.remote(shard)] = (handle, shard)
+                self.pending[handle.actor.run.remote(shard, self.stage.inputs_of(shard))] = (handle, shard)
 
     def _nodes(self) -> Counter[str]:
         """Number of started workers by node."""

@@ -17,18 +17,18 @@ from retrieval.storage.manifest import ShardRecord, files_exist, read_record
 def run_shards(
     stage: Stage, shards: Sequence[str], make_work: Callable[[], Work], workers: Workers, include_finished: bool = False
 ) -> list[ShardRecord]:
-    """Process the shards that have no valid record of this fingerprint and inputs; records in the order of `shards`.
+    """Process the shards without a record of this fingerprint and these inputs; records in the order of `shards`.
 
     `make_work` runs once in each worker and loads what its shards share. A shard that fails, or whose worker is
     lost, runs again, on another node first; see `shard_queue` for the limits. Raises UnfinishedError, after all other
     shards, with the shards that failed, and a UserError of a shard that is no NodeError at once. Finished shards are
     kept. include_finished: process finished shards again.
     """
-    finished = [] if include_finished else map_in_threads(partial(_finished_record, stage), shards)
-    records = {record.shard: record for record in finished if record}
+    finished = finished_shards(stage, shards)
+    records = {} if include_finished else finished
+    todo = [shard for shard in shards if shard not in records]
     if records:
         stage.log.info("%d of %d shards are finished already", len(records), len(shards))
-    todo = [shard for shard in shards if shard not in records]
     if not todo:
         return [records[shard] for shard in shards]
     pool = Pool(stage, make_work, workers)
@@ -44,9 +44,37 @@ def run_shards(
     return [records[shard] for shard in shards]
 
 
+def finished_shards(stage: Stage, shards: Sequence[str]) -> dict[str, ShardRecord]:
+    """The records of the shards that are finished with this fingerprint and these inputs, by name.
+
+    Discards those of other inputs, see `Stage.discard`, if the stage has inputs by shard.
+    """
+    names = [*shards, *_former_shards(stage)] if stage.by_shard else shards
+    stored = [record for record in map_in_threads(partial(_finished_record, stage), names) if record]
+    current = {record.shard: record for record in stored if record.inputs == stage.inputs_of(record.shard)}
+    if stage.by_shard and len(current) < len(names):
+        stage.discard([record for record in stored if _is_outdated(stage, record)], len(stored))
+    return current
+
+
+def _former_shards(stage: Stage) -> list[str]:
+    """Shards with a record, in the folders of the stage's shards, that the stage no longer has."""
+    folders = {shard.rpartition("/")[0] for shard in stage.by_shard}
+    records = f"{stage.name}/records/"
+    names = [name.removeprefix(records).removesuffix(".json") for name in stage.root.list(records.rstrip("/"))]
+    return [name for name in names if name not in stage.by_shard and name.rpartition("/")[0] in folders]
+
+
+def _is_outdated(stage: Stage, record: ShardRecord) -> bool:
+    """Whether a shard is made from other inputs of `by_shard`, or is a former one."""
+    inputs = {name: digest for name, digest in record.inputs.items() if name not in stage.inputs}
+    return inputs != stage.by_shard.get(record.shard)
+
+
 def _finished_record(stage: Stage, shard: str) -> ShardRecord | None:
+    """The record of a shard with this fingerprint and all its files, of any inputs."""
     stored = read_record(stage.root, stage.name, shard)
-    if stored is None or stored[0] != stage.fingerprint or stored[1].inputs != stage.inputs:
+    if stored is None or stored[0] != stage.identity.shard_fingerprint:
         return None
     return stored[1] if files_exist(stage.root, stored[1]) else None
 

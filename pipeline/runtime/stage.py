@@ -5,22 +5,25 @@ Reads and writes `<stage>/started.json` and `<stage>/manifest.json`; does not us
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from retrieval.config import Config
+from retrieval.errors import UserError
 from retrieval.index.hidden import KEPT_BY_BUILDS
 from retrieval.storage.lease import lease, raise_if_lost
-from retrieval.storage.manifest import Manifest, ShardRecord, files_exist, read_manifest, write_manifest
+from retrieval.storage.manifest import Manifest, ShardRecord, delete_record, files_exist, read_manifest, write_manifest
 from retrieval.storage.root import Root
 from retrieval.storage.stage_folder import StageIdentity, prepare_folder
 
 THREADS = 32
 """Concurrent requests to an object store: each takes some hundredths of a second."""
+FREE_HOURS, FREE_SHARE = 1.0, 0.1
+"""Hours of one worker, and share of the finished shards, that are made again without `--remake` (`Stage.discard`)."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -30,7 +33,10 @@ Result = TypeVar("Result")
 class Stage:
     """A stage: its folder below the root, format version, settings, and the identity of each input by its name.
 
-    upstream: inputs in the fingerprint. inputs: other inputs; if they change, finished shards are updated.
+    upstream: inputs in the fingerprint. inputs: other inputs of every shard.
+    by_shard: by shard, the digests of what it is made from. Inputs of `upstream` with these names are compared shard by
+    shard: if one changes, only the shards with another digest are made again.
+    updates_shards: the work brings finished shards of other inputs up to date, so it needs their records.
     """
 
     root: Root
@@ -39,16 +45,23 @@ class Stage:
     config: Config
     upstream: dict[str, str] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
+    by_shard: Mapping[str, dict[str, str]] = field(default_factory=dict)
+    updates_shards: bool = False
 
-    @property
+    @cached_property
     def identity(self) -> StageIdentity:
         """What determines the stage's output."""
-        return StageIdentity.of(self.name, self.schema_version, self.config, self.upstream)
+        names = {name for digests in self.by_shard.values() for name in digests}
+        return StageIdentity.of(self.name, self.schema_version, self.config, self.upstream, names)
 
     @property
     def fingerprint(self) -> str:
         """See `retrieval.storage.manifest.fingerprint`."""
         return self.identity.fingerprint
+
+    def inputs_of(self, shard: str) -> dict[str, str]:
+        """Digests of what a shard is made from, outside the fingerprint of its record."""
+        return self.inputs | self.by_shard.get(shard, {})
 
     @property
     def log(self) -> logging.Logger:
@@ -97,13 +110,53 @@ class Stage:
         Raises UserError for finished shards of another fingerprint.
         """
         # Hidden images stay hidden in the new output.
-        prepare_folder(self.root, self.name, self.identity, kept=KEPT_BY_BUILDS)
+        prepare_folder(self.root, self.name, self.identity, KEPT_BY_BUILDS, keep_manifest=bool(self.by_shard))
+
+    def discard(self, outdated: Sequence[ShardRecord], num_finished: int) -> None:
+        """Delete the manifest, and the records of finished shards that are made from other inputs than now.
+
+        outdated: these shards, and those that the stage no longer has; num_finished: all finished shards. The log
+        states the loss. Raises UserError, before anything is deleted, if the loss is more than FREE_HOURS and
+        FREE_SHARE of the finished shards, unless `root.remake` permits it.
+        """
+        if outdated:
+            text = self._loss(outdated, num_finished)
+            hours = sum(record.seconds for record in outdated) / 3600
+            if hours > FREE_HOURS and len(outdated) > FREE_SHARE * num_finished and not self.root.remake:
+                raise UserError(
+                    f"{text} They are kept: nothing was done. To make them again, repeat the command with --remake"
+                    " (make: ARGS=--remake). To keep them, undo the change."
+                )
+            self.log.warning("%s", text)
+        self.root.delete(f"{self.name}/manifest.json")
+        if not self.updates_shards:
+            map_in_threads(self._delete_shard, outdated)
+
+    def _delete_shard(self, record: ShardRecord) -> None:
+        """Delete the record of an outdated shard, and before it the files of one that the stage no longer has."""
+        for file in record.files if record.shard not in self.by_shard else ():
+            self.root.delete(file.name)
+        delete_record(self.root, self.name, record.shard)
+
+    def _loss(self, outdated: Sequence[ShardRecord], num_finished: int) -> str:
+        inputs = (self.inputs_of(record.shard).items() ^ record.inputs.items() for record in outdated)
+        names = sorted({name for changed in inputs for name, _ in changed} - {*self.inputs})
+        fate = "brought up to date" if self.updates_shards else "made again or deleted"
+        rows, seconds = (sum(amounts) for amounts in zip(*((r.rows, r.seconds) for r in outdated), strict=True))
+        size = sum(file.bytes for record in outdated for file in record.files)
+        return (
+            f"{self.root.at(self.name)}: {len(outdated):,} of {num_finished:,} finished shards are to be {fate},"
+            f" because of another {' and '.join(names)}: {rows:,} rows, {size / 1e6:,.1f} MB,"
+            f" {seconds / 3600:,.2f} hours of one worker."
+        )
 
     def complete(self, records: Sequence[ShardRecord], values: dict[str, Any], started: float) -> Manifest:
         """Write the manifest under the lease, last of all files. started: `time.time()` at the start of the stage."""
         raise_if_lost()
         # Workers of a killed run may have written partial files after begin() deleted the others.
         self.root.delete_partial_files(self.name)
+        if self.by_shard:
+            self._delete_unnamed(records)
         manifest = Manifest(
             stage=self.name,
             schema_version=self.schema_version,
@@ -120,6 +173,18 @@ class Stage:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in manifest.reasons.items()) or "no reasons"
         self.log.info("finished: %s rows kept, %s not (%s) in %.1f s", kept, dropped, reasons, manifest.seconds)
         return manifest
+
+    def _delete_unnamed(self, records: Sequence[ShardRecord]) -> None:
+        """Delete files of shards that no record names, and the records of former shards. Other files stay."""
+        names = self.root.list(self.name)
+        folder = f"{self.name}/records/"
+        shards = {name.removeprefix(folder).removesuffix(".json") for name in names if name.startswith(folder)}
+        named = {file.name for record in records for file in record.files}
+        named |= {f"{folder}{record.shard}.json" for record in records}
+        for name in names:
+            shard = name.removeprefix(folder).removeprefix(f"{self.name}/").partition(".")[0]
+            if name not in named and shard in shards:
+                self.root.delete(name)
 
 
 def map_in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:

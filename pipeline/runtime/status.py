@@ -135,11 +135,30 @@ def _stale_reason(manifest: Manifest, spec: StageSpec, upstream: UpstreamStages)
         status, source = upstream[name]
         if source is None:
             return f"{name}, which it was made from, is {status.state}"
-        if digest not in (source.fingerprint, source.identity):
-            return f"made from another {name}"
+        parts = (source.identity_of(split) for split in ("train/", "database/"))
+        if digest not in (source.fingerprint, source.identity, *parts):
+            return f"made from another {name}: {_made_again(manifest, name, source)}"
         if status.state == "stale":
             return f"made from {name}, which is stale"
     return ""
+
+
+def _made_again(manifest: Manifest, name: str, source: Manifest) -> str:
+    """What the stage's command makes again for a changed input. name, source: the input's name and manifest."""
+    if not any(name in shard.inputs for shard in manifest.shards):
+        return f"all is made again with --remake, {manifest.rows:,} rows, last in {format_duration(manifest.seconds)}"
+    digests = {shard.shard: shard.digest for shard in source.shards}
+    outdated = [
+        shard
+        for shard in manifest.shards
+        if shard.inputs.get(name) != digests.get(shard.shard, digests.get(f"train/{shard.shard}"))
+    ]
+    rows, seconds = sum(shard.rows for shard in outdated), sum(shard.seconds for shard in outdated)
+    size = sum(file.bytes for shard in outdated for file in shard.files)
+    return (
+        f"{len(outdated):,} of {len(manifest.shards):,} shards are outdated, {rows:,} rows, {size / 1e6:,.1f} MB,"
+        f" {format_duration(seconds)} of one worker"
+    )
 
 
 def _unfinished(root: Root, spec: StageSpec, times: Mapping[str, float], now: float) -> Status:

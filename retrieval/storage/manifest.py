@@ -27,7 +27,12 @@ class ShardRecord:
     values: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     inputs: dict[str, str] = field(default_factory=dict)
-    """Digests of inputs outside the fingerprint: if they change, the finished shard is updated, not made again."""
+    """Digests of inputs outside the fingerprint, such as the shard of an earlier stage that it was made from."""
+
+    @property
+    def digest(self) -> str:
+        """Digest of the content of its files, for the `inputs` of later stages."""
+        return _digest([file.sha256 for file in self.files])
 
     def file(self, suffix: str) -> str:
         """The name of the file with a suffix such as `.tar`. An updated shard has other names than a new one."""
@@ -67,8 +72,11 @@ class Manifest:
     @property
     def identity(self) -> str:
         """Digest of the output for the fingerprint of later stages: of settings and of all file contents."""
-        content = json.dumps([self.fingerprint, sorted(self.checksums().items())])
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
+        return _digest([self.fingerprint, sorted(self.checksums().items())])
+
+    def identity_of(self, prefix: str) -> str:
+        """Digest of the contents of the shards with a prefix: the identity for stages that read only these."""
+        return _digest([[shard.shard, shard.digest] for shard in self.shards if shard.shard.startswith(prefix)])
 
     def shard_names(self, prefix: str = "") -> list[str]:
         """Names of the shards with a prefix such as `train/`, in order."""
@@ -81,7 +89,10 @@ class Manifest:
 
 def fingerprint(stage: str, schema_version: int, config: Config, upstream: dict[str, str]) -> str:
     """Digest of everything that determines a stage's output. upstream: identities of its input stages."""
-    parts = [stage, schema_version, config.output_fields(), sorted(upstream.items())]
+    return _digest([stage, schema_version, config.output_fields(), sorted(upstream.items())])
+
+
+def _digest(parts: list[Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

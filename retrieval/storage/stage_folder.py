@@ -5,7 +5,7 @@ be weeks of work, so they are deleted only if the root permits it (`--remake`), 
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,28 +21,41 @@ MAX_DIFFERENCES = 3
 
 @dataclass(frozen=True)
 class StageIdentity:
-    """What determines the output of a stage. settings: `Config.output_fields`; upstream: identities of its inputs."""
+    """What determines the output of a stage. settings: `Config.output_fields`; upstream: identities of its inputs.
+
+    shard_fingerprint: the same without the inputs that are compared shard by shard. Shards with it are kept.
+    """
 
     fingerprint: str
+    shard_fingerprint: str
     schema_version: int
     settings: dict[str, Any]
     upstream: dict[str, str]
 
     @classmethod
-    def of(cls, stage: str, schema_version: int, config: Config, upstream: dict[str, str]) -> "StageIdentity":
-        """The identity of a stage with these settings and inputs. stage: its name in fingerprints."""
-        digest = fingerprint(stage, schema_version, config, upstream)
-        return cls(digest, schema_version, config.output_fields(), upstream)
+    def of(
+        cls, stage: str, schema_version: int, config: Config, upstream: dict[str, str], by_shard: Collection[str] = ()
+    ) -> "StageIdentity":
+        """The identity of a stage with these settings and inputs.
+
+        stage: its name in fingerprints. by_shard: names of inputs that are compared shard by shard.
+        """
+        shared = {name: identity for name, identity in upstream.items() if name not in by_shard}
+        whole, of_shards = (fingerprint(stage, schema_version, config, inputs) for inputs in (upstream, shared))
+        return cls(whole, of_shards, schema_version, config.output_fields(), shared)
 
 
-def prepare_folder(root: Root, folder: str, identity: StageIdentity, kept: tuple[str, ...] = ()) -> None:
+def prepare_folder(
+    root: Root, folder: str, identity: StageIdentity, kept: tuple[str, ...] = (), keep_manifest: bool = False
+) -> None:
     """Prepare the folder of a stage that did not finish with this identity. Call it before the first shard is written.
 
     Deletes the manifest and unfinished files; where the identity differs, everything but names that begin as one of
-    `kept`. Raises as `check_remake`.
+    `kept`. keep_manifest: where it does not differ, the manifest stays. Raises as `check_remake`.
     """
     is_same = check_remake(root, folder, identity)
-    root.delete(f"{folder}/manifest.json")
+    if not (is_same and keep_manifest):
+        root.delete(f"{folder}/manifest.json")
     if is_same:
         root.delete_partial_files(folder)
     elif kept:
@@ -53,13 +66,16 @@ def prepare_folder(root: Root, folder: str, identity: StageIdentity, kept: tuple
 
 
 def check_remake(root: Root, folder: str, identity: StageIdentity) -> bool:
-    """True if the files of a folder have this identity.
+    """True if the shards of a folder have this identity, but for inputs that are compared shard by shard.
 
     Raises UserError if it has finished shards of another identity, unless `root.remake` permits to delete them. The
     error, or then a warning in the log, states what is deleted and which settings or inputs changed.
     """
     stored = _stored_identity(root, folder)
-    if stored.get("fingerprint") == identity.fingerprint:
+    if (
+        stored.get("shard_fingerprint") == identity.shard_fingerprint
+        or stored.get("fingerprint") == identity.fingerprint
+    ):
         return True
     contents = _finished_contents(root, folder)
     if not contents:
@@ -109,8 +125,8 @@ def _flat(sections: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _stored_identity(root: Root, folder: str) -> dict[str, Any]:
-    """The content of the manifest or, for an unfinished stage, of started.json; empty without both."""
-    for name in ("manifest.json", STARTED_FILE):
+    """The content of started.json or, if only a manifest was written, of the manifest; empty without both."""
+    for name in (STARTED_FILE, "manifest.json"):
         if root.exists(f"{folder}/{name}"):
             return dict(root.read_json(f"{folder}/{name}"))
     return {}

@@ -24,16 +24,15 @@ def shards_in_process() -> Iterator[None]:
 
 
 def _run(pool: Pool, queue: ShardQueue) -> Iterator[tuple[ShardRecord, int]]:
-    """Assign the shards to workers in rotation; each worker unpickles the stage and the work, as with Ray."""
-    pickled = cloudpickle.dumps((pool.stage, pool.make_work))
-    stages = [cloudpickle.loads(pickled) for _ in range(pool.workers.count or 2)]
-    workers = [RemoteWorker(stage, make_work, 0.0) for stage, make_work in stages]
+    """Assign the shards to workers in rotation; each worker unpickles its folder and work, as with Ray."""
+    pickled = cloudpickle.dumps((pool.folder, pool.make_work))
+    workers = [RemoteWorker(*cloudpickle.loads(pickled), 0.0) for _ in range(pool.workers.count or 2)]
     number = 0
     while (shard := queue.take("here", ["here"])) is not None:
         worker = workers[number % len(workers)]
         number += 1
         try:
-            result = worker.run(shard)
+            result = worker.run(shard, pool.stage.inputs_of(shard))
         except (NodeError, ShardError) as error:
             queue.failed(shard, Failure("here", "error", str(error)))
             continue

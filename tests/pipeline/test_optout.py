@@ -68,7 +68,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Pat
     write_manifest(root, Manifest("embed", 1, "e" * 16, {}, {}, tuple(records), values, 1.0))
     database = tables["database/00000"]
     config = IndexConfig(rows_per_partition=20)
-    for name, upstream in (("index", read_manifest(root, "embed").identity), ("databases/ink", "x")):
+    for name, upstream in (("index", read_manifest(root, "embed").identity_of("database/")), ("databases/ink", "x")):
         write_database(root, database, ENCODER, config, DatabaseIdentity(name, {"embed": upstream}))
     with shards_in_process():
         fingerprint = neighbors.run(CONFIG, root).fingerprint

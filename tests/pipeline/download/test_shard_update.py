@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from pipeline.recipe import DownloadConfig
 from pipeline.web.blocklist import Blocklist
 from retrieval.errors import UserError
 from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, read_record, write_manifest, write_record
-from retrieval.storage.root import Root
+from retrieval.storage.root import FileRecord, Root
 from retrieval.storage.schema import DOWNLOADED, image_id, read_table
 from tests.pipeline.web.fetching import make_fetcher, write_selected
 
@@ -149,6 +150,42 @@ def test_a_changed_blocklist_removes_listed_pictures_and_requests_nothing(root: 
     assert [reasons[n] for n in (0, 2, 5)] == ["blocked", "", ""]
     assert stored_pictures(root) == {n: before[n] for n in (2, 5)}
     assert sorted(set(server.paths) & {"/0", "/2", "/5"}) == ["/2", "/5"]
+
+
+def selected_digest(root: Root) -> None:
+    """The manifest of filter for the selected rows as they are now."""
+    data = root.read_bytes(f"filter/{SHARD}.parquet") or b""
+    file = FileRecord(f"filter/{SHARD}.parquet", len(data), sha256(data).hexdigest())
+    write_manifest(root, Manifest("filter", 1, file.sha256[:16], {}, {}, (ShardRecord(SHARD, 8, (file,)),), {}, 1.0))
+
+
+@pytest.mark.usefixtures("in_process_shards")
+def test_another_selection_keeps_the_pictures_that_stay_and_requests_only_new_ones(root: Root, server) -> None:
+    root.delete("download")
+    urls = send_pictures(server, FAILING)
+    selected_digest(root)
+    first = run_stage(config(), root)
+    before = stored_pictures(root)
+    assert sorted(before) == [0, 2, 5]
+    server.requests.clear()
+    new = [server.send("/new", jpeg(50)), server.send("/gone", b"", 404)]
+    write_selected(root, SHARD, [urls[5], new[0], urls[1], urls[2], new[1]])
+    selected_digest(root)
+    second = run_stage(config(), root)
+    assert sorted(server.paths) == ["/gone", "/new"]
+    assert (second.rows, second.reasons) == (3, {"not_found": 1, "unavailable": 1})
+    after = stored_pictures(root)
+    assert (after[0], after[3], sorted(after)) == (before[5], before[2], [0, 1, 3])
+    rows = read_table(root, second.shards[0].file(".parquet"), DOWNLOADED).to_pylist()
+    assert [row["caption"] for row in rows] == [f"caption {n}" for n in range(5)]
+    assert (run_stage(config(), root), root.exists("download/manifest.json")) == (second, True)
+    assert len(root.list("download/train")) == 2
+    server.requests.clear()
+    send_pictures(server, FAILING)
+    write_selected(root, SHARD, urls)
+    selected_digest(root)
+    assert run_stage(config(), root).rows == first.rows
+    assert {path.partition("?")[0] for path in server.paths} == {"/0", "/3", "/4", "/6", "/7"}
 
 
 def test_only_transient_failures_are_retried(root: Root) -> None:

@@ -153,11 +153,29 @@ def test_changed_or_stale_inputs_make_a_stage_stale(root: Root) -> None:
     spec, download = StageSpec("embed", "embed", Settings()), Status("download", "finished")
     assert status(root, spec, {"download": (download, first)}).state == "finished"
     other = replace(first, fingerprint="another")
-    assert status(root, spec, {"download": (download, other)}).note == "made from another download"
+    stale = status(root, spec, {"download": (download, other)}).note
+    assert stale == "made from another download: all is made again with --remake, 150 rows, last in 30 s"
     made_from_stale = status(root, spec, {"download": (replace(download, state="stale"), first)})
     assert (made_from_stale.state, made_from_stale.note) == ("stale", "made from download, which is stale")
     upstream_unfinished = status(root, spec, {"download": (replace(download, state="unfinished"), None)})
     assert upstream_unfinished.note == "download, which it was made from, is unfinished"
+
+
+def test_a_stage_that_follows_its_input_by_shard_states_what_is_outdated(root: Root) -> None:
+    first = write_stage(root, "download", {}, Settings())
+    made = write_stage(root, "embed", {"download": first.identity}, Settings())
+    shards = [
+        replace(shard, seconds=7200.0, inputs={"download": source.digest})
+        for shard, source in zip(made.shards, first.shards, strict=True)
+    ]
+    write_manifest(root, replace(made, shards=tuple(shards)))
+    retried = replace(first.shards[1], files=(FileRecord("1", 7, "another"),))
+    other = replace(first, shards=(first.shards[0], retried))
+    note = status(
+        root, StageSpec("embed", "embed", Settings()), {"download": (Status("download", "finished"), other)}
+    ).note
+    loss = "1 of 2 shards are outdated, 50 rows, 0.0 MB, 2 h 0 min of one worker"
+    assert note == f"made from another download: {loss}"
 
 
 def test_an_object_store_is_read_like_a_disk() -> None:

@@ -1,0 +1,175 @@
+"""A changed shard makes what was made from it again, and nothing else; the result equals one made from nothing."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline import embed, index
+from pipeline.neighbors import neighbors
+from pipeline.recipe import EmbedConfig, NeighborsConfig
+from retrieval import Root, UserError
+from retrieval.recipe import ClipConfig, IndexConfig
+from retrieval.storage.manifest import Manifest, read_manifest, read_record, write_record
+from tests.pipeline.conftest import Picture, pictures, write_download
+
+NEIGHBORS = NeighborsConfig(k=4, near_copy_similarity=0.999, workers=2)
+Shards = dict[str, list[Picture]]
+
+
+def downloaded() -> Shards:
+    """Two training shards and two of the database."""
+    return {
+        "train/00000": pictures("train", 900, 4),
+        "train/00001": pictures("train", 910, 4),
+        "database/00000": pictures("database", 100, 20),
+        "database/00001": pictures("database", 200, 20),
+    }
+
+
+def retried(shards: Shards, shard: str) -> Shards:
+    """The same download with one more picture in a shard."""
+    return {**shards, shard: [*shards[shard], *pictures(f"retried/{shard}", 990, 1)]}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, clip: ClipConfig, in_process_shards: None) -> Path:
+    """A finished chain from download to neighbors."""
+    folder = tmp_path_factory.mktemp("made")
+    write_download(Root(folder), downloaded())
+    run_stages(Root(folder), clip)
+    return folder
+
+
+@pytest.fixture
+def root(made: Path, tmp_path: Path) -> Root:
+    """A copy of the chain that a test may change."""
+    shutil.copytree(made, tmp_path / "run")
+    return Root(tmp_path / "run")
+
+
+def run_stages(root: Root, clip: ClipConfig) -> tuple[Manifest, Manifest, Manifest]:
+    return (
+        embed.run(EmbedConfig(workers=1), clip, root),
+        index.run(IndexConfig(rows_per_partition=20, workers=1), root),
+        neighbors.run(NEIGHBORS, root),
+    )
+
+
+def written(root: Root, stage: str) -> set[str]:
+    """The tables of a stage that were written after the marked moment."""
+    marked = root.local_path("mark").stat().st_mtime_ns
+    names = root.list(stage, ".parquet")
+    return {name for name in names if root.local_path(name).stat().st_mtime_ns > marked}
+
+
+def change(root: Root, shards: Shards) -> None:
+    """Replace the download, and mark the moment."""
+    write_download(root, shards)
+    root.write_bytes("mark", b"")
+
+
+def from_nothing(folder: Path, shards: Shards, clip: ClipConfig) -> tuple[Manifest, Manifest, Manifest]:
+    root = Root(folder)
+    write_download(root, shards)
+    return run_stages(root, clip)
+
+
+def test_a_picture_gained_in_training_makes_one_vector_shard_and_one_table_again(
+    root: Root, clip: ClipConfig, tmp_path: Path
+) -> None:
+    shards = retried(downloaded(), "train/00001")
+    change(root, shards)
+    manifests = run_stages(root, clip)
+    assert written(root, "embed") == {"embed/train/00001.parquet"}
+    assert written(root, "index") == set()
+    assert written(root, "neighbors") == {"neighbors/00001.parquet"}
+    expected = from_nothing(tmp_path / "new", shards, clip)
+    assert [manifest.checksums() for manifest in manifests] == [manifest.checksums() for manifest in expected]
+    assert [manifest.fingerprint for manifest in manifests] == [manifest.fingerprint for manifest in expected]
+    assert manifests[2].values == expected[2].values
+
+
+def test_a_picture_gained_in_the_database_makes_one_vector_shard_again(root: Root, clip: ClipConfig) -> None:
+    change(root, retried(downloaded(), "database/00001"))
+    embed.run(EmbedConfig(workers=1), clip, root)
+    assert written(root, "embed") == {"embed/database/00001.parquet"}
+    with pytest.raises(UserError, match=r"made from another embed.*--remake"):
+        index.run(IndexConfig(rows_per_partition=20, workers=1), root)
+    assert read_manifest(root, "index").rows == 40
+
+
+def test_a_training_picture_that_copies_a_database_picture_makes_the_shard_of_the_copy_again(
+    root: Root, clip: ClipConfig, tmp_path: Path
+) -> None:
+    shards = downloaded()
+    copy = replace(pictures("copy", 990, 1)[0], seed=shards["database/00001"][3].seed)
+    shards["train/00000"] = [*shards["train/00000"], copy]
+    change(root, shards)
+    manifest = embed.run(EmbedConfig(workers=1), clip, root)
+    assert written(root, "embed") == {"embed/train/00000.parquet", "embed/database/00001.parquet"}
+    assert manifest.reasons == {"duplicate_content": 1}
+    assert manifest.checksums() == from_nothing(tmp_path / "new", shards, clip)[0].checksums()
+
+
+def test_new_shards_are_added_and_those_that_are_gone_are_deleted(root: Root, clip: ClipConfig, tmp_path: Path) -> None:
+    shards = downloaded()
+    shards["train/00002"] = pictures("train", 920, 4)
+    del shards["train/00000"]
+    change(root, shards)
+    manifests = run_stages(root, clip)
+    assert written(root, "embed") == {"embed/train/00002.parquet"}
+    assert written(root, "neighbors") == {"neighbors/00002.parquet"}
+    assert root.list("neighbors") == [
+        *("neighbors/00001.parquet", "neighbors/00002.parquet", "neighbors/manifest.json"),
+        *("neighbors/records/00001.json", "neighbors/records/00002.json", "neighbors/started.json"),
+    ]
+    expected = from_nothing(tmp_path / "new", shards, clip)
+    assert [manifest.checksums() for manifest in manifests] == [manifest.checksums() for manifest in expected]
+
+
+def make_expensive(root: Root) -> None:
+    for shard in read_manifest(root, "embed").shard_names():
+        stored = read_record(root, "embed", shard)
+        assert stored
+        write_record(root, "embed", stored[0], replace(stored[1], seconds=7200.0))
+
+
+def test_a_loss_of_many_hours_needs_a_request_and_is_stated_first(root: Root, clip: ClipConfig) -> None:
+    make_expensive(root)
+    change(root, retried(downloaded(), "train/00001"))
+    before = read_manifest(root, "embed")
+    loss = "1 of 4 finished shards are to be made again or deleted, because of another download: 4 rows, .* 2.00 hours"
+    with pytest.raises(UserError, match=f"{loss}.*They are kept: nothing was done.*--remake"):
+        embed.run(EmbedConfig(workers=1), clip, root)
+    assert read_manifest(root, "embed") == before
+    assert read_record(root, "embed", "train/00001")
+    assert embed.run(EmbedConfig(workers=1), clip, Root(root.url, remake=True)).rows == before.rows + 1
+    assert written(root, "embed") == {"embed/train/00001.parquet"}
+
+
+def killed(*_: object) -> None:
+    """Work of a stage that is interrupted."""
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("killed_in", ["match_work", "_merge_work"])
+@pytest.mark.parametrize("is_undone", [False, True])
+def test_a_join_that_was_killed_uses_no_pass_over_other_queries(
+    root: Root, clip: ClipConfig, monkeypatch: pytest.MonkeyPatch, killed_in: str, is_undone: bool
+) -> None:
+    expected = read_manifest(root, "neighbors").checksums()
+    change(root, retried(downloaded(), "train/00001"))
+    embed.run(EmbedConfig(workers=1), clip, root)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(neighbors, killed_in, killed)
+        neighbors.run(NEIGHBORS, root)
+    assert not root.exists("neighbors/manifest.json")
+    if is_undone:
+        change(root, downloaded())
+    else:
+        root.delete("neighbors/00000.parquet")
+    checksums = run_stages(root, clip)[2].checksums()
+    assert checksums["neighbors/00000.parquet"] == expected["neighbors/00000.parquet"]
+    assert (checksums == expected) == is_undone
