@@ -29,7 +29,7 @@ from pipeline.pictures.tars import sample_key
 from pipeline.recipe import EmbedConfig
 from pipeline.runtime.runner import run_shards
 from pipeline.runtime.stage import Stage, group_shards
-from pipeline.runtime.workers import Work, Workers
+from pipeline.runtime.workers import Work, Workers, shared_workers
 from retrieval.clip.encoder import Encoder
 from retrieval.errors import UserError
 from retrieval.index.routing import unit
@@ -64,7 +64,7 @@ def run(config: EmbedConfig, clip: ClipConfig, root: Root) -> Manifest:
     stage = Stage(root, "embed", SCHEMA_VERSION, config, inputs, by_shard=by_shard)
     if manifest := stage.finished():
         return manifest
-    with stage.building():
+    with stage.building(), shared_workers():
         selection = DatabaseSelection(_find_copies(stage, config, download), patch_quotas(download, config.patches))
         stage = replace(stage, by_shard=_shard_inputs(stage, selection))
         workers = Workers.from_config(config, num_gpus=config.gpus_per_worker)

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from pipeline.runtime.runner import run_shards
 from pipeline.runtime.stage import Stage, group_shards
-from pipeline.runtime.workers import Work, Workers
+from pipeline.runtime.workers import Work, Workers, shared_workers
 from retrieval.clip.identity import EncoderIdentity
 from retrieval.database.build import (
     CENTROID_SAMPLE_ROWS,
@@ -59,7 +59,7 @@ def run(config: IndexConfig, root: Root, clip: ClipConfig | None = None) -> Mani
     shards = [record for record in embed.shards if record.shard.startswith("database/")]
     if not sum(record.rows for record in shards):
         raise UserError(f"{root.at('embed')} has no database images to index. Check filter and download.")
-    with stage.building():
+    with stage.building(), shared_workers():
         train_centroids = partial(_centroids_work, stage, config, encoder.dim, shards)
         [record] = run_shards(stage, ["centroids"], train_centroids, Workers.from_config(config, 1))
         with root.local("index/centroids.npy") as path:

@@ -21,7 +21,7 @@ from pipeline.recipe import NeighborsConfig
 from pipeline.runtime.id_files import read_ids, write_ids
 from pipeline.runtime.runner import run_shards
 from pipeline.runtime.stage import Stage, map_in_threads
-from pipeline.runtime.workers import Work, Workers
+from pipeline.runtime.workers import Work, Workers, shared_workers
 from pipeline.web.blocklist import Blocklist
 from pipeline.web.urls import canonical_column
 from retrieval.config import Config
@@ -75,7 +75,7 @@ def run(blocklist: Blocklist, root: Root) -> dict[str, Any]:
     # Its files are temporary: those of a killed run with other inputs are deleted.
     temporary = Root(root.url, remake=True)
     stage = Stage(temporary, name, SCHEMA_VERSION, Config(), {**inputs, "list": blocklist.identity})
-    with stage.building():
+    with stage.building(), shared_workers():
         ids = _downloaded_ids(stage, blocklist)
         listed = np.union1d(ids, blocklist.ids)
         ids_by_database = {folder: _database_ids(stage, folder, blocklist, listed) for folder in databases}

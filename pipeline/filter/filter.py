@@ -24,7 +24,7 @@ from pipeline.recipe import FilterConfig
 from pipeline.runtime.arrow_files import read_batch
 from pipeline.runtime.runner import run_shards
 from pipeline.runtime.stage import Stage
-from pipeline.runtime.workers import Workers
+from pipeline.runtime.workers import Workers, shared_workers
 from pipeline.web.blocklist import read_blocklist
 from retrieval.errors import UserError
 from retrieval.storage.manifest import Manifest, ShardRecord
@@ -48,7 +48,7 @@ def run(config: FilterConfig, root: Root) -> Manifest:
         return manifest
     if manifest := stage.stored():
         return block_later(stage, manifest, blocklist, workers)
-    with stage.building():
+    with stage.building(), shared_workers():
         names = [piece.name for piece in context.plan.pieces]
         scans = run_shards(stage, [f"scan/{name}" for name in names], partial(Scan, context), workers)
         buckets = [f"dedupe/{bucket:05d}" for bucket in range(context.num_buckets)]

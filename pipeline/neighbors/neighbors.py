@@ -20,7 +20,7 @@ from pipeline.neighbors.recall import recall_work, sample_work, truth_work
 from pipeline.recipe import NeighborsConfig
 from pipeline.runtime.runner import finished_shards, run_shards
 from pipeline.runtime.stage import Stage, group_shards, map_in_threads
-from pipeline.runtime.workers import Work, Workers
+from pipeline.runtime.workers import Work, Workers, shared_workers
 from retrieval.clip.identity import EncoderIdentity
 from retrieval.database.database import Database
 from retrieval.errors import UserError
@@ -48,7 +48,7 @@ def run(config: NeighborsConfig, root: Root) -> Manifest:
     stage = neighbors_stage(config, root)
     if manifest := stage.finished():
         return manifest
-    with stage.building():
+    with stage.building(), shared_workers():
         records = _join(stage, config, database, embed)
         values = {
             "k": config.k,

@@ -10,6 +10,7 @@ import os
 import resource
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 GB = 1_000_000_000
@@ -26,8 +27,14 @@ def used_bytes() -> int:
     return (resident - shared) * PAGE_BYTES
 
 
+def reset_peak() -> None:
+    """Let `peak_bytes` start again at the present use, where the system permits it."""
+    with suppress(OSError):
+        (PROCESS / "clear_refs").write_text("5")
+
+
 def peak_bytes() -> int:
-    """Highest resident memory of this process so far in bytes, mapped files included."""
+    """Highest resident memory of this process since `reset_peak` in bytes, mapped files included."""
     if not PROCESS.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes
     # Not from getrusage: on Linux, a new process starts there with the peak of its parent.

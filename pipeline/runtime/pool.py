@@ -1,6 +1,8 @@
 """The Ray workers of a stage: started, given shards one at a time, replaced when they are lost.
 
-Workers write the completion records of shards. Only this module, `workers.py` and `prometheus.py` use Ray here.
+Workers write the completion records of shards. Those that are idle at the end of a pass serve the next pass of the
+stage, because a new process imports its libraries for some seconds. Only this module, `workers.py` and `prometheus.py`
+use Ray here.
 """
 
 import socket
@@ -17,7 +19,7 @@ from pipeline.runtime import memory
 from pipeline.runtime.prometheus import StageMetrics
 from pipeline.runtime.shard_queue import MAX_IN_A_ROW, SICK_AFTER, Failure, ShardQueue
 from pipeline.runtime.stage import Stage
-from pipeline.runtime.workers import Work, Workers
+from pipeline.runtime.workers import Work, Workers, leave_idle, take_idle
 from retrieval.errors import NodeError, UserError
 from retrieval.storage.lease import HEARTBEAT_S, raise_if_lost
 from retrieval.storage.manifest import ShardRecord, write_record
@@ -46,18 +48,23 @@ class RecordFolder(NamedTuple):
 
 
 class RemoteWorker:
-    """A Ray actor that processes shards one after another and writes the record of each."""
+    """A Ray actor that processes shards one after another and writes the record of each. stage: name for its log."""
 
-    def __init__(self, folder: RecordFolder, make_work: Callable[[], Work], memory_gb: float) -> None:
+    def __init__(self, stage: str, memory_gb: float) -> None:
+        remove_stale_folders()
+        if memory_gb:
+            memory.start_watchdog(memory_gb, stage)
+
+    def assign(self, folder: RecordFolder, make_work: Callable[[], Work]) -> None:
+        """Begin a pass; `make_work` is called with its first shard."""
         self.folder = folder
         self.make_work = make_work
         self.work: Work | None = None
-        remove_stale_folders()
-        if memory_gb:
-            memory.start_watchdog(memory_gb, folder.stage)
+        memory.reset_peak()
 
-    def place(self) -> tuple[str, str]:
-        """Node id and host of this worker. It has started when this returns: only then it gets shards."""
+    def start(self, folder: RecordFolder, make_work: Callable[[], Work]) -> tuple[str, str]:
+        """Begin a pass; returns node id and host. The worker has started when this returns: then it gets shards."""
+        self.assign(folder, make_work)
         return str(ray.get_runtime_context().get_node_id()), socket.gethostname()
 
     def run(self, shard: str, inputs: dict[str, str]) -> tuple[ShardRecord, int]:
@@ -128,15 +135,21 @@ class Pool:
         queue.check(self.stage.name)
 
     def close(self) -> None:
-        """End every worker, including those that still run when the stage stops."""
+        """End the workers that still run when the stage stops. Idle ones wait for the next pass in `shared_workers`."""
+        idle = [handle.actor for handle in self.idle]
         for actor in self.actors:
-            ray.kill(actor)
+            if actor not in idle:
+                ray.kill(actor)
+        leave_idle(self.workers, idle)
 
     def _start(self, queue: ShardQueue) -> None:
-        actor_class: Any = ray.remote(RemoteWorker).options(**self.workers.options(queue.sick_nodes))
-        actor: Any = actor_class.remote(self.folder, self.make_work, self.workers.memory_gb)
+        actor = take_idle(self.workers) or self._new_actor(queue.sick_nodes)
         self.actors.append(actor)
-        self.pending[actor.place.remote()] = (_Handle(actor), STARTING)
+        self.pending[actor.start.remote(self.folder, self.make_work)] = (_Handle(actor), STARTING)
+
+    def _new_actor(self, sick_nodes: set[str]) -> Any:
+        actor_class: Any = ray.remote(RemoteWorker).options(**self.workers.options(sick_nodes))
+        return actor_class.remote(self.stage.name, self.workers.memory_gb)
 
     def _assign(self, queue: ShardQueue) -> None:
         """Start the workers that are due, and give shards to idle workers."""

@@ -1,7 +1,9 @@
-"""The work of a stage's workers, their resources, and how many of them fit the nodes of the Ray cluster."""
+"""The work of a stage's workers, their resources, how many fit the nodes of the Ray cluster, and who is idle."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -65,6 +67,53 @@ class Workers:
             "label_selector": selector,
             "max_restarts": 0,
         }
+
+
+@dataclass
+class _IdleWorkers:
+    """Actors of a pass that the next pass may take. resources: the workers that they were started as."""
+
+    resources: Workers | None = None
+    actors: list[Any] = field(default_factory=list)
+
+    def end(self) -> None:
+        while self.actors:
+            ray.kill(self.actors.pop())
+
+
+_idle: ContextVar[_IdleWorkers | None] = ContextVar("idle", default=None)
+"""None outside of `shared_workers`."""
+
+
+@contextmanager
+def shared_workers() -> Iterator[None]:
+    """Within the block, a pass takes the idle workers of the pass before it, if it needs the same resources."""
+    idle = _IdleWorkers()
+    token = _idle.set(idle)
+    try:
+        yield
+    finally:
+        idle.end()
+        _idle.reset(token)
+
+
+def take_idle(workers: Workers) -> Any | None:
+    """An idle actor with these resources, or None. Actors with other resources are ended: they hold CPUs or GPUs."""
+    idle = _idle.get()
+    if idle is None:
+        return None
+    if idle.resources != replace(workers, count=0):
+        idle.end()
+    return idle.actors.pop() if idle.actors else None
+
+
+def leave_idle(workers: Workers, actors: list[Any]) -> None:
+    """Leave the idle actors of a pass to the next one. Outside of `shared_workers` they are ended."""
+    idle = _idle.get() or _IdleWorkers()
+    idle.resources = replace(workers, count=0)
+    idle.actors += actors
+    if _idle.get() is None:
+        idle.end()
 
 
 def _format(resources: dict[str, float]) -> str:

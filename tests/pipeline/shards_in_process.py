@@ -26,7 +26,9 @@ def shards_in_process() -> Iterator[None]:
 def _run(pool: Pool, queue: ShardQueue) -> Iterator[tuple[ShardRecord, int]]:
     """Assign the shards to workers in rotation; each worker unpickles its folder and work, as with Ray."""
     pickled = cloudpickle.dumps((pool.folder, pool.make_work))
-    workers = [RemoteWorker(*cloudpickle.loads(pickled), 0.0) for _ in range(pool.workers.count or 2)]
+    workers = [RemoteWorker(pool.stage.name, 0.0) for _ in range(pool.workers.count or 2)]
+    for worker in workers:
+        worker.assign(*cloudpickle.loads(pickled))
     number = 0
     while (shard := queue.take("here", ["here"])) is not None:
         worker = workers[number % len(workers)]

@@ -21,7 +21,7 @@ from ray.exceptions import ActorUnavailableError
 from pipeline.runtime import pool, shard_queue
 from pipeline.runtime.runner import run_shards
 from pipeline.runtime.stage import Stage, map_in_threads
-from pipeline.runtime.workers import Work, Workers
+from pipeline.runtime.workers import Work, Workers, shared_workers
 from retrieval.config import Config, runtime_setting
 from retrieval.errors import NodeError, UnfinishedError, UserError
 from retrieval.storage.manifest import ShardRecord, read_manifest, write_record
@@ -283,6 +283,34 @@ def test_a_worker_calls_make_work_once(root: Root) -> None:
 
     run_shards(stage(root), SHARDS, make_work, ONE)
     assert root.size("calls/setups") == 1
+
+
+def pids(root: Root, name: str, workers: Workers = ONE) -> set[int]:
+    """The processes that ran the shards of a pass."""
+
+    def work(shard: str) -> ShardRecord:
+        return ShardRecord(shard, os.getpid(), (root.write_bytes(f"{name}/{shard}.txt", name.encode()),))
+
+    records = run_shards(Stage(root, name, 1, Settings()), SHARDS, partial(lambda: work), workers)
+    assert {root.read_bytes(record.files[0].name) for record in records} == {name.encode()}
+    return {record.rows for record in records}
+
+
+def test_passes_share_their_workers_if_they_need_the_same_resources(root: Root) -> None:
+    with shared_workers():
+        first = pids(root, "first")
+        assert pids(root, "second") == first
+        others = pids(root, "third", Workers(1, num_cpus=2))  # all CPUs, so the first worker has ended
+        assert others.isdisjoint(first)
+    assert wait_for(lambda: not any(map(psutil.pid_exists, first | others)), 10)
+    assert pids(root, "fourth").isdisjoint(others)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
 
 
 def test_a_worker_that_exceeds_its_memory_is_ended(root: Root) -> None:
