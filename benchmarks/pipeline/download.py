@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow as pa
 
 from benchmarks.common.report import DOCS, REPOSITORY, SCRATCH, markdown_table, write_report
-from benchmarks.pipeline.downloader import EDGE, QUALITY, RETRIES, THREADS
+from benchmarks.pipeline.downloader import EDGE, QUALITY, RETRIES
 from benchmarks.pipeline.static_server import serve_folder
 from benchmarks.training.training_data import PICTURES, picture
 from jobs.reporting.hardware import hardware
@@ -35,13 +35,13 @@ INTRO = """Written by `make bench-download`; the numbers are in `download.json`.
 
 **Machine:** {hardware}; the server runs on it too, in a separate process.
 
-**Data:** {images:,} URLs in {shards} shards of {rows}, {pictures} distinct JPEGs of {least:.0f} to
-{most:.0f} kB ({mean:.0f} kB on average) with shorter edges of {edge} to {twice} px, on loopback and
-from memory.
+**Data:** {images:,} URLs in {shards} shards of {rows}, or {slow_images:,} in {slow_shards} shards of {slow_rows:,} of a
+server that answers after {delay_s:g} s. {pictures} distinct JPEGs of {least:.0f} to {most:.0f} kB ({mean:.0f} kB on
+average) with shorter edges of {edge} to {twice} px, on loopback and from memory.
 
 **Method:** ours is a worker process of the stage without Ray; it checks bodies, keeps the order of rows and
 publishes files atomically with checksums. img2dataset is version {version}: its `Downloader`, `Resizer` and
-`WebDatasetSampleWriter`. Both: {threads} threads, {retries} retries, SHA-256, captions, WebDataset, JPEG
+`WebDatasetSampleWriter`. Both: the same threads, {retries} retries, SHA-256, captions, WebDataset, JPEG
 quality {quality}, no EXIF. `train` keeps the bytes of pictures (img2dataset: `resize_mode=no`,
 `skip_reencode`); `database` reduces them to {size} px (`keep_ratio`). One shard warms up each process. Values
 are medians of {rounds} rounds with alternating sides. The ratio is ours to img2dataset's within a round."""
@@ -56,22 +56,42 @@ class Extent:
     edge: int
 
 
-FULL = Extent(shards=8, rows=400, edge=450)
-TINY = Extent(shards=2, rows=12, edge=40)
+@dataclass(frozen=True)
+class Case:
+    """What both sides download. delay_s: time until the server answers; threads: of each process."""
+
+    split: str
+    processes: int
+    threads: int
+    delay_s: float = 0.0
+
+    @property
+    def folder(self) -> str:
+        """The folder of its rows."""
+        return "slow" if self.delay_s else "fast"
+
+
+FULL = {"fast": Extent(shards=8, rows=400, edge=450), "slow": Extent(shards=2, rows=5000, edge=450)}
+TINY = {"fast": Extent(shards=2, rows=12, edge=40), "slow": Extent(shards=1, rows=12, edge=40)}
+DELAY_S = 1.0
+CASES = [Case(split, processes, 32) for split in SPLITS for processes in PROCESSES]
+SLOW_CASES = [Case("database", processes, 256, DELAY_S) for processes in PROCESSES]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw the pictures, measure both sides, write the report."""
     options = _options(argv)
-    extent, rounds = (TINY, 1) if options.tiny else (FULL, options.rounds)
+    extents, rounds = (TINY, 1) if options.tiny else (FULL, options.rounds)
     folder = options.scratch / "download"
-    sizes_kb = _draw_pictures(folder / "pictures", extent)
-    with serve_folder(folder / "pictures") as address:
-        _write_rows(folder, address, extent)
-        cases = [_case(folder, extent, rounds, case) for case in options.cases]
+    pictures = folder / "pictures"
+    sizes_kb = _draw_pictures(pictures, extents["fast"])
+    with serve_folder(pictures) as address, serve_folder(pictures, DELAY_S) as slow_address:
+        _write_rows(folder / "fast", address, extents["fast"])
+        _write_rows(folder / "slow", slow_address, extents["slow"])
+        cases = [_case(folder / case.folder, extents[case.folder], rounds, case) for case in options.cases]
     result = {
         "hardware": hardware(),
-        "extent": vars(extent),
+        "extents": {name: vars(extent) for name, extent in extents.items()},
         "rounds": rounds,
         "kilobytes": [min(sizes_kb), statistics.fmean(sizes_kb), max(sizes_kb)],
         "version": version("img2dataset"),
@@ -80,14 +100,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_report(options.scratch if options.tiny else options.docs, "download", result, page(result))
 
 
-def measure(side: str, split: str, processes: int, folder: Path, extent: Extent) -> dict[str, float]:
+def measure(side: str, case: Case, folder: Path, extent: Extent) -> dict[str, float]:
     """Images/s of all processes together, CPU time an image in ms, and peak memory of a process in MB."""
+    processes = case.processes
     names = [f"{number:05d}" for number in range(extent.shards + processes)]
     with ExitStack() as stack:
         workers = []
         for first in range(processes):
             shards = [names[extent.shards + first], *names[first : extent.shards : processes]]
-            arguments = [side, split, str(folder), ",".join(shards)]
+            arguments = [side, case.split, str(folder), str(case.threads), ",".join(shards)]
             worker = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.pipeline.downloader", *arguments],
                 stdin=subprocess.PIPE,
@@ -116,11 +137,13 @@ def measure(side: str, split: str, processes: int, folder: Path, extent: Extent)
 
 def page(result: dict[str, Any]) -> str:
     """The report as Markdown."""
-    extent, (least, mean, most) = Extent(**result["extent"]), result["kilobytes"]
+    extent, slow = (Extent(**result["extents"][name]) for name in ("fast", "slow"))
+    least, mean, most = result["kilobytes"]
     intro = INTRO.format(
         **vars(extent) | {"images": extent.shards * extent.rows, "twice": 2 * extent.edge},
+        **{"slow_images": slow.shards * slow.rows, "slow_shards": slow.shards, "slow_rows": slow.rows},
         **{name: result[name] for name in ("hardware", "rounds", "version")},
-        **{"least": least, "mean": mean, "most": most, "pictures": PICTURES, "threads": THREADS},
+        **{"least": least, "mean": mean, "most": most, "pictures": PICTURES, "delay_s": DELAY_S},
         **{"retries": RETRIES, "quality": QUALITY, "size": EDGE},
     )
     rows = []
@@ -128,7 +151,7 @@ def page(result: dict[str, Any]) -> str:
         ours, theirs = case["ours"], case["theirs"]
         rows.append(
             [
-                f"{case['split']}, {case['processes']} process{'es' if case['processes'] > 1 else ''}",
+                _described(Case(**case["case"])),
                 *(f"{side['images_per_s']:,.0f}" for side in (ours, theirs)),
                 f"{case['ratio']:.2f} ({min(case['ratios']):.2f} to {max(case['ratios']):.2f})",
                 *(f"{side['cpu_ms']:.2f}" for side in (ours, theirs)),
@@ -140,19 +163,23 @@ def page(result: dict[str, Any]) -> str:
     return "\n\n".join(["# Download compared with img2dataset", intro, markdown_table(headers, rows)]) + "\n"
 
 
-def _case(folder: Path, extent: Extent, rounds: int, case: tuple[str, int]) -> dict[str, Any]:
-    split, processes = case
+def _described(case: Case) -> str:
+    words = [case.split, f"{case.processes} process{'es' if case.processes > 1 else ''}", f"{case.threads} threads"]
+    return ", ".join([*words, f"answers after {case.delay_s:g} s"] if case.delay_s else words)
+
+
+def _case(folder: Path, extent: Extent, rounds: int, case: Case) -> dict[str, Any]:
     results: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for number in range(rounds):
         for side in SIDES if number % 2 else reversed(SIDES):
-            results[side].append(measure(side, split, processes, folder, extent))
+            results[side].append(measure(side, case, folder, extent))
     rates = {side: [result["images_per_s"] for result in results[side]] for side in SIDES}
     ratios = [ours / theirs for ours, theirs in zip(rates["ours"], rates["theirs"], strict=True)]
     medians = {
         side: {name: statistics.median(result[name] for result in rounds_) for name in rounds_[0]}
         for side, rounds_ in results.items()
     }
-    summary = {"split": split, "processes": processes, "ratio": statistics.median(ratios), "ratios": ratios}
+    summary = {"case": vars(case), "ratio": statistics.median(ratios), "ratios": ratios}
     return summary | medians
 
 
@@ -203,8 +230,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tiny", action="store_true", help="a short check of the code; writes to --scratch")
     options = parser.parse_args(argv)
-    cases = [(split, processes) for split in SPLITS for processes in PROCESSES]
-    options.cases = cases[2:3] if options.tiny else cases
+    options.cases = CASES[2:3] if options.tiny else [*CASES, *SLOW_CASES]
     return options
 
 

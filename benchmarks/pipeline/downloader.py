@@ -1,6 +1,6 @@
 """A worker process of `benchmarks.pipeline.download`: downloads shards with our code or with img2dataset's.
 
-Arguments: side, split, folder, shards. Downloads the first shard to warm up, writes a line, waits for a line,
+Arguments: side, split, folder, threads, shards. Downloads the first shard to warm up, writes a line, waits for a line,
 downloads the other shards, and writes a line of JSON with time and peak memory. Both sides use the same
 threads, retries, sizes and quality, keep the bytes of pictures that keep their size, and compute a SHA-256.
 Ours checks, orders and publishes its files as in a run.
@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-THREADS = 32
 TIMEOUT_S = 10
 RETRIES = 2
 EDGE = 224
@@ -23,7 +22,7 @@ Download = Callable[[str], int]
 """Downloads a shard by name. Returns the number of stored images."""
 
 
-def ours(split: str, folder: Path) -> Download:
+def ours(split: str, folder: Path, threads: int) -> Download:
     """The stage `download` without Ray."""
     from pipeline.download.download import make_work
     from pipeline.recipe import DownloadConfig
@@ -38,14 +37,14 @@ def ours(split: str, folder: Path) -> Download:
         train_min_edge=1,
         database_edge=EDGE,
         jpeg_quality=QUALITY,
-        threads=THREADS,
-        host_connections=THREADS,
+        threads=threads,
+        host_connections=threads,
     )
     work = make_work(config, Root(folder), Blocklist())
     return lambda shard: work(f"{split}/{shard}").rows
 
 
-def theirs(split: str, folder: Path) -> Download:
+def theirs(split: str, folder: Path, threads: int) -> Download:
     """img2dataset's Downloader with the arguments that `img2dataset.download` passes."""
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
     from img2dataset.downloader import Downloader
@@ -71,7 +70,7 @@ def theirs(split: str, folder: Path) -> Download:
         worker = Downloader(
             sample_writer_class=WebDatasetSampleWriter,
             resizer=resizer,
-            thread_count=THREADS,
+            thread_count=threads,
             save_caption=True,
             extract_exif=False,
             output_folder=str(output),
@@ -93,9 +92,9 @@ def theirs(split: str, folder: Path) -> Download:
     return download
 
 
-def main(side: str, split: str, folder: Path, shards: list[str]) -> None:
+def main(side: str, split: str, folder: Path, threads: int, shards: list[str]) -> None:
     """Warm up, wait, download, report."""
-    download = {"ours": ours, "theirs": theirs}[side](split, folder)
+    download = {"ours": ours, "theirs": theirs}[side](split, folder, threads)
     download(shards[0])
     _write_line({})
     sys.stdin.readline()
@@ -123,4 +122,4 @@ def _write_line(values: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4].split(","))
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), sys.argv[5].split(","))

@@ -16,14 +16,13 @@ import numpy as np
 
 from pipeline.pictures.picture import Jpeg, encode_jpeg, prepare
 from pipeline.web.blocklist import Blocklist
-from pipeline.web.fetch import Fetcher
+from pipeline.web.fetch import NO_ANSWER, Fetcher
 from pipeline.web.fetch_error import FetchError
-from pipeline.web.host_queue import FetchRequest, HostQueue
+from pipeline.web.host_queue import HOST_SILENT, STOPPED, FetchRequest, HostQueue
 from retrieval.errors import NodeError
 from retrieval.pictures.decode import PictureError
 from retrieval.storage.schema import Reason
 
-NO_ANSWER = frozenset({Reason.NO_CONNECTION, Reason.TIMEOUT})
 MIN_JUDGED_URLS = 5
 URL_BLOCKED = "its URL, domain or id is on the blocklist"
 CONTENT_BLOCKED = "its content is on the blocklist"
@@ -116,7 +115,9 @@ class ImageDownload:
             return
         failures = [status for status in self.statuses.values() if status.reason]
         reasons = dict(Counter(status.reason for status in failures))
-        message = next(status.message for status in failures if status.reason in NO_ANSWER)
+        # Some were not requested, because of the failures of others.
+        messages = [status.message for status in failures if status.reason in NO_ANSWER]
+        message = min(messages, key=lambda text: text in (HOST_SILENT, STOPPED))
         raise NodeError(
             f"{self.unanswered} of {len(self.statuses)} URLs gave no answer ({reasons}), for example {message!r}. The"
             " network or the server is down. Repair it and run 'make download' again; finished shards are kept. If"

@@ -2,7 +2,8 @@
 
 Takes the rows of one shard; hands each thread the next URL that may be requested now. A host has a maximum
 number of connections, a minimum pause between requests (its Crawl-delay, if it states one), and no requests while it
-asks for a pause (429, 503); meanwhile the threads fetch from other hosts. Hosts are identified by name, not by address.
+asks for a pause (429, 503); meanwhile the threads fetch from other hosts. A host that never answers is given up. Hosts
+are identified by name, not by address.
 """
 
 import heapq
@@ -18,6 +19,9 @@ from pipeline.web.urls import host_name
 from retrieval.storage.schema import Reason
 
 HOST_CLOSED = "not requested: its host asked for too long a pause"
+HOST_SILENT = "not requested: its host gave no answer many times in a row"
+MAX_UNANSWERED = 20
+"""Attempts in a row without an answer, after which the other URLs of a host are not requested."""
 STOPPED = "not requested: the download of this shard was stopped"
 
 
@@ -68,6 +72,8 @@ class _Host:
     active: int = 0
     paused_s: float = 0.0
     delay_s: float = 0.0
+    unanswered: int = 0
+    """Attempts since the last answer."""
     scheduled: bool = False
     """The host is in `_ready` or has a timer."""
 
@@ -124,6 +130,12 @@ class HostQueue:
             self._schedule(name)
             self._changed.notify()
             return request, error
+
+    def note_attempt(self, request: FetchRequest, is_answered: bool) -> None:
+        """Note whether the host of a request answered it. Call it before the request is given back."""
+        with self._changed:
+            host = self._hosts[request.host]
+            host.unanswered = 0 if is_answered else host.unanswered + 1
 
     def finish(self, request: FetchRequest) -> None:
         """Release the connection of a request that has its result."""
@@ -191,6 +203,8 @@ class HostQueue:
             return FetchError(Reason.NO_CONNECTION, STOPPED)
         if host.paused_s > self._limits.max_wait_s:
             return FetchError(Reason.UNAVAILABLE, HOST_CLOSED)
+        if host.unanswered >= MAX_UNANSWERED:
+            return FetchError(Reason.NO_CONNECTION, HOST_SILENT)
         return None
 
     def _release(self, request: FetchRequest) -> None:

@@ -1,7 +1,7 @@
 """Connections to permitted addresses only, with a deadline.
 
-Each host name is resolved once, its addresses are checked, and the socket connects to a checked address: a
-second DNS look-up cannot lead elsewhere. Every wait is shortened to the deadline of its thread: for the resolver, the
+A host name is resolved, its addresses are checked, and the socket connects to a checked address: a second
+DNS look-up cannot lead elsewhere. Every wait is shortened to the deadline of its thread: for the resolver, the
 connections, the TLS handshake, and servers that send single bytes slowly, in the headers or in the body.
 """
 
@@ -27,6 +27,10 @@ Access = Literal["none", "loopback", "all"]
 
 PORTS = frozenset({80, 443, 8080, 8443})
 """Ports of public addresses that are usual for web servers."""
+
+KEPT_S = 300.0
+"""How long the addresses of a host are used."""
+MAX_KEPT_HOSTS = 100_000
 
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
@@ -112,80 +116,119 @@ def _is_public(ip: _Ip) -> bool:
     return ip.is_global and (ip.version == 4 or ip in _GLOBAL_UNICAST)
 
 
-def connect(host: str, port: int, access: Access, ports: frozenset[int] = PORTS) -> socket.socket:
-    """Connect to the first permitted address that answers. Raises FetchError.
+class Resolver:
+    """The addresses of hosts, kept for a while: a download asks for a host once and not with each connection.
 
-    ports: of public addresses; others that `access` permits may have any. All addresses share one socket wait.
+    Threads that ask for a host at the same time wait for one look-up. The system's resolver has no time limit and tells
+    no lifetime of its answers, so each look-up runs in a thread that may be left, and is kept for KEPT_S.
     """
-    addresses = _permitted_addresses(host, port, access, ports)
-    error = FetchError(Reason.NO_CONNECTION, "")
-    end = time.monotonic() + float(_LIMITS.timeout_s)
-    for position, (family, kind, protocol, _, address) in enumerate(addresses):
-        connection = _Socket(family, kind, protocol)
+
+    def __init__(self) -> None:
+        self._lookups: dict[tuple[str, int], tuple[float, Future[list[Any]]]] = {}
+        self._lock = threading.Lock()
+
+    def addresses(self, host: str, port: int) -> list[Any]:
+        """The addresses in the notation of `getaddrinfo`, within the socket limits. Raises FetchError."""
         try:
-            share_s = max(end - time.monotonic(), 0.01) / (len(addresses) - position)
-            connection.settimeout(min(share_s, _max_wait_s()))
-            connection.connect(address)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection.settimeout(_max_wait_s())  # for the TLS handshake
-            return connection
-        except TimeoutError:
-            error = FetchError(Reason.TIMEOUT, f"{host}: no connection in time")
-        except OSError as cause:
-            error = FetchError(Reason.NO_CONNECTION, f"{host}: {cause.strerror}", retry_after_s=0.0)
-        connection.close()
-    raise error
+            return self._lookup(host, port).result(_max_wait_s())
+        except TimeoutError as error:
+            raise FetchError(Reason.TIMEOUT, f"{host}: no address in time") from error
+        except socket.gaierror as error:
+            retry_after_s = 0.0 if error.errno == socket.EAI_AGAIN else None
+            message = f"{host}: {error.strerror}"
+            raise FetchError(Reason.NO_CONNECTION, message, retry_after_s) from error
+        except UnicodeError as error:
+            raise FetchError(Reason.BAD_URL, f"{host} is not a host name") from error
+
+    def _lookup(self, host: str, port: int) -> Future[list[Any]]:
+        """The running or kept look-up of a host, or a new one."""
+        with self._lock:
+            now = time.monotonic()
+            started, lookup = self._lookups.get((host, port), (0.0, None))
+            if lookup is None or _is_outdated(lookup, now - started):
+                if len(self._lookups) >= MAX_KEPT_HOSTS:
+                    self._lookups.clear()
+                lookup = Future()
+                self._lookups[host, port] = now, lookup
+                threading.Thread(target=_resolve, args=(lookup, host, port), name="resolver", daemon=True).start()
+            return lookup
 
 
-def _permitted_addresses(host: str, port: int, access: Access, ports: frozenset[int]) -> list[Any]:
-    """The addresses of a host in the notation of `getaddrinfo`. Raises FetchError if none is permitted."""
-    addresses = [entry for entry in _resolve(host, port) if is_permitted(str(entry[4][0]), access)]
-    if not addresses:
-        raise FetchError(Reason.REFUSED_ADDRESS, f"{host} is not a public address")
-    if port not in ports:
-        addresses = [entry for entry in addresses if not _is_public(_target(str(entry[4][0])))]
-    if not addresses:
-        raise FetchError(Reason.REFUSED_ADDRESS, f"{host}: port {port} is not in download.ports")
-    return addresses
+def _is_outdated(lookup: Future[list[Any]], age_s: float) -> bool:
+    """Whether a look-up is to be repeated: it is old, or it failed in a way that may change soon."""
+    error = lookup.exception() if lookup.done() else None
+    is_transient = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
+    return is_transient or age_s > KEPT_S
 
 
-def _resolve(host: str, port: int) -> list[Any]:
-    """The addresses of a host. The resolver has no time limit of its own, so it runs in a thread that may be left."""
-    lookup: Future[list[Any]] = Future()
-
-    def resolve() -> None:
-        try:
-            lookup.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-        except (OSError, UnicodeError) as error:
-            lookup.set_exception(error)
-
-    threading.Thread(target=resolve, name="resolver", daemon=True).start()
+def _resolve(lookup: Future[list[Any]], host: str, port: int) -> None:
     try:
-        return lookup.result(_max_wait_s())
-    except TimeoutError as error:
-        raise FetchError(Reason.TIMEOUT, f"{host}: no address in time") from error
-    except socket.gaierror as error:
-        retry_after_s = 0.0 if error.errno == socket.EAI_AGAIN else None
-        message = f"{host}: {error.strerror}"
-        raise FetchError(Reason.NO_CONNECTION, message, retry_after_s) from error
-    except UnicodeError as error:
-        raise FetchError(Reason.BAD_URL, f"{host} is not a host name") from error
+        lookup.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+    except (OSError, UnicodeError) as error:
+        lookup.set_exception(error)
+
+
+class Connector:
+    """Connects to permitted addresses. ports: of public addresses; others that `access` permits may have any."""
+
+    def __init__(self, access: Access, ports: frozenset[int] = PORTS) -> None:
+        self._access = access
+        self._ports = ports
+        self._resolver = Resolver()
+
+    def connect(self, host: str, port: int) -> socket.socket:
+        """Connect to the first permitted address that answers. Raises FetchError.
+
+        All addresses share one socket wait.
+        """
+        addresses = self._permitted_addresses(host, port)
+        error = FetchError(Reason.NO_CONNECTION, "")
+        end = time.monotonic() + float(_LIMITS.timeout_s)
+        for position, (family, kind, protocol, _, address) in enumerate(addresses):
+            connection = _Socket(family, kind, protocol)
+            try:
+                share_s = max(end - time.monotonic(), 0.01) / (len(addresses) - position)
+                connection.settimeout(min(share_s, _max_wait_s()))
+                connection.connect(address)
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                connection.settimeout(_max_wait_s())  # for the TLS handshake
+                return connection
+            except TimeoutError:
+                error = FetchError(Reason.TIMEOUT, f"{host}: no connection in time")
+            except OSError as cause:
+                error = FetchError(Reason.NO_CONNECTION, f"{host}: {cause.strerror}", retry_after_s=0.0)
+            connection.close()
+        raise error
+
+    def _permitted_addresses(self, host: str, port: int) -> list[Any]:
+        """The addresses of a host in the notation of `getaddrinfo`. Raises FetchError if none is permitted."""
+        found = self._resolver.addresses(host, port)
+        addresses = [entry for entry in found if is_permitted(str(entry[4][0]), self._access)]
+        if not addresses:
+            raise FetchError(Reason.REFUSED_ADDRESS, f"{host} is not a public address")
+        if port not in self._ports:
+            addresses = [entry for entry in addresses if not _is_public(_target(str(entry[4][0])))]
+        if not addresses:
+            raise FetchError(Reason.REFUSED_ADDRESS, f"{host}: port {port} is not in download.ports")
+        return addresses
 
 
 def pool_manager(access: Access, ports: frozenset[int], connections: int) -> urllib3.PoolManager:
     """Keep-alive connections for all threads of a process. Proxies of the environment are ignored."""
 
+    connector = Connector(access, ports)
+
     class Plain(HTTPConnection):
         response_class = BrowserResponse
 
         def _new_conn(self) -> socket.socket:
-            return connect(self._dns_host, self.port, access, ports)
+            return connector.connect(self._dns_host, self.port)
 
     class Tls(HTTPSConnection):
         response_class = BrowserResponse
 
         def _new_conn(self) -> socket.socket:
-            return connect(self._dns_host, self.port, access, ports)
+            return connector.connect(self._dns_host, self.port)
 
     class PlainPool(urllib3.HTTPConnectionPool):
         ConnectionCls = Plain

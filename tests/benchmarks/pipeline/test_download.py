@@ -12,11 +12,11 @@ def test_both_sides_store_every_picture_and_the_report_has_their_ratio(tmp_path:
     download.main(["--tiny", "--scratch", str(tmp_path)])
     result = json.loads((tmp_path / "download.json").read_text())
     [case] = result["cases"]
-    assert (case["split"], case["processes"]) == ("database", 1)
+    assert case["case"] == {"split": "database", "processes": 1, "threads": 32, "delay_s": 0.0}
     assert case["ratios"] == [case["ours"]["images_per_s"] / case["theirs"]["images_per_s"]]
     assert case["ours"]["peak_mb"] > 100
-    root = Root(tmp_path / "download")
+    root = Root(tmp_path / "download/fast")
     stored = read_table(root, "download/database/00001.parquet", DOWNLOADED)
     assert set(stored["reason"].to_pylist()) == {""}
-    assert len(list((tmp_path / "download" / "theirs" / "database").glob("*.tar"))) == 3
+    assert len(list((tmp_path / "download/fast" / "theirs" / "database").glob("*.tar"))) == 3
     assert f"| {case['ratio']:.2f} " in (tmp_path / "download.md").read_text()

@@ -1,5 +1,6 @@
 """The queue without a network, and with a server that asks for pauses."""
 
+import socket
 import threading
 import time
 from collections import Counter, deque
@@ -11,7 +12,7 @@ from itertools import pairwise
 import pytest
 
 from pipeline.web.fetch_error import FetchError
-from pipeline.web.host_queue import HOST_CLOSED, STOPPED, Clock, HostLimits, HostQueue
+from pipeline.web.host_queue import HOST_CLOSED, HOST_SILENT, MAX_UNANSWERED, STOPPED, Clock, HostLimits, HostQueue
 from tests.pipeline.web.fetching import FakeClock, fetch_all, make_fetcher, make_queue
 
 JPEG = b"\xff\xd8\xff" + bytes(500)
@@ -173,3 +174,30 @@ def test_a_server_that_is_always_busy_delays_a_shard_by_little_more_than_the_max
     assert {str(error.reason) for error in results.values()} == {"unavailable"}  # type: ignore[union-attr]
     assert clock.elapsed_s < 8
     assert len(server.requests) <= 6
+
+
+def test_a_host_that_never_answers_is_given_up_and_others_are_fetched(server, closed_port: int) -> None:
+    dead = [f"http://127.0.0.1:{closed_port}/{n}" for n in range(100)]
+    alive = [server.send(f"/{n}", JPEG).replace("127.0.0.1", "localhost") for n in range(30)]
+    queue = make_queue([*dead, *alive], connections=4)
+    results = fetch_all(make_fetcher(retries=1), queue, 130, threads=8)
+    assert [results[n] for n in range(100, 130)] == [JPEG] * 30
+    messages = Counter(str(results[n]) for n in range(100))
+    assert all(isinstance(results[n], FetchError) and results[n].reason == "no_connection" for n in range(100))
+    assert messages[HOST_SILENT] >= 100 - MAX_UNANSWERED
+
+
+def test_a_host_with_one_answer_in_a_while_is_not_given_up() -> None:
+    queue = make_queue(urls("a.org", 4 * MAX_UNANSWERED), connections=1)
+    for n in range(4 * MAX_UNANSWERED):
+        request, error = queue.take()
+        assert error is None
+        queue.note_attempt(request, is_answered=n % MAX_UNANSWERED == 0)
+        queue.finish(request)
+
+
+@pytest.fixture
+def closed_port() -> int:
+    """A port that refuses connections."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])

@@ -5,6 +5,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -19,7 +20,7 @@ from pipeline.download.download import make_work
 from pipeline.recipe import DownloadConfig
 from pipeline.web.blocklist import Blocklist
 from pipeline.web.fetch_error import FetchError
-from pipeline.web.sockets import connect, is_permitted, socket_limits
+from pipeline.web.sockets import Connector, Resolver, is_permitted, socket_limits
 from retrieval.storage.root import Root
 from tests.pipeline.web.fetching import fetch_error, fetch_url, make_fetcher
 
@@ -82,7 +83,7 @@ def test_the_address_that_was_checked_is_the_one_connected_to(monkeypatch: pytes
     monkeypatch.setattr("socket.getaddrinfo", resolver)
     limits = socket_limits(60.0, time.monotonic() + 60)
     with limits, pytest.raises(FetchError, match="not a public address"):
-        connect("rebinding.example", 80, "loopback")
+        Connector("loopback").connect("rebinding.example", 80)
     assert hosts == ["rebinding.example"]
 
 
@@ -103,7 +104,7 @@ def test_public_addresses_are_contacted_at_ports_of_web_servers_only(
     with socket_limits(60.0, time.monotonic() + 60):
         for port in (22, 25, 6379, 8081):
             with pytest.raises(FetchError, match=rf"port {port} is not in download\.ports"):
-                connect("example.org", port, "all")
+                Connector("all").connect("example.org", port)
 
 
 def test_ports_are_a_setting_and_other_permitted_addresses_may_use_any(server) -> None:
@@ -125,6 +126,44 @@ def test_the_deadline_holds_for_a_slow_resolver(monkeypatch: pytest.MonkeyPatch)
         assert (reason, text) == ("timeout", f"a.example: {message}")
         assert time.monotonic() - started < 5
     release.set()
+
+
+def test_threads_share_one_look_up_of_a_host_and_its_answer_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    release = threading.Event()
+
+    def resolver(host: str, port: int, **_: object) -> list[object]:
+        asked.append(host)
+        release.wait(10)
+        if host == "soon.example" and asked.count(host) == 1:
+            raise socket.gaierror(socket.EAI_AGAIN, "try again")
+        if host == "never.example":
+            raise socket.gaierror(socket.EAI_NONAME, "no such host")
+        return [(2, 1, 6, "", ("127.0.0.1", port))]
+
+    monkeypatch.setattr("socket.getaddrinfo", resolver)
+    resolver_of_process = Resolver()
+
+    def addresses(host: str) -> list[object] | str:
+        with socket_limits(10.0, time.monotonic() + 10):
+            try:
+                return resolver_of_process.addresses(host, 80)
+            except FetchError as error:
+                return str(error)
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = pool.map(addresses, ["a.example"] * 8)
+        time.sleep(0.1)
+        release.set()
+        assert all(answer == [(2, 1, 6, "", ("127.0.0.1", 80))] for answer in answers)
+    assert asked == ["a.example"]
+    assert [addresses("never.example") for _ in range(2)] == ["never.example: no such host"] * 2
+    assert addresses("soon.example") == "soon.example: try again"
+    assert addresses("soon.example") == [(2, 1, 6, "", ("127.0.0.1", 80))]
+    assert asked[1:] == ["never.example", "soon.example", "soon.example"]
+    monkeypatch.setattr("pipeline.web.sockets.KEPT_S", 0.0)
+    addresses("a.example")
+    assert asked.count("a.example") == 2
 
 
 @pytest.fixture
