@@ -68,6 +68,8 @@ def run(config: EmbedConfig, clip: ClipConfig, root: Root) -> Manifest:
         selection = DatabaseSelection(_find_copies(stage, config, download), patch_quotas(download, config.patches))
         stage = replace(stage, by_shard=_shard_inputs(stage, selection))
         workers = Workers.from_config(config, num_gpus=config.gpus_per_worker)
+        if config.gpus_per_worker:
+            workers = replace(workers, shards_at_once=2)  # one is read or written while the GPU computes the other
         make_work = partial(_make_work, config, clip, root, selection)
         records = run_shards(stage, download.shard_names(), make_work, workers)
         root.delete("embed/copies")
@@ -100,7 +102,7 @@ def _find_copies(stage: Stage, config: EmbedConfig, download: Manifest) -> dict[
 
 def _make_work(config: EmbedConfig, clip: ClipConfig, root: Root, selection: DatabaseSelection) -> Work:
     torch.set_num_threads(1 if config.gpus_per_worker else max(1, torch.get_num_threads()))
-    encoder = Encoder(clip, "cuda" if config.gpus_per_worker else "cpu")
+    encoder = Encoder(clip, "cuda", config.precision) if config.gpus_per_worker else Encoder(clip)
     return partial(_embed_shard, config, encoder, root, selection)
 
 
@@ -133,13 +135,16 @@ def embed_images(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """Ids (n,) and CLIP vectors (n, dim), not normalized, of the readable pictures. pictures: ids and bytes."""
     ids: list[int] = []
-    vectors = [np.empty((0, encoder.identity.dim), np.float32)]
+    vectors = [torch.empty(0, encoder.identity.dim)]
     for batch in _decoded_batches(pictures, encoder, config):
-        decoded = [(image_id, tensor) for image_id, tensor in batch if tensor is not None]
+        decoded = [(image_id, pixels) for image_id, pixels in batch if pixels is not None]
         if decoded:
             ids += [image_id for image_id, _ in decoded]
-            vectors.append(encoder.encode_tensors(torch.stack([tensor for _, tensor in decoded]), unit=False))
-    return np.asarray(ids, np.int64), np.concatenate(vectors)
+            # The batch before this one is copied while the device computes this one.
+            computed = encoder.encode_pixels(torch.stack([pixels for _, pixels in decoded]))
+            vectors[-1] = vectors[-1].cpu()
+            vectors.append(computed)
+    return np.asarray(ids, np.int64), torch.cat([part.cpu() for part in vectors]).numpy()
 
 
 def _decoded_batches(
@@ -173,7 +178,7 @@ def with_vectors(rows: pa.Table, vectors: npt.NDArray[np.float32]) -> pa.Table:
 
 
 def _decode(encoder: Encoder, data: bytes) -> torch.Tensor | None:
-    """The input of the encoder, or None if the picture cannot be read. Errors of the encoder are raised."""
+    """The pixels for the encoder, or None if the picture cannot be read. Errors of the encoder are raised."""
     with ExitStack() as stack:
         try:
             image = stack.enter_context(Image.open(io.BytesIO(data)))
@@ -181,7 +186,7 @@ def _decode(encoder: Encoder, data: bytes) -> torch.Tensor | None:
             image.load()
         except (Image.DecompressionBombError, PictureError, *BROKEN):
             return None
-        return encoder.preprocess(image)
+        return encoder.pixels(image)
 
 
 def _read_pictures(path: str, keys: set[str]) -> Iterator[tuple[int, bytes]]:

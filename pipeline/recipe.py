@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from retrieval.config import Config, WorkersConfig, runtime_setting
 from retrieval.perceptual_hash import MAX_DISTANCE
 from retrieval.pictures.budget import MAX_PIXELS
-from retrieval.recipe import JoinConfig
+from retrieval.recipe import JoinConfig, Precision
 
 MetadataFormatName = Literal["laion", "relaion", "datacomp", "coyo", "cc3m", "cc12m", "wit"]
 Missing = Literal["drop", "keep"]
@@ -113,12 +113,12 @@ class DownloadConfig(WorkersConfig):
     images are removed from finished shards, and images no longer listed wait for `--retry`."""
     min_answered: float = runtime_setting(0.05, ge=0, le=1)
     """Share of a shard's URLs that must be answered, with any status; below it the network counts as down."""
-    threads: int = runtime_setting(32, ge=1)
-    """URLs that a worker fetches at once."""
-    host_connections: int = runtime_setting(6, ge=1)
-    """Most connections of a worker to a host."""
+    threads: int = runtime_setting(128, ge=1)
+    """URLs of a shard that are fetched at once. A worker downloads two shards at once."""
+    host_connections: int = runtime_setting(3, ge=1)
+    """Most connections to a host for each shard that is being downloaded."""
     host_pause_s: float = runtime_setting(0.0, ge=0)
-    """Least seconds between two requests of a worker to a host."""
+    """Least seconds between two requests to a host for a shard."""
     host_max_wait_s: float = runtime_setting(60.0, ge=0)
     """Longest total pause of a host in a shard, requested by its 429 and 503; then its other URLs are skipped."""
 
@@ -156,6 +156,8 @@ class EmbedConfig(WorkersConfig):
     """Database images within this Hamming distance of a training image or its mirror are near copies."""
     patches: PatchesConfig = PatchesConfig()
     """Patches instead of whole database pictures."""
+    precision: Precision = "bf16"
+    """Of the encoder's matrix products on GPUs. CPUs compute in fp32."""
     batch_size: int = runtime_setting(64, ge=1)
     """Images in a batch of the encoder."""
     decode_threads: int = runtime_setting(2, ge=1)

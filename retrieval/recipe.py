@@ -2,6 +2,7 @@
 
 import math
 import re
+from typing import Literal
 
 from pydantic import Field, field_validator
 
@@ -9,6 +10,10 @@ from retrieval.config import Config, WorkersConfig, runtime_setting
 
 MIN_LIST_ROWS = 1_000
 """Fewest rows on which inverted lists and their codes can be trained."""
+
+
+Precision = Literal["bf16", "fp32"]
+"""Of matrix products on a device."""
 
 
 class ClipConfig(Config):

@@ -3,7 +3,7 @@
 Arguments: side, split, folder, threads, shards. Downloads the first shard to warm up, writes a line, waits for a line,
 downloads the other shards, and writes a line of JSON with time and peak memory. Both sides use the same
 threads, retries, sizes and quality, keep the bytes of pictures that keep their size, and compute a SHA-256.
-Ours checks, orders and publishes its files as in a run.
+Ours checks, orders and publishes its files as in a run, and has two shards in flight with half of the threads each.
 """
 
 import json
@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 TIMEOUT_S = 10
@@ -18,13 +19,13 @@ RETRIES = 2
 EDGE = 224
 QUALITY = 95
 
-Download = Callable[[str], int]
-"""Downloads a shard by name. Returns the number of stored images."""
+Download = Callable[[list[str]], int]
+"""Downloads shards by name. Returns the number of stored images."""
 
 
 def ours(split: str, folder: Path, threads: int) -> Download:
     """The stage `download` without Ray."""
-    from pipeline.download.download import make_work
+    from pipeline.download.download import SHARDS_AT_ONCE, make_work
     from pipeline.recipe import DownloadConfig
     from pipeline.web.blocklist import Blocklist
     from retrieval.storage.root import Root
@@ -37,11 +38,16 @@ def ours(split: str, folder: Path, threads: int) -> Download:
         train_min_edge=1,
         database_edge=EDGE,
         jpeg_quality=QUALITY,
-        threads=threads,
-        host_connections=threads,
+        threads=threads // SHARDS_AT_ONCE,
+        host_connections=threads // SHARDS_AT_ONCE,
     )
     work = make_work(config, Root(folder), Blocklist())
-    return lambda shard: work(f"{split}/{shard}").rows
+
+    def download(shards: list[str]) -> int:
+        with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
+            return sum(record.rows for record in pool.map(work, [f"{split}/{shard}" for shard in shards]))
+
+    return download
 
 
 def theirs(split: str, folder: Path, threads: int) -> Download:
@@ -62,7 +68,7 @@ def theirs(split: str, folder: Path, threads: int) -> Download:
     output = folder / "theirs" / split
     output.mkdir(parents=True, exist_ok=True)
 
-    def download(shard: str) -> int:
+    def download_shard(shard: str) -> int:
         feather = folder / "feather" / f"{shard}.feather"
         copy = output / f"{shard}.feather"
         copy.write_bytes(feather.read_bytes())  # Downloader deletes its input
@@ -89,17 +95,17 @@ def theirs(split: str, folder: Path, threads: int) -> Download:
         stats = json.loads((output / f"{int(shard):05d}_stats.json").read_text())
         return int(stats["successes"])
 
-    return download
+    return lambda shards: sum(map(download_shard, shards))
 
 
 def main(side: str, split: str, folder: Path, threads: int, shards: list[str]) -> None:
     """Warm up, wait, download, report."""
     download = {"ours": ours, "theirs": theirs}[side](split, folder, threads)
-    download(shards[0])
+    download(shards[:1])
     _write_line({})
     sys.stdin.readline()
     start, cpu_start = time.perf_counter(), time.process_time()
-    stored = sum(download(shard) for shard in shards[1:])
+    stored = download(shards[1:])
     _write_line(
         {
             "stored": stored,

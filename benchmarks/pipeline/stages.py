@@ -63,7 +63,7 @@ def make_pictures(count: int, seed: int) -> Pictures:
 
 def plain_loop(pictures: Pictures, encoder: Encoder, batch_size: int) -> None:
     """A loop as in a script: open, preprocess, stack, encode."""
-    model, preprocess = encoder._model, encoder.preprocess
+    model, preprocess = encoder._model, encoder.transform
     with torch.inference_mode():
         for first in range(0, len(pictures), batch_size):
             batch = [preprocess(Image.open(io.BytesIO(data))) for _, data in pictures[first : first + batch_size]]

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from pipeline.download.image_download import SplitSettings
 
 SCHEMA_VERSION = 2
+SHARDS_AT_ONCE = 2
+"""Shards that a worker downloads at the same time."""
 
 
 def run(config: DownloadConfig, root: Root, retry: bool = False) -> Manifest:
@@ -55,7 +57,9 @@ def run(config: DownloadConfig, root: Root, retry: bool = False) -> Manifest:
         return finished
     with stage.building():
         make = partial(make_work, config, root, blocklist, retry)
-        records = run_shards(stage, shards, make, Workers.from_config(config), include_finished=retry)
+        # While one shard is written, or waits for its last servers, the other is fetched.
+        workers = replace(Workers.from_config(config), shards_at_once=SHARDS_AT_ONCE)
+        records = run_shards(stage, shards, make, workers, include_finished=retry)
         urls = int(sum(record.values["urls"] for record in records))
         return stage.complete(records, {"urls": urls}, started)
 
@@ -89,7 +93,7 @@ def _fetch_settings(config: DownloadConfig) -> FetchSettings:
         deadline_s=config.deadline_s,
         retries=config.retries,
         max_bytes=config.max_bytes,
-        connections=config.threads,
+        connections=SHARDS_AT_ONCE * config.threads,
         host_limits=HostLimits(config.host_connections, config.host_pause_s, config.host_max_wait_s),
         robots=config.robots,
         ports=frozenset(config.ports),

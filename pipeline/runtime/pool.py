@@ -6,6 +6,7 @@ use Ray here.
 """
 
 import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -60,6 +61,7 @@ class RemoteWorker:
         self.folder = folder
         self.make_work = make_work
         self.work: Work | None = None
+        self.lock = threading.Lock()
         memory.reset_peak()
 
     def start(self, folder: RecordFolder, make_work: Callable[[], Work]) -> tuple[str, str]:
@@ -72,7 +74,8 @@ class RemoteWorker:
         root, stage, fingerprint = self.folder
         started = time.time()
         try:
-            self.work = self.work or self.make_work()
+            with self.lock:  # the first shards may begin at the same time
+                self.work = self.work or self.make_work()
             record = self.work(shard)
             # An unchanged shard brings the seconds of its first run.
             seconds = record.seconds or round(time.time() - started, 3)
@@ -85,7 +88,7 @@ class RemoteWorker:
         return record, memory.peak_bytes()
 
 
-@dataclass
+@dataclass(eq=False)
 class _Handle:
     """A worker. node: id of its node, empty while it starts; idle_from: when it may get its next shard."""
 
@@ -96,7 +99,7 @@ class _Handle:
 
 
 class Pool:
-    """Workers with one shard each. Lost workers are replaced, failed shards are tried elsewhere."""
+    """Workers with `Workers.shards_at_once` shards each. Lost ones are replaced, failed shards are tried elsewhere."""
 
     def __init__(self, stage: Stage, make_work: Callable[[], Work], workers: Workers) -> None:
         self.stage = stage
@@ -114,6 +117,7 @@ class Pool:
         """When replacements of workers that were lost while they started are to be started."""
         self.pending: dict[Any, tuple[_Handle, str]] = {}
         self.idle: list[_Handle] = []
+        """Workers that may take a shard; one that may take two is listed twice."""
         self.actors: list[Any] = []
 
     def run(self, queue: ShardQueue) -> Iterator[tuple[ShardRecord, int]]:
@@ -136,7 +140,8 @@ class Pool:
 
     def close(self) -> None:
         """End the workers that still run when the stage stops. Idle ones wait for the next pass in `shared_workers`."""
-        idle = [handle.actor for handle in self.idle]
+        busy = [handle.actor for handle, _ in self.pending.values()]
+        idle = [handle.actor for handle in dict.fromkeys(self.idle) if handle.actor not in busy]
         for actor in self.actors:
             if actor not in idle:
                 ray.kill(actor)
@@ -165,7 +170,7 @@ class Pool:
                 self.pending[handle.actor.run.remote(shard, self.stage.inputs_of(shard))] = (handle, shard)
 
     def _nodes(self) -> Counter[str]:
-        """Number of started workers by node."""
+        """Number of shards that the started workers can take, by node."""
         handles = [*self.idle, *(handle for handle, _ in self.pending.values())]
         return Counter(handle.node for handle in handles if handle.node)
 
@@ -208,11 +213,15 @@ class Pool:
         if handle.node in queue.sick_nodes:
             self._replace(handle, queue)
         else:
-            self.idle.append(handle)
+            self.idle += [handle] * self.workers.shards_at_once
 
     def _replace(self, handle: _Handle, queue: ShardQueue) -> None:
+        """End a worker and start another. Shards that it is still processing are put back."""
         # The worker may only be unreachable; it must not write the files that its replacement writes.
         ray.kill(handle.actor)
+        self.idle = [other for other in self.idle if other is not handle]
+        for reference in [reference for reference, (other, _) in self.pending.items() if other is handle]:
+            queue.put_back(self.pending.pop(reference)[1])
         self._start(queue)
 
     def _lost(self, handle: _Handle, shard: str, queue: ShardQueue, error: RayError) -> None:
@@ -269,16 +278,11 @@ class Pool:
 
     def _set_aside(self, node: str, queue: ShardQueue) -> None:
         """End the workers of a node; others start elsewhere."""
-        idle = [handle for handle in self.idle if handle.node == node]
-        busy = {reference: item for reference, item in self.pending.items() if item[0].node == node}
-        host = (idle or [handle for handle, _ in busy.values()])[0].host if idle or busy else node
+        handles = [*self.idle, *(handle for handle, _ in self.pending.values())]
+        on_node = [handle for handle in dict.fromkeys(handles) if handle.node == node]
+        host = on_node[0].host if on_node else node
         self.stage.log.warning("%s is set aside: %d shards failed there and succeeded elsewhere", host, SICK_AFTER)
-        for handle in idle:
-            self.idle.remove(handle)
-            self._replace(handle, queue)
-        for reference, (handle, shard) in busy.items():
-            del self.pending[reference]
-            queue.put_back(shard)
+        for handle in on_node:
             self._replace(handle, queue)
 
 

@@ -21,13 +21,17 @@ NODE_SHARE = 0.001
 
 @dataclass(frozen=True)
 class Workers:
-    """The resources of one worker and the number of workers; count 0: as many as fit the cluster."""
+    """The resources of one worker and the number of workers; count 0: as many as fit the cluster.
+
+    shards_at_once: shards that a worker processes in threads, so that one is read or written while another is computed.
+    """
 
     count: int = 0
     num_cpus: float = 1
     num_gpus: float = 0
     memory_gb: float = 0
     nodes: str = ""
+    shards_at_once: int = 1
 
     @classmethod
     def from_config(
@@ -65,6 +69,7 @@ class Workers:
             "memory": int(self.memory_gb * memory.GB) or None,
             "resources": {self.nodes: NODE_SHARE} if self.nodes else None,
             "label_selector": selector,
+            "max_concurrency": self.shards_at_once,
             "max_restarts": 0,
         }
 

@@ -39,7 +39,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class HostLimits:
-    """Limits of one worker for one host. max_wait_s: total pause per shard that the host may ask for; then its other
+    """Limits of one shard for one host. max_wait_s: total pause per shard that the host may ask for; then its other
     URLs are not requested."""
 
     connections: int
@@ -82,7 +82,7 @@ class HostQueue:
     """The requests of one shard, for any number of threads.
 
     A request that `take` returned without an error is given back by `finish`, `retry` or `redirect`.
-    resume_at: time from which each host may be requested again; updated, and shared by consecutive shards.
+    resume_at: time from which each host may be requested again; updated, and shared by the shards of a worker.
     """
 
     def __init__(
@@ -101,8 +101,8 @@ class HostQueue:
         self._timer_number = count()
         self._stopped = False
         self._changed = Condition()
-        for name in [name for name, end in resume_at.items() if end <= self.clock.now()]:
-            del resume_at[name]
+        for name in [name for name, end in list(resume_at.items()) if end <= self.clock.now()]:
+            resume_at.pop(name, None)
         for row, url in rows:
             request = FetchRequest(row, url)
             self._host(request.host).waiting.append(request)

@@ -4,7 +4,8 @@ import hashlib
 import json
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -13,22 +14,33 @@ from PIL import Image
 
 from retrieval.clip.identity import EncoderIdentity
 from retrieval.errors import UserError
-from retrieval.recipe import ClipConfig
+from retrieval.recipe import ClipConfig, Precision
 
 
 class Encoder:
     """A loaded CLIP model. Thread-safe.
 
     Vectors have length 1, as databases and searches need them. With `unit=False` they keep the length that CLIP gives.
+    transform: open_clip's preprocessing of a picture, of which `pixels` does all but the arithmetic on floats.
     """
 
-    def __init__(self, config: ClipConfig, device: str = "cpu") -> None:
-        """Load the model. device: `cpu`, `cuda` or `cuda:1`. Raises UserError if it cannot be loaded."""
+    def __init__(self, config: ClipConfig, device: str = "cpu", precision: Precision = "fp32") -> None:
+        """Load the model. Raises UserError if it cannot be loaded.
+
+        device: `cpu`, `cuda` or `cuda:1`. precision: of the products of matrices; weights and vectors are float32.
+        """
         import open_clip  # slower to import than torch; training needs it only for previews
+        from torchvision.transforms import Compose, PILToTensor
 
         self.device = torch.device(device)
-        self._model, self.preprocess = _load(config)
+        self._model, self.transform = _load(config)
         self._model.eval().requires_grad_(False).to(self.device)
+        *steps, _, normalize = self.transform.transforms  # resize, crop, RGB; to floats from 0 to 1; normalize
+        self._to_pixels = Compose([*steps, PILToTensor()])
+        self._mean, self._std = (
+            torch.tensor(values, device=self.device).reshape(3, 1, 1) for values in (normalize.mean, normalize.std)
+        )
+        self._autocast = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=precision == "bf16")
         self._tokenize = open_clip.get_tokenizer(config.model)
         self.identity = EncoderIdentity(
             model=config.model.rsplit("/", maxsplit=1)[-1],
@@ -54,13 +66,24 @@ class Encoder:
         if not len(images):
             return np.empty((0, self.identity.dim), np.float32)
         batches = (images[i : i + batch_size] for i in range(0, len(images), batch_size))
-        tensors = (torch.stack([self.preprocess(image) for image in batch]) for batch in batches)
-        return np.concatenate([self.encode_tensors(tensor, unit=unit) for tensor in tensors])
+        tensors = (torch.stack([self.pixels(image) for image in batch]) for batch in batches)
+        return np.concatenate([_rows(self.encode_pixels(tensor), unit) for tensor in tensors])
+
+    def pixels(self, image: Image.Image) -> torch.Tensor:
+        """A picture of any size and mode as the model sees it: (3, size, size) uint8."""
+        return cast(torch.Tensor, self._to_pixels(image))
 
     @torch.inference_mode()
-    def encode_tensors(self, batch: torch.Tensor, *, unit: bool = True) -> npt.NDArray[np.float32]:
-        """Vectors of preprocessed pictures (n, 3, size, size) float32: (n, dim) float32."""
-        return _rows(self._model.encode_image(batch.to(self.device, non_blocking=True)), unit)
+    def encode_pixels(self, batch: torch.Tensor) -> torch.Tensor:
+        """Vectors of `pixels` (n, 3, size, size) uint8, at CLIP's length: (n, dim) float32 on the device.
+
+        Does not wait for the device.
+        """
+        if self.device.type == "cuda":
+            batch = batch.pin_memory()
+        floats = batch.to(self.device, non_blocking=True).float().div_(255).sub_(self._mean).div_(self._std)
+        with self._autocast():
+            return cast(torch.Tensor, self._model.encode_image(floats).float())
 
 
 def _rows(features: torch.Tensor, unit: bool) -> npt.NDArray[np.float32]:

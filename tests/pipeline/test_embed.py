@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
+import open_clip
 import pytest
+import torch
 from PIL import Image
 
 from pipeline import embed
@@ -53,6 +55,18 @@ def test_each_image_gets_its_own_vector_in_the_order_of_the_download(root: Root,
     table = schema.read_table(root, "embed/train/00000.parquet", schema.embeddings(32))
     np.testing.assert_allclose(table[schema.NORM].to_numpy(), lengths, rtol=1e-4)
     assert np.ptp(lengths) > 1e-3
+
+
+def test_vectors_equal_those_of_open_clips_own_loop_and_bf16_is_close(clip: ClipConfig) -> None:
+    images = [Image.open(io.BytesIO(picture.jpeg)) for picture in pictures("train", 1, 6)]
+    images[2] = images[2].convert("L").resize((90, 31))
+    model, _, preprocess = open_clip.create_model_and_transforms(clip.model)
+    with torch.inference_mode():
+        expected = model.eval().encode_image(torch.stack([preprocess(image) for image in images])).numpy()
+    np.testing.assert_array_equal(Encoder(clip).encode_images(images, unit=False), expected)
+    in_bf16 = Encoder(clip, precision="bf16").encode_images(images, unit=False)
+    # The features of the tiny model are small differences.
+    assert 0 < np.abs(in_bf16 - expected).max() < 0.5 * np.abs(expected).max()
 
 
 @pytest.mark.usefixtures("in_process_shards")
@@ -111,7 +125,7 @@ def test_a_corrupt_tar_stops_the_stage_and_is_named(root: Root, clip: ClipConfig
 
 def test_an_error_of_the_encoder_is_no_unreadable_picture() -> None:
     class FailingEncoder:
-        def preprocess(self, image: Image.Image) -> None:
+        def pixels(self, image: Image.Image) -> None:
             raise RuntimeError("not enough memory")
 
     buffer = io.BytesIO()

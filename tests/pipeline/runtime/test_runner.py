@@ -306,6 +306,35 @@ def test_passes_share_their_workers_if_they_need_the_same_resources(root: Root) 
     assert pids(root, "fourth").isdisjoint(others)
 
 
+TWO_AT_ONCE = Workers(1, num_cpus=1, shards_at_once=2)
+
+
+def test_a_worker_processes_two_shards_at_once(root: Root) -> None:
+    def wait_for_the_other(shard: str, call: int) -> None:
+        others = {"00000": "00001", "00001": "00000"}
+        assert shard not in others or wait_for(lambda: root.exists(f"calls/{others[shard]}"), 20)
+
+    run_shards(stage(root), SHARDS, works(root, before=wait_for_the_other), TWO_AT_ONCE)
+    assert calls(root) == [1, 1, 1]
+
+
+def test_the_other_shard_of_a_killed_worker_runs_again_and_counts_no_loss(
+    root: Root, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(shard_queue, "MAX_LOST_WORKERS", 2)
+
+    def kill_once(shard: str, call: int) -> None:
+        if shard == "00000" and call == 1 and wait_for(lambda: root.exists("calls/00001"), 20):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if shard == "00001" and call == 1:
+            time.sleep(20)
+
+    records = run_shards(stage(root), SHARDS, works(root, before=kill_once), TWO_AT_ONCE)
+    assert [record.shard for record in records] == SHARDS
+    assert calls(root) == [2, 2, 1]
+    assert caplog.text.count("lost its worker") == 1
+
+
 def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
