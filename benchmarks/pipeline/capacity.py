@@ -60,7 +60,7 @@ def measure(folder: Path, rows: int) -> dict[str, Any]:
     job = prepare(FilterConfig(metadata=str(folder / "metadata")), Root(folder / "run"))
     start, seconds = time.process_time(), {}
     pieces = [piece.name for piece in job.plan.pieces]
-    buckets = [f"{number:05d}" for number in range(job.num_buckets)]
+    buckets = [name.removeprefix("dedupe/") for name in job.dedupes]
     records = []
     for kind, names in ((Scan, pieces), (Dedupe, buckets), (Select, pieces)):
         work, phase = kind(job), kind.__name__.lower()

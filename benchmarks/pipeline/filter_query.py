@@ -105,7 +105,7 @@ def _job(paths: list[Path], scratch: Path) -> FilterContext:
 
 def _run_passes(job: FilterContext) -> None:
     pieces = [piece.name for piece in job.plan.pieces]
-    buckets = [f"{number:05d}" for number in range(job.num_buckets)]
+    buckets = [name.removeprefix("dedupe/") for name in job.dedupes]
     for kind, names in ((Scan, pieces), (Dedupe, buckets), (Select, pieces)):
         work = kind(job)
         for name in names:

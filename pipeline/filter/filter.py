@@ -21,7 +21,7 @@ from pipeline.filter.later_blocked import block_later
 from pipeline.filter.metadata import kept_if_missing, plan_pieces
 from pipeline.filter.selection import Rules
 from pipeline.recipe import FilterConfig
-from pipeline.runtime.arrow_files import read_batch
+from pipeline.runtime.arrow_files import read_batches
 from pipeline.runtime.runner import run_shards
 from pipeline.runtime.stage import Stage
 from pipeline.runtime.workers import Workers, shared_workers
@@ -51,8 +51,7 @@ def run(config: FilterConfig, root: Root) -> Manifest:
     with stage.building(), shared_workers():
         names = [piece.name for piece in context.plan.pieces]
         scans = run_shards(stage, [f"scan/{name}" for name in names], partial(Scan, context), workers)
-        buckets = [f"dedupe/{bucket:05d}" for bucket in range(context.num_buckets)]
-        dedupes = run_shards(stage, buckets, partial(Dedupe, context), workers)
+        dedupes = run_shards(stage, context.dedupes, partial(Dedupe, context), workers)
         context = replace(context, max_rank=_max_rank(context, config.max_train))
         selects = run_shards(stage, [f"select/{name}" for name in names], partial(Select, context), workers)
         shards = _shards(names, scans, selects)
@@ -82,8 +81,8 @@ def _max_rank(context: FilterContext, max_train: int) -> int:
         return selection.NO_LIMIT
 
     def parts() -> Iterator[npt.NDArray[np.uint64]]:
-        for bucket in range(context.num_buckets):
-            yield read_batch(context.root, f"filter/dedupe/{bucket:05d}-ranks.arrow", 0)["rank"].to_numpy()
+        for name in context.dedupes:
+            yield read_batches(context.root, f"filter/{name}-ranks.arrow")["rank"].to_numpy()
 
     return selection.rank_threshold(parts, max_train)
 

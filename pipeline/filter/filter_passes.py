@@ -1,12 +1,14 @@
 """The three passes of `filter` over the metadata: scan, dedupe, select.
 
 Each pass is a class with a `__call__` that processes one shard and can be repeated. A scan writes the keys of a
-piece's rows, divided into buckets by image id. A dedupe reads one bucket of all scans and writes what rows with equal
-ids decide about each other. A select reads its piece again and writes the final shards.
+piece's rows, divided into buckets by image id. A dedupe reads a few buckets of all scans and writes what rows with
+equal ids decide about each other. A select reads its piece again and writes the final shards.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +19,7 @@ from pipeline.filter import selection
 from pipeline.filter.columns import captions
 from pipeline.filter.metadata import COLUMNS, MetadataPlan, Piece, read_piece
 from pipeline.filter.selection import CORRECTED_URL_SCHEMA, KEY_SCHEMA, Rules
-from pipeline.runtime.arrow_files import read_batch, read_batches, write_batches
+from pipeline.runtime.arrow_files import read_batches, read_some, write_batches
 from retrieval.errors import UserError
 from retrieval.storage.arrow_columns import count_changed, numbers, pixels, texts
 from retrieval.storage.manifest import ShardRecord
@@ -28,6 +30,7 @@ DECISION_SCHEMA = pa.schema(
     [pa.field("row", pa.uint32(), nullable=False), pa.field("decision", pa.uint8(), nullable=False)]
 )
 """Rows that other rows of their URL decide about. decision: as in `selection.compare_rows`."""
+MAX_DEDUPES = 128
 RANK_SCHEMA = pa.schema([pa.field("rank", pa.uint64(), nullable=False)])
 
 
@@ -42,6 +45,16 @@ class FilterContext:
     seed: int
     rows_per_shard: int
     max_rank: int = selection.NO_LIMIT
+
+    @property
+    def buckets_per_dedupe(self) -> int:
+        """Buckets of a dedupe: more than one for large inputs, because each dedupe opens the files of all scans."""
+        return max(1, self.num_buckets // MAX_DEDUPES)
+
+    @property
+    def dedupes(self) -> list[str]:
+        """The names of the dedupes."""
+        return [f"dedupe/{number:05d}" for number in range(self.num_buckets // self.buckets_per_dedupe)]
 
 
 class Scan:
@@ -72,29 +85,42 @@ class Scan:
 
 
 class Dedupe:
-    """Compares rows with equal ids in one bucket; writes the decisions, one batch a piece, and the training ranks."""
+    """Compares rows with equal ids; writes the decisions, for each bucket one batch a piece, and the training ranks."""
 
     def __init__(self, context: FilterContext) -> None:
         self.context = context
 
     def __call__(self, shard: str) -> ShardRecord:
-        bucket = int(shard.removeprefix("dedupe/"))
-        pieces = self.context.plan.pieces
-        batches = [read_batch(self.context.root, f"filter/scan/{piece.name}.arrow", bucket) for piece in pieces]
+        count = self.context.buckets_per_dedupe
+        first = int(shard.removeprefix("dedupe/")) * count
+        names = [f"filter/scan/{piece.name}.arrow" for piece in self.context.plan.pieces]
+        of_pieces = [read_some(self.context.root, name, range(first, first + count)) for name in names]
+        decisions: list[pa.RecordBatch] = []
+        ranks: list[pa.RecordBatch] = []
+        rows = collisions = 0
+        for batches in zip(*of_pieces, strict=True):
+            by_piece, rank_batch, num_colliding = self._compare(batches)
+            decisions += by_piece
+            ranks.append(rank_batch)
+            rows += sum(batch.num_rows for batch in batches)
+            collisions += num_colliding
+        files = (
+            write_batches(self.context.root, f"filter/{shard}.arrow", decisions, DECISION_SCHEMA),
+            write_batches(self.context.root, f"filter/{shard}-ranks.arrow", ranks, RANK_SCHEMA),
+        )
+        return ShardRecord(shard, rows, files, values={"collisions": collisions})
+
+    def _compare(self, batches: Sequence[pa.RecordBatch]) -> tuple[list[pa.RecordBatch], pa.RecordBatch, int]:
+        """For one bucket: decisions by piece, training ranks and the number of colliding ids. batches: one a piece."""
         keys = pa.Table.from_batches(batches, KEY_SCHEMA)
         decisions, collisions = selection.compare_rows(keys)
-        piece_numbers = np.repeat(np.arange(len(pieces)), [batch.num_rows for batch in batches])
+        piece_numbers = np.repeat(np.arange(len(batches)), [batch.num_rows for batch in batches])
         decided = np.flatnonzero(decisions != selection.AS_IT_IS)
         rows = pa.table([keys["row"].take(pa.array(decided)), decisions[decided]], schema=DECISION_SCHEMA)
         train = keys["kept"].to_numpy() & keys["train"].to_numpy() & (decisions == selection.AS_IT_IS)
         ranks = selection.training_ranks(keys["image_id"].to_numpy()[train], self.context.seed)
-        by_piece = selection.split_rows(rows, piece_numbers[decided], len(pieces))
-        rank_batch = pa.record_batch([ranks], schema=RANK_SCHEMA)
-        files = (
-            write_batches(self.context.root, f"filter/{shard}.arrow", by_piece, DECISION_SCHEMA),
-            write_batches(self.context.root, f"filter/{shard}-ranks.arrow", [rank_batch], RANK_SCHEMA),
-        )
-        return ShardRecord(shard, keys.num_rows, files, values={"collisions": collisions})
+        by_piece = selection.split_rows(rows, piece_numbers[decided], len(batches))
+        return by_piece, pa.record_batch([ranks], schema=RANK_SCHEMA), collisions
 
 
 class Select:
@@ -142,14 +168,19 @@ class Select:
         """Image id and split of each row (0: dropped, else 1 + index in SPLITS); rows dropped because of others."""
         ids, split = np.zeros(piece.rows, np.int64), np.zeros(piece.rows, np.int8)
         reasons: Counter[str] = Counter()
-        for bucket in range(self.context.num_buckets):
-            keys = read_batch(self.context.root, f"filter/scan/{piece.name}.arrow", bucket)
-            keys = keys.filter(keys["kept"])
+        root, buckets = self.context.root, range(self.context.num_buckets)
+        scanned = read_some(root, f"filter/scan/{piece.name}.arrow", buckets)
+        # For each bucket, the batch of this piece.
+        numbers = range(number, self.context.buckets_per_dedupe * len(self.pieces), len(self.pieces))
+        decisions_of_buckets = chain.from_iterable(
+            read_some(root, f"filter/{name}.arrow", numbers) for name in self.context.dedupes
+        )
+        for scanned_keys, decided in zip(scanned, decisions_of_buckets, strict=True):
+            keys = scanned_keys.filter(scanned_keys["kept"])
             rows, key_ids = keys["row"].to_numpy(), keys["image_id"].to_numpy()
             in_quota = selection.training_ranks(key_ids, self.context.seed) <= np.uint64(self.context.max_rank)
             ids[rows] = key_ids
             split[rows] = np.where(keys["train"].to_numpy(zero_copy_only=False) & in_quota, 1, 2)
-            decided = read_batch(self.context.root, f"filter/dedupe/{bucket:05d}.arrow", number)
             rows, decisions = decided["row"].to_numpy(), decided["decision"].to_numpy()
             split[rows] = np.where(decisions == selection.TO_DATABASE, 2, 0)
             for code, reason in ((selection.DUPLICATE, Reason.DUPLICATE_URL), (selection.UNSAFE, Reason.UNSAFE)):

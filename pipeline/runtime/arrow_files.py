@@ -17,8 +17,14 @@ def write_batches(root: Root, name: str, batches: Iterable[pa.RecordBatch], sche
 
 def read_batch(root: Root, name: str, number: int) -> pa.RecordBatch:
     """Record batch `number` of an Arrow file; the other batches are not read."""
+    return read_some(root, name, [number])[0]
+
+
+def read_some(root: Root, name: str, numbers: Iterable[int]) -> list[pa.RecordBatch]:
+    """The record batches of an Arrow file with these numbers. The file is opened once."""
     with root.open(name) as file:
-        return pa.ipc.open_file(file).get_batch(number)
+        reader = pa.ipc.open_file(file)
+        return [reader.get_batch(number) for number in numbers]
 
 
 def read_batches(root: Root, name: str) -> pa.Table:
