@@ -1,7 +1,7 @@
 """Runs the shards of a stage that are not finished, on Ray workers. Reads the completion records of a stage."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 
@@ -11,7 +11,7 @@ from pipeline.runtime.shard_queue import ShardQueue
 from pipeline.runtime.stage import Stage, map_in_threads
 from pipeline.runtime.wandb_reporter import wandb_reporter
 from pipeline.runtime.workers import Work, Workers
-from retrieval.storage.manifest import ShardRecord, files_exist, read_record
+from retrieval.storage.manifest import ShardRecord, files_listed, read_record
 
 
 def run_shards(
@@ -49,19 +49,21 @@ def finished_shards(stage: Stage, shards: Sequence[str]) -> dict[str, ShardRecor
 
     Discards those of other inputs, see `Stage.discard`, if the stage has inputs by shard.
     """
-    names = [*shards, *_former_shards(stage)] if stage.by_shard else shards
-    stored = [record for record in map_in_threads(partial(_finished_record, stage), names) if record]
+    sizes = stage.root.sizes(stage.name)
+    names = [*shards, *_former_shards(stage, sizes)] if stage.by_shard else shards
+    names = [name for name in names if f"{stage.name}/records/{name}.json" in sizes]
+    stored = [record for record in map_in_threads(partial(_finished_record, stage, sizes), names) if record]
     current = {record.shard: record for record in stored if record.inputs == stage.inputs_of(record.shard)}
-    if stage.by_shard and len(current) < len(names):
+    if stage.by_shard and current.keys() != {*shards}:
         stage.discard([record for record in stored if _is_outdated(stage, record)], len(stored))
-    return current
+    return {shard: current[shard] for shard in shards if shard in current}
 
 
-def _former_shards(stage: Stage) -> list[str]:
+def _former_shards(stage: Stage, sizes: Mapping[str, int]) -> list[str]:
     """Shards with a record, in the folders of the stage's shards, that the stage no longer has."""
     folders = {shard.rpartition("/")[0] for shard in stage.by_shard}
     records = f"{stage.name}/records/"
-    names = [name.removeprefix(records).removesuffix(".json") for name in stage.root.list(records.rstrip("/"))]
+    names = [name.removeprefix(records).removesuffix(".json") for name in sizes if name.startswith(records)]
     return [name for name in names if name not in stage.by_shard and name.rpartition("/")[0] in folders]
 
 
@@ -71,12 +73,12 @@ def _is_outdated(stage: Stage, record: ShardRecord) -> bool:
     return inputs != stage.by_shard.get(record.shard)
 
 
-def _finished_record(stage: Stage, shard: str) -> ShardRecord | None:
-    """The record of a shard with this fingerprint and all its files, of any inputs."""
+def _finished_record(stage: Stage, sizes: Mapping[str, int], shard: str) -> ShardRecord | None:
+    """The record of a shard with this fingerprint and all its files, of any inputs. sizes: of the stage's files."""
     stored = read_record(stage.root, stage.name, shard)
     if stored is None or stored[0] != stage.identity.shard_fingerprint:
         return None
-    return stored[1] if files_exist(stage.root, stored[1]) else None
+    return stored[1] if files_listed(sizes, stored[1]) else None
 
 
 def _log_shard(stage: Stage, record: ShardRecord, peak: int, progress: tuple[int, int, float]) -> None:

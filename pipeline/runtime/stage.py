@@ -16,7 +16,7 @@ from retrieval.config import Config
 from retrieval.errors import UserError
 from retrieval.index.hidden import KEPT_BY_BUILDS
 from retrieval.storage.lease import lease, raise_if_lost
-from retrieval.storage.manifest import Manifest, ShardRecord, delete_record, files_exist, read_manifest, write_manifest
+from retrieval.storage.manifest import Manifest, ShardRecord, delete_record, files_listed, read_manifest, write_manifest
 from retrieval.storage.root import Root
 from retrieval.storage.stage_folder import StageIdentity, prepare_folder
 
@@ -83,7 +83,7 @@ class Stage:
         manifest = read_manifest(self.root, self.name)
         if manifest.fingerprint != self.fingerprint:
             return None
-        if not all(map_in_threads(partial(files_exist, self.root), manifest.shards)):
+        if not all(map(partial(files_listed, self.root.sizes(self.name)), manifest.shards)):
             self.log.warning("files of %s are missing or truncated: they are made again", self.root.at(self.name))
             return None
         return manifest

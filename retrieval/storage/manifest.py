@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -99,14 +100,15 @@ def _digest(parts: list[Any]) -> str:
 def read_manifest(root: Root, stage: str) -> Manifest:
     """The manifest of a finished stage. Raises UserError if the stage did not finish."""
     name = f"{stage}/manifest.json" if stage else "manifest.json"
-    if not root.exists(name):
+    values = root.find_json(name)
+    if values is None:
         parts = stage.split("/")
         command = {"": "database", "databases": "database", "runs": parts[-1]}.get(parts[0], parts[0])
         raise UserError(
             f"{root.at(name)} is missing: {command} did not finish. "
             f"Run 'make {command}' again; finished shards are kept."
         )
-    return _manifest(root.read_json(name), root.at(name))
+    return _manifest(values, root.at(name))
 
 
 def write_manifest(root: Root, manifest: Manifest) -> None:
@@ -116,11 +118,8 @@ def write_manifest(root: Root, manifest: Manifest) -> None:
 
 def read_record(root: Root, stage: str, shard: str) -> tuple[str, ShardRecord] | None:
     """The fingerprint and record of a finished shard, or None if it has no record."""
-    name = f"{stage}/records/{shard}.json"
-    if not root.exists(name):
-        return None
-    values = root.read_json(name)
-    return values.pop("fingerprint"), _record(values)
+    values = root.find_json(f"{stage}/records/{shard}.json")
+    return None if values is None else (values.pop("fingerprint"), _record(values))
 
 
 def write_record(root: Root, stage: str, stage_fingerprint: str, record: ShardRecord) -> None:
@@ -149,6 +148,11 @@ def delete_record(root: Root, stage: str, shard: str) -> None:
 def files_exist(root: Root, record: ShardRecord) -> bool:
     """Whether every file of a record exists with its recorded size."""
     return all(root.size(file.name) == file.bytes for file in record.files)
+
+
+def files_listed(sizes: Mapping[str, int], record: ShardRecord) -> bool:
+    """As `files_exist`, from the listing of a folder (`Root.sizes`): one request for a thousand files."""
+    return all(sizes.get(file.name) == file.bytes for file in record.files)
 
 
 def _record(values: dict[str, Any]) -> ShardRecord:

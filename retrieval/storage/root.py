@@ -154,14 +154,21 @@ class Root:
             return None
 
     def read_json(self, name: str) -> Any:
-        """The parsed content of a JSON file."""
-        with self.open(name) as file:
-            try:
-                return json.load(file)
-            except ValueError as error:
-                raise UserError(
-                    f"{self.at(name)} is not valid JSON: {error}. Remove its folder and run its stage again."
-                ) from error
+        """The parsed content of a JSON file. Raises UserError if it does not exist."""
+        value = self.find_json(name)
+        if value is None:
+            raise self._missing(name)
+        return value
+
+    def find_json(self, name: str) -> Any | None:
+        """The parsed content of a JSON file, or None if it does not exist."""
+        data = self.read_bytes(name)
+        try:
+            return None if data is None else json.loads(data)
+        except ValueError as error:
+            raise UserError(
+                f"{self.at(name)} is not valid JSON: {error}. Remove its folder and run its stage again."
+            ) from error
 
     @contextmanager
     def local(self, name: str) -> Iterator[Path]:
