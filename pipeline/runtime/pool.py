@@ -34,6 +34,8 @@ MAX_START_ROUNDS = 8
 """Losses of workers while they start, in a row and for each worker, after which the stage stops."""
 START_PAUSE_S, MAX_START_PAUSE_S = 1.0, 60.0
 """Pause before a worker that was lost while it started is replaced, doubled with each round, and its limit."""
+GROW_S = 15.0
+"""How often nodes that joined are looked for."""
 
 
 class ShardError(RuntimeError):
@@ -110,6 +112,8 @@ class Pool:
         self.num_finished = 0
         self.size = 0
         """Workers wanted."""
+        self.grow_at = 0.0
+        """When to look for nodes that joined."""
         self.has_started = False
         self.start_losses = 0
         """Workers lost while they started since the last one that started."""
@@ -125,9 +129,7 @@ class Pool:
 
         Raises UnfinishedError at the end if shards failed, and UserError of a shard at once.
         """
-        self.size = min(len(queue), self.workers.num_fitting())
-        for _ in range(self.size):
-            self._start(queue)
+        self._grow(queue, self.workers.num_wanted())
         # A replacement may wait for a node that never comes back: wait only for workers that have a shard.
         while len(queue) or any(shard != STARTING for _, shard in self.pending.values()):
             raise_if_lost()
@@ -156,9 +158,19 @@ class Pool:
         actor_class: Any = ray.remote(RemoteWorker).options(**self.workers.options(sick_nodes))
         return actor_class.remote(self.stage.name, self.workers.memory_gb)
 
+    def _grow(self, queue: ShardQueue, wanted: int) -> None:
+        """Start workers until there are as many as wanted, at most one for each shard that waits."""
+        wanted = min(wanted, self.size + len(queue))
+        for _ in range(wanted - self.size):
+            self._start(queue)
+        self.size = max(self.size, wanted)
+        self.grow_at = time.monotonic() + GROW_S
+
     def _assign(self, queue: ShardQueue) -> None:
         """Start the workers that are due, and give shards to idle workers."""
         now = time.monotonic()
+        if now >= self.grow_at and not self.workers.count:
+            self._grow(queue, self.workers.num_fitting())  # nodes may have joined
         for due in [due for due in self.starts if due <= now]:
             self.starts.remove(due)
             self._start(queue)
@@ -178,6 +190,7 @@ class Pool:
         """A reference that is ready; None if a pause ended first."""
         now = time.monotonic()
         times = [*self.starts, *(handle.idle_from for handle in self.idle if handle.idle_from > now)]
+        times += [] if self.workers.count else [self.grow_at]
         # The lease is checked after each heartbeat.
         timeout = min(max(0.0, min(times, default=now + HEARTBEAT_S) - now), HEARTBEAT_S)
         if not self.pending:

@@ -1,5 +1,6 @@
 """The work of a stage's workers, their resources, how many fit the nodes of the Ray cluster, and who is idle."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,7 +22,7 @@ NODE_SHARE = 0.001
 
 @dataclass(frozen=True)
 class Workers:
-    """The resources of one worker and the number of workers; count 0: as many as fit the cluster.
+    """The resources of one worker and the number of workers; count 0: as many as fit the nodes, also those that join.
 
     shards_at_once: shards that a worker processes in threads, so that one is read or written while another is computed.
     """
@@ -41,16 +42,28 @@ class Workers:
         count = config.workers if count is None else count
         return cls(count, num_cpus, num_gpus, config.memory_gb, config.nodes)
 
-    def num_fitting(self) -> int:
-        """Workers to start: as many as fit the nodes, at most `count`. Raises UserError if none fits."""
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        fitting = sum(self._fit(node) for node in nodes)
+    def num_wanted(self) -> int:
+        """Workers to start: `count`, or as many as fit the nodes.
+
+        More than fit are started where nodes can join: workers that wait are what an autoscaler counts. Raises
+        UserError if none fits and none is waited for.
+        """
+        fitting = self.num_fitting()
+        if self.count and (fitting >= self.count or os.environ.get("RAY_ADDRESS", "local") != "local"):
+            return self.count
         if not fitting:
-            maxima = {kind: max(node.get(kind, 0) for node in nodes) for kind in self._needs()}
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            maxima = {kind: max((node.get(kind, 0) for node in nodes), default=0) for kind in self._needs()}
             raise UserError(
                 f"a worker takes {_format(self._needs())}; no node of the cluster has all of that, the most "
-                f"are {_format(maxima)}. Lower it in the recipe, or set RAY_ADDRESS or CLUSTER."
+                f"are {_format(maxima)}. Lower it in the recipe, or set RAY_ADDRESS or CLUSTER. On a cluster that adds "
+                "nodes on demand, set the section's 'workers': then the stage waits for nodes."
             )
+        return fitting
+
+    def num_fitting(self) -> int:
+        """How many workers fit the nodes that are there now, at most `count` if that is set."""
+        fitting = sum(self._fit(node["Resources"]) for node in ray.nodes() if node["Alive"])
         return min(self.count or fitting, fitting)
 
     def _needs(self) -> dict[str, float]:

@@ -375,6 +375,23 @@ def test_shards_do_not_wait_for_a_replacement_that_cannot_start(root: Root) -> N
         ray.kill(ray.get_actor("cpu_holder"))
 
 
+def test_workers_start_on_nodes_that_join(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "GROW_S", 0.2)
+    joined, nodes = root.local_path("joined"), ray.nodes()
+
+    def nodes_by_now() -> list[dict[str, Any]]:
+        cpus = 2.0 if joined.exists() else 1.0
+        return [{**node, "Resources": {**node["Resources"], "CPU": cpus}} for node in nodes]
+
+    def wait_for_another(shard: str, call: int) -> None:
+        root.write_bytes("joined", b"")
+        assert wait_for(lambda: sum(calls(root)) > 1, 30)
+
+    monkeypatch.setattr("pipeline.runtime.workers.ray.nodes", nodes_by_now)
+    run_shards(stage(root), SHARDS, works(root, before=wait_for_another), Workers(0, num_cpus=1))
+    assert calls(root) == [1, 1, 1]
+
+
 def test_workers_that_fit_no_node_are_refused_with_the_available_resources(root: Root) -> None:
     with pytest.raises(UserError, match=r"a worker takes CPU 1, memory 9000.0 GB; .* the most are CPU 2, mem"):
         run_shards(stage(root), SHARDS, works(root), Workers(memory_gb=9000))
