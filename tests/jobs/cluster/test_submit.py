@@ -268,12 +268,15 @@ def test_the_nodes_in_kuberay_yaml_fit_every_worker_of_the_recipe() -> None:
         [container] = group["template"]["spec"]["containers"]
         [name] = json.loads(json.loads(group["rayStartParams"]["resources"]))
         groups[name] = container["resources"]["limits"]
+        assert (group["minReplicas"], group["replicas"]) == (0, 0)
+    assert cluster["spec"]["enableInTreeAutoscaling"]
     recipe = tomllib.loads((REPOSITORY / "jobs/configs/laion2b.toml").read_text())
     for stage in ("filter", "download", "embed", "index", "neighbors"):
         limits = groups[recipe[stage]["nodes"]]
         gpus = int(limits.get("nvidia.com/gpu", 0))
         assert recipe[stage]["memory_gb"] * max(1, gpus) <= int(limits["memory"].removesuffix("Gi"))
         assert recipe[stage].get("gpus_per_worker", 0) <= gpus
+        assert recipe[stage]["workers"]  # a cluster without nodes adds them for workers that wait
     [job] = yaml.safe_load_all((REPOSITORY / "jobs/cluster/rayjob.yaml").read_text())
     assert job["spec"]["clusterSelector"]["ray.io/cluster"] == cluster["metadata"]["name"]
     # KubeRay refuses a job with both, or deletes the cluster when it retries.
