@@ -84,7 +84,7 @@ def run(config: IndexConfig, root: Root, clip: ClipConfig | None = None) -> Mani
 def _calibration_work(stage: Stage, config: IndexConfig, values: dict[str, Any], clip: ClipConfig | None) -> Work:
     def measure(name: str) -> ShardRecord:
         manifest = Manifest("index", SCHEMA_VERSION, "", {}, {}, (), {**values, "calibration": {}}, 0.0)
-        database = Database(stage.root.child("index"), manifest, np.empty(0, np.int64))
+        database = Database(stage.root.child("index"), manifest, np.empty(0, np.int64)).for_passes()
         measured = {"images": calibrate(database, config.num_queries, config.seed)}
         captions = sample_captions(database, config.num_queries, config.seed)
         if clip and captions and not database.is_exact:

@@ -21,7 +21,7 @@ from retrieval.database.coverage import (
     partition_ranks,
     recall_by_effort,
 )
-from retrieval.database.database import Database
+from retrieval.database.database import MAX_OPENED, Database
 from retrieval.database.recall import confidence_interval
 from retrieval.database.stored_calibration import write_calibration
 from retrieval.errors import UserError
@@ -37,6 +37,8 @@ LARGE_K = 1000
 """From this k on a fifth of the queries is enough, because each of them has many true neighbors."""
 RECALLS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99, 0.9925, 0.995, 0.9975)
 """Recalls for which the cheapest effort is stored."""
+LISTS_AT_ONCE = 8
+"""Numbers of lists that are tried while one of many partitions is open."""
 ENOUGH = 0.9985
 """When the visited lists hold this share of the true neighbors, no larger number of lists is tried."""
 
@@ -66,7 +68,7 @@ def recalibrate(root: Root, queries: npt.ArrayLike, like: str) -> list[dict[str,
     """
     if like not in QUERY_KINDS:
         raise UserError(f"like must be one of {', '.join(QUERY_KINDS)}, got {like!r}")
-    database = Database.open(root).with_all_rows()
+    database = Database.open(root).with_all_rows().for_passes()
     entries = calibrate_for(database, queries)
     write_calibration(database.root, database.manifest, like, entries)
     return entries
@@ -110,21 +112,31 @@ def _measure(database: Database, queries: Queries, ks: tuple[int, ...]) -> dict[
     partitions = _ladder(len(database.partitions))
     visited = np.searchsorted(partitions, partition_ranks(database, queries), side="right").astype(np.int8)
     measured: dict[int, list[MeasuredEffort]] = {k: [] for k in ks}
-    for lists in _ladder(max(part.num_lists for part in database.partitions if len(part))):
-        least = least_candidates(database, queries, int(lists), ks)
-        in_lists = []
-        for k in ks:
-            steps = candidate_steps(k)
-            recalls = recall_by_effort(queries, k, (visited, least[k]), (len(partitions), len(steps)))
-            if not len(recalls):
-                continue
-            for i, j in np.ndindex(recalls.shape[1:]):
-                effort = Effort(int(partitions[i]), int(lists), int(steps[j]))
-                measured[k].append(MeasuredEffort(effort, *confidence_interval(recalls[:, i, j]), len(recalls), k))
-            in_lists.append(float(recalls[:, -1, -1].mean()))
-        if min(in_lists, default=1.0) >= ENOUGH:
-            break
+    ladder = _ladder(database.most_lists).tolist()
+    # Small steps end early. Large ones open each of many partitions less often.
+    step = 1 if len(database.partitions) <= MAX_OPENED else LISTS_AT_ONCE
+    for start in range(0, len(ladder), step):
+        all_lists = ladder[start : start + step]
+        for lists, least in zip(all_lists, least_candidates(database, queries, all_lists, ks), strict=True):
+            in_lists = []
+            for k in ks:
+                recalls = recall_by_effort(queries, k, (visited, least[k]), (len(partitions), len(candidate_steps(k))))
+                if not len(recalls):
+                    continue
+                measured[k] += _entries(recalls, partitions, lists, k)
+                in_lists.append(float(recalls[:, -1, -1].mean()))
+            if min(in_lists, default=1.0) >= ENOUGH:
+                return measured
     return measured
+
+
+def _entries(recalls: Vectors, partitions: Numbers, lists: int, k: int) -> list[MeasuredEffort]:
+    """An entry for each number of partitions and of candidates. recalls: (n, partitions, steps)."""
+    efforts = [
+        (Effort(int(partitions[i]), lists, int(candidate_steps(k)[j])), recalls[:, i, j])
+        for i, j in np.ndindex(recalls.shape[1:])
+    ]
+    return [MeasuredEffort(effort, *confidence_interval(values), len(recalls), k) for effort, values in efforts]
 
 
 def _cheapest(database: Database, measured: list[MeasuredEffort]) -> list[MeasuredEffort]:
@@ -151,9 +163,8 @@ def _ladder(most: int) -> Numbers:
 
 def cost(database: Database, effort: Effort, k: int) -> float:
     """Bytes that a query for k neighbors reads with an effort: an estimate that only orders efforts."""
-    num_lists = max(partition.num_lists for partition in database.partitions if len(partition))
     rows = max(len(database) / len(database.partitions), 1)
-    codes = effort.lists_per_partition * 2 * rows / num_lists * database.dim / DIMENSIONS_PER_CODE / 2
+    codes = effort.lists_per_partition * 2 * rows / database.most_lists * database.dim / DIMENSIONS_PER_CODE / 2
     graph = 40 * effort.lists_per_partition * database.dim * 2
     # Vectors are read at random places, which is counted as twice the bytes.
     vectors = k * effort.candidates_per_result * database.dim * 2 * 2

@@ -5,6 +5,7 @@ Counting then gives the recall for each k, number of partitions and number of ca
 neighbor exactly if it visits its partition and if the neighbor is among the candidates there.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,34 +89,46 @@ def candidate_steps(k: int) -> Numbers:
     return np.array([step for step in CANDIDATES if k * step <= max(MAX_CANDIDATES, 16 * k)])
 
 
-def least_candidates(database: Database, queries: Queries, lists: int, ks: tuple[int, ...]) -> dict[int, Indices]:
-    """For each k: the index in `candidate_steps` of the least value at which each true neighbor is returned.
+def least_candidates(
+    database: Database, queries: Queries, all_lists: Sequence[int], ks: tuple[int, ...]
+) -> list[dict[int, Indices]]:
+    """For each number of lists and k: the index in `candidate_steps` of the least value that returns each neighbor.
 
-    lists: visited lists. Returns (n, t) each, with the number of steps where no value suffices.
+    all_lists: numbers of visited lists. Values are (n, t), the number of steps where no value suffices. Each partition
+    is opened once.
     """
-    least = {k: np.zeros(queries.truth.shape, np.int8) for k in ks}
+    least = [{k: np.zeros(queries.truth.shape, np.int8) for k in ks} for _ in all_lists]
     numbers = database.partition_numbers(np.maximum(queries.truth, 0))
-    for number, partition in enumerate(database.partitions):
-        if not len(partition) or partition.is_flat:
+    for number in np.flatnonzero(database.partition_rows).tolist():
+        partition, count = database.partitions[number], int(database.partition_rows[number])
+        if partition.is_flat:
             continue
         inside = (numbers == number) & (queries.truth >= 0)
         chosen = np.flatnonzero(inside.any(axis=1))
         for start in range(0, len(chosen), BLOCK_QUERIES):
             block = chosen[start : start + BLOCK_QUERIES]
-            offset = database.first_position(number)
-            rows = np.where(inside[block], queries.truth[block] - offset, -1)
-            copies = queries.copies[block] - offset
-            copies = np.where((copies >= 0) & (copies < len(partition)), copies, -1)
-            local = Queries(queries.units[block], rows, queries.similarities[block], copies)
-            for k, steps in _least_in_partition(partition, local, lists, ks).items():
-                least[k][block] = np.where(inside[block], steps, least[k][block])
+            local = _within(queries, block, inside, (database.first_position(number), count))
+            for i, lists in enumerate(all_lists):
+                for k, steps in _least_in_partition(partition, count, local, lists, ks).items():
+                    least[i][k][block] = np.where(inside[block], steps, least[i][k][block])
     return least
 
 
-def _least_in_partition(partition: Partition, queries: Queries, lists: int, ks: tuple[int, ...]) -> dict[int, Any]:
+def _within(queries: Queries, block: Positions, inside: npt.NDArray[np.bool_], partition: tuple[int, int]) -> Queries:
+    """A block of queries with the row numbers of one partition. inside: (n, t); partition: first position and rows."""
+    first, count = partition
+    rows = np.where(inside[block], queries.truth[block] - first, -1)
+    copies = queries.copies[block] - first
+    copies = np.where((copies >= 0) & (copies < count), copies, -1)
+    return Queries(queries.units[block], rows, queries.similarities[block], copies)
+
+
+def _least_in_partition(
+    partition: Partition, num_rows: int, queries: Queries, lists: int, ks: tuple[int, ...]
+) -> dict[int, Any]:
     if not isinstance(partition.files.base, faiss.IndexHNSW):
-        most = min(max(k * candidate_steps(k)[-1] for k in ks), partition.results_per_row * len(partition))
-        ranks = _ranks(partition, queries, lists, int(most))
+        most = min(max(k * candidate_steps(k)[-1] for k in ks), partition.results_per_row * num_rows)
+        ranks = _ranks(partition, num_rows, queries, lists, int(most))
         return {k: np.searchsorted(k * candidate_steps(k), ranks, side="right") for k in ks}
     # The walk through a graph is longer for more candidates, so each number of candidates is a search of its own.
     least = {}
@@ -123,17 +136,17 @@ def _least_in_partition(partition: Partition, queries: Queries, lists: int, ks: 
         steps = candidate_steps(k)
         least[k] = np.full(queries.truth.shape, len(steps))
         for i in reversed(range(len(steps))):
-            count = int(min(k * steps[i], len(partition)))
-            least[k][_ranks(partition, queries, lists, count) < count] = i
+            count = int(min(k * steps[i], num_rows))
+            least[k][_ranks(partition, num_rows, queries, lists, count) < count] = i
     return least
 
 
-def _ranks(partition: Partition, queries: Queries, lists: int, count: int) -> npt.NDArray[np.int32]:
+def _ranks(partition: Partition, num_rows: int, queries: Queries, lists: int, count: int) -> npt.NDArray[np.int32]:
     """Rank of each true neighbor among `count` candidates of its query without copies, (n, k); else MISSING."""
     files = partition.files
     _, candidates = files.base.search(queries.units, count, params=files.base_parameters(lists, count))
     ranks = np.full(queries.truth.shape, MISSING)
-    place = np.full(len(partition) + 1, MISSING)  # the last one is for row -1
+    place = np.full(num_rows + 1, MISSING)  # the last one is for row -1
     for i in range(len(candidates)):
         rows = candidates[i][candidates[i] >= 0]
         place[rows[::-1]] = np.arange(len(rows), dtype=np.int32)[::-1]  # of a repeated row the first rank remains

@@ -119,21 +119,25 @@ class PartitionFiles:
         return self._load("lists.npy", load_array), self._load("list_centroids.npy", load_array)
 
     @property
-    def opened(self) -> tuple[Any, Any, RerankIndex]:
-        """The index, the base index that it refines, and the owner of the vectors that it ranks by."""
+    def opened(self) -> tuple[Any, RerankIndex]:
+        """The index, and the owner of the vectors that it ranks by."""
         with self._lock:  # else two threads would both read the file
-            return self._read
+            return self._refine
 
     @cached_property
-    def _read(self) -> tuple[Any, Any, RerankIndex]:
-        base = self._load("index.faiss", lambda path: faiss.read_index(str(path)))
+    def _refine(self) -> tuple[Any, RerankIndex]:
         rerank = RerankIndex(self.embeddings)
-        return faiss.IndexRefine(base, rerank.index), base, rerank
+        return faiss.IndexRefine(self._base, rerank.index), rerank
 
     @property
     def base(self) -> Any:
-        """The index that proposes candidates."""
-        return self.opened[1]
+        """The index that proposes candidates. It needs no vectors."""
+        with self._lock:
+            return self._base
+
+    @cached_property
+    def _base(self) -> Any:
+        return self._load("index.faiss", lambda path: faiss.read_index(str(path)))
 
     @property
     def results_per_row(self) -> int:

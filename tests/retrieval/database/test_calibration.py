@@ -3,10 +3,12 @@
 import shutil
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from retrieval.errors import RecallWarning
 from retrieval.index.effort import MeasuredEffort, choose_effort
 from retrieval.index.hidden import hide
 from retrieval.index.inverted_lists import held_out
+from retrieval.index.partition import Partition
 from retrieval.index.routing import Vectors, unit
 from tests.retrieval.conftest import DIM, brute_force, clustered, share_found
 
@@ -249,6 +252,30 @@ def test_unusable_queries_are_refused(copy: Database, queries: np.ndarray) -> No
 def test_two_calibrations_give_equal_entries(in_lists: Database) -> None:
     stored = in_lists.manifest.values["calibration"]["images"]
     assert calibrate(Database.open(in_lists.root), 50, seed=0) == stored
+
+
+def test_many_partitions_are_opened_one_at_a_time_with_equal_entries(
+    mixed: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = calibrate(mixed, 100, seed=3)
+    opened: list[weakref.ref[Partition]] = []
+    most_at_once = 0
+    open_partition = Partition.open.__func__  # type: ignore[attr-defined]
+
+    def counted(cls: type[Partition], *arguments: Any, **named: Any) -> Partition:
+        nonlocal most_at_once
+        partition: Partition = open_partition(cls, *arguments, **named)
+        opened.append(weakref.ref(partition))
+        most_at_once = max(most_at_once, sum(reference() is not None for reference in opened))
+        return partition
+
+    monkeypatch.setattr(Partition, "open", classmethod(counted))
+    for module in ("database", "calibration"):
+        monkeypatch.setattr(f"retrieval.database.{module}.MAX_OPENED", 1)
+    assert calibrate(mixed.for_passes(), 100, seed=3) == expected
+    assert len(mixed.partitions) > 2
+    assert most_at_once <= 2  # the new one, and the one it replaces
+    assert len(opened) < 12 * len(mixed.partitions)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 15, 21, 22])
