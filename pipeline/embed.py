@@ -23,7 +23,7 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from pipeline.pictures.near_copies import ROWS_PER_GROUP, copies_work, copy_digests, drop_copies
+from pipeline.pictures.near_copies import ROWS_PER_GROUP, copies_work, copy_digests, drop_copies, hashes_work
 from pipeline.pictures.patches import draw_boxes, patch_pictures, patch_quotas, patch_rows
 from pipeline.pictures.tars import sample_key
 from pipeline.recipe import EmbedConfig
@@ -93,10 +93,13 @@ def _find_copies(stage: Stage, config: EmbedConfig, download: Manifest) -> dict[
         group_shards([shard for shard in download.shards if shard.shard.startswith(split)], ROWS_PER_GROUP)
         for split in ("train/", "database/")
     )
+    train_names = [f"train/{number:05d}" for number in range(len(train))]
     names = [f"{number:05d}" for number in range(len(database))]
-    work = partial(copies_work, stage.root, train, database, config.near_copy_bits)
     copies = Stage(stage.root, "embed/copies", SCHEMA_VERSION, config, {"download": download.identity})
-    run_shards(copies, names, work, Workers.from_config(config))
+    workers = Workers.from_config(config)
+    run_shards(copies, train_names, partial(hashes_work, stage.root, train), workers)
+    work = partial(copies_work, stage.root, train_names, database, config.near_copy_bits)
+    run_shards(copies, names, work, workers)
     return {shard: name for name, group in zip(names, database, strict=True) for shard in group}
 
 

@@ -1,9 +1,10 @@
 """Database images that are copies of training images, found by their hashes before anything is embedded.
 
-Reads the hashes of `download/{train,database}/<shard>.parquet`; writes `embed/copies/<group>.parquet`: ids that must
-not enter the database, with the reason, and `<group>.json`: a digest of the ids of each shard. A copy has the same
-content (SHA-256 of the downloaded bytes) or a perceptual hash (`phash`) that differs in a few bits. Both sides are read
-in groups of shards, so that memory stays bounded.
+Reads the hashes of `download/{train,database}/<shard>.parquet`. A first pass writes those of the training images to
+`embed/copies/train/<group>.arrow`. The second writes `embed/copies/<group>.parquet`: ids that must not enter the
+database, with the reason, and `<group>.json`: a digest of the ids of each shard. A copy has the same content (SHA-256
+of the downloaded bytes) or a perceptual hash (`phash`) that differs in a few bits. Both sides are read in groups of
+shards, so that memory stays bounded.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.runtime.arrow_files import read_batches, write_batches
 from pipeline.runtime.workers import Work
 from retrieval.perceptual_hash import PerceptualHashIndex
 from retrieval.storage import schema
@@ -29,22 +31,42 @@ COPIES = pa.schema(
 )
 
 
-def copies_work(root: Root, train: list[list[str]], database: list[list[str]], max_distance: int) -> Work:
-    """Work that writes `embed/copies/<group>` by group number. max_distance: in bits of perceptual hashes."""
+HASHES = pa.schema([pa.field("content", pa.uint64(), nullable=False), pa.field("phash", pa.int64(), nullable=False)])
+"""The first 64 bits of the SHA-256, and the perceptual hash, of an image."""
+
+
+def hashes_work(root: Root, train: list[list[str]]) -> Work:
+    """Work that writes `embed/copies/train/<group>.arrow`, so that each training shard is read once."""
+    return partial(_write_hashes, root, train)
+
+
+def _write_hashes(root: Root, train: list[list[str]], name: str) -> ShardRecord:
+    shards = [_shard_hashes(root, shard) for shard in train[int(name.removeprefix("train/"))]]
+    batches = [pa.record_batch([contents, hashes], schema=HASHES) for _, contents, hashes in shards]
+    file = write_batches(root, f"embed/copies/{name}.arrow", batches, HASHES)
+    return ShardRecord(name, sum(map(len, batches)), (file,))
+
+
+def copies_work(root: Root, train: list[str], database: list[list[str]], max_distance: int) -> Work:
+    """Work that writes `embed/copies/<group>` by group number. max_distance: in bits of perceptual hashes.
+
+    train: names of the groups that `hashes_work` wrote.
+    """
     return partial(_write_copies, root, train, database, max_distance)
 
 
 def _write_copies(
-    root: Root, train: list[list[str]], database: list[list[str]], max_distance: int, group: str
+    root: Root, train: list[str], database: list[list[str]], max_distance: int, group: str
 ) -> ShardRecord:
     shards = [_shard_hashes(root, shard) for shard in database[int(group)]]
     ids, contents, hashes = (np.concatenate(column) for column in zip(*shards, strict=True))
     is_same, is_near = np.zeros(len(ids), bool), np.zeros(len(ids), bool)
-    for train_group in train:
-        _, train_contents, train_hashes = zip(*(_shard_hashes(root, shard) for shard in train_group), strict=True)
-        is_same |= np.isin(contents, np.concatenate(train_contents))
+    for name in train:
+        table = read_batches(root, f"embed/copies/{name}.arrow")
+        is_same |= np.isin(contents, table["content"].to_numpy())
         rest = np.flatnonzero(~is_same & ~is_near)
-        is_near[rest] = PerceptualHashIndex(np.concatenate(train_hashes)).contains_near(hashes[rest], max_distance)
+        index = PerceptualHashIndex(table["phash"].to_numpy())
+        is_near[rest] = index.contains_near(hashes[rest], max_distance)
     copies = np.flatnonzero(is_same | is_near)
     reasons = np.where(is_same[copies], str(Reason.DUPLICATE_CONTENT), str(Reason.NEAR_COPY)).tolist()
     table = pa.table([pa.array(ids[copies]), pa.array(reasons, pa.string())], schema=COPIES)
@@ -78,7 +100,9 @@ def drop_copies(root: Root, group: str, rows: pa.Table) -> tuple[pa.Table, dict[
 
 def _shard_hashes(root: Root, shard: str) -> tuple[Ids, npt.NDArray[np.uint64], Ids]:
     """Ids, first 64 bits of the SHA-256 and perceptual hashes of the stored images of a shard."""
-    table = schema.read_table(root, shard_file(root, "download", shard, ".parquet"), schema.DOWNLOADED)
+    name = shard_file(root, "download", shard, ".parquet")
+    columns = [schema.IMAGE_ID, "reason", "sha256", "phash"]
+    table = schema.read_table(root, name, schema.DOWNLOADED, columns)
     stored = table.filter(pc.equal(table["reason"], ""))
     # 64 bits: no collision is expected between 100M and 1.9B images.
     digests = "".join(digest[:16] for digest in stored["sha256"].to_pylist())

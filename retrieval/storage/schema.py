@@ -146,11 +146,15 @@ def write_table(root: Root, name: str, table: pa.Table, schema: pa.Schema) -> Fi
     return pending.record
 
 
-def read_table(root: Root, name: str, schema: pa.Schema) -> pa.Table:
-    """Read a Parquet file and check it. Raises UserError if it is missing, damaged or has another schema."""
+def read_table(root: Root, name: str, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
+    """Read a Parquet file and check it. Raises UserError if it is missing, damaged or has another schema.
+
+    columns: only these, in the order of the schema.
+    """
+    schema = schema if columns is None else pa.schema([schema.field(column) for column in columns])
     with root.open(name) as file:
         try:
-            table = pq.read_table(file)
+            table = pq.read_table(file, columns=columns)
         except (pa.ArrowInvalid, OSError) as error:
             raise UserError(
                 f"{root.at(name)} is not a readable Parquet file: {error}. Remove it and run again."
