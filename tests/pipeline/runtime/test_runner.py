@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,13 @@ class Settings(Config):
 
     text: str = "a"
     threads: int = runtime_setting(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def workers_of_all_tests() -> Iterator[None]:
+    """The tests share their workers, because each imports its libraries for a second."""
+    with shared_workers():
+        yield
 
 
 @pytest.fixture
@@ -297,13 +304,18 @@ def pids(root: Root, name: str, workers: Workers = ONE) -> set[int]:
 
 
 def test_passes_share_their_workers_if_they_need_the_same_resources(root: Root) -> None:
-    with shared_workers():
-        first = pids(root, "first")
-        assert pids(root, "second") == first
-        others = pids(root, "third", Workers(1, num_cpus=2))  # all CPUs, so the first worker has ended
-        assert others.isdisjoint(first)
-    assert wait_for(lambda: not any(map(psutil.pid_exists, first | others)), 10)
+    first = pids(root, "first")
+    assert pids(root, "second") == first
+    others = pids(root, "third", Workers(1, num_cpus=2))  # all CPUs, so the first worker has ended
+    assert others.isdisjoint(first)
     assert pids(root, "fourth").isdisjoint(others)
+
+
+def test_shared_workers_end_with_their_block(root: Root) -> None:
+    with shared_workers():
+        processes = pids(root, "first")
+        assert all(map(psutil.pid_exists, processes))
+    assert wait_for(lambda: not any(map(psutil.pid_exists, processes)), 10)
 
 
 TWO_AT_ONCE = Workers(1, num_cpus=1, shards_at_once=2)
