@@ -100,6 +100,8 @@ class DownloadConfig(WorkersConfig):
     max_pixels: int = runtime_setting(80_000_000, ge=1, le=MAX_PIXELS)
     """Most pixels of a picture that is decoded, at most 134 million. WebP and AVIF take 20 bytes of memory a pixel and
     end at 100 million."""
+    train_edge: int = Field(1024, ge=0)
+    """Shorter edge in pixels that larger training images are scaled down to; 0: all keep their size."""
     train_min_edge: int = Field(768, ge=1)
     """Least shorter edge in pixels of a decoded training image."""
     database_edge: int = Field(224, ge=1)
@@ -121,6 +123,15 @@ class DownloadConfig(WorkersConfig):
     """Least seconds between two requests to a host for a shard."""
     host_max_wait_s: float = runtime_setting(60.0, ge=0)
     """Longest total pause of a host in a shard, requested by its 429 and 503; then its other URLs are skipped."""
+
+    @model_validator(mode="after")
+    def _large_enough(self) -> "DownloadConfig":
+        if 0 < self.train_edge < self.train_min_edge or self.database_edge < self.database_min_edge:
+            raise ValueError(
+                "train_edge must be 0 or at least train_min_edge, and database_edge at least database_min_edge; got "
+                f"{self.train_edge} and {self.train_min_edge}, {self.database_edge} and {self.database_min_edge}"
+            )
+        return self
 
 
 class PatchesConfig(Config):

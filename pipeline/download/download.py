@@ -1,7 +1,7 @@
 """Downloads the selected images. One shard is one task.
 
 Reads `filter/{train,database}/<shard>.parquet`; writes `download/{train,database}/<shard>.tar` and `.parquet` with
-one status row for each URL. Training images keep their size; database images are reduced. Updated shards get other
+one status row for each URL. Large images are reduced (`train_edge`, `database_edge`). Updated shards get other
 file names (`shard_update`): their records name them.
 """
 
@@ -103,7 +103,10 @@ def _fetch_settings(config: DownloadConfig) -> FetchSettings:
 def _split_settings(config: DownloadConfig, blocklist: Blocklist) -> "dict[str, SplitSettings]":
     from pipeline.download.image_download import SplitSettings
 
-    edges = {"train": (0, config.train_min_edge), "database": (config.database_edge, config.database_min_edge)}
+    edges = {
+        "train": (config.train_edge, config.train_min_edge),
+        "database": (config.database_edge, config.database_min_edge),
+    }
     return {
         split: SplitSettings(
             edge=edge,

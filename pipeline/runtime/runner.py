@@ -11,7 +11,7 @@ from pipeline.runtime.shard_queue import ShardQueue
 from pipeline.runtime.stage import Stage, map_in_threads
 from pipeline.runtime.wandb_reporter import wandb_reporter
 from pipeline.runtime.workers import Work, Workers
-from retrieval.storage.manifest import ShardRecord, files_listed, read_record
+from retrieval.storage.manifest import ShardRecord, files_listed, read_record, record_file
 
 
 def run_shards(
@@ -51,7 +51,7 @@ def finished_shards(stage: Stage, shards: Sequence[str]) -> dict[str, ShardRecor
     """
     sizes = stage.root.sizes(stage.name)
     names = [*shards, *_former_shards(stage, sizes)] if stage.by_shard else shards
-    names = [name for name in names if f"{stage.name}/records/{name}.json" in sizes]
+    names = [name for name in names if record_file(stage.name, name) in sizes]
     stored = [record for record in map_in_threads(partial(_finished_record, stage, sizes), names) if record]
     current = {record.shard: record for record in stored if record.inputs == stage.inputs_of(record.shard)}
     if stage.by_shard and current.keys() != {*shards}:

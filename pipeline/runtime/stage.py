@@ -16,7 +16,7 @@ from retrieval.config import Config
 from retrieval.errors import UserError
 from retrieval.index.hidden import KEPT_BY_BUILDS
 from retrieval.storage.lease import lease, raise_if_lost
-from retrieval.storage.manifest import Manifest, ShardRecord, delete_record, files_listed, read_manifest, write_manifest
+from retrieval.storage.manifest import Manifest, ShardRecord, files_listed, read_manifest, record_file, write_manifest
 from retrieval.storage.root import Root
 from retrieval.storage.stage_folder import StageIdentity, prepare_folder
 
@@ -130,13 +130,10 @@ class Stage:
             self.log.warning("%s", text)
         self.root.delete(f"{self.name}/manifest.json")
         if not self.updates_shards:
-            map_in_threads(self._delete_shard, outdated)
-
-    def _delete_shard(self, record: ShardRecord) -> None:
-        """Delete the record of an outdated shard, and before it the files of one that the stage no longer has."""
-        for file in record.files if record.shard not in self.by_shard else ():
-            self.root.delete(file.name)
-        delete_record(self.root, self.name, record.shard)
+            former = [record for record in outdated if record.shard not in self.by_shard]
+            # A record without its files is not used, but files without a record would stay.
+            self.root.delete_files(file.name for record in former for file in record.files)
+            self.root.delete_files(record_file(self.name, record.shard) for record in outdated)
 
     def _loss(self, outdated: Sequence[ShardRecord], num_finished: int) -> str:
         inputs = (self.inputs_of(record.shard).items() ^ record.inputs.items() for record in outdated)
@@ -180,11 +177,9 @@ class Stage:
         folder = f"{self.name}/records/"
         shards = {name.removeprefix(folder).removesuffix(".json") for name in names if name.startswith(folder)}
         named = {file.name for record in records for file in record.files}
-        named |= {f"{folder}{record.shard}.json" for record in records}
-        for name in names:
-            shard = name.removeprefix(folder).removeprefix(f"{self.name}/").partition(".")[0]
-            if name not in named and shard in shards:
-                self.root.delete(name)
+        named |= {record_file(self.name, record.shard) for record in records}
+        of_shards = {name: name.removeprefix(folder).removeprefix(f"{self.name}/").partition(".")[0] for name in names}
+        self.root.delete_files(name for name in names if name not in named and of_shards[name] in shards)
 
 
 def map_in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:

@@ -116,9 +116,14 @@ def write_manifest(root: Root, manifest: Manifest) -> None:
     root.write_json(f"{manifest.stage}/manifest.json", asdict(manifest))
 
 
+def record_file(stage: str, shard: str) -> str:
+    """The name of the record of a shard."""
+    return f"{stage}/records/{shard}.json"
+
+
 def read_record(root: Root, stage: str, shard: str) -> tuple[str, ShardRecord] | None:
     """The fingerprint and record of a finished shard, or None if it has no record."""
-    values = root.find_json(f"{stage}/records/{shard}.json")
+    values = root.find_json(record_file(stage, shard))
     return None if values is None else (values.pop("fingerprint"), _record(values))
 
 
@@ -128,7 +133,7 @@ def write_record(root: Root, stage: str, stage_fingerprint: str, record: ShardRe
     Files that only its earlier record names are deleted afterwards.
     """
     earlier = read_record(root, stage, record.shard)
-    root.write_json(f"{stage}/records/{record.shard}.json", {"fingerprint": stage_fingerprint, **asdict(record)})
+    root.write_json(record_file(stage, record.shard), {"fingerprint": stage_fingerprint, **asdict(record)})
     if earlier and earlier[0] == stage_fingerprint:
         for name in sorted({file.name for file in earlier[1].files} - {file.name for file in record.files}):
             root.delete(name)
@@ -142,7 +147,7 @@ def shard_file(root: Root, stage: str, shard: str, suffix: str) -> str:
 
 def delete_record(root: Root, stage: str, shard: str) -> None:
     """Delete the record of a shard. Call this before its files change."""
-    root.delete(f"{stage}/records/{shard}.json")
+    root.delete(record_file(stage, shard))
 
 
 def files_exist(root: Root, record: ShardRecord) -> bool:

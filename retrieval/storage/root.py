@@ -5,12 +5,13 @@ disk), then renamed or uploaded. Stages write below a root only through this mod
 """
 
 import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -272,14 +273,23 @@ class Root:
             shutil.rmtree(path)
             return
         with suppress(FileNotFoundError), self._store_errors(name):
-            self.fs.rm(path, recursive=True)
+            self.fs.rm(glob.escape(path), recursive=True)
+
+    def delete_files(self, names: Iterable[str]) -> None:
+        """Remove files, of an object store a thousand with one request. Files that do not exist are ignored."""
+        paths = [f"{self._base}/{name}" for name in names]
+        if self.is_local:
+            for path in paths:
+                Path(path).unlink(missing_ok=True)
+        elif paths:
+            with suppress(FileNotFoundError), self._store_errors(""):
+                self.fs.rm([glob.escape(path) for path in paths])
 
     def delete_except(self, folder: str, kept: tuple[str, ...]) -> None:
         """Remove all files below a folder, unfinished ones too. kept: beginnings of names in it that stay."""
         self.delete_partial_files(folder)
-        for name in self.list(folder):
-            if not name.startswith(tuple(f"{folder}/{start}" for start in kept)):
-                self.delete(name)
+        beginnings = tuple(f"{folder}/{start}" for start in kept)
+        self.delete_files(name for name in self.list(folder) if not name.startswith(beginnings))
 
     def delete_partial_files(self, folder: str) -> None:
         """Remove unfinished files of killed processes below a folder. Call before any writer starts."""

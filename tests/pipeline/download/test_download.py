@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 
 from jobs.demo.server.server import WorldServer
 from pipeline.download.download import run
@@ -175,6 +176,19 @@ def test_large_database_images_are_reduced_and_small_ones_keep_their_size(
     assert all(row["sha256"] for row in rows)
     first = next(iter(samples(root, "database/00000-00000").values()))
     assert Image.open(io.BytesIO(first["jpg"])).size == (280, 224)
+
+
+@pytest.mark.parametrize(("edge", "size"), [(768, (960, 768)), (0, (1000, 800)), (1024, (1000, 800))])
+def test_large_training_images_are_reduced_to_an_edge_of_the_recipe(
+    edge: int, size: tuple[int, int], tmp_path: Path, server: WorldServer
+) -> None:
+    root = Root(str(tmp_path / "run"))
+    select(root, tmp_path / "meta", [f"{server.url}/images/0.jpg"])
+    with shards_in_process():
+        [row] = statuses(root, run(config(train_edge=edge), root), "train")
+    assert (row["width"], row["height"], row["original_width"]) == (*size, 1000)
+    with pytest.raises(ValidationError, match="train_edge must be 0 or at least train_min_edge"):
+        config(train_edge=700)
 
 
 def test_two_runs_write_the_same_bytes(tmp_path: Path, server: WorldServer) -> None:

@@ -243,7 +243,7 @@ HOW_TO_FETCH = {
 
 @pytest.mark.usefixtures("in_process_shards")
 def test_another_way_to_fetch_deletes_and_requests_nothing(root: Root, server) -> None:
-    assert set(config().output_fields()) == {"train_min_edge", "database_edge", "database_min_edge"}
+    assert set(config().output_fields()) == {"train_edge", "train_min_edge", "database_edge", "database_min_edge"}
     root.delete("download")
     write_filter(root)
     first = run_stage(config(), root)

@@ -104,6 +104,30 @@ def test_writes_and_deletes_of_another_process_are_visible_at_once(root: Root, o
     assert not other.exists(f"{root.url}/stage/a")
 
 
+def test_many_files_are_deleted_with_one_request_and_names_are_no_patterns(
+    root: Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"stage/{number:03d}" for number in range(30)]
+    for name in [*names, "stage/a[0-9].json", "stage/a1.json", "stage/b*"]:
+        root.write_bytes(name, b"1")
+    requests: list[str] = []
+    call = S3FileSystem._call_s3
+
+    async def noted(fs: S3FileSystem, method: str, *arguments: Any, **named: Any) -> Any:
+        requests.append(method)
+        return await call(fs, method, *arguments, **named)
+
+    monkeypatch.setattr(S3FileSystem, "_call_s3", noted)
+    root.delete_files(names[:25])
+    assert requests == ["delete_objects"]
+    assert root.list("stage", "") == [*names[25:], "stage/a1.json", "stage/a[0-9].json", "stage/b*"]
+    root.delete_files(["stage/a[0-9].json", "stage/missing"])
+    root.delete("stage/b*")
+    assert root.list("stage", "") == [*names[25:], "stage/a1.json"]
+    root.delete_except("stage", kept=("a1",))
+    assert root.list("stage", "") == ["stage/a1.json"]
+
+
 def test_requests_to_a_busy_store_and_over_broken_connections_are_retried(root: Root, store: Store) -> None:
     store.proxy.unavailable = 1
     store.proxy.end_connections()
