@@ -133,7 +133,7 @@ class Root:
         return {name: sizes[name] for name in sorted(sizes) if "/.partial-" not in f"/{name}"}
 
     def open(self, name: str) -> BinaryIO:
-        """Open a finished file for reading. Raises UserError if it does not exist."""
+        """Open a finished file for reading. Raises NodeError if it does not exist."""
         try:
             with self._store_errors(name):
                 file = self.fs.open(f"{self._base}/{name}", "rb", block_size=object_store.READ_AHEAD_BYTES)
@@ -143,8 +143,11 @@ class Root:
             return file
         return cast(BinaryIO, object_store.RemoteFile(partial(self._store_errors, name), file))
 
-    def _missing(self, name: str) -> UserError:
-        return UserError(f"{self.at(name)} is missing: the stage that writes it did not finish. Run it again.")
+    def _missing(self, name: str) -> NodeError:
+        return NodeError(
+            f"{self.at(name)} is missing: the stage that writes it did not finish, or its folder is not mounted on this"
+            " machine. Run that stage again, or mount the folder."
+        )
 
     def read_bytes(self, name: str) -> bytes | None:
         """The content of a small file, or None if it does not exist."""
@@ -155,7 +158,7 @@ class Root:
             return None
 
     def read_json(self, name: str) -> Any:
-        """The parsed content of a JSON file. Raises UserError if it does not exist."""
+        """The parsed content of a JSON file. Raises NodeError if it does not exist."""
         value = self.find_json(name)
         if value is None:
             raise self._missing(name)
