@@ -22,6 +22,8 @@ SUBMIT = $(if $(CLUSTER),jobs.cluster.submit "$(CLUSTER)")
 export RAY_AUTH_MODE ?= disabled
 export OMP_WAIT_POLICY ?= PASSIVE
 export NO_ALBUMENTATIONS_UPDATE ?= 1
+# Without compiled modules each process would compile torch again, which takes ten seconds.
+unexport PYTHONDONTWRITEBYTECODE
 export DS_ACCELERATOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
 .PHONY: help install demo test check format bench bench-retrieval bench-download bench-pipeline bench-loader bench-step bench-schedule bench-sampling bench-gpu bench-crashes bench-near-copies optout bench-load database convert docs explore paper report clean status capacity plan bench-capacity $(STAGES)
@@ -37,8 +39,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not here; name a Python 3.11 or 3.12: make PYTHON=python3.12 install"; exit 2; }
 	@echo 'installing into .venv: 6 GB, some two minutes'
 	$(PYTHON) -m venv $(VENV)
-	@# Python compiles the modules that are used when they are first imported; pip would take a minute for all.
 	$(BIN)/python -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[dev]'
+	@# On all cores; pip would use one. Some packages have templates that are no Python.
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
 	@touch $@
 
 demo: install ## the full pipeline on a small synthetic data set; ends with runs/demo/report.html
