@@ -87,6 +87,8 @@ def checkout(tiny_demo: TinyDemo, tmp_path_factory: pytest.TempPathFactory) -> I
 @pytest.mark.parametrize("page", pages_that_run(), ids=lambda page: page.stem)
 def test_the_blocks_of_a_page_run_in_order(page: Path, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(checkout)
+    for variable in ("MAKEFLAGS", "MFLAGS", "ARGS"):  # of the make that runs these tests
+        monkeypatch.delenv(variable, raising=False)
     names: dict[str, object] = {}
     for block in filter(is_run, blocks(page)):
         if block.language == "python":

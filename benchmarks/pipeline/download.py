@@ -71,7 +71,7 @@ class Case:
         return "slow" if self.delay_s else "fast"
 
 
-FULL = {"fast": Extent(shards=8, rows=400, edge=450), "slow": Extent(shards=2, rows=5000, edge=450)}
+FULL = {"fast": Extent(shards=8, rows=400, edge=450), "slow": Extent(shards=2, rows=3000, edge=450)}
 TINY = {"fast": Extent(shards=2, rows=12, edge=40), "slow": Extent(shards=1, rows=12, edge=40)}
 DELAY_S = 1.0
 CASES = [Case(split, processes, 32) for split in SPLITS for processes in PROCESSES]
@@ -195,7 +195,7 @@ def _draw_pictures(folder: Path, extent: Extent) -> list[float]:
 def _write_rows(folder: Path, address: str, extent: Extent) -> None:
     """Write the same rows for both sides: the output of filter, and that of img2dataset's reader."""
     root = Root(folder)
-    (folder / "feather").mkdir(exist_ok=True)
+    (folder / "feather").mkdir(parents=True, exist_ok=True)
     (folder / "rows").write_text(str(extent.rows))
     for shard in range(extent.shards + max(PROCESSES)):
         urls = [f"{address}/{shard * extent.rows + row}.jpg" for row in range(extent.rows)]

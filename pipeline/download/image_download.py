@@ -16,9 +16,9 @@ import numpy as np
 
 from pipeline.pictures.picture import Jpeg, encode_jpeg, prepare
 from pipeline.web.blocklist import Blocklist
-from pipeline.web.fetch import NO_ANSWER, Fetcher
+from pipeline.web.fetch import Fetcher
 from pipeline.web.fetch_error import FetchError
-from pipeline.web.host_queue import HOST_SILENT, STOPPED, FetchRequest, HostQueue
+from pipeline.web.host_queue import HOST_SILENT, NO_ANSWER, STOPPED, FetchRequest, HostQueue
 from retrieval.errors import NodeError
 from retrieval.pictures.decode import PictureError
 from retrieval.storage.schema import Reason

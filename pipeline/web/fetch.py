@@ -29,9 +29,6 @@ MAX_REDIRECTS = 5
 MAX_CODINGS = 5
 FIRST_PAUSE_S = 0.5
 
-NO_ANSWER = frozenset({Reason.NO_CONNECTION, Reason.TIMEOUT})
-"""Reasons of a URL whose server gave no answer, or none in time."""
-
 _ASCII = bytes(range(0x80))
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _GONE = frozenset({404, 410})
@@ -89,14 +86,14 @@ class Fetcher:
                     return None
                 response = self._request(request)
         except FetchError as error:
-            queue.note_attempt(request, error.reason not in NO_ANSWER)
+            queue.note_attempt(request, error)
             if not self._retry(request, error, queue):
                 raise
             return None
         except BaseException:
             queue.finish(request)
             raise
-        queue.note_attempt(request, is_answered=True)
+        queue.note_attempt(request, None)
         if isinstance(response, Redirect):
             queue.redirect(request, response.url)
             return None

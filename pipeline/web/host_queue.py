@@ -20,6 +20,8 @@ from retrieval.storage.schema import Reason
 
 HOST_CLOSED = "not requested: its host asked for too long a pause"
 HOST_SILENT = "not requested: its host gave no answer many times in a row"
+NO_ANSWER = frozenset({Reason.NO_CONNECTION, Reason.TIMEOUT})
+"""Reasons of a URL whose server gave no answer, or none in time."""
 MAX_UNANSWERED = 20
 """Attempts in a row without an answer, after which the other URLs of a host are not requested."""
 STOPPED = "not requested: the download of this shard was stopped"
@@ -59,6 +61,8 @@ class FetchRequest:
     """Time of the queue's clock; 0: not requested yet."""
     delay_s: float = 0.0
     """Crawl-delay that was kept before this request was handed out."""
+    error: FetchError | None = None
+    """Why its last attempt failed."""
 
     @property
     def host(self) -> str:
@@ -129,13 +133,15 @@ class HostQueue:
                 host.active += 1
             self._schedule(name)
             self._changed.notify()
-            return request, error
+            is_given_up = error is not None and str(error) == HOST_SILENT
+            return request, (request.error or error) if is_given_up else error
 
-    def note_attempt(self, request: FetchRequest, is_answered: bool) -> None:
-        """Note whether the host of a request answered it. Call it before the request is given back."""
+    def note_attempt(self, request: FetchRequest, error: FetchError | None) -> None:
+        """Note the result of an attempt. Call it before the request is given back."""
         with self._changed:
             host = self._hosts[request.host]
-            host.unanswered = 0 if is_answered else host.unanswered + 1
+            host.unanswered = host.unanswered + 1 if error and error.reason in NO_ANSWER else 0
+            request.error = error
 
     def finish(self, request: FetchRequest) -> None:
         """Release the connection of a request that has its result."""
