@@ -37,7 +37,7 @@ install: $(VENV)/installed ## create .venv with pinned versions of everything
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not here; name a Python 3.11 or 3.12: make PYTHON=python3.12 install"; exit 2; }
-	@echo 'installing into .venv: 6 GB, some two minutes'
+	@echo 'installing into .venv: 6 GB, a few minutes'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[dev]'
 	@# On all cores; pip would use one. Some packages have templates that are no Python.

@@ -31,6 +31,7 @@ DECISION_SCHEMA = pa.schema(
 )
 """Rows that other rows of their URL decide about. decision: as in `selection.compare_rows`."""
 MAX_DEDUPES = 128
+"""Most tasks of the pass dedupe."""
 RANK_SCHEMA = pa.schema([pa.field("rank", pa.uint64(), nullable=False)])
 
 

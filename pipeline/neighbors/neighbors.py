@@ -84,15 +84,13 @@ def _join(stage: Stage, config: NeighborsConfig, database: Database, embed: Mani
     shards = [record for record in _train_shards(embed) if record.shard.removeprefix("train/") not in finished]
     groups = [[shard.removeprefix("train/") for shard in group] for group in group_shards(shards, ROWS_PER_GROUP)]
     _start_passes(stage.root, {shard.shard: shard.digest for shard in shards})
-    joined = _run_passes(replace(stage, by_shard={}), config, len(database.partitions), groups)
-    map_in_threads(partial(_write_record, stage), joined)
+    joined = [
+        replace(record, inputs=stage.inputs_of(record.shard))
+        for record in _run_passes(replace(stage, by_shard={}), config, len(database.partitions), groups)
+    ]
+    map_in_threads(partial(write_record, stage.root, stage.name, stage.identity.shard_fingerprint), joined)
     records = finished | {record.shard: record for record in joined}
     return [records[shard] for shard in stage.by_shard]
-
-
-def _write_record(stage: Stage, record: ShardRecord) -> None:
-    record = replace(record, inputs=stage.inputs_of(record.shard))
-    write_record(stage.root, stage.name, stage.identity.shard_fingerprint, record)
 
 
 def _start_passes(root: Root, queries: dict[str, str]) -> None:

@@ -129,7 +129,10 @@ class Pool:
 
         Raises UnfinishedError at the end if shards failed, and UserError of a shard at once.
         """
-        self._grow(queue, self.workers.num_wanted())
+        wanted, fitting = self.workers.num_wanted(), self.workers.num_fitting()
+        if fitting < min(wanted, len(queue)):
+            self.stage.log.warning("%d of %d workers fit the nodes; the others wait for nodes", fitting, wanted)
+        self._grow(queue, wanted)
         # A replacement may wait for a node that never comes back: wait only for workers that have a shard.
         while len(queue) or any(shard != STARTING for _, shard in self.pending.values()):
             raise_if_lost()

@@ -54,8 +54,10 @@ def finished_shards(stage: Stage, shards: Sequence[str]) -> dict[str, ShardRecor
     names = [name for name in names if record_file(stage.name, name) in sizes]
     stored = [record for record in map_in_threads(partial(_finished_record, stage, sizes), names) if record]
     current = {record.shard: record for record in stored if record.inputs == stage.inputs_of(record.shard)}
-    if stage.by_shard and current.keys() != {*shards}:
-        stage.discard([record for record in stored if _is_outdated(stage, record)], len(stored))
+    if stage.by_shard:
+        outdated = [record for record in stored if _is_outdated(stage, record)]
+        if outdated or current.keys() != {*shards}:
+            stage.discard(outdated, len(stored))
     return {shard: current[shard] for shard in shards if shard in current}
 
 

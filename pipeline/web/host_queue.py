@@ -125,7 +125,7 @@ class HostQueue:
                 self.clock.wait(self._changed, timeout_s)
             host = self._hosts[name]
             request = host.waiting.popleft()
-            error = self._error(host)
+            error = self._error(host, request)
             if not error:
                 self._resume_at[name] = self.clock.now() + max(self._limits.pause_s, host.delay_s)
                 host.paused_s += host.delay_s
@@ -133,8 +133,7 @@ class HostQueue:
                 host.active += 1
             self._schedule(name)
             self._changed.notify()
-            is_given_up = error is not None and str(error) == HOST_SILENT
-            return request, (request.error or error) if is_given_up else error
+            return request, error
 
     def note_attempt(self, request: FetchRequest, error: FetchError | None) -> None:
         """Note the result of an attempt. Call it before the request is given back."""
@@ -204,13 +203,14 @@ class HostQueue:
             self._hosts[name] = _Host(paused_s=max(0.0, self._resume_at.get(name, 0.0) - self.clock.now()))
         return self._hosts[name]
 
-    def _error(self, host: _Host) -> FetchError | None:
+    def _error(self, host: _Host, request: FetchRequest | None = None) -> FetchError | None:
+        """Why the requests of a host are not sent; for a request of a silent host, why its last attempt failed."""
         if self._stopped:
             return FetchError(Reason.NO_CONNECTION, STOPPED)
         if host.paused_s > self._limits.max_wait_s:
             return FetchError(Reason.UNAVAILABLE, HOST_CLOSED)
         if host.unanswered >= MAX_UNANSWERED:
-            return FetchError(Reason.NO_CONNECTION, HOST_SILENT)
+            return (request and request.error) or FetchError(Reason.NO_CONNECTION, HOST_SILENT)
         return None
 
     def _release(self, request: FetchRequest) -> None:

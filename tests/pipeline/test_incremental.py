@@ -89,6 +89,12 @@ def test_a_picture_gained_in_training_makes_one_vector_shard_and_one_table_again
     assert [manifest.checksums() for manifest in manifests] == [manifest.checksums() for manifest in expected]
     assert [manifest.fingerprint for manifest in manifests] == [manifest.fingerprint for manifest in expected]
     assert manifests[2].values == expected[2].values
+    digests = {shard.shard: shard.digest for shard in manifests[0].shards}
+    for shard in manifests[2].shards:
+        assert shard.inputs == {"embed": digests[f"train/{shard.shard}"]}
+        stored = read_record(root, "neighbors", shard.shard)
+        assert stored
+        assert stored[1] == shard
 
 
 def test_a_picture_gained_in_the_database_makes_one_vector_shard_again(root: Root, clip: ClipConfig) -> None:
@@ -152,6 +158,18 @@ def test_a_loss_of_many_hours_needs_a_request_and_is_stated_first(root: Root, cl
 def killed(*_: object) -> None:
     """Work of a stage that is interrupted."""
     raise KeyboardInterrupt
+
+
+def test_a_loss_of_former_shards_needs_a_request_too(root: Root, clip: ClipConfig) -> None:
+    make_expensive(root)
+    shards = downloaded()
+    del shards["train/00000"]
+    change(root, shards)
+    with pytest.raises(UserError, match="1 of 4 finished shards are to be made again or deleted"):
+        embed.run(EmbedConfig(workers=1), clip, root)
+    assert root.exists("embed/train/00000.parquet")
+    embed.run(EmbedConfig(workers=1), clip, Root(root.url, remake=True))
+    assert not root.exists("embed/train/00000.parquet")
 
 
 @pytest.mark.parametrize("killed_in", ["match_work", "_merge_work"])

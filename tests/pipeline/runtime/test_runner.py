@@ -404,6 +404,19 @@ def test_workers_start_on_nodes_that_join(root: Root, monkeypatch: pytest.Monkey
     assert calls(root) == [1, 1, 1]
 
 
+def test_a_set_number_of_workers_waits_for_nodes_of_a_cluster(
+    root: Root, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    workers = Workers(3, num_cpus=1)
+    assert workers.num_wanted() == 2  # on this machine no node joins
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert workers.num_wanted() == 3
+    assert Workers(3, nodes="far").num_wanted() == 3
+    records = run_shards(stage(root), SHARDS, works(root), workers)
+    assert [record.shard for record in records] == SHARDS
+    assert "2 of 3 workers fit the nodes; the others wait for nodes" in caplog.text
+
+
 def test_workers_that_fit_no_node_are_refused_with_the_available_resources(root: Root) -> None:
     with pytest.raises(UserError, match=r"a worker takes CPU 1, memory 9000.0 GB; .* the most are CPU 2, mem"):
         run_shards(stage(root), SHARDS, works(root), Workers(memory_gb=9000))
