@@ -28,11 +28,15 @@ class Columns(Config):
     height: str = ""
     """Height in pixels."""
     similarity: str = ""
-    """CLIP similarity of image and text, copied to the output; optional."""
+    """CLIP similarity of image and text; optional."""
     pwatermark: str = ""
     """Probability of a watermark, 0 to 1."""
     punsafe: str = ""
     """Probability of unsafe content, 0 to 1."""
+    aesthetic: str = ""
+    """Aesthetic score; optional."""
+    language: str = ""
+    """Language of the caption, such as `en`; optional."""
     license: str = ""
     """Licence; optional."""
 
@@ -60,6 +64,19 @@ class FilterConfig(WorkersConfig):
     """Rows without punsafe: drop them as `no_score`, or keep them as if they were safe."""
     missing_size: Missing = "drop"
     """Rows without width or height: drop them as `bad_size`, or keep them; then `download` checks the sizes."""
+    min_similarity: float = Field(0.0, ge=0, le=1)
+    """Rows below this CLIP similarity of image and text are dropped; 0: no limit. This threshold and the next five hold
+    for both splits. They drop rows without the value, and a file without the column is an error."""
+    min_aesthetic: float = Field(0.0, ge=0)
+    """Rows below this aesthetic score are dropped; 0: no limit."""
+    languages: tuple[str, ...] = Field((), strict=False)
+    """Rows of other languages are dropped; empty: all languages. As in the metadata, such as `en`; in any case."""
+    max_aspect_ratio: float = Field(0.0, ge=0)
+    """Rows with a greater ratio of longer to shorter edge are dropped; 0: no limit."""
+    min_caption_chars: int = Field(0, ge=0)
+    """Rows with a shorter caption, in characters, are dropped."""
+    max_caption_chars: int = Field(0, ge=0)
+    """Rows with a longer caption, in characters, are dropped; 0: no limit."""
     max_train: int = Field(0, ge=0)
     """Most rows for training; the others go to the database; 0: no limit."""
     seed: int = Field(0, ge=0)
@@ -71,6 +88,15 @@ class FilterConfig(WorkersConfig):
     """Rows in an output shard; the last shard of a piece can have fewer."""
     rows_per_piece: int = Field(2_000_000, ge=1, le=1 << 30)
     """Most input rows of a task; larger Parquet files are divided at their row groups, text files are not."""
+
+    @model_validator(mode="after")
+    def _can_be_met(self) -> "FilterConfig":
+        if 0 < self.max_aspect_ratio < 1 or 0 < self.max_caption_chars < self.min_caption_chars:
+            raise ValueError(
+                "max_aspect_ratio must be 0 or at least 1, and max_caption_chars 0 or at least min_caption_chars; got "
+                f"{self.max_aspect_ratio}, {self.max_caption_chars} and {self.min_caption_chars}"
+            )
+        return self
 
 
 class DownloadConfig(WorkersConfig):

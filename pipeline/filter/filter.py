@@ -18,7 +18,7 @@ import numpy.typing as npt
 from pipeline.filter import selection
 from pipeline.filter.filter_passes import Dedupe, FilterContext, Scan, Select
 from pipeline.filter.later_blocked import block_later
-from pipeline.filter.metadata import kept_if_missing, plan_pieces
+from pipeline.filter.metadata import plan_pieces
 from pipeline.filter.selection import Rules
 from pipeline.recipe import FilterConfig
 from pipeline.runtime.arrow_files import read_batches
@@ -31,7 +31,7 @@ from retrieval.storage.manifest import Manifest, ShardRecord
 from retrieval.storage.root import Root
 from retrieval.storage.schema import SPLITS
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 KEYS_PER_BUCKET = 1 << 21
 Records = Sequence[ShardRecord]
 
@@ -65,13 +65,7 @@ def run(config: FilterConfig, root: Root) -> Manifest:
 def prepare(config: FilterConfig, root: Root) -> FilterContext:
     """Read the metadata's footers and the blocklist. Raises UserError as `run` does."""
     plan = plan_pieces(config)
-    rules = Rules(
-        min_edge=config.min_edge,
-        max_watermark=config.max_watermark,
-        max_unsafe=config.max_unsafe,
-        keep_missing=kept_if_missing(config),
-        blocklist=read_blocklist(config.blocklist),
-    )
+    rules = Rules(config, read_blocklist(config.blocklist))
     num_buckets = 1 << max(0, (plan.rows - 1) // KEYS_PER_BUCKET).bit_length()
     return FilterContext(root, plan, rules, num_buckets, config.seed, config.rows_per_shard)
 

@@ -24,7 +24,7 @@ from retrieval.errors import UserError
 from retrieval.storage.arrow_columns import count_changed, numbers, pixels, texts
 from retrieval.storage.manifest import ShardRecord
 from retrieval.storage.root import FileRecord, Root
-from retrieval.storage.schema import SELECTED, SPLITS, Reason, write_table
+from retrieval.storage.schema import SCORES, SELECTED, SPLITS, Reason, write_table
 
 DECISION_SCHEMA = pa.schema(
     [pa.field("row", pa.uint32(), nullable=False), pa.field("decision", pa.uint8(), nullable=False)]
@@ -70,7 +70,7 @@ class Scan:
         reasons: Counter[str] = Counter({Reason.BAD_ROW: piece.bad_rows} if piece.bad_rows else {})
         tables, urls = [KEY_SCHEMA.empty_table()], []
         rows = 0
-        for batch in read_piece(self.context.plan, piece, selection.RULE_COLUMNS):
+        for batch in read_piece(self.context.plan, piece, selection.rule_columns(self.context.rules.config)):
             keys, corrected, dropped = selection.apply_rules(batch, rows, self.context.rules)
             tables.append(keys)
             urls.append(corrected)
@@ -205,14 +205,10 @@ def _with_canonical_urls(batch: pa.RecordBatch, corrected: pa.Table, first: int)
 
 def selected(batch: pa.RecordBatch, ids: npt.NDArray[np.int64]) -> pa.Table:
     """Rows as SELECTED. batch: rows with canonical URLs, columns under our names; ids: their image ids."""
-    columns = {
-        "image_id": pa.array(ids),
-        "url": batch["url"],
-        "caption": captions(batch["caption"]),
-        "license": texts(batch["license"], errors="ignore"),
-    }
+    columns = {"image_id": pa.array(ids), "url": batch["url"], "caption": captions(batch["caption"])}
+    columns |= {name: texts(batch[name], errors="ignore") for name in ("language", "license")}
     columns |= {name: pa.array(pixels(batch[name])) for name in ("width", "height")}
-    for name in ("similarity", "pwatermark", "punsafe"):
+    for name in SCORES:
         columns[name] = numbers(batch[name]).cast(SELECTED.field(name).type, safe=False)
     return pa.table([columns[name] for name in SELECTED.names], schema=SELECTED)
 

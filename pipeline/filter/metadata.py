@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from pipeline.filter.metadata_formats import METADATA_FORMATS, MetadataFormat
 from pipeline.filter.text_tables import TEXT_SUFFIXES, inspect_text, read_text
+from pipeline.filter.thresholds import thresholds_on
 from pipeline.recipe import Columns, FilterConfig
 from retrieval.errors import UserError
 from retrieval.storage.arrow_columns import is_number, is_text, plain_table, plain_type
@@ -70,15 +71,6 @@ class _File:
     bad_rows: int
     columns: dict[str, str]
     signature: str
-
-
-def kept_if_missing(config: FilterConfig) -> frozenset[str]:
-    """Which of size, safety and watermark a row need not have."""
-    return frozenset(
-        setting.removeprefix("missing_")
-        for setting in SETTING_OF_MISSING.values()
-        if getattr(config, setting) == "keep"
-    )
 
 
 def plan_pieces(config: FilterConfig) -> MetadataPlan:
@@ -179,7 +171,8 @@ def _resolve(schema: pa.Schema, config: FilterConfig, where: str) -> dict[str, s
 
 def _is_required(column: str, config: FilterConfig) -> bool:
     setting = SETTING_OF_MISSING.get(column)
-    return column in ("url", "caption") or (setting is not None and getattr(config, setting) == "drop")
+    is_needed = column in ("url", "caption") or bool(thresholds_on(column, config))
+    return is_needed or (setting is not None and getattr(config, setting) == "drop")
 
 
 def _missing_column(column: str, configured: str, schema: pa.Schema, config: FilterConfig, where: str) -> str:
@@ -187,6 +180,8 @@ def _missing_column(column: str, configured: str, schema: pa.Schema, config: Fil
     wanted = f"no column {configured or published[0]!r}" if configured or published else f"no column of {column}"
     setting = SETTING_OF_MISSING.get(column)
     keep = f", or filter.{setting} to 'keep' to use rows without it" if setting else ""
+    if thresholds := thresholds_on(column, config):
+        keep = f", or remove the threshold {' and '.join(f'filter.{name}' for name in thresholds)}"
     return (
         f"{where} has {wanted}; it has {', '.join(schema.names)}. Set filter.columns.{column} in the recipe to the"
         f" column of {column}, or filter.metadata_format (now {config.metadata_format!r}) to the data set{keep}."

@@ -18,8 +18,13 @@ class MetadataFormat:
     """Whether fields of .tsv files may be in quotes and contain line breaks; those of .csv files may."""
 
 
-LAION = MetadataFormat({name: (name,) for name in Columns.model_fields} | {"caption": ("text", "caption")})
-"""LAION: URL, TEXT, WIDTH, HEIGHT, similarity, pwatermark, punsafe, LICENSE. Re-LAION: url, caption, ..."""
+LAION = MetadataFormat(
+    {name: (name,) for name in Columns.model_fields}
+    | {"caption": ("text", "caption"), "aesthetic": ("aesthetic", "aesthetic_score")}
+)
+"""LAION: URL, TEXT, WIDTH, HEIGHT, similarity, pwatermark, punsafe, LICENSE. Re-LAION: url, caption, ...
+
+Multilingual subsets have LANGUAGE; subsets selected by aesthetic score have `aesthetic` or, later, AESTHETIC_SCORE."""
 CONCEPTUAL = {"url": ("url", "image_url"), "caption": ("caption",)}
 
 METADATA_FORMATS: dict[MetadataFormatName, MetadataFormat] = {
@@ -43,6 +48,7 @@ METADATA_FORMATS: dict[MetadataFormatName, MetadataFormat] = {
             "similarity": ("clip_similarity_vitl14",),
             "pwatermark": ("watermark_score",),
             "punsafe": ("nsfw_score_opennsfw2",),
+            "aesthetic": ("aesthetic_score_laion_v2",),
         }
     ),
     "cc3m": MetadataFormat(CONCEPTUAL, header=("caption", "url")),
@@ -53,6 +59,7 @@ METADATA_FORMATS: dict[MetadataFormatName, MetadataFormat] = {
             "caption": ("caption_reference_description",),
             "width": ("original_width",),
             "height": ("original_height",),
+            "language": ("language",),
         },
         quoted_tsv=True,
     ),

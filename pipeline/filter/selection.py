@@ -7,6 +7,7 @@ with the lowest seeded hash of their id, so the order and division of the input 
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -15,13 +16,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.filter.thresholds import dropped_rows, threshold_columns
+from pipeline.recipe import FilterConfig
 from pipeline.web.blocklist import Blocklist
 from pipeline.web.urls import canonical_column
 from retrieval.storage.arrow_columns import numbers, pixels, texts
 from retrieval.storage.schema import Reason
 
 RULE_COLUMNS = ("url", "width", "height", "pwatermark", "punsafe")
-DROP_REASONS = (Reason.BAD_URL, Reason.BAD_SIZE, Reason.NO_SCORE, Reason.UNSAFE, Reason.BLOCKED)
 NO_LIMIT = (1 << 64) - 1
 HASHED_ROWS = 1 << 12
 """URLs that are Python objects at a time: few enough that the allocator reuses their memory."""
@@ -57,43 +59,57 @@ Ranks = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True)
 class Rules:
-    """The thresholds of `FilterConfig` and the blocklist."""
+    """The settings and the blocklist."""
 
-    min_edge: int
-    max_watermark: float
-    max_unsafe: float
-    keep_missing: frozenset[str]
-    """Which of size, safety and watermark a row need not have."""
+    config: FilterConfig
     blocklist: Blocklist
 
 
+def rule_columns(config: FilterConfig) -> tuple[str, ...]:
+    """The columns that `apply_rules` reads."""
+    return tuple(dict.fromkeys((*RULE_COLUMNS, *threshold_columns(config))))
+
+
 def apply_rules(batch: pa.RecordBatch, first_row: int, rules: Rules) -> tuple[pa.Table, pa.RecordBatch, dict[str, int]]:
-    """Apply the rules to a batch with the columns RULE_COLUMNS.
+    """Apply the rules to a batch with the columns `rule_columns`.
 
     Returns the keys (KEY_SCHEMA), corrected URLs (CORRECTED_URL_SCHEMA), and numbers of dropped rows by reason.
     """
-    original = texts(batch["url"])
+    config, original = rules.config, texts(batch["url"])
     urls = canonical_column(original)
     width, height = pixels(batch["width"]), pixels(batch["height"])
     unknown_size = (width < 1) | (height < 1)
-    unsafe, unsafe_known = _score(batch["punsafe"], "safety" in rules.keep_missing)
-    watermark, watermark_known = _score(batch["pwatermark"], "watermark" in rules.keep_missing)
+    unsafe, unsafe_known = _score(batch["punsafe"], config.missing_safety == "keep")
+    watermark, watermark_known = _score(batch["pwatermark"], config.missing_watermark == "keep")
     is_url = urls.is_valid().to_numpy(zero_copy_only=False)
-    is_unsafe = unsafe_known & (unsafe >= rules.max_unsafe)
-    has_watermark = watermark_known & (watermark >= rules.max_watermark)
-    bad_size, no_score = unknown_size & ("size" not in rules.keep_missing), ~(unsafe_known & watermark_known)
-    drop_code = np.select([~is_url, bad_size, no_score, is_unsafe], [1, 2, 3, 4], default=0)
-    train = ((np.minimum(width, height) >= rules.min_edge) | unknown_size) & ~has_watermark
+    is_unsafe = unsafe_known & (unsafe >= config.max_unsafe)
+    has_watermark = watermark_known & (watermark >= config.max_watermark)
+    drops = [
+        (Reason.BAD_URL, ~is_url),
+        (Reason.BAD_SIZE, unknown_size & (config.missing_size == "drop")),
+        (Reason.NO_SCORE, ~(unsafe_known & watermark_known)),
+        (Reason.UNSAFE, is_unsafe),
+        *dropped_rows(batch, config),
+    ]
+    drop_code = np.select([mask for _, mask in drops], [*range(1, len(drops) + 1)], default=0)
+    train = ((np.minimum(width, height) >= config.min_edge) | unknown_size) & ~has_watermark
     rows = np.flatnonzero((drop_code == 0) | (is_url & (is_unsafe | has_watermark)))
     hashed = urls.take(pa.array(rows))
     ids, check = hash_urls(hashed)
     listed = rules.blocklist.blocks_ids(ids) | rules.blocklist.blocks_hosts(hashed)
-    drop_code[rows[listed & (drop_code[rows] == 0)]] = 5
-    counts = np.bincount(drop_code, minlength=6)[1:]
-    reasons = {str(word): int(count) for word, count in zip(DROP_REASONS, counts, strict=True) if count}
+    drop_code[rows[listed & (drop_code[rows] == 0)]] = len(drops) + 1
+    reasons = _counts(drop_code, [*(reason for reason, _ in drops), Reason.BLOCKED])
     masks = [drop_code[rows] == 0, train[rows], is_unsafe[rows], has_watermark[rows]]
     columns = [ids, check, (rows + first_row).astype(np.uint32), *masks]
     return pa.table(columns, schema=KEY_SCHEMA), _corrected_urls(original, urls, first_row), reasons
+
+
+def _counts(drop_code: npt.NDArray[np.int64], reasons: list[Reason]) -> dict[str, int]:
+    """Number of rows by reason. drop_code: 0 for a kept row, else 1 + the index of its reason."""
+    counts: Counter[str] = Counter()
+    for reason, count in zip(reasons, np.bincount(drop_code, minlength=len(reasons) + 1)[1:].tolist(), strict=True):
+        counts[str(reason)] += count
+    return {reason: count for reason, count in counts.items() if count}
 
 
 def _corrected_urls(original: pa.StringArray, urls: pa.StringArray, first_row: int) -> pa.RecordBatch:

@@ -22,7 +22,7 @@ NEIGHBOR_EMBEDDINGS = "neighbor_embeddings"
 NEIGHBOR_NORMS = "neighbor_norms"
 MOMENTS = "moments"
 SPLITS = ("train", "database")
-REPEATING = ["license", "reason", "message"]
+REPEATING = ["language", "license", "reason", "message"]
 """Columns with few distinct values: only these are dictionary-encoded. Dictionaries of the others take a third of
 the writing time and enlarge the file."""
 
@@ -36,6 +36,11 @@ class Reason(StrEnum):
     NO_SCORE = "no_score"
     BAD_SIZE = "bad_size"
     UNSAFE = "unsafe"
+    LOW_SIMILARITY = "low_similarity"
+    LOW_AESTHETIC = "low_aesthetic"
+    OTHER_LANGUAGE = "other_language"
+    ASPECT_RATIO = "aspect_ratio"
+    CAPTION_LENGTH = "caption_length"
     BLOCKED = "blocked"
     DUPLICATE_URL = "duplicate_url"
     # download
@@ -72,7 +77,8 @@ def columns(types: dict[str, pa.DataType], nullable: bool = False) -> list[pa.Fi
 _IMAGE = columns({IMAGE_ID: pa.int64(), "url": pa.string(), "caption": pa.string()})
 _SIZE = columns({"width": pa.int32(), "height": pa.int32()})
 _LICENSE = columns({"license": pa.string()}, nullable=True)
-_SCORES = columns({"similarity": pa.float32(), "pwatermark": pa.float32(), "punsafe": pa.float32()}, nullable=True)
+SCORES = ("similarity", "pwatermark", "punsafe", "aesthetic")
+_SCORES = columns(dict.fromkeys(SCORES, pa.float32()) | {"language": pa.string()}, nullable=True)
 _OUTCOME = columns({"reason": pa.string(), "message": pa.string()})
 _ORIGINAL_SIZE = columns({"original_width": pa.int32(), "original_height": pa.int32()})
 _HASHES = columns({"sha256": pa.string(), "phash": pa.int64()})

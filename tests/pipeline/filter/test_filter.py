@@ -158,6 +158,25 @@ def test_columns_can_be_renamed_and_swapped_in_the_recipe(tmp_path: Path, root: 
     assert (row["license"], row["similarity"]) == (None, pytest.approx(0.3))
 
 
+def test_scores_and_language_are_copied_to_the_output(tmp_path: Path, root: Root) -> None:
+    scores = {"AESTHETIC_SCORE": [5.5, None, 6.5], "LANGUAGE": ["en", "de", None]}
+    write(tmp_path / "meta", "a.parquet", numbered(0, 3), similarity=[0.25, 0.5, 0.75], **scores)
+    train = rows_of(root, run(config(tmp_path / "meta"), root), "train")
+    assert train.select(["similarity", "aesthetic", "language"]).to_pylist() == [
+        {"similarity": 0.25, "aesthetic": 5.5, "language": "en"},
+        {"similarity": 0.5, "aesthetic": None, "language": "de"},
+        {"similarity": 0.75, "aesthetic": 6.5, "language": None},
+    ]
+
+
+def test_of_rows_with_one_url_the_first_that_meets_the_thresholds_stays(tmp_path: Path, root: Root) -> None:
+    rows = [{"url": "http://example.org/1", "caption": text} for text in ("", "a cat", "a dog")]
+    write(tmp_path / "meta", "a.parquet", [*rows, {"url": "http://example.org/2", "caption": "", "punsafe": 0.9}])
+    manifest = run(config(tmp_path / "meta", min_caption_chars=3), root)
+    assert rows_of(root, manifest, "train")["caption"].to_pylist() == ["a cat"]
+    assert manifest.reasons == {"caption_length": 1, "duplicate_url": 1, "unsafe": 1}
+
+
 def test_unusual_types_are_read_and_invalid_values_are_dropped_with_a_reason(tmp_path: Path, root: Root) -> None:
     meta = tmp_path / "meta"
     write(

@@ -212,6 +212,28 @@ def test_public_data_sets_are_read_by_name(tmp_path: Path, name: str) -> None:
     assert row == ("u", "c", *sizes, *scores)
 
 
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("laion", {"similarity": "similarity", "aesthetic": "AESTHETIC_SCORE", "language": "LANGUAGE"}),
+        ("laion", {"aesthetic": "aesthetic"}),
+        ("datacomp", {"similarity": "clip_l14_similarity_score"}),
+        ("coyo", {"similarity": "clip_similarity_vitl14", "aesthetic": "aesthetic_score_laion_v2"}),
+        ("wit", {"language": "language"}),
+    ],
+)
+def test_scores_and_languages_are_found_under_the_published_names(
+    tmp_path: Path, name: str, published: dict[str, str]
+) -> None:
+    names = ("image_url", "caption_reference_description") if name == "wit" else ("url", "text")
+    row = dict.fromkeys((*names, *published.values()), "u")
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    keep = {"missing_watermark": "keep", "missing_safety": "keep", "missing_size": "keep"}
+    [piece] = plan(tmp_path, metadata_format=name, **keep).pieces
+    optional = ("similarity", "aesthetic", "language")
+    assert {column: piece.columns[column] for column in optional if column in piece.columns} == published
+
+
 def test_quotes_are_characters_in_cc12m_and_marks_in_wit(tmp_path: Path) -> None:
     keep = {"missing_watermark": "keep", "missing_safety": "keep", "missing_size": "keep"}
     (tmp_path / "cc12m.tsv").write_bytes(b'u\t"unbalanced\nv\tplain\n')

@@ -19,10 +19,15 @@ from pipeline.filter.selection import (
     split_into_buckets,
     training_ranks,
 )
+from pipeline.recipe import FilterConfig
 from pipeline.web.blocklist import Blocklist
 from retrieval.storage.schema import image_id
 
-RULES = Rules(min_edge=768, max_watermark=0.8, max_unsafe=0.5, keep_missing=frozenset(), blocklist=Blocklist())
+RULES = Rules(FilterConfig(metadata="metadata"), Blocklist())
+
+
+def rules(**settings: object) -> Rules:
+    return Rules(FilterConfig(metadata="metadata", **settings), Blocklist())
 
 
 def apply_to_row(rules: Rules = RULES, **columns: object) -> tuple[list[tuple[int, bool]], dict[str, int]]:
@@ -80,22 +85,22 @@ def test_only_urls_that_were_not_canonical_are_corrected() -> None:
 
 
 def test_each_missing_value_can_be_accepted_while_unsafe_rows_are_dropped() -> None:
-    keep = replace(RULES, keep_missing=frozenset({"watermark", "safety"}))
+    keep = rules(missing_watermark="keep", missing_safety="keep")
     assert apply_to_row(keep, punsafe=None, pwatermark=None) == ([(100, True)], {})
     assert apply_to_row(keep, punsafe=0.9, pwatermark=None) == ([], {"unsafe": 1})
     assert apply_to_row(keep, width=None) == ([], {"bad_size": 1})
-    keep = replace(RULES, keep_missing=frozenset({"watermark"}))
+    keep = rules(missing_watermark="keep")
     assert apply_to_row(keep, pwatermark=None) == ([(100, True)], {})
     assert apply_to_row(keep, punsafe=None) == ([], {"no_score": 1})
-    keep = replace(RULES, keep_missing=frozenset({"size"}))
+    keep = rules(missing_size="keep")
     assert apply_to_row(keep, width=None, height=None) == ([(100, True)], {})
     assert apply_to_row(keep, width=700) == ([(100, False)], {})
     assert apply_to_row(keep, width=None, pwatermark=0.9) == ([(100, False)], {})
 
 
 def test_a_listed_image_is_blocked() -> None:
-    rules = replace(RULES, blocklist=Blocklist(np.array([image_id("http://a.org/1")])))
-    assert apply_to_row(rules) == ([], {"blocked": 1})
+    listed = replace(RULES, blocklist=Blocklist(np.array([image_id("http://a.org/1")])))
+    assert apply_to_row(listed) == ([], {"blocked": 1})
     assert apply_to_row(replace(RULES, blocklist=Blocklist(domains=frozenset({"a.org"})))) == ([], {"blocked": 1})
 
 
