@@ -26,7 +26,7 @@ export NO_ALBUMENTATIONS_UPDATE ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 export DS_ACCELERATOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: help install demo test check format bench bench-retrieval bench-download bench-pipeline bench-loader bench-step bench-schedule bench-sampling bench-gpu bench-crashes bench-near-copies optout bench-load database convert docs explore paper report clean status capacity plan bench-capacity $(STAGES)
+.PHONY: help install demo test check format bench bench-retrieval bench-download bench-pipeline bench-loader bench-step bench-schedule bench-sampling bench-gpu bench-crashes bench-near-copies optout bench-load database convert docs explore paper report clean status view capacity plan bench-capacity $(STAGES)
 
 help: ## list the targets
 	@grep -hE '^[a-z$$()A-Z -]+:.*## ' $(MAKEFILE_LIST) | sed -e 's/$$(STAGES)/<stage>/' -e 's/:.*## /\t/' | expand -t 20
@@ -76,6 +76,9 @@ report: install ## write the demo's report again, from the files on disk
 
 status: install ## progress of every stage of RECIPE, from its manifests: ARGS="--watch 10", ARGS=--json
 	@$(BIN)/python -m jobs.status $(RECIPE) $(ARGS)
+
+view: install ## a page of pictures, refused rows and neighbors of RECIPE: ARGS="--shard train/00003 --seed 1"
+	@$(BIN)/python -m jobs.view $(RECIPE) $(ARGS)
 
 capacity: install ## storage, hours and cost at full size: of laion2b.toml, or of RECIPE
 	@$(BIN)/python -m jobs.capacity $(if $(filter file,$(origin RECIPE)),jobs/configs/laion2b.toml,$(RECIPE)) $(ARGS)

@@ -79,6 +79,7 @@ jobs/explore/tabs:
 jobs/paper: jobs cli reporting
 jobs/reporting:
 jobs/status: cli
+jobs/view: cli reporting
 """
 """Each room and the rooms of the same package that it imports, without the package's name."""
 MAX_MODULES = 12

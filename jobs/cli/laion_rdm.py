@@ -62,6 +62,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "database": Command("jobs.database", "pipeline", "build style databases from pictures"),
         "convert": Command("jobs.convert", "train", "import or export a model of another project"),
         "optout": Command("jobs.optout", "pipeline", "remove listed images from databases and training"),
+        "view": Command("jobs.view.__main__", "pipeline", "write a page with pictures, refused rows and neighbors"),
         "status": Command("jobs.status.__main__", "", "show how far each stage is"),
         "capacity": Command("jobs.capacity.__main__", "train", "estimate storage, hours and cost"),
         "paper": Command("jobs.paper.__main__", "train", "reproduce the paper's figures and tables"),

@@ -3,11 +3,9 @@
 No picture is chosen by hand: training images are drawn with a seed, samples are the first of the first prompts.
 """
 
-import base64
 import io
 import re
-import tarfile
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +16,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from jobs.demo.report.numbers import Demo, open_picture
+from jobs.reporting.thumbnails import stored_pictures, thumb
 from retrieval.storage import schema
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
@@ -26,7 +25,6 @@ from trainer.sampling.request import TRAINING_DATABASE
 
 THUMB_PX = 168
 QUERY_PX = 320
-QUALITY = 88
 
 
 @dataclass(frozen=True)
@@ -61,15 +59,6 @@ class GalleryRow:
     cells: tuple[tuple[str, ReportPicture], ...]
 
 
-def thumb(picture: Image.Image, edge: int = THUMB_PX) -> str:
-    """A picture as the data URL of a JPEG, its longer edge at most `edge` pixels."""
-    small = picture.convert("RGB")
-    small.thumbnail((edge, edge), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=QUALITY, subsampling=0, optimize=True)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
 def gallery(demo: Demo, max_prompts: int) -> list[GalleryRow]:
     """The first sample of each of the first prompts from each database: the paper's Fig. 3."""
     prompts, columns = _prompts_and_columns(demo)
@@ -97,7 +86,7 @@ def samples(demo: Demo, count: int) -> list[PictureWithNeighbors]:
         folder = _style_folder(demo.world, column)
         neighbors = tuple(
             ReportPicture(
-                src=thumb(open_picture(demo.world, f"{folder}/{neighbor['url'].split('/', 1)[1]}")),
+                src=thumb(open_picture(demo.world, f"{folder}/{neighbor['url'].split('/', 1)[1]}"), THUMB_PX),
                 caption=neighbor["caption"],
                 url=neighbor["url"],
                 similarity=neighbor["similarity"],
@@ -141,7 +130,7 @@ def _sample(demo: Demo, column: str, number: int) -> tuple[ReportPicture, dict[s
     path = f"runs/{demo.name}/sample/{column}/{number:04d}-00"
     record = demo.root.read_json(f"{path}.json")
     caption = f"{record['prompt']}, with neighbors from {style_words(column)}"
-    return ReportPicture(thumb(open_picture(demo.root, f"{path}.png")), caption), record
+    return ReportPicture(thumb(open_picture(demo.root, f"{path}.png"), THUMB_PX), caption), record
 
 
 def _style_folder(world: Root, column: str) -> str:
@@ -171,23 +160,9 @@ def _downloaded(root: Root, split: str, image_ids: Iterable[int], edge: int) -> 
     for name in root.list(f"download/{split}", ".parquet"):
         table = schema.read_table(root, name, schema.DOWNLOADED)
         matches = table.filter(pc.is_in(table[schema.IMAGE_ID], id_array))
-        rows = {_key(row[schema.IMAGE_ID]): row for row in matches.to_pylist()}
-        with root.local(name.replace(".parquet", ".tar")) as path:
-            for key, data in _members(str(path), rows):
-                with Image.open(io.BytesIO(data)) as picture:
-                    row = rows[key]
-                    small = thumb(picture, edge)
-                    pictures[row[schema.IMAGE_ID]] = ReportPicture(small, row["caption"], row["url"])
+        rows = {row[schema.IMAGE_ID]: row for row in matches.to_pylist()}
+        for image_id, data in stored_pictures(root, name.replace(".parquet", ".tar"), rows):
+            with Image.open(io.BytesIO(data)) as picture:
+                row = rows[image_id]
+                pictures[image_id] = ReportPicture(thumb(picture, edge), row["caption"], row["url"])
     return pictures
-
-
-def _key(image_id: int) -> str:
-    return f"{image_id & (1 << 64) - 1:016x}"
-
-
-def _members(path: str, keys: Container[str]) -> Iterator[tuple[str, bytes]]:
-    with tarfile.open(path) as tar:
-        for member in tar:
-            key, _, suffix = member.name.partition(".")
-            if suffix == "jpg" and key in keys and (file := tar.extractfile(member)):
-                yield key, file.read()

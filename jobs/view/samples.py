@@ -1,0 +1,143 @@
+"""A random choice of a download's rows: stored pictures as thumbnails, and refused rows by reason.
+
+Reads the tables and tars of the chosen shards of `download`, and the scores of the same shards from `filter`.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image
+
+from jobs.reporting.thumbnails import stored_pictures, thumb
+from pipeline.runtime.status import find_manifest
+from retrieval.errors import UserError
+from retrieval.pictures.decode import PictureError, open_picture, upright_rgb
+from retrieval.storage import schema
+from retrieval.storage.manifest import shard_file
+from retrieval.storage.root import Root
+
+THUMB_PX = 224
+MAX_SHARDS = 4
+"""Most shards of a split that a page shows."""
+REMOTE_ROWS = 200
+"""Pictures of an object store are chosen among the first rows of a shard: its tar is read up to the last picture."""
+MAX_EXAMPLES = 4
+"""Refused rows that a page shows of each reason."""
+COLUMNS = [name for name in schema.DOWNLOADED.names if name not in ("sha256", "phash")]
+SCORES = [field.name for field in schema.SELECTED if pa.types.is_floating(field.type)]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a shard. fields: COLUMNS of the download; scores: by column, those that the metadata have.
+
+    src: its thumbnail as a data URL; empty if it has no readable picture.
+    """
+
+    shard: str
+    fields: dict[str, Any]
+    scores: dict[str, float]
+    src: str = ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Rows of a split. stored: with pictures; refused: examples by reason; reasons: counts of the shown shards."""
+
+    split: str
+    shards: tuple[str, ...]
+    num_shards: int
+    num_stored: int
+    stored: tuple[Row, ...]
+    reasons: dict[str, int]
+    refused: dict[str, tuple[Row, ...]]
+
+
+def shard_names(root: Root) -> list[str]:
+    """Names of the finished shards of `download`, such as `train/00000-00000`, sorted.
+
+    Raises UserError if there is none.
+    """
+    manifest = find_manifest(root, "download")
+    if manifest:
+        return sorted(manifest.shard_names())
+    records = root.list("download/records", ".json")
+    names = [name.removeprefix("download/records/").removesuffix(".json") for name in records]
+    if not names:
+        raise UserError(f"{root.at('download')} has no finished shard. Run 'make download' first.")
+    return names
+
+
+def sample_split(root: Root, split: str, names: Sequence[str], num_pictures: int, seed: int) -> Sample:
+    """A random choice of the rows of a split. names: of its shards; at most MAX_SHARDS of them are read."""
+    rng = np.random.default_rng([seed, schema.SPLITS.index(split)])
+    shards = sorted(rng.permutation(np.array(names, np.object_))[:MAX_SHARDS].tolist())
+    stored: list[Row] = []
+    refused: dict[str, list[Row]] = {}
+    reasons: Counter[str] = Counter()
+    for number, shard in enumerate(shards):
+        table = schema.read_table(root, shard_file(root, "download", shard, ".parquet"), schema.DOWNLOADED, COLUMNS)
+        reasons.update(table["reason"].to_pylist())
+        count = (num_pictures - len(stored)) // (len(shards) - number)
+        chosen = _choose(table, "", count, rng, None if root.is_local else REMOTE_ROWS)
+        stored += with_pictures(root, shard, _rows(root, shard, chosen), THUMB_PX)
+        for reason in sorted(set(table["reason"].to_pylist()) - {""}):
+            examples = refused.setdefault(reason, [])
+            examples += _rows(root, shard, _choose(table, reason, MAX_EXAMPLES - len(examples), rng))
+    num_stored = reasons.pop("", 0)
+    return Sample(
+        split,
+        tuple(shards),
+        len(names),
+        num_stored,
+        tuple(stored),
+        dict(reasons.most_common()),
+        {reason: tuple(refused[reason]) for reason, _ in reasons.most_common()},
+    )
+
+
+def _choose(table: pa.Table, reason: str, count: int, rng: np.random.Generator, first: int | None = None) -> pa.Table:
+    """At most `count` random rows with a reason, in the order of the table. first: choose among so many rows only."""
+    rows = np.flatnonzero(pc.equal(table["reason"], reason).to_numpy())[:first]
+    return table.take(pa.array(np.sort(rng.permutation(rows)[:count])))
+
+
+def _rows(root: Root, shard: str, table: pa.Table) -> list[Row]:
+    """The rows of a table with their scores."""
+    scores = _scores(root, shard, table[schema.IMAGE_ID])
+    return [Row(shard, fields, scores.get(fields[schema.IMAGE_ID], {})) for fields in table.to_pylist()]
+
+
+def _scores(root: Root, shard: str, image_ids: pa.ChunkedArray) -> dict[int, dict[str, float]]:
+    """The scores of rows by image id and column; empty if `filter` has no such shard."""
+    name = f"filter/{shard}.parquet"
+    if not len(image_ids) or not root.exists(name):
+        return {}
+    table = schema.read_table(root, name, schema.SELECTED, [schema.IMAGE_ID, *SCORES])
+    rows = table.filter(pc.is_in(table[schema.IMAGE_ID], image_ids)).to_pylist()
+    return {
+        row.pop(schema.IMAGE_ID): {column: score for column, score in row.items() if score is not None} for row in rows
+    }
+
+
+def with_pictures(root: Root, shard: str, rows: Sequence[Row], edge: int) -> list[Row]:
+    """The rows of a shard with their thumbnails; `edge`: their longer edge in pixels."""
+    ids = [row.fields[schema.IMAGE_ID] for row in rows]
+    tar = shard_file(root, "download", shard, ".tar")
+    thumbs = {image_id: _thumb(data, edge) for image_id, data in stored_pictures(root, tar, ids)}
+    return [replace(row, src=thumbs.get(row.fields[schema.IMAGE_ID], "")) for row in rows]
+
+
+def _thumb(data: bytes, edge: int) -> str:
+    """A stored picture as a data URL; empty if it cannot be decoded."""
+    try:
+        with open_picture(data) as image:
+            image.draft("RGB", (2 * edge, 2 * edge))
+            return thumb(Image.fromarray(upright_rgb(image)), edge)
+    except PictureError:
+        return ""

@@ -1,0 +1,18 @@
+"""Pictures of a tar for a page."""
+
+from pathlib import Path
+
+from jobs.reporting.thumbnails import stored_pictures
+from pipeline.pictures.tars import sample_key, tar_writer
+from retrieval.storage.root import Root
+
+
+def test_a_tar_is_read_up_to_the_last_wanted_picture(tmp_path: Path) -> None:
+    path = tmp_path / "shard.tar"
+    with tar_writer(path) as tar:
+        for image_id in (-5, 7, 3):
+            tar.add(sample_key(image_id), b"jpeg %d" % image_id, "caption", {})
+    assert list(stored_pictures(Root(tmp_path), "shard.tar", [3, 99, -5])) == [(-5, b"jpeg -5"), (3, b"jpeg 3")]
+    data = path.read_bytes()
+    path.write_bytes(data[: data.index(b"jpeg 7") + 512] + b"damaged" * 100)
+    assert list(stored_pictures(Root(tmp_path), "shard.tar", [7, -5])) == [(-5, b"jpeg -5"), (7, b"jpeg 7")]
