@@ -30,7 +30,7 @@ from retrieval.storage.stage_folder import setting_differences
 if TYPE_CHECKING:
     from pipeline.download.image_download import SplitSettings
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 SHARDS_AT_ONCE = 2
 """Shards that a worker downloads at the same time."""
 

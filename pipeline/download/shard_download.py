@@ -22,7 +22,7 @@ from pipeline.web.host_queue import HostQueue
 from retrieval.storage.full_disk import full_disk_named
 from retrieval.storage.manifest import ShardRecord
 from retrieval.storage.root import FileRecord, Root
-from retrieval.storage.schema import DOWNLOADED, SELECTED, Reason, read_table, write_table
+from retrieval.storage.schema import DOWNLOADED, FROM_METADATA, SELECTED, Reason, read_table, write_table
 from retrieval.storage.temp_folders import temporary_folder
 
 ReadJpeg = Callable[[int], bytes]
@@ -66,7 +66,7 @@ class ShardDownload:
             download.run(selected.num_rows - len(blocked))
             download.statuses |= dict.fromkeys(blocked, RowStatus(str(Reason.BLOCKED), URL_BLOCKED))
             download.check_network()
-            columns = selected.select(["image_id", "url", "caption", "license"]).to_pylist()
+            columns = selected.select(FROM_METADATA).to_pylist()
             yield [row | vars(download.statuses[number]) for number, row in enumerate(columns)], pictures.read
 
     def write_rows(self, shard: str, rows: Rows, tar: FileRecord) -> ShardRecord:

@@ -19,10 +19,8 @@ from pipeline.download.shard_download import ReadJpeg, Row, Rows, ShardDownload,
 from pipeline.pictures.tars import picture_reader, sample_key
 from pipeline.web.blocklist import Blocklist
 from retrieval.storage.manifest import ShardRecord, delete_record, files_exist, read_record
-from retrieval.storage.schema import DOWNLOADED, SELECTED, Reason, read_table
+from retrieval.storage.schema import DOWNLOADED, FROM_METADATA, SELECTED, Reason, read_table
 
-FROM_FILTER = ["image_id", "url", "caption", "license"]
-"""Columns of a row that filter decides."""
 NEW = "new"
 """Stands for the outcome of a row that was not requested yet."""
 TRANSIENT = frozenset({Reason.UNAVAILABLE, Reason.NO_CONNECTION, Reason.TIMEOUT, Reason.TRUNCATED})
@@ -62,7 +60,7 @@ class ShardUpdate:
         record = stored[1]
         selected = read_table(root, f"filter/{shard}.parquet", SELECTED)
         before = read_table(root, record.file(".parquet"), DOWNLOADED)
-        is_selected = before.select(FROM_FILTER).equals(selected.select(FROM_FILTER))
+        is_selected = before.select(FROM_METADATA).equals(selected.select(FROM_METADATA))
         is_current = is_selected and record.inputs.get("blocklist") == self._settings(shard).blocklist.identity
         if is_current and not (self.retry and {*TRANSIENT, Reason.BLOCKED} & {*record.reasons}):
             return record
@@ -110,7 +108,7 @@ def _selected_rows(selected: pa.Table, before: pa.Table) -> Rows:
     """The rows of `selected` (SELECTED) with their stored outcome in `before` (DOWNLOADED), or with the reason NEW."""
     stored = {row["image_id"]: row for row in before.to_pylist()}
     new = vars(RowStatus(NEW))
-    return [stored.get(row["image_id"], new) | row for row in selected.select(FROM_FILTER).to_pylist()]
+    return [stored.get(row["image_id"], new) | row for row in selected.select(FROM_METADATA).to_pylist()]
 
 
 def _blocked(row: Row, message: str | None) -> Row:

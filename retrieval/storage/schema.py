@@ -78,6 +78,7 @@ _IMAGE = columns({IMAGE_ID: pa.int64(), "url": pa.string(), "caption": pa.string
 _SIZE = columns({"width": pa.int32(), "height": pa.int32()})
 _LICENSE = columns({"license": pa.string()}, nullable=True)
 SCORES = ("similarity", "pwatermark", "punsafe", "aesthetic")
+"""Scores of a picture in the metadata."""
 _SCORES = columns(dict.fromkeys(SCORES, pa.float32()) | {"language": pa.string()}, nullable=True)
 _OUTCOME = columns({"reason": pa.string(), "message": pa.string()})
 _ORIGINAL_SIZE = columns({"original_width": pa.int32(), "original_height": pa.int32()})
@@ -86,8 +87,11 @@ _HASHES = columns({"sha256": pa.string(), "phash": pa.int64()})
 SELECTED = pa.schema([*_IMAGE, *_SIZE, *_SCORES, *_LICENSE])
 """Rows that `filter` keeps. width, height: pixels according to the metadata."""
 
-DOWNLOADED = pa.schema([*_IMAGE, *_LICENSE, *_OUTCOME, *_SIZE, *_ORIGINAL_SIZE, *_HASHES])
-"""One row per URL. reason: empty for a stored image; sizes: pixels, 0 if unknown; sha256: hex, of the bytes
+FROM_METADATA = [field.name for field in (*_IMAGE, *_SCORES, *_LICENSE)]
+"""The columns that SELECTED and DOWNLOADED have in common: `filter` fills them from the metadata."""
+
+DOWNLOADED = pa.schema([*_IMAGE, *_SCORES, *_LICENSE, *_OUTCOME, *_SIZE, *_ORIGINAL_SIZE, *_HASHES])
+"""One row per URL. The first columns are those of SELECTED without its sizes. reason: empty for a stored image; sizes: pixels, 0 if unknown; sha256: hex, of the bytes
 that the server sent, empty if none; phash: retrieval.perceptual_hash of the decoded picture, 0 if none."""
 
 METADATA = pa.schema([*_IMAGE, *_LICENSE, *_SIZE, pa.field(NORM, pa.float32())])
