@@ -91,8 +91,9 @@ FROM_METADATA = [field.name for field in (*_IMAGE, *_SCORES, *_LICENSE)]
 """The columns that SELECTED and DOWNLOADED have in common: `filter` fills them from the metadata."""
 
 DOWNLOADED = pa.schema([*_IMAGE, *_SCORES, *_LICENSE, *_OUTCOME, *_SIZE, *_ORIGINAL_SIZE, *_HASHES])
-"""One row per URL. The first columns are those of SELECTED without its sizes. reason: empty for a stored image; sizes: pixels, 0 if unknown; sha256: hex, of the bytes
-that the server sent, empty if none; phash: retrieval.perceptual_hash of the decoded picture, 0 if none."""
+"""One row per URL. Its first columns are FROM_METADATA. reason: empty for a stored image; sizes: pixels, 0 if unknown;
+sha256: hex, of the bytes that the server sent, empty if none; phash: retrieval.perceptual_hash of the decoded picture,
+0 if none."""
 
 METADATA = pa.schema([*_IMAGE, *_LICENSE, *_SIZE, pa.field(NORM, pa.float32())])
 """Metadata of an image in a database. norm: length of its CLIP vector before normalization, null if unknown."""
