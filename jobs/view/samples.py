@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from PIL import Image
 
 from jobs.reporting.thumbnails import stored_pictures, thumb
@@ -28,20 +29,21 @@ REMOTE_ROWS = 200
 """Pictures of an object store are chosen among the first rows of a shard: its tar is read up to the last picture."""
 MAX_EXAMPLES = 4
 """Refused rows that a page shows of each reason."""
-COLUMNS = [name for name in schema.DOWNLOADED.names if name not in ("sha256", "phash")]
-SCORES = [field.name for field in schema.SELECTED if pa.types.is_floating(field.type)]
+SIZES = ["width", "height", "original_width", "original_height"]
+COLUMNS = [schema.IMAGE_ID, "url", "caption", "license", "reason", "message", *SIZES]
+SCORES = [*schema.SCORES, "language"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a shard. fields: COLUMNS of the download; scores: by column, those that the metadata have.
+    """A row of a shard. fields: COLUMNS of the download; scores: SCORES that the metadata have.
 
     src: its thumbnail as a data URL; empty if it has no readable picture.
     """
 
     shard: str
     fields: dict[str, Any]
-    scores: dict[str, float]
+    scores: dict[str, Any]
     src: str = ""
 
 
@@ -113,12 +115,14 @@ def _rows(root: Root, shard: str, table: pa.Table) -> list[Row]:
     return [Row(shard, fields, scores.get(fields[schema.IMAGE_ID], {})) for fields in table.to_pylist()]
 
 
-def _scores(root: Root, shard: str, image_ids: pa.ChunkedArray) -> dict[int, dict[str, float]]:
-    """The scores of rows by image id and column; empty if `filter` has no such shard."""
+def _scores(root: Root, shard: str, image_ids: pa.ChunkedArray) -> dict[int, dict[str, Any]]:
+    """The scores of rows by image id and column; empty if `filter` has no such shard. Old tables have fewer columns."""
     name = f"filter/{shard}.parquet"
     if not len(image_ids) or not root.exists(name):
         return {}
-    table = schema.read_table(root, name, schema.SELECTED, [schema.IMAGE_ID, *SCORES])
+    with root.open(name) as file:
+        parquet = pq.ParquetFile(file)
+        table = parquet.read([column for column in (schema.IMAGE_ID, *SCORES) if column in parquet.schema_arrow.names])
     rows = table.filter(pc.is_in(table[schema.IMAGE_ID], image_ids)).to_pylist()
     return {
         row.pop(schema.IMAGE_ID): {column: score for column, score in row.items() if score is not None} for row in rows

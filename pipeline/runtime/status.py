@@ -5,7 +5,7 @@ Ray, so it also works while a stage runs elsewhere. Times are the modification t
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -29,6 +29,8 @@ PHASES = {
     "neighbors": ("route", "match", "merge", "recall"),
 }
 """Stages that run in phases, and the folders of each phase's records, in order."""
+SPLITS = ("train/", "database/")
+"""Beginnings of shard names. Records of other names count left-out rows."""
 EQUAL_PHASES = {"select": "scan", "merge": "route"}
 """Phases that have as many shards as an earlier phase."""
 MAX_RECORDS = 2_000
@@ -117,7 +119,7 @@ def _finished(root: Root, name: str, manifest: Manifest, times: Mapping[str, flo
         total=len(shards),
         rows=manifest.rows,
         rows_per_s=manifest.rows * share / manifest.seconds if manifest.seconds and share else None,
-        bytes=sum(file.bytes for shard in manifest.shards for file in shard.files),
+        bytes=_bytes(manifest.shards),
         reasons=_by_count(manifest.reasons),
     )
 
@@ -135,7 +137,7 @@ def _stale_reason(manifest: Manifest, spec: StageSpec, upstream: UpstreamStages)
         status, source = upstream[name]
         if source is None:
             return f"{name}, which it was made from, is {status.state}"
-        parts = (source.identity_of(split) for split in ("train/", "database/"))
+        parts = (source.identity_of(split) for split in SPLITS)
         if digest not in (source.fingerprint, source.identity, *parts):
             return f"made from another {name}: {_made_again(manifest, name, source)}"
         if status.state == "stale":
@@ -147,18 +149,30 @@ def _made_again(manifest: Manifest, name: str, source: Manifest) -> str:
     """What the stage's command makes again for a changed input. name, source: the input's name and manifest."""
     if not any(name in shard.inputs for shard in manifest.shards):
         return f"all is made again with --remake, {manifest.rows:,} rows, last in {format_duration(manifest.seconds)}"
-    digests = {shard.shard: shard.digest for shard in source.shards}
-    outdated = [
-        shard
-        for shard in manifest.shards
-        if shard.inputs.get(name) != digests.get(shard.shard, digests.get(f"train/{shard.shard}"))
-    ]
-    rows, seconds = sum(shard.rows for shard in outdated), sum(shard.seconds for shard in outdated)
-    size = sum(file.bytes for shard in outdated for file in shard.files)
+    prefix = "" if "/" in manifest.shards[0].shard else "train/"  # stages of training images alone omit it
+    digests = {shard.shard: shard.digest for shard in source.shards if shard.shard.startswith(prefix or SPLITS)}
+    made = {f"{prefix}{shard.shard}": shard for shard in manifest.shards}
+    outdated = [shard for key, shard in made.items() if shard.inputs.get(name) != digests.get(key)]
+    missing = digests.keys() - made.keys()
+    added = [shard for shard in source.shards if shard.shard in missing]
+    # Bytes and seconds of added shards are estimated from those of the finished rows.
+    ratio = sum(shard.rows for shard in added) / max(1, manifest.rows)
+    rows = sum(shard.rows for shard in (*outdated, *added))
+    size = _bytes(outdated) + ratio * _bytes(manifest.shards)
+    seconds = _seconds(outdated) + ratio * _seconds(manifest.shards)
+    new = f" and {len(added):,} {'is' if len(added) == 1 else 'are'} new" if added else ""
     return (
-        f"{len(outdated):,} of {len(manifest.shards):,} shards are outdated, {rows:,} rows, {size / 1e6:,.1f} MB,"
+        f"{len(outdated):,} of {len(manifest.shards):,} shards are outdated{new}, {rows:,} rows, {size / 1e6:,.1f} MB,"
         f" {format_duration(seconds)} of one worker"
     )
+
+
+def _bytes(shards: Iterable[ShardRecord]) -> int:
+    return sum(file.bytes for shard in shards for file in shard.files)
+
+
+def _seconds(shards: Iterable[ShardRecord]) -> float:
+    return sum(shard.seconds for shard in shards)
 
 
 def _unfinished(root: Root, spec: StageSpec, times: Mapping[str, float], now: float) -> Status:
@@ -181,7 +195,7 @@ def _unfinished(root: Root, spec: StageSpec, times: Mapping[str, float], now: fl
         total=total,
         rows=rows,
         rows_per_s=rate * rows / len(names) if rate and rows else None,
-        bytes=round(scale * sum(file.bytes for record in records for file in record.files)),
+        bytes=round(scale * _bytes(records)),
         reasons=_by_count({word: round(scale * count) for word, count in reasons.items()}),
         eta_s=(total - len(names)) / rate if rate and total and not _is_stalled(finished, now) else None,
         is_estimate=len(records) < len(names),

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -59,9 +60,10 @@ def write_shard(root: Root, shard: str, rows: Sequence[dict[str, Any]]) -> Shard
     """Write the tables of `filter` and `download` and the tar of a shard."""
     table = pa.Table.from_pylist(list(rows), schema=schema.DOWNLOADED)
     files = [schema.write_table(root, f"download/{shard}.parquet", table, schema.DOWNLOADED)]
-    scored = [{**each, "similarity": 0.3125, "pwatermark": None, "punsafe": 0.125} for each in rows]
+    scored = [{**each, "similarity": 0.3125, "pwatermark": None, "punsafe": 0.125, "language": "nl"} for each in rows]
     selected = pa.Table.from_pylist(scored, schema=schema.SELECTED)
-    schema.write_table(root, f"filter/{shard}.parquet", selected, schema.SELECTED)
+    with root.writing(f"filter/{shard}.parquet") as pending:  # as `filter` wrote it before it knew this score
+        pq.write_table(selected.drop_columns("aesthetic"), pending.path)
     buffer = io.BytesIO()
     Image.new("RGB", (40, 40), "teal").save(buffer, "JPEG")
     with root.writing(f"download/{shard}.tar") as pending, tar_writer(pending.path) as tar:
@@ -95,7 +97,16 @@ def test_the_page_shows_pictures_scores_licenses_and_refused_rows_with_their_mes
     write_download(root, {"train/00000": [*rows_of("train", 0, 3), refused], "database/00000": rows_of("base", 0, 2)})
     page = Tags(page_of(root))
     assert len(page.attributes("img", "src")) == 5
-    for text in ("train picture 0-2", "base picture 0-1", "CC BY 4.0", "similarity", "0.312", "punsafe", "40 × 40"):
+    for text in (
+        "train picture 0-2",
+        "base picture 0-1",
+        "CC BY 4.0",
+        "similarity",
+        "0.312",
+        "punsafe",
+        "language nl",
+        "40 × 40",
+    ):
         assert text in page.text
     assert "pwatermark" not in page.text  # a score that the metadata lack
     for text in ("not_found", "HTTP 404", "a lost picture", "http://example.org/gone.jpg", "1  16.67%"):

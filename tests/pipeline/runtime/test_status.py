@@ -161,21 +161,37 @@ def test_changed_or_stale_inputs_make_a_stage_stale(root: Root) -> None:
     assert upstream_unfinished.note == "download, which it was made from, is unfinished"
 
 
-def test_a_stage_that_follows_its_input_by_shard_states_what_is_outdated(root: Root) -> None:
-    first = write_stage(root, "download", {}, Settings())
-    made = write_stage(root, "embed", {"download": first.identity}, Settings())
+def follow_by_shard(root: Root, stage: str, source: Manifest) -> None:
+    """Make each shard of a finished stage follow its shard of `download`. Names without a split are of `train/`."""
+    made = write_stage(root, stage, {"download": source.identity}, Settings())
     shards = [
-        replace(shard, seconds=7200.0, inputs={"download": source.digest})
-        for shard, source in zip(made.shards, first.shards, strict=True)
+        replace(
+            shard,
+            shard=shard.shard.removeprefix("train/" if stage == "latents" else ""),
+            seconds=7200.0,
+            inputs={"download": origin.digest},
+        )
+        for shard, origin in zip(made.shards, source.shards, strict=True)
     ]
     write_manifest(root, replace(made, shards=tuple(shards)))
+
+
+@pytest.mark.parametrize("stage", ["embed", "latents"])
+def test_a_stage_that_follows_its_input_by_shard_states_what_is_outdated_and_what_is_new(
+    root: Root, stage: str
+) -> None:
+    first = write_stage(root, "download", {}, Settings())
+    follow_by_shard(root, stage, first)
+    spec, finished = StageSpec(stage, stage, Settings()), Status("download", "finished")
     retried = replace(first.shards[1], files=(FileRecord("1", 7, "another"),))
     other = replace(first, shards=(first.shards[0], retried))
-    note = status(
-        root, StageSpec("embed", "embed", Settings()), {"download": (Status("download", "finished"), other)}
-    ).note
     loss = "1 of 2 shards are outdated, 50 rows, 0.0 MB, 2 h 0 min of one worker"
-    assert note == f"made from another download: {loss}"
+    assert status(root, spec, {"download": (finished, other)}).note == f"made from another download: {loss}"
+    added = ShardRecord("train/2", 75, (FileRecord("2", 7, "2"),))
+    dropped = ShardRecord("dropped/0", 0, (), {"timeout": 9})
+    grown = replace(first, shards=(*first.shards, added, dropped))
+    loss = "0 of 2 shards are outdated and 1 is new, 75 rows, 0.0 MB, 2 h 0 min of one worker"
+    assert status(root, spec, {"download": (finished, grown)}).note == f"made from another download: {loss}"
 
 
 def test_an_object_store_is_read_like_a_disk() -> None:
