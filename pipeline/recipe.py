@@ -46,6 +46,11 @@ class FilterConfig(WorkersConfig):
 
     metadata: str = runtime_setting(..., min_length=1)
     """File, or folder with subfolders, of the metadata: Parquet, CSV, TSV or JSON lines; a path or a URL."""
+    files: str = runtime_setting("", pattern=r"^([0-9]+-[0-9]+)?$")
+    """Range of the metadata's files that are read, in the order of their names, such as `0-99`; empty: all."""
+    sample: float = Field(1.0, gt=0, le=1)
+    """Share of the URLs that are used, selected by `seed` and a hash of each URL. A smaller sample is part of a larger
+    one, and the division of the metadata into files has no effect."""
     metadata_format: MetadataFormatName = "laion"
     """Data set whose column names are expected."""
     columns: Columns = Columns()
@@ -80,7 +85,7 @@ class FilterConfig(WorkersConfig):
     max_train: int = Field(0, ge=0)
     """Most rows for training; the others go to the database; 0: no limit."""
     seed: int = Field(0, ge=0)
-    """Selects the training rows, together with the image id, if there are more than `max_train`."""
+    """Selects the rows of `sample` and, if there are more than `max_train`, those for training, by their image id."""
     blocklist: str = runtime_setting("")
     """Path or URL of the blocklist, a text file of URLs, domains and image ids; empty: none. If its entries change,
     newly listed rows of a finished stage are dropped. Rows that its first list dropped stay dropped."""

@@ -76,6 +76,14 @@ class _File:
 def plan_pieces(config: FilterConfig) -> MetadataPlan:
     """Divide the files of the metadata into pieces. Raises UserError that names an invalid file."""
     source, names = _tables(config.metadata)
+    if config.files:
+        first, last = map(int, config.files.split("-"))
+        if not first <= last < len(names):
+            raise UserError(
+                f"{config.metadata} has {len(names):,} files, but filter.files is {config.files}: wanted two numbers"
+                f" from 0 to {len(names) - 1}, the lower one first."
+            )
+        names = names[first : last + 1]
     published = METADATA_FORMATS[config.metadata_format]
     with ThreadPoolExecutor(16) as pool:
         files = list(pool.map(lambda name: _inspect(source, name, config), names))

@@ -98,10 +98,21 @@ def apply_rules(batch: pa.RecordBatch, first_row: int, rules: Rules) -> tuple[pa
     ids, check = hash_urls(hashed)
     listed = rules.blocklist.blocks_ids(ids) | rules.blocklist.blocks_hosts(hashed)
     drop_code[rows[listed & (drop_code[rows] == 0)]] = len(drops) + 1
-    reasons = _counts(drop_code, [*(reason for reason, _ in drops), Reason.BLOCKED])
+    in_sample = _in_sample(ids, config)
+    drop_code[rows[~in_sample & (drop_code[rows] == 0)]] = len(drops) + 2
+    reasons = _counts(drop_code, [*(reason for reason, _ in drops), Reason.BLOCKED, Reason.NOT_SAMPLED])
     masks = [drop_code[rows] == 0, train[rows], is_unsafe[rows], has_watermark[rows]]
     columns = [ids, check, (rows + first_row).astype(np.uint32), *masks]
-    return pa.table(columns, schema=KEY_SCHEMA), _corrected_urls(original, urls, first_row), reasons
+    keys = pa.table(columns, schema=KEY_SCHEMA)
+    keys = keys if in_sample.all() else keys.filter(pa.array(in_sample))
+    return keys, _corrected_urls(original, urls, first_row), reasons
+
+
+def _in_sample(ids: Ids, config: FilterConfig) -> Mask:
+    """Which ids are in the sample: those with the lowest ranks. All rows of a URL are in it, or none."""
+    if config.sample == 1:
+        return np.ones(len(ids), bool)
+    return np.asarray(training_ranks(ids, config.seed) <= np.uint64(config.sample * (1 << 64)))
 
 
 def _counts(drop_code: npt.NDArray[np.int64], reasons: list[Reason]) -> dict[str, int]:
@@ -185,7 +196,7 @@ def _repeated(ids: Ids) -> npt.NDArray[np.int64]:
 
 
 def training_ranks(ids: Ids, seed: int) -> Ranks:
-    """A seeded one-to-one hash of the 64-bit ids (finalizer of splitmix64). The lowest ranks train."""
+    """A seeded one-to-one hash of the 64-bit ids (finalizer of splitmix64). The lowest are sampled, or train."""
     mixed = ids.view(np.uint64) ^ np.uint64(int.from_bytes(hashlib.sha256(f"{seed}".encode()).digest()[:8]))
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -41,6 +41,7 @@ class Reason(StrEnum):
     OTHER_LANGUAGE = "other_language"
     ASPECT_RATIO = "aspect_ratio"
     CAPTION_LENGTH = "caption_length"
+    NOT_SAMPLED = "not_sampled"
     BLOCKED = "blocked"
     DUPLICATE_URL = "duplicate_url"
     # download

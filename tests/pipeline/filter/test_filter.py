@@ -158,6 +158,42 @@ def test_columns_can_be_renamed_and_swapped_in_the_recipe(tmp_path: Path, root: 
     assert (row["license"], row["similarity"]) == (None, pytest.approx(0.3))
 
 
+def test_a_sample_is_the_same_share_of_urls_in_any_files_and_part_of_a_larger_one(tmp_path: Path, root: Root) -> None:
+    rows = numbered(0, 400) + numbered(100, 100, caption="again") + numbered(400, 20, punsafe=0.9)
+    write(tmp_path / "one", "a.parquet", rows)
+    write(tmp_path / "two", "a.parquet", rows[260:])
+    write(tmp_path / "two", "b.parquet", rows[:260])
+
+    def run_sample(folder: str, sample: float, seed: int = 0) -> tuple[set[int], Manifest]:
+        settings = config(tmp_path / folder, sample=sample, seed=seed)
+        child = root.child(f"{folder}-{sample}-{seed}")
+        manifest = run(settings, child)
+        return set(rows_of(child, manifest, "train")["image_id"].to_pylist()), manifest
+
+    tenth, manifest = run_sample("one", 0.1)
+    assert 25 <= len(tenth) <= 55
+    assert manifest.reasons["unsafe"] == 20
+    assert manifest.reasons["not_sampled"] + manifest.reasons["duplicate_url"] == 500 - len(tenth)
+    assert run_sample("two", 0.1)[0] == tenth
+    assert run_sample("one", 0.1, seed=1)[0] != tenth
+    assert tenth < run_sample("one", 0.5)[0]
+
+
+def test_a_range_of_files_is_read_in_the_order_of_their_names(tmp_path: Path, root: Root) -> None:
+    for n, name in enumerate(("b", "a", "d", "c")):
+        write(tmp_path / "meta", f"{name}.parquet", numbered(n, 1))
+    first = run(config(tmp_path / "meta", files="1-2"), root)
+    train = rows_of(root, first, "train")["url"].to_pylist()
+    assert train == [f"http://example.org/{n}.jpg" for n in (0, 3)]
+    with pytest.raises(UserError, match=r"meta has 4 files, but filter\.files is 2-4: wanted two numbers from 0 to 3"):
+        run(config(tmp_path / "meta", files="2-4"), root)
+    with pytest.raises(UserError, match=r"filter\.files is 2-1"):
+        run(config(tmp_path / "meta", files="2-1"), root)
+    (tmp_path / "meta/d.parquet").unlink()
+    (tmp_path / "meta/a.parquet").unlink()
+    assert run(config(tmp_path / "meta"), root) == first
+
+
 def test_scores_and_language_are_copied_to_the_output(tmp_path: Path, root: Root) -> None:
     scores = {"AESTHETIC_SCORE": [5.5, None, 6.5], "LANGUAGE": ["en", "de", None]}
     write(tmp_path / "meta", "a.parquet", numbered(0, 3), similarity=[0.25, 0.5, 0.75], **scores)
