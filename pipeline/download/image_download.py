@@ -8,7 +8,9 @@ permanent errors, and continues after an error without the row.
 import hashlib
 import threading
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
@@ -20,6 +22,7 @@ from pipeline.web.fetch import Fetcher
 from pipeline.web.fetch_error import FetchError
 from pipeline.web.host_queue import HOST_SILENT, NO_ANSWER, STOPPED, FetchRequest, HostQueue
 from retrieval.errors import NodeError
+from retrieval.pictures.budget import DecodeBudget
 from retrieval.pictures.decode import PictureError
 from retrieval.storage.schema import Reason
 
@@ -31,6 +34,8 @@ PHASH_BLOCKED = "its perceptual hash is on the blocklist"
 # Decoding takes up to several hundred MB, which the allocator keeps for the thread that used it. So all images are
 # decoded in two threads (one decodes while the other holds the interpreter lock), not in every fetch thread.
 _DECODERS = ThreadPoolExecutor(2)
+_WAITING = DecodeBudget(64 << 20)
+"""Bodies that wait for a decoder; a fetch thread above it waits, any other goes on with the next URL."""
 
 
 @dataclass(frozen=True)
@@ -93,15 +98,22 @@ class ImageDownload:
         self._settings = settings
         self._pictures = pictures
         self._lock = threading.Lock()
+        self._decodings: list[Future[None]] = []
 
     def run(self, num_rows: int) -> None:
         """Download all rows of the queue. If the network is down, the rest is not requested.
 
         Raises an exception of a thread that is not a FetchError or PictureError; then the rest is not requested.
         """
-        with ThreadPoolExecutor(self._settings.threads) as pool:
-            for _ in pool.map(self._finish_row, range(num_rows)):
-                pass
+        rows = iter(range(num_rows))  # shared: a thread for each row would have to be woken for each row
+        num_threads = max(1, min(self._settings.threads, num_rows))
+        try:
+            with ThreadPoolExecutor(num_threads) as pool:
+                list(pool.map(self._fetch_rows, [rows] * num_threads))
+        finally:
+            wait(self._decodings)
+        for decoding in self._decodings:
+            decoding.result()
 
     @property
     def is_down(self) -> bool:
@@ -124,39 +136,67 @@ class ImageDownload:
             " the hosts are gone for good, lower download.min_answered."
         )
 
-    def _finish_row(self, _: int) -> None:
-        """Send requests until one row, of any number, has its status."""
+    def _fetch_rows(self, rows: Iterator[int]) -> None:
+        """Fetch a row of the queue for each number that this thread gets from the iterator."""
+        with self._queue_stopped_by_errors():
+            for _ in rows:
+                self._fetch_row()
+
+    @contextmanager
+    def _queue_stopped_by_errors(self) -> Iterator[None]:
         try:
-            status = None
-            while status is None:
-                request, error = self._queue.take()
-                status = RowStatus(str(error.reason), str(error)) if error else self._attempt(request)
-            self._add_status(request.row, status)
+            yield
         except BaseException:
             self._queue.stop()  # otherwise the other threads would download the rest of the shard first
             raise
 
-    def _attempt(self, request: FetchRequest) -> RowStatus | None:
-        """Send a request and store its image; None if the request is in the queue again."""
-        status = RowStatus()
+    def _fetch_row(self) -> None:
+        """Send requests until one row, of any number, has an answer. Another thread decodes its body."""
+        answer: bytes | FetchError | None = None
+        while answer is None:
+            request, error = self._queue.take()
+            answer = error or self._answer(request)
+        self._count(answer)
+        if isinstance(answer, FetchError):
+            self.statuses[request.row] = RowStatus(str(answer.reason), str(answer))
+            return
+        waiting = ExitStack()
+        waiting.enter_context(_WAITING.share(min(len(answer), _WAITING.max_bytes)))
+        self._decodings.append(_DECODERS.submit(self._store, request.row, answer, waiting))
+
+    def _answer(self, request: FetchRequest) -> bytes | FetchError | None:
+        """The body of the response, or why there is none; None if the request is in the queue again."""
+        if request.redirects and self._settings.blocklist.blocks_url(request.url):
+            self._queue.finish(request)
+            return FetchError(Reason.BLOCKED, URL_BLOCKED)
         try:
-            if request.redirects and self._settings.blocklist.blocks_url(request.url):
-                self._queue.finish(request)
-                raise FetchError(Reason.BLOCKED, URL_BLOCKED)
-            body = self._fetcher.fetch(request, self._queue)
-            if body is None:
-                return None
-            status.sha256 = hashlib.sha256(body).hexdigest()
-            if self._settings.blocklist.blocks_content(body):
-                raise FetchError(Reason.BLOCKED, CONTENT_BLOCKED)
-            jpeg = _DECODERS.submit(self._encode, body, status).result()
-        except (FetchError, PictureError) as error:
-            status.reason, status.message = str(error.reason), str(error)
-            return status
-        status.width, status.height = jpeg.size
-        status.original_width, status.original_height = jpeg.original_size
-        self._pictures.add(request.row, jpeg.data)
-        return status
+            return self._fetcher.fetch(request, self._queue)
+        except FetchError as error:
+            return error
+
+    def _count(self, answer: bytes | FetchError) -> None:
+        with self._lock:
+            self.finished += 1
+            self.unanswered += isinstance(answer, FetchError) and answer.reason in NO_ANSWER
+            # Four URLs a thread: a few slow hosts at the start of a shard are no evidence.
+            if self.finished >= 4 * self._settings.threads and self.is_down:
+                self._queue.stop()
+
+    def _store(self, row: int, body: bytes, waiting: ExitStack) -> None:
+        """Store the image in a body, and the status of its row. waiting: closed when the body is decoded."""
+        status = RowStatus(sha256=hashlib.sha256(body).hexdigest())
+        with self._queue_stopped_by_errors(), waiting:
+            try:
+                if self._settings.blocklist.blocks_content(body):
+                    raise PictureError(Reason.BLOCKED, CONTENT_BLOCKED)
+                jpeg = self._encode(body, status)
+            except PictureError as error:
+                status.reason, status.message = str(error.reason), str(error)
+            else:
+                status.width, status.height = jpeg.size
+                status.original_width, status.original_height = jpeg.original_size
+                self._pictures.add(row, jpeg.data)
+            self.statuses[row] = status
 
     def _encode(self, body: bytes, status: RowStatus) -> Jpeg:
         """The image as it is stored; adds its perceptual hash to the status. Raises PictureError."""
@@ -168,12 +208,3 @@ class ImageDownload:
         if min(picture.size) < settings.min_edge:
             raise PictureError(Reason.TOO_SMALL, f"shorter edge below {settings.min_edge} pixels")
         return encode_jpeg(picture, settings.jpeg_quality)
-
-    def _add_status(self, row: int, status: RowStatus) -> None:
-        with self._lock:
-            self.statuses[row] = status
-            self.finished += 1
-            self.unanswered += status.reason in NO_ANSWER
-            # Four URLs a thread: a few slow hosts at the start of a shard are no evidence.
-            if self.finished >= 4 * self._settings.threads and self.is_down:
-                self._queue.stop()

@@ -4,13 +4,15 @@ A sample consists of the consecutive members `<key>.jpg`, `<key>.txt` and `<key>
 times, owners or modes of the machine, so that equal samples give equal files.
 """
 
-import io
 import json
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+_EMPTY_HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
+"""Of a file with mode 644, without name, bytes, times and owners."""
 
 
 def sample_key(image_id: int) -> str:
@@ -23,25 +25,34 @@ def sample_key(image_id: int) -> str:
 
 
 class TarWriter:
-    """Appends samples to a tar."""
+    """Appends samples to a tar. Writes the bytes of `tarfile` in USTAR format, at a fraction of its cost."""
 
-    def __init__(self, tar: tarfile.TarFile) -> None:
-        self._tar = tar
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
 
     def add(self, key: str, jpeg: bytes, caption: str, metadata: dict[str, Any]) -> None:
         """Append one sample. metadata: must be serializable as JSON."""
         text = json.dumps(metadata, sort_keys=True, ensure_ascii=False)
         for suffix, data in (("jpg", jpeg), ("txt", caption.encode()), ("json", text.encode())):
-            member = tarfile.TarInfo(f"{key}.{suffix}")  # times and owners are 0 unless set
-            member.size = len(data)
-            self._tar.addfile(member, io.BytesIO(data))
+            self._file.writelines((_header(f"{key}.{suffix}", len(data)), data, bytes(-len(data) % tarfile.BLOCKSIZE)))
+
+
+def _header(name: str, num_bytes: int) -> bytes:
+    header = bytearray(_EMPTY_HEADER)
+    header[: len(name)] = name.encode("ascii")
+    header[124:136] = b"%011o\0" % num_bytes
+    header[148:156] = b" " * 8  # the checksum counts its own bytes as spaces
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
 
 
 @contextmanager
 def tar_writer(path: Path) -> Iterator[TarWriter]:
     """A tar at a local path; complete when the block ends."""
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        yield TarWriter(tar)
+    with path.open("wb", buffering=1 << 20) as file:
+        yield TarWriter(file)
+        file.write(bytes(2 * tarfile.BLOCKSIZE))
+        file.write(bytes(-file.tell() % tarfile.RECORDSIZE))
 
 
 def member_ranges(path: Path, suffix: str) -> dict[str, tuple[int, int]]:

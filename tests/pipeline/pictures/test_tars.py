@@ -23,6 +23,19 @@ def test_equal_samples_give_equal_bytes(tmp_path: Path) -> None:
         assert all((m.mtime, m.uid, m.gid, m.uname) == (0, 0, 0, "") for m in tar)
 
 
+def test_a_tar_has_the_bytes_that_tarfile_writes(tmp_path: Path) -> None:
+    write(tmp_path / "a.tar")
+    with (
+        tarfile.open(tmp_path / "a.tar") as tar,
+        tarfile.open(tmp_path / "b.tar", "w", format=tarfile.USTAR_FORMAT) as b,
+    ):
+        for member in tar:
+            same = tarfile.TarInfo(member.name)
+            same.size = member.size
+            b.addfile(same, tar.extractfile(member))
+    assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
+
+
 def test_webdataset_reads_the_samples_in_order(tmp_path: Path) -> None:
     write(tmp_path / "a.tar")
     samples = list(webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False))
