@@ -6,14 +6,18 @@ Reads manifests, completion records and training metrics; writes nothing, and im
 
 import argparse
 import json
+import os
+import shutil
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import TextIO
 
 from jobs.cli.command import exit_on_user_error, recipe_parser, run_on_recipe
 from jobs.cli.recipe import Recipe
 from jobs.status.stages import statuses
-from jobs.status.table import table
+from jobs.status.table import WIDTH, table
 
 
 def report(recipe: Recipe, as_json: bool) -> str:
@@ -24,14 +28,21 @@ def report(recipe: Recipe, as_json: bool) -> str:
         plain = [asdict(status) for status in stages]
         return json.dumps({"root": recipe.root.url, "time": now, "stages": plain})
     local_time = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
-    return f"{recipe.root.url}  {local_time}\n\n{table(stages)}"
+    width = shutil.get_terminal_size((WIDTH, 0)).columns
+    return f"{recipe.root.url}  {local_time}\n\n{table(stages, width, has_color(sys.stdout, os.environ))}"
+
+
+def has_color(stream: TextIO, environment: Mapping[str, str]) -> bool:
+    """Whether to print in color: on a terminal, unless NO_COLOR is set (https://no-color.org) or it is `dumb`."""
+    return stream.isatty() and not environment.get("NO_COLOR") and environment.get("TERM") != "dumb"
 
 
 def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
     """Print the progress once, or repeatedly until interrupted."""
     clear_screen = "\x1b[2J\x1b[H" if arguments.watch and not arguments.json else ""
     while True:
-        print(f"{clear_screen}{report(recipe, arguments.json)}", flush=True)
+        text = f"{clear_screen}{report(recipe, arguments.json)}"
+        print(text.encode(sys.stdout.encoding, "replace").decode(sys.stdout.encoding), flush=True)
         if not arguments.watch:
             return
         time.sleep(arguments.watch)

@@ -1,7 +1,9 @@
 """The status command: the progress of each stage, as a table and as JSON, without heavy libraries."""
 
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from jobs.cli.recipe import load_recipe
-from jobs.status.__main__ import main
+from jobs.status.__main__ import has_color, main
 from jobs.status.stages import statuses
 from jobs.status.table import WIDTH, table
 from pipeline.runtime.status import Status
@@ -47,6 +49,13 @@ steps = 1000
 log_every = 10
 """
 HEAVY = ("torch", "ray", "faiss", "pyarrow", "open_clip", "diffusers", "deepspeed", "img2dataset")
+
+
+class Terminal(io.StringIO):
+    """A stream that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 @pytest.fixture
@@ -144,16 +153,40 @@ def test_a_missing_root_is_an_error(recipe: Path, capsys: pytest.CaptureFixture[
     assert "error: " in capsys.readouterr().err
 
 
-def test_the_table_fits_its_width_at_the_real_sizes() -> None:
+@pytest.mark.parametrize("width", [40, 80, WIDTH, 200])
+def test_the_table_fits_every_terminal_at_the_real_sizes(width: int) -> None:
     reasons = {f"a_long_reason_word_{n}": 10**9 - n for n in range(12)}
     stale = Status("neighbors", "stale", "made with " + "words " * 40, "partitions", "shards", 231_349, 231_350)
     unfinished = Status(
         "download", "unfinished", "", "", "shards", 231_349, 231_350, 2_313_490_000, 98_765.4, 9 * 10**13
     )
-    lines = table([stale, Status(**{**vars(unfinished), "reasons": reasons, "eta_s": 6e5, "is_estimate": True})])
-    assert max(map(len, lines.splitlines())) <= WIDTH
-    assert "~2,313,490,000" in lines
-    assert "7 more reasons" in " ".join(lines.split())
+    estimate = Status(**{**vars(unfinished), "reasons": reasons, "eta_s": 6e5, "is_estimate": True})
+    lines = table([stale, estimate, Status("train", "not started")], width)
+    assert max(map(len, lines.splitlines())) <= width
+    words = " ".join(lines.split())
+    for text in ("~2,313,490,000", "231,349/231,350 shards", "98,765", "~90.0 TB", "6 d 23 h", "7 more reasons"):
+        assert text in words
+    assert ("rows/s on disk" in words) == (width >= WIDTH)  # the headings
+
+
+def test_the_bar_is_full_only_when_all_shards_are_done() -> None:
+    lines = [table([Status("embed", "unfinished", done=done, total=1000)]) for done in (0, 500, 999, 1000)]
+    bars = [line.splitlines()[1] for line in lines]
+    assert [bar.count("━") for bar in bars] == [0, 8, 15, 16]
+    assert [bar.split()[3] for bar in bars] == ["0%", "50%", "99%", "100%"]
+
+
+def test_color_is_for_terminals_and_changes_no_text() -> None:
+    stages = [Status("filter", "finished", done=2, total=2), Status("embed", "stale", "made with k = 8")]
+    plain, colored = table(stages), table(stages, color=True)
+    assert "\x1b" not in plain
+    assert "\x1b[32m━" in colored
+    assert re.sub(r"\x1b\[\d+m", "", colored) == plain
+    terminal = Terminal()
+    assert has_color(terminal, {"TERM": "xterm"})
+    assert not has_color(terminal, {"NO_COLOR": "1"})
+    assert not has_color(terminal, {"TERM": "dumb"})
+    assert not has_color(io.StringIO(), {})
 
 
 def test_json_has_every_field(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
