@@ -13,6 +13,7 @@ from pathlib import Path
 from jobs.cli.command import add_overrides, exit_on_user_error
 from jobs.cli.recipe import load_recipe
 from jobs.view.page import view_page
+from retrieval.errors import UserError
 from retrieval.storage.root import Root
 
 PAGE = "view.html"
@@ -20,6 +21,8 @@ PAGE = "view.html"
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the page and print its path."""
+    if arguments.pictures < 1:
+        raise UserError(f"--pictures must be at least 1, got {arguments.pictures}")
     is_recipe = arguments.source.endswith(".toml")
     root = load_recipe(Path(arguments.source), arguments.overrides).root if is_recipe else Root(arguments.source)
     page = view_page(root, arguments.shard, arguments.pictures, arguments.seed, time.time())

@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.view.samples import COLUMNS, Row, with_pictures
+from jobs.view.samples import Row, read_shard, rows_of, with_pictures
 from pipeline.runtime.status import find_manifest
 from retrieval.storage import schema
-from retrieval.storage.manifest import Manifest, shard_file
+from retrieval.storage.manifest import Manifest
 from retrieval.storage.root import Root
 
 MAX_QUERIES = 8
@@ -75,8 +75,8 @@ def _database_rows(root: Root, shards: Sequence[str], image_ids: set[int]) -> di
         missing = pa.array(sorted(image_ids - found.keys()), pa.int64())
         if not len(missing):
             break
-        table = schema.read_table(root, shard_file(root, "download", shard, ".parquet"), schema.DOWNLOADED, COLUMNS)
+        table = read_shard(root, shard)
         matches = table.filter(pc.and_(pc.is_in(table[schema.IMAGE_ID], missing), pc.equal(table["reason"], "")))
-        if rows := [Row(shard, fields, {}) for fields in matches.to_pylist()]:
+        if rows := rows_of(shard, matches):
             found |= {row.fields[schema.IMAGE_ID]: row for row in with_pictures(root, shard, rows, THUMB_PX)}
     return found

@@ -1,6 +1,6 @@
 """A random choice of a download's rows: stored pictures as thumbnails, and refused rows by reason.
 
-Reads the tables and tars of the chosen shards of `download`, and the scores of the same shards from `filter`.
+Reads the tables and tars of the chosen shards of `download`.
 """
 
 from collections import Counter
@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from PIL import Image
 
 from jobs.reporting.thumbnails import stored_pictures, thumb
@@ -29,22 +28,23 @@ REMOTE_ROWS = 200
 """Pictures of an object store are chosen among the first rows of a shard: its tar is read up to the last picture."""
 MAX_EXAMPLES = 4
 """Refused rows that a page shows of each reason."""
-SIZES = ["width", "height", "original_width", "original_height"]
-COLUMNS = [schema.IMAGE_ID, "url", "caption", "license", "reason", "message", *SIZES]
 SCORES = [*schema.SCORES, "language"]
+SIZES = ["width", "height", "original_width", "original_height"]
+COLUMNS = [schema.IMAGE_ID, "url", "caption", *SCORES, "license", "reason", "message", *SIZES]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a shard. fields: COLUMNS of the download; scores: SCORES that the metadata have.
-
-    src: its thumbnail as a data URL; empty if it has no readable picture.
-    """
+    """A row of a shard. fields: its COLUMNS; src: its thumbnail, a data URL, empty if it has no readable picture."""
 
     shard: str
     fields: dict[str, Any]
-    scores: dict[str, Any]
     src: str = ""
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        """The scores that the metadata have, by name."""
+        return {name: self.fields[name] for name in SCORES if self.fields[name] is not None}
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,14 @@ def sample_split(root: Root, split: str, names: Sequence[str], num_pictures: int
     refused: dict[str, list[Row]] = {}
     reasons: Counter[str] = Counter()
     for number, shard in enumerate(shards):
-        table = schema.read_table(root, shard_file(root, "download", shard, ".parquet"), schema.DOWNLOADED, COLUMNS)
+        table = read_shard(root, shard)
         reasons.update(table["reason"].to_pylist())
         count = (num_pictures - len(stored)) // (len(shards) - number)
         chosen = _choose(table, "", count, rng, None if root.is_local else REMOTE_ROWS)
-        stored += with_pictures(root, shard, _rows(root, shard, chosen), THUMB_PX)
+        stored += with_pictures(root, shard, rows_of(shard, chosen), THUMB_PX)
         for reason in sorted(set(table["reason"].to_pylist()) - {""}):
             examples = refused.setdefault(reason, [])
-            examples += _rows(root, shard, _choose(table, reason, MAX_EXAMPLES - len(examples), rng))
+            examples += rows_of(shard, _choose(table, reason, MAX_EXAMPLES - len(examples), rng))
     num_stored = reasons.pop("", 0)
     return Sample(
         split,
@@ -109,24 +109,14 @@ def _choose(table: pa.Table, reason: str, count: int, rng: np.random.Generator, 
     return table.take(pa.array(np.sort(rng.permutation(rows)[:count])))
 
 
-def _rows(root: Root, shard: str, table: pa.Table) -> list[Row]:
-    """The rows of a table with their scores."""
-    scores = _scores(root, shard, table[schema.IMAGE_ID])
-    return [Row(shard, fields, scores.get(fields[schema.IMAGE_ID], {})) for fields in table.to_pylist()]
+def read_shard(root: Root, shard: str) -> pa.Table:
+    """The COLUMNS of a shard of `download`."""
+    return schema.read_table(root, shard_file(root, "download", shard, ".parquet"), schema.DOWNLOADED, COLUMNS)
 
 
-def _scores(root: Root, shard: str, image_ids: pa.ChunkedArray) -> dict[int, dict[str, Any]]:
-    """The scores of rows by image id and column; empty if `filter` has no such shard. Old tables have fewer columns."""
-    name = f"filter/{shard}.parquet"
-    if not len(image_ids) or not root.exists(name):
-        return {}
-    with root.open(name) as file:
-        parquet = pq.ParquetFile(file)
-        table = parquet.read([column for column in (schema.IMAGE_ID, *SCORES) if column in parquet.schema_arrow.names])
-    rows = table.filter(pc.is_in(table[schema.IMAGE_ID], image_ids)).to_pylist()
-    return {
-        row.pop(schema.IMAGE_ID): {column: score for column, score in row.items() if score is not None} for row in rows
-    }
+def rows_of(shard: str, table: pa.Table) -> list[Row]:
+    """The rows of a table of a shard, without pictures."""
+    return [Row(shard, fields) for fields in table.to_pylist()]
 
 
 def with_pictures(root: Root, shard: str, rows: Sequence[Row], edge: int) -> list[Row]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -18,7 +17,7 @@ from jobs.view.samples import REMOTE_ROWS
 from pipeline.pictures.tars import sample_key, tar_writer
 from retrieval.errors import UserError
 from retrieval.storage import schema
-from retrieval.storage.manifest import Manifest, ShardRecord, write_manifest
+from retrieval.storage.manifest import Manifest, ShardRecord, write_manifest, write_record
 from retrieval.storage.root import Root
 
 K = 2
@@ -49,7 +48,8 @@ def row(url: str, caption: str = "a caption", reason: str = "", message: str = "
     size = 0 if reason else 40
     edges = dict.fromkeys(("width", "height", "original_width", "original_height"), size)
     outcome = {"reason": reason, "message": message, "sha256": "", "phash": 0, "license": "CC BY 4.0"}
-    return {"image_id": schema.image_id(url), "url": url, "caption": caption, **outcome, **edges}
+    scores = {"similarity": 0.3125, "pwatermark": None, "punsafe": 0.125, "aesthetic": None, "language": "nl"}
+    return {"image_id": schema.image_id(url), "url": url, "caption": caption, **scores, **outcome, **edges}
 
 
 def rows_of(split: str, shard: int, count: int) -> list[dict[str, Any]]:
@@ -57,13 +57,9 @@ def rows_of(split: str, shard: int, count: int) -> list[dict[str, Any]]:
 
 
 def write_shard(root: Root, shard: str, rows: Sequence[dict[str, Any]]) -> ShardRecord:
-    """Write the tables of `filter` and `download` and the tar of a shard."""
+    """Write the table and the tar of a shard of `download`."""
     table = pa.Table.from_pylist(list(rows), schema=schema.DOWNLOADED)
     files = [schema.write_table(root, f"download/{shard}.parquet", table, schema.DOWNLOADED)]
-    scored = [{**each, "similarity": 0.3125, "pwatermark": None, "punsafe": 0.125, "language": "nl"} for each in rows]
-    selected = pa.Table.from_pylist(scored, schema=schema.SELECTED)
-    with root.writing(f"filter/{shard}.parquet") as pending:  # as `filter` wrote it before it knew this score
-        pq.write_table(selected.drop_columns("aesthetic"), pending.path)
     buffer = io.BytesIO()
     Image.new("RGB", (40, 40), "teal").save(buffer, "JPEG")
     with root.writing(f"download/{shard}.tar") as pending, tar_writer(pending.path) as tar:
@@ -119,6 +115,7 @@ def test_text_from_the_web_is_escaped_and_nothing_is_loaded_from_the_network(roo
         row("http://example.org/'\"><script>.jpg", SCRIPT),
         {**row("http://example.org/2.jpg"), "license": SCRIPT},
         row("http://example.org/3.jpg", SCRIPT, "http_error", f"HTTP 500 {SCRIPT}"),
+        row("http://192.168.1.1/reboot", "a private address", "refused_address", "192.168.1.1 is not public"),
     ]
     write_download(root, {"train/00000": rows})
     page = Tags(page_of(root))
@@ -126,6 +123,7 @@ def test_text_from_the_web_is_escaped_and_nothing_is_loaded_from_the_network(roo
     sources = page.attributes("img", "src")
     assert len(sources) == 3
     assert all(source and source.startswith("data:image/jpeg;base64,") for source in sources)
+    assert len(page.attributes("a", "href")) == 3
     assert all(href and href.startswith("http://example.org/") for href in page.attributes("a", "href"))
     assert all(rel and {"noopener", "noreferrer"} <= set(rel.split()) for rel in page.attributes("a", "rel"))
     assert "default-src 'none'" in str(page.attributes("meta", "content"))
@@ -194,6 +192,18 @@ def test_an_object_store_is_read_up_to_a_limit_and_the_page_is_written_here(
     assert capsys.readouterr().out == "page: view.html\n"
     titles = Tags((tmp_path / "view.html").read_text()).attributes("article", "title")
     assert titles == [f"train picture 0-{n}" for n in range(REMOTE_ROWS)]
+
+
+def test_an_unfinished_download_shows_its_finished_shards(root: Root) -> None:
+    write_record(root, "download", "f", write_shard(root, "train/00004", rows_of("train", 4, 2)))
+    page = Tags(page_of(root)).text
+    assert "train picture 4-1" in page
+    assert "1 of 1 train shard" in page
+
+
+def test_a_root_without_pictures_is_an_error(root: Root) -> None:
+    with pytest.raises(UserError, match=r"no finished shard. Run 'make download' first"):
+        page_of(root)
 
 
 def test_a_recipe_names_its_root(root: Root, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
