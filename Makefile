@@ -68,7 +68,7 @@ explore: install ## a page and an HTTP API for search and sampling: ARGS="--port
 paper: install ## the paper's figures and measurements on RECIPE's finished run: runs/<name>/paper/report.html
 	$(BIN)/python -m jobs.paper $(RECIPE) $(ARGS)
 
-optout: install ## remove listed images from databases and neighbor tables: make optout LIST=list.txt RECIPE=...
+optout: install ## remove listed images from databases and neighbor tables: make optout LIST=list.txt RECIPE=... (ARGS=--erase: from all files)
 	$(BIN)/python -m jobs.optout $(RECIPE) --list "$(LIST)" $(ARGS)
 
 report: install ## write the demo's report again, from the files on disk

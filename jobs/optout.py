@@ -5,19 +5,22 @@ from typing import Any
 
 from jobs.cli.command import exit_on_user_error, recipe_parser, run_on_recipe
 from jobs.cli.recipe import Recipe
-from pipeline import optout
+from pipeline.optout import optout
 from pipeline.web.blocklist import read_blocklist
 from retrieval.cluster.connection import ray_connection
 from retrieval.errors import UserError
 
 
-def run(recipe: Recipe, path: str) -> None:
-    """Remove the images of a blocklist from the outputs below the recipe's root, and print a report."""
+def run(recipe: Recipe, path: str, erase: bool = False) -> None:
+    """Remove the images of a blocklist from the outputs below the recipe's root, and print a report.
+
+    erase: delete them from all files too.
+    """
     blocklist = read_blocklist(path, "--list")
     if not blocklist.identity:
         raise UserError("--list is empty: name a text file of URLs, domains, image ids and hashes.")
     with ray_connection():
-        report = optout.run(blocklist, recipe.root)
+        report = optout.run(blocklist, recipe.root, erase)
     print("\n".join(lines(report)))
     print(f"\nreport: {recipe.root.at('optout')}/{blocklist.identity}.json")
 
@@ -28,6 +31,7 @@ def lines(report: dict[str, Any]) -> list[str]:
         f"{len(report['ids']):,} images of this run are on the list",
         *(f"hidden in {folder}: {count:,}" for folder, count in report["databases"].items()),
         f"training images dropped: {tables['dropped']:,}; with replaced neighbors: {tables['refilled']:,}",
+        *(f"rewritten without them: {count:,} {kind}" for kind, count in report["erased"].items()),
         f"runs trained with them: {', '.join(trained['with']) or 'none'}",
         f"runs trained on neighbor tables that no longer exist: {', '.join(trained['unknown']) or 'none'}",
         report["remains"],
@@ -37,8 +41,9 @@ def lines(report: dict[str, Any]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = recipe_parser("optout", __doc__)
     parser.add_argument("--list", required=True, dest="path", help="a text file or URL, one entry a line")
+    parser.add_argument("--erase", action="store_true", help="delete the images from all files, not only hide them")
     arguments = parser.parse_args(argv)
-    exit_on_user_error(lambda: run_on_recipe(arguments, lambda recipe: run(recipe, arguments.path)))
+    exit_on_user_error(lambda: run_on_recipe(arguments, lambda recipe: run(recipe, arguments.path, arguments.erase)))
 
 
 if __name__ == "__main__":

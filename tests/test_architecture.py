@@ -49,7 +49,7 @@ pipeline/embed: pictures recipe runtime
 pipeline/filter: recipe runtime web
 pipeline/index: runtime
 pipeline/neighbors: recipe runtime
-pipeline/optout: filter neighbors recipe runtime web
+pipeline/optout: download filter neighbors pictures recipe runtime web
 pipeline/pictures: recipe runtime
 pipeline/recipe:
 pipeline/runtime:

@@ -49,7 +49,7 @@ class ShardDownload:
         with self.download_rows(selected, self.settings[shard.partition("/")[0]]) as (rows, read_jpeg):
             with self.root.writing(f"download/{shard}.tar") as tar:
                 write_tar(tar.path, rows, read_jpeg)
-            return self.write_rows(shard, rows, tar.record)
+            return write_rows(self.root, shard, rows, tar.record)
 
     @contextmanager
     def download_rows(self, selected: pa.Table, settings: SplitSettings) -> Iterator[tuple[Rows, ReadJpeg]]:
@@ -69,13 +69,14 @@ class ShardDownload:
             columns = selected.select(FROM_METADATA).to_pylist()
             yield [row | vars(download.statuses[number]) for number, row in enumerate(columns)], pictures.read
 
-    def write_rows(self, shard: str, rows: Rows, tar: FileRecord) -> ShardRecord:
-        """Write the status table of a shard, named as its tar. Returns the record of both files."""
-        table = pa.Table.from_pylist(rows, DOWNLOADED)
-        file = write_table(self.root, f"{tar.name.removesuffix('.tar')}.parquet", table, DOWNLOADED)
-        reasons = Counter(row["reason"] for row in rows)
-        num_stored = reasons.pop("", 0)
-        return ShardRecord(shard, num_stored, (tar, file), dict(reasons), {"urls": len(rows)})
+
+def write_rows(root: Root, shard: str, rows: Rows, tar: FileRecord) -> ShardRecord:
+    """Write the status table of a shard, named as its tar. Returns the record of both files."""
+    table = pa.Table.from_pylist(rows, DOWNLOADED)
+    file = write_table(root, f"{tar.name.removesuffix('.tar')}.parquet", table, DOWNLOADED)
+    reasons = Counter(row["reason"] for row in rows)
+    num_stored = reasons.pop("", 0)
+    return ShardRecord(shard, num_stored, (tar, file), dict(reasons), {"urls": len(rows)})
 
 
 def write_tar(path: Path, rows: Rows, read_jpeg: ReadJpeg) -> None:

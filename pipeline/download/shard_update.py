@@ -15,10 +15,11 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.download.image_download import CONTENT_BLOCKED, PHASH_BLOCKED, URL_BLOCKED, RowStatus, SplitSettings
-from pipeline.download.shard_download import ReadJpeg, Row, Rows, ShardDownload, blocked_urls, write_tar
+from pipeline.download.shard_download import ReadJpeg, Row, Rows, ShardDownload, blocked_urls, write_rows, write_tar
 from pipeline.pictures.tars import picture_reader, sample_key
 from pipeline.web.blocklist import Blocklist
 from retrieval.storage.manifest import ShardRecord, delete_record, files_exist, read_record
+from retrieval.storage.root import Root
 from retrieval.storage.schema import DOWNLOADED, FROM_METADATA, SELECTED, Reason, read_table
 
 NEW = "new"
@@ -84,24 +85,37 @@ class ShardUpdate:
             rows = [new[numbers[n]] if n in numbers else _blocked(row, listed.get(n)) for n, row in enumerate(before)]
             if [_outcome(row) for row in rows] == outcomes:
                 return record
-            return self._write(record, rows, numbers, read_new)
+            return _write(self.shard_download.root, record, rows, (numbers, read_new))
 
     def _is_missing(self, row: Row) -> bool:
         """Whether to request the URL of a row, which is not listed now."""
         return row["reason"] == NEW or (self.retry and (is_transient(row) or row["reason"] == Reason.BLOCKED))
 
-    def _write(self, record: ShardRecord, rows: Rows, numbers: dict[int, int], read_new: ReadJpeg) -> ShardRecord:
-        """Write a shard again. numbers: of the rows that were fetched now, by their number in the shard."""
-        root = self.shard_download.root
-        digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:8]
-        name = f"download/{record.shard}.{digest}.tar"
-        with root.local(record.file(".tar")) as path, picture_reader(path) as read_old, root.writing(name) as tar:
 
-            def read_jpeg(n: int) -> bytes:
-                return read_new(numbers[n]) if n in numbers else read_old(sample_key(rows[n]["image_id"]))
+def without_listed(root: Root, record: ShardRecord, blocklist: Blocklist) -> ShardRecord:
+    """The record of a finished shard without the pictures that a blocklist lists. Nothing is fetched."""
+    table = read_table(root, record.file(".parquet"), DOWNLOADED)
+    listed = listed_rows(table, blocklist)
+    before = table.to_pylist()
+    rows = [_blocked(row, listed.get(n)) for n, row in enumerate(before)]
+    return record if rows == before else replace(_write(root, record, rows), inputs=record.inputs)
 
-            write_tar(tar.path, rows, read_jpeg)
-        return self.shard_download.write_rows(record.shard, rows, tar.record)
+
+def _write(
+    root: Root, record: ShardRecord, rows: Rows, new: tuple[dict[int, int], ReadJpeg] | None = None
+) -> ShardRecord:
+    """Write a shard again. new: numbers of the rows that were fetched now by those in the shard, and their reader."""
+    digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:8]
+    name = f"download/{record.shard}.{digest}.tar"
+    with root.local(record.file(".tar")) as path, picture_reader(path) as read_old, root.writing(name) as tar:
+
+        def read_jpeg(n: int) -> bytes:
+            if new and n in new[0]:
+                return new[1](new[0][n])
+            return read_old(sample_key(rows[n]["image_id"]))
+
+        write_tar(tar.path, rows, read_jpeg)
+    return write_rows(root, record.shard, rows, tar.record)
 
 
 def _selected_rows(selected: pa.Table, before: pa.Table) -> Rows:

@@ -83,7 +83,7 @@ def _match_partition(
 ) -> ShardRecord:
     join, device = settings
     number = shard_number(name)
-    partition = Partition.open(database.root, number, database.hidden)
+    partition = database.open_partition(number)
 
     def batches() -> Iterator[pa.RecordBatch]:
         for numbers, queries in _routed_queries(root, routes, number, database.dim):

@@ -14,7 +14,6 @@ from pipeline.runtime.arrow_files import read_batches, write_batches
 from pipeline.runtime.workers import Work
 from retrieval.database.database import Database
 from retrieval.database.recall import confidence_interval, recall_per_query
-from retrieval.index.partition import Partition
 from retrieval.join.join import join_partition
 from retrieval.recipe import JoinConfig
 from retrieval.storage import schema
@@ -56,7 +55,7 @@ def truth_work(root: Root, exact: JoinConfig, device: str) -> Work:
     queries = schema.vectors(_read(root, "recall/sample"), schema.EMBEDDING).astype(np.float32)
 
     def work(name: str) -> ShardRecord:
-        partition = Partition.open(database.root, shard_number(name), database.hidden)
+        partition = database.open_partition(shard_number(name))
         result = join_partition(partition, queries, exact, device)
         table = pa.table({schema.SIMILARITIES: schema.fixed_lists(result.similarities)})
         return ShardRecord(name, len(queries), (_write(root, name, table),))

@@ -15,7 +15,6 @@ from pipeline.neighbors.neighbors import neighbor_table
 from pipeline.recipe import NeighborsConfig
 from pipeline.runtime.workers import Work
 from retrieval.database.database import Database
-from retrieval.index.partition import Partition
 from retrieval.join.join import join_database
 from retrieval.storage import schema
 from retrieval.storage.manifest import ShardRecord
@@ -76,7 +75,7 @@ def _stored_rows(
         first = database.first_position(number)
         inside = (positions >= first) & (positions < first + count)
         if inside.any():
-            partition = Partition.open(database.root, number, database.hidden)
+            partition = database.open_partition(number)
             ids[inside] = partition.ids[positions[inside] - first]
             vectors[inside] = partition.embeddings[positions[inside] - first]
             norms[inside] = partition.norms[positions[inside] - first]

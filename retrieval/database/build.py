@@ -35,7 +35,8 @@ from retrieval.storage.temp_folders import temporary_folder
 CENTROID_SAMPLE_ROWS = 1_000_000
 """Most rows that the partition centroids are trained on."""
 OWN_FILE = re.compile(
-    r"centroids\.npy|partitions/\d{5,}/(index\.faiss|embeddings\.npy|metadata\.arrow|lists\.npy|list_centroids\.npy)"
+    r"centroids\.npy|(erased-\w+/)?partitions/\d{5,}/"
+    r"(index\.faiss|embeddings\.npy|metadata\.arrow|lists\.npy|list_centroids\.npy)"
 )
 """Files that an interrupted build leaves, relative to the folder of the database."""
 

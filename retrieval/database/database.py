@@ -5,9 +5,9 @@ exact similarity: the candidates are approximate, their order is exact.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from retrieval.index.effort import Effort, MeasuredEffort
 from retrieval.index.hidden import Ids, as_ids, hidden_ids
 from retrieval.index.partition import Partition
 from retrieval.index.partition_files import load_array, load_file
-from retrieval.index.routing import Numbers, Vectors, route, unit
+from retrieval.index.routing import Numbers, Vectors, route, stored_folders, unit
 from retrieval.index.top_k import Positions, empty_top_k, merge_top_k
 from retrieval.storage.arrow_columns import take_rows
 from retrieval.storage.manifest import Manifest, read_manifest
@@ -40,8 +40,8 @@ MAX_OPENED = 16
 class _OneOpened(Sequence[Partition]):
     """The partitions of a database. Each is opened when it is asked for, in place of the one before it."""
 
-    def __init__(self, root: Root, count: int, hidden: Ids) -> None:
-        self._open = partial(Partition.open, root, hidden=hidden)
+    def __init__(self, count: int, open_partition: Callable[[int], Partition]) -> None:
+        self._open = open_partition
         self._count = count
         self._number = -1
 
@@ -52,7 +52,7 @@ class _OneOpened(Sequence[Partition]):
         if number >= self._count:
             raise IndexError(number)
         if number != self._number:
-            self._partition, self._number = self._open(number=int(number)), number
+            self._partition, self._number = self._open(int(number)), number
         return self._partition
 
 
@@ -100,9 +100,8 @@ class Database:
         self.encoder = EncoderIdentity(**manifest.values["encoder"])
         self.dim = self.encoder.dim
         self.partition_rows = np.asarray(manifest.values["rows"], np.int64)
-        self.partitions: Sequence[Partition] = [
-            Partition.open(root, number, hidden) for number in range(len(self.partition_rows))
-        ]
+        self._folders = stored_folders(manifest)
+        self.partitions: Sequence[Partition] = [self.open_partition(number) for number in range(len(self._folders))]
         self._warned: set[str] = set()
         self._offsets = np.concatenate([[0], np.cumsum(self.partition_rows)])
         self.centroids: Vectors = load_file(root, "centroids.npy", load_array)
@@ -143,8 +142,12 @@ class Database:
         """This database for passes over all partitions: of more than MAX_OPENED, one is open at a time."""
         other = copy.copy(self)
         if len(self.partitions) > MAX_OPENED:
-            other.partitions = _OneOpened(self.root, len(self.partition_rows), self.hidden)
+            other.partitions = _OneOpened(len(self._folders), self.open_partition)
         return other
+
+    def open_partition(self, number: int) -> Partition:
+        """A partition with files of its own, which are closed with it and not with the database."""
+        return Partition.open(self.root, self._folders[number], self.hidden)
 
     def _hiding(self, hidden: Ids) -> "Database":
         other = copy.copy(self)
@@ -170,7 +173,7 @@ class Database:
     @property
     def is_exact(self) -> bool:
         """Whether every search compares all rows: one partition without lists and without a graph."""
-        return len(self.partitions) == 1 and self.partitions[0].is_flat
+        return len(self.partitions) == 1 and (not len(self) or self.partitions[0].is_flat)
 
     def __len__(self) -> int:
         return int(self._offsets[-1])
@@ -305,7 +308,8 @@ class Database:
         Returns similarities and positions (n, k), best first, (-inf, -1) where there are fewer.
         """
         if len(self.partitions) == 1:
-            return self.partitions[0].search(units, k, effort) if len(units) else empty_top_k(0, 0)
+            # Rows may all have been erased later.
+            return self.partitions[0].search(units, k, effort) if len(units) and k else empty_top_k(len(units), 0)
         searched = np.arange(len(self.partitions)) if numbers is None else np.asarray(numbers)
         searched = np.intersect1d(searched[self.partition_rows[searched] > 0], visits)
         k = min(k, len(self))

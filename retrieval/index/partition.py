@@ -17,7 +17,7 @@ import pyarrow as pa
 from retrieval.index.effort import Effort
 from retrieval.index.hidden import Ids
 from retrieval.index.partition_files import PartitionFiles
-from retrieval.index.routing import Numbers, Vectors, partition_folder
+from retrieval.index.routing import Numbers, Vectors
 from retrieval.index.top_k import TopK, empty_top_k, merge_top_k, top_k
 from retrieval.storage import schema
 from retrieval.storage.root import Root
@@ -44,9 +44,9 @@ class Partition:
         self._hidden = hidden
 
     @classmethod
-    def open(cls, root: Root, number: int, hidden: Ids) -> Self:
-        """A partition of the database at a root, with files of its own."""
-        return cls(PartitionFiles(root, partition_folder(number)), hidden)
+    def open(cls, root: Root, folder: str, hidden: Ids) -> Self:
+        """The partition in a folder of the database at a root, with files of its own."""
+        return cls(PartitionFiles(root, folder), hidden)
 
     def __len__(self) -> int:
         return len(self.embeddings)

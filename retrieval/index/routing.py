@@ -3,6 +3,8 @@
 import numpy as np
 import numpy.typing as npt
 
+from retrieval.storage.manifest import Manifest
+
 Vectors = npt.NDArray[np.float32]
 AnyVectors = npt.NDArray[np.float16] | npt.NDArray[np.float32]
 Numbers = npt.NDArray[np.int64]
@@ -10,8 +12,19 @@ Numbers = npt.NDArray[np.int64]
 
 
 def partition_folder(number: int) -> str:
-    """The folder of a partition within its database."""
+    """The name of a partition in its manifest, and its folder when it is built."""
     return f"partitions/{number:05d}"
+
+
+def stored_folders(manifest: Manifest) -> list[str]:
+    """The folder of each partition within its database. A partition that lost rows later is in another one."""
+    folders = {
+        record.shard: record.files[0].name.removeprefix(f"{manifest.stage}/").rpartition("/")[0]
+        for record in manifest.shards
+        if record.files
+    }
+    names = (partition_folder(number) for number in range(len(manifest.values["rows"])))
+    return [folders.get(name, name) for name in names]
 
 
 def route(queries: Vectors, centroids: Vectors, partitions_per_query: int) -> Numbers:

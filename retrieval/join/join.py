@@ -44,7 +44,7 @@ def join_database(database: Database, queries: Vectors, config: JoinConfig, devi
         if not len(visitors) or not database.partition_rows[number]:
             continue
         # Not that of the database, which would keep the files of all partitions open.
-        partition = Partition.open(database.root, number, database.hidden)
+        partition = database.open_partition(number)
         part = join_partition(partition, queries[visitors], config, device)
         _merge(result, visitors, part, database.first_position(number))
     return result

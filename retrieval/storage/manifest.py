@@ -90,7 +90,12 @@ class Manifest:
 
 def fingerprint(stage: str, schema_version: int, config: Config, upstream: dict[str, str]) -> str:
     """Digest of everything that determines a stage's output. upstream: identities of its input stages."""
-    return _digest([stage, schema_version, config.output_fields(), sorted(upstream.items())])
+    return settings_fingerprint(stage, schema_version, config.output_fields(), upstream)
+
+
+def settings_fingerprint(stage: str, schema_version: int, settings: dict[str, Any], upstream: dict[str, str]) -> str:
+    """As `fingerprint`. settings: `Config.output_fields`."""
+    return _digest([stage, schema_version, settings, sorted(upstream.items())])
 
 
 def _digest(parts: list[Any]) -> str:

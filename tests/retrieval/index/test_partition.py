@@ -11,7 +11,7 @@ import pytest
 from retrieval import Database, Effort
 from retrieval.index.partition import Partition, drop_repeats
 from retrieval.index.partition_files import RerankIndex
-from retrieval.index.routing import Vectors
+from retrieval.index.routing import Vectors, partition_folder
 from retrieval.storage import schema
 from tests.retrieval.conftest import clustered, share_found
 
@@ -21,7 +21,7 @@ LOW, HIGH = Effort(1, 4, 3), Effort(1, 512, 64)
 
 
 def fresh(database: Database, hidden: np.ndarray = NONE) -> Partition:
-    return Partition.open(database.root, 0, hidden)
+    return Partition.open(database.root, partition_folder(0), hidden)
 
 
 def exact(partition: Partition, queries: Vectors) -> Vectors:

@@ -1,0 +1,225 @@
+"""Erases listed images for good: rewrites every file of the finished stages that holds them.
+
+Reads and writes `optout/<list>/erase.json`, the plan. It is stored before the first change and deleted after the last
+one, so a killed run is finished by the next one. Files are rewritten first: `download`, `embed` and `latents` in one
+task for each shard, then partitions of databases into new folders. Then the manifests are written, each with the
+identities of its rewritten inputs, so that no stage runs again. Databases are valid at every moment.
+"""
+
+import re
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from pipeline.optout.erased_files import erase_in_partition, erase_in_shard, erase_thumbnails
+from pipeline.runtime.runner import run_shards
+from pipeline.runtime.stage import Stage, map_in_threads
+from pipeline.runtime.workers import Work, Workers, shared_workers
+from pipeline.web.blocklist import Blocklist
+from retrieval.config import Config
+from retrieval.index.hidden import Ids
+from retrieval.recipe import IndexConfig
+from retrieval.storage.lease import lease
+from retrieval.storage.manifest import (
+    Manifest,
+    ShardRecord,
+    read_manifest,
+    read_record,
+    settings_fingerprint,
+    write_manifest,
+    write_record,
+)
+from retrieval.storage.root import FileRecord, Root
+from retrieval.storage.stage_folder import STARTED_FILE
+
+SCHEMA_VERSION = 1
+PARTITION_FILE = re.compile(r"(erased-\w+/)?partitions/.*")
+"""Files of partitions, relative to the folder of their database."""
+
+
+@dataclass(frozen=True)
+class ErasePlan:
+    """What is erased, by name."""
+
+    ids: list[int]
+    """Of the downloaded pictures."""
+    shards: list[str]
+    """Shards of `download` with these pictures."""
+    rows: dict[str, list[int]]
+    """Ids of the rows, by database."""
+    partitions: list[str]
+    """Partitions with these rows, such as `index/00003`."""
+    current: list[str]
+    """Stages that were made from the present output of their inputs, and must be so afterwards."""
+
+
+def plan_file(blocklist: Blocklist) -> str:
+    """The name of the plan of a list. It exists while images are being erased."""
+    return f"optout/{blocklist.identity}/erase.json"
+
+
+def current_stages(root: Root) -> list[str]:
+    """The finished stages that were made from the present output of their inputs, inputs first."""
+    return [name for name in _stages(root) if _inputs(root, name).items() <= read_manifest(root, name).upstream.items()]
+
+
+def erase(root: Root, blocklist: Blocklist) -> dict[str, int]:
+    """Erase what the stored plan of a list names; returns the numbers of rewritten shards and partitions."""
+    plan = ErasePlan(**root.read_json(plan_file(blocklist)))
+    stage = Stage(Root(root.url, remake=True), f"optout/{blocklist.identity}/erase", SCHEMA_VERSION, Config())
+    latents = [name for name in _stages(root) if name.startswith("latents/")]
+    with ExitStack() as leases:
+        for name in _stages(root):
+            leases.enter_context(lease(root, name))
+        with stage.building(), shared_workers():
+            _rewrite_shards(stage, blocklist, plan, latents)
+            partitions = _rewrite_databases(stage, plan)
+            for name in _stages(root):
+                records = partitions.get(name, []) if name == "index" else _shard_records(root, name, plan.shards)
+                _update_manifest(root, name, records, name in plan.current)
+            for name in plan.rows:
+                if name != "index":
+                    _update_manifest(root, name, partitions[name], is_current=False)
+            _delete_old_files(root, plan)
+    return {"shards": len(plan.shards), "partitions": len(plan.partitions)}
+
+
+def _stages(root: Root) -> list[str]:
+    """Finished stages with images or vectors, inputs first."""
+    latents = sorted({"/".join(name.split("/")[:2]) for name in root.list("latents", "/manifest.json")})
+    names = ["download", "embed", "index", *latents, "neighbors"]
+    return [name for name in names if root.exists(f"{name}/manifest.json")]
+
+
+def _rewrite_shards(stage: Stage, blocklist: Blocklist, plan: ErasePlan, latents: list[str]) -> None:
+    names = [f"shards/{shard}" for shard in plan.shards]
+    run_shards(stage, names, partial(_shard_work, stage.root, blocklist, plan, latents), Workers())
+
+
+def _shard_work(root: Root, blocklist: Blocklist, plan: ErasePlan, latents: list[str]) -> Work:
+    return partial(erase_in_shard, root, blocklist, np.array(plan.ids, np.int64), latents)
+
+
+def _rewrite_databases(stage: Stage, plan: ErasePlan) -> dict[str, list[ShardRecord]]:
+    """Rewrite partitions and thumbnails; the records of the new partitions by database."""
+    partitions: dict[str, list[ShardRecord]] = {}
+    for folder in plan.rows:
+        config = IndexConfig.model_validate(read_manifest(stage.root, folder).config)
+        names = [f"partitions/{name}" for name in plan.partitions if name.rpartition("/")[0] == folder]
+        workers = Workers.from_config(config, num_cpus=config.cores_per_partition)
+        written = run_shards(stage, names, partial(_partition_work, stage, plan), workers)
+        partitions[folder] = [_read_record(stage.root, record) for record in written]
+    thumbnails = [f"pictures/{folder}" for folder, ids in plan.rows.items() if folder != "index" and ids]
+    run_shards(stage, thumbnails, partial(_thumbnail_work, stage.root, plan), Workers())
+    return partitions
+
+
+def _partition_work(stage: Stage, plan: ErasePlan) -> Work:
+    return partial(erase_in_partition, stage.root, _rows(plan), stage.name)
+
+
+def _thumbnail_work(root: Root, plan: ErasePlan) -> Work:
+    return partial(erase_thumbnails, root, _rows(plan))
+
+
+def _rows(plan: ErasePlan) -> dict[str, Ids]:
+    return {folder: np.array(ids, np.int64) for folder, ids in plan.rows.items()}
+
+
+def _read_record(root: Root, written: ShardRecord) -> ShardRecord:
+    """The record of a new partition. written: that of the file which holds it."""
+    values = root.read_json(written.files[0].name)
+    return ShardRecord(files=tuple(FileRecord(**file) for file in values.pop("files")), **values)
+
+
+def _shard_records(root: Root, stage: str, shards: Sequence[str]) -> list[ShardRecord]:
+    """The stored records of these shards of `download` in a stage, as far as it has them."""
+    names = shards if stage in ("download", "embed") else [shard.removeprefix("train/") for shard in shards]
+    return [stored[1] for stored in map_in_threads(partial(read_record, root, stage), names) if stored]
+
+
+def _inputs(root: Root, stage: str) -> dict[str, str]:
+    """The present identities of the stages that a stage reads, without the filter and models."""
+    if stage == "download":
+        return {}
+    if stage == "embed":
+        return {"download": read_manifest(root, "download").identity}
+    embed = read_manifest(root, "embed")
+    if stage == "index":
+        return {"embed": embed.identity_of("database/")}
+    index = {"index": read_manifest(root, "index").identity} if stage == "neighbors" else {}
+    return {"embed": embed.identity_of("train/")} | index
+
+
+def _inputs_by_shard(root: Root, stage: str) -> dict[str, dict[str, str]]:
+    """The present digests of what the shards of a stage are made from, where the stage compares them by shard."""
+    if stage == "embed":
+        return {record.shard: {"download": record.digest} for record in read_manifest(root, "download").shards}
+    if stage in ("download", "index"):
+        return {}
+    embedded = [record for record in read_manifest(root, "embed").shards if record.shard.startswith("train/")]
+    return {
+        record.shard.removeprefix("train/"): ({} if stage == "neighbors" else record.inputs) | {"embed": record.digest}
+        for record in embedded
+    }
+
+
+def _update_manifest(root: Root, stage: str, records: list[ShardRecord], is_current: bool) -> None:
+    """Write the manifest of a finished stage with rewritten shards.
+
+    is_current: also with the present identities of its inputs, in its records too.
+    """
+    before = read_manifest(root, stage)
+    rewritten = {record.shard: record for record in records}
+    shards = tuple(rewritten.get(record.shard, record) for record in before.shards)
+    upstream = before.upstream
+    if is_current:
+        upstream = upstream | _inputs(root, stage)
+        digests = _inputs_by_shard(root, stage)
+        shards = tuple(replace(shard, inputs=shard.inputs | digests.get(shard.shard, {})) for shard in shards)
+    values: dict[str, Any] = before.values
+    if "rows" in values:  # a database
+        values = values | {"rows": [shard.rows for shard in shards if shard.shard.startswith("partitions/")]}
+    _write(root, replace(before, shards=shards, upstream=upstream, values=values))
+
+
+def _write(root: Root, manifest: Manifest) -> None:
+    """Write a manifest with the fingerprint of its inputs, and then the records of the stage if it has records."""
+    stage = manifest.stage
+    started = root.find_json(f"{stage}/{STARTED_FILE}")
+    if started is None:
+        write_manifest(root, manifest)
+        return
+    shared = {name: manifest.upstream[name] for name in started["upstream"]}
+    identity, of_shards = (
+        settings_fingerprint(stage, manifest.schema_version, started["settings"], inputs)
+        for inputs in (manifest.upstream, shared)
+    )
+    write_manifest(root, replace(manifest, fingerprint=identity))
+    now = {"fingerprint": identity, "shard_fingerprint": of_shards, "upstream": shared}
+    root.write_json(f"{stage}/{STARTED_FILE}", started | now)
+    map_in_threads(partial(_write_record, root, stage, of_shards), manifest.shards)
+
+
+def _write_record(root: Root, stage: str, fingerprint: str, record: ShardRecord) -> None:
+    if read_record(root, stage, record.shard) != (fingerprint, record):
+        write_record(root, stage, fingerprint, record)
+
+
+def _delete_old_files(root: Root, plan: ErasePlan) -> None:
+    """Delete what was replaced: files of these shards of `download` and of partitions that no manifest names, and
+    unfinished files of killed runs."""
+    shards = {f"download/{shard}" for shard in plan.shards}
+    records = _shard_records(root, "download", plan.shards)
+    named = {file.name for record in records for file in record.files}
+    root.delete_files(name for name in root.list("download") if name.partition(".")[0] in shards and name not in named)
+    for database in plan.rows:
+        named = {*read_manifest(root, database).checksums()}
+        files = {name: name.removeprefix(f"{database}/") for name in root.list(database)}
+        root.delete_files(name for name, file in files.items() if PARTITION_FILE.fullmatch(file) and name not in named)
+    for folder in {*_stages(root), *plan.rows}:
+        root.delete_partial_files(folder)

@@ -1,0 +1,114 @@
+"""Rewrites single files without listed images: download shards, tables of later stages, partitions, thumbnails.
+
+A repeated call for a file that is rewritten already changes nothing, so a killed run can be repeated.
+"""
+
+import hashlib
+import tarfile
+from dataclasses import asdict, replace
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.download.shard_update import without_listed
+from pipeline.filter.selection import hash_urls
+from pipeline.pictures.tars import sample_key
+from pipeline.web.blocklist import Blocklist
+from pipeline.web.urls import canonical_column
+from retrieval.database.build import write_partition
+from retrieval.database.database import Database
+from retrieval.index.hidden import Ids
+from retrieval.index.routing import partition_folder
+from retrieval.recipe import IndexConfig
+from retrieval.storage import schema
+from retrieval.storage.arrow_columns import take_rows
+from retrieval.storage.manifest import ShardRecord, read_record, write_record
+from retrieval.storage.root import Root
+
+
+def erase_in_shard(root: Root, blocklist: Blocklist, ids: Ids, latents: list[str], name: str) -> ShardRecord:
+    """Erase listed pictures in a shard of `download`, and their rows in `embed` and in the folders of latents.
+
+    ids: those of the pictures; name: `shards/<shard>`.
+    """
+    shard = name.removeprefix("shards/")
+    if stored := read_record(root, "download", shard):
+        write_record(root, "download", stored[0], without_listed(root, stored[1], blocklist))
+    _erase_rows(root, "embed", shard, ids)
+    split, _, training_shard = shard.partition("/")
+    for folder in latents if split == "train" else []:
+        _erase_rows(root, folder, training_shard, ids)
+    return ShardRecord(name, 0, ())
+
+
+def _erase_rows(root: Root, folder: str, shard: str, ids: Ids) -> None:
+    """Write the table of a finished shard again without the rows of these pictures, then its record."""
+    stored = read_record(root, folder, shard)
+    if stored is None:
+        return
+    fingerprint, record = stored
+    name = record.file(".parquet")
+    with root.open(name) as file:
+        table = pq.read_table(file)
+    listed = np.isin(table[schema.IMAGE_ID].to_numpy(), ids)
+    if "url" in table.column_names:  # not in latents
+        listed |= urls_are_listed(table["url"].combine_chunks(), Blocklist(), ids)
+    kept = table.filter(pa.array(~listed)).combine_chunks()
+    file_record = schema.write_table(root, name, kept, kept.schema)
+    write_record(root, folder, fingerprint, replace(record, rows=len(kept), files=(file_record,)))
+
+
+def urls_are_listed(column: pa.StringArray, blocklist: Blocklist, ids: Ids) -> npt.NDArray[np.bool_]:
+    """Which URLs have a listed host, or the id of one of `ids`: the id of a patch is not that of its picture."""
+    urls = canonical_column(column)
+    known = np.flatnonzero(urls.is_valid().to_numpy(zero_copy_only=False))
+    urls = urls.take(pa.array(known))
+    matches = np.zeros(len(column), bool)
+    matches[known] = np.isin(hash_urls(urls)[0], ids) | blocklist.blocks_hosts(urls)
+    return matches
+
+
+def erase_in_partition(root: Root, rows: dict[str, Ids], folder: str, name: str) -> ShardRecord:
+    """Build a partition from its remaining rows in a new folder, and write its record to `<folder>/<name>.json`.
+
+    The old files stay, so that the database stays valid. rows: ids of the rows to erase by database; name:
+    `partitions/<database>/<number>`.
+    """
+    database_folder, _, digits = name.removeprefix("partitions/").rpartition("/")
+    database = Database.open(root.child(database_folder)).with_all_rows()
+    number = int(digits)
+    partition = database.partitions[number]
+    listed = np.isin(partition.ids, rows[database_folder])
+    if listed.any():
+        field = schema.embeddings(database.dim).field(schema.EMBEDDING)
+        kept = np.flatnonzero(~listed)
+        vectors = schema.fixed_lists(partition.embeddings[kept].reshape(-1, database.dim))
+        table = take_rows(partition.metadata, kept).append_column(field, vectors)
+        stage = f"{database_folder}/erased-{_digest(partition.ids[listed])}"
+        record = write_partition(root, stage, number, table, IndexConfig.model_validate(database.manifest.config))
+    else:  # by a run that was killed later
+        record = next(shard for shard in database.manifest.shards if shard.shard == partition_folder(number))
+    return ShardRecord(name, record.rows, (root.write_json(f"{folder}/{name}.json", asdict(record)),))
+
+
+def _digest(ids: npt.NDArray[np.int64]) -> str:
+    return hashlib.sha256(np.sort(ids).tobytes()).hexdigest()[:8]
+
+
+def erase_thumbnails(root: Root, rows: dict[str, Ids], name: str) -> ShardRecord:
+    """Write the tars of a style database again without the pictures of these rows. name: `pictures/<database>`."""
+    folder = name.removeprefix("pictures/")
+    keys = {sample_key(image_id) for image_id in rows[folder].tolist()}
+    for tar in root.list(f"{folder}/pictures", ".tar"):
+        with (
+            root.local(tar) as path,
+            tarfile.open(path, "r:") as old,
+            root.writing(tar) as pending,
+            tarfile.open(pending.path, "w", format=tarfile.USTAR_FORMAT) as new,
+        ):
+            for member in old:
+                if member.name.partition(".")[0] not in keys:
+                    new.addfile(member, old.extractfile(member))
+    return ShardRecord(name, 0, ())

@@ -1,0 +1,113 @@
+"""Removes the hidden images of the training database from the neighbor tables.
+
+Reads the tables and the database; writes `optout/<list>/neighbors/`, then the tables that change, the manifest last.
+"""
+
+import shutil
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+from pipeline.neighbors.neighbors import neighbors_stage
+from pipeline.neighbors.refill import refill_work
+from pipeline.recipe import NeighborsConfig
+from pipeline.runtime.runner import run_shards
+from pipeline.runtime.stage import Stage, map_in_threads
+from pipeline.runtime.workers import Workers
+from retrieval.errors import UserError
+from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, write_manifest, write_record
+from retrieval.storage.root import Root
+from retrieval.storage.stage_folder import STARTED_FILE
+
+
+@dataclass(frozen=True)
+class Removed:
+    """What was removed from the neighbor tables."""
+
+    held: tuple[str, ...] = ()
+    """Fingerprints of tables with a removed image, and of the tables they were derived from, newest first."""
+    free: tuple[str, ...] = ()
+    """Fingerprints of tables without a removed image."""
+    dropped: int = 0
+    """Number of rows (training images) that were dropped."""
+    refilled: int = 0
+    """Number of rows with replaced neighbors."""
+
+
+def refill_tables(stage: Stage) -> Removed:
+    """Remove the hidden ids of the training database from the neighbor tables."""
+    root, saved = stage.root, f"{stage.name}/before"
+    if root.exists(saved):
+        target = _current_stage(root, saved).fingerprint
+        if read_manifest(root, saved).upstream["now"] != target:
+            root.delete(saved)  # more ids were hidden since, so its new tables are outdated
+    if not root.exists(saved):
+        before = read_manifest(root, "neighbors")
+        now = _current_stage(root, "neighbors")
+        if before.fingerprint == now.fingerprint:
+            return Removed(free=(now.fingerprint,))
+        if _inputs_without_hidden(before) != _inputs_without_hidden(now):
+            raise UserError(
+                f"{root.at('neighbors')} was made from another index. The images are hidden in the databases."
+                " Run 'make neighbors', then this command again."
+            )
+        copy = replace(before, upstream={"now": now.fingerprint})
+        root.write_json(f"{saved}/manifest.json", asdict(copy))
+    before = read_manifest(root, saved)
+    config = NeighborsConfig.model_validate(before.config)
+    names = [f"refill/{shard}" for shard in before.shard_names()]
+    work = partial(refill_work, root, config, f"{stage.name}/neighbors")
+    records = run_shards(stage, names, work, Workers.from_config(config, num_gpus=config.gpus_per_worker))
+    return _replace_tables(root, before, records)
+
+
+def _current_stage(root: Root, folder: str) -> Stage:
+    """The neighbors stage with the settings of a stored manifest and the ids that are hidden now."""
+    return neighbors_stage(NeighborsConfig.model_validate(read_manifest(root, folder).config), root)
+
+
+def _inputs_without_hidden(tables: Manifest | Stage) -> tuple[int, dict[str, str]]:
+    """Format version and inputs of neighbor tables, without the hidden ids."""
+    upstream = {stage: identity for stage, identity in tables.upstream.items() if stage != "hidden"}
+    return tables.schema_version, upstream
+
+
+def _replace_tables(root: Root, before: Manifest, refilled: list[ShardRecord]) -> Removed:
+    """Replace the old tables by the new ones, the manifest last."""
+    now = neighbors_stage(NeighborsConfig.model_validate(before.config), root)
+    root.delete("neighbors/manifest.json")
+    shards = tuple(_replace_table(root, old, new) for old, new in zip(before.shards, refilled, strict=True))
+    root.write_json(f"neighbors/{STARTED_FILE}", asdict(now.identity))
+    map_in_threads(partial(write_record, root, "neighbors", now.identity.shard_fingerprint), shards)
+    made_of = (before.fingerprint, *before.values.get("made_of", ()))
+    values = {**before.values, "made_of": list(made_of)}
+    write_manifest(
+        root, replace(before, fingerprint=now.fingerprint, upstream=now.upstream, shards=shards, values=values)
+    )
+    if not any(new.files for new in refilled):
+        return Removed(free=(now.fingerprint, before.fingerprint))
+    counts = [int(sum(new.values.get(word, 0) for new in refilled)) for word in ("dropped", "refilled")]
+    return Removed(made_of, (now.fingerprint,), *counts)
+
+
+def with_earlier(removed: Removed, earlier: Removed) -> Removed:
+    """The removal of this run, or of the earlier one if this run removed nothing; fingerprints of both.
+
+    A training run that read the earlier tables may have written its first checkpoint since.
+    """
+    return replace(
+        removed if removed.held else earlier,
+        held=tuple(dict.fromkeys((*removed.held, *earlier.held))),
+        free=tuple(dict.fromkeys((*removed.free, *earlier.free))),
+    )
+
+
+def _replace_table(root: Root, old: ShardRecord, new: ShardRecord) -> ShardRecord:
+    """Replace a table by its new version, if there is one; returns its record."""
+    if not new.files:
+        return old
+    [new_file] = new.files
+    [old_file] = old.files
+    with root.local(new_file.name) as source, root.writing(old_file.name) as pending:
+        shutil.copyfile(source, pending.path)
+    reasons = {word: old.reasons.get(word, 0) + new.reasons.get(word, 0) for word in {**old.reasons, **new.reasons}}
+    return replace(old, rows=new.rows, files=(replace(new_file, name=old_file.name),), reasons=reasons)

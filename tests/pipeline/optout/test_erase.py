@@ -1,0 +1,265 @@
+"""optout with erase: nothing of a listed image stays in the files of the stages, also if the command is killed."""
+
+import shutil
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import embed, index
+from pipeline.databases import build as style_database
+from pipeline.download.shard_download import write_rows, write_tar
+from pipeline.neighbors import neighbors
+from pipeline.optout import optout
+from pipeline.recipe import DownloadConfig, EmbedConfig, NeighborsConfig
+from pipeline.runtime.stage import Stage
+from pipeline.web.blocklist import Blocklist, read_blocklist
+from retrieval import Database, Root
+from retrieval.clip.encoder import Encoder
+from retrieval.config import Config
+from retrieval.database.verify import damaged_files
+from retrieval.recipe import ClipConfig, IndexConfig
+from retrieval.storage import schema
+from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, read_record, write_record
+from tests.pipeline.conftest import Picture, pictures
+
+EMBED, INDEX = EmbedConfig(workers=1), IndexConfig(rows_per_partition=20, workers=1)
+NEIGHBORS = NeighborsConfig(k=4, near_copy_similarity=0.999, recall_sample=0, workers=1)
+SHARDS = {
+    "train/00000": pictures("train", 900, 4),
+    "train/00001": pictures("train", 910, 4),
+    "database/00000": pictures("database", 100, 20),
+    "database/00001": pictures("database", 200, 20),
+}
+LISTED = [SHARDS["train/00001"][2], SHARDS["database/00000"][3], SHARDS["database/00001"][7]]
+STAGES = ("download", "embed", "index", "latents/32", "neighbors")
+
+
+def row(picture: Picture) -> dict[str, object]:
+    """A row of DOWNLOADED."""
+    texts = {"url": picture.url, "caption": "", "license": None, "reason": "", "message": ""}
+    sizes = dict.fromkeys(("width", "height", "original_width", "original_height"), 48)
+    hashes = {"sha256": f"{picture.seed:064x}", "phash": 0}
+    return {schema.IMAGE_ID: schema.image_id(picture.url), **texts, **sizes, **hashes}
+
+
+def download(root: Root, shards: dict[str, list[Picture]]) -> None:
+    """A finished download, as the stage writes it."""
+    stage = Stage(root, "download", 2, DownloadConfig(contact="a@b.example"), {"filter": "f"}, {"blocklist": ""})
+    with stage.building():
+        records = []
+        for shard, content in shards.items():
+            rows = [row(picture) for picture in content]
+            with root.writing(f"download/{shard}.tar") as tar:
+                write_tar(tar.path, rows, lambda n, content=content: content[n].jpeg)
+            records.append(write_rows(root, shard, rows, tar.record))
+            write_record(root, "download", stage.fingerprint, records[-1])
+        stage.complete(records, {}, 0.0)
+
+
+def latents(root: Root) -> Stage:
+    """The stage of latents, with the inputs that `jobs.latents` states."""
+    embedded = [record for record in read_manifest(root, "embed").shards if record.shard.startswith("train/")]
+    by_shard = {record.shard[6:]: record.inputs | {"embed": record.digest} for record in embedded}
+    upstream = {"embed": read_manifest(root, "embed").identity_of("train/"), "autoencoder": "a"}
+    return Stage(root, "latents/32", schema.VERSION, Config(), upstream, by_shard=by_shard)
+
+
+def write_latents(root: Root) -> None:
+    stage, records = latents(root), []
+    with stage.building():
+        for shard in stage.by_shard:
+            ids = schema.read_table(root, f"embed/train/{shard}.parquet", schema.embeddings(32))[schema.IMAGE_ID]
+            moments = ids.to_numpy()[:, None] % np.arange(2, 10) / 7
+            table = pa.table([ids, schema.fixed_lists(moments.astype(np.float16))], schema=schema.latents(8))
+            file = schema.write_table(root, f"latents/32/{shard}.parquet", table, table.schema)
+            records.append(ShardRecord(shard, len(table), (file,), inputs=stage.inputs_of(shard)))
+            write_record(root, "latents/32", stage.identity.shard_fingerprint, records[-1])
+        stage.complete(records, {}, 0.0)
+
+
+def run_stages(root: Root, clip: ClipConfig) -> dict[str, Manifest]:
+    embed.run(EMBED, clip, root)
+    index.run(INDEX, root)
+    neighbors.run(NEIGHBORS, root)
+    return {stage: read_manifest(root, stage) for stage in STAGES if root.exists(f"{stage}/manifest.json")}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, clip: ClipConfig, in_process_shards: None) -> Path:
+    """All stages up to latents and neighbors, and a style database of 12 pictures."""
+    folder = tmp_path_factory.mktemp("made")
+    root = Root(folder / "run")
+    download(root, SHARDS)
+    run_stages(root, clip)
+    write_latents(root)
+    source = folder / "ink"
+    source.mkdir()
+    for number, picture in enumerate(pictures("ink", 300, 12)):
+        (source / f"{number:02d}.jpg").write_bytes(picture.jpeg)
+    style_database.run("ink", source, Encoder(clip), INDEX, root)
+    return folder / "run"
+
+
+@pytest.fixture
+def root(made: Path, tmp_path: Path) -> Root:
+    shutil.copytree(made, tmp_path / "run")
+    return Root(tmp_path / "run")
+
+
+def blocklist_of(root: Root, tmp_path: Path) -> tuple[Blocklist, list[int]]:
+    """A list of a URL, an id, a content and a style picture; all listed ids."""
+    style = schema.image_id("ink/05.jpg")
+    lines = [LISTED[0].url, str(schema.image_id(LISTED[1].url)), f"sha256:{LISTED[2].seed:064x}", str(style)]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    return read_blocklist(str(tmp_path / "list.txt")), [*(schema.image_id(picture.url) for picture in LISTED), style]
+
+
+def vectors_of(root: Root, ids: list[int]) -> dict[int, np.ndarray]:
+    """The stored float16 vectors of images by id, from embed and the style database."""
+    found = {}
+    for shard in SHARDS:
+        table = schema.read_table(root, f"embed/{shard}.parquet", schema.embeddings(32))
+        found |= dict(zip(table[schema.IMAGE_ID].to_pylist(), schema.vectors(table, schema.EMBEDDING), strict=True))
+    for partition in Database.open(root.child("databases/ink")).partitions:
+        found |= dict(zip(partition.ids.tolist(), partition.embeddings, strict=True))
+    return {image_id: np.array(found[image_id]) for image_id in ids}
+
+
+def contents(folder: str) -> Iterator[tuple[str, bytes]]:
+    """Every file below a folder as it is, and the columns of tables without compression."""
+    for path in sorted(Path(folder).rglob("*")):
+        if path.is_file():
+            yield path.as_posix(), path.read_bytes()
+            if path.suffix == ".parquet":
+                for column in pq.read_table(path).combine_chunks().columns:
+                    for buffer in (buffer for chunk in column.chunks for buffer in chunk.buffers() if buffer):
+                        yield path.as_posix(), buffer.to_pybytes()
+
+
+def traces(root: Root, erased: list[bytes]) -> set[str]:
+    """Files that hold one of these bytes."""
+    return {path for path, content in contents(root.url) if any(part in content for part in erased)}
+
+
+def secrets(vectors: dict[int, np.ndarray]) -> list[bytes]:
+    """The bytes of the listed pictures and of their vectors in both precisions, and of their latents."""
+    latent = (np.int64(schema.image_id(LISTED[0].url)) % np.arange(2, 10) / 7).astype(np.float16)
+    stored = [vector.astype(kind).tobytes() for vector in vectors.values() for kind in (np.float16, np.float32)]
+    return [*(picture.jpeg for picture in LISTED), *stored, latent.tobytes()]
+
+
+def check_erased(root: Root, clip: ClipConfig, vectors: dict[int, np.ndarray]) -> None:
+    assert traces(root, secrets(vectors)) == set()
+    for folder in ("index", "databases/ink"):
+        database = Database.open(root.child(folder)).with_all_rows()
+        for image_id, vector in vectors.items():
+            assert image_id not in database.search(vector[None], len(database), recall=1.0).ids
+        assert damaged_files(root.child(folder)) == []
+    manifests = {stage: read_manifest(root, stage) for stage in STAGES}
+    assert run_stages(root, clip) == manifests, "no stage runs again"
+    assert latents(root).finished() == manifests["latents/32"]
+    for stage, manifest in manifests.items():
+        for record in manifest.shards:
+            stored = read_record(root, stage, record.shard)
+            assert stored
+            assert stored[1] == record
+    assert [manifests[stage].rows for stage in STAGES] == [45, 45, 38, 7, 7]
+    assert manifests["download"].reasons == {"blocked": 3}
+
+
+@pytest.mark.usefixtures("in_process_shards")
+def test_an_erased_image_is_in_no_file_and_no_stage_runs_again(root: Root, clip: ClipConfig, tmp_path: Path) -> None:
+    blocklist, ids = blocklist_of(root, tmp_path)
+    vectors = vectors_of(root, ids)
+    assert len({Path(path).relative_to(root.url).parts[0] for path in traces(root, secrets(vectors))}) == 6
+    reader = Database.open(root.child("index"))
+    expected = reader.search(vectors[ids[0]][None], 40, recall=1.0)
+    vectors_before = expected.embeddings
+
+    report = optout.run(blocklist, root, erase=True)
+    check_erased(root, clip, vectors)
+    assert report["erased"] == {"shards": 3, "partitions": 3}
+    assert root.list("optout") == [f"optout/{blocklist.identity}.json"]
+    np.testing.assert_array_equal(reader.search(vectors[ids[0]][None], 40, recall=1.0).ids, expected.ids)
+    np.testing.assert_array_equal(vectors_before, expected.embeddings)
+
+    assert optout.run(blocklist, root, erase=True) == report
+    check_erased(root, clip, vectors)
+
+
+@pytest.mark.usefixtures("in_process_shards")
+def test_the_shards_equal_those_of_a_download_without_the_images(root: Root, clip: ClipConfig, tmp_path: Path) -> None:
+    blocklist, _ = blocklist_of(root, tmp_path)
+    optout.run(blocklist, root, erase=True)
+    new = Root(tmp_path / "new")
+    shutil.copytree(f"{root.url}/download", f"{new.url}/download")
+    embed.run(EMBED, clip, new)
+    assert read_manifest(new, "embed").fingerprint == read_manifest(root, "embed").fingerprint
+    for shard in SHARDS:
+        tables = [schema.read_table(run, f"embed/{shard}.parquet", schema.embeddings(32)) for run in (new, root)]
+        made, erased = (table.drop_columns([schema.EMBEDDING, schema.NORM]) for table in tables)
+        assert made.equals(erased)
+        vectors = [schema.vectors(table, schema.EMBEDDING) for table in tables]
+        np.testing.assert_allclose(*vectors, atol=2e-3)  # a batch of another size is rounded differently
+
+
+@pytest.mark.usefixtures("in_process_shards")
+def test_a_database_can_lose_all_its_rows(root: Root, tmp_path: Path) -> None:
+    ids = np.concatenate([partition.ids for partition in Database.open(root.child("databases/ink")).partitions])
+    (tmp_path / "list.txt").write_text("\n".join(map(str, ids.tolist())))
+    optout.run(read_blocklist(str(tmp_path / "list.txt")), root, erase=True)
+    database = Database.open(root.child("databases/ink"))
+    assert len(database) == 0
+    assert database.search(np.ones((2, 32)), 5).ids.shape == (2, 0)
+    with tarfile.open(root.local_path("databases/ink/pictures/00000.tar")) as thumbnails:
+        assert thumbnails.getnames() == []
+
+
+@pytest.mark.usefixtures("in_process_shards")
+def test_a_killed_erasure_is_finished_by_the_next_run(
+    made: Path, clip: ClipConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number, is_finished = 9, False
+    while not is_finished:
+        folder = tmp_path / f"run-{number}"
+        shutil.copytree(made, folder)
+        root = Root(folder)
+        blocklist, ids = blocklist_of(root, tmp_path)
+        vectors = vectors_of(root, ids)
+        with monkeypatch.context() as patch:
+            kill_at(patch, number)
+            try:
+                optout.run(blocklist, root, erase=True)
+                is_finished = True
+            except KeyboardInterrupt:
+                shutil.rmtree(folder / "leases")  # that of an ended process would be taken over
+                (folder / "download" / ".partial-0-00000.tar").write_bytes(LISTED[0].jpeg)
+                Database.open(root.child("index")).search(vectors[ids[0]][None], 5, recall=1.0)
+        optout.run(blocklist, root, erase=True)
+        check_erased(root, clip, vectors)
+        shutil.rmtree(folder)
+        number += 20
+    assert number > 100
+
+
+def kill_at(patch: pytest.MonkeyPatch, number: int) -> None:
+    """Kill the process when it publishes or deletes files for this time."""
+    calls = iter(range(number))
+
+    def counted(method: str) -> None:
+        original = getattr(Root, method)
+
+        def call(*arguments: object) -> object:
+            if next(calls, None) is None:
+                raise KeyboardInterrupt
+            return original(*arguments)
+
+        patch.setattr(Root, method, call)
+
+    for method in ("_publish", "delete", "delete_files"):
+        counted(method)
