@@ -166,6 +166,7 @@ def test_an_interrupted_removal_continues_to_the_result_of_stages_without_the_im
         np.testing.assert_array_equal(*vectors)
 
 
+@pytest.mark.usefixtures("in_process_shards")
 def test_a_domain_can_empty_a_database_and_rows_with_too_few_neighbors_are_dropped(root: Root, tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("art.example.org")
     report = optout.run(read_blocklist(str(tmp_path / "list.txt")), root)
