@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from jobs.view.samples import Row, read_shard, rows_of, with_pictures
 from pipeline.runtime.status import find_manifest
+from retrieval.index.hidden import hidden_ids
 from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest
 from retrieval.storage.root import Root
@@ -25,7 +26,7 @@ which shard has an image."""
 
 @dataclass(frozen=True)
 class Neighbor:
-    """A neighbor of a training picture. row: None if it is not in the database shards that were searched."""
+    """A neighbor of a training picture. row: None if it is hidden or not in the shards that were searched."""
 
     image_id: int
     similarity: float
@@ -49,7 +50,8 @@ def neighbor_queries(root: Root, stored: Sequence[Row], database_shards: Sequenc
     rows = [row for row in stored if row.fields[schema.IMAGE_ID] in tables[row.shard]]
     chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[:MAX_QUERIES])
     queries = [(rows[number], tables[rows[number].shard][rows[number].fields[schema.IMAGE_ID]]) for number in chosen]
-    pictures = _database_rows(root, database_shards, {image_id for _, pairs in queries for image_id, _ in pairs})
+    neighbor_ids = {image_id for _, pairs in queries for image_id, _ in pairs}
+    pictures = _database_rows(root, database_shards, neighbor_ids - set(hidden_ids(root.child("index")).tolist()))
     return [
         Query(row, tuple(Neighbor(image_id, similarity, pictures.get(image_id)) for image_id, similarity in pairs))
         for row, pairs in queries

@@ -1,6 +1,6 @@
 """A random choice of a download's rows: stored pictures as thumbnails, and refused rows by reason.
 
-Reads the tables and tars of the chosen shards of `download`.
+Reads the tables and tars of the chosen shards of `download`, and the ids that `optout` hides, which are left out.
 """
 
 from collections import Counter
@@ -16,6 +16,7 @@ from PIL import Image
 from jobs.reporting.thumbnails import stored_pictures, thumb
 from pipeline.runtime.status import find_manifest
 from retrieval.errors import UserError
+from retrieval.index.hidden import hidden_ids
 from retrieval.pictures.decode import PictureError, open_picture, upright_rgb
 from retrieval.storage import schema
 from retrieval.storage.manifest import shard_file
@@ -49,12 +50,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Sample:
-    """Rows of a split. stored: with pictures; refused: examples by reason; reasons: counts of the shown shards."""
+    """Rows of a split. stored: with pictures; refused: examples by reason; reasons: counts of the shown shards.
+
+    num_hidden: rows that are left out, because `optout` or `hide` removed them.
+    """
 
     split: str
     shards: tuple[str, ...]
     num_shards: int
     num_stored: int
+    num_hidden: int
     stored: tuple[Row, ...]
     reasons: dict[str, int]
     refused: dict[str, tuple[Row, ...]]
@@ -79,11 +84,15 @@ def sample_split(root: Root, split: str, names: Sequence[str], num_pictures: int
     """A random choice of the rows of a split. names: of its shards; at most MAX_SHARDS of them are read."""
     rng = np.random.default_rng([seed, schema.SPLITS.index(split)])
     shards = sorted(rng.permutation(np.array(names, np.object_))[:MAX_SHARDS].tolist())
+    hidden = pa.array(hidden_ids(root.child("index")))
+    num_hidden = 0
     stored: list[Row] = []
     refused: dict[str, list[Row]] = {}
     reasons: Counter[str] = Counter()
     for number, shard in enumerate(shards):
-        table = read_shard(root, shard)
+        rows = read_shard(root, shard)
+        table = rows.filter(pc.invert(pc.is_in(rows[schema.IMAGE_ID], hidden)))
+        num_hidden += len(rows) - len(table)
         reasons.update(table["reason"].to_pylist())
         count = (num_pictures - len(stored)) // (len(shards) - number)
         chosen = _choose(table, "", count, rng, None if root.is_local else REMOTE_ROWS)
@@ -97,6 +106,7 @@ def sample_split(root: Root, split: str, names: Sequence[str], num_pictures: int
         tuple(shards),
         len(names),
         num_stored,
+        num_hidden,
         tuple(stored),
         dict(reasons.most_common()),
         {reason: tuple(refused[reason]) for reason, _ in reasons.most_common()},

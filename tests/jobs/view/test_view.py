@@ -16,6 +16,7 @@ from jobs.view.page import view_page
 from jobs.view.samples import REMOTE_ROWS
 from pipeline.pictures.tars import sample_key, tar_writer
 from retrieval.errors import UserError
+from retrieval.index.hidden import hide
 from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, ShardRecord, write_manifest, write_record
 from retrieval.storage.root import Root
@@ -149,7 +150,7 @@ def test_training_pictures_stand_beside_their_neighbors_best_first(root: Root) -
     write_stage(root, "neighbors", [ShardRecord("00000", 1, (file,))], {"k": K})
     page = Tags(page_of(root, "train")).text
     section = page[page.index("Training pictures and their neighbors") :]
-    words = ["train picture 0-0", "0.875", "base picture 0-2", "in a shard that was not read", "0.750"]
+    words = ["train picture 0-0", "0.875", "base picture 0-2", "hidden, or in a shard that was not read", "0.750"]
     places = [section.index(word) for word in words]
     assert places == sorted(places)
 
@@ -192,6 +193,17 @@ def test_an_object_store_is_read_up_to_a_limit_and_the_page_is_written_here(
     assert capsys.readouterr().out == "page: view.html\n"
     titles = Tags((tmp_path / "view.html").read_text()).attributes("article", "title")
     assert titles == [f"train picture 0-{n}" for n in range(REMOTE_ROWS)]
+
+
+def test_hidden_images_are_not_shown(root: Root) -> None:
+    rows = rows_of("train", 0, 3)
+    write_download(root, {"train/00000": rows})
+    write_stage(root, "index", [], {})
+    hide(root.child("index"), [rows[1]["image_id"]])
+    page = Tags(page_of(root))
+    assert page.attributes("article", "title") == ["train picture 0-0", "train picture 0-2"]
+    assert "1 more row is hidden by opt-out" in page.text
+    assert rows[1]["url"] not in page.text
 
 
 def test_an_unfinished_download_shows_its_finished_shards(root: Root) -> None:
