@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.view.samples import Row, read_shard, rows_of, with_pictures
-from pipeline.runtime.status import find_manifest
 from retrieval.index.hidden import hidden_ids
 from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest
@@ -41,11 +40,10 @@ class Query:
     neighbors: tuple[Neighbor, ...]
 
 
-def neighbor_queries(root: Root, stored: Sequence[Row], database_shards: Sequence[str], seed: int) -> list[Query]:
-    """A random choice of training pictures with their neighbors; empty while `neighbors` is not finished."""
-    manifest = find_manifest(root, "neighbors")
-    if manifest is None:
-        return []
+def neighbor_queries(
+    root: Root, manifest: Manifest, stored: Sequence[Row], database_shards: Sequence[str], seed: int
+) -> list[Query]:
+    """A random choice of training pictures with their neighbors. manifest: of `neighbors`."""
     tables = {shard: _neighbors(root, manifest, shard) for shard in dict.fromkeys(row.shard for row in stored)}
     rows = [row for row in stored if row.fields[schema.IMAGE_ID] in tables[row.shard]]
     chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[:MAX_QUERIES])

@@ -24,7 +24,8 @@ def view_page(root: Root, prefix: str, num_pictures: int, seed: int, now: float)
 
     Raises UserError if no shard begins so.
     """
-    names = shard_names(root)
+    manifests = {stage: find_manifest(root, stage) for stage in STAGES}
+    names = shard_names(root, manifests["download"])
     by_split = {split: [name for name in names if name.startswith(f"{split}/")] for split in schema.SPLITS}
     samples = [
         sample_split(root, split, matches, num_pictures, seed)
@@ -36,22 +37,18 @@ def view_page(root: Root, prefix: str, num_pictures: int, seed: int, now: float)
             f"{root.at('download')} has no finished shard that begins with {prefix!r}; it has {len(names):,}, such as"
             f" {names[0]}. Name one of them, or leave out --shard for a choice of all."
         )
+    statuses = [stage_status(root, StageSpec(stage, stage, None), manifests[stage], {}, now) for stage in STAGES]
     training = [row for sample in samples if sample.split == "train" for row in sample.stored]
+    joined = manifests["neighbors"]
     content = {
         "root": root.url,
         "prefix": prefix,
         "seed": seed,
         "samples": samples,
-        "statuses": [(status, reason_bars(status)) for status in stage_statuses(root, now)],
-        "queries": neighbor_queries(root, training, by_split["database"], seed),
+        "statuses": [(status, reason_bars(status)) for status in statuses if status.state != "not started"],
+        "queries": joined and neighbor_queries(root, joined, training, by_split["database"], seed),
     }
     return render(TEMPLATE, content)
-
-
-def stage_statuses(root: Root, now: float) -> list[Status]:
-    """The progress of the stages that leave rows out, those that have begun."""
-    statuses = [stage_status(root, StageSpec(name, name, None), find_manifest(root, name), {}, now) for name in STAGES]
-    return [status for status in statuses if status.state != "not started"]
 
 
 def reason_bars(status: Status) -> list[Bar]:

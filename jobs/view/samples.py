@@ -14,12 +14,11 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from jobs.reporting.thumbnails import stored_pictures, thumb
-from pipeline.runtime.status import find_manifest
 from retrieval.errors import UserError
 from retrieval.index.hidden import hidden_ids
 from retrieval.pictures.decode import PictureError, open_picture, upright_rgb
 from retrieval.storage import schema
-from retrieval.storage.manifest import shard_file
+from retrieval.storage.manifest import Manifest, shard_file
 from retrieval.storage.root import Root
 
 THUMB_PX = 224
@@ -65,12 +64,11 @@ class Sample:
     refused: dict[str, tuple[Row, ...]]
 
 
-def shard_names(root: Root) -> list[str]:
-    """Names of the finished shards of `download`, such as `train/00000-00000`, sorted.
+def shard_names(root: Root, manifest: Manifest | None) -> list[str]:
+    """Names of the finished shards of `download`, such as `train/00000-00000`, sorted. manifest: None if unfinished.
 
     Raises UserError if there is none.
     """
-    manifest = find_manifest(root, "download")
     if manifest:
         return sorted(manifest.shard_names())
     records = root.list("download/records", ".json")
