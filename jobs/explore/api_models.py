@@ -40,10 +40,13 @@ class SearchRequest(ApiRequest):
     """Number of neighbors."""
     recall: float = Field(default=0.95, gt=0, le=1)
     """Share of the true neighbors to find; a lower recall is faster."""
+    where: str = ""
+    """Condition on the metadata, such as `width >= 512 and 'sea' in caption`; empty: all rows."""
 
     def check(self, limits: ExploreConfig) -> None:
         """Raises UserError for a request above the limits, or without a query."""
         _require_text(self.text, limits)
+        _require_text(self.where, limits)
         _require_at_most("k", self.k, limits.max_k)
         if not self.text.strip() and not self.image:
             raise UserError("Nothing to search for: type some words or choose a picture.")

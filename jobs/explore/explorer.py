@@ -165,8 +165,9 @@ class Explorer:
             vectors.append(self.encoder.encode_images([picture]))
         query = unit_rows(np.concatenate(vectors)).mean(axis=0, keepdims=True)
         like = "images" if request.image else "texts"
+        database = database.where(request.where) if request.where.strip() else database
         neighbors = database.search(query, request.k, recall=request.recall, like=like)
-        (rows,) = neighbors.rows
+        rows = neighbors.rows[0]
         pairs = zip(neighbors.similarities[0].tolist(), rows.to_pylist(), strict=True)
         return [self._view(rank, request.database, similarity, row) for rank, (similarity, row) in enumerate(pairs, 1)]
 

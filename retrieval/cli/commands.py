@@ -41,6 +41,8 @@ CAPTION_WIDTH = 50
 def search(arguments: Namespace) -> int:
     """Search for texts, pictures or vectors; print the neighbors or draw them."""
     database = Database.open(arguments.database)
+    if arguments.where:
+        database = database.where(arguments.where)
     inputs = QueryInputs(arguments.texts, arguments.image, arguments.vector, arguments.clip, arguments.pretrained)
     results = []
     for queries in encode_queries(inputs, database, arguments.like):

@@ -72,15 +72,18 @@ class SearchOptions(TypedDict, total=False):
     """Used instead of both."""
     metadata: bool
     """Append the other columns of METADATA; default False."""
+    where: str
+    """Only rows that meet this condition, see `retrieval.index.conditions.parse_condition`; default "": all."""
 
 
 @dataclass(frozen=True)
 class SearchRequest:
-    """The parameters of a search. metadata: return schema.METADATA of each neighbor too."""
+    """The parameters of a search. metadata: return schema.METADATA of each neighbor too. where: a condition or ""."""
 
     k: int
     effort: Effort
     metadata: bool
+    where: str
 
 
 @dataclass(frozen=True)
@@ -147,11 +150,20 @@ class PartitionSearcher:
         whole_block = len(numbers) == len(units)
         if not whole_block:
             units, visits = units[numbers], visits[numbers]
-        results = self._database.search_partitions(units, request.k, request.effort, visits, self._group.partitions)
+        database = self._rows_that_meet(request.where)
+        results = database.search_partitions(units, request.k, request.effort, visits, self._group.partitions)
         table = self._database.result_table(*results, metadata=request.metadata)
         if whole_block:
             return table
         return table.set_column(0, RESULT_SCHEMA.field("query"), pa.array(numbers[table["query"].to_numpy()]))
+
+    def hidden_rows(self, where: str) -> dict[int, int]:
+        """By partition of this group, the number of rows that are hidden or do not meet a condition."""
+        partitions = self._rows_that_meet(where).partitions
+        return {number: partitions[number].num_hidden for number in self._group.partitions}
+
+    def _rows_that_meet(self, where: str) -> Database:
+        return self._database.where(where) if where else self._database
 
     def status(self) -> ActorStatus:
         """The actor's status. The first call returns once the database is open."""
@@ -229,10 +241,22 @@ class Cluster:
         if self._closed:
             raise UserError(f"the cluster of {self.database.root.url} is closed. Open it again.")
         k = min(int(k), len(self.database))
-        effort = options.get("effort")
+        effort, where = options.get("effort"), options.get("where", "")
         if effort is None:
-            effort = self.database.effort(options.get("recall", 0.95), options.get("like", "images"), k)
-        return SearchRequest(k, effort, options.get("metadata", False))
+            database = self._rows_that_meet(where)
+            effort = database.effort(options.get("recall", 0.95), options.get("like", "images"), k)
+        return SearchRequest(k, effort, options.get("metadata", False), where)
+
+    def _rows_that_meet(self, where: str) -> Database:
+        """The database with only these rows. The actors count them, so that this process need not read all rows."""
+        if not where:
+            return self.database
+        database = self.database.where(where)
+        if "hidden_rows" not in vars(database):
+            calls = [(replicas, replicas.send("hidden_rows", where)) for replicas in self._replicas]
+            counts = {number: count for replicas, call in calls for number, count in replicas.receive(call).items()}
+            database.hidden_rows = np.array([counts[number] for number in range(len(counts))], np.int64)
+        return database
 
     def _start(self, source: Any, group: PartitionGroup) -> Replicas:
         actor = ray.remote(PartitionSearcher).options(
@@ -259,13 +283,13 @@ class Cluster:
         )
 
     def _send(self, units: Vectors, request: SearchRequest) -> list[tuple[Replicas, PendingCall]]:
-        visits = self.database.route(units, request.k, request.effort)
+        visits = self._rows_that_meet(request.where).route(units, request.k, request.effort)
         block: Any = (units, visits)
         if units.nbytes + visits.nbytes > INLINE_BYTES:
             block = ray.put(block)
         # Without queries, the first group returns the empty table.
         numbers = [i for i, group in enumerate(self.groups) if np.isin(group.partitions, visits).any()] or [0]
-        return [(self._replicas[i], self._replicas[i].send(block, request)) for i in numbers]
+        return [(self._replicas[i], self._replicas[i].send("search", block, request)) for i in numbers]
 
     def _receive(self, num_queries: int, calls: list[tuple[Replicas, PendingCall]], k: int) -> pa.Table:
         return merge_results([replicas.receive(call) for replicas, call in calls], num_queries, k)

@@ -33,10 +33,11 @@ POLL_S = 0.02
 
 @dataclass(frozen=True)
 class PendingCall:
-    """A call of `search`: the actor, the reference of the result, and the arguments."""
+    """A call of a method: the actor, the reference of the result, name of the method, and the arguments."""
 
     actor: Any
     result: Any
+    method: str
     arguments: tuple[Any, ...]
 
 
@@ -49,7 +50,7 @@ class _StartingActor:
 
 
 class Replicas:
-    """`count` identical actors created by `start()`, with the methods `search` and `status`."""
+    """`count` identical actors created by `start()`, with a method `status` and others."""
 
     def __init__(self, name: str, start: Callable[[], Any], count: int, timeout_s: float) -> None:
         self._name = name
@@ -71,10 +72,10 @@ class Replicas:
             except RayError as error:
                 raise self._unreachable(_brief(error)) from error
 
-    def send(self, *arguments: Any) -> PendingCall:
-        """Call `search` of the next running actor. Raises UserError if none runs before the timeout."""
+    def send(self, method: str, *arguments: Any) -> PendingCall:
+        """Call a method of the next running actor. Raises UserError if none runs before the timeout."""
         actor = self._next()
-        return PendingCall(actor, actor.search.remote(*arguments), arguments)
+        return PendingCall(actor, getattr(actor, method).remote(*arguments), method, arguments)
 
     def receive(self, call: PendingCall) -> Any:
         """The result of a call; repeats it on another actor if this one failed. Raises its UserError."""
@@ -85,7 +86,7 @@ class Replicas:
                 raise error.cause if isinstance(error.cause, UserError) else error from None
             except LOST_ACTOR as error:
                 self._replace(call.actor, error)
-            call = self.send(*call.arguments)
+            call = self.send(call.method, *call.arguments)
         raise UserError(
             f"{self._name}: {MAX_LOSSES} actors failed on the same queries; the last failure: "
             f"{self._last_failure}. The usual cause is too little memory: use more actors, see Ray's logs."

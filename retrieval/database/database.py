@@ -5,7 +5,7 @@ exact similarity: the candidates are approximate, their order is exact.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,10 +16,12 @@ import pyarrow as pa
 
 from retrieval.clip.identity import EncoderIdentity
 from retrieval.database.efforts import Efforts
+from retrieval.database.one_opened import MAX_OPENED, OneOpened
 from retrieval.database.result_table import result_table
 from retrieval.database.stored_calibration import read_calibrations
 from retrieval.database.unit_rows import unit_queries, whole_k
 from retrieval.errors import UserError
+from retrieval.index.conditions import Expression, parse_condition
 from retrieval.index.effort import Effort, MeasuredEffort
 from retrieval.index.hidden import Ids, as_ids, hidden_ids
 from retrieval.index.partition import Partition
@@ -33,27 +35,8 @@ from retrieval.storage.root import Root
 SCHEMA_VERSION = 5
 """Version of the files of a database. Databases of other versions are refused."""
 
-MAX_OPENED = 16
-"""Partitions that passes over a database keep open: a million rows take about 0.4 GB, and 1.9 GB from a store."""
-
-
-class _OneOpened(Sequence[Partition]):
-    """The partitions of a database. Each is opened when it is asked for, in place of the one before it."""
-
-    def __init__(self, count: int, open_partition: Callable[[int], Partition]) -> None:
-        self._open = open_partition
-        self._count = count
-        self._number = -1
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, number: Any) -> Any:
-        if number >= self._count:
-            raise IndexError(number)
-        if number != self._number:
-            self._partition, self._number = self._open(int(number)), number
-        return self._partition
+MAX_VIEWS = 16
+"""Conditions whose rows are kept, for each database."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +79,14 @@ class Database:
         self.manifest = manifest
         self.hidden = hidden
         """Image ids that no search returns, ascending: the permanently hidden ones and those of `without`."""
+        self.condition: Expression | None = None
+        """Other rows than those that meet it are hidden too."""
         self.name = manifest.stage.rsplit("/", maxsplit=1)[-1]
         self.encoder = EncoderIdentity(**manifest.values["encoder"])
         self.dim = self.encoder.dim
         self.partition_rows = np.asarray(manifest.values["rows"], np.int64)
         self._folders = stored_folders(manifest)
-        self.partitions: Sequence[Partition] = [self.open_partition(number) for number in range(len(self._folders))]
+        self.partitions: Sequence[Partition] = [*map(self.open_partition, range(len(self._folders)))]
         self._warned: set[str] = set()
         self._offsets = np.concatenate([[0], np.cumsum(self.partition_rows)])
         self.centroids: Vectors = load_file(root, "centroids.npy", load_array)
@@ -130,37 +115,58 @@ class Database:
                     )
         return cls(root, manifest, hidden_ids(root))
 
+    def open_partition(self, number: int) -> Partition:
+        """A partition with files of its own, which are closed with it and not with the database."""
+        return Partition.open(self.root, self._folders[number], self.hidden, self.condition)
+
     def without(self, ids: npt.ArrayLike) -> "Database":
         """This database with more image ids hidden, in the returned object only. Both share all opened files."""
-        return self._hiding(np.union1d(self.hidden, as_ids(ids)))
+        return self._hiding(np.union1d(self.hidden, as_ids(ids)), self.condition)
 
     def with_all_rows(self) -> "Database":
         """This database with no row hidden, in the returned object only."""
-        return self._hiding(np.empty(0, np.int64))
+        return self._hiding(np.empty(0, np.int64), None)
 
     def for_passes(self) -> "Database":
         """This database for passes over all partitions: of more than MAX_OPENED, one is open at a time."""
         other = copy.copy(self)
         if len(self.partitions) > MAX_OPENED:
-            other.partitions = _OneOpened(len(self._folders), self.open_partition)
+            other.partitions = OneOpened(len(self._folders), self.open_partition)
         return other
 
-    def open_partition(self, number: int) -> Partition:
-        """A partition with files of its own, which are closed with it and not with the database."""
-        return Partition.open(self.root, self._folders[number], self.hidden)
+    def where(self, condition: Expression | str) -> "Database":
+        """This database with only the rows that meet a condition. Both share all opened files.
 
-    def _hiding(self, hidden: Ids) -> "Database":
+        condition: an Arrow expression over the columns of `metadata_at`, or a text, see `parse_condition`. Rows where
+        its value is null do not meet it. A later condition is added to an earlier one. The condition is evaluated once
+        for each partition, so keep the result for more searches; that of a text is kept. Raises UserError.
+        """
+        if isinstance(condition, str):
+            if condition not in self._views:
+                if len(self._views) >= MAX_VIEWS:
+                    self._views.clear()
+                self._views[condition] = self.where(parse_condition(condition))
+            return self._views[condition]
+        combined = condition if self.condition is None else self.condition & condition
+        return self._hiding(self.hidden, combined)
+
+    def _hiding(self, hidden: Ids, condition: Expression | None) -> "Database":
         other = copy.copy(self)
-        other.hidden = hidden
-        other.partitions = [Partition(partition.files, hidden) for partition in self.partitions]
-        for name in ("hidden_rows", "_chosen"):
+        other.hidden, other.condition = hidden, condition
+        other.partitions = [Partition(partition.files, hidden, condition) for partition in self.partitions]
+        for name in ("hidden_rows", "_chosen", "_views"):
             other.__dict__.pop(name, None)
         return other
 
     @cached_property
+    def _views(self) -> dict[str, "Database"]:
+        """Databases by the text of their condition."""
+        return {}
+
+    @cached_property
     def hidden_rows(self) -> Numbers:
-        """Number of hidden rows in each partition, (partitions,). Reads the ids of all rows if any id is hidden."""
-        if not len(self.hidden):
+        """Number of hidden rows in each partition, (partitions,). Reads the metadata of all rows if any is hidden."""
+        if not len(self.hidden) and self.condition is None:
             return np.zeros(len(self.partitions), np.int64)
         return np.array([partition.num_hidden for partition in self.partitions], np.int64)
 

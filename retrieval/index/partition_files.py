@@ -6,7 +6,7 @@ whole files from an object store. faiss ranks by the mapped float16 vectors, wit
 
 import threading
 from collections.abc import Callable
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -158,22 +158,40 @@ class PartitionFiles:
         """faiss.IndexRefineSearchParameters for an effort and k wanted results."""
         parameters = self._parameters.get((effort, k))  # creating them takes a tenth of the time of a search
         if parameters is None:
-            candidates = 1 if self.is_flat else effort.candidates_per_result
-            factor = max(1.0, candidates / self.results_per_row)
             base = self.base_parameters(effort.lists_per_partition, k * effort.candidates_per_result)
-            parameters = faiss.IndexRefineSearchParameters(k_factor=factor, base_index_params=base)
+            parameters = self._refine_parameters(effort, base)
             if len(self._parameters) >= MAX_PARAMETERS:
                 self._parameters.clear()
             self._parameters[effort, k] = parameters
         return parameters
 
+    def filtered_parameters(self, effort: Effort, selector: Any) -> Any:
+        """As `parameters`, for a search that skips the codes of rows that a faiss.IDSelector does not select."""
+        lists = effort.lists_per_partition
+        base = faiss.SearchParametersIVF(nprobe=lists, quantizer_params=_graph_effort(lists), sel=selector)
+        return self._refine_parameters(effort, base)
+
+    def nearest_lists(self, queries: Vectors, count: int) -> Numbers:
+        """The numbers of the lists nearest to each query, (n, count), nearest first. Only where a graph finds lists."""
+        return np.asarray(self.base.quantizer.search(queries, count, params=_graph_effort(count))[1])
+
+    def _refine_parameters(self, effort: Effort, base: Any) -> Any:
+        candidates = 1 if self.is_flat else effort.candidates_per_result
+        factor = max(1.0, candidates / self.results_per_row)
+        return faiss.IndexRefineSearchParameters(k_factor=factor, base_index_params=base)
+
     def base_parameters(self, lists: int, candidates: int) -> Any:
         """Parameters of the base index for a number of visited lists and of candidates."""
         lists = min(lists, self.num_lists)  # with more faiss returns wrong results
         if isinstance(self.base, faiss.IndexIVF):
-            graph = faiss.SearchParametersHNSW(efSearch=lists + GRAPH_SPARE)
-            coarse = graph if isinstance(self.base, faiss.IndexIVFPQFastScan) else None
+            coarse = _graph_effort(lists) if isinstance(self.base, faiss.IndexIVFPQFastScan) else None
             return faiss.SearchParametersIVF(nprobe=lists, quantizer_params=coarse)
         if isinstance(self.base, faiss.IndexHNSW):
             return faiss.SearchParametersHNSW(efSearch=max(MIN_GRAPH_EFFORT, candidates))
         return faiss.SearchParameters()
+
+
+@lru_cache(MAX_PARAMETERS)
+def _graph_effort(lists: int) -> Any:
+    """Parameters of the graph that finds the nearest lists."""
+    return faiss.SearchParametersHNSW(efSearch=lists + GRAPH_SPARE)

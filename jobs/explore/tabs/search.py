@@ -8,6 +8,7 @@ from starlette.datastructures import QueryParams
 from jobs.explore.api_models import SearchRequest, from_query
 from jobs.explore.tabs import views
 from jobs.explore.tabs.widgets import EVENT_OPTIONS, PageContext, Tab, file_as_base64, page_event, upload_field
+from retrieval.index.conditions import EXAMPLE
 
 
 def add_tab(context: PageContext) -> Tab:
@@ -17,26 +18,28 @@ def add_tab(context: PageContext) -> Tab:
         with gr.Column(scale=3, min_width=260):
             text = gr.Textbox(label="Text", placeholder="a stag in the snow", max_length=limits.max_text_characters)
             database = gr.Dropdown(context.choices, value=context.first_database, label="Database", filterable=False)
+            where = gr.Textbox(label="Only rows where", placeholder=EXAMPLE, max_length=limits.max_text_characters)
             k = gr.Slider(1, limits.max_k, min(12, limits.max_k), step=1, label="Neighbors")
             button = gr.Button("Search", variant="primary")
         with gr.Column(scale=2, min_width=220):
             image = upload_field("Picture (instead of the text, or in addition)")
     output = gr.HTML(elem_id="search-results", min_height=40)
-    fields = [text, image, database, k]
+    fields = [text, image, database, where, k]
 
-    async def search(text: str, image: str | None, database: str, k: int) -> str:
-        request = SearchRequest(text=text or "", image=file_as_base64(image), database=database, k=k)
+    async def search(text: str, image: str | None, database: str, where: str, k: int) -> str:
+        picture = file_as_base64(image)
+        request = SearchRequest(text=text or "", image=picture, database=database, where=where or "", k=k)
         neighbors = await context.explorer.search(request)
         query = f"“{request.text}”" if request.text.strip() else "the picture"
         heading = f"{len(neighbors)} neighbors of {query} ({views.database_title(database)})"
         return views.search_results(neighbors, heading, request.link())
 
     answer = page_event(context, search)
-    for trigger in (button.click, text.submit, image.upload):
+    for trigger in (button.click, text.submit, where.submit, image.upload):
         trigger(answer, fields, output, **EVENT_OPTIONS)
     return Tab("search", fields, answer, output, _values_of)
 
 
 def _values_of(query: QueryParams) -> list[Any]:
     request = from_query(SearchRequest, query)
-    return [request.text, None, request.database, request.k]
+    return [request.text, None, request.database, request.where, request.k]

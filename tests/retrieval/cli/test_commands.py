@@ -107,6 +107,16 @@ def test_search_prints_the_neighbors_that_the_library_returns(
     ]
 
 
+def test_search_among_the_rows_that_meet_a_condition(database: str, query_file: str, capsys: Capture) -> None:
+    code, text, _ = run(
+        capsys, "search", database, "--vector", query_file, "-k", "4", "--json", "--where", "image_id < 1100"
+    )
+    assert code == 0
+    assert all(row["image_id"] < 1100 for result in json.loads(text) for row in result["neighbors"])
+    code, _, error = run(capsys, "search", database, "--vector", query_file, "--where", "image_id")
+    assert (code, "Write it as in: width >= 768" in error) == (2, True)
+
+
 def test_recall_determines_how_many_partitions_a_search_visits(build: Build, tmp_path: Path, capsys: Capture) -> None:
     rows = unit(np.random.default_rng(4).standard_normal((600, 32)))  # no clusters: partitions miss much
     database = build(rows, rows_per_partition=60, num_queries=100)

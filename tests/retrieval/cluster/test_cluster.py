@@ -145,6 +145,15 @@ def test_texts_get_the_effort_for_texts(database: Database, queries: Vectors, op
         assert_same(table, Database.open(database.root), queries, 5, like="texts")
 
 
+def test_a_condition_gives_the_same_rows_as_in_one_process(database: Database, queries: Vectors, opened: Open) -> None:
+    cluster, condition = opened(database, actors=2, cpus_per_actor=HALF), "image_id > 4000 and '1' in caption"
+    assert_same(cluster.search(queries, 5, where=condition), database.where(condition), queries, 5)
+    single = cluster.submit(queries[0], 5, where=condition).result()
+    assert_same(single, database.where(condition), queries[:1], 5)
+    with pytest.raises(UserError, match="The columns are image_id"):
+        cluster.search(queries, 5, where="size > 4000")
+
+
 def test_hidden_rows_stay_hidden(database: Database, queries: Vectors, opened: Open) -> None:
     hidden = np.unique(database.search(queries, 3).ids)
     without = database.without(hidden)

@@ -1,0 +1,110 @@
+"""Conditions on the metadata of a database: from text to an Arrow expression, and the rows that meet it.
+
+The text is a Python expression of column names, numbers, texts, lists, comparisons, `and`, `or` and `not`. It is parsed
+into an expression and never executed, because the shell and the page pass on what their users write.
+"""
+
+import ast
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+
+from retrieval.errors import UserError
+
+Expression: TypeAlias = Any
+"""pyarrow.compute.Expression, which has no types."""
+MAX_CHARACTERS = 1 << 20
+"""Longest text of a condition: about 50,000 ids."""
+EXAMPLE = "width >= 768 and license in ['cc0', 'cc-by'] and 'sea' in caption"
+COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Expression]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+}
+
+
+def parse_condition(text: str) -> Expression:
+    """The condition in a text, such as EXAMPLE. `'sea' in caption`: the column contains the text, in any case.
+
+    `license is None`: the value is missing. Rows where a compared value is missing do not meet a condition.
+    Raises UserError for other texts.
+    """
+    try:
+        if len(text) > MAX_CHARACTERS:
+            raise ValueError(f"{len(text):,} characters, at most {MAX_CHARACTERS:,} are allowed")
+        return _condition(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError, pa.ArrowException) as error:
+        shown = text if len(text) < 200 else f"{text[:200]}..."
+        raise UserError(f"condition {shown!r}: {error}. Write it as in: {EXAMPLE}") from error
+
+
+def rows_that_meet(condition: Expression, metadata: pa.Table) -> npt.NDArray[np.bool_]:
+    """Which rows meet a condition, (rows,). Raises UserError for unknown columns and values of another type."""
+    try:
+        table = ds.dataset(metadata).to_table(columns={"meets": condition})
+        return np.asarray(table["meets"].cast(pa.bool_()).fill_null(False).to_numpy())
+    except (pa.ArrowException, TypeError) as error:
+        columns = ", ".join(f"{field.name} ({field.type})" for field in metadata.schema)
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"condition {condition}: {reason}. The columns are {columns}.") from error
+
+
+def _condition(node: ast.expr) -> Expression:
+    if isinstance(node, ast.BoolOp):
+        combine = operator.and_ if isinstance(node.op, ast.And) else operator.or_
+        return functools.reduce(combine, map(_condition, node.values))
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        return ~_condition(node.operand)
+    if isinstance(node, ast.Compare):
+        operands = [node.left, *node.comparators]
+        parts = map(_comparison, operands, node.ops, operands[1:])
+        return functools.reduce(operator.and_, parts)
+    raise ValueError(f"{ast.unparse(node)} is no comparison")
+
+
+def _comparison(left: ast.expr, comparison: ast.cmpop, right: ast.expr) -> Expression:
+    if isinstance(comparison, (ast.In, ast.NotIn)):
+        contained = _contained(left, right)
+        return contained if isinstance(comparison, ast.In) else ~contained
+    is_none = isinstance(right, ast.Constant) and right.value is None
+    if is_none and isinstance(left, ast.Name) and isinstance(comparison, (ast.Is, ast.IsNot)):
+        missing = pc.field(left.id).is_null()
+        return missing if isinstance(comparison, ast.Is) else ~missing
+    if type(comparison) not in COMPARISONS:
+        raise ValueError("`is` and `is not` are for None")
+    if not isinstance(left, ast.Name) and not isinstance(right, ast.Name):
+        raise ValueError(f"{ast.unparse(left)} is compared with {ast.unparse(right)}, and neither is a column")
+    return COMPARISONS[type(comparison)](_operand(left), _operand(right))
+
+
+def _contained(left: ast.expr, right: ast.expr) -> Expression:
+    if isinstance(right, ast.Name):
+        part = ast.literal_eval(left)
+        if not isinstance(part, str):
+            raise ValueError(f"{ast.unparse(left)} in {right.id}: only texts can be contained in a column")
+        return pc.match_substring(pc.field(right.id), part, ignore_case=True)
+    values = ast.literal_eval(right)
+    if not isinstance(left, ast.Name) or not isinstance(values, (list, tuple, set)):
+        raise ValueError(
+            f"{ast.unparse(left)} in {ast.unparse(right)}: wanted a column in a list, or a text in a column"
+        )
+    return pc.field(left.id).isin(list(values))
+
+
+def _operand(node: ast.expr) -> Expression:
+    if isinstance(node, ast.Name):
+        return pc.field(node.id)
+    value = ast.literal_eval(node)
+    if not isinstance(value, (bool, int, float, str)):
+        raise ValueError(f"{ast.unparse(node)} is no number and no text")
+    return pc.scalar(value)
