@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pipeline.download.former_shards import delete_former, set_aside
 from pipeline.filter.later_blocked import later_blocked_ids
 from pipeline.recipe import DownloadConfig
 from pipeline.runtime.runner import run_shards
@@ -49,9 +50,8 @@ def run(config: DownloadConfig, root: Root, retry: bool = False) -> Manifest:
     shards = [*selected.shard_names("train/"), *selected.shard_names("database/")]
     digests = {record.shard: record.digest for record in selected.shards}
     by_shard = {shard: {"filter": digests[shard]} for shard in shards}
-    stage = Stage(
-        root, "download", SCHEMA_VERSION, config, {"filter": selected.identity}, inputs, by_shard, updates_shards=True
-    )
+    upstream, keep_former = {"filter": selected.identity}, partial(set_aside, root)
+    stage = Stage(root, "download", SCHEMA_VERSION, config, upstream, inputs, by_shard, keep_former)
     if (finished := stage.finished()) and not retry:
         _log_changed_settings(stage, finished)
         return finished
@@ -60,6 +60,7 @@ def run(config: DownloadConfig, root: Root, retry: bool = False) -> Manifest:
         # While one shard is written, or waits for its last servers, the other is fetched.
         workers = replace(Workers.from_config(config), shards_at_once=SHARDS_AT_ONCE)
         records = run_shards(stage, shards, make, workers, include_finished=retry)
+        delete_former(root, records)
         urls = int(sum(record.values["urls"] for record in records))
         return stage.complete(records, {"urls": urls}, started)
 

@@ -9,21 +9,23 @@ changes keeps its files, because a new file makes later stages run again.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 
+from pipeline.download.former_shards import former_shards, rows_in, stored_pictures
 from pipeline.download.image_download import CONTENT_BLOCKED, PHASH_BLOCKED, URL_BLOCKED, RowStatus, SplitSettings
 from pipeline.download.shard_download import ReadJpeg, Row, Rows, ShardDownload, blocked_urls, write_rows, write_tar
-from pipeline.pictures.tars import picture_reader, sample_key
 from pipeline.web.blocklist import Blocklist
 from retrieval.storage.manifest import ShardRecord, delete_record, files_exist, read_record
 from retrieval.storage.root import Root
-from retrieval.storage.schema import DOWNLOADED, FROM_METADATA, SELECTED, Reason, read_table
+from retrieval.storage.schema import DOWNLOADED, FROM_METADATA, IMAGE_ID, SELECTED, Reason, read_table
 
 NEW = "new"
 """Stands for the outcome of a row that was not requested yet."""
+_NEW_ROW = vars(RowStatus(NEW))
 TRANSIENT = frozenset({Reason.UNAVAILABLE, Reason.NO_CONNECTION, Reason.TIMEOUT, Reason.TRUNCATED})
 
 
@@ -55,26 +57,38 @@ class ShardUpdate:
         """The record of a shard, new or unchanged. The caller writes it."""
         root = self.shard_download.root
         stored = read_record(root, "download", shard)
-        if stored is None or not files_exist(root, stored[1]):
+        if stored and files_exist(root, stored[1]):
+            records = [stored[1]]
+        else:
             delete_record(root, "download", shard)  # the download writes files that it names
+            records = former_shards(root, shard)
+        if not records:
             return self.shard_download(shard)
-        record = stored[1]
         selected = read_table(root, f"filter/{shard}.parquet", SELECTED)
-        before = read_table(root, record.file(".parquet"), DOWNLOADED)
-        is_selected = before.select(FROM_METADATA).equals(selected.select(FROM_METADATA))
-        is_current = is_selected and record.inputs.get("blocklist") == self._settings(shard).blocklist.identity
-        if is_current and not (self.retry and {*TRANSIENT, Reason.BLOCKED} & {*record.reasons}):
-            return record
-        rows = _selected_rows(selected, before)
-        return self._update(record, rows, None if not is_selected else [_outcome(row) for row in rows])
+        if records[0].shard != shard:
+            return self._update(shard, records, selected, None)
+        before = read_table(root, records[0].file(".parquet"), DOWNLOADED)
+        if not before.select(FROM_METADATA).equals(selected.select(FROM_METADATA)):
+            return self._update(shard, records, selected, None)
+        is_current = records[0].inputs.get("blocklist") == self._settings(shard).blocklist.identity
+        if is_current and not (self.retry and {*TRANSIENT, Reason.BLOCKED} & {*records[0].reasons}):
+            return records[0]
+        return self._update(shard, records[:1], selected, records[0])
 
     def _settings(self, shard: str) -> SplitSettings:
         return self.shard_download.settings[shard.partition("/")[0]]
 
-    def _update(self, record: ShardRecord, before: Rows, outcomes: list[str] | None) -> ShardRecord:
-        """Fetch what is missing and write the shard, unless that gives the same outcomes. before: rows by now."""
+    def _update(
+        self, shard: str, records: Sequence[ShardRecord], selected: pa.Table, unchanged: ShardRecord | None
+    ) -> ShardRecord:
+        """Fetch what the stored shards lack and write the shard.
+
+        records: the stored shards. unchanged: is returned if all rows have its outcomes.
+        """
+        root, settings = self.shard_download.root, self._settings(shard)
+        stored, used = rows_in(root, records, selected[IMAGE_ID].to_pylist())
+        before = [stored.get(row[IMAGE_ID], _NEW_ROW) | row for row in selected.select(FROM_METADATA).to_pylist()]
         table = pa.Table.from_pylist(before, DOWNLOADED)
-        settings = self._settings(record.shard)
         listed = listed_rows(table, settings.blocklist)
         missing = [n for n, row in enumerate(before) if n not in listed and self._is_missing(row)]
         if not any(before[n]["reason"] == NEW for n in missing):
@@ -83,9 +97,14 @@ class ShardUpdate:
         with self.shard_download.download_rows(table.take(pa.array(missing, pa.int64())), settings) as (new, read_new):
             numbers = {n: i for i, n in enumerate(missing)}
             rows = [new[numbers[n]] if n in numbers else _blocked(row, listed.get(n)) for n, row in enumerate(before)]
-            if [_outcome(row) for row in rows] == outcomes:
-                return record
-            return _write(self.shard_download.root, record, rows, (numbers, read_new))
+            if unchanged and [*map(_outcome, rows)] == [*map(_outcome, before)]:
+                return unchanged
+            with stored_pictures(root, used) as read_old:
+
+                def read_jpeg(n: int) -> bytes:
+                    return read_new(numbers[n]) if n in numbers else read_old(rows[n][IMAGE_ID])
+
+                return _write(root, shard, rows, read_jpeg)
 
     def _is_missing(self, row: Row) -> bool:
         """Whether to request the URL of a row, which is not listed now."""
@@ -98,31 +117,18 @@ def without_listed(root: Root, record: ShardRecord, blocklist: Blocklist) -> Sha
     listed = listed_rows(table, blocklist)
     before = table.to_pylist()
     rows = [_blocked(row, listed.get(n)) for n, row in enumerate(before)]
-    return record if rows == before else replace(_write(root, record, rows), inputs=record.inputs)
+    if rows == before:
+        return record
+    with stored_pictures(root, [record]) as read:
+        return replace(_write(root, record.shard, rows, lambda n: read(rows[n][IMAGE_ID])), inputs=record.inputs)
 
 
-def _write(
-    root: Root, record: ShardRecord, rows: Rows, new: tuple[dict[int, int], ReadJpeg] | None = None
-) -> ShardRecord:
-    """Write a shard again. new: numbers of the rows that were fetched now by those in the shard, and their reader."""
+def _write(root: Root, shard: str, rows: Rows, read_jpeg: ReadJpeg) -> ShardRecord:
+    """Write a shard under names that its earlier files do not have."""
     digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:8]
-    name = f"download/{record.shard}.{digest}.tar"
-    with root.local(record.file(".tar")) as path, picture_reader(path) as read_old, root.writing(name) as tar:
-
-        def read_jpeg(n: int) -> bytes:
-            if new and n in new[0]:
-                return new[1](new[0][n])
-            return read_old(sample_key(rows[n]["image_id"]))
-
+    with root.writing(f"download/{shard}.{digest}.tar") as tar:
         write_tar(tar.path, rows, read_jpeg)
-    return write_rows(root, record.shard, rows, tar.record)
-
-
-def _selected_rows(selected: pa.Table, before: pa.Table) -> Rows:
-    """The rows of `selected` (SELECTED) with their stored outcome in `before` (DOWNLOADED), or with the reason NEW."""
-    stored = {row["image_id"]: row for row in before.to_pylist()}
-    new = vars(RowStatus(NEW))
-    return [stored.get(row["image_id"], new) | row for row in selected.select(FROM_METADATA).to_pylist()]
+    return write_rows(root, shard, rows, tar.record)
 
 
 def _blocked(row: Row, message: str | None) -> Row:

@@ -36,7 +36,8 @@ class Stage:
     upstream: inputs in the fingerprint. inputs: other inputs of every shard.
     by_shard: by shard, the digests of what it is made from. Inputs of `upstream` with these names are compared shard by
     shard: if one changes, only the shards with another digest are made again.
-    updates_shards: the work brings finished shards of other inputs up to date, so it needs their records.
+    set_aside: for work that brings finished shards of other inputs up to date: receives their records, which are
+    deleted afterwards. Their files stay.
     """
 
     root: Root
@@ -46,7 +47,7 @@ class Stage:
     upstream: dict[str, str] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
     by_shard: Mapping[str, dict[str, str]] = field(default_factory=dict)
-    updates_shards: bool = False
+    set_aside: Callable[[Sequence[ShardRecord]], None] | None = None
 
     @cached_property
     def identity(self) -> StageIdentity:
@@ -129,16 +130,18 @@ class Stage:
                 )
             self.log.warning("%s", text)
         self.root.delete(f"{self.name}/manifest.json")
-        if not self.updates_shards:
+        if self.set_aside:
+            self.set_aside(outdated)
+        else:
             former = [record for record in outdated if record.shard not in self.by_shard]
             # A record without its files is not used, but files without a record would stay.
             self.root.delete_files(file.name for record in former for file in record.files)
-            self.root.delete_files(record_file(self.name, record.shard) for record in outdated)
+        self.root.delete_files(record_file(self.name, record.shard) for record in outdated)
 
     def _loss(self, outdated: Sequence[ShardRecord], num_finished: int) -> str:
         inputs = (self.inputs_of(record.shard).items() ^ record.inputs.items() for record in outdated)
         names = sorted({name for changed in inputs for name, _ in changed} - {*self.inputs})
-        fate = "brought up to date" if self.updates_shards else "made again or deleted"
+        fate = "brought up to date" if self.set_aside else "made again or deleted"
         rows, seconds = (sum(amounts) for amounts in zip(*((r.rows, r.seconds) for r in outdated), strict=True))
         size = sum(file.bytes for record in outdated for file in record.files)
         return (

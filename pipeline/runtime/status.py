@@ -271,7 +271,7 @@ def _record_times(root: Root, folder: str) -> dict[str, float]:
     return {
         name.removesuffix(".json"): _modified(files[path])
         for path, name in names.items()
-        if name.endswith(".json") and ".partial-" not in name
+        if name.endswith(".json") and ".partial-" not in name and not name.startswith("former/")
     }
 
 

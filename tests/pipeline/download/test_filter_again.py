@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 
 from pipeline.download.download import run as run_download
+from pipeline.download.shard_update import ShardUpdate
 from pipeline.filter.filter import run as run_filter
 from pipeline.pictures.tars import picture_reader, sample_key
 from pipeline.recipe import DownloadConfig, FilterConfig
-from retrieval.storage.manifest import Manifest
+from retrieval.storage.manifest import Manifest, ShardRecord
 from retrieval.storage.root import Root
 from retrieval.storage.schema import DOWNLOADED, FROM_METADATA, SELECTED, read_table
 
@@ -76,3 +77,71 @@ def test_scores_and_language_are_beside_every_picture(tmp_path: Path, metadata: 
         member = tar.extractfile(f"{sample_key(int(str(row['image_id'])))}.json")
         assert member
         assert json.load(member)["similarity"] == row["similarity"]
+
+
+SETTINGS = {
+    "a higher similarity": {"min_similarity": 0.3},
+    "an aesthetic score": {"min_aesthetic": 1.0},
+    "half of the URLs": {"sample": 0.5},
+    "larger shards": {"rows_per_shard": 5},
+    "smaller shards": {"rows_per_shard": 3, "min_similarity": 0.3},
+}
+
+
+@pytest.mark.parametrize("change", SETTINGS)
+def test_a_stricter_filter_requests_nothing_and_its_undoing_only_what_was_dropped(
+    tmp_path: Path, metadata: Path, server, change: str
+) -> None:
+    root = Root(tmp_path / "run")
+    first = chain(root, metadata)
+    before = stored(root, first)
+    assert (len(first.shards), len(before)) == (3, 10)
+    server.requests.clear()
+    second = chain(root, metadata, **SETTINGS[change])
+    kept = stored(root, second)
+    assert server.paths == []
+    assert kept == {image_id: before[image_id] for image_id in kept}
+    assert kept
+    expected = chain(Root(tmp_path / "new"), metadata, **SETTINGS[change])
+    assert sorted(second.checksums().values()) == sorted(expected.checksums().values())
+    assert len(root.list("download", ".tar")) == len(second.shards) == len(root.list("download/records"))
+    server.requests.clear()
+    third = chain(root, metadata)
+    assert stored(root, third) == before
+    assert len(server.paths) == 12 - sum(record.values["urls"] for record in second.shards)
+
+
+def test_a_pilot_on_the_first_files_is_part_of_the_larger_run(tmp_path: Path, metadata: Path, server) -> None:
+    folder, table = tmp_path / "files", pq.read_table(metadata)
+    folder.mkdir()
+    for n in range(3):
+        pq.write_table(table.slice(4 * n, 4), folder / f"{n}.parquet")
+    root = Root(tmp_path / "run")
+    chain(root, folder, files="0-1")
+    assert len(server.paths) == 8
+    server.requests.clear()
+    chain(root, folder)
+    assert sorted(server.paths) == ["/10", "/11", "/8", "/9"]
+
+
+def test_an_update_that_is_killed_between_two_shards_fetches_nothing_again(
+    tmp_path: Path, metadata: Path, server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Root(tmp_path / "run")
+    before = stored(root, chain(root, metadata))
+    server.requests.clear()
+    update = ShardUpdate.__call__
+
+    def killed(self: ShardUpdate, shard: str) -> ShardRecord:
+        if shard.endswith("00001"):
+            raise KeyboardInterrupt
+        return update(self, shard)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ShardUpdate, "__call__", killed)
+        chain(root, metadata, min_similarity=0.1)
+    # Another change before the update ends.
+    kept = stored(root, chain(root, metadata, min_similarity=0.2))
+    assert server.paths == []
+    assert kept == {image_id: picture for image_id, picture in before.items() if picture[0]["similarity"] >= 0.2}  # type: ignore[operator]
+    assert len(root.list("download", ".tar")) == len(root.list("download/records")) == 3
