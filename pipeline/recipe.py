@@ -39,6 +39,12 @@ class Columns(Config):
     """Language of the caption, such as `en`; optional."""
     license: str = ""
     """Licence; optional."""
+    md5: str = ""
+    """MD5 of the picture's file in hex. `download` refuses other bytes as `checksum_mismatch`. Empty: none, in every
+    format, because metadata call other things `md5` or `hash`, such as hashes of URL and caption."""
+    sha256: str = ""
+    """SHA-256 of the picture's file in hex, as `md5`; used rather than that if a row has both. Pictures that are stored
+    already are not checked."""
 
 
 class FilterConfig(WorkersConfig):
@@ -141,6 +147,8 @@ class DownloadConfig(WorkersConfig):
     """Least shorter edge in pixels of a database image; some servers send 1 x 1 for missing pictures."""
     jpeg_quality: int = runtime_setting(95, ge=1, le=100)
     """JPEG quality of re-encoded pictures; an upright sRGB JPEG that keeps its size keeps its compressed pixels."""
+    max_aspect_ratio: float = runtime_setting(0.0, ge=0)
+    """Decoded images with a greater ratio of longer to shorter edge are refused as `aspect_ratio`; 0: no limit."""
     blocklist: str = runtime_setting("")
     """Path or URL of the blocklist, as in `filter`; entries with hashes apply only here. If its entries change, listed
     images are removed from finished shards, and images no longer listed wait for `--retry`."""
@@ -162,6 +170,8 @@ class DownloadConfig(WorkersConfig):
                 "train_edge must be 0 or at least train_min_edge, and database_edge at least database_min_edge; got "
                 f"{self.train_edge} and {self.train_min_edge}, {self.database_edge} and {self.database_min_edge}"
             )
+        if 0 < self.max_aspect_ratio < 1:
+            raise ValueError(f"max_aspect_ratio must be 0 or at least 1, got {self.max_aspect_ratio}")
         return self
 
 

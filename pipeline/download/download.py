@@ -116,6 +116,7 @@ def _split_settings(config: DownloadConfig, blocklist: Blocklist) -> "dict[str, 
             jpeg_quality=config.jpeg_quality,
             threads=config.threads,
             min_answered=config.min_answered,
+            max_aspect_ratio=config.max_aspect_ratio,
             blocklist=blocklist,
         )
         for split, (edge, min_edge) in edges.items()

@@ -8,7 +8,7 @@ permanent errors, and continues after an error without the row.
 import hashlib
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -48,6 +48,7 @@ class SplitSettings:
     jpeg_quality: int
     threads: int
     min_answered: float
+    max_aspect_ratio: float = 0.0
     blocklist: Blocklist = field(default_factory=Blocklist)
 
 
@@ -63,6 +64,16 @@ class RowStatus:
     original_height: int = 0
     sha256: str = ""
     phash: int = 0
+
+
+def check_checksum(body: bytes, stated: str | None) -> None:
+    """Raises PictureError if a body differs from the checksum that the metadata state, `sha256:` or `md5:` and hex."""
+    if stated:
+        algorithm, _, digits = stated.partition(":")
+        computed = hashlib.new(algorithm, body, usedforsecurity=False).hexdigest()
+        if computed != digits:
+            message = f"its {algorithm} is {computed}, not {digits} as in the metadata"
+            raise PictureError(Reason.CHECKSUM_MISMATCH, message)
 
 
 class PictureBuffer:
@@ -87,9 +98,19 @@ class PictureBuffer:
 
 
 class ImageDownload:
-    """Downloads the rows of a queue. statuses: of the finished rows, by number of the row."""
+    """Downloads the rows of a queue. statuses: of the finished rows, by number of the row.
 
-    def __init__(self, fetcher: Fetcher, queue: HostQueue, settings: SplitSettings, pictures: PictureBuffer) -> None:
+    checksums: of SELECTED, by number of the row.
+    """
+
+    def __init__(
+        self,
+        fetcher: Fetcher,
+        queue: HostQueue,
+        settings: SplitSettings,
+        pictures: PictureBuffer,
+        checksums: Sequence[str | None],
+    ) -> None:
         self.statuses: dict[int, RowStatus] = {}
         self.finished = 0
         self.unanswered = 0
@@ -99,6 +120,7 @@ class ImageDownload:
         self._pictures = pictures
         self._lock = threading.Lock()
         self._decodings: list[Future[None]] = []
+        self._checksums = checksums
 
     def run(self, num_rows: int) -> None:
         """Download all rows of the queue. If the network is down, the rest is not requested.
@@ -189,6 +211,7 @@ class ImageDownload:
             try:
                 if self._settings.blocklist.blocks_content(body):
                     raise PictureError(Reason.BLOCKED, CONTENT_BLOCKED)
+                check_checksum(body, self._checksums[row])
                 jpeg = self._encode(body, status)
             except PictureError as error:
                 status.reason, status.message = str(error.reason), str(error)
@@ -207,4 +230,6 @@ class ImageDownload:
             raise PictureError(Reason.BLOCKED, PHASH_BLOCKED)
         if min(picture.size) < settings.min_edge:
             raise PictureError(Reason.TOO_SMALL, f"shorter edge below {settings.min_edge} pixels")
+        if 0 < settings.max_aspect_ratio < max(picture.size) / min(picture.size):
+            raise PictureError(Reason.ASPECT_RATIO, f"edges with a ratio above {settings.max_aspect_ratio:g}")
         return encode_jpeg(picture, settings.jpeg_quality)

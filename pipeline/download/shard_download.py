@@ -27,6 +27,8 @@ from retrieval.storage.temp_folders import temporary_folder
 
 ReadJpeg = Callable[[int], bytes]
 """Returns the stored JPEG of a row, by the number of the row."""
+NOT_IN_TAR = ("reason", "message", "checksum")
+"""Columns of DOWNLOADED that say nothing of a stored image: its SHA-256 is another column."""
 Row = dict[str, Any]
 """A row of DOWNLOADED."""
 Rows = list[Row]
@@ -62,7 +64,7 @@ class ShardDownload:
             stack.enter_context(full_disk_named(path))
             file = stack.enter_context(path.open("w+b"))
             pictures = PictureBuffer(file)
-            download = ImageDownload(self.fetcher, queue, settings, pictures)
+            download = ImageDownload(self.fetcher, queue, settings, pictures, selected["checksum"].to_pylist())
             download.run(selected.num_rows - len(blocked))
             download.statuses |= dict.fromkeys(blocked, RowStatus(str(Reason.BLOCKED), URL_BLOCKED))
             download.check_network()
@@ -85,7 +87,7 @@ def write_tar(path: Path, rows: Rows, read_jpeg: ReadJpeg) -> None:
         for number, row in enumerate(rows):
             if row["reason"]:
                 continue
-            metadata = {name: value for name, value in row.items() if name not in ("reason", "message")}
+            metadata = {name: value for name, value in row.items() if name not in NOT_IN_TAR}
             tar.add(sample_key(row["image_id"]), read_jpeg(number), row["caption"], metadata)
 
 

@@ -19,7 +19,7 @@ class MetadataFormat:
 
 
 LAION = MetadataFormat(
-    {name: (name,) for name in Columns.model_fields}
+    {name: (name,) for name in Columns.model_fields if name not in ("md5", "sha256")}
     | {"caption": ("text", "caption"), "aesthetic": ("aesthetic", "aesthetic_score")}
 )
 """LAION: URL, TEXT, WIDTH, HEIGHT, similarity, pwatermark, punsafe, LICENSE. Re-LAION: url, caption, ...

@@ -58,6 +58,7 @@ class Reason(StrEnum):
     DISALLOWED = "disallowed"
     NOT_AN_IMAGE = "not_an_image"
     TRUNCATED = "truncated"
+    CHECKSUM_MISMATCH = "checksum_mismatch"
     TOO_SMALL = "too_small"
     # embed
     UNREADABLE = "unreadable"
@@ -81,17 +82,19 @@ _LICENSE = columns({"license": pa.string()}, nullable=True)
 SCORES = ("similarity", "pwatermark", "punsafe", "aesthetic")
 """Scores of a picture in the metadata."""
 _SCORES = columns(dict.fromkeys(SCORES, pa.float32()) | {"language": pa.string()}, nullable=True)
+_CHECKSUM = columns({"checksum": pa.string()}, nullable=True)
 _OUTCOME = columns({"reason": pa.string(), "message": pa.string()})
 _ORIGINAL_SIZE = columns({"original_width": pa.int32(), "original_height": pa.int32()})
 _HASHES = columns({"sha256": pa.string(), "phash": pa.int64()})
 
-SELECTED = pa.schema([*_IMAGE, *_SIZE, *_SCORES, *_LICENSE])
-"""Rows that `filter` keeps. width, height: pixels according to the metadata."""
+SELECTED = pa.schema([*_IMAGE, *_SIZE, *_SCORES, *_LICENSE, *_CHECKSUM])
+"""Rows that `filter` keeps. width, height: pixels according to the metadata; checksum: of the file according to the
+metadata, `sha256:` or `md5:` and hex digits."""
 
-FROM_METADATA = [field.name for field in (*_IMAGE, *_SCORES, *_LICENSE)]
+FROM_METADATA = [field.name for field in (*_IMAGE, *_SCORES, *_LICENSE, *_CHECKSUM)]
 """The columns that SELECTED and DOWNLOADED have in common: `filter` fills them from the metadata."""
 
-DOWNLOADED = pa.schema([*_IMAGE, *_SCORES, *_LICENSE, *_OUTCOME, *_SIZE, *_ORIGINAL_SIZE, *_HASHES])
+DOWNLOADED = pa.schema([*_IMAGE, *_SCORES, *_LICENSE, *_CHECKSUM, *_OUTCOME, *_SIZE, *_ORIGINAL_SIZE, *_HASHES])
 """One row per URL. Its first columns are FROM_METADATA. reason: empty for a stored image; sizes: pixels, 0 if unknown;
 sha256: hex, of the bytes that the server sent, empty if none; phash: retrieval.perceptual_hash of the decoded picture,
 0 if none."""

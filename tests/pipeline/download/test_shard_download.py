@@ -85,6 +85,30 @@ def test_images_with_listed_contents_or_perceptual_hashes_are_not_stored(tmp_pat
     assert table["phash"].to_pylist()[0] == perceptual_hash(Image.open(io.BytesIO(bodies[0])))
 
 
+def test_pictures_with_another_checksum_than_in_the_metadata_are_refused(tmp_path: Path, server) -> None:
+    body = jpeg(Image.new("RGB", (96, 96)), 90)
+    md5, sha256 = (hashlib.new(name, body).hexdigest() for name in ("md5", "sha256"))
+    checksums = [f"md5:{md5}", f"sha256:{sha256}", None, f"md5:{'0' * 32}", f"sha256:{'0' * 64}"]
+    root = Root(str(tmp_path))
+    write_selected(root, "train/0", [server.send(f"/{n}", body) for n in range(5)], checksums)
+    ShardDownload(root, make_fetcher(), {"train": SETTINGS})("train/0")
+    table = read_table(root, "download/train/0.parquet", DOWNLOADED)
+    assert table["reason"].to_pylist() == ["", "", "", "checksum_mismatch", "checksum_mismatch"]
+    assert table["message"].to_pylist()[3] == f"its md5 is {md5}, not {'0' * 32} as in the metadata"
+    assert table["checksum"].to_pylist() == checksums
+    assert set(table["sha256"].to_pylist()) == {sha256}
+
+
+def test_pictures_with_a_greater_aspect_ratio_are_refused_upright_or_not(tmp_path: Path, server) -> None:
+    sizes = [(96, 32), (32, 96), (97, 32), (32, 97)]
+    urls = [server.send(f"/{n}", jpeg(Image.new("RGB", size), 90)) for n, size in enumerate(sizes)]
+    root = Root(str(tmp_path))
+    write_selected(root, "train/0", urls)
+    settings = dataclasses.replace(SETTINGS, max_aspect_ratio=3.0)
+    record = ShardDownload(root, make_fetcher(), {"train": settings})("train/0")
+    assert (record.rows, record.reasons) == (2, {"aspect_ratio": 2})
+
+
 def test_listed_urls_domains_and_ids_are_not_requested(tmp_path: Path, server) -> None:
     urls = [server.send(f"/{n}", jpeg(Image.new("RGB", (96, 96)), 90)) for n in range(3)]
     urls.append(urls[2].replace("127.0.0.1", "localhost"))

@@ -1,6 +1,6 @@
 import pyarrow as pa
 
-from pipeline.filter.columns import MAX_CAPTION_CHARS, captions
+from pipeline.filter.columns import MAX_CAPTION_CHARS, captions, checksums
 from retrieval.storage.arrow_columns import count_changed
 
 
@@ -18,3 +18,11 @@ def test_captions_lose_only_nul_invalid_bytes_and_excess_length() -> None:
     cleaned = captions(column)
     assert count_changed(column, cleaned) == 4
     assert cleaned.to_pylist() == ["plain", "nul", "lone  surrogate", "", "", "größe 🖼", "x" * MAX_CAPTION_CHARS]
+
+
+def test_a_row_has_its_sha256_else_its_md5_and_only_if_it_is_one() -> None:
+    md5 = pa.array(["A" * 32, "a" * 32, "g" * 32, None, "b" * 33])
+    sha256 = pa.array(["F" * 64, None, "f" * 63, None, f"{'f' * 64}\n"])
+    expected = [f"sha256:{'f' * 64}", f"md5:{'a' * 32}", None, None, None]
+    assert checksums(md5, sha256).to_pylist() == expected
+    assert checksums(pa.nulls(2), pa.nulls(2)).to_pylist() == [None, None]

@@ -205,6 +205,15 @@ def test_scores_and_language_are_copied_to_the_output(tmp_path: Path, root: Root
     ]
 
 
+def test_checksums_are_read_only_from_columns_that_the_recipe_names(tmp_path: Path, root: Root) -> None:
+    meta = tmp_path / "meta"
+    write(meta, "a.parquet", numbered(0, 1), md5=["0" * 32], sha256=["A" * 64])
+    assert rows_of(root, run(config(meta), root), "train")["checksum"].to_pylist() == [None]
+    named = Root(str(tmp_path / "named"))
+    manifest = run(config(meta, columns=Columns(sha256="sha256")), named)
+    assert rows_of(named, manifest, "train")["checksum"].to_pylist() == [f"sha256:{'a' * 64}"]
+
+
 def test_of_rows_with_one_url_the_first_that_meets_the_thresholds_stays(tmp_path: Path, root: Root) -> None:
     rows = [{"url": "http://example.org/1", "caption": text} for text in ("", "a cat", "a dog")]
     write(tmp_path / "meta", "a.parquet", [*rows, {"url": "http://example.org/2", "caption": "", "punsafe": 0.9}])

@@ -117,14 +117,15 @@ def fetch_all(fetcher: Fetcher, queue: HostQueue, num_rows: int, threads: int) -
         return dict(pool.map(finish_row, range(num_rows)))
 
 
-def write_selected(root: Root, shard: str, urls: Sequence[str]) -> None:
-    """Write the output of filter for a shard."""
+def write_selected(root: Root, shard: str, urls: Sequence[str], checksums: Sequence[str | None] = ()) -> None:
+    """Write the output of filter for a shard. checksums: of the rows; empty: none."""
     rows = {
         "image_id": [image_id(url) for url in urls],
         "url": urls,
         "caption": [f"caption {n}" for n in range(len(urls))],
         "width": [9] * len(urls),
         "height": [9] * len(urls),
+        "checksum": checksums or [None] * len(urls),
     }
     columns = [pa.array(rows.get(field.name, [None] * len(urls)), field.type) for field in SELECTED]
     write_table(root, f"filter/{shard}.parquet", pa.table(columns, schema=SELECTED), SELECTED)
