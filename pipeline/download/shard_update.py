@@ -1,8 +1,8 @@
 """Brings a finished shard up to date: with the blocklist, with the rows that filter selects now and, for
 `download --retry`, with what servers answer now.
 
-Reads the files that the shard's record names, and `filter/<shard>.parquet`. Pictures that are still selected are not
-fetched again. If rows changed, writes both files again under other names; the record,
+Reads the files that the shard's record names, or those of `former_shards`, and `filter/<shard>.parquet`. Pictures that
+are still selected are not fetched again. If rows changed, writes both files again under other names; the record,
 which is written last, names them. So a kill at any moment leaves the old files or the new ones. A shard without
 changes keeps its files, because a new file makes later stages run again.
 """

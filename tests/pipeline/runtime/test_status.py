@@ -69,6 +69,7 @@ def test_a_begun_stage_without_records_is_unfinished(root: Root) -> None:
 
 def test_rows_rate_and_time_left_are_computed_from_the_records(root: Root) -> None:
     write_records(root, "download", numbered(20), ended=NOW - 3, every=4)
+    write_records(root, "download", ["former/train/00000/00000-00000.0"], ended=NOW - 9, every=4)  # to be updated
     current = status(root, StageSpec("download", "download", None, {"": 50}))
     assert (current.state, current.done, current.total) == ("unfinished", 20, 50)
     assert (current.rows, current.bytes, current.reasons) == (2000, 20_000, {"not_found": 200, "timeout": 20})
