@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from PIL import Image
 
 from pipeline.pictures.tars import sample_key
+from retrieval.errors import UserError
 from retrieval.storage.root import Root
 
 QUALITY = 88
@@ -27,11 +28,16 @@ def thumb(picture: Image.Image, edge: int) -> str:
 def stored_pictures(root: Root, name: str, image_ids: Iterable[int]) -> Iterator[tuple[int, bytes]]:
     """Image id and picture file of the samples of a tar with these ids, in the order of the tar.
 
-    Reads the tar up to the last of them. Ids that it does not hold are left out.
+    Reads the tar up to the last of them. Ids that it does not hold are left out. Raises UserError for a damaged tar.
     """
     ids = {sample_key(image_id): image_id for image_id in image_ids}
-    with root.open(name) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-        while ids and (member := tar.next()):
-            key, _, suffix = member.name.partition(".")
-            if suffix not in TEXT_SUFFIXES and key in ids and (data := tar.extractfile(member)):
-                yield ids.pop(key), data.read()
+    try:
+        with root.open(name) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            while ids and (member := tar.next()):
+                key, _, suffix = member.name.partition(".")
+                if suffix not in TEXT_SUFFIXES and key in ids and (data := tar.extractfile(member)):
+                    yield ids.pop(key), data.read()
+    except tarfile.TarError as error:
+        raise UserError(
+            f"{root.at(name)} is no complete tar: {error}. Delete it and run 'make download' again."
+        ) from error

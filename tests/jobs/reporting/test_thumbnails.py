@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import pytest
+
 from jobs.reporting.thumbnails import stored_pictures
 from pipeline.pictures.tars import sample_key, tar_writer
+from retrieval.errors import UserError
 from retrieval.storage.root import Root
 
 
@@ -16,3 +19,9 @@ def test_a_tar_is_read_up_to_the_last_wanted_picture(tmp_path: Path) -> None:
     data = path.read_bytes()
     path.write_bytes(data[: data.index(b"jpeg 7") + 512] + b"damaged" * 100)
     assert list(stored_pictures(Root(tmp_path), "shard.tar", [7, -5])) == [(-5, b"jpeg -5"), (7, b"jpeg 7")]
+
+
+def test_a_damaged_tar_is_an_error_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "shard.tar").write_bytes(b"no tar" * 200)
+    with pytest.raises(UserError, match=r"shard\.tar is no complete tar"):
+        list(stored_pictures(Root(tmp_path), "shard.tar", [3]))
