@@ -13,10 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.download.shard_update import without_listed
-from pipeline.filter.selection import hash_urls
+from pipeline.optout.id_tables import url_ids
 from pipeline.pictures.tars import sample_key
 from pipeline.web.blocklist import Blocklist
-from pipeline.web.urls import canonical_column
 from retrieval.database.build import write_partition
 from retrieval.database.database import Database
 from retrieval.index.hidden import Ids
@@ -62,11 +61,9 @@ def _erase_rows(root: Root, folder: str, shard: str, ids: Ids) -> None:
 
 def urls_are_listed(column: pa.StringArray, blocklist: Blocklist, ids: Ids) -> npt.NDArray[np.bool_]:
     """Which URLs have a listed host, or the id of one of `ids`: the id of a patch is not that of its picture."""
-    urls = canonical_column(column)
-    known = np.flatnonzero(urls.is_valid().to_numpy(zero_copy_only=False))
-    urls = urls.take(pa.array(known))
+    known, urls, ids_of_urls = url_ids(column)
     matches = np.zeros(len(column), bool)
-    matches[known] = np.isin(hash_urls(urls)[0], ids) | blocklist.blocks_hosts(urls)
+    matches[known] = np.isin(ids_of_urls, ids) | blocklist.blocks_hosts(urls)
     return matches
 
 

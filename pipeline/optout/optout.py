@@ -6,28 +6,22 @@ Reads the blocklist, the tables of `download`, the databases, `neighbors` and th
 gives the same result.
 """
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from pipeline.optout.erase import ErasePlan, current_stages, plan_file
 from pipeline.optout.erase import erase as erase_planned
-from pipeline.optout.erased_files import urls_are_listed
+from pipeline.optout.search import Listed, ListSearch
 from pipeline.optout.tables import Removed, refill_tables, with_earlier
-from pipeline.runtime.id_files import read_ids, write_ids
-from pipeline.runtime.runner import run_shards
 from pipeline.runtime.stage import Stage
-from pipeline.runtime.workers import Work, Workers, shared_workers
+from pipeline.runtime.workers import shared_workers
 from pipeline.web.blocklist import Blocklist
 from retrieval.config import Config
-from retrieval.database.database import Database
 from retrieval.errors import UserError
 from retrieval.index.hidden import Ids, hide
-from retrieval.storage import schema
-from retrieval.storage.manifest import ShardRecord, read_manifest, shard_file
+from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
 
 SCHEMA_VERSION = 1
@@ -82,10 +76,11 @@ def _hide(blocklist: Blocklist, root: Root, erase: bool) -> None:
     temporary = Root(root.url, remake=True)
     stage = Stage(temporary, name, SCHEMA_VERSION, Config(), {**inputs, "list": blocklist.identity})
     with stage.building(), shared_workers():
-        found = _find_downloaded(stage, blocklist)
+        search = ListSearch.prepared(stage, blocklist, databases)
+        found = search.pictures()
         ids = found.ids if "download" in inputs else blocklist.ids
         listed = np.union1d(ids, blocklist.ids)
-        rows = {folder: _find_rows(stage, folder, blocklist, listed) for folder in databases}
+        rows = {folder: search.rows(folder, listed) for folder in databases}
         for folder, database in rows.items():
             # The training database also hides training images: this removes their rows from the neighbor tables.
             hidden = np.union1d(ids, database.ids) if folder == "index" else database.ids
@@ -100,7 +95,7 @@ def _hide(blocklist: Blocklist, root: Root, erase: bool) -> None:
 
 
 def _report(
-    root: Root, blocklist: Blocklist, removal: tuple[Ids, dict[str, "Listed"], Removed], earlier: dict[str, Any]
+    root: Root, blocklist: Blocklist, removal: tuple[Ids, dict[str, Listed], Removed], earlier: dict[str, Any]
 ) -> dict[str, Any]:
     """The report of a list. removal: ids of the pictures, rows by database, and changes of the neighbor tables."""
     ids, rows, removed = removal
@@ -116,67 +111,14 @@ def _report(
     }
 
 
-def _plan(root: Root, downloaded: "Listed", rows: dict[str, "Listed"]) -> ErasePlan:
+def _plan(root: Root, downloaded: Listed, rows: dict[str, Listed]) -> ErasePlan:
     return ErasePlan(
         ids=downloaded.ids.tolist(),
-        shards=[name.removeprefix("find/") for name in downloaded.shards],
+        shards=downloaded.shards,
         rows={folder: found.ids.tolist() for folder, found in rows.items()},
-        partitions=[name.removeprefix("hold/") for found in rows.values() for name in found.shards],
+        partitions=[name for found in rows.values() for name in found.shards],
         current=current_stages(root),
     )
-
-
-@dataclass(frozen=True)
-class Listed:
-    """Ids of listed images, ascending, and the shards of the search with at least one."""
-
-    ids: Ids
-    shards: list[str]
-
-
-def _listed(stage: Stage, names: list[str], work: Callable[[], Work]) -> Listed:
-    records = run_shards(stage, names, work, Workers())
-    ids = read_ids(stage.root, [file for record in records for file in record.files])
-    return Listed(ids, [record.shard for record in records if record.rows])
-
-
-def _find_downloaded(stage: Stage, blocklist: Blocklist) -> Listed:
-    """The downloaded images that the blocklist matches."""
-    shards = read_manifest(stage.root, "download").shard_names() if "download" in stage.upstream else []
-    return _listed(stage, [f"find/{shard}" for shard in shards], partial(_find_work, stage, blocklist))
-
-
-def _find_work(stage: Stage, blocklist: Blocklist) -> Work:
-    def find(name: str) -> ShardRecord:
-        path = shard_file(stage.root, "download", name.removeprefix("find/"), ".parquet")
-        table = schema.read_table(stage.root, path, schema.DOWNLOADED)
-        matches = blocklist.blocks_hosts(table["url"].combine_chunks())
-        matches |= blocklist.blocks_ids(table[schema.IMAGE_ID].to_numpy())
-        matches |= blocklist.blocks_phashes(table["phash"].to_numpy())
-        matches |= blocklist.blocks_contents(table["sha256"].combine_chunks())
-        return write_ids(stage.root, stage.name, name, table[schema.IMAGE_ID].to_numpy()[matches])
-
-    return find
-
-
-def _find_rows(stage: Stage, folder: str, blocklist: Blocklist, ids: Ids) -> Listed:
-    """The rows of a database that the blocklist matches."""
-    count = len(Database.open(stage.root.child(folder)).partitions)
-    names = [f"hold/{folder}/{number:05d}" for number in range(count)]
-    return _listed(stage, names, partial(_search_work, stage, blocklist, ids))
-
-
-def _search_work(stage: Stage, blocklist: Blocklist, ids: Ids) -> Work:
-    def search(name: str) -> ShardRecord:
-        folder, _, number = name.removeprefix("hold/").rpartition("/")
-        partition = Database.open(stage.root.child(folder)).with_all_rows().partitions[int(number)]
-        matches = np.isin(partition.ids, ids)
-        # One chunk, or several if the URLs have more than 2 GiB.
-        listed = [urls_are_listed(urls, blocklist, ids) for urls in partition.metadata["url"].chunks]
-        matches |= np.concatenate([np.zeros(0, bool), *listed])
-        return write_ids(stage.root, stage.name, name, partition.ids[matches])
-
-    return search
 
 
 def _databases(root: Root) -> list[str]:
