@@ -204,3 +204,15 @@ def test_a_refill_keeps_no_partition_open(root: Root) -> None:
     assert work("refill/00000").values["refilled"] >= 1
     for partition in work.args[3].partitions:
         assert not {"embeddings", "metadata", "ids"} & vars(partition).keys()
+
+
+@pytest.mark.usefixtures("in_process_shards")
+def test_a_list_that_is_looked_up_gives_the_report_of_one_that_needs_a_scan(root: Root, tmp_path: Path) -> None:
+    listed = [pictures_of("train/00001")[3], *pictures_of("database/00000")[10:13]]
+    lines = [*(picture.url for picture in listed[:2]), *(str(schema.image_id(picture.url)) for picture in listed[2:])]
+    (tmp_path / "ids.txt").write_text("\n".join(lines))
+    (tmp_path / "hosts.txt").write_text("\n".join([*lines, "nowhere.example.net"]))
+    looked_up = optout.run(read_blocklist(str(tmp_path / "ids.txt")), root)
+    scanned = optout.run(read_blocklist(str(tmp_path / "hosts.txt")), root)
+    assert looked_up["ids"] == scanned["ids"] == sorted(schema.image_id(picture.url) for picture in listed)
+    assert looked_up["databases"] == scanned["databases"] == {"index": 3, "databases/ink": 3}
