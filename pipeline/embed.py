@@ -60,7 +60,7 @@ def run(config: EmbedConfig, clip: ClipConfig, root: Root) -> Manifest:
     download = read_manifest(root, "download")
     encoder = Encoder(clip).identity
     inputs = {"download": download.identity, "clip": encoder.digest}
-    by_shard = {record.shard: {"download": record.digest} for record in download.shards}
+    by_shard = {shard: {"download": digest} for shard, digest in download.digests().items()}
     stage = Stage(root, "embed", SCHEMA_VERSION, config, inputs, by_shard=by_shard)
     if manifest := stage.finished():
         return manifest

@@ -48,7 +48,7 @@ def run(config: DownloadConfig, root: Root, retry: bool = False) -> Manifest:
     blocklist = replace(blocklist, ids=np.union1d(blocklist.ids, later_blocked_ids(root, selected)))
     inputs = {"blocklist": blocklist.identity}
     shards = [*selected.shard_names("train/"), *selected.shard_names("database/")]
-    digests = {record.shard: record.digest for record in selected.shards}
+    digests = selected.digests()
     by_shard = {shard: {"filter": digests[shard]} for shard in shards}
     upstream, keep_former = {"filter": selected.identity}, partial(set_aside, root)
     stage = Stage(root, "download", SCHEMA_VERSION, config, upstream, inputs, by_shard, keep_former)

@@ -51,7 +51,7 @@ def refill_tables(stage: Stage) -> Removed:
                 " Run 'make neighbors', then this command again."
             )
         copy = replace(before, upstream={"now": now.fingerprint})
-        root.write_json(f"{saved}/manifest.json", asdict(copy))
+        write_manifest(root, copy, saved)
     before = read_manifest(root, saved)
     config = NeighborsConfig.model_validate(before.config)
     names = [f"refill/{shard}" for shard in before.shard_names()]

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, TypeVar
 
 from retrieval.config import Config
 from retrieval.errors import UserError
 from retrieval.index.hidden import KEPT_BY_BUILDS
 from retrieval.storage.lease import lease, raise_if_lost
-from retrieval.storage.manifest import Manifest, ShardRecord, files_listed, read_manifest, record_file, write_manifest
+from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, record_file, write_manifest
 from retrieval.storage.root import Root
 from retrieval.storage.stage_folder import StageIdentity, prepare_folder
 
@@ -84,7 +84,7 @@ class Stage:
         manifest = read_manifest(self.root, self.name)
         if manifest.fingerprint != self.fingerprint:
             return None
-        if not all(map(partial(files_listed, self.root.sizes(self.name)), manifest.shards)):
+        if not manifest.files_listed(self.root.sizes(self.name)):
             self.log.warning("files of %s are missing or truncated: they are made again", self.root.at(self.name))
             return None
         return manifest

@@ -119,7 +119,7 @@ def _finished(root: Root, name: str, manifest: Manifest, times: Mapping[str, flo
         total=len(shards),
         rows=manifest.rows,
         rows_per_s=manifest.rows * share / manifest.seconds if manifest.seconds and share else None,
-        bytes=_bytes(manifest.shards),
+        bytes=manifest.bytes,
         reasons=_by_count(manifest.reasons),
     )
 
@@ -150,7 +150,7 @@ def _made_again(manifest: Manifest, name: str, source: Manifest) -> str:
     if not any(name in shard.inputs for shard in manifest.shards):
         return f"all is made again with --remake, {manifest.rows:,} rows, last in {format_duration(manifest.seconds)}"
     prefix = "" if "/" in manifest.shards[0].shard else "train/"  # stages of training images alone omit it
-    digests = {shard.shard: shard.digest for shard in source.shards if shard.shard.startswith(prefix or SPLITS)}
+    digests = {shard: digest for shard, digest in source.digests().items() if shard.startswith(prefix or SPLITS)}
     made = {f"{prefix}{shard.shard}": shard for shard in manifest.shards}
     outdated = [shard for key, shard in made.items() if shard.inputs.get(name) != digests.get(key)]
     missing = digests.keys() - made.keys()
@@ -158,7 +158,7 @@ def _made_again(manifest: Manifest, name: str, source: Manifest) -> str:
     # Bytes and seconds of added shards are estimated from those of the finished rows.
     ratio = sum(shard.rows for shard in added) / max(1, manifest.rows)
     rows = sum(shard.rows for shard in (*outdated, *added))
-    size = _bytes(outdated) + ratio * _bytes(manifest.shards)
+    size = _bytes(outdated) + ratio * manifest.bytes
     seconds = _seconds(outdated) + ratio * _seconds(manifest.shards)
     new = f" and {len(added):,} {'is' if len(added) == 1 else 'are'} new" if added else ""
     return (

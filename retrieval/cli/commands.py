@@ -71,7 +71,7 @@ def info(arguments: Namespace) -> int:
         "weights": database.encoder.weights or "unknown",
         "partitions": len(rows),
         "rows per partition": [int(rows.min()), int(rows.max())],
-        "bytes": sum(file.bytes for shard in manifest.shards for file in shard.files),
+        "bytes": manifest.bytes,
         "left out": manifest.reasons,
         "changed values": manifest.values.get("changed_values", {}),
         "settings": manifest.config,

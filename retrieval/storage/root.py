@@ -30,7 +30,7 @@ from retrieval.storage.temp_folders import temporary_folder
 CHUNK_BYTES = 1 << 22
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileRecord:
     """A finished file: name relative to the root, size, and SHA-256 in hex."""
 

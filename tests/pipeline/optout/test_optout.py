@@ -123,7 +123,7 @@ def test_an_interrupted_removal_continues_to_the_result_of_stages_without_the_im
     untouched = root.local_path("neighbors/00001.parquet").stat().st_mtime_ns
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.optout.tables.write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("pipeline.optout.tables.write_record", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             optout.run(blocklist, root)
     assert not root.exists("neighbors/manifest.json")

@@ -7,8 +7,11 @@ import pytest
 from retrieval import Root, UserError
 from retrieval.config import Config, runtime_setting
 from retrieval.storage.manifest import (
+    MAX_JSON_SHARDS,
     Manifest,
     ShardRecord,
+    ShardTable,
+    _digest,
     files_exist,
     fingerprint,
     read_manifest,
@@ -71,3 +74,69 @@ def test_the_files_of_a_record_exist_only_with_their_recorded_sizes(tmp_path: Pa
     root.write_bytes("s/a/0.bin", b"12")
     assert not files_exist(root, record)
     assert read_record(root, "s", "a/1") is None
+
+
+def records(count: int) -> list[ShardRecord]:
+    """Records that differ in every field; every third has no files and no reasons."""
+    return [
+        ShardRecord(
+            f"{'train' if number % 2 else 'database'}/{number:05d}",
+            number,
+            tuple(
+                FileRecord(f"s/{number}{end}", number, f"{number}{end}") for end in (".tar", ".parquet")[: number % 3]
+            ),
+            {"blocked": number, "http": 1} if number % 3 else {},
+            {"urls": number / 2},
+            number / 4,
+            {"filter": f"digest {number}"},
+        )
+        for number in range(count)
+    ]
+
+
+def test_a_table_of_records_behaves_as_their_tuple() -> None:
+    rows = tuple(records(10))
+    shards = ShardTable.of(rows)
+    assert (tuple(shards), shards, shards[3], shards[-1]) == (rows, rows, rows[3], rows[-1])
+    assert (shards[2:7], tuple(shards[1::2])) == (rows[2:7], rows[1::2])
+    assert shards != rows[:9]
+    assert ShardTable.of(shards[4:])[1] == rows[5]
+
+
+def test_records_of_many_shards_are_a_parquet_file_and_give_the_same_digests(tmp_path: Path) -> None:
+    root, rows = Root(tmp_path), records(MAX_JSON_SHARDS + 1)
+    manifest = Manifest("s", 1, "f" * 16, {}, {}, rows, {}, 1.5)
+    write_manifest(root, manifest)
+    assert root.size("s/manifest.json") < 1000
+    stored = read_manifest(root, "s")
+    assert stored == manifest
+    assert stored.shards == rows
+    assert stored.checksums() == {file.name: file.sha256 for row in rows for file in row.files}
+    assert stored.digests() == {row.shard: row.digest for row in rows}
+    assert stored.identity_of("train/") == _digest([[row.shard, row.digest] for row in rows if "train/" in row.shard])
+    assert stored.rows == sum(row.rows for row in rows)
+    assert stored.reasons == {"blocked": sum(row.reasons.get("blocked", 0) for row in rows), "http": 667}
+    assert stored.bytes == sum(file.bytes for row in rows for file in row.files)
+    sizes = {file.name: file.bytes for row in rows for file in row.files}
+    assert stored.files_listed(sizes)
+    assert not stored.files_listed({**sizes, "s/1.tar": 0})
+
+
+def test_a_new_manifest_replaces_the_records_of_the_earlier_one(tmp_path: Path) -> None:
+    root, rows = Root(tmp_path), records(MAX_JSON_SHARDS + 2)
+    for count in (MAX_JSON_SHARDS + 1, MAX_JSON_SHARDS + 2, 3):
+        write_manifest(root, Manifest("s", 1, "f" * 16, {}, {}, rows[:count], {}, 1.5), "elsewhere")
+        assert read_manifest(root, "elsewhere").shards == rows[:count]
+        assert len(root.list("elsewhere/shards")) == (count > MAX_JSON_SHARDS)
+
+
+def test_damaged_or_foreign_records_raise_an_error_with_the_next_step(tmp_path: Path) -> None:
+    root = Root(tmp_path)
+    write_manifest(root, Manifest("s", 1, "f" * 16, {}, {}, records(MAX_JSON_SHARDS + 1), {}, 1.5))
+    head = root.read_json("s/manifest.json")
+    root.write_bytes(f"s/{head['shards_file']}", b"PAR1")
+    with pytest.raises(UserError, match=r"no records of shards.*run the stage again"):
+        read_manifest(root, "s")
+    root.write_json("s/manifest.json", {**head, "shards_file": "../other.parquet"})
+    with pytest.raises(UserError, match=r"\.\./other\.parquet.*run the stage again"):
+        read_manifest(root, "s")
