@@ -17,6 +17,7 @@ from pipeline.neighbors import neighbors
 from pipeline.optout import optout
 from pipeline.recipe import DownloadConfig, EmbedConfig, NeighborsConfig
 from pipeline.runtime.stage import Stage
+from pipeline.runtime.status import StageSpec, UpstreamStages, stage_status
 from pipeline.web.blocklist import Blocklist, read_blocklist
 from retrieval import Database, Root
 from retrieval.clip.encoder import Encoder
@@ -172,6 +173,16 @@ def check_erased(root: Root, clip: ClipConfig, vectors: dict[int, np.ndarray]) -
     assert manifests["download"].reasons == {"blocked": 3}
 
 
+def states(root: Root) -> set[str]:
+    """The states of all stages that `make status` shows."""
+    upstream: UpstreamStages = {}
+    for stage, config in zip(STAGES, (None, EMBED, INDEX, None, NEIGHBORS), strict=True):
+        manifest = read_manifest(root, stage)
+        status = stage_status(root, StageSpec(stage, stage, config), manifest, upstream, 0.0)
+        upstream[stage] = status, manifest
+    return {status.state for status, _ in upstream.values()}
+
+
 @pytest.mark.usefixtures("in_process_shards")
 def test_an_erased_image_is_in_no_file_and_no_stage_runs_again(root: Root, clip: ClipConfig, tmp_path: Path) -> None:
     blocklist, ids = blocklist_of(root, tmp_path)
@@ -183,6 +194,7 @@ def test_an_erased_image_is_in_no_file_and_no_stage_runs_again(root: Root, clip:
 
     report = optout.run(blocklist, root, erase=True)
     check_erased(root, clip, vectors)
+    assert states(root) == {"finished"}
     assert report["erased"] == {"shards": 3, "partitions": 3}
     assert root.list(f"optout/{blocklist.identity}") == []
     np.testing.assert_array_equal(reader.search(vectors[ids[0]][None], 40, recall=1.0).ids, expected.ids)
