@@ -8,9 +8,8 @@ permanent errors, and continues after an error without the row.
 import hashlib
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
@@ -22,7 +21,6 @@ from pipeline.web.fetch import Fetcher
 from pipeline.web.fetch_error import FetchError
 from pipeline.web.host_queue import HOST_SILENT, NO_ANSWER, STOPPED, FetchRequest, HostQueue
 from retrieval.errors import NodeError
-from retrieval.pictures.budget import DecodeBudget
 from retrieval.pictures.decode import PictureError
 from retrieval.storage.schema import Reason
 
@@ -34,8 +32,6 @@ PHASH_BLOCKED = "its perceptual hash is on the blocklist"
 # Decoding takes up to several hundred MB, which the allocator keeps for the thread that used it. So all images are
 # decoded in two threads (one decodes while the other holds the interpreter lock), not in every fetch thread.
 _DECODERS = ThreadPoolExecutor(2)
-_WAITING = DecodeBudget(64 << 20)
-"""Bodies that wait for a decoder; a fetch thread above it waits, any other goes on with the next URL."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +115,6 @@ class ImageDownload:
         self._settings = settings
         self._pictures = pictures
         self._lock = threading.Lock()
-        self._decodings: list[Future[None]] = []
         self._checksums = checksums
 
     def run(self, num_rows: int) -> None:
@@ -127,15 +122,9 @@ class ImageDownload:
 
         Raises an exception of a thread that is not a FetchError or PictureError; then the rest is not requested.
         """
-        rows = iter(range(num_rows))  # shared: a thread for each row would have to be woken for each row
-        num_threads = max(1, min(self._settings.threads, num_rows))
-        try:
-            with ThreadPoolExecutor(num_threads) as pool:
-                list(pool.map(self._fetch_rows, [rows] * num_threads))
-        finally:
-            wait(self._decodings)
-        for decoding in self._decodings:
-            decoding.result()
+        with ThreadPoolExecutor(self._settings.threads) as pool:
+            for _ in pool.map(self._finish_row, range(num_rows)):
+                pass
 
     @property
     def is_down(self) -> bool:
@@ -158,33 +147,21 @@ class ImageDownload:
             " the hosts are gone for good, lower download.min_answered."
         )
 
-    def _fetch_rows(self, rows: Iterator[int]) -> None:
-        """Fetch a row of the queue for each number that this thread gets from the iterator."""
-        with self._queue_stopped_by_errors():
-            for _ in rows:
-                self._fetch_row()
-
-    @contextmanager
-    def _queue_stopped_by_errors(self) -> Iterator[None]:
+    def _finish_row(self, _: int) -> None:
+        """Send requests until one row, of any number, has an answer; store its image and its status."""
         try:
-            yield
+            answer: bytes | FetchError | None = None
+            while answer is None:
+                request, error = self._queue.take()
+                answer = error or self._answer(request)
+            self._count(answer)
+            if isinstance(answer, FetchError):
+                self.statuses[request.row] = RowStatus(str(answer.reason), str(answer))
+            else:
+                self.statuses[request.row] = self._store(request.row, answer)
         except BaseException:
             self._queue.stop()  # otherwise the other threads would download the rest of the shard first
             raise
-
-    def _fetch_row(self) -> None:
-        """Send requests until one row, of any number, has an answer. Another thread decodes its body."""
-        answer: bytes | FetchError | None = None
-        while answer is None:
-            request, error = self._queue.take()
-            answer = error or self._answer(request)
-        self._count(answer)
-        if isinstance(answer, FetchError):
-            self.statuses[request.row] = RowStatus(str(answer.reason), str(answer))
-            return
-        waiting = ExitStack()
-        waiting.enter_context(_WAITING.share(min(len(answer), _WAITING.max_bytes)))
-        self._decodings.append(_DECODERS.submit(self._store, request.row, answer, waiting))
 
     def _answer(self, request: FetchRequest) -> bytes | FetchError | None:
         """The body of the response, or why there is none; None if the request is in the queue again."""
@@ -204,22 +181,21 @@ class ImageDownload:
             if self.finished >= 4 * self._settings.threads and self.is_down:
                 self._queue.stop()
 
-    def _store(self, row: int, body: bytes, waiting: ExitStack) -> None:
-        """Store the image in a body, and the status of its row. waiting: closed when the body is decoded."""
+    def _store(self, row: int, body: bytes) -> RowStatus:
+        """Store the image in a body. The decoders only decode: they would wait for the disk otherwise."""
         status = RowStatus(sha256=hashlib.sha256(body).hexdigest())
-        with self._queue_stopped_by_errors(), waiting:
-            try:
-                if self._settings.blocklist.blocks_content(body):
-                    raise PictureError(Reason.BLOCKED, CONTENT_BLOCKED)
-                check_checksum(body, self._checksums[row])
-                jpeg = self._encode(body, status)
-            except PictureError as error:
-                status.reason, status.message = str(error.reason), str(error)
-            else:
-                status.width, status.height = jpeg.size
-                status.original_width, status.original_height = jpeg.original_size
-                self._pictures.add(row, jpeg.data)
-            self.statuses[row] = status
+        try:
+            if self._settings.blocklist.blocks_content(body):
+                raise PictureError(Reason.BLOCKED, CONTENT_BLOCKED)
+            check_checksum(body, self._checksums[row])
+            jpeg = _DECODERS.submit(self._encode, body, status).result()
+        except PictureError as error:
+            status.reason, status.message = str(error.reason), str(error)
+            return status
+        status.width, status.height = jpeg.size
+        status.original_width, status.original_height = jpeg.original_size
+        self._pictures.add(row, jpeg.data)
+        return status
 
     def _encode(self, body: bytes, status: RowStatus) -> Jpeg:
         """The image as it is stored; adds its perceptual hash to the status. Raises PictureError."""

@@ -2,7 +2,6 @@
 
 import io
 import socket
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,8 +9,6 @@ import pytest
 
 from pipeline.download.image_download import ImageDownload, PictureBuffer, RowStatus, SplitSettings
 from pipeline.web.host_queue import STOPPED
-from retrieval.pictures.decode import PictureError
-from retrieval.storage.schema import Reason
 from tests.pipeline.web.fetching import make_fetcher, make_queue
 
 
@@ -62,20 +59,6 @@ def test_an_exception_in_a_thread_is_raised_and_stops_the_other_threads(
         download.run(30)
     assert len(server.requests) < 10
     assert RowStatus("no_connection", STOPPED) in download.statuses.values()
-
-
-def test_threads_fetch_the_next_urls_while_pictures_wait_for_a_decoder(server, monkeypatch: pytest.MonkeyPatch) -> None:
-    def slow(body: bytes, max_pixels: int, max_edge: int) -> bytes:
-        end = time.monotonic() + 10
-        while len(server.requests) < 30 and time.monotonic() < end:
-            time.sleep(0.01)
-        raise PictureError(Reason.TRUNCATED, f"{len(server.requests)} requests")
-
-    monkeypatch.setattr("pipeline.download.image_download.prepare", slow)
-    download = make_download([server.send("/a", b"body")] * 30)
-    download.run(30)
-    assert {status.message for status in download.statuses.values()} == {"30 requests"}
-    assert sorted(download.statuses) == list(range(30))
 
 
 def test_pictures_are_read_back_by_row_whatever_the_order_of_their_threads() -> None:
