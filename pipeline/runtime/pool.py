@@ -23,7 +23,7 @@ from pipeline.runtime.stage import Stage
 from pipeline.runtime.workers import Work, Workers, leave_idle, take_idle
 from retrieval.errors import NodeError, UserError
 from retrieval.storage.lease import HEARTBEAT_S, raise_if_lost
-from retrieval.storage.manifest import ShardRecord, write_record
+from retrieval.storage.manifest import ShardRecord, record_file, write_record
 from retrieval.storage.root import Root
 from retrieval.storage.temp_folders import remove_stale_folders
 
@@ -50,6 +50,14 @@ class RecordFolder(NamedTuple):
     fingerprint: str
 
 
+class Finished(NamedTuple):
+    """A finished shard. peak: memory of its worker in bytes; version: `Root.version` of its record file."""
+
+    record: ShardRecord
+    peak: int
+    version: str
+
+
 class RemoteWorker:
     """A Ray actor that processes shards one after another and writes the record of each. stage: name for its log."""
 
@@ -71,8 +79,8 @@ class RemoteWorker:
         self.assign(folder, make_work)
         return str(ray.get_runtime_context().get_node_id()), socket.gethostname()
 
-    def run(self, shard: str, inputs: dict[str, str]) -> tuple[ShardRecord, int]:
-        """Process one shard and write its record, with its inputs; returns the record and the peak memory in bytes."""
+    def run(self, shard: str, inputs: dict[str, str]) -> Finished:
+        """Process one shard and write its record, with its inputs."""
         root, stage, fingerprint = self.folder
         started = time.time()
         try:
@@ -87,7 +95,7 @@ class RemoteWorker:
             raise type(error)(f"{stage}: shard {shard}: {error}") from error
         except Exception as error:
             raise ShardError(f"{root.at(f'{stage}/{shard}')}: {type(error).__name__}: {error}") from error
-        return record, memory.peak_bytes()
+        return Finished(record, memory.peak_bytes(), root.version(record_file(stage, shard)))
 
 
 @dataclass(eq=False)
@@ -124,8 +132,8 @@ class Pool:
         """Workers that may take a shard; one that may take two is listed twice."""
         self.actors: list[Any] = []
 
-    def run(self, queue: ShardQueue) -> Iterator[tuple[ShardRecord, int]]:
-        """Yield the records of shards as they finish, each with the peak memory of its worker in bytes.
+    def run(self, queue: ShardQueue) -> Iterator[Finished]:
+        """Yield the shards as they finish.
 
         Raises UnfinishedError at the end if shards failed, and UserError of a shard at once.
         """
@@ -202,7 +210,7 @@ class Pool:
         ready, _ = ray.wait(list(self.pending), num_returns=1, timeout=timeout)
         return ready[0] if ready else None
 
-    def _result(self, reference: Any, queue: ShardQueue) -> tuple[ShardRecord, int] | None:
+    def _result(self, reference: Any, queue: ShardQueue) -> Finished | None:
         """The result of a shard that is ready; None for the start of a worker and for a failure."""
         handle, shard = self.pending.pop(reference)
         try:
@@ -220,7 +228,7 @@ class Pool:
         self.num_finished += 1
         for node in queue.succeeded(shard, handle.node):
             self._set_aside(node, queue)
-        return cast(tuple[ShardRecord, int], result)
+        return cast(Finished, result)
 
     def _started(self, handle: _Handle, place: tuple[str, str], queue: ShardQueue) -> None:
         self.start_losses = 0

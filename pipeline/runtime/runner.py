@@ -7,6 +7,7 @@ from functools import partial
 
 from pipeline.runtime.memory import GB
 from pipeline.runtime.pool import Pool
+from pipeline.runtime.record_journal import RecordJournal, read_journal
 from pipeline.runtime.shard_queue import ShardQueue
 from pipeline.runtime.stage import Stage, map_in_threads
 from pipeline.runtime.wandb_reporter import wandb_reporter
@@ -34,9 +35,11 @@ def run_shards(
     pool = Pool(stage, make_work, workers)
     pool.metrics.shards_scheduled(todo)
     started = time.time()
+    journal = RecordJournal(stage)
     with wandb_reporter(stage) as report, closing(pool):
-        for record, peak in pool.run(ShardQueue(todo)):
+        for record, peak, version in pool.run(ShardQueue(todo)):
             records[record.shard] = record
+            journal.add(record, version)
             pool.metrics.shard_finished(record, peak)
             report(record, peak, len(records))
             seconds = (time.time() - started) / pool.num_finished
@@ -49,10 +52,15 @@ def finished_shards(stage: Stage, shards: Sequence[str]) -> dict[str, ShardRecor
 
     Discards those of other inputs, see `Stage.discard`, if the stage has inputs by shard.
     """
-    sizes = stage.root.sizes(stage.name)
+    sizes: dict[str, int] = {}
+    versions: dict[str, str] = {}
+    for file, size, version in stage.root.files(stage.name):
+        sizes[file] = size
+        if version and file.startswith(f"{stage.name}/records/"):
+            versions[file] = version
     names = [*shards, *_former_shards(stage, sizes)] if stage.by_shard else shards
     names = [name for name in names if record_file(stage.name, name) in sizes]
-    stored = [record for record in map_in_threads(partial(_finished_record, stage, sizes), names) if record]
+    stored = [record for record in _stored_records(stage, names, sizes, versions) if files_listed(sizes, record)]
     current = {record.shard: record for record in stored if record.inputs == stage.inputs_of(record.shard)}
     if stage.by_shard:
         outdated = [record for record in stored if _is_outdated(stage, record)]
@@ -75,12 +83,22 @@ def _is_outdated(stage: Stage, record: ShardRecord) -> bool:
     return inputs != stage.by_shard.get(record.shard)
 
 
-def _finished_record(stage: Stage, sizes: Mapping[str, int], shard: str) -> ShardRecord | None:
-    """The record of a shard with this fingerprint and all its files, of any inputs. sizes: of the stage's files."""
-    stored = read_record(stage.root, stage.name, shard)
-    if stored is None or stored[0] != stage.identity.shard_fingerprint:
-        return None
-    return stored[1] if files_listed(sizes, stored[1]) else None
+def _stored_records(
+    stage: Stage, shards: Sequence[str], sizes: Mapping[str, int], versions: Mapping[str, str]
+) -> list[ShardRecord]:
+    """The records of shards with this fingerprint, of any inputs. Those that the journal lacks are added to it.
+
+    sizes: of all files of the stage; versions: of the record files. Both by name.
+    """
+    journal = [file for file in sizes if file.startswith(f"{stage.name}/journal/")]
+    copies = read_journal(stage, journal, versions)
+    others = [shard for shard in shards if shard not in copies]
+    added = RecordJournal(stage)
+    for stored in map_in_threads(partial(read_record, stage.root, stage.name), others):
+        if stored and stored[0] == stage.identity.shard_fingerprint:
+            copies[stored[1].shard] = stored[1]
+            added.add(stored[1], versions.get(record_file(stage.name, stored[1].shard), ""))
+    return [copies[shard] for shard in shards if shard in copies]
 
 
 def _log_shard(stage: Stage, record: ShardRecord, peak: int, progress: tuple[int, int, float]) -> None:

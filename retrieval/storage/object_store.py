@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, BinaryIO
 
@@ -42,6 +42,23 @@ def request_errors(url: str) -> tuple[type[Exception], ...]:
 def part_bytes(size: int) -> int:
     """Bytes per part of a multipart upload of `size` bytes."""
     return max(PART_BYTES, -(-size // MAX_PARTS))
+
+
+def listed_objects(fs: Any, folder: str) -> Iterator[tuple[str, int, str]]:
+    """Path, bytes and ETag of every object below a folder of an S3 bucket, sorted by path.
+
+    fs: an S3FileSystem. One page at a time: s3fs holds 1 kB for each object of a whole listing.
+    """
+    bucket, key, _ = fs.split_path(folder)
+    request = {"Bucket": bucket, "Prefix": f"{key}/" if key else "", **fs.req_kw}
+    while True:
+        page = fs.call_s3("list_objects_v2", **request)
+        for item in page.get("Contents", ()):
+            if not item["Key"].endswith("/"):  # an empty folder that a console made
+                yield f"{bucket}/{item['Key']}", item["Size"], item["ETag"]
+        if not page.get("IsTruncated"):
+            return
+        request["ContinuationToken"] = page["NextContinuationToken"]
 
 
 class RemoteFile(io.RawIOBase):

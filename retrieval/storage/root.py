@@ -124,13 +124,28 @@ class Root:
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Bytes of all files below a folder by name, sorted by name, from one listing. As `list`."""
+        return {name: size for name, size, _ in self.files(folder)}
+
+    def files(self, folder: str) -> Iterator[tuple[str, int, str]]:
+        """Name, bytes and `version` of all files below a folder, sorted by name, from one listing. As `list`."""
+        path = f"{self._base}/{folder}".rstrip("/")
+        with suppress(FileNotFoundError), self._store_errors(folder):
+            if object_store.is_s3(self.url):
+                files = object_store.listed_objects(self.fs, path)
+            else:
+                found = self.fs.find(path, detail=True)
+                files = ((name, int(found[name]["size"] or 0), _version(found[name])) for name in sorted(found))
+            for name, size, version in files:
+                if "/.partial-" not in name:
+                    yield name[len(self._base) :].lstrip("/"), size, version
+
+    def version(self, name: str) -> str:
+        """The ETag of a file, which another content changes; "" on local disks and if it does not exist."""
         try:
-            with self._store_errors(folder):
-                files = self.fs.find(f"{self._base}/{folder}".rstrip("/"), detail=True)
+            with self._store_errors(name):
+                return "" if self.is_local else _version(self.fs.info(f"{self._base}/{name}"))
         except FileNotFoundError:
-            return {}
-        sizes = {path[len(self._base) :].lstrip("/"): int(info["size"] or 0) for path, info in files.items()}
-        return {name: sizes[name] for name in sorted(sizes) if "/.partial-" not in f"/{name}"}
+            return ""
 
     def open(self, name: str) -> BinaryIO:
         """Open a finished file for reading. Raises NodeError if it does not exist."""
@@ -319,6 +334,10 @@ class Root:
             if not page.get("IsTruncated"):
                 return
             markers = {marker: page[f"Next{marker}"] for marker in ("KeyMarker", "UploadIdMarker")}
+
+
+def _version(info: dict[str, Any]) -> str:
+    return str(info.get("ETag") or info.get("etag") or "")
 
 
 def file_sha256(path: Path) -> str:

@@ -9,10 +9,9 @@ from contextlib import contextmanager
 import pytest
 from ray import cloudpickle
 
-from pipeline.runtime.pool import Pool, RemoteWorker, ShardError
+from pipeline.runtime.pool import Finished, Pool, RemoteWorker, ShardError
 from pipeline.runtime.shard_queue import Failure, ShardQueue
 from retrieval.errors import NodeError
-from retrieval.storage.manifest import ShardRecord
 
 
 @contextmanager
@@ -23,7 +22,7 @@ def shards_in_process() -> Iterator[None]:
         yield
 
 
-def _run(pool: Pool, queue: ShardQueue) -> Iterator[tuple[ShardRecord, int]]:
+def _run(pool: Pool, queue: ShardQueue) -> Iterator[Finished]:
     """Assign the shards to workers in rotation; each worker unpickles its folder and work, as with Ray."""
     pickled = cloudpickle.dumps((pool.folder, pool.make_work))
     workers = [RemoteWorker(pool.stage.name, 0.0) for _ in range(pool.workers.count or 2)]
