@@ -47,6 +47,7 @@ pipeline/databases: embed pictures recipe
 pipeline/download: filter pictures recipe runtime web
 pipeline/embed: pictures recipe runtime
 pipeline/filter: recipe runtime web
+pipeline/import_pictures: databases download recipe runtime web
 pipeline/index: runtime
 pipeline/neighbors: recipe runtime
 pipeline/optout: download filter neighbors pictures recipe runtime web

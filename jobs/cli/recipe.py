@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar, cast
 from pydantic import ValidationError
 
 from jobs.cli.explore_config import ExploreConfig
-from pipeline.recipe import DownloadConfig, EmbedConfig, FilterConfig, NeighborsConfig
+from pipeline.recipe import DownloadConfig, EmbedConfig, FilterConfig, ImportConfig, NeighborsConfig
 from retrieval.config import Config
 from retrieval.errors import UserError
 from retrieval.recipe import ClipConfig, IndexConfig
@@ -30,6 +30,7 @@ SECTIONS: dict[str, type[Config]] = {
     "clip": ClipConfig,
     "filter": FilterConfig,
     "download": DownloadConfig,
+    "import": ImportConfig,
     "embed": EmbedConfig,
     "index": IndexConfig,
     "neighbors": NeighborsConfig,

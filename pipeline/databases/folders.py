@@ -1,7 +1,7 @@
 """Readers of folders and of WebDataset tars.
 
-A folder can contain pictures with captions in text files of the same name, tars, and Parquet or Arrow files with
-pictures. Files of tools are left out (`retrieval.storage.listing`); what is left out is counted by reason.
+A folder can contain pictures with captions in text or JSON files of the same name, tars, and Parquet or Arrow files
+with pictures. Files of tools are left out (`retrieval.storage.listing`); what is left out is counted by reason.
 """
 
 import json
@@ -47,7 +47,7 @@ def folder_items(folder: Path, left_out: Counter[str]) -> Iterator[Item]:
     names, hidden = list_files(folder, [hub / "blobs"] if hub else [])
     left_out.update(hidden)
     tars = [name for name in names if name.lower().endswith(".tar")]
-    captions = {name for name in names if name.lower().endswith(".txt")}
+    sidecars = {name for name in names if name.lower().endswith((".txt", ".json"))}
     for name in names:
         path, suffix = folder / name, PurePosixPath(name).suffix.lower()
         if name in tars:
@@ -55,8 +55,10 @@ def folder_items(folder: Path, left_out: Counter[str]) -> Iterator[Item]:
         elif suffix in IMAGE_TABLES:
             yield from image_items(path, safe_text(name[: -len(suffix)]), left_out)
         elif is_picture(name, FileRange(path, 0, SIGNATURE_BYTES).read()):
-            caption = str(PurePosixPath(name).with_suffix(".txt"))
-            fields = {"caption": text_of((folder / caption).read_bytes())} if caption in captions else {}
+            fields: dict[str, str] = {}
+            for kind in ("json", "txt"):
+                if (sidecar := str(PurePosixPath(name).with_suffix(f".{kind}"))) in sidecars:
+                    fields |= _member_fields(kind, (folder / sidecar).read_bytes())
             yield Item(safe_text(name), FileRange(path), fields, PurePosixPath(safe_text(name)).parts[:-1])
         elif suffix[1:] not in METADATA_SUFFIXES:
             left_out[f"of another kind ({suffix or 'no suffix'})"] += 1
@@ -113,7 +115,7 @@ def _bytes(tar: tarfile.TarFile, member: tarfile.TarInfo, size: int = -1) -> byt
 
 
 def _member_fields(kind: str, data: bytes) -> dict[str, str]:
-    """The fields of a metadata member of a tar: a caption (txt), a class (cls) or a JSON object."""
+    """The fields of a metadata file: a caption (txt), a class (cls) or a JSON object."""
     if kind != "json":
         return {"caption" if kind == "txt" else "label": text_of(data)}
     try:

@@ -41,6 +41,8 @@ class PictureSource:
     """Files are named `artist_title.jpg`, with hyphens between words."""
     license: str = ""
     """Licence of pictures without one in their metadata."""
+    style_captions: bool = False
+    """Pictures without caption and title have their style as caption, as classes of ImageNet; else their file name."""
 
 
 class Content(Protocol):
@@ -107,11 +109,12 @@ def source_picture(item: Item, label: str, source: PictureSource) -> SourcePictu
         first, _, rest = stem.partition("_")
         artist, title = artist or _words(first), title or _words(rest)
     title_and_artist = f"{title} by {artist}" if title and artist else title
+    label = fields.get("label", label)
     return SourcePicture(
         name=item.name,
         content=item.content,
-        label=fields.get("label", label),
-        caption=fields.get("caption") or title_and_artist or _words(stem),
+        label=label,
+        caption=fields.get("caption") or title_and_artist or _words(label if source.style_captions and label else stem),
         title=title,
         artist=artist,
         license=fields.get("license") or source.license,

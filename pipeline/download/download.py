@@ -81,7 +81,7 @@ def make_work(config: DownloadConfig, root: Root, blocklist: Blocklist, retry: b
     # Damaged pictures are reported in the status of their URL; Pillow's warnings add nothing.
     warnings.filterwarnings("ignore", module="PIL")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
-    work = ShardDownload(root, Fetcher(_fetch_settings(config)), _split_settings(config, blocklist))
+    work = ShardDownload(root, Fetcher(_fetch_settings(config)), split_settings(config, blocklist))
     return ShardUpdate(work, retry)
 
 
@@ -101,7 +101,8 @@ def _fetch_settings(config: DownloadConfig) -> FetchSettings:
     )
 
 
-def _split_settings(config: DownloadConfig, blocklist: Blocklist) -> "dict[str, SplitSettings]":
+def split_settings(config: DownloadConfig, blocklist: Blocklist) -> "dict[str, SplitSettings]":
+    """How the images of each split are stored."""
     from pipeline.download.image_download import SplitSettings
 
     edges = {

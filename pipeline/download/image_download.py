@@ -182,30 +182,41 @@ class ImageDownload:
                 self._queue.stop()
 
     def _store(self, row: int, body: bytes) -> RowStatus:
-        """Store the image in a body. The decoders only decode: they would wait for the disk otherwise."""
-        status = RowStatus(sha256=hashlib.sha256(body).hexdigest())
-        try:
-            if self._settings.blocklist.blocks_content(body):
-                raise PictureError(Reason.BLOCKED, CONTENT_BLOCKED)
-            check_checksum(body, self._checksums[row])
-            jpeg = _DECODERS.submit(self._encode, body, status).result()
-        except PictureError as error:
-            status.reason, status.message = str(error.reason), str(error)
-            return status
-        status.width, status.height = jpeg.size
-        status.original_width, status.original_height = jpeg.original_size
-        self._pictures.add(row, jpeg.data)
+        """Store the image in a body."""
+        status, jpeg = stored_image(body, self._settings, self._checksums[row])
+        if jpeg:
+            self._pictures.add(row, jpeg)
         return status
 
-    def _encode(self, body: bytes, status: RowStatus) -> Jpeg:
-        """The image as it is stored; adds its perceptual hash to the status. Raises PictureError."""
-        settings = self._settings
-        picture = prepare(body, settings.max_pixels, settings.edge)
-        status.phash = picture.phash
-        if settings.blocklist.blocks_phashes(np.array([picture.phash])).any():
-            raise PictureError(Reason.BLOCKED, PHASH_BLOCKED)
-        if min(picture.size) < settings.min_edge:
-            raise PictureError(Reason.TOO_SMALL, f"shorter edge below {settings.min_edge} pixels")
-        if 0 < settings.max_aspect_ratio < max(picture.size) / min(picture.size):
-            raise PictureError(Reason.ASPECT_RATIO, f"edges with a ratio above {settings.max_aspect_ratio:g}")
-        return encode_jpeg(picture, settings.jpeg_quality)
+
+def stored_image(body: bytes, settings: SplitSettings, checksum: str | None = None) -> tuple[RowStatus, bytes]:
+    """The status of the row of a picture file, and the JPEG to store; empty if the picture cannot be used.
+
+    checksum: of the file according to its metadata, see `check_checksum`. The decoders only decode: storing here would
+    let them wait for the disk.
+    """
+    status = RowStatus(sha256=hashlib.sha256(body).hexdigest())
+    try:
+        if settings.blocklist.blocks_content(body):
+            raise PictureError(Reason.BLOCKED, CONTENT_BLOCKED)
+        check_checksum(body, checksum)
+        jpeg = _DECODERS.submit(_encode, body, status, settings).result()
+    except PictureError as error:
+        status.reason, status.message = str(error.reason), str(error)
+        return status, b""
+    status.width, status.height = jpeg.size
+    status.original_width, status.original_height = jpeg.original_size
+    return status, jpeg.data
+
+
+def _encode(body: bytes, status: RowStatus, settings: SplitSettings) -> Jpeg:
+    """The image as it is stored; adds its perceptual hash to the status. Raises PictureError."""
+    picture = prepare(body, settings.max_pixels, settings.edge)
+    status.phash = picture.phash
+    if settings.blocklist.blocks_phashes(np.array([picture.phash])).any():
+        raise PictureError(Reason.BLOCKED, PHASH_BLOCKED)
+    if min(picture.size) < settings.min_edge:
+        raise PictureError(Reason.TOO_SMALL, f"shorter edge below {settings.min_edge} pixels")
+    if 0 < settings.max_aspect_ratio < max(picture.size) / min(picture.size):
+        raise PictureError(Reason.ASPECT_RATIO, f"edges with a ratio above {settings.max_aspect_ratio:g}")
+    return encode_jpeg(picture, settings.jpeg_quality)

@@ -62,10 +62,11 @@ class Blocklist:
         return np.asarray(self.ids[positions] == ids)
 
     def blocks_hosts(self, urls: pa.StringArray) -> npt.NDArray[np.bool_]:
-        """Which of these canonical URLs belong to a listed domain or to a subdomain of one."""
+        """Which of these canonical URLs belong to a listed domain or to a subdomain of one. Relative paths do not."""
         if not self.domains:
             return np.zeros(len(urls), bool)
-        hosts = pc.list_element(pc.split_pattern(urls, "/", max_splits=3), 2).dictionary_encode()
+        addresses = pc.if_else(pc.match_substring(urls, "://"), urls, ":///")
+        hosts = pc.list_element(pc.split_pattern(addresses, "/", max_splits=3), 2).dictionary_encode()
         listed = np.array([self._is_listed(name) for name in hosts.dictionary.to_pylist()], bool)
         return listed[hosts.indices.to_numpy(zero_copy_only=False)]
 

@@ -1,0 +1,39 @@
+"""`laion-rdm import RECIPE --source SOURCE`: takes pictures that are there already; replaces `filter` and `download`.
+
+SOURCE is a folder of pictures, tars or Parquet files, a WebDataset tar, or a table of paths or pictures. A share of its
+pictures becomes the database (`import.database_share`), or the pictures of `--database-source`.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from jobs.cli.command import add_remake, exit_on_user_error, recipe_parser, run_on_recipe
+from jobs.cli.recipe import Recipe
+from pipeline import import_pictures
+from pipeline.recipe import DownloadConfig, ImportConfig
+from retrieval.cluster.connection import ray_connection
+
+
+def run(recipe: Recipe, sources: import_pictures.Sources) -> None:
+    """Run the import on a Ray cluster."""
+    division = recipe[ImportConfig] if recipe.has("import") else ImportConfig()
+    with ray_connection():
+        import_pictures.run(recipe[DownloadConfig], division, sources, recipe.root)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = recipe_parser("import", __doc__)
+    add_remake(parser)
+    add = parser.add_argument
+    add("--source", required=True, type=Path, help="a folder, .tar, .csv, .tsv, .jsonl, .parquet or .arrow")
+    add(
+        "--database-source", type=Path, metavar="SOURCE", help="pictures of the database; then --source is for training"
+    )
+    arguments = parser.parse_args(argv)
+    sources = import_pictures.Sources(arguments.source, arguments.database_source)
+    exit_on_user_error(lambda: run_on_recipe(arguments, partial(run, sources=sources)))
+
+
+if __name__ == "__main__":
+    main()

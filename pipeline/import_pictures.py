@@ -1,0 +1,228 @@
+"""import: stores pictures that are there already as `download` stores pictures from the web, without HTTP.
+
+Reads the pictures that `databases/listing.py` lists; writes `download/{train,database}/<shard>.tar` and `.parquet` as
+`download` does, so that `embed` and later stages run unchanged.
+"""
+
+import hashlib
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.databases.listing import Listing, list_pictures
+from pipeline.databases.sources import Content, PictureSource, SourcePicture
+from pipeline.download.download import SCHEMA_VERSION, split_settings
+from pipeline.download.image_download import URL_BLOCKED, PictureBuffer, RowStatus, SplitSettings, stored_image
+from pipeline.download.shard_download import Rows, blocked_urls, write_rows, write_tar
+from pipeline.recipe import DownloadConfig, ImportConfig
+from pipeline.runtime.runner import run_shards
+from pipeline.runtime.stage import Stage
+from pipeline.runtime.workers import Work, Workers
+from pipeline.web.blocklist import read_blocklist
+from pipeline.web.urls import canonical_url
+from retrieval.storage.full_disk import full_disk_named
+from retrieval.storage.listing import described
+from retrieval.storage.manifest import Manifest, ShardRecord, delete_record
+from retrieval.storage.root import Root
+from retrieval.storage.schema import FROM_METADATA, IMAGE_ID, SPLITS, Reason, image_id
+from retrieval.storage.temp_folders import temporary_folder
+
+CLASS_NAMES = ("LOC_synset_mapping.txt", "synset_words.txt")
+"""Files of ImageNet with a line `n01440764 tench, Tinca tinca` for each class."""
+
+
+@dataclass(frozen=True)
+class ImportedPicture:
+    """A picture and its row. url: as in DOWNLOADED; address: canonical URL of its metadata, "" if none."""
+
+    url: str
+    address: str
+    picture: SourcePicture
+
+    @property
+    def id(self) -> int:
+        """Image id."""
+        return image_id(self.url)
+
+
+Shards = dict[str, list[ImportedPicture]]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where pictures come from. database: for the database; None: a share of `train`."""
+
+    train: Path
+    database: Path | None = None
+
+
+def run(config: DownloadConfig, division: ImportConfig, sources: Sources, root: Root) -> Manifest:
+    """Write `download/` from sources, unless it is finished.
+
+    Raises UserError if a source has no picture, and if `download/` has shards of the web or of another `division`.
+    """
+    started = time.time()
+    splits, left_out = _splits(division, sources)
+    shards = _shards(splits, division.rows_per_shard)
+    digests = {shard: _digest(pictures) for shard, pictures in shards.items()}
+    blocklist = read_blocklist(config.blocklist, "download.blocklist")
+    settings = json.dumps([division.model_dump(mode="json"), sources.database is not None])
+    whole = hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
+    by_shard = {shard: {"source": digest} for shard, digest in digests.items()}
+    # `import` is compared for the whole stage: shards of the web have no such input.
+    upstream, inputs = {"source": whole, "import": settings}, {"blocklist": blocklist.identity}
+    stage = Stage(root, "download", SCHEMA_VERSION, config, upstream, inputs, by_shard)
+    if left_out:
+        stage.log.info("left out of the listing: %s", described(left_out))
+    if finished := stage.finished():
+        return finished
+    with stage.building():
+        make = partial(_make_work, root, split_settings(config, blocklist), shards)
+        records = run_shards(stage, [*shards], make, Workers.from_config(config))
+        urls = sum(map(len, shards.values()))
+        return stage.complete(records, {"urls": urls, "left_out": dict(sorted(left_out.items()))}, started)
+
+
+def _splits(division: ImportConfig, sources: Sources) -> tuple[dict[str, list[ImportedPicture]], Counter[str]]:
+    """The pictures of each split, and the number of those left out by reason. No id is in both splits."""
+    train, left_out = _imported(sources.train, "pictures")
+    if sources.database is None:
+        in_database = [_draw(division.seed, picture.id) < division.database_share for picture in train]
+        chosen = list(zip(train, in_database, strict=True))
+        return {split: [p for p, mask in chosen if mask == (split == "database")] for split in SPLITS}, left_out
+    database, left_out_too = _imported(sources.database, "database")
+    ids = {picture.id for picture in train}
+    disjoint = [picture for picture in database if picture.id not in ids]
+    left_out += left_out_too
+    if len(disjoint) < len(database):
+        left_out["of the database with the URL of a training picture"] = len(database) - len(disjoint)
+    return {"train": train, "database": disjoint}, left_out
+
+
+def _draw(seed: int, number: int) -> float:
+    """A number in [0, 1) from a seed and an image id."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:6]) / (1 << 48)
+
+
+def _imported(path: Path, prefix: str) -> tuple[list[ImportedPicture], Counter[str]]:
+    """The pictures of a source in its order, and the number of those left out by reason.
+
+    prefix: of the paths that stand for the URLs of pictures without an own URL.
+    """
+    listing = list_pictures(PictureSource(path, style_captions=True))
+    addresses = [canonical_url(picture.source) for picture in listing.pictures]
+    counts = Counter(addresses)
+    names = _class_names(path)
+    pictures = []
+    for picture, address in zip(listing.pictures, addresses, strict=True):
+        # The `source` of several pictures is a web site rather than their URL.
+        url = address if address and counts[address] == 1 else f"{prefix}/{picture.name}"
+        pictures.append(ImportedPicture(url, address, _with_class_name(picture, names)))
+    return pictures, _left_out(listing)
+
+
+def _left_out(listing: Listing) -> Counter[str]:
+    rows = {"rows of a table without a file": listing.missing} if listing.missing else {}
+    return listing.left_out + Counter(rows)
+
+
+def _class_names(path: Path) -> dict[str, str]:
+    """First name of each ImageNet class by its number such as n01440764, from the source or a folder above it."""
+    folders = [path, *path.resolve().parents][:5] if path.is_dir() else []
+    for file in (folder / name for folder in folders for name in CLASS_NAMES):
+        if file.is_file():
+            lines = re.findall(r"^(n\d{8})\s+([^,\n]+)", file.read_text("utf-8", errors="replace"), re.MULTILINE)
+            return {number: name.strip() for number, name in lines}
+    return {}
+
+
+def _with_class_name(picture: SourcePicture, names: dict[str, str]) -> SourcePicture:
+    if picture.caption not in names:
+        return picture
+    return SourcePicture(**{**vars(picture), "caption": names[picture.caption]})
+
+
+def _shards(splits: dict[str, list[ImportedPicture]], rows_per_shard: int) -> Shards:
+    """The pictures of each shard, by names as `filter` gives them."""
+    return {
+        f"{split}/00000-{start // rows_per_shard:05d}": pictures[start : start + rows_per_shard]
+        for split, pictures in splits.items()
+        for start in range(0, len(pictures), rows_per_shard)
+    }
+
+
+def _digest(pictures: Iterable[ImportedPicture]) -> str:
+    """Hash of the metadata of pictures and of the sizes and times of their files."""
+    versions: dict[Path, tuple[int, int]] = {}
+    digest = hashlib.sha256()
+    for imported in pictures:
+        picture = imported.picture
+        key = (imported.url, picture.caption, picture.license, *_position(picture.content, versions))
+        digest.update(f"{key!r}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _position(content: Content, versions: dict[Path, tuple[int, int]]) -> Iterator[object]:
+    """Size and time of the file of a picture, and the place in it. versions: of known files, is added to."""
+    values = dict(vars(content))
+    path = values.pop("file")
+    if path not in versions:
+        stat = path.stat()
+        versions[path] = stat.st_size, stat.st_mtime_ns
+    yield from (versions[path], *values.values())
+
+
+def _make_work(root: Root, settings: dict[str, SplitSettings], shards: Shards) -> Work:
+    return partial(_import_shard, root, settings, shards)
+
+
+def _import_shard(root: Root, settings: dict[str, SplitSettings], shards: Shards, shard: str) -> ShardRecord:
+    delete_record(root, "download", shard)  # of another blocklist: the files change now
+    with ExitStack() as stack:
+        path = stack.enter_context(temporary_folder()) / "pictures"
+        stack.enter_context(full_disk_named(path))
+        buffer = PictureBuffer(stack.enter_context(path.open("w+b")))
+        rows = _store(shards[shard], settings[shard.partition("/")[0]], buffer)
+        with root.writing(f"download/{shard}.tar") as tar:
+            write_tar(tar.path, rows, buffer.read)
+        return write_rows(root, shard, rows, tar.record)
+
+
+def _store(pictures: list[ImportedPicture], settings: SplitSettings, buffer: PictureBuffer) -> Rows:
+    """The rows of DOWNLOADED of pictures. Adds the JPEGs to the buffer."""
+    blocked: set[int] = set()
+    for urls in ([p.url for p in pictures], [p.address for p in pictures]):
+        ids = np.array([image_id(url) for url in urls], np.int64)
+        blocked |= blocked_urls(pa.table({IMAGE_ID: ids, "url": pa.array(urls, pa.string())}), settings.blocklist)
+    rows = []
+    for number, imported in enumerate(pictures):
+        status, jpeg = RowStatus(str(Reason.BLOCKED), URL_BLOCKED), b""
+        if number not in blocked:
+            status, jpeg = _read(imported.picture.content, settings)
+        if jpeg:
+            buffer.add(number, jpeg)
+        picture = imported.picture
+        own = {
+            IMAGE_ID: imported.id,
+            "url": imported.url,
+            "caption": picture.caption,
+            "license": picture.license or None,
+        }
+        rows.append(dict.fromkeys(FROM_METADATA) | own | vars(status))
+    return rows
+
+
+def _read(content: Content, settings: SplitSettings) -> tuple[RowStatus, bytes]:
+    try:
+        return stored_image(content.read(), settings)
+    except FileNotFoundError:
+        return RowStatus(str(Reason.NOT_FOUND), "its file is gone"), b""
