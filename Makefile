@@ -60,7 +60,7 @@ database: install ## style databases: make database NAME=ukiyo-e SOURCE=folder|t
 	$(BIN)/python -m jobs.database $(RECIPE) --name "$(NAME)" --source "$(SOURCE)" $(ARGS)
 
 import: install ## pictures that are there already, in place of filter and download: make import SOURCE=folder|tar|parquet RECIPE=...
-	$(BIN)/python -m jobs.import_pictures $(RECIPE) --source "$(SOURCE)" $(if $(DATABASE),--database-source "$(DATABASE)") $(ARGS)
+	$(BIN)/python -m jobs.imports $(RECIPE) --source "$(SOURCE)" $(if $(DATABASE),--database-source "$(DATABASE)") $(ARGS)
 
 convert: install ## import a released model, or export to diffusers: make convert FROM=model.ckpt (or TO=folder) RECIPE=...
 	$(BIN)/python -m jobs.convert $(RECIPE) $(if $(FROM),--from "$(FROM)") $(if $(TO),--to "$(TO)") $(ARGS)

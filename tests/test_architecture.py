@@ -77,6 +77,7 @@ jobs/demo/server:
 jobs/demo/world:
 jobs/explore: jobs cli
 jobs/explore/tabs:
+jobs/imports: cli
 jobs/paper: jobs cli reporting
 jobs/reporting:
 jobs/status: cli

@@ -1,0 +1,1 @@
+"""The command `import`: takes pictures that are there already."""
