@@ -26,7 +26,7 @@ export NO_ALBUMENTATIONS_UPDATE ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 export DS_ACCELERATOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: help install demo import test check format bench bench-retrieval bench-filters bench-download bench-pipeline bench-loader bench-step bench-schedule bench-sampling bench-gpu bench-crashes bench-near-copies bench-optout optout bench-load database convert docs explore paper report clean status view capacity plan bench-capacity $(STAGES)
+.PHONY: help install demo import test check format bench bench-retrieval bench-filters bench-download bench-pipeline bench-loader bench-step bench-schedule bench-sampling bench-gpu bench-crashes bench-near-copies bench-scale bench-optout optout bench-load database convert docs explore paper report clean status view capacity plan bench-capacity $(STAGES)
 
 help: ## list the targets
 	@grep -hE '^[a-z$$()A-Z -]+:.*## ' $(MAKEFILE_LIST) | sed -e 's/$$(STAGES)/<stage>/' -e 's/:.*## /\t/' | expand -t 20
@@ -136,6 +136,9 @@ bench-load: install ## load test of the explore page with 100 visitors: docs/loa
 
 bench-capacity: install ## rates for the capacity plan: docs/capacity.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pipeline.capacity $(ARGS)
+
+bench-scale: install ## requests, time and memory of the records of 231,350 shards in an object store: docs/scale.md
+	$(BIN)/python -m benchmarks.pipeline.scale $(ARGS)
 
 bench-near-copies: install ## recall and false removals of near-copy removal with RECIPE's [clip]: docs/near_copies.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pipeline.near_copies $(RECIPE) $(ARGS)
