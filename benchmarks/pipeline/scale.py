@@ -44,8 +44,8 @@ PAGE = """# Records at full size
 
 `make bench-scale`, on {hardware}. {shards:,} shards with two files each, in a store on this machine that answers each
 request after {ms:.0f} ms. Files have one byte, so the time is that of the records and requests. Each row is a new
-process; memory is the peak of the process, the libraries included. "Before" is the earlier code, measured on a part of
-the shards and multiplied. The stages themselves are measured in [pipeline.md](pipeline.md) and
+process; memory is the peak of the process, the libraries included. "Before" is the earlier code at 231,350 shards,
+measured on a part of them and multiplied. The stages themselves are measured in [pipeline.md](pipeline.md) and
 [download.md](download.md).
 
 {table}
