@@ -178,12 +178,12 @@ class DownloadConfig(WorkersConfig):
 class ImportConfig(Config):
     """How imported pictures are divided (section `import` of a recipe). `[download]` says how they are stored."""
 
-    database_share: float = Field(0.2, ge=0, le=1)
+    database_share: float = Field(default=0.2, ge=0, le=1)
     """Share of the pictures for the database, chosen by their image id; the others are for training. Unused with a
     database source."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Selects the pictures of the database."""
-    rows_per_shard: int = Field(1000, ge=1)
+    rows_per_shard: int = Field(default=1000, ge=1)
     """Pictures in a shard; the last shard of a split can have fewer."""
 
 

@@ -119,8 +119,8 @@ class ShardTable(Sequence[ShardRecord]):
 
 
 def _row(record: ShardRecord) -> dict[str, Any]:
-    """A record as `RecordBatch.from_pylist` takes it."""
-    maps = {name: list(getattr(record, name).items()) for name in ("reasons", "values", "inputs")}
+    """A record as `RecordBatch.from_pylist` takes it. Equal records give equal rows."""
+    maps = {name: sorted(getattr(record, name).items()) for name in ("reasons", "values", "inputs")}
     files = [(file.name, file.bytes, file.sha256) for file in record.files]
     return {"shard": record.shard, "rows": record.rows, "files": files, "seconds": record.seconds, **maps}
 

@@ -1,7 +1,7 @@
 """Finished shards: retried after their servers recovered, and with another blocklist."""
 
 import io
-from dataclasses import replace
+from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -274,7 +274,7 @@ def test_blocklists_of_both_stages_are_applied_to_finished_shards(root: Root, se
     ids = np.array([image_id(f"{server.url}/2")])
     file = root.write_bytes("filter/blocked-x.ids", ids.tobytes())
     selected = read_manifest(root, "filter")
-    write_manifest(root, replace(selected, values={"later_blocked": vars(file)}))
+    write_manifest(root, replace(selected, values={"later_blocked": asdict(file)}))
     third = run_stage(config(blocklist=str(listed)), root)
     assert (third.rows, third.reasons["blocked"]) == (1, 2)
     assert server.requests == []
