@@ -26,7 +26,7 @@ export NO_ALBUMENTATIONS_UPDATE ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 export DS_ACCELERATOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: help install demo import test check format bench bench-retrieval bench-filters bench-download bench-pipeline bench-loader bench-step bench-schedule bench-sampling bench-gpu bench-crashes bench-near-copies bench-scale bench-optout optout bench-load database convert docs explore paper report clean status view capacity plan bench-capacity $(STAGES)
+.PHONY: help install demo import test check format bench bench-retrieval bench-filters bench-download bench-pipeline bench-loader bench-step bench-schedule bench-sampling bench-gpu bench-crashes bench-near-copies bench-partitions bench-scale bench-optout optout bench-load database convert docs explore paper report clean status view capacity plan bench-capacity $(STAGES)
 
 help: ## list the targets
 	@grep -hE '^[a-z$$()A-Z -]+:.*## ' $(MAKEFILE_LIST) | sed -e 's/$$(STAGES)/<stage>/' -e 's/:.*## /\t/' | expand -t 20
@@ -145,6 +145,9 @@ bench-near-copies: install ## recall and false removals of near-copy removal wit
 
 bench-optout: install ## time to find a list of a million ids: docs/optout.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pipeline.optout_search $(ARGS)
+
+bench-partitions: install ## neighbors inside the visited partitions, with copies of rows and fewer partitions: docs/partitions.md
+	$(BIN)/python -m benchmarks.pipeline.partitions $(ARGS)
 
 bench-crashes: install ## crash tests of the data stages: docs/crashes.md
 	$(BIN)/python -m benchmarks.crashes $(ARGS)

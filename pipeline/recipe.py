@@ -3,7 +3,7 @@
 Imports no torch, Ray or faiss, so reading and checking settings is fast.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -237,6 +237,9 @@ class NeighborsConfig(WorkersConfig):
     """Neighbors per training image (8 in the paper's LAION model, 4 in its ImageNet model)."""
     near_copy_similarity: float = Field(0.96, gt=0, le=1)
     """Database images at least this similar to the training image are near copies and left out."""
+    min_recall: float = Field(0.0, ge=0, lt=1)
+    """Recall that the join must reach: it first measures on a sample of training images how many partitions and lists
+    that takes. 0: partitions_per_query and lists_per_partition decide."""
     partitions_per_query: int = Field(0, ge=0)
     """Partitions that each training image is compared with; 0: all."""
     lists_per_partition: int = Field(0, ge=0)
@@ -247,6 +250,17 @@ class NeighborsConfig(WorkersConfig):
     """Seed of that sample."""
     gpus_per_worker: float = runtime_setting(0.0, ge=0)
     """GPUs of a worker; 0: CPU."""
+
+    @model_validator(mode="after")
+    def _one_effort(self) -> "NeighborsConfig":
+        if self.min_recall and (self.partitions_per_query or self.lists_per_partition):
+            raise ValueError("min_recall chooses partitions_per_query and lists_per_partition. Set it or these")
+        return self
+
+    def output_fields(self) -> dict[str, Any]:
+        """As of every configuration; tables without a goal keep the identity that they had before there were goals."""
+        fields = super().output_fields()
+        return fields if self.min_recall else {name: fields[name] for name in fields if name != "min_recall"}
 
     def join_config(self) -> JoinConfig:
         """The settings of the join."""

@@ -27,49 +27,49 @@ class Mixture:
     """Distribution of images and texts."""
 
     basis: Vectors
-    """(DIM, DIM): orthogonal basis, scaled by the spectrum."""
+    """(dim, dim): orthogonal basis, scaled by the spectrum."""
     image_mean: Vectors
     text_mean: Vectors
     topics: Vectors
-    """(TOPICS, DIM) in coordinates of the basis."""
+    """(TOPICS, dim) in coordinates of the basis."""
     clusters: Vectors
-    """(CLUSTERS, DIM) in coordinates of the basis, around their topics."""
+    """(CLUSTERS, dim) in coordinates of the basis, around their topics."""
     weights: np.ndarray
     """(CLUSTERS,) shares of the rows."""
 
 
-def mixture(seed: int) -> Mixture:
-    """The mixture of a seed."""
+def mixture(seed: int, dim: int = DIM) -> Mixture:
+    """The mixture of a seed in dim dimensions."""
     rng = np.random.default_rng([seed, 0])
-    spectrum = 1 / np.arange(1, DIM + 1)
-    basis, _ = np.linalg.qr(rng.standard_normal((DIM, DIM)))
+    spectrum = 1 / np.arange(1, dim + 1)
+    basis, _ = np.linalg.qr(rng.standard_normal((dim, dim)))
     scaled = basis * np.sqrt(spectrum / spectrum.sum())
-    topics = rng.standard_normal((TOPICS, DIM), dtype=np.float32)
+    topics = rng.standard_normal((TOPICS, dim), dtype=np.float32)
     clusters = topics[rng.integers(TOPICS, size=CLUSTERS)] * 0.55
-    clusters += 0.55 * rng.standard_normal((CLUSTERS, DIM), dtype=np.float32)
-    means = unit(rng.standard_normal((2, DIM), dtype=np.float32)) * CONE
+    clusters += 0.55 * rng.standard_normal((CLUSTERS, dim), dtype=np.float32)
+    means = unit(rng.standard_normal((2, dim), dtype=np.float32)) * CONE
     weights = np.arange(1, CLUSTERS + 1) ** -ZIPF
     return Mixture(scaled.T.astype(np.float32), means[0], means[1], topics, clusters, weights / weights.sum())
 
 
 def images(mixture: Mixture, rows: int, seed: int) -> Vectors:
-    """(rows, DIM) float32 unit rows, with near copies at random positions."""
+    """(rows, dim) float32 unit rows, with near copies at random positions."""
     rng = np.random.default_rng([seed, 1])
-    out = np.empty((rows, DIM), np.float32)
+    out = np.empty((rows, len(mixture.basis)), np.float32)
     for start in range(0, rows, BLOCK_ROWS):
         out[start : start + BLOCK_ROWS] = _draw(mixture, min(BLOCK_ROWS, rows - start), rng)
     copies = rng.permutation(rows)[: int(COPIES * rows)]
     originals = rng.integers(rows, size=len(copies))
-    noise = rng.standard_normal((len(copies), DIM), dtype=np.float32) @ mixture.basis
+    noise = rng.standard_normal((len(copies), len(mixture.basis)), dtype=np.float32) @ mixture.basis
     out[copies] = unit(out[originals] + COPY_NOISE * noise)
     return out
 
 
 def texts(mixture: Mixture, rows: int, seed: int) -> Vectors:
-    """(rows, DIM) float32 unit rows: weakened image directions with noise, around the mean of texts."""
+    """(rows, dim) float32 unit rows: weakened image directions with noise, around the mean of texts."""
     rng = np.random.default_rng([seed, 2])
     directions = _coordinates(mixture, rows, rng)
-    noisy = 0.7 * directions + 0.5 * rng.standard_normal((rows, DIM), dtype=np.float32)
+    noisy = 0.7 * directions + 0.5 * rng.standard_normal((rows, len(mixture.basis)), dtype=np.float32)
     return unit(noisy @ mixture.basis * 0.76 + mixture.text_mean)
 
 
@@ -79,4 +79,4 @@ def _draw(mixture: Mixture, rows: int, rng: np.random.Generator) -> Vectors:
 
 def _coordinates(mixture: Mixture, rows: int, rng: np.random.Generator) -> Vectors:
     chosen = rng.choice(CLUSTERS, size=rows, p=mixture.weights)
-    return mixture.clusters[chosen] + 0.63 * rng.standard_normal((rows, DIM), dtype=np.float32)
+    return mixture.clusters[chosen] + 0.63 * rng.standard_normal((rows, len(mixture.basis)), dtype=np.float32)

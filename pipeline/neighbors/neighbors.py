@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline.neighbors.effort import choose_effort, chosen_effort
 from pipeline.neighbors.matching import match_work, merge_matches, read_queries, route_work, shard_number
 from pipeline.neighbors.recall import recall_work, sample_work, truth_work
 from pipeline.recipe import NeighborsConfig
@@ -45,16 +46,19 @@ def run(config: NeighborsConfig, root: Root) -> Manifest:
     database.require_encoder(EncoderIdentity(**embed.values["encoder"]))
     if index.upstream != {"embed": embed.identity_of("database/")}:
         raise UserError(f"{root.at('index')} was built from other embeddings. Run 'make index' first.")
+    effort = choose_effort(config, root)
     stage = neighbors_stage(config, root)
     if manifest := stage.finished():
         return manifest
     with stage.building(), shared_workers():
-        records = _join(stage, config, database, embed)
+        records = _join(stage, effort, database, embed)
         values = {
             "k": config.k,
+            "partitions_per_query": effort.partitions_per_query,
+            "lists_per_partition": effort.lists_per_partition,
             "encoder": database.encoder.model_dump(mode="json"),
             "near_copies": int(sum(record.values["near_copies"] for record in records)),
-            **_recall(replace(stage, by_shard={}), config, database, records),
+            **_recall(replace(stage, by_shard={}), effort, database, records),
         }
         _delete_passes(root)
         return stage.complete(records, values, started)
@@ -70,6 +74,9 @@ def neighbors_stage(config: NeighborsConfig, root: Root) -> Stage:
     hidden = hidden_ids(root.child("index"))
     if len(hidden):
         upstream["hidden"] = hashlib.sha256(hidden.tobytes()).hexdigest()[:16]
+    if config.min_recall:
+        effort = chosen_effort(config, root)
+        upstream["effort"] = f"{effort.partitions_per_query} partitions, {effort.lists_per_partition} lists"
     by_shard = {record.shard.removeprefix("train/"): {"embed": record.digest} for record in _train_shards(embed)}
     return Stage(root, "neighbors", SCHEMA_VERSION, config, upstream, by_shard=by_shard)
 

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline.neighbors.effort import chosen_effort
 from pipeline.neighbors.matching import read_queries
 from pipeline.neighbors.neighbors import neighbor_table
 from pipeline.recipe import NeighborsConfig
@@ -27,7 +28,7 @@ def refill_work(root: Root, config: NeighborsConfig, folder: str) -> Work:
 
     config: the settings of the tables. The record's values count the rows `dropped` and `refilled`.
     """
-    return partial(_refill, root, config, folder, Database.open(root.child("index")))
+    return partial(_refill, root, chosen_effort(config, root), folder, Database.open(root.child("index")))
 
 
 def _refill(root: Root, config: NeighborsConfig, folder: str, database: Database, name: str) -> ShardRecord:

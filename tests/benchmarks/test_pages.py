@@ -11,7 +11,7 @@ from benchmarks.common.report import DOCS
 from benchmarks.crashes import __main__ as crashes
 from benchmarks.page import load
 from benchmarks.pipeline import __main__ as stages
-from benchmarks.pipeline import download, near_copies
+from benchmarks.pipeline import download, near_copies, partitions
 from benchmarks.retrieval.report import report
 from benchmarks.training import loader, sampling, schedule, step
 
@@ -21,6 +21,7 @@ PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "load": lambda result: load.PAGE.format(**result),
     "loader": loader.page,
     "near_copies": near_copies.page,
+    "partitions": partitions.page,
     "pipeline": stages.page,
     "sampling": sampling.page,
     "step": step.page,

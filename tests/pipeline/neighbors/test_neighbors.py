@@ -11,7 +11,7 @@ from pipeline import embed, index
 from pipeline.neighbors import neighbors
 from pipeline.neighbors.matching import match_work, route_work
 from pipeline.recipe import EmbedConfig, NeighborsConfig
-from retrieval import Root, UserError
+from retrieval import Database, Root, UserError
 from retrieval.index.partition import Partition
 from retrieval.recipe import ClipConfig, IndexConfig
 from retrieval.storage import schema
@@ -120,3 +120,31 @@ def test_a_database_of_another_encoder_is_refused(root: Root, tmp_path: Path) ->
     embed.run(EmbedConfig(workers=1), write_clip(tmp_path / "other", seed=1), Root(root.url, remake=True))
     with pytest.raises(UserError, match="was built with the encoder"):
         neighbors.run(CONFIG, root)
+
+
+def test_a_goal_for_the_recall_chooses_the_fewest_partitions_that_reach_it(root: Root) -> None:
+    goal = NeighborsConfig(k=4, near_copy_similarity=0.999, min_recall=0.6, workers=1)
+    root = Root(root.url, remake=True)
+    chosen = neighbors.run(goal, root).values
+    all_partitions = neighbors.run(CONFIG, root).values
+    assert chosen["recall"] >= 0.6
+    assert chosen["partitions_per_query"] < 3 == len(Database.open(root.child("index")).partitions)
+    assert all_partitions["recall"] == 1.0
+
+
+def test_another_chosen_effort_is_another_identity_of_the_tables(root: Root) -> None:
+    goal = NeighborsConfig(k=4, near_copy_similarity=0.999, min_recall=0.3, workers=1)
+    root = Root(root.url, remake=True)
+    manifest = neighbors.run(goal, root)
+    assert neighbors.run(goal, root) == manifest
+    effort = root.read_json("neighbors_effort/manifest.json")
+    effort["values"]["partitions_per_query"] += 1
+    root.write_json("neighbors_effort/manifest.json", effort)
+    assert neighbors.neighbors_stage(goal, root).fingerprint != manifest.fingerprint
+
+
+def test_a_goal_out_of_reach_is_an_error_that_states_the_best_recall(root: Root) -> None:
+    goal = NeighborsConfig(k=4, near_copy_similarity=0.999, min_recall=0.999, workers=1)
+    with pytest.raises(UserError, match=r"min_recall 0.999 is out of reach: \d of 3 partitions reach 1.0000"):
+        neighbors.run(goal, Root(root.url, remake=True))
+    assert not root.exists("neighbors")
