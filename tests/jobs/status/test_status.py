@@ -48,7 +48,7 @@ micro_batch = 8
 steps = 1000
 log_every = 10
 """
-HEAVY = ("torch", "ray", "faiss", "pyarrow", "open_clip", "diffusers", "deepspeed", "img2dataset")
+HEAVY = ("torch", "ray", "faiss", "open_clip", "diffusers", "deepspeed", "img2dataset")
 
 
 class Terminal(io.StringIO):
