@@ -103,6 +103,11 @@ def test_a_table_of_records_behaves_as_their_tuple() -> None:
     assert ShardTable.of(shards[4:])[1] == rows[5]
 
 
+def test_equal_records_give_equal_tables_in_any_order_of_their_reasons() -> None:
+    first, second = ({"blocked": 1, "unsafe": 2}, {"unsafe": 2, "blocked": 1})
+    assert ShardTable.of([ShardRecord("a", 1, (), first)]) == ShardTable.of([ShardRecord("a", 1, (), second)])
+
+
 def test_records_of_many_shards_are_a_parquet_file_and_give_the_same_digests(tmp_path: Path) -> None:
     root, rows = Root(tmp_path), records(MAX_JSON_SHARDS + 1)
     manifest = Manifest("s", 1, "f" * 16, {}, {}, rows, {}, 1.5)
