@@ -3,7 +3,7 @@
 Imports no torch, Ray or faiss, so reading and checking settings is fast.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -256,11 +256,6 @@ class NeighborsConfig(WorkersConfig):
         if self.min_recall and (self.partitions_per_query or self.lists_per_partition):
             raise ValueError("min_recall chooses partitions_per_query and lists_per_partition. Set it or these")
         return self
-
-    def output_fields(self) -> dict[str, Any]:
-        """As of every configuration; tables without a goal keep the identity that they had before there were goals."""
-        fields = super().output_fields()
-        return fields if self.min_recall else {name: fields[name] for name in fields if name != "min_recall"}
 
     def join_config(self) -> JoinConfig:
         """The settings of the join."""

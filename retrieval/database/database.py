@@ -142,11 +142,12 @@ class Database:
         for each partition, so keep the result for more searches; that of a text is kept. Raises UserError.
         """
         if isinstance(condition, str):
-            if condition not in self._views:
+            view = self._views.get(condition)  # another thread may clear them
+            if view is None:
                 if len(self._views) >= MAX_VIEWS:
                     self._views.clear()
-                self._views[condition] = self.where(parse_condition(condition))
-            return self._views[condition]
+                view = self._views.setdefault(condition, self.where(parse_condition(condition)))
+            return view
         combined = condition if self.condition is None else self.condition & condition
         return self._hiding(self.hidden, combined)
 

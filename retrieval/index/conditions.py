@@ -23,6 +23,8 @@ Expression: TypeAlias = Any
 MAX_CHARACTERS = 1 << 20
 """Longest text of a condition: about 50,000 ids."""
 EXAMPLE = "width >= 768 and license in ['cc0', 'cc-by'] and 'sea' in caption"
+MISSING = pc.scalar(pa.scalar(None, pa.bool_()))
+"""The value of a comparison with a missing value. `not` does not change it, and a row with it is left out."""
 COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Expression]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
@@ -98,7 +100,8 @@ def _contained(left: ast.expr, right: ast.expr) -> Expression:
         raise ValueError(
             f"{ast.unparse(left)} in {ast.unparse(right)}: wanted a column in a list, or a text in a column"
         )
-    return pc.field(left.id).isin(list(values))
+    column = pc.field(left.id)
+    return pc.if_else(column.is_valid(), column.isin(list(values)), MISSING)
 
 
 def _operand(node: ast.expr) -> Expression:
