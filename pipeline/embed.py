@@ -40,7 +40,7 @@ from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, sha
 from retrieval.storage.root import Root
 from retrieval.storage.schema import Reason
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 REMOVE = "Remove it and run 'make download' again."
 
 
@@ -117,6 +117,7 @@ def _embed_shard(
     reasons: dict[str, int] = {}
     if shard in selection.copies:
         stored, reasons = drop_copies(root, selection.copies[shard], stored)
+    stored = _database_columns(stored)
     keys = {sample_key(image_id) for image_id in stored[schema.IMAGE_ID].to_pylist()}
     with root.local(shard_file(root, "download", shard, ".tar")) as path:
         pictures = _read_pictures(path.as_posix(), keys)
@@ -131,6 +132,13 @@ def _embed_shard(
     name = f"embed/{shard}.parquet"
     file = schema.write_table(root, name, table, schema.embeddings(encoder.identity.dim))
     return ShardRecord(shard, len(table), (file,), {word: n for word, n in reasons.items() if n})
+
+
+def _database_columns(stored: pa.Table) -> pa.Table:
+    """The columns of DOWNLOADED that a database has: those of METADATA but `norm`, scores and language."""
+    own = [name for name in schema.METADATA.names if name != schema.NORM]
+    names = [*own, *schema.FURTHER_DOWNLOADED]
+    return stored.select(names).rename_columns([*own, *map(schema.further_name, schema.FURTHER_DOWNLOADED)])
 
 
 def embed_images(
@@ -165,13 +173,12 @@ def _decoded_batches(
 
 
 def with_vectors(rows: pa.Table, vectors: npt.NDArray[np.float32]) -> pa.Table:
-    """Rows of schema.METADATA, with or without DETAILS, with the lengths and float16 directions of their CLIP vectors.
+    """Rows of schema.METADATA and further columns, with the lengths and float16 directions of their CLIP vectors.
 
-    vectors: (n, dim) at any length, which replaces `norm` of the rows.
+    rows: `norm` may be missing. vectors: (n, dim) at any length.
     """
     columns = schema.embeddings(vectors.shape[1])
-    if schema.BOX in rows.column_names:
-        columns = pa.schema([*columns, *schema.DETAILS])
+    columns = pa.schema([*columns, *(field for field in rows.schema if field.name not in columns.names)])
     of_vectors = {
         schema.NORM: pa.array(np.linalg.norm(vectors, axis=1).astype(np.float32)),
         schema.EMBEDDING: schema.fixed_lists(unit(vectors).astype(np.float16)),

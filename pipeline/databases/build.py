@@ -190,7 +190,7 @@ def find_near_copies(hashes: npt.NDArray[np.int64], vectors: npt.NDArray[np.floa
 
 
 def _metadata(name: str, pictures: dict[int, SourcePicture], properties: PictureProperties) -> pa.Table:
-    """The columns of schema.METADATA and DETAILS. pictures: by image id."""
+    """The columns of schema.METADATA and DETAILS, and `style`, the picture's label. pictures: by image id."""
     sizes = [properties.sizes[image_id] for image_id in pictures]
     columns = {
         schema.IMAGE_ID: [*pictures],
@@ -202,7 +202,8 @@ def _metadata(name: str, pictures: dict[int, SourcePicture], properties: Picture
     }
     for column in ("license", "title", "artist", "source"):
         columns[column] = [getattr(picture, column) or None for picture in pictures.values()]
-    return pa.table(columns, schema=pa.schema([*schema.METADATA, *schema.DETAILS]))
+    columns["style"] = [picture.label or None for picture in pictures.values()]
+    return pa.table(columns, schema=pa.schema([*schema.METADATA, *schema.DETAILS, pa.field("style", pa.string())]))
 
 
 def _build(

@@ -88,7 +88,10 @@ def patch_id(image_id: int, box: Box) -> int:
 
 
 def patch_rows(pictures: pa.Table, boxes: Mapping[int, list[Box]]) -> pa.Table:
-    """A row of METADATA and DETAILS for each patch: id, size and box of the patch, other columns of its picture."""
+    """A row for each patch: id, size and box of the patch, other columns of its picture.
+
+    Columns of METADATA and DETAILS come first, then further ones of the pictures.
+    """
     boxes_of_rows = [boxes[id_] for id_ in pictures[schema.IMAGE_ID].to_pylist()]
     repeats = [len(row_boxes) for row_boxes in boxes_of_rows]
     rows = pictures.take(pa.array(np.repeat(np.arange(len(repeats)), repeats)))
@@ -98,6 +101,7 @@ def patch_rows(pictures: pa.Table, boxes: Mapping[int, list[Box]]) -> pa.Table:
     of_patches |= {"width": [box[2] for box in flat], "height": [box[3] for box in flat]}
     of_pictures = {name: rows[name] for name in rows.column_names}
     target = pa.schema([*schema.METADATA, *schema.DETAILS])
+    target = pa.schema([*target, *(field for field in pictures.schema if field.name not in target.names)])
     missing: dict[str, Any] = {name: pa.nulls(len(flat), target.field(name).type) for name in target.names}
     columns = missing | of_pictures | of_patches
     return pa.table({name: columns[name] for name in target.names}, schema=target)

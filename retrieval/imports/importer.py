@@ -33,7 +33,7 @@ UNIT_TOLERANCE = 0.005
 
 @dataclass(frozen=True)
 class DatabaseBlock:
-    """Consecutive rows of a source as schema.embeddings(dim)."""
+    """Consecutive rows of a source as schema.embeddings(dim) and its further columns."""
 
     table: pa.Table
     reasons: dict[str, int]
@@ -59,7 +59,8 @@ def read_database_blocks(source: VectorSource, dim: int) -> Iterator[DatabaseBlo
         table = metadata.table.set_column(place, schema.METADATA.field(schema.NORM), _norms(block.vectors))
         table = table.filter(pa.array(usable))
         vectors = schema.fixed_lists(rows.reshape(-1, dim).astype(np.float16))
-        table = table.append_column(schema.embeddings(dim).field(schema.EMBEDDING), vectors)
+        place = len(schema.METADATA)
+        table = table.add_column(place, schema.embeddings(dim).field(schema.EMBEDDING), vectors)
         bad = int((~usable).sum())
         yield DatabaseBlock(table, {Reason.BAD_VECTOR: bad} if bad else {}, metadata.changed)
         first += len(block.vectors)
@@ -100,7 +101,7 @@ def build_database(
         tables.append(block.table)
         reasons.update(block.reasons)
         changed.update(block.changed)
-    table = pa.concat_tables(tables)
+    table = _with_equal_columns(tables)
     first_rows = np.sort(np.unique(table[schema.IMAGE_ID].to_numpy(), return_index=True)[1])
     if len(first_rows) < len(table):
         reasons[Reason.DUPLICATE_ID] = len(table) - len(first_rows)
@@ -111,6 +112,20 @@ def build_database(
     if (texts := read_text_queries(source)) is not None:
         recalibrate(parent.child(name), texts, "texts")
     return Database.open(root)
+
+
+def _with_equal_columns(tables: list[pa.Table]) -> pa.Table:
+    """All rows. Numbers get the type that holds the numbers of all tables; a column that a table lacks is null there.
+
+    Raises UserError for a column of different kinds of values. Columns without any value are left out.
+    """
+    try:
+        table = pa.concat_tables(tables, promote_options="permissive")
+    except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
+        raise UserError(
+            f"files of the source have columns of one name and different types: {error}. Convert or remove them."
+        ) from error
+    return table.drop_columns([field.name for field in table.schema if pa.types.is_null(field.type)])
 
 
 def _norms(vectors: npt.NDArray[np.generic]) -> pa.Array:

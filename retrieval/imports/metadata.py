@@ -1,5 +1,6 @@
 """Metadata of other tools as schema.METADATA: image ids, URLs, captions, licenses and sizes in pixels.
 
+Columns of other names follow with their values and types, so that conditions of searches can use them.
 Values that cannot be used become unknown, and invalid bytes are removed; both are counted by column.
 """
 
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrieval.errors import UserError
-from retrieval.imports.source import SourceColumns, find_column
+from retrieval.imports.source import SourceColumns, find_column, further_columns
 from retrieval.storage import schema
 from retrieval.storage.arrow_columns import count_changed, is_number, is_text, numbers, pixels, plain, texts
 
@@ -22,7 +23,8 @@ BITS = (1 << 64) - 1
 
 @dataclass(frozen=True)
 class SourceMetadata:
-    """Metadata of consecutive rows of a source as schema.METADATA; the lengths of their vectors are null."""
+    """Metadata of consecutive rows of a source: schema.METADATA, with null for the lengths of their vectors, and the
+    further columns of the source."""
 
     table: pa.Table
     changed: dict[str, int]
@@ -51,6 +53,12 @@ def read_metadata(
         changed[name] = int(((values[name] == 0) & unknown & read[name].is_valid().to_numpy()).sum())
     values[schema.IMAGE_ID] = _ids(read[schema.IMAGE_ID], values["url"].to_pylist(), first, location)
     table = pa.table([values[name] for name in schema.METADATA.names], schema=schema.METADATA)
+    if rows is not None:
+        for name in further_columns(rows.schema, columns, location):
+            column = plain(rows[name])
+            clean = texts(column, errors="ignore") if is_text(column.type) else column
+            changed[name] = count_changed(column, clean) if is_text(column.type) else 0
+            table = table.append_column(schema.further_name(name), clean)
     return SourceMetadata(table, {name: number for name, number in changed.items() if number})
 
 

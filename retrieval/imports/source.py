@@ -10,6 +10,8 @@ import pyarrow as pa
 
 from retrieval.config import Config
 from retrieval.errors import UserError
+from retrieval.storage.arrow_columns import plain_type
+from retrieval.storage.schema import further_name, is_further
 
 Path = str | os.PathLike[str]
 
@@ -81,4 +83,12 @@ def find_column(table: pa.Schema, columns: SourceColumns, field_name: str, locat
 def metadata_columns(table: pa.Schema, columns: SourceColumns, location: str) -> list[str]:
     """The source's columns that go into a database, without the vectors."""
     names = [find_column(table, columns, name, location) for name in DEFAULT_NAMES if name != "vector"]
-    return [name for name in dict.fromkeys(names) if name]
+    return [name for name in dict.fromkeys([*names, *further_columns(table, columns, location)]) if name]
+
+
+def further_columns(table: pa.Schema, columns: SourceColumns, location: str) -> list[str]:
+    """The source's columns that a database keeps besides those of SourceColumns: all of plain types, not twice."""
+    used = {find_column(table, columns, name, location) for name in DEFAULT_NAMES if name != "vector"}
+    fields = [field for field in table if field.name not in used and table.names.count(field.name) == 1]
+    stored = {field.name: pa.field(further_name(field.name), plain_type(field.type)) for field in fields}
+    return [name for name, field in stored.items() if is_further(field) or pa.types.is_null(field.type)]

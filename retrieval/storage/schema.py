@@ -82,6 +82,8 @@ _LICENSE = columns({"license": pa.string()}, nullable=True)
 SCORES = ("similarity", "pwatermark", "punsafe", "aesthetic")
 """Scores of a picture in the metadata."""
 _SCORES = columns(dict.fromkeys(SCORES, pa.float32()) | {"language": pa.string()}, nullable=True)
+FURTHER_DOWNLOADED = [field.name for field in _SCORES]
+"""Columns of DOWNLOADED that follow METADATA in a database, see `further_name`."""
 _CHECKSUM = columns({"checksum": pa.string()}, nullable=True)
 _OUTCOME = columns({"reason": pa.string(), "message": pa.string()})
 _ORIGINAL_SIZE = columns({"original_width": pa.int32(), "original_height": pa.int32()})
@@ -106,7 +108,35 @@ BOX = "box"
 _DETAIL_TYPES = {"title": pa.string(), "artist": pa.string(), "source": pa.string(), BOX: pa.list_(pa.int32(), 4)}
 DETAILS = pa.schema(columns(_DETAIL_TYPES, nullable=True))
 """Optional last columns of METADATA and embeddings. source: origin of the picture; box: x, y, width, height
-of the part of the picture that a row describes, in pixels of the stored picture."""
+of the part of the picture that a row describes, in pixels of the stored picture. Any other columns for which
+`is_further` holds may follow METADATA too, for conditions of searches."""
+
+
+RESULT_COLUMNS = ("query", "rank", "similarity", "position")
+"""Columns of a result besides those of METADATA."""
+_RESERVED = {*METADATA.names, EMBEDDING, *RESULT_COLUMNS}
+
+
+def further_name(name: str) -> str:
+    """The name of another column in a database: `source_` precedes the names of METADATA and of results.
+
+    >>> further_name("similarity"), further_name("aesthetic")
+    ('source_similarity', 'aesthetic')
+    """
+    return f"source_{name}" if name in _RESERVED else name
+
+
+def is_further(field: pa.Field) -> bool:
+    """Whether a column may follow METADATA: nullable, of texts, numbers, truth values, times, lists of texts or of
+    integers."""
+    if field.name in DETAILS.names:
+        return bool(field == DETAILS.field(field.name))
+    kind, types = field.type, pa.types
+    is_list_of_floats = types.is_list(kind) and types.is_floating(kind.value_type)  # a vector
+    kind = kind.value_type if types.is_list(kind) else kind
+    is_number = types.is_integer(kind) or types.is_floating(kind)
+    is_value = is_number or kind == pa.string() or types.is_boolean(kind) or types.is_temporal(kind)
+    return field.nullable and field.name not in _RESERVED and bool(is_value and not is_list_of_floats)
 
 
 def embeddings(dim: int) -> pa.Schema:
@@ -141,9 +171,12 @@ def image_id(name: str) -> int:
 def check_table(table: pa.Table, schema: pa.Schema, path: str) -> pa.Table:
     """The table. Raises UserError unless it has the columns, types and non-null columns of the schema.
 
-    The columns of DETAILS may follow. path: of its file, for the message.
+    Columns of `is_further` with different names may follow those of METADATA. path: of its file, for the message.
     """
-    if not table.schema.equals(schema) and not table.schema.equals(pa.schema([*schema, *DETAILS])):
+    further = [*table.schema][len(schema) :]
+    may_follow = [*schema][: len(METADATA)] == [*METADATA] and all(map(is_further, further))
+    is_wanted = [*table.schema][: len(schema)] == [*schema] and len({*table.schema.names}) == len(table.schema)
+    if not is_wanted or (further and not may_follow):
         raise UserError(
             f"{path} has columns\n{table.schema}\nbut\n{schema}\nwas expected. Run the stage that wrote it."
         )

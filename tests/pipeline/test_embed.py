@@ -7,6 +7,8 @@ from typing import cast
 
 import numpy as np
 import open_clip
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 from PIL import Image
@@ -55,6 +57,11 @@ def test_each_image_gets_its_own_vector_in_the_order_of_the_download(root: Root,
     table = schema.read_table(root, "embed/train/00000.parquet", schema.embeddings(32))
     np.testing.assert_allclose(table[schema.NORM].to_numpy(), lengths, rtol=1e-4)
     assert np.ptp(lengths) > 1e-3
+    stored = schema.read_table(root, "download/train/00000.parquet", schema.DOWNLOADED)
+    stored = stored.filter(pc.is_in(stored["url"], pa.array(urls)))
+    assert table["source_similarity"].equals(stored["similarity"])
+    assert table["aesthetic"].equals(stored["aesthetic"])
+    assert table["language"].equals(stored["language"])
 
 
 def test_vectors_equal_those_of_open_clips_own_loop_and_bf16_is_close(clip: ClipConfig) -> None:

@@ -240,6 +240,46 @@ def test_unusable_sizes_are_unknown_and_counted(tmp_path: Path) -> None:
     assert database.manifest.values["changed_values"] == changed
 
 
+def test_further_columns_keep_their_types_and_select_rows(tmp_path: Path) -> None:
+    columns = {
+        "similarity": pa.array([0.1 * row for row in range(7)], pa.float32()),
+        "style": pa.array(["cubism", None, "ukiyo-e"] * 2 + [b"caf\xe9"], pa.binary()).view(pa.string()),
+        "year": pa.array(range(1900, 1907), pa.int16()),
+        "open": [True, False, None, True, False, True, True],
+        "tags": [["a", "b"]] * 7,
+        "empty": pa.nulls(7),
+        "struct": [{"a": 1}] * 7,
+        "query": pa.array(range(7)),
+    }
+    database = build_database(tmp_path / "db", clustered(7, seed=1), pa.table(columns), encoder=IDENTITY)
+    stored = database.metadata_at(np.arange(7))
+    kept = {field.name: str(field.type) for field in stored.schema if field.name not in schema.METADATA.names}
+    assert kept == {
+        **{"source_similarity": "float", "style": "string", "year": "int16", "open": "bool"},
+        **{"tags": "list<item: string>", "source_query": "int64"},
+    }
+    assert database.manifest.values["changed_values"] == {"style": 1}
+    selected = database.where(
+        "style in ['cubism', 'caf'] and year > 1900 and source_similarity < 0.65 and open == True"
+    )
+    assert sorted(selected.search(clustered(1, seed=2), k=7).table()["year"].to_pylist()) == [1903, 1906]
+
+
+def test_further_columns_of_files_are_joined_and_contradictions_are_refused(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    np.save(source / "1.npy", parts()[0])
+    np.save(source / "2.npy", parts()[0])
+    count = len(parts()[0])
+    for number, year in enumerate([pa.array([1] * count, pa.int8()), pa.array([2.5] * count)], 1):
+        pq.write_table(metadata(number, count).append_column("year", year), source / f"m{number}.parquet")
+    database = build_database(tmp_path / "db", source, source, encoder=IDENTITY)
+    assert set(database.metadata_at(np.arange(len(database)))["year"].to_pylist()) == {1.0, 2.5}
+    pq.write_table(metadata(2, count).append_column("year", pa.array(["x"] * count)), source / "m2.parquet")
+    with pytest.raises(UserError, match=r"columns of one name and different types.*year"):
+        build_database(tmp_path / "db", source, source, encoder=IDENTITY)
+
+
 def test_a_column_that_occurs_twice_is_refused() -> None:
     table = pa.table([["a"], ["b"]], names=["caption", "caption"])
     with pytest.raises(UserError, match="has 2 columns 'caption'"):
