@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from pipeline.databases.labels import database_names
 from pipeline.databases.listing import Listing, list_pictures
-from pipeline.databases.sources import PictureSource, SourcePicture
+from pipeline.databases.sources import PictureSource, SourcePicture, further_columns
 from pipeline.embed import embed_images, with_vectors
 from pipeline.pictures.picture import encode_jpeg, prepare
 from pipeline.pictures.tars import sample_key, tar_writer
@@ -190,7 +190,7 @@ def find_near_copies(hashes: npt.NDArray[np.int64], vectors: npt.NDArray[np.floa
 
 
 def _metadata(name: str, pictures: dict[int, SourcePicture], properties: PictureProperties) -> pa.Table:
-    """The columns of schema.METADATA and DETAILS, and `style`, the picture's label. pictures: by image id."""
+    """The columns of schema.METADATA and DETAILS, `style` (the label), and further ones. pictures: by image id."""
     sizes = [properties.sizes[image_id] for image_id in pictures]
     columns = {
         schema.IMAGE_ID: [*pictures],
@@ -202,8 +202,11 @@ def _metadata(name: str, pictures: dict[int, SourcePicture], properties: Picture
     }
     for column in ("license", "title", "artist", "source"):
         columns[column] = [getattr(picture, column) or None for picture in pictures.values()]
-    columns["style"] = [picture.label or None for picture in pictures.values()]
-    return pa.table(columns, schema=pa.schema([*schema.METADATA, *schema.DETAILS, pa.field("style", pa.string())]))
+    table = pa.table(columns, schema=pa.schema([*schema.METADATA, *schema.DETAILS]))
+    style = pa.array([picture.label or None for picture in pictures.values()], pa.string())
+    for column, values in {"style": style, **further_columns(pictures.values())}.items():
+        table = table.append_column(column, values)
+    return table
 
 
 def _build(
@@ -251,6 +254,6 @@ def _digest(pictures: list[SourcePicture]) -> str:
     """Hash of the bytes and metadata of the pictures, and of the limits for near copies."""
     digest = hashlib.sha256(f"{NEAR_BITS} {NEAR_SIMILARITY}".encode())
     for p in pictures:
-        metadata = (p.name, p.label, p.caption, p.title, p.artist, p.license, p.source)
+        metadata = (p.name, p.label, p.caption, p.title, p.artist, p.license, p.source, *sorted(p.further.items()))
         digest.update(f"{hashlib.sha256(p.content.read()).hexdigest()} {metadata!r}\n".encode())
     return digest.hexdigest()[:16]

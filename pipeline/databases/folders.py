@@ -55,7 +55,7 @@ def folder_items(folder: Path, left_out: Counter[str]) -> Iterator[Item]:
         elif suffix in IMAGE_TABLES:
             yield from image_items(path, safe_text(name[: -len(suffix)]), left_out)
         elif is_picture(name, FileRange(path, 0, SIGNATURE_BYTES).read()):
-            fields: dict[str, str] = {}
+            fields: dict[str, Any] = {}
             for kind in ("json", "txt"):
                 if (sidecar := str(PurePosixPath(name).with_suffix(f".{kind}"))) in sidecars:
                     fields |= _member_fields(kind, (folder / sidecar).read_bytes())
@@ -114,7 +114,7 @@ def _bytes(tar: tarfile.TarFile, member: tarfile.TarInfo, size: int = -1) -> byt
     return file.read(size) if file else b""
 
 
-def _member_fields(kind: str, data: bytes) -> dict[str, str]:
+def _member_fields(kind: str, data: bytes) -> dict[str, Any]:
     """The fields of a metadata file: a caption (txt), a class (cls) or a JSON object."""
     if kind != "json":
         return {"caption" if kind == "txt" else "label": text_of(data)}

@@ -1,12 +1,18 @@
 """Sources of style databases and their pictures: the settings, a picture with its metadata, the names of fields."""
 
 import codecs
-from collections.abc import Mapping
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol
 
+import pyarrow as pa
+
 from retrieval.storage.listing import safe_text
+from retrieval.storage.schema import DETAILS, METADATA, further_name
+
+log = logging.getLogger(__name__)
 
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".png", ".apng", ".webp", ".avif", ".bmp", ".dib"),
@@ -16,6 +22,9 @@ SUFFIXES = (
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")
 SIGNATURE_BYTES = 16
 MAX_TEXT_CHARACTERS = 4096
+MAX_FURTHER = 64
+"""Most further columns of a source. More are values in the place of names."""
+VALUES = (str, int, float)
 FIELDS = {
     "path": ("path", "file", "filename", "file_name", "filepath", "image_path", "image", "name"),
     "label": ("label", "style", "style_name", "class"),
@@ -26,6 +35,10 @@ FIELDS = {
     "source": ("source", "source_set", "url", "attribution"),
 }
 """Names of each field in a table or in the JSON files of a tar, in lower case, in order of preference."""
+FURTHER = "further"
+"""Key of the other values of a picture in its fields."""
+_KNOWN = {*METADATA.names, *DETAILS.names, "split", *(name for names in FIELDS.values() for name in names)}
+"""Columns that are no further ones."""
 Fields = Mapping[str, Any]
 
 
@@ -92,6 +105,8 @@ class SourcePicture:
     artist: str = ""
     license: str = ""
     source: str = ""
+    further: Fields = field(default_factory=dict)
+    """Other values by column: texts, numbers, truth values."""
 
 
 def is_picture(name: str, beginning: bytes) -> bool:
@@ -119,22 +134,52 @@ def source_picture(item: Item, label: str, source: PictureSource) -> SourcePictu
         artist=artist,
         license=fields.get("license") or source.license,
         source=fields.get("source", ""),
+        further=fields.get(FURTHER, {}),
     )
 
 
-def read_fields(row: Fields) -> dict[str, str]:
-    """The FIELDS of a row as stripped strings, without empty ones."""
+def read_fields(row: Fields) -> dict[str, Any]:
+    """The FIELDS of a row as stripped strings, without empty ones, and its other values under FURTHER."""
     row = {name.strip().lower(): value for name, value in row.items() if name}
-    fields: dict[str, str] = {}
-    for field, names in FIELDS.items():
+    fields: dict[str, Any] = {}
+    for name, columns in FIELDS.items():
         # A column `image` can also contain pictures, a column `artist` numbers without names.
-        kind = str if field in ("path", "artist") else object
-        values = [row[name] for name in names if row.get(name) is not None and isinstance(row[name], kind)]
+        kind = str if name in ("path", "artist") else object
+        values = [row[column] for column in columns if row.get(column) is not None and isinstance(row[column], kind)]
         if text := next(filter(None, (safe_text(str(value).strip()) for value in values)), ""):
-            fields[field] = text
+            fields[name] = text
     if "license" not in fields and str(row.get("is_public_domain")).lower() in ("true", "1"):
         fields["license"] = "public domain"
+    further = {name: _value(row[name]) for name in row.keys() - _KNOWN if isinstance(row[name], VALUES)}
+    if further := {name: value for name, value in further.items() if value != ""}:
+        fields[FURTHER] = further
     return fields
+
+
+def _value(value: Any) -> Any:
+    return safe_text(value.strip()) if isinstance(value, str) else value
+
+
+def further_columns(pictures: Iterable[SourcePicture]) -> dict[str, pa.Array]:
+    """The further values of the pictures by column, in sorted order: truth values, int64, float64 or texts.
+
+    A column of texts that are all numbers becomes numbers. At most MAX_FURTHER columns; the others are logged.
+    """
+    values = [picture.further for picture in pictures]
+    names = sorted({name for row in values for name in row})
+    if left_out := names[MAX_FURTHER:]:
+        log.warning("%d further columns of the pictures are left out: %s ...", len(left_out), left_out[0])
+    return {further_name(name): _typed([row.get(name) for row in values]) for name in names[:MAX_FURTHER]}
+
+
+def _typed(values: list[Any]) -> pa.Array:
+    texts = pa.array([None if value is None else str(value) for value in values], pa.string())
+    for kind in (pa.int64(), pa.float64(), pa.bool_()):
+        try:
+            return texts.cast(kind)
+        except pa.ArrowInvalid:
+            continue
+    return texts
 
 
 def text_of(data: bytes) -> str:

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from pipeline.databases.sources import FIELDS, SUFFIXES, Fields, FileRange, Item, decoded, read_fields
 from retrieval.errors import UserError
+from retrieval.storage.arrow_columns import is_number, plain_type
 from retrieval.storage.listing import is_inside, safe_text
 
 IMAGE_TABLES = (".parquet", ".arrow")
@@ -127,9 +128,9 @@ def _image_column(schema: pa.Schema) -> str:
 
 
 def _image_free_rows(path: Path, schema: pa.Schema) -> list[Row]:
-    """The rows of the columns that `read_fields` uses, without pictures, with names for numbers of classes."""
-    known = {"split", "is_public_domain", *(name for names in FIELDS.values() for name in names)}
-    simple = [field.name for field in schema if field.name.strip().lower() in known and not field.type.num_fields]
+    """The rows of the columns of values, without pictures, with names for numbers of classes."""
+    types = {field.name: plain_type(field.type) for field in schema}
+    simple = [name for name, kind in types.items() if kind in (pa.string(), pa.bool_()) or is_number(kind)]
     try:
         arrow = path.suffix.lower() == ".arrow"
         table = _arrow_table(path).select(simple) if arrow else pq.ParquetFile(path).read(simple)

@@ -47,6 +47,22 @@ def test_each_picture_of_a_folder_finds_itself(source: Path, encoder: Encoder, t
     assert captions["squares/b/a_red-square_11.jpg"] == "a red square 11"
 
 
+def test_styles_and_further_columns_of_a_table_select_rows(source: Path, encoder: Encoder, tmp_path: Path) -> None:
+    lines = ["file,style,Year,genre,loan", *(f"a/a_red-square_{i:02d}.jpg,cubism,{1900 + i},," for i in range(5))]
+    lines += [f"b/a_red-square_{i:02d}.jpg,ukiyo-e,,landscape,true" for i in range(6, 9)]
+    (source / "table.csv").write_text("\n".join(lines))
+    database.run("squares", source / "table.csv", encoder, IndexConfig(), Root(tmp_path))
+    opened = Database.open(Root(tmp_path).child("databases/squares"))
+    types = {field.name: str(field.type) for field in opened.metadata_at(np.arange(1)).schema}
+    assert types.items() >= {"style": "string", "year": "int64", "genre": "string", "loan": "bool"}.items()
+
+    def count(condition: str) -> int:
+        return len(opened.where(condition).search(opened.embeddings()[:1].astype("float32"), 12).table())
+
+    assert count("style == 'cubism' and year >= 1903") == 2
+    assert count("'LAND' in genre and year is None and loan == True") == 3
+
+
 def test_searches_for_texts_are_calibrated_with_the_captions(source: Path, encoder: Encoder, tmp_path: Path) -> None:
     database.run("squares", source, encoder, IndexConfig(rows_per_partition=4), Root(tmp_path))
     opened = Database.open(Root(tmp_path).child("databases/squares"))
