@@ -160,6 +160,13 @@ class TrainConfig(Config):
     uninterrupted one to the bit, as it does on CPUs in any case."""
     activation_checkpointing: bool = runtime_setting(False)
     """Recompute activations in the backward pass: less memory, a third more computation."""
+    compile: bool = runtime_setting(False)
+    """Compile the network with torch.compile for batches of micro_batch samples: faster steps on a GPU after minutes of
+    compilation at each start. Not with zero_stage 3."""
+    channels_last: bool = runtime_setting(False)
+    """Order the network's activations in memory with the channels last, as convolutions on tensor cores read them."""
+    timeout_minutes: PositiveInt = runtime_setting(60)
+    """Time that a rank waits for the others in a collective, such as for rank 0 while it draws previews or exports."""
     checkpoint_every: PositiveInt = runtime_setting(1000)
     """Steps between checkpoints."""
     keep_checkpoints: PositiveInt = runtime_setting(2)
@@ -195,6 +202,8 @@ class TrainConfig(Config):
     def _check(self) -> "TrainConfig":
         if self.zero_stage == 0 and self.precision != "fp32":
             raise ValueError("zero_stage 0 has no fp32 master weights: set precision fp32, or zero_stage 1")
+        if self.zero_stage == 3 and self.compile:
+            raise ValueError("zero_stage 3 fetches weights in hooks that cannot be compiled: set compile = false")
         if (self.validate_every or self.preview_every) and not self.validation_images:
             raise ValueError("validate_every and preview_every need validation_images of at least 1")
         if self.wandb and not self.wandb_project:

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
@@ -33,15 +34,15 @@ class Ranks:
         return self.rank == 0
 
 
-def join_ranks() -> Ranks:
-    """Join the process group of the launcher's environment variables."""
+def join_ranks(timeout_minutes: int = 60) -> Ranks:
+    """Join the process group of the launcher's environment variables. Collectives fail after the timeout."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if get_accelerator().device_name() == "cpu":
         # DeepSpeed would compile its shared-memory collectives here, which takes a minute and a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(verbose=False)
+    deepspeed.init_distributed(verbose=False, timeout=timedelta(minutes=timeout_minutes))
     device = torch.device(get_accelerator().current_device_name())
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
@@ -87,6 +88,8 @@ def engine_settings(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
         "zero_optimization": {
             "stage": config.zero_stage,
             "contiguous_gradients": ranks.device.type == "cuda" or config.precision == "bf16",
+            # Gradients are reduced while the backward pass goes on; a CPU has no streams for it.
+            "overlap_comm": ranks.device.type == "cuda" and ranks.world > 1,
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": config.steps + 1,
@@ -101,6 +104,10 @@ def make_engine(unet: Any, config: TrainConfig, ranks: Ranks) -> deepspeed.DeepS
     """
     if config.activation_checkpointing:
         unet.enable_gradient_checkpointing()
+    if config.channels_last:
+        unet.register_forward_pre_hook(_to_channels_last)
+    if config.compile:
+        unet.compile(dynamic=False)
     optimizer = torch.optim.AdamW(
         unet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
@@ -110,6 +117,10 @@ def make_engine(unet: Any, config: TrainConfig, ranks: Ranks) -> deepspeed.DeepS
     if ranks.world == 1 and not config.zero_stage:
         engine.enable_backward_allreduce = False  # with one rank it only copies all gradients
     return engine
+
+
+def _to_channels_last(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return (inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:])
 
 
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, config: TrainConfig, step: int) -> float:

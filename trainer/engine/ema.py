@@ -15,6 +15,10 @@ AVERAGE = "average"
 """Name of the average among the states of a checkpoint."""
 
 
+BUCKET = 1 << 24
+"""Elements of the averages that are gathered at once: 64 MiB."""
+
+
 def decay_at(updates: int, decay: float) -> float:
     """min(decay, (1 + n) / (10 + n)) after n updates: a small decay at first forgets the initial weights."""
     return min(decay, (1 + updates) / (10 + updates))
@@ -37,9 +41,26 @@ class MovingAverage:
         """Name and complete average of each parameter of `shapes`, on the CPU. A collective: iterate to the end."""
         fragments = {fragment.name: fragment for fragment in self.fragments}
         device = get_accelerator().current_device_name()
-        for name, shape in shapes.items():
-            average = torch.zeros(shape.numel(), device=device)
-            if name in fragments:
-                average[fragments[name].start : fragments[name].end] = fragments[name].values
-            dist.all_reduce(average)
-            yield name, average.view(shape).cpu()
+        for names in _buckets(shapes):
+            sizes = [shapes[name].numel() for name in names]
+            bucket = torch.zeros(sum(sizes), device=device)
+            for name, average in zip(names, bucket.split(sizes), strict=True):
+                if name in fragments:
+                    average[fragments[name].start : fragments[name].end] = fragments[name].values
+            dist.all_reduce(bucket)
+            for name, average in zip(names, bucket.cpu().split(sizes), strict=True):
+                yield name, average.view(shapes[name]).clone()  # a view would keep the whole bucket in memory
+
+
+def _buckets(shapes: dict[str, torch.Size]) -> Iterator[list[str]]:
+    """The names in order, in lists of about BUCKET elements: one collective and one copy to the CPU each."""
+    names: list[str] = []
+    elements = 0
+    for name, shape in shapes.items():
+        names.append(name)
+        elements += shape.numel()
+        if elements >= BUCKET:
+            yield names
+            names, elements = [], 0
+    if names:
+        yield names

@@ -65,7 +65,7 @@ def run(config: TrainingRecipe, root: Root) -> None:
     if config.train.deterministic:
         use_deterministic_algorithms()
     began, termination = time.monotonic(), Termination()
-    ranks = join_ranks()
+    ranks = join_ranks(config.train.timeout_minutes)
     lock = lock_folder(plan, root) if ranks.is_first else None
     check_shared(lock, root.local_path(f"{config.train.folder}/lock"), ranks)
     torch.manual_seed(config.train.seed)

@@ -11,6 +11,7 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from training_set import make_recipe
 
+from trainer.engine import ema
 from trainer.engine.deepspeed_engine import Ranks, join_ranks, make_engine, optimizer_step
 from trainer.engine.ema import MovingAverage, decay_at
 from trainer.engine.fragments import MASTER, owned_fragments, set_masters
@@ -84,6 +85,7 @@ def check_unclipped(ranks: Ranks) -> None:
 
 
 if __name__ == "__main__":
+    ema.BUCKET = 20  # the averages are gathered in several buckets
     ranks = join_ranks()
     check_unclipped(ranks)
     for stage in (0, 1, 2, 3):

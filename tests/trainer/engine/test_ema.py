@@ -6,7 +6,7 @@ import torch
 
 from tests.trainer.training.launched import fork
 from trainer.engine.deepspeed_engine import use_deterministic_algorithms
-from trainer.engine.ema import MovingAverage, decay_at
+from trainer.engine.ema import BUCKET, MovingAverage, _buckets, decay_at
 from trainer.engine.fragments import Fragment
 
 
@@ -33,6 +33,14 @@ def test_a_decay_of_almost_one_still_changes_the_average() -> None:
     for update in range(10**6, 10**6 + 5000):
         average.update(update)
     assert average.fragments[0].values.item() == pytest.approx(1 + 0.01 * (1 - 0.9999**5000), abs=5e-5)
+
+
+def test_averages_are_gathered_in_buckets_of_whole_parameters() -> None:
+    shapes = {
+        name: torch.Size([elements]) for name, elements in zip("abcd", (BUCKET - 1, 2, BUCKET + 1, 3), strict=True)
+    }
+    assert list(_buckets(shapes)) == [["a", "b"], ["c"], ["d"]]
+    assert list(_buckets({})) == []
 
 
 def test_deterministic_algorithms_are_required_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
