@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, TypedDict, Unpack
 
@@ -23,7 +24,7 @@ from pydantic import Field, ValidationError
 
 from retrieval.cluster.batching import Batcher, BatchLimits
 from retrieval.cluster.connection import ray_connection
-from retrieval.cluster.replicas import PendingCall, Replicas
+from retrieval.cluster.replicas import CallLimits, PendingCall, Replicas
 from retrieval.config import Config
 from retrieval.database.database import Database
 from retrieval.database.result_table import RESULT_SCHEMA, merge_results
@@ -58,7 +59,11 @@ class ClusterConfig(Config):
     max_wait_ms: float = Field(2.0, ge=0)
     """Longest time in milliseconds that a single query waits for its batch to fill."""
     restart_timeout_s: float = Field(60.0, gt=0)
-    """Seconds without a running actor of a group after which a search fails."""
+    """Seconds without an actor of a group that runs or opens its partitions, after which a search fails."""
+    repeat_after_s: float = Field(10.0, gt=0)
+    """Seconds after which an unanswered call is repeated on another replica. The first answer counts."""
+    call_timeout_s: float = Field(600.0, gt=0)
+    """Seconds without an answer after which a search fails."""
 
 
 class SearchOptions(TypedDict, total=False):
@@ -126,20 +131,25 @@ class PartitionSearcher:
     """The class of the actors: searches its group of partitions of a database."""
 
     def __init__(self, source: tuple[Root, npt.NDArray[np.int64]], group: PartitionGroup) -> None:
-        root, hidden = source
         # faiss stores this number per thread; Ray runs all methods of an actor on one thread.
         faiss.omp_set_num_threads(max(1, int(group.cpus)))
-        database = Database.open(root)
-        self._database = database.without(hidden) if len(hidden) else database
+        self._source = source
         self._group = group
         self._calls = self._queries = 0
-        self._open_files()
 
-    def _open_files(self) -> None:
-        """Search every partition once, so that the first query does not wait for all files."""
+    def pid(self) -> int:
+        """The process id. Does not wait until the files are open."""
+        return os.getpid()
+
+    @cached_property
+    def _database(self) -> Database:
+        """The database. Every partition is searched once, so that the first query does not wait for all files."""
+        database = Database.open(self._source[0])
+        database = database.without(self._source[1]) if len(self._source[1]) else database
         visits = np.array([self._group.partitions], np.int64)
-        results = self._database.search_partitions(self._database.centroids[:1], 1, Effort(1, 1, 1), visits)
-        self._database.result_table(*results, metadata=False)
+        results = database.search_partitions(database.centroids[:1], 1, Effort(1, 1, 1), visits)
+        database.result_table(*results, metadata=False)
+        return database
 
     def search(self, block: tuple[Vectors, Visits], request: SearchRequest) -> pa.Table:
         """The best neighbors of each query in this group, as RESULT_SCHEMA. block: unit queries, visits."""
@@ -263,8 +273,8 @@ class Cluster:
             num_cpus=group.cpus, memory=group.memory, max_restarts=0, scheduling_strategy="SPREAD"
         )
         name = f"{_partition_list(group.partitions)} of {self.database.root.url}"
-        timeout_s = self.config.restart_timeout_s
-        return Replicas(name, lambda: actor.remote(source, group), self.config.replicas, timeout_s)
+        limits = CallLimits(self.config.restart_timeout_s, self.config.repeat_after_s, self.config.call_timeout_s)
+        return Replicas(name, lambda: actor.remote(source, group), self.config.replicas, limits)
 
     def _search(self, units: Vectors, request: SearchRequest) -> pa.Table:
         tables: list[pa.Table] = []

@@ -1,4 +1,7 @@
-"""Identical Ray actors that share the calls. A failed actor is restarted while the others go on."""
+"""Identical Ray actors that share the calls. A failed actor is restarted while the others go on.
+
+A call without an answer is repeated on another actor, and the first answer counts.
+"""
 
 import itertools
 import logging
@@ -6,6 +9,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,20 +46,40 @@ class PendingCall:
 
 
 @dataclass(frozen=True)
+class CallLimits:
+    """Seconds: for the start of an actor's process; for a call before it is repeated on another actor; for a call."""
+
+    start_s: float
+    repeat_s: float
+    call_s: float
+
+
+@dataclass(frozen=True)
 class _StartingActor:
-    """A starting actor: the time of its start, and the reference of its first status."""
+    """A starting actor: the time of its start, and references that are ready when its process runs and when it has
+    opened its files, which may take long."""
 
     started: float
+    process: Any
     status: Any
+
+    def is_opening(self) -> bool:
+        """Whether the process runs and opens its files."""
+        if not ray.wait([self.process], timeout=0)[0] or ray.wait([self.status], timeout=0)[0]:
+            return False
+        with suppress(RayError):
+            ray.get(self.process)
+            return True
+        return False
 
 
 class Replicas:
-    """`count` identical actors created by `start()`, with a method `status` and others."""
+    """`count` identical actors created by `start()`, with the methods `pid`, `status` and others."""
 
-    def __init__(self, name: str, start: Callable[[], Any], count: int, timeout_s: float) -> None:
+    def __init__(self, name: str, start: Callable[[], Any], count: int, limits: CallLimits) -> None:
         self._name = name
         self._start = start
-        self._timeout_s = timeout_s
+        self._limits = limits
         self._lock = threading.Lock()
         self._num_calls = itertools.count()
         self._closed = False
@@ -64,22 +88,23 @@ class Replicas:
         self._starting = {i: self._starting_actor(i) for i in range(count)}
 
     def wait(self) -> None:
-        """Wait until all actors run. Raises UserError if one fails to start or exceeds the timeout."""
-        deadline = time.monotonic() + self._timeout_s
+        """Wait until all actors run. Raises UserError if one fails to start, or if its process starts too late."""
+        deadline = time.monotonic() + self._limits.start_s
         for starting in self._starting.values():
             try:
-                ray.get(starting.status, timeout=max(0.0, deadline - time.monotonic()))
+                ray.get(starting.process, timeout=max(0.0, deadline - time.monotonic()))
+                ray.get(starting.status)
             except RayError as error:
                 raise self._unreachable(_brief(error)) from error
 
     def send(self, method: str, *arguments: Any) -> PendingCall:
         """Call a method of the next running actor. Raises UserError if none runs before the timeout."""
-        actor = self._next()
-        return PendingCall(actor, getattr(actor, method).remote(*arguments), method, arguments)
+        return _call(self._next(), method, arguments)
 
     def receive(self, call: PendingCall) -> Any:
-        """The result of a call; repeats it on another actor if this one failed. Raises its UserError."""
+        """The result of a call; repeats it on another actor if this one failed or is late. Raises its UserError."""
         for _ in range(MAX_LOSSES):
+            call = self._first_answered(call)
             try:
                 return ray.get(call.result)
             except exceptions.RayTaskError as error:
@@ -91,6 +116,21 @@ class Replicas:
             f"{self._name}: {MAX_LOSSES} actors failed on the same queries; the last failure: "
             f"{self._last_failure}. The usual cause is too little memory: use more actors, see Ray's logs."
         )
+
+    def _first_answered(self, call: PendingCall) -> PendingCall:
+        """The call, or its repetition on another actor if that answers first. Raises UserError without an answer."""
+        calls, limits = [call], self._limits
+        if len(self._actors) > 1 and not ray.wait([call.result], timeout=limits.repeat_s)[0]:
+            others = [actor for actor in self._running() if actor is not call.actor]
+            calls += [_call(actor, call.method, call.arguments) for actor in others[:1]]
+        by_result = {each.result: each for each in calls}
+        answered, _ = ray.wait([*by_result], timeout=limits.call_s)
+        if not answered:
+            raise UserError(
+                f"{self._name}: no answer to {call.method} within {limits.call_s:g} s. Look at Ray's logs, or raise "
+                "call_timeout_s."
+            )
+        return by_result[answered[0]]
 
     def status(self) -> list[Any]:
         """The status of every running actor."""
@@ -110,9 +150,9 @@ class Replicas:
                 ray.kill(actor)
 
     def _next(self) -> Any:
-        deadline = time.monotonic() + self._timeout_s
+        deadline = time.monotonic() + self._limits.start_s
         while not (running := self._running()):
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline and not any(each.is_opening() for each in list(self._starting.values())):
                 raise self._unreachable(self._last_failure)
             time.sleep(POLL_S)
         return running[next(self._num_calls) % len(running)]
@@ -151,13 +191,18 @@ class Replicas:
         self._starting[i] = self._starting_actor(i)
 
     def _starting_actor(self, i: int) -> _StartingActor:
-        return _StartingActor(time.monotonic(), self._actors[i].status.remote())
+        actor = self._actors[i]
+        return _StartingActor(time.monotonic(), actor.pid.remote(), actor.status.remote())
 
     def _unreachable(self, reason: str) -> UserError:
         return UserError(
             f"{self._name}: no actor can be reached: {reason}. See Ray's logs; the cluster may lack "
-            f"free CPUs or memory. A restart may take restart_timeout_s, now {self._timeout_s:g}."
+            f"free CPUs or memory. A restart may take restart_timeout_s, now {self._limits.start_s:g}."
         )
+
+
+def _call(actor: Any, method: str, arguments: tuple[Any, ...]) -> PendingCall:
+    return PendingCall(actor, getattr(actor, method).remote(*arguments), method, arguments)
 
 
 def _brief(error: RayError) -> str:

@@ -213,6 +213,25 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
+def test_a_call_to_a_stopped_actor_is_answered_by_the_other_replica_or_fails_in_time(
+    build: Build, vectors: Vectors, opened: Open
+) -> None:
+    database = build(vectors)
+    cluster = opened(database, replicas=2, cpus_per_actor=HALF, repeat_after_s=0.3)
+    alone = opened(database, cpus_per_actor=HALF, call_timeout_s=1)
+    stopped = [cluster.status()[0].pid, alone.status()[0].pid]
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        for _ in range(2):  # one of two calls goes to the stopped actor
+            assert_same(cluster.search(vectors[:3], 5), database, vectors[:3], 5)
+        with pytest.raises(UserError, match="no answer to search within 1 s"):
+            alone.search(vectors[:3], 5)
+    finally:
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+
+
 def test_the_error_names_partitions_that_no_actor_can_open_again(
     database: Database, queries: Vectors, opened: Open
 ) -> None:
