@@ -158,8 +158,10 @@ class DownloadConfig(WorkersConfig):
     """URLs of a shard that are fetched at once. A worker downloads two shards at once."""
     host_connections: int = runtime_setting(3, ge=1)
     """Most connections to a host for each shard that is being downloaded."""
+    max_host_connections: int = runtime_setting(32, ge=1)
+    """Most connections to a host for all shards together that have more than `host_connections` URLs of it."""
     host_pause_s: float = runtime_setting(0.0, ge=0)
-    """Least seconds between two requests to a host for a shard."""
+    """Least seconds between two requests to a host: for all those shards together, and for each other shard."""
     host_max_wait_s: float = runtime_setting(60.0, ge=0)
     """Longest total pause of a host in a shard, requested by its 429 and 503; then its other URLs are skipped."""
 

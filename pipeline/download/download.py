@@ -19,9 +19,10 @@ from pipeline.filter.later_blocked import later_blocked_ids
 from pipeline.recipe import DownloadConfig
 from pipeline.runtime.runner import run_shards
 from pipeline.runtime.stage import Stage
-from pipeline.runtime.workers import Work, Workers
+from pipeline.runtime.workers import Work, Workers, shared_function
 from pipeline.web.blocklist import Blocklist, read_blocklist
 from pipeline.web.fetch import Fetcher, FetchSettings
+from pipeline.web.host_leases import Renew, make_renew
 from pipeline.web.host_queue import HostLimits
 from retrieval.config import WorkersConfig
 from retrieval.storage.manifest import Manifest, read_manifest
@@ -55,8 +56,9 @@ def run(config: DownloadConfig, root: Root, retry: bool = False) -> Manifest:
     if (finished := stage.finished()) and not retry:
         _log_changed_settings(stage, finished)
         return finished
-    with stage.building():
-        make = partial(make_work, config, root, blocklist, retry)
+    make_leases = partial(make_renew, config.max_host_connections)
+    with stage.building(), shared_function(make_leases) as renew:
+        make = partial(make_work, config, root, blocklist, retry, renew)
         # While one shard is written, or waits for its last servers, the other is fetched.
         workers = replace(Workers.from_config(config), shards_at_once=SHARDS_AT_ONCE)
         records = run_shards(stage, shards, make, workers, include_finished=retry)
@@ -73,7 +75,9 @@ def _log_changed_settings(stage: Stage, finished: Manifest) -> None:
         stage.log.info("made %s: this applies to new requests only", "; ".join(differences))
 
 
-def make_work(config: DownloadConfig, root: Root, blocklist: Blocklist, retry: bool = False) -> Work:
+def make_work(
+    config: DownloadConfig, root: Root, blocklist: Blocklist, retry: bool = False, renew: Renew | None = None
+) -> Work:
     """The function that a worker process calls with the name of each shard."""
     from pipeline.download.shard_download import ShardDownload
     from pipeline.download.shard_update import ShardUpdate
@@ -81,11 +85,12 @@ def make_work(config: DownloadConfig, root: Root, blocklist: Blocklist, retry: b
     # Damaged pictures are reported in the status of their URL; Pillow's warnings add nothing.
     warnings.filterwarnings("ignore", module="PIL")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
-    work = ShardDownload(root, Fetcher(_fetch_settings(config)), split_settings(config, blocklist))
+    work = ShardDownload(root, Fetcher(_fetch_settings(config)), split_settings(config, blocklist), renew)
     return ShardUpdate(work, retry)
 
 
 def _fetch_settings(config: DownloadConfig) -> FetchSettings:
+    connections = min(config.host_connections, config.max_host_connections)
     return FetchSettings(
         user_agent=config.user_agent,
         contact=config.contact,
@@ -95,7 +100,7 @@ def _fetch_settings(config: DownloadConfig) -> FetchSettings:
         retries=config.retries,
         max_bytes=config.max_bytes,
         connections=SHARDS_AT_ONCE * config.threads,
-        host_limits=HostLimits(config.host_connections, config.host_pause_s, config.host_max_wait_s),
+        host_limits=HostLimits(connections, config.host_pause_s, config.host_max_wait_s),
         robots=config.robots,
         ports=frozenset(config.ports),
     )

@@ -6,7 +6,7 @@ Reads `filter/<shard>.parquet`; writes `download/<shard>.tar` (WebDataset, rows 
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from pipeline.download.image_download import URL_BLOCKED, ImageDownload, Picture
 from pipeline.pictures.tars import sample_key, tar_writer
 from pipeline.web.blocklist import Blocklist
 from pipeline.web.fetch import Fetcher
+from pipeline.web.host_leases import Renew, leased_hosts
 from pipeline.web.host_queue import HostQueue
 from retrieval.storage.full_disk import full_disk_named
 from retrieval.storage.manifest import ShardRecord
@@ -36,12 +37,18 @@ Rows = list[Row]
 
 
 class ShardDownload:
-    """Downloads shards by name, for one worker process. Connections are kept between shards."""
+    """Downloads shards by name, for one worker process. Connections are kept between shards.
 
-    def __init__(self, root: Root, fetcher: Fetcher, settings: dict[str, SplitSettings]) -> None:
+    renew: leases of busy hosts, for limits over all shards; None: limits hold for each shard alone.
+    """
+
+    def __init__(
+        self, root: Root, fetcher: Fetcher, settings: dict[str, SplitSettings], renew: Renew | None = None
+    ) -> None:
         self.root = root
         self.fetcher = fetcher
         self.settings = settings
+        self.renew = renew
         self._resume_at: dict[str, float] = {}
         cv2.setNumThreads(1)  # a worker has one CPU
 
@@ -65,7 +72,8 @@ class ShardDownload:
             file = stack.enter_context(path.open("w+b"))
             pictures = PictureBuffer(file)
             download = ImageDownload(self.fetcher, queue, settings, pictures, selected["checksum"].to_pylist())
-            download.run(selected.num_rows - len(blocked))
+            with leased_hosts(queue, self.renew) if self.renew else nullcontext():
+                download.run(selected.num_rows - len(blocked))
             download.statuses |= dict.fromkeys(blocked, RowStatus(str(Reason.BLOCKED), URL_BLOCKED))
             download.check_network()
             columns = selected.select(FROM_METADATA).to_pylist()

@@ -1,4 +1,5 @@
-"""The work of a stage's workers, their resources, how many fit the nodes of the Ray cluster, and who is idle."""
+"""The work of a stage's workers, their resources, how many fit the nodes of the Ray cluster, who is idle, and functions
+that all workers share."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -8,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
+from ray.exceptions import RayError, RayTaskError
 
 from pipeline.runtime import memory
 from retrieval.config import WorkersConfig
@@ -16,6 +18,8 @@ from retrieval.storage.manifest import ShardRecord
 
 Work = Callable[[str], ShardRecord]
 """Processes one shard: takes its name, writes its files, returns its record. Safe to repeat."""
+ANSWER_S = 5.0
+"""Longest wait for the answer of a shared function."""
 NODE_SHARE = 0.001
 """Amount of the custom resource `nodes` that a worker takes: it selects nodes and does not limit workers."""
 
@@ -132,6 +136,52 @@ def leave_idle(workers: Workers, actors: list[Any]) -> None:
     idle.actors += actors
     if _idle.get() is None:
         idle.end()
+
+
+class _FunctionActor:
+    """A Ray actor with one function. make: makes the function; takes whether the actor was restarted."""
+
+    def __init__(self, make: Callable[[bool], Callable[..., Any]]) -> None:
+        self.function = make(ray.get_runtime_context().was_current_actor_reconstructed)
+
+    def call(self, *arguments: Any) -> Any:
+        return self.function(*arguments)
+
+
+@dataclass(frozen=True)
+class SharedFunction:
+    """A function with memory that all workers of a stage call. Returns None if there is no answer in ANSWER_S."""
+
+    actor: Any
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Call the function. Raises its exceptions."""
+        try:
+            return ray.get(self.actor.call.remote(*arguments), timeout=ANSWER_S)
+        except RayTaskError:
+            raise
+        except RayError:  # the actor was lost and is being restarted, or is busy
+            return None
+
+
+@contextmanager
+def shared_function(make: Callable[[bool], Callable[..., Any]]) -> Iterator[SharedFunction | None]:
+    """A function for all workers, until the block ends; None without Ray. Its actor is restarted when it is lost.
+
+    make: makes the function; takes whether the actor was restarted.
+    """
+    actor = start_actor(make)
+    try:
+        yield SharedFunction(actor) if actor else None
+    finally:
+        if actor:
+            ray.kill(actor)
+
+
+def start_actor(make: Callable[[bool], Callable[..., Any]]) -> Any | None:
+    """The actor of a shared function; None without Ray."""
+    actor_class: Any = ray.remote(_FunctionActor)
+    return actor_class.options(num_cpus=0, max_restarts=-1).remote(make) if ray.is_initialized() else None
 
 
 def _format(resources: dict[str, float]) -> str:

@@ -3,16 +3,17 @@
 Takes the rows of one shard; hands each thread the next URL that may be requested now. A host has a maximum
 number of connections, a minimum pause between requests (its Crawl-delay, if it states one), and no requests while it
 asks for a pause (429, 503); meanwhile the threads fetch from other hosts. A host that never answers is given up. Hosts
-are identified by name, not by address.
+are identified by name, not by address. With `host_leases`, busy hosts are also limited over all shards.
 """
 
 import heapq
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from threading import Condition
+from typing import NamedTuple
 
 from pipeline.web.fetch_error import FetchError
 from pipeline.web.urls import host_name
@@ -24,6 +25,8 @@ NO_ANSWER = frozenset({Reason.NO_CONNECTION, Reason.TIMEOUT})
 """Reasons of a URL whose server gave no answer, or none in time."""
 MAX_UNANSWERED = 20
 """Attempts in a row without an answer, after which the other URLs of a host are not requested."""
+MAX_UNANSWERED_AGAIN = 3
+"""The same for a host that another shard gave up. Not 0: the network of the other worker may be at fault."""
 STOPPED = "not requested: the download of this shard was stopped"
 
 
@@ -70,6 +73,27 @@ class FetchRequest:
         return host_name(self.url)
 
 
+class Claim(NamedTuple):
+    """What a shard needs of a busy host. share: connections that it may have now; wanted: those that it could use."""
+
+    share: int
+    active: int
+    wanted: int
+    pause_s: float
+    """Until the host may be requested again."""
+    keeps_delay: bool
+    """Requests to the host need a pause between them, so one shard at a time may send them."""
+    is_silent: bool
+    """The shard gave the host up."""
+
+
+class Share(NamedTuple):
+    """What a shard gets of a busy host. is_silent: another shard gave the host up."""
+
+    connections: int = 0
+    is_silent: bool = False
+
+
 @dataclass
 class _Host:
     waiting: deque[FetchRequest] = field(default_factory=deque)
@@ -78,8 +102,11 @@ class _Host:
     delay_s: float = 0.0
     unanswered: int = 0
     """Attempts since the last answer."""
+    max_unanswered: int = MAX_UNANSWERED
     scheduled: bool = False
     """The host is in `_ready` or has a timer."""
+    share: int | None = None
+    """Connections that its lease permits; None: it has none and needs none."""
 
 
 class HostQueue:
@@ -101,6 +128,8 @@ class HostQueue:
         self._resume_at = resume_at
         self._hosts: dict[str, _Host] = {}
         self._ready: deque[str] = deque()
+        self._ready_leased: deque[str] = deque()
+        """Hosts with a lease. They come first: an unused lease keeps other shards waiting."""
         self._timers: list[tuple[float, int, str, FetchRequest | None]] = []
         self._timer_number = count()
         self._stopped = False
@@ -191,12 +220,55 @@ class HostQueue:
         self.retry(request, 0.0)
         return False
 
+    def claims(self) -> dict[str, Claim]:
+        """What this shard needs of its busy hosts, those with more URLs than connections, by name.
+
+        Their connections are limited by `set_shares` from now on. A host without a claim gets none until the next one.
+        """
+        with self._changed:
+            claims = {}
+            for name, host in self._hosts.items():
+                if host.share is None and len(host.waiting) <= self._limits.connections:
+                    continue
+                claim = self._claim(name, host)
+                is_needed = claim.wanted or claim.pause_s or claim.is_silent
+                host.share = claim.share if is_needed else 0
+                if is_needed:
+                    claims[name] = claim
+            return claims
+
+    def set_shares(self, shares: Mapping[str, Share]) -> None:
+        """Set the connections to busy hosts; those without a share get none."""
+        with self._changed:
+            for name, host in self._hosts.items():
+                if host.share is not None:
+                    share = shares.get(name, Share())
+                    host.share = share.connections
+                    host.max_unanswered = MAX_UNANSWERED_AGAIN if share.is_silent else host.max_unanswered
+                    self._schedule(name)
+            self._changed.notify()
+
     def stop(self) -> None:
         """From now on `take` returns every request at once, with an error."""
         with self._changed:
             if not self._stopped:
                 self._stopped = True
                 self._make_all_ready()
+
+    def _claim(self, name: str, host: _Host) -> Claim:
+        needed = 0 if self._error(host) else len(host.waiting)  # errors need no connection
+        return Claim(
+            share=host.active if host.share is None else host.share,
+            active=host.active,
+            wanted=min(self._limits.connections, host.active + needed),
+            pause_s=max(0.0, self._resume_at.get(name, 0.0) - self.clock.now()),
+            keeps_delay=max(self._limits.pause_s, host.delay_s) > 0,
+            is_silent=host.unanswered >= MAX_UNANSWERED,
+        )
+
+    def _is_full(self, host: _Host) -> bool:
+        share = self._limits.connections if host.share is None else host.share
+        return host.active >= min(share, self._limits.connections)
 
     def _host(self, name: str) -> _Host:
         if name not in self._hosts:
@@ -209,7 +281,7 @@ class HostQueue:
             return FetchError(Reason.NO_CONNECTION, STOPPED)
         if host.paused_s > self._limits.max_wait_s:
             return FetchError(Reason.UNAVAILABLE, HOST_CLOSED)
-        if host.unanswered >= MAX_UNANSWERED:
+        if host.unanswered >= host.max_unanswered:
             return (request and request.error) or FetchError(Reason.NO_CONNECTION, HOST_SILENT)
         return None
 
@@ -228,26 +300,25 @@ class HostQueue:
             else:
                 self._hosts[name].scheduled = False
             self._schedule(name)
-        while self._ready:
-            name = self._ready.popleft()
+        while ready := self._ready_leased or self._ready:
+            name = ready.popleft()
             host = self._hosts[name]
             host.scheduled = False
-            if self._error(host) or self._resume_at.get(name, 0.0) <= now:
+            if self._error(host) or (not self._is_full(host) and self._resume_at.get(name, 0.0) <= now):
                 return name
-            self._schedule(name)  # a pause was added since it became ready
+            self._schedule(name)  # since it became ready, a pause was added or its share reduced
         return ""
 
     def _schedule(self, name: str) -> None:
         """Mark a host with waiting requests as ready, or set a timer for the end of its pause."""
         host = self._hosts[name]
         error = self._error(host)
-        is_full = host.active >= self._limits.connections and not error
-        if host.scheduled or not host.waiting or is_full:
+        if host.scheduled or not host.waiting or (self._is_full(host) and not error):
             return
         host.scheduled = True
         resume_at = self._resume_at.get(name, 0.0)
         if error or resume_at <= self.clock.now():
-            self._ready.append(name)
+            (self._ready if host.share is None else self._ready_leased).append(name)
         else:
             heapq.heappush(self._timers, (resume_at, next(self._timer_number), name, None))
 
@@ -258,6 +329,7 @@ class HostQueue:
                 self._hosts[name].waiting.append(request)
         self._timers.clear()
         self._ready.clear()
+        self._ready_leased.clear()
         for name, host in self._hosts.items():
             host.scheduled = False
             self._schedule(name)

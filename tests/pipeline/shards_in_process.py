@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 from ray import cloudpickle
 
+from pipeline.runtime import workers
 from pipeline.runtime.pool import Finished, Pool, RemoteWorker, ShardError
 from pipeline.runtime.shard_queue import Failure, ShardQueue
 from retrieval.errors import NodeError
@@ -16,21 +17,22 @@ from retrieval.errors import NodeError
 
 @contextmanager
 def shards_in_process() -> Iterator[None]:
-    """Within the block, `run_shards` starts no Ray workers; the rest of it is unchanged."""
+    """Within the block, stages start no Ray actors; the rest of `run_shards` is unchanged."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Pool, "run", _run)
+        patch.setattr(workers, "start_actor", lambda make: None)
         yield
 
 
 def _run(pool: Pool, queue: ShardQueue) -> Iterator[Finished]:
     """Assign the shards to workers in rotation; each worker unpickles its folder and work, as with Ray."""
     pickled = cloudpickle.dumps((pool.folder, pool.make_work))
-    workers = [RemoteWorker(pool.stage.name, 0.0) for _ in range(pool.workers.count or 2)]
-    for worker in workers:
+    in_process = [RemoteWorker(pool.stage.name, 0.0) for _ in range(pool.workers.count or 2)]
+    for worker in in_process:
         worker.assign(*cloudpickle.loads(pickled))
     number = 0
     while (shard := queue.take("here", ["here"])) is not None:
-        worker = workers[number % len(workers)]
+        worker = in_process[number % len(in_process)]
         number += 1
         try:
             result = worker.run(shard, pool.stage.inputs_of(shard))
