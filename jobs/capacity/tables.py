@@ -23,6 +23,7 @@ are calculated, not measured:** the recipe's settings times the rates below, lin
 *kept*: bytes that stay on disk. *scratch*: bytes deleted when the stage ends. *read*: bytes from storage.
 *fetched*: bytes from the internet. *CPU h* and *GPU h*: hours of one CPU and of one GPU. *hours*: wall-clock
 time on machines that run nothing else, with CPU, GPU and network in parallel; *limit* names the slowest.
+Limits of hosts are not counted: the largest host may take longer than `download` here (docs/guides/operations.md).
 
 ## Machines
 

@@ -2,6 +2,7 @@
 that all workers share."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -142,7 +143,9 @@ class _FunctionActor:
     """A Ray actor with one function. make: makes the function; takes whether the actor was restarted."""
 
     def __init__(self, make: Callable[[bool], Callable[..., Any]]) -> None:
-        self.function = make(ray.get_runtime_context().was_current_actor_reconstructed)
+        with warnings.catch_warnings(action="ignore"):  # Ray uses a deprecated function of its own
+            was_restarted = ray.get_runtime_context().was_current_actor_reconstructed
+        self.function = make(was_restarted)
 
     def call(self, *arguments: Any) -> Any:
         return self.function(*arguments)

@@ -5,6 +5,7 @@ import io
 import socket
 import tarfile
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from retrieval.storage.manifest import Manifest
 from retrieval.storage.root import Root
 from retrieval.storage.schema import DOWNLOADED, read_table
 from tests.pipeline.shards_in_process import shards_in_process
+from tests.pipeline.web.counting_server import CountingServer
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -223,3 +225,15 @@ def test_a_dead_network_parks_its_shards_and_writes_nothing(tmp_path: Path, monk
 def test_a_run_before_filter_names_the_missing_stage(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="filter did not finish"):
         run(config(), Root(str(tmp_path / "run")))
+
+
+def test_two_workers_together_keep_the_limit_of_a_host(tmp_path: Path) -> None:
+    jpeg = io.BytesIO()
+    Image.new("RGB", (100, 80), "red").save(jpeg, "JPEG")
+    root = Root(str(tmp_path / "run"))
+    with closing(CountingServer(0.05, jpeg.getvalue())) as server:
+        urls = [server.url("127.0.0.2", number) for number in range(24)]
+        select(root, tmp_path / "meta", urls, watermark=0.9, rows_per_shard=6)
+        manifest = run(config(host_connections=4, max_host_connections=3, workers=2), root)
+        assert manifest.rows == server.requests["127.0.0.2"] == 24
+        assert 2 <= server.most["127.0.0.2"] <= 3

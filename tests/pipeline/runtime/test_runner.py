@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ray.exceptions import ActorUnavailableError
 from pipeline.runtime import pool, shard_queue
 from pipeline.runtime.runner import run_shards
 from pipeline.runtime.stage import Stage, map_in_threads
-from pipeline.runtime.workers import Work, Workers, shared_workers
+from pipeline.runtime.workers import Work, Workers, shared_function, shared_workers
 from retrieval.config import Config, runtime_setting
 from retrieval.errors import NodeError, UnfinishedError, UserError
 from retrieval.storage.manifest import ShardRecord, read_manifest, write_record
@@ -422,6 +423,20 @@ def test_workers_that_fit_no_node_are_refused_with_the_available_resources(root:
         run_shards(stage(root), SHARDS, works(root), Workers(memory_gb=9000))
     with pytest.raises(UserError, match=r"takes CPU 1, far 0.001; no node .* CPU 2, far 0"):
         run_shards(stage(root), SHARDS, works(root), Workers(nodes="far"))
+
+
+def test_a_shared_function_is_restarted_when_its_process_is_lost() -> None:
+    def make(was_restarted: bool) -> Callable[[], tuple[bool, int, int]]:
+        numbers = count()
+        return lambda: (was_restarted, next(numbers), os.getpid())
+
+    with shared_function(make) as function:
+        assert function is not None
+        first, second = function(), function()
+        assert (first[:2], second[:2]) == ((False, 0), (False, 1))
+        os.kill(first[2], signal.SIGKILL)
+        answers = iter(function, second)
+        assert next(answer for answer in answers if answer and answer[2] != first[2])[:2] == (True, 0)
 
 
 def test_map_in_threads_runs_concurrently_and_keeps_the_order() -> None:
