@@ -3,6 +3,7 @@
 import ast
 import re
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,11 @@ STAGES = ("filter", "download", "embed", "index", "neighbors", "latents", "train
 SOURCES = [path for package in PACKAGES for path in modules(package)]
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse((REPOSITORY / path).read_text())
+
+
 def top_level(path: Path) -> set[str]:
     return {name.split(".")[0] for name in imported_names(path)}
 
@@ -150,9 +156,8 @@ def test_a_stage_has_one_word_everywhere(stage: str) -> None:
 
 def test_files_and_functions_stay_within_their_limits() -> None:
     for path in SOURCES:
-        text = (REPOSITORY / path).read_text()
-        assert text.count("\n") <= 350, path
-        for node in ast.walk(ast.parse(text)):
+        assert (REPOSITORY / path).read_text().count("\n") <= 350, path
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 lines = (node.end_lineno or 0) - node.lineno + 1
                 arguments = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
@@ -162,7 +167,7 @@ def test_files_and_functions_stay_within_their_limits() -> None:
 
 def test_every_module_says_why_it_exists() -> None:
     for path in SOURCES:
-        assert ast.get_docstring(ast.parse((REPOSITORY / path).read_text())), path
+        assert ast.get_docstring(tree_of(path)), path
 
 
 def test_test_folders_are_no_packages() -> None:

@@ -202,10 +202,11 @@ def _excess(ours: list[float], theirs: list[float]) -> float:
     return statistics.median(our_s / their_s for our_s, their_s in zip(ours, theirs, strict=False)) - 1
 
 
-def _recipe(root: Root, steps: int, zero_stage: int) -> TrainingRecipe:
+def _recipe(root: Root, options: argparse.Namespace, zero_stage: int) -> TrainingRecipe:
     """The demo's recipe on one rank, without warm-up, with one checkpoint after the last step."""
-    changes: dict[str, object] = {"name": "bench", "steps": steps, "ranks": 1, "zero_stage": zero_stage}
-    changes |= {"global_batch": BATCH, "micro_batch": BATCH, "interleaved_shards": 4, "checkpoint_every": steps}
+    changes: dict[str, object] = {"name": "bench", "steps": options.steps, "ranks": 1, "zero_stage": zero_stage}
+    changes |= {"global_batch": options.batch, "micro_batch": options.batch, "interleaved_shards": 4}
+    changes |= {"checkpoint_every": options.steps}
     changes |= {"log_every": 10, "validation_images": 0, "validate_every": 0, "preview_every": 0}
     changes |= {"preview_prompts": [], "warmup_steps": 0}
     overrides = [f"train.{name}={value}" for name, value in changes.items()]
@@ -223,11 +224,12 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, default=SCRATCH, help="folder of the data and the run")
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the results")
     parser.add_argument("--steps", type=int, default=80, help=f"steps to train, more than {WARM_UP_STEPS}")
+    parser.add_argument("--batch", type=int, default=BATCH, help="latents of a step")
     options = parser.parse_args()
     root = Root(options.scratch / "step")
     runs = []
     for zero_stage in ZERO_STAGES:
-        config = _recipe(root, options.steps, zero_stage)
+        config = _recipe(root, options, zero_stage)
         root.delete(config.train.folder)
         runs.append(summary(measure(config, root), config, root))
     result = {

@@ -6,6 +6,7 @@ Reads the import statements of every module. A room is a folder; a module that s
 
 import ast
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -32,7 +33,8 @@ def room_of(path: Path) -> str:
     return path.with_suffix("").as_posix() if folder in GROUND else folder
 
 
-def imported_names(path: Path) -> set[str]:
+@cache
+def imported_names(path: Path) -> frozenset[str]:
     """Dotted names of everything that a module imports, at the top or inside a function."""
     names: set[str] = set()
     for node in ast.walk(ast.parse((REPOSITORY / path).read_text())):
@@ -40,9 +42,10 @@ def imported_names(path: Path) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+    return frozenset(names)
 
 
+@cache
 def module_of(name: str) -> Path | None:
     """The first-party module of a dotted name, which may end with a name inside the module; None for others.
 

@@ -26,8 +26,9 @@ def test_other_import_errors_keep_their_traceback() -> None:
 
 def test_every_library_belongs_to_its_extra_in_pyproject() -> None:
     extras = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"]
+    distributions = packages_distributions()
     for extra, libraries in LIBRARIES.items():
         required = " ".join(extras[extra]).lower().replace("_", "-")
         for library in libraries:
-            names = {name.lower().replace("_", "-") for name in packages_distributions().get(library, [])}
+            names = {name.lower().replace("_", "-") for name in distributions.get(library, [])}
             assert any(name in required for name in names), (extra, library, names)

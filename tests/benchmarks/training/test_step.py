@@ -7,7 +7,7 @@ from tests.benchmarks.training.benchmark_process import run_benchmark
 
 
 def test_all_loops_train_to_the_same_loss(tmp_path: Path) -> None:
-    run_benchmark("step", "--steps", "7", "--scratch", str(tmp_path), "--docs", str(tmp_path))
+    run_benchmark("step", "--steps", "7", "--batch", "2", "--scratch", str(tmp_path), "--docs", str(tmp_path))
     result = json.loads((tmp_path / "step.json").read_text())
     assert [run["zero_stage"] for run in result["runs"]] == [0, 1]
     for run in result["runs"]:
