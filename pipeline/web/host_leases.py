@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Event
+from typing import NamedTuple
 from uuid import uuid4
 
 from pipeline.web.host_queue import Claim, HostQueue, Share
@@ -43,8 +44,7 @@ Renew = Callable[[str, Claims], Shares | None]
 """Takes the key of a shard and its claims by host; returns its shares, or None if there was no answer."""
 
 
-@dataclass(frozen=True)
-class _Lease:
+class _Lease(NamedTuple):
     """connections: the most that a shard may have; is_wanted: it has use for some."""
 
     connections: int
@@ -61,14 +61,18 @@ class _Host:
     resume_at: float = 0.0
     keeps_delay: bool = False
 
-    def set_lease(self, shard: str, lease: _Lease | None) -> None:
-        """Replace the lease of a shard; None: end it."""
-        former = self.leases.pop(shard, _Lease(0, False))
+    def end_lease(self, shard: str) -> None:
+        """End the lease of a shard, if it has one."""
+        lease = self.leases.pop(shard, None)
         if lease:
-            self.leases[shard] = lease
-        new = lease or _Lease(0, False)
-        self.connections += new.connections - former.connections
-        self.num_wanted += new.is_wanted - former.is_wanted
+            self.connections -= lease.connections
+            self.num_wanted -= lease.is_wanted
+
+    def add_lease(self, shard: str, lease: _Lease) -> None:
+        """Add the lease of a shard that has none."""
+        self.leases[shard] = lease
+        self.connections += lease.connections
+        self.num_wanted += lease.is_wanted
 
 
 class HostLeases:
@@ -99,25 +103,24 @@ class HostLeases:
     def _release(self, shard: str, kept: set[str]) -> None:
         _, names = self._shards.pop(shard, (0.0, set[str]()))
         for name in names - kept:
-            self._hosts[name].set_lease(shard, None)
+            self._hosts[name].end_lease(shard)
 
     def _share(self, shard: str, name: str, claim: Claim, now: float) -> Share:
-        host = self._hosts.setdefault(name, _Host())
+        host = self._hosts.get(name)
+        if host is None:
+            host = self._hosts[name] = _Host()
+        host.end_lease(shard)
         host.keeps_delay |= claim.keeps_delay
         host.resume_at = max(host.resume_at, now + claim.pause_s)
         if claim.is_silent:
             self._silent[name] = now
-        is_wanted = claim.wanted > 0
-        in_use = max(claim.share, claim.active)
-        host.set_lease(shard, _Lease(in_use, is_wanted))
         limit = 1 if host.keeps_delay else self._limit
-        equal_share = max(1, limit // max(1, host.num_wanted))
-        unused = max(0, limit - (host.connections - in_use))
-        connections = min(claim.wanted, equal_share, unused)
+        equal_share = max(1, limit // (host.num_wanted + 1))
+        connections = max(0, min(claim.wanted, equal_share, limit - host.connections))
         if now < max(self._gives_from, host.resume_at):
             connections = min(connections, claim.share)
         # Until its next claims, the shard may still use what it had.
-        host.set_lease(shard, _Lease(max(in_use, connections), is_wanted))
+        host.add_lease(shard, _Lease(max(claim.share, claim.active, connections), claim.wanted > 0))
         return Share(connections, name in self._silent and now - self._silent[name] < SILENT_S)
 
     def _forget_idle_hosts(self, now: float) -> None:
