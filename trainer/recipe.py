@@ -193,6 +193,12 @@ class TrainConfig(Config):
     """Threads of each rank that read, decode and crop samples."""
     prefetch_batches: PositiveInt = runtime_setting(4)
     """Batches that each rank prepares ahead of the current step."""
+    cache_folder: str = runtime_setting("")
+    """Folder on the local disk for copies of the shards of an object store, which all ranks of a machine share. Empty:
+    a folder beside other temporary files (TMPDIR)."""
+    cache_gb: float = runtime_setting(0.0, ge=0)
+    """Largest size of these copies in GB. Below three times `interleaved_shards` shards, training waits more for data.
+    0: half of the free disk space."""
     restart: bool = runtime_setting(False)
     """Delete a run with other settings or more steps in the folder, and start over; false: it is an error."""
     seed: NonNegativeInt = 0

@@ -212,7 +212,8 @@ def read_table(root: Root, name: str, schema: pa.Schema, columns: list[str] | No
 
 def vectors(table: pa.Table, column: str) -> npt.NDArray[np.float16]:
     """A fixed-size list column as an array (rows, length). Copies only if the table has several chunks."""
-    lists = table[column].combine_chunks()
+    chunks = table[column]
+    lists = chunks.chunk(0) if chunks.num_chunks == 1 else chunks.combine_chunks()  # which copies one chunk too
     length = lists.type.list_size
     return np.asarray(lists.flatten().to_numpy(zero_copy_only=False)).reshape(-1, length)
 

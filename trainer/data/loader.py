@@ -1,16 +1,15 @@
 """Loads training batches: each shard of images or latents is joined with the same shard of neighbors.
 
-Reads `neighbors/<shard>.parquet` and `latents/<size>/<shard>.parquet` (or `download/train/<shard>.tar`); writes
-nothing. Threads prepare batches ahead of the training step. The content of a batch depends only on the seed and the
-step, so a run resumes from its step counter, and the number of ranks or threads has no effect.
+Threads prepare batches ahead of the training step, and one thread opens shards of an object store ahead of their need.
+The content of a batch depends only on the seed and the step, so a run resumes from its step counter, and the number of
+ranks or threads has no effect.
 """
 
 import threading
-import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -20,14 +19,16 @@ import numpy.typing as npt
 import torch
 
 from retrieval.errors import UserError
-from retrieval.storage import schema
-from retrieval.storage.manifest import shard_file
 from retrieval.storage.root import Root
-from trainer.data.images import ImageTar, decode_image, random_crop, unsigned_id
-from trainer.data.plan import TrainingPlan, TrainingSet
+from trainer.data.file_cache import FileCache
+from trainer.data.plan import TrainingPlan
 from trainer.data.sample_order import NEIGHBORS, REPLACEMENTS, SAMPLE_NOISE, SampleOrder, rank_slots
-from trainer.data.unreadable import Shard, UnreadableError, read_or_replace, retried
-from trainer.model.context import at_raw_norm, unit_rows
+from trainer.data.shards import ImageShard, LatentShard, ShardCache
+from trainer.data.unreadable import Shard, read_or_replace, retried
+from trainer.model.context import unit_rows
+
+WAIT_S = 0.1
+"""Pause of the thread that opens shards ahead, while enough are open or the cache has no room."""
 
 
 @dataclass(frozen=True)
@@ -55,110 +56,6 @@ class TrainingBatch:
             yield TrainingBatch(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
 
 
-class LatentShard:
-    """A shard of latents: moments (views, 2c, h, w) of each row; epoch e uses view e % views."""
-
-    def __init__(self, root: Root, training_set: TrainingSet, name: str) -> None:
-        self.ids, self.context = read_neighbors(root, training_set, name)
-        channels, height, width = training_set.latent_shape
-        layout = (training_set.views, 2 * channels, height, width)
-        table_name = f"latents/{training_set.size}/{name}.parquet"
-        table = schema.read_table(root, table_name, schema.latents(int(np.prod(layout))))
-        unreadable = training_set.unreadable[training_set.shards.index(name)]
-        self._rows = _rows_of(self.ids, table[schema.IMAGE_ID].to_numpy(), root.at(table_name), unreadable)
-        self._moments = schema.vectors(table, schema.MOMENTS).reshape(-1, *layout)
-
-    def inputs(self, row: int, epoch: int) -> npt.NDArray[np.generic]:
-        """Mean and standard deviation, (2c, h, w) float16."""
-        if self._rows[row] < 0:
-            raise UnreadableError("it has no latents, because 'make latents' could not read it")
-        return self._moments[self._rows[row], epoch % self._moments.shape[1]]
-
-
-class ImageShard:
-    """A shard of images in a tar: decoded on access, with a new random crop in every epoch."""
-
-    def __init__(self, root: Root, training_set: TrainingSet, seed: int, name: str) -> None:
-        self.ids, self.context = read_neighbors(root, training_set, name)
-        self._training_set, self._seed = training_set, seed
-        resources = ExitStack()
-        tar = shard_file(root, "download", f"train/{name}", ".tar")
-        self._tar = ImageTar(resources.enter_context(root.local(tar)))
-        resources.callback(self._tar.close)
-        weakref.finalize(self, resources.close)
-
-    def inputs(self, row: int, epoch: int) -> npt.NDArray[np.generic]:
-        """A random crop of the image, (3, size, size) float32 in [-1, 1]."""
-        image_id, size = int(self.ids[row]), self._training_set.size
-        image = decode_image(self._tar.read(image_id), f"{self._tar.name}: image {image_id}", size)
-        return random_crop(image, (self._seed, epoch, unsigned_id(image_id)), self._training_set.flip)
-
-
-def read_neighbors(
-    root: Root, training_set: TrainingSet, name: str
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float16]]:
-    """Ids (rows,) int64 and neighbor embeddings (rows, k, dim) float16 of a shard, at the length that the model takes.
-
-    Raises UserError for another number of rows, or for lengths that the model takes and the table lacks.
-    """
-    columns = schema.neighbors(training_set.k, training_set.dim)
-    table = schema.read_table(root, f"neighbors/{name}.parquet", columns)
-    number = training_set.shards.index(name)
-    expected_rows = training_set.rows[number] + training_set.held_out[number]
-    if len(table) != expected_rows:
-        raise UserError(
-            f"{root.at(f'neighbors/{name}.parquet')} has {len(table)} rows, but its manifest says "
-            f"{expected_rows}. Run 'make neighbors' again."
-        )
-    context = schema.vectors(table, schema.NEIGHBOR_EMBEDDINGS).reshape(-1, training_set.k, training_set.dim)
-    if training_set.context_norm == "raw":
-        norms = schema.vectors(table, schema.NEIGHBOR_NORMS)
-        context = at_raw_norm(context, norms, root.at(f"neighbors/{name}.parquet"))
-    return table[schema.IMAGE_ID].to_numpy(), context
-
-
-def _rows_of(
-    ids: npt.NDArray[np.int64], table_ids: npt.NDArray[np.int64], table: str, unreadable: int
-) -> npt.NDArray[np.int64]:
-    """The row of each id in a table that may have more rows; -1 for at most `unreadable` ids. table: its name."""
-    row_of = {image_id: row for row, image_id in enumerate(table_ids.tolist())}
-    rows = np.array([row_of.get(image_id, -1) for image_id in ids.tolist()], np.int64)
-    missing = ids[rows < 0]
-    if len(missing) > unreadable:
-        raise UserError(
-            f"{table} lacks {len(missing)} images of the neighbors table, the first is {missing[0]}: "
-            f"the shards do not match. Run 'make latents' again."
-        )
-    return rows
-
-
-class ShardCache:
-    """The `capacity` most recently used shards, open. A dropped shard closes when no thread reads it any more."""
-
-    def __init__(self, open_shard: Callable[[int], Shard], capacity: int) -> None:
-        self._open, self._capacity = open_shard, capacity
-        self._slots: OrderedDict[int, _Slot] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, number: int) -> Shard:
-        """The shard with this index. The first thread opens it; others that need the same shard wait."""
-        with self._lock:
-            slot = self._slots.setdefault(number, _Slot())
-            self._slots.move_to_end(number)
-            if len(self._slots) > self._capacity:
-                self._slots.popitem(last=False)
-        with slot.lock:
-            if slot.shard is None:
-                slot.shard = self._open(number)
-            return slot.shard
-
-
-class _Slot:
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.shard: Shard | None = None
-
-
 class Loader:
     """The training batches of one rank, prepared by threads and returned in order of steps."""
 
@@ -169,15 +66,20 @@ class Loader:
         self._timesteps = plan.config.diffusion.steps
         self._rank, self._world = rank, world
         self.order = SampleOrder(plan.training_set.rows, self._train.seed, self._train.interleaved_shards)
+        files = FileCache(root, self._train.cache_folder, self._train.cache_gb)
+        self._lanes = self._train.interleaved_shards // world + 1
+        self._ahead = 0 if root.is_local else self._lanes
+        """Number of shards that are opened before the step that needs them."""
+        self._step = 0
+        """The last step whose batch was begun."""
         # Two per lane: a thread may open the next shard of a lane while another still reads the previous one.
-        capacity = 2 * (self._train.interleaved_shards // world + 1) + self._train.workers
-        self._shards = ShardCache(self._opener(root), capacity)
+        self._shards = ShardCache(self._opener(files), 2 * self._lanes + self._ahead + self._train.workers)
 
-    def _opener(self, root: Root) -> Callable[[int], Shard]:
+    def _opener(self, files: FileCache) -> Callable[[int], Shard]:
         training_set, seed = self._training_set, self._train.seed
         if training_set.source == "latents":
-            return lambda number: LatentShard(root, training_set, training_set.shards[number])
-        return lambda number: ImageShard(root, training_set, seed, training_set.shards[number])
+            return lambda number: LatentShard(files, training_set, training_set.shards[number])
+        return lambda number: ImageShard(files, training_set, seed, training_set.shards[number])
 
     def shard(self, number: int) -> Shard:
         """The shard with this index in the training set, including its held-out rows."""
@@ -191,7 +93,12 @@ class Loader:
 
     def batches(self, first_step: int, last_step: int) -> Generator[TrainingBatch]:
         """Batches of steps first_step .. last_step - 1 (from 0)."""
-        with ThreadPoolExecutor(self._train.workers, thread_name_prefix="loader") as pool:
+        ended = threading.Event()
+        # One more thread, which opens shards.
+        with ThreadPoolExecutor(self._train.workers + 1, thread_name_prefix="loader") as pool:
+            self._step = first_step
+            if self._ahead:
+                pool.submit(self._open_ahead, first_step, last_step, ended)
             steps = iter(range(first_step, last_step))
             first = islice(steps, self._train.prefetch_batches)
             ahead = deque(pool.submit(self.batch, step) for step in first)
@@ -201,10 +108,44 @@ class Loader:
                     ahead.extend(pool.submit(self.batch, step) for step in islice(steps, 1))
                     yield batch
             finally:
+                ended.set()
                 pool.shutdown(cancel_futures=True)
+
+    def _open_ahead(self, first_step: int, last_step: int, ended: threading.Event) -> None:
+        """Open this rank's shards in the order of need, at most `_ahead` of them before the step that needs them."""
+        opened: deque[int] = deque()
+        for step, number in self.openings(first_step, last_step):
+            opened.append(step)
+            while not ended.is_set() and step > self._step:
+                while opened and opened[0] <= self._step:
+                    opened.popleft()
+                # Errors are raised by the thread that needs the shard; without room in the cache it closes others.
+                with suppress(OSError, UserError):
+                    if len(opened) <= self._ahead:
+                        self._shards.open(number)
+                        break
+                ended.wait(WAIT_S)
+            if ended.is_set():
+                return
+
+    def openings(self, first_step: int, last_step: int) -> Iterator[tuple[int, int]]:
+        """The shards that this rank opens and the steps that need them, in order. A shard may come several times."""
+        recent: OrderedDict[int, None] = OrderedDict()
+        count = self._train.global_batch
+        for step in range(first_step, last_step):
+            first = self._shift + step * count
+            for slot in rank_slots(self.order, first, count, self._rank, self._world):
+                number = self.order.shard_at(first + int(slot))
+                if number not in recent:
+                    yield step, number
+                recent[number] = None
+                recent.move_to_end(number)
+                if len(recent) > self._lanes + 1:
+                    recent.popitem(last=False)
 
     def batch(self, step: int) -> TrainingBatch:
         """This rank's samples of global batch `step` (from 0); independent of earlier calls."""
+        self._step = max(self._step, step)
         count = self._train.global_batch
         first = self._shift + step * count
         slots = rank_slots(self.order, first, count, self._rank, self._world)

@@ -42,12 +42,21 @@ class SampleOrder:
         epoch, offset = divmod(position, self.samples_per_epoch)
         lane, index = offset % self.lanes, offset // self.lanes
         first, last = (self._lane_start(number) for number in (lane, lane + 1))
-        shards, starts = _shuffled_shards(self, epoch)
-        i = int(np.searchsorted(starts, first + index, side="right")) - 1
-        shard, start = int(shards[i]), int(starts[i])
+        shard, start = self._shard(epoch, first + index)
         begin, end = max(first, start), min(last, start + self.rows[shard])
         row = _shuffled_rows((ROWS, self.seed, epoch, shard, begin), end - begin)[first + index - begin]
         return SampleLocation(epoch, shard, begin - start + int(row))
+
+    def shard_at(self, position: int) -> int:
+        """The shard of `locate`, without the order of its rows."""
+        epoch, offset = divmod(position, self.samples_per_epoch)
+        return self._shard(epoch, self._lane_start(offset % self.lanes) + offset // self.lanes)[0]
+
+    def _shard(self, epoch: int, index: int) -> tuple[int, int]:
+        """The shard of a row of the shuffled shards, and the index of its first row."""
+        shards, starts = _shuffled_shards(self, epoch)
+        i = int(np.searchsorted(starts, index, side="right")) - 1
+        return int(shards[i]), int(starts[i])
 
     def _lane_start(self, lane: int) -> int:
         # Offset i belongs to lane i % lanes, so the first samples_per_epoch % lanes lanes have one more row.

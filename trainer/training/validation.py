@@ -44,18 +44,18 @@ def read_held_out(
     Other held-out rows take the place of those that cannot be read.
     """
     tokens, batch_size = plan.config.train.context_tokens, plan.config.train.micro_batch
-    shards = {number: loader.shard(number) for number, _ in rows}
-    read, moments = [], []
+    ids, contexts, moments = [], [], []
     for first in range(0, len(rows), batch_size):
-        batch = [(number, *loader.held_out(number, row)) for number, row in rows[first : first + batch_size]]
-        read += [(number, row) for number, row, _ in batch]
-        stacked = torch.from_numpy(np.stack([inputs for *_, inputs in batch]))
+        batch = []
+        for number, held_out_row in rows[first : first + batch_size]:
+            row, inputs = loader.held_out(number, held_out_row)
+            shard = loader.shard(number)
+            ids.append(shard.ids[row])
+            contexts.append(shard.context[row][:tokens])
+            batch.append(inputs)
+        stacked = torch.from_numpy(np.stack(batch))
         moments.append(stacked if autoencoder is None else autoencoder.encode_moments(stacked).half().cpu())
-    return HeldOut(
-        image_ids=np.array([shards[number].ids[row] for number, row in read]),
-        moments=torch.cat(moments),
-        context=torch.from_numpy(np.stack([shards[number].context[row][:tokens] for number, row in read])),
-    )
+    return HeldOut(np.array(ids), torch.cat(moments), torch.from_numpy(np.stack(contexts)))
 
 
 class ValidationSet:

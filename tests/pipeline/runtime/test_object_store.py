@@ -17,8 +17,9 @@ from retrieval.clip.encoder import Encoder
 from retrieval.recipe import ClipConfig, IndexConfig
 from retrieval.storage.manifest import read_manifest
 from tests.pipeline.shards_in_process import shards_in_process
-from trainer.data.loader import ImageShard
+from trainer.data.file_cache import FileCache
 from trainer.data.plan import TrainingSet
+from trainer.data.shards import ImageShard
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def test_search_training_and_status_read_from_a_bucket(roots: tuple[Root, Root])
     names, rows = tuple(manifest.shard_names()), tuple(shard.rows for shard in manifest.shards)
     none = (0,) * len(rows)
     samples = TrainingSet("images", names, rows, none, none, 4, 32, "unit", (1, 1, 1), 1, 32, False)
-    [on_remote, on_local] = (ImageShard(root, samples, 0, names[0]) for root in (remote, local))
+    [on_remote, on_local] = (ImageShard(FileCache(root), samples, 0, names[0]) for root in (remote, local))
     assert np.array_equal(on_remote.context, on_local.context)
     assert np.array_equal(on_remote.inputs(0, 0), on_local.inputs(0, 0))
     status = stage_status(remote, StageSpec("embed", "embed", None), find_manifest(remote, "embed"), {}, 0.0)

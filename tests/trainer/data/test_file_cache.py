@@ -1,0 +1,175 @@
+"""Training data of an object store: copies within a limit, shared by ranks, opened ahead of their need."""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pytest
+import torch
+from s3fs import S3FileSystem
+
+from benchmarks.crashes.store import running_store
+from retrieval.errors import UserError
+from retrieval.storage.root import Root
+from tests.trainer.training_set import NAMES, make_recipe, plan_of, write_tars, write_training_set
+from trainer.data import shards
+from trainer.data.file_cache import FileCache, NoRoomError
+from trainer.data.loader import WAIT_S, Loader
+from trainer.model.autoencoder import Autoencoder
+
+STEPS = 12
+FIELDS = ("inputs", "context", "timesteps", "posterior_noise", "noise")
+
+
+@pytest.fixture(scope="module")
+def stored(autoencoder_folder: str) -> Iterator[Root]:
+    """The training set with latents and images in a bucket."""
+    with running_store() as store:
+        S3FileSystem.clear_instance_cache()  # removes clients of another module's store
+        root = Root(store.url("training-set"))
+        write_training_set(root, Autoencoder.load(make_recipe(autoencoder_folder).autoencoder, "cpu").identity)
+        write_tars(root)
+        yield root
+    S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def memory(request: pytest.FixtureRequest) -> Root:
+    return Root(f"memory://{request.node.name}")
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("source", ["latents", "images"])
+def test_batches_of_a_bucket_equal_those_of_a_disk_also_with_a_cache_smaller_than_the_data(
+    stored: Root, training_set: Root, autoencoder_folder: str, tmp_path: Path, source: str
+) -> None:
+    write_tars(training_set)
+    sizes = [0]
+    for name in ("large", "small"):
+        folder, max_bytes = tmp_path / name, sizes[-1] * 4 // 5
+        changes = {"source": source, "cache_folder": str(folder), "cache_gb": max_bytes / 1e9, "workers": 1}
+        plan, largest = plan_of(autoencoder_folder, stored, **changes), 0
+        for rank in (0, 1):  # they share the folder
+            remote, local = (Loader(plan, root, rank, 2).batches(0, STEPS) for root in (stored, training_set))
+            for batch, expected in zip(remote, local, strict=True):
+                assert batch.image_ids.tolist() == expected.image_ids.tolist()
+                assert all(torch.equal(getattr(batch, name), getattr(expected, name)) for name in FIELDS)
+                largest = max(largest, size_of(folder))
+        sizes.append(largest)
+    assert sizes[1] / 2 < sizes[2] <= sizes[1] * 4 // 5
+
+
+def test_a_cache_of_one_shard_is_enough_for_several_threads_that_need_different_shards(
+    memory: Root, training_set: Root, autoencoder_folder: str, tmp_path: Path
+) -> None:
+    write_training_set(memory, Autoencoder.load(make_recipe(autoencoder_folder).autoencoder, "cpu").identity)
+    # The largest shard has tables of 9,530 and 67,832 bytes.
+    changes = {"cache_folder": str(tmp_path / "cache"), "cache_gb": 78e-6, "workers": 3}
+    plan = plan_of(autoencoder_folder, memory, **changes)
+    for batch, local in zip(Loader(plan, memory, 0, 1).batches(0, 2), Loader(plan, training_set, 0, 1).batches(0, 2)):
+        assert torch.equal(batch.inputs, local.inputs)
+        assert size_of(tmp_path / "cache") <= 78_000
+
+
+def test_shards_are_opened_ahead_in_the_order_of_need_up_to_a_number(
+    stored: Root, autoencoder_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"cache_folder": str(tmp_path), "interleaved_shards": 1, "prefetch_batches": 1, "workers": 1}
+    loader = Loader(plan_of(autoencoder_folder, stored, **changes), stored, 0, 1)
+    expected = [number for _, number in loader.openings(0, STEPS)]
+    opened: list[int] = []
+    monkeypatch.setattr(loader, "_ahead", 1)
+    monkeypatch.setattr(loader._shards, "_open", open_shard := Recorder(loader._shards._open, opened))
+    batches = loader.batches(0, STEPS)
+    next(batches)
+    with open_shard.changed:
+        # The first is needed at once.
+        assert open_shard.changed.wait_for(lambda: len(opened) >= 2, timeout=60)
+        assert not open_shard.changed.wait_for(lambda: len(opened) > 2, timeout=3 * WAIT_S)
+    assert set(opened) == set(expected[:2])
+    list(batches)
+    assert opened[2] == expected[2]
+
+
+class Recorder:
+    """Records the numbers of the shards that are opened."""
+
+    def __init__(self, open_shard: Any, opened: list[int]) -> None:
+        self.open_shard, self.opened, self.changed = open_shard, opened, threading.Condition()
+
+    def __call__(self, number: int) -> Any:
+        with self.changed:
+            self.opened.append(number)
+            self.changed.notify_all()
+        return self.open_shard(number)
+
+
+def test_tables_of_a_store_are_mapped_and_not_held_in_memory(
+    stored: Root, autoencoder_folder: str, tmp_path: Path
+) -> None:
+    training_set = plan_of(autoencoder_folder, stored).training_set
+    files = FileCache(stored, str(tmp_path))
+    shards.LatentShard(files, training_set, NAMES[0])
+    before = pa.total_allocated_bytes()
+    shard = shards.LatentShard(files, training_set, NAMES[0])
+    assert pa.total_allocated_bytes() == before
+    assert shard.context.nbytes + shard._moments.nbytes > 70_000
+
+
+def test_a_file_larger_than_the_cache_is_an_error_and_open_files_are_not_deleted(memory: Root, tmp_path: Path) -> None:
+    for name in "abc":
+        memory.write_bytes(name, name.encode() * 1000)
+    with (
+        pytest.raises(UserError, match=r"1,000 bytes is larger than the cache of 999 bytes\. Raise train\.cache_gb"),
+        FileCache(memory, str(tmp_path / "small"), 999e-9).local("a"),
+    ):
+        pass
+    files = FileCache(memory, str(tmp_path / "two"), 2000e-9)
+    with files.local("a") as a, files.local("b"):
+        with pytest.raises(NoRoomError, match=r"open shards use 2,000 of 2,000 bytes"), files.local("c"):
+            pass
+        assert a.read_bytes() == b"a" * 1000
+    with files.local("a"):
+        pass
+    with files.local("c"):
+        # b was used less recently than a.
+        assert {path.read_bytes()[:1] for path in (tmp_path / "two").iterdir()} == {b"a", b"c"}
+
+
+def test_processes_that_need_a_file_at_once_copy_it_once(
+    memory: Root, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory.write_bytes("shard.tar", bytes(1000))
+    read, opened = memory.open, list[str]()
+
+    def recorded(name: str) -> BinaryIO:
+        opened.append(name)
+        return read(name)
+
+    monkeypatch.setattr(memory, "open", recorded)
+    caches = [FileCache(memory, str(tmp_path), 1e-6) for _ in range(4)]
+    # What a killed process left behind does not count.
+    (tmp_path / ".partial-1000-0123.tar").write_bytes(bytes(500))
+
+    def content(cache: FileCache) -> bytes:
+        with cache.local("shard.tar") as path:
+            return path.read_bytes()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(content, caches)) == {bytes(1000)}
+    assert opened == ["shard.tar"]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_new_version_of_a_file_is_copied_again(stored: Root, tmp_path: Path) -> None:
+    files = FileCache(stored, str(tmp_path))
+    for content in (b"first", b"other"):
+        stored.write_bytes("versions/a.tar", content)
+        with files.local("versions/a.tar") as path:
+            assert path.read_bytes() == content

@@ -1,0 +1,199 @@
+"""Files of a root on the local disk: a local root is read in place, files of an object store are copied to a cache.
+
+The processes of a machine share the cache folder. A copy appears complete or not at all, and the least recently used
+copies that no process has open are deleted to keep the folder within its limit. Tables are stored as Arrow files, which
+are memory-mapped: their pages belong to the page cache and not to each process.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from retrieval.errors import UserError
+from retrieval.storage import schema
+from retrieval.storage.full_disk import full_disk_named
+from retrieval.storage.root import Root
+
+PARTIAL = ".partial-"
+CHUNK_BYTES = 1 << 24
+"""Bytes of one request to the store."""
+ARROW_BYTES = 1 << 12
+"""Bytes of an Arrow file besides its columns, at most."""
+POLL_S = 0.05
+
+
+class NoRoomError(UserError):
+    """The copies in use leave no room for another one."""
+
+
+class FileCache:
+    """Local copies of files of a root. Entries are named by URL and version, so that runs can share the folder."""
+
+    def __init__(self, root: Root, folder: str = "", max_gb: float = 0.0) -> None:
+        """folder: empty for one in the folder of temporary files; max_gb: 0 for half of the free disk space."""
+        self.root = root
+        self.folder = Path(folder or f"{tempfile.gettempdir()}/laion-rdm-{os.getuid()}")
+        if not root.is_local:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.folder).free + sum(_bytes(path) for path in self.folder.iterdir())
+            self.max_bytes = int(max_gb * 1e9) or free // 2
+
+    @contextmanager
+    def local(self, name: str) -> Iterator[Path]:
+        """A file as a local path for the block. Raises NoRoomError."""
+        if self.root.is_local:
+            with self.root.local(name) as path:
+                yield path
+            return
+
+        def copy(path: Path) -> None:
+            with self.root.open(name) as source, path.open("wb") as target:
+                shutil.copyfileobj(source, target, CHUNK_BYTES)
+
+        with self._copy(self._entry(name, Path(name).suffix), lambda: self.root.size(name), copy) as path:
+            yield path
+
+    @contextmanager
+    def table(self, name: str, layout: pa.Schema, columns: list[str]) -> Iterator[pa.Table]:
+        """Columns of a Parquet file (`schema.read_table`), memory-mapped if they come from a store. Raises NoRoomError.
+
+        Arrays of the table stay valid after the block; then their disk space may exceed the limit.
+        """
+        if self.root.is_local:
+            yield schema.read_table(self.root, name, layout, columns)
+            return
+
+        def convert(path: Path) -> None:
+            # One chunk, because joining chunks later would copy the table to memory.
+            table = schema.read_table(self.root, name, layout, columns).combine_chunks()
+            with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+                writer.write_table(table)
+
+        def size() -> int:
+            rows = 0
+            # `convert` names a damaged file.
+            with self.root.open(name) as file, suppress(pa.ArrowInvalid):
+                rows = pq.read_metadata(file).num_rows
+            return rows * sum(_width(layout.field(column).type) for column in columns) + ARROW_BYTES
+
+        with self._copy(self._entry(name, f"-{'-'.join(columns)}.arrow"), size, convert) as path:
+            yield pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+    def _entry(self, name: str, suffix: str) -> Path:
+        """The path of a copy. Another version of the file has another path."""
+        version = f"{self.root.at(name)} {self.root.version(name)}"
+        return self.folder / f"{hashlib.sha256(version.encode()).hexdigest()[:32]}{suffix}"
+
+    @contextmanager
+    def _copy(self, path: Path, size: Callable[[], int], write: Callable[[Path], None]) -> Iterator[Path]:
+        """A copy that is not deleted during the block. size: its bytes; write: writes it to a temporary path."""
+        while (lock := _locked(path)) is None:
+            self._add(path, size(), write)
+        try:
+            os.utime(path, ns=(time.time_ns(),) * 2)
+            yield path
+        finally:
+            os.close(lock)
+
+    def _add(self, path: Path, size: int, write: Callable[[Path], None]) -> None:
+        """Write a copy, or wait until another process has written it. Its size is reserved by the temporary name."""
+        partial = self.folder / f"{PARTIAL}{size}-{path.name}"
+        with self._exclusive():
+            if path.exists():
+                return
+            is_mine = not partial.exists() or _delete_unused(partial)
+            if is_mine:
+                self._make_room(size)
+                lock = os.open(partial, os.O_CREAT | os.O_RDWR, 0o644)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        if not is_mine:
+            time.sleep(POLL_S)
+            return
+        try:
+            with full_disk_named(partial):
+                write(partial)
+            with self._exclusive():
+                os.replace(partial, path)
+        finally:
+            with self._exclusive():
+                partial.unlink(missing_ok=True)
+            os.close(lock)
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """Exclude other processes and threads from changing what the folder has room for."""
+        descriptor = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _make_room(self, size: int) -> None:
+        """Delete unused copies, least recently used first, until `size` bytes fit. Raises UserError if they cannot."""
+        if size > self.max_bytes:
+            raise UserError(
+                f"{self.folder}: a file of {size:,} bytes is larger than the cache of {self.max_bytes:,} bytes. Raise "
+                "train.cache_gb, or set train.cache_folder to a larger disk."
+            )
+        # Copies that an ended process did not finish come first.
+        files = sorted(self.folder.iterdir(), key=lambda file: (file.name[0] != ".", file.stat().st_mtime))
+        used = sum(map(_bytes, files))
+        for file in files:
+            file_bytes = _bytes(file)
+            if used + size > self.max_bytes and _delete_unused(file):
+                used -= file_bytes
+        if used + size > self.max_bytes:
+            raise NoRoomError(
+                f"{self.folder}: no room for {size:,} bytes, because open shards use {used:,} of "
+                f"{self.max_bytes:,} bytes. Raise train.cache_gb, or lower train.interleaved_shards."
+            )
+
+
+def _width(column: pa.DataType) -> int:
+    """Bytes of a value of a column of numbers or of lists with a fixed size."""
+    if pa.types.is_fixed_size_list(column):
+        return column.list_size * _width(column.value_type)
+    return column.bit_width // 8
+
+
+def _bytes(path: Path) -> int:
+    """Bytes of a copy; of one that is being written, those that its name reserves. 0 if it was deleted meanwhile."""
+    if path.name.startswith(PARTIAL):
+        return int(path.name.removeprefix(PARTIAL).partition("-")[0])
+    with suppress(FileNotFoundError):
+        return path.stat().st_size
+    return 0
+
+
+def _locked(path: Path) -> int | None:
+    """A descriptor that holds a shared lock of a file; None if there is no such file."""
+    with suppress(FileNotFoundError):
+        descriptor = os.open(path, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        if os.fstat(descriptor).st_nlink:
+            return descriptor
+        os.close(descriptor)  # it was deleted before it was locked
+    return None
+
+
+def _delete_unused(path: Path) -> bool:
+    """Delete a file unless a process has locked it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
