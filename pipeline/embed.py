@@ -2,8 +2,8 @@
 
 Reads `download/{train,database}/<shard>.{tar,parquet}`; writes `embed/{train,database}/<shard>.parquet` (id, metadata,
 length of the CLIP vector, float16 unit vector), rows in the order of the download. Database images that are copies of
-a training image (`near_copies.py`) are dropped. With `[embed.patches]` a database row is a patch of a picture
-(`patches.py`).
+a training image (`near_copies.py`) are dropped, and pictures that a head scores badly (`scored_rows.py`). With
+`[embed.patches]` a database row is a patch of a picture (`patches.py`).
 """
 
 import io
@@ -25,12 +25,14 @@ from PIL import Image
 
 from pipeline.pictures.near_copies import ROWS_PER_GROUP, copies_work, copy_digests, drop_copies, hashes_work
 from pipeline.pictures.patches import draw_boxes, patch_pictures, patch_quotas, patch_rows
+from pipeline.pictures.scored_rows import Reasons, ScoredRows
 from pipeline.pictures.tars import sample_key
 from pipeline.recipe import EmbedConfig
 from pipeline.runtime.runner import run_shards
 from pipeline.runtime.stage import Stage, group_shards
 from pipeline.runtime.workers import Work, Workers, shared_workers
 from retrieval.clip.encoder import Encoder
+from retrieval.clip.heads import load_head
 from retrieval.errors import UserError
 from retrieval.index.routing import unit
 from retrieval.pictures.decode import BROKEN, PictureError, decode_share
@@ -55,13 +57,15 @@ class DatabaseSelection:
 
 
 def run(config: EmbedConfig, clip: ClipConfig, root: Root) -> Manifest:
-    """Embed every shard of `download`. Raises UserError if the encoder cannot be loaded."""
+    """Embed every shard of `download`. Raises UserError if the encoder or a head cannot be loaded."""
     started = time.time()
     download = read_manifest(root, "download")
     encoder = Encoder(clip).identity
     inputs = {"download": download.identity, "clip": encoder.digest}
     by_shard = {shard: {"download": digest} for shard, digest in download.digests().items()}
-    stage = Stage(root, "embed", SCHEMA_VERSION, config, inputs, by_shard=by_shard)
+    heads = {name: load_head(name, head, encoder.dim) for name, head in config.heads.items()}
+    scored = ScoredRows(root, heads, config.heads)
+    stage = Stage(root, "embed", SCHEMA_VERSION, config, inputs, scored.inputs, by_shard)
     if manifest := stage.finished():
         return manifest
     with stage.building(), shared_workers():
@@ -70,7 +74,7 @@ def run(config: EmbedConfig, clip: ClipConfig, root: Root) -> Manifest:
         workers = Workers.from_config(config, num_gpus=config.gpus_per_worker)
         if config.gpus_per_worker:
             workers = replace(workers, shards_at_once=2)  # one is read or written while the GPU computes the other
-        make_work = partial(_make_work, config, clip, root, selection)
+        make_work = partial(_make_work, config, clip, scored, selection)
         records = run_shards(stage, download.shard_names(), make_work, workers)
         root.delete("embed/copies")
         return stage.complete(records, {"encoder": encoder.model_dump(mode="json")}, started)
@@ -103,18 +107,27 @@ def _find_copies(stage: Stage, config: EmbedConfig, download: Manifest) -> dict[
     return {shard: name for name, group in zip(names, database, strict=True) for shard in group}
 
 
-def _make_work(config: EmbedConfig, clip: ClipConfig, root: Root, selection: DatabaseSelection) -> Work:
+def _make_work(config: EmbedConfig, clip: ClipConfig, scored: ScoredRows, selection: DatabaseSelection) -> Work:
     torch.set_num_threads(1 if config.gpus_per_worker else max(1, torch.get_num_threads()))
     encoder = Encoder(clip, "cuda", config.precision) if config.gpus_per_worker else Encoder(clip)
-    return partial(_embed_shard, config, encoder, root, selection)
+    return partial(_embed_shard, config, encoder, scored, selection)
 
 
 def _embed_shard(
-    config: EmbedConfig, encoder: Encoder, root: Root, selection: DatabaseSelection, shard: str
+    config: EmbedConfig, encoder: Encoder, scored: ScoredRows, selection: DatabaseSelection, shard: str
 ) -> ShardRecord:
+    # A stored shard that is not finished differs in nothing but the heads.
+    rows = scored.stored(shard) or _embedded_rows(config, encoder, scored.root, selection, shard)
+    return scored.write(shard, *rows)
+
+
+def _embedded_rows(
+    config: EmbedConfig, encoder: Encoder, root: Root, selection: DatabaseSelection, shard: str
+) -> tuple[pa.Table, Reasons]:
+    """The rows of a shard with their vectors, and the number of pictures that are left out by reason."""
     statuses = schema.read_table(root, shard_file(root, "download", shard, ".parquet"), schema.DOWNLOADED)
     stored = statuses.filter(pa.compute.equal(statuses["reason"], ""))
-    reasons: dict[str, int] = {}
+    reasons: Reasons = {}
     if shard in selection.copies:
         stored, reasons = drop_copies(root, selection.copies[shard], stored)
     stored = _database_columns(stored)
@@ -128,10 +141,7 @@ def _embed_shard(
         ids, vectors = embed_images(pictures, encoder, config)
     readable = np.isin(stored[schema.IMAGE_ID].to_numpy(), ids)
     reasons[Reason.UNREADABLE] = int((~readable).sum())
-    table = with_vectors(stored.filter(pa.array(readable)), vectors)
-    name = f"embed/{shard}.parquet"
-    file = schema.write_table(root, name, table, schema.embeddings(encoder.identity.dim))
-    return ShardRecord(shard, len(table), (file,), {word: n for word, n in reasons.items() if n})
+    return with_vectors(stored.filter(pa.array(readable)), vectors), reasons
 
 
 def _database_columns(stored: pa.Table) -> pa.Table:

@@ -10,10 +10,11 @@ from pydantic import Field, model_validator
 from retrieval.config import Config, WorkersConfig, runtime_setting
 from retrieval.perceptual_hash import MAX_DISTANCE
 from retrieval.pictures.budget import MAX_PIXELS
-from retrieval.recipe import JoinConfig, Precision
+from retrieval.recipe import HeadConfig, JoinConfig, Precision
 
 MetadataFormatName = Literal["laion", "relaion", "datacomp", "coyo", "cc3m", "cc12m", "wit"]
 Missing = Literal["drop", "keep"]
+HeadName = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
 
 
 class Columns(Config):
@@ -222,6 +223,9 @@ class EmbedConfig(WorkersConfig):
     """Database images within this Hamming distance of a training image or its mirror are near copies."""
     patches: PatchesConfig = PatchesConfig()
     """Patches instead of whole database pictures."""
+    heads: dict[HeadName, HeadConfig] = runtime_setting({})
+    """Networks on the CLIP vectors, by name. Each adds a column `score_<name>` to the tables and can leave out
+    pictures. If they change, finished shards are updated and CLIP is not computed again, unless all are removed."""
     precision: Precision = "bf16"
     """Of the encoder's matrix products on GPUs. CPUs compute in fp32."""
     batch_size: int = runtime_setting(64, ge=1)

@@ -1,4 +1,7 @@
-"""Settings: the sections `clip` and `index` of a recipe, and the parameters of a join. Loads no torch, no faiss."""
+"""Settings: the sections `clip`, `index` and `embed.heads` of a recipe, and the parameters of a join.
+
+Loads no torch, no faiss.
+"""
 
 import math
 import re
@@ -23,6 +26,21 @@ class ClipConfig(Config):
     """open_clip's name (`ViT-L-14-quickgelu`), or `local-dir:<folder>` for a folder in open_clip's layout."""
     pretrained: str = ""
     """open_clip's tag (`openai`) or a checkpoint path; empty for `local-dir:`, which includes its weights."""
+
+
+class HeadConfig(Config):
+    """A network that gives pictures a score from their CLIP vectors (section `embed.heads.<name>` of a recipe)."""
+
+    file: str = Field(min_length=1)
+    """Path or URL of its weights: the state dict of linear layers, as `.safetensors` or as a torch file."""
+    activation: Literal["relu", "none"]
+    """Between the layers."""
+    output: Literal["sigmoid", "none"]
+    """Function of the last layer's output that gives the score."""
+    max_score: float | None = None
+    """Pictures with a higher score are left out as `high_score`. Without it, none."""
+    min_score: float | None = None
+    """Pictures with a lower score are left out as `low_score`. Without it, none."""
 
 
 class IndexConfig(WorkersConfig):

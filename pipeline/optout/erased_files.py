@@ -43,20 +43,26 @@ def erase_in_shard(root: Root, blocklist: Blocklist, ids: Ids, latents: list[str
 
 
 def _erase_rows(root: Root, folder: str, shard: str, ids: Ids) -> None:
-    """Write the table of a finished shard again without the rows of these pictures, then its record."""
+    """Write the tables of a finished shard again without the rows of these pictures, then its record."""
     stored = read_record(root, folder, shard)
     if stored is None:
         return
     fingerprint, record = stored
-    name = record.file(".parquet")
+    names = [file.name for file in record.files]
+    tables = [_without_rows(root, name, ids) for name in names]
+    files = [schema.write_table(root, name, kept, kept.schema) for name, kept in zip(names, tables, strict=True)]
+    # The first file has the rows of the shard; `embed` can have another with those that its heads left out.
+    write_record(root, folder, fingerprint, replace(record, rows=len(tables[0]), files=tuple(files)))
+
+
+def _without_rows(root: Root, name: str, ids: Ids) -> pa.Table:
+    """A table without the rows of these pictures."""
     with root.open(name) as file:
         table = pq.read_table(file)
     listed = np.isin(table[schema.IMAGE_ID].to_numpy(), ids)
     if "url" in table.column_names:  # not in latents
         listed |= urls_are_listed(table["url"].combine_chunks(), Blocklist(), ids)
-    kept = table.filter(pa.array(~listed)).combine_chunks()
-    file_record = schema.write_table(root, name, kept, kept.schema)
-    write_record(root, folder, fingerprint, replace(record, rows=len(kept), files=(file_record,)))
+    return table.filter(pa.array(~listed)).combine_chunks()
 
 
 def urls_are_listed(column: pa.StringArray, blocklist: Blocklist, ids: Ids) -> npt.NDArray[np.bool_]:

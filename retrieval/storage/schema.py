@@ -64,6 +64,8 @@ class Reason(StrEnum):
     UNREADABLE = "unreadable"
     DUPLICATE_CONTENT = "duplicate_content"
     NEAR_COPY = "near_copy"
+    HIGH_SCORE = "high_score"
+    LOW_SCORE = "low_score"
     # vectors of another tool
     BAD_VECTOR = "bad_vector"
     DUPLICATE_ID = "duplicate_id"
@@ -110,6 +112,9 @@ DETAILS = pa.schema(columns(_DETAIL_TYPES, nullable=True))
 """Optional last columns of METADATA and embeddings. source: origin of the picture; box: x, y, width, height
 of the part of the picture that a row describes, in pixels of the stored picture. Any other columns for which
 `is_further` holds may follow METADATA too, for conditions of searches."""
+
+SCORE = "score_"
+"""Begins the names of further columns, float32, with the scores of the recipe's heads."""
 
 
 RESULT_COLUMNS = ("query", "rank", "similarity", "position")
