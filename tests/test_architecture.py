@@ -29,7 +29,7 @@ RAY_USERS = {"retrieval/cluster", "pipeline/runtime", "jobs/cluster"}
 ARROWS = """
 retrieval/__main__: cli
 retrieval/cli: clip database errors extras imports index pictures recipe storage
-retrieval/clip: config errors recipe
+retrieval/clip: config errors recipe storage
 retrieval/cluster: config database errors index storage
 retrieval/config:
 retrieval/database: clip errors index recipe storage

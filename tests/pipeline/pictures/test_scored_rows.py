@@ -99,7 +99,10 @@ def test_thresholds_leave_out_pictures_and_give_them_back_in_their_order(
 def test_an_updated_shard_equals_one_made_with_the_heads(
     embedded: Path, root: Root, clip: ClipConfig, tmp_path: Path
 ) -> None:
-    heads = {"aesthetic": head(tmp_path, 2, min_score=0.5), "unsafe": head(tmp_path, 0, max_score=0.5)}
+    run(root, clip, aesthetic=head(tmp_path, 2), unsafe=head(tmp_path, 0))
+    lowest = float(np.quantile(scores(root, "database/00000", "aesthetic"), 0.2))
+    highest = float(np.quantile(scores(root, "database/00000"), 0.8))
+    heads = {"aesthetic": head(tmp_path, 2, min_score=lowest), "unsafe": head(tmp_path, 0, max_score=highest)}
     updated = run(root, clip, **heads)
     shutil.copytree(embedded / "download", tmp_path / "anew" / "download")
     anew = run(Root(tmp_path / "anew"), clip, **heads)
