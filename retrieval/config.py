@@ -3,6 +3,11 @@
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.config import JsonDict
+
+RUNTIME: JsonDict = {"runtime": True}
+ADDED: JsonDict = {"added": True}
+"""Marks of the fields by `runtime_setting` and `added_setting`."""
 
 
 class Config(BaseModel):
@@ -15,16 +20,24 @@ class Config(BaseModel):
         values = self.model_dump(mode="json")
         fields: dict[str, Any] = {}
         for name, field in type(self).model_fields.items():
-            if (field.json_schema_extra or {}) == {"runtime": True}:
+            value, kind = getattr(self, name), field.json_schema_extra or {}
+            if kind == RUNTIME or (kind == ADDED and value == field.default):
                 continue
-            value = getattr(self, name)
             fields[name] = value.output_fields() if isinstance(value, Config) else values[name]
         return fields
 
 
 def runtime_setting(default: Any, **limits: Any) -> Any:
     """A field that does not change what is written; fingerprints leave it out. limits: as for pydantic's `Field`."""
-    return Field(default, json_schema_extra={"runtime": True}, **limits)
+    return Field(default, json_schema_extra=RUNTIME, **limits)
+
+
+def added_setting(default: Any, **limits: Any) -> Any:
+    """A field added to a section in use: fingerprints leave it out at its default, so that stored results stay valid.
+
+    limits: as for pydantic's `Field`.
+    """
+    return Field(default, json_schema_extra=ADDED, **limits)
 
 
 class WorkersConfig(Config):

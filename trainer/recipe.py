@@ -7,13 +7,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from retrieval.config import Config, WorkersConfig, runtime_setting
+from retrieval.config import ADDED, Config, WorkersConfig, added_setting, runtime_setting
 from retrieval.recipe import ClipConfig
 
 AutoencoderKind = Literal["kl", "vq", "patch"]
 Prediction = Literal["epsilon", "v_prediction"]
+Decay = Literal["none", "linear", "cosine"]
+TimestepSampling = Literal["uniform", "logit_normal", "density"]
 CHANGEABLE = frozenset(
-    {"steps", "global_batch", "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "ema_decay"}
+    {"steps", "global_batch", "learning_rate", "learning_rate_decay", "final_learning_rate", "warmup_steps"}
+    | {"weight_decay", "decay_norms_and_biases", "adam_beta1", "adam_beta2", "adam_eps", "max_grad_norm", "ema_decay"}
 )
 """Settings of section `train` that may change when a run is resumed. The metrics record them."""
 SchedulerName = Literal["ddim", "plms", "dpm++"]
@@ -95,9 +98,14 @@ class DiffusionConfig(Config):
     """beta at t = T - 1; the square root of beta is linear in t."""
     prediction: Prediction = "epsilon"
     """epsilon as in the paper, or v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0."""
+    zero_terminal_snr: bool = added_setting(False)
+    """Rescale the schedule so that the last timestep is pure noise, where sampling then starts (Lin et al. 2023). Needs
+    v_prediction."""
 
     @model_validator(mode="after")
     def _check(self) -> "DiffusionConfig":
+        if self.zero_terminal_snr and self.prediction != "v_prediction":
+            raise ValueError("zero_terminal_snr needs prediction v_prediction: pure noise tells nothing of epsilon")
         if self.beta_end < self.beta_start:
             raise ValueError(f"beta_end must be at least beta_start {self.beta_start}, got {self.beta_end}")
         return self
@@ -134,11 +142,24 @@ class TrainConfig(Config):
     steps: PositiveInt
     """Optimizer steps, skipped ones included. A larger number continues a finished run."""
     learning_rate: PositiveFloat = 1e-4
-    """Learning rate of AdamW, constant after the warm-up."""
+    """Learning rate of AdamW after the warm-up."""
     warmup_steps: NonNegativeInt = 10_000
     """Steps over which the learning rate rises linearly from 0."""
+    learning_rate_decay: Decay = added_setting("none")
+    """Course of the learning rate from the end of the warm-up to the end of `steps`, `linear` or `cosine`; `none`: it
+    stays constant."""
+    final_learning_rate: NonNegativeFloat = added_setting(0.0)
+    """Learning rate at the end of the decay."""
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay of AdamW."""
+    decay_norms_and_biases: bool = added_setting(True)
+    """Weight decay also of biases and of the weights of normalizations."""
+    adam_beta1: float = added_setting(0.9, ge=0, lt=1)
+    """Decay of AdamW's average of gradients."""
+    adam_beta2: float = added_setting(0.999, ge=0, lt=1)
+    """Decay of AdamW's average of squared gradients."""
+    adam_eps: PositiveFloat = added_setting(1e-8)
+    """Added to the denominator of AdamW."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradients are clipped to this global norm; 0: no clipping."""
     max_skipped_steps: NonNegativeInt = runtime_setting(20)
@@ -148,6 +169,18 @@ class TrainConfig(Config):
     read; more end the run. 10 samples may always be replaced."""
     p_uncond: float = Field(0.1, ge=0, le=1)
     """Probability that a sample is trained without neighbors (for classifier-free guidance)."""
+    min_snr_gamma: NonNegativeFloat = added_setting(0.0)
+    """Weights the loss of a sample by min(SNR, gamma) / SNR, for v_prediction by min(SNR, gamma) / (SNR + 1), SNR being
+    the signal-to-noise ratio of its timestep (Hang et al. 2023: 5). The validation loss stays unweighted. 0: no
+    weights."""
+    timestep_sampling: TimestepSampling = added_setting("uniform")
+    """Distribution of the timesteps in training: `logit_normal` (Esser et al. 2024) or that of `timestep_density`."""
+    timestep_logit_mean: float = added_setting(0.0)
+    """`logit_normal`: mean of the logit of t / T. Above 0: more noise."""
+    timestep_logit_deviation: PositiveFloat = added_setting(1.0)
+    """`logit_normal`: standard deviation of the logit of t / T."""
+    timestep_density: tuple[NonNegativeFloat, ...] = added_setting((), strict=False)
+    """`density`: relative frequencies of equal ranges of timesteps, least noise first, such as [1, 2, 2, 1]."""
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     """Decay of the moving average of the weights. The averaged weights are exported."""
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -175,6 +208,8 @@ class TrainConfig(Config):
     """Checkpoints at multiples of this step are never deleted; 0: none."""
     log_every: PositiveInt = runtime_setting(10)
     """Steps between lines of the log and of metrics.jsonl."""
+    profile_steps: NonNegativeInt = runtime_setting(0)
+    """Steps of each start that torch.profiler records on rank 0, after the first 5, to `profile/`; 0: none."""
     validation_images: NonNegativeInt = 0
     """Held-out images, excluded from training: the last rows over all shards, in order of shard names."""
     validate_every: NonNegativeInt = runtime_setting(0)
@@ -216,6 +251,8 @@ class TrainConfig(Config):
             raise ValueError("wandb = true needs a wandb_project")
         if self.keep_every % self.checkpoint_every:
             raise ValueError(f"keep_every must be a multiple of checkpoint_every, got {self.keep_every}")
+        if (self.timestep_sampling == "density") != (sum(self.timestep_density) > 0):
+            raise ValueError('timestep_sampling "density" and timestep_density with a number above 0 need each other')
         if self.neighbors_used > self.k:
             raise ValueError(f"neighbors_used must be at most k {self.k}, got {self.neighbors_used}")
         if self.global_batch % self.micro_batch:
@@ -226,6 +263,13 @@ class TrainConfig(Config):
     def context_tokens(self) -> int:
         """Number of neighbors in the context of a sample."""
         return self.neighbors_used or self.k
+
+    def without_changeable(self) -> "TrainConfig":
+        """A copy with fixed values of the settings in CHANGEABLE, for the identity of checkpoints."""
+        fields = type(self).model_fields
+        # An added setting must be at its default, where fingerprints leave it out.
+        is_added = {name: fields[name].json_schema_extra == ADDED for name in CHANGEABLE}
+        return self.model_copy(update={name: fields[name].default if is_added[name] else 0 for name in CHANGEABLE})
 
     @property
     def folder(self) -> str:
@@ -247,4 +291,9 @@ class TrainingRecipe(Config):
     def _check(self) -> "TrainingRecipe":
         if self.train.preview_prompts and not self.clip:
             raise ValueError("train.preview_prompts needs a section clip")
+        if self.train.min_snr_gamma and self.diffusion.zero_terminal_snr:
+            raise ValueError(
+                "train.min_snr_gamma would give the last timestep of diffusion.zero_terminal_snr, where sampling "
+                "starts, the weight 0: use one of them"
+            )
         return self

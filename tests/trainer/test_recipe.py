@@ -6,6 +6,7 @@ import torch
 from pydantic import ValidationError
 
 from retrieval.errors import UserError
+from retrieval.storage.manifest import fingerprint
 from tests.trainer.training_set import make_recipe
 from trainer.engine.deepspeed_engine import Ranks, engine_settings
 from trainer.model.unet import build_unet
@@ -62,6 +63,22 @@ def test_speed_settings_do_not_change_what_is_trained() -> None:
     assert make_recipe("", seed=9).output_fields() != make_recipe("").output_fields()
 
 
+def test_settings_added_later_leave_fingerprints_and_stored_recipes_as_they_were() -> None:
+    recipe = make_recipe("")
+    fields = recipe.output_fields()
+    assert fingerprint("train", 0, recipe, {}) == "3063b0bd7f8ef78a"
+    added = {"learning_rate_decay", "adam_eps", "min_snr_gamma", "timestep_sampling", "zero_terminal_snr"}
+    assert not added & (fields["train"].keys() | fields["diffusion"].keys())
+    assert make_recipe("", min_snr_gamma=5.0).output_fields()["train"]["min_snr_gamma"] == 5
+
+
+def test_min_snr_weights_and_zero_terminal_snr_exclude_each_other() -> None:
+    sections = make_recipe("", min_snr_gamma=5.0).model_dump()
+    sections["diffusion"] |= {"prediction": "v_prediction", "zero_terminal_snr": True}
+    with pytest.raises(ValidationError, match="the weight 0: use one of them"):
+        TrainingRecipe.model_validate(sections)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -71,6 +88,10 @@ def test_speed_settings_do_not_change_what_is_trained() -> None:
         ({"name": "../elsewhere"}, "pattern"),
         ({"p_uncond": 1.5}, "less than or equal to 1"),
         ({"k": 0}, "greater than 0"),
+        ({"timestep_sampling": "density"}, "need each other"),
+        ({"timestep_density": [1, 2]}, "need each other"),
+        ({"timestep_sampling": "density", "timestep_density": [0]}, "need each other"),
+        ({"adam_beta2": 1.0}, "less than 1"),
         ({"learning_rat": 1e-4}, "Extra inputs"),
     ],
 )

@@ -103,7 +103,7 @@ def _write_recipe(root: Root, run: FinishedRun) -> FileRecord:
     config = run.config
     recipe = {
         "model": config.model.model_dump(mode="json"),
-        "diffusion": config.diffusion.model_dump(mode="json"),
+        "diffusion": config.diffusion.output_fields(),
         "autoencoder": config.autoencoder.model_dump(mode="json"),
         "autoencoder_identity": run.autoencoder,
         "encoder": run.encoder,

@@ -24,6 +24,7 @@ from trainer.data.file_cache import FileCache
 from trainer.data.plan import TrainingPlan
 from trainer.data.sample_order import NEIGHBORS, REPLACEMENTS, SAMPLE_NOISE, SampleOrder, rank_slots
 from trainer.data.shards import ImageShard, LatentShard, ShardCache
+from trainer.data.timesteps import draw_timestep, timestep_distribution
 from trainer.data.unreadable import Shard, read_or_replace, retried
 from trainer.model.context import unit_rows
 
@@ -64,6 +65,7 @@ class Loader:
         self._shift = shift
         self._train, self._training_set = plan.config.train, plan.training_set
         self._timesteps = plan.config.diffusion.steps
+        self._distribution = timestep_distribution(self._train, self._timesteps)
         self._rank, self._world = rank, world
         self.order = SampleOrder(plan.training_set.rows, self._train.seed, self._train.interleaved_shards)
         files = FileCache(root, self._train.cache_folder, self._train.cache_gb)
@@ -165,7 +167,7 @@ class Loader:
         location = self.order.locate(position)
         shard, rows = self.shard(location.shard), range(self._training_set.rows[location.shard])
         rng = np.random.default_rng([SAMPLE_NOISE, self._train.seed, step, slot])
-        timestep = int(rng.integers(self._timesteps))
+        timestep = draw_timestep(rng, self._timesteps, self._distribution)
         has_context = np.float16(rng.random() >= self._train.p_uncond)
         posterior_noise, noise = rng.standard_normal((2, *self._training_set.latent_shape), dtype=np.float32)
         # A sample without neighbors has a context of zeros. Any number of zero tokens equals one: their keys

@@ -13,7 +13,7 @@ from retrieval.storage.root import Root
 from retrieval.storage.schema import Reason
 from trainer.data.latents import latent_shape
 from trainer.model.autoencoder import Autoencoder
-from trainer.recipe import CHANGEABLE, ContextNorm, ModelConfig, TrainingRecipe
+from trainer.recipe import ContextNorm, ModelConfig, TrainingRecipe
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def make_plan(config: TrainingRecipe, root: Root, autoencoder: Autoencoder) -> T
     upstream["autoencoder"] = autoencoder.identity
     if train.start_from:
         upstream["start_from"] = _initial_run(config, root).fingerprint
-    unchanged = config.model_copy(update={"train": train.model_copy(update=dict.fromkeys(CHANGEABLE, 0))})
+    unchanged = config.model_copy(update={"train": train.without_changeable()})
     return TrainingPlan(
         config=config,
         training_set=_training_set(config, neighbors, images, shape, views),

@@ -17,6 +17,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from retrieval.errors import UserError
+from trainer.engine.optimizer import learning_rate_at, make_optimizer
 from trainer.recipe import TrainConfig
 
 
@@ -97,22 +98,18 @@ def engine_settings(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
 
 
 def make_engine(unet: Any, config: TrainConfig, ranks: Ranks) -> deepspeed.DeepSpeedEngine:
-    """A DeepSpeed engine with the network and its optimizer. All ranks get the weights of rank 0.
-
-    The optimizer is torch's fused AdamW, on CPU and GPU. DeepSpeed's FusedAdam and CPUAdam are compiled at
-    first use, which takes minutes and a compiler on every machine; their losses agree to 1e-6.
-    """
+    """A DeepSpeed engine with the network and its optimizer. All ranks get the weights of rank 0."""
     if config.activation_checkpointing:
         unet.enable_gradient_checkpointing()
     if config.channels_last:
         unet.register_forward_pre_hook(_to_channels_last)
     if config.compile:
         unet.compile(dynamic=False)
-    optimizer = torch.optim.AdamW(
-        unet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
     engine, *_ = deepspeed.initialize(
-        model=unet, optimizer=optimizer, config=engine_settings(config, ranks), dist_init_required=False
+        model=unet,
+        optimizer=make_optimizer(unet, config),
+        config=engine_settings(config, ranks),
+        dist_init_required=False,
     )
     if ranks.world == 1 and not config.zero_stage:
         engine.enable_backward_allreduce = False  # with one rank it only copies all gradients
@@ -124,8 +121,8 @@ def _to_channels_last(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> t
 
 
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, config: TrainConfig, step: int) -> float:
-    """Set the learning rate of `step` (from 0): linear from 0 during warm-up, then constant. Returns it."""
-    rate = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup_steps))
+    """Set the learning rate of `step` (from 0) for all groups of parameters. Returns it."""
+    rate = learning_rate_at(config, step)
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
     return rate

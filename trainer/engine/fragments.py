@@ -34,7 +34,7 @@ class Fragment:
 
 
 def local_fragments(engine: deepspeed.DeepSpeedEngine, state: str, ranks: Ranks) -> list[Fragment]:
-    """This rank's fragments of MASTER or of one of MOMENTS (after a step or `initialize_moments`), as fp32 views."""
+    """This rank's fragments of MASTER or, after `initialize_moments`, of one of MOMENTS, as fp32 views."""
     stage = engine.zero_optimization_stage()
     return list(_whole(engine, state) if stage == 0 else _split(engine, state, ranks))
 
@@ -78,7 +78,10 @@ def _split_weight(weight: Any, state: str, rank: int) -> tuple[int, torch.Tensor
 
 
 def initialize_moments(engine: deepspeed.DeepSpeedEngine, steps: int) -> None:
-    """Create AdamW's moments as zeros, as its first step would, with its step counter at `steps`."""
+    """Create AdamW's moments as zeros, as its first step would, with its step counter at `steps`. Call it once.
+
+    In its first step DeepSpeed would link parameters to the moments of the first group alone.
+    """
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
     if stage == 0:
         states, masters = optimizer.state, list(engine.module.parameters())

@@ -156,7 +156,9 @@ def _card(name: str, manifest: Manifest, recipe: dict[str, Any], folder: Path) -
 
 def _check_schedule(path: Path, config: DiffusionConfig) -> None:
     settings, expected = _read_json(path), scheduler_settings(config)
-    for name in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type"):
+    rescaled = "rescale_betas_zero_snr"
+    settings, expected = {rescaled: False} | settings, {rescaled: False} | expected
+    for name in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", rescaled):
         if settings.get(name) != expected[name]:
             raise UserError(
                 f"{path} has {name} {settings.get(name)!r}, [diffusion] gives {expected[name]!r}. "

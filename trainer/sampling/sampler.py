@@ -137,7 +137,7 @@ class Sampler:
     def check(self, requests: Sequence[Request]) -> None:
         """Open all databases that requests name. Raises UserError for a request this model cannot serve."""
         for request in requests:
-            check_steps(request.scheduler, request.steps, self.diffusion.steps)
+            check_steps(request.scheduler, request.steps, self.diffusion)
             request.check()
             self.latent_shape_of(request)
             for name in request.database_weights():

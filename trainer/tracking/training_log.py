@@ -61,6 +61,9 @@ class StepMetrics:
     """Peak memory of rank 0, GiB."""
     loss_by_quartile: Quartiles
     """Over the steps since the previous entry, or since the run was resumed."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,12 @@ from trainer.engine.ema import MovingAverage
 from trainer.engine.fragments import MASTER, owned_fragments
 from trainer.recipe import TrainConfig
 from trainer.tracking.flops import UtilizationMeter
+from trainer.tracking.profiling import StepProfiler
 from trainer.tracking.training_log import StepMetrics, TrainingLog
 from trainer.training.monitoring import ModelMonitor
 from trainer.training.objective import QUARTILES, Objective, quartile_means
 
-RECORDED = ("global_batch", "weight_decay", "max_grad_norm", "ema_decay")
+RECORDED = ("global_batch", "weight_decay", "max_grad_norm", "ema_decay", "adam_beta1", "adam_beta2", "adam_eps")
 """Settings that may change when a run is resumed; the metrics have them at every entry."""
 MIN_REPLACED = 10
 """Replaced samples that are always allowed, so that one bad picture does not end a run at its start."""
@@ -40,7 +41,7 @@ log = logging.getLogger("train")
 
 @dataclass(frozen=True)
 class Session:
-    """The objects of a run that the loop uses. `training_log` and `utilization` exist only on rank 0."""
+    """The objects of a run that the loop uses. The last three exist only on rank 0."""
 
     config: TrainConfig
     ranks: Ranks
@@ -52,6 +53,7 @@ class Session:
     monitor: ModelMonitor | None
     training_log: TrainingLog | None
     utilization: UtilizationMeter | None
+    profiler: StepProfiler | None = None
 
 
 class Termination:
@@ -106,8 +108,11 @@ def train_steps(session: Session, start: Progress, termination: Termination) -> 
     batches = session.loader.batches(start.step, steps)
     loop = _Loop(session, start)
     while not loop.step(batches, termination) and loop.progress.step < steps:
-        pass
+        if session.profiler:
+            session.profiler.step()
     batches.close()
+    if session.profiler:
+        session.profiler.close()
     return loop.progress.step == steps
 
 

@@ -13,9 +13,13 @@ QUARTILES = 4
 class Objective:
     """Draws latents, adds noise, predicts, computes the loss. Without an autoencoder, batches contain moments."""
 
-    def __init__(self, config: DiffusionConfig, autoencoder: Autoencoder | None, device: torch.device) -> None:
+    def __init__(
+        self, config: DiffusionConfig, autoencoder: Autoencoder | None, device: torch.device, min_snr_gamma: float = 0.0
+    ) -> None:
+        """min_snr_gamma: of the weights of losses; 0: no weights."""
         self._config = config
         self._alphas_bar = diffusion.alphas_bar(config).to(device)
+        self._weights = diffusion.min_snr_weights(config, min_snr_gamma).to(device) if min_snr_gamma else None
         self._autoencoder = autoencoder
         self._device = device
 
@@ -27,7 +31,8 @@ class Objective:
         abar_t = self._alphas_bar[t]
         x_t = diffusion.q_sample(x_0, eps, abar_t)
         predicted = unet(x_t.to(dtype), t, batch.context.to(self._device, dtype), return_dict=False)[0]
-        return diffusion.losses(predicted, diffusion.target(self._config.prediction, x_0, eps, abar_t))
+        losses = diffusion.losses(predicted, diffusion.target(self._config.prediction, x_0, eps, abar_t))
+        return losses if self._weights is None else losses * self._weights[t]
 
     def by_quartile(self, losses: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Sums of losses, then numbers of samples, by quartile of the timestep: (2 * QUARTILES,) float64.

@@ -28,6 +28,7 @@ from trainer.model.unet import build_unet
 from trainer.recipe import TrainingRecipe
 from trainer.tracking.dashboards import import_wandb, open_dashboards
 from trainer.tracking.flops import make_utilization_meter
+from trainer.tracking.profiling import PROFILES, StepProfiler
 from trainer.tracking.training_log import METRICS, PREVIEWS, VALIDATION, TrainingLog
 from trainer.training.disk import check_shared, check_space
 from trainer.training.launch import TERMINATED, die_with_parent
@@ -37,7 +38,7 @@ from trainer.training.objective import Objective
 
 log = logging.getLogger("train")
 
-OUTPUTS = ("checkpoints", METRICS, VALIDATION, PREVIEWS, "tensorboard", "wandb", "model", "recipe.json")
+OUTPUTS = ("checkpoints", METRICS, VALIDATION, PREVIEWS, PROFILES, "tensorboard", "wandb", "model", "recipe.json")
 """Files and folders of a run that `train.restart` deletes, besides the manifest."""
 
 
@@ -154,17 +155,19 @@ def _start(plan: TrainingPlan, root: Root, unet: torch.nn.Module, ranks: Ranks) 
     folder, training_log = root.local_path(config.folder), None
     if ranks.is_first:
         training_log = TrainingLog(folder, done, config.steps, open_dashboards(plan, folder, done))
+    profiler = StepProfiler(folder, done, config.profile_steps) if ranks.is_first and config.profile_steps else None
     session = Session(
         config=config,
         ranks=ranks,
         engine=engine,
         average=average,
-        objective=Objective(plan.config.diffusion, autoencoder, ranks.device),
+        objective=Objective(plan.config.diffusion, autoencoder, ranks.device, config.min_snr_gamma),
         loader=loader,
         checkpoints=checkpoints,
         monitor=ModelMonitor(plan, loader, ranks, training_log) if config.validation_images else None,
         training_log=training_log,
         utilization=make_utilization_meter(plan, ranks) if ranks.is_first else None,
+        profiler=profiler,
     )
     return session, progress
 

@@ -18,7 +18,7 @@ from training_set import make_recipe
 from trainer.checkpoint.checkpoint import CheckpointFolder, Progress
 from trainer.engine.deepspeed_engine import Ranks, join_ranks, make_engine, optimizer_step
 from trainer.engine.ema import MovingAverage
-from trainer.engine.fragments import MASTER, owned_fragments
+from trainer.engine.fragments import MASTER, initialize_moments, owned_fragments
 
 LAYOUTS = [(0, "fp32"), (1, "fp32"), (3, "fp32"), (2, "bf16"), (3, "bf16")]
 SAVED_AT, STEPS = 3, 5
@@ -29,6 +29,8 @@ class Trained:
 
     def __init__(self, zero_stage: int, precision: str, seed: int, ranks: Ranks) -> None:
         changes = {"zero_stage": zero_stage, "precision": precision, "global_batch": 4, "weight_decay": 0.1}
+        # Two groups of parameters, in another order than those of the network.
+        changes["decay_norms_and_biases"] = False
         self.config = make_recipe("", **changes).train
         torch.manual_seed(seed)
         # Odd sizes, which cannot be divided evenly.
@@ -62,6 +64,7 @@ def folder_of(folder: Path, world: int, layout: tuple[int, str]) -> CheckpointFo
 def write(folder: Path, ranks: Ranks) -> None:
     for layout in LAYOUTS:
         trained, saved = Trained(*layout, seed=0, ranks=ranks), folder_of(folder, ranks.world, layout)
+        initialize_moments(trained.engine, 0)
         trained.train(0, SAVED_AT)
         saved.save(trained.engine, trained.average, Progress(SAVED_AT), ranks)
         # Train while the thread writes: it writes a copy.

@@ -6,7 +6,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 from pydantic import ValidationError
 
-from trainer.model.diffusion import alphas_bar, betas, losses, q_sample, scheduler_settings, target
+from trainer.model.diffusion import alphas_bar, betas, losses, min_snr_weights, q_sample, scheduler_settings, target
 from trainer.recipe import DiffusionConfig
 
 CONFIG = DiffusionConfig(steps=1000, beta_start=0.0015, beta_end=0.015)
@@ -105,6 +105,35 @@ def test_the_loss_is_the_mean_of_each_sample_in_float32() -> None:
     loss = losses(predicted, torch.zeros(2, 1, 1, 2))
     assert loss.dtype == torch.float32
     assert loss.tolist() == [5.0, 0.0]
+
+
+def test_zero_terminal_snr_ends_at_pure_noise_and_keeps_the_start() -> None:
+    """Lin et al. (2023), algorithm 1: sqrt(abar) is an affine function of the former one."""
+    config = DiffusionConfig(prediction="v_prediction", zero_terminal_snr=True)
+    before, after = (alphas_bar(each).double().sqrt() for each in (CONFIG, config))
+    assert after[-1] == 0
+    assert after[0].item() == pytest.approx(before[0].item(), rel=1e-6)
+    torch.testing.assert_close(
+        after, (before - before[-1]) * before[0] / (before[0] - before[-1]), atol=1e-6, rtol=1e-5
+    )
+    scheduler = DDIMScheduler(**scheduler_settings(config), clip_sample=False)
+    torch.testing.assert_close(alphas_bar(config), scheduler.alphas_cumprod, rtol=1e-4, atol=1e-6)
+    assert (scheduler.config.prediction_type, scheduler.config.timestep_spacing) == ("v_prediction", "trailing")
+
+
+def test_zero_terminal_snr_needs_v_prediction() -> None:
+    with pytest.raises(ValidationError, match="zero_terminal_snr needs prediction v_prediction"):
+        DiffusionConfig(zero_terminal_snr=True)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_min_snr_weights_are_min_of_snr_and_gamma_in_units_of_the_prediction(prediction: str) -> None:
+    # abar is 0.99, 0.9504, 0.864864, so the SNR is 99, 19.16, 6.4.
+    config = DiffusionConfig(steps=3, beta_start=0.01, beta_end=0.09, prediction=prediction)
+    snr = [0.99 / 0.01, 0.9504 / 0.0496, 0.864864 / 0.135136]
+    divisors = snr if prediction == "epsilon" else [ratio + 1 for ratio in snr]
+    expected = [min(ratio, 10.0) / divisor for ratio, divisor in zip(snr, divisors, strict=True)]
+    assert min_snr_weights(config, 10.0).tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_decreasing_schedule_is_an_error() -> None:

@@ -48,8 +48,10 @@ def plain_loop(unet, scheduler, latents, tokens):
     return latents
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("name", ["ddim", "plms", "dpm++"])
+@pytest.mark.parametrize(
+    ("name", "prediction"),
+    [*((name, "epsilon") for name in PLAIN), ("ddim", "v_prediction"), ("dpm++", "v_prediction")],
+)
 @torch.no_grad()
 def test_without_guidance_latents_equal_a_plain_diffusers_loop(unet, name, prediction):
     kind, extra = PLAIN[name]
@@ -177,7 +179,7 @@ def test_ddim_on_uneven_timesteps_is_the_equation_of_ddim(unet, prediction):
 )
 def test_an_impossible_number_of_steps_is_refused_with_the_nearest_possible_ones(name, steps, nearest):
     with pytest.raises(UserError, match=nearest):
-        check_steps(name, steps, 1000)
+        check_steps(name, steps, DiffusionConfig())
     with pytest.raises(UserError, match=nearest):
         make_scheduler(name, steps, DiffusionConfig())
 

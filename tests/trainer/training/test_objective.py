@@ -4,7 +4,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from trainer.data.loader import TrainingBatch
-from trainer.model.diffusion import scheduler_settings
+from trainer.model.diffusion import min_snr_weights, scheduler_settings
 from trainer.model.unet import build_unet
 from trainer.recipe import DiffusionConfig, ModelConfig
 from trainer.training.objective import Objective, quartile_means
@@ -47,6 +47,17 @@ def test_the_loss_equals_that_of_diffusers_training_scripts(prediction: str) -> 
         ours = Objective(config, None, CPU)(unet, batch, torch.float32)
     expected = torch.nn.functional.mse_loss(predicted, target, reduction="none").mean(dim=(1, 2, 3))
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_min_snr_weights_multiply_the_loss_of_each_sample() -> None:
+    config, batch = DiffusionConfig(prediction="v_prediction"), batch_of(6)
+
+    def unet(x_t: torch.Tensor, *_: object, return_dict: bool) -> tuple[torch.Tensor]:
+        return (0.5 * x_t,)
+
+    plain, weighted = (Objective(config, None, CPU, gamma)(unet, batch, torch.float32) for gamma in (0.0, 5.0))
+    torch.testing.assert_close(weighted, plain * min_snr_weights(config, 5.0)[batch.timesteps])
+    assert (weighted < plain).all()
 
 
 def test_losses_are_summed_by_the_quartile_of_their_timestep() -> None:
