@@ -17,9 +17,10 @@ from tests.trainer.released.test_import_run import ENCODER
 from tests.trainer.tiny_run import write_run
 from trainer.checkpoint.export import read_model_weights
 from trainer.model.autoencoder import Autoencoder
+from trainer.model.diffusion import scheduler_settings
 from trainer.model.unet import build_unet
 from trainer.recipe import DiffusionConfig
-from trainer.released.diffusers_folder import write_folder
+from trainer.released.diffusers_folder import _check_schedule, write_folder
 from trainer.released.import_run import import_model
 from trainer.sampling.denoising import guided_sample, initial_noise, make_scheduler
 
@@ -60,6 +61,19 @@ def test_our_sampler_and_plain_diffusers_give_the_same_latents(exported):
     sampled = guided_sample(ours, make_scheduler("ddim", 20, diffusion), noise, context, scale)
     # A random network gives large latents, so the error is relative to their size.
     assert ((sampled - latents).abs().max() / latents.std()) < 1e-4
+
+
+def test_the_scheduler_of_a_folder_keeps_v_prediction_and_zero_terminal_snr(tmp_path):
+    config = DiffusionConfig(prediction="v_prediction", zero_terminal_snr=True)
+    DDIMScheduler(**scheduler_settings(config), clip_sample=False).save_pretrained(tmp_path)
+    opened = DDIMScheduler.from_pretrained(tmp_path)
+    opened.set_timesteps(50)
+    assert opened.timesteps.tolist() == make_scheduler("ddim", 50, config).timesteps.tolist()
+    assert opened.alphas_cumprod[-1] == 0
+    _check_schedule(tmp_path / "scheduler_config.json", config)
+    for other, name in (({"zero_terminal_snr": False}, "rescale_betas_zero_snr"), ({"steps": 500}, "num_train")):
+        with pytest.raises(UserError, match=name):
+            _check_schedule(tmp_path / "scheduler_config.json", config.model_copy(update=other))
 
 
 @torch.no_grad()

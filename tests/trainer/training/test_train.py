@@ -1,6 +1,8 @@
 """Training of a tiny network on two gloo ranks: killed, terminated and resumed runs, and refused inputs."""
 
 import fcntl
+import gzip
+import json
 import os
 import shutil
 import signal
@@ -183,16 +185,23 @@ def test_the_papers_combination_trains_like_fp32_and_its_settings_may_change_on_
 ) -> None:
     """bf16, ZeRO 1, contiguous gradients and two micro batches on two ranks; then one rank with another batch."""
     changes = {"precision": "bf16", "zero_stage": 1, "activation_checkpointing": True, "deterministic": True}
-    train(recipe_of(autoencoder_folder, **changes, steps=6), training_set, ranks=2)
+    train(recipe_of(autoencoder_folder, **changes, steps=6, profile_steps=1), training_set, ranks=2)
+    [trace] = training_set.local_path(f"{FOLDER}/profile").iterdir()
+    assert trace.name == "00000006-00000006.json.gz"
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    assert any("addmm" in event.get("name", "") for event in events)
     expected, losses = (np.array(history(root))[:6, 1] for root in (finished_run, training_set))
     np.testing.assert_allclose(losses, expected, rtol=2e-2)
     assert (losses != expected).all()
     changes |= {"global_batch": 4, "learning_rate": 5e-4, "max_grad_norm": 0.5, "ema_decay": 0.5}
+    changes |= {"learning_rate_decay": "linear", "adam_beta2": 0.9, "decay_norms_and_biases": False}
     log = train(recipe_of(autoencoder_folder, **changes, steps=8), training_set)
     assert "train.global_batch was 8, is now 4; train.learning_rate was 0.001, is now 0.0005" in log
     entries = read_step_metrics(training_set.local_path(f"{FOLDER}/metrics.jsonl"))
-    recorded = [(entry.images, entry.global_batch, entry.learning_rate, entry.ema_decay) for entry in entries[5:7]]
-    assert recorded == [(48, 8, 1e-3, 0.9), (52, 4, 5e-4, 0.5)]
+    recorded = [(entry.images, entry.global_batch, entry.ema_decay, entry.adam_beta2) for entry in entries[5:7]]
+    assert recorded == [(48, 8, 0.9, 0.999), (52, 4, 0.5, 0.9)]
+    # Of 8 steps, 2 of them warm-up: 2 and 1 sixths of the rate are left at steps 6 and 7.
+    assert [entry.learning_rate for entry in entries[5:]] == pytest.approx([1e-3, 5e-4 * 2 / 6, 5e-4 / 6])
     assert read_manifest(training_set, FOLDER).values["images"] == 56
 
 
