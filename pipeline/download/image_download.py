@@ -8,7 +8,7 @@ permanent errors, and continues after an error without the row.
 import hashlib
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import BinaryIO
@@ -122,9 +122,10 @@ class ImageDownload:
 
         Raises an exception of a thread that is not a FetchError or PictureError; then the rest is not requested.
         """
+        rows = iter(range(num_rows))
         with ThreadPoolExecutor(self._settings.threads) as pool:
-            for _ in pool.map(self._finish_row, range(num_rows)):
-                pass
+            for loop in [pool.submit(self._finish_rows, rows) for _ in range(min(self._settings.threads, num_rows))]:
+                loop.result()
 
     @property
     def is_down(self) -> bool:
@@ -147,7 +148,12 @@ class ImageDownload:
             " the hosts are gone for good, lower download.min_answered."
         )
 
-    def _finish_row(self, _: int) -> None:
+    def _finish_rows(self, rows: Iterator[int]) -> None:
+        """Finish a row for each number of an iterator that all threads share."""
+        for _ in rows:
+            self._finish_row()
+
+    def _finish_row(self) -> None:
         """Send requests until one row, of any number, has an answer; store its image and its status."""
         try:
             answer: bytes | FetchError | None = None

@@ -6,21 +6,21 @@ robots.txt before a request and the headers of every response, redirects too. Re
 """
 
 import http.client
+import re
+import ssl
 import time
 from dataclasses import dataclass
+from email.utils import mktime_tz, parsedate_tz
 from urllib.parse import quote, urljoin
-
-import urllib3
-from urllib3.exceptions import HTTPError, InvalidHeader, ProtocolError, SSLError
-from urllib3.exceptions import TimeoutError as PoolTimeoutError
 
 from pipeline.web.content_coding import decode_body
 from pipeline.web.fetch_error import FetchError
 from pipeline.web.host_queue import FetchRequest, HostLimits, HostQueue
 from pipeline.web.preferences import opted_out, tdm_reserved, usage_forbidden
+from pipeline.web.response_head import BrowserResponse
 from pipeline.web.robots import MAX_BYTES as MAX_ROBOTS_BYTES
 from pipeline.web.robots import Robots
-from pipeline.web.sockets import PORTS, Access, pool_manager, socket_limits
+from pipeline.web.sockets import PORTS, Access, ConnectionPool, socket_limits
 from pipeline.web.urls import canonical_url
 from retrieval.storage.manifest import VERSION
 from retrieval.storage.schema import Reason
@@ -66,13 +66,14 @@ class Fetcher:
 
     def __init__(self, settings: FetchSettings) -> None:
         self.settings = settings
-        self._pools = pool_manager(settings.access, settings.ports, settings.connections)
+        self._connections = ConnectionPool(settings.access, settings.ports, settings.connections)
         self._robots = Robots(settings.user_agent)
-        self._headers = {
+        headers = {
             "User-Agent": f"{settings.user_agent}/{VERSION} (+{settings.contact})",
             "Accept": "image/*",
             "Accept-Encoding": "identity",
         }
+        self._headers = "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode()
 
     def fetch(self, request: FetchRequest, queue: HostQueue) -> bytes | None:
         """Send one HTTP request for a request that the queue handed out, and give it back to the queue.
@@ -133,8 +134,7 @@ class Fetcher:
             self._check(response)
             return self._body(response, deadline)
         finally:
-            # Closes a connection with unread data; after a complete body it is back in the pool already.
-            response.close()
+            self._connections.release(response)
 
     def _site_file(self, url: str, deadline: float) -> bytes:
         """The beginning of a robots.txt or tdmrep.json; empty if there is none."""
@@ -150,34 +150,23 @@ class Fetcher:
                     self._check(response)
                 return b""
             finally:
-                response.close()
+                self._connections.release(response)
         return b""  # RFC 9309 treats too many redirects as a missing file
 
-    def _open(self, url: str, deadline: float) -> urllib3.BaseHTTPResponse:
+    def _open(self, url: str, deadline: float) -> BrowserResponse:
         """Status and headers of the response to a GET; the body is unread."""
         try:
-            return self._pools.request(
-                "GET",
-                url,
-                headers=self._headers,
-                redirect=False,
-                retries=False,
-                preload_content=False,
-                decode_content=False,
-                timeout=self.settings.timeout_s,
-            )
-        except PoolTimeoutError as error:
+            return self._connections.get(url, self._headers)
+        except TimeoutError as error:
             raise self._timeout(deadline) from error
-        except SSLError as error:
+        except ssl.SSLError as error:
             raise FetchError(Reason.NO_CONNECTION, f"TLS: {_tls_message(error)}") from error
-        except ProtocolError as error:
-            if _is_garbled(error):
-                raise FetchError(Reason.HTTP_ERROR, "the answer is not HTTP") from error
+        except OSError as error:
             raise FetchError(Reason.NO_CONNECTION, "connection closed without an answer", 0.0) from error
-        except HTTPError as error:
-            raise FetchError(Reason.HTTP_ERROR, type(error).__name__) from error
+        except http.client.HTTPException as error:
+            raise FetchError(Reason.HTTP_ERROR, "the answer is not HTTP") from error
 
-    def _check(self, response: urllib3.BaseHTTPResponse) -> None:
+    def _check(self, response: BrowserResponse) -> None:
         """Raises FetchError if the status or the headers rule out an image."""
         status = response.status
         if status in _GONE:
@@ -188,39 +177,38 @@ class Fetcher:
         if status != http.HTTPStatus.OK:
             raise FetchError(Reason.HTTP_ERROR, f"HTTP {status}")
         self._check_preferences(response)
-        self._check_size(response.length_remaining or 0)
+        self._check_size(response.length or 0)
 
-    def _check_preferences(self, response: urllib3.BaseHTTPResponse) -> None:
+    def _check_preferences(self, response: BrowserResponse) -> None:
         """Raises FetchError if a header forbids this use of the image."""
-        values = response.headers.getlist
-        if opted_out(values("X-Robots-Tag"), self.settings.user_agent):
+        if opted_out(response.values("x-robots-tag"), self.settings.user_agent):
             raise FetchError(Reason.OPTED_OUT, "X-Robots-Tag")
         for name in ("Content-Usage", "Content-Signal"):
-            if usage_forbidden(",".join(values(name))):
+            if usage_forbidden(",".join(response.values(name.lower()))):
                 raise FetchError(Reason.OPTED_OUT, name)
-        if tdm_reserved(values("TDM-Reservation")):
+        if tdm_reserved(response.values("tdm-reservation")):
             raise FetchError(Reason.OPTED_OUT, "TDM-Reservation")
 
     def _check_size(self, size: int) -> None:
         if size > self.settings.max_bytes:
             raise FetchError(Reason.TOO_LARGE, f"more than {self.settings.max_bytes} bytes")
 
-    def _body(self, response: urllib3.BaseHTTPResponse, deadline: float) -> bytes:
+    def _body(self, response: BrowserResponse, deadline: float) -> bytes:
         body = self._read(response, self.settings.max_bytes + 1, deadline)
         self._check_size(len(body))
         return body
 
-    def _read(self, response: urllib3.BaseHTTPResponse, max_bytes: int, deadline: float) -> bytes:
+    def _read(self, response: BrowserResponse, max_bytes: int, deadline: float) -> bytes:
         """The first max_bytes bytes of a body, decoded."""
         codings = _codings(response)
         try:
             # One call instead of chunks: the sockets enforce the deadline.
             body = response.read(max_bytes)
-        except PoolTimeoutError as error:
+        except TimeoutError as error:
             raise self._timeout(deadline) from error
-        except HTTPError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise FetchError(Reason.TRUNCATED, "the body ended early", 0.0) from error
-        if response.length_remaining and len(body) < max_bytes:
+        if response.length and len(body) < max_bytes:
             raise FetchError(Reason.TRUNCATED, "the body ended early", 0.0)
         return decode_body(body, codings, max_bytes)
 
@@ -230,9 +218,9 @@ class Fetcher:
         return FetchError(Reason.TIMEOUT, f"nothing came for {self.settings.timeout_s:g} s")
 
 
-def _redirect(response: urllib3.BaseHTTPResponse, url: str) -> Redirect | None:
+def _redirect(response: BrowserResponse, url: str) -> Redirect | None:
     """The target of a redirect; None for any other response. Raises FetchError for a bad target."""
-    locations = set(response.headers.getlist("Location"))
+    locations = set(response.values("location"))
     if response.status not in _REDIRECTS or not locations:
         return None
     if len(locations) > 1:
@@ -261,8 +249,8 @@ def _location(value: str) -> str:
     return path.replace("\\", "/") + mark + query
 
 
-def _codings(response: urllib3.BaseHTTPResponse) -> list[str]:
-    values = [*response.headers.getlist("Content-Encoding"), *response.headers.getlist("Transfer-Encoding")]
+def _codings(response: BrowserResponse) -> list[str]:
+    values = [*response.values("content-encoding"), *response.values("transfer-encoding")]
     words = [word.strip().lower() for value in values for word in value.split(",")]
     codings = [word for word in words if word not in ("", "identity", "chunked")]
     if len(codings) > MAX_CODINGS:
@@ -270,20 +258,17 @@ def _codings(response: urllib3.BaseHTTPResponse) -> list[str]:
     return codings
 
 
-def _is_garbled(error: ProtocolError) -> bool:
-    cause = error.args[-1]
-    # RemoteDisconnected is a subclass of BadStatusLine, but means that no status line came.
-    return isinstance(cause, http.client.HTTPException) and not isinstance(cause, ConnectionError)
+def _tls_message(error: ssl.SSLError) -> str:
+    return str(getattr(error, "verify_message", "") or error.reason or "failed")
 
 
-def _tls_message(error: SSLError) -> str:
-    cause = error.args[0] if error.args else error
-    return str(getattr(cause, "verify_message", "") or getattr(cause, "reason", "") or "failed")
-
-
-def _retry_after_s(response: urllib3.BaseHTTPResponse) -> float:
+def _retry_after_s(response: BrowserResponse) -> float:
+    """The pause that Retry-After asks for, in seconds or until a date; 0 without a valid value."""
+    value = ", ".join(response.values("retry-after")).strip()
+    if re.fullmatch("[0-9]{1,18}", value):
+        return float(value)
     try:
-        # float() inside the try: urllib3 before 2.6 returns numbers too large for it
-        return float(urllib3.Retry().get_retry_after(response) or 0.0)
-    except (InvalidHeader, ValueError, OverflowError):
+        date = parsedate_tz(value)
+        return max(0.0, mktime_tz(date) - time.time()) if date else 0.0
+    except (ValueError, OverflowError):
         return 0.0

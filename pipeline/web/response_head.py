@@ -7,6 +7,7 @@ most itself, and only the size of the head is limited.
 
 import http.client
 import re
+import socket
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
@@ -22,7 +23,17 @@ _INDENTED_PREFERENCE = re.compile(rb"[ \t]+(?:x-robots-tag|content-(?:usage|sign
 
 
 class BrowserResponse(http.client.HTTPResponse):
-    """A response with a leniently parsed head. Status and framing are in the attributes of the base class."""
+    """A response with a leniently parsed head. Status and framing are in the attributes of the base class.
+
+    connection, server: of `sockets.ConnectionPool`.
+    """
+
+    connection: socket.socket
+    server: str
+
+    def values(self, name: str) -> list[str]:
+        """The values of a header field, in their order. name: in lower case."""
+        return self._fields.get(name, [])
 
     def begin(self) -> None:
         """Read the head. Raises HTTPException if it is not HTTP, or too long."""
@@ -34,8 +45,9 @@ class BrowserResponse(http.client.HTTPResponse):
             self._read_status_line(lines)
             fields = list(header_fields(_until_empty(lines)))
         self.headers = self.msg = http.client.HTTPMessage()
+        self._fields: dict[str, list[str]] = {}
         for name, value in fields:
-            self.headers[name] = value
+            self._fields.setdefault(name.lower(), []).append(value)
         self._set_framing()
 
     def _read_status_line(self, lines: Iterator[bytes]) -> None:
@@ -52,10 +64,9 @@ class BrowserResponse(http.client.HTTPResponse):
 
     def _set_framing(self) -> None:
         """Where the body ends, and whether the connection ends with it."""
-        self.chunked = "chunked" in self._words("Transfer-Encoding")
+        self.chunked = "chunked" in self._words("transfer-encoding")
         self.chunk_left = None
-        lengths = {word for word in self._words("Content-Length") if re.fullmatch(r"[0-9]{1,18}", word)}
-        del self.headers["Content-Length"]
+        lengths = {word for word in self._words("content-length") if re.fullmatch(r"[0-9]{1,18}", word)}
         self.length = None
         if self.status in (http.HTTPStatus.NO_CONTENT, http.HTTPStatus.NOT_MODIFIED) or self.status < 200:
             self.length = 0
@@ -63,13 +74,12 @@ class BrowserResponse(http.client.HTTPResponse):
             if len({int(length) for length in lengths}) > 1:
                 raise http.client.HTTPException("Content-Length with different values")
             self.length = int(lengths.pop())
-            self.headers["Content-Length"] = str(self.length)
-        options = self._words("Connection")
+        options = self._words("connection")
         is_kept = "close" not in options and (self.version == 11 or "keep-alive" in options)
         self.will_close = not is_kept or (self.length is None and not self.chunked)
 
     def _words(self, name: str) -> list[str]:
-        return [word.strip() for value in self.headers.get_all(name, []) for word in value.lower().split(",")]
+        return [word.strip() for value in self.values(name) for word in value.lower().split(",")]
 
     def _read_next_chunk_size(self) -> int:
         size = int(super()._read_next_chunk_size())  # type: ignore[misc]

@@ -6,20 +6,19 @@ connections, the TLS handshake, and servers that send single bytes slowly, in th
 """
 
 import ipaddress
+import select
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
-
-import urllib3
-from urllib3.connection import HTTPConnection, HTTPSConnection
 
 from pipeline.web.fetch_error import FetchError
 from pipeline.web.response_head import BrowserResponse
+from pipeline.web.urls import host_and_port
 from retrieval.storage.schema import Reason
 
 Access = Literal["none", "loopback", "all"]
@@ -73,15 +72,22 @@ def _max_wait_s() -> float:
     return min(float(_LIMITS.timeout_s), remaining_s)
 
 
+def _limit_wait(connection: socket.socket) -> None:
+    """Limit the next wait of a connection. A limit that it has already would cost a system call."""
+    wait_s = _max_wait_s()
+    if connection.gettimeout() != wait_s:
+        connection.settimeout(wait_s)
+
+
 class _Socket(socket.socket):
     def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
-        self.settimeout(_max_wait_s())
+        _limit_wait(self)
         return super().recv_into(buffer, nbytes, flags)
 
 
 class _TlsSocket(ssl.SSLSocket):
     def recv_into(self, buffer: Any, nbytes: int | None = None, flags: int = 0) -> int:
-        self.settimeout(_max_wait_s())
+        _limit_wait(self)
         return super().recv_into(buffer, nbytes, flags)
 
 
@@ -213,31 +219,89 @@ class Connector:
         return addresses
 
 
-def pool_manager(access: Access, ports: frozenset[int], connections: int) -> urllib3.PoolManager:
-    """Keep-alive connections for all threads of a process. Proxies of the environment are ignored."""
+class ConnectionPool:
+    """GET requests over keep-alive connections, for all threads of a process. Proxies of the environment are not used.
 
-    connector = Connector(access, ports)
+    max_idle: connections without a request that are kept. No library is used: most of the CPU time of a request would
+    go to URLs and headers that are parsed and copied again.
+    """
 
-    class Plain(HTTPConnection):
-        response_class = BrowserResponse
+    def __init__(self, access: Access, ports: frozenset[int], max_idle: int) -> None:
+        self._connector = Connector(access, ports)
+        self._context = _tls_context()
+        self._max_idle = max_idle
+        self._num_idle = 0
+        self._idle: dict[str, list[socket.socket]] = {}
+        """By scheme and authority; the one that was used last is the last."""
+        self._lock = threading.Lock()
 
-        def _new_conn(self) -> socket.socket:
-            return connector.connect(self._dns_host, self.port)
+    def get(self, url: str, headers: bytes) -> BrowserResponse:
+        """Request a canonical URL, within the socket limits; the body of the response is unread. Give it to `release`.
 
-    class Tls(HTTPSConnection):
-        response_class = BrowserResponse
+        headers: lines of the request. Raises FetchError, OSError, or HTTPException if the answer is not HTTP.
+        """
+        scheme, _, authority, path = url.split("/", 3)
+        server = f"{scheme}//{authority}"
+        connection = self._take(server) or self._connect(url)
+        with ExitStack() as stack:
+            stack.callback(connection.close)
+            _limit_wait(connection)
+            connection.sendall(b"GET /%s HTTP/1.1\r\nHost: %s\r\n%s\r\n" % (path.encode(), authority.encode(), headers))
+            response = BrowserResponse(connection)
+            stack.callback(response.close)
+            response.begin()
+            response.connection, response.server = connection, server
+            stack.pop_all()
+        return response
 
-        def _new_conn(self) -> socket.socket:
-            return connector.connect(self._dns_host, self.port)
+    def release(self, response: BrowserResponse) -> None:
+        """Keep the connection of a response with a complete body; close that of another one."""
+        is_complete = response.length == 0 or (response.isclosed() and response.length is None)
+        response.close()
+        if not is_complete or response.will_close:
+            response.connection.close()
+            return
+        with self._lock:
+            idle = self._idle.pop(response.server, [])
+            idle.append(response.connection)
+            self._idle[response.server] = idle
+            self._num_idle += 1
+            if self._num_idle > self._max_idle:
+                self._pop(next(iter(self._idle)), 0).close()
 
-    class PlainPool(urllib3.HTTPConnectionPool):
-        ConnectionCls = Plain
+    def _take(self, server: str) -> socket.socket | None:
+        """The idle connection to a server that was used last, if it is still open."""
+        while True:
+            with self._lock:
+                if server not in self._idle:
+                    return None
+                connection = self._pop(server, -1)
+            if not _is_readable(connection):
+                return connection
+            connection.close()  # by the server: it sends nothing unasked
 
-    class TlsPool(urllib3.HTTPSConnectionPool):
-        ConnectionCls = Tls
+    def _pop(self, server: str, position: int) -> socket.socket:
+        connection = self._idle[server].pop(position)
+        self._num_idle -= 1
+        if not self._idle[server]:
+            del self._idle[server]
+        return connection
 
+    def _connect(self, url: str) -> socket.socket:
+        host, port = host_and_port(url)
+        connection = self._connector.connect(host, port)
+        return self._context.wrap_socket(connection, server_hostname=host) if url.startswith("https") else connection
+
+
+def _tls_context() -> ssl.SSLContext:
     context = ssl.create_default_context()
     context.sslsocket_class = _TlsSocket
-    manager = urllib3.PoolManager(num_pools=connections, maxsize=connections, ssl_context=context)
-    manager.pool_classes_by_scheme = {"http": PlainPool, "https": TlsPool}
-    return manager
+    context.hostname_checks_common_name = False
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+def _is_readable(connection: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    return bool(poll.poll(0))

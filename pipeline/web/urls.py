@@ -91,6 +91,18 @@ def canonical_column(urls: pa.StringArray) -> pa.StringArray:
     return pc.replace_with_mask(urls, not_clean, pa.array(canonical, pa.string()))
 
 
+def host_and_port(url: str) -> tuple[str, int]:
+    """The host of a canonical URL, without brackets, and its port.
+
+    >>> host_and_port("https://[::1]:8080/a"), host_and_port("http://example.org/")
+    (('::1', 8080), ('example.org', 80))
+    """
+    scheme, _, authority, _ = url.split("/", 3)
+    parts = _AUTHORITY.match(authority)
+    assert parts is not None
+    return parts[1].strip("[]"), int(parts[2] or _DEFAULT_PORT[scheme[:-1]])
+
+
 def host_name(url: str) -> str:
     """The host of a canonical URL, without brackets."""
     parts = _AUTHORITY.match(url.split("/", 3)[2])

@@ -9,6 +9,8 @@ import pytest
 
 from pipeline.download.image_download import ImageDownload, PictureBuffer, RowStatus, SplitSettings
 from pipeline.web.host_queue import STOPPED
+from retrieval.pictures.decode import PictureError
+from retrieval.storage.schema import Reason
 from tests.pipeline.web.fetching import make_fetcher, make_queue
 
 
@@ -51,13 +53,15 @@ def test_an_exception_in_a_thread_is_raised_and_stops_the_other_threads(
     server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(body: bytes, max_pixels: int, max_edge: int) -> bytes:
-        raise ZeroDivisionError
+        if body == b"bad":
+            raise ZeroDivisionError
+        raise PictureError(Reason.NOT_AN_IMAGE, "")
 
     monkeypatch.setattr("pipeline.download.image_download.prepare", broken)
-    download = make_download([server.send("/a", b"body")] * 30)
+    download = make_download([server.send("/a", b"bad"), *[server.send("/b", b"body")] * 300])
     with pytest.raises(ZeroDivisionError):
-        download.run(30)
-    assert len(server.requests) < 10
+        download.run(301)
+    assert len(server.requests) < 30
     assert RowStatus("no_connection", STOPPED) in download.statuses.values()
 
 

@@ -20,7 +20,7 @@ from pipeline.download.download import make_work
 from pipeline.recipe import DownloadConfig
 from pipeline.web.blocklist import Blocklist
 from pipeline.web.fetch_error import FetchError
-from pipeline.web.sockets import Connector, Resolver, is_permitted, socket_limits
+from pipeline.web.sockets import PORTS, ConnectionPool, Connector, Resolver, is_permitted, socket_limits
 from retrieval.storage.root import Root
 from tests.pipeline.web.fetching import fetch_error, fetch_url, make_fetcher
 
@@ -264,3 +264,49 @@ def test_an_unknown_certificate_is_refused(tls_url: str, monkeypatch: pytest.Mon
     monkeypatch.delenv("SSL_CERT_FILE")
     error = fetch_error(make_fetcher(deadline_s=60.0), f"{tls_url}/a")
     assert error == ("no_connection", "TLS: self-signed certificate")
+
+
+def test_connections_without_a_request_are_limited_and_the_oldest_are_closed(server) -> None:
+    pool = ConnectionPool("loopback", PORTS, max_idle=2)
+    urls = [server.send("/a", b"body").replace("127.0.0.1", name) for name in ("127.0.0.1", "localhost")]
+
+    def request(url: str) -> None:
+        with socket_limits(5.0, time.monotonic() + 5):
+            response = pool.get(url, b"")
+            assert response.read(100) == b"body"
+            pool.release(response)
+
+    with socket_limits(5.0, time.monotonic() + 5):
+        responses = [pool.get(url, b"") for url in [urls[0], urls[0], urls[1]]]
+    for response in responses:
+        response.read(100)
+        pool.release(response)
+    assert server.connections == 3
+    assert responses[0].connection.fileno() == -1
+    for url in urls:
+        request(url)
+    assert server.connections == 3
+
+
+def test_a_kept_connection_that_the_server_closed_is_not_used(server) -> None:
+    fetcher = make_fetcher()
+    url = server.send("/a", b"body", Connection="close")
+    lying = server.on("/b", _answer_and_close)
+    assert [fetch_url(fetcher, each) for each in (url, url, lying)] == [b"body"] * 3
+    time.sleep(0.05)  # until the end of the connection has arrived
+    assert [fetch_url(fetcher, each) for each in (lying, url)] == [b"body"] * 2
+    assert server.connections == 5
+
+
+def _answer_and_close(handler: BaseHTTPRequestHandler) -> None:
+    """Close a connection that the head of the response promises to keep."""
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nbody")
+    handler.close_connection = True
+
+
+def test_the_connection_of_an_incomplete_body_is_closed(server) -> None:
+    fetcher = make_fetcher(max_bytes=10)
+    urls = [server.send("/a", bytes(200_000), 404), server.send("/b", b"", 404), server.send("/c", b"body")]
+    assert [fetch_error(fetcher, url)[0] for url in urls[:2]] == ["not_found"] * 2
+    assert fetch_url(fetcher, urls[2]) == b"body"
+    assert server.connections == 2
