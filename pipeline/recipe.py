@@ -155,8 +155,9 @@ class DownloadConfig(WorkersConfig):
     images are removed from finished shards, and images no longer listed wait for `--retry`."""
     min_answered: float = runtime_setting(0.05, ge=0, le=1)
     """Share of a shard's URLs that must be answered, with any status; below it the network counts as down."""
-    threads: int = runtime_setting(128, ge=1)
-    """URLs of a shard that are fetched at once. A worker downloads two shards at once."""
+    threads: int = runtime_setting(192, ge=1)
+    """URLs of a shard that are fetched at once. A worker downloads two shards at once: 384 requests, of which a part
+    waits for the decoders when the answers of slow servers come together."""
     host_connections: int = runtime_setting(3, ge=1)
     """Most connections to a host for each shard that is being downloaded."""
     max_host_connections: int = runtime_setting(32, ge=1)

@@ -268,23 +268,15 @@ def test_an_unknown_certificate_is_refused(tls_url: str, monkeypatch: pytest.Mon
 
 def test_connections_without_a_request_are_limited_and_the_oldest_are_closed(server) -> None:
     pool = ConnectionPool("loopback", PORTS, max_idle=2)
-    urls = [server.send("/a", b"body").replace("127.0.0.1", name) for name in ("127.0.0.1", "localhost")]
-
-    def request(url: str) -> None:
-        with socket_limits(5.0, time.monotonic() + 5):
-            response = pool.get(url, b"")
+    first, second = (server.send("/a", b"body").replace("127.0.0.1", name) for name in ("127.0.0.1", "localhost"))
+    with socket_limits(5.0, time.monotonic() + 5):
+        responses = [pool.get(url, b"") for url in (first, first, second)]
+        for response in responses:
             assert response.read(100) == b"body"
             pool.release(response)
-
-    with socket_limits(5.0, time.monotonic() + 5):
-        responses = [pool.get(url, b"") for url in [urls[0], urls[0], urls[1]]]
-    for response in responses:
-        response.read(100)
-        pool.release(response)
-    assert server.connections == 3
-    assert responses[0].connection.fileno() == -1
-    for url in urls:
-        request(url)
+        assert [response.connection.fileno() == -1 for response in responses] == [True, False, False]
+        for url in (first, second):
+            pool.get(url, b"").close()
     assert server.connections == 3
 
 
