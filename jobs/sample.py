@@ -20,9 +20,10 @@ from retrieval.storage.root import Root
 from retrieval.storage.writable import require_writable
 from trainer.recipe import AutoencoderConfig, TrainConfig
 from trainer.sampling import sample as stage
-from trainer.sampling.picture import png_bytes, read_recipe
+from trainer.sampling.picture import read_recipe
 from trainer.sampling.recipe import SampleConfig
 from trainer.sampling.sampler import TrainedModel
+from trainer.sampling.signing import picture_credentials, sample_png
 
 
 def run(recipe: Recipe) -> None:
@@ -38,11 +39,12 @@ def run_one(recipe: Recipe, prompt: str, out: Path, again: Path | None = None) -
     require_writable(folder, out.name)
     started = time.monotonic()
     config, model = recipe[SampleConfig], trained_model(recipe)
+    credentials = picture_credentials(config)
     if again is None:
         sample = stage.sample_prompt(config, model, recipe.root, prompt)
     else:
         sample = stage.reproduce(config, model, recipe.root, recipe_of(again))
-    folder.write_bytes(out.name, png_bytes(sample.picture, sample.recipe()))
+    folder.write_bytes(out.name, sample_png(sample, credentials))
     width, height = sample.picture.size
     names = ", ".join(f"'{name}'" for name in sample.request.database_weights())
     conditioning = f"{len(sample.neighbors)} neighbors from {names}" if names else "text alone"

@@ -11,6 +11,7 @@ LIBRARIES = {
     "train": ("deepspeed", "diffusers", "jinja2", "matplotlib", "tensorboard"),
     "page": ("fastapi", "gradio", "uvicorn"),
     "s3": ("s3fs",),
+    "c2pa": ("c2pa", "cryptography"),
 }
 
 

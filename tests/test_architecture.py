@@ -28,7 +28,7 @@ FORBIDDEN = {
 RAY_USERS = {"retrieval/cluster", "pipeline/runtime", "jobs/cluster"}
 ARROWS = """
 retrieval/__main__: cli
-retrieval/cli: clip database errors extras imports index pictures recipe storage
+retrieval/cli: clip database errors extras imports index pictures provenance recipe storage
 retrieval/clip: config errors recipe storage
 retrieval/cluster: config database errors index storage
 retrieval/config:
@@ -41,6 +41,7 @@ retrieval/join: database index recipe
 retrieval/lazy: extras
 retrieval/perceptual_hash:
 retrieval/pictures: errors storage
+retrieval/provenance: errors extras
 retrieval/recipe: config
 retrieval/storage: config errors extras
 pipeline/capacity: recipe

@@ -34,7 +34,7 @@ class Command:
 DATABASE_COMMANDS = {
     "search": "search a database by text, picture or vector",
     "info": "print size, encoder and measured recall of a database",
-    "verify": "check a database's files and recall",
+    "verify": "check a database's files and recall, or the signature of a picture",
     "build": "build a database from vectors of another tool",
     "hide": "hide images of a database from every search",
     "calibrate": "measure search settings for your own queries",

@@ -27,10 +27,10 @@ from retrieval.recipe import ClipConfig
 from retrieval.storage.root import Root
 from trainer.model.context import unit_rows
 from trainer.sampling.denoising import Denoiser
-from trainer.sampling.picture import png_bytes
 from trainer.sampling.recipe import SampleConfig
 from trainer.sampling.request import TRAINING_DATABASE, ImageQuery, Request, Sample
 from trainer.sampling.sampler import Sampler, database_names, open_database
+from trainer.sampling.signing import picture_credentials, sample_png
 
 DETAILS = ("license", "title", "artist", "source", "box")
 
@@ -92,6 +92,7 @@ class Explorer:
         self.encoder = encoder
         self.sampler = sampler
         self.defaults = defaults
+        self.credentials = picture_credentials(defaults)
         self.databases = _databases(root, encoder, sampler)
         self.pictures = Pictures(root, limits.max_rows_with_pictures)
         self.searches = WorkQueue("search", limits.search_threads, limits.max_searches, limits.search_timeout_s)
@@ -176,7 +177,7 @@ class Explorer:
             raise UserError("There is no trained model yet. Run 'make train', then restart this server.")
         self._unet.stop = stop
         samples = self.sampler.sample([self._sampler_request(request) for request in requests])
-        return [SampledPicture(sample, png_bytes(sample.picture, sample.recipe())) for sample in samples]
+        return [SampledPicture(sample, sample_png(sample, self.credentials)) for sample in samples]
 
     def _sampler_request(self, request: SampleRequest) -> Request:
         defaults, mix = self.defaults, request.databases()

@@ -50,7 +50,9 @@ def _info(add: Add) -> None:
 
 
 def _verify(add: Add) -> None:
-    _database(add)
+    add("database", metavar="DB", help="folder of the database, or a picture (PNG or JPEG)")
+    authorities = "certificates of trusted authorities, for the signature of a picture"
+    add("--authorities", type=Path, metavar="FILE.pem", help=authorities)
     add("--queries", type=int, default=200, help="rows of the database used as queries (default %(default)s)")
     add("-k", "--k", type=int, default=20, help="neighbors per query (default %(default)s)")
     add("--recall", type=float, default=0.95, help="recall of the search, above 0 to 1 (default %(default)s)")

@@ -1,6 +1,6 @@
 """Commands on databases: `python -m retrieval COMMAND DB` and `laion-rdm COMMAND DB` call `main`.
 
-Exit codes: 0; 1 if `verify` found damage; 2 for a UserError, printed without a traceback.
+Exit codes: 0; 1 if `verify` found damage or no signature; 2 for a UserError, printed without a traceback.
 """
 
 import json
@@ -19,6 +19,7 @@ from retrieval.cli.arguments import make_parser
 from retrieval.cli.card import card
 from retrieval.cli.contact_sheet import QueryResult, credit, printable, query_results, write_contact_sheet
 from retrieval.cli.queries import QueryInputs, encode_queries, read_vectors
+from retrieval.cli.signed_picture import print_signature
 from retrieval.clip.identity import EncoderIdentity
 from retrieval.database.calibration import recalibrate
 from retrieval.database.database import Database
@@ -90,7 +91,9 @@ def info(arguments: Namespace) -> int:
 
 
 def verify(arguments: Namespace) -> int:
-    """Check all files against their checksums, then measure recall."""
+    """Check a database's files and recall, or the signed statement in a picture."""
+    if Path(arguments.database).is_file():
+        return 0 if print_signature(Path(arguments.database), arguments.authorities) else DAMAGED
     root = Root(arguments.database)
     if damaged := damaged_files(root):
         print("\n".join(f"damaged: {line}" for line in damaged))

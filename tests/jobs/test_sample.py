@@ -8,6 +8,8 @@ from PIL import Image
 
 from jobs import sample
 from jobs.cli.recipe import load_recipe
+from retrieval import Database
+from retrieval.cli import commands
 from tests.trainer.tiny_run import pictures_of, write_run
 from trainer.sampling.picture import png_bytes, read_recipe
 from trainer.sampling.recipe import SampleConfig
@@ -78,6 +80,33 @@ def test_a_picture_of_a_mix_and_an_image_is_reproduced_from_its_png(recipe, tmp_
         with pytest.raises(SystemExit):
             sample.main([str(recipe), "--again", str(out)])
         assert message in capsys.readouterr().err
+
+
+def test_a_signed_picture_is_verified_from_the_shell_and_reproduced(recipe, tmp_path, capsys):
+    out, again = tmp_path / "stag.png", tmp_path / "again.png"
+    signed = ["--set", "sample.certificate=demo"]
+    sample.main([str(recipe), "--prompt", "a stag", "--out", str(out), *signed])
+    capsys.readouterr()
+    assert commands.main(["verify", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "unchanged since it was signed" in text
+    assert "nobody vouches for it" in text
+    stored = read_recipe(out.read_bytes())
+    identity = Database.open(f"{recipe.parent}/root/databases/green").manifest.identity
+    assert f"model: {stored['model']}" in text
+    assert f"databases: {{'green': '{identity}'}}" in text
+    for image_id, similarity in stored["neighbors"]:
+        assert f"{similarity:.3f}  green  {image_id}" in text
+    sample.main([str(recipe), "--again", str(out), "--out", str(again)])
+    assert Image.open(again).tobytes() == Image.open(out).tobytes()
+    capsys.readouterr()
+    assert commands.main(["verify", str(again)]) == 1
+    assert "no signed statement" in capsys.readouterr().out
+    data = bytearray(out.read_bytes())
+    data[-40] ^= 1
+    out.write_bytes(data)
+    assert commands.main(["verify", str(out)]) == 1
+    assert "CHANGED since it was signed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,10 @@ class SamplingConfig(ComputeConfig):
         )
 
 
+DEMO_CERTIFICATE = "demo"
+"""Value of `certificate` for a new key that nobody vouches for."""
+
+
 class SampleConfig(SamplingConfig):
     """Section `sample` of a recipe."""
 
@@ -89,6 +93,11 @@ class SampleConfig(SamplingConfig):
     """Factors on the attention weight of neighbors, by image id; 0 removes a neighbor."""
     top_m: float = Field(default=1.0, gt=0, le=1)
     """Mode `unconditional`: share of the most retrieved images to draw a query from."""
+    certificate: str = runtime_setting("")
+    """PEM file of the certificates that sign the pictures (C2PA), the signer's first; `demo`: a key that is made for
+    each process and says that nobody vouches for it; empty: no signature."""
+    private_key: str = runtime_setting("")
+    """PEM file of the key of the first certificate."""
     images_per_prompt: int = Field(default=1, ge=1)
     """Pictures per prompt and database; picture n has seed + n for all prompts and databases."""
 

@@ -152,6 +152,8 @@ class Sample:
     """Checksums `model`, `encoder` and `autoencoder`, and the `precision`."""
     pseudo_query: int | None = None
     """Mode `unconditional`: id of the image used as the query."""
+    database_identities: dict[str, str] = field(default_factory=dict)
+    """Digest of each searched database, by name."""
 
     def recipe(self) -> dict[str, Any]:
         """All values needed to reproduce this picture, ready for JSON; neighbors as [id, similarity]."""

@@ -11,18 +11,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from retrieval.errors import UserError
 from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest
 from retrieval.storage.root import FileRecord, Root
-from trainer.sampling.picture import Grid, cell_edge, grid_png, open_picture, png_bytes
+from trainer.sampling.picture import Grid, cell_edge, grid_png, open_picture
 from trainer.sampling.recipe import ComputeConfig, SampleConfig
 from trainer.sampling.request import TRAINING_DATABASE, ImageQuery, Request, Sample, prompts_digest
 from trainer.sampling.resumable import ResumableItems
 from trainer.sampling.sampler import Sampler, TrainedModel, upstream_fingerprints
+from trainer.sampling.signing import picture_credentials, sample_png
+
+if TYPE_CHECKING:
+    from retrieval.provenance import Credentials
 
 log = logging.getLogger("sample")
 
@@ -48,11 +52,12 @@ def run(config: SampleConfig, trained: TrainedModel, root: Root) -> Manifest:
     if (finished := items.finished_manifest()) is not None:
         log.info(f"sample: {root.at(items.stage)} is finished")
         return finished
+    credentials = picture_credentials(config)
     sampler = Sampler.open(root, trained, config)
     requests = make_requests(config, prompts, image_queries(sampler, images))
     sampler.check([named.request for named in requests])
     with items.building():
-        records = _draw_all(sampler, requests, items)
+        records = _draw_all(sampler, requests, items, credentials)
         grid = root.write_bytes(f"{items.stage}/grid.png", _grid(config, prompts, items))
         values = {**sampler.model_identity, "prompts": list(prompts), "columns": list(config.columns())}
         return items.finish([*records, ShardRecord("grid", 1, (grid,))], values, time.monotonic() - started)
@@ -123,7 +128,9 @@ def _upstream(config: SampleConfig, trained: TrainedModel, root: Root, images: M
     return upstream | {f"image/{name}": sha256(data).hexdigest()[:16] for name, data in images.items()}
 
 
-def _draw_all(sampler: Sampler, requests: Sequence[NamedRequest], items: ResumableItems) -> list[ShardRecord]:
+def _draw_all(
+    sampler: Sampler, requests: Sequence[NamedRequest], items: ResumableItems, credentials: "Credentials | None"
+) -> list[ShardRecord]:
     """Draw the batches without a record; returns the records of all batches, in order."""
     batches = sampler.plan([named.request for named in requests])
     # A record's name holds the batch size: with another size a batch has other pictures.
@@ -135,7 +142,7 @@ def _draw_all(sampler: Sampler, requests: Sequence[NamedRequest], items: Resumab
     with tqdm(total=len(requests), initial=len(requests) - count, desc="sample", unit="image", mininterval=0.5) as bar:
         for number, samples in zip(missing, drawn, strict=True):
             pictures = [requests[position].name for position in batches[number].positions]
-            files = [file for pair in zip(pictures, samples, strict=True) for file in _write(*pair, items)]
+            files = [file for pair in zip(pictures, samples, strict=True) for file in _write(*pair, items, credentials)]
             records[number] = items.write_record(names[number], files, len(samples))
             bar.update(len(samples))
     seconds = time.monotonic() - started
@@ -143,10 +150,10 @@ def _draw_all(sampler: Sampler, requests: Sequence[NamedRequest], items: Resumab
     return [records[number] for number in sorted(records)]
 
 
-def _write(name: str, sample: Sample, items: ResumableItems) -> list[FileRecord]:
+def _write(name: str, sample: Sample, items: ResumableItems, credentials: "Credentials | None") -> list[FileRecord]:
     path = f"{items.stage}/{name}"
     return [
-        items.root.write_bytes(f"{path}.png", png_bytes(sample.picture, sample.recipe())),
+        items.root.write_bytes(f"{path}.png", sample_png(sample, credentials)),
         items.root.write_json(f"{path}.json", sample.detailed_recipe()),
     ]
 

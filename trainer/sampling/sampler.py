@@ -236,7 +236,14 @@ class Sampler:
             )
         pictures = to_pictures(self.autoencoder.decode(latents).float().cpu().numpy())
         return [
-            Sample(item.request, picture, item.neighbors, self.model_identity, item.pseudo_query)
+            Sample(
+                item.request,
+                picture,
+                item.neighbors,
+                self.model_identity,
+                item.pseudo_query,
+                {name: self.database(name).manifest.identity for name in item.request.database_weights()},
+            )
             for item, picture in zip(batch.items, pictures, strict=True)
         ]
 
