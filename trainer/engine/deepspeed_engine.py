@@ -15,6 +15,7 @@ import deepspeed.comm as dist
 import deepspeed.ops
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime import compiler
 
 from retrieval.errors import UserError
 from trainer.engine.optimizer import learning_rate_at, make_optimizer
@@ -38,6 +39,8 @@ class Ranks:
 def join_ranks(timeout_minutes: int = 60) -> Ranks:
     """Join the process group of the launcher's environment variables. Collectives fail after the timeout."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # ZeRO imports the Muon optimizer, which we do not use; its decorators would load torch's compiler for two seconds.
+    compiler.compile = lambda: lambda function: function
     if get_accelerator().device_name() == "cpu":
         # DeepSpeed would compile its shared-memory collectives here, which takes a minute and a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
