@@ -15,7 +15,10 @@ from trainer.sampling.conditioning import ConditionedRequest
 
 @dataclass(frozen=True)
 class SamplingBatch:
-    """Requests with equal context length, scheduler, steps and picture size, all or none with token weights."""
+    """Requests with equal context length, scheduler, steps, picture size and interval of guidance.
+
+    All or none have token weights.
+    """
 
     positions: tuple[int, ...]
     """Position of each item in the planned list."""
@@ -27,6 +30,14 @@ class SamplingBatch:
         return np.stack([item.context for item in self.items])
 
     @property
+    def negatives(self) -> Vectors | None:
+        """(n, dim) tokens of the negative prompts, zeros for a request without one; None if no request has one."""
+        if all(item.negative is None for item in self.items):
+            return None
+        zeros = np.zeros_like(self.contexts[0, 0])
+        return np.stack([zeros if item.negative is None else item.negative for item in self.items])
+
+    @property
     def weights(self) -> Vectors | None:
         """(n, tokens) float32 weights in attention, or None where all are 1."""
         weights = np.stack([item.weights for item in self.items])
@@ -35,11 +46,11 @@ class SamplingBatch:
 
 def make_batches(conditioned: Sequence[ConditionedRequest], batch_size: int) -> list[SamplingBatch]:
     """Batches of at most `batch_size` items and nearly equal size, shortest contexts first, else in order."""
-    groups: dict[tuple[int | str, ...], list[int]] = {}
+    groups: dict[tuple[float | str, ...], list[int]] = {}
     for position, item in enumerate(conditioned):
         request, weighted = item.request, bool((item.weights != 1).any())
         key = (len(item.context), weighted, request.scheduler, request.steps, request.height, request.width)
-        groups.setdefault(key, []).append(position)
+        groups.setdefault((*key, *request.guidance_interval), []).append(position)
     return [
         SamplingBatch(tuple(chunk), tuple(conditioned[position] for position in chunk))
         for _, positions in sorted(groups.items())

@@ -47,6 +47,8 @@ class ConditionedRequest:
     weights: Vectors
     """(tokens,) above 0: weight of each token in attention."""
     pseudo_query: int | None = None
+    negative: Vectors | None = None
+    """(dim,) token of the negative prompt; None: without."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Query:
     pseudo_query: int | None = None
     kind: str = "images"
     """Selects the calibration of the database: `texts` for a prompt without images, else `images`."""
+    negative: Vectors | None = None
+    """(dim,) embedding of the negative prompt, at any length."""
 
     @property
     def vector(self) -> Vectors:
@@ -84,17 +88,18 @@ def condition(requests: Sequence[Request], sources: ConditioningSources) -> list
 
 def make_queries(requests: Sequence[Request], sources: ConditioningSources) -> list[Query]:
     """The query of each request."""
-    prompts = sorted({request.prompt for request in requests if request.prompt})
+    prompts = sorted({text for request in requests for text in (request.prompt, request.negative_prompt) if text})
     texts = dict(zip(prompts, sources.encode(prompts), strict=True)) if prompts else {}
     queries = []
     for request in requests:
+        negative = texts.get(request.negative_prompt)
         if request.mode == "unconditional":
             image_id, vector = sources.pseudo_query(request.seed, request.top_m)
-            queries.append(Query(vector[None], image_id))
+            queries.append(Query(vector[None], image_id, negative=negative))
             continue
         text = [texts[request.prompt]] if request.prompt else []
         tokens = np.stack([*text, *(image.embedding for image in request.images)])
-        queries.append(Query(tokens, kind="images" if request.images else "texts"))
+        queries.append(Query(tokens, kind="images" if request.images else "texts", negative=negative))
     return queries
 
 
@@ -139,7 +144,8 @@ def _conditioned(
         raise UserError(f"{error}: exclude fewer images, or set a weight above 0.") from error
     weights = np.ones(len(context), np.float32)
     weights[len(context) - len(neighbors) :] = [neighbor.weight for neighbor in neighbors]
-    return ConditionedRequest(request, neighbors, context, weights, query.pseudo_query)
+    negative = query.negative if query.negative is None or norm == "raw" else unit_rows(query.negative)
+    return ConditionedRequest(request, neighbors, context, weights, query.pseudo_query, negative)
 
 
 def _search(database: Database, queries: Vectors, search: Search, norm: ContextNorm) -> list[EmbeddedNeighbors]:

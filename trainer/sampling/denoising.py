@@ -144,24 +144,38 @@ def with_token_weights(unet: Denoiser, weights: torch.Tensor) -> Denoiser:
     return denoise
 
 
+def guidance_within(
+    interval: tuple[float, float], guidance: torch.Tensor, timesteps: torch.Tensor, train_steps: int
+) -> torch.Tensor:
+    """Scale of each call of the UNet: `guidance` where t / (T - 1) is within the interval, else 1. (calls, n).
+
+    guidance: (n,); timesteps: (calls,). Kynkäänniemi et al. 2024.
+    """
+    level = timesteps.to(guidance.device) / max(1, train_steps - 1)
+    is_within = (level >= interval[0]) & (level <= interval[1])
+    return torch.where(is_within[:, None], guidance, torch.ones_like(guidance))
+
+
 def guided_sample(
     unet: Denoiser, scheduler: Scheduler, noise: torch.Tensor, context: torch.Tensor, guidance: torch.Tensor
 ) -> torch.Tensor:
     """Denoised latents (n, c, h, w) float32. Each step predicts eps(0) + s (eps(c) - eps(0)).
 
-    noise: (n, c, h, w), any size that the UNet accepts; context: (n, tokens, dim); guidance: (n,) scale s. All on one
-    device. The rule is linear, so it also holds for v-prediction. eps(0) is not computed if every s is 1.
+    noise: (n, c, h, w), any size that the UNet accepts; context: (n, tokens, dim), or (2 n, tokens, dim) with negative
+    contexts first, which take the place of 0; guidance: (n,) scale s, or (calls, n) for each timestep. All on one
+    device. The rule is linear, so it also holds for v-prediction. eps(0) is not computed where every s is 1.
     """
-    guided = bool((guidance != 1).any())
     # Zero tokens add nothing to attention, so the null context can have the same length: one UNet call.
-    both = torch.cat([torch.zeros_like(context), context]) if guided else context
-    scale = guidance.view(-1, 1, 1, 1)
+    both = context if len(context) > len(noise) else torch.cat([torch.zeros_like(context), context])
+    scales = guidance.expand(len(scheduler.timesteps), len(noise))
+    guided_calls = (scales != 1).any(dim=1).tolist()
     latents = noise * scheduler.init_noise_sigma
-    for timestep in scheduler.timesteps:
+    for timestep, scale, guided in zip(scheduler.timesteps, scales, guided_calls, strict=True):
         inputs = scheduler.scale_model_input(torch.cat([latents, latents]) if guided else latents, timestep)
-        predicted = unet(inputs, timestep, encoder_hidden_states=both, return_dict=False)[0].float()
+        tokens = both if guided else both[len(noise) :]
+        predicted = unet(inputs, timestep, encoder_hidden_states=tokens, return_dict=False)[0].float()
         if guided:
             without, with_ = predicted.chunk(2)
-            predicted = without + scale * (with_ - without)
+            predicted = without + scale.view(-1, 1, 1, 1) * (with_ - without)
         latents = scheduler.step(predicted, timestep, latents, return_dict=False)[0]
     return latents

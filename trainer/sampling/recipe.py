@@ -8,11 +8,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from retrieval.config import Config, runtime_setting
+from retrieval.config import Config, added_setting, runtime_setting
 from retrieval.errors import UserError
 from trainer.model.context import Mode
 from trainer.recipe import SchedulerName
-from trainer.sampling.request import TRAINING_DATABASE, Request, read_prompts, require_text
+from trainer.sampling.request import FULL, TRAINING_DATABASE, Request, read_prompts, require_text
 
 
 class ComputeConfig(Config):
@@ -41,6 +41,10 @@ class SamplingConfig(ComputeConfig):
     """Neighbors that condition a sample; may differ from the k of training."""
     guidance: float = Field(default=5.0, ge=0)
     """Scale s of classifier-free guidance; 1 is no guidance."""
+    negative_prompt: str = added_setting("")
+    """Text that guidance moves away from; empty: none."""
+    guidance_interval: tuple[float, float] = added_setting(FULL, strict=False)
+    """Guidance only at noise levels t / (T - 1) between two numbers, such as [0.2, 0.8] (Kynkäänniemi et al. 2024)."""
     steps: int = Field(default=50, ge=1)
     """Denoising steps."""
     scheduler: SchedulerName = "ddim"
@@ -62,6 +66,8 @@ class SamplingConfig(ComputeConfig):
             database="" if mode == "text" else database,
             k=self.k,
             guidance=self.guidance,
+            negative_prompt=self.negative_prompt,
+            guidance_interval=self.guidance_interval,
             steps=self.steps,
             scheduler=self.scheduler,
             height=self.height,

@@ -22,6 +22,10 @@ TRAINING_DATABASE = "index"
 MAX_SEED = 2**32 - 1
 """torch's CPU generator uses 32 bits of a seed: larger seeds would repeat pictures."""
 MAX_WEIGHT = 1e6
+FULL = (0.0, 1.0)
+"""The interval of all noise levels."""
+ADDED = {"negative_prompt": "", "guidance_interval": FULL}
+"""Fields that the recipe of a picture has only with other values, so that equal pictures have equal files."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,10 @@ class Request:
     """Neighbors to retrieve."""
     guidance: float = 5.0
     """Scale s of classifier-free guidance."""
+    negative_prompt: str = ""
+    """Text that guidance moves away from, in the place of the empty context; empty: none."""
+    guidance_interval: tuple[float, float] = FULL
+    """Guidance only at noise levels t / (T - 1) from the first to the second number."""
     steps: int = 50
     scheduler: SchedulerName = "ddim"
     height: int = 0
@@ -92,6 +100,7 @@ class Request:
             values = {name: value for name, value in recipe.items() if name in names}
             for name in ("mix", "weights"):
                 values[name] = tuple((key, factor) for key, factor in values.get(name, ()))
+            values["guidance_interval"] = tuple(values.get("guidance_interval", FULL))
             values["exclude"] = tuple(values.get("exclude", ()))
             values["images"] = tuple(ImageQuery(**image) for image in values.get("images", ()))
             return cls(**values)
@@ -112,6 +121,7 @@ class Request:
             require_text(self.prompt)
         elif not (self.images or self.mode == "unconditional"):
             raise UserError("nothing to condition on: set a prompt, an image, or mode 'unconditional'.")
+        self._check_guidance()
         if not 0 <= self.seed <= MAX_SEED:
             raise UserError(f"a seed must be 0 to {MAX_SEED}, got {self.seed}")
         if self.k < 1:
@@ -122,6 +132,15 @@ class Request:
             raise UserError(f"mix must name each database once, with a weight above 0, got {dict(self.mix)}")
         if not all(0 <= factor < MAX_WEIGHT for _, factor in self.weights):
             raise UserError(f"weights of neighbors must be 0 to {MAX_WEIGHT:g}, got {dict(self.weights)}")
+
+    def _check_guidance(self) -> None:
+        low, high = self.guidance_interval
+        if not 0 <= low < high <= 1:
+            raise UserError(f"guidance_interval must be two increasing numbers from 0 to 1, got {low:g} and {high:g}")
+        if self.negative_prompt:
+            require_text(self.negative_prompt)
+            if self.guidance == 1:
+                raise UserError("a negative prompt has no effect without guidance: set guidance above 1.")
 
 
 @dataclass(frozen=True)
@@ -157,8 +176,9 @@ class Sample:
 
     def recipe(self) -> dict[str, Any]:
         """All values needed to reproduce this picture, ready for JSON; neighbors as [id, similarity]."""
+        request = {name: value for name, value in asdict(self.request).items() if ADDED.get(name) != value}
         return {
-            **asdict(self.request),
+            **request,
             **self.model_identity,
             **({} if self.pseudo_query is None else {"pseudo_query": self.pseudo_query}),
             "neighbors": [[neighbor.image_id, neighbor.similarity] for neighbor in self.neighbors],

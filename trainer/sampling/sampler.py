@@ -34,6 +34,7 @@ from trainer.sampling.conditioning import ConditioningSources, condition
 from trainer.sampling.denoising import (
     Denoiser,
     check_steps,
+    guidance_within,
     guided_sample,
     initial_noise,
     make_scheduler,
@@ -221,10 +222,15 @@ class Sampler:
         noise = initial_noise([request.seed for request in requests], self.latent_shape_of(requests[0]))
         noise = noise.to(self.device)
         context = torch.from_numpy(batch.contexts).to(self.device)
+        if batch.negatives is not None:
+            negatives = torch.from_numpy(batch.negatives).to(self.device)
+            context = torch.cat([negatives[:, None].expand_as(context), context])
         unet = self.unet
         if batch.weights is not None:
             unet = with_token_weights(unet, torch.from_numpy(batch.weights).to(self.device))
         guidance = torch.tensor([request.guidance for request in requests], device=self.device)
+        interval = requests[0].guidance_interval
+        guidance = guidance_within(interval, guidance, scheduler.timesteps, self.diffusion.steps)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute.precision == "bf16"):
             latents = guided_sample(unet, scheduler, noise, context, guidance)
         finite = torch.isfinite(latents).flatten(1).all(dim=1).tolist()

@@ -8,7 +8,14 @@ from retrieval.errors import UserError
 from trainer.model.diffusion import alphas_bar
 from trainer.model.unet import build_unet
 from trainer.recipe import DiffusionConfig, ModelConfig
-from trainer.sampling.denoising import check_steps, guided_sample, initial_noise, make_scheduler, trailing_timesteps
+from trainer.sampling.denoising import (
+    check_steps,
+    guidance_within,
+    guided_sample,
+    initial_noise,
+    make_scheduler,
+    trailing_timesteps,
+)
 
 SHAPE = (4, 8, 8)
 COMMON = {
@@ -99,6 +106,24 @@ def test_latents_may_have_another_size_than_in_training(unet):
     latents = guided_sample(unet, make_scheduler("plms", 4, DiffusionConfig()), noise, context(1, 2), torch.ones(1))
     assert latents.shape == (1, 4, 4, 12)
     assert torch.isfinite(latents).all()
+
+
+@torch.no_grad()
+def test_guidance_moves_away_from_a_negative_context_within_its_interval_only(unet):
+    noise, tokens, negative = initial_noise([1, 2], SHAPE), context(2, 3), context(3, 1)[1:]
+    scheduler, scale, latents = make_scheduler("ddim", 4, DiffusionConfig()), torch.tensor([5.0, 0.5]), noise
+    assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
+    for t in scheduler.timesteps:
+        predicted = unet(latents, t, tokens).sample
+        if t in (749, 499):
+            away = unet(latents, t, negative).sample
+            predicted = away + scale.view(2, 1, 1, 1) * (predicted - away)
+        latents = scheduler.step(predicted, t, latents).prev_sample
+    scales = guidance_within((0.3, 0.8), scale, scheduler.timesteps, 1000)
+    assert scales.tolist() == [[1, 1], [5, 0.5], [5, 0.5], [1, 1]]
+    both = torch.cat([negative.expand_as(tokens), tokens])
+    result = guided_sample(unet, make_scheduler("ddim", 4, DiffusionConfig()), noise, both, scales)
+    torch.testing.assert_close(result, latents, atol=1e-3, rtol=1e-3)
 
 
 def test_the_null_context_is_computed_only_if_a_guidance_differs_from_1():

@@ -65,6 +65,31 @@ def test_a_sample_does_not_depend_on_its_batch(sampler):
     assert np.abs(pixels(together[0]) - pixels(together[1])).max() > 30
 
 
+def test_a_negative_prompt_takes_the_place_of_the_empty_context(sampler):
+    text = partial(request, mode="text")
+    plain, equal, other, interval = sampler.sample(
+        [
+            text(guidance=1.0),
+            # Away from the prompt itself: the difference is zero, and guidance has no effect.
+            text(guidance=5.0, negative_prompt=PROMPTS[0]),
+            text(guidance=5.0, negative_prompt=PROMPTS[1]),
+            text(guidance=5.0, negative_prompt=PROMPTS[1], guidance_interval=(0.9, 1.0)),
+        ]
+    )
+    assert np.abs(pixels(equal) - pixels(plain)).max() <= 1
+    assert np.abs(pixels(other) - pixels(plain)).max() > 1
+    assert np.abs(pixels(interval) - pixels(other)).max() > 1
+    assert not {"negative_prompt", "guidance_interval"} & plain.recipe().keys()
+    assert Request.from_recipe(json.loads(json.dumps(interval.recipe()))) == interval.request
+
+
+def test_a_negative_prompt_needs_guidance_and_an_interval_increases():
+    with pytest.raises(UserError, match="no effect without guidance"):
+        request(negative_prompt="grey", guidance=1.0).check()
+    with pytest.raises(UserError, match=r"two increasing numbers from 0 to 1, got 0\.5 and 0\.2"):
+        request(guidance_interval=(0.5, 0.2)).check()
+
+
 def test_another_database_changes_the_picture_and_the_neighbors(sampler):
     red, green = sampler.sample([request(database="deep_red"), request(database="green")])
     assert np.abs(pixels(red) - pixels(green)).max() > 1
