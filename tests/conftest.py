@@ -9,7 +9,16 @@ import ray
 
 from tests.jobs.demo.tiny_demo import TinyDemo, run_once
 
-LONG = ("test_demo.py", "test_train.py", "test_launching.py", "test_crashes.py", "test_docs.py", "test_monitoring.py")
+LONG = (
+    "test_demo.py",
+    "test_train.py",
+    "test_launching.py",
+    "test_crashes.py",
+    "test_docs.py",
+    "test_cluster.py",
+    "test_monitoring.py",
+    "test_clip.py",
+)
 """Files that take longest, in this order. test_docs.py waits for the tiny demo, which test_demo.py makes."""
 
 

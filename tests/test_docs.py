@@ -84,8 +84,16 @@ def checkout(tiny_demo: TinyDemo, tmp_path_factory: pytest.TempPathFactory) -> I
     shutil.rmtree(folder)
 
 
+@pytest.fixture(scope="module")
+def finished() -> set[str]:
+    """Shell lines that ran for an earlier page; they need not run again for the next."""
+    return set()
+
+
 @pytest.mark.parametrize("page", pages_that_run(), ids=lambda page: page.stem)
-def test_the_blocks_of_a_page_run_in_order(page: Path, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_blocks_of_a_page_run_in_order(
+    page: Path, checkout: Path, finished: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(checkout)
     for variable in ("MAKEFLAGS", "MFLAGS", "ARGS"):  # of the make that runs these tests
         monkeypatch.delenv(variable, raising=False)
@@ -94,10 +102,10 @@ def test_the_blocks_of_a_page_run_in_order(page: Path, checkout: Path, monkeypat
         if block.language == "python":
             exec(compile(block.text, str(page), "exec"), names)
             continue
-        done = subprocess.run(
-            ["bash", "-eu", "-c", block.text], capture_output=True, text=True, check=False, timeout=300
-        )
-        assert done.returncode == 0, f"{block.text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        command = "\n".join(line for line in block.text.splitlines() if line.split(" #")[0].strip() not in finished)
+        done = subprocess.run(["bash", "-eu", "-c", command], capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        finished.update(line.split(" #")[0].strip() for line in block.text.splitlines())
 
 
 def test_a_block_that_is_not_run_has_a_known_reason() -> None:

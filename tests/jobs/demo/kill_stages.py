@@ -42,7 +42,7 @@ def kill_at_first_record(stage: str, folder: Path, recipe: str, overrides: list[
 
 if __name__ == "__main__":
     stages = json.load(sys.stdin)
-    for stage, *_ in stages:
-        import_module(f"jobs.{stage}")
+    for module in ("pipeline.embed", "pipeline.neighbors.neighbors", *(f"jobs.{stage}" for stage, *_ in stages)):
+        import_module(module)
     for stage, folder, recipe, overrides in stages:
         kill_at_first_record(stage, Path(folder), recipe, overrides)
