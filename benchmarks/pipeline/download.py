@@ -75,7 +75,7 @@ FULL = {"fast": Extent(shards=8, rows=400, edge=450), "slow": Extent(shards=2, r
 TINY = {"fast": Extent(shards=2, rows=12, edge=40), "slow": Extent(shards=1, rows=12, edge=40)}
 DELAY_S = 1.0
 CASES = [Case(split, processes, 32) for split in SPLITS for processes in PROCESSES]
-SLOW_CASES = [Case("database", processes, 256, DELAY_S) for processes in PROCESSES]
+SLOW_CASES = [Case("database", processes, 384, DELAY_S) for processes in PROCESSES]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
