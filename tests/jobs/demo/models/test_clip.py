@@ -76,7 +76,9 @@ def test_training_scenes_depend_on_the_seed_and_have_no_held_out_contents():
 def test_the_autoencoder_improves_on_its_linear_start_and_the_trainer_loads_it(tmp_path):
     values = {}
     for steps in (1, 40):
-        training = AutoencoderTraining(num_scenes=256, steps=steps, num_threads=1, learning_rate=1e-3)
+        training = AutoencoderTraining(
+            num_scenes=256, num_test_scenes=64, steps=steps, batch_size=16, num_threads=1, learning_rate=1e-3
+        )
         values[steps] = train_autoencoder(training, tmp_path / str(steps))
     assert values[40]["psnr_db"] > values[1]["psnr_db"] + 0.5
     assert values[40]["scale"] == 1.0
