@@ -26,7 +26,7 @@ export NO_ALBUMENTATIONS_UPDATE ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 export DS_ACCELERATOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: help install demo import test check format bench bench-retrieval bench-filters bench-download bench-pipeline bench-loader bench-step bench-schedule bench-sampling bench-gpu bench-crashes bench-near-copies bench-partitions bench-scale bench-optout optout bench-load database convert docs explore paper report clean status view capacity plan bench-capacity $(STAGES)
+.PHONY: help install demo import test check format bench bench-retrieval bench-filters bench-download bench-pipeline bench-loader bench-step bench-schedule bench-sampling gpu-day gpu-wheels bench-crashes bench-near-copies bench-partitions bench-scale bench-optout optout bench-load database convert docs explore paper report clean status view capacity plan bench-capacity $(STAGES)
 
 help: ## list the targets
 	@grep -hE '^[a-z$$()A-Z -]+:.*## ' $(MAKEFILE_LIST) | sed -e 's/$$(STAGES)/<stage>/' -e 's/:.*## /\t/' | expand -t 20
@@ -152,8 +152,14 @@ bench-partitions: install ## neighbors inside the visited partitions, with copie
 bench-crashes: install ## crash tests of the data stages: docs/crashes.md
 	$(BIN)/python -m benchmarks.crashes $(ARGS)
 
-bench-gpu: install ## training, sampling and embedding on one CUDA GPU: docs/gpu.md
-	$(BIN)/python -m benchmarks.training.gpu $(ARGS)
+# Without `install`: a GPU machine without a network has libraries of its own, GPU_PYTHON names its Python.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+
+gpu-day: ## correctness and speed on one CUDA GPU, in half an hour: docs/gpu.md (ARGS="--minutes 9 --only steps", ARGS=--tiny)
+	$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
+
+gpu-wheels: ## pack the wheels for a GPU machine without a network (ARGS=install: install them there)
+	$(GPU_PYTHON) -m benchmarks.gpu.wheels $(or $(ARGS),pack)
 
 # Libraries that need other versions than ours, such as NumPy 2, run in a separate environment.
 .venv-bench/installed: benchmarks/requirements.txt

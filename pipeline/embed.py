@@ -6,23 +6,16 @@ a training image (`near_copies.py`) are dropped, and pictures that a head scores
 `[embed.patches]` a database row is a patch of a picture (`patches.py`).
 """
 
-import io
-import tarfile
 import time
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-from PIL import Image
 
+from pipeline.pictures.embedding import embed_images, read_pictures
 from pipeline.pictures.near_copies import ROWS_PER_GROUP, copies_work, copy_digests, drop_copies, hashes_work
 from pipeline.pictures.patches import draw_boxes, patch_pictures, patch_quotas, patch_rows
 from pipeline.pictures.scored_rows import Reasons, ScoredRows
@@ -33,9 +26,7 @@ from pipeline.runtime.stage import Stage, group_shards
 from pipeline.runtime.workers import Work, Workers, shared_workers
 from retrieval.clip.encoder import Encoder
 from retrieval.clip.heads import load_head
-from retrieval.errors import UserError
 from retrieval.index.routing import unit
-from retrieval.pictures.decode import BROKEN, PictureError, decode_share
 from retrieval.recipe import ClipConfig
 from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, shard_file
@@ -43,7 +34,6 @@ from retrieval.storage.root import Root
 from retrieval.storage.schema import Reason
 
 SCHEMA_VERSION = 4
-REMOVE = "Remove it and run 'make download' again."
 
 
 @dataclass(frozen=True)
@@ -133,7 +123,7 @@ def _embedded_rows(
     stored = _database_columns(stored)
     keys = {sample_key(image_id) for image_id in stored[schema.IMAGE_ID].to_pylist()}
     with root.local(shard_file(root, "download", shard, ".tar")) as path:
-        pictures = _read_pictures(path.as_posix(), keys)
+        pictures = read_pictures(path.as_posix(), keys)
         if shard in selection.patches:
             boxes = draw_boxes(stored, selection.patches[shard], config.patches)
             stored = patch_rows(stored, boxes)
@@ -151,37 +141,6 @@ def _database_columns(stored: pa.Table) -> pa.Table:
     return stored.select(names).rename_columns([*own, *map(schema.further_name, schema.FURTHER_DOWNLOADED)])
 
 
-def embed_images(
-    pictures: Iterator[tuple[int, bytes]], encoder: Encoder, config: EmbedConfig
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Ids (n,) and CLIP vectors (n, dim), not normalized, of the readable pictures. pictures: ids and bytes."""
-    ids: list[int] = []
-    vectors = [torch.empty(0, encoder.identity.dim)]
-    for batch in _decoded_batches(pictures, encoder, config):
-        decoded = [(image_id, pixels) for image_id, pixels in batch if pixels is not None]
-        if decoded:
-            ids += [image_id for image_id, _ in decoded]
-            # The batch before this one is copied while the device computes this one.
-            computed = encoder.encode_pixels(torch.stack([pixels for _, pixels in decoded]))
-            vectors[-1] = vectors[-1].cpu()
-            vectors.append(computed)
-    return np.asarray(ids, np.int64), torch.cat([part.cpu() for part in vectors]).numpy()
-
-
-def _decoded_batches(
-    pictures: Iterator[tuple[int, bytes]], encoder: Encoder, config: EmbedConfig
-) -> Iterator[list[tuple[int, torch.Tensor | None]]]:
-    """Batches for the encoder; threads decode the next batch while the encoder processes one."""
-    ahead: deque[list[tuple[int, Future[torch.Tensor | None]]]] = deque()
-    with ThreadPoolExecutor(config.decode_threads) as pool:
-        while chunk := list(islice(pictures, config.batch_size)):
-            ahead.append([(image_id, pool.submit(_decode, encoder, data)) for image_id, data in chunk])
-            if len(ahead) > 1:
-                yield [(image_id, tensor.result()) for image_id, tensor in ahead.popleft()]
-        for batch in ahead:
-            yield [(image_id, tensor.result()) for image_id, tensor in batch]
-
-
 def with_vectors(rows: pa.Table, vectors: npt.NDArray[np.float32]) -> pa.Table:
     """Rows of schema.METADATA and further columns, with the lengths and float16 directions of their CLIP vectors.
 
@@ -195,32 +154,3 @@ def with_vectors(rows: pa.Table, vectors: npt.NDArray[np.float32]) -> pa.Table:
     }
     arrays = [of_vectors[name] if name in of_vectors else rows[name].combine_chunks() for name in columns.names]
     return pa.Table.from_arrays(arrays, schema=columns)
-
-
-def _decode(encoder: Encoder, data: bytes) -> torch.Tensor | None:
-    """The pixels for the encoder, or None if the picture cannot be read. Errors of the encoder are raised."""
-    with ExitStack() as stack:
-        try:
-            image = stack.enter_context(Image.open(io.BytesIO(data)))
-            stack.enter_context(decode_share(image))
-            image.load()
-        except (Image.DecompressionBombError, PictureError, *BROKEN):
-            return None
-        return encoder.pixels(image)
-
-
-def _read_pictures(path: str, keys: set[str]) -> Iterator[tuple[int, bytes]]:
-    missing = set(keys)
-    try:
-        with tarfile.open(path) as tar:
-            for member in tar:
-                key, _, kind = member.name.partition(".")
-                if kind == "jpg" and key in missing and (file := tar.extractfile(member)):
-                    missing.remove(key)
-                    image_id = int(key, 16)
-                    yield image_id - (1 << 64) if image_id >> 63 else image_id, file.read()
-    except tarfile.TarError as error:
-        raise UserError(f"{path} is not a readable tar ({error}). {REMOVE}") from error
-    # tarfile treats a damaged header as the end of the file.
-    if missing:
-        raise UserError(f"{path} has {len(keys) - len(missing)} of its {len(keys)} pictures. {REMOVE}")

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from pipeline import embed
+from pipeline.pictures import embedding
 from pipeline.recipe import EmbedConfig
 from retrieval import Root, UserError
 from retrieval.clip.encoder import Encoder
@@ -139,8 +140,8 @@ def test_an_error_of_the_encoder_is_no_unreadable_picture() -> None:
     Image.new("RGB", (8, 8)).save(buffer, "JPEG")
     encoder = cast(Encoder, FailingEncoder())
     with pytest.raises(RuntimeError, match="not enough memory"):
-        embed._decode(encoder, buffer.getvalue())
-    assert embed._decode(encoder, buffer.getvalue()[:100]) is None
+        embedding._decode(encoder, buffer.getvalue())
+    assert embedding._decode(encoder, buffer.getvalue()[:100]) is None
 
 
 def test_openai_weights_with_the_wrong_activation_are_refused() -> None:

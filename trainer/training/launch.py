@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 
@@ -18,6 +19,8 @@ TERMINATED = 143
 """Exit code of a run that wrote a checkpoint and stopped after SIGTERM."""
 SHUTDOWN_S = 120
 """Time for the checkpoint after SIGTERM before torchrun kills the ranks; DeepSpeed's launcher: 30 s."""
+FIRST_WITH_TIMEOUT = (2, 12)
+"""The version of torch from which torchrun has the option; earlier ones kill the ranks after 30 s."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -26,7 +29,9 @@ def launch(argv: list[str], ranks: int) -> int:
 
     Returns 0, TERMINATED after SIGTERM, or torchrun's exit code for a failed rank.
     """
-    options = ["--standalone", f"--nproc-per-node={ranks}", f"--shutdown-timeout={SHUTDOWN_S}"]
+    options = ["--standalone", f"--nproc-per-node={ranks}"]
+    if tuple(int(number) for number in version("torch").split(".")[:2]) >= FIRST_WITH_TIMEOUT:
+        options.append(f"--shutdown-timeout={SHUTDOWN_S}")
     # Ranks share cores: more threads per rank, or busy waiting, make all of them slower.
     environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     return _wait(["torch.distributed.run", *options, "-m", *argv], environment)
