@@ -46,6 +46,9 @@ class Columns(Config):
     sha256: str = ""
     """SHA-256 of the picture's file in hex, as `md5`; used rather than that if a row has both. Pictures that are stored
     already are not checked."""
+    face_boxes: str = runtime_setting("")
+    """Boxes of faces, a list of [left, top, right, bottom] as shares of the picture's edges, or the same as JSON.
+    `download` blurs them; if they change, the pictures are fetched again. DataComp's `face_bboxes` is the default."""
 
 
 class FilterConfig(WorkersConfig):

@@ -64,7 +64,9 @@ def run(config: DownloadConfig, root: Root, retry: bool = False) -> Manifest:
         records = run_shards(stage, shards, make, workers, include_finished=retry)
         delete_former(root, records)
         urls = int(sum(record.values["urls"] for record in records))
-        return stage.complete(records, {"urls": urls}, started)
+        blurred = int(sum(record.values.get("with_blurred_faces", 0) for record in records))
+        values = {"urls": urls} | ({"with_blurred_faces": blurred} if blurred else {})
+        return stage.complete(records, values, started)
 
 
 def _log_changed_settings(stage: Stage, finished: Manifest) -> None:

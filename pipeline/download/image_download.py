@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from pipeline.pictures.faces import Box, parse_boxes
 from pipeline.pictures.picture import Jpeg, encode_jpeg, prepare
 from pipeline.web.blocklist import Blocklist
 from pipeline.web.fetch import Fetcher
@@ -46,6 +47,14 @@ class SplitSettings:
     min_answered: float
     max_aspect_ratio: float = 0.0
     blocklist: Blocklist = field(default_factory=Blocklist)
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What the metadata states of a picture. checksum, face_boxes: as in SELECTED."""
+
+    checksum: str | None = None
+    face_boxes: str | None = None
 
 
 @dataclass
@@ -96,7 +105,7 @@ class PictureBuffer:
 class ImageDownload:
     """Downloads the rows of a queue. statuses: of the finished rows, by number of the row.
 
-    checksums: of SELECTED, by number of the row.
+    stated: by number of the row.
     """
 
     def __init__(
@@ -105,7 +114,7 @@ class ImageDownload:
         queue: HostQueue,
         settings: SplitSettings,
         pictures: PictureBuffer,
-        checksums: Sequence[str | None],
+        stated: Sequence[Stated],
     ) -> None:
         self.statuses: dict[int, RowStatus] = {}
         self.finished = 0
@@ -115,7 +124,7 @@ class ImageDownload:
         self._settings = settings
         self._pictures = pictures
         self._lock = threading.Lock()
-        self._checksums = checksums
+        self._stated = stated
 
     def run(self, num_rows: int) -> None:
         """Download all rows of the queue. If the network is down, the rest is not requested.
@@ -189,24 +198,24 @@ class ImageDownload:
 
     def _store(self, row: int, body: bytes) -> RowStatus:
         """Store the image in a body."""
-        status, jpeg = stored_image(body, self._settings, self._checksums[row])
+        status, jpeg = stored_image(body, self._settings, self._stated[row])
         if jpeg:
             self._pictures.add(row, jpeg)
         return status
 
 
-def stored_image(body: bytes, settings: SplitSettings, checksum: str | None = None) -> tuple[RowStatus, bytes]:
+def stored_image(body: bytes, settings: SplitSettings, stated: Stated | None = None) -> tuple[RowStatus, bytes]:
     """The status of the row of a picture file, and the JPEG to store; empty if the picture cannot be used.
 
-    checksum: of the file according to its metadata, see `check_checksum`. The decoders only decode: storing here would
-    let them wait for the disk.
+    The decoders only decode: storing here would let them wait for the disk.
     """
+    stated = stated or Stated()
     status = RowStatus(sha256=hashlib.sha256(body).hexdigest())
     try:
         if settings.blocklist.blocks_content(body):
             raise PictureError(Reason.BLOCKED, CONTENT_BLOCKED)
-        check_checksum(body, checksum)
-        jpeg = _DECODERS.submit(_encode, body, status, settings).result()
+        check_checksum(body, stated.checksum)
+        jpeg = _DECODERS.submit(_encode, body, status, settings, parse_boxes(stated.face_boxes)).result()
     except PictureError as error:
         status.reason, status.message = str(error.reason), str(error)
         return status, b""
@@ -215,9 +224,9 @@ def stored_image(body: bytes, settings: SplitSettings, checksum: str | None = No
     return status, jpeg.data
 
 
-def _encode(body: bytes, status: RowStatus, settings: SplitSettings) -> Jpeg:
+def _encode(body: bytes, status: RowStatus, settings: SplitSettings, faces: Sequence[Box]) -> Jpeg:
     """The image as it is stored; adds its perceptual hash to the status. Raises PictureError."""
-    picture = prepare(body, settings.max_pixels, settings.edge)
+    picture = prepare(body, settings.max_pixels, settings.edge, faces)
     status.phash = picture.phash
     if settings.blocklist.blocks_phashes(np.array([picture.phash])).any():
         raise PictureError(Reason.BLOCKED, PHASH_BLOCKED)

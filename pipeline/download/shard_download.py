@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 
-from pipeline.download.image_download import URL_BLOCKED, ImageDownload, PictureBuffer, RowStatus, SplitSettings
+from pipeline.download.image_download import URL_BLOCKED, ImageDownload, PictureBuffer, RowStatus, SplitSettings, Stated
 from pipeline.pictures.tars import sample_key, tar_writer
 from pipeline.web.blocklist import Blocklist
 from pipeline.web.fetch import Fetcher
@@ -28,8 +28,8 @@ from retrieval.storage.temp_folders import temporary_folder
 
 ReadJpeg = Callable[[int], bytes]
 """Returns the stored JPEG of a row, by the number of the row."""
-NOT_IN_TAR = ("reason", "message", "checksum")
-"""Columns of DOWNLOADED that say nothing of a stored image: its SHA-256 is another column."""
+NOT_IN_TAR = ("reason", "message", "checksum", "face_boxes")
+"""Columns of DOWNLOADED that say nothing of a stored image: its SHA-256 is another column, its faces are blurred."""
 Row = dict[str, Any]
 """A row of DOWNLOADED."""
 Rows = list[Row]
@@ -71,7 +71,8 @@ class ShardDownload:
             stack.enter_context(full_disk_named(path))
             file = stack.enter_context(path.open("w+b"))
             pictures = PictureBuffer(file)
-            download = ImageDownload(self.fetcher, queue, settings, pictures, selected["checksum"].to_pylist())
+            stated = [*map(Stated, selected["checksum"].to_pylist(), selected["face_boxes"].to_pylist())]
+            download = ImageDownload(self.fetcher, queue, settings, pictures, stated)
             with leased_hosts(queue, self.renew) if self.renew else nullcontext():
                 download.run(selected.num_rows - len(blocked))
             download.statuses |= dict.fromkeys(blocked, RowStatus(str(Reason.BLOCKED), URL_BLOCKED))
@@ -86,7 +87,9 @@ def write_rows(root: Root, shard: str, rows: Rows, tar: FileRecord) -> ShardReco
     file = write_table(root, f"{tar.name.removesuffix('.tar')}.parquet", table, DOWNLOADED)
     reasons = Counter(row["reason"] for row in rows)
     num_stored = reasons.pop("", 0)
-    return ShardRecord(shard, num_stored, (tar, file), dict(reasons), {"urls": len(rows)})
+    blurred = sum(bool(row.get("face_boxes")) for row in rows if not row["reason"])
+    values = {"urls": len(rows)} | ({"with_blurred_faces": blurred} if blurred else {})
+    return ShardRecord(shard, num_stored, (tar, file), dict(reasons), values)
 
 
 def write_tar(path: Path, rows: Rows, read_jpeg: ReadJpeg) -> None:

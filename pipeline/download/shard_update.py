@@ -87,7 +87,7 @@ class ShardUpdate:
         """
         root, settings = self.shard_download.root, self._settings(shard)
         stored, used = rows_in(root, records, selected[IMAGE_ID].to_pylist())
-        before = [stored.get(row[IMAGE_ID], _NEW_ROW) | row for row in selected.select(FROM_METADATA).to_pylist()]
+        before = [_stored_row(stored, row) | row for row in selected.select(FROM_METADATA).to_pylist()]
         table = pa.Table.from_pylist(before, DOWNLOADED)
         listed = listed_rows(table, settings.blocklist)
         missing = [n for n, row in enumerate(before) if n not in listed and self._is_missing(row)]
@@ -109,6 +109,12 @@ class ShardUpdate:
     def _is_missing(self, row: Row) -> bool:
         """Whether to request the URL of a row, which is not listed now."""
         return row["reason"] == NEW or (self.retry and (is_transient(row) or row["reason"] == Reason.BLOCKED))
+
+
+def _stored_row(stored: dict[int, Row], row: Row) -> Row:
+    """The stored row of a selected one. A picture with other boxes of faces is to be blurred anew, from its file."""
+    former = stored.get(row[IMAGE_ID], _NEW_ROW)
+    return former if former.get("face_boxes") == row["face_boxes"] else _NEW_ROW
 
 
 def without_listed(root: Root, record: ShardRecord, blocklist: Blocklist) -> ShardRecord:

@@ -1,10 +1,12 @@
-"""Cleans captions and checksums of metadata for the tables of the pipeline."""
+"""Cleans captions, checksums and boxes of faces in metadata for the tables of the pipeline."""
+
+import json
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from retrieval.storage.arrow_columns import texts
+from retrieval.storage.arrow_columns import is_text, texts
 
 MAX_CAPTION_CHARS = 4096
 
@@ -30,3 +32,14 @@ def _checksum(column: pa.Array, algorithm: str, num_digits: int) -> pa.StringArr
     is_checksum = pc.match_substring_regex(digits, rf"\A[0-9a-f]{{{num_digits}}}\z")
     stated = pc.if_else(is_checksum, digits, pa.scalar(None, pa.string()))
     return pc.binary_join_element_wise(algorithm, stated, ":")
+
+
+def face_boxes(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """The boxes of each row as SELECTED has them, null for none. `download` checks them.
+
+    column: lists of lists of numbers, or their JSON.
+    """
+    if is_text(column.type) or pa.types.is_null(column.type):
+        boxes = texts(column, errors="replace")
+        return pc.if_else(pc.is_in(boxes, pa.array(["", "[]", "null"])), pa.scalar(None, pa.string()), boxes)
+    return pa.array([json.dumps(boxes, default=float) if boxes else None for boxes in column.to_pylist()], pa.string())

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.filter import selection
-from pipeline.filter.columns import captions, checksums
+from pipeline.filter.columns import captions, checksums, face_boxes
 from pipeline.filter.metadata import COLUMNS, MetadataPlan, Piece, read_piece
 from pipeline.filter.selection import CORRECTED_URL_SCHEMA, KEY_SCHEMA, Rules
 from pipeline.runtime.arrow_files import read_batches, read_some, write_batches
@@ -209,6 +209,7 @@ def selected(batch: pa.RecordBatch, ids: npt.NDArray[np.int64]) -> pa.Table:
     columns |= {name: texts(batch[name], errors="ignore") for name in ("language", "license")}
     columns |= {name: pa.array(pixels(batch[name])) for name in ("width", "height")}
     columns["checksum"] = checksums(batch["md5"], batch["sha256"])
+    columns["face_boxes"] = face_boxes(batch["face_boxes"])
     for name in SCORES:
         columns[name] = numbers(batch[name]).cast(SELECTED.field(name).type, safe=False)
     return pa.table([columns[name] for name in SELECTED.names], schema=SELECTED)

@@ -94,7 +94,9 @@ def plan_pieces(config: FilterConfig) -> MetadataPlan:
         Piece(f"{number:05d}", file.name, groups, rows, file.bad_rows, file.columns)
         for number, (file, groups, rows) in enumerate(pieces)
     )
-    identity = hashlib.sha256("".join(file.signature for file in files).encode()).hexdigest()[:16]
+    # Among the columns, only that of boxes is no setting of the fingerprint: it is newer than finished stages.
+    signatures = [file.signature + file.columns.get("face_boxes", "") for file in files]
+    identity = hashlib.sha256("".join(signatures).encode()).hexdigest()[:16]
     return MetadataPlan(source, published, numbered, identity)
 
 
@@ -171,7 +173,7 @@ def _resolve(schema: pa.Schema, config: FilterConfig, where: str) -> dict[str, s
                 f" Set filter.columns.{column} in the recipe to one of them."
             )
         if matches:
-            resolved[column] = _checked_name(schema.field(matches[0]), where)
+            resolved[column] = _checked_name(schema.field(matches[0]), where, column == "face_boxes")
         elif configured or _is_required(column, config):
             raise UserError(_missing_column(column, configured, schema, config, where))
     return resolved
@@ -196,9 +198,9 @@ def _missing_column(column: str, configured: str, schema: pa.Schema, config: Fil
     )
 
 
-def _checked_name(field: pa.Field, where: str) -> str:
+def _checked_name(field: pa.Field, where: str, may_be_list: bool) -> str:
     kind = plain_type(field.type)
-    if is_text(kind) or pa.types.is_null(kind) or is_number(kind):
+    if (may_be_list and pa.types.is_list(kind)) or is_text(kind) or pa.types.is_null(kind) or is_number(kind):
         return str(field.name)
     raise UserError(
         f"{where}: column {field.name} has type {field.type}; wanted text or numbers. Correct filter.columns."

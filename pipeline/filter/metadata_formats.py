@@ -19,7 +19,7 @@ class MetadataFormat:
 
 
 LAION = MetadataFormat(
-    {name: (name,) for name in Columns.model_fields if name not in ("md5", "sha256")}
+    {name: (name,) for name in Columns.model_fields if name not in ("md5", "sha256", "face_boxes")}
     | {"caption": ("text", "caption"), "aesthetic": ("aesthetic", "aesthetic_score")}
 )
 """LAION: URL, TEXT, WIDTH, HEIGHT, similarity, pwatermark, punsafe, LICENSE. Re-LAION: url, caption, ...
@@ -37,6 +37,7 @@ METADATA_FORMATS: dict[MetadataFormatName, MetadataFormat] = {
             "width": ("original_width",),
             "height": ("original_height",),
             "similarity": ("clip_l14_similarity_score",),
+            "face_boxes": ("face_bboxes",),
         }
     ),
     "coyo": MetadataFormat(

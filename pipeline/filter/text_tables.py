@@ -180,7 +180,12 @@ def _json_row(line: bytes) -> dict[str, Any] | None:
 
 
 def _json_bytes(value: Any) -> bytes | None:
-    """A text or a number as text. A lone surrogate becomes invalid UTF-8, which is cleaned as in other files."""
-    if value is None or isinstance(value, bool | list | dict):
+    """A text or a number as text, a list or an object as JSON.
+
+    A lone surrogate becomes invalid UTF-8, which is cleaned as in other files.
+    """
+    if isinstance(value, list | dict):
+        return json.dumps(value).encode()
+    if value is None or isinstance(value, bool):
         return None
     return str(value).encode(errors="surrogatepass")

@@ -7,12 +7,14 @@ img2dataset; a test compares the bytes.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 from PIL import Image
 
+from pipeline.pictures.faces import Box, blur, upright_boxes
 from pipeline.pictures.jpeg_metadata import without_private_metadata
 from retrieval.perceptual_hash import perceptual_hash
 from retrieval.pictures.budget import BUDGET
@@ -39,24 +41,24 @@ class Picture:
     """See `retrieval.perceptual_hash`."""
 
 
-def prepare(body: bytes, max_pixels: int, max_edge: int) -> Picture:
+def prepare(body: bytes, max_pixels: int, max_edge: int, faces: Sequence[Box] = ()) -> Picture:
     """Check, decode and reduce the picture in a body. Raises PictureError if it cannot be used or stored as JPEG.
 
     max_edge: a longer shorter edge is reduced to so many pixels; 0: it keeps its size. Animations give their first
-    frame; transparent pictures are put on white.
+    frame; transparent pictures are put on white. faces: are blurred.
     """
     with open_picture(body, max_pixels) as image:
-        return _prepare(image, body, max_edge)
+        return _prepare(image, body, max_edge, faces)
 
 
-def _prepare(image: Image.Image, body: bytes, max_edge: int) -> Picture:
+def _prepare(image: Image.Image, body: bytes, max_edge: int, faces: Sequence[Box]) -> Picture:
     turn = orientation(image)
     size = image.size if turn < 5 else image.size[::-1]
     _check_edge(size, max_edge)
     keeps_size = not max_edge or min(size) <= max_edge
     if image.format in ("JPEG", "MPO"):
         is_plain = image.mode == "RGB" and turn == 1 and is_srgb(image.info.get("icc_profile"))
-        if is_plain and keeps_size and (jpeg := without_private_metadata(body, image)):
+        if is_plain and keeps_size and not faces and (jpeg := without_private_metadata(body, image)):
             # Decoding to 1/8 of the size is enough for the perceptual hash and detects truncated files.
             _draft(image, LEAST_EDGE)
             load(image)
@@ -65,7 +67,10 @@ def _prepare(image: Image.Image, body: bytes, max_edge: int) -> Picture:
             _draft(image, max_edge)
     pixels = upright_rgb(image)
     phash = _perceptual_hash(pixels)
-    return Picture(ppm_bytes(_reduced(pixels, max_edge)), size, phash=phash)
+    reduced = _reduced(pixels, max_edge)
+    for box in upright_boxes(faces, turn):
+        blur(reduced, box)
+    return Picture(ppm_bytes(reduced), size, phash=phash)
 
 
 def _check_edge(size: tuple[int, int], max_edge: int) -> None:

@@ -60,6 +60,7 @@ class Reason(StrEnum):
     TRUNCATED = "truncated"
     CHECKSUM_MISMATCH = "checksum_mismatch"
     TOO_SMALL = "too_small"
+    BAD_FACE_BOXES = "bad_face_boxes"
     # embed
     UNREADABLE = "unreadable"
     DUPLICATE_CONTENT = "duplicate_content"
@@ -86,19 +87,21 @@ SCORES = ("similarity", "pwatermark", "punsafe", "aesthetic")
 _SCORES = columns(dict.fromkeys(SCORES, pa.float32()) | {"language": pa.string()}, nullable=True)
 FURTHER_DOWNLOADED = [field.name for field in _SCORES]
 """Columns of DOWNLOADED that follow METADATA in a database, see `further_name`."""
-_CHECKSUM = columns({"checksum": pa.string()}, nullable=True)
+_FOR_DOWNLOAD = columns({"checksum": pa.string(), "face_boxes": pa.string()}, nullable=True)
+ADDED = ("face_boxes",)
+"""Columns that files of earlier versions lack: they are read as null."""
 _OUTCOME = columns({"reason": pa.string(), "message": pa.string()})
 _ORIGINAL_SIZE = columns({"original_width": pa.int32(), "original_height": pa.int32()})
 _HASHES = columns({"sha256": pa.string(), "phash": pa.int64()})
 
-SELECTED = pa.schema([*_IMAGE, *_SIZE, *_SCORES, *_LICENSE, *_CHECKSUM])
+SELECTED = pa.schema([*_IMAGE, *_SIZE, *_SCORES, *_LICENSE, *_FOR_DOWNLOAD])
 """Rows that `filter` keeps. width, height: pixels according to the metadata; checksum: of the file according to the
-metadata, `sha256:` or `md5:` and hex digits."""
+metadata, `sha256:` or `md5:` and hex digits; face_boxes: of `pipeline.pictures.faces`, as JSON."""
 
-FROM_METADATA = [field.name for field in (*_IMAGE, *_SCORES, *_LICENSE, *_CHECKSUM)]
+FROM_METADATA = [field.name for field in (*_IMAGE, *_SCORES, *_LICENSE, *_FOR_DOWNLOAD)]
 """The columns that SELECTED and DOWNLOADED have in common: `filter` fills them from the metadata."""
 
-DOWNLOADED = pa.schema([*_IMAGE, *_SCORES, *_LICENSE, *_CHECKSUM, *_OUTCOME, *_SIZE, *_ORIGINAL_SIZE, *_HASHES])
+DOWNLOADED = pa.schema([*_IMAGE, *_SCORES, *_LICENSE, *_FOR_DOWNLOAD, *_OUTCOME, *_SIZE, *_ORIGINAL_SIZE, *_HASHES])
 """One row per URL. Its first columns are FROM_METADATA. reason: empty for a stored image; sizes: pixels, 0 if unknown;
 sha256: hex, of the bytes that the server sent, empty if none; phash: retrieval.perceptual_hash of the decoded picture,
 0 if none."""
@@ -212,6 +215,9 @@ def read_table(root: Root, name: str, schema: pa.Schema, columns: list[str] | No
             raise UserError(
                 f"{root.at(name)} is not a readable Parquet file: {error}. Remove it and run again."
             ) from error
+    for number, field in enumerate(schema):
+        if field.name in ADDED and field.name not in table.column_names:
+            table = table.add_column(number, field, pa.nulls(len(table), field.type))
     return check_table(table, schema, root.at(name))
 
 

@@ -145,3 +145,27 @@ def test_an_update_that_is_killed_between_two_shards_fetches_nothing_again(
     assert server.paths == []
     assert kept == {image_id: picture for image_id, picture in before.items() if picture[0]["similarity"] >= 0.2}  # type: ignore[operator]
     assert len(root.list("download", ".tar")) == len(root.list("download/records")) == 3
+
+
+def test_faces_are_blurred_counted_and_blurred_anew_when_their_boxes_change(
+    tmp_path: Path, metadata: Path, server
+) -> None:
+    root = Root(tmp_path / "run")
+    plain = stored(root, chain(root, metadata))
+    pictures = sorted(plain.values(), key=lambda picture: picture[0]["caption"])
+    boxes: list[object] = [None] * ROWS
+    boxes[1], boxes[2], boxes[3] = [[0.1, 0.2, 0.6, 0.9]], [[3.0, 4.0, 9.0, 9.0]], []
+    table = pq.read_table(metadata)
+    kind = pa.list_(pa.list_(pa.float64()))
+    pq.write_table(table.append_column("faces", pa.array(boxes, kind)), metadata)
+    server.requests.clear()
+    manifest = chain(root, metadata, columns={"face_boxes": "faces"})
+    blurred = stored(root, manifest)
+    assert sorted(path for path, _ in server.requests) == ["/1", "/2"]
+    by_caption = {row["caption"]: data for row, data in blurred.values()}
+    same = [row["caption"] for row, data in pictures if by_caption.get(row["caption"]) == data]
+    assert same == [row["caption"] for row, _ in pictures if row["caption"] not in ("caption 1", "caption 2")]
+    assert manifest.reasons["bad_face_boxes"] == 1
+    assert manifest.values["with_blurred_faces"] == 1
+    assert "caption 1" in by_caption
+    assert "caption 2" not in by_caption

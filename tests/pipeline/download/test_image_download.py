@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from pipeline.download.image_download import ImageDownload, PictureBuffer, RowStatus, SplitSettings
+from pipeline.download.image_download import ImageDownload, PictureBuffer, RowStatus, SplitSettings, Stated
 from pipeline.web.host_queue import STOPPED
 from retrieval.pictures.decode import PictureError
 from retrieval.storage.schema import Reason
@@ -17,7 +17,7 @@ from tests.pipeline.web.fetching import make_fetcher, make_queue
 def make_download(urls: Sequence[str]) -> ImageDownload:
     settings = SplitSettings(edge=0, min_edge=1, max_pixels=1000, jpeg_quality=95, threads=2, min_answered=0.1)
     pictures = PictureBuffer(io.BytesIO())
-    return ImageDownload(make_fetcher(), make_queue(urls), settings, pictures, [None] * len(urls))
+    return ImageDownload(make_fetcher(), make_queue(urls), settings, pictures, [Stated()] * len(urls))
 
 
 def test_the_rest_of_a_shard_is_not_requested_once_the_network_is_down() -> None:

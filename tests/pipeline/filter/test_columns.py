@@ -1,6 +1,6 @@
 import pyarrow as pa
 
-from pipeline.filter.columns import MAX_CAPTION_CHARS, captions, checksums
+from pipeline.filter.columns import MAX_CAPTION_CHARS, captions, checksums, face_boxes
 from retrieval.storage.arrow_columns import count_changed
 
 
@@ -26,3 +26,11 @@ def test_a_row_has_its_sha256_else_its_md5_and_only_if_it_is_one() -> None:
     expected = [f"sha256:{'f' * 64}", f"md5:{'a' * 32}", None, None, None]
     assert checksums(md5, sha256).to_pylist() == expected
     assert checksums(pa.nulls(2), pa.nulls(2)).to_pylist() == [None, None]
+
+
+def test_boxes_of_faces_are_json_and_null_without_a_box() -> None:
+    boxes = [[[0.1, 0.2, 0.5, 0.75]], [], None]
+    expected = ["[[0.1, 0.2, 0.5, 0.75]]", None, None]
+    assert face_boxes(pa.array(boxes, pa.list_(pa.list_(pa.float64())))).to_pylist() == expected
+    assert face_boxes(pa.array(["[[0.1, 0.2, 0.5, 0.75]]", "[]", None])).to_pylist() == expected
+    assert face_boxes(pa.nulls(2)).to_pylist() == [None, None]
