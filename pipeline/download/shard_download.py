@@ -88,7 +88,9 @@ def write_rows(root: Root, shard: str, rows: Rows, tar: FileRecord) -> ShardReco
     reasons = Counter(row["reason"] for row in rows)
     num_stored = reasons.pop("", 0)
     blurred = sum(bool(row.get("face_boxes")) for row in rows if not row["reason"])
-    values: dict[str, float] = {"urls": len(rows)} | ({"with_blurred_faces": blurred} if blurred else {})
+    values: dict[str, float] = {"urls": len(rows)}
+    if blurred:
+        values["with_blurred_faces"] = blurred
     return ShardRecord(shard, num_stored, (tar, file), dict(reasons), values)
 
 
