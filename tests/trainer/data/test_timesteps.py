@@ -7,7 +7,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from tests.trainer.training_set import make_recipe
+from retrieval.storage.root import Root
+from tests.trainer.training_set import make_recipe, plan_of
+from trainer.data.loader import Loader
 from trainer.data.timesteps import draw_timestep, timestep_distribution
 
 
@@ -45,3 +47,13 @@ def test_a_stated_density_gives_its_share_to_each_range() -> None:
         make_recipe("", timestep_sampling="density", timestep_density=[1, 0, 2, 1]).train, 10
     )
     np.testing.assert_allclose(distribution, [0.1, 0.2, 0.25, 0.25, 0.25, 0.45, 0.65, 0.8, 0.9, 1])
+
+
+def test_batches_have_timesteps_of_the_density_and_the_same_rows(training_set: Root, autoencoder_folder: str) -> None:
+    changes = {"timestep_sampling": "density", "timestep_density": [0, 0, 1, 0]}
+    plans = [plan_of(autoencoder_folder, training_set, **settings) for settings in ({}, changes)]
+    uniform, dense = ([Loader(plan, training_set, 0, 1).batch(step) for step in (0, 1)] for plan in plans)
+    timesteps = np.concatenate([batch.timesteps.numpy() for batch in dense])
+    assert (timesteps.min() >= 500) & (timesteps.max() < 750)
+    assert max(batch.timesteps.max() for batch in uniform) >= 750
+    assert [batch.image_ids.tolist() for batch in dense] == [batch.image_ids.tolist() for batch in uniform]
