@@ -57,7 +57,7 @@ pipeline/pictures: recipe runtime
 pipeline/recipe:
 pipeline/runtime:
 pipeline/web:
-trainer/checkpoint: data engine model recipe tracking
+trainer/checkpoint: data engine model recipe
 trainer/data: model recipe
 trainer/engine: recipe
 trainer/evaluation: model sampling

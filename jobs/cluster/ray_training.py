@@ -49,12 +49,13 @@ def ranks_on_ray(config: TrainingRecipe) -> int:
 
 def _trainer(config: TrainingRecipe, root: Root) -> TorchTrainer:
     gpus = ray.cluster_resources().get("GPU", 0) > 0
-    storage = root.local_path(config.train.folder) / "ray"
+    folder = f"{config.train.folder}/ray"
+    storage = str(root.local_path(folder)) if root.is_local else root.at(folder)
     return TorchTrainer(
         partial(_run_rank, config, root, os.getcwd()),
         scaling_config=ScalingConfig(num_workers=ranks_on_ray(config), use_gpu=gpus),
         run_config=RunConfig(
-            name=config.train.name, storage_path=str(storage), failure_config=FailureConfig(max_failures=0)
+            name=config.train.name, storage_path=storage, failure_config=FailureConfig(max_failures=0)
         ),
     )
 

@@ -88,6 +88,15 @@ def raise_if_lost() -> None:
         )
 
 
+def lease_token(root: Root, name: str) -> str:
+    """The token of the lease of a folder, which differs for each holder; empty if nobody holds it."""
+    return str((root.find_json(_file(name)) or {}).get("token", ""))
+
+
+def _file(name: str) -> str:
+    return f"leases/{name}.json"
+
+
 @contextmanager
 def lease(root: Root, name: str) -> Iterator[None]:
     """Hold the lease of a folder of a root until the block ends. Raises UserError if another process holds it.
@@ -114,7 +123,7 @@ class _Lease:
     def __init__(self, root: Root, name: str) -> None:
         self.root = root
         self.folder = root.at(name)
-        self.file = f"leases/{name}.json"
+        self.file = _file(name)
         self.released = threading.Event()
         since = datetime.now(UTC).isoformat(timespec="seconds")
         self.values: dict[str, Any] = {

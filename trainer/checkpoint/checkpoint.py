@@ -2,14 +2,13 @@
 
 Writes `<folder>/step-<n>/` with one file per rank (its fragments of fp32 weights, AdamW's moments and the average) and,
 after all ranks, the index `<folder>/checkpoints.json`; only indexed checkpoints exist. Training waits for a copy in
-host memory, which a thread writes during the next steps. Checkpoints of another run are an error.
+host memory, which a thread writes during the next steps; to an object store it goes through the disk of temporary
+files. Checkpoints of another run are an error.
 """
 
-import json
-import shutil
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -61,13 +60,16 @@ class Progress:
 class CheckpointFolder:
     """The checkpoints of one run. settings: flat, for messages about differing runs."""
 
-    path: Path
+    root: Root
+    """The folder."""
     identity: str
     settings: dict[str, Any]
     keep: int
     """Number of newest checkpoints that are kept."""
     keep_every: int
     """Checkpoints at multiples of this step are never deleted; 0: none."""
+    before_publishing: Callable[[], None] = lambda: None
+    """Called on rank 0 before a checkpoint is published. Its UserError is a failure of the checkpoint."""
     _copy: dict[str, torch.Tensor] = field(default_factory=dict, init=False)
     _group: Any = field(default=None, init=False)
     _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1), init=False)
@@ -95,19 +97,19 @@ class CheckpointFolder:
             stored = {"layout": index.get("layout", 1), **index["settings"]}
             differences = _differences(stored, {"layout": LAYOUT, **self.settings})
             raise UserError(
-                f"{self.path} has checkpoints of another run: "
+                f"{self.root.url} has checkpoints of another run: "
                 f"{'; '.join(text for name, text in differences.items() if name not in CHANGEABLE_NAMES)}. "
                 f"Choose another train.name to keep them, or set train.restart = true to delete them."
             )
         if self.is_past(steps):
             raise UserError(
-                f"{self.path} is at step {self.newest_step():,}, beyond train.steps {steps:,}. "
+                f"{self.root.url} is at step {self.newest_step():,}, beyond train.steps {steps:,}. "
                 f"Raise train.steps to continue, choose another train.name to keep the checkpoints, or set "
                 f"train.restart = true to delete them."
             )
         if self.is_ended_with_others(steps):
             raise UserError(
-                f"{self.path} is at the last step {steps:,}, and settings changed since: {self.changes()}. Raise "
+                f"{self.root.url} is at the last step {steps:,}, and settings changed since: {self.changes()}. Raise "
                 f"train.steps to continue with them, restore them, or set train.restart = true to start over."
             )
 
@@ -122,11 +124,13 @@ class CheckpointFolder:
 
     def delete_unfinished(self) -> None:
         """Delete unfinished checkpoints of a killed run. Only for the process that holds the run's lock."""
-        Root(self.path).delete_partial_files("")
+        self.root.delete_partial_files("")
         known = {entry["tag"] for entry in self._entries()}
-        for folder in sorted(self.path.glob("step-*")):
-            if folder.name not in known:
-                shutil.rmtree(folder)
+        tags = {name.split("/")[0] for name in self.root.list("") if name.startswith("step-")}
+        if self.root.is_local:  # also those without a finished file
+            tags = {path.name for path in self.root.local_path("").glob("step-*")}
+        for tag in sorted(tags - known):
+            self.root.delete(tag)
 
     def save(self, engine: deepspeed.DeepSpeedEngine, average: MovingAverage, progress: Progress, ranks: Ranks) -> None:
         """Call `finish`, then copy the present state, which a thread writes. A collective."""
@@ -171,7 +175,7 @@ class CheckpointFolder:
         self._check_files(newest)
         progress = Progress(**{name: newest[name] for name in Progress.__dataclass_fields__})
         initialize_moments(engine, progress.updates)
-        with SavedFragments(self.path / newest["tag"]) as saved:
+        with SavedFragments(self.root, newest["tag"]) as saved:
             for state in (MASTER, *MOMENTS):
                 for fragment in local_fragments(engine, state, ranks):
                     saved.read_into(state, fragment)
@@ -181,8 +185,8 @@ class CheckpointFolder:
         return progress
 
     def _index(self) -> dict[str, Any] | None:
-        path = self.path / INDEX
-        return json.loads(path.read_text()) if path.exists() else None
+        index: dict[str, Any] | None = self.root.find_json(INDEX)
+        return index
 
     def _entries(self) -> list[dict[str, Any]]:
         """Entries of the indexed checkpoints, oldest first."""
@@ -191,19 +195,20 @@ class CheckpointFolder:
 
     def _write(self, progress: Progress, ranks: Ranks) -> None:
         """Write this rank's copy; when all ranks are done, rank 0 publishes. Runs in the writer thread."""
-        folder, size, problem = self.path / f"step-{progress.step:08d}", -1, ""
+        folder, size, problem = f"step-{progress.step:08d}", -1, ""
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            size = write_fragments(folder, ranks.rank, self._copy)
-        except (OSError, SafetensorError) as error:
-            problem = f": {error}"
+            size = write_fragments(self.root, f"{folder}/{rank_file_name(ranks.rank)}", self._copy)
+            if ranks.is_first:
+                self.before_publishing()
+        except (OSError, SafetensorError, UserError) as error:
+            size, problem = -1, f": {error}"
         sizes = [torch.empty(1, dtype=torch.int64) for _ in range(ranks.world)]
         torch.distributed.all_gather(sizes, torch.tensor([size]), group=self._group)
         failed = [rank for rank, size in enumerate(sizes) if int(size) < 0]
         if failed:
             raise UserError(
-                f"{folder}: rank {ranks.rank if problem else failed[0]} could not write its part of the "
-                f"checkpoint{problem}. Free disk space or repair the disk, then start again: earlier "
+                f"{self.root.at(folder)}: rank {ranks.rank if problem else failed[0]} could not write its part of the "
+                f"checkpoint{problem}. Free disk space or repair the disk or the store, then start again: earlier "
                 f"checkpoints are kept."
             )
         if ranks.is_first:
@@ -216,19 +221,20 @@ class CheckpointFolder:
         permanent = [old for old in entries if self.keep_every and old["step"] % self.keep_every == 0]
         kept = [old for old in entries if old in permanent or old in entries[-self.keep :]]
         index = {"layout": LAYOUT, "identity": self.identity, "settings": self.settings, "checkpoints": kept}
-        Root(self.path).write_json(INDEX, index)
+        self.root.write_json(INDEX, index)
         for old in entries:
             if old not in kept:
-                shutil.rmtree(self.path / old["tag"])
+                self.root.delete(old["tag"])
 
     def _check_files(self, entry: dict[str, Any]) -> None:
         """Raise UserError if a file of a checkpoint is missing or damaged."""
-        for name, size in entry["files"].items():
-            path = self.path / entry["tag"] / name
-            if not path.exists() or path.stat().st_size != size:
+        sizes = self.root.sizes(entry["tag"])
+        for file, size in entry["files"].items():
+            name = f"{entry['tag']}/{file}"
+            if sizes.get(name) != size:
                 raise UserError(
-                    f"{path} should have {size:,} bytes: the checkpoint is damaged. Restore the file, or "
-                    f"delete {self.path} to start over."
+                    f"{self.root.at(name)} should have {size:,} bytes: the checkpoint is damaged. Restore the file, or "
+                    f"delete {self.root.url} to start over."
                 )
 
 

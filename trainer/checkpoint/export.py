@@ -15,7 +15,6 @@ from retrieval.storage.root import FileRecord, Root
 from trainer.data.plan import TrainingPlan
 from trainer.model.unet import build_unet
 from trainer.recipe import ModelConfig, TrainingRecipe
-from trainer.tracking.training_log import METRICS, read_step_metrics, summarize
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -35,9 +34,10 @@ class FinishedRun:
     """Number of training images; 0 if unknown."""
 
 
-def export_run(plan: TrainingPlan, root: Root, weights: dict[str, torch.Tensor], seconds: float) -> None:
-    """Publish a trained model. weights: averaged, fp32, by parameter name; seconds: wall time of training."""
-    train = plan.config.train
+def export_run(
+    plan: TrainingPlan, root: Root, weights: dict[str, torch.Tensor], numbers: dict[str, float], seconds: float
+) -> None:
+    """Publish a trained model. weights: averaged, fp32, by name; numbers, seconds: as for `publish_run`."""
     run = FinishedRun(
         config=plan.config,
         fingerprint=plan.fingerprint,
@@ -47,14 +47,15 @@ def export_run(plan: TrainingPlan, root: Root, weights: dict[str, torch.Tensor],
         latent_shape=plan.training_set.latent_shape,
         rows=sum(plan.training_set.rows),
     )
-    metrics = read_step_metrics(root.local_path(f"{train.folder}/{METRICS}"))
-    publish_run(run, root, weights, summarize(metrics), seconds)
+    publish_run(run, root, weights, numbers, seconds)
 
 
 def publish_run(
     run: FinishedRun, root: Root, weights: dict[str, torch.Tensor], numbers: dict[str, float], seconds: float
 ) -> Manifest:
-    """Publish a run. weights: fp32, by name, exactly those of the model; numbers: further values of the manifest."""
+    """Publish a run. weights: fp32, by name, exactly those of the model; numbers: further values of the manifest;
+    seconds: wall time of training.
+    """
     folder = run.config.train.folder
     files = (*_write_model(root, f"{folder}/model", run.config.model, weights), _write_recipe(root, run))
     manifest = Manifest(

@@ -1,11 +1,10 @@
-"""Fragments of named parameters on disk: one file `rank-<n>.safetensors` per rank.
+"""Fragments of named parameters in files: one file `rank-<n>.safetensors` per rank.
 
 A key `<state>/<parameter>@<start>` names the elements of its tensor. A reader reads only the slices that it needs.
 """
 
-import os
+import json
 from contextlib import ExitStack
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -13,10 +12,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from retrieval.storage.root import Root
 from trainer.engine.fragments import Fragment
 
-Slices = list[tuple[int, int, str, Any]]
-"""First element, index after the last, key and open file of each fragment of one parameter's state."""
+Slices = list[tuple[int, int, str, str]]
+"""First element, index after the last, key and file of each fragment of one parameter's state."""
 
 
 def fragment_key(state: str, fragment: Fragment) -> str:
@@ -27,28 +27,28 @@ def rank_file_name(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def write_fragments(folder: Path, rank: int, values: dict[str, torch.Tensor]) -> int:
-    """Write a rank's fragments by key and sync the file. values: on the CPU. Returns the size in bytes."""
-    path = folder / rank_file_name(rank)
-    save_file(values, path)
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-    return path.stat().st_size
+def write_fragments(root: Root, name: str, values: dict[str, torch.Tensor]) -> int:
+    """Write a rank's fragments by key. values: on the CPU. Returns the size in bytes."""
+    with root.writing(name) as pending:
+        save_file(values, pending.path)
+    return pending.record.bytes
 
 
 class SavedFragments:
-    """The fragments in a checkpoint's folder; a context manager that keeps the files open."""
+    """The fragments in a checkpoint's folder; a context manager that keeps the files open.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._files = ExitStack()
+    Files of an object store are copied to the local disk when a fragment of them is needed.
+    """
+
+    def __init__(self, root: Root, folder: str) -> None:
+        self._root, self._folder = root, folder
+        self._resources = ExitStack()
+        self._files: dict[str, Any] = {}
         self._slices: dict[str, Slices] = {}
-        for path in sorted(folder.glob("rank-*.safetensors")):
-            file = self._files.enter_context(safe_open(path, "pt"))
-            for key in file.keys():  # noqa: SIM118
+        for name in root.list(folder, ".safetensors"):
+            for key, count in _lengths(root, name).items():
                 state, start = key.rsplit("@", 1)
-                first, count = int(start), file.get_slice(key).get_shape()[0]
-                self._slices.setdefault(state, []).append((first, first + count, key, file))
+                self._slices.setdefault(state, []).append((int(start), int(start) + count, key, name))
 
     def __enter__(self) -> "SavedFragments":
         return self
@@ -56,15 +56,28 @@ class SavedFragments:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._files.close()
+        self._resources.close()
 
     def read_into(self, state: str, fragment: Fragment) -> None:
         """Copy the saved elements of a state into a fragment. Saved fragments may have other borders."""
         count = 0
-        for start, end, key, file in self._slices[f"{state}/{fragment.name}"]:
+        for start, end, key, name in self._slices[f"{state}/{fragment.name}"]:
             first, last = max(start, fragment.start), min(end, fragment.end)
             if first < last:
-                values = file.get_slice(key)[first - start : last - start]
+                values = self._file(name).get_slice(key)[first - start : last - start]
                 fragment.values[first - fragment.start : last - fragment.start].copy_(values)
                 count += last - first
         assert count == fragment.values.numel(), f"{self._folder}: {state} of {fragment.name} is incomplete"
+
+    def _file(self, name: str) -> Any:
+        if name not in self._files:
+            path = self._resources.enter_context(self._root.local(name))
+            self._files[name] = self._resources.enter_context(safe_open(path, "pt"))
+        return self._files[name]
+
+
+def _lengths(root: Root, name: str) -> dict[str, int]:
+    """Number of elements of each fragment of a file, by key: from the header, without the values."""
+    with root.open(name) as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return {key: tensor["shape"][0] for key, tensor in header.items() if key != "__metadata__"}

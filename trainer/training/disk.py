@@ -1,9 +1,5 @@
-"""Checks of the run's file system before the first step: free space, and access by all ranks.
+"""Checks of the run's root before the first step: free space of a local one, and access by all ranks."""
 
-Writes a token into the run's `lock` file, which every rank must read there.
-"""
-
-import os
 import shutil
 import time
 from pathlib import Path
@@ -12,6 +8,7 @@ import torch
 import torch.distributed
 
 from retrieval.errors import UserError
+from retrieval.storage.lease import lease_token
 from retrieval.storage.root import Root
 from trainer.data.plan import TrainingPlan
 from trainer.engine.deepspeed_engine import Ranks
@@ -26,7 +23,9 @@ VISIBLE_WITHIN_S = 60.0
 
 
 def check_space(plan: TrainingPlan, root: Root) -> None:
-    """Raise UserError if the disk is too small for the kept checkpoints, one more, and the model."""
+    """Raise UserError if the disk of a local root is too small for the kept checkpoints, one more, and the model."""
+    if not root.is_local:
+        return
     train = plan.config.train
     with torch.device("meta"):
         parameters = sum(weight.numel() for weight in build_unet(plan.config.model).parameters())
@@ -51,19 +50,22 @@ def _existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
-def check_shared(lock: int | None, path: Path, ranks: Ranks) -> None:
-    """Raise UserError on a rank that does not see rank 0's lock file. lock: its descriptor on rank 0. A collective."""
-    token = torch.empty(1, dtype=torch.int64, device=ranks.device)
-    if lock is not None:
-        token.fill_(time.time_ns())
-        os.pwrite(lock, f"{int(token):020d}\n".encode(), 0)
-        os.fsync(lock)
+def check_shared(root: Root, folder: str, ranks: Ranks) -> None:
+    """Raise UserError on a rank that does not see the lease of rank 0 on a folder. A collective."""
+    token = torch.zeros(1, dtype=torch.int64, device=ranks.device)
+    if ranks.is_first:
+        token.fill_(_lease_number(root, folder))
     torch.distributed.broadcast(token, 0)
     deadline = time.monotonic() + VISIBLE_WITHIN_S
-    while not path.exists() or path.read_text().strip() != f"{int(token):020d}":
+    while _lease_number(root, folder) != int(token):
         if time.monotonic() > deadline:
             raise UserError(
-                f"{path}: rank {ranks.rank} does not see the token that rank 0 wrote. Set the recipe's root "
-                f"to a folder that all machines of the run share, with the same path on each."
+                f"{root.url}: rank {ranks.rank} does not see the lease that rank 0 wrote. Set the recipe's root to a "
+                f"folder that all machines of the run share, with the same path on each, or to an object store."
             )
         time.sleep(0.5)
+
+
+def _lease_number(root: Root, folder: str) -> int:
+    """The lease's token as a number that fits into int64; 0 without a lease."""
+    return int(lease_token(root, folder)[:15] or "0", 16)

@@ -1,20 +1,21 @@
 """Training on one rank, from the recipe to the exported weights.
 
 Reads neighbors and latents (or images) through `trainer.data.loader`; writes checkpoints, metrics and, at the
-end, the model and the manifest below `runs/<name>/train/`. The same command resumes a run. Every random number is a
+end, the model and the manifest below `runs/<name>/train/` of the root, which may be an object store. Rank 0 holds the
+lease of this folder. The same command resumes a run, on any machine that reaches the root. Every random number is a
 function of the seed and the step. On CPUs, and on GPUs with `train.deterministic`, a resumed run equals an
 uninterrupted one to the bit on the same number of ranks. On another number the sums of gradients round differently:
 after 20 steps of a small network, losses differed by 1e-7 in fp32 and by 3e-4 in bf16.
 """
 
-import fcntl
 import logging
-import os
 import time
+from contextlib import ExitStack
+from functools import partial
 
 import torch
 
-from retrieval.errors import UserError
+from retrieval.storage.lease import lease, raise_if_lost
 from retrieval.storage.root import Root
 from trainer.checkpoint.checkpoint import CheckpointFolder, Progress
 from trainer.checkpoint.export import export_run, read_model_weights
@@ -29,12 +30,13 @@ from trainer.recipe import TrainingRecipe
 from trainer.tracking.dashboards import import_wandb, open_dashboards
 from trainer.tracking.flops import make_utilization_meter
 from trainer.tracking.profiling import PROFILES, StepProfiler
-from trainer.tracking.training_log import METRICS, PREVIEWS, VALIDATION, TrainingLog
+from trainer.tracking.training_log import METRICS, PREVIEWS, VALIDATION, TrainingLog, read_step_metrics, summarize
 from trainer.training.disk import check_shared, check_space
 from trainer.training.launch import TERMINATED, die_with_parent
 from trainer.training.loop import Session, Termination, train_steps
 from trainer.training.monitoring import ModelMonitor
 from trainer.training.objective import Objective
+from trainer.training.run_files import RunFiles
 
 log = logging.getLogger("train")
 
@@ -44,8 +46,6 @@ OUTPUTS = ("checkpoints", METRICS, VALIDATION, PREVIEWS, PROFILES, "tensorboard"
 
 def prepare(config: TrainingRecipe, root: Root) -> TrainingPlan:
     """Plan a run and make all checks that need no process group. Raises UserError."""
-    # Raises for an object store: the lock and partial reads of checkpoints need a local disk.
-    root.local_path(config.train.folder)
     if config.train.wandb:
         import_wandb()
     plan = make_plan(config, root, Autoencoder.load(config.autoencoder, "cpu"))
@@ -65,41 +65,52 @@ def run(config: TrainingRecipe, root: Root) -> None:
     die_with_parent()
     if config.train.deterministic:
         use_deterministic_algorithms()
-    began, termination = time.monotonic(), Termination()
-    ranks = join_ranks(config.train.timeout_minutes)
-    lock = lock_folder(plan, root) if ranks.is_first else None
-    check_shared(lock, root.local_path(f"{config.train.folder}/lock"), ranks)
+    termination = Termination()
+    ranks = join_ranks()
+    with ExitStack() as resources:
+        if ranks.is_first:
+            resources.enter_context(lease(root, config.train.folder))
+            clear_folder(plan, root)
+        check_shared(root, config.train.folder, ranks)
+        completed = _train(plan, root, ranks, termination, resources)
+    if not completed:
+        raise SystemExit(TERMINATED)
+
+
+def _train(plan: TrainingPlan, root: Root, ranks: Ranks, termination: Termination, resources: ExitStack) -> bool:
+    """Train, and export the model. Returns False if SIGTERM ended the training."""
+    config, began = plan.config, time.monotonic()
     torch.manual_seed(config.train.seed)
     unet = build_unet(config.model)
     if config.train.start_from:
         unet.load_state_dict(read_model_weights(root, f"runs/{config.train.start_from}/train"), strict=True)
     shapes = {name: weight.shape for name, weight in unet.named_parameters()}
-    session, progress = _start(plan, root, unet, ranks)
+    files = RunFiles(root, config.train.folder, resources) if ranks.is_first else None
+    session, progress = _start(plan, root, unet, ranks, files)
     if ranks.is_first:
         _log_start(plan, sum(shape.numel() for shape in shapes.values()), ranks, progress)
         if changes := session.checkpoints.changes():
             log.info(f"settings changed since the last checkpoint: {changes}")
     completed = train_steps(session, progress, termination)
     session.checkpoints.finish()
-    if completed:
-        # All ranks must iterate over the averages; only rank 0 keeps them.
-        weights = {name: weight for name, weight in session.average.gather(shapes) if ranks.is_first}
-        if ranks.is_first:
-            export_run(plan, root, weights, time.monotonic() - began)
-    if session.training_log:
+    # All ranks must iterate over the averages; only rank 0 keeps them.
+    gathered = session.average.gather(shapes) if completed else ()
+    weights = {name: weight for name, weight in gathered if ranks.is_first}
+    if session.training_log and files:
         session.training_log.close()
+        files.send()
+        if completed:
+            numbers = summarize(read_step_metrics(files.path / METRICS))
+            export_run(plan, root, weights, numbers, time.monotonic() - began)
     leave_ranks(session.engine)
-    if lock is not None:
-        os.close(lock)
-    if not completed:
-        raise SystemExit(TERMINATED)
+    return completed
 
 
 def checkpoints_of(plan: TrainingPlan, root: Root) -> CheckpointFolder:
     """The folder of a run's checkpoints."""
     upstream = {f"{stage} stage": fingerprint for stage, fingerprint in plan.upstream.items()}
     return CheckpointFolder(
-        path=root.local_path(f"{plan.config.train.folder}/checkpoints"),
+        root=root.child(f"{plan.config.train.folder}/checkpoints"),
         identity=plan.checkpoint_identity,
         settings={**_flat(plan.config.output_fields()), **upstream},
         keep=plan.config.train.keep_checkpoints,
@@ -113,20 +124,8 @@ def _flat(sections: dict[str, dict[str, object]]) -> dict[str, object]:
     return {name: value for name, value in flat.items() if name != "train.steps"}
 
 
-def lock_folder(plan: TrainingPlan, root: Root) -> int:
-    """Lock the run's folder and delete the files of another run and unfinished checkpoints.
-
-    Returns the file descriptor of the lock. Raises UserError if another process has the lock.
-    """
-    folder = root.local_path(plan.config.train.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(
-            f"another process is training in {folder}. Wait for it or choose another train.name."
-        ) from error
+def clear_folder(plan: TrainingPlan, root: Root) -> None:
+    """Delete the manifest, files of another run and unfinished checkpoints. Only for the holder of the lease."""
     root.delete(f"{plan.config.train.folder}/manifest.json")
     checkpoints = checkpoints_of(plan, root)
     steps = plan.config.train.steps
@@ -134,11 +133,12 @@ def lock_folder(plan: TrainingPlan, root: Root) -> int:
         for name in OUTPUTS:
             root.delete(f"{plan.config.train.folder}/{name}")
     checkpoints.delete_unfinished()
-    return lock
 
 
-def _start(plan: TrainingPlan, root: Root, unet: torch.nn.Module, ranks: Ranks) -> tuple[Session, Progress]:
-    """Build the session and load the newest checkpoint. Also returns what the run has done."""
+def _start(
+    plan: TrainingPlan, root: Root, unet: torch.nn.Module, ranks: Ranks, files: RunFiles | None
+) -> tuple[Session, Progress]:
+    """Build the session and load the newest checkpoint. Also returns what the run has done. files: on rank 0."""
     config = plan.config.train
     weights = {name: weight.detach() for name, weight in unet.named_parameters()}
     engine = make_engine(unet, config, ranks)
@@ -152,10 +152,11 @@ def _start(plan: TrainingPlan, root: Root, unet: torch.nn.Module, ranks: Ranks) 
     if config.source == "images":
         autoencoder = Autoencoder.load(plan.config.autoencoder, str(ranks.device))
     loader = Loader(plan, root, ranks.rank, ranks.world, progress.images - done * config.global_batch)
-    folder, training_log = root.local_path(config.folder), None
-    if ranks.is_first:
-        training_log = TrainingLog(folder, done, config.steps, open_dashboards(plan, folder, done))
-    profiler = StepProfiler(folder, done, config.profile_steps) if ranks.is_first and config.profile_steps else None
+    training_log = profiler = None
+    if files:
+        training_log = TrainingLog(files.path, done, config.steps, open_dashboards(plan, files.path, done))
+        profiler = StepProfiler(files.path, done, config.profile_steps) if config.profile_steps else None
+        checkpoints.before_publishing = partial(_before_publishing, files)
     session = Session(
         config=config,
         ranks=ranks,
@@ -170,6 +171,12 @@ def _start(plan: TrainingPlan, root: Root, unet: torch.nn.Module, ranks: Ranks) 
         profiler=profiler,
     )
     return session, progress
+
+
+def _before_publishing(files: RunFiles) -> None:
+    """Raise UserError if another process has taken over the run; send its metrics up to the checkpoint and later."""
+    raise_if_lost()
+    files.send()
 
 
 def _log_start(plan: TrainingPlan, parameters: int, ranks: Ranks, done: Progress) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from retrieval.storage.root import Root
 from trainer.checkpoint.checkpoint import CheckpointFolder, Progress
 from trainer.checkpoint.fragment_files import SavedFragments
 from trainer.engine.deepspeed_engine import Ranks
@@ -28,7 +29,7 @@ SIZES = (1000, 4_000_000)
 
 
 def folder_at(path: Path) -> CheckpointFolder:
-    return CheckpointFolder(path, "test", {}, keep=KEPT, keep_every=KEEP_EVERY)
+    return CheckpointFolder(Root(path), "test", {}, keep=KEPT, keep_every=KEEP_EVERY)
 
 
 def rank_process(path: Path, store: str, rank: int) -> None:
@@ -77,7 +78,7 @@ def check(path: Path) -> int:
     assert len(list(path.glob("step-*"))) <= len(steps) + 2
     for entry in index["checkpoints"]:
         checkpoints._check_files(entry)
-        with SavedFragments(path / entry["tag"]) as saved:
+        with SavedFragments(Root(path), entry["tag"]) as saved:
             fragment = Fragment("w", 0, torch.zeros(sum(SIZES)))
             saved.read_into("master", fragment)
         assert bool((fragment.values == entry["step"]).all())

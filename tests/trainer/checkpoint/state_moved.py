@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from training_set import make_recipe
 
+from retrieval.storage.root import Root
 from trainer.checkpoint.checkpoint import CheckpointFolder, Progress
 from trainer.engine.deepspeed_engine import Ranks, join_ranks, make_engine, optimizer_step
 from trainer.engine.ema import MovingAverage
@@ -58,7 +59,7 @@ class Trained:
 
 
 def folder_of(folder: Path, world: int, layout: tuple[int, str]) -> CheckpointFolder:
-    return CheckpointFolder(folder / f"{world}-{layout[0]}-{layout[1]}", "test", {}, keep=2, keep_every=0)
+    return CheckpointFolder(Root(folder / f"{world}-{layout[0]}-{layout[1]}"), "test", {}, keep=2, keep_every=0)
 
 
 def write(folder: Path, ranks: Ranks) -> None:
@@ -72,7 +73,7 @@ def write(folder: Path, ranks: Ranks) -> None:
         saved.finish()
         end = trained.state()
         if ranks.is_first:
-            save_file(end, saved.path / "end.safetensors")
+            save_file(end, saved.root.local_path("end.safetensors"))
         trained.engine.destroy()
 
 
@@ -83,7 +84,7 @@ def read(folder: Path, ranks: Ranks) -> None:
         assert saved.load(trained.engine, trained.average, ranks) == Progress(SAVED_AT)
         trained.train(SAVED_AT, STEPS)
         exact = world == ranks.world
-        expected = load_file(saved.path / "end.safetensors")
+        expected = load_file(saved.root.local_path("end.safetensors"))
         for name, values in trained.state().items():
             message = f"{name} saved by {world} ranks as {saved_as}, read by {ranks.world} as {read_as}"
             rtol, atol = (0.0, 0.0) if exact else (1e-5, 2e-3 if read_as[1] == "bf16" else 1e-6)
@@ -95,7 +96,7 @@ def pairs(folder: Path) -> Iterator[tuple[int, tuple[int, str], tuple[int, str]]
     """World size and layout of each saved checkpoint, with every layout of the same precision to load it."""
     for world in (1, 2):
         for saved_as in LAYOUTS:
-            if folder_of(folder, world, saved_as).path.exists():
+            if folder_of(folder, world, saved_as).newest_step():
                 for read_as in LAYOUTS:
                     if saved_as[1] == read_as[1]:
                         yield world, saved_as, read_as

@@ -6,6 +6,8 @@ import torch
 import torch.distributed
 
 from retrieval.errors import UserError
+from retrieval.storage.lease import lease
+from retrieval.storage.root import Root
 from tests.trainer.training.launched import fork
 from trainer.checkpoint.checkpoint import CheckpointFolder, Progress
 from trainer.checkpoint.fragment_files import SavedFragments
@@ -28,7 +30,7 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 
 @pytest.fixture
 def checkpoints(tmp_path: Path) -> CheckpointFolder:
-    return CheckpointFolder(tmp_path / "checkpoints", "test", {"a": 1}, keep=1, keep_every=0)
+    return CheckpointFolder(Root(tmp_path / "checkpoints"), "test", {"a": 1}, keep=1, keep_every=0)
 
 
 def test_a_checkpoint_loads_on_other_numbers_of_ranks_and_at_other_zero_stages(tmp_path: Path) -> None:
@@ -50,7 +52,7 @@ def test_a_checkpoint_has_the_state_at_the_time_of_saving(process_group: None, c
     weights += 1
     checkpoints.finish()
     fragment = Fragment("w", 5, torch.ones(19_999_990))
-    with SavedFragments(checkpoints.path / "step-00000001") as saved:
+    with SavedFragments(checkpoints.root, "step-00000001") as saved:
         saved.read_into("master", fragment)
     assert not fragment.values.any()
 
@@ -63,7 +65,7 @@ def test_saving_waits_for_a_copy_in_memory_and_not_for_the_disk(
         assert checkpoints.newest_step() == step - 1
     checkpoints.finish()
     assert checkpoints.newest_step() == 2
-    assert [path.name for path in checkpoints.path.glob("step-*")] == ["step-00000002"]
+    assert [path.name for path in checkpoints.root.local_path("").glob("step-*")] == ["step-00000002"]
 
 
 def test_a_checkpoint_that_cannot_be_written_is_an_error_and_keeps_the_previous_one(
@@ -71,7 +73,7 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_and_keeps_the_previous_
 ) -> None:
     checkpoints.save_tensors({KEY: torch.zeros(3)}, Progress(1), ONE_RANK)
     checkpoints.finish()
-    (checkpoints.path / "step-00000002").write_text("a file instead of a folder")
+    (checkpoints.root.local_path("") / "step-00000002").write_text("a file instead of a folder")
     checkpoints.save_tensors({KEY: torch.zeros(3)}, Progress(2), ONE_RANK)
     with pytest.raises(
         UserError, match=r"step-00000002: rank 0 could not write its part.*File exists.*Free disk space"
@@ -82,9 +84,9 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_and_keeps_the_previous_
 
 
 def test_checkpoints_in_deepspeeds_layout_are_an_error(checkpoints: CheckpointFolder) -> None:
-    checkpoints.path.mkdir()
+    checkpoints.root.local_path("").mkdir()
     old = '{"identity": "test", "settings": {"a": 1}, "checkpoints": [{"tag": "step-4", "step": 4}]}'
-    (checkpoints.path / "checkpoints.json").write_text(old)
+    (checkpoints.root.local_path("") / "checkpoints.json").write_text(old)
     with pytest.raises(UserError, match=r"another run: layout was 1, is now 3\. Choose another train\.name"):
         checkpoints.check(10)
 
@@ -93,8 +95,9 @@ def test_a_rank_without_access_to_the_disk_of_rank_0_is_an_error(
     process_group: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trainer.training.disk.VISIBLE_WITHIN_S", 0)
-    with (tmp_path / "lock").open("w+") as lock:
-        check_shared(lock.fileno(), tmp_path / "lock", ONE_RANK)
-        (tmp_path / "elsewhere").mkdir()
-        with pytest.raises(UserError, match=r"elsewhere/lock: rank 0 does not see .* all machines of the run"):
-            check_shared(lock.fileno(), tmp_path / "elsewhere" / "lock", ONE_RANK)
+    with lease(Root(tmp_path), "runs/tiny/train"):
+        check_shared(Root(tmp_path), "runs/tiny/train", ONE_RANK)
+        ranks = Ranks(1, 2, torch.device("cpu"))
+        monkeypatch.setattr(torch.distributed, "broadcast", lambda token, _: token.fill_(5))
+        with pytest.raises(UserError, match=r"elsewhere: rank 1 does not see the lease .* all machines of the run"):
+            check_shared(Root(tmp_path / "elsewhere"), "runs/tiny/train", ranks)

@@ -4,8 +4,10 @@ test_train and test_launching test the real launchers.
 """
 
 import multiprocessing
+import os
 import socket
 import sys
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from retrieval.storage.root import Root
@@ -45,21 +47,28 @@ def try_to_train(recipe: TrainingRecipe, root: Root, ranks: int = 1) -> tuple[in
 
 def fork(argv: list[str], log: Path, ranks: int) -> tuple[int, str]:
     """Run `python -m <argv>` on some ranks. Returns the first nonzero exit code, else 0, and the log."""
+    processes = start_ranks(argv, log, ranks)
+    for process in processes:
+        process.join(timeout=300)
+    codes = [process.exitcode for process in processes]
+    return next((code for code in codes if code != 0), 0), log.read_text()
+
+
+def start_ranks(argv: list[str], log: Path, ranks: int) -> list[BaseProcess]:
+    """Start `python -m <argv>` on some ranks."""
     from forked import run_rank
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
     log.write_bytes(b"")
-    processes = []
+    processes: list[BaseProcess] = []
     for rank in range(ranks):
-        environment = address | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        store = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+        environment = address | store | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
         processes.append(FORKS.Process(target=run_rank, args=(argv, log, environment), daemon=True))
         processes[-1].start()
-    for process in processes:
-        process.join(timeout=300)
-    codes = [process.exitcode for process in processes]
-    return next((code for code in codes if code != 0), 0), log.read_text()
+    return processes
 
 
 def folder_of(recipe: TrainingRecipe, root: Root) -> Path:

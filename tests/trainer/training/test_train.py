@@ -1,9 +1,9 @@
 """Training of a tiny network on two gloo ranks: killed, terminated and resumed runs, and refused inputs."""
 
-import fcntl
 import gzip
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,19 +16,23 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from s3fs import S3FileSystem
 
+from benchmarks.crashes.store import running_store
 from retrieval.errors import UserError
+from retrieval.storage.lease import lease
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
-from tests.trainer.training.launched import train
-from tests.trainer.training_set import SHAPE, make_recipe, new_training_set
+from tests.trainer.training.launched import start_ranks, train, try_to_train
+from tests.trainer.training_set import SHAPE, make_recipe, new_training_set, write_training_set
 from trainer.data.plan import is_finished
 from trainer.engine.deepspeed_engine import Ranks
+from trainer.model.autoencoder import Autoencoder
 from trainer.model.unet import build_unet
 from trainer.recipe import TrainingRecipe
 from trainer.tracking.training_log import read_step_metrics
 from trainer.training.launch import TERMINATED
-from trainer.training.train import checkpoints_of, lock_folder, prepare, run
+from trainer.training.train import checkpoints_of, clear_folder, prepare, run
 
 LAUNCH = "import sys; from trainer.training.launch import launch; sys.exit(launch(sys.argv[2:], int(sys.argv[1])))"
 STEPS = 20
@@ -96,7 +100,8 @@ def recipe_of(autoencoder_folder: str, **changes: object) -> TrainingRecipe:
 
 def history(root: Root) -> list[tuple[int, float, float, float]]:
     """Step, loss, gradient norm and learning rate of all steps: resuming must not change a bit of them."""
-    entries = read_step_metrics(root.local_path(f"{FOLDER}/metrics.jsonl"))
+    with root.local(f"{FOLDER}/metrics.jsonl") as path:
+        entries = read_step_metrics(path)
     return [(entry.step, entry.loss, entry.grad_norm, entry.learning_rate) for entry in entries]
 
 
@@ -211,9 +216,46 @@ def test_a_finished_run_is_not_trained_again(autoencoder_folder: str, finished_r
     run(recipe, finished_run)
 
 
-def test_a_root_on_an_object_store_is_an_error_before_data_are_read(autoencoder_folder: str) -> None:
-    with pytest.raises(UserError, match=r"runs/tiny/train is not on a local disk"):
-        prepare(recipe_of(autoencoder_folder, restart=True), Root("memory://nowhere"))
+def test_a_run_in_a_bucket_that_goes_on_on_another_machine_equals_a_run_on_a_disk(
+    training_set: Root, autoencoder_folder: str, finished_run: Root, tmp_path: Path
+) -> None:
+    with running_store() as store:
+        S3FileSystem.clear_instance_cache()  # removes clients of another module's store
+        root, log = Root(store.url("run")), tmp_path / "log"
+        write_training_set(root, Autoencoder.load(make_recipe(autoencoder_folder).autoencoder, "cpu").identity)
+        checkpoints = checkpoints_of(prepare(recipe_of(autoencoder_folder), root), root)
+        for number, last_step in enumerate((4, STEPS)):
+            # Each machine has its own cache, which is smaller than the data.
+            changes = {"cache_folder": str(tmp_path / f"machine-{number}"), "cache_gb": 190e-6}
+            path = tmp_path / f"{number}.json"
+            path.write_text(recipe_of(autoencoder_folder, **changes).model_dump_json())
+            processes = start_ranks(["train_rank", str(path), root.url], log, ranks=2)
+            while checkpoints.newest_step() < last_step:
+                assert all(process.exitcode in (None, 0) for process in processes), log.read_text()
+                time.sleep(0.05)
+            if last_step < STEPS:
+                for process in processes:
+                    process.kill()
+            for process in processes:
+                process.join(timeout=300)
+        assert f"to {STEPS}" in log.read_text()
+        assert "steps 0 to" not in log.read_text()
+        assert history(root) == history(finished_run)
+        assert read_manifest(root, FOLDER).checksums() == read_manifest(finished_run, FOLDER).checksums()
+        names = {name.removeprefix(f"{FOLDER}/").split("/")[0] for name in root.list(FOLDER)}
+        assert names == {
+            "checkpoints",
+            "manifest.json",
+            "metrics.jsonl",
+            "model",
+            "recipe.json",
+            "tensorboard",
+            "validation.jsonl",
+        }
+        # The older checkpoints and the lease are deleted.
+        assert len(root.list(f"{FOLDER}/checkpoints")) == 1 + 2 * 2
+        assert not root.list("leases")
+    S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture
@@ -271,11 +313,11 @@ def test_restart_deletes_the_files_of_another_run_and_keeps_those_of_the_same_ru
     autoencoder_folder: str, copied_run: Root
 ) -> None:
     longer = recipe_of(autoencoder_folder, restart=True, steps=30)
-    os.close(lock_folder(prepare(longer, copied_run), copied_run))
+    clear_folder(prepare(longer, copied_run), copied_run)
     assert not copied_run.exists(f"{FOLDER}/manifest.json")
     assert copied_run.exists(f"{FOLDER}/checkpoints/checkpoints.json")
     other = recipe_of(autoencoder_folder, restart=True, learning_rate=0.1)
-    os.close(lock_folder(prepare(other, copied_run), copied_run))
+    clear_folder(prepare(other, copied_run), copied_run)
     assert not copied_run.exists(f"{FOLDER}/checkpoints")
     assert not copied_run.exists(f"{FOLDER}/metrics.jsonl")
 
@@ -286,13 +328,12 @@ def test_fewer_steps_than_a_checkpoint_has_are_an_error_without_restart(
     with pytest.raises(UserError, match=r"is at step 20, beyond train.steps 10.*train.restart = true"):
         prepare(recipe_of(autoencoder_folder, steps=10), copied_run)
     fewer = recipe_of(autoencoder_folder, steps=10, restart=True)
-    os.close(lock_folder(prepare(fewer, copied_run), copied_run))
+    clear_folder(prepare(fewer, copied_run), copied_run)
     assert not copied_run.exists(f"{FOLDER}/checkpoints")
 
 
 def test_a_folder_with_a_running_training_is_an_error(autoencoder_folder: str, copied_run: Root) -> None:
-    plan = prepare(recipe_of(autoencoder_folder), copied_run)
-    with open(copied_run.local_path(f"{FOLDER}/lock")) as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another process is training in"):
-            lock_folder(plan, copied_run)
+    with lease(copied_run, FOLDER):
+        code, log = try_to_train(recipe_of(autoencoder_folder, steps=STEPS + 1), copied_run)
+    assert code != 0
+    assert re.search(rf"runs/tiny/train: process {os.getpid()} on .* has worked on it since", log)
