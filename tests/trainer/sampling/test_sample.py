@@ -235,3 +235,11 @@ def test_batch_size_threads_and_device_do_not_change_the_fingerprint_and_precisi
     fast = config(batch_size=8, workers=1, threads=2, device="auto")
     assert json.dumps(fast.output_fields()) == json.dumps(config().output_fields())
     assert config(precision="bf16").output_fields() != config().output_fields()
+
+
+def test_a_run_in_an_object_store_gives_the_same_pictures(fresh):
+    root, trained = fresh
+    remote = Root("memory://sampled-run")
+    for name in root.list(""):
+        remote.write_bytes(name, root.read_bytes(name))
+    assert run(config(), trained, remote).checksums() == sample(fresh).checksums()
