@@ -63,7 +63,7 @@ def test_steps_that_are_not_finite_are_skipped_and_too_many_end_the_run_after_a_
     assert checkpoints.newest_step() == int(messages[-1][0])
     [entry] = checkpoints._entries()
     assert entry["skipped"] == len({step for step, *_ in messages})
-    with SavedFragments(checkpoints.path / entry["tag"]) as saved:
+    with SavedFragments(checkpoints.root, entry["tag"]) as saved:
         weights = Fragment("conv_in.bias", 0, torch.full((32,), np.nan))
         saved.read_into(MASTER, weights)
     assert torch.isfinite(weights.values).all()
