@@ -10,7 +10,6 @@ import threading
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from jobs.cli.recipe import load_recipe
@@ -123,10 +122,8 @@ def test_ray_workers_of_which_one_is_killed(
         deadline = time.monotonic() + 200
         while not (copy / FOLDER / "checkpoints" / INDEX).exists() and time.monotonic() < deadline:
             time.sleep(0.005)
-        processes = psutil.Process().children(recursive=True)  # Ray was started by this process
-        workers = [process for process in processes if is_worker(process, copy)]
-        killed.append(workers[0].pid)
-        os.kill(workers[0].pid, signal.SIGKILL)
+        killed.append(Root(copy).read_json(f"leases/{FOLDER}.json")["owner"]["pid"])
+        os.kill(killed[0], signal.SIGKILL)
 
     killer = threading.Thread(target=kill_a_worker)
     killer.start()
@@ -135,14 +132,6 @@ def test_ray_workers_of_which_one_is_killed(
     assert killed
     assert "a worker was lost: restarting from step" in caplog.text
     assert read_manifest(Root(copy), FOLDER).checksums() == expected
-
-
-def is_worker(process: psutil.Process, folder: Path) -> bool:
-    """True if the process holds the lock of the run."""
-    try:
-        return any(file.path == str(folder / FOLDER / "lock") for file in process.open_files())
-    except psutil.Error:
-        return False
 
 
 def training_of(sections: dict[str, object]) -> TrainingRecipe:
