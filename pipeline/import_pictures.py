@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.databases.listing import Listing, list_pictures
+from pipeline.databases.open_images import with_open_images
 from pipeline.databases.sources import Content, PictureSource, SourcePicture
 from pipeline.download.download import SCHEMA_VERSION, split_settings
 from pipeline.download.image_download import URL_BLOCKED, PictureBuffer, RowStatus, SplitSettings, stored_image
@@ -119,11 +120,12 @@ def _imported(path: Path, prefix: str) -> tuple[list[ImportedPicture], Counter[s
     prefix: of the paths that stand for the URLs of pictures without an own URL.
     """
     listing = list_pictures(PictureSource(path, style_captions=True))
-    addresses = [canonical_url(picture.source) for picture in listing.pictures]
+    described = with_open_images(listing.pictures, path)
+    addresses = [canonical_url(picture.source) for picture in described]
     counts = Counter(addresses)
     names = _class_names(path)
     pictures = []
-    for picture, address in zip(listing.pictures, addresses, strict=True):
+    for picture, address in zip(described, addresses, strict=True):
         # The `source` of several pictures is a web site rather than their URL.
         url = address if address and counts[address] == 1 else f"{prefix}/{picture.name}"
         pictures.append(ImportedPicture(url, address, _with_class_name(picture, names)))
