@@ -1,54 +1,74 @@
-"""An S3 store in memory that lists 700,000 objects fast and answers each request after REQUEST_S.
+"""An S3 store in memory, in a process of its own, that answers each request after REQUEST_S.
 
-moto's server sorts all keys for each page of a listing. Supports what s3fs sends here: listings, HEAD, GET, PUT and
-deletion of many objects.
+moto's server sorts all keys for each page of a listing; this one lists 700,000 objects fast. Supports what s3fs sends
+here: listings, HEAD, GET, PUT (also on the condition that the key is new), DELETE, and deletion of many objects.
 """
 
 import bisect
 import hashlib
+import multiprocessing
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing.connection import Connection
+from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape, unescape
 
 REQUEST_S = 0.03
 BUCKET = "scale"
 PAGE_KEYS = 1_000
+ERROR = "<Error><Code>{}</Code></Error>"
+
+
+class StoredObject(NamedTuple):
+    """An object. size: that of listings; entry: its part of a listing, rendered once."""
+
+    size: int
+    tag: str
+    content: bytes
+    entry: str
 
 
 @dataclass
 class Store:
-    """Objects by key: size, ETag and content. requests, sent, received: counts of requests and of bytes."""
+    """Objects by key, and counts: requests by kind, bytes of the bodies sent and received."""
 
-    port: int = 0
-    objects: dict[str, tuple[int, str, bytes]] = field(default_factory=dict)
+    objects: dict[str, StoredObject] = field(default_factory=dict)
     keys: list[str] | None = None
     """The sorted keys; None after a change."""
     lock: threading.Lock = field(default_factory=threading.Lock)
-    requests: int = 0
-    sent: int = 0
-    received: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
 
     def put(self, key: str, content: bytes, size: int | None = None) -> str:
         """Store an object. size: that of listings, if not the length of the content. Returns the ETag."""
         tag = f'"{hashlib.md5(content + key.encode(), usedforsecurity=False).hexdigest()}"'
+        size = len(content) if size is None else size
+        entry = (
+            f"<Contents><Key>{escape(key)}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
+            f"<ETag>{escape(tag)}</ETag><Size>{size}</Size></Contents>"
+        )
         with self.lock:
-            self.objects[key] = (len(content) if size is None else size, tag, content)
+            self.objects[key] = StoredObject(size, tag, content, entry)
             self.keys = None
         return tag
 
-    def page(self, prefix: str, after: str, limit: int) -> tuple[list[str], bool]:
-        """The next keys with a prefix after a key, and whether more follow."""
+    def listing(self, prefix: str, after: str, limit: int) -> str:
+        """A page: the next objects with a prefix after a key, in order of the keys."""
         with self.lock:
             keys = self.keys = self.keys or sorted(self.objects)
-        first = bisect.bisect_right(keys, after) if after else bisect.bisect_left(keys, prefix)
-        part = [key for key in keys[first : first + limit + 1] if key.startswith(prefix)]
-        return part[:limit], len(part) > limit
+            first = bisect.bisect_right(keys, after) if after else bisect.bisect_left(keys, prefix)
+            part = [key for key in keys[first : first + limit + 1] if key.startswith(prefix)]
+            entries = "".join(self.objects[key].entry for key in part[:limit])
+        is_truncated = len(part) > limit
+        more = f"<NextContinuationToken>{escape(part[limit - 1])}</NextContinuationToken>" if is_truncated else ""
+        truncated = str(is_truncated).lower()
+        return f"<ListBucketResult><IsTruncated>{truncated}</IsTruncated>{more}{entries}</ListBucketResult>"
 
     def delete(self, keys: list[str]) -> None:
         """Remove objects."""
@@ -60,17 +80,18 @@ class Store:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or the body waits for the acknowledgment of the head
+    wbufsize = 1 << 16
     server: "_Server"
 
     def log_message(self, *_: object) -> None:
         """Requests are not logged."""
 
-    def _answer(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None) -> None:
+    def _answer(self, kind: str, status: int, body: bytes = b"", headers: dict[str, str] | None = None) -> None:
         time.sleep(REQUEST_S)
         store = self.server.store
         with store.lock:
-            store.requests += 1
-            store.sent += len(body)
+            store.counts.update({"requests": 1, kind: 1, "bytes": len(body)})
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
@@ -85,56 +106,53 @@ class _Handler(BaseHTTPRequestHandler):
     def _body(self) -> bytes:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         with self.server.store.lock:
-            self.server.store.received += len(body)
+            self.server.store.counts["bytes"] += len(body)
         return body
 
     def do_GET(self) -> None:
-        query = {name: values[0] for name, values in parse_qs(urlsplit(self.path).query).items()}
+        query = parse_qs(urlsplit(self.path).query, keep_blank_values=True)
         if "list-type" in query:
-            self._list(query)
+            prefix, after = (query.get(name, [""])[0] for name in ("prefix", "continuation-token"))
+            limit = min(PAGE_KEYS, int(query.get("max-keys", [PAGE_KEYS])[0]))
+            self._answer("list", 200, self.server.store.listing(prefix, after, limit).encode())
+            return
+        if "uploads" in query:
+            self._answer("list", 200, b"<ListMultipartUploadsResult></ListMultipartUploadsResult>")
             return
         stored = self.server.store.objects.get(self._key)
         if stored is None:
-            self._answer(404, b"<Error><Code>NoSuchKey</Code></Error>")
+            self._answer("get", 404, ERROR.format("NoSuchKey").encode())
             return
-        size, tag, content = stored
-        first, last = 0, len(content) - 1
+        first, last = 0, len(stored.content) - 1
         if span := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             first, last = int(span[1]), min(last, int(span[2] or last))
-        headers = {"ETag": tag, "Content-Range": f"bytes {first}-{last}/{size}"}
-        self._answer(206 if span else 200, content[first : last + 1], headers)
+        headers = {"ETag": stored.tag, "Content-Range": f"bytes {first}-{last}/{stored.size}"}
+        self._answer("get", 206 if span else 200, stored.content[first : last + 1], headers)
 
     def do_HEAD(self) -> None:
         stored = self.server.store.objects.get(self._key)
         if stored is None:
-            self._answer(404)
+            self._answer("head", 404)
         else:
-            self._answer(200, b"", {"ETag": stored[1], "Content-Length": str(stored[0])})
+            self._answer("head", 200, b"", {"ETag": stored.tag, "Content-Length": str(stored.size)})
 
     def do_PUT(self) -> None:
-        body = self._body()
+        body, store = self._body(), self.server.store
         if "aws-chunked" in self.headers.get("Content-Encoding", ""):
             body = _joined_chunks(body)
-        self._answer(200, b"", {"ETag": self.server.store.put(self._key, body)})
+        if self.headers.get("If-None-Match") and self._key in store.objects:
+            self._answer("put", 412, ERROR.format("PreconditionFailed").encode())
+        else:
+            self._answer("put", 200, b"", {"ETag": store.put(self._key, body)})
+
+    def do_DELETE(self) -> None:
+        self.server.store.delete([self._key])
+        self._answer("delete", 204)
 
     def do_POST(self) -> None:
         keys = [unescape(key) for key in re.findall("<Key>(.*?)</Key>", self._body().decode())]
         self.server.store.delete(keys)
-        self._answer(200, b"<DeleteResult></DeleteResult>")
-
-    def _list(self, query: dict[str, str]) -> None:
-        store, after = self.server.store, query.get("continuation-token", "")
-        limit = min(PAGE_KEYS, int(query.get("max-keys", PAGE_KEYS)))
-        keys, is_truncated = store.page(query.get("prefix", ""), after, limit)
-        entries = "".join(
-            f"<Contents><Key>{escape(key)}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
-            f"<ETag>{store.objects[key][1]}</ETag><Size>{store.objects[key][0]}</Size></Contents>"
-            for key in keys
-        )
-        more = f"<NextContinuationToken>{escape(keys[-1])}</NextContinuationToken>" if is_truncated else ""
-        truncated = str(is_truncated).lower()
-        text = f"<ListBucketResult><IsTruncated>{truncated}</IsTruncated>{more}{entries}</ListBucketResult>"
-        self._answer(200, text.encode())
+        self._answer("delete", 200, b"<DeleteResult></DeleteResult>")
 
 
 def _joined_chunks(body: bytes) -> bytes:
@@ -157,15 +175,47 @@ class _Server(ThreadingHTTPServer):
         self.store = store
 
 
-@contextmanager
-def running_store() -> Iterator[Store]:
-    """A store that serves from threads of this process until the block ends."""
+def _serve(fill: Callable[[Store], None], pipe: Connection) -> None:
+    """Serve a filled store. Sends the port, then the counts for each message that is received, until None."""
     store = Store()
+    fill(store)
     server = _Server(store)
-    store.port = server.server_address[1]
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    pipe.send(server.server_port)
+    filled_s = time.process_time()
+    while pipe.recv() is not None:
+        pipe.send({**store.counts, "store_cpu_s": time.process_time() - filled_s})
+
+
+@dataclass(frozen=True)
+class RunningStore:
+    """A store that serves."""
+
+    port: int
+    pipe: Connection
+
+    def counts(self) -> Counter[str]:
+        """Since the start: requests, also by kind, bytes of bodies, and the CPU seconds of the store."""
+        self.pipe.send("counts")
+        return Counter(self.pipe.recv())
+
+    def environment(self) -> dict[str, str]:
+        """Environment variables of a client."""
+        keys = {"AWS_ACCESS_KEY_ID": "scale", "AWS_SECRET_ACCESS_KEY": "scale", "AWS_DEFAULT_REGION": "us-east-1"}
+        return keys | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}"}
+
+
+@contextmanager
+def running_store(fill: Callable[[Store], None]) -> Iterator[RunningStore]:
+    """A store that is filled by a picklable function and serves until the block ends."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(fill, theirs), daemon=True)
+    process.start()
+    theirs.close()
     try:
-        yield store
+        yield RunningStore(ours.recv(), ours)
     finally:
-        server.shutdown()
-        server.server_close()
+        ours.close()
+        process.terminate()
+        process.join()

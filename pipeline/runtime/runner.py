@@ -54,10 +54,10 @@ def finished_shards(stage: Stage, shards: Sequence[str]) -> dict[str, ShardRecor
     """
     sizes: dict[str, int] = {}
     versions: dict[str, str] = {}
-    for file, size, version in stage.root.files(stage.name):
-        sizes[file] = size
-        if version and file.startswith(f"{stage.name}/records/"):
-            versions[file] = version
+    for file in stage.root.files(stage.name):
+        sizes[file.name] = file.bytes
+        if file.version and file.name.startswith(f"{stage.name}/records/"):
+            versions[file.name] = file.version
     names = [*shards, *_former_shards(stage, sizes)] if stage.by_shard else shards
     names = [name for name in names if record_file(stage.name, name) in sizes]
     stored = [record for record in _stored_records(stage, names, sizes, versions) if files_listed(sizes, record)]

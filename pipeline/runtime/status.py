@@ -8,15 +8,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from functools import partial
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 from fsspec.core import url_to_fs
 
 from retrieval.config import Config
 from retrieval.errors import UserError
+from retrieval.storage import object_store
 from retrieval.storage.manifest import Manifest, ShardRecord, fingerprint, read_manifest, read_record
 from retrieval.storage.root import Root
 from retrieval.storage.stage_folder import setting_differences
@@ -39,8 +39,6 @@ THREADS = 16
 """Files read at once: an object store has high latency but serves many requests."""
 RECENT_SHARE, RECENT_MIN, RECENT_MAX = 0.1, 8, 1_000
 """The most recent shards, which the remaining time is estimated from: a tenth, within these bounds."""
-MODIFIED = ("mtime", "LastModified", "last_modified", "modified", "updated", "created")
-"""Keys of the modification time in the file information of different file systems."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ def find_manifest(root: Root, folder: str) -> Manifest | None:
 
 
 def _finished(root: Root, name: str, manifest: Manifest, times: Mapping[str, float]) -> Status:
-    shards = [shard for shard in manifest.shards if not shard.shard.startswith("dropped/")]
+    num_shards = len(manifest.shards) - len(manifest.shard_names("dropped/"))
     ended = modified_at(root, f"{manifest.stage}/manifest.json")
     # A resumed stage stores the seconds of its last run, which processed only a part of the shards.
     last_run = [time for time in times.values() if time >= ended - manifest.seconds - 1]
@@ -115,8 +113,8 @@ def _finished(root: Root, name: str, manifest: Manifest, times: Mapping[str, flo
     return Status(
         name,
         "finished",
-        done=len(shards),
-        total=len(shards),
+        done=num_shards,
+        total=num_shards,
         rows=manifest.rows,
         rows_per_s=manifest.rows * share / manifest.seconds if manifest.seconds and share else None,
         bytes=manifest.bytes,
@@ -262,32 +260,17 @@ def _read(root: Root, folder: str, name: str) -> ShardRecord | None:
 
 def _record_times(root: Root, folder: str) -> dict[str, float]:
     """Modification time of each record by shard name, from a single listing."""
-    root.fs.invalidate_cache()
-    base = _path(root, f"{folder}/records")
-    if not root.exists(f"{folder}/records"):
-        return {}
-    files: dict[str, dict[str, Any]] = root.fs.find(base, detail=True)
-    names = {path: path[path.rindex(base) + len(base) :].lstrip("/") for path in files}
+    folder = f"{folder}/records/"
     return {
-        name.removesuffix(".json"): _modified(files[path])
-        for path, name in names.items()
-        if name.endswith(".json") and ".partial-" not in name and not name.startswith("former/")
+        file.name.removeprefix(folder).removesuffix(".json"): file.modified
+        for file in root.files(folder)
+        if file.name.endswith(".json") and not file.name.startswith(f"{folder}former/")
     }
-
-
-def _path(root: Root, name: str) -> str:
-    """The path of a file in the root's file system."""
-    return str(url_to_fs(root.at(name))[1])
 
 
 def modified_at(root: Root, name: str) -> float:
     """Modification time of a file, in seconds since 1970."""
-    return _modified(root.fs.info(_path(root, name)))
-
-
-def _modified(info: Mapping[str, Any]) -> float:
-    time = next((info[key] for key in MODIFIED if info.get(key)), 0.0)
-    return time.timestamp() if isinstance(time, datetime) else float(time)
+    return object_store.modified_at(root.fs.info(str(url_to_fs(root.at(name))[1])))
 
 
 def _by_count(reasons: Mapping[str, int]) -> dict[str, int]:

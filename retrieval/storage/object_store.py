@@ -1,10 +1,12 @@
-"""Options and errors of object stores that fsspec leaves to the caller: retries, part sizes, read-ahead."""
+"""What fsspec leaves to the caller: retries, part sizes, read-ahead and errors of object stores, and fast listings."""
 
 import io
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, suppress
+from datetime import datetime
+from typing import Any, BinaryIO, NamedTuple
+from xml.etree import ElementTree
 
 PART_BYTES = 1 << 24
 """Smallest part of a multipart upload to S3. Files of at least two parts are sent in parts, ten at once."""
@@ -13,6 +15,20 @@ READ_AHEAD_BYTES = 1 << 20
 """Bytes read ahead from an object store; most reads are one row group among many."""
 ATTEMPTS = 8
 """Attempts of a request to S3 that fails with 5xx or no response, 40 s in total; AWS_MAX_ATTEMPTS overrides it."""
+
+MODIFIED = ("mtime", "LastModified", "last_modified", "modified", "updated", "created")
+"""Keys of the modification time in the file information of different file systems."""
+
+
+class ListedFile(NamedTuple):
+    """A file of a listing."""
+
+    name: str
+    bytes: int
+    version: str
+    """The ETag, which another content changes; "" on local disks."""
+    modified: float
+    """Modification time in seconds since 1970; 0.0 if unknown."""
 
 
 def is_s3(url: str) -> bool:
@@ -44,21 +60,66 @@ def part_bytes(size: int) -> int:
     return max(PART_BYTES, -(-size // MAX_PARTS))
 
 
-def listed_objects(fs: Any, folder: str) -> Iterator[tuple[str, int, str]]:
-    """Path, bytes and ETag of every object below a folder of an S3 bucket, sorted by path.
+def listed_files(fs: Any, url: str, base: str, folder: str) -> Iterator[ListedFile]:
+    """All files below `base`/`folder`, sorted by name. Names are relative to `base`, a path in the file system `fs`."""
+    path, start = f"{base}/{folder}".rstrip("/"), len(base)
+    if is_s3(url):
+        for item in _listed_objects(fs, path):
+            name = item["Path"][start:].lstrip("/")
+            yield ListedFile(name, item["Size"], item["ETag"], item["LastModified"].timestamp())
+        return
+    files = fs.find(path, detail=True)
+    for name in sorted(files):
+        info = files[name]
+        yield ListedFile(name[start:].lstrip("/"), int(info["size"] or 0), version_of(info), modified_at(info))
 
-    fs: an S3FileSystem. One page at a time: s3fs holds 1 kB for each object of a whole listing.
-    """
+
+def version_of(info: Mapping[str, Any]) -> str:
+    """The ETag in fsspec's information about a file, or ""."""
+    return str(info.get("ETag") or info.get("etag") or "")
+
+
+def modified_at(info: Mapping[str, Any]) -> float:
+    """The modification time in fsspec's information about a file: seconds since 1970, or 0.0."""
+    time = next((info[key] for key in MODIFIED if info.get(key)), 0.0)
+    return time.timestamp() if isinstance(time, datetime) else float(time)
+
+
+def _listed_objects(fs: Any, folder: str) -> Iterator[dict[str, Any]]:
+    """The fields of all objects below a folder, one page at a time: s3fs holds 1 kB for each object of all pages."""
+    fs.s3.meta.events.register("before-parse.s3.ListObjectsV2", _parse_objects, "rdm-objects")
     bucket, key, _ = fs.split_path(folder)
     request = {"Bucket": bucket, "Prefix": f"{key}/" if key else "", **fs.req_kw}
     while True:
         page = fs.call_s3("list_objects_v2", **request)
         for item in page.get("Contents", ()):
             if not item["Key"].endswith("/"):  # an empty folder that a console made
-                yield f"{bucket}/{item['Key']}", item["Size"], item["ETag"]
+                yield {**item, "Path": f"{bucket}/{item['Key']}"}
         if not page.get("IsTruncated"):
             return
         request["ContinuationToken"] = page["NextContinuationToken"]
+
+
+def _parse_objects(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: object) -> None:
+    """Event handler of botocore: parse the objects of a listing, with a tenth of the CPU time of its own parser.
+
+    That takes 0.15 s for a page of 1,000 objects. Sets the key Contents of the result; botocore parses the rest.
+    """
+    with suppress(ElementTree.ParseError):  # botocore raises its own error for it
+        listing = ElementTree.fromstring(response_dict["body"])
+        items = [item for item in listing if item.tag.endswith("Contents")]
+        # A tag is "{namespace}name".
+        contents = [{field.tag.rpartition("}")[2]: field.text or "" for field in item} for item in items]
+        if contents:
+            customized_response_dict["Contents"] = [_object(fields) for fields in contents]
+            listing[:] = [item for item in listing if not item.tag.endswith("Contents")]
+            response_dict["body"] = ElementTree.tostring(listing)
+
+
+def _object(fields: dict[str, str]) -> dict[str, Any]:
+    """The fields of an object with their types, as botocore gives them."""
+    modified = datetime.fromisoformat(fields["LastModified"])
+    return {**fields, "Size": int(fields["Size"]), "LastModified": modified}
 
 
 class RemoteFile(io.RawIOBase):

@@ -124,26 +124,20 @@ class Root:
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Bytes of all files below a folder by name, sorted by name, from one listing. As `list`."""
-        return {name: size for name, size, _ in self.files(folder)}
+        return {file.name: file.bytes for file in self.files(folder)}
 
-    def files(self, folder: str) -> Iterator[tuple[str, int, str]]:
-        """Name, bytes and `version` of all files below a folder, sorted by name, from one listing. As `list`."""
-        path = f"{self._base}/{folder}".rstrip("/")
+    def files(self, folder: str) -> Iterator[object_store.ListedFile]:
+        """All files below a folder, sorted by name, from one listing. As `list`."""
         with suppress(FileNotFoundError), self._store_errors(folder):
-            if object_store.is_s3(self.url):
-                files = object_store.listed_objects(self.fs, path)
-            else:
-                found = self.fs.find(path, detail=True)
-                files = ((name, int(found[name]["size"] or 0), _version(found[name])) for name in sorted(found))
-            for name, size, version in files:
-                if "/.partial-" not in name:
-                    yield name[len(self._base) :].lstrip("/"), size, version
+            for file in object_store.listed_files(self.fs, self.url, self._base, folder):
+                if "/.partial-" not in file.name:
+                    yield file
 
     def version(self, name: str) -> str:
         """The ETag of a file, which another content changes; "" on local disks and if it does not exist."""
         try:
             with self._store_errors(name):
-                return "" if self.is_local else _version(self.fs.info(f"{self._base}/{name}"))
+                return "" if self.is_local else object_store.version_of(self.fs.info(f"{self._base}/{name}"))
         except FileNotFoundError:
             return ""
 
@@ -334,10 +328,6 @@ class Root:
             if not page.get("IsTruncated"):
                 return
             markers = {marker: page[f"Next{marker}"] for marker in ("KeyMarker", "UploadIdMarker")}
-
-
-def _version(info: dict[str, Any]) -> str:
-    return str(info.get("ETag") or info.get("etag") or "")
 
 
 def file_sha256(path: Path) -> str:

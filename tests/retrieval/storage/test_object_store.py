@@ -65,6 +65,20 @@ def test_a_file_exists_only_once_it_is_complete(root: Root, other: S3FileSystem)
     assert "Uploads" not in other.call_s3("list_multipart_uploads", Bucket=bucket)
 
 
+def test_a_listing_gives_names_sizes_versions_and_times_as_the_client_does(root: Root, other: S3FileSystem) -> None:
+    names = ["stage/a b+c%20.tar", "stage/ä & <é>.json", "stage/z/0.tar"]
+    for size, name in enumerate(names):
+        root.write_bytes(name, b"x" * size)
+    bucket = BUCKET + "/" + root.url.rpartition("/")[2]
+    infos = other.find(f"{bucket}/stage", detail=True)
+    wanted = [(name.removeprefix(f"{bucket}/"), infos[name]) for name in sorted(infos)]
+    assert sorted(names) == [name for name, _ in wanted]
+    assert list(root.files("stage")) == [
+        (name, info["size"], info["ETag"], info["LastModified"].timestamp()) for name, info in wanted
+    ]
+    assert sorted(root.fs.find(f"{bucket}/stage")) == sorted(infos)
+
+
 def test_unfinished_uploads_of_all_pages_are_aborted_and_those_that_just_ended_are_ignored(
     root: Root, other: S3FileSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
