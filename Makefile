@@ -137,8 +137,8 @@ bench-load: install ## load test of the explore page with 100 visitors: docs/loa
 bench-capacity: install ## rates for the capacity plan: docs/capacity.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pipeline.capacity $(ARGS)
 
-bench-scale: install ## requests, time and memory of the records of 231,350 shards in an object store: docs/scale.md
-	$(BIN)/python -m benchmarks.pipeline.scale $(ARGS)
+bench-scale: install ## requests, time and memory of 231,350 shards in an object store: docs/scale.md
+	$(BIN)/python -m benchmarks.scale $(ARGS)
 
 bench-near-copies: install ## recall and false removals of near-copy removal with RECIPE's [clip]: docs/near_copies.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pipeline.near_copies $(RECIPE) $(ARGS)

@@ -48,6 +48,8 @@ class SmallDataSet:
     folder: Path
     rows: int = 240
     files: int = 4
+    metadata: str = ""
+    """URL of the folder of metadata, if it is not `metadata` below `folder`."""
 
     def run(self, stage: str, root: Root, workers: int, variant: str = "") -> Manifest:
         """Run a data stage on the connected Ray cluster. variant: `retry` or `timeout` of the download."""
@@ -56,7 +58,7 @@ class SmallDataSet:
     def _stages(self, workers: int, variant: str) -> dict[str, Callable[[Root], Manifest]]:
         clip = ClipConfig(model=f"local-dir:{self.folder / 'clip'}")
         filter_config = FilterConfig(
-            metadata=str(self.folder / "metadata"), min_edge=32, rows_per_shard=15, workers=workers
+            metadata=self.metadata or str(self.folder / "metadata"), min_edge=32, rows_per_shard=15, workers=workers
         )
         download_config = DownloadConfig(
             contact="crashes@example.org",
@@ -89,9 +91,11 @@ class ServedPictures:
 
 
 @contextmanager
-def served_data_set(folder: Path, seed: int, pictures: ServedPictures | None = None) -> Iterator[SmallDataSet]:
+def served_data_set(
+    folder: Path, seed: int, pictures: ServedPictures | None = None, data_set: SmallDataSet | None = None
+) -> Iterator[SmallDataSet]:
     """Write a data set, and serve its pictures until the block ends. pictures: filled, and may be changed then."""
-    data_set = SmallDataSet(folder)
+    data_set = data_set or SmallDataSet(folder)
     pictures = ServedPictures() if pictures is None else pictures
     pictures.bodies |= {f"/{number}.jpg": _picture(seed, number) for number in range(data_set.rows)}
     server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(pictures))

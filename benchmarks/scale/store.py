@@ -6,10 +6,12 @@ here: listings, HEAD, GET, PUT (also on the condition that the key is new), DELE
 
 import bisect
 import hashlib
+import json
 import multiprocessing
 import re
 import threading
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +25,8 @@ from xml.sax.saxutils import escape, unescape
 REQUEST_S = 0.03
 BUCKET = "scale"
 PAGE_KEYS = 1_000
+COUNTS = "/counts"
+"""The path that returns the counts, at once and without being counted."""
 ERROR = "<Error><Code>{}</Code></Error>"
 
 
@@ -81,7 +85,6 @@ class Store:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # or the body waits for the acknowledgment of the head
-    wbufsize = 1 << 16
     server: "_Server"
 
     def log_message(self, *_: object) -> None:
@@ -92,6 +95,9 @@ class _Handler(BaseHTTPRequestHandler):
         store = self.server.store
         with store.lock:
             store.counts.update({"requests": 1, kind: 1, "bytes": len(body)})
+        self._send(status, body, headers)
+
+    def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
@@ -110,6 +116,10 @@ class _Handler(BaseHTTPRequestHandler):
         return body
 
     def do_GET(self) -> None:
+        if self.path == COUNTS:
+            counts = {**self.server.store.counts, "store_cpu_s": time.process_time()}
+            self._send(200, json.dumps(counts).encode())
+            return
         query = parse_qs(urlsplit(self.path).query, keep_blank_values=True)
         if "list-type" in query:
             prefix, after = (query.get(name, [""])[0] for name in ("prefix", "continuation-token"))
@@ -176,15 +186,12 @@ class _Server(ThreadingHTTPServer):
 
 
 def _serve(fill: Callable[[Store], None], pipe: Connection) -> None:
-    """Serve a filled store. Sends the port, then the counts for each message that is received, until None."""
+    """Fill a store, send the port, and serve until the parent process ends this one."""
     store = Store()
     fill(store)
     server = _Server(store)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     pipe.send(server.server_port)
-    filled_s = time.process_time()
-    while pipe.recv() is not None:
-        pipe.send({**store.counts, "store_cpu_s": time.process_time() - filled_s})
+    server.serve_forever()
 
 
 @dataclass(frozen=True)
@@ -192,12 +199,11 @@ class RunningStore:
     """A store that serves."""
 
     port: int
-    pipe: Connection
 
     def counts(self) -> Counter[str]:
-        """Since the start: requests, also by kind, bytes of bodies, and the CPU seconds of the store."""
-        self.pipe.send("counts")
-        return Counter(self.pipe.recv())
+        """Since the start: requests, also by kind, bytes of bodies, and CPU seconds of the store."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{COUNTS}") as response:
+            return Counter(json.load(response))
 
     def environment(self) -> dict[str, str]:
         """Environment variables of a client."""
@@ -214,8 +220,7 @@ def running_store(fill: Callable[[Store], None]) -> Iterator[RunningStore]:
     process.start()
     theirs.close()
     try:
-        yield RunningStore(ours.recv(), ours)
+        yield RunningStore(ours.recv())
     finally:
-        ours.close()
         process.terminate()
         process.join()

@@ -1,0 +1,148 @@
+"""`make bench-scale`: 231,350 shards in an object store that answers each request after 30 ms.
+
+The records of all shards (`records`), then a sample of tiny shards through every data stage (`stages`). About 15
+minutes on two free cores. Writes `docs/scale.json` and `docs/scale.md`.
+"""
+
+import argparse
+import multiprocessing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.report import DOCS, Goal, markdown_table, write_report
+from benchmarks.scale import records, stages
+from benchmarks.scale.store import REQUEST_S, Store, running_store
+from jobs.reporting.hardware import hardware
+
+BEFORE = {
+    "write the manifest": "37 s, 2.15 GB, 181 MB of JSON",
+    "read the manifest": "7.7 s",
+    "list the stage": "0.2 s of CPU a page: 139 s",
+    "resume, stage finished": "463,000 requests",
+    "resume, stage unfinished": "5 requests and 14 ms a shard: 54 minutes",
+    "delete the stage": "3.1 requests a file: 18 hours",
+    "open a database of 1,900 partitions": "9,500 requests: 5 minutes",
+}
+"""What earlier versions of the code took at 231,350 shards, measured on a part of them and multiplied."""
+
+PAGE = """# All shards of LAION-2B in an object store
+
+`make bench-scale`, on {hardware}. The store is a process on this machine that answers each request after {ms:.0f} ms.
+Requests, bytes, memory and CPU time do not depend on the load of the machine; the time does, and other work ran on
+this machine during the measurement if the time is far above CPU time plus {ms:.0f} ms a request.
+
+{goals}
+
+## The records of {shards:,} shards
+
+Each shard has two files of one byte, so these are the costs of records and requests. Each row is a new process;
+memory is its peak, {base:.2f} GB of it imported libraries. CPU is that of the process, without the store. "Before" is
+an earlier version of the code, measured on a part of the shards and multiplied.
+
+{records}
+
+## A sample through every data stage
+
+A metadata file of {rows} rows becomes a training shard and a database shard; every stage runs on {files[0]} and on
+{files[1]} of these files, with two workers on Ray that read and write in the store. Each number is the difference of
+the two runs divided by the difference of the files: the start of the workers does not count. CPU and memory are those
+of the driver; memory is the growth of its Python objects, and the last column multiplies it by {shards:,}. Time is
+that of both workers together. `index` and `neighbors` also work on partitions, whose number grows here with the rows.
+
+{stages}
+
+Rates of the stages themselves are in [pipeline.md](pipeline.md) and [download.md](download.md).
+"""
+FILES = (20, 80)
+
+
+def measure_stages(counts: tuple[int, ...], results: Any) -> None:
+    """Run the sample at each number of metadata files, in one process. results: receives those of each number."""
+    with running_store(_leave_empty) as store:
+        results.put([stages.measure(count, store) for count in counts])
+
+
+def _leave_empty(store: Store) -> None:
+    """The sample's store has no files at first."""
+
+
+def measure(shards: int) -> dict[str, Any]:
+    """Measure the records and the stages, these in a process of their own, whose memory is counted."""
+    with running_store(partial(records.fill, shards)) as store:
+        cases = records.measure(shards, store)
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    process = context.Process(target=measure_stages, args=(FILES, results))
+    process.start()
+    sample = results.get()
+    process.join()
+    return {"hardware": hardware(), "shards": shards, "records": cases, "files": list(FILES), "stages": sample}
+
+
+def goals(result: dict[str, Any]) -> list[Goal]:
+    """The goals, with the measured values."""
+    resumed = [result["records"][f"resume, stage {state}"] for state in ("finished", "unfinished")]
+    quiet = max(case["cpu_s"] + REQUEST_S * case["requests"] for case in resumed)
+    return [
+        Goal("resume, time", 60, max(case["seconds"] for case in resumed), True, " s"),
+        Goal("resume, CPU time and 30 ms a request", 60, quiet, True, " s"),
+        Goal("resume, memory", 1, max(case["memory_gb"] for case in resumed), True, " GB"),
+    ]
+
+
+def _record_rows(result: dict[str, Any]) -> list[list[str]]:
+    return [
+        [
+            *(name, f"{case['requests']:,.0f}", f"{case['bytes'] / 1e6:,.1f} MB", f"{case['seconds']:,.1f} s"),
+            *(f"{case['cpu_s']:,.1f} s", f"{case['memory_gb']:.2f} GB", BEFORE.get(name, "")),
+        ]
+        for name, case in result["records"].items()
+    ]
+
+
+def _stage_rows(result: dict[str, Any]) -> list[list[str]]:
+    small, large = result["stages"]
+    files = result["files"][1] - result["files"][0]
+    rows = []
+    for name in large:
+        names = ("requests", "bytes", "cpu_s", "seconds", "peak_bytes")
+        each = {key: (large[name][key] - small[name][key]) / files for key in names}
+        rows.append(
+            [
+                *(name, f"{each['requests']:.1f}", f"{each['bytes'] / 1e3:,.1f} kB", f"{each['seconds']:.2f} s"),
+                *(f"{1e3 * each['cpu_s']:.1f} ms", f"{each['peak_bytes'] / 1e3:.1f} kB"),
+                f"{each['peak_bytes'] * result['shards'] / 1e9:.2f} GB",
+            ]
+        )
+    return rows
+
+
+def page(result: dict[str, Any]) -> str:
+    """The page as Markdown."""
+    heads = ["", "requests:", "bytes:", "time:", "CPU:", "memory:", "before"]
+    stage_heads = ["stage", "requests:", "bytes:", "time:", "driver CPU:", "driver memory:", "at full size:"]
+    return PAGE.format(
+        hardware=result["hardware"],
+        shards=result["shards"],
+        files=[f"{count:,}" for count in result["files"]],
+        ms=1e3 * REQUEST_S,
+        base=max(case["base_gb"] for case in result["records"].values()),
+        rows=stages.ROWS_PER_FILE,
+        goals=markdown_table(["", "goal:", "measured:", ""], [goal.cells for goal in goals(result)]),
+        records=markdown_table(heads, _record_rows(result)),
+        stages=markdown_table(stage_heads, _stage_rows(result)),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
+    parser.add_argument("--shards", type=int, default=231_350, help="number of shards whose records are measured")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the results")
+    options = parser.parse_args()
+    result = measure(options.shards)
+    write_report(options.docs, "scale", result, page(result))
+
+
+if __name__ == "__main__":
+    main()
