@@ -44,6 +44,8 @@ class Sizes(Config):
     """Rows in the metadata."""
     database_images: PositiveInt
     """Database images that are downloaded and kept."""
+    database_source: str = "assumed"
+    """Source of `database_images`, as those of rates."""
     training: tuple[str, ...] = Field(strict=False)
     """Recipes that train on the data, relative to the input file."""
 
@@ -135,13 +137,17 @@ class Cost:
 
 
 class DataSizes(NamedTuple):
-    """Rows of each stage. edge: shorter edge of database images in pixels; dim: dimension of the vectors."""
+    """Rows of each stage. edge: shorter edge of database images in pixels; dim: dimension of the vectors.
+
+    source: of the number of database images.
+    """
 
     metadata: int
     train: int
     database: int
     edge: int
     dim: int
+    source: str = "assumed"
 
     @property
     def selected(self) -> int:

@@ -21,7 +21,7 @@ from retrieval.errors import UserError
 from retrieval.recipe import ClipConfig, IndexConfig
 from trainer.model.unet import build_unet
 from trainer.recipe import AutoencoderConfig, ModelConfig, TrainConfig
-from trainer.tracking.flops import training_flops
+from trainer.tracking.flops import encoding_flops, training_flops
 
 DOWNSAMPLING = {"kl": 16, "vq": 4, "patch": 4}
 """Pixels along an edge for one latent, by kind of autoencoder: the paper's two, and the demo's."""
@@ -31,11 +31,15 @@ FLOAT32_BYTES = 4
 
 
 class Network(NamedTuple):
-    """The size of a network: FLOP to train on one image, number of parameters, values of one latent."""
+    """The size of a network: FLOP to train on one image, number of parameters, values of one latent.
+
+    encoding_flops: FLOP of its autoencoder to encode one image.
+    """
 
     flops: float
     parameters: int
     latent_values: int
+    encoding_flops: float = 0.0
 
 
 def costs(recipe: Recipe, inputs: Inputs, trainings: Sequence[Recipe]) -> list[Cost]:
@@ -69,6 +73,7 @@ def data_sizes(recipe: Recipe, inputs: Inputs) -> DataSizes:
         database=inputs.sizes.database_images,
         edge=recipe[DownloadConfig].database_edge if recipe.has("download") else default_edge,
         dim=recipe[ModelConfig].context_dim if recipe.has("model") else _vector_length(recipe[ClipConfig].model),
+        source=inputs.sizes.database_source,
     )
 
 
@@ -94,18 +99,19 @@ def network_of(recipe: Recipe) -> Network:
     with torch.device("meta"):
         parameters = sum(weight.numel() for weight in build_unet(model).parameters())
     flops = training_flops(model, shape, train.context_tokens)
-    return Network(flops, parameters, model.latent_channels * edge * edge)
+    encoding = encoding_flops(recipe[AutoencoderConfig].kind, train.size)
+    return Network(flops, parameters, model.latent_channels * edge * edge, encoding)
 
 
 def need_of(train: TrainConfig, network: Network, inputs: Inputs, data: DataSizes) -> StageNeed:
     """What a training run with a network of this size needs."""
     images = train.steps * train.global_batch
     rates = ["gpu_flops", "train_share"]
-    gpu_s = images * network.flops / (inputs.rate("gpu_flops") * inputs.rate("train_share"))
+    flops = network.flops
     image_bytes = 2.0 * FLOAT16_BYTES * network.latent_values  # mean and standard deviation
     if train.source == "images":
-        rates += ["encode_factor", "image_train"]
-        gpu_s *= inputs.rate("encode_factor")
+        rates.append("image_train")
+        flops += network.encoding_flops
         image_bytes = inputs.rate("image_train")
     kept = train.keep_checkpoints + (train.steps // train.keep_every if train.keep_every else 0)
     written = train.steps // train.checkpoint_every
@@ -115,7 +121,7 @@ def need_of(train: TrainConfig, network: Network, inputs: Inputs, data: DataSize
         kept=network.parameters * (float(STATE_BYTES) * kept + FLOAT32_BYTES),
         scratch=network.parameters * float(STATE_BYTES) * max(0, written - kept),
         read=images * (image_bytes + train.k * FLOAT16_BYTES * data.dim),
-        gpu_s=gpu_s,
+        gpu_s=images * flops / (inputs.rate("gpu_flops") * inputs.rate("train_share")),
     )
 
 

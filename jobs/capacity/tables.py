@@ -78,8 +78,8 @@ def sizes(data: DataSizes) -> str:
     """The numbers of rows and images as text."""
     return (
         f"{data.metadata:,} metadata rows, {data.train:,} training images, {data.database:,} database images "
-        f"of {data.edge} px, vectors of length {data.dim}; {data.images / data.selected:.0%} of the URLs are "
-        "assumed to return an image"
+        f"of {data.edge} px, vectors of length {data.dim}; {data.images / data.selected:.0%} of the URLs "
+        f"return an image ({data.source})"
     )
 
 

@@ -43,7 +43,10 @@ def read_journal(stage: Stage, files: Sequence[str], versions: Mapping[str, str]
     files: names of the journal's files; versions: those of the record files, by name.
     """
     tables = map_in_threads(partial(_valid_records, stage, versions), files)
-    return {record.shard: record for table in tables for record in table}
+    records: dict[str, ShardRecord] = {}
+    while tables:  # a table is released as soon as its records are Python objects
+        records.update((record.shard, record) for record in tables.pop())
+    return records
 
 
 def _valid_records(stage: Stage, versions: Mapping[str, str], file: str) -> ShardTable:

@@ -8,16 +8,21 @@ and the autoencoder do not count.
 
 import logging
 import resource
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.data.plan import TrainingPlan
 from trainer.engine.deepspeed_engine import Ranks
+from trainer.model.autoencoder import kl_f16, vq_f4
+from trainer.model.patch_autoencoder import PatchAutoencoder, PatchShape
 from trainer.model.unet import build_unet
-from trainer.recipe import ModelConfig
+from trainer.recipe import AutoencoderKind, ModelConfig
 
 log = logging.getLogger("train")
 
@@ -44,6 +49,13 @@ PEAK_TFLOPS = {
     "MI300X": 1307.0,
 }
 """Dense bf16 TFLOP/s from data sheets, without sparsity, by words of the device's name."""
+
+AUTOENCODERS: dict[AutoencoderKind, Callable[[], Any]] = {
+    "kl": kl_f16,
+    "vq": vq_f4,
+    "patch": partial(PatchAutoencoder, PatchShape()),
+}
+"""The paper's autoencoders, and the demo's, with random weights."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +103,16 @@ def training_flops(config: ModelConfig, latent_shape: tuple[int, int, int], k: i
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         unet(*inputs)
     return 3.0 * counter.get_total_flops()
+
+
+def encoding_flops(kind: AutoencoderKind, size: int) -> float:
+    """FLOPs to encode one image of size x size pixels with the paper's autoencoder of a kind, or with the demo's."""
+    with torch.device("meta"):
+        autoencoder = AUTOENCODERS[kind]()
+        image = torch.empty(1, 3, size, size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        autoencoder.encode(image)
+    return float(counter.get_total_flops())
 
 
 def device_name(device: torch.device) -> str:

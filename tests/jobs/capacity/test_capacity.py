@@ -7,11 +7,15 @@ import pytest
 
 from jobs.capacity.__main__ import INPUTS, main
 from jobs.capacity.plan import Network, costs, data_sizes, need_of, read_inputs, training_need
+from jobs.capacity.stored import stored_inputs
 from jobs.capacity.tables import page, table
 from jobs.cli.recipe import Recipe, load_recipe
 from pipeline.capacity import Cost, Inputs
 from retrieval.errors import UserError
+from retrieval.storage.manifest import Manifest, ShardRecord, write_manifest
+from retrieval.storage.root import FileRecord, Root
 from trainer.recipe import TrainConfig
+from trainer.tracking.flops import encoding_flops
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 CONFIGS = REPOSITORY / "jobs" / "configs"
@@ -45,14 +49,20 @@ def test_the_need_of_training_follows_from_steps_batch_and_parameters(inputs: In
 def test_training_on_images_costs_more_than_on_latents(inputs: Inputs) -> None:
     train = load_recipe(CONFIGS / "train_laion_256.toml")[TrainConfig]
     data = data_sizes(recipe(), inputs)
-    latents = need_of(train.model_copy(update={"source": "latents"}), Network(1e9, 1, 1), inputs, data)
-    assert need_of(train, Network(1e9, 1, 1), inputs, data).gpu_s == pytest.approx(1.4 * latents.gpu_s)
+    network = Network(1e9, 1, 1, 0.6e9)
+    latents = need_of(train.model_copy(update={"source": "latents"}), network, inputs, data)
+    assert need_of(train, network, inputs, data).gpu_s == pytest.approx(1.6 * latents.gpu_s)
+
+
+@pytest.mark.parametrize(("size", "gflop"), [(256, 137.9), (768, 1269.8)])
+def test_encoding_with_the_papers_autoencoder_takes_the_counted_operations(size: int, gflop: float) -> None:
+    assert encoding_flops("kl", size) == pytest.approx(1e9 * gflop, rel=1e-3)
 
 
 def test_the_papers_network_has_the_expected_flop_and_parameters(inputs: Inputs) -> None:
     need = training_need(load_recipe(CONFIGS / "train_laion_256.toml"), inputs, data_sizes(recipe(), inputs))
     assert need.kept == 1_335_480_400 * (3 * 16 + 4)
-    assert need.gpu_s == pytest.approx(275_000 * 1600 * 216.3e9 * 1.4 / (312e12 * 0.25), rel=0.01)
+    assert need.gpu_s == pytest.approx(275_000 * 1600 * (216.3e9 + 137.9e9) / (312e12 * 0.25), rel=0.01)
 
 
 def test_the_plan_depends_on_the_settings_of_the_recipe(inputs: Inputs) -> None:
@@ -136,6 +146,37 @@ def test_json_has_the_same_numbers(inputs: Inputs, tmp_path: Path, capsys: pytes
     expected = costs(recipe(), inputs, [])
     assert [stage["dollars"] for stage in stages] == pytest.approx([cost.dollars for cost in expected])
     assert (tmp_path / "p.md").read_text().startswith("# Storage, time and cost at full size")
+
+
+def test_the_manifests_of_a_run_replace_rates_and_the_plan_names_them(
+    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(stage: str, shards: list[ShardRecord], **values: object) -> None:
+        write_manifest(Root(tmp_path), Manifest(stage, 1, "f", {}, {"database_edge": 192}, shards, values, 1.0))
+
+    def tar(split: str, images: int, size: int) -> ShardRecord:
+        files = (FileRecord(f"download/{split}/0.tar", size, "0"), FileRecord(f"download/{split}/0.parquet", 9, "0"))
+        return ShardRecord(f"{split}/0", images, files, {"http": 10}, seconds=3.0)
+
+    write("filter", [ShardRecord("a", 80, (FileRecord("f", 4_000, "0"),), {"unsafe": 20, "not_sampled": 900})])
+    write("download", [tar("train", 20, 6_000_000), tar("database", 50, 500_000)])
+    stored = stored_inputs(inputs, Root(tmp_path))
+    assert stored.rate("text") == 50
+    assert stored.rate("image_train") == 300_000
+    assert stored.rate("image_database") == 40_000  # 10,000 bytes at half the edge
+    assert stored.rate("fetch_cpu_train") == pytest.approx(100_000)
+    assert stored.sizes.database_images == inputs.sizes.metadata_rows // 2
+    assert {name for name in inputs.rates if stored.rates[name] == inputs.rates[name]} == {*inputs.rates} - {
+        "text",
+        "image_train",
+        "image_database",
+        "fetch_cpu_train",
+        "fetch_cpu_database",
+    }
+    main([str(CONFIGS / "laion2b.toml"), "--stored", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert f"measured: {tmp_path}/download, 50 of 100 rows" in text.replace("\n", " ")
+    assert f"measured: {tmp_path}/download, 20 images" in text
 
 
 def test_the_training_recipes_of_the_inputs_exist(inputs: Inputs) -> None:
