@@ -6,6 +6,7 @@ minutes on two free cores. Writes `docs/scale.json` and `docs/scale.md`.
 
 import argparse
 import multiprocessing
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,41 +46,42 @@ an earlier version of the code, measured on a part of the shards and multiplied.
 ## A sample through every data stage
 
 A metadata file of {rows} rows becomes a training shard and a database shard; every stage runs on {files[0]} and on
-{files[1]} of these files, with two workers on Ray that read and write in the store. Each number is the difference of
-the two runs divided by the difference of the files: the start of the workers does not count. CPU and memory are those
-of the driver; memory is the growth of its Python objects, and the last column multiplies it by {shards:,}. Time is
-that of both workers together. `index` and `neighbors` also work on partitions, whose number grows here with the rows.
+{files[1]} of these files, in new processes, with two workers on Ray that read and write in the store. Requests, bytes,
+CPU and memory are the difference of the two runs divided by the difference of the files, so the start does not count.
+Time is that of the larger run divided by its files, with the start of its workers. CPU and memory are those of the
+driver; memory is the growth of its Python objects, and the last column multiplies it by {shards:,}. `index` and
+`neighbors` also work on partitions, whose number grows here with the rows.
 
 {stages}
 
 Rates of the stages themselves are in [pipeline.md](pipeline.md) and [download.md](download.md).
 """
-WARM_UP_FILES, FILES = 4, (10, 30)
-"""Metadata files of the runs. The first run imports libraries and is not counted."""
+FILES = (10, 40)
 
 
-def measure_stages(counts: tuple[int, ...], results: Any) -> None:
-    """Run the sample at each number of metadata files, in one process. results: receives those of each number."""
+def measure_stages(files: int, results: Any) -> None:
+    """Run the sample on a number of metadata files. results: receives those of each stage."""
     with running_store(_leave_empty) as store:
-        stages.measure(WARM_UP_FILES, store)
-        results.put([stages.measure(count, store) for count in counts])
+        results.put(stages.measure(files, store))
 
 
 def _leave_empty(store: Store) -> None:
     """The sample's store has no files at first."""
 
 
-def measure(shards: int) -> dict[str, Any]:
-    """Measure the records and the stages, these in a process of their own, whose memory is counted."""
+def measure(shards: int, files: Sequence[int]) -> dict[str, Any]:
+    """Measure the records, and the stages on two numbers of files, each in a new process that imports the same."""
     with running_store(partial(records.fill, shards)) as store:
         cases = records.measure(shards, store)
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    process = context.Process(target=measure_stages, args=(FILES, results))
-    process.start()
-    sample = results.get()
-    process.join()
-    return {"hardware": hardware(), "shards": shards, "records": cases, "files": list(FILES), "stages": sample}
+    sample = []
+    for count in files:
+        process = context.Process(target=measure_stages, args=(count, results))
+        process.start()
+        sample.append(results.get())
+        process.join()
+    return {"hardware": hardware(), "shards": shards, "records": cases, "files": list(files), "stages": sample}
 
 
 def goals(result: dict[str, Any]) -> list[Goal]:
@@ -105,14 +107,19 @@ def _record_rows(result: dict[str, Any]) -> list[list[str]]:
 
 def _stage_rows(result: dict[str, Any]) -> list[list[str]]:
     small, large = result["stages"]
-    files = result["files"][1] - result["files"][0]
+    files = result["files"][1] - result["files"][0]  # more in the large sample
     rows = []
     for name in large:
-        names = ("requests", "bytes", "cpu_s", "seconds", "peak_bytes")
+        names = ("requests", "bytes", "cpu_s", "peak_bytes")
         each = {key: (large[name][key] - small[name][key]) / files for key in names}
         rows.append(
             [
-                *(name, f"{each['requests']:.1f}", f"{each['bytes'] / 1e3:,.1f} kB", f"{each['seconds']:.2f} s"),
+                *(
+                    name,
+                    f"{each['requests']:.1f}",
+                    f"{each['bytes'] / 1e3:,.1f} kB",
+                    f"{large[name]['seconds'] / result['files'][1]:.2f} s",
+                ),
                 *(f"{1e3 * each['cpu_s']:.1f} ms", f"{each['peak_bytes'] / 1e3:.1f} kB"),
                 f"{each['peak_bytes'] * result['shards'] / 1e9:.2f} GB",
             ]
@@ -141,8 +148,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
     parser.add_argument("--shards", type=int, default=231_350, help="number of shards whose records are measured")
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the results")
+    parser.add_argument("--files", type=int, nargs=2, default=FILES, help="metadata files of the two samples")
     options = parser.parse_args()
-    result = measure(options.shards)
+    result = measure(options.shards, options.files)
     write_report(options.docs, "scale", result, page(result))
 
 

@@ -1,8 +1,7 @@
 """A sample of tiny shards through every data stage, in the store: what a shard costs in requests, memory and time.
 
-Each stage runs at two sizes, on Ray with two workers. Differences of the two sizes are the costs of a shard, without
-the start of the workers. The memory of the driver is counted by tracemalloc, because a few kilobytes a shard do not
-show in the peak memory of a process.
+Each stage runs on Ray with two workers. The memory of the driver is counted by tracemalloc, because a few kilobytes a
+shard do not show in the peak memory of a process.
 """
 
 import os
