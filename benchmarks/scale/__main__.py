@@ -6,7 +6,6 @@ minutes on two free cores. Writes `docs/scale.json` and `docs/scale.md`.
 
 import argparse
 import multiprocessing
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,8 +44,8 @@ an earlier version of the code, measured on a part of the shards and multiplied.
 
 ## A sample through every data stage
 
-A metadata file of {rows} rows becomes a training shard and a database shard; every stage runs on {files[0]} and on
-{files[1]} of these files, in new processes, with two workers on Ray that read and write in the store. Requests, bytes,
+A metadata file of {rows} rows becomes a training shard and a database shard. After a smaller run, every stage runs on
+{files[0]} and on {files[1]} of these files, with two workers on Ray that read and write in the store. Requests, bytes,
 CPU and memory are the difference of the two runs divided by the difference of the files, so the start does not count.
 Time is that of the larger run divided by its files, with the start of its workers. CPU and memory are those of the
 driver; memory is the growth of its Python objects, and the last column multiplies it by {shards:,}. `index` and
@@ -56,32 +55,32 @@ driver; memory is the growth of its Python objects, and the last column multipli
 
 Rates of the stages themselves are in [pipeline.md](pipeline.md) and [download.md](download.md).
 """
-FILES = (10, 40)
+WARM_UP_FILES, FILES = 4, (10, 30)
+"""Metadata files of the samples. The first run imports libraries and is not counted."""
 
 
-def measure_stages(files: int, results: Any) -> None:
-    """Run the sample on a number of metadata files. results: receives those of each stage."""
+def measure_stages(results: Any) -> None:
+    """Run the samples in one process. results: receives those of FILES, by stage."""
     with running_store(_leave_empty) as store:
-        results.put(stages.measure(files, store))
+        stages.measure(WARM_UP_FILES, store)
+        results.put([stages.measure(count, store) for count in FILES])
 
 
 def _leave_empty(store: Store) -> None:
     """The sample's store has no files at first."""
 
 
-def measure(shards: int, files: Sequence[int]) -> dict[str, Any]:
-    """Measure the records, and the stages on two numbers of files, each in a new process that imports the same."""
+def measure(shards: int) -> dict[str, Any]:
+    """Measure the records and the stages, these in a process of their own, whose memory is counted."""
     with running_store(partial(records.fill, shards)) as store:
         cases = records.measure(shards, store)
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    sample = []
-    for count in files:
-        process = context.Process(target=measure_stages, args=(count, results))
-        process.start()
-        sample.append(results.get())
-        process.join()
-    return {"hardware": hardware(), "shards": shards, "records": cases, "files": list(files), "stages": sample}
+    process = context.Process(target=measure_stages, args=(results,))
+    process.start()
+    sample = results.get()
+    process.join()
+    return {"hardware": hardware(), "shards": shards, "records": cases, "files": list(FILES), "stages": sample}
 
 
 def goals(result: dict[str, Any]) -> list[Goal]:
@@ -148,9 +147,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
     parser.add_argument("--shards", type=int, default=231_350, help="number of shards whose records are measured")
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the results")
-    parser.add_argument("--files", type=int, nargs=2, default=FILES, help="metadata files of the two samples")
     options = parser.parse_args()
-    result = measure(options.shards, options.files)
+    result = measure(options.shards)
     write_report(options.docs, "scale", result, page(result))
 
 

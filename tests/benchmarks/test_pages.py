@@ -13,6 +13,7 @@ from benchmarks.page import load
 from benchmarks.pipeline import __main__ as stages
 from benchmarks.pipeline import download, near_copies, partitions
 from benchmarks.retrieval.report import report
+from benchmarks.scale import __main__ as scale
 from benchmarks.training import loader, sampling, schedule, step
 
 PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -24,6 +25,7 @@ PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "partitions": partitions.page,
     "pipeline": stages.page,
     "sampling": sampling.page,
+    "scale": scale.page,
     "step": step.page,
     "training": lambda result: schedule.page(result["recipes"]),
 }
