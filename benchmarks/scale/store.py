@@ -27,7 +27,7 @@ BUCKET = "scale"
 PAGE_KEYS = 1_000
 COUNTS = "/counts"
 """The path that returns the counts, at once and without being counted."""
-ERROR = "<Error><Code>{}</Code></Error>"
+ERROR = "<Error><Code>{}</Code><Condition>If-None-Match</Condition></Error>"
 
 
 class StoredObject(NamedTuple):
