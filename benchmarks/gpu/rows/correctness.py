@@ -10,7 +10,7 @@ from PIL import Image
 from benchmarks.common.processes import set_single_rank
 from benchmarks.gpu.day import Cases, Day, Values, encoder
 from benchmarks.gpu.rows.join import clustered, write_partition
-from benchmarks.gpu.rows.training import TINY, read_metrics, run_training, training_root
+from benchmarks.gpu.rows.training import TINY, delete_run, read_metrics, run_training, training_root
 
 SMALL = {
     **TINY,
@@ -90,6 +90,8 @@ def training(day: Day, precision: str, zero_stage: int, tolerance: float) -> Val
     steps = _steps(day)
     settings = {**SMALL, "train.steps": steps, "train.precision": precision, "train.zero_stage": zero_stage}
     set_single_rank()
+    for device in ("gpu", "cpu"):
+        delete_run(day, f"{precision}-{device}")
     run_training(day, f"{precision}-gpu", settings)
     run_training(day, f"{precision}-cpu", settings, on_cpu=True)
     return compared(*_difference(day, f"{precision}-gpu", f"{precision}-cpu", tolerance), steps=steps)
@@ -98,6 +100,7 @@ def training(day: Day, precision: str, zero_stage: int, tolerance: float) -> Val
 def resumed(day: Day) -> Values:
     """Largest difference of the losses of a run that ended at half of its steps and continued: none is allowed."""
     set_single_rank()
+    delete_run(day, "bf16-resumed")
     for steps in (_steps(day) // 2, _steps(day)):
         run_training(day, "bf16-resumed", {**SMALL, "train.steps": steps})
     return compared(*_difference(day, "bf16-resumed", "bf16-gpu", 0.0), steps=_steps(day))

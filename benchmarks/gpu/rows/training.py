@@ -5,6 +5,7 @@ trained parts.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -46,6 +47,7 @@ def measure(day: Day, name: str, changes: dict[str, object]) -> Values:
     settings = {**(TINY if day.tiny else {}), "train.steps": steps, "train.log_every": max(1, steps // 5), **changes}
     if settings.get("train.source", "images") == "images":
         settings["autoencoder.path"] = str(autoencoder_folder(day))
+    delete_run(day, name)
     began = time.monotonic()
     run_training(day, name, settings)
     metrics = read_metrics(day, name)
@@ -91,6 +93,11 @@ def run_training(day: Day, name: str, changes: dict[str, object], on_cpu: bool =
     )
     if process.returncode:
         raise RuntimeError(f"training ended with code {process.returncode}: {process.stderr[-2000:]}")
+
+
+def delete_run(day: Day, name: str) -> None:
+    """Delete a run of an earlier call, which would be finished or continued."""
+    shutil.rmtree(training_root(day) / "runs" / name, ignore_errors=True)
 
 
 def read_metrics(day: Day, name: str) -> list:
