@@ -19,7 +19,6 @@ from pipeline.pictures.embedding import embed_images, read_pictures
 from pipeline.pictures.near_copies import ROWS_PER_GROUP, copies_work, copy_digests, drop_copies, hashes_work
 from pipeline.pictures.patches import draw_boxes, patch_pictures, patch_quotas, patch_rows
 from pipeline.pictures.scored_rows import Reasons, ScoredRows
-from pipeline.pictures.tars import sample_key
 from pipeline.recipe import EmbedConfig
 from pipeline.runtime.runner import run_shards
 from pipeline.runtime.stage import Stage, group_shards
@@ -31,7 +30,7 @@ from retrieval.recipe import ClipConfig
 from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, shard_file
 from retrieval.storage.root import Root
-from retrieval.storage.schema import Reason
+from retrieval.storage.schema import Reason, sample_key
 
 SCHEMA_VERSION = 4
 

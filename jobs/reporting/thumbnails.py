@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator
 
 from PIL import Image
 
-from pipeline.pictures.tars import sample_key
 from retrieval.errors import UserError
 from retrieval.storage.root import Root
+from retrieval.storage.schema import sample_key
 
 QUALITY = 88
 TEXT_SUFFIXES = ("txt", "json")

@@ -23,7 +23,7 @@ from pipeline.databases.listing import Listing, list_pictures
 from pipeline.databases.sources import PictureSource, SourcePicture, further_columns
 from pipeline.embed import embed_images, with_vectors
 from pipeline.pictures.picture import encode_jpeg, prepare
-from pipeline.pictures.tars import sample_key, tar_writer
+from pipeline.pictures.tars import tar_writer
 from pipeline.recipe import EmbedConfig
 from retrieval.clip.encoder import Encoder
 from retrieval.database.build import DatabaseIdentity, write_database
@@ -38,7 +38,7 @@ from retrieval.storage import schema
 from retrieval.storage.listing import described
 from retrieval.storage.manifest import Manifest, read_manifest
 from retrieval.storage.root import Root
-from retrieval.storage.schema import Reason
+from retrieval.storage.schema import Reason, sample_key
 from retrieval.storage.stage_folder import StageIdentity, check_remake
 
 NEAR_BITS = 6

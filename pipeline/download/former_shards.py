@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.pictures.tars import picture_reader, sample_key
+from pipeline.pictures.tars import picture_reader
 from pipeline.runtime.stage import map_in_threads
 from retrieval.storage.manifest import ShardRecord, read_record, record_file
 from retrieval.storage.root import Root
-from retrieval.storage.schema import DOWNLOADED, IMAGE_ID, read_table
+from retrieval.storage.schema import DOWNLOADED, IMAGE_ID, read_table, sample_key
 
 FOLDER = "former"
 """Folder of the records, below that of all records."""

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.download.image_download import URL_BLOCKED, ImageDownload, PictureBuffer, RowStatus, SplitSettings, Stated
-from pipeline.pictures.tars import sample_key, tar_writer
+from pipeline.pictures.tars import tar_writer
 from pipeline.web.blocklist import Blocklist
 from pipeline.web.fetch import Fetcher
 from pipeline.web.host_leases import Renew, leased_hosts
@@ -23,7 +23,7 @@ from pipeline.web.host_queue import HostQueue
 from retrieval.storage.full_disk import full_disk_named
 from retrieval.storage.manifest import ShardRecord
 from retrieval.storage.root import FileRecord, Root
-from retrieval.storage.schema import DOWNLOADED, FROM_METADATA, SELECTED, Reason, read_table, write_table
+from retrieval.storage.schema import DOWNLOADED, FROM_METADATA, SELECTED, Reason, read_table, sample_key, write_table
 from retrieval.storage.temp_folders import temporary_folder
 
 ReadJpeg = Callable[[int], bytes]

@@ -6,7 +6,6 @@ task for each shard, then partitions of databases into new folders. Then the man
 identities of its rewritten inputs, so that no stage runs again. Databases are valid at every moment.
 """
 
-import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -35,10 +34,9 @@ from retrieval.storage.manifest import (
 )
 from retrieval.storage.root import FileRecord, Root
 from retrieval.storage.stage_folder import STARTED_FILE
+from retrieval.updates.rewrite import PARTITION_FILE
 
 SCHEMA_VERSION = 1
-PARTITION_FILE = re.compile(r"(erased-\w+/)?partitions/.*")
-"""Files of partitions, relative to the folder of their database."""
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,6 @@
 A repeated call for a file that is rewritten already changes nothing, so a killed run can be repeated.
 """
 
-import hashlib
-import tarfile
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -14,17 +12,15 @@ import pyarrow.parquet as pq
 
 from pipeline.download.shard_update import without_listed
 from pipeline.optout.id_tables import url_ids
-from pipeline.pictures.tars import sample_key
 from pipeline.web.blocklist import Blocklist
-from retrieval.database.build import write_partition
 from retrieval.database.database import Database
 from retrieval.index.hidden import Ids
 from retrieval.index.routing import partition_folder
-from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
-from retrieval.storage.arrow_columns import take_rows
 from retrieval.storage.manifest import ShardRecord, read_record, write_record
 from retrieval.storage.root import Root
+from retrieval.updates.delete import delete_thumbnails
+from retrieval.updates.rewrite import rewrite_partition
 
 
 def erase_in_shard(root: Root, blocklist: Blocklist, ids: Ids, latents: list[str], name: str) -> ShardRecord:
@@ -74,7 +70,7 @@ def urls_are_listed(column: pa.StringArray, blocklist: Blocklist, ids: Ids) -> n
 
 
 def erase_in_partition(root: Root, rows: dict[str, Ids], folder: str, name: str) -> ShardRecord:
-    """Build a partition from its remaining rows in a new folder, and write its record to `<folder>/<name>.json`.
+    """Write a partition without these rows into a new folder, and write its record to `<folder>/<name>.json`.
 
     The old files stay, so that the database stays valid. rows: ids of the rows to erase by database; name:
     `partitions/<database>/<number>`.
@@ -85,33 +81,14 @@ def erase_in_partition(root: Root, rows: dict[str, Ids], folder: str, name: str)
     partition = database.partitions[number]
     listed = np.isin(partition.ids, rows[database_folder])
     if listed.any():
-        field = schema.embeddings(database.dim).field(schema.EMBEDDING)
-        kept = np.flatnonzero(~listed)
-        vectors = schema.fixed_lists(partition.embeddings[kept].reshape(-1, database.dim))
-        table = take_rows(partition.metadata, kept).append_column(field, vectors)
-        stage = f"{database_folder}/erased-{_digest(partition.ids[listed])}"
-        record = write_partition(root, stage, number, table, IndexConfig.model_validate(database.manifest.config))
+        record = rewrite_partition(database, number, listed, schema.embeddings(database.dim).empty_table())
     else:  # by a run that was killed later
         record = next(shard for shard in database.manifest.shards if shard.shard == partition_folder(number))
     return ShardRecord(name, record.rows, (root.write_json(f"{folder}/{name}.json", asdict(record)),))
 
 
-def _digest(ids: npt.NDArray[np.int64]) -> str:
-    return hashlib.sha256(np.sort(ids).tobytes()).hexdigest()[:8]
-
-
 def erase_thumbnails(root: Root, rows: dict[str, Ids], name: str) -> ShardRecord:
     """Write the tars of a style database again without the pictures of these rows. name: `pictures/<database>`."""
     folder = name.removeprefix("pictures/")
-    keys = {sample_key(image_id) for image_id in rows[folder].tolist()}
-    for tar in root.list(f"{folder}/pictures", ".tar"):
-        with (
-            root.local(tar) as path,
-            tarfile.open(path, "r:") as old,
-            root.writing(tar) as pending,
-            tarfile.open(pending.path, "w", format=tarfile.USTAR_FORMAT) as new,
-        ):
-            for member in old:
-                if member.name.partition(".")[0] not in keys:
-                    new.addfile(member, old.extractfile(member))
+    delete_thumbnails(root.child(folder), rows[folder])
     return ShardRecord(name, 0, ())

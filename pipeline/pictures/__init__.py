@@ -6,6 +6,6 @@ from retrieval.lazy import public_names
 
 if TYPE_CHECKING:
     from pipeline.pictures.picture import Picture, encode_jpeg, prepare
-    from pipeline.pictures.tars import sample_key, tar_writer
+    from pipeline.pictures.tars import tar_writer
 
-__getattr__ = public_names(__name__, {"picture": "Picture encode_jpeg prepare", "tars": "sample_key tar_writer"})
+__getattr__ = public_names(__name__, {"picture": "Picture encode_jpeg prepare", "tars": "tar_writer"})

@@ -15,15 +15,6 @@ _EMPTY_HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
 """Of a file with mode 644, without name, bytes, times and owners."""
 
 
-def sample_key(image_id: int) -> str:
-    """The name of an image in a tar: the 64 bits of its id in hex.
-
-    >>> sample_key(-1)
-    'ffffffffffffffff'
-    """
-    return f"{image_id & (1 << 64) - 1:016x}"
-
-
 class TarWriter:
     """Appends samples to a tar. Writes the bytes of `tarfile` in USTAR format, at a fraction of its cost."""
 

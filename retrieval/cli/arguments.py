@@ -11,6 +11,8 @@ from retrieval.index.effort import QUERY_KINDS
 Command = Callable[[argparse.Namespace], int]
 Add = Callable[..., object]
 """`add_argument` of the parser of a command."""
+SOURCE = "vectors: a .npy or Parquet file, a folder of these, or clip-retrieval's output folder"
+IDS = "text file with an image id or a URL in each line"
 
 
 def make_parser(prog: str, commands: Mapping[str, Command]) -> argparse.ArgumentParser:
@@ -60,28 +62,48 @@ def _verify(add: Add) -> None:
 
 
 def _build(add: Add) -> None:
-    source = "vectors: a .npy or Parquet file, a folder of these, or clip-retrieval's output folder"
-    add("source", metavar="SOURCE", help=source)
+    add("source", metavar="SOURCE", help=SOURCE)
     _database(add)
     add("--model", required=True, help="name of the encoder of the vectors, such as ViT-B-32")
     add("--weights", default="", help="digest of the encoder's weights, if known")
-    add("--metadata", metavar="PATH", help="Parquet file (or folder of files) with a row for each vector")
     add("--texts", metavar="FILE.npy", help="vectors of typical texts, to measure the recall of searches for texts")
-    add("--part", choices=("images", "texts"), default="images", help="vectors to read from clip-retrieval")
-    column = f"name of a column in the source; fields: {', '.join(SourceColumns.model_fields)}"
-    add("--column", action="append", default=[], metavar="FIELD=NAME", help=column)
+    _source_options(add)
     add("--rows-per-partition", type=int, default=1_000_000, metavar="N", help="(default %(default)s)")
     add("--index-key", default="", metavar="KEY", help="faiss factory key; by default chosen by size")
 
 
+def _source_options(add: Add) -> None:
+    add("--metadata", metavar="PATH", help="Parquet file (or folder of files) with a row for each vector")
+    add("--part", choices=("images", "texts"), default="images", help="vectors to read from clip-retrieval")
+    column = f"name of a column in the source; fields: {', '.join(SourceColumns.model_fields)}"
+    add("--column", action="append", default=[], metavar="FIELD=NAME", help=column)
+
+
+def _add(add: Add) -> None:
+    _database(add)
+    add("source", metavar="SOURCE", help=f"{SOURCE}; of the encoder of the database")
+    _source_options(add)
+
+
+def _delete(add: Add) -> None:
+    _database(add)
+    add("ids", type=Path, help=IDS)
+
+
+def _merge(add: Add) -> None:
+    add("sources", nargs="+", metavar="SOURCE", help="folder of a database; the settings are those of the first")
+    add("database", metavar="DB", help="folder of the new database")
+
+
 def _hide(add: Add) -> None:
     _database(add)
-    add("ids", type=Path, help="text file with an image id or a URL in each line")
+    add("ids", type=Path, help=IDS)
 
 
 def _calibrate(add: Add) -> None:
     _database(add)
-    add("--queries", required=True, metavar="FILE.npy", help="vectors of typical queries")
+    queries = "vectors of typical queries; without it rows of the database are queries like images"
+    add("--queries", metavar="FILE.npy", help=queries)
     add("--like", required=True, choices=QUERY_KINDS, help="kind of these queries")
 
 
@@ -95,6 +117,9 @@ ARGUMENTS = {
     "info": _info,
     "verify": _verify,
     "build": _build,
+    "add": _add,
+    "delete": _delete,
+    "merge": _merge,
     "hide": _hide,
     "calibrate": _calibrate,
     "card": _card,

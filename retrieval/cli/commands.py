@@ -7,7 +7,8 @@ import json
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,11 +29,14 @@ from retrieval.errors import UserError
 from retrieval.extras import extras_named
 from retrieval.imports.importer import build_database, vector_dim
 from retrieval.imports.source import SourceColumns, VectorSource
-from retrieval.index.hidden import hide
+from retrieval.index.hidden import Ids, hide
 from retrieval.recipe import IndexConfig
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
 from retrieval.storage.schema import image_id
+from retrieval.updates.add import add_to_database
+from retrieval.updates.delete import delete_from_database
+from retrieval.updates.merge import merge_databases
 
 DAMAGED, USER_ERROR = 1, 2
 CAPTION_WIDTH = 50
@@ -106,37 +110,58 @@ def verify(arguments: Namespace) -> int:
 
 def build(arguments: Namespace) -> int:
     """Build a database from vectors of another tool."""
-    columns = dict(_column_name(pair) for pair in arguments.column)
+    source = _source(arguments, arguments.texts)
     try:
-        source = VectorSource(
-            arguments.source, arguments.metadata, SourceColumns(**columns), arguments.part, arguments.texts
-        )
         settings = {"rows_per_partition": arguments.rows_per_partition, "index_key": arguments.index_key}
         config = IndexConfig.model_validate(settings)
     except ValidationError as error:
-        problems = (f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
-        raise UserError(f"invalid option: {'; '.join(problems)}") from error
+        raise _invalid_option(error) from error
     dim = vector_dim(source)
     encoder = EncoderIdentity(model=arguments.model, weights=arguments.weights, preprocessing="", dim=dim)
     manifest = build_database(arguments.database, source, encoder=encoder, config=config).manifest
-    left_out = "".join(f", {count:,} {word}" for word, count in manifest.reasons.items())
-    print(f"{arguments.database}: {manifest.rows:,} rows of dim {dim}{left_out}")
+    print(f"{arguments.database}: {manifest.rows:,} rows of dim {dim}{_counts(manifest.reasons)}")
     for name, count in manifest.values.get("changed_values", {}).items():
         print(f"column {name}: {count:,} values unusable or cleaned")
     return 0
 
 
+def add(arguments: Namespace) -> int:
+    """Add vectors to a database."""
+    before = read_manifest(Root(arguments.database), "")
+    after = add_to_database(arguments.database, _source(arguments, None)).manifest
+    added = after.rows - before.rows
+    left_out = Counter(after.reasons) - Counter(before.reasons)
+    print(f"{arguments.database}: {added:,} rows added{_counts(left_out)}; {after.rows:,} rows in total")
+    return 0
+
+
+def delete(arguments: Namespace) -> int:
+    """Delete images from all files of a database."""
+    ids = _listed_ids(arguments.ids)
+    before = read_manifest(Root(arguments.database), "").rows
+    after = delete_from_database(arguments.database, ids).manifest.rows
+    print(f"{arguments.database}: {before - after:,} rows deleted for {len(ids):,} ids; {after:,} rows are left")
+    return 0
+
+
+def merge(arguments: Namespace) -> int:
+    """Merge databases of one encoder into a new one."""
+    database = merge_databases(arguments.database, arguments.sources)
+    print(f"{arguments.database}: {len(database):,} rows of {len(arguments.sources)} databases")
+    return 0
+
+
 def hide_images(arguments: Namespace) -> int:
     """Hide images from all searches, without a new build."""
-    ids = [_listed_id(line) for line in _lines(arguments.ids)]
-    print(f"{hide(Root(arguments.database), np.array(ids, np.int64))} image ids are hidden")
+    print(f"{hide(Root(arguments.database), _listed_ids(arguments.ids))} image ids are hidden")
     return 0
 
 
 def calibrate(arguments: Namespace) -> int:
-    """Measure the recall of each effort on your own queries and store it."""
+    """Measure the recall of each effort, on your own queries or on rows of the database, and store it."""
     root = Root(arguments.database)
-    recalibrate(root, read_vectors(arguments.queries), arguments.like)
+    queries = None if arguments.queries is None else read_vectors(arguments.queries)
+    recalibrate(root, queries, arguments.like)
     _print_calibration(Database.open(root), arguments.like)
     return 0
 
@@ -184,6 +209,29 @@ def _lines(path: Path) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
+def _source(arguments: Namespace, text_queries: str | None) -> VectorSource:
+    columns = dict(_column_name(pair) for pair in arguments.column)
+    try:
+        return VectorSource(
+            arguments.source, arguments.metadata, SourceColumns(**columns), arguments.part, text_queries
+        )
+    except ValidationError as error:
+        raise _invalid_option(error) from error
+
+
+def _invalid_option(error: ValidationError) -> UserError:
+    problems = (f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+    return UserError(f"invalid option: {'; '.join(problems)}")
+
+
+def _counts(reasons: Mapping[str, int]) -> str:
+    return "".join(f", {count:,} {word}" for word, count in sorted(reasons.items()))
+
+
+def _listed_ids(path: Path) -> Ids:
+    return np.array([_listed_id(line) for line in _lines(path)], np.int64)
+
+
 def _listed_id(line: str) -> int:
     """The image id in a line: a whole number, or a URL, which determines the id."""
     if "://" in line:
@@ -206,6 +254,9 @@ COMMANDS = {
     "info": info,
     "verify": verify,
     "build": build,
+    "add": add,
+    "delete": delete,
+    "merge": merge,
     "hide": hide_images,
     "calibrate": calibrate,
     "card": describe,

@@ -35,10 +35,10 @@ from retrieval.storage.temp_folders import temporary_folder
 CENTROID_SAMPLE_ROWS = 1_000_000
 """Most rows that the partition centroids are trained on."""
 OWN_FILE = re.compile(
-    r"centroids\.npy|(erased-\w+/)?partitions/\d{5,}/"
-    r"(index\.faiss|embeddings\.npy|metadata\.arrow|lists\.npy|list_centroids\.npy)"
+    r"centroids\.npy|((erased-|rewritten/)\w+/)?partitions/\d{5,}/"
+    r"(index\.faiss|embeddings\.npy|metadata\.arrow|lists\.npy|list_centroids\.npy)|pictures/merged-\d{5}\.tar"
 )
-"""Files that an interrupted build leaves, relative to the folder of the database."""
+"""Files that an interrupted build or merge leaves, relative to the folder of the database."""
 
 
 def write_partition(root: Root, stage: str, number: int, table: pa.Table, config: IndexConfig) -> ShardRecord:
@@ -50,20 +50,29 @@ def write_partition(root: Root, stage: str, number: int, table: pa.Table, config
     order = np.random.default_rng([config.seed, number]).permutation(len(table))
     rows = schema.vectors(table, schema.EMBEDDING)[order]
     folder = f"{stage}/{partition_folder(number)}"
-    files: list[FileRecord] = []
     if config.has_lists(len(rows)):
         threads = faiss.omp_get_max_threads()
         faiss.omp_set_num_threads(config.cores_per_partition)
         lists = train_inverted_lists(rows, config.seed, held_out(table[schema.IMAGE_ID].to_numpy()[order]))
         faiss.omp_set_num_threads(threads)
-        rows, order = rows[lists.order], order[lists.order]
-        files += _write_lists(root, folder, lists)
-    elif len(rows):
+        metadata = take_rows(table.drop_columns([schema.EMBEDDING]), order)
+        return write_listed_partition(root, stage, number, lists, (rows, metadata))
+    files: list[FileRecord] = []
+    if len(rows):
         files.append(_write_index(root, f"{folder}/index.faiss", rows.astype(np.float32), config))
-    files.append(_write_vectors(root, f"{folder}/embeddings.npy", rows))
-    metadata = take_rows(table.drop_columns([schema.EMBEDDING]), order)
-    files.append(_write_arrow(root, f"{folder}/metadata.arrow", metadata))
+    files += _write_rows(root, folder, rows, take_rows(table.drop_columns([schema.EMBEDDING]), order))
     return ShardRecord(partition_folder(number), len(rows), tuple(files))
+
+
+def write_listed_partition(
+    root: Root, stage: str, number: int, lists: InvertedLists, rows: tuple[AnyVectors, pa.Table]
+) -> ShardRecord:
+    """Write a partition with inverted lists. rows: float16 vectors and metadata, in the order that `lists` counts."""
+    vectors, metadata = rows
+    folder = f"{stage}/{partition_folder(number)}"
+    files = _write_lists(root, folder, lists)
+    files += _write_rows(root, folder, vectors[lists.order], take_rows(metadata, lists.order))
+    return ShardRecord(partition_folder(number), len(vectors), tuple(files))
 
 
 @dataclass(frozen=True)
@@ -109,26 +118,38 @@ def write_database(
     for number in range(len(centroids)):
         part = table.filter(pa.array(numbers == number))
         records.append(write_partition(root, name, number, part, config))
-    values = {**manifest_values(encoder, records[1:]), **identity.values}
-    manifest = Manifest(
-        stage=name,
+    manifest = database_manifest(records, encoder, config, identity)
+    return write_calibrated(root, replace(manifest, seconds=round(time.time() - started, 3)))
+
+
+def database_manifest(
+    records: list[ShardRecord], encoder: EncoderIdentity, config: IndexConfig, identity: DatabaseIdentity
+) -> Manifest:
+    """The manifest of a database without a calibration. records: of the centroids, then of each partition."""
+    return Manifest(
+        stage=identity.name,
         schema_version=SCHEMA_VERSION,
         fingerprint=identity.fingerprint(config),
         upstream=identity.upstream,
         config=config.model_dump(mode="json"),
         shards=tuple(records),
-        values={**values, "calibration": {}},
-        seconds=round(time.time() - started, 3),
+        values={**manifest_values(encoder, records[1:]), **identity.values, "calibration": {}},
+        seconds=0.0,
     )
-    database = Database(root.child(name), manifest, np.empty(0, np.int64))
+
+
+def write_calibrated(root: Root, manifest: Manifest) -> Manifest:
+    """Calibrate a database with its own rows, the files of which are written, and write its manifest."""
+    database = Database(root.child(manifest.stage), manifest, np.empty(0, np.int64)).for_passes()
+    config = IndexConfig.model_validate(manifest.config)
     calibration = {"images": calibrate(database, config.num_queries, config.seed)}
-    manifest = replace(manifest, values={**values, "calibration": calibration})
+    manifest = replace(manifest, values={**manifest.values, "calibration": calibration})
     write_manifest(root, manifest)
     return manifest
 
 
 def delete_database(root: Root, name: str) -> None:
-    """Delete the files of the database `<root>/<name>` that its manifest names, or those of an interrupted build.
+    """Delete the files of the database `<root>/<name>` that its manifest names, and those of interrupted builds.
 
     Hidden images stay hidden in the next database there, and files of other origin stay where they are.
     """
@@ -136,7 +157,7 @@ def delete_database(root: Root, name: str) -> None:
     own = {file for file in stored if OWN_FILE.fullmatch(file)}
     if "manifest.json" in stored:
         manifest = read_manifest(root, name)
-        own = stored & {file.removeprefix(f"{manifest.stage}/") for file in manifest.checksums()}
+        own |= stored & {file.removeprefix(f"{manifest.stage}/") for file in manifest.checksums()}
     root.delete(f"{name}/manifest.json")
     root.delete(f"{name}/{CALIBRATION_FOLDER}")
     root.delete_partial_files(name)
@@ -163,7 +184,13 @@ def _write_vectors(root: Root, name: str, rows: AnyVectors | npt.NDArray[np.int6
     return pending.record
 
 
-def _write_arrow(root: Root, name: str, table: pa.Table) -> FileRecord:
+def _write_rows(root: Root, folder: str, vectors: AnyVectors, metadata: pa.Table) -> list[FileRecord]:
+    files = [_write_vectors(root, f"{folder}/embeddings.npy", vectors)]
+    return [*files, write_metadata(root, f"{folder}/metadata.arrow", metadata)]
+
+
+def write_metadata(root: Root, name: str, table: pa.Table) -> FileRecord:
+    """Write the metadata of a partition."""
     # Not compressed, so that single rows can be read from a memory map.
     with root.writing(name) as pending, pa.ipc.new_file(str(pending.path), table.schema) as writer:
         writer.write_table(table.combine_chunks())

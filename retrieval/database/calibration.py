@@ -29,6 +29,7 @@ from retrieval.index.effort import QUERY_KINDS, Effort, MeasuredEffort
 from retrieval.index.inverted_lists import DIMENSIONS_PER_CODE, held_out
 from retrieval.index.routing import Numbers, Vectors
 from retrieval.index.top_k import Positions
+from retrieval.recipe import IndexConfig
 from retrieval.storage.root import Root
 
 KS = (1, 10, 20, 100, 1000)
@@ -60,16 +61,23 @@ def calibrate_for(database: Database, queries: npt.ArrayLike) -> list[dict[str, 
     return _calibration(database, units, np.full(len(units), -1))
 
 
-def recalibrate(root: Root, queries: npt.ArrayLike, like: str) -> list[dict[str, Any]]:
+def recalibrate(root: Root, queries: npt.ArrayLike | None, like: str) -> list[dict[str, Any]]:
     """Calibrate with these queries, (n, dim), and store the result beside the manifest of the database at a root.
 
     Databases that are opened afterwards use it in place of an earlier calibration for the same kind of queries.
-    like: "texts" or "images". Raises UserError for another kind and for unusable queries.
+    like: "texts" or "images". queries: None for rows of the database as in the build, which are like images. Raises
+    UserError for another kind and for unusable queries.
     """
     if like not in QUERY_KINDS:
         raise UserError(f"like must be one of {', '.join(QUERY_KINDS)}, got {like!r}")
     database = Database.open(root).with_all_rows().for_passes()
-    entries = calibrate_for(database, queries)
+    if queries is None:
+        if like != "images":
+            raise UserError(f"rows of {root.url} are no queries like {like}: give vectors of typical {like}")
+        config = IndexConfig.model_validate(database.manifest.config)
+        entries = calibrate(database, config.num_queries, config.seed)
+    else:
+        entries = calibrate_for(database, queries)
     write_calibration(database.root, database.manifest, like, entries)
     return entries
 

@@ -31,6 +31,12 @@ def read_calibrations(root: Root, manifest: Manifest) -> dict[str, list[Measured
         raise UserError(f"{root.url} has a damaged calibration ({error}). Build it again.") from error
 
 
+def was_recalibrated(root: Root, manifest: Manifest, kind: str) -> bool:
+    """Whether `write_calibration` was called for the database with this manifest and a kind of queries."""
+    stored = root.find_json(f"{FOLDER}/{kind}.json")
+    return isinstance(stored, dict) and stored.get("database") == manifest.identity
+
+
 def write_calibration(root: Root, manifest: Manifest, kind: str, entries: list[dict[str, Any]]) -> None:
     """Store the calibration of the database with this manifest for a kind of queries."""
     root.write_json(f"{FOLDER}/{kind}.json", {"database": manifest.identity, "entries": entries})

@@ -32,8 +32,8 @@ UNIT_TOLERANCE = 0.005
 
 
 @dataclass(frozen=True)
-class DatabaseBlock:
-    """Consecutive rows of a source as schema.embeddings(dim) and its further columns."""
+class DatabaseRows:
+    """Rows of a source as schema.embeddings(dim) and its further columns."""
 
     table: pa.Table
     reasons: dict[str, int]
@@ -42,7 +42,7 @@ class DatabaseBlock:
     """Number of values of the metadata that were unusable or cleaned, by column."""
 
 
-def read_database_blocks(source: VectorSource, dim: int) -> Iterator[DatabaseBlock]:
+def read_database_blocks(source: VectorSource, dim: int) -> Iterator[DatabaseRows]:
     """Convert the rows of a source in order, at most readers.BLOCK_ROWS at once.
 
     The image id of a row is that of the source, else `schema.image_id` of its URL or path, else its row
@@ -62,8 +62,25 @@ def read_database_blocks(source: VectorSource, dim: int) -> Iterator[DatabaseBlo
         place = len(schema.METADATA)
         table = table.add_column(place, schema.embeddings(dim).field(schema.EMBEDDING), vectors)
         bad = int((~usable).sum())
-        yield DatabaseBlock(table, {Reason.BAD_VECTOR: bad} if bad else {}, metadata.changed)
+        yield DatabaseRows(table, {Reason.BAD_VECTOR: bad} if bad else {}, metadata.changed)
         first += len(block.vectors)
+
+
+def read_rows(source: VectorSource, dim: int) -> DatabaseRows:
+    """All rows of a source, as `read_database_blocks`. Of several rows with one image id, the first is kept."""
+    reasons: Counter[str] = Counter()
+    changed: Counter[str] = Counter()
+    tables = [schema.embeddings(dim).empty_table()]
+    for block in read_database_blocks(source, dim):
+        tables.append(block.table)
+        reasons.update(block.reasons)
+        changed.update(block.changed)
+    table = _with_equal_columns(tables)
+    first_rows = np.sort(np.unique(table[schema.IMAGE_ID].to_numpy(), return_index=True)[1])
+    if len(first_rows) < len(table):
+        reasons[Reason.DUPLICATE_ID] = len(table) - len(first_rows)
+        table = take_rows(table, first_rows)
+    return DatabaseRows(table, dict(reasons), dict(changed))
 
 
 def vector_dim(source: VectorSource) -> int:
@@ -93,22 +110,11 @@ def build_database(
         raise UserError(f"the encoder of the vectors needs a name and a dim, got {encoder!r}")
     source = vectors if isinstance(vectors, VectorSource) else VectorSource(vectors, metadata)
     parent, name = split_path(root.url if isinstance(root, Root) else root)
-    _require_free(parent.child(name))
-    reasons: Counter[str] = Counter()
-    changed: Counter[str] = Counter()
-    tables = [schema.embeddings(encoder.dim).empty_table()]
-    for block in read_database_blocks(source, encoder.dim):
-        tables.append(block.table)
-        reasons.update(block.reasons)
-        changed.update(block.changed)
-    table = _with_equal_columns(tables)
-    first_rows = np.sort(np.unique(table[schema.IMAGE_ID].to_numpy(), return_index=True)[1])
-    if len(first_rows) < len(table):
-        reasons[Reason.DUPLICATE_ID] = len(table) - len(first_rows)
-        table = take_rows(table, first_rows)
-    values: dict[str, object] = {"changed_values": dict(changed)} if changed else {}
-    identity = DatabaseIdentity(name, {"source": _digest(table)}, dict(reasons), values)
-    write_database(parent, table, encoder, config or IndexConfig.model_validate({}), identity)
+    require_free(parent.child(name))
+    rows = read_rows(source, encoder.dim)
+    values: dict[str, object] = {"changed_values": rows.changed} if rows.changed else {}
+    identity = DatabaseIdentity(name, {"source": _digest(rows.table)}, rows.reasons, values)
+    write_database(parent, rows.table, encoder, config or IndexConfig.model_validate({}), identity)
     if (texts := read_text_queries(source)) is not None:
         recalibrate(parent.child(name), texts, "texts")
     return Database.open(root)
@@ -142,7 +148,7 @@ def _digest(table: pa.Table) -> str:
     return digest.hexdigest()[:16]
 
 
-def _require_free(folder: Root) -> None:
+def require_free(folder: Root) -> None:
     """Raises UserError for a folder that contains other files and no database."""
     if folder.exists("manifest.json") and "encoder" in read_manifest(folder, "").values:
         return

@@ -35,7 +35,7 @@ def as_ids(ids: npt.ArrayLike) -> Ids:
     if not values.size:
         return np.empty(0, np.int64)
     if values.dtype.kind not in "iu" or values.max() > np.iinfo(np.int64).max:
-        raise UserError(f"image ids to hide must be integers of at most 64 bits with a sign, got {values.dtype}")
+        raise UserError(f"image ids must be integers of at most 64 bits with a sign, got {values.dtype}")
     return np.unique(values.astype(np.int64))
 
 
@@ -47,13 +47,18 @@ def hide(root: Root, ids: npt.ArrayLike) -> int:
     new = as_ids(ids)
     if not root.exists("manifest.json"):
         raise UserError(f"{root.url} is no database: it has no manifest.json. Name a finished database.")
-    if new.size:
+    store_hidden(root, new)
+    return len(hidden_ids(root))
+
+
+def store_hidden(root: Root, ids: Ids) -> None:
+    """As `hide`, also for a database that is not finished. ids: distinct, ascending."""
+    if ids.size:
         buffer = io.BytesIO()
-        np.save(buffer, new)
+        np.save(buffer, ids)
         # The same ids give the same name: hiding them again adds no file.
         name = hashlib.sha256(buffer.getvalue()).hexdigest()[:16]
         root.write_bytes(f"{HIDDEN_FOLDER}/{name}.npy", buffer.getvalue())
-    return len(hidden_ids(root))
 
 
 def _read(root: Root, name: str) -> Ids:

@@ -5,6 +5,7 @@ over their centroids, codes of two dimensions of the residual (fast scan), and r
 autofaiss cannot build it, because its factory refuses fast scan with inner products.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,12 +77,62 @@ def train_inverted_lists(rows: AnyVectors, seed: int, untrained: npt.NDArray[np.
     stored[order] = np.arange(len(rows))
     border = _border_rows(rows, centroids, nearest)
     _add(index, rows, border, nearest[:, 1], stored[border])
+    return InvertedLists(_packed(index, len(rows)), order, _offsets(nearest[:, 0], lists), centroids)
+
+
+def update_inverted_lists(
+    index: Any, lists: tuple[Numbers, Vectors], kept: Numbers, added: AnyVectors
+) -> InvertedLists:
+    """The lists of some rows of an index and of new rows, (n, dim) unit rows. Nothing is trained.
+
+    index: `InvertedLists.index`. lists: its offsets and centroids, which stay. kept: row numbers as the rows are
+    stored, ascending. The new order counts the kept rows first, then the added ones.
+    """
+    offsets, centroids = lists
+    nearest = nearest_centroids(added, centroids, nearest=2)
+    lists_of_kept = np.repeat(np.arange(len(centroids)), np.diff(offsets))[kept]
+    lists_of_rows = np.concatenate([lists_of_kept, nearest[:, 0]])
+    order = np.argsort(lists_of_rows, kind="stable")
+    stored = np.empty(len(order), np.int64)
+    stored[order] = np.arange(len(order))
+    new_numbers = np.full(offsets[-1], -1)
+    new_numbers[kept], of_added = stored[: len(kept)], stored[len(kept) :]
+    updated = faiss.IndexIVFPQ(index.quantizer, *centroids.shape[::-1], index.pq.M, 4, faiss.METRIC_INNER_PRODUCT)
+    updated.by_residual, updated.pq, updated.is_trained = True, index.pq, True
+    _copy_entries(index, updated, new_numbers)
+    _add(updated, added, np.arange(len(added)), nearest[:, 0], of_added)
+    border = _border_rows(added, centroids, nearest)
+    _add(updated, added, border, nearest[:, 1], of_added[border])
+    return InvertedLists(_packed(updated, len(order)), order, _offsets(lists_of_rows, len(centroids)), centroids)
+
+
+def _copy_entries(packed: Any, index: Any, new_numbers: Numbers) -> None:
+    """Copy the codes of a faiss.IndexIVFPQFastScan to an empty faiss.IndexIVFPQ, without rows of the new number -1."""
+    unpacked = faiss.ArrayInvertedLists(packed.nlist, packed.code_size)
+    packed.orig_invlists = unpacked
+    packed.reconstruct_orig_invlists()
+    packed.orig_invlists = None  # it belongs to Python
+    for number in range(packed.nlist):
+        if size := unpacked.list_size(number):
+            ids = new_numbers[faiss.rev_swig_ptr(unpacked.get_ids(number), size)]
+            codes = faiss.rev_swig_ptr(unpacked.get_codes(number), size * packed.code_size)
+            remaining = np.ascontiguousarray(codes.reshape(size, -1)[ids >= 0])
+            ids = ids[ids >= 0]
+            index.invlists.add_entries(number, len(ids), *map(faiss.swig_ptr, (ids, remaining)))
+
+
+def _packed(index: Any, rows: int) -> Any:
+    """A filled faiss.IndexIVFPQ as a faiss.IndexIVFPQFastScan of so many rows."""
     packed = faiss.IndexIVFPQFastScan(index, 32)
-    packed.ntotal = len(rows)  # IndexRefine requires the number of the vectors that it ranks again
+    packed.ntotal = rows  # IndexRefine requires the number of the vectors that it ranks again
     # A copy that owns its memory: `packed` only points to parts of `index`.
-    packed = faiss.deserialize_index(faiss.serialize_index(packed))
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(nearest[:, 0], minlength=lists))])
-    return InvertedLists(packed, order, offsets.astype(np.int64), centroids)
+    return faiss.deserialize_index(faiss.serialize_index(packed))
+
+
+def _offsets(lists_of_rows: Numbers, lists: int) -> Numbers:
+    """Start and end of each list, (lists + 1,), where the rows are sorted by list."""
+    sizes = np.bincount(lists_of_rows, minlength=lists)
+    return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 
 
 def _empty_index(centroids: Vectors) -> Any:
@@ -120,4 +171,4 @@ def _border_rows(rows: AnyVectors, centroids: Vectors, nearest: Numbers) -> Numb
         block = slice(start, start + BLOCK_ROWS)
         difference = centroids[nearest[block, 0]] - centroids[nearest[block, 1]]
         margins[block] = np.einsum("ij,ij->i", np.asarray(rows[block], np.float32), difference)
-    return np.sort(np.argsort(margins, kind="stable")[: int(SPILL * len(rows))])
+    return np.sort(np.argsort(margins, kind="stable")[: math.ceil(SPILL * len(rows))])

@@ -257,10 +257,11 @@ def write_manifest(root: Root, manifest: Manifest, folder: str | None = None) ->
     folder = manifest.stage if folder is None else folder
     values = {item.name: getattr(manifest, item.name) for item in fields(manifest)}
     shards = cast(ShardTable, values.pop("shards"))
-    current = write_shards(root, f"{folder}/shards", shards.table) if len(shards) > MAX_JSON_SHARDS else ""
-    values |= {"shards_file": current.removeprefix(f"{folder}/")} if current else {"shards": list(map(asdict, shards))}
-    root.write_json(f"{folder}/manifest.json", values)
-    root.delete_files(name for name in root.list(f"{folder}/shards", ".parquet") if name != current)
+    place = root.child(folder) if folder else root
+    current = write_shards(place, "shards", shards.table) if len(shards) > MAX_JSON_SHARDS else ""
+    values |= {"shards_file": current} if current else {"shards": list(map(asdict, shards))}
+    place.write_json("manifest.json", values)
+    place.delete_files(name for name in place.list("shards", ".parquet") if name != current)
 
 
 def write_shards(root: Root, folder: str, table: pa.Table) -> str:

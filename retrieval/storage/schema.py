@@ -176,6 +176,15 @@ def image_id(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)
 
 
+def sample_key(image_id: int) -> str:
+    """The name of an image in a tar: the 64 bits of its id in hex.
+
+    >>> sample_key(-1)
+    'ffffffffffffffff'
+    """
+    return f"{image_id & (1 << 64) - 1:016x}"
+
+
 def check_table(table: pa.Table, schema: pa.Schema, path: str) -> pa.Table:
     """The table. Raises UserError unless it has the columns, types and non-null columns of the schema.
 

@@ -20,13 +20,12 @@ from jobs import database, download, embed, filter, index, neighbors, sample
 from jobs.cli.recipe import Recipe, load_recipe
 from jobs.train import training_recipe
 from pipeline.databases.sources import PictureSource
-from pipeline.pictures.tars import sample_key
 from retrieval import Database
 from retrieval.cli.commands import main
 from retrieval.clip.encoder import Encoder
 from retrieval.recipe import ClipConfig
 from retrieval.storage.manifest import read_manifest
-from retrieval.storage.schema import image_id
+from retrieval.storage.schema import image_id, sample_key
 from tests.pipeline.shards_in_process import shards_in_process
 from tests.trainer.tiny_run import DIM, write_clip
 from tests.trainer.training.launched import train

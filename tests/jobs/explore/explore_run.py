@@ -16,9 +16,10 @@ from PIL import Image
 from jobs.cli.explore_config import ExploreConfig
 from jobs.explore.__main__ import make_app
 from jobs.explore.explorer import Explorer
-from pipeline.pictures.tars import sample_key, tar_writer
+from pipeline.pictures.tars import tar_writer
 from retrieval.storage import schema
 from retrieval.storage.root import Root
+from retrieval.storage.schema import sample_key
 from tests.trainer.tiny_run import pictures_of, write_run
 from trainer.sampling.recipe import SampleConfig
 from trainer.sampling.sampler import Sampler, TrainedModel

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from jobs.reporting.thumbnails import stored_pictures
-from pipeline.pictures.tars import sample_key, tar_writer
+from pipeline.pictures.tars import tar_writer
 from retrieval.errors import UserError
 from retrieval.storage.root import Root
+from retrieval.storage.schema import sample_key
 
 
 def test_a_tar_is_read_up_to_the_last_wanted_picture(tmp_path: Path) -> None:

@@ -14,12 +14,13 @@ from PIL import Image
 from jobs.view.__main__ import main
 from jobs.view.page import view_page
 from jobs.view.samples import REMOTE_ROWS
-from pipeline.pictures.tars import sample_key, tar_writer
+from pipeline.pictures.tars import tar_writer
 from retrieval.errors import UserError
 from retrieval.index.hidden import hide
 from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, ShardRecord, write_manifest, write_record
 from retrieval.storage.root import Root
+from retrieval.storage.schema import sample_key
 
 K = 2
 SCRIPT = "<script>alert('caption')</script><img src=http://evil.example/x.png>"

@@ -14,11 +14,11 @@ from PIL import Image
 from pipeline.download.download import run as run_download
 from pipeline.download.shard_update import ShardUpdate
 from pipeline.filter.filter import run as run_filter
-from pipeline.pictures.tars import picture_reader, sample_key
+from pipeline.pictures.tars import picture_reader
 from pipeline.recipe import DownloadConfig, FilterConfig
 from retrieval.storage.manifest import Manifest, ShardRecord
 from retrieval.storage.root import Root
-from retrieval.storage.schema import DOWNLOADED, FROM_METADATA, SELECTED, read_table
+from retrieval.storage.schema import DOWNLOADED, FROM_METADATA, SELECTED, read_table, sample_key
 
 pytestmark = pytest.mark.usefixtures("in_process_shards")
 ROWS = 12

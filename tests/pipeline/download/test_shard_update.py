@@ -13,13 +13,13 @@ from pipeline.download.download import run as run_stage
 from pipeline.download.image_download import SplitSettings
 from pipeline.download.shard_download import ShardDownload
 from pipeline.download.shard_update import ShardUpdate, is_transient
-from pipeline.pictures.tars import picture_reader, sample_key
+from pipeline.pictures.tars import picture_reader
 from pipeline.recipe import DownloadConfig
 from pipeline.web.blocklist import Blocklist
 from retrieval.errors import UserError
 from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, read_record, write_manifest, write_record
 from retrieval.storage.root import FileRecord, Root
-from retrieval.storage.schema import DOWNLOADED, image_id, read_table
+from retrieval.storage.schema import DOWNLOADED, image_id, read_table, sample_key
 from tests.pipeline.web.fetching import make_fetcher, write_selected
 
 SHARD = "train/0"

@@ -26,6 +26,7 @@ from retrieval.database.verify import damaged_files
 from retrieval.recipe import ClipConfig, IndexConfig
 from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, read_record, write_record
+from tests.killed_writes import kill_at
 from tests.pipeline.conftest import Picture, pictures
 
 EMBED, INDEX = EmbedConfig(workers=1), IndexConfig(rows_per_partition=20, workers=1)
@@ -257,21 +258,3 @@ def test_a_killed_erasure_is_finished_by_the_next_run(
         shutil.rmtree(folder)
         number += 20
     assert number > 100
-
-
-def kill_at(patch: pytest.MonkeyPatch, number: int) -> None:
-    """Kill the process when it publishes or deletes files for this time."""
-    calls = iter(range(number))
-
-    def counted(method: str) -> None:
-        original = getattr(Root, method)
-
-        def call(*arguments: object) -> object:
-            if next(calls, None) is None:
-                raise KeyboardInterrupt
-            return original(*arguments)
-
-        patch.setattr(Root, method, call)
-
-    for method in ("_publish", "delete", "delete_files"):
-        counted(method)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import webdataset
 
-from pipeline.pictures.tars import member_ranges, picture_reader, sample_key, tar_writer
+from pipeline.pictures.tars import member_ranges, picture_reader, tar_writer
+from retrieval.storage.schema import sample_key
 
 
 def write(path: Path) -> None:

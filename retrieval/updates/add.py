@@ -1,0 +1,75 @@
+"""Adds rows to a finished database: each to the partition and to the lists with the nearest centroids.
+
+Only partitions that get rows are written again, without training. The files of the database before stay until the next
+update, so databases that were opened before go on.
+"""
+
+import warnings
+from collections import Counter
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from retrieval.database.database import Database
+from retrieval.errors import RecallWarning, UserError
+from retrieval.imports.importer import read_rows
+from retrieval.imports.source import Path, VectorSource
+from retrieval.index.kmeans import nearest_centroids
+from retrieval.storage import schema
+from retrieval.storage.root import Root
+from retrieval.storage.schema import Reason
+from retrieval.updates.kept_calibration import MAX_CHANGED_SHARE, changed_share
+from retrieval.updates.rewrite import delete_other_files, opened_for_update, publish, rewrite_partition
+
+
+def add_to_database(
+    root: Root | str, vectors: VectorSource | npt.NDArray[np.generic] | Path, metadata: pa.Table | Path | None = None
+) -> Database:
+    """Add vectors of the same encoder to the database in folder `root`, and open it. The ids of its rows stay.
+
+    vectors, metadata: as in `build_database`; vectors of texts are not used. A row with the id of an earlier row is
+    left out and counted (`Reason.DUPLICATE_ID`); to replace a row, delete it first. Databases that are open keep their
+    rows. Warns (RecallWarning) when so many rows were added that the recall should be measured again. Raises UserError
+    as `build_database`, if no row is new, and while another process updates the database.
+    """
+    root = root if isinstance(root, Root) else Root(root)
+    source = vectors if isinstance(vectors, VectorSource) else VectorSource(vectors, metadata)
+    with opened_for_update(root) as database:
+        rows = read_rows(source, database.dim)
+        table, known = _without_known(rows.table, database)
+        if not len(table):
+            raise UserError(
+                f"nothing to add to {root.url}: {known} of {len(rows.table)} usable rows are in it by their id. "
+                "Give new rows a column image_id or url; to replace rows, delete them first."
+            )
+        numbers = nearest_centroids(schema.vectors(table, schema.EMBEDDING), database.centroids)[:, 0]
+        records = []
+        for number in np.unique(numbers).tolist():
+            none = np.zeros(database.partition_rows[number], bool)
+            records.append(rewrite_partition(database, number, none, table.filter(pa.array(numbers == number))))
+        updated = publish(database, records, Counter(rows.reasons) + Counter({Reason.DUPLICATE_ID: known}))
+        delete_other_files(root, [database.manifest, updated.manifest])
+    _warn_of_growth(updated)
+    return updated
+
+
+def _without_known(table: pa.Table, database: Database) -> tuple[pa.Table, int]:
+    """The rows with ids that are not in the database, and the number of the others."""
+    ids = table[schema.IMAGE_ID].to_numpy()
+    known = np.zeros(len(ids), bool)
+    for partition in database.partitions:
+        known |= np.isin(ids, partition.ids)
+    return table.filter(pa.array(~known)), int(known.sum())
+
+
+def _warn_of_growth(database: Database) -> None:
+    share = changed_share(database)
+    if share > MAX_CHANGED_SHARE and not database.is_exact:
+        warnings.warn(
+            f"{database.root.url}: {share:.0%} of the rows were added or deleted since the recall was measured. Above "
+            f"{MAX_CHANGED_SHARE:.0%} it can differ by more than half a point. Measure it again with "
+            "`laion-rdm calibrate DB --like images`, or build the database again.",
+            RecallWarning,
+            stacklevel=3,
+        )

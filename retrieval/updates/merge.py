@@ -1,0 +1,107 @@
+"""Merges databases of one encoder into a new one: their partitions side by side, with the routing over all of them.
+
+Copies the files of partitions and the thumbnails, so no vector is encoded or indexed again. The recall is measured
+again, because a query can have neighbors in partitions of several databases.
+"""
+
+import shutil
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from retrieval.database.build import (
+    DatabaseIdentity,
+    database_manifest,
+    delete_database,
+    write_calibrated,
+    write_centroids,
+    write_metadata,
+)
+from retrieval.database.database import Database
+from retrieval.errors import UserError
+from retrieval.imports.importer import require_free
+from retrieval.index.hidden import hidden_ids, store_hidden
+from retrieval.index.routing import partition_folder
+from retrieval.recipe import IndexConfig
+from retrieval.storage.data_files import split_path
+from retrieval.storage.manifest import ShardRecord
+from retrieval.storage.root import FileRecord, Root
+
+
+def merge_databases(root: Root | str, sources: Sequence[Root | str]) -> Database:
+    """Merge databases into a new one in folder `root`, and open it. Replaces a database there, which is no source.
+
+    All ids stay, hidden images stay hidden, and the settings are those of the first source. Raises UserError if the
+    encoders differ, if an image id is in two sources, or for a folder with other files.
+    """
+    databases = [Database.open(source).with_all_rows().for_passes() for source in sources]
+    parent, name = split_path(root.url if isinstance(root, Root) else root)
+    _check_sources(parent.at(name), databases)
+    require_free(parent.child(name))
+    delete_database(parent, name)
+    centroids = np.concatenate([database.centroids for database in databases])
+    records = [ShardRecord("centroids", 0, (write_centroids(parent, name, centroids),))]
+    columns = pa.unify_schemas([database.partitions[0].metadata.schema for database in databases])
+    for database in databases:
+        for number in range(len(database.partitions)):
+            folder = f"{name}/{partition_folder(len(records) - 1)}"
+            files = _copy_partition(database, number, (parent, folder), columns)
+            records.append(ShardRecord(partition_folder(len(records) - 1), int(database.partition_rows[number]), files))
+    _copy_thumbnails(databases, parent.child(name))
+    store_hidden(parent.child(name), np.unique(np.concatenate([hidden_ids(database.root) for database in databases])))
+    config = IndexConfig.model_validate(databases[0].manifest.config)
+    upstream = {f"database {i}": database.manifest.identity for i, database in enumerate(databases)}
+    identity = DatabaseIdentity(name, upstream)
+    write_calibrated(parent, database_manifest(records, databases[0].encoder, config, identity))
+    return Database.open(parent.child(name))
+
+
+def _check_sources(target: str, databases: Sequence[Database]) -> None:
+    if not sum(map(len, databases)):
+        raise UserError("nothing to merge: the sources have no rows. Name finished databases with rows.")
+    for database in databases:
+        database.require_encoder(databases[0].encoder)
+        folder, name = split_path(database.root.url)
+        if folder.at(name) == target:
+            raise UserError(f"{target} is a source of the merge. Name another folder for the result.")
+    ids = np.concatenate([partition.ids for database in databases for partition in database.partitions])
+    distinct, counts = np.unique(ids, return_counts=True)
+    if repeated := int((counts > 1).sum()):
+        raise UserError(
+            f"{repeated} image ids are in more than one source, such as {distinct[counts > 1][0]}. Delete them from "
+            "all but one: laion-rdm delete DB ids.txt"
+        )
+
+
+def _copy_partition(
+    database: Database, number: int, target: tuple[Root, str], columns: pa.Schema
+) -> tuple[FileRecord, ...]:
+    """Copy the files of a partition to a folder of a root. columns: of the metadata of all databases."""
+    root, folder = target
+    record = database.manifest.shards[database.manifest.shard_names().index(partition_folder(number))]
+    metadata = database.partitions[number].metadata
+    files = []
+    for file in record.files:
+        name = file.name.removeprefix(f"{database.manifest.stage}/")
+        copy = f"{folder}/{name.rpartition('/')[2]}"
+        files.append(_copy(database.root, name, (root, copy)))
+        if files[-1].sha256 != file.sha256:
+            raise UserError(f"{database.root.at(name)} is damaged: its checksum is another one. Build it again.")
+        if name.endswith("/metadata.arrow") and metadata.schema != columns:
+            wider = pa.concat_tables([columns.empty_table(), metadata], promote_options="default")
+            files[-1] = write_metadata(root, copy, wider)
+    return tuple(files)
+
+
+def _copy(source: Root, name: str, target: tuple[Root, str]) -> FileRecord:
+    root, copy = target
+    with source.local(name) as path, root.writing(copy) as pending:
+        shutil.copyfile(path, pending.path)
+    return pending.record
+
+
+def _copy_thumbnails(databases: Sequence[Database], root: Root) -> None:
+    tars = [(database.root, name) for database in databases for name in database.root.list("pictures", ".tar")]
+    for number, (source, name) in enumerate(tars):
+        _copy(source, name, (root, f"pictures/merged-{number:05d}.tar"))
