@@ -26,7 +26,7 @@ export NO_ALBUMENTATIONS_UPDATE ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 export DS_ACCELERATOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: help install demo import test check format bench bench-retrieval bench-filters bench-download bench-pipeline bench-loader bench-step bench-schedule bench-sampling gpu-day gpu-wheels bench-crashes bench-near-copies bench-partitions bench-scale bench-optout optout bench-load database convert docs explore paper report clean status view capacity plan bench-capacity $(STAGES)
+.PHONY: help install demo import test check format bench bench-retrieval bench-filters bench-grow bench-download bench-pipeline bench-loader bench-step bench-schedule bench-sampling gpu-day gpu-wheels bench-crashes bench-near-copies bench-partitions bench-scale bench-optout optout bench-load database convert docs explore paper report clean status view capacity plan bench-capacity $(STAGES)
 
 help: ## list the targets
 	@grep -hE '^[a-z$$()A-Z -]+:.*## ' $(MAKEFILE_LIST) | sed -e 's/$$(STAGES)/<stage>/' -e 's/:.*## /\t/' | expand -t 20
@@ -112,6 +112,9 @@ bench-retrieval: install .venv-bench/installed ## our search and join against Sc
 
 bench-filters: install ## search among the rows that meet a condition: docs/filters.md
 	$(BIN)/python -m benchmarks.retrieval.filters $(ARGS)
+
+bench-grow: install ## add and delete rows of a database, merge databases: docs/grow.md
+	$(BIN)/python -m benchmarks.retrieval.grow $(ARGS)
 
 bench-loader: install ## speed of the data loader per core: docs/loader.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.training.loader $(ARGS)

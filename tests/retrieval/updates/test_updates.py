@@ -1,25 +1,18 @@
-"""Updates of a database: rows are added and deleted for good, databases merged, and readers see one state or the other."""
+"""Updates of a database: rows are added and deleted for good, databases merged; readers see one state or the other."""
 
 import shutil
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from retrieval import Database, Root, UserError, add_to_database, build_database, delete_from_database, merge_databases
-from retrieval.database.calibration import recalibrate
+from retrieval import Database, Root, add_to_database, delete_from_database
 from retrieval.database.verify import damaged_files
-from retrieval.errors import RecallWarning
-from retrieval.index.hidden import hide
 from retrieval.index.routing import Vectors, unit
-from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
-from retrieval.storage.manifest import read_manifest
-from tests.killed_writes import kill_at
-from tests.retrieval.conftest import DIM, IDENTITY, brute_force, built, clustered, share_found
+from tests.retrieval.conftest import IDENTITY, brute_force, built, clustered, share_found
 
 NEW = 90
 FIRST_NEW_ID = 9000
