@@ -28,7 +28,7 @@ FORBIDDEN = {
 RAY_USERS = {"retrieval/cluster", "pipeline/runtime", "jobs/cluster"}
 ARROWS = """
 retrieval/__main__: cli
-retrieval/cli: clip database errors extras imports index pictures provenance recipe storage
+retrieval/cli: clip database errors extras imports index pictures provenance recipe storage updates
 retrieval/clip: config errors recipe storage
 retrieval/cluster: config database errors index storage
 retrieval/config:
@@ -44,6 +44,7 @@ retrieval/pictures: errors storage
 retrieval/provenance: errors extras
 retrieval/recipe: config
 retrieval/storage: config errors extras
+retrieval/updates: database errors imports index recipe storage
 pipeline/capacity: recipe
 pipeline/databases: embed pictures recipe
 pipeline/download: filter pictures recipe runtime web

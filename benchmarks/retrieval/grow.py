@@ -30,12 +30,15 @@ from retrieval import (
 )
 from retrieval.errors import RecallWarning
 from retrieval.index.routing import Vectors
+from retrieval.recipe import IndexConfig
 
 K, QUERIES, RECALL = 20, 1_000, 0.95
 ADDED = (0.01, 0.1)
 DELETED = 0.01
 MERGED_ROWS = 100_000
 """Halves are merged, and databases built again with the added rows, only at this many rows."""
+FLAT_ROWS = 20_000
+"""Setting of the databases, so that halves have inverted lists too."""
 FOLDER = SCRATCH / "grow"
 EFFORT = ("partitions_per_query", "lists_per_partition", "candidates_per_result")
 
@@ -43,7 +46,7 @@ EFFORT = ("partitions_per_query", "lists_per_partition", "candidates_per_result"
 def main() -> None:
     """Build, update, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
-    parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 300_000], help="(default %(default)s)")
+    parser.add_argument("--rows", type=int, nargs="+", default=[MERGED_ROWS], help="(default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the vectors (default %(default)s)")
     parser.add_argument("--out", type=Path, default=DOCS, help="folder of the report")
     options = parser.parse_args()
@@ -100,7 +103,8 @@ class Data:
     def build(self, name: str, ids: np.ndarray) -> Database:
         """Build a database of some vectors."""
         encoder = EncoderIdentity(model="generated", weights="", preprocessing="", dim=DIM)
-        return build_database(f"{FOLDER}/{name}", self.vectors[ids], table_of(ids), encoder=encoder)
+        config = IndexConfig(flat_rows=FLAT_ROWS)
+        return build_database(f"{FOLDER}/{name}", self.vectors[ids], table_of(ids), encoder=encoder, config=config)
 
     def copy(self, name: str) -> str:
         """The folder of a copy of the first database."""

@@ -1,6 +1,7 @@
 """Updates of a database: rows are added and deleted for good, databases merged; readers see one state or the other."""
 
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,11 +9,18 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from retrieval import Database, Root, add_to_database, delete_from_database
+from retrieval import Database, Root, UserError, add_to_database, build_database, delete_from_database, merge_databases
+from retrieval.database.calibration import recalibrate
 from retrieval.database.verify import damaged_files
+from retrieval.errors import RecallWarning
+from retrieval.index.hidden import hide
 from retrieval.index.routing import Vectors, unit
+from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
-from tests.retrieval.conftest import IDENTITY, brute_force, built, clustered, share_found
+from retrieval.storage.manifest import read_manifest
+from retrieval.updates.rewrite import opened_for_update
+from tests.killed_writes import kill_at
+from tests.retrieval.conftest import DIM, IDENTITY, brute_force, built, clustered, share_found
 
 NEW = 90
 FIRST_NEW_ID = 9000
@@ -114,3 +122,194 @@ def test_deleted_rows_are_in_no_file(
         for row in (vectors[number - 1000].astype(np.float16), unit(vectors[number - 1000]).astype(np.float32)):
             assert row.tobytes() not in contents
         assert f"picture {number - 1000}\x00".encode() not in contents
+
+
+@pytest.mark.parametrize("is_deletion", [False, True])
+def test_a_killed_update_leaves_the_old_or_the_new_database(
+    stored: Callable[[str], Path], is_deletion: bool, new_rows: Vectors, tmp_path: Path
+) -> None:
+    before, deleted = {*range(1000, 4000)}, np.arange(1000, 4000, 40)
+    after = before - {*deleted.tolist()} if is_deletion else before | {*range(FIRST_NEW_ID, FIRST_NEW_ID + NEW)}
+
+    def update(root: Root) -> object:
+        return delete_from_database(root, deleted) if is_deletion else add(root, new_rows)
+
+    states, is_finished = [], False
+    while not is_finished:
+        root = Root(shutil.copytree(stored("mixed"), tmp_path / str(len(states))))
+        with pytest.MonkeyPatch.context() as patch:
+            kill_at(patch, 2 * len(states))
+            is_finished = ends_normally(update, root)
+        states.append(readable_ids(root))
+        if not is_finished:
+            shutil.rmtree(f"{root.url}/leases", ignore_errors=True)  # that of an ended process would be taken over
+            if is_deletion or states[-1] == before:
+                update(root)
+            assert readable_ids(root) == after
+            if is_deletion:
+                assert len(root.list("", "embeddings.npy")) == len(Database.open(root).partitions)
+    count = states.count(before)
+    assert 2 < count < len(states) - 1
+    assert states == [before] * count + [after] * (len(states) - count)
+
+
+def readable_ids(root: Root) -> set[int]:
+    """The ids of a database, all files of which are whole."""
+    database = Database.open(root)
+    assert damaged_files(root) == []
+    return {*database.search(np.ones((1, DIM)), 5000, recall=1.0).ids[0].tolist()}
+
+
+def ends_normally(update: Callable[[Root], object], root: Root) -> bool:
+    try:
+        update(root)
+    except KeyboardInterrupt:
+        return False
+    return True
+
+
+def test_files_of_the_database_before_stay_until_the_next_update(
+    copied: Callable[[str], Root], new_rows: Vectors
+) -> None:
+    root = copied("lists")
+    files = [{*root.list("", ".npy")}]
+    for part in range(3):
+        add_to_database(root, new_rows[part::3], metadata_of(np.arange(30) + FIRST_NEW_ID + 100 * part))
+        files.append({*root.list("", ".npy")})
+    named = [name.rpartition("/")[0] for name in files[3] if name.endswith("embeddings.npy")]
+    assert len(named) == 2
+    assert not files[3] & (files[0] - {"centroids.npy"})
+    delete_from_database(root, [FIRST_NEW_ID])
+    assert len(root.list("", "embeddings.npy")) == 1
+
+
+def test_rows_with_the_id_of_an_earlier_row_are_left_out_and_counted(
+    copied: Callable[[str], Root], vectors: Vectors, new_rows: Vectors
+) -> None:
+    root = copied("partitions")
+    ids = np.arange(3990, 3990 + NEW)
+    rows = new_rows.copy()
+    rows[-1] = 0
+    database = add_to_database(root, rows, metadata_of(ids))
+    assert database.manifest.reasons == {"bad_vector": 1, "duplicate_id": 10}
+    check(database, by_id(vectors) | by_id(new_rows[10:-1], 4000), new_rows[10:20])
+    with pytest.raises(UserError, match=r"nothing to add to .*: 89 of 89 usable rows are in it by their id"):
+        add_to_database(root, rows, metadata_of(ids))
+    with pytest.raises(UserError, match="vectors of length 8; the encoder makes 32"):
+        add_to_database(root, rows[:, :8])
+
+
+def test_hidden_images_stay_hidden(copied: Callable[[str], Root], new_rows: Vectors) -> None:
+    root = copied("partitions")
+    hide(root, [1500, FIRST_NEW_ID])
+    database = add(root, new_rows)
+    assert FIRST_NEW_ID not in database.search(new_rows[:1], 5, recall=1.0).ids
+    assert FIRST_NEW_ID + 1 in database.search(new_rows[1:2], 5, recall=1.0).ids
+    database = delete_from_database(root, [1501])
+    assert database.hidden.tolist() == [1500, FIRST_NEW_ID]
+
+
+def test_a_partition_gets_lists_when_it_grows_and_the_recall_is_measured_again(
+    tmp_path: Path, vectors: Vectors, queries: Vectors
+) -> None:
+    database = built(tmp_path, vectors[:1000], flat_rows=1000)
+    recalibrate(database.root, queries, "texts")
+    rows = vectors[1000:2000]
+    database = add_to_database(database.root, rows, metadata_of(np.arange(2000, 3000)))
+    assert database.partitions[0].num_lists > 1
+    assert not database.is_exact
+    assert [*database.calibration] == ["images"]
+    check(database, by_id(vectors[:2000]), queries)
+    database = delete_from_database(database.root, np.arange(1500, 3000))
+    assert database.is_exact
+    check(database, by_id(vectors[:500]), queries)
+
+
+def test_calibrations_go_along_and_a_large_growth_warns(
+    copied: Callable[[str], Root], queries: Vectors, new_rows: Vectors
+) -> None:
+    root = copied("lists")
+    recalibrate(root, queries, "texts")
+    before = Database.open(root).calibration
+    database = add(root, new_rows)
+    measured = {kind: [entry for entry in before[kind] if not entry.is_exact] for kind in before}
+    assert {kind: [entry for entry in database.calibration[kind] if not entry.is_exact] for kind in before} == measured
+    assert all(e.effort.candidates_per_result == 3090 for e in database.calibration["texts"] if e.is_exact)
+    more = clustered(400, seed=8)
+    with pytest.warns(RecallWarning, match=r"14% of the rows were added .*laion-rdm calibrate DB --like images"):
+        add_to_database(root, more, metadata_of(np.arange(20_000, 20_400)))
+    recalibrate(root, None, "images")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RecallWarning)
+        add_to_database(root, more[:50] + 0.01, metadata_of(np.arange(30_000, 30_050)))
+    with pytest.raises(UserError, match=r"rows of .* are no queries like texts"):
+        recalibrate(root, None, "texts")
+
+
+def test_the_centroid_of_a_deleted_row_is_trained_again(tmp_path: Path, vectors: Vectors) -> None:
+    alone = unit(np.random.default_rng(5).standard_normal((1, DIM)))
+    database = built(tmp_path, np.concatenate([vectors, alone]), flat_rows=1000)
+    centroids = database.partitions[0].lists[1]
+    if (centroids @ alone[0]).max() < 0.9995:  # the row was not in the sample: put it there
+        pytest.fail("the test needs a list of a single row")
+    after = delete_from_database(database.root, [4000])
+    assert (after.partitions[0].lists[1] @ alone[0]).max() < 0.9
+    assert len(after) == 3000
+
+
+def test_every_row_can_be_deleted_and_others_added(tmp_path: Path, vectors: Vectors, new_rows: Vectors) -> None:
+    database = built(tmp_path, vectors[:60], rows_per_partition=30)
+    database = delete_from_database(database.root, np.arange(1000, 1060))
+    assert len(database) == 0
+    database = add(database.root, new_rows)
+    check(database, by_id(new_rows, FIRST_NEW_ID), new_rows[:20])
+    assert len(database.partitions) == 2
+
+
+def test_merged_databases_hold_the_rows_of_all(
+    tmp_path: Path, vectors: Vectors, queries: Vectors, new_rows: Vectors
+) -> None:
+    first = built(tmp_path, vectors, "first", rows_per_partition=1500, flat_rows=1000).root
+    metadata, config = metadata_of(np.arange(FIRST_NEW_ID, FIRST_NEW_ID + NEW)), IndexConfig(num_queries=20)
+    second = build_database(tmp_path / "second", new_rows, metadata, encoder=IDENTITY, config=config).root
+    hide(second, [FIRST_NEW_ID])
+    database = merge_databases(tmp_path / "merged", [first, str(second.url)])
+    assert database.hidden.tolist() == [FIRST_NEW_ID]
+    assert len(database.partitions) == 3
+    rows = by_id(vectors) | by_id(new_rows, FIRST_NEW_ID)
+    check(database.with_all_rows(), rows, np.concatenate([queries, new_rows]))
+    assert read_manifest(database.root, "").upstream == {
+        "database 0": read_manifest(first, "").identity,
+        "database 1": read_manifest(second, "").identity,
+    }
+    # The result is a database like others: it can be replaced and updated.
+    merged = merge_databases(tmp_path / "merged", [second, first])
+    check(delete_from_database(merged.root, [1000]).with_all_rows(), {n: rows[n] for n in rows if n != 1000}, queries)
+
+
+def test_databases_that_cannot_be_merged_are_refused(tmp_path: Path, vectors: Vectors) -> None:
+    first = built(tmp_path, vectors[:100], "first").root
+    same_ids = built(tmp_path, vectors[100:200], "same").root
+    with pytest.raises(UserError, match="100 image ids are in more than one source, such as 1000"):
+        merge_databases(tmp_path / "merged", [first, same_ids])
+    other = build_database(
+        tmp_path / "other", vectors[:50], encoder=IDENTITY.model_copy(update={"model": "other"})
+    ).root
+    with pytest.raises(UserError, match="was built with the encoder other"):
+        merge_databases(tmp_path / "merged", [first, other])
+    with pytest.raises(UserError, match="is a source of the merge"):
+        merge_databases(first, [first])
+    with pytest.raises(UserError, match="nothing to merge"):
+        merge_databases(tmp_path / "merged", [])
+    assert not (tmp_path / "merged").exists()
+    files = first.local_path("partitions/00000/embeddings.npy")
+    files.write_bytes(files.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match="is damaged: its checksum"):
+        merge_databases(tmp_path / "merged", [first])
+    assert not (tmp_path / "merged/manifest.json").exists()
+
+
+def test_two_updates_at_the_same_time_are_refused(copied: Callable[[str], Root], new_rows: Vectors) -> None:
+    root = copied("partitions")
+    with opened_for_update(root), pytest.raises(UserError, match="Only one process at a time may write there"):
+        add(root, new_rows)
