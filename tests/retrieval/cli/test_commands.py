@@ -300,6 +300,24 @@ def test_block_hides_rows_from_every_later_search(
     assert "'12x' is neither an image id nor a URL" in message
 
 
+def test_rows_are_added_and_deleted_and_databases_merged(database: str, tmp_path: Path, capsys: Capture) -> None:
+    np.save(tmp_path / "new.npy", clustered(12, seed=3))
+    pq.write_table(pa.table({"key": np.arange(1298, 1310)}), tmp_path / "new.parquet")
+    options = ("--metadata", f"{tmp_path}/new.parquet", "--column", "image_id=key")
+    code, text, _ = run(capsys, "add", database, f"{tmp_path}/new.npy", *options)
+    assert (code, text) == (0, f"{database}: 10 rows added, 2 duplicate_id; 310 rows in total\n")
+    assert run(capsys, "add", database, f"{tmp_path}/new.npy", *options)[0] == 2
+
+    (tmp_path / "ids.txt").write_text("1000\n1305\n77\n")
+    code, text, _ = run(capsys, "delete", database, f"{tmp_path}/ids.txt")
+    assert (code, text) == (0, f"{database}: 2 rows deleted for 3 ids; 308 rows are left\n")
+
+    other = build_database(tmp_path / "other", clustered(20, seed=4), encoder=IDENTITY)
+    code, text, _ = run(capsys, "merge", database, other.root.url, f"{tmp_path}/merged")
+    assert (code, text) == (0, f"{tmp_path}/merged: 328 rows of 2 databases\n")
+    assert run(capsys, "verify", f"{tmp_path}/merged", "--queries", "50", "--k", "5")[0] == 0
+
+
 def test_calibrate_stores_its_measurements_in_the_database(database: str, query_file: str, capsys: Capture) -> None:
     def calibration() -> dict[str, list[dict[str, object]]]:
         return json.loads(run(capsys, "info", database, "--json")[1])["calibration"]
@@ -327,7 +345,7 @@ def test_help_names_every_command(capsys: Capture) -> None:
         main(["--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    for command in ("search", "info", "verify", "build", "hide", "calibrate"):
+    for command in ("search", "info", "verify", "build", "add", "delete", "merge", "hide", "calibrate"):
         assert f"\n    {command} " in text.replace("\n              ", " ")
 
 
