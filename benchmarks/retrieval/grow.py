@@ -145,10 +145,11 @@ Written by `make bench-grow`; the numbers are in `grow.json`.
 
 **Machine:** {result["hardware"]}.
 
-Rows of {DIM} dimensions with captions, one partition with inverted lists (two after the merge). CPU-seconds are those of all threads, reading and writing of files included;
-a build includes its calibration. The recall is that of k = {K} for {QUERIES:,} queries that are no rows, of the same
-distribution, at the effort that the calibration of the database names for recall {RECALL}: after rows were added or
-deleted this is the calibration of the first build. *Build with 10% more* is searched with the effort of the first build.
+Rows of {DIM} dimensions with captions, one partition with inverted lists (two after the merge). CPU-seconds are those
+of all threads, reading and writing of files included; a build includes its calibration. The recall is that of k = {K}
+for {QUERIES:,} queries that are no rows, of the same distribution, at the effort that the calibration of the database
+names for recall {RECALL}: after rows were added or deleted this is the calibration of the first build. *Build with 10%
+more* is searched with the effort of the first build.
 *Of added rows*: the share of the true neighbors that were found, among those that were added. Each step starts from
 the first build.
 

@@ -37,7 +37,7 @@ def add_to_database(
     source = vectors if isinstance(vectors, VectorSource) else VectorSource(vectors, metadata)
     with opened_for_update(root) as database:
         rows = read_rows(source, database.dim)
-        table, known = _without_known(rows.table, database)
+        table, known = _without_known(_with_columns_of(database, rows.table), database)
         if not len(table):
             raise UserError(
                 f"nothing to add to {root.url}: {known} of {len(rows.table)} usable rows are in it by their id. "
@@ -52,6 +52,28 @@ def add_to_database(
         delete_other_files(root, [database.manifest, updated.manifest])
     _warn_of_growth(updated)
     return updated
+
+
+def _with_columns_of(database: Database, table: pa.Table) -> pa.Table:
+    """The rows with the columns of the database, in their types. Other columns are left out, with a warning.
+
+    Raises UserError for values of another type.
+    """
+    further = [*database.partitions[0].metadata.schema][len(schema.METADATA) :]
+    columns = pa.schema([*schema.embeddings(database.dim), *further])
+    if other := [name for name in table.column_names if name not in columns.names]:
+        warnings.warn(f"{database.root.url} has no columns {', '.join(other)}: left out", UserWarning, stacklevel=4)
+    arrays = []
+    for field in columns:
+        try:
+            has_it = field.name in table.column_names
+            arrays.append(table[field.name].cast(field.type) if has_it else pa.nulls(len(table), field.type))
+        except pa.ArrowException as error:
+            raise UserError(
+                f"column {field.name} has type {table[field.name].type}, in {database.root.url} {field.type}: {error}. "
+                "Convert it, or leave it out."
+            ) from error
+    return pa.table(arrays, schema=columns)
 
 
 def _without_known(table: pa.Table, database: Database) -> tuple[pa.Table, int]:

@@ -42,7 +42,7 @@ def merge_databases(root: Root | str, sources: Sequence[Root | str]) -> Database
     delete_database(parent, name)
     centroids = np.concatenate([database.centroids for database in databases])
     records = [ShardRecord("centroids", 0, (write_centroids(parent, name, centroids),))]
-    columns = pa.unify_schemas([database.partitions[0].metadata.schema for database in databases])
+    columns = _columns_of_all(databases)
     for database in databases:
         for number in range(len(database.partitions)):
             folder = f"{name}/{partition_folder(len(records) - 1)}"
@@ -55,6 +55,16 @@ def merge_databases(root: Root | str, sources: Sequence[Root | str]) -> Database
     identity = DatabaseIdentity(name, upstream)
     write_calibrated(parent, database_manifest(records, databases[0].encoder, config, identity))
     return Database.open(parent.child(name))
+
+
+def _columns_of_all(databases: Sequence[Database]) -> pa.Schema:
+    try:
+        return pa.unify_schemas([database.partitions[0].metadata.schema for database in databases])
+    except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
+        raise UserError(
+            f"the sources have metadata columns of one name and different types: {error}. Build one of them again "
+            "without that column, or with its values converted."
+        ) from error
 
 
 def _check_sources(target: str, databases: Sequence[Database]) -> None:

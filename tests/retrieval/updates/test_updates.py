@@ -199,6 +199,19 @@ def test_rows_with_the_id_of_an_earlier_row_are_left_out_and_counted(
         add_to_database(root, rows[:, :8])
 
 
+def test_added_rows_take_the_columns_of_the_database(tmp_path: Path) -> None:
+    first = pa.table({"image_id": [1, 2, 3], "style": ["a", "b", None], "year": pa.array([1, 2, 3], pa.int16())})
+    build_database(tmp_path / "db", clustered(3, seed=1), first, encoder=IDENTITY)
+    second = pa.table({"image_id": [4, 5], "year": pa.array([1904.0, 1905.0]), "school": ["x", "y"]})
+    with pytest.warns(UserWarning, match="has no columns school: left out"):
+        database = add_to_database(tmp_path / "db", clustered(2, seed=2), second)
+    rows = {row["image_id"]: (row["style"], row["year"]) for row in database.metadata().to_pylist()}
+    assert rows == {1: ("a", 1), 2: ("b", 2), 3: (None, 3), 4: (None, 1904), 5: (None, 1905)}
+    assert len(database.where("year > 1904").search(clustered(1, seed=3), 5).table()) == 1
+    with pytest.raises(UserError, match=r"column year has type string, in .* int16.*Convert it"):
+        add_to_database(tmp_path / "db", clustered(1, seed=4), pa.table({"image_id": [6], "year": ["MCM"]}))
+
+
 def test_hidden_images_stay_hidden(copied: Callable[[str], Root], new_rows: Vectors) -> None:
     root = copied("partitions")
     hide(root, [1500, FIRST_NEW_ID])
@@ -270,7 +283,7 @@ def test_merged_databases_hold_the_rows_of_all(
     tmp_path: Path, vectors: Vectors, queries: Vectors, new_rows: Vectors
 ) -> None:
     first = built(tmp_path, vectors, "first", rows_per_partition=1500, flat_rows=1000).root
-    metadata, config = metadata_of(np.arange(FIRST_NEW_ID, FIRST_NEW_ID + NEW)), IndexConfig(num_queries=20)
+    metadata, config = metadata_of(np.arange(FIRST_NEW_ID, FIRST_NEW_ID + NEW)), IndexConfig(num_queries=200)
     second = build_database(tmp_path / "second", new_rows, metadata, encoder=IDENTITY, config=config).root
     hide(second, [FIRST_NEW_ID])
     database = merge_databases(tmp_path / "merged", [first, str(second.url)])
@@ -288,6 +301,11 @@ def test_merged_databases_hold_the_rows_of_all(
 
 
 def test_databases_that_cannot_be_merged_are_refused(tmp_path: Path, vectors: Vectors) -> None:
+    for name, year in (("numbers", 1900), ("texts", "1900")):
+        rows = pa.table({"image_id": [len(name)], "year": [year]})
+        build_database(tmp_path / name, clustered(1, seed=1), rows, encoder=IDENTITY)
+    with pytest.raises(UserError, match="columns of one name and different types"):
+        merge_databases(tmp_path / "both", [Root(tmp_path / "numbers"), Root(tmp_path / "texts")])
     first = built(tmp_path, vectors[:100], "first").root
     same_ids = built(tmp_path, vectors[100:200], "same").root
     with pytest.raises(UserError, match="100 image ids are in more than one source, such as 1000"):
