@@ -66,7 +66,7 @@ def run(config: TrainingRecipe, root: Root) -> None:
     if config.train.deterministic:
         use_deterministic_algorithms()
     termination = Termination()
-    ranks = join_ranks()
+    ranks = join_ranks(config.train.timeout_minutes)
     with ExitStack() as resources:
         if ranks.is_first:
             resources.enter_context(lease(root, config.train.folder))
