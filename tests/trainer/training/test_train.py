@@ -332,6 +332,18 @@ def test_fewer_steps_than_a_checkpoint_has_are_an_error_without_restart(
     assert not copied_run.exists(f"{FOLDER}/checkpoints")
 
 
+def test_the_recipes_timeout_reaches_the_process_group(
+    training_set: Root, autoencoder_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def join_ranks(timeout_minutes: int) -> Ranks:
+        raise RuntimeError(f"{timeout_minutes} minutes")
+
+    for name, stand_in in (("join_ranks", join_ranks), ("Termination", object), ("die_with_parent", bool)):
+        monkeypatch.setattr(f"trainer.training.train.{name}", stand_in)
+    with pytest.raises(RuntimeError, match="7 minutes"):
+        run(recipe_of(autoencoder_folder, timeout_minutes=7), training_set)
+
+
 def test_a_folder_with_a_running_training_is_an_error(autoencoder_folder: str, copied_run: Root) -> None:
     with lease(copied_run, FOLDER):
         code, log = try_to_train(recipe_of(autoencoder_folder, steps=STEPS + 1), copied_run)
