@@ -105,7 +105,7 @@ def _make_work(config: EmbedConfig, clip: ClipConfig, scored: ScoredRows, select
 def _embed_shard(
     config: EmbedConfig, encoder: Encoder, scored: ScoredRows, selection: DatabaseSelection, shard: str
 ) -> ShardRecord:
-    # A stored shard that is not finished differs in nothing but the heads.
+    # A stored shard that is not finished differs only in the heads.
     rows = scored.stored(shard) or _embedded_rows(config, encoder, scored.root, selection, shard)
     return scored.write(shard, *rows)
 

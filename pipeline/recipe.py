@@ -114,6 +114,10 @@ class FilterConfig(WorkersConfig):
         return self
 
 
+SHARDS_AT_ONCE = 2
+"""Shards that a worker of `download` works on at the same time."""
+
+
 class DownloadConfig(WorkersConfig):
     """How images are fetched and stored (section `download` of a recipe).
 

@@ -18,7 +18,8 @@ CHANGEABLE = frozenset(
     {"steps", "global_batch", "learning_rate", "learning_rate_decay", "final_learning_rate", "warmup_steps"}
     | {"weight_decay", "decay_norms_and_biases", "adam_beta1", "adam_beta2", "adam_eps", "max_grad_norm", "ema_decay"}
 )
-"""Settings of section `train` that may change when a run is resumed. The metrics record them."""
+"""Settings of section `train` that may change when a run is resumed. The metrics have the resulting numbers, the log
+names every change."""
 SchedulerName = Literal["ddim", "plms", "dpm++"]
 ContextNorm = Literal["unit", "raw"]
 Integers = Annotated[tuple[PositiveInt, ...], Field(strict=False)]
@@ -105,7 +106,9 @@ class DiffusionConfig(Config):
     @model_validator(mode="after")
     def _check(self) -> "DiffusionConfig":
         if self.zero_terminal_snr and self.prediction != "v_prediction":
-            raise ValueError("zero_terminal_snr needs prediction v_prediction: pure noise tells nothing of epsilon")
+            raise ValueError(
+                "zero_terminal_snr needs prediction v_prediction: at pure noise epsilon says nothing about the picture"
+            )
         if self.beta_end < self.beta_start:
             raise ValueError(f"beta_end must be at least beta_start {self.beta_start}, got {self.beta_end}")
         return self

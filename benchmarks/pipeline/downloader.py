@@ -25,8 +25,8 @@ Download = Callable[[list[str]], int]
 
 def ours(split: str, folder: Path, threads: int) -> Download:
     """The stage `download` without Ray."""
-    from pipeline.download.download import SHARDS_AT_ONCE, make_work
-    from pipeline.recipe import DownloadConfig
+    from pipeline.download.download import make_work
+    from pipeline.recipe import SHARDS_AT_ONCE, DownloadConfig
     from pipeline.web.blocklist import Blocklist
     from retrieval.storage.root import Root
 

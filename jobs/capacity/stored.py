@@ -4,6 +4,7 @@ Reads the manifests of the finished stages below a root. What they do not state 
 """
 
 from pipeline.capacity import MEASURED_DIM, MICROSECOND, PUBLISHED_EDGE, Inputs, Rate
+from pipeline.recipe import SHARDS_AT_ONCE
 from pipeline.runtime.status import find_manifest
 from retrieval.storage.manifest import Manifest
 from retrieval.storage.root import Root
@@ -39,7 +40,7 @@ def stored_inputs(inputs: Inputs, root: Root) -> Inputs:
 
 
 def _of_download(manifest: Manifest, split: str, folder: str) -> dict[str, tuple[float, str]]:
-    """Bytes of an image, and worker time of a URL, with their sources. A worker has one CPU."""
+    """Bytes of an image, and worker time of a URL, with their sources. A worker has a CPU and SHARDS_AT_ONCE shards."""
     shards = [shard for shard in manifest.shards if shard.shard.startswith(f"{split}/")]
     images = sum(shard.rows for shard in shards)
     urls = images + sum(sum(shard.reasons.values()) for shard in shards)
@@ -48,7 +49,7 @@ def _of_download(manifest: Manifest, split: str, folder: str) -> dict[str, tuple
     size = sum(file.bytes for shard in shards for file in shard.files if file.name.endswith(".tar")) / images
     if split == "database":  # the rate is that of images of PUBLISHED_EDGE
         size *= (PUBLISHED_EDGE / manifest.config["database_edge"]) ** 2
-    cpu_us = sum(shard.seconds for shard in shards) / urls / MICROSECOND
+    cpu_us = sum(shard.seconds for shard in shards) / SHARDS_AT_ONCE / urls / MICROSECOND
     return {
         f"image_{split}": (size, f"{folder}, {images:,} images"),
         f"fetch_cpu_{split}": (cpu_us, f"{folder}, time of workers of one CPU for {urls:,} URLs"),

@@ -140,7 +140,7 @@ def source_picture(item: Item, label: str, source: PictureSource) -> SourcePictu
 
 def read_fields(row: Fields) -> dict[str, Any]:
     """The FIELDS of a row as stripped strings, without empty ones, and its other values under FURTHER."""
-    row = {name.strip().lower(): value for name, value in row.items() if name}
+    row = {safe_text(name.strip().lower()): value for name, value in row.items() if name and name.strip()}
     fields: dict[str, Any] = {}
     for name, columns in FIELDS.items():
         # A column `image` can also contain pictures, a column `artist` numbers without names.

@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline.download.former_shards import delete_former, set_aside
 from pipeline.filter.later_blocked import later_blocked_ids
-from pipeline.recipe import DownloadConfig
+from pipeline.recipe import SHARDS_AT_ONCE, DownloadConfig
 from pipeline.runtime.runner import run_shards
 from pipeline.runtime.stage import Stage
 from pipeline.runtime.workers import Work, Workers, shared_function
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from pipeline.download.image_download import SplitSettings
 
 SCHEMA_VERSION = 3
-SHARDS_AT_ONCE = 2
-"""Shards that a worker downloads at the same time."""
 
 
 def run(config: DownloadConfig, root: Root, retry: bool = False) -> Manifest:

@@ -8,7 +8,7 @@ identities of its rewritten inputs, so that no stage runs again. Databases are v
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from pipeline.runtime.stage import Stage, map_in_threads
 from pipeline.runtime.workers import Work, Workers, shared_workers
 from pipeline.web.blocklist import Blocklist
 from retrieval.config import Config
+from retrieval.database.database import Database
 from retrieval.index.hidden import Ids
 from retrieval.recipe import IndexConfig
 from retrieval.storage.lease import lease
@@ -73,6 +74,8 @@ def erase(root: Root, blocklist: Blocklist) -> dict[str, int]:
     with ExitStack() as leases:
         for name in _stages(root):
             leases.enter_context(lease(root, name))
+        for name in plan.rows:
+            leases.enter_context(lease(root.child(name), "update"))
         with stage.building(), shared_workers():
             _rewrite_shards(stage, blocklist, plan, latents)
             partitions = _rewrite_databases(stage, plan)
@@ -181,7 +184,11 @@ def _update_manifest(root: Root, stage: str, records: list[ShardRecord], is_curr
         shards = tuple(replace(shard, inputs=shard.inputs | digests.get(shard.shard, {})) for shard in shards)
     values: dict[str, Any] = before.values
     if "rows" in values:  # a database
-        values = values | {"rows": [shard.rows for shard in shards if shard.shard.startswith("partitions/")]}
+        kept = Database.open(root.child(stage)).calibration  # what lies beside the manifest names the earlier database
+        values = values | {
+            "rows": [shard.rows for shard in shards if shard.shard.startswith("partitions/")],
+            "calibration": {kind: [asdict(entry) for entry in entries] for kind, entries in kept.items()},
+        }
     _write(root, replace(before, shards=shards, upstream=upstream, values=values))
 
 

@@ -27,7 +27,7 @@ def parse_boxes(text: str | None) -> list[Box]:
         if len(boxes) > MAX_BOXES:
             raise ValueError
         return [_checked(*box) for box in boxes]
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError, OverflowError) as error:
         message = f"its face boxes are {(text or '')[:100]!r}: wanted [left, top, right, bottom] as shares of the edges"
         raise PictureError(Reason.BAD_FACE_BOXES, message) from error
 

@@ -60,7 +60,7 @@ class ScoredRows:
         table = pa.concat_tables(part.select(columns.names).cast(columns) for part in parts)
         if len(parts) > 1:
             numbers = parts[1][ROW].to_numpy()
-            # Numbers of erased pictures are missing.
+            # Numbers of erased pictures are missing: then rows that were refused follow too late.
             kept = np.setdiff1d(np.arange(len(parts[0]) + numbers.max(initial=0) + 1), numbers)[: len(parts[0])]
             table = take_rows(table, np.argsort(np.concatenate([kept, numbers])))
         return table, {word: count for word, count in record[1].reasons.items() if word not in OF_HEADS}

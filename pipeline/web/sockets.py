@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Literal
 
 from pipeline.web.fetch_error import FetchError
@@ -242,17 +242,12 @@ class ConnectionPool:
         """
         scheme, _, authority, path = url.split("/", 3)
         server = f"{scheme}//{authority}"
-        connection = self._take(server) or self._connect(url)
-        with ExitStack() as stack:
-            stack.callback(connection.close)
-            _limit_wait(connection)
-            connection.sendall(b"GET /%s HTTP/1.1\r\nHost: %s\r\n%s\r\n" % (path.encode(), authority.encode(), headers))
-            response = BrowserResponse(connection)
-            stack.callback(response.close)
-            response.begin()
-            response.connection, response.server = connection, server
-            stack.pop_all()
-        return response
+        head = b"GET /%s HTTP/1.1\r\nHost: %s\r\n%s\r\n" % (path.encode(), authority.encode(), headers)
+        if kept := self._take(server):
+            # The server may close a kept connection while the request is on its way: RFC 9112, section 9.3.1.
+            with suppress(ConnectionError):
+                return _requested(kept, head, server)
+        return _requested(self._connect(url), head, server)
 
     def release(self, response: BrowserResponse) -> None:
         """Keep the connection of a response with a complete body; close that of another one."""
@@ -291,6 +286,20 @@ class ConnectionPool:
         host, port = host_and_port(url)
         connection = self._connector.connect(host, port)
         return self._context.wrap_socket(connection, server_hostname=host) if url.startswith("https") else connection
+
+
+def _requested(connection: socket.socket, head: bytes, server: str) -> BrowserResponse:
+    """Send a request over a connection and read the head of the response. Closes the connection if this fails."""
+    with ExitStack() as stack:
+        stack.callback(connection.close)
+        _limit_wait(connection)
+        connection.sendall(head)
+        response = BrowserResponse(connection)
+        stack.callback(response.close)
+        response.begin()
+        response.connection, response.server = connection, server
+        stack.pop_all()
+    return response
 
 
 def _tls_context() -> ssl.SSLContext:

@@ -5,15 +5,18 @@ from pathlib import Path
 from retrieval.cli.contact_sheet import printable
 from retrieval.errors import UserError
 
-UNCHANGED = {True: "unchanged since it was signed", False: "CHANGED since it was signed"}
+VALID = {
+    True: "unchanged since it was signed",
+    False: "NOT VALID: changed since it was signed, or its certificate has expired (see the failed checks)",
+}
 TRUSTED = {
-    True: "trusted: an authority in the given file vouches for it",
-    False: "not trusted: no known authority vouches for it (name authorities with --authorities)",
+    True: "trusted: an authority in the given file confirms it",
+    False: "not trusted: no known authority confirms it (name authorities with --authorities)",
 }
 
 
 def print_signature(picture: Path, authorities: Path | None) -> bool:
-    """Print the statement in a PNG or JPEG file. Returns whether it has one and is unchanged."""
+    """Print the statement in a PNG or JPEG file. Returns whether it is valid, and trusted if authorities are given."""
     from retrieval.provenance import read_signature
 
     try:
@@ -25,7 +28,7 @@ def print_signature(picture: Path, authorities: Path | None) -> bool:
     if signed is None:
         print(f"{picture}: no signed statement (C2PA manifest)")
         return False
-    print(f"{picture}: {UNCHANGED[signed.is_unchanged]}")
+    print(f"{picture}: {VALID[signed.is_valid]}")
     print(f"signer: {printable(signed.signer)}, {TRUSTED[signed.is_trusted]}")
     if signed.problems:
         print(f"failed checks: {', '.join(map(printable, signed.problems))}")
@@ -38,4 +41,4 @@ def print_signature(picture: Path, authorities: Path | None) -> bool:
         shown = f"{similarity:.3f}" if isinstance(similarity, float) else "?"
         values = [neighbor.get(key, "") for key in ("database", "image_id", "caption", "url", "license", "creator")]
         print("  ".join([shown, *(printable(str(value)) for value in values if value != "")]))
-    return signed.is_unchanged
+    return signed.is_valid and (signed.is_trusted or authorities is None)

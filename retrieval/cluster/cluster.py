@@ -59,7 +59,7 @@ class ClusterConfig(Config):
     max_wait_ms: float = Field(2.0, ge=0)
     """Longest time in milliseconds that a single query waits for its batch to fill."""
     restart_timeout_s: float = Field(60.0, gt=0)
-    """Seconds without an actor of a group that runs or opens its partitions, after which a search fails."""
+    """Seconds without an actor of a group that runs or opens its files, after which a search fails."""
     repeat_after_s: float = Field(10.0, gt=0)
     """Seconds after which an unanswered call is repeated on another replica. The first answer counts."""
     call_timeout_s: float = Field(600.0, gt=0)
@@ -130,8 +130,8 @@ def distribute(sizes: Sequence[int], actors: int) -> list[list[int]]:
 class PartitionSearcher:
     """The class of the actors: searches its group of partitions of a database."""
 
-    def __init__(self, source: tuple[Root, npt.NDArray[np.int64]], group: PartitionGroup) -> None:
-        # faiss stores this number per thread; Ray runs all methods of an actor on one thread.
+    def __init__(self, source: tuple[Root, str, npt.NDArray[np.int64]], group: PartitionGroup) -> None:
+        # faiss stores this number per thread, and Ray runs an actor on one thread.
         faiss.omp_set_num_threads(max(1, int(group.cpus)))
         self._source = source
         self._group = group
@@ -144,11 +144,13 @@ class PartitionSearcher:
     @cached_property
     def _database(self) -> Database:
         """The database. Every partition is searched once, so that the first query does not wait for all files."""
-        database = Database.open(self._source[0])
-        database = database.without(self._source[1]) if len(self._source[1]) else database
+        root, identity, hidden = self._source
+        database = Database.open(root)
+        if database.manifest.identity != identity:
+            raise UserError(f"{root.url} was updated after the cluster was opened. Open the cluster again.")
+        database = database.without(hidden) if len(hidden) else database
         visits = np.array([self._group.partitions], np.int64)
-        results = database.search_partitions(database.centroids[:1], 1, Effort(1, 1, 1), visits)
-        database.result_table(*results, metadata=False)
+        database.result_table(*database.search_partitions(database.centroids[:1], 1, Effort(1, 1, 1), visits), False)
         return database
 
     def search(self, block: tuple[Vectors, Visits], request: SearchRequest) -> pa.Table:
@@ -194,7 +196,7 @@ class Cluster:
         with ExitStack() as stack:
             stack.enter_context(ray_connection())
             _require_resources(self.groups, config)
-            source = ray.put((database.root, database.hidden))
+            source = ray.put((database.root, database.manifest.identity, database.hidden))
             for group in self.groups:
                 self._replicas.append(self._start(source, group))
                 stack.callback(self._replicas[-1].close)
@@ -273,8 +275,8 @@ class Cluster:
             num_cpus=group.cpus, memory=group.memory, max_restarts=0, scheduling_strategy="SPREAD"
         )
         name = f"{_partition_list(group.partitions)} of {self.database.root.url}"
-        limits = CallLimits(self.config.restart_timeout_s, self.config.repeat_after_s, self.config.call_timeout_s)
-        return Replicas(name, lambda: actor.remote(source, group), self.config.replicas, limits)
+        times = (self.config.restart_timeout_s, self.config.repeat_after_s, self.config.call_timeout_s)
+        return Replicas(name, lambda: actor.remote(source, group), self.config.replicas, CallLimits(*times))
 
     def _search(self, units: Vectors, request: SearchRequest) -> pa.Table:
         tables: list[pa.Table] = []
@@ -345,6 +347,5 @@ def _require_resources(groups: list[PartitionGroup], config: ClusterConfig) -> N
 
 def _partition_list(numbers: tuple[int, ...]) -> str:
     """`partitions 0, 3, 5`; the first eight and the count if there are more."""
-    shown = ", ".join(str(number) for number in numbers[:8])
-    rest = f", ... ({len(numbers)} in all)" if len(numbers) > 8 else ""
-    return f"partition{'s' if len(numbers) > 1 else ''} {shown}{rest}"
+    shown = ", ".join(str(number) for number in numbers[:8]) + (f", ... ({len(numbers)} in all)" * (len(numbers) > 8))
+    return f"partition{'s' if len(numbers) > 1 else ''} {shown}"

@@ -1,6 +1,6 @@
 """The key that signs pictures, and its certificates: read from PEM files, or made for demonstrations.
 
-A key of `demo_credentials` lives as long as its process. Its certificate says that nobody vouches for it.
+A key of `demo_credentials` lives as long as its process. Its certificate says that no authority confirms it.
 """
 
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ with extras_named():
     )
     from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-DEMO_SIGNER = "demo key of laion-rdm: nobody vouches for it"
+DEMO_SIGNER = "demo key of laion-rdm: no authority confirms it"
 DEMO_DAYS = 365
 CURVES = {256: "es256", 384: "es384", 521: "es512"}
 """Names of C2PA for ECDSA, by bits of the curve."""

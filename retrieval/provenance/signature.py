@@ -45,8 +45,8 @@ class Provenance:
 class SignedPicture:
     """What the signature of a picture says, and whether it holds."""
 
-    is_unchanged: bool
-    """The file is the one that was signed."""
+    is_valid: bool
+    """The file is the one that was signed, and the certificate has not expired."""
     is_trusted: bool
     """The signer's certificate comes from one of the given authorities."""
     problems: tuple[str, ...]
@@ -134,21 +134,23 @@ def read_signature(picture: bytes, authorities: bytes = b"") -> SignedPicture | 
             store = json.loads(reader.json())
     except c2pa.C2paError as error:
         raise UserError(f"the picture's C2PA manifest cannot be read: {error}") from error
-    return _signed_picture(store)
+    return signed_picture(store)
 
 
-def _signed_picture(store: dict[str, Any]) -> SignedPicture:
+def signed_picture(store: dict[str, Any]) -> SignedPicture:
+    """What the report of a reader of C2PA says. store: its JSON."""
     manifest = store["manifests"][store["active_manifest"]]
     state, signature = store["validation_state"], manifest.get("signature_info", {})
     assertions = {assertion["label"]: assertion["data"] for assertion in manifest.get("assertions", [])}
-    generator = manifest.get("claim_generator_info", [{}])[0]
+    generator = (manifest.get("claim_generator_info") or [{}])[0]
+    digests = assertions.get(DIGESTS)
     return SignedPicture(
-        is_unchanged=state in ("Valid", "Trusted"),
+        is_valid=state in ("Valid", "Trusted"),
         is_trusted=state == "Trusted",
         problems=tuple(status["code"] for status in store.get("validation_status") or []),
         signer=f"{signature.get('common_name', '?')} ({signature.get('issuer', '?')})",
         generator=f"{generator.get('name', '?')} {generator.get('version', '')}".strip(),
-        digests=dict(assertions.get(DIGESTS, {})),
+        digests=digests if isinstance(digests, dict) else {},
         neighbors=tuple(_neighbor(each) for each in manifest.get("ingredients", []) if _is_neighbor(each)),
     )
 

@@ -25,7 +25,7 @@ from retrieval.index.routing import partition_folder
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
 from retrieval.storage.arrow_columns import take_rows
-from retrieval.storage.lease import lease
+from retrieval.storage.lease import lease, raise_if_lost
 from retrieval.storage.manifest import Manifest, ShardRecord, write_manifest
 from retrieval.storage.root import Root
 from retrieval.updates.kept_calibration import kept_calibration
@@ -78,6 +78,7 @@ def publish(database: Database, records: Sequence[ShardRecord], left_out: Mappin
     values = before.values | {"rows": [shard.rows for shard in shards if shard.shard.startswith("partitions/")]}
     after = Database(database.root, replace(before, shards=shards, values=values), np.empty(0, np.int64))
     values |= kept_calibration(database, after.for_passes(), [int(name.rpartition("/")[2]) for name in rewritten])
+    raise_if_lost()
     write_manifest(database.root, replace(after.manifest, values=values), folder="")
     return Database.open(database.root)
 

@@ -90,7 +90,7 @@ def test_a_signed_picture_is_verified_from_the_shell_and_reproduced(recipe, tmp_
     assert commands.main(["verify", str(out)]) == 0
     text = capsys.readouterr().out
     assert "unchanged since it was signed" in text
-    assert "nobody vouches for it" in text
+    assert "no authority confirms it" in text
     stored = read_recipe(out.read_bytes())
     identity = Database.open(f"{recipe.parent}/root/databases/green").manifest.identity
     assert f"model: {stored['model']}" in text
@@ -106,7 +106,7 @@ def test_a_signed_picture_is_verified_from_the_shell_and_reproduced(recipe, tmp_
     data[-40] ^= 1
     out.write_bytes(data)
     assert commands.main(["verify", str(out)]) == 1
-    assert "CHANGED since it was signed" in capsys.readouterr().out
+    assert "NOT VALID: changed since it was signed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

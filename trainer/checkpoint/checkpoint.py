@@ -9,6 +9,7 @@ files. Checkpoints of another run are an error.
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
@@ -70,6 +71,8 @@ class CheckpointFolder:
     """Checkpoints at multiples of this step are never deleted; 0: none."""
     before_publishing: Callable[[], None] = lambda: None
     """Called on rank 0 before a checkpoint is published. Its UserError is a failure of the checkpoint."""
+    timeout_minutes: int = 60
+    """Time that ranks wait for each other's files."""
     _copy: dict[str, torch.Tensor] = field(default_factory=dict, init=False)
     _group: Any = field(default=None, init=False)
     _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1), init=False)
@@ -145,7 +148,7 @@ class CheckpointFolder:
         self.finish()
         if self._group is None:
             # A separate process group: the writer threads communicate at the same time as the training.
-            self._group = torch.distributed.new_group(backend="gloo")
+            self._group = torch.distributed.new_group(backend="gloo", timeout=timedelta(minutes=self.timeout_minutes))
             self._copy = {key: torch.empty_like(values, device="cpu") for key, values in tensors.items()}
         for key, values in tensors.items():
             self._copy[key].copy_(values)

@@ -8,6 +8,7 @@ are memory-mapped: their pages belong to the page cache and not to each process.
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -24,6 +25,8 @@ from retrieval.storage.full_disk import full_disk_named
 from retrieval.storage.root import Root
 
 PARTIAL = ".partial-"
+COPY = re.compile(r"(\.partial-\d+-)?[0-9a-f]{32}([.-].*)?")
+"""Names of copies. Other files in the folder stay."""
 CHUNK_BYTES = 1 << 24
 """Bytes of one request to the store."""
 ARROW_BYTES = 1 << 12
@@ -44,7 +47,7 @@ class FileCache:
         self.folder = Path(folder or f"{tempfile.gettempdir()}/laion-rdm-{os.getuid()}")
         if not root.is_local:
             self.folder.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.folder).free + sum(_bytes(path) for path in self.folder.iterdir())
+            free = shutil.disk_usage(self.folder).free + sum(map(_bytes, self._copies()))
             self.max_bytes = int(max_gb * 1e9) or free // 2
 
     @contextmanager
@@ -138,6 +141,9 @@ class FileCache:
         finally:
             os.close(descriptor)
 
+    def _copies(self) -> list[Path]:
+        return [path for path in self.folder.iterdir() if COPY.fullmatch(path.name)]
+
     def _make_room(self, size: int) -> None:
         """Delete unused copies, least recently used first, until `size` bytes fit. Raises UserError if they cannot."""
         if size > self.max_bytes:
@@ -146,7 +152,7 @@ class FileCache:
                 "train.cache_gb, or set train.cache_folder to a larger disk."
             )
         # Copies that an ended process did not finish come first.
-        files = sorted(self.folder.iterdir(), key=lambda file: (file.name[0] != ".", file.stat().st_mtime))
+        files = sorted(self._copies(), key=lambda file: (file.name[0] != ".", file.stat().st_mtime))
         used = sum(map(_bytes, files))
         for file in files:
             file_bytes = _bytes(file)

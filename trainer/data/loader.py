@@ -96,8 +96,8 @@ class Loader:
     def batches(self, first_step: int, last_step: int) -> Generator[TrainingBatch]:
         """Batches of steps first_step .. last_step - 1 (from 0)."""
         ended = threading.Event()
-        # One more thread, which opens shards.
-        with ThreadPoolExecutor(self._train.workers + 1, thread_name_prefix="loader") as pool:
+        # With an object store one more thread, which opens shards.
+        with ThreadPoolExecutor(self._train.workers + bool(self._ahead), thread_name_prefix="loader") as pool:
             self._step = first_step
             if self._ahead:
                 pool.submit(self._open_ahead, first_step, last_step, ended)

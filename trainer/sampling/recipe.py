@@ -76,7 +76,7 @@ class SamplingConfig(ComputeConfig):
 
 
 DEMO_CERTIFICATE = "demo"
-"""Value of `certificate` for a new key that nobody vouches for."""
+"""Value of `certificate` for a new key that no authority confirms."""
 
 
 class SampleConfig(SamplingConfig):
@@ -100,8 +100,8 @@ class SampleConfig(SamplingConfig):
     top_m: float = Field(default=1.0, gt=0, le=1)
     """Mode `unconditional`: share of the most retrieved images to draw a query from."""
     certificate: str = runtime_setting("")
-    """PEM file of the certificates that sign the pictures (C2PA), the signer's first; `demo`: a key that is made for
-    each process and says that nobody vouches for it; empty: no signature."""
+    """PEM file of the certificates that sign the pictures (C2PA), the signer's first; `demo`: a new key for
+    each process, with a certificate that no known authority issued; empty: no signature."""
     private_key: str = runtime_setting("")
     """PEM file of the key of the first certificate."""
     images_per_prompt: int = Field(default=1, ge=1)

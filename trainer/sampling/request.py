@@ -100,7 +100,8 @@ class Request:
             values = {name: value for name, value in recipe.items() if name in names}
             for name in ("mix", "weights"):
                 values[name] = tuple((key, factor) for key, factor in values.get(name, ()))
-            values["guidance_interval"] = tuple(values.get("guidance_interval", FULL))
+            low, high = values.get("guidance_interval", FULL)
+            values["guidance_interval"] = (float(low), float(high))
             values["exclude"] = tuple(values.get("exclude", ()))
             values["images"] = tuple(ImageQuery(**image) for image in values.get("images", ()))
             return cls(**values)

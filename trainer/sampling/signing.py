@@ -5,6 +5,7 @@ Takes samples and the credentials of a recipe, returns bytes. Writes no files.
 
 from typing import TYPE_CHECKING, Any
 
+from retrieval.errors import UserError
 from trainer.sampling.picture import png_bytes
 from trainer.sampling.recipe import DEMO_CERTIFICATE, SampleConfig
 from trainer.sampling.request import Neighbor, Sample
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 def picture_credentials(config: SampleConfig) -> "Credentials | None":
     """The credentials that sign the pictures of a recipe; None if they are not signed. Raises UserError."""
     if not config.certificate:
+        if config.private_key:
+            raise UserError("[sample] has a private_key but no certificate. Set certificate, or remove private_key.")
         return None
     from retrieval.provenance import demo_credentials, read_credentials
 

@@ -28,7 +28,7 @@ class StepProfiler:
         self._profile.start()
 
     def step(self) -> None:
-        """Tell that a step has ended."""
+        """Record the end of a step."""
         self._profile.step()
 
     def close(self) -> None:

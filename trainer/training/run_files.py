@@ -4,8 +4,8 @@ It is the run's folder on a local root. For an object store it is a temporary fo
 before each checkpoint is published and at the end, so that the store has all entries up to its newest checkpoint.
 """
 
-import shutil
 from contextlib import ExitStack
+from pathlib import Path
 
 from retrieval.storage.root import Root
 from retrieval.storage.temp_folders import temporary_folder
@@ -18,7 +18,7 @@ class RunFiles:
     def __init__(self, root: Root, folder: str, resources: ExitStack) -> None:
         """folder: of the run in the root; resources: removes the temporary folder."""
         self._root, self._folder = root, folder
-        self._sent: dict[str, tuple[int, int]] = {}
+        self._sent: dict[Path, tuple[int, int]] = {}
         if root.is_local:
             self.path = root.local_path(folder)
             return
@@ -32,9 +32,11 @@ class RunFiles:
         if self._root.is_local:
             return
         for path in sorted(path for path in self.path.rglob("*") if path.is_file() and path.name[0] != "."):
-            name, state = path.relative_to(self.path).as_posix(), path.stat()
-            version = (state.st_size, state.st_mtime_ns)
-            if self._sent.get(name) != version:
-                with self._root.writing(f"{self._folder}/{name}") as pending:
-                    shutil.copyfile(path, pending.path)
-                self._sent[name] = version
+            try:
+                version = (path.stat().st_size, path.stat().st_mtime_ns)
+                data = path.read_bytes() if self._sent.get(path) != version else None
+            except FileNotFoundError:  # a dashboard deletes its own files
+                continue
+            if data is not None:
+                self._root.write_bytes(f"{self._folder}/{path.relative_to(self.path).as_posix()}", data)
+                self._sent[path] = version

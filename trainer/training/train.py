@@ -98,6 +98,7 @@ def _train(plan: TrainingPlan, root: Root, ranks: Ranks, termination: Terminatio
     weights = {name: weight for name, weight in gathered if ranks.is_first}
     if session.training_log and files:
         session.training_log.close()
+        raise_if_lost()
         files.send()
         if completed:
             numbers = summarize(read_step_metrics(files.path / METRICS))
@@ -115,6 +116,7 @@ def checkpoints_of(plan: TrainingPlan, root: Root) -> CheckpointFolder:
         settings={**_flat(plan.config.output_fields()), **upstream},
         keep=plan.config.train.keep_checkpoints,
         keep_every=plan.config.train.keep_every,
+        timeout_minutes=plan.config.train.timeout_minutes,
     )
 
 

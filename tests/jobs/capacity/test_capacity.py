@@ -164,7 +164,7 @@ def test_the_manifests_of_a_run_replace_rates_and_the_plan_names_them(
     assert stored.rate("text") == 50
     assert stored.rate("image_train") == 300_000
     assert stored.rate("image_database") == 40_000  # 10,000 bytes at half the edge
-    assert stored.rate("fetch_cpu_train") == pytest.approx(100_000)
+    assert stored.rate("fetch_cpu_train") == pytest.approx(50_000)
     assert stored.sizes.database_images == inputs.sizes.metadata_rows // 2
     assert {name for name in inputs.rates if stored.rates[name] == inputs.rates[name]} == {*inputs.rates} - {
         "text",

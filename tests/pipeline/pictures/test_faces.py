@@ -100,6 +100,7 @@ def test_a_picture_without_boxes_is_stored_as_it_is(text: str | None) -> None:
     "text",
     [
         "no JSON",
+        f"[[{'9' * 400}, 0, 1, 1]]",
         "7",
         "[0.1, 0.1, 0.2, 0.2]",
         "[[0.1, 0.1, 0.2]]",

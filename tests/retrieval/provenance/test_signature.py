@@ -17,6 +17,7 @@ from retrieval.provenance import (
     read_signature,
     sign_picture,
 )
+from retrieval.provenance.signature import signed_picture
 
 NEIGHBORS = (
     {"image_id": -(1 << 62) - 1, "similarity": 0.875, "database": "neon", "url": "https://example.org/a.jpg"}
@@ -44,8 +45,8 @@ def test_a_signed_picture_has_the_same_pixels_and_names_its_neighbors(credential
         assert image.tobytes() == before.tobytes()
     read = read_signature(signed)
     assert read is not None
-    assert (read.is_unchanged, read.is_trusted, read.problems) == (True, False, ("signingCredential.untrusted",))
-    assert "nobody vouches for it" in read.signer
+    assert (read.is_valid, read.is_trusted, read.problems) == (True, False, ("signingCredential.untrusted",))
+    assert "no authority confirms it" in read.signer
     assert read.digests == {"model": "0123abcd", "databases": {"neon": "89ef"}}
     assert [each["image_id"] for each in read.neighbors] == [each["image_id"] for each in NEIGHBORS]
     assert read.neighbors[0] == NEIGHBORS[0]
@@ -82,7 +83,7 @@ def test_every_changed_byte_of_the_pixels_and_a_moved_manifest_are_detected(cred
         changed[position] ^= 1
         read = read_signature(bytes(changed))
         assert read is not None
-        assert not read.is_unchanged
+        assert not read.is_valid
         assert "assertion.dataHash.mismatch" in read.problems
     with pytest.raises(UserError, match="wanted a PNG or JPEG picture"):
         read_signature(signed[: len(signed) // 2])
@@ -90,7 +91,17 @@ def test_every_changed_byte_of_the_pixels_and_a_moved_manifest_are_detected(cred
     other = picture(color=91)
     moved = read_signature(other[:33] + manifest + other[33:])
     assert moved is not None
-    assert not moved.is_unchanged
+    assert not moved.is_valid
+
+
+def test_statements_of_other_generators_are_read_as_far_as_they_have_our_form() -> None:
+    manifest = {
+        "claim_generator_info": [],
+        "assertions": [{"label": "laion-rdm.digests", "data": [1, 2]}],
+        "ingredients": [{"relationship": "inputTo", "metadata": {"image_id": "9" * 400}}, {"relationship": "parentOf"}],
+    }
+    read = signed_picture({"manifests": {"a": manifest}, "active_manifest": "a", "validation_state": "Invalid"})
+    assert (read.is_valid, read.generator, read.digests, read.neighbors) == (False, "?", {}, ())
 
 
 def test_pictures_without_manifest_have_none_and_other_files_are_refused(credentials: Credentials) -> None:

@@ -130,6 +130,10 @@ def test_a_file_larger_than_the_cache_is_an_error_and_open_files_are_not_deleted
         FileCache(memory, str(tmp_path / "small"), 999e-9).local("a"),
     ):
         pass
+    others = [tmp_path / "two/notes.txt", tmp_path / "two/folder/notes.txt", tmp_path / "two/.partial-x"]
+    for path in others:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("not a copy of the cache")
     files = FileCache(memory, str(tmp_path / "two"), 2000e-9)
     with files.local("a") as a, files.local("b"):
         with pytest.raises(NoRoomError, match=r"open shards use 2,000 of 2,000 bytes"), files.local("c"):
@@ -139,7 +143,9 @@ def test_a_file_larger_than_the_cache_is_an_error_and_open_files_are_not_deleted
         pass
     with files.local("c"):
         # b was used less recently than a.
-        assert {path.read_bytes()[:1] for path in (tmp_path / "two").iterdir()} == {b"a", b"c"}
+        copies = {path for path in (tmp_path / "two").rglob("*") if path.is_file()} - {*others}
+        assert {path.read_bytes()[:1] for path in copies} == {b"a", b"c"}
+    assert all(path.exists() for path in others)
 
 
 def test_processes_that_need_a_file_at_once_copy_it_once(
@@ -155,7 +161,7 @@ def test_processes_that_need_a_file_at_once_copy_it_once(
     monkeypatch.setattr(memory, "open", recorded)
     caches = [FileCache(memory, str(tmp_path), 1e-6) for _ in range(4)]
     # What a killed process left behind does not count.
-    (tmp_path / ".partial-1000-0123.tar").write_bytes(bytes(500))
+    (tmp_path / f".partial-1000-{32 * '0'}.tar").write_bytes(bytes(500))
 
     def content(cache: FileCache) -> bytes:
         with cache.local("shard.tar") as path:

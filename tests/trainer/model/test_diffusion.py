@@ -122,7 +122,7 @@ def test_zero_terminal_snr_ends_at_pure_noise_and_keeps_the_start() -> None:
 
 
 def test_zero_terminal_snr_needs_v_prediction() -> None:
-    with pytest.raises(ValidationError, match="zero_terminal_snr needs prediction v_prediction"):
+    with pytest.raises(ValidationError, match="zero_terminal_snr needs v_prediction"):
         DiffusionConfig(zero_terminal_snr=True)
 
 
