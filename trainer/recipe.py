@@ -106,9 +106,7 @@ class DiffusionConfig(Config):
     @model_validator(mode="after")
     def _check(self) -> "DiffusionConfig":
         if self.zero_terminal_snr and self.prediction != "v_prediction":
-            raise ValueError(
-                "zero_terminal_snr needs prediction v_prediction: at pure noise epsilon says nothing about the picture"
-            )
+            raise ValueError("zero_terminal_snr needs v_prediction: at pure noise, epsilon says nothing of the picture")
         if self.beta_end < self.beta_start:
             raise ValueError(f"beta_end must be at least beta_start {self.beta_start}, got {self.beta_end}")
         return self

@@ -74,8 +74,6 @@ def erase(root: Root, blocklist: Blocklist) -> dict[str, int]:
     with ExitStack() as leases:
         for name in _stages(root):
             leases.enter_context(lease(root, name))
-        for name in plan.rows:
-            leases.enter_context(lease(root.child(name), "update"))
         with stage.building(), shared_workers():
             _rewrite_shards(stage, blocklist, plan, latents)
             partitions = _rewrite_databases(stage, plan)

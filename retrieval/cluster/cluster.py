@@ -113,10 +113,9 @@ class ActorStatus:
 
 
 def distribute(sizes: Sequence[int], actors: int) -> list[list[int]]:
-    """Partition numbers of each actor, ascending, so that the largest sum of sizes is small.
+    """Partition numbers of each actor, ascending, so that the largest sum of sizes is small (Graham 1969).
 
-    At most one actor per partition, none without a partition. The largest partition is assigned first, each to the
-    least loaded actor: at most 4/3 of the optimum (Graham 1969). The result depends only on the arguments.
+    No actor is without a partition. The largest is assigned first, to the least loaded actor: at most 4/3 of the best.
     """
     groups: list[list[int]] = [[] for _ in range(min(actors, len(sizes)))]
     loads = [(0, 0, actor) for actor in range(len(groups))]
@@ -275,8 +274,8 @@ class Cluster:
             num_cpus=group.cpus, memory=group.memory, max_restarts=0, scheduling_strategy="SPREAD"
         )
         name = f"{_partition_list(group.partitions)} of {self.database.root.url}"
-        times = (self.config.restart_timeout_s, self.config.repeat_after_s, self.config.call_timeout_s)
-        return Replicas(name, lambda: actor.remote(source, group), self.config.replicas, CallLimits(*times))
+        limits = CallLimits(self.config.restart_timeout_s, self.config.repeat_after_s, self.config.call_timeout_s)
+        return Replicas(name, lambda: actor.remote(source, group), self.config.replicas, limits)
 
     def _search(self, units: Vectors, request: SearchRequest) -> pa.Table:
         tables: list[pa.Table] = []
