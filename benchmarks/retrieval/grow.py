@@ -141,7 +141,7 @@ def page(result: dict[str, Any]) -> str:
     tables = "\n\n".join(f"## {size['rows']:,} rows\n\n{_table(size['steps'])}" for size in result["sizes"])
     return f"""# Adding, deleting, merging
 
-Written by `make bench-grow`; the numbers are in `grow.json`.
+Written by `make bench-grow` (each size is a run of its own: `ARGS="--rows 300000"`); the numbers are in `grow.json`.
 
 **Machine:** {result["hardware"]}.
 

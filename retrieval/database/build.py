@@ -39,6 +39,8 @@ OWN_FILE = re.compile(
     r"(index\.faiss|embeddings\.npy|metadata\.arrow|lists\.npy|list_centroids\.npy)|pictures/merged-\d{5}\.tar"
 )
 """Files that an interrupted build or merge leaves, relative to the folder of the database."""
+OF_UPDATES = ("rewritten/", "pictures/merged-")
+"""Beginnings of those that only updates and merges write. The manifest need not name them."""
 
 
 def write_partition(root: Root, stage: str, number: int, table: pa.Table, config: IndexConfig) -> ShardRecord:
@@ -149,15 +151,17 @@ def write_calibrated(root: Root, manifest: Manifest) -> Manifest:
 
 
 def delete_database(root: Root, name: str) -> None:
-    """Delete the files of the database `<root>/<name>` that its manifest names, and those of interrupted builds.
+    """Delete the files of the database `<root>/<name>` that its manifest names, and those of updates and merges.
 
-    Hidden images stay hidden in the next database there, and files of other origin stay where they are.
+    Without a manifest those of an interrupted build are deleted. Hidden images stay hidden in the
+    next database there, and files of other origin stay where they are.
     """
     stored = {file.removeprefix(f"{name}/") for file in root.list(name)}
     own = {file for file in stored if OWN_FILE.fullmatch(file)}
     if "manifest.json" in stored:
         manifest = read_manifest(root, name)
-        own |= stored & {file.removeprefix(f"{manifest.stage}/") for file in manifest.checksums()}
+        named = {file.removeprefix(f"{manifest.stage}/") for file in manifest.checksums()}
+        own = {file for file in own if file.startswith(OF_UPDATES)} | (stored & named)
     root.delete(f"{name}/manifest.json")
     root.delete(f"{name}/{CALIBRATION_FOLDER}")
     root.delete_partial_files(name)

@@ -187,10 +187,10 @@ def test_a_build_deletes_no_file_that_is_not_of_a_database(tmp_path: Path, vecto
             build_database(root, vectors[:300], encoder=IDENTITY)
         root.delete(name)
     build_database(root, vectors[:300], encoder=IDENTITY, config=IndexConfig(rows_per_partition=100))
-    for name in ("partitions/year=2024.parquet", "centroids.npy.backup", "partitions/00007/notes.npy"):
+    for name in ("partitions/year=2024.parquet", "centroids.npy.backup", "partitions/00007/embeddings.npy"):
         root.write_bytes(name, b"of the user")
     build_database(root, vectors[:300], encoder=IDENTITY)
-    assert root.open("partitions/00007/notes.npy").read() == b"of the user"
+    assert root.open("partitions/00007/embeddings.npy").read() == b"of the user"
     assert {name for name in root.list("") if name.startswith("partitions/00001")} == set()
     assert root.exists("partitions/year=2024.parquet")
     assert root.exists("centroids.npy.backup")

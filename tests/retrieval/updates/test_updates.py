@@ -179,6 +179,10 @@ def test_files_of_the_database_before_stay_until_the_next_update(
     named = [name.rpartition("/")[0] for name in files[3] if name.endswith("embeddings.npy")]
     assert len(named) == 2
     assert not files[3] & (files[0] - {"centroids.npy"})
+    build_database(root, new_rows, encoder=IDENTITY)
+    assert root.list("", "embeddings.npy") == ["partitions/00000/embeddings.npy"]
+    add(root, new_rows)
+    assert len(root.list("", "embeddings.npy")) == 2
     delete_from_database(root, [FIRST_NEW_ID])
     assert len(root.list("", "embeddings.npy")) == 1
 
