@@ -31,7 +31,7 @@ PAGE = """# All shards of LAION-2B in an object store
 
 `make bench-scale`, on {hardware}. The store is a process on this machine that answers each request after {ms:.0f} ms.
 Requests, bytes, memory and CPU time do not depend on the load of the machine; the time does, and other work ran on
-this machine during the measurement if the time is far above CPU time plus {ms:.0f} ms a request.
+this machine during the measurement if the time is far above CPU time plus {ms:.0f} ms a request. {remark}
 
 {goals}
 
@@ -134,6 +134,7 @@ def page(result: dict[str, Any]) -> str:
         goals=markdown_table(["", "goal:", "measured:", ""], [goal.cells for goal in goals(result)]),
         records=markdown_table(heads, _record_rows(result)),
         stages=markdown_table(stage_heads, _stage_rows(result)),
+        remark=result.get("remark", ""),
     )
 
 

@@ -8,6 +8,7 @@ import hashlib
 import io
 import pickle
 import re
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -21,6 +22,11 @@ from retrieval.errors import UserError
 from retrieval.recipe import HeadConfig
 from retrieval.storage.root import Root
 
+DAMAGED = (
+    *(SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, struct.error),
+    *(LookupError, AssertionError, TypeError, AttributeError),
+)
+"""What the readers of torch and safetensors raise for damaged files."""
 MAX_BYTES = 1 << 28
 """Largest file of a head; LAION's have up to 26 MB."""
 BLOCK_ROWS = 4096
@@ -106,7 +112,7 @@ def _tensors(content: bytes, path: str, where: str) -> dict[str, Array]:
             state = load(content)
         else:
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except DAMAGED as error:
         raise UserError(
             f"{where} is not a .safetensors file or a torch file with only a state dict: {error}."
             " Save model.state_dict() again, or download the file again."

@@ -1,5 +1,6 @@
 """Heads: the published layouts give the scores of the torch modules that they were saved from; others are refused."""
 
+import io
 import pickle
 from collections.abc import Callable
 from itertools import pairwise
@@ -129,3 +130,21 @@ def test_other_files_are_refused_with_their_setting(content: object, message: st
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(UserError, match=r"embed.heads.unsafe.file = /nowhere/head.pth does not exist"):
         load_head("unsafe", HeadConfig(file="/nowhere/head.pth", activation="none", output="none"), DIM)
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_a_damaged_file_is_read_or_refused(is_zip: bool, tmp_path: Path) -> None:
+    stored = io.BytesIO()
+    torch.save(torch.nn.Linear(8, 1).state_dict(), stored, _use_new_zipfile_serialization=is_zip)
+    config = HeadConfig(file=str(tmp_path / "head.pth"), activation="none", output="none")
+    random, refused = np.random.default_rng(0), 0
+    for _ in range(200):
+        content = bytearray(stored.getvalue())
+        for position in random.integers(len(content), size=3):
+            content[position] = random.integers(256)
+        (tmp_path / "head.pth").write_bytes(content)
+        try:
+            load_head("unsafe", config, 8)
+        except UserError:
+            refused += 1
+    assert refused > 100
