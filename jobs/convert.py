@@ -1,6 +1,7 @@
 """`laion-rdm convert RECIPE --from MODEL` or `--to FOLDER`: imports and exports a recipe's finished run.
 
-`--from` takes a released checkpoint (CompVis layout) or a diffusers folder; `--to` writes a diffusers folder.
+`--from` takes a released checkpoint (CompVis layout) or a diffusers folder; `--to` writes a diffusers folder. Of a
+checkpoint without a UNet, or with `--autoencoder`, it takes only the autoencoder, with which training can begin.
 """
 
 import logging
@@ -12,9 +13,10 @@ from jobs.cli.recipe import Recipe
 from jobs.train import training_recipe
 from retrieval.clip.encoder import Encoder
 from retrieval.recipe import ClipConfig
-from trainer.recipe import AutoencoderConfig, TrainConfig
+from trainer.recipe import AutoencoderConfig, ModelConfig, TrainConfig
+from trainer.released.checkpoint_import import has_only_autoencoder
 from trainer.released.diffusers_folder import write_folder
-from trainer.released.import_run import import_model
+from trainer.released.import_run import import_autoencoder, import_model
 
 log = logging.getLogger("convert")
 
@@ -25,6 +27,17 @@ def import_from(recipe: Recipe, source: Path) -> None:
     manifest = import_model(config, source, Encoder(recipe[ClipConfig]).identity, recipe.root)
     target = recipe.root.at(manifest.stage)
     log.info(f"imported {source} as {target}, its autoencoder as {config.autoencoder.path}")
+
+
+def import_autoencoder_from(recipe: Recipe, source: Path) -> None:
+    """Write the autoencoder of the checkpoint file `source` to the folder of the recipe's [autoencoder]."""
+    config = recipe[AutoencoderConfig]
+    model = recipe[ModelConfig] if recipe.has("model") else None
+    autoencoder = import_autoencoder(config, source, model)
+    log.info(
+        f"imported the autoencoder of {source} as {config.path}: kind {config.kind}, factor {autoencoder.factor}, "
+        f"{autoencoder.channels} channels"
+    )
 
 
 def export_to(recipe: Recipe, target: Path) -> None:
@@ -41,13 +54,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     direction.add_argument(
         "--to", type=Path, dest="target", help="diffusers folder to write; must not exist or be empty"
     )
+    parser.add_argument(
+        "--autoencoder", action="store_true", help="import only the autoencoder of a checkpoint with a whole model"
+    )
     arguments = parser.parse_args(argv)
 
     def convert(recipe: Recipe) -> None:
-        if arguments.source:
-            import_from(recipe, arguments.source)
-        else:
+        source: Path | None = arguments.source
+        if source is None:
             export_to(recipe, arguments.target)
+        elif arguments.autoencoder or (source.is_file() and has_only_autoencoder(source)):
+            import_autoencoder_from(recipe, source)
+        else:
+            import_from(recipe, source)
 
     exit_on_user_error(lambda: run_on_recipe(arguments, convert))
 

@@ -1,8 +1,8 @@
 """Reads checkpoints that the paper's authors released and maps their tensors to our names.
 
 Reads one file of the CompVis layout (a torch file with `state_dict`, or safetensors with the same keys):
-UNet, averaged UNet, autoencoder ("first stage") and noise schedule. The tensors must match the recipe's
-model exactly. Pickled objects are never created.
+UNet, averaged UNet, autoencoder ("first stage") and noise schedule, or an autoencoder alone. The tensors must match the
+recipe's model exactly. Pickled objects are never created.
 """
 
 import pickle
@@ -25,13 +25,17 @@ from trainer.model.autoencoder import kl_f16, vq_f4
 from trainer.model.diffusion import betas
 from trainer.model.unet import build_unet
 from trainer.recipe import AutoencoderConfig, DiffusionConfig, TrainingRecipe
-from trainer.released.tensor_names import AUTOENCODER, AVERAGE, autoencoder_key, average_key, unet_key
+from trainer.released.tensor_names import AUTOENCODER, AVERAGE, UNET, autoencoder_key, average_key, unet_key
 
 Tensors = dict[str, torch.Tensor]
 Shape = tuple[int, ...]
 
 NORM_GROUPS = 32
 """Number of groups of all group normalizations in the original code."""
+FIRST = "encoder.conv_in.weight"
+"""A tensor that every autoencoder of the original code has, after the prefix of its checkpoint."""
+MAX_WIDTH = 4096
+"""Most channels of an autoencoder's first and last convolution; the published ones have 128 and 32."""
 IGNORED = frozenset(
     {
         # The schedule follows from `betas`, which are compared with the recipe.
@@ -55,7 +59,9 @@ IGNORED = frozenset(
     }
 )
 """Keys of a checkpoint that are not read."""
-IGNORED_PREFIXES = ("cond_stage_model.", "retriever.", f"{AUTOENCODER}loss.")
+LOSS = "loss."
+"""Prefix of an autoencoder's tensors that only its own training needs."""
+IGNORED_PREFIXES = ("cond_stage_model.", "retriever.", f"{AUTOENCODER}{LOSS}")
 """Prefixes of keys that are not read: CLIP has its own files, and losses are not needed."""
 
 
@@ -99,9 +105,7 @@ def read_checkpoint(path: Path, config: TrainingRecipe, folder: Path) -> Release
     checkpoint = _read(path)
     _check_settings(path, config)
     _check_schedule(path, checkpoint, config.diffusion)
-    network = _empty_autoencoder(path, checkpoint, config.autoencoder)
-    levels = len(network.config.block_out_channels)
-    first_stage = _Layout.of(network, lambda name: autoencoder_key(name, levels))
+    network, first_stage = _empty_autoencoder(path, checkpoint, config.autoencoder, AUTOENCODER)
     with torch.device("meta"):
         unet = build_unet(config.model)
     weights = _Layout.of(unet, lambda name: unet_key(name, config.model))
@@ -109,30 +113,66 @@ def read_checkpoint(path: Path, config: TrainingRecipe, folder: Path) -> Release
     has_average = any(key.startswith(AVERAGE) for key in checkpoint)
     expected = weights.shapes_by_key() | first_stage.shapes_by_key()
     _check_tensors(path, checkpoint, expected | (average.shapes_by_key() if has_average else {}))
-    network.load_state_dict(first_stage.extract(checkpoint), assign=True)
-    network.register_to_config(scaling_factor=config.autoencoder.scale)
-    network.save_pretrained(folder, safe_serialization=True)
+    _write_autoencoder(network, first_stage.extract(checkpoint), config.autoencoder, folder)
     return ReleasedModel((average if has_average else weights).extract(checkpoint), folder)
 
 
-def _empty_autoencoder(path: Path, checkpoint: Tensors, config: AutoencoderConfig) -> Any:
-    """The autoencoder without weights, with the sizes of the checkpoint."""
+def has_only_autoencoder(path: Path) -> bool:
+    """True if a checkpoint file has a first stage and no UNet."""
+    checkpoint = _read(path)
+    return _first_stage_prefix(checkpoint) is not None and not any(key.startswith(UNET) for key in checkpoint)
+
+
+def read_autoencoder(path: Path, config: AutoencoderConfig, folder: Path) -> None:
+    """Write the autoencoder of a checkpoint to `folder`: of a first stage alone, or of a whole model.
+
+    All other tensors of a whole model are ignored. Raises UserError with the keys or the setting that differ.
+    """
+    checkpoint = _read(path)
+    prefix = _first_stage_prefix(checkpoint) or ""
+    checkpoint = {key: tensor for key, tensor in checkpoint.items() if key.startswith(prefix)}
+    network, layout = _empty_autoencoder(path, checkpoint, config, prefix)
+    _check_tensors(path, checkpoint, layout.shapes_by_key(), (f"{prefix}{LOSS}",))
+    _write_autoencoder(network, layout.extract(checkpoint), config, folder)
+
+
+def _first_stage_prefix(checkpoint: Tensors) -> str | None:
+    """What stands before the names of the autoencoder's tensors; None if the checkpoint has no autoencoder."""
+    return next((prefix for prefix in (AUTOENCODER, "") if f"{prefix}{FIRST}" in checkpoint), None)
+
+
+def _write_autoencoder(network: Any, weights: Tensors, config: AutoencoderConfig, folder: Path) -> None:
+    network.load_state_dict(weights, assign=True)
+    network.register_to_config(scaling_factor=config.scale)
+    network.save_pretrained(folder, safe_serialization=True)
+
+
+def _empty_autoencoder(path: Path, checkpoint: Tensors, config: AutoencoderConfig, prefix: str) -> tuple[Any, _Layout]:
+    """The autoencoder without weights, with the sizes of the checkpoint, and its layout there."""
     sizes = {}
-    for size, part in (("width", "encoder.conv_in"), ("moments", "quant_conv")):
-        key = f"{AUTOENCODER}{part}.weight"
-        if key not in checkpoint:
+    for size, name in (("width", FIRST), ("moments", "quant_conv.weight")):
+        if (key := f"{prefix}{name}") not in checkpoint:
             raise UserError(f"{path} has no {key}: wanted a checkpoint with its first stage. Download it again.")
-        sizes[size] = checkpoint[key].shape[0]
-    codes = checkpoint.get(f"{AUTOENCODER}quantize.embedding.weight")
+        sizes[size] = len(checkpoint[key]) if checkpoint[key].ndim else 0
+    if sizes["width"] % NORM_GROUPS or not all(sizes.values()) or max(sizes.values()) > MAX_WIDTH:
+        raise UserError(
+            f"{path} has an autoencoder with {sizes['width']} channels at its first convolution and "
+            f"{sizes['moments']} at its last: wanted KL-f16 or VQ-f4 (128 and 32, or 128 and 3). Download it again."
+        )
+    codes = checkpoint.get(f"{prefix}quantize.embedding.weight")
     kind = "kl" if codes is None else "vq"
     if config.kind != kind:
         raise UserError(
             f"{path} has an autoencoder of kind '{kind}', [autoencoder] kind is '{config.kind}'. Change it."
         )
     with torch.device("meta"):
-        if codes is None:
-            return kl_f16(sizes["width"], sizes["moments"] // 2, NORM_GROUPS)
-        return vq_f4(sizes["width"], len(codes), NORM_GROUPS)
+        network: Any = (
+            kl_f16(sizes["width"], sizes["moments"] // 2, NORM_GROUPS)
+            if codes is None
+            else vq_f4(sizes["width"], len(codes), NORM_GROUPS)
+        )
+    levels = len(network.config.block_out_channels)
+    return network, _Layout.of(network, lambda name: prefix + autoencoder_key(name, levels).removeprefix(AUTOENCODER))
 
 
 def _check_settings(path: Path, config: TrainingRecipe) -> None:
@@ -156,12 +196,14 @@ def _check_schedule(path: Path, checkpoint: Tensors, config: DiffusionConfig) ->
         )
 
 
-def _check_tensors(path: Path, checkpoint: Tensors, expected: dict[str, Shape]) -> None:
+def _check_tensors(
+    path: Path, checkpoint: Tensors, expected: dict[str, Shape], ignored: tuple[str, ...] = IGNORED_PREFIXES
+) -> None:
     """Check that all expected tensors exist with their shapes, and that no unknown tensor exists."""
     unknown = [
         key
         for key in checkpoint
-        if key not in expected and key not in IGNORED | {"betas"} and not key.startswith(IGNORED_PREFIXES)
+        if key not in expected and key not in IGNORED | {"betas"} and not key.startswith(ignored)
     ]
     shapes = {key: tuple(checkpoint[key].shape) for key in expected if key in checkpoint}
     reshaped = [

@@ -1,7 +1,8 @@
 """Imports a released model as a finished run, for sampling and `train.start_from`.
 
 Reads a CompVis checkpoint or a diffusers folder; writes `runs/<name>/train` (model, recipe, manifest) and
-the autoencoder's folder. The recipe provides what the files do not contain (encoder, heads, size, k).
+the autoencoder's folder, or the autoencoder's folder alone. The recipe provides what the files do not contain (encoder,
+heads, size, k).
 """
 
 import hashlib
@@ -19,8 +20,8 @@ from retrieval.storage.root import Root, file_sha256
 from trainer.checkpoint.export import CONFIG, WEIGHTS, FinishedRun, publish_run
 from trainer.data.latents import latent_shape
 from trainer.model.autoencoder import Autoencoder
-from trainer.recipe import AutoencoderConfig, TrainingRecipe
-from trainer.released.checkpoint_import import read_checkpoint
+from trainer.recipe import AutoencoderConfig, ModelConfig, TrainingRecipe
+from trainer.released.checkpoint_import import read_autoencoder, read_checkpoint
 from trainer.released.diffusers_folder import read_folder
 
 
@@ -41,7 +42,7 @@ def import_model(config: TrainingRecipe, source: Path, encoder: EncoderIdentity,
         return finished
     with tempfile.TemporaryDirectory(prefix="rdm-") as temporary:
         released = read_folder(source, config) if source.is_dir() else read_checkpoint(source, config, Path(temporary))
-        autoencoder = _import_autoencoder(released.autoencoder, config)
+        autoencoder = _place_autoencoder(released.autoencoder, config.autoencoder, config.model)
     run = FinishedRun(
         config=config,
         fingerprint=fingerprint_,
@@ -51,6 +52,16 @@ def import_model(config: TrainingRecipe, source: Path, encoder: EncoderIdentity,
         latent_shape=latent_shape(config.train.size, autoencoder),
     )
     return publish_run(run, root, released.unet, {}, time.monotonic() - started)
+
+
+def import_autoencoder(config: AutoencoderConfig, source: Path, model: ModelConfig | None = None) -> Autoencoder:
+    """Take the autoencoder out of a checkpoint file and write it to the path in the recipe. Returns it.
+
+    model: takes its latents, if the recipe has one. Raises UserError as `import_model` does.
+    """
+    with tempfile.TemporaryDirectory(prefix="rdm-") as temporary:
+        read_autoencoder(source, config, Path(temporary))
+        return _place_autoencoder(Path(temporary), config, model)
 
 
 def _digest(source: Path) -> str:
@@ -80,14 +91,13 @@ def _finished(root: Root, folder: str, fingerprint_: str) -> Manifest | None:
     return None
 
 
-def _import_autoencoder(source: Path, config: TrainingRecipe) -> Autoencoder:
+def _place_autoencoder(source: Path, target: AutoencoderConfig, model: ModelConfig | None) -> Autoencoder:
     """Copy the autoencoder to the path in the recipe and open it. An existing one must be the same."""
-    target = config.autoencoder
     imported = Autoencoder.load(target.model_copy(update={"path": str(source)}), "cpu")
-    if imported.channels != config.model.latent_channels:
+    if model and imported.channels != model.latent_channels:
         raise UserError(
             f"the imported autoencoder's latents have {imported.channels} channels, [model] latent_channels "
-            f"is {config.model.latent_channels}. Change it."
+            f"is {model.latent_channels}. Change it."
         )
     if not (Path(target.path) / CONFIG).is_file():
         _copy(source, target)

@@ -19,7 +19,7 @@ from tests.trainer.released.released_model import BETA_END, MODELS, networks, re
 from trainer.model.autoencoder import Autoencoder, kl_f16, vq_f4
 from trainer.model.unet import build_unet
 from trainer.recipe import ModelConfig
-from trainer.released.checkpoint_import import ReleasedModel, read_checkpoint
+from trainer.released.checkpoint_import import ReleasedModel, has_only_autoencoder, read_autoencoder, read_checkpoint
 from trainer.released.tensor_names import autoencoder_key, average_key, unet_key
 
 KINDS = sorted(MODELS)
@@ -93,6 +93,56 @@ def test_the_first_stage_gives_the_original_networks_latents_and_pictures(kind, 
         decoded = autoencoder.decode(latents * config.scale)
     torch.testing.assert_close(decoded, pictures.clamp(-1, 1), atol=1e-5, rtol=1e-5)
     assert (pictures.abs() < 1).float().mean() > 0.3
+
+
+def first_stage_of(kind: str) -> dict[str, torch.Tensor]:
+    """The state_dict of a file with the autoencoder alone, as published: bare names, and the tensors of its loss."""
+    losses = {"loss.logvar": torch.zeros(()), "loss.discriminator.main.0.weight": torch.zeros(4, 3, 4, 4)}
+    return {**networks(kind)[2].state_dict(), **losses}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("content", ["bare", "prefixed", "whole"])
+def test_the_autoencoder_alone_is_that_of_the_whole_model(kind, content, tmp_path):
+    state = first_stage_of(kind)
+    state = {
+        "bare": state,
+        "prefixed": {f"first_stage_model.{name}": tensor for name, tensor in state.items()},
+        "whole": state_of(kind) | {"optimizer.unknown": torch.zeros(2)},
+    }[content]
+    path = write_checkpoint(tmp_path / "stage.ckpt", state)
+    assert has_only_autoencoder(path) == (content != "whole")
+    config = recipe_of(kind, tmp_path / "alone").autoencoder
+    read_autoencoder(path, config, tmp_path / "alone")
+    whole = read(write_checkpoint(tmp_path / "model.ckpt", state_of(kind)), kind).autoencoder
+    for file in ("config.json", "diffusion_pytorch_model.safetensors"):
+        assert (tmp_path / "alone" / file).read_bytes() == (whole / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"encoder.conv_in.weight": None},
+            r"has no encoder\.conv_in\.weight: wanted a checkpoint with its first stage",
+        ),
+        ({"quant_conv.weight": None}, r"has no quant_conv\.weight"),
+        ({"encoder.conv_in.weight": torch.zeros(())}, "0 channels at its first convolution"),
+        ({"encoder.conv_in.weight": torch.zeros(48, 3, 3, 3)}, "48 channels at its first convolution"),
+        ({"encoder.conv_in.weight": torch.zeros(1, 1, 1, 1).expand(1 << 20, 3, 3, 3)}, "1048576 channels at its first"),
+        ({"quant_conv.weight": torch.zeros(0, 32, 1, 1)}, "0 at its last"),
+        ({"decoder.conv_out.bias": None}, r"1 keys missing \(decoder\.conv_out\.bias\)"),
+        ({"decoder.conv_out.bias": torch.zeros(4)}, r"decoder\.conv_out\.bias is \(4,\), wanted \(3,\)"),
+        ({"encoder.spare": torch.zeros(1)}, r"1 keys unknown \(encoder\.spare\)"),
+        ({"quantize.embedding.weight": torch.zeros(8, 3)}, "of kind 'vq', .* kind is 'kl'"),
+    ],
+)
+def test_a_damaged_autoencoder_file_is_refused_with_its_first_differences(change, message, tmp_path):
+    state = {name: tensor for name, tensor in (first_stage_of("laion") | change).items() if tensor is not None}
+    path = write_checkpoint(tmp_path / "stage.ckpt", state)
+    with pytest.raises(UserError, match=message):
+        read_autoencoder(path, recipe_of("laion", tmp_path / "alone").autoencoder, tmp_path / "alone")
+    assert not (tmp_path / "alone").exists()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -208,6 +258,8 @@ def test_a_pickled_object_is_refused_and_never_created(tmp_path):
     path = write_checkpoint(tmp_path / "model.ckpt", state_of("laion"), extra=WritesFile(tmp_path / "ran"))
     with pytest.raises(UserError, match=r"contains a pickled .*which could run any code"):
         read(path, "laion")
+    with pytest.raises(UserError, match=r"contains a pickled .*which could run any code"):
+        has_only_autoencoder(path)
     assert not (tmp_path / "ran").exists()
 
 
