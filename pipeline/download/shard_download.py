@@ -23,12 +23,22 @@ from pipeline.web.host_queue import HostQueue
 from retrieval.storage.full_disk import full_disk_named
 from retrieval.storage.manifest import ShardRecord
 from retrieval.storage.root import FileRecord, Root
-from retrieval.storage.schema import DOWNLOADED, FROM_METADATA, SELECTED, Reason, read_table, sample_key, write_table
+from retrieval.storage.schema import (
+    DOWNLOADED,
+    FROM_METADATA,
+    SELECTED,
+    TAR_BYTES,
+    TAR_OFFSET,
+    Reason,
+    read_table,
+    sample_key,
+    write_table,
+)
 from retrieval.storage.temp_folders import temporary_folder
 
 ReadJpeg = Callable[[int], bytes]
 """Returns the stored JPEG of a row, by the number of the row."""
-NOT_IN_TAR = ("reason", "message", "checksum", "face_boxes")
+NOT_IN_TAR = ("reason", "message", "checksum", "face_boxes", TAR_OFFSET, TAR_BYTES)
 """Columns of DOWNLOADED that say nothing of a stored image: its SHA-256 is another column, its faces are blurred."""
 Row = dict[str, Any]
 """A row of DOWNLOADED."""
@@ -95,13 +105,16 @@ def write_rows(root: Root, shard: str, rows: Rows, tar: FileRecord) -> ShardReco
 
 
 def write_tar(path: Path, rows: Rows, read_jpeg: ReadJpeg) -> None:
-    """Write the tar of the rows with a stored image, in their order."""
+    """Write the tar of the rows with a stored image, in their order. Sets TAR_OFFSET and TAR_BYTES of all rows."""
     with tar_writer(path) as tar:
         for number, row in enumerate(rows):
+            row |= {TAR_OFFSET: None, TAR_BYTES: None}
             if row["reason"]:
                 continue
+            jpeg = read_jpeg(number)
             metadata = {name: value for name, value in row.items() if name not in NOT_IN_TAR}
-            tar.add(sample_key(row["image_id"]), read_jpeg(number), row["caption"], metadata)
+            row[TAR_OFFSET] = tar.add(sample_key(row["image_id"]), jpeg, row["caption"], metadata)
+            row[TAR_BYTES] = len(jpeg)
 
 
 def blocked_urls(selected: pa.Table, blocklist: Blocklist) -> set[int]:

@@ -21,11 +21,13 @@ class TarWriter:
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
 
-    def add(self, key: str, jpeg: bytes, caption: str, metadata: dict[str, Any]) -> None:
-        """Append one sample. metadata: must be serializable as JSON."""
+    def add(self, key: str, jpeg: bytes, caption: str, metadata: dict[str, Any]) -> int:
+        """Append one sample. metadata: must be serializable as JSON. Returns the offset of the JPEG in the tar."""
+        offset = self._file.tell() + tarfile.BLOCKSIZE
         text = json.dumps(metadata, sort_keys=True, ensure_ascii=False)
         for suffix, data in (("jpg", jpeg), ("txt", caption.encode()), ("json", text.encode())):
             self._file.writelines((_header(f"{key}.{suffix}", len(data)), data, bytes(-len(data) % tarfile.BLOCKSIZE)))
+        return offset
 
 
 def _header(name: str, num_bytes: int) -> bytes:

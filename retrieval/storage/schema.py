@@ -21,6 +21,8 @@ SIMILARITIES = "similarities"
 NEIGHBOR_EMBEDDINGS = "neighbor_embeddings"
 NEIGHBOR_NORMS = "neighbor_norms"
 MOMENTS = "moments"
+TAR_OFFSET = "tar_offset"
+TAR_BYTES = "tar_bytes"
 SPLITS = ("train", "database")
 REPEATING = ["language", "license", "reason", "message"]
 """Columns with few distinct values: only these are dictionary-encoded. Dictionaries of the others take a third of
@@ -88,11 +90,12 @@ _SCORES = columns(dict.fromkeys(SCORES, pa.float32()) | {"language": pa.string()
 FURTHER_DOWNLOADED = [field.name for field in _SCORES]
 """Columns of DOWNLOADED that follow METADATA in a database, see `further_name`."""
 _FOR_DOWNLOAD = columns({"checksum": pa.string(), "face_boxes": pa.string()}, nullable=True)
-ADDED = ("face_boxes",)
+ADDED = ("face_boxes", TAR_OFFSET, TAR_BYTES)
 """Columns that files of earlier versions lack: they are read as null."""
 _OUTCOME = columns({"reason": pa.string(), "message": pa.string()})
 _ORIGINAL_SIZE = columns({"original_width": pa.int32(), "original_height": pa.int32()})
 _HASHES = columns({"sha256": pa.string(), "phash": pa.int64()})
+_TAR_RANGE = columns({TAR_OFFSET: pa.int64(), TAR_BYTES: pa.int64()}, nullable=True)
 
 SELECTED = pa.schema([*_IMAGE, *_SIZE, *_SCORES, *_LICENSE, *_FOR_DOWNLOAD])
 """Rows that `filter` keeps. width, height: pixels according to the metadata; checksum: of the file according to the
@@ -101,10 +104,12 @@ metadata, `sha256:` or `md5:` and hex digits; face_boxes: of `pipeline.pictures.
 FROM_METADATA = [field.name for field in (*_IMAGE, *_SCORES, *_LICENSE, *_FOR_DOWNLOAD)]
 """The columns that SELECTED and DOWNLOADED have in common: `filter` fills them from the metadata."""
 
-DOWNLOADED = pa.schema([*_IMAGE, *_SCORES, *_LICENSE, *_FOR_DOWNLOAD, *_OUTCOME, *_SIZE, *_ORIGINAL_SIZE, *_HASHES])
+DOWNLOADED = pa.schema(
+    [*_IMAGE, *_SCORES, *_LICENSE, *_FOR_DOWNLOAD, *_OUTCOME, *_SIZE, *_ORIGINAL_SIZE, *_HASHES, *_TAR_RANGE]
+)
 """One row per URL. Its first columns are FROM_METADATA. reason: empty for a stored image; sizes: pixels, 0 if unknown;
 sha256: hex, of the bytes that the server sent, empty if none; phash: retrieval.perceptual_hash of the decoded picture,
-0 if none."""
+0 if none; tar_offset, tar_bytes: where the shard's tar has the JPEG, null without a stored image."""
 
 METADATA = pa.schema([*_IMAGE, *_LICENSE, *_SIZE, pa.field(NORM, pa.float32())])
 """Metadata of an image in a database. norm: length of its CLIP vector before normalization, null if unknown."""
@@ -219,7 +224,7 @@ def read_table(root: Root, name: str, schema: pa.Schema, columns: list[str] | No
     schema = schema if columns is None else pa.schema([schema.field(column) for column in columns])
     with root.open(name) as file:
         try:
-            table = pq.read_table(file, columns=columns)
+            table = pq.ParquetFile(file, pre_buffer=True).read(columns)  # without those of ADDED that the file lacks
         except (pa.ArrowInvalid, OSError) as error:
             raise UserError(
                 f"{root.at(name)} is not a readable Parquet file: {error}. Remove it and run again."

@@ -1,6 +1,7 @@
 """Decodes and crops the training images of a shard.
 
-Reads the WebDataset tars of `download/train` with random access. Every random crop is a pure function of its seeds.
+Reads the WebDataset tars of `download/train` with random access, at the offsets that their tables state. Every random
+crop is a pure function of its seeds.
 """
 
 import io
@@ -16,6 +17,8 @@ from PIL import Image
 
 from retrieval.errors import UserError
 from retrieval.pictures.decode import BROKEN, MAX_PIXELS
+from retrieval.storage.root import Root
+from retrieval.storage.schema import DOWNLOADED, IMAGE_ID, TAR_BYTES, TAR_OFFSET, read_table
 from trainer.data.sample_order import CROPS
 from trainer.data.unreadable import UnreadableError
 
@@ -23,14 +26,17 @@ MIN_DRAFT_RATIO = 1.5
 """A JPEG decoded at reduced size is at least this much larger than its scaled size: less loses sharpness."""
 
 Pixels = npt.NDArray[np.float32]
+Members = dict[int, tuple[int, int]]
+"""Offset and size in bytes of each image in a tar, by image_id."""
 
 
 class ImageTar:
     """The images of one local tar by image_id. The file must not be removed while this is open."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, members: Members | None = None) -> None:
+        """members: of `stored_members`; without them the headers of the tar are read."""
         self.name = str(path)
-        self._members = _members(path)
+        self._members = members or _scanned_members(path)
         self._file = path.open("rb")
 
     def read(self, image_id: int) -> bytes:
@@ -49,8 +55,18 @@ class ImageTar:
         self._file.close()
 
 
-def _members(path: Path) -> dict[int, tuple[int, int]]:
-    """Offset and size in bytes of each image in a tar, by image_id."""
+def stored_members(root: Root, tar: str) -> Members:
+    """The members of a tar, from the table beside it. Empty if there is no table, or one without offsets."""
+    name = f"{tar.removesuffix('.tar')}.parquet"
+    if not root.exists(name):
+        return {}
+    columns = [IMAGE_ID, TAR_OFFSET, TAR_BYTES]
+    table = read_table(root, name, DOWNLOADED, columns).drop_null()
+    ids, *ranges = (table[column].to_pylist() for column in columns)
+    return dict(zip(ids, zip(*ranges, strict=True), strict=True))
+
+
+def _scanned_members(path: Path) -> Members:
     members = {}
     try:
         with tarfile.open(path, "r:") as tar:

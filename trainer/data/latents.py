@@ -24,7 +24,7 @@ from retrieval.storage import schema
 from retrieval.storage.manifest import ShardRecord, shard_file
 from retrieval.storage.root import Root
 from retrieval.storage.schema import Reason
-from trainer.data.images import ImageTar, Pixels, center_crop, decode_image, random_crop, unsigned_id
+from trainer.data.images import ImageTar, Pixels, center_crop, decode_image, random_crop, stored_members, unsigned_id
 from trainer.data.unreadable import UnreadableError, retried
 from trainer.model.autoencoder import Autoencoder
 from trainer.recipe import AutoencoderConfig, LatentsConfig
@@ -62,8 +62,9 @@ def make_shard_encoder(
     def encode(shard: str) -> ShardRecord:
         began = time.monotonic()
         ids = _embedded_ids(root, shard)
-        with root.local(shard_file(root, "download", f"train/{shard}", ".tar")) as path:
-            tar = ImageTar(path)
+        name = shard_file(root, "download", f"train/{shard}", ".tar")
+        with root.local(name) as path:
+            tar = ImageTar(path, stored_members(root, name))
             readable, moments = encode_shard(tar, ids, autoencoder, config)
             tar.close()
         table = pa.table([ids[readable], schema.fixed_lists(moments)], schema=columns)

@@ -1,7 +1,7 @@
 """Open shards: the neighbors of each row in memory or memory-mapped, its latents or its image by row.
 
 Reads `neighbors/<shard>.parquet` and `latents/<size>/<shard>.parquet` (or `download/train/<shard>.tar`) through
-`FileCache`; writes nothing else.
+`FileCache`, and the offsets of images from `download/train/<shard>.parquet`; writes nothing else.
 """
 
 import gc
@@ -19,7 +19,7 @@ from retrieval.errors import UserError
 from retrieval.storage import schema
 from retrieval.storage.manifest import shard_file
 from trainer.data.file_cache import FileCache, NoRoomError
-from trainer.data.images import ImageTar, decode_image, random_crop, unsigned_id
+from trainer.data.images import ImageTar, decode_image, random_crop, stored_members, unsigned_id
 from trainer.data.plan import TrainingSet
 from trainer.data.unreadable import Shard, UnreadableError
 from trainer.model.context import at_raw_norm
@@ -59,7 +59,7 @@ class ImageShard:
         self.ids, self.context = read_neighbors(files, training_set, name, resources)
         self._training_set, self._seed = training_set, seed
         tar = shard_file(files.root, "download", f"train/{name}", ".tar")
-        self._tar = ImageTar(resources.enter_context(files.local(tar)))
+        self._tar = ImageTar(resources.enter_context(files.local(tar)), stored_members(files.root, tar))
         resources.callback(self._tar.close)
 
     def inputs(self, row: int, epoch: int) -> npt.NDArray[np.generic]:

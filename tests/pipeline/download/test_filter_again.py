@@ -18,7 +18,7 @@ from pipeline.pictures.tars import picture_reader
 from pipeline.recipe import DownloadConfig, FilterConfig
 from retrieval.storage.manifest import Manifest, ShardRecord
 from retrieval.storage.root import Root
-from retrieval.storage.schema import DOWNLOADED, FROM_METADATA, SELECTED, read_table, sample_key
+from retrieval.storage.schema import DOWNLOADED, FROM_METADATA, SELECTED, TAR_BYTES, TAR_OFFSET, read_table, sample_key
 
 pytestmark = pytest.mark.usefixtures("in_process_shards")
 ROWS = 12
@@ -52,12 +52,17 @@ def chain(root: Root, metadata: Path, **settings: object) -> Manifest:
 
 
 def stored(root: Root, manifest: Manifest) -> Stored:
-    """The row and the JPEG of each stored picture, by image id."""
+    """The row and the JPEG of each stored picture, by image id. Its range in the tar is checked and left out."""
     pictures: Stored = {}
     for record in manifest.shards:
         rows = read_table(root, record.file(".parquet"), DOWNLOADED).to_pylist()
         with root.local(record.file(".tar")) as path, picture_reader(path) as read:
-            pictures |= {row["image_id"]: (row, read(sample_key(row["image_id"]))) for row in rows if not row["reason"]}
+            for row in rows:
+                offset, size = row.pop(TAR_OFFSET), row.pop(TAR_BYTES)
+                if not row["reason"]:
+                    jpeg = read(sample_key(row["image_id"]))
+                    assert path.read_bytes()[offset : offset + size] == jpeg
+                    pictures[row["image_id"]] = row, jpeg
     return pictures
 
 

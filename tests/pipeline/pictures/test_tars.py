@@ -9,10 +9,11 @@ from pipeline.pictures.tars import member_ranges, picture_reader, tar_writer
 from retrieval.storage.schema import sample_key
 
 
-def write(path: Path) -> None:
+def write(path: Path) -> list[int]:
+    """Write two samples. Returns the offsets of their JPEGs."""
     with tar_writer(path) as tar:
-        tar.add(sample_key(-1), b"\xff\xd8jpeg", "größe\n🖼", {"b": 1, "a": "ü"})
-        tar.add(sample_key(5), b"", "", {})
+        first = tar.add(sample_key(-1), b"\xff\xd8jpeg", "größe\n🖼", {"b": 1, "a": "ü"})
+        return [first, tar.add(sample_key(5), b"", "", {})]
 
 
 def test_equal_samples_give_equal_bytes(tmp_path: Path) -> None:
@@ -47,7 +48,8 @@ def test_webdataset_reads_the_samples_in_order(tmp_path: Path) -> None:
 
 
 def test_members_are_read_by_their_range_and_by_their_key(tmp_path: Path) -> None:
-    write(tmp_path / "a.tar")
+    offsets = write(tmp_path / "a.tar")
+    assert offsets == [first for first, _ in member_ranges(tmp_path / "a.tar", ".jpg").values()]
     offset, size = member_ranges(tmp_path / "a.tar", ".jpg")["f" * 16]
     file = io.BytesIO((tmp_path / "a.tar").read_bytes())
     file.seek(offset)

@@ -18,7 +18,7 @@ from PIL import Image
 from retrieval.storage import schema
 from retrieval.storage.manifest import shard_file
 from retrieval.storage.root import Root
-from trainer.data.images import ImageTar
+from trainer.data.images import ImageTar, stored_members
 from trainer.evaluation.metrics import Features
 from trainer.evaluation.styles import style_words
 from trainer.model.context import unit_rows
@@ -70,7 +70,8 @@ def training_pictures(root: Root, images: TrainingImages, rows: Sequence[int]) -
     for row in rows:
         by_shard.setdefault(images.shards[row], []).append(row)
     for shard, rows_of_shard in by_shard.items():
-        with root.local(_tar(root, shard)) as path, closing(ImageTar(path)) as tar:
+        name = _tar(root, shard)
+        with root.local(name) as path, closing(ImageTar(path, stored_members(root, name))) as tar:
             for row in rows_of_shard:
                 with Image.open(BytesIO(tar.read(images.ids[row]))) as picture:
                     yield row, picture.convert("RGB")
