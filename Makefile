@@ -26,7 +26,7 @@ export NO_ALBUMENTATIONS_UPDATE ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 export DS_ACCELERATOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: help install demo import test check format bench bench-retrieval bench-filters bench-grow bench-download bench-pipeline bench-loader bench-step bench-schedule bench-sampling gpu-day gpu-wheels bench-crashes bench-near-copies bench-partitions bench-scale bench-optout optout bench-load database convert docs explore paper report clean status view capacity plan bench-capacity $(STAGES)
+.PHONY: help install demo import test check format bench bench-retrieval bench-filters bench-grow bench-download bench-pipeline bench-loader bench-step bench-schedule bench-sampling gpu-day gpu-wheels bench-crashes bench-near-copies bench-partitions bench-scale bench-optout optout bench-load database convert finetune docs explore paper report clean status view capacity plan bench-capacity $(STAGES)
 
 help: ## list the targets
 	@grep -hE '^[a-z$$()A-Z -]+:.*## ' $(MAKEFILE_LIST) | sed -e 's/$$(STAGES)/<stage>/' -e 's/:.*## /\t/' | expand -t 20
@@ -61,6 +61,9 @@ database: install ## style databases: make database NAME=ukiyo-e SOURCE=folder|t
 
 import: install ## pictures that are there already, in place of filter and download: make import SOURCE=folder|tar|parquet RECIPE=...
 	$(BIN)/python -m jobs.imports $(RECIPE) --source "$(SOURCE)" $(if $(DATABASE),--database-source "$(DATABASE)") $(ARGS)
+
+finetune: install ## train a finished model on your pictures: make finetune FROM=model.ckpt|folder|run SOURCE=folder RECIPE=...
+	$(BIN)/python -m jobs.finetune $(RECIPE) --from "$(FROM)" --source "$(SOURCE)" $(if $(DATABASE),--database-source "$(DATABASE)") $(ARGS)
 
 convert: install ## import a released model or autoencoder, or export to diffusers: make convert FROM=model.ckpt (or TO=folder) RECIPE=...
 	$(BIN)/python -m jobs.convert $(RECIPE) $(if $(FROM),--from "$(FROM)") $(if $(TO),--to "$(TO)") $(ARGS)

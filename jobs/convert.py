@@ -1,7 +1,8 @@
 """`laion-rdm convert RECIPE --from MODEL` or `--to FOLDER`: imports and exports a recipe's finished run.
 
-`--from` takes a released checkpoint (CompVis layout) or a diffusers folder; `--to` writes a diffusers folder. Of a
-checkpoint without a UNet, or with `--autoencoder`, it takes only the autoencoder, with which training can begin.
+`--from` takes a released checkpoint (CompVis layout), a diffusers folder or the folder of a run; `--to` writes a
+diffusers folder. Of a checkpoint without a UNet, or with `--autoencoder`, it takes only the autoencoder, with which
+training can begin.
 """
 
 import logging
@@ -50,7 +51,7 @@ def export_to(recipe: Recipe, target: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = recipe_parser("convert", __doc__)
     direction = parser.add_mutually_exclusive_group(required=True)
-    direction.add_argument("--from", type=Path, dest="source", help="checkpoint file or diffusers folder to import")
+    direction.add_argument("--from", type=Path, dest="source", help="checkpoint, diffusers folder or run to import")
     direction.add_argument(
         "--to", type=Path, dest="target", help="diffusers folder to write; must not exist or be empty"
     )

@@ -80,6 +80,7 @@ jobs/demo/server:
 jobs/demo/world:
 jobs/explore: jobs cli
 jobs/explore/tabs:
+jobs/finetune: jobs cli imports
 jobs/imports: cli
 jobs/paper: jobs cli reporting
 jobs/reporting:

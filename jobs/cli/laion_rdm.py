@@ -61,6 +61,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "demo": Command("jobs.demo.run", "all", "run all stages on a small synthetic data set"),
         "database": Command("jobs.database", "pipeline", "build style databases from pictures"),
         "import": Command("jobs.imports.__main__", "pipeline", "take pictures that are there already"),
+        "finetune": Command("jobs.finetune.__main__", "pipeline,train", "train a finished model on your own pictures"),
         "convert": Command("jobs.convert", "train", "import or export a model of another project"),
         "optout": Command("jobs.optout", "pipeline", "remove listed images from databases and training"),
         "view": Command("jobs.view.__main__", "pipeline", "write a page with pictures, refused rows and neighbors"),

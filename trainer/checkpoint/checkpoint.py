@@ -25,6 +25,7 @@ from trainer.engine.ema import AVERAGE, MovingAverage
 from trainer.engine.fragments import (
     MASTER,
     MOMENTS,
+    Fragment,
     copy_masters_to_weights,
     initialize_moments,
     local_fragments,
@@ -186,6 +187,16 @@ class CheckpointFolder:
                 saved.read_into(AVERAGE, fragment)
         copy_masters_to_weights(engine)
         return progress
+
+    def read_average(self, shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
+        """The averaged weights of the newest checkpoint, complete, by name, on the CPU. Not a collective."""
+        newest = self._entries()[-1]
+        self._check_files(newest)
+        averages = {name: torch.empty(shape) for name, shape in shapes.items()}
+        with SavedFragments(self.root, newest["tag"]) as saved:
+            for name, values in averages.items():
+                saved.read_into(AVERAGE, Fragment(name, 0, values.view(-1)))
+        return averages
 
     def _index(self) -> dict[str, Any] | None:
         index: dict[str, Any] | None = self.root.find_json(INDEX)

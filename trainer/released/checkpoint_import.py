@@ -71,6 +71,8 @@ class ReleasedModel:
 
     unet: Tensors
     autoencoder: Path
+    encoder: dict[str, Any] | None = None
+    """Identity of the CLIP encoder that it was trained with; None if the files do not tell it."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Imports a released model as a finished run, for sampling and `train.start_from`.
 
-Reads a CompVis checkpoint or a diffusers folder; writes `runs/<name>/train` (model, recipe, manifest) and
-the autoencoder's folder, or the autoencoder's folder alone. The recipe provides what the files do not contain (encoder,
-heads, size, k).
+Reads a CompVis checkpoint, a diffusers folder or the folder of another run; writes `runs/<name>/train` (model, recipe,
+manifest) and the autoencoder's folder, or the autoencoder's folder alone. The recipe provides what the files do not
+contain (encoder, heads, size, k).
 """
 
 import hashlib
@@ -21,12 +21,13 @@ from trainer.checkpoint.export import CONFIG, WEIGHTS, FinishedRun, publish_run
 from trainer.data.latents import latent_shape
 from trainer.model.autoencoder import Autoencoder
 from trainer.recipe import AutoencoderConfig, ModelConfig, TrainingRecipe
-from trainer.released.checkpoint_import import read_autoencoder, read_checkpoint
+from trainer.released.checkpoint_import import ReleasedModel, read_autoencoder, read_checkpoint
 from trainer.released.diffusers_folder import read_folder
+from trainer.released.run_folder import is_run, read_run, run_digest
 
 
 def import_model(config: TrainingRecipe, source: Path, encoder: EncoderIdentity, root: Root) -> Manifest:
-    """Import a checkpoint or a diffusers folder as the recipe's finished run, unless that is done already.
+    """Import a checkpoint, a diffusers folder or a run as the recipe's finished run, unless that is done already.
 
     Raises UserError if the model does not match the recipe, or if the folder has another run.
     """
@@ -41,7 +42,9 @@ def import_model(config: TrainingRecipe, source: Path, encoder: EncoderIdentity,
     if (finished := _finished(root, config.train.folder, fingerprint_)) is not None:
         return finished
     with tempfile.TemporaryDirectory(prefix="rdm-") as temporary:
-        released = read_folder(source, config) if source.is_dir() else read_checkpoint(source, config, Path(temporary))
+        released = _read(source, config, Path(temporary))
+        if released.encoder not in (None, encoder.model_dump(mode="json")):
+            raise UserError(f"{source} was trained with {released.encoder}, [clip] is {encoder}. Set it to the run's.")
         autoencoder = _place_autoencoder(released.autoencoder, config.autoencoder, config.model)
     run = FinishedRun(
         config=config,
@@ -64,10 +67,19 @@ def import_autoencoder(config: AutoencoderConfig, source: Path, model: ModelConf
         return _place_autoencoder(Path(temporary), config, model)
 
 
+def _read(source: Path, config: TrainingRecipe, temporary: Path) -> ReleasedModel:
+    """Read a file or folder of any kind. temporary: for an autoencoder that has to be converted."""
+    if is_run(source):
+        return read_run(source, config)
+    return read_folder(source, config) if source.is_dir() else read_checkpoint(source, config, temporary)
+
+
 def _digest(source: Path) -> str:
     """SHA-256 of a file, or of all files of a folder."""
     if not source.exists():
         raise UserError(f"{source} does not exist: wanted a checkpoint or a diffusers folder. Correct the path.")
+    if is_run(source):
+        return run_digest(source)
     if source.is_file():
         return file_sha256(source)
     sums = [(str(path.relative_to(source)), file_sha256(path)) for path in sorted(source.rglob("*")) if path.is_file()]

@@ -1,0 +1,73 @@
+"""`laion-rdm finetune RECIPE --from MODEL --source PICTURES`: continues the training of a model on your own pictures.
+
+Imports MODEL (a released checkpoint, a diffusers folder, or the folder of a run, also of an unfinished one) as the run
+`train.start_from`, imports the pictures, and runs `embed`, `index`, `neighbors`, `latents` and `train`. Finished steps
+are skipped: the same command continues an interrupted one.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from jobs import embed, index, latents, neighbors, train
+from jobs.cli.command import add_remake, exit_on_user_error, recipe_parser, run_on_recipe
+from jobs.cli.recipe import Recipe
+from jobs.imports import __main__ as imports
+from jobs.train import training_recipe
+from pipeline.import_pictures import Sources
+from retrieval.clip.encoder import Encoder
+from retrieval.cluster.connection import ray_connection
+from retrieval.errors import UserError
+from retrieval.recipe import ClipConfig
+from trainer.recipe import TrainConfig
+from trainer.released.import_run import import_model
+
+
+def run(recipe: Recipe, model: Path, sources: Sources) -> None:
+    """Run all steps in order."""
+    if not recipe[TrainConfig].start_from:
+        raise UserError(f"{recipe.path} has no train.start_from: set it to a name for the model that you start from.")
+    import_start(recipe, model)
+    # One Ray for all data stages; it ends before training, which needs the memory.
+    with ray_connection():
+        imports.run(recipe, sources)
+        for stage in (embed, index, neighbors):
+            stage.run(recipe)
+        if recipe[TrainConfig].source == "latents":
+            latents.run(recipe)
+    train.run(recipe)
+
+
+def import_start(recipe: Recipe, model: Path) -> None:
+    """Import `model` as the finished run `train.start_from`, unless that is done already."""
+    config = training_recipe(recipe)
+    # Settings of the fine-tuning, such as its learning rate, are not part of the imported run.
+    start = TrainConfig(
+        name=config.train.start_from,
+        source="images",
+        size=config.train.size,
+        k=config.train.k,
+        global_batch=1,
+        micro_batch=1,
+        steps=1,
+    )
+    start_config = config.model_copy(update={"train": start, "clip": None})
+    import_model(start_config, model, Encoder(recipe[ClipConfig]).identity, recipe.root)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = recipe_parser("finetune", __doc__)
+    add_remake(parser)
+    add = parser.add_argument
+    add("--from", required=True, type=Path, dest="model", help="checkpoint, diffusers folder or folder of a run")
+    add("--source", required=True, type=Path, help="pictures, as for 'laion-rdm import'")
+    add(
+        "--database-source", type=Path, metavar="SOURCE", help="pictures of the database; then --source is for training"
+    )
+    arguments = parser.parse_args(argv)
+    sources = Sources(arguments.source, arguments.database_source)
+    exit_on_user_error(lambda: run_on_recipe(arguments, partial(run, model=arguments.model, sources=sources)))
+
+
+if __name__ == "__main__":
+    main()
