@@ -42,15 +42,8 @@ def import_start(recipe: Recipe, model: Path) -> None:
     """Import `model` as the finished run `train.start_from`, unless that is done already."""
     config = training_recipe(recipe)
     # Settings of the fine-tuning, such as its learning rate, are not part of the imported run.
-    start = TrainConfig(
-        name=config.train.start_from,
-        source="images",
-        size=config.train.size,
-        k=config.train.k,
-        global_batch=1,
-        micro_batch=1,
-        steps=1,
-    )
+    settings = {"name": config.train.start_from, "source": "images", "size": config.train.size, "k": config.train.k}
+    start = TrainConfig.model_validate(settings | dict.fromkeys(("global_batch", "micro_batch", "steps"), 1))
     start_config = config.model_copy(update={"train": start, "clip": None})
     import_model(start_config, model, Encoder(recipe[ClipConfig]).identity, recipe.root)
 
