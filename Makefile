@@ -134,7 +134,7 @@ bench-step: install ## overhead of the training loop: docs/step.md
 bench-schedule: install ## operations and projected days of the paper's training: docs/training.md
 	$(BIN)/python -m benchmarks.training.schedule $(ARGS)
 
-bench-sampling: install ## DPM-Solver++ against DDIM and PLMS on RECIPE's finished run: docs/sampling.md
+bench-sampling: install ## samplers against DDIM with 50 steps on RECIPE's finished run: docs/sampling.md
 	$(BIN)/python -m benchmarks.training.sampling $(RECIPE) $(ARGS)
 
 bench-load: install ## load test of the explore page with 100 visitors: docs/load.md

@@ -20,7 +20,7 @@ CHANGEABLE = frozenset(
 )
 """Settings of section `train` that may change when a run is resumed. The metrics have the resulting numbers, the log
 names every change."""
-SchedulerName = Literal["ddim", "plms", "dpm++"]
+SchedulerName = Literal["ddim", "plms", "dpm++", "euler", "euler_karras", "unipc"]
 ContextNorm = Literal["unit", "raw"]
 Integers = Annotated[tuple[PositiveInt, ...], Field(strict=False)]
 

@@ -1,4 +1,4 @@
-"""`make bench-sampling`: DPM-Solver++ with 20 steps against DDIM and PLMS with 50, on a trained model.
+"""`make bench-sampling`: samplers with 20 steps against DDIM and PLMS with 50, on a trained model.
 
 Reads the finished run of a recipe, its style databases and the prompts of its [evaluate]. All methods sample the same
 requests with the same seeds. The CLIP distance of their pictures to those of DDIM is compared with the distances for
@@ -52,12 +52,15 @@ METHODS = (
     REFERENCE,
     SamplingMethod("DPM-Solver++, 20 steps", "dpm++", 20),
     SamplingMethod("DDIM, 20 steps", "ddim", 20),
+    SamplingMethod("UniPC, 20 steps", "unipc", 20),
+    SamplingMethod("Euler, 20 steps", "euler", 20),
+    SamplingMethod("Euler with Karras sigmas, 20 steps", "euler_karras", 20),
     SamplingMethod("PLMS, 50 steps", "plms", 50),
     SamplingMethod("DDIM, 250 steps", "ddim", 250),
     SamplingMethod("DDIM, 50 steps, other seeds", "ddim", 50, OTHER_SEEDS),
 )
 
-PAGE = """# DPM-Solver++ with 20 steps against DDIM with 50
+PAGE = """# Samplers with 20 steps against DDIM with 50
 
 Written by `make bench-sampling`; the numbers are in `sampling.json`.
 

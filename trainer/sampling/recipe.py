@@ -48,7 +48,7 @@ class SamplingConfig(ComputeConfig):
     steps: int = Field(default=50, ge=1)
     """Denoising steps."""
     scheduler: SchedulerName = "ddim"
-    """`ddim`, `plms` or `dpm++`."""
+    """`ddim`, `plms`, `dpm++`, `euler`, `euler_karras` or `unipc`."""
     height: int = Field(default=0, ge=0)
     """Height of a picture in pixels: a multiple of the autoencoder's factor times the UNet's downsampling;
     0 for the training size."""

@@ -28,16 +28,15 @@ from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
 from trainer.model.autoencoder import Autoencoder
 from trainer.model.context import Vectors
+from trainer.model.schedulers import check_steps, make_scheduler
 from trainer.recipe import AutoencoderConfig, DiffusionConfig, ModelConfig
 from trainer.sampling.batches import SamplingBatch, make_batches
 from trainer.sampling.conditioning import ConditioningSources, condition
 from trainer.sampling.denoising import (
     Denoiser,
-    check_steps,
     guidance_within,
     guided_sample,
     initial_noise,
-    make_scheduler,
     with_token_weights,
 )
 from trainer.sampling.picture import to_pictures

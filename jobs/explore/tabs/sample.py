@@ -14,7 +14,14 @@ from trainer.sampling.request import MAX_SEED
 
 Components = list[gr.components.Component]
 NUMBERS = ("k", "guidance", "steps", "seed")
-SCHEDULERS = [("DDIM", "ddim"), ("PLMS", "plms"), ("DPM-Solver++", "dpm++")]
+SCHEDULERS = [
+    ("DDIM", "ddim"),
+    ("PLMS", "plms"),
+    ("DPM-Solver++", "dpm++"),
+    ("Euler", "euler"),
+    ("Euler, Karras", "euler_karras"),
+    ("UniPC", "unipc"),
+]
 STYLES = 3
 """Databases that the form mixes; the API takes more."""
 MODES = [

@@ -6,16 +6,10 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler,
 
 from retrieval.errors import UserError
 from trainer.model.diffusion import alphas_bar
+from trainer.model.schedulers import check_steps, make_scheduler, trailing_timesteps
 from trainer.model.unet import build_unet
 from trainer.recipe import DiffusionConfig, ModelConfig
-from trainer.sampling.denoising import (
-    check_steps,
-    guidance_within,
-    guided_sample,
-    initial_noise,
-    make_scheduler,
-    trailing_timesteps,
-)
+from trainer.sampling.denoising import guidance_within, guided_sample, initial_noise
 
 SHAPE = (4, 8, 8)
 COMMON = {
@@ -140,7 +134,7 @@ def test_the_null_context_is_computed_only_if_a_guidance_differs_from_1():
     assert batch_sizes == [2, 4]
 
 
-@pytest.mark.parametrize("name", ["ddim", "plms", "dpm++"])
+@pytest.mark.parametrize("name", ["ddim", "plms", "dpm++", "euler", "unipc"])
 @pytest.mark.parametrize("steps", [1, 2, 10, 20, 25, 50, 61, 250, 333, 350, 500, 600, 750, 998, 999, 1000])
 def test_timesteps_decrease_from_the_last_ones_of_training(name, steps):
     if name == "plms" and 1000 % steps:
@@ -200,6 +194,7 @@ def test_ddim_on_uneven_timesteps_is_the_equation_of_ddim(unet, prediction):
         ("plms", 350, "Use 250 or 500."),
         ("plms", 30, "Use 25 or 40."),
         ("plms", 5000, "Use 1000."),
+        ("unipc", 1001, "Use 1000."),
     ],
 )
 def test_an_impossible_number_of_steps_is_refused_with_the_nearest_possible_ones(name, steps, nearest):
@@ -212,12 +207,12 @@ def test_an_impossible_number_of_steps_is_refused_with_the_nearest_possible_ones
 def test_a_perfect_prediction_of_v_gives_the_target():
     target = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(9))
 
-    for name, steps in [("ddim", 50), ("ddim", 60), ("plms", 50), ("dpm++", 50), ("dpm++", 70)]:
+    for name, steps in [("ddim", 50), ("ddim", 60), ("plms", 50), ("dpm++", 50), ("euler", 50), ("unipc", 61)]:
         scheduler = make_scheduler(name, steps, DiffusionConfig(prediction="v_prediction"))
         abar = alphas_bar(DiffusionConfig())
 
         def oracle(sample, timestep, encoder_hidden_states, *, return_dict, abar=abar):
-            a = abar[timestep]
+            a = abar[int(timestep)]
             eps = (sample - a.sqrt() * target) / (1 - a).sqrt()
             return (a.sqrt() * eps - (1 - a).sqrt() * target,)
 

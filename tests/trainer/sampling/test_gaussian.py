@@ -8,17 +8,20 @@ import pytest
 import torch
 
 from retrieval.errors import UserError
+from tests.trainer.fractional_timesteps import abar_at
 from trainer.model.diffusion import alphas_bar, q_sample
+from trainer.model.schedulers import check_steps, make_scheduler
 from trainer.recipe import DiffusionConfig
-from trainer.sampling.denoising import check_steps, guided_sample, make_scheduler
+from trainer.sampling.denoising import guided_sample
 
 MEAN, DEVIATION = 2.0, 0.5
 CASES = [("ddim", 250), ("ddim", 300), ("plms", 50), ("dpm++", 200), ("dpm++", 300)]
+CASES += [("euler", 250), ("euler_karras", 200), ("unipc", 200), ("unipc", 300)]
 
 
 def best_prediction(config, x_t, t):
     """The best prediction of epsilon or of v at x_t."""
-    abar = alphas_bar(config)[t]
+    abar = abar_at(config, t)
     gain = abar.sqrt() * DEVIATION**2 / (abar * DEVIATION**2 + 1 - abar)
     x_0 = MEAN + gain * (x_t - abar.sqrt() * MEAN)
     # E[eps | x_t] without a division by sqrt(1 - abar), and finite at abar = 0.
@@ -31,7 +34,7 @@ def sampled(name, steps, config):
     """Mean and deviation of samples from standard normal noise."""
 
     def denoiser(x_t, t, encoder_hidden_states, *, return_dict):
-        return (best_prediction(config, x_t, int(t)),)
+        return (best_prediction(config, x_t, t),)
 
     noise = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1)
     latents = guided_sample(denoiser, make_scheduler(name, steps, config), noise, torch.zeros(2, 1, 1), torch.ones(2))
@@ -50,13 +53,13 @@ def test_samples_have_the_mean_and_deviation_of_the_data(name, steps, prediction
     assert deviation == pytest.approx(DEVIATION, rel=0.015)
 
 
-@pytest.mark.parametrize(("name", "steps"), [*CASES, ("ddim", 10), ("plms", 10), ("dpm++", 10)])
+@pytest.mark.parametrize(("name", "steps"), [*CASES, ("ddim", 10), ("plms", 10), ("dpm++", 10), ("euler_karras", 10), ("unipc", 10)])
 def test_samples_are_the_same_whether_the_network_predicts_epsilon_or_v(name, steps):
     results = [sampled(name, steps, DiffusionConfig(prediction=kind)) for kind in ("epsilon", "v_prediction")]
     assert results[0] == pytest.approx(results[1], abs=1e-4)
 
 
-@pytest.mark.parametrize(("name", "steps"), [case for case in CASES if case[0] != "plms"])
+@pytest.mark.parametrize(("name", "steps"), [case for case in CASES if case[0] not in ("plms", "euler_karras")])
 def test_with_zero_terminal_snr_the_mean_has_no_bias_and_sampling_starts_at_the_last_timestep(name, steps):
     config = DiffusionConfig(prediction="v_prediction", zero_terminal_snr=True)
     assert make_scheduler(name, steps, config).timesteps[0] == 999
@@ -65,7 +68,8 @@ def test_with_zero_terminal_snr_the_mean_has_no_bias_and_sampling_starts_at_the_
     assert deviation == pytest.approx(DEVIATION, rel=0.015)
 
 
-def test_plms_refuses_a_model_with_zero_terminal_snr():
+@pytest.mark.parametrize("name", ["plms", "euler_karras"])
+def test_samplers_that_need_a_finite_noise_level_refuse_a_model_with_zero_terminal_snr(name):
     config = DiffusionConfig(prediction="v_prediction", zero_terminal_snr=True)
-    with pytest.raises(UserError, match=r"plms cannot start at pure noise.*use ddim or dpm\+\+"):
-        check_steps("plms", 50, config)
+    with pytest.raises(UserError, match=rf"{name} cannot start at pure noise.*Use ddim, dpm\+\+, euler or unipc"):
+        check_steps(name, 50, config)
