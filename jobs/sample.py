@@ -73,6 +73,9 @@ def overrides(arguments: Namespace) -> list[str]:
         "k": arguments.k,
         "mix": arguments.mix and _toml_table("--mix", arguments.mix),
         "images": arguments.image and json.dumps(arguments.image),
+        "init_image": arguments.init_image and json.dumps(arguments.init_image),
+        "strength": arguments.strength,
+        "mask": arguments.mask and json.dumps(arguments.mask),
         "exclude": arguments.exclude,
         "weights": arguments.weigh and _toml_table("--weigh", arguments.weigh),
         "top_m": arguments.top_m,
@@ -100,6 +103,9 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("--database", help="database of the neighbors: short for --set sample.databases=[...]")
     parser.add_argument("--mix", nargs="+", metavar="NAME=WEIGHT", help="neighbors of several databases")
     parser.add_argument("--image", nargs="+", metavar="FILE", help="images to condition on, with or without text")
+    parser.add_argument("--init-image", metavar="FILE", help="image to start from instead of noise")
+    parser.add_argument("--strength", type=float, help="0 to 1: how much of --init-image is drawn anew (0.75)")
+    parser.add_argument("--mask", metavar="FILE", help="image, white where --init-image is drawn anew")
     parser.add_argument("--mode", help="text_and_neighbors, neighbors, text, or unconditional")
     parser.add_argument("--k", type=int, help="neighbors from each database")
     parser.add_argument(

@@ -52,13 +52,14 @@ def test_database_seed_and_size_are_options(recipe, tmp_path):
 
 def test_short_options_have_the_effect_of_set(recipe):
     line = '--database we"ird --seed 4 --mix green=2 a.b=0.5 --exclude -3 7 --weigh=-3=2 --image a.png'
-    more = ["--top-m", "0.1", "--mode", "neighbors"]
+    more = ["--top-m", "0.1", "--mode", "neighbors", "--init-image", "b.png", "--strength", "0.4", "--mask", "c.png"]
     overrides = sample.overrides(sample.parse_arguments([str(recipe), *line.split(), *more]))
     config = load_recipe(recipe, overrides)[SampleConfig]
     assert (config.databases, config.seed, config.k) == (('we"ird',), 4, 4)
     assert config.mix == {"green": 2.0, "a.b": 0.5}
     assert (config.exclude, config.weights, config.images) == ((-3, 7), {-3: 2.0}, ("a.png",))
     assert (config.mode, config.top_m) == ("neighbors", 0.1)
+    assert (config.init_image, config.strength, config.mask) == ("b.png", 0.4, "c.png")
     assert json.loads(config.model_dump_json())["prompts"] == ["a star"]
 
 

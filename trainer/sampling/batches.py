@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 
 from trainer.model.context import Vectors
 from trainer.sampling.conditioning import ConditionedRequest
+from trainer.sampling.picture import to_pixels, white_cells
 
 
 @dataclass(frozen=True)
 class SamplingBatch:
     """Requests with equal context length, scheduler, steps, picture size and interval of guidance.
 
-    All or none have token weights.
+    All or none have token weights, a picture to start from, and a mask; the strength is equal.
     """
 
     positions: tuple[int, ...]
@@ -43,6 +45,16 @@ class SamplingBatch:
         weights = np.stack([item.weights for item in self.items])
         return None if (weights == 1).all() else weights
 
+    def source_pixels(self, size: tuple[int, int]) -> Vectors | None:
+        """(n, 3, height, width) float32 in -1..1 of the pictures to start from; None: noise. size: width, height."""
+        pictures = [item.request.init_image for item in self.items]
+        return np.stack([to_pixels(picture.picture, size) for picture in pictures if picture]) if all(pictures) else None
+
+    def masks(self, size: tuple[int, int], factor: int) -> npt.NDArray[np.bool_] | None:
+        """(n, 1, h, w), true where latents are drawn anew; None: everywhere. factor: pixels of a latent along an edge."""
+        masks = [item.request.mask for item in self.items]
+        return np.stack([white_cells(mask.picture, size, factor)[None] for mask in masks if mask]) if all(masks) else None
+
 
 def make_batches(conditioned: Sequence[ConditionedRequest], batch_size: int) -> list[SamplingBatch]:
     """Batches of at most `batch_size` items and nearly equal size, shortest contexts first, else in order."""
@@ -50,7 +62,8 @@ def make_batches(conditioned: Sequence[ConditionedRequest], batch_size: int) -> 
     for position, item in enumerate(conditioned):
         request, weighted = item.request, bool((item.weights != 1).any())
         key = (len(item.context), weighted, request.scheduler, request.steps, request.height, request.width)
-        groups.setdefault((*key, *request.guidance_interval), []).append(position)
+        source = (request.strength, request.init_image is not None, request.mask is not None)
+        groups.setdefault((*key, *request.guidance_interval, *source), []).append(position)
     return [
         SamplingBatch(tuple(chunk), tuple(conditioned[position] for position in chunk))
         for _, positions in sorted(groups.items())

@@ -1,9 +1,10 @@
-"""Denoises latents with a scheduler and classifier-free guidance.
+"""Denoises latents with a scheduler and classifier-free guidance, from noise or from the latents of pictures.
 
 Plain functions on tensors, used by `trainer.sampling.sampler` and by the previews of training.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -74,3 +75,63 @@ def guided_sample(
             predicted = without + scale.view(-1, 1, 1, 1) * (with_ - without)
         latents = scheduler.step(predicted, timestep, latents, return_dict=False)[0]
     return latents
+
+
+@dataclass(frozen=True)
+class SourceLatents:
+    """The pictures that image-to-image sampling starts from."""
+
+    latents: torch.Tensor
+    """(n, c, h, w) without noise."""
+    strength: float
+    """Share of the steps that are computed, 0..1. Below 1 they start at the latents with noise, at 1 at pure noise."""
+    mask: torch.Tensor | None = None
+    """(n, 1, h, w) bool, true where the picture is drawn anew; None: everywhere."""
+
+
+class ImageToImage:
+    """A scheduler that starts at pictures with noise (Meng et al. 2022) and keeps their latents outside of a mask.
+
+    Every step replaces the latents outside of the mask by those of the picture with the noise of the next timestep, the
+    last one by those without noise (Avrahami et al. 2022). scheduler: new; noise: as in `guided_sample`.
+    """
+
+    init_noise_sigma = 1.0
+
+    def __init__(self, scheduler: Scheduler, source: SourceLatents, noise: torch.Tensor) -> None:
+        self._scheduler, self._source, self._noise = scheduler, source, noise
+        self.timesteps = last_timesteps(scheduler.timesteps, source.strength)
+        self._finished_steps = 0
+
+    def start(self) -> torch.Tensor:
+        """The latents (n, c, h, w) for `guided_sample`, in the place of noise."""
+        return self._noise * self._scheduler.init_noise_sigma if self._source.strength == 1 else self._noised()
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """As in `Scheduler`."""
+        return self._scheduler.scale_model_input(sample, timestep)
+
+    def step(
+        self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, *, return_dict: bool
+    ) -> tuple[torch.Tensor, ...]:
+        """As in `Scheduler`."""
+        latents = self._scheduler.step(model_output, timestep, sample, return_dict=return_dict)[0]
+        self._finished_steps += 1
+        mask = self._source.mask
+        return (latents if mask is None else torch.where(mask, latents, self._noised()),)
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """As in `Scheduler`."""
+        return self._scheduler.add_noise(original_samples, noise, timesteps)
+
+    def _noised(self) -> torch.Tensor:
+        """The latents of the pictures with the noise of the next timestep; without noise after the last step."""
+        latents, following = self._source.latents, self.timesteps[self._finished_steps :]
+        return self.add_noise(latents, self._noise, following[:1].expand(len(latents))) if len(following) else latents
+
+
+def last_timesteps(timesteps: torch.Tensor, strength: float) -> torch.Tensor:
+    """The last share `strength` of timesteps, rounded. PLMS calls the network twice at its second timestep, here too."""
+    distinct = timesteps.unique_consecutive()
+    last = distinct[len(distinct) - round(strength * len(distinct)) :]
+    return last if len(distinct) == len(timesteps) else torch.cat([last[:2], last[1:]])

@@ -13,7 +13,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from retrieval.storage.root import Root
 
@@ -40,6 +40,19 @@ def to_pictures(pixels: npt.NDArray[np.floating[Any]]) -> list[Image.Image]:
     """Decoded pixels (n, 3, height, width) as RGB pictures; -1..1 becomes 0..255, clipped."""
     scaled = np.clip(np.rint((np.asarray(pixels, np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)
     return [Image.fromarray(np.ascontiguousarray(array.transpose(1, 2, 0))) for array in scaled]
+
+
+def to_pixels(picture: Image.Image, size: tuple[int, int]) -> npt.NDArray[np.float32]:
+    """The picture scaled and cropped around its center to (width, height): (3, height, width) float32 in -1..1."""
+    fitted = ImageOps.fit(picture.convert("RGB"), size, Image.Resampling.LANCZOS)
+    return np.asarray(fitted, np.float32).transpose(2, 0, 1) / 127.5 - 1
+
+
+def white_cells(picture: Image.Image, size: tuple[int, int], cell: int) -> npt.NDArray[np.bool_]:
+    """Squares of `cell` pixels of a mask with a white pixel: (height / cell, width / cell). size: as in `to_pixels`."""
+    fitted = ImageOps.fit(picture.convert("L"), size, Image.Resampling.NEAREST)
+    white = np.asarray(fitted) >= 128
+    return white.reshape(size[1] // cell, cell, size[0] // cell, cell).any(axis=(1, 3))
 
 
 def png_bytes(picture: Image.Image, recipe: dict[str, Any]) -> bytes:

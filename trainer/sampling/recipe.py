@@ -93,6 +93,12 @@ class SampleConfig(SamplingConfig):
     """Databases with weights above 0: replaces `databases` by one column with neighbors of all of them."""
     images: tuple[str, ...] = Field(default=(), strict=False)
     """Image files that condition every sample, with or without a prompt."""
+    init_image: str = added_setting("")
+    """Image file that every sample starts from instead of noise, scaled and cropped to the size of a sample."""
+    strength: float = added_setting(0.75, ge=0, le=1)
+    """Share of the steps that change `init_image`: 0 returns it as the autoencoder decodes it, 1 keeps nothing of it."""
+    mask: str = added_setting("")
+    """Image file of the size of `init_image`, white where it is drawn anew; empty: everywhere."""
     exclude: tuple[int, ...] = Field(default=(), strict=False)
     """Image ids that are not used as neighbors; the next best replace them."""
     weights: dict[int, float] = Field(default={})
@@ -129,11 +135,12 @@ class SampleConfig(SamplingConfig):
         return tuple(self.mix) or self.columns()
 
     def request_for(self, prompt: str, seed: int, column: str) -> Request:
-        """The request for a picture of a column, without images."""
+        """The request for a picture of a column, without the content of image files."""
         return replace(
             self.request(prompt, seed, self.mode, "" if self.mix else column),
             mix=() if self.mode == "text" else tuple(self.mix.items()),
             exclude=self.exclude,
             weights=tuple(self.weights.items()),
             top_m=self.top_m,
+            strength=self.strength if self.init_image else 1.0,
         )

@@ -1,6 +1,7 @@
 """Input and output of the sampler as plain records: a request, its neighbors, a finished sample.
 
-Also reads prompts files. A sample's recipe holds every value that is needed to reproduce the picture.
+Also reads prompts files. A sample's recipe holds every value that is needed to reproduce the picture, except the files of
+image-to-image sampling, which it names.
 """
 
 import base64
@@ -8,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,7 @@ MAX_SEED = 2**32 - 1
 MAX_WEIGHT = 1e6
 FULL = (0.0, 1.0)
 """The interval of all noise levels."""
-ADDED = {"negative_prompt": "", "guidance_interval": FULL}
+ADDED = {"negative_prompt": "", "guidance_interval": FULL, "init_image": None, "strength": 1.0, "mask": None}
 """Fields that the recipe of a picture has only with other values, so that equal pictures have equal files."""
 
 
@@ -52,6 +54,32 @@ class ImageQuery:
             return np.frombuffer(base64.b64decode(self.vector, validate=True), "<f4").astype(np.float32)
         except ValueError as error:
             raise UserError(f"the vector of image {self.name!r} is not base64 of float32: {error}") from error
+
+
+@dataclass(frozen=True)
+class SourceImage:
+    """A picture file to start from, or a mask. A sample's recipe names the file and does not contain it."""
+
+    name: str = field(compare=False)
+    """File name or other label."""
+    sha256: str
+    """SHA-256 of the file in hex."""
+    data: bytes = field(default=b"", repr=False, compare=False)
+    """The file."""
+
+    @classmethod
+    def of(cls, name: str, data: bytes) -> "SourceImage":
+        """data: bytes of the file."""
+        return cls(name, hashlib.sha256(data).hexdigest(), data)
+
+    @cached_property
+    def picture(self) -> Image.Image:
+        """The picture, upright, RGB. Raises UserError if the file is missing or cannot be decoded."""
+        from retrieval.pictures.picture_file import decode_picture
+
+        if not self.data:
+            raise UserError(f"the recipe does not contain the picture {self.name!r} (SHA-256 {self.sha256}): add it.")
+        return decode_picture(self.name, self.data)
 
 
 @dataclass(frozen=True)
@@ -91,6 +119,13 @@ class Request:
     """(image id, factor): multiplies a neighbor's weight in attention; 0 removes the neighbor."""
     top_m: float = 1.0
     """Mode `unconditional`: share of the most retrieved images to draw a query from, above 0, at most 1."""
+    init_image: SourceImage | None = None
+    """Picture to start from, scaled and cropped around its center to the size of the sample; None: noise."""
+    strength: float = 1.0
+    """Share of the steps that are computed, 0..1: they start at `init_image` with noise. 0 returns `init_image` as the
+    autoencoder decodes it, 1 starts at pure noise."""
+    mask: SourceImage | None = None
+    """Picture of the size of `init_image`, white where it is drawn anew. All other latents stay those of `init_image`."""
 
     @classmethod
     def from_recipe(cls, recipe: Mapping[str, Any]) -> "Request":
@@ -104,6 +139,8 @@ class Request:
             values["guidance_interval"] = (float(low), float(high))
             values["exclude"] = tuple(values.get("exclude", ()))
             values["images"] = tuple(ImageQuery(**image) for image in values.get("images", ()))
+            for name in ("init_image", "mask"):
+                values[name] = SourceImage(**values[name]) if values.get(name) else None
             return cls(**values)
         except (TypeError, ValueError) as error:
             raise UserError(f"not the recipe of a sample: {error}") from error
@@ -123,6 +160,7 @@ class Request:
         elif not (self.images or self.mode == "unconditional"):
             raise UserError("nothing to condition on: set a prompt, an image, or mode 'unconditional'.")
         self._check_guidance()
+        self._check_source()
         if not 0 <= self.seed <= MAX_SEED:
             raise UserError(f"a seed must be 0 to {MAX_SEED}, got {self.seed}")
         if self.k < 1:
@@ -142,6 +180,21 @@ class Request:
             require_text(self.negative_prompt)
             if self.guidance == 1:
                 raise UserError("a negative prompt has no effect without guidance: set guidance above 1.")
+
+    def _check_source(self) -> None:
+        if not 0 <= self.strength <= 1:
+            raise UserError(f"strength must be 0 to 1, got {self.strength:g}")
+        if self.init_image is None:
+            if self.mask or self.strength < 1:
+                raise UserError("mask and strength have no effect without a picture to start from: set init_image.")
+            return
+        size = self.init_image.picture.size
+        if self.mask and self.mask.picture.size != size:
+            (width, height), (wide, high) = size, self.mask.picture.size
+            raise UserError(
+                f"mask {self.mask.name!r} is {wide} x {high}, {self.init_image.name!r} is {width} x {height}. "
+                "Make the mask as large as the picture."
+            )
 
 
 @dataclass(frozen=True)
@@ -178,6 +231,9 @@ class Sample:
     def recipe(self) -> dict[str, Any]:
         """All values needed to reproduce this picture, ready for JSON; neighbors as [id, similarity]."""
         request = {name: value for name, value in asdict(self.request).items() if ADDED.get(name) != value}
+        for name in ("init_image", "mask"):
+            if name in request:
+                del request[name]["data"]
         return {
             **request,
             **self.model_identity,

@@ -19,8 +19,8 @@ from retrieval.errors import UserError
 from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest
 from retrieval.storage.root import FileRecord, Root
 from trainer.sampling.picture import Grid, cell_edge, grid_png, open_picture
-from trainer.sampling.recipe import ComputeConfig, SampleConfig
-from trainer.sampling.request import TRAINING_DATABASE, ImageQuery, Request, Sample, prompts_digest
+from trainer.sampling.recipe import SampleConfig
+from trainer.sampling.request import TRAINING_DATABASE, Request, Sample, SourceImage, prompts_digest
 from trainer.sampling.resumable import ResumableItems
 from trainer.sampling.sampler import Sampler, TrainedModel, upstream_fingerprints
 from trainer.sampling.signing import picture_credentials, sample_png
@@ -42,19 +42,45 @@ class NamedRequest:
     request: Request
 
 
+@dataclass(frozen=True)
+class ImageFiles:
+    """The image files of a configuration."""
+
+    conditions: dict[str, bytes]
+    """Images to condition on, by path."""
+    sources: dict[str, SourceImage]
+    """`init_image` and `mask`, without those that are not set."""
+
+    @classmethod
+    def of(cls, config: SampleConfig) -> "ImageFiles":
+        """Read the files. Raises UserError if one cannot be read."""
+        paths = {name: path for name, path in (("init_image", config.init_image), ("mask", config.mask)) if path}
+        sources = {name: SourceImage.of(Path(path).name, read_image(path)) for name, path in paths.items()}
+        return cls({path: read_image(path) for path in config.images}, sources)
+
+    def inputs(self, sampler: Sampler) -> dict[str, Any]:
+        """The fields of a request that depend on files."""
+        images = tuple(sampler.image_query(Path(path).name, data) for path, data in self.conditions.items())
+        return {"images": images, **self.sources}
+
+    def digests(self) -> dict[str, str]:
+        """A digest of each file, by its use."""
+        conditions = {f"image/{path}": sha256(data).hexdigest()[:16] for path, data in self.conditions.items()}
+        return conditions | {name: source.sha256[:16] for name, source in self.sources.items()}
+
+
 def run(config: SampleConfig, trained: TrainedModel, root: Root) -> Manifest:
     """Sample all prompts and databases of the configuration. Finished batches of an earlier run are kept."""
     started = time.monotonic()
-    prompts = config.all_prompts()
-    images = {name: read_image(name) for name in config.images}
-    upstream = _upstream(config, trained, root, images) | {"prompts": prompts_digest(prompts)}
+    prompts, files = config.all_prompts(), ImageFiles.of(config)
+    upstream = _upstream(config, trained, root, files) | {"prompts": prompts_digest(prompts)}
     items = ResumableItems(root, f"runs/{trained.name}/sample", config, upstream)
     if (finished := items.finished_manifest()) is not None:
         log.info(f"sample: {root.at(items.stage)} is finished")
         return finished
     credentials = picture_credentials(config)
     sampler = Sampler.open(root, trained, config)
-    requests = make_requests(config, prompts, image_queries(sampler, images))
+    requests = make_requests(config, prompts, files.inputs(sampler))
     sampler.check([named.request for named in requests])
     with items.building():
         records = _draw_all(sampler, requests, items, credentials)
@@ -65,28 +91,47 @@ def run(config: SampleConfig, trained: TrainedModel, root: Root) -> Manifest:
 
 def sample_prompt(config: SampleConfig, trained: TrainedModel, root: Root, prompt: str) -> Sample:
     """One picture of a prompt with the first database of the configuration; writes nothing."""
-    request = config.request_for(prompt, config.seed, config.columns()[0])
-    files = {name: read_image(name) for name in config.images}
-    if prompt or not files:
+    files = ImageFiles.of(config)
+    request = replace(config.request_for(prompt, config.seed, config.columns()[0]), **files.sources)
+    if prompt or not files.conditions:
         request.check()
     sampler = Sampler.open(root, trained, config)
-    (sample,) = sampler.sample([replace(request, images=image_queries(sampler, files))])
+    (sample,) = sampler.sample([replace(request, **files.inputs(sampler))])
     return sample
 
 
-def reproduce(compute: ComputeConfig, trained: TrainedModel, root: Root, recipe: dict[str, Any]) -> Sample:
-    """Sample the picture of a recipe again. Raises UserError if the model or the neighbors differ."""
-    sampler = Sampler.open(root, trained, compute.model_copy(update={"precision": recipe.get("precision")}))
+def reproduce(config: SampleConfig, trained: TrainedModel, root: Root, recipe: dict[str, Any]) -> Sample:
+    """Sample the picture of a recipe again; if it was drawn from a picture, from the file that `config` names.
+
+    Raises UserError if the model, the neighbors or the file differ.
+    """
+    request = _with_sources(Request.from_recipe(recipe), config)
+    sampler = Sampler.open(root, trained, config.model_copy(update={"precision": recipe.get("precision")}))
     changed = [name for name, digest in sampler.model_identity.items() if recipe.get(name) != digest]
     if changed:
         raise UserError(
             f"the recipe has another {' and '.join(changed)} than run {trained.name!r}. Set train.name, "
             "[clip] and [autoencoder] to those of the picture."
         )
-    (sample,) = sampler.sample([Request.from_recipe(recipe)])
+    (sample,) = sampler.sample([request])
     if [id_ for id_, _ in recipe["neighbors"]] != [neighbor.image_id for neighbor in sample.neighbors]:
         raise UserError("the databases have changed: retrieval returns other neighbors than the recipe lists.")
     return sample
+
+
+def _with_sources(request: Request, config: SampleConfig) -> Request:
+    """The request with the content of the files that it starts from. Raises UserError unless `config` names them."""
+    for name in ("init_image", "mask"):
+        wanted, path = getattr(request, name), getattr(config, name)
+        if wanted is None:
+            continue
+        if not path or (source := SourceImage.of(Path(path).name, read_image(path))) != wanted:
+            raise UserError(
+                f"the picture was drawn with {name} {wanted.name!r} (SHA-256 {wanted.sha256}), found {path!r}. "
+                "Name the same file."
+            )
+        request = replace(request, **{name: source})
+    return request
 
 
 def read_image(name: str) -> bytes:
@@ -97,18 +142,11 @@ def read_image(name: str) -> bytes:
         raise UserError(f"image {name!r} cannot be read: {error}") from error
 
 
-def image_queries(sampler: Sampler, images: Mapping[str, bytes]) -> tuple[ImageQuery, ...]:
-    """Image files as queries. images: bytes by path."""
-    return tuple(sampler.image_query(Path(name).name, data) for name, data in images.items())
-
-
-def make_requests(
-    config: SampleConfig, prompts: Sequence[str], images: tuple[ImageQuery, ...] = ()
-) -> list[NamedRequest]:
-    """Requests of all pictures of the stage: by prompt, then number, then database."""
+def make_requests(config: SampleConfig, prompts: Sequence[str], inputs: Mapping[str, Any]) -> list[NamedRequest]:
+    """Requests of all pictures of the stage: by prompt, then number, then database. inputs: further fields of each."""
     return [
         NamedRequest(
-            picture_name(column, number, n), replace(config.request_for(prompt, config.seed + n, column), images=images)
+            picture_name(column, number, n), replace(config.request_for(prompt, config.seed + n, column), **inputs)
         )
         for number, prompt in enumerate(prompts)
         for n in range(config.images_per_prompt)
@@ -121,11 +159,11 @@ def picture_name(column: str, prompt: int, n: int) -> str:
     return f"{column}/{prompt:04d}-{n:02d}"
 
 
-def _upstream(config: SampleConfig, trained: TrainedModel, root: Root, images: Mapping[str, bytes]) -> dict[str, str]:
+def _upstream(config: SampleConfig, trained: TrainedModel, root: Root, files: ImageFiles) -> dict[str, str]:
     upstream = upstream_fingerprints(root, trained, config.searched_databases())
     if config.mode == "unconditional":
         upstream["neighbors"] = read_manifest(root, "neighbors").identity
-    return upstream | {f"image/{name}": sha256(data).hexdigest()[:16] for name, data in images.items()}
+    return upstream | files.digests()
 
 
 def _draw_all(

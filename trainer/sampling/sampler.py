@@ -34,6 +34,8 @@ from trainer.sampling.batches import SamplingBatch, make_batches
 from trainer.sampling.conditioning import ConditioningSources, condition
 from trainer.sampling.denoising import (
     Denoiser,
+    ImageToImage,
+    SourceLatents,
     guidance_within,
     guided_sample,
     initial_noise,
@@ -216,25 +218,10 @@ class Sampler:
     @torch.inference_mode()
     def compute_batch(self, batch: SamplingBatch) -> list[Sample]:
         """The samples of one batch, in order. Raises UserError if a latent is not finite."""
-        requests = [item.request for item in batch.items]
-        scheduler = make_scheduler(requests[0].scheduler, requests[0].steps, self.diffusion)
-        noise = initial_noise([request.seed for request in requests], self.latent_shape_of(requests[0]))
-        noise = noise.to(self.device)
-        context = torch.from_numpy(batch.contexts).to(self.device)
-        if batch.negatives is not None:
-            negatives = torch.from_numpy(batch.negatives).to(self.device)
-            context = torch.cat([negatives[:, None].expand_as(context), context])
-        unet = self.unet
-        if batch.weights is not None:
-            unet = with_token_weights(unet, torch.from_numpy(batch.weights).to(self.device))
-        guidance = torch.tensor([request.guidance for request in requests], device=self.device)
-        interval = requests[0].guidance_interval
-        guidance = guidance_within(interval, guidance, scheduler.timesteps, self.diffusion.steps)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute.precision == "bf16"):
-            latents = guided_sample(unet, scheduler, noise, context, guidance)
+        latents = self._denoise(batch)
         finite = torch.isfinite(latents).flatten(1).all(dim=1).tolist()
         if not all(finite):
-            failed = requests[finite.index(False)]
+            failed = batch.items[finite.index(False)].request
             raise UserError(
                 f"sampling {failed.prompt!r} with seed {failed.seed} and guidance {failed.guidance} left the "
                 f"range of {self.compute.precision}. Lower the guidance, use fp32, or train the model longer."
@@ -251,6 +238,39 @@ class Sampler:
             )
             for item, picture in zip(batch.items, pictures, strict=True)
         ]
+
+    def _denoise(self, batch: SamplingBatch) -> torch.Tensor:
+        """Latents (n, c, h, w) float32 of a batch."""
+        requests = [item.request for item in batch.items]
+        shape = self.latent_shape_of(requests[0])
+        noise = initial_noise([request.seed for request in requests], shape).to(self.device)
+        scheduler = make_scheduler(requests[0].scheduler, requests[0].steps, self.diffusion)
+        if (source := self._source_latents(batch, shape)) is not None:
+            scheduler = from_source = ImageToImage(scheduler, source, noise)
+            noise = from_source.start()
+        context = torch.from_numpy(batch.contexts).to(self.device)
+        if batch.negatives is not None:
+            negatives = torch.from_numpy(batch.negatives).to(self.device)
+            context = torch.cat([negatives[:, None].expand_as(context), context])
+        unet = self.unet
+        if batch.weights is not None:
+            unet = with_token_weights(unet, torch.from_numpy(batch.weights).to(self.device))
+        guidance = torch.tensor([request.guidance for request in requests], device=self.device)
+        interval = requests[0].guidance_interval
+        guidance = guidance_within(interval, guidance, scheduler.timesteps, self.diffusion.steps)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute.precision == "bf16"):
+            return guided_sample(unet, scheduler, noise, context, guidance)
+
+    def _source_latents(self, batch: SamplingBatch, shape: tuple[int, int, int]) -> SourceLatents | None:
+        """The latents that a batch starts from, the means of the autoencoder's posterior; None: noise."""
+        factor = self.autoencoder.factor
+        size = shape[2] * factor, shape[1] * factor
+        pixels, masks = batch.source_pixels(size), batch.masks(size, factor)
+        if pixels is None:
+            return None
+        latents = self.autoencoder.encode_moments(torch.from_numpy(pixels)).chunk(2, dim=1)[0]
+        mask = None if masks is None else torch.from_numpy(masks).to(self.device)
+        return SourceLatents(latents, batch.items[0].request.strength, mask)
 
     def _check_parts(self, folder: str) -> None:
         expected, encoder = EncoderIdentity(**self.manifest.values["encoder"]), self.encoder.identity

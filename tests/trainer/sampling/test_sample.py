@@ -207,7 +207,7 @@ def test_prompts_come_from_the_recipe_and_from_a_file(fresh, tmp_path):
 
 
 def test_picture_n_has_the_same_seed_for_every_prompt_and_database():
-    requests = make_requests(config(seed=10), PROMPTS[:2])
+    requests = make_requests(config(seed=10), PROMPTS[:2], {})
     assert {(named.name[-2:], named.request.seed) for named in requests} == {("00", 10), ("01", 11)}
 
 
