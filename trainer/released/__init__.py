@@ -7,5 +7,13 @@ from retrieval.lazy import public_names
 if TYPE_CHECKING:
     from trainer.released.diffusers_folder import write_folder
     from trainer.released.import_run import import_model
+    from trainer.released.pipeline import RetrievalDiffusionPipeline, Retriever
 
-__getattr__ = public_names(__name__, {"diffusers_folder": "write_folder", "import_run": "import_model"})
+__getattr__ = public_names(
+    __name__,
+    {
+        "diffusers_folder": "write_folder",
+        "import_run": "import_model",
+        "pipeline": "RetrievalDiffusionPipeline Retriever",
+    },
+)

@@ -1,4 +1,4 @@
-"""Writes and reads models as diffusers folders: `unet/`, `vae/`, `scheduler/` and a model card.
+"""Writes and reads models as diffusers folders: `unet/`, `vae/`, `scheduler/`, `model_index.json`, `pipeline.py`, a model card.
 
 diffusers opens such a folder without this project. Folders of other projects can be read too.
 """
@@ -27,6 +27,7 @@ from trainer.released.checkpoint_import import ReleasedModel
 
 LENGTHS = {"unit": "each of length 1", "raw": "with the lengths that CLIP gives them, not normalized"}
 SCHEDULER = "scheduler/scheduler_config.json"
+PIPELINE = Path(__file__).with_name("pipeline.py")
 CARD = """---
 library_name: diffusers
 tags: [retrieval-augmented, latent-diffusion]
@@ -41,15 +42,25 @@ A retrieval-augmented latent diffusion model: its cross-attention takes CLIP vec
 - Inputs: {upstream}.
 
 ```python
-from diffusers import {classes}DDIMScheduler, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 
-unet = UNet2DConditionModel.from_pretrained("{name}", subfolder="unet")
-scheduler = DDIMScheduler.from_pretrained("{name}", subfolder="scheduler")
-{open_vae}```
+pipeline = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="pipeline", trust_remote_code=True)
+```
 
-`encoder_hidden_states` is (n, tokens, {dim}): the CLIP vector of the text first, then those of the neighbors,
-best first, any number of them, {lengths}. The unconditional input is one token of
-zeros. `recipe.json` has all settings.
+`pipeline(context=...)` takes (n, tokens, {dim}) CLIP vectors: that of the text first, then those of the neighbors, best first, any
+number of them, {lengths}. The unconditional input is one token of zeros. `recipe.json` has all
+settings. With laion-rdm installed, no code of this folder runs, and a retriever searches a database or a list of pictures:
+
+```python
+from retrieval import Database
+from retrieval.clip.encoder import Encoder
+from retrieval.recipe import ClipConfig
+from trainer.released import RetrievalDiffusionPipeline, Retriever
+
+pipeline = RetrievalDiffusionPipeline.from_pretrained("{name}")
+retriever = Retriever(Encoder(ClipConfig(model="{encoder}")), Database.open("databases/NAME"))
+pictures = pipeline("two red hearts", retriever, k={k}).images
+```
 """
 
 
@@ -79,6 +90,7 @@ def write_folder(root: Root, run: str, autoencoder: AutoencoderConfig, target: P
         settings = scheduler_settings(DiffusionConfig(**recipe["diffusion"]))
         scheduler: Any = DDIMScheduler(**settings, clip_sample=False)
         scheduler.save_pretrained(folder / "scheduler")
+        _write_index(folder, recipe)
         (folder / "README.md").write_text(_card(target.name, manifest, recipe, folder))
 
 
@@ -132,6 +144,20 @@ def _write_vae(config: AutoencoderConfig, folder: Path) -> None:
     (folder / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
+def _write_index(folder: Path, recipe: dict[str, Any]) -> None:
+    """Write `model_index.json` and the pipeline's code: diffusers opens the folder as RetrievalDiffusionPipeline."""
+    shutil.copyfile(PIPELINE, folder / PIPELINE.name)
+    parts = {"unet": folder / "unet" / CONFIG, "vae": folder / "vae" / CONFIG, "scheduler": folder / SCHEDULER}
+    classes = {name: _read_json(path)["_class_name"] if path.is_file() else None for name, path in parts.items()}
+    index = {
+        "_class_name": "RetrievalDiffusionPipeline",
+        **{name: ["diffusers", kind] if kind else [None, None] for name, kind in classes.items()},
+        "context_norm": ModelConfig(**recipe["model"]).context_norm,
+        "latent_size": recipe["latent_shape"][1:],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
 def _card(name: str, manifest: Manifest, recipe: dict[str, Any], folder: Path) -> str:
     has_vae, kind = (folder / "vae").is_dir(), "patch autoencoder of this project, not included"
     if has_vae:
@@ -149,8 +175,6 @@ def _card(name: str, manifest: Manifest, recipe: dict[str, Any], folder: Path) -
         autoencoder=kind,
         scale=recipe["autoencoder"]["scale"],
         upstream=", ".join(f"{stage} {identity[:16]}" for stage, identity in sorted(manifest.upstream.items())),
-        classes=f"{kind}, " if has_vae else "",
-        open_vae=f'vae = {kind}.from_pretrained("{name}", subfolder="vae")\n' if has_vae else "",
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, VQModel
+from diffusers.utils import dynamic_modules_utils
 from safetensors.torch import load_file, save_file
 
 from retrieval.errors import UserError
@@ -110,7 +111,7 @@ def test_a_run_is_not_exported_with_another_autoencoder(exported, tmp_path):
     assert not (tmp_path / "target").exists()
 
 
-def test_the_code_of_the_model_card_opens_the_folder(exported, monkeypatch):
+def test_the_code_of_the_model_card_opens_the_folder(exported, monkeypatch, tmp_path):
     kind, _, _, folder = exported
     card = (folder / "README.md").read_text()
     assert f"{sum(w.numel() for w in networks(kind)[0].parameters()):,} parameters" in card
@@ -119,9 +120,10 @@ def test_the_code_of_the_model_card_opens_the_folder(exported, monkeypatch):
     assert {"laion": "each of length 1", "imagenet": "not normalized"}[kind] in card
     code = card.split("```python")[1].split("```")[0]
     monkeypatch.chdir(folder.parent)
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path))
     opened: dict[str, object] = {}
     exec(code, opened)
-    assert isinstance(opened["vae"], CLASSES[kind])
+    assert isinstance(opened["pipeline"].vae, CLASSES[kind])
 
 
 def test_an_exported_folder_is_imported_as_the_same_run(exported, tmp_path):
