@@ -12,8 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jobs.cli.command import add_remake, exit_on_user_error, recipe_parser, run_on_recipe
+from jobs.cli.command import add_ray_tasks, add_remake, exit_on_user_error, recipe_parser, run_on_recipe
 from jobs.cli.recipe import Recipe
+from jobs.parts import run_in_parts
 from retrieval.errors import UserError
 from retrieval.recipe import ClipConfig
 from retrieval.storage.root import Root
@@ -26,9 +27,9 @@ from trainer.sampling.sampler import TrainedModel
 from trainer.sampling.signing import picture_credentials, sample_png
 
 
-def run(recipe: Recipe) -> None:
-    """Run the stage with the trained model of the recipe."""
-    stage.run(recipe[SampleConfig], trained_model(recipe), recipe.root)
+def run(recipe: Recipe, ray_tasks: int | None = None) -> None:
+    """Run the stage with the trained model of the recipe: as a rank of torchrun, alone, or in tasks on Ray."""
+    run_in_parts(stage, recipe[SampleConfig], trained_model(recipe), recipe.root, ray_tasks)
 
 
 def run_one(recipe: Recipe, prompt: str, out: Path, again: Path | None = None) -> None:
@@ -95,6 +96,7 @@ def _toml_table(option: str, pairs: Sequence[str]) -> str:
 def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     parser = recipe_parser("sample", __doc__)
     add_remake(parser)
+    add_ray_tasks(parser)
     parser.add_argument("--prompt", help="sample one picture of this prompt instead of the stage")
     parser.add_argument(
         "--out", type=Path, help="file of the one picture (default with --prompt or --again: sample.png)"
@@ -129,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def work() -> None:
         arguments.overrides += overrides(arguments)
-        run_on_recipe(arguments, sample_one if single else run)
+        run_on_recipe(arguments, sample_one if single else partial(run, ray_tasks=arguments.ray_tasks))
 
     exit_on_user_error(work)
 

@@ -37,6 +37,12 @@ def add_remake(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--remake", action="store_true", help=text)
 
 
+def add_ray_tasks(parser: argparse.ArgumentParser) -> None:
+    """Add the option --ray-tasks, with which a stage draws its pictures on Ray."""
+    text = "draw in N tasks on the Ray cluster of RAY_ADDRESS, or a local one; 0: one task for each GPU"
+    parser.add_argument("--ray-tasks", type=int, metavar="N", help=text)
+
+
 def stage_command(stage: str, about: str | None, run: Callable[[Recipe], object]) -> Main:
     """The `main` of a command that has no arguments but those of `recipe_parser` and --remake."""
 

@@ -28,7 +28,7 @@ from trainer.evaluation.scores import Evaluator, Reference, results
 from trainer.evaluation.styles import MODES, SUFFIX_RETRIEVAL, StyleGroup, make_style_groups, style_words
 from trainer.sampling.picture import Grid, grid_png, open_picture
 from trainer.sampling.request import TRAINING_DATABASE, prompts_digest, read_prompts
-from trainer.sampling.resumable import ResumableItems
+from trainer.sampling.resumable import Distribute, Part, ResumableItems, draw_alone
 from trainer.sampling.sampler import Sampler, TrainedModel, database_names, upstream_fingerprints
 
 log = logging.getLogger("evaluate")
@@ -37,26 +37,22 @@ SHEET_COLUMNS = 8
 BOOTSTRAP_DRAWS = 1000
 
 
-def run(config: EvaluateConfig, trained: TrainedModel, root: Root) -> Manifest:
-    """Draw samples, classify them and write the results. Finished groups of an earlier run are kept."""
+def run(config: EvaluateConfig, trained: TrainedModel, root: Root, distribute: Distribute = draw_alone) -> Manifest:
+    """Draw samples, classify them and write the results. Finished groups of an earlier run are kept.
+
+    distribute: lets other processes draw parts, which call `draw_part`.
+    """
     started = time.monotonic()
-    prompts = _prompts(config)
-    styles = style_names(config, root)
-    databases = upstream_fingerprints(root, trained, (*styles, TRAINING_DATABASE))
-    upstream = databases | {"prompts": prompts_digest(prompts)}
-    if config.judge_pictures:
-        upstream["judge_pictures"] = pictures_digest(config.judge_pictures)
-    stage = f"runs/{trained.name}/evaluate"
-    items = ResumableItems(root, stage, config, upstream)
+    items = _items(config, trained, root)
+    stage, styles = items.stage, style_names(config, root)
     if (finished := items.finished_manifest()) is not None:
         log.info(f"evaluate: {root.at(stage)} is finished")
         return finished
-    sampler = Sampler.open(root, trained, config)
-    groups = make_style_groups(config, config.samples_per_style, styles, prompts)
-    sampler.check([request for group in groups for request in group.requests])
+    sampler, groups = _open(config, trained, root)
     require_writable(root, f"{stage}/manifest.json")
     evaluator = make_evaluator(config, sampler, styles, Bootstrap(BOOTSTRAP_DRAWS, config.seed))
     with items.building():
+        distribute(lambda part: draw_groups(sampler, part.of(groups), items))
         records = draw_groups(sampler, groups, items)
         features = {(group.mode, group.style): read_features(sampler, group, items) for group in groups}
         result = results(features, evaluator)
@@ -75,6 +71,29 @@ def run(config: EvaluateConfig, trained: TrainedModel, root: Root) -> Manifest:
         records.append(ShardRecord("report", len(groups), tuple(files)))
         values = {**sampler.model_identity, "styles": list(styles)}
         return items.finish(records, values, time.monotonic() - started)
+
+
+def draw_part(config: EvaluateConfig, trained: TrainedModel, root: Root, part: Part) -> None:
+    """Draw a part of the groups of a stage that `run` has begun in another process."""
+    sampler, groups = _open(config, trained, root)
+    draw_groups(sampler, part.of(groups), _items(config, trained, root))
+
+
+def _items(config: EvaluateConfig, trained: TrainedModel, root: Root) -> ResumableItems:
+    prompts = _prompts(config)
+    databases = upstream_fingerprints(root, trained, (*style_names(config, root), TRAINING_DATABASE))
+    upstream = databases | {"prompts": prompts_digest(prompts)}
+    if config.judge_pictures:
+        upstream["judge_pictures"] = pictures_digest(config.judge_pictures)
+    return ResumableItems(root, f"runs/{trained.name}/evaluate", config, upstream)
+
+
+def _open(config: EvaluateConfig, trained: TrainedModel, root: Root) -> tuple[Sampler, list[StyleGroup]]:
+    """Load the model and make the groups. Raises UserError for requests that it cannot serve."""
+    sampler = Sampler.open(root, trained, config)
+    groups = make_style_groups(config, config.samples_per_style, style_names(config, root), _prompts(config))
+    sampler.check([request for group in groups for request in group.requests])
+    return sampler, groups
 
 
 def _prompts(config: EvaluateConfig) -> tuple[str, ...]:

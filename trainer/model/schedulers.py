@@ -138,7 +138,7 @@ def trailing_timesteps(steps: int, train_steps: int) -> list[int]:
 
 
 def karras_sigmas(steps: int, largest: torch.Tensor, smallest: torch.Tensor) -> list[float]:
-    """`steps` noise levels sqrt((1 - abar) / abar) from the largest to the smallest, then 0 (Karras et al. 2022, eq. 5)."""
+    """`steps` levels sqrt((1 - abar) / abar) from the largest to the smallest, then 0. Karras et al. 2022, eq. 5."""
     ends = [float(sigma) ** (1 / KARRAS_RHO) for sigma in (largest, smallest)]
     return [*(torch.linspace(*ends, steps, dtype=torch.float64) ** KARRAS_RHO).tolist(), 0.0]
 

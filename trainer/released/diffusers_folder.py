@@ -1,4 +1,4 @@
-"""Writes and reads models as diffusers folders: `unet/`, `vae/`, `scheduler/`, `model_index.json`, `pipeline.py`, a model card.
+"""Writes and reads models as diffusers folders: networks, scheduler, `model_index.json`, `pipeline.py`, a model card.
 
 diffusers opens such a folder without this project. Folders of other projects can be read too.
 """
@@ -47,9 +47,10 @@ from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="pipeline", trust_remote_code=True)
 ```
 
-`pipeline(context=...)` takes (n, tokens, {dim}) CLIP vectors: that of the text first, then those of the neighbors, best first, any
-number of them, {lengths}. The unconditional input is one token of zeros. `recipe.json` has all
-settings. With laion-rdm installed, no code of this folder runs, and a retriever searches a database or a list of pictures:
+`pipeline(context=...)` takes (n, tokens, {dim}) CLIP vectors: that of the text first, then those of the neighbors, best
+first, any number of them, {lengths}. The unconditional input is one token of
+zeros. `recipe.json` has all settings. With laion-rdm installed, no code of this folder runs, and a retriever searches a
+database or a list of pictures:
 
 ```python
 from retrieval import Database

@@ -1,7 +1,7 @@
 """The diffusers pipeline of a retrieval-augmented model: prompts and their neighbors in, pictures out.
 
-Opens a folder that `laion-rdm convert --to` wrote. It imports nothing of this project, because the folder contains a copy
-of this file, with which diffusers opens the folder where this project is not installed.
+Opens a folder that `laion-rdm convert --to` wrote. It imports nothing of this project, because the folder contains a
+copy of this file, with which diffusers opens the folder where this project is not installed.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class Retriever:
     def context(self, prompts: Sequence[str], k: int, context_norm: str) -> Vectors:
         """(n, 1 + k, dim) float32: the vector of each prompt, then those of its k neighbors, best first.
 
-        With fewer than k pictures, all of them. context_norm: `unit` for vectors of length 1, `raw` for CLIP's own; raises
+        With fewer than k pictures, all of them. context_norm: `unit` for vectors of length 1, `raw` for CLIP's. Raises
         ValueError if the database does not know them.
         """
         texts: Vectors = self._encoder.encode_texts(list(prompts), unit=False)
@@ -84,7 +84,7 @@ class RetrievalDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
     def __init__(
         self, unet: Any, vae: Any, scheduler: Any, context_norm: str = "unit", latent_size: Sequence[int] = (0, 0)
     ) -> None:
-        """vae: None gives latents only. context_norm: length of CLIP vectors; latent_size: at training (height, width)."""
+        """vae: None gives latents only. context_norm: length of CLIP vectors; latent_size: height, width."""
         super().__init__()
         self.register_modules(unet=unet, vae=vae, scheduler=scheduler)
         self.register_to_config(context_norm=context_norm, latent_size=list(latent_size))

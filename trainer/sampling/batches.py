@@ -47,13 +47,13 @@ class SamplingBatch:
 
     def source_pixels(self, size: tuple[int, int]) -> Vectors | None:
         """(n, 3, height, width) float32 in -1..1 of the pictures to start from; None: noise. size: width, height."""
-        pictures = [item.request.init_image for item in self.items]
-        return np.stack([to_pixels(picture.picture, size) for picture in pictures if picture]) if all(pictures) else None
+        sources = [item.request.init_image for item in self.items if item.request.init_image]
+        return np.stack([to_pixels(source.picture, size) for source in sources]) if sources else None
 
     def masks(self, size: tuple[int, int], factor: int) -> npt.NDArray[np.bool_] | None:
-        """(n, 1, h, w), true where latents are drawn anew; None: everywhere. factor: pixels of a latent along an edge."""
-        masks = [item.request.mask for item in self.items]
-        return np.stack([white_cells(mask.picture, size, factor)[None] for mask in masks if mask]) if all(masks) else None
+        """(n, 1, h, w), true where latents are drawn anew; None: everywhere. factor: pixels of a latent on an edge."""
+        masks = [item.request.mask for item in self.items if item.request.mask]
+        return np.stack([white_cells(mask.picture, size, factor)[None] for mask in masks]) if masks else None
 
 
 def make_batches(conditioned: Sequence[ConditionedRequest], batch_size: int) -> list[SamplingBatch]:

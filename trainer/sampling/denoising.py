@@ -131,7 +131,7 @@ class ImageToImage:
 
 
 def last_timesteps(timesteps: torch.Tensor, strength: float) -> torch.Tensor:
-    """The last share `strength` of timesteps, rounded. PLMS calls the network twice at its second timestep, here too."""
+    """The last share `strength` of timesteps, rounded. PLMS calls the network twice at its second one, here too."""
     distinct = timesteps.unique_consecutive()
     last = distinct[len(distinct) - round(strength * len(distinct)) :]
     return last if len(distinct) == len(timesteps) else torch.cat([last[:2], last[1:]])

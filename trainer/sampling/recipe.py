@@ -96,7 +96,7 @@ class SampleConfig(SamplingConfig):
     init_image: str = added_setting("")
     """Image file that every sample starts from instead of noise, scaled and cropped to the size of a sample."""
     strength: float = added_setting(0.75, ge=0, le=1)
-    """Share of the steps that change `init_image`: 0 returns it as the autoencoder decodes it, 1 keeps nothing of it."""
+    """Share of the steps that change `init_image`: 0 returns it as the autoencoder decodes it, 1 keeps nothing."""
     mask: str = added_setting("")
     """Image file of the size of `init_image`, white where it is drawn anew; empty: everywhere."""
     exclude: tuple[int, ...] = Field(default=(), strict=False)

@@ -1,7 +1,7 @@
 """Input and output of the sampler as plain records: a request, its neighbors, a finished sample.
 
-Also reads prompts files. A sample's recipe holds every value that is needed to reproduce the picture, except the files of
-image-to-image sampling, which it names.
+Also reads prompts files. A sample's recipe holds every value that is needed to reproduce the picture, except the files
+of image-to-image sampling, which it names.
 """
 
 import base64
@@ -125,7 +125,7 @@ class Request:
     """Share of the steps that are computed, 0..1: they start at `init_image` with noise. 0 returns `init_image` as the
     autoencoder decodes it, 1 starts at pure noise."""
     mask: SourceImage | None = None
-    """Picture of the size of `init_image`, white where it is drawn anew. All other latents stay those of `init_image`."""
+    """Picture of the size of `init_image`, white where it is drawn anew. All other latents stay as they are."""
 
     @classmethod
     def from_recipe(cls, recipe: Mapping[str, Any]) -> "Request":

@@ -3,9 +3,10 @@
 A killed stage resumes after its last finished item. Files with another fingerprint are deleted only on request.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from retrieval.config import Config
 from retrieval.storage import schema
@@ -22,6 +23,32 @@ from retrieval.storage.manifest import (
 from retrieval.storage.root import FileRecord, Root
 from retrieval.storage.stage_folder import STARTED_FILE, StageIdentity, prepare_folder
 from retrieval.storage.writable import require_writable
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Every `count`-th item of a stage, from item `number` on: the share of one of `count` processes."""
+
+    number: int
+    count: int
+
+    def of(self, items: Sequence[Item]) -> Sequence[Item]:
+        """The items of the part, in order."""
+        return items[self.number :: self.count]
+
+
+ALL = Part(0, 1)
+"""All items."""
+DrawPart = Callable[[Part], object]
+"""Draws the items of a part that have no record, with a model that is loaded."""
+Distribute = Callable[[DrawPart], object]
+"""Lets several processes draw parts, perhaps this one too. What they leave is drawn by the caller."""
+
+
+def draw_alone(_: DrawPart) -> None:
+    """No other process."""
 
 
 class ResumableItems:

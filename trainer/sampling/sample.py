@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +19,11 @@ from tqdm import tqdm
 from retrieval.errors import UserError
 from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest
 from retrieval.storage.root import FileRecord, Root
+from trainer.sampling.batches import SamplingBatch
 from trainer.sampling.picture import Grid, cell_edge, grid_png, open_picture
 from trainer.sampling.recipe import SampleConfig
 from trainer.sampling.request import TRAINING_DATABASE, Request, Sample, SourceImage, prompts_digest
-from trainer.sampling.resumable import ResumableItems
+from trainer.sampling.resumable import ALL, Distribute, Part, ResumableItems, draw_alone
 from trainer.sampling.sampler import Sampler, TrainedModel, upstream_fingerprints
 from trainer.sampling.signing import picture_credentials, sample_png
 
@@ -69,24 +71,86 @@ class ImageFiles:
         return conditions | {name: source.sha256[:16] for name, source in self.sources.items()}
 
 
-def run(config: SampleConfig, trained: TrainedModel, root: Root) -> Manifest:
-    """Sample all prompts and databases of the configuration. Finished batches of an earlier run are kept."""
+@dataclass(frozen=True)
+class Drawing:
+    """The pictures of the stage, ready to be drawn."""
+
+    sampler: Sampler
+    requests: list[NamedRequest]
+    items: ResumableItems
+    credentials: "Credentials | None"
+
+    @cached_property
+    def batches(self) -> list[SamplingBatch]:
+        """Retrieves the neighbors of all requests once."""
+        return self.sampler.plan([named.request for named in self.requests])
+
+    def draw(self, part: Part) -> list[ShardRecord]:
+        """Draw the batches of a part that have no record yet. Returns the records of the part, in order."""
+        numbers = part.of(range(len(self.batches)))
+        # A record's name holds the batch size: with another size a batch has other pictures.
+        names = {number: f"{self.sampler.compute.batch_size:04d}-{number:05d}" for number in numbers}
+        records = {number: record for number in numbers if (record := self.items.read_record(names[number]))}
+        missing = [number for number in numbers if number not in records]
+        total, count = (sum(len(self.batches[number].items) for number in some) for some in (numbers, missing))
+        started, drawn = time.monotonic(), self.sampler.draw(self.batches[number] for number in missing)
+        with tqdm(total=total, initial=total - count, desc="sample", unit="image", mininterval=0.5) as bar:
+            for number, samples in zip(missing, drawn, strict=True):
+                pictures = [self.requests[position].name for position in self.batches[number].positions]
+                files = [file for pair in zip(pictures, samples, strict=True) for file in self._write(*pair)]
+                records[number] = self.items.write_record(names[number], files, len(samples))
+                bar.update(len(samples))
+        seconds = time.monotonic() - started
+        log.info(f"sample: {count} images  {seconds:.1f} s  {count / max(seconds, 1e-9):.2f} images/s")
+        return [records[number] for number in numbers]
+
+    def _write(self, name: str, sample: Sample) -> list[FileRecord]:
+        path, root = f"{self.items.stage}/{name}", self.items.root
+        return [
+            root.write_bytes(f"{path}.png", sample_png(sample, self.credentials)),
+            root.write_json(f"{path}.json", sample.detailed_recipe()),
+        ]
+
+
+def run(config: SampleConfig, trained: TrainedModel, root: Root, distribute: Distribute = draw_alone) -> Manifest:
+    """Sample all prompts and databases of the configuration. Finished batches of an earlier run are kept.
+
+    distribute: lets other processes draw parts, which call `draw_part`.
+    """
     started = time.monotonic()
-    prompts, files = config.all_prompts(), ImageFiles.of(config)
-    upstream = _upstream(config, trained, root, files) | {"prompts": prompts_digest(prompts)}
-    items = ResumableItems(root, f"runs/{trained.name}/sample", config, upstream)
+    items = _items(config, trained, root)
     if (finished := items.finished_manifest()) is not None:
         log.info(f"sample: {root.at(items.stage)} is finished")
         return finished
-    credentials = picture_credentials(config)
-    sampler = Sampler.open(root, trained, config)
-    requests = make_requests(config, prompts, files.inputs(sampler))
-    sampler.check([named.request for named in requests])
+    drawing = _open(config, trained, items)
     with items.building():
-        records = _draw_all(sampler, requests, items, credentials)
+        distribute(drawing.draw)
+        records, prompts = drawing.draw(ALL), config.all_prompts()
         grid = root.write_bytes(f"{items.stage}/grid.png", _grid(config, prompts, items))
-        values = {**sampler.model_identity, "prompts": list(prompts), "columns": list(config.columns())}
+        values = {**drawing.sampler.model_identity, "prompts": list(prompts), "columns": list(config.columns())}
         return items.finish([*records, ShardRecord("grid", 1, (grid,))], values, time.monotonic() - started)
+
+
+def draw_part(config: SampleConfig, trained: TrainedModel, root: Root, part: Part) -> None:
+    """Draw a part of the pictures of a stage that `run` has begun in another process."""
+    _open(config, trained, _items(config, trained, root)).draw(part)
+
+
+def _items(config: SampleConfig, trained: TrainedModel, root: Root) -> ResumableItems:
+    own = {"prompts": prompts_digest(config.all_prompts()), **ImageFiles.of(config).digests()}
+    upstream = upstream_fingerprints(root, trained, config.searched_databases())
+    if config.mode == "unconditional":
+        upstream["neighbors"] = read_manifest(root, "neighbors").identity
+    return ResumableItems(root, f"runs/{trained.name}/sample", config, upstream | own)
+
+
+def _open(config: SampleConfig, trained: TrainedModel, items: ResumableItems) -> Drawing:
+    """Load the model and check all requests. Raises UserError."""
+    credentials = picture_credentials(config)
+    sampler = Sampler.open(items.root, trained, config)
+    requests = make_requests(config, config.all_prompts(), ImageFiles.of(config).inputs(sampler))
+    sampler.check([named.request for named in requests])
+    return Drawing(sampler, requests, items, credentials)
 
 
 def sample_prompt(config: SampleConfig, trained: TrainedModel, root: Root, prompt: str) -> Sample:
@@ -157,43 +221,6 @@ def make_requests(config: SampleConfig, prompts: Sequence[str], inputs: Mapping[
 def picture_name(column: str, prompt: int, n: int) -> str:
     """Name of a picture below the stage's folder, without suffix."""
     return f"{column}/{prompt:04d}-{n:02d}"
-
-
-def _upstream(config: SampleConfig, trained: TrainedModel, root: Root, files: ImageFiles) -> dict[str, str]:
-    upstream = upstream_fingerprints(root, trained, config.searched_databases())
-    if config.mode == "unconditional":
-        upstream["neighbors"] = read_manifest(root, "neighbors").identity
-    return upstream | files.digests()
-
-
-def _draw_all(
-    sampler: Sampler, requests: Sequence[NamedRequest], items: ResumableItems, credentials: "Credentials | None"
-) -> list[ShardRecord]:
-    """Draw the batches without a record; returns the records of all batches, in order."""
-    batches = sampler.plan([named.request for named in requests])
-    # A record's name holds the batch size: with another size a batch has other pictures.
-    names = [f"{sampler.compute.batch_size:04d}-{number:05d}" for number in range(len(batches))]
-    records = {number: record for number, name in enumerate(names) if (record := items.read_record(name))}
-    missing = [number for number in range(len(batches)) if number not in records]
-    started, count = time.monotonic(), sum(len(batches[number].items) for number in missing)
-    drawn = sampler.draw(batches[number] for number in missing)
-    with tqdm(total=len(requests), initial=len(requests) - count, desc="sample", unit="image", mininterval=0.5) as bar:
-        for number, samples in zip(missing, drawn, strict=True):
-            pictures = [requests[position].name for position in batches[number].positions]
-            files = [file for pair in zip(pictures, samples, strict=True) for file in _write(*pair, items, credentials)]
-            records[number] = items.write_record(names[number], files, len(samples))
-            bar.update(len(samples))
-    seconds = time.monotonic() - started
-    log.info(f"sample: {count} images  {seconds:.1f} s  {count / max(seconds, 1e-9):.2f} images/s")
-    return [records[number] for number in sorted(records)]
-
-
-def _write(name: str, sample: Sample, items: ResumableItems, credentials: "Credentials | None") -> list[FileRecord]:
-    path = f"{items.stage}/{name}"
-    return [
-        items.root.write_bytes(f"{path}.png", sample_png(sample, credentials)),
-        items.root.write_json(f"{path}.json", sample.detailed_recipe()),
-    ]
 
 
 def _grid(config: SampleConfig, prompts: Sequence[str], items: ResumableItems) -> bytes:

@@ -17,16 +17,17 @@ from trainer.recipe import DiffusionConfig
 from trainer.sampling.denoising import guided_sample, initial_noise
 
 MEANS, DEVIATION = torch.tensor([-1.0, 0.6], dtype=torch.float64), 0.3
-STEPS = (10, 20, 50, 100, 250)
+STEPS = (10, 20, 50, 100)
 ERRORS = {
-    "ddim": (),
-    "plms": (),
-    "dpm++": (),
-    "euler": (),
-    "euler_karras": (),
-    "unipc": (),
+    "ddim": (0.117, 0.0561, 0.0237, 0.0126),
+    "plms": (0.0814, 0.0269, 0.0039, 0.0005),
+    "dpm++": (0.101, 0.0626, 0.0367, 0.0190),
+    "euler": (0.126, 0.0691, 0.0360, 0.0212),
+    "euler_karras": (0.118, 0.0564, 0.0219, 0.0108),
+    "unipc": (0.098, 0.0638, 0.0363, 0.0185),
 }
-"""Root of the mean squared error of samples of deviation 0.85 at each of STEPS."""
+"""Root of the mean squared error of samples of deviation 0.83 at each of STEPS. `dpm++`, `unipc` and `euler` remove the
+noise that is left at the last of their evenly spaced timesteps in one step, which limits their order."""
 ENDS_AT_FIRST_TIMESTEP = ("ddim", "plms")
 """They return x_0 of the schedule, with its small noise, as the released code does; the others the estimate of x_0."""
 NOISE = initial_noise([0], (1, 16, 16))
@@ -43,7 +44,7 @@ def denoised(y: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
 @functools.cache
 def exact_samples(ends_at_first_timestep: bool) -> torch.Tensor:
     abar = alphas_bar(DiffusionConfig()).double()
-    grid = torch.linspace(*((1 - abar) / abar).sqrt()[[-1, 0]].log(), 2001, dtype=torch.float64)
+    grid = torch.linspace(*((1 - abar) / abar).sqrt()[[-1, 0]].log(), 501, dtype=torch.float64)
     y, h = NOISE.double() / abar[-1].sqrt(), grid[1] - grid[0]
 
     def slope(y: torch.Tensor, level: torch.Tensor) -> torch.Tensor:

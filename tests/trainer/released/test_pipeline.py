@@ -98,7 +98,7 @@ def test_pictures_are_neighbors_as_in_a_database_of_them(exported):
 
 
 def test_plain_diffusers_opens_the_folder_with_its_own_code(exported, monkeypatch, tmp_path):
-    sampler, folder = exported
+    _, folder = exported
     monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path))
     opened = DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline", trust_remote_code=True)
     assert type(opened).__module__.startswith("diffusers_modules")

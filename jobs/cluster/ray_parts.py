@@ -1,0 +1,40 @@
+"""Draws the parts of `sample` and `evaluate` in tasks on Ray, one for each GPU of the cluster.
+
+A task loads the model, draws its part into the stage's folder and returns nothing. If its node is lost, Ray starts it
+again, and finished batches are kept.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+
+import ray
+
+from retrieval.cluster.connection import ray_connection
+from trainer.sampling.resumable import DrawPart, Part
+
+log = logging.getLogger("sample")
+
+
+def draw_on_ray(draw_part: Callable[[Part], None], tasks: int, _: DrawPart) -> None:
+    """Run `draw_part` for every part and wait. tasks: number of parts; 0: one for each GPU, at least one.
+
+    Raises the exception of a failed part, such as a UserError, after Ray's retries for lost nodes.
+    """
+    with ray_connection():
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        count = tasks or max(1, gpus)
+        log.info(f"sample: {count} parts on Ray")
+        task = ray.remote(num_gpus=1 if gpus else 0, max_retries=3)(_draw_in_folder)
+        try:
+            ray.get([task.remote(draw_part, Part(number, count), os.getcwd()) for number in range(count)])
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+
+
+def _draw_in_folder(draw_part: Callable[[Part], None], part: Part, folder: str) -> None:
+    """folder: the working directory, which paths in the recipe are relative to."""
+    if os.path.isdir(folder):
+        os.chdir(folder)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(name)s: %(message)s", force=True)
+    draw_part(part)
