@@ -11,7 +11,7 @@ from trainer.evaluation.recipe import EvaluateConfig
 def run(recipe: Recipe, ray_tasks: int | None = None) -> None:
     """Run the stage with the trained model of the recipe: as a rank of torchrun, alone, or in tasks on Ray."""
     # not at the top: --help and --dry-run answer without torch
-    from jobs.parts import run_in_parts
+    from jobs.cluster.parts import run_in_parts
     from jobs.sample import trained_model
     from trainer.evaluation import evaluate as stage
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from jobs.cli.command import add_ray_tasks, add_remake, exit_on_user_error, recipe_parser, run_on_recipe
 from jobs.cli.recipe import Recipe
-from jobs.parts import run_in_parts
+from jobs.cluster.parts import run_in_parts
 from retrieval.errors import UserError
 from retrieval.recipe import ClipConfig
 from retrieval.storage.root import Root

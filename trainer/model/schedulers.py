@@ -139,8 +139,8 @@ def trailing_timesteps(steps: int, train_steps: int) -> list[int]:
 
 def karras_sigmas(steps: int, largest: torch.Tensor, smallest: torch.Tensor) -> list[float]:
     """`steps` levels sqrt((1 - abar) / abar) from the largest to the smallest, then 0. Karras et al. 2022, eq. 5."""
-    ends = [float(sigma) ** (1 / KARRAS_RHO) for sigma in (largest, smallest)]
-    return [*(torch.linspace(*ends, steps, dtype=torch.float64) ** KARRAS_RHO).tolist(), 0.0]
+    first, last = (float(sigma) ** (1 / KARRAS_RHO) for sigma in (largest, smallest))
+    return [*(torch.linspace(first, last, steps, dtype=torch.float64) ** KARRAS_RHO).tolist(), 0.0]
 
 
 def check_steps(name: SchedulerName, steps: int, diffusion: DiffusionConfig) -> None:

@@ -80,6 +80,9 @@ class RetrievalDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     _optional_components: ClassVar[list[str]] = ["vae"]
     model_cpu_offload_seq = "unet->vae"
+    unet: Any
+    vae: Any
+    scheduler: Any
 
     def __init__(
         self, unet: Any, vae: Any, scheduler: Any, context_norm: str = "unit", latent_size: Sequence[int] = (0, 0)

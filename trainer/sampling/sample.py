@@ -50,8 +50,8 @@ class ImageFiles:
 
     conditions: dict[str, bytes]
     """Images to condition on, by path."""
-    sources: dict[str, SourceImage]
-    """`init_image` and `mask`, without those that are not set."""
+    sources: dict[str, Any]
+    """Of `init_image` and `mask` those that are set, as SourceImage, by name."""
 
     @classmethod
     def of(cls, config: SampleConfig) -> "ImageFiles":
@@ -185,17 +185,18 @@ def reproduce(config: SampleConfig, trained: TrainedModel, root: Root, recipe: d
 
 def _with_sources(request: Request, config: SampleConfig) -> Request:
     """The request with the content of the files that it starts from. Raises UserError unless `config` names them."""
+    sources: dict[str, Any] = {}
     for name in ("init_image", "mask"):
         wanted, path = getattr(request, name), getattr(config, name)
         if wanted is None:
             continue
-        if not path or (source := SourceImage.of(Path(path).name, read_image(path))) != wanted:
+        sources[name] = SourceImage.of(Path(path).name, read_image(path)) if path else None
+        if sources[name] != wanted:
             raise UserError(
                 f"the picture was drawn with {name} {wanted.name!r} (SHA-256 {wanted.sha256}), found {path!r}. "
                 "Name the same file."
             )
-        request = replace(request, **{name: source})
-    return request
+    return replace(request, **sources)
 
 
 def read_image(name: str) -> bytes:

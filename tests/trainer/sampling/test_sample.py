@@ -1,6 +1,7 @@
 """The stage sample on a root with a tiny trained model."""
 
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from retrieval.storage.root import Root
 from tests.trainer.tiny_run import PROMPTS, pictures_of, write_clip, write_run, write_style_database
 from trainer.sampling.picture import read_recipe
 from trainer.sampling.recipe import SampleConfig
-from trainer.sampling.sample import make_requests, run
+from trainer.sampling.resumable import Part
+from trainer.sampling.sample import draw_part, make_requests, run
 from trainer.sampling.sampler import TrainedModel
 
 STAGE = "runs/tiny/sample"
@@ -220,7 +222,7 @@ def test_too_many_steps_are_refused_before_pictures_are_deleted(fresh):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"k": 0}, {"steps": 0}, {"scheduler": "euler"}, {"databases": ()}, {"mode": "image"}, {"colour": 1}]
+    "settings", [{"k": 0}, {"steps": 0}, {"scheduler": "heun"}, {"databases": ()}, {"mode": "image"}, {"colour": 1}]
 )
 def test_invalid_settings_are_refused(settings):
     with pytest.raises(ValidationError):
@@ -243,3 +245,23 @@ def test_a_run_in_an_object_store_gives_the_same_pictures(fresh):
     for name in root.list(""):
         remote.write_bytes(name, root.read_bytes(name))
     assert run(config(), trained, remote).checksums() == sample(fresh).checksums()
+
+
+def test_parts_that_other_processes_draw_give_the_same_files(fresh, caplog):
+    root, trained = fresh
+    alone = sample(fresh).checksums()
+    root.delete(STAGE)
+
+    def distribute(_: object) -> None:
+        for number in (2, 0, 1):
+            draw_part(config(workers=1), trained, root, Part(number, 3))
+
+    with caplog.at_level(logging.INFO):
+        manifest = run(config(), trained, root, distribute)
+    assert manifest.checksums() == alone
+    assert [message.split(" images")[0] for message in caplog.messages if "images/s" in message] == [
+        "sample: 3",
+        "sample: 3",
+        "sample: 2",
+        "sample: 0",
+    ]
