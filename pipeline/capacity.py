@@ -6,7 +6,7 @@ with all of them.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -70,6 +70,28 @@ class Prices(Config):
     """Price of 10^12 bytes for a month."""
 
 
+class PartitionShares(Config):
+    """Share of the true neighbors that the partitions nearest to a query hold: `neighbors.min_recall` is planned with it."""
+
+    partitions: PositiveInt
+    """Partitions of the measured database."""
+    visited: tuple[PositiveInt, ...] = Field(strict=False)
+    """Numbers of the nearest partitions, ascending."""
+    shares: tuple[float, ...] = Field(strict=False)
+    """The share of each number."""
+    source: str = Field(pattern="^(measured|assumed)")
+
+    def fewest(self, recall: float) -> tuple[int, float]:
+        """The fewest visited partitions with this recall, and their share. Raises UserError if it is out of reach."""
+        for visited, share in zip(self.visited, self.shares, strict=True):
+            if share >= recall:
+                return visited, share
+        raise UserError(
+            f"neighbors.min_recall = {recall:g} cannot be planned: {self.visited[-1]} of {self.partitions:,} partitions"
+            f" hold {self.shares[-1]:.3f} ({self.source}). Lower it, or add larger numbers to [partitions] of the inputs."
+        )
+
+
 class LinearityCheck(Config):
     """A rate measured at several sizes: if it is constant, the stage is linear."""
 
@@ -94,6 +116,8 @@ class Inputs(Config):
     machines: dict[str, Machines]
     """`cpu` for stages without GPUs, `gpu` for the others."""
     prices: Prices
+    partitions: PartitionShares | None = None
+    """For recipes with `neighbors.min_recall`."""
     checks: tuple[LinearityCheck, ...] = Field((), strict=False)
 
     def rate(self, name: str) -> float:
@@ -120,6 +144,8 @@ class StageNeed:
     """Bytes received from the internet."""
     cpu_s: float = 0.0
     gpu_s: float = 0.0
+    assumed: str = ""
+    """What the estimate assumes of settings that the stage chooses itself."""
 
 
 @dataclass(frozen=True)
@@ -223,7 +249,7 @@ class StageEstimates:
         """Route training images to partitions, match, merge; measure recall on a sample."""
         rows, queries, dim = self.data.database, self.data.train, self.data.dim
         partitions = index.num_partitions(rows)
-        visits = min(config.partitions_per_query or partitions, partitions)
+        visits, assumed = self._visits(config, partitions)
         match_bytes = config.k * (FLOAT16_BYTES * dim + 16.0) + 16.0
         row_bytes = config.k * (FLOAT16_BYTES * dim + 16.0) + 8.0
         scratch = queries * visits * (FLOAT16_BYTES * dim + 8.0 + match_bytes)
@@ -242,7 +268,23 @@ class StageEstimates:
         else:
             cpu_s += exact_flops / self._rate("product_cpu")
         kept = queries * row_bytes
-        return self._need("neighbors", kept=kept, scratch=scratch, read=read + scratch, cpu_s=cpu_s, gpu_s=gpu_s)
+        need = self._need("neighbors", kept=kept, scratch=scratch, read=read + scratch, cpu_s=cpu_s, gpu_s=gpu_s)
+        return replace(need, assumed=assumed)
+
+    def _visits(self, config: NeighborsConfig, partitions: int) -> tuple[int, str]:
+        """Partitions that a query visits, and where the number is from if the join chooses it."""
+        if not config.min_recall:
+            return min(config.partitions_per_query or partitions, partitions), ""
+        if self.inputs.partitions is None:
+            raise UserError("the inputs have no [partitions], which the plan of neighbors.min_recall needs.")
+        measured = self.inputs.partitions
+        fewest, share = measured.fewest(config.min_recall)
+        visits = min(fewest, partitions)
+        return visits, (
+            f"neighbors.min_recall = {config.min_recall:g}: {visits} of {partitions:,} partitions a query are assumed, with"
+            f" all their rows. Of {measured.partitions:,} partitions, {fewest} hold {share:.3f} of the true neighbors"
+            f" ({measured.source}). The stage measures and chooses the number before the join."
+        )
 
     def _vector_bytes(self) -> float:
         return FLOAT16_BYTES * self.data.dim + self._rate("text")

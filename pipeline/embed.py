@@ -16,12 +16,12 @@ import pyarrow as pa
 import torch
 
 from pipeline.pictures.embedding import embed_images, read_pictures
-from pipeline.pictures.near_copies import ROWS_PER_GROUP, copies_work, copy_digests, drop_copies, hashes_work
+from pipeline.pictures.near_copies import copy_digests, drop_copies, find_copies
 from pipeline.pictures.patches import draw_boxes, patch_pictures, patch_quotas, patch_rows
 from pipeline.pictures.scored_rows import Reasons, ScoredRows
 from pipeline.recipe import EmbedConfig
 from pipeline.runtime.runner import run_shards
-from pipeline.runtime.stage import Stage, group_shards
+from pipeline.runtime.stage import Stage, map_in_threads
 from pipeline.runtime.workers import Work, Workers, shared_workers
 from retrieval.clip.encoder import Encoder
 from retrieval.clip.heads import load_head
@@ -58,47 +58,33 @@ def run(config: EmbedConfig, clip: ClipConfig, root: Root) -> Manifest:
     if manifest := stage.finished():
         return manifest
     with stage.building(), shared_workers():
-        selection = DatabaseSelection(_find_copies(stage, config, download), patch_quotas(download, config.patches))
+        copies = find_copies(root, download, config.near_copy_bits, Workers.from_config(config))
+        selection = DatabaseSelection(copies, patch_quotas(download, config.patches))
         stage = replace(stage, by_shard=_shard_inputs(stage, selection))
         workers = Workers.from_config(config, num_gpus=config.gpus_per_worker)
         if config.gpus_per_worker:
             workers = replace(workers, shards_at_once=2)  # one is read or written while the GPU computes the other
         make_work = partial(_make_work, config, clip, scored, selection)
         records = run_shards(stage, download.shard_names(), make_work, workers)
-        root.delete("embed/copies")
         return stage.complete(records, {"encoder": encoder.model_dump(mode="json")}, started)
 
 
 def _shard_inputs(stage: Stage, selection: DatabaseSelection) -> dict[str, dict[str, str]]:
     """By shard, the digests of its download and of its near copies, and its number of patches."""
     by_shard = {shard: dict(inputs) for shard, inputs in stage.by_shard.items()}
-    for group in sorted(set(selection.copies.values())):
-        for shard, digest in copy_digests(stage.root, group).items():
+    for digests in map_in_threads(partial(copy_digests, stage.root), sorted(set(selection.copies.values()))):
+        for shard, digest in digests.items():
             by_shard[shard]["near copies"] = digest
     for shard, quota in selection.patches.items():
         by_shard[shard]["number of patches"] = str(quota)
     return by_shard
 
 
-def _find_copies(stage: Stage, config: EmbedConfig, download: Manifest) -> dict[str, str]:
-    """Find the copies among the database images; by shard, the name of the file that lists them."""
-    train, database = (
-        group_shards([shard for shard in download.shards if shard.shard.startswith(split)], ROWS_PER_GROUP)
-        for split in ("train/", "database/")
-    )
-    train_names = [f"train/{number:05d}" for number in range(len(train))]
-    names = [f"{number:05d}" for number in range(len(database))]
-    copies = Stage(stage.root, "embed/copies", SCHEMA_VERSION, config, {"download": download.identity})
-    workers = Workers.from_config(config)
-    run_shards(copies, train_names, partial(hashes_work, stage.root, train), workers)
-    work = partial(copies_work, stage.root, train_names, database, config.near_copy_bits)
-    run_shards(copies, names, work, workers)
-    return {shard: name for name, group in zip(names, database, strict=True) for shard in group}
-
-
 def _make_work(config: EmbedConfig, clip: ClipConfig, scored: ScoredRows, selection: DatabaseSelection) -> Work:
     torch.set_num_threads(1 if config.gpus_per_worker else max(1, torch.get_num_threads()))
     encoder = Encoder(clip, "cuda", config.precision) if config.gpus_per_worker else Encoder(clip)
+    if config.compile:
+        encoder.compile_images(config.batch_size)
     return partial(_embed_shard, config, encoder, scored, selection)
 
 

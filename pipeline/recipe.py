@@ -238,6 +238,9 @@ class EmbedConfig(WorkersConfig):
     """Of the encoder's matrix products on GPUs. CPUs compute in fp32."""
     batch_size: int = runtime_setting(64, ge=1)
     """Images in a batch of the encoder."""
+    compile: bool = runtime_setting(False)
+    """Compile the encoder with torch.compile for batches of batch_size pictures: for GPUs, after minutes of compilation at
+    each start of a worker. Vectors differ by rounding."""
     decode_threads: int = runtime_setting(2, ge=1)
     """Threads that decode and resize images."""
     gpus_per_worker: float = runtime_setting(0.0, ge=0)

@@ -19,7 +19,7 @@ are calculated, not measured:** the recipe's settings times the rates below, lin
 {stages}
 
 {totals}
-
+{assumed}
 *kept*: bytes that stay on disk. *scratch*: bytes deleted when the stage ends. *read*: bytes from storage.
 *fetched*: bytes from the internet. *CPU h* and *GPU h*: hours of one CPU and of one GPU. *hours*: wall-clock
 time on machines that run nothing else, with CPU, GPU and network in parallel; *limit* names the slowest.
@@ -50,8 +50,8 @@ def table(costs: Sequence[Cost], inputs: Inputs, data: DataSizes) -> str:
         for name, rate in used_rates(_needs(costs), inputs)
     ]
     machines = [f"  {name}: {_machines(inputs, name)}" for name in inputs.machines]
-    before, after = (textwrap.fill(text, 109) for text in (sizes(data), totals(costs, inputs)))
-    return "\n\n".join([before, "\n".join(rows), after, "\n".join(machines), "\n".join(rates)])
+    before, *after = (textwrap.fill(text, 109) for text in (sizes(data), totals(costs, inputs), *_assumed(costs)))
+    return "\n\n".join([before, "\n".join(rows), *after, "\n".join(machines), "\n".join(rates)])
 
 
 def page(costs: Sequence[Cost], inputs: Inputs, data: DataSizes, recipe: str) -> str:
@@ -65,6 +65,7 @@ def page(costs: Sequence[Cost], inputs: Inputs, data: DataSizes, recipe: str) ->
         sizes=sizes(data),
         stages=_markdown(heads, [*map(cells, costs), total(costs)]),
         totals=totals(costs, inputs),
+        assumed="".join(f"\n{text}\n" for text in _assumed(costs)),
         machines=_markdown(["", "machines", "source"], machines),
         rates=_markdown(["rate", "value:", "unit", "source"], rates),
         checks=_markdown(
@@ -141,6 +142,10 @@ def _machines(inputs: Inputs, name: str) -> str:
     gpus = f", {machines.gpus} GPUs" if machines.gpus else ""
     network = f"{machines.gbit_s:g} Gbit/s, {machines.dollars_per_hour:g} dollars an hour"
     return f"{machines.count} x {machines.cpus} CPUs{gpus}, {network}"
+
+
+def _assumed(costs: Sequence[Cost]) -> list[str]:
+    return [cost.need.assumed for cost in costs if cost.need.assumed]
 
 
 def _needs(costs: Sequence[Cost]) -> list[StageNeed]:

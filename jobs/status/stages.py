@@ -3,12 +3,15 @@
 Determines which stages a recipe has, and their numbers of shards from the manifests of earlier stages.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from jobs.cli.recipe import Recipe
 from jobs.status.training import training_status
+from pipeline.pictures.near_copy_shards import pending_comparisons
+from pipeline.recipe import EmbedConfig
 from pipeline.runtime.status import StageSpec, Status, UpstreamStages, find_manifest, stage_status
 from retrieval.config import Config
 from retrieval.errors import UserError
@@ -41,6 +44,9 @@ def statuses(recipe: Recipe, now: float) -> list[Status]:
         spec = _spec(recipe, name, upstream)
         manifest = find_manifest(root, spec.folder)
         status = stage_status(root, spec, manifest, upstream, now)
+        if name == "embed" and status.state == "stale" and (download := upstream.get("download", (status, None))[1]):
+            pending = pending_comparisons(root, download, recipe[EmbedConfig].near_copy_bits)
+            status = replace(status, note="; ".join(filter(None, (status.note, pending))))
         if name == "train":
             status = training_status(root, recipe[TrainConfig], status, now)
         stages.append(status)

@@ -18,8 +18,9 @@ import pyarrow as pa
 from pipeline.neighbors.effort import choose_effort, chosen_effort
 from pipeline.neighbors.matching import match_work, merge_matches, read_queries, route_work, shard_number
 from pipeline.neighbors.recall import recall_work, sample_work, truth_work
+from pipeline.neighbors.refill import REFILL, update_work
 from pipeline.recipe import NeighborsConfig
-from pipeline.runtime.runner import finished_shards, run_shards
+from pipeline.runtime.runner import finished_shards, run_shards, stored_shards
 from pipeline.runtime.stage import Stage, group_shards, map_in_threads
 from pipeline.runtime.workers import Work, Workers, shared_workers
 from retrieval.clip.identity import EncoderIdentity
@@ -51,6 +52,7 @@ def run(config: NeighborsConfig, root: Root) -> Manifest:
     if manifest := stage.finished():
         return manifest
     with stage.building(), shared_workers():
+        _remove_hidden(stage, effort)
         records = _join(stage, effort, database, embed)
         values = {
             "k": config.k,
@@ -67,22 +69,40 @@ def run(config: NeighborsConfig, root: Root) -> Manifest:
 def neighbors_stage(config: NeighborsConfig, root: Root) -> Stage:
     """The stage at a root. The hidden ids are among its inputs: hidden images are left out of the tables.
 
-    A table depends on the vectors of its own training shard only, so that other tables stay when that changes.
+    A table depends on the vectors of its own training shard only, so that other tables stay when that changes. Ids that
+    are hidden later are removed from the finished tables.
     """
     embed, index = read_manifest(root, "embed"), read_manifest(root, "index")
-    upstream = {"embed": embed.identity_of("train/"), "index": index.identity}
-    hidden = hidden_ids(root.child("index"))
-    if len(hidden):
-        upstream["hidden"] = hashlib.sha256(hidden.tobytes()).hexdigest()[:16]
+    ids = hidden_ids(root.child("index"))
+    hidden = {"hidden": hashlib.sha256(ids.tobytes()).hexdigest()[:16]} if len(ids) else {}
+    upstream = {"embed": embed.identity_of("train/"), "index": index.identity, **hidden}
     if config.min_recall:
         effort = chosen_effort(config, root)
         upstream["effort"] = f"{effort.partitions_per_query} partitions, {effort.lists_per_partition} lists"
-    by_shard = {record.shard.removeprefix("train/"): {"embed": record.digest} for record in _train_shards(embed)}
+    by_shard = {record.shard.removeprefix("train/"): {"embed": record.digest, **hidden} for record in _train_shards(embed)}
     return Stage(root, "neighbors", SCHEMA_VERSION, config, upstream, by_shard=by_shard)
 
 
 def _train_shards(embed: Manifest) -> list[ShardRecord]:
     return [record for record in embed.shards if record.shard.startswith("train/")]
+
+
+def _remove_hidden(stage: Stage, config: NeighborsConfig) -> None:
+    """Remove ids from finished tables that were hidden since, and fill the gaps. Tables without them stay."""
+    outdated = [record.shard for record in stored_shards(stage, [*stage.by_shard]) if _differs_in_hidden(stage, record)]
+    if outdated:
+        stage.log.info("removing hidden images from %s tables", f"{len(outdated):,}")
+        stage.root.delete(f"{stage.name}/manifest.json")
+        names = [f"{REFILL}{shard}" for shard in outdated]
+        workers = Workers.from_config(config, num_gpus=config.gpus_per_worker)
+        hidden = {name: digest for name, digest in stage.upstream.items() if name == "hidden"}
+        work = partial(update_work, stage.root, config, stage.identity.shard_fingerprint, hidden)
+        run_shards(replace(stage, by_shard={}), names, work, workers, include_finished=True)
+
+
+def _differs_in_hidden(stage: Stage, record: ShardRecord) -> bool:
+    stored, current = record.inputs, stage.inputs_of(record.shard)
+    return stored != current and stored.get("embed") == current.get("embed")
 
 
 def _join(stage: Stage, config: NeighborsConfig, database: Database, embed: Manifest) -> list[ShardRecord]:
@@ -110,7 +130,7 @@ def _start_passes(root: Root, queries: dict[str, str]) -> None:
 
 def _delete_passes(root: Root) -> None:
     root.delete(QUERIES)
-    for folder in ("route", "match", "merge", "recall"):
+    for folder in ("route", "match", "merge", "recall", "refill"):
         root.delete(f"neighbors/records/{folder}")
         root.delete(f"neighbors/{folder}")
 

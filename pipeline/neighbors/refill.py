@@ -1,9 +1,11 @@
 """Removes hidden images from neighbor tables: drops their rows and replaces them as neighbors.
 
 Reads `neighbors/<shard>.parquet` and the database `index/` with its hidden ids; writes only the tables that change,
-into another folder, so the old tables stay valid until all new ones are written.
+into another folder: `optout` replaces the tables when all new ones are written, `neighbors` one after the other.
 """
 
+import shutil
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -18,9 +20,13 @@ from pipeline.runtime.workers import Work
 from retrieval.database.database import Database
 from retrieval.join.join import join_database
 from retrieval.storage import schema
-from retrieval.storage.manifest import ShardRecord
+from retrieval.storage.manifest import ShardRecord, delete_record, read_record, write_record
 from retrieval.storage.root import Root
 from retrieval.storage.schema import Reason
+
+
+REFILL = "refill/"
+"""Beginning of the names of this work."""
 
 
 def refill_work(root: Root, config: NeighborsConfig, folder: str) -> Work:
@@ -31,25 +37,62 @@ def refill_work(root: Root, config: NeighborsConfig, folder: str) -> Work:
     return partial(_refill, root, chosen_effort(config, root), folder, Database.open(root.child("index")))
 
 
+def update_work(root: Root, config: NeighborsConfig, fingerprint: str, hidden: dict[str, str]) -> Work:
+    """Work that removes the hidden ids from the finished table of `refill/<shard>`, and writes its record anew.
+
+    hidden: the digest of the hidden ids, as inputs of the record; empty if no id is hidden.
+    """
+    refill = refill_work(root, config, "neighbors/refill")
+
+    def work(name: str) -> ShardRecord:
+        shard = name.removeprefix(REFILL)
+        stored = read_record(root, "neighbors", shard)
+        if stored is None:  # a worker was killed while it replaced the table: the shard is joined again
+            return ShardRecord(name, 0, ())
+        record, refilled = stored[1], refill(name)
+        if refilled.files:
+            delete_record(root, "neighbors", shard)
+            record = replace_table(root, record, refilled)
+        inputs = {"embed": record.inputs["embed"], **hidden}
+        write_record(root, "neighbors", fingerprint, replace(record, inputs=inputs))
+        return refilled
+
+    return work
+
+
+def replace_table(root: Root, old: ShardRecord, new: ShardRecord) -> ShardRecord:
+    """Replace a table by the one that `refill_work` wrote, if there is one; returns its record."""
+    if not new.files:
+        return old
+    [new_file] = new.files
+    [old_file] = old.files
+    with root.local(new_file.name) as source, root.writing(old_file.name) as pending:
+        shutil.copyfile(source, pending.path)
+    reasons = {word: old.reasons.get(word, 0) + new.reasons.get(word, 0) for word in {**old.reasons, **new.reasons}}
+    return replace(old, rows=new.rows, files=(replace(new_file, name=old_file.name),), reasons=reasons)
+
+
 def _refill(root: Root, config: NeighborsConfig, folder: str, database: Database, name: str) -> ShardRecord:
-    shard = name.removeprefix("refill/")
+    shard = name.removeprefix(REFILL)
     columns = schema.neighbors(config.k, database.dim)
-    table = schema.read_table(root, f"neighbors/{shard}.parquet", columns)
-    ids = table[schema.IMAGE_ID].to_numpy()
+    file = f"neighbors/{shard}.parquet"
+    all_ids = schema.read_table(root, file, columns, [schema.IMAGE_ID, schema.NEIGHBOR_IDS])
+    ids = all_ids[schema.IMAGE_ID].to_numpy()
     hidden = np.isin(ids, database.hidden)
-    affected = ~hidden & np.isin(schema.vectors(table, schema.NEIGHBOR_IDS), database.hidden).any(axis=1)
+    affected = ~hidden & np.isin(schema.vectors(all_ids, schema.NEIGHBOR_IDS), database.hidden).any(axis=1)
     if not (hidden | affected).any():
         return ShardRecord(name, 0, ())
+    table = schema.read_table(root, file, columns)
     unchanged, refilled = np.flatnonzero(~hidden & ~affected), np.flatnonzero(affected)
     new_rows = _join_again(root, config, database, shard, ids[refilled])
     refilled = refilled[np.isin(ids[refilled], new_rows[schema.IMAGE_ID].to_numpy())]
     order = np.argsort(np.concatenate([unchanged, refilled]))
     new_table = pa.concat_tables([table.take(pa.array(unchanged)), new_rows]).take(pa.array(order))
-    file = schema.write_table(root, f"{folder}/{shard}.parquet", new_table, columns)
+    written = schema.write_table(root, f"{folder}/{shard}.parquet", new_table, columns)
     short = int(affected.sum()) - len(refilled)
     reasons = {str(Reason.BLOCKED): int(hidden.sum()), str(Reason.TOO_FEW_NEIGHBORS): short}
     values = {"dropped": float(hidden.sum() + short), "refilled": float(len(refilled))}
-    return ShardRecord(name, len(new_table), (file,), {word: n for word, n in reasons.items() if n}, values)
+    return ShardRecord(name, len(new_table), (written,), {word: n for word, n in reasons.items() if n}, values)
 
 
 def _join_again(

@@ -3,10 +3,11 @@
 Reads and writes `optout/<list>/erase.json`, the plan. It is stored before the first change and deleted after the last
 one, so a killed run is finished by the next one. Files are rewritten first: `download`, `embed` and `latents` in one
 task for each shard, then partitions of databases into new folders. Then the manifests are written, each with the
-identities of its rewritten inputs, so that no stage runs again. Databases are valid at every moment.
+identities of its rewritten inputs, so that no stage runs again. Databases are valid at every moment. From before the
+search for the images until the end, `erasure.json` in each database refuses updates, also while the erasure is killed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -35,7 +36,7 @@ from retrieval.storage.manifest import (
 )
 from retrieval.storage.root import FileRecord, Root
 from retrieval.storage.stage_folder import STARTED_FILE
-from retrieval.updates.rewrite import PARTITION_FILE
+from retrieval.updates.rewrite import PARTITION_FILE, end_erasure, start_erasure
 
 SCHEMA_VERSION = 1
 
@@ -61,6 +62,15 @@ def plan_file(blocklist: Blocklist) -> str:
     return f"optout/{blocklist.identity}/erase.json"
 
 
+def start_erasures(root: Root, blocklist: Blocklist, databases: Iterable[str]) -> None:
+    """Refuse updates of databases until the images of a list are erased.
+
+    Raises UserError while an update works on one of them, or if the erasure of another list has not ended.
+    """
+    for folder in databases:
+        start_erasure(root.child(folder), blocklist.identity, root.at(plan_file(blocklist)))
+
+
 def current_stages(root: Root) -> list[str]:
     """The finished stages that were made from the present output of their inputs, inputs first."""
     return [name for name in _stages(root) if _inputs(root, name).items() <= read_manifest(root, name).upstream.items()]
@@ -69,6 +79,7 @@ def current_stages(root: Root) -> list[str]:
 def erase(root: Root, blocklist: Blocklist) -> dict[str, int]:
     """Erase what the stored plan of a list names; returns the numbers of rewritten shards and partitions."""
     plan = ErasePlan(**root.read_json(plan_file(blocklist)))
+    start_erasures(root, blocklist, plan.rows)
     stage = Stage(Root(root.url, remake=True), f"optout/{blocklist.identity}/erase", SCHEMA_VERSION, Config())
     latents = [name for name in _stages(root) if name.startswith("latents/")]
     with ExitStack() as leases:
@@ -84,6 +95,8 @@ def erase(root: Root, blocklist: Blocklist) -> dict[str, int]:
                 if name != "index":
                     _update_manifest(root, name, partitions[name], is_current=False)
             _delete_old_files(root, plan)
+            for name in plan.rows:
+                end_erasure(root.child(name))
     return {"shards": len(plan.shards), "partitions": len(plan.partitions)}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.optout.erase import ErasePlan, current_stages, plan_file
+from pipeline.optout.erase import ErasePlan, current_stages, plan_file, start_erasures
 from pipeline.optout.erase import erase as erase_planned
 from pipeline.optout.search import Listed, ListSearch
 from pipeline.optout.tables import Removed, refill_tables, with_earlier
@@ -45,7 +45,8 @@ def run(blocklist: Blocklist, root: Root, erase: bool = False) -> dict[str, Any]
     """Remove the images of a blocklist from the stages of a root; returns the report.
 
     erase: delete them from all files too. An erasure that was interrupted is finished in any case. Raises UserError
-    for unfinished stages, and for neighbor tables of another index.
+    for unfinished stages, for neighbor tables of another index, and if images cannot be erased because an update or
+    another erasure works on a database.
     """
     name = f"optout/{blocklist.identity}"
     if not root.exists(plan_file(blocklist)):
@@ -56,7 +57,7 @@ def run(blocklist: Blocklist, root: Root, erase: bool = False) -> dict[str, Any]
         earlier = report["erased"]
         report["erased"] = {word: max(number, earlier.get(word, 0)) for word, number in numbers.items()}
         report["remains"] = REMAINS_ERASED
-        if root.exists("neighbors"):  # its inputs have other identities now
+        if root.exists("neighbors/manifest.json"):  # its inputs have other identities now
             tables = read_manifest(root, "neighbors").fingerprint
             report["neighbors"]["free"] = [*dict.fromkeys((tables, *report["neighbors"]["free"]))]
         root.write_json(f"{name}.json", report)
@@ -69,6 +70,8 @@ def _hide(blocklist: Blocklist, root: Root, erase: bool) -> None:
     name = f"optout/{blocklist.identity}"
     earlier = root.read_json(f"{name}.json") if root.exists(f"{name}.json") else {}
     databases = _databases(root)
+    if erase:
+        start_erasures(root, blocklist, databases)  # updates would make the plan wrong
     inputs = {folder: read_manifest(root, folder).identity for folder in databases}
     if root.exists("download/manifest.json"):
         inputs["download"] = read_manifest(root, "download").identity
@@ -86,7 +89,7 @@ def _hide(blocklist: Blocklist, root: Root, erase: bool) -> None:
             hidden = np.union1d(ids, database.ids) if folder == "index" else database.ids
             if len(hidden):
                 hide(root.child(folder), hidden)
-        removed = refill_tables(stage) if "index" in databases and root.exists("neighbors") else Removed()
+        removed = refill_tables(stage) if "index" in databases else Removed()
         if earlier:
             removed = with_earlier(removed, Removed(**earlier["neighbors"]))
         root.write_json(f"{name}.json", _report(root, blocklist, (ids, rows, removed), earlier))

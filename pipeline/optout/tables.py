@@ -3,12 +3,11 @@
 Reads the tables and the database; writes `optout/<list>/neighbors/`, then the tables that change, the manifest last.
 """
 
-import shutil
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from pipeline.neighbors.neighbors import neighbors_stage
-from pipeline.neighbors.refill import refill_work
+from pipeline.neighbors.refill import REFILL, refill_work, replace_table
 from pipeline.recipe import NeighborsConfig
 from pipeline.runtime.runner import run_shards
 from pipeline.runtime.stage import Stage, map_in_threads
@@ -34,13 +33,18 @@ class Removed:
 
 
 def refill_tables(stage: Stage) -> Removed:
-    """Remove the hidden ids of the training database from the neighbor tables."""
+    """Remove the hidden ids of the training database from finished neighbor tables.
+
+    Of unfinished ones `make neighbors` removes them.
+    """
     root, saved = stage.root, f"{stage.name}/before"
     if root.exists(saved):
         target = _current_stage(root, saved).fingerprint
         if read_manifest(root, saved).upstream["now"] != target:
             root.delete(saved)  # more ids were hidden since, so its new tables are outdated
     if not root.exists(saved):
+        if not root.exists("neighbors/manifest.json"):
+            return Removed()
         before = read_manifest(root, "neighbors")
         now = _current_stage(root, "neighbors")
         if before.fingerprint == now.fingerprint:
@@ -54,7 +58,7 @@ def refill_tables(stage: Stage) -> Removed:
         write_manifest(root, copy, saved)
     before = read_manifest(root, saved)
     config = NeighborsConfig.model_validate(before.config)
-    names = [f"refill/{shard}" for shard in before.shard_names()]
+    names = [f"{REFILL}{shard}" for shard in before.shard_names()]
     work = partial(refill_work, root, config, f"{stage.name}/neighbors")
     records = run_shards(stage, names, work, Workers.from_config(config, num_gpus=config.gpus_per_worker))
     return _replace_tables(root, before, records)
@@ -75,7 +79,8 @@ def _replace_tables(root: Root, before: Manifest, refilled: list[ShardRecord]) -
     """Replace the old tables by the new ones, the manifest last."""
     now = neighbors_stage(NeighborsConfig.model_validate(before.config), root)
     root.delete("neighbors/manifest.json")
-    shards = tuple(_replace_table(root, old, new) for old, new in zip(before.shards, refilled, strict=True))
+    shards = tuple(replace(replace_table(root, old, new), inputs=now.inputs_of(old.shard))
+        for old, new in zip(before.shards, refilled, strict=True))
     root.write_json(f"neighbors/{STARTED_FILE}", asdict(now.identity))
     map_in_threads(partial(write_record, root, "neighbors", now.identity.shard_fingerprint), shards)
     made_of = (before.fingerprint, *before.values.get("made_of", ()))
@@ -99,15 +104,3 @@ def with_earlier(removed: Removed, earlier: Removed) -> Removed:
         held=tuple(dict.fromkeys((*removed.held, *earlier.held))),
         free=tuple(dict.fromkeys((*removed.free, *earlier.free))),
     )
-
-
-def _replace_table(root: Root, old: ShardRecord, new: ShardRecord) -> ShardRecord:
-    """Replace a table by its new version, if there is one; returns its record."""
-    if not new.files:
-        return old
-    [new_file] = new.files
-    [old_file] = old.files
-    with root.local(new_file.name) as source, root.writing(old_file.name) as pending:
-        shutil.copyfile(source, pending.path)
-    reasons = {word: old.reasons.get(word, 0) + new.reasons.get(word, 0) for word in {**old.reasons, **new.reasons}}
-    return replace(old, rows=new.rows, files=(replace(new_file, name=old_file.name),), reasons=reasons)

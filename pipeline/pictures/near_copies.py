@@ -1,105 +1,133 @@
 """Database images that are copies of training images, found by their hashes before anything is embedded.
 
-Reads the hashes of `download/{train,database}/<shard>.parquet`. A first pass writes those of the training images to
-`embed/copies/train/<group>.arrow`. The second writes `embed/copies/<group>.parquet`: ids that must not enter the
-database, with the reason, and `<group>.json`: a digest of the ids of each shard. A copy has the same content (SHA-256
-of the downloaded bytes) or a perceptual hash (`phash`) that differs in a few bits. Both sides are read in groups of
-shards, so that memory stays bounded.
+Reads the hashes of `download/{train,database}/<shard>.parquet`; writes below `near_copies/`:
+`hashes/<digest>.arrow`: ids and hashes of a group of shards, one record batch a shard;
+`changes/<digest>.arrow`: hashes that changed training shards gained, and those that they lost, one record batch each;
+`copies/<digest>.parquet`: ids that must not enter the database, with the reason, of a group of database shards;
+`copies/<digest>.json`: a digest of the ids of each shard; and `shards.parquet`, last (`near_copy_shards.py`).
+
+A copy has the same content (SHA-256 of the downloaded bytes) or a perceptual hash (`phash`) that differs in a few
+bits. The first pass compares all database images with all training images. A later pass compares them with gained
+hashes only, and with all training images only the copies that match a lost hash and the images of changed database
+shards: the result is that of a first pass. Names of files are digests of what they are made from, so they are used
+again. Both sides are read in groups of shards, so that memory stays bounded.
 """
 
 import hashlib
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.runtime.arrow_files import read_batches, write_batches
-from pipeline.runtime.workers import Work
+from pipeline.pictures.near_copy_shards import FOLDER, HashedShards, changed_groups, digest, hashed_shards
+from pipeline.pictures.near_copy_shards import compared_shards, near_copy_stage, shards_by_file, write_shards
+from pipeline.runtime.arrow_files import read_batch, read_batches, read_some, write_batches
+from pipeline.runtime.runner import run_shards
+from pipeline.runtime.workers import Work, Workers
 from retrieval.perceptual_hash import PerceptualHashIndex
 from retrieval.storage import schema
-from retrieval.storage.manifest import ShardRecord, shard_file
+from retrieval.storage.manifest import Manifest, ShardRecord, shard_file
 from retrieval.storage.root import Root
 from retrieval.storage.schema import Reason
 
-ROWS_PER_GROUP = 4_000_000
-"""Images of each side that are compared at a time."""
-Ids = npt.NDArray[np.int64]
+NOT_COPY, NEAR_COPY, SAME_CONTENT = range(3)
+REASONS = {NEAR_COPY: str(Reason.NEAR_COPY), SAME_CONTENT: str(Reason.DUPLICATE_CONTENT)}
+Kinds = npt.NDArray[np.int8]
+"""NOT_COPY, NEAR_COPY or SAME_CONTENT for each image."""
+Rows = npt.NDArray[np.int64]
 COPIES = pa.schema(
     [pa.field(schema.IMAGE_ID, pa.int64(), nullable=False), pa.field("reason", pa.string(), nullable=False)]
 )
+HASHES = pa.schema(
+    [
+        pa.field(schema.IMAGE_ID, pa.int64(), nullable=False),
+        pa.field("content", pa.uint64(), nullable=False),
+        pa.field("phash", pa.int64(), nullable=False),
+    ]
+)
+"""The id, the first 64 bits of the SHA-256, and the perceptual hash of an image."""
 
 
-HASHES = pa.schema([pa.field("content", pa.uint64(), nullable=False), pa.field("phash", pa.int64(), nullable=False)])
-"""The first 64 bits of the SHA-256, and the perceptual hash, of an image."""
+class Hashes(NamedTuple):
+    """Hashes of n images: of their contents, and perceptual."""
+
+    contents: npt.NDArray[np.uint64]
+    phashes: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, rows: pa.Table | pa.RecordBatch) -> "Hashes":
+        """Those of rows of HASHES."""
+        return cls(rows["content"].to_numpy(), rows["phash"].to_numpy())
 
 
-def hashes_work(root: Root, train: list[list[str]]) -> Work:
-    """Work that writes `embed/copies/train/<group>.arrow`, so that each training shard is read once."""
-    return partial(_write_hashes, root, train)
+@dataclass(frozen=True)
+class DatabaseGroup:
+    """Database shards that are compared together."""
+
+    hashes: str
+    """Name of the file of their hashes."""
+    shards: dict[str, str]
+    """By shard, the file of its earlier copies; "" if all its images are compared with all training images."""
 
 
-def _write_hashes(root: Root, train: list[list[str]], name: str) -> ShardRecord:
-    shards = [_shard_hashes(root, shard) for shard in train[int(name.removeprefix("train/"))]]
-    batches = [pa.record_batch([contents, hashes], schema=HASHES) for _, contents, hashes in shards]
-    file = write_batches(root, f"embed/copies/{name}.arrow", batches, HASHES)
-    return ShardRecord(name, sum(map(len, batches)), (file,))
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared, as names of files below `near_copies/`."""
+
+    groups: dict[str, DatabaseGroup]
+    """By the file of the copies that is written."""
+    train: list[str]
+    """Hashes of all training images."""
+    changes: list[str]
+    """Hashes that the training images gained and lost since the earlier copies were found."""
+    max_distance: int
+    """Largest distance of the perceptual hashes of near copies, in bits."""
 
 
-def copies_work(root: Root, train: list[str], database: list[list[str]], max_distance: int) -> Work:
-    """Work that writes `embed/copies/<group>` by group number. max_distance: in bits of perceptual hashes.
-
-    train: names of the groups that `hashes_work` wrote.
-    """
-    return partial(_write_copies, root, train, database, max_distance)
-
-
-def _write_copies(
-    root: Root, train: list[str], database: list[list[str]], max_distance: int, group: str
-) -> ShardRecord:
-    shards = [_shard_hashes(root, shard) for shard in database[int(group)]]
-    ids, contents, hashes = (np.concatenate(column) for column in zip(*shards, strict=True))
-    is_same, is_near = np.zeros(len(ids), bool), np.zeros(len(ids), bool)
-    for name in train:
-        table = read_batches(root, f"embed/copies/{name}.arrow")
-        is_same |= np.isin(contents, table["content"].to_numpy())
-        rest = np.flatnonzero(~is_same & ~is_near)
-        index = PerceptualHashIndex(table["phash"].to_numpy())
-        is_near[rest] = index.contains_near(hashes[rest], max_distance)
-    copies = np.flatnonzero(is_same | is_near)
-    reasons = np.where(is_same[copies], str(Reason.DUPLICATE_CONTENT), str(Reason.NEAR_COPY)).tolist()
-    table = pa.table([pa.array(ids[copies]), pa.array(reasons, pa.string())], schema=COPIES)
-    starts = np.cumsum([0, *(len(shard_ids) for shard_ids, _, _ in shards)])
-    parts = np.split(np.arange(len(copies)), np.searchsorted(copies, starts[1:-1]))
-    digests = {
-        shard: hashlib.sha256(repr(table.take(pa.array(part)).to_pylist()).encode()).hexdigest()[:16]
-        for shard, part in zip(database[int(group)], parts, strict=True)
-        if len(part)
-    }
-    files = (
-        schema.write_table(root, f"embed/copies/{group}.parquet", table, COPIES),
-        root.write_json(f"embed/copies/{group}.json", digests),
-    )
-    return ShardRecord(group, len(ids), files)
+def find_copies(root: Root, download: Manifest, max_distance: int, workers: Workers) -> dict[str, str]:
+    """Find the copies among the database images; by database shard, the name of the file that lists them."""
+    stage = near_copy_stage(root, max_distance)
+    with stage.building():
+        before, now = compared_shards(root), hashed_shards(download)
+        files = shards_by_file(now)
+        run_shards(stage, [*files], partial(hashes_work, root, files), workers)
+        changes = changed_groups(before, now)
+        run_shards(stage, [*changes], partial(changes_work, root, (before, now), changes), workers)
+        comparison = _comparison(before, now, [*changes], max_distance)
+        run_shards(stage, [*comparison.groups], partial(copies_work, root, comparison), workers)
+        copies = {shard: name for name, group in comparison.groups.items() for shard in group.shards}
+        write_shards(root, {shard: replace(place, copies=copies.get(shard, "")) for shard, place in now.items()})
+        return copies
 
 
-def copy_digests(root: Root, group: str) -> dict[str, str]:
-    """By shard of a group with copies, a digest of them."""
-    return dict(root.read_json(f"embed/copies/{group}.json"))
+def _comparison(before: HashedShards, now: HashedShards, changes: list[str], max_distance: int) -> Comparison:
+    train, databases = ({shard: now[shard] for shard in now if shard.startswith(s)} for s in ("train/", "database/"))
+    all_images = digest([[shard, place.digest] for shard, place in sorted(train.items())])
+    groups = {}
+    for file, shards in shards_by_file(databases).items():
+        is_kept = {shard: shard in before and before[shard].digest == now[shard].digest for shard in shards}
+        earlier = {shard: before[shard].copies if is_kept[shard] else "" for shard in shards}
+        groups[f"copies/{digest([file, all_images])}"] = DatabaseGroup(file, earlier)
+    return Comparison(groups, [*shards_by_file(train)], changes, max_distance)
 
 
-def drop_copies(root: Root, group: str, rows: pa.Table) -> tuple[pa.Table, dict[str, int]]:
-    """Drop the copies from the rows of a database shard. Returns the other rows, and the copies by reason."""
-    copies = schema.read_table(root, f"embed/copies/{group}.parquet", COPIES)
-    copies = copies.filter(pc.is_in(copies[schema.IMAGE_ID], rows[schema.IMAGE_ID].combine_chunks()))
-    counts = copies["reason"].value_counts().to_pylist()
-    is_copy = pc.is_in(rows[schema.IMAGE_ID], copies[schema.IMAGE_ID].combine_chunks())
-    return rows.filter(pc.invert(is_copy)), {count["values"]: count["counts"] for count in counts}
+def hashes_work(root: Root, files: dict[str, list[str]]) -> Work:
+    """Work that writes `hashes/<digest>.arrow`. files: shards by name of the file."""
+
+    def work(name: str) -> ShardRecord:
+        batches = [_shard_hashes(root, shard) for shard in files[name]]
+        file = write_batches(root, f"{FOLDER}/{name}.arrow", batches, HASHES)
+        return ShardRecord(name, sum(map(len, batches)), (file,))
+
+    return work
 
 
-def _shard_hashes(root: Root, shard: str) -> tuple[Ids, npt.NDArray[np.uint64], Ids]:
-    """Ids, first 64 bits of the SHA-256 and perceptual hashes of the stored images of a shard."""
+def _shard_hashes(root: Root, shard: str) -> pa.RecordBatch:
+    """The rows of HASHES of the stored images of a shard."""
     name = shard_file(root, "download", shard, ".parquet")
     columns = [schema.IMAGE_ID, "reason", "sha256", "phash"]
     table = schema.read_table(root, name, schema.DOWNLOADED, columns)
@@ -107,4 +135,121 @@ def _shard_hashes(root: Root, shard: str) -> tuple[Ids, npt.NDArray[np.uint64], 
     # 64 bits: no collision is expected between 100M and 1.9B images.
     digests = "".join(digest[:16] for digest in stored["sha256"].to_pylist())
     contents = np.frombuffer(bytes.fromhex(digests), np.uint64)
-    return stored[schema.IMAGE_ID].to_numpy(), contents, stored["phash"].to_numpy()
+    return pa.record_batch(
+        [stored[schema.IMAGE_ID].combine_chunks(), contents, stored["phash"].combine_chunks()], schema=HASHES
+    )
+
+
+def changes_work(root: Root, states: tuple[HashedShards, HashedShards], groups: dict[str, list[str]]) -> Work:
+    """Work that writes `changes/<digest>.arrow`. states: before and now; groups: changed shards by name of the file."""
+
+    def work(name: str) -> ShardRecord:
+        before, now = (_rows_of(root, state, groups[name]) for state in states)
+        batches = [_without(now, before), _without(before, now)]
+        file = write_batches(root, f"{FOLDER}/{name}.arrow", batches, HASHES)
+        return ShardRecord(name, sum(map(len, batches)), (file,))
+
+    return work
+
+
+def _rows_of(root: Root, state: HashedShards, shards: list[str]) -> pa.Table:
+    places = [state[shard] for shard in shards if shard in state]
+    return pa.Table.from_batches([read_batch(root, f"{FOLDER}/{p.hashes}.arrow", p.batch) for p in places], HASHES)
+
+
+def _without(rows: pa.Table, others: pa.Table) -> pa.RecordBatch:
+    """The rows with a hash that no other row has."""
+    hashes, known = Hashes.of(rows), Hashes.of(others)
+    is_known = np.isin(hashes.contents, known.contents) & np.isin(hashes.phashes, known.phashes)
+    new = rows.filter(pa.array(~is_known)).combine_chunks()
+    return pa.record_batch([new[name].combine_chunks() for name in HASHES.names], schema=HASHES)
+
+
+def copies_work(root: Root, comparison: Comparison) -> Work:
+    """Work that writes `copies/<digest>.parquet` and `copies/<digest>.json`."""
+    changes = [read_some(root, f"{FOLDER}/{name}.arrow", [0, 1]) for name in comparison.changes]
+    gained, lost = ([Hashes.of(batches[number]) for batches in changes] for number in (0, 1))
+
+    def work(name: str) -> ShardRecord:
+        group = comparison.groups[name]
+        batches = read_some(root, f"{FOLDER}/{group.hashes}.arrow", range(len(group.shards)))
+        table = pa.Table.from_batches(batches, HASHES)
+        ids, images = table[schema.IMAGE_ID].to_numpy(), Hashes.of(table)
+        is_kept = np.repeat([bool(file) for file in group.shards.values()], [len(batch) for batch in batches])
+        kinds = np.where(is_kept, _earlier_kinds(root, group, ids), NOT_COPY).astype(np.int8)
+        again = ~is_kept | _match_any(images, np.flatnonzero(kinds), lost, comparison.max_distance)
+        kinds[again] = NOT_COPY
+        for hashes in gained:
+            _mark(kinds, images, np.flatnonzero(~again), hashes, comparison.max_distance)
+        for file in comparison.train if again.any() else []:
+            hashes = Hashes.of(read_batches(root, f"{FOLDER}/{file}.arrow"))
+            _mark(kinds, images, np.flatnonzero(again), hashes, comparison.max_distance)
+        return _write_copies(root, name, ids, kinds, dict(zip(group.shards, map(len, batches), strict=True)))
+
+    return work
+
+
+def _earlier_kinds(root: Root, group: DatabaseGroup, ids: npt.NDArray[np.int64]) -> Kinds:
+    """What the earlier pass found for the images of a group."""
+    kinds = np.full(len(ids), NOT_COPY, np.int8)
+    for file in sorted({*group.shards.values()} - {""}):
+        table = schema.read_table(root, f"{FOLDER}/{file}.parquet", COPIES)
+        for kind, reason in REASONS.items():
+            kinds[np.isin(ids, table.filter(pc.equal(table["reason"], reason))[schema.IMAGE_ID].to_numpy())] = kind
+    return kinds
+
+
+def _match_any(images: Hashes, rows: Rows, others: list[Hashes], max_distance: int) -> npt.NDArray[np.bool_]:
+    """Which images, of those at `rows`, are copies of any of the others."""
+    kinds = np.full(len(images.contents), NOT_COPY, np.int8)
+    for hashes in others:
+        _mark(kinds, images, rows, hashes, max_distance)
+    return kinds != NOT_COPY
+
+
+def _mark(kinds: Kinds, images: Hashes, rows: Rows, others: Hashes, max_distance: int) -> None:
+    """Mark the images at `rows` that are copies of one of the others."""
+    is_same = np.isin(images.contents[rows], others.contents)
+    kinds[rows[is_same]] = SAME_CONTENT
+    rest = rows[kinds[rows] == NOT_COPY]
+    if len(rest) and len(others.phashes):
+        index = PerceptualHashIndex(others.phashes)
+        kinds[rest[index.contains_near(images.phashes[rest], max_distance)]] = NEAR_COPY
+
+
+def _write_copies(
+    root: Root, name: str, ids: npt.NDArray[np.int64], kinds: Kinds, shards: dict[str, int]
+) -> ShardRecord:
+    """Write the copies of a group. shards: numbers of images by shard, in order."""
+    copies = np.flatnonzero(kinds)
+    reasons = pa.array([REASONS[kind] for kind in kinds[copies].tolist()], pa.string())
+    table = pa.table([pa.array(ids[copies]), reasons], schema=COPIES)
+    ends = np.cumsum([*shards.values()])
+    parts = np.split(np.arange(len(copies)), np.searchsorted(copies, ends[:-1]))
+    digests = {
+        shard: hashlib.sha256(repr(table.take(pa.array(part)).to_pylist()).encode()).hexdigest()[:16]
+        for shard, part in zip(shards, parts, strict=True)
+        if len(part)
+    }
+    files = (
+        schema.write_table(root, f"{FOLDER}/{name}.parquet", table, COPIES),
+        root.write_json(f"{FOLDER}/{name}.json", digests),
+    )
+    return ShardRecord(name, len(ids), files)
+
+
+def copy_digests(root: Root, name: str) -> dict[str, str]:
+    """By shard of a group with copies, a digest of them. name: that of the file of copies."""
+    return dict(root.read_json(f"{FOLDER}/{name}.json"))
+
+
+def drop_copies(root: Root, name: str, rows: pa.Table) -> tuple[pa.Table, dict[str, int]]:
+    """Drop the copies from the rows of a database shard. Returns the other rows, and the copies by reason.
+
+    name: that of the file of copies.
+    """
+    copies = schema.read_table(root, f"{FOLDER}/{name}.parquet", COPIES)
+    copies = copies.filter(pc.is_in(copies[schema.IMAGE_ID], rows[schema.IMAGE_ID].combine_chunks()))
+    counts = copies["reason"].value_counts().to_pylist()
+    is_copy = pc.is_in(rows[schema.IMAGE_ID], copies[schema.IMAGE_ID].combine_chunks())
+    return rows.filter(pc.invert(is_copy)), {count["values"]: count["counts"] for count in counts}

@@ -52,6 +52,20 @@ def finished_shards(stage: Stage, shards: Sequence[str]) -> dict[str, ShardRecor
 
     Discards those of other inputs, see `Stage.discard`, if the stage has inputs by shard.
     """
+    stored = stored_shards(stage, shards)
+    current = {record.shard: record for record in stored if record.inputs == stage.inputs_of(record.shard)}
+    if stage.by_shard:
+        outdated = [record for record in stored if _is_outdated(stage, record)]
+        if outdated or current.keys() != {*shards}:
+            stage.discard(outdated, len(stored))
+    return {shard: current[shard] for shard in shards if shard in current}
+
+
+def stored_shards(stage: Stage, shards: Sequence[str]) -> list[ShardRecord]:
+    """The records of shards with this fingerprint, of any inputs, that have all their files.
+
+    If the stage has inputs by shard, also those of former shards.
+    """
     sizes: dict[str, int] = {}
     versions: dict[str, str] = {}
     for file in stage.root.files(stage.name):
@@ -60,13 +74,7 @@ def finished_shards(stage: Stage, shards: Sequence[str]) -> dict[str, ShardRecor
             versions[file.name] = file.version
     names = [*shards, *_former_shards(stage, sizes)] if stage.by_shard else shards
     names = [name for name in names if record_file(stage.name, name) in sizes]
-    stored = [record for record in _stored_records(stage, names, sizes, versions) if files_listed(sizes, record)]
-    current = {record.shard: record for record in stored if record.inputs == stage.inputs_of(record.shard)}
-    if stage.by_shard:
-        outdated = [record for record in stored if _is_outdated(stage, record)]
-        if outdated or current.keys() != {*shards}:
-            stage.discard(outdated, len(stored))
-    return {shard: current[shard] for shard in shards if shard in current}
+    return [record for record in _stored_records(stage, names, sizes, versions) if files_listed(sizes, record)]
 
 
 def _former_shards(stage: Stage, sizes: Mapping[str, int]) -> list[str]:

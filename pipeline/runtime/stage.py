@@ -5,7 +5,7 @@ Reads and writes `<stage>/started.json` and `<stage>/manifest.json`; does not us
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -191,7 +191,7 @@ def map_in_threads(function: Callable[[Item], Result], items: Sequence[Item]) ->
         return list(pool.map(function, items))
 
 
-def group_shards(shards: Sequence[ShardRecord], max_rows: int) -> list[list[str]]:
+def group_shards(shards: Iterable[ShardRecord], max_rows: int) -> list[list[str]]:
     """Group the names of consecutive shards: at most max_rows rows in a group, or a single shard."""
     groups: list[list[str]] = []
     rows = 0

@@ -23,6 +23,7 @@ from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
 from retrieval.storage.arrow_columns import take_rows
 from retrieval.storage.data_files import split_path
+from retrieval.storage.lease import FOLDER as LEASES
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
 from retrieval.storage.schema import Reason
@@ -152,6 +153,7 @@ def require_free(folder: Root) -> None:
     """Raises UserError for a folder that contains other files and no database."""
     if folder.exists("manifest.json") and "encoder" in read_manifest(folder, "").values:
         return
-    own = (name for name in folder.list("") if OWN_FILE.fullmatch(name) or name.startswith(KEPT_BY_BUILDS))
+    kept = (*KEPT_BY_BUILDS, f"{LEASES}/")
+    own = (name for name in folder.list("") if OWN_FILE.fullmatch(name) or name.startswith(kept))
     if others := sorted(set(folder.list("")) - set(own)):
         raise UserError(f"{folder.url} contains {others[0]} and is not a database: name another folder")

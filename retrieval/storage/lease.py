@@ -24,6 +24,7 @@ from typing import Any
 from retrieval.errors import UserError
 from retrieval.storage.root import Root
 
+FOLDER = "leases"
 HEARTBEAT_S = 10.0
 EXPIRE_S = 60.0
 """A lease that was not renewed for so long is taken over."""
@@ -94,7 +95,7 @@ def lease_token(root: Root, name: str) -> str:
 
 
 def _file(name: str) -> str:
-    return f"leases/{name}.json"
+    return f"{FOLDER}/{name}.json"
 
 
 @contextmanager

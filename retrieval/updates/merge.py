@@ -25,20 +25,32 @@ from retrieval.index.hidden import hidden_ids, store_hidden
 from retrieval.index.routing import partition_folder
 from retrieval.recipe import IndexConfig
 from retrieval.storage.data_files import split_path
-from retrieval.storage.manifest import ShardRecord
+from retrieval.storage.lease import lease
+from retrieval.storage.manifest import ShardRecord, read_manifest
 from retrieval.storage.root import FileRecord, Root
+from retrieval.updates.rewrite import refuse_erasure
 
 
 def merge_databases(root: Root | str, sources: Sequence[Root | str]) -> Database:
     """Merge databases into a new one in folder `root`, and open it. Replaces a database there, which is no source.
 
     All ids stay, hidden images stay hidden, and the settings are those of the first source. Raises UserError if the
-    encoders differ, if an image id is in two sources, or for a folder with other files.
+    encoders differ, if an image id is in two sources, for a folder with other files, while another process updates the
+    database there, and if images are being erased from a source or a source changes meanwhile.
     """
     databases = [Database.open(source).with_all_rows().for_passes() for source in sources]
+    for database in databases:
+        refuse_erasure(database.root)
     parent, name = split_path(root.url if isinstance(root, Root) else root)
     _check_sources(parent.at(name), databases)
     require_free(parent.child(name))
+    with lease(parent.child(name), "update"):
+        refuse_erasure(parent.child(name))
+        _write_merged(databases, parent, name)
+    return Database.open(parent.child(name))
+
+
+def _write_merged(databases: Sequence[Database], parent: Root, name: str) -> None:
     delete_database(parent, name)
     centroids = np.concatenate([database.centroids for database in databases])
     records = [ShardRecord("centroids", 0, (write_centroids(parent, name, centroids),))]
@@ -53,8 +65,17 @@ def merge_databases(root: Root | str, sources: Sequence[Root | str]) -> Database
     config = IndexConfig.model_validate(databases[0].manifest.config)
     upstream = {f"database {i}": database.manifest.identity for i, database in enumerate(databases)}
     identity = DatabaseIdentity(name, upstream)
-    write_calibrated(parent, database_manifest(records, databases[0].encoder, config, identity))
-    return Database.open(parent.child(name))
+    manifest = database_manifest(records, databases[0].encoder, config, identity)
+    for database in databases:
+        _check_unchanged(database)
+    write_calibrated(parent, manifest)
+
+
+def _check_unchanged(database: Database) -> None:
+    """Sources can be on a disk that cannot be written, so no lease keeps updates away."""
+    refuse_erasure(database.root)
+    if read_manifest(database.root, "") != database.manifest:
+        raise UserError(f"{database.root.url} was updated during the merge. Merge again.")
 
 
 def _columns_of_all(databases: Sequence[Database]) -> pa.Schema:

@@ -19,6 +19,7 @@ import pyarrow as pa
 from retrieval.database.build import write_listed_partition, write_partition
 from retrieval.database.coverage import COPY_SIMILARITY
 from retrieval.database.database import Database
+from retrieval.errors import UserError
 from retrieval.index.inverted_lists import update_inverted_lists
 from retrieval.index.partition import Partition
 from retrieval.index.routing import partition_folder
@@ -33,14 +34,47 @@ from retrieval.updates.kept_calibration import kept_calibration
 FOLDER = "rewritten"
 PARTITION_FILE = re.compile(rf"((erased-|{FOLDER}/)\w+/)?partitions/.*")
 """Files of partitions, relative to the folder of their database."""
+ERASURE_FILE = "erasure.json"
+"""Names the erasure (`optout --erase`) that has begun and not ended in a database. It outlives a killed erasure."""
 Mask = npt.NDArray[np.bool_]
 
 
 @contextmanager
 def opened_for_update(root: Root) -> Iterator[Database]:
-    """All rows of the database at a root. Raises UserError while another process updates it."""
+    """All rows of the database at a root. Raises UserError while another process updates it, and until an
+    erasure that has begun there has ended.
+    """
     with lease(root, "update"):
+        refuse_erasure(root)
         yield Database.open(root).with_all_rows().for_passes()
+
+
+def start_erasure(root: Root, name: str, plan: str) -> None:
+    """Refuse updates of the database at a root from now on, until `end_erasure`, also if this process is killed.
+
+    name: of the erasure: a repeated call of a killed one goes on at once. plan: path of its plan. Raises UserError while
+    an update or another erasure works on the database.
+    """
+    if (root.find_json(ERASURE_FILE) or {}).get("name") == name:
+        return
+    with lease(root, "update"):
+        refuse_erasure(root)
+        root.write_json(ERASURE_FILE, {"name": name, "plan": plan})
+
+
+def end_erasure(root: Root) -> None:
+    """Permit updates of the database at a root again."""
+    root.delete(ERASURE_FILE)
+
+
+def refuse_erasure(root: Root) -> None:
+    """Raises UserError if an erasure has begun and not ended in the database at a root."""
+    if erasure := root.find_json(ERASURE_FILE):
+        raise UserError(
+            f"{root.url}: 'optout --erase' with the list {erasure['name']} has not ended there. Wait for it, or if it was "
+            f"interrupted, run it again with that list; then repeat this. To give it up, delete {erasure['plan']} and "
+            f"{root.at(ERASURE_FILE)}: its images stay hidden, but not all are erased."
+        )
 
 
 def rewrite_partition(database: Database, number: int, deleted: Mask, added: pa.Table) -> ShardRecord:

@@ -1,5 +1,7 @@
 """The arithmetic of the capacity plan, compared with hand-computed numbers for a thousand rows."""
 
+from dataclasses import replace
+
 import pytest
 
 from pipeline.capacity import (
@@ -7,6 +9,7 @@ from pipeline.capacity import (
     Inputs,
     LinearityCheck,
     Machines,
+    PartitionShares,
     Prices,
     Rate,
     Sizes,
@@ -116,6 +119,20 @@ def test_neighbors_on_gpus_take_the_slower_of_reading_and_computing(estimates: S
     computing = 2 * 200 * 2 * 384 * 100 / (1e9 * 0.5)
     reading = (800 * (768 + 50) + 200 * 2 * (768 + 8 + 3 * 784 + 16)) / 1e4
     assert need.gpu_s == pytest.approx(max(computing, reading))
+
+
+def test_a_goal_for_the_recall_is_planned_with_the_measured_shares_and_says_so(inputs: Inputs) -> None:
+    shares = PartitionShares(partitions=50, visited=(1, 2, 4), shares=(0.5, 0.8, 0.96), source="measured: there")
+    estimates = StageEstimates(inputs.model_copy(update={"partitions": shares}), DATA)
+    fixed = estimates.neighbors(NeighborsConfig(k=3, partitions_per_query=4), INDEX)
+    planned = estimates.neighbors(NeighborsConfig(k=3, min_recall=0.95), INDEX)
+    assert replace(planned, assumed="") == fixed
+    assert planned.assumed.startswith("neighbors.min_recall = 0.95: 4 of 6 partitions a query are assumed")
+    assert "Of 50 partitions, 4 hold 0.960 of the true neighbors (measured: there)" in planned.assumed
+    with pytest.raises(UserError, match=r"0.99 cannot be planned: 4 of 50 partitions hold 0.960 \(measured: there\)"):
+        estimates.neighbors(NeighborsConfig(min_recall=0.99), INDEX)
+    with pytest.raises(UserError, match=r"no \[partitions\]"):
+        StageEstimates(inputs, DATA).neighbors(NeighborsConfig(min_recall=0.5), INDEX)
 
 
 def test_the_bottleneck_sets_the_hours_and_the_price(inputs: Inputs) -> None:

@@ -1,9 +1,11 @@
 """embed: correct vectors in the correct order, and a reason for every image that is left out."""
 
 import io
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import open_clip
@@ -153,3 +155,26 @@ def test_openai_weights_with_the_wrong_activation_are_refused() -> None:
 def test_a_missing_model_is_an_error_that_names_the_section(model: str) -> None:
     with pytest.raises(UserError, match=r"\[clip\]"):
         Encoder(ClipConfig(model=model))
+
+
+@pytest.mark.usefixtures("in_process_shards")
+def test_a_compiled_encoder_gets_batches_of_one_size_and_gives_the_same_vectors(
+    root: Root, clip: ClipConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed.run(CONFIG, clip, root)
+    expected = [embedded(root, shard) for shard in ("train/00000", "database/00000")]
+    root.delete("embed")
+    batch_sizes: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        # The graph is traced as in use; only code generation, which takes minutes, is left out.
+        batch_sizes.extend(len(value) for value in inputs if value.shape[1:] == (3, 32, 32))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    embed.run(CONFIG.model_copy(update={"compile": True, "workers": 1}), clip, root)
+    assert batch_sizes == [CONFIG.batch_size]
+    for shard, (urls, vectors) in zip(("train/00000", "database/00000"), expected, strict=True):
+        compiled_urls, compiled = embedded(root, shard)
+        assert compiled_urls == urls
+        np.testing.assert_allclose(compiled, vectors, atol=2e-3)

@@ -4,13 +4,16 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipeline import embed, index
-from pipeline.neighbors import neighbors
+from pipeline.neighbors import neighbors, refill
 from pipeline.recipe import EmbedConfig, NeighborsConfig
 from retrieval import Root, UserError
+from retrieval.index.hidden import hide
 from retrieval.recipe import ClipConfig, IndexConfig
+from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, read_manifest, read_record, write_record
 from tests.pipeline.conftest import Picture, pictures, write_download
 
@@ -191,3 +194,34 @@ def test_a_join_that_was_killed_uses_no_pass_over_other_queries(
     checksums = run_stages(root, clip)[2].checksums()
     assert checksums["neighbors/00000.parquet"] == expected["neighbors/00000.parquet"]
     assert (checksums == expected) == is_undone
+
+
+def held_ids(root: Root, shard: str) -> np.ndarray:
+    """The ids of the training images and of the neighbors in a table."""
+    table = schema.read_table(root, f"neighbors/{shard}.parquet", schema.neighbors(4, 32))
+    return np.unique([*table[schema.IMAGE_ID].to_pylist(), *schema.vectors(table, schema.NEIGHBOR_IDS).ravel()])
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_ids_that_are_hidden_later_leave_the_tables_and_other_tables_stay(
+    root: Root, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_killed: bool
+) -> None:
+    hidden = np.setdiff1d(held_ids(root, "00000"), held_ids(root, "00001"))[:3]
+    hide(root.child("index"), hidden)
+    shutil.copytree(root.url, tmp_path / "new")
+    new = Root(tmp_path / "new")
+    new.delete("neighbors")
+    expected = neighbors.run(NEIGHBORS, new)
+    root.write_bytes("mark", b"")
+    if is_killed:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(refill, "write_record", killed)
+            neighbors.run(NEIGHBORS, root)
+        assert not root.exists("neighbors/manifest.json")
+    manifest = neighbors.run(NEIGHBORS, root)
+    assert written(root, "neighbors") == {"neighbors/00000.parquet"}
+    assert not np.isin(hidden, held_ids(root, "00000")).any()
+    assert manifest.checksums() == expected.checksums()
+    assert (manifest.fingerprint, manifest.shards) == (expected.fingerprint, expected.shards)
+    assert root.list("neighbors") == new.list("neighbors")
+    assert neighbors.run(NEIGHBORS, root) == manifest

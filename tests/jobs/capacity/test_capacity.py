@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.pipeline import partitions
 from jobs.capacity.__main__ import INPUTS, main
 from jobs.capacity.plan import Network, costs, data_sizes, need_of, read_inputs, training_need
 from jobs.capacity.stored import stored_inputs
@@ -119,6 +120,21 @@ def test_measured_rates_are_those_of_the_benchmarks(inputs: Inputs) -> None:
     assert filtered.values == pytest.approx([point["cpu_us_a_row"] for point in capacity["filter"]], rel=0.01)
     assert indexed.values == pytest.approx(index_us, rel=0.01)
     assert joined.values == pytest.approx([size["cpu_us"] for size in engine], rel=0.01)
+
+
+def test_the_shares_of_partitions_are_those_of_the_benchmark_and_the_plan_states_them(inputs: Inputs) -> None:
+    measured = [
+        result
+        for result in json.loads((REPOSITORY / "docs" / "partitions.json").read_text())["results"]
+        if result["copies"] == "1 copy"
+    ][-1]
+    assert inputs.partitions
+    assert (inputs.partitions.partitions, inputs.partitions.visited) == (measured["partitions"], partitions.VISITED)
+    assert list(inputs.partitions.shares) == measured["shares"]
+    stages, data = costs(recipe(), inputs, []), data_sizes(recipe(), inputs)
+    stated = "neighbors.min_recall = 0.95: 64 of 1,900 partitions a query are assumed"
+    assert stated in " ".join(table(stages, inputs, data).split())
+    assert stated in page(stages, inputs, data, "r.toml")
 
 
 def test_table_and_page_have_every_stage_and_the_source_of_every_rate(inputs: Inputs) -> None:

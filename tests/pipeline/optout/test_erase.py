@@ -19,13 +19,14 @@ from pipeline.recipe import DownloadConfig, EmbedConfig, NeighborsConfig
 from pipeline.runtime.stage import Stage
 from pipeline.runtime.status import StageSpec, UpstreamStages, stage_status
 from pipeline.web.blocklist import Blocklist, read_blocklist
-from retrieval import Database, Root
+from retrieval import Database, Root, UserError, add_to_database, delete_from_database, merge_databases
 from retrieval.clip.encoder import Encoder
 from retrieval.config import Config
 from retrieval.database.verify import damaged_files
 from retrieval.recipe import ClipConfig, IndexConfig
 from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, read_record, write_record
+from retrieval.updates.rewrite import opened_for_update
 from tests.killed_writes import kill_at
 from tests.pipeline.conftest import Picture, pictures
 
@@ -258,3 +259,43 @@ def test_a_killed_erasure_is_finished_by_the_next_run(
         shutil.rmtree(folder)
         number += 20
     assert number > 100
+
+
+@pytest.mark.usefixtures("in_process_shards")
+def test_an_erasure_is_refused_while_a_database_is_updated(root: Root, tmp_path: Path) -> None:
+    blocklist, _ = blocklist_of(root, tmp_path)
+    before = {name: read_manifest(root, name).identity for name in (*STAGES, "databases/ink")}
+    with opened_for_update(root.child("databases/ink")), pytest.raises(UserError, match="Only one process at a time"):
+        optout.run(blocklist, root, erase=True)
+    assert {name: read_manifest(root, name).identity for name in before} == before
+    assert optout.run(blocklist, root, erase=True)["erased"] == {"shards": 3, "partitions": 3}
+
+
+@pytest.mark.usefixtures("in_process_shards")
+def test_updates_are_refused_until_a_killed_erasure_is_finished(
+    root: Root, clip: ClipConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocklist, ids = blocklist_of(root, tmp_path)
+    vectors = vectors_of(root, ids)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        kill_at(patch, 80)
+        optout.run(blocklist, root, erase=True)
+    for database in ("index", "databases/ink"):
+        place = root.child(database)
+        assert not place.list("leases"), "the next run has no lease to wait for"
+        rows = Database.open(place).partitions[0].ids
+        refused = rf"{database}: 'optout --erase' with the list {blocklist.identity} has not ended there"
+        with pytest.raises(UserError, match=refused):
+            delete_from_database(place, rows[:1])
+        with pytest.raises(UserError, match=refused):
+            add_to_database(place, np.ones((1, 32)), pa.table({"image_id": [5]}))
+        with pytest.raises(UserError, match=refused):
+            merge_databases(tmp_path / "merged", [place])
+    (tmp_path / "other.txt").write_text(str(ids[0]))
+    with pytest.raises(UserError, match=f"with the list {blocklist.identity} has not ended"):
+        optout.run(read_blocklist(str(tmp_path / "other.txt")), root, erase=True)
+    shutil.rmtree(Path(root.url) / "leases")  # that of an ended process would be taken over
+    optout.run(blocklist, root, erase=True)
+    check_erased(root, clip, vectors)
+    ink = root.child("databases/ink")
+    assert len(delete_from_database(ink, Database.open(ink).partitions[0].ids[:1])) == 10
