@@ -71,7 +71,7 @@ class Prices(Config):
 
 
 class PartitionShares(Config):
-    """Share of the true neighbors that the partitions nearest to a query hold: `neighbors.min_recall` is planned with it."""
+    """Share of the true neighbors in the partitions nearest to a query: `neighbors.min_recall` is planned with it."""
 
     partitions: PositiveInt
     """Partitions of the measured database."""
@@ -88,7 +88,7 @@ class PartitionShares(Config):
                 return visited, share
         raise UserError(
             f"neighbors.min_recall = {recall:g} cannot be planned: {self.visited[-1]} of {self.partitions:,} partitions"
-            f" hold {self.shares[-1]:.3f} ({self.source}). Lower it, or add larger numbers to [partitions] of the inputs."
+            f" hold {self.shares[-1]:.3f} ({self.source}). Lower it, or add larger numbers to [partitions]."
         )
 
 
@@ -281,9 +281,9 @@ class StageEstimates:
         fewest, share = measured.fewest(config.min_recall)
         visits = min(fewest, partitions)
         return visits, (
-            f"neighbors.min_recall = {config.min_recall:g}: {visits} of {partitions:,} partitions a query are assumed, with"
-            f" all their rows. Of {measured.partitions:,} partitions, {fewest} hold {share:.3f} of the true neighbors"
-            f" ({measured.source}). The stage measures and chooses the number before the join."
+            f"neighbors.min_recall = {config.min_recall:g}: {visits} of {partitions:,} partitions a query are assumed,"
+            f" with all their rows. Of {measured.partitions:,} partitions, {fewest} hold {share:.3f} of the true"
+            f" neighbors ({measured.source}). The stage measures and chooses the number before the join."
         )
 
     def _vector_bytes(self) -> float:

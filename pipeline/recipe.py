@@ -239,8 +239,8 @@ class EmbedConfig(WorkersConfig):
     batch_size: int = runtime_setting(64, ge=1)
     """Images in a batch of the encoder."""
     compile: bool = runtime_setting(False)
-    """Compile the encoder with torch.compile for batches of batch_size pictures: for GPUs, after minutes of compilation at
-    each start of a worker. Vectors differ by rounding."""
+    """Compile the encoder with torch.compile for batches of batch_size pictures: for GPUs, after minutes of compilation
+    at each start of a worker. Vectors differ by rounding."""
     decode_threads: int = runtime_setting(2, ge=1)
     """Threads that decode and resize images."""
     gpus_per_worker: float = runtime_setting(0.0, ge=0)

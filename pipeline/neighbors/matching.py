@@ -183,3 +183,21 @@ def _match_schema(k: int, dim: int) -> pa.Schema:
             (schema.NEIGHBOR_NORMS, pa.list_(pa.float32(), k)),
         ]
     )
+
+
+def neighbor_table(
+    rows: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]],
+    vectors: npt.NDArray[np.float16],
+    norms: npt.NDArray[np.float32],
+) -> pa.Table:
+    """A table of schema.neighbors. rows: image ids (n,), neighbor ids and similarities (n, k); norms: (n, k)."""
+    image_ids, neighbor_ids, similarities = rows
+    count, k, dim = vectors.shape
+    columns = [
+        pa.array(image_ids),
+        schema.fixed_lists(neighbor_ids),
+        schema.fixed_lists(similarities),
+        schema.fixed_lists(vectors.reshape(count, k * dim)),
+        schema.fixed_lists(norms),
+    ]
+    return pa.Table.from_arrays(columns, schema=schema.neighbors(k, dim))

@@ -12,11 +12,16 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 
 from pipeline.neighbors.effort import choose_effort, chosen_effort
-from pipeline.neighbors.matching import match_work, merge_matches, read_queries, route_work, shard_number
+from pipeline.neighbors.matching import (
+    match_work,
+    merge_matches,
+    neighbor_table,
+    read_queries,
+    route_work,
+    shard_number,
+)
 from pipeline.neighbors.recall import recall_work, sample_work, truth_work
 from pipeline.neighbors.refill import REFILL, update_work
 from pipeline.recipe import NeighborsConfig
@@ -79,7 +84,9 @@ def neighbors_stage(config: NeighborsConfig, root: Root) -> Stage:
     if config.min_recall:
         effort = chosen_effort(config, root)
         upstream["effort"] = f"{effort.partitions_per_query} partitions, {effort.lists_per_partition} lists"
-    by_shard = {record.shard.removeprefix("train/"): {"embed": record.digest, **hidden} for record in _train_shards(embed)}
+    by_shard = {
+        record.shard.removeprefix("train/"): {"embed": record.digest, **hidden} for record in _train_shards(embed)
+    }
     return Stage(root, "neighbors", SCHEMA_VERSION, config, upstream, by_shard=by_shard)
 
 
@@ -181,24 +188,6 @@ def _merge_work(config: NeighborsConfig, root: Root, groups: list[list[str]], ma
         return ShardRecord(name, shape[0], tuple(files), {}, values)
 
     return work
-
-
-def neighbor_table(
-    rows: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]],
-    vectors: npt.NDArray[np.float16],
-    norms: npt.NDArray[np.float32],
-) -> pa.Table:
-    """A table of schema.neighbors. rows: image ids (n,), neighbor ids and similarities (n, k); norms: (n, k)."""
-    image_ids, neighbor_ids, similarities = rows
-    count, k, dim = vectors.shape
-    columns = [
-        pa.array(image_ids),
-        schema.fixed_lists(neighbor_ids),
-        schema.fixed_lists(similarities),
-        schema.fixed_lists(vectors.reshape(count, k * dim)),
-        schema.fixed_lists(norms),
-    ]
-    return pa.Table.from_arrays(columns, schema=schema.neighbors(k, dim))
 
 
 def _shard_record(group: ShardRecord, shards: list[str], number: int) -> ShardRecord:

@@ -13,8 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.neighbors.effort import chosen_effort
-from pipeline.neighbors.matching import read_queries
-from pipeline.neighbors.neighbors import neighbor_table
+from pipeline.neighbors.matching import neighbor_table, read_queries
 from pipeline.recipe import NeighborsConfig
 from pipeline.runtime.workers import Work
 from retrieval.database.database import Database
@@ -23,7 +22,6 @@ from retrieval.storage import schema
 from retrieval.storage.manifest import ShardRecord, delete_record, read_record, write_record
 from retrieval.storage.root import Root
 from retrieval.storage.schema import Reason
-
 
 REFILL = "refill/"
 """Beginning of the names of this work."""

@@ -79,8 +79,10 @@ def _replace_tables(root: Root, before: Manifest, refilled: list[ShardRecord]) -
     """Replace the old tables by the new ones, the manifest last."""
     now = neighbors_stage(NeighborsConfig.model_validate(before.config), root)
     root.delete("neighbors/manifest.json")
-    shards = tuple(replace(replace_table(root, old, new), inputs=now.inputs_of(old.shard))
-        for old, new in zip(before.shards, refilled, strict=True))
+    shards = tuple(
+        replace(replace_table(root, old, new), inputs=now.inputs_of(old.shard))
+        for old, new in zip(before.shards, refilled, strict=True)
+    )
     root.write_json(f"neighbors/{STARTED_FILE}", asdict(now.identity))
     map_in_threads(partial(write_record, root, "neighbors", now.identity.shard_fingerprint), shards)
     made_of = (before.fingerprint, *before.values.get("made_of", ()))

@@ -23,8 +23,17 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.pictures.near_copy_shards import FOLDER, HashedShards, changed_groups, digest, hashed_shards
-from pipeline.pictures.near_copy_shards import compared_shards, near_copy_stage, shards_by_file, write_shards
+from pipeline.pictures.near_copy_shards import (
+    FOLDER,
+    HashedShards,
+    changed_groups,
+    compared_shards,
+    digest,
+    hashed_shards,
+    near_copy_stage,
+    shards_by_file,
+    write_shards,
+)
 from pipeline.runtime.arrow_files import read_batch, read_batches, read_some, write_batches
 from pipeline.runtime.runner import run_shards
 from pipeline.runtime.workers import Work, Workers

@@ -52,8 +52,8 @@ def opened_for_update(root: Root) -> Iterator[Database]:
 def start_erasure(root: Root, name: str, plan: str) -> None:
     """Refuse updates of the database at a root from now on, until `end_erasure`, also if this process is killed.
 
-    name: of the erasure: a repeated call of a killed one goes on at once. plan: path of its plan. Raises UserError while
-    an update or another erasure works on the database.
+    name: of the erasure: a repeated call of a killed one goes on at once. plan: path of its plan. Raises UserError
+    while an update or another erasure works on the database.
     """
     if (root.find_json(ERASURE_FILE) or {}).get("name") == name:
         return
@@ -71,9 +71,9 @@ def refuse_erasure(root: Root) -> None:
     """Raises UserError if an erasure has begun and not ended in the database at a root."""
     if erasure := root.find_json(ERASURE_FILE):
         raise UserError(
-            f"{root.url}: 'optout --erase' with the list {erasure['name']} has not ended there. Wait for it, or if it was "
-            f"interrupted, run it again with that list; then repeat this. To give it up, delete {erasure['plan']} and "
-            f"{root.at(ERASURE_FILE)}: its images stay hidden, but not all are erased."
+            f"{root.url}: 'optout --erase' with the list {erasure['name']} has not ended there. Wait for it, or if it"
+            f" was interrupted, run it again with that list; then repeat this. To give it up, delete {erasure['plan']}"
+            f" and {root.at(ERASURE_FILE)}: its images stay hidden, but not all are erased."
         )
 
 

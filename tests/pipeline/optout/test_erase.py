@@ -290,7 +290,7 @@ def test_updates_are_refused_until_a_killed_erasure_is_finished(
         with pytest.raises(UserError, match=refused):
             add_to_database(place, np.ones((1, 32)), pa.table({"image_id": [5]}))
         with pytest.raises(UserError, match=refused):
-            merge_databases(tmp_path / "merged", [place])
+            merge_databases(str(tmp_path / "merged"), [place])
     (tmp_path / "other.txt").write_text(str(ids[0]))
     with pytest.raises(UserError, match=f"with the list {blocklist.identity} has not ended"):
         optout.run(read_blocklist(str(tmp_path / "other.txt")), root, erase=True)

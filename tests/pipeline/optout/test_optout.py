@@ -198,7 +198,7 @@ def test_tables_of_another_index_are_not_changed(root: Root, tmp_path: Path) -> 
     assert len(hidden_ids(root.child("index"))), "the images are hidden nevertheless"
 
 
-.mark.usefixtures("in_process_shards")
+@pytest.mark.usefixtures("in_process_shards")
 def test_tables_that_are_unfinished_lose_the_images_in_the_next_join(root: Root, tmp_path: Path) -> None:
     blocklist, ids = write_list(root, tmp_path)
     root.delete("neighbors/manifest.json")

@@ -1,4 +1,4 @@
-"""Near copies: after any change of the download the search gives the files of a first one, and compares only changes."""
+"""Near copies: after any change of the download the search gives the files of a first one, comparing only changes."""
 
 from dataclasses import replace
 from pathlib import Path
