@@ -35,9 +35,9 @@ REMAINS = (
     " databases: list their pictures by domain or id. Samples are not searched."
 )
 REMAINS_ERASED = (
-    "Left on disk: URLs and captions in filter/ and download/, copies outside this root (backups, versions of an object"
-    " store, caches of trainers), samples, and trained models. Add the list to download.blocklist, else 'download"
-    " --retry' fetches the pictures again."
+    "Left on disk: URLs and captions in filter/ and download/, hashes in near_copies/ until embed runs again, copies"
+    " outside this root (backups, versions of an object store, caches of trainers), samples, and trained models. Add the"
+    " list to download.blocklist, else 'download --retry' fetches the pictures again."
 )
 
 
