@@ -36,8 +36,8 @@ REMAINS = (
 )
 REMAINS_ERASED = (
     "Left on disk: URLs and captions in filter/ and download/, hashes in near_copies/ until embed runs again, copies"
-    " outside this root (backups, versions of an object store, caches of trainers), samples, and trained models. Add the"
-    " list to download.blocklist, else 'download --retry' fetches the pictures again."
+    " outside this root (backups, versions of an object store, caches of trainers), samples, and trained models. Add"
+    " the list to download.blocklist, else 'download --retry' fetches the pictures again."
 )
 
 
