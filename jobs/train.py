@@ -10,21 +10,20 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from jobs.cli.command import add_remake, exit_on_user_error, recipe_parser, run_on_recipe
 from jobs.cli.recipe import Recipe
 from retrieval.recipe import ClipConfig
-from trainer.data.plan import is_finished
-from trainer.engine.deepspeed_engine import accumulation_steps
 from trainer.recipe import AutoencoderConfig, DiffusionConfig, ModelConfig, TrainConfig, TrainingRecipe
-from trainer.training import train as stage
 from trainer.training.hosts import check_hosts, read_hosts
 from trainer.training.launch import launch, launch_hosts
 
 
 def run(recipe: Recipe, hostfile: Path | None = None, on_ray: bool = False) -> None:
     """Train as a rank, or launch the ranks and wait. Raises UserError if inputs do not fit."""
+    # Not at the top: --help and --dry-run answer without torch.
+    from trainer.data.plan import is_finished
+    from trainer.training import train as stage
+
     config = training_recipe(recipe)
     if "RANK" in os.environ:
         stage.run(config, recipe.root)
@@ -58,6 +57,10 @@ def training_recipe(recipe: Recipe) -> TrainingRecipe:
 
 def _launch(config: TrainingRecipe, recipe: Recipe, hostfile: Path | None) -> int:
     """Start ranks on this machine or on those of a hostfile. Returns the launcher's exit code."""
+    import torch
+
+    from trainer.engine.deepspeed_engine import accumulation_steps
+
     argv = ["jobs.train", *recipe.arguments()]
     if hostfile is None:
         ranks = config.train.ranks or max(1, torch.cuda.device_count())

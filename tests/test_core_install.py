@@ -32,9 +32,10 @@ def run(command: Sequence[str | Path], folder: Path) -> str:
 @pytest.mark.slow
 def test_the_core_alone_builds_searches_and_verifies_a_database(tmp_path: Path) -> None:
     source = copy_checkout(tmp_path / "source")
-    run([sys.executable, "-m", "venv", "environment"], tmp_path)
+    run([sys.executable, "-m", "venv", "--without-pip", "environment"], tmp_path)
     python = tmp_path / "environment/bin/python"
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--disable-pip-version-check"]
+    pip.append("--no-compile")
     run([*pip, "--constraint", REPOSITORY / "constraints.txt", source], tmp_path)
     run([python, "-c", SEARCH, *HEAVY], tmp_path)
     assert "match" in run([python.with_name("laion-rdm"), "verify", "database"], tmp_path)

@@ -17,6 +17,7 @@ from jobs.demo.prerequisites import draw_world, style_folders, train_once
 from jobs.demo.recipe import AutoencoderTraining, ClipTraining
 from jobs.demo.report import __main__ as report
 from pipeline.databases import build as database
+from pipeline.runtime.workers import shared_workers
 from retrieval.clip.encoder import Encoder
 from retrieval.cluster.connection import ray_connection
 from retrieval.recipe import ClipConfig, IndexConfig
@@ -33,8 +34,8 @@ def run(recipe: Recipe) -> None:
     started = time.time()
     for step in _prerequisites():
         _run_timed(recipe, step)
-    # One Ray for all data stages; it ends before training, which needs the cores.
-    with ray_connection():
+    # One Ray and the same workers for all data stages; they end before training, which needs the cores.
+    with ray_connection(), shared_workers():
         for step in _data_stages(recipe):
             _run_timed(recipe, step)
     for step in _model_stages(recipe):

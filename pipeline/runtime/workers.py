@@ -110,7 +110,13 @@ _idle: ContextVar[_IdleWorkers | None] = ContextVar("idle", default=None)
 
 @contextmanager
 def shared_workers() -> Iterator[None]:
-    """Within the block, a pass takes the idle workers of the pass before it, if it needs the same resources."""
+    """Within the block, a pass takes the idle workers of the pass before it, if it needs the same resources.
+
+    Within another such block it changes nothing: stages that run one after another may share their workers.
+    """
+    if _idle.get() is not None:
+        yield
+        return
     idle = _IdleWorkers()
     token = _idle.set(idle)
     try:

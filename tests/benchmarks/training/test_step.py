@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
-from tests.benchmarks.training.benchmark_process import run_benchmark
+from tests.trainer.training.launched import fork
 
 
 def test_all_loops_train_to_the_same_loss(tmp_path: Path) -> None:
-    run_benchmark("step", "--steps", "7", "--batch", "2", "--scratch", str(tmp_path), "--docs", str(tmp_path))
+    options = ["--steps", "7", "--batch", "2", "--scratch", str(tmp_path), "--docs", str(tmp_path)]
+    code, log = fork(["benchmarks.training.step", *options], tmp_path / "log", ranks=1)
+    assert code == 0, log
     result = json.loads((tmp_path / "step.json").read_text())
     assert [run["zero_stage"] for run in result["runs"]] == [0, 1]
     for run in result["runs"]:

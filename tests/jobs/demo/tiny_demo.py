@@ -11,10 +11,11 @@ from tests.jobs.free_ports import free_port
 
 DEMO = Path(__file__).resolve().parents[3] / "jobs/configs/demo.toml"
 TINY = {
+    "world.workers": 1,
     "world.num_train": 40,
-    "world.num_database": 160,
-    "world.num_per_style": 12,
-    "world.num_held_out": 120,
+    "world.num_database": 120,
+    "world.num_per_style": 10,
+    "world.num_held_out": 80,
     "clip_training.num_scenes": 1000,
     "clip_training.num_test_scenes": 20,
     "clip_training.steps": 10,
@@ -27,10 +28,12 @@ TINY = {
     "autoencoder_training.steps": 6,
     "autoencoder_training.num_threads": 1,
     "filter.rows_per_shard": 20,
+    "filter.workers": 1,
+    "download.workers": 1,
     "download.deadline_s": 3.0,
     "embed.workers": 1,
     "index.workers": 1,
-    "index.rows_per_partition": 60,
+    "index.rows_per_partition": 50,
     "model.channels": "[32, 32]",
     "latents.workers": 1,
     "latents.views": 2,
@@ -45,7 +48,8 @@ TINY = {
     "sample.steps": 3,
     "sample.databases": '["mosaic", "index"]',
     "evaluate.steps": 2,
-    "evaluate.samples_per_style": 4,
+    "evaluate.samples_per_style": 2,
+    "evaluate.precision_recall_neighbors": 1,
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from s3fs import S3FileSystem
 
-from benchmarks.crashes.data_set import STAGES, served_data_set
+from benchmarks.crashes.data_set import STAGES, SmallDataSet, served_data_set
 from benchmarks.crashes.store import running_store
 from pipeline.databases import build as database
 from pipeline.runtime.status import StageSpec, find_manifest, stage_status
@@ -26,7 +26,9 @@ from trainer.data.shards import ImageShard
 def roots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Root, Root]]:
     """A local folder and a bucket in which every stage ran."""
     folder = tmp_path_factory.mktemp("object_store")
-    with running_store() as store, served_data_set(folder / "world", seed=0) as world, shards_in_process():
+    data_set = SmallDataSet(folder / "world", rows=90, files=2)
+    served = served_data_set(folder / "world", seed=0, data_set=data_set)
+    with running_store() as store, served as world, shards_in_process():
         S3FileSystem.clear_instance_cache()  # remove clients of other modules' stores
         local, remote = Root(folder / "run"), Root(store.url("run"))
         for stage in STAGES:

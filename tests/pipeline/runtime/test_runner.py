@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextvars import Context
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -312,10 +313,15 @@ def test_passes_share_their_workers_if_they_need_the_same_resources(root: Root) 
     assert pids(root, "fourth").isdisjoint(others)
 
 
-def test_shared_workers_end_with_their_block(root: Root) -> None:
-    with shared_workers():
-        processes = pids(root, "first")
-        assert all(map(psutil.pid_exists, processes))
+def test_shared_workers_end_with_the_outermost_block(root: Root) -> None:
+    def run_blocks() -> set[int]:
+        with shared_workers():
+            with shared_workers():
+                processes = pids(root, "first")
+            assert pids(root, "second") == processes
+        return processes
+
+    processes = Context().run(run_blocks)  # outside of the block of all tests
     assert wait_for(lambda: not any(map(psutil.pid_exists, processes)), 10)
 
 
