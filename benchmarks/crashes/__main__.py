@@ -25,8 +25,8 @@ from tqdm import tqdm
 from benchmarks.common.report import DOCS, markdown_table, write_atomically
 from benchmarks.crashes.cases import CASES, CaseWorld
 from benchmarks.crashes.cases import STAGE as CASE_STAGE
-from benchmarks.crashes.data_set import STAGES, ServedPictures, served_data_set
-from benchmarks.crashes.faults import FAULTS, Command, CrashCluster, crash_cluster, inject, small_disk
+from benchmarks.crashes.data_set import MODULES, STAGES, ServedPictures, served_data_set
+from benchmarks.crashes.faults import DRIVER, FAULTS, Command, CrashCluster, crash_cluster, inject, small_disk
 from benchmarks.crashes.outcome import CleanRun, Outcome, differences, files_of, table_rows
 from benchmarks.crashes.store import running_store
 from jobs.reporting.hardware import hardware
@@ -228,13 +228,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=DOCS / "crashes.md", help="the page")
     options = parser.parse_args()
     logging.getLogger("ray").setLevel(logging.ERROR)
+    stages = STAGES[: 1 + max(map(STAGES.index, options.stages))]
+    libraries = ["open_clip"] if "embed" in stages else []
+    DRIVER.set_forkserver_preload(["benchmarks.crashes.faults", *(MODULES[stage] for stage in stages), *libraries])
     with prepared_cluster(options.seed) as (cluster, pictures, roots):
         faults = [kind for kind in options.cases if kind in roots]
         cases = [kind for kind in options.cases if kind in CASES]
         matrix = Matrix(cluster, pictures, roots, options.seed, -(-options.each // len(roots)))
         pairs = [(CASE_STAGE, kind) for kind in cases if CASE_STAGE in options.stages]
         pairs += [(stage, kind) for stage in options.stages for kind in faults]
-        clean = matrix.prepare(STAGES[: 1 + max(map(STAGES.index, options.stages))])
+        clean = matrix.prepare(stages)
         report = Report(options.out, options.seed, pairs)
         with tqdm(pairs, unit="pair") as bar:
             for stage, kind in bar:

@@ -1,37 +1,41 @@
 """A data set on which every data stage takes a second or two: metadata, a slow web server, a tiny CLIP model.
 
-Writes `metadata/*.parquet` and `clip/` below a folder, and serves pictures from memory. The same seed gives
-the same files except for the server's port in every URL; a data set can be used only while its server runs.
+Writes `metadata/*.parquet` below a folder, and `clip/` before the first `embed`, and serves pictures from memory. The
+same seed gives the same files except for the server's port in every URL; a data set can be used only while its server
+runs.
 """
 
 import io
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from PIL import Image
-from safetensors.torch import save_file
 
-from pipeline import embed, index
-from pipeline.download import download
-from pipeline.filter import filter
-from pipeline.neighbors import neighbors
 from pipeline.recipe import DownloadConfig, EmbedConfig, FilterConfig, NeighborsConfig
+from retrieval.config import Config
 from retrieval.recipe import ClipConfig, IndexConfig
 from retrieval.storage.manifest import Manifest
 from retrieval.storage.root import Root
 
-STAGES = ("filter", "download", "embed", "index", "neighbors")
+MODULES = {
+    "filter": "pipeline.filter.filter",
+    "download": "pipeline.download.download",
+    "embed": "pipeline.embed",
+    "index": "pipeline.index",
+    "neighbors": "pipeline.neighbors.neighbors",
+}
+"""The modules of the stages, imported when their stage runs: some import torch, which others do not need."""
+STAGES = tuple(MODULES)
 ARCHITECTURE = {
     "embed_dim": 32,
     "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None},
@@ -53,9 +57,13 @@ class SmallDataSet:
 
     def run(self, stage: str, root: Root, workers: int, variant: str = "") -> Manifest:
         """Run a data stage on the connected Ray cluster. variant: `retry` or `timeout` of the download."""
-        return self._stages(workers, variant)[stage](root)
+        if stage == "embed" and not (self.folder / "clip").exists():
+            _write_clip(self.folder / "clip")
+        options = {"retry": True} if variant == "retry" else {}
+        manifest: Manifest = import_module(MODULES[stage]).run(*self._configs(workers, variant)[stage], root, **options)
+        return manifest
 
-    def _stages(self, workers: int, variant: str) -> dict[str, Callable[[Root], Manifest]]:
+    def _configs(self, workers: int, variant: str) -> dict[str, tuple[Config, ...]]:
         clip = ClipConfig(model=f"local-dir:{self.folder / 'clip'}")
         filter_config = FilterConfig(
             metadata=self.metadata or str(self.folder / "metadata"), min_edge=32, rows_per_shard=15, workers=workers
@@ -74,11 +82,11 @@ class SmallDataSet:
         index_config = IndexConfig(rows_per_partition=20, num_queries=20, workers=workers)
         neighbors_config = NeighborsConfig(k=4, near_copy_similarity=1.0, recall_sample=20, workers=workers)
         return {
-            "filter": lambda root: filter.run(filter_config, root),
-            "download": lambda root: download.run(download_config, root, retry=variant == "retry"),
-            "embed": lambda root: embed.run(embed_config, clip, root),
-            "index": lambda root: index.run(index_config, root),
-            "neighbors": lambda root: neighbors.run(neighbors_config, root),
+            "filter": (filter_config,),
+            "download": (download_config,),
+            "embed": (embed_config, clip),
+            "index": (index_config,),
+            "neighbors": (neighbors_config,),
         }
 
 
@@ -101,7 +109,6 @@ def served_data_set(
     server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(pictures))
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     _write_metadata(data_set, server.server_port)
-    _write_clip(folder / "clip", seed)
     try:
         yield data_set
     finally:
@@ -150,10 +157,14 @@ def _write_metadata(data_set: SmallDataSet, port: int) -> None:
         pq.write_table(rows, data_set.folder / "metadata" / f"part-{part}.parquet")
 
 
-def _write_clip(folder: Path, seed: int) -> None:
+def _write_clip(folder: Path) -> None:
     """A model with random weights, in open_clip's folder layout."""
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
     folder.mkdir()
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     weights = open_clip.CLIP(**ARCHITECTURE).state_dict()
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": ARCHITECTURE}))
     save_file(weights, folder / "open_clip_model.safetensors")

@@ -124,7 +124,6 @@ def worker_title(process: psutil.Process) -> str:
 def crash_cluster(data_set: SmallDataSet, proxy: Proxy, disk: Path) -> Iterator[CrashCluster]:
     """A cluster that is shut down when the block ends. disk: the folder that the fault `disk` fills."""
     os.environ |= {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "AWS_MAX_ATTEMPTS": "2"}
-    DRIVER.set_forkserver_preload(["benchmarks.crashes.faults"])
     os.environ["RAY_TMPDIR"] = str(data_set.folder)  # not on the disk that is filled
     head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 1 << 27}
     ray_cluster = Cluster(initialize_head=True, head_node_args=head)
