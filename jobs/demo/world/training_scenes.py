@@ -26,7 +26,8 @@ def draw_training_scenes(
     ]
     # spawn: a fork may hang after torch has started threads
     with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
-        results = list(tqdm(pool.map(_draw_chunk, chunks), total=len(chunks), desc="draw", unit="chunk"))
+        draw_chunks = pool.map if num_workers > 1 else map  # one worker is this process; the pool then starts none
+        results = list(tqdm(draw_chunks(_draw_chunk, chunks), total=len(chunks), desc="draw", unit="chunk"))
     return [scene for scenes, _ in results for scene in scenes], np.concatenate([pixels for _, pixels in results])
 
 
