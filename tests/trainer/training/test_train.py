@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -39,34 +39,18 @@ STEPS = 20
 FOLDER = "runs/tiny/train"
 
 
-@dataclass
-class Launched:
-    """A running training command."""
-
-    process: subprocess.Popen[str]
-    metrics: Path
-
-    def wait_for_step(self, step: int) -> None:
-        """Wait until the run has recorded a step."""
-        deadline = time.monotonic() + 300
-        while not any(metrics.step >= step for metrics in read_step_metrics(self.metrics)):
-            assert self.process.poll() is None, self.process.communicate()[1]
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-
-    def ranks(self) -> list[int]:
-        """Process ids of the ranks, which are children of torchrun, the launcher's child."""
-        [torchrun] = children(self.process.pid)
-        return children(torchrun)
-
-    def end(self) -> tuple[int, str]:
-        """Exit code and log."""
-        log = self.process.communicate(timeout=300)[1]
-        return self.process.returncode, log
+def wait_for(condition: Callable[[], bool], is_running: Callable[[], bool]) -> None:
+    """Wait until the condition holds, while a process runs."""
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert is_running()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
-def children(process: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+def has_step(root: Root, step: int) -> bool:
+    """Whether the run has recorded a step."""
+    return any(metrics.step >= step for metrics in read_step_metrics(root.local_path(f"{FOLDER}/metrics.jsonl")))
 
 
 def is_alive(process: int) -> bool:
@@ -76,19 +60,26 @@ def is_alive(process: int) -> bool:
         return False
 
 
-def start(recipe: TrainingRecipe, root: Root) -> Launched:
-    """Start the training command with two ranks."""
+def write_recipe(recipe: TrainingRecipe, root: Root) -> list[str]:
+    """Write a recipe. Returns the arguments of a rank that trains with it."""
     path = root.local_path("recipe.json")
     path.write_text(recipe.model_dump_json())
-    process = start_launcher("train_rank", str(path), root.url)
-    return Launched(process, root.local_path(f"{recipe.train.folder}/metrics.jsonl"))
+    return ["train_rank", str(path), root.url]
 
 
-def start_launcher(*argv: str) -> subprocess.Popen[str]:
+def launch(*argv: str) -> subprocess.Popen[str]:
     """Launch `python -m <argv>` in two ranks."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     command = [sys.executable, "-c", LAUNCH, "2", *argv]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.fixture
+def waiting_ranks(tmp_path: Path) -> tuple[subprocess.Popen[str], list[int]]:
+    """A launcher and the process ids of its two ranks, which only wait: they start at once and import no torch."""
+    launcher = launch("waiting_rank", str(tmp_path))
+    wait_for(lambda: len(list(tmp_path.iterdir())) == 2, lambda: launcher.poll() is None)
+    return launcher, [int(path.name) for path in tmp_path.iterdir()]
 
 
 @pytest.fixture(scope="module")
@@ -141,19 +132,19 @@ def test_a_killed_and_terminated_run_equals_an_uninterrupted_run(
 ) -> None:
     recipe = recipe_of(autoencoder_folder)
     # The number of steps may be raised when a run is resumed.
-    killed = start(recipe_of(autoencoder_folder, steps=STEPS - 5), training_set)
-    killed.wait_for_step(6)
-    ranks = killed.ranks()
-    os.kill(ranks[1], signal.SIGKILL)
-    # Without torchrun's help the other rank would wait for the killed one until `end` raises.
-    assert killed.end()[0] != 0
-    assert not any(map(is_alive, ranks))
+    argv = write_recipe(recipe_of(autoencoder_folder, steps=STEPS - 5), training_set)
+    ranks = start_ranks(argv, training_set.local_path("log"), ranks=2)
+    wait_for(lambda: has_step(training_set, 6), ranks[0].is_alive)
+    ranks[1].kill()
+    ranks[0].terminate()  # as torchrun does
+    ranks[0].join(timeout=300)
+    assert ranks[0].exitcode not in (None, 0)
 
-    terminated = start(recipe, training_set)
-    terminated.wait_for_step(11)
-    terminated.process.send_signal(signal.SIGTERM)
-    code, log = terminated.end()
-    assert code == TERMINATED, log
+    terminated = launch(*write_recipe(recipe, training_set))
+    wait_for(lambda: has_step(training_set, 11), lambda: terminated.poll() is None)
+    terminated.send_signal(signal.SIGTERM)
+    log = terminated.communicate(timeout=300)[1]
+    assert terminated.returncode == TERMINATED, log
     assert not training_set.exists(f"{FOLDER}/manifest.json")
     stopped_at = history(training_set)[-1][0]
     assert stopped_at >= 11
@@ -177,19 +168,19 @@ def test_a_run_resumed_on_other_numbers_of_ranks_equals_an_uninterrupted_run(
     np.testing.assert_allclose(resumed, expected, rtol=1e-3)
 
 
-def test_ranks_end_when_their_launcher_is_killed(tmp_path: Path) -> None:
-    # Ranks that only wait start in no time; the next test shows that training asks for the same end.
-    process = start_launcher("waiting_rank", str(tmp_path))
-    deadline = time.monotonic() + 300
-    while len(ranks := [int(path.name) for path in tmp_path.iterdir()]) < 2:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.kill()
-    process.communicate()
-    while any(map(is_alive, ranks)):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+def test_the_other_ranks_end_when_one_is_killed(waiting_ranks: tuple[subprocess.Popen[str], list[int]]) -> None:
+    launcher, ranks = waiting_ranks
+    os.kill(ranks[1], signal.SIGKILL)
+    launcher.communicate(timeout=300)
+    assert launcher.returncode != 0
+    assert not any(map(is_alive, ranks))
+
+
+def test_ranks_end_when_their_launcher_is_killed(waiting_ranks: tuple[subprocess.Popen[str], list[int]]) -> None:
+    launcher, ranks = waiting_ranks
+    launcher.kill()
+    launcher.communicate()
+    wait_for(lambda: not any(map(is_alive, ranks)), lambda: True)
 
 
 def test_ranks_end_with_their_parent_and_get_the_recipes_timeout(
