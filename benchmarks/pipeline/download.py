@@ -75,7 +75,7 @@ FULL = {"fast": Extent(shards=8, rows=400, edge=450), "slow": Extent(shards=2, r
 TINY = {"fast": Extent(shards=2, rows=12, edge=40), "slow": Extent(shards=1, rows=12, edge=40)}
 DELAY_S = 1.0
 CASES = [Case(split, processes, 32) for split in SPLITS for processes in PROCESSES]
-SLOW_CASES = [Case("database", processes, 384, DELAY_S) for processes in PROCESSES]
+CASES += [Case("database", processes, 384, DELAY_S) for processes in PROCESSES]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -88,14 +88,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     with serve_folder(pictures) as address, serve_folder(pictures, DELAY_S) as slow_address:
         _write_rows(folder / "fast", address, extents["fast"])
         _write_rows(folder / "slow", slow_address, extents["slow"])
-        cases = [_case(folder / case.folder, extents[case.folder], rounds, case) for case in options.cases]
+        cases = _stored_cases(options)
+        for number in options.cases:
+            case = CASES[number]
+            cases[number] = _case(folder / case.folder, extents[case.folder], rounds, case)
     result = {
         "hardware": hardware(),
         "extents": {name: vars(extent) for name, extent in extents.items()},
         "rounds": rounds,
         "kilobytes": [min(sizes_kb), statistics.fmean(sizes_kb), max(sizes_kb)],
         "version": version("img2dataset"),
-        "cases": cases,
+        "cases": [cases[number] for number in sorted(cases)],
     }
     write_report(options.scratch if options.tiny else options.docs, "download", result, page(result))
 
@@ -228,10 +231,20 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--scratch", type=Path, default=SCRATCH, help="folder for data")
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder for the report")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--cases", type=int, nargs="+", choices=range(len(CASES)), help="measure these again, keep other results"
+    )
     parser.add_argument("--tiny", action="store_true", help="a short check of the code; writes to --scratch")
     options = parser.parse_args(argv)
-    options.cases = CASES[2:3] if options.tiny else [*CASES, *SLOW_CASES]
+    options.cases = [2] if options.tiny else options.cases or list(range(len(CASES)))
     return options
+
+
+def _stored_cases(options: argparse.Namespace) -> dict[int, dict[str, Any]]:
+    """The cases of the report by number, if only some are measured again."""
+    if options.tiny or len(options.cases) == len(CASES):
+        return {}
+    return dict(enumerate(json.loads((options.docs / "download.json").read_text())["cases"]))
 
 
 if __name__ == "__main__":

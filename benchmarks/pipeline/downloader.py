@@ -40,6 +40,7 @@ def ours(split: str, folder: Path, threads: int) -> Download:
         jpeg_quality=QUALITY,
         threads=threads // SHARDS_AT_ONCE,
         host_connections=threads // SHARDS_AT_ONCE,
+        max_host_connections=threads,
     )
     work = make_work(config, Root(folder), Blocklist())
 
