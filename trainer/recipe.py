@@ -112,6 +112,18 @@ class DiffusionConfig(Config):
         return self
 
 
+class LoraConfig(Config):
+    """Low-rank adapters, trained in place of the weights (section `train.lora` of a recipe)."""
+
+    rank: PositiveInt = 16
+    """Rank of the change of a layer's weights."""
+    alpha: PositiveFloat = 16.0
+    """The change is multiplied by alpha / rank."""
+    target: tuple[str, ...] = Field(("to_q", "to_k", "to_v", "to_out.0"), strict=False, min_length=1)
+    """Ends of the names of linear layers: by default the projections of all attention. `attn2.to_k` and `attn2.to_v`
+    are those of the neighbors, `ff.net.0.proj` and `ff.net.2` the layers behind attention."""
+
+
 class TrainConfig(Config):
     """Training of the UNet (section `train` of a recipe)."""
 
@@ -119,6 +131,9 @@ class TrainConfig(Config):
     """Name of the run, which is also its folder below `runs/`."""
     start_from: str = ""
     """Name of a finished run; its exported weights initialize this one. Empty: random initial weights."""
+    lora: LoraConfig | None = added_setting(None)
+    """Train adapters (section `train.lora`) and leave the weights of `start_from` as they are. None: train all weights.
+    The finished run has both the adapters and a whole model with them."""
     source: Literal["latents", "images"]
     """`latents` reads `latents/<size>`; `images` reads the tars of `download/train` and encodes them in the
     training step."""
@@ -144,6 +159,9 @@ class TrainConfig(Config):
     """Optimizer steps, skipped ones included. A larger number continues a finished run."""
     learning_rate: PositiveFloat = 1e-4
     """Learning rate of AdamW after the warm-up."""
+    optimizer: Literal["adamw", "adamw_8bit"] = added_setting("adamw")
+    """`adamw_8bit` is that of the package bitsandbytes, which stores moments in 8 bits: 2 bytes a weight instead of 8.
+    For one rank, with zero_stage 0, 1 or 2."""
     warmup_steps: NonNegativeInt = 10_000
     """Steps over which the learning rate rises linearly from 0."""
     learning_rate_decay: Decay = added_setting("none")
@@ -183,7 +201,8 @@ class TrainConfig(Config):
     timestep_density: tuple[NonNegativeFloat, ...] = added_setting((), strict=False)
     """`density`: relative frequencies of equal ranges of timesteps, least noise first, such as [1, 2, 2, 1]."""
     ema_decay: float = Field(0.9999, ge=0, lt=1)
-    """Decay of the moving average of the weights. The averaged weights are exported."""
+    """Decay of the moving average of the weights. The averaged weights are exported. 0: the weights themselves, without
+    memory for an average."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Number format of the network. Master weights, their average and the loss are always fp32."""
     zero_stage: int = runtime_setting(1, ge=0, le=3)
@@ -246,6 +265,14 @@ class TrainConfig(Config):
             raise ValueError("zero_stage 0 has no fp32 master weights: set precision fp32, or zero_stage 1")
         if self.zero_stage == 3 and self.compile:
             raise ValueError("zero_stage 3 fetches weights in hooks that cannot be compiled: set compile = false")
+        if self.lora and not self.start_from:
+            raise ValueError("lora needs start_from: adapters change a model that is already trained")
+        if self.lora and self.zero_stage == 3:
+            raise ValueError(
+                "lora works with zero_stage 0, 1 and 2: stage 3 shards weights, which adapters leave as is"
+            )
+        if self.optimizer == "adamw_8bit" and self.zero_stage == 3:
+            raise ValueError('optimizer "adamw_8bit" works with zero_stage 0, 1 and 2')
         if (self.validate_every or self.preview_every) and not self.validation_images:
             raise ValueError("validate_every and preview_every need validation_images of at least 1")
         if self.wandb and not self.wandb_project:

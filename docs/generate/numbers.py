@@ -160,7 +160,16 @@ def models() -> str:
     return "\n".join(lines)
 
 
+def finetuning() -> str:
+    """Memory of fine-tuning on one GPU."""
+    lines = ["| | trained parameters | GB at the peak | of it always |", "|---|---|---|---|"]
+    for row in load("finetuning")["rows"]:
+        lines.append(f"| {row['case']} | {row['trained']:,} | {row['peak']:.1f} | {row['state']:.1f} |")
+    return "\n".join(lines)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
+    "finetuning": finetuning,
     "headline": headline,
     "models": models,
     "near_copies": near_copies,

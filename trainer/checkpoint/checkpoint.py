@@ -24,11 +24,11 @@ from trainer.engine.deepspeed_engine import Ranks
 from trainer.engine.ema import AVERAGE, MovingAverage
 from trainer.engine.fragments import (
     MASTER,
-    MOMENTS,
     Fragment,
     copy_masters_to_weights,
     initialize_moments,
     local_fragments,
+    moment_states,
     owned_fragments,
 )
 from trainer.recipe import CHANGEABLE
@@ -139,7 +139,7 @@ class CheckpointFolder:
     def save(self, engine: deepspeed.DeepSpeedEngine, average: MovingAverage, progress: Progress, ranks: Ranks) -> None:
         """Call `finish`, then copy the present state, which a thread writes. A collective."""
         tensors = {fragment_key(AVERAGE, fragment): fragment.values for fragment in average.fragments}
-        for state in (MASTER, *MOMENTS):
+        for state in (MASTER, *moment_states(engine)):
             for fragment in owned_fragments(engine, state, ranks):
                 tensors[fragment_key(state, fragment)] = fragment.values
         self.save_tensors(tensors, progress, ranks)
@@ -180,10 +180,10 @@ class CheckpointFolder:
         progress = Progress(**{name: newest[name] for name in Progress.__dataclass_fields__})
         initialize_moments(engine, progress.updates)
         with SavedFragments(self.root, newest["tag"]) as saved:
-            for state in (MASTER, *MOMENTS):
+            for state in (MASTER, *moment_states(engine)):
                 for fragment in local_fragments(engine, state, ranks):
                     saved.read_into(state, fragment)
-            for fragment in average.fragments:
+            for fragment in average.fragments if average.is_copy else ():
                 saved.read_into(AVERAGE, fragment)
         copy_masters_to_weights(engine)
         return progress

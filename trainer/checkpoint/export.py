@@ -1,9 +1,10 @@
 """Exports a finished run: the averaged weights as a diffusers folder, the recipe and the manifest.
 
-Writes `model/`, `recipe.json` and, last, `manifest.json` in the run's folder: all that sampling needs of the run.
+Writes `model/`, `recipe.json` and, last, `manifest.json` in the run's folder: all that sampling needs of the run. With
+`train.lora` the model has the adapters merged, and `adapter/` has them alone in peft's layout.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,11 +14,14 @@ from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, ShardRecord, write_manifest
 from retrieval.storage.root import FileRecord, Root
 from trainer.data.plan import TrainingPlan
+from trainer.model.lora import merge, peft_files
 from trainer.model.unet import build_unet
-from trainer.recipe import ModelConfig, TrainingRecipe
+from trainer.recipe import LoraConfig, ModelConfig, TrainingRecipe
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+ADAPTER = "adapter"
+"""Folder of the adapters of `train.lora`, in peft's layout."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,21 @@ class FinishedRun:
     latent_shape: tuple[int, int, int]
     rows: int = 0
     """Number of training images; 0 if unknown."""
+    adapters: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Averaged adapters of `train.lora`, by name."""
 
 
 def export_run(
     plan: TrainingPlan, root: Root, weights: dict[str, torch.Tensor], numbers: dict[str, float], seconds: float
 ) -> None:
-    """Publish a trained model. weights: averaged, fp32, by name; numbers, seconds: as for `publish_run`."""
+    """Publish a trained model. weights: averaged, fp32, by name; numbers, seconds: as for `publish_run`.
+
+    With `train.lora`, weights are those of the adapters.
+    """
+    train, adapters = plan.config.train, {}
+    if train.lora:
+        adapters = weights
+        weights = merge(read_model_weights(root, f"runs/{train.start_from}/train"), adapters, train.lora)
     run = FinishedRun(
         config=plan.config,
         fingerprint=plan.fingerprint,
@@ -46,6 +59,7 @@ def export_run(
         autoencoder=plan.autoencoder,
         latent_shape=plan.training_set.latent_shape,
         rows=sum(plan.training_set.rows),
+        adapters=adapters,
     )
     publish_run(run, root, weights, numbers, seconds)
 
@@ -58,6 +72,8 @@ def publish_run(
     """
     folder = run.config.train.folder
     files = (*_write_model(root, f"{folder}/model", run.config.model, weights), _write_recipe(root, run))
+    if run.config.train.lora:
+        files = (*files, *_write_adapters(root, f"{folder}/{ADAPTER}", run.adapters, run.config.train.lora))
     manifest = Manifest(
         stage=folder,
         schema_version=schema.VERSION,
@@ -85,12 +101,24 @@ def _write_model(
         unet: Any = build_unet(config)
     unet.load_state_dict(weights, strict=True, assign=True)
     # Always one file, because readers open it by name.
-    with root.writing(f"{folder}/{WEIGHTS}") as pending:
-        save_file(unet.state_dict(), pending.path, metadata={"format": "pt"})
+    stored = _write_tensors(root, f"{folder}/{WEIGHTS}", unet.state_dict())
+    return root.write_bytes(f"{folder}/{CONFIG}", unet.to_json_string().encode()), stored
+
+
+def _write_adapters(
+    root: Root, folder: str, adapters: dict[str, torch.Tensor], lora: LoraConfig
+) -> tuple[FileRecord, ...]:
+    config, tensors = peft_files(adapters, lora)
+    stored = _write_tensors(root, f"{folder}/adapter_model.safetensors", tensors)
+    return root.write_json(f"{folder}/adapter_config.json", config), stored
+
+
+def _write_tensors(root: Root, name: str, tensors: dict[str, torch.Tensor]) -> FileRecord:
+    with root.writing(name) as pending:
+        save_file(tensors, pending.path, metadata={"format": "pt"})
         # safetensors creates files that only the owner can read.
         pending.path.chmod(0o644)
-    description = root.write_bytes(f"{folder}/{CONFIG}", unet.to_json_string().encode())
-    return description, pending.record
+    return pending.record
 
 
 def read_model_weights(root: Root, folder: str) -> dict[str, torch.Tensor]:

@@ -78,7 +78,12 @@ def accumulation_steps(config: TrainConfig, world: int) -> int:
 
 
 def engine_settings(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
-    """The DeepSpeed settings of a run on these ranks. Raises UserError if the batch cannot be split."""
+    """The DeepSpeed settings of a run on these ranks. Raises UserError if the batch or the optimizer does not fit."""
+    if config.optimizer == "adamw_8bit" and ranks.world > 1:
+        raise UserError(
+            f'train.optimizer "adamw_8bit" works on one rank, this run has {ranks.world}. Set it to "adamw": ZeRO '
+            f"shards its moments over the ranks."
+        )
     return {
         "train_batch_size": config.global_batch,
         "train_micro_batch_size_per_gpu": config.micro_batch,

@@ -25,17 +25,23 @@ def decay_at(updates: int, decay: float) -> float:
 
 
 class MovingAverage:
-    """Moving average of fragments of the master weights. Every update reads their current values."""
+    """Moving average of fragments of the master weights. Every update reads their current values.
+
+    Without decay the weights are their own average: then `fragments` are the masters, without a copy.
+    """
 
     def __init__(self, masters: list[Fragment], decay: float) -> None:
         self._masters = [master.values for master in masters]
         self._decay = decay
-        self.fragments = [Fragment(master.name, master.start, master.values.clone()) for master in masters]
+        self.is_copy = decay > 0
+        copies = [Fragment(master.name, master.start, master.values.clone()) for master in masters if self.is_copy]
+        self.fragments = copies or masters
         self._averages = [fragment.values for fragment in self.fragments]
 
     def update(self, updates: int) -> None:
         """average += (1 - decay) (weights - average). updates: number of optimizer steps done, at least 1."""
-        torch._foreach_lerp_(self._averages, self._masters, 1 - decay_at(updates, self._decay))
+        if self.is_copy:
+            torch._foreach_lerp_(self._averages, self._masters, 1 - decay_at(updates, self._decay))
 
     def gather(self, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, torch.Tensor]]:
         """Name and complete average of each parameter of `shapes`, on the CPU. A collective: iterate to the end."""

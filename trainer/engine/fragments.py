@@ -13,6 +13,7 @@ import deepspeed.comm as dist
 import torch
 from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
+from trainer.engine import eight_bit
 from trainer.engine.deepspeed_engine import Ranks
 
 MASTER = "master"
@@ -33,9 +34,20 @@ class Fragment:
         return self.start + self.values.numel()
 
 
+def moment_states(engine: deepspeed.DeepSpeedEngine) -> tuple[str, ...]:
+    """Names of the optimizer's states: MOMENTS, or those of the 8-bit optimizer."""
+    return eight_bit.STATES if eight_bit.is_8bit(_inner_optimizer(engine)) else MOMENTS
+
+
+def _inner_optimizer(engine: deepspeed.DeepSpeedEngine) -> Any:
+    return engine.optimizer.optimizer if engine.zero_optimization_stage() else engine.optimizer
+
+
 def local_fragments(engine: deepspeed.DeepSpeedEngine, state: str, ranks: Ranks) -> list[Fragment]:
-    """This rank's fragments of MASTER or, after `initialize_moments`, of one of MOMENTS, as fp32 views."""
+    """This rank's fragments of MASTER or, after `initialize_moments`, of one of `moment_states`, as views."""
     stage = engine.zero_optimization_stage()
+    if state in eight_bit.STATES:
+        return [Fragment(name, 0, values) for name, values in eight_bit.states_of(_inner_optimizer(engine), state)]
     return list(_whole(engine, state) if stage == 0 else _split(engine, state, ranks))
 
 
@@ -46,8 +58,13 @@ def owned_fragments(engine: deepspeed.DeepSpeedEngine, state: str, ranks: Ranks)
     return fragments[ranks.rank :: ranks.world] if engine.zero_optimization_stage() == 0 else fragments
 
 
+def trained_parameters(engine: deepspeed.DeepSpeedEngine) -> list[tuple[str, torch.nn.Parameter]]:
+    """Name and weight of each parameter that is trained: of all, or of the adapters."""
+    return [(name, weight) for name, weight in engine.module.named_parameters() if weight.requires_grad]
+
+
 def _whole(engine: deepspeed.DeepSpeedEngine, state: str) -> Iterator[Fragment]:
-    for name, weight in engine.module.named_parameters():
+    for name, weight in trained_parameters(engine):
         values = weight if state == MASTER else engine.optimizer.state[weight][state]
         # view, not flatten, which may copy: a copy would not follow the optimizer.
         yield Fragment(name, 0, values.detach().view(-1))
@@ -55,7 +72,7 @@ def _whole(engine: deepspeed.DeepSpeedEngine, state: str) -> Iterator[Fragment]:
 
 def _split(engine: deepspeed.DeepSpeedEngine, state: str, ranks: Ranks) -> Iterator[Fragment]:
     fragment_of = _split_weight if engine.zero_optimization_stage() == 3 else _split_optimizer
-    for name, weight in engine.module.named_parameters():
+    for name, weight in trained_parameters(engine):
         start, values = fragment_of(weight, state, ranks.rank)
         if values.numel():
             yield Fragment(name, start, values)
@@ -83,8 +100,11 @@ def initialize_moments(engine: deepspeed.DeepSpeedEngine, steps: int) -> None:
     In its first step DeepSpeed would link parameters to the moments of the first group alone.
     """
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
+    if eight_bit.is_8bit(_inner_optimizer(engine)):
+        eight_bit.initialize_states(_inner_optimizer(engine), steps)
+        return
     if stage == 0:
-        states, masters = optimizer.state, list(engine.module.parameters())
+        states, masters = optimizer.state, [weight for _, weight in trained_parameters(engine)]
     else:
         split = {3: "fp32_partitioned_groups_flat"}.get(stage, "single_partition_of_fp32_groups")
         states, masters = optimizer.optimizer.state, getattr(optimizer, split)

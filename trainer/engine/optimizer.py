@@ -8,26 +8,29 @@ from typing import Any
 
 import torch
 
+from trainer.engine.eight_bit import make_adamw_8bit
 from trainer.recipe import TrainConfig
 
 
-def make_optimizer(module: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """torch's fused AdamW, on CPU and GPU.
+def make_optimizer(module: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """torch's fused AdamW, on CPU and GPU, or that of bitsandbytes. Raises UserError without bitsandbytes.
 
     DeepSpeed's FusedAdam and CPUAdam are compiled at first use, which takes minutes and a compiler on every machine;
     their losses agree to 1e-6.
     """
-    betas = (config.adam_beta1, config.adam_beta2)
     groups = parameter_groups(module, config)
+    if config.optimizer == "adamw_8bit":
+        return make_adamw_8bit(groups, config)
+    betas = (config.adam_beta1, config.adam_beta2)
     return torch.optim.AdamW(groups, config.learning_rate, betas, config.adam_eps, fused=True)
 
 
 def parameter_groups(module: torch.nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """All parameters in one group, or, without `decay_norms_and_biases`, those of one dimension in a second one.
+    """All trained weights in one group, or, without `decay_norms_and_biases`, those of one dimension in a second one.
 
     Biases and the weights of normalizations have one dimension; all other weights have more.
     """
-    parameters = list(module.parameters())
+    parameters = [weight for weight in module.parameters() if weight.requires_grad]
     if config.decay_norms_and_biases:
         return [{"params": parameters, "weight_decay": config.weight_decay}]
     decayed, other = ([weight for weight in parameters if (weight.ndim > 1) == wanted] for wanted in (True, False))

@@ -44,6 +44,8 @@ def read_run(source: Path, config: TrainingRecipe) -> ReleasedModel:
         weights = read_model_weights(root, stage)
         return ReleasedModel(weights, Path(config.autoencoder.path), manifest.values["encoder"])
     settings = _index(source)["settings"]
+    if "train.lora" in settings:
+        raise UserError(f"{source} has only the adapters of train.lora: finish the run, then start from it.")
     sections: dict[str, dict[str, Any]] = {"model": {}, "diffusion": {}}
     for name, value in settings.items():
         section, _, key = name.partition(".")

@@ -12,7 +12,7 @@ from retrieval.storage.lease import lease_token
 from retrieval.storage.root import Root
 from trainer.data.plan import TrainingPlan
 from trainer.engine.deepspeed_engine import Ranks
-from trainer.model.unet import build_unet
+from trainer.model.lora import build_trained
 
 CHECKPOINT_BYTES = 16
 """Bytes of a checkpoint per parameter: fp32 weight, two moments and average."""
@@ -28,11 +28,12 @@ def check_space(plan: TrainingPlan, root: Root) -> None:
         return
     train = plan.config.train
     with torch.device("meta"):
-        parameters = sum(weight.numel() for weight in build_unet(plan.config.model).parameters())
+        weights = list(build_trained(plan.config.model, train.lora).parameters())
+    parameters = sum(weight.numel() for weight in weights if weight.requires_grad)
     permanent = train.steps // train.keep_every if train.keep_every else 0
     # One more than are kept, because an old checkpoint is deleted only after the new one is written.
     count = min(train.keep_checkpoints + 1 + permanent, -(-train.steps // train.checkpoint_every) + 1)
-    needed = parameters * (count * CHECKPOINT_BYTES + MODEL_BYTES)
+    needed = parameters * count * CHECKPOINT_BYTES + sum(weight.numel() for weight in weights) * MODEL_BYTES
     folder = root.local_path(train.folder)
     written = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
     free = shutil.disk_usage(_existing(folder)).free

@@ -12,8 +12,8 @@ from trainer.data.plan import TrainingPlan
 from trainer.engine.deepspeed_engine import Ranks
 from trainer.engine.ema import MovingAverage
 from trainer.model.autoencoder import Autoencoder
-from trainer.model.unet import build_unet
-from trainer.recipe import ModelConfig
+from trainer.model.lora import build_trained
+from trainer.recipe import TrainingRecipe
 from trainer.tracking.training_log import TrainingLog, ValidationMetrics
 from trainer.training.previews import IMAGES, Previews, encode_prompts
 from trainer.training.validation import ValidationSet, held_out_rows, read_held_out
@@ -23,7 +23,7 @@ class ModelMonitor:
     """Validation set and previews of a run. All ranks have one and call it at the same steps."""
 
     def __init__(self, plan: TrainingPlan, loader: Loader, ranks: Ranks, training_log: TrainingLog | None) -> None:
-        self._model, self._train = plan.config.model, plan.config.train
+        self._config, self._train = plan.config, plan.config.train
         self._ranks, self._training_log = ranks, training_log
         autoencoder = Autoencoder.load(plan.config.autoencoder, str(ranks.device))
         encoder = autoencoder if plan.training_set.source == "images" else None
@@ -34,7 +34,7 @@ class ModelMonitor:
             rows = held_out_rows(plan.training_set)[:IMAGES]
             images = read_held_out(plan, loader, rows, encoder)
             if plan.config.clip:
-                texts, norm = self._train.preview_prompts, self._model.context_norm
+                texts, norm = self._train.preview_prompts, plan.config.model.context_norm
                 prompts = encode_prompts(texts, plan.config.clip, plan.encoder, norm)
             self._previews = Previews(images, prompts, autoencoder, plan.config.diffusion, ranks.device)
 
@@ -45,7 +45,7 @@ class ModelMonitor:
     def run(self, engine: deepspeed.DeepSpeedEngine, average: MovingAverage, step: int) -> None:
         """Run the validation and preview that are due after `step` steps. A collective."""
         dtype = next(engine.module.parameters()).dtype
-        unet = averaged_unet(self._model, average, self._ranks.device, dtype)
+        unet = averaged_unet(self._config, average, engine.module)
         if self._validation and _is_due(self._train.validate_every, step):
             engine.eval()
             losses = (*self._validation.loss(engine, dtype), *self._validation.loss(unet, dtype))
@@ -60,15 +60,17 @@ def _is_due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def averaged_unet(
-    config: ModelConfig, average: MovingAverage, device: torch.device, dtype: torch.dtype
-) -> torch.nn.Module:
-    """A new UNet with the averaged weights, in evaluation mode. A collective."""
+def averaged_unet(config: TrainingRecipe, average: MovingAverage, trained: torch.nn.Module) -> torch.nn.Module:
+    """A new UNet like the trained one with the averaged weights, in evaluation mode. A collective."""
     with torch.device("meta"):
-        unet = build_unet(config)
-    unet = unet.type(dtype).to_empty(device=device).eval().requires_grad_(False)
+        unet = build_trained(config.model, config.train.lora)
+    first = next(trained.parameters())
+    unet = unet.type(first.dtype).to_empty(device=first.device).eval().requires_grad_(False)
     weights = dict(unet.named_parameters())
-    shapes = {name: weight.shape for name, weight in weights.items()}
+    for name, weight in trained.named_parameters():
+        if not weight.requires_grad:
+            weights[name].copy_(weight)
+    shapes = {name: weights[name].shape for name, weight in trained.named_parameters() if weight.requires_grad}
     for name, values in average.gather(shapes):
         weights[name].copy_(values)
     return unet

@@ -18,13 +18,14 @@ import torch
 from retrieval.storage.lease import lease, raise_if_lost
 from retrieval.storage.root import Root
 from trainer.checkpoint.checkpoint import CheckpointFolder, Progress
-from trainer.checkpoint.export import export_run, read_model_weights
+from trainer.checkpoint.export import ADAPTER, export_run, read_model_weights
 from trainer.data.loader import Loader
 from trainer.data.plan import TrainingPlan, is_finished, make_plan
 from trainer.engine.deepspeed_engine import Ranks, join_ranks, leave_ranks, make_engine, use_deterministic_algorithms
 from trainer.engine.ema import MovingAverage
 from trainer.engine.fragments import MASTER, owned_fragments, set_masters
 from trainer.model.autoencoder import Autoencoder
+from trainer.model.lora import add_adapters
 from trainer.model.unet import build_unet
 from trainer.recipe import TrainingRecipe
 from trainer.tracking.dashboards import import_wandb, open_dashboards
@@ -40,7 +41,18 @@ from trainer.training.run_files import RunFiles
 
 log = logging.getLogger("train")
 
-OUTPUTS = ("checkpoints", METRICS, VALIDATION, PREVIEWS, PROFILES, "tensorboard", "wandb", "model", "recipe.json")
+OUTPUTS = (
+    "checkpoints",
+    METRICS,
+    VALIDATION,
+    PREVIEWS,
+    PROFILES,
+    "tensorboard",
+    "wandb",
+    "model",
+    ADAPTER,
+    "recipe.json",
+)
 """Files and folders of a run that `train.restart` deletes, besides the manifest."""
 
 
@@ -84,7 +96,9 @@ def _train(plan: TrainingPlan, root: Root, ranks: Ranks, termination: Terminatio
     unet = build_unet(config.model)
     if config.train.start_from:
         unet.load_state_dict(read_model_weights(root, f"runs/{config.train.start_from}/train"), strict=True)
-    shapes = {name: weight.shape for name, weight in unet.named_parameters()}
+    if config.train.lora:
+        add_adapters(unet, config.train.lora)
+    shapes = {name: weight.shape for name, weight in unet.named_parameters() if weight.requires_grad}
     files = RunFiles(root, config.train.folder, resources) if ranks.is_first else None
     session, progress = _start(plan, root, unet, ranks, files)
     if ranks.is_first:
@@ -142,7 +156,7 @@ def _start(
 ) -> tuple[Session, Progress]:
     """Build the session and load the newest checkpoint. Also returns what the run has done. files: on rank 0."""
     config = plan.config.train
-    weights = {name: weight.detach() for name, weight in unet.named_parameters()}
+    weights = {name: weight.detach() for name, weight in unet.named_parameters() if weight.requires_grad}
     engine = make_engine(unet, config, ranks)
     if config.precision == "bf16":
         set_masters(engine, weights, ranks)
@@ -186,7 +200,7 @@ def _log_start(plan: TrainingPlan, parameters: int, ranks: Ranks, done: Progress
     config, images = plan.config.train, sum(plan.training_set.rows)
     epochs = (done.images + (config.steps - done.step) * config.global_batch) / images
     log.info(
-        f"{config.name}  {parameters:,} parameters  {images:,} images with {config.k} neighbors each  "
+        f"{config.name}  {parameters:,} trained parameters  {images:,} images with {config.k} neighbors each  "
         f"{config.size} px as {plan.training_set.latent_shape}  batch {config.global_batch} on {ranks.world} "
         f"ranks by {config.micro_batch}  {config.precision}  ZeRO {config.zero_stage}  "
         f"steps {done.step:,} to {config.steps:,} ({epochs:,.1f} epochs)"

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.trainer.training.step_memory import PeakMemory, fused_attention
 from trainer.model.autoencoder import Autoencoder, encode_in_bf16, kl_f16
 from trainer.model.unet import build_unet
 from trainer.recipe import AutoencoderConfig, TrainingRecipe
+from trainer.tracking.step_memory import PeakMemory, fused_attention
 
 RECIPES = Path(__file__).parents[3] / "jobs/configs"
 SIZES = (256, 512, 768)

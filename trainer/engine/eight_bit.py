@@ -1,0 +1,49 @@
+"""AdamW of bitsandbytes, which stores both moments in 8 bits: a quarter of the memory. For one rank.
+
+A block of 256 elements shares an fp32 scale, so that moments cannot be split by parameter. They are saved as they are,
+for each master tensor of the optimizer. Only this module knows the names of its states.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from retrieval.errors import UserError
+from trainer.recipe import TrainConfig
+
+STATES = ("state1", "state2", "absmax1", "absmax2")
+"""Both moments, uint8, and their scales, fp32."""
+
+
+def make_adamw_8bit(groups: list[dict[str, Any]], config: TrainConfig) -> Any:
+    """The optimizer. Raises UserError without bitsandbytes."""
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise UserError(
+            'train.optimizer "adamw_8bit" needs bitsandbytes: run \'pip install bitsandbytes\', or set it to "adamw".'
+        ) from error
+    betas = (config.adam_beta1, config.adam_beta2)
+    # 0: small tensors too, so that all have the same states.
+    return bitsandbytes.optim.AdamW8bit(groups, config.learning_rate, betas, config.adam_eps, min_8bit_size=0)
+
+
+def is_8bit(optimizer: Any) -> bool:
+    """True for an optimizer of `make_adamw_8bit`."""
+    return type(optimizer).__name__ == "AdamW8bit"
+
+
+def initialize_states(optimizer: Any, steps: int) -> None:
+    """Create the moments as zeros, as the first step would, with the step counter at `steps`."""
+    for number, group in enumerate(optimizer.param_groups):
+        for position, master in enumerate(group["params"]):
+            optimizer.init_state(group, master, number, position)
+            optimizer.state[master]["step"] = steps
+
+
+def states_of(optimizer: Any, state: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and flat values of one of STATES for each master tensor."""
+    masters = [master for group in optimizer.param_groups for master in group["params"]]
+    for number, master in enumerate(masters):
+        yield f"master{number}", optimizer.state[master][state].view(-1)

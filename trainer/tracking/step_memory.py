@@ -1,0 +1,128 @@
+"""Memory of a training step, counted from the shapes of its tensors on the meta device.
+
+Counts what is alive at the same time: weights, gradients, activations and the autoencoder's own activations. Fused
+attention is counted as on a GPU, where it stores no products of queries and keys. Reads and writes nothing.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from trainer.model.lora import build_trained
+from trainer.recipe import TrainingRecipe
+
+BUCKET_BYTES = 500_000_000 * 2
+"""DeepSpeed's buffer of bf16 gradients to reduce, with its default size. On one rank there is one."""
+MOMENT_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256}
+"""Bytes of both moments of a trained weight. In 8 bits, blocks of 256 share an fp32 scale."""
+
+
+class PeakMemory(TorchDispatchMode):
+    """Largest sum of bytes of all tensors that operations inside the block have made and that are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self._storages: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._storages:
+            return
+        self._storages.add(key)
+        self.alive += storage.nbytes()
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._free, key, storage.nbytes())
+
+    def _free(self, key: int, num_bytes: int) -> None:
+        self._storages.discard(key)
+        self.alive -= num_bytes
+
+
+class FusedAttention(torch.autograd.Function):
+    """Attention with the shapes and the stored tensors of a fused kernel; the values are undefined."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        output = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+def fused_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> torch.Tensor:
+    """Takes the place of torch's scaled_dot_product_attention on the meta device."""
+    return FusedAttention.apply(query, key, value)
+
+
+@contextmanager
+def counted_as_fused_attention() -> Iterator[None]:
+    """Within the block attention takes the memory of a fused kernel."""
+    original = torch.nn.functional.scaled_dot_product_attention
+    setattr(torch.nn.functional, "scaled_dot_product_attention", fused_attention)  # noqa: B010
+    try:
+        yield
+    finally:
+        torch.nn.functional.scaled_dot_product_attention = original
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of a GPU that trains alone, in bf16 with zero_stage 1, without CUDA's own memory."""
+
+    parameters: int
+    trained: int
+    state: float
+    """All the time: bf16 weights, and fp32 masters, moments and averages of those that are trained."""
+    passes: float
+    """At the peak of a forward and backward pass: activations, gradients and DeepSpeed's buffer."""
+    update: float
+    """In the optimizer's step: the gradients in bf16 and, copied, in fp32."""
+    validation: float
+    """In a validation or preview: a second network in bf16."""
+
+    @property
+    def peak(self) -> float:
+        """The largest sum at one time."""
+        return self.state + max(self.passes, self.update, self.validation)
+
+
+def step_memory(config: TrainingRecipe, latent_shape: tuple[int, int, int]) -> StepMemory:
+    """Memory of a training step of a micro batch. Source `latents`: no autoencoder encodes images."""
+    train = config.train
+    with torch.device("meta"):
+        unet = build_trained(config.model, train.lora).type(torch.bfloat16).train()
+        if train.activation_checkpointing:
+            unet.enable_gradient_checkpointing()
+        x_t = torch.empty(train.micro_batch, *latent_shape, dtype=torch.bfloat16)
+        context = torch.empty(train.micro_batch, train.context_tokens, config.model.context_dim, dtype=torch.bfloat16)
+        with counted_as_fused_attention(), PeakMemory() as memory:
+            predicted = unet(x_t, torch.zeros(train.micro_batch), context, return_dict=False)[0]
+            predicted.float().square().mean().backward()
+    parameters = sum(weight.numel() for weight in unet.parameters())
+    trained = sum(weight.numel() for weight in unet.parameters() if weight.requires_grad)
+    average = 4 if train.ema_decay else 0  # without decay, the masters are the average
+    return StepMemory(
+        parameters=parameters,
+        trained=trained,
+        state=2 * parameters + (4 + MOMENT_BYTES[train.optimizer] + average) * trained,
+        passes=memory.peak + BUCKET_BYTES,
+        update=(2 + 4) * trained,
+        validation=2 * parameters if train.validation_images else 0,
+    )
