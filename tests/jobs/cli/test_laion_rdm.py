@@ -46,6 +46,17 @@ def test_a_command_gets_the_remaining_arguments(capsys: pytest.CaptureFixture[st
     assert '"min_edge": 99' in capsys.readouterr().out
 
 
+def test_dry_runs_of_stages_that_compute_with_torch_do_not_import_it() -> None:
+    program = (
+        "import sys; from jobs.cli.laion_rdm import main;"
+        "[main([stage, sys.argv[1], '--dry-run']) for stage in ('embed', 'neighbors', 'train', 'evaluate')];"
+        "print('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", program, DEMO]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
 def test_database_commands_are_those_of_python_m_retrieval(capsys: pytest.CaptureFixture[str]) -> None:
     for name in DATABASE_COMMANDS:
         with pytest.raises(SystemExit) as stopped:
