@@ -83,9 +83,12 @@ def test_a_released_checkpoint_is_fine_tuned_on_a_folder_of_pictures(
         caplog.set_level(logging.INFO)
         run(recipe, checkpoint, sources)
         assert "already finished" in caplog.text
-        # Another run starts from the same import, which does not depend on the settings of training.
-        run(recipe_of(tmp_path, train__name="second", train__learning_rate=1e-3), checkpoint, sources)
-        assert read_manifest(root, "runs/second/train").upstream["start_from"] == start.fingerprint
+        # Adapters start from the same import, which does not depend on the settings of training.
+        changes = {"train__lora__rank": 2, "train__optimizer": "adamw", "train__ema_decay": 0.999}
+        run(recipe_of(tmp_path, train__name="adapters", **changes), checkpoint, sources)
+        adapters = read_manifest(root, "runs/adapters/train")
+        assert adapters.upstream["start_from"] == start.fingerprint
+        assert "runs/adapters/train/adapter/adapter_model.safetensors" in adapters.checksums()
         assert read_manifest(root, "runs/released/train") == start
 
 
