@@ -1,6 +1,6 @@
-"""Writes databases. The folder of a database contains `centroids.npy`, `partitions/<number>/{index.faiss,
-embeddings.npy, metadata.arrow}`, with inverted lists also `lists.npy` and `list_centroids.npy`, and `manifest.json`,
-which is written last.
+"""Writes databases. The folder of a database contains `centroids.npy`, `partitions/<number>/{embeddings.npy,
+metadata.arrow}`, with an index also `index.faiss`, with our inverted lists also `lists.npy` and `list_centroids.npy`,
+and `manifest.json`, which is written last.
 """
 
 import io
@@ -60,7 +60,7 @@ def write_partition(root: Root, stage: str, number: int, table: pa.Table, config
         metadata = take_rows(table.drop_columns([schema.EMBEDDING]), order)
         return write_listed_partition(root, stage, number, lists, (rows, metadata))
     files: list[FileRecord] = []
-    if len(rows):
+    if len(rows) and config.index_key not in ("", "Flat"):
         files.append(_write_index(root, f"{folder}/index.faiss", rows.astype(np.float32), config))
     files += _write_rows(root, folder, rows, take_rows(table.drop_columns([schema.EMBEDDING]), order))
     return ShardRecord(partition_folder(number), len(rows), tuple(files))
@@ -213,12 +213,7 @@ def _write_lists(root: Root, folder: str, lists: InvertedLists) -> list[FileReco
 
 def _write_index(root: Root, name: str, rows: Vectors, config: IndexConfig) -> FileRecord:
     with root.writing(name) as pending:
-        if config.index_key in ("", "Flat"):  # the same bytes as from autofaiss
-            index = faiss.IndexFlatIP(rows.shape[1])
-            index.add(rows)
-            faiss.write_index(index, str(pending.path))
-        else:
-            _build_with_autofaiss(rows, config, pending.path)
+        _build_with_autofaiss(rows, config, pending.path)
     return pending.record
 
 

@@ -32,7 +32,7 @@ from retrieval.storage.arrow_columns import take_rows
 from retrieval.storage.manifest import Manifest, read_manifest
 from retrieval.storage.root import Root
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 """Version of the files of a database. Databases of other versions are refused."""
 
 MAX_VIEWS = 16
@@ -179,7 +179,7 @@ class Database:
 
     @property
     def is_exact(self) -> bool:
-        """Whether every search compares all rows: one partition without lists and without a graph."""
+        """Whether every search compares all rows: one partition without an index."""
         return len(self.partitions) == 1 and (not len(self) or self.partitions[0].is_flat)
 
     def __len__(self) -> int:

@@ -3,7 +3,7 @@
 The index proposes candidates from its codes, and faiss ranks them by their stored float16 vectors. A search over
 few hidden rows searches all rows, drops the hidden ones, and where fewer than k are left it searches for more results
 in more lists: the effort grows with the hidden rows near the query, and with nothing else. Where a condition leaves few
-rows, the codes of the others are skipped: `_search_lists`.
+rows, the codes of the others are skipped: `_search_lists`. A flat partition has no index: all rows are compared.
 """
 
 import math
@@ -19,9 +19,9 @@ import pyarrow as pa
 from retrieval.index.conditions import Expression, rows_that_meet
 from retrieval.index.effort import Effort
 from retrieval.index.hidden import Ids
-from retrieval.index.partition_files import PartitionFiles, RerankIndex
+from retrieval.index.partition_files import PartitionFiles, RerankIndex, clipped
 from retrieval.index.routing import Numbers, Vectors
-from retrieval.index.top_k import TopK, empty_top_k, merge_top_k, top_k
+from retrieval.index.top_k import TopK, empty_top_k
 from retrieval.storage import schema
 from retrieval.storage.root import Root
 
@@ -44,10 +44,9 @@ LISTS_GROWTH = 1.5
 """Factor of the lists where they have too few visible rows."""
 VECTOR_COST = 0.1
 """Time for a byte of the vectors where all visible rows are compared, by that for a byte of the codes in a list."""
-BLOCK_ROWS = 32_768
-"""Rows compared at once: 100 MB of 768 dimensions in float32."""
-BLOCK_BYTES = 1 << 26
-"""Vectors that are ranked at once after a comparison of all rows."""
+MAX_COPIED_ROWS = 32_768
+MAX_COPIED_SHARE = 0.5
+"""At most so many visible rows, and at most this share of all rows, are copied to be compared without the others."""
 
 
 class Partition:
@@ -94,7 +93,8 @@ class Partition:
 
     @property
     def index(self) -> Any:
-        """The faiss.IndexRefine to search for `results_per_row * k` results, because rows may repeat."""
+        """The faiss.IndexRefine to search for `results_per_row * k` results, because rows may repeat. A flat partition
+        has none."""
         return self.files.opened[0]
 
     @property
@@ -109,7 +109,7 @@ class Partition:
 
     @property
     def is_flat(self) -> bool:
-        """Whether the index compares all rows."""
+        """Whether the partition has no index, so that a search compares all rows."""
         return self.files.is_flat
 
     def parameters(self, effort: Effort, k: int) -> Any:
@@ -139,24 +139,19 @@ class Partition:
         -inf and row -1.
         """
         k = min(k, len(self))
+        if self.is_flat:
+            return self._rank_all(queries, k)
         if self._skips_codes:
             return self._search_lists(queries, k, effort)
         return self._search(queries, k, effort, 1.0)
 
     def compare_all(self, queries: Vectors, k: int) -> TopK:
         """The k best visible rows of each query by comparing all rows, (-inf, -1) where there are fewer."""
-        results = empty_top_k(len(queries), k)
-        if self._compares_visible:
-            return self._compare_visible(queries, k)
-        for start in range(0, len(self), BLOCK_ROWS):
-            rows = np.arange(start, min(start + BLOCK_ROWS, len(self)))
-            if self.visible is not None:
-                rows = rows[self.visible[rows]]
-            if len(rows):
-                block = self.embeddings[rows].astype(np.float32)
-                best, columns = faiss.knn(queries, block, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)
-                results = merge_top_k(results, (_clipped(best), rows[columns]), k)
-        return results
+        if self._copies_visible:
+            rows, copied = self._visible_rows
+            similarities, columns = copied.compare(queries, k)
+            return similarities, np.append(rows, -1)[columns]
+        return self.files.rerank.compare(queries, k, self.visible)
 
     def _search(self, queries: Vectors, k: int, effort: Effort, scale: float) -> TopK:
         """As `search`, in `scale` times the lists, and where rows are hidden for `scale` times the results."""
@@ -180,10 +175,10 @@ class Partition:
     def _compares_all(self, ranked: int, effort: Effort, scale: float) -> bool:
         """Whether a search that ranks so many candidates compares all visible rows instead."""
         if scale == 1:
-            return not self.is_flat and effort.lists_per_partition >= self.num_lists and ranked >= self.num_visible
+            return effort.lists_per_partition >= self.num_lists and ranked >= self.num_visible
         if self.visible is None:
             return scale * effort.lists_per_partition >= 1.5 * self.num_lists
-        return self.is_flat or ranked >= MAX_RANKED_SHARE * self.num_visible
+        return ranked >= MAX_RANKED_SHARE * self.num_visible
 
     @property
     def _mask(self) -> npt.NDArray[np.bool_]:
@@ -195,21 +190,16 @@ class Partition:
         return len(self) - self.num_hidden
 
     @property
-    def _compares_visible(self) -> bool:
-        """Whether `compare_all` uses a copy of the visible rows: at most BLOCK_ROWS of more rows."""
-        return self.visible is not None and self.num_visible <= BLOCK_ROWS
+    def _copies_visible(self) -> bool:
+        """Whether `compare_all` uses a copy of the visible rows."""
+        few = self.num_visible <= min(MAX_COPIED_ROWS, MAX_COPIED_SHARE * len(self))
+        return self.visible is not None and few
 
     @cached_property
     def _visible_rows(self) -> tuple[Numbers, RerankIndex]:
         """The numbers of the visible rows, and an index that compares them."""
         rows = np.flatnonzero(self._mask)
         return rows, RerankIndex(np.ascontiguousarray(self.embeddings[rows]))
-
-    def _compare_visible(self, queries: Vectors, k: int) -> TopK:
-        rows, comparing = self._visible_rows
-        similarities, columns = comparing.index.search(queries, k)
-        similarities = np.where(columns < 0, -np.inf, _clipped(similarities)).astype(np.float32)
-        return similarities, np.append(rows, -1)[columns]
 
     @cached_property
     def _skips_codes(self) -> bool:
@@ -266,7 +256,7 @@ class Partition:
         """The k best candidates among the visible rows of the visited lists; all rows where these hold fewer."""
         parameters = self.files.filtered_parameters(effort, self._selector)
         similarities, rows = self.index.search(queries, k * self.results_per_row, params=parameters)
-        similarities, rows = drop_repeats(_clipped(similarities), rows, k)
+        similarities, rows = drop_repeats(clipped(similarities), rows, k)
         short = np.flatnonzero(rows[:, -1] < 0)
         if len(short):
             similarities[short], rows[short] = self._rank_all(queries[short], k)
@@ -281,27 +271,12 @@ class Partition:
         """The k best candidates of the index, hidden rows too; row -1 where the visited lists hold fewer."""
         similarities, rows = self.index.search(queries, k * self.results_per_row, params=self.parameters(effort, k))
         if self.results_per_row > 1:
-            return drop_repeats(_clipped(similarities), rows, k)
-        return _clipped(similarities), rows
+            return drop_repeats(clipped(similarities), rows, k)
+        return clipped(similarities), rows
 
     def _rank_all(self, queries: Vectors, k: int) -> TopK:
         """`compare_all`, with similarities that do not depend on the other queries, as those of the index."""
-        similarities, rows = self.compare_all(queries, k)
-        if self._compares_visible:
-            return similarities, rows
-        step = max(1, BLOCK_BYTES // max(1, 4 * k * self.embeddings.shape[1]))
-        for start in range(0, len(queries), step):
-            block = slice(start, start + step)
-            vectors = self.embeddings[rows[block]].astype(np.float32)
-            exact = _clipped(np.einsum("qkd,qd->qk", vectors, queries[block]))
-            exact = np.where(rows[block] < 0, -np.inf, exact).astype(np.float32)
-            similarities[block], rows[block] = top_k(exact, rows[block], k)
-        return similarities, rows
-
-
-def _clipped(similarities: Vectors) -> Vectors:
-    """The similarities in [-1, 1]: rows that are stored in float16 are longer or shorter than 1 by up to 0.0003."""
-    return np.maximum(np.minimum(similarities, 1), -1)
+        return self.files.rerank.rank(queries, self.compare_all(queries, k)[1])
 
 
 def _first_visible(similarities: Vectors, rows: Numbers, visible: npt.NDArray[np.bool_], k: int) -> TopK:

@@ -1,7 +1,8 @@
 """The files of one partition, opened on first use and shared by all databases that hide different rows of it.
 
 Reads `index.faiss`, `embeddings.npy`, `metadata.arrow` and the lists of a partition: memory maps on a local disk,
-whole files from an object store. faiss ranks by the mapped float16 vectors, without a copy of them.
+whole files from an object store. faiss ranks by the mapped float16 vectors, without a copy of them. A flat partition
+has no `index.faiss`: a search compares the mapped vectors.
 """
 
 import threading
@@ -18,6 +19,7 @@ import pyarrow as pa
 from retrieval.errors import UserError
 from retrieval.index.effort import Effort
 from retrieval.index.routing import Numbers, Vectors
+from retrieval.index.top_k import TopK, empty_top_k, merge_top_k, top_k
 from retrieval.storage import schema
 from retrieval.storage.root import Root
 from retrieval.storage.temp_folders import temporary_folder
@@ -29,12 +31,18 @@ GRAPH_SPARE = 8
 """Centroids that the walk through the graph keeps in addition to the lists to visit."""
 MIN_GRAPH_EFFORT = 16
 """Least efSearch of an HNSW index."""
+MIN_BLOCK_QUERIES = 20
+"""Fewer queries are compared with the stored rows one by one, more with blocks of them as float32 matrices."""
+BLOCK_ROWS = 8_192
+"""Rows of such a block: 25 MB of 768 dimensions."""
+BLOCK_BYTES = 1 << 26
+"""Vectors that are ranked at once after a comparison of all rows."""
 MAX_PARAMETERS = 256
 """Search parameters that are kept, one for each effort and k."""
 
 
 class RerankIndex:
-    """A faiss index over mapped rows. It keeps the memory map alive."""
+    """Stored rows, and a faiss index that compares them without a copy. It keeps the memory map alive."""
 
     def __init__(self, rows: npt.NDArray[np.float16]) -> None:
         """rows: (n, dim) contiguous, such as a memory map."""
@@ -45,6 +53,47 @@ class RerankIndex:
             faiss.swig_ptr(self._rows), self._rows.size, _mapped_index().codes.owner
         )
         self.index.ntotal = count
+        self._codes = self._rows.reshape(count, self.index.code_size)
+
+    def vectors_at(self, rows: Numbers | slice) -> Vectors:
+        """Rows by number, (n, dim) float32."""
+        return np.asarray(self.index.sa_decode(self._codes[rows]))
+
+    def compare(self, queries: Vectors, k: int, visible: npt.NDArray[np.bool_] | None = None) -> TopK:
+        """The k best visible rows of each query (None: all are visible), (-inf, -1) where there are fewer."""
+        if len(queries) < MIN_BLOCK_QUERIES:
+            selector = None if visible is None else faiss.IDSelectorBitmap(np.packbits(visible, bitorder="little"))
+            similarities, rows = self.index.search(queries, k, params=faiss.SearchParameters(sel=selector))
+            return np.where(rows < 0, -np.inf, clipped(similarities)).astype(np.float32), rows
+        results = empty_top_k(len(queries), k)
+        for start in range(0, self.index.ntotal, BLOCK_ROWS):
+            rows = np.arange(start, min(start + BLOCK_ROWS, self.index.ntotal))
+            rows = rows if visible is None else rows[visible[rows]]
+            if len(rows):
+                block = self.vectors_at(rows)
+                best, columns = faiss.knn(queries, block, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)
+                results = merge_top_k(results, (clipped(best), rows[columns]), k)
+        return results
+
+    def rank(self, queries: Vectors, rows: Numbers) -> TopK:
+        """Rows of each query by exact similarity, each (n, k). A similarity does not depend on the other queries.
+
+        rows: (n, k) numbers, -1 for none.
+        """
+        similarities, ranked = empty_top_k(*rows.shape)
+        step = max(1, BLOCK_BYTES // max(1, 4 * rows.shape[1] * queries.shape[1]))
+        for start in range(0, len(queries), step):
+            block = slice(start, start + step)
+            vectors = self.vectors_at(rows[block].reshape(-1)).reshape(*rows[block].shape, self.index.d)
+            exact = clipped(np.einsum("qkd,qd->qk", vectors, queries[block]))
+            exact = np.where(rows[block] < 0, -np.inf, exact).astype(np.float32)
+            similarities[block], ranked[block] = top_k(exact, rows[block], rows.shape[1])
+        return similarities, ranked
+
+
+def clipped(similarities: Vectors) -> Vectors:
+    """The similarities in [-1, 1]: rows that are stored in float16 are longer or shorter than 1 by up to 0.0003."""
+    return np.maximum(np.minimum(similarities, 1), -1)
 
 
 @cache
@@ -118,20 +167,29 @@ class PartitionFiles:
             return np.array([0, rows]), np.zeros((1, dim), np.float32)
         return self._load("lists.npy", load_array), self._load("list_centroids.npy", load_array)
 
+    @cached_property
+    def rerank(self) -> RerankIndex:
+        """The vectors for exact comparisons."""
+        return RerankIndex(self.embeddings)
+
+    @cached_property
+    def is_flat(self) -> bool:
+        """Whether the partition has no index, so that a search compares all rows."""
+        return not self._root.exists(f"{self._folder}/index.faiss")
+
     @property
     def opened(self) -> tuple[Any, RerankIndex]:
-        """The index, and the owner of the vectors that it ranks by."""
+        """The index of a partition that is not flat, and the owner of the vectors that it ranks by."""
         with self._lock:  # else two threads would both read the file
             return self._refine
 
     @cached_property
     def _refine(self) -> tuple[Any, RerankIndex]:
-        rerank = RerankIndex(self.embeddings)
-        return faiss.IndexRefine(self._base, rerank.index), rerank
+        return faiss.IndexRefine(self._base, self.rerank.index), self.rerank
 
     @property
     def base(self) -> Any:
-        """The index that proposes candidates. It needs no vectors."""
+        """The index that proposes candidates in a partition that is not flat. It needs no vectors."""
         with self._lock:
             return self._base
 
@@ -142,17 +200,12 @@ class PartitionFiles:
     @property
     def results_per_row(self) -> int:
         """How often one row can be among the results of the index."""
-        return 2 if isinstance(self.base, faiss.IndexIVFPQFastScan) else 1
-
-    @property
-    def is_flat(self) -> bool:
-        """Whether the index compares all rows."""
-        return isinstance(self.base, faiss.IndexFlat)
+        return 2 if not self.is_flat and isinstance(self.base, faiss.IndexIVFPQFastScan) else 1
 
     @property
     def num_lists(self) -> int:
         """Number of inverted lists; 1 where a search visits all rows."""
-        return self.base.nlist if isinstance(self.base, faiss.IndexIVF) else 1
+        return self.base.nlist if not self.is_flat and isinstance(self.base, faiss.IndexIVF) else 1
 
     def parameters(self, effort: Effort, k: int) -> Any:
         """faiss.IndexRefineSearchParameters for an effort and k wanted results."""
@@ -176,8 +229,7 @@ class PartitionFiles:
         return np.asarray(self.base.quantizer.search(queries, count, params=_graph_effort(count))[1])
 
     def _refine_parameters(self, effort: Effort, base: Any) -> Any:
-        candidates = 1 if self.is_flat else effort.candidates_per_result
-        factor = max(1.0, candidates / self.results_per_row)
+        factor = max(1.0, effort.candidates_per_result / self.results_per_row)
         return faiss.IndexRefineSearchParameters(k_factor=factor, base_index_params=base)
 
     def base_parameters(self, lists: int, candidates: int) -> Any:
@@ -186,9 +238,7 @@ class PartitionFiles:
         if isinstance(self.base, faiss.IndexIVF):
             coarse = _graph_effort(lists) if isinstance(self.base, faiss.IndexIVFPQFastScan) else None
             return faiss.SearchParametersIVF(nprobe=lists, quantizer_params=coarse)
-        if isinstance(self.base, faiss.IndexHNSW):
-            return faiss.SearchParametersHNSW(efSearch=max(MIN_GRAPH_EFFORT, candidates))
-        return faiss.SearchParameters()
+        return faiss.SearchParametersHNSW(efSearch=max(MIN_GRAPH_EFFORT, candidates))
 
 
 @lru_cache(MAX_PARAMETERS)

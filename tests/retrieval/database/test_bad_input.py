@@ -24,7 +24,7 @@ from retrieval.recipe import IndexConfig
 from tests.retrieval.conftest import DIM, IDENTITY, brute_force, clustered, table_of
 from tests.retrieval.tiny_clip import CONTEXT, write_clip
 
-FILES = ("embeddings.npy", "metadata.arrow", "index.faiss")
+FILES = ("embeddings.npy", "metadata.arrow")
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,10 @@ from retrieval.index.hidden import hide
 from retrieval.index.routing import Vectors, unit
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
-from tests.retrieval.conftest import IDENTITY, brute_force, built, clustered, share_found, table_of
+from tests.retrieval.conftest import DIM, IDENTITY, brute_force, built, clustered, share_found, table_of
 
 Build = Callable[..., Database]
-KINDS = {"Flat": faiss.IndexFlat, "HNSW16": faiss.IndexHNSWFlat, "IVF64,Flat": faiss.IndexIVFFlat}
+KINDS = {"HNSW16": faiss.IndexHNSWFlat, "IVF64,Flat": faiss.IndexIVFFlat}
 
 
 def checksums(folder: Path) -> dict[str, str]:
@@ -43,7 +43,7 @@ def test_every_row_is_in_exactly_one_partition(build: Build, vectors: Vectors, f
     [
         ({"rows_per_partition": 800, "index_key": "IVF16,Flat"}, 13),
         ({"rows_per_partition": 1600, "flat_rows": 1000}, 9),
-        ({"rows_per_partition": 800}, 13),
+        ({"rows_per_partition": 800}, 9),
     ],
 )
 def test_two_builds_give_equal_bytes_and_equal_calibrations(
@@ -68,14 +68,14 @@ def test_large_partitions_get_lists_and_small_ones_an_exhaustive_index(vectors: 
     assert not IndexConfig(index_key="Flat", flat_rows=1000).has_lists(5000)
 
 
-@pytest.mark.parametrize("key", sorted(KINDS))
+@pytest.mark.parametrize("key", ["Flat", *sorted(KINDS)])
 @pytest.mark.parametrize("rows_per_partition", [1500, 5000])
 def test_a_database_with_another_index_key_finds_the_neighbors(
     build: Build, vectors: Vectors, queries: Vectors, key: str, rows_per_partition: int
 ) -> None:
     database = build(vectors, index_key=key, flat_rows=1000, rows_per_partition=rows_per_partition)
     for partition in database.partitions:
-        assert isinstance(partition.files.base, KINDS[key])
+        assert partition.is_flat if key == "Flat" else isinstance(partition.files.base, KINDS[key])
     if not database.is_exact:
         assert max(entry.recall for entry in database.calibration["images"] if not entry.is_exact) > 0.98
     true = brute_force(vectors, queries, 10) + 1000
@@ -93,20 +93,12 @@ def test_a_database_with_another_index_key_finds_the_neighbors(
     assert (database.search(queries, 2000).ids > 0).all()
 
 
-def test_a_flat_index_has_the_bytes_that_autofaiss_writes(vectors: Vectors, tmp_path: Path) -> None:
-    root = built(tmp_path, vectors[:500], index_key="Flat").root
-    rows = np.load(root.local_path("partitions/00000/embeddings.npy")).astype(np.float32)
-    autofaiss.build_index(
-        rows,
-        index_path=str(tmp_path / "index"),
-        index_infos_path=str(tmp_path / "infos.json"),
-        index_key="Flat",
-        index_param="",
-        metric_type="ip",
-        nb_cores=1,
-        verbose=logging.ERROR,
-    )
-    assert root.local_path("partitions/00000/index.faiss").read_bytes() == (tmp_path / "index").read_bytes()
+@pytest.mark.parametrize("key", ["", "Flat"])
+def test_a_flat_partition_stores_its_vectors_once(vectors: Vectors, build: Build, key: str) -> None:
+    root = build(vectors[:500], index_key=key).root
+    sizes = root.sizes("partitions/00000")
+    assert {name.rpartition("/")[2] for name in sizes} == {"embeddings.npy", "metadata.arrow"}
+    assert sizes["partitions/00000/embeddings.npy"] == 500 * DIM * 2 + 128
 
 
 @pytest.mark.parametrize(

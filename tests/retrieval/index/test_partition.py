@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from retrieval import Database, Effort
+from retrieval.index import partition_files
 from retrieval.index.partition import Partition, drop_repeats
 from retrieval.index.partition_files import RerankIndex
 from retrieval.index.routing import Vectors, partition_folder
 from retrieval.storage import schema
-from tests.retrieval.conftest import clustered, share_found
+from tests.retrieval.conftest import built, clustered, share_found
 
 Build = Callable[..., Database]
 NONE = np.empty(0, np.int64)
@@ -224,6 +225,42 @@ def test_without_lists_all_rows_form_one_list(in_partitions: Database) -> None:
     offsets, centroids = partition.lists
     assert offsets.tolist() == [0, len(partition)]
     assert (centroids.shape, partition.num_lists, partition.results_per_row) == ((1, 32), 1, 1)
+
+
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory: pytest.TempPathFactory, vectors: Vectors) -> Database:
+    """The 3,000 vectors and 30 copies of one of them in a flat partition."""
+    rows = np.concatenate([vectors, vectors[:1].repeat(30, axis=0)])
+    return built(tmp_path_factory.mktemp("flat"), rows)
+
+
+@pytest.mark.parametrize("hidden", [0, 1, 700, 2900])
+@pytest.mark.parametrize("k", [1, 20, 3030])
+def test_a_flat_partition_answers_as_an_exact_search_over_its_vectors(
+    flat: Database, vectors: Vectors, queries: Vectors, monkeypatch: pytest.MonkeyPatch, hidden: int, k: int
+) -> None:
+    monkeypatch.setattr(partition_files, "BLOCK_ROWS", 1000)
+    partition = fresh(flat, np.random.default_rng(0).permutation(flat.partitions[0].ids)[:hidden])
+    all_queries = np.concatenate([queries, vectors[:1]])
+    similarities, rows = partition.search(all_queries, k, LOW)
+    true = np.where(np.isin(partition.ids, partition._hidden), -np.inf, exact(partition, all_queries))
+    np.testing.assert_allclose(similarities, np.sort(true, axis=1)[:, ::-1][:, :k].clip(-np.inf, 1), rtol=0, atol=1e-6)
+    visible = rows >= 0
+    assert (visible.sum(axis=1) == min(k, 3030 - hidden)).all()
+    assert all(len({*row}) == min(k, 3030 - hidden) + (k > 3030 - hidden) for row in rows.tolist())
+    assert not np.isin(partition.ids[rows[visible]], partition._hidden).any()
+
+
+@pytest.mark.parametrize("hidden", [0, 700, 2900])
+@pytest.mark.parametrize("size", [1, 7, 19, 33])
+def test_results_of_a_flat_partition_do_not_depend_on_the_batch(
+    flat: Database, queries: Vectors, hidden: int, size: int
+) -> None:
+    partition = fresh(flat, flat.partitions[0].ids[:hidden])
+    similarities, rows = partition.search(queries, 10, LOW)
+    parts = [partition.search(queries[i : i + size], 10, LOW) for i in range(0, len(queries), size)]
+    np.testing.assert_array_equal(np.concatenate([part[1] for part in parts]), rows)
+    np.testing.assert_array_equal(np.concatenate([part[0] for part in parts]), similarities)
 
 
 def test_metadata_has_the_order_of_the_vectors(in_lists: Database, vectors: Vectors) -> None:
