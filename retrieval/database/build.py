@@ -228,15 +228,16 @@ def _build_with_autofaiss(rows: Vectors, config: IndexConfig, path: Path) -> Non
         ) from error
     with temporary_folder() as folder:
         try:
-            # Without index_param autofaiss would tune it by the clock. Its progress bars go to stderr.
+            # Without index_param autofaiss would tune it by the clock. Its progress bars go to stderr. For inner products
+            # it refuses most keys; the L2 distances of unit rows have the same order.
             with redirect_stderr(io.StringIO()):
                 index, _ = autofaiss.build_index(
                     rows,
                     index_path=f"{folder}/index",
                     index_infos_path=f"{folder}/infos.json",
                     index_key=key,
-                    index_param="nprobe=64" if key.startswith("IVF") else "",
-                    metric_type="ip",
+                    index_param="efSearch=64" if key.startswith("HNSW") else "nprobe=64",
+                    metric_type="l2",
                     nb_cores=config.cores_per_partition,
                     verbose=logging.ERROR,
                 )

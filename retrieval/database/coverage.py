@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import faiss
 import numpy as np
 import numpy.typing as npt
 
@@ -126,7 +125,7 @@ def _within(queries: Queries, block: Positions, inside: npt.NDArray[np.bool_], p
 def _least_in_partition(
     partition: Partition, num_rows: int, queries: Queries, lists: int, ks: tuple[int, ...]
 ) -> dict[int, Any]:
-    if not isinstance(partition.files.base, faiss.IndexHNSW):
+    if not partition.files.is_graph:
         most = min(max(k * candidate_steps(k)[-1] for k in ks), partition.results_per_row * num_rows)
         ranks = _ranks(partition, num_rows, queries, lists, int(most))
         return {k: np.searchsorted(k * candidate_steps(k), ranks, side="right") for k in ks}

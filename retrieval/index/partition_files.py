@@ -160,9 +160,14 @@ class PartitionFiles:
         return np.asarray(self.metadata[schema.IMAGE_ID].to_numpy())
 
     @cached_property
+    def has_own_lists(self) -> bool:
+        """Whether the index is that of `retrieval.index.inverted_lists`."""
+        return self._root.exists(f"{self._folder}/lists.npy")
+
+    @cached_property
     def lists(self) -> tuple[Numbers, Vectors]:
-        """Offsets (lists + 1,) and centroids (lists, dim) of the lists. Without lists all rows are one."""
-        if not self._root.exists(f"{self._folder}/lists.npy"):
+        """Offsets (lists + 1,) and centroids (lists, dim) of our lists. Without them all rows are one."""
+        if not self.has_own_lists:
             rows, dim = self.embeddings.shape
             return np.array([0, rows]), np.zeros((1, dim), np.float32)
         return self._load("lists.npy", load_array), self._load("list_centroids.npy", load_array)
@@ -185,7 +190,9 @@ class PartitionFiles:
 
     @cached_property
     def _refine(self) -> tuple[Any, RerankIndex]:
-        return faiss.IndexRefine(self._base, self.rerank.index), self.rerank
+        refine = faiss.IndexRefine(self._base, self.rerank.index)
+        refine.metric_type = faiss.METRIC_INNER_PRODUCT  # that of the ranking: autofaiss builds with L2 distances
+        return refine, self.rerank
 
     @property
     def base(self) -> Any:
@@ -197,15 +204,25 @@ class PartitionFiles:
     def _base(self) -> Any:
         return self._load("index.faiss", lambda path: faiss.read_index(str(path)))
 
+    @cached_property
+    def _core(self) -> Any:
+        """The part of `base` that has the lists or the graph, below transformations of the vectors."""
+        return faiss.downcast_index(self.base.index) if isinstance(self.base, faiss.IndexPreTransform) else self.base
+
+    @property
+    def is_graph(self) -> bool:
+        """Whether the index is a graph: its candidates depend on their number."""
+        return not self.is_flat and isinstance(self._core, faiss.IndexHNSW)
+
     @property
     def results_per_row(self) -> int:
-        """How often one row can be among the results of the index."""
-        return 2 if not self.is_flat and isinstance(self.base, faiss.IndexIVFPQFastScan) else 1
+        """How often one row can be among the results of the index: twice in our lists."""
+        return 2 if self.has_own_lists else 1
 
     @property
     def num_lists(self) -> int:
         """Number of inverted lists; 1 where a search visits all rows."""
-        return self.base.nlist if not self.is_flat and isinstance(self.base, faiss.IndexIVF) else 1
+        return self._core.nlist if not self.is_flat and isinstance(self._core, faiss.IndexIVF) else 1
 
     def parameters(self, effort: Effort, k: int) -> Any:
         """faiss.IndexRefineSearchParameters for an effort and k wanted results."""
@@ -235,10 +252,13 @@ class PartitionFiles:
     def base_parameters(self, lists: int, candidates: int) -> Any:
         """Parameters of the base index for a number of visited lists and of candidates."""
         lists = min(lists, self.num_lists)  # with more faiss returns wrong results
-        if isinstance(self.base, faiss.IndexIVF):
-            coarse = _graph_effort(lists) if isinstance(self.base, faiss.IndexIVFPQFastScan) else None
-            return faiss.SearchParametersIVF(nprobe=lists, quantizer_params=coarse)
-        return faiss.SearchParametersHNSW(efSearch=max(MIN_GRAPH_EFFORT, candidates))
+        if self.is_graph:
+            parameters = faiss.SearchParametersHNSW(efSearch=max(MIN_GRAPH_EFFORT, candidates))
+        else:
+            has_graph = isinstance(faiss.downcast_index(self._core.quantizer), faiss.IndexHNSW)
+            coarse = _graph_effort(lists) if has_graph else None
+            parameters = faiss.SearchParametersIVF(nprobe=lists, quantizer_params=coarse)
+        return parameters if self._core is self.base else faiss.SearchParametersPreTransform(index_params=parameters)
 
 
 @lru_cache(MAX_PARAMETERS)
