@@ -73,7 +73,8 @@ def run(config: IndexConfig, root: Root, clip: ClipConfig | None = None) -> Mani
         partitions = [partition_folder(number) for number in range(len(centroids))]
         built = run_shards(stage, partitions, build, workers)
         values = manifest_values(encoder, built)
-        measure = partial(_calibration_work, stage, config, values, clip)
+        manifest = Manifest("index", SCHEMA_VERSION, "", {}, {}, (record, *built), {**values, "calibration": {}}, 0.0)
+        measure = partial(_calibration_work, stage, config, manifest, clip)
         run_shards(stage, ["calibration"], measure, Workers.from_config(config, 1))
         values["calibration"] = root.read_json(f"index/{CALIBRATION}")
         for name in ("shuffle", "records/shuffle", CALIBRATION, "records/calibration.json"):
@@ -81,9 +82,10 @@ def run(config: IndexConfig, root: Root, clip: ClipConfig | None = None) -> Mani
         return stage.complete([record, *built], values, started)
 
 
-def _calibration_work(stage: Stage, config: IndexConfig, values: dict[str, Any], clip: ClipConfig | None) -> Work:
+def _calibration_work(stage: Stage, config: IndexConfig, manifest: Manifest, clip: ClipConfig | None) -> Work:
+    """Work that measures the recall of a database. manifest: without a calibration."""
+
     def measure(name: str) -> ShardRecord:
-        manifest = Manifest("index", SCHEMA_VERSION, "", {}, {}, (), {**values, "calibration": {}}, 0.0)
         database = Database(stage.root.child("index"), manifest, np.empty(0, np.int64)).for_passes()
         measured = {"images": calibrate(database, config.num_queries, config.seed)}
         captions = sample_captions(database, config.num_queries, config.seed)

@@ -50,8 +50,8 @@ class IndexConfig(WorkersConfig):
     """Average rows per partition; determines the number of partitions."""
     index_key: str = ""
     """Index that autofaiss builds for every partition, by faiss's key: HNSW<n>, keys with IVF<n> such as
-    `Pad768,IVF4096_HNSW32,PQ384x4fsr`, or Flat for none. Empty: none up to flat_rows, then inverted lists of 4-bit codes
-    (retrieval.index.inverted_lists), which are faster and reach the recall with less work (docs/builders.md)."""
+    `Pad768,IVF4096_HNSW32,PQ384x4fsr`, or Flat for none. Empty: none up to flat_rows, then inverted lists of 4-bit
+    codes (retrieval.index.inverted_lists)."""
     flat_rows: int = Field(50_000, ge=MIN_LIST_ROWS)
     """Partitions of at most this many rows are searched exhaustively, which takes milliseconds."""
     num_queries: int = Field(1_000, ge=1)
@@ -66,8 +66,8 @@ class IndexConfig(WorkersConfig):
     def _buildable(cls, key: str) -> str:
         if not re.fullmatch(r"|Flat|HNSW\d+|(\w+,)?IVF\d+(_HNSW\d+)?,\w+", key):
             raise ValueError(
-                f"autofaiss cannot build {key!r} for a database. Leave index_key empty (faster), or use Flat, HNSW<n> or "
-                "a key with IVF<n>, such as IVF1024,Flat or Pad768,IVF4096_HNSW32,PQ384x4fsr"
+                f"autofaiss cannot build {key!r} for a database. Leave index_key empty, or use Flat, HNSW<n> or a key "
+                "with IVF<n>, such as IVF1024,Flat or Pad768,IVF4096_HNSW32,PQ384x4fsr"
             )
         return key
 

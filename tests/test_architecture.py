@@ -32,11 +32,12 @@ retrieval/cli: clip database errors extras imports index pictures provenance rec
 retrieval/clip: config errors recipe storage
 retrieval/cluster: config database errors index storage
 retrieval/config:
-retrieval/database: clip errors index recipe storage
+retrieval/database: clip errors file_cache index recipe storage
 retrieval/errors:
 retrieval/extras: errors
 retrieval/imports: clip config database errors index recipe storage
-retrieval/index: errors storage
+retrieval/file_cache: errors storage
+retrieval/index: errors file_cache storage
 retrieval/join: database index recipe
 retrieval/lazy: extras
 retrieval/perceptual_hash:

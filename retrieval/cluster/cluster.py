@@ -129,7 +129,7 @@ def distribute(sizes: Sequence[int], actors: int) -> list[list[int]]:
 class PartitionSearcher:
     """The class of the actors: searches its group of partitions of a database."""
 
-    def __init__(self, source: tuple[Root, str, npt.NDArray[np.int64]], group: PartitionGroup) -> None:
+    def __init__(self, source: tuple[Any, str, npt.NDArray[np.int64]], group: PartitionGroup) -> None:
         # faiss stores this number per thread, and Ray runs an actor on one thread.
         faiss.omp_set_num_threads(max(1, int(group.cpus)))
         self._source = source
@@ -143,10 +143,10 @@ class PartitionSearcher:
     @cached_property
     def _database(self) -> Database:
         """The database. Every partition is searched once, so that the first query does not wait for all files."""
-        root, identity, hidden = self._source
-        database = Database.open(root)
+        source, identity, hidden = self._source
+        database = Database.open(*source)
         if database.manifest.identity != identity:
-            raise UserError(f"{root.url} was updated after the cluster was opened. Open the cluster again.")
+            raise UserError(f"{database.root.url} was updated after the cluster was opened. Open the cluster again.")
         database = database.without(hidden) if len(hidden) else database
         visits = np.array([self._group.partitions], np.int64)
         database.result_table(*database.search_partitions(database.centroids[:1], 1, Effort(1, 1, 1), visits), False)
@@ -195,7 +195,7 @@ class Cluster:
         with ExitStack() as stack:
             stack.enter_context(ray_connection())
             _require_resources(self.groups, config)
-            source = ray.put((database.root, database.manifest.identity, database.hidden))
+            source = ray.put((database.source, database.manifest.identity, database.hidden))
             for group in self.groups:
                 self._replicas.append(self._start(source, group))
                 stack.callback(self._replicas[-1].close)

@@ -228,8 +228,8 @@ def _build_with_autofaiss(rows: Vectors, config: IndexConfig, path: Path) -> Non
         ) from error
     with temporary_folder() as folder:
         try:
-            # Without index_param autofaiss would tune it by the clock. Its progress bars go to stderr. For inner products
-            # it refuses most keys; the L2 distances of unit rows have the same order.
+            # Without index_param autofaiss would tune it by the clock. Its progress bars go to stderr. It refuses most
+            # keys for inner products; the L2 distances of unit rows have the same order.
             with redirect_stderr(io.StringIO()):
                 index, _ = autofaiss.build_index(
                     rows,

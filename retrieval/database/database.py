@@ -21,12 +21,13 @@ from retrieval.database.result_table import result_table
 from retrieval.database.stored_calibration import read_calibrations
 from retrieval.database.unit_rows import unit_queries, whole_k
 from retrieval.errors import UserError
+from retrieval.file_cache import FileCache
 from retrieval.index.conditions import Expression, parse_condition
 from retrieval.index.effort import Effort, MeasuredEffort
 from retrieval.index.hidden import Ids, as_ids, hidden_ids
 from retrieval.index.partition import Partition
 from retrieval.index.partition_files import load_array, load_file
-from retrieval.index.routing import Numbers, Vectors, route, stored_folders, unit
+from retrieval.index.routing import Numbers, Vectors, file_records, route, stored_folders, unit
 from retrieval.index.top_k import Positions, empty_top_k, merge_top_k
 from retrieval.storage.arrow_columns import take_rows
 from retrieval.storage.manifest import Manifest, read_manifest
@@ -74,8 +75,10 @@ class Neighbors:
 class Database:
     """An opened database. Safe to share between threads: every search gets its effort as an argument."""
 
-    def __init__(self, root: Root, manifest: Manifest, hidden: Ids) -> None:
+    def __init__(self, root: Root, manifest: Manifest, hidden: Ids, cache: tuple[str, float] = ("", 0.0)) -> None:
         self.root = root
+        self.source = (root, *cache)  # arguments of `open`
+        self.files = FileCache(root, *cache, file_records(manifest))
         self.manifest = manifest
         self.hidden = hidden
         """Image ids that no search returns, ascending: the permanently hidden ones and those of `without`."""
@@ -89,11 +92,15 @@ class Database:
         self.partitions: Sequence[Partition] = [*map(self.open_partition, range(len(self._folders)))]
         self._warned: set[str] = set()
         self._offsets = np.concatenate([[0], np.cumsum(self.partition_rows)])
-        self.centroids: Vectors = load_file(root, "centroids.npy", load_array)
+        self.centroids: Vectors = load_file(self.files, "centroids.npy", load_array)
 
     @classmethod
-    def open(cls, root: Root | str) -> "Database":
-        """Open the database in a folder. Raises UserError if it is no database, unfinished or damaged."""
+    def open(cls, root: Root | str, cache_folder: str = "", cache_gb: float = 0.0) -> "Database":
+        """Open the database in a folder. Raises UserError if it is no database, unfinished or damaged.
+
+        Files of an object store are copied to cache_folder on first use, by default one in the folder of temporary
+        files; processes share it. cache_gb: its largest size; 0: half of the free disk space.
+        """
         root = root if isinstance(root, Root) else Root(root)
         manifest = read_manifest(root, "")
         if "encoder" not in manifest.values or "rows" not in manifest.values:
@@ -104,20 +111,15 @@ class Database:
                 f"{SCHEMA_VERSION}. Build it again."
             )
         sizes = root.sizes("")
-        for shard in manifest.shards:
-            for file in shard.files:
-                name = file.name.removeprefix(f"{manifest.stage}/")
-                size = sizes.get(name, -1)
-                if size != file.bytes:
-                    raise UserError(
-                        f"{root.at(name)} has {size} bytes, expected {file.bytes} (manifest.json): "
-                        "the database is damaged. Build it again."
-                    )
-        return cls(root, manifest, hidden_ids(root))
+        for name, file in file_records(manifest).items():
+            if (size := sizes.get(name, -1)) != file.bytes:
+                found = f"{root.at(name)} has {size} bytes, expected {file.bytes} (manifest.json)"
+                raise UserError(f"{found}: the database is damaged. Build it again.")
+        return cls(root, manifest, hidden_ids(root), (cache_folder, cache_gb))
 
     def open_partition(self, number: int) -> Partition:
         """A partition with files of its own, which are closed with it and not with the database."""
-        return Partition.open(self.root, self._folders[number], self.hidden, self.condition)
+        return Partition.open(self.files, self._folders[number], self.hidden, self.condition)
 
     def without(self, ids: npt.ArrayLike) -> "Database":
         """This database with more image ids hidden, in the returned object only. Both share all opened files."""

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from retrieval.file_cache import FileCache
 from retrieval.index.conditions import Expression, rows_that_meet
 from retrieval.index.effort import Effort
 from retrieval.index.hidden import Ids
@@ -23,7 +24,6 @@ from retrieval.index.partition_files import PartitionFiles, RerankIndex, clipped
 from retrieval.index.routing import Numbers, Vectors
 from retrieval.index.top_k import TopK, empty_top_k
 from retrieval.storage import schema
-from retrieval.storage.root import Root
 
 SCALES = tuple(float(factor * 2**power) for power in range(40) for factor in (1, 1.5))
 """Factors by which a repeated search raises the results and the lists: 1, 1.5, 2, 3, 4, 6, 8, ..."""
@@ -59,9 +59,9 @@ class Partition:
         self._condition = condition
 
     @classmethod
-    def open(cls, root: Root, folder: str, hidden: Ids, condition: Expression | None = None) -> Self:
-        """The partition in a folder of the database at a root, with files of its own."""
-        return cls(PartitionFiles(root, folder), hidden, condition)
+    def open(cls, files: FileCache, folder: str, hidden: Ids, condition: Expression | None = None) -> Self:
+        """The partition in a folder of the files of a database, with opened files of its own."""
+        return cls(PartitionFiles(files, folder), hidden, condition)
 
     def __len__(self) -> int:
         return len(self.embeddings)

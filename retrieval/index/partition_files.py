@@ -1,8 +1,8 @@
 """The files of one partition, opened on first use and shared by all databases that hide different rows of it.
 
-Reads `index.faiss`, `embeddings.npy`, `metadata.arrow` and the lists of a partition: memory maps on a local disk,
-whole files from an object store. faiss ranks by the mapped float16 vectors, without a copy of them. A flat partition
-has no `index.faiss`: a search compares the mapped vectors.
+Reads `index.faiss`, `embeddings.npy`, `metadata.arrow` and the lists of a partition; vectors and metadata as memory
+maps. faiss ranks by the mapped float16 vectors, without a copy of them. A flat partition has no `index.faiss`: a search
+compares the mapped vectors.
 """
 
 import threading
@@ -17,11 +17,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from retrieval.errors import UserError
+from retrieval.file_cache import FileCache
 from retrieval.index.effort import Effort
 from retrieval.index.routing import Numbers, Vectors
 from retrieval.index.top_k import TopK, empty_top_k, merge_top_k, top_k
 from retrieval.storage import schema
-from retrieval.storage.root import Root
 from retrieval.storage.temp_folders import temporary_folder
 
 Content = TypeVar("Content")
@@ -108,14 +108,14 @@ def _mapped_index() -> Any:
         return faiss.read_index(path, faiss.IO_FLAG_MMAP_IFC)
 
 
-def load_file(root: Root, name: str, load: Callable[[Path], Content]) -> Content:
+def load_file(files: FileCache, name: str, load: Callable[[Path], Content]) -> Content:
     """What `load` reads from a file of a database. Raises UserError with its path if it is damaged."""
-    with root.local(name) as path:
+    with files.local(name) as path:
         try:
             return load(path)
         except UNREADABLE as error:
             raise UserError(
-                f"{root.at(name)} cannot be read ({error}): the database is damaged. Build it again."
+                f"{files.root.at(name)} cannot be read ({error}): the database is damaged. Build it again."
             ) from error
 
 
@@ -127,31 +127,29 @@ def load_array(path: Path) -> Any:
 class PartitionFiles:
     """The opened files of a partition. Safe to share between threads."""
 
-    def __init__(self, root: Root, folder: str) -> None:
-        self._root = root
+    def __init__(self, files: FileCache, folder: str) -> None:
+        self._files = files
         self._folder = folder
         self._lock = threading.Lock()
         self._parameters: dict[tuple[Effort, int], Any] = {}
 
     def _load(self, name: str, load: Callable[[Path], Content]) -> Content:
-        return load_file(self._root, f"{self._folder}/{name}", load)
+        return load_file(self._files, f"{self._folder}/{name}", load)
 
     @cached_property
     def embeddings(self) -> npt.NDArray[np.float16]:
         """(rows, dim) float16 unit rows, sorted by list."""
         # Mode "c" (copy on write), because faiss and torch accept only writable arrays.
-        mode: Any = "c" if self._root.is_local else None
-        return self._load("embeddings.npy", lambda path: np.load(path, mmap_mode=mode, allow_pickle=False))
+        return self._load("embeddings.npy", lambda path: np.load(path, mmap_mode="c", allow_pickle=False))
 
     @cached_property
     def metadata(self) -> pa.Table:
         """schema.METADATA, in the order of the embeddings."""
 
         def load(path: Path) -> pa.Table:
-            source = pa.memory_map(str(path)) if self._root.is_local else pa.py_buffer(path.read_bytes())
-            return pa.ipc.open_file(source).read_all()
+            return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
-        location = self._root.at(f"{self._folder}/metadata.arrow")
+        location = self._files.root.at(f"{self._folder}/metadata.arrow")
         return schema.check_table(self._load("metadata.arrow", load), schema.METADATA, location)
 
     @cached_property
@@ -162,7 +160,7 @@ class PartitionFiles:
     @cached_property
     def has_own_lists(self) -> bool:
         """Whether the index is that of `retrieval.index.inverted_lists`."""
-        return self._root.exists(f"{self._folder}/lists.npy")
+        return self._files.exists(f"{self._folder}/lists.npy")
 
     @cached_property
     def lists(self) -> tuple[Numbers, Vectors]:
@@ -180,7 +178,7 @@ class PartitionFiles:
     @cached_property
     def is_flat(self) -> bool:
         """Whether the partition has no index, so that a search compares all rows."""
-        return not self._root.exists(f"{self._folder}/index.faiss")
+        return not self._files.exists(f"{self._folder}/index.faiss")
 
     @property
     def opened(self) -> tuple[Any, RerankIndex]:

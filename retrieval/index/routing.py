@@ -4,6 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrieval.storage.manifest import Manifest
+from retrieval.storage.root import FileRecord
 
 Vectors = npt.NDArray[np.float32]
 AnyVectors = npt.NDArray[np.float16] | npt.NDArray[np.float32]
@@ -14,6 +15,12 @@ Numbers = npt.NDArray[np.int64]
 def partition_folder(number: int) -> str:
     """The name of a partition in its manifest, and its folder when it is built."""
     return f"partitions/{number:05d}"
+
+
+def file_records(manifest: Manifest) -> dict[str, FileRecord]:
+    """The files of a database by their name in its folder."""
+    records = (file for record in manifest.shards for file in record.files)
+    return {file.name.removeprefix(f"{manifest.stage}/"): file for file in records}
 
 
 def stored_folders(manifest: Manifest) -> list[str]:

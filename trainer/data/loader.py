@@ -19,8 +19,8 @@ import numpy.typing as npt
 import torch
 
 from retrieval.errors import UserError
+from retrieval.file_cache import FileCache
 from retrieval.storage.root import Root
-from trainer.data.file_cache import FileCache
 from trainer.data.plan import TrainingPlan
 from trainer.data.sample_order import NEIGHBORS, REPLACEMENTS, SAMPLE_NOISE, SampleOrder, rank_slots
 from trainer.data.shards import ImageShard, LatentShard, ShardCache

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from retrieval.errors import UserError
+from retrieval.file_cache import FileCache, NoRoomError
 from retrieval.storage import schema
 from retrieval.storage.manifest import shard_file
-from trainer.data.file_cache import FileCache, NoRoomError
 from trainer.data.images import ImageTar, decode_image, random_crop, stored_members, unsigned_id
 from trainer.data.plan import TrainingSet
 from trainer.data.unreadable import Shard, UnreadableError

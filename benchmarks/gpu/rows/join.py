@@ -63,6 +63,7 @@ def clustered(day: Day, rows: int, dim: int, seed: int) -> torch.Tensor:
 
 def write_partition(day: Day, rows: int, dim: int):  # type: ignore[no-untyped-def]
     """A partition with the files that a join reads, written once: vectors sorted by list, and the lists."""
+    from retrieval.file_cache import FileCache
     from retrieval.index.inverted_lists import num_lists
     from retrieval.index.kmeans import nearest_centroids, train_centroids
     from retrieval.index.partition import Partition
@@ -78,4 +79,4 @@ def write_partition(day: Day, rows: int, dim: int):  # type: ignore[no-untyped-d
         np.save(folder / "embeddings.npy", vectors[np.argsort(lists, kind="stable")])
         np.save(folder / "list_centroids.npy", centroids)
         np.save(folder / "lists.npy", np.concatenate([[0], np.bincount(lists, minlength=count).cumsum()]))
-    return Partition.open(Root(folder.parent), folder.name, np.empty(0, np.int64))
+    return Partition.open(FileCache(Root(folder.parent)), folder.name, np.empty(0, np.int64))

@@ -14,10 +14,10 @@ from pipeline.databases import build as database
 from pipeline.runtime.status import StageSpec, find_manifest, stage_status
 from retrieval import Database, Root
 from retrieval.clip.encoder import Encoder
+from retrieval.file_cache import FileCache
 from retrieval.recipe import ClipConfig, IndexConfig
 from retrieval.storage.manifest import read_manifest
 from tests.pipeline.shards_in_process import shards_in_process
-from trainer.data.file_cache import FileCache
 from trainer.data.plan import TrainingSet
 from trainer.data.shards import ImageShard
 

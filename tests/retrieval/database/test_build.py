@@ -1,11 +1,9 @@
 """Building: equal inputs give equal bytes, and no row is lost between partitions."""
 
 import hashlib
-import logging
 from collections.abc import Callable
 from pathlib import Path
 
-import autofaiss
 import faiss
 import numpy as np
 import pytest
@@ -19,7 +17,8 @@ from retrieval.storage import schema
 from tests.retrieval.conftest import DIM, IDENTITY, brute_force, built, clustered, share_found, table_of
 
 Build = Callable[..., Database]
-KINDS = {"HNSW16": faiss.IndexHNSWFlat, "IVF64,Flat": faiss.IndexIVFFlat}
+FAST_SCAN = "Pad32,IVF32_HNSW16,PQ16x4fsr"
+KINDS = {"HNSW16": faiss.IndexHNSWFlat, "IVF64,Flat": faiss.IndexIVFFlat, FAST_SCAN: faiss.IndexPreTransform}
 
 
 def checksums(folder: Path) -> dict[str, str]:
@@ -101,27 +100,10 @@ def test_a_flat_partition_stores_its_vectors_once(vectors: Vectors, build: Build
     assert sizes["partitions/00000/embeddings.npy"] == 500 * DIM * 2 + 128
 
 
-@pytest.mark.parametrize(
-    "key", ["OPQ16_64,IVF256,PQ16x8", "OPQ32,PQ32", "Pad64,OPQ8,PQ8", "IVF16,SQ8", "PCA16,Flat", "IVF64_HNSW32,Flat"]
-)
-def test_the_error_for_a_key_that_autofaiss_cannot_build_says_what_to_do(key: str) -> None:
-    with pytest.raises(ValueError, match=rf"autofaiss cannot build '{key}' for inner products.* Leave index_key"):
+@pytest.mark.parametrize("key", ["OPQ32,PQ32", "Pad64,OPQ8,PQ8", "PCA16,Flat", "IVF16", "SQ8", "IVF16,Flat,RFlat"])
+def test_the_error_for_a_key_without_lists_and_without_a_graph_says_what_to_do(key: str) -> None:
+    with pytest.raises(ValueError, match=rf"autofaiss cannot build '{key}' for a database.* Leave index_key"):
         IndexConfig(index_key=key)
-
-
-def test_autofaiss_still_cannot_build_opq_for_inner_products(vectors: Vectors, tmp_path: Path) -> None:
-    """If this test fails, `IndexConfig` no longer needs to refuse OPQ."""
-    with pytest.raises(TypeError, match="unexpected keyword argument 'M'"):
-        autofaiss.build_index(
-            vectors,
-            index_path=str(tmp_path / "index"),
-            index_infos_path=str(tmp_path / "infos.json"),
-            index_key="OPQ16_32,IVF16,PQ16x8",
-            index_param="nprobe=4",
-            metric_type="ip",
-            nb_cores=1,
-            verbose=logging.ERROR,
-        )
 
 
 def test_a_key_that_does_not_suit_the_rows_is_refused_and_leaves_no_database(vectors: Vectors, tmp_path: Path) -> None:

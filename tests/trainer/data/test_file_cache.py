@@ -13,10 +13,10 @@ from s3fs import S3FileSystem
 
 from benchmarks.crashes.store import running_store
 from retrieval.errors import UserError
+from retrieval.file_cache import FileCache, NoRoomError
 from retrieval.storage.root import Root
 from tests.trainer.training_set import NAMES, make_recipe, plan_of, write_tars, write_training_set
 from trainer.data import shards
-from trainer.data.file_cache import FileCache, NoRoomError
 from trainer.data.loader import WAIT_S, Loader
 from trainer.model.autoencoder import Autoencoder
 
@@ -126,7 +126,7 @@ def test_a_file_larger_than_the_cache_is_an_error_and_open_files_are_not_deleted
     for name in "abc":
         memory.write_bytes(name, name.encode() * 1000)
     with (
-        pytest.raises(UserError, match=r"1,000 bytes is larger than the cache of 999 bytes\. Raise train\.cache_gb"),
+        pytest.raises(UserError, match=r"1,000 bytes is larger than the cache of 999 bytes\. Raise cache_gb"),
         FileCache(memory, str(tmp_path / "small"), 999e-9).local("a"),
     ):
         pass
@@ -136,7 +136,7 @@ def test_a_file_larger_than_the_cache_is_an_error_and_open_files_are_not_deleted
         path.write_text("not a copy of the cache")
     files = FileCache(memory, str(tmp_path / "two"), 2000e-9)
     with files.local("a") as a, files.local("b"):
-        with pytest.raises(NoRoomError, match=r"open shards use 2,000 of 2,000 bytes"), files.local("c"):
+        with pytest.raises(NoRoomError, match=r"open files use 2,000 of 2,000 bytes"), files.local("c"):
             pass
         assert a.read_bytes() == b"a" * 1000
     with files.local("a"):

@@ -1,5 +1,7 @@
 """Files of a root on the local disk: a local root is read in place, files of an object store are copied to a cache.
 
+Serves the shards of a training and the files of databases.
+
 The processes of a machine share the cache folder. A copy appears complete or not at all, and the least recently used
 copies that no process has open are deleted to keep the folder within its limit. Tables are stored as Arrow files, which
 are memory-mapped: their pages belong to the page cache and not to each process.
@@ -12,7 +14,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -22,7 +24,7 @@ import pyarrow.parquet as pq
 from retrieval.errors import UserError
 from retrieval.storage import schema
 from retrieval.storage.full_disk import full_disk_named
-from retrieval.storage.root import Root
+from retrieval.storage.root import FileRecord, Root
 
 PARTIAL = ".partial-"
 COPY = re.compile(r"(\.partial-\d+-)?[0-9a-f]{32}([.-].*)?")
@@ -39,20 +41,30 @@ class NoRoomError(UserError):
 
 
 class FileCache:
-    """Local copies of files of a root. Entries are named by URL and version, so that runs can share the folder."""
+    """Local copies of files of a root. They are named by content or by URL and version: processes share the folder."""
 
-    def __init__(self, root: Root, folder: str = "", max_gb: float = 0.0) -> None:
-        """folder: empty for one in the folder of temporary files; max_gb: 0 for half of the free disk space."""
+    def __init__(
+        self, root: Root, folder: str = "", max_gb: float = 0.0, records: Mapping[str, FileRecord] | None = None
+    ) -> None:
+        """folder: empty for one in the folder of temporary files; max_gb: 0 for half of the free disk space.
+
+        records: all files of the root by name, if they are known. Then a file with a copy needs no request.
+        """
         self.root = root
+        self._records = records
         self.folder = Path(folder or f"{tempfile.gettempdir()}/laion-rdm-{os.getuid()}")
         if not root.is_local:
             self.folder.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.folder).free + sum(map(_bytes, self._copies()))
             self.max_bytes = int(max_gb * 1e9) or free // 2
 
+    def exists(self, name: str) -> bool:
+        """Whether the root has a file of this name."""
+        return self.root.exists(name) if self._records is None else name in self._records
+
     @contextmanager
     def local(self, name: str) -> Iterator[Path]:
-        """A file as a local path for the block. Raises NoRoomError."""
+        """A file as a local path for the block; a memory map of it stays valid. Raises NoRoomError."""
         if self.root.is_local:
             with self.root.local(name) as path:
                 yield path
@@ -62,7 +74,10 @@ class FileCache:
             with self.root.open(name) as source, path.open("wb") as target:
                 shutil.copyfileobj(source, target, CHUNK_BYTES)
 
-        with self._copy(self._entry(name, Path(name).suffix), lambda: self.root.size(name), copy) as path:
+        def size() -> int:
+            return self._records[name].bytes if self._records else self.root.size(name)
+
+        with self._copy(self._entry(name, Path(name).suffix), size, copy) as path:
             yield path
 
     @contextmanager
@@ -93,6 +108,8 @@ class FileCache:
 
     def _entry(self, name: str, suffix: str) -> Path:
         """The path of a copy. Another version of the file has another path."""
+        if self._records:
+            return self.folder / f"{self._records[name].sha256[:32]}{suffix}"
         version = f"{self.root.at(name)} {self.root.version(name)}"
         return self.folder / f"{hashlib.sha256(version.encode()).hexdigest()[:32]}{suffix}"
 
@@ -149,7 +166,7 @@ class FileCache:
         if size > self.max_bytes:
             raise UserError(
                 f"{self.folder}: a file of {size:,} bytes is larger than the cache of {self.max_bytes:,} bytes. Raise "
-                "train.cache_gb, or set train.cache_folder to a larger disk."
+                "cache_gb, or set cache_folder to a larger disk."
             )
         # Copies that an ended process did not finish come first.
         files = sorted(self._copies(), key=lambda file: (file.name[0] != ".", file.stat().st_mtime))
@@ -160,8 +177,8 @@ class FileCache:
                 used -= file_bytes
         if used + size > self.max_bytes:
             raise NoRoomError(
-                f"{self.folder}: no room for {size:,} bytes, because open shards use {used:,} of "
-                f"{self.max_bytes:,} bytes. Raise train.cache_gb, or lower train.interleaved_shards."
+                f"{self.folder}: no room for {size:,} bytes, because open files use {used:,} of "
+                f"{self.max_bytes:,} bytes. Raise cache_gb; a training also needs less with fewer interleaved_shards."
             )
 
 
