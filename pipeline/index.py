@@ -8,7 +8,6 @@ reads only the row groups of that partition.
 
 import time
 from functools import partial
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt

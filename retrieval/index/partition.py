@@ -140,13 +140,16 @@ class Partition:
         """
         k = min(k, len(self))
         if self.is_flat:
-            return self._rank_all(queries, k)
+            return self.compare_all(queries, k)
         if self._skips_codes:
             return self._search_lists(queries, k, effort)
         return self._search(queries, k, effort, 1.0)
 
     def compare_all(self, queries: Vectors, k: int) -> TopK:
-        """The k best visible rows of each query by comparing all rows, (-inf, -1) where there are fewer."""
+        """The k best visible rows of each query by comparing all rows, (-inf, -1) where there are fewer.
+
+        A similarity does not depend on the other queries.
+        """
         if self._copies_visible:
             rows, copied = self._visible_rows
             similarities, columns = copied.compare(queries, k)
@@ -157,7 +160,7 @@ class Partition:
         """As `search`, in `scale` times the lists, and where rows are hidden for `scale` times the results."""
         fetched = k if self.visible is None else min(int(np.ceil(scale * k)), len(self))
         if self._compares_all(fetched * effort.candidates_per_result, effort, scale):
-            return self._rank_all(queries, k)
+            return self.compare_all(queries, k)
         lists = min(int(np.ceil(scale * effort.lists_per_partition)), self.num_lists)
         similarities, rows = self._search_index(
             queries, fetched, replace(effort, partitions_per_query=1, lists_per_partition=lists)
@@ -222,7 +225,7 @@ class Partition:
             if lists:
                 best = self._search_visible(queries[visitors], k, replace(effort, lists_per_partition=int(lists)))
             else:
-                best = self._rank_all(queries[visitors], k)
+                best = self.compare_all(queries[visitors], k)
             results[0][visitors], results[1][visitors] = best
         return results
 
@@ -259,7 +262,7 @@ class Partition:
         similarities, rows = drop_repeats(clipped(similarities), rows, k)
         short = np.flatnonzero(rows[:, -1] < 0)
         if len(short):
-            similarities[short], rows[short] = self._rank_all(queries[short], k)
+            similarities[short], rows[short] = self.compare_all(queries[short], k)
         return similarities, rows
 
     @cached_property
@@ -273,10 +276,6 @@ class Partition:
         if self.results_per_row > 1:
             return drop_repeats(clipped(similarities), rows, k)
         return clipped(similarities), rows
-
-    def _rank_all(self, queries: Vectors, k: int) -> TopK:
-        """`compare_all`, with similarities that do not depend on the other queries, as those of the index."""
-        return self.files.rerank.rank(queries, self.compare_all(queries, k)[1])
 
 
 def _first_visible(similarities: Vectors, rows: Numbers, visible: npt.NDArray[np.bool_], k: int) -> TopK:

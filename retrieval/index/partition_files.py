@@ -31,12 +31,11 @@ GRAPH_SPARE = 8
 """Centroids that the walk through the graph keeps in addition to the lists to visit."""
 MIN_GRAPH_EFFORT = 16
 """Least efSearch of an HNSW index."""
-MIN_BLOCK_QUERIES = 20
-"""Fewer queries are compared with the stored rows one by one, more with blocks of them as float32 matrices."""
+MIN_BLOCK_NUMBERS = 128_000
+"""Queries of this many numbers, 167 of 768 dimensions, are compared with blocks of rows as float32 matrices, fewer
+one by one with the stored rows. From this size on faiss multiplies matrices."""
 BLOCK_ROWS = 8_192
 """Rows of such a block: 25 MB of 768 dimensions."""
-BLOCK_BYTES = 1 << 26
-"""Vectors that are ranked at once after a comparison of all rows."""
 MAX_PARAMETERS = 256
 """Search parameters that are kept, one for each effort and k."""
 
@@ -46,49 +45,65 @@ class RerankIndex:
 
     def __init__(self, rows: npt.NDArray[np.float16]) -> None:
         """rows: (n, dim) contiguous, such as a memory map."""
-        count, dim = rows.shape
-        self._rows = rows.reshape(-1).view(np.uint8)
+        self._rows = rows
+        dim = rows.shape[1]
         self.index = faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
-        self.index.codes = faiss.MaybeOwnedVectorUInt8.create_view(
-            faiss.swig_ptr(self._rows), self._rows.size, _mapped_index().codes.owner
-        )
-        self.index.ntotal = count
-        self._codes = self._rows.reshape(count, self.index.code_size)
-
-    def vectors_at(self, rows: Numbers | slice) -> Vectors:
-        """Rows by number, (n, dim) float32."""
-        return np.asarray(self.index.sa_decode(self._codes[rows]))
+        _set_rows(self.index, rows)
 
     def compare(self, queries: Vectors, k: int, visible: npt.NDArray[np.bool_] | None = None) -> TopK:
-        """The k best visible rows of each query (None: all are visible), (-inf, -1) where there are fewer."""
-        if len(queries) < MIN_BLOCK_QUERIES:
-            selector = None if visible is None else faiss.IDSelectorBitmap(np.packbits(visible, bitorder="little"))
-            similarities, rows = self.index.search(queries, k, params=faiss.SearchParameters(sel=selector))
-            return np.where(rows < 0, -np.inf, clipped(similarities)).astype(np.float32), rows
+        """The k best visible rows of each query (None: all are visible), (-inf, -1) where there are fewer.
+
+        Equal similarities are ordered by row. A similarity does not depend on the other queries.
+        """
+        if queries.size < MIN_BLOCK_NUMBERS:
+            parameters = None
+            if visible is not None:
+                selector = faiss.IDSelectorBitmap(np.packbits(visible, bitorder="little"))
+                parameters = faiss.SearchParameters(sel=selector)
+            similarities, rows = self.index.search(queries, k, params=parameters)
+            return _in_order(clipped(similarities), rows)
         results = empty_top_k(len(queries), k)
-        for start in range(0, self.index.ntotal, BLOCK_ROWS):
-            rows = np.arange(start, min(start + BLOCK_ROWS, self.index.ntotal))
-            rows = rows if visible is None else rows[visible[rows]]
-            if len(rows):
-                block = self.vectors_at(rows)
-                best, columns = faiss.knn(queries, block, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)
-                results = merge_top_k(results, (clipped(best), rows[columns]), k)
+        buffer = np.empty((min(BLOCK_ROWS, len(self._rows)), self._rows.shape[1]), np.float32)
+        for start in range(0, len(self._rows), BLOCK_ROWS):
+            block = self._rows[start : start + BLOCK_ROWS]
+            numbers = np.arange(start, start + len(block))
+            if visible is not None:
+                block, numbers = block[visible[numbers]], numbers[visible[numbers]]
+            if len(block):
+                best, columns = _compare_block(block, buffer[: len(block)], queries, min(k, len(block)))
+                results = merge_top_k(results, (clipped(best), numbers[columns]), k)
         return results
 
-    def rank(self, queries: Vectors, rows: Numbers) -> TopK:
-        """Rows of each query by exact similarity, each (n, k). A similarity does not depend on the other queries.
 
-        rows: (n, k) numbers, -1 for none.
-        """
-        similarities, ranked = empty_top_k(*rows.shape)
-        step = max(1, BLOCK_BYTES // max(1, 4 * rows.shape[1] * queries.shape[1]))
-        for start in range(0, len(queries), step):
-            block = slice(start, start + step)
-            vectors = self.vectors_at(rows[block].reshape(-1)).reshape(*rows[block].shape, self.index.d)
-            exact = clipped(np.einsum("qkd,qd->qk", vectors, queries[block]))
-            exact = np.where(rows[block] < 0, -np.inf, exact).astype(np.float32)
-            similarities[block], ranked[block] = top_k(exact, rows[block], rows.shape[1])
-        return similarities, ranked
+def _set_rows(index: Any, rows: npt.NDArray[Any]) -> None:
+    """Let a faiss index use rows (n, dim), contiguous, as its codes, without a copy. The caller keeps them alive."""
+    codes = rows.reshape(-1).view(np.uint8)
+    index.codes = faiss.MaybeOwnedVectorUInt8.create_view(
+        faiss.swig_ptr(codes), codes.size, _mapped_index().codes.owner
+    )
+    index.ntotal = len(rows)
+
+
+def _in_order(similarities: Vectors, rows: Numbers) -> TopK:
+    """Sorted results with equal similarities ordered by row, and -inf for row -1."""
+    if (rows[:, -1:] < 0).any():
+        similarities = np.where(rows < 0, -np.inf, similarities).astype(np.float32)
+    if (similarities[:, 1:] == similarities[:, :-1]).any():
+        return top_k(similarities, rows, rows.shape[1])
+    return similarities, rows
+
+
+def _compare_block(rows: npt.NDArray[np.float16], buffer: Vectors, queries: Vectors, k: int) -> TopK:
+    """The k best of rows (n >= k, dim): chosen by matrix products, ranked as in a comparison one by one.
+
+    buffer: (n, dim), overwritten.
+    """
+    rerank = RerankIndex(rows)
+    rerank.index.sa_decode(rows.view(np.uint8), buffer)
+    products = faiss.IndexFlatIP(rows.shape[1])
+    _set_rows(products, buffer)
+    similarities, columns = faiss.IndexRefine(products, rerank.index).search(queries, k)
+    return similarities, columns
 
 
 def clipped(similarities: Vectors) -> Vectors:
@@ -188,8 +203,10 @@ class PartitionFiles:
 
     @cached_property
     def _refine(self) -> tuple[Any, RerankIndex]:
+        metric = self._base.metric_type
+        self._base.metric_type = faiss.METRIC_INNER_PRODUCT  # that of the ranking; autofaiss builds with L2 distances
         refine = faiss.IndexRefine(self._base, self.rerank.index)
-        refine.metric_type = faiss.METRIC_INNER_PRODUCT  # that of the ranking: autofaiss builds with L2 distances
+        self._base.metric_type = metric
         return refine, self.rerank
 
     @property
