@@ -41,10 +41,11 @@ def _grid(*axes: tuple[int, ...]) -> tuple[Effort, ...]:
 
 
 FAISS = "1.15.1"
-PROBED_LISTS = (4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128)
+RABITQLIB = "0.7.1"
+PROBED_LISTS = (4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 384)
 CANDIDATE_FACTORS = (2, 3, 4, 6, 8)
-GRAPH_EFFORTS = (20, 24, 32, 40, 48, 64, 96, 128, 192, 256, 384)
-LISTS_PER_PARTITION = (6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 56, 64, 80, 96)
+GRAPH_EFFORTS = (20, 24, 32, 40, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+LISTS_PER_PARTITION = (6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 56, 64, 80, 96, 128, 192, 256, 384)
 CANDIDATES_PER_RESULT = (3, 4, 6, 8, 12, 16)
 
 
@@ -54,12 +55,18 @@ def _faiss_ivf(name: str, label: str, key: str, factors: tuple[int, ...] = ()) -
     return MethodSpec(name, label, "benchmarks.retrieval.adapters.faiss_ivf:FaissIvf", settings, efforts)
 
 
+def _rabitqlib(name: str, label: str, kind: str, bits: int, factors: tuple[int, ...] = ()) -> MethodSpec:
+    efforts = _grid(GRAPH_EFFORTS, factors) if factors else _grid(GRAPH_EFFORTS)
+    settings = {"links": 16 if kind == "Hnsw" else 32, "construction": 200, "bits": bits, "version": RABITQLIB}
+    return MethodSpec(name, label, f"benchmarks.retrieval.adapters.rabitq:{kind}", settings, efforts, True)
+
+
 SCANN = MethodSpec(
     "scann",
     "ScaNN (tree, SOAR, AH, reorder)",
     "benchmarks.retrieval.adapters.other_libraries:Scann",
     {"leaves": 2000, "version": "1.4.2"},
-    _grid((6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64, 96), (40, 60, 80, 100, 150, 200)),
+    _grid((6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 384), (20, 30, 40, 50, 75, 100)),
     uses_bench_venv=True,
 )
 DATABASE = MethodSpec(
@@ -126,11 +133,40 @@ METHODS = (
         "usearch",
         "usearch (bf16)",
         "benchmarks.retrieval.adapters.other_libraries:Usearch",
-        {"links": 16, "construction": 128, "version": "2.20.9"},
+        {"links": 16, "construction": 128, "version": "2.26.6"},
+        _grid(GRAPH_EFFORTS),
+        uses_bench_venv=True,
+    ),
+    MethodSpec(
+        "hnsw-rabitq",
+        "faiss HNSW32,RaBitQ4 + refine",
+        "benchmarks.retrieval.adapters.faiss_graphs:FaissHnswRaBitQ",
+        {"links": 32, "construction": 40, "bits": 4, "version": FAISS},
+        _grid(GRAPH_EFFORTS, (2, 4)),
+    ),
+    MethodSpec(
+        "panorama",
+        "faiss HNSW32, Panorama",
+        "benchmarks.retrieval.adapters.faiss_graphs:FaissPanorama",
+        {"links": 32, "construction": 40, "levels": 8, "version": FAISS},
+        _grid(GRAPH_EFFORTS),
+    ),
+    _rabitqlib("rabitqlib-hnsw", "rabitqlib HNSW, 4 bits + exact ranking", "Hnsw", bits=4, factors=(2, 3, 4)),
+    _rabitqlib("rabitqlib-hnsw8", "rabitqlib HNSW, 8 bits", "Hnsw", bits=8),
+    _rabitqlib("symphony", "rabitqlib SymphonyQG, 8 bits", "Symphony", bits=8),
+    MethodSpec(
+        "zvec",
+        "zvec HNSW, 7 bits + refine",
+        "benchmarks.retrieval.adapters.vector_stores:Zvec",
+        {"links": 16, "construction": 200, "bits": 7, "version": "0.8.0"},
         _grid(GRAPH_EFFORTS),
         uses_bench_venv=True,
     ),
     AUTOFAISS,
     BRUTE,
 )
+NOT_MEASURED = {
+    "NGT-QG (ngt 2.8.0)": "its wheel opens quantized graphs but cannot build them; this needs the command `qbg` of NGT"
+}
+"""Methods that belong into the comparison, with the reason for which they are not in it."""
 BY_NAME = {method.name: method for method in (*METHODS, CLUSTER)}

@@ -1,4 +1,7 @@
-"""faiss's HNSW, and autofaiss with its default settings."""
+"""faiss's HNSW over vectors, over RaBitQ codes and with Panorama, and autofaiss with its default settings.
+
+RaBitQ codes and Panorama need the metric L2, which ranks unit vectors as the inner product does.
+"""
 
 import json
 import logging
@@ -12,6 +15,7 @@ import numpy as np
 from benchmarks.retrieval.adapters.adapter import Search, SearchAdapter
 
 BLOCK_ROWS = 1 << 16
+TRAINING_ROWS = 1 << 16
 
 
 class FaissHnsw(SearchAdapter):
@@ -19,12 +23,19 @@ class FaissHnsw(SearchAdapter):
 
     def build(self, rows: np.ndarray, folder: Path, threads: int) -> dict[str, Any]:
         faiss.omp_set_num_threads(threads)
-        index = faiss.IndexHNSWFlat(rows.shape[1], self.settings["links"], faiss.METRIC_INNER_PRODUCT)
-        index.hnsw.efConstruction = self.settings["construction"]
+        index = self._empty(rows.shape[1])
+        index.train(rows[:TRAINING_ROWS].astype(np.float32))
         for start in range(0, len(rows), BLOCK_ROWS):
             index.add(rows[start : start + BLOCK_ROWS].astype(np.float32))
         faiss.write_index(index, str(folder / "index"))
         return {}
+
+    def _empty(self, dim: int) -> Any:
+        return self._with_construction(faiss.IndexHNSWFlat(dim, self.settings["links"], faiss.METRIC_INNER_PRODUCT))
+
+    def _with_construction(self, index: Any) -> Any:
+        index.hnsw.efConstruction = self.settings["construction"]
+        return index
 
     def open(self, folder: Path, rows: np.ndarray) -> None:
         self._index = faiss.read_index(str(folder / "index"))
@@ -36,6 +47,32 @@ class FaissHnsw(SearchAdapter):
         """`index.search` with the parameters of this effort."""
         options = faiss.SearchParametersHNSW(efSearch=effort[0])
         return lambda queries: self._index.search(queries, k, params=options)[1]
+
+
+class FaissHnswRaBitQ(FaissHnsw):
+    """HNSW over RaBitQ codes, refined with float16 vectors in memory. Effort: efSearch, candidates per result."""
+
+    def _empty(self, dim: int) -> Any:
+        coded = self._with_construction(faiss.IndexHNSWRaBitQ(dim, self.settings["links"], self.settings["bits"]))
+        parts = coded, faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16)
+        index = faiss.IndexRefine(*parts)
+        index.referenced_objects = parts  # faiss does not own them
+        return index
+
+    def searcher(self, k: int, effort: tuple[int, ...]) -> Search:
+        """`index.search` with the parameters of this effort."""
+        graph = faiss.SearchParametersHNSW(efSearch=max(effort[0], k * effort[1]))
+        options = faiss.IndexRefineSearchParameters(k_factor=effort[1], base_index_params=graph)
+        return lambda queries: self._index.search(queries, k, params=options)[1]
+
+
+class FaissPanorama(FaissHnsw):
+    """HNSW over float32 vectors, whose distances are refined level by level. Effort: efSearch."""
+
+    def _empty(self, dim: int) -> Any:
+        return self._with_construction(
+            faiss.IndexHNSWFlatPanorama(dim, self.settings["links"], self.settings["levels"])
+        )
 
 
 class Autofaiss(FaissHnsw):

@@ -14,7 +14,7 @@ BLOCK_ROWS = 1 << 16
 
 
 class Scann(SearchAdapter):
-    """Spherical tree with SOAR, asymmetric hashing, float32 reordering. Effort: leaves, rows to reorder."""
+    """Spherical tree with SOAR, asymmetric hashing, float32 reordering. Effort: leaves, rows to reorder per ten results."""
 
     def build(self, rows: np.ndarray, folder: Path, threads: int) -> dict[str, Any]:
         """Build and serialize; the files include the float32 vectors."""
@@ -36,14 +36,14 @@ class Scann(SearchAdapter):
 
     def searcher(self, k: int, effort: tuple[int, ...]) -> Search:
         """Batched search."""
-        options = {"leaves_to_search": effort[0], "pre_reorder_num_neighbors": effort[1]}
+        options = {"leaves_to_search": effort[0], "pre_reorder_num_neighbors": effort[1] * k // 10}
         call = self._searcher.search_batched_parallel if self._parallel else self._searcher.search_batched
         return lambda queries: call(queries, final_num_neighbors=k, **options)[0]
 
     def single(self, k: int, effort: tuple[int, ...]) -> Search:
         """The call for one query."""
         call, (leaves, reorder) = self._searcher.search, effort
-        return lambda query: call(query[0], k, reorder, leaves)[0][None]
+        return lambda query: call(query[0], k, reorder * k // 10, leaves)[0][None]
 
 
 class Hnswlib(SearchAdapter):
