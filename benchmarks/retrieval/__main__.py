@@ -1,23 +1,25 @@
-"""`make bench-retrieval`: our search and join against ScaNN, faiss, hnswlib, usearch and autofaiss.
+"""`make bench-retrieval`: our search and join against ScaNN, faiss, rabitqlib, hnswlib, usearch, zvec and autofaiss.
 
-Generates the data and builds every index once, below a scratch folder; tunes the methods, then times them in
-interleaved rounds. Writes `docs/performance.json`, and from it `docs/performance.md` and the plot.
+Generates the data and builds every index once, below a scratch folder; tunes each method, and times it in rounds that
+alternate with those of ScaNN. The results of a method are stored when it is finished, so that the same command
+continues an interrupted run. Writes `docs/performance.json`, and from it `docs/performance.md` and the plot. Other
+sizes and seeds (`--rows 300000 --seed 1 --parts search`) are written to the scratch folder; the next full run, or
+`--parts` without a name, adds them to the page.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common.report import DOCS, SCRATCH, write_atomically
 from benchmarks.retrieval import engine, joins, scale
-from benchmarks.retrieval.catalog import BARE, BY_NAME, DATABASE, METHODS, SCANN, MethodSpec
+from benchmarks.retrieval.catalog import BARE, BY_NAME, DATABASE, METHODS, NOT_MEASURED, SCANN, MethodSpec
 from benchmarks.retrieval.data import BenchmarkData, prepare
 from benchmarks.retrieval.report import report
-from benchmarks.retrieval.rounds import ROUNDS, TimingResult, TuningResult, best_setting, compare, tune
-from benchmarks.retrieval.workers import build, open_workers
+from benchmarks.retrieval.rounds import CASES, ROUNDS, TuningResult, best_setting, compare, tune
+from benchmarks.retrieval.workers import AdapterError, build, index_folder, open_workers
 from jobs.reporting.hardware import hardware
 
 FULL_ROWS = 1_000_000
@@ -29,17 +31,17 @@ PARTS = ("search", "engine", "join", "scale")
 def main() -> None:
     """Prepare the data, build, measure, write."""
     options = _options()
-    data = prepare(options.scratch, options.rows)
+    data = prepare(options.scratch, options.rows, options.seed)
     methods = [method for method in METHODS if not options.methods or method.name in options.methods]
-    builds = {method.name: build(data, method, options.threads) for method in methods}
+    builds, failures = build_all(data, methods, options.threads)
     if options.build_only:
         return
     record = options.scratch / f"{data.folder.name}.json"
     result: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
-    result |= {"hardware": hardware(), "rows": options.rows, "rounds": ROUNDS, "builds": builds}
+    result |= {"hardware": hardware(), "rows": options.rows, "seed": options.seed, "rounds": ROUNDS, "builds": builds}
     sizes = SIZES if options.rows == FULL_ROWS else [options.rows]
     measurements = {
-        "search": lambda: measure_search(data, methods, options.memory_gb * 1e9),
+        "search": lambda: measure_search(data, [method for method in methods if method.name in builds], failures),
         "engine": lambda: measure_engine(data, result["search"]),
         "join": lambda: joins.measure(data, len(data.read("images"))),
         "scale": lambda: scale.measure(options.scratch, options.scale or sizes),
@@ -49,49 +51,76 @@ def main() -> None:
         result[part] = measurements[part]()
         write_atomically(record, json.dumps(result, indent=1) + "\n")
         print(f"{part}: {time.perf_counter() - started:.0f} s", flush=True)
-    full = options.rows == FULL_ROWS
+    full = options.rows == FULL_ROWS and not options.seed
+    result["races"] = other_races(options.scratch, record)
     report.write(result, DOCS if full else options.scratch)
 
 
-def measure_search(data: BenchmarkData, methods: list[MethodSpec], memory: float) -> dict[str, Any]:
-    """Recall and speed of every method, and timed rounds at the chosen settings, group by group."""
-    points: dict[str, list[TuningResult]] = {}
-    chosen: list[TimingResult] = []
-    opened: dict[str, Any] = {}
-    for group in memory_groups(methods, {method.name: _memory(data, method) for method in methods}, memory):
-        with open_workers(group, data) as workers:
-            opened |= {worker.method.name: worker.opened for worker in workers}
-            tuned = {*points, BARE.name}
-            points |= tune([worker for worker in workers if worker.method.name not in tuned])
-            if DATABASE.name in points:
-                points[BARE.name] = points[DATABASE.name]
-            results = compare(workers, points, SCANN.name)
-            for worker in workers:
-                opened[worker.method.name] |= worker.call("memory")
-        done = {(result.method, result.mode, result.target) for result in chosen}
-        chosen += [result for result in results if (result.method, result.mode, result.target) not in done]
+def build_all(data: BenchmarkData, methods: list[MethodSpec], threads: int) -> tuple[dict[str, Any], dict[str, str]]:
+    """Records of the builds, and the last line of the error of each method whose build failed."""
+    builds, failures = {}, {}
+    for method in methods:
+        try:
+            builds[method.name] = build(data, method, threads)
+        except AdapterError as error:
+            failures[method.label] = str(error).strip().splitlines()[-1]
+            print(f"{method.name} is not measured: {failures[method.label]}", flush=True)
+    return builds, failures
+
+
+def measure_search(data: BenchmarkData, methods: list[MethodSpec], failures: dict[str, str]) -> dict[str, Any]:
+    """Recall and speed of every method, in rounds that alternate with those of the baseline."""
+    missing = NOT_MEASURED | failures
+    records = {}
+    for method in sorted(methods, key=lambda method: method is not SCANN):
+        try:
+            records[method.name] = measure_method(data, method, records)
+        except AdapterError as error:
+            missing[method.label] = str(error).strip().splitlines()[-1]
     return {
-        "points": {name: [vars(point) for point in settings] for name, settings in points.items()},
-        "chosen": [result.summary() for result in chosen],
-        "opened": opened,
+        "points": {name: record["points"][CASES[0].name] for name, record in records.items()},
+        "chosen": [row for record in records.values() for row in record["chosen"]],
+        "opened": {name: record["opened"] for name, record in records.items()},
+        "missing": missing,
     }
 
 
-def memory_groups(methods: list[MethodSpec], needed: dict[str, float], memory: float) -> Iterator[list[MethodSpec]]:
-    """Methods that fit in memory together; every group has the baseline and our engine."""
-    fixed = [method for method in methods if method.name in (SCANN.name, DATABASE.name, BARE.name)]
-    rest = [method for method in methods if method not in fixed]
-    while rest:
-        left = memory - sum(needed[method.name] for method in fixed)
-        group = []
-        for method in list(rest):
-            if needed[method.name] <= left or not group:
-                left -= needed[method.name]
-                group.append(method)
-                rest.remove(method)
-        yield fixed + group
-    if fixed == methods:
-        yield fixed
+def measure_method(data: BenchmarkData, method: MethodSpec, records: dict[str, Any]) -> dict[str, Any]:
+    """The record of one method, which is read if it was measured before."""
+    path = index_folder(data, method) / f"{method.name}.race.json"
+    if path.exists():
+        record: dict[str, Any] = json.loads(path.read_text())
+        return record
+    started = time.perf_counter()
+    pair = [method] if method is SCANN or SCANN.name not in records else [method, SCANN]
+    with open_workers(pair, data) as workers:
+        known = {name: _points(record) for name, record in records.items()}
+        own = known.get(DATABASE.name) if method is BARE else None  # the same settings of the same index
+        points = known | {method.name: own or {case.name: tune(workers[0], case) for case in CASES}}
+        results = [result for case in CASES for result in compare(workers, points, case, SCANN.name)]
+        record = {
+            "points": {case: [vars(point) for point in tuned] for case, tuned in points[method.name].items()},
+            "chosen": [result.summary() for result in results if result.method == method.name],
+            "opened": workers[0].opened | workers[0].call("memory"),
+        }
+    write_atomically(path, json.dumps(record, indent=1) + "\n")
+    print(f"measured {method.name}: {time.perf_counter() - started:.0f} s", flush=True)
+    return record
+
+
+def _points(record: dict[str, Any]) -> dict[str, list[TuningResult]]:
+    return {case: [TuningResult(**point) for point in points] for case, points in record["points"].items()}
+
+
+def other_races(scratch: Path, record: Path) -> list[dict[str, Any]]:
+    """The searches of other sizes and seeds, from their records in the scratch folder."""
+    results = [json.loads(path.read_text()) for path in sorted(scratch.glob("*.json")) if path != record]
+    return [
+        {name: result[name] for name in ("rows", "seed", "hardware")}
+        | {name: result["search"][name] for name in ("chosen", "opened")}
+        for result in results
+        if "seed" in result and "search" in result
+    ]
 
 
 def measure_engine(data: BenchmarkData, search_result: dict[str, Any]) -> dict[str, Any]:
@@ -106,23 +135,15 @@ def measure_engine(data: BenchmarkData, search_result: dict[str, Any]) -> dict[s
     }
 
 
-def _memory(data: BenchmarkData, method: MethodSpec) -> float:
-    """Approximate bytes of an open index."""
-    if method.name in (DATABASE.name, BARE.name):
-        return 0.3e9
-    size = float(build(data, method, 1)["bytes"])
-    return max(size, 2.0 * data.read("rows").nbytes if method.name == "brute" else 0) * 1.05
-
-
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.retrieval", description=__doc__)
     parser.add_argument("--rows", type=int, default=FULL_ROWS, help="database rows; 100000 for a quick trial")
+    parser.add_argument("--seed", type=int, default=0, help="of the data set (default %(default)s)")
     parser.add_argument("--scratch", type=Path, default=SCRATCH, help="folder of data and indexes")
     parser.add_argument("--methods", nargs="*", choices=sorted(BY_NAME), help="only these (default: all)")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="only these (default: all)")
     parser.add_argument("--scale", nargs="*", type=int, help="database sizes of the part `scale`")
     parser.add_argument("--threads", type=int, default=2, help="threads of the builds")
-    parser.add_argument("--memory-gb", type=float, default=14, help="memory of all open indexes")
     parser.add_argument("--build-only", action="store_true", help="stop after building the indexes")
     return parser.parse_args()
 

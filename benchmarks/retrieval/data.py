@@ -1,7 +1,7 @@
 """The rows, queries and true neighbors, generated once from seeds and stored below a scratch folder.
 
-Writes `<scratch>/<number of rows>/{rows,images,texts,images_truth,texts_truth}.npy`, which the adapters
-read as memory maps. The true neighbors come from brute force over the stored float16 rows. Existing files are
+Writes `<scratch>/<number of rows>[-<seed>]/{rows,images,texts,calibration_texts,images_truth,texts_truth}.npy`, which
+the adapters read as memory maps. The true neighbors come from brute force over the stored float16 rows. Existing files are
 not written again: delete the folder after a change of the generator.
 """
 
@@ -21,6 +21,10 @@ NUM_QUERIES = 2_000
 ROWS_PER_SEED = 1_000_000
 """Rows generated from one seed; larger sets use several seeds."""
 QUERY_SEED = 1
+CALIBRATION_SEED = 2
+NUM_CALIBRATION_TEXTS = 1_000
+SEED_STEP = 1_000
+"""Seeds of two data sets are so far apart."""
 BLOCK_ROWS = 1 << 16
 
 Ids = npt.NDArray[np.int64]
@@ -44,30 +48,32 @@ def recall(results: np.ndarray, truth: np.ndarray, k: int) -> float:
     return float(np.mean([np.isin(true, ids).mean() for ids, true in pairs]))
 
 
-def prepare(scratch: Path, rows: int) -> BenchmarkData:
+def prepare(scratch: Path, rows: int, seed: int = 0) -> BenchmarkData:
     """Write missing files. The join has a tenth as many queries as rows, 4,000 to 100,000."""
-    data = BenchmarkData(scratch / str(rows))
+    data = BenchmarkData(scratch / (f"{rows}-{seed}" if seed else str(rows)))
     data.folder.mkdir(parents=True, exist_ok=True)
-    for name in ("rows", "images", "texts"):
-        _write_if_missing(data, name, lambda name=name: _generate(name, rows))
+    for name in ("rows", "images", "texts", "calibration_texts"):
+        _write_if_missing(data, name, lambda name=name: _generate(name, rows, seed))
     for stream in ("images", "texts"):
         _write_if_missing(data, f"{stream}_truth", lambda stream=stream: _true_neighbors(data, stream))
     return data
 
 
-def _generate(name: str, rows: int) -> np.ndarray:
+def _generate(name: str, rows: int, seed: int) -> np.ndarray:
     from benchmarks.retrieval import vectors
 
-    mixture = vectors.mixture(0)
+    mixture, first = vectors.mixture(seed), SEED_STEP * seed
     if name == "texts":
-        return vectors.texts(mixture, NUM_QUERIES, QUERY_SEED)
+        return vectors.texts(mixture, NUM_QUERIES, first + QUERY_SEED)
+    if name == "calibration_texts":
+        return vectors.texts(mixture, NUM_CALIBRATION_TEXTS, first + CALIBRATION_SEED)
     if name == "images":
-        return vectors.images(mixture, min(100_000, max(2 * NUM_QUERIES, rows // 10)), QUERY_SEED)
+        return vectors.images(mixture, min(100_000, max(2 * NUM_QUERIES, rows // 10)), first + QUERY_SEED)
     out = np.empty((rows, vectors.DIM), np.float16)
     for start in range(0, rows, ROWS_PER_SEED):
         piece = start // ROWS_PER_SEED
-        seed = piece if piece < QUERY_SEED else piece + 1
-        out[start : start + ROWS_PER_SEED] = vectors.images(mixture, min(ROWS_PER_SEED, rows - start), seed)
+        number = piece if piece < QUERY_SEED else piece + 1
+        out[start : start + ROWS_PER_SEED] = vectors.images(mixture, min(ROWS_PER_SEED, rows - start), first + number)
     return out
 
 

@@ -1,8 +1,8 @@
 """Tunes every method, then times the chosen settings in interleaved rounds, so that all meet the same load.
 
 Settings are tuned on the first half of the queries. The tables compare times at equal recall on the other half: between
-the two settings next to the target, one below and one above it, the time is interpolated. Ratios of two methods are
-taken within one round; the result is the median over the rounds.
+the two settings next to the target, one below and one above it, the time is interpolated. The rounds of a method
+alternate with those of the baseline; the ratio of both is taken within one round, and the result is the median.
 """
 
 import statistics
@@ -24,10 +24,29 @@ MARGIN = 0.002
 TUNING_QUERIES = NUM_QUERIES // 2
 NEAR = 0.02
 """Settings that miss the target by more on the tuning queries are not measured on the other half."""
+ENOUGH = 0.996
+"""Settings that cost more than one with this recall are not tried."""
 MIN_TIMED_RECALL = 0.85
 """Settings with a lower recall are not timed."""
 SINGLE_S, BATCH_S = 1.0, 2.0
 """Slow methods run fewer queries, so that a measurement takes at most so many seconds."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kind of queries, and the number of results."""
+
+    stream: str
+    """`images` or `texts`."""
+    k: int
+
+    @property
+    def name(self) -> str:
+        """Key of the results of this case."""
+        return f"{self.stream}-{self.k}"
+
+
+CASES = tuple(Case(stream, k) for stream, k in product(("images", "texts"), (K, 100)))
 
 
 @dataclass
@@ -54,6 +73,7 @@ class TimingResult:
     """A method at a target recall in a mode, timed in several rounds."""
 
     method: str
+    case: Case
     mode: str
     target: float
     settings: list[HeldOutSetting]
@@ -81,6 +101,7 @@ class TimingResult:
         """Medians over the rounds, as the report stores them."""
         return {
             "method": self.method,
+            **vars(self.case),
             "mode": self.mode,
             "target": self.target,
             "effort": list(self.settings[0].effort),
@@ -92,24 +113,29 @@ class TimingResult:
         }
 
 
-def tune(workers: list[WorkerProcess]) -> dict[str, list[TuningResult]]:
-    """Recall of every setting of every method, and its time if the recall is at least MIN_TIMED_RECALL."""
-    points: dict[str, list[TuningResult]] = {worker.method.name: [] for worker in workers}
-    for step in range(max(len(worker.method.efforts) for worker in workers)):
-        for worker in workers:
-            if step < len(worker.method.efforts):
-                points[worker.method.name].append(_measure_setting(worker, worker.method.efforts[step]))
+def tune(worker: WorkerProcess, case: Case) -> list[TuningResult]:
+    """Recall of every setting of a method, and its time if the recall is at least MIN_TIMED_RECALL."""
+    points: list[TuningResult] = []
+    for effort in worker.method.efforts:
+        if not any(point.recall >= ENOUGH and is_at_least(effort, point.effort) for point in points):
+            points.append(_measure_setting(worker, effort, case))
     return points
 
 
-def _measure_setting(worker: WorkerProcess, effort: Effort) -> TuningResult:
-    trial = worker.call("measure", mode="single", k=K, effort=effort, start=0, count=20)
+def is_at_least(effort: Effort, other: Effort) -> bool:
+    """True if no number of the effort is smaller than that of the other."""
+    return all(number >= least for number, least in zip(effort, other, strict=True))
+
+
+def _measure_setting(worker: WorkerProcess, effort: Effort, case: Case) -> TuningResult:
+    options = {**vars(case), "effort": effort, "start": 0}
+    trial = worker.call("measure", mode="single", count=20, **options)
     slow = trial["wall_s"] * TUNING_QUERIES / 2 > BATCH_S
-    first = worker.call("measure", mode="batch", k=K, effort=effort, start=0, count=100 if slow else TUNING_QUERIES)
+    first = worker.call("measure", mode="batch", count=100 if slow else TUNING_QUERIES, **options)
     point = TuningResult(effort, first["recall"])
     if point.recall >= MIN_TIMED_RECALL:
         count = min(300, max(20, int(SINGLE_S / trial["wall_s"])))
-        single = worker.call("measure", mode="single", k=K, effort=effort, start=0, count=count)
+        single = worker.call("measure", mode="single", count=count, **options)
         point.seconds = {"single": single["wall_s"], "batch": first["wall_s"]}
     return point
 
@@ -152,39 +178,44 @@ def settings_at(
     return []
 
 
-def compare(workers: list[WorkerProcess], points: dict[str, list[TuningResult]], baseline: str) -> list[TimingResult]:
-    """Interleaved rounds at every target in every mode."""
+Points = dict[str, dict[str, list[TuningResult]]]
+"""The tuned settings by name of the method and of the case."""
+
+
+def compare(workers: list[WorkerProcess], points: Points, case: Case, baseline: str) -> list[TimingResult]:
+    """Interleaved rounds of the workers at every target in every mode."""
     results = []
     for target, mode in product(TARGETS, MODES):
         chosen = []
         for worker in workers:
             name = worker.method.name
-            settings = settings_at(frontier(points[name], mode), mode, target, partial(_held_out_recall, worker))
+            ascending = frontier(points[name][case.name], mode)
+            settings = settings_at(ascending, mode, target, partial(_held_out_recall, worker, case))
             if settings:
-                chosen.append((worker, TimingResult(name, mode, target, settings)))
+                chosen.append((worker, TimingResult(name, case, mode, target, settings)))
         for _ in range(ROUNDS):
             _round(chosen, baseline)
         results += [result for _, result in chosen]
     return results
 
 
-def _held_out_recall(worker: WorkerProcess, effort: Effort) -> float:
-    options = {"mode": "batch", "k": K, "effort": effort, "start": TUNING_QUERIES, "count": TUNING_QUERIES}
-    return float(worker.call("measure", **options)["recall"])
+def _held_out_recall(worker: WorkerProcess, case: Case, effort: Effort) -> float:
+    options = {**vars(case), "effort": effort, "start": TUNING_QUERIES, "count": TUNING_QUERIES}
+    return float(worker.call("measure", mode="batch", **options)["recall"])
 
 
 def _round(chosen: list[tuple[WorkerProcess, TimingResult]], baseline: str) -> None:
     for worker, result in chosen:
-        result.add_round([_seconds(worker, result.mode, setting) for setting in result.settings])
+        result.add_round([_seconds(worker, result, setting) for setting in result.settings])
     base = next((result for _, result in chosen if result.method == baseline), None)
     if base is not None:
         for _, result in chosen:
             result.ratios.append(base.seconds[-1] / result.seconds[-1])
 
 
-def _seconds(worker: WorkerProcess, mode: str, setting: HeldOutSetting) -> float:
-    limit = int((SINGLE_S if mode == "single" else BATCH_S) / setting.seconds)
-    count = max(10, min(TUNING_QUERIES if mode == "single" else NUM_QUERIES, limit))
+def _seconds(worker: WorkerProcess, result: TimingResult, setting: HeldOutSetting) -> float:
+    limit = int((SINGLE_S if result.mode == "single" else BATCH_S) / setting.seconds)
+    count = max(10, min(TUNING_QUERIES if result.mode == "single" else NUM_QUERIES, limit))
     start = max(0, TUNING_QUERIES - max(0, count - TUNING_QUERIES))
-    options = {"mode": mode, "k": K, "effort": setting.effort, "start": start, "count": count}
+    options = {**vars(result.case), "mode": result.mode, "effort": setting.effort, "start": start, "count": count}
     return float(worker.call("measure", **options)["wall_s"])

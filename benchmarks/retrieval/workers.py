@@ -25,6 +25,10 @@ def index_folder(data: BenchmarkData, method: MethodSpec) -> Path:
     return data.folder / f"{owner.name}-{owner.digest}"
 
 
+class AdapterError(RuntimeError):
+    """The process of an adapter ended; the message has the end of its log."""
+
+
 @dataclass
 class WorkerProcess:
     """The process of an adapter; a context manager."""
@@ -60,13 +64,13 @@ class WorkerProcess:
         self._log.close()
 
     def call(self, method: str, **options: Any) -> dict[str, Any]:
-        """Call a method of AdapterServer. Raises RuntimeError with the end of the log if the process died."""
+        """Call a method of AdapterServer. Raises AdapterError with the end of the log if the process died."""
         self._process.stdin.write(json.dumps({"method": method, **options}) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         if not answer:
             self._log.flush()
-            raise RuntimeError(f"{self.method.name} ended:\n{Path(self._log.name).read_text()[-2000:]}")
+            raise AdapterError(f"{self.method.name} ended:\n{Path(self._log.name).read_text()[-2000:]}")
         return json.loads(answer)
 
     def open(self) -> "WorkerProcess":

@@ -20,7 +20,6 @@ from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
 
 NAME = "database"
-CALIBRATION_TEXTS = 1_000
 
 
 class OurDatabase(SearchAdapter):
@@ -28,7 +27,6 @@ class OurDatabase(SearchAdapter):
 
     def build(self, rows: np.ndarray, folder: Path, threads: int) -> dict[str, Any]:
         """`write_database`, with partitions of a million rows; calibrated also on texts of another seed."""
-        from benchmarks.retrieval.vectors import mixture, texts
         from retrieval.database.build import DatabaseIdentity, write_database  # loads torch
         from retrieval.database.calibration import recalibrate
 
@@ -37,7 +35,7 @@ class OurDatabase(SearchAdapter):
         encoder = EncoderIdentity(model="benchmark", weights="", preprocessing="", dim=dim)
         config = IndexConfig(rows_per_partition=1_000_000, cores_per_partition=threads)
         write_database(Root(str(folder)), _table(rows), encoder, config, DatabaseIdentity(NAME, {}))
-        recalibrate(Root(str(folder / NAME)), texts(mixture(0), CALIBRATION_TEXTS, 2), "texts")
+        recalibrate(Root(str(folder / NAME)), np.load(folder.parent / "calibration_texts.npy"), "texts")
         return {}
 
     def open(self, folder: Path, rows: np.ndarray) -> None:

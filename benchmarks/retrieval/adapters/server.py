@@ -43,10 +43,10 @@ class AdapterServer:
 
     def open(self) -> dict[str, Any]:
         """Open the index; returns the seconds and the growth of resident memory."""
-        before, started = resident("VmRSS"), time.perf_counter()
+        before, started = resident("Rss"), time.perf_counter()
         self._adapter.open(self._folder, self._data.read("rows"))
         seconds = time.perf_counter() - started
-        after = resident("VmRSS")
+        after = resident("Rss")
         self._queries = {name: np.array(self._data.read(name)[:NUM_QUERIES]) for name in ("images", "texts")}
         return {"seconds": seconds, "memory_bytes": after - before}
 
@@ -81,8 +81,9 @@ class AdapterServer:
         return {"seconds": time.perf_counter() - started}
 
     def memory(self) -> dict[str, Any]:
-        """Resident bytes: all, and pages of mapped files."""
-        return {"bytes": resident("VmRSS"), "mapped_bytes": resident("RssFile")}
+        """Resident bytes: all, and pages of mapped files, which the system can reclaim."""
+        total = resident("Rss")
+        return {"bytes": total, "mapped_bytes": total - resident("Anonymous")}
 
     def effort(self, recall: float, like: str) -> dict[str, Any]:
         """The effort that the method's calibration selects for a recall."""
@@ -104,9 +105,9 @@ def _search(search: Search, queries: Vectors, block: int) -> np.ndarray:
 
 
 def resident(kind: str) -> int:
-    """Resident bytes of this process: kind `VmRSS` is all, `RssFile` is mapped files."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith(kind))) * 1024
+    """Resident bytes of this process, counted page by page: kind `Rss` is all, `Anonymous` is all but mapped files."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(f"{kind}:"))) * 1024
 
 
 def cpu_s() -> float:

@@ -25,7 +25,7 @@ def _search_goals(result: dict[str, Any]) -> list[Goal]:
             row["ratio"],
         )
         for row in result.get("search", {}).get("chosen", [])
-        if row["method"] == DATABASE.name and row["ratio"] is not None
+        if row["method"] == DATABASE.name and row["ratio"] is not None and (row["stream"], row["k"]) == ("images", 20)
     ]
 
 

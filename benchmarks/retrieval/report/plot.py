@@ -27,8 +27,14 @@ COLORS = {
     "ivf-flat": "#adb5bd",
     "autofaiss": "#f15bb5",
     "brute": "#6c757d",
+    "hnsw-rabitq": "#7209b7",
+    "panorama": "#006d77",
+    "rabitqlib-hnsw": "#d62828",
+    "rabitqlib-hnsw8": "#f77f00",
+    "symphony": "#3a0ca3",
+    "zvec": "#588157",
 }
-MARKERS = dict(zip(COLORS, "osD^vPXh<>*p", strict=True))
+MARKERS = dict(zip(COLORS, "osD^vPXh<>*pd1234s", strict=True))
 MIN_RECALL = 0.88
 
 

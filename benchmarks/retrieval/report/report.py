@@ -1,6 +1,7 @@
 """Writes `performance.json`, `performance.md` and the plot from the result of one run."""
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ from benchmarks.common.report import markdown_table
 from benchmarks.retrieval.catalog import BARE, BY_NAME, DATABASE
 from benchmarks.retrieval.report import paper_scale, plot
 from benchmarks.retrieval.report.goals import goals
-from benchmarks.retrieval.rounds import TARGETS
+from benchmarks.retrieval.report.races import races_section
+from benchmarks.retrieval.rounds import CASES, TARGETS, Case
 
 MODES = {"single": "single query, one thread", "batch": "batches, two threads"}
 
@@ -78,14 +80,20 @@ def _goals_section(result: dict[str, Any]) -> str:
 
 def _search(result: dict[str, Any]) -> str:
     parts = ["## Search", "![Recall against speed](images/retrieval.png)"]
-    for target in TARGETS:
-        for mode, title in MODES.items():
-            parts += [f"**recall@20 >= {target}, {title}**", _table(result, target, mode)]
-    return "\n\n".join([*parts, _builds(result)])
+    for case, target, (mode, title) in product(CASES, TARGETS, MODES.items()):
+        rows = [row for row in _rows(result, case) if (row["target"], row["mode"]) == (target, mode)]
+        if rows:
+            queries = "" if case.stream == "images" else "text queries, "
+            parts += [f"**recall@{case.k} >= {target}, {queries}{title}**", _table(result, rows)]
+    parts += [f"Not measured: {name}: {reason}." for name, reason in result["search"]["missing"].items()]
+    return "\n\n".join([*parts, _builds(result), *races_section(result["races"])])
 
 
-def _table(result: dict[str, Any], target: float, mode: str) -> str:
-    rows = [row for row in result["search"]["chosen"] if (row["target"], row["mode"]) == (target, mode)]
+def _rows(result: dict[str, Any], case: Case) -> list[dict[str, Any]]:
+    return [row for row in result["search"]["chosen"] if (row["stream"], row["k"]) == (case.stream, case.k)]
+
+
+def _table(result: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in sorted(rows, key=lambda row: row["ms"]):
         name = BY_NAME[row["method"]].label

@@ -2,7 +2,15 @@
 
 import pytest
 
-from benchmarks.retrieval.rounds import HeldOutSetting, TimingResult, TuningResult, frontier, settings_at
+from benchmarks.retrieval.rounds import (
+    Case,
+    HeldOutSetting,
+    TimingResult,
+    TuningResult,
+    frontier,
+    is_at_least,
+    settings_at,
+)
 
 
 def tuned(effort: int, recall: float, seconds: float) -> TuningResult:
@@ -27,10 +35,15 @@ def test_the_settings_next_to_the_target_are_those_of_the_held_out_recall() -> N
 
 def test_the_time_is_that_at_the_target_recall() -> None:
     above, below = HeldOutSetting((4,), 0.965, 4.0), HeldOutSetting((2,), 0.945, 2.0)
-    result = TimingResult("ours", "single", 0.95, [above, below])
+    result = TimingResult("ours", Case("images", 20), "single", 0.95, [above, below])
     result.add_round([4.0, 2.0])
     assert result.seconds == pytest.approx([2.5])
     assert result.summary()["recall"] == 0.95
-    alone = TimingResult("ours", "single", 0.95, [above])
+    alone = TimingResult("ours", Case("images", 20), "single", 0.95, [above])
     alone.add_round([4.0])
     assert (alone.seconds, alone.recall) == ([4.0], 0.965)
+
+
+def test_a_setting_costs_more_than_another_if_none_of_its_numbers_is_smaller() -> None:
+    assert is_at_least((8, 4), (8, 2))
+    assert not is_at_least((16, 2), (8, 4)), "more lists, but fewer candidates"
