@@ -110,7 +110,7 @@ format: install ## let ruff fix and format the code
 
 bench: bench-retrieval bench-loader bench-step bench-schedule ## the benchmarks that need no finished run
 
-bench-retrieval: install .venv-bench/installed ## our search and join against ScaNN, faiss, hnswlib, usearch: docs/performance.md
+bench-retrieval: install .venv-bench/installed ## our search and join against other libraries: docs/performance.md (other data: ARGS="--rows 300000 --seed 1 --parts search")
 	$(BIN)/python -m benchmarks.retrieval $(ARGS)
 
 bench-filters: install ## search among the rows that meet a condition: docs/filters.md

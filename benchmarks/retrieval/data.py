@@ -1,8 +1,8 @@
 """The rows, queries and true neighbors, generated once from seeds and stored below a scratch folder.
 
 Writes `<scratch>/<number of rows>[-<seed>]/{rows,images,texts,calibration_texts,images_truth,texts_truth}.npy`, which
-the adapters read as memory maps. The true neighbors come from brute force over the stored float16 rows. Existing files are
-not written again: delete the folder after a change of the generator.
+the adapters read as memory maps. The true neighbors come from brute force over the stored float16 rows. Existing
+files are not written again: delete the folder after a change of the generator.
 """
 
 import os

@@ -14,7 +14,7 @@ BLOCK_ROWS = 1 << 16
 
 
 class Scann(SearchAdapter):
-    """Spherical tree with SOAR, asymmetric hashing, float32 reordering. Effort: leaves, rows to reorder per ten results."""
+    """Tree with SOAR, asymmetric hashing, float32 reordering. Effort: leaves, rows to reorder per ten results."""
 
     def build(self, rows: np.ndarray, folder: Path, threads: int) -> dict[str, Any]:
         """Build and serialize; the files include the float32 vectors."""

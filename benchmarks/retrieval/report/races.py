@@ -31,8 +31,8 @@ def races_section(races: list[dict[str, Any]]) -> list[str]:
     return ["**Other sizes and seeds, `Database.search`**", markdown_table(headings, lines), EXPLANATION]
 
 
-EXPLANATION = """*Small* are the other methods whose process has at most 1,024 bytes a row outside mapped files after all
-searches. Rates of two methods are compared through that of ScaNN in the same rounds."""
+EXPLANATION = """*Small* are the other methods whose process has at most 1,024 bytes a row besides mapped
+files after all searches. Rates of two methods are compared through that of ScaNN in the same rounds."""
 
 
 def _lines(race: dict[str, Any]) -> list[list[str]]:
