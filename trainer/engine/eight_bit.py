@@ -1,7 +1,8 @@
 """AdamW of bitsandbytes, which stores both moments in 8 bits: a quarter of the memory. For one rank.
 
 A block of 256 elements shares an fp32 scale, so that moments cannot be split by parameter. They are saved as they are,
-for each master tensor of the optimizer. Only this module knows the names of its states.
+for each master tensor of the optimizer. Only this module knows the names of its states. No extra installs bitsandbytes:
+diffusers imports it at each start if it is there, which takes 5 s.
 """
 
 from collections.abc import Iterator

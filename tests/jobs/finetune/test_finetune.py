@@ -40,6 +40,7 @@ TINY = {
     "train.global_batch": 4,
     "train.interleaved_shards": 1,
     "train.steps": 2,
+    "train.optimizer": "adamw",
     "train.precision": "fp32",
     "train.validation_images": 2,
     "train.validate_every": 2,
@@ -84,7 +85,7 @@ def test_a_released_checkpoint_is_fine_tuned_on_a_folder_of_pictures(
         run(recipe, checkpoint, sources)
         assert "already finished" in caplog.text
         # Adapters start from the same import, which does not depend on the settings of training.
-        changes = {"train__lora__rank": 2, "train__optimizer": "adamw", "train__ema_decay": 0.999}
+        changes = {"train__lora__rank": 2, "train__ema_decay": 0.999}
         run(recipe_of(tmp_path, train__name="adapters", **changes), checkpoint, sources)
         adapters = read_manifest(root, "runs/adapters/train")
         assert adapters.upstream["start_from"] == start.fingerprint

@@ -37,6 +37,7 @@ def losses(root: Root) -> list[float]:
 def test_a_resumed_run_equals_an_uninterrupted_one_and_trains_like_32_bits(
     changes: dict[str, object], tmp_path: Path, autoencoder_folder: str
 ) -> None:
+    pytest.importorskip("bitsandbytes", reason="need bitsandbytes, which makes each import of diffusers 5 s longer")
     roots = [new_training_set(tmp_path / name, autoencoder_folder) for name in ("whole", "resumed", "adamw")]
     train(recipe_of(autoencoder_folder, **changes), roots[0])
     # The first start averages the weights, the second does not: this changes no weight.
