@@ -25,7 +25,8 @@ from pipeline.neighbors.matching import (
 from pipeline.neighbors.recall import recall_work, sample_work, truth_work
 from pipeline.neighbors.refill import REFILL, update_work
 from pipeline.recipe import NeighborsConfig
-from pipeline.runtime.runner import finished_shards, run_shards, stored_shards
+from pipeline.runtime.record_journal import stored_shards
+from pipeline.runtime.runner import finished_shards, run_shards
 from pipeline.runtime.stage import Stage, group_shards, map_in_threads
 from pipeline.runtime.workers import Work, Workers, shared_workers
 from retrieval.clip.identity import EncoderIdentity
@@ -114,7 +115,7 @@ def _differs_in_hidden(stage: Stage, record: ShardRecord) -> bool:
 
 def _join(stage: Stage, config: NeighborsConfig, database: Database, embed: Manifest) -> list[ShardRecord]:
     """Join the training shards that have no table of their present vectors; returns the records of all."""
-    finished = finished_shards(stage, list(stage.by_shard))
+    finished = {record.shard: record for record in finished_shards(stage, list(stage.by_shard))}
     shards = [record for record in _train_shards(embed) if record.shard.removeprefix("train/") not in finished]
     groups = [[shard.removeprefix("train/") for shard in group] for group in group_shards(shards, ROWS_PER_GROUP)]
     _start_passes(stage.root, {shard.shard: shard.digest for shard in shards})

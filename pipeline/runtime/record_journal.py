@@ -4,17 +4,19 @@ A resumed stage reads these in place of a file a shard. The record files remain 
 the store lists its record file with the version of the copy. On local disks files are opened fast, so none is written.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.runtime.stage import Stage, map_in_threads
-from retrieval.storage.manifest import RECORD, ShardRecord, ShardTable, record_file, write_shards
+from pipeline.runtime.stage import Stage, StageFiles, map_in_threads
+from retrieval.storage.manifest import RECORD, ShardRecord, ShardTable, read_record, write_shards
 
 RECORDS_PER_FILE = 1_000
 FINGERPRINT, VERSION = "fingerprint", "version"
+COPIES = pa.schema([*RECORD, pa.field(VERSION, pa.string()), pa.field(FINGERPRINT, pa.string())])
 
 
 class RecordJournal:
@@ -37,23 +39,58 @@ class RecordJournal:
             write_shards(self.stage.root, folder, table.append_column(FINGERPRINT, fingerprints))
 
 
-def read_journal(stage: Stage, files: Sequence[str], versions: Mapping[str, str]) -> dict[str, ShardRecord]:
-    """The valid copies of records with the stage's shard fingerprint, by shard.
+def stored_shards(stage: Stage, shards: Sequence[str]) -> ShardTable:
+    """The records of shards with this fingerprint, of any inputs, that have all their files; in the order of `shards`.
 
-    files: names of the journal's files; versions: those of the record files, by name.
+    If the stage has inputs by shard, also those of former shards, at the end. Records that the journal lacks are added.
     """
-    tables = map_in_threads(partial(_valid_records, stage, versions), files)
-    records: dict[str, ShardRecord] = {}
-    while tables:  # a table is released as soon as its records are Python objects
-        records.update((record.shard, record) for record in tables.pop())
-    return records
+    files = stage.files()
+    former = _former_shards(stage, files) if stage.by_shard else []
+    names = pa.array([*shards, *former], pa.string())
+    versions = files.versions_of(pc.binary_join_element_wise(f"{stage.name}/records/", names, ".json", ""))
+    names, versions = names.filter(versions.is_valid()), versions.drop_null()
+    copies = _read_journal(stage, files, names, versions)
+    is_missing = pc.invert(pc.is_in(names, value_set=copies["shard"].combine_chunks()))
+    read = _read_records(stage, *(column.filter(is_missing).to_pylist() for column in (names, versions)))
+    records = in_order(names, [copies, read.table])
+    return ShardTable(records.table.filter(files.have_all(records)))
 
 
-def _valid_records(stage: Stage, versions: Mapping[str, str], file: str) -> ShardTable:
-    table = pq.read_table(pa.BufferReader(stage.root.read_bytes(file) or b""))
-    columns = (table[name].to_pylist() for name in ("shard", VERSION, FINGERPRINT))
-    is_valid = [
-        versions.get(record_file(stage.name, shard)) == version and fingerprint == stage.identity.shard_fingerprint
-        for shard, version, fingerprint in zip(*columns, strict=True)
-    ]
-    return ShardTable(table.filter(pa.array(is_valid, pa.bool_())).select(RECORD.names))
+def in_order(names: pa.Array, tables: Sequence[pa.Table]) -> ShardTable:
+    """The records of tables in the order of names. Names without a record are left out."""
+    table = pa.concat_tables(tables).combine_chunks()
+    rows = pc.index_in(names, value_set=table["shard"].combine_chunks())
+    return ShardTable(table.take(rows.drop_null()))
+
+
+def _former_shards(stage: Stage, files: StageFiles) -> list[str]:
+    """Shards with a record, in the folders of the stage's shards, that the stage no longer has."""
+    folders = {shard.rpartition("/")[0] for shard in stage.by_shard}
+    start = f"{stage.name}/records/"
+    names = (name.removeprefix(start).removesuffix(".json") for name in files.names_in(start))
+    return [name for name in names if name not in stage.by_shard and name.rpartition("/")[0] in folders]
+
+
+def _read_journal(stage: Stage, files: StageFiles, names: pa.Array, versions: pa.Array) -> pa.Table:
+    """The copies in the journal with the stage's shard fingerprint and these versions, of these shards."""
+    tables = map_in_threads(partial(_read_copies, stage), files.names_in(f"{stage.name}/journal/"))
+    table = pa.concat_tables([COPIES.empty_table(), *tables])
+    current = versions.take(pc.index_in(table["shard"].combine_chunks(), value_set=names))
+    return table.filter(pc.equal(table[VERSION].combine_chunks(), current)).select(RECORD.names)
+
+
+def _read_copies(stage: Stage, file: str) -> pa.Table:
+    table = pq.read_table(pa.BufferReader(stage.root.read_bytes(file) or b"")).select(COPIES.names).cast(COPIES)
+    return table.filter(pc.equal(table[FINGERPRINT], stage.identity.shard_fingerprint))
+
+
+def _read_records(stage: Stage, shards: Sequence[str], versions: Sequence[str]) -> ShardTable:
+    """The records of shards with the stage's shard fingerprint from their own files, which the journal then copies."""
+    added = RecordJournal(stage)
+    records = []
+    stored = map_in_threads(partial(read_record, stage.root, stage.name), shards)
+    for version, record in zip(versions, stored, strict=True):
+        if record and record[0] == stage.identity.shard_fingerprint:
+            records.append(record[1])
+            added.add(record[1], version)
+    return ShardTable.of(records)

@@ -3,21 +3,22 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from functools import partial
+
+import pyarrow as pa
 
 from pipeline.runtime.memory import GB
 from pipeline.runtime.pool import Pool
-from pipeline.runtime.record_journal import RecordJournal, read_journal
+from pipeline.runtime.record_journal import RecordJournal, in_order, stored_shards
 from pipeline.runtime.shard_queue import ShardQueue
-from pipeline.runtime.stage import Stage, map_in_threads
+from pipeline.runtime.stage import Stage
 from pipeline.runtime.wandb_reporter import wandb_reporter
 from pipeline.runtime.workers import Work, Workers
-from retrieval.storage.manifest import ShardRecord, files_listed, read_record, record_file
+from retrieval.storage.manifest import BATCH_ROWS, ShardRecord, ShardTable
 
 
 def run_shards(
     stage: Stage, shards: Sequence[str], make_work: Callable[[], Work], workers: Workers, include_finished: bool = False
-) -> list[ShardRecord]:
+) -> Sequence[ShardRecord]:
     """Process the shards without a record of this fingerprint and these inputs; records in the order of `shards`.
 
     `make_work` runs once in each worker and loads what its shards share. A shard that fails, or whose worker is
@@ -25,88 +26,53 @@ def run_shards(
     shards, with the shards that failed, and a UserError of a shard that is no NodeError at once. Finished shards are
     kept. include_finished: process finished shards again.
     """
-    finished = finished_shards(stage, shards)
-    records = {} if include_finished else finished
-    todo = [shard for shard in shards if shard not in records]
-    if records:
-        stage.log.info("%d of %d shards are finished already", len(records), len(shards))
+    finished = ShardTable.of(()) if include_finished else finished_shards(stage, shards)
+    names = {*finished.table["shard"].to_pylist()}
+    todo = [shard for shard in shards if shard not in names]
+    if names:
+        stage.log.info("%d of %d shards are finished already", len(names), len(shards))
     if not todo:
-        return [records[shard] for shard in shards]
+        return finished
     pool = Pool(stage, make_work, workers)
     pool.metrics.shards_scheduled(todo)
     started = time.time()
     journal = RecordJournal(stage)
+    tables = [finished.table]
+    records: list[ShardRecord] = []
     with wandb_reporter(stage) as report, closing(pool):
         for record, peak, version in pool.run(ShardQueue(todo)):
-            records[record.shard] = record
+            records.append(record)
+            if len(records) == BATCH_ROWS:  # as a table they take a fifth of the memory
+                tables.append(ShardTable.of(records).table)
+                records = []
             journal.add(record, version)
             pool.metrics.shard_finished(record, peak)
-            report(record, peak, len(records))
+            num_finished = len(names) + pool.num_finished
+            report(record, peak, num_finished)
             seconds = (time.time() - started) / pool.num_finished
-            _log_shard(stage, record, peak, (len(records), len(shards), seconds))
-    return [records[shard] for shard in shards]
+            _log_shard(stage, record, peak, (num_finished, len(shards), seconds))
+    return in_order(pa.array(shards), [*tables, ShardTable.of(records).table])
 
 
-def finished_shards(stage: Stage, shards: Sequence[str]) -> dict[str, ShardRecord]:
-    """The records of the shards that are finished with this fingerprint and these inputs, by name.
+def finished_shards(stage: Stage, shards: Sequence[str]) -> ShardTable:
+    """The records of the shards that are finished with this fingerprint and these inputs, in the order of `shards`.
 
     Discards those of other inputs, see `Stage.discard`, if the stage has inputs by shard.
     """
-    stored = stored_shards(stage, shards)
-    current = {record.shard: record for record in stored if record.inputs == stage.inputs_of(record.shard)}
-    if stage.by_shard:
-        outdated = [record for record in stored if _is_outdated(stage, record)]
-        if outdated or current.keys() != {*shards}:
-            stage.discard(outdated, len(stored))
-    return {shard: current[shard] for shard in shards if shard in current}
+    stored, wanted = stored_shards(stage, shards), {*shards}
+    is_current: list[bool] = []
+    is_outdated: list[bool] = []
+    for shard, inputs in zip(stored.table["shard"].to_pylist(), stored.inputs(), strict=True):
+        is_current.append(shard in wanted and inputs == stage.inputs_of(shard))
+        is_outdated.append(_without(inputs, stage.inputs) != stage.by_shard.get(shard))
+    current, outdated = (ShardTable(stored.table.filter(pa.array(m, pa.bool_()))) for m in (is_current, is_outdated))
+    if stage.by_shard and (len(outdated) or len(current) < len(shards)):
+        stage.discard(outdated, len(stored))
+    return current
 
 
-def stored_shards(stage: Stage, shards: Sequence[str]) -> list[ShardRecord]:
-    """The records of shards with this fingerprint, of any inputs, that have all their files.
-
-    If the stage has inputs by shard, also those of former shards.
-    """
-    sizes: dict[str, int] = {}
-    versions: dict[str, str] = {}
-    for file in stage.root.files(stage.name):
-        sizes[file.name] = file.bytes
-        if file.version and file.name.startswith(f"{stage.name}/records/"):
-            versions[file.name] = file.version
-    names = [*shards, *_former_shards(stage, sizes)] if stage.by_shard else shards
-    names = [name for name in names if record_file(stage.name, name) in sizes]
-    return [record for record in _stored_records(stage, names, sizes, versions) if files_listed(sizes, record)]
-
-
-def _former_shards(stage: Stage, sizes: Mapping[str, int]) -> list[str]:
-    """Shards with a record, in the folders of the stage's shards, that the stage no longer has."""
-    folders = {shard.rpartition("/")[0] for shard in stage.by_shard}
-    records = f"{stage.name}/records/"
-    names = [name.removeprefix(records).removesuffix(".json") for name in sizes if name.startswith(records)]
-    return [name for name in names if name not in stage.by_shard and name.rpartition("/")[0] in folders]
-
-
-def _is_outdated(stage: Stage, record: ShardRecord) -> bool:
-    """Whether a shard is made from other inputs of `by_shard`, or is a former one."""
-    inputs = {name: digest for name, digest in record.inputs.items() if name not in stage.inputs}
-    return inputs != stage.by_shard.get(record.shard)
-
-
-def _stored_records(
-    stage: Stage, shards: Sequence[str], sizes: Mapping[str, int], versions: Mapping[str, str]
-) -> list[ShardRecord]:
-    """The records of shards with this fingerprint, of any inputs. Those that the journal lacks are added to it.
-
-    sizes: of all files of the stage; versions: of the record files. Both by name.
-    """
-    journal = [file for file in sizes if file.startswith(f"{stage.name}/journal/")]
-    copies = read_journal(stage, journal, versions)
-    others = [shard for shard in shards if shard not in copies]
-    added = RecordJournal(stage)
-    for stored in map_in_threads(partial(read_record, stage.root, stage.name), others):
-        if stored and stored[0] == stage.identity.shard_fingerprint:
-            copies[stored[1].shard] = stored[1]
-            added.add(stored[1], versions.get(record_file(stage.name, stored[1].shard), ""))
-    return [copies[shard] for shard in shards if shard in copies]
+def _without(inputs: Mapping[str, str], names: Mapping[str, str]) -> dict[str, str]:
+    return {name: digest for name, digest in inputs.items() if name not in names}
 
 
 def _log_shard(stage: Stage, record: ShardRecord, peak: int, progress: tuple[int, int, float]) -> None:

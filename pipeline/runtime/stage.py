@@ -10,13 +10,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from retrieval.config import Config
 from retrieval.errors import UserError
 from retrieval.index.hidden import KEPT_BY_BUILDS
 from retrieval.storage.lease import lease, raise_if_lost
-from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, record_file, write_manifest
+from retrieval.storage.manifest import Manifest, ShardRecord, ShardTable, read_manifest, record_file, write_manifest
 from retrieval.storage.root import Root
 from retrieval.storage.stage_folder import StageIdentity, prepare_folder
 
@@ -24,6 +29,10 @@ THREADS = 32
 """Concurrent requests to an object store: each takes some hundredths of a second."""
 FREE_HOURS, FREE_SHARE = 1.0, 0.1
 """Hours of one worker, and share of the finished shards, that are made again without `--remake` (`Stage.discard`)."""
+
+FILES = pa.schema({"name": pa.string(), "bytes": pa.int64(), "version": pa.string()})
+"""The columns of listed files."""
+FILES_AT_ONCE = 50_000
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -84,10 +93,14 @@ class Stage:
         manifest = read_manifest(self.root, self.name)
         if manifest.fingerprint != self.fingerprint:
             return None
-        if not manifest.files_listed(self.root.sizes(self.name)):
+        if pc.all(self.files().have_all(ShardTable.of(manifest.shards))).as_py() is False:
             self.log.warning("files of %s are missing or truncated: they are made again", self.root.at(self.name))
             return None
         return manifest
+
+    def files(self) -> "StageFiles":
+        """The files below the folder of the stage, from one listing."""
+        return StageFiles(self.root, self.name)
 
     @contextmanager
     def building(self) -> Iterator[None]:
@@ -183,6 +196,36 @@ class Stage:
         named |= {record_file(self.name, record.shard) for record in records}
         of_shards = {name: name.removeprefix(folder).removeprefix(f"{self.name}/").partition(".")[0] for name in names}
         self.root.delete_files(name for name in names if name not in named and of_shards[name] in shards)
+
+
+class StageFiles:
+    """The files below the folder of a stage as Arrow columns: 110 bytes a file, 300 as Python objects."""
+
+    def __init__(self, root: Root, folder: str) -> None:
+        files = root.files(folder)
+        parts = [FILES.empty_table()]
+        while part := list(islice(files, FILES_AT_ONCE)):
+            columns = zip(*part, strict=True)
+            parts.append(pa.table([pa.array(column) for column in islice(columns, len(FILES))], schema=FILES))
+        table = pa.concat_tables(parts)
+        self._names, self._sizes, self._versions = (table[name].combine_chunks() for name in FILES.names)
+
+    def names_in(self, start: str) -> list[str]:
+        """Names that begin with `start`."""
+        return list(self._names.filter(pc.starts_with(self._names, start)).to_pylist())
+
+    def versions_of(self, names: pa.Array) -> pa.Array:
+        """The versions of files, "" on a local disk; null for those that do not exist."""
+        return self._versions.take(pc.index_in(names, value_set=self._names))
+
+    def have_all(self, records: ShardTable) -> pa.BooleanArray:
+        """Which records have all their files, with the recorded sizes."""
+        sizes = self._sizes.take(pc.index_in(records.files.field("name"), value_set=self._names))
+        is_there = pc.equal(sizes, records.files.field("bytes")).fill_null(False).to_numpy(zero_copy_only=False)
+        shards = pc.list_parent_indices(records.table["files"].combine_chunks()).to_numpy()
+        has_all = np.ones(len(records), bool)
+        has_all[shards[~is_there]] = False
+        return pa.array(has_all)
 
 
 def map_in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:

@@ -10,7 +10,7 @@ import json
 import platform
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from typing import Any, cast, overload
@@ -117,6 +117,11 @@ class ShardTable(Sequence[ShardRecord]):
         """All files, as FILE, in the order of the shards."""
         return cast(pa.StructArray, self.table["files"].combine_chunks().flatten())
 
+    def inputs(self) -> Iterator[dict[str, str]]:
+        """The inputs of each record, made when read."""
+        for batch in self.table.to_batches(BATCH_ROWS):
+            yield from _maps(batch["inputs"])
+
 
 def _row(record: ShardRecord) -> dict[str, Any]:
     """A record as `RecordBatch.from_pylist` takes it. Equal records give equal rows."""
@@ -209,12 +214,6 @@ class Manifest:
         """SHA-256 of every file of the stage, by name. Repeated and interrupted runs give the same."""
         files = self._shards.files
         return dict(zip(files.field("name").to_pylist(), files.field("sha256").to_pylist(), strict=True))
-
-    def files_listed(self, sizes: Mapping[str, int]) -> bool:
-        """As the function `files_listed`, for all shards."""
-        files = self._shards.files
-        names = files.field("name").to_pylist()
-        return [sizes.get(name) for name in names] == files.field("bytes").to_pylist()
 
 
 def fingerprint(stage: str, schema_version: int, config: Config, upstream: dict[str, str]) -> str:
@@ -324,11 +323,6 @@ def delete_record(root: Root, stage: str, shard: str) -> None:
 def files_exist(root: Root, record: ShardRecord) -> bool:
     """Whether every file of a record exists with its recorded size."""
     return all(root.size(file.name) == file.bytes for file in record.files)
-
-
-def files_listed(sizes: Mapping[str, int], record: ShardRecord) -> bool:
-    """As `files_exist`, from the listing of a folder (`Root.sizes`): one request for a thousand files."""
-    return all(sizes.get(file.name) == file.bytes for file in record.files)
 
 
 def _record(values: dict[str, Any]) -> ShardRecord:
