@@ -6,7 +6,7 @@ with all of them.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -268,8 +268,8 @@ class StageEstimates:
         else:
             cpu_s += exact_flops / self._rate("product_cpu")
         kept = queries * row_bytes
-        need = self._need("neighbors", kept=kept, scratch=scratch, read=read + scratch, cpu_s=cpu_s, gpu_s=gpu_s)
-        return replace(need, assumed=assumed)
+        amounts = {"kept": kept, "scratch": scratch, "read": read + scratch, "cpu_s": cpu_s, "gpu_s": gpu_s}
+        return self._need("neighbors", assumed, **amounts)
 
     def _visits(self, config: NeighborsConfig, partitions: int) -> tuple[int, str]:
         """Partitions that a query visits, and where the number is from if the join chooses it."""
@@ -293,10 +293,10 @@ class StageEstimates:
         self.used.append(name)
         return self.inputs.rate(name)
 
-    def _need(self, stage: str, **amounts: float) -> StageNeed:
+    def _need(self, stage: str, assumed: str = "", **amounts: float) -> StageNeed:
         used = tuple(dict.fromkeys(self.used))
         self.used.clear()
-        return StageNeed(stage, used, **amounts)
+        return StageNeed(stage, used, assumed=assumed, **amounts)
 
 
 def cost(need: StageNeed, inputs: Inputs) -> Cost:

@@ -6,6 +6,7 @@ the ids. Every list is compared with all selected rows, so an entry that leaves 
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -70,7 +71,7 @@ def _with_count(record: ShardRecord, count: int) -> ShardRecord:
 
 
 def _values(
-    root: Root, stored: Manifest, records: list[ShardRecord], listed: list[ShardRecord], identity: str
+    root: Root, stored: Manifest, records: Sequence[ShardRecord], listed: Sequence[ShardRecord], identity: str
 ) -> dict[str, object]:
     """The values of the manifest. Writes the ids of all shards into one file, if there are any."""
     values = {name: value for name, value in stored.values.items() if name != "later_blocked"}

@@ -3,6 +3,7 @@
 Reads the tables and the database; writes `optout/<list>/neighbors/`, then the tables that change, the manifest last.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -75,7 +76,7 @@ def _inputs_without_hidden(tables: Manifest | Stage) -> tuple[int, dict[str, str
     return tables.schema_version, upstream
 
 
-def _replace_tables(root: Root, before: Manifest, refilled: list[ShardRecord]) -> Removed:
+def _replace_tables(root: Root, before: Manifest, refilled: Sequence[ShardRecord]) -> Removed:
     """Replace the old tables by the new ones, the manifest last."""
     now = neighbors_stage(NeighborsConfig.model_validate(before.config), root)
     root.delete("neighbors/manifest.json")

@@ -65,7 +65,7 @@ def digest(values: Any) -> str:
 def hashed_shards(download: Manifest) -> HashedShards:
     """The shards of `download`, in groups that share a file of hashes."""
     digests = download.digests()
-    shards = {}
+    shards: HashedShards = {}
     for split in ("train/", "database/"):
         for group in group_shards((r for r in download.shards if r.shard.startswith(split)), ROWS_PER_GROUP):
             file = f"hashes/{digest([[shard, digests[shard]] for shard in group])}"

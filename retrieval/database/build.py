@@ -8,6 +8,7 @@ import logging
 import re
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -177,7 +178,7 @@ def train_partition_centroids(sample: AnyVectors, config: IndexConfig, rows: int
     return train_centroids(sample[chosen], count, config.seed, balanced=True)
 
 
-def manifest_values(encoder: EncoderIdentity, partitions: list[ShardRecord]) -> dict[str, object]:
+def manifest_values(encoder: EncoderIdentity, partitions: Sequence[ShardRecord]) -> dict[str, object]:
     """The values that `Database.open` reads from the manifest, without the calibration."""
     return {"encoder": encoder.model_dump(mode="json"), "rows": [record.rows for record in partitions]}
 
