@@ -26,7 +26,9 @@ def run_shards(
     shards, with the shards that failed, and a UserError of a shard that is no NodeError at once. Finished shards are
     kept. include_finished: process finished shards again.
     """
-    finished = ShardTable.of(()) if include_finished else finished_shards(stage, shards)
+    finished = finished_shards(stage, shards)  # discards outdated ones in any case
+    if include_finished:
+        finished = ShardTable.of(())
     names = {*finished.table["shard"].to_pylist()}
     todo = [shard for shard in shards if shard not in names]
     if names:
