@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from benchmarks.common.report import DOCS, SCRATCH, markdown_table, thread_count, write_report
+from benchmarks.training import bytes_fetched
 from benchmarks.training.schedule import GPUS, MFU, stages
 from benchmarks.training.training_data import PICTURES, QUALITY, Extent, picture, prepare
 from jobs.reporting.hardware import hardware
@@ -76,6 +77,8 @@ def main() -> None:
     cases = [_summary(case, plans[case], root, rates, batches) for case, rates in measured.items()]
     result = {"hardware": hardware(), "extent": vars(extent), "rounds": rounds, "batch": BATCH, "cases": cases}
     result |= {"cut": measure_cropping(extent), "demand": demand()}
+    counted = bytes_fetched.TINY if options.tiny else bytes_fetched.EXTENT
+    result["bytes"] = bytes_fetched.measure(options.scratch / "bytes-fetched", counted)
     write_report(options.scratch if options.tiny else options.docs, "loader", result, page(result))
 
 
@@ -166,6 +169,7 @@ def page(result: dict[str, Any]) -> str:
     parts += [needs, markdown_table(["source", "images/s per core:", f"cores for {HEADROOM} times the demand:"], cores)]
     crop = result["cut"]
     parts.append(CROP.format(**crop, gap=MIN_DRAFT_RATIO, ratio=crop["whole_ms"] / crop["small_ms"]))
+    parts.append(bytes_fetched.page(result["bytes"]))
     return "\n\n".join(parts) + "\n"
 
 

@@ -6,7 +6,6 @@ speed of the loader does not depend on their values.
 """
 
 import io
-import tarfile
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ import pyarrow as pa
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from pipeline.download.shard_download import Rows, write_rows, write_tar
 from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, ShardRecord, write_manifest
 from retrieval.storage.root import Root
@@ -134,12 +134,12 @@ def _write_latents(root: Root, name: str, ids: Any, extent: Extent) -> None:
 
 
 def _write_tar(root: Root, name: str, ids: Any, pictures: list[bytes]) -> None:
-    with root.writing(f"download/train/{name}.tar") as pending, tarfile.open(pending.path, "w") as tar:
-        for row, image_id in enumerate(ids.tolist()):
-            data = pictures[row % len(pictures)]
-            info = tarfile.TarInfo(f"{image_id & (2**64 - 1):016x}.jpg")
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+    text = dict.fromkeys(("url", "caption", "reason", "message", "sha256"), "")
+    sizes = dict.fromkeys(("width", "height", "original_width", "original_height", "phash"), 0)
+    rows: Rows = [{schema.IMAGE_ID: image_id, **text, **sizes} for image_id in ids.tolist()]
+    with root.writing(f"download/train/{name}.tar") as pending:
+        write_tar(pending.path, rows, lambda row: pictures[row % len(pictures)])
+    write_rows(root, f"train/{name}", rows, pending.record)
 
 
 def _write_stage(root: Root, stage: str, extent: Extent, values: dict[str, Any]) -> None:

@@ -20,6 +20,9 @@ def test_the_loader_benchmark_measures_both_sources(monkeypatch: pytest.MonkeyPa
         ("latents", 2),
     ]
     assert all(case["images_per_core_s"] > 0 and case["waiting_s"] >= 0 for case in result["cases"])
+    fetched = [cache["fetched"] for cache in result["bytes"]["caches"]]
+    assert fetched[0] > fetched[-2] == fetched[-1], "a cache with room for the data fetches each shard once"
+    assert result["bytes"]["stored"] < result["bytes"]["scanned"]
     assert "cores for 3 times the demand" in (tmp_path / "loader.md").read_text()
     mtime = (tmp_path / "loader-tiny/extent.json").stat().st_mtime_ns
     loader.main()
