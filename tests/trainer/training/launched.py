@@ -16,7 +16,7 @@ from trainer.recipe import TrainingRecipe
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
-        "jobs.train",
+        "trainer.training.train",
         # Modules that training imports later.
         "deepspeed.runtime.zero.muon.muon_optimizer",
         "diffusers.models.autoencoders.autoencoder_kl",
