@@ -37,8 +37,9 @@ retrieval/errors:
 retrieval/extras: errors
 retrieval/imports: clip config database errors index recipe storage
 retrieval/file_cache: errors storage
-retrieval/index: errors file_cache storage
+retrieval/index: errors file_cache kernel storage
 retrieval/join: database index recipe
+retrieval/kernel:
 retrieval/lazy: extras
 retrieval/perceptual_hash:
 retrieval/pictures: errors storage

@@ -286,7 +286,7 @@ class Database:
     def neighbors(self, similarities: Vectors, positions: Positions) -> Neighbors:
         """Results (n, k) as `search` returns them, without the columns that are -inf for all queries."""
         count = similarities.shape[1]
-        if not np.isfinite(similarities[:, -1:]).all():
+        if positions[:, -1:].min(initial=0) < 0:
             count = int(np.isfinite(similarities).sum(axis=1).max(initial=0))
         similarities, positions = similarities[:, :count], positions[:, :count]
         return Neighbors(self.ids_at(positions), similarities, positions, self)

@@ -49,10 +49,13 @@ def unit_queries(queries: Any, dim: int, location: str) -> Vectors:
         raise UserError(f"queries for {location} must be (n, {dim}), got {array.shape}")
     if array.dtype.kind not in "fiu":
         raise UserError(f"queries for {location} must be numbers, got {array.dtype}")
-    with np.errstate(over="ignore"):
-        floats = array.astype(np.float32)
-        lengths = np.sqrt(np.einsum("ij,ij->i", floats, floats))
-    if ((lengths > SAFE_LENGTHS[0]) & (lengths < SAFE_LENGTHS[1])).all():
+    if array.dtype == np.float32:
+        floats = np.asarray(array, np.float32)
+    else:
+        with np.errstate(over="ignore"):
+            floats = array.astype(np.float32)
+    lengths = np.sqrt(np.einsum("ij,ij->i", floats, floats))
+    if all(SAFE_LENGTHS[0] < length < SAFE_LENGTHS[1] for length in lengths.tolist()):
         return np.asarray(floats / lengths[:, None], np.float32)
     usable, units = unit_rows(array)
     if not usable.all():

@@ -22,7 +22,7 @@ from retrieval.index.effort import Effort
 from retrieval.index.hidden import Ids
 from retrieval.index.partition_files import PartitionFiles, RerankIndex, clipped
 from retrieval.index.routing import Numbers, Vectors
-from retrieval.index.top_k import TopK, empty_top_k
+from retrieval.index.top_k import TopK, drop_repeats, empty_top_k
 from retrieval.storage import schema
 
 SCALES = tuple(float(factor * 2**power) for power in range(40) for factor in (1, 1.5))
@@ -161,13 +161,13 @@ class Partition:
         fetched = k if self.visible is None else min(int(np.ceil(scale * k)), len(self))
         if self._compares_all(fetched * effort.candidates_per_result, effort, scale):
             return self.compare_all(queries, k)
-        lists = min(int(np.ceil(scale * effort.lists_per_partition)), self.num_lists)
-        similarities, rows = self._search_index(
-            queries, fetched, replace(effort, partitions_per_query=1, lists_per_partition=lists)
-        )
+        if scale > 1:
+            lists = min(math.ceil(scale * effort.lists_per_partition), self.num_lists)
+            scaled = replace(effort, partitions_per_query=1, lists_per_partition=lists)
+        similarities, rows = self._search_index(queries, fetched, scaled if scale > 1 else effort)
         if self.visible is not None:
             similarities, rows = _first_visible(similarities, rows, self.visible, k)
-        if (rows[:, -1] >= 0).all():
+        if rows[:, -1].min(initial=0) >= 0:
             return similarities, rows
         scales = _next_scales(scale, (rows >= 0).sum(axis=1), k)
         for next_scale in np.unique(scales[scales > 0]):
@@ -257,9 +257,7 @@ class Partition:
 
     def _search_visible(self, queries: Vectors, k: int, effort: Effort) -> TopK:
         """The k best candidates among the visible rows of the visited lists; all rows where these hold fewer."""
-        parameters = self.files.filtered_parameters(effort, self._selector)
-        similarities, rows = self.index.search(queries, k * self.results_per_row, params=parameters)
-        similarities, rows = drop_repeats(clipped(similarities), rows, k)
+        similarities, rows = self._search_index(queries, k, effort, self.visible)
         short = np.flatnonzero(rows[:, -1] < 0)
         if len(short):
             similarities[short], rows[short] = self.compare_all(queries[short], k)
@@ -270,9 +268,19 @@ class Partition:
         """The visible rows for faiss."""
         return faiss.IDSelectorBitmap(np.packbits(self._mask, bitorder="little"))
 
-    def _search_index(self, queries: Vectors, k: int, effort: Effort) -> TopK:
-        """The k best candidates of the index, hidden rows too; row -1 where the visited lists hold fewer."""
-        similarities, rows = self.index.search(queries, k * self.results_per_row, params=self.parameters(effort, k))
+    def _search_index(
+        self, queries: Vectors, k: int, effort: Effort, visible: npt.NDArray[np.bool_] | None = None
+    ) -> TopK:
+        """The k best candidates of the index, row -1 where the visited lists hold fewer.
+
+        visible: codes of other rows are skipped; None: none are, also where rows are hidden.
+        """
+        if (lists := self.files.list_search) is not None:
+            return lists.search(queries, k, *self.files.visits(effort, k), visible)
+        parameters = self.parameters(effort, k)
+        if visible is not None:
+            parameters = self.files.filtered_parameters(effort, self._selector)
+        similarities, rows = self.index.search(queries, k * self.results_per_row, params=parameters)
         if self.results_per_row > 1:
             return drop_repeats(clipped(similarities), rows, k)
         return clipped(similarities), rows
@@ -292,33 +300,3 @@ def _next_scales(scale: float, counts: Numbers, k: int) -> Vectors:
     wanted = np.where(counts > 0, SPARE * scale * k / np.maximum(counts, 1), FIRST_SCALE * scale)
     steps = np.array(SCALES)
     return np.where(counts < k, steps[np.searchsorted(steps, wanted)], 0)
-
-
-def drop_repeats(similarities: Vectors, rows: Numbers, k: int) -> tuple[Vectors, Numbers]:
-    """The first k results (n, k) without repeated rows; (-inf, -1) where there are fewer.
-
-    Repeats need not be adjacent: other rows can have the same similarity.
-    """
-    if len(rows) == 1:
-        return _drop_repeats_of_one(similarities, rows, k)  # takes an eighth of the time for one query
-    order = np.argsort(rows, axis=1, kind="stable")
-    by_row = np.take_along_axis(rows, order, 1)
-    repeated = np.zeros(rows.shape, bool)
-    np.put_along_axis(repeated, order[:, 1:], by_row[:, 1:] == by_row[:, :-1], 1)
-    first = np.argsort(repeated, axis=1, kind="stable")[:, :k]
-    similarities = np.where(repeated, -np.inf, similarities).astype(np.float32)
-    rows = np.where(repeated, -1, rows)
-    return np.take_along_axis(similarities, first, 1), np.take_along_axis(rows, first, 1)
-
-
-def _drop_repeats_of_one(similarities: Vectors, rows: Numbers, k: int) -> tuple[Vectors, Numbers]:
-    first: dict[int, int] = {}
-    for column, row in enumerate(rows[0].tolist()):
-        first.setdefault(row, column)
-    columns = [*first.values()][:k]
-    if len(columns) == k:
-        return similarities.take(columns, axis=1), rows.take(columns, axis=1)
-    best_similarities, best_rows = empty_top_k(1, k)
-    best_similarities[0, : len(columns)] = similarities[0, columns]
-    best_rows[0, : len(columns)] = rows[0, columns]
-    return best_similarities, best_rows

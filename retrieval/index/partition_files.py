@@ -21,6 +21,7 @@ from retrieval.file_cache import FileCache
 from retrieval.index.effort import Effort
 from retrieval.index.routing import Numbers, Vectors
 from retrieval.index.top_k import TopK, empty_top_k, merge_top_k, top_k
+from retrieval.kernel.list_search import ListSearch, open_list_search
 from retrieval.storage import schema
 from retrieval.storage.temp_folders import temporary_folder
 
@@ -229,12 +230,22 @@ class PartitionFiles:
         """Whether the index is a graph: its candidates depend on their number."""
         return not self.is_flat and isinstance(self._core, faiss.IndexHNSW)
 
-    @property
+    @cached_property
     def results_per_row(self) -> int:
         """How often one row can be among the results of the index: twice in our lists."""
         return 2 if self.has_own_lists else 1
 
-    @property
+    @cached_property
+    def list_search(self) -> ListSearch | None:
+        """The compiled search of the index; None where faiss searches."""
+        return open_list_search(self.base, self.embeddings) if self.has_own_lists else None
+
+    def visits(self, effort: Effort, k: int) -> tuple[tuple[int, int], int]:
+        """Lists and centroids in the walk, and candidates, of a search for k results: as in `parameters`."""
+        lists = min(effort.lists_per_partition, self.num_lists)
+        return (lists, lists + GRAPH_SPARE), k * max(effort.candidates_per_result, self.results_per_row)
+
+    @cached_property
     def num_lists(self) -> int:
         """Number of inverted lists; 1 where a search visits all rows."""
         return self._core.nlist if not self.is_flat and isinstance(self._core, faiss.IndexIVF) else 1

@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from retrieval.index.routing import Vectors
+from retrieval.index.routing import Numbers, Vectors
 
 Positions = npt.NDArray[np.int64]
 TopK = tuple[Vectors, Positions]
@@ -33,3 +33,33 @@ def merge_top_k(results: TopK, others: TopK, k: int) -> TopK:
 def empty_top_k(num_queries: int, k: int) -> TopK:
     """Results without a row: similarities -inf and positions -1, each (num_queries, k)."""
     return np.full((num_queries, k), -np.inf, np.float32), np.full((num_queries, k), -1, np.int64)
+
+
+def drop_repeats(similarities: Vectors, rows: Numbers, k: int) -> tuple[Vectors, Numbers]:
+    """The first k results (n, k) without repeated rows; (-inf, -1) where there are fewer.
+
+    Repeats need not be adjacent: other rows can have the same similarity.
+    """
+    if len(rows) == 1:
+        return _drop_repeats_of_one(similarities, rows, k)  # takes an eighth of the time for one query
+    order = np.argsort(rows, axis=1, kind="stable")
+    by_row = np.take_along_axis(rows, order, 1)
+    repeated = np.zeros(rows.shape, bool)
+    np.put_along_axis(repeated, order[:, 1:], by_row[:, 1:] == by_row[:, :-1], 1)
+    first = np.argsort(repeated, axis=1, kind="stable")[:, :k]
+    similarities = np.where(repeated, -np.inf, similarities).astype(np.float32)
+    rows = np.where(repeated, -1, rows)
+    return np.take_along_axis(similarities, first, 1), np.take_along_axis(rows, first, 1)
+
+
+def _drop_repeats_of_one(similarities: Vectors, rows: Numbers, k: int) -> tuple[Vectors, Numbers]:
+    first: dict[int, int] = {}
+    for column, row in enumerate(rows[0].tolist()):
+        first.setdefault(row, column)
+    columns = [*first.values()][:k]
+    if len(columns) == k:
+        return similarities.take(columns, axis=1), rows.take(columns, axis=1)
+    best_similarities, best_rows = empty_top_k(1, k)
+    best_similarities[0, : len(columns)] = similarities[0, columns]
+    best_rows[0, : len(columns)] = rows[0, columns]
+    return best_similarities, best_rows

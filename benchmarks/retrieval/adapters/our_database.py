@@ -15,7 +15,7 @@ from benchmarks.retrieval.data import Ids
 from retrieval import Database, Root
 from retrieval.clip.identity import EncoderIdentity
 from retrieval.index.effort import Effort
-from retrieval.index.partition import drop_repeats
+from retrieval.index.top_k import drop_repeats
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
 

@@ -10,9 +10,10 @@ import pytest
 
 from retrieval import Database, Effort
 from retrieval.index import partition_files
-from retrieval.index.partition import Partition, drop_repeats
+from retrieval.index.partition import Partition
 from retrieval.index.partition_files import RerankIndex
 from retrieval.index.routing import Vectors, partition_folder
+from retrieval.index.top_k import drop_repeats
 from retrieval.storage import schema
 from tests.retrieval.conftest import built, clustered, share_found
 

@@ -1,0 +1,126 @@
+"""Searches the inverted lists of a partition in one call of the compiled library.
+
+Reads the memory of a faiss index and the mapped vectors of its rows, copies only the graph over the centroids.
+"""
+
+import ctypes
+from typing import Any
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+
+from retrieval.kernel.library import library
+
+CODE_VALUES = 16
+"""Codewords of a 4-bit code."""
+BLOCK_ROWS = 32
+"""Rows of a block of packed codes."""
+MAX_LISTS = 1 << 20
+SMALLEST = np.finfo(np.float32).tiny
+Start = ctypes.c_byte * 0
+"""The address of a writable array: `from_buffer` takes a third of the time of `array.ctypes`."""
+
+Vectors = npt.NDArray[np.float32]
+Numbers = npt.NDArray[np.int64]
+
+
+class _Lists(ctypes.Structure):
+    """`Lists` of list_search.cpp, which describes the fields."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("dim", "num_lists", "codes_per_row", "dims_per_code")),
+        *((name, ctypes.c_void_p) for name in ("codebooks", "codes", "ids", "sizes", "centroids", "rounded", "units")),
+        *((name, ctypes.c_void_p) for name in ("links", "first_link", "level_links")),
+        *((name, ctypes.c_int64) for name in ("entry", "top_level")),
+        ("rows", ctypes.c_void_p),
+    )
+
+
+class _Settings(ctypes.Structure):
+    """`Settings` of list_search.cpp, which describes the fields."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("k", "lists", "beam", "candidates")),
+        ("visible", ctypes.c_void_p),
+    )
+
+
+class ListSearch:
+    """The lists of one partition. Safe to share between threads."""
+
+    def __init__(self, search: Any, index: Any, rows: npt.NDArray[np.float16]) -> None:
+        """search: the function of the library. index: a faiss.IndexIVFPQFastScan that `is_searchable`."""
+        self._search = search
+        quantizer, codes = faiss.downcast_index(index.quantizer), index.pq
+        graph = quantizer.hnsw
+        lists, (count, dim) = index.invlists, (index.nlist, rows.shape[1])
+        storage = faiss.downcast_index(quantizer.storage)
+        centroids = storage.reconstruct_n(0, count)
+        units = np.abs(centroids).max(axis=1, keepdims=True) / 127 + SMALLEST
+        codebooks = faiss.vector_to_array(codes.centroids).reshape(codes.M, CODE_VALUES, codes.dsub)
+        arrays = {
+            "codebooks": np.ascontiguousarray(codebooks.transpose(0, 2, 1)),
+            "codes": np.array([int(lists.get_codes(number) or 0) for number in range(count)], np.uint64),
+            "ids": np.array([int(lists.get_ids(number) or 0) for number in range(count)], np.uint64),
+            "sizes": np.array([lists.list_size(number) for number in range(count)], np.int64),
+            "rounded": np.rint(centroids / units).astype(np.int8),
+            "units": units,
+            "links": faiss.vector_to_array(graph.neighbors),
+            "first_link": faiss.vector_to_array(graph.offsets),
+            "level_links": faiss.vector_to_array(graph.cum_nneighbor_per_level),
+            "rows": rows,
+        }
+        addresses = {name: array.ctypes.data for name, array in arrays.items()}
+        self._kept = index, arrays
+        lists = _Lists(
+            dim=dim,
+            num_lists=count,
+            codes_per_row=index.M2,
+            dims_per_code=codes.dsub,
+            centroids=int(storage.codes.data()),
+            entry=graph.entry_point,
+            top_level=graph.max_level,
+            **addresses,
+        )
+        self._lists = ctypes.pointer(lists)
+
+    def search(
+        self, queries: Vectors, k: int, lists: tuple[int, int], candidates: int, visible: Any = None
+    ) -> tuple[Vectors, Numbers]:
+        """Similarities and row numbers of the k best candidates, best first, each (n, k); (-inf, -1) for none.
+
+        queries: (n, dim) unit rows. lists: how many are visited, and how many centroids the walk through the graph
+        keeps. visible: (rows,) bool, None for all. Equal similarities are ordered by ascending row number. A batch
+        runs on the threads of faiss. Raises MemoryError.
+        """
+        queries = np.ascontiguousarray(queries, np.float32)
+        similarities: Any = np.empty((len(queries), k), np.float32)
+        rows: Any = np.empty((len(queries), k), np.int64)
+        settings = _Settings(k, *lists, candidates, None if visible is None else visible.ctypes.data)
+        threads = faiss.omp_get_max_threads() if len(queries) > 1 else 1
+        arrays = queries.ctypes.data, Start.from_buffer(similarities), Start.from_buffer(rows)
+        if self._search(self._lists, ctypes.byref(settings), len(queries), *arrays, threads):
+            raise MemoryError
+        return similarities, rows
+
+
+def open_list_search(index: Any, rows: npt.NDArray[np.float16]) -> ListSearch | None:
+    """The search of an index over rows (n, dim), or None where only faiss can search it."""
+    if not is_searchable(index):
+        return None
+    loaded = library()
+    return None if loaded is None else ListSearch(loaded.search, index, rows)
+
+
+def is_searchable(index: Any) -> bool:
+    """Whether the index has the layout that the library reads: that of `retrieval.index.inverted_lists`."""
+    if not isinstance(index, faiss.IndexIVFPQFastScan):
+        return False
+    quantizer = faiss.downcast_index(index.quantizer)
+    if not isinstance(quantizer, faiss.IndexHNSWSQ):
+        return False
+    storage = faiss.downcast_index(quantizer.storage)
+    is_bfloat16 = storage.sq.qtype == faiss.ScalarQuantizer.QT_bf16
+    is_packed = index.bbs == BLOCK_ROWS and index.pq.nbits == 4 and index.by_residual
+    return is_bfloat16 and is_packed and index.metric_type == faiss.METRIC_INNER_PRODUCT and index.nlist <= MAX_LISTS

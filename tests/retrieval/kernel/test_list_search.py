@@ -1,0 +1,136 @@
+"""The compiled search and faiss give the same answers, and machines that cannot compile search with faiss."""
+
+import shutil
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pyarrow.compute as pc
+import pytest
+
+from retrieval import Database, Effort
+from retrieval.index.inverted_lists import train_inverted_lists
+from retrieval.index.routing import Vectors, unit
+from retrieval.kernel import library as kernel_library
+from retrieval.kernel.library import WRITABLE_BY_OTHERS, compiled, library
+from retrieval.kernel.list_search import is_searchable, open_list_search
+from tests.retrieval.conftest import clustered, share_found
+
+EFFORTS = [Effort(1, 1, 1), Effort(1, 4, 3), Effort(1, 40, 8), Effort(1, 512, 64)]
+
+pytestmark = pytest.mark.skipif(library() is None, reason="no g++, or a processor without AVX2")
+
+
+def with_faiss(database: Database) -> Database:
+    """The database with files of its own, which are searched by faiss."""
+    other = Database.open(database.root)._hiding(database.hidden, database.condition)
+    for partition in other.partitions:
+        partition.files.__dict__["list_search"] = None
+    return other
+
+
+def assert_same_answers(database: Database, queries: Vectors, k: int, effort: Effort) -> None:
+    ours, theirs = (each.search(queries, k, effort=effort) for each in (database, with_faiss(database)))
+    assert ours.ids.shape == theirs.ids.shape
+    # Codes of 32 dimensions have many equal scores, among which the last candidates differ.
+    assert share_found(theirs.ids, ours.ids) > (0.999 if effort.candidates_per_result > 4 else 0.95)
+    same = ours.ids == theirs.ids
+    assert abs(float(ours.similarities[:, -1].mean() - theirs.similarities[:, -1].mean())) < 2e-3
+    np.testing.assert_allclose(ours.similarities[same], theirs.similarities[same], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+@pytest.mark.parametrize("k", [1, 20, 300])
+def test_the_compiled_search_and_faiss_give_the_same_answers(
+    in_lists: Database, queries: Vectors, effort: Effort, k: int
+) -> None:
+    assert in_lists.partitions[0].files.list_search is not None
+    assert_same_answers(in_lists, queries, k, effort)
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+@pytest.mark.parametrize("share", [0.02, 0.6, 0.999])
+def test_answers_are_the_same_where_rows_are_hidden_or_filtered(
+    in_lists: Database, queries: Vectors, effort: Effort, share: float
+) -> None:
+    hidden = np.random.default_rng(4).permutation(3000)[: int(share * 3000)] + 1000
+    assert_same_answers(in_lists.without(hidden), queries, 20, effort)
+    filtered = in_lists.where(~pc.field("image_id").isin(hidden))
+    assert_same_answers(filtered, queries, 20, effort)
+    assert not np.isin(filtered.search(queries, 20, effort=effort).ids, hidden).any()
+
+
+@pytest.mark.parametrize("dim", [7, 32, 50, 129])
+def test_answers_are_the_same_in_any_number_of_dimensions_and_with_empty_lists(dim: int) -> None:
+    random = np.random.default_rng(dim)
+    rows = unit(random.standard_normal((900, dim)).astype(np.float32))
+    rows[:500] = rows[0]  # lists of equal rows, and lists of none
+    lists = train_inverted_lists(rows.astype(np.float16), 0)
+    stored = rows[lists.order].astype(np.float16)
+    search = open_list_search(lists.index, stored)
+    assert search is not None
+    queries = unit(random.standard_normal((30, dim)).astype(np.float32))
+    similarities, results = search.search(queries, 30, (lists.index.nlist, lists.index.nlist + 8), 2000)
+    exact = queries @ stored.astype(np.float32).T
+    np.testing.assert_allclose(similarities, -np.sort(-exact, axis=1)[:, :30], atol=1e-6)
+    np.testing.assert_allclose(np.take_along_axis(exact, results, 1), similarities, atol=1e-6)
+
+
+def test_equal_similarities_are_ordered_by_row() -> None:
+    rows = np.repeat(clustered(60, seed=3), 10, axis=0)
+    lists = train_inverted_lists(rows.astype(np.float16), 0)
+    stored = rows[lists.order].astype(np.float16)
+    similarities, results = open_list_search(lists.index, stored).search(rows[::10], 40, (256, 264), 1200)  # type: ignore[union-attr]
+    assert ((np.diff(similarities, axis=1) < 0) | (np.diff(results, axis=1) > 0)).all()
+
+
+def test_missing_results_are_marked(in_lists: Database, queries: Vectors) -> None:
+    search = in_lists.partitions[0].files.list_search
+    assert search is not None
+    similarities, rows = search.search(queries, 2000, (1, 9), 4000)
+    assert (rows[:, -1] == -1).all()
+    np.testing.assert_array_equal(np.isneginf(similarities), rows == -1)
+
+
+def test_a_batch_in_threads_gives_the_answers_of_single_queries(in_lists: Database) -> None:
+    queries = clustered(200, seed=9)
+    faiss.omp_set_num_threads(3)
+    try:
+        together = in_lists.search(queries, 10, effort=EFFORTS[1])
+    finally:
+        faiss.omp_set_num_threads(1)
+    for i in range(len(queries)):
+        alone = in_lists.search(queries[i : i + 1], 10, effort=EFFORTS[1])
+        np.testing.assert_array_equal(alone.ids[0], together.ids[i])
+        np.testing.assert_array_equal(alone.similarities[0], together.similarities[i])
+
+
+def test_other_indexes_are_left_to_faiss() -> None:
+    rows = clustered(2000, seed=1)
+    for key in ("IVF16,Flat", "IVF16,PQ16x4fs", "HNSW8"):
+        index = faiss.index_factory(rows.shape[1], key, faiss.METRIC_INNER_PRODUCT)
+        index.train(rows)
+        assert not is_searchable(index)
+        assert open_list_search(index, rows.astype(np.float16)) is None
+
+
+def test_without_a_compiler_there_is_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_library, "COMMAND", ("no-such-compiler",))
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    assert library.__wrapped__() is None
+    monkeypatch.setattr(kernel_library, "COMMAND", (shutil.which("false"),))
+    assert library.__wrapped__() is None
+    assert not [*(tmp_path / ".cache" / "laion-rdm").iterdir()]
+
+
+def test_a_library_that_others_can_write_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "copy.sh"  # in place of a compiler, which takes seconds
+    script.write_text('#!/bin/sh\ncp "$1" "$3"\n')
+    script.chmod(0o700)
+    monkeypatch.setattr(kernel_library, "COMMAND", (str(script),))
+    folder = tmp_path / "cache"
+    path = compiled(folder)
+    assert path == compiled(folder)
+    path.chmod(0o700 | WRITABLE_BY_OTHERS)
+    with pytest.raises(OSError, match="others can write"):
+        compiled(folder)
