@@ -20,7 +20,7 @@ from pipeline.runtime import memory
 from pipeline.runtime.prometheus import StageMetrics
 from pipeline.runtime.shard_queue import MAX_IN_A_ROW, SICK_AFTER, Failure, ShardQueue
 from pipeline.runtime.stage import Stage
-from pipeline.runtime.workers import Work, Workers, leave_idle, take_idle
+from pipeline.runtime.workers import Work, Workers, hide_unassigned_gpus, leave_idle, take_idle
 from retrieval.errors import NodeError, UserError
 from retrieval.storage.lease import HEARTBEAT_S, raise_if_lost
 from retrieval.storage.manifest import ShardRecord, record_file, write_record
@@ -63,6 +63,7 @@ class RemoteWorker:
 
     def __init__(self, stage: str, memory_gb: float) -> None:
         remove_stale_folders()
+        hide_unassigned_gpus(ray.get_gpu_ids())
         if memory_gb:
             memory.start_watchdog(memory_gb, stage)
 

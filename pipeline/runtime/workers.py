@@ -145,12 +145,22 @@ def leave_idle(workers: Workers, actors: list[Any]) -> None:
         idle.end()
 
 
+def hide_unassigned_gpus(assigned: list[int] | list[str]) -> None:
+    """Hide all GPUs from CUDA in this process if Ray assigned none to it; Ray itself hides only those of others.
+
+    Call it before CUDA starts. assigned: `ray.get_gpu_ids()`.
+    """
+    if not assigned:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 class _FunctionActor:
     """A Ray actor with one function. make: makes the function; takes whether the actor was restarted."""
 
     def __init__(self, make: Callable[[bool], Callable[..., Any]]) -> None:
         with warnings.catch_warnings(action="ignore"):  # Ray uses a deprecated function of its own
             was_restarted = ray.get_runtime_context().was_current_actor_reconstructed
+        hide_unassigned_gpus(ray.get_gpu_ids())
         self.function = make(was_restarted)
 
     def call(self, *arguments: Any) -> Any:
