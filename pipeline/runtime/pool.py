@@ -63,7 +63,8 @@ class RemoteWorker:
 
     def __init__(self, stage: str, memory_gb: float) -> None:
         remove_stale_folders()
-        hide_unassigned_gpus(ray.get_gpu_ids())
+        if ray.is_initialized():  # else no actor, but a plain object in the process that made it
+            hide_unassigned_gpus(ray.get_gpu_ids())
         if memory_gb:
             memory.start_watchdog(memory_gb, stage)
 
