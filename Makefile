@@ -92,7 +92,7 @@ capacity: install ## storage, hours and cost at full size: of laion2b.toml, or o
 plan: capacity ## the same as capacity
 
 test: install ## run all tests and doctests, in WORKERS processes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 XDG_CACHE_HOME="$(CURDIR)/$(VENV)/cache" $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: install ## lint, format, types, then all tests; CI runs this
 	$(BIN)/ruff check .

@@ -1,8 +1,8 @@
 """Compiles `list_search.cpp` with g++ when it is first needed, and loads it.
 
-The library is kept in `~/.cache/laion-rdm/`, under a name with the digest of source and flags, so that a changed source
-is compiled again. Without g++, on other processors than x86-64 with AVX2, and without a home folder there is no
-library, and searches use faiss alone.
+The library is kept in `laion-rdm/` below XDG_CACHE_HOME or `~/.cache`. Its name has the digest of source and flags, so
+a changed source is compiled again. Without g++, on other processors than x86-64 with AVX2, and without a home folder
+there is no library, and searches use faiss alone.
 """
 
 import ctypes
@@ -30,7 +30,8 @@ def library() -> ctypes.CDLL | None:
     try:
         if platform.machine() != "x86_64":
             raise OSError(f"the processor is {platform.machine()}, wanted x86_64")
-        loaded = ctypes.CDLL(str(compiled(Path.home() / ".cache" / "laion-rdm")))
+        cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        loaded = ctypes.CDLL(str(compiled(cache_home / "laion-rdm")))
         if not loaded.is_supported():
             raise OSError("the processor has no AVX2, FMA or F16C")
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
@@ -75,7 +75,7 @@ class Settings:
     """`np`: (n, height, width, 3) float32 in 0..1; `latent`: a tensor (n, c, h, w)."""
 
 
-class RetrievalDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
+class RetrievalDiffusionPipeline(DiffusionPipeline):
     """Samples pictures of prompts with neighbors from a database or from pictures (Blattmann et al. 2022)."""
 
     _optional_components: ClassVar[list[str]] = ["vae"]
