@@ -13,6 +13,8 @@ from retrieval.config import Config, WorkersConfig, runtime_setting
 
 MIN_LIST_ROWS = 1_000
 """Fewest rows on which inverted lists and their codes can be trained."""
+BUILDABLE = r"|Flat|HNSW\d+|(\w+,)?IVF\d+,\w+|(Pad\d+|OPQ\d+_\d+),IVF\d+_HNSW\d+,PQ\w+"
+"""Keys that autofaiss builds. With HNSW<n> and lists in other forms it divides by zero."""
 
 
 Precision = Literal["bf16", "fp32"]
@@ -64,10 +66,11 @@ class IndexConfig(WorkersConfig):
     @field_validator("index_key")
     @classmethod
     def _buildable(cls, key: str) -> str:
-        if not re.fullmatch(r"|Flat|HNSW\d+|(\w+,)?IVF\d+(_HNSW\d+)?,\w+", key):
+        if not re.fullmatch(BUILDABLE, key):
             raise ValueError(
                 f"autofaiss cannot build {key!r} for a database. Leave index_key empty, or use Flat, HNSW<n> or a key "
-                "with IVF<n>, such as IVF1024,Flat or Pad768,IVF4096_HNSW32,PQ384x4fsr"
+                "with IVF<n>, such as IVF1024,Flat. A graph over the lists needs Pad<n> or OPQ<n>_<n> before and PQ<n> "
+                "after them: Pad768,IVF4096_HNSW32,PQ384x4fsr"
             )
         return key
 

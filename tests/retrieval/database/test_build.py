@@ -106,6 +106,15 @@ def test_the_error_for_a_key_without_lists_and_without_a_graph_says_what_to_do(k
         IndexConfig(index_key=key)
 
 
+@pytest.mark.parametrize(
+    "key", ["IVF16_HNSW8,Flat", "IVF16_HNSW8,PQ8x4fsr", "OPQ8,IVF16_HNSW8,PQ8", "Pad32,IVF16_HNSW8,Flat"]
+)
+def test_a_graph_over_lists_is_built_only_between_padding_or_a_rotation_and_codes(key: str) -> None:
+    with pytest.raises(ValueError, match="needs Pad<n> or OPQ<n>_<n> before and PQ<n> after them"):
+        IndexConfig(index_key=key)
+    assert IndexConfig(index_key="OPQ16_32,IVF16_HNSW8,PQ16").index_key
+
+
 def test_a_key_that_does_not_suit_the_rows_is_refused_and_leaves_no_database(vectors: Vectors, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'IVF4096,Flat' does not suit 500 rows"):
         built(tmp_path, vectors[:500], "x", index_key="IVF4096,Flat")
