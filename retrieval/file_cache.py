@@ -21,14 +21,17 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from retrieval.errors import UserError
+from retrieval.errors import NodeError, UserError
 from retrieval.storage import schema
 from retrieval.storage.full_disk import full_disk_named
-from retrieval.storage.root import FileRecord, Root
+from retrieval.storage.root import FileRecord, Root, file_sha256
 
 PARTIAL = ".partial-"
 COPY = re.compile(r"(\.partial-\d+-)?[0-9a-f]{32}([.-].*)?")
 """Names of copies. Other files in the folder stay."""
+SHA256 = re.compile("[0-9a-f]{64}")
+WRITABLE_BY_OTHERS = 0o022
+MORE_ROOM = "Raise cache_gb, or use a larger disk: set cache_folder or, for the default folder, TMPDIR."
 CHUNK_BYTES = 1 << 24
 """Bytes of one request to the store."""
 ARROW_BYTES = 1 << 12
@@ -36,7 +39,7 @@ ARROW_BYTES = 1 << 12
 POLL_S = 0.05
 
 
-class NoRoomError(UserError):
+class NoRoomError(NodeError):
     """The copies in use leave no room for another one."""
 
 
@@ -46,7 +49,8 @@ class FileCache:
     def __init__(
         self, root: Root, folder: str = "", max_gb: float = 0.0, records: Mapping[str, FileRecord] | None = None
     ) -> None:
-        """folder: empty for one in the folder of temporary files; max_gb: 0 for half of the free disk space.
+        """folder: empty for one of this user in the folder of temporary files, which others must not be able to write.
+        max_gb: 0 for half of the free disk space, or a single larger file.
 
         records: all files of the root by name, if they are known. Then a file with a copy needs no request.
         """
@@ -54,9 +58,12 @@ class FileCache:
         self._records = records
         self.folder = Path(folder or f"{tempfile.gettempdir()}/laion-rdm-{os.getuid()}")
         if not root.is_local:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(0o777 if folder else 0o700, parents=True, exist_ok=True)
+            if not folder:
+                _check_owner(self.folder)
             free = shutil.disk_usage(self.folder).free + sum(map(_bytes, self._copies()))
             self.max_bytes = int(max_gb * 1e9) or free // 2
+            self._max_file_bytes = self.max_bytes if max_gb else free
 
     def exists(self, name: str) -> bool:
         """Whether the root has a file of this name."""
@@ -64,20 +71,27 @@ class FileCache:
 
     @contextmanager
     def local(self, name: str) -> Iterator[Path]:
-        """A file as a local path for the block; a memory map of it stays valid. Raises NoRoomError."""
+        """A file as a local path for the block. A memory map of it stays valid, with its disk space outside the limit.
+
+        Raises NoRoomError, and NodeError if a copy differs from its record. A local file is not compared.
+        """
         if self.root.is_local:
             with self.root.local(name) as path:
                 yield path
             return
 
+        record = self._records[name] if self._records else None
+
         def copy(path: Path) -> None:
             with self.root.open(name) as source, path.open("wb") as target:
                 shutil.copyfileobj(source, target, CHUNK_BYTES)
+            if record:
+                _check_copy(path, record, self.root.at(name))
 
         def size() -> int:
-            return self._records[name].bytes if self._records else self.root.size(name)
+            return record.bytes if record else self.root.size(name)
 
-        with self._copy(self._entry(name, Path(name).suffix), size, copy) as path:
+        with self._copy(self._entry(name, Path(name).suffix, record), size, copy) as path:
             yield path
 
     @contextmanager
@@ -106,12 +120,17 @@ class FileCache:
         with self._copy(self._entry(name, f"-{'-'.join(columns)}.arrow"), size, convert) as path:
             yield pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
-    def _entry(self, name: str, suffix: str) -> Path:
-        """The path of a copy. Another version of the file has another path."""
-        if self._records:
-            return self.folder / f"{self._records[name].sha256[:32]}{suffix}"
-        version = f"{self.root.at(name)} {self.root.version(name)}"
-        return self.folder / f"{hashlib.sha256(version.encode()).hexdigest()[:32]}{suffix}"
+    def _entry(self, name: str, suffix: str, record: FileRecord | None = None) -> Path:
+        """The path of a copy, from the digest of its content or of URL and version. A changed file has another path."""
+        if record is None:
+            version = f"{self.root.at(name)} {self.root.version(name)}"
+            return self.folder / f"{hashlib.sha256(version.encode()).hexdigest()[:32]}{suffix}"
+        if not SHA256.fullmatch(record.sha256):
+            raise UserError(
+                f"{self.root.at(name)}: its SHA-256 in manifest.json is {record.sha256!r}, expected 64 hex digits: the "
+                "database is damaged. Build it again."
+            )
+        return self.folder / f"{record.sha256[:32]}{suffix}"
 
     @contextmanager
     def _copy(self, path: Path, size: Callable[[], int], write: Callable[[Path], None]) -> Iterator[Path]:
@@ -162,24 +181,45 @@ class FileCache:
         return [path for path in self.folder.iterdir() if COPY.fullmatch(path.name)]
 
     def _make_room(self, size: int) -> None:
-        """Delete unused copies, least recently used first, until `size` bytes fit. Raises UserError if they cannot."""
-        if size > self.max_bytes:
-            raise UserError(
-                f"{self.folder}: a file of {size:,} bytes is larger than the cache of {self.max_bytes:,} bytes. Raise "
-                "cache_gb, or set cache_folder to a larger disk."
+        """Delete unused copies, least recently used first, until `size` bytes fit. Raises NodeError if they cannot."""
+        if size > self._max_file_bytes:
+            raise NodeError(
+                f"{self.folder}: a file of {size:,} bytes is larger than the cache of {self._max_file_bytes:,} bytes. "
+                f"{MORE_ROOM}"
             )
+        max_bytes = max(self.max_bytes, size)
         # Copies that an ended process did not finish come first.
         files = sorted(self._copies(), key=lambda file: (file.name[0] != ".", file.stat().st_mtime))
         used = sum(map(_bytes, files))
         for file in files:
             file_bytes = _bytes(file)
-            if used + size > self.max_bytes and _delete_unused(file):
+            if used + size > max_bytes and _delete_unused(file):
                 used -= file_bytes
-        if used + size > self.max_bytes:
+        if used + size > max_bytes:
             raise NoRoomError(
                 f"{self.folder}: no room for {size:,} bytes, because open files use {used:,} of "
-                f"{self.max_bytes:,} bytes. Raise cache_gb; a training also needs less with fewer interleaved_shards."
+                f"{max_bytes:,} bytes. {MORE_ROOM} A training also needs less with fewer interleaved_shards."
             )
+
+
+def _check_owner(folder: Path) -> None:
+    """Raises NodeError if another user made the default folder or can write it: the copies could be of other files."""
+    status = folder.lstat()
+    if status.st_uid != os.getuid() or status.st_mode & WRITABLE_BY_OTHERS:
+        raise NodeError(
+            f"{folder} belongs to another user, others can write it, or it is a link; expected a folder of this user. "
+            "Remove it, or set cache_folder or TMPDIR to another folder."
+        )
+
+
+def _check_copy(path: Path, record: FileRecord, url: str) -> None:
+    """Raises NodeError if a copy differs from the record of its file."""
+    size, sha256 = path.stat().st_size, file_sha256(path)
+    if (size, sha256) != (record.bytes, record.sha256):
+        raise NodeError(
+            f"{url}: the copy has {size:,} bytes and SHA-256 {sha256}, expected {record.bytes:,} and {record.sha256} "
+            "(manifest.json). The transfer failed, or the database is damaged. Try again, then build it again."
+        )
 
 
 def _width(column: pa.DataType) -> int:

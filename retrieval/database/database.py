@@ -99,7 +99,8 @@ class Database:
         """Open the database in a folder. Raises UserError if it is no database, unfinished or damaged.
 
         Files of an object store are copied to cache_folder on first use, by default one in the folder of temporary
-        files; processes share it. cache_gb: its largest size; 0: half of the free disk space.
+        files; processes share it. cache_gb: its largest size, without deleted copies that opened databases still map;
+        0: half of the free disk space.
         """
         root = root if isinstance(root, Root) else Root(root)
         manifest = read_manifest(root, "")

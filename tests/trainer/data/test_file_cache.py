@@ -1,9 +1,14 @@
 """Training data of an object store: copies within a limit, shared by ranks, opened ahead of their need."""
 
+import os
+import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -12,7 +17,7 @@ import torch
 from s3fs import S3FileSystem
 
 from benchmarks.crashes.store import running_store
-from retrieval.errors import UserError
+from retrieval.errors import NodeError, UserError
 from retrieval.file_cache import FileCache, NoRoomError
 from retrieval.storage.root import Root
 from tests.trainer.training_set import NAMES, make_recipe, plan_of, write_tars, write_training_set
@@ -126,7 +131,7 @@ def test_a_file_larger_than_the_cache_is_an_error_and_open_files_are_not_deleted
     for name in "abc":
         memory.write_bytes(name, name.encode() * 1000)
     with (
-        pytest.raises(UserError, match=r"1,000 bytes is larger than the cache of 999 bytes\. Raise cache_gb"),
+        pytest.raises(NodeError, match=r"1,000 bytes is larger than the cache of 999 bytes\. Raise cache_gb.*TMPDIR"),
         FileCache(memory, str(tmp_path / "small"), 999e-9).local("a"),
     ):
         pass
@@ -179,3 +184,59 @@ def test_a_new_version_of_a_file_is_copied_again(stored: Root, tmp_path: Path) -
         stored.write_bytes("versions/a.tar", content)
         with files.local("versions/a.tar") as path:
             assert path.read_bytes() == content
+
+
+def test_a_copy_that_differs_from_its_record_is_an_error_and_is_not_kept(memory: Root, tmp_path: Path) -> None:
+    record = memory.write_bytes("a.npy", b"right")
+    files = FileCache(memory, str(tmp_path), records={"a.npy": record})
+    for damaged in (b"wrong", b"righ"):
+        memory.write_bytes("a.npy", damaged)
+        named = pytest.raises(NodeError, match=rf"a\.npy: the copy has {len(damaged)} bytes and .*, expected 5 and")
+        with named, files.local("a.npy"):
+            pass
+        assert list(tmp_path.iterdir()) == []
+    memory.write_bytes("a.npy", b"right")
+    with files.local("a.npy") as path:
+        assert path.read_bytes() == b"right"
+
+
+def test_a_record_that_names_a_file_outside_the_cache_is_an_error(memory: Root, tmp_path: Path) -> None:
+    record = replace(memory.write_bytes("a.npy", b"1"), sha256="../private")
+    (tmp_path / "private.npy").write_bytes(b"2")
+    files = FileCache(memory, str(tmp_path / "cache"), records={"a.npy": record})
+    with pytest.raises(UserError, match=r"a\.npy: .* '\.\./private', expected 64 hex digits"), files.local("a.npy"):
+        pass
+
+
+def test_the_default_folder_is_refused_if_others_own_it_or_can_write_it(
+    memory: Root, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = FileCache(memory).folder
+    assert (folder.parent, folder.stat().st_mode & 0o777) == (tmp_path, 0o700)
+    folder.chmod(0o770)
+    with pytest.raises(NodeError, match=r"others can write it.* Remove it, or set .* TMPDIR"):
+        FileCache(memory)
+    folder.rename(tmp_path / "other")
+    (tmp_path / "other").chmod(0o700)
+    folder.symlink_to(tmp_path / "other")
+    with pytest.raises(NodeError, match="it is a link"):
+        FileCache(memory)
+    monkeypatch.setattr(os, "getuid", lambda: 123_456)
+    (tmp_path / "laion-rdm-123456").mkdir(0o700)
+    with pytest.raises(NodeError, match="belongs to another user"):
+        FileCache(memory)
+
+
+def test_a_file_of_more_than_half_of_the_free_disk_is_alone_in_the_cache(
+    memory: Root, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1500))
+    for name, size in {"a": 700, "b": 900, "c": 1600}.items():
+        memory.write_bytes(name, bytes(size))
+    files = FileCache(memory, str(tmp_path))
+    for name, size in {"a": 700, "b": 900}.items():
+        with files.local(name) as path:
+            assert path.stat().st_size == size_of(tmp_path) == size
+    with pytest.raises(NodeError, match=r"1,600 bytes is larger than the cache of 1,500 bytes"), files.local("c"):
+        pass
