@@ -2,18 +2,19 @@
 
 Generates the data and builds every index once, below a scratch folder; tunes each method, and times it in rounds that
 alternate with those of ScaNN. The results of a method are stored when it is finished, so that the same command
-continues an interrupted run. Writes `docs/performance.json`, and from it `docs/performance.md` and the plot. Other
-sizes and seeds (`--rows 300000 --seed 1 --parts search`) are written to the scratch folder; the next full run, or
-`--parts` without a name, adds them to the page.
+continues an interrupted run; those of other hardware or other sources of our search are measured again. Writes
+`docs/performance.json`, and from it `docs/performance.md` and the plot. Other sizes and seeds (`--rows 300000 --seed 1
+--parts search`) are written to the scratch folder; the next full run, or `--parts` without a name, adds them to the page.
 """
 
 import argparse
+import hashlib
 import json
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.report import DOCS, SCRATCH, write_atomically
+from benchmarks.common.report import DOCS, REPOSITORY, SCRATCH, write_atomically
 from benchmarks.retrieval import engine, joins, scale
 from benchmarks.retrieval.catalog import BARE, BY_NAME, DATABASE, METHODS, NOT_MEASURED, SCANN, MethodSpec
 from benchmarks.retrieval.data import BenchmarkData, prepare
@@ -21,6 +22,7 @@ from benchmarks.retrieval.report import report
 from benchmarks.retrieval.rounds import CASES, ROUNDS, TuningResult, best_setting, compare, tune
 from benchmarks.retrieval.workers import AdapterError, build, index_folder, open_workers
 from jobs.reporting.hardware import hardware
+from retrieval.kernel.library import library
 
 FULL_ROWS = 1_000_000
 """Results for this size are written to docs/, others to the scratch folder."""
@@ -86,11 +88,13 @@ def measure_search(data: BenchmarkData, methods: list[MethodSpec], failures: dic
 
 
 def measure_method(data: BenchmarkData, method: MethodSpec, records: dict[str, Any]) -> dict[str, Any]:
-    """The record of one method, which is read if it was measured before."""
+    """The record of one method, which is read if it was measured before under the same conditions."""
     path = index_folder(data, method) / f"{method.name}.race.json"
+    current = conditions(method)
     if path.exists():
-        record: dict[str, Any] = json.loads(path.read_text())
-        return record
+        stored: dict[str, Any] = json.loads(path.read_text())
+        if stored.get("conditions") == current:
+            return stored
     started = time.perf_counter()
     pair = [method] if method is SCANN or SCANN.name not in records else [method, SCANN]
     with open_workers(pair, data) as workers:
@@ -98,7 +102,8 @@ def measure_method(data: BenchmarkData, method: MethodSpec, records: dict[str, A
         own = known.get(DATABASE.name) if method is BARE else None  # the same settings of the same index
         points = known | {method.name: own or {case.name: tune(workers[0], case) for case in CASES}}
         results = [result for case in CASES for result in compare(workers, points, case, SCANN.name)]
-        record = {
+        record: dict[str, Any] = {
+            "conditions": current,
             "points": {case: [vars(point) for point in tuned] for case, tuned in points[method.name].items()},
             "chosen": [result.summary() for result in results if result.method == method.name],
             "opened": workers[0].opened | workers[0].call("memory"),
@@ -106,6 +111,15 @@ def measure_method(data: BenchmarkData, method: MethodSpec, records: dict[str, A
     write_atomically(path, json.dumps(record, indent=1) + "\n")
     print(f"measured {method.name}: {time.perf_counter() - started:.0f} s", flush=True)
     return record
+
+
+def conditions(method: MethodSpec) -> dict[str, str]:
+    """What the times of a method depend on besides its settings; of ours also the sources and the engine."""
+    if ".our_" not in method.implementation:
+        return {"hardware": hardware()}
+    paths = sorted(path for room in ("index", "kernel") for path in (REPOSITORY / "retrieval" / room).glob("*.*"))
+    sources = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+    return {"hardware": hardware(), "sources": sources, "engine": "compiled" if library() else "faiss"}
 
 
 def _points(record: dict[str, Any]) -> dict[str, list[TuningResult]]:

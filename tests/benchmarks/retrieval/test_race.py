@@ -1,0 +1,35 @@
+"""The race of a method is read where it was stored, unless machine, sources or engine are others now."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.retrieval import __main__ as race
+from benchmarks.retrieval.catalog import DATABASE, SCANN, MethodSpec
+from benchmarks.retrieval.data import BenchmarkData
+from benchmarks.retrieval.workers import AdapterError, index_folder
+
+
+@pytest.mark.parametrize("method", [DATABASE, SCANN], ids=lambda method: method.name)
+def test_a_stored_race_of_other_conditions_is_measured_again(
+    method: MethodSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_workers(*_: object) -> None:
+        raise AdapterError("measured again")
+
+    monkeypatch.setattr(race, "open_workers", open_workers)
+    data = BenchmarkData(tmp_path)
+    path = index_folder(data, method) / f"{method.name}.race.json"
+    path.parent.mkdir()
+    current = race.conditions(method)
+    assert ("sources" in current) == (method is DATABASE)
+    path.write_text(json.dumps({"conditions": current}))
+    assert race.measure_method(data, method, {}) == {"conditions": current}
+    for name in current:
+        path.write_text(json.dumps({"conditions": current | {name: "another"}}))
+        with pytest.raises(AdapterError, match="measured again"):
+            race.measure_method(data, method, {})
+    path.write_text(json.dumps({"points": {}}))
+    with pytest.raises(AdapterError, match="measured again"):
+        race.measure_method(data, method, {})
