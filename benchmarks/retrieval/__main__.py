@@ -3,8 +3,9 @@
 Generates the data and builds every index once, below a scratch folder; tunes each method, and times it in rounds that
 alternate with those of ScaNN. The results of a method are stored when it is finished, so that the same command
 continues an interrupted run; those of other hardware or other sources of our search are measured again. Writes
-`docs/performance.json`, and from it `docs/performance.md` and the plot. Other sizes and seeds (`--rows 300000 --seed 1
---parts search`) are written to the scratch folder; the next full run, or `--parts` without a name, adds them to the page.
+`docs/performance.json`, and from it `docs/performance.md` and the plot. Other sizes and seeds
+(`--rows 300000 --seed 1 --parts search`) are written to the scratch folder; the next full run, or `--parts` without a
+name, adds them to the page.
 """
 
 import argparse
