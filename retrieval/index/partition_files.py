@@ -140,6 +140,16 @@ def load_array(path: Path) -> Any:
     return np.load(path, allow_pickle=False)
 
 
+def map_rows(path: Path) -> npt.NDArray[np.float16]:
+    """The memory map of a .npy file of rows (n, dim). Raises ValueError unless they are float16 in C order."""
+    # Mode "c" (copy on write), because faiss and torch accept only writable arrays.
+    rows = np.lib.format.open_memmap(path, mode="c")
+    if rows.dtype != np.float16 or rows.ndim != 2 or not rows.flags.c_contiguous:
+        order = "C" if rows.flags.c_contiguous else "Fortran"
+        raise ValueError(f"{rows.dtype} {rows.shape} in {order} order, expected float16 (rows, dim) in C order")
+    return rows
+
+
 class PartitionFiles:
     """The opened files of a partition. Safe to share between threads."""
 
@@ -155,8 +165,7 @@ class PartitionFiles:
     @cached_property
     def embeddings(self) -> npt.NDArray[np.float16]:
         """(rows, dim) float16 unit rows, sorted by list."""
-        # Mode "c" (copy on write), because faiss and torch accept only writable arrays.
-        return self._load("embeddings.npy", lambda path: np.load(path, mmap_mode="c", allow_pickle=False))
+        return self._load("embeddings.npy", map_rows)
 
     @cached_property
     def metadata(self) -> pa.Table:
@@ -235,10 +244,17 @@ class PartitionFiles:
         """How often one row can be among the results of the index: twice in our lists."""
         return 2 if self.has_own_lists else 1
 
-    @cached_property
+    @property
     def list_search(self) -> ListSearch | None:
-        """The compiled search of the index; None where faiss searches."""
-        return open_list_search(self.base, self.embeddings) if self.has_own_lists else None
+        """The compiled search of the index; None where faiss searches. Raises UserError for a damaged index."""
+        with self._lock:
+            return self._list_search
+
+    @cached_property
+    def _list_search(self) -> ListSearch | None:
+        if not self.has_own_lists:
+            return None
+        return self._load("index.faiss", lambda _: open_list_search(self._base, self.embeddings))
 
     def visits(self, effort: Effort, k: int) -> tuple[tuple[int, int], int]:
         """Lists and centroids in the walk, and candidates, of a search for k results: as in `parameters`."""

@@ -1,1 +1,1 @@
-"""Kernel: a small C++ library that searches inverted lists. Without it faiss gives the same answers, more slowly."""
+"""Kernel: a small C++ library that searches inverted lists. Without it faiss searches, with nearly the same results."""

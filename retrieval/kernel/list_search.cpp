@@ -1,16 +1,17 @@
 // Searches the inverted lists of faiss.IndexIVFPQFastScan for single queries, and ranks the candidates by float16 rows.
 //
-// Reads the memory of faiss (graph over the centroids, packed 4-bit codes, ids) and the mapped rows. It computes what
-// faiss computes, but fetches the next codes and rows while it works, so that it rarely waits for memory.
-// `retrieval/kernel/list_search.py` fills the structures. Needs AVX2, FMA and F16C.
+// Reads the memory of faiss (graph over the centroids, packed 4-bit codes, ids) and the mapped rows. It works as faiss
+// does, but walks by 8-bit centroids and fetches the next codes and rows while it works, so that it rarely waits for
+// memory. Nothing is checked here: `retrieval/kernel/layout.py` did. Needs AVX2, FMA and F16C.
 
 #include <immintrin.h>
 
+#include "graph_walk.h"
 #include "inner_products.h"
+#include "lists.h"
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -32,53 +33,10 @@ struct Neighbor {
     }
 };
 
-struct Visited {
-    float similarity;
-    int32_t list;
-    bool expanded;
-    bool operator<(const Visited& other) const { return similarity > other.similarity; }
-};
-
-} // namespace
-
-// One partition. Pointers are borrowed.
-struct Lists {
-    int64_t dim;
-    int64_t num_lists;
-    int64_t codes_per_row;         // even; the last one is padding where `dim` is odd
-    int64_t dims_per_code;
-    const float* codebooks;        // (codes_per_row, dims_per_code, 16)
-    const uint8_t* const* codes;   // of each list, in blocks of 32 rows
-    const int64_t* const* ids;     // of each list
-    const int64_t* sizes;          // of each list
-    const uint16_t* centroids;     // (num_lists, dim) bfloat16
-    const int8_t* rounded;         // (num_lists, dim) centroids / units, for the walk through the graph
-    const float* units;            // (num_lists,)
-    const int32_t* links;          // of the graph, -1 for none
-    const uint64_t* first_link;    // (num_lists + 1,)
-    const int32_t* level_links;    // (levels + 1,) start of each level among the links of a list
-    int64_t entry;
-    int64_t top_level;
-    const uint16_t* rows;          // (rows, dim) float16
-};
-
-struct Settings {
-    int64_t k;
-    int64_t lists;
-    int64_t beam;                  // centroids that the walk through the graph keeps, at least `lists`
-    int64_t candidates;
-    const uint8_t* visible;        // (rows,) null: all are
-};
-
-namespace {
-
 // What a thread needs while it searches. It is kept for the next queries.
 struct Scratch {
-    std::vector<uint32_t> seen; // number of the last walk that compared a list
-    uint32_t walk = 0;
+    WalkScratch walk;
     std::vector<Visited> beam;
-    std::vector<int32_t> fresh;
-    std::vector<int8_t> rounded;
     std::vector<float> products;
     std::vector<uint8_t> tables;
     std::vector<uint64_t> keys;
@@ -93,8 +51,7 @@ class Search {
 
     void run(const float* query, float* similarities, int64_t* rows) {
         query_ = query;
-        round();
-        walk();
+        GraphWalk(lists_, scratch_.walk, beam_).run(query, settings_.beam);
         order();
         fetch(lists_.codes[beam_[0].list], BLOCK_ROWS * lists_.codes_per_row / 2);
         tables();
@@ -103,48 +60,6 @@ class Search {
     }
 
   private:
-    // The query in whole numbers up to 127.
-    void round() {
-        float largest = 0;
-        for (int64_t i = 0; i < lists_.dim; ++i) largest = std::max(largest, std::abs(query_[i]));
-        scratch_.rounded.resize(lists_.dim);
-        for (int64_t i = 0; i < lists_.dim; ++i) scratch_.rounded[i] = int8_t(std::lrint(query_[i] * (127 / largest)));
-    }
-
-    const int8_t* rounded(int32_t list) const { return lists_.rounded + list * lists_.dim; }
-
-    // Similarity of a list by rounded numbers, in a unit of its own.
-    float similarity(int32_t list) const {
-        return lists_.units[list] * inner_product(scratch_.rounded.data(), rounded(list), lists_.dim);
-    }
-
-    // The links of a list on a level: first and last pointer.
-    std::pair<const int32_t*, const int32_t*> links(int32_t list, int64_t level) const {
-        const int32_t* first = lists_.links + lists_.first_link[list];
-        return {first + lists_.level_links[level], first + lists_.level_links[level + 1]};
-    }
-
-    // The `settings.beam` lists nearest to the query by rounded numbers, in `beam_`.
-    void walk() {
-        Visited nearest{0, int32_t(lists_.entry), false};
-        nearest.similarity = similarity(nearest.list);
-        for (int64_t level = lists_.top_level; level > 0; --level) descend(nearest, level);
-        if (scratch_.seen.size() != size_t(lists_.num_lists) || !++scratch_.walk) {
-            scratch_.seen.assign(lists_.num_lists, 0);
-            scratch_.walk = 1;
-        }
-        scratch_.seen[nearest.list] = scratch_.walk;
-        beam_.assign(1, nearest);
-        for (size_t next = 0; next < beam_.size();) {
-            if (beam_[next].expanded) {
-                ++next;
-                continue;
-            }
-            beam_[next].expanded = true;
-            next = std::min(next + 1, expand(beam_[next].list));
-        }
-    }
-
     // Leaves the `settings.lists` lists nearest to the query in `beam_`, nearest first, with their similarities.
     void order() {
         for (size_t i = 0; i < beam_.size(); ++i) {
@@ -153,42 +68,6 @@ class Search {
         }
         std::sort(beam_.begin(), beam_.end());
         if (beam_.size() > size_t(settings_.lists)) beam_.resize(settings_.lists);
-    }
-
-    // Moves to the nearest list of a level.
-    void descend(Visited& nearest, int64_t level) const {
-        for (int32_t start = -1; start != nearest.list;) {
-            start = nearest.list;
-            auto [link, end] = links(start, level);
-            for (; link != end && *link >= 0; ++link) {
-                if (link + 1 != end && link[1] >= 0) fetch(rounded(link[1]), lists_.dim);
-                float value = similarity(*link);
-                if (value > nearest.similarity) nearest = {value, *link, false};
-            }
-        }
-    }
-
-    // Compares the linked lists that were not seen. Returns the first changed index of `beam_`, or its size.
-    size_t expand(int32_t list) {
-        auto& fresh = scratch_.fresh;
-        auto [link, end] = links(list, 0);
-        fresh.resize(end - link);
-        size_t count = 0, first = beam_.size(), limit = settings_.beam;
-        for (; link != end && *link >= 0; ++link) {
-            fresh[count] = *link;
-            count += scratch_.seen[*link] != scratch_.walk; // without a branch, which would often be predicted wrong
-            scratch_.seen[*link] = scratch_.walk;
-        }
-        for (size_t i = 0; i < count; ++i) {
-            if (i + 2 < count) fetch(rounded(fresh[i + 2]), lists_.dim);
-            Visited value{similarity(fresh[i]), fresh[i], false};
-            if (beam_.size() == limit && value.similarity <= beam_.back().similarity) continue;
-            if (beam_.size() == limit) beam_.pop_back();
-            auto place = std::upper_bound(beam_.begin(), beam_.end(), value);
-            first = std::min(first, size_t(place - beam_.begin()));
-            beam_.insert(place, value);
-        }
-        return first;
     }
 
     // Inner products of the query with all codewords, and from them bytes: round((product - least) * scale_).
@@ -365,13 +244,18 @@ int search(const Lists* lists, const Settings* settings, int64_t count, const fl
                 for (int64_t i = start; i < std::min(start + QUERIES_AT_ONCE, count); ++i)
                     Search(*lists, *settings, scratch)
                         .run(queries + i * lists->dim, similarities + i * settings->k, rows + i * settings->k);
-        } catch (const std::bad_alloc&) {
+        } catch (const std::exception&) {
             failed = 1;
         }
     };
     std::vector<std::thread> others;
-    for (int64_t i = 1; i < std::min(threads, (count + QUERIES_AT_ONCE - 1) / QUERIES_AT_ONCE); ++i)
-        others.emplace_back(work);
+    const int64_t wanted = std::min(threads, (count + QUERIES_AT_ONCE - 1) / QUERIES_AT_ONCE) - 1;
+    others.reserve(std::max<int64_t>(wanted, 0));
+    try {
+        while (int64_t(others.size()) < wanted) others.emplace_back(work);
+    } catch (const std::exception&) {
+        // The machine starts no more threads: those that run do the work.
+    }
     work();
     for (auto& thread : others) thread.join();
     return failed;

@@ -10,13 +10,9 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
+from retrieval.kernel.layout import CODE_VALUES, checked_pointers, is_searchable
 from retrieval.kernel.library import library
 
-CODE_VALUES = 16
-"""Codewords of a 4-bit code."""
-BLOCK_ROWS = 32
-"""Rows of a block of packed codes."""
-MAX_LISTS = 1 << 20
 SMALLEST = np.finfo(np.float32).tiny
 Start = ctypes.c_byte * 0
 """The address of a writable array: `from_buffer` takes a third of the time of `array.ctypes`."""
@@ -26,7 +22,7 @@ Numbers = npt.NDArray[np.int64]
 
 
 class _Lists(ctypes.Structure):
-    """`Lists` of list_search.cpp, which describes the fields."""
+    """`Lists` of lists.h, which describes the fields."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("dim", "num_lists", "codes_per_row", "dims_per_code")),
@@ -38,7 +34,7 @@ class _Lists(ctypes.Structure):
 
 
 class _Settings(ctypes.Structure):
-    """`Settings` of list_search.cpp, which describes the fields."""
+    """`Settings` of lists.h, which describes the fields."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("k", "lists", "beam", "candidates")),
@@ -49,21 +45,20 @@ class _Settings(ctypes.Structure):
 class ListSearch:
     """The lists of one partition. Safe to share between threads."""
 
-    def __init__(self, search: Any, index: Any, rows: npt.NDArray[np.float16]) -> None:
-        """search: the function of the library. index: a faiss.IndexIVFPQFastScan that `is_searchable`."""
-        self._search = search
+    def __init__(
+        self, search: Any, index: Any, rows: npt.NDArray[np.float16], pointers: dict[str, npt.NDArray[Any]]
+    ) -> None:
+        """search: the function of the library. index, rows, pointers: as checked by `open_list_search`."""
+        self._search, self._dim = search, index.d
         quantizer, codes = faiss.downcast_index(index.quantizer), index.pq
         graph = quantizer.hnsw
-        lists, (count, dim) = index.invlists, (index.nlist, rows.shape[1])
         storage = faiss.downcast_index(quantizer.storage)
-        centroids = storage.reconstruct_n(0, count)
+        centroids = storage.reconstruct_n(0, index.nlist)
         units = np.abs(centroids).max(axis=1, keepdims=True) / 127 + SMALLEST
         codebooks = faiss.vector_to_array(codes.centroids).reshape(codes.M, CODE_VALUES, codes.dsub)
         arrays = {
+            **pointers,
             "codebooks": np.ascontiguousarray(codebooks.transpose(0, 2, 1)),
-            "codes": np.array([int(lists.get_codes(number) or 0) for number in range(count)], np.uint64),
-            "ids": np.array([int(lists.get_ids(number) or 0) for number in range(count)], np.uint64),
-            "sizes": np.array([lists.list_size(number) for number in range(count)], np.int64),
             "rounded": np.rint(centroids / units).astype(np.int8),
             "units": units,
             "links": faiss.vector_to_array(graph.neighbors),
@@ -74,8 +69,8 @@ class ListSearch:
         addresses = {name: array.ctypes.data for name, array in arrays.items()}
         self._kept = index, arrays
         lists = _Lists(
-            dim=dim,
-            num_lists=count,
+            dim=index.d,
+            num_lists=index.nlist,
             codes_per_row=index.M2,
             dims_per_code=codes.dsub,
             centroids=int(storage.codes.data()),
@@ -92,9 +87,11 @@ class ListSearch:
 
         queries: (n, dim) unit rows. lists: how many are visited, and how many centroids the walk through the graph
         keeps. visible: (rows,) bool, None for all. Equal similarities are ordered by ascending row number. A batch
-        runs on the threads of faiss. Raises MemoryError.
+        runs on the threads of faiss. Raises ValueError for queries of another dim, and MemoryError.
         """
         queries = np.ascontiguousarray(queries, np.float32)
+        if queries.shape[1] != self._dim:
+            raise ValueError(f"queries have {queries.shape[1]} dimensions, the vectors have {self._dim}")
         similarities: Any = np.empty((len(queries), k), np.float32)
         rows: Any = np.empty((len(queries), k), np.int64)
         settings = _Settings(k, *lists, candidates, None if visible is None else visible.ctypes.data)
@@ -106,21 +103,12 @@ class ListSearch:
 
 
 def open_list_search(index: Any, rows: npt.NDArray[np.float16]) -> ListSearch | None:
-    """The search of an index over rows (n, dim), or None where only faiss can search it."""
+    """The search of an index over rows (n, dim), C order, or None where only faiss can search it.
+
+    Raises ValueError, also without the library, for an index that does not fit the rows.
+    """
     if not is_searchable(index):
         return None
+    pointers = checked_pointers(index, rows)
     loaded = library()
-    return None if loaded is None else ListSearch(loaded.search, index, rows)
-
-
-def is_searchable(index: Any) -> bool:
-    """Whether the index has the layout that the library reads: that of `retrieval.index.inverted_lists`."""
-    if not isinstance(index, faiss.IndexIVFPQFastScan):
-        return False
-    quantizer = faiss.downcast_index(index.quantizer)
-    if not isinstance(quantizer, faiss.IndexHNSWSQ):
-        return False
-    storage = faiss.downcast_index(quantizer.storage)
-    is_bfloat16 = storage.sq.qtype == faiss.ScalarQuantizer.QT_bf16
-    is_packed = index.bbs == BLOCK_ROWS and index.pq.nbits == 4 and index.by_residual
-    return is_bfloat16 and is_packed and index.metric_type == faiss.METRIC_INNER_PRODUCT and index.nlist <= MAX_LISTS
+    return None if loaded is None else ListSearch(loaded.search, index, rows, pointers)

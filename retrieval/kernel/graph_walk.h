@@ -1,0 +1,124 @@
+// Finds the lists near a query: a walk through the HNSW graph over the centroids, as in faiss.
+//
+// It compares centroids in 8-bit numbers, which are half of the bytes that faiss reads. So it can end with other lists
+// than faiss. `GraphWalk` reads the structures of `lists.h`, and the caller compares the lists again by bfloat16.
+
+#pragma once
+
+#include "inner_products.h"
+#include "lists.h"
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+#include <vector>
+
+namespace {
+
+struct Visited {
+    float similarity;
+    int32_t list;
+    bool expanded;
+    bool operator<(const Visited& other) const { return similarity > other.similarity; }
+};
+
+// What a thread needs while it walks. It is kept for the next queries.
+struct WalkScratch {
+    std::vector<uint32_t> seen; // number of the last walk that compared a list
+    uint32_t walk = 0;
+    std::vector<int32_t> fresh;
+    std::vector<int8_t> rounded;
+};
+
+class GraphWalk {
+  public:
+    // beam: the result of `run`, the nearest lists in the order of the rounded numbers.
+    GraphWalk(const Lists& lists, WalkScratch& scratch, std::vector<Visited>& beam)
+        : lists_(lists), scratch_(scratch), beam_(beam) {}
+
+    // Finds the `limit` lists nearest to the query.
+    void run(const float* query, size_t limit) {
+        round(query);
+        Visited nearest{0, int32_t(lists_.entry), false};
+        nearest.similarity = similarity(nearest.list);
+        for (int64_t level = lists_.top_level; level > 0; --level) descend(nearest, level);
+        if (scratch_.seen.size() != size_t(lists_.num_lists) || !++scratch_.walk) {
+            scratch_.seen.assign(lists_.num_lists, 0);
+            scratch_.walk = 1;
+        }
+        scratch_.seen[nearest.list] = scratch_.walk;
+        beam_.assign(1, nearest);
+        for (size_t next = 0; next < beam_.size();) {
+            if (beam_[next].expanded) {
+                ++next;
+                continue;
+            }
+            beam_[next].expanded = true;
+            next = std::min(next + 1, expand(beam_[next].list, limit));
+        }
+    }
+
+  private:
+    // The query in whole numbers up to 127.
+    void round(const float* query) {
+        float largest = 0;
+        for (int64_t i = 0; i < lists_.dim; ++i) largest = std::max(largest, std::abs(query[i]));
+        scratch_.rounded.resize(lists_.dim);
+        for (int64_t i = 0; i < lists_.dim; ++i) scratch_.rounded[i] = int8_t(std::lrint(query[i] * (127 / largest)));
+    }
+
+    const int8_t* rounded(int32_t list) const { return lists_.rounded + list * lists_.dim; }
+
+    // Similarity of a list by rounded numbers, comparable only with each other.
+    float similarity(int32_t list) const {
+        return lists_.units[list] * inner_product(scratch_.rounded.data(), rounded(list), lists_.dim);
+    }
+
+    // The links of a list on a level: first and last pointer.
+    std::pair<const int32_t*, const int32_t*> links(int32_t list, int64_t level) const {
+        const int32_t* first = lists_.links + lists_.first_link[list];
+        return {first + lists_.level_links[level], first + lists_.level_links[level + 1]};
+    }
+
+    // Moves to the nearest list of a level.
+    void descend(Visited& nearest, int64_t level) const {
+        for (int32_t start = -1; start != nearest.list;) {
+            start = nearest.list;
+            auto [link, end] = links(start, level);
+            for (; link != end && *link >= 0; ++link) {
+                if (link + 1 != end && link[1] >= 0) fetch(rounded(link[1]), lists_.dim);
+                float value = similarity(*link);
+                if (value > nearest.similarity) nearest = {value, *link, false};
+            }
+        }
+    }
+
+    // Compares the linked lists that were not seen. Returns the first changed index of `beam_`, or its size.
+    size_t expand(int32_t list, size_t limit) {
+        auto& fresh = scratch_.fresh;
+        auto [link, end] = links(list, 0);
+        fresh.resize(end - link);
+        size_t count = 0, first = beam_.size();
+        for (; link != end && *link >= 0; ++link) {
+            fresh[count] = *link;
+            count += scratch_.seen[*link] != scratch_.walk; // without a branch, which would often be predicted wrong
+            scratch_.seen[*link] = scratch_.walk;
+        }
+        for (size_t i = 0; i < count; ++i) {
+            if (i + 2 < count) fetch(rounded(fresh[i + 2]), lists_.dim);
+            Visited value{similarity(fresh[i]), fresh[i], false};
+            if (beam_.size() == limit && value.similarity <= beam_.back().similarity) continue;
+            if (beam_.size() == limit) beam_.pop_back();
+            auto place = std::upper_bound(beam_.begin(), beam_.end(), value);
+            first = std::min(first, size_t(place - beam_.begin()));
+            beam_.insert(place, value);
+        }
+        return first;
+    }
+
+    const Lists& lists_;
+    WalkScratch& scratch_;
+    std::vector<Visited>& beam_;
+};
+
+} // namespace

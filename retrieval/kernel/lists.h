@@ -1,0 +1,34 @@
+// The structures that `retrieval/kernel/list_search.py` fills: one partition, and the settings of one search.
+
+#pragma once
+
+#include <cstdint>
+
+// One partition. Pointers are borrowed.
+struct Lists {
+    int64_t dim;
+    int64_t num_lists;
+    int64_t codes_per_row;         // even; the last one is padding where `dim` is odd
+    int64_t dims_per_code;
+    const float* codebooks;        // (codes_per_row, dims_per_code, 16)
+    const uint8_t* const* codes;   // of each list, in blocks of 32 rows
+    const int64_t* const* ids;     // of each list
+    const int64_t* sizes;          // of each list
+    const uint16_t* centroids;     // (num_lists, dim) bfloat16
+    const int8_t* rounded;         // (num_lists, dim) centroids / units, for the walk through the graph
+    const float* units;            // (num_lists,)
+    const int32_t* links;          // of the graph, -1 for none
+    const uint64_t* first_link;    // (num_lists + 1,)
+    const int32_t* level_links;    // (levels + 1,) start of each level among the links of a list
+    int64_t entry;
+    int64_t top_level;
+    const uint16_t* rows;          // (rows, dim) float16
+};
+
+struct Settings {
+    int64_t k;
+    int64_t lists;
+    int64_t beam;                  // centroids that the walk through the graph keeps, at least `lists`
+    int64_t candidates;
+    const uint8_t* visible;        // (rows,) null: all are
+};

@@ -1,0 +1,56 @@
+"""The files of a partition: vectors of another layout are refused, and threads open an index once."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from retrieval import Database, Root, UserError
+from retrieval.file_cache import FileCache
+from retrieval.index import partition_files
+from retrieval.index.partition_files import PartitionFiles
+
+ROWS = np.eye(5, 4, dtype=np.float16)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (ROWS.astype(np.float32), r"float32 \(5, 4\) in C order"),
+        (ROWS.astype(">f2"), r">f2 \(5, 4\)|float16 \(5, 4\)"),
+        (np.asfortranarray(ROWS), r"float16 \(5, 4\) in Fortran order"),
+        (ROWS.reshape(-1), r"float16 \(20,\) in C order"),
+        (ROWS[None], r"float16 \(1, 5, 4\) in C order"),
+    ],
+)
+def test_vectors_of_another_layout_are_refused(tmp_path: Path, rows: Any, message: str) -> None:
+    np.save(tmp_path / "embeddings.npy", ROWS)
+    np.testing.assert_array_equal(PartitionFiles(FileCache(Root(tmp_path)), ".").embeddings, ROWS)
+    np.save(tmp_path / "embeddings.npy", rows)
+    with pytest.raises(UserError, match=rf"embeddings\.npy cannot be read .*{message}.*the database is damaged"):
+        _ = PartitionFiles(FileCache(Root(tmp_path)), ".").embeddings
+
+
+def test_an_archive_of_arrays_is_no_array_of_vectors(tmp_path: Path) -> None:
+    np.savez(tmp_path / "archive.npz", ROWS)
+    (tmp_path / "archive.npz").rename(tmp_path / "embeddings.npy")
+    with pytest.raises(UserError, match="the database is damaged"):
+        _ = PartitionFiles(FileCache(Root(tmp_path)), ".").embeddings
+
+
+def test_threads_open_the_search_of_an_index_once(in_lists: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[object] = []
+
+    def open_slowly(index: object, rows: object) -> object:
+        time.sleep(0.05)
+        opened.append(index)
+        return opened
+
+    monkeypatch.setattr(partition_files, "open_list_search", open_slowly)
+    files = PartitionFiles(in_lists.files, "partitions/00000")
+    with ThreadPoolExecutor(8) as pool:
+        assert all(result is opened for result in pool.map(lambda _: files.list_search, range(8)))
+    assert len(opened) == 1
