@@ -48,7 +48,7 @@ def checked_pointers(index: Any, rows: npt.NDArray[np.float16]) -> dict[str, npt
 
 
 def list_pointers(index: Any) -> dict[str, npt.NDArray[Any]]:
-    """Addresses of the codes and of the ids of each list, (lists,) uint64, 0 for empty lists; `sizes` (lists,) int64."""
+    """Addresses of the `codes` and `ids` of each list, (lists,) uint64, 0 for an empty one; `sizes` (lists,) int64."""
     lists, numbers = index.invlists, range(index.nlist)
     return {
         "codes": np.array([int(lists.get_codes(number) or 0) for number in numbers], np.uint64),

@@ -106,8 +106,9 @@ def set_centroids(index: Any, value: int) -> None:
 
 
 def other_lists(index: Any) -> None:
-    index.own_invlists = False
-    index.invlists = index.kept = faiss.ArrayInvertedLists(index.nlist, index.code_size)
+    lists = faiss.ArrayInvertedLists(index.nlist, index.code_size)
+    lists.this.disown()
+    index.replace_invlists(lists, True)
 
 
 DAMAGES: dict[str, tuple[Callable[[Any], None], str]] = {

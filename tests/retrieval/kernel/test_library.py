@@ -31,7 +31,7 @@ def use_compiler(tmp_path: Path, monkeypatch: Patch, calls: Path) -> UseCompiler
     monkeypatch.setattr(kernel_library, "COMMAND", (str(script),))
 
     def use(copied: str) -> None:
-        script.write_text(f'#!/bin/sh\nsleep 0.1\necho call >> "{calls}"\ncp "{copied}" "$3"\n')
+        script.write_text(f'#!/bin/sh\nsleep 0.05\necho call >> "{calls}"\ncp "{copied}" "$3"\n')
         script.chmod(0o700)
 
     use("$1")
@@ -54,25 +54,26 @@ def test_without_a_compiler_there_is_no_library(
     assert [path.name for path in (tmp_path / "laion-rdm").iterdir()] == ["compile.lock"]
 
 
-@pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", None])
 def test_the_library_is_kept_below_the_cache_folder(
     tmp_path: Path,
     monkeypatch: Patch,
     caplog: pytest.LogCaptureFixture,
     compiled_library: ctypes.CDLL,
     use_compiler: UseCompiler,
-    variable: str | None,
 ) -> None:
     use_compiler(compiled_library._name)
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    if variable:
-        monkeypatch.setenv(variable, str(tmp_path / "other"))
-    with caplog.at_level("INFO"):
-        loaded = library.__wrapped__()
-    assert loaded is not None
-    assert Path(loaded._name).parent == tmp_path / ("other" if variable else ".cache") / "laion-rdm"
-    assert f"by the compiled library {loaded._name}" in caplog.text
+    for cache_home, expected in (("", tmp_path / ".cache"), (str(tmp_path / "other"), tmp_path / "other")):
+        monkeypatch.setenv("XDG_CACHE_HOME", cache_home)
+        with caplog.at_level("INFO"):
+            loaded = library.__wrapped__()
+        assert loaded is not None
+        assert Path(loaded._name).parent == expected / "laion-rdm"
+        assert f"by the compiled library {loaded._name}" in caplog.text
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    again = library.__wrapped__()
+    assert again is not None
+    assert Path(again._name).parent == tmp_path / ".cache" / "laion-rdm"
 
 
 @pytest.mark.usefixtures("use_compiler")

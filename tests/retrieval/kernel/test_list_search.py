@@ -105,7 +105,7 @@ def test_a_batch_in_threads_gives_the_answers_of_single_queries(in_lists: Databa
 
 
 def test_the_recall_is_that_of_faiss(in_lists: Database, vectors: Vectors) -> None:
-    queries = clustered(500, seed=5)
+    queries = clustered(200, seed=5)
     true = brute_force(vectors, queries, 20) + 1000
     for effort in EFFORTS:
         ours, theirs = (each.search(queries, 20, effort=effort).ids for each in (in_lists, with_faiss(in_lists)))
