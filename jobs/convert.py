@@ -59,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--autoencoder", action="store_true", help="import only the autoencoder of a checkpoint with a whole model"
     )
     arguments = parser.parse_args(argv)
+    if arguments.autoencoder and arguments.target:
+        parser.error("--autoencoder imports the autoencoder of a checkpoint: use it with --from, not with --to")
 
     def convert(recipe: Recipe) -> None:
         source: Path | None = arguments.source

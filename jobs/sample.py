@@ -120,18 +120,25 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
         "--top-m", type=float, help="unconditional: share of the most retrieved images to draw a query from"
     )
     parser.add_argument("--seed", type=int, help="seed of the noise: short for --set sample.seed=...")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.ray_tasks is not None and is_single(arguments):
+        parser.error("--ray-tasks draws the whole stage: leave out --prompt, --out and --again")
+    return arguments
+
+
+def is_single(arguments: Namespace) -> bool:
+    """True for one picture instead of the stage."""
+    return any(value is not None for value in (arguments.prompt, arguments.out, arguments.again))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    single = any(value is not None for value in (arguments.prompt, arguments.out, arguments.again))
     out = arguments.out or Path("sample.png")
     sample_one = partial(run_one, prompt=arguments.prompt or "", out=out, again=arguments.again)
 
     def work() -> None:
         arguments.overrides += overrides(arguments)
-        run_on_recipe(arguments, sample_one if single else partial(run, ray_tasks=arguments.ray_tasks))
+        run_on_recipe(arguments, sample_one if is_single(arguments) else partial(run, ray_tasks=arguments.ray_tasks))
 
     exit_on_user_error(work)
 

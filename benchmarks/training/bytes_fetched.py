@@ -58,7 +58,7 @@ class _CountedFile(io.BytesIO):
 
 
 def measure(folder: Path, extent: Extent) -> dict[str, Any]:
-    """Bytes read a byte used, for each size of the cache and from a disk. folder: for the training set."""
+    """Bytes read per byte used, for each size of the cache and from a disk. folder: for the training set."""
     local, store = Root(folder), CountedRoot("memory://bytes-fetched")
     autoencoder = prepare(local, extent)
     for folder_name in ("neighbors", "download"):
@@ -125,5 +125,5 @@ def _bytes_read() -> int:
 def page(result: dict[str, Any]) -> str:
     """The section of the page as Markdown."""
     rows = [[f"{cache['share']:g}", f"{cache['fetched']:.2f}"] for cache in result["caches"]]
-    table = markdown_table(["size of the cache / size of the data", "bytes fetched a byte used:"], rows)
+    table = markdown_table(["size of the cache / size of the data", "bytes fetched per byte used:"], rows)
     return PAGE.format(**result | {"caches": table})

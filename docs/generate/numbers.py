@@ -162,7 +162,7 @@ def models() -> str:
 
 def finetuning() -> str:
     """Memory of fine-tuning on one GPU."""
-    lines = ["| | trained parameters | GB at the peak | of it always |", "|---|---|---|---|"]
+    lines = ["| | trained parameters | GB at the peak | GB held all the time |", "|---|---|---|---|"]
     for row in load("finetuning")["rows"]:
         lines.append(f"| {row['case']} | {row['trained']:,} | {row['peak']:.1f} | {row['state']:.1f} |")
     return "\n".join(lines)

@@ -40,7 +40,14 @@ def add_remake(parser: argparse.ArgumentParser) -> None:
 def add_ray_tasks(parser: argparse.ArgumentParser) -> None:
     """Add the option --ray-tasks, with which a stage draws its pictures on Ray."""
     text = "draw in N tasks on the Ray cluster of RAY_ADDRESS, or a local one; 0: one task for each GPU"
-    parser.add_argument("--ray-tasks", type=int, metavar="N", help=text)
+    parser.add_argument("--ray-tasks", type=number_of_tasks, metavar="N", help=text)
+
+
+def number_of_tasks(text: str) -> int:
+    """The value of --ray-tasks, 0 or more."""
+    if (count := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"wanted 0 or more, got {count}")
+    return count
 
 
 def stage_command(stage: str, about: str | None, run: Callable[[Recipe], object]) -> Main:

@@ -1,9 +1,10 @@
 """Divides the pictures of `sample` and `evaluate` among processes: the ranks of torchrun, or tasks on Ray.
 
 Each process draws its part of the batches or groups into the stage's folder, which all must see. The parts depend only
-on the requests, so any number of processes writes the same pictures. One process writes the manifest.
+on the requests, so on equal machines any number of processes writes the same pictures. One process writes the manifest.
 """
 
+import logging
 import os
 from datetime import timedelta
 from functools import partial
@@ -23,6 +24,8 @@ LONGEST_WAIT = timedelta(days=7)
 class Stage(Protocol):
     """The modules `trainer.sampling.sample` and `trainer.evaluation.evaluate`."""
 
+    log: logging.Logger
+
     def run(self, config: Any, trained: TrainedModel, root: Root, distribute: Distribute = draw_alone) -> object:
         """The whole stage."""
 
@@ -37,7 +40,7 @@ def run_in_parts(stage: Stage, config: Any, trained: TrainedModel, root: Root, r
         from jobs.cluster.ray_parts import draw_on_ray
 
         draw_part = partial(stage.draw_part, config, trained, root)
-        stage.run(config, trained, root, partial(draw_on_ray, draw_part, ray_tasks))
+        stage.run(config, trained, root, partial(draw_on_ray, draw_part, ray_tasks, stage.log))
     elif "RANK" in os.environ:
         _run_rank(stage, _on_own_gpu(config), trained, root)
     else:

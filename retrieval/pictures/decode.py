@@ -112,8 +112,11 @@ def orientation(image: Image.Image) -> int:
     return value if value in range(1, 9) else 1
 
 
-def upright_rgb(image: Image.Image) -> Pixels:
-    """The first frame of an opened image, upright, in sRGB, transparent pixels on white. Call it in `open_picture`."""
+def upright_rgb(image: Image.Image, background: str = "white") -> Pixels:
+    """The first frame of an opened image, upright, in sRGB. Call it in `open_picture`.
+
+    background: name of the color below transparent pixels.
+    """
     if image.mode in ("I", "F"):
         raise PictureError(Reason.NOT_AN_IMAGE, "32-bit pixels with an unknown range of values")
     load(image)
@@ -125,8 +128,9 @@ def upright_rgb(image: Image.Image) -> Pixels:
     rows = max(1, STRIP_PIXELS // width)
     for top in range(0, height, rows):
         with codec_errors():  # a damaged palette or transparency shows only here
-            strip = np.asarray(convert(_opaque(image.crop((0, top, width, min(height, top + rows))))))
-        stored[top : top + rows] = strip
+            strip = _opaque(image.crop((0, top, width, min(height, top + rows))), background)
+            pixels = np.asarray(convert(strip))
+        stored[top : top + rows] = pixels
     return upright
 
 
@@ -138,12 +142,12 @@ def _stored_view(upright: Pixels, turn: int) -> Pixels:
     return view[::row_step, ::column_step]
 
 
-def _opaque(strip: Image.Image) -> Image.Image:
+def _opaque(strip: Image.Image, background: str) -> Image.Image:
     """The strip in 8 bits without transparency."""
     if strip.mode.startswith("I;16"):
         # Pillow would clip to 255, which makes almost all pixels white.
         return Image.fromarray((np.asarray(strip).astype(np.uint16) >> 8).astype(np.uint8))
     if strip.has_transparency_data:
-        white = Image.new("RGBA", strip.size, "white")
-        return Image.alpha_composite(white, strip.convert("RGBA")).convert("RGB")
+        below = Image.new("RGBA", strip.size, background)
+        return Image.alpha_composite(below, strip.convert("RGBA")).convert("RGB")
     return strip

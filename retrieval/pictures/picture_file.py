@@ -16,10 +16,13 @@ def read_picture(path: Path) -> Image.Image:
         raise UserError(f"{path} is not a readable picture: {error}") from error
 
 
-def decode_picture(name: str, data: bytes) -> Image.Image:
-    """Decode the bytes of a picture file, upright, RGB. name: of the file, for the UserError."""
+def decode_picture(name: str, data: bytes, background: str = "white") -> Image.Image:
+    """Decode the bytes of a picture file, upright, RGB. name: of the file, for the UserError.
+
+    background: name of the color below transparent pixels.
+    """
     try:
         with open_picture(data) as image:
-            return Image.fromarray(upright_rgb(image))
+            return Image.fromarray(upright_rgb(image, background))
     except PictureError as error:
         raise UserError(f"{name} is not a readable picture: {error}") from error

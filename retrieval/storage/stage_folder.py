@@ -71,7 +71,7 @@ def check_remake(root: Root, folder: str, identity: StageIdentity) -> bool:
     Raises UserError if it has finished shards of another identity, unless `root.remake` permits to delete them. The
     error, or then a warning in the log, states what is deleted and which settings or inputs changed.
     """
-    stored = _stored_identity(root, folder)
+    stored = stored_identity(root, folder)
     if (
         stored.get("shard_fingerprint") == identity.shard_fingerprint
         or stored.get("fingerprint") == identity.fingerprint
@@ -124,7 +124,7 @@ def _flat(sections: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{name}", value
 
 
-def _stored_identity(root: Root, folder: str) -> dict[str, Any]:
+def stored_identity(root: Root, folder: str) -> dict[str, Any]:
     """The content of started.json or, if only a manifest was written, of the manifest; empty without both."""
     for name in (STARTED_FILE, "manifest.json"):
         if root.exists(f"{folder}/{name}"):

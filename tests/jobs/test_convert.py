@@ -18,7 +18,7 @@ from trainer.model.autoencoder import Autoencoder
 def toml(sections: dict[str, dict[str, Any]]) -> str:
     lines = []
     for name, values in sections.items():
-        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
+        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items() if value is not None)]
     return "\n".join(lines)
 
 
@@ -76,6 +76,7 @@ def test_an_error_ends_the_command_with_code_2_and_its_message(
     for options, message in (
         (["--from", str(torn), "--set", "train.name=other"], f"error: {torn} is not a torch file"),
         (["--to", str(recipe.parent / "x"), "--set", "train.name=none"], "error: .*none/train"),
+        (["--to", str(recipe.parent / "x"), "--autoencoder"], "use it with --from, not with --to"),
         ([], "one of the arguments --from --to is required"),
     ):
         with pytest.raises(SystemExit) as error:

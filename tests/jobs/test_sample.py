@@ -117,6 +117,10 @@ def test_a_signed_picture_is_verified_from_the_shell_and_reproduced(recipe, tmp_
         (["--prompt", "a", "--image", "nowhere.png"], "'nowhere.png' cannot be read"),
         (["--again", "nowhere.png"], "wanted a PNG of a sample"),
         (["--prompt", "a", "--mode", "unconditional"], "neighbors"),
+        (["--prompt", "a", "--strength", "0.4"], "strength have no effect without a picture"),
+        (["--prompt", "a", "--ray-tasks", "2"], "--ray-tasks draws the whole stage"),
+        (["--again", "a.png", "--ray-tasks", "2"], "--ray-tasks draws the whole stage"),
+        (["--ray-tasks", "-1"], "wanted 0 or more, got -1"),
     ],
 )
 def test_invalid_options_end_the_command_with_code_2(recipe, options, message, capsys):

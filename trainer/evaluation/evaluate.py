@@ -43,12 +43,13 @@ def run(config: EvaluateConfig, trained: TrainedModel, root: Root, distribute: D
     distribute: lets other processes draw parts, which call `draw_part`.
     """
     started = time.monotonic()
-    items = _items(config, trained, root)
+    prompts = _prompts(config)
+    items = _items(config, trained, root, prompts)
     stage, styles = items.stage, style_names(config, root)
     if (finished := items.finished_manifest()) is not None:
         log.info(f"evaluate: {root.at(stage)} is finished")
         return finished
-    sampler, groups = _open(config, trained, root)
+    sampler, groups = _open(config, trained, root, prompts)
     require_writable(root, f"{stage}/manifest.json")
     evaluator = make_evaluator(config, sampler, styles, Bootstrap(BOOTSTRAP_DRAWS, config.seed))
     with items.building():
@@ -74,13 +75,18 @@ def run(config: EvaluateConfig, trained: TrainedModel, root: Root, distribute: D
 
 
 def draw_part(config: EvaluateConfig, trained: TrainedModel, root: Root, part: Part) -> None:
-    """Draw a part of the groups of a stage that `run` has begun in another process."""
-    sampler, groups = _open(config, trained, root)
-    draw_groups(sampler, part.of(groups), _items(config, trained, root))
+    """Draw a part of the groups of a stage that `run` has begun in another process.
 
-
-def _items(config: EvaluateConfig, trained: TrainedModel, root: Root) -> ResumableItems:
+    Raises UserError if that process began it with other settings, inputs or prompts.
+    """
     prompts = _prompts(config)
+    items = _items(config, trained, root, prompts)
+    items.require_begun()
+    sampler, groups = _open(config, trained, root, prompts)
+    draw_groups(sampler, part.of(groups), items)
+
+
+def _items(config: EvaluateConfig, trained: TrainedModel, root: Root, prompts: Sequence[str]) -> ResumableItems:
     databases = upstream_fingerprints(root, trained, (*style_names(config, root), TRAINING_DATABASE))
     upstream = databases | {"prompts": prompts_digest(prompts)}
     if config.judge_pictures:
@@ -88,10 +94,12 @@ def _items(config: EvaluateConfig, trained: TrainedModel, root: Root) -> Resumab
     return ResumableItems(root, f"runs/{trained.name}/evaluate", config, upstream)
 
 
-def _open(config: EvaluateConfig, trained: TrainedModel, root: Root) -> tuple[Sampler, list[StyleGroup]]:
+def _open(
+    config: EvaluateConfig, trained: TrainedModel, root: Root, prompts: Sequence[str]
+) -> tuple[Sampler, list[StyleGroup]]:
     """Load the model and make the groups. Raises UserError for requests that it cannot serve."""
     sampler = Sampler.open(root, trained, config)
-    groups = make_style_groups(config, config.samples_per_style, style_names(config, root), _prompts(config))
+    groups = make_style_groups(config, config.samples_per_style, style_names(config, root), prompts)
     sampler.check([request for group in groups for request in group.requests])
     return sampler, groups
 

@@ -59,6 +59,7 @@ def draw_groups(
             finished.update(zip(batch.positions, samples, strict=True))
             bar.update(len(samples))
             if len(finished) == len(group.requests):
+                items.require_begun()
                 files = _write(sampler, group, [finished[i] for i in range(len(finished))], items)
                 records[group.name] = items.write_record(group.name, files, len(finished))
                 finished = {}

@@ -53,7 +53,7 @@ class SamplingBatch:
     def masks(self, size: tuple[int, int], factor: int) -> npt.NDArray[np.bool_] | None:
         """(n, 1, h, w), true where latents are drawn anew; None: everywhere. factor: pixels of a latent on an edge."""
         masks = [item.request.mask for item in self.items if item.request.mask]
-        return np.stack([white_cells(mask.picture, size, factor)[None] for mask in masks]) if masks else None
+        return np.stack([white_cells(mask.as_mask, size, factor)[None] for mask in masks]) if masks else None
 
 
 def make_batches(conditioned: Sequence[ConditionedRequest], batch_size: int) -> list[SamplingBatch]:

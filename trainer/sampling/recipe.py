@@ -98,7 +98,8 @@ class SampleConfig(SamplingConfig):
     strength: float = added_setting(0.75, ge=0, le=1)
     """Share of the steps that change `init_image`: 0 returns it as the autoencoder decodes it, 1 keeps nothing."""
     mask: str = added_setting("")
-    """Image file of the size of `init_image`, white where it is drawn anew; empty: everywhere."""
+    """Image file of the size of `init_image`, white where it is drawn anew, else black or transparent; empty: white
+    everywhere."""
     exclude: tuple[int, ...] = Field(default=(), strict=False)
     """Image ids that are not used as neighbors; the next best replace them."""
     weights: dict[int, float] = Field(default={})
@@ -142,5 +143,5 @@ class SampleConfig(SamplingConfig):
             exclude=self.exclude,
             weights=tuple(self.weights.items()),
             top_m=self.top_m,
-            strength=self.strength if self.init_image else 1.0,
+            strength=self.strength if self.init_image or "strength" in self.model_fields_set else 1.0,
         )

@@ -75,11 +75,19 @@ class SourceImage:
     @cached_property
     def picture(self) -> Image.Image:
         """The picture, upright, RGB. Raises UserError if the file is missing or cannot be decoded."""
+        return self._decode("white")
+
+    @cached_property
+    def as_mask(self) -> Image.Image:
+        """As `picture`, but transparent pixels are black, which a mask keeps."""
+        return self._decode("black")
+
+    def _decode(self, background: str) -> Image.Image:
         from retrieval.pictures.picture_file import decode_picture
 
         if not self.data:
             raise UserError(f"the recipe does not contain the picture {self.name!r} (SHA-256 {self.sha256}): add it.")
-        return decode_picture(self.name, self.data)
+        return decode_picture(self.name, self.data, background)
 
 
 @dataclass(frozen=True)
@@ -125,7 +133,8 @@ class Request:
     """Share of the steps that are computed, 0..1: they start at `init_image` with noise. 0 returns `init_image` as the
     autoencoder decodes it, 1 starts at pure noise."""
     mask: SourceImage | None = None
-    """Picture of the size of `init_image`, white where it is drawn anew. All other latents stay as they are."""
+    """Picture of the size of `init_image`, white where it is drawn anew. All other latents stay as they are.
+    Transparent pixels count as black."""
 
     @classmethod
     def from_recipe(cls, recipe: Mapping[str, Any]) -> "Request":
@@ -189,8 +198,8 @@ class Request:
                 raise UserError("mask and strength have no effect without a picture to start from: set init_image.")
             return
         size = self.init_image.picture.size
-        if self.mask and self.mask.picture.size != size:
-            (width, height), (wide, high) = size, self.mask.picture.size
+        if self.mask and self.mask.as_mask.size != size:
+            (width, height), (wide, high) = size, self.mask.as_mask.size
             raise UserError(
                 f"mask {self.mask.name!r} is {wide} x {high}, {self.init_image.name!r} is {width} x {height}. "
                 "Make the mask as large as the picture."

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from retrieval.config import Config
+from retrieval.errors import UserError
 from retrieval.storage import schema
 from retrieval.storage.lease import lease, raise_if_lost
 from retrieval.storage.manifest import (
@@ -21,7 +22,7 @@ from retrieval.storage.manifest import (
     write_record,
 )
 from retrieval.storage.root import FileRecord, Root
-from retrieval.storage.stage_folder import STARTED_FILE, StageIdentity, prepare_folder
+from retrieval.storage.stage_folder import STARTED_FILE, StageIdentity, changes, prepare_folder, stored_identity
 from retrieval.storage.writable import require_writable
 
 Item = TypeVar("Item")
@@ -84,6 +85,16 @@ class ResumableItems:
         """
         require_writable(self.root, f"{self.stage}/manifest.json")
         prepare_folder(self.root, self.stage, self._identity)
+
+    def require_begun(self) -> None:
+        """Raise UserError unless this or another process has begun the stage with this fingerprint. Reads one file."""
+        stored = stored_identity(self.root, self.stage)
+        if stored.get("fingerprint") != self._identity.fingerprint:
+            state = f"was begun {changes(stored, self._identity)}" if stored else "was not begun"
+            raise UserError(
+                f"{self.root.at(self.stage)} {state}. This process draws other pictures, so it stops. Give all "
+                "processes of a stage the same recipe and the same files (prompts, pictures), then start it again."
+            )
 
     def read_record(self, item: str) -> ShardRecord | None:
         """The record of a finished item, or None if it or one of its files is missing."""

@@ -96,6 +96,7 @@ class Drawing:
         started, drawn = time.monotonic(), self.sampler.draw(self.batches[number] for number in missing)
         with tqdm(total=total, initial=total - count, desc="sample", unit="image", mininterval=0.5) as bar:
             for number, samples in zip(missing, drawn, strict=True):
+                self.items.require_begun()
                 pictures = [self.requests[position].name for position in self.batches[number].positions]
                 files = [file for pair in zip(pictures, samples, strict=True) for file in self._write(*pair)]
                 records[number] = self.items.write_record(names[number], files, len(samples))
@@ -118,37 +119,48 @@ def run(config: SampleConfig, trained: TrainedModel, root: Root, distribute: Dis
     distribute: lets other processes draw parts, which call `draw_part`.
     """
     started = time.monotonic()
-    items = _items(config, trained, root)
+    prompts, files = config.all_prompts(), ImageFiles.of(config)
+    items = _items(config, trained, root, prompts, files)
     if (finished := items.finished_manifest()) is not None:
         log.info(f"sample: {root.at(items.stage)} is finished")
         return finished
-    drawing = _open(config, trained, items)
+    drawing = _open(config, trained, items, prompts, files)
     with items.building():
         distribute(drawing.draw)
-        records, prompts = drawing.draw(ALL), config.all_prompts()
+        records = drawing.draw(ALL)
         grid = root.write_bytes(f"{items.stage}/grid.png", _grid(config, prompts, items))
         values = {**drawing.sampler.model_identity, "prompts": list(prompts), "columns": list(config.columns())}
         return items.finish([*records, ShardRecord("grid", 1, (grid,))], values, time.monotonic() - started)
 
 
 def draw_part(config: SampleConfig, trained: TrainedModel, root: Root, part: Part) -> None:
-    """Draw a part of the pictures of a stage that `run` has begun in another process."""
-    _open(config, trained, _items(config, trained, root)).draw(part)
+    """Draw a part of the pictures of a stage that `run` has begun in another process.
+
+    Raises UserError if that process began it with other settings, inputs or files.
+    """
+    prompts, files = config.all_prompts(), ImageFiles.of(config)
+    items = _items(config, trained, root, prompts, files)
+    items.require_begun()
+    _open(config, trained, items, prompts, files).draw(part)
 
 
-def _items(config: SampleConfig, trained: TrainedModel, root: Root) -> ResumableItems:
-    own = {"prompts": prompts_digest(config.all_prompts()), **ImageFiles.of(config).digests()}
+def _items(
+    config: SampleConfig, trained: TrainedModel, root: Root, prompts: Sequence[str], files: ImageFiles
+) -> ResumableItems:
+    own = {"prompts": prompts_digest(prompts), **files.digests()}
     upstream = upstream_fingerprints(root, trained, config.searched_databases())
     if config.mode == "unconditional":
         upstream["neighbors"] = read_manifest(root, "neighbors").identity
     return ResumableItems(root, f"runs/{trained.name}/sample", config, upstream | own)
 
 
-def _open(config: SampleConfig, trained: TrainedModel, items: ResumableItems) -> Drawing:
+def _open(
+    config: SampleConfig, trained: TrainedModel, items: ResumableItems, prompts: Sequence[str], files: ImageFiles
+) -> Drawing:
     """Load the model and check all requests. Raises UserError."""
     credentials = picture_credentials(config)
     sampler = Sampler.open(items.root, trained, config)
-    requests = make_requests(config, config.all_prompts(), ImageFiles.of(config).inputs(sampler))
+    requests = make_requests(config, prompts, files.inputs(sampler))
     sampler.check([named.request for named in requests])
     return Drawing(sampler, requests, items, credentials)
 

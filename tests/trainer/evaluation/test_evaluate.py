@@ -17,7 +17,7 @@ from tests.trainer.evaluation.stored_classifier import read_classifier
 from tests.trainer.tiny_run import PROMPTS, STYLES, pictures_of, write_run
 from trainer.evaluation.charts import draw_bars
 from trainer.evaluation.classifier import TrainedClassifier, train_classifier
-from trainer.evaluation.evaluate import run, style_names
+from trainer.evaluation.evaluate import draw_part, run, style_names
 from trainer.evaluation.intervals import Bootstrap, share
 from trainer.evaluation.metrics import KernelDistance
 from trainer.evaluation.pixel_judge import EDGE
@@ -26,6 +26,7 @@ from trainer.evaluation.scores import Evaluator, Reference, SampleFeatures, resu
 from trainer.evaluation.styles import MODES, draw_prompts, make_style_groups, style_words
 from trainer.sampling.picture import read_recipe
 from trainer.sampling.recipe import SamplingConfig
+from trainer.sampling.resumable import Part
 from trainer.sampling.sampler import Sampler, TrainedModel
 
 STAGE = "runs/tiny/evaluate"
@@ -303,6 +304,11 @@ def test_a_finished_run_is_not_repeated_and_a_killed_run_ends_with_the_same_chec
     resumed = run(config(prompts_file), tiny[1], root)
     assert resumed.checksums() == manifest.checksums()
     assert picture.stat().st_mtime_ns == written
+
+
+def test_a_process_with_other_settings_draws_no_part(evaluated, tiny, prompts_file):
+    with pytest.raises(UserError, match="evaluate was begun with k = 4, the recipe has 3"):
+        draw_part(config(prompts_file, k=3), tiny[1], evaluated[0], Part(0, 2))
 
 
 def test_fewer_than_two_styles_are_refused(tmp_path, prompts_file):

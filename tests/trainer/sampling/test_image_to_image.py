@@ -139,6 +139,14 @@ def test_pixels_outside_of_the_mask_are_those_of_the_round_trip(sampler):
     assert np.abs(pixels(half)[:, :16] - pixels(whole)[:, :16]).max() > 20
 
 
+def test_transparent_pixels_of_a_mask_are_black(sampler):
+    layer = Image.new("RGBA", (32, 32), (255, 255, 255, 0))
+    layer.paste((255, 255, 255, 255), (0, 0, 16, 32))
+    masks = (MASK, SourceImage.of("layer.png", png(layer)))
+    first, second = sampler.sample([request(init_image=PICTURES[0], mask=mask, seed=3) for mask in masks])
+    assert np.array_equal(pixels(first), pixels(second))
+
+
 def test_a_sample_does_not_depend_on_its_batch_and_follows_its_seed(sampler):
     requests = [
         request(init_image=picture, strength=0.5, seed=seed, mask=mask)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from hashlib import sha256
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from trainer.sampling.picture import read_recipe
 from trainer.sampling.recipe import SampleConfig
 from trainer.sampling.resumable import Part
 from trainer.sampling.sample import draw_part, make_requests, run
-from trainer.sampling.sampler import TrainedModel
+from trainer.sampling.sampler import Sampler, TrainedModel
 
 STAGE = "runs/tiny/sample"
 
@@ -208,6 +209,12 @@ def test_prompts_come_from_the_recipe_and_from_a_file(fresh, tmp_path):
         config(prompts=()).all_prompts()
 
 
+def test_a_strength_without_a_picture_to_start_from_is_refused():
+    with pytest.raises(UserError, match="strength have no effect without a picture"):
+        config(strength=0.4).request_for("a", 0, "green").check()
+    config().request_for("a", 0, "green").check()
+
+
 def test_picture_n_has_the_same_seed_for_every_prompt_and_database():
     requests = make_requests(config(seed=10), PROMPTS[:2], {})
     assert {(named.name[-2:], named.request.seed) for named in requests} == {("00", 10), ("01", 11)}
@@ -251,6 +258,7 @@ def test_parts_that_other_processes_draw_give_the_same_files(fresh, caplog):
     root, trained = fresh
     alone = sample(fresh).checksums()
     root.delete(STAGE)
+    caplog.clear()
 
     def distribute(_: object) -> None:
         for number in (2, 0, 1):
@@ -265,3 +273,53 @@ def test_parts_that_other_processes_draw_give_the_same_files(fresh, caplog):
         "sample: 2",
         "sample: 0",
     ]
+
+
+def test_a_process_that_sees_other_prompts_draws_no_part(fresh, tmp_path):
+    root, trained = fresh
+    file = tmp_path / "prompts.txt"
+    file.write_text(PROMPTS[0])
+    settings = config(prompts=(), prompts_file=str(file), databases=("green",))
+
+    def distribute(_: object) -> None:
+        file.write_text(PROMPTS[1])
+        draw_part(settings, trained, root, Part(0, 1))
+
+    with pytest.raises(UserError, match=r"sample was begun from another prompts.*the same files"):
+        run(settings, trained, root, distribute)
+    assert root.list(STAGE) == [f"{STAGE}/started.json"]
+
+
+def test_a_process_writes_nothing_into_a_stage_that_was_begun_anew(fresh, monkeypatch):
+    root, trained = fresh
+    opened, started = Sampler.open, f"{STAGE}/started.json"
+
+    def begin_anew(*arguments: object) -> Sampler:
+        root.write_json(started, root.read_json(started) | {"fingerprint": "another"})
+        return opened(*arguments)
+
+    def distribute(_: object) -> None:
+        monkeypatch.setattr(Sampler, "open", begin_anew)
+        draw_part(config(), trained, root, Part(0, 1))
+
+    with pytest.raises(UserError, match="sample was begun by another version"):
+        run(config(), trained, root, distribute)
+    assert root.list(STAGE) == [started]
+    root.delete(STAGE)
+    with pytest.raises(UserError, match="sample was not begun"):
+        draw_part(config(), trained, root, Part(0, 1))
+
+
+def test_a_file_that_is_replaced_while_the_model_is_loaded_is_not_read_again(fresh, tmp_path, monkeypatch):
+    root, path, opened = fresh[0], tmp_path / "start.png", Sampler.open
+    pictures_of("green")[0].save(path)
+    first = sha256(path.read_bytes()).hexdigest()
+
+    def replace(*arguments: object) -> Sampler:
+        pictures_of("sky_blue")[0].save(path)
+        return opened(*arguments)
+
+    monkeypatch.setattr(Sampler, "open", replace)
+    manifest = sample(fresh, init_image=str(path), mode="text", prompts=PROMPTS[:1], images_per_prompt=1)
+    assert manifest.upstream["init_image"] == first[:16]
+    assert root.read_json(f"{STAGE}/text/0000-00.json")["init_image"]["sha256"] == first
