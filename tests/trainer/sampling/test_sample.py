@@ -264,6 +264,7 @@ def test_parts_that_other_processes_draw_give_the_same_files(fresh, caplog):
         for number in (2, 0, 1):
             draw_part(config(workers=1), trained, root, Part(number, 3))
 
+    caplog.clear()
     with caplog.at_level(logging.INFO):
         manifest = run(config(), trained, root, distribute)
     assert manifest.checksums() == alone
