@@ -15,7 +15,7 @@ from retrieval.index.partition_files import RerankIndex
 from retrieval.index.routing import Vectors, partition_folder
 from retrieval.index.top_k import drop_repeats
 from retrieval.storage import schema
-from tests.retrieval.conftest import built, clustered, share_found
+from tests.retrieval.conftest import DIM, built, clustered, share_found
 
 Build = Callable[..., Database]
 NONE = np.empty(0, np.int64)
@@ -239,12 +239,13 @@ def flat(tmp_path_factory: pytest.TempPathFactory, vectors: Vectors) -> Database
 def comparison(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways to compare all rows."""
     monkeypatch.setattr(partition_files, "BLOCK_ROWS", 1000)
+    monkeypatch.setattr(partition_files, "MATRIX_NUMBERS", 300 * DIM)
     monkeypatch.setattr(partition_files, "MIN_BLOCK_NUMBERS", 0 if request.param == "in blocks" else 10**9)
 
 
 @pytest.mark.usefixtures("comparison")
 @pytest.mark.parametrize("hidden", [0, 1, 700, 2900])
-@pytest.mark.parametrize("k", [1, 20, 3030])
+@pytest.mark.parametrize("k", [1, 50, 3030])
 def test_a_flat_partition_answers_as_an_exact_search_over_its_vectors(
     flat: Database, queries: Vectors, hidden: int, k: int
 ) -> None:
@@ -265,6 +266,7 @@ def test_results_of_a_flat_partition_do_not_depend_on_the_batch(
     flat: Database, queries: Vectors, monkeypatch: pytest.MonkeyPatch, hidden: int, size: int
 ) -> None:
     monkeypatch.setattr(partition_files, "MIN_BLOCK_NUMBERS", 40 * queries.shape[1])
+    monkeypatch.setattr(partition_files, "MATRIX_NUMBERS", 60 * DIM)
     partition = fresh(flat, flat.partitions[0].ids[:hidden])
     similarities, rows = partition.search(queries, 10, LOW)
     parts = [partition.search(queries[i : i + size], 10, LOW) for i in range(0, len(queries), size)]
