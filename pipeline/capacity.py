@@ -81,6 +81,17 @@ class PartitionShares(Config):
     """The share of each number."""
     source: str = Field(pattern="^(measured|assumed)")
 
+    @model_validator(mode="after")
+    def _fits(self) -> "PartitionShares":
+        if not self.visited or len(self.visited) != len(self.shares):
+            raise ValueError(f"{len(self.visited)} numbers in visited but {len(self.shares)} shares: give one for each")
+        if not all(0 <= share <= 1 for share in self.shares):
+            raise ValueError(f"shares must be in [0, 1], got {self.shares}")
+        for name, values in (("visited", self.visited), ("shares", self.shares)):
+            if list(values) != sorted(values):
+                raise ValueError(f"{name} must ascend, got {values}")
+        return self
+
     def fewest(self, recall: float) -> tuple[int, float]:
         """The fewest visited partitions with this recall, and their share. Raises UserError if it is out of reach."""
         for visited, share in zip(self.visited, self.shares, strict=True):

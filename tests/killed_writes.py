@@ -21,3 +21,16 @@ def kill_at(patch: pytest.MonkeyPatch, number: int) -> None:
 
     for method in ("_publish", "delete", "delete_files"):
         counted(method)
+
+
+def kill_at_deletion(patch: pytest.MonkeyPatch, name: str) -> None:
+    """Kill the process when it deletes a file or folder of this name."""
+    delete = Root.delete
+
+    def call(root: Root, deleted: str) -> None:
+        if deleted == name:
+            kill_at(patch, 0)
+            raise KeyboardInterrupt
+        delete(root, deleted)
+
+    patch.setattr(Root, "delete", call)

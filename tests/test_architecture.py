@@ -55,7 +55,7 @@ pipeline/filter: recipe runtime web
 pipeline/import_pictures: databases download recipe runtime web
 pipeline/index: runtime
 pipeline/neighbors: recipe runtime
-pipeline/optout: download filter neighbors recipe runtime web
+pipeline/optout: download filter neighbors pictures recipe runtime web
 pipeline/pictures: recipe runtime
 pipeline/recipe:
 pipeline/runtime:

@@ -3,8 +3,8 @@
 Reads and writes `optout/<list>/erase.json`, the plan. It is stored before the first change and deleted after the last
 one, so a killed run is finished by the next one. Files are rewritten first: `download`, `embed` and `latents` in one
 task for each shard, then partitions of databases into new folders. Then the manifests are written, each with the
-identities of its rewritten inputs, so that no stage runs again. Databases are valid at every moment. From before the
-search for the images until the end, `erasure.json` in each database refuses updates, also while the erasure is killed.
+identities of its rewritten inputs, so that no stage runs again. Databases are valid at every moment. `erasure.json` in
+each database refuses updates from before the search for the images until the plan is deleted, also after a killed run.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.optout.erased_files import erase_in_partition, erase_in_shard, erase_thumbnails
+from pipeline.pictures.near_copy_shards import FOLDER as NEAR_COPIES
 from pipeline.runtime.runner import run_shards
 from pipeline.runtime.stage import Stage, map_in_threads
 from pipeline.runtime.workers import Work, Workers, shared_workers
@@ -36,7 +37,7 @@ from retrieval.storage.manifest import (
 )
 from retrieval.storage.root import FileRecord, Root
 from retrieval.storage.stage_folder import STARTED_FILE
-from retrieval.updates.rewrite import PARTITION_FILE, end_erasure, start_erasure
+from retrieval.updates.rewrite import ERASURE_FILE, PARTITION_FILE, end_erasure, start_erasure
 
 SCHEMA_VERSION = 1
 
@@ -71,6 +72,12 @@ def start_erasures(root: Root, blocklist: Blocklist, databases: Iterable[str]) -
         start_erasure(root.child(folder), blocklist.identity, root.at(plan_file(blocklist)))
 
 
+def end_erasures(root: Root, blocklist: Blocklist) -> None:
+    """Permit updates again of all databases where they are refused because of a list."""
+    for file in (f"index/{ERASURE_FILE}", *root.list("databases", f"/{ERASURE_FILE}")):
+        end_erasure(root.child(file.rpartition("/")[0]), blocklist.identity)
+
+
 def current_stages(root: Root) -> list[str]:
     """The finished stages that were made from the present output of their inputs, inputs first."""
     return [name for name in _stages(root) if _inputs(root, name).items() <= read_manifest(root, name).upstream.items()]
@@ -83,7 +90,7 @@ def erase(root: Root, blocklist: Blocklist) -> dict[str, int]:
     stage = Stage(Root(root.url, remake=True), f"optout/{blocklist.identity}/erase", SCHEMA_VERSION, Config())
     latents = [name for name in _stages(root) if name.startswith("latents/")]
     with ExitStack() as leases:
-        for name in _stages(root):
+        for name in (*_stages(root), NEAR_COPIES):
             leases.enter_context(lease(root, name))
         with stage.building(), shared_workers():
             _rewrite_shards(stage, blocklist, plan, latents)
@@ -95,8 +102,6 @@ def erase(root: Root, blocklist: Blocklist) -> dict[str, int]:
                 if name != "index":
                     _update_manifest(root, name, partitions[name], is_current=False)
             _delete_old_files(root, plan)
-            for name in plan.rows:
-                end_erasure(root.child(name))
     return {"shards": len(plan.shards), "partitions": len(plan.partitions)}
 
 
@@ -227,8 +232,8 @@ def _write_record(root: Root, stage: str, fingerprint: str, record: ShardRecord)
 
 
 def _delete_old_files(root: Root, plan: ErasePlan) -> None:
-    """Delete what was replaced: files of these shards of `download` and of partitions that no manifest names, and
-    unfinished files of killed runs."""
+    """Delete what was replaced: files of these shards of `download` and of partitions that no manifest names,
+    unfinished files of killed runs, and `near_copies/`, which the next search makes again."""
     shards = {f"download/{shard}" for shard in plan.shards}
     records = _shard_records(root, "download", plan.shards)
     named = {file.name for record in records for file in record.files}
@@ -237,5 +242,7 @@ def _delete_old_files(root: Root, plan: ErasePlan) -> None:
         named = {*read_manifest(root, database).checksums()}
         files = {name: name.removeprefix(f"{database}/") for name in root.list(database)}
         root.delete_files(name for name, file in files.items() if PARTITION_FILE.fullmatch(file) and name not in named)
+    if plan.shards:  # it keeps the hashes of their pictures
+        root.delete(NEAR_COPIES)
     for folder in {*_stages(root), *plan.rows}:
         root.delete_partial_files(folder)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.optout.erase import ErasePlan, current_stages, plan_file, start_erasures
+from pipeline.optout.erase import ErasePlan, current_stages, end_erasures, plan_file, start_erasures
 from pipeline.optout.erase import erase as erase_planned
 from pipeline.optout.search import Listed, ListSearch
 from pipeline.optout.tables import Removed, refill_tables, with_earlier
@@ -21,6 +21,7 @@ from pipeline.web.blocklist import Blocklist
 from retrieval.config import Config
 from retrieval.errors import UserError
 from retrieval.index.hidden import Ids, hide
+from retrieval.storage.lease import lease
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
 
@@ -35,9 +36,9 @@ REMAINS = (
     " databases: list their pictures by domain or id. Samples are not searched."
 )
 REMAINS_ERASED = (
-    "Left on disk: URLs and captions in filter/ and download/, hashes in near_copies/ until embed runs again, copies"
-    " outside this root (backups, versions of an object store, caches of trainers), samples, and trained models. Add"
-    " the list to download.blocklist, else 'download --retry' fetches the pictures again."
+    "Left on disk: URLs and captions in filter/ and download/, copies outside this root (backups, versions of an"
+    " object store, caches of trainers), samples, and trained models. Add the list to download.blocklist, else"
+    " 'download --retry' fetches the pictures again."
 )
 
 
@@ -48,6 +49,15 @@ def run(blocklist: Blocklist, root: Root, erase: bool = False) -> dict[str, Any]
     for unfinished stages, for neighbor tables of another index, and if images cannot be erased because an update or
     another erasure works on a database.
     """
+    with lease(root, f"optout/{blocklist.identity}/run"):
+        try:
+            return _run(blocklist, root, erase)
+        finally:
+            if not root.exists(plan_file(blocklist)):  # nothing was begun, or everything is erased
+                end_erasures(root, blocklist)
+
+
+def _run(blocklist: Blocklist, root: Root, erase: bool) -> dict[str, Any]:
     name = f"optout/{blocklist.identity}"
     if not root.exists(plan_file(blocklist)):
         _hide(blocklist, root, erase)

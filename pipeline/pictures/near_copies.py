@@ -10,10 +10,11 @@ A copy has the same content (SHA-256 of the downloaded bytes) or a perceptual ha
 bits. The first pass compares all database images with all training images. A later pass compares them with gained
 hashes only, and with all training images only the copies that match a lost hash and the images of changed database
 shards: the result is that of a first pass. Names of files are digests of what they are made from, so they are used
-again. Both sides are read in groups of shards, so that memory stays bounded.
+again. Both sides and the changes are read in groups of shards, so that memory stays bounded.
 """
 
 import hashlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -176,8 +177,6 @@ def _without(rows: pa.Table, others: pa.Table) -> pa.RecordBatch:
 
 def copies_work(root: Root, comparison: Comparison) -> Work:
     """Work that writes `copies/<digest>.parquet` and `copies/<digest>.json`."""
-    changes = [read_some(root, f"{FOLDER}/{name}.arrow", [0, 1]) for name in comparison.changes]
-    gained, lost = ([Hashes.of(batches[number]) for batches in changes] for number in (0, 1))
 
     def work(name: str) -> ShardRecord:
         group = comparison.groups[name]
@@ -186,6 +185,7 @@ def copies_work(root: Root, comparison: Comparison) -> Work:
         ids, images = table[schema.IMAGE_ID].to_numpy(), Hashes.of(table)
         is_kept = np.repeat([bool(file) for file in group.shards.values()], [len(batch) for batch in batches])
         kinds = np.where(is_kept, _earlier_kinds(root, group, ids), NOT_COPY).astype(np.int8)
+        gained, lost = (_changes(root, comparison, batch) for batch in (0, 1))
         again = ~is_kept | _match_any(images, np.flatnonzero(kinds), lost, comparison.max_distance)
         kinds[again] = NOT_COPY
         for hashes in gained:
@@ -198,6 +198,11 @@ def copies_work(root: Root, comparison: Comparison) -> Work:
     return work
 
 
+def _changes(root: Root, comparison: Comparison, batch: int) -> Iterator[Hashes]:
+    """The hashes that the training images gained (batch 0) or lost (batch 1), those of one file at a time."""
+    return (Hashes.of(read_batch(root, f"{FOLDER}/{name}.arrow", batch)) for name in comparison.changes)
+
+
 def _earlier_kinds(root: Root, group: DatabaseGroup, ids: npt.NDArray[np.int64]) -> Kinds:
     """What the earlier pass found for the images of a group."""
     kinds = np.full(len(ids), NOT_COPY, np.int8)
@@ -208,7 +213,7 @@ def _earlier_kinds(root: Root, group: DatabaseGroup, ids: npt.NDArray[np.int64])
     return kinds
 
 
-def _match_any(images: Hashes, rows: Rows, others: list[Hashes], max_distance: int) -> npt.NDArray[np.bool_]:
+def _match_any(images: Hashes, rows: Rows, others: Iterable[Hashes], max_distance: int) -> npt.NDArray[np.bool_]:
     """Which images, of those at `rows`, are copies of any of the others."""
     kinds = np.full(len(images.contents), NOT_COPY, np.int8)
     for hashes in others:

@@ -114,7 +114,7 @@ def _digest_in(shards: HashedShards, shard: str) -> str:
 
 
 def changed_groups(before: HashedShards, now: HashedShards) -> dict[str, list[str]]:
-    """Changed training shards by file of changes. None if nothing was compared before."""
+    """Changed training shards by file of changes. Empty if nothing was compared before."""
     shards = changed_shards(before, now, "train/") if before else []
     groups = (shards[first : first + CHANGED_SHARDS] for first in range(0, len(shards), CHANGED_SHARDS))
     names = ([[shard, _digest_in(before, shard), _digest_in(now, shard)] for shard in group] for group in groups)

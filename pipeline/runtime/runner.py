@@ -23,8 +23,8 @@ def run_shards(
 
     `make_work` runs once in each worker and loads what its shards share. A shard that fails, or whose worker is
     lost, runs again, on another node first; see `shard_queue` for the limits. Raises UnfinishedError, after all other
-    shards, with the shards that failed, and a UserError of a shard that is no NodeError at once. Finished shards are
-    kept. include_finished: process finished shards again.
+    shards, with the shards that failed, and a UserError of a shard that is no NodeError at once; ValueError if the
+    work returns records of other shards. Finished shards are kept. include_finished: process finished shards again.
     """
     finished = finished_shards(stage, shards)  # discards outdated ones in any case
     if include_finished:
@@ -53,7 +53,20 @@ def run_shards(
             report(record, peak, num_finished)
             seconds = (time.time() - started) / pool.num_finished
             _log_shard(stage, record, peak, (num_finished, len(shards), seconds))
-    return in_order(pa.array(shards), [*tables, ShardTable.of(records).table])
+    return _all_records(stage, shards, [*tables, ShardTable.of(records).table])
+
+
+def _all_records(stage: Stage, shards: Sequence[str], tables: Sequence[pa.Table]) -> ShardTable:
+    """The records of tables in the order of `shards`. Raises ValueError for a shard without a record."""
+    records = in_order(pa.array(shards), tables)
+    if len(records) < len(shards):
+        names = {*records.table["shard"].to_pylist()}
+        missing = [shard for shard in shards if shard not in names]
+        raise ValueError(
+            f"{stage.root.at(stage.name)}: {len(missing)} of {len(shards)} processed shards have no record, such as"
+            f" {missing[0]}: the work of a stage must return a record of the shard that it is given."
+        )
+    return records
 
 
 def finished_shards(stage: Stage, shards: Sequence[str]) -> ShardTable:

@@ -122,7 +122,9 @@ def write_database(
         part = table.filter(pa.array(numbers == number))
         records.append(write_partition(root, name, number, part, config))
     manifest = database_manifest(records, encoder, config, identity)
-    return write_calibrated(root, replace(manifest, seconds=round(time.time() - started, 3)))
+    manifest = calibrated(root, replace(manifest, seconds=round(time.time() - started, 3)))
+    write_manifest(root, manifest)
+    return manifest
 
 
 def database_manifest(
@@ -141,14 +143,12 @@ def database_manifest(
     )
 
 
-def write_calibrated(root: Root, manifest: Manifest) -> Manifest:
-    """Calibrate a database with its own rows, the files of which are written, and write its manifest."""
+def calibrated(root: Root, manifest: Manifest) -> Manifest:
+    """The manifest with a calibration by the rows of the database. The files that it names are written already."""
     database = Database(root.child(manifest.stage), manifest, np.empty(0, np.int64)).for_passes()
     config = IndexConfig.model_validate(manifest.config)
     calibration = {"images": calibrate(database, config.num_queries, config.seed)}
-    manifest = replace(manifest, values={**manifest.values, "calibration": calibration})
-    write_manifest(root, manifest)
-    return manifest
+    return replace(manifest, values={**manifest.values, "calibration": calibration})
 
 
 def delete_database(root: Root, name: str) -> None:

@@ -12,9 +12,9 @@ import pyarrow as pa
 
 from retrieval.database.build import (
     DatabaseIdentity,
+    calibrated,
     database_manifest,
     delete_database,
-    write_calibrated,
     write_centroids,
     write_metadata,
 )
@@ -26,7 +26,7 @@ from retrieval.index.routing import partition_folder
 from retrieval.recipe import IndexConfig
 from retrieval.storage.data_files import split_path
 from retrieval.storage.lease import lease
-from retrieval.storage.manifest import ShardRecord, read_manifest
+from retrieval.storage.manifest import ShardRecord, read_manifest, write_manifest
 from retrieval.storage.root import FileRecord, Root
 from retrieval.updates.rewrite import refuse_erasure
 
@@ -34,7 +34,7 @@ from retrieval.updates.rewrite import refuse_erasure
 def merge_databases(root: Root | str, sources: Sequence[Root | str]) -> Database:
     """Merge databases into a new one in folder `root`, and open it. Replaces a database there, which is no source.
 
-    All ids stay, hidden images stay hidden, and the settings are those of the first source. Raises UserError if the
+    All ids stay, images hidden before its end stay hidden, and the settings are those of the first source. Raises UserError if the
     encoders differ, if an image id is in two sources, for a folder with other files, while another process updates the
     database there, and if images are being erased from a source or a source changes meanwhile.
     """
@@ -61,14 +61,15 @@ def _write_merged(databases: Sequence[Database], parent: Root, name: str) -> Non
             files = _copy_partition(database, number, (parent, folder), columns)
             records.append(ShardRecord(partition_folder(len(records) - 1), int(database.partition_rows[number]), files))
     _copy_thumbnails(databases, parent.child(name))
-    store_hidden(parent.child(name), np.unique(np.concatenate([hidden_ids(database.root) for database in databases])))
     config = IndexConfig.model_validate(databases[0].manifest.config)
     upstream = {f"database {i}": database.manifest.identity for i, database in enumerate(databases)}
     identity = DatabaseIdentity(name, upstream)
-    manifest = database_manifest(records, databases[0].encoder, config, identity)
+    manifest = calibrated(parent, database_manifest(records, databases[0].encoder, config, identity))
+    # The calibration can take minutes: read what changed in the sources meanwhile.
+    store_hidden(parent.child(name), np.unique(np.concatenate([hidden_ids(database.root) for database in databases])))
     for database in databases:
         _check_unchanged(database)
-    write_calibrated(parent, manifest)
+    write_manifest(parent, manifest)
 
 
 def _check_unchanged(database: Database) -> None:

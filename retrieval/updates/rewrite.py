@@ -55,16 +55,21 @@ def start_erasure(root: Root, name: str, plan: str) -> None:
     name: of the erasure: a repeated call of a killed one goes on at once. plan: path of its plan. Raises UserError
     while an update or another erasure works on the database.
     """
-    if (root.find_json(ERASURE_FILE) or {}).get("name") == name:
+    if _erasure_name(root) == name:
         return
     with lease(root, "update"):
         refuse_erasure(root)
         root.write_json(ERASURE_FILE, {"name": name, "plan": plan})
 
 
-def end_erasure(root: Root) -> None:
-    """Permit updates of the database at a root again."""
-    root.delete(ERASURE_FILE)
+def end_erasure(root: Root, name: str) -> None:
+    """Permit updates of the database at a root again, if the erasure of this name refuses them."""
+    if _erasure_name(root) == name:
+        root.delete(ERASURE_FILE)
+
+
+def _erasure_name(root: Root) -> str:
+    return str((root.find_json(ERASURE_FILE) or {}).get("name", ""))
 
 
 def refuse_erasure(root: Root) -> None:

@@ -204,3 +204,21 @@ def test_invalid_inputs_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "capacity.toml").write_text("[sizes]\nmetadata_rows = 0\n")
     with pytest.raises(UserError, match=r"capacity\.toml"):
         read_inputs(tmp_path / "capacity.toml")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("visited = [1, 2,", "visited = [2,", "6 numbers in visited but 7 shares: give one for each"),
+        ("visited = [1, 2,", "visited = [2, 1,", r"visited must ascend, got \(2, 1, 4"),
+        ("shares = [0.42075,", "shares = [0.6,", r"shares must ascend, got \(0\.6, 0\.54625"),
+        ("0.97925]", "97.925]", r"shares must be in \[0, 1\], got .*97\.925"),
+    ],
+)
+def test_shares_of_partitions_that_do_not_fit_are_an_error(
+    tmp_path: Path, before: str, after: str, message: str
+) -> None:
+    file = tmp_path / "capacity.toml"
+    file.write_text(INPUTS.read_text().replace(before, after))
+    with pytest.raises(UserError, match=rf"(?s)capacity\.toml has no valid inputs.*partitions.*{message}"):
+        read_inputs(file)

@@ -2,7 +2,9 @@
 
 import shutil
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from pipeline.databases import build as style_database
 from pipeline.download.shard_download import write_rows, write_tar
 from pipeline.neighbors import neighbors
 from pipeline.optout import optout
+from pipeline.optout.erase import plan_file
 from pipeline.recipe import DownloadConfig, EmbedConfig, NeighborsConfig
 from pipeline.runtime.stage import Stage
 from pipeline.runtime.status import StageSpec, UpstreamStages, stage_status
@@ -25,9 +28,9 @@ from retrieval.config import Config
 from retrieval.database.verify import damaged_files
 from retrieval.recipe import ClipConfig, IndexConfig
 from retrieval.storage import schema
-from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, read_record, write_record
-from retrieval.updates.rewrite import opened_for_update
-from tests.killed_writes import kill_at
+from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, read_record, write_manifest, write_record
+from retrieval.updates.rewrite import ERASURE_FILE, opened_for_update
+from tests.killed_writes import kill_at, kill_at_deletion
 from tests.pipeline.conftest import Picture, pictures
 
 EMBED, INDEX = EmbedConfig(workers=1), IndexConfig(rows_per_partition=20, workers=1)
@@ -193,12 +196,14 @@ def test_an_erased_image_is_in_no_file_and_no_stage_runs_again(root: Root, clip:
     reader = Database.open(root.child("index"))
     expected = reader.search(vectors[ids[0]][None], 40, recall=1.0)
     vectors_before = expected.embeddings
+    assert root.list("near_copies/hashes")
 
     report = optout.run(blocklist, root, erase=True)
     check_erased(root, clip, vectors)
     assert states(root) == {"finished"}
     assert report["erased"] == {"shards": 3, "partitions": 3}
     assert root.list(f"optout/{blocklist.identity}") == []
+    assert root.list("near_copies") == [], "it had hashes of the pictures"
     np.testing.assert_array_equal(reader.search(vectors[ids[0]][None], 40, recall=1.0).ids, expected.ids)
     np.testing.assert_array_equal(vectors_before, expected.embeddings)
 
@@ -226,12 +231,14 @@ def test_the_shards_equal_those_of_a_download_without_the_images(root: Root, cli
 def test_a_database_can_lose_all_its_rows(root: Root, tmp_path: Path) -> None:
     ids = np.concatenate([partition.ids for partition in Database.open(root.child("databases/ink")).partitions])
     (tmp_path / "list.txt").write_text("\n".join(map(str, ids.tolist())))
+    near_copies = root.list("near_copies")
     optout.run(read_blocklist(str(tmp_path / "list.txt")), root, erase=True)
     database = Database.open(root.child("databases/ink"))
     assert len(database) == 0
     assert database.search(np.ones((2, 32)), 5).ids.shape == (2, 0)
     with tarfile.open(root.local_path("databases/ink/pictures/00000.tar")) as thumbnails:
         assert thumbnails.getnames() == []
+    assert root.list("near_copies") == near_copies, "no picture of download was listed"
 
 
 @pytest.mark.usefixtures("in_process_shards")
@@ -267,19 +274,12 @@ def test_an_erasure_is_refused_while_a_database_is_updated(root: Root, tmp_path:
     before = {name: read_manifest(root, name).identity for name in (*STAGES, "databases/ink")}
     with opened_for_update(root.child("databases/ink")), pytest.raises(UserError, match="Only one process at a time"):
         optout.run(blocklist, root, erase=True)
+    assert not root.exists(f"index/{ERASURE_FILE}"), "no erasure has begun"
     assert {name: read_manifest(root, name).identity for name in before} == before
     assert optout.run(blocklist, root, erase=True)["erased"] == {"shards": 3, "partitions": 3}
 
 
-@pytest.mark.usefixtures("in_process_shards")
-def test_updates_are_refused_until_a_killed_erasure_is_finished(
-    root: Root, clip: ClipConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    blocklist, ids = blocklist_of(root, tmp_path)
-    vectors = vectors_of(root, ids)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        kill_at(patch, 80)
-        optout.run(blocklist, root, erase=True)
+def check_updates_are_refused(root: Root, blocklist: Blocklist, tmp_path: Path) -> None:
     for database in ("index", "databases/ink"):
         place = root.child(database)
         assert not place.list("leases"), "the next run has no lease to wait for"
@@ -291,11 +291,43 @@ def test_updates_are_refused_until_a_killed_erasure_is_finished(
             add_to_database(place, np.ones((1, 32)), pa.table({"image_id": [5]}))
         with pytest.raises(UserError, match=refused):
             merge_databases(str(tmp_path / "merged"), [place])
+
+
+@pytest.mark.usefixtures("in_process_shards")
+def test_updates_are_refused_until_a_killed_erasure_is_finished(
+    root: Root, clip: ClipConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocklist, ids = blocklist_of(root, tmp_path)
+    vectors = vectors_of(root, ids)
+    kills: list[Callable[[pytest.MonkeyPatch], None]] = [
+        partial(kill_at, number=80),
+        partial(kill_at_deletion, name=f"optout/{blocklist.identity}"),  # with the plan, after all else
+        partial(kill_at_deletion, name=ERASURE_FILE),
+    ]
+    for kill in kills:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            kill(patch)
+            optout.run(blocklist, root, erase=True)
+        check_updates_are_refused(root, blocklist, tmp_path)
+        shutil.rmtree(Path(root.url) / "leases")  # that of an ended process would be taken over
+    assert not root.exists(plan_file(blocklist))
     (tmp_path / "other.txt").write_text(str(ids[0]))
     with pytest.raises(UserError, match=f"with the list {blocklist.identity} has not ended"):
         optout.run(read_blocklist(str(tmp_path / "other.txt")), root, erase=True)
-    shutil.rmtree(Path(root.url) / "leases")  # that of an ended process would be taken over
-    optout.run(blocklist, root, erase=True)
+    optout.run(blocklist, root)
     check_erased(root, clip, vectors)
     ink = root.child("databases/ink")
     assert len(delete_from_database(ink, Database.open(ink).partitions[0].ids[:1])) == 10
+    add_to_database(ink, np.ones((1, 32)), pa.table({"image_id": [5]}))
+    optout.run(blocklist, root, erase=True)
+    assert 5 in Database.open(ink).search(np.ones((1, 32)), 11, recall=1.0).ids, "a later run keeps what was added"
+
+
+@pytest.mark.usefixtures("in_process_shards")
+def test_an_erasure_that_ends_before_its_plan_refuses_no_updates(root: Root, tmp_path: Path) -> None:
+    tables = read_manifest(root, "neighbors")
+    write_manifest(root, replace(tables, upstream=tables.upstream | {"index": "another"}))
+    blocklist, _ = blocklist_of(root, tmp_path)
+    with pytest.raises(UserError, match="was made from another index"):
+        optout.run(blocklist, root, erase=True)
+    assert root.list("index", ERASURE_FILE) + root.list("databases", ERASURE_FILE) == []

@@ -1,9 +1,12 @@
 """Near copies: after any change of the download the search gives the files of a first one, comparing only changes."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from pipeline.pictures import near_copies, near_copy_shards
@@ -144,3 +147,27 @@ def test_a_missing_file_makes_all_comparisons_again(tmp_path: Path) -> None:
             root.delete(name)
     search(root, shards)
     assert files(root) == before
+
+
+@pytest.mark.usefixtures("in_process_shards", "small_groups")
+def test_one_file_of_changes_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    root, shards = Root(tmp_path), random_shards(random)
+    search(root, shards)
+    events: list[str] = []
+    read, mark = near_copies.read_batch, near_copies._mark
+
+    def reading(root: Root, name: str, number: int) -> pa.RecordBatch:
+        events.append(name)
+        return read(root, name, number)
+
+    def marking(*arguments: Any) -> None:
+        events.append("compared")
+        mark(*arguments)
+
+    monkeypatch.setattr(near_copies, "read_batch", reading)
+    monkeypatch.setattr(near_copies, "_mark", marking)
+    search(root, {shard: [*rows[1:], picture(f"new/{shard}", random)] for shard, rows in shards.items()})
+    following = [then for event, then in pairwise(events) if "/changes/" in event]
+    assert len(following) == 2 * 2 * 2, "gained and lost of two files, for each of two database groups"
+    assert {*following} == {"compared"}

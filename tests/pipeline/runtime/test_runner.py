@@ -97,6 +97,12 @@ def test_records_have_the_order_of_the_shards_and_the_seconds_of_each(root: Root
     assert all(record.seconds >= least for record, least in zip(records, (0.3, 0.1, 0.1), strict=True))
 
 
+def test_a_shard_without_a_record_of_its_name_is_an_error(root: Root) -> None:
+    names = {"00001": "another"}
+    with pytest.raises(ValueError, match=r"letters: 1 of 3 processed shards have no record, such as 00001"):
+        run_shards(stage(root), SHARDS, lambda: lambda shard: ShardRecord(names.get(shard, shard), 0, ()), ONE)
+
+
 def test_finished_shards_do_not_run_again(root: Root) -> None:
     letters = stage(root)
     letters.begin()

@@ -4,13 +4,15 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from retrieval import Database, Root, UserError, add_to_database, build_database, delete_from_database, merge_databases
-from retrieval.database.calibration import recalibrate
+from retrieval.database import build
+from retrieval.database.calibration import calibrate, recalibrate
 from retrieval.database.verify import damaged_files
 from retrieval.errors import RecallWarning
 from retrieval.index.hidden import hide
@@ -302,6 +304,29 @@ def test_merged_databases_hold_the_rows_of_all(
     # The result is a database like others: it can be replaced and updated.
     merged = merge_databases(tmp_path / "merged", [second, first])
     check(delete_from_database(merged.root, [1000]).with_all_rows(), {n: rows[n] for n in rows if n != 1000}, queries)
+
+
+@pytest.mark.parametrize("is_deletion", [False, True])
+def test_a_merge_reads_what_changes_in_a_source_while_the_recall_is_measured(
+    tmp_path: Path, is_deletion: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = [
+        build_database(tmp_path / name, clustered(4, seed=1), metadata_of(first + np.arange(4)), encoder=IDENTITY)
+        for name, first in (("first", 1000), ("second", 2000))
+    ]
+
+    def calibrate_meanwhile(*arguments: Any) -> list[dict[str, Any]]:
+        (delete_from_database if is_deletion else hide)(sources[1].root, [2001])
+        return calibrate(*arguments)
+
+    monkeypatch.setattr(build, "calibrate", calibrate_meanwhile)
+    merged = Root(tmp_path / "merged")
+    if is_deletion:
+        with pytest.raises(UserError, match="second was updated during the merge. Merge again"):
+            merge_databases(merged, [source.root for source in sources])
+        assert not merged.exists("manifest.json")
+    else:
+        assert merge_databases(merged, [source.root for source in sources]).hidden.tolist() == [2001]
 
 
 def test_databases_that_cannot_be_merged_are_refused(tmp_path: Path, vectors: Vectors) -> None:
