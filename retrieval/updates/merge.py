@@ -34,9 +34,10 @@ from retrieval.updates.rewrite import refuse_erasure
 def merge_databases(root: Root | str, sources: Sequence[Root | str]) -> Database:
     """Merge databases into a new one in folder `root`, and open it. Replaces a database there, which is no source.
 
-    All ids stay, images hidden before its end stay hidden, and the settings are those of the first source. Raises UserError if the
-    encoders differ, if an image id is in two sources, for a folder with other files, while another process updates the
-    database there, and if images are being erased from a source or a source changes meanwhile.
+    All ids stay, images that are hidden before the end stay hidden, and the settings are those of the first source.
+    Raises UserError if the encoders differ, if an image id is in two sources, for a folder with other files, while
+    another process updates the database there, and if images are being erased from a source or a source changes
+    meanwhile.
     """
     databases = [Database.open(source).with_all_rows().for_passes() for source in sources]
     for database in databases:
