@@ -322,7 +322,7 @@ def test_a_merge_reads_what_changes_in_a_source_while_the_recall_is_measured(
     monkeypatch.setattr(build, "calibrate", calibrate_meanwhile)
     merged = Root(tmp_path / "merged")
     if is_deletion:
-        with pytest.raises(UserError, match="second was updated during the merge. Merge again"):
+        with pytest.raises(UserError, match="second was updated during the merge"):
             merge_databases(merged, [source.root for source in sources])
         assert not merged.exists("manifest.json")
     else:
