@@ -55,19 +55,26 @@ def training_recipe(recipe: Recipe) -> TrainingRecipe:
     )
 
 
-def _launch(config: TrainingRecipe, recipe: Recipe, hostfile: Path | None) -> int:
-    """Start ranks on this machine or on those of a hostfile. Returns the launcher's exit code."""
+def ranks_here(config: TrainConfig) -> int:
+    """Ranks that training starts on this machine. Raises UserError if the batch or the optimizer does not fit them."""
     import torch
 
-    from trainer.engine.deepspeed_engine import accumulation_steps
+    from trainer.engine.deepspeed_engine import check_ranks
+
+    ranks = config.ranks or max(1, torch.cuda.device_count())
+    check_ranks(config, ranks)
+    return ranks
+
+
+def _launch(config: TrainingRecipe, recipe: Recipe, hostfile: Path | None) -> int:
+    """Start ranks on this machine or on those of a hostfile. Returns the launcher's exit code."""
+    from trainer.engine.deepspeed_engine import check_ranks
 
     argv = ["jobs.train", *recipe.arguments()]
     if hostfile is None:
-        ranks = config.train.ranks or max(1, torch.cuda.device_count())
-        accumulation_steps(config.train, ranks)
-        return launch(argv, ranks)
+        return launch(argv, ranks_here(config.train))
     hosts = read_hosts(hostfile)
-    accumulation_steps(config.train, sum(host.slots for host in hosts))
+    check_ranks(config.train, sum(host.slots for host in hosts))
     check_hosts(hosts)
     return launch_hosts(argv, hostfile, hosts)
 

@@ -16,7 +16,7 @@ from ray.train.torch import TorchTrainer
 from retrieval.cluster.connection import ray_connection
 from retrieval.errors import UserError
 from retrieval.storage.root import Root
-from trainer.engine.deepspeed_engine import accumulation_steps
+from trainer.engine.deepspeed_engine import check_ranks
 from trainer.recipe import TrainingRecipe
 from trainer.training import train as stage
 
@@ -27,7 +27,7 @@ def train_on_ray(config: TrainingRecipe, root: Root) -> None:
     """Train with `train.ranks` workers, or one for each GPU. Raises the exception of a failed worker."""
     checkpoints = stage.checkpoints_of(stage.prepare(config, root), root)
     with ray_connection():
-        accumulation_steps(config.train, ranks_on_ray(config))
+        check_ranks(config.train, ranks_on_ray(config))
         trainer = _trainer(config, root)
         while True:
             step_before = checkpoints.newest_step()

@@ -20,13 +20,14 @@ from retrieval.cluster.connection import ray_connection
 from retrieval.errors import UserError
 from retrieval.recipe import ClipConfig
 from trainer.recipe import TrainConfig
-from trainer.released.import_run import import_model
+from trainer.released.import_run import import_model, trained_with
 
 
 def run(recipe: Recipe, model: Path, sources: Sources) -> None:
     """Run all steps in order."""
     if not recipe[TrainConfig].start_from:
         raise UserError(f"{recipe.path} has no train.start_from: set it to a name for the model that you start from.")
+    train.ranks_here(recipe[TrainConfig])  # before hours of work
     import_start(recipe, model)
     # One Ray for all data stages; it ends before training, which needs the memory.
     with ray_connection():
@@ -41,11 +42,11 @@ def run(recipe: Recipe, model: Path, sources: Sources) -> None:
 def import_start(recipe: Recipe, model: Path) -> None:
     """Import `model` as the finished run `train.start_from`, unless that is done already."""
     config = training_recipe(recipe)
-    # Settings of the fine-tuning, such as its learning rate, are not part of the imported run.
+    # Settings of the fine-tuning are not part of the imported run, except size and k where its files do not tell them.
     settings = {"name": config.train.start_from, "source": "images", "size": config.train.size, "k": config.train.k}
-    start = TrainConfig.model_validate(settings | dict.fromkeys(("global_batch", "micro_batch", "steps"), 1))
-    start_config = config.model_copy(update={"train": start, "clip": None})
-    import_model(start_config, model, Encoder(recipe[ClipConfig]).identity, recipe.root)
+    settings |= trained_with(model) | dict.fromkeys(("global_batch", "micro_batch", "steps"), 1)
+    start_config = config.model_copy(update={"train": TrainConfig.model_validate(settings), "clip": None})
+    import_model(start_config, model, Encoder(recipe[ClipConfig]).identity, recipe.root, "train.start_from")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

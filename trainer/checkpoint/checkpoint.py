@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from retrieval.errors import UserError
 from retrieval.storage.root import Root
 from trainer.checkpoint.fragment_files import SavedFragments, fragment_key, rank_file_name, write_fragments
+from trainer.engine import eight_bit
 from trainer.engine.deepspeed_engine import Ranks
 from trainer.engine.ema import AVERAGE, MovingAverage
 from trainer.engine.fragments import (
@@ -74,6 +75,8 @@ class CheckpointFolder:
     """Called on rank 0 before a checkpoint is published. Its UserError is a failure of the checkpoint."""
     timeout_minutes: int = 60
     """Time that ranks wait for each other's files."""
+    encoder: dict[str, Any] = field(default_factory=dict)
+    """Identity of the CLIP encoder, which the index stores for runs that start from a checkpoint."""
     _copy: dict[str, torch.Tensor] = field(default_factory=dict, init=False)
     _group: Any = field(default=None, init=False)
     _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1), init=False)
@@ -176,24 +179,26 @@ class CheckpointFolder:
             initialize_moments(engine, 0)
             return Progress()
         newest = entries[-1]
-        self._check_files(newest)
+        self.check_files(newest)
         progress = Progress(**{name: newest[name] for name in Progress.__dataclass_fields__})
         initialize_moments(engine, progress.updates)
         with SavedFragments(self.root, newest["tag"]) as saved:
             for state in (MASTER, *moment_states(engine)):
-                for fragment in local_fragments(engine, state, ranks):
+                fragments = local_fragments(engine, state, ranks)
+                if state in eight_bit.STATES:
+                    saved.check_lengths(state, fragments)
+                for fragment in fragments:
                     saved.read_into(state, fragment)
             for fragment in average.fragments if average.is_copy else ():
                 saved.read_into(AVERAGE, fragment)
         copy_masters_to_weights(engine)
         return progress
 
-    def read_average(self, shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
-        """The averaged weights of the newest checkpoint, complete, by name, on the CPU. Not a collective."""
-        newest = self._entries()[-1]
-        self._check_files(newest)
+    def read_average(self, entry: dict[str, Any], shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
+        """The averaged weights of an indexed checkpoint, complete, by name, on the CPU. Not a collective."""
+        self.check_files(entry)
         averages = {name: torch.empty(shape) for name, shape in shapes.items()}
-        with SavedFragments(self.root, newest["tag"]) as saved:
+        with SavedFragments(self.root, entry["tag"]) as saved:
             for name, values in averages.items():
                 saved.read_into(AVERAGE, Fragment(name, 0, values.view(-1)))
         return averages
@@ -234,14 +239,14 @@ class CheckpointFolder:
         entries = [*(old for old in self._entries() if old["step"] < progress.step), entry]
         permanent = [old for old in entries if self.keep_every and old["step"] % self.keep_every == 0]
         kept = [old for old in entries if old in permanent or old in entries[-self.keep :]]
-        index = {"layout": LAYOUT, "identity": self.identity, "settings": self.settings, "checkpoints": kept}
-        self.root.write_json(INDEX, index)
+        index = {"layout": LAYOUT, "identity": self.identity, "settings": self.settings, "encoder": self.encoder}
+        self.root.write_json(INDEX, index | {"checkpoints": kept})
         for old in entries:
             if old not in kept:
                 self.root.delete(old["tag"])
 
-    def _check_files(self, entry: dict[str, Any]) -> None:
-        """Raise UserError if a file of a checkpoint is missing or damaged."""
+    def check_files(self, entry: dict[str, Any]) -> None:
+        """Raise UserError if a file of an indexed checkpoint is missing or has another size."""
         sizes = self.root.sizes(entry["tag"])
         for file, size in entry["files"].items():
             name = f"{entry['tag']}/{file}"

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from retrieval.errors import UserError
 from retrieval.storage import schema
-from retrieval.storage.manifest import Manifest, ShardRecord, write_manifest
+from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, write_manifest
 from retrieval.storage.root import FileRecord, Root
 from trainer.data.plan import TrainingPlan
 from trainer.model.lora import merge, peft_files
@@ -45,12 +46,18 @@ def export_run(
 ) -> None:
     """Publish a trained model. weights: averaged, fp32, by name; numbers, seconds: as for `publish_run`.
 
-    With `train.lora`, weights are those of the adapters.
+    With `train.lora`, weights are those of the adapters. Raises UserError if `train.start_from` has changed meanwhile.
     """
     train, adapters = plan.config.train, {}
     if train.lora:
+        start = f"runs/{train.start_from}/train"
+        if read_manifest(root, start).fingerprint != plan.upstream["start_from"]:
+            raise UserError(
+                f"{root.at(start)} is another run than the one that the adapters were trained on. Restore that run, then "
+                f"start again: the checkpoint of the last step is kept."
+            )
         adapters = weights
-        weights = merge(read_model_weights(root, f"runs/{train.start_from}/train"), adapters, train.lora)
+        weights = merge(read_model_weights(root, start), adapters, train.lora)
     run = FinishedRun(
         config=plan.config,
         fingerprint=plan.fingerprint,

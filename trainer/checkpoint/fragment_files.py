@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from retrieval.errors import UserError
 from retrieval.storage.root import Root
 from trainer.engine.fragments import Fragment
 
@@ -68,6 +69,17 @@ class SavedFragments:
                 fragment.values[first - fragment.start : last - fragment.start].copy_(values)
                 count += last - first
         assert count == fragment.values.numel(), f"{self._folder}: {state} of {fragment.name} is incomplete"
+
+    def check_lengths(self, state: str, fragments: list[Fragment]) -> None:
+        """Raise UserError if a state was saved for other tensors. For the 8-bit optimizer, which cannot split them."""
+        for fragment in fragments:
+            slices = self._slices.get(f"{state}/{fragment.name}", [])
+            if (saved := sum(end - start for start, end, *_ in slices)) != fragment.values.numel():
+                raise UserError(
+                    f"{self._root.at(self._folder)} has {saved:,} elements of {state} of {fragment.name}, the optimizer "
+                    f"has {fragment.values.numel():,}. Moments in 8 bits cannot be split: set train.zero_stage and "
+                    f"train.decay_norms_and_biases to their values of the last start."
+                )
 
     def _file(self, name: str) -> Any:
         if name not in self._files:

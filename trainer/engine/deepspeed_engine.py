@@ -18,6 +18,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import compiler
 
 from retrieval.errors import UserError
+from trainer.engine.eight_bit import check_8bit
 from trainer.engine.optimizer import learning_rate_at, make_optimizer
 from trainer.recipe import TrainConfig
 
@@ -66,6 +67,12 @@ def leave_ranks(engine: deepspeed.DeepSpeedEngine) -> None:
     dist.destroy_process_group()
 
 
+def check_ranks(config: TrainConfig, world: int) -> None:
+    """Raise UserError if the batch or the optimizer does not fit `world` ranks, or its package is missing."""
+    accumulation_steps(config, world)
+    check_8bit(config, world)
+
+
 def accumulation_steps(config: TrainConfig, world: int) -> int:
     """Micro batches per step on each of `world` ranks. Raises UserError if the batch cannot be split."""
     share = config.micro_batch * world
@@ -79,11 +86,7 @@ def accumulation_steps(config: TrainConfig, world: int) -> int:
 
 def engine_settings(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
     """The DeepSpeed settings of a run on these ranks. Raises UserError if the batch or the optimizer does not fit."""
-    if config.optimizer == "adamw_8bit" and ranks.world > 1:
-        raise UserError(
-            f'train.optimizer "adamw_8bit" works on one rank, this run has {ranks.world}. Set it to "adamw": ZeRO '
-            f"shards its moments over the ranks."
-        )
+    check_ranks(config, ranks.world)
     return {
         "train_batch_size": config.global_batch,
         "train_micro_batch_size_per_gpu": config.micro_batch,
@@ -107,6 +110,7 @@ def engine_settings(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
 
 def make_engine(unet: Any, config: TrainConfig, ranks: Ranks) -> deepspeed.DeepSpeedEngine:
     """A DeepSpeed engine with the network and its optimizer. All ranks get the weights of rank 0."""
+    settings = engine_settings(config, ranks)
     if config.activation_checkpointing:
         unet.enable_gradient_checkpointing()
     if config.channels_last:
@@ -116,7 +120,7 @@ def make_engine(unet: Any, config: TrainConfig, ranks: Ranks) -> deepspeed.DeepS
     engine, *_ = deepspeed.initialize(
         model=unet,
         optimizer=make_optimizer(unet, config),
-        config=engine_settings(config, ranks),
+        config=settings,
         dist_init_required=False,
     )
     if ranks.world == 1 and not config.zero_stage:

@@ -6,6 +6,7 @@ diffusers imports it at each start if it is there, which takes 5 s.
 """
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,14 +18,26 @@ STATES = ("state1", "state2", "absmax1", "absmax2")
 """Both moments, uint8, and their scales, fp32."""
 
 
-def make_adamw_8bit(groups: list[dict[str, Any]], config: TrainConfig) -> Any:
-    """The optimizer. Raises UserError without bitsandbytes."""
-    try:
-        import bitsandbytes
-    except ImportError as error:
+def check_8bit(config: TrainConfig, world: int) -> None:
+    """Raise UserError if the recipe's optimizer is that of bitsandbytes, and there are several ranks or no package."""
+    if config.optimizer != "adamw_8bit":
+        return
+    if world > 1:
         raise UserError(
-            'train.optimizer "adamw_8bit" needs bitsandbytes: run \'pip install bitsandbytes\', or set it to "adamw".'
-        ) from error
+            f'train.optimizer "adamw_8bit" works on one rank, this run has {world}. Set train.ranks = 1, or the '
+            f'optimizer to "adamw": ZeRO shards its moments over the ranks.'
+        )
+    if find_spec("bitsandbytes") is None:
+        raise UserError(
+            'train.optimizer "adamw_8bit" needs bitsandbytes: run \'.venv/bin/python -m pip install bitsandbytes\', or '
+            'set the optimizer to "adamw".'
+        )
+
+
+def make_adamw_8bit(groups: list[dict[str, Any]], config: TrainConfig) -> Any:
+    """The optimizer. Call `check_8bit` before."""
+    import bitsandbytes
+
     betas = (config.adam_beta1, config.adam_beta2)
     # 0: small tensors too, so that all have the same states.
     return bitsandbytes.optim.AdamW8bit(groups, config.learning_rate, betas, config.adam_eps, min_8bit_size=0)

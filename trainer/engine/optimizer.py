@@ -13,7 +13,7 @@ from trainer.recipe import TrainConfig
 
 
 def make_optimizer(module: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """torch's fused AdamW, on CPU and GPU, or that of bitsandbytes. Raises UserError without bitsandbytes.
+    """torch's fused AdamW, on CPU and GPU, or that of bitsandbytes.
 
     DeepSpeed's FusedAdam and CPUAdam are compiled at first use, which takes minutes and a compiler on every machine;
     their losses agree to 1e-6.

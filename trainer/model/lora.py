@@ -39,15 +39,18 @@ def add_adapters(unet: torch.nn.Module, lora: LoraConfig) -> None:
     Raises UserError if a target names no layer, or one that is not linear.
     """
     unet.requires_grad_(False)
+    adapted: dict[str, Any] = {}
     for target in lora.target:
         layers = {name: layer for name, layer in unet.named_modules() if f".{name}".endswith(f".{target}")}
         other = [name for name, layer in layers.items() if not isinstance(layer, torch.nn.Linear)]
         if not layers or other:
             problem = f"names {other[0]}, which is no linear layer" if other else "names no layer of the network"
             raise UserError(f"train.lora.target {target!r} {problem}. Wanted ends of names, such as 'attn2.to_k'.")
-        for name, layer in layers.items():
-            parent, _, child = name.rpartition(".")
-            setattr(unet.get_submodule(parent), child, LoraLinear(layer, lora))
+        adapted |= layers
+    # After the search: targets may overlap, and an adapter has layers of its own.
+    for name, layer in adapted.items():
+        parent, _, child = name.rpartition(".")
+        setattr(unet.get_submodule(parent), child, LoraLinear(layer, lora))
 
 
 def build_trained(model: ModelConfig, lora: LoraConfig | None) -> Any:

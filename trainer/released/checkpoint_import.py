@@ -9,7 +9,8 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tarfile import is_tarfile
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from retrieval.errors import UserError
@@ -121,8 +122,12 @@ def read_checkpoint(path: Path, config: TrainingRecipe, folder: Path) -> Release
 
 def has_only_autoencoder(path: Path) -> bool:
     """True if a checkpoint file has a first stage and no UNet."""
-    checkpoint = _read(path)
-    return _first_stage_prefix(checkpoint) is not None and not any(key.startswith(UNET) for key in checkpoint)
+    if path.suffix == ".safetensors":
+        with _safetensors_errors(path), safe_open(path, "pt") as file:
+            keys: Collection[str] = file.keys()
+    else:
+        keys = _read(path).keys()
+    return _first_stage_prefix(keys) is not None and not any(key.startswith(UNET) for key in keys)
 
 
 def read_autoencoder(path: Path, config: AutoencoderConfig, folder: Path) -> None:
@@ -138,9 +143,9 @@ def read_autoencoder(path: Path, config: AutoencoderConfig, folder: Path) -> Non
     _write_autoencoder(network, layout.extract(checkpoint), config, folder)
 
 
-def _first_stage_prefix(checkpoint: Tensors) -> str | None:
-    """What stands before the names of the autoencoder's tensors; None if the checkpoint has no autoencoder."""
-    return next((prefix for prefix in (AUTOENCODER, "") if f"{prefix}{FIRST}" in checkpoint), None)
+def _first_stage_prefix(keys: Collection[str]) -> str | None:
+    """What stands before the names of the autoencoder's tensors; None if a checkpoint has no autoencoder."""
+    return next((prefix for prefix in (AUTOENCODER, "") if f"{prefix}{FIRST}" in keys), None)
 
 
 def _write_autoencoder(network: Any, weights: Tensors, config: AutoencoderConfig, folder: Path) -> None:
@@ -162,6 +167,8 @@ def _empty_autoencoder(path: Path, checkpoint: Tensors, config: AutoencoderConfi
             f"{sizes['moments']} at its last: wanted KL-f16 or VQ-f4 (128 and 32, or 128 and 3). Download it again."
         )
     codes = checkpoint.get(f"{prefix}quantize.embedding.weight")
+    if codes is not None and (codes.ndim != 2 or not len(codes)):
+        raise UserError(f"{path} has codes of shape {tuple(codes.shape)}, wanted (n, 3). Download it again.")
     kind = "kl" if codes is None else "vq"
     if config.kind != kind:
         raise UserError(
@@ -239,15 +246,29 @@ def _read(path: Path) -> Tensors:
     if not path.is_file():
         raise UserError(f"{path} does not exist: wanted a checkpoint file. Download it or correct the path.")
     if path.suffix == ".safetensors":
-        try:
+        with _safetensors_errors(path):
             return load_file(path)
-        except SafetensorError as error:
-            raise UserError(f"{path} is not a safetensors file: {error}. Download it again.") from error
     content = _unpickle(path)
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
-    if not content or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
+    if not content or not all(isinstance(key, str) and isinstance(content[key], torch.Tensor) for key in content):
         raise UserError(f"{path} has no state_dict of tensors: wanted a checkpoint of the CompVis layout.")
+    # Others could expand a small file to any size, for example with strides of 0.
+    if others := [key for key, tensor in content.items() if not _is_stored(tensor)]:
+        raise UserError(f"{path} does not store all elements of {others[0]}: it may be forged. Download it again.")
     return dict(content)
+
+
+def _is_stored(tensor: torch.Tensor) -> bool:
+    """True if the file has every element of a tensor."""
+    return tensor.layout == torch.strided and tensor.untyped_storage().nbytes() >= tensor.nbytes
+
+
+@contextmanager
+def _safetensors_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a safetensors file: {error}. Download it again.") from error
 
 
 class _Unread:

@@ -50,7 +50,8 @@ pipeline = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="pipeline
 `pipeline(context=...)` takes (n, tokens, {dim}) CLIP vectors: that of the text first, then those of the neighbors, best
 first, any number of them, {lengths}. The unconditional input is one token of
 zeros. `recipe.json` has all settings. With laion-rdm installed, no code of this folder runs, and a retriever searches a
-database or a list of pictures:
+database or a list of pictures. Fill in `pretrained`, the tag or file of the encoder's weights, and the folder of your
+database; an encoder of a local folder is `ClipConfig(model="local-dir:FOLDER")`:
 
 ```python
 from retrieval import Database
@@ -59,7 +60,8 @@ from retrieval.recipe import ClipConfig
 from trainer.released import RetrievalDiffusionPipeline, Retriever
 
 pipeline = RetrievalDiffusionPipeline.from_pretrained("{name}")
-retriever = Retriever(Encoder(ClipConfig(model="{encoder}")), Database.open("databases/NAME"))
+encoder = Encoder(ClipConfig(model="{encoder}", pretrained="..."))
+retriever = Retriever(encoder, Database.open("databases/NAME"))
 pictures = pipeline("two red hearts", retriever, k={k}).images
 ```
 """
@@ -118,6 +120,13 @@ def read_folder(folder: Path, config: TrainingRecipe) -> ReleasedModel:
             f"{config.autoencoder.scale}. Set the scale to the model's."
         )
     return ReleasedModel({name: weights[name].float() for name in expected}, folder / "vae")
+
+
+def stated_settings(folder: Path) -> dict[str, Any]:
+    """`size` and `k` of the model's training; empty for folders of other projects, which do not tell them."""
+    path = folder / "recipe.json"
+    recipe = _read_json(path) if path.is_file() else {}
+    return {name: recipe[name] for name in ("size", "k") if name in recipe}
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from retrieval.clip.identity import EncoderIdentity
 from retrieval.errors import UserError
@@ -22,14 +23,17 @@ from trainer.data.latents import latent_shape
 from trainer.model.autoencoder import Autoencoder
 from trainer.recipe import AutoencoderConfig, ModelConfig, TrainingRecipe
 from trainer.released.checkpoint_import import ReleasedModel, read_autoencoder, read_checkpoint
-from trainer.released.diffusers_folder import read_folder
-from trainer.released.run_folder import is_run, read_run, run_digest
+from trainer.released.diffusers_folder import read_folder, stated_settings
+from trainer.released.run_folder import SourceRun
 
 
-def import_model(config: TrainingRecipe, source: Path, encoder: EncoderIdentity, root: Root) -> Manifest:
+def import_model(
+    config: TrainingRecipe, source: Path, encoder: EncoderIdentity, root: Root, name_setting: str = "train.name"
+) -> Manifest:
     """Import a checkpoint, a diffusers folder or a run as the recipe's finished run, unless that is done already.
 
-    Raises UserError if the model does not match the recipe, or if the folder has another run.
+    name_setting: of the recipe, for the message if the folder has another run. Raises UserError for this, and if the
+    model does not match the recipe.
     """
     started = time.monotonic()
     if encoder.dim != config.model.context_dim:
@@ -37,12 +41,13 @@ def import_model(config: TrainingRecipe, source: Path, encoder: EncoderIdentity,
             f"[clip] has dimension {encoder.dim}, [model] context_dim is {config.model.context_dim}. "
             "Set [clip] to the encoder that the model was trained with."
         )
-    upstream = {"released": _digest(source), "encoder": encoder.digest}
+    source_run = SourceRun.open(source)
+    upstream = {"released": source_run.digest() if source_run else _digest(source), "encoder": encoder.digest}
     fingerprint_ = fingerprint("train", schema.VERSION, config, upstream)
-    if (finished := _finished(root, config.train.folder, fingerprint_)) is not None:
+    if (finished := _finished(root, config.train.folder, fingerprint_, name_setting)) is not None:
         return finished
     with tempfile.TemporaryDirectory(prefix="rdm-") as temporary:
-        released = _read(source, config, Path(temporary))
+        released = source_run.read(config) if source_run else _read(source, config, Path(temporary))
         if released.encoder not in (None, encoder.model_dump(mode="json")):
             raise UserError(f"{source} was trained with {released.encoder}, [clip] is {encoder}. Set it to the run's.")
         autoencoder = _place_autoencoder(released.autoencoder, config.autoencoder, config.model)
@@ -57,6 +62,12 @@ def import_model(config: TrainingRecipe, source: Path, encoder: EncoderIdentity,
     return publish_run(run, root, released.unet, {}, time.monotonic() - started)
 
 
+def trained_with(source: Path) -> dict[str, Any]:
+    """`size` and `k` of section `train` that a model was trained with; empty if its files do not tell them."""
+    source_run = SourceRun.open(source)
+    return source_run.trained_with() if source_run else stated_settings(source)
+
+
 def import_autoencoder(config: AutoencoderConfig, source: Path, model: ModelConfig | None = None) -> Autoencoder:
     """Take the autoencoder out of a checkpoint file and write it to the path in the recipe. Returns it.
 
@@ -68,9 +79,7 @@ def import_autoencoder(config: AutoencoderConfig, source: Path, model: ModelConf
 
 
 def _read(source: Path, config: TrainingRecipe, temporary: Path) -> ReleasedModel:
-    """Read a file or folder of any kind. temporary: for an autoencoder that has to be converted."""
-    if is_run(source):
-        return read_run(source, config)
+    """Read a checkpoint file or a diffusers folder. temporary: for an autoencoder that has to be converted."""
     return read_folder(source, config) if source.is_dir() else read_checkpoint(source, config, temporary)
 
 
@@ -78,15 +87,13 @@ def _digest(source: Path) -> str:
     """SHA-256 of a file, or of all files of a folder."""
     if not source.exists():
         raise UserError(f"{source} does not exist: wanted a checkpoint or a diffusers folder. Correct the path.")
-    if is_run(source):
-        return run_digest(source)
     if source.is_file():
         return file_sha256(source)
     sums = [(str(path.relative_to(source)), file_sha256(path)) for path in sorted(source.rglob("*")) if path.is_file()]
     return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
 
-def _finished(root: Root, folder: str, fingerprint_: str) -> Manifest | None:
+def _finished(root: Root, folder: str, fingerprint_: str, name_setting: str) -> Manifest | None:
     """The manifest if this import is finished. Raises UserError if the folder has files of another run."""
     if root.exists(f"{folder}/manifest.json"):
         manifest = read_manifest(root, folder)
@@ -98,7 +105,8 @@ def _finished(root: Root, folder: str, fingerprint_: str) -> Manifest | None:
     partial = {f"{folder}/{name}" for name in (f"model/{CONFIG}", f"model/{WEIGHTS}", "recipe.json")}
     if others := [name for name in root.list(folder) if name not in partial]:
         raise UserError(
-            f"{root.at(folder)} has another run ({others[0]}). Set train.name to a new name, or delete the folder."
+            f"{root.at(folder)} has another run, or one that was imported with other settings ({others[0]}). Set "
+            f"{name_setting} to a new name."
         )
     return None
 

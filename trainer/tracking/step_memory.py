@@ -91,9 +91,11 @@ class StepMemory:
     state: float
     """All the time: bf16 weights, and fp32 masters, moments and averages of those that are trained."""
     passes: float
-    """At the peak of a forward and backward pass: activations, gradients and DeepSpeed's buffer."""
+    """At the peak of a forward and backward pass: activations, gradients and DeepSpeed's buffer. If a step has several
+    micro batches, gradients of the earlier ones are there from the start."""
     update: float
-    """In the optimizer's step: the gradients in bf16 and, copied, in fp32."""
+    """In the optimizer's step: the gradients in bf16, their flat copy in bf16, and the copy of that in fp32, which are
+    there at the same time in DeepSpeed's `stage_1_and_2.py` (0.19.8)."""
     validation: float
     """In a validation or preview: a second network in bf16."""
 
@@ -113,8 +115,9 @@ def step_memory(config: TrainingRecipe, latent_shape: tuple[int, int, int]) -> S
         x_t = torch.empty(train.micro_batch, *latent_shape, dtype=torch.bfloat16)
         context = torch.empty(train.micro_batch, train.context_tokens, config.model.context_dim, dtype=torch.bfloat16)
         with counted_as_fused_attention(), PeakMemory() as memory:
-            predicted = unet(x_t, torch.zeros(train.micro_batch), context, return_dict=False)[0]
-            predicted.float().square().mean().backward()
+            for _ in range(min(2, train.global_batch // train.micro_batch)):
+                predicted = unet(x_t, torch.zeros(train.micro_batch), context, return_dict=False)[0]
+                predicted.float().square().mean().backward()
     parameters = sum(weight.numel() for weight in unet.parameters())
     trained = sum(weight.numel() for weight in unet.parameters() if weight.requires_grad)
     average = 4 if train.ema_decay else 0  # without decay, the masters are the average
@@ -123,6 +126,6 @@ def step_memory(config: TrainingRecipe, latent_shape: tuple[int, int, int]) -> S
         trained=trained,
         state=2 * parameters + (4 + MOMENT_BYTES[train.optimizer] + average) * trained,
         passes=memory.peak + BUCKET_BYTES,
-        update=(2 + 4) * trained,
+        update=(2 + 2 + 4) * trained,
         validation=2 * parameters if train.validation_images else 0,
     )

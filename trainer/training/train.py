@@ -131,6 +131,7 @@ def checkpoints_of(plan: TrainingPlan, root: Root) -> CheckpointFolder:
         keep=plan.config.train.keep_checkpoints,
         keep_every=plan.config.train.keep_every,
         timeout_minutes=plan.config.train.timeout_minutes,
+        encoder=plan.encoder,
     )
 
 

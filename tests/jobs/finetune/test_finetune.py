@@ -9,7 +9,7 @@ import pytest
 
 from jobs import train as train_job
 from jobs.cli.recipe import Recipe, load_recipe
-from jobs.finetune.__main__ import run
+from jobs.finetune.__main__ import import_start, run
 from pipeline.import_pictures import Sources
 from retrieval.errors import UserError
 from retrieval.storage.manifest import read_manifest
@@ -18,7 +18,7 @@ from tests.pipeline.shards_in_process import shards_in_process
 from tests.trainer.released.released_model import MODELS, state_of, write_checkpoint
 from tests.trainer.tiny_run import write_clip
 from tests.trainer.training.launched import train
-from trainer.recipe import TrainingRecipe
+from trainer.recipe import TrainConfig, TrainingRecipe
 
 FINETUNE = Path(__file__).resolve().parents[3] / "jobs/configs/finetune.toml"
 MODEL = MODELS["laion"]
@@ -96,3 +96,23 @@ def test_a_released_checkpoint_is_fine_tuned_on_a_folder_of_pictures(
 def test_a_recipe_without_a_start_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"finetune.toml has no train.start_from: set it"):
         run(recipe_of(tmp_path, train__start_from='""'), tmp_path / "model.ckpt", Sources(tmp_path))
+
+
+def test_the_8_bit_optimizer_is_checked_before_any_work(tmp_path: Path) -> None:
+    assert load_recipe(FINETUNE, [])[TrainConfig].ranks == 1
+    with pytest.raises(UserError, match=r"works on one rank, this run has 2\. Set train\.ranks = 1"):
+        run(recipe_of(tmp_path, train__optimizer="adamw_8bit", train__ranks=2), tmp_path / "none", Sources(tmp_path))
+
+
+def test_the_start_has_the_size_and_k_of_its_source(tmp_path: Path) -> None:
+    write_clip(tmp_path / "clip")
+    checkpoint, recipe = write_checkpoint(tmp_path / "model.ckpt", state_of("laion")), recipe_of(tmp_path)
+    import_start(recipe, checkpoint)
+    # A checkpoint does not tell them.
+    with pytest.raises(UserError, match=r"runs/released/train has another run.* Set train\.start_from to a new name"):
+        import_start(recipe_of(tmp_path, train__k=3), checkpoint)
+    source = recipe.root.local_path("runs/released/train")
+    for size in (64, 32):
+        import_start(recipe_of(tmp_path, train__start_from="copy", train__size=size), source)
+    train = read_manifest(recipe.root, "runs/copy/train").config["train"]
+    assert (train["size"], train["k"]) == (64, 2)

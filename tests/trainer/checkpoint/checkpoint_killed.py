@@ -77,7 +77,7 @@ def check(path: Path) -> int:
     # Also one that was being written, and one that was being deleted.
     assert len(list(path.glob("step-*"))) <= len(steps) + 2
     for entry in index["checkpoints"]:
-        checkpoints._check_files(entry)
+        checkpoints.check_files(entry)
         with SavedFragments(Root(path), entry["tag"]) as saved:
             fragment = Fragment("w", 0, torch.zeros(sum(SIZES)))
             saved.read_into("master", fragment)

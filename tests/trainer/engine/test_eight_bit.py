@@ -10,13 +10,15 @@ import torch
 from pydantic import ValidationError
 from safetensors import safe_open
 
+from jobs.train import ranks_here
 from retrieval.errors import UserError
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
 from tests.trainer.training.launched import train
 from tests.trainer.training_set import make_recipe, new_training_set
-from trainer.engine.deepspeed_engine import Ranks, engine_settings
-from trainer.engine.optimizer import make_optimizer
+from trainer.checkpoint.fragment_files import SavedFragments, write_fragments
+from trainer.engine.deepspeed_engine import Ranks, check_ranks, engine_settings
+from trainer.engine.fragments import Fragment
 from trainer.recipe import TrainingRecipe
 from trainer.tracking.training_log import read_step_metrics
 
@@ -62,9 +64,25 @@ def test_it_is_refused_without_its_package_on_several_ranks_and_with_sharded_wei
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(UserError, match="needs bitsandbytes: run 'pip install bitsandbytes'"):
-        make_optimizer(torch.nn.Linear(2, 2), recipe_of("").train)
-    with pytest.raises(UserError, match="works on one rank, this run has 2"):
-        engine_settings(recipe_of("").train, Ranks(0, 2, torch.device("cpu")))
+    config = recipe_of("", ranks=1).train
+    for check in (check_ranks, lambda config, world: engine_settings(config, Ranks(0, world, torch.device("cpu")))):
+        with pytest.raises(UserError, match="needs bitsandbytes: run '.venv/bin/python -m pip install bitsandbytes'"):
+            check(config, 1)
+        with pytest.raises(UserError, match="works on one rank, this run has 2. Set train.ranks = 1"):
+            check(config, 2)
+    with pytest.raises(UserError, match="needs bitsandbytes"):
+        ranks_here(config)
+    assert ranks_here(config.model_copy(update={"optimizer": "adamw"})) == 1
     with pytest.raises(ValidationError, match='"adamw_8bit" works with zero_stage 0, 1 and 2'):
         recipe_of("", zero_stage=3)
+
+
+def test_moments_of_other_tensors_than_the_optimizers_are_refused(tmp_path: Path) -> None:
+    root = Root(tmp_path)
+    moments = {f"state1/master{number}@0": torch.zeros(size, dtype=torch.uint8) for number, size in enumerate((6, 4))}
+    write_fragments(root, "step/rank-00000.safetensors", moments)
+    with SavedFragments(root, "step") as saved:
+        saved.check_lengths("state1", [Fragment("master0", 0, torch.zeros(6)), Fragment("master1", 0, torch.zeros(4))])
+        for other in (Fragment("master0", 0, torch.zeros(10)), Fragment("master2", 0, torch.zeros(1))):
+            with pytest.raises(UserError, match=rf"of state1 of {other.name}, the optimizer has .* set train\.zero_stage"):
+                saved.check_lengths("state1", [other])

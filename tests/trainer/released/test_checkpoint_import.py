@@ -1,17 +1,11 @@
-"""Import of released checkpoints: equal outputs, complete tensors, and no pickled objects."""
+"""Import of released checkpoints: equal outputs and complete tensors."""
 
-import gzip
 import re
-import sys
-import tarfile
-import types
-import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import save, save_file
+from safetensors.torch import save_file
 
 from retrieval.errors import UserError
 from tests.trainer.released import compvis
@@ -129,12 +123,14 @@ def test_the_autoencoder_alone_is_that_of_the_whole_model(kind, content, tmp_pat
         ({"quant_conv.weight": None}, r"has no quant_conv\.weight"),
         ({"encoder.conv_in.weight": torch.zeros(())}, "0 channels at its first convolution"),
         ({"encoder.conv_in.weight": torch.zeros(48, 3, 3, 3)}, "48 channels at its first convolution"),
-        ({"encoder.conv_in.weight": torch.zeros(1, 1, 1, 1).expand(1 << 20, 3, 3, 3)}, "1048576 channels at its first"),
+        ({"encoder.conv_in.weight": torch.zeros(8192, 1, 1, 1)}, "8192 channels at its first"),
         ({"quant_conv.weight": torch.zeros(0, 32, 1, 1)}, "0 at its last"),
         ({"decoder.conv_out.bias": None}, r"1 keys missing \(decoder\.conv_out\.bias\)"),
         ({"decoder.conv_out.bias": torch.zeros(4)}, r"decoder\.conv_out\.bias is \(4,\), wanted \(3,\)"),
         ({"encoder.spare": torch.zeros(1)}, r"1 keys unknown \(encoder\.spare\)"),
         ({"quantize.embedding.weight": torch.zeros(8, 3)}, "of kind 'vq', .* kind is 'kl'"),
+        ({"quantize.embedding.weight": torch.zeros(())}, r"codes of shape \(\), wanted \(n, 3\)"),
+        ({"quantize.embedding.weight": torch.zeros(0, 3)}, r"codes of shape \(0, 3\), wanted"),
     ],
 )
 def test_a_damaged_autoencoder_file_is_refused_with_its_first_differences(change, message, tmp_path):
@@ -236,43 +232,16 @@ def test_half_precision_and_linear_projections_are_converted(tmp_path):
     assert (actual - expected).abs().max() < 0.05
 
 
-def test_a_safetensors_file_with_the_same_keys_is_read(tmp_path):
+def test_a_safetensors_file_with_the_same_keys_is_read(tmp_path, monkeypatch):
     save_file(state_of("imagenet"), tmp_path / "model.safetensors")
     from_safetensors = read(tmp_path / "model.safetensors", "imagenet").unet
     from_torch = read(write_checkpoint(tmp_path / "model.ckpt", state_of("imagenet")), "imagenet").unet
     assert from_torch.keys() == from_safetensors.keys()
     assert all(torch.equal(tensor, from_safetensors[name]) for name, tensor in from_torch.items())
-
-
-class WritesFile:
-    """Writes a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (self.path,))
-
-
-def test_a_pickled_object_is_refused_and_never_created(tmp_path):
-    path = write_checkpoint(tmp_path / "model.ckpt", state_of("laion"), extra=WritesFile(tmp_path / "ran"))
-    with pytest.raises(UserError, match=r"contains a pickled .*which could run any code"):
-        read(path, "laion")
-    with pytest.raises(UserError, match=r"contains a pickled .*which could run any code"):
-        has_only_autoencoder(path)
-    assert not (tmp_path / "ran").exists()
-
-
-def test_objects_of_lightning_in_the_checkpoint_are_accepted(tmp_path, monkeypatch):
-    name = "pytorch_lightning.callbacks.model_checkpoint"
-    callback = type("ModelCheckpoint", (), {"__module__": name})
-    for part in ("pytorch_lightning", "pytorch_lightning.callbacks", name):
-        monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
-    sys.modules[name].ModelCheckpoint = callback
-    callbacks = {callback: {"best_model_score": np.float64(0.1), "dirpath": "logs"}}
-    path = write_checkpoint(tmp_path / "model.ckpt", state_of("laion"), callbacks=callbacks)
-    monkeypatch.undo()
-    assert read(path, "laion").unet
+    save_file(first_stage_of("imagenet"), tmp_path / "stage.safetensors")
+    monkeypatch.delattr("trainer.released.checkpoint_import.load_file")  # only names are read
+    assert not has_only_autoencoder(tmp_path / "model.safetensors")
+    assert has_only_autoencoder(tmp_path / "stage.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -299,62 +268,3 @@ def test_a_checkpoint_without_its_schedule_or_first_stage_is_refused(key, tmp_pa
         read(write_checkpoint(tmp_path / "model.ckpt", state), "laion")
 
 
-def test_a_checkpoint_of_torch_before_1_6_is_read_by_the_same_rules(tmp_path):
-    state, path = state_of("imagenet"), tmp_path / "old.ckpt"
-    torch.save({"state_dict": state, "epoch": 3}, path, _use_new_zipfile_serialization=False)
-    assert not zipfile.is_zipfile(path)
-    new = read(write_checkpoint(tmp_path / "new.ckpt", state), "imagenet")
-    for name, tensor in read(path, "imagenet").unet.items():
-        assert torch.equal(tensor, new.unet[name])
-    for cut in (100, path.stat().st_size // 2, path.stat().st_size - 10):
-        (tmp_path / "cut.ckpt").write_bytes(path.read_bytes()[:cut])
-        with pytest.raises(UserError, match="not a torch file, or incomplete"):
-            read(tmp_path / "cut.ckpt", "imagenet")
-    torch.save({"state_dict": state, "model": Path("x")}, path, _use_new_zipfile_serialization=False)
-    with pytest.raises(UserError, match="contains a pickled pathlib"):
-        read(path, "imagenet")
-
-
-@pytest.mark.parametrize(
-    ("data", "kind"),
-    [
-        (b"", "empty"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "pointer of Git LFS"),
-        (b"\n<!DOCTYPE html><html>Sign in</html>", "a web page"),
-        (save({"a": torch.zeros(2)}), "a safetensors file with another suffix"),
-        (gzip.compress(b"model"), "a compressed file"),
-    ],
-)
-def test_a_file_of_another_kind_is_named(data, kind, tmp_path):
-    (tmp_path / "model.ckpt").write_bytes(data)
-    with pytest.raises(UserError, match=kind):
-        read(tmp_path / "model.ckpt", "imagenet")
-
-
-def test_a_tar_of_early_torch_is_named(tmp_path):
-    with tarfile.open(tmp_path / "model.ckpt", "w") as tar:
-        tar.addfile(tarfile.TarInfo("pickle"))
-    with pytest.raises(UserError, match=r"a tar archive, as torch before 0\.1\.10 wrote"):
-        read(tmp_path / "model.ckpt", "imagenet")
-
-
-def test_an_invalid_or_incomplete_file_is_refused(tmp_path):
-    path = write_checkpoint(tmp_path / "model.ckpt", state_of("imagenet"))
-    broken = tmp_path / "broken.ckpt"
-    for data in (path.read_bytes()[:5000], b"no checkpoint at all"):
-        broken.write_bytes(data)
-        with pytest.raises(UserError, match=r"not a torch file, or incomplete"):
-            read(broken, "imagenet")
-    for pickled in (b"broken", b"\x80\x02}q\x00."):
-        with zipfile.ZipFile(path) as whole, zipfile.ZipFile(broken, "w") as part:
-            for name in whole.namelist():
-                part.writestr(name, pickled if name.endswith("data.pkl") else whole.read(name))
-        with pytest.raises(UserError, match=r"not a torch file, or incomplete|no state_dict of tensors"):
-            read(broken, "imagenet")
-    with pytest.raises(UserError, match="no state_dict of tensors"):
-        read(write_checkpoint(tmp_path / "other.ckpt", {"betas": 3}), "imagenet")
-    with pytest.raises(UserError, match="does not exist"):
-        read(tmp_path / "nowhere.ckpt", "imagenet")
-    (tmp_path / "x.safetensors").write_bytes(b"no checkpoint at all")
-    with pytest.raises(UserError, match="not a safetensors file"):
-        read(tmp_path / "x.safetensors", "imagenet")

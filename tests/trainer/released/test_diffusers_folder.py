@@ -10,12 +10,13 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, VQMode
 from diffusers.utils import dynamic_modules_utils
 from safetensors.torch import load_file, save_file
 
+from retrieval.clip.encoder import Encoder
 from retrieval.errors import UserError
 from retrieval.storage.manifest import read_manifest, write_manifest
 from retrieval.storage.root import Root
 from tests.trainer.released.released_model import MODELS, networks, recipe_of, state_of, write_checkpoint
 from tests.trainer.released.test_import_run import ENCODER
-from tests.trainer.tiny_run import write_run
+from tests.trainer.tiny_run import write_clip, write_run, write_style_database
 from trainer.checkpoint.export import read_model_weights
 from trainer.model.autoencoder import Autoencoder
 from trainer.model.diffusion import scheduler_settings
@@ -111,19 +112,31 @@ def test_a_run_is_not_exported_with_another_autoencoder(exported, tmp_path):
     assert not (tmp_path / "target").exists()
 
 
-def test_the_code_of_the_model_card_opens_the_folder(exported, monkeypatch, tmp_path):
+def test_the_code_of_the_model_card_opens_the_folder_and_draws(exported, monkeypatch, tmp_path):
     kind, _, _, folder = exported
     card = (folder / "README.md").read_text()
     assert f"{sum(w.numel() for w in networks(kind)[0].parameters()):,} parameters" in card
     assert "trained at 64 px" in card
     assert "with 4 neighbors" in card
     assert {"laion": "each of length 1", "imagenet": "not normalized"}[kind] in card
-    code = card.split("```python")[1].split("```")[0]
+    opens, draws = (block.split("```")[0] for block in card.split("```python")[1:])
     monkeypatch.chdir(folder.parent)
     monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path))
     opened: dict[str, object] = {}
-    exec(code, opened)
+    exec(opens, opened)
     assert isinstance(opened["pipeline"].vae, CLASSES[kind])
+    clip = write_clip(tmp_path / "clip")
+    write_style_database(Root(tmp_path), "databases/green", Encoder(clip), ["green"], rows=8)
+    # What the card leaves to its reader, and fewer steps.
+    for placeholder, value in (
+        ('model="ViT-L-14", pretrained="..."', f'model="{clip.model}"'),
+        ("databases/NAME", str(tmp_path / "databases/green")),
+        ("k=4", "k=4, num_inference_steps=2"),
+    ):
+        assert draws.count(placeholder) == 1
+        draws = draws.replace(placeholder, value)
+    exec(draws, opened)
+    assert [picture.size for picture in opened["pictures"]] == [(64, 64)]
 
 
 def test_an_exported_folder_is_imported_as_the_same_run(exported, tmp_path):

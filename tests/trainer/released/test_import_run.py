@@ -75,7 +75,7 @@ def test_a_finished_import_is_not_repeated_and_a_damaged_one_is(checkpoint, tmp_
 def test_a_folder_with_another_run_is_not_changed(checkpoint, tmp_path):
     config, root = recipe_of("laion", tmp_path / "autoencoder"), Root(tmp_path / "root")
     root.write_bytes(f"{config.train.folder}/checkpoints/7/complete", b"")
-    with pytest.raises(UserError, match=r"runs/laion/train has another run \(.*complete"):
+    with pytest.raises(UserError, match=r"runs/laion/train has another run.*\(.*complete\)\. Set train\.name to a new"):
         import_model(config, checkpoint, ENCODER, root)
     root.delete(config.train.folder)
     import_model(config, checkpoint, ENCODER, root)
