@@ -53,8 +53,8 @@ def export_run(
         start = f"runs/{train.start_from}/train"
         if read_manifest(root, start).fingerprint != plan.upstream["start_from"]:
             raise UserError(
-                f"{root.at(start)} is another run than the one that the adapters were trained on. Restore that run, then "
-                f"start again: the checkpoint of the last step is kept."
+                f"{root.at(start)} is another run than the one that the adapters were trained on. Restore that run, "
+                f"then start again: the checkpoint of the last step is kept."
             )
         adapters = weights
         weights = merge(read_model_weights(root, start), adapters, train.lora)

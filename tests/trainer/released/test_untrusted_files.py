@@ -1,4 +1,4 @@
-"""Checkpoint files from outside: no pickled object is created, and damaged or forged files are refused with a reason."""
+"""Checkpoint files from outside: no pickled object is created, damaged and forged files are refused with a reason."""
 
 import gzip
 import sys
