@@ -119,9 +119,11 @@ def _read_index(path: Path) -> dict[str, Any]:
     """The index of a run's checkpoints. Raises UserError if it is damaged or of another version."""
     try:
         index: dict[str, Any] = json.loads(path.read_text())
-        layout, _, newest = index["layout"], index["settings"]["autoencoder stage"], index["checkpoints"][-1]
-        is_complete = layout == LAYOUT and isinstance(newest["tag"], str) and isinstance(newest["files"], dict)
-    except (ValueError, LookupError, TypeError):
+        newest = index["checkpoints"][-1]
+        has_settings = {"train.size", "train.k", "autoencoder stage"} <= index["settings"].keys()
+        has_files = isinstance(newest["tag"], str) and isinstance(newest["files"], dict)
+        is_complete = index["layout"] == LAYOUT and has_settings and has_files
+    except (ValueError, LookupError, TypeError, AttributeError):
         is_complete = False
     if not is_complete:
         raise UserError(f"{path} is damaged, or of another version than {LAYOUT}. Copy the run again, or finish it.")
