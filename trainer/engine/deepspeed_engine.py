@@ -118,10 +118,7 @@ def make_engine(unet: Any, config: TrainConfig, ranks: Ranks) -> deepspeed.DeepS
     if config.compile:
         unet.compile(dynamic=False)
     engine, *_ = deepspeed.initialize(
-        model=unet,
-        optimizer=make_optimizer(unet, config),
-        config=settings,
-        dist_init_required=False,
+        model=unet, optimizer=make_optimizer(unet, config), config=settings, dist_init_required=False
     )
     if ranks.world == 1 and not config.zero_stage:
         engine.enable_backward_allreduce = False  # with one rank it only copies all gradients

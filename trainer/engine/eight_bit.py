@@ -29,7 +29,7 @@ def check_8bit(config: TrainConfig, world: int) -> None:
         )
     if find_spec("bitsandbytes") is None:
         raise UserError(
-            'train.optimizer "adamw_8bit" needs bitsandbytes: run \'.venv/bin/python -m pip install bitsandbytes\', or '
+            "train.optimizer \"adamw_8bit\" needs bitsandbytes: run '.venv/bin/python -m pip install bitsandbytes', or "
             'set the optimizer to "adamw".'
         )
 

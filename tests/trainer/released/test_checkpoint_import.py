@@ -266,5 +266,3 @@ def test_a_checkpoint_without_its_schedule_or_first_stage_is_refused(key, tmp_pa
     del state[key]
     with pytest.raises(UserError, match=f"has no {re.escape(key)}"):
         read(write_checkpoint(tmp_path / "model.ckpt", state), "laion")
-
-

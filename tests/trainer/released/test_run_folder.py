@@ -114,7 +114,7 @@ def test_the_checkpoint_whose_digest_was_computed_is_read(unfinished: Path, reci
     index.write_text(json.dumps(run.index | {"checkpoints": [*run.index["checkpoints"], newer]}))
     run.read(recipe)
     assert run.digest() == before
-    with pytest.raises(UserError, match="step-00000004.* the checkpoint is damaged"):
+    with pytest.raises(UserError, match=r"step-00000004.* the checkpoint is damaged"):
         digest(unfinished)
 
 
