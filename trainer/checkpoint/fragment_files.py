@@ -77,8 +77,8 @@ class SavedFragments:
             if (saved := sum(end - start for start, end, *_ in slices)) != fragment.values.numel():
                 raise UserError(
                     f"{self._root.at(self._folder)} has {saved:,} elements of {state} of {fragment.name}, the "
-                    f"optimizer has {fragment.values.numel():,}. Moments in 8 bits cannot be split: set train.zero_stage "
-                    f"and train.decay_norms_and_biases to their values of the last start."
+                    f"optimizer has {fragment.values.numel():,}. Moments in 8 bits cannot be split: set "
+                    f"train.zero_stage and train.decay_norms_and_biases to their values of the last start."
                 )
 
     def _file(self, name: str) -> Any:

@@ -117,6 +117,7 @@ def test_an_invalid_or_incomplete_file_is_refused(tmp_path):
     [torch.zeros(1, 1, 1, 1).expand(1 << 20, 1 << 20, 3, 3), torch.zeros(2, 2).to_sparse()],
     ids=["strides of 0", "sparse"],
 )
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 def test_a_tensor_that_is_larger_than_its_file_is_refused(tensor, tmp_path):
     path = write_checkpoint(tmp_path / "model.ckpt", {"encoder.conv_in.weight": tensor})
     assert path.stat().st_size < 10_000
