@@ -15,6 +15,7 @@ from jobs.cli.recipe import Recipe
 from jobs.imports import __main__ as imports
 from jobs.train import training_recipe
 from pipeline.import_pictures import Sources
+from pipeline.runtime.workers import shared_workers
 from retrieval.clip.encoder import Encoder
 from retrieval.cluster.connection import ray_connection
 from retrieval.errors import UserError
@@ -29,8 +30,8 @@ def run(recipe: Recipe, model: Path, sources: Sources) -> None:
         raise UserError(f"{recipe.path} has no train.start_from: set it to a name for the model that you start from.")
     train.ranks_here(recipe[TrainConfig])  # before hours of work
     import_start(recipe, model)
-    # One Ray for all data stages; it ends before training, which needs the memory.
-    with ray_connection():
+    # One Ray and the same workers for all data stages; they end before training, which needs the memory.
+    with ray_connection(), shared_workers():
         imports.run(recipe, sources)
         for stage in (embed, index, neighbors):
             stage.run(recipe)
