@@ -1,7 +1,8 @@
 """`laion-rdm sample RECIPE`: samples the recipe's prompts with neighbors from its databases.
 
 `--prompt "a stag" --out stag.png` samples only this picture; `--again stag.png` reproduces a picture from the
-recipe in its metadata. Neither changes the files of the stage.
+recipe in its metadata. `--without "artist == 'Ann'"` leaves out neighbors, and prints how far a single picture differs
+from the one with them. None of these changes the files of the stage.
 """
 
 import json
@@ -15,10 +16,12 @@ from typing import Any
 from jobs.cli.command import add_ray_tasks, add_remake, exit_on_user_error, recipe_parser, run_on_recipe
 from jobs.cli.recipe import Recipe
 from jobs.cluster.parts import run_in_parts
+from retrieval.cli.contact_sheet import printable
 from retrieval.errors import UserError
 from retrieval.recipe import ClipConfig
 from retrieval.storage.root import Root
 from retrieval.storage.writable import require_writable
+from trainer.attribution import Attribution, attribute
 from trainer.recipe import AutoencoderConfig, TrainConfig
 from trainer.sampling import sample as stage
 from trainer.sampling.picture import read_recipe
@@ -40,8 +43,11 @@ def run_one(recipe: Recipe, prompt: str, out: Path, again: Path | None = None) -
     require_writable(folder, out.name)
     started = time.monotonic()
     config, model = recipe[SampleConfig], trained_model(recipe)
-    credentials = picture_credentials(config)
-    if again is None:
+    credentials, attribution = picture_credentials(config), None
+    if config.without:
+        attribution = attribute_one(recipe, prompt, again)
+        sample = attribution.without
+    elif again is None:
         sample = stage.sample_prompt(config, model, recipe.root, prompt)
     else:
         sample = stage.reproduce(config, model, recipe.root, recipe_of(again))
@@ -50,6 +56,34 @@ def run_one(recipe: Recipe, prompt: str, out: Path, again: Path | None = None) -
     names = ", ".join(f"'{name}'" for name in sample.request.database_weights())
     conditioning = f"{len(sample.neighbors)} neighbors from {names}" if names else "text alone"
     print(f"{out}: {width} x {height}, {conditioning}, {time.monotonic() - started:.1f} s")
+    if attribution is not None:
+        print(attribution_text(attribution, config.without))
+
+
+def attribute_one(recipe: Recipe, prompt: str, again: Path | None) -> Attribution:
+    """A picture with and without the rows that meet [sample] without: of `prompt`, or of the PNG `again`."""
+    config, model = recipe[SampleConfig], trained_model(recipe)
+    complete = config.model_copy(update={"without": ""})
+    if again is None:
+        return attribute(*stage.open_prompt(complete, model, recipe.root, prompt), config.without)
+    stored = recipe_of(again)
+    attribution = attribute(*stage.open_recipe(complete, model, recipe.root, stored), config.without)
+    stage.require_neighbors(attribution.sample, stored)
+    return attribution
+
+
+def attribution_text(attribution: Attribution, group: str) -> str:
+    """How far two pictures differ, and the neighbors that only one of them has, for a terminal."""
+    lines = [
+        f"without the rows where {group}: CLIP similarity to the picture with them {attribution.clip_similarity:.3f}, "
+        f"mean difference of pixels {attribution.pixel_difference:.1f} of 255"
+    ]
+    for title, neighbors in (("left out", attribution.removed), ("in their place", attribution.added)):
+        lines.append(f"{len(neighbors)} neighbors {title}")
+        lines += [
+            f"  {each.similarity:.3f}  {each.database}  {each.image_id}  {printable(each.caption)}" for each in neighbors
+        ]
+    return "\n".join(lines)
 
 
 def recipe_of(png: Path) -> dict[str, Any]:
@@ -78,6 +112,7 @@ def overrides(arguments: Namespace) -> list[str]:
         "strength": arguments.strength,
         "mask": arguments.mask and json.dumps(arguments.mask),
         "exclude": arguments.exclude,
+        "without": arguments.without and json.dumps(arguments.without),
         "weights": arguments.weigh and _toml_table("--weigh", arguments.weigh),
         "top_m": arguments.top_m,
     }
@@ -112,6 +147,9 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("--k", type=int, help="neighbors from each database")
     parser.add_argument(
         "--exclude", nargs="+", type=int, metavar="ID", help="ids of images that are not used as neighbors"
+    )
+    parser.add_argument(
+        "--without", metavar="CONDITION", help="leave out neighbors that meet a condition, such as \"artist == 'Ann'\""
     )
     parser.add_argument(
         "--weigh", nargs="+", metavar="ID=FACTOR", help="weights of neighbors; for negative ids write --weigh=-5=2"

@@ -60,6 +60,7 @@ pipeline/pictures: recipe runtime
 pipeline/recipe:
 pipeline/runtime:
 pipeline/web:
+trainer/attribution: sampling
 trainer/checkpoint: data engine model recipe
 trainer/data: model recipe
 trainer/engine: recipe

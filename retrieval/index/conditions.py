@@ -50,6 +50,11 @@ def parse_condition(text: str) -> Expression:
         raise UserError(f"condition {shown!r}: {error}. Write it as in: {EXAMPLE}") from error
 
 
+def parse_complement(text: str) -> Expression:
+    """The condition of all rows that do not meet the one in a text, also those where a compared value is missing."""
+    return ~pc.coalesce(parse_condition(text), pc.scalar(False))
+
+
 def rows_that_meet(condition: Expression, metadata: pa.Table) -> npt.NDArray[np.bool_]:
     """Which rows meet a condition, (rows,). Raises UserError for unknown columns and values of another type."""
     try:

@@ -83,6 +83,25 @@ def test_a_picture_of_a_mix_and_an_image_is_reproduced_from_its_png(recipe, tmp_
         assert message in capsys.readouterr().err
 
 
+def test_a_picture_is_drawn_again_without_a_group_of_neighbors(recipe, tmp_path, capsys):
+    out, without, again = tmp_path / "first.png", tmp_path / "without.png", tmp_path / "again.png"
+    sample.main([str(recipe), "--prompt", "a stag", "--out", str(out)])
+    best = read_recipe(out.read_bytes())["neighbors"][0][0]
+    capsys.readouterr()
+    group = ["--without", f"image_id in [{best}]"]
+    sample.main([str(recipe), "--again", str(out), "--out", str(without), *group])
+    text = capsys.readouterr().out
+    assert f"without the rows where image_id in [{best}]: CLIP similarity to the picture with them" in text
+    left_out, in_their_place = text.partition("1 neighbors left out")[2].split("1 neighbors in their place")
+    assert str(best) in left_out
+    assert "caption of green-" in in_their_place
+    assert best not in [image_id for image_id, _ in read_recipe(without.read_bytes())["neighbors"]]
+    sample.main([str(recipe), "--again", str(without), "--out", str(again)])
+    assert again.read_bytes() == without.read_bytes()
+    sample.main([str(recipe), "--prompt", "a stag", "--out", str(again), *group])
+    assert again.read_bytes() == without.read_bytes()
+
+
 def test_a_signed_picture_is_verified_from_the_shell_and_reproduced(recipe, tmp_path, capsys):
     out, again = tmp_path / "stag.png", tmp_path / "again.png"
     signed = ["--set", "sample.certificate=demo"]
@@ -117,6 +136,7 @@ def test_a_signed_picture_is_verified_from_the_shell_and_reproduced(recipe, tmp_
         (["--prompt", "a", "--image", "nowhere.png"], "'nowhere.png' cannot be read"),
         (["--again", "nowhere.png"], "wanted a PNG of a sample"),
         (["--prompt", "a", "--mode", "unconditional"], "neighbors"),
+        (["--prompt", "a", "--without", "width >"], "condition 'width >': invalid syntax"),
         (["--prompt", "a", "--strength", "0.4"], "strength have no effect without a picture"),
         (["--prompt", "a", "--ray-tasks", "2"], "--ray-tasks draws the whole stage"),
         (["--again", "a.png", "--ray-tasks", "2"], "--ray-tasks draws the whole stage"),

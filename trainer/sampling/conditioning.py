@@ -10,6 +10,7 @@ import numpy as np
 
 from retrieval.database.database import Database
 from retrieval.errors import UserError
+from retrieval.index.conditions import parse_complement
 from retrieval.storage import schema
 from trainer.model.context import Vectors, at_raw_norm, make_context, unit_rows
 from trainer.recipe import ContextNorm
@@ -74,8 +75,8 @@ class Query:
 
 EmbeddedNeighbors = list[tuple[Neighbor, Vectors]]
 """Neighbors with their embeddings (dim,), best first."""
-Search = tuple[str, int, str]
-"""Name of a database, number of results, kind of the queries."""
+Search = tuple[str, int, str, str]
+"""Name of a database, number of results, kind of the queries, condition of rows that are left out."""
 
 
 def condition(requests: Sequence[Request], sources: ConditioningSources) -> list[ConditionedRequest]:
@@ -111,7 +112,7 @@ def _search_all(
     keys = []
     for request, query in zip(requests, queries, strict=True):
         count, vector = request.k + len(request.exclude), query.vector
-        searches = [(name, count, query.kind) for name in request.database_weights()]
+        searches = [(name, count, query.kind, request.without) for name in request.database_weights()]
         keys.append([(search, vector.tobytes()) for search in searches])
         for search in searches:
             vectors.setdefault(search, {})[vector.tobytes()] = vector
@@ -150,7 +151,9 @@ def _conditioned(
 
 def _search(database: Database, queries: Vectors, search: Search, norm: ContextNorm) -> list[EmbeddedNeighbors]:
     """The most similar rows of a database for each query (n, dim), with vectors at the length that the model takes."""
-    _, count, kind = search
+    _, count, kind, without = search
+    if without:
+        database = database.where(parse_complement(without))
     results = database.search(queries, count, recall=RECALL, like=kind)
     embeddings = results.embeddings
     if norm == "raw":

@@ -102,6 +102,8 @@ class SampleConfig(SamplingConfig):
     everywhere."""
     exclude: tuple[int, ...] = Field(default=(), strict=False)
     """Image ids that are not used as neighbors; the next best replace them."""
+    without: str = added_setting("")
+    """Condition on the metadata, such as `artist == 'Ann'`: rows that meet it are not used as neighbors; empty: none."""
     weights: dict[int, float] = Field(default={})
     """Factors on the attention weight of neighbors, by image id; 0 removes a neighbor."""
     top_m: float = Field(default=1.0, gt=0, le=1)
@@ -141,6 +143,7 @@ class SampleConfig(SamplingConfig):
             self.request(prompt, seed, self.mode, "" if self.mix else column),
             mix=() if self.mode == "text" else tuple(self.mix.items()),
             exclude=self.exclude,
+            without=self.without,
             weights=tuple(self.weights.items()),
             top_m=self.top_m,
             strength=self.strength if self.init_image or "strength" in self.model_fields_set else 1.0,

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from retrieval.errors import UserError
+from retrieval.index.conditions import parse_condition
 from retrieval.storage.root import Root
 from trainer.model.context import Mode, Vectors
 from trainer.recipe import SchedulerName
@@ -26,7 +27,10 @@ MAX_SEED = 2**32 - 1
 MAX_WEIGHT = 1e6
 FULL = (0.0, 1.0)
 """The interval of all noise levels."""
-ADDED = {"negative_prompt": "", "guidance_interval": FULL, "init_image": None, "strength": 1.0, "mask": None}
+ADDED = {
+    **{"negative_prompt": "", "guidance_interval": FULL, "without": ""},
+    **{"init_image": None, "strength": 1.0, "mask": None},
+}
 """Fields that the recipe of a picture has only with other values, so that equal pictures have equal files."""
 
 
@@ -123,6 +127,8 @@ class Request:
     """Images to condition on: each is a token, and the search query is the mean of all query tokens."""
     exclude: tuple[int, ...] = ()
     """Image ids that are not used as neighbors; the next best replace them."""
+    without: str = ""
+    """Condition on the metadata, see `parse_condition`: rows that meet it are not used as neighbors; empty: none."""
     weights: tuple[tuple[int, float], ...] = ()
     """(image id, factor): multiplies a neighbor's weight in attention; 0 removes the neighbor."""
     top_m: float = 1.0
@@ -170,6 +176,7 @@ class Request:
             raise UserError("nothing to condition on: set a prompt, an image, or mode 'unconditional'.")
         self._check_guidance()
         self._check_source()
+        self._check_without()
         if not 0 <= self.seed <= MAX_SEED:
             raise UserError(f"a seed must be 0 to {MAX_SEED}, got {self.seed}")
         if self.k < 1:
@@ -189,6 +196,12 @@ class Request:
             require_text(self.negative_prompt)
             if self.guidance == 1:
                 raise UserError("a negative prompt has no effect without guidance: set guidance above 1.")
+
+    def _check_without(self) -> None:
+        if self.without:
+            parse_condition(self.without)
+            if self.mode == "text":
+                raise UserError("without has no effect in mode 'text': the picture has no neighbors to leave out.")
 
     def _check_source(self) -> None:
         if not 0 <= self.strength <= 1:

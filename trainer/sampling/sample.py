@@ -167,13 +167,19 @@ def _open(
 
 def sample_prompt(config: SampleConfig, trained: TrainedModel, root: Root, prompt: str) -> Sample:
     """One picture of a prompt with the first database of the configuration; writes nothing."""
+    sampler, request = open_prompt(config, trained, root, prompt)
+    (sample,) = sampler.sample([request])
+    return sample
+
+
+def open_prompt(config: SampleConfig, trained: TrainedModel, root: Root, prompt: str) -> tuple[Sampler, Request]:
+    """The model, and the request for a picture of a prompt with the first database of the configuration."""
     files = ImageFiles.of(config)
     request = replace(config.request_for(prompt, config.seed, config.columns()[0]), **files.sources)
     if prompt or not files.conditions:
         request.check()
     sampler = Sampler.open(root, trained, config)
-    (sample,) = sampler.sample([replace(request, **files.inputs(sampler))])
-    return sample
+    return sampler, replace(request, **files.inputs(sampler))
 
 
 def reproduce(config: SampleConfig, trained: TrainedModel, root: Root, recipe: dict[str, Any]) -> Sample:
@@ -181,6 +187,16 @@ def reproduce(config: SampleConfig, trained: TrainedModel, root: Root, recipe: d
 
     Raises UserError if the model, the neighbors or the file differ.
     """
+    sampler, request = open_recipe(config, trained, root, recipe)
+    (sample,) = sampler.sample([request])
+    require_neighbors(sample, recipe)
+    return sample
+
+
+def open_recipe(
+    config: SampleConfig, trained: TrainedModel, root: Root, recipe: dict[str, Any]
+) -> tuple[Sampler, Request]:
+    """The model and the request of a picture's recipe. Raises UserError if the model or the file differ."""
     request = _with_sources(Request.from_recipe(recipe), config)
     sampler = Sampler.open(root, trained, config.model_copy(update={"precision": recipe.get("precision")}))
     changed = [name for name, digest in sampler.model_identity.items() if recipe.get(name) != digest]
@@ -189,10 +205,13 @@ def reproduce(config: SampleConfig, trained: TrainedModel, root: Root, recipe: d
             f"the recipe has another {' and '.join(changed)} than run {trained.name!r}. Set train.name, "
             "[clip] and [autoencoder] to those of the picture."
         )
-    (sample,) = sampler.sample([request])
+    return sampler, request
+
+
+def require_neighbors(sample: Sample, recipe: dict[str, Any]) -> None:
+    """Raises UserError unless a sample has the neighbors that a recipe lists."""
     if [id_ for id_, _ in recipe["neighbors"]] != [neighbor.image_id for neighbor in sample.neighbors]:
         raise UserError("the databases have changed: retrieval returns other neighbors than the recipe lists.")
-    return sample
 
 
 def _with_sources(request: Request, config: SampleConfig) -> Request:
