@@ -1,4 +1,4 @@
-"""The HTTP API: /search, /sample, /databases, /picture, /made, /health, /metrics, /openapi.json.
+"""The HTTP API: /search, /sample, /attribution, /verify, /databases, /picture, /made, /health, /metrics, /openapi.json.
 
 Every error is JSON with a `detail` text: 400 for a request that cannot be run, 401 without the token, 403 for a
 request from another site, 413 for a body above the limit, 422 for an invalid field, 429, 503 and 504 when the server
@@ -17,7 +17,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, gen
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request as HttpRequest
 
-from jobs.explore.api_models import SampleRequest, SearchRequest
+from jobs.explore.api_models import SampleRequest, SearchRequest, VerifyRequest
 from jobs.explore.explorer import Explorer
 from jobs.explore.guard import Guard
 from jobs.explore.png_cache import PngCache
@@ -46,6 +46,7 @@ def make_api(explorer: Explorer, cache: PngCache, hosts: list[str], token: str) 
     _add_status_routes(app, explorer, registry)
     _add_picture_routes(app, explorer, cache)
     _add_search_and_sample(app, explorer)
+    _add_origin_routes(app, explorer)
     return app
 
 
@@ -120,6 +121,32 @@ def _add_search_and_sample(app: FastAPI, explorer: Explorer) -> None:
             "neighbors": [asdict(neighbor) for neighbor in explorer.neighbors(picture.sample)],
             "link": request.link(picture.sample),
         }
+
+
+def _add_origin_routes(app: FastAPI, explorer: Explorer) -> None:
+    @app.post("/attribution")
+    async def attribution(connection: HttpRequest, request: SampleRequest) -> dict[str, Any]:
+        """A picture with and without the rows that meet `without`, how far the two differ, and the neighbors of one
+        of them only."""
+        pair = await while_connected(connection, explorer.attribute(request))
+        return {
+            "png": base64.b64encode(pair.with_group.png).decode(),
+            "png_without": base64.b64encode(pair.without_group.png).decode(),
+            "clip_similarity": pair.attribution.clip_similarity,
+            "pixel_difference": pair.attribution.pixel_difference,
+            "removed": [asdict(neighbor) for neighbor in explorer.views(pair.attribution.removed)],
+            "added": [asdict(neighbor) for neighbor in explorer.views(pair.attribution.added)],
+        }
+
+    @app.post("/verify")
+    async def verify(connection: HttpRequest, request: VerifyRequest) -> dict[str, Any]:
+        """The signed statement (C2PA) in a picture: signer, whether it is unchanged, digests and neighbors."""
+        signed = await while_connected(connection, explorer.verify(request))
+        if signed is None:
+            raise HTTPException(404, "This picture has no signed statement.")
+        # Ids of 64 bits as text, because JavaScript would round them.
+        neighbors = [{**neighbor, "image_id": str(neighbor["image_id"])} for neighbor in signed.neighbors]
+        return {**asdict(signed), "neighbors": neighbors}
 
 
 def _count_pending(queue: WorkQueue, registry: CollectorRegistry) -> None:

@@ -77,6 +77,8 @@ class SampleRequest(ApiRequest):
     """Seed of the noise; the same seed and settings make the same picture."""
     exclude: list[int] = []
     """Image ids that are not used as neighbors; the next best rows take their places."""
+    without: str = ""
+    """Condition on the metadata of rows that are not used as neighbors, such as `artist == 'Ann'`; empty: none."""
     weights: list[str] = []
     """Image ids with factors on their weights as neighbors: `123:0.5` halves, `123:0` leaves out."""
     top_m: float = Field(default=1.0, gt=0, le=1)
@@ -89,6 +91,7 @@ class SampleRequest(ApiRequest):
     def check(self, limits: ExploreConfig) -> None:
         """Raises UserError for a request above the limits."""
         _require_text(self.prompt, limits)
+        _require_text(self.without, limits)
         _require_at_most("k", self.k or 1, limits.max_k)
         _require_at_most("steps", self.steps or 1, limits.max_steps)
         _require_at_most("mix (databases)", len(self.mix), limits.max_styles)
@@ -118,6 +121,13 @@ class SampleRequest(ApiRequest):
             fields |= {"guidance": request.guidance, "steps": request.steps}
             fields |= {"scheduler": request.scheduler, "vectors": [image.vector for image in request.images]}
         return _page_path(tab, fields)
+
+
+class VerifyRequest(ApiRequest):
+    """A picture, to be checked for a signed statement of its origin."""
+
+    image: str
+    """A PNG or JPEG file in base64."""
 
 
 def decode_base64(text: str, limits: ExploreConfig) -> bytes:

@@ -3,10 +3,10 @@
 Searches run in parallel threads. Samples run one at a time, and stop between two steps when the request has timed out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import Event
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 import numpy as np
@@ -15,7 +15,8 @@ from PIL import Image
 
 from jobs.cli.explore_config import ExploreConfig
 from jobs.cli.recipe import Recipe
-from jobs.explore.api_models import SampleRequest, SearchRequest, decode_base64
+from jobs.explore.api_models import SampleRequest, SearchRequest, VerifyRequest, decode_base64
+from jobs.explore.examples import example_captions
 from jobs.explore.pictures import Pictures, decode_picture
 from jobs.explore.work_queue import WorkQueue
 from jobs.sample import trained_model
@@ -25,13 +26,18 @@ from retrieval.errors import UserError
 from retrieval.pictures.decode import PictureError
 from retrieval.recipe import ClipConfig
 from retrieval.storage.root import Root
+from trainer.attribution import Attribution, attribute
 from trainer.model.context import unit_rows
 from trainer.sampling.denoising import Denoiser
 from trainer.sampling.recipe import SampleConfig
-from trainer.sampling.request import TRAINING_DATABASE, ImageQuery, Request, Sample
+from trainer.sampling.request import TRAINING_DATABASE, ImageQuery, Neighbor, Request, Sample
 from trainer.sampling.sampler import Sampler, database_names, open_database
 from trainer.sampling.signing import picture_credentials, sample_png
 
+if TYPE_CHECKING:
+    from retrieval.provenance import SignedPicture
+
+Result = TypeVar("Result")
 DETAILS = ("license", "title", "artist", "source", "box")
 
 
@@ -63,6 +69,24 @@ class SampledPicture:
     png: bytes
 
 
+@dataclass(frozen=True)
+class AttributedPicture:
+    """A picture with and without a group of neighbors."""
+
+    attribution: Attribution
+    with_group: SampledPicture
+    without_group: SampledPicture
+
+
+@dataclass
+class Progress:
+    """Denoising steps of a sampling request."""
+
+    done: int = 0
+    total: int = 0
+    """0 until sampling starts."""
+
+
 class CancelledSample(Exception):
     """The request of this sample has ended."""
 
@@ -73,11 +97,13 @@ class CancellableUNet:
     def __init__(self, unet: Denoiser) -> None:
         self.unet = unet
         self.stop = Event()
+        self.progress = Progress()
 
     def __call__(self, *args: Any, **options: Any) -> tuple[torch.Tensor, ...]:
         """One denoising step."""
         if self.stop.is_set():
             raise CancelledSample
+        self.progress.done += 1
         return self.unet(*args, **options)
 
 
@@ -102,6 +128,13 @@ class Explorer:
             self._unet = sampler.unet = CancellableUNet(sampler.unet)
         for name, database in self.databases.items():
             self.pictures.add(name, database)
+        last = sorted(self.databases.values(), key=lambda database: database.name != TRAINING_DATABASE)
+        self.examples = example_captions(last, encoder)
+        """Texts that the encoder knows, for the page."""
+        first = (self.styles or [TRAINING_DATABASE])[0]
+        self.first_search = SearchRequest(text="".join(self.examples[:1]), database=first, k=min(12, limits.max_k))
+        """The search that the page shows at first; without a text if no example is known."""
+        self.first_results = self._search(self.first_search, self.databases[first]) if self.examples else []
 
     @classmethod
     def open(cls, recipe: Recipe) -> "Explorer":
@@ -130,13 +163,39 @@ class Explorer:
         database = self._database(request.database)
         return await self.searches.run(lambda stop: self._search(request, database))
 
-    async def sample(self, requests: Sequence[SampleRequest]) -> list[SampledPicture]:
-        """One picture for each request. Raises UserError, or BusyError if the server is overloaded."""
+    async def sample(
+        self, requests: Sequence[SampleRequest], progress: Progress | None = None
+    ) -> list[SampledPicture]:
+        """One picture for each request. Raises UserError, or BusyError if the server is overloaded.
+
+        progress: counts the steps, while the server computes this request.
+        """
         for request in requests:
-            request.check(self.limits)
-            for name, _ in request.databases():
-                self._database(name)
-        return await self.samples.run(lambda stop: self._sample(requests, stop))
+            self._check(request)
+
+        def work(sampler: Sampler) -> list[SampledPicture]:
+            return [self._picture_of(each) for each in sampler.sample([*map(self._sampler_request, requests)])]
+
+        batches = -(-len(requests) // self.defaults.batch_size)  # the page's requests have equal steps and lengths
+        return await self._run_sampler(work, batches * max(map(self._steps, requests)), progress)
+
+    async def attribute(self, request: SampleRequest, progress: Progress | None = None) -> AttributedPicture:
+        """A picture with and without the rows that meet `without`. Raises UserError and BusyError as `sample`."""
+        self._check(request)
+
+        def work(sampler: Sampler) -> AttributedPicture:
+            complete = self._sampler_request(request.model_copy(update={"without": ""}))
+            result = attribute(sampler, complete, request.without)
+            return AttributedPicture(result, self._picture_of(result.sample), self._picture_of(result.without))
+
+        return await self._run_sampler(work, 2 * self._steps(request), progress)
+
+    async def verify(self, request: VerifyRequest) -> "SignedPicture | None":
+        """The signed statement of a picture; None if it has none. Raises UserError for other files, and BusyError."""
+        from retrieval.provenance import read_signature
+
+        data = decode_base64(request.image, self.limits)
+        return await self.searches.run(lambda stop: read_signature(data))
 
     async def thumbnail(self, database: str, image_id: int) -> bytes | None:
         """A row's picture as a small JPEG, or None. Raises BusyError if the server is overloaded."""
@@ -144,9 +203,13 @@ class Explorer:
 
     def neighbors(self, sample: Sample) -> list[NeighborView]:
         """The neighbors that conditioned a sample."""
+        return self.views(sample.neighbors)
+
+    def views(self, neighbors: Sequence[Neighbor]) -> list[NeighborView]:
+        """Neighbors of a sample as the page and the API show them."""
         return [
             self._view(rank, row.database, row.similarity, {**vars(row), **row.details}, row.weight)
-            for rank, row in enumerate(sample.neighbors, 1)
+            for rank, row in enumerate(neighbors, 1)
         ]
 
     def image_query(self, data: bytes) -> ImageQuery:
@@ -172,12 +235,30 @@ class Explorer:
         pairs = zip(neighbors.similarities[0].tolist(), rows.to_pylist(), strict=True)
         return [self._view(rank, request.database, similarity, row) for rank, (similarity, row) in enumerate(pairs, 1)]
 
-    def _sample(self, requests: Sequence[SampleRequest], stop: Event) -> list[SampledPicture]:
-        if self.sampler is None:
-            raise UserError("There is no trained model yet. Run 'make train', then restart this server.")
-        self._unet.stop = stop
-        samples = self.sampler.sample([self._sampler_request(request) for request in requests])
-        return [SampledPicture(sample, sample_png(sample, self.credentials)) for sample in samples]
+    def _check(self, request: SampleRequest) -> None:
+        request.check(self.limits)
+        for name, _ in request.databases():
+            self._database(name)
+
+    async def _run_sampler(
+        self, work: Callable[[Sampler], Result], num_steps: int, progress: Progress | None
+    ) -> Result:
+        """The result of work that takes about `num_steps` calls of the UNet."""
+
+        def run(stop: Event) -> Result:
+            if self.sampler is None:
+                raise UserError("There is no trained model yet. Run 'make train', then restart this server.")
+            self._unet.stop, self._unet.progress = stop, progress or Progress()
+            self._unet.progress.total = num_steps
+            return work(self.sampler)
+
+        return await self.samples.run(run)
+
+    def _steps(self, request: SampleRequest) -> int:
+        return request.steps or self.defaults.steps
+
+    def _picture_of(self, sample: Sample) -> SampledPicture:
+        return SampledPicture(sample, sample_png(sample, self.credentials))
 
     def _sampler_request(self, request: SampleRequest) -> Request:
         defaults, mix = self.defaults, request.databases()
@@ -192,12 +273,13 @@ class Explorer:
             mix=tuple(mix) if len(mix) > 1 else (),
             k=request.k or defaults.k,
             guidance=defaults.guidance if request.guidance is None else request.guidance,
-            steps=request.steps or defaults.steps,
+            steps=self._steps(request),
             scheduler=request.scheduler or defaults.scheduler,
             height=defaults.height,
             width=defaults.width,
             images=tuple(images),
             exclude=tuple(request.exclude),
+            without=request.without.strip(),
             weights=tuple(request.id_factors()),
             top_m=request.top_m,
         )

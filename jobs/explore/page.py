@@ -1,4 +1,4 @@
-"""The explore page: tabs that search, make a picture and compare styles. Nothing is loaded from other servers.
+"""The explore page: tabs that search, make, compare and check pictures. Nothing is loaded from other servers.
 
 A link with a query (`?tab=make&prompt=...`) fills the form of a tab and runs it. What a visitor started is cancelled
 when the visitor leaves.
@@ -13,8 +13,8 @@ from fastapi import FastAPI
 from pydantic import ValidationError
 
 from jobs.explore.guard import UPLOAD_LIFETIME_S
-from jobs.explore.tabs import compare, sample, search, views
-from jobs.explore.tabs.widgets import EVENT_OPTIONS, PageContext, Tab, error_text
+from jobs.explore.tabs import compare, sample, search, verify, views
+from jobs.explore.tabs.widgets import EVENT_OPTIONS, PageContext, Tab, error_text, visit_end
 from retrieval.errors import UserError
 
 FONTS = ["system-ui", "sans-serif"]
@@ -42,7 +42,7 @@ def mount(app: FastAPI, context: PageContext) -> None:
 
 
 def make_page(context: PageContext) -> gr.Blocks:
-    """The page with all tabs; without a trained model, with the search tab only."""
+    """The page with all tabs; without a trained model, without those that sample."""
     with gr.Blocks(title="laion-rdm", analytics_enabled=False, delete_cache=(600, UPLOAD_LIFETIME_S)) as page:
         gr.Markdown(INTRODUCTION)
         tabs = []
@@ -54,12 +54,10 @@ def make_page(context: PageContext) -> gr.Blocks:
                     tabs.append(sample.add_tab(context))
                 with gr.Tab("Compare styles", id="compare"):
                     tabs.append(compare.add_tab(context))
+            with gr.Tab("Check a picture", id="verify"):
+                tabs.append(verify.add_tab(context))
         _run_links(page, bar, tabs)
-
-        async def end_visit(request: gr.Request) -> None:
-            context.visits.end(request.session_hash or "")
-
-        page.unload(end_visit)
+        page.unload(visit_end(context))
     return page
 
 
@@ -89,7 +87,8 @@ def _run_links(page: gr.Blocks, bar: gr.Tabs, tabs: list[Tab]) -> None:
             yield updates(unchanged, views.error(f"This link cannot be used. {error_text(error)}"))
             return
         yield updates(values[: len(tab.fields)], gr.skip())
-        yield updates(unchanged, await tab.answer(request, *values))
+        async for html in tab.answer(request, *values):
+            yield updates(unchanged, html)
 
     options = {**EVENT_OPTIONS, "scroll_to_output": False, "show_progress": "hidden"}
     page.load(fill_and_run, None, outputs, **options)

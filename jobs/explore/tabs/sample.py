@@ -6,10 +6,20 @@ import gradio as gr
 from starlette.datastructures import QueryParams
 
 from jobs.explore.api_models import SampleRequest, encode_mix, from_query
-from jobs.explore.explorer import SampledPicture
+from jobs.explore.explorer import AttributedPicture, Progress, SampledPicture
 from jobs.explore.tabs import views
-from jobs.explore.tabs.widgets import EVENT_OPTIONS, PageContext, Tab, file_as_base64, page_event, upload_field
+from jobs.explore.tabs.widgets import (
+    EVENT_OPTIONS,
+    PageContext,
+    Tab,
+    add_cancel_button,
+    add_examples,
+    file_as_base64,
+    page_event,
+    upload_field,
+)
 from retrieval.errors import UserError
+from retrieval.index.conditions import EXAMPLE
 from trainer.sampling.request import MAX_SEED
 
 Components = list[gr.components.Component]
@@ -40,20 +50,26 @@ def add_tab(context: PageContext) -> Tab:
             prompt = gr.Textbox(label="Prompt", max_length=limits.max_text_characters)
             styles, weights = _mix_fields(context)
             button = gr.Button("Make the picture", variant="primary")
+            add_cancel_button(context)
+            add_examples(context, prompt)
         with gr.Column(min_width=280):
             numbers = number_fields(context)
             with gr.Accordion("More settings", open=False):
                 mode = gr.Radio(MODES, value=MODES[0][1], label="Condition the model on")
                 image = upload_field("Picture as a condition")
                 ids = gr.Textbox(label="Neighbors to exclude (id) or to weigh (id:0.5)")
+                without = gr.Textbox(label="Compare with the picture without rows where", placeholder=EXAMPLE)
                 scheduler = gr.Dropdown(SCHEDULERS, value=context.explorer.defaults.scheduler, label="Sampler")
                 top_m = gr.Slider(0.01, 1, 1, step=0.01, label="Unconditional: share of the most retrieved")
     output = gr.HTML(elem_id="sample", min_height=40)
-    fields = [prompt, *styles, *weights, *numbers, mode, image, ids, scheduler, top_m]
+    fields = [prompt, *styles, *weights, *numbers, mode, image, ids, without, scheduler, top_m]
 
-    async def sample(*values: Any) -> str:
+    async def sample(progress: Progress, *values: Any) -> str:
         request = _request_of(values)
-        (picture,) = await context.explorer.sample([request])
+        if request.without:
+            pair = await context.explorer.attribute(request, progress)
+            return views.attribution(attribution_view(context, request, pair))
+        (picture,) = await context.explorer.sample([request], progress)
         return views.sample(sample_view(context, request, picture))
 
     answer = page_event(context, sample)
@@ -100,6 +116,23 @@ def sample_view(context: PageContext, request: SampleRequest, picture: SampledPi
     )
 
 
+def attribution_view(
+    context: PageContext, request: SampleRequest, pair: AttributedPicture
+) -> views.AttributionView:
+    """A picture with and without a group of neighbors as the page shows them."""
+    result, views_of = pair.attribution, context.explorer.views
+    complete = request.model_copy(update={"without": ""})
+    return views.AttributionView(
+        condition=request.without,
+        complete=sample_view(context, complete, pair.with_group),
+        without=sample_view(context, request, pair.without_group),
+        clip_similarity=result.clip_similarity,
+        pixel_difference=result.pixel_difference,
+        removed=views_of(result.removed),
+        added=views_of(result.added),
+    )
+
+
 def _mix_fields(context: PageContext) -> tuple[Components, Components]:
     """Dropdowns of styles and their weights; all but the first are in closed accordions."""
     styles: Components = []
@@ -116,7 +149,7 @@ def _mix_fields(context: PageContext) -> tuple[Components, Components]:
 def _request_of(values: tuple[Any, ...]) -> SampleRequest:
     """The request in the values of the form, or in those of a link, which may end with a list of vectors."""
     styles, weights = values[1 : 1 + STYLES], values[1 + STYLES : 1 + 2 * STYLES]
-    k, guidance, steps, seed, mode, image, ids, scheduler, top_m, *vectors = values[1 + 2 * STYLES :]
+    k, guidance, steps, seed, mode, image, ids, without, scheduler, top_m, *vectors = values[1 + 2 * STYLES :]
     entries = (ids or "").replace(",", " ").split()
     return SampleRequest.model_validate(
         {
@@ -126,6 +159,7 @@ def _request_of(values: tuple[Any, ...]) -> SampleRequest:
             **{"mode": mode, "scheduler": scheduler, "top_m": top_m},
             "exclude": [entry for entry in entries if ":" not in entry],
             "weights": [entry for entry in entries if ":" in entry],
+            "without": (without or "").strip(),
             "images": [file_as_base64(image)] if image else [],
             "vectors": vectors[0] if vectors else [],
         }
@@ -144,6 +178,6 @@ def _values_of(query: QueryParams, context: PageContext) -> list[Any]:
         *(name for name, _ in mix),
         *(weight for _, weight in mix),
         *number_values(context, request),
-        *(request.mode, None, ids),
+        *(request.mode, None, ids, request.without),
         *(request.scheduler or context.explorer.defaults.scheduler, request.top_m, request.vectors),
     ]

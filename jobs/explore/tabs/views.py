@@ -1,14 +1,18 @@
-"""HTML of search results, samples and comparisons, from `views.html.jinja`; all outside text is escaped."""
+"""HTML of search results, samples, comparisons and signatures, from `views.html.jinja`; all outside text is escaped."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jinja2 import Environment, FileSystemLoader
 
-from jobs.explore.explorer import NeighborView
+from jobs.explore.explorer import NeighborView, Progress
 from trainer.evaluation.styles import style_words
 from trainer.sampling.request import TRAINING_DATABASE
+
+if TYPE_CHECKING:
+    from retrieval.provenance import SignedPicture
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,19 @@ class SampleView:
     link: str
     facts: str
     neighbors: Sequence[NeighborView]
+
+
+@dataclass(frozen=True)
+class AttributionView:
+    """A sample with and without the rows that meet a condition. removed, added: neighbors of one of both only."""
+
+    condition: str
+    complete: SampleView
+    without: SampleView
+    clip_similarity: float
+    pixel_difference: float
+    removed: Sequence[NeighborView]
+    added: Sequence[NeighborView]
 
 
 def database_title(name: str) -> str:
@@ -52,6 +69,25 @@ def sample(picture: SampleView) -> str:
 def comparison(pictures: Sequence[SampleView], heading: str, link: str) -> str:
     """Samples of one prompt in a grid."""
     return _render("comparison", pictures=pictures, heading=heading, link=link)
+
+
+def attribution(pair: AttributionView) -> str:
+    """A sample with and without a group of neighbors."""
+    return _render("attribution", pair=pair)
+
+
+def verification(signed: "SignedPicture | None") -> str:
+    """The signed statement of a picture, or that it has none."""
+    return _render("verification", signed=signed)
+
+
+def progress(steps: Progress) -> str:
+    """The denoising steps that are done."""
+    return _render("progress", done=min(steps.done, steps.total), total=steps.total)
+
+
+def note(text: str) -> str:
+    return _render("note", text=text)
 
 
 def error(text: str) -> str:

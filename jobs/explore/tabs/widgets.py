@@ -1,7 +1,8 @@
-"""What the tabs share: the page's context, the upload field, and error messages in place of results."""
+"""What the tabs share: the page's context, fields, progress by step, and error messages in place of results."""
 
+import asyncio
 import base64
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import gradio as gr
 from pydantic import ValidationError
 from starlette.datastructures import QueryParams
 
-from jobs.explore.explorer import Explorer
+from jobs.explore.explorer import Explorer, Progress
 from jobs.explore.png_cache import PngCache
 from jobs.explore.tabs import views
 from jobs.explore.visits import Visits
@@ -18,7 +19,13 @@ from jobs.explore.work_queue import BusyError
 from retrieval.errors import UserError
 from trainer.sampling.request import TRAINING_DATABASE
 
-Answer = Callable[..., Coroutine[Any, Any, str]]
+Work = Callable[..., Coroutine[Any, Any, str]]
+"""Makes the HTML of a result. Arguments: the progress of its sampling, then the values of a form."""
+Answer = Callable[..., AsyncIterator[str]]
+"""Makes HTML of Gradio's request, and of the values that `Tab.values_of` returns or of those of the fields: the progress
+of sampling, and at last the result."""
+PROGRESS_S = 0.5
+"""Seconds between two displays of the progress."""
 EVENT_OPTIONS: dict[str, Any] = {
     "api_visibility": "private",  # our own API replaces Gradio's
     "concurrency_limit": None,  # the explorer's queues limit the work
@@ -44,7 +51,7 @@ class PageContext:
     @property
     def first_database(self) -> str:
         """The database that a form selects at first."""
-        return self.choices[0][1]
+        return self.explorer.first_search.database
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,6 @@ class Tab:
     fields: list[gr.components.Component]
     """The fields of its form, in order."""
     answer: Answer
-    """Makes HTML of Gradio's request, and of the values that `values_of` returns or of those of the fields."""
     output: gr.HTML
     values_of: Callable[[QueryParams], list[Any]]
     """Values of the fields for the query of a URL, and after them values that have no field.
@@ -88,16 +94,50 @@ def _path_of(payload: Any) -> str | None:
     return None if payload is None else str(payload.path)
 
 
-def page_event(context: PageContext, answer: Answer) -> Answer:
-    """The function as an event of the page: an error becomes HTML, and it is cancelled when the visitor leaves."""
+def page_event(context: PageContext, work: Work) -> Answer:
+    """The work as an event of the page, which shows its progress and errors.
 
-    async def answer_or_error(request: gr.Request, *values: Any) -> str:
+    It is cancelled when the visitor leaves or cancels it.
+    """
+
+    async def answer(request: gr.Request, *values: Any) -> AsyncIterator[str]:
+        progress = Progress()
+        run = context.visits.run(request.session_hash or "", work(progress, *values), views.note("Cancelled."))
+        task = asyncio.create_task(run)
         try:
-            return await context.visits.run(request.session_hash or "", answer(*values), "")
+            while not (await asyncio.wait({task}, timeout=PROGRESS_S))[0]:
+                if progress.total:
+                    yield views.progress(progress)
+            yield task.result()
         except (ValidationError, UserError, BusyError) as error:
-            return views.error(error_text(error))
+            yield views.error(error_text(error))
+        finally:
+            task.cancel()
 
-    return answer_or_error
+    return answer
+
+
+def visit_end(context: PageContext) -> Callable[[gr.Request], Coroutine[Any, Any, None]]:
+    """The event that cancels all work of a visitor."""
+
+    async def end(request: gr.Request) -> None:
+        context.visits.end(request.session_hash or "")
+
+    return end
+
+
+def add_cancel_button(context: PageContext) -> None:
+    """A button that cancels the work of its visitor."""
+    button = gr.Button("Cancel")
+    button.click(visit_end(context), None, None, api_visibility="private", concurrency_limit=None)
+
+
+def add_examples(context: PageContext, field: gr.Textbox) -> None:
+    """Example texts that fill the field when they are chosen; the first is its hint."""
+    examples = context.explorer.examples
+    if examples:
+        field.placeholder = examples[0]
+        gr.Examples([[text] for text in examples], [field], api_visibility="private")
 
 
 def error_text(error: Exception) -> str:
