@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import re
 from argparse import Namespace
 from collections.abc import Awaitable, Callable
 from http.client import HTTPConnection
@@ -9,19 +10,25 @@ from threading import Event
 
 import gradio as gr
 import httpx
+import numpy as np
 import pytest
 from gradio import processing_utils
 from gradio.data_classes import FileData
 from PIL import Image
 
 from jobs.explore.__main__ import TOKEN_VARIABLE, make_app, token_of
-from jobs.explore.api_models import encode_mix
-from jobs.explore.explorer import Explorer
+from jobs.explore.api_models import SampleRequest, SearchRequest, encode_mix
+from jobs.explore.examples import candidates, known_captions
+from jobs.explore.explorer import Explorer, Progress
 from jobs.explore.guard import UploadQuota
-from jobs.explore.tabs.widgets import upload_field
+from jobs.explore.png_cache import PngCache
+from jobs.explore.tabs.views import verification
+from jobs.explore.tabs.widgets import PageContext, page_event, upload_field
+from jobs.explore.visits import Visits
 from jobs.explore.work_queue import BusyError, WorkQueue
 from retrieval.errors import NodeError, UserError
 from retrieval.index.hidden import HIDDEN_FOLDER, hide
+from retrieval.provenance import SignedPicture, demo_credentials
 from retrieval.storage.root import Root
 from tests.jobs.explore.explore_run import (
     encode_picture,
@@ -390,3 +397,81 @@ def test_an_object_store_that_does_not_respond_is_no_fault_of_the_request(run, m
     monkeypatch.setattr(explorer, "_search", fail)
     answer = get(make_app(explorer), "/search?text=a")
     assert (answer.status_code, answer.json()["detail"]) == (503, "s3://bucket does not respond")
+
+
+def test_an_attribution_has_both_pictures_and_the_neighbors_of_one_of_them_only(app):
+    request = {"prompt": "a star", "mix": ["green"], "k": 3, "steps": 2, "seed": 7}
+    complete = post(app, "/sample", request).json()
+    best = complete["neighbors"][0]["image_id"]
+    answer = post(app, "/attribution", request | {"without": f"image_id == {best}"}).json()
+    assert answer["png"] == complete["png"]
+    without = get(app, "/sample", params=request | {"without": f"image_id == {best}"})
+    assert answer["png_without"] == base64_of(without.content) != answer["png"]
+    assert [row["image_id"] for row in answer["removed"]] == [best]
+    assert len(answer["added"]) == 1
+    assert answer["clip_similarity"] < 1
+    assert answer["pixel_difference"] > 0
+    for without, message in (("", "invalid syntax"), ("size > 1", "The columns are"), ("k" * 1001, "1,000")):
+        answer = post(app, "/attribution", request | {"without": without})
+        assert (answer.status_code, message in answer.json()["detail"]) == (400, True)
+
+
+def test_the_signed_statement_of_a_picture_is_checked(run, app):
+    explorer = open_explorer(run)
+    explorer.credentials = demo_credentials()
+    answer = post(make_app(explorer), "/sample", {"prompt": "a star", "mix": ["green"], "k": 2, "steps": 1}).json()
+    statement = post(app, "/verify", {"image": answer["png"]}).json()
+    assert statement["is_valid"]
+    assert [row["image_id"] for row in statement["neighbors"]] == [row["image_id"] for row in answer["neighbors"]]
+    unsigned = post(app, "/verify", {"image": base64_of(encode_picture(pictures_of("green")[0]))})
+    assert (unsigned.status_code, unsigned.json()["detail"]) == (404, "This picture has no signed statement.")
+    assert post(app, "/verify", {"image": base64_of(b"no picture")}).status_code == 400
+    html = verification(SignedPicture(False, False, ("<b>",), "<i>", "", {}, ({"caption": "<script>"},)))
+    assert "Not valid" in html
+    assert not {"<b>", "<i>", "<script>"} & set(re.findall("<[a-z]+>", html))
+
+
+def test_a_page_shows_the_steps_of_a_picture_and_a_cancelled_one_says_so(run):
+    explorer = open_explorer(run, max_steps=999)
+    steps = slow_down(explorer, 0.02)
+    context = PageContext(explorer, PngCache(), Visits())
+
+    async def sample(progress: Progress, count: int) -> str:
+        await explorer.sample([SampleRequest(prompt="a", steps=count)], progress)
+        return f"{progress.done} of {progress.total}"
+
+    async def shown(count: int) -> list[str]:
+        results = []
+        async for html in page_event(context, sample)(Namespace(session_hash="visit"), count):
+            results.append(html)
+            if count == 999:
+                context.visits.end("visit")
+        return results
+
+    assert asyncio.run(shown(3)) == ["3 of 3"]
+    first, last = asyncio.run(shown(999))
+    assert re.search(r"Step \d+ of 999", first)
+    assert "Cancelled." in last
+    wait_until(lambda: not len(explorer.samples))
+    assert len(steps) < 400
+
+
+def test_examples_are_captions_that_find_their_own_pictures(run):
+    pictures = np.eye(4, dtype=np.float32)
+    texts = np.array([[0.5, 0, 0, 0], [1, 0.5, 0, 0], [0, 0, 0.9, 0], [0, 0, 0, 0.2]], np.float32)
+    assert known_captions(list("abcd"), texts, pictures) == ["c", "a", "d"]
+    database = open_explorer(run).databases["green"].without([green_id(5)])
+    captions, vectors = candidates(database)
+    assert captions == [f"caption of green-{n}" for n in (*range(5), *range(6, 24))]
+    rows = database.metadata_at(np.arange(len(database)))["caption"].to_pylist()
+    np.testing.assert_array_equal(vectors[0], database.rows_at(np.array([rows.index(captions[0])]))[1][0])
+
+
+def test_the_page_opens_with_results_of_an_example_and_without_one_with_none(run):
+    explorer = open_explorer(run)
+    explorer.first_search = SearchRequest(text="a known text", database="green")
+    explorer.first_results = explorer._search(explorer.first_search, explorer.databases["green"])[:2]
+    assert "2 neighbors of “a known text” (green)" in get(make_app(explorer), "/").text
+    explorer.first_search = SearchRequest(database="green")
+    assert "search-results" in (page := get(make_app(explorer), "/").text)
+    assert "neighbors of" not in page

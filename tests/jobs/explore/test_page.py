@@ -127,6 +127,18 @@ def test_a_link_sets_every_field_and_its_vectors_condition_the_first_run_only(pa
     expect(permalink).to_have_attribute("href", re.compile("prompt=b&((?!vectors).)*$"))
 
 
+def test_a_picture_without_a_group_is_compared_and_a_picture_without_a_signature_says_so(page, address):
+    page.goto(f"{address}/?tab=make&prompt=a+star&mix=green&k=2&steps=2&without='green'+in+caption")
+    expect(page.locator("#sample .sample")).to_have_count(2)
+    assert is_drawn(page, "#sample li:last-child .sample > img")
+    expect(page.locator("#sample")).to_contain_text("2 neighbors left out")
+    expect(page.locator("#sample .neighbors li")).to_have_count(2)
+    page.get_by_role("tab", name="Check a picture").click()
+    picture = {"name": "a.png", "mimeType": "image/png", "buffer": encode_picture(pictures_of("green")[7])}
+    page.locator("input[type=file]").last.set_input_files(picture)
+    expect(page.locator("#verification h2")).to_have_text("No signed statement")
+
+
 def test_the_comparison_fits_on_a_phone(page, address):
     page.set_viewport_size({"width": 390, "height": 800})
     page.goto(f"{address}/?tab=compare&prompt=a+star&mix=green&mix=sky_blue&steps=2")
@@ -146,6 +158,19 @@ def test_a_picture_is_cancelled_when_the_visitor_leaves(browser, tmp_path):
         page.close()
         wait_until(lambda: not len(explorer.samples))
     assert len(steps) < 700
+
+
+def test_the_steps_of_a_picture_are_shown_and_it_can_be_cancelled(browser, tmp_path):
+    explorer = open_explorer(write_root(tmp_path), max_steps=999)
+    slow_down(explorer, 0.02)
+    with serving(make_app(explorer)) as url:
+        page = browser.new_page()
+        page.goto(f"{url}/?tab=make&prompt=a&steps=900")
+        expect(page.get_by_role("progressbar", name="denoising steps")).to_be_visible()
+        page.get_by_role("button", name="Cancel").first.click()
+        expect(page.locator("#sample")).to_have_text("Cancelled.")
+        wait_until(lambda: not len(explorer.samples))
+        page.close()
 
 
 def test_the_page_works_below_the_path_of_a_proxy(browser, tmp_path):
