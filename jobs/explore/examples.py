@@ -36,11 +36,10 @@ def candidates(database: Database) -> tuple[list[str], Vectors]:
     ids, vectors = database.rows_at(rows)
     captions = [" ".join(caption.split()) for caption in database.metadata_at(rows)["caption"].to_pylist()]
     is_visible = ~np.isin(ids, database.hidden)
-    first = {
-        caption: row
-        for row, caption in reversed([*enumerate(captions)])
-        if is_visible[row] and 0 < len(caption) <= MAX_CHARACTERS
-    }
+    first: dict[str, int] = {}
+    for row, caption in enumerate(captions):
+        if is_visible[row] and 0 < len(caption) <= MAX_CHARACTERS:
+            first.setdefault(caption, row)
     return [*first], vectors[[*first.values()]]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jobs.cli.command import add_remake, exit_on_user_error, recipe_parser, run_on_recipe
 from jobs.cli.recipe import Recipe
-from jobs.paper.page import verdict_lines, write_docs, write_page
+from jobs.paper.page import default_line, verdict_lines, write_docs, write_page
 from jobs.sample import trained_model
 from jobs.train import training_recipe
 from retrieval.storage.root import Root
@@ -28,6 +28,8 @@ def run(recipe: Recipe, docs: Path | None = None) -> None:
     run_experiments(recipe[PaperConfig], model, recipe.root)
     page = write_page(recipe.root, model.folder)
     print(verdict_lines(page))
+    if line := default_line(page.results):
+        print(f"\n{line}")
     print(f"\npage: {recipe.root.at(model.folder)}/report.html")
     if docs:
         print(f"written: {write_docs(recipe.root, page, docs)}")

@@ -31,7 +31,7 @@ GAINS = {
     NO_NEIGHBORS: "no neighbors",
     SHUFFLED: "neighbors of another style",
 }
-CHARTS = ("improvement", "modes", "held_out", "distances", "times")
+CHARTS = ("improvement", "modes", "held_out", "distances", "times", "tradeoff")
 QUALITY, DOCS_PX = 88, 1400
 
 
@@ -115,6 +115,20 @@ def verdict_lines(page: Page) -> str:
     return "\n".join("  ".join([*(f"{row[i]:<{widths[i]}}" for i in range(3)), row[3]]) for row in rows)
 
 
+def default_line(results: dict[str, Any]) -> str:
+    """The setting that the curve of style against content chooses, in words; empty if it was not measured."""
+    if "tradeoff" not in results:
+        return ""
+    row, wanted = results["tradeoff"]["default"], results["tradeoff"]["wanted"]
+    low, high = row["guidance_interval"]
+    setting = f"guidance = {row['guidance']:g}, k = {row['k']}, guidance_interval = [{low:g}, {high:g}]"
+    values = f"style {estimate_text(row['style'])}, content {estimate_text(row['content'])}"
+    if row["reached"]:
+        return f"default by the curve: {setting}: {values}"
+    goals = f"style {wanted['style']:g} and content {wanted['content']:g}"
+    return f"no setting of the curve reaches {goals}; the nearest is {setting}: {values}"
+
+
 def _above_zero(about: str, estimate: tuple[float, float, float]) -> Verdict:
     return Verdict(about, estimate_text(estimate), "interval above 0", estimate[1] > 0)
 
@@ -133,6 +147,7 @@ def _render(template: str, page: Page, sources: dict[str, str]) -> str:
         "suffix_retrieval": SUFFIX_RETRIEVAL,
         "hardware": hardware(),
         "took": duration(page.seconds),
+        "default_line": default_line(page.results),
         **page.results,
     }
     filters: dict[str, Callable[..., str]] = {

@@ -99,7 +99,8 @@ def _open(
 ) -> tuple[Sampler, list[StyleGroup]]:
     """Load the model and make the groups. Raises UserError for requests that it cannot serve."""
     sampler = Sampler.open(root, trained, config)
-    groups = make_style_groups(config, config.samples_per_style, style_names(config, root), prompts)
+    styles = style_names(config, root)
+    groups = make_style_groups(config, config.samples_per_style, styles, prompts, config.prompts_per_style)
     sampler.check([request for group in groups for request in group.requests])
     return sampler, groups
 

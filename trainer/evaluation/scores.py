@@ -41,6 +41,10 @@ class SampleFeatures:
     pixels: Pixels
     """(n, EDGE, EDGE, 3)."""
 
+    def first(self, count: int) -> "SampleFeatures":
+        """Those of the first `count` samples."""
+        return SampleFeatures(self.pictures[:count], self.texts[:count], self.prompts[:count], self.pixels[:count])
+
 
 @dataclass(frozen=True)
 class Reference:

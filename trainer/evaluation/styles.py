@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from retrieval.errors import UserError
 from trainer.model.context import Mode
 from trainer.sampling.recipe import SamplingConfig
 from trainer.sampling.request import TRAINING_DATABASE, Request
@@ -43,10 +44,14 @@ def style_words(style: str) -> str:
 
 
 def make_style_groups(
-    config: SamplingConfig, count: int, styles: Sequence[str], prompts: Sequence[str]
+    config: SamplingConfig, count: int, styles: Sequence[str], prompts: Sequence[str], prompts_per_style: int = 0
 ) -> list[StyleGroup]:
-    """`count` samples of each mode and style, by mode, then style. All modes have the same prompts and seeds."""
-    pairs = {style: draw_prompts(prompts, count, style, config.seed) for style in styles}
+    """`count` samples of each mode and style, by mode, then style. All modes have the same prompts and seeds.
+
+    prompts_per_style: see `EvaluateConfig`. Raises UserError if there are too few prompts.
+    """
+    parts = divide_prompts(prompts, styles, prompts_per_style, config.seed)
+    pairs = {style: draw_prompts(parts[style], count, style, config.seed) for style in styles}
     return [
         StyleGroup(
             name=f"{mode}/{style}",
@@ -58,6 +63,23 @@ def make_style_groups(
         for mode in MODES
         for style in styles
     ]
+
+
+def divide_prompts(
+    prompts: Sequence[str], styles: Sequence[str], count: int, seed: int
+) -> dict[str, tuple[str, ...]]:
+    """`count` prompts for each style that no other style has, drawn by the seed; all prompts if the count is 0."""
+    if not count:
+        return dict.fromkeys(styles, tuple(prompts))
+    distinct, needed = tuple(dict.fromkeys(prompts)), count * len(styles)
+    if len(distinct) < needed:
+        raise UserError(
+            f"evaluate.prompts_per_style = {count} needs {needed} different prompts for {len(styles)} styles, "
+            f"prompts_file has {len(distinct)}. Add prompts or lower the number."
+        )
+    order = np.random.default_rng([seed, needed]).permutation(len(distinct))
+    parts = order[:needed].reshape(len(styles), count)
+    return {style: tuple(distinct[row] for row in part) for style, part in zip(styles, parts, strict=True)}
 
 
 def draw_prompts(prompts: Sequence[str], count: int, style: str, seed: int) -> list[tuple[str, int]]:

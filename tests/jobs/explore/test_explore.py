@@ -462,7 +462,7 @@ def test_examples_are_captions_that_find_their_own_pictures(run):
     assert known_captions(list("abcd"), texts, pictures) == ["c", "a", "d"]
     database = open_explorer(run).databases["green"].without([green_id(5)])
     captions, vectors = candidates(database)
-    assert captions == [f"caption of green-{n}" for n in (*range(5), *range(6, 24))]
+    assert sorted(captions) == sorted(f"caption of green-{n}" for n in (*range(5), *range(6, 24)))
     rows = database.metadata_at(np.arange(len(database)))["caption"].to_pylist()
     np.testing.assert_array_equal(vectors[0], database.rows_at(np.array([rows.index(captions[0])]))[1][0])
 
@@ -471,7 +471,10 @@ def test_the_page_opens_with_results_of_an_example_and_without_one_with_none(run
     explorer = open_explorer(run)
     explorer.first_search = SearchRequest(text="a known text", database="green")
     explorer.first_results = explorer._search(explorer.first_search, explorer.databases["green"])[:2]
-    assert "2 neighbors of “a known text” (green)" in get(make_app(explorer), "/").text
+    page = get(make_app(explorer), "/").text
+    assert page.count("caption of green-") >= 2
+    assert "a known text" in page
     explorer.first_search = SearchRequest(database="green")
-    assert "search-results" in (page := get(make_app(explorer), "/").text)
-    assert "neighbors of" not in page
+    page = get(make_app(explorer), "/").text
+    assert "search-results" in page
+    assert "Link to this search" not in page

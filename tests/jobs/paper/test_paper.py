@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from jobs.cli.recipe import load_recipe
-from jobs.paper.page import verdicts, write_docs, write_page
+from jobs.paper.page import default_line, verdicts, write_docs, write_page
 from retrieval.errors import UserError
 from retrieval.storage import schema
 from retrieval.storage.root import Root
@@ -24,7 +25,13 @@ from trainer.sampling.sampler import open_database
 STAGE = "runs/tiny/paper"
 NAMES = tuple(sorted(STYLES))
 CONFIG = PaperConfig(
-    prompts=("a star", "two circles"), pictures_per_prompt=2, retrieval_queries=4, bootstrap_draws=100, closest_pairs=3
+    prompts=("a star", "two circles"),
+    pictures_per_prompt=2,
+    retrieval_queries=4,
+    bootstrap_draws=100,
+    closest_pairs=3,
+    tradeoff_guidance=(1.0, 2.0),
+    tradeoff_samples=2,
 )
 
 
@@ -69,10 +76,11 @@ def finished(model):
 
 def test_every_figure_and_experiment_is_stored(finished):
     _, manifest, results = finished
-    charts = ("improvement", "modes", "distances", "times", "swap", "styles", "samples")
+    charts = ("improvement", "modes", "distances", "times", "tradeoff", "swap", "styles", "samples")
     for name in charts:
         assert f"{STAGE}/{name}.png" in manifest.checksums()
-    assert set(results) == {"asked", "sheets", "tables", "held_out", "copying", "times"}
+    assert set(results) == {"asked", "sheets", "tables", "held_out", "copying", "times", "tradeoff"}
+    assert [(row["guidance"], row["k"]) for row in results["tradeoff"]["settings"]] == [(1.0, 4), (2.0, 4)]
     assert [row["database"] for row in results["times"]] == [*NAMES, "index"]
     assert [row["rows"] for row in results["times"]] == [24, 24, 24, 72]
     assert [row["name"] for row in results["copying"]] == ["neighbors_clip", "training_clip"]
@@ -130,10 +138,11 @@ def test_the_report_embeds_its_pictures_and_loads_nothing_from_the_network(finis
     page = write_page(root, STAGE)
     html = root.local_path(f"{STAGE}/report.html").read_text()
     sources = re.findall(r'(?:src|href)="([^"]*)"', html)
-    assert len([source for source in sources if source.startswith("data:image/")]) == len(page.pictures) == 9
+    assert len([source for source in sources if source.startswith("data:image/")]) == len(page.pictures) == 10
     assert all(source.startswith(("data:image/", "#")) for source in sources)
     assert "http" not in re.sub(r'src="[^"]*"', "", html)
     assert "Not measured." in html
+    assert default_line(page.results) in html
     for verdict in page.verdicts:
         assert verdict.measured in html
 
@@ -171,6 +180,14 @@ def test_a_verdict_is_missed_only_if_its_interval_says_so(finished):
     results["tables"]["modes"]["random_rows"]["accuracy"] = [0.6, 0.45, 0.7]  # the limit is 0.5
     by_name = {verdict.about: verdict.met for verdict in verdicts(results)}
     assert by_name["Negative control: random rows of the training database"]
+
+
+def test_without_a_curve_the_pages_have_none(finished, tmp_path: Path):
+    page = write_page(finished[0], STAGE)
+    results = {name: values for name, values in page.results.items() if name != "tradeoff"}
+    text = write_docs(finished[0], replace(page, results=results), tmp_path).read_text()
+    assert default_line(results) == ""
+    assert "Style against content" not in text
 
 
 def test_a_report_of_unfinished_experiments_is_refused(tmp_path: Path):

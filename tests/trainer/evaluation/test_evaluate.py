@@ -108,6 +108,17 @@ def test_every_prompt_is_used_before_one_repeats_and_the_seed_decides_the_order(
     assert draw_prompts(PROMPTS, 7, "green", seed=1) != draw_prompts(PROMPTS, 7, "green", seed=2)
 
 
+def test_styles_have_prompts_of_their_own_where_the_recipe_says_so():
+    prompts = [f"prompt {n % 9}" for n in range(12)]  # 9 different ones
+    groups = make_style_groups(SamplingConfig(), 3, NAMES, prompts, prompts_per_style=3)
+    drawn = {group.style: set(group.prompts) for group in groups if group.mode == "retrieval"}
+    assert set().union(*drawn.values()) == set(prompts)
+    assert [len(part) for part in drawn.values()] == [3, 3, 3]
+    assert all(set(group.prompts) == drawn[group.style] for group in groups)
+    with pytest.raises(UserError, match="needs 12 different prompts for 3 styles, prompts_file has 9"):
+        make_style_groups(SamplingConfig(), 4, NAMES, prompts, prompts_per_style=4)
+
+
 def test_the_name_of_a_style_is_written_in_words():
     assert style_words("stained_glass") == "stained glass"
     assert style_words("ukiyo-e") == "ukiyo e"

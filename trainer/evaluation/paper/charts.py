@@ -127,6 +127,27 @@ def time_chart(times: Sequence[dict[str, Any]]) -> bytes:
     return figure_png(figure)
 
 
+def tradeoff_chart(tradeoff: dict[str, Any]) -> bytes:
+    """Style against content of each setting, with its guidance and k. The line joins the Pareto front; dotted: goals."""
+    figure, (axes,) = new_figure((7.0, 4.6), 1)
+    for row in tradeoff["settings"]:
+        x, y = (np.array([row[name]]) for name in ("content", "style"))
+        color = OURS if row["on_front"] else REAL
+        errors = {"elinewidth": 0.6, "color": color, "zorder": 3 if row["on_front"] else 2}
+        axes.errorbar(x[0, 0], y[0, 0], _spread(y), _spread(x), fmt="o", **errors)
+        low, high = row["guidance_interval"]
+        label = f"{row['guidance']:g}, {row['k']}" + ("" if high - low == 1 else f", {low:g} to {high:g}")
+        axes.annotate(label, (x[0, 0], y[0, 0]), xytext=(4, 4), textcoords="offset points", fontsize=7, color=INK)
+    front = sorted((row["content"][0], row["style"][0]) for row in tradeoff["settings"] if row["on_front"])
+    axes.plot(*zip(*front, strict=True), color=OURS, linewidth=1)
+    axes.axvline(tradeoff["wanted"]["content"], color=INK, linewidth=1, linestyle=":")
+    axes.axhline(tradeoff["wanted"]["style"], color=INK, linewidth=1, linestyle=":")
+    axes.set_xlabel("CLIP score relative to samples without neighbors")
+    axes.set_ylabel("taken for the style")
+    axes.set_title("guidance, k, interval of guidance", fontsize=9)
+    return figure_png(figure)
+
+
 def _bars(axes: Axes, x: Any, values: Any, color: str) -> None:
     axes.bar(x, values[:, 0], 0.36, yerr=_spread(values), color=color, error_kw={"ecolor": INK, "elinewidth": 1})
 

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -30,7 +31,9 @@ from trainer.evaluation.paper.recipe import PaperConfig
 from trainer.evaluation.paper.timing import retrieval_times
 from trainer.evaluation.recipe import EvaluateConfig
 from trainer.evaluation.sample_groups import draw_groups, picture_path, read_features
-from trainer.evaluation.styles import RETRIEVAL, StyleGroup, make_style_groups
+from trainer.evaluation.scores import Evaluator
+from trainer.evaluation.styles import NO_NEIGHBORS, RETRIEVAL, StyleGroup, make_style_groups
+from trainer.evaluation.tradeoff import make_settings, setting_groups, tradeoff
 from trainer.recipe import TrainingRecipe
 from trainer.sampling.batches import SamplingBatch, make_batches
 from trainer.sampling.conditioning import ConditionedRequest
@@ -95,11 +98,17 @@ class Experiments:
         settings, root = model.evaluate, items.root
         self._evaluated = ResumableItems(root, f"runs/{model.trained.name}/evaluate", settings, {})
         self._styles, self._prompts = style_names(settings, root), read_prompts(settings.prompts_file)
-        self._groups = make_style_groups(settings, settings.samples_per_style, self._styles, self._prompts)
+        self._groups = make_style_groups(
+            settings, settings.samples_per_style, self._styles, self._prompts, settings.prompts_per_style
+        )
         self._retrieved = [group for group in self._groups if group.mode == RETRIEVAL]
         self._conditioned = {group.style: self._condition(group) for group in self._retrieved}
         self._figures = make_figures(config, settings, config.prompts or self._prompts[:FIGURE_PROMPTS], self._styles)
-        sampler.check([request for figure in self._figures for request in figure.group.requests])
+        intervals = config.tradeoff_intervals
+        self._settings = make_settings(config.tradeoff_guidance, config.tradeoff_k or (settings.k,), intervals)
+        self._tradeoff_groups = setting_groups(self._retrieved, self._settings, config.tradeoff_samples)
+        groups = [*(figure.group for figure in self._figures), *self._tradeoff_groups]
+        sampler.check([request for group in groups for request in group.requests])
 
     def run_all(self) -> tuple[list[ShardRecord], dict[str, Any]]:
         """Run the experiments without a record. Returns all records and the values of `paper.json`."""
@@ -108,13 +117,15 @@ class Experiments:
             replace(group, name=f"{name}/{group.style}", mode=name) for name in CONTROLS for group in self._retrieved
         ]
         records += draw_groups(self._sampler, controls, self._items, self._plan_control)
-        results: dict[str, Any] = {"asked": self._settings()}
+        records += draw_groups(self._sampler, self._tradeoff_groups, self._items)
+        results: dict[str, Any] = {"asked": self._asked()}
         experiments: dict[str, Callable[[], Result]] = {
             "sheets": self._sheets,
             "tables": lambda: self._tables(controls),
             "held_out": self._held_out,
             "copying": self._copying,
             "times": self._times,
+            **({"tradeoff": self._tradeoff} if self._settings else {}),
         }
         for name, experiment in experiments.items():
             record, results[name] = self._run_once(name, experiment)
@@ -134,7 +145,7 @@ class Experiments:
             log.info(f"paper: {name}  {time.monotonic() - started:.1f} s")
         return record, root.read_json(f"{folder}/{name}.json")
 
-    def _settings(self) -> dict[str, Any]:
+    def _asked(self) -> dict[str, Any]:
         names = ("samples_per_style", "k", "guidance", "steps", "scheduler", "precision")
         settings = {name: getattr(self._model.evaluate, name) for name in names}
         return {"styles": list(self._styles), **settings}
@@ -163,9 +174,24 @@ class Experiments:
         groups = [(group, self._evaluated) for group in self._groups]
         groups += [(group, self._items) for group in controls]
         features = {(group.mode, group.style): read_features(self._sampler, group, items) for group, items in groups}
-        evaluator = make_evaluator(self._model.evaluate, self._sampler, self._styles, self._bootstrap)
-        values = tables(features, evaluator)
+        values = tables(features, self._evaluator)
         return values, {"improvement.png": charts.improvement_chart(values), "modes.png": charts.modes_chart(values)}
+
+    @cached_property
+    def _evaluator(self) -> Evaluator:
+        return make_evaluator(self._model.evaluate, self._sampler, self._styles, self._bootstrap)
+
+    def _tradeoff(self) -> Result:
+        features = {
+            (group.mode, group.style): read_features(self._sampler, group, self._items)
+            for group in self._tradeoff_groups
+        }
+        for group in self._groups:
+            if group.mode == NO_NEIGHBORS:
+                plain = read_features(self._sampler, group, self._evaluated)
+                features[NO_NEIGHBORS, group.style] = plain.first(self._config.tradeoff_samples)
+        values = tradeoff(self._settings, features, self._evaluator)
+        return values, {"tradeoff.png": charts.tradeoff_chart(values)}
 
     def _held_out(self) -> Result:
         root, sampler = self._items.root, self._sampler

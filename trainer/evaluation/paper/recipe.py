@@ -1,8 +1,11 @@
 """Settings of the paper's experiments: section `paper` of a recipe."""
 
+from typing import Annotated
+
 from pydantic import Field
 
-from retrieval.config import Config
+from retrieval.config import Config, added_setting
+from trainer.sampling.request import FULL
 
 
 class PaperConfig(Config):
@@ -29,5 +32,13 @@ class PaperConfig(Config):
     """Pairs of sample and nearest real image on a contact sheet."""
     bootstrap_draws: int = Field(default=500, ge=100)
     """Resamples per confidence interval."""
+    tradeoff_guidance: tuple[float, ...] = added_setting((), strict=False)
+    """Scales of guidance at which style is measured against content; empty: it is not measured."""
+    tradeoff_k: tuple[int, ...] = added_setting((), strict=False)
+    """Numbers of neighbors at which it is measured; empty: that of evaluate."""
+    tradeoff_intervals: tuple[Annotated[tuple[float, float], Field(strict=False)], ...] = added_setting((FULL,), strict=False, min_length=1)
+    """Intervals of guidance at which it is measured, as `evaluate.guidance_interval`."""
+    tradeoff_samples: int = added_setting(10, ge=1)
+    """Samples of each style at each of these settings, at most those of evaluate: the first of them."""
     seed: int = Field(default=0, ge=0)
     """Seed of controls and resampling; samples have the seeds of evaluate."""
