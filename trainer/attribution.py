@@ -48,7 +48,7 @@ def attribute(sampler: Sampler, request: Request, group: str) -> Attribution:
     other = replace(request, without=condition)
     (batch,) = sampler.plan([other])  # first, so that an unknown column is refused before a picture is drawn
     (sample,) = sampler.sample([request])
-    if batch.items[0].neighbors == sample.neighbors:
+    if _keys(batch.items[0].neighbors) == _keys(sample.neighbors):
         without = replace(sample, request=other)
     else:
         ((without,),) = sampler.draw([batch])
@@ -59,5 +59,9 @@ def attribute(sampler: Sampler, request: Request, group: str) -> Attribution:
 
 def _not_in(neighbors: Sequence[Neighbor], others: Sequence[Neighbor]) -> tuple[Neighbor, ...]:
     """Those of `others` that are not among `neighbors`."""
-    known = {(each.database, each.image_id) for each in neighbors}
-    return tuple(each for each in others if (each.database, each.image_id) not in known)
+    known = _keys(neighbors)
+    return tuple(each for each, key in zip(others, _keys(others), strict=True) if key not in known)
+
+
+def _keys(neighbors: Sequence[Neighbor]) -> list[tuple[str, int]]:
+    return [(each.database, each.image_id) for each in neighbors]
