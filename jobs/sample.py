@@ -81,7 +81,8 @@ def attribution_text(attribution: Attribution, group: str) -> str:
     for title, neighbors in (("left out", attribution.removed), ("in their place", attribution.added)):
         lines.append(f"{len(neighbors)} neighbors {title}")
         lines += [
-            f"  {each.similarity:.3f}  {each.database}  {each.image_id}  {printable(each.caption)}" for each in neighbors
+            f"  {each.similarity:.3f}  {each.database}  {each.image_id}  {printable(each.caption)}"
+            for each in neighbors
         ]
     return "\n".join(lines)
 

@@ -163,9 +163,7 @@ class Explorer:
         database = self._database(request.database)
         return await self.searches.run(lambda stop: self._search(request, database))
 
-    async def sample(
-        self, requests: Sequence[SampleRequest], progress: Progress | None = None
-    ) -> list[SampledPicture]:
+    async def sample(self, requests: Sequence[SampleRequest], progress: Progress | None = None) -> list[SampledPicture]:
         """One picture for each request. Raises UserError, or BusyError if the server is overloaded.
 
         progress: counts the steps, while the server computes this request.

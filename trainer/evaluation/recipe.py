@@ -52,8 +52,8 @@ class EvaluateConfig(SamplingConfig):
     samples_per_style: int = Field(default=70, ge=2)
     """Samples of each style in each mode."""
     prompts_per_style: int = added_setting(0, ge=0)
-    """Prompts of each style that no other style has. With as many as `samples_per_style`, no two samples of a mode share
-    a prompt, so that their intervals are the narrowest. 0: every style draws from all prompts."""
+    """Prompts of each style that no other style has. With as many as `samples_per_style`, no two samples of a mode
+    share a prompt, so that their intervals are the narrowest. 0: every style draws from all prompts."""
     classifier: ClassifierConfig = ClassifierConfig()
     """The paper's style classifier. It sees the CLIP features that also condition the samples."""
     judge_pictures: str = ""

@@ -65,9 +65,7 @@ def make_style_groups(
     ]
 
 
-def divide_prompts(
-    prompts: Sequence[str], styles: Sequence[str], count: int, seed: int
-) -> dict[str, tuple[str, ...]]:
+def divide_prompts(prompts: Sequence[str], styles: Sequence[str], count: int, seed: int) -> dict[str, tuple[str, ...]]:
     """`count` prompts for each style that no other style has, drawn by the seed; all prompts if the count is 0."""
     if not count:
         return dict.fromkeys(styles, tuple(prompts))

@@ -103,7 +103,8 @@ class SampleConfig(SamplingConfig):
     exclude: tuple[int, ...] = Field(default=(), strict=False)
     """Image ids that are not used as neighbors; the next best replace them."""
     without: str = added_setting("")
-    """Condition on the metadata, such as `artist == 'Ann'`: rows that meet it are not used as neighbors; empty: none."""
+    """Condition on the metadata, such as `artist == 'Ann'`: rows that meet it are not used as neighbors; empty:
+    none."""
     weights: dict[int, float] = Field(default={})
     """Factors on the attention weight of neighbors, by image id; 0 removes a neighbor."""
     top_m: float = Field(default=1.0, gt=0, le=1)

@@ -116,9 +116,7 @@ def sample_view(context: PageContext, request: SampleRequest, picture: SampledPi
     )
 
 
-def attribution_view(
-    context: PageContext, request: SampleRequest, pair: AttributedPicture
-) -> views.AttributionView:
+def attribution_view(context: PageContext, request: SampleRequest, pair: AttributedPicture) -> views.AttributionView:
     """A picture with and without a group of neighbors as the page shows them."""
     result, views_of = pair.attribution, context.explorer.views
     complete = request.model_copy(update={"without": ""})

@@ -22,8 +22,8 @@ from trainer.sampling.request import TRAINING_DATABASE
 Work = Callable[..., Coroutine[Any, Any, str]]
 """Makes the HTML of a result. Arguments: the progress of its sampling, then the values of a form."""
 Answer = Callable[..., AsyncIterator[str]]
-"""Makes HTML of Gradio's request, and of the values that `Tab.values_of` returns or of those of the fields: the progress
-of sampling, and at last the result."""
+"""Makes HTML of Gradio's request, and of the values that `Tab.values_of` returns or of those of the fields: the
+progress of sampling, and at last the result."""
 PROGRESS_S = 0.5
 """Seconds between two displays of the progress."""
 EVENT_OPTIONS: dict[str, Any] = {

@@ -128,7 +128,7 @@ def time_chart(times: Sequence[dict[str, Any]]) -> bytes:
 
 
 def tradeoff_chart(tradeoff: dict[str, Any]) -> bytes:
-    """Style against content of each setting, with its guidance and k. The line joins the Pareto front; dotted: goals."""
+    """Style against content of each setting, with guidance and k. The line joins the Pareto front; dotted: goals."""
     figure, (axes,) = new_figure((7.0, 4.6), 1)
     for row in tradeoff["settings"]:
         x, y = (np.array([row[name]]) for name in ("content", "style"))

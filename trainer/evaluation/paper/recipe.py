@@ -36,7 +36,9 @@ class PaperConfig(Config):
     """Scales of guidance at which style is measured against content; empty: it is not measured."""
     tradeoff_k: tuple[int, ...] = added_setting((), strict=False)
     """Numbers of neighbors at which it is measured; empty: that of evaluate."""
-    tradeoff_intervals: tuple[Annotated[tuple[float, float], Field(strict=False)], ...] = added_setting((FULL,), strict=False, min_length=1)
+    tradeoff_intervals: tuple[Annotated[tuple[float, float], Field(strict=False)], ...] = added_setting(
+        (FULL,), strict=False, min_length=1
+    )
     """Intervals of guidance at which it is measured, as `evaluate.guidance_interval`."""
     tradeoff_samples: int = added_setting(10, ge=1)
     """Samples of each style at each of these settings, at most those of evaluate: the first of them."""
