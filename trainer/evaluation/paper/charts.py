@@ -133,8 +133,8 @@ def tradeoff_chart(tradeoff: dict[str, Any]) -> bytes:
     for row in tradeoff["settings"]:
         x, y = (np.array([row[name]]) for name in ("content", "style"))
         color = OURS if row["on_front"] else REAL
-        errors = {"elinewidth": 0.6, "color": color, "zorder": 3 if row["on_front"] else 2}
-        axes.errorbar(x[0, 0], y[0, 0], _spread(y), _spread(x), fmt="o", **errors)
+        layer = 3 if row["on_front"] else 2
+        axes.errorbar(x[0, 0], y[0, 0], _spread(y), _spread(x), fmt="o", elinewidth=0.6, color=color, zorder=layer)
         low, high = row["guidance_interval"]
         label = f"{row['guidance']:g}, {row['k']}" + ("" if high - low == 1 else f", {low:g} to {high:g}")
         axes.annotate(label, (x[0, 0], y[0, 0]), xytext=(4, 4), textcoords="offset points", fontsize=7, color=INK)
