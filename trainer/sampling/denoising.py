@@ -16,6 +16,8 @@ Denoiser = Callable[..., tuple[torch.Tensor, ...]]
 encoder_hidden_states=, return_dict=False) to a tuple; item 0 is the prediction, shaped as the latents."""
 MASKED = 10_000.0
 """diffusers adds (1 - mask) * -MASKED to the attention logits of a token."""
+CONTEXT_STEP = 32
+"""Compiled networks take contexts of a multiple of so many tokens: torch compiles a network for each number."""
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> torch.Tensor:
@@ -28,16 +30,25 @@ def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> torch.Te
 def with_token_weights(unet: Denoiser, weights: torch.Tensor) -> Denoiser:
     """A diffusers UNet with a weight for each token of the context in cross-attention.
 
-    weights: (n, tokens) above 0, for calls with n rows, or 2 n rows (null context first). Adds log w to the attention
-    logits, so w = 2 equals repeating the token. The float32 mask rounds w by less than 0.1 %; w = 1 is exact.
+    weights: (n, tokens), for calls with n rows, or 2 n rows (null context first). Adds log w to the attention logits:
+    w = 2 equals repeating the token, w = 0 removing it. The float32 mask rounds w by less than 0.1 %; 0 and 1 are exact.
     """
-    mask = (1 + weights.double().log() / MASKED).float()
+    mask = (1 + weights.double().log().clamp(min=-MASKED) / MASKED).float()
 
     def denoise(latents: torch.Tensor, *args: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         rows = mask.repeat(len(latents) // len(mask), 1)
         return unet(latents, *args, encoder_attention_mask=rows, **kwargs)
 
     return denoise
+
+
+def padded(context: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The context (rows, tokens, dim) with a multiple of CONTEXT_STEP tokens, and its weights for `with_token_weights`.
+
+    weights: (n, tokens). Added tokens have weight 0, so that they have no effect.
+    """
+    added = -context.shape[1] % CONTEXT_STEP
+    return torch.nn.functional.pad(context, (0, 0, 0, added)), torch.nn.functional.pad(weights, (0, added))
 
 
 def guidance_within(

@@ -23,7 +23,8 @@ class ComputeConfig(Config):
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format inside the UNet; latents are always fp32."""
     compile: bool = runtime_setting(False)
-    """Compile the UNet before its first call: takes a minute or more, pays off for many samples on a GPU."""
+    """Compile the UNet before its first call: takes a minute or more, pays off for many samples on a GPU. Contexts are
+    padded to a multiple of 32 tokens, which attention ignores, so that other numbers of neighbors compile nothing."""
     batch_size: int = runtime_setting(16, ge=1)
     """Samples in one UNet call (twice as many rows with guidance)."""
     workers: int = runtime_setting(0, ge=0)

@@ -39,6 +39,7 @@ from trainer.sampling.denoising import (
     guidance_within,
     guided_sample,
     initial_noise,
+    padded,
     with_token_weights,
 )
 from trainer.sampling.picture import to_pictures
@@ -252,9 +253,12 @@ class Sampler:
         if batch.negatives is not None:
             negatives = torch.from_numpy(batch.negatives).to(self.device)
             context = torch.cat([negatives[:, None].expand_as(context), context])
-        unet = self.unet
-        if batch.weights is not None:
-            unet = with_token_weights(unet, torch.from_numpy(batch.weights).to(self.device))
+        unet, weights = self.unet, None if batch.weights is None else torch.from_numpy(batch.weights).to(self.device)
+        if self.compute.compile:
+            # The same network for every number of tokens, with or without weights: it is compiled once.
+            context, weights = padded(context, noise.new_ones(batch.contexts.shape[:2]) if weights is None else weights)
+        if weights is not None:
+            unet = with_token_weights(unet, weights)
         guidance = torch.tensor([request.guidance for request in requests], device=self.device)
         interval = requests[0].guidance_interval
         guidance = guidance_within(interval, guidance, scheduler.timesteps, self.diffusion.steps)

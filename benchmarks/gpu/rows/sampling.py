@@ -1,6 +1,7 @@
 """Row 7: sampling at 768 px with the 1.3B UNet in bf16, guidance 5, decoded by KL-f16."""
 
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -14,12 +15,12 @@ BATCH = 8
 
 def cases(day: Day) -> Cases:
     """Cases by name; those that are not compiled first."""
-    found: Cases = {}
-    for compiled in (False,) if day.tiny else (False, True):
+    named: Cases = {}
+    for compiled in (False, True):
         for name, (scheduler, steps) in SAMPLERS.items():
             label = f"{name}, compiled" if compiled else name
-            found[label] = partial(measure, day, scheduler, 2 if day.tiny else steps, compiled)
-    return found
+            named[label] = partial(measure, day, scheduler, 2 if day.tiny else steps, compiled)
+    return named
 
 
 def measure(day: Day, scheduler_name: str, steps: int, compiled: bool) -> Values:
@@ -28,18 +29,19 @@ def measure(day: Day, scheduler_name: str, steps: int, compiled: bool) -> Values
     from trainer.model.schedulers import make_scheduler
     from trainer.model.unet import build_unet
     from trainer.recipe import AutoencoderConfig, DiffusionConfig
-    from trainer.sampling.denoising import guided_sample, initial_noise
+    from trainer.sampling.denoising import guided_sample, initial_noise, padded, with_token_weights
 
     stage, device = training_stage(day, 768), day.device
     with device:
-        unet = build_unet(stage.model).eval()
-    if compiled:
-        unet.compile(dynamic=False)
+        unet: Any = build_unet(stage.model).eval()
     autoencoder = Autoencoder.load(AutoencoderConfig(kind="kl", path=str(autoencoder_folder(day))), str(device))
     count = 1 if day.tiny else BATCH
     context = torch.nn.functional.normalize(
         torch.randn(count, CONTEXT_TOKENS, stage.model.context_dim, device=device), dim=-1
     )
+    if compiled:  # as `Sampler` does
+        context, weights = padded(context, torch.ones(count, CONTEXT_TOKENS, device=device))
+        unet = with_token_weights(torch.compile(unet), weights)
     noise = initial_noise(range(count), stage.latent_shape).to(device)
     guidance = torch.full((count,), 5.0, device=device)
 
