@@ -1,6 +1,6 @@
-"""`make bench-schedule`: operations of the paper's training schedules, and projected days on 8 A100s.
+"""`make bench-schedule`: operations of the paper's training schedules, projected days on 8 A100s, and memory.
 
-Reads the training recipes and counts operations from shapes (`trainer.tracking.flops`). Writes
+Reads the training recipes and counts operations and bytes from shapes (`trainer.tracking`). Writes
 `docs/training.json` and `docs/training.md`. Nothing was run at this size: the time is the number of
 operations divided by the data sheet's rate and an assumed utilization.
 """
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.common.report import DOCS, REPOSITORY, markdown_table, write_report
+from benchmarks.training import memory
 from jobs.cli.recipe import load_recipe
 from trainer.model.unet import build_unet
 from trainer.recipe import AutoencoderConfig, ModelConfig, TrainConfig
@@ -63,7 +64,7 @@ def _stage(name: str) -> Stage:
     return Stage(name, model, train, (model.latent_channels, edge, edge))
 
 
-PAGE = """# Duration of the paper's training schedule
+PAGE = """# Duration and memory of the paper's training schedule
 
 Written by `make bench-schedule`; the numbers are in `training.json`. **Projected, not measured:** operations
 of the UNet, forward and backward, counted from shapes by torch's flop counter, divided by the rate of {gpus}
@@ -75,6 +76,7 @@ up to a third; encoding images during training, instead of `make latents`, is no
 {days}
 
 The three LAION stages together: {sums}.
+
 """
 
 
@@ -135,8 +137,10 @@ def _parameters(model: ModelConfig) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training.schedule", description=__doc__)
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the results")
-    rows = table()
-    write_report(parser.parse_args().docs, "training", {"gpus": GPUS, "mfus": MFUS, "recipes": rows}, page(rows))
+    docs = parser.parse_args().docs
+    rows, memories = table(), memory.table()
+    result = {"gpus": GPUS, "mfus": MFUS, "recipes": rows, "memory": memories}
+    write_report(docs, "training", result, page(rows) + memory.section(memories))
 
 
 if __name__ == "__main__":

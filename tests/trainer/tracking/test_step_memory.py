@@ -4,10 +4,20 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
 
 from docs.generate.finetuning import CASES, row_of
 from tests.trainer.training_set import SHAPE, make_recipe
-from trainer.tracking.step_memory import BUCKET_BYTES, StepMemory, step_memory
+from trainer.model.unet import build_unet
+from trainer.tracking.step_memory import (
+    BUCKET_BYTES,
+    PeakMemory,
+    StepMemory,
+    counted_as_fused_attention,
+    encoding_memory,
+    step_memory,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 MOMENTS = ("passes", "update", "validation")
@@ -61,3 +71,55 @@ def test_checkpointing_adapters_and_smaller_batches_take_less_memory_in_the_pass
     assert passes[0] < passes[1]
     assert memory_of(global_batch=16, micro_batch=8, activation_checkpointing=True).passes - BUCKET_BYTES < passes[1]
     assert memory_of(global_batch=16, micro_batch=8, lora={}, start_from="base").passes - BUCKET_BYTES < passes[1]
+
+
+def test_several_ranks_share_masters_moments_and_averages() -> None:
+    recipe = make_recipe("", precision="bf16")
+    alone, shared = (step_memory(recipe, SHAPE, ranks) for ranks in (1, 4))
+    assert shared.state == (2 + (4 + 8 + 4) / 4) * alone.parameters
+    assert shared.update == (2 + (2 + 4) / 4) * alone.parameters
+    assert shared.passes <= alone.passes + BUCKET_BYTES
+
+
+def test_images_take_the_memory_of_their_autoencoder() -> None:
+    changes = {"source": "images", "validation_images": 1}
+    encoder, encoding = encoding_memory(make_recipe("").autoencoder, 64, 2)
+    images, latents = memory_of(**changes), memory_of()
+    assert images.state == latents.state + encoder
+    assert images.encoding == encoding > 2 * 3 * 64 * 64 * 4
+    assert latents.encoding == 0
+
+
+def test_the_count_finds_the_memory_of_a_known_computation() -> None:
+    with torch.device("meta"), PeakMemory() as memory:
+        first = torch.empty(1000, dtype=torch.float32)
+        second = first * 2
+        view = second.view(10, 100)
+        del first
+        third = view.to(torch.bfloat16)
+        assert memory.alive == 4000 + 2000
+    assert memory.peak == 8000
+    assert third.numel() == 1000
+
+
+def passes(device: str, count: int) -> None:
+    """A forward and backward pass in fp32 of a small network and `count` latents."""
+    model = make_recipe("").model
+    with torch.device(device):
+        unet = build_unet(model).train()
+        inputs = torch.zeros(count, *SHAPE), torch.zeros(count), torch.zeros(count, 4, model.context_dim)
+        unet(*inputs, return_dict=False)[0].square().mean().backward()
+
+
+def test_the_count_agrees_with_the_memory_that_the_allocator_gives_out_on_a_cpu() -> None:
+    with counted_as_fused_attention():
+        with PeakMemory() as counted:
+            passes("meta", 32)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            passes("cpu", 32)
+    alive = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            peak = max(peak, alive)
+    assert counted.peak <= peak < 1.1 * counted.peak
