@@ -130,6 +130,7 @@ bench-pipeline: install .venv-bench/installed ## filter, embed and neighbors aga
 
 bench-step: install ## overhead of the training loop: docs/step.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.training.step $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node=2 -m benchmarks.training.step $(ARGS)
 
 bench-schedule: install ## operations and projected days of the paper's training: docs/training.md
 	$(BIN)/python -m benchmarks.training.schedule $(ARGS)

@@ -30,6 +30,7 @@ ROWS = {
     "join": 3.0,
     "latents": 1.0,
     "sampling": 3.0,
+    "demo": 10.0,
 }
 """Rows in order, with the minutes that each may take."""
 RESTART = 75

@@ -33,7 +33,7 @@ def main() -> None:
     options = parser.parse_args()
     signal.alarm(max(1, options.seconds))
     earlier = json.loads(options.results.read_text())["rows"][options.row]["cases"]
-    day = Day(options.tiny, options.scratch, earlier)
+    day = Day(options.tiny, options.scratch, earlier, options.seconds)
     if options.tiny and day.device.type == "cpu":
         # Networks are traced as on a GPU; only code generation, which takes minutes on a CPU, is left out.
         torch.compile = partial(torch.compile, backend="eager")  # type: ignore[assignment]

@@ -21,6 +21,8 @@ class Day:
     tiny: bool
     scratch: Path
     earlier: dict[str, Values]
+    seconds: float = 60.0
+    """Time of the row, from the start of its process."""
 
     @property
     def device(self) -> torch.device:

@@ -18,6 +18,7 @@ TITLES = {
     "join": "Join of a million rows with a million queries",
     "latents": "Encoding by KL-f16",
     "sampling": "Sampling at 768 px, guidance 5",
+    "demo": "The demo at 128 px",
 }
 HIDDEN = {"tried"}
 HEADINGS = {

@@ -84,9 +84,10 @@ def crash_row() -> Row:
 
 def step_row() -> Row:
     one_rank, zero = load("step")["runs"]
+    ranks = "one rank" if zero["ranks"] == 1 else f"{zero['ranks']} ranks, over torch's DDP"
     return (
         "CPU time that the training loop adds to a bare loop",
-        f"{one_rank['overhead']:.1%} on one rank, {zero['overhead']:.1%} with ZeRO 1",
+        f"{one_rank['overhead']:.1%} on one rank, {zero['overhead']:.1%} with ZeRO 1 on {ranks}",
         "[step](docs/step.md)",
     )
 

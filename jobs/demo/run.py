@@ -32,16 +32,23 @@ Step = tuple[str, str, Callable[[Recipe], object]]
 def run(recipe: Recipe) -> None:
     """Run all steps in order, then write the report. Exits with code 1 if a goal is missed."""
     started = time.time()
+    run_data(recipe)
+    for step in _model_stages(recipe):
+        _run_timed(recipe, step)
+    log.info("all steps took %.0f s in this run", time.time() - started)
+    report.run(recipe)
+
+
+def run_data(recipe: Recipe) -> None:
+    """Run the steps before training: the data set, CLIP and the autoencoder, the data stages, the style databases."""
     for step in _prerequisites():
         _run_timed(recipe, step)
     # One Ray and the same workers for all data stages; they end before training, which needs the cores.
     with ray_connection(), shared_workers():
         for step in _data_stages(recipe):
             _run_timed(recipe, step)
-    for step in _model_stages(recipe):
-        _run_timed(recipe, step)
-    log.info("all steps took %.0f s in this run", time.time() - started)
-    report.run(recipe)
+    last = f"databases/{style_folders(recipe)[-1][0]}/manifest.json"
+    _run_timed(recipe, ("databases", last, _databases))
 
 
 def _prerequisites() -> list[Step]:
@@ -66,9 +73,7 @@ def _data_stages(recipe: Recipe) -> list[Step]:
 
 def _model_stages(recipe: Recipe) -> list[Step]:
     folder = f"runs/{recipe[TrainConfig].name}"
-    last_database = f"databases/{style_folders(recipe)[-1][0]}/manifest.json"
     return [
-        ("databases", last_database, _databases),
         ("train", f"{folder}/train/manifest.json", train.run),
         ("sample", f"{folder}/sample/manifest.json", sample.run),
         ("evaluate", f"{folder}/evaluate/manifest.json", evaluate.run),

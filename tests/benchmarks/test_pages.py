@@ -15,7 +15,7 @@ from benchmarks.pipeline import download, near_copies, partitions
 from benchmarks.retrieval import grow
 from benchmarks.retrieval.report import report
 from benchmarks.scale import __main__ as scale
-from benchmarks.training import loader, sampling, schedule, step
+from benchmarks.training import loader, memory, sampling, schedule, step
 
 PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "crashes": crashes.page,
@@ -29,7 +29,7 @@ PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "sampling": sampling.page,
     "scale": scale.page,
     "step": step.page,
-    "training": lambda result: schedule.page(result["recipes"]),
+    "training": lambda result: schedule.page(result["recipes"]) + memory.section(result["memory"]),
 }
 
 

@@ -137,7 +137,8 @@ class _Loop:
         local_losses, grad_norm = _optimize(session, batch)
         # One all-gather and one device synchronization per step: stop requests, replaced rows, losses by timestep.
         flags = [float(termination.requested), float(batch.replaced.sum())]
-        local = torch.cat([torch.tensor(flags, dtype=torch.float64, device=ranks.device), local_losses])
+        device_flags = torch.tensor(flags, dtype=torch.float64).to(ranks.device, non_blocking=True)
+        local = torch.cat([device_flags, local_losses])
         numbers = gather_numbers(local, ranks)
         self._count(numbers, grad_norm, batch)
         stopping = bool(numbers[:, 0].any())

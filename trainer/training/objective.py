@@ -1,4 +1,7 @@
-"""The training loss (eq. 1) of a batch of latent moments or images, in total and by timestep."""
+"""The training loss (eq. 1) of a batch of latent moments or images, in total and by timestep.
+
+Copies to the device are asynchronous: a step must not wait for the kernels of the previous one (`make bench-step`).
+"""
 
 import torch
 
@@ -26,11 +29,12 @@ class Objective:
     def __call__(self, unet: torch.nn.Module, batch: TrainingBatch, dtype: torch.dtype) -> torch.Tensor:
         """Loss of each sample of a batch, (n,) float32. dtype: of the UNet's inputs x_t and context."""
         x_0 = self._latents(batch)
-        eps = batch.noise.to(self._device)
-        t = batch.timesteps.to(self._device)
+        eps = batch.noise.to(self._device, non_blocking=True)
+        t = batch.timesteps.to(self._device, non_blocking=True)
         abar_t = self._alphas_bar[t]
         x_t = diffusion.q_sample(x_0, eps, abar_t)
-        predicted = unet(x_t.to(dtype), t, batch.context.to(self._device, dtype), return_dict=False)[0]
+        context = batch.context.to(self._device, dtype, non_blocking=True)
+        predicted = unet(x_t.to(dtype), t, context, return_dict=False)[0]
         losses = diffusion.losses(predicted, diffusion.target(self._config.prediction, x_0, eps, abar_t))
         return losses if self._weights is None else losses * self._weights[t]
 
@@ -39,16 +43,16 @@ class Objective:
 
         losses: (n,) on the device; timesteps: (n,) on the CPU. Does not synchronize with the device.
         """
-        quartiles = (timesteps * QUARTILES // self._config.steps).to(self._device)
+        quartiles = (timesteps * QUARTILES // self._config.steps).to(self._device, non_blocking=True)
         values = torch.stack([losses.detach().double(), torch.ones_like(losses, dtype=torch.float64)])
         sums = torch.zeros(2, QUARTILES, dtype=torch.float64, device=self._device)
         return sums.index_add_(1, quartiles, values).flatten()
 
     def _latents(self, batch: TrainingBatch) -> torch.Tensor:
         """A sample of the posterior: mean + standard deviation * noise. (n, c, h, w) float32."""
-        inputs = batch.inputs.to(self._device).float()
+        inputs = batch.inputs.to(self._device, non_blocking=True).float()
         moments = inputs if self._autoencoder is None else self._autoencoder.encode_moments(inputs)
-        return draw_latents(moments.float(), batch.posterior_noise.to(self._device))
+        return draw_latents(moments.float(), batch.posterior_noise.to(self._device, non_blocking=True))
 
 
 def quartile_means(sums: torch.Tensor) -> list[float | None]:

@@ -3,7 +3,6 @@
 The batch size is searched once at each resolution, without compilation; compiled cases take the fastest that was found.
 """
 
-import warnings
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.common.device_waits import counted_waits
 from benchmarks.common.processes import set_single_rank
 from benchmarks.gpu.day import (
     Cases,
@@ -114,16 +114,11 @@ def _best_batch(day: Day, size: int) -> int | None:
     return day.earlier.get(f"{size} px", {}).get("batch")
 
 
-def _waits(step: Any) -> int | None:
-    """How often the CPU waits for the GPU in a step, as torch counts it; None without a GPU."""
-    if not torch.cuda.is_available():
-        return None
-    torch.cuda.set_sync_debug_mode("warn")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+def _waits(step: Any) -> int:
+    """How often the CPU waits for the GPU in a step, as torch counts it; without a GPU, by a stand-in."""
+    with counted_waits() as waits:
         step()
-    torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(warning.message) for warning in caught)
+    return len(waits)
 
 
 def _utilization(stage: Any, rate: float) -> Values:

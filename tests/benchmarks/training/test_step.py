@@ -1,18 +1,36 @@
-"""The benchmark of the training loop at a tiny size."""
+"""The benchmark of the training loop at a tiny size, and the waits for a GPU in a step."""
 
 import json
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from tests.trainer.training.launched import fork
 
+WAITS = {"ZeRO 0, 1 rank": 2, "ZeRO 1, 2 ranks": 5}
+"""A step gathers the numbers of all ranks, and checks and returns the norm of the gradient; the rest is DeepSpeed's."""
 
-def test_all_loops_train_to_the_same_loss(tmp_path: Path) -> None:
-    options = ["--steps", "7", "--batch", "2", "--scratch", str(tmp_path), "--docs", str(tmp_path)]
-    code, log = fork(["benchmarks.training.step", *options], tmp_path / "log", ranks=1)
-    assert code == 0, log
-    result = json.loads((tmp_path / "step.json").read_text())
-    assert [run["zero_stage"] for run in result["runs"]] == [0, 1]
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The report after a call on one rank and one on two."""
+    folder = tmp_path_factory.mktemp("step")
+    options = ["--steps", "7", "--batch", "4", "--scratch", str(folder), "--docs", str(folder)]
+    for ranks in (1, 2):
+        code, log = fork(["benchmarks.training.step", *options], folder / "log", ranks)
+        assert code == 0, log
+    return {**json.loads((folder / "step.json").read_text()), "page": (folder / "step.md").read_text()}
+
+
+def test_all_loops_train_to_the_same_loss_on_one_rank_and_on_two(result: dict[str, Any]) -> None:
+    assert [(run["zero_stage"], run["ranks"]) for run in result["runs"]] == [(0, 1), (1, 2)]
     for run in result["runs"]:
         assert run["loss_difference"] < 1e-5
         assert set(run["ms"]) == {"bare", "whole", "ours"}
-    assert "Overhead over the minimal loop" in (tmp_path / "step.md").read_text()
+    assert "Overhead over the minimal loop" in result["page"]
+
+
+def test_a_step_waits_for_the_gpu_no_more_often_than_now(result: dict[str, Any]) -> None:
+    counts = [run["waits"] for run in result["runs"]]
+    assert counts == list(WAITS.values())

@@ -1,0 +1,82 @@
+"""Counts the calls of a block that wait for the GPU: torch counts them on CUDA, a stand-in where there is no CUDA.
+
+On a CPU all tensors are in the same memory. The stand-in takes as tensors of the host those that the caller names, the
+copies by `.cpu()`, and what is computed from these; all others count as tensors of the GPU. A call waits if it takes a
+value from the GPU, or copies between GPU and host without `non_blocking`.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+READING = frozenset(
+    ["item", "tolist", "numpy", "__array__", "__bool__", "__float__", "__int__", "__index__", "__format__", "__repr__"]
+    + ["__contains__", "equal", "allclose", "is_nonzero", "nonzero", "argwhere", "masked_select", "unique"]
+)
+"""Functions that return values of a tensor, or a tensor of a shape that depends on values."""
+HOST = "_of_host"
+
+
+class SimulatedWaits(TorchFunctionMode):
+    """Within the block, `waits` gets the name of each function of torch that would wait for a GPU."""
+
+    def __init__(self, host: Iterable[torch.Tensor]) -> None:
+        """host: tensors of the host."""
+        super().__init__()
+        self.waits: list[str] = []
+        for tensor in host:
+            setattr(tensor, HOST, True)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.backward:
+            with self:  # counts the calls of hooks, too
+                return torch.autograd.backward(args[0], kwargs.pop("gradient", None), **kwargs)
+        name = func.__name__
+        tensors = _tensors((args, kwargs))
+        from_host = all(getattr(tensor, HOST, False) for tensor in tensors)
+        to_device = "device" in kwargs or (name == "to" and any(isinstance(arg, torch.device | str) for arg in args))
+        if self._is_wait(name, tensors, from_host, to_device) and not kwargs.get("non_blocking"):
+            self.waits.append(name)
+        result = func(*args, **kwargs)
+        if name in ("to", "cpu") and any(result is tensor for tensor in tensors):
+            result = result.view_as(result)  # a tensor of its own, with its own mark
+        for tensor in _tensors(result):
+            if not any(tensor is one for one in tensors):
+                setattr(tensor, HOST, name == "cpu" or (from_host and not to_device))
+        return result
+
+    def _is_wait(self, name: str, tensors: list[torch.Tensor], from_host: bool, to_device: bool) -> bool:
+        if from_host:
+            return to_device and name in ("to", "tensor", "as_tensor")
+        if name in ("copy_", "__getitem__"):
+            on_host = {getattr(tensor, HOST, False) for tensor in tensors}
+            return len(on_host) > 1 if name == "copy_" else tensors[-1].dtype == torch.bool and len(tensors) > 1
+        return name in READING or name == "cpu"
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+
+
+@contextmanager
+def counted_waits(host: Iterable[torch.Tensor] = ()) -> Iterator[list[str]]:
+    """The calls in the block that wait for the GPU; complete at its end. host: tensors of the host, for the stand-in."""
+    if not torch.cuda.is_available():
+        with SimulatedWaits(host) as simulated:
+            yield simulated.waits
+        return
+    waits: list[str] = []
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield waits
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits += [f"{each.filename}:{each.lineno}" for each in caught if "synchronizing" in str(each.message)]
