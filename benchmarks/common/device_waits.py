@@ -2,15 +2,17 @@
 
 On a CPU all tensors are in the same memory. The stand-in takes as tensors of the host those that the caller names, the
 copies by `.cpu()`, and what is computed from these; all others count as tensors of the GPU. A call waits if it takes a
-value from the GPU, or copies between GPU and host without `non_blocking`.
+value from the GPU, copies between GPU and host without `non_blocking`, or is one of `synchronize`.
 """
 
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -37,7 +39,7 @@ class SimulatedWaits(TorchFunctionMode):
         if func is torch.Tensor.backward:
             with self:  # counts the calls of hooks, too
                 return torch.autograd.backward(args[0], kwargs.pop("gradient", None), **kwargs)
-        name = func.__name__
+        name = getattr(func, "__name__", "")
         tensors = _tensors((args, kwargs))
         from_host = all(getattr(tensor, HOST, False) for tensor in tensors)
         to_device = "device" in kwargs or (name == "to" and any(isinstance(arg, torch.device | str) for arg in args))
@@ -67,16 +69,38 @@ def _tensors(values: Any) -> list[torch.Tensor]:
 @contextmanager
 def counted_waits(host: Iterable[torch.Tensor] = ()) -> Iterator[list[str]]:
     """The calls in the block that wait for the GPU; complete at its end. host: tensors of the host, for the stand-in."""
+    waits: list[str] = []
+    with _counted_synchronizations(waits), _counted_reads(waits, host):
+        yield waits
+
+
+@contextmanager
+def _counted_reads(waits: list[str], host: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Add the calls that read values or copy."""
     if not torch.cuda.is_available():
         with SimulatedWaits(host) as simulated:
-            yield simulated.waits
+            yield
+        waits += simulated.waits
         return
-    waits: list[str] = []
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            yield waits
+            yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
     waits += [f"{each.filename}:{each.lineno}" for each in caught if "synchronizing" in str(each.message)]
+
+
+@contextmanager
+def _counted_synchronizations(waits: list[str]) -> Iterator[None]:
+    """Add the calls of `synchronize`, of which torch does not warn."""
+    owner = torch.cuda if torch.cuda.is_available() else get_accelerator()
+    original = owner.synchronize
+
+    def synchronize(*args: Any) -> None:
+        waits.append("synchronize")
+        original(*args)
+
+    with mock.patch.object(owner, "synchronize", synchronize):
+        yield

@@ -104,6 +104,8 @@ def engine_settings(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
             "overlap_comm": ranks.device.type == "cuda" and ranks.world > 1,
         },
         "zero_allow_untested_optimizer": True,
+        # It would wait for the device at the start and the end of every micro batch.
+        "timers": {"throughput": {"enabled": False}},
         "steps_per_print": config.steps + 1,
     }
 

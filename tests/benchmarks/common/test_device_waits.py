@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 
-from benchmarks.common.device_waits import SimulatedWaits
+from benchmarks.common.device_waits import SimulatedWaits, counted_waits
 
 DEVICE = torch.device("cpu")
 
@@ -58,3 +59,9 @@ def test_waits_of_the_hooks_of_a_backward_pass_count(weight: torch.Tensor) -> No
         (2 * weight).sum().backward()
     assert counted.waits == ["item"]
     assert weight.grad is not None
+
+
+def test_synchronizations_count() -> None:
+    with counted_waits() as waits:
+        get_accelerator().synchronize()
+    assert waits == ["synchronize"]
