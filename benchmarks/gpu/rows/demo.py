@@ -1,21 +1,24 @@
 """Row 8: the demo's data set at 128 px. Trains for the minutes that are left, samples and judges the pictures.
 
-The data stages need Ray and no GPU. On a GPU machine without Ray, the folders of DATA are copied from another machine:
-`python -m benchmarks.gpu.rows.demo SCRATCH` writes them there, to `SCRATCH/demo`.
+The data stages need Ray and no GPU. For a GPU machine without Ray, `python -m benchmarks.gpu.rows.demo SCRATCH` runs them
+on another machine; clip, autoencoder, neighbors, latents, index, databases, prompts.txt and world/held_out* are copied.
 """
 
 import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from benchmarks.common.report import REPOSITORY
 from benchmarks.gpu.day import Cases, Day, Values
 
 RECIPE = REPOSITORY / "jobs/configs/demo.toml"
-DATA = ("clip", "autoencoder", "neighbors", "latents", "index", "databases", "prompts.txt", "world/held_out*")
 SHARE = 0.6
 """Share of the row's time for training. The rest is for sampling and the evaluation."""
 PROBE_STEPS = 200
@@ -65,6 +68,7 @@ def cases(day: Day) -> Cases:
         "training": lambda: training(day),
         "pictures": lambda: pictures(day),
         "evaluation": lambda: evaluation(day),
+        "contents": lambda: contents(day),
     }
 
 
@@ -108,6 +112,49 @@ def evaluation(day: Day) -> Values:
     retrieval = result["modes"]["retrieval"]
     values = {name: retrieval[name][0] for name in ("accuracy", "accuracy_pixels", "clip_score")}
     return {**values, "chance": result["chance"]}
+
+
+def contents(day: Day) -> Values:
+    """Share of the samples whose shape, color and count CLIP recognizes among all, and of held-out pictures.
+
+    CLIP chooses among the prompts that differ from the sample's own in this attribute alone.
+    """
+    import pyarrow.parquet as pq
+
+    from trainer.sampling.picture import read_recipe
+
+    folder = day.scratch / "demo"
+    paths = sorted(folder.glob("runs/gpu/evaluate/samples/retrieval/*/*.png"))
+    samples = [(path, read_recipe(path.read_bytes())["prompt"]) for path in paths]
+    table = pq.read_table(folder / "world/held_out.parquet", columns=["path", "prompt"]).slice(0, len(samples))
+    real = [(folder / "world" / row["path"], row["prompt"]) for row in table.to_pylist()]
+    held_out = {f"{name}_of_held_out": share for name, share in _recognized(day, real).items()}
+    return {"samples": len(samples), **_recognized(day, samples), **held_out}
+
+
+def _recognized(day: Day, pictures: list[tuple[Path, str]]) -> dict[str, float]:
+    """Share of pictures whose attribute CLIP recognizes, by attribute. pictures: files and their prompts."""
+    from jobs.demo.world.scenes import COLORS, COUNTS, LAYOUTS, SHAPES, all_contents, prompt
+    from retrieval.clip.encoder import Encoder
+    from retrieval.recipe import ClipConfig
+
+    encoder = Encoder(ClipConfig(model=f"local-dir:{day.scratch / 'demo/clip'}"), str(day.device))
+    vectors = encoder.encode_images([Image.open(path).convert("RGB") for path, _ in pictures])
+    of_prompt = {prompt(content): content for content in all_contents()}
+    shares = {}
+    for attribute, values in (("shape", SHAPES), ("color", COLORS), ("count", COUNTS)):
+        texts = []
+        for _, text in pictures:
+            content = of_prompt[text]
+            for value in values:
+                other = replace(content, **{attribute: value})
+                layout = "" if other.count == 1 else content.layout or LAYOUTS[0]
+                texts.append(prompt(replace(other, layout=layout)))
+        options = encoder.encode_texts(texts).reshape(len(pictures), len(values), -1)
+        best = np.einsum("nd,nvd->nv", vectors, options).argmax(axis=1)
+        own = [values.index(getattr(of_prompt[text], attribute)) for _, text in pictures]
+        shares[attribute] = float(np.mean(best == own))
+    return shares
 
 
 def _of_training(steps: int) -> Values:

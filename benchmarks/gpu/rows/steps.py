@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.common.device_waits import counted_waits
 from benchmarks.common.processes import set_single_rank
 from benchmarks.gpu.day import (
     Cases,
@@ -116,6 +115,8 @@ def _best_batch(day: Day, size: int) -> int | None:
 
 def _waits(step: Any) -> int:
     """How often the CPU waits for the GPU in a step, as torch counts it; without a GPU, by a stand-in."""
+    from benchmarks.common.device_waits import counted_waits
+
     with counted_waits() as waits:
         step()
     return len(waits)
