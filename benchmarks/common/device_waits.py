@@ -14,11 +14,12 @@ from unittest import mock
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 READING = frozenset(
-    ["item", "tolist", "numpy", "__array__", "__bool__", "__float__", "__int__", "__index__", "__format__", "__repr__"]
-    + ["__contains__", "equal", "allclose", "is_nonzero", "nonzero", "argwhere", "masked_select", "unique"]
+    {"item", "tolist", "numpy", "__array__", "__bool__", "__float__", "__int__", "__index__", "__format__", "__repr__"}
+    | {"__contains__", "equal", "allclose", "is_nonzero", "nonzero", "argwhere", "masked_select", "unique"}
 )
 """Functions that return values of a tensor, or a tensor of a shape that depends on values."""
 HOST = "_of_host"
@@ -36,10 +37,10 @@ class SimulatedWaits(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.Tensor.backward:
-            with self:  # counts the calls of hooks, too
-                return torch.autograd.backward(args[0], kwargs.pop("gradient", None), **kwargs)
         name = getattr(func, "__name__", "")
+        if name == "backward":
+            with _ReadsOfHooks(self.waits):
+                return func(*args, **kwargs)
         tensors = _tensors((args, kwargs))
         from_host = all(getattr(tensor, HOST, False) for tensor in tensors)
         to_device = "device" in kwargs or (name == "to" and any(isinstance(arg, torch.device | str) for arg in args))
@@ -62,13 +63,26 @@ class SimulatedWaits(TorchFunctionMode):
         return name in READING or name == "cpu"
 
 
+class _ReadsOfHooks(TorchDispatchMode):
+    """Counts the values that hooks of a backward pass read, where functions of torch cannot be replaced."""
+
+    def __init__(self, waits: list[str]) -> None:
+        super().__init__()
+        self._waits = waits
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self._waits.append("item" if "scalar" in func.__name__ else "nonzero")
+        return func(*args, **(kwargs or {}))
+
+
 def _tensors(values: Any) -> list[torch.Tensor]:
     return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
 
 
 @contextmanager
 def counted_waits(host: Iterable[torch.Tensor] = ()) -> Iterator[list[str]]:
-    """The calls in the block that wait for the GPU; complete at its end. host: tensors of the host, for the stand-in."""
+    """The calls in the block that wait for the GPU, complete at its end. host: tensors of the host (stand-in)."""
     waits: list[str] = []
     with _counted_synchronizations(waits), _counted_reads(waits, host):
         yield waits

@@ -1,9 +1,10 @@
 """`make bench-step`: overhead of the training loop over a minimal loop with the same network.
 
-Trains the demo's model in fp32 with `trainer.training.train` and DeepSpeed: with ZeRO 0 on one rank, and, as a process of
-torchrun, with ZeRO 1. Between its steps, two other loops train on the same batch: a minimal loop of diffusers' UNet and
-torch's AdamW, in DistributedDataParallel on several ranks, and an equivalent loop that also clips gradients and averages
-weights, as ours does. Counts the waits for a GPU in a step. Writes `docs/step.json` and `docs/step.md`.
+Trains the demo's model in fp32 with `trainer.training.train` and DeepSpeed: with ZeRO 0 on one rank, and, as a
+process of torchrun, with ZeRO 1. Between its steps, two other loops train on the same batch: a minimal loop of
+diffusers' UNet and torch's AdamW, in DistributedDataParallel on several ranks, and an equivalent loop that also clips
+gradients and averages weights, as ours does. Counts the waits for a GPU in a step. Writes `docs/step.json` and
+`docs/step.md`.
 """
 
 import argparse
@@ -51,10 +52,10 @@ Written by `make bench-step`; the numbers are in `step.json`.
 **Machine:** {hardware}, {threads} of torch {torch}.
 
 The demo's network ({parameters:,} parameters), batches of {batch} latents, fp32, {steps} steps. In every step each loop
-trains on the same batch, in the same processes, one after the other; medians of rank 0. On several ranks the other loops
-use torch's DistributedDataParallel. Our time includes everything: reading the batch (within the step, not ahead as in
-training), DeepSpeed, averaged weights, checks and logging. ZeRO 1 shards the optimizer over ranks; the goal is for ZeRO 0
-on one rank and for ZeRO 1 on several.
+trains on the same batch, in the same processes, one after the other; medians of rank 0. On several ranks the
+other loops use torch's DistributedDataParallel. Our time includes everything: reading the batch (within the
+step, not ahead as in training), DeepSpeed, averaged weights, checks and logging. ZeRO 1 shards the optimizer
+over ranks; the goal is for ZeRO 0 on one rank and for ZeRO 1 on several.
 """
 SECTION = """
 ## ZeRO {zero_stage}, ranks: {ranks}

@@ -31,7 +31,7 @@ def with_token_weights(unet: Denoiser, weights: torch.Tensor) -> Denoiser:
     """A diffusers UNet with a weight for each token of the context in cross-attention.
 
     weights: (n, tokens), for calls with n rows, or 2 n rows (null context first). Adds log w to the attention logits:
-    w = 2 equals repeating the token, w = 0 removing it. The float32 mask rounds w by less than 0.1 %; 0 and 1 are exact.
+    w = 2 equals repeating the token, w = 0 removing it. The float32 mask rounds w by less than 0.1 %; 0 and 1 exactly.
     """
     mask = (1 + weights.double().log().clamp(min=-MASKED) / MASKED).float()
 

@@ -1,7 +1,8 @@
 """Row 8: the demo's data set at 128 px. Trains for the minutes that are left, samples and judges the pictures.
 
-The data stages need Ray and no GPU. For a GPU machine without Ray, `python -m benchmarks.gpu.rows.demo SCRATCH` runs them
-on another machine; clip, autoencoder, neighbors, latents, index, databases, prompts.txt and world/held_out* are copied.
+The data stages need Ray and no GPU. For a GPU machine without Ray, `python -m benchmarks.gpu.rows.demo SCRATCH` runs
+them on another machine; clip, autoencoder, neighbors, latents, index, databases, prompts.txt and world/held_out*
+are copied.
 """
 
 import json

@@ -13,9 +13,7 @@ ROWS = json.loads((DOCS / "training.json").read_text())["memory"]
 def test_the_page_has_the_present_numbers_of_the_first_stage() -> None:
     """Counting takes some seconds a stage."""
     row = ROWS[0]
-    counted = memory_at(
-        training_recipe(load_recipe(REPOSITORY / "jobs/configs/train_laion_256.toml")), row["largest"]
-    )
+    counted = memory_at(training_recipe(load_recipe(REPOSITORY / "jobs/configs/train_laion_256.toml")), row["largest"])
     names = ("state", "passes", "encoding", "update", "peak")
     assert [row[name] for name in names] == [getattr(counted, name) for name in names]
     assert section(ROWS) in (DOCS / "training.md").read_text()

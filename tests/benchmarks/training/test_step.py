@@ -1,7 +1,6 @@
 """The benchmark of the training loop at a tiny size, and the waits for a GPU in a step."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest

@@ -53,7 +53,13 @@ def test_other_numbers_of_tokens_and_weights_compile_nothing_and_change_nothing(
     assert after > before
     [batch] = plain.plan([PLAIN])
     first = batch.items[0].neighbors[0].image_id
-    changes: list[dict[str, Any]] = [{"k": 1}, {"k": 7}, {"k": ROWS}, {"mode": "text", "database": ""}, {"mode": "neighbors"}]
+    changes: list[dict[str, Any]] = [
+        {"k": 1},
+        {"k": 7},
+        {"k": ROWS},
+        {"mode": "text", "database": ""},
+        {"mode": "neighbors"},
+    ]
     changes += [{"weights": ((first, 3.0),)}, {"negative_prompt": "grey"}, {"scheduler": "dpm++"}]
     for change in changes:
         request = replace(PLAIN, **change)
