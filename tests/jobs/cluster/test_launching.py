@@ -6,14 +6,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
-from s3fs import S3FileSystem
 
-from benchmarks.crashes.store import running_store
 from jobs.cli.recipe import load_recipe
+from jobs.cluster.ray_training import train_on_ray
 from jobs.train import parse_arguments, run
 from retrieval.errors import UserError
 from retrieval.storage.manifest import read_manifest
@@ -112,27 +112,26 @@ def test_torchrun_on_two_nodes(copy: Path, expected: dict[str, str]) -> None:
     assert read_manifest(Root(copy), FOLDER).checksums() == expected
 
 
-def test_ray_workers_on_a_bucket_of_which_one_is_killed(
-    training_set: Path, expected: dict[str, str], tmp_path: Path
+def test_ray_workers_of_which_one_is_killed(
+    copy: Path, expected: dict[str, str], ray_cluster: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with running_store() as store:
-        S3FileSystem.clear_instance_cache()  # removes clients of another module's store
-        root, path = Root(store.url("ray")), tmp_path / "recipe.toml"
-        recipe = training_of(load_recipe(training_set / "recipe.toml").sections)
-        write_training_set(root, Autoencoder.load(recipe.autoencoder, "cpu").identity)
-        text = (training_set / "recipe.toml").read_text()
-        path.write_text(text.replace(f'root = "{training_set}"', f'root = "{root.url}"'))
-        # A Ray of its own, which has the variables of the store.
-        words = ["-m", "jobs.train", str(path), "--ray", "--set", f"train.cache_folder={tmp_path / 'cache'}"]
-        process = subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, text=True)
-        while process.poll() is None and not root.exists(f"{FOLDER}/checkpoints/{INDEX}"):
-            time.sleep(0.01)
-        os.kill(root.read_json(f"leases/{FOLDER}.json")["owner"]["pid"], signal.SIGKILL)
-        log = process.communicate(timeout=300)[1]
-        assert process.returncode == 0, log
-        assert "a worker was lost: restarting from step" in log
-        assert read_manifest(root, FOLDER).checksums() == expected
-    S3FileSystem.clear_instance_cache()
+    recipe = load_recipe(copy / "recipe.toml")
+    killed: list[int] = []
+
+    def kill_a_worker() -> None:
+        deadline = time.monotonic() + 200
+        while not (copy / FOLDER / "checkpoints" / INDEX).exists() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        killed.append(Root(copy).read_json(f"leases/{FOLDER}.json")["owner"]["pid"])
+        os.kill(killed[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_a_worker)
+    killer.start()
+    train_on_ray(training_of(recipe.sections), recipe.root)
+    killer.join()
+    assert killed
+    assert "a worker was lost: restarting from step" in caplog.text
+    assert read_manifest(Root(copy), FOLDER).checksums() == expected
 
 
 def training_of(sections: dict[str, object]) -> TrainingRecipe:
