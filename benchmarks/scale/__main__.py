@@ -1,10 +1,12 @@
 """`make bench-scale`: 231,350 shards in an object store that answers each request after 30 ms.
 
 The records of all shards (`records`), then a sample of tiny shards through every data stage (`stages`). About 15
-minutes on two free cores. Writes `docs/scale.json` and `docs/scale.md`.
+minutes on two free cores. Writes `docs/scale.json` and `docs/scale.md` after each of the two parts; `--parts` measures
+one of them and keeps the other.
 """
 
 import argparse
+import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -56,6 +58,7 @@ driver; memory is the growth of its Python objects. With so few files, differenc
 
 Rates of the stages themselves are in [pipeline.md](pipeline.md) and [download.md](download.md).
 """
+PARTS = ("records", "stages")
 WARM_UP_FILES, FILES = 4, (10, 30)
 """Metadata files of the samples. The first run imports libraries and is not counted."""
 
@@ -71,13 +74,14 @@ def _leave_empty(store: Store) -> None:
     """The sample's store has no files at first."""
 
 
-def measure(shards: int) -> dict[str, Any]:
-    """Measure the records and the stages, these in a process of their own, whose memory is counted."""
-    with running_store(partial(records.fill, shards)) as store:
-        cases = records.measure(shards, store)
+def measure(part: str, shards: int) -> dict[str, Any]:
+    """Measure the records, or the stages in a process of their own, whose memory is counted."""
+    if part == "records":
+        with running_store(partial(records.fill, shards)) as store:
+            cases = records.measure(shards, store)
+            return {"hardware": hardware(), "shards": shards, "records": cases, "remark": ""}
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        sample = process.submit(measure_stages).result()
-    return {"hardware": hardware(), "shards": shards, "records": cases, "files": list(FILES), "stages": sample}
+        return {"files": list(FILES), "stages": process.submit(measure_stages).result()}
 
 
 def goals(result: dict[str, Any]) -> list[Goal]:
@@ -134,7 +138,7 @@ def page(result: dict[str, Any]) -> str:
         goals=markdown_table(["", "goal:", "measured:", ""], [goal.cells for goal in goals(result)]),
         records=markdown_table(heads, _record_rows(result)),
         stages=markdown_table(stage_heads, _stage_rows(result)),
-        remark=result.get("remark", ""),
+        remark=result["remark"],
     )
 
 
@@ -142,9 +146,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
     parser.add_argument("--shards", type=int, default=231_350, help="number of shards whose records are measured")
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the results")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="parts that are measured")
     options = parser.parse_args()
-    result = measure(options.shards)
-    write_report(options.docs, "scale", result, page(result))
+    stored = options.docs / "scale.json"
+    result = json.loads(stored.read_text()) if stored.exists() else {}
+    for part in options.parts:
+        result |= measure(part, options.shards)
+        if result.keys() >= {*PARTS}:
+            write_report(options.docs, "scale", result, page(result))
 
 
 if __name__ == "__main__":

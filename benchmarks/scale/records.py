@@ -23,7 +23,7 @@ from pipeline.runtime.status import StageSpec, find_manifest, stage_status
 from retrieval.config import Config
 from retrieval.database.build import write_centroids
 from retrieval.database.database import SCHEMA_VERSION, Database
-from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, record_file, write_manifest
+from retrieval.storage.manifest import Manifest, ShardRecord, ShardTable, read_manifest, record_file, write_manifest
 from retrieval.storage.root import FileRecord, Root
 
 PARTITIONS = 1_900
@@ -50,7 +50,7 @@ def stage_of(url: str, shards: int) -> Stage:
 
 def _write_manifest(url: str, shards: int) -> None:
     stage = stage_of(url, shards)
-    records = [record(number) for number in range(shards)]
+    records = ShardTable.of(map(record, range(shards)))  # as `run_shards` returns them
     write_manifest(stage.root, Manifest("download", 1, stage.fingerprint, {}, {}, records, {}, 1.0))
 
 
@@ -60,7 +60,7 @@ def _read_manifest(url: str, shards: int) -> None:
 
 
 def _list(url: str, shards: int) -> None:
-    assert len(Root(url).sizes("download")) >= 3 * shards
+    assert sum(1 for _ in Root(url).files("download")) >= 3 * shards
 
 
 def _status(url: str, shards: int) -> None:

@@ -66,7 +66,7 @@ class Store:
         """A page: the next objects with a prefix after a key, in order of the keys."""
         with self.lock:
             keys = self.keys = self.keys or sorted(self.objects)
-            first = bisect.bisect_right(keys, after) if after else bisect.bisect_left(keys, prefix)
+            first = max(bisect.bisect_left(keys, prefix), bisect.bisect_right(keys, after))
             part = [key for key in keys[first : first + limit + 1] if key.startswith(prefix)]
             entries = "".join(self.objects[key].entry for key in part[:limit])
         is_truncated = len(part) > limit
@@ -122,9 +122,10 @@ class _Handler(BaseHTTPRequestHandler):
             return
         query = parse_qs(urlsplit(self.path).query, keep_blank_values=True)
         if "list-type" in query:
-            prefix, after = (query.get(name, [""])[0] for name in ("prefix", "continuation-token"))
+            names = ("prefix", "start-after", "continuation-token")
+            prefix, start, token = (query.get(name, [""])[0] for name in names)
             limit = min(PAGE_KEYS, int(query.get("max-keys", [PAGE_KEYS])[0]))
-            self._answer("list", 200, self.server.store.listing(prefix, after, limit).encode())
+            self._answer("list", 200, self.server.store.listing(prefix, token or start, limit).encode())
             return
         if "uploads" in query:
             self._answer("list", 200, b"<ListMultipartUploadsResult></ListMultipartUploadsResult>")

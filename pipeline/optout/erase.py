@@ -3,8 +3,9 @@
 Reads and writes `optout/<list>/erase.json`, the plan. It is stored before the first change and deleted after the last
 one, so a killed run is finished by the next one. Files are rewritten first: `download`, `embed` and `latents` in one
 task for each shard, then partitions of databases into new folders. Then the manifests are written, each with the
-identities of its rewritten inputs, so that no stage runs again. Databases are valid at every moment. `erasure.json` in
-each database refuses updates from before the search for the images until the plan is deleted, also after a killed run.
+identities of its rewritten inputs, so that no stage runs again, and then `near_copies/` without the hashes of the
+images. Databases are valid at every moment. `erasure.json` in each database refuses updates from before the search for
+the images until the plan is deleted, also after a killed run.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,7 +17,9 @@ from typing import Any
 import numpy as np
 
 from pipeline.optout.erased_files import erase_in_partition, erase_in_shard, erase_thumbnails
+from pipeline.pictures.near_copies import update_copies
 from pipeline.pictures.near_copy_shards import FOLDER as NEAR_COPIES
+from pipeline.pictures.near_copy_shards import compared_shards
 from pipeline.runtime.runner import run_shards
 from pipeline.runtime.stage import Stage, map_in_threads
 from pipeline.runtime.workers import Work, Workers, shared_workers
@@ -101,6 +104,8 @@ def erase(root: Root, blocklist: Blocklist) -> dict[str, int]:
             for name in plan.rows:
                 if name != "index":
                     _update_manifest(root, name, partitions[name], is_current=False)
+            if plan.shards:
+                _update_near_copies(root)
             _delete_old_files(root, plan)
     return {"shards": len(plan.shards), "partitions": len(plan.partitions)}
 
@@ -231,9 +236,18 @@ def _write_record(root: Root, stage: str, fingerprint: str, record: ShardRecord)
         write_record(root, stage, fingerprint, record)
 
 
+def _update_near_copies(root: Root) -> None:
+    """Remove the hashes of the erased pictures by a search in what remains; all hashes if no search has finished."""
+    if compared_shards(root):
+        bits = root.read_json(f"{NEAR_COPIES}/{STARTED_FILE}")["upstream"]["near_copy_bits"]
+        update_copies(root, read_manifest(root, "download"), int(bits), Workers())
+    else:
+        root.delete(NEAR_COPIES)
+
+
 def _delete_old_files(root: Root, plan: ErasePlan) -> None:
-    """Delete what was replaced: files of these shards of `download` and of partitions that no manifest names,
-    unfinished files of killed runs, and `near_copies/`, which the next search makes again."""
+    """Delete what was replaced: files of these shards of `download` and of partitions that no manifest names, and
+    unfinished files of killed runs."""
     shards = {f"download/{shard}" for shard in plan.shards}
     records = _shard_records(root, "download", plan.shards)
     named = {file.name for record in records for file in record.files}
@@ -242,7 +256,5 @@ def _delete_old_files(root: Root, plan: ErasePlan) -> None:
         named = {*read_manifest(root, database).checksums()}
         files = {name: name.removeprefix(f"{database}/") for name in root.list(database)}
         root.delete_files(name for name, file in files.items() if PARTITION_FILE.fullmatch(file) and name not in named)
-    if plan.shards:  # it keeps the hashes of their pictures
-        root.delete(NEAR_COPIES)
     for folder in {*_stages(root), *plan.rows}:
         root.delete_partial_files(folder)

@@ -8,9 +8,9 @@ Reads the hashes of `download/{train,database}/<shard>.parquet`; writes below `n
 
 A copy has the same content (SHA-256 of the downloaded bytes) or a perceptual hash (`phash`) that differs in a few
 bits. The first pass compares all database images with all training images. A later pass compares them with gained
-hashes only, and with all training images only the copies that match a lost hash and the images of changed database
-shards: the result is that of a first pass. Names of files are digests of what they are made from, so they are used
-again. Both sides and the changes are read in groups of shards, so that memory stays bounded.
+hashes only, and with all training images only the copies that match a lost hash and the new database images: the
+result is that of a first pass. Names of files are digests of what they are made from, so they are used again. Both
+sides and the changes are read in groups of shards, so that memory stays bounded.
 """
 
 import hashlib
@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 
 from pipeline.pictures.near_copy_shards import (
     FOLDER,
+    HashedShard,
     HashedShards,
     changed_groups,
     compared_shards,
@@ -80,8 +81,8 @@ class DatabaseGroup:
 
     hashes: str
     """Name of the file of their hashes."""
-    shards: dict[str, str]
-    """By shard, the file of its earlier copies; "" if all its images are compared with all training images."""
+    shards: dict[str, HashedShard | None]
+    """Where the earlier hashes and copies of each shard are; None for a new shard."""
 
 
 @dataclass(frozen=True)
@@ -100,18 +101,23 @@ class Comparison:
 
 def find_copies(root: Root, download: Manifest, max_distance: int, workers: Workers) -> dict[str, str]:
     """Find the copies among the database images; by database shard, the name of the file that lists them."""
+    with near_copy_stage(root, max_distance).building():
+        return update_copies(root, download, max_distance, workers)
+
+
+def update_copies(root: Root, download: Manifest, max_distance: int, workers: Workers) -> dict[str, str]:
+    """As `find_copies`, under the lease of `near_copies`."""
     stage = near_copy_stage(root, max_distance)
-    with stage.building():
-        before, now = compared_shards(root), hashed_shards(download)
-        files = shards_by_file(now)
-        run_shards(stage, [*files], partial(hashes_work, root, files), workers)
-        changes = changed_groups(before, now)
-        run_shards(stage, [*changes], partial(changes_work, root, (before, now), changes), workers)
-        comparison = _comparison(before, now, [*changes], max_distance)
-        run_shards(stage, [*comparison.groups], partial(copies_work, root, comparison), workers)
-        copies = {shard: name for name, group in comparison.groups.items() for shard in group.shards}
-        write_shards(root, {shard: replace(place, copies=copies.get(shard, "")) for shard, place in now.items()})
-        return copies
+    before, now = compared_shards(root), hashed_shards(download)
+    files = shards_by_file(now)
+    run_shards(stage, [*files], partial(hashes_work, root, files), workers)
+    changes = changed_groups(before, now)
+    run_shards(stage, [*changes], partial(changes_work, root, (before, now), changes), workers)
+    comparison = _comparison(before, now, [*changes], max_distance)
+    run_shards(stage, [*comparison.groups], partial(copies_work, root, comparison), workers)
+    copies = {shard: name for name, group in comparison.groups.items() for shard in group.shards}
+    write_shards(root, {shard: replace(place, copies=copies.get(shard, "")) for shard, place in now.items()})
+    return copies
 
 
 def _comparison(before: HashedShards, now: HashedShards, changes: list[str], max_distance: int) -> Comparison:
@@ -119,8 +125,7 @@ def _comparison(before: HashedShards, now: HashedShards, changes: list[str], max
     all_images = digest([[shard, place.digest] for shard, place in sorted(train.items())])
     groups = {}
     for file, shards in shards_by_file(databases).items():
-        is_kept = {shard: shard in before and before[shard].digest == now[shard].digest for shard in shards}
-        earlier = {shard: before[shard].copies if is_kept[shard] else "" for shard in shards}
+        earlier = {shard: before.get(shard) for shard in shards}
         groups[f"copies/{digest([file, all_images])}"] = DatabaseGroup(file, earlier)
     return Comparison(groups, [*shards_by_file(train)], changes, max_distance)
 
@@ -183,7 +188,7 @@ def copies_work(root: Root, comparison: Comparison) -> Work:
         batches = read_some(root, f"{FOLDER}/{group.hashes}.arrow", range(len(group.shards)))
         table = pa.Table.from_batches(batches, HASHES)
         ids, images = table[schema.IMAGE_ID].to_numpy(), Hashes.of(table)
-        is_kept = np.repeat([bool(file) for file in group.shards.values()], [len(batch) for batch in batches])
+        is_kept = _is_earlier(root, group, table)
         kinds = np.where(is_kept, _earlier_kinds(root, group, ids), NOT_COPY).astype(np.int8)
         gained, lost = (_changes(root, comparison, batch) for batch in (0, 1))
         again = ~is_kept | _match_any(images, np.flatnonzero(kinds), lost, comparison.max_distance)
@@ -198,6 +203,20 @@ def copies_work(root: Root, comparison: Comparison) -> Work:
     return work
 
 
+def _is_earlier(root: Root, group: DatabaseGroup, rows: pa.Table) -> npt.NDArray[np.bool_]:
+    """Which images of a group the earlier pass compared, with the same hashes."""
+    places = {shard: place for shard, place in group.shards.items() if place}
+    files = shards_by_file(places)
+    if group.hashes in files:  # a digest of all its shards
+        return np.ones(len(rows), bool)
+    numbers = {file: [places[shard].batch for shard in shards] for file, shards in files.items()}
+    batches = [batch for file in files for batch in read_some(root, f"{FOLDER}/{file}.arrow", numbers[file])]
+    earlier = pa.Table.from_batches(batches, HASHES)
+    index = pc.index_in(rows[schema.IMAGE_ID], value_set=earlier[schema.IMAGE_ID])
+    is_same = (pc.equal(rows[name], earlier[name].take(index)) for name in ("content", "phash"))
+    return pc.and_(*is_same).fill_null(False).to_numpy()
+
+
 def _changes(root: Root, comparison: Comparison, batch: int) -> Iterator[Hashes]:
     """The hashes that the training images gained (batch 0) or lost (batch 1), those of one file at a time."""
     return (Hashes.of(read_batch(root, f"{FOLDER}/{name}.arrow", batch)) for name in comparison.changes)
@@ -206,7 +225,7 @@ def _changes(root: Root, comparison: Comparison, batch: int) -> Iterator[Hashes]
 def _earlier_kinds(root: Root, group: DatabaseGroup, ids: npt.NDArray[np.int64]) -> Kinds:
     """What the earlier pass found for the images of a group."""
     kinds = np.full(len(ids), NOT_COPY, np.int8)
-    for file in sorted({*group.shards.values()} - {""}):
+    for file in sorted({place.copies for place in group.shards.values() if place}):
         table = schema.read_table(root, f"{FOLDER}/{file}.parquet", COPIES)
         for kind, reason in REASONS.items():
             kinds[np.isin(ids, table.filter(pc.equal(table["reason"], reason))[schema.IMAGE_ID].to_numpy())] = kind

@@ -133,7 +133,7 @@ def pending_comparisons(root: Root, download: Manifest, max_distance: int) -> st
     if train:
         work.append(f"all database images with what {_shards(train, 'training')} gained")
     if database:
-        work.append(f"the images of {_shards(database, 'database')} with all training images")
+        work.append(f"the new images of {_shards(database, 'database')} with all training images")
     return f"near copies: compares {' and '.join(work)}" if work else ""
 
 

@@ -44,22 +44,22 @@ def stored_shards(stage: Stage, shards: Sequence[str]) -> ShardTable:
 
     If the stage has inputs by shard, also those of former shards, at the end. Records that the journal lacks are added.
     """
-    files = stage.files()
+    files = stage.files(shards)
     former = _former_shards(stage, files) if stage.by_shard else []
     names = pa.array([*shards, *former], pa.string())
     versions = files.versions_of(pc.binary_join_element_wise(f"{stage.name}/records/", names, ".json", ""))
     names, versions = names.filter(versions.is_valid()), versions.drop_null()
     copies = _read_journal(stage, files, names, versions)
-    is_missing = pc.invert(pc.is_in(names, value_set=copies["shard"].combine_chunks()))
+    is_missing = pc.invert(pc.is_in(names, value_set=copies["shard"]))
     read = _read_records(stage, *(column.filter(is_missing).to_pylist() for column in (names, versions)))
     records = in_order(names, [copies, read.table])
-    return ShardTable(records.table.filter(files.have_all(records)))
+    return records.where(files.have_all(records))
 
 
 def in_order(names: pa.Array, tables: Sequence[pa.Table]) -> ShardTable:
     """The records of tables in the order of names. Names without a record are left out."""
-    table = pa.concat_tables(tables).combine_chunks()
-    rows = pc.index_in(names, value_set=table["shard"].combine_chunks())
+    table = pa.concat_tables(tables)
+    rows = pc.index_in(names, value_set=table["shard"])
     return ShardTable(table.take(rows.drop_null()))
 
 
@@ -75,8 +75,9 @@ def _read_journal(stage: Stage, files: StageFiles, names: pa.Array, versions: pa
     """The copies in the journal with the stage's shard fingerprint and these versions, of these shards."""
     tables = map_in_threads(partial(_read_copies, stage), files.names_in(f"{stage.name}/journal/"))
     table = pa.concat_tables([COPIES.empty_table(), *tables])
-    current = versions.take(pc.index_in(table["shard"].combine_chunks(), value_set=names))
-    return table.filter(pc.equal(table[VERSION].combine_chunks(), current)).select(RECORD.names)
+    current = versions.take(pc.index_in(table["shard"], value_set=names))
+    is_current = pc.equal(table[VERSION], current).fill_null(False)
+    return ShardTable(table.select(RECORD.names)).where(is_current).table
 
 
 def _read_copies(stage: Stage, file: str) -> pa.Table:

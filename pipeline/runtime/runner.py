@@ -80,7 +80,7 @@ def finished_shards(stage: Stage, shards: Sequence[str]) -> ShardTable:
     for shard, inputs in zip(stored.table["shard"].to_pylist(), stored.inputs(), strict=True):
         is_current.append(shard in wanted and inputs == stage.inputs_of(shard))
         is_outdated.append(_without(inputs, stage.inputs) != stage.by_shard.get(shard))
-    current, outdated = (ShardTable(stored.table.filter(pa.array(m, pa.bool_()))) for m in (is_current, is_outdated))
+    current, outdated = (stored.where(pa.array(mask, pa.bool_())) for mask in (is_current, is_outdated))
     if stage.by_shard and (len(outdated) or len(current) < len(shards)):
         stage.discard(outdated, len(stored))
     return current

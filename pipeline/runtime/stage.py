@@ -14,6 +14,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -21,7 +22,15 @@ from retrieval.config import Config
 from retrieval.errors import UserError
 from retrieval.index.hidden import KEPT_BY_BUILDS
 from retrieval.storage.lease import lease, raise_if_lost
-from retrieval.storage.manifest import Manifest, ShardRecord, ShardTable, read_manifest, record_file, write_manifest
+from retrieval.storage.manifest import (
+    BATCH_ROWS,
+    Manifest,
+    ShardRecord,
+    ShardTable,
+    read_manifest,
+    record_file,
+    write_manifest,
+)
 from retrieval.storage.root import Root
 from retrieval.storage.stage_folder import StageIdentity, prepare_folder
 
@@ -30,9 +39,10 @@ THREADS = 32
 FREE_HOURS, FREE_SHARE = 1.0, 0.1
 """Hours of one worker, and share of the finished shards, that are made again without `--remake` (`Stage.discard`)."""
 
-FILES = pa.schema({"name": pa.string(), "bytes": pa.int64(), "version": pa.string()})
-"""The columns of listed files."""
-FILES_AT_ONCE = 50_000
+VERSIONS = pa.schema({"name": pa.string(), "version": pa.string()})
+FILES_AT_ONCE = 20_000
+SHARDS_PER_PART = 5_000
+"""Shards of a part of a listing: five pages of their records, or ten of two files each."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -93,14 +103,15 @@ class Stage:
         manifest = read_manifest(self.root, self.name)
         if manifest.fingerprint != self.fingerprint:
             return None
-        if pc.all(self.files().have_all(ShardTable.of(manifest.shards))).as_py() is False:
+        shards = ShardTable.of(manifest.shards)
+        if pc.all(self.files(manifest.shard_names()).have_all(shards)).as_py() is False:
             self.log.warning("files of %s are missing or truncated: they are made again", self.root.at(self.name))
             return None
         return manifest
 
-    def files(self) -> "StageFiles":
-        """The files below the folder of the stage, from one listing."""
-        return StageFiles(self.root, self.name)
+    def files(self, shards: Sequence[str]) -> "StageFiles":
+        """The files below the folder of the stage, from one listing. shards: those of the stage, as far as known."""
+        return StageFiles(self.root, self.name, shards)
 
     @contextmanager
     def building(self) -> Iterator[None]:
@@ -176,7 +187,7 @@ class Stage:
             fingerprint=self.fingerprint,
             upstream=self.upstream,
             config=self.config.model_dump(mode="json"),
-            shards=tuple(records),
+            shards=records,
             values=values,
             seconds=round(time.time() - started, 3),
             inputs=self.inputs,
@@ -189,43 +200,67 @@ class Stage:
 
     def _delete_unnamed(self, records: Sequence[ShardRecord]) -> None:
         """Delete files of shards that no record names, and the records of former shards. Other files stay."""
-        names = self.root.list(self.name)
         folder = f"{self.name}/records/"
-        shards = {name.removeprefix(folder).removesuffix(".json") for name in names if name.startswith(folder)}
+        shards = {record.shard for record in records}
         named = {file.name for record in records for file in record.files}
-        named |= {record_file(self.name, record.shard) for record in records}
-        of_shards = {name: name.removeprefix(folder).removeprefix(f"{self.name}/").partition(".")[0] for name in names}
-        self.root.delete_files(name for name in names if name not in named and of_shards[name] in shards)
+        named |= {record_file(self.name, shard) for shard in shards}
+        files = self.root.files(self.name, listing_splits(self.name, shards))
+        unnamed = [file.name for file in files if file.name not in named]
+        shards |= {name.removeprefix(folder).removesuffix(".json") for name in unnamed if name.startswith(folder)}
+        of_shards = {name: name.removeprefix(folder).removeprefix(f"{self.name}/").partition(".")[0] for name in unnamed}
+        self.root.delete_files(name for name in unnamed if of_shards[name] in shards)
+
+
+def listing_splits(folder: str, shards: Iterable[str]) -> list[str]:
+    """Names that divide the listing of a stage's folder into parts of SHARDS_PER_PART shards (`Root.files`)."""
+    ends = sorted(shards)[SHARDS_PER_PART::SHARDS_PER_PART]
+    return sorted(f"{place}/{shard}" for place in (folder, f"{folder}/records") for shard in ends)
 
 
 class StageFiles:
-    """The files below the folder of a stage as Arrow columns: 110 bytes a file, 300 as Python objects."""
+    """The files below the folder of a stage: 8 bytes for each, and names and versions of its records and journal.
 
-    def __init__(self, root: Root, folder: str) -> None:
-        files = root.files(folder)
-        parts = [FILES.empty_table()]
+    shards: those of the stage, as far as known.
+    """
+
+    def __init__(self, root: Root, folder: str, shards: Iterable[str]) -> None:
+        own = f"{folder}/records/", f"{folder}/journal/"
+        files = root.files(folder, listing_splits(folder, shards))
+        hashes, parts = [np.empty(0, np.int64)], [VERSIONS.empty_table()]
         while part := list(islice(files, FILES_AT_ONCE)):
-            columns = zip(*part, strict=True)
-            parts.append(pa.table([pa.array(column) for column in islice(columns, len(FILES))], schema=FILES))
-        table = pa.concat_tables(parts)
-        self._names, self._sizes, self._versions = (table[name].combine_chunks() for name in FILES.names)
+            hashes.append(_hashes((file.name, file.bytes) for file in part))
+            versions = [(file.name, file.version) for file in part if file.name.startswith(own)]
+            parts.append(pa.table([*map(pa.array, zip(*versions, strict=True))], VERSIONS) if versions else parts[0])
+        self._hashes = np.concatenate(hashes)
+        self._names, self._versions = pa.concat_tables(parts).columns
 
     def names_in(self, start: str) -> list[str]:
-        """Names that begin with `start`."""
+        """Names of records or of the journal that begin with `start`."""
         return list(self._names.filter(pc.starts_with(self._names, start)).to_pylist())
 
-    def versions_of(self, names: pa.Array) -> pa.Array:
-        """The versions of files, "" on a local disk; null for those that do not exist."""
-        return self._versions.take(pc.index_in(names, value_set=self._names))
+    def versions_of(self, records: pa.Array) -> pa.Array:
+        """The versions of record files, "" on a local disk; null for those that do not exist."""
+        return self._versions.take(pc.index_in(records, value_set=self._names)).combine_chunks()
 
     def have_all(self, records: ShardTable) -> pa.BooleanArray:
         """Which records have all their files, with the recorded sizes."""
-        sizes = self._sizes.take(pc.index_in(records.files.field("name"), value_set=self._names))
-        is_there = pc.equal(sizes, records.files.field("bytes")).fill_null(False).to_numpy(zero_copy_only=False)
-        shards = pc.list_parent_indices(records.table["files"].combine_chunks()).to_numpy()
+        counts = pc.list_value_length(records.table["files"]).to_numpy()
+        # A missing file goes unnoticed if another has its hash: once in 10^13.
+        is_there = np.isin(_hashes(_sizes(records)), self._hashes)
         has_all = np.ones(len(records), bool)
-        has_all[shards[~is_there]] = False
+        has_all[np.repeat(np.arange(len(records)), counts)[~is_there]] = False
         return pa.array(has_all)
+
+
+def _sizes(records: ShardTable) -> Iterator[tuple[str, int]]:
+    """The name and the bytes of each file."""
+    for batch in records.table.to_batches(BATCH_ROWS):
+        files = batch["files"].flatten()
+        yield from zip(files.field("name").to_pylist(), files.field("bytes").to_pylist(), strict=True)
+
+
+def _hashes(values: Iterable[tuple[str, int]]) -> npt.NDArray[np.int64]:
+    return np.fromiter(map(hash, values), np.int64)
 
 
 def map_in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:

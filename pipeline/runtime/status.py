@@ -14,6 +14,7 @@ from typing import Literal
 
 from fsspec.core import url_to_fs
 
+from pipeline.runtime.stage import listing_splits
 from retrieval.config import Config
 from retrieval.errors import UserError
 from retrieval.storage import object_store
@@ -89,7 +90,7 @@ def stage_status(
 
     The manifest is an argument because the caller needs it too, and it is large at 2.3B rows.
     """
-    times = _record_times(root, spec.folder)
+    times = _record_times(root, spec.folder, manifest.shard_names() if manifest else ())
     if manifest:
         status = _finished(root, spec.name, manifest, times)
         reason = _stale_reason(manifest, spec, upstream)
@@ -258,12 +259,12 @@ def _read(root: Root, folder: str, name: str) -> ShardRecord | None:
     return stored[1] if stored else None
 
 
-def _record_times(root: Root, folder: str) -> dict[str, float]:
-    """Modification time of each record by shard name, from a single listing."""
-    folder = f"{folder}/records/"
+def _record_times(root: Root, stage: str, shards: Iterable[str]) -> dict[str, float]:
+    """Modification time of each record by shard name, from a single listing. shards: as far as known."""
+    folder = f"{stage}/records/"
     return {
         file.name.removeprefix(folder).removesuffix(".json"): file.modified
-        for file in root.files(folder)
+        for file in root.files(folder, listing_splits(stage, shards))
         if file.name.endswith(".json") and not file.name.startswith(f"{folder}former/")
     }
 

@@ -117,6 +117,10 @@ class ShardTable(Sequence[ShardRecord]):
         """All files, as FILE, in the order of the shards."""
         return cast(pa.StructArray, self.table["files"].combine_chunks().flatten())
 
+    def where(self, mask: pa.Array | pa.ChunkedArray) -> "ShardTable":
+        """The records where a mask is true; if it is everywhere, these, without a copy."""
+        return self if pc.all(mask).as_py() is not False else ShardTable(self.table.filter(mask))
+
     def inputs(self) -> Iterator[dict[str, str]]:
         """The inputs of each record, made when read."""
         for batch in self.table.to_batches(BATCH_ROWS):

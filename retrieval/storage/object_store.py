@@ -2,11 +2,16 @@
 
 import io
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from datetime import datetime
+from itertools import chain, islice, pairwise
 from typing import Any, BinaryIO, NamedTuple
 from xml.etree import ElementTree
+
+from fsspec.implementations.local import LocalFileSystem
 
 PART_BYTES = 1 << 24
 """Smallest part of a multipart upload to S3. Files of at least two parts are sent in parts, ten at once."""
@@ -15,6 +20,10 @@ READ_AHEAD_BYTES = 1 << 20
 """Bytes read ahead from an object store; most reads are one row group among many."""
 ATTEMPTS = 8
 """Attempts of a request to S3 that fails with 5xx or no response, 40 s in total; AWS_MAX_ATTEMPTS overrides it."""
+PARTS_AT_ONCE = 8
+"""Parts of a listing that are requested at once."""
+PAGES_AHEAD = 16
+"""Pages of a part that are held until the parts before it are read."""
 
 MODIFIED = ("mtime", "LastModified", "last_modified", "modified", "updated", "created")
 """Keys of the modification time in the file information of different file systems."""
@@ -60,18 +69,39 @@ def part_bytes(size: int) -> int:
     return max(PART_BYTES, -(-size // MAX_PARTS))
 
 
-def listed_files(fs: Any, url: str, base: str, folder: str) -> Iterator[ListedFile]:
-    """All files below `base`/`folder`, sorted by name. Names are relative to `base`, a path in the file system `fs`."""
+def listed_files(fs: Any, url: str, base: str, folder: str, splits: Sequence[str] = ()) -> Iterator[ListedFile]:
+    """All files below `base`/`folder`, sorted by name. Names are relative to `base`, a path in the file system `fs`.
+
+    splits: sorted names that divide the listing of an S3 bucket into parts, see `_pages`. Other listings are whole.
+    """
     path, start = f"{base}/{folder}".rstrip("/"), len(base)
     if is_s3(url):
-        for item in _listed_objects(fs, path):
+        begin = f"{folder.rstrip('/')}/" if folder else ""
+        for item in _listed_objects(fs, path, [f"{base}/{name}" for name in splits if name.startswith(begin)]):
             name = item["Path"][start:].lstrip("/")
             yield ListedFile(name, item["Size"], item["ETag"], item["LastModified"].timestamp())
+        return
+    if isinstance(fs, LocalFileSystem):
+        for name, state in _local_files(path):
+            yield ListedFile(name[start:].lstrip("/"), state.st_size, "", state.st_mtime)
         return
     files = fs.find(path, detail=True)
     for name in sorted(files):
         info = files[name]
         yield ListedFile(name[start:].lstrip("/"), int(info["size"] or 0), version_of(info), modified_at(info))
+
+
+def _local_files(folder: str) -> Iterator[tuple[str, os.stat_result]]:
+    """The paths of all files below a local folder, sorted, with their states: fsspec would hold 700 bytes for each."""
+    names: list[str] = []
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        names = sorted(entry.name + "/" * entry.is_dir(follow_symlinks=False) for entry in entries)
+    for name in names:
+        if name.endswith("/"):
+            yield from _local_files(f"{folder}/{name[:-1]}")
+        else:
+            with suppress(FileNotFoundError):  # deleted meanwhile
+                yield f"{folder}/{name}", os.stat(f"{folder}/{name}")
 
 
 def version_of(info: Mapping[str, Any]) -> str:
@@ -85,34 +115,69 @@ def modified_at(info: Mapping[str, Any]) -> float:
     return time.timestamp() if isinstance(time, datetime) else float(time)
 
 
-def _listed_objects(fs: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """The fields of all objects below a folder, one page at a time: s3fs holds 1 kB for each object of all pages."""
+Page = list[dict[str, Any]]
+"""The fields of up to 1,000 objects."""
+
+
+def _listed_objects(fs: Any, folder: str, splits: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The fields of all objects below a folder, sorted by key. s3fs holds 1 kB for each object of all pages.
+
+    splits: sorted paths. The keys between two of them are a part; PARTS_AT_ONCE parts are requested at once.
+    """
     fs.s3.meta.events.register("before-parse.s3.ListObjectsV2", _parse_objects, "rdm-objects")
     bucket, key, _ = fs.split_path(folder)
     request = {"Bucket": bucket, "Prefix": f"{key}/" if key else "", **fs.req_kw}
+    keys = [fs.split_path(path)[1] for path in splits]
+    if keys and _ignores_start(fs, request, keys[-1]):
+        keys = []
+    with ThreadPoolExecutor(PARTS_AT_ONCE) as threads:
+        parts = (threads.submit(_begun, _pages(fs, request, *ends)) for ends in pairwise(["", *keys, None]))
+        begun = deque(islice(parts, PARTS_AT_ONCE))
+        while begun:
+            for page in begun.popleft().result():
+                for item in page:
+                    if not item["Key"].endswith("/"):  # an empty folder that a console made
+                        yield {**item, "Path": f"{bucket}/{item['Key']}"}
+            begun.extend(islice(parts, 1))
+
+
+def _begun(pages: Iterator[Page]) -> Iterator[Page]:
+    """The same pages; the first PAGES_AHEAD are requested now, the others when they are read."""
+    return chain(list(islice(pages, PAGES_AHEAD)), pages)
+
+
+def _pages(fs: Any, request: dict[str, Any], start: str, end: str | None) -> Iterator[Page]:
+    """The objects with keys after `start`, up to and with `end`, a page at a time."""
+    place = {"StartAfter": start} if start else {}
     while True:
-        page = fs.call_s3("list_objects_v2", **request)
-        for item in page.get("Contents", ()):
-            if not item["Key"].endswith("/"):  # an empty folder that a console made
-                yield {**item, "Path": f"{bucket}/{item['Key']}"}
-        if not page.get("IsTruncated"):
+        page = fs.call_s3("list_objects_v2", **request, **place)
+        objects = page.get("Contents", [])
+        is_last = not page.get("IsTruncated") or (end is not None and objects and objects[-1]["Key"] >= end)
+        yield [item for item in objects if end is None or item["Key"] <= end] if is_last else objects
+        if is_last:
             return
-        request["ContinuationToken"] = page["NextContinuationToken"]
+        place = {"ContinuationToken": page["NextContinuationToken"]}
+
+
+def _ignores_start(fs: Any, request: dict[str, Any], key: str) -> bool:
+    """Whether a store lists keys before the one after which it should start: each part would begin at the first key."""
+    page = fs.call_s3("list_objects_v2", **{**request, "MaxKeys": 1, "StartAfter": key})
+    return any(item["Key"] <= key for item in page.get("Contents", ()))
 
 
 def _parse_objects(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: object) -> None:
     """Event handler of botocore: parse the objects of a listing, faster than its own parser.
 
-    A page of 1,000 objects took 0.16 s of CPU, now 0.025 s. Sets Contents of the result; botocore parses the rest.
+    Sets Contents of the result; botocore parses the rest.
     """
     with suppress(ElementTree.ParseError):  # botocore raises its own error for it
         listing = ElementTree.fromstring(response_dict["body"])
-        items = [item for item in listing if item.tag.endswith("Contents")]
-        # A tag is "{namespace}name".
-        contents = [{field.tag.rpartition("}")[2]: field.text or "" for field in item} for item in items]
-        if contents:
+        space = listing.tag.removesuffix("ListBucketResult")  # "{namespace}" before the name of each tag
+        items = listing.findall(f"{space}Contents")
+        if items:
+            contents = [{field.tag[len(space) :]: field.text or "" for field in item} for item in items]
             customized_response_dict["Contents"] = [_object(fields) for fields in contents]
-            listing[:] = [item for item in listing if not item.tag.endswith("Contents")]
+            listing[:] = [item for item in listing if item.tag != items[0].tag]
             response_dict["body"] = ElementTree.tostring(listing)
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -126,10 +126,14 @@ class Root:
         """Bytes of all files below a folder by name, sorted by name, from one listing. As `list`."""
         return {file.name: file.bytes for file in self.files(folder)}
 
-    def files(self, folder: str) -> Iterator[object_store.ListedFile]:
-        """All files below a folder, sorted by name, from one listing. As `list`."""
+    def files(self, folder: str, splits: Sequence[str] = ()) -> Iterator[object_store.ListedFile]:
+        """All files below a folder, sorted by name, from one listing. As `list`.
+
+        splits: sorted names of files, which need not exist. What lies between two of them in a bucket is listed apart,
+        several such parts at once.
+        """
         with suppress(FileNotFoundError), self._store_errors(folder):
-            for file in object_store.listed_files(self.fs, self.url, self._base, folder):
+            for file in object_store.listed_files(self.fs, self.url, self._base, folder, splits):
                 if "/.partial-" not in file.name:
                     yield file
 

@@ -18,7 +18,9 @@ from pipeline.download.shard_download import write_rows, write_tar
 from pipeline.neighbors import neighbors
 from pipeline.optout import optout
 from pipeline.optout.erase import plan_file
+from pipeline.pictures.near_copy_shards import pending_comparisons
 from pipeline.recipe import DownloadConfig, EmbedConfig, NeighborsConfig
+from pipeline.runtime.arrow_files import read_batches
 from pipeline.runtime.stage import Stage
 from pipeline.runtime.status import StageSpec, UpstreamStages, stage_status
 from pipeline.web.blocklist import Blocklist, read_blocklist
@@ -203,7 +205,11 @@ def test_an_erased_image_is_in_no_file_and_no_stage_runs_again(root: Root, clip:
     assert states(root) == {"finished"}
     assert report["erased"] == {"shards": 3, "partitions": 3}
     assert root.list(f"optout/{blocklist.identity}") == []
-    assert root.list("near_copies") == [], "it had hashes of the pictures"
+    hashed = [read_batches(root, name)[schema.IMAGE_ID].to_numpy() for name in root.list("near_copies", ".arrow")]
+    assert sum(map(len, hashed)) == 45
+    assert not np.isin(np.concatenate(hashed), ids).any()
+    pending = pending_comparisons(root, read_manifest(root, "download"), EMBED.near_copy_bits)
+    assert pending == "", "the next search has nothing to compare"
     np.testing.assert_array_equal(reader.search(vectors[ids[0]][None], 40, recall=1.0).ids, expected.ids)
     np.testing.assert_array_equal(vectors_before, expected.embeddings)
 
@@ -219,6 +225,8 @@ def test_the_shards_equal_those_of_a_download_without_the_images(root: Root, cli
     shutil.copytree(f"{root.url}/download", f"{new.url}/download")
     embed.run(EMBED, clip, new)
     assert read_manifest(new, "embed").fingerprint == read_manifest(root, "embed").fingerprint
+    near_copies = [name for name in new.list("near_copies") if "/records/" not in name]
+    assert [root.read_bytes(name) for name in near_copies] == [new.read_bytes(name) for name in near_copies]
     for shard in SHARDS:
         tables = [schema.read_table(run, f"embed/{shard}.parquet", schema.embeddings(32)) for run in (new, root)]
         made, erased = (table.drop_columns([schema.EMBEDDING, schema.NORM]) for table in tables)

@@ -1,5 +1,6 @@
 """Near copies: after any change of the download the search gives the files of a first one, comparing only changes."""
 
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ from pipeline.runtime.workers import Workers
 from retrieval import Root
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.schema import image_id
+from tests.killed_writes import kill_at
 from tests.pipeline.conftest import Picture, write_download
 
 BITS = 6
@@ -125,11 +127,11 @@ def test_only_changes_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     write_download(root, {**removed, "database/00001": distinct("database", 200, 21)})
     download = read_manifest(root, "download")
-    pending = "near copies: compares the images of 1 changed database shard with all training images"
+    pending = "near copies: compares the new images of 1 changed database shard with all training images"
     assert pending_comparisons(root, download, BITS) == pending
     assert "all database images are compared" in pending_comparisons(root, download, BITS - 1)
     [name] = set(find_copies(root, download, BITS, Workers(1)).values())
-    assert counts == [(21, 10)]
+    assert counts == [(1, 10)], "the new image with all training images"
     copies = near_copies.schema.read_table(root, f"near_copies/{name}.parquet", near_copies.COPIES)
     assert copies.to_pydict() == {
         "image_id": [image_id("http://example.org/database/200.jpg")],
@@ -172,3 +174,30 @@ def test_one_file_of_changes_is_in_memory_at_a_time(tmp_path: Path, monkeypatch:
     following = [then for event, then in pairwise(events) if "/changes/" in event]
     assert len(following) == 2 * 2 * 2, "gained and lost of two files, for each of two database groups"
     assert {*following} == {"compared"}
+
+@pytest.mark.usefixtures("in_process_shards", "small_groups")
+def test_a_search_that_is_killed_at_any_write_gives_the_files_of_an_undisturbed_one(tmp_path: Path) -> None:
+    random = np.random.default_rng(3)
+    before = {shard: rows for shard, rows in random_shards(random).items() if shard[-1] in "01"}
+    after = {**before, **{f"{split}/00000": before[f"{split}/00001"][1:] for split in ("train", "database")}}
+    after["train/00002"] = before["train/00000"]
+    first, undisturbed = Root(tmp_path / "first"), Root(tmp_path / "undisturbed")
+    search(first, before)
+    expected = search(undisturbed, after)
+    number, is_finished = 0, False
+    while not is_finished:
+        root = Root(shutil.copytree(first.url, tmp_path / str(number)))
+        write_download(root, after)
+        download = read_manifest(root, "download")
+        with pytest.MonkeyPatch.context() as patch:
+            kill_at(patch, number)
+            try:
+                find_copies(root, download, BITS, Workers(1))
+                is_finished = True
+            except KeyboardInterrupt:
+                shutil.rmtree(f"{root.url}/leases")  # that of an ended process would be taken over
+        assert find_copies(root, download, BITS, Workers(1)) == expected
+        assert files(root) == files(undisturbed)
+        assert root.list("near_copies") == undisturbed.list("near_copies")
+        number += 1
+    assert number > 20
