@@ -256,5 +256,5 @@ def _delete_old_files(root: Root, plan: ErasePlan) -> None:
         named = {*read_manifest(root, database).checksums()}
         files = {name: name.removeprefix(f"{database}/") for name in root.list(database)}
         root.delete_files(name for name, file in files.items() if PARTITION_FILE.fullmatch(file) and name not in named)
-    for folder in {*_stages(root), *plan.rows}:
+    for folder in {*_stages(root), *plan.rows, NEAR_COPIES}:
         root.delete_partial_files(folder)

@@ -207,8 +207,8 @@ class Stage:
         files = self.root.files(self.name, listing_splits(self.name, shards))
         unnamed = [file.name for file in files if file.name not in named]
         shards |= {name.removeprefix(folder).removesuffix(".json") for name in unnamed if name.startswith(folder)}
-        of_shards = {name: name.removeprefix(folder).removeprefix(f"{self.name}/").partition(".")[0] for name in unnamed}
-        self.root.delete_files(name for name in unnamed if of_shards[name] in shards)
+        of_shards = (name.removeprefix(folder).removeprefix(f"{self.name}/").partition(".")[0] for name in unnamed)
+        self.root.delete_files(name for name, shard in zip(unnamed, of_shards, strict=True) if shard in shards)
 
 
 def listing_splits(folder: str, shards: Iterable[str]) -> list[str]:

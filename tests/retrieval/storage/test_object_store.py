@@ -1,7 +1,7 @@
 """A root in an S3 bucket: complete files, multipart uploads, fresh listings, retries and their limit."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from s3fs import S3FileSystem
 
 from benchmarks.crashes.store import BUCKET, Store, running_store
 from retrieval import Root, UserError
-from retrieval.storage.object_store import PART_BYTES
+from retrieval.storage.object_store import PART_BYTES, ListedFile
 from retrieval.storage.schema import read_table, write_table
 
 SCHEMA = pa.schema([("number", pa.int64())])
@@ -77,6 +77,79 @@ def test_a_listing_gives_names_sizes_versions_and_times_as_the_client_does(root:
         (name, info["size"], info["ETag"], info["LastModified"].timestamp()) for name, info in wanted
     ]
     assert sorted(root.fs.find(f"{bucket}/stage")) == sorted(infos)
+
+
+SPLITS = ["stage", "stage/", "stage/a/1", "stage/a/10.tar", "stage/a/10.tar", "stage/b", "stage/é", "stagf/x"]
+
+
+@pytest.fixture
+def pages(root: Root, monkeypatch: pytest.MonkeyPatch) -> list[ListedFile]:
+    """The listing of files with names that begin equal; from now on in pages of two."""
+    names = [f"a/{number}{suffix}" for number in (0, 1, 10, 2) for suffix in ("", "-b", ".tar")]
+    for name in [*names, "b/0", "ä/1", "éé"]:
+        root.write_bytes(f"stage/{name}", name.encode())
+    root.write_bytes("stagf/x", b"1")
+    whole = list(root.files("stage"))
+    assert len(whole) == 15
+    monkeypatch.setattr(root.fs, "req_kw", {"MaxKeys": 2})
+    return whole
+
+
+def noted_requests(root: Root, patch: pytest.MonkeyPatch, change: Callable[[dict[str, Any]], object]) -> list[str]:
+    """The keys after which listings begin from now on, "" for the first one. change: is called before each request."""
+    call = root.fs.call_s3
+    requests: list[str] = []
+
+    def noted(method: str, **arguments: Any) -> Any:
+        if method == "list_objects_v2":
+            change(arguments)
+            if "ContinuationToken" not in arguments:
+                requests.append(arguments.get("StartAfter", ""))
+        return call(method, **arguments)
+
+    patch.setattr(root.fs, "call_s3", noted)
+    return requests
+
+
+def test_parts_of_a_listing_are_together_the_whole_one(
+    root: Root, pages: list[ListedFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = noted_requests(root, monkeypatch, lambda _: None)
+    assert list(root.files("stage")) == pages
+    assert requests == [""]
+    requests.clear()
+    assert list(root.files("stage", SPLITS)) == pages
+    assert len(requests) == 8, "one that asks whether the store starts where it should, and seven parts"
+    names = [file.name for file in pages]
+    assert list(root.files("stage", names)) == pages
+    assert list(root.files("stage/a", names)) == pages[:12]
+    assert list(root.files("nowhere", ["nowhere/a"])) == []
+
+
+def test_a_store_that_ignores_where_a_listing_starts_is_listed_as_a_whole(
+    root: Root, pages: list[ListedFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = noted_requests(root, monkeypatch, lambda arguments: arguments.pop("StartAfter", None))
+    assert list(root.files("stage", SPLITS)) == pages
+    assert requests == ["", ""]
+
+
+def test_files_that_are_there_during_a_whole_listing_are_in_it(
+    root: Root, other: S3FileSystem, pages: list[ListedFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    added = iter(["0", "a/0.json", "a/11", "a/1.json", "b/1", "zz", "a/100", "c"])
+
+    def write_and_delete(_: dict[str, Any]) -> None:
+        name = next(added, "")
+        if name:
+            other.pipe_file(f"{root.url}/stage/{name}", b"new")
+        if name == "c":
+            other.rm_file(f"{root.url}/stage/b/0")
+
+    noted_requests(root, monkeypatch, write_and_delete)
+    listed = [file.name for file in root.files("stage", SPLITS)]
+    assert listed == sorted({*listed})
+    assert {*listed} >= {file.name for file in pages} - {"stage/b/0"}
 
 
 def test_unfinished_uploads_of_all_pages_are_aborted_and_those_that_just_ended_are_ignored(

@@ -38,6 +38,12 @@ def test_listings_are_sorted_and_hide_unfinished_files(tmp_path: Path) -> None:
         root.write_bytes(name, b"")
     (tmp_path / "s" / ".partial-0-4.txt").write_bytes(b"")
     assert root.list("s", ".txt") == ["s/10.txt", "s/2.txt", "s/a/1.txt"]
+    for name in ("s/a-b", "s/a.txt", "s/a0", "s/b/c/d", "s/b/c-d", "s/é"):
+        root.write_bytes(name, name.encode())
+    names = [f"s/{path.relative_to(tmp_path / 's')}" for path in (tmp_path / "s").rglob("*") if path.is_file()]
+    assert root.list("s") == sorted(name for name in names if ".partial-" not in name)
+    assert root.sizes("s")["s/b/c-d"] == 7
+    assert root.list("s/a0") == []
     assert root.list("nowhere") == []
 
 
