@@ -56,7 +56,8 @@ time beyond that of an undisturbed run; most of it is the start of Ray workers.
 
 **Cases** of the download: a finished stage with a *changed timeout* keeps its files; a *killed retry* loses no
 picture; of *two drivers* the second is refused; a *sick node* without the store does not stop the others; *losses at
-start* of more workers than a shard may lose do not stop the stage.
+start* of more workers than a shard may lose do not stop the stage; *killed workers*: one every 30 s for five minutes,
+while the stage is made again and again.
 
 {table}
 """

@@ -15,7 +15,7 @@ from multiprocessing.process import BaseProcess
 import numpy as np
 
 from benchmarks.crashes.data_set import ServedPictures
-from benchmarks.crashes.faults import NODES, Command, CrashCluster, worker_title
+from benchmarks.crashes.faults import NODES, Command, CrashCluster, inject, worker_title
 from benchmarks.crashes.outcome import CleanRun, differences, files_of
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
@@ -25,6 +25,8 @@ LIMIT_S = 300.0
 """A longer run counts as hanging."""
 START_LOSSES = 5
 """Workers that are killed while they start; a shard alone may lose four."""
+KILL_EVERY_S, KILLING_S = 30.0, 300.0
+"""Time between two kills of workers, and of the kills of a case together."""
 NO_STORE = "http://127.0.0.1:1"
 
 
@@ -114,12 +116,30 @@ def losses_at_start(world: CaseWorld, rng: np.random.Generator) -> list[str]:
     return problems + differences(files_of(world.local, STAGE), world.clean.files)
 
 
+def killed_workers(world: CaseWorld, rng: np.random.Generator) -> list[str]:
+    """A worker is killed every KILL_EVERY_S for KILLING_S, while the stage is made again and again."""
+    problems: list[str] = []
+    started = time.monotonic()
+    next_kill = started + KILL_EVERY_S
+    while time.monotonic() < started + KILLING_S:
+        world.local.delete(STAGE)
+        driver = world.cluster.start(Command(STAGE, world.local.url))
+        deadline = time.monotonic() + LIMIT_S
+        while driver.is_alive() and time.monotonic() < deadline:
+            if time.monotonic() > next_kill and inject("worker", world.cluster, driver, rng):
+                next_kill += KILL_EVERY_S
+            time.sleep(0.05)
+        problems += ended(driver) + differences(files_of(world.local, STAGE), world.clean.files)
+    return problems
+
+
 CASES: dict[str, Case] = {
     "changed timeout": changed_timeout,
     "killed retry": killed_retry,
     "two drivers": two_drivers,
     "sick node": sick_node,
     "losses at start": losses_at_start,
+    "killed workers": killed_workers,
 }
 
 

@@ -1,10 +1,12 @@
 """`make bench-pipeline`: filter against plain queries, embed against a plain loop, one worker against two.
 
 Medians of interleaved rounds, in wall time and in CPU time, which does not depend on the load of the machine. Writes
-`docs/pipeline.json` and `docs/pipeline.md`. About eight minutes on two free cores; `--tiny` is a trial run.
+`docs/pipeline.json` and `docs/pipeline.md` after each part; `--parts` measures some of them and keeps the others. About
+eight minutes on two free cores; `--tiny` is a trial run.
 """
 
 import argparse
+import json
 import os
 import statistics
 from collections.abc import Callable
@@ -34,7 +36,8 @@ repairs URLs, computes ids, drops repeated URLs across all files and records che
 output as the plain queries: the kept rows in two parts, as Parquet with zstd. Medians of {rounds} interleaved
 rounds."""
 
-EMBED = "**Embed.** {pictures} pictures by {model} with random weights, on one thread."
+EMBED = "**Embed.** {pictures} pictures by {model} with random weights, on one thread. {loops}"
+LOOPS = "Ours reads the tar of a shard and writes its table; the plain loop has the pictures in memory."
 
 
 @dataclass(frozen=True)
@@ -72,14 +75,13 @@ def main() -> None:
     folder = options.scratch / ("pipeline-tiny" if options.tiny else "pipeline")
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    result = {
-        "hardware": hardware(),
-        "rounds": size.rounds,
-        "filter": measure_filter(folder, size),
-        "embed": measure_embed(folder, size),
-        "workers": measure_workers(folder, size),
-    }
-    write_report(folder if options.tiny else options.docs, "pipeline", result, page(result))
+    docs = folder if options.tiny else options.docs
+    stored = docs / "pipeline.json"
+    result = json.loads(stored.read_text()) if stored.exists() else {}
+    for part in options.parts:
+        result |= {"hardware": hardware(), "rounds": size.rounds, part: PARTS[part](folder, size)}
+        if result.keys() >= PARTS.keys():
+            write_report(docs, "pipeline", result, page(result))
 
 
 def measure_filter(folder: Path, size: Size) -> dict[str, Any]:
@@ -101,15 +103,20 @@ def measure_filter(folder: Path, size: Size) -> dict[str, Any]:
 
 
 def measure_embed(folder: Path, size: Size) -> dict[str, Any]:
-    """Seconds of the plain loop and of ours for the same pictures, on one thread."""
-    clip = stages.write_clip(folder / size.model, size.model)
-    encoder = Encoder(clip)
+    """Seconds of the plain loop, and of the stage's work on a shard of the same pictures, on one thread."""
+    encoder = Encoder(stages.write_clip(folder / size.model, size.model))
+    root = Root(str(folder / "embed-loop"))
+    stages.write_download(root, 1, size.pictures)
     pictures = stages.make_pictures(size.pictures, 0)
-    loops = {"ours": stages.our_loop, "bare loop": stages.plain_loop}
-    methods = {name: partial(stages.timed, partial(loop, pictures, encoder, 64)) for name, loop in loops.items()}
+    loops = {
+        "ours": stages.shard_work(root, encoder, 64),
+        "bare loop": partial(stages.plain_loop, pictures, encoder, 64),
+    }
+    methods = {name: partial(stages.timed, loop) for name, loop in loops.items()}
     for method in methods.values():
         method()  # warm up
-    return {"model": size.model, "pictures": size.pictures, "methods": median_rounds(methods, size.rounds)}
+    result = {"model": size.model, "pictures": size.pictures, "loops": LOOPS}
+    return {**result, "methods": median_rounds(methods, size.rounds)}
 
 
 def measure_workers(folder: Path, size: Size) -> list[dict[str, Any]]:
@@ -142,6 +149,13 @@ def _one_and_two_workers(name: str, run: Callable[[int], float], rounds: int) ->
     return {"stage": name, "one_s": one, "two_s": two, "ratio": one / two}
 
 
+PARTS: dict[str, Callable[[Path, Size], Any]] = {
+    "filter": measure_filter,
+    "embed": measure_embed,
+    "workers": measure_workers,
+}
+
+
 def median_rounds(methods: dict[str, Callable[[], dict[str, float]]], rounds: int) -> dict[str, dict[str, float]]:
     """Medians of the results of each method over interleaved rounds."""
     results: dict[str, list[dict[str, float]]] = {name: [] for name in methods}
@@ -162,11 +176,11 @@ def goals(result: dict[str, Any]) -> list[Goal]:
     first, last = sizes[0], sizes[-1]
     memory, time = last["peak_gb"] / first["peak_gb"], last["cpu_us"] / first["cpu_us"]
     return [
-        Goal("filter, rows per CPU second, against the faster plain query", 0.5, plain / filters["ours"]["cpu_s"]),
+        Goal("filter, rows per CPU second, against the faster plain query", 0.6, plain / filters["ours"]["cpu_s"]),
         Goal("filter, peak memory at 10 times the rows", 1.5, memory, True),
         Goal("filter, CPU time per row at 10 times the rows", 1.1, time, True),
-        Goal("embed, images per CPU second, against the plain loop", 0.95, rate),
-        *(Goal(f"{row['stage']}, two workers against one", 1.8, row["ratio"]) for row in result["workers"]),
+        Goal("embed, images per CPU second, against the plain loop", 1, rate),
+        *(Goal(f"{row['stage']}, two workers against one", 1.9, row["ratio"]) for row in result["workers"]),
         *(
             Goal("neighbors, time per row at 10 times the rows", 1.1, row["one_s"] / row["tenth_s"], True)
             for row in result["workers"]
@@ -208,6 +222,7 @@ def page(result: dict[str, Any]) -> str:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pipeline", description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="trial run of every part; writes no docs")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="parts that are measured")
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the results")
     parser.add_argument("--scratch", type=Path, default=SCRATCH, help="folder of the test data")
     return parser.parse_args()

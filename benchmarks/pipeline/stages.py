@@ -11,6 +11,7 @@ import shutil
 import tarfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pipeline import embed, index
-from pipeline.embed import embed_images
+from pipeline.embed import DatabaseSelection
 from pipeline.filter import filter
 from pipeline.neighbors import neighbors
+from pipeline.pictures.scored_rows import ScoredRows
 from pipeline.recipe import EmbedConfig, FilterConfig, NeighborsConfig
 from retrieval.clip.encoder import Encoder
 from retrieval.recipe import ClipConfig, IndexConfig
@@ -40,12 +42,12 @@ def write_clip(folder: Path, model: str) -> ClipConfig:
     if not folder.exists():
         torch.manual_seed(0)
         clip = open_clip.create_model(model)
-        partial = folder.parent / "part"
-        partial.mkdir(parents=True, exist_ok=True)
+        part = folder.parent / "part"
+        part.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"model_cfg": open_clip.get_model_config(model)})
-        (partial / "open_clip_config.json").write_text(text)
-        save_file(clip.state_dict(), partial / "open_clip_model.safetensors")
-        partial.rename(folder)
+        (part / "open_clip_config.json").write_text(text)
+        save_file(clip.state_dict(), part / "open_clip_model.safetensors")
+        part.rename(folder)
     return ClipConfig(model=f"local-dir:{folder}")
 
 
@@ -70,12 +72,14 @@ def plain_loop(pictures: Pictures, encoder: Encoder, batch_size: int) -> None:
             torch.nn.functional.normalize(model.encode_image(torch.stack(batch)), dim=-1).numpy()
 
 
-def our_loop(pictures: Pictures, encoder: Encoder, batch_size: int) -> None:
-    """The same with the function of the stage `embed`, which also counts undecodable pictures."""
-    embed_images(iter(pictures), encoder, EmbedConfig(batch_size=batch_size, decode_threads=1))
+def shard_work(root: Root, encoder: Encoder, batch_size: int) -> Callable[[], object]:
+    """The work of the stage `embed` on the first shard: read the tar, decode, encode, write the table."""
+    config = EmbedConfig(batch_size=batch_size, decode_threads=1)
+    scored, selection = ScoredRows(root, {}, {}), DatabaseSelection({}, {})
+    return partial(embed._embed_shard, config, encoder, scored, selection, "database/00000")
 
 
-def timed(work: Callable[[], None]) -> dict[str, float]:
+def timed(work: Callable[[], object]) -> dict[str, float]:
     """Wall time and CPU time of a function in seconds."""
     wall, cpu = time.perf_counter(), time.process_time()
     work()
