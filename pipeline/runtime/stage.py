@@ -32,7 +32,7 @@ from retrieval.storage.manifest import (
     write_manifest,
 )
 from retrieval.storage.root import Root
-from retrieval.storage.stage_folder import StageIdentity, prepare_folder
+from retrieval.storage.stage_folder import StageIdentity, listing_splits, prepare_folder
 
 THREADS = 32
 """Concurrent requests to an object store: each takes some hundredths of a second."""
@@ -41,8 +41,6 @@ FREE_HOURS, FREE_SHARE = 1.0, 0.1
 
 VERSIONS = pa.schema({"name": pa.string(), "version": pa.string()})
 FILES_AT_ONCE = 20_000
-SHARDS_PER_PART = 5_000
-"""Shards of a part of a listing: five pages of their records, or ten of two files each."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -209,12 +207,6 @@ class Stage:
         shards |= {name.removeprefix(folder).removesuffix(".json") for name in unnamed if name.startswith(folder)}
         of_shards = (name.removeprefix(folder).removeprefix(f"{self.name}/").partition(".")[0] for name in unnamed)
         self.root.delete_files(name for name, shard in zip(unnamed, of_shards, strict=True) if shard in shards)
-
-
-def listing_splits(folder: str, shards: Iterable[str]) -> list[str]:
-    """Names that divide the listing of a stage's folder into parts of SHARDS_PER_PART shards (`Root.files`)."""
-    ends = sorted(shards)[SHARDS_PER_PART::SHARDS_PER_PART]
-    return sorted(f"{place}/{shard}" for place in (folder, f"{folder}/records") for shard in ends)
 
 
 class StageFiles:

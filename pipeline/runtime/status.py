@@ -14,13 +14,12 @@ from typing import Literal
 
 from fsspec.core import url_to_fs
 
-from pipeline.runtime.stage import listing_splits
 from retrieval.config import Config
 from retrieval.errors import UserError
 from retrieval.storage import object_store
 from retrieval.storage.manifest import Manifest, ShardRecord, fingerprint, read_manifest, read_record
 from retrieval.storage.root import Root
-from retrieval.storage.stage_folder import setting_differences
+from retrieval.storage.stage_folder import listing_splits, setting_differences
 
 State = Literal["not started", "unfinished", "finished", "stale"]
 

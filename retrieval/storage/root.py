@@ -288,6 +288,9 @@ class Root:
         if self.is_local and Path(path).is_dir():
             shutil.rmtree(path)
             return
+        if object_store.is_s3(self.url):  # s3fs lists slowly
+            self.delete_files([*(file.name for file in self.files(name)), name])
+            return
         with suppress(FileNotFoundError), self._store_errors(name):
             self.fs.rm(glob.escape(path), recursive=True)
 

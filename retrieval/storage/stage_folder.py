@@ -5,7 +5,7 @@ be weeks of work, so they are deleted only if the root permits it (`--remake`), 
 """
 
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ from retrieval.storage.manifest import fingerprint, read_manifest
 from retrieval.storage.root import Root
 
 STARTED_FILE = "started.json"
+SHARDS_PER_PART = 5_000
+"""Shards of a part of a listing: five pages of their records, or ten of two files each."""
 MAX_DIFFERENCES = 3
 """Differing settings that a message lists."""
 
@@ -145,3 +147,9 @@ def _finished_contents(root: Root, folder: str) -> str:
     size = sum(sizes.values())
     amount = f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
     return f"{shards:,} finished {'shard' if shards == 1 else 'shards'} ({len(sizes):,} files, {amount})"
+
+
+def listing_splits(folder: str, shards: Iterable[str]) -> list[str]:
+    """Names that divide the listing of a stage's folder into parts of SHARDS_PER_PART shards (`Root.files`)."""
+    ends = sorted(shards)[SHARDS_PER_PART::SHARDS_PER_PART]
+    return sorted(f"{place}/{shard}" for place in (folder, f"{folder}/records") for shard in ends)

@@ -9,11 +9,11 @@ from s3fs import S3FileSystem
 
 from benchmarks.crashes.store import running_store
 from pipeline.runtime import record_journal
-from pipeline.runtime import stage as stage_module
 from pipeline.runtime.runner import finished_shards, run_shards
 from pipeline.runtime.stage import Stage
 from pipeline.runtime.workers import Work, Workers
 from retrieval.config import Config
+from retrieval.storage import stage_folder
 from retrieval.storage.manifest import ShardRecord, delete_record, read_record, write_record
 from retrieval.storage.root import Root
 from tests.pipeline.shards_in_process import shards_in_process
@@ -46,7 +46,7 @@ def works(root: Root) -> Work:
 
 def test_copies_of_changed_and_deleted_records_are_not_used(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record_journal, "RECORDS_PER_FILE", 2)
-    monkeypatch.setattr(stage_module, "SHARDS_PER_PART", 2)
+    monkeypatch.setattr(stage_folder, "SHARDS_PER_PART", 2)
     files_read: list[str] = []
 
     def read(root: Root, stage: str, shard: str) -> tuple[str, ShardRecord] | None:
