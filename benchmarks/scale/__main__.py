@@ -43,6 +43,9 @@ Each shard has two files of one byte, so these are the costs of records and requ
 memory is its peak, {base:.2f} GB of it imported libraries. CPU is that of the process, without the store. "Before" is
 an earlier version of the code, measured on a part of the shards and multiplied.
 
+`list the stage` is one listing, page after page. Where the shards are known, for example when a stage is resumed, eight
+parts of the listing are requested at once.
+
 {records}
 
 ## A sample through every data stage

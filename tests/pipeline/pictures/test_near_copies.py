@@ -183,12 +183,12 @@ def test_a_search_that_is_killed_at_any_write_gives_the_files_of_an_undisturbed_
     after["train/00002"] = before["train/00000"]
     first, undisturbed = Root(tmp_path / "first"), Root(tmp_path / "undisturbed")
     search(first, before)
+    write_download(first, after)
     expected = search(undisturbed, after)
+    download = read_manifest(first, "download")
     number, is_finished = 0, False
     while not is_finished:
         root = Root(shutil.copytree(first.url, tmp_path / str(number)))
-        write_download(root, after)
-        download = read_manifest(root, "download")
         with pytest.MonkeyPatch.context() as patch:
             kill_at(patch, number)
             try:
