@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from datetime import datetime
-from itertools import chain, islice, pairwise
+from itertools import chain, islice
 from typing import Any, BinaryIO, NamedTuple
 from xml.etree import ElementTree
 
@@ -72,7 +72,7 @@ def part_bytes(size: int) -> int:
 def listed_files(fs: Any, url: str, base: str, folder: str, splits: Sequence[str] = ()) -> Iterator[ListedFile]:
     """All files below `base`/`folder`, sorted by name. Names are relative to `base`, a path in the file system `fs`.
 
-    splits: sorted names that divide the listing of an S3 bucket into parts, see `_pages`. Other listings are whole.
+    splits: sorted names that divide the listing of an S3 bucket into parts, see `_listed_objects`. Other listings are whole.
     """
     path, start = f"{base}/{folder}".rstrip("/"), len(base)
     if is_s3(url):
@@ -131,7 +131,8 @@ def _listed_objects(fs: Any, folder: str, splits: Sequence[str]) -> Iterator[dic
     if keys and _ignores_start(fs, request, keys[-1]):
         keys = []
     with ThreadPoolExecutor(PARTS_AT_ONCE) as threads:
-        parts = (threads.submit(_begun, _pages(fs, request, *ends)) for ends in pairwise(["", *keys, None]))
+        ends = zip(["", *keys], [*keys, None], strict=True)
+        parts = (threads.submit(_begun, _pages(fs, request, *end)) for end in ends)
         begun = deque(islice(parts, PARTS_AT_ONCE))
         while begun:
             for page in begun.popleft().result():
