@@ -72,7 +72,7 @@ def part_bytes(size: int) -> int:
 def listed_files(fs: Any, url: str, base: str, folder: str, splits: Sequence[str] = ()) -> Iterator[ListedFile]:
     """All files below `base`/`folder`, sorted by name. Names are relative to `base`, a path in the file system `fs`.
 
-    splits: sorted names that divide the listing of an S3 bucket into parts, see `_listed_objects`. Other listings are whole.
+    splits: sorted names that divide the listing of an S3 bucket into parts (`_listed_objects`). Others are not divided.
     """
     path, start = f"{base}/{folder}".rstrip("/"), len(base)
     if is_s3(url):
