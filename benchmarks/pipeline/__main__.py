@@ -108,11 +108,13 @@ def measure_embed(folder: Path, size: Size) -> dict[str, Any]:
     root = Root(str(folder / "embed-loop"))
     stages.write_download(root, 1, size.pictures)
     pictures = stages.make_pictures(size.pictures, 0)
-    loops = {
+    loops: dict[str, Callable[[], object]] = {
         "ours": stages.shard_work(root, encoder, 64),
         "bare loop": partial(stages.plain_loop, pictures, encoder, 64),
     }
-    methods = {name: partial(stages.timed, loop) for name, loop in loops.items()}
+    methods: dict[str, Callable[[], dict[str, float]]] = {
+        name: partial(stages.timed, loop) for name, loop in loops.items()
+    }
     for method in methods.values():
         method()  # warm up
     result = {"model": size.model, "pictures": size.pictures, "loops": LOOPS}
