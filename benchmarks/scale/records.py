@@ -6,6 +6,7 @@ The store is filled with names of shard files and with records; a new process fo
 import hashlib
 import json
 import multiprocessing
+import os
 import resource
 import time
 from collections.abc import Callable
@@ -148,6 +149,7 @@ def _run(function: Callable[[], None], results: Any) -> None:
 
 def in_process(function: Callable[[], None], store: RunningStore) -> dict[str, float]:
     """Seconds, CPU seconds, peak memory, requests and bytes of a function in a new process."""
+    os.environ.update(store.environment())
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     before = store.counts()
