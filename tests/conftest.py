@@ -3,10 +3,13 @@
 import os
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import ray
+from filelock import FileLock
 
+from tests.fork_server import start_server
 from tests.jobs.demo.tiny_demo import TinyDemo, run_once
 
 LONG = (
@@ -49,8 +52,24 @@ def ray_cluster() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny_demo(tmp_path_factory: pytest.TempPathFactory) -> TinyDemo:
-    """A complete run of the tiny demo, made once for all test processes. Tests must not change it."""
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all test processes share."""
     folder = tmp_path_factory.getbasetemp()
-    shared = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    return run_once(shared / "tiny-demo")
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def forked_python(shared_folder: Path) -> Path:
+    """A program that takes the arguments of `python` and runs them in a fork with the libraries imported."""
+    folder = shared_folder / "fork-server"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            start_server(folder, os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid())
+    return folder / "python"
+
+
+@pytest.fixture(scope="session")
+def tiny_demo(shared_folder: Path, forked_python: Path) -> TinyDemo:
+    """A complete run of the tiny demo, made once for all test processes. Tests must not change it."""
+    return run_once(shared_folder / "tiny-demo", forked_python)

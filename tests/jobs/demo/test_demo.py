@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -89,7 +88,7 @@ def folder_of(stage: str) -> str:
 
 @pytest.fixture(scope="module")
 def killed(
-    demo_root: Path, tmp_path_factory: pytest.TempPathFactory, demo_port: int, ray_cluster: None
+    demo_root: Path, tmp_path_factory: pytest.TempPathFactory, demo_port: int, forked_python: Path, ray_cluster: None
 ) -> dict[str, Path]:
     """For each stage a copy of the run, in which the stage was killed."""
     roots = {stage: tmp_path_factory.mktemp(stage) / "run" for stage in STAGES}
@@ -102,7 +101,7 @@ def killed(
         arguments.append((stage, str(root / folder_of(stage)), str(DEMO), settings))
     environment = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "PYTHONPATH": str(DEMO.parents[2])}
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("kill_stages.py"))],
+        [forked_python, str(Path(__file__).with_name("kill_stages.py"))],
         input=json.dumps(arguments),
         capture_output=True,
         text=True,

@@ -1,0 +1,132 @@
+"""Runs Python commands of tests in forks of one process that has imported the libraries: a new process takes ten seconds.
+
+`python fork_server.py SOCKET OWNER` is the server; it ends with the process OWNER. Its client takes the arguments of
+`python`. The fork has the folder, environment and standard streams of the client, gets its signals, and is killed with
+it. It imports the project's packages itself, from the folder of the command.
+"""
+
+import marshal
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+
+MODULES = (
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "diffusers.models.unets.unet_2d_condition",
+    "diffusers.schedulers.scheduling_ddim",
+    "faiss",
+    "jinja2",
+    "matplotlib.pyplot",
+    "open_clip",
+    "pandas",
+    "pyarrow.parquet",
+    "ray",
+    "torch.utils.tensorboard",
+)
+CLIENT = """#!{python} -IS
+import marshal, os, signal, socket, sys
+
+server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+server.connect({address!r})
+socket.send_fds(server, [marshal.dumps((sys.argv[1:], os.getcwd(), dict(os.environ)))], [0, 1, 2])
+child = int(server.recv(16))
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, _: os.kill(child, number))
+code = int(server.recv(16))
+if code < 0:
+    signal.signal(-code, signal.SIG_DFL)
+    os.kill(os.getpid(), -code)
+sys.exit(code)
+"""
+
+
+def start_server(folder: Path, owner: int) -> Path:
+    """Start a server. Returns the client, a program in the folder."""
+    address, client = folder / "socket", folder / "python"
+    server = subprocess.Popen([sys.executable, __file__, str(address), str(owner)], stdin=subprocess.DEVNULL)
+    while not address.exists():
+        assert server.poll() is None, "the fork server did not start"
+        time.sleep(0.01)
+    client.write_text(CLIENT.format(python=sys.executable, address=str(address)))
+    client.chmod(0o755)
+    return client
+
+
+def serve(address: str, owner: int) -> None:
+    """Fork for each client until the owner has ended. Returns in a fork too, when its command has ended."""
+    del sys.path[0]  # this folder has folders with the names of our packages
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(f"{address}.new")
+    listener.listen(64)
+    listener.settimeout(0.5)
+    os.rename(f"{address}.new", address)  # clients may connect, and wait for the imports
+    for module in MODULES:
+        import_module(module)
+    while Path(f"/proc/{owner}").exists():
+        with suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        try:
+            client = listener.accept()[0]
+        except TimeoutError:
+            continue
+        if not os.fork():
+            listener.close()
+            run_for(client)
+            return
+        client.close()
+
+
+def run_for(client: socket.socket) -> None:
+    """Run the command of a client in a child of this process. Returns in the child only."""
+    request, streams, *_ = socket.recv_fds(client, 1 << 20, 3)
+    arguments, folder, environment = marshal.loads(request)
+    child = os.fork()
+    if not child:
+        client.close()
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+            os.close(stream)
+        os.environ.clear()
+        os.environ.update(environment)
+        os.chdir(folder)
+        sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+        run(arguments)
+        return
+    for stream in streams:
+        os.close(stream)
+    client.send(str(child).encode())
+    if client in select.select([os.pidfd_open(child), client], [], [])[0]:
+        os.kill(child, signal.SIGKILL)  # the client was killed
+    _, status = os.waitpid(child, 0)
+    with suppress(BrokenPipeError):
+        client.send(str(os.waitstatus_to_exitcode(status)).encode())
+    os._exit(0)
+
+
+def run(arguments: list[str]) -> None:
+    """Run `python <arguments>` in this process."""
+    option, *sys.argv = arguments[arguments[0] == "-u" :]
+    if option == "-m":
+        sys.path.insert(0, os.getcwd())
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    elif option == "-c":
+        sys.path.insert(0, "")
+        exec(sys.argv[0], {"__name__": "__main__"})
+    else:
+        sys.argv.insert(0, option)
+        sys.path.insert(0, str(Path(option).parent))
+        runpy.run_path(option, run_name="__main__")
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], int(sys.argv[2]))
