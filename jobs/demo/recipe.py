@@ -37,7 +37,7 @@ class ClipTraining(Config):
 
     seed: int = 0
     """Seed of the scenes, the initial weights and the order."""
-    num_scenes: int = Field(12_000, ge=1000)
+    num_scenes: int = Field(12_000, ge=500)
     """Training scenes."""
     steps: PositiveInt = 450
     """Optimizer steps."""
