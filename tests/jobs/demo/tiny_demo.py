@@ -12,9 +12,9 @@ from tests.jobs.free_ports import free_port
 DEMO = Path(__file__).resolve().parents[3] / "jobs/configs/demo.toml"
 TINY = {
     "world.workers": 1,
-    "world.num_train": 24,
+    "world.num_train": 20,
     "world.num_database": 60,
-    "world.num_per_style": 10,
+    "world.num_per_style": 8,
     "world.num_held_out": 40,
     "world.num_metadata_files": 2,
     "clip_training.num_scenes": 500,
@@ -39,6 +39,7 @@ TINY = {
     "latents.workers": 1,
     "latents.views": 2,
     "train.ranks": 1,
+    "train.global_batch": 8,
     "train.steps": 4,
     "train.warmup_steps": 2,
     "train.checkpoint_every": 2,

@@ -278,7 +278,7 @@ def test_a_killed_run_is_completed_to_the_same_files_by_any_number_of_workers(
         time.sleep(0.02)
     os.kill(run.pid, signal.SIGKILL)
     run.wait()
-    time.sleep(0.5)  # workers look for their parent four times a second
+    time.sleep(1)
     drawn = digests(other)
     assert "world.json" not in drawn
     time.sleep(0.5)
