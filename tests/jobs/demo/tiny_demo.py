@@ -15,7 +15,7 @@ TINY = {
     "world.num_train": 20,
     "world.num_database": 60,
     "world.num_per_style": 8,
-    "world.num_held_out": 40,
+    "world.num_held_out": 80,
     "world.num_metadata_files": 2,
     "clip_training.num_scenes": 500,
     "clip_training.num_test_scenes": 20,
