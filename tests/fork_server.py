@@ -1,4 +1,4 @@
-"""Runs Python commands of tests in forks of one process that has imported the libraries: a new process takes ten seconds.
+"""Runs Python commands of tests in forks of one process with the libraries imported: a new process takes ten seconds.
 
 `python fork_server.py SOCKET OWNER` is the server; it ends with the process OWNER. Its client takes the arguments of
 `python`. The fork has the folder, environment and standard streams of the client, gets its signals, and is killed with
