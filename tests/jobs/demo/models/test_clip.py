@@ -19,7 +19,7 @@ from retrieval.recipe import ClipConfig
 from trainer.model.autoencoder import Autoencoder
 from trainer.recipe import AutoencoderConfig
 
-BATCH = 16
+BATCH = 32
 
 
 @pytest.fixture(scope="module")
