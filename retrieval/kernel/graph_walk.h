@@ -15,11 +15,12 @@
 
 namespace {
 
-struct Visited {
+struct BeamList {
     float similarity;
     int32_t list;
-    bool expanded;
-    bool operator<(const Visited& other) const { return similarity > other.similarity; }
+    bool expanded; // whether its links were followed
+    bool visited;  // whether its rows were scored
+    bool operator<(const BeamList& other) const { return similarity > other.similarity; }
 };
 
 // What a thread needs while it walks. It is kept for the next queries.
@@ -28,18 +29,17 @@ struct WalkScratch {
     uint32_t walk = 0;
     std::vector<int32_t> fresh;
     std::vector<int8_t> rounded;
+    std::vector<BeamList> beam, rest;
 };
 
 class GraphWalk {
   public:
-    // beam: the result of `run`, the nearest lists in the order of the rounded numbers.
-    GraphWalk(const Lists& lists, WalkScratch& scratch, std::vector<Visited>& beam)
-        : lists_(lists), scratch_(scratch), beam_(beam) {}
+    GraphWalk(const Lists& lists, WalkScratch& scratch) : lists_(lists), scratch_(scratch), beam_(scratch.beam) {}
 
-    // Finds the `limit` lists nearest to the query.
-    void run(const float* query, size_t limit) {
+    // Moves to the level of all lists.
+    void start(const float* query) {
         round(query);
-        Visited nearest{0, int32_t(lists_.entry), false};
+        BeamList nearest{0, int32_t(lists_.entry), false, false};
         nearest.similarity = similarity(nearest.list);
         for (int64_t level = lists_.top_level; level > 0; --level) descend(nearest, level);
         if (scratch_.seen.size() != size_t(lists_.num_lists) || !++scratch_.walk) {
@@ -48,6 +48,18 @@ class GraphWalk {
         }
         scratch_.seen[nearest.list] = scratch_.walk;
         beam_.assign(1, nearest);
+        scratch_.rest.clear();
+    }
+
+    // Finds the `limit` lists nearest to the query, in the order of the rounded numbers. A later call goes on from the
+    // lists that were compared before.
+    std::vector<BeamList>& widen(size_t limit) {
+        auto& rest = scratch_.rest;
+        beam_.insert(beam_.end(), rest.begin(), rest.end());
+        const auto end = beam_.begin() + std::min(limit, beam_.size());
+        std::partial_sort(beam_.begin(), end, beam_.end());
+        rest.assign(end, beam_.end());
+        beam_.erase(end, beam_.end());
         for (size_t next = 0; next < beam_.size();) {
             if (beam_[next].expanded) {
                 ++next;
@@ -56,6 +68,7 @@ class GraphWalk {
             beam_[next].expanded = true;
             next = std::min(next + 1, expand(beam_[next].list, limit));
         }
+        return beam_;
     }
 
   private:
@@ -81,14 +94,14 @@ class GraphWalk {
     }
 
     // Moves to the nearest list of a level.
-    void descend(Visited& nearest, int64_t level) const {
+    void descend(BeamList& nearest, int64_t level) const {
         for (int32_t start = -1; start != nearest.list;) {
             start = nearest.list;
             auto [link, end] = links(start, level);
             for (; link != end && *link >= 0; ++link) {
                 if (link + 1 != end && link[1] >= 0) fetch(rounded(link[1]), lists_.dim);
                 float value = similarity(*link);
-                if (value > nearest.similarity) nearest = {value, *link, false};
+                if (value > nearest.similarity) nearest = {value, *link, false, false};
             }
         }
     }
@@ -106,9 +119,13 @@ class GraphWalk {
         }
         for (size_t i = 0; i < count; ++i) {
             if (i + 2 < count) fetch(rounded(fresh[i + 2]), lists_.dim);
-            Visited value{similarity(fresh[i]), fresh[i], false};
-            if (beam_.size() == limit && value.similarity <= beam_.back().similarity) continue;
-            if (beam_.size() == limit) beam_.pop_back();
+            BeamList value{similarity(fresh[i]), fresh[i], false, false};
+            if (beam_.size() == limit) {
+                const bool enters = value.similarity > beam_.back().similarity;
+                scratch_.rest.push_back(enters ? beam_.back() : value);
+                if (!enters) continue;
+                beam_.pop_back();
+            }
             auto place = std::upper_bound(beam_.begin(), beam_.end(), value);
             first = std::min(first, size_t(place - beam_.begin()));
             beam_.insert(place, value);
@@ -118,7 +135,7 @@ class GraphWalk {
 
     const Lists& lists_;
     WalkScratch& scratch_;
-    std::vector<Visited>& beam_;
+    std::vector<BeamList>& beam_;
 };
 
 } // namespace

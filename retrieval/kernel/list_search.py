@@ -4,6 +4,7 @@ Reads the memory of a faiss index and the mapped vectors of its rows, copies onl
 """
 
 import ctypes
+from functools import lru_cache
 from typing import Any
 
 import faiss
@@ -14,6 +15,8 @@ from retrieval.kernel.layout import CODE_VALUES, checked_pointers, is_searchable
 from retrieval.kernel.library import library
 
 SMALLEST = np.finfo(np.float32).tiny
+MAX_SETTINGS = 256
+"""Settings that are kept."""
 Start = ctypes.c_byte * 0
 """The address of a writable array: `from_buffer` takes a third of the time of `array.ctypes`."""
 
@@ -42,14 +45,20 @@ class _Settings(ctypes.Structure):
     )
 
 
+@lru_cache(MAX_SETTINGS)
+def _settings(k: int, lists: int, beam: int, candidates: int) -> Any:
+    """Settings of a search of all rows. Creating them takes as long as the rest of a call."""
+    return ctypes.pointer(_Settings(k, lists, beam, candidates, None))
+
+
 class ListSearch:
     """The lists of one partition. Safe to share between threads."""
 
     def __init__(
-        self, search: Any, index: Any, rows: npt.NDArray[np.float16], pointers: dict[str, npt.NDArray[Any]]
+        self, loaded: Any, index: Any, rows: npt.NDArray[np.float16], pointers: dict[str, npt.NDArray[Any]]
     ) -> None:
-        """search: the function of the library. index, rows, pointers: as checked by `open_list_search`."""
-        self._search, self._dim = search, index.d
+        """loaded: the library. index, rows, pointers: as checked by `open_list_search`."""
+        self._search, self._dim = loaded.search, index.d
         quantizer, codes = faiss.downcast_index(index.quantizer), index.pq
         graph = quantizer.hnsw
         storage = faiss.downcast_index(quantizer.storage)
@@ -79,6 +88,7 @@ class ListSearch:
             **addresses,
         )
         self._lists = ctypes.pointer(lists)
+        loaded.use_large_pages(self._lists)
 
     def search(
         self, queries: Vectors, k: int, lists: tuple[int, int], candidates: int, visible: Any = None
@@ -94,10 +104,14 @@ class ListSearch:
             raise ValueError(f"queries have {queries.shape[1]} dimensions, the vectors have {self._dim}")
         similarities: Any = np.empty((len(queries), k), np.float32)
         rows: Any = np.empty((len(queries), k), np.int64)
-        settings = _Settings(k, *lists, candidates, None if visible is None else visible.ctypes.data)
+        if visible is None:
+            settings = _settings(k, *lists, candidates)
+        else:
+            settings = ctypes.pointer(_Settings(k, *lists, candidates, visible.ctypes.data))
         threads = faiss.omp_get_max_threads() if len(queries) > 1 else 1
-        arrays = queries.ctypes.data, Start.from_buffer(similarities), Start.from_buffer(rows)
-        if self._search(self._lists, ctypes.byref(settings), len(queries), *arrays, threads):
+        start = Start.from_buffer(queries) if queries.flags.writeable else queries.ctypes.data
+        arrays = start, Start.from_buffer(similarities), Start.from_buffer(rows)
+        if self._search(self._lists, settings, len(queries), *arrays, threads):
             raise MemoryError
         return similarities, rows
 
@@ -111,4 +125,4 @@ def open_list_search(index: Any, rows: npt.NDArray[np.float16]) -> ListSearch | 
         return None
     pointers = checked_pointers(index, rows)
     loaded = library()
-    return None if loaded is None else ListSearch(loaded.search, index, rows, pointers)
+    return None if loaded is None else ListSearch(loaded, index, rows, pointers)
