@@ -23,7 +23,7 @@ class FaissSample:
 
     def cluster_sums(self, centroids: Vectors) -> tuple[Vectors, Numbers]:
         sums = np.zeros_like(centroids)
-        nearest = nearest_with_faiss(self._rows, centroids, 1)[:, 0]
+        nearest = nearest_with_faiss(self._rows, centroids, 1)[1][:, 0]
         for start in range(0, len(self._rows), BLOCK_ROWS):
             numbers = nearest[start : start + BLOCK_ROWS]
             order = np.argsort(numbers, kind="stable")
@@ -36,10 +36,11 @@ class FaissSample:
         return unit(rows)
 
 
-def nearest_with_faiss(vectors: AnyVectors, centroids: Vectors, nearest: int) -> Numbers:
-    """`retrieval.index.kmeans.nearest_centroids` by faiss."""
-    numbers = np.empty((len(vectors), nearest), np.int64)
+def nearest_with_faiss(vectors: AnyVectors, centroids: Vectors, nearest: int) -> tuple[Vectors, Numbers]:
+    """`retrieval.index.kmeans.most_similar_centroids` by faiss."""
+    values, numbers = np.empty((len(vectors), nearest), np.float32), np.empty((len(vectors), nearest), np.int64)
     for start in range(0, len(vectors), BLOCK_ROWS):
         block = np.ascontiguousarray(vectors[start : start + BLOCK_ROWS], np.float32)
-        numbers[start : start + BLOCK_ROWS] = faiss.knn(block, centroids, nearest, metric=faiss.METRIC_INNER_PRODUCT)[1]
-    return numbers
+        best = faiss.knn(block, centroids, nearest, metric=faiss.METRIC_INNER_PRODUCT)
+        values[start : start + BLOCK_ROWS], numbers[start : start + BLOCK_ROWS] = best
+    return values, numbers

@@ -1,11 +1,10 @@
 """The index of a large partition: inverted lists of 4-bit codes. A search ranks its candidates again exactly.
 
 This layout was the fastest on CLIP-like data (docs/performance.md): many short lists that are found through a graph
-over their centroids, codes of two dimensions of the residual (fast scan), and rows near a border in both lists.
+over their centroids, codes of two dimensions of the residual (fast scan), and all rows in a second list (SOAR).
 autofaiss cannot build it, because its factory refuses fast scan with inner products.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
-from retrieval.index.kmeans import nearest_centroids, train_centroids
+from retrieval.index.kmeans import most_similar_centroids, train_centroids
 from retrieval.index.routing import AnyVectors, Numbers, Vectors
 
 SAMPLE_PER_LIST = 32
@@ -21,11 +20,15 @@ SAMPLE_PER_LIST = 32
 SAMPLE_CODES = 65_536
 """Rows that train the codes."""
 NEIGHBORS_IN_GRAPH = 32
-SPILL = 0.5
-"""Share of the rows that are in their second list too: those nearest to the border between the two."""
+NEAR_LISTS = 16
+"""The second list of a row is one of so many nearest lists."""
+LISTS_AT_ONCE = 1024
+"""Lists whose centroids are compared with all others at once: 34 MB for a million rows."""
 DIMENSIONS_PER_CODE = 2
 """Of vectors with an odd number of dimensions each dimension has a code."""
 BLOCK_ROWS = 1 << 16
+SMALLEST = 1e-6
+"""Least square of a residual, so that none is 0."""
 
 
 @dataclass(frozen=True)
@@ -67,17 +70,16 @@ def train_inverted_lists(rows: AnyVectors, seed: int, untrained: npt.NDArray[np.
         trainable = trainable[~untrained[trainable]]
     sample = np.sort(trainable[: SAMPLE_PER_LIST * lists])
     centroids = train_centroids(rows[sample], lists, seed)
-    nearest = nearest_centroids(rows, centroids, nearest=2)
-    order = np.argsort(nearest[:, 0], kind="stable")
+    nearest, second = _two_lists(rows, centroids)
+    order = np.argsort(nearest, kind="stable")
     index = _empty_index(centroids)
     chosen = np.sort(random.permutation(trainable)[:SAMPLE_CODES])
     index.train(np.asarray(rows[chosen], np.float32))
-    _add(index, rows, order, nearest[:, 0], np.arange(len(rows)))
+    _add(index, rows, order, nearest, np.arange(len(rows)))
     stored = np.empty(len(rows), np.int64)
     stored[order] = np.arange(len(rows))
-    border = _border_rows(rows, centroids, nearest)
-    _add(index, rows, border, nearest[:, 1], stored[border])
-    return InvertedLists(_packed(index, len(rows)), order, _offsets(nearest[:, 0], lists), centroids)
+    _add(index, rows, np.arange(len(rows)), second, stored)
+    return InvertedLists(_packed(index, len(rows)), order, _offsets(nearest, lists), centroids)
 
 
 def update_inverted_lists(
@@ -89,9 +91,9 @@ def update_inverted_lists(
     stored, ascending. The new order counts the kept rows first, then the added ones.
     """
     offsets, centroids = lists
-    nearest = nearest_centroids(added, centroids, nearest=2)
+    nearest, second = _two_lists(added, centroids)
     lists_of_kept = np.repeat(np.arange(len(centroids)), np.diff(offsets))[kept]
-    lists_of_rows = np.concatenate([lists_of_kept, nearest[:, 0]])
+    lists_of_rows = np.concatenate([lists_of_kept, nearest])
     order = np.argsort(lists_of_rows, kind="stable")
     stored = np.empty(len(order), np.int64)
     stored[order] = np.arange(len(order))
@@ -100,9 +102,8 @@ def update_inverted_lists(
     updated = faiss.IndexIVFPQ(index.quantizer, *centroids.shape[::-1], index.pq.M, 4, faiss.METRIC_INNER_PRODUCT)
     updated.by_residual, updated.pq, updated.is_trained = True, index.pq, True
     _copy_entries(index, updated, new_numbers)
-    _add(updated, added, np.arange(len(added)), nearest[:, 0], of_added)
-    border = _border_rows(added, centroids, nearest)
-    _add(updated, added, border, nearest[:, 1], of_added[border])
+    _add(updated, added, np.arange(len(added)), nearest, of_added)
+    _add(updated, added, np.arange(len(added)), second, of_added)
     return InvertedLists(_packed(updated, len(order)), order, _offsets(lists_of_rows, len(centroids)), centroids)
 
 
@@ -164,11 +165,20 @@ def _add(index: Any, rows: AnyVectors, numbers: Numbers, lists: Numbers, ids: Nu
         index.add_core(len(block), *map(faiss.swig_ptr, (vectors, block_ids, block_lists)))
 
 
-def _border_rows(rows: AnyVectors, centroids: Vectors, nearest: Numbers) -> Numbers:
-    """The SPILL share of the rows that are nearly as similar to their second list as to the first."""
-    margins = np.empty(len(rows), np.float32)
-    for start in range(0, len(rows), BLOCK_ROWS):
-        block = slice(start, start + BLOCK_ROWS)
-        difference = centroids[nearest[block, 0]] - centroids[nearest[block, 1]]
-        margins[block] = np.einsum("ij,ij->i", np.asarray(rows[block], np.float32), difference)
-    return np.sort(np.argsort(margins, kind="stable")[: math.ceil(SPILL * len(rows))])
+def _two_lists(rows: AnyVectors, centroids: Vectors) -> tuple[Numbers, Numbers]:
+    """The nearest list of each row of (n, dim), and a second one whose error adds to that of the first, each (n,).
+
+    The second list minimises |s|^2 + (r . s)^2 / |r|^2 for the residuals r, s in the two lists: where r is parallel to
+    a query, the row is far from the first list, and s is not (SOAR, Sun et al. 2023, with a weight of 1).
+    """
+    similarities, nearest = most_similar_centroids(rows, centroids, min(NEAR_LISTS, len(centroids)))
+    first, others = nearest[:, 0], nearest[:, 1:]
+    second = np.empty(len(nearest), np.int64)
+    for start in range(0, len(centroids), LISTS_AT_ONCE):
+        products = centroids[start : start + LISTS_AT_ONCE] @ centroids.T
+        block = np.flatnonzero((first >= start) & (first < start + LISTS_AT_ONCE))
+        to_first, to_others = similarities[block, :1], similarities[block, 1:]
+        parallel = 1 - to_first - to_others + products[first[block, None] - start, others[block]]
+        loss = 2 - 2 * to_others + parallel**2 / np.maximum(2 - 2 * to_first, SMALLEST)
+        second[block] = others[block, loss.argmin(axis=1)]
+    return first, second

@@ -51,6 +51,11 @@ def nearest_centroids(vectors: AnyVectors, centroids: Vectors, nearest: int = 1)
 
     Sums in float32: a row that is stored in a wrong list is not found.
     """
+    return most_similar_centroids(vectors, centroids, nearest)[1]
+
+
+def most_similar_centroids(vectors: AnyVectors, centroids: Vectors, nearest: int) -> tuple[Vectors, Numbers]:
+    """As `nearest_centroids`, with the inner products of rows and centroids, (n, nearest) float32."""
     if not _has_torch():
         return nearest_with_faiss(vectors, centroids, nearest)
     from retrieval.index.torch_kmeans import nearest_with_torch  # torch is optional

@@ -51,16 +51,17 @@ def add_rows_as_product(sums: torch.Tensor, numbers: torch.Tensor, rows: torch.T
     sums.addmm_(torch.nn.functional.one_hot(numbers, len(sums)).T.to(rows.dtype), rows)
 
 
-def nearest_with_torch(vectors: AnyVectors, centroids: Vectors, nearest: int) -> Numbers:
-    """`retrieval.index.kmeans.nearest_centroids` by torch."""
-    numbers = np.empty((len(vectors), nearest), np.int64)
+def nearest_with_torch(vectors: AnyVectors, centroids: Vectors, nearest: int) -> tuple[Vectors, Numbers]:
+    """`retrieval.index.kmeans.most_similar_centroids` by torch."""
+    values, numbers = np.empty((len(vectors), nearest), np.float32), np.empty((len(vectors), nearest), np.int64)
     targets = torch.from_numpy(np.array(centroids)).to(_device()).T
     for start in range(0, len(vectors), BLOCK_ROWS):
         block = torch.from_numpy(np.array(vectors[start : start + BLOCK_ROWS], np.float32))
         with allow_bfloat16():
-            similarities = block.to(targets.device) @ targets
-        numbers[start : start + BLOCK_ROWS] = similarities.topk(nearest, dim=1).indices.cpu().numpy()
-    return numbers
+            best = (block.to(targets.device) @ targets).topk(nearest, dim=1)
+        values[start : start + BLOCK_ROWS] = best.values.cpu().numpy()
+        numbers[start : start + BLOCK_ROWS] = best.indices.cpu().numpy()
+    return values, numbers
 
 
 def _device() -> torch.device:
