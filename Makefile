@@ -26,7 +26,7 @@ export NO_ALBUMENTATIONS_UPDATE ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 export DS_ACCELERATOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: help install demo import test check format bench bench-retrieval bench-filters bench-grow bench-download bench-pipeline bench-loader bench-step bench-schedule bench-sampling gpu-day gpu-wheels bench-crashes bench-near-copies bench-partitions bench-scale bench-optout optout bench-load database convert finetune docs explore paper report clean status view capacity plan bench-capacity $(STAGES)
+.PHONY: help install demo import test check format bench bench-retrieval bench-filters bench-indexes bench-grow bench-download bench-pipeline bench-loader bench-step bench-schedule bench-sampling gpu-day gpu-wheels bench-crashes bench-near-copies bench-partitions bench-scale bench-optout optout bench-load database convert finetune docs explore paper report clean status view capacity plan bench-capacity $(STAGES)
 
 help: ## list the targets
 	@grep -hE '^[a-z$$()A-Z -]+:.*## ' $(MAKEFILE_LIST) | sed -e 's/$$(STAGES)/<stage>/' -e 's/:.*## /\t/' | expand -t 20
@@ -113,8 +113,11 @@ bench: bench-retrieval bench-loader bench-step bench-schedule ## the benchmarks 
 bench-retrieval: install .venv-bench/installed ## our search and join against other libraries: docs/performance.md (other data: ARGS="--rows 300000 --seed 1 --parts search")
 	$(BIN)/python -m benchmarks.retrieval $(ARGS)
 
-bench-filters: install ## search among the rows that meet a condition: docs/filters.md
+bench-filters: install ## search among the rows that meet a condition, also by Lance and zvec after make .venv-bench/installed: docs/filters.md
 	$(BIN)/python -m benchmarks.retrieval.filters $(ARGS)
+
+bench-indexes: install ## ways to build and store a partition, autofaiss among them: docs/indexes.md
+	$(BIN)/python -m benchmarks.retrieval.indexes $(ARGS)
 
 bench-grow: install ## add and delete rows of a database, merge databases: docs/grow.md
 	$(BIN)/python -m benchmarks.retrieval.grow $(ARGS)

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib import metadata
 
 from retrieval.errors import UserError
 
@@ -15,6 +17,22 @@ LIBRARIES = {
 }
 
 
+FAISS_WHEELS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu11", "faiss-gpu-cu12", "faiss-gpu-cuvs")
+"""Distributions with files in the same folder `faiss/`."""
+
+
+@cache
+def check_faiss() -> None:
+    """Raises UserError if several distributions of faiss are installed: the last one overwrote files of the others."""
+    installed = [name for name in FAISS_WHEELS if any(metadata.distributions(name=name))]
+    if len(installed) > 1:
+        raise UserError(
+            f"{' and '.join(installed)} are installed, which write to one folder, so faiss is a mixture of them. "
+            f"Remove all, then install one: pip uninstall -y {' '.join(installed)}; pip install 'faiss-cpu>=1.15'. "
+            "Joins and k-means use a GPU through torch and need no faiss-gpu."
+        )
+
+
 @contextmanager
 def extras_named() -> Iterator[None]:
     """Turns an ImportError for a library that is not installed into a UserError that names its extra."""
@@ -23,6 +41,8 @@ def extras_named() -> Iterator[None]:
     except ImportError as error:
         # fsspec raises its own ImportError from that of the missing library.
         library = (error.name or getattr(error.__cause__, "name", None) or "").partition(".")[0]
+        if "faiss" in library:
+            check_faiss()
         extra = next((extra for extra, libraries in LIBRARIES.items() if library in libraries), None)
         if extra is None:
             raise

@@ -49,13 +49,15 @@ class FileCache:
     def __init__(
         self, root: Root, folder: str = "", max_gb: float = 0.0, records: Mapping[str, FileRecord] | None = None
     ) -> None:
-        """folder: empty for one of this user in the folder of temporary files, which others must not be able to write.
-        max_gb: 0 for half of the free disk space, or a single larger file.
+        """folder, max_gb: empty and 0 for those of `root.cache`; if these are empty and 0 too, for a folder of this
+        user among the temporary files, which others must not be able to write, and for half of the free disk space, or
+        a single larger file.
 
         records: all files of the root by name, if they are known. Then a file with a copy needs no request.
         """
         self.root = root
         self._records = records
+        folder, max_gb = folder or root.cache[0], max_gb or root.cache[1]
         self.folder = Path(folder or f"{tempfile.gettempdir()}/laion-rdm-{os.getuid()}")
         if not root.is_local:
             self.folder.mkdir(0o777 if folder else 0o700, parents=True, exist_ok=True)

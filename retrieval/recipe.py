@@ -1,4 +1,4 @@
-"""Settings: the sections `clip`, `index` and `embed.heads` of a recipe, and the parameters of a join.
+"""Settings: the sections `clip`, `index`, `storage` and `embed.heads` of a recipe, and the parameters of a join.
 
 Loads no torch, no faiss.
 """
@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from retrieval.config import Config, WorkersConfig, runtime_setting
+from retrieval.config import Config, WorkersConfig, added_setting, runtime_setting
 
 MIN_LIST_ROWS = 1_000
 """Fewest rows on which inverted lists and their codes can be trained."""
@@ -56,6 +56,9 @@ class IndexConfig(WorkersConfig):
     codes (retrieval.index.inverted_lists)."""
     flat_rows: int = Field(50_000, ge=MIN_LIST_ROWS)
     """Partitions of at most this many rows are searched exhaustively, which takes milliseconds."""
+    store: Literal["float16", "int8"] = added_setting("float16")
+    """Numbers of the stored vectors. int8 halves their bytes on disk and in memory, 256 steps a dimension; results are
+    ranked by the rounded vectors, and faiss searches the lists instead of the compiled library (docs/indexes.md)."""
     num_queries: int = Field(1_000, ge=1)
     """Rows used as queries to measure recall. A row is not its own neighbor."""
     seed: int = 0
@@ -81,6 +84,16 @@ class IndexConfig(WorkersConfig):
     def has_lists(self, rows: int) -> bool:
         """Whether a partition of `rows` rows gets inverted lists instead of an autofaiss index."""
         return not self.index_key and rows > self.flat_rows
+
+
+class StorageConfig(Config):
+    """Local copies of files of an object store (section `storage` of a recipe)."""
+
+    cache_folder: str = runtime_setting("")
+    """Folder on the local disk of each machine for copies of the files of databases, which all processes of the machine
+    share. Empty: a folder beside other temporary files (TMPDIR)."""
+    cache_gb: float = runtime_setting(0.0, ge=0, allow_inf_nan=False)
+    """Largest size of these copies in GB; the least recently used ones are deleted first. 0: half of the free disk."""
 
 
 class JoinConfig(Config):

@@ -32,7 +32,7 @@ retrieval/cli: clip database errors extras imports index pictures provenance rec
 retrieval/clip: config errors recipe storage
 retrieval/cluster: config database errors index storage
 retrieval/config:
-retrieval/database: clip errors file_cache index recipe storage
+retrieval/database: clip errors extras file_cache index recipe storage
 retrieval/errors:
 retrieval/extras: errors
 retrieval/imports: clip config database errors index recipe storage

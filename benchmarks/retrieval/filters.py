@@ -2,11 +2,15 @@
 
 Builds a database of generated vectors below a scratch folder. Conditions select rows at random, and by a value that
 follows the vectors, so that some queries have few of these rows near them. One query at a time, one thread; all
-conditions are timed in interleaved rounds. Writes `docs/filters.{json,md}`.
+conditions are timed in interleaved rounds. Lance and zvec answer the same queries in processes of .venv-bench
+(`filter_stores.py`), where it is installed. Writes `docs/filters.{json,md}`.
 """
 
 import argparse
+import json
+import os
 import statistics
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -15,8 +19,10 @@ import faiss
 import numpy as np
 import pyarrow.compute as pc
 
-from benchmarks.common.report import DOCS, SCRATCH, markdown_table, write_report
+from benchmarks.common.report import DOCS, REPOSITORY, SCRATCH, markdown_table, write_report
+from benchmarks.retrieval.filter_stores import K, RECALL, ROUNDS, STORES
 from benchmarks.retrieval.vectors import DIM, images, mixture
+from benchmarks.retrieval.workers import BENCH_PYTHON
 from jobs.reporting.hardware import hardware
 from retrieval import Database, build_database
 from retrieval.clip.identity import EncoderIdentity
@@ -24,9 +30,8 @@ from retrieval.index.routing import Vectors
 from retrieval.storage.root import Root
 
 SHARES = (0.5, 0.1, 0.01, 0.001)
-K, QUERIES, ROUNDS, RECALL = 20, 300, 5, 0.95
-Case = tuple[str, float]
-"""Name of the selection, and the share of the rows that it leaves."""
+QUERIES = 300
+COLUMNS = ("random", "like the vectors")
 
 
 def main() -> None:
@@ -34,13 +39,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
     parser.add_argument("--rows", type=int, default=300_000, help="rows of the database (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of vectors and selections (default %(default)s)")
+    parser.add_argument("--stores", nargs="*", choices=STORES, default=[*STORES], help="others (default: all)")
     parser.add_argument("--out", type=Path, default=DOCS, help="folder of the report")
     options = parser.parse_args()
     vectors = images(mixture(options.seed), options.rows + QUERIES, options.seed)
     rows, queries = vectors[QUERIES:], vectors[:QUERIES].copy()
     database = _database(rows, options.seed)
-    cases = {"all": np.ones(len(rows), bool)} | _selections(rows, options.seed)
+    values = _values(rows, options.seed)
+    cases = {"all": np.ones(len(rows), bool)} | _selections(values)
     result = {"hardware": hardware(), "rows": len(rows), "seed": options.seed} | measure(database, cases, queries, rows)
+    folder = SCRATCH / f"filter-stores-{len(rows)}-{options.seed}"
+    result["stores"] = others(folder, options.stores, (rows, queries, values)) if BENCH_PYTHON.exists() else {}
     write_report(options.out, "filters", result, page(result))
 
 
@@ -52,13 +61,52 @@ def _database(rows: Vectors, seed: int) -> Database:
     return build_database(folder, rows, encoder=encoder)
 
 
-def _selections(rows: Vectors, seed: int) -> dict[str, np.ndarray]:
-    """Which rows each condition leaves, by its name."""
+def _values(rows: Vectors, seed: int) -> Vectors:
+    """Numbers of each row for COLUMNS, (2, n): independent of the vectors, and their projection on a direction."""
     rng = np.random.default_rng([seed, 2])
-    values = {"random": rng.random(len(rows)), "like the vectors": rows @ rng.standard_normal(DIM).astype(np.float32)}
+    return np.array([rng.random(len(rows)), rows @ rng.standard_normal(DIM)], np.float32)
+
+
+def _selections(values: Vectors) -> dict[str, np.ndarray]:
+    """Which rows each condition leaves, by its name."""
     return {
-        f"{name} {share:g}": value < np.quantile(value, share) for share in SHARES for name, value in values.items()
+        f"{name} {share:g}": column <= _largest(column, share)
+        for share in SHARES
+        for name, column in zip(COLUMNS, values, strict=True)
     }
+
+
+def _largest(column: Vectors, share: float) -> np.float32:
+    """The largest number of the rows that a condition leaves."""
+    return np.sort(column)[round(share * len(column)) - 1]
+
+
+def others(folder: Path, names: list[str], data: tuple[Vectors, Vectors, Vectors]) -> dict[str, list[dict[str, Any]]]:
+    """What `filter_stores` measured for each store. data: rows, queries, values."""
+    rows, queries, values = data
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, array in zip(("rows", "queries", "values"), data, strict=True):
+        np.save(folder / f"{name}.npy", array)
+    cases = [{"case": "all", "column": None, "truth": _truth(rows, np.arange(len(rows)), queries)}]
+    for share in SHARES:
+        for number, name in enumerate(COLUMNS):
+            largest = _largest(values[number], share)
+            truth = _truth(rows, np.flatnonzero(values[number] <= largest), queries)
+            case = {"case": f"{name} {share:g}", "column": number, "largest": float(largest), "truth": truth}
+            cases.append(case)
+    (folder / "cases.json").write_text(json.dumps(cases))
+    variables = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    for name in names:
+        command = [str(BENCH_PYTHON), "-m", "benchmarks.retrieval.filter_stores", name, str(folder)]
+        subprocess.run(command, check=True, env=variables)
+    return {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
+
+
+def _truth(rows: Vectors, numbers: np.ndarray, queries: Vectors) -> list[list[int]]:
+    """The K nearest of the rows with these numbers to each query."""
+    k = min(K, len(numbers))
+    nearest = faiss.knn(queries, rows[numbers], k, metric=faiss.METRIC_INNER_PRODUCT)[1]
+    return [row.tolist() for row in numbers[nearest]]
 
 
 def measure(database: Database, cases: dict[str, np.ndarray], queries: Vectors, rows: Vectors) -> dict[str, Any]:
@@ -94,28 +142,30 @@ def measure(database: Database, cases: dict[str, np.ndarray], queries: Vectors, 
 
 
 def _recall(view: Database, chosen: np.ndarray, queries: Vectors, rows: Vectors) -> float:
-    numbers = np.flatnonzero(chosen)
-    _, nearest = faiss.knn(queries, rows[numbers], K, metric=faiss.METRIC_INNER_PRODUCT)
-    found = view.search(queries, K, recall=RECALL).ids
-    shares = [len({*truth} & {*ids}) / K for truth, ids in zip(numbers[nearest].tolist(), found.tolist(), strict=True)]
-    return statistics.mean(shares)
+    truth = _truth(rows, np.flatnonzero(chosen), queries)
+    results = view.search(queries, K, recall=RECALL).ids.tolist()
+    return statistics.mean(len({*true} & {*ids}) / len(true) for true, ids in zip(truth, results, strict=True))
+
+
+OTHERS = """
+
+The other stores have a graph over codes, indexes over the columns and one thread. Each case has the fastest of their
+efforts that reaches the recall, or else the largest, tuned on the same queries."""
 
 
 def page(result: dict[str, Any]) -> str:
     """The report as Markdown."""
-    table = markdown_table(
-        ["rows that meet the condition", "recall:", "microseconds a query:", "x all rows:", "first search, s:"],
-        [
-            [
-                case["case"],
-                f"{case['recall']:.3f}",
-                f"{case['us']:.0f}",
-                f"{case['ratio']:.2f}",
-                f"{case['first_s']:.2f}",
-            ]
-            for case in result["cases"]
-        ],
-    )
+    headings = ["rows that meet the condition", "recall:", "microseconds a query:", "x all rows:", "first search, s:"]
+    rows = [
+        [case["case"], f"{case['recall']:.3f}", f"{case['us']:.0f}", f"{case['ratio']:.2f}", f"{case['first_s']:.2f}"]
+        for case in result["cases"]
+    ]
+    note = ""
+    for name, cases in result.get("stores", {}).items():
+        headings += [f"{name}: recall:", "microseconds:"]
+        rows = [[*row, f"{case['recall']:.3f}", f"{case['us']:.0f}"] for row, case in zip(rows, cases, strict=True)]
+        note = OTHERS
+    table = markdown_table(headings, rows)
     return f"""# Searching among the rows that meet a condition
 
 Written by `make bench-filters`; the numbers are in `filters.json`.
@@ -126,7 +176,7 @@ Written by `make bench-filters`; the numbers are in `filters.json`.
 recall {RECALL}, {ROUNDS} interleaved rounds, medians. *random*: rows are selected independently of their vectors.
 *like the vectors*: by a projection of the vectors, so that some queries have few of these rows near them. The recall
 is the share of the true neighbors among the rows that meet the condition. The first search evaluates the condition on
-all rows.
+all rows.{note}
 
 {table}
 """

@@ -19,7 +19,7 @@ from jobs.cli.explore_config import ExploreConfig
 from pipeline.recipe import DownloadConfig, EmbedConfig, FilterConfig, ImportConfig, NeighborsConfig
 from retrieval.config import Config
 from retrieval.errors import UserError
-from retrieval.recipe import ClipConfig, IndexConfig
+from retrieval.recipe import ClipConfig, IndexConfig, StorageConfig
 from retrieval.storage.root import Root
 from trainer.evaluation.paper.recipe import PaperConfig
 from trainer.evaluation.recipe import EvaluateConfig
@@ -43,6 +43,7 @@ SECTIONS: dict[str, type[Config]] = {
     "evaluate": EvaluateConfig,
     "paper": PaperConfig,
     "explore": ExploreConfig,
+    "storage": StorageConfig,
 }
 """Name and class of every section that a recipe may have without an extension."""
 
@@ -119,7 +120,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), remake: bool = False)
     if unknown:
         raise UserError(f"{path}: unknown section [{unknown[0]}]. Known sections: {', '.join(kinds)}.")
     sections = {name: _section(path, name, kinds[name], values[name]) for name in kinds if name in values}
-    recipe = Recipe(path, overrides, Root(root, remake), sections)
+    storage = cast(StorageConfig, sections.get("storage", StorageConfig()))
+    cache = storage.cache_folder, storage.cache_gb
+    recipe = Recipe(path, overrides, Root(root, remake, cache), sections)
     recipe.extension = extension
     return recipe
 

@@ -28,6 +28,13 @@ def make_parser(prog: str, commands: Mapping[str, Command]) -> argparse.Argument
 
 def _database(add: Add) -> None:
     add("database", metavar="DB", help="folder of the database")
+    _cache(add)
+
+
+def _cache(add: Add) -> None:
+    copies = "folder for local copies of a database in an object store (default: among the temporary files)"
+    add("--cache-folder", default="", metavar="FOLDER", help=copies)
+    add("--cache-gb", type=float, default=0.0, metavar="GB", help="most GB of copies (default: half of the free disk)")
 
 
 def _search(add: Add) -> None:
@@ -53,6 +60,7 @@ def _info(add: Add) -> None:
 
 def _verify(add: Add) -> None:
     add("database", metavar="DB", help="folder of the database, or a picture (PNG or JPEG)")
+    _cache(add)
     authorities = "certificates of trusted authorities, for the signature of a picture"
     add("--authorities", type=Path, metavar="FILE.pem", help=authorities)
     add("--queries", type=int, default=200, help="rows of the database used as queries (default %(default)s)")
@@ -70,6 +78,8 @@ def _build(add: Add) -> None:
     _source_options(add)
     add("--rows-per-partition", type=int, default=1_000_000, metavar="N", help="(default %(default)s)")
     add("--index-key", default="", metavar="KEY", help="faiss factory key; by default chosen by size")
+    stores = "numbers of the stored vectors; int8 takes half the space (default %(default)s)"
+    add("--store", choices=("float16", "int8"), default="float16", help=stores)
 
 
 def _source_options(add: Add) -> None:
@@ -93,6 +103,7 @@ def _delete(add: Add) -> None:
 def _merge(add: Add) -> None:
     add("sources", nargs="+", metavar="SOURCE", help="folder of a database; the settings are those of the first")
     add("database", metavar="DB", help="folder of the new database")
+    _cache(add)
 
 
 def _hide(add: Add) -> None:

@@ -30,7 +30,7 @@ from retrieval.extras import extras_named
 from retrieval.imports.importer import build_database, vector_dim
 from retrieval.imports.source import SourceColumns, VectorSource
 from retrieval.index.hidden import Ids, hide
-from retrieval.recipe import IndexConfig
+from retrieval.recipe import IndexConfig, StorageConfig
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
 from retrieval.storage.schema import image_id
@@ -45,7 +45,7 @@ CAPTION_WIDTH = 50
 
 def search(arguments: Namespace) -> int:
     """Search for texts, pictures or vectors; print the neighbors or draw them."""
-    database = Database.open(arguments.database)
+    database = Database.open(_root(arguments))
     if arguments.where:
         database = database.where(arguments.where)
     inputs = QueryInputs(arguments.texts, arguments.image, arguments.vector, arguments.clip, arguments.pretrained)
@@ -65,7 +65,7 @@ def search(arguments: Namespace) -> int:
 
 def info(arguments: Namespace) -> int:
     """Print size, encoder, settings and measured recall."""
-    database = Database.open(arguments.database)
+    database = Database.open(_root(arguments))
     manifest = database.manifest
     rows = database.partition_rows
     facts = {
@@ -98,7 +98,7 @@ def verify(arguments: Namespace) -> int:
     """Check a database's files and recall, or the signed statement in a picture."""
     if Path(arguments.database).is_file():
         return 0 if print_signature(Path(arguments.database), arguments.authorities) else DAMAGED
-    root = Root(arguments.database)
+    root = _root(arguments)
     if damaged := damaged_files(root):
         print("\n".join(f"damaged: {line}" for line in damaged))
         return DAMAGED
@@ -112,13 +112,13 @@ def build(arguments: Namespace) -> int:
     """Build a database from vectors of another tool."""
     source = _source(arguments, arguments.texts)
     try:
-        settings = {"rows_per_partition": arguments.rows_per_partition, "index_key": arguments.index_key}
+        settings = {name: vars(arguments)[name] for name in ("rows_per_partition", "index_key", "store")}
         config = IndexConfig.model_validate(settings)
     except ValidationError as error:
         raise _invalid_option(error) from error
     dim = vector_dim(source)
     encoder = EncoderIdentity(model=arguments.model, weights=arguments.weights, preprocessing="", dim=dim)
-    manifest = build_database(arguments.database, source, encoder=encoder, config=config).manifest
+    manifest = build_database(_root(arguments), source, encoder=encoder, config=config).manifest
     print(f"{arguments.database}: {manifest.rows:,} rows of dim {dim}{_counts(manifest.reasons)}")
     for name, count in manifest.values.get("changed_values", {}).items():
         print(f"column {name}: {count:,} values unusable or cleaned")
@@ -127,8 +127,8 @@ def build(arguments: Namespace) -> int:
 
 def add(arguments: Namespace) -> int:
     """Add vectors to a database."""
-    before = read_manifest(Root(arguments.database), "")
-    after = add_to_database(arguments.database, _source(arguments, None)).manifest
+    before = read_manifest(_root(arguments), "")
+    after = add_to_database(_root(arguments), _source(arguments, None)).manifest
     added = after.rows - before.rows
     left_out = Counter(after.reasons) - Counter(before.reasons)
     print(f"{arguments.database}: {added:,} rows added{_counts(left_out)}; {after.rows:,} rows in total")
@@ -138,28 +138,28 @@ def add(arguments: Namespace) -> int:
 def delete(arguments: Namespace) -> int:
     """Delete images from all files of a database."""
     ids = _listed_ids(arguments.ids)
-    before = read_manifest(Root(arguments.database), "").rows
-    after = delete_from_database(arguments.database, ids).manifest.rows
+    before = read_manifest(_root(arguments), "").rows
+    after = delete_from_database(_root(arguments), ids).manifest.rows
     print(f"{arguments.database}: {before - after:,} rows deleted for {len(ids):,} ids; {after:,} rows are left")
     return 0
 
 
 def merge(arguments: Namespace) -> int:
     """Merge databases of one encoder into a new one."""
-    database = merge_databases(arguments.database, arguments.sources)
+    database = merge_databases(_root(arguments), [_root(arguments, url) for url in arguments.sources])
     print(f"{arguments.database}: {len(database):,} rows of {len(arguments.sources)} databases")
     return 0
 
 
 def hide_images(arguments: Namespace) -> int:
     """Hide images from all searches, without a new build."""
-    print(f"{hide(Root(arguments.database), _listed_ids(arguments.ids))} image ids are hidden")
+    print(f"{hide(_root(arguments), _listed_ids(arguments.ids))} image ids are hidden")
     return 0
 
 
 def calibrate(arguments: Namespace) -> int:
     """Measure the recall of each effort, on your own queries or on rows of the database, and store it."""
-    root = Root(arguments.database)
+    root = _root(arguments)
     queries = None if arguments.queries is None else read_vectors(arguments.queries)
     recalibrate(root, queries, arguments.like)
     _print_calibration(Database.open(root), arguments.like)
@@ -168,9 +168,9 @@ def calibrate(arguments: Namespace) -> int:
 
 def describe(arguments: Namespace) -> int:
     """Print the database's card, or write it as README.md."""
-    text = card(Database.open(arguments.database), datetime.now(UTC).date())
+    text = card(Database.open(_root(arguments)), datetime.now(UTC).date())
     if arguments.write:
-        Root(arguments.database).write_bytes("README.md", text.encode())
+        _root(arguments).write_bytes("README.md", text.encode())
     else:
         print(text)
     return 0
@@ -199,6 +199,15 @@ def _table(result: QueryResult) -> str:
             f"{caption:{CAPTION_WIDTH}}  {printable(row['url'])}  {printable(credit(row))}".rstrip()
         )
     return "\n".join(lines)
+
+
+def _root(arguments: Namespace, url: str = "") -> Root:
+    """The folder of the database, or another one, with the cache of the options."""
+    try:
+        storage = StorageConfig(cache_folder=arguments.cache_folder, cache_gb=arguments.cache_gb)
+    except ValidationError as error:
+        raise _invalid_option(error) from error
+    return Root(url or arguments.database, cache=(storage.cache_folder, storage.cache_gb))
 
 
 def _lines(path: Path) -> list[str]:

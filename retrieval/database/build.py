@@ -1,6 +1,6 @@
 """Writes databases. The folder of a database contains `centroids.npy`, `partitions/<number>/{embeddings.npy,
 metadata.arrow}`, with an index also `index.faiss`, with our inverted lists also `lists.npy` and `list_centroids.npy`,
-and `manifest.json`, which is written last.
+with vectors of 8-bit numbers also `bounds.npy`, and `manifest.json`, which is written last.
 """
 
 import io
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -25,6 +26,7 @@ from retrieval.database.stored_calibration import FOLDER as CALIBRATION_FOLDER
 from retrieval.errors import UserError
 from retrieval.index.inverted_lists import InvertedLists, held_out, train_inverted_lists
 from retrieval.index.kmeans import nearest_centroids, train_centroids
+from retrieval.index.rerank import CodedRows, StoredRows, chosen_rows, stored_rows
 from retrieval.index.routing import AnyVectors, Vectors, partition_folder
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
@@ -37,7 +39,7 @@ CENTROID_SAMPLE_ROWS = 1_000_000
 """Most rows that the partition centroids are trained on."""
 OWN_FILE = re.compile(
     r"centroids\.npy|((erased-|rewritten/)\w+/)?partitions/\d{5,}/"
-    r"(index\.faiss|embeddings\.npy|metadata\.arrow|lists\.npy|list_centroids\.npy)|pictures/merged-\d{5}\.tar"
+    r"(index\.faiss|(embeddings|bounds|lists|list_centroids)\.npy|metadata\.arrow)|pictures/merged-\d{5}\.tar"
 )
 """Files that an interrupted build or merge leaves, relative to the folder of the database."""
 OF_UPDATES = ("rewritten/", "pictures/merged-")
@@ -59,22 +61,23 @@ def write_partition(root: Root, stage: str, number: int, table: pa.Table, config
         lists = train_inverted_lists(rows, config.seed, held_out(table[schema.IMAGE_ID].to_numpy()[order]))
         faiss.omp_set_num_threads(threads)
         metadata = take_rows(table.drop_columns([schema.EMBEDDING]), order)
-        return write_listed_partition(root, stage, number, lists, (rows, metadata))
+        return write_listed_partition(root, stage, number, lists, (stored_rows(rows, config.store), metadata))
     files: list[FileRecord] = []
     if len(rows) and config.index_key not in ("", "Flat"):
         files.append(_write_index(root, f"{folder}/index.faiss", rows.astype(np.float32), config))
-    files += _write_rows(root, folder, rows, take_rows(table.drop_columns([schema.EMBEDDING]), order))
+    metadata = take_rows(table.drop_columns([schema.EMBEDDING]), order)
+    files += _write_rows(root, folder, stored_rows(rows, config.store), metadata)
     return ShardRecord(partition_folder(number), len(rows), tuple(files))
 
 
 def write_listed_partition(
-    root: Root, stage: str, number: int, lists: InvertedLists, rows: tuple[AnyVectors, pa.Table]
+    root: Root, stage: str, number: int, lists: InvertedLists, rows: tuple[StoredRows, pa.Table]
 ) -> ShardRecord:
-    """Write a partition with inverted lists. rows: float16 vectors and metadata, in the order that `lists` counts."""
+    """Write a partition with inverted lists. rows: vectors and metadata, in the order that `lists` counts."""
     vectors, metadata = rows
     folder = f"{stage}/{partition_folder(number)}"
     files = _write_lists(root, folder, lists)
-    files += _write_rows(root, folder, vectors[lists.order], take_rows(metadata, lists.order))
+    files += _write_rows(root, folder, chosen_rows(vectors, lists.order), take_rows(metadata, lists.order))
     return ShardRecord(partition_folder(number), len(vectors), tuple(files))
 
 
@@ -183,14 +186,18 @@ def manifest_values(encoder: EncoderIdentity, partitions: Sequence[ShardRecord])
     return {"encoder": encoder.model_dump(mode="json"), "rows": [record.rows for record in partitions]}
 
 
-def _write_vectors(root: Root, name: str, rows: AnyVectors | npt.NDArray[np.int64]) -> FileRecord:
+def _write_vectors(root: Root, name: str, rows: npt.NDArray[Any]) -> FileRecord:
     with root.writing(name) as pending, pending.path.open("wb") as file:
         np.save(file, rows)
     return pending.record
 
 
-def _write_rows(root: Root, folder: str, vectors: AnyVectors, metadata: pa.Table) -> list[FileRecord]:
-    files = [_write_vectors(root, f"{folder}/embeddings.npy", vectors)]
+def _write_rows(root: Root, folder: str, vectors: StoredRows, metadata: pa.Table) -> list[FileRecord]:
+    if isinstance(vectors, CodedRows):
+        files = [_write_vectors(root, f"{folder}/embeddings.npy", vectors.codes)]
+        files.append(_write_vectors(root, f"{folder}/bounds.npy", vectors.bounds))
+    else:
+        files = [_write_vectors(root, f"{folder}/embeddings.npy", vectors)]
     return [*files, write_metadata(root, f"{folder}/metadata.arrow", metadata)]
 
 

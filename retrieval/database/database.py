@@ -21,6 +21,7 @@ from retrieval.database.result_table import result_table
 from retrieval.database.stored_calibration import read_calibrations
 from retrieval.database.unit_rows import unit_queries, whole_k
 from retrieval.errors import UserError
+from retrieval.extras import check_faiss
 from retrieval.file_cache import FileCache
 from retrieval.index.conditions import Expression, parse_condition
 from retrieval.index.effort import Effort, MeasuredEffort
@@ -35,7 +36,6 @@ from retrieval.storage.root import Root
 
 SCHEMA_VERSION = 6
 """Version of the files of a database. Databases of other versions are refused."""
-
 MAX_VIEWS = 16
 """Conditions whose rows are kept, for each database."""
 
@@ -98,10 +98,11 @@ class Database:
     def open(cls, root: Root | str, cache_folder: str = "", cache_gb: float = 0.0) -> "Database":
         """Open the database in a folder. Raises UserError if it is no database, unfinished or damaged.
 
-        Files of an object store are copied to cache_folder on first use, by default one in the folder of temporary
-        files; processes share it. cache_gb: its largest size, without deleted copies that opened databases still map;
-        0: half of the free disk space.
+        Files of an object store are copied to cache_folder on first use; processes share it. cache_gb: its largest
+        size, without deleted copies that opened databases still map. Empty and 0: those of `root.cache`, by default a
+        folder among the temporary files, and half of the free disk space.
         """
+        check_faiss()
         root = root if isinstance(root, Root) else Root(root)
         manifest = read_manifest(root, "")
         if "encoder" not in manifest.values or "rows" not in manifest.values:
@@ -286,10 +287,9 @@ class Database:
 
     def neighbors(self, similarities: Vectors, positions: Positions) -> Neighbors:
         """Results (n, k) as `search` returns them, without the columns that are -inf for all queries."""
-        count = similarities.shape[1]
         if positions[:, -1:].min(initial=0) < 0:
             count = int(np.isfinite(similarities).sum(axis=1).max(initial=0))
-        similarities, positions = similarities[:, :count], positions[:, :count]
+            similarities, positions = similarities[:, :count], positions[:, :count]
         return Neighbors(self.ids_at(positions), similarities, positions, self)
 
     def unit_queries(self, queries: npt.ArrayLike, k: int) -> Vectors:
@@ -334,7 +334,7 @@ class Database:
 
     def embeddings(self) -> npt.NDArray[np.float16]:
         """All vectors, (rows, dim) float16, in the order of the partitions."""
-        return np.concatenate([partition.embeddings for partition in self.partitions])
+        return np.concatenate([partition.embeddings[:] for partition in self.partitions])
 
     def metadata(self) -> pa.Table:
         """All metadata rows (schema.METADATA) in the same order."""

@@ -110,7 +110,9 @@ def build_database(
     if not encoder.model or encoder.dim < 1:
         raise UserError(f"the encoder of the vectors needs a name and a dim, got {encoder!r}")
     source = vectors if isinstance(vectors, VectorSource) else VectorSource(vectors, metadata)
-    parent, name = split_path(root.url if isinstance(root, Root) else root)
+    root = root if isinstance(root, Root) else Root(root)
+    parent, name = split_path(root.url)
+    parent.cache = root.cache
     require_free(parent.child(name))
     rows = read_rows(source, encoder.dim)
     values: dict[str, object] = {"changed_values": rows.changed} if rows.changed else {}

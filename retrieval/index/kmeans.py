@@ -58,7 +58,7 @@ def most_similar_centroids(vectors: AnyVectors, centroids: Vectors, nearest: int
     """As `nearest_centroids`, with the inner products of rows and centroids, (n, nearest) float32."""
     if not _has_torch():
         return nearest_with_faiss(vectors, centroids, nearest)
-    from retrieval.index.torch_kmeans import nearest_with_torch  # torch is optional
+    from retrieval.index.torch_products import nearest_with_torch  # torch is optional
 
     return nearest_with_torch(vectors, centroids, nearest)
 
@@ -70,7 +70,7 @@ def _has_torch() -> bool:
 def _load_sample(rows: AnyVectors) -> Sample:
     if not _has_torch():
         return FaissSample(rows)
-    from retrieval.index.torch_kmeans import TorchSample
+    from retrieval.index.torch_products import TorchSample
 
     return TorchSample(rows)
 

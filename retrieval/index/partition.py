@@ -1,6 +1,6 @@
 """One partition of a database: its files, the rows that are hidden, and the search.
 
-The index proposes candidates from its codes, and faiss ranks them by their stored float16 vectors. A search over
+The index proposes candidates from its codes, and faiss ranks them by their stored vectors. A search over
 few hidden rows searches all rows, drops the hidden ones, and where fewer than k are left it searches for more results
 in more lists: the effort grows with the hidden rows near the query, and with nothing else. Where a condition leaves few
 rows, the codes of the others are skipped: `_search_lists`. A flat partition has no index: all rows are compared.
@@ -20,7 +20,8 @@ from retrieval.file_cache import FileCache
 from retrieval.index.conditions import Expression, rows_that_meet
 from retrieval.index.effort import Effort
 from retrieval.index.hidden import Ids
-from retrieval.index.partition_files import PartitionFiles, RerankIndex, clipped
+from retrieval.index.partition_files import PartitionFiles
+from retrieval.index.rerank import RerankIndex, StoredRows, chosen_rows, clipped
 from retrieval.index.routing import Numbers, Vectors
 from retrieval.index.top_k import TopK, drop_repeats, empty_top_k
 from retrieval.storage import schema
@@ -67,8 +68,8 @@ class Partition:
         return len(self.embeddings)
 
     @property
-    def embeddings(self) -> npt.NDArray[np.float16]:
-        """(rows, dim) float16 unit rows, sorted by list."""
+    def embeddings(self) -> StoredRows:
+        """(rows, dim) unit rows, sorted by list; `embeddings[numbers]` is float16."""
         return self.files.embeddings
 
     @property
@@ -202,7 +203,7 @@ class Partition:
     def _visible_rows(self) -> tuple[Numbers, RerankIndex]:
         """The numbers of the visible rows, and an index that compares them."""
         rows = np.flatnonzero(self._mask)
-        return rows, RerankIndex(np.ascontiguousarray(self.embeddings[rows]))
+        return rows, RerankIndex(chosen_rows(self.embeddings, rows))
 
     @cached_property
     def _skips_codes(self) -> bool:
@@ -235,7 +236,7 @@ class Partition:
         lists: those that it visits where all rows are visible.
         """
         code_bytes = self.files.base.code_size * len(self) / self.num_lists
-        limit = min(VECTOR_COST * self.num_visible * 2 * self.embeddings.shape[1] / code_bytes, self.num_lists)
+        limit = min(VECTOR_COST * self.num_visible * self.files.rerank.index.code_size / code_bytes, self.num_lists)
         visits, waiting = np.zeros(len(queries), np.int64), np.arange(len(queries))
         share = max(self.num_visible, 1) / len(self)
         count = SPARE_LISTS * lists * share ** (VISIBLE_POWER - 1)

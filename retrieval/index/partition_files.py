@@ -1,13 +1,13 @@
 """The files of one partition, opened on first use and shared by all databases that hide different rows of it.
 
 Reads `index.faiss`, `embeddings.npy`, `metadata.arrow` and the lists of a partition; vectors and metadata as memory
-maps. faiss ranks by the mapped float16 vectors, without a copy of them. A flat partition has no `index.faiss`: a search
-compares the mapped vectors.
+maps. faiss ranks by the mapped vectors, without a copy of them. A flat partition has no `index.faiss`: a search
+compares the mapped vectors. Vectors of 8-bit numbers have their bounds in `bounds.npy`.
 """
 
 import threading
 from collections.abc import Callable
-from functools import cache, cached_property, lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,11 +19,10 @@ import pyarrow as pa
 from retrieval.errors import UserError
 from retrieval.file_cache import FileCache
 from retrieval.index.effort import Effort
+from retrieval.index.rerank import CodedRows, RerankIndex, StoredRows
 from retrieval.index.routing import Numbers, Vectors
-from retrieval.index.top_k import TopK, empty_top_k, merge_top_k, top_k
 from retrieval.kernel.list_search import ListSearch, open_list_search
 from retrieval.storage import schema
-from retrieval.storage.temp_folders import temporary_folder
 
 Content = TypeVar("Content")
 UNREADABLE = (ValueError, OSError, EOFError, RuntimeError)
@@ -32,104 +31,10 @@ GRAPH_SPARE = 8
 """Centroids that the walk through the graph keeps in addition to the lists to visit."""
 MIN_GRAPH_EFFORT = 16
 """Least efSearch of an HNSW index."""
-MIN_BLOCK_NUMBERS = 64_000
-"""Queries of this many numbers, 84 of 768 dimensions, are compared with blocks of rows as float32 matrices, fewer one
-by one with the stored rows."""
-MATRIX_NUMBERS = 128_000
-"""Queries of this many numbers are a matrix for faiss; zeros are added to fewer. It compares others one by one, which
-took 1.6 times as long for 100 queries of 1,000 rows, and 2.5 times for 166."""
-MAX_BLOCK_SHARE = 0.25
-"""A larger share of the rows is compared one by one, because blocks compare the k best a second time to rank them."""
-BLOCK_ROWS = 8_192
-"""Rows of such a block: 25 MB of 768 dimensions."""
+MAX_BOUND = 1.01
+"""Bound of the numbers of unit vectors, which rounding can make a little longer."""
 MAX_PARAMETERS = 256
 """Search parameters that are kept, one for each effort and k."""
-
-
-class RerankIndex:
-    """Stored rows, and a faiss index that compares them without a copy. It keeps the memory map alive."""
-
-    def __init__(self, rows: npt.NDArray[np.float16]) -> None:
-        """rows: (n, dim) contiguous, such as a memory map."""
-        self._rows = rows
-        dim = rows.shape[1]
-        self.index = faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
-        _set_rows(self.index, rows)
-
-    def compare(self, queries: Vectors, k: int, visible: npt.NDArray[np.bool_] | None = None) -> TopK:
-        """The k best visible rows of each query (None: all are visible), (-inf, -1) where there are fewer.
-
-        Equal similarities are ordered by row. A similarity does not depend on the other queries.
-        """
-        if queries.size < MIN_BLOCK_NUMBERS or k > MAX_BLOCK_SHARE * len(self._rows):
-            parameters = None
-            if visible is not None:
-                selector = faiss.IDSelectorBitmap(np.packbits(visible, bitorder="little"))
-                parameters = faiss.SearchParameters(sel=selector)
-            similarities, rows = self.index.search(queries, k, params=parameters)
-            return _in_order(clipped(similarities), rows)
-        count, dim = queries.shape
-        results = empty_top_k(count, k)
-        if queries.size < MATRIX_NUMBERS:
-            queries = np.concatenate([queries, np.zeros((-(-MATRIX_NUMBERS // dim) - count, dim), np.float32)])
-        buffer = np.empty((min(BLOCK_ROWS, len(self._rows)), dim), np.float32)
-        for start in range(0, len(self._rows), BLOCK_ROWS):
-            block = self._rows[start : start + BLOCK_ROWS]
-            numbers = np.arange(start, start + len(block))
-            if visible is not None:
-                block, numbers = block[visible[numbers]], numbers[visible[numbers]]
-            if len(block):
-                best, columns = _compare_block(block, buffer[: len(block)], queries, min(k, len(block)))
-                results = merge_top_k(results, (clipped(best[:count]), numbers[columns[:count]]), k)
-        return results
-
-
-def _set_rows(index: Any, rows: npt.NDArray[Any]) -> None:
-    """Let a faiss index use rows (n, dim), contiguous, as its codes, without a copy. The caller keeps them alive."""
-    codes = rows.reshape(-1).view(np.uint8)
-    index.codes = faiss.MaybeOwnedVectorUInt8.create_view(
-        faiss.swig_ptr(codes), codes.size, _mapped_index().codes.owner
-    )
-    index.ntotal = len(rows)
-
-
-def _in_order(similarities: Vectors, rows: Numbers) -> TopK:
-    """Sorted results with equal similarities ordered by row, and -inf for row -1."""
-    if (rows[:, -1:] < 0).any():
-        similarities = np.where(rows < 0, -np.inf, similarities).astype(np.float32)
-    if (similarities[:, 1:] == similarities[:, :-1]).any():
-        return top_k(similarities, rows, rows.shape[1])
-    return similarities, rows
-
-
-def _compare_block(rows: npt.NDArray[np.float16], buffer: Vectors, queries: Vectors, k: int) -> TopK:
-    """The k best of rows (n >= k, dim): chosen by matrix products, ranked as in a comparison one by one.
-
-    buffer: (n, dim), overwritten.
-    """
-    rerank = RerankIndex(rows)
-    rerank.index.sa_decode(rows.view(np.uint8), buffer)
-    products = faiss.IndexFlatIP(rows.shape[1])
-    _set_rows(products, buffer)
-    similarities, columns = faiss.IndexRefine(products, rerank.index).search(queries, k)
-    return similarities, columns
-
-
-def clipped(similarities: Vectors) -> Vectors:
-    """The similarities in [-1, 1]: rows that are stored in float16 are longer or shorter than 1 by up to 0.0003."""
-    return np.maximum(np.minimum(similarities, 1), -1)
-
-
-@cache
-def _mapped_index() -> Any:
-    # faiss creates a view only with an owner of the bytes, and Python gets such an owner only from an index
-    # that faiss mapped itself. So faiss maps a file of one number, once; `_rows` owns the real bytes.
-    with temporary_folder() as folder:
-        path = str(folder / "one_number.faiss")
-        index = faiss.IndexFlat(1)
-        index.add(np.zeros((1, 1), np.float32))
-        faiss.write_index(index, path)
-        return faiss.read_index(path, faiss.IO_FLAG_MMAP_IFC)
 
 
 def load_file(files: FileCache, name: str, load: Callable[[Path], Content]) -> Content:
@@ -150,12 +55,26 @@ def load_array(path: Path) -> Any:
 
 def map_rows(path: Path) -> npt.NDArray[np.float16]:
     """The memory map of a .npy file of rows (n, dim). Raises ValueError unless they are float16 in C order."""
+    return _mapped(path, np.dtype(np.float16))
+
+
+def _mapped(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     # Mode "c" (copy on write), because faiss and torch accept only writable arrays.
     rows = np.lib.format.open_memmap(path, mode="c")
-    if rows.dtype != np.float16 or rows.ndim != 2 or not rows.flags.c_contiguous:
+    if rows.dtype != dtype or rows.ndim != 2 or not rows.flags.c_contiguous:
         order = "C" if rows.flags.c_contiguous else "Fortran"
-        raise ValueError(f"{rows.dtype} {rows.shape} in {order} order, expected float16 (rows, dim) in C order")
+        raise ValueError(f"{rows.dtype} {rows.shape} in {order} order, expected {dtype} (rows, dim) in C order")
     return rows
+
+
+def _load_bounds(path: Path) -> Vectors:
+    """The bounds of `CodedRows`, (2, dim). Raises ValueError unless they are those of unit vectors."""
+    bounds = np.load(path, allow_pickle=False)
+    if bounds.dtype != np.float32 or bounds.ndim != 2 or len(bounds) != 2:
+        raise ValueError(f"{bounds.dtype} {bounds.shape}, expected float32 (2, dim)")
+    if not (np.abs(bounds) < MAX_BOUND).all() or (bounds[0] > bounds[1]).any():
+        raise ValueError("they are no bounds of unit vectors")
+    return np.asarray(bounds)
 
 
 class PartitionFiles:
@@ -171,9 +90,19 @@ class PartitionFiles:
         return load_file(self._files, f"{self._folder}/{name}", load)
 
     @cached_property
-    def embeddings(self) -> npt.NDArray[np.float16]:
+    def embeddings(self) -> StoredRows:
         """(rows, dim) float16 unit rows, sorted by list."""
-        return self._load("embeddings.npy", map_rows)
+        if not self._files.exists(f"{self._folder}/bounds.npy"):
+            return self._load("embeddings.npy", map_rows)
+        bounds = self._load("bounds.npy", _load_bounds)
+
+        def load(path: Path) -> CodedRows:
+            codes = _mapped(path, np.dtype(np.uint8))
+            if codes.shape[1] != bounds.shape[1]:
+                raise ValueError(f"{codes.shape[1]} dimensions, expected {bounds.shape[1]} as in bounds.npy")
+            return CodedRows(codes, bounds)
+
+        return self._load("embeddings.npy", load)
 
     @cached_property
     def metadata(self) -> pa.Table:
@@ -254,7 +183,8 @@ class PartitionFiles:
 
     @property
     def list_search(self) -> ListSearch | None:
-        """The compiled search of the index; None where faiss searches. Raises UserError for a damaged index."""
+        """The compiled search of the index; None where faiss searches, as for 8-bit numbers. Raises UserError for a
+        damaged index."""
         with self._lock:
             return self._list_search
 

@@ -16,9 +16,12 @@ from retrieval.index.partition import Partition
 from retrieval.index.routing import Vectors, route
 from retrieval.index.top_k import Positions, empty_top_k, merge_top_k, top_k
 from retrieval.join.candidates import CandidateSettings, find_candidates
+from retrieval.join.device_rows import DeviceRows
 from retrieval.recipe import JoinConfig
 
 QUERIES_RANKED_AT_ONCE = 64
+"""Their rows stay in the caches of a CPU."""
+QUERIES_RANKED_ON_GPU = 4096
 Best = tuple[Tensor, Tensor, Tensor]
 """Similarities and row numbers of the k best rows of each query, (n, k), and its number of near copies, (n,)."""
 
@@ -61,18 +64,18 @@ def _merge(result: JoinResult, numbers: npt.NDArray[np.int64], part: JoinResult,
 
 def join_partition(partition: Partition, queries: Vectors, config: JoinConfig, device: str = "cpu") -> JoinResult:
     """The config.k nearest rows of one partition for each query that are no near copies."""
-    offsets, _ = partition.lists
     tensor = torch.from_numpy(queries).to(device)
-    if not len(queries) or not config.lists_per_partition or config.lists_per_partition >= len(offsets) - 1:
-        similarities, rows, copies = _compare_all(partition, tensor, config)
+    stored = DeviceRows(partition, tensor.device)
+    if not len(queries) or not config.lists_per_partition or config.lists_per_partition >= len(partition.lists[0]) - 1:
+        similarities, rows, copies = _compare_all(stored, tensor, config)
     else:
         settings = CandidateSettings(config.k, config.lists_per_partition, config.near_copy_similarity)
-        candidates, skipped = find_candidates(partition, tensor, settings)
-        similarities, rows, copies = _rank(partition, tensor, candidates, config)
+        candidates, skipped = find_candidates((stored, partition.lists), tensor, settings)
+        similarities, rows, copies = _rank(stored, tensor, candidates, config)
         copies += skipped
         short = similarities.isneginf().any(dim=1).nonzero()[:, 0]
         if len(short):  # the lists had too few rows, or too many near copies
-            similarities[short], rows[short], copies[short] = _compare_all(partition, tensor[short], config)
+            similarities[short], rows[short], copies[short] = _compare_all(stored, tensor[short], config)
     rows[similarities.isneginf()] = -1
     # Rows that are stored in float16 are not exactly of length 1.
     similarities = similarities.where(similarities.isneginf(), similarities.clamp(-1, 1))
@@ -80,21 +83,21 @@ def join_partition(partition: Partition, queries: Vectors, config: JoinConfig, d
     return JoinResult(*best, copies.cpu().numpy())
 
 
-def _compare_all(partition: Partition, queries: Tensor, config: JoinConfig) -> Best:
-    blocks = [_compare(partition, block, config) for block in queries.split(config.query_block)]
+def _compare_all(stored: DeviceRows, queries: Tensor, config: JoinConfig) -> Best:
+    blocks = [_compare(stored, block, config) for block in queries.split(config.query_block)]
     similarities, rows, copies = (torch.cat(parts) for parts in zip(*blocks, strict=True))
     return similarities, rows, copies
 
 
-def _compare(partition: Partition, queries: Tensor, config: JoinConfig) -> Best:
+def _compare(stored: DeviceRows, queries: Tensor, config: JoinConfig) -> Best:
     """Compares all rows in float32."""
     similarities = torch.full((len(queries), config.k), -torch.inf, device=queries.device)
     rows = torch.zeros((len(queries), config.k), dtype=torch.int64, device=queries.device)
     near_copies = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
-    for start in range(0, len(partition), config.row_block):
-        block = torch.from_numpy(partition.embeddings[start : start + config.row_block])
-        products = queries @ block.to(queries.device, queries.dtype).T
-        _mask_hidden(products, partition, start)
+    for start in range(0, len(stored), config.row_block):
+        products = queries @ stored.block(start, start + config.row_block).float().T
+        if stored.hidden is not None:
+            products.masked_fill_(stored.hidden[start : start + config.row_block], -torch.inf)
         copies = products >= config.near_copy_similarity
         near_copies += copies.sum(dim=1)
         products.masked_fill_(copies, -torch.inf)
@@ -104,20 +107,14 @@ def _compare(partition: Partition, queries: Tensor, config: JoinConfig) -> Best:
     return similarities, rows, near_copies
 
 
-def _mask_hidden(products: Tensor, partition: Partition, start: int) -> None:
-    if partition.visible is not None:
-        hidden = ~torch.from_numpy(partition.visible[start : start + products.shape[1]])
-        products[:, hidden.to(products.device)] = -torch.inf
-
-
-def _rank(partition: Partition, queries: Tensor, candidates: Tensor, config: JoinConfig) -> Best:
+def _rank(stored: DeviceRows, queries: Tensor, candidates: Tensor, config: JoinConfig) -> Best:
     """Ranks the candidates (n, m), -1 for none, by float32 similarity."""
     exact = torch.full(candidates.shape, -torch.inf, device=queries.device)
-    stored = torch.from_numpy(partition.embeddings)
-    for start in range(0, len(queries), QUERIES_RANKED_AT_ONCE):
-        block = slice(start, start + QUERIES_RANKED_AT_ONCE)
+    step = QUERIES_RANKED_AT_ONCE if queries.device.type == "cpu" else QUERIES_RANKED_ON_GPU
+    for start in range(0, len(queries), step):
+        block = slice(start, start + step)
         numbers = candidates[block].clamp_min(0)
-        rows = stored.index_select(0, numbers.flatten().cpu()).to(queries.device, torch.float32)
+        rows = stored.take(numbers.flatten())
         exact[block] = torch.linalg.vecdot(rows.view(*numbers.shape, -1), queries[block, None])
     exact.masked_fill_(candidates < 0, -torch.inf)
     copies = exact >= config.near_copy_similarity

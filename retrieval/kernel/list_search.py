@@ -116,13 +116,14 @@ class ListSearch:
         return similarities, rows
 
 
-def open_list_search(index: Any, rows: npt.NDArray[np.float16]) -> ListSearch | None:
+def open_list_search(index: Any, rows: Any) -> ListSearch | None:
     """The search of an index over rows (n, dim), C order, or None where only faiss can search it.
 
-    Raises ValueError, also without the library, for an index that does not fit the rows.
+    rows: a float16 array; faiss searches others, of which only the shape is read. Raises ValueError, also without the
+    library, for an index that does not fit the rows.
     """
     if not is_searchable(index):
         return None
     pointers = checked_pointers(index, rows)
-    loaded = library()
+    loaded = library() if isinstance(rows, np.ndarray) else None
     return None if loaded is None else ListSearch(loaded, index, rows, pointers)

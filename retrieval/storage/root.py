@@ -51,6 +51,7 @@ class Root:
     """A folder, by path or URL. File names are relative, with forward slashes; listings are sorted.
 
     remake: stages may delete finished shards of other settings or inputs below it (`stage_folder.prepare_folder`).
+    cache: folder and most GB of the local copies of its files; "" and 0: the defaults of `retrieval.file_cache`.
 
     Every method raises NodeError if the object store cannot be reached or denies access, or if the disk is full.
 
@@ -61,8 +62,11 @@ class Root:
     (['stage/facts.json'], {'rows': 3})
     """
 
-    def __init__(self, url: str | os.PathLike[str], remake: bool = False) -> None:
+    def __init__(
+        self, url: str | os.PathLike[str], remake: bool = False, cache: tuple[str, float] = ("", 0.0)
+    ) -> None:
         self.remake = remake
+        self.cache = cache
         self.url = os.fspath(url).rstrip("/")
         with extras_named():
             self.fs, self._base = fsspec.core.url_to_fs(self.url, **object_store.filesystem_options(self.url))
@@ -72,9 +76,9 @@ class Root:
     def __repr__(self) -> str:
         return f"Root({self.url!r})"
 
-    def __reduce__(self) -> tuple[type["Root"], tuple[str, bool]]:
+    def __reduce__(self) -> tuple[type["Root"], tuple[str, bool, tuple[str, float]]]:
         # Ray workers have another working folder, so a relative path is pickled as an absolute one.
-        return Root, (self._base if self.is_local else self.url, self.remake)
+        return Root, (self._base if self.is_local else self.url, self.remake, self.cache)
 
     def at(self, name: str) -> str:
         """The path or fsspec URL of a file."""
@@ -82,7 +86,7 @@ class Root:
 
     def child(self, name: str) -> "Root":
         """The folder `name` below this one, as a root."""
-        return Root(self.at(name), self.remake)
+        return Root(self.at(name), self.remake, self.cache)
 
     def local_path(self, name: str) -> Path:
         """The local path of a file. Raises UserError for an object store."""

@@ -42,7 +42,9 @@ def merge_databases(root: Root | str, sources: Sequence[Root | str]) -> Database
     databases = [Database.open(source).with_all_rows().for_passes() for source in sources]
     for database in databases:
         refuse_erasure(database.root)
-    parent, name = split_path(root.url if isinstance(root, Root) else root)
+    root = root if isinstance(root, Root) else Root(root)
+    parent, name = split_path(root.url)
+    parent.cache = root.cache
     _check_sources(parent.at(name), databases)
     require_free(parent.child(name))
     with lease(parent.child(name), "update"):

@@ -22,6 +22,7 @@ from retrieval.database.database import Database
 from retrieval.errors import UserError
 from retrieval.index.inverted_lists import update_inverted_lists
 from retrieval.index.partition import Partition
+from retrieval.index.rerank import stored_rows
 from retrieval.index.routing import partition_folder
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
@@ -96,7 +97,8 @@ def rewrite_partition(database: Database, number: int, deleted: Mask, added: pa.
     vectors = np.concatenate([partition.embeddings[kept], schema.vectors(added, schema.EMBEDDING)])
     if config.has_lists(len(vectors)) and _keeps_lists(partition, deleted):
         lists = update_inverted_lists(partition.files.base, partition.lists, kept, vectors[len(kept) :])
-        record = write_listed_partition(database.root, folder, number, lists, (vectors, metadata))
+        rows = stored_rows(vectors, config.store), metadata
+        record = write_listed_partition(database.root, folder, number, lists, rows)
     else:
         field = schema.embeddings(database.dim).field(schema.EMBEDDING)
         table = metadata.append_column(field, schema.fixed_lists(vectors))

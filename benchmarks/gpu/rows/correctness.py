@@ -73,7 +73,7 @@ def kmeans(day: Day) -> Values:
     """
     from retrieval.index.faiss_kmeans import FaissSample
     from retrieval.index.kmeans import _step
-    from retrieval.index.torch_kmeans import TorchSample
+    from retrieval.index.torch_products import TorchSample
 
     rows = clustered(day, 2_000 if day.tiny else 50_000, 64 if day.tiny else 256, seed=2).float()
     vectors = torch.nn.functional.normalize(rows, dim=1).cpu().numpy()

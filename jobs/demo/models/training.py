@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from retrieval.index.precision import has_bfloat16
+from retrieval.index.torch_products import has_bfloat16
 
 WARM_UP_SHARE = 0.1
 

@@ -1,5 +1,6 @@
 """A recipe with a mistake is refused before any work, and the error names the wrong key."""
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from jobs.cli.recipe import load_recipe
 from jobs.demo.recipe import WorldConfig
 from pipeline.recipe import EmbedConfig, NeighborsConfig
 from retrieval import UserError
+from retrieval.file_cache import FileCache
 from retrieval.recipe import ClipConfig
 from trainer.sampling.recipe import SampleConfig
 
@@ -41,6 +43,15 @@ def test_values_come_from_the_file_then_from_overrides_then_from_defaults(recipe
     assert load_recipe(recipe, ["root=elsewhere"]).root.url == "elsewhere"
     again = load_recipe(Path(loaded.arguments()[0]), loaded.arguments()[2::2])
     assert again.resolved() == loaded.resolved()
+
+
+def test_the_section_storage_sets_the_cache_of_every_database_below_the_root(recipe: Path, tmp_path: Path) -> None:
+    assert load_recipe(recipe).root.cache == ("", 0.0)
+    loaded = load_recipe(recipe, ["root=memory://recipe", f"storage.cache_folder={tmp_path}", "storage.cache_gb=2.5"])
+    assert loaded.root.cache == (str(tmp_path), 2.5)
+    sent = pickle.loads(pickle.dumps(loaded.root)).child("index")
+    files = FileCache(sent)
+    assert (files.folder, files.max_bytes) == (tmp_path, 2.5e9)
 
 
 @pytest.mark.parametrize(

@@ -362,3 +362,21 @@ def test_commands_load_torch_ray_and_matplotlib_only_when_needed() -> None:
     code = "import retrieval.cli.commands, sys; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert not {"torch", "open_clip", "ray", "matplotlib", "autofaiss"} & set(modules.split())
+
+
+def test_options_set_the_folder_and_the_limit_of_local_copies(
+    built: Path, query_file: str, tmp_path: Path, capsys: Capture
+) -> None:
+    store = Root("memory://cli/cache")
+    for path in built.rglob("*.*"):
+        store.write_bytes(path.relative_to(built).as_posix(), path.read_bytes())
+    command = ("search", store.url, "--vector", query_file, "--cache-folder", str(tmp_path / "copies"))
+    assert run(capsys, *command, "--cache-gb", "1")[0] == 0
+    assert sum(path.suffix == ".npy" for path in (tmp_path / "copies").iterdir()) >= 2
+    small = ("search", store.url, "--vector", query_file, "--cache-folder", str(tmp_path / "small"))
+    code, _, error = run(capsys, *small, "--cache-gb", "1e-7")
+    assert code == 2
+    assert "larger than the cache of 100 bytes" in error
+    code, _, error = run(capsys, *small, "--cache-gb", "nan")
+    assert code == 2
+    assert "invalid option: cache_gb" in error

@@ -5,7 +5,7 @@ import pytest
 
 from retrieval import Database
 from retrieval.database.recall import confidence_interval, exact_search, recall_per_query, similarities_without
-from retrieval.index import partition_files
+from retrieval.index import rerank
 from retrieval.index.routing import Vectors
 
 
@@ -19,7 +19,7 @@ def database(request: pytest.FixtureRequest) -> Database:
 def test_an_exact_search_equals_brute_force(
     database: Database, queries: Vectors, monkeypatch: pytest.MonkeyPatch, block_rows: int
 ) -> None:
-    monkeypatch.setattr(partition_files, "BLOCK_ROWS", block_rows)
+    monkeypatch.setattr(rerank, "BLOCK_ROWS", block_rows)
     similarities, positions = exact_search(database, queries, 12)
     products = queries @ database.embeddings().astype(np.float32).T
     exact = np.take_along_axis(products, positions, 1)

@@ -7,7 +7,7 @@ import pytest
 
 from retrieval import Database, UserError
 from retrieval.database.verify import RecallSample, damaged_files, measure_recall, summarize_recall
-from retrieval.index import partition_files
+from retrieval.index import rerank
 from retrieval.index.hidden import hide
 from retrieval.index.routing import Vectors, unit
 from tests.retrieval.conftest import DIM, brute_force, clustered
@@ -64,7 +64,7 @@ def test_the_recall_of_a_sample_estimates_that_of_all_rows(build: Build, monkeyp
     recall = measure_recall(database, RecallSample(500, 5, recall=0.5))
     assert recall.low < np.mean(per_query) < recall.high
     assert recall.high - recall.low < 0.05
-    monkeypatch.setattr(partition_files, "BLOCK_ROWS", 37)
+    monkeypatch.setattr(rerank, "BLOCK_ROWS", 37)
     assert measure_recall(database, RecallSample(1500, 5, recall=0.5)).mean == pytest.approx(
         np.mean(per_query), abs=1e-3
     )

@@ -6,9 +6,8 @@ import torch
 
 from retrieval.index import kmeans
 from retrieval.index.kmeans import MAX_SHARE, nearest_centroids, train_centroids
-from retrieval.index.precision import allow_bfloat16
 from retrieval.index.routing import Vectors, route, unit
-from retrieval.index.torch_kmeans import add_rows, add_rows_as_product
+from retrieval.index.torch_products import add_rows, add_rows_as_product, allow_bfloat16
 from tests.retrieval.conftest import DIM, clustered
 
 ROUNDING = 2e-3

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from retrieval import Database, Effort
-from retrieval.index import partition_files
+from retrieval.index import rerank
 from retrieval.index.partition import Partition
-from retrieval.index.partition_files import RerankIndex
+from retrieval.index.rerank import RerankIndex
 from retrieval.index.routing import Vectors, partition_folder
 from retrieval.index.top_k import drop_repeats
 from retrieval.storage import schema
@@ -238,9 +238,9 @@ def flat(tmp_path_factory: pytest.TempPathFactory, vectors: Vectors) -> Database
 @pytest.fixture(params=["one by one", "in blocks"])
 def comparison(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways to compare all rows."""
-    monkeypatch.setattr(partition_files, "BLOCK_ROWS", 1000)
-    monkeypatch.setattr(partition_files, "MATRIX_NUMBERS", 300 * DIM)
-    monkeypatch.setattr(partition_files, "MIN_BLOCK_NUMBERS", 0 if request.param == "in blocks" else 10**9)
+    monkeypatch.setattr(rerank, "BLOCK_ROWS", 1000)
+    monkeypatch.setattr(rerank, "MATRIX_NUMBERS", 300 * DIM)
+    monkeypatch.setattr(rerank, "MIN_BLOCK_NUMBERS", 0 if request.param == "in blocks" else 10**9)
 
 
 @pytest.mark.usefixtures("comparison")
@@ -265,8 +265,8 @@ def test_a_flat_partition_answers_as_an_exact_search_over_its_vectors(
 def test_results_of_a_flat_partition_do_not_depend_on_the_batch(
     flat: Database, queries: Vectors, monkeypatch: pytest.MonkeyPatch, hidden: int, size: int
 ) -> None:
-    monkeypatch.setattr(partition_files, "MIN_BLOCK_NUMBERS", 40 * queries.shape[1])
-    monkeypatch.setattr(partition_files, "MATRIX_NUMBERS", 60 * DIM)
+    monkeypatch.setattr(rerank, "MIN_BLOCK_NUMBERS", 40 * queries.shape[1])
+    monkeypatch.setattr(rerank, "MATRIX_NUMBERS", 60 * DIM)
     partition = fresh(flat, flat.partitions[0].ids[:hidden])
     similarities, rows = partition.search(queries, 10, LOW)
     parts = [partition.search(queries[i : i + size], 10, LOW) for i in range(0, len(queries), size)]

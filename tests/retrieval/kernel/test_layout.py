@@ -12,6 +12,7 @@ from retrieval import Root, UserError
 from retrieval.file_cache import FileCache
 from retrieval.index.inverted_lists import train_inverted_lists
 from retrieval.index.partition_files import PartitionFiles
+from retrieval.index.rerank import CodedRows
 from retrieval.kernel.layout import MAX_LIST_ROWS, check_ids, checked_pointers, is_searchable
 from retrieval.kernel.list_search import open_list_search
 from tests.retrieval.conftest import DIM, clustered
@@ -163,6 +164,14 @@ def test_an_index_of_other_rows_is_refused(built: Built, tmp_path: Path) -> None
         folder.mkdir()
         with pytest.raises(UserError, match=rf"index\.faiss cannot be read .*{message}.*the database is damaged"):
             _ = opened(index, others, folder).list_search
+
+
+def test_an_index_over_8_bit_numbers_is_checked_and_left_to_faiss(built: Built) -> None:
+    index, rows = built
+    coded = CodedRows.encode(rows)
+    assert open_list_search(index, coded) is None
+    with pytest.raises(ValueError, match="rows: 600, expected 599"):
+        open_list_search(index, CodedRows(coded.codes[:-1], coded.bounds))
 
 
 def test_a_list_of_too_many_rows_is_refused() -> None:
