@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from benchmarks.common.report import DOCS, REPOSITORY, SCRATCH, markdown_table, write_report
-from benchmarks.retrieval.filter_stores import K, RECALL, ROUNDS, STORES
+from benchmarks.retrieval.filter_stores import RECALL, ROUNDS, STORES, K
 from benchmarks.retrieval.vectors import DIM, images, mixture
 from benchmarks.retrieval.workers import BENCH_PYTHON
 from jobs.reporting.hardware import hardware

@@ -15,7 +15,9 @@ import torch
 from retrieval.index.routing import AnyVectors, Numbers, Vectors
 
 BLOCK_ROWS = 512
-"""Rows compared at once: with more, the products do not fit in the caches."""
+"""Rows compared at once: with more, the products do not fit in the caches of a CPU."""
+GPU_BLOCK_ROWS = 8192
+"""Rows that a GPU compares at once."""
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -58,10 +60,10 @@ class TorchSample:
         sums = torch.zeros(centroids.shape, device=device)
         sizes = torch.zeros(len(centroids), dtype=torch.int64, device=device)
         targets = torch.from_numpy(centroids).to(device, torch.bfloat16).T
-        for block in self._tensor.split(BLOCK_ROWS):
+        for block in self._tensor.split(_block_rows(device)):
             nearest = multiply(block, targets).max(dim=1).indices  # several times faster than argmax on CPUs
             add_rows(sums, nearest, block.float())
-            sizes += torch.bincount(nearest, minlength=len(centroids))
+            sizes.index_add_(0, nearest, torch.ones_like(nearest))  # a GPU is not waited for, as bincount would
         return _array(sums), sizes.cpu().numpy()
 
     def normalized(self, rows: Vectors) -> Vectors:
@@ -85,13 +87,18 @@ def nearest_with_torch(vectors: AnyVectors, centroids: Vectors, nearest: int) ->
     """`retrieval.index.kmeans.most_similar_centroids` by torch."""
     values, numbers = np.empty((len(vectors), nearest), np.float32), np.empty((len(vectors), nearest), np.int64)
     targets = torch.from_numpy(np.array(centroids)).to(_device()).T
-    for start in range(0, len(vectors), BLOCK_ROWS):
-        block = torch.from_numpy(np.array(vectors[start : start + BLOCK_ROWS], np.float32))
+    step = _block_rows(targets.device)
+    for start in range(0, len(vectors), step):
+        block = torch.from_numpy(np.array(vectors[start : start + step], np.float32))
         with allow_bfloat16():
             best = (block.to(targets.device) @ targets).topk(nearest, dim=1)
-        values[start : start + BLOCK_ROWS] = best.values.cpu().numpy()
-        numbers[start : start + BLOCK_ROWS] = best.indices.cpu().numpy()
+        values[start : start + step] = best.values.cpu().numpy()
+        numbers[start : start + step] = best.indices.cpu().numpy()
     return values, numbers
+
+
+def _block_rows(device: torch.device) -> int:
+    return BLOCK_ROWS if device.type == "cpu" else GPU_BLOCK_ROWS
 
 
 def _device() -> torch.device:

@@ -19,13 +19,16 @@ from torch import Tensor
 from retrieval.index.routing import Numbers, Vectors
 from retrieval.index.torch_products import has_bfloat16, multiply
 from retrieval.join.device_rows import DeviceRows
-from retrieval.join.list_routing import ListRouter, at_least
 
 PER_RESULT = 2
 """Candidates per wanted neighbor; more than 1 because the products are rounded."""
 ROUNDING = 2e-3
 """A row may be among the k best if its product is at most this much below the k-th best product."""
+ROUTED_DIMENSIONS = 256
+"""Principal axes of the centroids in which lists are chosen; recall is the same with all 768."""
 ROUTED_AT_ONCE = 1024
+GROUP = 16
+"""Lists per group; only the best list of a group is considered for the threshold of visited lists."""
 QUERIES_AT_ONCE = 1 << 18
 """Queries in memory as bfloat16: 400 MB of 768 dimensions."""
 PAIRS_AT_ONCE = 1 << 21
@@ -108,14 +111,18 @@ class _CandidateSearch:
 
     def _visits(self) -> tuple[Tensor, Tensor]:
         """The list nearest to each query (n,), and all visits as list << 32 | query, ascending."""
-        router = ListRouter(torch.from_numpy(self._centroids).to(self._device))
-        dim = self._queries.shape[1]
+        centroids = torch.from_numpy(self._centroids).to(self._device)
+        centroids = centroids - centroids.mean(dim=0)
+        axes = torch.linalg.eigh(centroids.T @ centroids).eigenvectors[:, -ROUTED_DIMENSIONS:].bfloat16()
+        targets = multiply(centroids.bfloat16(), axes).to(self._rows.dtype)
         nearest, visits = [], []
         for start in range(0, len(self._queries), ROUTED_AT_ONCE):
-            queries = self._left[start : start + ROUTED_AT_ONCE, :dim]
-            first, query, number = router.nearest(queries, self._settings.lists_per_partition)
+            queries = self._left[start : start + ROUTED_AT_ONCE, : len(axes)]
+            similarities = multiply(multiply(queries, axes), targets.T)
+            first, indices = _nearest_lists(similarities, self._settings.lists_per_partition)
             nearest.append(first)
-            visits.append((number << 32) + query + start)
+            query = torch.div(indices, len(targets), rounding_mode="floor")
+            visits.append((indices - query * len(targets) << 32) + query + start)
         return torch.cat(nearest), _sorted(torch.cat(visits))
 
     def _thresholds(self, nearest: Tensor, base: Tensor) -> Tensor:
@@ -189,7 +196,7 @@ class _CandidateSearch:
         least = torch.full((1, 1), torch.finfo(torch.bfloat16).tiny, dtype=torch.bfloat16, device=self._device)
         count, indices, values, groups = 0, [], [], []
         for begin, start, _, products in self._products(visits):
-            indices.append(at_least(products, least))
+            indices.append(_at_least(products, least))
             values.append(products.view(-1).index_select(0, indices[-1]))
             groups.append((len(indices[-1]), begin, start, products.shape[1]))
             count += len(indices[-1])
@@ -256,6 +263,32 @@ def _pairs_at(indices: Tensor, groups: Tensor, visits: Tensor) -> tuple[Tensor, 
     _, begin, start, width = groups.repeat_interleave(groups[:, 0], dim=0).T
     visit = torch.div(indices, width, rounding_mode="floor")
     return visits[begin + visit] & 0xFFFFFFFF, start + indices - visit * width
+
+
+def _nearest_lists(similarities: Tensor, lists: int) -> tuple[Tensor, Tensor]:
+    """The list nearest to each query (n,), and flat indices of at least the `lists` nearest ones.
+
+    similarities: (n, all lists) bfloat16. Lists are chosen by a limit, the `lists`-th largest of the group
+    maxima. With many groups few other lists reach it; it takes a third of the time of a top-k of all lists.
+    """
+    num_lists = similarities.shape[1]
+    size = GROUP if num_lists % GROUP == 0 and num_lists >= 8 * GROUP * lists else 1
+    groups = similarities.view(len(similarities), size, -1)
+    largest, columns = groups.amax(dim=1).topk(lists, dim=1)
+    inside = groups.gather(2, columns[:, :1, None].expand(-1, size, -1))[:, :, 0].argmax(dim=1)
+    return inside * groups.shape[2] + columns[:, 0], _at_least(similarities, largest[:, -1:])
+
+
+def _at_least(products: Tensor, limits: Tensor) -> Tensor:
+    """Flat indices of the products that reach the limit of their row; all of a row with a limit <= 0.
+
+    products: (n, m) bfloat16; limits: (n, 1) or (1, 1).
+    """
+    if products.device.type != "cpu":
+        return ((products >= limits) | (limits <= 0)).flatten().nonzero()[:, 0]
+    # Bit patterns of positive numbers have the order of the numbers; NumPy compares them thirty times faster.
+    bits = limits.view(torch.int16).masked_fill(limits <= 0, torch.iinfo(torch.int16).min)
+    return torch.from_numpy(np.flatnonzero(products.view(torch.int16).numpy() >= bits.numpy()))
 
 
 def _ranks(pairs: Tensor, queries: int) -> tuple[Tensor, Tensor]:

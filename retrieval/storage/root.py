@@ -62,9 +62,7 @@ class Root:
     (['stage/facts.json'], {'rows': 3})
     """
 
-    def __init__(
-        self, url: str | os.PathLike[str], remake: bool = False, cache: tuple[str, float] = ("", 0.0)
-    ) -> None:
+    def __init__(self, url: str | os.PathLike[str], remake: bool = False, cache: tuple[str, float] = ("", 0.0)) -> None:
         self.remake = remake
         self.cache = cache
         self.url = os.fspath(url).rstrip("/")

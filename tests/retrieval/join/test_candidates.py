@@ -10,10 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from retrieval import Database
 from retrieval.index.partition import Partition
 from retrieval.index.routing import Vectors
-from retrieval.join import candidates, list_routing
+from retrieval.join import candidates
 from retrieval.join.candidates import CandidateSettings, SearchedRows, find_candidates
 from retrieval.join.device_rows import DeviceRows
-from retrieval.join.list_routing import ListRouter, at_least, nearest_columns
 from tests.retrieval.conftest import clustered, share_found
 
 SETTINGS = CandidateSettings(k=8, lists_per_partition=16, near_copy_similarity=2.0)
@@ -75,7 +74,7 @@ def test_rows_that_are_certainly_near_copies_are_counted_instead(build: Callable
 @pytest.mark.parametrize("lists", [1, 5, 32])
 def test_visited_lists_are_the_nearest_and_few_others(lists: int) -> None:
     similarities = torch.randn(100, 8192, generator=torch.Generator().manual_seed(0)).bfloat16()
-    nearest, places = nearest_columns(similarities, lists)
+    nearest, places = candidates._nearest_lists(similarities, lists)
     assert torch.equal(similarities.gather(1, nearest[:, None])[:, 0], similarities.amax(dim=1))
     counts = torch.bincount(places // 8192, minlength=100)
     assert counts.min() >= lists
@@ -85,31 +84,13 @@ def test_visited_lists_are_the_nearest_and_few_others(lists: int) -> None:
     assert chosen.view(100, -1)[similarities > least[:, None]].all()
 
 
-def test_few_clusters_of_centroids_have_nearly_all_of_the_nearest_lists(
-    in_lists: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    centroids = torch.from_numpy(in_lists.partitions[0].lists[1])
-    queries = torch.from_numpy(clustered(300, seed=7)).bfloat16()
-    first, query, number = ListRouter(centroids).nearest(queries, 16)
-    monkeypatch.setattr(list_routing, "MIN_GROUPED_LISTS", 64)
-    monkeypatch.setattr(list_routing, "LISTS_PER_CLUSTER", 8)
-    router = ListRouter(centroids)
-    clusters_first, clusters_query, clusters_number = router.nearest(queries, 16)
-    assert (clusters_first == first).float().mean() > 0.97
-    pairs, clusters_pairs = query * 1000 + number, clusters_query * 1000 + clusters_number
-    assert torch.isin(pairs, clusters_pairs).float().mean() > 0.97
-    assert torch.isfinite(router._in_clusters(queries @ router._axes, 16)).float().mean() < 0.5
-    router._in_clusters = None  # type: ignore[assignment, method-assign]
-    assert (router.nearest(queries, 64)[0] == first).float().mean() > 0.97, "with so many lists all are compared"
-
-
 def test_comparing_bits_equals_comparing_numbers() -> None:
     products = torch.randn(50, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     products[0], products[1, :3] = -products[0].abs(), torch.tensor([0.0, -0.0, -np.inf])
     limits = products.topk(5, dim=1).values[:, -1:]
     limits[2], limits[3] = -0.5, 0.0
     expected = ((products >= limits) | (limits <= 0)).flatten().nonzero()[:, 0]
-    assert torch.equal(at_least(products, limits), expected)
+    assert torch.equal(candidates._at_least(products, limits), expected)
 
 
 @pytest.mark.parametrize("axes", [4, 256])
@@ -117,11 +98,12 @@ def test_recall_is_high_with_all_axes_and_low_with_four(
     in_lists: Database, monkeypatch: pytest.MonkeyPatch, axes: int
 ) -> None:
     queries = clustered(200, seed=8)
-    monkeypatch.setattr(list_routing, "ROUTED_DIMENSIONS", axes)
+    monkeypatch.setattr(candidates, "ROUTED_DIMENSIONS", axes)
     products = queries @ in_lists.partitions[0].embeddings.astype(np.float32).T
     true = np.argsort(-products, axis=1)[:, :8]
     recall = share_found(true, candidate_rows(in_lists, queries))
     assert recall > 0.8 if axes == 256 else recall < 0.6
+
 
 @pytest.fixture
 def gpu_steps(monkeypatch: pytest.MonkeyPatch) -> None:
