@@ -3,7 +3,7 @@
 Builds a database of generated vectors below a scratch folder. Conditions select rows at random, and by a value that
 follows the vectors, so that some queries have few of these rows near them. One query at a time, one thread; all
 conditions are timed in interleaved rounds. Lance and zvec answer the same queries in processes of .venv-bench
-(`filter_stores.py`), where it is installed. Writes `docs/filters.{json,md}`.
+(`adapters/filter_stores.py`), where it is installed. Writes `docs/filters.{json,md}`.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from benchmarks.common.report import DOCS, REPOSITORY, SCRATCH, markdown_table, write_report
-from benchmarks.retrieval.filter_stores import RECALL, ROUNDS, STORES, K
+from benchmarks.retrieval.adapters.filter_stores import RECALL, ROUNDS, STORES, K
 from benchmarks.retrieval.vectors import DIM, images, mixture
 from benchmarks.retrieval.workers import BENCH_PYTHON
 from jobs.reporting.hardware import hardware
@@ -97,7 +97,7 @@ def others(folder: Path, names: list[str], data: tuple[Vectors, Vectors, Vectors
     (folder / "cases.json").write_text(json.dumps(cases))
     variables = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     for name in names:
-        command = [str(BENCH_PYTHON), "-m", "benchmarks.retrieval.filter_stores", name, str(folder)]
+        command = [str(BENCH_PYTHON), "-m", "benchmarks.retrieval.adapters.filter_stores", name, str(folder)]
         subprocess.run(command, check=True, env=variables)
     return {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
 
