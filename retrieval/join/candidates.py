@@ -187,12 +187,8 @@ class _CandidateSearch:
         torch.index_select(self._left, 0, queries, out=block[: len(queries)])
         return multiply(block, self._rows[: _padded(rows)].T)[: len(queries)]
 
-    def _pairs_above(self, visits: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Pairs of query and row above the threshold, for several groups of visits at a time.
-
-        Yields flat indices into the products of each group, the products there, and a row for each group:
-        number of indices, first visit, first row, width of its products.
-        """
+    def _pairs_above(self, visits: Tensor) -> Iterator[Tensor]:
+        """Packed pairs of query and row above the threshold, for several groups of visits at a time."""
         least = torch.full((1, 1), torch.finfo(torch.bfloat16).tiny, dtype=torch.bfloat16, device=self._device)
         count, indices, values, groups = 0, [], [], []
         for begin, start, _, products in self._products(visits):

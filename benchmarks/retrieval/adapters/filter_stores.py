@@ -2,8 +2,8 @@
 
 `python -m benchmarks.retrieval.adapters.filter_stores STORE FOLDER` reads `rows.npy` (n, dim) and `queries.npy`
 float32, `values.npy` (2, n) float32, a column each, and `cases.json`: the name of each case, its column, largest value
-and true neighbors. It builds the store in FOLDER if it is missing and writes `<store>.json`: for each case the recall and
-microseconds of a query at the fastest of its efforts that reaches the wanted recall, or at the last one.
+and true neighbors. It builds the store in FOLDER if it is missing and writes `<store>.json`: for each case the recall
+and microseconds of a query at the fastest of its efforts that reaches the wanted recall, or at the last one.
 """
 
 import json
