@@ -1,8 +1,9 @@
-"""`laion-rdm convert RECIPE --from MODEL` or `--to FOLDER`: imports and exports a recipe's finished run.
+"""`laion-rdm convert RECIPE --from MODEL`, `--to FOLDER` or `--ema-width WIDTH`: imports and exports a recipe's run.
 
-`--from` takes a released checkpoint (CompVis layout), a diffusers folder or the folder of a run; `--to` writes a
-diffusers folder. Of a checkpoint without a UNet, or with `--autoencoder`, it takes only the autoencoder, with which
-training can begin.
+`--from` takes a released checkpoint (CompVis layout), a diffusers folder or the folder of a run. Of a checkpoint without
+a UNet, or with `--autoencoder`, it takes only the autoencoder, with which training can begin. `--to` writes a diffusers
+folder. `--ema-width` makes an average of another width from the snapshots of `train.ema_widths`, as the finished run
+`<name>-ema-<width>`.
 """
 
 import logging
@@ -14,6 +15,9 @@ from jobs.cli.recipe import Recipe
 from jobs.train import training_recipe
 from retrieval.clip.encoder import Encoder
 from retrieval.recipe import ClipConfig
+from trainer.checkpoint.snapshots import publish_average
+from trainer.data.plan import make_plan
+from trainer.model.autoencoder import Autoencoder
 from trainer.recipe import AutoencoderConfig, ModelConfig, TrainConfig
 from trainer.released.checkpoint_import import has_only_autoencoder
 from trainer.released.diffusers_folder import write_folder
@@ -48,6 +52,14 @@ def export_to(recipe: Recipe, target: Path) -> None:
     log.info(f"exported {recipe.root.at(run)} to {target}")
 
 
+def publish_width(recipe: Recipe, width: float) -> None:
+    """Publish the average of a width, from the snapshots of the recipe's run, as a finished run."""
+    config = training_recipe(recipe)
+    plan = make_plan(config, recipe.root, Autoencoder.load(config.autoencoder, "cpu"))
+    folder = publish_average(plan, recipe.root, width)
+    log.info(f"the average of width {width:g} is the finished run {recipe.root.at(folder)}")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = recipe_parser("convert", __doc__)
     direction = parser.add_mutually_exclusive_group(required=True)
@@ -55,16 +67,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     direction.add_argument(
         "--to", type=Path, dest="target", help="diffusers folder to write; must not exist or be empty"
     )
+    direction.add_argument(
+        "--ema-width", type=float, metavar="WIDTH", help="width of an average to make from the snapshots of a run"
+    )
     parser.add_argument(
         "--autoencoder", action="store_true", help="import only the autoencoder of a checkpoint with a whole model"
     )
     arguments = parser.parse_args(argv)
-    if arguments.autoencoder and arguments.target:
-        parser.error("--autoencoder imports the autoencoder of a checkpoint: use it with --from, not with --to")
+    if arguments.autoencoder and not arguments.source:
+        parser.error("--autoencoder imports the autoencoder of a checkpoint: use it with --from")
 
     def convert(recipe: Recipe) -> None:
         source: Path | None = arguments.source
-        if source is None:
+        if arguments.ema_width is not None:
+            publish_width(recipe, arguments.ema_width)
+        elif source is None:
             export_to(recipe, arguments.target)
         elif arguments.autoencoder or (source.is_file() and has_only_autoencoder(source)):
             import_autoencoder_from(recipe, source)

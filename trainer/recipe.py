@@ -22,6 +22,9 @@ CHANGEABLE = frozenset(
 names every change."""
 SchedulerName = Literal["ddim", "plms", "dpm++", "euler", "euler_karras", "unipc"]
 ContextNorm = Literal["unit", "raw"]
+MAX_EMA_WIDTH = 0.288
+"""Just below 12^(-1/2), the width of the mean of all steps."""
+EmaWidth = Annotated[float, Field(gt=0, le=MAX_EMA_WIDTH)]
 Integers = Annotated[tuple[PositiveInt, ...], Field(strict=False)]
 
 
@@ -203,6 +206,11 @@ class TrainConfig(Config):
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     """Decay of the moving average of the weights. The averaged weights are exported. 0: the weights themselves, without
     memory for an average."""
+    ema_widths: tuple[EmaWidth, ...] = added_setting((), strict=False)
+    """Widths of further averages for `laion-rdm convert --ema-width`, such as [0.05, 0.1]: standard deviation of the
+    averaged steps as a share of the training (Karras et al. 2024). 4 bytes a weight each."""
+    ema_snapshot_every: PositiveInt = runtime_setting(5000)
+    """Steps between snapshots of these averages, which are never deleted: 2 bytes a weight each."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Number format of the network. Master weights, their average and the loss are always fp32."""
     zero_stage: int = runtime_setting(1, ge=0, le=3)

@@ -76,8 +76,9 @@ def test_an_error_ends_the_command_with_code_2_and_its_message(
     for options, message in (
         (["--from", str(torn), "--set", "train.name=other"], f"error: {torn} is not a torch file"),
         (["--to", str(recipe.parent / "x"), "--set", "train.name=none"], "error: .*none/train"),
-        (["--to", str(recipe.parent / "x"), "--autoencoder"], "use it with --from, not with --to"),
-        ([], "one of the arguments --from --to is required"),
+        (["--ema-width", "0.1"], "neighbors/manifest.json is missing"),
+        (["--to", str(recipe.parent / "x"), "--autoencoder"], "use it with --from"),
+        ([], "one of the arguments --from --to --ema-width is required"),
     ):
         with pytest.raises(SystemExit) as error:
             main([str(recipe), *options])

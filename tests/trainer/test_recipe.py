@@ -67,7 +67,7 @@ def test_settings_added_later_leave_fingerprints_and_stored_recipes_as_they_were
     recipe = make_recipe("")
     fields = recipe.output_fields()
     assert fingerprint("train", 0, recipe, {}) == "3063b0bd7f8ef78a"
-    added = {"learning_rate_decay", "adam_eps", "min_snr_gamma", "timestep_sampling", "zero_terminal_snr"}
+    added = {"learning_rate_decay", "adam_eps", "min_snr_gamma", "zero_terminal_snr", "ema_widths"}
     assert not added & (fields["train"].keys() | fields["diffusion"].keys())
     assert make_recipe("", min_snr_gamma=5.0).output_fields()["train"]["min_snr_gamma"] == 5
 
@@ -92,6 +92,7 @@ def test_min_snr_weights_and_zero_terminal_snr_exclude_each_other() -> None:
         ({"timestep_density": [1, 2]}, "need each other"),
         ({"timestep_sampling": "density", "timestep_density": [0]}, "need each other"),
         ({"adam_beta2": 1.0}, "less than 1"),
+        ({"ema_widths": [0.1, 0.3]}, "less than or equal to 0.288"),
         ({"learning_rat": 1e-4}, "Extra inputs"),
     ],
 )

@@ -6,7 +6,7 @@ host memory, which a thread writes during the next steps; to an object store it 
 files. Checkpoints of another run are an error.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -93,7 +93,7 @@ class CheckpointFolder:
 
     def newest_step(self) -> int:
         """Number of steps done at the newest checkpoint, 0 without checkpoints."""
-        return max((int(entry["step"]) for entry in self._entries()), default=0)
+        return max((int(entry["step"]) for entry in self.entries()), default=0)
 
     def check(self, steps: int) -> None:
         """Raise UserError if the folder has checkpoints of another run or after step `steps`."""
@@ -132,16 +132,29 @@ class CheckpointFolder:
     def delete_unfinished(self) -> None:
         """Delete unfinished checkpoints of a killed run. Only for the process that holds the run's lock."""
         self.root.delete_partial_files("")
-        known = {entry["tag"] for entry in self._entries()}
+        known = {entry["tag"] for entry in self.entries()}
         tags = {name.split("/")[0] for name in self.root.list("") if name.startswith("step-")}
         if self.root.is_local:  # also those without a finished file
             tags = {path.name for path in self.root.local_path("").glob("step-*")}
         for tag in sorted(tags - known):
             self.root.delete(tag)
 
-    def save(self, engine: deepspeed.DeepSpeedEngine, average: MovingAverage, progress: Progress, ranks: Ranks) -> None:
+    def delete_after(self, step: int) -> None:
+        """Delete the checkpoints after a step. Only for the process that holds the run's lock."""
+        if index := self._index():
+            kept = [entry for entry in index["checkpoints"] if entry["step"] <= step]
+            self.root.write_json(INDEX, index | {"checkpoints": kept})
+        self.delete_unfinished()
+
+    def save(
+        self,
+        engine: deepspeed.DeepSpeedEngine,
+        averages: Sequence[MovingAverage],
+        progress: Progress,
+        ranks: Ranks,
+    ) -> None:
         """Call `finish`, then copy the present state, which a thread writes. A collective."""
-        tensors = {fragment_key(AVERAGE, fragment): fragment.values for fragment in average.fragments}
+        tensors = average_tensors(averages)
         for state in (MASTER, *moment_states(engine)):
             for fragment in owned_fragments(engine, state, ranks):
                 tensors[fragment_key(state, fragment)] = fragment.values
@@ -169,12 +182,14 @@ class CheckpointFolder:
         if self._pending is not None and self._pending.done():
             self.finish()
 
-    def load(self, engine: deepspeed.DeepSpeedEngine, average: MovingAverage, ranks: Ranks) -> Progress:
+    def load(
+        self, engine: deepspeed.DeepSpeedEngine, averages: Sequence[MovingAverage], ranks: Ranks
+    ) -> Progress:
         """Load the newest checkpoint, of any number of ranks. Returns what the run has done. A collective.
 
         Without a checkpoint the moments of the optimizer become zero, so that a checkpoint can follow skipped steps.
         """
-        entries = self._entries()
+        entries = self.entries()
         if not entries:
             initialize_moments(engine, 0)
             return Progress()
@@ -189,25 +204,28 @@ class CheckpointFolder:
                     saved.check_lengths(state, fragments)
                 for fragment in fragments:
                     saved.read_into(state, fragment)
-            for fragment in average.fragments if average.is_copy else ():
-                saved.read_into(AVERAGE, fragment)
+            for average in averages:
+                for fragment in average.fragments if average.is_copy else ():
+                    saved.read_into(average.state, fragment)
         copy_masters_to_weights(engine)
         return progress
 
-    def read_average(self, entry: dict[str, Any], shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
-        """The averaged weights of an indexed checkpoint, complete, by name, on the CPU. Not a collective."""
+    def read_average(
+        self, entry: dict[str, Any], shapes: dict[str, torch.Size], state: str = AVERAGE
+    ) -> dict[str, torch.Tensor]:
+        """An average of the weights in an indexed checkpoint, complete, by name, on the CPU. Not a collective."""
         self.check_files(entry)
         averages = {name: torch.empty(shape) for name, shape in shapes.items()}
         with SavedFragments(self.root, entry["tag"]) as saved:
             for name, values in averages.items():
-                saved.read_into(AVERAGE, Fragment(name, 0, values.view(-1)))
+                saved.read_into(state, Fragment(name, 0, values.view(-1)))
         return averages
 
     def _index(self) -> dict[str, Any] | None:
         index: dict[str, Any] | None = self.root.find_json(INDEX)
         return index
 
-    def _entries(self) -> list[dict[str, Any]]:
+    def entries(self) -> list[dict[str, Any]]:
         """Entries of the indexed checkpoints, oldest first."""
         index = self._index()
         return [] if index is None else index["checkpoints"]
@@ -236,7 +254,7 @@ class CheckpointFolder:
     def _publish(self, progress: Progress, files: dict[str, int]) -> None:
         """Add a checkpoint to the index, then delete the old ones that are no longer kept."""
         entry = {"tag": f"step-{progress.step:08d}", **asdict(progress), "files": files}
-        entries = [*(old for old in self._entries() if old["step"] < progress.step), entry]
+        entries = [*(old for old in self.entries() if old["step"] < progress.step), entry]
         permanent = [old for old in entries if self.keep_every and old["step"] % self.keep_every == 0]
         kept = [old for old in entries if old in permanent or old in entries[-self.keep :]]
         index = {"layout": LAYOUT, "identity": self.identity, "settings": self.settings, "encoder": self.encoder}
@@ -255,6 +273,15 @@ class CheckpointFolder:
                     f"{self.root.at(name)} should have {size:,} bytes: the checkpoint is damaged. Restore the file, or "
                     f"delete {self.root.url} to start over."
                 )
+
+
+def average_tensors(averages: Sequence[MovingAverage]) -> dict[str, torch.Tensor]:
+    """The fragments of averages by their keys in a file."""
+    return {
+        fragment_key(average.state, fragment): fragment.values
+        for average in averages
+        for fragment in average.fragments
+    }
 
 
 def _differences(stored: dict[str, Any], current: dict[str, Any]) -> dict[str, str]:

@@ -30,7 +30,9 @@ class MovingAverage:
     Without decay the weights are their own average: then `fragments` are the masters, without a copy.
     """
 
-    def __init__(self, masters: list[Fragment], decay: float) -> None:
+    def __init__(self, masters: list[Fragment], decay: float, state: str = AVERAGE) -> None:
+        """state: its name in checkpoints."""
+        self.state = state
         self._masters = [master.values for master in masters]
         self._decay = decay
         self.is_copy = decay > 0
@@ -41,7 +43,10 @@ class MovingAverage:
     def update(self, updates: int) -> None:
         """average += (1 - decay) (weights - average). updates: number of optimizer steps done, at least 1."""
         if self.is_copy:
-            torch._foreach_lerp_(self._averages, self._masters, 1 - decay_at(updates, self._decay))
+            torch._foreach_lerp_(self._averages, self._masters, 1 - self._decay_at(updates))
+
+    def _decay_at(self, updates: int) -> float:
+        return decay_at(updates, self._decay)
 
     def gather(self, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, torch.Tensor]]:
         """Name and complete average of each parameter of `shapes`, on the CPU. A collective: iterate to the end."""

@@ -10,6 +10,7 @@ import torch.distributed
 from retrieval.errors import UserError
 from retrieval.storage.lease import lease_token
 from retrieval.storage.root import Root
+from trainer.checkpoint.snapshots import BYTES as SNAPSHOT_BYTES
 from trainer.data.plan import TrainingPlan
 from trainer.engine.deepspeed_engine import Ranks
 from trainer.model.lora import build_trained
@@ -18,6 +19,8 @@ CHECKPOINT_BYTES = 16
 """Bytes of a checkpoint per parameter: fp32 weight, two moments and average."""
 MODEL_BYTES = 4
 """Bytes of the exported model per parameter."""
+AVERAGE_BYTES = 4
+"""Bytes of an average of train.ema_widths in a checkpoint, per parameter."""
 VISIBLE_WITHIN_S = 60.0
 """A network file system may show a new file to other machines only after its directory cache expires."""
 
@@ -33,13 +36,17 @@ def check_space(plan: TrainingPlan, root: Root) -> None:
     permanent = train.steps // train.keep_every if train.keep_every else 0
     # One more than are kept, because an old checkpoint is deleted only after the new one is written.
     count = min(train.keep_checkpoints + 1 + permanent, -(-train.steps // train.checkpoint_every) + 1)
-    needed = parameters * count * CHECKPOINT_BYTES + sum(weight.numel() for weight in weights) * MODEL_BYTES
+    widths = len(train.ema_widths)
+    checkpoint = parameters * (CHECKPOINT_BYTES + AVERAGE_BYTES * widths)
+    snapshots = parameters * SNAPSHOT_BYTES * widths * (train.steps // train.ema_snapshot_every + 1)
+    needed = count * checkpoint + snapshots + sum(weight.numel() for weight in weights) * MODEL_BYTES
     folder = root.local_path(train.folder)
     written = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
     free = shutil.disk_usage(_existing(folder)).free
     if needed - written > free:
+        averages = f", snapshots of {snapshots / 1e9:,.2f} GB" if snapshots else ""
         raise UserError(
-            f"{folder}: {count} checkpoints of {parameters * CHECKPOINT_BYTES / 1e9:,.2f} GB and the model "
+            f"{folder}: {count} checkpoints of {checkpoint / 1e9:,.2f} GB{averages} and the model "
             f"need {needed / 1e9:,.2f} GB; {written / 1e9:,.2f} GB are already written and "
             f"{free / 1e9:,.2f} GB are free. Free disk space, lower train.keep_checkpoints, raise "
             f"train.keep_every or move the root."

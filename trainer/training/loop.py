@@ -20,6 +20,7 @@ import torch
 
 from retrieval.errors import UserError
 from trainer.checkpoint.checkpoint import CheckpointFolder, Progress
+from trainer.checkpoint.snapshots import Snapshots
 from trainer.data.loader import Loader, TrainingBatch
 from trainer.engine.deepspeed_engine import Ranks, gather_numbers, optimizer_step, set_learning_rate
 from trainer.engine.ema import MovingAverage
@@ -50,10 +51,20 @@ class Session:
     objective: Objective
     loader: Loader
     checkpoints: CheckpointFolder
+    snapshots: Snapshots
     monitor: ModelMonitor | None
     training_log: TrainingLog | None
     utilization: UtilizationMeter | None
     profiler: StepProfiler | None = None
+
+    @property
+    def averages(self) -> tuple[MovingAverage, ...]:
+        """All averages of the weights."""
+        return (self.average, *self.snapshots.averages)
+
+    def save(self, progress: Progress) -> None:
+        """Save a checkpoint. A collective."""
+        self.checkpoints.save(self.engine, self.averages, progress, self.ranks)
 
 
 class Termination:
@@ -146,11 +157,16 @@ class _Loop:
         if ending or self.progress.step % config.log_every == 0:
             self._log(rate)
         session.checkpoints.raise_if_failed()
+        session.snapshots.folder.raise_if_failed()
         with self._interval.pause():
             if session.monitor and session.monitor.is_due(self.progress.step):
                 session.monitor.run(session.engine, session.average, self.progress.step)
+            if session.snapshots.is_due(self.progress.step, config.steps):
+                session.snapshots.save(self.progress, ranks)
+            if ending:
+                session.snapshots.folder.finish()  # a run whose last checkpoint is published has all its snapshots
             if ending or self.progress.step % config.checkpoint_every == 0:
-                session.checkpoints.save(session.engine, session.average, self.progress, ranks)
+                session.save(self.progress)
         return stopping
 
     def _count(self, numbers: torch.Tensor, grad_norm: float, batch: TrainingBatch) -> None:
@@ -165,7 +181,8 @@ class _Loop:
             replaced=done.replaced + int(numbers[:, 1].sum()),
         )
         if is_update:
-            self._session.average.update(self.progress.updates)
+            for average in self._session.averages:
+                average.update(self.progress.updates)
         if is_update and is_finite:
             self._consecutive = 0
             self._loss, self._grad_norm = float(losses.mean()), grad_norm
@@ -205,7 +222,7 @@ class _Loop:
         finite = float(all(bool(torch.isfinite(fragment.values).all()) for fragment in masters))
         is_saved = bool(gather_numbers(torch.tensor([finite], device=self._ranks.device), self._ranks).all())
         if is_saved:
-            session.checkpoints.save(session.engine, session.average, self.progress, self._ranks)
+            session.save(self.progress)
         session.checkpoints.finish()
         kept = "The next start continues after this step." if is_saved else "The last checkpoint is kept."
         raise UserError(f"train: {message} {kept}")

@@ -19,11 +19,13 @@ from retrieval.storage.lease import lease, raise_if_lost
 from retrieval.storage.root import Root
 from trainer.checkpoint.checkpoint import CheckpointFolder, Progress
 from trainer.checkpoint.export import ADAPTER, export_run, read_model_weights
+from trainer.checkpoint.snapshots import SNAPSHOTS, Snapshots, snapshot_folder
 from trainer.data.loader import Loader
 from trainer.data.plan import TrainingPlan, is_finished, make_plan
 from trainer.engine.deepspeed_engine import Ranks, join_ranks, leave_ranks, make_engine, use_deterministic_algorithms
 from trainer.engine.ema import MovingAverage
 from trainer.engine.fragments import MASTER, owned_fragments, set_masters
+from trainer.engine.power_ema import PowerAverage
 from trainer.model.autoencoder import Autoencoder
 from trainer.model.lora import add_adapters
 from trainer.model.unet import build_unet
@@ -43,6 +45,7 @@ log = logging.getLogger("train")
 
 OUTPUTS = (
     "checkpoints",
+    SNAPSHOTS,
     METRICS,
     VALIDATION,
     PREVIEWS,
@@ -150,6 +153,7 @@ def clear_folder(plan: TrainingPlan, root: Root) -> None:
         for name in OUTPUTS:
             root.delete(f"{plan.config.train.folder}/{name}")
     checkpoints.delete_unfinished()
+    snapshot_folder(plan, root).delete_after(checkpoints.newest_step())
 
 
 def _start(
@@ -161,9 +165,11 @@ def _start(
     engine = make_engine(unet, config, ranks)
     if config.precision == "bf16":
         set_masters(engine, weights, ranks)
-    average = MovingAverage(owned_fragments(engine, MASTER, ranks), config.ema_decay)
+    masters = owned_fragments(engine, MASTER, ranks)
+    average = MovingAverage(masters, config.ema_decay)
+    power_averages = [PowerAverage(masters, width) for width in config.ema_widths]
     checkpoints = checkpoints_of(plan, root)
-    progress = checkpoints.load(engine, average, ranks)
+    progress = checkpoints.load(engine, [average, *power_averages], ranks)
     done = progress.step
     autoencoder = None
     if config.source == "images":
@@ -182,6 +188,7 @@ def _start(
         objective=Objective(plan.config.diffusion, autoencoder, ranks.device, config.min_snr_gamma),
         loader=loader,
         checkpoints=checkpoints,
+        snapshots=Snapshots(snapshot_folder(plan, root), power_averages, config.ema_snapshot_every),
         monitor=ModelMonitor(plan, loader, ranks, training_log) if config.validation_images else None,
         training_log=training_log,
         utilization=make_utilization_meter(plan, ranks) if ranks.is_first else None,

@@ -67,7 +67,7 @@ def write(folder: Path, ranks: Ranks) -> None:
         trained, saved = Trained(*layout, seed=0, ranks=ranks), folder_of(folder, ranks.world, layout)
         initialize_moments(trained.engine, 0)
         trained.train(0, SAVED_AT)
-        saved.save(trained.engine, trained.average, Progress(SAVED_AT), ranks)
+        saved.save(trained.engine, [trained.average], Progress(SAVED_AT), ranks)
         # Train while the thread writes: it writes a copy.
         trained.train(SAVED_AT, STEPS)
         saved.finish()
@@ -81,7 +81,7 @@ def read(folder: Path, ranks: Ranks) -> None:
     for world, saved_as, read_as in pairs(folder):
         saved = folder_of(folder, world, saved_as)
         trained = Trained(*read_as, seed=1, ranks=ranks)
-        assert saved.load(trained.engine, trained.average, ranks) == Progress(SAVED_AT)
+        assert saved.load(trained.engine, [trained.average], ranks) == Progress(SAVED_AT)
         trained.train(SAVED_AT, STEPS)
         exact = world == ranks.world
         expected = load_file(saved.root.local_path("end.safetensors"))

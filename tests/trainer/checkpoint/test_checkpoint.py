@@ -101,3 +101,15 @@ def test_a_rank_without_access_to_the_disk_of_rank_0_is_an_error(
         monkeypatch.setattr(torch.distributed, "broadcast", lambda token, _: token.fill_(5))
         with pytest.raises(UserError, match=r"elsewhere: rank 1 does not see the lease .* all machines of the run"):
             check_shared(Root(tmp_path / "elsewhere"), "runs/tiny/train", ranks)
+
+
+def test_checkpoints_after_a_step_can_be_deleted(process_group: None, tmp_path: Path) -> None:
+    checkpoints = CheckpointFolder(Root(tmp_path / "checkpoints"), "test", {}, keep=1, keep_every=1)
+    for step in (1, 2, 3):
+        checkpoints.save_tensors({KEY: torch.zeros(3)}, Progress(step), ONE_RANK)
+    checkpoints.finish()
+    checkpoints.delete_after(2)
+    assert [entry["step"] for entry in checkpoints.entries()] == [1, 2]
+    folders = sorted(path.name for path in checkpoints.root.local_path("").glob("step-*"))
+    assert folders == ["step-00000001", "step-00000002"]
+    CheckpointFolder(Root(tmp_path / "none"), "test", {}, keep=1, keep_every=1).delete_after(2)

@@ -26,6 +26,7 @@ CHANGED = {
 OTHERS = [
     ("train", {"min_snr_gamma": 5.0}),
     ("train", {"timestep_sampling": "logit_normal"}),
+    ("train", {"ema_widths": (0.05, 0.1)}),
     ("train", {"interleaved_shards": 2}),
     ("train", {"seed": 4}),
     ("model", {"layers": 2}),

@@ -15,9 +15,10 @@ from trainer.engine import ema
 from trainer.engine.deepspeed_engine import Ranks, join_ranks, make_engine, optimizer_step
 from trainer.engine.ema import MovingAverage, decay_at
 from trainer.engine.fragments import MASTER, owned_fragments, set_masters
+from trainer.engine.power_ema import PowerAverage, exponent_of
 from trainer.recipe import TrainConfig
 
-DECAY = 0.5
+DECAY, WIDTH = 0.5, 0.1
 
 
 def check(zero_stage: int, precision: str, ranks: Ranks) -> None:
@@ -34,18 +35,22 @@ def check(zero_stage: int, precision: str, ranks: Ranks) -> None:
     for name, master in masters(engine.module, zero_stage).items():
         dist.broadcast(weights[name], 0)
         assert torch.equal(master.view(shapes[name]), weights[name]), f"master of {name} at ZeRO {zero_stage}"
-    sharded = MovingAverage(owned_fragments(engine, MASTER, ranks), DECAY)
-    expected = masters(engine.module, zero_stage)
+    owned = owned_fragments(engine, MASTER, ranks)
+    sharded = {"ema": MovingAverage(owned, DECAY), "power": PowerAverage(owned, WIDTH)}
+    expected = {kind: masters(engine.module, zero_stage) for kind in sharded}
     dtype = next(engine.module.parameters()).dtype
     for update in (1, 2, 3):
         engine.backward(engine(torch.randn(2, 7).to(dtype)).float().square().mean())
         optimizer_step(engine, config)
-        sharded.update(update)
-        for name, weights in masters(engine.module, zero_stage).items():
-            expected[name].lerp_(weights, 1 - decay_at(update, DECAY))
-    gathered = dict(sharded.gather(shapes))
-    for name, weights in expected.items():
-        assert torch.equal(gathered[name], weights.view(shapes[name])), f"{name} at ZeRO {zero_stage}"
+        decays = {"ema": decay_at(update, DECAY), "power": (1 - 1 / update) ** (exponent_of(WIDTH) + 1)}
+        for kind, decay in decays.items():
+            sharded[kind].update(update)
+            for name, weights in masters(engine.module, zero_stage).items():
+                expected[kind][name].lerp_(weights, 1 - decay)
+    for kind, average in sharded.items():
+        for name, values in average.gather(shapes):
+            weights = expected[kind][name].view(shapes[name])
+            assert torch.equal(values, weights), f"{kind} average of {name} at ZeRO {zero_stage}"
     check_skipped(engine, config, ranks)
     dist.barrier()
     engine.destroy()

@@ -61,7 +61,7 @@ def test_steps_that_are_not_finite_are_skipped_and_too_many_end_the_run_after_a_
     changed = prepare(recipe_of(autoencoder_folder, learning_rate=1e-5), training_set)
     checkpoints = checkpoints_of(changed, training_set)
     assert checkpoints.newest_step() == int(messages[-1][0])
-    [entry] = checkpoints._entries()
+    [entry] = checkpoints.entries()
     assert entry["skipped"] == len({step for step, *_ in messages})
     with SavedFragments(checkpoints.root, entry["tag"]) as saved:
         weights = Fragment("conv_in.bias", 0, torch.full((32,), np.nan))

@@ -1,0 +1,58 @@
+"""Snapshots of averages over two starts on different numbers of ranks, and the average of another width from them."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from retrieval.errors import UserError
+from retrieval.storage.manifest import read_manifest
+from tests.trainer.training.launched import train
+from tests.trainer.training_set import make_recipe, new_training_set
+from trainer.checkpoint.export import read_model_weights
+from trainer.checkpoint.snapshots import publish_average, snapshot_folder
+from trainer.data.plan import TrainingPlan, is_finished, make_plan
+from trainer.engine.power_ema import state_of
+from trainer.model.autoencoder import Autoencoder
+
+
+def with_widths(plan: TrainingPlan, *widths: float) -> TrainingPlan:
+    """The plan of the same run, as if it had tracked only some of its widths."""
+    train_config = plan.config.train.model_copy(update={"ema_widths": widths})
+    return replace(plan, config=plan.config.model_copy(update={"train": train_config}))
+
+
+def test_a_width_made_from_snapshots_of_a_resumed_run_is_the_average_that_it_tracked(
+    tmp_path: Path, autoencoder_folder: str
+) -> None:
+    changes = {"ema_widths": [0.05, 0.1, 0.15], "ema_snapshot_every": 3, "checkpoint_every": 2}
+    recipe = make_recipe(autoencoder_folder, steps=24, learning_rate=1e-2, **changes)
+    root = new_training_set(tmp_path, autoencoder_folder)
+    plan = make_plan(recipe, root, Autoencoder.load(recipe.autoencoder, "cpu"))
+    snapshots = snapshot_folder(plan, root)
+    with pytest.raises(UserError, match=r"ema has no snapshots of this run\. Train it with train\.ema_widths"):
+        publish_average(plan, root, 0.15)
+    train(make_recipe(autoencoder_folder, steps=7, learning_rate=1e-2, **changes), root, ranks=2)
+    assert [entry["step"] for entry in snapshots.entries()] == [3, 6, 7]
+    train(recipe, root)
+    assert [entry["step"] for entry in snapshots.entries()] == [3, 6, 7, 9, 12, 15, 18, 21, 24]
+    final = read_model_weights(root, recipe.train.folder)
+    shapes = {name: values.shape for name, values in final.items()}
+    tracked = snapshots.read_average(snapshots.entries()[-1], shapes, state_of(0.15))
+
+    folder = publish_average(with_widths(plan, 0.05, 0.1), root, 0.15)
+    assert folder == "runs/tiny-ema-0.15/train"
+    manifest = read_manifest(root, folder)
+    assert manifest.values["ema_width"] == 0.15
+    assert manifest.fingerprint != plan.fingerprint
+    assert is_finished(plan, root)
+    made = read_model_weights(root, folder)
+    others = snapshots.read_average(snapshots.entries()[-1], shapes, state_of(0.1))
+    assert distance(made, tracked) < 0.2 * distance(others, tracked)
+    assert distance(final, tracked) > distance(made, tracked)
+
+
+def distance(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
+    """Root of the sum of squared differences of all weights."""
+    return float(sum(((left[name] - right[name]) ** 2).sum() for name in right)) ** 0.5
