@@ -46,12 +46,13 @@ def run(recipe: Recipe, hostfile: Path | None = None, on_ray: bool = False) -> N
 
 def training_recipe(recipe: Recipe) -> TrainingRecipe:
     """The sections of a recipe that training reads."""
+    train = recipe[TrainConfig]
     return TrainingRecipe(
         model=recipe[ModelConfig],
         diffusion=recipe[DiffusionConfig],
         autoencoder=recipe[AutoencoderConfig],
-        train=recipe[TrainConfig],
-        clip=recipe[ClipConfig] if recipe[TrainConfig].preview_prompts else None,
+        train=train,
+        clip=recipe[ClipConfig] if train.preview_prompts or train.kid_every else None,
     )
 
 

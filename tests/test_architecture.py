@@ -71,7 +71,7 @@ trainer/recipe:
 trainer/released: checkpoint data model recipe
 trainer/sampling: model recipe
 trainer/tracking: data engine model recipe
-trainer/training: checkpoint data engine model recipe sampling tracking
+trainer/training: checkpoint data engine evaluation model recipe sampling tracking
 jobs: cli cluster
 jobs/capacity: cli
 jobs/cli:

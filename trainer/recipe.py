@@ -246,6 +246,10 @@ class TrainConfig(Config):
     """Steps between sheets of samples for held-out images, drawn with the averaged weights; 0: never."""
     preview_prompts: tuple[str, ...] = runtime_setting((), strict=False)
     """Prompts that the sheets also show samples for, each conditioned on the prompt alone."""
+    kid_every: NonNegativeInt = runtime_setting(0)
+    """Steps between kernel distances (KID) of samples for held-out images from these, by vectors of [clip]; 0: never."""
+    kid_images: int = runtime_setting(1000, ge=2)
+    """Held-out images of the kernel distance: the first ones, at most this many."""
     wandb: bool = runtime_setting(False)
     """Also log to Weights & Biases, which reads its own environment variables (WANDB_MODE, ...)."""
     wandb_project: str = runtime_setting("")
@@ -283,6 +287,8 @@ class TrainConfig(Config):
             raise ValueError('optimizer "adamw_8bit" works with zero_stage 0, 1 and 2')
         if (self.validate_every or self.preview_every) and not self.validation_images:
             raise ValueError("validate_every and preview_every need validation_images of at least 1")
+        if self.kid_every and self.validation_images < 2:
+            raise ValueError("kid_every needs validation_images of at least 2")
         if self.wandb and not self.wandb_project:
             raise ValueError("wandb = true needs a wandb_project")
         if self.keep_every % self.checkpoint_every:
@@ -321,12 +327,12 @@ class TrainingRecipe(Config):
     autoencoder: AutoencoderConfig
     train: TrainConfig
     clip: ClipConfig | None = runtime_setting(None)
-    """The encoder of train.preview_prompts; None without prompts."""
+    """The encoder of train.preview_prompts and train.kid_every; None without them."""
 
     @model_validator(mode="after")
     def _check(self) -> "TrainingRecipe":
-        if self.train.preview_prompts and not self.clip:
-            raise ValueError("train.preview_prompts needs a section clip")
+        if (self.train.preview_prompts or self.train.kid_every) and not self.clip:
+            raise ValueError("train.preview_prompts and train.kid_every need a section clip")
         if self.train.min_snr_gamma and self.diffusion.zero_terminal_snr:
             raise ValueError(
                 "train.min_snr_gamma would give the last timestep of diffusion.zero_terminal_snr, where sampling "

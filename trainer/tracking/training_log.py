@@ -1,6 +1,6 @@
 """The records of a training run: log lines, metrics files, preview images and dashboards.
 
-Rank 0 writes `metrics.jsonl`, `validation.jsonl` and `previews/` in the run's folder. A resumed run first
+Rank 0 writes `metrics.jsonl`, `validation.jsonl`, `kid.jsonl` and `previews/` in the run's folder. A resumed run first
 removes the entries after its checkpoint, so that each step is recorded once.
 """
 
@@ -23,6 +23,7 @@ log = logging.getLogger("train")
 
 METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
+KID = "kid.jsonl"
 PREVIEWS = "previews"
 Quartiles = list[float | None]
 """Mean loss by quartile of the timestep, least noise first; None for a quartile without samples."""
@@ -77,7 +78,16 @@ class ValidationMetrics:
     ema_loss_by_quartile: Quartiles
 
 
-Entry = TypeVar("Entry", StepMetrics, ValidationMetrics)
+@dataclass(frozen=True)
+class KidMetrics:
+    """Kernel distance (KID) of samples for held-out images from these images, after `step` steps."""
+
+    step: int
+    kid: float
+    images: int
+
+
+Entry = TypeVar("Entry", StepMetrics, ValidationMetrics, KidMetrics)
 
 
 class MetricsFile(Generic[Entry]):
@@ -108,6 +118,7 @@ class TrainingLog:
         folder.mkdir(parents=True, exist_ok=True)
         self._step_metrics = MetricsFile(folder / METRICS, StepMetrics, done)
         self._validation_metrics = MetricsFile(folder / VALIDATION, ValidationMetrics, done)
+        self._kid_metrics = MetricsFile(folder / KID, KidMetrics, done)
         for path in (folder / PREVIEWS).glob("*.png"):
             if int(path.stem) > done:
                 path.unlink()
@@ -135,6 +146,12 @@ class TrainingLog:
         self._validation_metrics.add(metrics)
         self._add_scalars("validation", metrics)
 
+    def add_kid(self, metrics: KidMetrics) -> None:
+        """Log and record the distance of samples."""
+        log.info(f"step {metrics.step:,}/{self._steps:,}  KID {metrics.kid:.5f} of {metrics.images:,} samples")
+        self._kid_metrics.add(metrics)
+        self._add_scalars("samples", metrics)
+
     def add_preview(self, sheet: Image.Image, step: int) -> None:
         """Save a sheet of samples as `previews/<step>.png`."""
         path = self._folder / PREVIEWS / f"{step:08d}.png"
@@ -150,10 +167,11 @@ class TrainingLog:
         """Flush and close all files and dashboards."""
         self._step_metrics.close()
         self._validation_metrics.close()
+        self._kid_metrics.close()
         for dashboard in self._dashboards:
             dashboard.close()
 
-    def _add_scalars(self, section: str, metrics: StepMetrics | ValidationMetrics) -> None:
+    def _add_scalars(self, section: str, metrics: StepMetrics | ValidationMetrics | KidMetrics) -> None:
         """Add a point to the curve of each metric; quartiles have curves such as loss_by_quartile/1."""
         scalars: dict[str, float] = {}
         for name, value in asdict(metrics).items():
@@ -174,6 +192,11 @@ def read_step_metrics(path: Path) -> list[StepMetrics]:
 def read_validation_metrics(path: Path) -> list[ValidationMetrics]:
     """Entries of a validation file in order. An incomplete last line of a killed run is ignored."""
     return _read(path, ValidationMetrics)
+
+
+def read_kid_metrics(path: Path) -> list[KidMetrics]:
+    """Entries of a file of kernel distances in order. An incomplete last line of a killed run is ignored."""
+    return _read(path, KidMetrics)
 
 
 def _read(path: Path, entry_class: type[Entry]) -> list[Entry]:

@@ -1,6 +1,7 @@
-"""Validation and previews during training.
+"""Validation, samples and their distance from held-out images during training.
 
-Computes the loss on held-out images every `validate_every` steps, and a sheet of samples every `preview_every` steps.
+Computes the loss on held-out images every `validate_every` steps, a sheet of samples every `preview_every` steps and
+the kernel distance of samples every `kid_every` steps.
 For this the averaged weights are gathered into a complete UNet, for every ZeRO stage.
 """
 
@@ -14,36 +15,41 @@ from trainer.engine.ema import MovingAverage
 from trainer.model.autoencoder import Autoencoder
 from trainer.model.lora import build_trained
 from trainer.recipe import TrainingRecipe
-from trainer.tracking.training_log import TrainingLog, ValidationMetrics
-from trainer.training.previews import IMAGES, Previews, encode_prompts
+from trainer.tracking.training_log import KidMetrics, TrainingLog, ValidationMetrics
+from trainer.training.kernel_distance import SampleDistance
+from trainer.training.previews import IMAGES, Drawer, Previews, encode_prompts
 from trainer.training.validation import ValidationSet, held_out_rows, read_held_out
 
 
 class ModelMonitor:
-    """Validation set and previews of a run. All ranks have one and call it at the same steps."""
+    """Validation set, previews and distance of samples of a run. All ranks have one and call it at the same steps."""
 
     def __init__(self, plan: TrainingPlan, loader: Loader, ranks: Ranks, training_log: TrainingLog | None) -> None:
         self._config, self._train = plan.config, plan.config.train
         self._ranks, self._training_log = ranks, training_log
         autoencoder = Autoencoder.load(plan.config.autoencoder, str(ranks.device))
         encoder = autoencoder if plan.training_set.source == "images" else None
-        self._validation = self._previews = prompts = None
+        drawer = Drawer(autoencoder, plan.config.diffusion, ranks.device)
+        self._validation = self._previews = self._distance = prompts = None
         if self._train.validate_every:
             self._validation = ValidationSet(plan, loader, encoder, ranks)
         if self._train.preview_every and ranks.is_first:
             rows = held_out_rows(plan.training_set)[:IMAGES]
             images = read_held_out(plan, loader, rows, encoder)
-            if plan.config.clip:
+            if plan.config.clip and self._train.preview_prompts:
                 texts, norm = self._train.preview_prompts, plan.config.model.context_norm
                 prompts = encode_prompts(texts, plan.config.clip, plan.encoder, norm)
-            self._previews = Previews(images, prompts, autoencoder, plan.config.diffusion, ranks.device)
+            self._previews = Previews(images, prompts, drawer)
+        if self._train.kid_every:
+            self._distance = SampleDistance(plan, loader, drawer, encoder, ranks)
 
     def is_due(self, step: int) -> bool:
-        """True if validation or a preview is due after `step` steps."""
-        return _is_due(self._train.validate_every, step) or _is_due(self._train.preview_every, step)
+        """True if validation, a preview or the distance of samples is due after `step` steps."""
+        intervals = (self._train.validate_every, self._train.preview_every, self._train.kid_every)
+        return any(_is_due(every, step) for every in intervals)
 
     def run(self, engine: deepspeed.DeepSpeedEngine, average: MovingAverage, step: int) -> None:
-        """Run the validation and preview that are due after `step` steps. A collective."""
+        """Run what is due after `step` steps. A collective."""
         dtype = next(engine.module.parameters()).dtype
         unet = averaged_unet(self._config, average, engine.module)
         if self._validation and _is_due(self._train.validate_every, step):
@@ -53,7 +59,11 @@ class ModelMonitor:
             if self._training_log:
                 self._training_log.add_validation(ValidationMetrics(step, *losses))
         if self._previews and self._training_log and _is_due(self._train.preview_every, step):
-            self._training_log.add_preview(self._previews.draw(unet, dtype, step), step)
+            self._training_log.add_preview(self._previews.draw(unet, step), step)
+        if self._distance and _is_due(self._train.kid_every, step):
+            distance = self._distance.of(unet)
+            if self._training_log:
+                self._training_log.add_kid(KidMetrics(step, distance, self._distance.images))
 
 
 def _is_due(every: int, step: int) -> bool:

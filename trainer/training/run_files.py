@@ -9,7 +9,7 @@ from pathlib import Path
 
 from retrieval.storage.root import Root
 from retrieval.storage.temp_folders import temporary_folder
-from trainer.tracking.training_log import METRICS, VALIDATION
+from trainer.tracking.training_log import KID, METRICS, VALIDATION
 
 
 class RunFiles:
@@ -23,7 +23,7 @@ class RunFiles:
             self.path = root.local_path(folder)
             return
         self.path = resources.enter_context(temporary_folder())
-        for name in (METRICS, VALIDATION):
+        for name in (METRICS, VALIDATION, KID):
             if (entries := root.read_bytes(f"{folder}/{name}")) is not None:
                 (self.path / name).write_bytes(entries)
 

@@ -33,7 +33,7 @@ from trainer.recipe import TrainingRecipe
 from trainer.tracking.dashboards import import_wandb, open_dashboards
 from trainer.tracking.flops import make_utilization_meter
 from trainer.tracking.profiling import PROFILES, StepProfiler
-from trainer.tracking.training_log import METRICS, PREVIEWS, VALIDATION, TrainingLog, read_step_metrics, summarize
+from trainer.tracking.training_log import KID, METRICS, PREVIEWS, VALIDATION, TrainingLog, read_step_metrics, summarize
 from trainer.training.disk import check_shared, check_space
 from trainer.training.launch import TERMINATED, die_with_parent
 from trainer.training.loop import Session, Termination, train_steps
@@ -48,6 +48,7 @@ OUTPUTS = (
     SNAPSHOTS,
     METRICS,
     VALIDATION,
+    KID,
     PREVIEWS,
     PROFILES,
     "tensorboard",

@@ -29,6 +29,12 @@ class HeldOut:
     moments: torch.Tensor
     context: torch.Tensor
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(c, h, w) of a latent."""
+        _, channels, height, width = self.moments.shape
+        return channels // 2, height, width
+
 
 def held_out_rows(training_set: TrainingSet) -> list[tuple[int, int]]:
     """Shard index and row of every held-out image, in order."""

@@ -22,6 +22,7 @@ FORKS.set_forkserver_preload(
         "diffusers.models.autoencoders.autoencoder_kl",
         "diffusers.models.unets.unet_2d_condition",
         "diffusers.schedulers.scheduling_ddim",
+        "open_clip",
         "pandas",
         "torch.utils.tensorboard",
     ]

@@ -1,22 +1,31 @@
 """Validation and previews during training on one and two gloo ranks."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from retrieval.clip.encoder import Encoder
+from retrieval.recipe import ClipConfig
+from retrieval.storage.manifest import read_manifest, write_manifest
 from retrieval.storage.root import Root
 from tests.trainer.training.launched import folder_of, train
 from tests.trainer.training_set import make_recipe, new_training_set
+from tests.trainer.tiny_run import write_clip
 from trainer.data.loader import Loader
 from trainer.data.plan import make_plan
 from trainer.model.autoencoder import Autoencoder
 from trainer.recipe import TrainingRecipe
 from trainer.tracking.training_log import (
+    KID,
     METRICS,
     VALIDATION,
+    KidMetrics,
     StepMetrics,
     ValidationMetrics,
+    read_kid_metrics,
     read_step_metrics,
     read_validation_metrics,
 )
@@ -33,24 +42,44 @@ def validations_of(recipe: TrainingRecipe, root: Root) -> list[ValidationMetrics
     return read_validation_metrics(folder_of(recipe, root) / VALIDATION)
 
 
+def distances_of(recipe: TrainingRecipe, root: Root) -> list[KidMetrics]:
+    return read_kid_metrics(folder_of(recipe, root) / KID)
+
+
 def losses(entry: ValidationMetrics) -> list[float | None]:
     return [entry.loss, *entry.loss_by_quartile, entry.ema_loss, *entry.ema_loss_by_quartile]
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory, autoencoder_folder: str) -> Root:
-    """A root with neighbors and latents for all runs of this file."""
-    return new_training_set(tmp_path_factory.mktemp("root"), autoencoder_folder)
+def clip(tmp_path_factory: pytest.TempPathFactory) -> ClipConfig:
+    """An untrained CLIP, which encoded the neighbors."""
+    return write_clip(tmp_path_factory.mktemp("clip") / "clip")
 
 
 @pytest.fixture(scope="module")
-def unchanged(root: Root, autoencoder_folder: str) -> dict[str, TrainingRecipe]:
+def root(tmp_path_factory: pytest.TempPathFactory, autoencoder_folder: str, clip: ClipConfig) -> Root:
+    """A root with neighbors and latents for all runs of this file."""
+    root = new_training_set(tmp_path_factory.mktemp("root"), autoencoder_folder)
+    neighbors = read_manifest(root, "neighbors")
+    values = neighbors.values | {"encoder": Encoder(clip).identity.model_dump()}
+    write_manifest(root, replace(neighbors, values=values))
+    return root
+
+
+def recipe_of(autoencoder_folder: str, clip: ClipConfig, **changes: object) -> TrainingRecipe:
+    """A recipe with section clip. changes: of section train."""
+    sections = make_recipe(autoencoder_folder).model_dump()
+    return TrainingRecipe.model_validate(sections | {"train": sections["train"] | changes, "clip": clip.model_dump()})
+
+
+@pytest.fixture(scope="module")
+def unchanged(root: Root, autoencoder_folder: str, clip: ClipConfig) -> dict[str, TrainingRecipe]:
     """Runs of two steps that do not change the weights: on one rank, and on two with ZeRO 3."""
     runs = {}
     for name, ranks, zero_stage in (("single", 1, 1), ("sharded", 2, 3)):
         changes = {"steps": 2, "learning_rate": 1e-30, "validation_images": 9}
-        changes |= {"validate_every": 2, "preview_every": 2}
-        runs[name] = make_recipe(autoencoder_folder, name=name, zero_stage=zero_stage, **changes)
+        changes |= {"validate_every": 2, "preview_every": 2, "kid_every": 2}
+        runs[name] = recipe_of(autoencoder_folder, clip, name=name, zero_stage=zero_stage, **changes)
         train(runs[name], root, ranks)
     return runs
 
@@ -70,6 +99,15 @@ def test_the_preview_does_not_depend_on_the_zero_stage(root: Root, unchanged: di
         for recipe in unchanged.values()
     ]
     assert np.abs(sheets[0] - sheets[1]).max() <= 1
+
+
+def test_the_distance_of_samples_does_not_depend_on_the_number_of_ranks_or_zero_stage(
+    root: Root, unchanged: dict[str, TrainingRecipe]
+) -> None:
+    [single], [sharded] = (distances_of(recipe, root) for recipe in unchanged.values())
+    assert (single.step, single.images) == (sharded.step, sharded.images) == (2, 9)
+    assert single.kid > 0
+    assert sharded.kid == pytest.approx(single.kid, rel=1e-3)
 
 
 def test_step_metrics_have_the_loss_by_quartile_of_the_timesteps_of_their_batch(
@@ -92,12 +130,13 @@ def test_step_metrics_have_the_loss_by_quartile_of_the_timesteps_of_their_batch(
 
 
 @pytest.fixture(scope="module")
-def whole(root: Root, autoencoder_folder: str) -> TrainingRecipe:
+def whole(root: Root, autoencoder_folder: str, clip: ClipConfig) -> TrainingRecipe:
     """An uninterrupted run of twenty steps on one rank."""
-    changes = {"validation_images": 12, "validate_every": 5, "preview_every": 10}
-    recipe = make_recipe(autoencoder_folder, name="whole", steps=20, checkpoint_every=10, **changes)
+    changes = {"validation_images": 12, "validate_every": 5, "preview_every": 10, "kid_every": 10}
+    recipe = recipe_of(autoencoder_folder, clip, name="whole", steps=20, checkpoint_every=10, **changes)
     log = train(recipe, root)
     assert "step 20/20  held-out loss " in log
+    assert "step 20/20  KID " in log
     assert "GFLOP of the UNet per image; no data sheet of CPU" in log
     return recipe
 
@@ -136,10 +175,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one_and_monitoring_does_not_chang
     assert sorted(sheets(whole)) == ["00000010.png", "00000020.png"]
     assert sheets(whole)["00000010.png"] != sheets(whole)["00000020.png"]
     resumed = whole.model_copy(update={"train": whole.train.model_copy(update={"name": "resumed"})})
-    unmonitored = {"validate_every": 0, "preview_every": 0, "steps": 10}
+    unmonitored = {"validate_every": 0, "preview_every": 0, "kid_every": 0, "steps": 10}
     train(resumed.model_copy(update={"train": resumed.train.model_copy(update=unmonitored)}), root)
     assert not validations_of(resumed, root)
     train(resumed, root)
     assert history(resumed) == history(whole)
     assert validations_of(resumed, root) == validations_of(whole, root)[2:]
+    assert [entry.step for entry in distances_of(whole, root)] == [10, 20]
+    assert distances_of(resumed, root) == distances_of(whole, root)[1:]
     assert sheets(resumed) == {"00000020.png": sheets(whole)["00000020.png"]}

@@ -12,7 +12,7 @@ from tests.trainer.training_set import make_recipe
 from trainer.model.autoencoder import Autoencoder
 from trainer.model.unet import build_unet
 from trainer.recipe import DiffusionConfig, ModelConfig
-from trainer.training.previews import Previews, Prompts, encode_prompts
+from trainer.training.previews import Drawer, Previews, Prompts, encode_prompts
 from trainer.training.validation import HeldOut
 
 CPU = torch.device("cpu")
@@ -40,8 +40,8 @@ def images(context_seed: int = 0) -> HeldOut:
 
 
 def pixels(autoencoder: Autoencoder, unet: torch.nn.Module, held_out: HeldOut, prompts: Prompts | None) -> np.ndarray:
-    previews = Previews(held_out, prompts, autoencoder, DiffusionConfig(), CPU)
-    return np.asarray(previews.draw(unet, next(unet.parameters()).dtype, 7))
+    previews = Previews(held_out, prompts, Drawer(autoencoder, DiffusionConfig(), CPU))
+    return np.asarray(previews.draw(unet, 7))
 
 
 def test_a_sheet_is_reproducible_and_depends_on_the_neighbors(autoencoder: Autoencoder, unet: torch.nn.Module) -> None:
@@ -85,5 +85,7 @@ def test_prompts_need_the_encoder_of_the_neighbors(tmp_path: Path) -> None:
     other = Encoder(write_clip(tmp_path / "other", seed=1))
     with pytest.raises(UserError, match=r"the neighbors have encoder other .* \[clip\] is clip"):
         encode_prompts(PROMPTS, clip, other.identity.model_dump())
-    with pytest.raises(ValidationError, match=r"train.preview_prompts needs a section clip"):
+    with pytest.raises(ValidationError, match=r"train.preview_prompts and train.kid_every need a section clip"):
         make_recipe("", validation_images=8, preview_every=2, preview_prompts=PROMPTS)
+    with pytest.raises(ValidationError, match=r"train.kid_every need a section clip"):
+        make_recipe("", validation_images=8, kid_every=2)

@@ -254,7 +254,7 @@ def test_a_run_in_a_bucket_that_goes_on_on_another_machine_equals_a_run_on_a_dis
         assert history(root) == history(finished_run)
         assert read_manifest(root, FOLDER).checksums() == read_manifest(finished_run, FOLDER).checksums()
         names = {name.removeprefix(f"{FOLDER}/").split("/")[0] for name in root.list(FOLDER)}
-        files = {"manifest.json", "metrics.jsonl", "recipe.json", "validation.jsonl"}
+        files = {"manifest.json", "metrics.jsonl", "recipe.json", "validation.jsonl", "kid.jsonl"}
         assert names == files | {"checkpoints", "model", "tensorboard"}
         # The older checkpoints and the lease are deleted.
         assert len(root.list(f"{FOLDER}/checkpoints")) == 1 + 2 * 2
