@@ -1,9 +1,9 @@
 """`laion-rdm convert RECIPE --from MODEL`, `--to FOLDER` or `--ema-width WIDTH`: imports and exports a recipe's run.
 
-`--from` takes a released checkpoint (CompVis layout), a diffusers folder or the folder of a run. Of a checkpoint without
-a UNet, or with `--autoencoder`, it takes only the autoencoder, with which training can begin. `--to` writes a diffusers
-folder. `--ema-width` makes an average of another width from the snapshots of `train.ema_widths`, as the finished run
-`<name>-ema-<width>`.
+`--from` takes a released checkpoint (CompVis layout), a diffusers folder or the folder of a run. Of a checkpoint
+without a UNet, or with `--autoencoder`, it takes only the autoencoder, with which training can begin. `--to` writes a
+diffusers folder. `--ema-width` makes an average of another width from the snapshots of `train.ema_widths`, as the
+finished run `<name>-ema-<width>`.
 """
 
 import logging

@@ -48,6 +48,8 @@ class LatentsConfig(WorkersConfig):
     """Views of each image; epoch e of training uses view e % views."""
     flip: bool = True
     """Mirror half of the views, except view 0."""
+    aspect_step: NonNegativeInt = added_setting(0)
+    """As `train.aspect_step`, which must be equal."""
     seed: NonNegativeInt = 0
     """Seed of the random crops."""
     batch_size: PositiveInt = runtime_setting(32)
@@ -151,6 +153,9 @@ class TrainConfig(Config):
     length. 0.02 rotates a vector of 768 dimensions by about 30 degrees. 0: no noise."""
     flip: bool = True
     """Mirror half of the images. Unused for latents: section `latents` has its own `flip`."""
+    aspect_step: NonNegativeInt = added_setting(0)
+    """Batches of equal aspect ratio: edges in steps of this many pixels, areas of at most size^2, ratios up to 2; each
+    image is in the nearest shape. 0: squares."""
     global_batch: PositiveInt
     """Samples in one optimizer step, summed over all ranks."""
     micro_batch: PositiveInt = runtime_setting(...)
@@ -247,7 +252,7 @@ class TrainConfig(Config):
     preview_prompts: tuple[str, ...] = runtime_setting((), strict=False)
     """Prompts that the sheets also show samples for, each conditioned on the prompt alone."""
     kid_every: NonNegativeInt = runtime_setting(0)
-    """Steps between kernel distances (KID) of samples for held-out images from these, by vectors of [clip]; 0: never."""
+    """Steps between kernel distances (KID) of samples for held-out images from these, by [clip]; 0: never."""
     kid_images: int = runtime_setting(1000, ge=2)
     """Held-out images of the kernel distance: the first ones, at most this many."""
     wandb: bool = runtime_setting(False)
@@ -277,6 +282,8 @@ class TrainConfig(Config):
             raise ValueError("zero_stage 0 has no fp32 master weights: set precision fp32, or zero_stage 1")
         if self.zero_stage == 3 and self.compile:
             raise ValueError("zero_stage 3 fetches weights in hooks that cannot be compiled: set compile = false")
+        if self.aspect_step and self.compile:
+            raise ValueError("compile is for batches of one shape: set aspect_step = 0 or compile = false")
         if self.lora and not self.start_from:
             raise ValueError("lora needs start_from: adapters change a model that is already trained")
         if self.lora and self.zero_stage == 3:

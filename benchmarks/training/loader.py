@@ -115,7 +115,7 @@ def measure_cropping(extent: Extent) -> dict[str, float]:
     for data in pictures:
         for name, decode in (("small_ms", decode_image), ("whole_ms", _decode_whole)):
             start = time.thread_time()
-            random_crop(decode(data, "", extent.size), (0, 0, 0), flip=True)
+            random_crop(decode(data, "", (extent.size, extent.size)), (0, 0, 0), flip=True)
             times[name].append((time.thread_time() - start) * 1000)
     sizes = [Image.open(io.BytesIO(data)).size for data in pictures]
     return {
@@ -191,9 +191,9 @@ def _summary(
     }
 
 
-def _decode_whole(data: bytes, where: str, size: int) -> ScaledImage:
+def _decode_whole(data: bytes, where: str, shape: tuple[int, int]) -> ScaledImage:
     image = Image.open(io.BytesIO(data)).convert("RGB")
-    return ScaledImage(image, image.size, decode_image(data, where, size).edges, size)
+    return ScaledImage(image, image.size, decode_image(data, where, shape).edges, shape)
 
 
 def _recipe(extent: Extent, autoencoder: AutoencoderConfig, source: str, workers: int) -> TrainingRecipe:

@@ -1,8 +1,8 @@
 """Snapshots of the power-function averages of a run, and averages of other widths made from them.
 
-Writes `ema/step-<n>/` and the index `ema/checkpoints.json` in the run's folder, in the layout of checkpoints. A snapshot
-has all averages of `train.ema_widths` in fp16, and is never deleted. An average of another width is published as a
-finished run of its own, `runs/<name>-ema-<width>`, so that `sample`, `evaluate` and `start_from` take it by name.
+Writes `ema/step-<n>/` and the index `ema/checkpoints.json` in the run's folder, in the layout of checkpoints. A
+snapshot has all averages of `train.ema_widths` in fp16, and is never deleted. An average of another width is published
+as a finished run of its own, `runs/<name>-ema-<width>`, so that `sample`, `evaluate` and `start_from` take it by name.
 """
 
 import logging

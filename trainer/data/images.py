@@ -19,6 +19,7 @@ from retrieval.errors import UserError
 from retrieval.pictures.decode import BROKEN, MAX_PIXELS
 from retrieval.storage.root import Root
 from retrieval.storage.schema import DOWNLOADED, IMAGE_ID, TAR_BYTES, TAR_OFFSET, read_table
+from trainer.data.aspect import Shape
 from trainer.data.sample_order import CROPS
 from trainer.data.unreadable import UnreadableError
 
@@ -81,7 +82,7 @@ def _scanned_members(path: Path) -> Members:
 
 @dataclass(frozen=True)
 class ScaledImage:
-    """An image to be scaled so that its shorter edge has `size` pixels; squares are cropped from it."""
+    """An image to be scaled so that it covers a shape; crops of this shape are taken from it."""
 
     raster: Image.Image
     """The image at its stored size, or at 1/2, 1/4 or 1/8 of it."""
@@ -89,24 +90,29 @@ class ScaledImage:
     """Columns and rows of `raster` that the image covers; may be fractional."""
     edges: tuple[int, int]
     """Width and height after scaling."""
-    size: int
+    shape: Shape
+
+    @property
+    def margins(self) -> tuple[int, int]:
+        """Scaled pixels beside and below a crop."""
+        return self.edges[0] - self.shape[1], self.edges[1] - self.shape[0]
 
     def crop(self, left: int, top: int) -> Pixels:
-        """The square at a corner in scaled pixels: (3, size, size) float32 in [-1, 1], bicubic."""
+        """The part at a corner in scaled pixels: (3, height, width) of `shape`, float32 in [-1, 1], bicubic."""
         (wide, high), (width, height) = self.extent, self.edges
-        lefts = [edge * wide / width for edge in (left, left + self.size)]
-        tops = [edge * high / height for edge in (top, top + self.size)]
+        lefts = [edge * wide / width for edge in (left, left + self.shape[1])]
+        tops = [edge * high / height for edge in (top, top + self.shape[0])]
         # Rounding must not move the box outside the raster.
         box = (lefts[0], tops[0], min(lefts[1], self.raster.width), min(tops[1], self.raster.height))
-        square = self.raster.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
-        pixels = np.asarray(square).transpose(2, 0, 1).astype(np.float32, order="C")
+        part = self.raster.resize(self.shape[::-1], Image.Resampling.BICUBIC, box=box)
+        pixels = np.asarray(part).transpose(2, 0, 1).astype(np.float32, order="C")
         pixels /= 127.5
         pixels -= 1
         return pixels
 
 
-def decode_image(data: bytes, name: str, size: int) -> ScaledImage:
-    """The RGB image of encoded bytes, to be scaled to a shorter edge of `size` pixels. name: for errors.
+def decode_image(data: bytes, name: str, shape: Shape) -> ScaledImage:
+    """The RGB image of encoded bytes, to be scaled so that it covers a shape. name: for errors.
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where MIN_DRAFT_RATIO allows: half the work, and crops that differ
     by 2 of 256 levels (root mean square). Raises UnreadableError if it cannot be decoded or has more than MAX_PIXELS.
@@ -116,36 +122,37 @@ def decode_image(data: bytes, name: str, size: int) -> ScaledImage:
         if image.width * image.height > MAX_PIXELS:
             raise UnreadableError(f"{name} has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}.")
         stored = image.size
-        width, height = scaled_edges(stored, size)
+        width, height = scaled_edges(stored, shape)
         reduced = image.draft(None, (math.ceil(MIN_DRAFT_RATIO * width), math.ceil(MIN_DRAFT_RATIO * height)))
         extent = stored if reduced is None else reduced[1][2:]
         if image.mode == "RGB":
             image.load()  # convert() would copy it
         else:
             image = image.convert("RGB")
-        return ScaledImage(image, extent, (width, height), size)
+        return ScaledImage(image, extent, (width, height), shape)
     except (*BROKEN, Image.DecompressionBombError) as error:
         message = f"{name} cannot be decoded: {error}. Run the stages again from 'make download'."
         raise UnreadableError(message) from error
 
 
-def scaled_edges(stored: tuple[int, int], size: int) -> tuple[int, int]:
-    """Width and height of an image whose shorter edge is scaled to `size` pixels."""
-    scale = size / min(stored)
-    width, height = (max(size, round(edge * scale)) for edge in stored)
+def scaled_edges(stored: tuple[int, int], shape: Shape) -> tuple[int, int]:
+    """Width and height of an image that is scaled to cover a shape. stored: its width and height."""
+    least = shape[::-1]
+    scale = max(edge / now for edge, now in zip(least, stored, strict=True))
+    width, height = (max(edge, round(now * scale)) for edge, now in zip(least, stored, strict=True))
     return width, height
 
 
 def center_crop(image: ScaledImage) -> Pixels:
-    """The center square: (3, size, size) float32 in [-1, 1]."""
-    left, top = ((edge - image.size) // 2 for edge in image.edges)
+    """The center: (3, height, width) float32 in [-1, 1]."""
+    left, top = (margin // 2 for margin in image.margins)
     return image.crop(left, top)
 
 
 def random_crop(image: ScaledImage, seeds: tuple[int, ...], flip: bool) -> Pixels:
-    """A random square; with `flip`, mirrored with probability 1/2: (3, size, size) float32 in [-1, 1]."""
+    """A random part; with `flip`, mirrored with probability 1/2: (3, height, width) float32 in [-1, 1]."""
     rng = np.random.default_rng([CROPS, *seeds])
-    left, top = (int(rng.integers(edge - image.size + 1)) for edge in image.edges)
+    left, top = (int(rng.integers(margin + 1)) for margin in image.margins)
     pixels = image.crop(left, top)
     return np.ascontiguousarray(pixels[:, :, ::-1]) if flip and rng.random() < 0.5 else pixels
 

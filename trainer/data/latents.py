@@ -2,8 +2,9 @@
 
 Reads `embed/train/<shard>.parquet` (ids and their order) and `download/train/<shard>.tar`. Writes mean and standard
 deviation of the latents of several views of each image to `latents/<size>/<shard>.parquet`. View 0 is the center crop;
-the others are random crops, half of them mirrored if `latents.flip` is true. Images that cannot be read are left out
-and counted; training replaces them by others.
+the others are random crops, half of them mirrored if `latents.flip` is true. With `latents.aspect_step` an image has
+the shape of its aspect-ratio bucket, and the rest of its place in the table is 0. Images that cannot be read are left
+out and counted; training replaces them by others.
 """
 
 import logging
@@ -24,6 +25,7 @@ from retrieval.storage import schema
 from retrieval.storage.manifest import ShardRecord, shard_file
 from retrieval.storage.root import Root
 from retrieval.storage.schema import Reason
+from trainer.data.aspect import Shape, bucket_shapes, read_buckets
 from trainer.data.images import ImageTar, Pixels, center_crop, decode_image, random_crop, stored_members, unsigned_id
 from trainer.data.unreadable import UnreadableError, retried
 from trainer.model.autoencoder import Autoencoder
@@ -38,6 +40,7 @@ def manifest_values(config: LatentsConfig, autoencoder: Autoencoder) -> dict[str
         "autoencoder": autoencoder.identity,
         "shape": list(latent_shape(config.size, autoencoder)),
         "views": config.views,
+        "aspect_step": config.aspect_step,
     }
 
 
@@ -58,14 +61,17 @@ def make_shard_encoder(
     """A function that encodes a shard by name (`00003-00012`), with the autoencoder loaded once for many shards."""
     autoencoder = Autoencoder.load(autoencoder_config, "cuda" if config.gpus_per_worker else "cpu")
     columns = schema.latents(config.views * 2 * int(np.prod(latent_shape(config.size, autoencoder))))
+    if config.aspect_step:
+        latent_shape(config.aspect_step, autoencoder)  # raises UserError for fractions of a latent
 
     def encode(shard: str) -> ShardRecord:
         began = time.monotonic()
         ids = _embedded_ids(root, shard)
+        buckets = read_buckets(root, shard, ids, bucket_shapes(config.size, config.aspect_step))
         name = shard_file(root, "download", f"train/{shard}", ".tar")
         with root.local(name) as path:
             tar = ImageTar(path, stored_members(root, name))
-            readable, moments = encode_shard(tar, ids, autoencoder, config)
+            readable, moments = encode_shard(tar, ids, buckets, autoencoder, config)
             tar.close()
         table = pa.table([ids[readable], schema.fixed_lists(moments)], schema=columns)
         unreadable = len(ids) - len(table)
@@ -77,35 +83,53 @@ def make_shard_encoder(
 
 
 def encode_shard(
-    tar: ImageTar, ids: npt.NDArray[np.int64], autoencoder: Autoencoder, config: LatentsConfig
+    tar: ImageTar,
+    ids: npt.NDArray[np.int64],
+    buckets: npt.NDArray[np.int64],
+    autoencoder: Autoencoder,
+    config: LatentsConfig,
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float16]]:
     """Which images can be read, (n,) bool, and the moments of all their views: (rows, views * 2 * c * h * w) float16.
 
-    Rows are in the order of `ids`. An image that the tar lacks is an error, because earlier stages found it there.
+    Rows are in the order of `ids`. buckets: the aspect-ratio bucket of each image. Moments of a shape that is smaller
+    than the square are followed by 0. An image that the tar lacks is an error, because earlier stages found it there.
     """
     readable = np.ones(len(ids), bool)
-    views = _readable_views(tar, ids, config, readable)
-    encoded = [_encode(pixels, autoencoder) for pixels in _batches(views, config.batch_size)]
     length = 2 * int(np.prod(latent_shape(config.size, autoencoder)))
-    flat = np.concatenate([np.empty((0, length), np.float16), *encoded])
-    return readable, flat.reshape(int(readable.sum()), config.views * length)
+    moments = np.zeros((len(ids), config.views, length), np.float16)
+    for bucket, shape in enumerate(bucket_shapes(config.size, config.aspect_step)):
+        rows = np.flatnonzero(buckets == bucket)
+        images = list(zip(rows.tolist(), ids[rows].tolist(), strict=True))
+        views = _readable_views(tar, images, shape, config, readable)
+        encoded = [_encode(pixels, autoencoder) for pixels in _batches(views, config.batch_size)]
+        if encoded:
+            values = np.concatenate(encoded)
+            moments[rows[readable[rows]], :, : values.shape[1]] = values.reshape(-1, config.views, values.shape[1])
+    return readable, moments[readable].reshape(int(readable.sum()), config.views * length)
 
 
 def _readable_views(
-    tar: ImageTar, ids: npt.NDArray[np.int64], config: LatentsConfig, readable: npt.NDArray[np.bool_]
+    tar: ImageTar,
+    images: list[tuple[int, int]],
+    shape: Shape,
+    config: LatentsConfig,
+    readable: npt.NDArray[np.bool_],
 ) -> Iterator[Pixels]:
-    """All views of all images in order; sets `readable` to False for images that cannot be read."""
-    for number, image_id in enumerate(ids.tolist()):
+    """All views of images of one shape, in order; sets `readable` to False for images that cannot be read.
+
+    images: row and id of each.
+    """
+    for row, image_id in images:
         try:
-            yield from retried(partial(image_views, tar, image_id, config))
+            yield from retried(partial(image_views, tar, image_id, shape, config))
         except UnreadableError as error:
-            readable[number] = False
+            readable[row] = False
             log.warning(f"left out: {error}")
 
 
-def image_views(tar: ImageTar, image_id: int, config: LatentsConfig) -> list[Pixels]:
-    """The views of one image, (3, size, size) float32 in [-1, 1] each."""
-    image = decode_image(tar.read(image_id), f"{tar.name}: image {image_id}", config.size)
+def image_views(tar: ImageTar, image_id: int, shape: Shape, config: LatentsConfig) -> list[Pixels]:
+    """The views of one image in a shape, (3, height, width) float32 in [-1, 1] each."""
+    image = decode_image(tar.read(image_id), f"{tar.name}: image {image_id}", shape)
     seeds = ((config.seed, view, unsigned_id(image_id)) for view in range(1, config.views))
     return [center_crop(image), *(random_crop(image, view_seeds, config.flip) for view_seeds in seeds)]
 

@@ -21,8 +21,9 @@ import torch
 from retrieval.errors import UserError
 from retrieval.file_cache import FileCache
 from retrieval.storage.root import Root
+from trainer.data.batch_order import make_batch_order
 from trainer.data.plan import TrainingPlan
-from trainer.data.sample_order import NEIGHBORS, REPLACEMENTS, SAMPLE_NOISE, SampleOrder, rank_slots
+from trainer.data.sample_order import NEIGHBORS, REPLACEMENTS, SAMPLE_NOISE, SampleLocation, rank_slots
 from trainer.data.shards import ImageShard, LatentShard, ShardCache
 from trainer.data.timesteps import draw_timestep, timestep_distribution
 from trainer.data.unreadable import Shard, read_or_replace, retried
@@ -38,7 +39,7 @@ class TrainingBatch:
 
     image_ids: npt.NDArray[np.int64]
     inputs: torch.Tensor
-    """Mean and deviation of latents, (n, 2c, h, w) float16, or images, (n, 3, size, size) float32."""
+    """Mean and deviation of latents, (n, 2c, h, w) float16, or images, (n, 3, height, width) float32."""
     context: torch.Tensor
     """Neighbor embeddings, best first, (n, tokens, dim) float16; zeros for samples without neighbors."""
     timesteps: torch.Tensor
@@ -62,14 +63,15 @@ class Loader:
 
     def __init__(self, plan: TrainingPlan, root: Root, rank: int, world: int, shift: int = 0) -> None:
         """shift: positions that global batch s begins after s * global_batch, if the batch was changed earlier."""
-        self._shift = shift
         self._train, self._training_set = plan.config.train, plan.training_set
         self._timesteps = plan.config.diffusion.steps
         self._distribution = timestep_distribution(self._train, self._timesteps)
         self._rank, self._world = rank, world
-        self.order = SampleOrder(plan.training_set.rows, self._train.seed, self._train.interleaved_shards)
+        self.order = make_batch_order(plan, root, shift)
         files = FileCache(root, self._train.cache_folder, self._train.cache_gb)
         self._lanes = self._train.interleaved_shards // world + 1
+        if len(self.order.orders) > 1:
+            self._lanes *= 2  # buckets are nearly, but not exactly, equally far in the shards
         self._ahead = 0 if root.is_local else self._lanes
         """Number of shards that are opened before the step that needs them."""
         self._step = 0
@@ -89,9 +91,9 @@ class Loader:
 
     def held_out(self, number: int, row: int) -> tuple[int, npt.NDArray[np.generic]]:
         """A held-out row of a shard and its inputs as in epoch 0; an unreadable row is replaced by another one."""
-        first = self._training_set.rows[number]
-        rows = range(first, first + self._training_set.held_out[number])
-        return read_or_replace(self.shard(number), row, 0, rows, (REPLACEMENTS, self._train.seed, number, row))
+        shard, first = self.shard(number), self._training_set.rows[number]
+        rows = first + np.flatnonzero(shard.buckets[first:] == shard.buckets[row])
+        return read_or_replace(shard, row, 0, rows, (REPLACEMENTS, self._train.seed, number, row))
 
     def batches(self, first_step: int, last_step: int) -> Generator[TrainingBatch]:
         """Batches of steps first_step .. last_step - 1 (from 0)."""
@@ -135,9 +137,10 @@ class Loader:
         recent: OrderedDict[int, None] = OrderedDict()
         count = self._train.global_batch
         for step in range(first_step, last_step):
-            first = self._shift + step * count
-            for slot in rank_slots(self.order, first, count, self._rank, self._world):
-                number = self.order.shard_at(first + int(slot))
+            bucket, first = self.order.locate(step)
+            order = self.order.orders[bucket]
+            for slot in rank_slots(order, first, count, self._rank, self._world):
+                number = order.shard_at(first + int(slot))
                 if number not in recent:
                     yield step, number
                 recent[number] = None
@@ -148,10 +151,10 @@ class Loader:
     def batch(self, step: int) -> TrainingBatch:
         """This rank's samples of global batch `step` (from 0); independent of earlier calls."""
         self._step = max(self._step, step)
-        count = self._train.global_batch
-        first = self._shift + step * count
-        slots = rank_slots(self.order, first, count, self._rank, self._world)
-        samples = [self._sample(step, int(slot), first + int(slot)) for slot in slots]
+        bucket, first = self.order.locate(step)
+        order, count = self.order.orders[bucket], self._train.global_batch
+        slots = rank_slots(order, first, count, self._rank, self._world)
+        samples = [self._sample(step, int(slot), bucket, order.locate(first + int(slot))) for slot in slots]
         ids, inputs, context, timesteps, posterior_noise, noise, replaced = zip(*samples, strict=True)
         return TrainingBatch(
             image_ids=np.array(ids),
@@ -163,19 +166,21 @@ class Loader:
             replaced=np.array(replaced),
         )
 
-    def _sample(self, step: int, slot: int, position: int) -> tuple[Any, ...]:
-        location = self.order.locate(position)
-        shard, rows = self.shard(location.shard), range(self._training_set.rows[location.shard])
+    def _sample(self, step: int, slot: int, bucket: int, location: SampleLocation) -> tuple[Any, ...]:
+        """location: of the sample among the rows of its bucket."""
+        shard = self.shard(location.shard)
+        rows = shard.bucket_rows[bucket]
+        wanted = int(rows[location.row])
         rng = np.random.default_rng([SAMPLE_NOISE, self._train.seed, step, slot])
         timestep = draw_timestep(rng, self._timesteps, self._distribution)
         has_context = np.float16(rng.random() >= self._train.p_uncond)
-        posterior_noise, noise = rng.standard_normal((2, *self._training_set.latent_shape), dtype=np.float32)
+        posterior_noise, noise = rng.standard_normal((2, *self._training_set.latent_shapes[bucket]), dtype=np.float32)
         # A sample without neighbors has a context of zeros. Any number of zero tokens equals one: their keys
         # and values are zero because the projections have no bias.
         seeds = (REPLACEMENTS, self._train.seed, step, slot)
-        row, inputs = read_or_replace(shard, location.row, location.epoch, rows, seeds)
+        row, inputs = read_or_replace(shard, wanted, location.epoch, rows, seeds)
         context = self._context(shard.context[row], step, slot) * has_context
-        return int(shard.ids[row]), inputs, context, timestep, posterior_noise, noise, row != location.row
+        return int(shard.ids[row]), inputs, context, timestep, posterior_noise, noise, row != wanted
 
     def _context(self, neighbors: npt.NDArray[np.float16], step: int, slot: int) -> npt.NDArray[np.float16]:
         """A row's neighbors (k, dim) after `neighbors_used` and `neighbor_noise`: (tokens, dim)."""

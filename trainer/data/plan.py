@@ -4,6 +4,7 @@ Reads the manifests of `neighbors` and of `latents/<size>` (or `download`). Erro
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from retrieval.errors import UserError
@@ -11,6 +12,7 @@ from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, files_exist, fingerprint, read_manifest
 from retrieval.storage.root import Root
 from retrieval.storage.schema import Reason
+from trainer.data.aspect import Shape, bucket_shapes
 from trainer.data.latents import latent_shape
 from trainer.model.autoencoder import Autoencoder
 from trainer.recipe import ContextNorm, ModelConfig, TrainingRecipe
@@ -35,6 +37,19 @@ class TrainingSet:
     views: int
     size: int
     flip: bool
+    aspect_step: int = 0
+
+    @cached_property
+    def shapes(self) -> tuple[Shape, ...]:
+        """Height and width in pixels of the images of each aspect-ratio bucket; one square without buckets."""
+        return bucket_shapes(self.size, self.aspect_step)
+
+    @cached_property
+    def latent_shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """(c, h, w) of the latents of each bucket."""
+        channels, edge, _ = self.latent_shape
+        shapes = self.shapes
+        return tuple((channels, high * edge // self.size, wide * edge // self.size) for high, wide in shapes)
 
 
 @dataclass(frozen=True)
@@ -65,6 +80,7 @@ def make_plan(config: TrainingRecipe, root: Root, autoencoder: Autoencoder) -> T
     if train.source == "latents":
         views = int(images.values["views"])
         _check_latents(images, neighbors, autoencoder.identity, shape, root)
+        _check_aspect(images, train.aspect_step, root)
     upstream = {"neighbors": neighbors.fingerprint, images.stage: images.fingerprint}
     upstream["autoencoder"] = autoencoder.identity
     if train.start_from:
@@ -122,6 +138,7 @@ def _training_set(
         views=views,
         size=config.train.size,
         flip=config.train.flip,
+        aspect_step=config.train.aspect_step,
     )
 
 
@@ -135,8 +152,15 @@ def last_rows(rows: list[int], count: int) -> tuple[int, ...]:
 
 
 def _latent_shape(config: TrainingRecipe, autoencoder: Autoencoder) -> tuple[int, int, int]:
-    """Latent shape for train.size. Raises UserError if the size or the model does not match."""
+    """Latent shape for train.size. Raises UserError if the size, the steps of buckets or the model do not match."""
     shape = latent_shape(config.train.size, autoencoder)
+    multiple = autoencoder.factor * 2 ** (len(config.model.channels) - 1)
+    if config.train.aspect_step % multiple:
+        raise UserError(
+            f"train.aspect_step must be a multiple of {multiple}, the factor of the autoencoder times that of the "
+            f"network, got {config.train.aspect_step}."
+        )
+    bucket_shapes(config.train.size, config.train.aspect_step)
     if config.model.latent_channels != shape[0]:
         raise UserError(
             f"the autoencoder {config.autoencoder.path} gives latents of shape {shape}, but the recipe's model takes "
@@ -161,6 +185,14 @@ def _check_neighbors(neighbors: Manifest, config: TrainingRecipe, root: Root) ->
             f"{where} has {neighbors.rows:,} rows{excluded}: fewer training rows than one global batch of "
             f"{config.train.global_batch:,}. Lower train.global_batch or train.validation_images, or select more "
             f"images."
+        )
+
+
+def _check_aspect(latents: Manifest, step: int, root: Root) -> None:
+    if (stored := latents.values.get("aspect_step", 0)) != step:
+        raise UserError(
+            f"{root.at(latents.stage)} has latents with aspect_step {stored}, but train.aspect_step is {step}. Make "
+            f"[latents] and [train] equal, then run 'make latents'."
         )
 
 

@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 import numpy.typing as npt
 
-SHARDS, ROWS, SAMPLE_NOISE, CROPS, VALIDATION, NEIGHBORS, REPLACEMENTS = range(1, 8)
+SHARDS, ROWS, SAMPLE_NOISE, CROPS, VALIDATION, NEIGHBORS, REPLACEMENTS, BATCHES = range(1, 9)
 """First word of every seed: each use of randomness has a separate stream."""
 
 

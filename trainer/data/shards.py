@@ -1,7 +1,8 @@
 """Open shards: the neighbors of each row in memory or memory-mapped, its latents or its image by row.
 
 Reads `neighbors/<shard>.parquet` and `latents/<size>/<shard>.parquet` (or `download/train/<shard>.tar`) through
-`FileCache`, and the offsets of images from `download/train/<shard>.parquet`; writes nothing else.
+`FileCache`, the offsets of images from `download/train/<shard>.parquet` and, for aspect-ratio buckets, their sizes from
+`embed/train/<shard>.parquet`; writes nothing else.
 """
 
 import gc
@@ -19,6 +20,7 @@ from retrieval.errors import UserError
 from retrieval.file_cache import FileCache, NoRoomError
 from retrieval.storage import schema
 from retrieval.storage.manifest import shard_file
+from trainer.data.aspect import read_buckets
 from trainer.data.images import ImageTar, decode_image, random_crop, stored_members, unsigned_id
 from trainer.data.plan import TrainingSet
 from trainer.data.unreadable import Shard, UnreadableError
@@ -30,13 +32,17 @@ PAUSE_S = 0.2
 
 
 class LatentShard:
-    """A shard of latents: moments (views, 2c, h, w) of each row; epoch e uses view e % views."""
+    """A shard of latents: moments of all views of each row; epoch e uses view e % views.
+
+    With aspect-ratio buckets the table has the moments of other shapes than the square at the start of their places.
+    """
 
     def __init__(self, files: FileCache, training_set: TrainingSet, name: str) -> None:
         resources = _resources_of(self)
         self.ids, self.context = read_neighbors(files, training_set, name, resources)
-        channels, height, width = training_set.latent_shape
-        layout = (training_set.views, 2 * channels, height, width)
+        self.buckets, self.bucket_rows = _buckets_of(files, training_set, name, self.ids)
+        self._shapes = [(2 * channels, height, width) for channels, height, width in training_set.latent_shapes]
+        layout = (training_set.views, 2 * int(np.prod(training_set.latent_shape)))
         table_name = f"latents/{training_set.size}/{name}.parquet"
         columns = schema.latents(int(np.prod(layout)))
         table = resources.enter_context(files.table(table_name, columns, columns.names))
@@ -48,7 +54,9 @@ class LatentShard:
         """Mean and standard deviation, (2c, h, w) float16."""
         if self._rows[row] < 0:
             raise UnreadableError("it has no latents, because 'make latents' could not read it")
-        return self._moments[self._rows[row], epoch % self._moments.shape[1]]
+        shape = self._shapes[self.buckets[row]]
+        moments = self._moments[self._rows[row], epoch % self._moments.shape[1]]
+        return moments[: int(np.prod(shape))].reshape(shape)
 
 
 class ImageShard:
@@ -57,15 +65,16 @@ class ImageShard:
     def __init__(self, files: FileCache, training_set: TrainingSet, seed: int, name: str) -> None:
         resources = _resources_of(self)
         self.ids, self.context = read_neighbors(files, training_set, name, resources)
+        self.buckets, self.bucket_rows = _buckets_of(files, training_set, name, self.ids)
         self._training_set, self._seed = training_set, seed
         tar = shard_file(files.root, "download", f"train/{name}", ".tar")
         self._tar = ImageTar(resources.enter_context(files.local(tar)), stored_members(files.root, tar))
         resources.callback(self._tar.close)
 
     def inputs(self, row: int, epoch: int) -> npt.NDArray[np.generic]:
-        """A random crop of the image, (3, size, size) float32 in [-1, 1]."""
-        image_id, size = int(self.ids[row]), self._training_set.size
-        image = decode_image(self._tar.read(image_id), f"{self._tar.name}: image {image_id}", size)
+        """A random crop of the image in the shape of its bucket, (3, height, width) float32 in [-1, 1]."""
+        image_id, shape = int(self.ids[row]), self._training_set.shapes[self.buckets[row]]
+        image = decode_image(self._tar.read(image_id), f"{self._tar.name}: image {image_id}", shape)
         return random_crop(image, (self._seed, epoch, unsigned_id(image_id)), self._training_set.flip)
 
 
@@ -74,6 +83,15 @@ def _resources_of(shard: object) -> ExitStack:
     resources = ExitStack()
     weakref.finalize(shard, resources.close)
     return resources
+
+
+def _buckets_of(
+    files: FileCache, training_set: TrainingSet, name: str, ids: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], list[npt.NDArray[np.int64]]]:
+    """The aspect-ratio bucket of each row of a shard, and the training rows of each bucket."""
+    buckets = read_buckets(files.root, name, ids, training_set.shapes)
+    training = buckets[: training_set.rows[training_set.shards.index(name)]]
+    return buckets, [np.flatnonzero(training == bucket) for bucket in range(len(training_set.shapes))]
 
 
 def read_neighbors(

@@ -33,6 +33,10 @@ class Shard(Protocol):
     """An open shard: ids and neighbor embeddings of its rows in memory, images or latents by row."""
 
     ids: npt.NDArray[np.int64]
+    buckets: npt.NDArray[np.int64]
+    """Aspect-ratio bucket of each row."""
+    bucket_rows: list[npt.NDArray[np.int64]]
+    """Training rows of each bucket, ascending."""
     context: npt.NDArray[np.float16]
 
     def inputs(self, row: int, epoch: int) -> npt.NDArray[np.generic]:
@@ -53,7 +57,7 @@ def retried(read: Callable[[], Result]) -> Result:
 
 
 def read_or_replace(
-    shard: Shard, row: int, epoch: int, rows: range, seeds: tuple[int, ...]
+    shard: Shard, row: int, epoch: int, rows: npt.NDArray[np.int64], seeds: tuple[int, ...]
 ) -> tuple[int, npt.NDArray[np.generic]]:
     """A row that can be read, and its inputs: `row`, else one of `rows` drawn with the seeds.
 

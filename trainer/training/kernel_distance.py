@@ -18,7 +18,7 @@ from trainer.engine.deepspeed_engine import Ranks
 from trainer.evaluation.metrics import KernelDistance
 from trainer.model.autoencoder import Autoencoder
 from trainer.training.previews import IMAGES, Drawer, neighbors_encoder
-from trainer.training.validation import HeldOut, held_out_rows, read_held_out
+from trainer.training.validation import HeldOut, held_out_rows, parts_of_one_shape, read_held_out
 
 
 class SampleDistance:
@@ -30,15 +30,18 @@ class SampleDistance:
     def __init__(
         self, plan: TrainingPlan, loader: Loader, drawer: Drawer, encoder: Autoencoder | None, ranks: Ranks
     ) -> None:
-        """encoder: of images to latents; None reads latents. Raises UserError if [clip] is not the neighbors' encoder."""
+        """encoder: of images to latents; None reads latents. Raises UserError if [clip] did not encode the neighbors."""
         assert plan.config.clip
         self._clip = neighbors_encoder(plan.config.clip, plan.encoder, str(ranks.device))
         self._drawer, self._ranks = drawer, ranks
         rows = held_out_rows(plan.training_set)[: plan.config.train.kid_images]
         self.images = len(rows)
-        indices = range(ranks.rank, len(rows), ranks.world)
-        parts = [indices[first : first + IMAGES] for first in range(0, len(indices), IMAGES)]
-        self._parts = [(part, read_held_out(plan, loader, [rows[i] for i in part], encoder)) for part in parts]
+        own = range(ranks.rank, len(rows), ranks.world)
+        parts = parts_of_one_shape(loader, [rows[index] for index in own], IMAGES)
+        self._parts = []
+        for part in parts:
+            images = read_held_out(plan, loader, [rows[own[i]] for i in part], encoder)
+            self._parts.append(([own[i] for i in part], images))
         self._reference = self._features((part, drawer.originals(images)) for part, images in self._parts)
 
     def of(self, unet: torch.nn.Module) -> float:
@@ -46,10 +49,10 @@ class SampleDistance:
         samples = self._features((part, self._draw(unet, part, images)) for part, images in self._parts)
         return KernelDistance.of(samples, self._reference).value()
 
-    def _draw(self, unet: torch.nn.Module, seeds: range, images: HeldOut) -> list[Image.Image]:
+    def _draw(self, unet: torch.nn.Module, seeds: list[int], images: HeldOut) -> list[Image.Image]:
         return self._drawer.samples(unet, images.context, seeds, images.latent_shape)
 
-    def _features(self, drawn: Iterator[tuple[range, list[Image.Image]]]) -> npt.NDArray[np.float32]:
+    def _features(self, drawn: Iterator[tuple[list[int], list[Image.Image]]]) -> npt.NDArray[np.float32]:
         """CLIP vectors (images, dim) of the pictures of all ranks, with length sqrt(dim). drawn: with their indices.
 
         Then x y / dim, which the kernel takes, is the cosine. A collective.
@@ -58,6 +61,6 @@ class SampleDistance:
         features = torch.zeros(self.images, dim, device=self._ranks.device)
         for indices, pictures in drawn:
             vectors = torch.from_numpy(self._clip.encode_images(pictures)).to(features.device)
-            features[indices.start : indices.stop : indices.step] = dim**0.5 * vectors
+            features[indices] = dim**0.5 * vectors
         dist.all_reduce(features)
         return np.asarray(features.cpu().numpy())

@@ -18,7 +18,7 @@ from trainer.recipe import TrainingRecipe
 from trainer.tracking.training_log import KidMetrics, TrainingLog, ValidationMetrics
 from trainer.training.kernel_distance import SampleDistance
 from trainer.training.previews import IMAGES, Drawer, Previews, encode_prompts
-from trainer.training.validation import ValidationSet, held_out_rows, read_held_out
+from trainer.training.validation import ValidationSet, held_out_rows, parts_of_one_shape, read_held_out
 
 
 class ModelMonitor:
@@ -34,8 +34,9 @@ class ModelMonitor:
         if self._train.validate_every:
             self._validation = ValidationSet(plan, loader, encoder, ranks)
         if self._train.preview_every and ranks.is_first:
-            rows = held_out_rows(plan.training_set)[:IMAGES]
-            images = read_held_out(plan, loader, rows, encoder)
+            rows = held_out_rows(plan.training_set)
+            first, *_ = parts_of_one_shape(loader, rows, IMAGES)
+            images = read_held_out(plan, loader, [rows[index] for index in first], encoder)
             if plan.config.clip and self._train.preview_prompts:
                 texts, norm = self._train.preview_prompts, plan.config.model.context_norm
                 prompts = encode_prompts(texts, plan.config.clip, plan.encoder, norm)

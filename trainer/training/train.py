@@ -207,10 +207,12 @@ def _before_publishing(files: RunFiles) -> None:
 def _log_start(plan: TrainingPlan, parameters: int, ranks: Ranks, done: Progress) -> None:
     """Log a summary of the run."""
     config, images = plan.config.train, sum(plan.training_set.rows)
+    count = len(plan.training_set.shapes)
+    shapes = f" in {count} aspect ratios" if count > 1 else ""
     epochs = (done.images + (config.steps - done.step) * config.global_batch) / images
     log.info(
         f"{config.name}  {parameters:,} trained parameters  {images:,} images with {config.k} neighbors each  "
-        f"{config.size} px as {plan.training_set.latent_shape}  batch {config.global_batch} on {ranks.world} "
+        f"{config.size} px as {plan.training_set.latent_shape}{shapes}  batch {config.global_batch} on {ranks.world} "
         f"ranks by {config.micro_batch}  {config.precision}  ZeRO {config.zero_stage}  "
         f"steps {done.step:,} to {config.steps:,} ({epochs:,.1f} epochs)"
     )

@@ -42,12 +42,21 @@ def held_out_rows(training_set: TrainingSet) -> list[tuple[int, int]]:
     return [(shard, rows + i) for shard, (rows, count) in enumerate(counts) for i in range(count)]
 
 
+def parts_of_one_shape(loader: Loader, rows: list[tuple[int, int]], size: int) -> list[list[int]]:
+    """Indices of held-out rows in parts of at most `size` rows with the shape of one aspect-ratio bucket."""
+    indices: dict[int, list[int]] = {}
+    for index, (number, row) in enumerate(rows):
+        indices.setdefault(int(loader.shard(number).buckets[row]), []).append(index)
+    return [of_shape[first : first + size] for of_shape in indices.values() for first in range(0, len(of_shape), size)]
+
+
 def read_held_out(
     plan: TrainingPlan, loader: Loader, rows: list[tuple[int, int]], autoencoder: Autoencoder | None
 ) -> HeldOut:
-    """Read held-out rows as in epoch 0, with as many neighbors as in training. autoencoder: None reads latents.
+    """Read held-out rows of one shape as in epoch 0, with as many neighbors as in training.
 
-    Other held-out rows take the place of those that cannot be read.
+    autoencoder: of images to latents; None reads latents. Other held-out rows take the place of those that
+    cannot be read.
     """
     tokens, batch_size = plan.config.train.context_tokens, plan.config.train.micro_batch
     ids, contexts, moments = [], [], []
@@ -72,21 +81,24 @@ class ValidationSet:
     """
 
     def __init__(self, plan: TrainingPlan, loader: Loader, autoencoder: Autoencoder | None, ranks: Ranks) -> None:
-        self._micro_batch, self._ranks = plan.config.train.micro_batch, ranks
+        self._ranks = ranks
         self._objective = Objective(plan.config.diffusion, None, ranks.device)
         rows = held_out_rows(plan.training_set)
         indices = list(range(ranks.rank, len(rows), ranks.world))
         self._counted = len(indices)
         # Under ZeRO 3 a forward pass is a collective, so the last image is repeated to make shares equal.
         indices += [len(rows) - 1] * (-(-len(rows) // ranks.world) - len(indices))
-        images = read_held_out(plan, loader, [rows[index] for index in indices], autoencoder)
-        self._batch = fixed_batch(images, indices, plan)
+        # Parts have one shape: with aspect-ratio buckets they are single images, as many on every rank.
+        size = plan.config.train.micro_batch if len(plan.training_set.shapes) == 1 else 1
+        parts = [indices[first : first + size] for first in range(0, len(indices), size)]
+        images = (read_held_out(plan, loader, [rows[index] for index in part], autoencoder) for part in parts)
+        self._batches = [fixed_batch(held_out, part, plan) for held_out, part in zip(images, parts, strict=True)]
 
     @torch.no_grad()
     def loss(self, unet: torch.nn.Module, dtype: torch.dtype) -> tuple[float, Quartiles]:
         """Mean loss over all held-out images, in total and by quartile; equal on all ranks. A collective."""
-        losses = [self._objective(unet, part, dtype) for part in self._batch.split(self._micro_batch)]
-        timesteps = self._batch.timesteps[: self._counted]
+        losses = [self._objective(unet, batch, dtype) for batch in self._batches]
+        timesteps = torch.cat([batch.timesteps for batch in self._batches])[: self._counted]
         sums = self._objective.by_quartile(torch.cat(losses)[: self._counted], timesteps)
         dist.all_reduce(sums)
         sums = sums.cpu()
@@ -95,7 +107,7 @@ class ValidationSet:
 
 def fixed_batch(images: HeldOut, indices: Sequence[int], plan: TrainingPlan) -> TrainingBatch:
     """A batch of images. The index of an image determines its noise and its timestep, in quartile index % QUARTILES."""
-    shape, steps = plan.training_set.latent_shape, plan.config.diffusion.steps
+    shape, steps = images.latent_shape, plan.config.diffusion.steps
     timesteps, posterior_noise, noise = [], [], []
     for index in indices:
         rng = np.random.default_rng([VALIDATION, index])

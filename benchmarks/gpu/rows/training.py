@@ -83,8 +83,8 @@ def run_training(day: Day, name: str, changes: dict[str, object], on_cpu: bool =
     root = training_root(day)
     settings = {"root": str(root), "autoencoder.path": str(root / "autoencoder"), "autoencoder.scale": 1.0}
     settings |= {"train.name": name, "train.restart": True}
-    settings |= {"train.validation_images": 0, "train.validate_every": 0, "train.preview_every": 0, "train.kid_every": 0}
-    settings |= {"train.preview_prompts": [], "train.ranks": 1, **changes}
+    settings |= {"train.validation_images": 0, "train.validate_every": 0, "train.preview_every": 0}
+    settings |= {"train.kid_every": 0, "train.preview_prompts": [], "train.ranks": 1, **changes}
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={_as_toml(value)}")]
     hidden = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if on_cpu else {}
     command = [sys.executable, "-m", "jobs.train", RECIPE, *words]

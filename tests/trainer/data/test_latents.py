@@ -75,7 +75,7 @@ def test_a_shard_has_the_moments_of_every_view_in_the_order_of_embed(
     autoencoder = Autoencoder.load(autoencoder_config, "cpu")
     tar = ImageTar(root.local_path(f"download/train/{SHARD}.tar"))
     for row, image_id in enumerate(IDS):
-        views = torch.from_numpy(np.stack(list(image_views(tar, image_id, CONFIG))))
+        views = torch.from_numpy(np.stack(list(image_views(tar, image_id, (64, 64), CONFIG))))
         with torch.no_grad():
             expected = autoencoder.encode_moments(views)
         torch.testing.assert_close(torch.from_numpy(moments[row]), expected, atol=1e-2, rtol=1e-2)
@@ -95,19 +95,19 @@ def test_encoding_is_reproducible_and_independent_of_the_batch_size(
 
 def test_view_0_is_the_center_crop_and_the_others_are_seeded_random_crops(root: Root) -> None:
     tar = ImageTar(root.local_path(f"download/train/{SHARD}.tar"))
-    views = list(image_views(tar, IDS[0], CONFIG))
+    views = list(image_views(tar, IDS[0], (64, 64), CONFIG))
     resized = noise(0).resize((87, 64), Image.Resampling.BICUBIC)
     center = np.asarray(resized, np.float32)[:, 11:75].transpose(2, 0, 1) / 127.5 - 1
     np.testing.assert_allclose(views[0], center, atol=1.01 / 127.5)
     assert np.mean(views[0] == center) > 0.99
-    np.testing.assert_array_equal(views[1], list(image_views(tar, IDS[0], CONFIG))[1])
-    other_seed = list(image_views(tar, IDS[0], CONFIG.model_copy(update={"seed": 2})))
+    np.testing.assert_array_equal(views[1], list(image_views(tar, IDS[0], (64, 64), CONFIG))[1])
+    other_seed = list(image_views(tar, IDS[0], (64, 64), CONFIG.model_copy(update={"seed": 2})))
     assert not np.array_equal(views[1], other_seed[1])
 
 
 def test_random_crops_cover_the_image_and_half_are_mirrored() -> None:
     image = Image.fromarray(np.tile(np.arange(100, dtype=np.uint8)[None, :, None], (64, 1, 3)))
-    ramp = ScaledImage(image, (100, 64), (100, 64), 64)
+    ramp = ScaledImage(image, (100, 64), (100, 64), (64, 64))
     crops = [random_crop(ramp, (0, 0, seed), flip=True) for seed in range(200)]
     mirrored = [crop[0, 0, 0] > crop[0, 0, -1] for crop in crops]
     assert 0.4 < np.mean(mirrored) < 0.6
@@ -119,7 +119,7 @@ def test_random_crops_cover_the_image_and_half_are_mirrored() -> None:
 
 def test_resizing_is_antialiased() -> None:
     stripes = Image.fromarray(np.tile(np.array([0, 255], np.uint8)[None, :, None], (640, 320, 3)))
-    assert np.abs(center_crop(decode_image(png(stripes), "stripes", 64))).max() < 0.05
+    assert np.abs(center_crop(decode_image(png(stripes), "stripes", (64, 64)))).max() < 0.05
 
 
 def scene(width: int, height: int) -> Image.Image:
@@ -139,9 +139,9 @@ def jpeg(image: Image.Image) -> bytes:
 @pytest.mark.parametrize("stored", [(1003, 771), (769, 1537), (256, 256), (300, 2400)])
 def test_crops_of_a_jpeg_decoded_at_reduced_size_equal_those_at_full_size(stored: tuple[int, int]) -> None:
     data = jpeg(scene(*stored))
-    small = decode_image(data, "a.jpg", 256)
+    small = decode_image(data, "a.jpg", (256, 256))
     whole = Image.open(io.BytesIO(data)).convert("RGB")
-    large = ScaledImage(whole, whole.size, small.edges, 256)
+    large = ScaledImage(whole, whole.size, small.edges, (256, 256))
     assert (small.raster.width < stored[0]) == (min(stored) >= 2 * 256 * images.MIN_DRAFT_RATIO)
     factor = round(stored[0] / small.raster.width)
     assert small.extent == (stored[0] / factor, stored[1] / factor)
@@ -152,7 +152,7 @@ def test_crops_of_a_jpeg_decoded_at_reduced_size_equal_those_at_full_size(stored
 
 
 def test_a_crop_equals_the_same_part_of_the_scaled_image() -> None:
-    image = decode_image(png(scene(390, 300)), "a.png", 128)
+    image = decode_image(png(scene(390, 300)), "a.png", (128, 128))
     scaled = np.asarray(scene(390, 300).resize((166, 128), Image.Resampling.BICUBIC), np.float32)
     for left in (0, 17, 38):
         part = scaled[:, left : left + 128].transpose(2, 0, 1) / 127.5 - 1
@@ -164,13 +164,13 @@ def test_a_crop_equals_the_same_part_of_the_scaled_image() -> None:
 @pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P"])
 def test_images_of_every_mode_are_converted_to_rgb(mode: str) -> None:
     data = jpeg(scene(900, 800).convert(mode)) if mode in ("L", "CMYK") else png(scene(900, 800).convert(mode))
-    assert center_crop(decode_image(data, "a", 64)).shape == (3, 64, 64)
+    assert center_crop(decode_image(data, "a", (64, 64))).shape == (3, 64, 64)
 
 
 def test_the_manifest_has_the_values_that_training_checks(autoencoder_config: AutoencoderConfig) -> None:
     autoencoder = Autoencoder.load(autoencoder_config, "cpu")
     values = manifest_values(CONFIG, autoencoder)
-    assert values == {"autoencoder": autoencoder.identity, "shape": [4, 8, 8], "views": 3}
+    assert values == {"autoencoder": autoencoder.identity, "shape": [4, 8, 8], "views": 3, "aspect_step": 0}
     with pytest.raises(UserError, match="no multiple of the autoencoder's factor 8"):
         manifest_values(CONFIG.model_copy(update={"size": 60}), autoencoder)
 
@@ -209,4 +209,4 @@ def test_an_image_with_too_many_pixels_is_an_error_before_decoding(monkeypatch: 
     monkeypatch.setattr(images, "MAX_PIXELS", 130 * 96 - 1)
     with pytest.raises(UserError, match="has 130 x 96 pixels"):
         # The file is truncated after the header, so decoding would raise another error.
-        decode_image(png(noise(0))[:5000], "huge.png", 64)
+        decode_image(png(noise(0))[:5000], "huge.png", (64, 64))

@@ -45,7 +45,7 @@ def global_batch(recipe: TrainingRecipe, root: Root, step: int, world: int) -> l
     for rank in range(world):
         rank_loader = loader(recipe, root, rank, world)
         batch = rank_loader.batch(step)
-        slots = rank_slots(rank_loader.order, step * count, count, rank, world).tolist()
+        slots = rank_slots(rank_loader.order.orders[0], step * count, count, rank, world).tolist()
         noises = batch.noise.sum(dim=(1, 2, 3)).tolist()
         samples.update(zip(slots, zip(batch.image_ids.tolist(), batch.timesteps.tolist(), noises), strict=True))
     return [samples[slot] for slot in range(count)]
@@ -206,10 +206,11 @@ def test_drawn_neighbors_do_not_depend_on_the_number_of_ranks(
     )
     single = loader(recipe, training_set)
     for step in (0, 5):
-        contexts = dict(zip(rank_slots(single.order, step * 12, 12, 0, 1).tolist(), single.batch(step).context))
+        slots = rank_slots(single.order.orders[0], step * 12, 12, 0, 1).tolist()
+        contexts = dict(zip(slots, single.batch(step).context, strict=True))
         for rank in range(world):
             rank_loader = loader(recipe, training_set, rank, world)
-            slots = rank_slots(rank_loader.order, step * 12, 12, rank, world).tolist()
+            slots = rank_slots(rank_loader.order.orders[0], step * 12, 12, rank, world).tolist()
             for slot, context in zip(slots, rank_loader.batch(step).context, strict=True):
                 assert torch.equal(context, contexts[slot])
 
@@ -301,8 +302,8 @@ def test_random_crops_differ_between_epochs_and_not_between_numbers_of_ranks(
     differing = [not torch.equal(*pair) for pair in crops.values()]
     assert np.mean(differing) > 0.8
     second = loader(recipe, training_set, rank=1, world=2).batch(3)
-    slots = rank_slots(single.order, 36, 12, 1, 2).tolist()
-    order = rank_slots(single.order, 36, 12, 0, 1).tolist()
+    slots = rank_slots(single.order.orders[0], 36, 12, 1, 2).tolist()
+    order = rank_slots(single.order.orders[0], 36, 12, 0, 1).tolist()
     assert torch.equal(second.inputs, batches[3].inputs[[order.index(slot) for slot in slots]])
 
 
@@ -310,7 +311,7 @@ def test_a_changed_batch_goes_on_at_the_next_position(training_set: Root, autoen
     recipe = make_recipe(autoencoder_folder, global_batch=12)
     plan = plan_of(autoencoder_folder, training_set, global_batch=4)
     before = loader(recipe, training_set).batch(3)
-    slots = rank_slots(loader(recipe, training_set).order, 36, 12, 0, 1).tolist()
+    slots = rank_slots(loader(recipe, training_set).order.orders[0], 36, 12, 0, 1).tolist()
     ids = dict(zip(slots, before.image_ids.tolist(), strict=True))
     shifted = Loader(plan, training_set, 0, 1, shift=36 - 3 * 4)
     for part, step in enumerate((3, 4, 5)):

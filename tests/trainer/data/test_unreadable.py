@@ -100,9 +100,9 @@ class Shard:
 
 def test_a_read_error_is_tried_again_and_a_shard_of_unreadable_rows_is_an_error(monkeypatch) -> None:
     monkeypatch.setattr(unreadable, "PAUSES_S", (0.0, 0.0))
-    row, inputs = read_or_replace(Shard(2, range(0)), 7, 3, range(30), (1,))
+    row, inputs = read_or_replace(Shard(2, range(0)), 7, 3, np.arange(30), (1,))
     assert (row, inputs.tolist()) == (7, [7, 3])
-    assert read_or_replace(Shard(3, range(0)), 7, 3, range(30), (1,))[0] != 7
-    assert read_or_replace(Shard(0, range(20)), 7, 3, range(30), (1,))[0] >= 20
+    assert read_or_replace(Shard(3, range(0)), 7, 3, np.arange(30), (1,))[0] != 7
+    assert read_or_replace(Shard(0, range(20)), 7, 3, np.arange(30), (1,))[0] >= 20
     with pytest.raises(UserError, match=r"image 7 and 8 others .* cannot be read\..*row 7 is damaged"):
-        read_or_replace(Shard(0, range(30)), 7, 3, range(30), (1,))
+        read_or_replace(Shard(0, range(30)), 7, 3, np.arange(30), (1,))
