@@ -21,7 +21,8 @@ Shape = tuple[int, int]
 def bucket_shapes(size: int, step: int) -> tuple[Shape, ...]:
     """Shapes whose edges are multiples of `step` and whose area is at most size^2, widest last. step 0: the square.
 
-    For each width the height is the largest that fits, and vice versa. Raises UserError unless `step` divides `size`.
+    For each width the height is the largest that fits, and vice versa. Raises UserError unless `step` divides `size` and gives
+    other shapes than the square.
     """
     if not step:
         return ((size, size),)
@@ -29,6 +30,8 @@ def bucket_shapes(size: int, step: int) -> tuple[Shape, ...]:
         raise UserError(f"aspect_step must divide size {size}, got {step}.")
     wide = {(size * size // width // step * step, width) for width in range(size, int(MAX_RATIO * size) + 1, step)}
     shapes = [shape for shape in wide if shape[1] <= MAX_RATIO * shape[0]]
+    if len(shapes) == 1:
+        raise UserError(f"aspect_step {step} gives no shape but the square of {size} px: lower it, or set it to 0.")
     tall = [(width, height) for height, width in shapes]
     return tuple(sorted({*shapes, *tall}, key=lambda shape: shape[1] / shape[0]))
 

@@ -49,7 +49,7 @@ def test_shapes_have_edges_in_steps_areas_within_the_square_and_ratios_up_to_2()
     assert bucket_shapes(64, 0) == ((64, 64),)
     assert bucket_shapes(64, 16) == ((80, 48), (64, 64), (48, 80))
     assert bucket_shapes(256, 32) == ((320, 192), (288, 224), (256, 256), (224, 288), (192, 320))
-    for size, step in ((256, 32), (512, 64), (768, 64), (768, 128)):
+    for size, step in ((256, 32), (512, 64), (768, 64), (512, 128), (768, 128)):
         shapes = bucket_shapes(size, step)
         assert (size, size) in shapes
         assert {(width, height) for height, width in shapes} == set(shapes)
@@ -61,6 +61,8 @@ def test_shapes_have_edges_in_steps_areas_within_the_square_and_ratios_up_to_2()
             assert (min(height, width) + step) * max(height, width) > size**2
     with pytest.raises(UserError, match="aspect_step must divide size 64, got 24"):
         bucket_shapes(64, 24)
+    with pytest.raises(UserError, match="aspect_step 128 gives no shape but the square of 256 px"):
+        bucket_shapes(256, 128)
 
 
 def test_an_image_is_in_the_bucket_of_the_nearest_ratio() -> None:
