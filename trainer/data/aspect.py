@@ -21,8 +21,8 @@ Shape = tuple[int, int]
 def bucket_shapes(size: int, step: int) -> tuple[Shape, ...]:
     """Shapes whose edges are multiples of `step` and whose area is at most size^2, widest last. step 0: the square.
 
-    For each width the height is the largest that fits, and vice versa. Raises UserError unless `step` divides `size` and gives
-    other shapes than the square.
+    For each width the height is the largest that fits, and vice versa. Raises UserError unless `step` divides `size`
+    and gives other shapes than the square.
     """
     if not step:
         return ((size, size),)

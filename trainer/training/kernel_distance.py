@@ -38,7 +38,7 @@ class SampleDistance:
         self.images = len(rows)
         own = range(ranks.rank, len(rows), ranks.world)
         parts = parts_of_one_shape(loader, [rows[index] for index in own], IMAGES)
-        self._parts = []
+        self._parts: list[tuple[list[int], HeldOut]] = []
         for part in parts:
             images = read_held_out(plan, loader, [rows[own[i]] for i in part], encoder)
             self._parts.append(([own[i] for i in part], images))
