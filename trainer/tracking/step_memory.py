@@ -125,7 +125,8 @@ def step_memory(config: TrainingRecipe, latent_shape: tuple[int, int, int], rank
     encoder, encoding = 0, 0
     if train.source == "images":
         encoder, encoding = encoding_memory(config.autoencoder, train.size, train.micro_batch)
-    average = 4 if train.ema_decay else 0  # without decay, the masters are the average
+    # Without decay, the masters are the average.
+    average = (4 if train.ema_decay else 0) + 4 * len(train.ema_widths)
     return StepMemory(
         parameters=parameters,
         trained=trained,

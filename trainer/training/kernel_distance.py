@@ -30,7 +30,7 @@ class SampleDistance:
     def __init__(
         self, plan: TrainingPlan, loader: Loader, drawer: Drawer, encoder: Autoencoder | None, ranks: Ranks
     ) -> None:
-        """encoder: of images to latents; None reads latents. Raises UserError if [clip] did not encode the neighbors."""
+        """encoder: None reads latents. Raises UserError if [clip] is not the encoder of the neighbors."""
         assert plan.config.clip
         self._clip = neighbors_encoder(plan.config.clip, plan.encoder, str(ranks.device))
         self._drawer, self._ranks = drawer, ranks
