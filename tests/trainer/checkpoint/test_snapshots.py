@@ -35,6 +35,10 @@ def test_a_width_made_from_snapshots_of_a_resumed_run_is_the_average_that_it_tra
         publish_average(plan, root, 0.15)
     train(make_recipe(autoencoder_folder, steps=7, learning_rate=1e-2, **changes), root, ranks=2)
     assert [entry["step"] for entry in snapshots.entries()] == [3, 6, 7]
+    # A run that is killed may have stored a snapshot after its last checkpoint.
+    index = snapshots.root.find_json("checkpoints.json")
+    later = snapshots.entries()[-1] | {"step": 8, "tag": "step-00000008"}
+    snapshots.root.write_json("checkpoints.json", index | {"checkpoints": [*snapshots.entries(), later]})
     train(recipe, root)
     assert [entry["step"] for entry in snapshots.entries()] == [3, 6, 7, 9, 12, 15, 18, 21, 24]
     final = read_model_weights(root, recipe.train.folder)
