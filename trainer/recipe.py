@@ -292,10 +292,9 @@ class TrainConfig(Config):
             )
         if self.optimizer == "adamw_8bit" and self.zero_stage == 3:
             raise ValueError('optimizer "adamw_8bit" works with zero_stage 0, 1 and 2')
-        if (self.validate_every or self.preview_every) and not self.validation_images:
-            raise ValueError("validate_every and preview_every need validation_images of at least 1")
-        if self.kid_every and self.validation_images < 2:
-            raise ValueError("kid_every needs validation_images of at least 2")
+        least = 2 if self.kid_every else int(self.validate_every > 0 or self.preview_every > 0)
+        if self.validation_images < least:
+            raise ValueError(f"validate_every, preview_every and kid_every need validation_images of at least {least}")
         if self.wandb and not self.wandb_project:
             raise ValueError("wandb = true needs a wandb_project")
         if self.keep_every % self.checkpoint_every:

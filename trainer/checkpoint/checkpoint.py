@@ -147,11 +147,7 @@ class CheckpointFolder:
         self.delete_unfinished()
 
     def save(
-        self,
-        engine: deepspeed.DeepSpeedEngine,
-        averages: Sequence[MovingAverage],
-        progress: Progress,
-        ranks: Ranks,
+        self, engine: deepspeed.DeepSpeedEngine, averages: Sequence[MovingAverage], progress: Progress, ranks: Ranks
     ) -> None:
         """Call `finish`, then copy the present state, which a thread writes. A collective."""
         tensors = average_tensors(averages)
@@ -182,9 +178,7 @@ class CheckpointFolder:
         if self._pending is not None and self._pending.done():
             self.finish()
 
-    def load(
-        self, engine: deepspeed.DeepSpeedEngine, averages: Sequence[MovingAverage], ranks: Ranks
-    ) -> Progress:
+    def load(self, engine: deepspeed.DeepSpeedEngine, averages: Sequence[MovingAverage], ranks: Ranks) -> Progress:
         """Load the newest checkpoint, of any number of ranks. Returns what the run has done. A collective.
 
         Without a checkpoint the moments of the optimizer become zero, so that a checkpoint can follow skipped steps.
@@ -278,9 +272,7 @@ class CheckpointFolder:
 def average_tensors(averages: Sequence[MovingAverage]) -> dict[str, torch.Tensor]:
     """The fragments of averages by their keys in a file."""
     return {
-        fragment_key(average.state, fragment): fragment.values
-        for average in averages
-        for fragment in average.fragments
+        fragment_key(average.state, fragment): fragment.values for average in averages for fragment in average.fragments
     }
 
 

@@ -79,9 +79,7 @@ def publish_average(plan: TrainingPlan, root: Root, width: float) -> str:
         )
     updates = [entry["step"] - entry["skipped"] for entry in entries]
     stored = [
-        (entry, Profile(each, done))
-        for entry, done in zip(entries, updates, strict=True)
-        for each in train.ema_widths
+        (entry, Profile(each, done)) for entry, done in zip(entries, updates, strict=True) for each in train.ema_widths
     ]
     factors, error = combine([profile for _, profile in stored], Profile(width, updates[-1]))
     log.info(f"width {width:g} from {len(entries)} snapshots, error of the profile {error:.2%}")

@@ -109,11 +109,7 @@ def encode_shard(
 
 
 def _readable_views(
-    tar: ImageTar,
-    images: list[tuple[int, int]],
-    shape: Shape,
-    config: LatentsConfig,
-    readable: npt.NDArray[np.bool_],
+    tar: ImageTar, images: list[tuple[int, int]], shape: Shape, config: LatentsConfig, readable: npt.NDArray[np.bool_]
 ) -> Iterator[Pixels]:
     """All views of images of one shape, in order; sets `readable` to False for images that cannot be read.
 

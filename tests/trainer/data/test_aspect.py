@@ -19,7 +19,6 @@ from tests.trainer.training.launched import folder_of, train
 from tests.trainer.training_set import (
     NAMES,
     ROWS,
-    SHAPE,
     VIEWS,
     all_ids,
     ids_of,

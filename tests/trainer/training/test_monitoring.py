@@ -11,9 +11,9 @@ from retrieval.clip.encoder import Encoder
 from retrieval.recipe import ClipConfig
 from retrieval.storage.manifest import read_manifest, write_manifest
 from retrieval.storage.root import Root
+from tests.trainer.tiny_run import write_clip
 from tests.trainer.training.launched import folder_of, train
 from tests.trainer.training_set import make_recipe, new_training_set
-from tests.trainer.tiny_run import write_clip
 from trainer.data.loader import Loader
 from trainer.data.plan import make_plan
 from trainer.model.autoencoder import Autoencoder

@@ -76,9 +76,10 @@ def test_too_many_held_out_images_for_one_batch_are_an_error(training_set: Root,
         plan_of(autoencoder_folder, training_set, validation_images=65)
 
 
-@pytest.mark.parametrize("setting", ["validate_every", "preview_every"])
-def test_validation_and_previews_need_held_out_images(setting: str) -> None:
-    with pytest.raises(ValidationError, match="need validation_images of at least 1"):
+@pytest.mark.parametrize("setting", ["validate_every", "preview_every", "kid_every"])
+def test_validation_and_samples_need_held_out_images(setting: str) -> None:
+    least = 2 if setting == "kid_every" else 1
+    with pytest.raises(ValidationError, match=f"need validation_images of at least {least}"):
         make_recipe("", **{setting: 10})
 
 
