@@ -97,7 +97,7 @@ def test_a_run_over_its_limit_goes_on_while_all_pictures_can_be_read(monkeypatch
 
     monkeypatch.setattr(_Loop, "_end", end)
     average = SimpleNamespace(update=lambda updates: None)
-    loop = _Loop(SimpleNamespace(config=recipe_of("").train, ranks=None, average=average), Progress(10, 80, 0, 11))
+    loop = _Loop(SimpleNamespace(config=recipe_of("").train, ranks=None, averages=[average]), Progress(10, 80, 0, 11))
     numbers = torch.ones(1, 3 + 2 * QUARTILES, dtype=torch.float64)
     numbers[0, 1] = 0
     loop._count(numbers, 1.0, None)
