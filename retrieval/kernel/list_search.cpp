@@ -2,8 +2,8 @@
 //
 // Reads the memory of faiss (graph over the centroids, packed 4-bit codes, ids) and the mapped rows. It works as faiss
 // does, but walks by 8-bit centroids, leaves out lists and candidates that probably are no neighbors, and fetches the
-// next codes and rows while it works, so that it rarely waits for memory. Nothing is checked here:
-// `retrieval/kernel/layout.py` did. Needs AVX2, FMA and F16C.
+// next codes and rows while it works, so that it rarely waits for memory. Where all lists and candidates are wanted, it
+// ranks all rows. Nothing is checked here: `retrieval/kernel/layout.py` did. Needs AVX2, FMA and F16C.
 
 #include <immintrin.h>
 #include <sys/mman.h>
@@ -17,6 +17,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <numeric>
 #include <thread>
 #include <vector>
 
@@ -42,6 +43,8 @@ class Search {
 
     void run(const float* query, float* similarities, int64_t* rows) {
         query_ = query;
+        if (settings_.lists >= lists_.num_lists && settings_.candidates >= num_entries())
+            return rank_all(similarities, rows);
         auto& visits = scratch_.scan.visits;
         visits.clear();
         walk_.start(query);
@@ -56,6 +59,18 @@ class Search {
     }
 
   private:
+    // Rows of all lists; a row counts for each of its lists.
+    int64_t num_entries() const { return std::accumulate(lists_.sizes, lists_.sizes + lists_.num_lists, int64_t(0)); }
+
+    // Ranks all visible rows, without their codes: with scores and a scale of 0 the ranking never ends early.
+    void rank_all(float* similarities, int64_t* results) {
+        ranking_.start(num_entries());
+        for (int64_t list = 0; list < lists_.num_lists; ++list)
+            for (const int64_t *id = lists_.ids[list], *end = id + lists_.sizes[list]; id != end; ++id)
+                if (!settings_.visible || settings_.visible[*id]) ranking_.add({*id, 0});
+        ranking_.run(query_, 0, similarities, results);
+    }
+
     // Adds the lists of a beam that are nearest to the query and were not visited, so that there are `lists` visits.
     void order(std::vector<BeamList>& beam, size_t lists) {
         auto& visits = scratch_.scan.visits;
