@@ -29,7 +29,6 @@ MODULES = (
     "open_clip",
     "pandas",
     "pyarrow.parquet",
-    "ray",
     "torch.utils.tensorboard",
 )
 CLIENT = """#!{python} -IS

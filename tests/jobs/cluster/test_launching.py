@@ -103,8 +103,11 @@ def test_deepspeeds_launcher_on_the_machines_of_a_hostfile_without_ray(
     assert read_manifest(Root(copy), FOLDER).checksums() == expected
 
 
-def test_torchrun_on_two_nodes(copy: Path, expected: dict[str, str]) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+def test_torchrun_on_two_nodes(
+    copy: Path, expected: dict[str, str], forked_python: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHON_EXEC", str(forked_python))  # with which torchrun starts ranks
+    launcher = [str(forked_python), "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
     launcher += ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
     module = ["-m", "jobs.train", str(copy / "recipe.toml")]
     nodes = [subprocess.Popen([*launcher, f"--node-rank={number}", *module]) for number in (0, 1)]

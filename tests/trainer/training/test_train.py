@@ -67,17 +67,17 @@ def write_recipe(recipe: TrainingRecipe, root: Root) -> list[str]:
     return ["train_rank", str(path), root.url]
 
 
-def launch(*argv: str) -> subprocess.Popen[str]:
+def launch(python: str, *argv: str) -> subprocess.Popen[str]:
     """Launch `python -m <argv>` in two ranks."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    command = [sys.executable, "-c", LAUNCH, "2", *argv]
+    command = [python, "-c", LAUNCH, "2", *argv]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 @pytest.fixture
 def waiting_ranks(tmp_path: Path) -> tuple[subprocess.Popen[str], list[int]]:
     """A launcher and the process ids of its two ranks, which only wait: they start at once and import no torch."""
-    launcher = launch("waiting_rank", str(tmp_path))
+    launcher = launch(sys.executable, "waiting_rank", str(tmp_path))
     wait_for(lambda: len(list(tmp_path.iterdir())) == 2, lambda: launcher.poll() is None)
     return launcher, [int(path.name) for path in tmp_path.iterdir()]
 
@@ -125,8 +125,13 @@ def test_twenty_seeded_steps_give_the_stored_losses(finished_run: Root) -> None:
 
 
 def test_a_killed_and_terminated_run_equals_an_uninterrupted_run(
-    training_set: Root, autoencoder_folder: str, finished_run: Root
+    training_set: Root,
+    autoencoder_folder: str,
+    finished_run: Root,
+    forked_python: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("PYTHON_EXEC", str(forked_python))  # with which torchrun starts ranks
     recipe = recipe_of(autoencoder_folder)
     # The number of steps may be raised when a run is resumed.
     argv = write_recipe(recipe_of(autoencoder_folder, steps=STEPS - 5), training_set)
@@ -137,7 +142,7 @@ def test_a_killed_and_terminated_run_equals_an_uninterrupted_run(
     ranks[0].join(timeout=300)
     assert ranks[0].exitcode not in (None, 0)
 
-    terminated = launch(*write_recipe(recipe, training_set))
+    terminated = launch(str(forked_python), *write_recipe(recipe, training_set))
     wait_for(lambda: has_step(training_set, 11), lambda: terminated.poll() is None)
     terminated.send_signal(signal.SIGTERM)
     log = terminated.communicate(timeout=300)[1]
