@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from benchmarks.common.report import REPOSITORY
 from benchmarks.gpu import __main__ as program
 from benchmarks.gpu import wheels
 from benchmarks.gpu.__main__ import Call, failure, run_row
@@ -113,20 +112,10 @@ def test_wheels_are_packed_into_bundles_that_can_be_transferred() -> None:
         wheels.bundles(files, 49)
 
 
-def test_the_fast_rows_run_on_a_cpu(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.gpu",
-        "--tiny",
-        "--scratch",
-        str(tmp_path),
-        "--only",
-        "join",
-        "latents",
-    ]
-    process = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stderr[-2000:]
+def test_the_fast_rows_run_on_a_cpu(tmp_path: Path, forked_python: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", str(forked_python))
+    monkeypatch.setattr(sys, "argv", ["gpu", "--tiny", "--scratch", str(tmp_path), "--only", "join", "latents"])
+    program.main()
     rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
     assert [list(row["cases"]) for row in rows.values()] == [["exact", "32 lists"], ["256 px", "512 px", "768 px"]]
     assert not [values for row in rows.values() for values in row["cases"].values() if "failed" in values]

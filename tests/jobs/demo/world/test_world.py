@@ -61,7 +61,7 @@ def config() -> WorldConfig:
 @pytest.fixture(scope="module")
 def folder(config: WorldConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("worlds") / "world"
-    write_world(config, folder)
+    write_world(config.model_copy(update={"workers": 1}), folder)
     return folder
 
 
@@ -243,7 +243,7 @@ def test_every_style_has_its_folder(folder: Path, config: WorldConfig) -> None:
 
 def test_an_equal_config_does_not_change_a_finished_world(folder: Path, config: WorldConfig) -> None:
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    write_world(small_config(port=config.port, workers=1), folder)
+    write_world(config, folder)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
