@@ -9,10 +9,12 @@ import marshal
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from importlib import import_module
@@ -50,7 +52,8 @@ sys.exit(code)
 
 def start_server(folder: Path, owner: int) -> Path:
     """Start a server. Returns the client, a program in the folder."""
-    address, client = folder / "socket", folder / "python"
+    address = Path(tempfile.mkdtemp(dir="/tmp")) / "socket"  # a socket's path has 107 bytes at most
+    client = folder / "python"
     server = subprocess.Popen([sys.executable, __file__, str(address), str(owner)], stdin=subprocess.DEVNULL)
     while not address.exists():
         assert server.poll() is None, "the fork server did not start"
@@ -83,6 +86,7 @@ def serve(address: str, owner: int) -> None:
             run_for(client)
             return
         client.close()
+    shutil.rmtree(Path(address).parent)
 
 
 def run_for(client: socket.socket) -> None:

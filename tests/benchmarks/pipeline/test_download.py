@@ -1,14 +1,20 @@
 """The benchmark of the download at a tiny size, with a real server."""
 
 import json
+import sys
 from pathlib import Path
+
+import pytest
 
 from benchmarks.pipeline import download
 from retrieval.storage.root import Root
 from retrieval.storage.schema import DOWNLOADED, read_table
 
 
-def test_both_sides_store_every_picture_and_the_report_has_their_ratio(tmp_path: Path) -> None:
+def test_both_sides_store_every_picture_and_the_report_has_their_ratio(
+    tmp_path: Path, forked_python: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(forked_python))
     download.main(["--tiny", "--scratch", str(tmp_path)])
     result = json.loads((tmp_path / "download.json").read_text())
     [case] = result["cases"]
