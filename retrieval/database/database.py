@@ -29,7 +29,7 @@ from retrieval.index.hidden import Ids, as_ids, hidden_ids
 from retrieval.index.partition import Partition
 from retrieval.index.partition_files import load_array, load_file
 from retrieval.index.routing import Numbers, Vectors, file_records, route, stored_folders, unit
-from retrieval.index.top_k import Positions, empty_top_k, merge_top_k
+from retrieval.index.top_k import Positions, empty_top_k, is_complete, merge_top_k
 from retrieval.storage.arrow_columns import take_rows
 from retrieval.storage.manifest import Manifest, read_manifest
 from retrieval.storage.root import Root
@@ -187,7 +187,7 @@ class Database:
         return len(self.partitions) == 1 and (not len(self) or self.partitions[0].is_flat)
 
     def __len__(self) -> int:
-        return int(self._offsets[-1])
+        return self._offsets.item(-1)
 
     def first_position(self, number: int) -> int:
         """Position in the database of the first row of a partition."""
@@ -200,7 +200,7 @@ class Database:
     def ids_at(self, positions: Positions) -> Ids:
         """Image ids (...) int64 of rows by position (...)."""
         if len(self.partitions) == 1:
-            return np.asarray(self.partitions[0].ids[positions])
+            return self.partitions[0].ids.take(positions)
         ids = np.empty(positions.size, np.int64)
         for number, index, rows in self._by_partition(positions):
             ids[index] = self.partitions[number].ids[rows]
@@ -287,7 +287,7 @@ class Database:
 
     def neighbors(self, similarities: Vectors, positions: Positions) -> Neighbors:
         """Results (n, k) as `search` returns them, without the columns that are -inf for all queries."""
-        if positions[:, -1:].min(initial=0) < 0:
+        if not is_complete(positions):
             count = int(np.isfinite(similarities).sum(axis=1).max(initial=0))
             similarities, positions = similarities[:, :count], positions[:, :count]
         return Neighbors(self.ids_at(positions), similarities, positions, self)

@@ -20,6 +20,8 @@ def as_array(vectors: Any, location: str) -> npt.NDArray[np.generic]:
 
     Raises UserError for values that are no array. location: what they are, for the message.
     """
+    if type(vectors) is np.ndarray and vectors.dtype.kind in "fiu":
+        return vectors
     try:
         if isinstance(vectors, list | tuple) and len(vectors) and hasattr(vectors[0], "detach"):
             return np.stack([as_array(row, location) for row in vectors])
@@ -55,6 +57,8 @@ def unit_queries(queries: Any, dim: int, location: str) -> Vectors:
         with np.errstate(over="ignore"):
             floats = array.astype(np.float32)
     lengths = np.sqrt(np.einsum("ij,ij->i", floats, floats))
+    if len(lengths) == 1 and SAFE_LENGTHS[0] < (length := lengths.item()) < SAFE_LENGTHS[1]:
+        return floats / length
     if all(SAFE_LENGTHS[0] < length < SAFE_LENGTHS[1] for length in lengths.tolist()):
         return np.asarray(floats / lengths[:, None], np.float32)
     usable, units = unit_rows(array)

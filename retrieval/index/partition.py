@@ -7,6 +7,7 @@ rows, the codes of the others are skipped: `_search_lists`. A flat partition has
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Self
@@ -23,7 +24,8 @@ from retrieval.index.hidden import Ids
 from retrieval.index.partition_files import PartitionFiles
 from retrieval.index.rerank import RerankIndex, StoredRows, chosen_rows, clipped
 from retrieval.index.routing import Numbers, Vectors
-from retrieval.index.top_k import TopK, drop_repeats, empty_top_k
+from retrieval.index.top_k import TopK, drop_repeats, empty_top_k, is_complete
+from retrieval.kernel.list_search import ListSearch
 from retrieval.storage import schema
 
 SCALES = tuple(float(factor * 2**power) for power in range(40) for factor in (1, 1.5))
@@ -48,6 +50,8 @@ VECTOR_COST = 0.1
 MAX_COPIED_ROWS = 32_768
 MAX_COPIED_SHARE = 0.5
 """At most so many visible rows, and at most this share of all rows, are copied to be compared without the others."""
+MAX_PLANS = 256
+"""Prepared searches that are kept, one for each effort and k."""
 
 
 class Partition:
@@ -58,6 +62,7 @@ class Partition:
         self.files = files
         self._hidden = hidden
         self._condition = condition
+        self._plans: dict[tuple[int, Effort], tuple[Callable[..., TopK], tuple[Any, ...]]] = {}
 
     @classmethod
     def open(cls, files: FileCache, folder: str, hidden: Ids, condition: Expression | None = None) -> Self:
@@ -139,12 +144,30 @@ class Partition:
         more lists are visited, in the end all rows. If fewer than k rows are visible, results end in similarity
         -inf and row -1.
         """
+        plan = self._plans.get((k, effort))
+        if plan is None:
+            plan = self._plan(k, effort)
+            if len(self._plans) >= MAX_PLANS:
+                self._plans.clear()
+            self._plans[k, effort] = plan
+        method, arguments = plan
+        return method(self, queries, *arguments)
+
+    def _plan(self, k: int, effort: Effort) -> tuple[Callable[..., TopK], tuple[Any, ...]]:
+        """The method of a search, and its arguments after the queries.
+
+        The method is not bound: a kept reference to this partition would keep its files open.
+        """
         k = min(k, len(self))
         if self.is_flat:
-            return self.compare_all(queries, k)
+            return Partition.compare_all, (k,)
         if self._skips_codes:
-            return self._search_lists(queries, k, effort)
-        return self._search(queries, k, effort, 1.0)
+            return Partition._search_lists, (k, effort)
+        if effort.lists_per_partition >= self.num_lists and k * effort.candidates_per_result >= self.num_visible:
+            return Partition.compare_all, (k,)
+        if self.visible is None and (lists := self.files.list_search) is not None:
+            return Partition._search_compiled, (k, effort, lists, self.files.visits(effort, k))
+        return Partition._search, (k, effort, 1.0)
 
     def compare_all(self, queries: Vectors, k: int) -> TopK:
         """The k best visible rows of each query by comparing all rows, (-inf, -1) where there are fewer.
@@ -160,7 +183,7 @@ class Partition:
     def _search(self, queries: Vectors, k: int, effort: Effort, scale: float) -> TopK:
         """As `search`, in `scale` times the lists, and where rows are hidden for `scale` times the results."""
         fetched = k if self.visible is None else min(int(np.ceil(scale * k)), len(self))
-        if self._compares_all(fetched * effort.candidates_per_result, effort, scale):
+        if scale > 1 and self._compares_all(fetched * effort.candidates_per_result, effort, scale):
             return self.compare_all(queries, k)
         if scale > 1:
             lists = min(math.ceil(scale * effort.lists_per_partition), self.num_lists)
@@ -168,8 +191,20 @@ class Partition:
         similarities, rows = self._search_index(queries, fetched, scaled if scale > 1 else effort)
         if self.visible is not None:
             similarities, rows = _first_visible(similarities, rows, self.visible, k)
-        if rows[:, -1].min(initial=0) >= 0:
-            return similarities, rows
+        return self._completed(queries, (similarities, rows), k, effort, scale)
+
+    def _search_compiled(
+        self, queries: Vectors, k: int, effort: Effort, lists: ListSearch, visits: tuple[tuple[int, int], int]
+    ) -> TopK:
+        """As `search` by the compiled library, where no row is hidden."""
+        results = lists.search(queries, k, *visits)
+        return results if is_complete(results[1]) else self._completed(queries, results, k, effort, 1.0)
+
+    def _completed(self, queries: Vectors, results: TopK, k: int, effort: Effort, scale: float) -> TopK:
+        """The results of a search, those with fewer than k rows by a search in more lists."""
+        similarities, rows = results
+        if is_complete(rows):
+            return results
         scales = _next_scales(scale, (rows >= 0).sum(axis=1), k)
         for next_scale in np.unique(scales[scales > 0]):
             short = np.flatnonzero(scales == next_scale)
@@ -177,9 +212,7 @@ class Partition:
         return similarities, rows
 
     def _compares_all(self, ranked: int, effort: Effort, scale: float) -> bool:
-        """Whether a search that ranks so many candidates compares all visible rows instead."""
-        if scale == 1:
-            return effort.lists_per_partition >= self.num_lists and ranked >= self.num_visible
+        """Whether a repeated search that ranks so many candidates compares all visible rows instead."""
         if self.visible is None:
             return scale * effort.lists_per_partition >= 1.5 * self.num_lists
         return ranked >= MAX_RANKED_SHARE * self.num_visible

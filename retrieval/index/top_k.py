@@ -35,6 +35,13 @@ def empty_top_k(num_queries: int, k: int) -> TopK:
     return np.full((num_queries, k), -np.inf, np.float32), np.full((num_queries, k), -1, np.int64)
 
 
+def is_complete(rows: Positions) -> bool:
+    """Whether no query has fewer than k results (n, k): the last of each is a row."""
+    if rows.size and len(rows) == 1:
+        return rows.item(-1) >= 0
+    return bool(rows[:, -1:].min(initial=0) >= 0)
+
+
 def drop_repeats(similarities: Vectors, rows: Numbers, k: int) -> tuple[Vectors, Numbers]:
     """The first k results (n, k) without repeated rows; (-inf, -1) where there are fewer.
 

@@ -99,9 +99,9 @@ class ListSearch:
         keeps. visible: (rows,) bool, None for all. Equal similarities are ordered by ascending row number. A batch
         runs on the threads of faiss. Raises ValueError for queries of another dim, and MemoryError.
         """
-        queries = np.ascontiguousarray(queries, np.float32)
-        if queries.shape[1] != self._dim:
-            raise ValueError(f"queries have {queries.shape[1]} dimensions, the vectors have {self._dim}")
+        units: Any = np.ascontiguousarray(queries, np.float32)
+        if units.shape[1] != self._dim:
+            raise ValueError(f"queries have {units.shape[1]} dimensions, the vectors have {self._dim}")
         similarities: Any = np.empty((len(queries), k), np.float32)
         rows: Any = np.empty((len(queries), k), np.int64)
         if visible is None:
@@ -109,7 +109,7 @@ class ListSearch:
         else:
             settings = ctypes.pointer(_Settings(k, *lists, candidates, visible.ctypes.data))
         threads = faiss.omp_get_max_threads() if len(queries) > 1 else 1
-        start = Start.from_buffer(queries) if queries.flags.writeable else queries.ctypes.data
+        start = Start.from_buffer(units) if units.flags.writeable else units.ctypes.data
         arrays = start, Start.from_buffer(similarities), Start.from_buffer(rows)
         if self._search(self._lists, settings, len(queries), *arrays, threads):
             raise MemoryError

@@ -1,6 +1,7 @@
 """One partition: exact similarities from the mapped file, each row once, and k results."""
 
 import gc
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -280,3 +281,12 @@ def test_metadata_has_the_order_of_the_vectors(in_lists: Database, vectors: Vect
     assert partition.metadata.schema.equals(schema.METADATA)
     assert captions == [f"picture {i - 1000}" for i in partition.ids]
     np.testing.assert_array_equal(partition.embeddings, vectors[partition.ids - 1000].astype(np.float16))
+
+
+def test_a_search_keeps_no_partition_open(in_lists: Database, queries: Vectors) -> None:
+    for effort in (LOW, HIGH):
+        partition = in_lists.open_partition(0)
+        partition.search(queries, 5, effort)
+        opened = weakref.ref(partition)
+        del partition
+        assert opened() is None
