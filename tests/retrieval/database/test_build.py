@@ -65,6 +65,7 @@ def test_large_partitions_get_lists_and_small_ones_an_exhaustive_index(vectors: 
     assert build(vectors[:1000], "at_limit", flat_rows=1000).partitions[0].num_lists == 1
     assert build(vectors[:1001], "beyond", flat_rows=1000).partitions[0].num_lists == 256
     assert not IndexConfig(index_key="Flat", flat_rows=1000).has_lists(5000)
+    assert [IndexConfig().has_lists(rows) for rows in (10_000, 10_001)] == [False, True]
 
 
 @pytest.mark.parametrize("key", ["Flat", *sorted(KINDS)])
