@@ -77,7 +77,10 @@ def expected(training_set: Path) -> dict[str, str]:
 
 
 def command(*words: str, code: int = 0, **environment: str) -> str:
-    """Run Python with these arguments. Returns the lines of stderr that are a UserError."""
+    """Run Python with these arguments. Returns the lines of stderr that are a UserError.
+
+    It is a new interpreter: in a fork of `forked_python`, an import that a command lacks may go unnoticed.
+    """
     done = subprocess.run(
         [sys.executable, *words],
         env=os.environ | environment,
