@@ -56,7 +56,7 @@ class IndexConfig(WorkersConfig):
     codes (retrieval.index.inverted_lists)."""
     flat_rows: int = Field(10_000, ge=MIN_LIST_ROWS)
     """Partitions of at most this many rows are searched exhaustively: 1.4 ms a query at 10,000 rows of 768 dimensions,
-    0.16 ms in lists, whose build and calibration take 18 CPU-seconds more."""
+    0.16 ms in lists, whose build and calibration take 20 CPU-seconds more."""
     store: Literal["float16", "int8"] = added_setting("float16")
     """Numbers of the stored vectors. int8 halves their bytes on disk and in memory, 256 steps a dimension; results are
     ranked by the rounded vectors, and faiss searches the lists instead of the compiled library (docs/indexes.md)."""
