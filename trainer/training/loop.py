@@ -63,7 +63,8 @@ class Session:
         return (self.average, *self.snapshots.averages)
 
     def save(self, progress: Progress) -> None:
-        """Save a checkpoint. A collective."""
+        """Save a checkpoint, after the snapshots up to its step: a resumed run does not repeat these. A collective."""
+        self.snapshots.folder.finish()
         self.checkpoints.save(self.engine, self.averages, progress, self.ranks)
 
 
@@ -163,8 +164,6 @@ class _Loop:
                 session.monitor.run(session.engine, session.average, self.progress.step)
             if session.snapshots.is_due(self.progress.step, config.steps):
                 session.snapshots.save(self.progress, ranks)
-            if ending:
-                session.snapshots.folder.finish()  # a run whose last checkpoint is published has all its snapshots
             if ending or self.progress.step % config.checkpoint_every == 0:
                 session.save(self.progress)
         return stopping

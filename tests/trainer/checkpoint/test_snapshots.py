@@ -1,20 +1,27 @@
 """Snapshots of averages over two starts on different numbers of ranks, and the average of another width from them."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from retrieval.errors import UserError
 from retrieval.storage.manifest import read_manifest
+from retrieval.storage.root import Root
 from tests.trainer.training.launched import train
 from tests.trainer.training_set import make_recipe, new_training_set
+from trainer.checkpoint.checkpoint import CheckpointFolder, Progress
 from trainer.checkpoint.export import read_model_weights
-from trainer.checkpoint.snapshots import publish_average, snapshot_folder
+from trainer.checkpoint.snapshots import Snapshots, publish_average, snapshot_folder
 from trainer.data.plan import TrainingPlan, is_finished, make_plan
-from trainer.engine.power_ema import state_of
+from trainer.engine.deepspeed_engine import Ranks
+from trainer.engine.fragments import Fragment
+from trainer.engine.power_ema import PowerAverage, state_of
 from trainer.model.autoencoder import Autoencoder
+from trainer.training.loop import Session
 
 
 def with_widths(plan: TrainingPlan, *widths: float) -> TrainingPlan:
@@ -55,6 +62,34 @@ def test_a_width_made_from_snapshots_of_a_resumed_run_is_the_average_that_it_tra
     others = snapshots.read_average(snapshots.entries()[-1], shapes, state_of(0.1))
     assert distance(made, tracked) < 0.2 * distance(others, tracked)
     assert distance(final, tracked) > distance(made, tracked)
+
+
+def test_a_checkpoint_is_published_after_the_snapshots_up_to_its_step(process_group: None, tmp_path: Path) -> None:
+    snapshots, checkpoints = (
+        CheckpointFolder(Root(tmp_path / name), "test", {}, keep=1, keep_every=1) for name in ("ema", "checkpoints")
+    )
+    snapshots_before: list[int] = []
+    snapshots.before_publishing = lambda: time.sleep(0.2)  # a slow store
+    checkpoints.before_publishing = lambda: snapshots_before.append(snapshots.newest_step())
+    module = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.AdamW(module.parameters())
+    module(torch.ones(2)).backward()
+    optimizer.step()
+    average = PowerAverage([Fragment("weight", 0, module.weight.detach().view(-1))], 0.1)
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    names = dict.fromkeys(("config", "objective", "loader", "monitor", "training_log", "utilization"))
+    session = Session(
+        **names,
+        ranks=ranks,
+        engine=SimpleNamespace(module=module, optimizer=optimizer, zero_optimization_stage=lambda: 0),
+        average=average,
+        checkpoints=checkpoints,
+        snapshots=Snapshots(snapshots, [average], every=2),
+    )
+    session.snapshots.save(Progress(2), ranks)
+    session.save(Progress(3))
+    checkpoints.finish()
+    assert (checkpoints.newest_step(), snapshots_before) == (3, [2])
 
 
 def distance(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
