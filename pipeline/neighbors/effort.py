@@ -44,7 +44,7 @@ def choose_effort(config: NeighborsConfig, root: Root) -> NeighborsConfig:
     embed, index = read_manifest(root, "embed"), read_manifest(root, "index")
     upstream = {"embed": embed.identity_of("train/"), "index": index.identity}
     # The measurement is short, so it is made again for other inputs without --remake.
-    stage = Stage(Root(root.url, remake=True), FOLDER, SCHEMA_VERSION, config, upstream)
+    stage = Stage(root.remaking(), FOLDER, SCHEMA_VERSION, config, upstream)
     if not stage.finished():
         started = time.time()
         shards = [record for record in embed.shards if record.shard.startswith("train/") and record.rows]

@@ -90,7 +90,7 @@ def erase(root: Root, blocklist: Blocklist) -> dict[str, int]:
     """Erase what the stored plan of a list names; returns the numbers of rewritten shards and partitions."""
     plan = ErasePlan(**root.read_json(plan_file(blocklist)))
     start_erasures(root, blocklist, plan.rows)
-    stage = Stage(Root(root.url, remake=True), f"optout/{blocklist.identity}/erase", SCHEMA_VERSION, Config())
+    stage = Stage(root.remaking(), f"optout/{blocklist.identity}/erase", SCHEMA_VERSION, Config())
     latents = [name for name in _stages(root) if name.startswith("latents/")]
     with ExitStack() as leases:
         for name in (*_stages(root), NEAR_COPIES):

@@ -62,7 +62,7 @@ def table_names(root: Root, databases: list[str]) -> TableNames:
 
 def update_tables(root: Root, tables: TableNames) -> None:
     """Make the tables that are missing or outdated."""
-    stage = Stage(Root(root.url, remake=True), FOLDER, SCHEMA_VERSION, Config(), by_shard=tables.digests)
+    stage = Stage(root.remaking(), FOLDER, SCHEMA_VERSION, Config(), by_shard=tables.digests)
     with stage.building():
         run_shards(stage, list(tables.digests), partial(_table_work, root, tables.pictures), Workers())
 

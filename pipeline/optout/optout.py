@@ -86,7 +86,7 @@ def _hide(blocklist: Blocklist, root: Root, erase: bool) -> None:
     if root.exists("download/manifest.json"):
         inputs["download"] = read_manifest(root, "download").identity
     # Its files are temporary: those of a killed run with other inputs are deleted.
-    temporary = Root(root.url, remake=True)
+    temporary = root.remaking()
     stage = Stage(temporary, name, SCHEMA_VERSION, Config(), {**inputs, "list": blocklist.identity})
     with stage.building(), shared_workers():
         search = ListSearch.prepared(stage, blocklist, databases)

@@ -53,7 +53,7 @@ HashedShards = dict[str, HashedShard]
 def near_copy_stage(root: Root, max_distance: int) -> Stage:
     """The search as a stage. What it finds does not depend on the encoder, so it has a folder of its own."""
     # Its files are derived from `download` in a short time, so they are made again without --remake.
-    temporary = Root(root.url, remake=True)
+    temporary = root.remaking()
     return Stage(temporary, FOLDER, SCHEMA_VERSION, Config(), {"near_copy_bits": str(max_distance)})
 
 

@@ -30,7 +30,7 @@ def data_files(path: str | os.PathLike[str], remedy: str) -> tuple[Root, list[st
     """
     root = Root(path)
     names = root.list("")
-    if names == [""]:
+    if names in ([], [""]) and root.is_file(""):
         folder, name = split_path(path)
         return folder, [name]
     if not names and not root.exists(""):

@@ -119,7 +119,8 @@ class ShardTable(Sequence[ShardRecord]):
 
     def where(self, mask: pa.Array | pa.ChunkedArray) -> "ShardTable":
         """The records where a mask is true; if it is everywhere, these, without a copy."""
-        return self if pc.all(mask).as_py() is not False else ShardTable(self.table.filter(mask))
+        is_whole = pc.all(mask, skip_nulls=False).as_py() is True
+        return self if is_whole else ShardTable(self.table.filter(mask))
 
     def inputs(self) -> Iterator[dict[str, str]]:
         """The inputs of each record, made when read."""

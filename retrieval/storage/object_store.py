@@ -13,6 +13,8 @@ from xml.etree import ElementTree
 
 from fsspec.implementations.local import LocalFileSystem
 
+from retrieval.errors import UserError
+
 PART_BYTES = 1 << 24
 """Smallest part of a multipart upload to S3. Files of at least two parts are sent in parts, ten at once."""
 MAX_PARTS = 10_000
@@ -22,6 +24,8 @@ ATTEMPTS = 8
 """Attempts of a request to S3 that fails with 5xx or no response, 40 s in total; AWS_MAX_ATTEMPTS overrides it."""
 PARTS_AT_ONCE = 8
 """Parts of a listing that are requested at once."""
+MAX_DELETED = 1_000
+"""Objects that one request can delete."""
 PAGES_AHEAD = 16
 """Pages of a part that are held until the parts before it are read."""
 
@@ -78,12 +82,18 @@ def listed_files(fs: Any, url: str, base: str, folder: str, splits: Sequence[str
     if is_s3(url):
         begin = f"{folder.rstrip('/')}/" if folder else ""
         for item in _listed_objects(fs, path, [f"{base}/{name}" for name in splits if name.startswith(begin)]):
-            name = item["Path"][start:].lstrip("/")
-            yield ListedFile(name, item["Size"], item["ETag"], item["LastModified"].timestamp())
+            if not item["Key"].endswith("/"):  # an empty folder that a console made
+                name = item["Path"][start:].lstrip("/")
+                yield ListedFile(name, item["Size"], item["ETag"], item["LastModified"].timestamp())
         return
     if isinstance(fs, LocalFileSystem):
-        for name, state in _local_files(path):
-            yield ListedFile(name[start:].lstrip("/"), state.st_size, "", state.st_mtime)
+        try:
+            for name, state in _local_files(path):
+                yield ListedFile(name[start:].lstrip("/"), state.st_size, "", state.st_mtime)
+        except PermissionError as error:
+            raise UserError(
+                f"{error.filename} cannot be read: {error.strerror}. Give this user access to it, or move it elsewhere."
+            ) from error
         return
     files = fs.find(path, detail=True)
     for name in sorted(files):
@@ -137,8 +147,7 @@ def _listed_objects(fs: Any, folder: str, splits: Sequence[str]) -> Iterator[dic
         while begun:
             for page in begun.popleft().result():
                 for item in page:
-                    if not item["Key"].endswith("/"):  # an empty folder that a console made
-                        yield {**item, "Path": f"{bucket}/{item['Key']}"}
+                    yield {**item, "Path": f"{bucket}/{item['Key']}"}
             begun.extend(islice(parts, 1))
 
 
@@ -186,6 +195,38 @@ def _object(fields: dict[str, str]) -> dict[str, Any]:
     """The fields of an object with their types, as botocore gives them."""
     modified = datetime.fromisoformat(fields["LastModified"])
     return {**fields, "Size": int(fields["Size"]), "LastModified": modified}
+
+
+def delete_objects(fs: Any, path: str) -> None:
+    """Remove an object of S3 and all objects below it, unfinished files and markers of empty folders too."""
+    bucket, key, _ = fs.split_path(path)
+    keys = [*filter(None, [key]), *(item["Key"] for item in _listed_objects(fs, path, ()))]
+
+    def delete(start: int) -> None:
+        objects = [{"Key": key} for key in keys[start : start + MAX_DELETED]]
+        fs.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": objects, "Quiet": True})
+
+    with ThreadPoolExecutor(PARTS_AT_ONCE) as threads:
+        list(threads.map(delete, range(0, len(keys), MAX_DELETED)))
+
+
+def abort_uploads(fs: Any, folder: str) -> None:
+    """Abort unfinished multipart uploads below a folder of S3. Its bucket stores their parts but lists no file."""
+    bucket, key, _ = fs.split_path(folder)
+    prefix = f"{key}/" if key else ""
+    markers: dict[str, str] = {}
+    while True:  # a page has at most 1,000 uploads
+        try:
+            page = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix, **markers)
+        except PermissionError:  # write access may exclude this; then the bucket needs a lifecycle rule
+            return
+        for upload in page.get("Uploads", []):
+            upload_id = {key: upload[key] for key in ("Key", "UploadId")}
+            with suppress(FileNotFoundError):  # ended in the meantime
+                fs.call_s3("abort_multipart_upload", Bucket=bucket, **upload_id)
+        if not page.get("IsTruncated"):
+            return
+        markers = {marker: page[f"Next{marker}"] for marker in ("KeyMarker", "UploadIdMarker")}
 
 
 class RemoteFile(io.RawIOBase):

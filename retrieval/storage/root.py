@@ -64,7 +64,7 @@ class Root:
 
     def __init__(self, url: str | os.PathLike[str], remake: bool = False, cache: tuple[str, float] = ("", 0.0)) -> None:
         self.remake = remake
-        self.cache = cache
+        self.cache = (cache[0] and os.path.abspath(cache[0]), cache[1])  # workers have another working folder
         self.url = os.fspath(url).rstrip("/")
         with extras_named():
             self.fs, self._base = fsspec.core.url_to_fs(self.url, **object_store.filesystem_options(self.url))
@@ -85,6 +85,10 @@ class Root:
     def child(self, name: str) -> "Root":
         """The folder `name` below this one, as a root."""
         return Root(self.at(name), self.remake, self.cache)
+
+    def remaking(self) -> "Root":
+        """This folder as a root with `remake`, for stages with temporary or quickly made files."""
+        return Root(self.url, True, self.cache)
 
     def local_path(self, name: str) -> Path:
         """The local path of a file. Raises UserError for an object store."""
@@ -111,6 +115,11 @@ class Root:
         """Whether a file or folder of this name exists."""
         with self._store_errors(name):
             return bool(self.fs.exists(f"{self._base}/{name}"))
+
+    def is_file(self, name: str) -> bool:
+        """Whether a file of this name exists; "": whether the root itself is a file."""
+        with self._store_errors(name):
+            return bool(self.fs.isfile(f"{self._base}/{name}".rstrip("/")))
 
     def size(self, name: str) -> int:
         """Size of a file in bytes, or -1 if it does not exist."""
@@ -290,11 +299,11 @@ class Root:
         if self.is_local and Path(path).is_dir():
             shutil.rmtree(path)
             return
-        if object_store.is_s3(self.url):  # s3fs lists slowly
-            self.delete_files([*(file.name for file in self.files(name)), name])
-            return
         with suppress(FileNotFoundError), self._store_errors(name):
-            self.fs.rm(glob.escape(path), recursive=True)
+            if object_store.is_s3(self.url):  # s3fs lists slowly
+                object_store.delete_objects(self.fs, path)
+            else:
+                self.fs.rm(glob.escape(path), recursive=True)
 
     def delete_files(self, names: Iterable[str]) -> None:
         """Remove files, of an object store a thousand with one request. Files that do not exist are ignored."""
@@ -319,24 +328,7 @@ class Root:
                 path.unlink(missing_ok=True)
         elif object_store.is_s3(self.url):
             with self._store_errors(folder):
-                self._abort_uploads(f"{self._base}/{folder}/")
-
-    def _abort_uploads(self, below: str) -> None:
-        """Abort unfinished multipart uploads. The bucket stores and charges their parts but lists no file."""
-        bucket, prefix, _ = self.fs.split_path(below)
-        markers: dict[str, str] = {}
-        while True:  # a page has at most 1,000 uploads
-            try:
-                page = self.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix, **markers)
-            except PermissionError:  # write access may exclude this; then the bucket needs a lifecycle rule
-                return
-            for upload in page.get("Uploads", []):
-                upload_id = {key: upload[key] for key in ("Key", "UploadId")}
-                with suppress(FileNotFoundError):  # ended in the meantime
-                    self.fs.call_s3("abort_multipart_upload", Bucket=bucket, **upload_id)
-            if not page.get("IsTruncated"):
-                return
-            markers = {marker: page[f"Next{marker}"] for marker in ("KeyMarker", "UploadIdMarker")}
+                object_store.abort_uploads(self.fs, f"{self._base}/{folder}")
 
 
 def file_sha256(path: Path) -> str:

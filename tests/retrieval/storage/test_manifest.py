@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from retrieval import Root, UserError
@@ -142,3 +143,10 @@ def test_damaged_or_foreign_records_raise_an_error_with_the_next_step(tmp_path: 
     root.write_json("s/manifest.json", {**head, "shards_file": "../other.parquet"})
     with pytest.raises(UserError, match=r"\.\./other\.parquet.*run the stage again"):
         read_manifest(root, "s")
+
+
+def test_records_where_a_mask_is_null_are_left_out() -> None:
+    table, [first, *_] = ShardTable.of(records(3)), records(3)
+    assert list(table.where(pa.array([True, None, False]))) == [first]
+    assert list(table.where(pa.array([True, None, None]))) == [first]
+    assert table.where(pa.array([True] * 3)) is table

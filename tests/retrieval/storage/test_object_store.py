@@ -11,6 +11,7 @@ from s3fs import S3FileSystem
 
 from benchmarks.crashes.store import BUCKET, Store, running_store
 from retrieval import Root, UserError
+from retrieval.storage.data_files import data_files
 from retrieval.storage.object_store import PART_BYTES, ListedFile
 from retrieval.storage.schema import read_table, write_table
 
@@ -213,6 +214,23 @@ def test_many_files_are_deleted_with_one_request_and_names_are_no_patterns(
     assert root.list("stage", "") == [*names[25:], "stage/a1.json"]
     root.delete_except("stage", kept=("a1",))
     assert root.list("stage", "") == ["stage/a1.json"]
+
+
+def test_a_deleted_folder_leaves_no_unfinished_file_and_no_marker_of_an_empty_folder(
+    root: Root, other: S3FileSystem
+) -> None:
+    bucket, key, _ = root.fs.split_path(root.url)
+    for name in ("stage", "stage/", "stage/a", "stage/.partial-0-a", "stage/empty/", "stage-b/"):
+        other.call_s3("put_object", Bucket=bucket, Key=f"{key}/{name}", Body=b"")
+    root.delete("stage")
+    left = other.call_s3("list_objects_v2", Bucket=bucket, Prefix=f"{key}/")["Contents"]
+    assert [item["Key"] for item in left] == [f"{key}/stage-b/"]
+
+
+def test_the_data_of_a_single_file_are_this_file(root: Root) -> None:
+    root.write_bytes("v.npy", b"1")
+    folder, names = data_files(root.at("v.npy"), "")
+    assert (folder.url, names) == (root.url, ["v.npy"])
 
 
 def test_requests_to_a_busy_store_and_over_broken_connections_are_retried(root: Root, store: Store) -> None:

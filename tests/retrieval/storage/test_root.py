@@ -1,6 +1,10 @@
 """Files appear complete or not at all, and listings are sorted."""
 
+import errno
+import os
+import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,6 +49,33 @@ def test_listings_are_sorted_and_hide_unfinished_files(tmp_path: Path) -> None:
     assert root.sizes("s")["s/b/c-d"] == 7
     assert root.list("s/a0") == []
     assert root.list("nowhere") == []
+
+
+def test_a_subfolder_that_cannot_be_read_is_an_error_with_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Root(tmp_path)
+    root.write_bytes("s/closed/x", b"")
+    scandir = os.scandir
+
+    def refused(folder: str) -> Any:  # the superuser, who may run this test, can read every folder
+        if folder.endswith("closed"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(UserError, match=f"{tmp_path}/s/closed cannot be read: Permission denied"):
+        root.list("s")
+
+
+def test_remaking_keeps_the_cache_and_a_relative_one_is_pickled_as_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    root = Root("memory://remaking", cache=("copies", 2.5)).remaking()
+    monkeypatch.chdir("/")
+    for kept in (root, pickle.loads(pickle.dumps(root))):
+        assert (kept.url, kept.remake, kept.cache) == ("memory://remaking", True, (f"{tmp_path}/copies", 2.5))
 
 
 def test_partial_files_of_killed_writers_are_deleted(tmp_path: Path) -> None:
