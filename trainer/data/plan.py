@@ -1,8 +1,10 @@
 """The plan of a training run: a recipe checked against the data, before any process group starts.
 
-Reads the manifests of `neighbors` and of `latents/<size>` (or `download`). Errors name the difference to the recipe.
+Reads the manifests of `neighbors` and of `latents/<size>` (or `download`), with aspect-ratio buckets also that of
+`embed`. Errors name the difference to the recipe.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -83,6 +85,8 @@ def make_plan(config: TrainingRecipe, root: Root, autoencoder: Autoencoder) -> T
         _check_aspect(images, train.aspect_step, root)
     upstream = {"neighbors": neighbors.fingerprint, images.stage: images.fingerprint}
     upstream["autoencoder"] = autoencoder.identity
+    if train.aspect_step:
+        upstream["embed"] = _identity_of_sizes(root, [neighbors, images] if train.source == "latents" else [neighbors])
     if train.start_from:
         upstream["start_from"] = _initial_run(config, root).fingerprint
     unchanged = config.model_copy(update={"train": train.without_changeable()})
@@ -194,6 +198,22 @@ def _check_aspect(latents: Manifest, step: int, root: Root) -> None:
             f"{root.at(latents.stage)} has latents with aspect_step {stored}, but train.aspect_step is {step}. Make "
             f"[latents] and [train] equal, then run 'make latents'."
         )
+
+
+def _identity_of_sizes(root: Root, stages: Sequence[Manifest]) -> str:
+    """Identity of the training shards of `embed`, which have the sizes of the images.
+
+    Raises UserError if one of the stages was made from other shards.
+    """
+    identity = read_manifest(root, "embed").identity_of("train/")
+    for manifest in stages:
+        if manifest.upstream.get("embed") != identity:
+            command = manifest.stage.partition("/")[0]
+            raise UserError(
+                f"{root.at(manifest.stage)} was made from another output of embed than {root.at('embed')}, whose sizes "
+                f"of images decide their aspect-ratio buckets. Run 'make {command}' again."
+            )
+    return identity
 
 
 def _check_latents(

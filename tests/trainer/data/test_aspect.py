@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from retrieval.errors import UserError
 from retrieval.storage import schema
-from retrieval.storage.manifest import read_manifest, write_manifest
+from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, write_manifest
 from retrieval.storage.root import Root
 from tests.trainer.data.test_loader import assert_equal
 from tests.trainer.training.launched import folder_of, train
@@ -98,13 +98,13 @@ def test_buckets_advance_at_an_even_rate_and_read_the_same_shards() -> None:
     assert second != [order.locate(step)[0] for step in range(steps)]
 
 
-def write_sizes(root: Root) -> None:
-    """Tables of embeddings with the sizes of the pictures, in another order than the neighbors."""
-    layout = schema.embeddings(8)
+def write_sizes(root: Root, pictures: tuple[tuple[int, int], ...] = SIZES) -> None:
+    """The stage `embed` with the sizes of the pictures, in another order than the neighbors."""
+    layout, records = schema.embeddings(8), []
     for number, name in enumerate(NAMES):
         ids = ids_of(number)[::-1].tolist()
         count = len(ids)
-        sizes = [SIZES[row % 3] for row in range(count)][::-1]
+        sizes = [pictures[row % 3] for row in range(count)][::-1]
         columns = {
             schema.IMAGE_ID: ids,
             "url": [""] * count,
@@ -115,7 +115,16 @@ def write_sizes(root: Root) -> None:
             schema.NORM: [None] * count,
             schema.EMBEDDING: schema.fixed_lists(np.zeros((count, 8), np.float16)),
         }
-        schema.write_table(root, f"embed/train/{name}.parquet", pa.table(columns, schema=layout), layout)
+        file = schema.write_table(root, f"embed/train/{name}.parquet", pa.table(columns, schema=layout), layout)
+        records.append(ShardRecord(f"train/{name}", count, (file,)))
+    write_manifest(root, Manifest("embed", schema.VERSION, "", {}, {}, records, {}, 0.0))
+
+
+def mark_as_made_from_embed(root: Root, *stages: str) -> None:
+    """Write the present identity of `embed` into manifests of later stages."""
+    identity = read_manifest(root, "embed").identity_of("train/")
+    for stage in stages:
+        write_manifest(root, replace(read_manifest(root, stage), upstream={"embed": identity}))
 
 
 def bucket_of(image_id: int) -> int:
@@ -136,6 +145,7 @@ def bucketed(training_set: Root, autoencoder_folder: str) -> Root:
         write_latents(training_set, name, ids_of(number), moments)
     manifest = read_manifest(training_set, "latents/64")
     write_manifest(training_set, replace(manifest, values=manifest.values | {"aspect_step": STEP}))
+    mark_as_made_from_embed(training_set, "neighbors", "latents/64")
     return training_set
 
 
@@ -186,6 +196,19 @@ def test_batches_of_buckets_do_not_depend_on_ranks_or_on_the_step_of_a_resumed_r
         Loader(plan_of(autoencoder_folder, bucketed, aspect_step=STEP), bucketed, 0, 1, shift=3)
 
 
+def test_sizes_of_another_embed_than_that_of_the_latents_and_neighbors_are_refused(
+    bucketed: Root, autoencoder_folder: str
+) -> None:
+    before = plan_of(autoencoder_folder, bucketed, aspect_step=STEP)
+    write_sizes(bucketed, pictures=(SIZES[1], SIZES[0], SIZES[2]))
+    for stage in ("neighbors", "latents/64"):
+        with pytest.raises(UserError, match=rf"{stage} was made from another output of embed.*'make {stage[:7]}"):
+            plan_of(autoencoder_folder, bucketed, aspect_step=STEP)
+        mark_as_made_from_embed(bucketed, stage)
+    # A run does not go on with other buckets.
+    assert plan_of(autoencoder_folder, bucketed, aspect_step=STEP).checkpoint_identity != before.checkpoint_identity
+
+
 def test_held_out_images_of_one_shape_are_read_together(bucketed: Root, autoencoder_folder: str) -> None:
     plan = plan_of(autoencoder_folder, bucketed, aspect_step=STEP, validation_images=7)
     loader, rows = Loader(plan, bucketed, 0, 1), held_out_rows(plan.training_set)
@@ -232,6 +255,7 @@ def write_pictures(root: Root) -> None:
 def test_pictures_are_cropped_to_the_shape_of_their_bucket(training_set: Root, autoencoder_folder: str) -> None:
     write_sizes(training_set)
     write_pictures(training_set)
+    mark_as_made_from_embed(training_set, "neighbors")
     loader = loader_of(training_set, autoencoder_folder, source="images", flip=False)
     for step in range(12):
         batch = loader.batch(step)
@@ -254,6 +278,7 @@ def test_latents_of_buckets_are_those_of_the_crops_in_the_order_of_the_table(
     encode = make_shard_encoder(config, make_recipe(autoencoder_folder).autoencoder, training_set)
     rows = {name: encode(name).rows for name in NAMES}
     write_stage(training_set, "latents/64", rows, manifest_values(config, autoencoder))
+    mark_as_made_from_embed(training_set, "neighbors", "latents/64")
     from_latents = loader_of(training_set, autoencoder_folder)
     shard = from_latents.shard(0)
     for row in (0, 1, 2, 29):
