@@ -35,8 +35,11 @@ def run(recipe: Recipe, ray_tasks: int | None = None) -> None:
     run_in_parts(stage, recipe[SampleConfig], trained_model(recipe), recipe.root, ray_tasks)
 
 
-def run_one(recipe: Recipe, prompt: str, out: Path, again: Path | None = None) -> None:
-    """Write one picture with its recipe: of `prompt`, or reproduced from the PNG `again`."""
+def run_one(recipe: Recipe, prompt: str, out: Path, again: Path | None = None, group: str = "") -> None:
+    """Write one picture with its recipe: of `prompt`, or reproduced from the PNG `again`.
+
+    group: a condition; the picture is also drawn without the rows that meet it, and only this one is written.
+    """
     if out.suffix != ".png" or not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: wanted a file that ends in .png, in an existing folder")
     folder = Root(out.absolute().parent)
@@ -44,8 +47,8 @@ def run_one(recipe: Recipe, prompt: str, out: Path, again: Path | None = None) -
     started = time.monotonic()
     config, model = recipe[SampleConfig], trained_model(recipe)
     credentials, attribution = picture_credentials(config), None
-    if config.without:
-        attribution = attribute_one(recipe, prompt, again)
+    if group:
+        attribution = attribute_one(recipe, prompt, again, group)
         sample = attribution.without
     elif again is None:
         sample = stage.sample_prompt(config, model, recipe.root, prompt)
@@ -57,17 +60,17 @@ def run_one(recipe: Recipe, prompt: str, out: Path, again: Path | None = None) -
     conditioning = f"{len(sample.neighbors)} neighbors from {names}" if names else "text alone"
     print(f"{out}: {width} x {height}, {conditioning}, {time.monotonic() - started:.1f} s")
     if attribution is not None:
-        print(attribution_text(attribution, config.without))
+        print(attribution_text(attribution, group))
 
 
-def attribute_one(recipe: Recipe, prompt: str, again: Path | None) -> Attribution:
-    """A picture with and without the rows that meet [sample] without: of `prompt`, or of the PNG `again`."""
+def attribute_one(recipe: Recipe, prompt: str, again: Path | None, group: str) -> Attribution:
+    """A picture with and without the rows that meet a condition: of `prompt`, or of the PNG `again`."""
     config, model = recipe[SampleConfig], trained_model(recipe)
     complete = config.model_copy(update={"without": ""})
     if again is None:
-        return attribute(*stage.open_prompt(complete, model, recipe.root, prompt), config.without)
+        return attribute(*stage.open_prompt(complete, model, recipe.root, prompt), group)
     stored = recipe_of(again)
-    attribution = attribute(*stage.open_recipe(complete, model, recipe.root, stored), config.without)
+    attribution = attribute(*stage.open_recipe(complete, model, recipe.root, stored), group)
     stage.require_neighbors(attribution.sample, stored)
     return attribution
 
@@ -78,8 +81,8 @@ def attribution_text(attribution: Attribution, group: str) -> str:
         f"without the rows where {group}: CLIP similarity to the picture with them {attribution.clip_similarity:.3f}, "
         f"mean difference of pixels {attribution.pixel_difference:.1f} of 255"
     ]
-    for title, neighbors in (("left out", attribution.removed), ("in their place", attribution.added)):
-        lines.append(f"{len(neighbors)} neighbors {title}")
+    for title, neighbors in (("with", attribution.removed), ("without", attribution.added)):
+        lines.append(f"{len(neighbors)} neighbors only in the picture {title} them")
         lines += [
             f"  {each.similarity:.3f}  {each.database}  {each.image_id}  {printable(each.caption)}"
             for each in neighbors
@@ -173,7 +176,9 @@ def is_single(arguments: Namespace) -> bool:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     out = arguments.out or Path("sample.png")
-    sample_one = partial(run_one, prompt=arguments.prompt or "", out=out, again=arguments.again)
+    sample_one = partial(
+        run_one, prompt=arguments.prompt or "", out=out, again=arguments.again, group=arguments.without or ""
+    )
 
     def work() -> None:
         arguments.overrides += overrides(arguments)

@@ -43,7 +43,7 @@ retrieval/kernel:
 retrieval/lazy: extras
 retrieval/perceptual_hash:
 retrieval/pictures: errors storage
-retrieval/provenance: errors extras
+retrieval/provenance: errors extras pictures
 retrieval/recipe: config
 retrieval/storage: config errors extras
 retrieval/updates: database errors imports index recipe storage

@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from retrieval.index.conditions import parse_condition
+from retrieval.database.database import Database
+from retrieval.index.conditions import parse_condition, rows_that_meet
+from trainer.sampling.conditioning import neighbor_table
 from trainer.sampling.request import Neighbor, Request, Sample
 from trainer.sampling.sampler import Sampler
 
@@ -39,22 +41,37 @@ class Attribution:
 def attribute(sampler: Sampler, request: Request, group: str) -> Attribution:
     """The picture of a request with and without the rows that meet the condition `group`, see `parse_condition`.
 
-    A picture without such neighbors is not drawn again: it is the same to the bit. A search of an approximate index
-    without the group may return other rows too; `removed` and `added` list all. Raises UserError for an invalid
-    condition or request.
+    A picture without such neighbors is neither searched for nor drawn again: it is the same to the bit. Otherwise the
+    search without the group may return other rows of an approximate index, so `removed` may contain neighbors that do
+    not meet the condition. Raises UserError for an invalid condition or request.
     """
-    parse_condition(group)
-    condition = f"({request.without}) or ({group})" if request.without else group
-    other = replace(request, without=condition)
-    (batch,) = sampler.plan([other])  # first, so that an unknown column is refused before a picture is drawn
-    (sample,) = sampler.sample([request])
-    if _keys(batch.items[0].neighbors) == _keys(sample.neighbors):
-        without = replace(sample, request=other)
+    other = replace(request, without=_either(request.without, group))
+    sampler.check([other])
+    (batch,) = sampler.plan([request])
+    databases = [sampler.database(name) for name in request.database_weights()]
+    if any(_has_rows(group, batch.items[0].neighbors, database) for database in databases):
+        (other_batch,) = sampler.plan([other])
+        ((sample,),) = sampler.draw([batch])
+        ((without,),) = sampler.draw([other_batch])
     else:
-        ((without,),) = sampler.draw([batch])
+        ((sample,),) = sampler.draw([batch])
+        without = replace(sample, request=other)
     first, second = sampler.encoder.encode_images([sample.picture, without.picture])
     pixels = [np.asarray(each.picture, np.float32) for each in (sample, without)]
     return Attribution(sample, without, float(first @ second), float(np.abs(pixels[0] - pixels[1]).mean()))
+
+
+def _either(first: str, second: str) -> str:
+    """The condition that one of two holds; `first` may be empty. Raises UserError if `second` is invalid."""
+    parse_condition(second)
+    # Each bracket is on a line of its own, since a condition may end in a comment.
+    return second if first in ("", second) else f"({first}\n) or ({second}\n)"
+
+
+def _has_rows(condition: str, neighbors: Sequence[Neighbor], database: Database) -> bool:
+    """Whether a neighbor from this database meets a condition. Raises UserError if the database lacks its columns."""
+    rows = neighbor_table([each for each in neighbors if each.database == database.name], database)
+    return bool(rows_that_meet(parse_condition(condition), rows).any())
 
 
 def _not_in(neighbors: Sequence[Neighbor], others: Sequence[Neighbor]) -> tuple[Neighbor, ...]:

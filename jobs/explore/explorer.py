@@ -128,8 +128,8 @@ class Explorer:
             self._unet = sampler.unet = CancellableUNet(sampler.unet)
         for name, database in self.databases.items():
             self.pictures.add(name, database)
-        last = sorted(self.databases.values(), key=lambda database: database.name != TRAINING_DATABASE)
-        self.examples = example_captions(last, encoder)
+        styles_first = [*self.styles, *(name for name in self.databases if name == TRAINING_DATABASE)]
+        self.examples = example_captions([self.databases[name] for name in styles_first], encoder)
         """Texts that the encoder knows, for the page."""
         first = (self.styles or [TRAINING_DATABASE])[0]
         self.first_search = SearchRequest(text="".join(self.examples[:1]), database=first, k=min(12, limits.max_k))

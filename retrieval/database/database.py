@@ -5,7 +5,7 @@ exact similarity: the candidates are approximate, their order is exact.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -138,19 +138,19 @@ class Database:
             other.partitions = OneOpened(len(self._folders), self.open_partition)
         return other
 
-    def where(self, condition: Expression | str) -> "Database":
+    def where(self, condition: Expression | str, parse: Callable[[str], Expression] = parse_condition) -> "Database":
         """This database with only the rows that meet a condition. Both share all opened files.
 
-        condition: an Arrow expression over the columns of `metadata_at`, or a text, see `parse_condition`. Rows where
-        its value is null do not meet it. A later condition is added to an earlier one. The condition is evaluated once
-        for each partition, so keep the result for more searches; that of a text is kept. Raises UserError.
+        condition: an Arrow expression over the columns of `metadata_at`, or a text for `parse`. Rows where its value is
+        null do not meet it. A later condition is added to an earlier one. The condition is evaluated once for each
+        partition, so keep the result for more searches; that of a text is kept. Raises UserError.
         """
         if isinstance(condition, str):
-            view = self._views.get(condition)  # another thread may clear them
+            view = self._views.get((condition, parse))  # another thread may clear them
             if view is None:
                 if len(self._views) >= MAX_VIEWS:
                     self._views.clear()
-                view = self._views.setdefault(condition, self.where(parse_condition(condition)))
+                view = self._views.setdefault((condition, parse), self.where(parse(condition)))
             return view
         combined = condition if self.condition is None else self.condition & condition
         return self._hiding(self.hidden, combined)
@@ -164,8 +164,8 @@ class Database:
         return other
 
     @cached_property
-    def _views(self) -> dict[str, "Database"]:
-        """Databases by the text of their condition."""
+    def _views(self) -> dict[tuple[str, Callable[[str], Expression]], "Database"]:
+        """Databases by the text of their condition and the function that parses it."""
         return {}
 
     @cached_property

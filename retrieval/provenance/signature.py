@@ -17,6 +17,7 @@ from PIL import Image
 
 from retrieval.errors import UserError
 from retrieval.extras import extras_named
+from retrieval.pictures.decode import PictureError, codec_errors
 from retrieval.provenance.credentials import Credentials
 
 with extras_named():
@@ -25,7 +26,9 @@ with extras_named():
 GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 DIGESTS = "laion-rdm.digests"
 """Label of our assertion: digests of the model and of the databases."""
-MEDIA_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg"}
+FORMATS = ("PNG", "JPEG")
+MEDIA_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "MPO": "image/jpeg"}
+"""By Pillow's name of the format. MPO: a JPEG with further pictures behind the first."""
 OFFLINE = {"verify": {"remote_manifest_fetch": False}}
 WITHOUT_THUMBNAIL = {"builder": {"thumbnail": {"enabled": False}}}
 
@@ -172,7 +175,7 @@ def _neighbor(ingredient: dict[str, Any]) -> dict[str, Any]:
 
 def _media_type(picture: bytes) -> str:
     try:
-        with Image.open(io.BytesIO(picture), formats=list(MEDIA_TYPES)) as image:
+        with codec_errors(), Image.open(io.BytesIO(picture), formats=FORMATS) as image:
             return MEDIA_TYPES[str(image.format)]
-    except OSError as error:
+    except PictureError as error:
         raise UserError(f"wanted a PNG or JPEG picture: {error}") from error

@@ -92,7 +92,9 @@ def test_a_picture_is_drawn_again_without_a_group_of_neighbors(recipe, tmp_path,
     sample.main([str(recipe), "--again", str(out), "--out", str(without), *group])
     text = capsys.readouterr().out
     assert f"without the rows where image_id in [{best}]: CLIP similarity to the picture with them" in text
-    left_out, in_their_place = text.partition("1 neighbors left out")[2].split("1 neighbors in their place")
+    left_out, in_their_place = text.partition("1 neighbors only in the picture with them")[2].split(
+        "1 neighbors only in the picture without"
+    )
     assert str(best) in left_out
     assert "caption of green-" in in_their_place
     assert best not in [image_id for image_id, _ in read_recipe(without.read_bytes())["neighbors"]]
@@ -100,6 +102,21 @@ def test_a_picture_is_drawn_again_without_a_group_of_neighbors(recipe, tmp_path,
     assert again.read_bytes() == without.read_bytes()
     sample.main([str(recipe), "--prompt", "a stag", "--out", str(again), *group])
     assert again.read_bytes() == without.read_bytes()
+
+
+def test_the_condition_of_the_recipe_holds_for_new_pictures_and_compares_nothing(recipe, tmp_path, capsys):
+    out, without, again = tmp_path / "first.png", tmp_path / "without.png", tmp_path / "again.png"
+    sample.main([str(recipe), "--prompt", "a stag", "--out", str(out)])
+    best = read_recipe(out.read_bytes())["neighbors"][0][0]
+    conditional = [str(recipe), "--set", f"sample.without='image_id == {best}'"]
+    sample.main([*conditional, "--prompt", "a stag", "--out", str(without)])
+    stored = read_recipe(without.read_bytes())
+    assert stored["without"] == f"image_id == {best}"
+    assert best not in [image_id for image_id, _ in stored["neighbors"]]
+    for picture in (out, without):
+        sample.main([*conditional, "--again", str(picture), "--out", str(again)])
+        assert again.read_bytes() == picture.read_bytes()
+    assert "CLIP similarity" not in capsys.readouterr().out
 
 
 def test_a_signed_picture_is_verified_from_the_shell_and_reproduced(recipe, tmp_path, capsys):

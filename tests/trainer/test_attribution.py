@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from retrieval.database.database import Database
 from retrieval.errors import UserError
 from tests.trainer.tiny_run import write_run
 from trainer.attribution import attribute
@@ -63,6 +64,31 @@ def test_the_recipe_of_the_picture_without_a_group_reproduces_it(sampler):
     assert np.array_equal(pixels(again), pixels(first.without))
     second = attribute(sampler, first.without.request, of_style("deep_red"))
     assert all("sky_blue" in each.url for each in second.without.neighbors)
+
+
+def test_without_a_neighbor_of_the_group_an_approximate_index_is_not_searched_again(sampler, monkeypatch):
+    search, conditions = Database.search, []
+
+    def recorded(database, *args, **options):
+        conditions.append(database.condition)
+        return search(database, *args, **options)
+
+    monkeypatch.setattr(Database, "search", recorded)
+    attribute(sampler, REQUEST, "norm < 0")
+    assert conditions == [None]
+    attribute(sampler, REQUEST, "norm > 0")
+    assert conditions[1] is None
+    assert conditions[2] is not None
+
+
+def test_conditions_are_combined_also_if_they_end_in_a_comment_and_an_equal_one_is_kept(sampler):
+    red, green = f"{of_style('deep_red')} # red", f"{of_style('green')} # green"
+    first = attribute(sampler, REQUEST, red)
+    second = attribute(sampler, first.without.request, green)
+    assert all("sky_blue" in each.url for each in second.without.neighbors)
+    same = attribute(sampler, first.without.request, red)
+    assert same.without.request.without == red
+    assert (same.removed, same.pixel_difference) == ((), 0.0)
 
 
 def test_rows_with_a_missing_value_are_not_in_the_group(sampler):

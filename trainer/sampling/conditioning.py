@@ -5,8 +5,10 @@ Each distinct prompt is encoded once, and each distinct query is searched once p
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from retrieval.database.database import Database
 from retrieval.errors import UserError
@@ -21,6 +23,7 @@ RECALL = 0.95
 MIN_MEAN = 1e-5
 """A shorter mean of unit vectors has no direction but that of rounding errors."""
 MAIN_FIELDS = (schema.IMAGE_ID, "url", "caption", schema.NORM)
+"""Columns of the metadata that are fields of Neighbor; the others are its details."""
 
 
 @dataclass(frozen=True)
@@ -153,22 +156,29 @@ def _search(database: Database, queries: Vectors, search: Search, norm: ContextN
     """The most similar rows of a database for each query (n, dim), with vectors at the length that the model takes."""
     _, count, kind, without = search
     if without:
-        database = database.where(parse_complement(without))
+        database = database.where(without, parse_complement)
     results = database.search(queries, count, recall=RECALL, like=kind)
     embeddings = results.embeddings
     if norm == "raw":
         embeddings = at_raw_norm(embeddings, results.norms, f"database {database.name}")
     return [
         [
-            (Neighbor(int(id_), float(score), row["url"], row["caption"], database.name, 1.0, details(row)), vector)
-            for id_, score, vector, row in zip(ids, similarities, vectors, table.to_pylist(), strict=True)
+            (_neighbor(database.name, float(score), row), vector)
+            for score, vector, row in zip(similarities, vectors, table.to_pylist(), strict=True)
         ]
-        for ids, similarities, vectors, table in zip(
-            results.ids, results.similarities, embeddings, results.rows, strict=True
-        )
+        for similarities, vectors, table in zip(results.similarities, embeddings, results.rows, strict=True)
     ]
 
 
-def details(row: dict[str, object]) -> dict[str, object]:
-    """Metadata of an image other than MAIN_FIELDS; unknown values are left out."""
-    return {name: value for name, value in row.items() if name not in MAIN_FIELDS and value is not None}
+def _neighbor(database: str, similarity: float, row: dict[str, Any]) -> Neighbor:
+    """row: the metadata of the image; unknown values are no details."""
+    details = {name: value for name, value in row.items() if name not in MAIN_FIELDS and value is not None}
+    return Neighbor(
+        **{name: row[name] for name in MAIN_FIELDS}, similarity=similarity, database=database, details=details
+    )
+
+
+def neighbor_table(neighbors: Sequence[Neighbor], database: Database) -> pa.Table:
+    """The metadata of neighbors from a database, in the columns of its `metadata_at`."""
+    rows = [{name: getattr(each, name) for name in MAIN_FIELDS} | each.details for each in neighbors]
+    return pa.Table.from_pylist(rows, database.metadata_at(np.empty(0, np.int64)).schema)

@@ -233,6 +233,8 @@ class Neighbor:
     """Weight in attention; prompt and images have weight 1."""
     details: dict[str, Any] = field(default_factory=dict)
     """Further metadata in the database: license, title, artist, source, box."""
+    norm: float | None = None
+    """Length of its CLIP vector before normalization; None if unknown."""
 
 
 @dataclass(frozen=True)

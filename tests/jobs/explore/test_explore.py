@@ -16,6 +16,7 @@ from gradio import processing_utils
 from gradio.data_classes import FileData
 from PIL import Image
 
+from jobs.explore import explorer as explorer_module
 from jobs.explore.__main__ import TOKEN_VARIABLE, make_app, token_of
 from jobs.explore.api_models import SampleRequest, SearchRequest, encode_mix
 from jobs.explore.examples import candidates, known_captions
@@ -40,6 +41,7 @@ from tests.jobs.explore.explore_run import (
     wait_until,
     write_root,
 )
+from tests.retrieval.provenance.hostile_pictures import png_of_too_many_pixels, png_with_a_text_bomb
 from tests.trainer.tiny_run import DIM, pictures_of
 from trainer.sampling.picture import read_recipe
 from trainer.sampling.sampler import TrainedModel
@@ -425,7 +427,8 @@ def test_the_signed_statement_of_a_picture_is_checked(run, app):
     assert [row["image_id"] for row in statement["neighbors"]] == [row["image_id"] for row in answer["neighbors"]]
     unsigned = post(app, "/verify", {"image": base64_of(encode_picture(pictures_of("green")[0]))})
     assert (unsigned.status_code, unsigned.json()["detail"]) == (404, "This picture has no signed statement.")
-    assert post(app, "/verify", {"image": base64_of(b"no picture")}).status_code == 400
+    for file in (b"no picture", png_of_too_many_pixels(), png_with_a_text_bomb()):
+        assert post(app, "/verify", {"image": base64_of(file)}).status_code == 400
     html = verification(SignedPicture(False, False, ("<b>",), "<i>", "", {}, ({"caption": "<script>"},)))
     assert "Not valid" in html
     assert not {"<b>", "<i>", "<script>"} & set(re.findall("<[a-z]+>", html))
@@ -448,8 +451,8 @@ def test_a_page_shows_the_steps_of_a_picture_and_a_cancelled_one_says_so(run):
                 context.visits.end("visit")
         return results
 
-    assert asyncio.run(shown(3)) == ["3 of 3"]
-    first, last = asyncio.run(shown(999))
+    assert asyncio.run(shown(3))[-1] == "3 of 3"
+    first, *_, last = asyncio.run(shown(999))
     assert re.search(r"Step \d+ of 999", first)
     assert "Cancelled." in last
     wait_until(lambda: not len(explorer.samples))
@@ -465,6 +468,18 @@ def test_examples_are_captions_that_find_their_own_pictures(run):
     assert sorted(captions) == sorted(f"caption of green-{n}" for n in (*range(5), *range(6, 24)))
     rows = database.metadata_at(np.arange(len(database)))["caption"].to_pylist()
     np.testing.assert_array_equal(vectors[0], database.rows_at(np.array([rows.index(captions[0])]))[1][0])
+
+
+def test_examples_are_searched_for_in_style_databases_before_the_training_database(run, monkeypatch):
+    searched = []
+
+    def recorded(databases, encoder):
+        searched.extend(database.name for database in databases)
+        return []
+
+    monkeypatch.setattr(explorer_module, "example_captions", recorded)
+    open_explorer(run)
+    assert searched == ["deep_red", "green", "sky_blue", "index"]
 
 
 def test_the_page_opens_with_results_of_an_example_and_without_one_with_none(run):

@@ -131,7 +131,7 @@ def test_a_picture_without_a_group_is_compared_and_a_picture_without_a_signature
     page.goto(f"{address}/?tab=make&prompt=a+star&mix=green&k=2&steps=2&without='green'+in+caption")
     expect(page.locator("#sample .sample")).to_have_count(2)
     assert is_drawn(page, "#sample li:last-child .sample > img")
-    expect(page.locator("#sample")).to_contain_text("2 neighbors left out")
+    expect(page.locator("#sample")).to_contain_text("2 neighbors only in the picture with them")
     expect(page.locator("#sample .neighbors li")).to_have_count(2)
     page.get_by_role("tab", name="Check a picture").click()
     picture = {"name": "a.png", "mimeType": "image/png", "buffer": encode_picture(pictures_of("green")[7])}

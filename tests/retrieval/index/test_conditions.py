@@ -9,7 +9,7 @@ import pytest
 
 from retrieval import Database
 from retrieval.errors import UserError
-from retrieval.index.conditions import EXAMPLE, parse_condition, rows_that_meet
+from retrieval.index.conditions import EXAMPLE, parse_complement, parse_condition, rows_that_meet
 from retrieval.index.effort import Effort
 from retrieval.index.routing import Vectors
 from tests.retrieval.conftest import built, clustered
@@ -140,4 +140,7 @@ def test_conditions_and_hidden_rows_add_up(large: Database) -> None:
 def test_the_rows_of_a_text_are_evaluated_once(large: Database, tmp_path: Path) -> None:
     assert large.where("width >= 10") is large.where("width >= 10")
     assert large.where("width >= 10").where("width >= 20") is not large.where("width >= 20")
+    complement = large.where("width >= 10", parse_complement)
+    assert large.where("width >= 10", parse_complement) is complement
+    assert large.where("width >= 10") is not complement
     assert not large.without([1000]).where("image_id == 1000").search(clustered(1, seed=11), 1).ids.size

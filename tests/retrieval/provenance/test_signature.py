@@ -18,6 +18,7 @@ from retrieval.provenance import (
     sign_picture,
 )
 from retrieval.provenance.signature import signed_picture
+from tests.retrieval.provenance.hostile_pictures import png_of_too_many_pixels, png_with_a_text_bomb
 
 NEIGHBORS = (
     {"image_id": -(1 << 62) - 1, "similarity": 0.875, "database": "neon", "url": "https://example.org/a.jpg"}
@@ -106,10 +107,19 @@ def test_statements_of_other_generators_are_read_as_far_as_they_have_our_form() 
 
 def test_pictures_without_manifest_have_none_and_other_files_are_refused(credentials: Credentials) -> None:
     assert read_signature(picture()) is None
-    with pytest.raises(UserError, match="wanted a PNG or JPEG picture"):
-        read_signature(b"junk")
+    for file in (b"junk", png_of_too_many_pixels(), png_with_a_text_bomb()):
+        with pytest.raises(UserError, match="wanted a PNG or JPEG picture"):
+            read_signature(file)
     with pytest.raises(UserError, match="wanted a PNG or JPEG picture"):
         sign_picture(picture("BMP"), PROVENANCE, credentials)
+
+
+def test_a_jpeg_of_several_pictures_is_signed_as_a_jpeg(credentials: Credentials) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 24)).save(buffer, "MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))])
+    read = read_signature(sign_picture(buffer.getvalue(), PROVENANCE, credentials))
+    assert read is not None
+    assert read.is_valid
 
 
 def test_keys_are_read_from_files_and_must_fit_their_certificate(tmp_path: Path) -> None:
