@@ -6,7 +6,7 @@ host memory, which a thread writes during the next steps; to an object store it 
 files. Checkpoints of another run are an error.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -204,16 +204,17 @@ class CheckpointFolder:
         copy_masters_to_weights(engine)
         return progress
 
-    def read_average(
-        self, entry: dict[str, Any], shapes: dict[str, torch.Size], state: str = AVERAGE
-    ) -> dict[str, torch.Tensor]:
-        """An average of the weights in an indexed checkpoint, complete, by name, on the CPU. Not a collective."""
+    def read_averages(
+        self, entry: dict[str, Any], shapes: dict[str, torch.Size], states: Sequence[str] = (AVERAGE,)
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """Averages of the weights in an indexed checkpoint, each complete, by name, on the CPU. Not a collective."""
         self.check_files(entry)
-        averages = {name: torch.empty(shape) for name, shape in shapes.items()}
         with SavedFragments(self.root, entry["tag"]) as saved:
-            for name, values in averages.items():
-                saved.read_into(state, Fragment(name, 0, values.view(-1)))
-        return averages
+            for state in states:
+                averages = {name: torch.empty(shape) for name, shape in shapes.items()}
+                for name, values in averages.items():
+                    saved.read_into(state, Fragment(name, 0, values.view(-1)))
+                yield averages
 
     def _index(self) -> dict[str, Any] | None:
         index: dict[str, Any] | None = self.root.find_json(INDEX)

@@ -9,14 +9,16 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from retrieval.errors import UserError
 from retrieval.storage import schema
-from retrieval.storage.manifest import fingerprint
+from retrieval.storage.lease import lease, raise_if_lost
+from retrieval.storage.manifest import fingerprint, read_manifest
 from retrieval.storage.root import Root
-from trainer.checkpoint.checkpoint import CheckpointFolder, Progress, average_tensors
+from trainer.checkpoint.checkpoint import INDEX, CheckpointFolder, Progress, average_tensors
 from trainer.checkpoint.export import export_run
 from trainer.data.plan import TrainingPlan
 from trainer.engine.deepspeed_engine import Ranks
@@ -66,7 +68,8 @@ def snapshot_folder(plan: TrainingPlan, root: Root) -> CheckpointFolder:
 def publish_average(plan: TrainingPlan, root: Root, width: float) -> str:
     """Publish the average of a width at the last snapshot of a run as a finished run. Returns its folder.
 
-    Raises UserError for a width that no average has, without snapshots of this run, or if they do not give this width.
+    Raises UserError for a width that no average has, without snapshots of this run, if they do not give this width, or
+    if the folder has a run that was trained or imported.
     """
     if not 0 < width <= MAX_EMA_WIDTH:
         raise UserError(f"the width of an average is above 0 and at most {MAX_EMA_WIDTH}, got {width:g}.")
@@ -78,21 +81,45 @@ def publish_average(plan: TrainingPlan, root: Root, width: float) -> str:
             f"and convert it with the same recipe."
         )
     updates = [entry["step"] - entry["skipped"] for entry in entries]
-    stored = [
-        (entry, Profile(each, done)) for entry, done in zip(entries, updates, strict=True) for each in train.ema_widths
-    ]
-    factors, error = combine([profile for _, profile in stored], Profile(width, updates[-1]))
+    profiles = [Profile(each, done) for done in updates for each in train.ema_widths]
+    factors, error = combine(profiles, Profile(width, updates[-1]))
     log.info(f"width {width:g} from {len(entries)} snapshots, error of the profile {error:.2%}")
+    named_plan = _plan_of_average(plan, width, entries[-1]["step"])
+    folder = named_plan.config.train.folder
+    with lease(root, folder):
+        _refuse_other_runs(root, folder)
+        weights = _weighted_sum(plan, snapshots, entries, factors.reshape(len(entries), -1).tolist())
+        raise_if_lost()
+        root.delete(f"{folder}/manifest.json")
+        export_run(named_plan, root, weights, {"ema_width": width, "profile_error": error}, time.monotonic() - began)
+    return folder
+
+
+def _refuse_other_runs(root: Root, folder: str) -> None:
+    """Raise UserError if a folder has a run that is no published average."""
+    trained = root.exists(f"{folder}/manifest.json") and "ema_width" not in read_manifest(root, folder).values
+    if trained or root.exists(f"{folder}/checkpoints/{INDEX}"):
+        raise UserError(
+            f"{root.at(folder)} has a run that was trained or imported, and the average would take its place. Rename "
+            f"or delete this folder, then run this again."
+        )
+
+
+def _weighted_sum(
+    plan: TrainingPlan, snapshots: CheckpointFolder, entries: list[dict[str, Any]], factors: list[list[float]]
+) -> dict[str, torch.Tensor]:
+    """The sum of stored averages, by name of the weight. factors: of each snapshot, one for each stored width."""
+    train = plan.config.train
     with torch.device("meta"):
         named = list(build_trained(plan.config.model, train.lora).named_parameters())
     shapes = {name: weight.shape for name, weight in named if weight.requires_grad}
     weights = {name: torch.zeros(shape) for name, shape in shapes.items()}
-    for factor, (entry, profile) in zip(factors.tolist(), stored, strict=True):
-        for name, values in snapshots.read_average(entry, shapes, state_of(profile.width)).items():
-            weights[name].add_(values, alpha=factor)
-    named_plan = _plan_of_average(plan, width, entries[-1]["step"])
-    export_run(named_plan, root, weights, {"ema_width": width, "profile_error": error}, time.monotonic() - began)
-    return named_plan.config.train.folder
+    states = [state_of(width) for width in train.ema_widths]
+    for entry, of_snapshot in zip(entries, factors, strict=True):
+        for factor, average in zip(of_snapshot, snapshots.read_averages(entry, shapes, states), strict=True):
+            for name, values in average.items():
+                weights[name].add_(values, alpha=factor)
+    return weights
 
 
 def _plan_of_average(plan: TrainingPlan, width: float, step: int) -> TrainingPlan:

@@ -79,7 +79,7 @@ class SourceRun:
         self._check_sections(sections, settings["autoencoder stage"], config)
         with torch.device("meta"):
             shapes = {name: weight.shape for name, weight in build_unet(config.model).named_parameters()}
-        weights = self._checkpoints.read_average(self._newest, shapes)
+        [weights] = self._checkpoints.read_averages(self._newest, shapes)
         # Checkpoints of earlier versions do not tell the encoder.
         return ReleasedModel(weights, autoencoder, self.index.get("encoder"))
 

@@ -62,6 +62,11 @@ class Session:
         """All averages of the weights."""
         return (self.average, *self.snapshots.averages)
 
+    def save_snapshot(self, progress: Progress) -> None:
+        """Save a snapshot of the averages if one is due. A collective."""
+        if self.snapshots.is_due(progress.step, self.config.steps):
+            self.snapshots.save(progress, self.ranks)
+
     def save(self, progress: Progress) -> None:
         """Save a checkpoint, after the snapshots up to its step: a resumed run does not repeat these. A collective."""
         self.snapshots.folder.finish()
@@ -162,8 +167,7 @@ class _Loop:
         with self._interval.pause():
             if session.monitor and session.monitor.is_due(self.progress.step):
                 session.monitor.run(session.engine, session.average, self.progress.step)
-            if session.snapshots.is_due(self.progress.step, config.steps):
-                session.snapshots.save(self.progress, ranks)
+            session.save_snapshot(self.progress)
             if ending or self.progress.step % config.checkpoint_every == 0:
                 session.save(self.progress)
         return stopping
@@ -221,6 +225,7 @@ class _Loop:
         finite = float(all(bool(torch.isfinite(fragment.values).all()) for fragment in masters))
         is_saved = bool(gather_numbers(torch.tensor([finite], device=self._ranks.device), self._ranks).all())
         if is_saved:
+            session.save_snapshot(self.progress)
             session.save(self.progress)
         session.checkpoints.finish()
         kept = "The next start continues after this step." if is_saved else "The last checkpoint is kept."

@@ -4,24 +4,31 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from retrieval.errors import UserError
-from retrieval.storage.manifest import read_manifest
+from retrieval.storage.lease import lease
+from retrieval.storage.manifest import read_manifest, write_manifest
 from retrieval.storage.root import Root
 from tests.trainer.training.launched import train
-from tests.trainer.training_set import make_recipe, new_training_set
+from tests.trainer.training_set import make_recipe, new_training_set, plan_of
 from trainer.checkpoint.checkpoint import CheckpointFolder, Progress
 from trainer.checkpoint.export import read_model_weights
+from trainer.checkpoint.fragment_files import SavedFragments
 from trainer.checkpoint.snapshots import Snapshots, publish_average, snapshot_folder
 from trainer.data.plan import TrainingPlan, is_finished, make_plan
 from trainer.engine.deepspeed_engine import Ranks
 from trainer.engine.fragments import Fragment
 from trainer.engine.power_ema import PowerAverage, state_of
 from trainer.model.autoencoder import Autoencoder
+from trainer.model.unet import build_unet
 from trainer.training.loop import Session
+
+ONE_RANK = Ranks(0, 1, torch.device("cpu"))
 
 
 def with_widths(plan: TrainingPlan, *widths: float) -> TrainingPlan:
@@ -50,7 +57,8 @@ def test_a_width_made_from_snapshots_of_a_resumed_run_is_the_average_that_it_tra
     assert [entry["step"] for entry in snapshots.entries()] == [3, 6, 7, 9, 12, 15, 18, 21, 24]
     final = read_model_weights(root, recipe.train.folder)
     shapes = {name: values.shape for name, values in final.items()}
-    tracked = snapshots.read_average(snapshots.entries()[-1], shapes, state_of(0.15))
+    states = [state_of(width) for width in (0.15, 0.1)]
+    tracked, others = snapshots.read_averages(snapshots.entries()[-1], shapes, states)
 
     folder = publish_average(with_widths(plan, 0.05, 0.1), root, 0.15)
     assert folder == "runs/tiny-ema-0.15/train"
@@ -59,9 +67,59 @@ def test_a_width_made_from_snapshots_of_a_resumed_run_is_the_average_that_it_tra
     assert manifest.fingerprint != plan.fingerprint
     assert is_finished(plan, root)
     made = read_model_weights(root, folder)
-    others = snapshots.read_average(snapshots.entries()[-1], shapes, state_of(0.1))
     assert distance(made, tracked) < 0.2 * distance(others, tracked)
     assert distance(final, tracked) > distance(made, tracked)
+
+
+def test_an_average_is_published_again_without_its_old_manifest_and_replaces_no_other_run(
+    process_group: None, training_set: Root, autoencoder_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, plan = training_set, plan_of(autoencoder_folder, training_set, ema_widths=[0.1])
+    snapshots = snapshot_folder(plan, root)
+    weights = build_unet(plan.config.model).named_parameters()
+    halves = {f"{state_of(0.1)}/{name}@0": weight.detach().view(-1).half() for name, weight in weights}
+    for step in (1, 2):
+        snapshots.save_tensors(halves, Progress(step), ONE_RANK)
+    snapshots.finish()
+    manifests_while_writing = []
+
+    def save_file(*arguments: Any, **keywords: Any) -> None:
+        manifests_while_writing.append(root.exists("runs/tiny-ema-0.1/train/manifest.json"))
+        safetensors.torch.save_file(*arguments, **keywords)
+
+    monkeypatch.setattr("trainer.checkpoint.export.save_file", save_file)
+    folder = publish_average(plan, root, 0.1)
+    assert publish_average(plan, root, 0.1) == folder
+    assert manifests_while_writing == [False, False]
+    manifest = read_manifest(root, folder)
+    with lease(root, folder), pytest.raises(UserError, match="Only one process at a time"):
+        publish_average(plan, root, 0.1)
+    write_manifest(root, replace(manifest, values={}))
+    with pytest.raises(UserError, match=r"tiny-ema-0\.1/train has a run that was trained or imported"):
+        publish_average(plan, root, 0.1)
+    assert read_manifest(root, folder).values == {}
+    root.delete(f"{folder}/manifest.json")
+    root.write_json(f"{folder}/checkpoints/checkpoints.json", {})
+    with pytest.raises(UserError, match=r"has a run that was trained or imported.*Rename or delete this folder"):
+        publish_average(plan, root, 0.1)
+
+
+def test_a_snapshot_is_opened_once_for_all_its_widths(
+    process_group: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshots = CheckpointFolder(Root(tmp_path / "ema"), "test", {}, keep=1, keep_every=1)
+    snapshots.save_tensors({f"{state}/w@0": torch.full((3,), i) for i, state in enumerate("ab")}, Progress(1), ONE_RANK)
+    snapshots.finish()
+    opened: list[str] = []
+
+    def open_fragments(root: Root, folder: str) -> SavedFragments:
+        opened.append(folder)
+        return SavedFragments(root, folder)
+
+    monkeypatch.setattr("trainer.checkpoint.checkpoint.SavedFragments", open_fragments)
+    averages = snapshots.read_averages(snapshots.entries()[0], {"w": torch.Size([3])}, ["a", "b"])
+    assert [average["w"].tolist() for average in averages] == [[0, 0, 0], [1, 1, 1]]
+    assert opened == ["step-00000001"]
 
 
 def test_a_checkpoint_is_published_after_the_snapshots_up_to_its_step(process_group: None, tmp_path: Path) -> None:
@@ -76,17 +134,17 @@ def test_a_checkpoint_is_published_after_the_snapshots_up_to_its_step(process_gr
     module(torch.ones(2)).backward()
     optimizer.step()
     average = PowerAverage([Fragment("weight", 0, module.weight.detach().view(-1))], 0.1)
-    ranks = Ranks(0, 1, torch.device("cpu"))
-    names = dict.fromkeys(("config", "objective", "loader", "monitor", "training_log", "utilization"))
+    names = dict.fromkeys(("objective", "loader", "monitor", "training_log", "utilization"))
     session = Session(
         **names,
-        ranks=ranks,
+        config=make_recipe("").train,
+        ranks=ONE_RANK,
         engine=SimpleNamespace(module=module, optimizer=optimizer, zero_optimization_stage=lambda: 0),
         average=average,
         checkpoints=checkpoints,
         snapshots=Snapshots(snapshots, [average], every=2),
     )
-    session.snapshots.save(Progress(2), ranks)
+    session.save_snapshot(Progress(2))
     session.save(Progress(3))
     checkpoints.finish()
     assert (checkpoints.newest_step(), snapshots_before) == (3, [2])
