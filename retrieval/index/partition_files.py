@@ -91,7 +91,7 @@ class PartitionFiles:
 
     @cached_property
     def embeddings(self) -> StoredRows:
-        """(rows, dim) float16 unit rows, sorted by list."""
+        """(rows, dim) unit rows as they are stored, sorted by list; `embeddings[numbers]` is float16."""
         if not self._files.exists(f"{self._folder}/bounds.npy"):
             return self._load("embeddings.npy", map_rows)
         bounds = self._load("bounds.npy", _load_bounds)

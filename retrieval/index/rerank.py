@@ -38,7 +38,9 @@ class CodedRows:
     """Rows of 8-bit numbers, which are decoded where they are read.
 
     A dimension has 256 equal steps from its lowest to its highest value. Both are values of rows, so the same rows get
-    the same codes again after they were decoded, and a row that was deleted leaves no bounds behind.
+    the same codes again after they were decoded, and a row that was deleted leaves no bounds behind. An update that
+    moves a bound, by a new row beyond it or by deleting the row that had it, rounds this dimension of all rows of the
+    partition again, by up to half a new step.
     """
 
     codes: npt.NDArray[np.uint8]

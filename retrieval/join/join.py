@@ -77,7 +77,7 @@ def join_partition(partition: Partition, queries: Vectors, config: JoinConfig, d
         if len(short):  # the lists had too few rows, or too many near copies
             similarities[short], rows[short], copies[short] = _compare_all(stored, tensor[short], config)
     rows[similarities.isneginf()] = -1
-    # Rows that are stored in float16 are not exactly of length 1.
+    # Stored rows are rounded, so their length is not exactly 1.
     similarities = similarities.where(similarities.isneginf(), similarities.clamp(-1, 1))
     best = top_k(similarities.cpu().numpy(), rows.cpu().numpy(), config.k)
     return JoinResult(*best, copies.cpu().numpy())

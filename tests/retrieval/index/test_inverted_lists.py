@@ -1,4 +1,4 @@
-"""The index of a large partition: each row is stored in one list, and half of them are indexed in two."""
+"""The index of a large partition: each row is stored in one list and indexed in two."""
 
 from pathlib import Path
 

@@ -104,19 +104,51 @@ def test_the_store_changes_the_fingerprint_only_where_it_is_set() -> None:
 
 
 @pytest.mark.parametrize("kind", ["flat", "lists", "mixed"])
-def test_updates_keep_the_codes_of_the_other_rows(
+def test_updates_within_the_bounds_keep_the_codes_of_the_other_rows(
     stored: Callable[[str], Database], kind: str, tmp_path: Path, vectors: Vectors
 ) -> None:
-    root = Root(tmp_path / "copy")
-    for name in stored(kind).root.list(""):
-        with stored(kind).root.local(name) as path:
-            root.write_bytes(name, path.read_bytes())
+    root = copied(stored(kind), tmp_path / "copy")
     add_to_database(root, vectors[:40], pa.table({"image_id": np.arange(9000, 9040)}))
     database = delete_from_database(root, np.arange(9000, 9020))
     before, after = ({*zip(*rows_by_id(each), strict=True)} for each in (stored(kind), database))
     assert before < after
     assert {number for number, _ in after - before} == {*range(9020, 9040)}
     assert damaged_files(root) == []
+
+
+def test_an_update_that_moves_a_bound_rounds_only_that_dimension_again_by_half_a_step(
+    stored: Callable[[str], Database], tmp_path: Path
+) -> None:
+    root = copied(stored("flat"), tmp_path / "copy")
+    before, bounds = rows_and_bounds(stored("flat"))
+    for dimension in (0, 1):
+        added = add_to_database(root, np.eye(DIM)[[dimension]], pa.table({"image_id": [9000]}))
+        wide = rows_and_bounds(added)
+        assert wide[1][1, dimension] == 1
+        narrow = rows_and_bounds(delete_from_database(root, [9000]))
+        assert narrow[1][1, dimension] < 0.9  # the deleted row leaves no bound behind
+        for after, new_bounds in (wide, narrow):
+            assert np.flatnonzero((new_bounds != bounds).any(axis=0)).tolist() == [dimension]
+            half_step = (new_bounds[1] - new_bounds[0]) / STEPS / 2
+            half_step[np.arange(DIM) != dimension] = 0
+            assert (abs(after - before) <= 1.02 * half_step + 4e-4 * (half_step > 0)).all()
+            before, bounds = after, new_bounds
+
+
+def rows_and_bounds(database: Database) -> tuple[Vectors, Vectors]:
+    """The decoded first 3,000 rows by image id, and the bounds, of a database of one partition."""
+    order = np.argsort(database.metadata()["image_id"].to_numpy())[:3000]
+    coded = database.partitions[0].embeddings
+    assert isinstance(coded, CodedRows)
+    return database.embeddings()[order].astype(np.float32), coded.bounds
+
+
+def copied(database: Database, folder: Path) -> Root:
+    root = Root(folder)
+    for name in database.root.list(""):
+        with database.root.local(name) as path:
+            root.write_bytes(name, path.read_bytes())
+    return root
 
 
 def rows_by_id(database: Database) -> tuple[list[int], list[bytes]]:
