@@ -116,7 +116,7 @@ bench-retrieval: install .venv-bench/installed ## our search and join against ot
 bench-filters: install ## search among the rows that meet a condition, also by Lance and zvec after make .venv-bench/installed: docs/filters.md
 	$(BIN)/python -m benchmarks.retrieval.filters $(ARGS)
 
-bench-indexes: install ## ways to build and store a partition, autofaiss among them: docs/indexes.md
+bench-indexes: install ## ways to build and store a partition, autofaiss among them; what they are: docs/guides/searching.md
 	$(BIN)/python -m benchmarks.retrieval.indexes $(ARGS)
 
 bench-grow: install ## add and delete rows of a database, merge databases: docs/grow.md

@@ -31,7 +31,10 @@ COPY = re.compile(r"(\.partial-\d+-)?[0-9a-f]{32}([.-].*)?")
 """Names of copies. Other files in the folder stay."""
 SHA256 = re.compile("[0-9a-f]{64}")
 WRITABLE_BY_OTHERS = 0o022
-MORE_ROOM = "Raise cache_gb, or use a larger disk: set cache_folder or, for the default folder, TMPDIR."
+MORE_ROOM = (
+    "Raise cache_gb ([storage], or [train] for a training), or use a larger disk: set cache_folder there or, for the "
+    "default folder, TMPDIR."
+)
 CHUNK_BYTES = 1 << 24
 """Bytes of one request to the store."""
 ARROW_BYTES = 1 << 12
@@ -49,15 +52,16 @@ class FileCache:
     def __init__(
         self, root: Root, folder: str = "", max_gb: float = 0.0, records: Mapping[str, FileRecord] | None = None
     ) -> None:
-        """folder, max_gb: empty and 0 for those of `root.cache`; if these are empty and 0 too, for a folder of this
-        user among the temporary files, which others must not be able to write, and for half of the free disk space, or
-        a single larger file.
+        """folder, max_gb: if both are empty and 0, those of `root.cache` count. An empty folder is one of this user
+        among the temporary files, which others must not be able to write; 0 is half of the free disk space, or a single
+        larger file.
 
         records: all files of the root by name, if they are known. Then a file with a copy needs no request.
         """
         self.root = root
         self._records = records
-        folder, max_gb = folder or root.cache[0], max_gb or root.cache[1]
+        if not (folder or max_gb):
+            folder, max_gb = root.cache
         self.folder = Path(folder or f"{tempfile.gettempdir()}/laion-rdm-{os.getuid()}")
         if not root.is_local:
             self.folder.mkdir(0o777 if folder else 0o700, parents=True, exist_ok=True)

@@ -59,7 +59,8 @@ class IndexConfig(WorkersConfig):
     0.16 ms in lists, whose build and calibration take 20 CPU-seconds more."""
     store: Literal["float16", "int8"] = added_setting("float16")
     """Numbers of the stored vectors. int8 halves their bytes on disk and in memory, 256 steps a dimension; results are
-    ranked by the rounded vectors, and faiss searches the lists instead of the compiled library (docs/indexes.md)."""
+    ranked by the rounded vectors, and faiss searches the lists instead of the compiled library
+    (docs/guides/searching.md)."""
     num_queries: int = Field(1_000, ge=1)
     """Rows used as queries to measure recall. A row is not its own neighbor."""
     seed: int = 0

@@ -267,7 +267,7 @@ class TrainConfig(Config):
     """Batches that each rank prepares ahead of the current step."""
     cache_folder: str = runtime_setting("")
     """Folder on the local disk for copies of the shards of an object store, which all ranks of a machine share. Empty:
-    a folder beside other temporary files (TMPDIR)."""
+    a folder beside other temporary files (TMPDIR); if cache_gb is 0 too, both settings of [storage] count."""
     cache_gb: float = runtime_setting(0.0, ge=0)
     """Largest size of these copies in GB. Below three times `interleaved_shards` shards, training waits more for data.
     0: half of the free disk space."""

@@ -8,6 +8,7 @@ and microseconds of a query at the fastest of its efforts that reaches the wante
 
 import json
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -32,18 +33,21 @@ def lance(folder: Path) -> Search:
     import lance as library
     import pyarrow as pa
 
-    if not (folder / "rows.lance").exists():
+    stored, partial = folder / "rows.lance", folder / "partial.lance"
+    if not stored.exists():
+        shutil.rmtree(partial, ignore_errors=True)  # of a killed build
         rows, values = np.load(folder / "rows.npy"), np.load(folder / "values.npy")
         vectors = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[1])
         columns = {f"value{i}": column for i, column in enumerate(values)}
         table = pa.table({"id": np.arange(len(rows)), "vector": vectors, **columns})
-        created = library.write_dataset(table, str(folder / "rows.lance"))
+        created = library.write_dataset(table, str(partial))
         created.create_index(
             "vector", "IVF_HNSW_SQ", metric="dot", num_partitions=1, m=32, ef_construction=200, max_level=7
         )
         for name in columns:
             created.create_scalar_index(name, "BTREE")
-    dataset = library.dataset(str(folder / "rows.lance"))
+        partial.rename(stored)
+    dataset = library.dataset(str(stored))
 
     def search(query: np.ndarray, condition: str | None, effort: int) -> np.ndarray:
         nearest = {"column": "vector", "q": query, "k": K, "ef": effort, "refine_factor": 2}
@@ -58,7 +62,9 @@ def zvec(folder: Path) -> Search:
     import zvec as library
 
     library.init(log_level=library.LogLevel.ERROR, query_threads=1)
-    if not (folder / "zvec").exists():
+    stored, partial = folder / "zvec", folder / "zvec-partial"
+    if not stored.exists():
+        shutil.rmtree(partial, ignore_errors=True)  # of a killed build
         rows, values = np.load(folder / "rows.npy"), np.load(folder / "values.npy")
         graph = library.HnswRabitqIndexParam(library.MetricType.IP, total_bits=7, m=16, ef_construction=200)
         vectors = library.VectorSchema("vector", library.DataType.VECTOR_FP32, rows.shape[1], graph)
@@ -67,7 +73,7 @@ def zvec(folder: Path) -> Search:
             library.FieldSchema(f"value{i}", library.DataType.FLOAT, index_param=inverted) for i in range(len(values))
         ]
         created = library.create_and_open(
-            str(folder / "zvec"), library.CollectionSchema("rows", fields=fields, vectors=vectors)
+            str(partial), library.CollectionSchema("rows", fields=fields, vectors=vectors)
         )
         for start in range(0, len(rows), BLOCK_ROWS):
             numbers = range(start, min(start + BLOCK_ROWS, len(rows)))
@@ -75,7 +81,8 @@ def zvec(folder: Path) -> Search:
         created.optimize(library.OptimizeOption(1))
         created.flush()
         created.close()
-    collection = library.open(str(folder / "zvec"), library.CollectionOption(read_only=True))
+        partial.rename(stored)
+    collection = library.open(str(stored), library.CollectionOption(read_only=True))
 
     def search(query: np.ndarray, condition: str | None, effort: int) -> np.ndarray:
         options = library.HnswRabitqQueryParam(ef=effort, is_using_refiner=True)

@@ -127,6 +127,16 @@ def test_tables_of_a_store_are_mapped_and_not_held_in_memory(
     assert shard.context.nbytes + shard._moments.nbytes > 70_000
 
 
+def test_the_folder_and_the_limit_of_the_root_count_only_as_a_pair(tmp_path: Path) -> None:
+    root = Root("memory://pair", cache=(str(tmp_path / "root"), 1e-6))
+    cache = FileCache(root)
+    assert (cache.folder, cache.max_bytes) == (tmp_path / "root", 1000)
+    cache = FileCache(root, str(tmp_path / "own"))
+    assert cache.folder == tmp_path / "own"
+    assert cache.max_bytes > 1000
+    assert FileCache(root, max_gb=2e-6).folder != tmp_path / "root"
+
+
 def test_a_file_larger_than_the_cache_is_an_error_and_open_files_are_not_deleted(memory: Root, tmp_path: Path) -> None:
     for name in "abc":
         memory.write_bytes(name, name.encode() * 1000)
