@@ -1,8 +1,8 @@
 """The index of a large partition: inverted lists of 4-bit codes. A search ranks its candidates again exactly.
 
-This layout was the fastest on CLIP-like data (docs/performance.md): many short lists that are found through a graph
-over their centroids, codes of two dimensions of the residual (fast scan), and all rows in a second list (SOAR).
-autofaiss cannot build it, because its factory refuses fast scan with inner products.
+Lists are many and short, and found through a graph over their centroids. Codes are of two dimensions of the residual
+(fast scan), and all rows are in a second list (SOAR). docs/performance.md measures an earlier layout, with half of the
+rows in a second list. autofaiss cannot build this one, because its factory refuses fast scan with inner products.
 """
 
 from dataclasses import dataclass
