@@ -284,14 +284,12 @@ class TrainConfig(Config):
             raise ValueError("zero_stage 3 fetches weights in hooks that cannot be compiled: set compile = false")
         if self.aspect_step and self.compile:
             raise ValueError("compile is for batches of one shape: set aspect_step = 0 or compile = false")
+        if len({f"{width:g}" for width in self.ema_widths}) < len(self.ema_widths):
+            raise ValueError(f"ema_widths must differ in their first 6 digits, got {list(self.ema_widths)}")
         if self.lora and not self.start_from:
             raise ValueError("lora needs start_from: adapters change a model that is already trained")
-        if self.lora and self.zero_stage == 3:
-            raise ValueError(
-                "lora works with zero_stage 0, 1 and 2: stage 3 shards weights, which adapters leave as is"
-            )
-        if self.optimizer == "adamw_8bit" and self.zero_stage == 3:
-            raise ValueError('optimizer "adamw_8bit" works with zero_stage 0, 1 and 2')
+        if self.zero_stage == 3 and (self.lora or self.optimizer == "adamw_8bit"):
+            raise ValueError('lora and optimizer "adamw_8bit" work with zero_stage 0, 1 and 2: stage 3 shards weights')
         least = 2 if self.kid_every else int(self.validate_every > 0 or self.preview_every > 0)
         if self.validation_images < least:
             raise ValueError(f"validate_every, preview_every and kid_every need validation_images of at least {least}")

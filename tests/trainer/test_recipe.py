@@ -93,6 +93,8 @@ def test_min_snr_weights_and_zero_terminal_snr_exclude_each_other() -> None:
         ({"timestep_sampling": "density", "timestep_density": [0]}, "need each other"),
         ({"adam_beta2": 1.0}, "less than 1"),
         ({"ema_widths": [0.1, 0.3]}, "less than or equal to 0.288"),
+        ({"ema_widths": [0.05, 0.1, 0.05]}, "must differ in their first 6 digits"),
+        ({"ema_widths": [0.1, 0.10000001]}, "must differ in their first 6 digits"),
         ({"learning_rat": 1e-4}, "Extra inputs"),
     ],
 )

@@ -9,7 +9,7 @@ out and counted; training replaces them by others.
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -96,28 +96,29 @@ def encode_shard(
     """
     readable = np.ones(len(ids), bool)
     length = 2 * int(np.prod(latent_shape(config.size, autoencoder)))
-    moments = np.zeros((len(ids), config.views, length), np.float16)
+    moments = np.zeros((len(ids) * config.views, length), np.float16)
     for bucket, shape in enumerate(bucket_shapes(config.size, config.aspect_step)):
         rows = np.flatnonzero(buckets == bucket)
         images = list(zip(rows.tolist(), ids[rows].tolist(), strict=True))
         views = _readable_views(tar, images, shape, config, readable)
-        encoded = [_encode(pixels, autoencoder) for pixels in _batches(views, config.batch_size)]
-        if encoded:
-            values = np.concatenate(encoded)
-            moments[rows[readable[rows]], :, : values.shape[1]] = values.reshape(-1, config.views, values.shape[1])
-    return readable, moments[readable].reshape(int(readable.sum()), config.views * length)
+        while batch := list(islice(views, config.batch_size)):
+            places, pixels = zip(*batch, strict=True)
+            encoded = _encode(pixels, autoencoder)
+            moments[list(places), : encoded.shape[1]] = encoded
+    moments = moments.reshape(len(ids), config.views * length)
+    return readable, moments if readable.all() else moments[readable]
 
 
 def _readable_views(
     tar: ImageTar, images: list[tuple[int, int]], shape: Shape, config: LatentsConfig, readable: npt.NDArray[np.bool_]
-) -> Iterator[Pixels]:
+) -> Iterator[tuple[int, Pixels]]:
     """All views of images of one shape, in order; sets `readable` to False for images that cannot be read.
 
-    images: row and id of each.
+    Each view comes after its place, row * views + view. images: row and id of each.
     """
     for row, image_id in images:
         try:
-            yield from retried(partial(image_views, tar, image_id, shape, config))
+            yield from enumerate(retried(partial(image_views, tar, image_id, shape, config)), row * config.views)
         except UnreadableError as error:
             readable[row] = False
             log.warning(f"left out: {error}")
@@ -130,15 +131,10 @@ def image_views(tar: ImageTar, image_id: int, shape: Shape, config: LatentsConfi
     return [center_crop(image), *(random_crop(image, view_seeds, config.flip) for view_seeds in seeds)]
 
 
-def _encode(pixels: list[Pixels], autoencoder: Autoencoder) -> npt.NDArray[np.float16]:
+def _encode(pixels: Sequence[Pixels], autoencoder: Autoencoder) -> npt.NDArray[np.float16]:
     with torch.inference_mode():
         moments = autoencoder.encode_moments(torch.from_numpy(np.stack(pixels)))
     return moments.flatten(1).half().cpu().numpy()
-
-
-def _batches(views: Iterator[Pixels], count: int) -> Iterator[list[Pixels]]:
-    while batch := list(islice(views, count)):
-        yield batch
 
 
 def _embedded_ids(root: Root, shard: str) -> npt.NDArray[np.int64]:

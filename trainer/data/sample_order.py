@@ -6,8 +6,9 @@ shuffles the shards, divides their rows into `lanes` equal ranges that are read 
 each shard within its range. Each rank reads only its own lanes, with one open shard per lane.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +38,11 @@ class SampleOrder:
     def samples_per_epoch(self) -> int:
         return sum(self.rows)
 
+    @cached_property
+    def _shuffled_shards(self) -> Callable[[int], tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+        """`_shuffle_shards` of an epoch. The last two epochs are kept: a batch may have samples of both."""
+        return lru_cache(maxsize=2)(partial(_shuffle_shards, self.rows, self.seed))
+
     def locate(self, position: int) -> SampleLocation:
         """The sample at a position of the sequence."""
         epoch, offset = divmod(position, self.samples_per_epoch)
@@ -54,7 +60,7 @@ class SampleOrder:
 
     def _shard(self, epoch: int, index: int) -> tuple[int, int]:
         """The shard of a row of the shuffled shards, and the index of its first row."""
-        shards, starts = _shuffled_shards(self, epoch)
+        shards, starts = self._shuffled_shards(epoch)
         i = int(np.searchsorted(starts, index, side="right")) - 1
         return int(shards[i]), int(starts[i])
 
@@ -73,11 +79,12 @@ def rank_slots(order: SampleOrder, first: int, global_batch: int, rank: int, wor
     return np.argsort(lane_of_slot, kind="stable")[rank * share : (rank + 1) * share]
 
 
-@lru_cache(maxsize=4)
-def _shuffled_shards(order: SampleOrder, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def _shuffle_shards(
+    rows: tuple[int, ...], seed: int, epoch: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Shard indices in the order of an epoch, and the position of the first row of each."""
-    shards = np.random.default_rng([SHARDS, order.seed, epoch]).permutation(len(order.rows))
-    ends = np.cumsum(np.asarray(order.rows)[shards])
+    shards = np.random.default_rng([SHARDS, seed, epoch]).permutation(len(rows))
+    ends = np.cumsum(np.asarray(rows)[shards])
     return shards, np.concatenate([[0], ends[:-1]])
 
 

@@ -1,9 +1,10 @@
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
-from trainer.data.sample_order import SampleOrder, rank_slots
+from trainer.data.sample_order import SHARDS, SampleOrder, rank_slots
 
 ROWS = (10, 0, 7, 25, 3)
 
@@ -50,3 +51,20 @@ def test_a_rank_reads_only_the_shards_of_its_lanes() -> None:
 def test_a_batch_mixes_as_many_shards_as_there_are_lanes() -> None:
     order = SampleOrder((16,) * 64, seed=1, lanes=8)
     assert len({order.locate(position).shard for position in range(16)}) == 8
+
+
+def test_orders_of_many_buckets_shuffle_their_shards_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    shuffled, make_generator = [], np.random.default_rng
+
+    def counted(seeds: Sequence[int]) -> np.random.Generator:
+        if seeds[0] == SHARDS:
+            shuffled.append(seeds)
+        return make_generator(seeds)
+
+    monkeypatch.setattr(np.random, "default_rng", counted)
+    orders = [SampleOrder(ROWS, seed=1, lanes=4) for _ in range(9)]
+    for offset in range(20):
+        for order in orders:
+            order.locate(35 + offset)  # epoch 1 begins at 45
+            order.locate(55 - offset)
+    assert len(shuffled) == 2 * len(orders)

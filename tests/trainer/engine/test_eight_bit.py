@@ -73,7 +73,7 @@ def test_it_is_refused_without_its_package_on_several_ranks_and_with_sharded_wei
     with pytest.raises(UserError, match="needs bitsandbytes"):
         ranks_here(config)
     assert ranks_here(config.model_copy(update={"optimizer": "adamw"})) == 1
-    with pytest.raises(ValidationError, match='"adamw_8bit" works with zero_stage 0, 1 and 2'):
+    with pytest.raises(ValidationError, match='"adamw_8bit" work with zero_stage 0, 1 and 2'):
         recipe_of("", zero_stage=3)
 
 
