@@ -64,10 +64,10 @@ TEXT = """## Memory
 **Counted from shapes, not measured** (`trainer.tracking.step_memory`): the largest micro batch on {gpus} GPUs
 of {card:.0f} GB each, with ZeRO 1, bf16 and the settings of the recipes, which encode images during training.
 {usable:.0%} of a card are used; the rest is for CUDA, NCCL and fragments of memory. *State*: weights, the rank's
-share of optimizer and averages, autoencoder. *An image*: its activations, without `activation_checkpointing`.
-*Passes*: activations, gradients and DeepSpeed's buffers. *Encoding*: the peak of the autoencoder, which ends
-before the UNet's passes begin. A test compares the count of the passes with the memory that torch's CPU
-allocator gives out to a small network.
+share of optimizer and averages, autoencoder, but not CLIP, which `kid_every` adds. *An image*: its activations,
+without `activation_checkpointing`. *Passes*: activations, gradients and DeepSpeed's buffers. *Encoding*: the
+peak of the autoencoder, which ends before the UNet's passes begin. A test compares the count of the passes with the
+memory that torch's CPU allocator gives out to a small network.
 
 {table}
 """

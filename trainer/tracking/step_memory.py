@@ -92,7 +92,7 @@ class StepMemory:
     trained: int
     state: float
     """All the time: bf16 weights, the rank's share of fp32 masters, moments and averages of those that are trained, and
-    the autoencoder that encodes images."""
+    the autoencoder that encodes images or draws samples. Without CLIP, which `train.kid_every` keeps on the GPU."""
     passes: float
     """At the peak of a forward and backward pass: activations, gradients and DeepSpeed's buffers. If a step has several
     micro batches, gradients of the earlier ones are there from the start."""
@@ -113,7 +113,8 @@ class StepMemory:
 def step_memory(config: TrainingRecipe, latent_shape: tuple[int, int, int], ranks: int = 1) -> StepMemory:
     """Memory of a training step of a micro batch on one of some ranks.
 
-    With source `images`, an autoencoder of the recipe's kind encodes them: one of the paper's, or the demo's.
+    With source `images` or held-out images there is an autoencoder of the recipe's kind: one of the paper's, or the
+    demo's.
     """
     train = config.train
     with torch.device("meta"):
@@ -122,8 +123,8 @@ def step_memory(config: TrainingRecipe, latent_shape: tuple[int, int, int], rank
         unet.enable_gradient_checkpointing()
     parameters = sum(weight.numel() for weight in unet.parameters())
     trained = sum(weight.numel() for weight in unet.parameters() if weight.requires_grad)
-    encoder, encoding = 0, 0
-    if train.source == "images":
+    encoder = encoding = 0
+    if train.source == "images" or train.validation_images:
         encoder, encoding = encoding_memory(config.autoencoder, train.size, train.micro_batch)
     # Without decay, the masters are the average.
     average = (4 if train.ema_decay else 0) + 4 * len(train.ema_widths)
@@ -134,7 +135,7 @@ def step_memory(config: TrainingRecipe, latent_shape: tuple[int, int, int], rank
         passes=_peak_of_passes(unet, config, latent_shape, ranks) + BUCKET_BYTES * min(2, ranks),
         update=2 * trained + (2 + 4) * trained / ranks,
         validation=2 * parameters if train.validation_images else 0,
-        encoding=encoding,
+        encoding=encoding if train.source == "images" else 0,
     )
 
 

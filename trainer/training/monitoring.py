@@ -24,11 +24,18 @@ from trainer.training.validation import ValidationSet, held_out_rows, parts_of_o
 class ModelMonitor:
     """Validation set, previews and distance of samples of a run. All ranks have one and call it at the same steps."""
 
-    def __init__(self, plan: TrainingPlan, loader: Loader, ranks: Ranks, training_log: TrainingLog | None) -> None:
+    def __init__(
+        self,
+        plan: TrainingPlan,
+        loader: Loader,
+        ranks: Ranks,
+        training_log: TrainingLog | None,
+        encoder: Autoencoder | None,
+    ) -> None:
+        """encoder: the autoencoder that encodes the training images; None: the run reads latents."""
         self._config, self._train = plan.config, plan.config.train
         self._ranks, self._training_log = ranks, training_log
-        autoencoder = Autoencoder.load(plan.config.autoencoder, str(ranks.device))
-        encoder = autoencoder if plan.training_set.source == "images" else None
+        autoencoder = encoder or Autoencoder.load(plan.config.autoencoder, str(ranks.device))
         drawer = Drawer(autoencoder, plan.config.diffusion, ranks.device)
         self._validation = self._previews = self._distance = prompts = None
         if self._train.validate_every:

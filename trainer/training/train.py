@@ -190,7 +190,7 @@ def _start(
         loader=loader,
         checkpoints=checkpoints,
         snapshots=Snapshots(snapshot_folder(plan, root), power_averages, config.ema_snapshot_every),
-        monitor=ModelMonitor(plan, loader, ranks, training_log) if config.validation_images else None,
+        monitor=ModelMonitor(plan, loader, ranks, training_log, autoencoder) if config.validation_images else None,
         training_log=training_log,
         utilization=make_utilization_meter(plan, ranks) if ranks.is_first else None,
         profiler=profiler,

@@ -53,7 +53,8 @@ def test_state_counts_the_bytes_of_each_weight() -> None:
     adapters = memory_of(lora={"rank": 2}, start_from="base", validation_images=1)
     assert 0 < adapters.trained < 0.02 * adapters.parameters
     assert adapters.parameters == full.parameters + adapters.trained
-    assert adapters.state == 2 * adapters.parameters + 16 * adapters.trained
+    encoder, _ = encoding_memory(make_recipe("").autoencoder, 64, 2)
+    assert adapters.state == 2 * adapters.parameters + 16 * adapters.trained + encoder
     assert adapters.validation == 2 * adapters.parameters
 
 
@@ -87,6 +88,7 @@ def test_images_take_the_memory_of_their_autoencoder() -> None:
     images, latents = memory_of(**changes), memory_of()
     assert images.state == latents.state + encoder
     assert images.encoding == encoding > 2 * 3 * 64 * 64 * 4
+    assert memory_of(validation_images=1).state == images.state
     assert latents.encoding == 0
 
 
