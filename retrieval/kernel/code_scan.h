@@ -23,6 +23,7 @@ constexpr float DEVIATIONS = 4.5f;    // a list is visited if a row so far above
 constexpr float MEMORY = 128;        // most weight of the lists before in mean and deviation, in rows
 constexpr float KEPT = 0.9f;          // of the deviation after each list, because a list of equal rows has none
 constexpr float MIN_ROWS = 48;       // rows of which mean and deviation are known
+constexpr int64_t MIN_RESULTS = 10;  // the scan ends as for so many, because single scores have errors
 constexpr uint32_t LEVEL = 16;        // scores are counted in groups of so many
 
 struct Visit {
@@ -237,7 +238,8 @@ class CodeScan {
         auto& counts = scratch_.counts;
         ++counts[level];
         ++above_;
-        while (above_ - counts[level_] >= 2 * settings_.k) above_ -= counts[level_++];
+        const int64_t enough = 2 * std::max(settings_.k, MIN_RESULTS);
+        while (above_ - counts[level_] >= enough) above_ -= counts[level_++];
     }
 
     const Lists& lists_;

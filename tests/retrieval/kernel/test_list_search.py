@@ -118,6 +118,13 @@ def test_the_recall_is_that_of_faiss(in_lists: Database, vectors: Vectors) -> No
         assert abs(share_found(true, ours) - share_found(true, theirs)) < 0.005
 
 
+def test_the_nearest_row_alone_is_found_as_often_as_by_faiss(in_lists: Database, vectors: Vectors) -> None:
+    queries, effort = clustered(1000, seed=5), Effort(1, 192, 64)
+    true = brute_force(vectors, queries, 1) + 1000
+    ours, theirs = (each.search(queries, 1, effort=effort).ids for each in (in_lists, with_faiss(in_lists)))
+    assert share_found(true, ours) > share_found(true, theirs) - 0.005
+
+
 def test_the_recall_is_that_of_faiss_where_a_list_has_more_rows_than_the_mean_score_remembers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
