@@ -112,4 +112,5 @@ class JoinConfig(Config):
     query_block: int = runtime_setting(2048, ge=1)
     """Queries that an exact comparison takes at once."""
     row_block: int = runtime_setting(32768, ge=1)
-    """Database rows that it takes at once. The block has query_block x row_block float32 values."""
+    """Database rows that it takes at once. The block has query_block x row_block float32 values. A GPU also holds all
+    rows of a partition in float16: 2 bytes x rows_per_partition x dimensions."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRATCH = REPOSITORY / "runs" / "bench"
 DOCS = REPOSITORY / "docs"
+Page = Callable[[dict[str, Any]], str]
+"""Results -> the page as Markdown."""
 
 
 def thread_count(count: int) -> str:
@@ -30,6 +33,25 @@ def write_report(folder: Path, name: str, result: dict[str, Any], page: str) -> 
     write_atomically(folder / f"{name}.md", page)
     print(page)
     print(f"written: {folder / name}.md")
+
+
+def write_part(stored: Path, result: dict[str, Any], parts: Collection[str], page: Page) -> None:
+    """Write the JSON file `stored` with the parts measured so far; with all of them also the page."""
+    if result.keys() >= {*parts}:
+        write_report(stored.parent, stored.stem, result, page(result))
+        return
+    stored.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(stored, json.dumps(result, indent=1) + "\n")
+
+
+def machines(hardware: dict[str, str]) -> str:
+    """The hardware of each part in words. The parts are named if they were measured on several machines."""
+    parts: dict[str, list[str]] = {}
+    for part, machine in hardware.items():
+        parts.setdefault(machine, []).append(part)
+    if len(parts) == 1:
+        return next(iter(parts))
+    return "; ".join(f"{machine} ({', '.join(names)})" for machine, names in parts.items())
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -1,8 +1,8 @@
 """`make bench-pipeline`: filter against plain queries, embed against a plain loop, one worker against two.
 
 Medians of interleaved rounds, in wall time and in CPU time, which does not depend on the load of the machine. Writes
-`docs/pipeline.json` and `docs/pipeline.md` after each part; `--parts` measures some of them and keeps the others. About
-eight minutes on two free cores; `--tiny` is a trial run.
+`docs/pipeline.json` after each part and `docs/pipeline.md` once it has all; `--parts` measures some of them and keeps
+the others. About eight minutes on two free cores; `--tiny` is a trial run.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.report import DOCS, SCRATCH, Goal, markdown_table, write_report
+from benchmarks.common.report import DOCS, SCRATCH, Goal, machines, markdown_table, write_part
 from benchmarks.pipeline import filter_query as query
 from benchmarks.pipeline import stages
 from jobs.reporting.hardware import hardware
@@ -79,9 +79,9 @@ def main() -> None:
     stored = docs / "pipeline.json"
     result = json.loads(stored.read_text()) if stored.exists() else {}
     for part in options.parts:
-        result |= {"hardware": hardware(), "rounds": size.rounds, part: PARTS[part](folder, size)}
-        if result.keys() >= PARTS.keys():
-            write_report(docs, "pipeline", result, page(result))
+        result |= {"rounds": size.rounds, part: PARTS[part](folder, size)}
+        result["hardware"] = result.get("hardware", {}) | {part: hardware()}
+        write_part(stored, result, PARTS, page)
 
 
 def measure_filter(folder: Path, size: Size) -> dict[str, Any]:
@@ -209,7 +209,7 @@ def page(result: dict[str, Any]) -> str:
     ]
     parts = [
         "# Speed of the data stages",
-        INTRO.format(hardware=result["hardware"], rows=filters["rows"], rounds=result["rounds"]),
+        INTRO.format(hardware=machines(result["hardware"]), rows=filters["rows"], rounds=result["rounds"]),
         markdown_table(["", "goal:", "measured:", ""], [goal.cells for goal in goals(result)]),
         markdown_table(["filter", "CPU us per row:", "rows/s, wall:"], queries),
         markdown_table(["filter, rows", "CPU us per row:", "peak memory:"], sizes),

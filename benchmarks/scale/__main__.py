@@ -1,8 +1,8 @@
 """`make bench-scale`: 231,350 shards in an object store that answers each request after 30 ms.
 
 The records of all shards (`records`), then a sample of tiny shards through every data stage (`stages`). About 15
-minutes on two free cores. Writes `docs/scale.json` and `docs/scale.md` after each of the two parts; `--parts` measures
-one of them and keeps the other.
+minutes on two free cores. Writes `docs/scale.json` after each of the two parts and `docs/scale.md` once it has both;
+`--parts` measures one of them and keeps the other.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.report import DOCS, Goal, markdown_table, write_report
+from benchmarks.common.report import DOCS, Goal, machines, markdown_table, write_part
 from benchmarks.scale import records, stages
 from benchmarks.scale.store import REQUEST_S, Store, running_store
 from jobs.reporting.hardware import hardware
@@ -82,7 +82,7 @@ def measure(part: str, shards: int) -> dict[str, Any]:
     if part == "records":
         with running_store(partial(records.fill, shards)) as store:
             cases = records.measure(shards, store)
-            return {"hardware": hardware(), "shards": shards, "records": cases, "remark": ""}
+            return {"shards": shards, "records": cases, "remark": ""}
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return {"files": list(FILES), "stages": process.submit(measure_stages).result()}
 
@@ -132,7 +132,7 @@ def page(result: dict[str, Any]) -> str:
     heads = ["", "requests:", "bytes:", "time:", "CPU:", "memory:", "before"]
     stage_heads = ["stage", "requests:", "bytes:", "time:", "driver CPU:", "driver memory:"]
     return PAGE.format(
-        hardware=result["hardware"],
+        hardware=machines(result["hardware"]),
         shards=result["shards"],
         files=[f"{count:,}" for count in result["files"]],
         ms=1e3 * REQUEST_S,
@@ -155,8 +155,8 @@ def main() -> None:
     result = json.loads(stored.read_text()) if stored.exists() else {}
     for part in options.parts:
         result |= measure(part, options.shards)
-        if result.keys() >= {*PARTS}:
-            write_report(options.docs, "scale", result, page(result))
+        result["hardware"] = result.get("hardware", {}) | {part: hardware()}
+        write_part(stored, result, PARTS, page)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from functools import partial
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from pipeline.neighbors.matching import read_queries, shard_number
 from pipeline.recipe import NeighborsConfig
@@ -20,7 +21,8 @@ from retrieval.database.database import Database
 from retrieval.database.recall import confidence_interval, recall_per_query
 from retrieval.errors import UserError
 from retrieval.index.routing import Numbers, Vectors, route
-from retrieval.join.join import join_partition
+from retrieval.join.device_rows import DeviceRows
+from retrieval.join.join import join_rows
 from retrieval.storage import schema
 from retrieval.storage.manifest import ShardRecord, read_manifest
 from retrieval.storage.root import FileRecord, Root
@@ -107,13 +109,13 @@ def _measure_work(root: Root, config: NeighborsConfig) -> Work:
 
     def work(name: str) -> ShardRecord:
         number = shard_number(name)
-        partition = database.open_partition(number)
+        stored = DeviceRows(database.open_partition(number), torch.device(config.device))
         visitors = np.flatnonzero((visits == number).any(axis=1))
         best = np.full((len(queries), len(LISTS), config.k), -np.inf, np.float32)
         for column, lists in enumerate(LISTS):
             rows = visitors if lists else np.arange(len(queries))
             join = config.join_config().model_copy(update={"lists_per_partition": lists})
-            best[rows, column] = join_partition(partition, queries[rows], join, config.device).similarities
+            best[rows, column] = join_rows(stored, queries[rows], join).similarities
         table = pa.table({schema.SIMILARITIES: schema.fixed_lists(best.reshape(len(queries), -1))})
         return ShardRecord(name, len(queries), (_write(root, name, table),))
 

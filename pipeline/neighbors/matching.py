@@ -12,6 +12,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import torch
 
 from pipeline.runtime.arrow_files import read_batch, write_batches
 from pipeline.runtime.workers import Work
@@ -19,7 +20,8 @@ from retrieval.database.database import Database
 from retrieval.index.partition import Partition
 from retrieval.index.routing import Vectors, route, unit
 from retrieval.index.top_k import top_k_columns
-from retrieval.join.join import JoinResult, join_partition
+from retrieval.join.device_rows import DeviceRows
+from retrieval.join.join import JoinResult, join_rows
 from retrieval.recipe import JoinConfig
 from retrieval.storage import schema
 from retrieval.storage.manifest import ShardRecord
@@ -84,10 +86,11 @@ def _match_partition(
     join, device = settings
     number = shard_number(name)
     partition = database.open_partition(number)
+    stored = DeviceRows(partition, torch.device(device))
 
     def batches() -> Iterator[pa.RecordBatch]:
         for numbers, queries in _routed_queries(root, routes, number, database.dim):
-            result = join_partition(partition, np.concatenate(queries), join, device)
+            result = join_rows(stored, np.concatenate(queries), join)
             ends = np.cumsum([len(group) for group in numbers])
             for group, end in zip(numbers, ends, strict=True):
                 yield _match_batch(group, result, slice(end - len(group), end), partition)

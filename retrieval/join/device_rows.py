@@ -2,8 +2,10 @@
 
 Reads the mapped vectors of a partition. A GPU gets all of them at once: 1.5 GB for a million rows of 768 dimensions.
 They are sent through pinned memory, which is filled while an earlier part is on its way. A join that reads its rows
-there needs no copy for each list. On a CPU the rows are read from the memory map.
+there needs no copy for each list, and several joins share them. On a CPU the rows are read from the memory map.
 """
+
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -17,22 +19,23 @@ SENT_ROWS = 32_768
 
 
 class DeviceRows:
-    """The rows of one partition, and which of them are hidden."""
+    """The rows of one partition, and which of them are hidden. They are sent to a GPU at the first use, and once."""
 
     def __init__(self, partition: Partition, device: torch.device) -> None:
+        self.partition, self.device = partition, device
         visible = partition.visible
         self.hidden = None if visible is None else ~torch.from_numpy(visible).to(device)
         """(rows,) bool on the device; None where no row is hidden."""
-        self._stored: Tensor | CodedRows
-        if device.type == "cuda":
-            self._stored = _sent(partition.embeddings, device)
-        elif isinstance(partition.embeddings, CodedRows):
-            self._stored = partition.embeddings
-        else:
-            self._stored = torch.from_numpy(partition.embeddings)
+
+    @cached_property
+    def _stored(self) -> Tensor | CodedRows:
+        rows = self.partition.embeddings
+        if self.device.type == "cuda":
+            return _sent(rows, self.device)
+        return rows if isinstance(rows, CodedRows) else torch.from_numpy(rows)
 
     def __len__(self) -> int:
-        return len(self._stored)
+        return len(self.partition.embeddings)
 
     def block(self, start: int, end: int) -> Tensor:
         """Rows start to end - 1 as float16."""

@@ -64,13 +64,19 @@ def _merge(result: JoinResult, numbers: npt.NDArray[np.int64], part: JoinResult,
 
 def join_partition(partition: Partition, queries: Vectors, config: JoinConfig, device: str = "cpu") -> JoinResult:
     """The config.k nearest rows of one partition for each query that are no near copies."""
-    tensor = torch.from_numpy(queries).to(device)
-    stored = DeviceRows(partition, tensor.device)
-    if not len(queries) or not config.lists_per_partition or config.lists_per_partition >= len(partition.lists[0]) - 1:
+    return join_rows(DeviceRows(partition, torch.device(device)), queries, config)
+
+
+def join_rows(stored: DeviceRows, queries: Vectors, config: JoinConfig) -> JoinResult:
+    """As `join_partition`. Several calls for a partition send its rows to a GPU once."""
+    if not len(queries):
+        return JoinResult(*empty_top_k(0, config.k), np.zeros(0, np.int64))
+    tensor, lists = torch.from_numpy(queries).to(stored.device), stored.partition.lists
+    if not config.lists_per_partition or config.lists_per_partition >= len(lists[0]) - 1:
         similarities, rows, copies = _compare_all(stored, tensor, config)
     else:
         settings = CandidateSettings(config.k, config.lists_per_partition, config.near_copy_similarity)
-        candidates, skipped = find_candidates((stored, partition.lists), tensor, settings)
+        candidates, skipped = find_candidates((stored, lists), tensor, settings)
         similarities, rows, copies = _rank(stored, tensor, candidates, config)
         copies += skipped
         short = similarities.isneginf().any(dim=1).nonzero()[:, 0]

@@ -4,10 +4,12 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 
 from retrieval import Database
 from retrieval.index.routing import Vectors, unit
-from retrieval.join.join import JoinResult, join_database, join_partition
+from retrieval.join.device_rows import DeviceRows
+from retrieval.join.join import JoinResult, join_database, join_partition, join_rows
 from retrieval.recipe import JoinConfig
 from tests.retrieval.conftest import brute_force, clustered, share_found
 
@@ -191,9 +193,21 @@ def test_a_database_of_near_copies_gives_no_neighbors(build: Build) -> None:
     assert result.near_copies.tolist() == [30]
 
 
-def test_joining_a_partition_with_no_queries_gives_no_rows(in_lists: Database) -> None:
-    result = join_partition(in_lists.partitions[0], np.empty((0, 32), np.float32), settings(lists=8))
+def test_joining_a_partition_with_no_queries_gives_no_rows_and_reads_none(in_lists: Database) -> None:
+    stored = DeviceRows(in_lists.partitions[0], torch.device("cpu"))
+    result = join_rows(stored, np.empty((0, 32), np.float32), settings(lists=8))
     assert result.positions.shape == result.similarities.shape == (0, 8)
+    assert "_stored" not in vars(stored)
+
+
+def test_joins_of_a_partition_share_its_rows(in_lists: Database, queries: Vectors) -> None:
+    stored = DeviceRows(in_lists.partitions[0], torch.device("cpu"))
+    rows = stored._stored
+    for lists in (8, 0):
+        assert stored._stored is rows
+        result = join_rows(stored, queries, settings(lists=lists))
+        wanted = join_partition(in_lists.partitions[0], queries, settings(lists=lists))
+        np.testing.assert_array_equal(result.positions, wanted.positions)
 
 
 def test_no_queries_get_no_neighbors(in_lists: Database) -> None:
