@@ -69,13 +69,16 @@ def tiny_recipe() -> str:
 
 
 @pytest.fixture(scope="module")
-def checkout(tiny_demo: TinyDemo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A copy of the repository in which `make demo` has finished a tiny demo."""
+def checkout(tiny_demo: TinyDemo, forked_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A copy of the repository in which `make demo` has finished a tiny demo. Its commands run in forks."""
     folder = copy_checkout(tmp_path_factory.mktemp("checkout"))
-    (folder / ".venv").mkdir()
-    for path in Path(sys.prefix).iterdir():
-        (folder / ".venv" / path.name).symlink_to(path)
-    (folder / ".venv/installed").unlink(missing_ok=True)
+    (folder / ".venv/bin").mkdir(parents=True)
+    for name in ("lib", "bin/tensorboard"):
+        (folder / ".venv" / name).symlink_to(Path(sys.prefix, name))
+    (folder / ".venv/bin/python").symlink_to(forked_python)
+    command = folder / ".venv/bin/laion-rdm"
+    command.write_text(f'#!/bin/sh\nexec "{forked_python}" -m jobs.cli.laion_rdm "$@"\n')
+    command.chmod(0o755)
     (folder / ".venv/installed").touch()  # newer than the copied files: make installs nothing
     (folder / "jobs/configs/demo.toml").write_text(tiny_recipe())
     shutil.copytree(tiny_demo.root, folder / "runs/demo")
@@ -92,9 +95,10 @@ def finished() -> set[str]:
 
 @pytest.mark.parametrize("page", pages_that_run(), ids=lambda page: page.stem)
 def test_the_blocks_of_a_page_run_in_order(
-    page: Path, checkout: Path, finished: set[str], monkeypatch: pytest.MonkeyPatch
+    page: Path, checkout: Path, forked_python: Path, finished: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(checkout)
+    monkeypatch.setenv("PYTHON_EXEC", str(forked_python))  # for the ranks of torchrun
     for variable in ("MAKEFLAGS", "MFLAGS", "ARGS"):  # of the make that runs these tests
         monkeypatch.delenv(variable, raising=False)
     names: dict[str, object] = {}

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -51,8 +50,8 @@ def test_the_page_counts_faults_and_lists_problems() -> None:
 
 
 @pytest.mark.slow
-def test_filter_survives_a_fault_of_every_kind(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.crashes", "--each", "2", "--stages", "filter"]
+def test_filter_survives_a_fault_of_every_kind(tmp_path: Path, forked_python: Path) -> None:
+    command = [str(forked_python), "-m", "benchmarks.crashes", "--each", "2", "--stages", "filter"]
     subprocess.run([*command, "--out", str(tmp_path / "crashes.md")], cwd=REPOSITORY, check=True)
     outcomes = json.loads((tmp_path / "crashes.json").read_text())["outcomes"]
     assert {outcome["kind"] for outcome in outcomes if outcome["struck"]} >= {*FAULTS} - {"disk"}
