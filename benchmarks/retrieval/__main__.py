@@ -128,8 +128,8 @@ def _points(record: dict[str, Any]) -> dict[str, list[TuningResult]]:
 
 
 def other_races(scratch: Path, record: Path) -> list[dict[str, Any]]:
-    """The searches of other sizes and seeds, from their records in the scratch folder."""
-    results = [json.loads(path.read_text()) for path in sorted(scratch.glob("*.json")) if path != record]
+    """The searches of other sizes and seeds, from their records (`100000.json`) in the scratch folder."""
+    results = [json.loads(path.read_text()) for path in sorted(scratch.glob("[0-9]*.json")) if path != record]
     return [
         {name: result[name] for name in ("rows", "seed", "hardware")}
         | {name: result["search"][name] for name in ("chosen", "opened")}

@@ -33,3 +33,11 @@ def test_a_stored_race_of_other_conditions_is_measured_again(
     path.write_text(json.dumps({"points": {}}))
     with pytest.raises(AdapterError, match="measured again"):
         race.measure_method(data, method, {})
+
+
+def test_other_races_are_those_of_the_records_without_the_page(tmp_path: Path) -> None:
+    for name, rows in (("100000", 100_000), ("300000-1", 300_000), ("performance", 100_000)):
+        record = {"rows": rows, "seed": 0, "hardware": "", "search": {"chosen": [], "opened": {}}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    others = race.other_races(tmp_path, tmp_path / "300000-1.json")
+    assert [other["rows"] for other in others] == [100_000]
