@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.common.report import DOCS, Goal, machines, markdown_table, write_part
 from benchmarks.scale import records, stages
-from benchmarks.scale.store import REQUEST_S, Store, running_store
+from benchmarks.scale.store import REQUEST_S, running_store
 from jobs.reporting.hardware import hardware
 
 BEFORE = {
@@ -62,19 +62,6 @@ driver; memory is the growth of its Python objects. With so few files, differenc
 Rates of the stages themselves are in [pipeline.md](pipeline.md) and [download.md](download.md).
 """
 PARTS = ("records", "stages")
-WARM_UP_FILES, FILES = 4, (10, 30)
-"""Metadata files of the samples. The first run imports libraries and is not counted."""
-
-
-def measure_stages() -> list[dict[str, Any]]:
-    """Run the samples in one process. Returns those of FILES, by stage."""
-    with running_store(_leave_empty) as store:
-        stages.measure(WARM_UP_FILES, store)
-        return [stages.measure(count, store) for count in FILES]
-
-
-def _leave_empty(store: Store) -> None:
-    """The sample's store has no files at first."""
 
 
 def measure(part: str, shards: int) -> dict[str, Any]:
@@ -84,7 +71,7 @@ def measure(part: str, shards: int) -> dict[str, Any]:
             cases = records.measure(shards, store)
             return {"shards": shards, "records": cases, "remark": ""}
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return {"files": list(FILES), "stages": process.submit(measure_stages).result()}
+        return {"files": list(stages.FILES), "stages": process.submit(stages.measure_samples).result()}
 
 
 def goals(result: dict[str, Any]) -> list[Goal]:

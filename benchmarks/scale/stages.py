@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.crashes.data_set import STAGES, SmallDataSet, served_data_set
-from benchmarks.scale.store import BUCKET, RunningStore
+from benchmarks.scale.store import BUCKET, RunningStore, Store, running_store
 from jobs import latents
 from jobs.cli.recipe import Recipe
 from pipeline.runtime.stage import map_in_threads
@@ -28,6 +28,19 @@ from trainer.recipe import AutoencoderConfig, LatentsConfig
 ROWS_PER_FILE = 6
 """Rows of a metadata file, which becomes a shard of about four training images and one of two database images."""
 LATENTS = "latents/16"
+WARM_UP_FILES, FILES = 4, (10, 30)
+"""Metadata files of the samples. The first run imports libraries and is not counted."""
+
+
+def measure_samples() -> list[dict[str, Any]]:
+    """Run the samples in this process. Returns those of FILES, by stage."""
+    with running_store(_leave_empty) as store:
+        measure(WARM_UP_FILES, store)
+        return [measure(count, store) for count in FILES]
+
+
+def _leave_empty(store: Store) -> None:
+    """The sample's store has no files at first."""
 
 
 def measure(files: int, store: RunningStore) -> dict[str, dict[str, float]]:
