@@ -40,7 +40,8 @@ this machine during the measurement if the time is far above CPU time plus {ms:.
 ## The records of {shards:,} shards
 
 Each shard has two files of one byte, so these are the costs of records and requests. Each row is a new process;
-memory is its peak, {base:.2f} GB of it imported libraries. CPU is that of the process, without the store. "Before" is
+memory is the larger of its peak and {base:.2f} GB, which the system reports before the case begins: imported
+libraries, and the memory of the process that starts it. CPU is that of the process, without the store. "Before" is
 an earlier version of the code, measured on a part of the shards and multiplied.
 
 `list the stage` is one listing, page after page. Where the shards are known, for example when a stage is resumed, eight
