@@ -3,12 +3,10 @@
 A block that cannot run here says why after its language, as in "shell (gpu)".
 """
 
-import json
 import re
 import shutil
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +15,7 @@ import pytest
 
 from docs.generate import numbers, rooms
 from tests.checkout import copy_checkout
-from tests.jobs.demo.tiny_demo import TINY, TinyDemo
+from tests.jobs.demo.tiny_demo import TinyDemo, tiny_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted(REPOSITORY.glob("docs/guides/*.md"))]
@@ -53,19 +51,6 @@ def pages_that_run() -> list[Path]:
 
 def is_run(block: Block) -> bool:
     return block.language in ("python", "shell") and not block.reason
-
-
-def tiny_recipe() -> str:
-    """The demo's recipe with the settings of the tiny demo, as TOML."""
-    recipe = tomllib.loads((REPOSITORY / "jobs/configs/demo.toml").read_text())
-    for key, value in TINY.items():
-        section, _, name = key.partition(".")
-        recipe[section][name] = json.loads(value) if isinstance(value, str) and value[0] == "[" else value
-    sections = {name: values for name, values in recipe.items() if isinstance(values, dict)}
-    top = [f"{name} = {json.dumps(value)}" for name, value in recipe.items() if name not in sections]
-    for name, values in sections.items():
-        top += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
-    return "\n".join(top)
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +135,19 @@ def test_a_changed_number_changes_its_page(monkeypatch: pytest.MonkeyPatch) -> N
         paper["tables"]["effect"]["suffix_retrieval"] = estimate
         monkeypatch.setattr(numbers, "load", lambda name: paper)
         assert words in numbers.styles()
+
+
+def test_a_style_that_no_caption_names_is_on_the_page_once_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    paper = numbers.load("paper")
+    paper["tables"]["effect_pixels"]["suffix_retrieval"] = [0.7, 0.6, 0.8]
+    paper["unknown_styles"] = paper["tables"] | {"styles": [{"style": name} for name in ("blueprint", "my_own")]}
+    monkeypatch.setattr(numbers, "load", lambda name: paper)
+    text = numbers.styles()
+    assert "Two styles, blueprint and my own, are in no caption" in text
+    assert text.count("0.700 (0.600 to 0.800), above 0.") == 2
+    suffix = paper["tables"]["modes"]["suffix"]
+    accuracies = [numbers.estimate_text(suffix[name]) for name in ("accuracy", "accuracy_pixels")]
+    assert f"| its name in the prompt | {' | '.join(accuracies)} |" in text
 
 
 def test_the_drawings_of_rooms_are_those_of_the_imports() -> None:

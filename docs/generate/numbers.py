@@ -13,6 +13,12 @@ from jobs.reporting.estimates import against_zero, estimate_text
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 Row = tuple[str, str, str]
+MODES = {
+    "retrieval": "its database",
+    "suffix": "its name in the prompt",
+    "suffix_retrieval": "its name in the prompt, neighbors of the training database",
+}
+"""How a style is requested, in words."""
 
 
 def load(name: str) -> Any:
@@ -33,8 +39,16 @@ def style_row() -> Row:
 
 
 def styles() -> str:
-    """In words, whether retrieval beats the stronger baseline on the demo."""
-    tables = load("paper")["tables"]
+    """In words, whether retrieval beats the stronger baseline on the demo, and so for styles that no caption names."""
+    paper = load("paper")
+    lines = _comparison(paper["tables"], "retrieval from a style database")
+    if "unknown_styles" in paper:
+        lines += ["", *_unknown_styles(paper["unknown_styles"])]
+    return "\n".join(lines)
+
+
+def _comparison(tables: Any, subject: str) -> list[str]:
+    """Whether retrieval beats the stronger baseline, by each judge."""
     judged = {"the judge on CLIP features": tables["effect"], "the judge on pixels": tables.get("effect_pixels")}
     lines = []
     for judge, effects in judged.items():
@@ -42,11 +56,28 @@ def styles() -> str:
             effect = effects["suffix_retrieval"]
             words = "beats" if effect[1] > 0 else "is below" if effect[2] < 0 else "does not beat"
             lines += [
-                f"By {judge}, retrieval from a style database **{words}** naming the style in the prompt with",
+                f"By {judge}, {subject} **{words}** naming the style in the prompt with",
                 "neighbors of the training database: the difference in style accuracy is",
                 f"{estimate_text(effect)}, {against_zero(effect)}.",
             ]
-    return "\n".join(lines)
+    return lines
+
+
+def _unknown_styles(tables: Any) -> list[str]:
+    """Style accuracies for styles that only a style database has."""
+    names = " and ".join(row["style"].replace("_", " ") for row in tables["styles"])
+    lines = [
+        f"Two styles, {names}, are in no caption and in no training picture of any model.",
+        "Only a style database has them. Style accuracy, by the judge on CLIP features and by that on pixels:",
+        "",
+        "| the style is requested by | CLIP features | pixels |",
+        "|---|---|---|",
+    ]
+    for mode, words in MODES.items():
+        values = tables["modes"][mode]
+        accuracies = [estimate_text(values[name]) for name in ("accuracy", "accuracy_pixels")]
+        lines.append(f"| {words} | {' | '.join(accuracies)} |")
+    return [*lines, "", *_comparison(tables, "for these styles, retrieval from a style database")]
 
 
 def search_row() -> Row:

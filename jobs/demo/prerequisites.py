@@ -8,10 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-import pyarrow.parquet as pq
-
 from jobs.cli.recipe import Recipe
 from jobs.demo.recipe import WorldConfig
+from jobs.demo.world.scenes import held_out_prompts
 from jobs.demo.world.world import write_world
 from retrieval.config import Config
 from retrieval.storage.manifest import Manifest, read_manifest, write_manifest
@@ -22,14 +21,13 @@ TrainingConfig = TypeVar("TrainingConfig", bound=Config)
 
 VERSION = 1
 PROMPTS = "prompts.txt"
+NUM_PROMPTS = 200
 
 
 def draw_world(recipe: Recipe) -> None:
     """Draw the world, and write the held-out prompts for evaluation."""
-    folder = recipe.root.local_path("world")
-    write_world(recipe[WorldConfig], folder)
-    prompts = pq.read_table(folder / "held_out.parquet", columns=["prompt"])["prompt"].to_pylist()
-    recipe.root.write_bytes(PROMPTS, ("\n".join(sorted(set(prompts))) + "\n").encode())
+    write_world(recipe[WorldConfig], recipe.root.local_path("world"))
+    recipe.root.write_bytes(PROMPTS, ("\n".join(held_out_prompts(NUM_PROMPTS)) + "\n").encode())
 
 
 def train_once(

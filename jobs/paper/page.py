@@ -5,7 +5,7 @@ Reads `runs/<name>/paper/`; writes `report.html` there, and `paper.md`, `paper.j
 
 import json
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -87,12 +87,10 @@ def verdicts(results: dict[str, Any]) -> list[Verdict]:
     """Whether neighbors have the expected effect and the controls do not; the stronger baseline comes first."""
     tables = results["tables"]
     limit = ABOUT_CHANCE * tables["chance"]
-    rows = [
-        _above_zero(f"Style accuracy with the database's neighbors{judge}, gain over {over}", tables[effect][mode])
-        for mode, over in GAINS.items()
-        for effect, judge in (("effect", ""), ("effect_pixels", ", by pixels"))
-        if tables[effect]
-    ]
+    rows = _gains("Style accuracy with the database's neighbors", tables, GAINS)
+    if "unknown_styles" in results:
+        about = "Style accuracy with the database's neighbors, styles that no caption names"
+        rows += _gains(about, results["unknown_styles"], (SUFFIX_RETRIEVAL, SUFFIX))
     for mode in (SHUFFLED, RANDOM_ROWS):
         rows.append(_at_most(f"Negative {MODE_LABELS[mode]}", tables["modes"][mode]["accuracy"], limit))
     if "added" in results["held_out"]:
@@ -127,6 +125,16 @@ def default_line(results: dict[str, Any]) -> str:
         return f"default by the curve: {setting}: {values}"
     goals = f"style {wanted['style']:g} and content {wanted['content']:g}"
     return f"no setting of the curve reaches {goals}; the nearest is {setting}: {values}"
+
+
+def _gains(about: str, tables: dict[str, Any], modes: Iterable[str]) -> list[Verdict]:
+    """The gain of retrieval over other modes, by each judge."""
+    return [
+        _above_zero(f"{about}{judge}, gain over {GAINS[mode]}", tables[effect][mode])
+        for mode in modes
+        for effect, judge in (("effect", ""), ("effect_pixels", ", by pixels"))
+        if tables[effect]
+    ]
 
 
 def _above_zero(about: str, estimate: tuple[float, float, float]) -> Verdict:

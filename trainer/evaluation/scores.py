@@ -101,13 +101,16 @@ Scores = dict[tuple[str, str], StyleScores]
 
 
 def results(features: FeaturesByGroup, evaluator: Evaluator) -> dict[str, Any]:
-    """A row for each mode over all styles, a row for each style, and the differences of retrieval to other modes."""
-    styles = evaluator.styles
+    """A row for each mode over all styles, a row for each style, and the differences of retrieval to other modes.
+
+    The judges may know more styles than those of the samples.
+    """
+    styles = list(dict.fromkeys(style for _, style in features))
     scores: Scores = {key: score(evaluator, key[1], group) for key, group in features.items()}
     modes = list(dict.fromkeys(mode for mode, _ in features))
     totals = {mode: pool([scores[mode, style] for style in styles]) for mode in modes}
     return {
-        "chance": 1 / len(styles),
+        "chance": 1 / len(evaluator.styles),
         "num_styles": len(styles),
         "judges": {
             "clip": _judge(evaluator.classifier),

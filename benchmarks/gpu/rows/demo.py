@@ -141,7 +141,7 @@ def _recognized(day: Day, pictures: list[tuple[Path, str]]) -> dict[str, float]:
 
     encoder = Encoder(ClipConfig(model=f"local-dir:{day.scratch / 'demo/clip'}"), str(day.device))
     vectors = encoder.encode_images([Image.open(path).convert("RGB") for path, _ in pictures])
-    of_prompt = {prompt(content): content for content in all_contents()}
+    of_prompt = {prompt(content, phrasing): content for content in all_contents() for phrasing in range(3)}
     shares = {}
     for attribute, values in (("shape", SHAPES), ("color", COLORS), ("count", COUNTS)):
         texts = []

@@ -13,7 +13,7 @@ from PIL import Image
 
 from jobs.demo.world.content import Content, Scene
 from jobs.demo.world.sketch import MAX_ASPECT, plain_sketch
-from jobs.demo.world.styles import PAINTERS, STYLES
+from jobs.demo.world.styles import PAINTERS, STYLES, UNKNOWN_PAINTERS
 from retrieval.errors import UserError
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "ring", "moon", "flower")
@@ -75,7 +75,7 @@ def draw(scene: Scene, width: int, height: int) -> npt.NDArray[np.uint8]:
     _check_size(width, height)
     factor = max(1, -(-DRAWN_SIDE_PX // min(width, height)))
     sketch = plain_sketch(scene.content, scene.seed, width * factor, height * factor)
-    picture = PAINTERS[scene.style](sketch)
+    picture = (PAINTERS | UNKNOWN_PAINTERS)[scene.style](sketch)
     picture *= np.float32(255)
     picture += np.float32(0.5)
     pixels = np.clip(picture, 0, 255, out=picture).astype(np.uint8)
@@ -121,9 +121,23 @@ def full_caption(scene: Scene) -> str:
     return suffix_prompt(scene.content, scene.style)
 
 
-def prompt(content: Content) -> str:
-    """A sentence with the content and without the style."""
-    return _join(_subject(content), content.layout, _PLACES[content.background][0])
+def prompt(content: Content, phrasing: int = 0) -> str:
+    """A sentence with the content and without the style. phrasing: of the place, 0 to 2."""
+    return _join(_subject(content), content.layout, _PLACES[content.background][phrasing])
+
+
+def held_out_prompts(count: int) -> list[str]:
+    """`count` different prompts with held-out contents, sorted.
+
+    A content repeats, with its place in other words, only after all contents are used. Raises UserError if there are
+    not so many prompts.
+    """
+    contents = [content for content in all_contents() if is_held_out(content)]
+    rng = np.random.default_rng([HELD_OUT_SEED, len(contents)])
+    prompts = [prompt(contents[i], phrasing) for phrasing in range(3) for i in rng.permutation(len(contents))]
+    if count > len(prompts):
+        raise UserError(f"held-out prompts: {len(prompts)} exist, {count} were asked for. Ask for fewer.")
+    return sorted(prompts[:count])
 
 
 def suffix_prompt(content: Content, style: str) -> str:

@@ -1,4 +1,4 @@
-"""The ten styles: each paints a sketch with its own palette and texture, and keeps the color of the figure.
+"""The styles: each paints a sketch with its own palette and texture, and keeps the color of the figure.
 
 Texture periods are at least 1/16 of the shorter side, 4 px at 64 px, so that styles differ in small pictures too.
 """
@@ -219,3 +219,33 @@ PAINTERS: dict[str, Callable[[Sketch], Field]] = {
     "knitting": _knitting,
 }
 STYLES: tuple[str, ...] = tuple(PAINTERS)
+
+
+def _blueprint(sketch: Sketch) -> Field:
+    paper, ink = _rgb(22, 52, 122), _rgb(226, 236, 250)
+    picture = np.broadcast_to(paper, (*sketch.figure.distance.shape, 3)) * (1 + 0.12 * noise(sketch, 5, 0))[:, :, None]
+    (_, across), (_, down) = _cells(sketch.x, 1 / 8), _cells(sketch.y, 1 / 8)
+    to_line = np.float32(0.5) - np.maximum(np.abs(across), np.abs(down))
+    over(picture, ink, coverage(to_line - np.float32(0.05), 0.06) * np.float32(0.3))
+    for layer in sketch.layers:
+        inside = coverage(layer.distance, 0.006)
+        over(picture, paper, inside * np.float32(0.9))
+        over(picture, _vivid(layer.color), inside * np.float32(0.55 if layer is sketch.figure else 0.06))
+        over(picture, ink, coverage(np.abs(layer.distance) - np.float32(0.009), 0.008))
+    return picture
+
+
+def _cross_stitch(sketch: Sketch) -> Field:
+    period = 1 / 12
+    (columns, u), (rows, v) = _cells(sketch.x, period), _cells(sketch.y, period)
+    thread = _pick(_saturate(flat(sketch), 1.2), sketch, (columns + 0.5) * period, (rows + 0.5) * period)
+    to_diagonal = np.minimum(np.abs(u - v), np.abs(u + v))
+    shade = np.float32(1.1) - np.float32(1.2) * to_diagonal
+    picture = np.broadcast_to(_rgb(240, 232, 214), thread.shape) * (1 + 0.05 * noise(sketch, 90, 0))[:, :, None]
+    over(picture, np.clip(thread * shade[:, :, None], 0, 1), coverage(to_diagonal - np.float32(0.2), 0.12))
+    return picture
+
+
+UNKNOWN_PAINTERS: dict[str, Callable[[Sketch], Field]] = {"blueprint": _blueprint, "cross stitch": _cross_stitch}
+UNKNOWN_STYLES: tuple[str, ...] = tuple(UNKNOWN_PAINTERS)
+"""Styles of style databases and judges alone: no caption names them, and no model is trained on them."""

@@ -1,7 +1,7 @@
 """The demo world, a synthetic data set: pictures, metadata in LAION's format, style folders, prompts.
 
 Writes below a folder: images/ and metadata/ (the pipeline downloads the pictures by URL, from the demo's server),
-styles/, held_out/ with held_out.parquet, truth.parquet, and world.json last.
+styles/, held_out/ with held_out.parquet and all_styles.parquet, truth.parquet, and world.json last.
 """
 
 import json
@@ -25,19 +25,20 @@ from jobs.demo.world.copies import related_rows
 from jobs.demo.world.metadata import CONTENT_COLUMNS, Row, Site, ordinary_row, scene_fields, write_tables
 from jobs.demo.world.pictures import Copy, Drawing, start_worker, write_picture
 from jobs.demo.world.scenes import all_contents, full_caption, is_held_out, prompt, random_scene
-from jobs.demo.world.styles import STYLES
+from jobs.demo.world.styles import STYLES, UNKNOWN_STYLES
 from retrieval.errors import UserError
 from retrieval.storage.root import Root
 
 # Increase it when the same config gives other files than before.
-WORLD_VERSION = 1
+WORLD_VERSION = 2
 FINISHED = "world.json"
 STARTED = "world.begun.json"
-OWNED = ("images", "metadata", "styles", "held_out", "held_out.parquet", "truth.parquet")
+OWNED = ("images", "metadata", "styles", "held_out", "held_out.parquet", "all_styles.parquet", "truth.parquet")
 SMALL_PX = 256
 SHUFFLE_STREAM = 4
 STYLES_STREAM = 5
 HELD_OUT_STREAM = 6
+UNKNOWN_STREAM = 7
 
 HELD_OUT_SCHEMA = pa.schema(
     [("path", pa.string()), ("caption", pa.string()), ("prompt", pa.string()), *CONTENT_COLUMNS, ("style", pa.string())]
@@ -54,17 +55,18 @@ def write_world(config: WorldConfig, folder: Path) -> None:
     if _read_json(folder / FINISHED) == identity:
         return
     rows = plan_rows(config)
-    held_out = plan_held_out(config)
+    held_out, unknown = plan_held_out(config), plan_unknown_held_out(config)
     pictures = [row.file for row in rows if row.file is not None]
     drawings = [picture for picture in pictures if isinstance(picture, Drawing)]
     copies = [picture for picture in pictures if isinstance(picture, Copy)]
-    drawings += plan_styles(config) + held_out
+    drawings += plan_styles(config) + held_out + unknown
     root = Root(folder)
     _begin(root, folder, identity)
     _write_pictures(folder, [drawings, copies], config.workers)
     write_tables(rows, config.num_metadata_files, root)
-    with root.writing("held_out.parquet") as pending:
-        pq.write_table(held_out_table(held_out), pending.path)
+    for name, labelled in (("held_out", held_out), ("all_styles", held_out + unknown)):
+        with root.writing(f"{name}.parquet") as pending:
+            pq.write_table(held_out_table(labelled), pending.path)
     os.replace(folder / STARTED, folder / FINISHED)
 
 
@@ -83,7 +85,7 @@ def plan_rows(config: WorldConfig) -> list[Row]:
 def plan_styles(config: WorldConfig) -> list[Drawing]:
     """The pictures of the style folders, `styles/<style>/NNNNN.jpg`, without held-out contents."""
     drawings = []
-    for number, style in enumerate(STYLES):
+    for number, style in enumerate((*STYLES, *UNKNOWN_STYLES)):
         rng = np.random.default_rng([config.seed, STYLES_STREAM, number])
         for i in range(config.num_per_style):
             path = f"styles/{style}/{i:05d}.jpg"
@@ -108,6 +110,20 @@ def plan_held_out(config: WorldConfig) -> list[Drawing]:
     return drawings
 
 
+def plan_unknown_held_out(config: WorldConfig) -> list[Drawing]:
+    """Pictures of the unknown styles with held-out contents, `held_out/<style>-NNNNN.jpg`, as many as of other styles.
+
+    They train and test a judge on pixels.
+    """
+    drawings = []
+    for number, style in enumerate(UNKNOWN_STYLES):
+        rng = np.random.default_rng([config.seed, UNKNOWN_STREAM, number])
+        for i in range(-(-config.num_held_out // len(STYLES))):
+            scene = random_scene(rng, held_out=True, style=style)
+            drawings.append(Drawing(f"held_out/{style}-{i:05d}.jpg", scene, SMALL_PX, SMALL_PX))
+    return drawings
+
+
 def held_out_table(drawings: list[Drawing]) -> pa.Table:
     """One row for each held-out picture: path, full caption, prompt without style, content and style."""
     records = [
@@ -128,7 +144,7 @@ def _begin(root: Root, folder: Path, identity: dict[str, object]) -> None:
         _clear(folder)
         root.write_json(STARTED, identity)
     root.delete_partial_files("")
-    for name in ("images", "held_out", *(f"styles/{style}" for style in STYLES)):
+    for name in ("images", "held_out", *(f"styles/{style}" for style in (*STYLES, *UNKNOWN_STYLES))):
         (folder / name).mkdir(parents=True, exist_ok=True)
 
 

@@ -69,7 +69,7 @@ def test_every_stage_has_a_manifest_and_every_database_opens(demo_root: Path) ->
     for stage in ("filter", "download", "embed", "index", "neighbors", "latents/64", "runs/demo/train"):
         assert read_manifest(root, stage).rows > 0
     assert len(Database.open(root.child("index"))) == read_manifest(root, "index").rows
-    assert len(list((demo_root / "databases").iterdir())) == 10
+    assert len(list((demo_root / "databases").iterdir())) == 12
     assert not list(demo_root.rglob(".partial-*"))
 
 

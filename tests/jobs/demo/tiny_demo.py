@@ -1,7 +1,9 @@
 """A tiny recipe of the demo, and one complete run of it for all test processes."""
 
+import json
 import os
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,6 +67,19 @@ class TinyDemo(NamedTuple):
     """Port of the demo's server. All URLs and image ids depend on it."""
 
 
+def tiny_recipe() -> str:
+    """The demo's recipe with the settings of the tiny demo, as TOML."""
+    recipe = tomllib.loads(DEMO.read_text())
+    for key, value in TINY.items():
+        section, _, name = key.partition(".")
+        recipe[section][name] = json.loads(value) if isinstance(value, str) and value[0] == "[" else value
+    sections = {name: values for name, values in recipe.items() if isinstance(values, dict)}
+    top = [f"{name} = {json.dumps(value)}" for name, value in recipe.items() if name not in sections]
+    for name, values in sections.items():
+        top += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
+    return "\n".join(top)
+
+
 def overrides(root: Path, port: int) -> list[str]:
     """Overrides that move the demo's recipe to another root and make it tiny."""
     paths = {
@@ -75,6 +90,7 @@ def overrides(root: Path, port: int) -> list[str]:
         "autoencoder.path": f"{root}/autoencoder",
         "evaluate.prompts_file": f"{root}/prompts.txt",
         "evaluate.judge_pictures": f"{root}/world/held_out.parquet",
+        "paper.unknown_judge_pictures": f"{root}/world/all_styles.parquet",
     }
     return [f"{key}={value}" for key, value in (paths | TINY).items()]
 

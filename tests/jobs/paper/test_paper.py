@@ -7,17 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jobs.cli.recipe import load_recipe
+from jobs.demo.world.styles import UNKNOWN_STYLES
 from jobs.paper.page import default_line, verdicts, write_docs, write_page
+from retrieval.clip.encoder import Encoder
 from retrieval.errors import UserError
 from retrieval.storage import schema
 from retrieval.storage.root import Root
-from tests.trainer.tiny_run import DIM, PROMPTS, STYLES, write_run
+from tests.trainer.tiny_run import DIM, PROMPTS, STYLES, pictures_of, write_run, write_style_database
 from trainer.evaluation.paper.experiments import ModelUnderTest, run
 from trainer.evaluation.paper.recipe import PaperConfig
-from trainer.evaluation.recipe import ClassifierConfig, EvaluateConfig
+from trainer.evaluation.recipe import ClassifierConfig, EvaluateConfig, PixelClassifierConfig
+from trainer.evaluation.styles import style_words
 from trainer.recipe import TrainingRecipe
 from trainer.sampling.picture import read_recipe
 from trainer.sampling.sampler import open_database
@@ -33,6 +37,8 @@ CONFIG = PaperConfig(
     tradeoff_guidance=(1.0, 2.0),
     tradeoff_samples=2,
 )
+MINE = "my_own"
+"""A style database that the evaluation does not have, with pictures of two of its styles."""
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +47,8 @@ def model(tmp_path_factory) -> tuple[Root, ModelUnderTest]:
     folder = tmp_path_factory.mktemp("paper")
     root, trained = write_run(folder)
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    write_style_database(root, f"databases/{MINE}", Encoder(trained.clip), ["green", "deep_red"], 12)
+    write_judge_pictures(root.local_path("judge.parquet"))
     rows = np.random.default_rng(0).standard_normal((6, DIM))
     table = pa.table(
         {schema.IMAGE_ID: np.arange(6), schema.EMBEDDING: schema.fixed_lists((rows / 6).astype(np.float16))}
@@ -54,8 +62,10 @@ def model(tmp_path_factory) -> tuple[Root, ModelUnderTest]:
     sections = {"model": unet, "diffusion": {}, "autoencoder": autoencoder, "train": train}
     evaluate = EvaluateConfig(
         prompts_file=str(folder / "prompts.txt"),
+        styles=NAMES,
         samples_per_style=4,
         classifier=ClassifierConfig(hidden=32, epochs=40),
+        pixel_classifier=PixelClassifierConfig(epochs=1),
         steps=2,
         guidance=2.0,
         k=4,
@@ -67,19 +77,35 @@ def model(tmp_path_factory) -> tuple[Root, ModelUnderTest]:
     return root, ModelUnderTest(trained, TrainingRecipe.model_validate(sections), evaluate)
 
 
+def write_judge_pictures(table: Path) -> None:
+    """Pictures of the evaluation's styles and of MINE for a judge on pixels."""
+    rows = []
+    for style in (*NAMES, MINE):
+        for number, picture in enumerate(pictures_of("green" if style == MINE else style, 10)):
+            picture.save(table.with_name(f"{style}-{number}.png"))
+            rows.append({"path": f"{style}-{number}.png", "style": style})
+    pq.write_table(pa.Table.from_pylist(rows), table)
+
+
+def settings_of(root: Root) -> PaperConfig:
+    table = str(root.local_path("judge.parquet"))
+    return CONFIG.model_copy(update={"unknown_styles": (MINE,), "unknown_judge_pictures": table})
+
+
 @pytest.fixture(scope="module")
 def finished(model):
     root, tested = model
-    manifest = run(CONFIG, tested, root)
+    manifest = run(settings_of(root), tested, root)
     return root, manifest, root.read_json(f"{STAGE}/paper.json")
 
 
 def test_every_figure_and_experiment_is_stored(finished):
     _, manifest, results = finished
-    charts = ("improvement", "modes", "distances", "times", "tradeoff", "swap", "styles", "samples")
+    charts = ("improvement", "modes", "distances", "times", "tradeoff", "swap", "styles", "samples", "unknown_styles")
     for name in charts:
         assert f"{STAGE}/{name}.png" in manifest.checksums()
-    assert set(results) == {"asked", "sheets", "tables", "held_out", "copying", "times", "tradeoff"}
+    experiments = {"sheets", "tables", "held_out", "copying", "times", "tradeoff", "unknown_styles"}
+    assert set(results) == {"asked", *experiments}
     assert [(row["guidance"], row["k"]) for row in results["tradeoff"]["settings"]] == [(1.0, 4), (2.0, 4)]
     assert [row["database"] for row in results["times"]] == [*NAMES, "index"]
     assert [row["rows"] for row in results["times"]] == [24, 24, 24, 72]
@@ -119,16 +145,44 @@ def database_ids(root: Root, style: str) -> list[int]:
     return open_database(root, style).metadata()[schema.IMAGE_ID].to_pylist()
 
 
+def test_an_unknown_style_is_measured_in_all_modes_by_judges_that_know_it(finished):
+    root, _, results = finished
+    unknown = results["unknown_styles"]
+    assert [row["style"] for row in unknown["styles"]] == [MINE]
+    assert unknown["chance"] == 1 / 4
+    assert set(unknown["modes"]) == {"retrieval", "suffix", "suffix_retrieval", "no_neighbors"}
+    assert [row["samples"] for row in unknown["modes"].values()] == [4] * 4
+    assert unknown["judges"]["pixels"]["held_out_rows"] == 8
+    assert set(unknown["effect"]) == set(unknown["effect_pixels"]) == set(unknown["modes"]) - {"retrieval"}
+    recipes = {}
+    for mode in unknown["modes"]:
+        with root.open(f"{STAGE}/samples/{mode}/{MINE}/0000.png") as file:
+            recipes[mode] = read_recipe(file.read())
+    prompt = recipes["retrieval"]["prompt"]
+    assert (prompt in PROMPTS, recipes["retrieval"]["database"]) == (True, MINE)
+    assert recipes["suffix"]["prompt"] == f"{prompt} in the style of my own"
+    assert recipes["suffix_retrieval"]["database"] == "index"
+    # The tables of the other styles do not have it.
+    assert [row["style"] for row in results["tables"]["styles"]] == list(NAMES)
+    assert results["tables"]["judges"]["pixels"] is None
+
+
+def test_an_unknown_style_that_the_evaluation_has_is_refused(model):
+    config = CONFIG.model_copy(update={"unknown_styles": ("green",)})
+    with pytest.raises(UserError, match=r"paper.unknown_styles has 'green', a style of \[evaluate\]"):
+        run(config, model[1], model[0])
+
+
 def test_a_killed_run_resumes_and_ends_with_the_same_samples(finished, model):
     root, manifest, _ = finished
     path = root.local_path(f"{STAGE}/samples/shuffled/green/0000.png")
     before = path.stat().st_mtime_ns
-    run(CONFIG, model[1], root)
+    run(settings_of(root), model[1], root)
     assert path.stat().st_mtime_ns == before
     root.delete(f"{STAGE}/manifest.json")
     root.delete(f"{STAGE}/records/random_rows/green.json")
     root.delete(f"{STAGE}/records/tables.json")
-    resumed = run(CONFIG, model[1], root)
+    resumed = run(settings_of(root), model[1], root)
     assert resumed.checksums() == manifest.checksums()
     assert path.stat().st_mtime_ns == before
 
@@ -138,7 +192,7 @@ def test_the_report_embeds_its_pictures_and_loads_nothing_from_the_network(finis
     page = write_page(root, STAGE)
     html = root.local_path(f"{STAGE}/report.html").read_text()
     sources = re.findall(r'(?:src|href)="([^"]*)"', html)
-    assert len([source for source in sources if source.startswith("data:image/")]) == len(page.pictures) == 10
+    assert len([source for source in sources if source.startswith("data:image/")]) == len(page.pictures) == 11
     assert all(source.startswith(("data:image/", "#")) for source in sources)
     assert "http" not in re.sub(r'src="[^"]*"', "", html)
     assert "Not measured." in html
@@ -154,7 +208,7 @@ def test_the_documentation_page_links_the_pictures_that_are_written(finished, tm
     assert sorted(links) == sorted(f"images/{file.name}" for file in (tmp_path / "images").iterdir())
     values = json.loads((tmp_path / "paper.json").read_text())
     assert values["tables"]["chance"] == pytest.approx(1 / 3)
-    assert len(values["verdicts"]) == 8
+    assert len(values["verdicts"]) == 12
     assert "stronger baseline" in path.read_text()
 
 
@@ -182,12 +236,15 @@ def test_a_verdict_is_missed_only_if_its_interval_says_so(finished):
     assert by_name["Negative control: random rows of the training database"]
 
 
-def test_without_a_curve_the_pages_have_none(finished, tmp_path: Path):
+def test_without_a_curve_and_unknown_styles_the_pages_have_none(finished, tmp_path: Path):
     page = write_page(finished[0], STAGE)
-    results = {name: values for name, values in page.results.items() if name != "tradeoff"}
+    optional = ("tradeoff", "unknown_styles")
+    results = {name: values for name, values in page.results.items() if name not in optional}
     text = write_docs(finished[0], replace(page, results=results), tmp_path).read_text()
     assert default_line(results) == ""
     assert "Style against content" not in text
+    assert "Styles that no caption names" not in text
+    assert len(verdicts(results)) == 8
 
 
 def test_a_report_of_unfinished_experiments_is_refused(tmp_path: Path):
@@ -195,7 +252,8 @@ def test_a_report_of_unfinished_experiments_is_refused(tmp_path: Path):
         write_page(Root(tmp_path), STAGE)
 
 
-def test_the_demo_recipe_swaps_two_of_its_styles():
+def test_the_demo_recipe_swaps_two_of_its_styles_and_measures_the_unknown_ones():
     recipe = load_recipe(Path("jobs/configs/demo.toml"))
     config, styles = recipe[PaperConfig], recipe[EvaluateConfig].styles
     assert set(config.swapped_databases) <= set(styles)
+    assert tuple(style_words(style) for style in config.unknown_styles) == UNKNOWN_STYLES

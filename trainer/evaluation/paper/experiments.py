@@ -24,14 +24,15 @@ from trainer.evaluation.evaluate import make_evaluator, style_names
 from trainer.evaluation.intervals import Bootstrap
 from trainer.evaluation.paper import charts, copy_check, copy_distances, held_out
 from trainer.evaluation.paper.controls import CONTROLS, control, random_rows
-from trainer.evaluation.paper.figures import draw_figure, make_figures
+from trainer.evaluation.paper.figures import draw_by_mode, draw_figure, make_figures
 from trainer.evaluation.paper.paper_tables import tables
 from trainer.evaluation.paper.real_images import training_images
 from trainer.evaluation.paper.recipe import PaperConfig
 from trainer.evaluation.paper.timing import retrieval_times
+from trainer.evaluation.pixel_judge import pictures_digest
 from trainer.evaluation.recipe import EvaluateConfig
 from trainer.evaluation.sample_groups import draw_groups, picture_path, read_features
-from trainer.evaluation.scores import Evaluator
+from trainer.evaluation.scores import Evaluator, results
 from trainer.evaluation.styles import NO_NEIGHBORS, RETRIEVAL, StyleGroup, make_style_groups
 from trainer.evaluation.tradeoff import make_settings, setting_groups, tradeoff
 from trainer.recipe import TrainingRecipe
@@ -70,10 +71,14 @@ def run(config: PaperConfig, model: ModelUnderTest, root: Root) -> Manifest:
         require_text(prompt)
     evaluated = evaluate.run(model.evaluate, model.trained, root)
     styles = style_names(model.evaluate, root)
+    if known := set(styles) & set(config.unknown_styles):
+        raise UserError(f"paper.unknown_styles has {min(known)!r}, a style of [evaluate]. Leave it out of one of them.")
     upstream = {
         "evaluate": evaluated.identity,
-        **upstream_fingerprints(root, model.trained, (*styles, TRAINING_DATABASE)),
+        **upstream_fingerprints(root, model.trained, (*styles, *config.unknown_styles, TRAINING_DATABASE)),
     }
+    if config.unknown_judge_pictures:
+        upstream["unknown_judge_pictures"] = pictures_digest(config.unknown_judge_pictures)
     for stage in ("embed", "neighbors"):
         if root.exists(f"{stage}/manifest.json"):
             upstream[stage] = read_manifest(root, stage).fingerprint
@@ -83,8 +88,8 @@ def run(config: PaperConfig, model: ModelUnderTest, root: Root) -> Manifest:
         return finished
     experiments = Experiments(config, model, Sampler.open(root, model.trained, model.evaluate), items)
     with items.building():
-        records, results = experiments.run_all()
-        file = root.write_json(f"{model.folder}/paper.json", results)
+        records, values = experiments.run_all()
+        file = root.write_json(f"{model.folder}/paper.json", values)
         records.append(ShardRecord("values", 1, (file,)))
         return items.finish(records, {"styles": list(styles)}, time.monotonic() - started)
 
@@ -98,8 +103,9 @@ class Experiments:
         settings, root = model.evaluate, items.root
         self._evaluated = ResumableItems(root, f"runs/{model.trained.name}/evaluate", settings, {})
         self._styles, self._prompts = style_names(settings, root), read_prompts(settings.prompts_file)
-        self._groups = make_style_groups(
-            settings, settings.samples_per_style, self._styles, self._prompts, settings.prompts_per_style
+        self._groups, self._unknown_groups = (
+            make_style_groups(settings, settings.samples_per_style, names, self._prompts, settings.prompts_per_style)
+            for names in (self._styles, config.unknown_styles)
         )
         self._retrieved = [group for group in self._groups if group.mode == RETRIEVAL]
         self._conditioned = {group.style: self._condition(group) for group in self._retrieved}
@@ -107,7 +113,7 @@ class Experiments:
         intervals = config.tradeoff_intervals
         self._settings = make_settings(config.tradeoff_guidance, config.tradeoff_k or (settings.k,), intervals)
         self._tradeoff_groups = setting_groups(self._retrieved, self._settings, config.tradeoff_samples)
-        groups = [*(figure.group for figure in self._figures), *self._tradeoff_groups]
+        groups = [*(figure.group for figure in self._figures), *self._tradeoff_groups, *self._unknown_groups]
         sampler.check([request for group in groups for request in group.requests])
 
     def run_all(self) -> tuple[list[ShardRecord], dict[str, Any]]:
@@ -117,8 +123,8 @@ class Experiments:
             replace(group, name=f"{name}/{group.style}", mode=name) for name in CONTROLS for group in self._retrieved
         ]
         records += draw_groups(self._sampler, controls, self._items, self._plan_control)
-        records += draw_groups(self._sampler, self._tradeoff_groups, self._items)
-        results: dict[str, Any] = {"asked": self._asked()}
+        records += draw_groups(self._sampler, [*self._tradeoff_groups, *self._unknown_groups], self._items)
+        values: dict[str, Any] = {"asked": self._asked()}
         experiments: dict[str, Callable[[], Result]] = {
             "sheets": self._sheets,
             "tables": lambda: self._tables(controls),
@@ -126,11 +132,12 @@ class Experiments:
             "copying": self._copying,
             "times": self._times,
             **({"tradeoff": self._tradeoff} if self._settings else {}),
+            **({"unknown_styles": self._unknown_styles} if self._unknown_groups else {}),
         }
         for name, experiment in experiments.items():
-            record, results[name] = self._run_once(name, experiment)
+            record, values[name] = self._run_once(name, experiment)
             records.append(record)
-        return records, results
+        return records, values
 
     def _run_once(self, name: str, experiment: Callable[[], Result]) -> tuple[ShardRecord, Any]:
         """Run an experiment unless it has a record. Returns its record and its values."""
@@ -192,6 +199,17 @@ class Experiments:
                 features[NO_NEIGHBORS, group.style] = plain.first(self._config.tradeoff_samples)
         values = tradeoff(self._settings, features, self._evaluator)
         return values, {"tradeoff.png": charts.tradeoff_chart(values)}
+
+    def _unknown_styles(self) -> Result:
+        """The modes of the evaluation for styles that no caption names, by judges of these and all other styles."""
+        settings = self._model.evaluate.model_copy(update={"judge_pictures": self._config.unknown_judge_pictures})
+        styles = (*self._styles, *self._config.unknown_styles)
+        evaluator = make_evaluator(settings, self._sampler, styles, self._bootstrap)
+        features = {
+            (group.mode, group.style): read_features(self._sampler, group, self._items)
+            for group in self._unknown_groups
+        }
+        return results(features, evaluator), {"unknown_styles.png": draw_by_mode(self._unknown_groups, self._items)}
 
     def _held_out(self) -> Result:
         root, sampler = self._items.root, self._sampler

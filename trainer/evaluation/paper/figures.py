@@ -1,4 +1,4 @@
-"""Contact sheets of the paper: Fig. 2 (two databases), Fig. 3 and 6 (all styles), Fig. 1 and 5 (samples).
+"""Contact sheets of the paper: Fig. 2 (two databases), Fig. 3 and 6 (all styles), Fig. 1 and 5 (samples), and modes.
 
 Takes the recipe's prompts and databases, returns the requests of each figure and the drawn sheet.
 """
@@ -6,13 +6,16 @@ Takes the recipe's prompts and databases, returns the requests of each figure an
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from trainer.evaluation.charts import LABELS
 from trainer.evaluation.paper.recipe import PaperConfig
 from trainer.evaluation.sample_groups import picture_path
-from trainer.evaluation.styles import SampleGroup, style_words
+from trainer.evaluation.styles import SampleGroup, StyleGroup, style_words
 from trainer.sampling.picture import Grid, cell_edge, grid_png, open_picture
 from trainer.sampling.recipe import SamplingConfig
 from trainer.sampling.request import TRAINING_DATABASE
 from trainer.sampling.resumable import ResumableItems
+
+SHEET_COLUMNS = 6
 
 
 @dataclass(frozen=True)
@@ -67,3 +70,12 @@ def draw_figure(figure: Figure, items: ResumableItems) -> bytes:
     ]
     edge = min(128, cell_edge(pictures[0][0]))
     return grid_png(Grid(cells=pictures, rows=figure.rows, columns=figure.columns, cell=edge))
+
+
+def draw_by_mode(groups: Sequence[StyleGroup], items: ResumableItems) -> bytes:
+    """The first stored samples of each style and mode, a row for each, by style: PNG bytes."""
+    rows = sorted(groups, key=lambda group: group.style)
+    numbers = range(min(SHEET_COLUMNS, *(len(group.requests) for group in rows)))
+    cells = [[open_picture(items.root, picture_path(group, items, n)) for n in numbers] for group in rows]
+    labels = [f"{style_words(group.style)}: {LABELS[group.mode]}" for group in rows]
+    return grid_png(Grid(cells=cells, rows=labels, columns=[""] * len(numbers), cell=128))

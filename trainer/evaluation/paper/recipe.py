@@ -42,5 +42,10 @@ class PaperConfig(Config):
     """Intervals of guidance at which it is measured, as `evaluate.guidance_interval`."""
     tradeoff_samples: int = added_setting(10, ge=1)
     """Samples of each style at each of these settings, at most those of evaluate: the first of them."""
+    unknown_styles: tuple[str, ...] = added_setting((), strict=False)
+    """Style databases that no caption of the training set names and that are not in evaluate.styles. Their samples have
+    the modes of the evaluation; empty: they are not measured."""
+    unknown_judge_pictures: str = added_setting("")
+    """Table as `evaluate.judge_pictures`, with pictures of these styles too; empty: there is no judge on pixels."""
     seed: int = Field(default=0, ge=0)
     """Seed of controls and resampling; samples have the seeds of evaluate."""

@@ -2,12 +2,17 @@
 
 import numpy as np
 import pytest
+from open_clip import SimpleTokenizer
 from PIL import Image
 
+from jobs.demo.models.clip import MODEL
 from jobs.demo.world import scenes
 from jobs.demo.world.content import Content, Scene
 from jobs.demo.world.scenes import draw
+from jobs.demo.world.styles import STYLES, UNKNOWN_STYLES
 from retrieval.errors import UserError
+
+ALL_STYLES = (*STYLES, *UNKNOWN_STYLES)
 
 
 def scene_of(style: str, seed: int) -> Scene:
@@ -47,7 +52,7 @@ def test_the_same_generator_state_gives_the_same_scene():
     assert scene_of("neon", 5) != scene_of("neon", 6)
 
 
-@pytest.mark.parametrize("style", scenes.STYLES)
+@pytest.mark.parametrize("style", ALL_STYLES)
 def test_a_picture_depends_only_on_the_scene(style):
     scene = scene_of(style, 1)
     pixels = draw(scene, 96, 64)
@@ -57,7 +62,7 @@ def test_a_picture_depends_only_on_the_scene(style):
     assert not np.array_equal(pixels, draw(Scene(scene.content, style, scene.seed + 1), 96, 64))
 
 
-@pytest.mark.parametrize("style", scenes.STYLES)
+@pytest.mark.parametrize("style", ALL_STYLES)
 def test_a_scene_looks_the_same_at_every_size(style):
     for seed in range(3):
         small, large = (draw(scene_of(style, seed), side, side) for side in (64, 512))
@@ -79,12 +84,12 @@ def test_an_unsupported_size_is_an_error(size):
 
 def test_every_pair_of_styles_paints_the_same_content_differently():
     content = scenes.all_contents()[0]
-    pictures = [draw(Scene(content, style, 3), 64, 64) for style in scenes.STYLES]
+    pictures = [draw(Scene(content, style, 3), 64, 64) for style in ALL_STYLES]
     for i, picture in enumerate(pictures):
         assert all(mean_difference(picture, other) > 15 for other in pictures[:i])
 
 
-@pytest.mark.parametrize("style", scenes.STYLES)
+@pytest.mark.parametrize("style", ALL_STYLES)
 def test_every_style_keeps_the_color_of_the_figure(style):
     red, blue = (
         draw(Scene(Content("circle", color, "hills", 1, ""), style, 4), 64, 64).astype(np.float32)
@@ -110,6 +115,34 @@ def test_the_suffix_prompt_only_adds_the_style():
     content = scenes.all_contents()[7]
     assert not any(style in scenes.prompt(content) for style in scenes.STYLES)
     assert scenes.suffix_prompt(content, "neon") == scenes.prompt(content) + " in the style of neon"
+
+
+def test_held_out_prompts_differ_and_repeat_a_content_only_after_all():
+    held_out = [content for content in scenes.all_contents() if scenes.is_held_out(content)]
+    first = scenes.held_out_prompts(len(held_out))
+    assert first == sorted(scenes.prompt(content) for content in held_out)
+    others = set(scenes.held_out_prompts(200)) - set(first)
+    assert len(others) == 200 - len(held_out)
+    assert others < {scenes.prompt(content, 1) for content in held_out}
+    with pytest.raises(UserError, match="495 exist, 496 were asked for"):
+        scenes.held_out_prompts(496)
+
+
+def test_the_text_encoder_reads_the_style_after_every_prompt():
+    tokenize = SimpleTokenizer(context_length=MODEL["text_cfg"]["context_length"])
+    prompts = [f"{prompt} in the style of {style}" for prompt in scenes.held_out_prompts(495) for style in ALL_STYLES]
+    assert max(len(tokenize.encode(prompt)) for prompt in prompts) <= tokenize.context_length - 2  # start and end
+
+
+def test_no_prompt_word_knows_an_unknown_style():
+    words = {
+        word
+        for content in scenes.all_contents()
+        for phrasing in range(3)
+        for word in scenes.prompt(content, phrasing).split()
+    }
+    words |= {word for style in STYLES for word in style.split()}
+    assert not words & {word for style in UNKNOWN_STYLES for word in style.split()}
 
 
 def test_captions_vary_and_four_in_ten_omit_a_property():

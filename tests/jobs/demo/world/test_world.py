@@ -24,8 +24,8 @@ from jobs.demo.server.server import REPOSITORY, WorldServer
 from jobs.demo.world.bad_rows import KINDS
 from jobs.demo.world.content import Content
 from jobs.demo.world.scenes import draw, is_held_out
-from jobs.demo.world.styles import STYLES
-from jobs.demo.world.world import plan_held_out, plan_rows, plan_styles, write_world
+from jobs.demo.world.styles import STYLES, UNKNOWN_STYLES
+from jobs.demo.world.world import plan_held_out, plan_rows, plan_styles, plan_unknown_held_out, write_world
 from retrieval.errors import UserError
 from tests.jobs.free_ports import free_port
 
@@ -234,11 +234,27 @@ def test_too_many_held_out_pictures_are_an_error() -> None:
 
 
 def test_every_style_has_its_folder(folder: Path, config: WorldConfig) -> None:
-    assert {path.name for path in (folder / "styles").iterdir()} == set(STYLES)
-    for style in STYLES:
+    assert {path.name for path in (folder / "styles").iterdir()} == {*STYLES, *UNKNOWN_STYLES}
+    for style in (*STYLES, *UNKNOWN_STYLES):
         files = sorted((folder / "styles" / style).iterdir())
         assert [file.name for file in files] == ["00000.jpg"]
         assert Image.open(files[0]).size == (256, 256)
+
+
+def test_an_unknown_style_is_only_in_its_folder_and_in_the_pictures_of_judges(
+    folder: Path, config: WorldConfig
+) -> None:
+    scenes = [row.scene for row in plan_rows(config) if row.scene]
+    scenes += [drawing.scene for drawing in plan_held_out(config)]
+    assert not {scene.style for scene in scenes} & set(UNKNOWN_STYLES)
+    texts = [str(row["TEXT"]) for row in metadata_of(folder)]
+    assert not [text for text in texts if any(style in text for style in UNKNOWN_STYLES)]
+    rows = pq.read_table(folder / "all_styles.parquet").to_pylist()
+    unknown = [row for row in rows if row["style"] in UNKNOWN_STYLES]
+    assert [row for row in rows if row not in unknown] == pq.read_table(folder / "held_out.parquet").to_pylist()
+    assert [row["path"] for row in unknown] == [drawing.path for drawing in plan_unknown_held_out(config)]
+    assert [Image.open(folder / row["path"]).size for row in unknown] == [(256, 256)] * len(UNKNOWN_STYLES)
+    assert all(is_held_out(drawing.scene.content) for drawing in plan_unknown_held_out(config))
 
 
 def test_an_equal_config_does_not_change_a_finished_world(folder: Path, config: WorldConfig) -> None:
