@@ -7,5 +7,8 @@ from retrieval.lazy import public_names
 if TYPE_CHECKING:
     from retrieval.cluster.cluster import Cluster, ClusterConfig
     from retrieval.cluster.connection import ray_connection
+    from retrieval.cluster.shared import SharedCluster
 
-__getattr__ = public_names(__name__, {"cluster": "Cluster ClusterConfig", "connection": "ray_connection"})
+__getattr__ = public_names(
+    __name__, {"cluster": "Cluster ClusterConfig", "connection": "ray_connection", "shared": "SharedCluster"}
+)

@@ -21,6 +21,8 @@ import numpy as np
 K, RECALL, ROUNDS = 20, 0.95, 5
 EFFORTS = (20, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
 """Length of the list of candidates in the walk through a graph (ef)."""
+REFINED = 2
+"""Candidates per result that Lance ranks by their vectors."""
 BLOCK_ROWS = 1_000
 """Rows of one insertion; zvec takes at most 1,024."""
 Search = Callable[[np.ndarray, str | None, int], np.ndarray]
@@ -50,8 +52,10 @@ def lance(folder: Path) -> Search:
     dataset = library.dataset(str(stored))
 
     def search(query: np.ndarray, condition: str | None, effort: int) -> np.ndarray:
-        nearest = {"column": "vector", "q": query, "k": K, "ef": effort, "refine_factor": 2}
-        result = dataset.to_table(columns=["id"], nearest=nearest, filter=condition, prefilter=True)
+        ef = max(effort, REFINED * K)  # Lance refuses less
+        nearest = {"column": "vector", "q": query, "k": K, "ef": ef, "refine_factor": REFINED}
+        columns = ["id", "_distance"]  # without the distance, Lance warns of a change at every query
+        result = dataset.to_table(columns=columns, nearest=nearest, filter=condition, prefilter=True)
         return result["id"].to_numpy()
 
     return search
