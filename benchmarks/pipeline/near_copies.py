@@ -43,7 +43,8 @@ PAGE = """# Near copies
 bits) differs from that of a training picture or its mirror in at most {bits} bits, or if the cosine
 similarity of its embedding to one is at least {similarity}. `make embed` removes pictures by hash from the
 database; `make neighbors` excludes pictures by embedding from the neighbors of one training image.
-{data_sets} Hashing a decoded {edge} px picture takes {hash_ms:.2f} ms of CPU time. Comparing {hashes:,}
+{data_sets}
+Hashing a decoded {edge} px picture takes {hash_ms:.2f} ms of CPU time. Comparing {hashes:,}
 random hashes with as many, mirrors included, took {compare_s:.1f} s of CPU time, which grows with the
 product of the numbers.
 """

@@ -15,6 +15,7 @@ from pipeline.recipe import EmbedConfig
 from pipeline.runtime.status import StageSpec, Status, UpstreamStages, find_manifest, stage_status
 from retrieval.config import Config
 from retrieval.errors import UserError
+from retrieval.storage.manifest import Manifest
 from retrieval.storage.root import Root
 from trainer.recipe import LatentsConfig, TrainConfig, TrainingRecipe
 
@@ -63,7 +64,8 @@ def _spec(recipe: Recipe, name: str, upstream: UpstreamStages) -> StageSpec:
         folder = f"runs/{recipe[TrainConfig].name}/{name}"
         return StageSpec(name, folder, _training_recipe(recipe) if name == "train" else config)
     folder = f"latents/{recipe[LatentsConfig].size}" if name == "latents" else name
-    return StageSpec(folder, folder, config, _totals(recipe.root, name, upstream))
+    shards = _shards(name, upstream)
+    return StageSpec(folder, folder, config, _totals(recipe.root, name, shards, upstream), shards)
 
 
 def _training_recipe(recipe: Recipe) -> Config | None:
@@ -75,18 +77,33 @@ def _training_recipe(recipe: Recipe) -> Config | None:
     return TrainingRecipe.model_construct(**sections, clip=None)
 
 
-def _totals(root: Root, name: str, upstream: UpstreamStages) -> dict[str, int]:
-    """Number of shards by phase, as far as the upstream stages are finished."""
+def _source(name: str, upstream: UpstreamStages) -> Manifest | None:
+    """The manifest of the stage that decides how many shards a stage has, if it is finished."""
+    return upstream.get(UPSTREAM.get(name, ""), (None, None))[1]
+
+
+def _shards(name: str, upstream: UpstreamStages) -> list[str]:
+    """Names of the shards of a stage without phases, as far as its upstream stage is finished."""
+    manifest = _source(name, upstream)
+    if manifest is None or name == "neighbors":
+        return []
+    train = manifest.shard_names("train/")
+    if name == "latents":
+        return [shard.removeprefix("train/") for shard in train]
+    return [*train, *manifest.shard_names("database/")]
+
+
+def _totals(root: Root, name: str, shards: list[str], upstream: UpstreamStages) -> dict[str, int]:
+    """Number of shards by phase, as far as the upstream stages are finished. shards: those of `_shards`."""
     if name == "index":
         return {"centroids": 1, "calibration": 1, **_partitions(root)}
-    _, manifest = upstream.get(UPSTREAM.get(name, ""), (None, None))
+    manifest = _source(name, upstream)
     if manifest is None:
         return {}
     if name == "neighbors":
         partitions = len(manifest.values["rows"])
         return {"match": partitions, "recall": partitions + 2}
-    splits = ("train/",) if name == "latents" else ("train/", "database/")
-    return {"": sum(len(manifest.shard_names(split)) for split in splits)}
+    return {"": len(shards)}
 
 
 def _partitions(root: Root) -> dict[str, int]:

@@ -51,6 +51,8 @@ class StageSpec:
     """Its settings; None if its output does not depend on a section."""
     totals: Mapping[str, int] = field(default_factory=dict)
     """Number of shards by phase ("" for a stage without phases), as far as upstream manifests state it."""
+    shards: Sequence[str] = ()
+    """Names of its shards, as far as upstream manifests state them: they divide the listing of its records."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def stage_status(
 
     The manifest is an argument because the caller needs it too, and it is large at 2.3B rows.
     """
-    times = _record_times(root, spec.folder, manifest.shard_names() if manifest else ())
+    times = _record_times(root, spec.folder, manifest.shard_names() if manifest else spec.shards)
     if manifest:
         status = _finished(root, spec.name, manifest, times)
         reason = _stale_reason(manifest, spec, upstream)

@@ -1,6 +1,5 @@
 """Stages submitted to a real Ray cluster with its dashboard, and their Prometheus metrics."""
 
-import json
 import os
 import shutil
 import signal
@@ -8,7 +7,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,7 +19,6 @@ from urllib.request import urlopen
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import yaml
 from ray.job_submission import JobSubmissionClient
 
 from jobs.cluster.submit import copy_upload, read_command, start_job, submit
@@ -259,27 +256,3 @@ def test_make_submits_the_command_that_it_would_run_locally(words: list[str]) ->
     )
     assert done.stdout.split()[1:5] == ["-m", "jobs.cluster.submit", '"http://head:8265"', "embed"]
     assert done.stdout.strip().endswith("a b.toml  --set embed.batch_size=3")
-
-
-def test_the_nodes_in_kuberay_yaml_fit_every_worker_of_the_recipe() -> None:
-    [cluster] = yaml.safe_load_all((REPOSITORY / "jobs/cluster/kuberay.yaml").read_text())
-    groups = {}
-    for group in cluster["spec"]["workerGroupSpecs"]:
-        [container] = group["template"]["spec"]["containers"]
-        [name] = json.loads(json.loads(group["rayStartParams"]["resources"]))
-        groups[name] = container["resources"]["limits"]
-        assert (group["minReplicas"], group["replicas"]) == (0, 0)
-    assert cluster["spec"]["enableInTreeAutoscaling"]
-    recipe = tomllib.loads((REPOSITORY / "jobs/configs/laion2b.toml").read_text())
-    for stage in ("filter", "download", "embed", "index", "neighbors"):
-        limits = groups[recipe[stage]["nodes"]]
-        gpus = int(limits.get("nvidia.com/gpu", 0))
-        assert recipe[stage]["memory_gb"] * max(1, gpus) <= int(limits["memory"].removesuffix("Gi"))
-        assert recipe[stage].get("gpus_per_worker", 0) <= gpus
-        assert recipe[stage]["workers"]  # a cluster without nodes adds them for workers that wait
-    [job] = yaml.safe_load_all((REPOSITORY / "jobs/cluster/rayjob.yaml").read_text())
-    assert job["spec"]["clusterSelector"]["ray.io/cluster"] == cluster["metadata"]["name"]
-    # KubeRay refuses a job with both, or deletes the cluster when it retries.
-    assert "clusterSelector" in job["spec"]
-    assert not job["spec"].get("backoffLimit", 0)
-    assert job["spec"]["entrypoint"] == "python -m jobs.download jobs/configs/laion2b.toml"

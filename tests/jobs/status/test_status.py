@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from jobs.status.stages import statuses
 from jobs.status.table import WIDTH, table
 from pipeline.runtime.status import Status
 from retrieval.errors import UserError
+from retrieval.storage import stage_folder
 from retrieval.storage.manifest import Manifest, ShardRecord, fingerprint, write_manifest, write_record
+from retrieval.storage.object_store import ListedFile
 from retrieval.storage.root import FileRecord, Root
 
 NOW = 2_000_000_000.0
@@ -115,6 +118,22 @@ def test_the_recipe_decides_the_stages_and_upstream_manifests_their_totals(recip
     assert filtered.reasons == {"unsafe": 5}
     assert (downloaded.state, downloaded.done, downloaded.total) == ("unfinished", 1, 2)
     assert (stages["neighbors"].state, stages["train"].state) == ("not started", "not started")
+
+
+def test_the_records_of_an_unfinished_stage_are_listed_in_parts(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_filter(recipe)
+    monkeypatch.setattr(stage_folder, "SHARDS_PER_PART", 1)
+    splits_of: dict[str, list[str]] = {}
+    files = Root.files
+
+    def noted(root: Root, folder: str, splits: Sequence[str] = ()) -> Iterator[ListedFile]:
+        splits_of[folder] = [*splits]
+        return files(root, folder, splits)
+
+    monkeypatch.setattr(Root, "files", noted)
+    statuses_by_stage(recipe)
+    assert "download/records/train/00000-00000" in splits_of["download/records/"]
+    assert splits_of["neighbors/records/"] == [], "nothing states its shards"
 
 
 def test_a_changed_setting_is_stale_and_a_changed_speed_is_not(recipe: Path) -> None:

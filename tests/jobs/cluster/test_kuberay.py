@@ -1,0 +1,126 @@
+"""The Kubernetes objects in jobs/cluster: their fields, what Ray's autoscaler reads in them, and the recipe's needs.
+
+KUBERAY_SCHEMAS may name a folder with KubeRay's schemas (`raycluster.v1.schema.json`, `rayjob.v1.schema.json`, the
+OpenAPI schemas of its resource definitions): then the objects are checked against these too.
+"""
+
+import json
+import os
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+Schema = dict[str, Any]
+
+
+def fields(needed: str = "", **properties: Schema) -> Schema:
+    """An object with no other fields than these."""
+    kind: Schema = {"type": "object", "additionalProperties": False}
+    return kind | {"properties": properties, "required": needed.split()}
+
+
+def list_of(items: Schema) -> Schema:
+    return {"type": "array", "minItems": 1, "items": items}
+
+
+TEXT: Schema = {"type": "string", "minLength": 1}
+COUNT: Schema = {"type": "integer", "minimum": 0}
+TEXTS: Schema = {"type": "object", "additionalProperties": TEXT}
+QUANTITIES: Schema = {"type": "object", "additionalProperties": {"type": "string", "pattern": "^[0-9]+(Gi)?$"}}
+CONTAINER = fields(
+    "name image",
+    name=TEXT,
+    image=TEXT,
+    envFrom=list_of(fields(secretRef=fields("name", name=TEXT))),
+    env=list_of(fields("name value", name=TEXT, value=TEXT)),
+    resources=fields(requests=QUANTITIES, limits=QUANTITIES),
+)
+TOLERATION = fields(key=TEXT, operator={"enum": ["Exists", "Equal"]}, effect={"enum": ["NoSchedule", "NoExecute"]})
+POD = fields("containers", containers=list_of(CONTAINER), tolerations=list_of(TOLERATION))
+HEAD = {"rayStartParams": TEXTS, "template": fields("spec", spec=POD)}
+COUNTS = {"groupName": TEXT, "replicas": COUNT, "minReplicas": COUNT, "maxReplicas": COUNT}
+CLUSTER = fields(
+    "headGroupSpec",
+    rayVersion=TEXT,
+    enableInTreeAutoscaling={"type": "boolean"},
+    autoscalerOptions=fields(idleTimeoutSeconds=COUNT),
+    headGroupSpec=fields("template", **HEAD),
+    workerGroupSpecs=list_of(fields("groupName minReplicas maxReplicas template", **HEAD, **COUNTS)),
+)
+JOB = fields("entrypoint", entrypoint=TEXT, clusterSelector=TEXTS, backoffLimit=COUNT)
+KINDS = {"kuberay.yaml": ("RayCluster", CLUSTER), "rayjob.yaml": ("RayJob", JOB)}
+"""By file, the kind of its object, and the fields of its `spec` that we use, with KubeRay's names and types."""
+
+
+def read(file: str) -> dict[str, Any]:
+    [content] = yaml.safe_load_all((REPOSITORY / "jobs/cluster" / file).read_text())
+    return dict(content)
+
+
+def closed(schema: Any) -> Any:
+    """A schema that permits no fields but those it names, as `kubectl apply --validate=strict`."""
+    if isinstance(schema, list):
+        return [closed(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    parts = {key: closed(part) for key, part in schema.items()}
+    names = isinstance(parts.get("properties"), dict) and parts.get("type") == "object"
+    return parts | {"additionalProperties": False} if names else parts
+
+
+@pytest.mark.parametrize("file", KINDS)
+def test_an_object_has_only_fields_that_kuberay_knows(file: str) -> None:
+    kind, spec = KINDS[file]
+    content = read(file)
+    metadata = fields(name=TEXT, generateName=TEXT)
+    schema = fields(apiVersion={"const": "ray.io/v1"}, kind={"const": kind}, metadata=metadata, spec=spec)
+    jsonschema.validate(content, schema)
+    content["spec"]["headGroupSpecs"] = {}
+    with pytest.raises(jsonschema.ValidationError, match="headGroupSpecs"):
+        jsonschema.validate(content, schema)
+
+
+@pytest.mark.parametrize("file", KINDS)
+def test_an_object_is_valid_by_the_definition_of_its_kind(file: str) -> None:
+    folder = os.environ.get("KUBERAY_SCHEMAS")
+    if not folder:
+        pytest.skip("need KUBERAY_SCHEMAS, a folder with KubeRay's schemas")
+    schema = closed(json.loads((Path(folder) / f"{KINDS[file][0].lower()}.v1.schema.json").read_text()))
+    content = read(file)
+    jsonschema.validate(content, schema)
+    content["spec"]["headGroupSpecs"] = {}
+    with pytest.raises(jsonschema.ValidationError, match="headGroupSpecs"):
+        jsonschema.validate(content, schema)
+
+
+def test_the_nodes_that_the_autoscaler_adds_fit_every_worker_of_the_recipe() -> None:
+    cluster = read("kuberay.yaml")
+    cluster["metadata"]["namespace"] = "default"  # Kubernetes sets it
+    scaling = _derive_autoscaling_config_from_ray_cr(cluster)
+    nodes = scaling["available_node_types"]
+    assert nodes[scaling["head_node_type"]]["resources"]["CPU"] == 0
+    assert cluster["spec"]["enableInTreeAutoscaling"]
+    recipe = tomllib.loads((REPOSITORY / "jobs/configs/laion2b.toml").read_text())
+    for stage in ("filter", "download", "embed", "index", "neighbors"):
+        name = recipe[stage]["nodes"]
+        group, resources = nodes[name], nodes[name]["resources"]
+        assert resources[name] == 1, "the resource by which a recipe selects the node"
+        assert (group["min_workers"], group["max_workers"] > 0) == (0, True)
+        gpus = resources.get("GPU", 0)
+        assert recipe[stage]["memory_gb"] * 1e9 * max(1, gpus) <= resources["memory"]
+        assert recipe[stage].get("gpus_per_worker", 0) <= gpus
+        assert recipe[stage]["workers"]  # a cluster without nodes adds them for workers that wait
+
+
+def test_a_job_selects_the_cluster_and_is_not_retried() -> None:
+    spec = read("rayjob.yaml")["spec"]
+    assert spec["clusterSelector"]["ray.io/cluster"] == read("kuberay.yaml")["metadata"]["name"]
+    # KubeRay refuses a job with a selector and retries, or deletes the cluster when it retries.
+    assert spec["backoffLimit"] == 0
+    assert spec["entrypoint"] == "python -m jobs.download jobs/configs/laion2b.toml"
