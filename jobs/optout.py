@@ -32,10 +32,19 @@ def lines(report: dict[str, Any]) -> list[str]:
         *(f"hidden in {folder}: {count:,}" for folder, count in report["databases"].items()),
         f"training images dropped: {tables['dropped']:,}; with replaced neighbors: {tables['refilled']:,}",
         *(f"rewritten without them: {count:,} {kind}" for kind, count in report["erased"].items()),
+        *(_search_line(folder, counts) for folder, counts in report["search"].items()),
         f"runs trained with them: {', '.join(trained['with']) or 'none'}",
         f"runs trained on neighbor tables that no longer exist: {', '.join(trained['unknown']) or 'none'}",
         report["remains"],
     ]
+
+
+def _search_line(folder: str, counts: dict[str, int]) -> str:
+    found = f"{counts['found_before']:,} before the erasure, {counts.get('found_after', 0):,} after it"
+    return (
+        f"searched in {folder} with {counts['vectors']:,} vectors of erased rows: {found} found one of the"
+        f" {counts['erased']:,} rows erased there"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

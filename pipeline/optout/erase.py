@@ -66,6 +66,11 @@ def plan_file(blocklist: Blocklist) -> str:
     return f"optout/{blocklist.identity}/erase.json"
 
 
+def read_plan(root: Root, blocklist: Blocklist) -> ErasePlan:
+    """The stored plan of a list."""
+    return ErasePlan(**root.read_json(plan_file(blocklist)))
+
+
 def start_erasures(root: Root, blocklist: Blocklist, databases: Iterable[str]) -> None:
     """Refuse updates of databases until the images of a list are erased.
 
@@ -88,7 +93,7 @@ def current_stages(root: Root) -> list[str]:
 
 def erase(root: Root, blocklist: Blocklist) -> dict[str, int]:
     """Erase what the stored plan of a list names; returns the numbers of rewritten shards and partitions."""
-    plan = ErasePlan(**root.read_json(plan_file(blocklist)))
+    plan = read_plan(root, blocklist)
     start_erasures(root, blocklist, plan.rows)
     stage = Stage(root.remaking(), f"optout/{blocklist.identity}/erase", SCHEMA_VERSION, Config())
     latents = [name for name in _stages(root) if name.startswith("latents/")]

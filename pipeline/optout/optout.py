@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.optout.erase import ErasePlan, current_stages, end_erasures, plan_file, start_erasures
+from pipeline.optout.erase import ErasePlan, current_stages, end_erasures, plan_file, read_plan, start_erasures
 from pipeline.optout.erase import erase as erase_planned
+from pipeline.optout.proof import check_search, search_after, search_before
 from pipeline.optout.search import Listed, ListSearch
 from pipeline.optout.tables import Removed, refill_tables, with_earlier
 from pipeline.runtime.stage import Stage
@@ -46,8 +47,8 @@ def run(blocklist: Blocklist, root: Root, erase: bool = False) -> dict[str, Any]
     """Remove the images of a blocklist from the stages of a root; returns the report.
 
     erase: delete them from all files too. An erasure that was interrupted is finished in any case. Raises UserError
-    for unfinished stages, for neighbor tables of another index, and if images cannot be erased because an update or
-    another erasure works on a database.
+    for unfinished stages, for neighbor tables of another index, if images cannot be erased because an update or
+    another erasure works on a database, and if a search still finds erased rows.
     """
     with lease(root, f"optout/{blocklist.identity}/run"):
         try:
@@ -63,6 +64,7 @@ def _run(blocklist: Blocklist, root: Root, erase: bool) -> dict[str, Any]:
         _hide(blocklist, root, erase)
     report = dict(root.read_json(f"{name}.json"))
     if root.exists(plan_file(blocklist)):
+        rows = read_plan(root, blocklist).rows
         numbers = erase_planned(root, blocklist)
         earlier = report["erased"]
         report["erased"] = {word: max(number, earlier.get(word, 0)) for word, number in numbers.items()}
@@ -70,7 +72,14 @@ def _run(blocklist: Blocklist, root: Root, erase: bool) -> dict[str, Any]:
         if root.exists("neighbors/manifest.json"):  # its inputs have other identities now
             tables = read_manifest(root, "neighbors").fingerprint
             report["neighbors"]["free"] = [*dict.fromkeys((tables, *report["neighbors"]["free"]))]
+        for database, found in search_after(root, name, rows).items():
+            report["search"][database]["found_after"] = found
         root.write_json(f"{name}.json", report)
+        try:
+            check_search(root, report["search"])
+        except UserError:
+            root.delete(f"{name}/erase")  # the next run rewrites the files again
+            raise
     root.delete(name)
     return report
 
@@ -102,7 +111,10 @@ def _hide(blocklist: Blocklist, root: Root, erase: bool) -> None:
         removed = refill_tables(stage) if "index" in databases else Removed()
         if earlier:
             removed = with_earlier(removed, Removed(**earlier["neighbors"]))
-        root.write_json(f"{name}.json", _report(root, blocklist, (ids, rows, removed), earlier))
+        report = _report(root, blocklist, (ids, rows, removed), earlier)
+        if erase:
+            report["search"] |= search_before(root, name, rows)
+        root.write_json(f"{name}.json", report)
         if erase:
             root.write_json(plan_file(blocklist), asdict(_plan(root, found, rows)))
 
@@ -120,6 +132,7 @@ def _report(
         "neighbors": asdict(removed),
         "trained": _affected_runs(root, removed),
         "erased": earlier.get("erased", {}),
+        "search": earlier.get("search", {}),
         "remains": earlier.get("remains", REMAINS),
     }
 

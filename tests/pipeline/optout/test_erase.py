@@ -16,7 +16,7 @@ from pipeline import embed, index
 from pipeline.databases import build as style_database
 from pipeline.download.shard_download import write_rows, write_tar
 from pipeline.neighbors import neighbors
-from pipeline.optout import optout
+from pipeline.optout import erased_files, optout
 from pipeline.optout.erase import plan_file
 from pipeline.pictures.near_copy_shards import pending_comparisons
 from pipeline.recipe import DownloadConfig, EmbedConfig, NeighborsConfig
@@ -28,6 +28,7 @@ from retrieval import Database, Root, UserError, add_to_database, delete_from_da
 from retrieval.clip.encoder import Encoder
 from retrieval.config import Config
 from retrieval.database.verify import damaged_files
+from retrieval.index.routing import partition_folder
 from retrieval.recipe import ClipConfig, IndexConfig
 from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, read_record, write_manifest, write_record
@@ -204,6 +205,8 @@ def test_an_erased_image_is_in_no_file_and_no_stage_runs_again(root: Root, clip:
     check_erased(root, clip, vectors)
     assert states(root) == {"finished"}
     assert report["erased"] == {"shards": 3, "partitions": 3}
+    searched = {"vectors": 3, "found_before": 3, "found_after": 0}  # 100 results: all rows of these databases
+    assert report["search"] == {"index": {"erased": 2} | searched, "databases/ink": {"erased": 1} | searched}
     assert root.list(f"optout/{blocklist.identity}") == []
     hashed = [read_batches(root, name)[schema.IMAGE_ID].to_numpy() for name in root.list("near_copies", ".arrow")]
     assert sum(map(len, hashed)) == 45
@@ -214,6 +217,28 @@ def test_an_erased_image_is_in_no_file_and_no_stage_runs_again(root: Root, clip:
     np.testing.assert_array_equal(vectors_before, expected.embeddings)
 
     assert optout.run(blocklist, root, erase=True) == report
+    check_erased(root, clip, vectors)
+
+
+def kept_partition(database: Database, number: int, *_: object) -> ShardRecord:
+    """In the place of `rewrite_partition`: the record of the partition as it is."""
+    return next(record for record in database.manifest.shards if record.shard == partition_folder(number))
+
+
+@pytest.mark.usefixtures("in_process_shards")
+def test_an_erasure_that_leaves_rows_is_an_error_and_is_repeated_by_the_next_run(
+    root: Root, clip: ClipConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocklist, ids = blocklist_of(root, tmp_path)
+    vectors = vectors_of(root, ids)
+    with monkeypatch.context() as patch:
+        patch.setattr(erased_files, "rewrite_partition", kept_partition)
+        with pytest.raises(UserError, match=r"after the erasure, \d of 3 searches"):
+            optout.run(blocklist, root, erase=True)
+    assert root.read_json(f"optout/{blocklist.identity}.json")["search"]["index"]["found_after"] == 3
+    check_updates_are_refused(root, blocklist, tmp_path)
+    report = optout.run(blocklist, root)
+    assert {counts["found_after"] for counts in report["search"].values()} == {0}
     check_erased(root, clip, vectors)
 
 

@@ -1,0 +1,91 @@
+"""Proof of an erasure: vectors of the erased rows are searched in the databases that held them, before and after.
+
+Reads the databases; writes `optout/<list>/vectors.npz`, because the rows with the vectors are gone afterwards. The file
+is deleted with the other temporary files of the list. Hidden rows are searched too.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.optout.search import Listed
+from retrieval.database.database import Database
+from retrieval.errors import UserError
+from retrieval.storage.root import Root
+
+MAX_VECTORS = 100
+"""Most vectors of each database that are searched; of more erased rows, an even sample."""
+NEIGHBORS = 100
+"""Rows that a search returns: copies of a picture can be as similar to a vector as the erased row itself."""
+
+Search = dict[str, dict[str, int]]
+"""By database: its `erased` rows, the `vectors` searched, and how many of them found an erased row `found_before` and
+`found_after` the erasure."""
+
+
+def search_before(root: Root, folder: str, rows: Mapping[str, Listed]) -> Search:
+    """Store vectors of the rows that are to be erased in `folder`, and search them. rows: by database."""
+    listed = {database: found for database, found in rows.items() if len(found.ids)}
+    vectors = {database: _vectors(root, database, found) for database, found in listed.items()}
+    with root.writing(_file(folder)) as pending, pending.path.open("wb") as file:
+        np.savez(file, **vectors)
+    search: Search = {}
+    for database, found in listed.items():
+        queries = _queries(vectors, vectors[database].shape[1])
+        before = _num_found(root, database, queries, found.ids)
+        search[database] = {"erased": len(found.ids), "vectors": len(queries), "found_before": before}
+    return search
+
+
+def search_after(root: Root, folder: str, rows: Mapping[str, list[int]]) -> dict[str, int]:
+    """By database, the number of stored vectors that find an erased row. rows: ids of these rows by database."""
+    with root.local(_file(folder)) as path, np.load(path, allow_pickle=False) as file:
+        vectors = dict(file)
+    return {
+        database: _num_found(root, database, _queries(vectors, own.shape[1]), np.array(rows[database], np.int64))
+        for database, own in vectors.items()
+    }
+
+
+def check_search(root: Root, search: Search) -> None:
+    """Raises UserError if a search found erased rows."""
+    for database, counts in search.items():
+        if counts["found_after"]:
+            raise UserError(
+                f"{root.at(database)}: after the erasure, {counts['found_after']} of {counts['vectors']} searches with"
+                " vectors of erased rows return such a row; expected none. Run this command again with the same list:"
+                " it erases them again. Until then updates of the databases are refused."
+            )
+
+
+def _file(folder: str) -> str:
+    return f"{folder}/vectors.npz"
+
+
+def _vectors(root: Root, folder: str, found: Listed) -> npt.NDArray[np.float16]:
+    """Vectors (n, dim) of at most MAX_VECTORS of the rows that were found in a database, of as many partitions."""
+    database = Database.open(root.child(folder))
+    names = _spread(np.array(found.shards), MAX_VECTORS)
+    parts = []
+    for name in names.tolist():
+        partition = database.open_partition(int(name.rpartition("/")[2]))
+        rows = np.flatnonzero(np.isin(partition.ids, found.ids))
+        parts.append(partition.embeddings[_spread(rows, -(-MAX_VECTORS // len(names)))])
+    return np.concatenate(parts)[:MAX_VECTORS]
+
+
+def _spread(values: npt.NDArray[np.generic], count: int) -> npt.NDArray[np.generic]:
+    """At most `count` of the values, at equal distances."""
+    return values[:: max(1, -(-len(values) // count))]
+
+
+def _queries(vectors: Mapping[str, npt.NDArray[np.float16]], dim: int) -> npt.NDArray[np.float16]:
+    """The vectors of all databases with this number of dimensions."""
+    return np.concatenate([part for part in vectors.values() if part.shape[1] == dim])
+
+
+def _num_found(root: Root, folder: str, queries: npt.NDArray[np.float16], ids: npt.NDArray[np.int64]) -> int:
+    """The number of queries whose results in a database have one of the ids."""
+    database = Database.open(root.child(folder)).with_all_rows()
+    return int(np.isin(database.search(queries, NEIGHBORS).ids, ids).any(axis=1).sum())
