@@ -66,18 +66,18 @@ def _file(folder: str) -> str:
 def _vectors(root: Root, folder: str, found: Listed) -> npt.NDArray[np.float16]:
     """Vectors (n, dim) of at most MAX_VECTORS of the rows that were found in a database, of as many partitions."""
     database = Database.open(root.child(folder))
-    names = _spread(np.array(found.shards), MAX_VECTORS)
+    names = found.shards[_spread(len(found.shards), MAX_VECTORS)]
     parts = []
-    for name in names.tolist():
+    for name in names:
         partition = database.open_partition(int(name.rpartition("/")[2]))
         rows = np.flatnonzero(np.isin(partition.ids, found.ids))
-        parts.append(partition.embeddings[_spread(rows, -(-MAX_VECTORS // len(names)))])
+        parts.append(partition.embeddings[rows[_spread(len(rows), -(-MAX_VECTORS // len(names)))]])
     return np.concatenate(parts)[:MAX_VECTORS]
 
 
-def _spread(values: npt.NDArray[np.generic], count: int) -> npt.NDArray[np.generic]:
-    """At most `count` of the values, at equal distances."""
-    return values[:: max(1, -(-len(values) // count))]
+def _spread(size: int, count: int) -> slice:
+    """The slice of a sequence with at most `count` items at equal distances. size: of the sequence."""
+    return slice(None, None, max(1, -(-size // count)))
 
 
 def _queries(vectors: Mapping[str, npt.NDArray[np.float16]], dim: int) -> npt.NDArray[np.float16]:
