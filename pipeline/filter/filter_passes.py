@@ -196,6 +196,8 @@ def _with_canonical_urls(batch: pa.RecordBatch, corrected: pa.Table, first: int)
     """
     rows = corrected["row"].to_numpy()
     in_batch = slice(*np.searchsorted(rows, [first, first + batch.num_rows]).tolist())
+    if in_batch.start == in_batch.stop:
+        return batch.set_column(batch.schema.get_field_index("url"), "url", texts(batch["url"]))
     mask = np.zeros(batch.num_rows, bool)
     mask[rows[in_batch] - first] = True
     canonical = corrected["url"][in_batch].combine_chunks()

@@ -158,7 +158,8 @@ def split_into_buckets(keys: pa.Table, num_buckets: int) -> list[pa.RecordBatch]
 
 def split_rows(table: pa.Table, part: npt.NDArray[np.int64], num_parts: int) -> list[pa.RecordBatch]:
     """The rows of a table divided by part number, in their order within each part."""
-    ordered = table.take(pa.array(np.argsort(part, kind="stable"))).combine_chunks()
+    narrow = part.astype(np.min_scalar_type(num_parts))  # NumPy sorts integers of 16 bits ten times faster
+    ordered = table.take(pa.array(np.argsort(narrow, kind="stable"))).combine_chunks()
     ends = np.cumsum(np.bincount(part, minlength=num_parts))
     starts = np.concatenate([[0], ends[:-1]])
     whole = ordered.to_batches()[0] if ordered.num_rows else pa.RecordBatch.from_pylist([], table.schema)
