@@ -1,5 +1,7 @@
 """Spherical k-means and nearest centroids against NumPy, with torch and without it."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from retrieval.index import kmeans
 from retrieval.index.kmeans import MAX_SHARE, nearest_centroids, train_centroids
 from retrieval.index.routing import Vectors, route, unit
-from retrieval.index.torch_products import add_rows, add_rows_as_product, allow_bfloat16
+from retrieval.index.torch_products import add_rows, add_rows_as_product, allow_bfloat16, has_bfloat16
 from tests.retrieval.conftest import DIM, clustered
 
 ROUNDING = 2e-3
@@ -109,6 +111,10 @@ def test_a_row_is_assigned_to_the_partition_that_an_equal_query_visits_first(vec
     centroids = train_centroids(vectors, 24, seed=0)
     same = nearest_centroids(vectors, centroids)[:, 0] == route(vectors, centroids, 2)[:, 0]
     assert same.mean() > 0.99
+
+
+def test_a_processor_counts_as_one_with_bfloat16_only_if_linux_lists_such_instructions() -> None:
+    assert has_bfloat16(torch.device("cpu")) == ("bf16" in Path("/proc/cpuinfo").read_text())
 
 
 def test_bfloat16_products_are_allowed_only_in_the_block() -> None:
