@@ -77,8 +77,9 @@ jobs/capacity: cli
 jobs/cli:
 jobs/cluster: cli
 jobs/demo: jobs cli
+jobs/demo/judge: cli demo/models demo/world
 jobs/demo/models: demo/world
-jobs/demo/report: cli reporting
+jobs/demo/report: cli demo/judge reporting
 jobs/demo/server:
 jobs/demo/world:
 jobs/explore: jobs cli

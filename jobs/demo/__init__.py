@@ -6,7 +6,7 @@ A recipe with `extension = "jobs.demo"` has the SECTIONS below, and downloads fr
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from jobs.demo.recipe import AutoencoderTraining, ClipTraining, WorldConfig
+from jobs.demo.recipe import AutoencoderTraining, ClipTraining, JudgeTraining, WorldConfig
 from retrieval.config import Config
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ SECTIONS: dict[str, type[Config]] = {
     "world": WorldConfig,
     "clip_training": ClipTraining,
     "autoencoder_training": AutoencoderTraining,
+    "judge_training": JudgeTraining,
 }
 
 

@@ -4,9 +4,9 @@ Writes `world/`, `prompts.txt`, `clip/` and `autoencoder/`. A finished step with
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from jobs.cli.recipe import Recipe
 from jobs.demo.recipe import WorldConfig
@@ -31,13 +31,20 @@ def draw_world(recipe: Recipe) -> None:
 
 
 def train_once(
-    root: Root, name: str, config: TrainingConfig, train: Callable[[TrainingConfig, Path], dict[str, float]]
+    root: Root,
+    name: str,
+    config: TrainingConfig,
+    train: Callable[[TrainingConfig, Path], Mapping[str, Any]],
+    inputs: Sequence[str] = (),
 ) -> None:
-    """Train a model into `<root>/<name>`, unless it exists with the same settings.
+    """Train a model into `<root>/<name>`, unless it exists with the same settings and inputs.
+
+    inputs: folders of stages that `train` reads.
 
     Raises UserError if it exists with others and `root.remake` does not permit to delete it.
     """
-    identity = StageIdentity.of(name, VERSION, config, {})
+    upstream = {folder: read_manifest(root, folder).fingerprint for folder in inputs}
+    identity = StageIdentity.of(name, VERSION, config, upstream)
     if root.exists(f"{name}/manifest.json") and read_manifest(root, name).fingerprint == identity.fingerprint:
         return
     started = time.time()
@@ -47,10 +54,10 @@ def train_once(
         stage=name,
         schema_version=VERSION,
         fingerprint=identity.fingerprint,
-        upstream={},
+        upstream=upstream,
         config=config.model_dump(mode="json"),
         shards=(),
-        values=values,
+        values=dict(values),
         seconds=round(time.time() - started, 3),
     )
     write_manifest(root, manifest)

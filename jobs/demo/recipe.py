@@ -1,4 +1,4 @@
-"""The settings that only the demo has: sections `world`, `clip_training` and `autoencoder_training`.
+"""The settings that only the demo has: `world`, `clip_training`, `autoencoder_training`, `judge_training`.
 
 Imports no heavy library, because every command that reads a demo recipe imports this.
 """
@@ -70,5 +70,25 @@ class AutoencoderTraining(Config):
     """Scenes for measuring the error."""
     latent_noise: PositiveFloat = 0.05
     """Standard deviation of noise on the latents in training: the decoder must tolerate sampling errors."""
+    num_threads: PositiveInt = runtime_setting(2)
+    """CPU threads of the training, and processes that draw the scenes."""
+
+
+class JudgeTraining(Config):
+    """The demo's judge of contents (section `judge_training` of a recipe)."""
+
+    seed: int = 1000
+    """Seed of the scenes, the initial weights and the order. It differs from those of the other models, so that the
+    judge has pictures of its own."""
+    num_scenes: PositiveInt = 8000
+    """Training scenes."""
+    steps: PositiveInt = 800
+    """Optimizer steps."""
+    batch_size: PositiveInt = 64
+    """Pictures in one step."""
+    learning_rate: PositiveFloat = 3e-3
+    """Highest learning rate of AdamW, reached after a tenth of the steps; it falls to 0 at the end."""
+    num_pictures: PositiveInt = 300
+    """Held-out pictures that measure the CLIP, each with the captions of all values of an attribute."""
     num_threads: PositiveInt = runtime_setting(2)
     """CPU threads of the training, and processes that draw the scenes."""

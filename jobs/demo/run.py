@@ -7,14 +7,17 @@ Runs every stage with the code of its own command. Finished steps are skipped, i
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from jobs import download, embed, evaluate, filter, index, latents, neighbors, sample, train
 from jobs.cli.command import stage_command
 from jobs.cli.recipe import Recipe
+from jobs.demo.judge.links import measure_links
 from jobs.demo.models.autoencoder import train_autoencoder
 from jobs.demo.models.clip import train_clip
 from jobs.demo.prerequisites import draw_world, style_folders, train_once
-from jobs.demo.recipe import AutoencoderTraining, ClipTraining
+from jobs.demo.recipe import AutoencoderTraining, ClipTraining, JudgeTraining
 from jobs.demo.report import __main__ as report
 from pipeline.databases import build as database
 from pipeline.runtime.workers import shared_workers
@@ -77,7 +80,16 @@ def _model_stages(recipe: Recipe) -> list[Step]:
         ("train", f"{folder}/train/manifest.json", train.run),
         ("sample", f"{folder}/sample/manifest.json", sample.run),
         ("evaluate", f"{folder}/evaluate/manifest.json", evaluate.run),
+        ("judge", "judge/manifest.json", _judge),
     ]
+
+
+def _judge(recipe: Recipe) -> None:
+    def measure(_: JudgeTraining, folder: Path) -> dict[str, Any]:
+        return {"links": measure_links(recipe)}
+
+    inputs = ("clip", "autoencoder", "neighbors", f"runs/{recipe[TrainConfig].name}/evaluate")
+    train_once(recipe.root, "judge", recipe[JudgeTraining], measure, inputs)
 
 
 def _databases(recipe: Recipe) -> None:

@@ -22,7 +22,7 @@ from tqdm import trange
 from jobs.demo.models.training import bfloat16_autocast, warm_up_and_decay
 from jobs.demo.recipe import GROUP_SIZE, ClipTraining
 from jobs.demo.world.content import Scene
-from jobs.demo.world.scenes import COLORS, SHAPES, caption, draw, full_caption, random_scene
+from jobs.demo.world.scenes import ARRANGEMENTS, BACKGROUNDS, COLORS, SHAPES, caption, draw, full_caption, random_scene
 from jobs.demo.world.styles import STYLES
 from jobs.demo.world.training_scenes import draw_training_scenes
 from retrieval.storage.root import Root
@@ -47,10 +47,12 @@ PREPROCESSING: dict[str, Any] = {
 WORDS: tuple[tuple[float, tuple[str, ...]], ...] = (
     (1.0, tuple(f"in the style of {style}" for style in STYLES)),
     (1.0, tuple(f"a {shape}" for shape in SHAPES)),
-    (0.25, COLORS),
+    (1.0, ("a", "two in a row", "two stacked", "three in a row", "three stacked")),
+    (0.5, COLORS),
+    (0.5, tuple(f"over the {background}" for background in BACKGROUNDS)),
 )
-"""Weights and texts of three classification losses besides the captions. Style has full weight, because the
-neighbors of a picture should have its style."""
+"""Weights and texts of classification losses besides the captions, one for each attribute: the neighbors of a picture
+should share all of them. Color and background need half of the weight, because they are learned first."""
 
 
 def train_clip(config: ClipTraining, folder: Path) -> dict[str, float]:
@@ -135,7 +137,9 @@ def _word_labels(scenes: list[Scene]) -> npt.NDArray[np.int64]:
         [
             [STYLES.index(scene.style) for scene in scenes],
             [SHAPES.index(scene.content.shape) for scene in scenes],
+            [ARRANGEMENTS.index((scene.content.count, scene.content.layout)) for scene in scenes],
             [COLORS.index(scene.content.color) for scene in scenes],
+            [BACKGROUNDS.index(scene.content.background) for scene in scenes],
         ]
     )
 

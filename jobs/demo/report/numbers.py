@@ -5,6 +5,7 @@ Everything is measured again from the outputs of the stages, except the style ac
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,12 @@ from trainer.evaluation.intervals import wilson_interval
 from trainer.recipe import TrainConfig
 
 DATA_STAGES = ("filter", "download", "embed", "index", "neighbors", "latents")
-STEPS = ("world", "clip", "autoencoder", *DATA_STAGES, "databases", "train", "sample", "evaluate")
+STEPS = ("world", "clip", "autoencoder", *DATA_STAGES, "databases", "train", "sample", "evaluate", "judge")
 BATCH_SIZE = 64
 ABOUT_CHANCE = 1.5
 """Accuracies up to this multiple of chance count as chance."""
+CONTENT_GOALS = {"shape": 0.85, "count": 0.85, "color": 0.95, "layout": 0.85, "style": 0.95}
+"""Wanted shares of samples with the attribute that was asked for, by the judge of contents."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ def measure(demo: Demo) -> dict[str, Any]:
         f"neighbor_recall_at_{demo.neighbors.k}": tables.recall(),
         "neighbor_leaks": tables.leaks(),
         **style_numbers(evaluation),
+        **content_numbers(read_manifest(demo.root, "judge").values["links"]),
         "seconds": seconds(demo),
     }
 
@@ -117,18 +121,23 @@ def _ends(name: str, interval: Sequence[float]) -> dict[str, float]:
     return dict(zip((f"{name}_low", f"{name}_high"), interval, strict=True))
 
 
+def content_numbers(links: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Any]:
+    """Shares of samples with each attribute that was asked for, and the judge's accuracy at its worst attribute.
+
+    links: estimates by link and attribute, as the step `judge` stores them.
+    """
+    estimates = {"judge_accuracy": min(links["real"].values(), key=lambda estimate: estimate[0]), **links["samples"]}
+    numbers: dict[str, Any] = {}
+    for name, (value, *interval) in estimates.items():
+        numbers |= {f"content_{name}": value} | _ends(f"content_{name}", interval)
+    return numbers
+
+
 def goals(numbers: Mapping[str, Any]) -> list[Goal]:
     """The goals of the demo, in the order of the steps. numbers: from `measure`."""
     chance = 1 / numbers["num_styles"]
     recall = next(name for name in numbers if name.startswith("neighbor_recall_at_"))
-
-    def goal(name: str, about: str, least: float = -np.inf, most: float = np.inf) -> Goal:
-        value = numbers[name]
-        low, high = ends = numbers.get(f"{name}_low", value), numbers.get(f"{name}_high", value)
-        wanted = f"{least:g}" if least == most else f"≤ {most:g}" if least == -np.inf else f"≥ {least:g}"
-        interval = ends if f"{name}_low" in numbers else None
-        return Goal(name, about, value, interval, wanted, high >= least and low <= most)
-
+    goal = partial(_goal, numbers)
     judged = [("", "style classifier on CLIP features"), ("pixels_", "style classifier on pixels")]
     if "pixel_classifier_accuracy" not in numbers:
         judged = judged[:1]
@@ -152,7 +161,23 @@ def goals(numbers: Mapping[str, Any]) -> list[Goal]:
                 0,
             ),
         ]
-    return demo_goals
+    judge = "Judge of contents on real held-out pictures, at its worst attribute"
+    return [
+        *demo_goals,
+        goal("content_judge_accuracy", judge, 0.97),
+        *(
+            goal(f"content_{name}", f"Samples with the {name} that was asked for, by the judge of contents", least)
+            for name, least in CONTENT_GOALS.items()
+        ),
+    ]
+
+
+def _goal(numbers: Mapping[str, Any], name: str, about: str, least: float = -np.inf, most: float = np.inf) -> Goal:
+    value = numbers[name]
+    low, high = ends = numbers.get(f"{name}_low", value), numbers.get(f"{name}_high", value)
+    wanted = f"{least:g}" if least == most else f"≤ {most:g}" if least == -np.inf else f"≥ {least:g}"
+    interval = ends if f"{name}_low" in numbers else None
+    return Goal(name, about, value, interval, wanted, high >= least and low <= most)
 
 
 def goal_lines(demo_goals: Sequence[Goal]) -> str:

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from jobs.demo.judge.labels import CLASSES
+from jobs.demo.judge.links import LINKS
 from jobs.demo.report import funnel
 from jobs.demo.report import report_pictures as pictures
 from jobs.demo.report.numbers import Demo, Goal, goals, measure
@@ -80,6 +82,8 @@ def _content(demo: Demo, numbers: dict[str, Any], demo_goals: list[Goal]) -> dic
         "gain_pixels": evaluation["effect_pixels"] and evaluation["effect_pixels"][SUFFIX_RETRIEVAL],
         "evaluation_k": evaluate.config["k"],
         "style_bars": _style_bars(evaluation),
+        "attributes": tuple(CLASSES),
+        "links": {words: read_manifest(demo.root, "judge").values["links"][name] for name, words in LINKS.items()},
         "rows_read": funnel.num_rows(demo.metadata, ""),
         "steps": funnel.steps(demo.root),
         "statuses": funnel.statuses(demo.root),

@@ -21,6 +21,8 @@ COLORS = ("red", "orange", "yellow", "green", "turquoise", "blue", "purple", "pi
 BACKGROUNDS = ("hills", "sea", "desert", "city", "forest")
 COUNTS = (1, 2, 3)
 LAYOUTS = ("in a row", "stacked")
+ARRANGEMENTS = tuple((count, layout) for count in COUNTS for layout in (LAYOUTS if count > 1 else ("",)))
+"""Every pair of count and layout."""
 
 HELD_OUT_SEED = 0
 HELD_OUT_SHARE = 0.1
@@ -28,6 +30,8 @@ MIN_SIDE_PX = 64
 # Smaller pictures are drawn at this size or more and then reduced, so that all sizes look alike.
 DRAWN_SIDE_PX = 128
 
+NUM_PHRASINGS = 3
+"""Phrasings of the place of a content."""
 _ARTICLES = {1: "a", 2: "two", 3: "three"}
 _PLACES = {
     "hills": ("over the hills", "above green hills", "with hills behind"),
@@ -40,8 +44,7 @@ _PLACES = {
 
 def all_contents() -> list[Content]:
     """Every content, sorted."""
-    arrangements = [(count, layout) for count in COUNTS for layout in (LAYOUTS if count > 1 else ("",))]
-    combinations = product(SHAPES, COLORS, BACKGROUNDS, arrangements)
+    combinations = product(SHAPES, COLORS, BACKGROUNDS, ARRANGEMENTS)
     return sorted(Content(s, c, b, count, layout) for s, c, b, (count, layout) in combinations)
 
 
@@ -134,7 +137,9 @@ def held_out_prompts(count: int) -> list[str]:
     """
     contents = [content for content in all_contents() if is_held_out(content)]
     rng = np.random.default_rng([HELD_OUT_SEED, len(contents)])
-    prompts = [prompt(contents[i], phrasing) for phrasing in range(3) for i in rng.permutation(len(contents))]
+    prompts = [
+        prompt(contents[i], phrasing) for phrasing in range(NUM_PHRASINGS) for i in rng.permutation(len(contents))
+    ]
     if count > len(prompts):
         raise UserError(f"held-out prompts: {len(prompts)} exist, {count} were asked for. Ask for fewer.")
     return sorted(prompts[:count])

@@ -212,16 +212,17 @@ class _Stamp:
 
 
 def _figure(content: Content, x: Field, y: Field, rng: np.random.Generator) -> Field:
-    radius = {1: 0.31, 2: 0.2, 3: 0.142}[content.count] * rng.uniform(0.92, 1.08)
-    gap = {1: 0.0, 2: 0.46, 3: 0.32}[content.count]
-    drift = {1: 0.06, 2: 0.03, 3: 0.015}[content.count]
+    # as large as two and three figures fit into the picture
+    radius = {1: 0.36, 2: 0.215, 3: 0.15}[content.count] * rng.uniform(0.95, 1.05)
+    gap = {1: 0.0, 2: 0.48, 3: 0.325}[content.count]
+    drift = {1: 0.04, 2: 0.02, 3: 0.01}[content.count]
     field = np.full((y.shape[0], x.shape[1]), 1, dtype=np.float32)
     for i in range(content.count):
         along = (i - (content.count - 1) / 2) * gap
-        across = rng.uniform(-0.03, 0.03)
+        across = rng.uniform(-0.02, 0.02)
         center = (along, across) if content.layout == "in a row" else (across, along)
         center = (center[0] + rng.uniform(-drift, drift), center[1] + rng.uniform(-drift, drift))
-        stamp = _Stamp(content.shape, center, radius, rng.uniform(-0.2, 0.2))
+        stamp = _Stamp(content.shape, center, radius, rng.uniform(-0.12, 0.12))
         _put(stamp, field, x, y)
     return field
 

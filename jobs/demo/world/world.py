@@ -30,7 +30,7 @@ from retrieval.errors import UserError
 from retrieval.storage.root import Root
 
 # Increase it when the same config gives other files than before.
-WORLD_VERSION = 2
+WORLD_VERSION = 3
 FINISHED = "world.json"
 STARTED = "world.begun.json"
 OWNED = ("images", "metadata", "styles", "held_out", "held_out.parquet", "all_styles.parquet", "truth.parquet")

@@ -17,6 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from jobs.demo.judge.labels import CLASSES
+from jobs.demo.judge.links import LINKS
 from jobs.demo.report.numbers import Demo
 from pipeline.recipe import NeighborsConfig
 from retrieval.recipe import ClipConfig
@@ -86,6 +88,7 @@ def write_demo(folder: Path, clip: ClipConfig | None = None) -> Demo:
     _write_neighbors(root)
     _write_manifests(root)
     _write_run(root)
+    _stage(root, "judge", [], {"links": links()})
     config = NeighborsConfig(k=K, near_copy_similarity=NEAR_COPY)
     return Demo(root, root.child("world"), root.child("world/metadata"), clip or ClipConfig(model="x"), config, "tiny")
 
@@ -208,6 +211,13 @@ def _write_run(root: Root) -> None:
     lines = [json.dumps({"step": step, "loss": 10 / step, **rest}) for step in range(1, 21)]
     root.write_bytes("runs/tiny/train/metrics.jsonl", "".join(f"{line}\n" for line in lines).encode())
     root.write_json("runs/tiny/evaluate/evaluation.json", evaluation(columns))
+
+
+def links() -> dict[str, dict[str, list[float]]]:
+    """Output of the step `judge` for a run that loses nothing; a sample without neighbors has no style."""
+    shares = {name: [0.98, 0.96, 0.99] for name in CLASSES}
+    plain = {name: share for name, share in shares.items() if name != "style"}
+    return {link: plain if link == "samples_no_neighbors" else shares for link in LINKS}
 
 
 def evaluation(columns: list[str]) -> dict[str, Any]:

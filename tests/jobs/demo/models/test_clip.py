@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from jobs.demo.models.autoencoder import train_autoencoder
-from jobs.demo.models.clip import PREPROCESSING, recall_at_k, train_clip
+from jobs.demo.models.clip import PREPROCESSING, WORDS, recall_at_k, train_clip
 from jobs.demo.recipe import AutoencoderTraining, ClipTraining
 from jobs.demo.world import training_scenes
 from jobs.demo.world.scenes import draw, is_held_out, random_scene
@@ -30,8 +30,8 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, floa
 
 
 def test_a_few_steps_give_a_loss_below_chance(clip):
-    # captions of the batch, ten styles, eight shapes, and eight colors with weight 0.25
-    chance = math.log(BATCH) + math.log(10) + 1.25 * math.log(8)
+    # captions of the batch, then the weights and texts of the classification losses
+    chance = math.log(BATCH) + sum(weight * math.log(len(texts)) for weight, texts in WORDS)
     assert clip[1]["loss"] < 0.85 * chance
 
 

@@ -10,7 +10,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.demo.report.audit import NeighborTables, download_urls_without_status, filter_rows_unaccounted
-from jobs.demo.report.numbers import Demo, goal_lines, goals, recall_at, seconds, style_numbers, text_recall
+from jobs.demo.report.numbers import (
+    Demo,
+    content_numbers,
+    goal_lines,
+    goals,
+    recall_at,
+    seconds,
+    style_numbers,
+    text_recall,
+)
 from retrieval.errors import UserError
 from retrieval.storage import schema
 from tests.jobs.demo.demo_run import (
@@ -22,6 +31,7 @@ from tests.jobs.demo.demo_run import (
     edit,
     evaluation,
     id_of,
+    links,
     nearest,
     url_of,
     vector_of,
@@ -194,6 +204,7 @@ def correct_numbers() -> dict[str, Any]:
         "neighbor_recall_at_8": 1.0,
         "neighbor_leaks": 0,
         **style_numbers(evaluation([])),
+        **content_numbers(links()),
     }
 
 
@@ -221,6 +232,12 @@ def test_correct_numbers_meet_every_goal() -> None:
         ("style_accuracy_pixels_no_neighbors_low", 0.151),
         ("style_gain_over_suffix_retrieval_high", -0.001),
         ("style_gain_pixels_over_suffix_retrieval_high", -0.001),
+        ("content_judge_accuracy_high", 0.969),
+        ("content_shape_high", 0.849),
+        ("content_count_high", 0.849),
+        ("content_color_high", 0.949),
+        ("content_layout_high", 0.849),
+        ("content_style_high", 0.949),
     ],
 )
 def test_one_wrong_number_misses_a_goal(name: str, value: float) -> None:
@@ -255,6 +272,13 @@ def test_the_gate_without_neighbors_rarely_fails_a_model_at_its_limit() -> None:
         naive += value > 0.15
     assert naive > 50
     assert failures <= 5
+
+
+def test_the_judge_of_contents_is_as_good_as_at_its_worst_attribute() -> None:
+    values = links()
+    values["real"]["count"] = [0.91, 0.9, 0.92]
+    assert content_numbers(values)["content_judge_accuracy"] == 0.91
+    assert content_numbers(values)["content_judge_accuracy_low"] == 0.9
 
 
 def test_without_a_judge_on_pixels_its_goals_are_left_out() -> None:

@@ -1,0 +1,83 @@
+"""The judge of contents: labels, shares, what the network learns, and the links of a tiny demo."""
+
+from collections import Counter
+
+import numpy as np
+import torch
+
+from jobs.demo.judge.labels import CLASSES, equal, labels_of, shares
+from jobs.demo.judge.links import LINKS, variants
+from jobs.demo.judge.network import fit
+from jobs.demo.recipe import JudgeTraining
+from jobs.demo.world.content import Content, Scene
+from jobs.demo.world.scenes import is_held_out
+from jobs.demo.world.training_scenes import draw_training_scenes
+from retrieval import Root
+from retrieval.storage.manifest import read_manifest
+from tests.jobs.demo.tiny_demo import TinyDemo
+
+PAIR = Scene(Content("star", "blue", "sea", 2, "stacked"), "chalk", 0)
+SINGLE = Scene(Content("star", "red", "sea", 1, ""), "mosaic", 0)
+
+
+def test_labels_are_the_numbers_of_the_true_values() -> None:
+    labels = labels_of([PAIR, SINGLE])
+    assert {name: [CLASSES[name][i] for i in numbers] for name, numbers in labels.items()} == {
+        "shape": ["star", "star"],
+        "count": [2, 1],
+        "color": ["blue", "red"],
+        "background": ["sea", "sea"],
+        "layout": ["stacked", ""],
+        "style": ["chalk", "mosaic"],
+    }
+
+
+def test_layout_counts_only_pictures_with_several_figures() -> None:
+    wanted = labels_of([PAIR, PAIR, SINGLE, SINGLE])
+    predicted = labels_of([PAIR, SINGLE, SINGLE, SINGLE])
+    result = shares(equal(predicted, wanted), wanted, list("abcd"))
+    assert {name: estimate.value for name, estimate in result.items()} == {
+        **{"shape": 1, "count": 0.75, "color": 0.75, "background": 1, "layout": 0.5, "style": 0.75}
+    }
+    assert "layout" not in shares(equal(wanted, wanted), labels_of([SINGLE] * 4), list("abcd"))
+
+
+def test_captions_of_another_value_differ_only_in_that_attribute() -> None:
+    for name, classes in CLASSES.items():
+        scenes = variants(PAIR, name)
+        assert PAIR in scenes
+        if name in ("count", "layout"):
+            assert len(scenes) == 5
+            assert all((scene.content.layout == "") == (scene.content.count == 1) for scene in scenes)
+        else:
+            assert len(scenes) == len(classes)
+            changed = [other for other in CLASSES if len(set(labels_of(scenes)[other])) > 1]
+            assert changed == [name]
+
+
+def test_the_judge_learns_colors_and_styles_in_a_few_steps() -> None:
+    config = JudgeTraining(steps=60, batch_size=32, num_threads=1)
+    scenes, pixels = draw_training_scenes(160, 64, seed=5, num_workers=1)
+    labels = labels_of(scenes)
+    judge = fit(torch.from_numpy(pixels), labels, config)
+    predicted = judge.predict(np.ascontiguousarray(pixels.transpose(0, 2, 3, 1)))
+    accuracy = {name: float(np.mean(correct)) for name, correct in equal(predicted, labels).items()}
+    assert min(accuracy["color"], accuracy["style"]) > 0.7
+    assert min(accuracy.values()) > 0.25
+
+
+def test_only_the_judge_draws_held_out_contents() -> None:
+    scenes, _ = draw_training_scenes(60, 64, seed=5, num_workers=1, every_content=True)
+    held_out = Counter(is_held_out(scene.content) for scene in scenes)
+    assert 1 <= held_out[True] <= 20
+
+
+def test_the_links_of_a_demo_are_complete_and_neighbors_of_a_style_have_it(tiny_demo: TinyDemo) -> None:
+    links = read_manifest(Root(tiny_demo.root), "judge").values["links"]
+    assert set(links) == set(LINKS)
+    for name, link in links.items():
+        assert set(link) == set(CLASSES) - ({"style"} if name == "samples_no_neighbors" else set())
+        assert all(0 <= low <= value <= high <= 1 for value, low, high in link.values())
+    assert links["style_neighbors"]["style"][0] == 1
+    assert 0 < links["style_neighbors"]["shape"][0] < 1
+    assert 0 < links["training_neighbors"]["style"][0] <= 1
