@@ -1,4 +1,4 @@
-"""Fixtures of all tests: one Ray for each test process, one tiny demo for all, and the order of the files."""
+"""Fixtures of all tests: one Ray, one tiny demo and one fork server for all, and the order of the files."""
 
 import os
 from collections import Counter
@@ -7,15 +7,18 @@ from pathlib import Path
 
 import pytest
 import ray
-from filelock import FileLock
+from s3fs import S3FileSystem
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
-from tests.fork_server import start_server
+from benchmarks.crashes.store import Store, running_store
+from tests.fork_server import SHARED_FOLDER, share_folder, shared_client
 from tests.jobs.demo.tiny_demo import TinyDemo, run_once
 
 LONG = (
     "test_demo.py",
-    "test_train.py",
     "test_launching.py",
+    "test_train.py",
     "test_crashes.py",
     "test_docs.py",
     "test_cluster.py",
@@ -23,6 +26,18 @@ LONG = (
     "test_clip.py",
 )
 """Files that take longest, in this order. test_docs.py waits for the tiny demo, which test_demo.py makes."""
+RAY = (
+    "test_launching.py",
+    "test_runner.py",
+    "test_cluster.py",
+    "test_shared.py",
+    "test_parts.py",
+    "pipeline/download/test_download.py",
+    "test_connection.py",
+    "test_examples.py",
+    "benchmarks/training/test_attribution.py",
+)
+"""Files that need a Ray. One process has them all, because a Ray takes ten seconds to start and uses CPU when idle."""
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
@@ -42,6 +57,22 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{count} tests {reason[:1].lower()}{reason[1:]}")
 
 
+class FileScheduling(LoadFileScheduling):
+    """Gives each file to one process, and all files of RAY to the same one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file: str = super()._split_scope(nodeid)
+        return "ray" if file.endswith(RAY) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> FileScheduling:
+    return FileScheduling(config, log)
+
+
+def pytest_xdist_setupnodes(config: pytest.Config) -> None:
+    share_folder(config._tmp_path_factory.getbasetemp())
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A local Ray with two CPUs, to which stages connect."""
@@ -51,22 +82,27 @@ def ray_cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that all test processes share."""
-    folder = tmp_path_factory.getbasetemp()
-    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    if SHARED_FOLDER not in os.environ:
+        share_folder(tmp_path_factory.getbasetemp())
+    return Path(os.environ[SHARED_FOLDER])
 
 
 @pytest.fixture(scope="session")
 def forked_python(shared_folder: Path) -> Path:
     """A program that takes the arguments of `python` and runs them in a fork with the libraries imported."""
-    folder = shared_folder / "fork-server"
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            folder.mkdir()
-            start_server(folder, os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid())
-    return folder / "python"
+    return shared_client()
+
+
+@pytest.fixture(scope="module")
+def object_store(forked_python: Path) -> Iterator[Store]:
+    """An empty S3 store for the tests of a module."""
+    with running_store(str(forked_python)) as store:
+        S3FileSystem.clear_instance_cache()  # removes clients of another module's store
+        yield store
+    S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,11 @@
 """Runs Python commands of tests in forks of one process with the libraries imported: a new process takes ten seconds.
 
-`python fork_server.py SOCKET OWNER` is the server; it ends with the process OWNER. Its client takes the arguments of
-`python`. The fork has the folder, environment and standard streams of the client, gets its signals, and is killed with
-it. It imports the project's packages itself, from the folder of the command.
+`python fork_server.py SOCKET OWNER MODULE...` is the server; it ends with the process OWNER. Its client takes the
+arguments of `python`. The fork has the folder, environment and standard streams of the client, gets its signals, and is
+killed with it. It imports the project's packages itself, from the folder of the command, unless they are a MODULE.
 """
 
+import gc
 import marshal
 import os
 import runpy
@@ -16,11 +17,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
+from filelock import FileLock
+
 MODULES = (
+    "boto3",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "diffusers.models.autoencoders.autoencoder_kl",
     "diffusers.models.unets.unet_2d_condition",
@@ -28,9 +33,12 @@ MODULES = (
     "faiss",
     "jinja2",
     "matplotlib.pyplot",
+    "moto.s3.urls",
+    "moto.server",
     "open_clip",
     "pandas",
     "pyarrow.parquet",
+    "ray.train.torch",
     "torch.utils.tensorboard",
 )
 CLIENT = """#!{python} -IS
@@ -50,29 +58,51 @@ sys.exit(code)
 """
 
 
-def start_server(folder: Path, owner: int) -> Path:
-    """Start a server. Returns the client, a program in the folder."""
+SHARED_FOLDER, OWNER = "TESTS_SHARED_FOLDER", "TESTS_OWNER"
+"""Environment variables: the folder that all test processes share, and the process with which the servers end."""
+
+
+def share_folder(folder: Path) -> None:
+    """Set the shared folder. This process becomes the owner of the servers."""
+    os.environ |= {SHARED_FOLDER: str(folder), OWNER: str(os.getpid())}
+
+
+def shared_client(name: str = "forks", python: str = sys.executable, modules: Sequence[str] = MODULES) -> Path:
+    """The client of a server that all test processes share. The first process starts it."""
+    folder = Path(os.environ[SHARED_FOLDER]) / name
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            start_server(folder, python, modules)
+    return folder / "python"
+
+
+def start_server(folder: Path, python: str, modules: Sequence[str]) -> None:
+    """Start a server with `python`, and write its client to the folder."""
     address = Path(tempfile.mkdtemp(dir="/tmp")) / "socket"  # a socket's path has 107 bytes at most
     client = folder / "python"
-    server = subprocess.Popen([sys.executable, __file__, str(address), str(owner)], stdin=subprocess.DEVNULL)
+    command = [python, __file__, str(address), os.environ[OWNER], *modules]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}  # read by the imports
+    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment)
     while not address.exists():
         assert server.poll() is None, "the fork server did not start"
         time.sleep(0.01)
     client.write_text(CLIENT.format(python=sys.executable, address=str(address)))
     client.chmod(0o755)
-    return client
 
 
-def serve(address: str, owner: int) -> None:
+def serve(address: str, owner: int, modules: Sequence[str]) -> None:
     """Fork for each client until the owner has ended. Returns in a fork too, when its command has ended."""
-    del sys.path[0]  # this folder has folders with the names of our packages
+    sys.path[0] = ""  # this folder has folders with the names of our packages
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(f"{address}.new")
     listener.listen(64)
     listener.settimeout(0.5)
     os.rename(f"{address}.new", address)  # clients may connect, and wait for the imports
-    for module in MODULES:
+    for module in modules:
         import_module(module)
+    del sys.path[0]
+    gc.freeze()  # a collection would copy the pages of all objects in each fork
     while Path(f"/proc/{owner}").exists():
         with suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
@@ -132,4 +162,4 @@ def run(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], int(sys.argv[2]))
+    serve(sys.argv[1], int(sys.argv[2]), sys.argv[3:])

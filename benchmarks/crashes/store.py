@@ -108,9 +108,9 @@ def environment(port: int) -> dict[str, str]:
 
 
 @contextmanager
-def running_store() -> Iterator[Store]:
-    """Start a store and set its environment variables for this process and its children."""
-    command = [sys.executable, "-m", "benchmarks.crashes.store"]
+def running_store(python: str = sys.executable) -> Iterator[Store]:
+    """Start a store with `python`, and set its environment variables for this process and its children."""
+    command = [python, "-m", "benchmarks.crashes.store"]
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     assert process.stdout
     proxy = Proxy(int(process.stdout.readline()))

@@ -87,7 +87,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory, server: tuple[str, Path], ray_cluster: None) -> Recipe:
+def recipe(tmp_path_factory: pytest.TempPathFactory, server: tuple[str, Path]) -> Recipe:
     """The recipe after all stages, and a second database, built from a folder."""
     folder, (url, web) = tmp_path_factory.mktemp("imagenet"), server
     names = write_pictures(web, 1, TRAINED) + write_pictures(web, 2, CUT)

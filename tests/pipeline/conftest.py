@@ -53,7 +53,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> ClipConfig:
 
 
 @pytest.fixture(scope="module")
-def in_process_shards(ray_cluster: None) -> Iterator[None]:
+def in_process_shards() -> Iterator[None]:
     """The stages of a test module run their shards in the test process."""
     with shards_in_process():
         yield

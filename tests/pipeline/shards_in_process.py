@@ -17,10 +17,11 @@ from retrieval.errors import NodeError
 
 @contextmanager
 def shards_in_process() -> Iterator[None]:
-    """Within the block, stages start no Ray actors; the rest of `run_shards` is unchanged."""
+    """Within the block, commands start no Ray and stages no actors; the rest of `run_shards` is unchanged."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Pool, "run", _run)
         patch.setattr(workers, "start_actor", lambda make: None)
+        patch.setattr("ray.init", lambda **_: None)
         yield
 
 

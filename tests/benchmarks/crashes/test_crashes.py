@@ -1,14 +1,12 @@
-"""The crash tests detect changed files, and the stage `filter` survives all faults."""
+"""The crash tests detect changed files, and the stage `filter` survives killed drivers and workers."""
 
 import json
 import subprocess
+import sys
 from pathlib import Path
-
-import pytest
 
 from benchmarks.common.report import REPOSITORY
 from benchmarks.crashes.__main__ import page
-from benchmarks.crashes.faults import FAULTS
 from benchmarks.crashes.outcome import differences, files_of
 from retrieval import Root
 
@@ -49,9 +47,10 @@ def test_the_page_counts_faults_and_lists_problems() -> None:
     assert "Not tested: worker, node, store, changed timeout, killed retry" in text
 
 
-@pytest.mark.slow
-def test_filter_survives_a_fault_of_every_kind(tmp_path: Path, forked_python: Path) -> None:
-    command = [str(forked_python), "-m", "benchmarks.crashes", "--each", "2", "--stages", "filter"]
-    subprocess.run([*command, "--out", str(tmp_path / "crashes.md")], cwd=REPOSITORY, check=True)
+def test_filter_survives_the_loss_of_its_driver_and_of_a_worker(tmp_path: Path) -> None:
+    """The benchmark has the other faults."""
+    command = [sys.executable, "-m", "benchmarks.crashes", "--each", "1", "--stages", "filter"]
+    command += ["--cases", "driver", "worker", "--out", str(tmp_path / "crashes.md")]
+    subprocess.run(command, cwd=REPOSITORY, check=True)
     outcomes = json.loads((tmp_path / "crashes.json").read_text())["outcomes"]
-    assert {outcome["kind"] for outcome in outcomes if outcome["struck"]} >= {*FAULTS} - {"disk"}
+    assert {outcome["kind"] for outcome in outcomes if outcome["struck"]} == {"driver", "worker"}

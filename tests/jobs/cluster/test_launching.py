@@ -94,9 +94,13 @@ def command(*words: str, code: int = 0, **environment: str) -> str:
 
 
 def test_deepspeeds_launcher_on_the_machines_of_a_hostfile_without_ray(
-    copy: Path, tmp_path: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    copy: Path, tmp_path: Path, expected: dict[str, str], forked_python: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace_programs(tmp_path, monkeypatch, "ssh", "pdsh")
+    # The first machine has new interpreters, which show missing imports; the second one has forks.
+    monkeypatch.setenv("PYTHON_EXEC", str(forked_python))
+    program = Path(__file__).with_name("forked_children.py")
+    monkeypatch.setenv("OTHERS", f"s#{sys.executable} -u -m#{forked_python} {program} -m#")
     (tmp_path / "hosts.txt").write_text("first slots=1\nsecond slots=1\n")
     words = ["-m", "jobs.train", str(copy / "recipe.toml"), "--hosts", str(tmp_path / "hosts.txt")]
     (tmp_path / "without_ray").mkdir()

@@ -1,7 +1,7 @@
 """A program that kills stages: forks a process for each, and kills it at the record of its first shard.
 
 The forked processes share the imports of this one, and run their shards themselves. Reads JSON: a list of stage,
-folder of the stage, recipe and overrides. RAY_ADDRESS names the Ray to connect to.
+folder of the stage, recipe and overrides.
 """
 
 import json

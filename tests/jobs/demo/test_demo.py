@@ -7,7 +7,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import ray
 
 from jobs import download, embed, filter, index, latents, neighbors
 from jobs.cli.recipe import load_recipe
@@ -73,7 +72,6 @@ def test_every_stage_has_a_manifest_and_every_database_opens(demo_root: Path) ->
     assert not list(demo_root.rglob(".partial-*"))
 
 
-@pytest.mark.usefixtures("ray_cluster")
 def test_a_second_demo_skips_all_steps(demo_root: Path, demo_port: int) -> None:
     before = {path: path.stat().st_mtime_ns for path in demo_root.rglob("manifest.json")}
     assert len(before) > 15
@@ -88,7 +86,7 @@ def folder_of(stage: str) -> str:
 
 @pytest.fixture(scope="module")
 def killed(
-    demo_root: Path, tmp_path_factory: pytest.TempPathFactory, demo_port: int, forked_python: Path, ray_cluster: None
+    demo_root: Path, tmp_path_factory: pytest.TempPathFactory, demo_port: int, forked_python: Path
 ) -> dict[str, Path]:
     """For each stage a copy of the run, in which the stage was killed."""
     roots = {stage: tmp_path_factory.mktemp(stage) / "run" for stage in STAGES}
@@ -99,21 +97,19 @@ def killed(
         shutil.rmtree(root / folder_of(stage), ignore_errors=True)
         settings = [*overrides(root, demo_port), f"{stage}.workers=1"]
         arguments.append((stage, str(root / folder_of(stage)), str(DEMO), settings))
-    environment = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "PYTHONPATH": str(DEMO.parents[2])}
     done = subprocess.run(
         [forked_python, str(Path(__file__).with_name("kill_stages.py"))],
         input=json.dumps(arguments),
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | environment,
+        env=os.environ | {"PYTHONPATH": str(DEMO.parents[2])},
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return roots
 
 
-@pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("stage", sorted(STAGES))
 def test_a_killed_stage_is_completed_to_the_same_bytes(
     demo_root: Path, killed: dict[str, Path], demo_port: int, stage: str, caplog: pytest.LogCaptureFixture

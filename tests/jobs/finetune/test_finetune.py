@@ -68,7 +68,7 @@ def in_process(patch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_a_released_checkpoint_is_fine_tuned_on_a_folder_of_pictures(
-    tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_pictures(tmp_path / "pictures", 5, 30)
     write_clip(tmp_path / "clip")

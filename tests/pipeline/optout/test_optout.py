@@ -54,7 +54,7 @@ def embedded(shard: str, seed: int) -> pa.Table:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stages up to the neighbor tables, a style database, and a finished and an unfinished training run."""
     folder = tmp_path_factory.mktemp("finished")
     root = Root(folder)

@@ -1,15 +1,13 @@
 """The data stages on an S3 bucket write and read the same files as on a local disk."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from s3fs import S3FileSystem
 
 from benchmarks.crashes.data_set import STAGES, SmallDataSet, served_data_set
-from benchmarks.crashes.store import running_store
+from benchmarks.crashes.store import Store
 from pipeline.databases import build as database
 from pipeline.runtime.status import StageSpec, find_manifest, stage_status
 from retrieval import Database, Root
@@ -23,20 +21,18 @@ from trainer.data.shards import ImageShard
 
 
 @pytest.fixture(scope="module")
-def roots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Root, Root]]:
+def roots(tmp_path_factory: pytest.TempPathFactory, object_store: Store) -> tuple[Root, Root]:
     """A local folder and a bucket in which every stage ran."""
     folder = tmp_path_factory.mktemp("object_store")
     data_set = SmallDataSet(folder / "world", rows=90, files=2)
     served = served_data_set(folder / "world", seed=0, data_set=data_set)
-    with running_store() as store, served as world, shards_in_process():
-        S3FileSystem.clear_instance_cache()  # remove clients of other modules' stores
-        local, remote = Root(folder / "run"), Root(store.url("run"))
+    local, remote = Root(folder / "run"), Root(object_store.url("run"))
+    with served as world, shards_in_process():
         for stage in STAGES:
             for root in (local, remote):
                 world.run(stage, root, workers=1)
         _build_style(folder / "style", ClipConfig(model=f"local-dir:{world.folder}/clip"), (local, remote))
-        yield local, remote
-    S3FileSystem.clear_instance_cache()
+    return local, remote
 
 
 def _build_style(source: Path, clip: ClipConfig, roots: tuple[Root, Root]) -> None:

@@ -1,13 +1,11 @@
 """A resumed stage in an object store reads copies of records, except of records that changed since."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
 import pytest
-from s3fs import S3FileSystem
 
-from benchmarks.crashes.store import running_store
+from benchmarks.crashes.store import Store
 from pipeline.runtime import record_journal
 from pipeline.runtime.runner import finished_shards, run_shards
 from pipeline.runtime.stage import Stage
@@ -28,12 +26,9 @@ class Settings(Config):
 
 
 @pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
+def bucket(object_store: Store) -> str:
     """The URL of a folder of an object store."""
-    with running_store() as store:
-        S3FileSystem.clear_instance_cache()
-        yield store.url("journal")
-    S3FileSystem.clear_instance_cache()
+    return object_store.url("journal")
 
 
 def letters(root: Root, **settings: str) -> Stage:

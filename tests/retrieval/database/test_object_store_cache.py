@@ -5,9 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from s3fs import S3FileSystem
 
-from benchmarks.crashes.store import running_store
+from benchmarks.crashes.store import Store
 from retrieval import Database, Root, UserError
 from retrieval.database.build import DatabaseIdentity, write_database
 from retrieval.index.routing import Vectors
@@ -18,15 +17,12 @@ NAME = "database"
 
 
 @pytest.fixture(scope="module")
-def stored() -> Iterator[Root]:
-    """1,500 vectors in three partitions, two flat and one with lists, in a bucket."""
-    with running_store() as store:
-        S3FileSystem.clear_instance_cache()  # removes clients of another module's store
-        root = Root(store.url("cache"))
-        config = IndexConfig(rows_per_partition=900, flat_rows=1000, num_queries=20)
-        write_database(root, table_of(clustered(2200, seed=1)), IDENTITY, config, DatabaseIdentity(NAME, {}))
-        yield root.child(NAME)
-    S3FileSystem.clear_instance_cache()
+def stored(object_store: Store) -> Root:
+    """2,200 vectors in three partitions, two flat and one with lists, in a bucket."""
+    root = Root(object_store.url("cache"))
+    config = IndexConfig(rows_per_partition=900, flat_rows=1000, num_queries=20)
+    write_database(root, table_of(clustered(2200, seed=1)), IDENTITY, config, DatabaseIdentity(NAME, {}))
+    return root.child(NAME)
 
 
 @pytest.fixture

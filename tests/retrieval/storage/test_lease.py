@@ -8,15 +8,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from s3fs import S3FileSystem
 
-from benchmarks.crashes.store import running_store
+from benchmarks.crashes.store import Store
 from retrieval import Root, UserError
 from retrieval.storage import lease as module
 from retrieval.storage.lease import lease, raise_if_lost, this_process
@@ -24,20 +22,12 @@ from retrieval.storage.lease import lease, raise_if_lost, this_process
 FILE = "leases/embed.json"
 
 
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[Callable[[str], str]]:
-    with running_store() as store:
-        S3FileSystem.clear_instance_cache()  # removes clients of another module's store
-        yield store.url
-    S3FileSystem.clear_instance_cache()
-
-
 @pytest.fixture(params=["local", "s3"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> Root:
     if request.param == "local":
         return Root(tmp_path)
-    url: Callable[[str], str] = request.getfixturevalue("bucket")
-    return Root(url(request.node.originalname))
+    store: Store = request.getfixturevalue("object_store")
+    return Root(store.url(request.node.originalname))
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """A root in an S3 bucket: complete files, multipart uploads, fresh listings, retries and their limit."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from s3fs import S3FileSystem
 
-from benchmarks.crashes.store import BUCKET, Store, running_store
+from benchmarks.crashes.store import BUCKET, Store
 from retrieval import Root, UserError
 from retrieval.storage.data_files import data_files
 from retrieval.storage.object_store import PART_BYTES, ListedFile
@@ -18,12 +18,9 @@ from retrieval.storage.schema import read_table, write_table
 SCHEMA = pa.schema([("number", pa.int64())])
 
 
-@pytest.fixture(scope="module")
-def store() -> Iterator[Store]:
-    with running_store() as store:
-        S3FileSystem.clear_instance_cache()  # removes clients of another module's store
-        yield store
-    S3FileSystem.clear_instance_cache()
+@pytest.fixture
+def store(object_store: Store) -> Store:
+    return object_store
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from trainer.engine.deepspeed_engine import Ranks
 from trainer.engine.fragments import Fragment
 from trainer.training.launch import die_with_parent
 
-KILLS, KEPT, KEEP_EVERY = 15, 2, 10
+KILLS, KEPT, KEEP_EVERY = 8, 2, 10
 SIZES = (1000, 4_000_000)
 """Number of elements of each rank: rank 0 finishes long before rank 1."""
 

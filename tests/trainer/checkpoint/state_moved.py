@@ -93,13 +93,13 @@ def read(folder: Path, ranks: Ranks) -> None:
 
 
 def pairs(folder: Path) -> Iterator[tuple[int, tuple[int, str], tuple[int, str]]]:
-    """World size and layout of each saved checkpoint, with every layout of the same precision to load it."""
+    """World size and layout of each saved checkpoint, with the next layout of the same precision to load it."""
     for world in (1, 2):
-        for saved_as in LAYOUTS:
-            if folder_of(folder, world, saved_as).newest_step():
-                for read_as in LAYOUTS:
-                    if saved_as[1] == read_as[1]:
-                        yield world, saved_as, read_as
+        for precision in ("fp32", "bf16"):
+            layouts = [layout for layout in LAYOUTS if layout[1] == precision]
+            for saved_as, read_as in zip(layouts, layouts[1:] + layouts[:1], strict=True):
+                if folder_of(folder, world, saved_as).newest_step():
+                    yield world, saved_as, read_as
 
 
 if __name__ == "__main__":

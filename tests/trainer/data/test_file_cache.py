@@ -4,7 +4,6 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +13,8 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pytest
 import torch
-from s3fs import S3FileSystem
 
-from benchmarks.crashes.store import running_store
+from benchmarks.crashes.store import Store
 from retrieval.errors import NodeError, UserError
 from retrieval.file_cache import FileCache, NoRoomError
 from retrieval.storage.root import Root
@@ -30,15 +28,12 @@ FIELDS = ("inputs", "context", "timesteps", "posterior_noise", "noise")
 
 
 @pytest.fixture(scope="module")
-def stored(autoencoder_folder: str) -> Iterator[Root]:
+def stored(autoencoder_folder: str, object_store: Store) -> Root:
     """The training set with latents and images in a bucket."""
-    with running_store() as store:
-        S3FileSystem.clear_instance_cache()  # removes clients of another module's store
-        root = Root(store.url("training-set"))
-        write_training_set(root, Autoencoder.load(make_recipe(autoencoder_folder).autoencoder, "cpu").identity)
-        write_tars(root)
-        yield root
-    S3FileSystem.clear_instance_cache()
+    root = Root(object_store.url("training-set"))
+    write_training_set(root, Autoencoder.load(make_recipe(autoencoder_folder).autoencoder, "cpu").identity)
+    write_tars(root)
+    return root
 
 
 @pytest.fixture

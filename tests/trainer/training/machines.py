@@ -16,15 +16,17 @@ esac
 [ "$*" = "hostname -I" ] && exec echo 127.0.0.1
 exec sh -c "$*"
 """
-# pdsh replaces %n by the index of the machine.
+# pdsh replaces %n by the index of the machine. OTHERS: a sed script for the commands of all machines but the first.
 PDSH = """#!/bin/sh
 hosts=$5; shift 5
 number=0
 pids=
+script=
 for host in $(echo "$hosts" | tr , ' '); do
-    sh -c "$(echo "$*" | sed "s/%n/$number/")" &
+    sh -c "$(echo "$*" | sed -e "s/%n/$number/" -e "$script")" &
     pids="$pids $!"
     number=$((number + 1))
+    script=$OTHERS
 done
 code=0
 for pid in $pids; do wait "$pid" || code=$?; done

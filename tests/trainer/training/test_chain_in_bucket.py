@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from s3fs import S3FileSystem
 
-from benchmarks.crashes.store import running_store
+from benchmarks.crashes.store import Store
 from jobs import sample
 from jobs.cli.recipe import load_recipe
 from jobs.train import training_recipe
@@ -46,13 +45,13 @@ def train_until(step: int, recipe: Path, log: Path) -> None:
     checkpoints = checkpoints_of(prepare(training_recipe(loaded), loaded.root), loaded.root)
     processes = start_ranks(["jobs.train", str(recipe)], log, ranks=2)
     while checkpoints.newest_step() < step:
-        assert all(process.exitcode in (None, 0) for process in processes), log.read_text()
+        assert all(process.poll() in (None, 0) for process in processes), log.read_text()
         time.sleep(0.05)
     for process in processes:
         if step < STEPS:
             process.kill()
-        process.join(timeout=300)
-    assert step < STEPS or [process.exitcode for process in processes] == [0, 0], log.read_text()
+        process.wait(timeout=300)
+    assert step < STEPS or [process.returncode for process in processes] == [0, 0], log.read_text()
 
 
 @pytest.fixture
@@ -61,11 +60,10 @@ def clip(tmp_path: Path) -> ClipConfig:
 
 
 def test_a_bucket_has_a_sampled_picture_after_neighbors_training_with_two_kills_and_sampling(
-    clip: ClipConfig, autoencoder_folder: str, tmp_path: Path
+    clip: ClipConfig, autoencoder_folder: str, object_store: Store, tmp_path: Path
 ) -> None:
-    with running_store() as store, shards_in_process():
-        S3FileSystem.clear_instance_cache()  # removes clients of another module's store
-        root = Root(store.url("chain"))
+    with shards_in_process():
+        root = Root(object_store.url("chain"))
         train = pictures("train", 900, 20)
         database = pictures("database", 100, 40)
         write_download(root, {"train/00000": train[:10], "train/00001": train[10:], "database/00000": database})
@@ -93,4 +91,3 @@ def test_a_bucket_has_a_sampled_picture_after_neighbors_training_with_two_kills_
         assert png
         assert Image.open(io.BytesIO(png)).size == (SIZE, SIZE)
         assert len(read_recipe(png)["neighbors"]) == SAMPLE["k"]
-    S3FileSystem.clear_instance_cache()
