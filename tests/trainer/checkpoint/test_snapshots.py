@@ -40,14 +40,15 @@ def with_widths(plan: TrainingPlan, *widths: float) -> TrainingPlan:
 def test_a_width_made_from_snapshots_of_a_resumed_run_is_the_average_that_it_tracked(
     tmp_path: Path, autoencoder_folder: str
 ) -> None:
-    changes = {"ema_widths": [0.05, 0.1, 0.15], "ema_snapshot_every": 3, "checkpoint_every": 2}
-    recipe = make_recipe(autoencoder_folder, steps=24, learning_rate=1e-2, **changes)
+    changes = {"ema_widths": [0.05, 0.1, 0.15], "ema_snapshot_every": 3, "checkpoint_every": 8}
+    changes |= {"learning_rate": 1e-2, "global_batch": 4}
+    recipe = make_recipe(autoencoder_folder, steps=24, **changes)
     root = new_training_set(tmp_path, autoencoder_folder)
     plan = make_plan(recipe, root, Autoencoder.load(recipe.autoencoder, "cpu"))
     snapshots = snapshot_folder(plan, root)
     with pytest.raises(UserError, match=r"ema has no snapshots of this run\. Train it with train\.ema_widths"):
         publish_average(plan, root, 0.15)
-    train(make_recipe(autoencoder_folder, steps=7, learning_rate=1e-2, **changes), root, ranks=2)
+    train(make_recipe(autoencoder_folder, steps=7, **changes), root, ranks=2)
     assert [entry["step"] for entry in snapshots.entries()] == [3, 6, 7]
     # A run that is killed may have stored a snapshot after its last checkpoint.
     index = snapshots.root.find_json("checkpoints.json")
