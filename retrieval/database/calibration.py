@@ -2,7 +2,7 @@
 
 Queries are rows of the database that trained no centroid and no code, and copies of a query count neither as true
 neighbors nor as results: so new queries reach the measured recall. Efforts are ordered by a computed cost (bytes that
-a query reads) and not by time, so two builds give equal results.
+a query reads) and not by time, so two builds with the same engine (compiled library or faiss) give equal results.
 """
 
 import math
@@ -14,10 +14,11 @@ import numpy.typing as npt
 
 from retrieval.database.coverage import (
     TIES,
+    Coverage,
+    CoverageSearch,
     Queries,
     candidate_steps,
     find_truth,
-    least_candidates,
     partition_ranks,
     recall_by_effort,
 )
@@ -34,14 +35,17 @@ from retrieval.storage.root import Root
 
 KS = (1, 10, 20, 100, 1000)
 """Numbers of neighbors whose recall is measured."""
-LARGE_K = 1000
-"""From this k on a fifth of the queries is enough, because each of them has many true neighbors."""
+FEWER_QUERIES = {1: 1, 100: 2, 1000: 5}
+"""From each of these k on one of so many queries is enough, because each of them has many true neighbors."""
 RECALLS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99, 0.9925, 0.995, 0.9975)
 """Recalls for which the cheapest effort is stored."""
 LISTS_AT_ONCE = 8
 """Numbers of lists that are tried while one of many partitions is open."""
 ENOUGH = 0.9985
 """When the visited lists hold this share of the true neighbors, no larger number of lists is tried."""
+
+Costed = tuple[float, MeasuredEffort]
+"""An effort with its cost."""
 
 
 def calibrate(database: Database, num_queries: int, seed: int) -> list[dict[str, Any]]:
@@ -102,54 +106,70 @@ def _calibration(database: Database, units: Vectors, query_positions: Positions)
         ks = (*ks, len(database) - 1)
     if database.is_exact:
         return [asdict(_exact_effort(database, k)) for k in ks]
-    order = np.random.default_rng(0).permutation(len(units))  # a fifth of them is then a fair sample
+    order = np.random.default_rng(0).permutation(len(units))  # the first of them are then a fair sample
     queries = find_truth(database, units[order], query_positions[order], ks[-1])
     entries: list[MeasuredEffort] = []
-    for group in (tuple(k for k in ks if k < LARGE_K), tuple(k for k in ks if k >= LARGE_K)):
+    for share in FEWER_QUERIES.values():
+        group = tuple(k for k in ks if share == max(each for least, each in FEWER_QUERIES.items() if k >= least))
         if group:
-            count = len(units) if group[-1] < LARGE_K else math.ceil(len(units) / 5)
+            count = math.ceil(len(units) / share)
             measured = _measure(database, queries.first(count, group[-1] + TIES), group)
-            entries += [
-                entry for k in group for entry in (*_cheapest(database, measured[k]), _exact_effort(database, k))
-            ]
+            entries += [entry for k in group for entry in (*_cheapest(measured[k]), _exact_effort(database, k))]
     return [asdict(entry) for entry in entries]
 
 
-def _measure(database: Database, queries: Queries, ks: tuple[int, ...]) -> dict[int, list[MeasuredEffort]]:
-    """Every combination of partitions, lists and candidates with its recall, for each k."""
+def _measure(database: Database, queries: Queries, ks: tuple[int, ...]) -> dict[int, list[Costed]]:
+    """Every combination of partitions, lists and candidates with its cost and recall, for each k."""
     partitions = _ladder(len(database.partitions))
     visited = np.searchsorted(partitions, partition_ranks(database, queries), side="right").astype(np.int8)
-    measured: dict[int, list[MeasuredEffort]] = {k: [] for k in ks}
+    measured: dict[int, list[Costed]] = {k: [] for k in ks}
     ladder = _ladder(database.most_lists).tolist()
+    fewest = {k: min(_fewest_lists(database, k), ladder[-1]) for k in ks}
+    searches, last = CoverageSearch(database, queries, ks), dict.fromkeys(ks, 0.0)
     # Small steps end early. Large ones open each of many partitions less often.
     step = 1 if len(database.partitions) <= MAX_OPENED else LISTS_AT_ONCE
     for start in range(0, len(ladder), step):
-        all_lists = ladder[start : start + step]
-        for lists, least in zip(all_lists, least_candidates(database, queries, all_lists, ks), strict=True):
-            in_lists = []
-            for k in ks:
-                recalls = recall_by_effort(queries, k, (visited, least[k]), (len(partitions), len(candidate_steps(k))))
-                if not len(recalls):
-                    continue
-                measured[k] += _entries(recalls, partitions, lists, k)
-                in_lists.append(float(recalls[:, -1, -1].mean()))
-            if min(in_lists, default=1.0) >= ENOUGH:
-                return measured
+        tried = [(lists, k) for lists in ladder[start : start + step] for k in last if lists >= fewest[k]]
+        if not tried:
+            continue
+        for (lists, k), coverage in zip(tried, searches.measure(tried), strict=True):
+            sizes = len(partitions), len(candidate_steps(k))
+            recalls = recall_by_effort(queries, k, (visited, coverage.least), sizes)
+            if k not in last or not len(recalls):
+                continue
+            measured[k] += _entries(database, recalls, (partitions, lists, k), coverage)
+            # More lists would find nothing, or the searches end before they visit them.
+            if recalls[:, -1, -1].mean() >= ENOUGH or coverage.lists == last[k]:
+                del last[k]
+            else:
+                last[k] = coverage.lists
     return measured
 
 
-def _entries(recalls: Vectors, partitions: Numbers, lists: int, k: int) -> list[MeasuredEffort]:
-    """An entry for each number of partitions and of candidates. recalls: (n, partitions, steps)."""
-    efforts = [
-        (Effort(int(partitions[i]), lists, int(candidate_steps(k)[j])), recalls[:, i, j])
-        for i, j in np.ndindex(recalls.shape[1:])
-    ]
-    return [MeasuredEffort(effort, *confidence_interval(values), len(recalls), k) for effort, values in efforts]
+def _fewest_lists(database: Database, k: int) -> float:
+    """Lists that hold k different rows on average: many searches in fewer are
+    repeated in more, which is not measured."""
+    rows = max(len(database) / len(database.partitions), 1)
+    return min(k, rows) * database.most_lists / rows
 
 
-def _cheapest(database: Database, measured: list[MeasuredEffort]) -> list[MeasuredEffort]:
+def _entries(
+    database: Database, recalls: Vectors, efforts: tuple[Numbers, int, int], coverage: Coverage
+) -> list[Costed]:
+    """An entry for each number of partitions and of candidates. recalls: (n, partitions, steps); efforts: partitions,
+    lists and k."""
+    partitions, lists, k = efforts
+    entries = []
+    for i, j in np.ndindex(recalls.shape[1:]):
+        effort = Effort(int(partitions[i]), lists, int(candidate_steps(k)[j]))
+        entry = MeasuredEffort(effort, *confidence_interval(recalls[:, i, j]), len(recalls), k)
+        entries.append((effort.partitions_per_query * cost(database, coverage.lists, coverage.candidates[j]), entry))
+    return entries
+
+
+def _cheapest(measured: list[Costed]) -> list[MeasuredEffort]:
     """The cheapest effort for each of RECALLS that the lower end of its interval reaches, in ascending cost."""
-    by_cost = sorted(measured, key=lambda entry: cost(database, entry.effort, entry.k))
+    by_cost = [entry for _, entry in sorted(measured, key=lambda costed: costed[0])]
     reached = (next((entry for entry in by_cost if entry.low >= recall), None) for recall in RECALLS)
     return list(dict.fromkeys(entry for entry in reached if entry))
 
@@ -169,11 +189,10 @@ def _ladder(most: int) -> Numbers:
     return np.array([int(step) for step in steps if step <= most])
 
 
-def cost(database: Database, effort: Effort, k: int) -> float:
-    """Bytes that a query for k neighbors reads with an effort: an estimate that only orders efforts."""
+def cost(database: Database, lists: float, candidates: float) -> float:
+    """Bytes that a query reads in a partition, for visited lists and ranked candidates: only orders efforts."""
     rows = max(len(database) / len(database.partitions), 1)
-    codes = effort.lists_per_partition * 2 * rows / database.most_lists * database.dim / DIMENSIONS_PER_CODE / 2
-    graph = 40 * effort.lists_per_partition * database.dim * 2
+    codes = lists * 2 * rows / database.most_lists * database.dim / DIMENSIONS_PER_CODE / 2
+    graph = 40 * lists * database.dim * 2
     # Vectors are read at random places, which is counted as twice the bytes.
-    vectors = k * effort.candidates_per_result * database.dim * 2 * 2
-    return effort.partitions_per_query * (codes + graph + vectors)
+    return codes + graph + candidates * database.dim * 2 * 2

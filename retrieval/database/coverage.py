@@ -2,18 +2,20 @@
 
 Reads an opened database, writes nothing. For every number of lists the index is searched once for many candidates.
 Counting then gives the recall for each k, number of partitions and number of candidates: a search returns a true
-neighbor exactly if it visits its partition and if the neighbor is among the candidates there.
+neighbor exactly if it visits its partition and if the neighbor is among the candidates there. The compiled library ends
+its scan and its ranking early, depending on k, so it searches for each k, and what it reads is counted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from retrieval.database.database import Database
 from retrieval.database.recall import ROUNDING, exact_search
+from retrieval.index.effort import Effort
 from retrieval.index.partition import Partition
 from retrieval.index.routing import Numbers, Vectors, route
 from retrieval.index.top_k import Positions
@@ -88,29 +90,67 @@ def candidate_steps(k: int) -> Numbers:
     return np.array([step for step in CANDIDATES if k * step <= max(MAX_CANDIDATES, 16 * k)])
 
 
-def least_candidates(
-    database: Database, queries: Queries, all_lists: Sequence[int], ks: tuple[int, ...]
-) -> list[dict[int, Indices]]:
-    """For each number of lists and k: the index in `candidate_steps` of the least value that returns each neighbor.
+@dataclass(frozen=True)
+class Coverage:
+    """What searches for k neighbors in a number of lists return, and what they read in a partition on average."""
 
-    all_lists: numbers of visited lists. Values are (n, t), the number of steps where no value suffices. Each partition
-    is opened once.
-    """
-    least = [{k: np.zeros(queries.truth.shape, np.int8) for k in ks} for _ in all_lists]
-    numbers = database.partition_numbers(np.maximum(queries.truth, 0))
-    for number in np.flatnonzero(database.partition_rows).tolist():
-        partition, count = database.partitions[number], int(database.partition_rows[number])
-        if partition.is_flat:
-            continue
-        inside = (numbers == number) & (queries.truth >= 0)
-        chosen = np.flatnonzero(inside.any(axis=1))
-        for start in range(0, len(chosen), BLOCK_QUERIES):
-            block = chosen[start : start + BLOCK_QUERIES]
-            local = _within(queries, block, inside, (database.first_position(number), count))
-            for i, lists in enumerate(all_lists):
-                for k, steps in _least_in_partition(partition, count, local, lists, ks).items():
-                    least[i][k][block] = np.where(inside[block], steps, least[i][k][block])
-    return least
+    least: Indices
+    """(n, t) index in `candidate_steps` of the least value that returns each true neighbor; their number for none."""
+    lists: float
+    """Lists that a query visits: fewer than its limit where the search ends early."""
+    candidates: Vectors
+    """(steps,) candidates that it ranks."""
+
+
+class CoverageSearch:
+    """Measures coverages of more and more lists."""
+
+    def __init__(self, database: Database, queries: Queries, ks: tuple[int, ...]) -> None:
+        """ks: all that will be measured."""
+        self._database, self._queries, self._ks = database, queries, ks
+        self._progress: dict[tuple[int, int], dict[int, _Progress]] = {}
+
+    def measure(self, wanted: Sequence[tuple[int, int]]) -> list[Coverage]:
+        """The coverage for each pair of a number of lists and a k. Each partition is opened once.
+
+        Numbers of lists must ascend, also from call to call.
+        """
+        database, queries = self._database, self._queries
+        least = [np.zeros(queries.truth.shape, np.int8) for _ in wanted]
+        reads = [np.zeros(1 + len(candidate_steps(k))) for _, k in wanted]
+        visits = 0
+        numbers = database.partition_numbers(np.maximum(queries.truth, 0))
+        for number in np.flatnonzero(database.partition_rows).tolist():
+            partition, count = database.partitions[number], int(database.partition_rows[number])
+            if partition.is_flat:
+                continue
+            inside = (numbers == number) & (queries.truth >= 0)
+            chosen = np.flatnonzero(inside.any(axis=1))
+            visits += len(chosen)
+            for start in range(0, len(chosen), BLOCK_QUERIES):
+                block = chosen[start : start + BLOCK_QUERIES]
+                local = _within(queries, block, inside, (database.first_position(number), count))
+                progress = self._progress.setdefault((number, start), {})
+                for i, (steps, read) in enumerate(self._search(partition, local, progress, wanted)):
+                    least[i][block] = np.where(inside[block], steps, least[i][block])
+                    reads[i] += read
+        means = [read / max(visits, 1) for read in reads]
+        return [Coverage(steps, mean[0], mean[1:]) for steps, mean in zip(least, means, strict=True)]
+
+    def _search(
+        self,
+        partition: Partition,
+        queries: Queries,
+        progress: "dict[int, _Progress]",
+        wanted: Sequence[tuple[int, int]],
+    ) -> Iterator[tuple[Indices, Numbers]]:
+        """For each pair: steps of candidates that return the neighbors in a partition, and what the searches read."""
+        searches = _Searches(partition, queries, self._ks)
+        if partition.files.list_search is not None:
+            searches = _CompiledSearches(partition, queries, self._ks, progress)
+        for lists, k in wanted:
+            ranks, read = searches.ranks(lists, k)
+            yield np.searchsorted(searches.limits(k), ranks, side="right").astype(np.int8), read
 
 
 def _within(queries: Queries, block: Positions, inside: npt.NDArray[np.bool_], partition: tuple[int, int]) -> Queries:
@@ -122,38 +162,104 @@ def _within(queries: Queries, block: Positions, inside: npt.NDArray[np.bool_], p
     return Queries(queries.units[block], rows, queries.similarities[block], copies)
 
 
-def _least_in_partition(
-    partition: Partition, num_rows: int, queries: Queries, lists: int, ks: tuple[int, ...]
-) -> dict[int, Any]:
-    if not partition.files.is_graph:
-        most = min(max(k * candidate_steps(k)[-1] for k in ks), partition.results_per_row * num_rows)
-        ranks = _ranks(partition, num_rows, queries, lists, int(most))
-        return {k: np.searchsorted(k * candidate_steps(k), ranks, side="right") for k in ks}
-    # The walk through a graph is longer for more candidates, so each number of candidates is a search of its own.
-    least = {}
-    for k in ks:
-        steps = candidate_steps(k)
-        least[k] = np.full(queries.truth.shape, len(steps))
-        for i in reversed(range(len(steps))):
-            count = int(min(k * steps[i], num_rows))
-            least[k][_ranks(partition, num_rows, queries, lists, count) < count] = i
-    return least
+class _Searches:
+    """Searches by faiss of a block of queries in one partition."""
+
+    def __init__(self, partition: Partition, queries: Queries, ks: tuple[int, ...]) -> None:
+        """queries: with row numbers of the partition."""
+        self._partition, self._num_rows, self._queries = partition, len(partition), queries
+        self._most = min(max(self.limits(k)[-1] for k in ks), partition.results_per_row * self._num_rows)
+        self._found: dict[int, Numbers] = {}
+
+    def limits(self, k: int) -> Numbers:
+        """Candidates of a search for k neighbors, for each of `candidate_steps`."""
+        return k * np.maximum(candidate_steps(k), self._partition.results_per_row)
+
+    def ranks(self, lists: int, k: int) -> tuple[Numbers, Numbers]:
+        """Rank of each true neighbor (n, t) among the candidates, MISSING for none; the sum over the queries of lists
+        that are visited and, for each of `limits`, of candidates that are ranked, (1 + steps,)."""
+        limits = self.limits(k)
+        reads = len(self._queries.units) * np.append(lists, limits)
+        if not self._partition.files.is_graph:
+            if lists not in self._found:
+                self._found = {lists: self._search(lists, int(self._most))}
+            return self._found[lists], reads
+        # The walk through a graph is longer for more candidates, so each number of candidates is a search of its own.
+        ranks = np.full(self._queries.truth.shape, MISSING)
+        for limit in limits[::-1]:
+            ranks[self._search(lists, int(min(limit, self._num_rows))) < limit] = limit - 1
+        return ranks, reads
+
+    def _search(self, lists: int, count: int) -> Numbers:
+        files = self._partition.files
+        parameters = files.base_parameters(lists, count)
+        candidates = files.base.search(self._queries.units, count, params=parameters)[1]
+        return np.stack([self._ranks_of(i, rows) for i, rows in enumerate(candidates)])
+
+    @cached_property
+    def _places(self) -> npt.NDArray[np.int32]:
+        """Rank of every row among the candidates of a query; the last one is for row -1."""
+        return np.full(self._num_rows + 1, MISSING)
+
+    def _ranks_of(self, query: int, candidates: Numbers) -> npt.NDArray[np.int32]:
+        """Ranks of the true neighbors of one query among its candidates without copies, (t,)."""
+        places, rows = self._places, candidates[candidates >= 0]
+        places[rows[::-1]] = np.arange(len(rows), dtype=np.int32)[::-1]  # of a repeated row the first rank remains
+        copies = np.sort(places[self._queries.copies[query]])
+        own = places[self._queries.truth[query]]
+        places[rows] = MISSING
+        return np.where(own == MISSING, MISSING, own - np.searchsorted(copies, own).astype(np.int32))
 
 
-def _ranks(partition: Partition, num_rows: int, queries: Queries, lists: int, count: int) -> npt.NDArray[np.int32]:
-    """Rank of each true neighbor among `count` candidates of its query without copies, (n, k); else MISSING."""
-    files = partition.files
-    _, candidates = files.base.search(queries.units, count, params=files.base_parameters(lists, count))
-    ranks = np.full(queries.truth.shape, MISSING)
-    place = np.full(num_rows + 1, MISSING)  # the last one is for row -1
-    for i in range(len(candidates)):
-        rows = candidates[i][candidates[i] >= 0]
-        place[rows[::-1]] = np.arange(len(rows), dtype=np.int32)[::-1]  # of a repeated row the first rank remains
-        copies = np.sort(place[queries.copies[i]])
-        own = place[queries.truth[i]]
-        ranks[i] = np.where(own == MISSING, MISSING, own - np.searchsorted(copies, own).astype(np.int32))
-        place[rows] = MISSING
-    return ranks
+@dataclass
+class _Progress:
+    """The searches for k neighbors that were measured last."""
+
+    limit: int
+    """Lists that they were allowed to visit."""
+    lists: Numbers
+    """(n,) lists that they visited."""
+    ranked: Numbers
+    """(n,) candidates that they ranked."""
+    ranks: npt.NDArray[np.int32]
+    """(n, t) ranks of the true neighbors."""
+
+
+class _CompiledSearches(_Searches):
+    """Searches by the compiled library. Copies of a query are hidden from it, because new queries have none.
+
+    A search that ended before its limit of lists reads no more with a larger limit, so it is not repeated.
+    """
+
+    def __init__(
+        self, partition: Partition, queries: Queries, ks: tuple[int, ...], progress: dict[int, _Progress]
+    ) -> None:
+        """progress: for each k of an earlier call; it is continued."""
+        super().__init__(partition, queries, ks)
+        self._progress = progress
+        self._visible = np.ones(self._num_rows, bool)
+
+    def ranks(self, lists: int, k: int) -> tuple[Numbers, Numbers]:
+        """As in faiss; `lists` must not fall from call to call."""
+        files, limits, shape = self._partition.files, self.limits(k), self._queries.truth.shape
+        counts = np.zeros((2, shape[0]), np.int64)
+        last = self._progress.setdefault(k, _Progress(0, *counts, np.full(shape, MISSING)))
+        visits, most = files.visits(Effort(1, lists, int(candidate_steps(k)[-1])), k)
+        if visits[0] > last.limit:
+            for query in np.flatnonzero(last.lists == last.limit):
+                last.lists[query], rows = self._measure(query, k, visits, min(most, 2 * self._num_rows - 1))
+                last.ranked[query], last.ranks[query] = len(rows), self._ranks_of(query, rows)
+            last.limit = visits[0]
+        ranked = np.minimum(last.ranked[:, None], limits).sum(axis=0)
+        return last.ranks, np.append(last.lists.sum(), ranked)
+
+    def _measure(self, query: int, k: int, visits: tuple[int, int], most: int) -> tuple[int, Numbers]:
+        search, copies = self._partition.files.list_search, self._queries.copies[query]
+        assert search is not None
+        self._visible[copies[copies >= 0]] = False
+        read = search.measure(self._queries.units[query], k, visits, most, self._visible)
+        self._visible[copies[copies >= 0]] = True
+        return read
 
 
 def recall_by_effort(queries: Queries, k: int, needed: tuple[Indices, Indices], sizes: tuple[int, int]) -> Vectors:

@@ -65,9 +65,13 @@ class CodeScan {
             const int bias = std::lrint((visits_[i].similarity - far_) * scale_);
             if (is_useless(bias)) return false;
             scan(i, bias);
+            scanned_ = i + 1;
         }
         return true;
     }
+
+    // Number of lists that were scanned.
+    int64_t scanned() const { return scanned_; }
 
     // Drops all keys but the best `candidates`.
     void reduce() {
@@ -248,6 +252,7 @@ class CodeScan {
     std::vector<Visit>& visits_;
     std::vector<uint64_t>& keys_;
     float far_ = 0, scale_ = 0;
+    int64_t scanned_ = 0;
     int64_t least_ = 0;            // the score that a new candidate exceeds
     uint32_t level_ = 0;           // the best rows have scores of this group or above
     int64_t above_ = 0;            // number of them

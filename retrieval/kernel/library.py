@@ -40,6 +40,8 @@ def library() -> ctypes.CDLL | None:
     logger.info("inverted lists are searched by the compiled library %s", loaded._name)
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     loaded.search.argtypes = (pointer, pointer, number, pointer, pointer, pointer, number)
+    loaded.measure.argtypes = (pointer, pointer, pointer, pointer, pointer)
+    loaded.measure.restype = number
     loaded.use_large_pages.argtypes = (pointer,)
     loaded.use_large_pages.restype = None
     return loaded

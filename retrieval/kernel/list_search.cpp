@@ -27,6 +27,7 @@ constexpr int64_t QUERIES_AT_ONCE = 4; // that a thread takes from a batch
 constexpr uintptr_t LARGE_PAGE = 2 << 20;
 constexpr int COLLAPSE = 25;            // MADV_COLLAPSE, which old headers do not have
 constexpr int64_t FIRST_LISTS = 8;     // that are found at first; twice as many each time that they do not suffice
+constexpr int64_t SPARE_CANDIDATES = 32; // that are sorted at first in addition to 2 for each result
 
 // What a thread needs while it searches. It is kept for the next queries.
 struct Scratch {
@@ -44,31 +45,52 @@ class Search {
     void run(const float* query, float* similarities, int64_t* rows) {
         query_ = query;
         if (settings_.lists >= lists_.num_lists && settings_.candidates >= num_entries())
-            return rank_all(similarities, rows);
-        auto& visits = scratch_.scan.visits;
-        visits.clear();
-        walk_.start(query);
-        for (int64_t lists = std::min(FIRST_LISTS, settings_.lists);; lists = std::min(2 * lists, settings_.lists)) {
-            const size_t scanned = visits.size();
-            order(walk_.widen(lists + settings_.beam - settings_.lists), lists);
-            if (!scanned) scan_.start(query);
-            if (!scan_.run(scanned) || lists == settings_.lists) break;
-        }
-        scan_.reduce();
-        rank(similarities, rows);
+            rank_all();
+        else
+            rank_best();
+        ranking_.write(similarities, rows);
+    }
+
+    // Ranks the best candidates. Returns the number of lists that were scanned.
+    int64_t scan(const float* query) {
+        query_ = query;
+        rank_best();
+        return scan_.scanned();
+    }
+
+    // Writes the rows of the candidates that were ranked, best score first, those of both lists of a row. Returns how many.
+    int64_t write_ranked(int64_t* rows) const {
+        const auto& keys = scratch_.scan.keys;
+        const int64_t count = ranking_.ranked(keys.size());
+        for (int64_t i = 0; i < count; ++i) rows[i] = *scan_.id(keys[i]);
+        return count;
     }
 
   private:
+    void rank_best() {
+        auto& visits = scratch_.scan.visits;
+        visits.clear();
+        walk_.start(query_);
+        for (int64_t lists = std::min(FIRST_LISTS, settings_.lists);; lists = std::min(2 * lists, settings_.lists)) {
+            const size_t scanned = visits.size();
+            order(walk_.widen(lists + settings_.beam - settings_.lists), lists);
+            if (!scanned) scan_.start(query_);
+            if (!scan_.run(scanned) || lists == settings_.lists) break;
+        }
+        scan_.reduce();
+        rank();
+    }
+
     // Rows of all lists; a row counts for each of its lists.
     int64_t num_entries() const { return std::accumulate(lists_.sizes, lists_.sizes + lists_.num_lists, int64_t(0)); }
 
     // Ranks all visible rows, without their codes: with scores and a scale of 0 the ranking never ends early.
-    void rank_all(float* similarities, int64_t* results) {
+    void rank_all() {
         ranking_.start(num_entries());
         for (int64_t list = 0; list < lists_.num_lists; ++list)
             for (const int64_t *id = lists_.ids[list], *end = id + lists_.sizes[list]; id != end; ++id)
-                if (!settings_.visible || settings_.visible[*id]) ranking_.add({*id, 0});
-        ranking_.run(query_, 0, similarities, results);
+                if (!settings_.visible || settings_.visible[*id]) ranking_.add({*id, 0, 0});
+        ranking_.run(query_, 0);
     }
 
     // Adds the lists of a beam that are nearest to the query and were not visited, so that there are `lists` visits.
@@ -90,14 +112,19 @@ class Search {
         if (scanned < visits.size()) fetch(lists_.codes[visits[scanned].list], BLOCK_ROWS * lists_.codes_per_row / 2);
     }
 
-    // Ranks the candidates from the best score on.
-    void rank(float* similarities, int64_t* results) {
+    // Ranks the candidates from the best score on, and sorts them only so far.
+    void rank() {
         auto& keys = scratch_.scan.keys;
-        for (uint64_t key : keys) __builtin_prefetch(scan_.id(key));
-        std::sort(keys.begin(), keys.end());
         ranking_.start(keys.size());
-        for (uint64_t key : keys) ranking_.add({*scan_.id(key), scan_.score(key)});
-        ranking_.run(query_, scan_.scale(), similarities, results);
+        size_t start = 0, end = 2 * settings_.k + SPARE_CANDIDATES;
+        for (bool more = true; more && start < keys.size(); start = end, end *= 2) {
+            end = std::min(end, keys.size());
+            if (end < keys.size()) std::nth_element(keys.begin() + start, keys.begin() + end, keys.end());
+            for (size_t i = start; i < end; ++i) __builtin_prefetch(scan_.id(keys[i]));
+            std::sort(keys.begin() + start, keys.begin() + end);
+            for (size_t i = start; i < end; ++i) ranking_.add({*scan_.id(keys[i]), scan_.score(keys[i]), uint32_t(i)});
+            more = ranking_.run(query_, scan_.scale());
+        }
     }
 
     const uint16_t* centroid(int32_t list) const { return lists_.centroids + list * lists_.dim; }
@@ -165,6 +192,17 @@ int search(const Lists* lists, const Settings* settings, int64_t count, const fl
     return failed;
 } catch (const std::exception&) {
     return 1;
+}
+
+// Searches one query (dim,) and writes what was read: the number of lists to `scanned`, and the rows of the candidates
+// that were ranked, best score first, to `rows` (candidates,). Returns their number, or -1 without memory.
+int64_t measure(const Lists* lists, const Settings* settings, const float* query, int64_t* scanned, int64_t* rows) try {
+    static thread_local Scratch scratch;
+    Search search(*lists, *settings, scratch);
+    *scanned = search.scan(query);
+    return search.write_ranked(rows);
+} catch (const std::exception&) {
+    return -1;
 }
 
 } // extern "C"

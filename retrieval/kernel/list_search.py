@@ -58,7 +58,7 @@ class ListSearch:
         self, loaded: Any, index: Any, rows: npt.NDArray[np.float16], pointers: dict[str, npt.NDArray[Any]]
     ) -> None:
         """loaded: the library. index, rows, pointers: as checked by `open_list_search`."""
-        self._search, self._dim = loaded.search, index.d
+        self._search, self._measure, self._dim = loaded.search, loaded.measure, index.d
         quantizer, codes = faiss.downcast_index(index.quantizer), index.pq
         graph = quantizer.hnsw
         storage = faiss.downcast_index(quantizer.storage)
@@ -114,6 +114,23 @@ class ListSearch:
         if self._search(self._lists, settings, len(queries), *arrays, threads):
             raise MemoryError
         return similarities, rows
+
+    def measure(
+        self, query: Vectors, k: int, lists: tuple[int, int], candidates: int, visible: Any
+    ) -> tuple[int, Numbers]:
+        """What a search of one query (dim,) reads: how many lists, and the rows that it ranks, (n,), best code first.
+
+        Rows are repeated where both of their lists were visited. Other arguments are those of `search`, but never all
+        lists with all candidates. Raises MemoryError.
+        """
+        unit = np.ascontiguousarray(query, np.float32)
+        settings, scanned = _Settings(k, *lists, candidates, visible.ctypes.data), ctypes.c_int64()
+        rows = np.empty(candidates, np.int64)
+        arrays = unit.ctypes.data, ctypes.byref(scanned), rows.ctypes.data
+        count = self._measure(self._lists, ctypes.byref(settings), *arrays)
+        if count < 0:
+            raise MemoryError
+        return scanned.value, rows[:count]
 
 
 def open_list_search(index: Any, rows: Any) -> ListSearch | None:

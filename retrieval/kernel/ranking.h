@@ -1,7 +1,8 @@
 // Ranks the candidates of a scan by the inner products of their float16 rows.
 //
 // Rows are read at random places of the memory, so it begins with the best score and ends when the errors of the scores
-// so far say that the rest probably is no neighbor. So `candidates` of the settings is a limit that few queries reach.
+// so far say that the rest probably is no neighbor. So `candidates` of the settings is a limit that few queries reach,
+// and the caller sorts candidates only as far as they are ranked.
 
 #pragma once
 
@@ -23,6 +24,7 @@ constexpr float ERROR_DEVIATIONS = 4; // a candidate is ranked if an error so fa
 struct Candidate {
     int64_t row;
     float score;
+    uint32_t place; // among all scores, those of repeated rows too
 };
 
 struct Neighbor {
@@ -51,6 +53,9 @@ class Ranking {
         while (size < 2 * most) size *= 2;
         scratch_.slots.assign(size, -1);
         scratch_.candidates.clear();
+        neighbors_.clear();
+        next_ = 0;
+        first_ = errors_ = squares_ = 0;
     }
 
     void add(Candidate candidate) {
@@ -66,28 +71,45 @@ class Ranking {
         }
     }
 
-    // Writes the k candidates with the largest inner products. scale: of the scores.
-    void run(const float* query, float scale, float* similarities, int64_t* results) {
+    // Ranks the candidates that were added since the last call. Returns whether later ones may be neighbors too.
+    // scale: of the scores.
+    bool run(const float* query, float scale) {
         const auto& candidates = scratch_.candidates;
         const int64_t count = candidates.size();
-        neighbors_.clear();
-        float first = 0, errors = 0, squares = 0; // of exact numbers minus scores, counted from the first one on
-        for (int64_t i = 0; i < std::min(count, ROWS_AHEAD); ++i) fetch(row(i), 2 * lists_.dim);
-        for (int64_t i = 0; i < count; ++i) {
-            if (i >= settings_.k + ROWS_AT_ONCE && i % ROWS_AT_ONCE == 0) {
-                const float mean = errors / i, deviation = std::sqrt(std::max(squares / i - mean * mean, 0.f));
-                const float largest = candidates[i].score + first + mean + ERROR_DEVIATIONS * deviation;
-                if (largest < scale * neighbors_.front().similarity) break;
+        for (int64_t i = next_; i < std::min(count, next_ + ROWS_AHEAD); ++i) fetch(row(i), 2 * lists_.dim);
+        for (; next_ < count; ++next_) {
+            const Candidate& candidate = candidates[next_];
+            if (next_ >= settings_.k + ROWS_AT_ONCE && next_ % ROWS_AT_ONCE == 0) {
+                const float mean = errors_ / next_;
+                const float deviation = std::sqrt(std::max(squares_ / next_ - mean * mean, 0.f));
+                const float largest = candidate.score + first_ + mean + ERROR_DEVIATIONS * deviation;
+                if (largest < scale * neighbors_.front().similarity) return false;
             }
-            if (i + ROWS_AHEAD < count) fetch(row(i + ROWS_AHEAD), 2 * lists_.dim);
-            const Neighbor neighbor{inner_product<Half>(query, row(i), lists_.dim), candidates[i].row};
-            if (!i) first = scale * neighbor.similarity - candidates[i].score;
-            const float error = scale * neighbor.similarity - candidates[i].score - first;
-            errors += error;
-            squares += error * error;
+            if (next_ + ROWS_AHEAD < count) fetch(row(next_ + ROWS_AHEAD), 2 * lists_.dim);
+            const Neighbor neighbor{inner_product<Half>(query, row(next_), lists_.dim), candidate.row};
+            if (!next_) first_ = scale * neighbor.similarity - candidate.score;
+            const float error = scale * neighbor.similarity - candidate.score - first_;
+            errors_ += error;
+            squares_ += error * error;
             keep(neighbor);
         }
-        write(similarities, results);
+        return true;
+    }
+
+    // Place of the first candidate that was not ranked, or `all`.
+    int64_t ranked(int64_t all) const {
+        return next_ < int64_t(scratch_.candidates.size()) ? scratch_.candidates[next_].place : all;
+    }
+
+    // Writes the k candidates with the largest inner products.
+    void write(float* similarities, int64_t* results) {
+        std::sort_heap(neighbors_.begin(), neighbors_.end());
+        const int64_t count = neighbors_.size();
+        for (int64_t i = 0; i < settings_.k; ++i) {
+            similarities[i] = i < count ? std::clamp(neighbors_[i].similarity, -1.f, 1.f)
+                                        : -std::numeric_limits<float>::infinity();
+            results[i] = i < count ? neighbors_[i].row : -1;
+        }
     }
 
   private:
@@ -102,22 +124,14 @@ class Ranking {
         std::push_heap(neighbors_.begin(), neighbors_.end());
     }
 
-    void write(float* similarities, int64_t* results) {
-        std::sort_heap(neighbors_.begin(), neighbors_.end());
-        const int64_t count = neighbors_.size();
-        for (int64_t i = 0; i < settings_.k; ++i) {
-            similarities[i] = i < count ? std::clamp(neighbors_[i].similarity, -1.f, 1.f)
-                                        : -std::numeric_limits<float>::infinity();
-            results[i] = i < count ? neighbors_[i].row : -1;
-        }
-    }
-
     const uint16_t* row(int64_t i) const { return lists_.rows + scratch_.candidates[i].row * lists_.dim; }
 
     const Lists& lists_;
     const Settings& settings_;
     RankScratch& scratch_;
     std::vector<Neighbor>& neighbors_;
+    int64_t next_ = 0;                              // the candidate to rank next
+    float first_ = 0, errors_ = 0, squares_ = 0;    // of exact numbers minus scores, counted from the first one on
 };
 
 } // namespace
