@@ -37,6 +37,7 @@ MISSING = np.int32(2**31 - 1)
 """Rank of a row that is not among the candidates."""
 
 Indices = npt.NDArray[np.int8]
+Ranks = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -169,13 +170,13 @@ class _Searches:
         """queries: with row numbers of the partition."""
         self._partition, self._num_rows, self._queries = partition, len(partition), queries
         self._most = min(max(self.limits(k)[-1] for k in ks), partition.results_per_row * self._num_rows)
-        self._found: dict[int, Numbers] = {}
+        self._found: dict[int, Ranks] = {}
 
     def limits(self, k: int) -> Numbers:
         """Candidates of a search for k neighbors, for each of `candidate_steps`."""
         return k * np.maximum(candidate_steps(k), self._partition.results_per_row)
 
-    def ranks(self, lists: int, k: int) -> tuple[Numbers, Numbers]:
+    def ranks(self, lists: int, k: int) -> tuple[Ranks, Numbers]:
         """Rank of each true neighbor (n, t) among the candidates, MISSING for none; the sum over the queries of lists
         that are visited and, for each of `limits`, of candidates that are ranked, (1 + steps,)."""
         limits = self.limits(k)
@@ -190,18 +191,18 @@ class _Searches:
             ranks[self._search(lists, int(min(limit, self._num_rows))) < limit] = limit - 1
         return ranks, reads
 
-    def _search(self, lists: int, count: int) -> Numbers:
+    def _search(self, lists: int, count: int) -> Ranks:
         files = self._partition.files
         parameters = files.base_parameters(lists, count)
         candidates = files.base.search(self._queries.units, count, params=parameters)[1]
         return np.stack([self._ranks_of(i, rows) for i, rows in enumerate(candidates)])
 
     @cached_property
-    def _places(self) -> npt.NDArray[np.int32]:
+    def _places(self) -> Ranks:
         """Rank of every row among the candidates of a query; the last one is for row -1."""
         return np.full(self._num_rows + 1, MISSING)
 
-    def _ranks_of(self, query: int, candidates: Numbers) -> npt.NDArray[np.int32]:
+    def _ranks_of(self, query: int, candidates: Numbers) -> Ranks:
         """Ranks of the true neighbors of one query among its candidates without copies, (t,)."""
         places, rows = self._places, candidates[candidates >= 0]
         places[rows[::-1]] = np.arange(len(rows), dtype=np.int32)[::-1]  # of a repeated row the first rank remains
@@ -221,7 +222,7 @@ class _Progress:
     """(n,) lists that they visited."""
     ranked: Numbers
     """(n,) candidates that they ranked."""
-    ranks: npt.NDArray[np.int32]
+    ranks: Ranks
     """(n, t) ranks of the true neighbors."""
 
 
@@ -239,11 +240,11 @@ class _CompiledSearches(_Searches):
         self._progress = progress
         self._visible = np.ones(self._num_rows, bool)
 
-    def ranks(self, lists: int, k: int) -> tuple[Numbers, Numbers]:
+    def ranks(self, lists: int, k: int) -> tuple[Ranks, Numbers]:
         """As in faiss; `lists` must not fall from call to call."""
         files, limits, shape = self._partition.files, self.limits(k), self._queries.truth.shape
-        counts = np.zeros((2, shape[0]), np.int64)
-        last = self._progress.setdefault(k, _Progress(0, *counts, np.full(shape, MISSING)))
+        none = np.zeros(shape[0], np.int64)
+        last = self._progress.setdefault(k, _Progress(0, none, none.copy(), np.full(shape, MISSING)))
         visits, most = files.visits(Effort(1, lists, int(candidate_steps(k)[-1])), k)
         if visits[0] > last.limit:
             for query in np.flatnonzero(last.lists == last.limit):
@@ -251,7 +252,7 @@ class _CompiledSearches(_Searches):
                 last.ranked[query], last.ranks[query] = len(rows), self._ranks_of(query, rows)
             last.limit = visits[0]
         ranked = np.minimum(last.ranked[:, None], limits).sum(axis=0)
-        return last.ranks, np.append(last.lists.sum(), ranked)
+        return last.ranks, np.append(last.lists.sum(), ranked).astype(np.int64)
 
     def _measure(self, query: int, k: int, visits: tuple[int, int], most: int) -> tuple[int, Numbers]:
         search, copies = self._partition.files.list_search, self._queries.copies[query]
