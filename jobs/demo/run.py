@@ -33,7 +33,7 @@ Step = tuple[str, str, Callable[[Recipe], object]]
 
 
 def run(recipe: Recipe) -> None:
-    """Run all steps in order, then write the report. Exits with code 1 if a goal is missed."""
+    """Run all steps in order, then write the report. Exits with code 1 if a required goal is missed."""
     started = time.time()
     run_data(recipe)
     for step in _model_stages(recipe):

@@ -7,7 +7,7 @@ from jobs.demo.report.report import write_report
 
 
 def run(recipe: Recipe) -> None:
-    """Write `report.html` and `report.json`. Exits with code 1 if a goal is missed."""
+    """Write `report.html` and `report.json`. Exits with code 1 if a required goal is missed."""
     report = write_report(Demo.of(recipe))
     print(goal_lines(report.goals))
     print(f"\nreport: {report.path}")

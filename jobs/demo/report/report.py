@@ -37,8 +37,8 @@ class WrittenReport:
 
     @property
     def all_met(self) -> bool:
-        """True if no goal is missed."""
-        return all(goal.met for goal in self.goals)
+        """True if no required goal is missed."""
+        return all(goal.met for goal in self.goals if goal.is_required)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import pytest
 
 from jobs.demo.report.audit import NeighborTables, download_urls_without_status, filter_rows_unaccounted
 from jobs.demo.report.numbers import (
+    CONTENT_GOALS,
     Demo,
     content_numbers,
     goal_lines,
@@ -212,6 +213,11 @@ def test_correct_numbers_meet_every_goal() -> None:
     demo_goals = goals(correct_numbers())
     assert all(goal.met for goal in demo_goals)
     assert "MISSED" not in goal_lines(demo_goals)
+
+
+def test_only_the_contents_of_samples_are_not_required() -> None:
+    optional = [goal.name for goal in goals(correct_numbers()) if not goal.is_required]
+    assert optional == [f"content_{name}" for name in CONTENT_GOALS]
 
 
 @pytest.mark.parametrize(
