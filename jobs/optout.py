@@ -40,10 +40,10 @@ def lines(report: dict[str, Any]) -> list[str]:
 
 
 def _search_line(folder: str, counts: dict[str, int]) -> str:
-    found = f"{counts['found_before']:,} before the erasure, {counts.get('found_after', 0):,} after it"
+    after = f"{counts['found_after']:,} after it" if "found_after" in counts else "not measured after it"
     return (
-        f"searched in {folder} with {counts['vectors']:,} vectors of erased rows: {found} found one of the"
-        f" {counts['erased']:,} rows erased there"
+        f"searched in {folder} with {counts['vectors']:,} vectors of erased rows; of these, found one of the"
+        f" {counts['erased']:,} rows erased there: {counts['found_before']:,} before the erasure, {after}"
     )
 
 

@@ -80,6 +80,9 @@ def _run(blocklist: Blocklist, root: Root, erase: bool) -> dict[str, Any]:
         except UserError:
             root.delete(f"{name}/erase")  # the next run rewrites the files again
             raise
+    # In this order: records of an erasure without its plan, or a plan without its vectors, would mislead a later run.
+    root.delete(f"{name}/erase")
+    root.delete(plan_file(blocklist))
     root.delete(name)
     return report
 

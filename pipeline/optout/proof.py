@@ -39,7 +39,12 @@ def search_before(root: Root, folder: str, rows: Mapping[str, Listed]) -> Search
 
 
 def search_after(root: Root, folder: str, rows: Mapping[str, list[int]]) -> dict[str, int]:
-    """By database, the number of stored vectors that find an erased row. rows: ids of these rows by database."""
+    """By database, the number of stored vectors that find an erased row; empty if no vectors are stored.
+
+    rows: ids of these rows by database.
+    """
+    if not root.exists(_file(folder)):  # a plan of an earlier version, or one whose deletion was interrupted there
+        return {}
     with root.local(_file(folder)) as path, np.load(path, allow_pickle=False) as file:
         vectors = dict(file)
     return {
@@ -51,7 +56,7 @@ def search_after(root: Root, folder: str, rows: Mapping[str, list[int]]) -> dict
 def check_search(root: Root, search: Search) -> None:
     """Raises UserError if a search found erased rows."""
     for database, counts in search.items():
-        if counts["found_after"]:
+        if counts.get("found_after"):
             raise UserError(
                 f"{root.at(database)}: after the erasure, {counts['found_after']} of {counts['vectors']} searches with"
                 " vectors of erased rows return such a row; expected none. Run this command again with the same list:"

@@ -39,11 +39,11 @@ def refill_tables(stage: Stage) -> Removed:
     Of unfinished ones `make neighbors` removes them.
     """
     root, saved = stage.root, f"{stage.name}/before"
-    if root.exists(saved):
+    if root.exists(f"{saved}/manifest.json"):
         target = _current_stage(root, saved).fingerprint
         if read_manifest(root, saved).upstream["now"] != target:
             root.delete(saved)  # more ids were hidden since, so its new tables are outdated
-    if not root.exists(saved):
+    if not root.exists(f"{saved}/manifest.json"):
         if not root.exists("neighbors/manifest.json"):
             return Removed()
         before = read_manifest(root, "neighbors")

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jobs.optout import lines
 from pipeline import embed, index
 from pipeline.databases import build as style_database
 from pipeline.download.shard_download import write_rows, write_tar
@@ -243,6 +244,32 @@ def test_an_erasure_that_leaves_rows_is_an_error_and_is_repeated_by_the_next_run
 
 
 @pytest.mark.usefixtures("in_process_shards")
+def test_an_erasure_that_is_killed_while_it_deletes_its_files_ends_also_without_the_vectors(
+    root: Root, clip: ClipConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocklist, ids = blocklist_of(root, tmp_path)
+    vectors = vectors_of(root, ids)
+    folder = f"optout/{blocklist.identity}"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        kill_at_deletion(patch, plan_file(blocklist))
+        optout.run(blocklist, root, erase=True)
+    shutil.rmtree(Path(root.url) / "leases")  # that of an ended process would be taken over
+    report = root.read_json(f"{folder}.json")
+    for counts in report["search"].values():
+        del counts["found_after"]
+    root.write_json(f"{folder}.json", report)
+    root.delete(f"{folder}/vectors.npz")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        kill_at_deletion(patch, folder)
+        optout.run(blocklist, root)
+    assert not root.exists(plan_file(blocklist)), "no later run finds a plan without vectors"
+    shutil.rmtree(Path(root.url) / "leases")
+    assert optout.run(blocklist, root) == report
+    assert "3 before the erasure, not measured after it" in "\n".join(lines(report))
+    check_erased(root, clip, vectors)
+
+
+@pytest.mark.usefixtures("in_process_shards")
 def test_the_shards_equal_those_of_a_download_without_the_images(root: Root, clip: ClipConfig, tmp_path: Path) -> None:
     blocklist, _ = blocklist_of(root, tmp_path)
     optout.run(blocklist, root, erase=True)
@@ -334,7 +361,7 @@ def test_updates_are_refused_until_a_killed_erasure_is_finished(
     vectors = vectors_of(root, ids)
     kills: list[Callable[[pytest.MonkeyPatch], None]] = [
         partial(kill_at, number=80),
-        partial(kill_at_deletion, name=f"optout/{blocklist.identity}"),  # with the plan, after all else
+        partial(kill_at_deletion, name=plan_file(blocklist)),  # after the erasure and its proof
         partial(kill_at_deletion, name=ERASURE_FILE),
     ]
     for kill in kills:
