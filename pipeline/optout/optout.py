@@ -34,12 +34,14 @@ REMAINS = (
     " (databases/*/pictures/*.tar), rows in filter/, download/ and embed/, vectors in the databases, and"
     " latents. To erase all but the rows in filter/, run this command again with --erase (make: ARGS=--erase)."
     " md5: entries apply only while downloading. sha256: and phash: entries apply to downloaded pictures, not to style"
-    " databases: list their pictures by domain or id. Samples are not searched."
+    " databases: list their pictures by domain or id. Samples are not searched. Restart shared clusters: they serve the"
+    " images until they are stopped."
 )
 REMAINS_ERASED = (
     "Left on disk: URLs and captions in filter/ and download/, copies outside this root (backups, versions of an"
     " object store, caches of trainers), samples, and trained models. Add the list to download.blocklist, else"
-    " 'download --retry' fetches the pictures again."
+    " 'download --retry' fetches the pictures again. Restart shared clusters: they serve the images until they are"
+    " stopped."
 )
 
 

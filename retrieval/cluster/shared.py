@@ -1,9 +1,12 @@
 """A `Cluster` with a name, which every driver of the same Ray cluster can search.
 
-It lives in a detached actor: the driver that starts it may end, and Ray restarts it with its partitions if it fails.
-Its searches run on threads, so the queries of several drivers are answered at the same time.
+It lives in a detached actor: the driver that starts it may end. If the actor's process ends, Ray starts it again, and
+it opens the database again; if that fails, the cluster stays stopped. Its searches run on threads, so the queries of
+several drivers are answered at the same time.
 """
 
+import time
+from contextlib import ExitStack
 from typing import Any, Self, Unpack
 
 import numpy.typing as npt
@@ -13,17 +16,19 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from retrieval.cluster.cluster import Cluster, SearchOptions
 from retrieval.errors import UserError
+from retrieval.storage.root import Root
 
 NAMESPACE = "laion-rdm"
 """Of Ray, for the names of shared clusters."""
 SEARCHES_AT_ONCE = 32
+STOP_TIMEOUT_S = 30.0
 
 
 class _Host:
     """The class of the actor that holds the cluster. It computes little: it routes the queries and merges results."""
 
-    def __init__(self, folder: str, settings: dict[str, Any]) -> None:
-        self._cluster = Cluster.open(folder, **settings)
+    def __init__(self, root: Root, settings: dict[str, Any]) -> None:
+        self._cluster = Cluster.open(root, **settings)
 
     def rows(self) -> int:
         """Number of rows that a search can return. The first call returns once the cluster answers."""
@@ -35,7 +40,11 @@ class _Host:
 
 
 class SharedCluster:
-    """A cluster that other drivers find by its name. Safe to share between threads."""
+    """A cluster that other drivers find by its name. Safe to share between threads.
+
+    It searches the database as it was when the cluster started: images that are hidden or erased later stay in its
+    results until it is stopped and started again.
+    """
 
     def __init__(self, name: str, host: Any) -> None:
         """host: the actor."""
@@ -47,9 +56,11 @@ class SharedCluster:
         """Start the actors of a database. They run until `stop`, also after this driver.
 
         folder: every node must be able to open it. settings: fields of ClusterConfig. Needs a connection to Ray, see
-        `ray_connection`. Raises UserError for a name that is taken, and for what `Cluster.open` refuses.
+        `ray_connection`. Raises UserError for an empty name, one that is taken, and what `Cluster.open` refuses.
         """
         _require_connection()
+        if not name:
+            raise UserError("the name of a shared cluster is empty; expected at least one character.")
         actor = ray.remote(_Host).options(
             name=name,
             namespace=NAMESPACE,
@@ -59,16 +70,18 @@ class SharedCluster:
             max_concurrency=SEARCHES_AT_ONCE,
         )
         try:
-            shared = cls(name, actor.remote(folder, settings))
+            shared = cls(name, actor.remote(Root(folder), settings))
         except ValueError as error:
             raise UserError(
                 f"a cluster {name!r} runs already. Connect to it, stop it, or choose another name."
             ) from error
-        try:
-            ray.get(shared._host.rows.remote())
-        except RayError as error:
-            ray.kill(shared._host)
-            raise UserError(f"the cluster {name!r} of {folder} did not start: {_last_line(error)}") from error
+        with ExitStack() as stack:
+            stack.callback(shared.stop)  # also after Ctrl-C
+            try:
+                ray.get(shared._host.rows.remote())
+            except RayError as error:
+                raise UserError(f"the cluster {name!r} of {folder} did not start: {_last_line(error)}") from error
+            stack.pop_all()
         return shared
 
     @classmethod
@@ -89,8 +102,18 @@ class SharedCluster:
         return int(self._get(self._host.rows.remote()))
 
     def stop(self) -> None:
-        """Stop all actors, for all drivers."""
+        """Stop all actors, for all drivers. Returns when the name is free.
+
+        Raises UserError if it is not within STOP_TIMEOUT_S.
+        """
         ray.kill(self._host)
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        while self.name in _names():
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"the cluster {self.name!r} still runs {STOP_TIMEOUT_S:.0f} s after its stop. Try again."
+                )
+            time.sleep(0.05)
 
     def _get(self, reference: Any) -> Any:
         try:
@@ -109,9 +132,13 @@ def _require_connection() -> None:
         raise UserError("there is no connection to Ray. Use a block `with ray_connection():`.")
 
 
-def _running() -> str:
+def _names() -> list[str]:
     actors = ray.util.list_named_actors(all_namespaces=True)
-    return ", ".join(sorted(each["name"] for each in actors if each["namespace"] == NAMESPACE)) or "none"
+    return sorted(each["name"] for each in actors if each["namespace"] == NAMESPACE)
+
+
+def _running() -> str:
+    return ", ".join(_names()) or "none"
 
 
 def _last_line(error: RayError) -> str:

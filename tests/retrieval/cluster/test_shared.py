@@ -3,6 +3,7 @@
 import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -28,17 +29,17 @@ def folder(in_partitions: Database) -> str:
     return str(in_partitions.root.local_path(""))
 
 
-@pytest.fixture
-def stopped() -> Iterator[list[SharedCluster]]:
-    """Clusters that are stopped after the test."""
-    clusters: list[SharedCluster] = []
-    yield clusters
-    for each in clusters:
-        each.stop()
+@pytest.fixture(autouse=True)
+def no_cluster_stays() -> Iterator[None]:
+    """Stops what a failed test leaves."""
+    yield
+    for name in ("pictures", "again", "broken"):
+        with suppress(UserError):
+            SharedCluster.connect(name).stop()
 
 
 def test_a_cluster_of_another_driver_is_found_by_name_and_searched_after_that_driver_has_ended(
-    in_partitions: Database, folder: str, queries: Vectors, forked_python: Path, stopped: list[SharedCluster]
+    in_partitions: Database, folder: str, queries: Vectors, forked_python: Path
 ) -> None:
     address = ray.get_runtime_context().gcs_address
     variables = os.environ | {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"}
@@ -46,7 +47,6 @@ def test_a_cluster_of_another_driver_is_found_by_name_and_searched_after_that_dr
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
     assert done.stdout.split()[-1] == "3000"
     cluster = SharedCluster.connect("pictures")
-    stopped.append(cluster)
     table = cluster.search(queries, 5, metadata=True)
     expected = in_partitions.search(queries, 5)
     np.testing.assert_array_equal(table["similarity"], expected.similarities.reshape(-1))
@@ -60,19 +60,29 @@ def test_a_cluster_of_another_driver_is_found_by_name_and_searched_after_that_dr
         SharedCluster.connect("picture")
 
 
-def test_a_stopped_cluster_refuses_and_its_name_is_free_again(folder: str, queries: Vectors) -> None:
+def test_a_stopped_cluster_refuses_and_its_name_is_free_again(
+    folder: str, queries: Vectors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(folder).parent)  # the actors have another working folder
     for _ in range(2):
-        cluster = SharedCluster.start("again", folder, cpus_per_actor=0.5)
+        cluster = SharedCluster.start("again", Path(folder).name, cpus_per_actor=0.5)
         assert len(cluster.search(queries[:1], 3)) == 3
         cluster.stop()
         with pytest.raises(UserError, match="the cluster 'again' does not run"):
             cluster.search(queries[:1], 3)
 
 
-def test_a_cluster_that_cannot_start_says_why_and_leaves_no_actor(folder: str, tmp_path: Path) -> None:
+def test_a_cluster_that_cannot_start_says_why_and_leaves_no_actor(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UserError, match=r"'broken' of .* did not start: .*manifest\.json"):
         SharedCluster.start("broken", str(tmp_path))
     with pytest.raises(UserError, match=r"did not start: .*the cluster has 2"):
         SharedCluster.start("broken", folder, cpus_per_actor=3)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ray, "get", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        SharedCluster.start("broken", folder, cpus_per_actor=0.5)
+    with pytest.raises(UserError, match="the name of a shared cluster is empty"):
+        SharedCluster.start("", folder)
     with pytest.raises(UserError, match="these run: none"):
         SharedCluster.connect("broken")
