@@ -19,7 +19,8 @@ from retrieval.storage.stage_folder import StageIdentity, prepare_folder
 
 TrainingConfig = TypeVar("TrainingConfig", bound=Config)
 
-VERSION = 1
+VERSION = 2
+"""Part of the identity of each step. Raise it when a changed drawing, loss or random stream changes the models."""
 PROMPTS = "prompts.txt"
 NUM_PROMPTS = 200
 
