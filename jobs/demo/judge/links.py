@@ -24,6 +24,7 @@ from pipeline.web.urls import canonical_url
 from retrieval.clip.encoder import Encoder
 from retrieval.recipe import ClipConfig
 from retrieval.storage import schema
+from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
 from trainer.evaluation.intervals import Estimate
 from trainer.evaluation.pixel_judge import thumbnails
@@ -82,7 +83,7 @@ def _round_trip(pixels: Pixels, autoencoder: Autoencoder) -> Pixels:
 
 
 def _clip(scenes: Sequence[Scene], pixels: Pixels, encoder: Encoder) -> Shares:
-    """Share of pictures whose most similar caption, of those that differ in one attribute, is their own."""
+    """Share of pictures whose most similar caption, of those that differ in one attribute, has their value of it."""
     vectors = encoder.encode_images([Image.fromarray(picture) for picture in pixels])
     flags: dict[str, Any] = {}
     for name in CLASSES:
@@ -114,7 +115,7 @@ def _training_neighbors(root: Root) -> Shares:
     images: list[Scene] = []
     neighbors: list[Scene] = []
     names: list[str] = []
-    for name in root.list("neighbors", ".parquet"):
+    for name in read_manifest(root, "neighbors").checksums():
         with root.open(name) as file:
             table = pq.read_table(file, columns=[schema.IMAGE_ID, schema.NEIGHBOR_IDS])
         for row in table.to_pylist():
