@@ -7,6 +7,7 @@ advances at an even rate, because then all of them read the same shards at a tim
 of its sequence.
 """
 
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,13 +17,18 @@ import numpy.typing as npt
 
 from retrieval.errors import UserError
 from retrieval.storage import schema
+from retrieval.storage.manifest import settings_fingerprint
 from retrieval.storage.root import Root
 from trainer.data.aspect import read_buckets
 from trainer.data.plan import TrainingPlan, TrainingSet
 from trainer.data.sample_order import BATCHES, SampleOrder
 
+COUNTS = "buckets"
+"""The folder of the numbers of rows by bucket, in the root."""
 THREADS = 32
 """Tables that are read at once when images are counted."""
+
+log = logging.getLogger("train")
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,15 +78,35 @@ def _mixed_batches(order: BatchOrder, epoch: int) -> tuple[npt.NDArray[np.int64]
 
 def make_batch_order(plan: TrainingPlan, root: Root, shift: int) -> BatchOrder:
     """The order of a run. shift: of a batch that was changed. Raises UserError if there are buckets, too."""
-    train, training_set = plan.config.train, plan.training_set
+    train = plan.config.train
     if shift and train.aspect_step:
         raise UserError(
             "train.global_batch was changed since the start of this run, which has aspect-ratio buckets: their batches "
             "have no position to go on from. Restore it, or choose another train.name."
         )
-    counts = [training_set.rows] if len(training_set.shapes) == 1 else _count(root, training_set)
+    counts = bucket_rows(plan, root)
     orders = tuple(SampleOrder(tuple(rows), train.seed, train.interleaved_shards) for rows in counts)
     return BatchOrder(orders, train.global_batch, train.seed, shift)
+
+
+def bucket_rows(plan: TrainingPlan, root: Root) -> list[list[int]]:
+    """Number of training rows of each bucket in each shard.
+
+    With several buckets the first call for a training set reads two files of each shard and writes the numbers to
+    `buckets/<fingerprint>.json`; later calls read only this file.
+    """
+    training_set = plan.training_set
+    if len(training_set.shapes) == 1:
+        return [list(training_set.rows)]
+    settings = {"size": training_set.size, "aspect_step": training_set.aspect_step, "rows": training_set.rows}
+    inputs = {name: plan.upstream[name] for name in ("neighbors", "embed")}
+    name = f"{COUNTS}/{settings_fingerprint(COUNTS, schema.VERSION, settings, inputs)}.json"
+    counts: list[list[int]] | None = root.find_json(name)
+    if counts is None:
+        log.info(f"counting the images of {len(training_set.shapes)} aspect ratios in {len(training_set.shards):,} shards")
+        counts = _count(root, training_set)
+        root.write_json(name, counts)
+    return counts
 
 
 def _count(root: Root, training_set: TrainingSet) -> list[list[int]]:

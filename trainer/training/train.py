@@ -20,6 +20,7 @@ from retrieval.storage.root import Root
 from trainer.checkpoint.checkpoint import CheckpointFolder, Progress
 from trainer.checkpoint.export import ADAPTER, export_run, read_model_weights
 from trainer.checkpoint.snapshots import SNAPSHOTS, Snapshots, snapshot_folder
+from trainer.data.batch_order import bucket_rows
 from trainer.data.loader import Loader
 from trainer.data.plan import TrainingPlan, is_finished, make_plan
 from trainer.engine.deepspeed_engine import Ranks, join_ranks, leave_ranks, make_engine, use_deterministic_algorithms
@@ -87,6 +88,7 @@ def run(config: TrainingRecipe, root: Root) -> None:
         if ranks.is_first:
             resources.enter_context(lease(root, config.train.folder))
             clear_folder(plan, root)
+            bucket_rows(plan, root)  # the other ranks read its file
         check_shared(root, config.train.folder, ranks)
         completed = _train(plan, root, ranks, termination, resources)
     if not completed:

@@ -30,7 +30,7 @@ from tests.trainer.training_set import (
     write_tar,
 )
 from trainer.data.aspect import bucket_shapes, nearest_bucket, read_buckets
-from trainer.data.batch_order import BatchOrder
+from trainer.data.batch_order import BatchOrder, bucket_rows
 from trainer.data.latents import make_shard_encoder, manifest_values
 from trainer.data.loader import Loader
 from trainer.data.sample_order import SampleOrder
@@ -209,6 +209,25 @@ def test_sizes_of_another_embed_than_that_of_the_latents_and_neighbors_are_refus
     assert plan_of(autoencoder_folder, bucketed, aspect_step=STEP).checkpoint_identity != before.checkpoint_identity
 
 
+def test_the_images_of_buckets_are_counted_once_and_again_for_other_sizes(
+    bucketed: Root, autoencoder_folder: str
+) -> None:
+    def rows(**changes: object) -> list[list[int]]:
+        return bucket_rows(plan_of(autoencoder_folder, bucketed, aspect_step=STEP, **changes), bucketed)
+
+    counts, fewer = rows(), rows(validation_images=7)
+    assert np.sum(counts) == len(all_ids()) == np.sum(fewer) + 7
+    for folder in ("neighbors", "embed/train"):
+        for file in bucketed.list(folder, ".parquet"):
+            bucketed.delete(file)
+    assert rows() == counts
+    assert rows(validation_images=7) == fewer
+    write_sizes(bucketed, pictures=(SIZES[1], SIZES[0], SIZES[2]))
+    mark_as_made_from_embed(bucketed, "neighbors", "latents/64")
+    with pytest.raises(UserError, match="neighbors"):
+        rows()
+
+
 def test_held_out_images_of_one_shape_are_read_together(bucketed: Root, autoencoder_folder: str) -> None:
     plan = plan_of(autoencoder_folder, bucketed, aspect_step=STEP, validation_images=7)
     loader, rows = Loader(plan, bucketed, 0, 1), held_out_rows(plan.training_set)
@@ -224,10 +243,11 @@ def test_a_run_with_buckets_validates_and_draws_on_any_number_of_ranks(bucketed:
     changes = {"aspect_step": STEP, "steps": 4, "global_batch": 4, "validation_images": 7}
     changes |= {"validate_every": 2, "preview_every": 4}
     losses = []
-    for ranks, zero_stage in ((1, 1), (2, 3)):
+    for ranks, zero_stage in ((2, 3), (1, 1)):
         recipe = make_recipe(autoencoder_folder, name=f"run{ranks}", zero_stage=zero_stage, **changes)
         log = train(recipe, bucketed, ranks)
         assert "in 3 aspect ratios" in log
+        assert log.count("counting the images of 3 aspect ratios") == (ranks == 2)  # on rank 0, for both runs
         folder = folder_of(recipe, bucketed)
         steps, validations = read_step_metrics(folder / METRICS), read_validation_metrics(folder / VALIDATION)
         losses.append([entry.loss for entry in (*steps, *validations)])
