@@ -103,7 +103,8 @@ def bucket_rows(plan: TrainingPlan, root: Root) -> list[list[int]]:
     name = f"{COUNTS}/{settings_fingerprint(COUNTS, schema.VERSION, settings, inputs)}.json"
     counts: list[list[int]] | None = root.find_json(name)
     if counts is None:
-        log.info(f"counting the images of {len(training_set.shapes)} aspect ratios in {len(training_set.shards):,} shards")
+        shapes, shards = len(training_set.shapes), len(training_set.shards)
+        log.info(f"counting the images of {shapes} aspect ratios in {shards:,} shards")
         counts = _count(root, training_set)
         root.write_json(name, counts)
     return counts
