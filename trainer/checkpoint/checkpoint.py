@@ -21,7 +21,7 @@ from retrieval.errors import UserError
 from retrieval.storage.root import Root
 from trainer.checkpoint.fragment_files import SavedFragments, fragment_key, rank_file_name, write_fragments
 from trainer.engine import eight_bit
-from trainer.engine.deepspeed_engine import Ranks
+from trainer.engine.deepspeed_engine import Ranks, raised_on_all
 from trainer.engine.ema import AVERAGE, MovingAverage
 from trainer.engine.fragments import (
     MASTER,
@@ -183,6 +183,16 @@ class CheckpointFolder:
 
         Without a checkpoint the moments of the optimizer become zero, so that a checkpoint can follow skipped steps.
         """
+        with raised_on_all(ranks):
+            progress = self._read_newest(engine, averages, ranks)
+        if progress.step:
+            copy_masters_to_weights(engine)
+        return progress
+
+    def _read_newest(
+        self, engine: deepspeed.DeepSpeedEngine, averages: Sequence[MovingAverage], ranks: Ranks
+    ) -> Progress:
+        """Read this rank's fragments of the newest checkpoint."""
         entries = self.entries()
         if not entries:
             initialize_moments(engine, 0)
@@ -201,7 +211,6 @@ class CheckpointFolder:
             for average in averages:
                 for fragment in average.fragments if average.is_copy else ():
                     saved.read_into(average.state, fragment)
-        copy_masters_to_weights(engine)
         return progress
 
     def read_averages(

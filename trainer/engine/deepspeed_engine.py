@@ -6,6 +6,8 @@ Reads the launcher's environment variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER
 import logging
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -52,6 +54,27 @@ def join_ranks(timeout_minutes: int = 60) -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
+@contextmanager
+def raised_on_all(ranks: Ranks) -> Iterator[None]:
+    """If the block raises UserError on some ranks, raise one on all. A collective.
+
+    Ranks that went on alone would wait for the others until the timeout. So would an error before a collective of the
+    block.
+    """
+    error = None
+    try:
+        yield
+    except UserError as raised:
+        error = raised
+    messages: list[str | None] = [None] * ranks.world
+    dist.all_gather_object(messages, None if error is None else str(error))
+    if error is not None:
+        raise error
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise UserError(f"rank {rank}: {message}")
+
+
 def use_deterministic_algorithms() -> None:
     """Let torch and cuDNN compute the same bits in every run on the same hardware. Call it before the first product."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this setting
@@ -59,11 +82,12 @@ def use_deterministic_algorithms() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def leave_ranks(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Shut down the engine and the process group."""
+def leave_ranks(engine: deepspeed.DeepSpeedEngine | None = None) -> None:
+    """Shut down the engine, if there is one, and the process group."""
     # Without the barrier a third of all successful runs end with SIGABRT.
     dist.barrier()
-    engine.destroy()
+    if engine is not None:
+        engine.destroy()
     dist.destroy_process_group()
 
 

@@ -23,7 +23,16 @@ from trainer.checkpoint.snapshots import SNAPSHOTS, Snapshots, snapshot_folder
 from trainer.data.batch_order import bucket_rows
 from trainer.data.loader import Loader
 from trainer.data.plan import TrainingPlan, is_finished, make_plan
-from trainer.engine.deepspeed_engine import Ranks, join_ranks, leave_ranks, make_engine, use_deterministic_algorithms
+from trainer.engine.deepspeed_engine import (
+    Ranks,
+    check_ranks,
+    gather_numbers,
+    join_ranks,
+    leave_ranks,
+    make_engine,
+    raised_on_all,
+    use_deterministic_algorithms,
+)
 from trainer.engine.ema import MovingAverage
 from trainer.engine.fragments import MASTER, owned_fragments, set_masters
 from trainer.engine.power_ema import PowerAverage
@@ -74,22 +83,32 @@ def prepare(config: TrainingRecipe, root: Root) -> TrainingPlan:
 
 
 def run(config: TrainingRecipe, root: Root) -> None:
-    """Train as one of the ranks; all ranks call it. Exits with code 143 after SIGTERM and a checkpoint."""
-    plan = prepare(config, root)
-    if is_finished(plan, root):
-        log.info(f"{root.at(config.train.folder)} is finished")
-        return
+    """Train as one of the ranks; all ranks call it. Exits with code 143 after SIGTERM and a checkpoint.
+
+    A UserError of one rank at the start is raised on all ranks.
+    """
     die_with_parent()
     if config.train.deterministic:
         use_deterministic_algorithms()
-    termination = Termination()
     ranks = join_ranks(config.train.timeout_minutes)
+    with raised_on_all(ranks):
+        check_ranks(config.train, ranks.world)
+        plan = prepare(config, root)
+    # Rank 0 decides: another rank may not see the root of rank 0, which `check_shared` finds.
+    finished = gather_numbers(torch.tensor([is_finished(plan, root)], device=ranks.device), ranks)
+    if finished[0]:
+        log.info(f"{root.at(config.train.folder)} is finished")
+        leave_ranks()
+        return
+    termination = Termination()
     with ExitStack() as resources:
-        if ranks.is_first:
-            resources.enter_context(lease(root, config.train.folder))
-            clear_folder(plan, root)
-            bucket_rows(plan, root)  # the other ranks read its file
-        check_shared(root, config.train.folder, ranks)
+        with raised_on_all(ranks):
+            if ranks.is_first:
+                resources.enter_context(lease(root, config.train.folder))
+                clear_folder(plan, root)
+                bucket_rows(plan, root)  # the other ranks read its file
+        with raised_on_all(ranks):
+            check_shared(root, config.train.folder, ranks)
         completed = _train(plan, root, ranks, termination, resources)
     if not completed:
         raise SystemExit(TERMINATED)
@@ -98,12 +117,8 @@ def run(config: TrainingRecipe, root: Root) -> None:
 def _train(plan: TrainingPlan, root: Root, ranks: Ranks, termination: Termination, resources: ExitStack) -> bool:
     """Train, and export the model. Returns False if SIGTERM ended the training."""
     config, began = plan.config, time.monotonic()
-    torch.manual_seed(config.train.seed)
-    unet = build_unet(config.model)
-    if config.train.start_from:
-        unet.load_state_dict(read_model_weights(root, f"runs/{config.train.start_from}/train"), strict=True)
-    if config.train.lora:
-        add_adapters(unet, config.train.lora)
+    with raised_on_all(ranks):
+        unet = _initial_network(config, root)
     shapes = {name: weight.shape for name, weight in unet.named_parameters() if weight.requires_grad}
     files = RunFiles(root, config.train.folder, resources) if ranks.is_first else None
     session, progress = _start(plan, root, unet, ranks, files)
@@ -125,6 +140,17 @@ def _train(plan: TrainingPlan, root: Root, ranks: Ranks, termination: Terminatio
             export_run(plan, root, weights, numbers, time.monotonic() - began)
     leave_ranks(session.engine)
     return completed
+
+
+def _initial_network(config: TrainingRecipe, root: Root) -> torch.nn.Module:
+    """The network with seeded weights or those of `train.start_from`, and with adapters if the recipe has them."""
+    torch.manual_seed(config.train.seed)
+    unet = build_unet(config.model)
+    if config.train.start_from:
+        unet.load_state_dict(read_model_weights(root, f"runs/{config.train.start_from}/train"), strict=True)
+    if config.train.lora:
+        add_adapters(unet, config.train.lora)
+    return unet
 
 
 def checkpoints_of(plan: TrainingPlan, root: Root) -> CheckpointFolder:

@@ -22,7 +22,7 @@ from retrieval.errors import UserError
 from retrieval.storage.lease import lease
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
-from tests.trainer.training.launched import start_ranks, train, try_to_train
+from tests.trainer.training.launched import fork, start_ranks, train, try_to_train
 from tests.trainer.training_set import SHAPE, make_recipe, new_training_set, write_training_set
 from trainer.data.plan import is_finished
 from trainer.engine.deepspeed_engine import Ranks
@@ -224,10 +224,26 @@ def test_the_papers_combination_trains_like_fp32_and_its_settings_may_change_on_
 
 
 def test_a_finished_run_is_not_trained_again(autoencoder_folder: str, finished_run: Root) -> None:
-    recipe = recipe_of(autoencoder_folder)
-    assert is_finished(prepare(recipe, finished_run), finished_run)
-    # Joining a process group would fail, because there is no launcher.
-    run(recipe, finished_run)
+    before = read_manifest(finished_run, FOLDER)
+    log = train(recipe_of(autoencoder_folder), finished_run, ranks=2)
+    assert f"{FOLDER} is finished" in log
+    assert "steps" not in log
+    assert read_manifest(finished_run, FOLDER) == before
+
+
+def test_settings_that_one_rank_refuses_are_an_error_of_all(
+    training_set: Root, finished_run: Root, autoencoder_folder: str
+) -> None:
+    """Of a rank of a new run, and of a rank of a run that rank 0 has finished."""
+    other = training_set.local_path("other.json")
+    other.write_text(recipe_of(autoencoder_folder, k=3, timeout_minutes=1).model_dump_json())
+    for root in (training_set, finished_run):
+        argv = [*write_recipe(recipe_of(autoencoder_folder, timeout_minutes=1), root), str(other)]
+        code, log = fork(argv, training_set.local_path("log"), ranks=2)
+        assert code != 0
+        prefixes = re.findall(r"error: (rank 1: )?.*neighbors has k 4, but the recipe has 3", log)
+        assert sorted(prefixes) == ["", "rank 1: "], log
+        assert "Traceback" not in log
 
 
 def test_a_run_in_a_bucket_that_goes_on_on_another_machine_equals_a_run_on_a_disk(
@@ -336,8 +352,9 @@ def test_fewer_steps_than_a_checkpoint_has_are_an_error_without_restart(
     assert not copied_run.exists(f"{FOLDER}/checkpoints")
 
 
-def test_a_folder_with_a_running_training_is_an_error(autoencoder_folder: str, copied_run: Root) -> None:
+def test_a_folder_with_a_running_training_is_an_error_on_all_ranks(autoencoder_folder: str, copied_run: Root) -> None:
     with lease(copied_run, FOLDER):
-        code, log = try_to_train(recipe_of(autoencoder_folder, steps=STEPS + 1), copied_run)
+        code, log = try_to_train(recipe_of(autoencoder_folder, steps=STEPS + 1), copied_run, ranks=2)
     assert code != 0
-    assert re.search(rf"runs/tiny/train: process {os.getpid()} on .* has worked on it since", log)
+    errors = re.findall(rf"error: .*runs/tiny/train: process {os.getpid()} on .* has worked on it since", log)
+    assert len(errors) == 2, log

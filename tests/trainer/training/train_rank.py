@@ -1,6 +1,7 @@
-"""Trains as one rank, for tests: `python -m train_rank RECIPE.json ROOT`."""
+"""Trains as one rank, for tests: `python -m train_rank RECIPE.json ROOT [RECIPE_OF_RANK_1.json]`."""
 
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from trainer.training.train import run
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    recipe = sys.argv[-1] if len(sys.argv) == 4 and os.environ["RANK"] == "1" else sys.argv[1]
     try:
-        run(TrainingRecipe.model_validate_json(Path(sys.argv[1]).read_text()), Root(sys.argv[2]))
+        run(TrainingRecipe.model_validate_json(Path(recipe).read_text()), Root(sys.argv[2]))
     except UserError as error:
         sys.exit(f"error: {error}")
