@@ -45,8 +45,9 @@ def join_ranks(timeout_minutes: int = 60) -> Ranks:
     # ZeRO imports the Muon optimizer, which we do not use; its decorators would load torch's compiler for two seconds.
     compiler.compile = lambda: lambda function: function
     if get_accelerator().device_name() == "cpu":
-        # DeepSpeed would compile its shared-memory collectives here, which takes a minute and a compiler.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # DeepSpeed would probe all its operations, which runs a compiler, to compile its shared-memory collectives,
+        # which takes a minute.
+        deepspeed.ops.__compatible_ops__ = {}
     else:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(verbose=False, timeout=timedelta(minutes=timeout_minutes))

@@ -27,6 +27,8 @@ from trainer.released.diffusers_folder import _check_schedule, write_folder
 from trainer.released.import_run import import_model
 from trainer.sampling.denoising import guided_sample, initial_noise
 
+ONE_KIND = pytest.mark.parametrize("exported", ["laion"], indirect=True)
+"""For errors that do not depend on the kind of the model."""
 CLASSES = {"laion": AutoencoderKL, "imagenet": VQModel}
 KINDS = sorted(MODELS)
 
@@ -102,6 +104,7 @@ def test_the_exported_autoencoder_has_the_scale_of_the_recipe(exported, tmp_path
     torch.testing.assert_close(decoded, autoencoder.decode(latents))
 
 
+@ONE_KIND
 def test_a_run_is_not_exported_with_another_autoencoder(exported, tmp_path):
     kind, root, config, _ = exported
     other = recipe_of("laion" if kind == "imagenet" else "imagenet", tmp_path / "autoencoder")
@@ -157,6 +160,7 @@ def test_a_folder_whose_model_takes_vectors_of_another_length_is_refused(exporte
         import_model(recipe, folder, ENCODER, Root(tmp_path / "root"))
 
 
+@ONE_KIND
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
@@ -174,6 +178,7 @@ def test_a_folder_with_another_model_is_refused(exported, sections, message, tmp
         import_model(recipe_of(kind, tmp_path / "new", **sections), folder, ENCODER, Root(tmp_path / "root"))
 
 
+@ONE_KIND
 def test_a_folder_with_a_missing_tensor_config_or_weights_file_is_refused(exported, tmp_path):
     kind, root, config, _ = exported
     folder = tmp_path / "folder"
@@ -196,6 +201,7 @@ def test_a_folder_with_a_missing_tensor_config_or_weights_file_is_refused(export
         import_model(recipe, folder, ENCODER, target)
 
 
+@ONE_KIND
 def test_a_target_that_is_not_empty_is_not_changed(exported, tmp_path):
     _, root, config, _ = exported
     target = tmp_path / "target"

@@ -4,6 +4,8 @@ For x_0 ~ N(m, s^2) the noised x_t ~ N(sqrt(abar) m, abar s^2 + 1 - abar), and E
 All schedulers are then affine maps of the noise, so two samples show the mean and the deviation of all.
 """
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -30,6 +32,7 @@ def best_prediction(config, x_t, t):
     return eps if config.prediction == "epsilon" else abar.sqrt() * eps - (1 - abar).sqrt() * x_0
 
 
+@cache
 def sampled(name, steps, config):
     """Mean and deviation of samples from standard normal noise."""
 

@@ -28,6 +28,18 @@ def memory_of(**changes: object) -> StepMemory:
     return step_memory(make_recipe("", precision="bf16", **changes), SHAPE)
 
 
+@pytest.fixture(scope="module")
+def full() -> StepMemory:
+    """Memory of a training of all weights on latents."""
+    return memory_of()
+
+
+@pytest.fixture(scope="module")
+def encoding() -> tuple[int, int]:
+    """Memory of the autoencoder: its weights, and the peak of encoding a micro batch."""
+    return encoding_memory(make_recipe("").autoencoder, 64, 2)
+
+
 def test_the_page_has_every_case_and_the_present_numbers_of_the_fastest() -> None:
     """Counting all cases takes a minute."""
     assert [row["case"] for row in ROWS] == list(CASES)
@@ -45,51 +57,45 @@ def test_the_recipe_fits_a_card_of_24_gb() -> None:
     assert peaks['all weights, `optimizer = "adamw"`'] > 24 * 1.0737
 
 
-def test_state_counts_the_bytes_of_each_weight() -> None:
-    full = memory_of()
+def test_state_counts_the_bytes_of_each_weight(full: StepMemory, encoding: tuple[int, int]) -> None:
     assert full.trained == full.parameters
     assert full.state == (2 + 4 + 8 + 4) * full.parameters
     assert memory_of(optimizer="adamw_8bit", ema_decay=0.0).state == pytest.approx(8.03125 * full.parameters)
     adapters = memory_of(lora={"rank": 2}, start_from="base", validation_images=1)
     assert 0 < adapters.trained < 0.02 * adapters.parameters
     assert adapters.parameters == full.parameters + adapters.trained
-    encoder, _ = encoding_memory(make_recipe("").autoencoder, 64, 2)
-    assert adapters.state == 2 * adapters.parameters + 16 * adapters.trained + encoder
+    assert adapters.state == 2 * adapters.parameters + 16 * adapters.trained + encoding[0]
     assert adapters.validation == 2 * adapters.parameters
 
 
-def test_gradients_count_in_every_copy() -> None:
-    full = memory_of()
+def test_gradients_count_in_every_copy(full: StepMemory) -> None:
     # bf16, flat in bf16, and fp32.
     assert full.update == (2 + 2 + 4) * full.trained
-    single, several = (memory_of(global_batch=size, micro_batch=2).passes for size in (2, 8))
+    single, several = memory_of(global_batch=2, micro_batch=2).passes, full.passes
     assert single < several <= single + 2 * full.trained + 1_000_000
 
 
-def test_checkpointing_adapters_and_smaller_batches_take_less_memory_in_the_passes() -> None:
+def test_checkpointing_adapters_and_smaller_batches_take_less_memory_in_the_passes(full: StepMemory) -> None:
     passes = [memory_of(global_batch=16, micro_batch=size).passes - BUCKET_BYTES for size in (4, 8)]
-    assert passes[0] > 2 * memory_of().parameters
+    assert passes[0] > 2 * full.parameters
     assert passes[0] < passes[1]
     assert memory_of(global_batch=16, micro_batch=8, activation_checkpointing=True).passes - BUCKET_BYTES < passes[1]
     assert memory_of(global_batch=16, micro_batch=8, lora={}, start_from="base").passes - BUCKET_BYTES < passes[1]
 
 
-def test_several_ranks_share_masters_moments_and_averages() -> None:
-    recipe = make_recipe("", precision="bf16")
-    alone, shared = (step_memory(recipe, SHAPE, ranks) for ranks in (1, 4))
-    assert shared.state == (2 + (4 + 8 + 4) / 4) * alone.parameters
-    assert shared.update == (2 + (2 + 4) / 4) * alone.parameters
-    assert shared.passes <= alone.passes + BUCKET_BYTES
+def test_several_ranks_share_masters_moments_and_averages(full: StepMemory) -> None:
+    shared = step_memory(make_recipe("", precision="bf16"), SHAPE, ranks=4)
+    assert shared.state == (2 + (4 + 8 + 4) / 4) * full.parameters
+    assert shared.update == (2 + (2 + 4) / 4) * full.parameters
+    assert shared.passes <= full.passes + BUCKET_BYTES
 
 
-def test_images_take_the_memory_of_their_autoencoder() -> None:
-    changes = {"source": "images", "validation_images": 1}
-    encoder, encoding = encoding_memory(make_recipe("").autoencoder, 64, 2)
-    images, latents = memory_of(**changes), memory_of()
-    assert images.state == latents.state + encoder
-    assert images.encoding == encoding > 2 * 3 * 64 * 64 * 4
+def test_images_take_the_memory_of_their_autoencoder(full: StepMemory, encoding: tuple[int, int]) -> None:
+    images = memory_of(source="images", validation_images=1)
+    assert images.state == full.state + encoding[0]
+    assert images.encoding == encoding[1] > 2 * 3 * 64 * 64 * 4
     assert memory_of(validation_images=1).state == images.state
-    assert latents.encoding == 0
+    assert full.encoding == 0
 
 
 def test_the_count_finds_the_memory_of_a_known_computation() -> None:
