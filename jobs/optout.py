@@ -32,6 +32,7 @@ def lines(report: dict[str, Any]) -> list[str]:
         *(f"hidden in {folder}: {count:,}" for folder, count in report["databases"].items()),
         f"training images dropped: {tables['dropped']:,}; with replaced neighbors: {tables['refilled']:,}",
         *(f"rewritten without them: {count:,} {kind}" for kind, count in report["erased"].items()),
+        *(f"rows with erased ids left in {stage}: {count:,}" for stage, count in report.get("left", {}).items()),
         *(_search_line(folder, counts) for folder, counts in report["search"].items()),
         f"runs trained with them: {', '.join(trained['with']) or 'none'}",
         f"runs trained on neighbor tables that no longer exist: {', '.join(trained['unknown']) or 'none'}",

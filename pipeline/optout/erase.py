@@ -88,7 +88,8 @@ def end_erasures(root: Root, blocklist: Blocklist) -> None:
 
 def current_stages(root: Root) -> list[str]:
     """The finished stages that were made from the present output of their inputs, inputs first."""
-    return [name for name in _stages(root) if _inputs(root, name).items() <= read_manifest(root, name).upstream.items()]
+    stages = finished_stages(root)
+    return [name for name in stages if _inputs(root, name).items() <= read_manifest(root, name).upstream.items()]
 
 
 def erase(root: Root, blocklist: Blocklist) -> dict[str, int]:
@@ -96,14 +97,14 @@ def erase(root: Root, blocklist: Blocklist) -> dict[str, int]:
     plan = read_plan(root, blocklist)
     start_erasures(root, blocklist, plan.rows)
     stage = Stage(root.remaking(), f"optout/{blocklist.identity}/erase", SCHEMA_VERSION, Config())
-    latents = [name for name in _stages(root) if name.startswith("latents/")]
+    latents = [name for name in finished_stages(root) if name.startswith("latents/")]
     with ExitStack() as leases:
-        for name in (*_stages(root), NEAR_COPIES):
+        for name in (*finished_stages(root), NEAR_COPIES):
             leases.enter_context(lease(root, name))
         with stage.building(), shared_workers():
             _rewrite_shards(stage, blocklist, plan, latents)
             partitions = _rewrite_databases(stage, plan)
-            for name in _stages(root):
+            for name in finished_stages(root):
                 records = partitions.get(name, []) if name == "index" else _shard_records(root, name, plan.shards)
                 _update_manifest(root, name, records, name in plan.current)
             for name in plan.rows:
@@ -115,7 +116,7 @@ def erase(root: Root, blocklist: Blocklist) -> dict[str, int]:
     return {"shards": len(plan.shards), "partitions": len(plan.partitions)}
 
 
-def _stages(root: Root) -> list[str]:
+def finished_stages(root: Root) -> list[str]:
     """Finished stages with images or vectors, inputs first."""
     latents = sorted({"/".join(name.split("/")[:2]) for name in root.list("latents", "/manifest.json")})
     names = ["download", "embed", "index", *latents, "neighbors"]
@@ -261,5 +262,5 @@ def _delete_old_files(root: Root, plan: ErasePlan) -> None:
         named = {*read_manifest(root, database).checksums()}
         files = {name: name.removeprefix(f"{database}/") for name in root.list(database)}
         root.delete_files(name for name, file in files.items() if PARTITION_FILE.fullmatch(file) and name not in named)
-    for folder in {*_stages(root), *plan.rows, NEAR_COPIES}:
+    for folder in {*finished_stages(root), *plan.rows, NEAR_COPIES}:
         root.delete_partial_files(folder)

@@ -13,7 +13,8 @@ import numpy as np
 
 from pipeline.optout.erase import ErasePlan, current_stages, end_erasures, plan_file, read_plan, start_erasures
 from pipeline.optout.erase import erase as erase_planned
-from pipeline.optout.proof import check_search, search_after, search_before
+from pipeline.optout.ids_left import ids_left, left_folder
+from pipeline.optout.proof import check_erasure, search_after, search_before
 from pipeline.optout.search import Listed, ListSearch
 from pipeline.optout.tables import Removed, refill_tables, with_earlier
 from pipeline.runtime.stage import Stage
@@ -50,7 +51,7 @@ def run(blocklist: Blocklist, root: Root, erase: bool = False) -> dict[str, Any]
 
     erase: delete them from all files too. An erasure that was interrupted is finished in any case. Raises UserError
     for unfinished stages, for neighbor tables of another index, if images cannot be erased because an update or
-    another erasure works on a database, and if a search still finds erased rows.
+    another erasure works on a database, and if rows with erased ids are left or found.
     """
     with lease(root, f"optout/{blocklist.identity}/run"):
         try:
@@ -66,7 +67,7 @@ def _run(blocklist: Blocklist, root: Root, erase: bool) -> dict[str, Any]:
         _hide(blocklist, root, erase)
     report = dict(root.read_json(f"{name}.json"))
     if root.exists(plan_file(blocklist)):
-        rows = read_plan(root, blocklist).rows
+        plan = read_plan(root, blocklist)
         numbers = erase_planned(root, blocklist)
         earlier = report["erased"]
         report["erased"] = {word: max(number, earlier.get(word, 0)) for word, number in numbers.items()}
@@ -74,13 +75,15 @@ def _run(blocklist: Blocklist, root: Root, erase: bool) -> dict[str, Any]:
         if root.exists("neighbors/manifest.json"):  # its inputs have other identities now
             tables = read_manifest(root, "neighbors").fingerprint
             report["neighbors"]["free"] = [*dict.fromkeys((tables, *report["neighbors"]["free"]))]
-        for database, found in search_after(root, name, rows).items():
+        report["left"] = ids_left(root, name, plan)
+        for database, found in search_after(root, name, plan.rows).items():
             report["search"][database]["found_after"] = found
         root.write_json(f"{name}.json", report)
         try:
-            check_search(root, report["search"])
+            check_erasure(root, report["left"], report["search"])
         except UserError:
-            root.delete(f"{name}/erase")  # the next run rewrites the files again
+            for folder in (f"{name}/erase", left_folder(name)):  # the next run rewrites the files and checks them again
+                root.delete(folder)
             raise
     # In this order: records of an erasure without its plan, or a plan without its vectors, would mislead a later run.
     root.delete(f"{name}/erase")
@@ -137,6 +140,7 @@ def _report(
         "neighbors": asdict(removed),
         "trained": _affected_runs(root, removed),
         "erased": earlier.get("erased", {}),
+        "left": earlier.get("left", {}),
         "search": earlier.get("search", {}),
         "remains": earlier.get("remains", REMAINS),
     }

@@ -1,4 +1,5 @@
-"""Proof of an erasure: vectors of the erased rows are searched in the databases that held them, before and after.
+"""A second check of an erasure, after `ids_left.py`: vectors of the erased rows are searched in the databases that
+held them, before and after.
 
 Reads the databases; writes `optout/<list>/vectors.npz`, because the rows with the vectors are gone afterwards. The file
 is deleted with the other temporary files of the list. Hidden rows are searched too.
@@ -53,15 +54,23 @@ def search_after(root: Root, folder: str, rows: Mapping[str, list[int]]) -> dict
     }
 
 
-def check_search(root: Root, search: Search) -> None:
-    """Raises UserError if a search found erased rows."""
-    for database, counts in search.items():
-        if counts.get("found_after"):
-            raise UserError(
-                f"{root.at(database)}: after the erasure, {counts['found_after']} of {counts['vectors']} searches with"
-                " vectors of erased rows return such a row; expected none. Run this command again with the same list:"
-                " it erases them again. Until then updates of the databases are refused."
-            )
+def check_erasure(root: Root, left: Mapping[str, int], search: Search) -> None:
+    """Raises UserError if rows with erased ids are left, or if a search found erased rows.
+
+    left: from `ids_left`.
+    """
+    found = {database: counts["found_after"] for database, counts in search.items() if counts.get("found_after")}
+    if found or any(left.values()):
+        raise UserError(
+            f"{root.url}: after the erasure, rows with erased ids are left in {_counts(left)}; searches with vectors of"
+            f" erased rows return such a row in {_counts(found)}; expected none. Run this command again with the same"
+            " list: it erases them again. If the numbers stay, make these stages again with --remake. Until then"
+            " updates of the databases are refused."
+        )
+
+
+def _counts(numbers: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} ({number:,})" for name, number in numbers.items() if number) or "no stage"
 
 
 def _file(folder: str) -> str:

@@ -18,7 +18,8 @@ from pipeline.databases import build as style_database
 from pipeline.download.shard_download import write_rows, write_tar
 from pipeline.neighbors import neighbors
 from pipeline.optout import erased_files, optout
-from pipeline.optout.erase import plan_file
+from pipeline.optout.erase import ErasePlan, plan_file
+from pipeline.optout.ids_left import ids_left
 from pipeline.pictures.near_copy_shards import pending_comparisons
 from pipeline.recipe import DownloadConfig, EmbedConfig, NeighborsConfig
 from pipeline.runtime.arrow_files import read_batches
@@ -208,6 +209,7 @@ def test_an_erased_image_is_in_no_file_and_no_stage_runs_again(root: Root, clip:
     assert report["erased"] == {"shards": 3, "partitions": 3}
     searched = {"vectors": 3, "found_before": 3, "found_after": 0}  # 100 results: all rows of these databases
     assert report["search"] == {"index": {"erased": 2} | searched, "databases/ink": {"erased": 1} | searched}
+    assert report["left"] == dict.fromkeys((*STAGES, "databases/ink"), 0)
     assert root.list(f"optout/{blocklist.identity}") == []
     hashed = [read_batches(root, name)[schema.IMAGE_ID].to_numpy() for name in root.list("near_copies", ".arrow")]
     assert sum(map(len, hashed)) == 45
@@ -219,6 +221,23 @@ def test_an_erased_image_is_in_no_file_and_no_stage_runs_again(root: Root, clip:
 
     assert optout.run(blocklist, root, erase=True) == report
     check_erased(root, clip, vectors)
+
+
+@pytest.mark.usefixtures("in_process_shards")
+def test_the_exact_check_counts_single_ids_in_every_kind_of_table(root: Root) -> None:
+    listed, row, style = LISTED[0], SHARDS["database/00000"][3], schema.image_id("ink/05.jpg")
+    ids = [schema.image_id(listed.url)]
+    rows = {"index": [schema.image_id(row.url)], "databases/ink": [style]}
+    plan = ErasePlan(ids=ids, shards=["train/00001"], rows=rows, partitions=[], current=[])
+    neighbors = [
+        schema.read_table(root, f"neighbors/{name}.parquet", schema.neighbors(4, 32)) for name in ("00000", "00001")
+    ]
+    lists = np.concatenate([schema.vectors(table, schema.NEIGHBOR_IDS) for table in neighbors])
+    has_neighbor = np.isin(lists, rows["index"]).any(axis=1)
+    is_listed = np.concatenate([table[schema.IMAGE_ID].to_numpy() == ids[0] for table in neighbors])
+    assert is_listed.sum() == 1
+    expected = dict.fromkeys((*STAGES, "databases/ink"), 1) | {"neighbors": int((has_neighbor | is_listed).sum())}
+    assert ids_left(root, "optout/list", plan) == expected
 
 
 def kept_partition(database: Database, number: int, *_: object) -> ShardRecord:
@@ -234,12 +253,14 @@ def test_an_erasure_that_leaves_rows_is_an_error_and_is_repeated_by_the_next_run
     vectors = vectors_of(root, ids)
     with monkeypatch.context() as patch:
         patch.setattr(erased_files, "rewrite_partition", kept_partition)
-        with pytest.raises(UserError, match=r"after the erasure, \d of 3 searches"):
+        with pytest.raises(
+            UserError, match=r"left in index \(2\), databases/ink \(1\); .* in databases/ink \(3\), index \(3\)"
+        ):
             optout.run(blocklist, root, erase=True)
     assert root.read_json(f"optout/{blocklist.identity}.json")["search"]["index"]["found_after"] == 3
     check_updates_are_refused(root, blocklist, tmp_path)
     report = optout.run(blocklist, root)
-    assert {counts["found_after"] for counts in report["search"].values()} == {0}
+    assert {counts["found_after"] for counts in report["search"].values()} == {*report["left"].values()} == {0}
     check_erased(root, clip, vectors)
 
 

@@ -1,0 +1,90 @@
+"""An exact check of an erasure: counts the erased ids in the files of finished stages. Nothing is searched.
+
+Reads the ids of all partitions of the databases that held erased rows, of all neighbor tables, and of the rewritten
+shards of `download`, `embed` and `latents`; writes temporary records to `optout/<list>/left/`.
+"""
+
+from functools import partial
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from pipeline.optout.erase import ErasePlan, finished_stages
+from pipeline.runtime.runner import run_shards
+from pipeline.runtime.stage import Stage
+from pipeline.runtime.workers import Work, Workers, shared_workers
+from retrieval.config import Config
+from retrieval.database.database import Database
+from retrieval.storage import schema
+from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, read_record
+from retrieval.storage.root import Root
+
+SCHEMA_VERSION = 1
+
+
+def left_folder(folder: str) -> str:
+    """Where the check has its records. folder: that of the list."""
+    return f"{folder}/left"
+
+
+def ids_left(root: Root, folder: str, plan: ErasePlan) -> dict[str, int]:
+    """By stage and database, the number of rows that still have an erased id. In `download`, of rows with a picture.
+
+    folder: that of the list.
+    """
+    manifests = {name: read_manifest(root, name) for name in (*finished_stages(root), *plan.rows)}
+    identities = {name: manifest.identity for name, manifest in manifests.items()}
+    stage = Stage(root.remaking(), left_folder(folder), SCHEMA_VERSION, Config(), identities)
+    tasks = {f"{name}/{shard}": name for name, each in manifests.items() for shard in _shards(name, each, plan)}
+    with stage.building(), shared_workers():
+        records = run_shards(stage, list(tasks), partial(_count_work, root, plan, tasks), Workers())
+    left = dict.fromkeys(manifests, 0)
+    for record in records:
+        left[tasks[record.shard]] += record.rows
+    return left
+
+
+def _shards(stage: str, manifest: Manifest, plan: ErasePlan) -> list[str]:
+    """The shards of a stage in which an erased id could be left."""
+    if stage in plan.rows:
+        return manifest.shard_names("partitions/") if plan.rows[stage] else []
+    if stage == "neighbors":
+        return manifest.shard_names()
+    rewritten = {*plan.shards, *(shard.removeprefix("train/") for shard in plan.shards)}
+    return [name for name in manifest.shard_names() if name in rewritten]
+
+
+def _count_work(root: Root, plan: ErasePlan, tasks: dict[str, str]) -> Work:
+    def count(task: str) -> ShardRecord:
+        stage = tasks[task]
+        shard = task.removeprefix(f"{stage}/")
+        rows = _rows_of_database if stage in plan.rows else _rows_of_tables
+        return ShardRecord(task, rows(root, plan, stage, shard), ())
+
+    return count
+
+
+def _rows_of_database(root: Root, plan: ErasePlan, database: str, shard: str) -> int:
+    partition = Database.open(root.child(database)).open_partition(int(shard.rpartition("/")[2]))
+    return int(np.isin(partition.ids, plan.rows[database]).sum())
+
+
+def _rows_of_tables(root: Root, plan: ErasePlan, stage: str, shard: str) -> int:
+    stored = read_record(root, stage, shard)
+    names = [file.name for file in stored[1].files if file.name.endswith(".parquet")] if stored else []
+    return sum(_rows_of_table(root, name, plan, stage) for name in names)
+
+
+def _rows_of_table(root: Root, name: str, plan: ErasePlan, stage: str) -> int:
+    further = {"download": ["reason"], "neighbors": [schema.NEIGHBOR_IDS]}.get(stage, [])
+    with root.open(name) as file:
+        table = pq.read_table(file, columns=[schema.IMAGE_ID, *further])
+    ids = np.array(plan.ids, np.int64)
+    if stage == "neighbors":  # a listed row of the database may be no downloaded picture, but a patch of one
+        ids = np.union1d(ids, np.array(plan.rows.get("index", []), np.int64))
+    left = np.isin(table[schema.IMAGE_ID].to_numpy(), ids)
+    if stage == "neighbors":
+        left |= np.isin(schema.vectors(table, schema.NEIGHBOR_IDS), ids).any(axis=1)
+    if stage == "download":  # the rows stay, without a picture
+        left &= table["reason"].to_numpy(zero_copy_only=False) == ""
+    return int(left.sum())
