@@ -58,12 +58,12 @@ def test_captions_of_another_value_differ_only_in_that_attribute() -> None:
 def test_the_judge_learns_colors_and_styles_in_a_few_steps() -> None:
     config = JudgeTraining(steps=60, batch_size=32, num_threads=1)
     scenes, pixels = draw_training_scenes(160, 64, seed=5, num_workers=1)
-    labels = labels_of(scenes)
-    judge = fit(torch.from_numpy(pixels), labels, config)
-    predicted = judge.predict(np.ascontiguousarray(pixels.transpose(0, 2, 3, 1)))
-    accuracy = {name: float(np.mean(correct)) for name, correct in equal(predicted, labels).items()}
-    assert min(accuracy["color"], accuracy["style"]) > 0.7
-    assert min(accuracy.values()) > 0.25
+    judge = fit(torch.from_numpy(pixels), labels_of(scenes), config)
+    others, other_pixels = draw_training_scenes(100, 64, seed=6, num_workers=1)
+    predicted = judge.predict(np.ascontiguousarray(other_pixels.transpose(0, 2, 3, 1)))
+    accuracy = {name: float(np.mean(correct)) for name, correct in equal(predicted, labels_of(others)).items()}
+    assert min(accuracy["color"], accuracy["style"]) > 0.6
+    assert min(accuracy["count"], accuracy["background"], accuracy["layout"]) > 0.6  # shapes need more steps
 
 
 def test_only_the_judge_draws_held_out_contents() -> None:
