@@ -143,7 +143,7 @@ def test_a_style_that_no_caption_names_is_on_the_page_once_it_is_measured(monkey
     paper["unknown_styles"] = paper["tables"] | {"styles": [{"style": name} for name in ("blueprint", "my_own")]}
     monkeypatch.setattr(numbers, "load", lambda name: paper)
     text = numbers.styles()
-    assert "Two styles, blueprint and my own, are in no caption" in text
+    assert "no training picture of any model has them: blueprint, my own." in text
     assert text.count("0.700 (0.600 to 0.800), above 0.") == 2
     suffix = paper["tables"]["modes"]["suffix"]
     accuracies = [numbers.estimate_text(suffix[name]) for name in ("accuracy", "accuracy_pixels")]

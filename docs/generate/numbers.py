@@ -65,9 +65,9 @@ def _comparison(tables: Any, subject: str) -> list[str]:
 
 def _unknown_styles(tables: Any) -> list[str]:
     """Style accuracies for styles that only a style database has."""
-    names = " and ".join(row["style"].replace("_", " ") for row in tables["styles"])
+    names = ", ".join(row["style"].replace("_", " ") for row in tables["styles"])
     lines = [
-        f"Two styles, {names}, are in no caption and in no training picture of any model.",
+        f"No caption names these styles, and no training picture of any model has them: {names}.",
         "Only a style database has them. Style accuracy, by the judge on CLIP features and by that on pixels:",
         "",
         "| the style is requested by | CLIP features | pixels |",
