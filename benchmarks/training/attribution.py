@@ -33,6 +33,7 @@ from pipeline.web.blocklist import Blocklist
 from pipeline.web.urls import canonical_url
 from retrieval.cluster.connection import ray_connection
 from retrieval.errors import UserError
+from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
 from retrieval.storage.schema import image_id
 from trainer.attribution import Attribution, attribute
@@ -55,6 +56,10 @@ MODELS = {
 KINDS = {"named": "the style of the group", "none": "no style", "other": "another style"}
 """What the prompts name."""
 BOOTSTRAP_DRAWS = 1000
+MIN_RANGE = 1e-5
+"""Distances that differ by less count as equal: the vectors of the same picture differ by rounding."""
+SOURCE_FILE = "source.json"
+"""In a copy of tables: identities of the stages that it was made from."""
 
 PAGE = """# Attribution against training without the pictures
 
@@ -71,8 +76,11 @@ shows what differs without any removal.
 
 {table}
 
-Over all {count} requests, the distance (1 - CLIP similarity) that attribution by sampling finds has a correlation of
-{correlation:.2f} with the distance to the picture of the model that was trained without the group.
+Correlation of the distance (1 - CLIP similarity) that attribution by sampling finds with the distance to the picture
+of the model that was trained without the group, over the requests of a kind. It is not defined where one of the two
+distances is the same for all requests.
+
+{correlations}
 """
 
 
@@ -99,16 +107,38 @@ def changed(recipe: Recipe, **changes: object) -> Recipe:
     return load_recipe(recipe.path, [*recipe.overrides, *settings])
 
 
+def copy_folder(recipe: Recipe, style: str) -> Path:
+    """The root of the model that is trained without a style."""
+    return Path(f"{recipe.root.local_path('')}-without-{style}")
+
+
+def copy_tables(recipe: Recipe, folder: Path) -> None:
+    """Copy the tables of a run into a folder, unless it has them.
+
+    Raises UserError if the folder has those of another state of the run.
+    """
+    names = (TRAINING_DATABASE, "embed", "neighbors", f"latents/{recipe[LatentsConfig].size}")
+    source = {name: read_manifest(recipe.root, name).identity for name in names}
+    if folder.exists():
+        if Root(folder).find_json(SOURCE_FILE) != source:
+            raise UserError(
+                f"{folder} was copied from other tables than those of {recipe.root.url}, and its model was trained on"
+                " them. Delete the folder and run this command again."
+            )
+        return
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for name in names:
+        # Links suffice: files are replaced and never changed.
+        shutil.copytree(recipe.root.local_path(name), partial / name, copy_function=os.link)
+    Root(partial).write_json(SOURCE_FILE, source)
+    partial.rename(folder)
+
+
 def train_without(recipe: Recipe, style: str, ids: Sequence[int]) -> Recipe:
-    """Train in `<root>-without-<style>`, a copy of the tables without the rows. Returns its recipe."""
-    folder = Path(f"{recipe.root.local_path('')}-without-{style}")
-    if not folder.exists():
-        partial = folder.with_name(f"{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        for name in (TRAINING_DATABASE, "embed", "neighbors", f"latents/{recipe[LatentsConfig].size}"):
-            # Links suffice: files are replaced and never changed.
-            shutil.copytree(recipe.root.local_path(name), partial / name, copy_function=os.link)
-        partial.rename(folder)
+    """Train in the copy of the tables, without the rows. Returns its recipe."""
+    folder = copy_folder(recipe, style)
+    copy_tables(recipe, folder)
     with ray_connection():
         optout.run(Blocklist(np.array(ids, np.int64)), Root(folder))
     without = changed(recipe, root=folder)
@@ -159,8 +189,26 @@ def _removed_share(pair: Attribution) -> float:
     return len(pair.removed) / max(1, len(pair.sample.neighbors))
 
 
+def check_options(recipe: Recipe, style: str, each: int) -> None:
+    """Raises UserError for a style without a database, and unless each request of a kind can have its own prompt."""
+    config = recipe[EvaluateConfig]
+    names, prompts = style_names(config, recipe.root), read_prompts(config.prompts_file)
+    if style not in names:
+        raise UserError(f"--style must be one of {', '.join(names)}, got {style!r}")
+    if not 2 <= each <= len(prompts):
+        raise UserError(f"--each must be from 2 to {len(prompts)}, the prompts of {config.prompts_file}; got {each}")
+
+
+def correlation(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64]) -> float | None:
+    """Pearson's correlation of two series of distances (n,); None if one of them is constant."""
+    if min(np.ptp(first), np.ptp(second)) < MIN_RANGE:
+        return None
+    return float(np.corrcoef(first, second)[0, 1])
+
+
 def measure(recipe: Recipe, style: str, each: int) -> dict[str, Any]:
     """Train the two other models if they are not finished, draw and judge."""
+    check_options(recipe, style, each)
     ids = style_ids(recipe.root.child("world"), style)
     requests = make_requests(recipe, style, each)
     recipes = {ALL: recipe, RETRAINED: train_without(recipe, style, ids), AGAIN: train_again(recipe)}
@@ -177,8 +225,8 @@ def measure(recipe: Recipe, style: str, each: int) -> dict[str, Any]:
         for name, features in drawn.features.items():
             flags = np.argmax(judge.network.logits(features[part]), axis=1) == label
             values[name] = {"style": share(flags), "similarity": bootstrap.mean(similarities[name][part])}
+        values["correlation"] = correlation(*(1 - similarities[name][part] for name in (SAMPLED, RETRAINED)))
         rows.append(values)
-    distances = [1 - similarities[name] for name in (SAMPLED, RETRAINED)]
     return {
         "hardware": hardware(),
         "run": trained_model(recipe).folder,
@@ -186,17 +234,24 @@ def measure(recipe: Recipe, style: str, each: int) -> dict[str, Any]:
         "style": style_words(style),
         "rows": len(ids),
         "each": each,
-        "count": each * len(KINDS),
         "judge_accuracy": judge.held_out_accuracy,
         "kinds": rows,
-        "correlation": float(np.corrcoef(*distances)[0, 1]),
     }
 
 
 def page(result: dict[str, Any]) -> str:
     """The page as Markdown."""
     headings = ["the prompt names", "neighbors removed:", "", "taken for the style:", "CLIP similarity:"]
-    return PAGE.format(**result, table=markdown_table(headings, [*_table_rows(result["kinds"])]))
+    correlations = [[KINDS[row["kind"]], _correlation_text(row["correlation"])] for row in result["kinds"]]
+    return PAGE.format(
+        **result,
+        table=markdown_table(headings, [*_table_rows(result["kinds"])]),
+        correlations=markdown_table(["the prompt names", "correlation:"], correlations),
+    )
+
+
+def _correlation_text(value: float | None) -> str:
+    return "not defined" if value is None else f"{value:.2f}"
 
 
 def _table_rows(kinds: Iterable[dict[str, Any]]) -> Iterable[list[str]]:
@@ -212,13 +267,11 @@ def main() -> None:
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="recipe of a finished run of the demo")
     add_overrides(parser)
     parser.add_argument("--style", default="watercolor", help="name of a style database, the group (watercolor)")
-    parser.add_argument("--each", type=int, default=20, help="requests of each kind, at least 2")
+    parser.add_argument("--each", type=int, default=20, help="requests of each kind, 2 to the number of prompts")
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the results")
     options = parser.parse_args()
 
     def work() -> None:
-        if options.each < 2:
-            raise UserError(f"--each must be at least 2, got {options.each}")
         result = measure(load_recipe(options.recipe, options.overrides), options.style, options.each)
         write_report(options.docs, "attribution", result, page(result))
 
