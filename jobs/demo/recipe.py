@@ -77,9 +77,9 @@ class AutoencoderTraining(Config):
 class JudgeTraining(Config):
     """The demo's judge of contents (section `judge_training` of a recipe)."""
 
-    seed: int = 1000
-    """Seed of the scenes, the initial weights and the order. It differs from those of the other models, so that the
-    judge has pictures of its own."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the initial weights, the order and, with the seed of the world, the scenes. Their random stream is the
+    judge's own, so no other model has its pictures."""
     num_scenes: PositiveInt = 8000
     """Training scenes."""
     steps: PositiveInt = 800

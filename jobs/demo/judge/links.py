@@ -50,7 +50,7 @@ Shares = dict[str, Estimate]
 
 def measure_links(recipe: Recipe) -> dict[str, Shares]:
     """Share of correct pictures by link and attribute. Trains the judge. Raises UserError for an unfinished stage."""
-    judge = train_judge(recipe[JudgeTraining])
+    judge = train_judge(recipe[JudgeTraining], recipe[WorldConfig].seed)
     scenes, pixels = _held_out(recipe.root.child("world"))
     wanted, names = labels_of(scenes), [prompt(scene.content) for scene in scenes]
     decoded = _round_trip(pixels, Autoencoder.load(recipe[AutoencoderConfig], "cpu"))

@@ -13,10 +13,13 @@ from tqdm import trange
 from jobs.demo.judge.labels import CLASSES, Labels, labels_of
 from jobs.demo.models.training import warm_up_and_decay
 from jobs.demo.recipe import JudgeTraining
+from jobs.demo.world.content import Scene
 from jobs.demo.world.training_scenes import draw_training_scenes
 
 Pixels = npt.NDArray[np.uint8]
 
+STREAM = 7
+"""Of the random numbers of the judge's scenes. No other seed has this stream, so no other model has these pictures."""
 EDGE = 64
 CHANNELS = (32, 64, 96, 128)
 MAX_SHIFT = 3
@@ -54,10 +57,17 @@ class ContentJudge(torch.nn.Module):
         return {name: torch.cat([block[name].argmax(dim=1) for block in blocks]).numpy() for name in CLASSES}
 
 
-def train_judge(config: JudgeTraining) -> ContentJudge:
+def draw_scenes(config: JudgeTraining, world_seed: int) -> tuple[list[Scene], Pixels]:
+    """The training scenes and their pictures (n, 3, EDGE, EDGE)."""
+    entropy = np.random.SeedSequence([world_seed, config.seed, STREAM])
+    seed = int(entropy.generate_state(1, np.uint64)[0])
+    return draw_training_scenes(config.num_scenes, EDGE, seed, config.num_threads, every_content=True)
+
+
+def train_judge(config: JudgeTraining, world_seed: int) -> ContentJudge:
     """Draw the scenes and train. Returns the network in eval mode."""
     torch.set_num_threads(config.num_threads)
-    scenes, pixels = draw_training_scenes(config.num_scenes, EDGE, config.seed, config.num_threads, every_content=True)
+    scenes, pixels = draw_scenes(config, world_seed)
     return fit(torch.from_numpy(pixels), labels_of(scenes), config)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from jobs.demo.judge.labels import CLASSES, equal, labels_of, shares
 from jobs.demo.judge.links import LINKS, variants
-from jobs.demo.judge.network import fit
+from jobs.demo.judge.network import draw_scenes, fit
 from jobs.demo.recipe import JudgeTraining
 from jobs.demo.world.content import Content, Scene
 from jobs.demo.world.scenes import is_held_out
@@ -64,6 +64,16 @@ def test_the_judge_learns_colors_and_styles_in_a_few_steps() -> None:
     accuracy = {name: float(np.mean(correct)) for name, correct in equal(predicted, labels_of(others)).items()}
     assert min(accuracy["color"], accuracy["style"]) > 0.6
     assert min(accuracy["count"], accuracy["background"], accuracy["layout"]) > 0.6  # shapes need more steps
+
+
+def test_the_scenes_of_the_judge_are_those_of_no_other_model_with_the_same_seed() -> None:
+    config = JudgeTraining(num_scenes=8, num_threads=1)
+    own, _ = draw_scenes(config, world_seed=3)
+    others, _ = draw_training_scenes(8, 64, config.seed, num_workers=1, every_content=True)
+    of_another_world, _ = draw_scenes(config, world_seed=4)
+    seeds = [{scene.seed for scene in scenes} for scenes in (own, others, of_another_world)]
+    assert len(set.union(*seeds)) == 3 * 8
+    assert draw_scenes(config, world_seed=3)[0] == own
 
 
 def test_only_the_judge_draws_held_out_contents() -> None:
