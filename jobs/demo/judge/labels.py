@@ -36,13 +36,14 @@ def equal(predicted: Labels, wanted: Labels) -> Flags:
     return {name: predicted[name] == wanted[name] for name in CLASSES}
 
 
-def shares(flags: Flags, wanted: Labels, clusters: Sequence[str]) -> dict[str, Estimate]:
+def shares(flags: Flags, wanted: Labels) -> dict[str, Estimate]:
     """Share of correct pictures by attribute with its 95 % interval; layout: of the pictures with several figures.
 
-    clusters: (n,) names; pictures with equal names, such as those of one prompt, count as one cluster.
+    Pictures of the same wanted content are one cluster, in any style and with any words of the prompt.
     """
     several = wanted["layout"] > 0
-    names = np.array(clusters)
+    contents = np.stack([numbers for name, numbers in wanted.items() if name != "style"], axis=1)
+    names = np.unique(contents, axis=0, return_inverse=True)[1].reshape(-1)
     result = {}
     for name, correct in flags.items():
         rows = several if name == "layout" else np.ones_like(several)

@@ -52,12 +52,12 @@ def measure_links(recipe: Recipe) -> dict[str, Shares]:
     """Share of correct pictures by link and attribute. Trains the judge. Raises UserError for an unfinished stage."""
     judge = train_judge(recipe[JudgeTraining], recipe[WorldConfig].seed)
     scenes, pixels = _held_out(recipe.root.child("world"))
-    wanted, names = labels_of(scenes), [prompt(scene.content) for scene in scenes]
+    wanted = labels_of(scenes)
     decoded = _round_trip(pixels, Autoencoder.load(recipe[AutoencoderConfig], "cpu"))
     few = slice(recipe[JudgeTraining].num_pictures)
     return {
-        "real": shares(equal(judge.predict(pixels), wanted), wanted, names),
-        "autoencoder": shares(equal(judge.predict(decoded), wanted), wanted, names),
+        "real": shares(equal(judge.predict(pixels), wanted), wanted),
+        "autoencoder": shares(equal(judge.predict(decoded), wanted), wanted),
         "clip": _clip(scenes[few], pixels[few], Encoder(recipe[ClipConfig])),
         "training_neighbors": _training_neighbors(recipe.root),
         **_samples(recipe, judge),
@@ -92,7 +92,7 @@ def _clip(scenes: Sequence[Scene], pixels: Pixels, encoder: Encoder) -> Shares:
         best = np.einsum("nvd,nd->nv", texts.reshape(len(scenes), -1, texts.shape[1]), vectors).argmax(axis=1)
         chosen = labels_of([row[i] for row, i in zip(candidates, best, strict=True)])
         flags[name] = chosen[name] == labels_of(scenes)[name]
-    return shares(flags, labels_of(scenes), [prompt(scene.content) for scene in scenes])
+    return shares(flags, labels_of(scenes))
 
 
 def variants(scene: Scene, name: str) -> list[Scene]:
@@ -108,26 +108,24 @@ def variants(scene: Scene, name: str) -> list[Scene]:
 
 
 def _training_neighbors(root: Root) -> Shares:
-    """Share of neighbors with the attribute of their training image; intervals by image."""
+    """Share of neighbors with the attribute of their training image."""
     with root.open("world/truth.parquet") as file:
         rows = pq.read_table(file).drop_null().to_pylist()
     scenes = {schema.image_id(canonical_url(row["url"])): _scene(row) for row in rows}
     images: list[Scene] = []
     neighbors: list[Scene] = []
-    names: list[str] = []
     for name in read_manifest(root, "neighbors").checksums():
         with root.open(name) as file:
             table = pq.read_table(file, columns=[schema.IMAGE_ID, schema.NEIGHBOR_IDS])
         for row in table.to_pylist():
             neighbors += [scenes[image_id] for image_id in row[schema.NEIGHBOR_IDS]]
             images += [scenes[row[schema.IMAGE_ID]]] * len(row[schema.NEIGHBOR_IDS])
-            names += [str(row[schema.IMAGE_ID])] * len(row[schema.NEIGHBOR_IDS])
-    return _agreement(neighbors, images, names)
+    return _agreement(neighbors, images)
 
 
-def _agreement(neighbors: Sequence[Scene], wanted: Sequence[Scene], names: Sequence[str]) -> Shares:
+def _agreement(neighbors: Sequence[Scene], wanted: Sequence[Scene]) -> Shares:
     labels = labels_of(wanted)
-    return shares(equal(labels_of(neighbors), labels), labels, names)
+    return shares(equal(labels_of(neighbors), labels), labels)
 
 
 @dataclass(frozen=True)
@@ -167,7 +165,7 @@ def _read_samples(recipe: Recipe, mode: str) -> list[JudgedSample]:
 def _judged(samples: Sequence[JudgedSample], judge: ContentJudge) -> Shares:
     wanted = labels_of([sample.wanted for sample in samples])
     predicted = judge.predict(thumbnails(sample.picture for sample in samples))
-    return shares(equal(predicted, wanted), wanted, [sample.recipe["prompt"] for sample in samples])
+    return shares(equal(predicted, wanted), wanted)
 
 
 def _style_neighbors(recipe: Recipe, samples: Sequence[JudgedSample]) -> Shares:
@@ -175,12 +173,11 @@ def _style_neighbors(recipe: Recipe, samples: Sequence[JudgedSample]) -> Shares:
     drawn = {drawing.path: drawing.scene for drawing in plan_styles(recipe[WorldConfig])}
     files = {name: _database_files(recipe.root, name) for name in recipe[EvaluateConfig].styles}
     pairs = [
-        (drawn[f"styles/{sample.wanted.style}/{files[sample.recipe['database']][image_id]}"], sample)
+        (drawn[f"styles/{sample.wanted.style}/{files[sample.recipe['database']][image_id]}"], sample.wanted)
         for sample in samples
         for image_id, _ in sample.recipe["neighbors"]
     ]
-    neighbors, asked = [scene for scene, _ in pairs], [sample for _, sample in pairs]
-    return _agreement(neighbors, [sample.wanted for sample in asked], [sample.recipe["prompt"] for sample in asked])
+    return _agreement([scene for scene, _ in pairs], [wanted for _, wanted in pairs])
 
 
 def _database_files(root: Root, name: str) -> dict[int, str]:

@@ -29,7 +29,7 @@ STEPS = ("world", "clip", "autoencoder", *DATA_STAGES, "databases", "train", "sa
 BATCH_SIZE = 64
 ABOUT_CHANCE = 1.5
 """Accuracies up to this multiple of chance count as chance."""
-CONTENT_GOALS = {"shape": 0.85, "count": 0.85, "color": 0.95, "layout": 0.85, "style": 0.95}
+CONTENT_GOALS = {"shape": 0.85, "count": 0.85, "color": 0.95, "background": 0.85, "layout": 0.85, "style": 0.95}
 """Wanted shares of samples with the attribute that was asked for, by the judge of contents. A miss ends no command: the
 model of the demo is small."""
 

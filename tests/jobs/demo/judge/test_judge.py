@@ -1,6 +1,7 @@
 """The judge of contents: labels, shares, what the network learns, and the links of a tiny demo."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from jobs.demo.judge.links import LINKS, variants
 from jobs.demo.judge.network import draw_scenes, fit
 from jobs.demo.recipe import JudgeTraining
 from jobs.demo.world.content import Content, Scene
-from jobs.demo.world.scenes import is_held_out
+from jobs.demo.world.scenes import COLORS, is_held_out
 from jobs.demo.world.training_scenes import draw_training_scenes
 from retrieval import Root
 from retrieval.storage.manifest import read_manifest
@@ -35,11 +36,21 @@ def test_labels_are_the_numbers_of_the_true_values() -> None:
 def test_layout_counts_only_pictures_with_several_figures() -> None:
     wanted = labels_of([PAIR, PAIR, SINGLE, SINGLE])
     predicted = labels_of([PAIR, SINGLE, SINGLE, SINGLE])
-    result = shares(equal(predicted, wanted), wanted, list("abcd"))
+    result = shares(equal(predicted, wanted), wanted)
     assert {name: estimate.value for name, estimate in result.items()} == {
         **{"shape": 1, "count": 0.75, "color": 0.75, "background": 1, "layout": 0.5, "style": 0.75}
     }
-    assert "layout" not in shares(equal(wanted, wanted), labels_of([SINGLE] * 4), list("abcd"))
+    assert "layout" not in shares(equal(wanted, wanted), labels_of([SINGLE] * 4))
+
+
+def test_pictures_of_one_content_count_as_one_in_intervals_also_in_several_styles() -> None:
+    other = replace(PAIR, content=replace(PAIR.content, shape="heart"))
+    flags = {"color": np.array([True] * 4 + [False] * 4)}
+    same = shares(flags, labels_of([PAIR, replace(PAIR, style="mosaic")] * 2 + [other] * 4))["color"]
+    colors = [replace(PAIR, content=replace(PAIR.content, color=color)) for color in COLORS[:8]]
+    different = shares(flags, labels_of(colors))["color"]
+    assert same.value == different.value == 0.5
+    assert same.high - same.low > 1.3 * (different.high - different.low)
 
 
 def test_captions_of_another_value_differ_only_in_that_attribute() -> None:
