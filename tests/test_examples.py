@@ -54,8 +54,13 @@ def test_search_and_filter(
     assert "\n16 pictures drawn" in capsys.readouterr().out
 
 
-def test_restyle(tiny_demo: TinyDemo, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("LAION_RDM_ROOT", str(tiny_demo.root))
+def test_restyle(
+    tiny_demo: TinyDemo, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(tiny_recipe().replace("runs/demo", str(tiny_demo.root)))
+    monkeypatch.setenv("LAION_RDM_RECIPE", str(recipe))
+    monkeypatch.chdir(tmp_path)  # the notebook changes the folder
     values = run_cells("restyle.ipynb")
     assert number_of(Image.Image, values) == 5
     assert "; 2 neighbors left out" in capsys.readouterr().out
