@@ -24,10 +24,13 @@ LONG = (
     "test_cluster.py",
     "test_monitoring.py",
     "test_clip.py",
+    "test_chain_in_bucket.py",
+    "test_lora.py",
 )
 """Files that take longest, in this order. test_docs.py waits for the tiny demo, which test_demo.py makes."""
 RAY = (
     "test_launching.py",
+    "test_docs.py",
     "test_runner.py",
     "test_cluster.py",
     "test_shared.py",

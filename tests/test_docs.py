@@ -19,6 +19,7 @@ from tests.jobs.demo.tiny_demo import TinyDemo, tiny_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted(REPOSITORY.glob("docs/guides/*.md"))]
+WITHOUT_RAY = REPOSITORY / "tests/pipeline/without_ray.py"
 REASONS = {
     "cluster": "needs a Ray cluster elsewhere",
     "data": "needs data that the reader has",
@@ -55,15 +56,15 @@ def is_run(block: Block) -> bool:
 
 @pytest.fixture(scope="module")
 def checkout(tiny_demo: TinyDemo, forked_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A copy of the repository in which `make demo` has finished a tiny demo. Its commands run in forks."""
+    """A copy of the repository in which `make demo` has finished a tiny demo. Commands run in forks, without Ray."""
     folder = copy_checkout(tmp_path_factory.mktemp("checkout"))
     (folder / ".venv/bin").mkdir(parents=True)
     for name in ("lib", "bin/tensorboard"):
         (folder / ".venv" / name).symlink_to(Path(sys.prefix, name))
-    (folder / ".venv/bin/python").symlink_to(forked_python)
-    command = folder / ".venv/bin/laion-rdm"
-    command.write_text(f'#!/bin/sh\nexec "{forked_python}" -m jobs.cli.laion_rdm "$@"\n')
-    command.chmod(0o755)
+    for name, words in (("python", f'"{WITHOUT_RAY}"'), ("laion-rdm", "-m jobs.cli.laion_rdm")):
+        command = folder / ".venv/bin" / name
+        command.write_text(f'#!/bin/sh\nexec "{forked_python}" {words} "$@"\n')
+        command.chmod(0o755)
     (folder / ".venv/installed").touch()  # newer than the copied files: make installs nothing
     (folder / "jobs/configs/demo.toml").write_text(tiny_recipe())
     shutil.copytree(tiny_demo.root, folder / "runs/demo")
@@ -79,6 +80,7 @@ def finished() -> set[str]:
 
 
 @pytest.mark.parametrize("page", pages_that_run(), ids=lambda page: page.stem)
+@pytest.mark.usefixtures("ray_cluster")
 def test_the_blocks_of_a_page_run_in_order(
     page: Path, checkout: Path, forked_python: Path, finished: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 from benchmarks.common.report import REPOSITORY
@@ -47,9 +46,9 @@ def test_the_page_counts_faults_and_lists_problems() -> None:
     assert "Not tested: worker, node, store, changed timeout, killed retry" in text
 
 
-def test_filter_survives_the_loss_of_its_driver_and_of_a_worker(tmp_path: Path) -> None:
+def test_filter_survives_the_loss_of_its_driver_and_of_a_worker(tmp_path: Path, forked_python: Path) -> None:
     """The benchmark has the other faults."""
-    command = [sys.executable, "-m", "benchmarks.crashes", "--each", "1", "--stages", "filter"]
+    command = [str(forked_python), "-m", "benchmarks.crashes", "--each", "1", "--stages", "filter"]
     command += ["--cases", "driver", "worker", "--out", str(tmp_path / "crashes.md")]
     subprocess.run(command, cwd=REPOSITORY, check=True)
     outcomes = json.loads((tmp_path / "crashes.json").read_text())["outcomes"]
