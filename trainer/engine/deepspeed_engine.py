@@ -68,7 +68,8 @@ def raised_on_all(ranks: Ranks) -> Iterator[None]:
     except UserError as raised:
         error = raised
     messages: list[str | None] = [None] * ranks.world
-    dist.all_gather_object(messages, None if error is None else str(error))
+    if ranks.world > 1:
+        dist.all_gather_object(messages, None if error is None else str(error))
     if error is not None:
         raise error
     for rank, message in enumerate(messages):

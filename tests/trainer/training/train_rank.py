@@ -18,4 +18,5 @@ if __name__ == "__main__":
     try:
         run(TrainingRecipe.model_validate_json(Path(recipe).read_text()), Root(sys.argv[2]))
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.stderr.write(f"error: {error}\n")  # in one piece: the ranks share a log
+        sys.exit(1)
