@@ -15,6 +15,7 @@ from pipeline.runtime.stage import Stage
 from pipeline.runtime.workers import Work, Workers, shared_workers
 from retrieval.config import Config
 from retrieval.database.database import Database
+from retrieval.errors import UserError
 from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, read_record
 from retrieval.storage.root import Root
@@ -30,7 +31,7 @@ def left_folder(folder: str) -> str:
 def ids_left(root: Root, folder: str, plan: ErasePlan) -> dict[str, int]:
     """By stage and database, the number of rows that still have an erased id. In `download`, of rows with a picture.
 
-    folder: that of the list.
+    folder: that of the list. Raises UserError if the record of a shard is missing.
     """
     manifests = {name: read_manifest(root, name) for name in (*finished_stages(root), *plan.rows)}
     identities = {name: manifest.identity for name, manifest in manifests.items()}
@@ -71,7 +72,12 @@ def _rows_of_database(root: Root, plan: ErasePlan, database: str, shard: str) ->
 
 def _rows_of_tables(root: Root, plan: ErasePlan, stage: str, shard: str) -> int:
     stored = read_record(root, stage, shard)
-    names = [file.name for file in stored[1].files if file.name.endswith(".parquet")] if stored else []
+    if stored is None:
+        raise UserError(
+            f"{root.at(stage)}: the record of shard {shard} is missing, so its ids cannot be counted. Make the stage "
+            "again with --remake, then repeat this command."
+        )
+    names = [file.name for file in stored[1].files if file.name.endswith(".parquet")]
     return sum(_rows_of_table(root, name, plan, stage) for name in names)
 
 

@@ -59,11 +59,11 @@ def test_a_style_leaves_the_tables_of_the_model_trained_without_it(
     ]
     assert len(set(trained)) == 3
     assert [row["kind"] for row in result["kinds"]] == [*KINDS]
-    for row in result["kinds"]:
-        assert 0 < row["trained_without"]["similarity"][0] < 1 + 1e-6
-        if row["removed"] == 0:
-            assert row["sampled_without"]["similarity"][0] == pytest.approx(1)
-            assert row["correlation"] is None
+    unchanged = [row for row in result["kinds"] if row["removed"] == 0]
+    assert "other" in [row["kind"] for row in unchanged]
+    for row in unchanged:
+        assert row["sampled_without"]["similarity"][0] == pytest.approx(1)
+        assert row["correlation"] is None
     assert "trained and sampled without the group" in page(json.loads(json.dumps(result)))
 
 
