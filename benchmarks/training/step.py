@@ -3,8 +3,8 @@
 Trains the demo's model in fp32 with `trainer.training.train` and DeepSpeed: with ZeRO 0 on one rank, and, as a
 process of torchrun, with ZeRO 1. Between its steps, two other loops train on the same batch: a minimal loop of
 diffusers' UNet and torch's AdamW, in DistributedDataParallel on several ranks, and an equivalent loop that also clips
-gradients and averages weights, as ours does. Counts the waits for a GPU in a step. Writes `docs/step.json` and
-`docs/step.md`.
+gradients and averages weights, as ours does. Counts the waits for a GPU in an interval of the log. Writes
+`docs/step.json` and `docs/step.md`.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from trainer.training import train
 GOAL = 0.05
 SHOWN = ("zero_stage", "ranks", "overhead", "reading", "overhead_equivalent", "waits", "counter")
 WARM_UP_STEPS = 5
-"""First steps, which are not counted."""
+"""First steps, the first interval of the log. Their waits are counted, and not their time."""
 BATCH = 16
 EXTENT = Extent(shards=4, rows=200, k=8, dim=128, size=64, factor=4, channels=8)
 LOOPS = ("bare", "whole", "ours")
@@ -65,7 +65,7 @@ SECTION = """
 Overhead over the minimal loop: **{overhead:+.1%}** of its CPU time (median over steps{verdict}), of which
 reading the data is {reading:.1%}. Overhead over the equivalent loop: {overhead_equivalent:+.1%}. After the
 last step the losses of our loop and of the equivalent loop differ by {difference:.1e}. A step of our loop waits
-{waits} times for a GPU, by {counter}.
+{waits:g} times for a GPU, by {counter}.
 """
 RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
 ZERO_STAGE = 0 if WORLD == 1 else 1
@@ -80,7 +80,7 @@ class StepTimes:
     reading: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     waits: int = 0
-    """Waits for a GPU of our loop in the last step of the warm-up."""
+    """Waits for a GPU of our loop in the warm-up."""
 
 
 class MinimalLoop:
@@ -142,11 +142,11 @@ def interleaved_loader(config: TrainingRecipe, times: StepTimes) -> type[Loader]
                 dist.all_reduce(loss)
                 times.losses.append(loss.item() / WORLD)
                 ours = _Clock()
-                if step == WARM_UP_STEPS - 1:
+                if step < WARM_UP_STEPS:
                     host = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
                     with counted_waits(host) as waits:
                         yield batch
-                    times.waits = len(waits)
+                    times.waits += len(waits)
                 else:
                     yield batch
                 ours.stop()
@@ -191,7 +191,7 @@ def summary(times: StepTimes, config: TrainingRecipe, root: Root) -> dict[str, A
         "overhead": _excess(cpu["ours"], cpu["bare"]),
         "reading": _excess(times.reading[WARM_UP_STEPS:], cpu["bare"]) + 1,
         "overhead_equivalent": _excess(cpu["ours"], cpu["whole"]),
-        "waits": times.waits,
+        "waits": times.waits / WARM_UP_STEPS,
         "counter": "torch" if torch.cuda.is_available() else "a stand-in on the CPU",
         "loss_difference": abs(last.loss - times.losses[last.step - 1]),
     }
@@ -232,8 +232,8 @@ def _recipe(root: Root, options: argparse.Namespace) -> TrainingRecipe:
     """The demo's recipe without warm-up, with one checkpoint after the last step."""
     changes: dict[str, object] = {"name": f"bench-{WORLD}", "steps": options.steps, "zero_stage": ZERO_STAGE}
     changes |= {"ranks": WORLD, "global_batch": options.batch, "micro_batch": options.batch // WORLD}
-    changes |= {"interleaved_shards": 4, "checkpoint_every": options.steps}
-    changes |= {"log_every": 10, "validation_images": 0, "validate_every": 0, "preview_every": 0, "kid_every": 0}
+    changes |= {"interleaved_shards": 4, "checkpoint_every": options.steps, "log_every": WARM_UP_STEPS}
+    changes |= {"validation_images": 0, "validate_every": 0, "preview_every": 0, "kid_every": 0}
     changes |= {"preview_prompts": [], "warmup_steps": 0, "learning_rate_decay": "none"}
     overrides = [f"train.{name}={value}" for name, value in changes.items()]
     demo = load_recipe(REPOSITORY / "jobs" / "configs" / "demo.toml", overrides)

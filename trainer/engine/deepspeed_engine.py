@@ -4,7 +4,6 @@ Reads the launcher's environment variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER
 """
 
 import logging
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -113,18 +112,19 @@ def accumulation_steps(config: TrainConfig, world: int) -> int:
 def engine_settings(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
     """The DeepSpeed settings of a run on these ranks. Raises UserError if the batch or the optimizer does not fit."""
     check_ranks(config, ranks.world)
+    is_skipped_by_deepspeed = config.zero_stage > 0 and not skips_on_device(config)
     return {
         "train_batch_size": config.global_batch,
         "train_micro_batch_size_per_gpu": config.micro_batch,
         "gradient_accumulation_steps": accumulation_steps(config, ranks.world),
-        # Without ZeRO, `optimizer_step` clips: DeepSpeed would compute the norm again, weight by weight.
-        "gradient_clipping": config.max_grad_norm if config.zero_stage else 0.0,
-        # A step with a non-finite gradient is skipped on all ranks; the reported norm is then inf.
-        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": True},
+        # Else `optimizer_step` clips and skips.
+        "gradient_clipping": config.max_grad_norm if is_skipped_by_deepspeed else 0.0,
+        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": is_skipped_by_deepspeed},
         # One gradient buffer saves GPU memory; on a CPU it adds 10 % to the time of a small step. In bf16 CPUs have it
         # too, so that tests on a CPU run the combination that GPUs run.
         "zero_optimization": {
             "stage": config.zero_stage,
+            "compute_grad_norm": is_skipped_by_deepspeed or not config.zero_stage,
             "contiguous_gradients": ranks.device.type == "cuda" or config.precision == "bf16",
             # Gradients are reduced while the backward pass goes on; a CPU has no streams for it.
             "overlap_comm": ranks.device.type == "cuda" and ranks.world > 1,
@@ -165,23 +165,69 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, config: TrainConfig, st
     return rate
 
 
-def optimizer_step(engine: deepspeed.DeepSpeedEngine, config: TrainConfig) -> float:
+def skips_on_device(config: TrainConfig) -> bool:
+    """True if torch's fused AdamW skips non-finite gradients on the device, so that the host need not wait for them.
+
+    With sharded weights DeepSpeed decides it on the host; AdamW of bitsandbytes cannot skip.
+    """
+    return config.zero_stage < 3 and config.optimizer == "adamw"
+
+
+def optimizer_step(engine: deepspeed.DeepSpeedEngine, config: TrainConfig) -> torch.Tensor:
     """Update after a step's last micro batch. Returns the global gradient norm before clipping; 0 after the others.
 
-    A non-finite gradient changes nothing on any rank, and the returned norm is not finite.
+    The norm is a scalar on the device. A non-finite gradient changes nothing on any rank, and the norm is not finite.
     """
     if not engine.is_gradient_accumulation_boundary():
         engine.step()
-        return 0.0
-    if config.zero_stage:
+        return torch.zeros((), device=engine.device)
+    if config.zero_stage and not skips_on_device(config):
         engine.step()
-        return float(engine.get_global_grad_norm())
+        return torch.full((), float(engine.get_global_grad_norm()), dtype=torch.float64, device=engine.device)
+    if config.zero_stage:
+        norm = _partitioned_norm(engine)
+        with _clipped(engine.optimizer.optimizer, norm, config.max_grad_norm or torch.inf):
+            engine.step()
+        return norm
     # Gradients are already averaged over ranks.
-    norm = float(torch.nn.utils.clip_grad_norm_(engine.module.parameters(), config.max_grad_norm or torch.inf))
-    if not math.isfinite(norm):
-        engine.module.zero_grad(set_to_none=True)  # AdamW leaves weights without a gradient as they are
+    norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), config.max_grad_norm or torch.inf)
+    if skips_on_device(config):
+        engine.optimizer.found_inf = (~torch.isfinite(norm)).float()
+    elif not torch.isfinite(norm):
+        engine.module.zero_grad(set_to_none=True)  # the optimizer leaves weights without a gradient as they are
     engine.step()
     return norm
+
+
+@contextmanager
+def _clipped(adamw: torch.optim.Optimizer, norm: torch.Tensor, max_norm: float) -> Iterator[None]:
+    """Within the block, let fused AdamW clip its gradients as DeepSpeed does, and do nothing if the norm is not finite.
+
+    DeepSpeed itself would wait for the norm.
+    """
+    factor = 1 / torch.clamp((norm + 1e-6) / max_norm, min=1)
+
+    def clip(*_: Any) -> None:
+        for group in adamw.param_groups:  # DeepSpeed steps with one group at a time
+            for master in group["params"]:
+                master.grad.mul_(factor)
+
+    adamw.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+    hook = adamw.register_step_pre_hook(clip)
+    yield
+    hook.remove()
+
+
+def _partitioned_norm(engine: deepspeed.DeepSpeedEngine) -> torch.Tensor:
+    """Norm of the gradients that ZeRO 1 or 2 has divided among the ranks. It rounds as DeepSpeed's own."""
+    norms = []
+    for gradients in engine.optimizer.averaged_gradients.values():
+        parts = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
+        zero = torch.zeros((), dtype=torch.float64, device=engine.device)
+        square = torch.stack([*parts, zero]).square().sum().float()
+        dist.all_reduce(square)
+        norms.append(square.sqrt())
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def gather_numbers(values: torch.Tensor, ranks: Ranks) -> torch.Tensor:

@@ -19,9 +19,9 @@ BUCKET = 1 << 24
 """Elements of the averages that are gathered at once: 64 MiB."""
 
 
-def decay_at(updates: int, decay: float) -> float:
+def decay_at(updates: torch.Tensor, decay: float) -> torch.Tensor:
     """min(decay, (1 + n) / (10 + n)) after n updates: a small decay at first forgets the initial weights."""
-    return min(decay, (1 + updates) / (10 + updates))
+    return ((1 + updates) / (10 + updates)).clamp(max=decay)
 
 
 class MovingAverage:
@@ -40,12 +40,16 @@ class MovingAverage:
         self.fragments = copies or masters
         self._averages = [fragment.values for fragment in self.fragments]
 
-    def update(self, updates: int) -> None:
-        """average += (1 - decay) (weights - average). updates: number of optimizer steps done, at least 1."""
-        if self.is_copy:
-            torch._foreach_lerp_(self._averages, self._masters, 1 - self._decay_at(updates))
+    def update(self, updates: torch.Tensor, is_update: torch.Tensor) -> None:
+        """average += (1 - decay) (weights - average), without waiting for the device.
 
-    def _decay_at(self, updates: int) -> float:
+        updates: number of updates of the weights, a float64 scalar; is_update: False if the last step was none.
+        """
+        if self.is_copy and self._masters:
+            share = torch.where(is_update, 1 - self._decay_at(updates), 0).float()
+            torch._foreach_lerp_(self._averages, self._masters, [share] * len(self._masters))
+
+    def _decay_at(self, updates: torch.Tensor) -> torch.Tensor:
         return decay_at(updates, self._decay)
 
     def gather(self, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, torch.Tensor]]:

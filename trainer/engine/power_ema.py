@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from retrieval.errors import UserError
 from trainer.engine.ema import MovingAverage
@@ -41,8 +42,8 @@ class PowerAverage(MovingAverage):
         self.width = width
         self._exponent = exponent_of(width)
 
-    def _decay_at(self, updates: int) -> float:
-        return float((1 - 1 / updates) ** (self._exponent + 1))
+    def _decay_at(self, updates: torch.Tensor) -> torch.Tensor:
+        return (1 - 1 / updates) ** (self._exponent + 1)
 
 
 @dataclass(frozen=True)

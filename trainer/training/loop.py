@@ -1,8 +1,9 @@
 """The training loop. It ends after the last step, after SIGTERM, or with an error for too many unusable steps.
 
 Writes checkpoints and the training log. Every step ends with one small all-gather, so that all ranks stop at
-the same step. Steps with a non-finite gradient change nothing and are counted. A checkpoint is written before an
-error is raised, so that the next start goes on after the steps that failed.
+the same step; its numbers are read a few steps later (`StepNumbers`), so that the host can be ahead of the device.
+Steps with a non-finite gradient change nothing and are counted. A checkpoint is written before an error is raised, so
+that the next start goes on after the steps that failed.
 """
 
 import logging
@@ -10,12 +11,14 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import deepspeed
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from retrieval.errors import UserError
@@ -31,6 +34,7 @@ from trainer.tracking.profiling import StepProfiler
 from trainer.tracking.training_log import StepMetrics, TrainingLog
 from trainer.training.monitoring import ModelMonitor
 from trainer.training.objective import QUARTILES, Objective, quartile_means
+from trainer.training.step_numbers import StepNumbers, StepRow
 
 RECORDED = ("global_batch", "weight_decay", "max_grad_norm", "ema_decay", "adam_beta1", "adam_beta2", "adam_eps")
 """Settings that may change when a run is resumed; the metrics have them at every entry."""
@@ -94,7 +98,7 @@ class IntervalMetrics:
     steps: int = 0
     waiting_s: float = 0.0
     paused_s: float = 0.0
-    sums: torch.Tensor = field(default_factory=lambda: torch.zeros(2 * QUARTILES, dtype=torch.float64))
+    sums: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(2 * QUARTILES))
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -138,74 +142,108 @@ class _Loop:
 
     def __init__(self, session: Session, start: Progress) -> None:
         self.progress = start
+        """Of the steps whose numbers were read."""
         self._session, self._config, self._ranks = session, session.config, session.ranks
+        self._numbers = StepNumbers(session.ranks)
+        self._updates = torch.tensor(float(start.updates), dtype=torch.float64, device=session.ranks.device)
         self._interval = IntervalMetrics()
         self._consecutive = 0
         self._loss = self._grad_norm = math.nan
 
     def step(self, batches: Generator[TrainingBatch], termination: Termination) -> bool:
-        """One step and what is due after it. Returns True if a rank has received SIGTERM."""
-        session, config, ranks = self._session, self._config, self._ranks
+        """One step and what is due after it. Returns True if a rank has received SIGTERM, after its last step."""
+        session, config = self._session, self._config
         began = time.monotonic()
         batch = next(batches)
         self._interval.waiting_s += time.monotonic() - began
         self._interval.steps += 1
-        rate = set_learning_rate(session.engine, config, self.progress.step)
-        local_losses, grad_norm = _optimize(session, batch)
-        # One all-gather and one device synchronization per step: stop requests, replaced rows, losses by timestep.
-        flags = [float(termination.requested), float(batch.replaced.sum())]
-        device_flags = torch.tensor(flags, dtype=torch.float64).to(ranks.device, non_blocking=True)
-        local = torch.cat([device_flags, local_losses])
-        numbers = gather_numbers(local, ranks)
-        self._count(numbers, grad_norm, batch)
-        stopping = bool(numbers[:, 0].any())
-        ending = stopping or self.progress.step == config.steps
-        if ending or self.progress.step % config.log_every == 0:
-            self._log(rate)
+        step = self.progress.step + len(self._numbers)
+        rate = set_learning_rate(session.engine, config, step)
+        self._train(batch, termination)
+        stopping = self._count(self._numbers.read_old())
+        is_due = stopping or self._is_due(step + 1)
+        if is_due:
+            stopping |= self._count(self._numbers.read_all())
         session.checkpoints.raise_if_failed()
         session.snapshots.folder.raise_if_failed()
-        with self._interval.pause():
-            if session.monitor and session.monitor.is_due(self.progress.step):
-                session.monitor.run(session.engine, session.average, self.progress.step)
-            session.save_snapshot(self.progress)
-            if ending or self.progress.step % config.checkpoint_every == 0:
-                session.save(self.progress)
+        if is_due:
+            self._record(rate, stopping or step + 1 == config.steps)
         return stopping
 
-    def _count(self, numbers: torch.Tensor, grad_norm: float, batch: TrainingBatch) -> None:
-        """Count a step. numbers: (world, n) of all ranks. Raises UserError if too many steps or rows were unusable."""
-        losses, done = numbers[:, 2], self.progress
-        is_update, is_finite = math.isfinite(grad_norm), bool(torch.isfinite(losses).all())
+    def _record(self, rate: float, ending: bool) -> None:
+        """Write what is due after the present step, whose numbers were read."""
+        session, config, step = self._session, self._config, self.progress.step
+        if ending or step % config.log_every == 0:
+            self._log(rate)
+        with self._interval.pause():
+            if session.monitor and session.monitor.is_due(step):
+                session.monitor.run(session.engine, session.average, step)
+            session.save_snapshot(self.progress)
+            if ending or step % config.checkpoint_every == 0:
+                session.save(self.progress)
+
+    def _is_due(self, step: int) -> bool:
+        """True if the numbers of all steps up to this one are needed."""
+        session, config = self._session, self._config
+        is_recorded = step == config.steps or step % config.log_every == 0 or step % config.checkpoint_every == 0
+        is_monitored = session.monitor is not None and session.monitor.is_due(step)
+        return is_recorded or is_monitored or session.snapshots.is_due(step, config.steps)
+
+    def _train(self, batch: TrainingBatch, termination: Termination) -> None:
+        """Train on a batch, average the weights and add the numbers of the step."""
+        numbers = _optimize(self._session, batch)
+        is_update = torch.isfinite(numbers[0])
+        self._updates += is_update
+        for average in self._session.averages:
+            average.update(self._updates, is_update)
+        flags = torch.tensor([float(termination.requested), float(batch.replaced.sum())], dtype=torch.float64)
+        self._numbers.add(torch.cat([flags.to(numbers.device, non_blocking=True), numbers]), batch.image_ids)
+
+    def _count(self, rows: Iterable[StepRow]) -> bool:
+        """Count steps. Returns True if a rank has received SIGTERM.
+
+        Raises UserError if too many steps or rows were unusable.
+        """
+        stopping = False
+        for row in rows:
+            replaced = self.progress.replaced
+            self._add(row)
+            stopping |= bool(row.numbers[:, 0].any())
+            if self._consecutive:
+                self._report_non_finite(row)
+            # Only at a step that replaced some: a run that is resumed with a mended disk goes on.
+            allowed = max(MIN_REPLACED, self._config.max_replaced * self.progress.images)
+            if self.progress.replaced > max(replaced, allowed):
+                self._end(
+                    f"{self.progress.replaced:,} of {self.progress.images:,} samples could not be read, "
+                    f"train.max_replaced is {self._config.max_replaced:g}; the log names their pictures. Check the "
+                    f"disk, run the stages again from 'make download', or raise train.max_replaced."
+                )
+        return stopping
+
+    def _add(self, row: StepRow) -> None:
+        """Add a step to the progress and to the interval."""
+        grad_norm, losses, done = float(row.numbers[0, 2]), row.numbers[:, 3], self.progress
+        is_update = math.isfinite(grad_norm)
         self.progress = replace(
             done,
             step=done.step + 1,
             images=done.images + self._config.global_batch,
             skipped=done.skipped + (not is_update),
-            replaced=done.replaced + int(numbers[:, 1].sum()),
+            replaced=done.replaced + int(row.numbers[:, 1].sum()),
         )
-        if is_update:
-            for average in self._session.averages:
-                average.update(self.progress.updates)
-        if is_update and is_finite:
+        if is_update and bool(torch.isfinite(losses).all()):
             self._consecutive = 0
             self._loss, self._grad_norm = float(losses.mean()), grad_norm
-            self._interval.sums += numbers[:, 3:].sum(dim=0)
+            self._interval.sums += row.numbers[:, 4:].sum(dim=0).numpy()
         else:
             self._consecutive += 1
-            self._report_non_finite(losses.tolist(), batch)
-        # Only at a step that replaced some: a run that is resumed with a mended disk goes on.
-        allowed = max(MIN_REPLACED, self._config.max_replaced * self.progress.images)
-        if self.progress.replaced > max(done.replaced, allowed):
-            self._end(
-                f"{self.progress.replaced:,} of {self.progress.images:,} samples could not be read, train.max_replaced "
-                f"is {self._config.max_replaced:g}; the log names their pictures. Check the disk, run the stages again "
-                f"from 'make download', or raise train.max_replaced."
-            )
 
-    def _report_non_finite(self, losses: list[float], batch: TrainingBatch) -> None:
+    def _report_non_finite(self, row: StepRow) -> None:
         """Log a step whose loss or gradient is not finite. Raises UserError after too many consecutive ones."""
+        losses = row.numbers[:, 3].tolist()
         bad = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
-        ids = gather_numbers(torch.from_numpy(batch.image_ids).to(self._ranks.device), self._ranks)
+        ids = gather_numbers(torch.from_numpy(row.image_ids).to(self._ranks.device), self._ranks)
         where = f"loss is {losses[bad[0]]} on rank {bad[0]}" if bad else "gradient is not finite on some rank"
         images = {rank: ids[rank].tolist() for rank in bad or range(self._ranks.world)}
         message = f"step {self.progress.step:,}: {where}. Images of the step, by rank: {images}"
@@ -221,6 +259,8 @@ class _Loop:
     def _end(self, message: str) -> NoReturn:
         """Save a checkpoint and raise UserError on all ranks. Weights that are not finite are not saved."""
         session = self._session
+        for row in self._numbers.read_all():  # the weights have these steps
+            self._add(row)
         masters = owned_fragments(session.engine, MASTER, self._ranks)
         finite = float(all(bool(torch.isfinite(fragment.values).all()) for fragment in masters))
         is_saved = bool(gather_numbers(torch.tensor([finite], device=self._ranks.device), self._ranks).all())
@@ -228,7 +268,8 @@ class _Loop:
             session.save_snapshot(self.progress)
             session.save(self.progress)
         session.checkpoints.finish()
-        kept = "The next start continues after this step." if is_saved else "The last checkpoint is kept."
+        after = f"The next start continues after step {self.progress.step:,}."
+        kept = after if is_saved else "The last checkpoint is kept."
         raise UserError(f"train: {message} {kept}")
 
     def _log(self, rate: float) -> None:
@@ -250,21 +291,21 @@ class _Loop:
         self._interval = IntervalMetrics()
 
 
-def _optimize(session: Session, batch: TrainingBatch) -> tuple[torch.Tensor, float]:
-    """One optimizer step on a rank's batch. Returns the losses of the batch and the global gradient norm.
+def _optimize(session: Session, batch: TrainingBatch) -> torch.Tensor:
+    """One optimizer step on a rank's batch. Returns its numbers, float64 on the device.
 
-    The losses are float64 on the device: the mean, then the result of `Objective.by_quartile`.
+    They are the global gradient norm, the mean loss, then the result of `Objective.by_quartile`.
     """
     config, engine, objective = session.config, session.engine, session.objective
     dtype = next(engine.module.parameters()).dtype
-    mean_loss, grad_norm = torch.zeros((), device=session.ranks.device), 0.0
+    mean_loss = grad_norm = torch.zeros((), device=session.ranks.device)
     sample_losses = []
     for micro_batch in batch.split(config.micro_batch):
         losses = objective(engine, micro_batch, dtype)
         loss = losses.mean()
         engine.backward(loss)
         grad_norm = optimizer_step(engine, config)
-        mean_loss += loss.detach() * (len(micro_batch.image_ids) / len(batch.image_ids))
+        mean_loss = mean_loss + loss.detach() * (len(micro_batch.image_ids) / len(batch.image_ids))
         sample_losses.append(losses.detach())
     sums = objective.by_quartile(torch.cat(sample_losses), batch.timesteps)
-    return torch.cat([mean_loss.double().view(1), sums]), grad_norm
+    return torch.cat([torch.stack([grad_norm.double(), mean_loss.double()]), sums])

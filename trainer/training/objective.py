@@ -3,6 +3,8 @@
 Copies to the device are asynchronous: a step must not wait for the kernels of the previous one (`make bench-step`).
 """
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from trainer.data.loader import TrainingBatch
@@ -55,7 +57,7 @@ class Objective:
         return draw_latents(moments.float(), batch.posterior_noise.to(self._device, non_blocking=True))
 
 
-def quartile_means(sums: torch.Tensor) -> list[float | None]:
+def quartile_means(sums: npt.NDArray[np.float64]) -> list[float | None]:
     """Mean loss of each quartile, lowest timesteps first; None without samples. sums: of `by_quartile`."""
-    totals, counts = sums.view(2, QUARTILES).tolist()
+    totals, counts = sums.reshape(2, QUARTILES).tolist()
     return [total / count if count else None for total, count in zip(totals, counts, strict=True)]

@@ -102,7 +102,7 @@ class ValidationSet:
         sums = self._objective.by_quartile(torch.cat(losses)[: self._counted], timesteps)
         dist.all_reduce(sums)
         sums = sums.cpu()
-        return float(sums[:QUARTILES].sum() / sums[QUARTILES:].sum()), quartile_means(sums)
+        return float(sums[:QUARTILES].sum() / sums[QUARTILES:].sum()), quartile_means(sums.numpy())
 
 
 def fixed_batch(images: HeldOut, indices: Sequence[int], plan: TrainingPlan) -> TrainingBatch:

@@ -49,7 +49,7 @@ class Trained:
             for rows in batch.chunk(self.ranks.world)[self.ranks.rank].split(self.config.micro_batch):
                 self.engine.backward(self.engine(rows.to(dtype)).float().square().mean())
                 optimizer_step(self.engine, self.config)
-            self.average.update(step + 1)
+            self.average.update(torch.tensor(step + 1.0), torch.tensor(True))
 
     def state(self) -> dict[str, torch.Tensor]:
         """The complete fp32 weights and their average."""

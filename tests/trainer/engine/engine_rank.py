@@ -13,7 +13,7 @@ from training_set import make_recipe
 
 from trainer.engine import ema
 from trainer.engine.deepspeed_engine import Ranks, join_ranks, make_engine, optimizer_step
-from trainer.engine.ema import MovingAverage, decay_at
+from trainer.engine.ema import MovingAverage
 from trainer.engine.fragments import MASTER, owned_fragments, set_masters
 from trainer.engine.power_ema import PowerAverage, exponent_of
 from trainer.recipe import TrainConfig
@@ -42,9 +42,10 @@ def check(zero_stage: int, precision: str, ranks: Ranks) -> None:
     for update in (1, 2, 3):
         engine.backward(engine(torch.randn(2, 7).to(dtype)).float().square().mean())
         optimizer_step(engine, config)
-        decays = {"ema": decay_at(update, DECAY), "power": (1 - 1 / update) ** (exponent_of(WIDTH) + 1)}
+        decays = {"ema": min(DECAY, (1 + update) / (10 + update))}
+        decays["power"] = (1 - 1 / update) ** (exponent_of(WIDTH) + 1)
         for kind, decay in decays.items():
-            sharded[kind].update(update)
+            sharded[kind].update(torch.tensor(update, dtype=torch.float64), torch.tensor(True))
             for name, weights in masters(engine.module, zero_stage).items():
                 expected[kind][name].lerp_(weights, 1 - decay)
     for kind, average in sharded.items():

@@ -11,18 +11,17 @@ from trainer.engine.fragments import Fragment
 
 
 def test_the_decay_rises_to_its_value() -> None:
-    assert decay_at(0, 0.9999) == pytest.approx(0.1)
-    assert decay_at(90, 0.9999) == pytest.approx(0.91)
-    assert decay_at(10**6, 0.9999) == 0.9999
+    updates = torch.tensor([0, 90, 10**6], dtype=torch.float64)
+    assert decay_at(updates, 0.9999).tolist() == pytest.approx([0.1, 0.91, 0.9999])
 
 
 def test_an_average_moves_towards_its_weights() -> None:
     weights = torch.zeros(3)
     average = MovingAverage([Fragment("w", 0, weights)], decay=0.75)
     weights += 1
-    for update in (30, 31):
-        average.update(update)
-    # From 0 towards 1; each step covers a quarter of the remaining distance.
+    for update, is_update in ((30, True), (30, False), (31, True)):
+        average.update(torch.tensor(float(update)), torch.tensor(is_update))
+    # From 0 towards 1; each update covers a quarter of the remaining distance.
     assert average.fragments[0].values.tolist() == [1 - 0.75**2] * 3
 
 
@@ -31,7 +30,7 @@ def test_a_decay_of_almost_one_still_changes_the_average() -> None:
     average = MovingAverage([Fragment("w", 0, weights)], decay=0.9999)
     weights *= 1.01
     for update in range(10**6, 10**6 + 5000):
-        average.update(update)
+        average.update(torch.tensor(float(update)), torch.tensor(True))
     assert average.fragments[0].values.item() == pytest.approx(1 + 0.01 * (1 - 0.9999**5000), abs=5e-5)
 
 

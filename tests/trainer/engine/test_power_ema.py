@@ -19,7 +19,7 @@ def averages_of(weights: torch.Tensor, width: float) -> npt.NDArray[np.float64]:
     values = []
     for update, row in enumerate(weights, start=1):
         master.copy_(row)
-        average.update(update)
+        average.update(torch.tensor(float(update), dtype=torch.float64), torch.tensor(True))
         values.append(average.fragments[0].values.numpy().copy())
     return np.stack(values)
 

@@ -26,11 +26,13 @@ from tests.trainer.training_set import (
 from trainer.checkpoint.checkpoint import Progress
 from trainer.checkpoint.fragment_files import SavedFragments
 from trainer.data.loader import Loader
+from trainer.engine.deepspeed_engine import Ranks
 from trainer.engine.fragments import MASTER, Fragment
 from trainer.recipe import TrainingRecipe
 from trainer.tracking.training_log import read_step_metrics
 from trainer.training.loop import _Loop
 from trainer.training.objective import QUARTILES
+from trainer.training.step_numbers import LAG, StepRow
 from trainer.training.train import checkpoints_of, prepare
 
 
@@ -43,7 +45,8 @@ def test_steps_that_are_not_finite_are_skipped_and_too_many_end_the_run_after_a_
 ) -> None:
     moments = np.full((len(ids_of(2)), VIEWS, 2, *SHAPE), np.inf, np.float16)
     write_latents(training_set, NAMES[2], ids_of(2), moments)
-    recipe = recipe_of(autoencoder_folder, max_skipped_steps=3)
+    # Without entries of the log the numbers of a step are read LAG steps later.
+    recipe = recipe_of(autoencoder_folder, max_skipped_steps=3, log_every=1000)
     code, log = try_to_train(recipe, training_set, ranks=2)
     assert code != 0
     pattern = r"step (\d+): (?:loss is (?:nan|inf) on rank \d|gradient).*Images of the step, by rank: (\{.*?\})\. (\w+)"
@@ -57,12 +60,15 @@ def test_steps_that_are_not_finite_are_skipped_and_too_many_end_the_run_after_a_
         for rank, image_ids in ast.literal_eval(ids).items():
             assert image_ids == Loader(plan, training_set, rank, 2).batch(int(step) - 1).image_ids.tolist()
             assert set(image_ids) & set(ids_of(2).tolist())
-    # The next start goes on behind the failed step, also with another learning rate.
+    # The next start goes on behind the steps that are done, also with another learning rate.
     changed = prepare(recipe_of(autoencoder_folder, learning_rate=1e-5), training_set)
     checkpoints = checkpoints_of(changed, training_set)
-    assert checkpoints.newest_step() == int(messages[-1][0])
+    last = int(messages[-1][0]) + LAG
+    assert f"The next start continues after step {last}." in log
+    loaders = [Loader(plan, training_set, rank, 2) for rank in range(2)]
+    bad = [any(np.isin(loader.batch(step).image_ids, ids_of(2)).any() for loader in loaders) for step in range(last)]
     [entry] = checkpoints.entries()
-    assert entry["skipped"] == len({step for step, *_ in messages})
+    assert (entry["step"], entry["skipped"]) == (last, sum(bad))
     with SavedFragments(checkpoints.root, entry["tag"]) as saved:
         weights = Fragment("conv_in.bias", 0, torch.full((32,), np.nan))
         saved.read_into(MASTER, weights)
@@ -96,12 +102,12 @@ def test_a_run_over_its_limit_goes_on_while_all_pictures_can_be_read(monkeypatch
         raise UserError(message)
 
     monkeypatch.setattr(_Loop, "_end", end)
-    average = SimpleNamespace(update=lambda updates: None)
-    loop = _Loop(SimpleNamespace(config=recipe_of("").train, ranks=None, averages=[average]), Progress(10, 80, 0, 11))
-    numbers = torch.ones(1, 3 + 2 * QUARTILES, dtype=torch.float64)
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    loop = _Loop(SimpleNamespace(config=recipe_of("").train, ranks=ranks), Progress(10, 80, 0, 11))
+    numbers = torch.ones(1, 4 + 2 * QUARTILES, dtype=torch.float64)
     numbers[0, 1] = 0
-    loop._count(numbers, 1.0, None)
+    loop._count([StepRow(numbers, np.zeros(1, np.int64))])
     assert loop.progress == Progress(11, 88, 0, 11)
     numbers[0, 1] = 1
     with pytest.raises(UserError, match="12 of 96 samples could not be read"):
-        loop._count(numbers, 1.0, None)
+        loop._count([StepRow(numbers, np.zeros(1, np.int64))])
