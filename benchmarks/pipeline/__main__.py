@@ -2,14 +2,15 @@
 
 Medians of interleaved rounds, in wall time and in CPU time, which does not depend on the load of the machine. Writes
 `docs/pipeline.json` after each part and `docs/pipeline.md` once it has all; `--parts` measures some of them and keeps
-the others. About eight minutes on two free cores; `--tiny` is a trial run.
+the others. About nine minutes on two free cores; `--tiny` is a trial run.
 """
 
 import argparse
 import json
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,9 @@ output as the plain queries: the kept rows in two parts, as Parquet with zstd. M
 rounds."""
 
 EMBED = "**Embed.** {pictures} pictures by {model} with random weights, on one thread. {loops}"
-LOOPS = "Ours reads the tar of a shard and writes its table; the plain loop has the pictures in memory."
+LOOPS = "Both read the tar of a shard and write a table of vectors; ours has the metadata too."
+WORKERS = """Seconds per shard on Ray, at the end of a pass; medians of {rounds} interleaved rounds. One worker shares
+one core with Ray's own processes, two workers share two."""
 
 
 @dataclass(frozen=True)
@@ -107,10 +110,9 @@ def measure_embed(folder: Path, size: Size) -> dict[str, Any]:
     encoder = Encoder(stages.write_clip(folder / size.model, size.model))
     root = Root(str(folder / "embed-loop"))
     stages.write_download(root, 1, size.pictures)
-    pictures = stages.make_pictures(size.pictures, 0)
     loops: dict[str, Callable[[], object]] = {
         "ours": stages.shard_work(root, encoder, 64),
-        "bare loop": partial(stages.plain_loop, pictures, encoder, 64),
+        "bare loop": partial(stages.plain_loop, root, encoder, 64),
     }
     methods: dict[str, Callable[[], dict[str, float]]] = {
         name: partial(stages.timed, loop) for name, loop in loops.items()
@@ -121,34 +123,54 @@ def measure_embed(folder: Path, size: Size) -> dict[str, Any]:
     return {**result, "methods": median_rounds(methods, size.rounds)}
 
 
-def measure_workers(folder: Path, size: Size) -> list[dict[str, Any]]:
+def measure_workers(folder: Path, size: Size) -> dict[str, Any]:
     """Seconds per shard on Ray with one worker and with two; for neighbors also with a tenth of the rows."""
     clip = stages.write_clip(folder / size.model, size.model)
     small, large = (folder / f"neighbors-{rows}" for rows in size.train_rows)
     stages.write_download(Root(str(folder)), size.shards, max(2, size.pictures // 8))
+    query.write_metadata(folder / "metadata", max(size.rows), size.rows_per_file)
     with ray_connection():
         for root, rows in zip((small, large), size.train_rows, strict=True):
             stages.write_embed(Root(str(root)), rows, size.database_rows, 512 if size is FULL else 8)
             stages.build_index(root, size.database_rows // 12)
-        run_filter = partial(stages.run_filter, folder, folder / "metadata", rows_per_piece=size.rows_per_piece)
-        runs: dict[str, Callable[[int], float]] = {
-            "filter": lambda workers: run_filter(workers=workers),
-            "embed": partial(stages.run_embed, folder, clip),
-            "neighbors": partial(stages.run_neighbors, large),
-        }
-        results = [_one_and_two_workers(name, run, size.rounds) for name, run in runs.items()]
-        tenth = stages.run_neighbors(small, 1)
-    results[-1]["tenth_s"] = tenth * size.train_rows[1] / size.train_rows[0]
-    return results
+    runs: dict[str, Callable[[int], float]] = {
+        "filter": partial(stages.run_filter, folder, folder / "metadata", size.rows_per_piece),
+        "embed": partial(stages.run_embed, folder, clip),
+        "neighbors": partial(stages.run_neighbors, large),
+    }
+    rounds = max(1, size.rounds - 1)
+    one, two, tenth = _median_seconds(runs, partial(stages.run_neighbors, small, 1), rounds)
+    rows = [{"stage": name, "one_s": one[name], "two_s": two[name], "ratio": one[name] / two[name]} for name in runs]
+    rows[-1]["tenth_s"] = tenth * size.train_rows[1] / size.train_rows[0]
+    return {"how": WORKERS.format(rounds=rounds), "stages": rows}
 
 
-def _one_and_two_workers(name: str, run: Callable[[int], float], rounds: int) -> dict[str, Any]:
-    times: dict[int, list[float]] = {1: [], 2: []}
-    for _ in range(max(1, rounds - 1)):
-        for workers, seconds in times.items():
-            seconds.append(run(workers))
-    one, two = (statistics.median(seconds) for seconds in times.values())
-    return {"stage": name, "one_s": one, "two_s": two, "ratio": one / two}
+def _median_seconds(
+    runs: dict[str, Callable[[int], float]], tenth: Callable[[], float], rounds: int
+) -> tuple[dict[str, float], dict[str, float], float]:
+    """Seconds per shard with one worker, with two, and of the small run with one: medians of interleaved rounds."""
+    seconds: dict[int, dict[str, list[float]]] = {workers: {name: [] for name in runs} for workers in (1, 2)}
+    small = []
+    for _ in range(rounds):
+        for workers, of_stages in seconds.items():
+            with _cores(workers), ray_connection():
+                for name, run in runs.items():
+                    of_stages[name].append(run(workers))
+                if workers == 1:
+                    small.append(tenth())
+    one, two = ({name: statistics.median(values) for name, values in part.items()} for part in seconds.values())
+    return one, two, statistics.median(small)
+
+
+@contextmanager
+def _cores(count: int) -> Iterator[None]:
+    """Processes that are started in the block have this number of cores in all."""
+    available = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(available)[:count])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, available)
 
 
 PARTS: dict[str, Callable[[Path, Size], Any]] = {
@@ -182,10 +204,10 @@ def goals(result: dict[str, Any]) -> list[Goal]:
         Goal("filter, peak memory at 10 times the rows", 1.5, memory, True),
         Goal("filter, CPU time per row at 10 times the rows", 1.1, time, True),
         Goal("embed, images per CPU second, against the plain loop", 1, rate),
-        *(Goal(f"{row['stage']}, two workers against one", 1.9, row["ratio"]) for row in result["workers"]),
+        *(Goal(f"{row['stage']}, two workers against one", 1.9, row["ratio"]) for row in result["workers"]["stages"]),
         *(
             Goal("neighbors, time per row at 10 times the rows", 1.1, row["one_s"] / row["tenth_s"], True)
-            for row in result["workers"]
+            for row in result["workers"]["stages"]
             if "tenth_s" in row
         ),
     ]
@@ -205,7 +227,7 @@ def page(result: dict[str, Any]) -> str:
     ]
     workers = [
         [row["stage"], f"{row['one_s']:.2f}", f"{row['two_s']:.2f}", f"{row['ratio']:.2f} x"]
-        for row in result["workers"]
+        for row in result["workers"]["stages"]
     ]
     parts = [
         "# Speed of the data stages",
@@ -215,7 +237,7 @@ def page(result: dict[str, Any]) -> str:
         markdown_table(["filter, rows", "CPU us per row:", "peak memory:"], sizes),
         EMBED.format(**embeds),
         markdown_table(["loop", "images per CPU second:", "images/s, wall:"], loops),
-        "**Workers.** Seconds per shard on Ray, without the first shard of each worker.",
+        f"**Workers.** {result['workers']['how']}",
         markdown_table(["stage", "one worker:", "two workers:", "ratio:"], workers),
     ]
     return "\n\n".join(parts) + "\n"
