@@ -14,7 +14,7 @@ from jobs.cli.command import add_remake, exit_on_user_error, recipe_parser, run_
 from jobs.cli.recipe import Recipe
 from retrieval.recipe import ClipConfig
 from trainer.recipe import AutoencoderConfig, DiffusionConfig, ModelConfig, TrainConfig, TrainingRecipe
-from trainer.training.hosts import check_hosts, read_hosts
+from trainer.training.hostfile import check_hosts, read_hosts
 from trainer.training.launch import launch, launch_hosts
 
 

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 from retrieval.lazy import public_names
 
 if TYPE_CHECKING:
-    from retrieval.provenance.credentials import Credentials, demo_credentials, read_credentials
-    from retrieval.provenance.signature import Provenance, SignedPicture, read_signature, sign_picture
+    from retrieval.provenance.c2pa_manifest import Provenance, SignedPicture, read_signature, sign_picture
+    from retrieval.provenance.signing_key import Credentials, demo_credentials, read_credentials
 
 __getattr__ = public_names(
     __name__,
     {
-        "credentials": "Credentials demo_credentials read_credentials",
-        "signature": "Provenance SignedPicture read_signature sign_picture",
+        "signing_key": "Credentials demo_credentials read_credentials",
+        "c2pa_manifest": "Provenance SignedPicture read_signature sign_picture",
     },
 )

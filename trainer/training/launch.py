@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 
-from trainer.training.hosts import Host, needs_ssh
+from trainer.training.hostfile import Host, needs_ssh
 
 TERMINATED = 143
 """Exit code of a run that wrote a checkpoint and stopped after SIGTERM."""

@@ -18,7 +18,7 @@ from PIL import Image
 from retrieval.errors import UserError
 from retrieval.extras import extras_named
 from retrieval.pictures.decode import PictureError, codec_errors
-from retrieval.provenance.credentials import Credentials
+from retrieval.provenance.signing_key import Credentials
 
 with extras_named():
     import c2pa

@@ -17,7 +17,7 @@ from retrieval.provenance import (
     read_signature,
     sign_picture,
 )
-from retrieval.provenance.signature import signed_picture
+from retrieval.provenance.c2pa_manifest import signed_picture
 from tests.retrieval.provenance.hostile_pictures import png_of_too_many_pixels, png_with_a_text_bomb
 
 NEIGHBORS = (

@@ -4,7 +4,7 @@ import pytest
 
 from retrieval.errors import UserError
 from tests.trainer.training.machines import replace_programs
-from trainer.training.hosts import Host, check_hosts, needs_ssh, read_hosts
+from trainer.training.hostfile import Host, check_hosts, needs_ssh, read_hosts
 
 
 def test_a_hostfile_lists_machines_and_their_ranks_in_order(tmp_path: Path) -> None:
@@ -55,6 +55,6 @@ def test_the_error_for_machines_that_cannot_train_names_them(tmp_path: Path, mon
 def test_the_check_of_a_machine_that_does_not_answer_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replace_programs(tmp_path, monkeypatch, "ssh", "pdsh")
     (tmp_path / "ssh").write_text("#!/bin/sh\nexec sleep 60\n")
-    monkeypatch.setattr("trainer.training.hosts.TIMEOUT_S", 0.25)
+    monkeypatch.setattr("trainer.training.hostfile.TIMEOUT_S", 0.25)
     with pytest.raises(UserError, match="host mute did not answer ssh within"):
         check_hosts((Host("mute", 1), Host("localhost", 1)))
