@@ -1,5 +1,6 @@
 """Fixtures of all tests: one Ray, one tiny demo and one fork server for all, and the order of the files."""
 
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
 from benchmarks.crashes.store import Store, running_store
-from tests.fork_server import SHARED_FOLDER, share_folder, shared_client
+from tests.fork_server import SHARED_FOLDER, WORKERS_ARE_FORKS, forked_client, library_client, share_folder
 from tests.jobs.demo.tiny_demo import TinyDemo, run_once
 
 LONG = (
@@ -77,7 +78,7 @@ def pytest_xdist_setupnodes(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
+def ray_cluster(forked_python: Path) -> Iterator[None]:
     """A local Ray with two CPUs, to which stages connect."""
     os.environ["RAY_AUTH_MODE"] = "disabled"
     ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=1 << 28, logging_level="warning")
@@ -95,8 +96,12 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def forked_python(shared_folder: Path) -> Path:
-    """A program that takes the arguments of `python` and runs them in a fork with the libraries imported."""
-    return shared_client()
+    """A program that takes the arguments of `python` and runs them in a fork with the libraries imported.
+
+    Workers of a Ray that is started afterwards are such forks too: their imports take nine seconds otherwise.
+    """
+    os.environ[WORKERS_ARE_FORKS] = json.dumps({"runtime_env": {"py_executable": str(library_client())}})
+    return forked_client()
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-MODULES = (
+LIBRARIES = (
     "boto3",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "diffusers.models.autoencoders.autoencoder_kl",
@@ -38,9 +38,9 @@ MODULES = (
     "open_clip",
     "pandas",
     "pyarrow.parquet",
-    "ray.train.torch",
     "torch.utils.tensorboard",
 )
+WITH_RAY = ("ray.train.torch",)
 CLIENT = """#!{python} -IS
 import marshal, os, signal, socket, sys
 
@@ -58,6 +58,9 @@ sys.exit(code)
 """
 
 
+WORKERS_ARE_FORKS = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Environment variable of Ray that starts the workers of a new Ray with a client. Not for Ray's job servers, which kill
+the process group of a job."""
 SHARED_FOLDER, OWNER = "TESTS_SHARED_FOLDER", "TESTS_OWNER"
 """Environment variables: the folder that all test processes share, and the process with which the servers end."""
 
@@ -67,7 +70,17 @@ def share_folder(folder: Path) -> None:
     os.environ |= {SHARED_FOLDER: str(folder), OWNER: str(os.getpid())}
 
 
-def shared_client(name: str = "forks", python: str = sys.executable, modules: Sequence[str] = MODULES) -> Path:
+def library_client() -> Path:
+    """The client of a server without Ray, which reads its settings from the environment when it is imported."""
+    return shared_client("libraries", sys.executable, LIBRARIES)
+
+
+def forked_client() -> Path:
+    """The client for commands of the repository."""
+    return shared_client("forks", str(library_client()), WITH_RAY)
+
+
+def shared_client(name: str, python: str, modules: Sequence[str]) -> Path:
     """The client of a server that all test processes share. The first process starts it."""
     folder = Path(os.environ[SHARED_FOLDER]) / name
     with FileLock(f"{folder}.lock"):

@@ -25,6 +25,7 @@ from jobs.cluster.submit import copy_upload, read_command, start_job, submit
 from retrieval.errors import UserError
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
+from tests.fork_server import WORKERS_ARE_FORKS
 from tests.jobs.free_ports import free_ports
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -57,7 +58,7 @@ def cluster() -> Iterator[Cluster]:
     head = subprocess.Popen(
         [str(binaries / "ray"), "start", "--head", "--block", *options],
         env={
-            **{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+            **{name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", WORKERS_ARE_FORKS)},
             "PATH": f"{binaries}:{os.environ['PATH']}",
             "RAY_AUTH_MODE": "disabled",
             "RAY_metrics_report_interval_ms": "500",

@@ -370,11 +370,11 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
 def test_a_worker_that_exceeds_its_memory_is_ended(root: Root) -> None:
     def use_too_much_once(shard: str, call: int) -> None:
         if shard == "00001" and call == 1:
-            memory = b"x" * 500_000_000
+            memory = b"x" * 1_000_000_000
             time.sleep(60)
             del memory
 
-    run_shards(stage(root), SHARDS, works(root, before=use_too_much_once), Workers(1, memory_gb=0.45))
+    run_shards(stage(root), SHARDS, works(root, before=use_too_much_once), Workers(1, memory_gb=1.2))
     assert calls(root) == [1, 2, 1]
 
 

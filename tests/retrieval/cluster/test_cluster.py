@@ -233,7 +233,7 @@ def test_a_call_to_a_stopped_actor_is_answered_by_the_other_replica_or_fails_in_
 def test_the_error_names_partitions_that_no_actor_can_open_again(
     database: Database, queries: Vectors, opened: Open
 ) -> None:
-    cluster = opened(database, restart_timeout_s=20)
+    cluster = opened(database, restart_timeout_s=5)
     folder = str(database.root.local_path(""))
     shutil.move(folder, f"{folder}-away")
     kill_one(cluster, 0)

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 from retrieval.storage.root import Root
-from tests.fork_server import shared_client
+from tests.fork_server import forked_client, shared_client
 from trainer.recipe import TrainingRecipe
 
 TESTS = Path(__file__).parents[1]
@@ -39,7 +39,7 @@ def fork(argv: list[str], log: Path, ranks: int) -> tuple[int, str]:
 
 def start_ranks(argv: list[str], log: Path, ranks: int) -> list[subprocess.Popen[bytes]]:
     """Start `python -m <argv>` on some ranks, with a new log of what they write to stderr."""
-    python = shared_client("ranks", str(shared_client()), ["trainer.training.train"])
+    python = shared_client("ranks", str(forked_client()), ["trainer.training.train"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
