@@ -258,7 +258,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training.step", description=__doc__)
     parser.add_argument("--scratch", type=Path, default=SCRATCH, help="folder of the data and the run")
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the results")
-    parser.add_argument("--steps", type=int, default=80, help=f"steps to train, more than {WARM_UP_STEPS}")
+    parser.add_argument("--steps", type=int, default=80, help=f"steps to train, at least {WARM_UP_STEPS + 2}")
     parser.add_argument("--batch", type=int, default=BATCH, help="latents of a step")
     options = parser.parse_args()
     root = Root(options.scratch / "step")

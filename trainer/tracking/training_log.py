@@ -17,6 +17,7 @@ from typing import Generic, TypeVar
 import numpy as np
 from PIL import Image
 
+from retrieval.errors import UserError
 from trainer.tracking.dashboards import Dashboard
 
 log = logging.getLogger("train")
@@ -207,7 +208,15 @@ def _read(path: Path, entry_class: type[Entry]) -> list[Entry]:
 
 
 def summarize(entries: list[StepMetrics]) -> dict[str, float]:
-    """Values for the manifest: mean loss over the last tenth of the entries, median time of a step."""
+    """Values for the manifest: mean loss over the last tenth of the entries, median time of a step.
+
+    Raises UserError without entries: steps that are not finite have none.
+    """
+    if not entries:
+        raise UserError(
+            f"{METRICS} has no step: none was finite, so the model has its initial weights. Check the images that the "
+            "log names, delete the run's folder and start again with a lower train.learning_rate."
+        )
     tail = entries[-max(1, len(entries) // 10) :]
     return {
         "steps": entries[-1].step,

@@ -18,6 +18,7 @@ from trainer.tracking.training_log import (
     ValidationMetrics,
     read_step_metrics,
     read_validation_metrics,
+    summarize,
 )
 from trainer.training.train import prepare
 
@@ -121,3 +122,8 @@ def test_a_missing_wandb_package_is_an_error_before_training_starts(
 def test_weights_and_biases_needs_a_project() -> None:
     with pytest.raises(ValidationError, match="wandb = true needs a wandb_project"):
         make_recipe("", wandb=True)
+
+
+def test_a_run_without_a_finite_step_is_an_error() -> None:
+    with pytest.raises(UserError, match="none was finite"):
+        summarize([])
