@@ -60,7 +60,7 @@ AUTOENCODERS: dict[AutoencoderKind, Callable[[], Any]] = {
 
 @dataclass(frozen=True)
 class UtilizationMeter:
-    """Computes MFU and memory. flops_per_image: forward and backward pass; world: number of devices."""
+    """Computes MFU and memory. flops_per_image: forward and backward pass, 0 without a peak rate; world: devices."""
 
     flops_per_image: float
     peak: float | None
@@ -85,12 +85,15 @@ class UtilizationMeter:
 
 
 def make_utilization_meter(plan: TrainingPlan, ranks: Ranks) -> UtilizationMeter:
-    """The meter of a run on these ranks. Logs the FLOPs per image and the peak rate."""
-    config = plan.config
-    flops = training_flops(config.model, plan.training_set.latent_shape, config.train.context_tokens)
+    """The meter of a run on these ranks. Logs the peak rate and, where there is one, the FLOPs per image."""
     name = device_name(ranks.device)
     peak = known_peak(name)
-    rate = f"MFU is relative to {peak / TERA:,.0f} TFLOP/s of {name}" if peak else f"no data sheet of {name}, no MFU"
+    if not peak:
+        log.info(f"no data sheet of {name}, no MFU")
+        return UtilizationMeter(0, None, ranks.world, ranks.device)
+    config = plan.config
+    flops = training_flops(config.model, plan.training_set.latent_shape, config.train.context_tokens)
+    rate = f"MFU is relative to {peak / TERA:,.0f} TFLOP/s of {name}"
     log.info(f"{flops / 1e9:,.2f} GFLOP of the UNet per image; {rate}")
     return UtilizationMeter(flops, peak, ranks.world, ranks.device)
 
