@@ -6,6 +6,7 @@ host memory, which a thread writes during the next steps; to an object store it 
 files. Checkpoints of another run are an error.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -15,9 +16,10 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed
+from deepspeed.accelerator import get_accelerator
 from safetensors import SafetensorError
 
-from retrieval.errors import UserError
+from retrieval.errors import NodeError, UserError
 from retrieval.storage.root import Root
 from trainer.checkpoint.fragment_files import SavedFragments, fragment_key, rank_file_name, write_fragments
 from trainer.engine import eight_bit
@@ -34,8 +36,12 @@ from trainer.engine.fragments import (
 )
 from trainer.recipe import CHANGEABLE
 
+log = logging.getLogger("train")
+
 INDEX = "checkpoints.json"
 CHANGEABLE_NAMES = frozenset(f"train.{name}" for name in CHANGEABLE)
+NODE_FAULT, REFUSED = -1, -2
+"""Results of a rank that could not do its part of a checkpoint."""
 LAYOUT = 3
 """Version of the file layout. Layout 1 was DeepSpeed's, for a fixed number of ranks; layout 2 had only the step."""
 
@@ -72,7 +78,7 @@ class CheckpointFolder:
     keep_every: int
     """Checkpoints at multiples of this step are never deleted; 0: none."""
     before_publishing: Callable[[], None] = lambda: None
-    """Called on rank 0 before a checkpoint is published. Its UserError is a failure of the checkpoint."""
+    """Called on rank 0 before files are written and before they are published. Its UserError ends the checkpoint."""
     timeout_minutes: int = 60
     """Time that ranks wait for each other's files."""
     encoder: dict[str, Any] = field(default_factory=dict)
@@ -162,9 +168,13 @@ class CheckpointFolder:
         if self._group is None:
             # A separate process group: the writer threads communicate at the same time as the training.
             self._group = torch.distributed.new_group(backend="gloo", timeout=timedelta(minutes=self.timeout_minutes))
-            self._copy = {key: torch.empty_like(values, device="cpu") for key, values in tensors.items()}
+            self._copy = {
+                key: torch.empty_like(values, device="cpu", pin_memory=values.is_cuda)
+                for key, values in tensors.items()
+            }
         for key, values in tensors.items():
-            self._copy[key].copy_(values)
+            self._copy[key].copy_(values, non_blocking=True)
+        get_accelerator().synchronize()
         self._pending = self._writer.submit(self._write, progress, ranks)
 
     def finish(self) -> None:
@@ -201,7 +211,7 @@ class CheckpointFolder:
         self.check_files(newest)
         progress = Progress(**{name: newest[name] for name in Progress.__dataclass_fields__})
         initialize_moments(engine, progress.updates)
-        with SavedFragments(self.root, newest["tag"]) as saved:
+        with SavedFragments(self.root, newest["tag"], newest["files"]) as saved:
             for state in (MASTER, *moment_states(engine)):
                 fragments = local_fragments(engine, state, ranks)
                 if state in eight_bit.STATES:
@@ -218,7 +228,7 @@ class CheckpointFolder:
     ) -> Iterator[dict[str, torch.Tensor]]:
         """Averages of the weights in an indexed checkpoint, each complete, by name, on the CPU. Not a collective."""
         self.check_files(entry)
-        with SavedFragments(self.root, entry["tag"]) as saved:
+        with SavedFragments(self.root, entry["tag"], entry["files"]) as saved:
             for state in states:
                 averages = {name: torch.empty(shape) for name, shape in shapes.items()}
                 for name, values in averages.items():
@@ -236,24 +246,42 @@ class CheckpointFolder:
 
     def _write(self, progress: Progress, ranks: Ranks) -> None:
         """Write this rank's copy; when all ranks are done, rank 0 publishes. Runs in the writer thread."""
-        folder, size, problem = f"step-{progress.step:08d}", -1, ""
-        try:
-            size = write_fragments(self.root, f"{folder}/{rank_file_name(ranks.rank)}", self._copy)
+        folder = f"step-{progress.step:08d}"
+
+        def check() -> int:
             if ranks.is_first:
                 self.before_publishing()
-        except (OSError, SafetensorError, UserError) as error:
-            size, problem = -1, f": {error}"
-        sizes = [torch.empty(1, dtype=torch.int64) for _ in range(ranks.world)]
-        torch.distributed.all_gather(sizes, torch.tensor([size]), group=self._group)
-        failed = [rank for rank, size in enumerate(sizes) if int(size) < 0]
+            return 0
+
+        def write() -> int:
+            size = write_fragments(self.root, f"{folder}/{rank_file_name(ranks.rank)}", self._copy)
+            return size + check()
+
+        self._on_all_ranks(check, folder, ranks)  # a run that lost its lease must not write over its successor's files
+        sizes = self._on_all_ranks(write, folder, ranks)
+        if ranks.is_first:
+            self._publish(progress, {rank_file_name(rank): size for rank, size in enumerate(sizes)})
+
+    def _on_all_ranks(self, work: Callable[[], int], folder: str, ranks: Ranks) -> list[int]:
+        """The results of some work of every rank. Raises NodeError on all if a disk or store failed, else UserError."""
+        problem = ""
+        try:
+            result = work()
+        except (OSError, SafetensorError, NodeError) as error:
+            result, problem = NODE_FAULT, f": {error}"
+        except UserError as error:
+            result, problem = REFUSED, f": {error}"
+        results = [torch.empty(1, dtype=torch.int64) for _ in range(ranks.world)]
+        torch.distributed.all_gather(results, torch.tensor([result]), group=self._group)
+        values = [int(value) for value in results]
+        failed = [rank for rank, value in enumerate(values) if value < 0]
         if failed:
-            raise UserError(
+            raise (UserError if REFUSED in values else NodeError)(
                 f"{self.root.at(folder)}: rank {ranks.rank if problem else failed[0]} could not write its part of the "
                 f"checkpoint{problem}. Free disk space or repair the disk or the store, then start again: earlier "
                 f"checkpoints are kept."
             )
-        if ranks.is_first:
-            self._publish(progress, {rank_file_name(rank): int(size) for rank, size in enumerate(sizes)})
+        return values
 
     def _publish(self, progress: Progress, files: dict[str, int]) -> None:
         """Add a checkpoint to the index, then delete the old ones that are no longer kept."""
@@ -265,7 +293,10 @@ class CheckpointFolder:
         self.root.write_json(INDEX, index | {"checkpoints": kept})
         for old in entries:
             if old not in kept:
-                self.root.delete(old["tag"])
+                try:
+                    self.root.delete(old["tag"])
+                except (OSError, NodeError) as error:
+                    log.warning(f"{self.root.at(old['tag'])} is deleted by the next start: {error}")
 
     def check_files(self, entry: dict[str, Any]) -> None:
         """Raise UserError if a file of an indexed checkpoint is missing or has another size."""

@@ -4,6 +4,7 @@ A key `<state>/<parameter>@<start>` names the elements of its tensor. A reader r
 """
 
 import json
+from collections.abc import Iterable
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
@@ -38,15 +39,16 @@ def write_fragments(root: Root, name: str, values: dict[str, torch.Tensor]) -> i
 class SavedFragments:
     """The fragments in a checkpoint's folder; a context manager that keeps the files open.
 
+    files: the checkpoint's own; the folder may have others, of a run that was stopped before it could publish them.
     Files of an object store are copied to the local disk when a fragment of them is needed.
     """
 
-    def __init__(self, root: Root, folder: str) -> None:
+    def __init__(self, root: Root, folder: str, files: Iterable[str]) -> None:
         self._root, self._folder = root, folder
         self._resources = ExitStack()
         self._files: dict[str, Any] = {}
         self._slices: dict[str, Slices] = {}
-        for name in root.list(folder, ".safetensors"):
+        for name in (f"{folder}/{file}" for file in sorted(files)):
             for key, count in _lengths(root, name).items():
                 state, start = key.rsplit("@", 1)
                 self._slices.setdefault(state, []).append((int(start), int(start) + count, key, name))

@@ -78,7 +78,7 @@ def check(path: Path) -> int:
     assert len(list(path.glob("step-*"))) <= len(steps) + 2
     for entry in index["checkpoints"]:
         checkpoints.check_files(entry)
-        with SavedFragments(Root(path), entry["tag"]) as saved:
+        with SavedFragments(Root(path), entry["tag"], entry["files"]) as saved:
             fragment = Fragment("w", 0, torch.zeros(sum(SIZES)))
             saved.read_into("master", fragment)
         assert bool((fragment.values == entry["step"]).all())

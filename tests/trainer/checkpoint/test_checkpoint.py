@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.distributed
 
-from retrieval.errors import UserError
+from retrieval.errors import NodeError, UserError
 from retrieval.storage.lease import lease
 from retrieval.storage.root import Root
 from tests.trainer.training.launched import fork
 from trainer.checkpoint.checkpoint import CheckpointFolder, Progress
-from trainer.checkpoint.fragment_files import SavedFragments
+from trainer.checkpoint.fragment_files import SavedFragments, write_fragments
 from trainer.engine.deepspeed_engine import Ranks
 from trainer.engine.fragments import Fragment
 from trainer.training.disk import check_shared
@@ -42,7 +42,7 @@ def test_a_checkpoint_has_the_state_at_the_time_of_saving(process_group: None, c
     weights += 1
     checkpoints.finish()
     fragment = Fragment("w", 5, torch.ones(19_999_990))
-    with SavedFragments(checkpoints.root, "step-00000001") as saved:
+    with SavedFragments(checkpoints.root, "step-00000001", ["rank-00000.safetensors"]) as saved:
         saved.read_into("master", fragment)
     assert not fragment.values.any()
 
@@ -66,11 +66,50 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_and_keeps_the_previous_
     (checkpoints.root.local_path("") / "step-00000002").write_text("a file instead of a folder")
     checkpoints.save_tensors({KEY: torch.zeros(3)}, Progress(2), ONE_RANK)
     with pytest.raises(
-        UserError, match=r"step-00000002: rank 0 could not write its part.*File exists.*Free disk space"
+        NodeError, match=r"step-00000002: rank 0 could not write its part.*File exists.*Free disk space"
     ):
         while True:
             checkpoints.raise_if_failed()
     assert checkpoints.newest_step() == 1
+
+
+def test_a_run_that_lost_its_lease_writes_no_file_over_those_of_its_successor(
+    process_group: None, checkpoints: CheckpointFolder
+) -> None:
+    def lost() -> None:
+        raise UserError("another process works on it")
+
+    checkpoints.before_publishing = lost
+    checkpoints.save_tensors({KEY: torch.zeros(3)}, Progress(1), ONE_RANK)
+    with pytest.raises(UserError, match="another process works on it") as raised:
+        checkpoints.finish()
+    assert not isinstance(raised.value, NodeError)
+    assert not checkpoints.root.list("")
+
+
+def test_files_that_a_checkpoint_does_not_name_are_not_read(process_group: None, checkpoints: CheckpointFolder) -> None:
+    write_fragments(checkpoints.root, "step-00000001/rank-00001.safetensors", {KEY: torch.ones(3)})
+    checkpoints.save_tensors({KEY: torch.zeros(3)}, Progress(1), ONE_RANK)
+    checkpoints.finish()
+    [average] = checkpoints.read_averages(checkpoints.entries()[0], {"w": torch.Size([3])}, ["master"])
+    assert not average["w"].any()
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_does_not_end_the_run(
+    process_group: None,
+    checkpoints: CheckpointFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(self: Root, name: str) -> None:
+        raise NodeError("the store does not answer")
+
+    monkeypatch.setattr(Root, "delete", fail)
+    for step in (1, 2):
+        checkpoints.save_tensors({KEY: torch.zeros(3)}, Progress(step), ONE_RANK)
+    checkpoints.finish()
+    assert [entry["step"] for entry in checkpoints.entries()] == [2]
+    assert "step-00000001 is deleted by the next start: the store does not answer" in caplog.text
 
 
 def test_checkpoints_in_deepspeeds_layout_are_an_error(checkpoints: CheckpointFolder) -> None:

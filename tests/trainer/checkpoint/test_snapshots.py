@@ -113,9 +113,9 @@ def test_a_snapshot_is_opened_once_for_all_its_widths(
     snapshots.finish()
     opened: list[str] = []
 
-    def open_fragments(root: Root, folder: str) -> SavedFragments:
+    def open_fragments(root: Root, folder: str, files: dict[str, int]) -> SavedFragments:
         opened.append(folder)
-        return SavedFragments(root, folder)
+        return SavedFragments(root, folder, files)
 
     monkeypatch.setattr("trainer.checkpoint.checkpoint.SavedFragments", open_fragments)
     averages = snapshots.read_averages(snapshots.entries()[0], {"w": torch.Size([3])}, ["a", "b"])
@@ -148,7 +148,7 @@ def test_a_checkpoint_is_published_after_the_snapshots_up_to_its_step(process_gr
     session.save_snapshot(Progress(2))
     session.save(Progress(3))
     checkpoints.finish()
-    assert (checkpoints.newest_step(), snapshots_before) == (3, [2])
+    assert (checkpoints.newest_step(), snapshots_before) == (3, [2, 2])  # before its files, and before it is published
 
 
 def distance(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:

@@ -69,7 +69,7 @@ def test_steps_that_are_not_finite_are_skipped_and_too_many_end_the_run_after_a_
     bad = [any(np.isin(loader.batch(step).image_ids, ids_of(2)).any() for loader in loaders) for step in range(last)]
     [entry] = checkpoints.entries()
     assert (entry["step"], entry["skipped"]) == (last, sum(bad))
-    with SavedFragments(checkpoints.root, entry["tag"]) as saved:
+    with SavedFragments(checkpoints.root, entry["tag"], entry["files"]) as saved:
         weights = Fragment("conv_in.bias", 0, torch.full((32,), np.nan))
         saved.read_into(MASTER, weights)
     assert torch.isfinite(weights.values).all()
