@@ -145,8 +145,8 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("--mix", nargs="+", metavar="NAME=WEIGHT", help="neighbors of several databases")
     parser.add_argument("--image", nargs="+", metavar="FILE", help="images to condition on, with or without text")
     parser.add_argument("--init-image", metavar="FILE", help="image to start from instead of noise")
-    parser.add_argument("--strength", type=float, help="0 to 1: how much of --init-image is drawn anew (0.75)")
-    parser.add_argument("--mask", metavar="FILE", help="image, white where --init-image is drawn anew")
+    parser.add_argument("--strength", type=float, help="0 to 1: share of the steps that change --init-image (0.75)")
+    parser.add_argument("--mask", metavar="FILE", help="image, white where --init-image is drawn again")
     parser.add_argument("--mode", help="text_and_neighbors, neighbors, text, or unconditional")
     parser.add_argument("--k", type=int, help="neighbors from each database")
     parser.add_argument(

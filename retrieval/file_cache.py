@@ -52,9 +52,9 @@ class FileCache:
     def __init__(
         self, root: Root, folder: str = "", max_gb: float = 0.0, records: Mapping[str, FileRecord] | None = None
     ) -> None:
-        """folder, max_gb: if both are empty and 0, those of `root.cache` count. An empty folder is one of this user
-        among the temporary files, which others must not be able to write; 0 is half of the free disk space, or a single
-        larger file.
+        """folder, max_gb: if both are empty and 0, those of `root.cache` apply. An empty folder is one of this user
+        among the temporary files, which other users must not be able to write. 0 is half of the free disk space; a
+        single larger file is allowed.
 
         records: all files of the root by name, if they are known. Then a file with a copy needs no request.
         """

@@ -1,7 +1,7 @@
-"""Tunes every method, then times the chosen settings in interleaved rounds, so that all meet the same load.
+"""Tunes every method, then times the chosen settings in interleaved rounds, so that all run under the same load.
 
-Settings are tuned on the first half of the queries. The tables compare times at equal recall on the other half: between
-the two settings next to the target, one below and one above it, the time is interpolated. The rounds of a method
+Settings are tuned on the first half of the queries. The tables compare times at equal recall on the other half: the
+time is interpolated between the two settings next to the target, one below and one above it. The rounds of a method
 alternate with those of the baseline; the ratio of both is taken within one round, and the result is the median.
 """
 

@@ -1,6 +1,6 @@
 """Recipes: one TOML file with all settings of a run. It is checked completely before any work begins.
 
-A recipe has a `root` and a section for each stage it runs; the keys of a section are the fields of that
+A recipe has a `root` and a section for each stage; the keys of a section are the fields of that
 stage's configuration. `extension = "jobs.demo"` adds the sections of that package. `--set section.key=value`
 overrides one key. Reading a recipe imports neither torch nor Ray.
 """

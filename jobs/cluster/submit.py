@@ -57,7 +57,7 @@ class Command(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the recipe with all its values: it tells jobs apart that have the same entrypoint."""
+        """SHA-256 of the recipe with all its values: it distinguishes jobs with the same entrypoint."""
         return hashlib.sha256(json.dumps(self.recipe.resolved(), sort_keys=True).encode()).hexdigest()
 
 

@@ -207,7 +207,7 @@ class ImageDownload:
 def stored_image(body: bytes, settings: SplitSettings, stated: Stated | None = None) -> tuple[RowStatus, bytes]:
     """The status of the row of a picture file, and the JPEG to store; empty if the picture cannot be used.
 
-    The decoders only decode: storing here would let them wait for the disk.
+    Stores nothing, because decoders would wait for the disk.
     """
     stated = stated or Stated()
     status = RowStatus(sha256=hashlib.sha256(body).hexdigest())

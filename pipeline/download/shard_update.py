@@ -112,7 +112,7 @@ class ShardUpdate:
 
 
 def _stored_row(stored: dict[int, Row], row: Row) -> Row:
-    """The stored row of a selected one. A picture with other boxes of faces is to be blurred anew, from its file."""
+    """The stored row of a selected one. A picture with other boxes of faces must be blurred again, from its file."""
     former = stored.get(row[IMAGE_ID], _NEW_ROW)
     return former if former.get("face_boxes") == row["face_boxes"] else _NEW_ROW
 

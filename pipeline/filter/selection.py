@@ -1,8 +1,8 @@
 """The rules of `filter`: which rows are kept, and for which split. Reads and writes no files.
 
 Takes batches of LAION columns; returns the image id of each row, the reason if it is dropped, and whether it can be
-used for training. Rows with equal ids are in the same bucket, so duplicates are found there, and rows that disagree
-about a URL: unsafe anywhere is unsafe, watermarked anywhere is not for training. The training quota selects the rows
+used for training. Rows with equal ids are in the same bucket, where duplicates are found. If one row of a URL is
+unsafe, the URL is dropped; if one has a watermark, the URL is not for training. The training quota selects the rows
 with the lowest seeded hash of their id, so the order and division of the input have no effect.
 """
 
@@ -49,7 +49,7 @@ CORRECTED_URL_SCHEMA = pa.schema(
 """Rows with a URL that was not canonical, and the canonical URL. row: number within the piece, ascending."""
 
 AS_IT_IS, DUPLICATE, UNSAFE, TO_DATABASE = np.arange(4, dtype=np.uint8)
-"""What the other rows of its URL decide about a row: nothing, two reasons to drop it, or not to train on it."""
+"""Effect of the other rows of its URL on a row: none, two reasons to drop it, or not to train on it."""
 
 Decisions = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]

@@ -36,7 +36,7 @@ def refill_work(root: Root, config: NeighborsConfig, folder: str) -> Work:
 
 
 def update_work(root: Root, config: NeighborsConfig, fingerprint: str, hidden: dict[str, str]) -> Work:
-    """Work that removes the hidden ids from the finished table of `refill/<shard>`, and writes its record anew.
+    """Work that removes the hidden ids from the finished table of `refill/<shard>`, and writes its record again.
 
     hidden: the digest of the hidden ids, as inputs of the record; empty if no id is hidden.
     """

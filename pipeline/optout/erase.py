@@ -4,8 +4,8 @@ Reads and writes `optout/<list>/erase.json`, the plan. It is stored before the f
 one, so a killed run is finished by the next one. Files are rewritten first: `download`, `embed` and `latents` in one
 task for each shard, then partitions of databases into new folders. Then the manifests are written, each with the
 identities of its rewritten inputs, so that no stage runs again, and then `near_copies/` without the hashes of the
-images. Databases are valid at every moment. `erasure.json` in each database refuses updates from before the search for
-the images until the plan is deleted, also after a killed run.
+images. Databases are valid at every moment. `erasure.json` in a database forbids its updates. It exists from before the
+search for the images until the plan is deleted, also after a killed run.
 """
 
 from collections.abc import Iterable, Sequence

@@ -93,7 +93,7 @@ def _run(blocklist: Blocklist, root: Root, erase: bool) -> dict[str, Any]:
 
 
 def _hide(blocklist: Blocklist, root: Root, erase: bool) -> None:
-    """Hide the listed images, remove them from the neighbor tables, write the report, and if asked for the plan."""
+    """Hide the listed images, remove them from the neighbor tables, write the report and, for an erasure, its plan."""
     name = f"optout/{blocklist.identity}"
     earlier = root.read_json(f"{name}.json") if root.exists(f"{name}.json") else {}
     databases = _databases(root)

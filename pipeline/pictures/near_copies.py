@@ -7,10 +7,10 @@ Reads the hashes of `download/{train,database}/<shard>.parquet`; writes below `n
 `copies/<digest>.json`: a digest of the ids of each shard; and `shards.parquet`, last (`near_copy_shards.py`).
 
 A copy has the same content (SHA-256 of the downloaded bytes) or a perceptual hash (`phash`) that differs in a few
-bits. The first pass compares all database images with all training images. A later pass compares them with gained
-hashes only, and with all training images only the copies that match a lost hash and the new database images: the
-result is that of a first pass. Names of files are digests of what they are made from, so they are used again. Both
-sides and the changes are read in groups of shards, so that memory stays bounded.
+bits. The first pass compares all database images with all training images. A later pass compares all database images
+with the gained hashes, and two kinds of them with all training images: new ones, and copies that match a lost hash. Its
+result equals that of a first pass. Files are named by digests of their inputs, so that finished ones are used again.
+Hashes are read in groups of shards, so that memory stays bounded.
 """
 
 import hashlib

@@ -35,7 +35,7 @@ MAX_START_ROUNDS = 8
 START_PAUSE_S, MAX_START_PAUSE_S = 1.0, 60.0
 """Pause before a worker that was lost while it started is replaced, doubled with each round, and its limit."""
 GROW_S = 15.0
-"""How often nodes that joined are looked for."""
+"""Seconds between two searches for nodes that joined."""
 
 
 class ShardError(RuntimeError):

@@ -53,8 +53,8 @@ class Stage:
     upstream: inputs in the fingerprint. inputs: other inputs of every shard.
     by_shard: by shard, the digests of what it is made from. Inputs of `upstream` with these names are compared shard by
     shard: if one changes, only the shards with another digest are made again.
-    set_aside: for work that brings finished shards of other inputs up to date: receives their records, which are
-    deleted afterwards. Their files stay.
+    set_aside: receives the records of finished shards of other inputs before these are deleted. Their files stay, so
+    that the work can update them.
     """
 
     root: Root
@@ -210,7 +210,7 @@ class Stage:
 
 
 class StageFiles:
-    """The files below the folder of a stage: 8 bytes for each, and names and versions of its records and journal.
+    """The files below the folder of a stage, in 8 bytes of memory each, and names and versions of records and journal.
 
     shards: those of the stage, as far as known.
     """

@@ -1,5 +1,5 @@
-"""The work of a stage's workers, their resources, how many fit the nodes of the Ray cluster, who is idle, and functions
-that all workers share."""
+"""Workers of a stage: their work and resources, how many fit the nodes of the Ray cluster, the idle ones, and functions
+that all of them share."""
 
 import os
 import warnings
@@ -50,8 +50,8 @@ class Workers:
     def num_wanted(self) -> int:
         """Workers to start: `count`, or as many as fit the nodes.
 
-        More than fit are started where nodes can join: workers that wait are what an autoscaler counts. Raises
-        UserError if none fits and none is waited for.
+        On a cluster, `count` workers are started even if fewer fit, because an autoscaler adds nodes for workers that
+        wait. Raises UserError if none fits and `count` is 0 or Ray runs on this machine alone.
         """
         fitting = self.num_fitting()
         if self.count and (fitting >= self.count or os.environ.get("RAY_ADDRESS", "local") != "local"):

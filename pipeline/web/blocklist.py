@@ -1,10 +1,13 @@
 """Images that must not be used: listed by URL, domain, image id, content or perceptual hash.
 
-Reads a text file in UTF-8, or in UTF-16 with a byte order mark, with one entry a line: a URL (blocks the same URL of
-http and https; without a path it is a domain), a domain (blocks its subdomains too; `*.` before it changes nothing; a
-port restricts it to that port), an image id (16 hex digits as in the tars, or a signed decimal), `md5:` or `sha256:`
-with a file's hash in hex, or `phash:` with the 16 hex digits of a perceptual hash. Empty lines and lines that begin
-with `#` are skipped.
+Reads a text file in UTF-8, or in UTF-16 with a byte order mark. Empty lines and lines that begin with `#` are skipped.
+Each other line is one entry:
+
+- a URL: blocks it for http and https; without a path it is a domain;
+- a domain: blocks its subdomains too; `*.` before it changes nothing; a port restricts it to that port;
+- an image id: 16 hex digits as in the tars, or a signed decimal;
+- `md5:` or `sha256:` and a file's hash in hex;
+- `phash:` and the 16 hex digits of a perceptual hash.
 """
 
 import codecs

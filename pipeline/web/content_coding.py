@@ -1,6 +1,6 @@
-"""Bodies without their content codings. Servers compress without being asked, also twice or without a header.
+"""Decodes the content codings of bodies. Some servers compress unrequested, twice, or without a header.
 
-Takes a body and the names of its codings; gives at most a number of decoded bytes, whatever the body expands to.
+Takes a body and the names of its codings; returns at most a given number of decoded bytes.
 """
 
 import zlib

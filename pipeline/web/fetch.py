@@ -1,8 +1,8 @@
 """One image over HTTP: limits, opt-outs, redirects and retries.
 
-Takes a canonical URL from untrusted metadata; gives the body, or a FetchError with a reason. Connects to
-public addresses only (`sockets`), follows few redirects, limits bytes and total time. Sends a contact, obeys
-robots.txt before a request and the headers of every response, redirects too. Retries only where that can succeed.
+Takes a canonical URL from untrusted metadata; returns the body, or a FetchError with a reason. Connects only to
+permitted addresses (`sockets`), follows at most MAX_REDIRECTS, limits bytes and total time. Sends a contact, obeys the
+headers of every response, also of redirects, and robots.txt if the settings say so. Retries only transient failures.
 """
 
 import http.client

@@ -1,22 +1,21 @@
 """Connections to busy hosts, divided among all shards that are being downloaded, in any process on any machine.
 
-A `HostQueue` limits the connections of its own shard. Hundreds of shards at once would still open hundreds of
-connections to a host that all of them have URLs of. So `download` starts one `HostLeases`, a Ray actor. Each shard
-tells it every RENEW_S seconds what it needs of its busy hosts, in one call for all of them, and gets its share of each.
-All shares of a host together never exceed the limit:
+A `HostQueue` limits the connections of one shard. Hundreds of shards at once would still open hundreds of connections
+to a host that occurs in all of them. So `download` starts one `HostLeases`, a Ray actor. Every RENEW_S seconds each
+shard reports its needs for all its busy hosts in one call, and gets its share of each host. The shares of a host
+together never exceed the limit:
 
-- A share is only given from what no other shard may have. A reduced one counts in full until the shard reports that
-  its connections are closed.
-- A shard without an answer for VALID_S sends no more requests to busy hosts until it gets one. Only EXPIRES_S after
-  the last report its shares are given to others, so a killed worker keeps none.
+- Only connections that no other shard may use are given. A reduced share counts in full until its shard reports that
+  the connections are closed.
+- A shard without an answer for VALID_S sends no requests to busy hosts until it gets one. EXPIRES_S after its last
+  report its shares are given to others, so a killed worker keeps none.
 - A restarted actor knows no shares. It confirms those that shards report, and gives new ones after EXPIRES_S.
 
-A host whose requests need a pause between them (Crawl-delay, `host_pause_s`) is given to one shard at a time, the next
-one after the pause. A host that one shard gave up is given up earlier by the others.
+A host that needs a pause between requests (Crawl-delay, `host_pause_s`) is given to one shard at a time, to the next
+one after the pause. If one shard gave a host up, the others give it up earlier.
 
-Hosts with few URLs in a shard need no lease: a shard has a connection to them for moments only, so their connections
-at any time are few, and to wait for leases would take longer than the requests. The files that a download writes do
-not depend on leases.
+Hosts with few URLs in a shard need no lease: a shard is connected to them for moments, and waiting for a lease would
+take longer than the requests. The files that a download writes do not depend on leases.
 """
 
 import logging

@@ -14,7 +14,7 @@ from email.utils import parsedate_to_datetime
 OPT_OUT = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})
 """Directives of X-Robots-Tag."""
 EARLIER_AGENT = "img2dataset"
-"""Pictures of LAION were fetched under this name before. What a server asks of it is asked of us."""
+"""Pictures of LAION were fetched under this name before. Preferences for it apply to us too."""
 
 # Directives of X-Robots-Tag with a value after a colon; any other word before a colon names a crawler.
 _WITH_VALUE = frozenset({"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"})

@@ -1,4 +1,4 @@
-"""What a server asks of crawlers for all its URLs: robots.txt (RFC 9309) and /.well-known/tdmrep.json (TDMRep).
+"""Rules of a server for crawlers, for all its URLs: robots.txt (RFC 9309) and /.well-known/tdmrep.json (TDMRep).
 
 Each file is requested once per server and cached, failures too. A server without a file (4xx) allows everything;
 nothing is fetched from a server that fails or cannot be reached.

@@ -1,8 +1,8 @@
 """Connections to permitted addresses only, with a deadline.
 
-A host name is resolved, its addresses are checked, and the socket connects to a checked address: a second
-DNS look-up cannot lead elsewhere. Every wait is shortened to the deadline of its thread: for the resolver, the
-connections, the TLS handshake, and servers that send single bytes slowly, in the headers or in the body.
+A host name is resolved, its addresses are checked, and the socket connects to a checked address, without a second
+DNS look-up. Every wait ends at the deadline of its thread: for the resolver, the connection, the TLS handshake, and
+for headers and body of a server that sends single bytes slowly.
 """
 
 import ipaddress
@@ -123,10 +123,10 @@ def _is_public(ip: _Ip) -> bool:
 
 
 class Resolver:
-    """The addresses of hosts, kept for a while: a download asks for a host once and not with each connection.
+    """The addresses of hosts, kept for KEPT_S: a download resolves a host once and not for each connection.
 
-    Threads that ask for a host at the same time wait for one look-up. The system's resolver has no time limit and tells
-    no lifetime of its answers, so each look-up runs in a thread that may be left, and is kept for KEPT_S.
+    Threads that ask for a host at the same time wait for one look-up. The system's resolver has no time limit and does
+    not return the lifetime of an answer. So a look-up runs in a thread of its own, for which callers can stop waiting.
     """
 
     def __init__(self) -> None:
@@ -222,8 +222,8 @@ class Connector:
 class ConnectionPool:
     """GET requests over keep-alive connections, for all threads of a process. Proxies of the environment are not used.
 
-    max_idle: connections without a request that are kept. No library is used: most of the CPU time of a request would
-    go to URLs and headers that are parsed and copied again.
+    max_idle: connections without a request that are kept. No HTTP library is used, because
+    parsing and copying URLs and headers again would take most of the CPU time of a request.
     """
 
     def __init__(self, access: Access, ports: frozenset[int], max_idle: int) -> None:

@@ -92,7 +92,7 @@ def _host(url: str) -> str:
 
 
 def _recall(database: Database) -> str:
-    """For each kind of queries and each k, the recalls that a search can be asked for."""
+    """For each kind of queries and each k, the measured recalls."""
     lines = []
     for kind, entries in database.calibration.items():
         for k in sorted({entry.k for entry in entries}):

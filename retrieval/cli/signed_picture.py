@@ -1,4 +1,4 @@
-"""Prints the signed statement in a picture: who signed it, whether it is unchanged, and its neighbors."""
+"""Prints the signed statement in a picture: its signer, whether it is unchanged, and its neighbors."""
 
 from pathlib import Path
 

@@ -1,8 +1,8 @@
 """A `Cluster` with a name, which every driver of the same Ray cluster can search.
 
-It lives in a detached actor: the driver that starts it may end. If the actor's process ends, Ray starts it again, and
-it opens the database again; if that fails, the cluster stays stopped. Its searches run on threads, so the queries of
-several drivers are answered at the same time.
+A detached actor holds the cluster, so the driver that starts it may end. If the actor's process ends, Ray restarts it,
+and the actor opens the database again; if that fails, the cluster stays stopped. Searches run in threads, so the
+queries of several drivers are answered at the same time.
 """
 
 import time

@@ -36,7 +36,7 @@ from retrieval.storage.root import Root
 KS = (1, 10, 20, 100, 1000)
 """Numbers of neighbors whose recall is measured."""
 FEWER_QUERIES = {1: 1, 100: 2, 1000: 5}
-"""From each of these k on one of so many queries is enough, because each of them has many true neighbors."""
+"""From each of these k on, one of so many queries is measured, because a query has many true neighbors."""
 RECALLS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99, 0.9925, 0.995, 0.9975)
 """Recalls for which the cheapest effort is stored."""
 LISTS_AT_ONCE = 8

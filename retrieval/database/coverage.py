@@ -3,7 +3,8 @@
 Reads an opened database, writes nothing. For every number of lists the index is searched once for many candidates.
 Counting then gives the recall for each k, number of partitions and number of candidates: a search returns a true
 neighbor exactly if it visits its partition and if the neighbor is among the candidates there. The compiled library ends
-its scan and its ranking early, depending on k, so it searches for each k, and what it reads is counted.
+its scan and its ranking early, depending on k. So it searches once for each k, and the lists and candidates that it
+reads are counted.
 """
 
 from collections.abc import Iterator, Sequence

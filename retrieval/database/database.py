@@ -1,7 +1,7 @@
 """A searchable database of images by their CLIP vectors. Searching never changes it and does not load torch.
 
 A query visits the partitions nearest to it. The index of each partition proposes candidates, which are then ranked by
-exact similarity: the candidates are approximate, their order is exact.
+exact similarity: a neighbor may be missing, but the order is exact.
 """
 
 import copy
@@ -132,7 +132,7 @@ class Database:
         return self._hiding(np.empty(0, np.int64), None)
 
     def for_passes(self) -> "Database":
-        """This database for passes over all partitions: of more than MAX_OPENED, one is open at a time."""
+        """This database for passes over all partitions: if there are more than MAX_OPENED, one is open at a time."""
         other = copy.copy(self)
         if len(self.partitions) > MAX_OPENED:
             other.partitions = OneOpened(len(self._folders), self.open_partition)

@@ -10,7 +10,7 @@ MAX_OPENED = 16
 
 
 class OneOpened(Sequence[Partition]):
-    """The partitions of a database. Each is opened when it is asked for, in place of the one before it."""
+    """The partitions of a database. Each is opened on use and replaces the one before it."""
 
     def __init__(self, count: int, open_partition: Callable[[int], Partition]) -> None:
         self._open = open_partition

@@ -1,9 +1,9 @@
 """One partition of a database: its files, the rows that are hidden, and the search.
 
-The index proposes candidates from its codes, and faiss ranks them by their stored vectors. A search over
-few hidden rows searches all rows, drops the hidden ones, and where fewer than k are left it searches for more results
-in more lists: the effort grows with the hidden rows near the query, and with nothing else. Where a condition leaves few
-rows, the codes of the others are skipped: `_search_lists`. A flat partition has no index: all rows are compared.
+The index proposes candidates from its codes, and faiss ranks them by their stored vectors. If few rows are hidden, a
+search covers all rows and drops the hidden ones. If fewer than k are left, it repeats with more results and lists, so
+the effort depends only on the hidden rows near the query. If a condition leaves few rows, the codes of the others are
+skipped (`_search_lists`). A flat partition has no index: all rows are compared.
 """
 
 import math
@@ -46,7 +46,7 @@ SPARE_LISTS = 1.1
 LISTS_GROWTH = 1.5
 """Factor of the lists where they have too few visible rows."""
 VECTOR_COST = 0.1
-"""Time for a byte of the vectors where all visible rows are compared, by that for a byte of the codes in a list."""
+"""Time to compare a byte of the vectors, divided by the time to scan a byte of the codes in a list."""
 MAX_COPIED_ROWS = 32_768
 MAX_COPIED_SHARE = 0.5
 """At most so many visible rows, and at most this share of all rows, are copied to be compared without the others."""

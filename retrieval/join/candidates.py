@@ -5,8 +5,8 @@ row is read once for all queries that visit its list. The list nearest to a quer
 rows reach. The threshold is a column of the matrices, so a product is the similarity minus the threshold: rounding
 errors are small near 0, and a comparison with 0 leaves few pairs.
 
-A GPU works through the lists without waiting for it: instead of the pairs above the threshold, of which only the GPU
-knows the number, it takes the best rows of each list for each query. Both give the same candidates.
+The host must not wait for a GPU in each list, and only the GPU knows the number of pairs above the threshold. So on a
+GPU the best rows of each list are taken for each query instead. Both give the same candidates.
 """
 
 from collections.abc import Iterator

@@ -109,7 +109,7 @@ def _certificate(
     issuer: tuple[x509.Name, ec.EllipticCurvePrivateKey],
     is_authority: bool,
 ) -> x509.Certificate:
-    """A certificate of version 3 with the extensions that C2PA asks for."""
+    """A certificate of version 3 with the extensions that C2PA requires."""
     issuer_name, issuer_key = issuer
     now = datetime.now(UTC)
     allowed = {"key_cert_sign", "crl_sign"} if is_authority else {"digital_signature"}

@@ -140,7 +140,7 @@ class Root:
     def files(self, folder: str, splits: Sequence[str] = ()) -> Iterator[object_store.ListedFile]:
         """All files below a folder, sorted by name, from one listing. As `list`.
 
-        splits: sorted names of files, which need not exist. What lies between two of them in a bucket is listed apart,
+        splits: sorted names of files, which need not exist. In a bucket the ranges between them are listed apart,
         several such parts at once.
         """
         with suppress(FileNotFoundError), self._store_errors(folder):
@@ -149,7 +149,7 @@ class Root:
                     yield file
 
     def version(self, name: str) -> str:
-        """The ETag of a file, which another content changes; "" on local disks and if it does not exist."""
+        """The ETag of a file, which changes with its content; "" on local disks and if it does not exist."""
         try:
             with self._store_errors(name):
                 return "" if self.is_local else object_store.version_of(self.fs.info(f"{self._base}/{name}"))
@@ -264,7 +264,7 @@ class Root:
     def create(self, name: str, data: bytes) -> bool:
         """Write a small file unless it exists. False: it exists already.
 
-        Atomic on local disks and on stores with conditional writes; others may overwrite a file of the same moment.
+        Atomic on local disks and on stores with conditional writes; on others two writers at once may both succeed.
         """
         path = f"{self._base}/{name}"
         try:

@@ -52,8 +52,8 @@ def prepare_folder(
 ) -> None:
     """Prepare the folder of a stage that did not finish with this identity. Call it before the first shard is written.
 
-    Deletes the manifest and unfinished files; where the identity differs, everything but names that begin as one of
-    `kept`. keep_manifest: where it does not differ, the manifest stays. Raises as `check_remake`.
+    Deletes the manifest and unfinished files; if the identity differs, everything but names that begin with one of
+    `kept`. keep_manifest: if the identity is the same, the manifest stays. Raises as `check_remake`.
     """
     is_same = check_remake(root, folder, identity)
     if not (is_same and keep_manifest):

@@ -1,8 +1,8 @@
 """Writes partitions of a finished database again with fewer or more rows, then the manifest that names them.
 
 Reads a database; writes `rewritten/<digest>/partitions/<number>/` and `manifest.json` in its folder. Replacing the
-manifest is the only step that readers see: a killed update leaves the earlier database. Centroids and codes stay, so
-nothing is trained, except where lists begin or end, or where a centroid would still show a deleted row.
+manifest is the only step that readers see: a killed update leaves the earlier database. Centroids and codes stay.
+Nothing is trained, unless a partition gets or loses its lists, or a centroid would still contain a deleted row.
 """
 
 import hashlib

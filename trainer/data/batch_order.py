@@ -1,10 +1,9 @@
 """The order of global batches over aspect-ratio buckets, a pure function of the seed and the step.
 
 The samples of a bucket form an endless sequence (`SampleOrder`), and batches of the bucket are consecutive parts of it.
-So every epoch of a bucket has each of its images once, and images that do not fill a batch are in the first one of the
-bucket's next epoch: none is dropped. An epoch of the training mixes the batches of all buckets so that each bucket
-advances at an even rate, because then all of them read the same shards at a time. With one bucket the batches are those
-of its sequence.
+Every epoch of a bucket has each of its images once. Images that do not fill a batch are in the first batch of the next
+epoch. An epoch of the training mixes the batches of all buckets so that each bucket advances at an even rate, because
+then all buckets read the same shards at a time. With one bucket the batches are those of its sequence.
 """
 
 import logging

@@ -3,8 +3,8 @@
 Reads `embed/train/<shard>.parquet` (ids and their order) and `download/train/<shard>.tar`. Writes mean and standard
 deviation of the latents of several views of each image to `latents/<size>/<shard>.parquet`. View 0 is the center crop;
 the others are random crops, half of them mirrored if `latents.flip` is true. With `latents.aspect_step` an image has
-the shape of its aspect-ratio bucket, and the rest of its place in the table is 0. Images that cannot be read are left
-out and counted; training replaces them by others.
+the shape of its aspect-ratio bucket, and its values in the table are padded with 0. Images that cannot be read are
+left out and counted; training replaces them by others.
 """
 
 import logging

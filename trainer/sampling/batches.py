@@ -51,7 +51,7 @@ class SamplingBatch:
         return np.stack([to_pixels(source.picture, size) for source in sources]) if sources else None
 
     def masks(self, size: tuple[int, int], factor: int) -> npt.NDArray[np.bool_] | None:
-        """(n, 1, h, w), true where latents are drawn anew; None: everywhere. factor: pixels of a latent on an edge."""
+        """(n, 1, h, w), true where latents are drawn again; None: everywhere. factor: pixels of a latent on an edge."""
         masks = [item.request.mask for item in self.items if item.request.mask]
         return np.stack([white_cells(mask.as_mask, size, factor)[None] for mask in masks]) if masks else None
 

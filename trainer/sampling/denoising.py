@@ -97,7 +97,7 @@ class SourceLatents:
     strength: float
     """Share of the steps that are computed, 0..1. Below 1 they start at the latents with noise, at 1 at pure noise."""
     mask: torch.Tensor | None = None
-    """(n, 1, h, w) bool, true where the picture is drawn anew; None: everywhere."""
+    """(n, 1, h, w) bool, true where the picture is drawn again; None: everywhere."""
 
 
 class ImageToImage:

@@ -99,7 +99,7 @@ class SampleConfig(SamplingConfig):
     strength: float = added_setting(0.75, ge=0, le=1)
     """Share of the steps that change `init_image`: 0 returns it as the autoencoder decodes it, 1 keeps nothing."""
     mask: str = added_setting("")
-    """Image file of the size of `init_image`, white where it is drawn anew, else black or transparent; empty: white
+    """Image file of the size of `init_image`, white where it is drawn again, else black or transparent; empty: white
     everywhere."""
     exclude: tuple[int, ...] = Field(default=(), strict=False)
     """Image ids that are not used as neighbors; the next best replace them."""

@@ -139,7 +139,7 @@ class Request:
     """Share of the steps that are computed, 0..1: they start at `init_image` with noise. 0 returns `init_image` as the
     autoencoder decodes it, 1 starts at pure noise."""
     mask: SourceImage | None = None
-    """Picture of the size of `init_image`, white where it is drawn anew. All other latents stay as they are.
+    """Picture of the size of `init_image`, white where it is drawn again. All other latents stay as they are.
     Transparent pixels count as black."""
 
     @classmethod

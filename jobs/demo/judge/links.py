@@ -130,7 +130,7 @@ def _agreement(neighbors: Sequence[Scene], wanted: Sequence[Scene]) -> Shares:
 
 @dataclass(frozen=True)
 class JudgedSample:
-    """A sample of the evaluation: its pixels, the scene that was asked for, and its recipe."""
+    """A sample of the evaluation: its pixels, the requested scene, and its recipe."""
 
     picture: Image.Image
     wanted: Scene
@@ -169,7 +169,7 @@ def _judged(samples: Sequence[JudgedSample], judge: ContentJudge) -> Shares:
 
 
 def _style_neighbors(recipe: Recipe, samples: Sequence[JudgedSample]) -> Shares:
-    """Share of the neighbors of samples with the attribute that was asked for."""
+    """Share of the neighbors of samples with the requested attribute."""
     drawn = {drawing.path: drawing.scene for drawing in plan_styles(recipe[WorldConfig])}
     files = {name: _database_files(recipe.root, name) for name in recipe[EvaluateConfig].styles}
     pairs = [

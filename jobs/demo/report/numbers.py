@@ -30,7 +30,7 @@ BATCH_SIZE = 64
 ABOUT_CHANCE = 1.5
 """Accuracies up to this multiple of chance count as chance."""
 CONTENT_GOALS = {"shape": 0.85, "count": 0.85, "color": 0.95, "background": 0.85, "layout": 0.85, "style": 0.95}
-"""Wanted shares of samples with the attribute that was asked for, by the judge of contents. A miss ends no command: the
+"""Wanted shares of samples with the requested attribute, by the judge of contents. A miss ends no command: the
 model of the demo is small."""
 
 
@@ -125,7 +125,7 @@ def _ends(name: str, interval: Sequence[float]) -> dict[str, float]:
 
 
 def content_numbers(links: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Any]:
-    """Shares of samples with each attribute that was asked for, and the judge's accuracy at its worst attribute.
+    """Shares of samples with each requested attribute, and the judge's accuracy at its worst attribute.
 
     links: estimates by link and attribute, as the step `judge` stores them.
     """
