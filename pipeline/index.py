@@ -1,19 +1,20 @@
 """index: the training database, from the vectors of its images.
 
-Reads `embed/database/<shard>.parquet`; writes the database `index/` that `retrieval.Database` opens:
-centroids, partitions with an index each, and the measured recall of search settings. A shuffle reads groups
-of embed shards and writes each group sorted by partition, with one row group per partition. The build of a partition
-reads only the row groups of that partition.
+Reads `embed/database/<shard>.parquet`; writes the database `index/` that `retrieval.Database` opens: centroids,
+partitions with an index each, and the measured recall of search settings. A shuffle reads groups of embed shards and
+writes each group sorted by partition, with one record batch per partition. The build of a partition reads only the
+batches of that partition. For 1,900 partitions an Arrow file's footer has 46 kB, a Parquet file's 1.7 MB.
 """
 
 import time
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from pipeline.runtime.arrow_files import read_batch, write_batches
 from pipeline.runtime.runner import run_shards
 from pipeline.runtime.stage import Stage, group_shards
 from pipeline.runtime.workers import Work, Workers, shared_workers
@@ -37,7 +38,7 @@ from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest
 from retrieval.storage.root import Root
 
 ROWS_PER_GROUP = 1_000_000
-"""Rows in a shuffle file: some 500 a row group at 1,900 partitions."""
+"""Rows in a shuffle file: some 500 a partition at 1,900 partitions."""
 CALIBRATION = "calibration.json"
 SAMPLE_SHARDS = 64
 """Most shards that the sample for the centroids is drawn from: they bound the reads."""
@@ -131,29 +132,26 @@ def _shuffle_work(root: Root, dim: int, centroids: Vectors, groups: list[list[st
         parts = [schema.read_table(root, f"embed/{shard}.parquet", columns) for shard in group]
         table = pa.concat_tables(parts)
         numbers = nearest_centroids(schema.vectors(table, schema.EMBEDDING), centroids)[:, 0]
-        with root.writing(f"index/{name}.parquet") as pending:
-            _write_sorted(table, numbers, len(centroids), str(pending.path))
-        return ShardRecord(name, len(table), (pending.record,))
+        batches = _by_partition(table, numbers, len(centroids))
+        return ShardRecord(name, len(table), (write_batches(root, f"index/{name}.arrow", batches, table.schema),))
 
     return shuffle
 
 
-def _write_sorted(table: pa.Table, numbers: npt.NDArray[np.int64], num_partitions: int, path: str) -> None:
-    """Write row group p with the rows of partition p, also if it has none."""
-    with pq.ParquetWriter(path, table.schema, compression="zstd") as writer:
-        for number in range(num_partitions):
-            part = take_rows(table, np.flatnonzero(numbers == number))
-            writer.write_table(part, row_group_size=max(1, len(part)))
+def _by_partition(table: pa.Table, numbers: npt.NDArray[np.int64], count: int) -> Iterator[pa.RecordBatch]:
+    """The rows of each of `count` partitions, also of those without rows, in the order of the table."""
+    order = np.argsort(numbers, kind="stable")
+    ends = np.searchsorted(numbers, np.arange(count), side="right", sorter=order)
+    for rows in np.split(order, ends[:-1]):
+        part = take_rows(table, rows).combine_chunks()
+        yield part.to_batches()[0] if len(rows) else pa.RecordBatch.from_pylist([], table.schema)
 
 
 def _build_work(root: Root, dim: int, config: IndexConfig, shuffled: list[str]) -> Work:
     def build(name: str) -> ShardRecord:
         number = int(name.rsplit("/", maxsplit=1)[-1])
-        parts = []
-        for shuffle in shuffled:
-            with root.open(f"index/{shuffle}.parquet") as file:
-                parts.append(pq.ParquetFile(file).read_row_group(number))
-        table = schema.check_table(pa.concat_tables(parts), schema.embeddings(dim), f"partition {number}")
+        parts = (read_batch(root, f"index/{shuffle}.arrow", number) for shuffle in shuffled)
+        table = schema.check_table(pa.Table.from_batches(parts), schema.embeddings(dim), f"partition {number}")
         return write_partition(root, "index", number, table, config)
 
     return build
