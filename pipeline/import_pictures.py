@@ -1,4 +1,4 @@
-"""import: stores pictures that are there already as `download` stores pictures from the web, without HTTP.
+"""import: stores pictures from disk as `download` stores pictures from the web.
 
 Reads the pictures that `databases/listing.py` lists; writes `download/{train,database}/<shard>.tar` and `.parquet` as
 `download` does, so that `embed` and later stages run unchanged.
@@ -117,7 +117,7 @@ def _draw(seed: int, number: int) -> float:
 def _imported(path: Path, prefix: str) -> tuple[list[ImportedPicture], Counter[str]]:
     """The pictures of a source in its order, and the number of those left out by reason.
 
-    prefix: of the paths that stand for the URLs of pictures without an own URL.
+    prefix: of the paths that replace missing URLs of pictures.
     """
     listing = list_pictures(PictureSource(path, style_captions=True))
     described = with_open_images(listing.pictures, path)

@@ -60,7 +60,7 @@ GROUPS: dict[str, dict[str, Command]] = {
     "work with a recipe": {
         "demo": Command("jobs.demo.run", "all", "run all stages on a small synthetic data set"),
         "database": Command("jobs.database", "pipeline", "build style databases from pictures"),
-        "import": Command("jobs.imports.__main__", "pipeline", "take pictures that are there already"),
+        "import": Command("jobs.imports.__main__", "pipeline", "take your own pictures"),
         "finetune": Command("jobs.finetune.__main__", "pipeline,train", "train a finished model on your own pictures"),
         "convert": Command("jobs.convert", "train", "import or export a model of another project"),
         "optout": Command("jobs.optout", "pipeline", "remove listed images from databases and training"),

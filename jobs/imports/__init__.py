@@ -1,1 +1,1 @@
-"""The command `import`: takes pictures that are there already."""
+"""The command `import`: takes your own pictures."""

@@ -1,4 +1,4 @@
-"""`laion-rdm import RECIPE --source SOURCE`: takes pictures that are there already; replaces `filter` and `download`.
+"""`laion-rdm import RECIPE --source SOURCE`: takes your own pictures; replaces `filter` and `download`.
 
 SOURCE is a folder of pictures, tars or Parquet files, a WebDataset tar, or a table of paths or pictures. A share of its
 pictures becomes the database (`import.database_share`), or the pictures of `--database-source`.

@@ -1,9 +1,9 @@
 """The URLs of a shard, ordered so that limits per host are kept and no thread waits without need.
 
 Takes the rows of one shard; hands each thread the next URL that may be requested now. A host has a maximum
-number of connections, a minimum pause between requests (its Crawl-delay, if it states one), and no requests while it
-asks for a pause (429, 503); meanwhile the threads fetch from other hosts. A host that never answers is given up. Hosts
-are identified by name, not by address. With `host_leases`, busy hosts are also limited over all shards.
+number of connections and a minimum pause between requests (its Crawl-delay, if it states one). While a host asks for
+a pause (429, 503; `fetch` reads Retry-After), the threads fetch from other hosts. A host that never answers is given
+up. Hosts are identified by name, not by address. With `host_leases`, busy hosts are also limited over all shards.
 """
 
 import heapq

@@ -1,4 +1,4 @@
-"""Identical Ray actors that share the calls. A failed actor is restarted while the others go on.
+"""Identical Ray actors that share the calls. Failed actors are restarted while the others answer.
 
 A call without an answer is repeated on another actor, and the first answer counts.
 """

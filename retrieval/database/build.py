@@ -1,6 +1,9 @@
-"""Writes databases. The folder of a database contains `centroids.npy`, `partitions/<number>/{embeddings.npy,
-metadata.arrow}`, with an index also `index.faiss`, with our inverted lists also `lists.npy` and `list_centroids.npy`,
-with vectors of 8-bit numbers also `bounds.npy`, and `manifest.json`, which is written last.
+"""Writes databases. The folder of a database contains:
+
+- `centroids.npy`, of the partitions;
+- `partitions/<number>/`: `embeddings.npy` and `metadata.arrow`; with an index `index.faiss`; with our inverted lists
+  `lists.npy` and `list_centroids.npy`; with vectors of 8-bit numbers `bounds.npy`;
+- `manifest.json`, which is written last.
 """
 
 import io
@@ -43,7 +46,7 @@ OWN_FILE = re.compile(
 )
 """Files that an interrupted build or merge leaves, relative to the folder of the database."""
 OF_UPDATES = ("rewritten/", "pictures/merged-")
-"""Beginnings of those that only updates and merges write. The manifest need not name them."""
+"""Beginnings of the files that only updates and merges write. The manifest need not name these files."""
 
 
 def write_partition(root: Root, stage: str, number: int, table: pa.Table, config: IndexConfig) -> ShardRecord:

@@ -37,10 +37,9 @@ Selection: TypeAlias = slice | Numbers | npt.NDArray[np.bool_]
 class CodedRows:
     """Rows of 8-bit numbers, which are decoded where they are read.
 
-    A dimension has 256 equal steps from its lowest to its highest value. Both are values of rows, so the same rows get
-    the same codes again after they were decoded, and a row that was deleted leaves no bounds behind. An update that
-    moves a bound, by a new row beyond it or by deleting the row that had it, rounds this dimension of all rows of the
-    partition again, by up to half a new step.
+    A dimension has 256 equal steps from its lowest to its highest value. Both are values of rows, so decoded
+    rows get the same codes again, and a deleted row leaves no bounds behind. If an update moves a bound, this dimension
+    of all rows of the partition is rounded again, by up to half a new step.
     """
 
     codes: npt.NDArray[np.uint8]

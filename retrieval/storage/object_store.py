@@ -1,4 +1,4 @@
-"""What fsspec leaves to the caller: retries, part sizes, read-ahead and errors of object stores, and fast listings."""
+"""Additions to fsspec: retries, part sizes, read-ahead and errors of object stores, and fast listings."""
 
 import io
 import os
@@ -39,7 +39,7 @@ class ListedFile(NamedTuple):
     name: str
     bytes: int
     version: str
-    """The ETag, which another content changes; "" on local disks."""
+    """The ETag, which changes with the content; "" on local disks."""
     modified: float
     """Modification time in seconds since 1970; 0.0 if unknown."""
 

@@ -1,6 +1,6 @@
-"""Style classifiers: the paper's perceptron on CLIP image features (section 2.2, appendix C), and the common training.
+"""Style classifiers: the paper's two-layer perceptron on CLIP features (section 2.2, appendix C), and common training.
 
-The paper's is trained on the features of the style databases; some rows are held out to measure its accuracy. Writes
+The perceptron is trained on features of the style databases; held-out rows measure its accuracy. Writes
 `<folder>/<name>.safetensors` and `<name>.json`.
 """
 
