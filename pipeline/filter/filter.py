@@ -19,6 +19,7 @@ from pipeline.filter import selection
 from pipeline.filter.filter_passes import Dedupe, FilterContext, Scan, Select
 from pipeline.filter.later_blocked import block_later
 from pipeline.filter.metadata import plan_pieces
+from pipeline.filter.piece_numbers import PIECE_FILES, known_pieces, remember_pieces
 from pipeline.filter.selection import Rules
 from pipeline.recipe import FilterConfig
 from pipeline.runtime.arrow_files import read_batches
@@ -42,13 +43,17 @@ def run(config: FilterConfig, root: Root) -> Manifest:
     context = prepare(config, root)
     blocklist, workers = context.rules.blocklist, Workers.from_config(config)
     inputs = {"blocklist": blocklist.identity}
-    stage = Stage(root, "filter", SCHEMA_VERSION, config, {"metadata": context.plan.identity}, inputs)
+    upstream = {"metadata": context.plan.identity}
+    stage = Stage(root, "filter", SCHEMA_VERSION, config, upstream, inputs, kept=(PIECE_FILES,))
     if manifest := stage.finished():
         _delete_pass_files(root)
         return manifest
     if manifest := stage.stored():
         return block_later(stage, manifest, blocklist, workers)
+    known = known_pieces(root)
+    remember_pieces(root, known)  # before the manifest is deleted
     with stage.building(), shared_workers():
+        remember_pieces(root, known | {piece.name: piece.file for piece in context.plan.pieces})
         names = [piece.name for piece in context.plan.pieces]
         scans = run_shards(stage, [f"scan/{name}" for name in names], partial(Scan, context), workers)
         dedupes = run_shards(stage, context.dedupes, partial(Dedupe, context), workers)
@@ -64,7 +69,7 @@ def run(config: FilterConfig, root: Root) -> Manifest:
 
 def prepare(config: FilterConfig, root: Root) -> FilterContext:
     """Read the metadata's footers and the blocklist. Raises UserError as `run` does."""
-    plan = plan_pieces(config)
+    plan = plan_pieces(config, known_pieces(root))
     rules = Rules(config, read_blocklist(config.blocklist))
     num_buckets = 1 << max(0, (plan.rows - 1) // KEYS_PER_BUCKET).bit_length()
     return FilterContext(root, plan, rules, num_buckets, config.seed, config.rows_per_shard)

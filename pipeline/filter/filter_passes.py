@@ -161,7 +161,7 @@ class Select:
         if not self.context.root.exists(name):
             raise UserError(
                 f"{self.context.root.at(name)} is missing: an older version started this run. Delete"
-                f" {self.context.root.at('filter')} and run 'make filter' again."
+                f" {self.context.root.at('filter/records')} and run 'make filter' again."
             )
         return read_batches(self.context.root, name)
 

@@ -6,7 +6,7 @@ any type of texts and numbers. Returns batches with our column names; `retrieval
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.filter.metadata_formats import METADATA_FORMATS, MetadataFormat
+from pipeline.filter.piece_numbers import number_pieces
 from pipeline.filter.text_tables import TEXT_SUFFIXES, inspect_text, read_text
 from pipeline.filter.thresholds import thresholds_on
 from pipeline.recipe import Columns, FilterConfig
@@ -51,7 +52,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class MetadataPlan:
-    """All pieces in the order of files and rows. identity: hash of the files' contents and of the columns."""
+    """All pieces in the order of their numbers: in a first run that of files and rows, later files follow.
+
+    identity: hash of the files' contents, of the columns, and of numbers that differ from those of a first run.
+    """
 
     source: Root
     published: MetadataFormat
@@ -73,8 +77,11 @@ class _File:
     signature: str
 
 
-def plan_pieces(config: FilterConfig) -> MetadataPlan:
-    """Divide the files of the metadata into pieces. Raises UserError that names an invalid file."""
+def plan_pieces(config: FilterConfig, known: Mapping[str, str]) -> MetadataPlan:
+    """Divide the files of the metadata into pieces. Raises UserError that names an invalid file.
+
+    known: the file of each piece of earlier runs, by its name. These files keep their numbers.
+    """
     source, names = _tables(config.metadata)
     if config.files:
         first, last = map(int, config.files.split("-"))
@@ -90,14 +97,17 @@ def plan_pieces(config: FilterConfig) -> MetadataPlan:
     pieces = [piece for file in files for piece in _divide(file, config.rows_per_piece)]
     if not pieces:
         raise UserError(f"{config.metadata}: its {len(names)} files have no rows. Correct filter.metadata.")
-    numbered = tuple(
-        Piece(f"{number:05d}", file.name, groups, rows, file.bad_rows, file.columns)
-        for number, (file, groups, rows) in enumerate(pieces)
-    )
+    numbers = number_pieces([file.name for file, _, _ in pieces], known)
+    numbered = {
+        number: Piece(f"{number:05d}", file.name, groups, rows, file.bad_rows, file.columns)
+        for number, (file, groups, rows) in zip(numbers, pieces, strict=True)
+    }
     # Among the columns, only that of boxes is no setting of the fingerprint: it is newer than finished stages.
     signatures = [file.signature + file.columns.get("face_boxes", "") for file in files]
+    if numbers != [*range(len(numbers))]:
+        signatures.append(f"numbers {numbers}")
     identity = hashlib.sha256("".join(signatures).encode()).hexdigest()[:16]
-    return MetadataPlan(source, published, numbered, identity)
+    return MetadataPlan(source, published, tuple(numbered[number] for number in sorted(numbers)), identity)
 
 
 def _tables(path: str) -> tuple[Root, list[str]]:

@@ -55,6 +55,7 @@ class Stage:
     shard: if one changes, only the shards with another digest are made again.
     set_aside: receives the records of finished shards of other inputs before these are deleted. Their files stay, so
     that the work can update them.
+    kept: beginnings of further names in the folder that stay if the stage is made again.
     """
 
     root: Root
@@ -65,6 +66,7 @@ class Stage:
     inputs: dict[str, str] = field(default_factory=dict)
     by_shard: Mapping[str, dict[str, str]] = field(default_factory=dict)
     set_aside: Callable[[Sequence[ShardRecord]], None] | None = None
+    kept: tuple[str, ...] = ()
 
     @cached_property
     def identity(self) -> StageIdentity:
@@ -132,8 +134,8 @@ class Stage:
 
         Raises UserError for finished shards of another fingerprint.
         """
-        # Hidden images stay hidden in the new output.
-        prepare_folder(self.root, self.name, self.identity, KEPT_BY_BUILDS, keep_manifest=bool(self.by_shard))
+        kept = (*KEPT_BY_BUILDS, *self.kept)  # hidden images stay hidden in the new output
+        prepare_folder(self.root, self.name, self.identity, kept, keep_manifest=bool(self.by_shard))
 
     def discard(self, outdated: Sequence[ShardRecord], num_finished: int) -> None:
         """Delete the manifest, and the records of finished shards that are made from other inputs than now.

@@ -129,6 +129,29 @@ def test_a_pilot_on_the_first_files_is_part_of_the_larger_run(tmp_path: Path, me
     assert sorted(server.paths) == ["/10", "/11", "/8", "/9"]
 
 
+def test_files_that_are_added_or_removed_before_known_ones_leave_their_pictures_where_they_are(
+    tmp_path: Path, metadata: Path, server
+) -> None:
+    folder, table = tmp_path / "files", pq.read_table(metadata)
+    folder.mkdir()
+    for n in (1, 2):
+        pq.write_table(table.slice(4 * n, 4), folder / f"{n}.parquet")
+    root = Root(tmp_path / "run")
+    first = chain(root, folder)
+    before = stored(root, first)
+    # It repeats a URL of a known file, which stays there.
+    pq.write_table(pa.concat_tables([table.slice(0, 4), table.slice(6, 1)]), folder / "0.parquet")
+    server.requests.clear()
+    second = chain(root, folder)
+    assert sorted(server.paths) == ["/0", "/1", "/2", "/3"]
+    assert second.shards[:2] == first.shards
+    server.requests.clear()
+    assert stored(root, chain(root, folder, files="1-2")) == before
+    (folder / "1.parquet").unlink()
+    chain(root, folder, files="1-1")
+    assert server.paths == []
+
+
 def test_an_update_that_is_killed_between_two_shards_fetches_nothing_again(
     tmp_path: Path, metadata: Path, server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

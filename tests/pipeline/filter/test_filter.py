@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ import pytest
 
 from pipeline.filter.filter import run
 from pipeline.filter.later_blocked import later_blocked_ids
+from pipeline.filter.piece_numbers import PIECE_FILES
 from pipeline.recipe import Columns, FilterConfig
 from retrieval.errors import UserError
 from retrieval.storage.manifest import Manifest
@@ -18,6 +20,7 @@ from retrieval.storage.root import Root
 from retrieval.storage.schema import SELECTED, image_id, read_table
 
 pytestmark = pytest.mark.usefixtures("in_process_shards")
+FILTER = "pipeline.filter.filter"
 
 
 def write(folder: Path, name: str, rows: list[dict[str, object]], **columns: object) -> None:
@@ -192,6 +195,30 @@ def test_a_range_of_files_is_read_in_the_order_of_their_names(tmp_path: Path, ro
     (tmp_path / "meta/d.parquet").unlink()
     (tmp_path / "meta/a.parquet").unlink()
     assert run(config(tmp_path / "meta"), root) == first
+
+
+def test_new_files_get_the_numbers_after_the_highest_of_any_run_even_if_tries_are_killed(
+    tmp_path: Path, root: Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meta, remake = tmp_path / "meta", Root(root.url, remake=True)
+    for n, name in ((0, "b"), (10, "c")):
+        write(meta, f"{name}.parquet", numbered(n, 10))
+    first = run(config(meta), root)
+    root.delete(f"filter/{PIECE_FILES}")  # as earlier versions left it
+    write(meta, "a.parquet", numbered(20, 10) + numbered(0, 3))
+    for step in ("retrieval.storage.root.Root.delete_except", f"{FILTER}.shared_workers", f"{FILTER}.run_shards"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(step, Mock(side_effect=KeyboardInterrupt))
+            run(config(meta), remake)
+        assert not root.exists("filter/manifest.json")
+    grown = run(config(meta), remake)
+    assert grown.values["pieces"] == {"00000": ["b.parquet", 0], "00001": ["c.parquet", 0], "00002": ["a.parquet", 0]}
+    assert grown.checksums().items() > first.checksums().items()
+    assert run(config(meta), root) == grown
+    (meta / "a.parquet").unlink()
+    (meta / "b.parquet").unlink()
+    write(meta, "d.parquet", numbered(30, 10))
+    assert [*run(config(meta), remake).values["pieces"]] == ["00001", "00003"]
 
 
 def test_scores_and_language_are_copied_to_the_output(tmp_path: Path, root: Root) -> None:

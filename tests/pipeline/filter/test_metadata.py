@@ -24,7 +24,7 @@ Write = Callable[[Path], None]
 
 
 def plan(path: Path, **settings: object) -> MetadataPlan:
-    return plan_pieces(FilterConfig(metadata=str(path), **settings))
+    return plan_pieces(FilterConfig(metadata=str(path), **settings), {})
 
 
 def values(path: Path, **settings: object) -> list[tuple[object, ...]]:

@@ -94,10 +94,10 @@ def test_a_threshold_on_a_column_that_the_file_lacks_is_an_error_that_names_both
     names = {"url": "u", "text": "c", "height": 8, "pwatermark": 0.1, "punsafe": 0.1}
     pq.write_table(pa.Table.from_pylist([names]), tmp_path / "a.parquet")
     given = {"metadata": str(tmp_path), "missing_size": "keep"}
-    plan_pieces(FilterConfig(**given))
+    plan_pieces(FilterConfig(**given), {})
     message = rf"a\.parquet has no column '{missing}'.*remove the threshold filter\.{next(iter(settings))}"
     with pytest.raises(UserError, match=message):
-        plan_pieces(FilterConfig(**(given | settings)))
+        plan_pieces(FilterConfig(**(given | settings)), {})
 
 
 @pytest.mark.parametrize("settings", [{"max_aspect_ratio": 0.5}, {"max_caption_chars": 3, "min_caption_chars": 4}])
