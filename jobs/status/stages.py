@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jobs.cli.recipe import Recipe
+from jobs.status.inputs import changed_inputs
 from jobs.status.training import training_status
 from pipeline.pictures.near_copy_shards import pending_comparisons
 from pipeline.recipe import EmbedConfig
@@ -44,7 +45,7 @@ def statuses(recipe: Recipe, now: float) -> list[Status]:
             continue
         spec = _spec(recipe, name, upstream)
         manifest = find_manifest(root, spec.folder)
-        status = stage_status(root, spec, manifest, upstream, now)
+        status = _status(recipe, name, spec, manifest, (upstream, now))
         if name == "embed" and status.state == "stale" and (download := upstream.get("download", (status, None))[1]):
             pending = pending_comparisons(root, download, recipe[EmbedConfig].near_copy_bits)
             status = replace(status, note="; ".join(filter(None, (status.note, pending))))
@@ -55,6 +56,19 @@ def statuses(recipe: Recipe, now: float) -> list[Status]:
         if name == "index":
             upstream["database/index"] = upstream[name]  # its name in manifests of sample and evaluate
     return stages
+
+
+def _status(
+    recipe: Recipe, name: str, spec: StageSpec, manifest: Manifest | None, others: tuple[UpstreamStages, float]
+) -> Status:
+    """As `stage_status`, with the inputs that are no stages. others: its upstream and now."""
+    note = ""
+    try:
+        spec = replace(spec, changed=changed_inputs(recipe, name, manifest) if manifest else "")
+    except UserError as error:  # metadata may be deleted after filter
+        note = f"whether its inputs changed is unknown: {error}"
+    status = stage_status(recipe.root, spec, manifest, *others)
+    return replace(status, note=note) if status.state == "finished" else status
 
 
 def _spec(recipe: Recipe, name: str, upstream: UpstreamStages) -> StageSpec:

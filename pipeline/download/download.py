@@ -12,10 +12,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from pipeline.download.former_shards import delete_former, set_aside
-from pipeline.filter.later_blocked import later_blocked_ids
+from pipeline.filter.blocked_ids import with_later_blocked
 from pipeline.recipe import SHARDS_AT_ONCE, DownloadConfig
 from pipeline.runtime.runner import run_shards
 from pipeline.runtime.stage import Stage
@@ -43,8 +41,7 @@ def run(config: DownloadConfig, root: Root, retry: bool = False) -> Manifest:
     """
     started = time.time()
     selected = read_manifest(root, "filter")
-    blocklist = read_blocklist(config.blocklist, "download.blocklist")
-    blocklist = replace(blocklist, ids=np.union1d(blocklist.ids, later_blocked_ids(root, selected)))
+    blocklist = with_later_blocked(read_blocklist(config.blocklist, "download.blocklist"), root, selected)
     inputs = {"blocklist": blocklist.identity}
     shards = [*selected.shard_names("train/"), *selected.shard_names("database/")]
     digests = selected.digests()

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 
-from pipeline.runtime.id_files import Ids, read_ids, write_ids
+from pipeline.filter.blocked_ids import id_files
+from pipeline.runtime.id_files import read_ids, write_ids
 from pipeline.runtime.runner import run_shards
 from pipeline.runtime.stage import Stage
 from pipeline.runtime.workers import Work, Workers
 from pipeline.web.blocklist import Blocklist
 from retrieval.storage.manifest import Manifest, ShardRecord
-from retrieval.storage.root import FileRecord, Root
+from retrieval.storage.root import Root
 from retrieval.storage.schema import IMAGE_ID, SELECTED, SPLITS, Reason, read_table
 
 FOLDER = "blocked"
@@ -35,21 +36,10 @@ def block_later(stage: Stage, stored: Manifest, blocklist: Blocklist, workers: W
         counts = {record.shard.removeprefix(f"{FOLDER}/"): record.rows for record in listed}
         records = [_with_count(record, counts[record.shard]) if record.files else record for record in stored.shards]
         manifest = stage.complete(records, _values(stage.root, stored, records, listed, blocklist.identity), started)
-    outdated = [file.name for file in _id_files(stored) if file not in _id_files(manifest)]
+    outdated = [file.name for file in id_files(stored) if file not in id_files(manifest)]
     for name in (f"filter/{FOLDER}", f"filter/records/{FOLDER}", *outdated):
         stage.root.delete(name)
     return manifest
-
-
-def later_blocked_ids(root: Root, selected: Manifest) -> Ids:
-    """Ids in the shards of a finished filter that its blocklist listed later, ascending."""
-    return read_ids(root, _id_files(selected))
-
-
-def _id_files(manifest: Manifest) -> list[FileRecord]:
-    """The file of the ids that were blocked later, if there are any."""
-    stored = manifest.values.get("later_blocked")
-    return [FileRecord(**stored)] if stored else []
 
 
 def _find_work(root: Root, blocklist: Blocklist) -> Work:

@@ -14,13 +14,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.filter.metadata_formats import METADATA_FORMATS, MetadataFormat
-from pipeline.filter.piece_numbers import number_pieces
+from pipeline.filter.piece_numbers import known_pieces, number_pieces
 from pipeline.filter.text_tables import TEXT_SUFFIXES, inspect_text, read_text
 from pipeline.filter.thresholds import thresholds_on
 from pipeline.recipe import Columns, FilterConfig
+from pipeline.runtime.status import modified_at
 from retrieval.errors import UserError
 from retrieval.storage.arrow_columns import is_number, is_text, plain_table, plain_type
 from retrieval.storage.data_files import data_files
+from retrieval.storage.manifest import Manifest
 from retrieval.storage.root import CHUNK_BYTES, Root
 
 BATCH_ROWS = 1 << 16
@@ -82,15 +84,7 @@ def plan_pieces(config: FilterConfig, known: Mapping[str, str]) -> MetadataPlan:
 
     known: the file of each piece of earlier runs, by its name. These files keep their numbers.
     """
-    source, names = _tables(config.metadata)
-    if config.files:
-        first, last = map(int, config.files.split("-"))
-        if not first <= last < len(names):
-            raise UserError(
-                f"{config.metadata} has {len(names):,} files, but filter.files is {config.files}: wanted two numbers"
-                f" from 0 to {len(names) - 1}, the lower one first."
-            )
-        names = names[first : last + 1]
+    source, names = _selected_tables(config)
     published = METADATA_FORMATS[config.metadata_format]
     with ThreadPoolExecutor(16) as pool:
         files = list(pool.map(lambda name: _inspect(source, name, config), names))
@@ -108,6 +102,42 @@ def plan_pieces(config: FilterConfig, known: Mapping[str, str]) -> MetadataPlan:
         signatures.append(f"numbers {numbers}")
     identity = hashlib.sha256("".join(signatures).encode()).hexdigest()[:16]
     return MetadataPlan(source, published, tuple(numbered[number] for number in sorted(numbers)), identity)
+
+
+def changed_metadata(config: FilterConfig, root: Root, made: Manifest) -> str:
+    """How the metadata differs from that of a finished filter, in words; "" if it does not. Raises as `plan_pieces`.
+
+    Only listings are compared, unless files were added or written after the filter began: then as `run` does.
+    """
+    source, names = _selected_tables(config)
+    known = {file for file, *_ in made.values.get("pieces", {}).values()}
+    new, missing = {*names} - known, known - {*names}
+    began = modified_at(root, "filter/manifest.json") - made.seconds
+    times = {file.name: file.modified for file in source.files("")} if len(names) > 1 else {}
+    later = {name for name in names if (times.get(name) or modified_at(source, name)) >= began} - new
+    if not missing and not new and not later:
+        return ""
+    if not missing:
+        plan = plan_pieces(config, known_pieces(root))
+        if plan.identity == made.upstream["metadata"]:
+            return ""
+        new &= {piece.file for piece in plan.pieces}  # files without rows are in no piece
+    counts = {"new": len(new), "removed": len(missing), "changed": len(later)}
+    return ", ".join(f"{count:,} file{'s' if count > 1 else ''} {word}" for word, count in counts.items() if count)
+
+
+def _selected_tables(config: FilterConfig) -> tuple[Root, list[str]]:
+    """As `_tables`, within the range `config.files`."""
+    source, names = _tables(config.metadata)
+    if not config.files:
+        return source, names
+    first, last = map(int, config.files.split("-"))
+    if not first <= last < len(names):
+        raise UserError(
+            f"{config.metadata} has {len(names):,} files, but filter.files is {config.files}: wanted two numbers"
+            f" from 0 to {len(names) - 1}, the lower one first."
+        )
+    return source, names[first : last + 1]
 
 
 def _tables(path: str) -> tuple[Root, list[str]]:

@@ -5,7 +5,6 @@ nearest first, rows in the order of the shard. The tables contain the vectors, s
 the database. Near copies of the training image are left out. The manifest states the recall on a seeded sample.
 """
 
-import hashlib
 import time
 from dataclasses import replace
 from functools import partial
@@ -32,7 +31,7 @@ from pipeline.runtime.workers import Work, Workers, shared_workers
 from retrieval.clip.identity import EncoderIdentity
 from retrieval.database.database import Database
 from retrieval.errors import UserError
-from retrieval.index.hidden import hidden_ids
+from retrieval.index.hidden import hidden_digest
 from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, write_record
 from retrieval.storage.root import FileRecord, Root
@@ -79,8 +78,8 @@ def neighbors_stage(config: NeighborsConfig, root: Root) -> Stage:
     are hidden later are removed from the finished tables.
     """
     embed, index = read_manifest(root, "embed"), read_manifest(root, "index")
-    ids = hidden_ids(root.child("index"))
-    hidden = {"hidden": hashlib.sha256(ids.tobytes()).hexdigest()[:16]} if len(ids) else {}
+    digest = hidden_digest(root.child("index"))
+    hidden = {"hidden": digest} if digest else {}
     upstream = {"embed": embed.identity_of("train/"), "index": index.identity, **hidden}
     if config.min_recall:
         effort = chosen_effort(config, root)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from retrieval.clip.head_files import heads_identity
 from retrieval.clip.heads import Head
 from retrieval.index.routing import unit
 from retrieval.recipe import HeadConfig
@@ -39,9 +40,8 @@ class ScoredRows:
     @cached_property
     def inputs(self) -> dict[str, str]:
         """What `Stage.inputs` says of the heads: their weights, settings and thresholds."""
-        limits = ((c.max_score, c.min_score) for c in self.config.values())
-        parts = [f"{head.digest} {limit}" for head, limit in zip(self.heads.values(), limits, strict=True)]
-        return {"heads": "; ".join(parts)} if parts else {}
+        identity = heads_identity({name: head.digest for name, head in self.heads.items()}, self.config)
+        return {"heads": identity} if identity else {}
 
     def stored(self, shard: str) -> tuple[pa.Table, Reasons] | None:
         """All rows of a finished shard without scores, and the rows that were never embedded by reason; None if new.

@@ -53,6 +53,8 @@ class StageSpec:
     """Number of shards by phase ("" for a stage without phases), as far as upstream manifests state it."""
     shards: Sequence[str] = ()
     """Names of its shards, as far as upstream manifests state them: they divide the listing of its records."""
+    changed: str = ""
+    """Which inputs of a finished stage changed that are no stages, in words."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,8 @@ def _stale_reason(manifest: Manifest, spec: StageSpec, upstream: UpstreamStages)
         if current != manifest.fingerprint:
             differences = setting_differences(manifest.config, spec.config.output_fields())
             return f"made {'; '.join(differences) or 'by another version of the code'}"
+    if spec.changed:
+        return spec.changed
     for name, digest in manifest.upstream.items():
         if name not in upstream:
             continue

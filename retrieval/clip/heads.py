@@ -4,7 +4,6 @@ Reads the state dict of a torch module (`.safetensors`, or a torch file that nee
 The computation is numpy, so a head needs no device and gives equal scores on all machines of one kind.
 """
 
-import hashlib
 import io
 import pickle
 import re
@@ -18,17 +17,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
+from retrieval.clip.head_files import head_digest, head_setting, read_head
 from retrieval.errors import UserError
 from retrieval.recipe import HeadConfig
-from retrieval.storage.root import Root
 
 DAMAGED = (
     *(SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, struct.error),
     *(LookupError, AssertionError, TypeError, AttributeError),
 )
 """What the readers of torch and safetensors raise for damaged files."""
-MAX_BYTES = 1 << 28
-"""Largest file of a head; LAION's have up to 26 MB."""
 BLOCK_ROWS = 4096
 MIN_DEVIATION = 1e-7
 """Keras divides normalized inputs by at least this."""
@@ -75,8 +72,7 @@ def load_head(name: str, config: HeadConfig, dim: int) -> Head:
 
     Raises UserError for a file that cannot be read, has other tensors than those of linear layers, or other sizes.
     """
-    where = f"embed.heads.{name}.file = {config.file}"
-    content = _read(config.file, where)
+    where, content = head_setting(name, config), read_head(name, config)
     tensors = _tensors(content, config.file, where)
     statistics = {key: tensors.pop(key) for key in [*tensors] if re.search(r"(^|\.)(mean|variance)$", key)}
     layers = _layers(tensors, config.activation == "relu", where)
@@ -87,22 +83,9 @@ def load_head(name: str, config: HeadConfig, dim: int) -> Head:
     mean, variance = by_kind.get("mean", np.zeros(dim, np.float32)), by_kind.get("variance", np.ones(dim, np.float32))
     if mean.shape != (dim,) or variance.shape != (dim,):
         raise UserError(f"{where} normalizes {len(mean)} and {len(variance)} values; CLIP vectors have {dim}.")
-    settings = f"{name} {config.activation} {config.output} ".encode()
-    digest = hashlib.sha256(settings + hashlib.sha256(content).digest()).hexdigest()[:16]
+    digest = head_digest(name, config, content)
     deviation = np.maximum(np.sqrt(variance), MIN_DEVIATION)
     return Head(mean, deviation, layers, config.output == "sigmoid", digest)
-
-
-def _read(path: str, where: str) -> bytes:
-    folder, _, name = path.rpartition("/")
-    root = Root(folder or ("/" if path.startswith("/") else "."))
-    if not root.exists(name):
-        raise UserError(f"{where} does not exist. Correct the path.")
-    with root.open(name) as file:
-        content = file.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        raise UserError(f"{where} has more than {MAX_BYTES:,} bytes: wanted linear layers on CLIP vectors.")
-    return content
 
 
 def _tensors(content: bytes, path: str, where: str) -> dict[str, Array]:

@@ -29,6 +29,12 @@ def hidden_ids(root: Root) -> Ids:
     return np.unique(np.concatenate([np.empty(0, np.int64), *(_read(root, name) for name in names)]))
 
 
+def hidden_digest(root: Root) -> str:
+    """Digest of `hidden_ids`, for the inputs of later stages; "" if there are none."""
+    ids = hidden_ids(root)
+    return hashlib.sha256(ids.tobytes()).hexdigest()[:16] if len(ids) else ""
+
+
 def as_ids(ids: npt.ArrayLike) -> Ids:
     """Distinct image ids, ascending. Raises UserError unless they are integers in the range of int64."""
     values = np.asarray(ids).reshape(-1)

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jobs.demo.report.funnel import num_rows
-from pipeline.filter.later_blocked import later_blocked_ids
+from pipeline.filter.blocked_ids import later_blocked_ids
 from pipeline.recipe import NeighborsConfig
 from pipeline.web.urls import canonical_url
 from retrieval.clip.identity import EncoderIdentity

@@ -4,19 +4,27 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jobs.cli.recipe import load_recipe
 from jobs.status.__main__ import has_color, main
 from jobs.status.stages import statuses
 from jobs.status.table import WIDTH, table
+from pipeline.filter.metadata import plan_pieces
+from pipeline.recipe import EmbedConfig, FilterConfig
 from pipeline.runtime.status import Status
+from retrieval.clip.head_files import head_digest, heads_identity
 from retrieval.errors import UserError
+from retrieval.index.hidden import store_hidden
 from retrieval.storage import stage_folder
 from retrieval.storage.manifest import Manifest, ShardRecord, fingerprint, write_manifest, write_record
 from retrieval.storage.object_store import ListedFile
@@ -141,6 +149,77 @@ def test_a_changed_setting_is_stale_and_a_changed_speed_is_not(recipe: Path) -> 
     assert statuses_by_stage(recipe, "filter.workers=7")["filter"].state == "finished"
     stale = statuses_by_stage(recipe, "filter.min_edge=512")["filter"]
     assert (stale.state, stale.note) == ("stale", "made with min_edge = 768, the recipe has 512")
+
+
+def write_made(recipe: Path, stage: str, upstream: dict[str, str], inputs: dict[str, str], **values: object) -> None:
+    """The manifest of a finished stage of the recipe, begun and ended now."""
+    loaded = load_recipe(recipe)
+    config = loaded.sections[stage]
+    digest = fingerprint(stage, 1, config, upstream)
+    settings = config.model_dump(mode="json")
+    write_manifest(loaded.root, Manifest(stage, 1, digest, upstream, settings, (), values, 0.0, inputs))
+
+
+def test_changed_metadata_is_stale_and_the_files_are_counted(recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "meta"
+    folder.mkdir()
+    columns = {"URL": ["http://a.org/1"], "TEXT": ["a"], "WIDTH": [800], "HEIGHT": [600]}
+    rows = pa.table(columns | {"pwatermark": [0.1], "punsafe": [0.1]})
+    for name in ("b", "c"):
+        pq.write_table(rows, folder / f"{name}.parquet")
+        os.utime(folder / f"{name}.parquet", (NOW - 1e9, NOW - 1e9))
+    pq.write_table(rows.slice(0, 0), folder / "no_rows.parquet")
+    recipe.write_text(recipe.read_text().replace('"somewhere"', f'"{folder}"'))
+    plan = plan_pieces(load_recipe(recipe)[FilterConfig], {})
+    pieces = {piece.name: [piece.file, *piece.row_groups] for piece in plan.pieces}
+    write_made(recipe, "filter", {"metadata": plan.identity}, {"blocklist": ""}, pieces=pieces)
+
+    def current() -> tuple[str, str]:
+        status = statuses_by_stage(recipe)["filter"]
+        return status.state, status.note
+
+    assert current() == ("finished", "")
+    os.utime(folder / "b.parquet", (NOW, NOW))
+    assert current() == ("finished", "")
+    pq.write_table(rows.set_column(1, "TEXT", [["another"]]), folder / "b.parquet")
+    assert current() == ("stale", "made from other metadata: 1 file changed")
+    (folder / "b.parquet").unlink()
+    (folder / "no_rows.parquet").unlink()
+    for name in ("a", "d"):
+        pq.write_table(rows, folder / f"{name}.parquet")
+    assert current() == ("stale", "made from other metadata: 2 files new, 1 file removed")
+    (tmp_path / "listed.txt").write_text("example.org")
+    listed = statuses_by_stage(recipe, f"filter.blocklist={tmp_path}/listed.txt")["filter"]
+    assert listed.note.endswith("1 file removed; made with another blocklist")
+    shutil.rmtree(folder)
+    state, note = current()
+    assert (state, f"whether its inputs changed is unknown: {folder} is missing" in note) == ("finished", True)
+
+
+def test_changed_blocklists_heads_and_hidden_images_are_stale_and_named(recipe: Path, tmp_path: Path) -> None:
+    head, listed = tmp_path / "head.safetensors", tmp_path / "listed.txt"
+    head.write_bytes(b"weights")
+    listed.write_text("example.org")
+    section = f'[embed.heads.safe]\nfile = "{head}"\nactivation = "relu"\noutput = "none"\nmax_score = 0.5\n'
+    section += '[clip]\nmodel = "ViT-B-32"\n'
+    recipe.write_text(recipe.read_text() + section)
+    loaded = load_recipe(recipe)
+    heads = loaded[EmbedConfig].heads
+    digests = {"safe": head_digest("safe", heads["safe"], b"weights")}
+    write_made(recipe, "download", {"filter": write_filter(recipe).identity}, {"blocklist": ""})
+    made = {"heads": heads_identity(digests, heads)}
+    write_made(recipe, "embed", {}, made, encoder={"model": "ViT-B-32"})
+    write_made(recipe, "neighbors", {}, {})
+    names = ("download", "embed", "neighbors")
+    stages = statuses_by_stage(recipe)
+    assert [stages[name].state for name in names] == ["finished"] * 3
+    head.write_bytes(b"others")
+    store_hidden(loaded.root.child("index"), np.array([7]))
+    stages = statuses_by_stage(recipe, f"download.blocklist={listed}", "clip.model=ViT-L-14")
+    notes = ["made with another blocklist", "made with other heads; made with the CLIP model ViT-B-32"]
+    found = [stages[name].note.partition("; near copies")[0] for name in names]
+    assert found == [*notes, "made with other hidden images"]
+    assert {stages[name].state for name in names} == {"stale"}
 
 
 def test_training_shows_the_last_complete_line_of_its_metrics(recipe: Path) -> None:

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.filter.blocked_ids import later_blocked_ids
 from pipeline.filter.filter import run
-from pipeline.filter.later_blocked import later_blocked_ids
 from pipeline.filter.piece_numbers import PIECE_FILES
 from pipeline.recipe import Columns, FilterConfig
 from retrieval.errors import UserError
