@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from docs.generate import rank_counts
 from jobs.reporting.estimates import against_zero, estimate_text
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -205,6 +206,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "headline": headline,
     "models": models,
     "near_copies": near_copies,
+    "ranks": rank_counts.table,
     "sampling": sampling,
     "styles": styles,
 }

@@ -104,5 +104,8 @@ def test_invalid_settings_are_an_error(change: dict[str, object], message: str) 
 
 
 def test_a_batch_that_cannot_be_split_over_the_ranks_is_an_error() -> None:
-    with pytest.raises(UserError, match=r"global_batch 8 cannot be split over 3 ranks.*a multiple of 6"):
+    message = "batch 8 cannot be split over 3 ranks .* to a multiple of 3 such as 9 and train.micro_batch to 1, or"
+    with pytest.raises(UserError, match=message):
         engine_settings(make_recipe("").train, Ranks(0, 3, torch.device("cpu")))
+    with pytest.raises(UserError, match=r"over 8 ranks in micro batches of 2: set train\.micro_batch to 1, or"):
+        engine_settings(make_recipe("").train, Ranks(0, 8, torch.device("cpu")))

@@ -19,6 +19,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import compiler
 
 from retrieval.errors import UserError
+from trainer.engine.batch_split import nearest_split
 from trainer.engine.eight_bit import check_8bit
 from trainer.engine.optimizer import learning_rate_at, make_optimizer
 from trainer.recipe import TrainConfig
@@ -102,9 +103,12 @@ def accumulation_steps(config: TrainConfig, world: int) -> int:
     """Micro batches per step on each of `world` ranks. Raises UserError if the batch cannot be split."""
     share = config.micro_batch * world
     if config.global_batch % share:
+        split = nearest_split(config.global_batch, config.micro_batch, world)
+        is_same = split.global_batch == config.global_batch
+        batch = "" if is_same else f"train.global_batch to a multiple of {world} such as {split.global_batch} and "
         raise UserError(
-            f"train.global_batch {config.global_batch} cannot be split over {world} ranks in micro "
-            f"batches of {config.micro_batch}: make it a multiple of {share}, or change train.micro_batch."
+            f"train.global_batch {config.global_batch} cannot be split over {world} ranks in micro batches of "
+            f"{config.micro_batch}: set {batch}train.micro_batch to {split.micro_batch}, or take another number."
         )
     return config.global_batch // share
 

@@ -15,7 +15,17 @@ import pytest
 import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
+from jobs.cli.recipe import load_recipe
+from jobs.train import parse_arguments
+from trainer.engine.deepspeed_engine import accumulation_steps
+from trainer.recipe import AutoencoderConfig, TrainConfig
+
 REPOSITORY = Path(__file__).resolve().parents[3]
+WORKDIR = next(
+    line.split()[1]
+    for line in (REPOSITORY / "jobs/cluster/Dockerfile").read_text().splitlines()
+    if line.startswith("WORKDIR")
+)
 Schema = dict[str, Any]
 
 
@@ -40,9 +50,16 @@ CONTAINER = fields(
     envFrom=list_of(fields(secretRef=fields("name", name=TEXT))),
     env=list_of(fields("name value", name=TEXT, value=TEXT)),
     resources=fields(requests=QUANTITIES, limits=QUANTITIES),
+    volumeMounts=list_of(fields("name mountPath", name=TEXT, mountPath=TEXT, readOnly={"type": "boolean"})),
+)
+VOLUME = fields(
+    "name",
+    name=TEXT,
+    persistentVolumeClaim=fields("claimName", claimName=TEXT, readOnly={"type": "boolean"}),
+    emptyDir=fields(medium={"const": "Memory"}, sizeLimit=TEXT),
 )
 TOLERATION = fields(key=TEXT, operator={"enum": ["Exists", "Equal"]}, effect={"enum": ["NoSchedule", "NoExecute"]})
-POD = fields("containers", containers=list_of(CONTAINER), tolerations=list_of(TOLERATION))
+POD = fields("containers", containers=list_of(CONTAINER), volumes=list_of(VOLUME), tolerations=list_of(TOLERATION))
 HEAD = {"rayStartParams": TEXTS, "template": fields("spec", spec=POD)}
 COUNTS = {"groupName": TEXT, "replicas": COUNT, "minReplicas": COUNT, "maxReplicas": COUNT}
 CLUSTER = fields(
@@ -53,8 +70,15 @@ CLUSTER = fields(
     headGroupSpec=fields("template", **HEAD),
     workerGroupSpecs=list_of(fields("groupName minReplicas maxReplicas template", **HEAD, **COUNTS)),
 )
-JOB = fields("entrypoint", entrypoint=TEXT, clusterSelector=TEXTS, backoffLimit=COUNT)
-KINDS = {"kuberay.yaml": ("RayCluster", CLUSTER), "rayjob.yaml": ("RayJob", JOB)}
+JOB = fields(
+    "entrypoint",
+    entrypoint=TEXT,
+    clusterSelector=TEXTS,
+    backoffLimit=COUNT,
+    shutdownAfterJobFinishes={"type": "boolean"},
+    rayClusterSpec=CLUSTER,
+)
+KINDS = {"kuberay.yaml": ("RayCluster", CLUSTER), "rayjob.yaml": ("RayJob", JOB), "rayjob_train.yaml": ("RayJob", JOB)}
 """By file, the kind of its object, and the fields of its `spec` that we use, with KubeRay's names and types."""
 
 
@@ -124,3 +148,24 @@ def test_a_job_selects_the_cluster_and_is_not_retried() -> None:
     # KubeRay refuses a job with a selector and retries, or deletes the cluster when it retries.
     assert spec["backoffLimit"] == 0
     assert spec["entrypoint"] == "python -m jobs.download jobs/configs/laion2b.toml"
+
+
+def test_the_training_job_has_the_ranks_the_batch_and_the_files_that_its_recipe_needs() -> None:
+    spec = read("rayjob_train.yaml")["spec"]
+    [group], head = spec["rayClusterSpec"]["workerGroupSpecs"], spec["rayClusterSpec"]["headGroupSpec"]
+    pod = group["template"]["spec"]
+    gpus = int(pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
+    arguments = parse_arguments(spec["entrypoint"].split()[3:])
+    recipe = load_recipe(REPOSITORY / arguments.recipe, arguments.overrides)
+    train = recipe[TrainConfig]
+    assert arguments.ray
+    assert train.ranks == group["replicas"] * gpus
+    assert accumulation_steps(train, train.ranks) == 1
+    assert not recipe.root.is_local  # pods share no folder
+    for node in (head["template"]["spec"], pod):
+        [container], volumes = node["containers"], {volume["name"]: volume for volume in node["volumes"]}
+        folders = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
+        assert folders[f"{WORKDIR}/{Path(recipe[AutoencoderConfig].path).parent}"]["persistentVolumeClaim"]
+        assert container["envFrom"] == [{"secretRef": {"name": "object-store"}}]
+    assert folders["/dev/shm"]["emptyDir"]["medium"] == "Memory"
+    assert int(container["resources"]["requests"]["cpu"]) >= gpus * train.workers

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -110,16 +111,30 @@ def test_deepspeeds_launcher_on_the_machines_of_a_hostfile_without_ray(
     assert read_manifest(Root(copy), FOLDER).checksums() == expected
 
 
-def test_torchrun_on_two_nodes(
+def test_torchrun_on_two_nodes_restarts_after_a_kill(
     copy: Path, expected: dict[str, str], forked_python: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHON_EXEC", str(forked_python))  # with which torchrun starts ranks
     launcher = [str(forked_python), "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
-    launcher += ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    launcher += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--max-restarts=1"]
     module = ["-m", "jobs.train", str(copy / "recipe.toml")]
-    nodes = [subprocess.Popen([*launcher, f"--node-rank={number}", *module]) for number in (0, 1)]
-    assert [node.wait(timeout=300) for node in nodes] == [0, 0]
+    nodes = [subprocess.Popen([*launcher, *module], stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    kill_first_rank(copy)
+    logs = [node.communicate(timeout=300)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], logs
+    steps = re.findall(r"  steps (\d) to 8", "".join(logs))
+    assert (len(steps), steps.count("0")) == (2, 1), "the second start resumes"
     assert read_manifest(Root(copy), FOLDER).checksums() == expected
+
+
+def kill_first_rank(folder: Path) -> int:
+    """Wait for the first checkpoint and kill the process that writes to the run. Returns its id."""
+    deadline = time.monotonic() + 200
+    while not (folder / FOLDER / "checkpoints" / INDEX).exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process = int(Root(folder).read_json(f"leases/{FOLDER}.json")["owner"]["pid"])
+    os.kill(process, signal.SIGKILL)
+    return process
 
 
 def test_ray_workers_of_which_one_is_killed(
@@ -127,15 +142,7 @@ def test_ray_workers_of_which_one_is_killed(
 ) -> None:
     recipe = load_recipe(copy / "recipe.toml")
     killed: list[int] = []
-
-    def kill_a_worker() -> None:
-        deadline = time.monotonic() + 200
-        while not (copy / FOLDER / "checkpoints" / INDEX).exists() and time.monotonic() < deadline:
-            time.sleep(0.005)
-        killed.append(Root(copy).read_json(f"leases/{FOLDER}.json")["owner"]["pid"])
-        os.kill(killed[0], signal.SIGKILL)
-
-    killer = threading.Thread(target=kill_a_worker)
+    killer = threading.Thread(target=lambda: killed.append(kill_first_rank(copy)))
     killer.start()
     train_on_ray(training_of(recipe.sections), recipe.root)
     killer.join()

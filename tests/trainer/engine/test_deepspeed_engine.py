@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import deepspeed.comm as dist
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.common.processes import set_single_rank
+from tests.trainer.training.launched import fork
 from tests.trainer.training_set import make_recipe
 from trainer.engine.deepspeed_engine import Ranks, engine_settings, join_ranks, make_engine, optimizer_step
 from trainer.model.unet import build_unet
@@ -88,3 +90,8 @@ def test_gradients_are_reduced_during_the_backward_pass_on_several_gpus() -> Non
     for device, world, overlaps in (("cuda", 2, True), ("cuda", 1, False), ("cpu", 2, False)):
         settings = engine_settings(config, Ranks(0, world, torch.device(device)))
         assert settings["zero_optimization"]["overlap_comm"] == overlaps
+
+
+def test_two_ranks_send_what_the_guide_counts(tmp_path: Path) -> None:
+    code, log = fork(["traffic_rank"], tmp_path / "log", 2)
+    assert code == 0, log
