@@ -162,7 +162,7 @@ class TrainConfig(Config):
     """Samples in one forward and backward pass of a rank; gradients accumulate over its share of the step."""
     interleaved_shards: PositiveInt = 16
     """Shards that each global batch is drawn from. If the number of ranks divides it and it divides
-    global_batch, each rank opens only its own part of the shards."""
+    global_batch, each rank opens only its own part of the shards; else up to two more."""
     steps: PositiveInt
     """Optimizer steps, skipped ones included. A larger number continues a finished run."""
     learning_rate: PositiveFloat = 1e-4

@@ -48,6 +48,18 @@ def test_a_rank_reads_only_the_shards_of_its_lanes() -> None:
         assert len({order.locate(int(position)).shard for position in slots}) == 16
 
 
+@pytest.mark.parametrize(
+    ("batch", "lanes", "world", "opened"),
+    [(1600, 64, 64, 1), (1536, 64, 128, 1), (1600, 64, 160, 2), (1216, 40, 64, 3)],
+)
+def test_any_number_of_ranks_keeps_to_few_shards(batch: int, lanes: int, world: int, opened: int) -> None:
+    order = SampleOrder((10**6,), seed=1, lanes=lanes)
+    for rank in (0, world // 2, world - 1):
+        firsts = [step * batch for step in range(40)]
+        positions = np.concatenate([first + rank_slots(order, first, batch, rank, world) for first in firsts])
+        assert len(set(positions % lanes)) <= opened
+
+
 def test_a_batch_mixes_as_many_shards_as_there_are_lanes() -> None:
     order = SampleOrder((16,) * 64, seed=1, lanes=8)
     assert len({order.locate(position).shard for position in range(16)}) == 8
