@@ -1,9 +1,9 @@
 """`laion-rdm submit http://head:8265 filter RECIPE ...`: runs a command on a remote Ray cluster.
 
-Uploads the code of this repository and the recipe; the command runs as a Ray job on the head node. Prints its log and
-exits with its exit code. The nodes need the libraries installed, and the recipe's `root` must be reachable from all of
-them. If the same command is running there already, its log is followed instead. Ctrl-C stops following the log; the
-job goes on.
+Uploads the code of this repository and the recipe; the command runs as a Ray job on the head node, `train` with `--ray`
+so that its ranks are workers of the cluster. Prints its log and exits with its exit code. The nodes need the libraries
+installed, and the recipe's `root` must be reachable from all of them. If the same command is running there already, its
+log is followed instead. Ctrl-C stops following the log; the job goes on.
 """
 
 import argparse
@@ -99,6 +99,9 @@ def read_command(name: str, recipe: Path, arguments: Sequence[str]) -> Command:
         raise UserError(f"{name} cannot be submitted to a cluster. Wanted one of: {', '.join(COMMANDS)}.")
     parser = recipe_parser(name, None)
     add_remake(parser)
+    if name == "train":  # without --ray it would train on the head alone
+        arguments = ["--ray", *(word for word in arguments if word != "--ray")]
+        parser.add_argument("--ray", action="store_true")
     known, others = parser.parse_known_args([str(recipe), *arguments])
     if name in ("sample", "train") and others:
         raise UserError(

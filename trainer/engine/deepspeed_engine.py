@@ -18,7 +18,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import compiler
 
-from retrieval.errors import UserError
+from retrieval.errors import NodeError, UserError
 from trainer.engine.batch_split import nearest_split
 from trainer.engine.eight_bit import check_8bit
 from trainer.engine.optimizer import learning_rate_at, make_optimizer
@@ -57,7 +57,7 @@ def join_ranks(timeout_minutes: int = 60) -> Ranks:
 
 @contextmanager
 def raised_on_all(ranks: Ranks) -> Iterator[None]:
-    """If the block raises UserError on some ranks, raise one on all. A collective.
+    """If the block raises UserError on some ranks, raise one on all; a NodeError stays one. A collective.
 
     Ranks that went on alone would wait for the others until the timeout. So would an error before a collective of the
     block.
@@ -67,14 +67,16 @@ def raised_on_all(ranks: Ranks) -> Iterator[None]:
         yield
     except UserError as raised:
         error = raised
-    messages: list[str | None] = [None] * ranks.world
+    problems: list[tuple[str, type[UserError]] | None] = [None] * ranks.world
     if ranks.world > 1:
-        dist.all_gather_object(messages, None if error is None else str(error))
+        kind = NodeError if isinstance(error, NodeError) else UserError
+        dist.all_gather_object(problems, None if error is None else (str(error), kind))
     if error is not None:
         raise error
-    for rank, message in enumerate(messages):
-        if message is not None:
-            raise UserError(f"rank {rank}: {message}")
+    for rank, problem in enumerate(problems):
+        if problem is not None:
+            message, kind = problem
+            raise kind(f"rank {rank}: {message}")
 
 
 def use_deterministic_algorithms() -> None:

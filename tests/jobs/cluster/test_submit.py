@@ -1,6 +1,7 @@
 """Stages submitted to a real Ray cluster with its dashboard, and their Prometheus metrics."""
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ import pytest
 from ray.job_submission import JobSubmissionClient
 
 from jobs.cluster.submit import copy_upload, read_command, start_job, submit
+from jobs.train import parse_arguments
 from retrieval.errors import UserError
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
@@ -239,8 +241,16 @@ def test_a_command_that_needs_this_machine_is_not_submitted(
         read_command(name, recipe, words)
 
 
-def test_finished_work_may_be_made_again_on_a_cluster(recipe: Path) -> None:
-    assert read_command("train", recipe, ["--remake"]).entrypoint.endswith("jobs.train recipe.toml --remake")
+@pytest.mark.parametrize("words", [["--remake"], ["--ray", "--remake"], ["--remake", "--ray"]])
+def test_training_that_is_submitted_runs_on_the_workers_of_the_cluster(recipe: Path, words: list[str]) -> None:
+    entrypoint = read_command("train", recipe, words).entrypoint
+    assert entrypoint == "python -m jobs.train recipe.toml --ray --remake"
+    arguments = parse_arguments(shlex.split(entrypoint)[3:])
+    assert (arguments.ray, arguments.remake) == (True, True)
+
+
+def test_a_stage_that_is_submitted_has_no_option_of_training(recipe: Path) -> None:
+    assert read_command("filter", recipe, ["--remake"]).entrypoint == "python -m jobs.filter recipe.toml --remake"
 
 
 @pytest.mark.parametrize("words", [["CLUSTER=http://head:8265"], ["RAY_ADDRESS=http://head:8265"]])

@@ -11,6 +11,7 @@ from s3fs import S3FileSystem
 
 from benchmarks.crashes.store import BUCKET, Store
 from retrieval import Root, UserError
+from retrieval.errors import NodeError
 from retrieval.storage.data_files import data_files
 from retrieval.storage.object_store import PART_BYTES, ListedFile
 from retrieval.storage.schema import read_table, write_table
@@ -273,3 +274,28 @@ def test_a_missing_bucket_raises_an_error_instead_of_an_empty_listing(store: Sto
         Root("s3://nowhere/run").open("a")
     with pytest.raises(UserError, match=r"s3://nowhere/run/a: The specified bucket does not exist"):
         Root("s3://nowhere/run").write_bytes("a", b"1")
+
+
+def test_the_files_of_the_home_folder_give_access_where_the_environment_does_not(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {name: os.environ[name] for name in os.environ if name.startswith("AWS_")}
+    for name in keys:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")  # a role of this machine would give access too
+    (tmp_path / ".aws").mkdir()
+    secrets = [f"{name.lower()} = {keys[name]}\n" for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")]
+    (tmp_path / ".aws/credentials").write_text("".join(["[default]\n", *secrets]))
+    (tmp_path / ".aws/config").write_text(f"[default]\nregion = us-east-1\nendpoint_url = {keys['AWS_ENDPOINT_URL']}\n")
+    S3FileSystem.clear_instance_cache()
+    try:
+        root = Root(store.url("home"))
+        root.write_bytes("a", b"1")
+        assert root.read_bytes("a") == b"1"
+        (tmp_path / ".aws/credentials").unlink()
+        S3FileSystem.clear_instance_cache()
+        with pytest.raises(NodeError, match=r"home/a cannot be reached .*credentials"):
+            Root(store.url("home")).read_bytes("a")
+    finally:
+        S3FileSystem.clear_instance_cache()

@@ -1,0 +1,88 @@
+"""Which group of workers Ray Train starts, and after which failures it starts one again."""
+
+from pathlib import Path
+
+import pytest
+import ray
+from ray.train import ControllerError, TrainingFailedError, WorkerGroupError
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from jobs.cluster.ray_training import fit_with_restarts, make_trainer
+from retrieval.errors import NodeError, UserError
+from retrieval.storage.root import Root
+from tests.trainer.training_set import make_recipe
+from trainer.checkpoint.checkpoint import INDEX, CheckpointFolder
+
+NODE = NodeError("the disk / is full")
+MISTAKE = UserError("k is wrong")
+LOST = RuntimeError("the actor died")
+
+
+class Attempts(TorchTrainer):
+    """A trainer whose attempts write a checkpoint at a step, then fail, or end if there is no error."""
+
+    def __init__(self, folder: CheckpointFolder, *attempts: tuple[int, TrainingFailedError | None]) -> None:
+        self.folder, self.left = folder, list(attempts)
+
+    def fit(self) -> None:
+        step, error = self.left.pop(0)
+        self.folder.root.write_json(INDEX, {"checkpoints": [{"step": step}]})
+        if error:
+            raise error
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> CheckpointFolder:
+    return CheckpointFolder(Root(tmp_path), "test", {}, keep=1, keep_every=0)
+
+
+def failed(*failures: Exception) -> WorkerGroupError:
+    """The error of a worker group, with the exception of each rank."""
+    return WorkerGroupError("failed", dict(enumerate(failures)))
+
+
+@pytest.mark.parametrize(("gpus", "backend"), [(4, "nccl"), (0, "gloo")])
+def test_collectives_wait_as_long_as_the_recipe_says(
+    gpus: int, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0} | ({"GPU": float(gpus)} if gpus else {}))
+    trainer = make_trainer(make_recipe("", timeout_minutes=7), Root(tmp_path))
+    assert trainer.backend_config == TorchConfig(backend=backend, timeout_s=420)
+    assert trainer.scaling_config.num_workers == max(1, gpus)
+    assert trainer.scaling_config.use_gpu == bool(gpus)
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (failed(NODE), "the disk / is full"),
+        (failed(LOST, NODE), "the disk / is full"),
+        (failed(LOST), "a worker was lost"),
+        (ControllerError(LOST), "a worker was lost"),
+    ],
+)
+def test_a_lost_worker_or_a_fault_of_a_node_restarts_training_that_has_advanced(
+    error: TrainingFailedError, cause: str, folder: CheckpointFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = Attempts(folder, (2, error), (4, error), (5, None))
+    fit_with_restarts(trainer, folder)
+    assert not trainer.left
+    assert [record.message for record in caplog.records] == [f"restarting from step {step}: {cause}" for step in (2, 4)]
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"), [(failed(LOST, NODE), NODE), (failed(LOST), "Training failed due to worker errors")]
+)
+def test_training_that_has_not_advanced_ends_with_the_fault(
+    error: WorkerGroupError, raised: Exception | str, folder: CheckpointFolder
+) -> None:
+    trainer = Attempts(folder, (2, error), (2, error), (4, None))
+    with pytest.raises((NodeError, TrainingFailedError), match=str(raised)):
+        fit_with_restarts(trainer, folder)
+    assert trainer.left == [(4, None)]
+
+
+@pytest.mark.parametrize("error", [failed(MISTAKE), failed(NODE, MISTAKE, LOST)])
+def test_a_mistake_of_the_user_ends_training_at_once(error: WorkerGroupError, folder: CheckpointFolder) -> None:
+    with pytest.raises(UserError, match="k is wrong"):
+        fit_with_restarts(Attempts(folder, (2, error)), folder)

@@ -1,0 +1,16 @@
+"""A rank that checks what `raised_on_all` raises if rank 1 alone fails: `python -m failing_rank`."""
+
+import pytest
+
+from retrieval.errors import NodeError, UserError
+from trainer.engine.deepspeed_engine import join_ranks, leave_ranks, raised_on_all
+
+if __name__ == "__main__":
+    ranks = join_ranks()
+    for kind in (UserError, NodeError):
+        with pytest.raises(UserError) as caught, raised_on_all(ranks):
+            if ranks.rank == 1:
+                raise kind("no disk")
+        assert caught.type is kind
+        assert str(caught.value) == ("no disk" if ranks.rank == 1 else "rank 1: no disk")
+    leave_ranks()
