@@ -58,7 +58,7 @@ def run(config: EmbedConfig, clip: ClipConfig, root: Root) -> Manifest:
     if manifest := stage.finished():
         return manifest
     with stage.building(), shared_workers():
-        copies = find_copies(root, download, config.near_copy_bits, Workers.from_config(config))
+        copies = find_copies(root, download, config.near_copy_bits, Workers.from_config(config.near_copy_resources))
         selection = DatabaseSelection(copies, patch_quotas(download, config.patches))
         stage = replace(stage, by_shard=_shard_inputs(stage, selection))
         workers = Workers.from_config(config, num_gpus=config.gpus_per_worker)

@@ -6,7 +6,6 @@ Reads the pictures that `databases/listing.py` lists; writes `download/{train,da
 
 import hashlib
 import json
-import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from pipeline.databases.imagenet import with_class_names
 from pipeline.databases.listing import Listing, list_pictures
 from pipeline.databases.open_images import with_open_images
 from pipeline.databases.sources import Content, PictureSource, SourcePicture
@@ -36,9 +36,6 @@ from retrieval.storage.manifest import Manifest, ShardRecord, delete_record
 from retrieval.storage.root import Root
 from retrieval.storage.schema import FROM_METADATA, IMAGE_ID, SPLITS, Reason, image_id
 from retrieval.storage.temp_folders import temporary_folder
-
-CLASS_NAMES = ("LOC_synset_mapping.txt", "synset_words.txt")
-"""Files of ImageNet with a line `n01440764 tench, Tinca tinca` for each class."""
 
 
 @dataclass(frozen=True)
@@ -120,37 +117,20 @@ def _imported(path: Path, prefix: str) -> tuple[list[ImportedPicture], Counter[s
     prefix: of the paths that replace missing URLs of pictures.
     """
     listing = list_pictures(PictureSource(path, style_captions=True))
-    described = with_open_images(listing.pictures, path)
+    described = with_class_names(with_open_images(listing.pictures, path), path)
     addresses = [canonical_url(picture.source) for picture in described]
     counts = Counter(addresses)
-    names = _class_names(path)
     pictures = []
     for picture, address in zip(described, addresses, strict=True):
         # The `source` of several pictures is a web site rather than their URL.
         url = address if address and counts[address] == 1 else f"{prefix}/{picture.name}"
-        pictures.append(ImportedPicture(url, address, _with_class_name(picture, names)))
+        pictures.append(ImportedPicture(url, address, picture))
     return pictures, _left_out(listing)
 
 
 def _left_out(listing: Listing) -> Counter[str]:
     rows = {"rows of a table without a file": listing.missing} if listing.missing else {}
     return listing.left_out + Counter(rows)
-
-
-def _class_names(path: Path) -> dict[str, str]:
-    """First name of each ImageNet class by its number such as n01440764, from the source or a folder above it."""
-    folders = [path, *path.resolve().parents][:5] if path.is_dir() else []
-    for file in (folder / name for folder in folders for name in CLASS_NAMES):
-        if file.is_file():
-            lines = re.findall(r"^(n\d{8})\s+([^,\n]+)", file.read_text("utf-8", errors="replace"), re.MULTILINE)
-            return {number: name.strip() for number, name in lines}
-    return {}
-
-
-def _with_class_name(picture: SourcePicture, names: dict[str, str]) -> SourcePicture:
-    if picture.caption not in names:
-        return picture
-    return SourcePicture(**{**vars(picture), "caption": names[picture.caption]})
 
 
 def _shards(splits: dict[str, list[ImportedPicture]], rows_per_shard: int) -> Shards:

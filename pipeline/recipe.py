@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from retrieval.config import Config, WorkersConfig, runtime_setting
+from retrieval.config import Config, ResourcesConfig, WorkersConfig, runtime_setting
 from retrieval.perceptual_hash import MAX_DISTANCE
 from retrieval.pictures.budget import MAX_PIXELS
 from retrieval.recipe import HeadConfig, JoinConfig, Precision
@@ -229,6 +229,9 @@ class EmbedConfig(WorkersConfig):
 
     near_copy_bits: int = Field(default=6, ge=0, le=MAX_DISTANCE)
     """Database images within this Hamming distance of a training image or its mirror are near copies."""
+    near_copies: ResourcesConfig = runtime_setting(ResourcesConfig())
+    """`workers`, `nodes` and `memory_gb` of the search for copies, which takes one CPU a worker and no GPU. Empty:
+    those of the stage."""
     patches: PatchesConfig = PatchesConfig()
     """Patches instead of whole database pictures."""
     heads: dict[HeadName, HeadConfig] = runtime_setting({})
@@ -245,6 +248,11 @@ class EmbedConfig(WorkersConfig):
     """Threads that decode and resize images."""
     gpus_per_worker: float = runtime_setting(0.0, ge=0)
     """GPUs of a worker; 0: CPU."""
+
+    @property
+    def near_copy_resources(self) -> ResourcesConfig:
+        """Those of the search for copies."""
+        return self if self.near_copies == ResourcesConfig() else self.near_copies
 
 
 class NeighborsConfig(WorkersConfig):

@@ -40,8 +40,8 @@ def added_setting(default: Any, **limits: Any) -> Any:
     return Field(default, json_schema_extra=ADDED, **limits)
 
 
-class WorkersConfig(Config):
-    """Settings of all stages that run on Ray: the workers and the resources of each."""
+class ResourcesConfig(Config):
+    """Workers on Ray and the resources of each. They do not change what is written."""
 
     workers: int = runtime_setting(0, ge=0)
     """Workers that run at once; 0: as many as fit on the cluster."""
@@ -49,5 +49,10 @@ class WorkersConfig(Config):
     """Memory of a worker in GB. Ray places workers by it, and a worker above it is stopped; 0: no limit."""
     nodes: str = runtime_setting("", pattern=r"^[A-Za-z0-9_-]*$")
     """Run only on nodes with this custom resource of Ray, such as `download`; empty: on all nodes."""
+
+
+class WorkersConfig(ResourcesConfig):
+    """Settings of all stages that run on Ray."""
+
     wandb: str = runtime_setting("")
     """Weights & Biases project that logs every finished shard; empty: none."""

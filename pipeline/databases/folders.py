@@ -5,13 +5,13 @@ with pictures. Files of tools are left out (`retrieval.storage.listing`); what i
 """
 
 import json
-import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pipeline.databases.imagenet import CLASS_NUMBER
 from pipeline.databases.sources import SIGNATURE_BYTES, FileRange, Item, is_picture, read_fields, text_of
 from pipeline.databases.tables import IMAGE_TABLES, image_items
 from retrieval.errors import UserError
@@ -67,7 +67,8 @@ def folder_items(folder: Path, left_out: Counter[str]) -> Iterator[Item]:
 def tar_items(path: Path, name: str, left_out: Counter[str], is_one_of_many: bool = False) -> Iterator[Item]:
     """The pictures of a tar in the order of their names, with their captions, classes and JSON fields.
 
-    name: of the tar in the source, without suffix. A tar among others whose name has no number is a style.
+    name: of the tar in the source, without suffix. A tar is a style if its name is that of a class of ImageNet, or if
+    there are others and its name ends in no digit, as those of shards do.
     """
     pictures: dict[str, tuple[str, FileRange]] = {}
     fields: dict[str, dict[str, Any]] = {}
@@ -90,7 +91,8 @@ def tar_items(path: Path, name: str, left_out: Counter[str], is_one_of_many: boo
     except tarfile.TarError as error:
         raise UserError(f"{path} is not a readable tar: {error}") from error
     parents = PurePosixPath(safe_text(name)).parts
-    style = () if not is_one_of_many or re.search(r"\d$", parents[-1]) else parents[-1:]
+    is_style = CLASS_NUMBER.fullmatch(parents[-1]) or (is_one_of_many and not parents[-1][-1].isdigit())
+    style = parents[-1:] if is_style else ()
     for member_name, (key, content) in sorted(pictures.items()):
         folders = PurePosixPath(member_name).parts[:-1]
         item_name = PurePosixPath(safe_text(name), member_name).as_posix()

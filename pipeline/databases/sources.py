@@ -122,14 +122,14 @@ def source_picture(item: Item, label: str, source: PictureSource) -> SourcePictu
     artist, title = fields.get("artist", ""), fields.get("title", "")
     if source.artist_title and "_" in stem:
         first, _, rest = stem.partition("_")
-        artist, title = artist or _words(first), title or _words(rest)
+        artist, title = artist or words(first), title or words(rest)
     title_and_artist = f"{title} by {artist}" if title and artist else title
     label = fields.get("label", label)
     return SourcePicture(
         name=item.name,
         content=item.content,
         label=label,
-        caption=fields.get("caption") or title_and_artist or _words(label if source.style_captions and label else stem),
+        caption=fields.get("caption") or title_and_artist or words(label if source.style_captions and label else stem),
         title=title,
         artist=artist,
         license=fields.get("license") or source.license,
@@ -197,5 +197,6 @@ def decoded(data: bytes) -> str:
         return data.decode("latin-1")
 
 
-def _words(stem: str) -> str:
+def words(stem: str) -> str:
+    """The words of a file name or style, which _ and - join."""
     return stem.replace("_", " ").replace("-", " ")

@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from pipeline.runtime import memory
-from retrieval.config import WorkersConfig
+from retrieval.config import ResourcesConfig
 from retrieval.errors import UserError
 from retrieval.storage.manifest import ShardRecord
 
@@ -41,9 +41,9 @@ class Workers:
 
     @classmethod
     def from_config(
-        cls, config: WorkersConfig, count: int | None = None, num_cpus: float = 1, num_gpus: float = 0
+        cls, config: ResourcesConfig, count: int | None = None, num_cpus: float = 1, num_gpus: float = 0
     ) -> "Workers":
-        """The workers of a stage. count: replaces config.workers."""
+        """The workers of a stage or pass. count: replaces config.workers."""
         count = config.workers if count is None else count
         return cls(count, num_cpus, num_gpus, config.memory_gb, config.nodes)
 

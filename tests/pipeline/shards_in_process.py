@@ -12,6 +12,7 @@ from ray import cloudpickle
 from pipeline.runtime import workers
 from pipeline.runtime.pool import Finished, Pool, RemoteWorker, ShardError
 from pipeline.runtime.shard_queue import Failure, ShardQueue
+from pipeline.runtime.workers import Workers
 from retrieval.errors import NodeError
 
 
@@ -23,6 +24,21 @@ def shards_in_process() -> Iterator[None]:
         patch.setattr(workers, "start_actor", lambda make: None)
         patch.setattr("ray.init", lambda **_: None)
         yield
+
+
+@contextmanager
+def recorded_workers() -> Iterator[list[tuple[str, Workers]]]:
+    """Stage and workers of each pass within the block, which is within that of `shards_in_process`."""
+    passes: list[tuple[str, Workers]] = []
+    run = Pool.run
+
+    def recorded(pool: Pool, queue: ShardQueue) -> Iterator[Finished]:
+        passes.append((pool.stage.name, pool.workers))
+        return run(pool, queue)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pool, "run", recorded)
+        yield passes
 
 
 def _run(pool: Pool, queue: ShardQueue) -> Iterator[Finished]:

@@ -18,11 +18,14 @@ from PIL import Image
 from pipeline import embed
 from pipeline.pictures import embedding
 from pipeline.recipe import EmbedConfig
+from pipeline.runtime.workers import Workers
 from retrieval import Root, UserError
 from retrieval.clip.encoder import Encoder
+from retrieval.config import ResourcesConfig
 from retrieval.recipe import ClipConfig
 from retrieval.storage import schema
 from tests.pipeline.conftest import pictures, write_clip, write_download
+from tests.pipeline.shards_in_process import recorded_workers
 
 CONFIG = EmbedConfig(workers=2, batch_size=3)
 
@@ -86,6 +89,21 @@ def test_images_left_out_are_counted_by_reason(root: Root, clip: ClipConfig) -> 
     assert manifest.reasons == {"duplicate_content": 1, "near_copy": 1, "unreadable": 1}
     kept = [f"http://example.org/database/{i}.jpg" for i in (100, 101, 102, 104, 106, 107)]
     assert embedded(root, "database/00000")[0] == kept
+
+
+@pytest.mark.usefixtures("in_process_shards")
+def test_the_search_for_copies_can_have_other_workers_than_the_encoder(root: Root, clip: ClipConfig) -> None:
+    on_cpus = CONFIG.model_copy(update={"near_copies": ResourcesConfig(workers=3, nodes="cpu", memory_gb=4.0)})
+    searches, fingerprints = [], []
+    for config in (CONFIG, on_cpus):
+        with recorded_workers() as passes:
+            fingerprints.append(embed.run(config, clip, root).fingerprint)
+        assert {workers for stage, workers in passes if stage == "embed"} == {Workers(2)}
+        searches.append({workers for stage, workers in passes if stage == "near_copies"})
+        root.delete("embed")
+        root.delete("near_copies")
+    assert searches == [{Workers(2)}, {Workers(3, nodes="cpu", memory_gb=4.0)}]
+    assert fingerprints[0] == fingerprints[1]
 
 
 @pytest.mark.usefixtures("in_process_shards")

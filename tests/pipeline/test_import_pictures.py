@@ -190,12 +190,45 @@ def test_hugging_face_parquet_and_a_database_source(folder: Path, tmp_path: Path
     assert manifest.values["urls"] == 45
 
 
-def test_pictures_of_imagenet_have_the_names_of_their_classes_as_captions(tmp_path: Path) -> None:
+@pytest.fixture
+def imagenet(tmp_path: Path) -> Path:
+    """A folder with the files of ImageNet that name classes."""
     source = tmp_path / "ILSVRC"
-    (source / "Data").mkdir(parents=True)
-    (source / "LOC_synset_mapping.txt").write_text("n01440764 tench, Tinca tinca\nn01443537 goldfish\n")
+    write(source / "LOC_synset_mapping.txt", "n01440764 tench, Tinca tinca\nn01443537 goldfish\n")
+    classes = "n01443537 1 2 3 4 n01443537 5 6 7 8 ", "n01440764 1 2 3 4 "
+    lines = [f"ILSVRC2012_val_0000000{i},{boxes}" for i, boxes in enumerate(classes, 1)]
+    write(source / "LOC_val_solution.csv", "\n".join(["ImageId,PredictionString", *lines]))
+    return source
+
+
+def test_pictures_of_imagenet_have_the_names_of_their_classes_as_captions(imagenet: Path, tmp_path: Path) -> None:
     for i, number in enumerate(("n01440764", "n01443537", "n99999999")):
-        write(source / "Data" / "CLS-LOC" / "train" / number / f"{number}_{i}.JPEG", encoded(i))
+        write(imagenet / "Data" / "CLS-LOC" / "train" / number / f"{number}_{i}.JPEG", encoded(i))
     root = Root(str(tmp_path / "run"))
-    imported(source, root)
+    imported(imagenet, root)
     assert [row["caption"] for row in rows(root).values()] == ["tench", "goldfish", "n99999999"]
+
+
+def test_tars_of_imagenet_give_the_classes_that_are_their_names(imagenet: Path, tmp_path: Path) -> None:
+    tars = [imagenet / "train" / f"{number}.tar" for number in ("n01440764", "n99999999")]
+    for i, path in enumerate(tars):
+        path.parent.mkdir(exist_ok=True)
+        with tarfile.open(path, "w") as tar:
+            member = tarfile.TarInfo(f"{path.stem}_{i}.JPEG")
+            member.size = len(encoded(i))
+            tar.addfile(member, io.BytesIO(encoded(i)))
+    whole, one = Root(str(tmp_path / "run")), Root(str(tmp_path / "one"))
+    imported(imagenet / "train", whole)
+    assert [row["caption"] for row in rows(whole).values()] == ["tench", "n99999999"]
+    imported(tars[0], one)
+    assert [row["caption"] for row in rows(one).values()] == ["tench"]
+
+
+def test_validation_pictures_of_imagenet_have_the_classes_of_the_solution_file(imagenet: Path, tmp_path: Path) -> None:
+    validation = imagenet / "Data" / "CLS-LOC" / "val"
+    for i in range(1, 4):
+        write(validation / f"ILSVRC2012_val_0000000{i}.JPEG", encoded(i))
+    write(validation / "ILSVRC2012_val_00000002.txt", "A fish")
+    root = Root(str(tmp_path / "run"))
+    imported(imagenet, root)
+    assert [row["caption"] for row in rows(root).values()] == ["goldfish", "A fish", "ILSVRC2012 val 00000003"]

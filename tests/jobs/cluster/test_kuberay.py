@@ -131,15 +131,16 @@ def test_the_nodes_that_the_autoscaler_adds_fit_every_worker_of_the_recipe() -> 
     assert nodes[scaling["head_node_type"]]["resources"]["CPU"] == 0
     assert cluster["spec"]["enableInTreeAutoscaling"]
     recipe = tomllib.loads((REPOSITORY / "jobs/configs/laion2b.toml").read_text())
-    for stage in ("filter", "download", "embed", "index", "neighbors"):
-        name = recipe[stage]["nodes"]
+    stages = [recipe[stage] for stage in ("filter", "download", "embed", "index", "neighbors")]
+    for section in (*stages, recipe["embed"]["near_copies"]):
+        name = section["nodes"]
         group, resources = nodes[name], nodes[name]["resources"]
         assert resources[name] == 1, "the resource by which a recipe selects the node"
         assert (group["min_workers"], group["max_workers"] > 0) == (0, True)
         gpus = resources.get("GPU", 0)
-        assert recipe[stage]["memory_gb"] * 1e9 * max(1, gpus) <= resources["memory"]
-        assert recipe[stage].get("gpus_per_worker", 0) <= gpus
-        assert recipe[stage]["workers"]  # a cluster without nodes adds them for workers that wait
+        assert section["memory_gb"] * 1e9 * max(1, gpus) <= resources["memory"]
+        assert section.get("gpus_per_worker", 0) <= gpus
+        assert section["workers"]  # a cluster without nodes adds them for workers that wait
 
 
 def test_a_job_selects_the_cluster_and_is_not_retried() -> None:
