@@ -152,7 +152,8 @@ def _stale_reason(manifest: Manifest, spec: StageSpec, upstream: UpstreamStages)
 def _made_again(manifest: Manifest, name: str, source: Manifest) -> str:
     """What the stage's command makes again for a changed input. name, source: the input's name and manifest."""
     if not any(name in shard.inputs for shard in manifest.shards):
-        return f"all is made again with --remake, {manifest.rows:,} rows, last in {format_duration(manifest.seconds)}"
+        # A resumed stage stores the seconds of its last run.
+        return f"all is made again with --remake, {manifest.rows:,} rows, at least {format_duration(manifest.seconds)}"
     prefix = "" if "/" in manifest.shards[0].shard else "train/"  # stages of training images alone omit it
     digests = {shard: digest for shard, digest in source.digests().items() if shard.startswith(prefix or SPLITS)}
     made = {f"{prefix}{shard.shard}": shard for shard in manifest.shards}

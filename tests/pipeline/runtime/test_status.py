@@ -155,7 +155,7 @@ def test_changed_or_stale_inputs_make_a_stage_stale(root: Root) -> None:
     assert status(root, spec, {"download": (download, first)}).state == "finished"
     other = replace(first, fingerprint="another")
     stale = status(root, spec, {"download": (download, other)}).note
-    assert stale == "made from another download: all is made again with --remake, 150 rows, last in 30 s"
+    assert stale == "made from another download: all is made again with --remake, 150 rows, at least 30 s"
     made_from_stale = status(root, spec, {"download": (replace(download, state="stale"), first)})
     assert (made_from_stale.state, made_from_stale.note) == ("stale", "made from download, which is stale")
     upstream_unfinished = status(root, spec, {"download": (replace(download, state="unfinished"), None)})
