@@ -6,6 +6,8 @@ from typing import Any
 from jobs.cli.command import exit_on_user_error, recipe_parser, run_on_recipe
 from jobs.cli.recipe import Recipe
 from pipeline.optout import optout
+from pipeline.recipe import OptoutConfig
+from pipeline.runtime.workers import Workers
 from pipeline.web.blocklist import read_blocklist
 from retrieval.cluster.connection import ray_connection
 from retrieval.errors import UserError
@@ -19,8 +21,9 @@ def run(recipe: Recipe, path: str, erase: bool = False) -> None:
     blocklist = read_blocklist(path, "--list")
     if not blocklist.identity:
         raise UserError("--list is empty: name a text file of URLs, domains, image ids and hashes.")
+    config = recipe[OptoutConfig] if recipe.has("optout") else OptoutConfig()
     with ray_connection():
-        report = optout.run(blocklist, recipe.root, erase)
+        report = optout.run(blocklist, recipe.root, erase, Workers.from_config(config))
     print("\n".join(lines(report)))
     print(f"\nreport: {recipe.root.at('optout')}/{blocklist.identity}.json")
 

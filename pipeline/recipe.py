@@ -1,4 +1,4 @@
-"""The settings of the data stages: sections `filter`, `download`, `embed` and `neighbors` of a recipe.
+"""The settings of the data stages: sections `filter`, `download`, `embed`, `optout` and `neighbors` of a recipe.
 
 Imports no torch, Ray or faiss, so reading and checking settings is fast.
 """
@@ -253,6 +253,10 @@ class EmbedConfig(WorkersConfig):
     def near_copy_resources(self) -> ResourcesConfig:
         """Those of the search for copies."""
         return self if self.near_copies == ResourcesConfig() else self.near_copies
+
+
+class OptoutConfig(ResourcesConfig):
+    """The workers of `optout`, one CPU each (section `optout` of a recipe)."""
 
 
 class NeighborsConfig(WorkersConfig):

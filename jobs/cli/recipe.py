@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar, cast
 from pydantic import ValidationError
 
 from jobs.cli.explore_config import ExploreConfig
-from pipeline.recipe import DownloadConfig, EmbedConfig, FilterConfig, ImportConfig, NeighborsConfig
+from pipeline.recipe import DownloadConfig, EmbedConfig, FilterConfig, ImportConfig, NeighborsConfig, OptoutConfig
 from retrieval.config import Config
 from retrieval.errors import UserError
 from retrieval.recipe import ClipConfig, IndexConfig, StorageConfig
@@ -34,6 +34,7 @@ SECTIONS: dict[str, type[Config]] = {
     "embed": EmbedConfig,
     "index": IndexConfig,
     "neighbors": NeighborsConfig,
+    "optout": OptoutConfig,
     "autoencoder": AutoencoderConfig,
     "latents": LatentsConfig,
     "model": ModelConfig,

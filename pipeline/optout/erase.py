@@ -92,7 +92,7 @@ def current_stages(root: Root) -> list[str]:
     return [name for name in stages if _inputs(root, name).items() <= read_manifest(root, name).upstream.items()]
 
 
-def erase(root: Root, blocklist: Blocklist) -> dict[str, int]:
+def erase(root: Root, blocklist: Blocklist, workers: Workers) -> dict[str, int]:
     """Erase what the stored plan of a list names; returns the numbers of rewritten shards and partitions."""
     plan = read_plan(root, blocklist)
     start_erasures(root, blocklist, plan.rows)
@@ -102,8 +102,8 @@ def erase(root: Root, blocklist: Blocklist) -> dict[str, int]:
         for name in (*finished_stages(root), NEAR_COPIES):
             leases.enter_context(lease(root, name))
         with stage.building(), shared_workers():
-            _rewrite_shards(stage, blocklist, plan, latents)
-            partitions = _rewrite_databases(stage, plan)
+            _rewrite_shards(stage, blocklist, plan, latents, workers)
+            partitions = _rewrite_databases(stage, plan, workers)
             for name in finished_stages(root):
                 records = partitions.get(name, []) if name == "index" else _shard_records(root, name, plan.shards)
                 _update_manifest(root, name, records, name in plan.current)
@@ -111,7 +111,7 @@ def erase(root: Root, blocklist: Blocklist) -> dict[str, int]:
                 if name != "index":
                     _update_manifest(root, name, partitions[name], is_current=False)
             if plan.shards:
-                _update_near_copies(root)
+                _update_near_copies(root, workers)
             _delete_old_files(root, plan)
     return {"shards": len(plan.shards), "partitions": len(plan.partitions)}
 
@@ -123,26 +123,26 @@ def finished_stages(root: Root) -> list[str]:
     return [name for name in names if root.exists(f"{name}/manifest.json")]
 
 
-def _rewrite_shards(stage: Stage, blocklist: Blocklist, plan: ErasePlan, latents: list[str]) -> None:
+def _rewrite_shards(stage: Stage, blocklist: Blocklist, plan: ErasePlan, latents: list[str], workers: Workers) -> None:
     names = [f"shards/{shard}" for shard in plan.shards]
-    run_shards(stage, names, partial(_shard_work, stage.root, blocklist, plan, latents), Workers())
+    run_shards(stage, names, partial(_shard_work, stage.root, blocklist, plan, latents), workers)
 
 
 def _shard_work(root: Root, blocklist: Blocklist, plan: ErasePlan, latents: list[str]) -> Work:
     return partial(erase_in_shard, root, blocklist, np.array(plan.ids, np.int64), latents)
 
 
-def _rewrite_databases(stage: Stage, plan: ErasePlan) -> dict[str, list[ShardRecord]]:
+def _rewrite_databases(stage: Stage, plan: ErasePlan, workers: Workers) -> dict[str, list[ShardRecord]]:
     """Rewrite partitions and thumbnails; the records of the new partitions by database."""
     partitions: dict[str, list[ShardRecord]] = {}
     for folder in plan.rows:
         config = IndexConfig.model_validate(read_manifest(stage.root, folder).config)
         names = [f"partitions/{name}" for name in plan.partitions if name.rpartition("/")[0] == folder]
-        workers = Workers.from_config(config, num_cpus=config.cores_per_partition)
-        written = run_shards(stage, names, partial(_partition_work, stage, plan), workers)
+        builders = Workers.from_config(config, num_cpus=config.cores_per_partition)
+        written = run_shards(stage, names, partial(_partition_work, stage, plan), builders)
         partitions[folder] = [_read_record(stage.root, record) for record in written]
     thumbnails = [f"pictures/{folder}" for folder, ids in plan.rows.items() if folder != "index" and ids]
-    run_shards(stage, thumbnails, partial(_thumbnail_work, stage.root, plan), Workers())
+    run_shards(stage, thumbnails, partial(_thumbnail_work, stage.root, plan), workers)
     return partitions
 
 
@@ -242,11 +242,11 @@ def _write_record(root: Root, stage: str, fingerprint: str, record: ShardRecord)
         write_record(root, stage, fingerprint, record)
 
 
-def _update_near_copies(root: Root) -> None:
+def _update_near_copies(root: Root, workers: Workers) -> None:
     """Remove the hashes of the erased pictures by a search in what remains; all hashes if no search has finished."""
     if compared_shards(root):
         bits = root.read_json(f"{NEAR_COPIES}/{STARTED_FILE}")["upstream"]["near_copy_bits"]
-        update_copies(root, read_manifest(root, "download"), int(bits), Workers())
+        update_copies(root, read_manifest(root, "download"), int(bits), workers)
     else:
         root.delete(NEAR_COPIES)
 

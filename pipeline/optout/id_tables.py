@@ -60,11 +60,11 @@ def table_names(root: Root, databases: list[str]) -> TableNames:
     return TableNames(pictures, digests)
 
 
-def update_tables(root: Root, tables: TableNames) -> None:
+def update_tables(root: Root, tables: TableNames, workers: Workers) -> None:
     """Make the tables that are missing or outdated."""
     stage = Stage(root.remaking(), FOLDER, SCHEMA_VERSION, Config(), by_shard=tables.digests)
     with stage.building():
-        run_shards(stage, list(tables.digests), partial(_table_work, root, tables.pictures), Workers())
+        run_shards(stage, list(tables.digests), partial(_table_work, root, tables.pictures), workers)
 
 
 def look_up(root: Root, table: str, ids: Ids) -> tuple[Ids, Ids]:

@@ -28,7 +28,7 @@ def left_folder(folder: str) -> str:
     return f"{folder}/left"
 
 
-def ids_left(root: Root, folder: str, plan: ErasePlan) -> dict[str, int]:
+def ids_left(root: Root, folder: str, plan: ErasePlan, workers: Workers) -> dict[str, int]:
     """By stage and database, the number of rows that still have an erased id. In `download`, of rows with a picture.
 
     folder: that of the list. Raises UserError if the record of a shard is missing.
@@ -38,7 +38,7 @@ def ids_left(root: Root, folder: str, plan: ErasePlan) -> dict[str, int]:
     stage = Stage(root.remaking(), left_folder(folder), SCHEMA_VERSION, Config(), identities)
     tasks = {f"{name}/{shard}": name for name, each in manifests.items() for shard in _shards(name, each, plan)}
     with stage.building(), shared_workers():
-        records = run_shards(stage, list(tasks), partial(_count_work, root, plan, tasks), Workers())
+        records = run_shards(stage, list(tasks), partial(_count_work, root, plan, tasks), workers)
     left = dict.fromkeys(manifests, 0)
     for record in records:
         left[tasks[record.shard]] += record.rows

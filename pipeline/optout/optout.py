@@ -18,7 +18,7 @@ from pipeline.optout.proof import check_erasure, search_after, search_before
 from pipeline.optout.search import Listed, ListSearch
 from pipeline.optout.tables import Removed, refill_tables, with_earlier
 from pipeline.runtime.stage import Stage
-from pipeline.runtime.workers import shared_workers
+from pipeline.runtime.workers import Workers, shared_workers
 from pipeline.web.blocklist import Blocklist
 from retrieval.config import Config
 from retrieval.errors import UserError
@@ -28,6 +28,7 @@ from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
 
 SCHEMA_VERSION = 1
+AS_MANY_AS_FIT = Workers()
 TRAINING_FILES = ("/train/manifest.json", "/train/checkpoints/checkpoints.json")
 """Files of a training run that name its neighbor tables."""
 REMAINS = (
@@ -46,36 +47,37 @@ REMAINS_ERASED = (
 )
 
 
-def run(blocklist: Blocklist, root: Root, erase: bool = False) -> dict[str, Any]:
+def run(blocklist: Blocklist, root: Root, erase: bool = False, workers: Workers = AS_MANY_AS_FIT) -> dict[str, Any]:
     """Remove the images of a blocklist from the stages of a root; returns the report.
 
-    erase: delete them from all files too. An erasure that was interrupted is finished in any case. Raises UserError
-    for unfinished stages, for neighbor tables of another index, if images cannot be erased because an update or
-    another erasure works on a database, and if rows with erased ids are left or found.
+    erase: delete them from all files too. workers: of all passes but those that build partitions or search neighbors
+    again, which have those of the stored settings of `index` and `neighbors`. An erasure that was interrupted is
+    finished in any case. Raises UserError for unfinished stages, for neighbor tables of another index, if images cannot
+    be erased because an update or another erasure works on a database, and if rows with erased ids are left or found.
     """
     with lease(root, f"optout/{blocklist.identity}/run"):
         try:
-            return _run(blocklist, root, erase)
+            return _run(blocklist, root, erase, workers)
         finally:
             if not root.exists(plan_file(blocklist)):  # nothing was begun, or everything is erased
                 end_erasures(root, blocklist)
 
 
-def _run(blocklist: Blocklist, root: Root, erase: bool) -> dict[str, Any]:
+def _run(blocklist: Blocklist, root: Root, erase: bool, workers: Workers) -> dict[str, Any]:
     name = f"optout/{blocklist.identity}"
     if not root.exists(plan_file(blocklist)):
-        _hide(blocklist, root, erase)
+        _hide(blocklist, root, erase, workers)
     report = dict(root.read_json(f"{name}.json"))
     if root.exists(plan_file(blocklist)):
         plan = read_plan(root, blocklist)
-        numbers = erase_planned(root, blocklist)
+        numbers = erase_planned(root, blocklist, workers)
         earlier = report["erased"]
         report["erased"] = {word: max(number, earlier.get(word, 0)) for word, number in numbers.items()}
         report["remains"] = REMAINS_ERASED
         if root.exists("neighbors/manifest.json"):  # its inputs have other identities now
             tables = read_manifest(root, "neighbors").fingerprint
             report["neighbors"]["free"] = [*dict.fromkeys((tables, *report["neighbors"]["free"]))]
-        report["left"] = ids_left(root, name, plan)
+        report["left"] = ids_left(root, name, plan, workers)
         for database, found in search_after(root, name, plan.rows).items():
             report["search"][database]["found_after"] = found
         root.write_json(f"{name}.json", report)
@@ -92,7 +94,7 @@ def _run(blocklist: Blocklist, root: Root, erase: bool) -> dict[str, Any]:
     return report
 
 
-def _hide(blocklist: Blocklist, root: Root, erase: bool) -> None:
+def _hide(blocklist: Blocklist, root: Root, erase: bool, workers: Workers) -> None:
     """Hide the listed images, remove them from the neighbor tables, write the report and, for an erasure, its plan."""
     name = f"optout/{blocklist.identity}"
     earlier = root.read_json(f"{name}.json") if root.exists(f"{name}.json") else {}
@@ -106,7 +108,7 @@ def _hide(blocklist: Blocklist, root: Root, erase: bool) -> None:
     temporary = root.remaking()
     stage = Stage(temporary, name, SCHEMA_VERSION, Config(), {**inputs, "list": blocklist.identity})
     with stage.building(), shared_workers():
-        search = ListSearch.prepared(stage, blocklist, databases)
+        search = ListSearch.prepared(stage, blocklist, databases, workers)
         found = search.pictures()
         ids = found.ids if "download" in inputs else blocklist.ids
         listed = np.union1d(ids, blocklist.ids)

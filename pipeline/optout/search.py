@@ -42,14 +42,15 @@ class ListSearch:
     stage: Stage
     blocklist: Blocklist
     tables: TableNames
+    workers: Workers
 
     @classmethod
-    def prepared(cls, stage: Stage, blocklist: Blocklist, databases: list[str]) -> "ListSearch":
+    def prepared(cls, stage: Stage, blocklist: Blocklist, databases: list[str], workers: Workers) -> "ListSearch":
         """The search with all the tables of ids that it needs."""
         tables = table_names(stage.root, databases)
         if not blocklist.domains:
-            update_tables(stage.root, tables)
-        return cls(stage, blocklist, tables)
+            update_tables(stage.root, tables, workers)
+        return cls(stage, blocklist, tables, workers)
 
     def pictures(self) -> Listed:
         """The downloaded pictures that the blocklist matches."""
@@ -67,7 +68,7 @@ class ListSearch:
         return self._listed(tables, partial(_rows_work, self.stage, ids))
 
     def _listed(self, names: list[str], work: Callable[[], Work]) -> Listed:
-        records = run_shards(self.stage, [f"find/{name}" for name in names], work, Workers())
+        records = run_shards(self.stage, [f"find/{name}" for name in names], work, self.workers)
         ids = read_ids(self.stage.root, [file for record in records for file in record.files])
         return Listed(ids, [shard for record in records for shard in record.values])
 

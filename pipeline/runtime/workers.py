@@ -61,8 +61,9 @@ class Workers:
             maxima = {kind: max((node.get(kind, 0) for node in nodes), default=0) for kind in self._needs()}
             raise UserError(
                 f"a worker takes {_format(self._needs())}; no node of the cluster has all of that, the most "
-                f"are {_format(maxima)}. Lower it in the recipe, or set RAY_ADDRESS or CLUSTER. On a cluster that adds "
-                "nodes on demand, set the section's 'workers': then the stage waits for nodes."
+                f"are {_format(maxima)}. Lower it in the section of the recipe, such as [embed] or [optout], or set "
+                "RAY_ADDRESS or CLUSTER. On a cluster that adds nodes on demand, set the section's 'workers': then the "
+                "stage waits for nodes."
             )
         return fitting
 

@@ -132,7 +132,7 @@ def test_the_nodes_that_the_autoscaler_adds_fit_every_worker_of_the_recipe() -> 
     assert cluster["spec"]["enableInTreeAutoscaling"]
     recipe = tomllib.loads((REPOSITORY / "jobs/configs/laion2b.toml").read_text())
     stages = [recipe[stage] for stage in ("filter", "download", "embed", "index", "neighbors")]
-    for section in (*stages, recipe["embed"]["near_copies"]):
+    for section in (*stages, recipe["embed"]["near_copies"], recipe["optout"]):
         name = section["nodes"]
         group, resources = nodes[name], nodes[name]["resources"]
         assert resources[name] == 1, "the resource by which a recipe selects the node"

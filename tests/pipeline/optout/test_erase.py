@@ -25,6 +25,7 @@ from pipeline.recipe import DownloadConfig, EmbedConfig, NeighborsConfig
 from pipeline.runtime.arrow_files import read_batches
 from pipeline.runtime.stage import Stage
 from pipeline.runtime.status import StageSpec, UpstreamStages, stage_status
+from pipeline.runtime.workers import Workers
 from pipeline.web.blocklist import Blocklist, read_blocklist
 from retrieval import Database, Root, UserError, add_to_database, delete_from_database, merge_databases
 from retrieval.clip.encoder import Encoder
@@ -37,6 +38,7 @@ from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, rea
 from retrieval.updates.rewrite import ERASURE_FILE, opened_for_update
 from tests.killed_writes import kill_at, kill_at_deletion
 from tests.pipeline.conftest import Picture, pictures
+from tests.pipeline.shards_in_process import recorded_workers
 
 EMBED, INDEX = EmbedConfig(workers=1), IndexConfig(rows_per_partition=20, workers=1)
 NEIGHBORS = NeighborsConfig(k=4, near_copy_similarity=0.999, recall_sample=0, workers=1)
@@ -203,7 +205,12 @@ def test_an_erased_image_is_in_no_file_and_no_stage_runs_again(root: Root, clip:
     vectors_before = expected.embeddings
     assert root.list("near_copies/hashes")
 
-    report = optout.run(blocklist, root, erase=True)
+    workers = Workers(3, nodes="cpu", memory_gb=4.0)
+    with recorded_workers() as passes:
+        report = optout.run(blocklist, root, True, workers)
+    # Partitions and neighbor tables have the workers that made them.
+    assert {each for _, each in passes} == {workers, Workers(1)}
+    assert {each for stage, each in passes if stage in ("optout/ids", "near_copies")} == {workers}
     check_erased(root, clip, vectors)
     assert states(root) == {"finished"}
     assert report["erased"] == {"shards": 3, "partitions": 3}
@@ -237,7 +244,7 @@ def test_the_exact_check_counts_single_ids_in_every_kind_of_table(root: Root) ->
     is_listed = np.concatenate([table[schema.IMAGE_ID].to_numpy() == ids[0] for table in neighbors])
     assert is_listed.sum() == 1
     expected = dict.fromkeys((*STAGES, "databases/ink"), 1) | {"neighbors": int((has_neighbor | is_listed).sum())}
-    assert ids_left(root, "optout/list", plan) == expected
+    assert ids_left(root, "optout/list", plan, Workers(1)) == expected
 
 
 def kept_partition(database: Database, number: int, *_: object) -> ShardRecord:

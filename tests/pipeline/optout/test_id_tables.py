@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.optout import id_tables
 from pipeline.optout.id_tables import look_up, table_names, update_tables, write_id_table
+from pipeline.runtime.workers import Workers
 from retrieval import Root
 from retrieval.clip.identity import EncoderIdentity
 from retrieval.database.build import DatabaseIdentity, write_database
@@ -46,13 +47,13 @@ def test_only_tables_of_changed_shards_are_made_again(tmp_path: Path, monkeypatc
     root = Root(tmp_path)
     shards = {f"train/{number:05d}": pictures("train", 10 * number, 3) for number in range(5)}
     write_download(root, shards)
-    update_tables(root, table_names(root, []))
+    update_tables(root, table_names(root, []), Workers(1))
     before = written(root)
     assert len(before) == 3
     shards["train/00003"] = pictures("more", 30, 4)
     write_download(root, shards)
     tables = table_names(root, [])
-    update_tables(root, tables)
+    update_tables(root, tables, Workers(1))
     after = written(root)
     assert [name for name in after if after[name] != before[name]] == ["optout/ids/download/00001.npy"]
     wanted = schema.image_id(shards["train/00003"][2].url)
@@ -73,6 +74,6 @@ def test_a_row_is_found_by_its_id_and_by_the_url_of_its_picture(tmp_path: Path) 
     encoder = EncoderIdentity(model="none", weights="0" * 16, preprocessing="", dim=16)
     root = Root(tmp_path)
     write_database(root, table, encoder, IndexConfig(), DatabaseIdentity("databases/ink", {}))
-    update_tables(root, table_names(root, ["databases/ink"]))
+    update_tables(root, table_names(root, ["databases/ink"]), Workers(1))
     _, found = look_up(root, "databases/ink/00000", np.unique([schema.image_id(urls[2]), 108]))
     assert sorted(found) == [102, 106, 108]
