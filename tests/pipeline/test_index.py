@@ -1,13 +1,16 @@
 """index: the database has every embedded row once and finds the nearest rows."""
 
+import io
 import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from pipeline import embed, index
 from pipeline.recipe import EmbedConfig
+from pipeline.runtime.arrow_files import read_batch, write_batches
 from retrieval import Database, Effort, Root, UserError
 from retrieval.index.hidden import hide
 from retrieval.recipe import ClipConfig, IndexConfig
@@ -91,3 +94,27 @@ def test_a_run_without_database_images_is_refused(tmp_path: Path, clip: ClipConf
     embed.run(EmbedConfig(workers=1), clip, root)
     with pytest.raises(UserError, match="no database images"):
         index.run(CONFIG, root)
+
+
+def test_a_partition_is_read_from_a_shuffle_file_without_the_others(tmp_path: Path) -> None:
+    numbers = np.random.default_rng(0).integers(0, 1_899, 50_000)  # the last partition is empty
+    table = pa.table({"row": np.arange(50_000), "partition": numbers})
+    root = Root(tmp_path)
+    write_batches(root, "shuffle.arrow", index._by_partition(table, numbers, 1_900), table.schema)
+    for number in (0, 7, 1_899):
+        rows = read_batch(root, "shuffle.arrow", number)["row"].to_numpy()
+        np.testing.assert_array_equal(rows, np.flatnonzero(numbers == number))
+    with CountedFile(root.local_path("shuffle.arrow"), "rb") as file:
+        pa.ipc.open_file(file).get_batch(7)
+    assert file.num_bytes < 80_000
+
+
+class CountedFile(io.FileIO):
+    """A file that counts the bytes that are read."""
+
+    num_bytes = 0
+
+    def read(self, size: int = -1) -> bytes:
+        data = super().read(size)
+        self.num_bytes += len(data)
+        return data

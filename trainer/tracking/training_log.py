@@ -215,7 +215,7 @@ def summarize(entries: list[StepMetrics]) -> dict[str, float]:
     if not entries:
         raise UserError(
             f"{METRICS} has no step: none was finite, so the model has its initial weights. Check the images that the "
-            "log names, delete the run's folder and start again with a lower train.learning_rate."
+            "log names, and start again with train.restart = true and a lower train.learning_rate."
         )
     tail = entries[-max(1, len(entries) // 10) :]
     return {
