@@ -1,22 +1,25 @@
 """Estimates of what the data stages need at a given size: storage, bandwidth, CPU and GPU time, hours, cost.
 
 Reads and writes no files: arithmetic on the settings of a recipe and on rates with their sources. All needs
-are linear in rows, with one exception: the number of partition centroids grows with the rows, and each row is compared
-with all of them.
+are linear in rows, with two exceptions: the number of partition centroids grows with the rows, and each row is compared
+with all of them; the hash of each database image is compared with those of all training images.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from pipeline.pictures.near_copy_shards import ROWS_PER_GROUP
 from pipeline.recipe import NeighborsConfig
 from retrieval.config import Config
 from retrieval.errors import UserError
 from retrieval.recipe import IndexConfig
 
 MICROSECOND = 1e-6
+PICOSECOND = 1e-12
 PUBLISHED_EDGE = 384
 """Shorter edge in pixels of the images that `rates.image_database` states the size of."""
 MEASURED_DIM = 768
@@ -24,6 +27,8 @@ MEASURED_DIM = 768
 FLOAT16_BYTES = 2
 KEY_BYTES = 16.5
 """Bytes a row in the temporary files of filter (selection.KEY_SCHEMA)."""
+HASH_BYTES = 24
+"""Bytes of an image in the hashes of `near_copies/` (near_copies.HASHES)."""
 
 
 class Rate(Config):
@@ -242,6 +247,16 @@ class StageEstimates:
             read=self.image_bytes(),
             cpu_s=sum(count * self._rate(f"decode_cpu_{split}") for split, count in images.items()) * MICROSECOND,
             gpu_s=self.data.images / self._rate("embed_gpu"),
+        )
+
+    def near_copies(self) -> StageNeed:
+        """Compare the hashes of all database images with those of all training images, in groups of both."""
+        groups = math.ceil(self.data.database / ROWS_PER_GROUP)
+        return self._need(
+            "near copies",
+            kept=self.data.images * HASH_BYTES,
+            read=(self.data.images + groups * self.data.train) * HASH_BYTES,
+            cpu_s=self.data.database * self.data.train * self._rate("near_copy_pair") * PICOSECOND,
         )
 
     def index(self, config: IndexConfig) -> StageNeed:

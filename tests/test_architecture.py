@@ -47,7 +47,7 @@ retrieval/provenance: errors extras pictures
 retrieval/recipe: config
 retrieval/storage: config errors extras
 retrieval/updates: database errors imports index recipe storage
-pipeline/capacity: recipe
+pipeline/capacity: pictures recipe
 pipeline/databases: embed pictures recipe
 pipeline/download: filter pictures recipe runtime web
 pipeline/embed: pictures recipe runtime

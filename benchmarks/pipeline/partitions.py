@@ -24,7 +24,7 @@ from retrieval.index.top_k import empty_top_k, merge_top_k
 from retrieval.recipe import IndexConfig
 
 K, DIM, QUERIES, SEED = 8, 64, 500, 0
-CASES = ((1_000_000, 250), (1_000_000, 1_000))
+CASES = ((1_000_000, 250), (1_000_000, 1_000), (1_000_000, 1_900))
 """Rows and partitions."""
 TRAIN_ROWS = 40
 """Rows a partition that the centroids are trained on."""

@@ -18,6 +18,7 @@ from pipeline.capacity import (
     cost,
     used_rates,
 )
+from pipeline.pictures.near_copy_shards import ROWS_PER_GROUP
 from pipeline.recipe import NeighborsConfig
 from retrieval.errors import UserError
 from retrieval.recipe import IndexConfig
@@ -35,6 +36,7 @@ VALUES = {
     "embed_gpu": 20.0,
     "decode_cpu_database": 500.0,
     "decode_cpu_train": 700.0,
+    "near_copy_pair": 5.0,
     "index_cpu": 300.0,
     "index_bytes": 2000.0,
     "match_cpu": 5.0,
@@ -72,6 +74,13 @@ def test_filter_reads_the_metadata_twice_and_stores_its_texts(estimates: StageEs
     assert need.scratch == 1000 * 16.5
     assert need.read == 2 * 1000 * 100 + 2 * 1000 * 16.5
     assert need.cpu_s == pytest.approx(1000 * 2e-6)
+
+
+def test_hashes_of_database_images_are_compared_with_those_of_training_images(inputs: Inputs) -> None:
+    need = StageEstimates(inputs, DATA._replace(database=2 * ROWS_PER_GROUP)).near_copies()
+    assert need.kept == 24 * (2 * ROWS_PER_GROUP + 200)
+    assert need.read == 24 * (2 * ROWS_PER_GROUP + 200) + 24 * 2 * 200
+    assert need.cpu_s == pytest.approx(2 * ROWS_PER_GROUP * 200 * 5e-12)
 
 
 def test_download_requests_every_url_and_stores_images_by_area(estimates: StageEstimates) -> None:

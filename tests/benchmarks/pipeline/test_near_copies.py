@@ -17,6 +17,6 @@ def test_scaled_and_mirrored_copies_are_found_by_hash_and_other_pictures_stay(tm
     assert result["false"]["hash"] == 0
     for shares in result["recall"].values():
         assert shares["either"] >= max(shares["hash"], shares["embedding"])
-    timed = {"hash_ms": 0.3, "compare_s": 1.0}
+    timed = {"hash_ms": 0.3, "compare_s": 1.0, "pair_ps": 0.2}
     text = page({"hardware": "none", "bits": 6, "similarity": 0.999, "data_sets": [result], **timed})
     assert "| mirrored | 100.0 % |" in text
