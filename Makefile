@@ -16,7 +16,13 @@ STAGES := filter download embed index neighbors latents train sample evaluate
 
 # The address of a cluster's dashboard. RAY_ADDRESS may give it too, if it begins with http.
 CLUSTER ?= $(filter http://% https://%,$(RAY_ADDRESS))
-SUBMIT = $(if $(CLUSTER),jobs.cluster.submit "$(CLUSTER)")
+RUN = $(BIN)/python -m $(if $(CLUSTER),jobs.cluster.submit "$(CLUSTER)" $@,jobs.$@) $(RECIPE) $(OWN) $(ARGS)
+
+# All other targets use files or ports of this machine.
+LOCAL := $(filter-out $(STAGES) optout status,$(MAKECMDGOALS))
+ifneq ($(if $(filter file,$(origin CLUSTER)),,$(CLUSTER)),)
+$(if $(LOCAL),$(error CLUSTER=$(CLUSTER): make $(firstword $(LOCAL)) runs on this machine only. Leave CLUSTER out, or run it on a node of the cluster with RAY_ADDRESS=<head>:6379))
+endif
 
 # Without this Ray writes a token to the home folder, and waiting OpenMP threads keep a core busy.
 export RAY_AUTH_MODE ?= disabled
@@ -54,7 +60,7 @@ sample: OWN = $(if $(PROMPT),--prompt "$$PROMPT") $(if $(OUT),--out "$(OUT)")
 train: OWN = $(if $(HOSTS),--hosts "$(HOSTS)")
 
 $(STAGES): install ## run one stage of RECIPE, here or on the Ray cluster CLUSTER=http://head:8265
-	$(BIN)/python -m $(if $(SUBMIT),$(SUBMIT) $@,jobs.$@) $(RECIPE) $(OWN) $(ARGS)
+	$(RUN)
 
 database: install ## style databases: make database NAME=ukiyo-e SOURCE=folder|tar|csv|parquet ARGS=--by-style
 	$(BIN)/python -m jobs.database $(RECIPE) --name "$(NAME)" --source "$(SOURCE)" $(ARGS)
@@ -74,14 +80,15 @@ explore: install ## a page and an HTTP API for search and sampling: ARGS="--port
 paper: install ## the paper's figures and measurements on RECIPE's finished run: runs/<name>/paper/report.html
 	$(BIN)/python -m jobs.paper $(RECIPE) $(ARGS)
 
+optout: OWN = --list "$(LIST)"
 optout: install ## remove listed images from databases and neighbor tables: make optout LIST=list.txt RECIPE=... (ARGS=--erase: from all files)
-	$(BIN)/python -m jobs.optout $(RECIPE) --list "$(LIST)" $(ARGS)
+	$(RUN)
 
 report: install ## write the demo's report again, from the files on disk
 	$(BIN)/python -m jobs.demo.report $(RECIPE) $(ARGS)
 
 status: install ## progress of every stage of RECIPE, from its manifests: ARGS="--watch 10", ARGS=--json
-	@$(BIN)/python -m jobs.status $(RECIPE) $(ARGS)
+	@$(RUN)
 
 view: install ## a page of pictures, refused rows and neighbors of RECIPE: ARGS="--shard train/00003 --seed 1"
 	@$(BIN)/python -m jobs.view $(RECIPE) $(ARGS)

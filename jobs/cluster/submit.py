@@ -1,9 +1,9 @@
 """`laion-rdm submit http://head:8265 filter RECIPE ...`: runs a command on a remote Ray cluster.
 
-Uploads the code of this repository and the recipe; the command runs as a Ray job on the head node, `train` with `--ray`
-so that its ranks are workers of the cluster. Prints its log and exits with its exit code. The nodes need the libraries
-installed, and the recipe's `root` must be reachable from all of them. If the same command is running there already, its
-log is followed instead. Ctrl-C stops following the log; the job goes on.
+Uploads the code of this repository, the recipe and the list of `optout`; the command runs as a Ray job on the head
+node, `train` with `--ray` so that its ranks are workers of the cluster. Prints its log and exits with its exit code.
+The nodes need the libraries installed, and the recipe's `root` must be reachable from all of them. If the same command
+is running there already, its log is followed instead. Ctrl-C stops following the log; the job goes on.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import logging
 import os
 import shlex
 import shutil
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -30,8 +30,10 @@ from retrieval.errors import UserError
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("retrieval", "pipeline", "trainer", "jobs")
 UPLOADED_RECIPE = "recipe.toml"
-COMMANDS = ("filter", "download", "embed", "index", "neighbors", "latents", "train", "sample", "evaluate", "status")
-"""Commands that read and write nothing but the recipe's root."""
+UPLOADED_LIST = "list.txt"
+COMMANDS = ("filter", "download", "embed", "index", "neighbors", "latents", "train", "sample", "evaluate")
+COMMANDS += ("optout", "status")
+"""Commands that read and write nothing but the recipe's root, and the list of `optout`."""
 FORWARDED_VARIABLES = ("OMP_WAIT_POLICY", "NO_ALBUMENTATIONS_UPDATE")
 ACTIVE = (JobStatus.PENDING, JobStatus.RUNNING)
 CONNECTION_ERRORS = (RuntimeError, OSError, ClientError)
@@ -49,6 +51,13 @@ class Command(NamedTuple):
     name: str
     recipe: Recipe
     arguments: tuple[str, ...]
+    list_file: Path | None = None
+    """The list of `optout`, unless that is a URL."""
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The files that are uploaded besides the code, by their names there."""
+        return {UPLOADED_RECIPE: self.recipe.path} | ({UPLOADED_LIST: self.list_file} if self.list_file else {})
 
     @property
     def entrypoint(self) -> str:
@@ -57,8 +66,9 @@ class Command(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the recipe with all its values: it distinguishes jobs with the same entrypoint."""
-        return hashlib.sha256(json.dumps(self.recipe.resolved(), sort_keys=True).encode()).hexdigest()
+        """SHA-256 of the recipe with all its values and of the list: it distinguishes jobs with the same entrypoint."""
+        content = self.list_file.read_bytes() if self.list_file else b""
+        return hashlib.sha256(json.dumps(self.recipe.resolved(), sort_keys=True).encode() + content).hexdigest()
 
 
 def submit(address: str, command: Command) -> int:
@@ -102,12 +112,19 @@ def read_command(name: str, recipe: Path, arguments: Sequence[str]) -> Command:
     if name == "train":  # without --ray it would train on the head alone
         arguments = ["--ray", *(word for word in arguments if word != "--ray")]
         parser.add_argument("--ray", action="store_true")
+    if name == "status":
+        parser.add_argument("--watch")
+    list_file = None
+    if name == "optout":
+        list_file, arguments = _read_list_option(arguments)
     known, others = parser.parse_known_args([str(recipe), *arguments])
     if name in ("sample", "train") and others:
         raise UserError(
             f"{name} {' '.join(others)}: on a cluster this command takes --set and --remake only, because other "
             "options name files of this machine. Run it here: the recipe's root may be on the cluster's object store."
         )
+    if name == "status" and known.watch:
+        raise UserError("status --watch would not end on the cluster, not even after Ctrl-C. Leave --watch out.")
     loaded = load_recipe(recipe, known.overrides)
     if "://" not in loaded.root.url and not Path(loaded.root.url).is_absolute():
         raise UserError(
@@ -115,14 +132,27 @@ def read_command(name: str, recipe: Path, arguments: Sequence[str]) -> Command:
             "outputs would be lost. Wanted: a URL such as s3://bucket/run, or the absolute path of a folder that all "
             "nodes share. Add --set root=..."
         )
-    return Command(name, loaded, tuple(arguments))
+    return Command(name, loaded, tuple(arguments), list_file)
 
 
-def copy_upload(recipe: Path, folder: Path) -> None:
-    """Copy what a job needs into an empty folder: the code, without data and credentials, and the recipe."""
+def _read_list_option(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The file of --list, None if it is a URL, and the arguments with the name that it has on the cluster."""
+    parser = argparse.ArgumentParser(prog="laion-rdm optout", add_help=False)
+    parser.add_argument("--list", required=True, dest="path")
+    known, others = parser.parse_known_args(arguments)
+    if "://" in known.path:
+        return None, ["--list", known.path, *others]
+    if not Path(known.path).is_file():
+        raise UserError(f"--list {known.path!r} is no file of this machine. Wanted: such a file, or a URL.")
+    return Path(known.path), ["--list", UPLOADED_LIST, *others]
+
+
+def copy_upload(files: Mapping[str, Path], folder: Path) -> None:
+    """Copy what a job needs into an empty folder: the code, without data and credentials, and files by their names."""
     for package in PACKAGES:
         shutil.copytree(REPOSITORY / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-    shutil.copyfile(recipe, folder / UPLOADED_RECIPE)
+    for name, path in files.items():
+        shutil.copyfile(path, folder / name)
 
 
 def _active_job(client: JobSubmissionClient, command: Command) -> str:
@@ -133,8 +163,8 @@ def _active_job(client: JobSubmissionClient, command: Command) -> str:
             return str(job.submission_id)
     if jobs:
         raise UserError(
-            f"{command.name} is running already as {jobs[0].submission_id}, with another recipe or other contents of "
-            f"{command.recipe.path}. Wait for it, or stop it: "
+            f"{command.name} is running already as {jobs[0].submission_id}, with another recipe or list, or other "
+            f"contents of {command.recipe.path}. Wait for it, or stop it: "
             f"ray job stop --address {client.get_address()} {jobs[0].submission_id}"
         )
     return ""
@@ -144,7 +174,7 @@ def start_job(client: JobSubmissionClient, command: Command) -> str:
     """Start a job and return its name. Raises UserError if the cluster does not accept it."""
     variables = {name: os.environ[name] for name in FORWARDED_VARIABLES if name in os.environ}
     with TemporaryDirectory(prefix="laion-rdm-upload-") as folder:
-        copy_upload(command.recipe.path, Path(folder))
+        copy_upload(command.files, Path(folder))
         try:
             name = client.submit_job(
                 entrypoint=command.entrypoint,

@@ -191,7 +191,7 @@ def test_a_running_job_with_another_content_of_the_recipe_is_not_followed(cluste
 def test_the_upload_has_the_code_and_the_recipe_and_nothing_else(tmp_path: Path) -> None:
     recipe = tmp_path / "mine.toml"
     recipe.write_text("root = 's3://bucket/run'")
-    copy_upload(recipe, tmp_path / "upload")
+    copy_upload({"recipe.toml": recipe}, tmp_path / "upload")
     assert {path.name for path in (tmp_path / "upload").iterdir()} == {
         "jobs",
         "pipeline",
@@ -232,6 +232,8 @@ def test_a_cluster_that_denies_access_is_an_error(recipe: Path) -> None:
         ("sample", ["--prompt", "a stag", "--out", "stag.png"], r"sample --prompt .* name files of this machine"),
         ("train", ["--hosts", "hosts.txt"], "train --hosts hosts.txt"),
         ("filter", ["--set", "root=runs/mine"], r"root = 'runs/mine' is relative"),
+        ("optout", ["--list", "missing.txt"], "'missing.txt' is no file of this machine"),
+        ("status", ["--json", "--watch", "10"], "would not end"),
     ],
 )
 def test_a_command_that_needs_this_machine_is_not_submitted(
@@ -253,17 +255,45 @@ def test_a_stage_that_is_submitted_has_no_option_of_training(recipe: Path) -> No
     assert read_command("filter", recipe, ["--remake"]).entrypoint == "python -m jobs.filter recipe.toml --remake"
 
 
-@pytest.mark.parametrize("words", [["CLUSTER=http://head:8265"], ["RAY_ADDRESS=http://head:8265"]])
-def test_make_submits_the_command_that_it_would_run_locally(words: list[str]) -> None:
-    variables = ["RECIPE=a b.toml", "ARGS=--set embed.batch_size=3"]
+def test_the_list_of_optout_is_uploaded_and_another_content_is_another_job(recipe: Path, tmp_path: Path) -> None:
+    listed = tmp_path / "mine.txt"
+    listed.write_text("example.org")
+    first = read_command("optout", recipe, ["--erase", f"--list={listed}"])
+    assert first.entrypoint == "python -m jobs.optout recipe.toml --list list.txt --erase"
+    copy_upload(first.files, tmp_path / "upload")
+    assert (tmp_path / "upload/list.txt").read_text() == "example.org"
+    before = first.digest
+    listed.write_text("example.net")
+    assert read_command("optout", recipe, ["--erase", f"--list={listed}"]).digest != before
+    from_store = read_command("optout", recipe, ["--list", "s3://lists/mine.txt"])
+    assert from_store.entrypoint == "python -m jobs.optout recipe.toml --list s3://lists/mine.txt"
+    assert [*from_store.files] == ["recipe.toml"]
+
+
+def dry_make(*words: str) -> subprocess.CompletedProcess[str]:
+    """The commands that make would run, without its installation."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-    done = subprocess.run(
-        ["make", "-n", "-o", "install", "embed", *variables, *words],
+    return subprocess.run(
+        ["make", "-n", "-o", "install", *words],
         cwd=REPOSITORY,
         env=environment,  # if make runs these tests, its flags must not reach this make
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
     )
-    assert done.stdout.split()[1:5] == ["-m", "jobs.cluster.submit", '"http://head:8265"', "embed"]
-    assert done.stdout.strip().endswith("a b.toml  --set embed.batch_size=3")
+
+
+@pytest.mark.parametrize("word", ["CLUSTER=http://head:8265", "RAY_ADDRESS=http://head:8265"])
+def test_make_submits_the_command_that_it_would_run_locally(word: str) -> None:
+    for target, own in (("embed", ""), ("status", ""), ("optout", '--list "a.txt"')):
+        done = dry_make(target, "RECIPE=a b.toml", "LIST=a.txt", "ARGS=--set embed.batch_size=3", word)
+        assert done.stdout.split()[1:5] == ["-m", "jobs.cluster.submit", '"http://head:8265"', target]
+        assert done.stdout.strip().endswith(f"a b.toml {own} --set embed.batch_size=3")
+
+
+def test_make_refuses_a_cluster_for_what_runs_on_this_machine_only() -> None:
+    for target in ("database", "import", "finetune", "convert", "explore", "paper", "view", "capacity", "demo"):
+        done = dry_make("filter", target, "CLUSTER=http://head:8265")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert f"make {target} runs on this machine only" in done.stderr
+        assert dry_make(target, "RAY_ADDRESS=http://head:8265").returncode == 0
