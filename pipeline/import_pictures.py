@@ -1,7 +1,8 @@
 """import: stores pictures from disk as `download` stores pictures from the web.
 
 Reads the pictures that `databases/listing.py` lists; writes `download/{train,database}/<shard>.tar` and `.parquet` as
-`download` does, so that `embed` and later stages run unchanged.
+`download` does, so that `embed` and later stages run unchanged. Reads and writes `download/import-<settings>.json`, the
+ids of the pictures of each shard: known pictures stay in their shards if others are added or removed.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from pipeline.download.download import SCHEMA_VERSION, split_settings
 from pipeline.download.image_download import URL_BLOCKED, PictureBuffer, RowStatus, SplitSettings, stored_image
 from pipeline.download.shard_download import Rows, blocked_urls, write_rows, write_tar
 from pipeline.recipe import DownloadConfig, ImportConfig
+from pipeline.runtime.id_files import erased_ids
 from pipeline.runtime.runner import run_shards
 from pipeline.runtime.stage import Stage
 from pipeline.runtime.workers import Work, Workers
@@ -53,6 +55,9 @@ class ImportedPicture:
 
 
 Shards = dict[str, list[ImportedPicture]]
+Splits = dict[str, list[ImportedPicture]]
+Division = dict[str, list[list[int]]]
+"""The image ids of each shard, by split; also of pictures that are gone."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +75,13 @@ def run(config: DownloadConfig, division: ImportConfig, sources: Sources, root: 
     """
     started = time.time()
     splits, left_out = _splits(division, sources)
-    shards = _shards(splits, division.rows_per_shard)
-    digests = {shard: _digest(pictures) for shard, pictures in shards.items()}
-    blocklist = read_blocklist(config.blocklist, "download.blocklist")
     settings = json.dumps([division.model_dump(mode="json"), sources.database is not None])
+    division_file = f"download/import-{hashlib.sha256(settings.encode()).hexdigest()[:16]}.json"
+    known: Division = root.find_json(division_file) or {}
+    ids = {split: _divided(splits[split], known.get(split, []), division.rows_per_shard) for split in splits}
+    shards = _shards(splits, ids)
+    digests = {shard: _digest(pictures) for shard, pictures in shards.items()}
+    blocklist = replace(read_blocklist(config.blocklist, "download.blocklist"), erased=erased_ids(root))
     whole = hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
     by_shard = {shard: {"source": digest} for shard, digest in digests.items()}
     # `import` is compared for the whole stage: shards of the web have no such input.
@@ -84,13 +92,14 @@ def run(config: DownloadConfig, division: ImportConfig, sources: Sources, root: 
     if finished := stage.finished():
         return finished
     with stage.building():
+        root.write_json(division_file, ids)
         make = partial(_make_work, root, split_settings(config, blocklist), shards)
         records = run_shards(stage, [*shards], make, Workers.from_config(config))
         urls = sum(map(len, shards.values()))
         return stage.complete(records, {"urls": urls, "left_out": dict(sorted(left_out.items()))}, started)
 
 
-def _splits(division: ImportConfig, sources: Sources) -> tuple[dict[str, list[ImportedPicture]], Counter[str]]:
+def _splits(division: ImportConfig, sources: Sources) -> tuple[Splits, Counter[str]]:
     """The pictures of each split, and the number of those left out by reason. No id is in both splits."""
     train, left_out = _imported(sources.train, "pictures")
     if sources.database is None:
@@ -133,13 +142,27 @@ def _left_out(listing: Listing) -> Counter[str]:
     return listing.left_out + Counter(rows)
 
 
-def _shards(splits: dict[str, list[ImportedPicture]], rows_per_shard: int) -> Shards:
+def _divided(pictures: Iterable[ImportedPicture], known: list[list[int]], rows_per_shard: int) -> list[list[int]]:
+    """The image ids of each shard: known ones stay in their shards, others fill the last one, then further ones."""
+    shards = [list(ids) for ids in known]
+    known_ids = {image_id for ids in known for image_id in ids}
+    for picture in pictures:
+        if picture.id not in known_ids:
+            if not shards or len(shards[-1]) >= rows_per_shard:
+                shards.append([])
+            shards[-1].append(picture.id)
+    return shards
+
+
+def _shards(splits: Splits, division: Division) -> Shards:
     """The pictures of each shard, by names as `filter` gives them."""
-    return {
-        f"{split}/00000-{start // rows_per_shard:05d}": pictures[start : start + rows_per_shard]
-        for split, pictures in splits.items()
-        for start in range(0, len(pictures), rows_per_shard)
-    }
+    shards: Shards = {}
+    for split, pictures in splits.items():
+        by_id = {picture.id: picture for picture in pictures}
+        for number, ids in enumerate(division[split]):
+            if present := [by_id[image_id] for image_id in ids if image_id in by_id]:
+                shards[f"{split}/00000-{number:05d}"] = present
+    return shards
 
 
 def _digest(pictures: Iterable[ImportedPicture]) -> str:

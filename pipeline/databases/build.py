@@ -25,6 +25,7 @@ from pipeline.embed import embed_images, with_vectors
 from pipeline.pictures.picture import encode_jpeg, prepare
 from pipeline.pictures.tars import tar_writer
 from pipeline.recipe import EmbedConfig
+from pipeline.runtime.id_files import Ids, erased_ids
 from retrieval.clip.encoder import Encoder
 from retrieval.database.build import DatabaseIdentity, write_database
 from retrieval.database.calibration import recalibrate, sample_captions
@@ -112,7 +113,7 @@ def run_all(
         return [read_manifest(root, identity.name) for identity in identities.values()]
     for identity in identities.values():
         check_remake(root, identity.name, StageIdentity.of(identity.name, SCHEMA_VERSION, config, identity.upstream))
-    embedded = _embed_pictures(next(iter(databases)), listing, encoder)
+    embedded = _embed_pictures(next(iter(databases)), listing, encoder, erased_ids(root))
     labels = {picture.label for picture in embedded.pictures}
     if empty := [style for style in databases.values() if style and style not in labels]:
         log.warning("no database for %s: none of its pictures can be read", ", ".join(empty))
@@ -129,10 +130,12 @@ def _is_built(root: Root, identity: DatabaseIdentity, config: IndexConfig) -> bo
     return read_manifest(root, identity.name).fingerprint == identity.fingerprint(config)
 
 
-def _embed_pictures(name: str, listing: Listing, encoder: Encoder) -> EmbeddedPictures:
-    pictures = listing.pictures
-    ids = [schema.image_id(f"{name}/{picture.name}") for picture in pictures]
+def _embed_pictures(name: str, listing: Listing, encoder: Encoder, erased: Ids) -> EmbeddedPictures:
+    all_ids = [schema.image_id(f"{name}/{picture.name}") for picture in listing.pictures]
+    numbers = np.flatnonzero(~np.isin(all_ids, erased)).tolist()
+    pictures, ids = [listing.pictures[n] for n in numbers], [all_ids[n] for n in numbers]
     properties = PictureProperties()
+    properties.reasons[Reason.BLOCKED] += len(all_ids) - len(ids)
     embedded_ids, vectors = embed_images(_read(ids, pictures, properties), encoder, EmbedConfig())
     properties.reasons[Reason.UNREADABLE] += len(properties.sizes) - len(embedded_ids)
     properties.reasons[Reason.NOT_FOUND] += listing.missing

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from pipeline.download.former_shards import delete_former, set_aside
 from pipeline.filter.blocked_ids import with_later_blocked
 from pipeline.recipe import SHARDS_AT_ONCE, DownloadConfig
+from pipeline.runtime.id_files import erased_ids
 from pipeline.runtime.runner import run_shards
 from pipeline.runtime.stage import Stage
 from pipeline.runtime.workers import Work, Workers, shared_function
@@ -41,7 +42,8 @@ def run(config: DownloadConfig, root: Root, retry: bool = False) -> Manifest:
     """
     started = time.time()
     selected = read_manifest(root, "filter")
-    blocklist = with_later_blocked(read_blocklist(config.blocklist, "download.blocklist"), root, selected)
+    listed = replace(read_blocklist(config.blocklist, "download.blocklist"), erased=erased_ids(root))
+    blocklist = with_later_blocked(listed, root, selected)
     inputs = {"blocklist": blocklist.identity}
     shards = [*selected.shard_names("train/"), *selected.shard_names("database/")]
     digests = selected.digests()

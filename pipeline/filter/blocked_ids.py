@@ -12,7 +12,7 @@ from retrieval.storage.root import FileRecord, Root
 
 def later_blocked_ids(root: Root, selected: Manifest) -> Ids:
     """Ids in the shards of a finished filter that its blocklist listed later, ascending."""
-    return read_ids(root, id_files(selected))
+    return read_ids(root, [file.name for file in id_files(selected)])
 
 
 def with_later_blocked(blocklist: Blocklist, root: Root, selected: Manifest) -> Blocklist:

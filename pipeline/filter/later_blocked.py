@@ -67,7 +67,7 @@ def _values(
     values = {name: value for name, value in stored.values.items() if name != "later_blocked"}
     for split in SPLITS:
         values[f"rows_{split}"] = sum(record.rows for record in records if record.shard.startswith(f"{split}/"))
-    ids = read_ids(root, [file for record in listed for file in record.files])
+    ids = read_ids(root, [file.name for record in listed for file in record.files])
     for file in write_ids(root, "filter", f"blocked-{identity}", ids).files:
         values["later_blocked"] = asdict(file)
     return values

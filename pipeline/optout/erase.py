@@ -60,6 +60,11 @@ class ErasePlan:
     current: list[str]
     """Stages that were made from the present output of their inputs, and must be so afterwards."""
 
+    @property
+    def all_ids(self) -> Ids:
+        """Of pictures and rows."""
+        return np.array([*self.ids, *(number for ids in self.rows.values() for number in ids)], np.int64)
+
 
 def plan_file(blocklist: Blocklist) -> str:
     """The name of the plan of a list. It exists while images are being erased."""
@@ -111,7 +116,7 @@ def erase(root: Root, blocklist: Blocklist, workers: Workers) -> dict[str, int]:
                 if name != "index":
                     _update_manifest(root, name, partitions[name], is_current=False)
             if plan.shards:
-                _update_near_copies(root, workers)
+                _update_near_copies(root, plan, workers)
             _delete_old_files(root, plan)
     return {"shards": len(plan.shards), "partitions": len(plan.partitions)}
 
@@ -242,11 +247,14 @@ def _write_record(root: Root, stage: str, fingerprint: str, record: ShardRecord)
         write_record(root, stage, fingerprint, record)
 
 
-def _update_near_copies(root: Root, workers: Workers) -> None:
-    """Remove the hashes of the erased pictures by a search in what remains; all hashes if no search has finished."""
+def _update_near_copies(root: Root, plan: ErasePlan, workers: Workers) -> None:
+    """Remove the hashes of the erased pictures by a search in what remains; all hashes if no search has finished.
+
+    Database pictures that are copies of erased training pictures stay left out.
+    """
     if compared_shards(root):
         bits = root.read_json(f"{NEAR_COPIES}/{STARTED_FILE}")["upstream"]["near_copy_bits"]
-        update_copies(root, read_manifest(root, "download"), int(bits), workers)
+        update_copies(root, read_manifest(root, "download"), int(bits), workers, plan.ids)
     else:
         root.delete(NEAR_COPIES)
 

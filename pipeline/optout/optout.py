@@ -17,6 +17,7 @@ from pipeline.optout.ids_left import ids_left, left_folder
 from pipeline.optout.proof import check_erasure, search_after, search_before
 from pipeline.optout.search import Listed, ListSearch
 from pipeline.optout.tables import Removed, refill_tables, with_earlier
+from pipeline.runtime.id_files import store_erased
 from pipeline.runtime.stage import Stage
 from pipeline.runtime.workers import Workers, shared_workers
 from pipeline.web.blocklist import Blocklist
@@ -41,8 +42,9 @@ REMAINS = (
 )
 REMAINS_ERASED = (
     "Left on disk: URLs and captions in filter/ and download/, copies outside this root (backups, versions of an"
-    " object store, caches of trainers), samples, and trained models. Add the list to download.blocklist, else"
-    " 'download --retry' fetches the pictures again. Restart shared clusters: they serve the images until they are"
+    " object store, caches of trainers), samples, and trained models. No stage stores the erased ids again"
+    " (optout/erased/). Other pictures on the list that a later 'filter' selects need the list in download.blocklist."
+    " Restart shared clusters: they serve the images until they are"
     " stopped."
 )
 
@@ -70,6 +72,7 @@ def _run(blocklist: Blocklist, root: Root, erase: bool, workers: Workers) -> dic
     report = dict(root.read_json(f"{name}.json"))
     if root.exists(plan_file(blocklist)):
         plan = read_plan(root, blocklist)
+        store_erased(root, np.union1d(blocklist.ids, plan.all_ids))
         numbers = erase_planned(root, blocklist, workers)
         earlier = report["erased"]
         report["erased"] = {word: max(number, earlier.get(word, 0)) for word, number in numbers.items()}

@@ -69,7 +69,7 @@ class ListSearch:
 
     def _listed(self, names: list[str], work: Callable[[], Work]) -> Listed:
         records = run_shards(self.stage, [f"find/{name}" for name in names], work, self.workers)
-        ids = read_ids(self.stage.root, [file for record in records for file in record.files])
+        ids = read_ids(self.stage.root, [file.name for record in records for file in record.files])
         return Listed(ids, [shard for record in records for shard in record.values])
 
 

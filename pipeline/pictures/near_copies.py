@@ -9,12 +9,12 @@ Reads the hashes of `download/{train,database}/<shard>.parquet`; writes below `n
 A copy has the same content (SHA-256 of the downloaded bytes) or a perceptual hash (`phash`) that differs in a few
 bits. The first pass compares all database images with all training images. A later pass compares all database images
 with the gained hashes, and two kinds of them with all training images: new ones, and copies that match a lost hash. Its
-result equals that of a first pass. Files are named by digests of their inputs, so that finished ones are used again.
-Hashes are read in groups of shards, so that memory stays bounded.
+result equals that of a first pass, except that copies of erased images stay copies. Files are named by digests of their
+inputs, so that finished ones are used again. Hashes are read in groups of shards, so that memory stays bounded.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -37,6 +37,7 @@ from pipeline.pictures.near_copy_shards import (
     write_shards,
 )
 from pipeline.runtime.arrow_files import read_batch, read_batches, read_some, write_batches
+from pipeline.runtime.id_files import store_erased
 from pipeline.runtime.runner import run_shards
 from pipeline.runtime.workers import Work, Workers
 from retrieval.perceptual_hash import PerceptualHashIndex
@@ -97,6 +98,8 @@ class Comparison:
     """Hashes that the training images gained and lost since the earlier copies were found."""
     max_distance: int
     """Largest distance of the perceptual hashes of near copies, in bits."""
+    erased: Sequence[int] = ()
+    """Ids of training images that are gone. Their copies stay copies."""
 
 
 def find_copies(root: Root, download: Manifest, max_distance: int, workers: Workers) -> dict[str, str]:
@@ -105,15 +108,20 @@ def find_copies(root: Root, download: Manifest, max_distance: int, workers: Work
         return update_copies(root, download, max_distance, workers)
 
 
-def update_copies(root: Root, download: Manifest, max_distance: int, workers: Workers) -> dict[str, str]:
-    """As `find_copies`, under the lease of `near_copies`."""
+def update_copies(
+    root: Root, download: Manifest, max_distance: int, workers: Workers, erased: Sequence[int] = ()
+) -> dict[str, str]:
+    """As `find_copies`, under the lease of `near_copies`.
+
+    erased: ids of training images that were erased since. Their copies stay copies, and no stage stores them again.
+    """
     stage = near_copy_stage(root, max_distance)
     before, now = compared_shards(root), hashed_shards(download)
     files = shards_by_file(now)
     run_shards(stage, [*files], partial(hashes_work, root, files), workers)
     changes = changed_groups(before, now)
     run_shards(stage, [*changes], partial(changes_work, root, (before, now), changes), workers)
-    comparison = _comparison(before, now, [*changes], max_distance)
+    comparison = replace(_comparison(before, now, [*changes], max_distance), erased=erased)
     run_shards(stage, [*comparison.groups], partial(copies_work, root, comparison), workers)
     copies = {shard: name for name, group in comparison.groups.items() for shard in group.shards}
     write_shards(root, {shard: replace(place, copies=copies.get(shard, "")) for shard, place in now.items()})
@@ -190,10 +198,13 @@ def copies_work(root: Root, comparison: Comparison) -> Work:
         ids, images = table[schema.IMAGE_ID].to_numpy(), Hashes.of(table)
         is_kept = _is_earlier(root, group, table)
         kinds = np.where(is_kept, _earlier_kinds(root, group, ids), NOT_COPY).astype(np.int8)
-        gained, lost = (_changes(root, comparison, batch) for batch in (0, 1))
-        again = ~is_kept | _match_any(images, np.flatnonzero(kinds), lost, comparison.max_distance)
+        again = ~is_kept | _match_lost(root, comparison, images, kinds, are_erased=False)
+        if comparison.erased:
+            of_erased = _match_lost(root, comparison, images, kinds, are_erased=True)
+            store_erased(root, np.unique(ids[of_erased]))
+            again &= ~of_erased
         kinds[again] = NOT_COPY
-        for hashes in gained:
+        for hashes in _gained(root, comparison):
             _mark(kinds, images, np.flatnonzero(~again), hashes, comparison.max_distance)
         for file in comparison.train if again.any() else []:
             hashes = Hashes.of(read_batches(root, f"{FOLDER}/{file}.arrow"))
@@ -217,9 +228,9 @@ def _is_earlier(root: Root, group: DatabaseGroup, rows: pa.Table) -> npt.NDArray
     return pc.and_(*is_same).fill_null(False).to_numpy()
 
 
-def _changes(root: Root, comparison: Comparison, batch: int) -> Iterator[Hashes]:
-    """The hashes that the training images gained (batch 0) or lost (batch 1), those of one file at a time."""
-    return (Hashes.of(read_batch(root, f"{FOLDER}/{name}.arrow", batch)) for name in comparison.changes)
+def _gained(root: Root, comparison: Comparison) -> Iterator[Hashes]:
+    """The hashes that the training images gained, those of one file at a time."""
+    return (Hashes.of(read_batch(root, f"{FOLDER}/{name}.arrow", 0)) for name in comparison.changes)
 
 
 def _earlier_kinds(root: Root, group: DatabaseGroup, ids: npt.NDArray[np.int64]) -> Kinds:
@@ -232,12 +243,17 @@ def _earlier_kinds(root: Root, group: DatabaseGroup, ids: npt.NDArray[np.int64])
     return kinds
 
 
-def _match_any(images: Hashes, rows: Rows, others: Iterable[Hashes], max_distance: int) -> npt.NDArray[np.bool_]:
-    """Which images, of those at `rows`, are copies of any of the others."""
-    kinds = np.full(len(images.contents), NOT_COPY, np.int8)
-    for hashes in others:
-        _mark(kinds, images, rows, hashes, max_distance)
-    return kinds != NOT_COPY
+def _match_lost(
+    root: Root, comparison: Comparison, images: Hashes, kinds: Kinds, are_erased: bool
+) -> npt.NDArray[np.bool_]:
+    """Which earlier copies match a hash that the training images lost. are_erased: of erased images, or of others."""
+    matches = np.full(len(kinds), NOT_COPY, np.int8)
+    for name in comparison.changes:
+        lost = read_batch(root, f"{FOLDER}/{name}.arrow", 1)
+        chosen = np.isin(lost[schema.IMAGE_ID].to_numpy(), comparison.erased) == are_erased
+        others = Hashes.of(lost.filter(pa.array(chosen)))
+        _mark(matches, images, np.flatnonzero(kinds), others, comparison.max_distance)
+    return matches != NOT_COPY
 
 
 def _mark(kinds: Kinds, images: Hashes, rows: Rows, others: Hashes, max_distance: int) -> None:

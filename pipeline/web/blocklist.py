@@ -47,6 +47,8 @@ class Blocklist:
     phashes: Hashes = field(default_factory=lambda: np.empty(0, np.int64))
     max_distance: int = 6
     """Largest number of different bits at which a perceptual hash equals a listed one, or its mirror."""
+    erased: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    """Further listed ids, sorted. `identity` is without them, so they cause no update of finished shards."""
 
     @cached_property
     def identity(self) -> str:
@@ -59,10 +61,12 @@ class Blocklist:
 
     def blocks_ids(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """Which of these image ids are listed."""
-        if not len(self.ids):
-            return np.zeros(len(ids), bool)
-        positions = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
-        return np.asarray(self.ids[positions] == ids)
+        listed = np.zeros(len(ids), bool)
+        for entries in (self.ids, self.erased):
+            if len(entries):
+                positions = np.minimum(np.searchsorted(entries, ids), len(entries) - 1)
+                listed |= entries[positions] == ids
+        return listed
 
     def blocks_hosts(self, urls: pa.StringArray) -> npt.NDArray[np.bool_]:
         """Which of these canonical URLs belong to a listed domain or to a subdomain of one. Relative paths do not."""

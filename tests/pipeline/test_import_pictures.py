@@ -116,6 +116,41 @@ def test_a_finished_import_is_kept_and_only_shards_with_changed_pictures_are_mad
     ]
 
 
+def test_an_added_picture_makes_one_shard_and_a_removed_one_its_own(folder: Path, tmp_path: Path) -> None:
+    root, division = Root(str(tmp_path / "run")), ImportConfig(database_share=0, rows_per_shard=10)
+
+    def made_again() -> set[str]:
+        """The shards that the next import writes."""
+        before = {name: root.local_path(name).stat().st_mtime_ns for name in root.list("download/train", ".tar")}
+        imported(folder, root, division)
+        after = {name: root.local_path(name).stat().st_mtime_ns for name in root.list("download/train", ".tar")}
+        changed = {name for name, _ in before.items() ^ after.items()}
+        return {name.removeprefix("download/train/00000-").removesuffix(".tar") for name in changed}
+
+    assert made_again() == {f"{n:05d}" for n in range(4)}
+    write(folder / "a_first_name.jpg", encoded(50))
+    assert made_again() == {"00004"}
+    write(folder / "another.jpg", encoded(51))
+    assert made_again() == {"00004"}
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        member = tarfile.TarInfo("x.jpg")
+        member.size = len(encoded(52))
+        tar.addfile(member, io.BytesIO(encoded(52)))
+    cells = [encoded(i, "PNG") for i in range(60, 67)]
+    pq.write_table(pa.table({"image": cells}), folder / "1.parquet")
+    assert made_again() == {"00004"}
+    pq.write_table(pa.table({"image": cells}), folder / "0.parquet")
+    assert made_again() == {"00005"}
+    picture = (folder / "red_square_15.jpg").rename(tmp_path / "moved.jpg")
+    [shard] = made_again()
+    assert shard < "00004"
+    picture.rename(folder / "red_square_15.jpg")
+    assert made_again() == {shard}
+    assert len(rows(root)) == 57
+    imported(folder, Root(root.url, remake=True), ImportConfig(database_share=0, rows_per_shard=50))
+    assert [len(read_table(root, name, DOWNLOADED)) for name in root.list("download/train", ".parquet")] == [50, 7]
+
+
 def test_another_division_and_a_download_of_the_web_are_refused(folder: Path, tmp_path: Path) -> None:
     root = Root(str(tmp_path / "run"))
     imported(folder, root)

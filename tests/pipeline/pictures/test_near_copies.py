@@ -13,10 +13,11 @@ import pytest
 from pipeline.pictures import near_copies, near_copy_shards
 from pipeline.pictures.near_copies import Hashes, find_copies
 from pipeline.pictures.near_copy_shards import pending_comparisons
+from pipeline.runtime.id_files import erased_ids
 from pipeline.runtime.workers import Workers
 from retrieval import Root
 from retrieval.storage.manifest import read_manifest
-from retrieval.storage.schema import image_id
+from retrieval.storage.schema import IMAGE_ID, image_id, read_table
 from tests.killed_writes import kill_at
 from tests.pipeline.conftest import Picture, write_download
 
@@ -137,6 +138,25 @@ def test_only_changes_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "image_id": [image_id("http://example.org/database/200.jpg")],
         "reason": ["duplicate_content"],
     }
+
+
+@pytest.mark.usefixtures("in_process_shards")
+def test_copies_of_erased_images_stay_copies_and_those_of_other_lost_images_do_not(tmp_path: Path) -> None:
+    root = Root(tmp_path)
+    erased, lost, kept = (Picture(f"http://example.org/train/{i}.jpg", i << 200) for i in (1, 2, 3))
+    copies = [Picture(f"http://example.org/copy/{i}.jpg", i << 200) for i in (1, 2, 3, 4)]
+    ids = [image_id(copy.url) for copy in copies]
+    search(root, {"train/00000": [erased, lost, kept], "database/00000": copies})
+    remaining = {"train/00000": [kept], "database/00000": copies}
+    write_download(root, remaining)
+    download = read_manifest(root, "download")
+    for _ in range(2):  # an erasure can be repeated
+        found = near_copies.update_copies(root, download, BITS, Workers(1), [image_id(erased.url)])
+    assert found == search(root, remaining)
+    [name] = set(found.values())
+    listed = read_table(root, f"near_copies/{name}.parquet", near_copies.COPIES)
+    assert listed[IMAGE_ID].to_pylist() == [ids[0], ids[2]]
+    assert erased_ids(root).tolist() == [ids[0]]
 
 
 @pytest.mark.usefixtures("in_process_shards")
