@@ -31,8 +31,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("retrieval", "pipeline", "trainer", "jobs")
 UPLOADED_RECIPE = "recipe.toml"
 UPLOADED_LIST = "list.txt"
-COMMANDS = ("filter", "download", "embed", "index", "neighbors", "latents", "train", "sample", "evaluate")
-COMMANDS += ("optout", "status")
+STAGES = ("filter", "download", "embed", "index", "neighbors", "latents", "train", "sample", "evaluate")
+COMMANDS = (*STAGES, "optout", "status")
 """Commands that read and write nothing but the recipe's root, and the list of `optout`."""
 FORWARDED_VARIABLES = ("OMP_WAIT_POLICY", "NO_ALBUMENTATIONS_UPDATE")
 ACTIVE = (JobStatus.PENDING, JobStatus.RUNNING)
