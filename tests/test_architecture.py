@@ -48,7 +48,7 @@ retrieval/recipe: config
 retrieval/storage: config errors extras
 retrieval/updates: database errors imports index recipe storage
 pipeline/capacity: pictures recipe
-pipeline/databases: embed pictures recipe
+pipeline/databases: embed pictures recipe runtime
 pipeline/download: filter pictures recipe runtime web
 pipeline/embed: pictures recipe runtime
 pipeline/filter: recipe runtime web
