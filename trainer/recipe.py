@@ -221,6 +221,9 @@ class TrainConfig(Config):
     zero_stage: int = runtime_setting(1, ge=0, le=3)
     """What DeepSpeed shards over ranks: 0 nothing (a few percent faster on one rank in fp32), 1 optimizer states,
     2 also gradients, 3 also weights."""
+    reduce_in_fp32: bool = runtime_setting(False)
+    """With precision bf16, add the gradients of the ranks in fp32 and round the sum once: twice the bytes of gradients
+    between ranks, and up to 4 GB more memory."""
     deterministic: bool = runtime_setting(False)
     """Use only deterministic algorithms of torch and cuDNN, at some cost in speed: on CUDA a resumed run then equals an
     uninterrupted one to the bit, as it does on CPUs in any case."""

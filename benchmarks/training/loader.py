@@ -7,6 +7,7 @@ Projects the number of cores for training on 8 A100s. Writes `docs/loader.json` 
 
 import argparse
 import io
+import math
 import statistics
 import time
 from pathlib import Path
@@ -29,6 +30,8 @@ from trainer.recipe import AutoencoderConfig, TrainingRecipe
 HEADROOM = 3
 """The loader must be this many times faster than the training step."""
 BATCH = 64
+PCIE = 25e9
+"""Bytes per second of a copy from pinned memory."""
 FULL = Extent(shards=8, rows=256, k=8, dim=768, size=256, factor=16, channels=16, edge=768)
 TINY = Extent(shards=2, rows=40, k=2, dim=8, size=32, factor=16, channels=4, edge=64)
 SOURCES = ("images", "latents")
@@ -52,6 +55,15 @@ first batch not counted:"""
 NEEDS = """**Cores for 8 A100s.** Stage 1 needs {flops:.1f} GFLOP of the UNet per image; at {mfu:.0%} of 312
 TFLOP/s each, {gpus} GPUs take {demand:,.0f} images/s. Cores like those of this machine for three times this
 rate (projected, not measured):"""
+
+THREADED = """**Threads or processes.** With two threads an image takes {cpu:+.1%} CPU time, and the rate is
+{ratio:.2f} times that of one thread: decoding releases Python's lock. Each rank is a process with threads of its own.
+Instead of two threads, two processes could be {missing:.0%} faster at most, and would have to copy batches to the
+rank. Processes, and more than two threads, were not measured."""
+
+COPIES = """**Copies to a GPU** (counted, not measured). Batches are in pinned memory. If each GPU takes
+{demand:,.0f} images/s, copies from there at {rate:.0f} GB/s (PCIe 4.0) take this share of a step. They run between the
+kernels of the network; a stream of their own would save this share:"""
 
 CROP = """**One image, one thread:** decoding the full JPEG and cropping a square takes {whole_ms:.2f} ms.
 Decoding it at a half, a quarter or an eighth of its size, if the result has at least {gap} times the target
@@ -167,10 +179,29 @@ def page(result: dict[str, Any]) -> str:
     parts = ["# Speed of the data loader", intro, markdown_table(["", "images/s:", "images/s per core:"], rates)]
     parts += [PACED, markdown_table(["", "images/s taken:", "ms waited:", "share of the step:"], paced)]
     parts += [needs, markdown_table(["source", "images/s per core:", f"cores for {HEADROOM} times the demand:"], cores)]
+    parts += [threaded(cases), *copies(extent, demand["images_per_s"] / GPUS)]
     crop = result["cut"]
     parts.append(CROP.format(**crop, gap=MIN_DRAFT_RATIO, ratio=crop["whole_ms"] / crop["small_ms"]))
     parts.append(bytes_fetched.page(result["bytes"]))
     return "\n\n".join(parts) + "\n"
+
+
+def threaded(cases: list[dict[str, float]]) -> str:
+    """What the rates of one and two threads say of decoding in processes."""
+    one, two = (case for case in cases if case["source"] == "images")
+    ratio = two["images_per_s"] / one["images_per_s"]
+    cpu = one["images_per_core_s"] / two["images_per_core_s"] - 1
+    return THREADED.format(cpu=cpu, ratio=ratio, missing=two["threads"] / ratio - 1)
+
+
+def copies(extent: Extent, images_per_s: float) -> list[str]:
+    """Bytes that a sample copies to a GPU, and their share of the time. images_per_s: of a GPU."""
+    latent = math.prod(extent.shape)
+    shared = 2 * extent.k * extent.dim + 2 * 4 * latent  # neighbors in fp16, noise of the posterior and of the step
+    counts = {"images": 3 * 4 * extent.size**2 + shared, "latents": 2 * 2 * latent + shared}
+    rows = [[name, f"{count / 1e3:,.0f}", f"{count * images_per_s / PCIE:.1%}"] for name, count in counts.items()]
+    table = markdown_table(["source", "kB per image:", "share of a step:"], rows)
+    return [COPIES.format(rate=PCIE / 1e9, demand=images_per_s), table]
 
 
 def cores_for(case: dict[str, float], demand: dict[str, float]) -> float:

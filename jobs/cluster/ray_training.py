@@ -28,16 +28,20 @@ def train_on_ray(config: TrainingRecipe, root: Root) -> None:
     checkpoints = stage.checkpoints_of(stage.prepare(config, root), root)
     with ray_connection():
         check_ranks(config.train, ranks_on_ray(config))
-        fit_with_restarts(make_trainer(config, root), checkpoints)
+        fit_with_restarts(make_trainer(config, root), checkpoints, config.train.steps)
 
 
-def fit_with_restarts(trainer: TorchTrainer, checkpoints: CheckpointFolder) -> None:
-    """Train, and start again after a lost worker or a NodeError if the attempt has written a new checkpoint.
+def fit_with_restarts(trainer: TorchTrainer, checkpoints: CheckpointFolder, steps: int) -> None:
+    """Train to step `steps`, and start again after a lost worker or a NodeError if the attempt wrote a new checkpoint.
 
     Raises the UserError of a worker if there was one, else TrainingFailedError.
     """
+
+    def own_step() -> int:  # checkpoints that `train.restart` deletes are no progress of this run
+        return 0 if checkpoints.is_unusable(steps) else checkpoints.newest_step()
+
     while True:
-        step_before = checkpoints.newest_step()
+        step_before = own_step()
         try:
             trainer.fit()
             return
@@ -45,7 +49,7 @@ def fit_with_restarts(trainer: TorchTrainer, checkpoints: CheckpointFolder) -> N
             problem = _user_error(error)
             if problem and not isinstance(problem, NodeError):
                 raise problem from None
-            newest_step = checkpoints.newest_step()
+            newest_step = own_step()
             if newest_step <= step_before:
                 raise problem or error from None
             log.warning(f"restarting from step {newest_step:,}: {problem or 'a worker was lost'}")

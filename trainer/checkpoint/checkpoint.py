@@ -101,6 +101,10 @@ class CheckpointFolder:
         """Number of steps done at the newest checkpoint, 0 without checkpoints."""
         return max((int(entry["step"]) for entry in self.entries()), default=0)
 
+    def is_unusable(self, steps: int) -> bool:
+        """True if a run to step `steps` cannot continue: `check` raises, or `train.restart` deletes the checkpoints."""
+        return self.is_other_run() or self.is_past(steps) or self.is_ended_with_others(steps)
+
     def check(self, steps: int) -> None:
         """Raise UserError if the folder has checkpoints of another run or after step `steps`."""
         index = self._index()

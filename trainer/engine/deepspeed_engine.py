@@ -126,6 +126,7 @@ def engine_settings(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
         # Else `optimizer_step` clips and skips.
         "gradient_clipping": config.max_grad_norm if is_skipped_by_deepspeed else 0.0,
         "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": is_skipped_by_deepspeed},
+        "communication_data_type": "fp32" if config.reduce_in_fp32 else None,  # None: that of the network
         # One gradient buffer saves GPU memory; on a CPU it adds 10 % to the time of a small step. In bf16 CPUs have it
         # too, so that tests on a CPU run the combination that GPUs run.
         "zero_optimization": {

@@ -128,11 +128,13 @@ def step_memory(config: TrainingRecipe, latent_shape: tuple[int, int, int], rank
         encoder, encoding = encoding_memory(config.autoencoder, train.size, train.micro_batch)
     # Without decay, the masters are the average.
     average = (4 if train.ema_decay else 0) + 4 * len(train.ema_widths)
+    # An fp32 copy of a buffer takes twice its bytes.
+    buffers = BUCKET_BYTES * min(2, ranks) * (3 if train.reduce_in_fp32 else 1)
     return StepMemory(
         parameters=parameters,
         trained=trained,
         state=2 * parameters + (4 + MOMENT_BYTES[train.optimizer] + average) * trained / ranks + encoder,
-        passes=_peak_of_passes(unet, config, latent_shape, ranks) + BUCKET_BYTES * min(2, ranks),
+        passes=_peak_of_passes(unet, config, latent_shape, ranks) + buffers,
         update=2 * trained + (2 + 4) * trained / ranks,
         validation=2 * parameters if train.validation_images else 0,
         encoding=encoding if train.source == "images" else 0,

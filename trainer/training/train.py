@@ -177,8 +177,7 @@ def clear_folder(plan: TrainingPlan, root: Root) -> None:
     """Delete the manifest, files of another run and unfinished checkpoints. Only for the holder of the lease."""
     root.delete(f"{plan.config.train.folder}/manifest.json")
     checkpoints = checkpoints_of(plan, root)
-    steps = plan.config.train.steps
-    if checkpoints.is_other_run() or checkpoints.is_past(steps) or checkpoints.is_ended_with_others(steps):
+    if checkpoints.is_unusable(plan.config.train.steps):
         for name in OUTPUTS:
             root.delete(f"{plan.config.train.folder}/{name}")
     checkpoints.delete_unfinished()

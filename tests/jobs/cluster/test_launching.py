@@ -111,15 +111,23 @@ def test_deepspeeds_launcher_on_the_machines_of_a_hostfile_without_ray(
     assert read_manifest(Root(copy), FOLDER).checksums() == expected
 
 
-def test_torchrun_on_two_nodes(
-    copy: Path, expected: dict[str, str], forked_python: Path, monkeypatch: pytest.MonkeyPatch
+def test_torchrun_on_two_nodes_restarts_after_a_kill(
+    copy: Path, tmp_path: Path, expected: dict[str, str], forked_python: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHON_EXEC", str(forked_python))  # with which torchrun starts ranks
-    launcher = [str(forked_python), "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
-    launcher += ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
-    module = ["-m", "jobs.train", str(copy / "recipe.toml")]
-    nodes = [subprocess.Popen([*launcher, f"--node-rank={number}", *module]) for number in (0, 1)]
-    assert [node.wait(timeout=300) for node in nodes] == [0, 0]
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    # New interpreters: torchrun walks all imported modules in each of its steps, which takes seconds in a fork.
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    launcher += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--max-restarts=1"]
+    launcher += ["--rdzv-conf=keep_alive_max_attempt=60"]  # a busy machine delays the signs of life of a node
+    module = ["-m", "killed_once", str(copy / "recipe.toml")]
+    with (tmp_path / "log").open("w") as log:
+        nodes = [subprocess.Popen([*launcher, *module], stderr=log) for _ in range(2)]
+    assert [node.wait(timeout=300) for node in nodes] == [0, 0], (tmp_path / "log").read_text()
+    first, second = re.findall(r"  steps (\d) to 8", (tmp_path / "log").read_text())
+    assert first == "0"
+    assert second in ("2", "4"), "the last checkpoint before the kill"
     assert read_manifest(Root(copy), FOLDER).checksums() == expected
 
 

@@ -11,11 +11,12 @@ from jobs.cluster.ray_training import fit_with_restarts, make_trainer
 from retrieval.errors import NodeError, UserError
 from retrieval.storage.root import Root
 from tests.trainer.training_set import make_recipe
-from trainer.checkpoint.checkpoint import INDEX, CheckpointFolder
+from trainer.checkpoint.checkpoint import INDEX, LAYOUT, CheckpointFolder
 
 NODE = NodeError("the disk / is full")
 MISTAKE = UserError("k is wrong")
 LOST = RuntimeError("the actor died")
+STEPS = 5
 
 
 class Attempts(TorchTrainer):
@@ -26,9 +27,14 @@ class Attempts(TorchTrainer):
 
     def fit(self) -> None:
         step, error = self.left.pop(0)
-        self.folder.root.write_json(INDEX, {"checkpoints": [{"step": step}]})
+        write_index(self.folder, step, self.folder.identity)
         if error:
             raise error
+
+
+def write_index(folder: CheckpointFolder, step: int, identity: str) -> None:
+    index = {"identity": identity, "layout": LAYOUT, "settings": {}, "checkpoints": [{"step": step}]}
+    folder.root.write_json(INDEX, index)
 
 
 @pytest.fixture
@@ -65,7 +71,7 @@ def test_a_lost_worker_or_a_fault_of_a_node_restarts_training_that_has_advanced(
     error: TrainingFailedError, cause: str, folder: CheckpointFolder, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = Attempts(folder, (2, error), (4, error), (5, None))
-    fit_with_restarts(trainer, folder)
+    fit_with_restarts(trainer, folder, STEPS)
     assert not trainer.left
     assert [record.message for record in caplog.records] == [f"restarting from step {step}: {cause}" for step in (2, 4)]
 
@@ -78,11 +84,30 @@ def test_training_that_has_not_advanced_ends_with_the_fault(
 ) -> None:
     trainer = Attempts(folder, (2, error), (2, error), (4, None))
     with pytest.raises((NodeError, TrainingFailedError), match=str(raised)):
-        fit_with_restarts(trainer, folder)
+        fit_with_restarts(trainer, folder, STEPS)
     assert trainer.left == [(4, None)]
+
+
+@pytest.mark.parametrize("identity", ["another run", "test"])
+def test_a_run_that_replaces_one_at_a_higher_step_restarts_from_its_own_checkpoint(
+    identity: str, folder: CheckpointFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_index(folder, 100, identity)
+    fit_with_restarts(Attempts(folder, (2, failed(LOST)), (STEPS, None)), folder, STEPS)
+    assert [record.message for record in caplog.records] == ["restarting from step 2: a worker was lost"]
+
+
+def test_a_run_that_ends_before_it_replaces_the_former_one_is_not_started_again(folder: CheckpointFolder) -> None:
+    class EndsAtOnce(Attempts):
+        def fit(self) -> None:
+            raise failed(NODE)
+
+    write_index(folder, 100, "another run")
+    with pytest.raises(NodeError, match="the disk / is full"):
+        fit_with_restarts(EndsAtOnce(folder), folder, STEPS)
 
 
 @pytest.mark.parametrize("error", [failed(MISTAKE), failed(NODE, MISTAKE, LOST)])
 def test_a_mistake_of_the_user_ends_training_at_once(error: WorkerGroupError, folder: CheckpointFolder) -> None:
     with pytest.raises(UserError, match="k is wrong"):
-        fit_with_restarts(Attempts(folder, (2, error)), folder)
+        fit_with_restarts(Attempts(folder, (2, error)), folder, STEPS)

@@ -88,6 +88,20 @@ def test_a_loader_resumes_at_any_step_with_any_number_of_threads(training_set: R
         assert_equal(batch, resumed_batch)
 
 
+def test_batches_are_pinned_where_cuda_is_in_use(
+    training_set: Root, autoencoder_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = loader(make_recipe(autoencoder_folder), training_set)
+    expected, pinned = batches.batch(3), []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.clone()) or pinned[-1])
+    batch = batches.batch(3)
+    assert_equal(batch, expected)
+    tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 5
+    assert all(any(tensor is one for one in pinned) for tensor in tensors)
+
+
 def test_rows_are_joined_by_id_and_each_epoch_uses_the_next_view(training_set: Root, autoencoder_folder: str) -> None:
     recipe = make_recipe(autoencoder_folder, p_uncond=0.0)
     batches = loader(recipe, training_set)

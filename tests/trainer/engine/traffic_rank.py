@@ -24,9 +24,9 @@ class Recorded:
         return self._call(*arguments, **options)
 
 
-def collectives(zero_stage: int, ranks: Ranks) -> list[tuple[str, int]]:
+def collectives(ranks: Ranks, **changes: object) -> list[tuple[str, int]]:
     """Name and bytes of each collective of a step with two micro batches, for 2 x 64 x 65 weights in bf16."""
-    config = make_recipe("", zero_stage=zero_stage, precision="bf16", global_batch=4, micro_batch=1).train
+    config = make_recipe("", precision="bf16", global_batch=4, micro_batch=1, **changes).train
     engine = make_engine(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)), config, ranks)
     log: list[tuple[str, int]] = []
     for name in ("all_reduce", "all_gather_into_tensor"):
@@ -43,6 +43,8 @@ if __name__ == "__main__":
     weights = 2 * 64 * 65 * 2
     norm, gather = ("all_reduce", 4), ("all_gather_into_tensor", weights)
     for stage, reductions in ((1, 1), (2, 2)):
-        seen = collectives(stage, own)
-        assert seen == [("all_reduce", weights)] * reductions + [norm, gather], f"ZeRO {stage}: {seen}"
+        for factor in (1, 2):
+            seen = collectives(own, zero_stage=stage, reduce_in_fp32=factor == 2)
+            expected = [("all_reduce", factor * weights)] * reductions + [norm, gather]
+            assert seen == expected, f"ZeRO {stage}, {factor}: {seen}"
     leave_ranks()

@@ -73,6 +73,7 @@ def test_gradients_count_in_every_copy(full: StepMemory) -> None:
     assert full.update == (2 + 2 + 4) * full.trained
     single, several = memory_of(global_batch=2, micro_batch=2).passes, full.passes
     assert single < several <= single + 2 * full.trained + 1_000_000
+    assert memory_of(reduce_in_fp32=True).passes == full.passes + 2 * BUCKET_BYTES
 
 
 def test_checkpointing_adapters_and_smaller_batches_take_less_memory_in_the_passes(full: StepMemory) -> None:
