@@ -56,7 +56,7 @@ NEEDS = """**Cores for 8 A100s.** Stage 1 needs {flops:.1f} GFLOP of the UNet pe
 TFLOP/s each, {gpus} GPUs take {demand:,.0f} images/s. Cores like those of this machine for three times this
 rate (projected, not measured):"""
 
-THREADED = """**Threads or processes.** With two threads an image takes {cpu:+.1%} CPU time, and the rate is
+THREADED = """**Threads or processes.** With two threads an image takes {cpu:.1%} more CPU time, and the rate is
 {ratio:.2f} times that of one thread: decoding releases Python's lock. Each rank is a process with threads of its own.
 Instead of two threads, two processes could be {missing:.0%} faster at most, and would have to copy batches to the
 rank. Processes, and more than two threads, were not measured."""
