@@ -55,9 +55,10 @@ class TrainingBatch:
 
     def pinned(self) -> "TrainingBatch":
         """The same batch in pinned memory, from which a copy to a GPU does not wait for the GPU."""
-        return replace(
-            self, **{name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        )
+        tensors: dict[str, Any] = {
+            name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **tensors)
 
     def split(self, count: int) -> "Iterator[TrainingBatch]":
         """Parts of `count` samples, in order; the last may be smaller."""
