@@ -6,6 +6,6 @@ from retrieval.lazy import public_names
 
 if TYPE_CHECKING:
     from pipeline.neighbors.neighbors import neighbors_stage, run
-    from pipeline.neighbors.refill import refill_work
+    from pipeline.neighbors.refill import Refill
 
-__getattr__ = public_names(__name__, {"neighbors": "neighbors_stage run", "refill": "refill_work"})
+__getattr__ = public_names(__name__, {"neighbors": "neighbors_stage run", "refill": "Refill"})

@@ -22,7 +22,7 @@ from pipeline.neighbors.matching import (
     shard_number,
 )
 from pipeline.neighbors.recall import recall_work, sample_work, truth_work
-from pipeline.neighbors.refill import REFILL, update_work
+from pipeline.neighbors.refill import Refill, replaced
 from pipeline.recipe import NeighborsConfig
 from pipeline.runtime.record_journal import stored_shards
 from pipeline.runtime.runner import finished_shards, run_shards
@@ -96,15 +96,17 @@ def _train_shards(embed: Manifest) -> list[ShardRecord]:
 
 def _remove_hidden(stage: Stage, config: NeighborsConfig) -> None:
     """Remove ids from finished tables that were hidden since, and fill the gaps. Tables without them stay."""
-    outdated = [record.shard for record in stored_shards(stage, [*stage.by_shard]) if _differs_in_hidden(stage, record)]
+    outdated = [record for record in stored_shards(stage, [*stage.by_shard]) if _differs_in_hidden(stage, record)]
     if outdated:
         stage.log.info("removing hidden images from %s tables", f"{len(outdated):,}")
         stage.root.delete(f"{stage.name}/manifest.json")
-        names = [f"{REFILL}{shard}" for shard in outdated]
-        workers = Workers.from_config(config, num_gpus=config.gpus_per_worker)
-        hidden = {name: digest for name, digest in stage.upstream.items() if name == "hidden"}
-        work = partial(update_work, stage.root, config, stage.identity.shard_fingerprint, hidden)
-        run_shards(replace(stage, by_shard={}), names, work, workers, include_finished=True)
+        refill = Refill(replace(stage, by_shard={}), config, "neighbors/refill", include_finished=True)
+        new = refill.write([record.shard for record in outdated])
+        records = [
+            replace(replaced(record, new.get(record.shard)), inputs=stage.inputs_of(record.shard))
+            for record in outdated
+        ]
+        refill.apply(stage.identity.shard_fingerprint, records, new)
 
 
 def _differs_in_hidden(stage: Stage, record: ShardRecord) -> bool:

@@ -1,11 +1,13 @@
 """Removes hidden images from neighbor tables: drops their rows and replaces them as neighbors.
 
-Reads `neighbors/<shard>.parquet` and the database `index/` with its hidden ids; writes only the tables that change,
-into another folder: `optout` replaces the tables when all new ones are written, `neighbors` one after the other.
+Reads `neighbors/<shard>.parquet` and the database `index/` with its hidden ids; writes only the tables that change.
+`find/<shard>` counts the rows that lack neighbors; `search/<group>` finds them new ones for a group of shards, for
+which it opens each partition once; `write/<shard>` writes a new table beside the old one, `replace/<shard>` over it.
 """
 
 import shutil
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -13,97 +15,180 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.neighbors.effort import chosen_effort
-from pipeline.neighbors.matching import neighbor_table, read_queries
+from pipeline.neighbors.matching import neighbor_table, read_queries, shard_number
 from pipeline.recipe import NeighborsConfig
-from pipeline.runtime.workers import Work
+from pipeline.runtime.arrow_files import read_batch, write_batches
+from pipeline.runtime.runner import run_shards
+from pipeline.runtime.stage import Stage, group_shards, map_in_threads
+from pipeline.runtime.workers import Work, Workers
 from retrieval.database.database import Database
+from retrieval.index.routing import Vectors
 from retrieval.join.join import join_database
 from retrieval.storage import schema
-from retrieval.storage.manifest import ShardRecord, delete_record, read_record, write_record
-from retrieval.storage.root import Root
+from retrieval.storage.manifest import ShardRecord, delete_record, write_record
 from retrieval.storage.schema import Reason
 
-REFILL = "refill/"
-"""Beginning of the names of this work."""
+FIND, SEARCH, WRITE, REPLACE = (f"refill/{task}/" for task in ("find", "search", "write", "replace"))
+"""Beginnings of the names of the tasks."""
+ROWS_PER_SEARCH = 100_000
+"""Rows of a group that lack neighbors: 12 KB each at k = 8."""
+Masks = tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]
+"""Image ids of the rows of a table, which of them are hidden, and which others have a hidden neighbor."""
 
 
-def refill_work(root: Root, config: NeighborsConfig, folder: str) -> Work:
-    """Work that writes `<folder>/<shard>.parquet` for `refill/<shard>`, if that table has a hidden id.
+@dataclass(frozen=True)
+class Refill:
+    """The removal of hidden ids from finished tables.
 
-    config: the settings of the tables. The record's values count the rows `dropped` and `refilled`.
+    stage: has the records of the tasks. config: settings of the tables. folder: of new tables and neighbors.
     """
-    return partial(_refill, root, chosen_effort(config, root), folder, Database.open(root.child("index")))
+
+    stage: Stage
+    config: NeighborsConfig
+    folder: str
+    include_finished: bool = False
+    """Whether finished tasks run again."""
+
+    def write(self, shards: Sequence[str]) -> dict[str, ShardRecord]:
+        """Write the new table of each shard that has a hidden id; the records of these tables by shard.
+
+        Their values count the rows `dropped` and `refilled`.
+        """
+        found = self._run(FIND, shards, partial(find_work, self))
+        changed = [replace(record, shard=record.shard.removeprefix(FIND)) for record in found if record.values]
+        groups = group_shards((record for record in changed if record.rows), ROWS_PER_SEARCH)
+        numbers = [f"{number:05d}" for number in range(len(groups))]
+        self._run(SEARCH, numbers, partial(search_work, self, groups), self.config.gpus_per_worker)
+        batches = {
+            shard: (name, n) for name, group in zip(numbers, groups, strict=True) for n, shard in enumerate(group)
+        }
+        written = self._run(WRITE, [record.shard for record in changed], partial(write_work, self, batches))
+        return {record.shard.removeprefix(WRITE): record for record in written}
+
+    def apply(self, fingerprint: str, records: Sequence[ShardRecord], new: Mapping[str, ShardRecord]) -> None:
+        """Replace the old tables by the new ones of `write`, and write the records of all. records: see `replaced`."""
+        root, tables = self.stage.root, {record.shard: record for record in records if record.shard in new}
+        self._run(REPLACE, [*tables], partial(replace_work, self, fingerprint, tables))
+        others = [record for record in records if record.shard not in new]
+        map_in_threads(partial(write_record, root, "neighbors", fingerprint), others)
+
+    def _run(
+        self, task: str, names: Sequence[str], make_work: Callable[[], Work], num_gpus: float = 0
+    ) -> Sequence[ShardRecord]:
+        workers = Workers.from_config(self.config, num_gpus=num_gpus)
+        return run_shards(self.stage, [f"{task}{name}" for name in names], make_work, workers, self.include_finished)
 
 
-def update_work(root: Root, config: NeighborsConfig, fingerprint: str, hidden: dict[str, str]) -> Work:
-    """Work that removes the hidden ids from the finished table of `refill/<shard>`, and writes its record again.
-
-    hidden: the digest of the hidden ids, as inputs of the record; empty if no id is hidden.
-    """
-    refill = refill_work(root, config, "neighbors/refill")
-
-    def work(name: str) -> ShardRecord:
-        shard = name.removeprefix(REFILL)
-        stored = read_record(root, "neighbors", shard)
-        if stored is None:  # a worker was killed while it replaced the table: the shard is joined again
-            return ShardRecord(name, 0, ())
-        record, refilled = stored[1], refill(name)
-        if refilled.files:
-            delete_record(root, "neighbors", shard)
-            record = replace_table(root, record, refilled)
-        inputs = {"embed": record.inputs["embed"], **hidden}
-        write_record(root, "neighbors", fingerprint, replace(record, inputs=inputs))
-        return refilled
-
-    return work
-
-
-def replace_table(root: Root, old: ShardRecord, new: ShardRecord) -> ShardRecord:
-    """Replace a table by the one that `refill_work` wrote, if there is one; returns its record."""
-    if not new.files:
+def replaced(old: ShardRecord, new: ShardRecord | None) -> ShardRecord:
+    """The record of a table after its replacement. new: as from `Refill.write`, None for a table that stays."""
+    if new is None:
         return old
-    [new_file] = new.files
-    [old_file] = old.files
-    with root.local(new_file.name) as source, root.writing(old_file.name) as pending:
-        shutil.copyfile(source, pending.path)
+    [new_file], [old_file] = new.files, old.files
     reasons = {word: old.reasons.get(word, 0) + new.reasons.get(word, 0) for word in {**old.reasons, **new.reasons}}
     return replace(old, rows=new.rows, files=(replace(new_file, name=old_file.name),), reasons=reasons)
 
 
-def _refill(root: Root, config: NeighborsConfig, folder: str, database: Database, name: str) -> ShardRecord:
-    shard = name.removeprefix(REFILL)
-    columns = schema.neighbors(config.k, database.dim)
-    file = f"neighbors/{shard}.parquet"
-    all_ids = schema.read_table(root, file, columns, [schema.IMAGE_ID, schema.NEIGHBOR_IDS])
-    ids = all_ids[schema.IMAGE_ID].to_numpy()
-    hidden = np.isin(ids, database.hidden)
-    affected = ~hidden & np.isin(schema.vectors(all_ids, schema.NEIGHBOR_IDS), database.hidden).any(axis=1)
-    if not (hidden | affected).any():
-        return ShardRecord(name, 0, ())
-    table = schema.read_table(root, file, columns)
+def find_work(refill: Refill) -> Work:
+    """Work whose record has the number of rows with a hidden neighbor, and a value if the table has a hidden id."""
+    database = _index(refill)
+
+    def find(name: str) -> ShardRecord:
+        _, hidden, affected = _masks(refill, database, name.removeprefix(FIND))
+        values = {"hidden": float(hidden.sum())} if (hidden | affected).any() else {}
+        return ShardRecord(name, int(affected.sum()), (), values=values)
+
+    return find
+
+
+def search_work(refill: Refill, groups: list[list[str]]) -> Work:
+    """Work that writes `<folder>/search/<group>.arrow`: batch n has new rows for the n-th shard of the group."""
+    effort = chosen_effort(refill.config, refill.stage.root)
+    return partial(_search, refill, effort, groups, _index(refill))
+
+
+def _search(
+    refill: Refill, effort: NeighborsConfig, groups: list[list[str]], database: Database, name: str
+) -> ShardRecord:
+    shards = groups[shard_number(name)]
+    ids, queries = zip(*(_queries(refill, database, shard) for shard in shards), strict=True)
+    result = join_database(database, np.concatenate(queries), effort.join_config(), effort.device)
+    full = np.isfinite(result.similarities).all(axis=1)
+    neighbor_ids, vectors, norms = _stored_rows(database, result.positions[full])
+    rows = np.concatenate(ids)[full], neighbor_ids, result.similarities[full]
+    table = neighbor_table(rows, vectors, norms)
+    counts = [int(part.sum()) for part in np.split(full, np.cumsum([*map(len, ids)])[:-1])]
+    parts = (table.slice(end - count, count) for end, count in zip(np.cumsum(counts), counts, strict=True))
+    batches = (pa.record_batch([column.combine_chunks() for column in part.columns], table.schema) for part in parts)
+    file = write_batches(refill.stage.root, _new_rows(refill, name.removeprefix(SEARCH)), batches, table.schema)
+    return ShardRecord(name, len(table), (file,))
+
+
+def _queries(refill: Refill, database: Database, shard: str) -> tuple[npt.NDArray[np.int64], Vectors]:
+    """Image ids (n,) and unit vectors (n, dim) of the rows of a table that have a hidden neighbor, in its order."""
+    ids, _, affected = _masks(refill, database, shard)
+    shard_ids, vectors = read_queries(refill.stage.root, shard, database.dim)
+    numbers = {image_id: number for number, image_id in enumerate(shard_ids.tolist())}
+    return ids[affected], vectors[[numbers[image_id] for image_id in ids[affected].tolist()]]
+
+
+def write_work(refill: Refill, batches: dict[str, tuple[str, int]]) -> Work:
+    """Work that writes `<folder>/<shard>.parquet`. batches: group and number of the batch of shards with new rows."""
+    return partial(_write, refill, batches, _index(refill))
+
+
+def _write(refill: Refill, batches: dict[str, tuple[str, int]], database: Database, name: str) -> ShardRecord:
+    root, shard = refill.stage.root, name.removeprefix(WRITE)
+    columns = schema.neighbors(refill.config.k, database.dim)
+    new_rows = columns.empty_table()
+    if shard in batches:
+        group, number = batches[shard]
+        new_rows = pa.Table.from_batches([read_batch(root, _new_rows(refill, group), number)])
+    ids, hidden, affected = _masks(refill, database, shard)
+    table = schema.read_table(root, f"neighbors/{shard}.parquet", columns)
     unchanged, refilled = np.flatnonzero(~hidden & ~affected), np.flatnonzero(affected)
-    new_rows = _join_again(root, config, database, shard, ids[refilled])
     refilled = refilled[np.isin(ids[refilled], new_rows[schema.IMAGE_ID].to_numpy())]
     order = np.argsort(np.concatenate([unchanged, refilled]))
     new_table = pa.concat_tables([table.take(pa.array(unchanged)), new_rows]).take(pa.array(order))
-    written = schema.write_table(root, f"{folder}/{shard}.parquet", new_table, columns)
+    written = schema.write_table(root, f"{refill.folder}/{shard}.parquet", new_table, columns)
     short = int(affected.sum()) - len(refilled)
     reasons = {str(Reason.BLOCKED): int(hidden.sum()), str(Reason.TOO_FEW_NEIGHBORS): short}
     values = {"dropped": float(hidden.sum() + short), "refilled": float(len(refilled))}
     return ShardRecord(name, len(new_table), (written,), {word: n for word, n in reasons.items() if n}, values)
 
 
-def _join_again(
-    root: Root, config: NeighborsConfig, database: Database, shard: str, ids: npt.NDArray[np.int64]
-) -> pa.Table:
-    """Rows of schema.neighbors for training images of a shard, in the order of ids, without hidden ids."""
-    shard_ids, vectors = read_queries(root, shard, database.dim)
-    numbers = {image_id: number for number, image_id in enumerate(shard_ids.tolist())}
-    queries = vectors[[numbers[image_id] for image_id in ids.tolist()]]
-    result = join_database(database, queries, config.join_config(), config.device)
-    full = np.isfinite(result.similarities).all(axis=1)
-    neighbor_ids, stored, norms = _stored_rows(database, result.positions[full])
-    return neighbor_table((ids[full], neighbor_ids, result.similarities[full]), stored, norms)
+def replace_work(refill: Refill, fingerprint: str, records: dict[str, ShardRecord]) -> Work:
+    """Work that copies the new table of a shard over the old one, and writes its record. records: see `replaced`."""
+    root = refill.stage.root
+
+    def copy(name: str) -> ShardRecord:
+        shard = name.removeprefix(REPLACE)
+        delete_record(root, "neighbors", shard)  # a killed worker may have replaced the table already
+        with (
+            root.local(f"{refill.folder}/{shard}.parquet") as source,
+            root.writing(records[shard].files[0].name) as pending,
+        ):
+            shutil.copyfile(source, pending.path)
+        write_record(root, "neighbors", fingerprint, records[shard])
+        return ShardRecord(name, 0, ())
+
+    return copy
+
+
+def _index(refill: Refill) -> Database:
+    return Database.open(refill.stage.root.child("index"))
+
+
+def _new_rows(refill: Refill, group: str) -> str:
+    return f"{refill.folder}/search/{group}.arrow"
+
+
+def _masks(refill: Refill, database: Database, shard: str) -> Masks:
+    columns = schema.neighbors(refill.config.k, database.dim)
+    names = [schema.IMAGE_ID, schema.NEIGHBOR_IDS]
+    table = schema.read_table(refill.stage.root, f"neighbors/{shard}.parquet", columns, names)
+    ids = table[schema.IMAGE_ID].to_numpy()
+    hidden = np.isin(ids, database.hidden)
+    return ids, hidden, ~hidden & np.isin(schema.vectors(table, schema.NEIGHBOR_IDS), database.hidden).any(axis=1)
 
 
 def _stored_rows(

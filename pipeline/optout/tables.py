@@ -3,18 +3,14 @@
 Reads the tables and the database; writes `optout/<list>/neighbors/`, then the tables that change, the manifest last.
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 
 from pipeline.neighbors.neighbors import neighbors_stage
-from pipeline.neighbors.refill import REFILL, refill_work, replace_table
+from pipeline.neighbors.refill import Refill, replaced
 from pipeline.recipe import NeighborsConfig
-from pipeline.runtime.runner import run_shards
-from pipeline.runtime.stage import Stage, map_in_threads
-from pipeline.runtime.workers import Workers
+from pipeline.runtime.stage import Stage
 from retrieval.errors import UserError
-from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, write_manifest, write_record
+from retrieval.storage.manifest import Manifest, read_manifest, write_manifest
 from retrieval.storage.root import Root
 from retrieval.storage.stage_folder import STARTED_FILE
 
@@ -59,10 +55,7 @@ def refill_tables(stage: Stage) -> Removed:
         write_manifest(root, copy, saved)
     before = read_manifest(root, saved)
     config = NeighborsConfig.model_validate(before.config)
-    names = [f"{REFILL}{shard}" for shard in before.shard_names()]
-    work = partial(refill_work, root, config, f"{stage.name}/neighbors")
-    records = run_shards(stage, names, work, Workers.from_config(config, num_gpus=config.gpus_per_worker))
-    return _replace_tables(root, before, records)
+    return _replace_tables(Refill(stage, config, f"{stage.name}/neighbors"), before)
 
 
 def _current_stage(root: Root, folder: str) -> Stage:
@@ -76,24 +69,23 @@ def _inputs_without_hidden(tables: Manifest | Stage) -> tuple[int, dict[str, str
     return tables.schema_version, upstream
 
 
-def _replace_tables(root: Root, before: Manifest, refilled: Sequence[ShardRecord]) -> Removed:
-    """Replace the old tables by the new ones, the manifest last."""
-    now = neighbors_stage(NeighborsConfig.model_validate(before.config), root)
+def _replace_tables(refill: Refill, before: Manifest) -> Removed:
+    """Replace the old tables when all new ones are written, the manifest last. before: the manifest of the old ones."""
+    root = refill.stage.root
+    new = refill.write(before.shard_names())
+    now = neighbors_stage(refill.config, root)
     root.delete("neighbors/manifest.json")
-    shards = tuple(
-        replace(replace_table(root, old, new), inputs=now.inputs_of(old.shard))
-        for old, new in zip(before.shards, refilled, strict=True)
-    )
+    shards = tuple(replace(replaced(old, new.get(old.shard)), inputs=now.inputs_of(old.shard)) for old in before.shards)
     root.write_json(f"neighbors/{STARTED_FILE}", asdict(now.identity))
-    map_in_threads(partial(write_record, root, "neighbors", now.identity.shard_fingerprint), shards)
+    refill.apply(now.identity.shard_fingerprint, shards, new)
     made_of = (before.fingerprint, *before.values.get("made_of", ()))
     values = {**before.values, "made_of": list(made_of)}
     write_manifest(
         root, replace(before, fingerprint=now.fingerprint, upstream=now.upstream, shards=shards, values=values)
     )
-    if not any(new.files for new in refilled):
+    if not new:
         return Removed(free=(now.fingerprint, before.fingerprint))
-    counts = [int(sum(new.values.get(word, 0) for new in refilled)) for word in ("dropped", "refilled")]
+    counts = [int(sum(record.values[word] for record in new.values())) for word in ("dropped", "refilled")]
     return Removed(made_of, (now.fingerprint,), *counts)
 
 

@@ -12,14 +12,17 @@ import pyarrow as pa
 import pytest
 
 from pipeline.neighbors import neighbors
-from pipeline.neighbors.refill import refill_work
+from pipeline.neighbors.refill import Refill, search_work
 from pipeline.optout import optout
 from pipeline.recipe import NeighborsConfig
+from pipeline.runtime.stage import Stage
 from pipeline.web.blocklist import Blocklist, read_blocklist
 from retrieval import Database, Root, UserError
 from retrieval.clip.identity import EncoderIdentity
+from retrieval.config import Config
 from retrieval.database.build import DatabaseIdentity, write_database
 from retrieval.index.hidden import hidden_ids, hide
+from retrieval.index.partition import Partition
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, write_manifest
@@ -123,7 +126,7 @@ def test_an_interrupted_removal_continues_to_the_result_of_stages_without_the_im
     untouched = root.local_path("neighbors/00001.parquet").stat().st_mtime_ns
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.optout.tables.write_record", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("pipeline.neighbors.refill.write_record", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             optout.run(blocklist, root)
     assert not root.exists("neighbors/manifest.json")
@@ -211,10 +214,25 @@ def test_tables_that_are_unfinished_lose_the_images_in_the_next_join(root: Root,
     assert optout.run(blocklist, root)["neighbors"]["free"] == [read_manifest(root, "neighbors").fingerprint]
 
 
-def test_a_refill_keeps_no_partition_open(root: Root) -> None:
-    hide(root.child("index"), neighbor_ids(root, "00000").popitem()[1])
-    work = refill_work(root, CONFIG, "refilled")
-    assert work("refill/00000").values["refilled"] >= 1
+@pytest.mark.usefixtures("in_process_shards")
+def test_a_refill_opens_a_partition_once_for_all_tables_and_keeps_none_open(
+    root: Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hide(root.child("index"), [neighbor_ids(root, shard).popitem()[1][0] for shard in ("00000", "00001")])
+    opened: list[int] = []
+    open_partition = Database.open_partition
+
+    def counting(database: Database, number: int) -> Partition:
+        opened.append(number)
+        return open_partition(database, number)
+
+    monkeypatch.setattr(Database, "open_partition", counting)
+    refill = Refill(Stage(root, "refilled", 1, Config()), CONFIG, "refilled")
+    new = refill.write(["00000", "00001"])
+    assert all(record.values["refilled"] >= 1 for record in new.values())
+    assert sorted(opened) == [0, 0, 1, 1, 2, 2], "for the search and for the vectors"
+    work = search_work(refill, [["00000", "00001"]])
+    work("refill/search/00000")
     for partition in work.args[3].partitions:
         assert not {"embeddings", "metadata", "ids"} & vars(partition).keys()
 
