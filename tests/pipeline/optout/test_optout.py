@@ -11,8 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.neighbors import neighbors
-from pipeline.neighbors.refill import Refill, search_work
+from pipeline.neighbors import neighbors, refill
 from pipeline.optout import optout
 from pipeline.recipe import NeighborsConfig
 from pipeline.runtime.stage import Stage
@@ -22,8 +21,8 @@ from retrieval.clip.identity import EncoderIdentity
 from retrieval.config import Config
 from retrieval.database.build import DatabaseIdentity, write_database
 from retrieval.index.hidden import hidden_ids, hide
-from retrieval.index.partition import Partition
-from retrieval.recipe import IndexConfig
+from retrieval.join.join import JoinResult, join_database
+from retrieval.recipe import IndexConfig, JoinConfig
 from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, write_manifest
 from tests.pipeline.conftest import Picture, write_download
@@ -215,25 +214,25 @@ def test_tables_that_are_unfinished_lose_the_images_in_the_next_join(root: Root,
 
 
 @pytest.mark.usefixtures("in_process_shards")
-def test_a_refill_opens_a_partition_once_for_all_tables_and_keeps_none_open(
+def test_a_refill_searches_once_for_all_tables_and_keeps_no_partition_open(
     root: Root, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hide(root.child("index"), [neighbor_ids(root, shard).popitem()[1][0] for shard in ("00000", "00001")])
-    opened: list[int] = []
-    open_partition = Database.open_partition
+    searches: list[int] = []
 
-    def counting(database: Database, number: int) -> Partition:
-        opened.append(number)
-        return open_partition(database, number)
+    def counting(database: Database, queries: np.ndarray, config: JoinConfig, device: str) -> JoinResult:
+        searches.append(len(queries))
+        return join_database(database, queries, config, device)
 
-    monkeypatch.setattr(Database, "open_partition", counting)
-    refill = Refill(Stage(root, "refilled", 1, Config()), CONFIG, "refilled")
-    new = refill.write(["00000", "00001"])
-    assert all(record.values["refilled"] >= 1 for record in new.values())
-    assert sorted(opened) == [0, 0, 1, 1, 2, 2], "for the search and for the vectors"
-    work = search_work(refill, [["00000", "00001"]])
+    monkeypatch.setattr(refill, "join_database", counting)
+    removal = refill.Refill(Stage(root, "refilled", 1, Config()), CONFIG, "refilled")
+    new = removal.write(["00000", "00001"])
+    refilled = [record.values["refilled"] for record in new.values()]
+    assert min(refilled) >= 1
+    assert searches == [sum(refilled)]
+    work = refill.search_work(removal, [["00000", "00001"]])
     work("refill/search/00000")
-    for partition in work.args[3].partitions:
+    for partition in work.args[3].partitions:  # type: ignore[attr-defined]
         assert not {"embeddings", "metadata", "ids"} & vars(partition).keys()
 
 
