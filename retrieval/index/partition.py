@@ -268,7 +268,7 @@ class Partition:
 
         lists: those that it visits where all rows are visible.
         """
-        code_bytes = self.files.base.code_size * len(self) / self.num_lists
+        code_bytes = self.files.structure.code_size * len(self) / self.num_lists
         limit = min(VECTOR_COST * self.num_visible * self.files.rerank.index.code_size / code_bytes, self.num_lists)
         visits, waiting = np.zeros(len(queries), np.int64), np.arange(len(queries))
         share = max(self.num_visible, 1) / len(self)

@@ -1,10 +1,12 @@
 """The files of one partition, opened on first use and shared by all databases that hide different rows of it.
 
 Reads `index.faiss`, `embeddings.npy`, `metadata.arrow` and the lists of a partition; vectors and metadata as memory
-maps. faiss ranks by the mapped vectors, without a copy of them. A flat partition has no `index.faiss`: a search
-compares the mapped vectors. Vectors of 8-bit numbers have their bounds in `bounds.npy`.
+maps. Searches rank by the mapped vectors, without a copy of them; the compiled library also maps the codes of the
+index. A flat partition has no `index.faiss`: a search compares the mapped vectors. Vectors of 8-bit numbers have their
+bounds in `bounds.npy`.
 """
 
+import mmap
 import threading
 from collections.abc import Callable
 from functools import cached_property, lru_cache
@@ -21,7 +23,9 @@ from retrieval.file_cache import FileCache
 from retrieval.index.effort import Effort
 from retrieval.index.rerank import CodedRows, RerankIndex, StoredRows
 from retrieval.index.routing import Numbers, Vectors
+from retrieval.kernel.library import library
 from retrieval.kernel.list_search import ListSearch, open_list_search
+from retrieval.kernel.mapped_lists import MappedIndex, map_index
 from retrieval.storage import schema
 
 Content = TypeVar("Content")
@@ -56,6 +60,13 @@ def load_array(path: Path) -> Any:
 def map_rows(path: Path) -> npt.NDArray[np.float16]:
     """The memory map of a .npy file of rows (n, dim). Raises ValueError unless they are float16 in C order."""
     return _mapped(path, np.dtype(np.float16))
+
+
+def _map_single_rows(path: Path) -> npt.NDArray[np.float16]:
+    """As `map_rows`, for reads of single rows: the system reads no others of the file with them."""
+    rows: Any = map_rows(path)
+    rows.base.madvise(mmap.MADV_RANDOM)
+    return np.asarray(rows)
 
 
 def _mapped(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
@@ -166,10 +177,25 @@ class PartitionFiles:
     def _base(self) -> Any:
         return self._load("index.faiss", lambda path: faiss.read_index(str(path)))
 
+    @property
+    def structure(self) -> Any:
+        """The index that finds lists: without their entries where the compiled library maps them, else `base`."""
+        with self._lock:
+            return self._mapped_index.index if self._mapped_index else self._base
+
+    @cached_property
+    def _mapped_index(self) -> MappedIndex | None:
+        """The index with its entries in the file, for the compiled library."""
+        if not self.has_own_lists or not isinstance(self.embeddings, np.ndarray) or library() is None:
+            return None
+        lists = len(self._load("lists.npy", load_array)) - 1
+        return self._load("index.faiss", lambda path: map_index(path, lists))
+
     @cached_property
     def _core(self) -> Any:
-        """The part of `base` that has the lists or the graph, below transformations of the vectors."""
-        return faiss.downcast_index(self.base.index) if isinstance(self.base, faiss.IndexPreTransform) else self.base
+        """The part of `structure` that has the lists or the graph, below transformations of the vectors."""
+        index = self.structure
+        return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
 
     @property
     def is_graph(self) -> bool:
@@ -192,7 +218,10 @@ class PartitionFiles:
     def _list_search(self) -> ListSearch | None:
         if not self.has_own_lists:
             return None
-        return self._load("index.faiss", lambda _: open_list_search(self._base, self.embeddings))
+        if (mapped := self._mapped_index) is None:
+            return self._load("index.faiss", lambda _: open_list_search(self._base, self.embeddings))
+        rows = self._load("embeddings.npy", _map_single_rows)
+        return self._load("index.faiss", lambda _: open_list_search(mapped.index, rows, mapped.pointers))
 
     def visits(self, effort: Effort, k: int) -> tuple[tuple[int, int], int]:
         """Lists and centroids in the walk, and candidates, of a search for k results: as in `parameters`."""
@@ -223,7 +252,7 @@ class PartitionFiles:
 
     def nearest_lists(self, queries: Vectors, count: int) -> Numbers:
         """The numbers of the lists nearest to each query, (n, count), nearest first. Only where a graph finds lists."""
-        return np.asarray(self.base.quantizer.search(queries, count, params=_graph_effort(count))[1])
+        return np.asarray(self.structure.quantizer.search(queries, count, params=_graph_effort(count))[1])
 
     def _refine_parameters(self, effort: Effort, base: Any) -> Any:
         factor = max(1.0, effort.candidates_per_result / self.results_per_row)
@@ -238,7 +267,9 @@ class PartitionFiles:
             has_graph = isinstance(faiss.downcast_index(self._core.quantizer), faiss.IndexHNSW)
             coarse = _graph_effort(lists) if has_graph else None
             parameters = faiss.SearchParametersIVF(nprobe=lists, quantizer_params=coarse)
-        return parameters if self._core is self.base else faiss.SearchParametersPreTransform(index_params=parameters)
+        return (
+            parameters if self._core is self.structure else faiss.SearchParametersPreTransform(index_params=parameters)
+        )
 
 
 @lru_cache(MAX_PARAMETERS)

@@ -5,6 +5,7 @@ checked once, when the index is opened. faiss checks some when it reads the file
 """
 
 import ctypes
+from dataclasses import dataclass
 from typing import Any
 
 import faiss
@@ -22,6 +23,20 @@ BFLOAT16_OF_2 = 0x4000
 """Bound of the centroids: each is a mean of unit rows, or such a mean with length 1."""
 
 
+@dataclass(frozen=True)
+class ListPointers:
+    """Where the entries of the lists are."""
+
+    codes: npt.NDArray[np.uint64]
+    """(lists,) addresses of the packed codes; unused where a list is empty."""
+    ids: npt.NDArray[np.uint64]
+    """(lists,) addresses of the int64 ids."""
+    sizes: npt.NDArray[np.int64]
+    """(lists,) rows."""
+    memory: tuple[Any, ...]
+    """Owners of the memory at the addresses."""
+
+
 def is_searchable(index: Any) -> bool:
     """Whether the index has the layout that the library reads: that of `retrieval.index.inverted_lists`."""
     if not isinstance(index, faiss.IndexIVFPQFastScan):
@@ -37,24 +52,28 @@ def is_searchable(index: Any) -> bool:
     return is_bfloat16 and is_packed and index.metric_type == faiss.METRIC_INNER_PRODUCT and index.nlist <= MAX_LISTS
 
 
-def checked_pointers(index: Any, rows: npt.NDArray[np.float16]) -> dict[str, npt.NDArray[Any]]:
-    """`list_pointers` of an index that `is_searchable`. Raises ValueError if it does not fit rows (n, dim)."""
+def checked_pointers(index: Any, rows: npt.NDArray[np.float16], pointers: ListPointers | None = None) -> ListPointers:
+    """The entries of an index that `is_searchable`: pointers, or by default those in the memory of faiss.
+
+    Raises ValueError unless the index with them fits rows (n, dim).
+    """
     check_sizes(index, rows)
-    quantizer, pointers = faiss.downcast_index(index.quantizer), list_pointers(index)
+    quantizer, pointers = faiss.downcast_index(index.quantizer), pointers or list_pointers(index)
     check_graph(quantizer.hnsw, index.nlist)
     check_centroids(faiss.downcast_index(quantizer.storage).codes)
-    check_ids(pointers["ids"], pointers["sizes"], len(rows))
+    check_ids(pointers, len(rows))
     return pointers
 
 
-def list_pointers(index: Any) -> dict[str, npt.NDArray[Any]]:
-    """Addresses of the `codes` and `ids` of each list, (lists,) uint64, 0 for an empty one; `sizes` (lists,) int64."""
+def list_pointers(index: Any) -> ListPointers:
+    """The entries in the memory of faiss."""
     lists, numbers = index.invlists, range(index.nlist)
-    return {
-        "codes": np.array([int(lists.get_codes(number) or 0) for number in numbers], np.uint64),
-        "ids": np.array([int(lists.get_ids(number) or 0) for number in numbers], np.uint64),
-        "sizes": np.array([lists.list_size(number) for number in numbers], np.int64),
-    }
+    return ListPointers(
+        codes=np.array([int(lists.get_codes(number) or 0) for number in numbers], np.uint64),
+        ids=np.array([int(lists.get_ids(number) or 0) for number in numbers], np.uint64),
+        sizes=np.array([lists.list_size(number) for number in numbers], np.int64),
+        memory=(index,),
+    )
 
 
 def check_sizes(index: Any, rows: npt.NDArray[np.float16]) -> None:
@@ -103,13 +122,14 @@ def check_graph(graph: Any, count: int) -> None:
         raise ValueError(f"entry point {graph.entry_point} of its graph has no level {graph.max_level}")
 
 
-def check_ids(addresses: npt.NDArray[np.uint64], sizes: npt.NDArray[np.int64], rows: int) -> None:
-    """Raises ValueError unless all ids of the lists are in [0, rows). addresses, sizes: (lists,), of int64 ids."""
+def check_ids(pointers: ListPointers, rows: int) -> None:
+    """Raises ValueError unless all ids of the lists are in [0, rows)."""
+    sizes = pointers.sizes
     if sizes.max(initial=0) >= MAX_LIST_ROWS:
         raise ValueError(f"a list has {sizes.max():,} rows, expected fewer than {MAX_LIST_ROWS:,}")
     ids = np.empty(sizes.sum(), np.int64)
     start = ids.ctypes.data
-    for address, size in zip(addresses.tolist(), sizes.tolist(), strict=True):
+    for address, size in zip(pointers.ids.tolist(), sizes.tolist(), strict=True):
         ctypes.memmove(start, address, 8 * size)
         start += 8 * size
     if ((ids < 0) | (ids >= rows)).any():

@@ -42,8 +42,6 @@ def library() -> ctypes.CDLL | None:
     loaded.search.argtypes = (pointer, pointer, number, pointer, pointer, pointer, number)
     loaded.measure.argtypes = (pointer, pointer, pointer, pointer, pointer)
     loaded.measure.restype = number
-    loaded.use_large_pages.argtypes = (pointer,)
-    loaded.use_large_pages.restype = None
     return loaded
 
 

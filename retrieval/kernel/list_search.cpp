@@ -6,7 +6,6 @@
 // ranks all rows. Nothing is checked here: `retrieval/kernel/layout.py` did. Needs AVX2, FMA and F16C.
 
 #include <immintrin.h>
-#include <sys/mman.h>
 
 #include "code_scan.h"
 #include "graph_walk.h"
@@ -24,8 +23,6 @@
 namespace {
 
 constexpr int64_t QUERIES_AT_ONCE = 4; // that a thread takes from a batch
-constexpr uintptr_t LARGE_PAGE = 2 << 20;
-constexpr int COLLAPSE = 25;            // MADV_COLLAPSE, which old headers do not have
 constexpr int64_t FIRST_LISTS = 8;     // that are found at first; twice as many each time that they do not suffice
 constexpr int64_t SPARE_CANDIDATES = 32; // that are sorted at first in addition to 2 for each result
 
@@ -145,21 +142,6 @@ extern "C" {
 // Whether this processor has the instructions of this library.
 int is_supported() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-}
-
-// Moves the codes to pages of 2 MB, so that a scan waits less for addresses. Where the system cannot do so (before
-// Linux 6.1), they stay.
-void use_large_pages(const Lists* lists) try {
-    std::vector<uintptr_t> pages;
-    for (int64_t list = 0; list < lists->num_lists; ++list) {
-        const auto start = reinterpret_cast<uintptr_t>(lists->codes[list]);
-        const uintptr_t end = start + lists->sizes[list] * lists->codes_per_row / 2;
-        for (uintptr_t page = start / LARGE_PAGE * LARGE_PAGE; page < end; page += LARGE_PAGE) pages.push_back(page);
-    }
-    std::sort(pages.begin(), pages.end());
-    pages.erase(std::unique(pages.begin(), pages.end()), pages.end());
-    for (uintptr_t page : pages) madvise(reinterpret_cast<void*>(page), LARGE_PAGE, COLLAPSE);
-} catch (const std::exception&) {
 }
 
 // queries (count, dim). Writes similarities and row numbers, each (count, k), best first, (-inf, -1) where there are

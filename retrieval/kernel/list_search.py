@@ -1,6 +1,7 @@
 """Searches the inverted lists of a partition in one call of the compiled library.
 
-Reads the memory of a faiss index and the mapped vectors of its rows, copies only the graph over the centroids.
+Reads the codes in memory or in a mapped file, and the mapped vectors of the rows; copies only the graph over the
+centroids.
 """
 
 import ctypes
@@ -11,7 +12,7 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
-from retrieval.kernel.layout import CODE_VALUES, checked_pointers, is_searchable
+from retrieval.kernel.layout import CODE_VALUES, ListPointers, checked_pointers, is_searchable
 from retrieval.kernel.library import library
 
 SMALLEST = np.finfo(np.float32).tiny
@@ -54,9 +55,7 @@ def _settings(k: int, lists: int, beam: int, candidates: int) -> Any:
 class ListSearch:
     """The lists of one partition. Safe to share between threads."""
 
-    def __init__(
-        self, loaded: Any, index: Any, rows: npt.NDArray[np.float16], pointers: dict[str, npt.NDArray[Any]]
-    ) -> None:
+    def __init__(self, loaded: Any, index: Any, rows: npt.NDArray[np.float16], pointers: ListPointers) -> None:
         """loaded: the library. index, rows, pointers: as checked by `open_list_search`."""
         self._search, self._measure, self._dim = loaded.search, loaded.measure, index.d
         quantizer, codes = faiss.downcast_index(index.quantizer), index.pq
@@ -66,7 +65,9 @@ class ListSearch:
         units = np.abs(centroids).max(axis=1, keepdims=True) / 127 + SMALLEST
         codebooks = faiss.vector_to_array(codes.centroids).reshape(codes.M, CODE_VALUES, codes.dsub)
         arrays = {
-            **pointers,
+            "codes": pointers.codes,
+            "ids": pointers.ids,
+            "sizes": pointers.sizes,
             "codebooks": np.ascontiguousarray(codebooks.transpose(0, 2, 1)),
             "rounded": np.rint(centroids / units).astype(np.int8),
             "units": units,
@@ -76,7 +77,7 @@ class ListSearch:
             "rows": rows,
         }
         addresses = {name: array.ctypes.data for name, array in arrays.items()}
-        self._kept = index, arrays
+        self._kept = index, arrays, pointers.memory
         lists = _Lists(
             dim=index.d,
             num_lists=index.nlist,
@@ -88,7 +89,6 @@ class ListSearch:
             **addresses,
         )
         self._lists = ctypes.pointer(lists)
-        loaded.use_large_pages(self._lists)
 
     def search(
         self, queries: Vectors, k: int, lists: tuple[int, int], candidates: int, visible: Any = None
@@ -133,14 +133,14 @@ class ListSearch:
         return scanned.value, rows[:count]
 
 
-def open_list_search(index: Any, rows: Any) -> ListSearch | None:
+def open_list_search(index: Any, rows: Any, pointers: ListPointers | None = None) -> ListSearch | None:
     """The search of an index over rows (n, dim), C order, or None where only faiss can search it.
 
-    rows: a float16 array; faiss searches others, of which only the shape is read. Raises ValueError, also without the
-    library, for an index that does not fit the rows.
+    rows: a float16 array; faiss searches others, of which only the shape is read. pointers: of entries that are not in
+    the memory of the index. Raises ValueError, also without the library, for an index that does not fit the rows.
     """
     if not is_searchable(index):
         return None
-    pointers = checked_pointers(index, rows)
+    pointers = checked_pointers(index, rows, pointers)
     loaded = library() if isinstance(rows, np.ndarray) else None
     return None if loaded is None else ListSearch(loaded, index, rows, pointers)

@@ -55,7 +55,7 @@ def test_an_archive_of_arrays_is_refused(path: Path) -> None:
 def test_threads_open_the_search_of_an_index_once(in_lists: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[object] = []
 
-    def open_slowly(index: object, rows: object) -> object:
+    def open_slowly(index: object, *_: object) -> object:
         time.sleep(0.05)
         opened.append(index)
         return opened

@@ -13,7 +13,7 @@ from retrieval.file_cache import FileCache
 from retrieval.index.inverted_lists import train_inverted_lists
 from retrieval.index.partition_files import PartitionFiles
 from retrieval.index.rerank import CodedRows
-from retrieval.kernel.layout import MAX_LIST_ROWS, check_ids, checked_pointers, is_searchable
+from retrieval.kernel.layout import MAX_LIST_ROWS, ListPointers, check_ids, checked_pointers, is_searchable
 from retrieval.kernel.list_search import open_list_search
 from tests.retrieval.conftest import DIM, clustered
 
@@ -34,7 +34,7 @@ def opened(index: Any, rows: Rows, folder: Path) -> PartitionFiles:
     (folder / "partition").mkdir()
     faiss.write_index(index, str(folder / "partition" / "index.faiss"))
     np.save(folder / "partition" / "embeddings.npy", rows)
-    (folder / "partition" / "lists.npy").touch()
+    np.save(folder / "partition" / "lists.npy", np.zeros(index.nlist + 1, np.int64))
     return PartitionFiles(FileCache(Root(folder)), "partition")
 
 
@@ -175,8 +175,9 @@ def test_an_index_over_8_bit_numbers_is_checked_and_left_to_faiss(built: Built) 
 
 
 def test_a_list_of_too_many_rows_is_refused() -> None:
+    none = np.zeros(1, np.uint64)
     with pytest.raises(ValueError, match="a list has 268,435,456 rows"):
-        check_ids(np.zeros(1, np.uint64), np.array([MAX_LIST_ROWS]), 10)
+        check_ids(ListPointers(none, none, np.array([MAX_LIST_ROWS]), ()), 10)
 
 
 def test_other_indexes_are_left_to_faiss() -> None:

@@ -171,7 +171,7 @@ def test_lists_that_probably_have_no_neighbor_are_not_read(compiled_library: cty
     stored, lists = rows[trained.order], (len(trained.centroids), len(trained.centroids) + 8)
     expected = open_list_search(trained.index, stored).search(queries, 10, lists, 200)[1]  # type: ignore[union-attr]
     pointers = list_pointers(trained.index)
-    pointers["codes"][(queries @ trained.centroids.T).max(axis=0) < 0] = 0
+    pointers.codes[(queries @ trained.centroids.T).max(axis=0) < 0] = 0
     search = ListSearch(compiled_library, trained.index, stored, pointers)
     child = os.fork()  # reading codes at address 0 would end the process
     if not child:

@@ -1,0 +1,128 @@
+"""The codes of inverted lists stay in their file, and a file whose lists do not fit is refused."""
+
+import ctypes
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pyarrow.compute as pc
+import pytest
+
+from retrieval import Database
+from retrieval.index.inverted_lists import train_inverted_lists
+from retrieval.index.routing import Vectors
+from retrieval.kernel.layout import ListPointers, list_pointers
+from retrieval.kernel.mapped_lists import SIZES, map_index
+from tests.retrieval.conftest import clustered
+
+pytestmark = pytest.mark.usefixtures("compiled_library")
+
+
+@pytest.fixture(scope="module")
+def index() -> Any:
+    """An index of 600 rows."""
+    return train_inverted_lists(clustered(600, seed=1).astype(np.float16), 0).index
+
+
+@pytest.fixture
+def path(index: Any, tmp_path: Path) -> Path:
+    """The file of the index."""
+    faiss.write_index(index, str(tmp_path / "index.faiss"))
+    return tmp_path / "index.faiss"
+
+
+def entries(pointers: ListPointers, block_bytes: int) -> list[tuple[bytes, bytes]]:
+    """The ids and the codes of each list."""
+    sizes = pointers.sizes.tolist()
+    columns = zip(sizes, pointers.ids.tolist(), pointers.codes.tolist(), strict=True)
+    return [
+        (ctypes.string_at(ids, 8 * size), ctypes.string_at(codes, -(-size // 32) * block_bytes)) if size else (b"", b"")
+        for size, ids, codes in columns
+    ]
+
+
+def mapping_of(address: int) -> list[str]:
+    """The lines of /proc/self/smaps on the mapping at an address."""
+    lines: list[str] = []
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if not line.split()[0].endswith(":"):
+            start, end = (int(part, 16) for part in line.split()[0].split("-"))
+            if lines:
+                break
+            if not start <= address < end:
+                continue
+            lines.append(line)
+        elif lines:
+            lines.append(line)
+    return lines
+
+
+def test_mapped_lists_are_those_that_faiss_reads(index: Any, path: Path) -> None:
+    mapped = map_index(path, index.nlist)
+    assert mapped is not None
+    block_bytes = index.M2 * 16
+    assert entries(mapped.pointers, block_bytes) == entries(list_pointers(index), block_bytes)
+    assert mapped.index.invlists.compute_ntotal() == 0
+    queries = clustered(9, seed=2)
+    for found, expected in zip(mapped.index.quantizer.search(queries, 5), index.quantizer.search(queries, 5)):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_a_search_maps_the_codes_and_single_rows_and_copies_neither(in_lists: Database, queries: Vectors) -> None:
+    database = Database.open(in_lists.root)
+    for view in (database, database.where(pc.field("image_id") < 2500), database.without([1000])):
+        view.search(queries, 5)
+    files = database.partitions[0].files
+    pointers = files._mapped_index.pointers  # type: ignore[union-attr]
+    filled = pointers.sizes > 0
+    assert all(mapping_of(address)[0].endswith("/index.faiss") for address in pointers.codes[filled][::100].tolist())
+    rows = mapping_of(files.list_search._kept[1]["rows"].ctypes.data)  # type: ignore[union-attr]
+    assert rows[0].endswith("/embeddings.npy")
+    assert "rr" in rows[-1].split(), "the system reads other rows in advance"
+    assert "_base" not in vars(files), "faiss read all codes"
+
+
+def cut(content: bytes, start: int) -> bytes:
+    return content[:-1]
+
+
+def longer(content: bytes, start: int) -> bytes:
+    return content + bytes(8)
+
+
+def set_number(place: int, value: int) -> Callable[[bytes, int], bytes]:
+    """Sets a number of 64 bits, so many bytes behind the start of the lists."""
+
+    def change(content: bytes, start: int) -> bytes:
+        return content[: start + place] + struct.pack("<Q", value) + content[start + place + 8 :]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (cut, "of codes at byte"),
+        (longer, "its lists end at byte"),
+        (set_number(SIZES.size, 1 << 62), "goes beyond the end of the file"),
+        (set_number(SIZES.size - 8, 512), "has 256 bytes of codes"),
+    ],
+)
+def test_lists_that_do_not_fit_their_file_are_refused(
+    index: Any, path: Path, change: Callable[[bytes, int], bytes], message: str
+) -> None:
+    content = path.read_bytes()
+    path.write_bytes(change(content, content.index(b"ilbl")))
+    with pytest.raises(ValueError, match=message):
+        map_index(path, index.nlist)
+
+
+def test_lists_of_another_kind_or_number_are_not_mapped(index: Any, path: Path, tmp_path: Path) -> None:
+    assert map_index(path, index.nlist - 1) is None
+    other = faiss.index_factory(32, "IVF4,Flat", faiss.METRIC_INNER_PRODUCT)
+    other.train(clustered(200, seed=1))
+    faiss.write_index(other, str(tmp_path / "other.faiss"))
+    assert map_index(tmp_path / "other.faiss", 4) is None
