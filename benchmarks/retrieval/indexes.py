@@ -3,7 +3,7 @@
 Builds a database of generated vectors with each of the settings below: our lists, 8-bit numbers, and keys of
 autofaiss. Each is built, and its memory is measured, in a process of its own. Searches for the requested recall are
 timed in interleaved rounds. The true neighbors are those of the vectors before they are stored, so that the recall
-includes what the stored numbers cost. Writes `docs/indexes.{json,md}`.
+includes what the stored numbers cost. Times are CPU times of one thread. Writes `docs/indexes.{json,md}`.
 """
 
 import argparse
@@ -107,7 +107,7 @@ def _memory(scratch: Path, name: str) -> dict[str, Any]:
 
 
 def measure(scratch: Path, names: list[str]) -> dict[str, dict[str, Any]]:
-    """For each of the settings and of RECALLS: the recall that a search reaches, and microseconds of a query."""
+    """For each of the settings and of RECALLS: the recall that a search reaches, and CPU microseconds of a query."""
     faiss.omp_set_num_threads(1)
     vectors = np.load(scratch / "vectors.npy", mmap_mode="r")
     queries, rows = vectors[:QUERIES].copy(), np.array(vectors[QUERIES:])
@@ -121,10 +121,10 @@ def measure(scratch: Path, names: list[str]) -> dict[str, dict[str, Any]]:
             times: dict[str, list[float]] = {name: [] for name in names}
             for _ in range(ROUNDS):
                 for name, database in opened.items():
-                    started = time.perf_counter()
+                    started = time.process_time()
                     for start in range(0, QUERIES, step):
                         database.search(queries[start : start + step], K, recall=recall)
-                    times[name].append((time.perf_counter() - started) / QUERIES * 1e6)
+                    times[name].append((time.process_time() - started) / QUERIES * 1e6)
             for name in names:
                 searches[name][f"{kind}_us_{recall:g}"] = round(statistics.median(times[name]), 1)
     return searches
@@ -158,12 +158,12 @@ Written by `make bench-indexes`; the numbers are in `indexes.json`.
 **Machine:** {result["hardware"]}. Lists of float16 rows are searched by the engine: {result["engine"]}.
 
 One partition of {result["rows"]:,} rows of {DIM} dimensions, {QUERIES} queries, k = {K}, one thread, {ROUNDS}
-interleaved rounds, medians. *lists* is the index of the default settings for partitions above `flat_rows`; *none*
-compares all rows; *int8* stores 8-bit numbers (`index.store = "int8"`). The times are those of the effort that the
-calibration of each database selects for a requested recall; the recall is that against the vectors before they were
-stored. Building includes the calibration. Resident memory is what opening and {SEARCHES} single searches of files that were not
-in the page cache add to a process, as a multiple of the float16 vectors ({vectors / 1e6:,.0f} MB). These searches read
-the same bytes of a larger partition, so that the share is smaller there.
+interleaved rounds, medians of CPU times, which grow with the load of a machine. *lists* is the index of the default
+settings for partitions above `flat_rows`; *none* compares all rows; *int8* stores 8-bit numbers
+(`index.store = "int8"`). The times are those of the effort that the calibration of each database selects for a
+requested recall; the recall is that against the vectors before they were stored. Building includes the calibration.
+Resident memory is what opening and {SEARCHES} single searches of files that were not in the page cache add to a
+process, as a multiple of the float16 vectors ({vectors / 1e6:,.0f} MB).
 
 {markdown_table(headings, rows)}
 """

@@ -24,7 +24,8 @@ from retrieval.index.hidden import Ids
 from retrieval.index.partition_files import PartitionFiles
 from retrieval.index.rerank import RerankIndex, StoredRows, chosen_rows, clipped
 from retrieval.index.routing import Numbers, Vectors
-from retrieval.index.top_k import TopK, drop_repeats, empty_top_k, is_complete
+from retrieval.index.top_k import TopK, drop_repeats, empty_top_k, first_visible, is_complete
+from retrieval.kernel.filtered_search import FilteredSearch
 from retrieval.kernel.list_search import ListSearch
 from retrieval.storage import schema
 
@@ -162,12 +163,27 @@ class Partition:
         if self.is_flat:
             return Partition.compare_all, (k,)
         if self._skips_codes:
-            return Partition._search_lists, (k, effort)
+            return self._filtered_plan(k, effort)
         if effort.lists_per_partition >= self.num_lists and k * effort.candidates_per_result >= self.num_visible:
             return Partition.compare_all, (k,)
         if self.visible is None and (lists := self.files.list_search) is not None:
             return Partition._search_compiled, (k, effort, lists, self.files.visits(effort, k))
         return Partition._search, (k, effort, 1.0)
+
+    def _filtered_plan(self, k: int, effort: Effort) -> tuple[Callable[..., TopK], tuple[Any, ...]]:
+        """As `_plan`, where a condition hides many rows."""
+        if (filtered := self._filtered) is None:
+            return Partition._search_lists, (k, effort)
+        return Partition._search_filtered, (k, filtered.searcher(k, *self.files.visits(effort, k)))
+
+    @cached_property
+    def _filtered(self) -> FilteredSearch | None:
+        """The compiled search among the visible rows."""
+        lists = self.files.list_search
+        return None if lists is None else FilteredSearch(lists, self._mask)
+
+    def _search_filtered(self, queries: Vectors, k: int, search: Callable[[Vectors], TopK]) -> TopK:
+        return self._compared_where_short(queries, search(queries), k)
 
     def compare_all(self, queries: Vectors, k: int) -> TopK:
         """The k best visible rows of each query by comparing all rows, (-inf, -1) where there are fewer.
@@ -188,10 +204,10 @@ class Partition:
         if scale > 1:
             lists = min(math.ceil(scale * effort.lists_per_partition), self.num_lists)
             scaled = replace(effort, partitions_per_query=1, lists_per_partition=lists)
-        similarities, rows = self._search_index(queries, fetched, scaled if scale > 1 else effort)
+        results = self._search_index(queries, fetched, scaled if scale > 1 else effort)
         if self.visible is not None:
-            similarities, rows = _first_visible(similarities, rows, self.visible, k)
-        return self._completed(queries, (similarities, rows), k, effort, scale)
+            results = first_visible(results, self.visible, k)
+        return self._completed(queries, results, k, effort, scale)
 
     def _search_compiled(
         self, queries: Vectors, k: int, effort: Effort, lists: ListSearch, visits: tuple[tuple[int, int], int]
@@ -257,7 +273,9 @@ class Partition:
         for lists in np.unique(visits):
             visitors = np.flatnonzero(visits == lists)
             if lists:
-                best = self._search_visible(queries[visitors], k, replace(effort, lists_per_partition=int(lists)))
+                widened = replace(effort, lists_per_partition=int(lists))
+                best = self._search_index(queries[visitors], k, widened, self.visible)
+                best = self._compared_where_short(queries[visitors], best, k)
             else:
                 best = self.compare_all(queries[visitors], k)
             results[0][visitors], results[1][visitors] = best
@@ -289,9 +307,9 @@ class Partition:
         """Number of rows in each list, (lists,)."""
         return np.diff(self.lists[0])
 
-    def _search_visible(self, queries: Vectors, k: int, effort: Effort) -> TopK:
-        """The k best candidates among the visible rows of the visited lists; all rows where these hold fewer."""
-        similarities, rows = self._search_index(queries, k, effort, self.visible)
+    def _compared_where_short(self, queries: Vectors, results: TopK, k: int) -> TopK:
+        """The results, those with fewer than k rows by a comparison with all."""
+        similarities, rows = results
         short = np.flatnonzero(rows[:, -1] < 0)
         if len(short):
             similarities[short], rows[short] = self.compare_all(queries[short], k)
@@ -310,7 +328,7 @@ class Partition:
         visible: codes of other rows are skipped; None: none are, also where rows are hidden.
         """
         if (lists := self.files.list_search) is not None:
-            return lists.search(queries, k, *self.files.visits(effort, k), visible)
+            return lists.search(queries, k, *self.files.visits(effort, k))
         parameters = self.parameters(effort, k)
         if visible is not None:
             parameters = self.files.filtered_parameters(effort, self._selector)
@@ -318,15 +336,6 @@ class Partition:
         if self.results_per_row > 1:
             return drop_repeats(clipped(similarities), rows, k)
         return clipped(similarities), rows
-
-
-def _first_visible(similarities: Vectors, rows: Numbers, visible: npt.NDArray[np.bool_], k: int) -> TopK:
-    """The first k visible results, (-inf, -1) where there are fewer."""
-    keep = (rows >= 0) & visible[rows]
-    order = np.argsort(~keep, axis=1, kind="stable")[:, :k]
-    keep = np.take_along_axis(keep, order, 1)
-    similarities = np.where(keep, np.take_along_axis(similarities, order, 1), -np.inf).astype(np.float32)
-    return similarities, np.where(keep, np.take_along_axis(rows, order, 1), -1)
 
 
 def _next_scales(scale: float, counts: Numbers, k: int) -> Vectors:

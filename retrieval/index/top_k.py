@@ -30,6 +30,16 @@ def merge_top_k(results: TopK, others: TopK, k: int) -> TopK:
     return top_k(similarities, np.concatenate([results[1], others[1]], axis=1), k)
 
 
+def first_visible(results: TopK, visible: npt.NDArray[np.bool_], k: int) -> TopK:
+    """The first k visible results, (-inf, -1) where there are fewer. visible: (rows,)."""
+    similarities, rows = results
+    keep = (rows >= 0) & visible[rows]
+    order = np.argsort(~keep, axis=1, kind="stable")[:, :k]
+    keep = np.take_along_axis(keep, order, 1)
+    similarities = np.where(keep, np.take_along_axis(similarities, order, 1), -np.inf).astype(np.float32)
+    return similarities, np.where(keep, np.take_along_axis(rows, order, 1), -1)
+
+
 def empty_top_k(num_queries: int, k: int) -> TopK:
     """Results without a row: similarities -inf and positions -1, each (num_queries, k)."""
     return np.full((num_queries, k), -np.inf, np.float32), np.full((num_queries, k), -1, np.int64)

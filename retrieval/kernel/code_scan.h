@@ -70,6 +70,14 @@ class CodeScan {
         return true;
     }
 
+    // How far a score of the last scanned list must lie above the mean to be among the best, in deviations. Where too
+    // few rows were scanned, as far as no list that is visited.
+    float distance() const {
+        if (!level_ || weight_ < MIN_ROWS) return DEVIATIONS;
+        const int bias = std::lrint((visits_[scanned_ - 1].similarity - far_) * scale_);
+        return (float(level_ * LEVEL) - pivot_ - bias - sum(sums_) / weight_) / std::max(deviation_, 1e-9f);
+    }
+
     // Number of lists that were scanned.
     int64_t scanned() const { return scanned_; }
 
@@ -137,7 +145,9 @@ class CodeScan {
         const float rows = std::max(weight_, 1.f), mean = sum(sums_) / rows;
         deviation_ = std::max(KEPT * deviation_, std::sqrt(std::max(sum(squares_) / rows - mean * mean, 0.f)));
         if (!level_ || weight_ < MIN_ROWS) return false;
-        return pivot_ + bias + mean + DEVIATIONS * deviation_ < float(level_ * LEVEL);
+        const bool ends_earlier = settings_.condition && scanned_ >= settings_.condition->lists;
+        const float deviations = ends_earlier ? std::min(settings_.condition->distance, DEVIATIONS) : DEVIATIONS;
+        return pivot_ + bias + mean + deviations * deviation_ < float(level_ * LEVEL);
     }
 
     // Keeps the best candidates of a list.

@@ -51,10 +51,24 @@ class GraphWalk {
         scratch_.rest.clear();
     }
 
+    // Compares all lists, in place of a walk that would compare most of them.
+    void compare_all(const float* query) {
+        round(query);
+        auto& rest = scratch_.rest;
+        rest.resize(lists_.num_lists);
+        for (int32_t list = 0; list < lists_.num_lists; ++list) rest[list] = {similarity(list), list, true, false};
+        beam_.clear();
+        compared_all_ = true;
+    }
+
+    // Similarity of a list as a number that is comparable with exact ones.
+    float scaled(float similarity) const { return similarity * unit_; }
+
     // Finds the `limit` lists nearest to the query, in the order of the rounded numbers. A later call goes on from the
     // lists that were compared before.
     std::vector<BeamList>& widen(size_t limit) {
         auto& rest = scratch_.rest;
+        if (compared_all_) return take(limit);
         beam_.insert(beam_.end(), rest.begin(), rest.end());
         const auto end = beam_.begin() + std::min(limit, beam_.size());
         std::partial_sort(beam_.begin(), end, beam_.end());
@@ -72,10 +86,21 @@ class GraphWalk {
     }
 
   private:
+    // Moves the nearest of the remaining lists to the beam, where all were compared.
+    std::vector<BeamList>& take(size_t limit) {
+        auto& rest = scratch_.rest;
+        const auto start = rest.begin() + beam_.size(), end = rest.begin() + std::min(limit, rest.size());
+        if (end != rest.end()) std::nth_element(start, end, rest.end());
+        std::sort(start, end);
+        beam_.insert(beam_.end(), start, end);
+        return beam_;
+    }
+
     // The query in whole numbers up to 127.
     void round(const float* query) {
         float largest = 0;
         for (int64_t i = 0; i < lists_.dim; ++i) largest = std::max(largest, std::abs(query[i]));
+        unit_ = largest / 127;
         scratch_.rounded.resize(lists_.dim);
         for (int64_t i = 0; i < lists_.dim; ++i) scratch_.rounded[i] = int8_t(std::lrint(query[i] * (127 / largest)));
     }
@@ -136,6 +161,8 @@ class GraphWalk {
     const Lists& lists_;
     WalkScratch& scratch_;
     std::vector<BeamList>& beam_;
+    float unit_ = 0;            // of the rounded query
+    bool compared_all_ = false; // instead of a walk
 };
 
 } // namespace

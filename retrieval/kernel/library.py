@@ -42,6 +42,10 @@ def library() -> ctypes.CDLL | None:
     loaded.search.argtypes = (pointer, pointer, number, pointer, pointer, pointer, number)
     loaded.measure.argtypes = (pointer, pointer, pointer, pointer, pointer)
     loaded.measure.restype = number
+    loaded.distances.argtypes = (pointer, pointer, number, pointer, pointer)
+    loaded.search_few.argtypes = (pointer, number, number, pointer, pointer, pointer, number)
+    for function in (loaded.count_visible, loaded.copy_visible):
+        function.argtypes, function.restype = (pointer, pointer, pointer), None
     return loaded
 
 

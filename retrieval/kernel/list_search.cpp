@@ -8,6 +8,8 @@
 #include <immintrin.h>
 
 #include "code_scan.h"
+#include "few_rows.h"
+#include "filtered_lists.h"
 #include "graph_walk.h"
 #include "inner_products.h"
 #include "lists.h"
@@ -55,6 +57,12 @@ class Search {
         return scan_.scanned();
     }
 
+    // How far the lists are at which a search ends: `CodeScan::distance`.
+    float distance(const float* query) {
+        scan(query);
+        return scan_.distance();
+    }
+
     // Writes the rows of the candidates that were ranked, best score first, those of both lists of a row. Returns how many.
     int64_t write_ranked(int64_t* rows) const {
         const auto& keys = scratch_.scan.keys;
@@ -67,7 +75,10 @@ class Search {
     void rank_best() {
         auto& visits = scratch_.scan.visits;
         visits.clear();
-        walk_.start(query_);
+        if (compares_lists())
+            walk_.compare_all(query_);
+        else
+            walk_.start(query_);
         for (int64_t lists = std::min(FIRST_LISTS, settings_.lists);; lists = std::min(2 * lists, settings_.lists)) {
             const size_t scanned = visits.size();
             order(walk_.widen(lists + settings_.beam - settings_.lists), lists);
@@ -96,8 +107,8 @@ class Search {
         const size_t scanned = visits.size();
         for (size_t i = 0; i < beam.size(); ++i) {
             if (beam[i].visited) continue;
-            if (i + 2 < beam.size()) fetch(centroid(beam[i + 2].list), 2 * lists_.dim);
-            visits.push_back({inner_product<Bfloat>(query_, centroid(beam[i].list), lists_.dim), int32_t(i)});
+            if (i + 2 < beam.size() && !compares_lists()) fetch(centroid(beam[i + 2].list), 2 * lists_.dim);
+            visits.push_back({similarity(beam[i]), int32_t(i)});
         }
         std::sort(visits.begin() + scanned, visits.end());
         if (visits.size() > lists) visits.resize(lists);
@@ -124,6 +135,15 @@ class Search {
         }
     }
 
+    // Similarity of a list to the query: exact after a walk. After a comparison with all lists that of the rounded
+    // numbers, because many lists are visited, and their scores have larger errors.
+    float similarity(const BeamList& near) const {
+        if (compares_lists()) return walk_.scaled(near.similarity);
+        return inner_product<Bfloat>(query_, centroid(near.list), lists_.dim);
+    }
+
+    bool compares_lists() const { return settings_.condition && settings_.condition->compares_lists; }
+
     const uint16_t* centroid(int32_t list) const { return lists_.centroids + list * lists_.dim; }
 
     const Lists& lists_;
@@ -134,6 +154,35 @@ class Search {
     Ranking ranking_;
     const float* query_ = nullptr;
 };
+
+// Calls work(start, end) until all of `count` queries are done, in at most so many threads. Returns 0, or 1 without
+// memory.
+template <class Work>
+int in_threads(int64_t count, int64_t threads, Work work) try {
+    std::atomic<int64_t> next{0};
+    std::atomic<int> failed{0};
+    auto run = [&] {
+        try {
+            for (int64_t start; (start = next.fetch_add(QUERIES_AT_ONCE)) < count;)
+                work(start, std::min(start + QUERIES_AT_ONCE, count));
+        } catch (const std::exception&) {
+            failed = 1;
+        }
+    };
+    std::vector<std::thread> others;
+    const int64_t wanted = std::min(threads, (count + QUERIES_AT_ONCE - 1) / QUERIES_AT_ONCE) - 1;
+    others.reserve(std::max<int64_t>(wanted, 0));
+    try {
+        while (int64_t(others.size()) < wanted) others.emplace_back(run);
+    } catch (const std::exception&) {
+        // The machine starts no more threads: those that run do the work.
+    }
+    run();
+    for (auto& thread : others) thread.join();
+    return failed;
+} catch (const std::exception&) {
+    return 1;
+}
 
 } // namespace
 
@@ -147,33 +196,25 @@ int is_supported() {
 // queries (count, dim). Writes similarities and row numbers, each (count, k), best first, (-inf, -1) where there are
 // fewer. Returns 0, or 1 without memory.
 int search(const Lists* lists, const Settings* settings, int64_t count, const float* queries, float* similarities,
-           int64_t* rows, int64_t threads) try {
-    std::atomic<int64_t> next{0};
-    std::atomic<int> failed{0};
-    auto work = [&] {
-        try {
-            static thread_local Scratch scratch;
-            for (int64_t start; (start = next.fetch_add(QUERIES_AT_ONCE)) < count;)
-                for (int64_t i = start; i < std::min(start + QUERIES_AT_ONCE, count); ++i)
-                    Search(*lists, *settings, scratch)
-                        .run(queries + i * lists->dim, similarities + i * settings->k, rows + i * settings->k);
-        } catch (const std::exception&) {
-            failed = 1;
-        }
-    };
-    std::vector<std::thread> others;
-    const int64_t wanted = std::min(threads, (count + QUERIES_AT_ONCE - 1) / QUERIES_AT_ONCE) - 1;
-    others.reserve(std::max<int64_t>(wanted, 0));
-    try {
-        while (int64_t(others.size()) < wanted) others.emplace_back(work);
-    } catch (const std::exception&) {
-        // The machine starts no more threads: those that run do the work.
-    }
-    work();
-    for (auto& thread : others) thread.join();
-    return failed;
-} catch (const std::exception&) {
-    return 1;
+           int64_t* rows, int64_t threads) {
+    return in_threads(count, threads, [&](int64_t start, int64_t end) {
+        static thread_local Scratch scratch;
+        for (int64_t i = start; i < end; ++i)
+            Search(*lists, *settings, scratch)
+                .run(queries + i * lists->dim, similarities + i * settings->k, rows + i * settings->k);
+    });
+}
+
+// Counts the visible rows of each list.
+void count_visible(const Lists* lists, const uint8_t* visible, int64_t* counts) {
+    for (int64_t list = 0; list < lists->num_lists; ++list)
+        counts[list] = std::count_if(
+            lists->ids[list], lists->ids[list] + lists->sizes[list], [&](int64_t row) { return visible[row]; });
+}
+
+// Copies the entries of visible rows to lists of `count_visible` rows, with codes of zeros.
+void copy_visible(const Lists* lists, const uint8_t* visible, const Lists* copies) {
+    for (int64_t list = 0; list < lists->num_lists; ++list) copy_list(*lists, visible, list, *copies);
 }
 
 // Searches one query (dim,) and writes what was read: the number of lists to `scanned`, and the rows of the candidates
@@ -185,6 +226,27 @@ int64_t measure(const Lists* lists, const Settings* settings, const float* query
     return search.write_ranked(rows);
 } catch (const std::exception&) {
     return -1;
+}
+
+// Writes for each of the queries (count, dim) how far the lists are at which its search ends. Returns 0, or 1 without
+// memory.
+int distances(const Lists* lists, const Settings* settings, int64_t count, const float* queries, float* distances) try {
+    static thread_local Scratch scratch;
+    for (int64_t i = 0; i < count; ++i)
+        distances[i] = Search(*lists, *settings, scratch).distance(queries + i * lists->dim);
+    return 0;
+} catch (const std::exception&) {
+    return 1;
+}
+
+// Compares queries (count, dim) with all of a few rows. Writes and returns as `search`.
+int search_few(const FewRows* rows, int64_t k, int64_t count, const float* queries, float* similarities,
+               int64_t* results, int64_t threads) {
+    return in_threads(count, threads, [&](int64_t start, int64_t end) {
+        FewRowsSearch search(*rows);
+        for (int64_t i = start; i < end; ++i)
+            search.run(queries + i * rows->dim, k, similarities + i * k, results + i * k);
+    });
 }
 
 } // extern "C"

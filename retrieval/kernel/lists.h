@@ -25,10 +25,18 @@ struct Lists {
     const uint16_t* rows;          // (rows, dim) float16
 };
 
+// A condition that hides many rows.
+struct Condition {
+    int64_t lists;                 // that a search among all rows visits; this one visits at least as many
+    int64_t compares_lists;        // whether the query is compared with all lists instead of a walk through the graph
+    float distance;                // the search ends at a list that is so far: `CodeScan::distance`
+};
+
 struct Settings {
     int64_t k;
     int64_t lists;
     int64_t beam;                  // centroids that the walk through the graph keeps, at least `lists`
     int64_t candidates;
     const uint8_t* visible;        // (rows,) null: all are
+    const Condition* condition;    // null: the search ends as among all rows
 };

@@ -74,11 +74,11 @@ def _read_count(file: BinaryIO, most: int) -> int:
 def _pointers(mapped: npt.NDArray[np.uint8], entries: list[tuple[bytes, int]]) -> ListPointers:
     ids = np.frombuffer(b"".join(ids for ids, _ in entries), np.int64)
     sizes = np.array([len(ids) // COUNT.size for ids, _ in entries], np.int64)
-    first = np.cumsum(sizes) - sizes
+    first = (COUNT.size * (np.cumsum(sizes) - sizes)).astype(np.uint64)
     starts = np.array([start for _, start in entries], np.uint64)
     return ListPointers(
         codes=np.uint64(mapped.ctypes.data) + starts,
-        ids=np.uint64(ids.ctypes.data) + COUNT.size * first.astype(np.uint64),
+        ids=np.uint64(ids.ctypes.data) + first,
         sizes=sizes,
         memory=(mapped, ids),
     )

@@ -12,7 +12,7 @@ from benchmarks.crashes import __main__ as crashes
 from benchmarks.page import load
 from benchmarks.pipeline import __main__ as stages
 from benchmarks.pipeline import download, near_copies, partitions
-from benchmarks.retrieval import grow
+from benchmarks.retrieval import filters, grow, indexes
 from benchmarks.retrieval.report import report
 from benchmarks.scale import __main__ as scale
 from benchmarks.training import loader, memory, sampling, schedule, step
@@ -20,7 +20,9 @@ from benchmarks.training import loader, memory, sampling, schedule, step
 PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "crashes": crashes.page,
     "download": download.page,
+    "filters": filters.page,
     "grow": grow.page,
+    "indexes": indexes.page,
     "load": lambda result: load.PAGE.format(**result),
     "loader": loader.page,
     "near_copies": near_copies.page,

@@ -29,6 +29,12 @@ def clustered(rows: int, seed: int) -> Vectors:
     return unit(centers[chosen] + 0.5 * rng.standard_normal((rows, DIM)))
 
 
+def around_one_direction(rows: int, seed: int) -> Vectors:
+    """(rows, DIM) unit rows around one direction that does not depend on the seed."""
+    direction = unit(np.random.default_rng(99).standard_normal(DIM))
+    return unit(direction + 0.1 * np.random.default_rng(seed).standard_normal((rows, DIM)))
+
+
 def table_of(vectors: Vectors) -> pa.Table:
     """schema.embeddings rows with ids 1000, 1001, ... for unit vectors."""
     count = len(vectors)

@@ -51,8 +51,8 @@ calibration that was measured when the database was built, for image or for text
 table were not part of the calibration."""
 
 MEMORY = """After 100 searches of files that were not in the page cache {resident:,.0f} MB are resident,
-{share:.1%} of the {vectors:,.0f} MB of vectors; {mapped:,.0f} MB of these are pages of mapped files, which the system can
-reclaim and processes share."""
+{share:.1%} of the {vectors:,.0f} MB of vectors; {mapped:,.0f} MB of these are pages of mapped files, which the
+system can reclaim and processes share."""
 MEMORY_OF_CACHED_FILES = """After 100 more searches {resident:,.0f} MB are resident, {share:.1%} of the
 {vectors:,.0f} MB of vectors; {mapped:,.0f} MB of these are pages of mapped files, which the system can
 reclaim."""

@@ -14,9 +14,10 @@ from retrieval import Database, Effort
 from retrieval.index import inverted_lists
 from retrieval.index.inverted_lists import train_inverted_lists
 from retrieval.index.routing import Vectors, unit
+from retrieval.kernel.filtered_search import FilteredSearch
 from retrieval.kernel.layout import list_pointers
 from retrieval.kernel.list_search import ListSearch, open_list_search
-from tests.retrieval.conftest import brute_force, built, clustered, share_found
+from tests.retrieval.conftest import around_one_direction, brute_force, built, clustered, share_found
 
 EFFORTS = [Effort(1, 1, 1), Effort(1, 4, 3), Effort(1, 40, 8), Effort(1, 512, 64)]
 
@@ -53,14 +54,18 @@ def test_the_compiled_search_and_faiss_give_the_same_answers(
 
 @pytest.mark.parametrize("effort", EFFORTS)
 @pytest.mark.parametrize("share", [0.02, 0.6, 0.999])
-def test_answers_are_the_same_where_rows_are_hidden_or_filtered(
-    in_lists: Database, queries: Vectors, effort: Effort, share: float
+def test_answers_are_as_good_where_rows_are_hidden_or_filtered(
+    in_lists: Database, queries: Vectors, vectors: Vectors, effort: Effort, share: float
 ) -> None:
     hidden = np.random.default_rng(4).permutation(3000)[: int(share * 3000)] + 1000
     assert_same_answers(in_lists.without(hidden), queries, 20, effort)
     filtered = in_lists.where(~pc.field("image_id").isin(hidden))
-    assert_same_answers(filtered, queries, 20, effort)
-    assert not np.isin(filtered.search(queries, 20, effort=effort).ids, hidden).any()
+    visible = np.setdiff1d(np.arange(1000, 4000), hidden)
+    true = visible[brute_force(vectors[visible - 1000], queries, 20)]
+    among_all = in_lists.search(queries, 20, effort=effort).ids
+    ids = filtered.search(queries, 20, effort=effort).ids
+    assert share_found(true, ids) > share_found(brute_force(vectors, queries, 20) + 1000, among_all) - 0.02
+    assert not np.isin(ids, hidden).any()
 
 
 @pytest.mark.parametrize("dim", [7, 32, 50, 129])
@@ -76,7 +81,11 @@ def test_an_exhaustive_search_is_exact_in_any_number_of_dimensions_and_with_empt
     exact = queries @ stored.astype(np.float32).T
     for visible in (None, random.random(900) < 0.5):
         seen = exact if visible is None else np.where(visible, exact, -1)
-        similarities, results = search.search(queries, 30, (lists.index.nlist, lists.index.nlist + 8), 1800, visible)
+        settings = 30, (lists.index.nlist, lists.index.nlist + 8), 1800
+        if visible is None:
+            similarities, results = search.search(queries, *settings)
+        else:
+            similarities, results = FilteredSearch(search, visible).searcher(*settings)(queries)
         np.testing.assert_allclose(similarities, -np.sort(-seen, axis=1)[:, :30], atol=1e-6)
         np.testing.assert_allclose(np.take_along_axis(seen, results, 1), similarities, atol=1e-6)
 
@@ -125,6 +134,19 @@ def test_the_nearest_row_alone_is_found_as_often_as_by_faiss(in_lists: Database,
     assert share_found(true, ours) > share_found(true, theirs) - 0.005
 
 
+def test_a_scan_for_few_neighbors_ends_no_earlier_than_one_for_ten(in_lists: Database) -> None:
+    search = in_lists.partitions[0].files.list_search
+    assert search is not None
+    visible = np.ones(3000, bool)
+
+    def lists_scanned(k: int) -> list[int]:
+        return [search.measure(query, k, (256, 264), 640, visible)[0] for query in clustered(50, seed=5)]
+
+    for k in (1, 3):
+        assert lists_scanned(k) == lists_scanned(10)
+    assert sum(lists_scanned(10)) < sum(lists_scanned(40))
+
+
 def test_the_recall_is_that_of_faiss_where_a_list_has_more_rows_than_the_mean_score_remembers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,13 +187,15 @@ def test_a_process_that_can_start_no_more_threads_searches_with_fewer(in_lists: 
 
 
 def test_lists_that_probably_have_no_neighbor_are_not_read(compiled_library: ctypes.CDLL) -> None:
-    near, queries = clustered(1500, seed=1), clustered(50, seed=2)
+    near, queries = around_one_direction(1500, seed=1), around_one_direction(50, seed=2)
     rows = np.concatenate([near, -near]).astype(np.float16)
     trained = train_inverted_lists(rows, 0)
     stored, lists = rows[trained.order], (len(trained.centroids), len(trained.centroids) + 8)
     expected = open_list_search(trained.index, stored).search(queries, 10, lists, 200)[1]  # type: ignore[union-attr]
     pointers = list_pointers(trained.index)
-    pointers.codes[(queries @ trained.centroids.T).max(axis=0) < 0] = 0
+    far = (queries @ trained.centroids.T).max(axis=0) < 0
+    assert far.sum() > 50
+    pointers.codes[far] = 0
     search = ListSearch(compiled_library, trained.index, stored, pointers)
     child = os.fork()  # reading codes at address 0 would end the process
     if not child:

@@ -1,0 +1,90 @@
+"""Searches a partition among the rows that meet a condition, by the compiled library.
+
+A search of lists ends at lists that are as far, by the scores of the visible rows before, as those at which searches
+among all rows end. Where few rows are visible, their codes and ids are copied once, so that no search reads those of
+the others, and where still fewer are, all of them are compared.
+"""
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from retrieval.kernel.few_rows import FewRowsSearch
+from retrieval.kernel.layout import BLOCK_ROWS
+from retrieval.kernel.list_search import Condition, Lists, ListSearch, Numbers, Settings, Vectors
+
+MAX_COPIED_SHARE = 0.25
+"""The entries of at most this share of the rows are copied: a quarter of the codes."""
+EXPECTED_POWER = 0.75
+"""A search visits about (visible share) ** -EXPECTED_POWER of the lists of a search among all rows."""
+WALK_COST = 60
+"""Time to visit a list through the graph over the centroids, divided by the time to compare a centroid."""
+ROWS_PER_LIST = 30
+"""Rows that are compared in the time of a visit to a list."""
+MAX_COMPARED_ROWS = 32_768
+"""At most so many rows are compared: 25 MB of 768 dimensions."""
+
+
+@dataclass(frozen=True)
+class _Entries:
+    """The lists that are searched."""
+
+    lists: Any
+    """Pointer to `Lists`."""
+    memory: tuple[Any, ...] = ()
+    """Owners of the memory at its addresses."""
+
+
+class FilteredSearch:
+    """One partition without hidden rows. Safe to share between threads."""
+
+    def __init__(self, search: ListSearch, visible: npt.NDArray[np.bool_]) -> None:
+        """visible: (rows,)."""
+        self._search, self._visible = search, visible
+        self._share = float(visible.mean())
+        self._copies_entries = self._share <= MAX_COPIED_SHARE
+
+    def searcher(self, k: int, lists: tuple[int, int], candidates: int) -> Callable[[Vectors], tuple[Vectors, Numbers]]:
+        """A function that returns the k best visible candidates of queries, as `ListSearch.search`.
+
+        lists, candidates: of a search among all rows. Where the visited lists have fewer, results end in (-inf, -1).
+        """
+        expected = lists[0] * max(self._share, 1e-9) ** -EXPECTED_POWER
+        if self._visible.sum() <= min(ROWS_PER_LIST * expected, MAX_COMPARED_ROWS):
+            few_rows = self._few_rows
+            return lambda queries: few_rows.search(queries, k)
+        entries, most = self._entries, self._search.num_lists
+        distance = self._search.end_distance(k, lists, candidates)
+        condition = Condition(lists[0], WALK_COST * expected > most, distance)
+        visible = None if self._copies_entries else self._visible.ctypes.data
+        settings = ctypes.pointer(Settings(k, most, most, candidates, visible, ctypes.pointer(condition)))
+        # `entries` and `self` own what the addresses lead to.
+        return lambda queries: self._search.run(queries, k, entries.lists, settings)
+
+    @cached_property
+    def _few_rows(self) -> FewRowsSearch:
+        """All visible rows."""
+        return FewRowsSearch(self._search.library, self._search.rows, np.flatnonzero(self._visible))
+
+    @cached_property
+    def _entries(self) -> _Entries:
+        """Those of all rows, or copies of the visible ones."""
+        if not self._copies_entries:
+            return _Entries(self._search.lists)
+        whole, library, visible = self._search.lists, self._search.library, self._visible.ctypes.data
+        sizes = np.empty(self._search.num_lists, np.int64)
+        library.count_visible(whole, visible, sizes.ctypes.data)
+        block_bytes = whole.contents.codes_per_row * BLOCK_ROWS // 2
+        code_bytes = -(-sizes // BLOCK_ROWS) * block_bytes
+        codes, ids = np.zeros(code_bytes.sum(), np.uint8), np.empty(sizes.sum(), np.int64)
+        code_addresses = codes.ctypes.data + np.cumsum(code_bytes) - code_bytes
+        id_addresses = ids.ctypes.data + ids.itemsize * (np.cumsum(sizes) - sizes)
+        copies = Lists.from_buffer_copy(whole.contents)
+        copies.codes, copies.ids, copies.sizes = (array.ctypes.data for array in (code_addresses, id_addresses, sizes))
+        library.copy_visible(whole, visible, ctypes.byref(copies))
+        return _Entries(ctypes.pointer(copies), (codes, ids, code_addresses, id_addresses, sizes))
