@@ -32,7 +32,7 @@ STEPS = 8
 
 def recipe_of(autoencoder_folder: str, **changes: object) -> TrainingRecipe:
     settings = {"name": "lora", "start_from": "tiny", "lora": LORA.model_dump(), "steps": STEPS, "learning_rate": 0.02}
-    settings |= {"validation_images": 8, "validate_every": STEPS, "zero_stage": 1}
+    settings |= {"validation_images": 8, "validate_every": STEPS, "zero_stage": 1, "micro_batch": 4}
     return make_recipe(autoencoder_folder, **settings | changes)
 
 

@@ -68,7 +68,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, autoencoder_folder: str, clip
 
 def recipe_of(autoencoder_folder: str, clip: ClipConfig, **changes: object) -> TrainingRecipe:
     """A recipe with section clip. changes: of section train."""
-    sections = make_recipe(autoencoder_folder).model_dump()
+    sections = make_recipe(autoencoder_folder, micro_batch=4).model_dump()
     return TrainingRecipe.model_validate(sections | {"train": sections["train"] | changes, "clip": clip.model_dump()})
 
 

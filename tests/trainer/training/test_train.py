@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +32,8 @@ from trainer.tracking.training_log import read_step_metrics
 from trainer.training.launch import TERMINATED
 from trainer.training.train import checkpoints_of, clear_folder, prepare, run
 
-LAUNCH = "import sys; from trainer.training.launch import launch; sys.exit(launch(sys.argv[2:], int(sys.argv[1])))"
+LAUNCH = "import sys; from trainer.training.launch import launch; sys.executable = sys.argv[1];"
+LAUNCH += "sys.exit(launch(sys.argv[2:], ranks=2))"
 STEPS = 20
 FOLDER = "runs/tiny/train"
 
@@ -66,17 +66,17 @@ def write_recipe(recipe: TrainingRecipe, root: Root) -> list[str]:
     return ["train_rank", str(path), root.url]
 
 
-def launch(python: str, *argv: str) -> subprocess.Popen[str]:
-    """Launch `python -m <argv>` in two ranks."""
+def launch(python: Path, *argv: str) -> subprocess.Popen[str]:
+    """Launch `python -m <argv>` in two ranks. The launcher and torchrun run with `python`."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    command = [python, "-c", LAUNCH, "2", *argv]
+    command = [str(python), "-c", LAUNCH, str(python), *argv]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 @pytest.fixture
-def waiting_ranks(tmp_path: Path) -> tuple[subprocess.Popen[str], list[int]]:
+def waiting_ranks(tmp_path: Path, forked_python: Path) -> tuple[subprocess.Popen[str], list[int]]:
     """A launcher and the process ids of its two ranks, which only wait: they start at once and import no torch."""
-    launcher = launch(sys.executable, "waiting_rank", str(tmp_path))
+    launcher = launch(forked_python, "waiting_rank", str(tmp_path))
     wait_for(lambda: len(list(tmp_path.iterdir())) == 2, lambda: launcher.poll() is None)
     return launcher, [int(path.name) for path in tmp_path.iterdir()]
 
@@ -90,7 +90,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, autoencoder_folder: s
 
 
 def recipe_of(autoencoder_folder: str, **changes: object) -> TrainingRecipe:
-    return make_recipe(autoencoder_folder, **{"steps": STEPS, "checkpoint_every": 4, **changes})
+    return make_recipe(autoencoder_folder, **{"steps": STEPS, "checkpoint_every": 4, "micro_batch": 4, **changes})
 
 
 def history(root: Root) -> list[tuple[int, float, float, float]]:
@@ -144,7 +144,7 @@ def test_a_killed_and_terminated_run_equals_an_uninterrupted_run(
     seldom = recipe_of(autoencoder_folder, log_every=1000)
     checkpoints = checkpoints_of(prepare(recipe, training_set), training_set)
     killed_at = checkpoints.newest_step()
-    terminated = launch(str(forked_python), *write_recipe(seldom, training_set))
+    terminated = launch(forked_python, *write_recipe(seldom, training_set))
     wait_for(lambda: checkpoints.newest_step() > killed_at, lambda: terminated.poll() is None)
     terminated.send_signal(signal.SIGTERM)
     log = terminated.communicate(timeout=300)[1]
@@ -208,6 +208,7 @@ def test_the_papers_combination_trains_like_fp32_and_its_settings_may_change_on_
 ) -> None:
     """bf16, ZeRO 1, contiguous gradients and two micro batches on two ranks; then one rank with another batch."""
     changes = {"precision": "bf16", "zero_stage": 1, "activation_checkpointing": True, "deterministic": True}
+    changes |= {"micro_batch": 2}
     train(recipe_of(autoencoder_folder, **changes, steps=6, profile_steps=1), training_set, ranks=2)
     [trace] = training_set.local_path(f"{FOLDER}/profile").iterdir()
     assert trace.name == "00000006-00000006.json.gz"
