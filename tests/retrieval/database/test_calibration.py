@@ -81,12 +81,20 @@ def test_an_entry_has_the_recall_of_a_search(database: Database, which: int, k: 
         assert share_found(true, others) < entry.recall + 0.02
 
 
+@pytest.fixture(scope="module")
+def both_kinds(in_lists: Database) -> tuple[Vectors, list[MeasuredEffort]]:
+    """Queries like images and like texts, and the efforts measured with them."""
+    queries = np.concatenate([clustered(100, seed=11), texts(100, seed=4)])
+    return queries, [MeasuredEffort.from_manifest(entry) for entry in calibrate_for(in_lists, queries)]
+
+
 @pytest.mark.skipif(library() is None, reason="no g++, or a processor without AVX2")
 @pytest.mark.parametrize("k", [1, 20, 100, 1000])
-def test_the_recall_of_an_entry_is_that_of_the_compiled_search(in_lists: Database, k: int) -> None:
-    queries = np.concatenate([clustered(100, seed=11), texts(100, seed=4)])
+def test_the_recall_of_an_entry_is_that_of_the_compiled_search(
+    in_lists: Database, both_kinds: tuple[Vectors, list[MeasuredEffort]], k: int
+) -> None:
+    queries, stored = both_kinds
     true = brute_force(in_lists.embeddings(), queries, k)
-    stored = [MeasuredEffort.from_manifest(entry) for entry in calibrate_for(in_lists, queries)]
     entries = [entry for entry in stored if entry.k == k and not entry.is_exact]
     assert len(entries) > 3
     for entry in entries:  # also where searches find fewer than k rows and visit more lists

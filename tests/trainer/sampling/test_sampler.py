@@ -144,22 +144,6 @@ def test_bfloat16_is_close_to_float32(tiny, sampler):
     assert 0 < np.abs(pixels(full) - pixels(half)).max() < 16
 
 
-def test_a_compiled_network_gives_the_same_pictures_in_parallel_threads(tiny, sampler, monkeypatch):
-    graphs = []
-
-    def backend(graph, inputs):
-        # The graph is traced as in use; only code generation, which takes minutes, is left out.
-        graphs.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    requests = [request(seed=seed) for seed in range(6)]
-    compiled = Sampler.open(*tiny, COMPUTE.model_copy(update={"compile": True}))
-    for first, second in zip(compiled.sample(requests), sampler.sample(requests), strict=True):
-        assert np.abs(pixels(first) - pixels(second)).max() <= 1
-    assert graphs
-
-
 def test_pictures_have_the_requested_size_in_any_batch(sampler):
     sizes = [(0, 0), (16, 48), (48, 16), (16, 48), (0, 48)]
     requests = [request(seed=seed, height=height, width=width) for seed, (height, width) in enumerate(sizes)]
