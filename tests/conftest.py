@@ -1,5 +1,6 @@
 """Fixtures of all tests: one Ray, one tiny demo and one fork server for all, and the order of the files."""
 
+import gc
 import json
 import os
 from collections import Counter
@@ -13,7 +14,14 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
 from benchmarks.crashes.store import Store, running_store
-from tests.fork_server import SHARED_FOLDER, WORKERS_ARE_FORKS, forked_client, library_client, share_folder
+from tests.fork_server import (
+    SHARED_FOLDER,
+    WORKERS_ARE_FORKS,
+    forked_client,
+    library_client,
+    share_folder,
+    share_vocabulary,
+)
 from tests.jobs.demo.tiny_demo import TinyDemo, run_once
 
 LONG = (
@@ -54,6 +62,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
+def pytest_configure() -> None:
+    """Collect no garbage during the imports of the tests, which takes two seconds."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage from now on, but not among the objects of the imports: each time it takes a third of a second."""
+    gc.freeze()
+    gc.enable()
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print why tests were skipped, one line for each reason: a missing browser must not go unnoticed."""
     reasons = Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", []))
@@ -92,6 +111,12 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if SHARED_FOLDER not in os.environ:
         share_folder(tmp_path_factory.getbasetemp())
     return Path(os.environ[SHARED_FOLDER])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_vocabulary() -> None:
+    """Encoders of this process share the vocabulary of their tokenizers."""
+    share_vocabulary()
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,14 @@ def test_a_command_has_the_arguments_folder_environment_and_streams_of_its_clien
     assert (done.returncode, done.stderr) == (1, "no red\n")
 
 
+def test_a_command_ends_with_its_threads_and_exit_functions_and_frees_nothing(forked_python: Path) -> None:
+    code = "import atexit, sys, threading; atexit.register(print, 'end');"
+    code += "threading.kept = type('', (), {'__del__': lambda self: print('freed')})();"
+    code += "threading.Timer(0.1, print, ['thread']).start(); sys.exit(3)"
+    done = subprocess.run([forked_python, "-c", code], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "thread\nend\n", "")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_to_the_client_ends_its_command(forked_python: Path, number: signal.Signals) -> None:
     code = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"

@@ -4,11 +4,14 @@ Styles are tints, which even an untrained CLIP separates.
 """
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import torch
+from filelock import FileLock
 from open_clip.model import CLIP
 from PIL import Image
 from safetensors.torch import save_file
@@ -20,6 +23,7 @@ from retrieval.recipe import ClipConfig, IndexConfig
 from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, ShardRecord, write_manifest
 from retrieval.storage.root import Root
+from tests.fork_server import SHARED_FOLDER
 from trainer.model.autoencoder import Autoencoder
 from trainer.model.patch_autoencoder import PatchAutoencoder, PatchShape
 from trainer.model.unet import build_unet
@@ -124,12 +128,22 @@ def tiny_autoencoder(folder: Path, seed: int = 0) -> AutoencoderConfig:
 
 
 def write_run(folder: Path) -> tuple[Root, TrainedModel]:
-    """Write all inputs of `sample` and `evaluate`."""
+    """Write all inputs of `sample` and `evaluate`. They are made once for all test processes and copied."""
+    source = Path(os.environ[SHARED_FOLDER]) / "tiny-run"
+    with FileLock(f"{source}.lock"):
+        if not source.exists():
+            make_run(source.with_name("tiny-run-unfinished"))
+            source.with_name("tiny-run-unfinished").rename(source)
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    clip = ClipConfig(model=f"local-dir:{folder}/clip")
+    autoencoder = AutoencoderConfig(kind="patch", path=str(folder / "autoencoder"))
+    return Root(folder / "root"), TrainedModel(name="tiny", clip=clip, autoencoder=autoencoder)
+
+
+def make_run(folder: Path) -> None:
     autoencoder = tiny_autoencoder(folder)
-    clip = write_clip(folder / "clip")
-    root, encoder = Root(folder / "root"), Encoder(clip)
+    root, encoder = Root(folder / "root"), Encoder(write_clip(folder / "clip"))
     for style in STYLES:
         write_style_database(root, f"databases/{style}", encoder, [style])
     write_style_database(root, "index", encoder, list(STYLES))
     write_model(root, encoder, Autoencoder.load(autoencoder, "cpu"))
-    return root, TrainedModel(name="tiny", clip=clip, autoencoder=autoencoder)
