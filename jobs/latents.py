@@ -23,6 +23,8 @@ def run(recipe: Recipe) -> None:
     embed = read_manifest(root, "embed")
     autoencoder = Autoencoder.load(autoencoder_config, "cpu")
     upstream = {"embed": embed.identity_of("train/"), "autoencoder": autoencoder.identity}
+    if autoencoder_config.precision(config.device) == "bf16":
+        upstream["precision"] = "bf16"  # without it: fp32
     # The inputs of an embedded shard are the digests of its pictures.
     by_shard = {
         record.shard.removeprefix("train/"): record.inputs | {"embed": record.digest}

@@ -51,6 +51,8 @@ def run(config: EmbedConfig, clip: ClipConfig, root: Root) -> Manifest:
     download = read_manifest(root, "download")
     encoder = Encoder(clip).identity
     inputs = {"download": download.identity, "clip": encoder.digest}
+    if config.used_precision == "bf16":
+        inputs["precision"] = "bf16"  # without it: fp32
     by_shard = {shard: {"download": digest} for shard, digest in download.digests().items()}
     heads = {name: load_head(name, head, encoder.dim) for name, head in config.heads.items()}
     scored = ScoredRows(root, heads, config.heads)

@@ -238,7 +238,8 @@ class EmbedConfig(WorkersConfig):
     """Networks on the CLIP vectors, by name. Each adds a column `score_<name>` to the tables and can leave out
     pictures. If they change, finished shards are updated and CLIP is not computed again, unless all are removed."""
     precision: Precision = "bf16"
-    """Of the encoder's matrix products on GPUs. CPUs compute in fp32."""
+    """Of the encoder's matrix products on GPUs. CPUs compute in fp32, whose vectors belong to another fingerprint than
+    those in bf16."""
     batch_size: int = runtime_setting(64, ge=1)
     """Images in a batch of the encoder."""
     compile: bool = runtime_setting(False)
@@ -248,6 +249,11 @@ class EmbedConfig(WorkersConfig):
     """Threads that decode and resize images."""
     gpus_per_worker: float = runtime_setting(0.0, ge=0)
     """GPUs of a worker; 0: CPU."""
+
+    @property
+    def used_precision(self) -> Precision:
+        """`precision`, or fp32 on CPUs."""
+        return self.precision if self.gpus_per_worker else "fp32"
 
     @property
     def near_copy_resources(self) -> ResourcesConfig:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from retrieval.config import ADDED, Config, WorkersConfig, added_setting, runtime_setting
-from retrieval.recipe import ClipConfig
+from retrieval.recipe import ClipConfig, Precision
 
 AutoencoderKind = Literal["kl", "vq", "patch"]
 Prediction = Literal["epsilon", "v_prediction"]
@@ -38,6 +38,10 @@ class AutoencoderConfig(Config):
     scale: PositiveFloat = 1.0
     """Factor on the latents that brings their variance to about 1."""
 
+    def precision(self, device: str) -> Precision:
+        """Number format in which images are encoded on a device such as "cuda:0"."""
+        return "bf16" if self.kind != "patch" and device.startswith("cuda") else "fp32"
+
 
 class LatentsConfig(WorkersConfig):
     """How training images are encoded to latents (section `latents` of a recipe)."""
@@ -54,8 +58,15 @@ class LatentsConfig(WorkersConfig):
     """Seed of the random crops."""
     batch_size: PositiveInt = runtime_setting(32)
     """Views in one call of the autoencoder."""
+    decode_threads: PositiveInt = runtime_setting(2)
+    """Threads of a worker that decode and crop images while the autoencoder encodes others."""
     gpus_per_worker: float = runtime_setting(0.0, ge=0)
-    """GPUs of each worker; 0 encodes on the CPU."""
+    """GPUs of each worker; 0: CPU. GPUs encode `kl` and `vq` in bf16, and such latents have another fingerprint."""
+
+    @property
+    def device(self) -> str:
+        """Torch device of the autoencoder."""
+        return "cuda" if self.gpus_per_worker else "cpu"
 
 
 class ModelConfig(Config):
@@ -140,8 +151,8 @@ class TrainConfig(Config):
     """Train adapters (section `train.lora`) and leave the weights of `start_from` as they are. None: train all weights.
     The finished run has both the adapters and a whole model with them."""
     source: Literal["latents", "images"]
-    """`latents` reads `latents/<size>`; `images` reads the tars of `download/train` and encodes them in the
-    training step."""
+    """`latents` reads `latents/<size>`, which `make latents` writes; `images` reads the tars of `download/train` and
+    encodes a new crop of each image in the training step."""
     size: PositiveInt
     """Edge of a training image in pixels."""
     k: PositiveInt
@@ -173,8 +184,7 @@ class TrainConfig(Config):
     warmup_steps: NonNegativeInt = 10_000
     """Steps over which the learning rate rises linearly from 0."""
     learning_rate_decay: Decay = added_setting("none")
-    """Course of the learning rate from the end of the warm-up to the end of `steps`, `linear` or `cosine`; `none`: it
-    stays constant."""
+    """Course of the learning rate from the warm-up to the end of `steps`: `linear`, `cosine`, or `none` (constant)."""
     final_learning_rate: NonNegativeFloat = added_setting(0.0)
     """Learning rate at the end of the decay."""
     weight_decay: NonNegativeFloat = 0.01
@@ -198,8 +208,7 @@ class TrainConfig(Config):
     """Probability that a sample is trained without neighbors (for classifier-free guidance)."""
     min_snr_gamma: NonNegativeFloat = added_setting(0.0)
     """Weights the loss of a sample by min(SNR, gamma) / SNR, for v_prediction by min(SNR, gamma) / (SNR + 1), SNR being
-    the signal-to-noise ratio of its timestep (Hang et al. 2023: 5). The validation loss stays unweighted. 0: no
-    weights."""
+    the signal-to-noise ratio of its timestep (Hang et al. 2023: 5). The validation loss has no weights. 0: none."""
     timestep_sampling: TimestepSampling = added_setting("uniform")
     """Distribution of the timesteps in training: `logit_normal` (Esser et al. 2024) or that of `timestep_density`."""
     timestep_logit_mean: float = added_setting(0.0)
@@ -209,8 +218,7 @@ class TrainConfig(Config):
     timestep_density: tuple[NonNegativeFloat, ...] = added_setting((), strict=False)
     """`density`: relative frequencies of equal ranges of timesteps, least noise first, such as [1, 2, 2, 1]."""
     ema_decay: float = Field(0.9999, ge=0, lt=1)
-    """Decay of the moving average of the weights. The averaged weights are exported. 0: the weights themselves, without
-    memory for an average."""
+    """Decay of the moving average of the weights, which is exported. 0: no average; the weights are exported."""
     ema_widths: tuple[EmaWidth, ...] = added_setting((), strict=False)
     """Widths of further averages for `laion-rdm convert --ema-width`, such as [0.05, 0.1]: standard deviation of the
     averaged steps as a share of the training (Karras et al. 2024). 4 bytes a weight each."""
@@ -341,8 +349,5 @@ class TrainingRecipe(Config):
         if (self.train.preview_prompts or self.train.kid_every) and not self.clip:
             raise ValueError("train.preview_prompts and train.kid_every need a section clip")
         if self.train.min_snr_gamma and self.diffusion.zero_terminal_snr:
-            raise ValueError(
-                "train.min_snr_gamma would give the last timestep of diffusion.zero_terminal_snr, where sampling "
-                "starts, the weight 0: use one of them"
-            )
+            raise ValueError("min_snr_gamma gives the last timestep of zero_terminal_snr the weight 0: use one of them")
         return self

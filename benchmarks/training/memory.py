@@ -52,8 +52,9 @@ def _row(size: int) -> dict[str, Any]:
 
 
 def memory_at(config: TrainingRecipe, count: int) -> StepMemory:
-    """Memory with a micro batch of `count` images and two of them in a step, on one of GPUS GPUs."""
-    train = config.train.model_copy(update={"micro_batch": count, "global_batch": 2 * count * GPUS})
+    """Memory with a micro batch of `count` images and two of them in a step that encodes them, on one of GPUS GPUs."""
+    changes = {"micro_batch": count, "global_batch": 2 * count * GPUS, "source": "images"}
+    train = config.train.model_copy(update=changes)
     edge = train.size // FACTOR
     shape = (config.model.latent_channels, edge, edge)
     return step_memory(config.model_copy(update={"train": train}), shape, GPUS)
@@ -62,12 +63,12 @@ def memory_at(config: TrainingRecipe, count: int) -> StepMemory:
 TEXT = """## Memory
 
 **Counted from shapes, not measured** (`trainer.tracking.step_memory`): the largest micro batch on {gpus} GPUs
-of {card:.0f} GB each, with ZeRO 1, bf16 and the settings of the recipes, which encode images during training.
+of {card:.0f} GB each, with ZeRO 1, bf16 and the settings of the recipes, but with images that training encodes.
 {usable:.0%} of a card are used; the rest is for CUDA, NCCL and fragments of memory. *State*: weights, the rank's
 share of optimizer and averages, autoencoder, but not CLIP, which `kid_every` adds. *An image*: its activations,
 without `activation_checkpointing`. *Passes*: activations, gradients and DeepSpeed's buffers. *Encoding*: the
-peak of the autoencoder, which ends before the UNet's passes begin. A test compares the count of the passes with the
-memory that torch's CPU allocator gives out to a small network.
+peak of the autoencoder, which ends before the UNet's passes begin; latents need none. A test compares the count of
+the passes with the memory that torch's CPU allocator gives out to a small network.
 
 {table}
 """

@@ -69,7 +69,7 @@ PAGE = """# Duration and memory of the paper's training schedule
 Written by `make bench-schedule`; the numbers are in `training.json`. **Projected, not measured:** operations
 of the UNet, forward and backward, counted from shapes by torch's flop counter, divided by the rate of {gpus}
 A100s with {peak:.0f} dense bf16 TFLOP/s each at an assumed utilization (MFU). Activation checkpointing adds
-up to a third; encoding images during training, instead of `make latents`, is not included.
+up to a third; `make latents`, or encoding images during training instead, is not included.
 
 {stages}
 

@@ -1,9 +1,9 @@
 """`laion-rdm capacity RECIPE`: estimates storage, bandwidth, hours and cost of each stage. Nothing is run.
 
 Reads the recipe, `jobs/capacity/rates.toml` (sizes, rates with their sources, machines, prices) and the
-recipes that train on the data. If the root is local, or with `--stored ROOT`, the manifests of finished stages there
-replace rates; the plan names the source of each number. `--json` prints JSON, `--page docs/capacity.md` also writes
-the page.
+recipes that train on the data, with the latents that they read. If the root is local, or with `--stored ROOT`, the
+manifests of finished stages there replace rates; the plan names the source of each number. `--json` prints JSON,
+`--page docs/capacity.md` also writes the page.
 """
 
 import argparse

@@ -1,10 +1,11 @@
 """What each stage of a recipe and each training run costs: arithmetic on settings and rates.
 
 Takes recipes and the inputs of `rates.toml`. `pipeline.capacity` has the formulas of the data stages; those
-of training are here, because they need the network of `trainer`.
+of latents and training are here, because they need the networks of `trainer`.
 """
 
 import json
+import math
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +16,12 @@ import torch
 from pydantic import ValidationError
 
 from jobs.cli.recipe import Recipe
-from pipeline.capacity import FLOAT16_BYTES, Cost, DataSizes, Inputs, StageEstimates, StageNeed, cost
+from pipeline.capacity import FLOAT16_BYTES, MICROSECOND, Cost, DataSizes, Inputs, StageEstimates, StageNeed, cost
 from pipeline.recipe import DownloadConfig, FilterConfig, NeighborsConfig
 from retrieval.errors import UserError
 from retrieval.recipe import ClipConfig, IndexConfig
 from trainer.model.unet import build_unet
-from trainer.recipe import AutoencoderConfig, ModelConfig, TrainConfig
+from trainer.recipe import AutoencoderConfig, LatentsConfig, ModelConfig, TrainConfig
 from trainer.tracking.flops import encoding_flops, training_flops
 
 DOWNSAMPLING = {"kl": 16, "vq": 4, "patch": 4}
@@ -28,6 +29,7 @@ DOWNSAMPLING = {"kl": 16, "vq": 4, "patch": 4}
 STATE_BYTES = 16
 """Bytes of a checkpoint for each parameter: fp32 weights, their average, and two moments of AdamW."""
 FLOAT32_BYTES = 4
+ID_BYTES = 8
 
 
 class Network(NamedTuple):
@@ -39,11 +41,16 @@ class Network(NamedTuple):
     flops: float
     parameters: int
     latent_values: int
-    encoding_flops: float = 0.0
+    encoding_flops: float
+
+    @property
+    def moments_bytes(self) -> float:
+        """Bytes of a stored view of an image: mean and standard deviation of its latent, in float16."""
+        return 2.0 * FLOAT16_BYTES * self.latent_values
 
 
 def costs(recipe: Recipe, inputs: Inputs, trainings: Sequence[Recipe]) -> list[Cost]:
-    """The cost of each data stage that the recipe has and of each training run, in order.
+    """The cost of each data stage that the recipe has and of each training run, with its latents before it, in order.
 
     Raises UserError if there is neither.
     """
@@ -57,7 +64,8 @@ def costs(recipe: Recipe, inputs: Inputs, trainings: Sequence[Recipe]) -> list[C
         "neighbors": lambda: stages.neighbors(recipe[NeighborsConfig], recipe[IndexConfig]),
     }
     needs = [estimate() for name, estimate in estimates.items() if recipe.has(name)]
-    needs += [training_need(training, inputs, data) for training in trainings]
+    for training in trainings:
+        needs += training_needs(training, inputs, data)
     if not needs:
         raise UserError(f"{recipe.path} has no stage to estimate. Wanted a section of: {', '.join(estimates)}, train.")
     return [cost(need, inputs) for need in needs]
@@ -86,9 +94,33 @@ def _vector_length(model: str) -> int:
     return int(open_clip.get_model_config(model)["embed_dim"])
 
 
-def training_need(recipe: Recipe, inputs: Inputs, data: DataSizes) -> StageNeed:
-    """What a recipe's training run needs, with its checkpoints and exported weights."""
-    return need_of(recipe[TrainConfig], network_of(recipe), inputs, data)
+def training_needs(recipe: Recipe, inputs: Inputs, data: DataSizes) -> list[StageNeed]:
+    """What a recipe's training run needs, with its checkpoints and exported weights, after the latents it reads."""
+    train, network = recipe[TrainConfig], network_of(recipe)
+    if train.source == "images":
+        return [need_of(train, network, inputs, data, views=1)]
+    latents = recipe[LatentsConfig]
+    return [latents_need(latents, network, inputs, data), need_of(train, network, inputs, data, latents.views)]
+
+
+def latents_need(latents: LatentsConfig, network: Network, inputs: Inputs, data: DataSizes) -> StageNeed:
+    """What encoding the training images needs: an image is decoded once, and each of its views encoded and stored.
+
+    kept: before compression.
+    """
+    flops = float(data.train) * latents.views * network.encoding_flops
+    decoding = data.train * inputs.rate("decode_cpu_train") * MICROSECOND
+    on_gpus = latents.gpus_per_worker > 0
+    rates = ("gpu_flops", "train_share") if on_gpus else ("product_cpu",)
+    encoding = flops / math.prod(inputs.rate(name) for name in rates)
+    return StageNeed(
+        f"latents {latents.size}",
+        ("image_train", "decode_cpu_train", *rates),
+        kept=data.train * (latents.views * network.moments_bytes + ID_BYTES),
+        read=data.train * inputs.rate("image_train"),
+        cpu_s=decoding if on_gpus else decoding + encoding,
+        gpu_s=encoding if on_gpus else 0.0,
+    )
 
 
 def network_of(recipe: Recipe) -> Network:
@@ -103,12 +135,15 @@ def network_of(recipe: Recipe) -> Network:
     return Network(flops, parameters, model.latent_channels * edge * edge, encoding)
 
 
-def need_of(train: TrainConfig, network: Network, inputs: Inputs, data: DataSizes) -> StageNeed:
-    """What a training run with a network of this size needs."""
+def need_of(train: TrainConfig, network: Network, inputs: Inputs, data: DataSizes, views: int) -> StageNeed:
+    """What a training run with a network of this size needs.
+
+    views: of each image in the files of latents. An epoch uses one, but files are read whole.
+    """
     images = train.steps * train.global_batch
     rates = ["gpu_flops", "train_share"]
     flops = network.flops
-    image_bytes = 2.0 * FLOAT16_BYTES * network.latent_values  # mean and standard deviation
+    image_bytes = views * network.moments_bytes
     if train.source == "images":
         rates.append("image_train")
         flops += network.encoding_flops

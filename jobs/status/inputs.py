@@ -1,4 +1,4 @@
-"""Inputs of finished stages that are no stages: metadata, blocklists, heads, the CLIP model, hidden images.
+"""Inputs of finished stages that are no stages: metadata, blocklists, heads, CLIP model, precision, hidden images.
 
 They are compared as the stages do, without reading data. The weights of CLIP are not compared: only loading them gives
 their digest.
@@ -13,8 +13,9 @@ from pipeline.recipe import DownloadConfig, EmbedConfig, FilterConfig
 from pipeline.web.blocklist import read_blocklist
 from retrieval.clip.head_files import head_digest, heads_identity, read_head
 from retrieval.index.hidden import hidden_digest
-from retrieval.recipe import ClipConfig
+from retrieval.recipe import ClipConfig, Precision
 from retrieval.storage.manifest import Manifest, read_manifest
+from trainer.recipe import AutoencoderConfig, LatentsConfig
 
 OTHER_BLOCKLIST = "made with another blocklist"
 
@@ -54,6 +55,16 @@ def _of_embed(recipe: Recipe, made: Manifest) -> Iterator[str]:
     model = made.values.get("encoder", {}).get("model")
     if model and recipe.has("clip") and model != recipe[ClipConfig].model.rsplit("/", maxsplit=1)[-1]:
         yield f"made with the CLIP model {model}"
+    yield from _of_precision(recipe[EmbedConfig].used_precision, made)
+
+
+def _of_latents(recipe: Recipe, made: Manifest) -> Iterator[str]:
+    yield from _of_precision(recipe[AutoencoderConfig].precision(recipe[LatentsConfig].device), made)
+
+
+def _of_precision(precision: Precision, made: Manifest) -> Iterator[str]:
+    if precision != (former := made.upstream.get("precision", "fp32")):
+        yield f"made in {former}, not {precision}"
 
 
 def _of_neighbors(recipe: Recipe, made: Manifest) -> Iterator[str]:
@@ -65,5 +76,6 @@ CHANGES: dict[str, Callable[[Recipe, Manifest], Iterator[str]]] = {
     "filter": _of_filter,
     "download": _of_download,
     "embed": _of_embed,
+    "latents": _of_latents,
     "neighbors": _of_neighbors,
 }

@@ -16,11 +16,11 @@ import pytest
 from diffusers import VQModel
 from PIL import Image
 
-from jobs import database, download, embed, filter, index, neighbors, sample
+from jobs import database, download, embed, filter, index, latents, neighbors, sample
 from jobs.cli.recipe import Recipe, load_recipe
 from jobs.train import training_recipe
 from pipeline.databases.sources import PictureSource
-from retrieval import Database
+from retrieval import Database, UserError
 from retrieval.cli.commands import main
 from retrieval.clip.encoder import Encoder
 from retrieval.recipe import ClipConfig
@@ -44,6 +44,8 @@ TINY = {
     "index.cores_per_partition": 1,
     "neighbors.gpus_per_worker": 0.0,
     "neighbors.near_copy_similarity": 0.9995,
+    "latents.size": 32,
+    "latents.gpus_per_worker": 0.0,
     "model.context_dim": DIM,
     "model.channels": "[32, 32]",
     "model.attention": "[1, 2]",
@@ -62,7 +64,7 @@ TINY = {
     "sample.k": 4,
     "sample.steps": 2,
     "sample.precision": "fp32",
-} | {f"{stage}.workers": 1 for stage in ("filter", "download", "embed", "index", "neighbors", "sample")}
+} | {f"{stage}.workers": 1 for stage in ("filter", "download", "embed", "index", "neighbors", "latents", "sample")}
 
 
 def write_pictures(folder: Path, seed: int, count: int) -> list[str]:
@@ -102,7 +104,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, server: tuple[str, Path]) -
     paths["clip.model"] = write_clip(folder / "clip").model
     loaded = load_recipe(CONFIGS / "imagenet_rdm.toml", [f"{key}={value}" for key, value in (paths | TINY).items()])
     with shards_in_process():
-        for stage in (filter, download, embed, index, neighbors):
+        for stage in (filter, download, embed, index, neighbors, latents):
             stage.run(loaded)
     write_pictures(folder / "loan", 3, 4)
     database.run(loaded, "loan", PictureSource(folder / "loan", license="CC0"))
@@ -152,6 +154,13 @@ def test_samples_and_searches_report_boxes_of_patches_and_licenses_of_pictures(
     card = recipe.root.local_path("databases/loan/README.md").read_text()
     assert "| CC0 | 4 |" in card
     assert "captions, and small pictures to show" in card
+
+
+def test_latents_of_cpus_are_not_continued_in_bf16_on_gpus(recipe: Recipe) -> None:
+    assert read_manifest(recipe.root, "latents/32").rows == TRAINED
+    on_gpus = load_recipe(recipe.path, [*recipe.overrides, "latents.gpus_per_worker=1.0"])
+    with pytest.raises(UserError, match=r"latents/32 has .* finished.*made from another precision\. They are kept"):
+        latents.run(on_gpus)
 
 
 def test_the_full_recipe_trains_the_same_model_as_the_training_recipe() -> None:

@@ -117,6 +117,15 @@ def test_batch_size_changes_neither_vectors_nor_fingerprint(root: Root, clip: Cl
 
 
 @pytest.mark.usefixtures("in_process_shards")
+def test_vectors_of_cpus_are_not_continued_in_bf16_on_gpus(root: Root, clip: ClipConfig) -> None:
+    embed.run(CONFIG, clip, root)
+    root.delete("embed/manifest.json")  # as if the stage had not finished
+    with pytest.raises(UserError, match=r"2 finished shards.*made from another precision\. They are kept"):
+        embed.run(CONFIG.model_copy(update={"gpus_per_worker": 1.0}), clip, root)
+    assert embed.run(CONFIG, clip, root).rows == 5 + 6
+
+
+@pytest.mark.usefixtures("in_process_shards")
 def test_another_encoder_embeds_every_image_again(root: Root, clip: ClipConfig, tmp_path: Path) -> None:
     first = embed.run(CONFIG, clip, root)
     second = embed.run(CONFIG, write_clip(tmp_path / "other", seed=1), Root(root.url, remake=True))

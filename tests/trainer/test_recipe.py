@@ -29,8 +29,8 @@ PAPER_SPACES["train_imagenet"] = (0.0015, 0.0195, 1.0, 3, 512)
 
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_recipes_have_the_papers_numbers(name: str) -> None:
-    sections = tomllib.loads((RECIPES / f"{name}.toml").read_text())
-    LatentsConfig.model_validate(sections["latents"])
+    text = (RECIPES / f"{name}.toml").read_text()
+    sections = tomllib.loads(text)
     recipe = TrainingRecipe.model_validate({name: sections[name] for name in TrainingRecipe.model_fields})
     with torch.device("meta"):
         unet = build_unet(recipe.model)
@@ -44,6 +44,10 @@ def test_the_papers_recipes_have_the_papers_numbers(name: str) -> None:
     assert (diffusion.steps, diffusion.prediction) == (1000, "epsilon")
     settings = engine_settings(train, Ranks(0, 8, torch.device("cuda")))
     assert settings["gradient_accumulation_steps"] * settings["train_micro_batch_size_per_gpu"] * 8 == PAPER[name][1]
+    latents = LatentsConfig.model_validate(sections["latents"])
+    assert (train.source, latents.size, latents.gpus_per_worker) == ("latents", train.size, 1)
+    edge = train.size // {"kl": 16, "vq": 4}[recipe.autoencoder.kind]
+    assert f"{latents.views * 2 * 2 * model.latent_channels * edge**2:,} bytes an image" in text
     # Each of 8 ranks opens only its part of the shards.
     assert (train.interleaved_shards % 8, train.global_batch % train.interleaved_shards) == (0, 0)
 

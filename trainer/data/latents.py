@@ -8,8 +8,12 @@ left out and counted; training replaces them by others.
 """
 
 import logging
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -59,7 +63,7 @@ def make_shard_encoder(
     config: LatentsConfig, autoencoder_config: AutoencoderConfig, root: Root
 ) -> Callable[[str], ShardRecord]:
     """A function that encodes a shard by name (`00003-00012`), with the autoencoder loaded once for many shards."""
-    autoencoder = Autoencoder.load(autoencoder_config, "cuda" if config.gpus_per_worker else "cpu")
+    autoencoder = Autoencoder.load(autoencoder_config, config.device)
     columns = schema.latents(config.views * 2 * int(np.prod(latent_shape(config.size, autoencoder))))
     if config.aspect_step:
         latent_shape(config.aspect_step, autoencoder)  # raises UserError for fractions of a latent
@@ -100,28 +104,42 @@ def encode_shard(
     for bucket, shape in enumerate(bucket_shapes(config.size, config.aspect_step)):
         rows = np.flatnonzero(buckets == bucket)
         images = list(zip(rows.tolist(), ids[rows].tolist(), strict=True))
-        views = _readable_views(tar, images, shape, config, readable)
-        while batch := list(islice(views, config.batch_size)):
-            places, pixels = zip(*batch, strict=True)
-            encoded = _encode(pixels, autoencoder)
-            moments[list(places), : encoded.shape[1]] = encoded
+        with closing(_readable_views(tar, images, shape, config, readable)) as views:
+            while batch := list(islice(views, config.batch_size)):
+                places, pixels = zip(*batch, strict=True)
+                encoded = _encode(pixels, autoencoder)
+                moments[list(places), : encoded.shape[1]] = encoded
     moments = moments.reshape(len(ids), config.views * length)
     return readable, moments if readable.all() else moments[readable]
 
 
 def _readable_views(
     tar: ImageTar, images: list[tuple[int, int]], shape: Shape, config: LatentsConfig, readable: npt.NDArray[np.bool_]
-) -> Iterator[tuple[int, Pixels]]:
+) -> Generator[tuple[int, Pixels]]:
     """All views of images of one shape, in order; sets `readable` to False for images that cannot be read.
 
-    Each view comes after its place, row * views + view. images: row and id of each.
+    Each view comes after its place, row * views + view. images: row and id of each. Threads decode the views of the
+    next batch while the caller encodes. They end when the generator is closed.
     """
-    for row, image_id in images:
-        try:
-            yield from enumerate(retried(partial(image_views, tar, image_id, shape, config)), row * config.views)
-        except UnreadableError as error:
-            readable[row] = False
-            log.warning(f"left out: {error}")
+    waiting = iter(images)
+    ahead: deque[tuple[int, Future[list[Pixels]]]] = deque()
+    # The image that is handed out, and those of a batch, or one for each thread.
+    num_decoded = 1 + max(config.decode_threads, math.ceil(config.batch_size / config.views))
+    pool = ThreadPoolExecutor(config.decode_threads, "latents")
+    try:
+        while True:
+            for row, image_id in islice(waiting, num_decoded - len(ahead)):
+                ahead.append((row, pool.submit(retried, partial(image_views, tar, image_id, shape, config))))
+            if not ahead:
+                return
+            row, views = ahead.popleft()
+            try:
+                yield from enumerate(views.result(), row * config.views)
+            except UnreadableError as error:
+                readable[row] = False
+                log.warning(f"left out: {error}")
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def image_views(tar: ImageTar, image_id: int, shape: Shape, config: LatentsConfig) -> list[Pixels]:

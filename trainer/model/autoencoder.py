@@ -32,7 +32,8 @@ class Autoencoder:
 
     It computes in float32, but on CUDA the encoders of `kl` and `vq` compute in bf16, which changes latents by about
     1 %. factor: pixels per latent along an edge; channels: channels of a latent; identity: SHA-256 of kind, settings,
-    weights and scale. Equal identities give equal latents, up to the rounding of the device.
+    weights and scale. Equal identities give equal latents, up to the rounding of the device and its precision
+    (`AutoencoderConfig.precision`).
     """
 
     def __init__(self, network: torch.nn.Module, config: AutoencoderConfig, identity: str) -> None:
@@ -54,7 +55,7 @@ class Autoencoder:
         parts = [config.kind, settings, file_sha256(weights), config.scale]
         identity = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         network = network.to(device)
-        if config.kind != "patch" and torch.device(device).type == "cuda":
+        if config.precision(device) == "bf16":
             encode_in_bf16(network)
         return cls(network, config, identity)
 

@@ -12,13 +12,7 @@ from benchmarks.gpu.day import Cases, Day, Values, encoder
 from benchmarks.gpu.rows.join import clustered, write_partition
 from benchmarks.gpu.rows.training import TINY, delete_run, read_metrics, run_training, training_root
 
-SMALL = {
-    **TINY,
-    "train.source": "latents",
-    "train.log_every": 1,
-    "train.learning_rate": 1e-3,
-    "train.deterministic": True,
-}
+SMALL = {**TINY, "train.log_every": 1, "train.learning_rate": 1e-3, "train.deterministic": True}
 
 
 def cases(day: Day) -> Cases:

@@ -33,11 +33,10 @@ TINY = {
 
 def cases(day: Day) -> Cases:
     """Cases by name."""
-    latents = {"train.source": "latents"}
     return {
         "as shipped": lambda: measure(day, "shipped", {}),
-        "from latents": lambda: measure(day, "latents", latents),
-        **({} if day.tiny else {"compiled": lambda: measure(day, "compiled", {**latents, "train.compile": True})}),
+        "from images": lambda: measure(day, "images", {"train.source": "images"}),
+        **({} if day.tiny else {"compiled": lambda: measure(day, "compiled", {"train.compile": True})}),
     }
 
 
@@ -45,7 +44,7 @@ def measure(day: Day, name: str, changes: dict[str, object]) -> Values:
     """Steps, rate, memory and loss of a run of 50 steps, and its seconds from the start to the export."""
     steps = 2 if day.tiny else 50
     settings = {**(TINY if day.tiny else {}), "train.steps": steps, "train.log_every": max(1, steps // 5), **changes}
-    if settings.get("train.source", "images") == "images":
+    if settings.get("train.source") == "images":
         settings["autoencoder.path"] = str(autoencoder_folder(day))
     delete_run(day, name)
     began = time.monotonic()

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.pipeline import partitions
 from jobs.capacity.__main__ import INPUTS, main
-from jobs.capacity.plan import Network, costs, data_sizes, need_of, read_inputs, training_need
+from jobs.capacity.plan import Network, costs, data_sizes, latents_need, need_of, read_inputs, training_needs
 from jobs.capacity.stored import stored_inputs
 from jobs.capacity.tables import page, table
 from jobs.cli.recipe import Recipe, load_recipe
@@ -15,7 +15,7 @@ from pipeline.capacity import Cost, Inputs
 from retrieval.errors import UserError
 from retrieval.storage.manifest import Manifest, ShardRecord, write_manifest
 from retrieval.storage.root import FileRecord, Root
-from trainer.recipe import TrainConfig
+from trainer.recipe import LatentsConfig, TrainConfig
 from trainer.tracking.flops import encoding_flops
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -40,19 +40,34 @@ def test_the_need_of_training_follows_from_steps_batch_and_parameters(inputs: In
         name="t", source="latents", size=64, k=3, global_batch=10, micro_batch=5, steps=1000,
         checkpoint_every=100, keep_checkpoints=2,
     )  # fmt: skip
-    need = need_of(train, Network(5e9, 7_000_000, 64), inputs, data_sizes(recipe(), inputs))
+    network = Network(flops=5e9, parameters=7_000_000, latent_values=64, encoding_flops=1e9)
+    need = need_of(train, network, inputs, data_sizes(recipe(), inputs), views=3)
     assert need.gpu_s == pytest.approx(10_000 * 5e9 / (312e12 * 0.25))
     assert need.kept == 7_000_000 * (2 * 16 + 4)
     assert need.scratch == 7_000_000 * 16 * 8
-    assert need.read == 10_000 * (2 * 2 * 64 + 3 * 2 * 768)
+    assert need.read == 10_000 * (3 * 2 * 2 * 64 + 3 * 2 * 768)
 
 
 def test_training_on_images_costs_more_than_on_latents(inputs: Inputs) -> None:
     train = load_recipe(CONFIGS / "train_laion_256.toml")[TrainConfig]
     data = data_sizes(recipe(), inputs)
     network = Network(1e9, 1, 1, 0.6e9)
-    latents = need_of(train.model_copy(update={"source": "latents"}), network, inputs, data)
-    assert need_of(train, network, inputs, data).gpu_s == pytest.approx(1.6 * latents.gpu_s)
+    images = need_of(train.model_copy(update={"source": "images"}), network, inputs, data, views=1)
+    assert images.gpu_s == pytest.approx(1.6 * need_of(train, network, inputs, data, views=1).gpu_s)
+
+
+def test_latents_store_and_encode_every_view_and_decode_an_image_once(inputs: Inputs) -> None:
+    data = data_sizes(recipe("filter.max_train=1000"), inputs)
+    network = Network(flops=1.0, parameters=1, latent_values=64, encoding_flops=5e9)
+    need = latents_need(LatentsConfig(size=128, views=3, gpus_per_worker=0.5), network, inputs, data)
+    assert need.stage == "latents 128"
+    assert need.kept == 1000 * (3 * 2 * 2 * 64 + 8)  # mean and deviation in float16, and an id
+    assert need.read == 1000 * 294_100
+    assert need.gpu_s == pytest.approx(1000 * 3 * 5e9 / (312e12 * 0.25))
+    assert need.cpu_s == pytest.approx(1000 * 14_130e-6)
+    on_cpus = latents_need(LatentsConfig(size=128, views=3), network, inputs, data)
+    assert (on_cpus.gpu_s, on_cpus.kept) == (0, need.kept)
+    assert on_cpus.cpu_s == pytest.approx(1000 * 14_130e-6 + 1000 * 3 * 5e9 / 170e9)
 
 
 @pytest.mark.parametrize(("size", "gflop"), [(256, 137.9), (768, 1269.8)])
@@ -61,9 +76,12 @@ def test_encoding_with_the_papers_autoencoder_takes_the_counted_operations(size:
 
 
 def test_the_papers_network_has_the_expected_flop_and_parameters(inputs: Inputs) -> None:
-    need = training_need(load_recipe(CONFIGS / "train_laion_256.toml"), inputs, data_sizes(recipe(), inputs))
+    loaded = load_recipe(CONFIGS / "train_laion_256.toml")
+    latents, need = training_needs(loaded, inputs, data_sizes(recipe(), inputs))
     assert need.kept == 1_335_480_400 * (3 * 16 + 4)
-    assert need.gpu_s == pytest.approx(275_000 * 1600 * (216.3e9 + 137.9e9) / (312e12 * 0.25), rel=0.01)
+    assert need.gpu_s == pytest.approx(275_000 * 1600 * 216.3e9 / (312e12 * 0.25), rel=0.01)
+    assert latents.gpu_s == pytest.approx(100e6 * 4 * 137.9e9 / (312e12 * 0.25), rel=0.01)
+    assert latents.kept == 100e6 * (4 * 2 * 2 * 16 * 16 * 16 + 8)
 
 
 def test_the_plan_depends_on_the_settings_of_the_recipe(inputs: Inputs) -> None:
@@ -89,7 +107,10 @@ def test_every_recipe_has_a_plan_of_the_stages_that_it_has(inputs: Inputs, path:
     planned = load_recipe(path)
     stages = costs(planned, inputs, [planned] if planned.has("train") else [])
     names = [name for name in ("filter", "download", "embed", "index", "neighbors") if planned.has(name)]
-    names += [f"train {planned[TrainConfig].name}"] if planned.has("train") else []
+    if planned.has("train"):
+        train = planned[TrainConfig]
+        names += [f"latents {train.size}"] if train.source == "latents" else []
+        names += [f"train {train.name}"]
     assert [cost.need.stage for cost in stages] == names
     assert all(cost.hours > 0 for cost in stages)
 

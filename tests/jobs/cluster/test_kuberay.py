@@ -18,7 +18,7 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscali
 from jobs.cli.recipe import load_recipe
 from jobs.train import parse_arguments
 from trainer.engine.deepspeed_engine import accumulation_steps
-from trainer.recipe import AutoencoderConfig, TrainConfig
+from trainer.recipe import AutoencoderConfig, LatentsConfig, TrainConfig
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 WORKDIR = next(
@@ -27,6 +27,12 @@ WORKDIR = next(
     if line.startswith("WORKDIR")
 )
 Schema = dict[str, Any]
+
+
+def mounted(pod: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The volumes of the only container of a pod, by their paths in it."""
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    return {mount["mountPath"]: volumes[mount["name"]] for mount in pod["containers"][0]["volumeMounts"]}
 
 
 def fields(needed: str = "", **properties: Schema) -> Schema:
@@ -131,8 +137,10 @@ def test_the_nodes_that_the_autoscaler_adds_fit_every_worker_of_the_recipe() -> 
     assert nodes[scaling["head_node_type"]]["resources"]["CPU"] == 0
     assert cluster["spec"]["enableInTreeAutoscaling"]
     recipe = tomllib.loads((REPOSITORY / "jobs/configs/laion2b.toml").read_text())
-    stages = [recipe[stage] for stage in ("filter", "download", "embed", "index", "neighbors")]
-    for section in (*stages, recipe["embed"]["near_copies"], recipe["optout"]):
+    sections = [recipe[stage] for stage in ("filter", "download", "embed", "index", "neighbors", "optout")]
+    trainings = [REPOSITORY / f"jobs/configs/train_laion_{size}.toml" for size in (256, 512, 768)]
+    sections += [tomllib.loads(training.read_text())["latents"] for training in trainings]
+    for section in (*sections, recipe["embed"]["near_copies"]):
         name = section["nodes"]
         group, resources = nodes[name], nodes[name]["resources"]
         assert resources[name] == 1, "the resource by which a recipe selects the node"
@@ -151,6 +159,16 @@ def test_a_job_selects_the_cluster_and_is_not_retried() -> None:
     assert spec["entrypoint"] == "python -m jobs.download jobs/configs/laion2b.toml"
 
 
+@pytest.mark.parametrize("size", [256, 512, 768])
+def test_the_nodes_of_latents_and_the_job_have_the_autoencoder(size: int) -> None:
+    recipe = load_recipe(REPOSITORY / f"jobs/configs/train_laion_{size}.toml")
+    spec = read("kuberay.yaml")["spec"]
+    groups = {group["groupName"]: group for group in spec["workerGroupSpecs"]}
+    for group in (spec["headGroupSpec"], groups[recipe[LatentsConfig].nodes]):
+        folders = mounted(group["template"]["spec"])
+        assert folders[f"{WORKDIR}/{Path(recipe[AutoencoderConfig].path).parent}"]["persistentVolumeClaim"]
+
+
 def test_the_training_job_has_the_ranks_the_batch_and_the_files_that_its_recipe_needs() -> None:
     spec = read("rayjob_train.yaml")["spec"]
     [group], head = spec["rayClusterSpec"]["workerGroupSpecs"], spec["rayClusterSpec"]["headGroupSpec"]
@@ -164,8 +182,7 @@ def test_the_training_job_has_the_ranks_the_batch_and_the_files_that_its_recipe_
     assert accumulation_steps(train, train.ranks) == 1
     assert not recipe.root.is_local  # pods share no folder
     for node in (head["template"]["spec"], pod):
-        [container], volumes = node["containers"], {volume["name"]: volume for volume in node["volumes"]}
-        folders = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
+        [container], folders = node["containers"], mounted(node)
         assert folders[f"{WORKDIR}/{Path(recipe[AutoencoderConfig].path).parent}"]["persistentVolumeClaim"]
         assert container["envFrom"] == [{"secretRef": {"name": "object-store"}}]
     assert folders["/dev/shm"]["emptyDir"]["medium"] == "Memory"

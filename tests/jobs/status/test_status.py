@@ -154,7 +154,7 @@ def test_a_changed_setting_is_stale_and_a_changed_speed_is_not(recipe: Path) -> 
 def write_made(recipe: Path, stage: str, upstream: dict[str, str], inputs: dict[str, str], **values: object) -> None:
     """The manifest of a finished stage of the recipe, begun and ended now."""
     loaded = load_recipe(recipe)
-    config = loaded.sections[stage]
+    config = loaded.sections[stage.partition("/")[0]]
     digest = fingerprint(stage, 1, config, upstream)
     settings = config.model_dump(mode="json")
     write_manifest(loaded.root, Manifest(stage, 1, digest, upstream, settings, (), values, 0.0, inputs))
@@ -220,6 +220,17 @@ def test_changed_blocklists_heads_and_hidden_images_are_stale_and_named(recipe: 
     found = [stages[name].note.partition("; near copies")[0] for name in names]
     assert found == [*notes, "made with other hidden images"]
     assert {stages[name].state for name in names} == {"stale"}
+
+
+def test_vectors_and_latents_of_another_precision_are_stale(recipe: Path) -> None:
+    recipe.write_text(recipe.read_text() + "[embed]\n[latents]\nsize = 64\ngpus_per_worker = 0.5\n")
+    write_made(recipe, "embed", {"precision": "bf16"}, {})
+    write_made(recipe, "latents/64", {}, {})
+    stages = statuses_by_stage(recipe)
+    assert (stages["embed"].state, stages["embed"].note) == ("stale", "made in bf16, not fp32")
+    assert (stages["latents/64"].state, stages["latents/64"].note) == ("stale", "made in fp32, not bf16")
+    stages = statuses_by_stage(recipe, "embed.gpus_per_worker=1.0", "latents.gpus_per_worker=0.0")
+    assert [stages[name].state for name in ("embed", "latents/64")] == ["finished"] * 2
 
 
 def test_training_shows_the_last_complete_line_of_its_metrics(recipe: Path) -> None:

@@ -1,5 +1,8 @@
 import io
+import threading
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +14,7 @@ from retrieval.errors import UserError
 from retrieval.storage import schema
 from retrieval.storage.root import Root
 from tests.trainer.training_set import make_recipe, png, write_tar
-from trainer.data import images
+from trainer.data import images, latents
 from trainer.data.images import ImageTar, ScaledImage, center_crop, decode_image, random_crop
 from trainer.data.latents import image_views, make_shard_encoder, manifest_values
 from trainer.model.autoencoder import Autoencoder
@@ -91,6 +94,43 @@ def test_encoding_is_reproducible_and_independent_of_the_batch_size(
     moments = read_moments(root)
     make_shard_encoder(CONFIG.model_copy(update={"batch_size": 9}), autoencoder_config, root)(SHARD)
     np.testing.assert_allclose(moments, read_moments(root), atol=2e-3)
+
+
+def test_the_number_of_threads_changes_no_byte_even_if_earlier_images_take_longer(
+    root: Root, autoencoder_config: AutoencoderConfig
+) -> None:
+    sizes = {1: 1600, 2: 800, 3: 0, 4: 400, 5: 100, 6: 64}
+    contents = {image_id: png(noise(image_id, edge, edge)) if edge else b"no image" for image_id, edge in sizes.items()}
+    write_shard(root, contents, list(sizes))
+    one, many = (
+        make_shard_encoder(CONFIG.model_copy(update={"decode_threads": threads}), autoencoder_config, root)(SHARD)
+        for threads in (1, 8)
+    )
+    assert (one.files, one.reasons) == (many.files, many.reasons)
+    assert (one.rows, one.reasons) == (5, {"unreadable": 1})
+
+
+def test_decoding_stays_a_batch_ahead_and_ends_when_the_encoder_fails(
+    root: Root, autoencoder_config: AutoencoderConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = list(range(1, 21))
+    write_shard(root, {image_id: png(noise(image_id, 64, 64)) for image_id in ids}, ids)
+    submitted: list[int] = []
+
+    def recorded(read: Any, tar: ImageTar, image_id: int, *arguments: Any) -> Any:
+        submitted.append(image_id)
+        return partial(read, tar, image_id, *arguments)
+
+    def fail(_: Autoencoder, images: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError(f"no memory for {len(images)} views")
+
+    monkeypatch.setattr(latents, "partial", recorded)
+    monkeypatch.setattr(Autoencoder, "encode_moments", fail)
+    config = CONFIG.model_copy(update={"batch_size": 6, "decode_threads": 2})  # 2 images
+    with pytest.raises(RuntimeError, match="no memory for 6 views"):
+        make_shard_encoder(config, autoencoder_config, root)(SHARD)
+    assert submitted == [1, 2, 3, 4]  # this batch and the next one
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("latents")]
 
 
 def test_view_0_is_the_center_crop_and_the_others_are_seeded_random_crops(root: Root) -> None:

@@ -74,7 +74,7 @@ def test_a_bucket_has_a_sampled_picture_after_neighbors_training_with_two_kills_
         changes = {"source": "images", "size": SIZE, "steps": STEPS, "checkpoint_every": EVERY}
         logs = []
         for number, step in enumerate(range(EVERY, STEPS + 1, EVERY)):
-            # The cache of a machine holds one of the two tars, besides neighbors.
+            # Each machine begins with an empty cache.
             machine = {"cache_folder": str(tmp_path / f"machine-{number}"), "interleaved_shards": 2}
             values = make_recipe(autoencoder_folder, **changes, **machine).model_dump(mode="json", exclude_unset=True)
             sections = values | {"clip": clip.model_dump(mode="json", exclude_unset=True), "sample": SAMPLE}
