@@ -7,17 +7,15 @@ batches of that partition, and the footer, which is small in an Arrow file.
 """
 
 import time
-from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.runtime.arrow_files import read_batch, write_batches
 from pipeline.runtime.runner import run_shards
 from pipeline.runtime.stage import Stage, group_shards
 from pipeline.runtime.workers import Work, Workers, shared_workers
+from retrieval.arrow_files import read_number, write_by_number
 from retrieval.clip.identity import EncoderIdentity
 from retrieval.database.build import (
     CENTROID_SAMPLE_ROWS,
@@ -33,7 +31,6 @@ from retrieval.index.kmeans import nearest_centroids
 from retrieval.index.routing import Vectors, partition_folder, unit
 from retrieval.recipe import ClipConfig, IndexConfig
 from retrieval.storage import schema
-from retrieval.storage.arrow_columns import take_rows
 from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest
 from retrieval.storage.root import Root
 
@@ -132,26 +129,17 @@ def _shuffle_work(root: Root, dim: int, centroids: Vectors, groups: list[list[st
         parts = [schema.read_table(root, f"embed/{shard}.parquet", columns) for shard in group]
         table = pa.concat_tables(parts)
         numbers = nearest_centroids(schema.vectors(table, schema.EMBEDDING), centroids)[:, 0]
-        batches = _by_partition(table, numbers, len(centroids))
-        return ShardRecord(name, len(table), (write_batches(root, f"index/{name}.arrow", batches, table.schema),))
+        file = write_by_number(root, f"index/{name}.arrow", table, numbers, len(centroids))
+        return ShardRecord(name, len(table), (file,))
 
     return shuffle
-
-
-def _by_partition(table: pa.Table, numbers: npt.NDArray[np.int64], count: int) -> Iterator[pa.RecordBatch]:
-    """The rows of each of `count` partitions, also of those without rows, in the order of the table."""
-    order = np.argsort(numbers, kind="stable")
-    ends = np.searchsorted(numbers, np.arange(count), side="right", sorter=order)
-    for rows in np.split(order, ends[:-1]):
-        part = take_rows(table, rows).combine_chunks()
-        yield part.to_batches()[0] if len(rows) else pa.RecordBatch.from_pylist([], table.schema)
 
 
 def _build_work(root: Root, dim: int, config: IndexConfig, shuffled: list[str]) -> Work:
     def build(name: str) -> ShardRecord:
         number = int(name.rsplit("/", maxsplit=1)[-1])
-        parts = (read_batch(root, f"index/{shuffle}.arrow", number) for shuffle in shuffled)
-        table = schema.check_table(pa.Table.from_batches(parts), schema.embeddings(dim), f"partition {number}")
+        table = read_number(root, (f"index/{shuffle}.arrow" for shuffle in shuffled), number)
+        schema.check_table(table, schema.embeddings(dim), f"partition {number}")
         return write_partition(root, "index", number, table, config)
 
     return build

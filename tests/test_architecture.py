@@ -29,13 +29,14 @@ RAY_USERS = {"retrieval/cluster", "pipeline/runtime", "jobs/cluster"}
 ARROWS = """
 retrieval/__main__: cli
 retrieval/cli: clip database errors extras imports index pictures provenance recipe storage updates
+retrieval/arrow_files: storage
 retrieval/clip: config errors recipe storage
 retrieval/cluster: config database errors index storage
 retrieval/config:
 retrieval/database: clip errors extras file_cache index recipe storage
 retrieval/errors:
 retrieval/extras: errors
-retrieval/imports: clip config database errors index recipe storage
+retrieval/imports: arrow_files clip config database errors index recipe storage
 retrieval/file_cache: errors storage
 retrieval/index: errors file_cache kernel storage
 retrieval/join: database index recipe

@@ -22,11 +22,11 @@ from pipeline.filter.metadata import plan_pieces
 from pipeline.filter.piece_numbers import PIECE_FILES, known_pieces, remember_pieces
 from pipeline.filter.selection import Rules
 from pipeline.recipe import FilterConfig
-from pipeline.runtime.arrow_files import read_batches
 from pipeline.runtime.runner import run_shards
 from pipeline.runtime.stage import Stage
 from pipeline.runtime.workers import Workers, shared_workers
 from pipeline.web.blocklist import read_blocklist
+from retrieval.arrow_files import read_batches
 from retrieval.errors import UserError
 from retrieval.storage.manifest import Manifest, ShardRecord
 from retrieval.storage.root import Root

@@ -19,7 +19,7 @@ from pipeline.filter import selection
 from pipeline.filter.columns import captions, checksums, face_boxes
 from pipeline.filter.metadata import COLUMNS, MetadataPlan, Piece, read_piece
 from pipeline.filter.selection import CORRECTED_URL_SCHEMA, KEY_SCHEMA, Rules
-from pipeline.runtime.arrow_files import read_batches, read_some, write_batches
+from retrieval.arrow_files import read_batches, read_some, write_batches
 from retrieval.errors import UserError
 from retrieval.storage.arrow_columns import count_changed, numbers, pixels, texts
 from retrieval.storage.manifest import ShardRecord

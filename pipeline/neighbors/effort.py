@@ -13,10 +13,10 @@ import torch
 
 from pipeline.neighbors.matching import read_queries, shard_number
 from pipeline.recipe import NeighborsConfig
-from pipeline.runtime.arrow_files import read_batches, write_batches
 from pipeline.runtime.runner import run_shards
 from pipeline.runtime.stage import Stage
 from pipeline.runtime.workers import Work, Workers, shared_workers
+from retrieval.arrow_files import read_batches, write_batches
 from retrieval.database.database import Database
 from retrieval.database.recall import confidence_interval, recall_per_query
 from retrieval.errors import UserError

@@ -14,8 +14,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from pipeline.runtime.arrow_files import read_batch, write_batches
 from pipeline.runtime.workers import Work
+from retrieval.arrow_files import read_batch, write_batches
 from retrieval.database.database import Database
 from retrieval.index.partition import Partition
 from retrieval.index.routing import Vectors, route, unit

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.neighbors.matching import read_queries, shard_number
-from pipeline.runtime.arrow_files import read_batches, write_batches
 from pipeline.runtime.workers import Work
+from retrieval.arrow_files import read_batches, write_batches
 from retrieval.database.database import Database
 from retrieval.database.recall import confidence_interval, recall_per_query
 from retrieval.join.join import join_partition

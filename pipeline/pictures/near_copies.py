@@ -36,10 +36,10 @@ from pipeline.pictures.near_copy_shards import (
     shards_by_file,
     write_shards,
 )
-from pipeline.runtime.arrow_files import read_batch, read_batches, read_some, write_batches
 from pipeline.runtime.id_files import store_erased
 from pipeline.runtime.runner import run_shards
 from pipeline.runtime.workers import Work, Workers
+from retrieval.arrow_files import read_batch, read_batches, read_some, write_batches
 from retrieval.perceptual_hash import PerceptualHashIndex
 from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, ShardRecord, shard_file

@@ -11,7 +11,7 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -43,6 +43,7 @@ CENTROID_SAMPLE_ROWS = 1_000_000
 OWN_FILE = re.compile(
     r"centroids\.npy|((erased-|rewritten/)\w+/)?partitions/\d{5,}/"
     r"(index\.faiss|(embeddings|bounds|lists|list_centroids)\.npy|metadata\.arrow)|pictures/merged-\d{5}\.tar"
+    r"|shuffle-\d{5,}\.arrow"
 )
 """Files that an interrupted build or merge leaves, relative to the folder of the database."""
 OF_UPDATES = ("rewritten/", "pictures/merged-")
@@ -107,6 +108,16 @@ def write_centroids(root: Root, stage: str, centroids: Vectors) -> FileRecord:
     return _write_vectors(root, f"{stage}/centroids.npy", centroids)
 
 
+@dataclass(frozen=True)
+class PartitionedRows:
+    """The rows of a database by partition."""
+
+    centroids: Vectors
+    """Of the partitions, (partitions, dim) float32."""
+    tables: Iterable[pa.Table]
+    """The rows of each partition, schema.embeddings(dim); read once, one partition at a time."""
+
+
 def write_database(
     root: Root, table: pa.Table, encoder: EncoderIdentity, config: IndexConfig, identity: DatabaseIdentity
 ) -> Manifest:
@@ -114,19 +125,24 @@ def write_database(
 
     table: rows of schema.embeddings(encoder.dim). Raises UserError for no rows or rows of another dim.
     """
-    name = identity.name
-    started = time.time()
-    schema.check_table(table, schema.embeddings(encoder.dim), f"the table for database {name}")
-    if not len(table):
-        raise UserError(f"database {name} would be empty: no image could be embedded. Check its source.")
-    delete_database(root, name)
+    schema.check_table(table, schema.embeddings(encoder.dim), f"the table for database {identity.name}")
     rows = schema.vectors(table, schema.EMBEDDING)
     centroids = train_partition_centroids(rows, config)
     numbers = nearest_centroids(rows, centroids)[:, 0]
-    records = [ShardRecord("centroids", 0, (write_centroids(root, name, centroids),), identity.reasons)]
-    for number in range(len(centroids)):
-        part = table.filter(pa.array(numbers == number))
-        records.append(write_partition(root, name, number, part, config))
+    tables = (table.filter(pa.array(numbers == number)) for number in range(len(centroids)))
+    return write_partitioned(root, PartitionedRows(centroids, tables), encoder, config, identity)
+
+
+def write_partitioned(
+    root: Root, rows: PartitionedRows, encoder: EncoderIdentity, config: IndexConfig, identity: DatabaseIdentity
+) -> Manifest:
+    """As `write_database`, for rows that need not be in memory together."""
+    name = identity.name
+    started = time.time()
+    delete_database(root, name)
+    records = [ShardRecord("centroids", 0, (write_centroids(root, name, rows.centroids),), identity.reasons)]
+    for number, table in enumerate(rows.tables):
+        records.append(write_partition(root, name, number, table, config))
     manifest = database_manifest(records, encoder, config, identity)
     manifest = calibrated(root, replace(manifest, seconds=round(time.time() - started, 3)))
     write_manifest(root, manifest)
@@ -177,11 +193,19 @@ def delete_database(root: Root, name: str) -> None:
 
 
 def train_partition_centroids(sample: AnyVectors, config: IndexConfig, rows: int = 0) -> Vectors:
-    """Balanced centroids (partitions, dim) for a database of `rows` rows; 0: the sample is all of them."""
+    """Balanced centroids (partitions, dim) for a database of `rows` rows; 0: the sample is all of them.
+
+    Raises UserError for an empty sample.
+    """
+    if not len(sample):
+        raise UserError("the database would be empty: it has no usable vector. Check its source.")
     count = min(config.num_partitions(rows or len(sample)), len(sample))
-    random = np.random.default_rng(config.seed)
-    chosen = np.sort(random.permutation(len(sample))[:CENTROID_SAMPLE_ROWS])
-    return train_centroids(sample[chosen], count, config.seed, balanced=True)
+    return train_centroids(sample[centroid_sample(len(sample), config.seed)], count, config.seed, balanced=True)
+
+
+def centroid_sample(rows: int, seed: int) -> npt.NDArray[np.int64]:
+    """The numbers of the rows that train the partition centroids, ascending: all, or CENTROID_SAMPLE_ROWS of them."""
+    return np.sort(np.random.default_rng(seed).permutation(rows)[:CENTROID_SAMPLE_ROWS])
 
 
 def manifest_values(encoder: EncoderIdentity, partitions: Sequence[ShardRecord]) -> dict[str, object]:

@@ -1,87 +1,45 @@
-"""Builds a database from vectors of another tool and their metadata. Leaves out unusable rows, counted by reason."""
+"""Builds a database from vectors of another tool and their metadata, which may be larger than memory.
+
+Reads the source three times: for ids and columns, for a sample that trains the centroids of the partitions, and for a
+shuffle. As in the stage `index`, this writes groups of rows, each sorted by partition, to files in the folder of the
+database, which are deleted at the end. Then one partition at a time is read and built.
+"""
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from retrieval.arrow_files import read_number, write_by_number
 from retrieval.clip.identity import EncoderIdentity
-from retrieval.database.build import OWN_FILE, DatabaseIdentity, write_database
+from retrieval.database.build import (
+    OWN_FILE,
+    DatabaseIdentity,
+    PartitionedRows,
+    centroid_sample,
+    train_partition_centroids,
+    write_partitioned,
+)
 from retrieval.database.calibration import recalibrate
 from retrieval.database.database import Database
-from retrieval.database.unit_rows import unit_rows
 from retrieval.errors import UserError
-from retrieval.imports.metadata import read_metadata
 from retrieval.imports.readers import read_source_blocks, read_text_queries
 from retrieval.imports.source import Path, VectorSource
+from retrieval.imports.source_rows import SourceRows, scan_rows
 from retrieval.index.hidden import KEPT_BY_BUILDS
+from retrieval.index.kmeans import nearest_centroids
+from retrieval.index.routing import Vectors
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
-from retrieval.storage.arrow_columns import take_rows
 from retrieval.storage.data_files import split_path
 from retrieval.storage.lease import FOLDER as LEASES
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
-from retrieval.storage.schema import Reason
 
-UNIT_TOLERANCE = 0.005
-"""Lengths of normalized float16 vectors differ from 1 by at most this."""
-
-
-@dataclass(frozen=True)
-class DatabaseRows:
-    """Rows of a source as schema.embeddings(dim) and its further columns."""
-
-    table: pa.Table
-    reasons: dict[str, int]
-    """Number of rows left out, by reason."""
-    changed: dict[str, int]
-    """Number of values of the metadata that were unusable or cleaned, by column."""
-
-
-def read_database_blocks(source: VectorSource, dim: int) -> Iterator[DatabaseRows]:
-    """Convert the rows of a source in order, at most readers.BLOCK_ROWS at once.
-
-    The image id of a row is that of the source, else `schema.image_id` of its URL or path, else its row
-    number in the source. Raises UserError if vectors have another length than `dim`.
-    """
-    first = 0
-    for block in read_source_blocks(source):
-        length = block.vectors.shape[1]
-        if length not in (dim, 0):
-            raise UserError(f"{block.location} has vectors of length {length}; the encoder makes {dim}")
-        usable, rows = unit_rows(block.vectors)
-        metadata = read_metadata(block.metadata, len(usable), first, source.columns, block.location)
-        place = metadata.table.column_names.index(schema.NORM)
-        table = metadata.table.set_column(place, schema.METADATA.field(schema.NORM), _norms(block.vectors))
-        table = table.filter(pa.array(usable))
-        vectors = schema.fixed_lists(rows.reshape(-1, dim).astype(np.float16))
-        place = len(schema.METADATA)
-        table = table.add_column(place, schema.embeddings(dim).field(schema.EMBEDDING), vectors)
-        bad = int((~usable).sum())
-        yield DatabaseRows(table, {Reason.BAD_VECTOR: bad} if bad else {}, metadata.changed)
-        first += len(block.vectors)
-
-
-def read_rows(source: VectorSource, dim: int) -> DatabaseRows:
-    """All rows of a source, as `read_database_blocks`. Of several rows with one image id, the first is kept."""
-    reasons: Counter[str] = Counter()
-    changed: Counter[str] = Counter()
-    tables = [schema.embeddings(dim).empty_table()]
-    for block in read_database_blocks(source, dim):
-        tables.append(block.table)
-        reasons.update(block.reasons)
-        changed.update(block.changed)
-    table = _with_equal_columns(tables)
-    first_rows = np.sort(np.unique(table[schema.IMAGE_ID].to_numpy(), return_index=True)[1])
-    if len(first_rows) < len(table):
-        reasons[Reason.DUPLICATE_ID] = len(table) - len(first_rows)
-        table = take_rows(table, first_rows)
-    return DatabaseRows(table, dict(reasons), dict(changed))
+ROWS_PER_GROUP = 250_000
+"""Rows in a shuffle file, which are held in memory: 0.4 GB at 768 dimensions, a quarter of a usual partition."""
 
 
 def vector_dim(source: VectorSource) -> int:
@@ -102,7 +60,8 @@ def build_database(
 ) -> Database:
     """Build a database from vectors of any origin in folder `root`, and open it. Replaces a database there.
 
-    vectors, metadata: as in `VectorSource`, or a `VectorSource`. The rows must fit in memory as float16. Of
+    vectors, metadata: as in `VectorSource`, or a `VectorSource`. Files may be larger than memory, which holds a
+    partition (`config.rows_per_partition`) and 40 bytes a row; they must not change meanwhile. Of
     several rows with one image id, the first is kept. A `VectorSource` can contain vectors of texts, which measure the
     recall of searches for texts. Raises UserError for an unreadable source, vectors of
     another length than encoder.dim, no usable row, or a folder with other files.
@@ -114,41 +73,57 @@ def build_database(
     parent, name = split_path(root.url)
     parent.cache = root.cache
     require_free(parent.child(name))
-    rows = read_rows(source, encoder.dim)
+    rows = scan_rows(source, encoder.dim)
+    config = config or IndexConfig.model_validate({})
+    sample, digest = _sample_and_digest(rows, config.seed)
     values: dict[str, object] = {"changed_values": rows.changed} if rows.changed else {}
-    identity = DatabaseIdentity(name, {"source": _digest(rows.table)}, rows.reasons, values)
-    write_database(parent, rows.table, encoder, config or IndexConfig.model_validate({}), identity)
+    identity = DatabaseIdentity(name, {"source": digest}, rows.reasons, values)
+    centroids = train_partition_centroids(sample, config, len(rows.ids))
+    partitioned = PartitionedRows(centroids, _shuffled(parent.child(name), rows, centroids))
+    write_partitioned(parent, partitioned, encoder, config, identity)
     if (texts := read_text_queries(source)) is not None:
         recalibrate(parent.child(name), texts, "texts")
     return Database.open(root)
 
 
-def _with_equal_columns(tables: list[pa.Table]) -> pa.Table:
-    """All rows. Numbers get the type that holds the numbers of all tables; a column that a table lacks is null there.
+def _sample_and_digest(rows: SourceRows, seed: int) -> tuple[npt.NDArray[np.float16], str]:
+    """The vectors that train the centroids, and the digest of all ids and vectors, 16 hex digits."""
+    is_sampled = np.zeros(len(rows.ids), bool)
+    is_sampled[centroid_sample(len(rows.ids), seed)] = True
+    digest, start = hashlib.sha256(rows.ids.data), 0
+    sample = [np.empty((0, rows.dim), np.float16)]
+    for table in rows.tables():
+        vectors = schema.vectors(table, schema.EMBEDDING)
+        digest.update(vectors.data)
+        sample.append(vectors[is_sampled[start : start + len(vectors)]])
+        start += len(vectors)
+    return np.concatenate(sample), digest.hexdigest()[:16]
 
-    Raises UserError for a column of different kinds of values. Columns without any value are left out.
-    """
+
+def _shuffled(folder: Root, rows: SourceRows, centroids: Vectors) -> Iterator[pa.Table]:
+    """The rows of each partition, in the order of the source."""
+    files: list[str] = []
     try:
-        table = pa.concat_tables(tables, promote_options="permissive")
-    except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
-        raise UserError(
-            f"files of the source have columns of one name and different types: {error}. Convert or remove them."
-        ) from error
-    return table.drop_columns([field.name for field in table.schema if pa.types.is_null(field.type)])
+        for group in _groups(rows.tables()):
+            numbers = nearest_centroids(schema.vectors(group, schema.EMBEDDING), centroids)[:, 0]
+            files.append(f"shuffle-{len(files):05d}.arrow")
+            write_by_number(folder, files[-1], group, numbers, len(centroids))
+        for number in range(len(centroids)):
+            yield read_number(folder, files, number)
+    finally:
+        folder.delete_files(files)
 
 
-def _norms(vectors: npt.NDArray[np.generic]) -> pa.Array:
-    """Lengths (n,) of vectors (n, dim), float32. A length of 1 is null: the other tool has normalized the vector."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        norms = np.linalg.norm(vectors.astype(np.float64), axis=1).astype(np.float32)
-    return pa.array(norms, mask=~np.isfinite(norms) | (np.abs(norms - 1) < UNIT_TOLERANCE))
-
-
-def _digest(table: pa.Table) -> str:
-    """Digest of all ids and vectors, 16 hex digits."""
-    digest = hashlib.sha256(table[schema.IMAGE_ID].to_numpy().data)
-    digest.update(schema.vectors(table, schema.EMBEDDING).data)
-    return digest.hexdigest()[:16]
+def _groups(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """The rows of the tables in order, about ROWS_PER_GROUP at once."""
+    group: list[pa.Table] = []
+    for table in tables:
+        group.append(table)
+        if sum(map(len, group)) >= ROWS_PER_GROUP:
+            yield pa.concat_tables(group)
+            group = []
+    if group:
+        yield pa.concat_tables(group)
 
 
 def require_free(folder: Root) -> None:

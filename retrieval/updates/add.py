@@ -13,8 +13,8 @@ import pyarrow as pa
 
 from retrieval.database.database import Database
 from retrieval.errors import RecallWarning, UserError
-from retrieval.imports.importer import read_rows
 from retrieval.imports.source import Path, VectorSource
+from retrieval.imports.source_rows import scan_rows
 from retrieval.index.kmeans import nearest_centroids
 from retrieval.storage import schema
 from retrieval.storage.root import Root
@@ -28,19 +28,21 @@ def add_to_database(
 ) -> Database:
     """Add vectors of the same encoder to the database in folder `root`, and open it. The ids of its rows stay.
 
-    vectors, metadata: as in `build_database`; vectors of texts are not used. A row with the id of an earlier row is
-    left out and counted (`Reason.DUPLICATE_ID`); to replace a row, delete it first. Databases that are open keep their
-    rows. Warns (RecallWarning) when so many rows were added that the recall should be measured again. Raises UserError
-    as `build_database`, if no row is new, and while another process updates the database.
+    vectors, metadata: as in `build_database`, but they must fit in memory; vectors of texts are not used. A row with
+    the id of an earlier row is left out and counted (`Reason.DUPLICATE_ID`); to replace a row, delete it first.
+    Databases that are open keep their rows. Warns (RecallWarning) when so many rows were added that the recall should
+    be measured again. Raises UserError as `build_database`, if no row is new, and while another process updates the
+    database.
     """
     root = root if isinstance(root, Root) else Root(root)
     source = vectors if isinstance(vectors, VectorSource) else VectorSource(vectors, metadata)
     with opened_for_update(root) as database:
-        rows = read_rows(source, database.dim)
-        table, known = _without_known(_with_columns_of(database, rows.table), database)
+        rows = scan_rows(source, database.dim)
+        usable = pa.concat_tables([rows.columns.empty_table(), *rows.tables()])
+        table, known = _without_known(_with_columns_of(database, usable), database)
         if not len(table):
             raise UserError(
-                f"nothing to add to {root.url}: {known} of {len(rows.table)} usable rows are in it by their id. "
+                f"nothing to add to {root.url}: {known} of {len(usable)} usable rows are in it by their id. "
                 "Give new rows a column image_id or url; to replace rows, delete them first."
             )
         numbers = nearest_centroids(schema.vectors(table, schema.EMBEDDING), database.centroids)[:, 0]

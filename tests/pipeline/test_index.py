@@ -10,8 +10,8 @@ import pytest
 
 from pipeline import embed, index
 from pipeline.recipe import EmbedConfig
-from pipeline.runtime.arrow_files import read_batch, write_batches
 from retrieval import Database, Effort, Root, UserError
+from retrieval.arrow_files import read_number, write_by_number
 from retrieval.index.hidden import hide
 from retrieval.recipe import ClipConfig, IndexConfig
 from retrieval.storage import schema
@@ -100,9 +100,9 @@ def test_a_partition_is_read_from_a_shuffle_file_without_the_others(tmp_path: Pa
     numbers = np.random.default_rng(0).integers(0, 1_899, 50_000)  # the last partition is empty
     table = pa.table({"row": np.arange(50_000), "partition": numbers})
     root = Root(tmp_path)
-    write_batches(root, "shuffle.arrow", index._by_partition(table, numbers, 1_900), table.schema)
+    write_by_number(root, "shuffle.arrow", table, numbers, 1_900)
     for number in (0, 7, 1_899):
-        rows = read_batch(root, "shuffle.arrow", number)["row"].to_numpy()
+        rows = read_number(root, ["shuffle.arrow"], number)["row"].to_numpy()
         np.testing.assert_array_equal(rows, np.flatnonzero(numbers == number))
     with CountedFile(root.local_path("shuffle.arrow"), "rb") as file:
         pa.ipc.open_file(file).get_batch(7)

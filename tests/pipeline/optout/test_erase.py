@@ -22,12 +22,12 @@ from pipeline.optout.erase import ErasePlan, plan_file
 from pipeline.optout.ids_left import ids_left
 from pipeline.pictures.near_copy_shards import pending_comparisons
 from pipeline.recipe import DownloadConfig, EmbedConfig, NeighborsConfig
-from pipeline.runtime.arrow_files import read_batches
 from pipeline.runtime.stage import Stage
 from pipeline.runtime.status import StageSpec, UpstreamStages, stage_status
 from pipeline.runtime.workers import Workers
 from pipeline.web.blocklist import Blocklist, read_blocklist
 from retrieval import Database, Root, UserError, add_to_database, delete_from_database, merge_databases
+from retrieval.arrow_files import read_batches
 from retrieval.clip.encoder import Encoder
 from retrieval.config import Config
 from retrieval.database.verify import damaged_files

@@ -15,8 +15,9 @@ import torch
 
 from retrieval import Database, UserError
 from retrieval.imports import readers
-from retrieval.imports.importer import build_database, read_database_blocks, vector_dim
+from retrieval.imports.importer import build_database, vector_dim
 from retrieval.imports.source import SourceColumns, VectorSource
+from retrieval.imports.source_rows import read_database_blocks
 from retrieval.index.routing import Vectors
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema

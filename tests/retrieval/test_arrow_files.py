@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.runtime.arrow_files import read_batch, read_batches, write_batches
+from retrieval.arrow_files import read_batch, read_batches, write_batches
 from retrieval.storage.root import Root
 
 

@@ -1,0 +1,143 @@
+"""Rows of another tool's vectors and metadata as a database stores them. Unusable rows are left out, counted by reason.
+
+A source may be larger than memory: its rows are read again in each pass, one block at a time.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from retrieval.database.unit_rows import as_array, unit_rows
+from retrieval.errors import UserError
+from retrieval.imports.metadata import read_metadata
+from retrieval.imports.readers import read_source_blocks
+from retrieval.imports.source import VectorSource
+from retrieval.storage import schema
+from retrieval.storage.schema import Reason
+
+UNIT_TOLERANCE = 0.005
+"""Lengths of normalized float16 vectors differ from 1 by at most this."""
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """Consecutive rows of a source as schema.embeddings(dim) and its further columns."""
+
+    table: pa.Table
+    reasons: dict[str, int]
+    """Number of rows left out, by reason."""
+    changed: dict[str, int]
+    """Number of values of the metadata that were unusable or cleaned, by column."""
+
+
+def read_database_blocks(source: VectorSource, dim: int) -> Iterator[RowBlock]:
+    """Convert the rows of a source in order, at most readers.BLOCK_ROWS at once.
+
+    The image id of a row is that of the source, else `schema.image_id` of its URL or path, else its row
+    number in the source. Raises UserError if vectors have another length than `dim`.
+    """
+    first = 0
+    for block in read_source_blocks(source):
+        length = block.vectors.shape[1]
+        if length not in (dim, 0):
+            raise UserError(f"{block.location} has vectors of length {length}; the encoder makes {dim}")
+        usable, rows = unit_rows(block.vectors)
+        metadata = read_metadata(block.metadata, len(usable), first, source.columns, block.location)
+        place = metadata.table.column_names.index(schema.NORM)
+        table = metadata.table.set_column(place, schema.METADATA.field(schema.NORM), _norms(block.vectors))
+        table = table.filter(pa.array(usable))
+        vectors = schema.fixed_lists(rows.reshape(-1, dim).astype(np.float16))
+        place = len(schema.METADATA)
+        table = table.add_column(place, schema.embeddings(dim).field(schema.EMBEDDING), vectors)
+        bad = int((~usable).sum())
+        yield RowBlock(table, {Reason.BAD_VECTOR: bad} if bad else {}, metadata.changed)
+        first += len(block.vectors)
+
+
+def _norms(vectors: npt.NDArray[np.generic]) -> pa.Array:
+    """Lengths (n,) of vectors (n, dim), float32. A length of 1 is null: the other tool has normalized the vector."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        norms = np.linalg.norm(vectors.astype(np.float64), axis=1).astype(np.float32)
+    return pa.array(norms, mask=~np.isfinite(norms) | (np.abs(norms - 1) < UNIT_TOLERANCE))
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    """The rows of a source that a database takes. Of several rows with one image id it takes the first."""
+
+    source: VectorSource
+    columns: pa.Schema
+    """schema.embeddings(dim) and further columns."""
+    ids: npt.NDArray[np.int64]
+    """Image ids (n,) of the rows."""
+    is_taken: npt.NDArray[np.bool_]
+    """Which usable rows of the source these are."""
+    reasons: dict[str, int]
+    """Number of rows left out, by reason."""
+    changed: dict[str, int]
+    """Number of values of the metadata that were unusable or cleaned, by column."""
+
+    @property
+    def dim(self) -> int:
+        """Length of the vectors."""
+        return int(self.columns.field(schema.EMBEDDING).type.list_size)
+
+    def tables(self) -> Iterator[pa.Table]:
+        """The rows in order, read from the source, at most readers.BLOCK_ROWS at once.
+
+        Raises UserError if the source got more rows after the scan.
+        """
+        empty, start = self.columns.empty_table(), 0
+        for block in read_database_blocks(self.source, self.dim):
+            taken = self.is_taken[start : start + len(block.table)]
+            if len(taken) < len(block.table):
+                raise UserError(
+                    f"{self.source.vectors} got more rows while it was read. Leave it as it is, and name a folder "
+                    "outside of it for the database."
+                )
+            rows = block.table.filter(pa.array(taken))
+            yield pa.concat_tables([empty, rows], promote_options="permissive").select(self.columns.names)
+            start += len(taken)
+
+
+def scan_rows(source: VectorSource, dim: int) -> SourceRows:
+    """Read a source once to know its rows. Takes about 40 bytes of memory a row.
+
+    Raises UserError for an unreadable source and for columns of one name and different kinds of values.
+    """
+    if not isinstance(source.vectors, str | os.PathLike):
+        source = replace(source, vectors=as_array(source.vectors, "the array of vectors"))
+    reasons: Counter[str] = Counter()
+    changed: Counter[str] = Counter()
+    schemas, ids = [schema.embeddings(dim)], [np.empty(0, np.int64)]
+    for block in read_database_blocks(source, dim):
+        ids.append(block.table[schema.IMAGE_ID].to_numpy())
+        if block.table.schema != schemas[-1]:
+            schemas.append(block.table.schema)
+        reasons.update(block.reasons)
+        changed.update(block.changed)
+    all_ids = np.concatenate(ids)
+    is_taken = np.zeros(len(all_ids), bool)
+    is_taken[np.unique(all_ids, return_index=True)[1]] = True
+    if not is_taken.all():
+        reasons[Reason.DUPLICATE_ID] = int((~is_taken).sum())
+    return SourceRows(source, _joint_columns(schemas), all_ids[is_taken], is_taken, dict(reasons), dict(changed))
+
+
+def _joint_columns(schemas: list[pa.Schema]) -> pa.Schema:
+    """The columns of all tables. Numbers get the type that holds the numbers of all tables.
+
+    Raises UserError for a column of different kinds of values. Columns without any value are left out.
+    """
+    try:
+        joint = pa.unify_schemas(schemas, promote_options="permissive")
+    except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
+        raise UserError(
+            f"files of the source have columns of one name and different types: {error}. Convert or remove them."
+        ) from error
+    return pa.schema([field for field in joint if not pa.types.is_null(field.type)])

@@ -1,0 +1,140 @@
+"""A database of vectors that do not fit in memory equals one of a table in memory."""
+
+import hashlib
+import threading
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from retrieval import Database, Root, UserError
+from retrieval.database import build
+from retrieval.database.build import DatabaseIdentity, write_database
+from retrieval.imports import importer, readers
+from retrieval.imports.importer import build_database
+from retrieval.imports.source import VectorSource
+from retrieval.imports.source_rows import read_database_blocks
+from retrieval.recipe import IndexConfig
+from retrieval.storage import root, schema
+from tests.retrieval.conftest import DIM, IDENTITY, clustered
+
+CONFIG = IndexConfig(rows_per_partition=100, num_queries=10)
+COUNTS = (300, 1, 250)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks, groups and a sample that are smaller than the sources here."""
+    monkeypatch.setattr(readers, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(importer, "ROWS_PER_GROUP", 90)
+    monkeypatch.setattr(build, "CENTROID_SAMPLE_ROWS", 400)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A clip-retrieval folder of three files with bad vectors, ids that occur twice and a column of several types."""
+    folder = tmp_path / "source"
+    for number, count in enumerate(COUNTS):
+        for name in ("img_emb", "metadata"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        rows = clustered(count, seed=number).astype(np.float16)
+        rows[3::40] = 0
+        np.save(folder / f"img_emb/img_emb_{number}.npy", rows)
+        ids = np.arange(number * 100, number * 100 + count)
+        year = pa.array(ids, pa.int16()) if number == 1 else pa.array(ids / 2)
+        table = pa.table({"image_id": ids, "caption": [f"picture {number} {i}" for i in ids], "year": year})
+        pq.write_table(table, folder / f"metadata/metadata_{number}.parquet")
+    return folder
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def in_memory(folder: Path, root: Root) -> Database:
+    """The database of the rows of a folder, put together in memory."""
+    tables = [block.table for block in read_database_blocks(VectorSource(folder), DIM)]
+    table = pa.concat_tables(tables, promote_options="permissive")
+    ids = table[schema.IMAGE_ID].to_pylist()
+    table = table.take([ids.index(one) for one in sorted(set(ids), key=ids.index)])
+    write_database(root, table.combine_chunks(), IDENTITY, CONFIG, DatabaseIdentity("db", {}))
+    return Database.open(root.child("db"))
+
+
+def test_a_build_from_files_equals_a_build_from_a_table(folder: Path, tmp_path: Path) -> None:
+    database = build_database(tmp_path / "streamed/db", folder, encoder=IDENTITY, config=CONFIG)
+    expected = in_memory(folder, Root(tmp_path / "memory"))
+    assert checksums(tmp_path / "streamed") == checksums(tmp_path / "memory")
+    assert len(database.partitions) > 3
+    assert len(database) == len(expected) < 460
+    assert database.manifest.reasons == {"bad_vector": 15, "duplicate_id": sum(COUNTS) - 15 - len(expected)}
+    assert database.manifest.values == expected.manifest.values
+
+
+def test_a_build_that_is_killed_in_the_shuffle_is_replaced_by_the_next(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Root(tmp_path / "db")
+    build_database(root, clustered(20, seed=1), encoder=IDENTITY, config=CONFIG)
+    (tmp_path / "db/notes.txt").write_text("mine")
+    (tmp_path / "db/manifest.json").unlink()
+    (tmp_path / "db/shuffle-00000.arrow").write_bytes(b"of a build that was killed")
+    with pytest.raises(UserError, match=r"contains notes\.txt and is not a database"):
+        build_database(root, folder, encoder=IDENTITY, config=CONFIG)
+    (tmp_path / "db/notes.txt").unlink()
+    assert len(build_database(root, folder, encoder=IDENTITY, config=CONFIG)) > 400
+    assert not [*(tmp_path / "db").glob("shuffle*")]
+
+
+def test_a_database_inside_its_source_is_an_error(tmp_path: Path) -> None:
+    np.save(tmp_path / "0.npy", clustered(30, seed=1))
+    with pytest.raises(UserError, match=r"got more rows while it was read.*name a folder outside of it"):
+        build_database(tmp_path / "db", tmp_path, encoder=IDENTITY, config=CONFIG)
+
+
+@contextmanager
+def peak_memory(peaks: list[int]) -> Iterator[None]:
+    """Append the most bytes that NumPy and Arrow hold during the block to `peaks`."""
+    ended = threading.Event()
+    arrow = [before := pa.total_allocated_bytes()]
+
+    def watch() -> None:
+        while not ended.wait(0.001):
+            arrow.append(pa.total_allocated_bytes())
+
+    watcher = threading.Thread(target=watch)
+    tracemalloc.start()
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+        peaks.append(tracemalloc.get_traced_memory()[1] + max(arrow) - before)
+        tracemalloc.stop()
+
+
+def test_a_build_holds_a_fraction_of_the_vectors_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, dim, files = 500, 2048, 8
+    monkeypatch.setattr(readers, "BLOCK_ROWS", 125)
+    monkeypatch.setattr(importer, "ROWS_PER_GROUP", 250)
+    monkeypatch.setattr(root, "CHUNK_BYTES", 1 << 16)
+    source = tmp_path / "source"
+    source.mkdir()
+    random = np.random.default_rng(0)
+    for number in range(files):
+        vectors = random.random((rows, dim), np.float32) - 0.5
+        np.save(source / f"{number}.npy", vectors.astype(np.float16))
+    encoder = IDENTITY.model_copy(update={"dim": dim})
+    config = IndexConfig(rows_per_partition=160, num_queries=5)
+    peaks: list[int] = []
+    with peak_memory(peaks):
+        database = build_database(tmp_path / "db", source, encoder=encoder, config=config)
+    assert len(database) == rows * files
+    assert peaks[0] < 0.67 * rows * files * dim * 2
