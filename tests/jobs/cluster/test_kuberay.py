@@ -65,7 +65,13 @@ VOLUME = fields(
     emptyDir=fields(medium={"const": "Memory"}, sizeLimit=TEXT),
 )
 TOLERATION = fields(key=TEXT, operator={"enum": ["Exists", "Equal"]}, effect={"enum": ["NoSchedule", "NoExecute"]})
-POD = fields("containers", containers=list_of(CONTAINER), volumes=list_of(VOLUME), tolerations=list_of(TOLERATION))
+POD = fields(
+    "containers",
+    containers=list_of(CONTAINER),
+    volumes=list_of(VOLUME),
+    nodeSelector=TEXTS,
+    tolerations=list_of(TOLERATION),
+)
 HEAD = {"rayStartParams": TEXTS, "template": fields("spec", spec=POD)}
 COUNTS = {"groupName": TEXT, "replicas": COUNT, "minReplicas": COUNT, "maxReplicas": COUNT}
 CLUSTER = fields(
@@ -149,6 +155,17 @@ def test_the_nodes_that_the_autoscaler_adds_fit_every_worker_of_the_recipe() -> 
         assert section["memory_gb"] * 1e9 * max(1, gpus) <= resources["memory"]
         assert section.get("gpus_per_worker", 0) <= gpus
         assert section["workers"]  # a cluster without nodes adds them for workers that wait
+
+
+def test_nodes_on_spot_machines_take_the_workers_of_the_other_nodes() -> None:
+    cluster = read("kuberay.yaml")
+    cluster["metadata"]["namespace"] = "default"
+    nodes = _derive_autoscaling_config_from_ray_cr(cluster)["available_node_types"]
+    assert nodes["download-spot"]["resources"] == nodes["download"]["resources"]
+    assert (nodes["download-spot"]["min_workers"], nodes["download-spot"]["max_workers"]) == (0, 0)
+    [spot] = [group for group in cluster["spec"]["workerGroupSpecs"] if group["groupName"] == "download-spot"]
+    pod = spot["template"]["spec"]
+    assert pod["nodeSelector"].keys() <= {toleration["key"] for toleration in pod["tolerations"]}
 
 
 def test_a_job_selects_the_cluster_and_is_not_retried() -> None:
