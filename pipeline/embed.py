@@ -25,6 +25,7 @@ from pipeline.runtime.stage import Stage, map_in_threads
 from pipeline.runtime.workers import Work, Workers, shared_workers
 from retrieval.clip.encoder import Encoder
 from retrieval.clip.heads import load_head
+from retrieval.clip.weight_files import weight_files
 from retrieval.index.routing import unit
 from retrieval.recipe import ClipConfig
 from retrieval.storage import schema
@@ -49,7 +50,7 @@ def run(config: EmbedConfig, clip: ClipConfig, root: Root) -> Manifest:
     """Embed every shard of `download`. Raises UserError if the encoder or a head cannot be loaded."""
     started = time.time()
     download = read_manifest(root, "download")
-    encoder = Encoder(clip).identity
+    encoder, files = Encoder(clip).identity, weight_files(clip)
     inputs = {"download": download.identity, "clip": encoder.digest}
     if config.used_precision == "bf16":
         inputs["precision"] = "bf16"  # without it: fp32
@@ -68,7 +69,8 @@ def run(config: EmbedConfig, clip: ClipConfig, root: Root) -> Manifest:
             workers = replace(workers, shards_at_once=2)  # one is read or written while the GPU computes the other
         make_work = partial(_make_work, config, clip, scored, selection)
         records = run_shards(stage, download.shard_names(), make_work, workers)
-        return stage.complete(records, {"encoder": encoder.model_dump(mode="json")}, started)
+        values = {"encoder": encoder.model_dump(mode="json"), "clip_files": files}
+        return stage.complete(records, values, started)
 
 
 def _shard_inputs(stage: Stage, selection: DatabaseSelection) -> dict[str, dict[str, str]]:

@@ -1,7 +1,7 @@
 """Inputs of finished stages that are no stages: metadata, blocklists, heads, CLIP model, precision, hidden images.
 
-They are compared as the stages do, without reading data. The weights of CLIP are not compared: only loading them gives
-their digest.
+They are compared as the stages do, without reading data. The weights of CLIP are compared by their files, if these are
+here: only loading them gives the digest that the stage compares.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,6 +12,7 @@ from pipeline.filter.metadata import changed_metadata
 from pipeline.recipe import DownloadConfig, EmbedConfig, FilterConfig
 from pipeline.web.blocklist import read_blocklist
 from retrieval.clip.head_files import head_digest, heads_identity, read_head
+from retrieval.clip.weight_files import weights_changed
 from retrieval.index.hidden import hidden_digest
 from retrieval.recipe import ClipConfig, Precision
 from retrieval.storage.manifest import Manifest, read_manifest
@@ -53,8 +54,11 @@ def _of_embed(recipe: Recipe, made: Manifest) -> Iterator[str]:
     if heads_identity(digests, heads) != made.inputs.get("heads", ""):
         yield "made with other heads"
     model = made.values.get("encoder", {}).get("model")
-    if model and recipe.has("clip") and model != recipe[ClipConfig].model.rsplit("/", maxsplit=1)[-1]:
-        yield f"made with the CLIP model {model}"
+    if model and recipe.has("clip"):
+        if model != recipe[ClipConfig].model.rsplit("/", maxsplit=1)[-1]:
+            yield f"made with the CLIP model {model}"
+        elif weights_changed(recipe[ClipConfig], made.values.get("clip_files", {})):
+            yield "made with other weights of CLIP"
     yield from _of_precision(recipe[EmbedConfig].used_precision, made)
 
 

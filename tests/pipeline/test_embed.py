@@ -52,7 +52,8 @@ def embedded(root: Root, shard: str) -> tuple[list[str], np.ndarray]:
 
 @pytest.mark.usefixtures("in_process_shards")
 def test_each_image_gets_its_own_vector_in_the_order_of_the_download(root: Root, clip: ClipConfig) -> None:
-    embed.run(CONFIG, clip, root)
+    manifest = embed.run(CONFIG, clip, root)
+    assert [*manifest.values["clip_files"]] == ["open_clip_model.safetensors"]
     urls, vectors = embedded(root, "train/00000")
     readable = [p for i, p in enumerate(pictures("train", 1, 7)) if i not in (2, 4)]
     assert urls == [picture.url for picture in readable]

@@ -23,8 +23,10 @@ from pipeline.filter.metadata import plan_pieces
 from pipeline.recipe import EmbedConfig, FilterConfig
 from pipeline.runtime.status import Status
 from retrieval.clip.head_files import head_digest, heads_identity
+from retrieval.clip.weight_files import weight_files
 from retrieval.errors import UserError
 from retrieval.index.hidden import store_hidden
+from retrieval.recipe import ClipConfig
 from retrieval.storage import stage_folder
 from retrieval.storage.manifest import Manifest, ShardRecord, fingerprint, write_manifest, write_record
 from retrieval.storage.object_store import ListedFile
@@ -231,6 +233,30 @@ def test_vectors_and_latents_of_another_precision_are_stale(recipe: Path) -> Non
     assert (stages["latents/64"].state, stages["latents/64"].note) == ("stale", "made in fp32, not bf16")
     stages = statuses_by_stage(recipe, "embed.gpus_per_worker=1.0", "latents.gpus_per_worker=0.0")
     assert [stages[name].state for name in ("embed", "latents/64")] == ["finished"] * 2
+
+
+@pytest.mark.parametrize("in_folder", [True, False])
+def test_other_weights_of_clip_under_the_same_name_are_stale(recipe: Path, tmp_path: Path, in_folder: bool) -> None:
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    weights = folder / "open_clip_model.safetensors"
+    weights.write_bytes(b"weights")
+    settings = f'model = "local-dir:{folder}"' if in_folder else f'model = "clip"\npretrained = "{weights}"'
+    recipe.write_text(f"{recipe.read_text()}[embed]\n[clip]\n{settings}\n")
+    write_filter(recipe)
+    files = weight_files(load_recipe(recipe)[ClipConfig])
+    write_made(recipe, "embed", {}, {"heads": ""}, encoder={"model": "clip"}, clip_files=files)
+
+    def note() -> str:
+        return statuses_by_stage(recipe)["embed"].note
+
+    assert note() == ""
+    os.utime(weights, (1, 1))
+    assert note() == ""
+    weights.write_bytes(b"another")
+    assert note() == "made with other weights of CLIP"
+    weights.unlink()
+    assert note() == ""
 
 
 def test_training_shows_the_last_complete_line_of_its_metrics(recipe: Path) -> None:
