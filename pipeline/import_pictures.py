@@ -203,18 +203,18 @@ def _import_shard(root: Root, settings: dict[str, SplitSettings], shards: Shards
 
 
 def _store(pictures: list[ImportedPicture], settings: SplitSettings, buffer: PictureBuffer) -> Rows:
-    """The rows of DOWNLOADED of pictures. Adds the JPEGs to the buffer."""
+    """The rows of DOWNLOADED of pictures. Adds the stored pictures to the buffer."""
     blocked: set[int] = set()
     for urls in ([p.url for p in pictures], [p.address for p in pictures]):
         ids = np.array([image_id(url) for url in urls], np.int64)
         blocked |= blocked_urls(pa.table({IMAGE_ID: ids, "url": pa.array(urls, pa.string())}), settings.blocklist)
     rows = []
     for number, imported in enumerate(pictures):
-        status, jpeg = RowStatus(str(Reason.BLOCKED), URL_BLOCKED), b""
+        status, stored = RowStatus(str(Reason.BLOCKED), URL_BLOCKED), b""
         if number not in blocked:
-            status, jpeg = _read(imported.picture.content, settings)
-        if jpeg:
-            buffer.add(number, jpeg)
+            status, stored = _read(imported.picture.content, settings)
+        if stored:
+            buffer.add(number, stored)
         picture = imported.picture
         own = {
             IMAGE_ID: imported.id,

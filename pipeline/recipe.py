@@ -14,6 +14,7 @@ from retrieval.recipe import HeadConfig, JoinConfig, Precision
 
 MetadataFormatName = Literal["laion", "relaion", "datacomp", "coyo", "cc3m", "cc12m", "wit"]
 Missing = Literal["drop", "keep"]
+ImageFormat = Literal["jpeg", "webp"]
 HeadName = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
 
 
@@ -153,8 +154,13 @@ class DownloadConfig(WorkersConfig):
     """Shorter edge in pixels that larger database images are scaled down to."""
     database_min_edge: int = Field(32, ge=1)
     """Least shorter edge in pixels of a database image; some servers send 1 x 1 for missing pictures."""
+    image_format: ImageFormat = runtime_setting("jpeg")
+    """Format of stored pictures. WebP files are smaller, but decode slowly and never at reduced size. Upright sRGB
+    pictures of this format that keep their size keep their compressed pixels, a WebP only if it has no metadata."""
     jpeg_quality: int = runtime_setting(95, ge=1, le=100)
-    """JPEG quality of re-encoded pictures; an upright sRGB JPEG that keeps its size keeps its compressed pixels."""
+    """Quality of pictures that are encoded as JPEG."""
+    webp_quality: int = runtime_setting(90, ge=1, le=100)
+    """Quality of pictures that are encoded as WebP, with losses also at 100."""
     max_aspect_ratio: float = runtime_setting(0.0, ge=0)
     """Decoded images with a greater ratio of longer to shorter edge are refused as `aspect_ratio`; 0: no limit."""
     blocklist: str = runtime_setting("")

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from pipeline.pictures.picture import prepare
-from pipeline.pictures.tars import member_ranges
+from pipeline.pictures.tars import picture_ranges
 from retrieval.database.database import Database
 from retrieval.pictures.decode import MAX_PIXELS, PictureError
 from retrieval.storage.root import Root
@@ -85,11 +85,11 @@ class Pictures:
 
 
 def index_tars(paths: Sequence[Path], hidden: npt.NDArray[np.int64]) -> TarIndex:
-    """Positions of the JPEG members of tars, without those of hidden ids."""
+    """Positions of the pictures in tars, without those of hidden ids."""
     members = [
         (int(key, 16), number, *position)
         for number, path in enumerate(paths)
-        for key, position in member_ranges(path, ".jpg").items()
+        for key, position in picture_ranges(path).items()
     ]
     table = np.array(members, np.object_).reshape(-1, 4)
     ids = table[:, 0].astype(np.uint64).view(np.int64)

@@ -22,7 +22,7 @@ from pipeline.databases.labels import database_names
 from pipeline.databases.listing import Listing, list_pictures
 from pipeline.databases.sources import PictureSource, SourcePicture, further_columns
 from pipeline.embed import embed_images, with_vectors
-from pipeline.pictures.picture import encode_jpeg, prepare
+from pipeline.pictures.picture import encode, prepare
 from pipeline.pictures.tars import tar_writer
 from pipeline.recipe import EmbedConfig
 from pipeline.runtime.id_files import Ids, erased_ids
@@ -247,7 +247,7 @@ def _write_thumbnails(root: Root, name: str, table: pa.Table, pictures: list[Sou
         for row, source in zip(rows, pictures, strict=True):
             try:
                 picture = prepare(source.content.read(), MAX_PIXELS, THUMBNAIL_EDGE)
-                thumbnail = encode_jpeg(picture, THUMBNAIL_QUALITY)
+                thumbnail = encode(picture, THUMBNAIL_QUALITY)
             except (PictureError, OSError) as error:
                 raise UserError(f"{source.name} changed while the database was built: {error}. Run again.") from error
             tar.add(sample_key(row[schema.IMAGE_ID]), thumbnail.data, row["caption"], row)

@@ -68,7 +68,7 @@ def rows_in(
 
 @contextmanager
 def stored_pictures(root: Root, records: Iterable[ShardRecord]) -> Iterator[Callable[[int], bytes]]:
-    """A function that reads the JPEG of an image id from the tars of these shards."""
+    """A function that reads the picture of an image id from the tars of these shards."""
     with ExitStack() as stack:
         paths = [stack.enter_context(root.local(record.file(".tar"))) for record in records]
         readers = [stack.enter_context(picture_reader(path)) for path in paths]

@@ -1,6 +1,6 @@
 """Downloads the images of one shard in many threads: fetch, check, decode, store.
 
-Takes requests from a HostQueue; gives a status for each row, and the JPEGs in a PictureBuffer. img2dataset's
+Takes requests from a HostQueue; gives a status for each row, and the encoded pictures in a PictureBuffer. img2dataset's
 Downloader is not used: it opens file:// URLs and private addresses, limits neither bytes nor total time, retries
 permanent errors, and continues after an error without the row.
 """
@@ -16,7 +16,8 @@ from typing import BinaryIO
 import numpy as np
 
 from pipeline.pictures.faces import Box, parse_boxes
-from pipeline.pictures.picture import Jpeg, encode_jpeg, prepare
+from pipeline.pictures.picture import StoredPicture, encode, prepare
+from pipeline.recipe import ImageFormat
 from pipeline.web.blocklist import Blocklist
 from pipeline.web.fetch import Fetcher
 from pipeline.web.fetch_error import FetchError
@@ -42,10 +43,11 @@ class SplitSettings:
     edge: int
     min_edge: int
     max_pixels: int
-    jpeg_quality: int
+    quality: int
     threads: int
     min_answered: float
     max_aspect_ratio: float = 0.0
+    image_format: ImageFormat = "jpeg"
     blocklist: Blocklist = field(default_factory=Blocklist)
 
 
@@ -82,21 +84,21 @@ def check_checksum(body: bytes, stated: str | None) -> None:
 
 
 class PictureBuffer:
-    """JPEGs of a shard in a temporary file, added in any order by any thread, then read by row."""
+    """Encoded pictures of a shard in a temporary file, added in any order by any thread, then read by row."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._ranges: dict[int, tuple[int, int]] = {}
         self._lock = threading.Lock()
 
-    def add(self, row: int, jpeg: bytes) -> None:
-        """Append the JPEG of a row."""
+    def add(self, row: int, picture: bytes) -> None:
+        """Append the picture of a row."""
         with self._lock:
-            self._ranges[row] = self._file.tell(), len(jpeg)
-            self._file.write(jpeg)
+            self._ranges[row] = self._file.tell(), len(picture)
+            self._file.write(picture)
 
     def read(self, row: int) -> bytes:
-        """The JPEG of a row. Call it after all rows are added."""
+        """The picture of a row. Call it after all rows are added."""
         offset, size = self._ranges[row]
         self._file.seek(offset)
         return self._file.read(size)
@@ -198,14 +200,14 @@ class ImageDownload:
 
     def _store(self, row: int, body: bytes) -> RowStatus:
         """Store the image in a body."""
-        status, jpeg = stored_image(body, self._settings, self._stated[row])
-        if jpeg:
-            self._pictures.add(row, jpeg)
+        status, picture = stored_image(body, self._settings, self._stated[row])
+        if picture:
+            self._pictures.add(row, picture)
         return status
 
 
 def stored_image(body: bytes, settings: SplitSettings, stated: Stated | None = None) -> tuple[RowStatus, bytes]:
-    """The status of the row of a picture file, and the JPEG to store; empty if the picture cannot be used.
+    """The status of the row of a picture file, and the encoded picture to store; empty if the picture cannot be used.
 
     Stores nothing, because decoders would wait for the disk.
     """
@@ -215,18 +217,18 @@ def stored_image(body: bytes, settings: SplitSettings, stated: Stated | None = N
         if settings.blocklist.blocks_content(body):
             raise PictureError(Reason.BLOCKED, CONTENT_BLOCKED)
         check_checksum(body, stated.checksum)
-        jpeg = _DECODERS.submit(_encode, body, status, settings, parse_boxes(stated.face_boxes)).result()
+        picture = _DECODERS.submit(_encode, body, status, settings, parse_boxes(stated.face_boxes)).result()
     except PictureError as error:
         status.reason, status.message = str(error.reason), str(error)
         return status, b""
-    status.width, status.height = jpeg.size
-    status.original_width, status.original_height = jpeg.original_size
-    return status, jpeg.data
+    status.width, status.height = picture.size
+    status.original_width, status.original_height = picture.original_size
+    return status, picture.data
 
 
-def _encode(body: bytes, status: RowStatus, settings: SplitSettings, faces: Sequence[Box]) -> Jpeg:
+def _encode(body: bytes, status: RowStatus, settings: SplitSettings, faces: Sequence[Box]) -> StoredPicture:
     """The image as it is stored; adds its perceptual hash to the status. Raises PictureError."""
-    picture = prepare(body, settings.max_pixels, settings.edge, faces)
+    picture = prepare(body, settings.max_pixels, settings.edge, faces, settings.image_format)
     status.phash = picture.phash
     if settings.blocklist.blocks_phashes(np.array([picture.phash])).any():
         raise PictureError(Reason.BLOCKED, PHASH_BLOCKED)
@@ -234,4 +236,4 @@ def _encode(body: bytes, status: RowStatus, settings: SplitSettings, faces: Sequ
         raise PictureError(Reason.TOO_SMALL, f"shorter edge below {settings.min_edge} pixels")
     if 0 < settings.max_aspect_ratio < max(picture.size) / min(picture.size):
         raise PictureError(Reason.ASPECT_RATIO, f"edges with a ratio above {settings.max_aspect_ratio:g}")
-    return encode_jpeg(picture, settings.jpeg_quality)
+    return encode(picture, settings.quality)

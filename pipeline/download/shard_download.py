@@ -36,8 +36,8 @@ from retrieval.storage.schema import (
 )
 from retrieval.storage.temp_folders import temporary_folder
 
-ReadJpeg = Callable[[int], bytes]
-"""Returns the stored JPEG of a row, by the number of the row."""
+ReadPicture = Callable[[int], bytes]
+"""Returns the stored picture of a row, by the number of the row."""
 NOT_IN_TAR = ("reason", "message", "checksum", "face_boxes", TAR_OFFSET, TAR_BYTES)
 """Columns of DOWNLOADED that say nothing of a stored image: its SHA-256 is another column, its faces are blurred."""
 Row = dict[str, Any]
@@ -65,14 +65,14 @@ class ShardDownload:
     def __call__(self, shard: str) -> ShardRecord:
         """Download a shard such as `train/00000-00000`. Raises UserError if almost no URL was answered."""
         selected = read_table(self.root, f"filter/{shard}.parquet", SELECTED)
-        with self.download_rows(selected, self.settings[shard.partition("/")[0]]) as (rows, read_jpeg):
+        with self.download_rows(selected, self.settings[shard.partition("/")[0]]) as (rows, read_picture):
             with self.root.writing(f"download/{shard}.tar") as tar:
-                write_tar(tar.path, rows, read_jpeg)
+                write_tar(tar.path, rows, read_picture)
             return write_rows(self.root, shard, rows, tar.record)
 
     @contextmanager
-    def download_rows(self, selected: pa.Table, settings: SplitSettings) -> Iterator[tuple[Rows, ReadJpeg]]:
-        """Download rows of SELECTED or DOWNLOADED. The stored JPEGs can be read until the block ends."""
+    def download_rows(self, selected: pa.Table, settings: SplitSettings) -> Iterator[tuple[Rows, ReadPicture]]:
+        """Download rows of SELECTED or DOWNLOADED. The stored pictures can be read until the block ends."""
         blocked = blocked_urls(selected, settings.blocklist)
         urls = ((row, url) for row, url in enumerate(selected["url"].to_pylist()) if row not in blocked)
         queue = HostQueue(urls, self.fetcher.settings.host_limits, self._resume_at)
@@ -104,17 +104,17 @@ def write_rows(root: Root, shard: str, rows: Rows, tar: FileRecord) -> ShardReco
     return ShardRecord(shard, num_stored, (tar, file), dict(reasons), values)
 
 
-def write_tar(path: Path, rows: Rows, read_jpeg: ReadJpeg) -> None:
+def write_tar(path: Path, rows: Rows, read_picture: ReadPicture) -> None:
     """Write the tar of the rows with a stored image, in their order. Sets TAR_OFFSET and TAR_BYTES of all rows."""
     with tar_writer(path) as tar:
         for number, row in enumerate(rows):
             row |= {TAR_OFFSET: None, TAR_BYTES: None}
             if row["reason"]:
                 continue
-            jpeg = read_jpeg(number)
+            picture = read_picture(number)
             metadata = {name: value for name, value in row.items() if name not in NOT_IN_TAR}
-            row[TAR_OFFSET] = tar.add(sample_key(row["image_id"]), jpeg, row["caption"], metadata)
-            row[TAR_BYTES] = len(jpeg)
+            row[TAR_OFFSET] = tar.add(sample_key(row["image_id"]), picture, row["caption"], metadata)
+            row[TAR_BYTES] = len(picture)
 
 
 def blocked_urls(selected: pa.Table, blocklist: Blocklist) -> set[int]:

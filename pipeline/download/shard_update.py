@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from pipeline.download.former_shards import former_shards, rows_in, stored_pictures
 from pipeline.download.image_download import CONTENT_BLOCKED, PHASH_BLOCKED, URL_BLOCKED, RowStatus, SplitSettings
-from pipeline.download.shard_download import ReadJpeg, Row, Rows, ShardDownload, blocked_urls, write_rows, write_tar
+from pipeline.download.shard_download import ReadPicture, Row, Rows, ShardDownload, blocked_urls, write_rows, write_tar
 from pipeline.web.blocklist import Blocklist
 from retrieval.storage.manifest import ShardRecord, delete_record, files_exist, read_record
 from retrieval.storage.root import Root
@@ -101,10 +101,10 @@ class ShardUpdate:
                 return unchanged
             with stored_pictures(root, used) as read_old:
 
-                def read_jpeg(n: int) -> bytes:
+                def read_picture(n: int) -> bytes:
                     return read_new(numbers[n]) if n in numbers else read_old(rows[n][IMAGE_ID])
 
-                return _write(root, shard, rows, read_jpeg)
+                return _write(root, shard, rows, read_picture)
 
     def _is_missing(self, row: Row) -> bool:
         """Whether to request the URL of a row, which is not listed now."""
@@ -129,11 +129,11 @@ def without_listed(root: Root, record: ShardRecord, blocklist: Blocklist) -> Sha
         return replace(_write(root, record.shard, rows, lambda n: read(rows[n][IMAGE_ID])), inputs=record.inputs)
 
 
-def _write(root: Root, shard: str, rows: Rows, read_jpeg: ReadJpeg) -> ShardRecord:
+def _write(root: Root, shard: str, rows: Rows, read_picture: ReadPicture) -> ShardRecord:
     """Write a shard under names that its earlier files do not have."""
     digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:8]
     with root.writing(f"download/{shard}.{digest}.tar") as tar:
-        write_tar(tar.path, rows, read_jpeg)
+        write_tar(tar.path, rows, read_picture)
     return write_rows(root, shard, rows, tar.record)
 
 

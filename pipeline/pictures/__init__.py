@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from retrieval.lazy import public_names
 
 if TYPE_CHECKING:
-    from pipeline.pictures.picture import Picture, encode_jpeg, prepare
+    from pipeline.pictures.picture import Picture, encode, prepare
     from pipeline.pictures.tars import tar_writer
 
-__getattr__ = public_names(__name__, {"picture": "Picture encode_jpeg prepare", "tars": "tar_writer"})
+__getattr__ = public_names(__name__, {"picture": "Picture encode prepare", "tars": "tar_writer"})

@@ -17,6 +17,7 @@ from pipeline.recipe import EmbedConfig
 from retrieval.clip.encoder import Encoder
 from retrieval.errors import UserError
 from retrieval.pictures.decode import BROKEN, PictureError, decode_share
+from retrieval.storage.schema import PICTURE_SUFFIXES
 
 REMOVE = "Remove it and run 'make download' again."
 
@@ -70,8 +71,8 @@ def read_pictures(path: str, keys: set[str]) -> Iterator[tuple[int, bytes]]:
     try:
         with tarfile.open(path) as tar:
             for member in tar:
-                key, _, kind = member.name.partition(".")
-                if kind == "jpg" and key in missing and (file := tar.extractfile(member)):
+                key = member.name.partition(".")[0]
+                if member.name.endswith(PICTURE_SUFFIXES) and key in missing and (file := tar.extractfile(member)):
                     missing.remove(key)
                     image_id = int(key, 16)
                     yield image_id - (1 << 64) if image_id >> 63 else image_id, file.read()

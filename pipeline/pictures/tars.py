@@ -1,7 +1,7 @@
 """WebDataset tars with deterministic bytes.
 
-A sample consists of the consecutive members `<key>.jpg`, `<key>.txt` and `<key>.json`. The tars hold no
-times, owners or modes of the machine, so that equal samples give equal files.
+A sample consists of the consecutive members `<key>.jpg` or `<key>.webp`, `<key>.txt` and `<key>.json`. The tars hold
+no times, owners or modes of the machine, so that equal samples give equal files.
 """
 
 import json
@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from retrieval.storage.schema import PICTURE_SUFFIXES
 
 _EMPTY_HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
 """Of a file with mode 644, without name, bytes, times and owners."""
@@ -21,12 +23,17 @@ class TarWriter:
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
 
-    def add(self, key: str, jpeg: bytes, caption: str, metadata: dict[str, Any]) -> int:
-        """Append one sample. metadata: must be serializable as JSON. Returns the offset of the JPEG in the tar."""
+    def add(self, key: str, picture: bytes, caption: str, metadata: dict[str, Any]) -> int:
+        """Append one sample. picture: a JPEG or WebP file. metadata: must be serializable as JSON.
+
+        Returns the offset of the picture in the tar.
+        """
         offset = self._file.tell() + tarfile.BLOCKSIZE
         text = json.dumps(metadata, sort_keys=True, ensure_ascii=False)
-        for suffix, data in (("jpg", jpeg), ("txt", caption.encode()), ("json", text.encode())):
-            self._file.writelines((_header(f"{key}.{suffix}", len(data)), data, bytes(-len(data) % tarfile.BLOCKSIZE)))
+        jpg, webp = PICTURE_SUFFIXES
+        suffix = webp if picture.startswith(b"RIFF") else jpg
+        for end, data in ((suffix, picture), (".txt", caption.encode()), (".json", text.encode())):
+            self._file.writelines((_header(f"{key}{end}", len(data)), data, bytes(-len(data) % tarfile.BLOCKSIZE)))
         return offset
 
 
@@ -48,20 +55,20 @@ def tar_writer(path: Path) -> Iterator[TarWriter]:
         file.write(bytes(-file.tell() % tarfile.RECORDSIZE))
 
 
-def member_ranges(path: Path, suffix: str) -> dict[str, tuple[int, int]]:
-    """Offset and size in bytes of each member with a suffix, by its name without the suffix."""
+def picture_ranges(path: Path) -> dict[str, tuple[int, int]]:
+    """Offset and size in bytes of each picture in a local tar, by its key."""
     with tarfile.open(path, "r:") as tar:
         return {
-            member.name.removesuffix(suffix): (member.offset_data, member.size)
+            member.name.partition(".")[0]: (member.offset_data, member.size)
             for member in tar
-            if member.name.endswith(suffix)
+            if member.name.endswith(PICTURE_SUFFIXES)
         }
 
 
 @contextmanager
 def picture_reader(path: Path) -> Iterator[Callable[[str], bytes]]:
-    """A function that reads the JPEG of a key from a local tar, in any order."""
-    ranges = member_ranges(path, ".jpg")
+    """A function that reads the picture of a key from a local tar, in any order."""
+    ranges = picture_ranges(path)
     with path.open("rb") as file:
 
         def read(key: str) -> bytes:

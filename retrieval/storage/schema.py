@@ -109,7 +109,7 @@ DOWNLOADED = pa.schema(
 )
 """One row per URL. Its first columns are FROM_METADATA. reason: empty for a stored image; sizes: pixels, 0 if unknown;
 sha256: hex, of the bytes that the server sent, empty if none; phash: retrieval.perceptual_hash of the decoded picture,
-0 if none; tar_offset, tar_bytes: where the shard's tar has the JPEG, null without a stored image."""
+0 if none; tar_offset, tar_bytes: where the shard's tar has the picture, null without a stored image."""
 
 METADATA = pa.schema([*_IMAGE, *_LICENSE, *_SIZE, pa.field(NORM, pa.float32())])
 """Metadata of an image in a database. norm: length of its CLIP vector before normalization, null if unknown."""
@@ -188,6 +188,10 @@ def sample_key(image_id: int) -> str:
     'ffffffffffffffff'
     """
     return f"{image_id & (1 << 64) - 1:016x}"
+
+
+PICTURE_SUFFIXES = (".jpg", ".webp")
+"""Of the stored pictures in tars, behind their `sample_key`."""
 
 
 def check_table(table: pa.Table, schema: pa.Schema, path: str) -> pa.Table:

@@ -18,7 +18,7 @@ from PIL import Image
 from retrieval.errors import UserError
 from retrieval.pictures.decode import BROKEN, MAX_PIXELS
 from retrieval.storage.root import Root
-from retrieval.storage.schema import DOWNLOADED, IMAGE_ID, TAR_BYTES, TAR_OFFSET, read_table
+from retrieval.storage.schema import DOWNLOADED, IMAGE_ID, PICTURE_SUFFIXES, TAR_BYTES, TAR_OFFSET, read_table
 from trainer.data.aspect import Shape
 from trainer.data.sample_order import CROPS
 from trainer.data.unreadable import UnreadableError
@@ -72,7 +72,7 @@ def _scanned_members(path: Path) -> Members:
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                if member.name.endswith(".jpg"):
+                if member.name.endswith(PICTURE_SUFFIXES):
                     key = int(Path(member.name).stem, 16)
                     members[key - (1 << 64) if key >> 63 else key] = (member.offset_data, member.size)
     except (tarfile.TarError, ValueError) as error:

@@ -189,7 +189,7 @@ def test_a_database_without_its_thumbnails_cannot_be_opened(
     def changed(*_: object) -> None:
         raise OSError("gone")
 
-    monkeypatch.setattr(database, "encode_jpeg", changed)
+    monkeypatch.setattr(database, "encode", changed)
     with pytest.raises(UserError, match="changed while the database was built"):
         database.run("squares", source, encoder, IndexConfig(), Root(tmp_path))
     assert not (tmp_path / "databases/squares/manifest.json").exists()

@@ -15,7 +15,7 @@ from tests.pipeline.web.fetching import make_fetcher, make_queue
 
 
 def make_download(urls: Sequence[str]) -> ImageDownload:
-    settings = SplitSettings(edge=0, min_edge=1, max_pixels=1000, jpeg_quality=95, threads=2, min_answered=0.1)
+    settings = SplitSettings(edge=0, min_edge=1, max_pixels=1000, quality=95, threads=2, min_answered=0.1)
     pictures = PictureBuffer(io.BytesIO())
     return ImageDownload(make_fetcher(), make_queue(urls), settings, pictures, [Stated()] * len(urls))
 

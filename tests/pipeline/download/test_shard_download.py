@@ -12,17 +12,22 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from jobs.explore.pictures import index_tars
 from pipeline.download.image_download import SplitSettings
 from pipeline.download.shard_download import ShardDownload
-from pipeline.web.blocklist import read_blocklist
+from pipeline.download.shard_update import without_listed
+from pipeline.pictures.embedding import read_pictures
+from pipeline.pictures.tars import picture_reader
+from pipeline.web.blocklist import Blocklist, read_blocklist
 from retrieval.errors import NodeError
 from retrieval.perceptual_hash import perceptual_hash
 from retrieval.storage.root import Root
-from retrieval.storage.schema import DOWNLOADED, image_id, read_table
+from retrieval.storage.schema import DOWNLOADED, image_id, read_table, sample_key
 from tests.full_disk import files_of_at_most
 from tests.pipeline.web.fetching import make_fetcher, write_selected
+from trainer.data.images import ImageTar, decode_image, stored_members
 
-SETTINGS = SplitSettings(edge=0, min_edge=1, max_pixels=10_000, jpeg_quality=95, threads=2, min_answered=0.05)
+SETTINGS = SplitSettings(edge=0, min_edge=1, max_pixels=10_000, quality=95, threads=2, min_answered=0.05)
 
 
 def test_a_worker_imports_no_library_of_hundreds_of_megabytes() -> None:
@@ -138,6 +143,33 @@ def test_redirects_to_listed_urls_are_not_followed(tmp_path: Path, server) -> No
     record = ShardDownload(root, make_fetcher(), {"train": settings})("train/0")
     assert (record.rows, record.reasons) == (1, {"blocked": 2})
     assert sorted(server.paths) == ["/0", "/to/0", "/to/1", "/to/2"]
+
+
+def test_pictures_stored_as_webp_are_read_by_every_later_stage(tmp_path: Path, server) -> None:
+    root = Root(tmp_path)
+    drawn = [Image.effect_noise((4, 4), 90).convert("RGB").resize((96, 80)) for _ in range(3)]
+    urls = [server.send(f"/{n}", jpeg(picture, 95)) for n, picture in enumerate(drawn)]
+    write_selected(root, "train/0", urls)
+    settings = dataclasses.replace(SETTINGS, image_format="webp", quality=90, edge=40)
+    record = ShardDownload(root, make_fetcher(), {"train": settings})("train/0")
+    path = root.local_path(record.file(".tar"))
+    ids = [image_id(url) for url in urls]
+    for_embed = dict(read_pictures(str(path), {sample_key(one) for one in ids}))
+    for members in (None, stored_members(root, record.file(".tar"))):
+        tar = ImageTar(path, members)
+        assert {one: tar.read(one) for one in ids} == for_embed
+    for one, picture in zip(ids, drawn, strict=True):
+        with Image.open(io.BytesIO(for_embed[one])) as stored:
+            assert (stored.format, stored.size) == ("WEBP", (48, 40))
+        crop = decode_image(for_embed[one], "a picture", (32, 32)).crop(0, 0)
+        reduced = np.asarray(picture.resize((38, 32)).crop((0, 0, 32, 32)), np.float32).transpose(2, 0, 1)
+        assert np.abs(crop - (reduced / 127.5 - 1)).mean() < 0.04
+    assert index_tars([path], np.array(ids[:1])).read(0) in [for_embed[one] for one in ids[1:]]
+    erased = without_listed(root, record, Blocklist(ids=np.array(ids[:1])))
+    with picture_reader(root.local_path(erased.file(".tar"))) as read:
+        assert [read(sample_key(one)) for one in ids[1:]] == [for_embed[one] for one in ids[1:]]
+        with pytest.raises(KeyError):
+            read(sample_key(ids[0]))
 
 
 def jpeg(image: Image.Image, quality: int) -> bytes:

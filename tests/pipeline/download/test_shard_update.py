@@ -40,7 +40,7 @@ def send_pictures(server, failing: dict[int, int]) -> list[str]:
 
 
 def shard_download(root: Root) -> ShardDownload:
-    settings = SplitSettings(edge=0, min_edge=1, max_pixels=10_000, jpeg_quality=95, threads=4, min_answered=0.05)
+    settings = SplitSettings(edge=0, min_edge=1, max_pixels=10_000, quality=95, threads=4, min_answered=0.05)
     return ShardDownload(root, make_fetcher(), {"train": settings})
 
 
@@ -236,6 +236,8 @@ HOW_TO_FETCH = {
     "contact": "they@example.org",
     "allow_private": "all",
     "jpeg_quality": 90,
+    "webp_quality": 80,
+    "image_format": "webp",
     "min_answered": 0.5,
     "threads": 3,
 }

@@ -14,7 +14,7 @@ from pipeline.pictures.picture import prepare
 from retrieval.pictures.decode import PictureError
 
 BOX = (0.25, 0.5, 0.5, 0.8)
-SETTINGS = SplitSettings(edge=0, min_edge=1, max_pixels=1 << 20, jpeg_quality=95, threads=1, min_answered=0.0)
+SETTINGS = SplitSettings(edge=0, min_edge=1, max_pixels=1 << 20, quality=95, threads=1, min_answered=0.0)
 Pixels = npt.NDArray[np.uint8]
 
 

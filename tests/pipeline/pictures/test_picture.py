@@ -1,7 +1,8 @@
-"""Pictures of all formats, good and damaged, through `prepare` and `encode_jpeg`."""
+"""Pictures of all formats, good and damaged, through `prepare` and `encode`."""
 
 import io
 from contextlib import suppress
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -9,7 +10,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from pipeline.pictures import Picture, encode_jpeg, prepare
+from pipeline.pictures import Picture, encode, prepare
 from retrieval.pictures import PictureError
 from tests.retrieval.pictures.icc_profiles import srgb_profile, wide_profile
 
@@ -185,7 +186,7 @@ def test_a_picture_with_a_longer_edge_than_jpeg_allows_is_refused_or_reduced(siz
         with pytest.raises(PictureError, match="an edge of more than 65535 pixels") as caught:
             prepare(body, 10_000_000, max_edge)
         assert caught.value.reason == "too_many_pixels"
-    assert sorted(encode_jpeg(prepare(body, 10_000_000, 20), 90).size) == [20, 35_000]
+    assert sorted(encode(prepare(body, 10_000_000, 20), 90).size) == [20, 35_000]
 
 
 def test_a_progressive_jpeg_with_thousands_of_scans_is_refused() -> None:
@@ -221,14 +222,44 @@ def test_a_jpeg_in_adobe_rgb_is_stored_in_srgb() -> None:
     assert np.abs(difference).mean() > 4, "the colours of the wide profile are other numbers in sRGB"
 
 
-def test_resized_pictures_equal_those_of_img2dataset(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("image_format", ["jpeg", "webp"])
+def test_resized_pictures_equal_those_of_img2dataset(
+    image_format: Literal["jpeg", "webp"], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("NO_ALBUMENTATIONS_UPDATE", "1")
     from img2dataset.resizer import Resizer
 
-    resize = Resizer(image_size=64, resize_mode="keep_ratio", resize_only_if_bigger=True, encode_quality=95)
+    resize = Resizer(
+        image_size=64,
+        resize_mode="keep_ratio",
+        resize_only_if_bigger=True,
+        encode_quality=95,
+        encode_format={"jpeg": "jpg"}.get(image_format, image_format),
+    )
     rng = np.random.default_rng(0)
     for width, height in rng.integers(20, 400, (40, 2)):
         noise = rng.integers(0, 255, (height, width, 3), dtype=np.uint8)
         body = encoded(Image.fromarray(noise), "PNG")
-        jpeg = encode_jpeg(prepare(body, 160_000, 64), 95)
-        assert resize(io.BytesIO(body)) == (jpeg.data, *jpeg.size, *jpeg.original_size, None)
+        stored = encode(prepare(body, 160_000, 64, image_format=image_format), 95)
+        assert resize(io.BytesIO(body)) == (stored.data, *stored.size, *stored.original_size, None)
+
+
+def test_a_webp_that_is_stored_as_webp_keeps_its_bytes_if_it_has_no_metadata() -> None:
+    noise = Image.effect_noise((50, 40), 90).convert("RGB")
+    body = encoded(noise, "WEBP", quality=50)
+    picture = prepare(body + b"a video after the end", 10_000, 40, image_format="webp")
+    assert (picture.data, picture.keeps_bytes, picture.size) == (body, True, (50, 40))
+    exif = Image.Exif()
+    exif[0x010F] = "Camera"
+    clear = Image.new("RGBA", (50, 40), (255, 0, 0, 0))
+    encoded_again = [encoded(noise, "WEBP", exif=exif), encoded(noise, "WEBP", lossless=True), encoded(clear, "WEBP")]
+    for other in (*encoded_again, encoded(noise, "JPEG")):
+        picture = prepare(other, 10_000, 0, image_format="webp")
+        stored = encode(picture, 90).data
+        assert not picture.keeps_bytes
+        assert Image.open(io.BytesIO(stored)).format == "WEBP"
+        assert b"Camera" not in stored
+    with pytest.raises(PictureError, match="damaged or ends early"):
+        prepare(body[:-200], 10_000, 0, image_format="webp")
+    with pytest.raises(PictureError, match="an edge of more than 16383 pixels as webp"):
+        prepare(encoded(Image.new("L", (16_384, 40)), "PNG"), 10_000_000, 0, image_format="webp")

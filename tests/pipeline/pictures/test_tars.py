@@ -4,8 +4,9 @@ import tarfile
 from pathlib import Path
 
 import webdataset
+from PIL import Image
 
-from pipeline.pictures.tars import member_ranges, picture_reader, tar_writer
+from pipeline.pictures.tars import picture_ranges, picture_reader, tar_writer
 from retrieval.storage.schema import sample_key
 
 
@@ -14,6 +15,18 @@ def write(path: Path) -> list[int]:
     with tar_writer(path) as tar:
         first = tar.add(sample_key(-1), b"\xff\xd8jpeg", "größe\n🖼", {"b": 1, "a": "ü"})
         return [first, tar.add(sample_key(5), b"", "", {})]
+
+
+def test_a_webp_has_its_suffix_and_is_found_by_its_key(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "WEBP")
+    with tar_writer(tmp_path / "a.tar") as tar:
+        tar.add("0" * 16, buffer.getvalue(), "a caption", {})
+        tar.add("1" * 16, b"\xff\xd8jpeg", "another", {})
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        assert [name.partition(".")[2] for name in tar.getnames()] == ["webp", "txt", "json", "jpg", "txt", "json"]
+    with picture_reader(tmp_path / "a.tar") as read:
+        assert (read("0" * 16), read("1" * 16)) == (buffer.getvalue(), b"\xff\xd8jpeg")
 
 
 def test_equal_samples_give_equal_bytes(tmp_path: Path) -> None:
@@ -49,8 +62,8 @@ def test_webdataset_reads_the_samples_in_order(tmp_path: Path) -> None:
 
 def test_members_are_read_by_their_range_and_by_their_key(tmp_path: Path) -> None:
     offsets = write(tmp_path / "a.tar")
-    assert offsets == [first for first, _ in member_ranges(tmp_path / "a.tar", ".jpg").values()]
-    offset, size = member_ranges(tmp_path / "a.tar", ".jpg")["f" * 16]
+    assert offsets == [first for first, _ in picture_ranges(tmp_path / "a.tar").values()]
+    offset, size = picture_ranges(tmp_path / "a.tar")["f" * 16]
     file = io.BytesIO((tmp_path / "a.tar").read_bytes())
     file.seek(offset)
     assert file.read(size) == b"\xff\xd8jpeg"
