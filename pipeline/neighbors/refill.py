@@ -17,10 +17,10 @@ import pyarrow as pa
 from pipeline.neighbors.effort import chosen_effort
 from pipeline.neighbors.matching import neighbor_table, read_queries, shard_number
 from pipeline.recipe import NeighborsConfig
-from pipeline.runtime.arrow_files import read_batch, write_batches
 from pipeline.runtime.runner import run_shards
 from pipeline.runtime.stage import Stage, group_shards, map_in_threads
 from pipeline.runtime.workers import Work, Workers
+from retrieval.arrow_files import read_batch, write_batches
 from retrieval.database.database import Database
 from retrieval.index.routing import Vectors
 from retrieval.join.join import join_database
