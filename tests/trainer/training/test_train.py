@@ -184,7 +184,7 @@ def test_the_other_ranks_end_when_one_is_killed(waiting_ranks: tuple[subprocess.
 def test_ranks_end_when_their_launcher_is_killed(waiting_ranks: tuple[subprocess.Popen[str], list[int]]) -> None:
     launcher, ranks = waiting_ranks
     launcher.kill()
-    launcher.communicate()
+    launcher.wait(timeout=300)
     wait_for(lambda: not any(map(is_alive, ranks)), lambda: True)
 
 
