@@ -352,7 +352,7 @@ def test_a_killed_erasure_is_finished_by_the_next_run(
         optout.run(blocklist, root, erase=True)
         check_erased(root, clip, vectors)
         shutil.rmtree(folder)
-        number += 20
+        number += 30
     assert number > 100
 
 

@@ -42,7 +42,7 @@ def test_a_width_made_from_snapshots_of_a_resumed_run_is_the_average_that_it_tra
 ) -> None:
     changes = {"ema_widths": [0.05, 0.1, 0.15], "ema_snapshot_every": 3, "checkpoint_every": 8}
     changes |= {"learning_rate": 1e-2, "global_batch": 4}
-    recipe = make_recipe(autoencoder_folder, steps=24, **changes)
+    recipe = make_recipe(autoencoder_folder, steps=24, micro_batch=4, **changes)
     root = new_training_set(tmp_path, autoencoder_folder)
     plan = make_plan(recipe, root, Autoencoder.load(recipe.autoencoder, "cpu"))
     snapshots = snapshot_folder(plan, root)
