@@ -151,8 +151,7 @@ class TrainConfig(Config):
     """Train adapters (section `train.lora`) and leave the weights of `start_from` as they are. None: train all weights.
     The finished run has both the adapters and a whole model with them."""
     source: Literal["latents", "images"]
-    """`latents` reads `latents/<size>`, which `make latents` writes; `images` reads the tars of `download/train` and
-    encodes a new crop of each image in the training step."""
+    """`latents`: those of `make latents`; `images`: pictures of `download/train`, which each step crops and encodes."""
     size: PositiveInt
     """Edge of a training image in pixels."""
     k: PositiveInt
@@ -227,14 +226,12 @@ class TrainConfig(Config):
     precision: Literal["fp32", "bf16"] = "bf16"
     """Number format of the network. Master weights, their average and the loss are always fp32."""
     zero_stage: int = runtime_setting(1, ge=0, le=3)
-    """What DeepSpeed shards over ranks: 0 nothing (a few percent faster on one rank in fp32), 1 optimizer states,
-    2 also gradients, 3 also weights."""
+    """What ranks share: 0 nothing (faster on one rank in fp32), 1 optimizer states, 2 and gradients, 3 and weights."""
     reduce_in_fp32: bool = runtime_setting(False)
     """With precision bf16, add the gradients of the ranks in fp32 and round the sum once: twice the bytes of gradients
     between ranks, and up to 4 GB more memory."""
     deterministic: bool = runtime_setting(False)
-    """Use only deterministic algorithms of torch and cuDNN, at some cost in speed: on CUDA a resumed run then equals an
-    uninterrupted one to the bit, as it does on CPUs in any case."""
+    """Use only deterministic algorithms, some slower: a resumed run then equals an uninterrupted one on CUDA too."""
     activation_checkpointing: bool = runtime_setting(False)
     """Recompute activations in the backward pass: less memory, a third more computation."""
     compile: bool = runtime_setting(False)
