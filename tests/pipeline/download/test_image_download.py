@@ -52,7 +52,7 @@ def test_a_network_is_not_judged_by_a_few_urls() -> None:
 def test_an_exception_in_a_thread_is_raised_and_stops_the_other_threads(
     server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(body: bytes, max_pixels: int, max_edge: int, faces: object) -> bytes:
+    def broken(body: bytes, *_: object) -> bytes:
         if body == b"bad":
             raise ZeroDivisionError
         raise PictureError(Reason.NOT_AN_IMAGE, "")
