@@ -1,4 +1,4 @@
-"""Inputs of finished stages that are no stages: metadata, blocklists, heads, CLIP model, precision, hidden images.
+"""Inputs of finished stages that are no stages: metadata, blocklists, heads, CLIP model, precision, hidden ids, effort.
 
 They are compared as the stages do, without reading data. The weights of CLIP are compared by their files, if these are
 here: only loading them gives the digest that the stage compares.
@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from jobs.cli.recipe import Recipe
 from pipeline.filter.blocked_ids import with_later_blocked
 from pipeline.filter.metadata import changed_metadata
-from pipeline.recipe import DownloadConfig, EmbedConfig, FilterConfig
+from pipeline.neighbors.stored_effort import changed_effort
+from pipeline.recipe import DownloadConfig, EmbedConfig, FilterConfig, NeighborsConfig
 from pipeline.web.blocklist import read_blocklist
 from retrieval.clip.head_files import head_digest, heads_identity, read_head
 from retrieval.clip.weight_files import weights_changed
@@ -74,6 +75,8 @@ def _of_precision(precision: Precision, made: Manifest) -> Iterator[str]:
 def _of_neighbors(recipe: Recipe, made: Manifest) -> Iterator[str]:
     if hidden_digest(recipe.root.child("index")) != made.upstream.get("hidden", ""):
         yield "made with other hidden images"
+    if change := changed_effort(recipe[NeighborsConfig], recipe.root, made):
+        yield change
 
 
 CHANGES: dict[str, Callable[[Recipe, Manifest], Iterator[str]]] = {

@@ -1,7 +1,7 @@
 """Chooses the partitions and the lists that each training image visits, so that the join reaches `min_recall`.
 
-Reads a seeded sample of the training vectors and every partition of the database once; writes `neighbors_effort/`.
-Its manifest has the chosen numbers, which are part of the identity of the neighbor tables.
+Reads a seeded sample of the training vectors and every partition of the database once; writes `neighbors_effort/`,
+see `stored_effort`. The chosen numbers are part of the identity of the neighbor tables.
 """
 
 import time
@@ -12,6 +12,7 @@ import pyarrow as pa
 import torch
 
 from pipeline.neighbors.matching import read_queries, shard_number
+from pipeline.neighbors.stored_effort import FOLDER, effort_stage
 from pipeline.recipe import NeighborsConfig
 from pipeline.runtime.runner import run_shards
 from pipeline.runtime.stage import Stage
@@ -24,11 +25,9 @@ from retrieval.index.routing import Numbers, Vectors, route
 from retrieval.join.device_rows import DeviceRows
 from retrieval.join.join import join_rows
 from retrieval.storage import schema
-from retrieval.storage.manifest import ShardRecord, read_manifest
+from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest
 from retrieval.storage.root import FileRecord, Root
 
-FOLDER = "neighbors_effort"
-SCHEMA_VERSION = 1
 QUERIES = 1_000
 SAMPLE_SHARDS = 64
 """Most training shards that the sample is drawn from: they bound the reads."""
@@ -39,32 +38,16 @@ ROWS_PER_LIST = 122
 """Mean rows of a list, for the comparison of efforts by the vectors that they compare."""
 
 
-def choose_effort(config: NeighborsConfig, root: Root) -> NeighborsConfig:
-    """The settings with the chosen effort. Without `min_recall` they stay. Raises UserError for a goal out of reach."""
-    if not config.min_recall:
-        return config
-    embed, index = read_manifest(root, "embed"), read_manifest(root, "index")
-    upstream = {"embed": embed.identity_of("train/"), "index": index.identity}
-    # The measurement is short, so it is made again for other inputs without --remake.
-    stage = Stage(root.remaking(), FOLDER, SCHEMA_VERSION, config, upstream)
-    if not stage.finished():
-        started = time.time()
-        shards = [record for record in embed.shards if record.shard.startswith("train/") and record.rows]
-        with stage.building(), shared_workers():
-            record = _measure(stage, config, shards, len(index.values["rows"]))
-            stage.complete([record], dict(record.values), started)
-            root.delete(f"{FOLDER}/sample")
-            root.delete(f"{FOLDER}/measure")
-    return chosen_effort(config, root)
-
-
-def chosen_effort(config: NeighborsConfig, root: Root) -> NeighborsConfig:
-    """The settings with the effort that `choose_effort` stored."""
-    if not config.min_recall:
-        return config
-    values = read_manifest(root, FOLDER).values
-    numbers = {name: int(values[name]) for name in ("partitions_per_query", "lists_per_partition")}
-    return config.model_copy(update=numbers)
+def measure_effort(config: NeighborsConfig, root: Root, embed: Manifest) -> None:
+    """Measure and store the effort. Raises UserError for a goal out of reach."""
+    started = time.time()
+    shards = [record for record in embed.shards if record.shard.startswith("train/") and record.rows]
+    stage = effort_stage(config, root, {"embed": embed.identity_of("train/")})
+    with stage.building(), shared_workers():
+        record = _measure(stage, config, shards, len(read_manifest(root, "index").values["rows"]))
+        stage.complete([record], dict(record.values), started)
+        root.delete(f"{FOLDER}/sample")
+        root.delete(f"{FOLDER}/measure")
 
 
 def _measure(stage: Stage, config: NeighborsConfig, shards: list[ShardRecord], num_partitions: int) -> ShardRecord:

@@ -5,6 +5,7 @@ nearest first, rows in the order of the shard. The tables contain the vectors, s
 the database. Near copies of the training image are left out. The manifest states the recall on a seeded sample.
 """
 
+import logging
 import time
 from dataclasses import replace
 from functools import partial
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.neighbors.effort import choose_effort, chosen_effort
+from pipeline.neighbors.effort import measure_effort
 from pipeline.neighbors.matching import (
     match_work,
     merge_matches,
@@ -23,6 +24,8 @@ from pipeline.neighbors.matching import (
 )
 from pipeline.neighbors.recall import recall_work, sample_work, truth_work
 from pipeline.neighbors.refill import Refill, replaced
+from pipeline.neighbors.stored_effort import FOLDER as EFFORT
+from pipeline.neighbors.stored_effort import effort_name, find_effort, stored_effort
 from pipeline.recipe import NeighborsConfig
 from pipeline.runtime.record_journal import stored_shards
 from pipeline.runtime.runner import finished_shards, run_shards
@@ -36,6 +39,7 @@ from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, write_record
 from retrieval.storage.root import FileRecord, Root
 from retrieval.storage.schema import Reason
+from retrieval.storage.stage_folder import check_remake, stored_identity
 
 SCHEMA_VERSION = 3
 ROWS_PER_GROUP = 100_000
@@ -52,12 +56,12 @@ def run(config: NeighborsConfig, root: Root) -> Manifest:
     database.require_encoder(EncoderIdentity(**embed.values["encoder"]))
     if index.upstream != {"embed": embed.identity_of("database/")}:
         raise UserError(f"{root.at('index')} was built from other embeddings. Run 'make index' first.")
-    effort = choose_effort(config, root)
+    effort = _effort(config, root, embed)
     stage = neighbors_stage(config, root)
     if manifest := stage.finished():
         return manifest
     with stage.building(), shared_workers():
-        _remove_hidden(stage, effort)
+        _remove_hidden(stage, config)
         records = _join(stage, effort, database, embed)
         values = {
             "k": config.k,
@@ -71,19 +75,39 @@ def run(config: NeighborsConfig, root: Root) -> Manifest:
         return stage.complete(records, values, started)
 
 
-def neighbors_stage(config: NeighborsConfig, root: Root) -> Stage:
-    """The stage at a root. The hidden ids are among its inputs: hidden images are left out of the tables.
+def _effort(config: NeighborsConfig, root: Root, embed: Manifest) -> NeighborsConfig:
+    """The settings with the stored effort. It is measured first if there is none of these settings and database."""
+    if find_effort(config, root) is None:
+        # Tables of other settings are refused here: a measurement reads the whole database and replaces the former one.
+        of_tables = stored_identity(root, "neighbors").get("upstream", {}).get("effort", "")
+        if not root.remake:
+            check_remake(root, "neighbors", _stage(config, root, of_tables).identity)
+        measure_effort(config, root, embed)
+    effort = stored_effort(config, root)
+    if config.min_recall and read_manifest(root, EFFORT).inputs != {"embed": embed.identity_of("train/")}:
+        logging.getLogger("neighbors").info(
+            "%s a query, measured on other training images. To measure again, delete %s",
+            *(effort_name(effort), root.at(EFFORT)),
+        )
+    return effort
 
-    A table depends on the vectors of its own training shard only, so that other tables stay when that changes. Ids that
-    are hidden later are removed from the finished tables.
+
+def neighbors_stage(config: NeighborsConfig, root: Root) -> Stage:
+    """The stage at a root. Raises UserError if the effort of `min_recall` is not measured.
+
+    A table depends on the vectors of its own training shard only, so that other tables stay when that changes. Hidden
+    images are left out of the tables: ids that are hidden later are removed from the finished ones.
     """
+    return _stage(config, root, effort_name(stored_effort(config, root)) if config.min_recall else "")
+
+
+def _stage(config: NeighborsConfig, root: Root, effort: str) -> Stage:
     embed, index = read_manifest(root, "embed"), read_manifest(root, "index")
     digest = hidden_digest(root.child("index"))
     hidden = {"hidden": digest} if digest else {}
     upstream = {"embed": embed.identity_of("train/"), "index": index.identity, **hidden}
-    if config.min_recall:
-        effort = chosen_effort(config, root)
-        upstream["effort"] = f"{effort.partitions_per_query} partitions, {effort.lists_per_partition} lists"
+    if effort:
+        upstream["effort"] = effort
     by_shard = {
         record.shard.removeprefix("train/"): {"embed": record.digest, **hidden} for record in _train_shards(embed)
     }

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.neighbors.effort import chosen_effort
 from pipeline.neighbors.matching import neighbor_table, read_queries, shard_number
+from pipeline.neighbors.stored_effort import stored_effort
 from pipeline.recipe import NeighborsConfig
 from pipeline.runtime.runner import run_shards
 from pipeline.runtime.stage import Stage, group_shards, map_in_threads
@@ -102,7 +102,7 @@ def find_work(refill: Refill) -> Work:
 
 def search_work(refill: Refill, groups: list[list[str]]) -> Work:
     """Work that writes `<folder>/search/<group>.arrow`: batch n has new rows for the n-th shard of the group."""
-    effort = chosen_effort(refill.config, refill.stage.root)
+    effort = stored_effort(refill.config, refill.stage.root)
     return partial(_search, refill, effort, groups, _index(refill))
 
 

@@ -7,17 +7,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jobs.cli.recipe import load_recipe
+from jobs.status.stages import statuses
 from pipeline import embed, index
-from pipeline.neighbors import neighbors, refill
+from pipeline.neighbors import effort, neighbors, refill
 from pipeline.recipe import EmbedConfig, NeighborsConfig
+from pipeline.runtime.status import Status
 from retrieval import Root, UserError
 from retrieval.index.hidden import hide
 from retrieval.recipe import ClipConfig, IndexConfig
 from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, read_manifest, read_record, write_record
 from tests.pipeline.conftest import Picture, pictures, write_download
+from tests.pipeline.shards_in_process import recorded_workers
 
 NEIGHBORS = NeighborsConfig(k=4, near_copy_similarity=0.999, workers=2)
+GOAL = NEIGHBORS.model_copy(update={"min_recall": 0.5})
+RECIPE = """
+root = {root!r}
+[embed]
+[index]
+rows_per_partition = 20
+[neighbors]
+k = 4
+near_copy_similarity = 0.999
+min_recall = 0.5
+"""
 Shards = dict[str, list[Picture]]
 
 
@@ -230,3 +245,83 @@ def test_ids_that_are_hidden_later_leave_the_tables_and_other_tables_stay(
         assert replace(shard, files=(), seconds=0.0, values={}) == replace(made, files=(), seconds=0.0, values={})
     assert root.list("neighbors") == new.list("neighbors")
     assert neighbors.run(NEIGHBORS, root) == manifest
+
+
+@pytest.fixture
+def with_goal(root: Root) -> Root:
+    """The chain with tables of GOAL, measured as two partitions a query."""
+    manifest = neighbors.run(GOAL, Root(root.url, remake=True))
+    assert manifest.upstream["effort"] == "2 partitions, 4 lists"
+    return root
+
+
+def gain_training_pictures(root: Root, clip: ClipConfig) -> None:
+    """Add pictures to a training shard, for which a measurement would choose one partition a query."""
+    shards = downloaded()
+    change(root, {**shards, "train/00001": [*shards["train/00001"], *pictures("x", 990, 5)]})
+    embed.run(EmbedConfig(workers=1), clip, root)
+
+
+def neighbors_status(root: Root, folder: Path) -> Status:
+    """The status of `neighbors` in a recipe with GOAL."""
+    recipe = folder / "recipe.toml"
+    recipe.write_text(RECIPE.format(root=root.url))
+    return {status.stage: status for status in statuses(load_recipe(recipe), 2e9)}["neighbors"]
+
+
+def test_the_measured_effort_and_other_tables_stay_if_a_training_shard_changes(
+    with_goal: Root, clip: ClipConfig, tmp_path: Path
+) -> None:
+    measured = with_goal.read_bytes("neighbors_effort/manifest.json")
+    before = read_manifest(with_goal, "neighbors").digests()
+    gain_training_pictures(with_goal, clip)
+    status = neighbors_status(with_goal, tmp_path)
+    assert status.state == "stale"
+    assert status.note.startswith("made from another embed: 1 of 2 shards are outdated")
+    with recorded_workers() as passes:
+        manifest = neighbors.run(GOAL, with_goal)
+    assert {stage for stage, _ in passes} == {"neighbors"}
+    assert written(with_goal, "neighbors") == {"neighbors/00001.parquet"}
+    assert manifest.digests()["00000"] == before["00000"]
+    assert manifest.upstream["effort"] == "2 partitions, 4 lists"
+    assert with_goal.read_bytes("neighbors_effort/manifest.json") == measured
+    assert neighbors_status(with_goal, tmp_path).state == "finished"
+
+
+def test_a_deleted_effort_is_measured_again_and_the_loss_of_tables_needs_a_request(
+    with_goal: Root, clip: ClipConfig, tmp_path: Path
+) -> None:
+    gain_training_pictures(with_goal, clip)
+    tables = neighbors.run(GOAL, with_goal).checksums()
+    with_goal.delete("neighbors_effort")
+    assert neighbors_status(with_goal, tmp_path).note.startswith("neighbors_effort is missing")
+    with pytest.raises(UserError, match=r"no effort.*'make neighbors'"):
+        neighbors.neighbors_stage(GOAL, with_goal)
+    with pytest.raises(UserError, match=r"made from another effort.*nothing was done.*--remake"):
+        neighbors.run(GOAL, with_goal)
+    assert read_manifest(with_goal, "neighbors").checksums() == tables
+    note = "made with 2 partitions, 4 lists, neighbors_effort has 1 partitions, 4 lists"
+    assert neighbors_status(with_goal, tmp_path).note.startswith(note)
+    manifest = neighbors.run(GOAL, Root(with_goal.url, remake=True))
+    assert manifest.upstream["effort"] == "1 partitions, 4 lists"
+    assert neighbors_status(with_goal, tmp_path).state == "finished"
+
+
+def test_tables_of_other_settings_are_refused_before_the_effort_is_measured(with_goal: Root) -> None:
+    measured = with_goal.read_bytes("neighbors_effort/manifest.json")
+    with pytest.raises(UserError, match=r"made with k = 4, the recipe has 3.*--remake"):
+        neighbors.run(GOAL.model_copy(update={"k": 3}), with_goal)
+    assert with_goal.read_bytes("neighbors_effort/manifest.json") == measured
+
+
+def test_a_measurement_that_was_killed_uses_no_sample_of_other_training_images(
+    root: Root, clip: ClipConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(effort, "_choose_work", killed)
+        neighbors.run(GOAL, Root(root.url, remake=True))
+    gain_training_pictures(root, clip)
+    neighbors.run(GOAL, Root(root.url, remake=True))
+    stored = read_manifest(root, "neighbors_effort")
+    assert stored.inputs == {"embed": read_manifest(root, "embed").identity_of("train/")}
+    assert (stored.values["partitions_per_query"], stored.rows) == (1, 13)
