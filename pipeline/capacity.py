@@ -272,14 +272,14 @@ class StageEstimates:
         )
 
     def neighbors(self, config: NeighborsConfig, index: IndexConfig) -> StageNeed:
-        """Route training images to partitions, match, merge; measure recall on a sample."""
+        """Route training images to partitions, match, merge; measure recall on a sample; before that `min_recall`."""
         rows, queries, dim = self.data.database, self.data.train, self.data.dim
         partitions = index.num_partitions(rows)
         visits, assumed = self._visits(config, partitions)
         match_bytes = config.k * (FLOAT16_BYTES * dim + 16.0) + 16.0
         row_bytes = config.k * (FLOAT16_BYTES * dim + 16.0) + 8.0
         scratch = queries * visits * (FLOAT16_BYTES * dim + 8.0 + match_bytes)
-        read = self.data.images * self._vector_bytes() + rows * FLOAT16_BYTES * dim * bool(config.recall_sample)
+        read = self.data.images * self._vector_bytes() + rows * FLOAT16_BYTES * dim * bool(config.min_recall)
         recall_flops = 2.0 * config.recall_sample * dim * rows
         exact_flops = 2.0 * queries * visits * dim * rows / partitions + recall_flops
         cpu_s = 2.0 * queries * dim * partitions / self._rate("product_cpu")

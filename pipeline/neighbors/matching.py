@@ -2,7 +2,8 @@
 
 `route/<group>` holds the queries of a group of training shards, one record batch a partition.
 `match/<partition>` holds the nearest rows of that partition, one record batch a group, with ids and vectors,
-so a merge opens no partition. A worker reads one partition at a time, once for all queries routed to it.
+so a merge opens no partition. A worker reads one partition at a time, once for all queries routed to it. It also
+compares a sample of queries with all rows, for the measurement of recall: `truth/<partition>`.
 """
 
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import pyarrow as pa
 import torch
 
 from pipeline.runtime.workers import Work
-from retrieval.arrow_files import read_batch, write_batches
+from retrieval.arrow_files import read_batch, read_batches, write_batches
 from retrieval.database.database import Database
 from retrieval.index.partition import Partition
 from retrieval.index.routing import Vectors, route, unit
@@ -25,10 +26,21 @@ from retrieval.join.join import JoinResult, join_rows
 from retrieval.recipe import JoinConfig
 from retrieval.storage import schema
 from retrieval.storage.manifest import ShardRecord
-from retrieval.storage.root import Root
+from retrieval.storage.root import FileRecord, Root
 
 QUERIES_AT_ONCE = 131_072
 """Queries compared with a partition in one call: more share the work on its lists, but take more memory."""
+
+
+@dataclass(frozen=True)
+class MatchSettings:
+    """The settings of a match."""
+
+    join: JoinConfig
+    device: str
+    """Torch device."""
+    sample: str = ""
+    """The queries that are compared with all rows: the name below `neighbors/` of an Arrow file; empty: none."""
 
 
 @dataclass(frozen=True)
@@ -75,18 +87,17 @@ def route_work(root: Root, partitions_per_query: int, groups: list[list[str]]) -
     return work
 
 
-def match_work(root: Root, join: JoinConfig, device: str, routes: list[str]) -> Work:
+def match_work(root: Root, settings: MatchSettings, routes: list[str]) -> Work:
     """Work that writes `match/<partition>`: batch g holds the nearest rows for the queries of group g."""
-    return partial(_match_partition, root, Database.open(root.child("index")), (join, device), routes)
+    return partial(_match_partition, root, Database.open(root.child("index")), settings, routes)
 
 
 def _match_partition(
-    root: Root, database: Database, settings: tuple[JoinConfig, str], routes: list[str], name: str
+    root: Root, database: Database, settings: MatchSettings, routes: list[str], name: str
 ) -> ShardRecord:
-    join, device = settings
-    number = shard_number(name)
+    number, join = shard_number(name), settings.join
     partition = database.open_partition(number)
-    stored = DeviceRows(partition, torch.device(device))
+    stored = DeviceRows(partition, torch.device(settings.device))
 
     def batches() -> Iterator[pa.RecordBatch]:
         for numbers, queries in _routed_queries(root, routes, number, database.dim):
@@ -95,8 +106,23 @@ def _match_partition(
             for group, end in zip(numbers, ends, strict=True):
                 yield _match_batch(group, result, slice(end - len(group), end), partition)
 
-    file = write_batches(root, f"neighbors/{name}.arrow", batches(), _match_schema(join.k, database.dim))
-    return ShardRecord(name, 0, (file,))
+    files = [write_batches(root, f"neighbors/{name}.arrow", batches(), _match_schema(join.k, database.dim))]
+    if settings.sample:
+        files.append(_write_truth(root, settings, stored, number))
+    return ShardRecord(name, 0, tuple(files))
+
+
+def truth_file(partition: int) -> str:
+    """The file with the similarities of the nearest rows of a partition for each query of the sample."""
+    return f"neighbors/truth/{partition:05d}.arrow"
+
+
+def _write_truth(root: Root, settings: MatchSettings, stored: DeviceRows, partition: int) -> FileRecord:
+    sample = read_batches(root, f"neighbors/{settings.sample}.arrow")
+    exact = settings.join.model_copy(update={"partitions_per_query": 0, "lists_per_partition": 0})
+    result = join_rows(stored, schema.vectors(sample, schema.EMBEDDING).astype(np.float32), exact)
+    table = pa.table({schema.SIMILARITIES: schema.fixed_lists(result.similarities)})
+    return write_batches(root, truth_file(partition), table.to_batches(), table.schema)
 
 
 def _routed_queries(

@@ -15,6 +15,7 @@ import numpy as np
 
 from pipeline.neighbors.effort import measure_effort
 from pipeline.neighbors.matching import (
+    MatchSettings,
     match_work,
     merge_matches,
     neighbor_table,
@@ -22,7 +23,7 @@ from pipeline.neighbors.matching import (
     route_work,
     shard_number,
 )
-from pipeline.neighbors.recall import recall_work, sample_work, truth_work
+from pipeline.neighbors.recall import SAMPLE, recall_work, sample_work
 from pipeline.neighbors.refill import Refill, replaced
 from pipeline.neighbors.stored_effort import FOLDER as EFFORT
 from pipeline.neighbors.stored_effort import effort_name, find_effort, stored_effort
@@ -69,7 +70,7 @@ def run(config: NeighborsConfig, root: Root) -> Manifest:
             "lists_per_partition": effort.lists_per_partition,
             "encoder": database.encoder.model_dump(mode="json"),
             "near_copies": int(sum(record.values["near_copies"] for record in records)),
-            **_recall(replace(stage, by_shard={}), effort, database, records),
+            **_recall(replace(stage, by_shard={}), effort, database, embed),
         }
         _delete_passes(root)
         return stage.complete(records, values, started)
@@ -144,9 +145,13 @@ def _join(stage: Stage, config: NeighborsConfig, database: Database, embed: Mani
     shards = [record for record in _train_shards(embed) if record.shard.removeprefix("train/") not in finished]
     groups = [[shard.removeprefix("train/") for shard in group] for group in group_shards(shards, ROWS_PER_GROUP)]
     _start_passes(stage.root, {shard.shard: shard.digest for shard in shards})
+    passes = replace(stage, by_shard={})
+    settings = MatchSettings(config.join_config(), config.device, _sample_of(config, embed))
+    if settings.sample:
+        _draw_sample(passes, config, embed)
     joined = [
         replace(record, inputs=stage.inputs_of(record.shard))
-        for record in _run_passes(replace(stage, by_shard={}), config, len(database.partitions), groups)
+        for record in _run_passes(passes, config, settings, len(database.partitions), groups)
     ]
     map_in_threads(partial(write_record, stage.root, stage.name, stage.identity.shard_fingerprint), joined)
     records = finished | {record.shard: record for record in joined}
@@ -163,22 +168,32 @@ def _start_passes(root: Root, queries: dict[str, str]) -> None:
 
 def _delete_passes(root: Root) -> None:
     root.delete(QUERIES)
-    for folder in ("route", "match", "merge", "recall", "refill"):
+    for folder in ("sample", "route", "match", "truth", "merge", "recall", "refill"):
         root.delete(f"neighbors/records/{folder}")
         root.delete(f"neighbors/{folder}")
 
 
+def _sample_of(config: NeighborsConfig, embed: Manifest) -> str:
+    """The name of the sample that the recall is measured on; empty: it is not measured."""
+    return SAMPLE if config.recall_sample and any(record.rows for record in _train_shards(embed)) else ""
+
+
+def _draw_sample(stage: Stage, config: NeighborsConfig, embed: Manifest) -> None:
+    shards = [(record.shard.removeprefix("train/"), record.rows) for record in _train_shards(embed)]
+    draw = partial(sample_work, stage.root, shards, config.recall_sample, config.seed)
+    run_shards(stage, [SAMPLE], draw, Workers.from_config(config, 1))
+
+
 def _run_passes(
-    stage: Stage, config: NeighborsConfig, num_partitions: int, groups: list[list[str]]
+    stage: Stage, config: NeighborsConfig, settings: MatchSettings, num_partitions: int, groups: list[list[str]]
 ) -> list[ShardRecord]:
     """Route the queries, match each partition, merge; returns the records of the training shards."""
     routes = [f"route/{number:05d}" for number in range(len(groups))]
-    matches = [f"match/{number:05d}" for number in range(num_partitions if groups else 0)]
+    matches = [f"match/{number:05d}" for number in range(num_partitions if groups or settings.sample else 0)]
     on_cpus = Workers.from_config(config)
     on_gpus = Workers.from_config(config, num_gpus=config.gpus_per_worker)
     run_shards(stage, routes, partial(route_work, stage.root, config.partitions_per_query, groups), on_cpus)
-    match = partial(match_work, stage.root, config.join_config(), config.device, routes)
-    run_shards(stage, matches, match, on_gpus)
+    run_shards(stage, matches, partial(match_work, stage.root, settings, routes), on_gpus)
     merges = [f"merge/{number:05d}" for number in range(len(groups))]
     records = run_shards(stage, merges, partial(_merge_work, config, stage.root, groups, matches), on_cpus)
     return [
@@ -227,16 +242,10 @@ def _shard_record(group: ShardRecord, shards: list[str], number: int) -> ShardRe
     return ShardRecord(shard, rows, (group.files[number],), reasons, values, seconds)
 
 
-def _recall(stage: Stage, config: NeighborsConfig, database: Database, records: list[ShardRecord]) -> dict[str, Any]:
+def _recall(stage: Stage, config: NeighborsConfig, database: Database, embed: Manifest) -> dict[str, Any]:
     """Recall@k of the finished tables on a seeded sample of their rows, with its 95 % interval."""
-    rows = sum(record.rows for record in records)
-    if not min(rows, config.recall_sample):
+    if not _sample_of(config, embed):
         return {}
-    on_gpus, one_worker = Workers.from_config(config, num_gpus=config.gpus_per_worker), Workers.from_config(config, 1)
-    sample = partial(sample_work, stage.root, records, config.recall_sample, config.seed)
-    run_shards(stage, ["recall/sample"], sample, one_worker)
-    truths = [f"recall/{number:05d}" for number in range(len(database.partitions))]
-    exact = config.join_config().model_copy(update={"partitions_per_query": 0, "lists_per_partition": 0})
-    run_shards(stage, truths, partial(truth_work, stage.root, exact, config.device), on_gpus)
-    [record] = run_shards(stage, ["recall/all"], partial(recall_work, stage.root, config.k, truths), one_worker)
+    compare = partial(recall_work, stage.root, config.k, len(database.partitions))
+    [record] = run_shards(stage, ["recall/all"], compare, Workers.from_config(config, 1))
     return dict(record.values)

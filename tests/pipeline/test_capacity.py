@@ -135,7 +135,7 @@ def test_a_goal_for_the_recall_is_planned_with_the_measured_shares_and_says_so(i
     estimates = StageEstimates(inputs.model_copy(update={"partitions": shares}), DATA)
     fixed = estimates.neighbors(NeighborsConfig(k=3, partitions_per_query=4), INDEX)
     planned = estimates.neighbors(NeighborsConfig(k=3, min_recall=0.95), INDEX)
-    assert replace(planned, assumed="") == fixed
+    assert replace(planned, assumed="", read=planned.read - 600 * 768) == fixed
     assert planned.assumed.startswith("neighbors.min_recall = 0.95: 4 of 6 partitions a query are assumed")
     assert "Of 50 partitions, 4 hold 0.960 of the true neighbors (measured: there)" in planned.assumed
     with pytest.raises(UserError, match=r"0.99 cannot be planned: 4 of 50 partitions hold 0.960 \(measured: there\)"):

@@ -9,9 +9,10 @@ import pytest
 
 from pipeline import embed, index
 from pipeline.neighbors import neighbors
-from pipeline.neighbors.matching import match_work, route_work
+from pipeline.neighbors.matching import MatchSettings, match_work, route_work
 from pipeline.recipe import EmbedConfig, NeighborsConfig
 from retrieval import Database, Root, UserError
+from retrieval.index import partition_files
 from retrieval.index.partition import Partition
 from retrieval.recipe import ClipConfig, IndexConfig
 from retrieval.storage import schema
@@ -89,19 +90,37 @@ def test_one_partition_per_query_has_a_recall_below_one(root: Root) -> None:
     assert 0.2 < manifest.values["recall"] < 1.0
 
 
+def test_a_join_and_the_measurement_of_its_recall_read_each_partition_once(
+    root: Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    map_rows = partition_files.map_rows
+
+    def noted(path: Path) -> np.ndarray:
+        read.append(path.parent.name)
+        return map_rows(path)
+
+    monkeypatch.setattr(partition_files, "map_rows", noted)
+    assert neighbors.run(CONFIG, root).values["recall_sample"] == 10
+    assert sorted(read) == ["00000", "00001", "00002"]
+
+
 def test_a_match_keeps_no_partition_open_and_a_merge_opens_none(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
-    groups = [["00000", "00001"]]
-    route_work(root, 0, groups)("route/00000")
-    work = match_work(root, CONFIG.join_config(), "cpu", ["route/00000"])
+    groups, routes = [["00000"], ["00001"]], ["route/00000", "route/00001"]
+    for name in routes:
+        route_work(root, 0, groups)(name)
+    work = match_work(root, MatchSettings(CONFIG.join_config(), "cpu"), routes)
     partitions = work.args[1].partitions
     matches = [f"match/{number:05d}" for number in range(len(partitions))]
     for name in matches:
         work(name)
     assert not any({"embeddings", "metadata", "ids"} & vars(partition).keys() for partition in partitions)
+    # A file a group and a file a partition, not a file for each group and partition.
+    assert root.list("neighbors") == [f"neighbors/{name}.arrow" for name in (*matches, *routes)]
 
     monkeypatch.delattr(Partition, "metadata")
     monkeypatch.delattr(Partition, "embeddings")
-    neighbors._merge_work(CONFIG, root, groups, matches)("merge/00000")
+    neighbors._merge_work(CONFIG, root, groups, matches)("merge/00001")
     table = schema.read_table(root, "neighbors/00001.parquet", schema.neighbors(4, 32))
     ids, stored = embedded(root, "database/00000")
     positions = {image_id: position for position, image_id in enumerate(ids.tolist())}
@@ -114,6 +133,7 @@ def test_rows_with_too_few_neighbors_are_dropped_with_a_reason(root: Root) -> No
     manifest = neighbors.run(NeighborsConfig(k=60, near_copy_similarity=0.999, workers=1), root)
     assert manifest.reasons["too_few_neighbors"] >= 1
     assert manifest.rows + manifest.reasons["too_few_neighbors"] == 10
+    assert manifest.values["recall_sample"] == manifest.rows
 
 
 def test_a_database_of_another_encoder_is_refused(root: Root, tmp_path: Path) -> None:
