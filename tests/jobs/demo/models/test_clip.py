@@ -25,7 +25,7 @@ BATCH = 32
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
     folder = tmp_path_factory.mktemp("clip")
-    training = ClipTraining(num_scenes=500, steps=16, batch_size=BATCH, num_test_scenes=40, num_threads=1)
+    training = ClipTraining(num_scenes=500, steps=40, batch_size=BATCH, num_test_scenes=40, num_threads=1)
     return folder, train_clip(training, folder)
 
 
