@@ -56,18 +56,20 @@ def costs(recipe: Recipe, inputs: Inputs, trainings: Sequence[Recipe]) -> list[C
     """
     data = data_sizes(recipe, inputs)
     stages = StageEstimates(inputs, data)
-    estimates = {
-        "filter": stages.filter,
-        "download": stages.download,
-        "embed": stages.embed,
-        "index": lambda: stages.index(recipe[IndexConfig]),
-        "neighbors": lambda: stages.neighbors(recipe[NeighborsConfig], recipe[IndexConfig]),
-    }
-    needs = [estimate() for name, estimate in estimates.items() if recipe.has(name)]
+    estimates = (
+        ("filter", stages.filter),
+        ("download", stages.download),
+        ("embed", stages.near_copies),
+        ("embed", stages.embed),
+        ("index", lambda: stages.index(recipe[IndexConfig])),
+        ("neighbors", lambda: stages.neighbors(recipe[NeighborsConfig], recipe[IndexConfig])),
+    )
+    needs = [estimate() for section, estimate in estimates if recipe.has(section)]
     for training in trainings:
         needs += training_needs(training, inputs, data)
     if not needs:
-        raise UserError(f"{recipe.path} has no stage to estimate. Wanted a section of: {', '.join(estimates)}, train.")
+        sections = dict.fromkeys(section for section, _ in estimates)
+        raise UserError(f"{recipe.path} has no stage to estimate. Wanted a section of: {', '.join(sections)}, train.")
     return [cost(need, inputs) for need in needs]
 
 

@@ -106,7 +106,9 @@ def test_every_recipe_has_a_plan_of_the_stages_that_it_has(inputs: Inputs, path:
     # demo.toml names a CLIP folder that does not exist before the demo ran.
     planned = load_recipe(path)
     stages = costs(planned, inputs, [planned] if planned.has("train") else [])
-    names = [name for name in ("filter", "download", "embed", "index", "neighbors") if planned.has(name)]
+    sections = {"near copies": "embed"}
+    stage_names = ("filter", "download", "near copies", "embed", "index", "neighbors")
+    names = [name for name in stage_names if planned.has(sections.get(name, name))]
     if planned.has("train"):
         train = planned[TrainConfig]
         names += [f"latents {train.size}"] if train.source == "latents" else []
