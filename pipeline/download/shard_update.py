@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.download.former_shards import former_shards, rows_in, stored_pictures
 from pipeline.download.image_download import CONTENT_BLOCKED, PHASH_BLOCKED, URL_BLOCKED, RowStatus, SplitSettings
@@ -70,7 +71,8 @@ class ShardUpdate:
         before = read_table(root, records[0].file(".parquet"), DOWNLOADED)
         if not before.select(FROM_METADATA).equals(selected.select(FROM_METADATA)):
             return self._update(shard, records, selected, None)
-        is_current = records[0].inputs.get("blocklist") == self._settings(shard).blocklist.identity
+        blocklist = self._settings(shard).blocklist
+        is_current = records[0].inputs.get("blocklist") == blocklist.identity and not _has_erased(before, blocklist)
         if is_current and not (self.retry and {*TRANSIENT, Reason.BLOCKED} & {*records[0].reasons}):
             return records[0]
         return self._update(shard, records[:1], selected, records[0])
@@ -115,6 +117,12 @@ def _stored_row(stored: dict[int, Row], row: Row) -> Row:
     """The stored row of a selected one. A picture with other boxes of faces must be blurred again, from its file."""
     former = stored.get(row[IMAGE_ID], _NEW_ROW)
     return former if former.get("face_boxes") == row["face_boxes"] else _NEW_ROW
+
+
+def _has_erased(table: pa.Table, blocklist: Blocklist) -> bool:
+    """Whether rows of DOWNLOADED have a picture that was erased, or that is a copy of an erased one."""
+    stored = pc.equal(table["reason"], "").to_numpy()
+    return bool(np.isin(table[IMAGE_ID].to_numpy()[stored], blocklist.erased).any())
 
 
 def without_listed(root: Root, record: ShardRecord, blocklist: Blocklist) -> ShardRecord:

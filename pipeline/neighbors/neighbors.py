@@ -35,7 +35,7 @@ from pipeline.runtime.workers import Work, Workers, shared_workers
 from retrieval.clip.identity import EncoderIdentity
 from retrieval.database.database import Database
 from retrieval.errors import UserError
-from retrieval.index.hidden import hidden_digest
+from retrieval.index.hidden import hidden_digest, hidden_ids
 from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, write_record
 from retrieval.storage.root import FileRecord, Root
@@ -85,11 +85,13 @@ def _effort(config: NeighborsConfig, root: Root, embed: Manifest) -> NeighborsCo
             check_remake(root, "neighbors", _stage(config, root, of_tables).identity)
         measure_effort(config, root, embed)
     effort = stored_effort(config, root)
-    if config.min_recall and read_manifest(root, EFFORT).inputs != {"embed": embed.identity_of("train/")}:
-        logging.getLogger("neighbors").info(
-            "%s a query, measured on other training images. To measure again, delete %s",
-            *(effort_name(effort), root.at(EFFORT)),
-        )
+    if config.min_recall:
+        measured = read_manifest(root, EFFORT)
+        if (measured.upstream | measured.inputs)["embed"] != embed.identity_of("train/"):
+            logging.getLogger("neighbors").info(
+                "%s a query, measured on other training images. To measure again, delete %s",
+                *(effort_name(effort), root.at(EFFORT)),
+            )
     return effort
 
 
@@ -125,7 +127,9 @@ def _remove_hidden(stage: Stage, config: NeighborsConfig) -> None:
     if outdated:
         stage.log.info("removing hidden images from %s tables", f"{len(outdated):,}")
         stage.root.delete(f"{stage.name}/manifest.json")
-        refill = Refill(replace(stage, by_shard={}), config, "neighbors/refill", include_finished=True)
+        # Read after the identity of the stage: the tables may lack more ids than it states, but not fewer.
+        hidden = hidden_ids(stage.root.child("index"))
+        refill = Refill(replace(stage, by_shard={}), config, "neighbors/refill", hidden, include_finished=True)
         new = refill.write([record.shard for record in outdated])
         records = [
             replace(replaced(record, new.get(record.shard)), inputs=stage.inputs_of(record.shard))

@@ -5,6 +5,7 @@ Reads `neighbors/<shard>.parquet` and the database `index/` with its hidden ids;
 which it opens each partition once; `write/<shard>` writes a new table beside the old one, `replace/<shard>` over it.
 """
 
+import hashlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from pipeline.runtime.stage import Stage, group_shards, map_in_threads
 from pipeline.runtime.workers import Work, Workers
 from retrieval.arrow_files import read_batch, write_batches
 from retrieval.database.database import Database
+from retrieval.index.hidden import Ids
 from retrieval.index.routing import Vectors
 from retrieval.join.join import join_database
 from retrieval.storage import schema
@@ -41,11 +43,13 @@ class Refill:
     """The removal of hidden ids from finished tables.
 
     stage: has the records of the tasks. config: settings of the tables. folder: of new tables and neighbors.
+    hidden: the ids. All tasks remove these, also if more are hidden in the database meanwhile.
     """
 
     stage: Stage
     config: NeighborsConfig
     folder: str
+    hidden: Ids
     include_finished: bool = False
     """Whether finished tasks run again."""
 
@@ -76,7 +80,10 @@ class Refill:
         self, task: str, names: Sequence[str], make_work: Callable[[], Work], num_gpus: float = 0
     ) -> Sequence[ShardRecord]:
         workers = Workers.from_config(self.config, num_gpus=num_gpus)
-        return run_shards(self.stage, [f"{task}{name}" for name in names], make_work, workers, self.include_finished)
+        # Another fingerprint: records of a killed removal of other ids are not used.
+        digest = hashlib.sha256(self.hidden.tobytes()).hexdigest()[:16]
+        stage = replace(self.stage, upstream=self.stage.upstream | {"removed": digest})
+        return run_shards(stage, [f"{task}{name}" for name in names], make_work, workers, self.include_finished)
 
 
 def replaced(old: ShardRecord, new: ShardRecord | None) -> ShardRecord:
@@ -147,6 +154,10 @@ def _write(refill: Refill, batches: dict[str, tuple[str, int]], database: Databa
     table = schema.read_table(root, f"neighbors/{shard}.parquet", columns)
     unchanged, refilled = np.flatnonzero(~hidden & ~affected), np.flatnonzero(affected)
     refilled = refilled[np.isin(ids[refilled], new_rows[schema.IMAGE_ID].to_numpy())]
+    if len(new_rows) != len(refilled):
+        raise RuntimeError(
+            f"{shard}: {len(new_rows)} rows were searched for {len(refilled)} that have a hidden neighbor"
+        )
     order = np.argsort(np.concatenate([unchanged, refilled]))
     new_table = pa.concat_tables([table.take(pa.array(unchanged)), new_rows]).take(pa.array(order))
     written = schema.write_table(root, f"{refill.folder}/{shard}.parquet", new_table, columns)
@@ -175,7 +186,8 @@ def replace_work(refill: Refill, fingerprint: str, records: dict[str, ShardRecor
 
 
 def _index(refill: Refill) -> Database:
-    return Database.open(refill.stage.root.child("index"))
+    """The database with exactly the ids of the removal hidden."""
+    return Database.open(refill.stage.root.child("index")).with_all_rows().without(refill.hidden)
 
 
 def _new_rows(refill: Refill, group: str) -> str:

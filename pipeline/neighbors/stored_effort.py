@@ -5,11 +5,14 @@ input `embed`, the identity of the training images that they were measured on. T
 settings. It stays if training images change: with other numbers all tables would be made again.
 """
 
+from dataclasses import replace
+
 from pipeline.recipe import NeighborsConfig
 from pipeline.runtime.stage import Stage
 from retrieval.errors import UserError
 from retrieval.storage.manifest import Manifest, read_manifest
 from retrieval.storage.root import Root
+from retrieval.storage.stage_folder import stored_identity
 
 FOLDER = "neighbors_effort"
 SCHEMA_VERSION = 1
@@ -28,7 +31,10 @@ def find_effort(config: NeighborsConfig, root: Root) -> NeighborsConfig | None:
     """The settings with the measured effort, None if it is not measured. Without `min_recall` they stay."""
     if not config.min_recall:
         return config
-    manifest = effort_stage(config, root, {}).stored()
+    stage, upstream = effort_stage(config, root, {}), stored_identity(root, FOLDER).get("upstream", {})
+    # Earlier versions had the training images here: the effort stays, as it does if images change now.
+    images = {name: upstream[name] for name in ("embed",) if name in upstream}
+    manifest = replace(stage, upstream=stage.upstream | images).stored()
     if manifest is None:
         return None
     numbers = {name: int(manifest.values[name]) for name in ("partitions_per_query", "lists_per_partition")}

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.neighbors.stored_effort import FOLDER as EFFORT
 from pipeline.optout.erased_files import erase_in_partition, erase_in_shard, erase_thumbnails
 from pipeline.pictures.near_copies import update_copies
 from pipeline.pictures.near_copy_shards import FOLDER as NEAR_COPIES
@@ -93,8 +94,7 @@ def end_erasures(root: Root, blocklist: Blocklist) -> None:
 
 def current_stages(root: Root) -> list[str]:
     """The finished stages that were made from the present output of their inputs, inputs first."""
-    stages = finished_stages(root)
-    return [name for name in stages if _inputs(root, name).items() <= read_manifest(root, name).upstream.items()]
+    return [name for name in _stages(root) if _inputs(root, name).items() <= read_manifest(root, name).upstream.items()]
 
 
 def erase(root: Root, blocklist: Blocklist, workers: Workers) -> dict[str, int]:
@@ -104,19 +104,19 @@ def erase(root: Root, blocklist: Blocklist, workers: Workers) -> dict[str, int]:
     stage = Stage(root.remaking(), f"optout/{blocklist.identity}/erase", SCHEMA_VERSION, Config())
     latents = [name for name in finished_stages(root) if name.startswith("latents/")]
     with ExitStack() as leases:
-        for name in (*finished_stages(root), NEAR_COPIES):
+        for name in (*_stages(root), NEAR_COPIES):
             leases.enter_context(lease(root, name))
         with stage.building(), shared_workers():
             _rewrite_shards(stage, blocklist, plan, latents, workers)
             partitions = _rewrite_databases(stage, plan, workers)
-            for name in finished_stages(root):
+            for name in _stages(root):
                 records = partitions.get(name, []) if name == "index" else _shard_records(root, name, plan.shards)
                 _update_manifest(root, name, records, name in plan.current)
             for name in plan.rows:
                 if name != "index":
                     _update_manifest(root, name, partitions[name], is_current=False)
             if plan.shards:
-                _update_near_copies(root, plan, workers)
+                _update_near_copies(root, workers)
             _delete_old_files(root, plan)
     return {"shards": len(plan.shards), "partitions": len(plan.partitions)}
 
@@ -126,6 +126,11 @@ def finished_stages(root: Root) -> list[str]:
     latents = sorted({"/".join(name.split("/")[:2]) for name in root.list("latents", "/manifest.json")})
     names = ["download", "embed", "index", *latents, "neighbors"]
     return [name for name in names if root.exists(f"{name}/manifest.json")]
+
+
+def _stages(root: Root) -> list[str]:
+    """`finished_stages`, and the measured effort of `neighbors`, which has only numbers but belongs to the database."""
+    return [*finished_stages(root), *([EFFORT] if root.exists(f"{EFFORT}/manifest.json") else [])]
 
 
 def _rewrite_shards(stage: Stage, blocklist: Blocklist, plan: ErasePlan, latents: list[str], workers: Workers) -> None:
@@ -184,15 +189,15 @@ def _inputs(root: Root, stage: str) -> dict[str, str]:
     embed = read_manifest(root, "embed")
     if stage == "index":
         return {"embed": embed.identity_of("database/")}
-    index = {"index": read_manifest(root, "index").identity} if stage == "neighbors" else {}
-    return {"embed": embed.identity_of("train/")} | index
+    index = {"index": read_manifest(root, "index").identity} if stage in ("neighbors", EFFORT) else {}
+    return index if stage == EFFORT else {"embed": embed.identity_of("train/")} | index
 
 
 def _inputs_by_shard(root: Root, stage: str) -> dict[str, dict[str, str]]:
     """The present digests of what the shards of a stage are made from, where the stage compares them by shard."""
     if stage == "embed":
         return {record.shard: {"download": record.digest} for record in read_manifest(root, "download").shards}
-    if stage in ("download", "index"):
+    if stage in ("download", "index", EFFORT):
         return {}
     embedded = [record for record in read_manifest(root, "embed").shards if record.shard.startswith("train/")]
     return {
@@ -247,14 +252,14 @@ def _write_record(root: Root, stage: str, fingerprint: str, record: ShardRecord)
         write_record(root, stage, fingerprint, record)
 
 
-def _update_near_copies(root: Root, plan: ErasePlan, workers: Workers) -> None:
+def _update_near_copies(root: Root, workers: Workers) -> None:
     """Remove the hashes of the erased pictures by a search in what remains; all hashes if no search has finished.
 
     Database pictures that are copies of erased training pictures stay left out.
     """
     if compared_shards(root):
         bits = root.read_json(f"{NEAR_COPIES}/{STARTED_FILE}")["upstream"]["near_copy_bits"]
-        update_copies(root, read_manifest(root, "download"), int(bits), workers, plan.ids)
+        update_copies(root, read_manifest(root, "download"), int(bits), workers)
     else:
         root.delete(NEAR_COPIES)
 

@@ -43,8 +43,9 @@ REMAINS = (
 REMAINS_ERASED = (
     "Left on disk: URLs and captions in filter/ and download/, copies outside this root (backups, versions of an"
     " object store, caches of trainers), samples, and trained models. No stage stores the erased ids again"
-    " (optout/erased/). Other pictures on the list that a later 'filter' selects need the list in download.blocklist."
-    " Restart shared clusters: they serve the images until they are"
+    " (optout/erased/), that is, images under the same URL, path and database name. Other pictures on the list that a"
+    " later 'filter' selects need the list in download.blocklist. Known copies of erased pictures stay in download/"
+    " until 'download --retry', but enter no database. Restart shared clusters: they serve the images until they are"
     " stopped."
 )
 

@@ -10,6 +10,7 @@ from pipeline.neighbors.refill import Refill, replaced
 from pipeline.recipe import NeighborsConfig
 from pipeline.runtime.stage import Stage
 from retrieval.errors import UserError
+from retrieval.index.hidden import hidden_ids
 from retrieval.storage.manifest import Manifest, read_manifest, write_manifest
 from retrieval.storage.root import Root
 from retrieval.storage.stage_folder import STARTED_FILE
@@ -54,8 +55,11 @@ def refill_tables(stage: Stage) -> Removed:
         copy = replace(before, upstream={"now": now.fingerprint})
         write_manifest(root, copy, saved)
     before = read_manifest(root, saved)
+    hidden, now = hidden_ids(root.child("index")), _current_stage(root, saved)
+    if before.upstream["now"] != now.fingerprint:
+        raise UserError(f"{root.at('index')}: more images were hidden while this command began. Run it again.")
     config = NeighborsConfig.model_validate(before.config)
-    return _replace_tables(Refill(stage, config, f"{stage.name}/neighbors"), before)
+    return _replace_tables(Refill(stage, config, f"{stage.name}/neighbors", hidden), before, now)
 
 
 def _current_stage(root: Root, folder: str) -> Stage:
@@ -69,11 +73,13 @@ def _inputs_without_hidden(tables: Manifest | Stage) -> tuple[int, dict[str, str
     return tables.schema_version, upstream
 
 
-def _replace_tables(refill: Refill, before: Manifest) -> Removed:
-    """Replace the old tables when all new ones are written, the manifest last. before: the manifest of the old ones."""
+def _replace_tables(refill: Refill, before: Manifest, now: Stage) -> Removed:
+    """Replace the old tables when all new ones are written, the manifest last.
+
+    before: the manifest of the old ones. now: the stage with the hidden ids that are removed.
+    """
     root = refill.stage.root
     new = refill.write(before.shard_names())
-    now = neighbors_stage(refill.config, root)
     root.delete("neighbors/manifest.json")
     shards = tuple(replace(replaced(old, new.get(old.shard)), inputs=now.inputs_of(old.shard)) for old in before.shards)
     root.write_json(f"neighbors/{STARTED_FILE}", asdict(now.identity))

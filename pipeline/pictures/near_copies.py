@@ -9,12 +9,13 @@ Reads the hashes of `download/{train,database}/<shard>.parquet`; writes below `n
 A copy has the same content (SHA-256 of the downloaded bytes) or a perceptual hash (`phash`) that differs in a few
 bits. The first pass compares all database images with all training images. A later pass compares all database images
 with the gained hashes, and two kinds of them with all training images: new ones, and copies that match a lost hash. Its
-result equals that of a first pass, except that copies of erased images stay copies. Files are named by digests of their
-inputs, so that finished ones are used again. Hashes are read in groups of shards, so that memory stays bounded.
+result equals that of a first pass. Copies of erased images that an earlier pass found stay copies in every pass. Files
+are named by digests of their inputs, so that finished ones are used again. Hashes are read in groups of shards, so that
+memory stays bounded.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -36,7 +37,7 @@ from pipeline.pictures.near_copy_shards import (
     shards_by_file,
     write_shards,
 )
-from pipeline.runtime.id_files import store_erased
+from pipeline.runtime.id_files import Ids, erased_ids, store_erased
 from pipeline.runtime.runner import run_shards
 from pipeline.runtime.workers import Work, Workers
 from retrieval.arrow_files import read_batch, read_batches, read_some, write_batches
@@ -98,8 +99,8 @@ class Comparison:
     """Hashes that the training images gained and lost since the earlier copies were found."""
     max_distance: int
     """Largest distance of the perceptual hashes of near copies, in bits."""
-    erased: Sequence[int] = ()
-    """Ids of training images that are gone. Their copies stay copies."""
+    erased: Ids
+    """See `erased_ids`. Known copies of erased training images are among them, and stay copies."""
 
 
 def find_copies(root: Root, download: Manifest, max_distance: int, workers: Workers) -> dict[str, str]:
@@ -108,12 +109,10 @@ def find_copies(root: Root, download: Manifest, max_distance: int, workers: Work
         return update_copies(root, download, max_distance, workers)
 
 
-def update_copies(
-    root: Root, download: Manifest, max_distance: int, workers: Workers, erased: Sequence[int] = ()
-) -> dict[str, str]:
+def update_copies(root: Root, download: Manifest, max_distance: int, workers: Workers) -> dict[str, str]:
     """As `find_copies`, under the lease of `near_copies`.
 
-    erased: ids of training images that were erased since. Their copies stay copies, and no stage stores them again.
+    Copies of training images that were erased since stay copies, and no stage stores them again.
     """
     stage = near_copy_stage(root, max_distance)
     before, now = compared_shards(root), hashed_shards(download)
@@ -121,21 +120,23 @@ def update_copies(
     run_shards(stage, [*files], partial(hashes_work, root, files), workers)
     changes = changed_groups(before, now)
     run_shards(stage, [*changes], partial(changes_work, root, (before, now), changes), workers)
-    comparison = replace(_comparison(before, now, [*changes], max_distance), erased=erased)
+    comparison = _comparison(before, now, [*changes], max_distance, erased_ids(root))
     run_shards(stage, [*comparison.groups], partial(copies_work, root, comparison), workers)
     copies = {shard: name for name, group in comparison.groups.items() for shard in group.shards}
     write_shards(root, {shard: replace(place, copies=copies.get(shard, "")) for shard, place in now.items()})
     return copies
 
 
-def _comparison(before: HashedShards, now: HashedShards, changes: list[str], max_distance: int) -> Comparison:
+def _comparison(
+    before: HashedShards, now: HashedShards, changes: list[str], max_distance: int, erased: Ids
+) -> Comparison:
     train, databases = ({shard: now[shard] for shard in now if shard.startswith(s)} for s in ("train/", "database/"))
     all_images = digest([[shard, place.digest] for shard, place in sorted(train.items())])
     groups = {}
     for file, shards in shards_by_file(databases).items():
         earlier = {shard: before.get(shard) for shard in shards}
         groups[f"copies/{digest([file, all_images])}"] = DatabaseGroup(file, earlier)
-    return Comparison(groups, [*shards_by_file(train)], changes, max_distance)
+    return Comparison(groups, [*shards_by_file(train)], changes, max_distance, erased)
 
 
 def hashes_work(root: Root, files: dict[str, list[str]]) -> Work:
@@ -199,7 +200,7 @@ def copies_work(root: Root, comparison: Comparison) -> Work:
         is_kept = _is_earlier(root, group, table)
         kinds = np.where(is_kept, _earlier_kinds(root, group, ids), NOT_COPY).astype(np.int8)
         again = ~is_kept | _match_lost(root, comparison, images, kinds, are_erased=False)
-        if comparison.erased:
+        if len(comparison.erased):
             of_erased = _match_lost(root, comparison, images, kinds, are_erased=True)
             store_erased(root, np.unique(ids[of_erased]))
             again &= ~of_erased
@@ -209,6 +210,7 @@ def copies_work(root: Root, comparison: Comparison) -> Work:
         for file in comparison.train if again.any() else []:
             hashes = Hashes.of(read_batches(root, f"{FOLDER}/{file}.arrow"))
             _mark(kinds, images, np.flatnonzero(again), hashes, comparison.max_distance)
+        kinds[(kinds == NOT_COPY) & np.isin(ids, comparison.erased)] = NEAR_COPY
         return _write_copies(root, name, ids, kinds, dict(zip(group.shards, map(len, batches), strict=True)))
 
     return work

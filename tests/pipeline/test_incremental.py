@@ -11,13 +11,15 @@ from jobs.cli.recipe import load_recipe
 from jobs.status.stages import statuses
 from pipeline import embed, index
 from pipeline.neighbors import effort, neighbors, refill
+from pipeline.neighbors.stored_effort import effort_name, find_effort
 from pipeline.recipe import EmbedConfig, NeighborsConfig
+from pipeline.runtime.stage import Stage
 from pipeline.runtime.status import Status
 from retrieval import Root, UserError
 from retrieval.index.hidden import hide
 from retrieval.recipe import ClipConfig, IndexConfig
 from retrieval.storage import schema
-from retrieval.storage.manifest import Manifest, read_manifest, read_record, write_record
+from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, read_record, write_manifest, write_record
 from tests.pipeline.conftest import Picture, pictures, write_download
 from tests.pipeline.shards_in_process import recorded_workers
 
@@ -305,6 +307,19 @@ def test_a_deleted_effort_is_measured_again_and_the_loss_of_tables_needs_a_reque
     manifest = neighbors.run(GOAL, Root(with_goal.url, remake=True))
     assert manifest.upstream["effort"] == "1 partitions, 4 lists"
     assert neighbors_status(with_goal, tmp_path).state == "finished"
+
+
+def test_an_effort_of_an_earlier_version_stays_with_its_database(root: Root) -> None:
+    upstream = {"embed": "former", "index": read_manifest(root, "index").identity}
+    values = {"partitions_per_query": 2.0, "lists_per_partition": 4.0}
+    stage = Stage(root, "neighbors_effort", 1, GOAL, upstream)
+    with stage.building():
+        stage.complete([ShardRecord("choice", 10, ())], values, 0.0)
+    found = find_effort(GOAL, root)
+    assert found
+    assert effort_name(found) == "2 partitions, 4 lists"
+    write_manifest(root, replace(read_manifest(root, "index"), fingerprint="another"))
+    assert find_effort(GOAL, root) is None
 
 
 def test_tables_of_other_settings_are_refused_before_the_effort_is_measured(with_goal: Root) -> None:

@@ -17,6 +17,7 @@ from pipeline import embed, index
 from pipeline.databases import build as style_database
 from pipeline.download.shard_download import write_rows, write_tar
 from pipeline.neighbors import neighbors
+from pipeline.neighbors.stored_effort import changed_effort
 from pipeline.optout import erased_files, optout
 from pipeline.optout.erase import ErasePlan, plan_file
 from pipeline.optout.ids_left import ids_left
@@ -41,7 +42,7 @@ from tests.pipeline.conftest import Picture, pictures
 from tests.pipeline.shards_in_process import recorded_workers
 
 EMBED, INDEX = EmbedConfig(workers=1), IndexConfig(rows_per_partition=20, workers=1)
-NEIGHBORS = NeighborsConfig(k=4, near_copy_similarity=0.999, recall_sample=0, workers=1)
+NEIGHBORS = NeighborsConfig(k=4, near_copy_similarity=0.999, recall_sample=0, min_recall=0.5, workers=1)
 SHARDS = {
     "train/00000": pictures("train", 900, 4),
     "train/00001": pictures("train", 910, 4),
@@ -176,6 +177,7 @@ def check_erased(root: Root, clip: ClipConfig, vectors: dict[int, np.ndarray]) -
     manifests = {stage: read_manifest(root, stage) for stage in STAGES}
     assert run_stages(root, clip) == manifests, "no stage runs again"
     assert latents(root).finished() == manifests["latents/32"]
+    assert changed_effort(NEIGHBORS, root, manifests["neighbors"]) == ""
     for stage, manifest in manifests.items():
         for record in manifest.shards:
             stored = read_record(root, stage, record.shard)

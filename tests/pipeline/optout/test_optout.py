@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from pipeline.neighbors import neighbors, refill
 from pipeline.optout import optout
 from pipeline.recipe import NeighborsConfig
 from pipeline.runtime.stage import Stage
+from pipeline.runtime.workers import Work
 from pipeline.web.blocklist import Blocklist, read_blocklist
 from retrieval import Database, Root, UserError
+from retrieval.arrow_files import read_batch
 from retrieval.clip.identity import EncoderIdentity
 from retrieval.config import Config
 from retrieval.database.build import DatabaseIdentity, write_database
@@ -153,7 +156,12 @@ def test_an_interrupted_removal_continues_to_the_result_of_stages_without_the_im
     assert affected["with"] == ["runs/a", "runs/b", "runs/d"], "run d read the old tables"
     assert affected["unknown"] == ["runs/c"]
 
-    rebuilt = Root(tmp_path / "rebuilt")
+    check_like_rebuilt(root, tmp_path)
+
+
+def check_like_rebuilt(root: Root, tmp_path: Path) -> None:
+    """Finished tables equal those of a stage that never had the hidden ids."""
+    after, rebuilt = read_manifest(root, "neighbors"), Root(tmp_path / "rebuilt")
     shutil.copytree(root.url, rebuilt.url)
     rebuilt.delete("neighbors")
     again = neighbors.run(CONFIG, rebuilt)
@@ -166,6 +174,35 @@ def test_an_interrupted_removal_continues_to_the_result_of_stages_without_the_im
         ]
         vectors = [schema.vectors(table, schema.NEIGHBOR_EMBEDDINGS) for table in tables]
         np.testing.assert_array_equal(*vectors)
+
+
+@pytest.mark.usefixtures("in_process_shards")
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_ids_that_are_hidden_between_the_passes_leave_the_tables_whole_and_go_in_the_next_run(
+    root: Root, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_killed: bool
+) -> None:
+    blocklist, ids = write_list(root, tmp_path)
+    write_work = refill.write_work
+
+    def hiding(removal: refill.Refill, batches: dict[str, tuple[str, int]]) -> Work:
+        rows = [read_batch(root, f"{removal.folder}/search/{group}.arrow", n) for group, n in batches.values()]
+        searched = np.unique(np.concatenate([schema.vectors(pa.table(batch), schema.NEIGHBOR_IDS) for batch in rows]))
+        hide(root.child("index"), searched[:2])
+        if is_killed:
+            raise KeyboardInterrupt
+        return write_work(removal, batches)
+
+    with monkeypatch.context() as patch, nullcontext() if not is_killed else pytest.raises(KeyboardInterrupt):
+        patch.setattr(refill, "write_work", hiding)
+        optout.run(blocklist, root)
+    if not is_killed:
+        tables = read_manifest(root, "neighbors")
+        train = [schema.image_id(picture.url) for n in range(2) for picture in pictures_of(f"train/0000{n}")]
+        listed = len({*train} & {*ids})
+        assert (tables.rows, tables.reasons) == (12 - listed, {"blocked": listed})
+        assert tables.fingerprint != neighbors.neighbors_stage(CONFIG, root).fingerprint, "it names what was removed"
+    optout.run(blocklist, root)
+    check_like_rebuilt(root, tmp_path)
 
 
 @pytest.mark.usefixtures("in_process_shards")
@@ -225,7 +262,8 @@ def test_a_refill_searches_once_for_all_tables_and_keeps_no_partition_open(
         return join_database(database, queries, config, device)
 
     monkeypatch.setattr(refill, "join_database", counting)
-    removal = refill.Refill(Stage(root, "refilled", 1, Config()), CONFIG, "refilled")
+    hidden = hidden_ids(root.child("index"))
+    removal = refill.Refill(Stage(root, "refilled", 1, Config()), CONFIG, "refilled", hidden)
     new = removal.write(["00000", "00001"])
     refilled = [record.values["refilled"] for record in new.values()]
     assert min(refilled) >= 1
