@@ -162,10 +162,10 @@ class Partition:
         k = min(k, len(self))
         if self.is_flat:
             return Partition.compare_all, (k,)
-        if self._skips_codes:
-            return self._filtered_plan(k, effort)
         if effort.lists_per_partition >= self.num_lists and k * effort.candidates_per_result >= self.num_visible:
             return Partition.compare_all, (k,)
+        if self._skips_codes:
+            return self._filtered_plan(k, effort)
         if self.visible is None and (lists := self.files.list_search) is not None:
             return Partition._search_compiled, (k, effort, lists, self.files.visits(effort, k))
         return Partition._search, (k, effort, 1.0)
@@ -308,9 +308,9 @@ class Partition:
         return np.diff(self.lists[0])
 
     def _compared_where_short(self, queries: Vectors, results: TopK, k: int) -> TopK:
-        """The results, those with fewer than k rows by a comparison with all."""
+        """The results, those with fewer than k rows by a comparison with all, unless they have all visible rows."""
         similarities, rows = results
-        short = np.flatnonzero(rows[:, -1] < 0)
+        short = np.flatnonzero(rows[:, min(k, self.num_visible) - 1] < 0)
         if len(short):
             similarities[short], rows[short] = self.compare_all(queries[short], k)
         return similarities, rows

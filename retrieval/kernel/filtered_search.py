@@ -6,10 +6,12 @@ the others, and where still fewer are, all of them are compared.
 """
 
 import ctypes
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +30,12 @@ ROWS_PER_LIST = 30
 """Rows that are compared in the time of a visit to a list."""
 MAX_COMPARED_ROWS = 32_768
 """At most so many rows are compared: 25 MB of 768 dimensions."""
+MAX_COPIED_BYTES = 2**30
+"""Copies of all partitions and conditions of a process. Searches beyond it read the codes of all rows."""
+
+_copied: WeakKeyDictionary["FilteredSearch", int] = WeakKeyDictionary()
+"""Bytes of the copies of each search."""
+_copied_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,6 @@ class FilteredSearch:
         """visible: (rows,)."""
         self._search, self._visible = search, visible
         self._share = float(visible.mean())
-        self._copies_entries = self._share <= MAX_COPIED_SHARE
 
     def searcher(self, k: int, lists: tuple[int, int], candidates: int) -> Callable[[Vectors], tuple[Vectors, Numbers]]:
         """A function that returns the k best visible candidates of queries, as `ListSearch.search`.
@@ -55,32 +62,37 @@ class FilteredSearch:
         lists, candidates: of a search among all rows. Where the visited lists have fewer, results end in (-inf, -1).
         """
         expected = lists[0] * max(self._share, 1e-9) ** -EXPECTED_POWER
-        if self._visible.sum() <= min(ROWS_PER_LIST * expected, MAX_COMPARED_ROWS):
-            few_rows = self._few_rows
+        few = self._visible.sum() <= min(ROWS_PER_LIST * expected, MAX_COMPARED_ROWS)
+        if few and (few_rows := self._few_rows) is not None:
             return lambda queries: few_rows.search(queries, k)
         entries, most = self._entries, self._search.num_lists
         distance = self._search.end_distance(k, lists, candidates)
         condition = Condition(lists[0], WALK_COST * expected > most, distance)
-        visible = None if self._copies_entries else self._visible.ctypes.data
+        visible = None if entries.memory else self._visible.ctypes.data
         settings = ctypes.pointer(Settings(k, most, most, candidates, visible, ctypes.pointer(condition)))
         # `entries` and `self` own what the addresses lead to.
         return lambda queries: self._search.run(queries, k, entries.lists, settings)
 
     @cached_property
-    def _few_rows(self) -> FewRowsSearch:
-        """All visible rows."""
-        return FewRowsSearch(self._search.library, self._search.rows, np.flatnonzero(self._visible))
+    def _few_rows(self) -> FewRowsSearch | None:
+        """All visible rows; None where their copies would exceed MAX_COPIED_BYTES."""
+        numbers, dim = np.flatnonzero(self._visible), self._search.rows.shape[1]
+        if not self._may_copy(len(numbers) * (dim + numbers.itemsize + 4)):  # 8-bit numbers, row number and unit
+            return None
+        return FewRowsSearch(self._search.library, self._search.rows, numbers)
 
     @cached_property
     def _entries(self) -> _Entries:
-        """Those of all rows, or copies of the visible ones."""
-        if not self._copies_entries:
+        """Those of all rows, or copies of the visible ones if these are few and MAX_COPIED_BYTES suffices."""
+        if self._share > MAX_COPIED_SHARE:
             return _Entries(self._search.lists)
         whole, library, visible = self._search.lists, self._search.library, self._visible.ctypes.data
         sizes = np.empty(self._search.num_lists, np.int64)
         library.count_visible(whole, visible, sizes.ctypes.data)
         block_bytes = whole.contents.codes_per_row * BLOCK_ROWS // 2
         code_bytes = -(-sizes // BLOCK_ROWS) * block_bytes
+        if not self._may_copy(int(code_bytes.sum() + 8 * sizes.sum())):
+            return _Entries(whole)
         codes, ids = np.zeros(code_bytes.sum(), np.uint8), np.empty(sizes.sum(), np.int64)
         code_addresses = codes.ctypes.data + np.cumsum(code_bytes) - code_bytes
         id_addresses = ids.ctypes.data + ids.itemsize * (np.cumsum(sizes) - sizes)
@@ -88,3 +100,11 @@ class FilteredSearch:
         copies.codes, copies.ids, copies.sizes = (array.ctypes.data for array in (code_addresses, id_addresses, sizes))
         library.copy_visible(whole, visible, ctypes.byref(copies))
         return _Entries(ctypes.pointer(copies), (codes, ids, code_addresses, id_addresses, sizes))
+
+    def _may_copy(self, num_bytes: int) -> bool:
+        """Whether so many bytes may be copied. If so, they count until this object is freed."""
+        with _copied_lock:
+            fits = sum(_copied.values()) + num_bytes <= MAX_COPIED_BYTES
+            if fits:
+                _copied[self] = _copied.get(self, 0) + num_bytes
+        return fits

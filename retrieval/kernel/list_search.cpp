@@ -51,15 +51,16 @@ class Search {
     }
 
     // Ranks the best candidates. Returns the number of lists that were scanned.
-    int64_t scan(const float* query) {
+    int64_t measure(const float* query) {
         query_ = query;
         rank_best();
         return scan_.scanned();
     }
 
-    // How far the lists are at which a search ends: `CodeScan::distance`.
+    // How far the lists are at which a search ends: `CodeScan::distance`. Ranks no candidates.
     float distance(const float* query) {
-        scan(query);
+        query_ = query;
+        scan();
         return scan_.distance();
     }
 
@@ -73,6 +74,13 @@ class Search {
 
   private:
     void rank_best() {
+        scan();
+        scan_.reduce();
+        rank();
+    }
+
+    // Scans the lists from the nearest on, until the scan ends or all `lists` of the settings are scanned.
+    void scan() {
         auto& visits = scratch_.scan.visits;
         visits.clear();
         if (compares_lists())
@@ -85,8 +93,6 @@ class Search {
             if (!scanned) scan_.start(query_);
             if (!scan_.run(scanned) || lists == settings_.lists) break;
         }
-        scan_.reduce();
-        rank();
     }
 
     // Rows of all lists; a row counts for each of its lists.
@@ -222,7 +228,7 @@ void copy_visible(const Lists* lists, const uint8_t* visible, const Lists* copie
 int64_t measure(const Lists* lists, const Settings* settings, const float* query, int64_t* scanned, int64_t* rows) try {
     static thread_local Scratch scratch;
     Search search(*lists, *settings, scratch);
-    *scanned = search.scan(query);
+    *scanned = search.measure(query);
     return search.write_ranked(rows);
 } catch (const std::exception&) {
     return -1;

@@ -17,7 +17,7 @@ from retrieval.kernel.library import library
 
 SMALLEST = np.finfo(np.float32).tiny
 MAX_SETTINGS = 256
-"""Settings that are kept."""
+"""Settings, and end distances, that are kept."""
 END_SAMPLE, END_QUANTILE = 256, 0.27
 """Searches that end at a fixed distance reach the recall of those that end after a fixed number of lists if about a
 quarter of the latter end nearer. Measured for recalls of 0.95 and 0.99."""
@@ -142,6 +142,8 @@ class ListSearch:
             arrays = len(queries), queries.ctypes.data, distances.ctypes.data
             if self.library.distances(self.lists, _settings(*key), *arrays):
                 raise MemoryError
+            if len(self._end_distances) >= MAX_SETTINGS:
+                self._end_distances.clear()
             self._end_distances[key] = float(np.quantile(distances, END_QUANTILE))
         return self._end_distances[key]
 

@@ -11,8 +11,9 @@ from retrieval import Database
 from retrieval.errors import UserError
 from retrieval.index.conditions import EXAMPLE, parse_complement, parse_condition, rows_that_meet
 from retrieval.index.effort import Effort
+from retrieval.index.partition import Partition
 from retrieval.index.routing import Vectors
-from tests.retrieval.conftest import built, clustered
+from tests.retrieval.conftest import brute_force, built, clustered
 
 ROWS = pa.table(
     {
@@ -113,6 +114,15 @@ def recall(database: Database, ids: np.ndarray) -> float:
     assert np.isin(results.ids, ids).all()
     truth = ids[np.argsort(-(queries @ rows()[ids - 1000].T), axis=1)[:, :k]]
     return float(np.mean([len({*one} & {*other}) / len(one) for one, other in zip(truth, results.ids, strict=True)]))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.6])
+def test_recall_1_compares_all_rows_that_meet_a_condition(in_lists: Database, vectors: Vectors, share: float) -> None:
+    chosen = np.flatnonzero(np.random.default_rng(3).random(len(vectors)) < share)
+    filtered, queries = in_lists.where(pc.field("image_id").isin((1000 + chosen).tolist())), clustered(100, seed=11)
+    assert filtered.partitions[0]._plan(1, filtered.effort(1.0, k=1)) == (Partition.compare_all, (1,))
+    found = filtered.search(queries, 1, recall=1.0).ids - 1000
+    np.testing.assert_array_equal(found, chosen[brute_force(vectors[chosen], queries, 1)])
 
 
 def test_a_search_with_a_condition_skips_most_rows(large: Database) -> None:

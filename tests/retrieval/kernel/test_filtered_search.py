@@ -4,10 +4,14 @@ import ctypes
 import os
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 
+from retrieval import Database
+from retrieval.index.effort import Effort
 from retrieval.index.inverted_lists import train_inverted_lists
 from retrieval.index.routing import Vectors
 from retrieval.kernel import filtered_search
@@ -100,8 +104,57 @@ def test_copied_entries_are_those_of_the_visible_rows(
             assert first == second
 
 
+@pytest.fixture
+def copied(monkeypatch: pytest.MonkeyPatch) -> WeakKeyDictionary[FilteredSearch, int]:
+    """Bytes of the copies of each search, without those of other tests."""
+    monkeypatch.setattr(filtered_search, "_copied", WeakKeyDictionary())
+    return filtered_search._copied
+
+
 @pytest.mark.usefixtures("only_lists")
-@pytest.mark.parametrize("constants", [{"MAX_COPIED_SHARE": 0}, {"MAX_COPIED_SHARE": 1}, {"WALK_COST": 0}])
+def test_codes_are_copied_as_long_as_all_copies_stay_in_the_limit(
+    search: ListSearch, stored: Vectors, monkeypatch: pytest.MonkeyPatch, copied: WeakKeyDictionary[FilteredSearch, int]
+) -> None:
+    visible = masks(stored)["random 0.1"]
+    first, second = (FilteredSearch(search, visible) for _ in range(2))
+    memory = first._entries.memory
+    assert sum(copied.values()) == sum(array.nbytes for array in memory[:2])
+    monkeypatch.setattr(filtered_search, "MAX_COPIED_BYTES", sum(copied.values()))
+    assert not second._entries.memory
+    rows = second.searcher(K, LISTS, CANDIDATES)(clustered(40, seed=2))[1]
+    assert visible[rows].all()
+    assert FilteredSearch(search, np.zeros(len(stored), bool))._entries.memory  # of no rows
+    del first
+    assert FilteredSearch(search, visible)._entries.memory
+
+
+def test_few_rows_are_searched_in_lists_where_their_copies_exceed_the_limit(
+    search: ListSearch, stored: Vectors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filtered_search, "MAX_COPIED_BYTES", 0)
+    queries = clustered(40, seed=2)
+    for count in (0, 9, 10, 400):
+        visible = np.arange(len(stored)) < count
+        filtered = FilteredSearch(search, visible)
+        rows = filtered.searcher(K, LISTS, CANDIDATES)(queries)[1]
+        assert share_found(true_rows(stored, visible, queries)[:, :count], rows) > 0.9 if count else (rows == -1).all()
+        assert (filtered._few_rows is None) == bool(count)
+
+
+def test_copies_no_longer_count_when_a_database_under_a_condition_is_freed(
+    in_lists: Database, copied: WeakKeyDictionary[FilteredSearch, int]
+) -> None:
+    filtered = in_lists.where(pc.field("image_id") < 1400)
+    filtered.search(clustered(2, seed=2), K, effort=Effort(1, 1, 1))
+    assert len(copied) == 1
+    del filtered
+    assert not copied
+
+
+@pytest.mark.usefixtures("only_lists")
+@pytest.mark.parametrize(
+    "constants", [{"MAX_COPIED_SHARE": 0}, {"MAX_COPIED_BYTES": 0}, {"MAX_COPIED_SHARE": 1}, {"WALK_COST": 0}]
+)
 def test_the_recall_under_a_condition_is_that_among_all_rows(
     search: ListSearch, stored: Vectors, monkeypatch: pytest.MonkeyPatch, constants: dict[str, Any]
 ) -> None:

@@ -13,8 +13,10 @@ import pytest
 from retrieval import Database, Effort
 from retrieval.index import inverted_lists
 from retrieval.index.inverted_lists import train_inverted_lists
-from retrieval.index.routing import Vectors, unit
-from retrieval.kernel.filtered_search import FilteredSearch
+from retrieval.index.partition import Partition
+from retrieval.index.routing import Numbers, Vectors, unit
+from retrieval.kernel import filtered_search
+from retrieval.kernel.filtered_search import MAX_COPIED_SHARE, ROWS_PER_LIST, FilteredSearch
 from retrieval.kernel.layout import list_pointers
 from retrieval.kernel.list_search import ListSearch, open_list_search
 from tests.retrieval.conftest import around_one_direction, brute_force, built, clustered, share_found
@@ -68,8 +70,18 @@ def test_answers_are_as_good_where_rows_are_hidden_or_filtered(
     assert not np.isin(ids, hidden).any()
 
 
+def test_fewer_visible_rows_than_k_are_compared_once(
+    in_lists: Database, queries: Vectors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Partition, "compare_all", None)
+    found = in_lists.where("image_id < 1010").search(queries, 20, effort=EFFORTS[1]).ids
+    np.testing.assert_array_equal(np.sort(found, axis=1), np.arange(1000, 1010)[None].repeat(len(queries), axis=0))
+
+
 @pytest.mark.parametrize("dim", [7, 32, 50, 129])
-def test_an_exhaustive_search_is_exact_in_any_number_of_dimensions_and_with_empty_lists(dim: int) -> None:
+def test_an_exhaustive_search_is_exact_in_any_number_of_dimensions_and_with_empty_lists(
+    dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     random = np.random.default_rng(dim)
     rows = unit(random.standard_normal((900, dim)).astype(np.float32))
     rows[:500] = rows[0]  # lists of equal rows, and lists of none
@@ -79,15 +91,19 @@ def test_an_exhaustive_search_is_exact_in_any_number_of_dimensions_and_with_empt
     assert search is not None
     queries = unit(random.standard_normal((30, dim)).astype(np.float32))
     exact = queries @ stored.astype(np.float32).T
-    for visible in (None, random.random(900) < 0.5):
-        seen = exact if visible is None else np.where(visible, exact, -1)
-        settings = 30, (lists.index.nlist, lists.index.nlist + 8), 1800
-        if visible is None:
-            similarities, results = search.search(queries, *settings)
-        else:
-            similarities, results = FilteredSearch(search, visible).searcher(*settings)(queries)
-        np.testing.assert_allclose(similarities, -np.sort(-seen, axis=1)[:, :30], atol=1e-6)
-        np.testing.assert_allclose(np.take_along_axis(seen, results, 1), similarities, atol=1e-6)
+    settings = 30, (lists.index.nlist, lists.index.nlist + 8), 1800
+
+    def assert_exact(results: tuple[Vectors, Numbers], seen: Vectors) -> None:
+        np.testing.assert_allclose(results[0], -np.sort(-seen, axis=1)[:, :30], atol=1e-6)
+        np.testing.assert_allclose(np.take_along_axis(seen, results[1], 1), results[0], atol=1e-6)
+
+    assert_exact(search.search(queries, *settings), exact)
+    visible = random.random(900) < 0.5
+    for rows_per_list, copied_share in ((ROWS_PER_LIST, MAX_COPIED_SHARE), (0, 0), (0, 1)):
+        monkeypatch.setattr(filtered_search, "ROWS_PER_LIST", rows_per_list)
+        monkeypatch.setattr(filtered_search, "MAX_COPIED_SHARE", copied_share)
+        results = FilteredSearch(search, visible).searcher(*settings)(queries)
+        assert_exact(results, np.where(visible, exact, -1))
 
 
 def test_equal_similarities_are_ordered_by_row() -> None:
