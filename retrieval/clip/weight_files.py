@@ -19,8 +19,11 @@ def weight_files(config: ClipConfig) -> dict[str, Version]:
 
 
 def weights_changed(config: ClipConfig, recorded: Mapping[str, Version]) -> bool:
-    """Whether a file differs from the recorded one. Files of its size and time are not read."""
-    return any(_differs(path, *recorded[path.name]) for path in _paths(config) if path.name in recorded)
+    """Whether a file differs from the recorded one of its name, or from all where its name is not recorded.
+
+    False where no file was recorded, or none is here. A file with name, size and time of a recorded one is not read.
+    """
+    return bool(recorded) and any(_differs(path, recorded) for path in _paths(config))
 
 
 def _paths(config: ClipConfig) -> list[Path]:
@@ -30,6 +33,9 @@ def _paths(config: ClipConfig) -> list[Path]:
     return [path] if (path := Path(config.pretrained)).is_file() else []
 
 
-def _differs(path: Path, num_bytes: int, mtime_ns: int, sha256: str) -> bool:
+def _differs(path: Path, recorded: Mapping[str, Version]) -> bool:
+    if path.name not in recorded:
+        return file_sha256(path) not in {sha256 for _, _, sha256 in recorded.values()}
+    num_bytes, mtime_ns, sha256 = recorded[path.name]
     stat = path.stat()
     return stat.st_size != num_bytes or (stat.st_mtime_ns != mtime_ns and file_sha256(path) != sha256)

@@ -1,9 +1,10 @@
 """One partition of a database: its files, the rows that are hidden, and the search.
 
-The index proposes candidates from its codes, and faiss ranks them by their stored vectors. If few rows are hidden, a
-search covers all rows and drops the hidden ones. If fewer than k are left, it repeats with more results and lists, so
-the effort depends only on the hidden rows near the query. If a condition leaves few rows, the codes of the others are
-skipped (`_search_lists`). A flat partition has no index: all rows are compared.
+The index proposes candidates from its codes, and the compiled library or else faiss ranks them by their stored vectors.
+If few rows are hidden, a search covers all rows and drops the hidden ones. If fewer than k are left, it repeats with
+more results and lists, so the effort depends only on the hidden rows near the query. If a condition leaves few rows,
+the codes of the others are skipped (`FilteredSearch`, with faiss `_search_lists`). A flat partition has no index: all
+rows are compared.
 """
 
 import math
@@ -327,11 +328,12 @@ class Partition:
 
         visible: codes of other rows are skipped; None: none are, also where rows are hidden.
         """
-        if (lists := self.files.list_search) is not None:
-            return lists.search(queries, k, *self.files.visits(effort, k))
-        parameters = self.parameters(effort, k)
         if visible is not None:
             parameters = self.files.filtered_parameters(effort, self._selector)
+        elif (lists := self.files.list_search) is not None:
+            return lists.search(queries, k, *self.files.visits(effort, k))
+        else:
+            parameters = self.parameters(effort, k)
         similarities, rows = self.index.search(queries, k * self.results_per_row, params=parameters)
         if self.results_per_row > 1:
             return drop_repeats(clipped(similarities), rows, k)

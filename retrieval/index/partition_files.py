@@ -8,7 +8,8 @@ bounds in `bounds.npy`.
 
 import mmap
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,13 +44,17 @@ MAX_PARAMETERS = 256
 
 def load_file(files: FileCache, name: str, load: Callable[[Path], Content]) -> Content:
     """What `load` reads from a file of a database. Raises UserError with its path if it is damaged."""
-    with files.local(name) as path:
-        try:
-            return load(path)
-        except UNREADABLE as error:
-            raise UserError(
-                f"{files.root.at(name)} cannot be read ({error}): the database is damaged. Build it again."
-            ) from error
+    with files.local(name) as path, _damage_named(files.root.at(name)):
+        return load(path)
+
+
+@contextmanager
+def _damage_named(location: str) -> Iterator[None]:
+    """Raises UserError with the location of a file where the block finds it damaged."""
+    try:
+        yield
+    except UNREADABLE as error:
+        raise UserError(f"{location} cannot be read ({error}): the database is damaged. Build it again.") from error
 
 
 def load_array(path: Path) -> Any:
@@ -78,6 +83,16 @@ def _mapped(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     return rows
 
 
+def _load_offsets(path: Path) -> Numbers:
+    """The offsets of lists, (lists + 1,). Raises ValueError unless they are int64, at least 2, and ascend from 0."""
+    offsets = np.load(path, allow_pickle=False)
+    if offsets.dtype != np.int64 or offsets.ndim != 1 or len(offsets) < 2:
+        raise ValueError(f"{offsets.dtype} {offsets.shape}, expected int64 (lists + 1,)")
+    if offsets[0] or (np.diff(offsets) < 0).any():
+        raise ValueError("they do not ascend from 0")
+    return np.asarray(offsets)
+
+
 def _load_bounds(path: Path) -> Vectors:
     """The bounds of `CodedRows`, (2, dim). Raises ValueError unless they are those of unit vectors."""
     bounds = np.load(path, allow_pickle=False)
@@ -104,7 +119,7 @@ class PartitionFiles:
     def embeddings(self) -> StoredRows:
         """(rows, dim) unit rows as they are stored, sorted by list; `embeddings[numbers]` is float16."""
         if not self._files.exists(f"{self._folder}/bounds.npy"):
-            return self._load("embeddings.npy", map_rows)
+            return self._row_maps[0]
         bounds = self._load("bounds.npy", _load_bounds)
 
         def load(path: Path) -> CodedRows:
@@ -114,6 +129,11 @@ class PartitionFiles:
             return CodedRows(codes, bounds)
 
         return self._load("embeddings.npy", load)
+
+    @cached_property
+    def _row_maps(self) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.float16]]:
+        """The float16 rows, mapped for reads of all and for reads of single rows."""
+        return self._load("embeddings.npy", lambda path: (map_rows(path), _map_single_rows(path)))
 
     @cached_property
     def metadata(self) -> pa.Table:
@@ -141,7 +161,12 @@ class PartitionFiles:
         if not self.has_own_lists:
             rows, dim = self.embeddings.shape
             return np.array([0, rows]), np.zeros((1, dim), np.float32)
-        return self._load("lists.npy", load_array), self._load("list_centroids.npy", load_array)
+        return self._offsets, self._load("list_centroids.npy", load_array)
+
+    @cached_property
+    def _offsets(self) -> Numbers:
+        """Offsets of our lists, (lists + 1,)."""
+        return self._load("lists.npy", _load_offsets)
 
     @cached_property
     def rerank(self) -> RerankIndex:
@@ -188,7 +213,7 @@ class PartitionFiles:
         """The index with its entries in the file, for the compiled library."""
         if not self.has_own_lists or not isinstance(self.embeddings, np.ndarray) or library() is None:
             return None
-        lists = len(self._load("lists.npy", load_array)) - 1
+        lists = len(self._offsets) - 1
         return self._load("index.faiss", lambda path: map_index(path, lists))
 
     @cached_property
@@ -218,10 +243,10 @@ class PartitionFiles:
     def _list_search(self) -> ListSearch | None:
         if not self.has_own_lists:
             return None
-        if (mapped := self._mapped_index) is None:
-            return self._load("index.faiss", lambda _: open_list_search(self._base, self.embeddings))
-        rows = self._load("embeddings.npy", _map_single_rows)
-        return self._load("index.faiss", lambda _: open_list_search(mapped.index, rows, mapped.pointers))
+        mapped = self._mapped_index
+        index, rows = (self._base, self.embeddings) if mapped is None else (mapped.index, self._row_maps[1])
+        with _damage_named(self._files.root.at(f"{self._folder}/index.faiss")):
+            return open_list_search(index, rows, None if mapped is None else mapped.pointers)
 
     def visits(self, effort: Effort, k: int) -> tuple[tuple[int, int], int]:
         """Lists and centroids in the walk, and candidates, of a search for k results: as in `parameters`."""

@@ -17,7 +17,7 @@
 
 namespace {
 
-constexpr float ROUNDING_DEVIATIONS = 4; // of a product, that two errors together exceed twice in a few of 10^8 rows
+constexpr float ROUNDING_DEVIATIONS = 4; // of a product; two errors differ by more than twice that in 1 of 10^8 pairs
 
 // Some rows of a partition. Pointers are borrowed.
 struct FewRows {

@@ -59,6 +59,8 @@ def checked_pointers(index: Any, rows: npt.NDArray[np.float16], pointers: ListPo
     """
     check_sizes(index, rows)
     quantizer, pointers = faiss.downcast_index(index.quantizer), pointers or list_pointers(index)
+    if len(pointers.sizes) != index.nlist:
+        raise ValueError(f"lists in the file: {len(pointers.sizes):,}, expected {index.nlist:,}")
     check_graph(quantizer.hnsw, index.nlist)
     check_centroids(faiss.downcast_index(quantizer.storage).codes)
     check_ids(pointers, len(rows))

@@ -1,9 +1,9 @@
 // Searches the inverted lists of faiss.IndexIVFPQFastScan for single queries, and ranks the candidates by float16 rows.
 //
-// Reads the memory of faiss (graph over the centroids, packed 4-bit codes, ids) and the mapped rows. It works as faiss
-// does, but walks by 8-bit centroids, leaves out lists and candidates that probably are no neighbors, and fetches the
-// next codes and rows while it works, so that it rarely waits for memory. Where all lists and candidates are wanted, it
-// ranks all rows. Nothing is checked here: `retrieval/kernel/layout.py` did. Needs AVX2, FMA and F16C.
+// Reads packed 4-bit codes and rows in mapped files, and copies of the ids and of the graph over centroids. It works
+// as faiss does, but walks by 8-bit centroids, leaves out lists and candidates that probably are no neighbors, and
+// fetches the next codes and rows meanwhile, so that it rarely waits for memory. Where all lists and candidates are
+// wanted, it ranks all rows. Nothing is checked here: `retrieval/kernel/layout.py` did. Needs AVX2, FMA and F16C.
 
 #include <immintrin.h>
 

@@ -35,18 +35,21 @@ class MappedIndex:
 def map_index(path: Path, num_lists: int) -> MappedIndex | None:
     """The index in a file, or None if its lists are no faiss.BlockInvertedLists with 32 rows a block.
 
-    num_lists: how many it has. Raises ValueError unless all lists are complete in the file, and RuntimeError where
-    faiss cannot read the rest.
+    num_lists: how many it has. Raises ValueError unless all lists are complete in the file and at the first mark of
+    lists, and RuntimeError where faiss cannot read the rest.
     """
     mark = SIZES.pack(MARK, num_lists, NO_CODE_SIZE, BLOCK_ROWS, 0)[: -COUNT.size]
     with path.open("rb") as file:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
-            end = whole.find(mark) + SIZES.size
+            start, first = whole.find(mark), whole.find(MARK)
+            end = start + SIZES.size
             head = whole[:end]
-        if mark not in head[-SIZES.size :]:
+        if start < 0:
             return None
+        if first < start:  # faiss could read those. All numbers before our lists are too small to contain a mark.
+            raise ValueError(f"it has lists at byte {first:,}, expected the first at byte {start:,}")
         index = faiss.deserialize_index(np.frombuffer(head + bytes(2 * COUNT.size * num_lists), np.uint8))
-        mapped = np.memmap(path, np.uint8, "r")
+        mapped = np.memmap(file, np.uint8, "r")
         file.seek(end)  # the lists are read, because pages of a map would stay resident
         entries = [_read_list(file, len(mapped), SIZES.unpack(head[-SIZES.size :])[-1]) for _ in range(num_lists)]
         if file.tell() != len(mapped):

@@ -257,6 +257,22 @@ def test_other_weights_of_clip_under_the_same_name_are_stale(recipe: Path, tmp_p
     assert note() == "made with other weights of CLIP"
     weights.unlink()
     assert note() == ""
+    (folder / "other.safetensors").write_bytes(b"another")
+    assert note() == ("made with other weights of CLIP" if in_folder else "")
+
+
+def test_a_checkpoint_of_another_name_is_stale_unless_it_is_a_copy(recipe: Path, tmp_path: Path) -> None:
+    for name, content in (("a.pt", b"weights"), ("b.pt", b"another"), ("copy.pt", b"weights")):
+        (tmp_path / name).write_bytes(content)
+    recipe.write_text(f'{recipe.read_text()}[embed]\n[clip]\nmodel = "clip"\npretrained = "{tmp_path}/a.pt"\n')
+    write_filter(recipe)
+    files = weight_files(load_recipe(recipe)[ClipConfig])
+    write_made(recipe, "embed", {}, {"heads": ""}, encoder={"model": "clip"}, clip_files=files)
+    notes = {
+        name: statuses_by_stage(recipe, f"clip.pretrained={tmp_path}/{name}")["embed"].note
+        for name in ("a.pt", "b.pt", "copy.pt", "missing.pt")
+    }
+    assert notes == {"a.pt": "", "b.pt": "made with other weights of CLIP", "copy.pt": "", "missing.pt": ""}
 
 
 def test_training_shows_the_last_complete_line_of_its_metrics(recipe: Path) -> None:

@@ -2,6 +2,7 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,44 @@ def test_an_archive_of_arrays_is_refused(path: Path) -> None:
         np.savez(file, ROWS)
     with pytest.raises(UserError, match="the database is damaged"):
         _ = opened(path).embeddings
+
+
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        (np.int64(5), r"int64 \(\), expected"),
+        (np.zeros(0, np.int64), r"int64 \(0,\), expected"),
+        (np.zeros(1, np.int64), r"int64 \(1,\), expected"),
+        (np.zeros((2, 2), np.int64), r"int64 \(2, 2\), expected"),
+        (np.array([0.0, 5.0]), r"float64 \(2,\), expected"),
+        (np.array([1, 5]), "do not ascend from 0"),
+        (np.array([0, 5, 4]), "do not ascend from 0"),
+    ],
+)
+def test_offsets_of_lists_that_do_not_ascend_from_0_are_refused(path: Path, offsets: Any, message: str) -> None:
+    np.save(path, ROWS)
+    np.save(path.with_name("list_centroids.npy"), ROWS)
+    np.save(path.with_name("lists.npy"), np.array([0, 2, 2, 5]))
+    np.testing.assert_array_equal(opened(path).lists[0], [0, 2, 2, 5])
+    np.save(path.with_name("lists.npy"), offsets)
+    with pytest.raises(UserError, match=rf"lists\.npy cannot be read .*{message}.*the database is damaged"):
+        _ = opened(path).lists
+
+
+def test_opening_a_search_asks_once_for_each_file(in_lists: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    local = FileCache.local
+
+    def counted(files: FileCache, name: str) -> AbstractContextManager[Path]:
+        asked.append(name.rpartition("/")[2])
+        return local(files, name)
+
+    monkeypatch.setattr(FileCache, "local", counted)
+    files = PartitionFiles(in_lists.files, "partitions/00000")
+    assert len(files.lists[0]) == files.num_lists + 1
+    _ = files.list_search
+    _ = files.embeddings
+    assert sorted(asked) == ["embeddings.npy", "index.faiss", "list_centroids.npy", "lists.npy"]
 
 
 def test_threads_open_the_search_of_an_index_once(in_lists: Database, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """An index that does not fit its rows is refused, because the library reads memory by the numbers in the index."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,14 @@ from retrieval.file_cache import FileCache
 from retrieval.index.inverted_lists import train_inverted_lists
 from retrieval.index.partition_files import PartitionFiles
 from retrieval.index.rerank import CodedRows
-from retrieval.kernel.layout import MAX_LIST_ROWS, ListPointers, check_ids, checked_pointers, is_searchable
+from retrieval.kernel.layout import (
+    MAX_LIST_ROWS,
+    ListPointers,
+    check_ids,
+    checked_pointers,
+    is_searchable,
+    list_pointers,
+)
 from retrieval.kernel.list_search import open_list_search
 from tests.retrieval.conftest import DIM, clustered
 
@@ -149,6 +157,14 @@ def test_a_damaged_index_is_refused(built: Built, tmp_path: Path, kind: str) -> 
     files = opened(index, rows, tmp_path)
     with pytest.raises(UserError, match=r"index\.faiss cannot be read .*the database is damaged"):
         _ = files.list_search
+
+
+def test_entries_of_another_number_of_lists_are_refused(built: Built) -> None:
+    index, rows = built
+    pointers = list_pointers(index)
+    fewer = replace(pointers, codes=pointers.codes[:-1], ids=pointers.ids[:-1], sizes=pointers.sizes[:-1])
+    with pytest.raises(ValueError, match="lists in the file: 255, expected 256"):
+        checked_pointers(index, rows, fewer)
 
 
 def test_an_index_of_other_rows_is_refused(built: Built, tmp_path: Path) -> None:

@@ -102,6 +102,16 @@ def set_number(place: int, value: int) -> Callable[[bytes, int], bytes]:
     return change
 
 
+def with_decoy(content: bytes, start: int) -> bytes:
+    """Empty lists with the right sizes, which faiss reads, before a list of 64 rows whose blocks have no bytes."""
+    mark, count, no_code_size, block_rows, block_bytes = SIZES.unpack_from(content, start)
+    decoy = SIZES.pack(mark, count, block_bytes // block_rows, block_rows, block_bytes) + bytes(16 * count)
+    lists = SIZES.pack(mark, count, no_code_size, block_rows, 0) + bytes(16 * (count - 1))
+    changed = content[:start] + decoy + lists + struct.pack("<Q", 64) + bytes(8 * 64) + bytes(8)
+    assert faiss.deserialize_index(np.frombuffer(changed, np.uint8)).invlists.compute_ntotal() == 0
+    return changed
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -109,6 +119,7 @@ def set_number(place: int, value: int) -> Callable[[bytes, int], bytes]:
         (longer, "its lists end at byte"),
         (set_number(SIZES.size, 1 << 62), "goes beyond the end of the file"),
         (set_number(SIZES.size - 8, 512), "has 256 bytes of codes"),
+        (with_decoy, "it has lists at byte .*, expected the first at byte"),
     ],
 )
 def test_lists_that_do_not_fit_their_file_are_refused(
