@@ -56,7 +56,7 @@ time beyond that of an undisturbed run; most of it is the start of Ray workers.
 
 **Cases** of the download: a finished stage with a *changed timeout* keeps its files; a *killed retry* loses no
 picture; of *two drivers* the second is refused; a *sick node* without the store does not stop the others; *losses at
-start* of more workers than a shard may lose do not stop the stage; *killed workers*: one every 30 s for five minutes,
+start* of more workers than a shard may lose do not stop the stage; *killed workers*: one every 30 s for ten minutes,
 while the stage is made again and again.
 
 {table}
@@ -190,12 +190,10 @@ def page(result: dict[str, Any]) -> str:
     ]
     missing = [kind for kind in KINDS if kind not in {outcome["kind"] for outcome in outcomes}]
     notes = [f"Not tested: {', '.join(missing)}."] if missing else []
-    machine, seed = result["hardware"], result["seed"]
+    machine = "; ".join(sorted({outcome["hardware"] for outcome in outcomes}))
     table = markdown_table(headings, table_rows(outcomes))
-    return (
-        "\n".join([PAGE.format(machine=machine, seed=seed, outage=OUTAGE_S, table=table), *notes, *problems]).rstrip()
-        + "\n"
-    )
+    text = PAGE.format(machine=machine, seed=result["seed"], outage=OUTAGE_S, table=table)
+    return "\n".join([text, *notes, *problems]).rstrip() + "\n"
 
 
 class Report:
@@ -212,9 +210,9 @@ class Report:
     def add(self, outcome: Outcome) -> None:
         """Add an outcome and write the page."""
         self.failed |= bool(outcome.wrong)
-        self.outcomes.append(asdict(outcome))
+        self.outcomes.append({**asdict(outcome), "hardware": hardware()})
         self.outcomes.sort(key=lambda each: (STAGES.index(each["stage"]), KINDS.index(each["kind"])))
-        result = {"hardware": hardware(), "seed": self.seed, "outcomes": self.outcomes}
+        result = {"seed": self.seed, "outcomes": self.outcomes}
         self.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.out.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
         write_atomically(self.out, page(result))

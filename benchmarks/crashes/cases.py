@@ -25,7 +25,7 @@ LIMIT_S = 300.0
 """A longer run counts as hanging."""
 START_LOSSES = 5
 """Workers that are killed while they start; a shard alone may lose four."""
-KILL_EVERY_S, KILLING_S = 30.0, 300.0
+KILL_EVERY_S, KILLING_S = 30.0, 600.0
 """Time between two kills of workers, and of the kills of a case together."""
 NO_STORE = "http://127.0.0.1:1"
 

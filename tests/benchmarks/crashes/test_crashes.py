@@ -41,7 +41,10 @@ def test_the_page_counts_faults_and_lists_problems() -> None:
         outcome("driver", False, 9.0, []),
         outcome("disk", False, 9.0, []),
     ]
-    text = page({"hardware": "a machine", "seed": 7, "outcomes": outcomes})
+    machines = ["an old machine", "a machine", "a machine", "a machine"]
+    rows = [{**each, "hardware": machine} for each, machine in zip(outcomes, machines, strict=True)]
+    text = page({"seed": 7, "outcomes": rows})
+    assert "**Machine:** a machine; an old machine; a Ray cluster" in text
     assert "| embed | driver | 2 | 1 | 2.0 |" in text
     assert "| embed | disk | 0 | 0 |  |" in text
     assert "- embed, driver: embed/a differs" in text
