@@ -18,10 +18,11 @@ STAGES := filter download embed index neighbors latents train sample evaluate
 CLUSTER ?= $(filter http://% https://%,$(RAY_ADDRESS))
 RUN = $(BIN)/python -m $(if $(CLUSTER),jobs.cluster.submit "$(CLUSTER)" $@,jobs.$@) $(RECIPE) $(OWN) $(ARGS)
 
-# All other targets use files or ports of this machine.
-LOCAL := $(filter-out $(STAGES) optout status,$(MAKECMDGOALS))
+# All other targets that take a recipe use files or ports of this machine.
+WITHOUT_RECIPE := help install test check format docs clean bench% gpu-% $(VENV)/% .venv-bench/%
+LOCAL := $(filter-out $(STAGES) optout status $(WITHOUT_RECIPE),$(MAKECMDGOALS))
 ifneq ($(if $(filter file,$(origin CLUSTER)),,$(CLUSTER)),)
-$(if $(LOCAL),$(error CLUSTER=$(CLUSTER): make $(firstword $(LOCAL)) runs on this machine only. Leave CLUSTER out, or run it on a node of the cluster with RAY_ADDRESS=<head>:6379))
+$(if $(LOCAL),$(error CLUSTER=$(CLUSTER): make $(firstword $(LOCAL)) runs on this machine only. Write CLUSTER= to run it here, or run it on a node of the cluster with RAY_ADDRESS=<head>:6379))
 endif
 
 # Without this Ray writes a token to the home folder, and waiting OpenMP threads keep a core busy.

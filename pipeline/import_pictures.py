@@ -34,9 +34,9 @@ from pipeline.web.blocklist import read_blocklist
 from pipeline.web.urls import canonical_url
 from retrieval.storage.full_disk import full_disk_named
 from retrieval.storage.listing import described
-from retrieval.storage.manifest import Manifest, ShardRecord, delete_record
+from retrieval.storage.manifest import Manifest, ShardRecord, delete_record, read_manifest
 from retrieval.storage.root import Root
-from retrieval.storage.schema import FROM_METADATA, IMAGE_ID, SPLITS, Reason, image_id
+from retrieval.storage.schema import DOWNLOADED, FROM_METADATA, IMAGE_ID, SPLITS, Reason, image_id, read_table
 from retrieval.storage.temp_folders import temporary_folder
 
 
@@ -77,7 +77,7 @@ def run(config: DownloadConfig, division: ImportConfig, sources: Sources, root: 
     splits, left_out = _splits(division, sources)
     settings = json.dumps([division.model_dump(mode="json"), sources.database is not None])
     division_file = f"download/import-{hashlib.sha256(settings.encode()).hexdigest()[:16]}.json"
-    known: Division = root.find_json(division_file) or {}
+    known: Division = root.find_json(division_file) or _stored_division(root, settings)
     ids = {split: _divided(splits[split], known.get(split, []), division.rows_per_shard) for split in splits}
     shards = _shards(splits, ids)
     digests = {shard: _digest(pictures) for shard, pictures in shards.items()}
@@ -97,6 +97,22 @@ def run(config: DownloadConfig, division: ImportConfig, sources: Sources, root: 
         records = run_shards(stage, [*shards], make, Workers.from_config(config))
         urls = sum(map(len, shards.values()))
         return stage.complete(records, {"urls": urls, "left_out": dict(sorted(left_out.items()))}, started)
+
+
+def _stored_division(root: Root, settings: str) -> Division:
+    """The ids in the shards of a finished import with these settings, which an earlier version did not list apart."""
+    if not root.exists("download/manifest.json"):
+        return {}
+    manifest = read_manifest(root, "download")
+    if manifest.upstream.get("import") != settings:
+        return {}
+    division: Division = {split: [] for split in SPLITS}
+    for record in sorted(manifest.shards, key=lambda record: record.shard):
+        split, _, name = record.shard.partition("/")
+        ids = read_table(root, record.file(".parquet"), DOWNLOADED, [IMAGE_ID])[IMAGE_ID].to_pylist()
+        missing = int(name.partition("-")[2]) - len(division[split])
+        division[split] += [*([] for _ in range(missing)), ids]
+    return division
 
 
 def _splits(division: ImportConfig, sources: Sources) -> tuple[Splits, Counter[str]]:

@@ -19,6 +19,7 @@ from benchmarks.crashes.faults import NODES, Command, CrashCluster, inject, work
 from benchmarks.crashes.outcome import CleanRun, differences, files_of
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
+from retrieval.storage.schema import PICTURE_SUFFIXES
 
 STAGE = "download"
 LIMIT_S = 300.0
@@ -165,6 +166,6 @@ def stored_pictures(root: Root) -> dict[str, bytes]:
             with root.local(name) as path, tarfile.open(path) as tar:
                 for member in tar:
                     file = tar.extractfile(member)
-                    if file and member.name.endswith(".jpg"):
+                    if file and member.name.endswith(PICTURE_SUFFIXES):
                         pictures[member.name] = file.read()
     return pictures

@@ -130,7 +130,7 @@ def read_command(name: str, recipe: Path, arguments: Sequence[str]) -> Command:
         raise UserError(
             f"{recipe}: root = {loaded.root.url!r} is relative. On the cluster that is a temporary folder, and the "
             "outputs would be lost. Wanted: a URL such as s3://bucket/run, or the absolute path of a folder that all "
-            "nodes share. Add --set root=..."
+            f"nodes share. Add --set root=... To run it on this machine: make {name} CLUSTER= RAY_ADDRESS="
         )
     return Command(name, loaded, tuple(arguments), list_file)
 

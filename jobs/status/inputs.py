@@ -68,8 +68,13 @@ def _of_latents(recipe: Recipe, made: Manifest) -> Iterator[str]:
 
 
 def _of_precision(precision: Precision, made: Manifest) -> Iterator[str]:
-    if precision != (former := made.upstream.get("precision", "fp32")):
-        yield f"made in {former}, not {precision}"
+    former = made.upstream.get("precision", "")
+    if precision == (former or "fp32"):
+        return
+    if not former and made.config.get("gpus_per_worker"):  # with the same settings GPUs compute in bf16 now
+        yield "made by an earlier version, which did not record the precision"
+    else:
+        yield f"made in {former or 'fp32'}, not {precision}"
 
 
 def _of_neighbors(recipe: Recipe, made: Manifest) -> Iterator[str]:

@@ -70,7 +70,9 @@ def _log_changed_settings(stage: Stage, finished: Manifest) -> None:
     """Log which settings of a finished download would fetch other images now. They are not fetched again."""
     workers = WorkersConfig.model_fields.keys()
     now = {name: value for name, value in stage.config.model_dump(mode="json").items() if name not in workers}
-    if differences := setting_differences(finished.config, now):
+    # Settings that are newer than the download had their default.
+    defaults = {name: field.default for name, field in DownloadConfig.model_fields.items()}
+    if differences := setting_differences(defaults | finished.config, now):
         stage.log.info("made %s: this applies to new requests only", "; ".join(differences))
 
 

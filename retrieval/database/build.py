@@ -126,11 +126,18 @@ def write_database(
     table: rows of schema.embeddings(encoder.dim). Raises UserError for no rows or rows of another dim.
     """
     schema.check_table(table, schema.embeddings(encoder.dim), f"the table for database {identity.name}")
+    require_rows(len(table), identity.name)
     rows = schema.vectors(table, schema.EMBEDDING)
     centroids = train_partition_centroids(rows, config)
     numbers = nearest_centroids(rows, centroids)[:, 0]
     tables = (table.filter(pa.array(numbers == number)) for number in range(len(centroids)))
     return write_partitioned(root, PartitionedRows(centroids, tables), encoder, config, identity)
+
+
+def require_rows(count: int, name: str) -> None:
+    """Raises UserError if database `name` would have no row."""
+    if not count:
+        raise UserError(f"database {name} would be empty: no picture or vector of its source is usable. Check them.")
 
 
 def write_partitioned(
@@ -193,12 +200,7 @@ def delete_database(root: Root, name: str) -> None:
 
 
 def train_partition_centroids(sample: AnyVectors, config: IndexConfig, rows: int = 0) -> Vectors:
-    """Balanced centroids (partitions, dim) for a database of `rows` rows; 0: the sample is all of them.
-
-    Raises UserError for an empty sample.
-    """
-    if not len(sample):
-        raise UserError("the database would be empty: it has no usable vector. Check its source.")
+    """Balanced centroids (partitions, dim) for a database of `rows` rows; 0: the sample is all of them."""
     count = min(config.num_partitions(rows or len(sample)), len(sample))
     return train_centroids(sample[centroid_sample(len(sample), config.seed)], count, config.seed, balanced=True)
 

@@ -6,6 +6,7 @@ database, which are deleted at the end. Then one partition at a time is read and
 """
 
 import hashlib
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -19,13 +20,14 @@ from retrieval.database.build import (
     DatabaseIdentity,
     PartitionedRows,
     centroid_sample,
+    require_rows,
     train_partition_centroids,
     write_partitioned,
 )
 from retrieval.database.calibration import recalibrate
 from retrieval.database.database import Database
 from retrieval.errors import UserError
-from retrieval.imports.readers import read_source_blocks, read_text_queries
+from retrieval.imports.readers import CLIP_RETRIEVAL, read_source_blocks, read_text_queries
 from retrieval.imports.source import Path, VectorSource
 from retrieval.imports.source_rows import SourceRows, scan_rows
 from retrieval.index.hidden import KEPT_BY_BUILDS
@@ -33,8 +35,9 @@ from retrieval.index.kmeans import nearest_centroids
 from retrieval.index.routing import Vectors
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
-from retrieval.storage.data_files import split_path
+from retrieval.storage.data_files import HIDDEN_PREFIXES, split_path
 from retrieval.storage.lease import FOLDER as LEASES
+from retrieval.storage.listing import is_hidden
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
 
@@ -64,7 +67,7 @@ def build_database(
     partition (`config.rows_per_partition`) and 40 bytes a row; they must not change meanwhile. Of
     several rows with one image id, the first is kept. A `VectorSource` can contain vectors of texts, which measure the
     recall of searches for texts. Raises UserError for an unreadable source, vectors of
-    another length than encoder.dim, no usable row, or a folder with other files.
+    another length than encoder.dim, no usable row, a folder with other files, or a folder inside of the source.
     """
     if not encoder.model or encoder.dim < 1:
         raise UserError(f"the encoder of the vectors needs a name and a dim, got {encoder!r}")
@@ -73,7 +76,9 @@ def build_database(
     parent, name = split_path(root.url)
     parent.cache = root.cache
     require_free(parent.child(name))
+    _require_outside(parent.child(name), source)
     rows = scan_rows(source, encoder.dim)
+    require_rows(len(rows.ids), name)
     config = config or IndexConfig.model_validate({})
     sample, digest = _sample_and_digest(rows, config.seed)
     values: dict[str, object] = {"changed_values": rows.changed} if rows.changed else {}
@@ -84,6 +89,26 @@ def build_database(
     if (texts := read_text_queries(source)) is not None:
         recalibrate(parent.child(name), texts, "texts")
     return Database.open(root)
+
+
+def _require_outside(folder: Root, source: VectorSource) -> None:
+    """Raises UserError if the files of a database in `folder` would be read as files of the source."""
+    for path in (source.vectors, source.metadata):
+        if not isinstance(path, str | os.PathLike):
+            continue
+        place, database = _absolute(Root(path)), _absolute(folder)
+        if not database.startswith(f"{place}/") or is_hidden(database.removeprefix(f"{place}/"), HIDDEN_PREFIXES):
+            continue
+        if any(Root(path).exists(name) for name in CLIP_RETRIEVAL.values()):
+            continue  # only these folders and that of the metadata are read
+        raise UserError(
+            f"{folder.url} is inside of {place}, from which vectors or metadata are read: the next build would read "
+            "the database's files too. Name a folder outside of it for the database."
+        )
+
+
+def _absolute(root: Root) -> str:
+    return root.local_path("").resolve().as_posix() if root.is_local else root.url
 
 
 def _sample_and_digest(rows: SourceRows, seed: int) -> tuple[npt.NDArray[np.float16], str]:

@@ -90,19 +90,27 @@ class SourceRows:
     def tables(self) -> Iterator[pa.Table]:
         """The rows in order, read from the source, at most readers.BLOCK_ROWS at once.
 
-        Raises UserError if the source got more rows after the scan.
+        Raises UserError if the source has other rows than in the scan: more, fewer or with other ids.
         """
-        empty, start = self.columns.empty_table(), 0
+        empty, start, num_taken = self.columns.empty_table(), 0, 0
         for block in read_database_blocks(self.source, self.dim):
             taken = self.is_taken[start : start + len(block.table)]
             if len(taken) < len(block.table):
-                raise UserError(
-                    f"{self.source.vectors} got more rows while it was read. Leave it as it is, and name a folder "
-                    "outside of it for the database."
-                )
+                raise self._changed("more rows")
             rows = block.table.filter(pa.array(taken))
+            if not np.array_equal(rows[schema.IMAGE_ID], self.ids[num_taken : num_taken + len(rows)]):
+                raise self._changed("rows with other ids")
             yield pa.concat_tables([empty, rows], promote_options="permissive").select(self.columns.names)
-            start += len(taken)
+            start, num_taken = start + len(taken), num_taken + len(rows)
+        if start < len(self.is_taken):
+            raise self._changed("fewer rows")
+
+    def _changed(self, found: str) -> UserError:
+        vectors = self.source.vectors
+        return UserError(
+            f"{vectors if isinstance(vectors, str | os.PathLike) else 'the array of vectors'} got {found} while it was "
+            "read. Leave it as it is until the end, and name a folder outside of it for the database."
+        )
 
 
 def scan_rows(source: VectorSource, dim: int) -> SourceRows:

@@ -7,6 +7,9 @@ from retrieval.errors import UserError
 from retrieval.storage.listing import data_names, described
 from retrieval.storage.root import Root
 
+HIDDEN_PREFIXES = "._"
+"""First characters of the names of files and folders that are no data."""
+
 log = logging.getLogger("listing")
 
 
@@ -35,7 +38,7 @@ def data_files(path: str | os.PathLike[str], remedy: str) -> tuple[Root, list[st
         return folder, [name]
     if not names and not root.exists(""):
         raise UserError(f"{root.url} is missing. {remedy}")
-    kept, left_out = data_names(names, "._")
+    kept, left_out = data_names(names, HIDDEN_PREFIXES)
     if left_out:
         log.info("%s: left out: %s", root.url, described(left_out))
     return root, kept

@@ -151,6 +151,26 @@ def test_an_added_picture_makes_one_shard_and_a_removed_one_its_own(folder: Path
     assert [len(read_table(root, name, DOWNLOADED)) for name in root.list("download/train", ".parquet")] == [50, 7]
 
 
+def test_an_import_of_an_earlier_version_keeps_its_shards_too(tmp_path: Path) -> None:
+    root, division, folder = (
+        Root(str(tmp_path / "run")),
+        ImportConfig(database_share=0, rows_per_shard=2),
+        tmp_path / "in",
+    )
+    for i in range(6):
+        write(folder / f"{i}.jpg", encoded(i))
+    imported(folder, root, division)
+    for name in ("2.jpg", "3.jpg"):
+        (folder / name).unlink()
+    first = imported(folder, root, division)
+    [division_file] = (name for name in root.list("download") if name.startswith("download/import-"))
+    root.delete(division_file)  # which that version did not write
+    write(folder / "0_first.jpg", encoded(7))
+    changed = imported(folder, root, division)
+    assert changed.shard_names() == ["train/00000-00000", "train/00000-00002", "train/00000-00003"]
+    assert changed.digests().items() > first.digests().items()
+
+
 def test_another_division_and_a_download_of_the_web_are_refused(folder: Path, tmp_path: Path) -> None:
     root = Root(str(tmp_path / "run"))
     imported(folder, root)

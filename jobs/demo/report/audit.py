@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -184,7 +185,7 @@ def _ids(root: Root, folder: str, table_schema: pa.Schema) -> list[int]:
 def _pictures(root: Root, name: str) -> set[int]:
     """Image ids of the pictures in a tar."""
     with root.local(name) as path, tarfile.open(path) as tar:
-        keys = [member.name.removesuffix(".jpg") for member in tar if member.name.endswith(".jpg")]
+        keys = [Path(member.name).stem for member in tar if member.name.endswith(schema.PICTURE_SUFFIXES)]
     return {int.from_bytes(bytes.fromhex(key), "big", signed=True) for key in keys}
 
 

@@ -231,7 +231,7 @@ def test_a_cluster_that_denies_access_is_an_error(recipe: Path) -> None:
         ("database", ["--name", "x"], "database cannot be submitted"),
         ("sample", ["--prompt", "a stag", "--out", "stag.png"], r"sample --prompt .* name files of this machine"),
         ("train", ["--hosts", "hosts.txt"], "train --hosts hosts.txt"),
-        ("filter", ["--set", "root=runs/mine"], r"root = 'runs/mine' is relative"),
+        ("filter", ["--set", "root=runs/mine"], r"'runs/mine' is relative.* on this machine: make filter CLUSTER="),
         ("optout", ["--list", "missing.txt"], "'missing.txt' is no file of this machine"),
         ("status", ["--json", "--watch", "10"], "would not end"),
     ],
@@ -289,6 +289,7 @@ def test_make_submits_the_command_that_it_would_run_locally(word: str) -> None:
         done = dry_make(target, "RECIPE=a b.toml", "LIST=a.txt", "ARGS=--set embed.batch_size=3", word)
         assert done.stdout.split()[1:5] == ["-m", "jobs.cluster.submit", '"http://head:8265"', target]
         assert done.stdout.strip().endswith(f"a b.toml {own} --set embed.batch_size=3")
+        assert f" -m jobs.{target} " in dry_make(target, word, "CLUSTER=", "RAY_ADDRESS=").stdout
 
 
 def test_make_refuses_a_cluster_for_what_runs_on_this_machine_only() -> None:
@@ -297,3 +298,5 @@ def test_make_refuses_a_cluster_for_what_runs_on_this_machine_only() -> None:
         assert (done.returncode, done.stdout) == (2, "")
         assert f"make {target} runs on this machine only" in done.stderr
         assert dry_make(target, "RAY_ADDRESS=http://head:8265").returncode == 0
+    for target in ("help", "test", "docs", "bench-step", "gpu-wheels"):
+        assert dry_make(target, "CLUSTER=http://head:8265").returncode == 0

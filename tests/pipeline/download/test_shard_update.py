@@ -244,7 +244,9 @@ HOW_TO_FETCH = {
 
 
 @pytest.mark.usefixtures("in_process_shards")
-def test_another_way_to_fetch_deletes_and_requests_nothing(root: Root, server) -> None:
+def test_another_way_to_fetch_deletes_and_requests_nothing(
+    root: Root, server, caplog: pytest.LogCaptureFixture
+) -> None:
     assert set(config().output_fields()) == {"train_edge", "train_min_edge", "database_edge", "database_min_edge"}
     root.delete("download")
     write_filter(root)
@@ -253,6 +255,14 @@ def test_another_way_to_fetch_deletes_and_requests_nothing(root: Root, server) -
     for name, value in HOW_TO_FETCH.items():
         assert run_stage(config(**{name: value}), root) == first, name
     assert server.requests == []
+    settings = {name: value for name, value in first.config.items() if name != "image_format"}
+    write_manifest(root, replace(first, config=settings))  # of a version without this setting
+    caplog.set_level("INFO", "download")
+    caplog.clear()
+    run_stage(config(), root)
+    assert "new requests only" not in caplog.text
+    run_stage(config(image_format="webp"), root)
+    assert "made with image_format = 'jpeg', the recipe has 'webp': this applies to new requests only" in caplog.text
     for n in range(8):
         server.send(f"/{n}", b"", 404)
     assert run_stage(config(timeout_s=30.0), root, retry=True).rows == first.rows == 3

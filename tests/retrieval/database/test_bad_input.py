@@ -85,7 +85,7 @@ def test_rows_of_any_length_are_found_by_direction(tmp_path: Path, rows: Vectors
 
 @pytest.mark.parametrize("count", [0, 5])
 def test_a_database_without_usable_rows_is_not_built(tmp_path: Path, count: int) -> None:
-    with pytest.raises(UserError, match="would be empty"):
+    with pytest.raises(UserError, match="database db would be empty"):
         build_of(tmp_path, np.zeros((count, DIM), np.float32))
     with pytest.raises(UserError):
         Database.open(f"{tmp_path}/db")

@@ -194,7 +194,7 @@ def test_a_zero_row_has_no_unit_vector_and_stays_zero() -> None:
 
 
 def test_an_empty_table_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="would be empty"):
+    with pytest.raises(UserError, match="database x would be empty"):
         write_database(
             Root(tmp_path), table_of(np.empty((0, 32), np.float32)), IDENTITY, IndexConfig(), DatabaseIdentity("x", {})
         )

@@ -18,7 +18,7 @@ from retrieval.database.build import DatabaseIdentity, write_database
 from retrieval.imports import importer, readers
 from retrieval.imports.importer import build_database
 from retrieval.imports.source import VectorSource
-from retrieval.imports.source_rows import read_database_blocks
+from retrieval.imports.source_rows import read_database_blocks, scan_rows
 from retrieval.recipe import IndexConfig
 from retrieval.storage import root, schema
 from tests.retrieval.conftest import DIM, IDENTITY, clustered
@@ -94,8 +94,34 @@ def test_a_build_that_is_killed_in_the_shuffle_is_replaced_by_the_next(
 
 def test_a_database_inside_its_source_is_an_error(tmp_path: Path) -> None:
     np.save(tmp_path / "0.npy", clustered(30, seed=1))
-    with pytest.raises(UserError, match=r"got more rows while it was read.*name a folder outside of it"):
-        build_database(tmp_path / "db", tmp_path, encoder=IDENTITY, config=CONFIG)
+    with pytest.raises(UserError, match=r"db is inside of .*Name a folder outside of it"):
+        build_database(tmp_path / "new/db", tmp_path, encoder=IDENTITY, config=CONFIG)
+    assert not (tmp_path / "new").exists()
+    assert len(build_database(tmp_path / "_db", tmp_path, encoder=IDENTITY, config=CONFIG)) == 30
+
+
+def test_a_database_may_lie_beside_the_folders_of_clip_retrieval(folder: Path) -> None:
+    expected = len(build_database(folder / "db", folder, encoder=IDENTITY, config=CONFIG))
+    assert len(build_database(folder / "db", folder, encoder=IDENTITY, config=CONFIG)) == expected > 400
+    with pytest.raises(UserError, match=r"is inside of .*metadata"):
+        source = VectorSource(folder / "img_emb", folder / "metadata")
+        build_database(folder / "metadata/db", source, encoder=IDENTITY, config=CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("ids", "found"), [([*range(40), 40], "more"), ([*range(39)], "fewer"), ([*range(38), 39, 38], "with other ids")]
+)
+def test_a_source_that_changes_during_the_build_is_an_error(tmp_path: Path, ids: list[int], found: str) -> None:
+    def write(image_ids: list[int]) -> None:
+        pq.write_table(pa.table({"image_id": image_ids, "vector": list(clustered(len(image_ids), seed=1))}), path)
+
+    path = tmp_path / "vectors.parquet"
+    write([*range(40)])
+    rows = scan_rows(VectorSource(path), DIM)
+    assert sum(map(len, rows.tables())) == 40
+    write(ids)
+    with pytest.raises(UserError, match=rf"vectors\.parquet got .*{found}.* while it was read"):
+        list(rows.tables())
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The numbers of the demo's report: correct on a correct run, and changed by every kind of defect."""
 
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,16 @@ STATUSES = f"download/train/{SHARD}.parquet"
 def test_a_url_without_exactly_one_correct_status_is_counted(demo: Demo, change: Any, wrong: int) -> None:
     edit(demo.root, STATUSES, schema.DOWNLOADED, change)
     assert download_urls_without_status(demo.root) == wrong
+
+
+def test_pictures_of_every_stored_format_are_found_in_tars(demo: Demo) -> None:
+    path = demo.root.local_path(f"download/train/{SHARD}.tar")
+    with tarfile.open(path) as tar:
+        names = tar.getnames()
+    with tarfile.open(path, "w") as tar:
+        for number, name in enumerate(names):
+            tar.addfile(tarfile.TarInfo(name.replace(".jpg", ".webp") if number % 2 else name))
+    assert download_urls_without_status(demo.root) == 0
 
 
 def test_all_urls_of_a_missing_download_shard_are_counted(demo: Demo) -> None:
