@@ -1,8 +1,10 @@
 """The neighbor tables are compared with exact neighbors from NumPy."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from pipeline.neighbors import neighbors
 from pipeline.neighbors.matching import MatchSettings, match_work, route_work
 from pipeline.recipe import EmbedConfig, NeighborsConfig
 from retrieval import Database, Root, UserError
+from retrieval.file_cache import FileCache
 from retrieval.index import partition_files
 from retrieval.index.partition import Partition
 from retrieval.recipe import ClipConfig, IndexConfig
@@ -93,16 +96,17 @@ def test_one_partition_per_query_has_a_recall_below_one(root: Root) -> None:
 def test_a_join_and_the_measurement_of_its_recall_read_each_partition_once(
     root: Root, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read: list[str] = []
-    map_rows = partition_files.map_rows
+    loaded: list[str] = []
+    load_file = partition_files.load_file
 
-    def noted(path: Path) -> np.ndarray:
-        read.append(path.parent.name)
-        return map_rows(path)
+    def noted(files: FileCache, name: str, load: Callable[[Path], Any]) -> Any:
+        loaded.append(name)
+        return load_file(files, name, load)
 
-    monkeypatch.setattr(partition_files, "map_rows", noted)
+    monkeypatch.setattr(partition_files, "load_file", noted)
     assert neighbors.run(CONFIG, root).values["recall_sample"] == 10
-    assert sorted(read) == ["00000", "00001", "00002"]
+    vectors = sorted(name for name in loaded if name.endswith("embeddings.npy"))
+    assert vectors == [f"partitions/{number:05d}/embeddings.npy" for number in range(3)]
 
 
 def test_a_match_keeps_no_partition_open_and_a_merge_opens_none(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
