@@ -176,7 +176,8 @@ Written by `make bench-filters`; the numbers are in `filters.json`.
 recall {RECALL}, {ROUNDS} interleaved rounds, medians of CPU times, which grow with the load of a machine. *random*:
 rows are selected independently of their vectors. *like the vectors*: by a projection of the vectors, so that some
 queries have few of these rows near them. The recall is the share of the true neighbors among the rows that meet the
-condition. The first search evaluates the condition on all rows.{note}
+condition. The first search evaluates the condition on all rows, measures where searches end, and copies the codes of
+the rows that meet it if they are at most a quarter.{note}
 
 {table}
 """
