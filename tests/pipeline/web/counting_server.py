@@ -3,18 +3,24 @@
 import threading
 import time
 from collections import Counter
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import MappingProxyType
 
 
 class CountingServer:
-    """Answers every GET with a body after delay_s. most: requests at the same time, by the name in `Host`."""
+    """Answers every GET with a body after delay_s. most: requests at the same time, by the name in `Host`.
 
-    def __init__(self, delay_s: float, body: bytes = b"body") -> None:
+    held: a host gets no answer before that many requests to it are active, by the name of the host.
+    """
+
+    def __init__(self, delay_s: float, body: bytes = b"body", held: Mapping[str, int] = MappingProxyType({})) -> None:
         self.active: Counter[str] = Counter()
         self.most: Counter[str] = Counter()
         self.requests: Counter[str] = Counter()
         self._delay_s, self._body = delay_s, body
-        self._lock = threading.Lock()
+        self._held = held
+        self._lock = threading.Condition()
         self._server = ThreadingHTTPServer(("", 0), self._handler())
         self._server.daemon_threads = True
         self._server.handle_error = lambda *_: None  # type: ignore[method-assign]
@@ -31,6 +37,8 @@ class CountingServer:
             self.requests[host] += 1
             self.active[host] += 1
             self.most[host] = max(self.most[host], self.active[host])
+            self._lock.notify_all()
+            self._lock.wait_for(lambda: self.most[host] >= self._held.get(host, 0), timeout=10)
         time.sleep(self._delay_s)
         with self._lock:
             self.active[host] -= 1  # before the client can send its next request

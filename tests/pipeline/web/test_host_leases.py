@@ -1,7 +1,7 @@
 """Shares of busy hosts: simulated workers at random times, real queues with a server that counts its connections."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -131,12 +131,6 @@ def test_nothing_is_kept_of_shards_and_hosts_that_are_done(clock: FakeClock) -> 
     assert not leases._shards
 
 
-@pytest.fixture
-def counting_server() -> Iterator[CountingServer]:
-    with closing(CountingServer(delay_s=0.02)) as server:
-        yield server
-
-
 def download(renew: Renew | None, urls: list[str]) -> int:
     """Fetch the URLs of a shard as a worker does. Returns the number of bodies."""
     fetcher, queue = make_fetcher(timeout_s=10.0, deadline_s=60.0), make_queue(urls, Clock())
@@ -146,21 +140,33 @@ def download(renew: Renew | None, urls: list[str]) -> int:
         return sum(isinstance(body, bytes) for body in fetch_all(fetcher, queue, len(urls), threads=8).values())
 
 
-@pytest.mark.parametrize("limit", [None, 5])
-def test_three_workers_together_keep_the_limit_of_each_busy_host(
-    counting_server: CountingServer, monkeypatch: pytest.MonkeyPatch, limit: int | None
-) -> None:
+@pytest.fixture
+def three_downloads(monkeypatch: pytest.MonkeyPatch) -> Callable[..., CountingServer]:
+    """Three workers fetch the URLs of two busy hosts and of twenty rare ones. Returns the server's counts."""
     monkeypatch.setattr(host_leases, "RENEW_S", 0.02)
-    busy = [counting_server.url("127.0.0.2", n) for n in range(20)]
-    busier = [counting_server.url("127.0.0.3", n) for n in range(30)]
-    rare = [counting_server.url(f"127.0.1.{n}", n) for n in range(20)]
-    renew = HostLeases(limit).renew if limit else None
-    with ThreadPoolExecutor(3) as workers:
-        counts = list(workers.map(partial(download, renew), [busy + busier + rare] * 3))
-    assert counts == [70] * 3
-    most = {name: counting_server.most[name] for name in ("127.0.0.2", "127.0.0.3")}
-    assert all(count <= limit if limit else count > 5 for count in most.values()), most
-    assert counting_server.requests["127.0.0.2"] == 60
+
+    def run(renew: Renew | None, held: Mapping[str, int]) -> CountingServer:
+        with closing(CountingServer(delay_s=0.02, held=held)) as server:
+            urls = [server.url("127.0.0.2", n) for n in range(20)] + [server.url("127.0.0.3", n) for n in range(30)]
+            urls += [server.url(f"127.0.1.{n}", n) for n in range(20)]
+            with ThreadPoolExecutor(3) as workers:
+                assert list(workers.map(partial(download, renew), [urls] * 3)) == [70] * 3
+        assert server.requests["127.0.0.2"] == 60
+        return server
+
+    return run
+
+
+def test_three_workers_together_keep_the_limit_of_each_busy_host(
+    three_downloads: Callable[..., CountingServer],
+) -> None:
+    server = three_downloads(HostLeases(5).renew, {})
+    assert max(server.most["127.0.0.2"], server.most["127.0.0.3"]) <= 5, server.most
+
+
+def test_three_workers_without_leases_exceed_the_limit_together(three_downloads: Callable[..., CountingServer]) -> None:
+    server = three_downloads(None, {"127.0.0.2": 6, "127.0.0.3": 6})
+    assert min(server.most["127.0.0.2"], server.most["127.0.0.3"]) >= 6, server.most
 
 
 def test_a_queue_without_an_answer_stops_its_requests_to_busy_hosts_only(monkeypatch: pytest.MonkeyPatch) -> None:
