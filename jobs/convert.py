@@ -18,7 +18,8 @@ from retrieval.recipe import ClipConfig
 from trainer.checkpoint.snapshots import publish_average
 from trainer.data.plan import make_plan
 from trainer.model.autoencoder import Autoencoder
-from trainer.recipe import AutoencoderConfig, ModelConfig, TrainConfig
+from trainer.model.recipe import AutoencoderConfig, ModelConfig
+from trainer.recipe import TrainConfig
 from trainer.released.checkpoint_import import has_only_autoencoder
 from trainer.released.diffusers_folder import write_folder
 from trainer.released.import_run import import_autoencoder, import_model

@@ -13,7 +13,8 @@ from retrieval.storage import schema
 from retrieval.storage.manifest import read_manifest
 from trainer.data.latents import make_shard_encoder, manifest_values
 from trainer.model.autoencoder import Autoencoder
-from trainer.recipe import AutoencoderConfig, LatentsConfig
+from trainer.model.recipe import AutoencoderConfig
+from trainer.recipe import LatentsConfig
 
 
 def run(recipe: Recipe) -> None:

@@ -22,7 +22,8 @@ from retrieval.recipe import ClipConfig
 from retrieval.storage.root import Root
 from retrieval.storage.writable import require_writable
 from trainer.attribution import Attribution, attribute
-from trainer.recipe import AutoencoderConfig, TrainConfig
+from trainer.model.recipe import AutoencoderConfig
+from trainer.recipe import TrainConfig
 from trainer.sampling import sample as stage
 from trainer.sampling.picture import read_recipe
 from trainer.sampling.recipe import SampleConfig

@@ -13,7 +13,8 @@ from pathlib import Path
 from jobs.cli.command import add_remake, exit_on_user_error, recipe_parser, run_on_recipe
 from jobs.cli.recipe import Recipe
 from retrieval.recipe import ClipConfig
-from trainer.recipe import AutoencoderConfig, DiffusionConfig, ModelConfig, TrainConfig, TrainingRecipe
+from trainer.model.recipe import AutoencoderConfig, DiffusionConfig, ModelConfig
+from trainer.recipe import TrainConfig, TrainingRecipe
 from trainer.training.hostfile import check_hosts, read_hosts
 from trainer.training.launch import launch, launch_hosts
 

@@ -67,10 +67,10 @@ trainer/data: model recipe
 trainer/engine: recipe
 trainer/evaluation: model sampling
 trainer/evaluation/paper: data model recipe sampling training
-trainer/model: recipe
-trainer/recipe:
+trainer/model:
+trainer/recipe: model
 trainer/released: checkpoint data model recipe
-trainer/sampling: model recipe
+trainer/sampling: model
 trainer/tracking: data engine model recipe
 trainer/training: checkpoint data engine evaluation model recipe sampling tracking
 jobs: cli cluster

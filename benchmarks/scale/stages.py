@@ -23,7 +23,8 @@ from pipeline.runtime.stage import map_in_threads
 from retrieval.cluster.connection import ray_connection
 from retrieval.storage.root import Root
 from trainer.model.patch_autoencoder import PatchAutoencoder, PatchShape
-from trainer.recipe import AutoencoderConfig, LatentsConfig
+from trainer.model.recipe import AutoencoderConfig
+from trainer.recipe import LatentsConfig
 
 ROWS_PER_FILE = 6
 """Rows of a metadata file, which becomes a shard of about four training images and one of two database images."""

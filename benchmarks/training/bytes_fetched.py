@@ -15,7 +15,8 @@ from trainer.data.images import ImageTar, Members, stored_members
 from trainer.data.loader import Loader
 from trainer.data.plan import make_plan
 from trainer.model.autoencoder import Autoencoder
-from trainer.recipe import AutoencoderConfig, TrainingRecipe
+from trainer.model.recipe import AutoencoderConfig
+from trainer.recipe import TrainingRecipe
 
 EXTENT = Extent(shards=16, rows=48, k=8, dim=768, size=64, factor=16, channels=4, edge=192)
 TINY = Extent(shards=4, rows=16, k=2, dim=8, size=32, factor=16, channels=4, edge=64)

@@ -25,7 +25,8 @@ from trainer.data.images import MIN_DRAFT_RATIO, ScaledImage, decode_image, rand
 from trainer.data.loader import Loader
 from trainer.data.plan import TrainingPlan, make_plan
 from trainer.model.autoencoder import Autoencoder
-from trainer.recipe import AutoencoderConfig, TrainingRecipe
+from trainer.model.recipe import AutoencoderConfig
+from trainer.recipe import TrainingRecipe
 
 HEADROOM = 3
 """The loader must be this many times faster than the training step."""

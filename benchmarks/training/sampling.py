@@ -28,7 +28,7 @@ from trainer.evaluation.evaluate import database_rows, style_names, train_featur
 from trainer.evaluation.intervals import share
 from trainer.evaluation.recipe import EvaluateConfig
 from trainer.evaluation.styles import RETRIEVAL, make_style_groups
-from trainer.recipe import SchedulerName
+from trainer.model.recipe import SchedulerName
 from trainer.sampling.request import Request, read_prompts
 from trainer.sampling.sampler import Sampler
 

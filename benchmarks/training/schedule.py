@@ -16,8 +16,9 @@ import torch
 from benchmarks.common.report import DOCS, REPOSITORY, markdown_table, write_report
 from benchmarks.training import memory
 from jobs.cli.recipe import load_recipe
+from trainer.model.recipe import AutoencoderConfig, ModelConfig
 from trainer.model.unet import build_unet
-from trainer.recipe import AutoencoderConfig, ModelConfig, TrainConfig
+from trainer.recipe import TrainConfig
 from trainer.tracking.flops import PEAK_TFLOPS, TERA, training_flops
 
 RECIPES = ("train_laion_256", "train_laion_512", "train_laion_768", "train_imagenet")

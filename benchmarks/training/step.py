@@ -32,8 +32,9 @@ from retrieval.storage.root import Root
 from trainer.data.loader import Loader, TrainingBatch
 from trainer.model import diffusion
 from trainer.model.autoencoder import draw_latents
+from trainer.model.recipe import DiffusionConfig, ModelConfig
 from trainer.model.unet import build_unet
-from trainer.recipe import DiffusionConfig, ModelConfig, TrainConfig, TrainingRecipe
+from trainer.recipe import TrainConfig, TrainingRecipe
 from trainer.tracking.training_log import read_step_metrics
 from trainer.training import train
 

@@ -19,7 +19,7 @@ from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, ShardRecord, write_manifest
 from retrieval.storage.root import Root
 from trainer.model.autoencoder import Autoencoder
-from trainer.recipe import AutoencoderConfig
+from trainer.model.recipe import AutoencoderConfig
 
 QUALITY = 90
 PICTURES = 64

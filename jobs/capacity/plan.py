@@ -20,8 +20,9 @@ from pipeline.capacity import FLOAT16_BYTES, MICROSECOND, Cost, DataSizes, Input
 from pipeline.recipe import DownloadConfig, FilterConfig, NeighborsConfig
 from retrieval.errors import UserError
 from retrieval.recipe import ClipConfig, IndexConfig
+from trainer.model.recipe import AutoencoderConfig, ModelConfig
 from trainer.model.unet import build_unet
-from trainer.recipe import AutoencoderConfig, LatentsConfig, ModelConfig, TrainConfig
+from trainer.recipe import LatentsConfig, TrainConfig
 from trainer.tracking.flops import encoding_flops, training_flops
 
 DOWNSAMPLING = {"kl": 16, "vq": 4, "patch": 4}

@@ -23,7 +23,8 @@ from retrieval.recipe import ClipConfig, IndexConfig, StorageConfig
 from retrieval.storage.root import Root
 from trainer.evaluation.paper.recipe import PaperConfig
 from trainer.evaluation.recipe import EvaluateConfig
-from trainer.recipe import AutoencoderConfig, DiffusionConfig, LatentsConfig, ModelConfig, TrainConfig
+from trainer.model.recipe import AutoencoderConfig, DiffusionConfig, ModelConfig
+from trainer.recipe import LatentsConfig, TrainConfig
 from trainer.sampling.recipe import SampleConfig
 
 SECTIONS: dict[str, type[Config]] = {

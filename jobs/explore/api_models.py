@@ -12,7 +12,7 @@ from starlette.datastructures import QueryParams
 from jobs.cli.explore_config import ExploreConfig
 from retrieval.errors import UserError
 from trainer.model.context import Mode
-from trainer.recipe import SchedulerName
+from trainer.model.recipe import SchedulerName
 from trainer.sampling.request import MAX_SEED, TRAINING_DATABASE, Sample
 
 

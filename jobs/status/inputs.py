@@ -17,7 +17,8 @@ from retrieval.clip.weight_files import weights_changed
 from retrieval.index.hidden import hidden_digest
 from retrieval.recipe import ClipConfig, Precision
 from retrieval.storage.manifest import Manifest, read_manifest
-from trainer.recipe import AutoencoderConfig, LatentsConfig
+from trainer.model.recipe import AutoencoderConfig
+from trainer.recipe import LatentsConfig
 
 OTHER_BLOCKLIST = "made with another blocklist"
 

@@ -5,7 +5,7 @@ import math
 import torch
 
 from trainer.model.diffusion import alphas_bar
-from trainer.recipe import DiffusionConfig
+from trainer.model.recipe import DiffusionConfig
 
 
 def abar_at(config: DiffusionConfig, timestep: torch.Tensor) -> torch.Tensor:

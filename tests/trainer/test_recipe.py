@@ -9,8 +9,9 @@ from retrieval.errors import UserError
 from retrieval.storage.manifest import fingerprint
 from tests.trainer.training_set import make_recipe
 from trainer.engine.deepspeed_engine import Ranks, engine_settings
+from trainer.model.recipe import ModelConfig
 from trainer.model.unet import build_unet
-from trainer.recipe import LatentsConfig, ModelConfig, TrainingRecipe
+from trainer.recipe import LatentsConfig, TrainingRecipe
 
 RECIPES = Path(__file__).parents[2] / "jobs" / "configs"
 # Paper Table 1: parameters, images per step, steps, k.

@@ -26,8 +26,8 @@ from retrieval.storage.root import Root
 from tests.fork_server import SHARED_FOLDER
 from trainer.model.autoencoder import Autoencoder
 from trainer.model.patch_autoencoder import PatchAutoencoder, PatchShape
+from trainer.model.recipe import AutoencoderConfig, ContextNorm, DiffusionConfig, ModelConfig
 from trainer.model.unet import build_unet
-from trainer.recipe import AutoencoderConfig, ContextNorm, DiffusionConfig, ModelConfig
 from trainer.sampling.sampler import TrainedModel
 
 DIM = 32

@@ -16,8 +16,9 @@ from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, wri
 from retrieval.storage.root import FileRecord, Root
 from trainer.data.plan import TrainingPlan
 from trainer.model.lora import merge, peft_files
+from trainer.model.recipe import LoraConfig, ModelConfig
 from trainer.model.unet import build_unet
-from trainer.recipe import LoraConfig, ModelConfig, TrainingRecipe
+from trainer.recipe import TrainingRecipe
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -33,7 +33,8 @@ from trainer.data.aspect import Shape, bucket_shapes, read_buckets
 from trainer.data.images import ImageTar, Pixels, center_crop, decode_image, random_crop, stored_members, unsigned_id
 from trainer.data.unreadable import UnreadableError, retried
 from trainer.model.autoencoder import Autoencoder
-from trainer.recipe import AutoencoderConfig, LatentsConfig
+from trainer.model.recipe import AutoencoderConfig
+from trainer.recipe import LatentsConfig
 
 log = logging.getLogger("latents")
 

@@ -17,7 +17,8 @@ from retrieval.storage.schema import Reason
 from trainer.data.aspect import Shape, bucket_shapes
 from trainer.data.latents import latent_shape
 from trainer.model.autoencoder import Autoencoder
-from trainer.recipe import ContextNorm, ModelConfig, TrainingRecipe
+from trainer.model.recipe import ContextNorm, ModelConfig
+from trainer.recipe import TrainingRecipe
 
 
 @dataclass(frozen=True)

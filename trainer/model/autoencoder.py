@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from retrieval.errors import UserError
 from retrieval.storage.root import file_sha256
 from trainer.model.patch_autoencoder import CONFIG_NAME, WEIGHTS_NAME, PatchAutoencoder
-from trainer.recipe import AutoencoderConfig, AutoencoderKind
+from trainer.model.recipe import AutoencoderConfig, AutoencoderKind
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, VQModel

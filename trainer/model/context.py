@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrieval.errors import UserError
-from trainer.recipe import ContextNorm
+from trainer.model.recipe import ContextNorm
 
 Vectors = npt.NDArray[np.float32]
 Float = TypeVar("Float", np.float16, np.float32)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from trainer.recipe import DiffusionConfig, Prediction
+from trainer.model.recipe import DiffusionConfig, Prediction
 
 
 def betas(config: DiffusionConfig) -> torch.Tensor:

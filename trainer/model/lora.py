@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from retrieval.errors import UserError
+from trainer.model.recipe import LoraConfig, ModelConfig
 from trainer.model.unet import build_unet
-from trainer.recipe import LoraConfig, ModelConfig
 
 Weights = dict[str, torch.Tensor]
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"

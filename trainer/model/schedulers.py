@@ -10,7 +10,7 @@ import torch
 
 from retrieval.errors import UserError
 from trainer.model.diffusion import scheduler_settings
-from trainer.recipe import DiffusionConfig, SchedulerName
+from trainer.model.recipe import DiffusionConfig, SchedulerName
 
 LEADING_STEPS = 20
 """From this number on, divisors of the timesteps of training keep the spacing of the released models (`leading`): its

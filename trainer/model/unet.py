@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from trainer.recipe import ModelConfig
+from trainer.model.recipe import ModelConfig
 
 
 def build_unet(config: ModelConfig) -> torch.nn.Module:

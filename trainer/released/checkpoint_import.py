@@ -24,8 +24,9 @@ from safetensors.torch import load_file
 from retrieval.errors import UserError
 from trainer.model.autoencoder import kl_f16, vq_f4
 from trainer.model.diffusion import betas
+from trainer.model.recipe import AutoencoderConfig, DiffusionConfig
 from trainer.model.unet import build_unet
-from trainer.recipe import AutoencoderConfig, DiffusionConfig, TrainingRecipe
+from trainer.recipe import TrainingRecipe
 from trainer.released.tensor_names import AUTOENCODER, AVERAGE, UNET, autoencoder_key, average_key, unet_key
 
 Tensors = dict[str, torch.Tensor]

@@ -21,8 +21,9 @@ from retrieval.storage.root import Root
 from trainer.checkpoint.export import CONFIG, WEIGHTS
 from trainer.model.autoencoder import Autoencoder
 from trainer.model.diffusion import scheduler_settings
+from trainer.model.recipe import AutoencoderConfig, ContextNorm, DiffusionConfig, ModelConfig
 from trainer.model.unet import build_unet
-from trainer.recipe import AutoencoderConfig, ContextNorm, DiffusionConfig, ModelConfig, TrainingRecipe
+from trainer.recipe import TrainingRecipe
 from trainer.released.checkpoint_import import ReleasedModel
 
 LENGTHS = {"unit": "each of length 1", "raw": "with the lengths that CLIP gives them, not normalized"}

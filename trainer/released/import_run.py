@@ -21,7 +21,8 @@ from retrieval.storage.root import Root, file_sha256
 from trainer.checkpoint.export import CONFIG, WEIGHTS, FinishedRun, publish_run
 from trainer.data.latents import latent_shape
 from trainer.model.autoencoder import Autoencoder
-from trainer.recipe import AutoencoderConfig, ModelConfig, TrainingRecipe
+from trainer.model.recipe import AutoencoderConfig, ModelConfig
+from trainer.recipe import TrainingRecipe
 from trainer.released.checkpoint_import import ReleasedModel, read_autoencoder, read_checkpoint
 from trainer.released.diffusers_folder import read_folder, stated_settings
 from trainer.released.run_folder import SourceRun

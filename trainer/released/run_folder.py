@@ -18,8 +18,9 @@ from retrieval.storage.root import Root, file_sha256
 from trainer.checkpoint.checkpoint import INDEX, LAYOUT, CheckpointFolder
 from trainer.checkpoint.export import read_model_weights
 from trainer.model.autoencoder import Autoencoder
+from trainer.model.recipe import DiffusionConfig, ModelConfig
 from trainer.model.unet import build_unet
-from trainer.recipe import DiffusionConfig, ModelConfig, TrainingRecipe
+from trainer.recipe import TrainingRecipe
 from trainer.released.checkpoint_import import ReleasedModel
 
 CHECKPOINTS = "checkpoints"

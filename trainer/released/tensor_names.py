@@ -6,7 +6,7 @@ starts from our names, so a tensor of our networks that a checkpoint lacks is an
 
 import re
 
-from trainer.recipe import ModelConfig
+from trainer.model.recipe import ModelConfig
 
 UNET = "model.diffusion_model."
 AVERAGE = "model_ema."

@@ -15,7 +15,7 @@ from retrieval.errors import UserError
 from retrieval.index.conditions import parse_complement
 from retrieval.storage import schema
 from trainer.model.context import Vectors, at_raw_norm, make_context, unit_rows
-from trainer.recipe import ContextNorm
+from trainer.model.recipe import ContextNorm
 from trainer.sampling.request import Neighbor, Request
 
 RECALL = 0.95

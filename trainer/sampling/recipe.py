@@ -11,7 +11,7 @@ from pydantic import Field
 from retrieval.config import Config, added_setting, runtime_setting
 from retrieval.errors import UserError
 from trainer.model.context import Mode
-from trainer.recipe import SchedulerName
+from trainer.model.recipe import SchedulerName
 from trainer.sampling.request import FULL, TRAINING_DATABASE, Request, read_prompts, require_text
 
 

@@ -19,7 +19,7 @@ from retrieval.errors import UserError
 from retrieval.index.conditions import parse_condition
 from retrieval.storage.root import Root
 from trainer.model.context import Mode, Vectors
-from trainer.recipe import SchedulerName
+from trainer.model.recipe import SchedulerName
 
 TRAINING_DATABASE = "index"
 MAX_SEED = 2**32 - 1

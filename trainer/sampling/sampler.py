@@ -28,8 +28,8 @@ from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
 from trainer.model.autoencoder import Autoencoder
 from trainer.model.context import Vectors
+from trainer.model.recipe import AutoencoderConfig, DiffusionConfig, ModelConfig
 from trainer.model.schedulers import check_steps, make_scheduler
-from trainer.recipe import AutoencoderConfig, DiffusionConfig, ModelConfig
 from trainer.sampling.batches import SamplingBatch, make_batches
 from trainer.sampling.conditioning import ConditioningSources, condition
 from trainer.sampling.denoising import (

@@ -21,8 +21,8 @@ from trainer.data.plan import TrainingPlan
 from trainer.engine.deepspeed_engine import Ranks
 from trainer.model.autoencoder import kl_f16, vq_f4
 from trainer.model.patch_autoencoder import PatchAutoencoder, PatchShape
+from trainer.model.recipe import AutoencoderKind, ModelConfig
 from trainer.model.unet import build_unet
-from trainer.recipe import AutoencoderKind, ModelConfig
 
 log = logging.getLogger("train")
 

@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from trainer.model.autoencoder import Autoencoder, encode_in_bf16
 from trainer.model.lora import build_trained
-from trainer.recipe import AutoencoderConfig, TrainingRecipe
+from trainer.model.recipe import AutoencoderConfig
+from trainer.recipe import TrainingRecipe
 from trainer.tracking.flops import AUTOENCODERS
 
 BUCKET_BYTES = 500_000_000 * 2

@@ -10,7 +10,7 @@ import torch
 from trainer.data.loader import TrainingBatch
 from trainer.model import diffusion
 from trainer.model.autoencoder import Autoencoder, draw_latents
-from trainer.recipe import DiffusionConfig
+from trainer.model.recipe import DiffusionConfig
 
 QUARTILES = 4
 

@@ -16,8 +16,8 @@ from retrieval.clip.identity import EncoderIdentity
 from retrieval.errors import UserError
 from retrieval.recipe import ClipConfig
 from trainer.model.autoencoder import Autoencoder
+from trainer.model.recipe import ContextNorm, DiffusionConfig
 from trainer.model.schedulers import make_scheduler
-from trainer.recipe import ContextNorm, DiffusionConfig
 from trainer.sampling.denoising import guided_sample, initial_noise
 from trainer.sampling.picture import BACKGROUND, Grid, cell_edge, draw_grid, to_pictures
 from trainer.training.validation import HeldOut

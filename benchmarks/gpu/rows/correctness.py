@@ -113,8 +113,8 @@ def sampled(day: Day) -> Values:
     """Relative difference of latents that the exported network draws in fp32 on the device and on the CPU."""
     from diffusers import UNet2DConditionModel
 
+    from trainer.model.recipe import DiffusionConfig
     from trainer.model.schedulers import make_scheduler
-    from trainer.recipe import DiffusionConfig
     from trainer.sampling.denoising import guided_sample, initial_noise
 
     unet = UNet2DConditionModel.from_pretrained(training_root(day) / "runs/bf16-gpu/train/model").eval()

@@ -16,7 +16,7 @@ def cases(day: Day) -> Cases:
 def measure(day: Day, size: int) -> Values:
     """Images per second and memory."""
     from trainer.model.autoencoder import Autoencoder
-    from trainer.recipe import AutoencoderConfig
+    from trainer.model.recipe import AutoencoderConfig
 
     config = AutoencoderConfig(kind="kl", path=str(autoencoder_folder(day)), scale=0.22765929)
     autoencoder = Autoencoder.load(config, str(day.device))

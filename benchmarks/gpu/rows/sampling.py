@@ -26,9 +26,9 @@ def cases(day: Day) -> Cases:
 def measure(day: Day, scheduler_name: str, steps: int, compiled: bool) -> Values:
     """Images per second, decoding included."""
     from trainer.model.autoencoder import Autoencoder
+    from trainer.model.recipe import AutoencoderConfig, DiffusionConfig
     from trainer.model.schedulers import make_scheduler
     from trainer.model.unet import build_unet
-    from trainer.recipe import AutoencoderConfig, DiffusionConfig
     from trainer.sampling.denoising import guided_sample, initial_noise, padded, with_token_weights
 
     stage, device = training_stage(day, 768), day.device

@@ -62,8 +62,8 @@ def measure(
 ) -> Values:
     """Images per second at the fastest batch size, MFU, memory, waits for the device; or a profile at that size."""
     from trainer.engine.deepspeed_engine import join_ranks, make_engine
+    from trainer.model.recipe import DiffusionConfig
     from trainer.model.unet import build_unet
-    from trainer.recipe import DiffusionConfig
     from trainer.training.objective import Objective
 
     stage = training_stage(day, size)

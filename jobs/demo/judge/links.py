@@ -31,7 +31,8 @@ from trainer.evaluation.pixel_judge import thumbnails
 from trainer.evaluation.recipe import EvaluateConfig
 from trainer.evaluation.styles import NO_NEIGHBORS, RETRIEVAL, style_words
 from trainer.model.autoencoder import Autoencoder
-from trainer.recipe import AutoencoderConfig, TrainConfig
+from trainer.model.recipe import AutoencoderConfig
+from trainer.recipe import TrainConfig
 from trainer.sampling.picture import open_picture, read_recipe
 from trainer.sampling.sampler import open_database
 

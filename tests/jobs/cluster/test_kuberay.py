@@ -18,7 +18,8 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscali
 from jobs.cli.recipe import load_recipe
 from jobs.train import parse_arguments
 from trainer.engine.deepspeed_engine import accumulation_steps
-from trainer.recipe import AutoencoderConfig, LatentsConfig, TrainConfig
+from trainer.model.recipe import AutoencoderConfig
+from trainer.recipe import LatentsConfig, TrainConfig
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 WORKDIR = next(

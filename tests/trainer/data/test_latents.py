@@ -18,7 +18,8 @@ from trainer.data import images, latents
 from trainer.data.images import ImageTar, ScaledImage, center_crop, decode_image, random_crop
 from trainer.data.latents import image_views, make_shard_encoder, manifest_values
 from trainer.model.autoencoder import Autoencoder
-from trainer.recipe import AutoencoderConfig, LatentsConfig
+from trainer.model.recipe import AutoencoderConfig
+from trainer.recipe import LatentsConfig
 
 SHARD = "00000-00001"
 IDS = [5, -3, 2**62]

@@ -11,7 +11,7 @@ from retrieval.errors import UserError
 from trainer.model import autoencoder as autoencoder_module
 from trainer.model.autoencoder import Autoencoder, draw_latents, encode_in_bf16, kl_f16, vq_f4
 from trainer.model.patch_autoencoder import WEIGHTS_NAME, PatchAutoencoder, PatchShape
-from trainer.recipe import AutoencoderConfig
+from trainer.model.recipe import AutoencoderConfig
 
 KINDS = {"kl": (16, 4), "vq": (4, 3), "patch": (4, 4)}
 

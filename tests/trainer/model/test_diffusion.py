@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from pydantic import ValidationError
 
 from trainer.model.diffusion import alphas_bar, betas, losses, min_snr_weights, q_sample, scheduler_settings, target
-from trainer.recipe import DiffusionConfig
+from trainer.model.recipe import DiffusionConfig
 
 CONFIG = DiffusionConfig(steps=1000, beta_start=0.0015, beta_end=0.015)
 

@@ -12,8 +12,8 @@ import torch
 
 from tests.trainer.fractional_timesteps import abar_at
 from trainer.model.diffusion import alphas_bar, target
+from trainer.model.recipe import DiffusionConfig
 from trainer.model.schedulers import karras_sigmas, make_scheduler
-from trainer.recipe import DiffusionConfig
 from trainer.sampling.denoising import guided_sample, initial_noise
 
 MEANS, DEVIATION = torch.tensor([-1.0, 0.6], dtype=torch.float64), 0.3

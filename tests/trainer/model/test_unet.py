@@ -2,8 +2,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from trainer.model.recipe import ModelConfig
 from trainer.model.unet import build_unet
-from trainer.recipe import ModelConfig
 
 TINY = ModelConfig(latent_channels=4, context_dim=32, channels=(32, 64), attention=(2,), layers=1)
 

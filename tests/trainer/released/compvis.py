@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from trainer.recipe import ModelConfig
+from trainer.model.recipe import ModelConfig
 
 
 class UNetResidual(nn.Module):

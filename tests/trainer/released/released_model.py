@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from tests.trainer.released import compvis
-from trainer.recipe import AutoencoderConfig, DiffusionConfig, ModelConfig, TrainConfig, TrainingRecipe
+from trainer.model.recipe import AutoencoderConfig, DiffusionConfig, ModelConfig
+from trainer.recipe import TrainConfig, TrainingRecipe
 
 DIM = 32
 SIZES = {"channels": (32, 64, 96), "context_dim": DIM, "channels_per_head": 16}

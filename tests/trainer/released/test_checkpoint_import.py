@@ -11,8 +11,8 @@ from retrieval.errors import UserError
 from tests.trainer.released import compvis
 from tests.trainer.released.released_model import BETA_END, MODELS, networks, recipe_of, state_of, write_checkpoint
 from trainer.model.autoencoder import Autoencoder, kl_f16, vq_f4
+from trainer.model.recipe import ModelConfig
 from trainer.model.unet import build_unet
-from trainer.recipe import ModelConfig
 from trainer.released.checkpoint_import import ReleasedModel, has_only_autoencoder, read_autoencoder, read_checkpoint
 from trainer.released.tensor_names import autoencoder_key, average_key, unet_key
 

@@ -20,9 +20,9 @@ from tests.trainer.tiny_run import write_clip, write_run, write_style_database
 from trainer.checkpoint.export import read_model_weights
 from trainer.model.autoencoder import Autoencoder
 from trainer.model.diffusion import scheduler_settings
+from trainer.model.recipe import DiffusionConfig
 from trainer.model.schedulers import make_scheduler
 from trainer.model.unet import build_unet
-from trainer.recipe import DiffusionConfig
 from trainer.released.diffusers_folder import _check_schedule, write_folder
 from trainer.released.import_run import import_model
 from trainer.sampling.denoising import guided_sample, initial_noise

@@ -12,7 +12,7 @@ from retrieval.clip.encoder import Encoder
 from retrieval.storage.root import Root
 from tests.trainer.tiny_run import PROMPTS, pictures_of, write_model, write_run
 from trainer.model.autoencoder import Autoencoder
-from trainer.recipe import AutoencoderConfig
+from trainer.model.recipe import AutoencoderConfig
 from trainer.released import RetrievalDiffusionPipeline, Retriever, write_folder
 from trainer.sampling.denoising import initial_noise
 from trainer.sampling.recipe import ComputeConfig

@@ -6,9 +6,9 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler,
 
 from retrieval.errors import UserError
 from trainer.model.diffusion import alphas_bar
+from trainer.model.recipe import DiffusionConfig, ModelConfig
 from trainer.model.schedulers import check_steps, make_scheduler, trailing_timesteps
 from trainer.model.unet import build_unet
-from trainer.recipe import DiffusionConfig, ModelConfig
 from trainer.sampling.denoising import guidance_within, guided_sample, initial_noise
 
 SHAPE = (4, 8, 8)

@@ -12,8 +12,8 @@ import torch
 from retrieval.errors import UserError
 from tests.trainer.fractional_timesteps import abar_at
 from trainer.model.diffusion import alphas_bar, q_sample
+from trainer.model.recipe import DiffusionConfig
 from trainer.model.schedulers import check_steps, make_scheduler
-from trainer.recipe import DiffusionConfig
 from trainer.sampling.denoising import guided_sample
 
 MEAN, DEVIATION = 2.0, 0.5

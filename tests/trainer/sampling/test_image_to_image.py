@@ -14,8 +14,8 @@ from retrieval.storage.root import Root
 from tests.trainer.fractional_timesteps import abar_at
 from tests.trainer.tiny_run import PROMPTS, pictures_of, write_run
 from trainer.model.diffusion import q_sample, target
+from trainer.model.recipe import DiffusionConfig
 from trainer.model.schedulers import make_scheduler
-from trainer.recipe import DiffusionConfig
 from trainer.sampling.denoising import ImageToImage, SourceLatents, guided_sample, initial_noise
 from trainer.sampling.picture import to_pictures, to_pixels, white_cells
 from trainer.sampling.recipe import ComputeConfig, SampleConfig

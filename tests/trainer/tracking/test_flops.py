@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.runtime.memory import reset_peak
-from trainer.recipe import ModelConfig
+from trainer.model.recipe import ModelConfig
 from trainer.tracking.flops import UtilizationMeter, known_peak, training_flops
 
 RECIPES = Path(__file__).parents[3] / "jobs" / "configs"

@@ -20,8 +20,9 @@ from trainer.data.plan import make_plan
 from trainer.engine.optimizer import make_optimizer
 from trainer.model.autoencoder import Autoencoder
 from trainer.model.lora import UP, add_adapters
+from trainer.model.recipe import LoraConfig
 from trainer.model.unet import build_unet
-from trainer.recipe import LoraConfig, TrainingRecipe
+from trainer.recipe import TrainingRecipe
 from trainer.released.run_folder import SourceRun
 from trainer.tracking.training_log import read_step_metrics
 

@@ -5,8 +5,8 @@ from diffusers import DDIMScheduler
 
 from trainer.data.loader import TrainingBatch
 from trainer.model.diffusion import min_snr_weights, scheduler_settings
+from trainer.model.recipe import DiffusionConfig, ModelConfig
 from trainer.model.unet import build_unet
-from trainer.recipe import DiffusionConfig, ModelConfig
 from trainer.training.objective import Objective, quartile_means
 
 CPU = torch.device("cpu")

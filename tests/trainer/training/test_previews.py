@@ -10,8 +10,8 @@ from retrieval.errors import UserError
 from tests.trainer.tiny_run import DIM, PROMPTS, tiny_autoencoder, write_clip
 from tests.trainer.training_set import make_recipe
 from trainer.model.autoencoder import Autoencoder
+from trainer.model.recipe import DiffusionConfig, ModelConfig
 from trainer.model.unet import build_unet
-from trainer.recipe import DiffusionConfig, ModelConfig
 from trainer.training.previews import Drawer, Previews, Prompts, encode_prompts
 from trainer.training.validation import HeldOut
 

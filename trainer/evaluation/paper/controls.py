@@ -12,7 +12,7 @@ from retrieval.database.database import Database
 from retrieval.errors import UserError
 from trainer.evaluation.intervals import Rows
 from trainer.model.context import Vectors, at_raw_norm
-from trainer.recipe import ContextNorm
+from trainer.model.recipe import ContextNorm
 from trainer.sampling.conditioning import ConditionedRequest
 
 SHUFFLED, RANDOM_ROWS, OTHER_PROMPT = "shuffled", "random_rows", "other_prompt"

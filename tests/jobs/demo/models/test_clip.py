@@ -17,7 +17,7 @@ from jobs.demo.world.training_scenes import draw_training_scenes
 from retrieval.clip.encoder import Encoder
 from retrieval.recipe import ClipConfig
 from trainer.model.autoencoder import Autoencoder
-from trainer.recipe import AutoencoderConfig
+from trainer.model.recipe import AutoencoderConfig
 
 BATCH = 32
 
