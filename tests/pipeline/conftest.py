@@ -3,9 +3,11 @@
 import io
 import json
 import tarfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -21,6 +23,7 @@ from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, ShardRecord, write_manifest
 from tests.pipeline.scripted_server import ScriptedServer
 from tests.pipeline.shards_in_process import shards_in_process
+from tests.pipeline.web.fetching import FakeClock
 
 ARCHITECTURE = {
     "embed_dim": 32,
@@ -122,6 +125,15 @@ def _row(picture: Picture) -> dict[str, object]:
 def pictures(prefix: str, first_seed: int, count: int) -> list[Picture]:
     """Pictures with consecutive seeds."""
     return [Picture(f"http://example.org/{prefix}/{i}.jpg", i << 200) for i in range(first_seed, first_seed + count)]
+
+
+@pytest.fixture
+def fetching_clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    """A clock for a queue that is also the clock of fetchers and of the deadlines of their sockets."""
+    clock = FakeClock()
+    for module in ("fetch", "sockets"):
+        monkeypatch.setattr(f"pipeline.web.{module}.time", SimpleNamespace(monotonic=clock.now, time=time.time))
+    return clock
 
 
 @pytest.fixture

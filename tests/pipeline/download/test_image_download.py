@@ -2,8 +2,10 @@
 
 import io
 import socket
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 
@@ -58,10 +60,20 @@ def test_an_exception_in_a_thread_is_raised_and_stops_the_other_threads(
         raise PictureError(Reason.NOT_AN_IMAGE, "")
 
     monkeypatch.setattr("pipeline.download.image_download.prepare", broken)
-    download = make_download([server.send("/a", b"bad"), *[server.send("/b", b"body")] * 300])
+    stopped = threading.Event()
+
+    def respond_when_stopped(handler: BaseHTTPRequestHandler) -> None:
+        if not stopped.wait(60):
+            stopped.set()
+        server.responses["/body"](handler)
+
+    server.send("/body", b"body")
+    download = make_download([server.send("/a", b"bad"), *[server.on("/b", respond_when_stopped)] * 9])
+    stop = download._queue.stop
+    monkeypatch.setattr(download._queue, "stop", lambda: (stop(), stopped.set()))
     with pytest.raises(ZeroDivisionError):
-        download.run(301)
-    assert len(server.requests) < 30
+        download.run(10)
+    assert server.paths.count("/b") <= 1, "a request of the other thread is on its way"
     assert RowStatus("no_connection", STOPPED) in download.statuses.values()
 
 

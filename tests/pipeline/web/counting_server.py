@@ -38,7 +38,7 @@ class CountingServer:
             self.active[host] += 1
             self.most[host] = max(self.most[host], self.active[host])
             self._lock.notify_all()
-            self._lock.wait_for(lambda: self.most[host] >= self._held.get(host, 0), timeout=10)
+            self._lock.wait_for(lambda: self.most[host] >= self._held.get(host, 0), timeout=60)
         time.sleep(self._delay_s)
         with self._lock:
             self.active[host] -= 1  # before the client can send its next request

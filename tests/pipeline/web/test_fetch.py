@@ -2,6 +2,8 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
 
 import pytest
@@ -175,26 +177,31 @@ def test_a_body_that_ends_early_is_truncated(server) -> None:
 
 
 @pytest.mark.parametrize("part", ["status", "headers", "body"])
-def test_a_server_that_sends_single_bytes_is_left_at_the_deadline(server, part: str) -> None:
+def test_a_server_that_sends_single_bytes_is_left_at_the_deadline(server, part: str, fetching_clock: FakeClock) -> None:
     def drip(handler: BaseHTTPRequestHandler) -> None:
         start = {"status": b"HTTP/1.1 200", "headers": b"HTTP/1.1 200 OK\r\nX-Long: "}
         handler.wfile.write(start.get(part, b""))
         if part == "body":
             handler.send_response(200)
             handler.end_headers()
-        for _ in range(300):
-            handler.wfile.write(b"x")
-            time.sleep(0.1)
+        with suppress(OSError):
+            for number in range(3000):
+                handler.wfile.write(b"x")
+                if number == 4:
+                    fetching_clock.elapsed_s = 70.0
+                time.sleep(0.01)
 
-    fetcher = make_fetcher(deadline_s=1.5, retries=2)
-    assert fetch_error(fetcher, server.on("/a", drip)) == ("timeout", "not done after 1.5 s")
+    fetcher = make_fetcher(deadline_s=65.0, retries=2)
+    assert fetch_error(fetcher, server.on("/a", drip), fetching_clock) == ("timeout", "not done after 65 s")
 
 
 def test_a_silent_server_times_out(server) -> None:
     release = threading.Event()
-    fetcher = make_fetcher(timeout_s=0.5, deadline_s=60.0)
-    url = server.on("/a", lambda handler: release.wait(60))
-    assert fetch_error(fetcher, url) == ("timeout", "nothing came for 0.5 s")
+    fetcher = make_fetcher()
+    fetch_url(fetcher, server.send("/first", JPEG))  # over a connection that the next request uses
+    fetcher.settings = replace(fetcher.settings, timeout_s=0.1)
+    url = server.on("/a", lambda handler: release.wait(120))
+    assert fetch_error(fetcher, url) == ("timeout", "nothing came for 0.1 s")
     release.set()
 
 

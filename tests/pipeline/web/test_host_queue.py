@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler
@@ -36,7 +37,7 @@ def test_a_full_host_does_not_block_the_threads_of_other_hosts() -> None:
         with lock:
             active[request.host] += 1
             max_active[request.host] = max(max_active[request.host], active[request.host])
-        in_time = request.host != "slow.org" or others_finished.wait(20)
+        in_time = request.host != "slow.org" or others_finished.wait(300)
         with lock:
             active[request.host] -= 1
             finished.append(request.host)
@@ -171,7 +172,7 @@ def test_a_server_that_is_always_busy_delays_a_shard_by_little_more_than_the_max
     clock = FakeClock()
     addresses = [server.send(f"/{n}", b"", 503, Retry_After="2") for n in range(12)]
     queue = make_queue(addresses, clock)
-    results = fetch_all(make_fetcher(retries=0, deadline_s=1.0), queue, 12, threads=2)
+    results = fetch_all(make_fetcher(), queue, 12, threads=2)
     assert {str(error.reason) for error in results.values()} == {"unavailable"}  # type: ignore[union-attr]
     assert clock.elapsed_s < 8
     assert len(server.requests) <= 6
@@ -200,7 +201,8 @@ def test_a_host_with_one_answer_in_a_while_is_not_given_up() -> None:
 
 
 @pytest.fixture
-def closed_port() -> int:
+def closed_port() -> Iterator[int]:
     """A port that refuses connections."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))  # not listening
+        yield bound.getsockname()[1]

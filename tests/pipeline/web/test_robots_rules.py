@@ -111,7 +111,7 @@ def test_usage_preferences_count_for_the_longest_matching_path(lines: str, forbi
 
 
 def test_hostile_files_take_little_time() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     for text in (
         "User-agent: *\nDisallow: /" + "*a" * 250_000,
         "User-agent: *\nDisallow: " + "*" * 500_000,
@@ -122,4 +122,4 @@ def test_hostile_files_take_little_time() -> None:
         "User-agent: *\nContent-Usage: " + "a" * 500_000,
     ):
         rules(text).disallows("/" + "a" * 4000)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
