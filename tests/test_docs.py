@@ -94,7 +94,7 @@ def test_the_blocks_of_a_page_run_in_order(
             exec(compile(block.text, str(page), "exec"), names)
             continue
         command = "\n".join(line for line in block.text.splitlines() if line.split(" #")[0].strip() not in finished)
-        done = subprocess.run(["bash", "-eu", "-c", command], capture_output=True, text=True, check=False, timeout=300)
+        done = subprocess.run(["bash", "-eu", "-c", command], capture_output=True, text=True, check=False, timeout=900)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         finished.update(line.split(" #")[0].strip() for line in block.text.splitlines())
 

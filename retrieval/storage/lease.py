@@ -2,13 +2,14 @@
 
 Reads and writes `leases/<name>.json`: the owner, since when, and a number that the owner raises every HEARTBEAT_S.
 A holder on this machine is checked by its process in /proc. A holder elsewhere, and any holder on a system without
-/proc such as macOS, is alive if it renews its lease within EXPIRE_S, measured by the observer's clock, so that clocks
-of two machines are never compared.
+/proc such as macOS, is alive if it renews its lease within EXPIRE_S. The observer counts this time in pauses of POLL_S:
+clocks of two machines are never compared, and a time in which the observer stood still does not count.
 """
 
 import fcntl
 import json
 import logging
+import math
 import os
 import socket
 import threading
@@ -206,8 +207,7 @@ class _Lease:
             return
         holder = f"a process on {owner.host}" if owner else "another process"
         log.warning("%s: waiting up to %g s to see whether %s still works on it", self.folder, EXPIRE_S, holder)
-        deadline = time.monotonic() + EXPIRE_S
-        while time.monotonic() < deadline:
+        for _ in range(math.ceil(EXPIRE_S / POLL_S)):
             time.sleep(POLL_S)
             latest = self._read()
             if latest is None:

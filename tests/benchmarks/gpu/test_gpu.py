@@ -1,10 +1,11 @@
 """`make gpu-day`: its bookkeeping, its page, and the bundles of wheels. A rehearsal of the fast rows runs on a CPU."""
 
+import itertools
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,24 +21,29 @@ MACHINE = {"device": "CPU", "hardware": "test", "torch": "2", "numpy": "2"}
 
 @pytest.fixture
 def run_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Measures row `join` with these cases, each the end of a child: its values, an error, or seconds to sleep."""
+    """Measures row `join` with these cases, each the end of a child: its values, an error, or None for its alarm.
 
-    def run(cases: dict[str, Any], minutes: float = 1.0, retry: bool = False, **limits: float) -> dict[str, Any]:
-        body = [f"import sys, json, time, signal; done = json.load(open({str(tmp_path / 'gpu.json')!r}))"]
-        body += ["done = done['rows']['join']['cases']", f"signal.alarm({limits.get('alarm', 60)})"]
+    A minute passes with each reading of the clock.
+    """
+    clock = itertools.count(0, 60)
+
+    def run(cases: dict[str, Any], retry: bool = False, row_minutes: float = 60.0) -> dict[str, Any]:
+        body = [f"import os, sys, json, signal; done = json.load(open({str(tmp_path / 'gpu.json')!r}))"]
+        body += ["done = done['rows']['join']['cases']"]
         for case, outcome in cases.items():
             action = f"print('RESULT', json.dumps({outcome!r}), flush=True)"
             if isinstance(outcome, str):
                 action = f"sys.exit({outcome!r})"
-            if isinstance(outcome, int):
-                action = f"time.sleep({outcome})"
+            if outcome is None:
+                action = "os.kill(os.getpid(), signal.SIGALRM)"
             body += [f"if {case!r} not in done: print('CASE {case}', flush=True); {action}"]
         monkeypatch.setattr(
             program.subprocess, "Popen", lambda _, **options: POPEN([sys.executable, "-c", "\n".join(body)], **options)
         )
-        monkeypatch.setitem(program.ROWS, "join", limits.get("row_minutes", 1.0))
+        monkeypatch.setitem(program.ROWS, "join", row_minutes)
+        monkeypatch.setattr(program, "time", SimpleNamespace(monotonic=lambda: next(clock)))
         monkeypatch.setattr(program, "_machine", lambda: MACHINE)
-        call = Call(tmp_path, tmp_path, True, retry, time.monotonic() + minutes * 60)
+        call = Call(tmp_path, tmp_path, True, retry, next(clock) + 1800)
         results = call.read()
         run_row("join", call, results)
         return dict(json.loads((tmp_path / "gpu.json").read_text())["rows"]["join"]["cases"])
@@ -67,15 +73,13 @@ def test_a_case_whose_library_is_missing_is_measured_by_the_next_call(run_cases:
     assert run_cases({"a": {"seconds": 2}})["a"] == {"seconds": 2}
 
 
-def test_the_end_of_a_call_leaves_its_case_to_the_next_call(run_cases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program, "MARGIN_S", 0.5)
-    assert run_cases({"a": {"seconds": 1}, "b": 30}, minutes=1 / 60, alarm=1) == {"a": {"seconds": 1}}
+def test_the_end_of_a_call_leaves_its_case_to_the_next_call(run_cases: Any) -> None:
+    assert run_cases({"a": {"seconds": 1}, "b": None}) == {"a": {"seconds": 1}}
 
 
-def test_the_end_of_the_minutes_of_a_row_is_recorded(run_cases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program, "MARGIN_S", 0.5)
-    cases = run_cases({"a": 30, "b": {"seconds": 1}}, row_minutes=1 / 60, alarm=1)
-    assert cases == {"a": {"failed": ["stopped: the row's 0.0166667 minutes were over"]}}
+def test_the_end_of_the_minutes_of_a_row_is_recorded(run_cases: Any) -> None:
+    cases = run_cases({"a": None, "b": {"seconds": 1}}, row_minutes=1.0)
+    assert cases == {"a": {"failed": ["stopped: the row's 1 minutes were over"]}}
 
 
 def test_results_of_another_device_are_not_continued(run_cases: Any, monkeypatch: pytest.MonkeyPatch) -> None:

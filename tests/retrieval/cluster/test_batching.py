@@ -21,7 +21,7 @@ class Recorder:
 
     def __call__(self, key: str, items: list[int]) -> list[int]:
         self.batches.append((key, items))
-        self.gate.wait(10)
+        self.gate.wait(FOREVER_S)
         if -1 in items:
             raise UserError("minus one")
         return [2 * item for item in items]
@@ -44,13 +44,13 @@ def test_a_full_batch_runs_at_once_and_an_incomplete_one_after_its_wait() -> Non
     batcher = make_batcher(Recorder(), max_batch=2, max_wait_s=FOREVER_S, max_running=2)
     full = [batcher.submit("a", 1), batcher.submit("a", 2)]
     incomplete = batcher.submit("b", 3)
-    assert [future.result(30) for future in full] == [2, 4]
+    assert [future.result(FOREVER_S) for future in full] == [2, 4]
     assert not incomplete.done()
     batcher.close()
-    batcher = make_batcher(Recorder(), max_batch=2, max_wait_s=0.3, max_running=2)
+    batcher = make_batcher(Recorder(), max_batch=2, max_wait_s=0.1, max_running=2)
     start = time.monotonic()
-    assert batcher.submit("b", 3).result(30) == 6
-    assert time.monotonic() - start >= 0.3
+    assert batcher.submit("b", 3).result(FOREVER_S) == 6
+    assert time.monotonic() - start >= 0.1
     batcher.close()
 
 
@@ -73,7 +73,7 @@ def test_items_that_arrive_while_all_batches_run_form_one_batch() -> None:
 def test_an_error_reaches_every_item_of_its_batch_and_no_other() -> None:
     batcher = make_batcher(Recorder(), max_batch=2, max_wait_s=FOREVER_S, max_running=1)
     futures = [batcher.submit("a", item) for item in (1, -1, 3, 4)]
-    errors = [future.exception(30) for future in futures]
+    errors = [future.exception(FOREVER_S) for future in futures]
     assert [isinstance(error, UserError) for error in errors] == [True, True, False, False]
     batcher.close()
     with pytest.raises(UserError, match="closed"):

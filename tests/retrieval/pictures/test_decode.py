@@ -2,6 +2,7 @@
 
 import io
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -116,7 +117,7 @@ def test_threads_share_the_budget_and_a_picture_that_never_fits_is_refused(monke
 
 
 def test_small_shares_do_not_overtake_a_large_one() -> None:
-    budget, order = DecodeBudget(10), []
+    budget, order = DecodeBudget(10), list[int]()
 
     def take(num_bytes: int) -> None:
         with budget.share(num_bytes):
@@ -125,7 +126,8 @@ def test_small_shares_do_not_overtake_a_large_one() -> None:
     with budget.share(5):
         large = threading.Thread(target=take, args=(10,))
         large.start()
-        large.join(0.05)  # waits for its turn
+        while not budget._turn.locked():  # the large one waits until its bytes are free
+            time.sleep(0.001)
         small = threading.Thread(target=take, args=(1,))
         small.start()
         small.join(0.05)

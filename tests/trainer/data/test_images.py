@@ -31,8 +31,8 @@ def write_shard(root: Root) -> dict[int, bytes]:
 
 
 def bytes_read() -> int:
-    """Bytes that this process has read from files."""
-    return int(Path("/proc/self/io").read_text().split()[1])
+    """Bytes that this thread has read from files."""
+    return int(Path("/proc/thread-self/io").read_text().split()[1])
 
 
 def test_a_tar_is_opened_at_the_stored_offsets_without_reading_more_than_its_pictures(

@@ -40,4 +40,5 @@ def replace_programs(folder: Path, monkeypatch: pytest.MonkeyPatch, *programs: s
         path = folder / name
         path.write_text({"ssh": SSH, "pdsh": PDSH}[name])
         path.chmod(0o755)
+    monkeypatch.setattr("trainer.training.hostfile.TIMEOUT_S", 300)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
