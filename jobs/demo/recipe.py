@@ -43,7 +43,7 @@ class ClipTraining(Config):
     """Optimizer steps."""
     batch_size: int = Field(128, ge=2 * GROUP_SIZE, multiple_of=GROUP_SIZE)
     """Pairs of a picture and a caption in one step."""
-    learning_rate: PositiveFloat = 2e-3
+    learning_rate: PositiveFloat = 3e-3
     """Highest learning rate of AdamW, reached after a tenth of the steps; it falls to 0 at the end."""
     num_test_scenes: PositiveInt = 1000
     """Held-out scenes for measuring recall."""

@@ -46,13 +46,43 @@ PREPROCESSING: dict[str, Any] = {
 }
 WORDS: tuple[tuple[float, tuple[str, ...]], ...] = (
     (1.0, tuple(f"in the style of {style}" for style in STYLES)),
-    (1.0, tuple(f"a {shape}" for shape in SHAPES)),
+    (2.0, tuple(f"a {shape}" for shape in SHAPES)),
     (1.0, ("a", "two in a row", "two stacked", "three in a row", "three stacked")),
     (0.5, COLORS),
     (0.5, tuple(f"over the {background}" for background in BACKGROUNDS)),
 )
 """Weights and texts of classification losses besides the captions, one for each attribute: the neighbors of a picture
-should share all of them. Color and background need half of the weight, because they are learned first."""
+should share all of them. Color and background are learned first and need half of the weight, the shape is learned last
+and needs twice."""
+
+
+class AttributeLoss(torch.nn.Module):
+    """Cross entropies of the attributes of WORDS, with the texts of their values and with linear layers.
+
+    The linear layers are only used in training. Without them the images learn from texts that are not yet trained
+    themselves: after 320 steps the texts of shapes were told apart in 0.33 of the pictures.
+    """
+
+    def __init__(self, scenes: list[Scene]) -> None:
+        super().__init__()
+        tokenize = open_clip.SimpleTokenizer(context_length=MODEL["text_cfg"]["context_length"])
+        self._tokens = tokenize([text for _, texts in WORDS for text in texts])
+        self._sizes = [len(texts) for _, texts in WORDS]
+        self._labels = torch.from_numpy(_word_labels(scenes))
+        self.heads = torch.nn.Linear(MODEL["embed_dim"], len(self._tokens))
+
+    def forward(self, model: CLIP, features: torch.Tensor, rows: npt.NDArray[np.int64]) -> torch.Tensor:
+        """The weighted sum. features: (n, dim) of the scenes `rows`, before their normalization."""
+        texts = model.encode_text(self._tokens, normalize=True).float()
+        scores = model.logit_scale.exp() * functional.normalize(features, dim=1) @ texts.T
+        losses = [
+            weight * functional.cross_entropy(logits, label)
+            for all_logits in (scores, self.heads(features))
+            for (weight, _), logits, label in zip(
+                WORDS, all_logits.float().split(self._sizes, dim=1), self._labels[:, rows], strict=True
+            )
+        ]
+        return torch.stack(losses).sum()
 
 
 def train_clip(config: ClipTraining, folder: Path) -> dict[str, float]:
@@ -99,10 +129,9 @@ def _through_jpeg(pixels: Pixels) -> Image.Image:
 def _fit(model: CLIP, scenes: list[Scene], pixels: torch.Tensor, config: ClipTraining) -> float:
     """The training loop. pixels: (n, 3, size, size) uint8. Returns the last loss."""
     tokenize = open_clip.SimpleTokenizer(context_length=MODEL["text_cfg"]["context_length"])
-    words = [(weight, tokenize(list(texts))) for weight, texts in WORDS]
-    labels = torch.from_numpy(_word_labels(scenes))
+    attributes = AttributeLoss(scenes)
     groups = _group(scenes)
-    optimizer = _optimizer(model, config.learning_rate)
+    optimizer = _optimizer(model, attributes, config.learning_rate)
     schedule = warm_up_and_decay(optimizer, config.steps)
     progress = trange(config.steps, desc="clip", unit="step", mininterval=1)
     for step in progress:
@@ -110,12 +139,9 @@ def _fit(model: CLIP, scenes: list[Scene], pixels: torch.Tensor, config: ClipTra
         batch = _sample_batch(groups, config.batch_size, rng)
         texts = tokenize([caption(scenes[i], rng) for i in batch])
         with bfloat16_autocast():
-            images = model.encode_image(_augment(pixels[batch], rng), normalize=True).float()
-            loss = _contrast(model, images, model.encode_text(texts, normalize=True).float())
-            for (weight, tokens), label in zip(words, labels[:, batch], strict=True):
-                word_rows = model.encode_text(tokens, normalize=True).float()
-                scores = model.logit_scale.exp() * images @ word_rows.T
-                loss = loss + weight * functional.cross_entropy(scores.float(), label)
+            features = model.encode_image(_augment(pixels[batch], rng)).float()
+            loss = _contrast(model, features, model.encode_text(texts, normalize=True).float())
+            loss = loss + attributes(model, features, batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -124,9 +150,9 @@ def _fit(model: CLIP, scenes: list[Scene], pixels: torch.Tensor, config: ClipTra
     return loss.item()
 
 
-def _contrast(model: CLIP, images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
-    """CLIP's symmetric cross entropy of matching rows. images, texts: (n, dim) unit rows."""
-    scores = (model.logit_scale.exp() * images @ texts.T).float()
+def _contrast(model: CLIP, features: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+    """CLIP's symmetric cross entropy of matching rows. features: (n, dim) of images; texts: (n, dim) unit rows."""
+    scores = (model.logit_scale.exp() * functional.normalize(features, dim=1) @ texts.T).float()
     target = torch.arange(len(scores))
     return (functional.cross_entropy(scores, target) + functional.cross_entropy(scores.T, target)) / 2
 
@@ -178,8 +204,9 @@ def _augment(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-def _optimizer(model: CLIP, learning_rate: float) -> torch.optim.Optimizer:
+def _optimizer(model: CLIP, attributes: AttributeLoss, learning_rate: float) -> torch.optim.Optimizer:
     weights = [parameter for name, parameter in model.named_parameters() if name != "logit_scale"]
+    weights += attributes.parameters()
     # the scale must grow from 14 to about 30 in few steps
     scale: dict[str, Any] = {"params": [model.logit_scale], "lr": 10 * learning_rate, "weight_decay": 0.0}
     groups = [{"params": weights, "weight_decay": 0.05}, scale]
