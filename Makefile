@@ -33,7 +33,7 @@ export NO_ALBUMENTATIONS_UPDATE ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 export DS_ACCELERATOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: help install demo import test check format bench bench-retrieval bench-filters bench-indexes bench-grow bench-download bench-pipeline bench-loader bench-step bench-schedule bench-sampling bench-attribution gpu-day gpu-wheels bench-crashes bench-near-copies bench-partitions bench-scale bench-optout optout bench-load database convert finetune docs explore paper report clean status view capacity plan bench-capacity $(STAGES)
+.PHONY: help install demo import test check format bench bench-retrieval bench-filters bench-indexes bench-grow bench-download bench-pipeline bench-loader bench-step bench-schedule bench-sampling bench-attribution bench-curve gpu-day gpu-wheels bench-crashes bench-near-copies bench-partitions bench-scale bench-optout optout bench-load database convert finetune docs explore paper report clean status view capacity plan bench-capacity $(STAGES)
 
 help: ## list the targets
 	@grep -hE '^[a-z$$()A-Z -]+:.*## ' $(MAKEFILE_LIST) | sed -e 's/$$(STAGES)/<stage>/' -e 's/:.*## /\t/' | expand -t 20
@@ -151,6 +151,9 @@ bench-sampling: install ## samplers against DDIM with 50 steps on RECIPE's finis
 
 bench-attribution: install ## attribution by sampling against a model trained without a style, on the demo (two trainings): docs/attribution.md
 	$(BIN)/python -m benchmarks.training.attribution $(RECIPE) $(ARGS)
+
+bench-curve: install ## contents of the demo's samples at each checkpoint of RECIPE's run, finished or not: docs/curve.md
+	$(BIN)/python -m benchmarks.training.curve $(RECIPE) $(ARGS)
 
 bench-load: install ## load test of the explore page with 100 visitors: docs/load.md
 	$(BIN)/python -m benchmarks.page.load $(RECIPE) $(ARGS)

@@ -135,14 +135,13 @@ def contents(day: Day) -> Values:
 
 def _recognized(day: Day, pictures: list[tuple[Path, str]]) -> dict[str, float]:
     """Share of pictures whose attribute CLIP recognizes, by attribute. pictures: files and their prompts."""
-    from jobs.demo.world.scenes import COLORS, COUNTS, LAYOUTS, NUM_PHRASINGS, SHAPES, all_contents, prompt
+    from jobs.demo.world.scenes import COLORS, COUNTS, LAYOUTS, SHAPES, contents_by_prompt, prompt
     from retrieval.clip.encoder import Encoder
     from retrieval.recipe import ClipConfig
 
     encoder = Encoder(ClipConfig(model=f"local-dir:{day.scratch / 'demo/clip'}"), str(day.device))
     vectors = encoder.encode_images([Image.open(path).convert("RGB") for path, _ in pictures])
-    phrasings = range(NUM_PHRASINGS)
-    of_prompt = {prompt(content, phrasing): content for content in all_contents() for phrasing in phrasings}
+    of_prompt = contents_by_prompt()
     shares = {}
     for attribute, values in (("shape", SHAPES), ("color", COLORS), ("count", COUNTS)):
         texts = []

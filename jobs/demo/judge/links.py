@@ -18,7 +18,7 @@ from jobs.demo.judge.network import ContentJudge, Pixels, train_judge
 from jobs.demo.recipe import JudgeTraining, WorldConfig
 from jobs.demo.world.content import Content, Scene
 from jobs.demo.world.metadata import CONTENT_FIELDS
-from jobs.demo.world.scenes import ARRANGEMENTS, NUM_PHRASINGS, all_contents, full_caption, prompt
+from jobs.demo.world.scenes import ARRANGEMENTS, contents_by_prompt, full_caption
 from jobs.demo.world.world import plan_styles
 from pipeline.web.urls import canonical_url
 from retrieval.clip.encoder import Encoder
@@ -152,13 +152,12 @@ def _samples(recipe: Recipe, judge: ContentJudge) -> dict[str, Shares]:
 
 def _read_samples(recipe: Recipe, mode: str) -> list[JudgedSample]:
     root, folder = recipe.root, f"runs/{recipe[TrainConfig].name}/evaluate/samples/{mode}"
-    contents = {prompt(content, way): content for content in all_contents() for way in range(NUM_PHRASINGS)}
     samples = []
     for style in recipe[EvaluateConfig].styles:
         for name in root.list(f"{folder}/{style}", ".png"):
             with root.open(name) as file:
                 made = read_recipe(file.read())
-            scene = Scene(contents[made["prompt"]], style_words(style), 0)
+            scene = Scene(contents_by_prompt()[made["prompt"]], style_words(style), 0)
             samples.append(JudgedSample(open_picture(root, name), scene, made))
     return samples
 

@@ -5,6 +5,7 @@ styles are independent, so a sample's style can come from its neighbors alone. A
 """
 
 import hashlib
+from functools import cache
 from itertools import product
 
 import numpy as np
@@ -127,6 +128,12 @@ def full_caption(scene: Scene) -> str:
 def prompt(content: Content, phrasing: int = 0) -> str:
     """A sentence with the content and without the style. phrasing: of the place, 0 to 2."""
     return _join(_subject(content), content.layout, _PLACES[content.background][phrasing])
+
+
+@cache
+def contents_by_prompt() -> dict[str, Content]:
+    """The content of every prompt."""
+    return {prompt(content, phrasing): content for content in all_contents() for phrasing in range(NUM_PHRASINGS)}
 
 
 def held_out_prompts(count: int) -> list[str]:
