@@ -29,7 +29,7 @@ class ExploreConfig(Config):
     search_threads: int = runtime_setting(2, ge=1)
     """Searches computed in parallel."""
     search_timeout_s: float = runtime_setting(10.0, gt=0)
-    """Timeout of a search, queueing included, in seconds."""
+    """Timeout of encoding a text, and of the search after it, each with its queue, in seconds."""
     max_thumbnails: int = runtime_setting(1024, ge=1)
     """Maximum number of thumbnails that are made and waiting; the browser asks for all of a result at once."""
     max_samples: int = runtime_setting(8, ge=1)

@@ -18,6 +18,7 @@ from jobs.cli.recipe import Recipe
 from jobs.explore.api_models import SampleRequest, SearchRequest, VerifyRequest, decode_base64
 from jobs.explore.examples import example_captions
 from jobs.explore.pictures import Pictures, decode_picture
+from jobs.explore.text_batches import TextBatches, Vectors
 from jobs.explore.work_queue import WorkQueue
 from jobs.sample import trained_model
 from retrieval.clip.encoder import Encoder
@@ -121,6 +122,7 @@ class Explorer:
         self.credentials = picture_credentials(defaults)
         self.databases = _databases(root, encoder, sampler)
         self.pictures = Pictures(root, limits.max_rows_with_pictures)
+        self.texts = TextBatches(encoder, WorkQueue("text", 1, limits.max_searches, limits.search_timeout_s))
         self.searches = WorkQueue("search", limits.search_threads, limits.max_searches, limits.search_timeout_s)
         self.samples = WorkQueue("picture", 1, limits.max_samples, limits.sample_timeout_s)
         self.thumbnails = WorkQueue("thumbnail", limits.search_threads, limits.max_thumbnails, limits.search_timeout_s)
@@ -134,7 +136,10 @@ class Explorer:
         first = (self.styles or [TRAINING_DATABASE])[0]
         self.first_search = SearchRequest(text="".join(self.examples[:1]), database=first, k=min(12, limits.max_k))
         """The search that the page shows at first; without a text if no example is known."""
-        self.first_results = self._search(self.first_search, self.databases[first]) if self.examples else []
+        self.first_results: list[NeighborView] = []
+        if self.examples:
+            text = encoder.encode_texts(self.examples[:1])
+            self.first_results = self._search(self.first_search, self.databases[first], text)
 
     @classmethod
     def open(cls, recipe: Recipe) -> "Explorer":
@@ -150,7 +155,7 @@ class Explorer:
     @property
     def queues(self) -> tuple[WorkQueue, ...]:
         """All queues of work."""
-        return self.searches, self.samples, self.thumbnails
+        return self.texts.queue, self.searches, self.samples, self.thumbnails
 
     @property
     def styles(self) -> list[str]:
@@ -161,7 +166,8 @@ class Explorer:
         """The k nearest rows, best first. Raises UserError, or BusyError if the server is overloaded."""
         request.check(self.limits)
         database = self._database(request.database)
-        return await self.searches.run(lambda stop: self._search(request, database))
+        text = await self.texts.encode(request.text) if request.text.strip() else None
+        return await self.searches.run(lambda stop: self._search(request, database, text))
 
     async def sample(self, requests: Sequence[SampleRequest], progress: Progress | None = None) -> list[SampledPicture]:
         """One picture for each request. Raises UserError, or BusyError if the server is overloaded.
@@ -220,8 +226,8 @@ class Explorer:
         for queue in self.queues:
             queue.close()
 
-    def _search(self, request: SearchRequest, database: Database) -> list[NeighborView]:
-        vectors = [self.encoder.encode_texts([request.text])] if request.text.strip() else []
+    def _search(self, request: SearchRequest, database: Database, text: Vectors | None) -> list[NeighborView]:
+        vectors = [] if text is None else [text]
         if request.image:
             picture = self._picture(decode_base64(request.image, self.limits))
             vectors.append(self.encoder.encode_images([picture]))

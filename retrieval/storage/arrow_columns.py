@@ -125,6 +125,8 @@ def _take_block(batches: list[pa.RecordBatch], ends: npt.NDArray[np.int64], rows
         indices.append(index)
     order = pa.array(np.argsort(np.concatenate(indices)))
     table = pa.Table.from_batches(parts)
+    if table.nbytes <= MAX_ARRAY_BYTES:
+        return table.combine_chunks().take(order)
     columns = [_take_column(column, order) for column in table.columns]
     return pa.table(columns, schema=table.schema)
 

@@ -485,7 +485,7 @@ def test_examples_are_searched_for_in_style_databases_before_the_training_databa
 def test_the_page_opens_with_results_of_an_example_and_without_one_with_none(run):
     explorer = open_explorer(run)
     explorer.first_search = SearchRequest(text="a known text", database="green")
-    explorer.first_results = explorer._search(explorer.first_search, explorer.databases["green"])[:2]
+    explorer.first_results = asyncio.run(explorer.search(explorer.first_search))[:2]
     page = get(make_app(explorer), "/").text
     assert page.count("caption of green-") >= 2
     assert "a known text" in page
