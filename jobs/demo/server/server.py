@@ -24,6 +24,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 class WorldServer:
     """Serves a world during its `with` block. Each URL of the route `flaky` fails once for each start.
 
+    port: 0 takes a free one, which is the attribute `port` from the start on.
     Raises UserError on entry if the port is taken or the folder has no world.
     """
 
@@ -43,6 +44,7 @@ class WorldServer:
                 f"{self.folder} has no world.json: it contains no finished demo world. Run 'make demo' first."
             )
         with open_port(self.port) as listener:
+            self.port = listener.getsockname()[1]
             arguments = [str(listener.fileno()), str(self.folder), str(os.getpid())]
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "jobs.demo.server.server", *arguments],
