@@ -15,7 +15,6 @@
 
 namespace {
 
-constexpr int64_t BLOCK_ROWS = 32;    // rows of a block of packed codes
 constexpr int64_t PAIRS_AT_ONCE = 4;  // pairs of codes that are added in bytes: 4 * LARGEST_NUMBER is less than 2^8
 constexpr float LARGEST_NUMBER = 63;  // in the tables; with 8 bits as many neighbors are found, in more time
 constexpr int OFFSET_BITS = 28, LIST_BITS = 20;
@@ -123,7 +122,7 @@ class CodeScan {
         }
         // The sums stay below 2^16, also if all numbers are rounded up.
         scale_ = std::min(LARGEST_NUMBER / largest_span, (65535 - codes - 1) / total);
-        scratch_.tables.resize(16 * codes);
+        scratch_.tables.assign(16 * codes + 32, 0); // half blocks may have one pair more
         for (int64_t code = 0; code < codes; ++code) round(code, least[code]);
     }
 
@@ -153,34 +152,46 @@ class CodeScan {
     // Keeps the best candidates of a list.
     void scan(size_t visit, int bias) {
         const int32_t list = visits_[visit].list;
-        const int64_t size = lists_.sizes[list], bytes = BLOCK_ROWS * lists_.codes_per_row / 2;
+        const int64_t size = lists_.sizes[list];
         const uint8_t* codes = lists_.codes[list];
         const __m256i plus = _mm256_set1_epi16(uint16_t(std::clamp(bias, 0, 65535)));
         const __m256i minus = _mm256_set1_epi16(uint16_t(std::clamp(-bias, 0, 65535)));
         forget();
-        for (int64_t start = 0; start < size; start += BLOCK_ROWS, codes += bytes) {
-            const uint8_t* next = codes + bytes;
-            if (start + BLOCK_ROWS >= size) next = lists_.codes[visits_[std::min(visit + 1, visits_.size() - 1)].list];
+        for (int64_t start = 0; start < size; start += BLOCK_ROWS) {
+            const uint8_t* next = codes + block_bytes(lists_, size - start);
+            int64_t next_bytes = block_bytes(lists_, size - start - BLOCK_ROWS);
+            if (!next_bytes) {
+                const int32_t other = visits_[std::min(visit + 1, visits_.size() - 1)].list;
+                next = lists_.codes[other];
+                next_bytes = block_bytes(lists_, lists_.sizes[other]);
+            }
             __m256i scores[2];
-            score(codes, next, scores);
+            if (is_half(lists_, size - start))
+                score<true>(codes, next, next_bytes, scores);
+            else
+                score<false>(codes, next, next_bytes, scores);
             observe(scores, std::min(size - start, BLOCK_ROWS));
             for (int half = 0; half < 2; ++half) {
                 scores[half] = _mm256_subs_epu16(_mm256_adds_epu16(scores[half], plus), minus);
-                keep(scores[half], visit, start + 16 * half, size, lists_.ids[list]);
+                keep(scores[half], visit, start + HALF_ROWS * half, size, lists_.ids[list]);
             }
+            codes += block_bytes(lists_, size - start);
         }
     }
 
-    // Sums of the table numbers of 32 rows, as 2 x 16 unsigned 16-bit numbers. Fetches the block `next` meanwhile.
-    void score(const uint8_t* block, const uint8_t* next, __m256i* scores) const {
+    // Sums of the table numbers of 32 rows, or of the 16 of a half block and zeros, as 2 x 16 unsigned 16-bit numbers.
+    // Fetches the block `next` meanwhile.
+    template <bool HALF>
+    void score(const uint8_t* block, const uint8_t* next, int64_t next_bytes, __m256i* scores) const {
+        constexpr int64_t PAIRS_OF_LOAD = HALF ? 2 : 1;
         __m256i both[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()}, odd[2] = {both[0], both[0]};
-        const int64_t pairs = lists_.codes_per_row / 2;
+        const int64_t pairs = lists_.codes_per_row / 2, ahead = next_bytes / std::max<int64_t>(pairs / PAIRS_AT_ONCE, 1);
         int64_t pair = 0;
-        for (; pair + PAIRS_AT_ONCE <= pairs; pair += PAIRS_AT_ONCE) {
-            fetch(next + 32 * pair, 32 * PAIRS_AT_ONCE);
-            add<PAIRS_AT_ONCE>(block, pair, both, odd);
+        for (; pair + PAIRS_AT_ONCE <= pairs; pair += PAIRS_AT_ONCE, next += ahead) {
+            fetch(next, ahead);
+            add<HALF, PAIRS_AT_ONCE>(block, pair, both, odd);
         }
-        for (; pair < pairs; ++pair) add<1>(block, pair, both, odd);
+        for (; pair < pairs; pair += PAIRS_OF_LOAD) add<HALF, PAIRS_OF_LOAD>(block, pair, both, odd);
         for (int half = 0; half < 2; ++half) {
             const __m256i even = _mm256_sub_epi16(both[half], _mm256_slli_epi16(odd[half], 8));
             scores[half] = _mm256_add_epi16(
@@ -189,21 +200,27 @@ class CodeScan {
     }
 
     // Adds the table numbers of some pairs of codes. A number of `both` counts those of two rows, one of `odd` of one.
-    template <int64_t PAIRS>
+    // The upper halves of the bytes are the codes of other rows, or in a half block the next pair of codes.
+    template <bool HALF, int64_t PAIRS>
     void add(const uint8_t* block, int64_t first, __m256i* both, __m256i* odd) const {
         const __m256i nibble = _mm256_set1_epi8(15);
         __m256i sums[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-        for (int64_t pair = first; pair < first + PAIRS; ++pair) {
-            const __m256i codes = _mm256_loadu_si256((const __m256i*)(block + 32 * pair));
-            const __m256i table = _mm256_loadu_si256((const __m256i*)(scratch_.tables.data() + 32 * pair));
+        for (int64_t pair = first; pair < first + PAIRS; pair += HALF ? 2 : 1) {
+            const __m256i codes = _mm256_loadu_si256((const __m256i*)(block + (HALF ? 16 : 32) * pair));
             const __m256i high = _mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble);
-            sums[0] = _mm256_add_epi8(sums[0], _mm256_shuffle_epi8(table, _mm256_and_si256(codes, nibble)));
-            sums[1] = _mm256_add_epi8(sums[1], _mm256_shuffle_epi8(table, high));
+            __m256i& upper = sums[HALF ? 0 : 1];
+            sums[0] = _mm256_add_epi8(sums[0], _mm256_shuffle_epi8(table(pair), _mm256_and_si256(codes, nibble)));
+            upper = _mm256_add_epi8(upper, _mm256_shuffle_epi8(table(HALF ? pair + 1 : pair), high));
         }
-        for (int half = 0; half < 2; ++half) {
+        for (int half = 0; half < (HALF ? 1 : 2); ++half) {
             both[half] = _mm256_add_epi16(both[half], sums[half]);
             odd[half] = _mm256_add_epi16(odd[half], _mm256_srli_epi16(sums[half], 8));
         }
+    }
+
+    // Tables of a pair of codes.
+    __m256i table(int64_t pair) const {
+        return _mm256_loadu_si256((const __m256i*)(scratch_.tables.data() + 32 * pair));
     }
 
     // Lowers the weight of the lists before in mean and deviation, because nearer lists have other scores.

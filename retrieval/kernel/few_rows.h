@@ -19,6 +19,8 @@ namespace {
 
 constexpr float ROUNDING_DEVIATIONS = 4; // of a product; two errors differ by more than twice that in 1 of 10^8 pairs
 
+constexpr int64_t NUMBERS_AHEAD = 4;     // rows whose 8-bit numbers are fetched before
+
 // Some rows of a partition. Pointers are borrowed.
 struct FewRows {
     int64_t dim;
@@ -32,7 +34,7 @@ struct FewRows {
 
 class FewRowsSearch {
   public:
-    explicit FewRowsSearch(const FewRows& rows) : rows_(rows), scores_(rows.count), query_(rows.dim) {}
+    explicit FewRowsSearch(const FewRows& rows) : rows_(rows), scores_(rows.count) {}
 
     // Writes the k rows most similar to a unit query, best first, (-inf, -1) where there are fewer. Equal similarities
     // are ordered by row.
@@ -55,12 +57,12 @@ class FewRowsSearch {
   private:
     // Fills the scores. Returns the least score of a row that may be among the k best.
     float score(const float* query, int64_t k) {
-        float largest = 1e-30f;
-        for (int64_t i = 0; i < rows_.dim; ++i) largest = std::max(largest, std::abs(query[i]));
-        const float unit = largest / 127;
-        for (int64_t i = 0; i < rows_.dim; ++i) query_[i] = int8_t(std::lrint(query[i] / unit));
-        for (int64_t i = 0; i < rows_.count; ++i)
-            scores_[i] = unit * rows_.units[i] * inner_product(query_.data(), rows_.rounded + i * rows_.dim, rows_.dim);
+        query_.set(query, rows_.dim);
+        const float unit = query_.unit;
+        for (int64_t i = 0; i < rows_.count; ++i) {
+            if (i + NUMBERS_AHEAD < rows_.count) fetch(rows_.rounded + (i + NUMBERS_AHEAD) * rows_.dim, rows_.dim);
+            scores_[i] = unit * rows_.units[i] * query_.inner_product(rows_.rounded + i * rows_.dim);
+        }
         if (k >= rows_.count) return -std::numeric_limits<float>::infinity();
         sorted_ = scores_;
         std::nth_element(sorted_.begin(), sorted_.begin() + k - 1, sorted_.end(), std::greater<float>());
@@ -71,7 +73,7 @@ class FewRowsSearch {
 
     const FewRows& rows_;
     std::vector<float> scores_, sorted_;
-    std::vector<int8_t> query_;
+    RoundedQuery query_;
     std::vector<Neighbor> best_;
 };
 

@@ -17,14 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from retrieval.kernel.few_rows import FewRowsSearch
-from retrieval.kernel.layout import BLOCK_ROWS
 from retrieval.kernel.list_search import Condition, Lists, ListSearch, Numbers, Settings, Vectors
 
 MAX_COPIED_SHARE = 0.25
 """The entries of at most this share of the rows are copied: a quarter of the codes."""
 EXPECTED_POWER = 0.75
 """A search visits about (visible share) ** -EXPECTED_POWER of the lists of a search among all rows."""
-WALK_COST = 60
+WALK_COST = 100
 """Time to visit a list through the graph over the centroids, divided by the time to compare a centroid."""
 ROWS_PER_LIST = 30
 """Rows that are compared in the time of a visit to a list."""
@@ -87,17 +86,16 @@ class FilteredSearch:
         if self._share > MAX_COPIED_SHARE:
             return _Entries(self._search.lists)
         whole, library, visible = self._search.lists, self._search.library, self._visible.ctypes.data
-        sizes = np.empty(self._search.num_lists, np.int64)
-        library.count_visible(whole, visible, sizes.ctypes.data)
-        block_bytes = whole.contents.codes_per_row * BLOCK_ROWS // 2
-        code_bytes = -(-sizes // BLOCK_ROWS) * block_bytes
+        sizes, code_bytes = np.empty((2, self._search.num_lists), np.int64)
+        copies = Lists.from_buffer_copy(whole.contents)
+        copies.sizes, copies.has_halves = sizes.ctypes.data, True
+        library.count_visible(whole, visible, ctypes.byref(copies), code_bytes.ctypes.data)
         if not self._may_copy(int(code_bytes.sum() + 8 * sizes.sum())):
             return _Entries(whole)
         codes, ids = np.zeros(code_bytes.sum(), np.uint8), np.empty(sizes.sum(), np.int64)
         code_addresses = codes.ctypes.data + np.cumsum(code_bytes) - code_bytes
         id_addresses = ids.ctypes.data + ids.itemsize * (np.cumsum(sizes) - sizes)
-        copies = Lists.from_buffer_copy(whole.contents)
-        copies.codes, copies.ids, copies.sizes = (array.ctypes.data for array in (code_addresses, id_addresses, sizes))
+        copies.codes, copies.ids = code_addresses.ctypes.data, id_addresses.ctypes.data
         library.copy_visible(whole, visible, ctypes.byref(copies))
         return _Entries(ctypes.pointer(copies), (codes, ids, code_addresses, id_addresses, sizes))
 

@@ -15,6 +15,9 @@
 
 namespace {
 
+constexpr int32_t LISTS_AHEAD = 4; // whose centroids are fetched before all are compared
+constexpr size_t NEAR = 16;        // times the lists that are wanted are separated from the others
+
 struct BeamList {
     float similarity;
     int32_t list;
@@ -28,7 +31,7 @@ struct WalkScratch {
     std::vector<uint32_t> seen; // number of the last walk that compared a list
     uint32_t walk = 0;
     std::vector<int32_t> fresh;
-    std::vector<int8_t> rounded;
+    RoundedQuery query;
     std::vector<BeamList> beam, rest;
 };
 
@@ -38,7 +41,7 @@ class GraphWalk {
 
     // Moves to the level of all lists.
     void start(const float* query) {
-        round(query);
+        scratch_.query.set(query, lists_.dim);
         BeamList nearest{0, int32_t(lists_.entry), false, false};
         nearest.similarity = similarity(nearest.list);
         for (int64_t level = lists_.top_level; level > 0; --level) descend(nearest, level);
@@ -51,18 +54,21 @@ class GraphWalk {
         scratch_.rest.clear();
     }
 
-    // Compares all lists, in place of a walk that would compare most of them.
+    // Compares all lists that have rows, in place of a walk that would compare most of them.
     void compare_all(const float* query) {
-        round(query);
+        scratch_.query.set(query, lists_.dim);
         auto& rest = scratch_.rest;
-        rest.resize(lists_.num_lists);
-        for (int32_t list = 0; list < lists_.num_lists; ++list) rest[list] = {similarity(list), list, true, false};
+        rest.clear();
+        for (int32_t list = 0; list < lists_.num_lists; ++list) {
+            if (list + LISTS_AHEAD < lists_.num_lists) fetch(rounded(list + LISTS_AHEAD), lists_.dim);
+            if (lists_.sizes[list]) rest.push_back({similarity(list), list, true, false});
+        }
         beam_.clear();
         compared_all_ = true;
     }
 
     // Similarity of a list as a number that is comparable with exact ones.
-    float scaled(float similarity) const { return similarity * unit_; }
+    float scaled(float similarity) const { return similarity * scratch_.query.unit; }
 
     // Finds the `limit` lists nearest to the query, in the order of the rounded numbers. A later call goes on from the
     // lists that were compared before.
@@ -86,30 +92,27 @@ class GraphWalk {
     }
 
   private:
-    // Moves the nearest of the remaining lists to the beam, where all were compared.
+    // Moves the nearest of the remaining lists to the beam, where all were compared. `rest` begins with those of the beam.
     std::vector<BeamList>& take(size_t limit) {
         auto& rest = scratch_.rest;
         const auto start = rest.begin() + beam_.size(), end = rest.begin() + std::min(limit, rest.size());
-        if (end != rest.end()) std::nth_element(start, end, rest.end());
+        if (limit > near_) {
+            // More than wanted, so that the next call need not sort the others.
+            const auto last = rest.begin() + std::min(NEAR * limit, rest.size());
+            if (last != rest.end()) std::nth_element(start, last, rest.end());
+            near_ = last - rest.begin();
+        }
+        std::nth_element(start, end, rest.begin() + near_);
         std::sort(start, end);
         beam_.insert(beam_.end(), start, end);
         return beam_;
-    }
-
-    // The query in whole numbers up to 127.
-    void round(const float* query) {
-        float largest = 0;
-        for (int64_t i = 0; i < lists_.dim; ++i) largest = std::max(largest, std::abs(query[i]));
-        unit_ = largest / 127;
-        scratch_.rounded.resize(lists_.dim);
-        for (int64_t i = 0; i < lists_.dim; ++i) scratch_.rounded[i] = int8_t(std::lrint(query[i] * (127 / largest)));
     }
 
     const int8_t* rounded(int32_t list) const { return lists_.rounded + list * lists_.dim; }
 
     // Similarity of a list by rounded numbers, comparable only with each other.
     float similarity(int32_t list) const {
-        return lists_.units[list] * inner_product(scratch_.rounded.data(), rounded(list), lists_.dim);
+        return lists_.units[list] * scratch_.query.inner_product(rounded(list));
     }
 
     // The links of a list on a level: first and last pointer.
@@ -161,8 +164,8 @@ class GraphWalk {
     const Lists& lists_;
     WalkScratch& scratch_;
     std::vector<BeamList>& beam_;
-    float unit_ = 0;            // of the rounded query
     bool compared_all_ = false; // instead of a walk
+    size_t near_ = 0;           // lists at the start of `rest` that are nearer than the others
 };
 
 } // namespace

@@ -4,7 +4,10 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <vector>
 
 namespace {
 
@@ -45,23 +48,53 @@ float inner_product(const float* query, const uint16_t* row, int64_t dim) {
     return total;
 }
 
-// Inner product of numbers in [-127, 127].
-int32_t inner_product(const int8_t* query, const int8_t* row, int64_t dim) {
-    const __m256i ones = _mm256_set1_epi16(1);
-    __m256i sums = _mm256_setzero_si256();
-    int64_t i = 0;
-    for (; i + 32 <= dim; i += 32) {
-        const __m256i left = _mm256_loadu_si256((const __m256i*)(row + i));
-        const __m256i right = _mm256_loadu_si256((const __m256i*)(query + i));
-        const __m256i products = _mm256_maddubs_epi16(_mm256_abs_epi8(left), _mm256_sign_epi8(right, left));
-        sums = _mm256_add_epi32(sums, _mm256_madd_epi16(products, ones));
+// A query in whole numbers, for inner products with rows of numbers in [-127, 127].
+class RoundedQuery {
+  public:
+    void set(const float* query, int64_t dim) {
+        float largest = 1e-30f;
+        for (int64_t i = 0; i < dim; ++i) largest = std::max(largest, std::abs(query[i]));
+        unit = largest / 127;
+        numbers_.resize(dim);
+        sizes_.resize(dim);
+        for (int64_t i = 0; i < dim; ++i) {
+            numbers_[i] = int8_t(std::lrint(query[i] * (127 / largest)));
+            sizes_[i] = uint8_t(std::abs(numbers_[i]));
+        }
     }
-    __m128i half = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
-    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
-    int32_t total = _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
-    for (; i < dim; ++i) total += query[i] * row[i];
-    return total;
-}
+
+    int32_t inner_product(const int8_t* row) const {
+        const int64_t dim = numbers_.size();
+        __m256i sums[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+        int64_t i = 0;
+        for (; i + 64 <= dim; i += 64)
+            for (int64_t j = 0; j < 2; ++j) sums[j] = _mm256_add_epi32(sums[j], products(row, i + 32 * j));
+        if (i + 32 <= dim) {
+            sums[0] = _mm256_add_epi32(sums[0], products(row, i));
+            i += 32;
+        }
+        const __m256i both = _mm256_add_epi32(sums[0], sums[1]);
+        __m128i half = _mm_add_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+        half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+        int32_t total = _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
+        for (; i < dim; ++i) total += numbers_[i] * row[i];
+        return total;
+    }
+
+    float unit = 0; // of the numbers
+
+  private:
+    // Sums of 4 products of numbers from i on, for 32 of them.
+    __m256i products(const int8_t* row, int64_t i) const {
+        const __m256i signed_row = _mm256_sign_epi8(
+            _mm256_loadu_si256((const __m256i*)(row + i)), _mm256_loadu_si256((const __m256i*)&numbers_[i]));
+        const __m256i pairs = _mm256_maddubs_epi16(_mm256_loadu_si256((const __m256i*)&sizes_[i]), signed_row);
+        return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    }
+
+    std::vector<int8_t> numbers_;
+    std::vector<uint8_t> sizes_; // their absolute values
+};
 
 float smallest(__m256 values) {
     __m128 half = _mm_min_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));

@@ -44,8 +44,8 @@ def library() -> ctypes.CDLL | None:
     loaded.measure.restype = number
     loaded.distances.argtypes = (pointer, pointer, number, pointer, pointer)
     loaded.search_few.argtypes = (pointer, number, number, pointer, pointer, pointer, number)
-    for function in (loaded.count_visible, loaded.copy_visible):
-        function.argtypes, function.restype = (pointer, pointer, pointer), None
+    loaded.count_visible.argtypes, loaded.count_visible.restype = (pointer, pointer, pointer, pointer), None
+    loaded.copy_visible.argtypes, loaded.copy_visible.restype = (pointer, pointer, pointer), None
     return loaded
 
 

@@ -25,7 +25,7 @@
 namespace {
 
 constexpr int64_t QUERIES_AT_ONCE = 4; // that a thread takes from a batch
-constexpr int64_t FIRST_LISTS = 8;     // that are found at first; twice as many each time that they do not suffice
+constexpr int64_t FIRST_LISTS = 8;     // that a walk finds at first; twice as many each time that they do not suffice
 constexpr int64_t SPARE_CANDIDATES = 32; // that are sorted at first in addition to 2 for each result
 
 // What a thread needs while it searches. It is kept for the next queries.
@@ -87,7 +87,10 @@ class Search {
             walk_.compare_all(query_);
         else
             walk_.start(query_);
-        for (int64_t lists = std::min(FIRST_LISTS, settings_.lists);; lists = std::min(2 * lists, settings_.lists)) {
+        // After a comparison with all lists more are found at once, because that takes little time.
+        const int64_t first = compares_lists() ? 2 * settings_.condition->lists : FIRST_LISTS;
+        const int64_t growth = compares_lists() ? 4 : 2;
+        for (int64_t lists = std::min(first, settings_.lists);; lists = std::min(growth * lists, settings_.lists)) {
             const size_t scanned = visits.size();
             order(walk_.widen(lists + settings_.beam - settings_.lists), lists);
             if (!scanned) scan_.start(query_);
@@ -211,11 +214,15 @@ int search(const Lists* lists, const Settings* settings, int64_t count, const fl
     });
 }
 
-// Counts the visible rows of each list.
-void count_visible(const Lists* lists, const uint8_t* visible, int64_t* counts) {
-    for (int64_t list = 0; list < lists->num_lists; ++list)
-        counts[list] = std::count_if(
-            lists->ids[list], lists->ids[list] + lists->sizes[list], [&](int64_t row) { return visible[row]; });
+// Counts the visible rows of each list, as the sizes of copies, and writes the bytes of their codes.
+void count_visible(const Lists* lists, const uint8_t* visible, const Lists* copies, int64_t* code_bytes) {
+    for (int64_t list = 0; list < lists->num_lists; ++list) {
+        const int64_t *ids = lists->ids[list], *end = ids + lists->sizes[list];
+        const int64_t size = std::count_if(ids, end, [&](int64_t row) { return visible[row]; });
+        const_cast<int64_t*>(copies->sizes)[list] = size;
+        code_bytes[list] =
+            size / BLOCK_ROWS * block_bytes(*copies, BLOCK_ROWS) + block_bytes(*copies, size % BLOCK_ROWS);
+    }
 }
 
 // Copies the entries of visible rows to lists of `count_visible` rows, with codes of zeros.

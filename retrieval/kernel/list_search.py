@@ -37,6 +37,7 @@ class Lists(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("links", "first_link", "level_links")),
         *((name, ctypes.c_int64) for name in ("entry", "top_level")),
         ("rows", ctypes.c_void_p),
+        ("has_halves", ctypes.c_int64),
     )
 
 

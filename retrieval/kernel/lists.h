@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+constexpr int64_t BLOCK_ROWS = 32, HALF_ROWS = 16; // of a block of packed codes
+
 // One partition. Pointers are borrowed.
 struct Lists {
     int64_t dim;
@@ -23,7 +25,17 @@ struct Lists {
     int64_t entry;
     int64_t top_level;
     const uint16_t* rows;          // (rows, dim) float16
+    int64_t has_halves;            // whether a last block of at most HALF_ROWS rows has half of the bytes
 };
+
+// Whether the block that begins with the last `rows` rows of a list is a half.
+inline bool is_half(const Lists& lists, int64_t rows) { return lists.has_halves && rows <= HALF_ROWS; }
+
+// Bytes of the block that begins with the last `rows` rows of a list.
+inline int64_t block_bytes(const Lists& lists, int64_t rows) {
+    if (rows <= 0) return 0;
+    return is_half(lists, rows) ? (lists.codes_per_row + 3) / 4 * 32 : 16 * lists.codes_per_row;
+}
 
 // A condition that hides many rows.
 struct Condition {

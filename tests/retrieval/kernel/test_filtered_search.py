@@ -11,9 +11,10 @@ import pyarrow.compute as pc
 import pytest
 
 from retrieval import Database
+from retrieval.index import inverted_lists
 from retrieval.index.effort import Effort
 from retrieval.index.inverted_lists import train_inverted_lists
-from retrieval.index.routing import Vectors
+from retrieval.index.routing import Vectors, unit
 from retrieval.kernel import filtered_search
 from retrieval.kernel.filtered_search import FilteredSearch
 from retrieval.kernel.layout import list_pointers
@@ -87,21 +88,44 @@ def test_of_equal_rows_the_first_are_returned(search: ListSearch, stored: Vector
 
 
 @pytest.mark.usefixtures("only_lists")
+@pytest.mark.parametrize("num_lists", [32, 256])
+@pytest.mark.parametrize("dim", [7, 10, 20, 129])
 def test_copied_entries_are_those_of_the_visible_rows(
-    search: ListSearch, stored: Vectors, monkeypatch: pytest.MonkeyPatch
+    compiled_library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, dim: int, num_lists: int
 ) -> None:
-    monkeypatch.setattr(filtered_search, "MAX_COPIED_SHARE", 1)
-    filtered = FilteredSearch(search, np.ones(len(stored), bool))
-    whole, copies = search.lists.contents, filtered._entries.lists.contents
-    block_bytes, count = whole.codes_per_row * 16, search.num_lists
-    sizes = np.ctypeslib.as_array((ctypes.c_int64 * count).from_address(whole.sizes))
-    for lists in (whole, copies):
-        assert ctypes.string_at(lists.sizes, 8 * count) == sizes.tobytes()
-    for name, size in (("ids", sizes * 8), ("codes", -(-sizes // 32) * block_bytes)):
-        addresses = [(ctypes.c_uint64 * count).from_address(getattr(lists, name)) for lists in (whole, copies)]
-        for number in np.flatnonzero(sizes):
-            first, second = (ctypes.string_at(address[number], int(size[number])) for address in addresses)
-            assert first == second
+    monkeypatch.setattr(inverted_lists, "num_lists", lambda rows: num_lists)
+    random = np.random.default_rng(dim)
+    rows, queries = (unit(random.standard_normal((count, dim)).astype(np.float32)) for count in (900, 30))
+    trained = train_inverted_lists(rows.astype(np.float16), 0)
+    whole = ListSearch(
+        compiled_library, trained.index, rows[trained.order].astype(np.float16), list_pointers(trained.index)
+    )
+    everything, results = np.ones(len(rows), bool), []
+    for share in (0, 1):
+        monkeypatch.setattr(filtered_search, "MAX_COPIED_SHARE", share)
+        filtered = FilteredSearch(whole, everything)
+        results.append(filtered.searcher(K, (4, 12), 2 * K)(queries))
+    for in_all, in_copies in zip(*results, strict=True):
+        np.testing.assert_array_equal(in_copies, in_all)
+    codes, _, _, _, sizes = filtered._entries.memory
+    halves = np.count_nonzero((sizes % 32 > 0) & (sizes % 32 <= 16))
+    block_bytes = whole.lists.contents.codes_per_row * 16
+    assert halves
+    assert codes.nbytes == (-(-sizes // 32)).sum() * block_bytes - halves * (block_bytes - -(-block_bytes // 64) * 32)
+
+
+@pytest.mark.usefixtures("only_lists")
+def test_lists_without_visible_rows_are_not_compared(search: ListSearch, stored: Vectors) -> None:
+    near = stored @ stored[0] > 0.5
+    assert near.mean() < filtered_search.MAX_COPIED_SHARE
+    filtered, queries = FilteredSearch(search, near), clustered(40, seed=2)
+    searcher, units = filtered.searcher(K, LISTS, CANDIDATES), search._kept[1]["units"]
+    expected, kept = searcher(queries)[1], units.copy()
+    empty = filtered._entries.memory[4] == 0
+    assert empty.any()
+    units[empty] = 1e6  # these lists would be the nearest or the farthest
+    np.testing.assert_array_equal(searcher(queries)[1], expected)
+    units[:] = kept
 
 
 @pytest.fixture
