@@ -3,7 +3,6 @@
 import ast
 import re
 from collections import Counter
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,8 @@ from docs.generate.rooms import (
     module_arrows,
     modules,
     room_arrows,
+    tree_of,
+    with_drawings,
 )
 
 FORBIDDEN = {
@@ -99,11 +100,6 @@ SOURCES = [path for package in PACKAGES for path in modules(package)]
 NATIVE = [path for package in PACKAGES for end in ("cpp", "h") for path in (REPOSITORY / package).rglob(f"*.{end}")]
 
 
-@cache
-def tree_of(path: Path) -> ast.Module:
-    return ast.parse((REPOSITORY / path).read_text())
-
-
 def top_level(path: Path) -> set[str]:
     return {name.split(".")[0] for name in imported_names(path)}
 
@@ -131,6 +127,11 @@ def test_rooms_import_the_rooms_in_their_list_and_no_others() -> None:
     }
 
 
+def test_the_drawings_of_rooms_are_those_of_the_imports() -> None:
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text()
+    assert with_drawings(text) == text, "run 'make docs'"
+
+
 def test_no_folder_has_more_than_twelve_modules() -> None:
     folders = Counter(path.parent for package in FIRST_PARTY for path in modules(package))
     assert {folder: count for folder, count in folders.items() if count > MAX_MODULES} == {}
@@ -139,7 +140,7 @@ def test_no_folder_has_more_than_twelve_modules() -> None:
 def test_every_room_says_what_it_is_for() -> None:
     for package in FIRST_PARTY:
         for folder in {path.parent for path in modules(package)}:
-            assert ast.get_docstring(ast.parse((REPOSITORY / folder / "__init__.py").read_text())), folder
+            assert ast.get_docstring(tree_of(folder / "__init__.py")), folder
 
 
 def test_nothing_outside_the_demo_imports_the_demo() -> None:

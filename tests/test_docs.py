@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 
-from docs.generate import numbers, rooms
+from docs.generate import numbers
 from tests.checkout import copy_checkout
 from tests.jobs.demo.tiny_demo import TinyDemo, tiny_recipe
 
@@ -150,8 +150,3 @@ def test_a_style_that_no_caption_names_is_on_the_page_once_it_is_measured(monkey
     suffix = paper["tables"]["modes"]["suffix"]
     accuracies = [numbers.estimate_text(suffix[name]) for name in ("accuracy", "accuracy_pixels")]
     assert f"| its name in the prompt | {' | '.join(accuracies)} |" in text
-
-
-def test_the_drawings_of_rooms_are_those_of_the_imports() -> None:
-    text = (REPOSITORY / "CONTRIBUTING.md").read_text()
-    assert rooms.with_drawings(text) == text, "run 'make docs'"

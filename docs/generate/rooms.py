@@ -34,10 +34,16 @@ def room_of(path: Path) -> str:
 
 
 @cache
+def tree_of(path: Path) -> ast.Module:
+    """The syntax tree of a module."""
+    return ast.parse((REPOSITORY / path).read_text())
+
+
+@cache
 def imported_names(path: Path) -> frozenset[str]:
     """Dotted names of everything that a module imports, at the top or inside a function."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse((REPOSITORY / path).read_text())):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
