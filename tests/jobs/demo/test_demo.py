@@ -99,12 +99,12 @@ def killed(
         arguments.append((stage, str(root / folder_of(stage)), str(DEMO), settings))
     done = subprocess.run(
         [forked_python, str(Path(__file__).with_name("kill_stages.py"))],
-        input=json.dumps(arguments),
+        input=json.dumps([demo_port, arguments]),
         capture_output=True,
         text=True,
         check=False,
         env=os.environ | {"PYTHONPATH": str(DEMO.parents[2])},
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return roots

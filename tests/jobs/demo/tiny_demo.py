@@ -37,7 +37,7 @@ TINY = {
     "filter.rows_per_shard": 100,
     "filter.workers": 1,
     "download.workers": 1,
-    "download.deadline_s": 6.0,
+    "download.deadline_s": 12.0,
     "embed.workers": 1,
     "index.workers": 1,
     "index.rows_per_partition": 30,
