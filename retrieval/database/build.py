@@ -46,7 +46,7 @@ OWN_FILE = re.compile(
     r"|shuffle-\d{5,}\.arrow"
 )
 """Files that an interrupted build or merge leaves, relative to the folder of the database."""
-OF_UPDATES = ("rewritten/", "pictures/merged-")
+OF_UPDATES = ("rewritten/", "pictures/merged-", "shuffle-")
 """Beginnings of the files that only updates and merges write. The manifest need not name these files."""
 
 

@@ -7,7 +7,7 @@ database, which are deleted at the end. Then one partition at a time is read and
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -84,7 +84,7 @@ def build_database(
     values: dict[str, object] = {"changed_values": rows.changed} if rows.changed else {}
     identity = DatabaseIdentity(name, {"source": digest}, rows.reasons, values)
     centroids = train_partition_centroids(sample, config, len(rows.ids))
-    partitioned = PartitionedRows(centroids, _shuffled(parent.child(name), rows, centroids))
+    partitioned = PartitionedRows(centroids, shuffled(parent.child(name), rows.tables(), centroids))
     write_partitioned(parent, partitioned, encoder, config, identity)
     if (texts := read_text_queries(source)) is not None:
         recalibrate(parent.child(name), texts, "texts")
@@ -125,11 +125,14 @@ def _sample_and_digest(rows: SourceRows, seed: int) -> tuple[npt.NDArray[np.floa
     return np.concatenate(sample), digest.hexdigest()[:16]
 
 
-def _shuffled(folder: Root, rows: SourceRows, centroids: Vectors) -> Iterator[pa.Table]:
-    """The rows of each partition, in the order of the source."""
+def shuffled(folder: Root, tables: Iterable[pa.Table], centroids: Vectors) -> Generator[pa.Table, None, None]:
+    """The rows of each partition, in the order of the tables. All tables are read before the first partition.
+
+    tables: of one schema. Temporary files in `folder` have the rows until the iterator ends or is closed.
+    """
     files: list[str] = []
     try:
-        for group in _groups(rows.tables()):
+        for group in _groups(tables):
             numbers = nearest_centroids(schema.vectors(group, schema.EMBEDDING), centroids)[:, 0]
             files.append(f"shuffle-{len(files):05d}.arrow")
             write_by_number(folder, files[-1], group, numbers, len(centroids))
@@ -139,7 +142,7 @@ def _shuffled(folder: Root, rows: SourceRows, centroids: Vectors) -> Iterator[pa
         folder.delete_files(files)
 
 
-def _groups(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+def _groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
     """The rows of the tables in order, about ROWS_PER_GROUP at once."""
     group: list[pa.Table] = []
     for table in tables:

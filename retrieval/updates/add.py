@@ -1,11 +1,14 @@
 """Adds rows to a finished database: each to the partition and to the lists with the nearest centroids.
 
 Only partitions that get rows are written again, without training. The files of the database before stay until the next
-update, so databases that were opened before go on.
+update, so databases that were opened before go on. The new rows may be larger than memory: they are shuffled by
+partition as in a build.
 """
 
 import warnings
 from collections import Counter
+from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -13,9 +16,9 @@ import pyarrow as pa
 
 from retrieval.database.database import Database
 from retrieval.errors import RecallWarning, UserError
+from retrieval.imports.importer import shuffled
 from retrieval.imports.source import Path, VectorSource
-from retrieval.imports.source_rows import scan_rows
-from retrieval.index.kmeans import nearest_centroids
+from retrieval.imports.source_rows import SourceRows, scan_rows
 from retrieval.storage import schema
 from retrieval.storage.root import Root
 from retrieval.storage.schema import Reason
@@ -28,43 +31,48 @@ def add_to_database(
 ) -> Database:
     """Add vectors of the same encoder to the database in folder `root`, and open it. The ids of its rows stay.
 
-    vectors, metadata: as in `build_database`, but they must fit in memory; vectors of texts are not used. A row with
-    the id of an earlier row is left out and counted (`Reason.DUPLICATE_ID`); to replace a row, delete it first.
-    Databases that are open keep their rows. Warns (RecallWarning) when so many rows were added that the recall should
-    be measured again. Raises UserError as `build_database`, if no row is new, and while another process updates the
-    database.
+    vectors, metadata: as in `build_database`; vectors of texts are not used. Memory holds a partition with its new rows
+    and 40 bytes a row. A row with the id of an earlier row is left out and counted (`Reason.DUPLICATE_ID`); to replace
+    a row, delete it first. Databases that are open keep their rows. Warns (RecallWarning) when so many rows were added
+    that the recall should be measured again. Raises UserError as `build_database`, if no row is new, and while another
+    process updates the database.
     """
     root = root if isinstance(root, Root) else Root(root)
     source = vectors if isinstance(vectors, VectorSource) else VectorSource(vectors, metadata)
     with opened_for_update(root) as database:
-        rows = scan_rows(source, database.dim)
-        usable = pa.concat_tables([rows.columns.empty_table(), *rows.tables()])
-        table, known = _without_known(_with_columns_of(database, usable), database)
-        if not len(table):
+        usable = scan_rows(source, database.dim)
+        rows = _without_known(usable, database)
+        known = len(usable.ids) - len(rows.ids)
+        if not len(rows.ids):
             raise UserError(
-                f"nothing to add to {root.url}: {known} of {len(usable)} usable rows are in it by their id. "
+                f"nothing to add to {root.url}: {known} of {len(usable.ids)} usable rows are in it by their id. "
                 "Give new rows a column image_id or url; to replace rows, delete them first."
             )
-        numbers = nearest_centroids(schema.vectors(table, schema.EMBEDDING), database.centroids)[:, 0]
-        records = []
-        for number in np.unique(numbers).tolist():
-            none = np.zeros(database.partition_rows[number], bool)
-            records.append(rewrite_partition(database, number, none, table.filter(pa.array(numbers == number))))
+        columns = _columns_of(database, rows.columns)
+        tables = (_cast(table, columns, database) for table in rows.tables())
+        with closing(shuffled(root, tables, database.centroids)) as partitions:
+            records = [
+                rewrite_partition(database, number, np.zeros(database.partition_rows[number], bool), added)
+                for number, added in enumerate(partitions)
+                if len(added)
+            ]
         updated = publish(database, records, Counter(rows.reasons) + Counter({Reason.DUPLICATE_ID: known}))
         delete_other_files(root, [database.manifest, updated.manifest])
     _warn_of_growth(updated)
     return updated
 
 
-def _with_columns_of(database: Database, table: pa.Table) -> pa.Table:
-    """The rows with the columns of the database, in their types. Other columns are left out, with a warning.
-
-    Raises UserError for values of another type.
-    """
+def _columns_of(database: Database, added: pa.Schema) -> pa.Schema:
+    """The columns of a database with their vectors. added: of the new rows; warns of others than these."""
     further = [*database.partitions[0].metadata.schema][len(schema.METADATA) :]
     columns = pa.schema([*schema.embeddings(database.dim), *further])
-    if other := [name for name in table.column_names if name not in columns.names]:
-        warnings.warn(f"{database.root.url} has no columns {', '.join(other)}: left out", UserWarning, stacklevel=4)
+    if other := [name for name in added.names if name not in columns.names]:
+        warnings.warn(f"{database.root.url} has no columns {', '.join(other)}: left out", UserWarning, stacklevel=3)
+    return columns
+
+
+def _cast(table: pa.Table, columns: pa.Schema, database: Database) -> pa.Table:
+    """The rows with these columns; null in those that they lack. Raises UserError for values of another type."""
     arrays = []
     for field in columns:
         try:
@@ -78,13 +86,14 @@ def _with_columns_of(database: Database, table: pa.Table) -> pa.Table:
     return pa.table(arrays, schema=columns)
 
 
-def _without_known(table: pa.Table, database: Database) -> tuple[pa.Table, int]:
-    """The rows with ids that are not in the database, and the number of the others."""
-    ids = table[schema.IMAGE_ID].to_numpy()
-    known = np.zeros(len(ids), bool)
+def _without_known(rows: SourceRows, database: Database) -> SourceRows:
+    """The rows with ids that are not in the database."""
+    is_new = np.ones(len(rows.ids), bool)
     for partition in database.partitions:
-        known |= np.isin(ids, partition.ids)
-    return table.filter(pa.array(~known)), int(known.sum())
+        is_new &= ~np.isin(rows.ids, partition.ids)
+    is_taken = rows.is_taken.copy()
+    is_taken[is_taken] = is_new
+    return replace(rows, ids=rows.ids[is_new], is_taken=is_taken)
 
 
 def _warn_of_growth(database: Database) -> None:

@@ -11,16 +11,18 @@ import pyarrow as pa
 import pytest
 
 from retrieval import Database, Root, UserError, add_to_database, build_database, delete_from_database, merge_databases
+from retrieval.arrow_files import write_by_number
 from retrieval.database import build
 from retrieval.database.calibration import calibrate, recalibrate
 from retrieval.database.verify import damaged_files
 from retrieval.errors import RecallWarning
+from retrieval.imports import importer, readers
 from retrieval.index.hidden import hide
 from retrieval.index.routing import Vectors, unit
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
-from retrieval.storage.manifest import read_manifest
-from retrieval.updates.rewrite import opened_for_update
+from retrieval.storage.manifest import ShardRecord, read_manifest
+from retrieval.updates.rewrite import opened_for_update, rewrite_partition
 from tests.killed_writes import kill_at
 from tests.retrieval.conftest import DIM, IDENTITY, brute_force, built, clustered, share_found
 
@@ -181,8 +183,10 @@ def test_files_of_the_database_before_stay_until_the_next_update(
     named = [name.rpartition("/")[0] for name in files[3] if name.endswith("embeddings.npy")]
     assert len(named) == 2
     assert not files[3] & (files[0] - {"centroids.npy"})
+    root.write_bytes("shuffle-00099.arrow", b"of a killed run")
     build_database(root, new_rows, encoder=IDENTITY)
     assert root.list("", "embeddings.npy") == ["partitions/00000/embeddings.npy"]
+    assert not root.exists("shuffle-00099.arrow")
     add(root, new_rows)
     assert len(root.list("", "embeddings.npy")) == 2
     delete_from_database(root, [FIRST_NEW_ID])
@@ -203,6 +207,34 @@ def test_rows_with_the_id_of_an_earlier_row_are_left_out_and_counted(
         add_to_database(root, rows, metadata_of(ids))
     with pytest.raises(UserError, match="vectors of length 8; the encoder makes 32"):
         add_to_database(root, rows[:, :8])
+
+
+def test_rows_are_added_a_partition_at_a_time(
+    copied: Callable[[str], Root], vectors: Vectors, new_rows: Vectors, queries: Vectors
+) -> None:
+    root = copied("partitions")
+    root.write_bytes("shuffle-00099.arrow", b"of a killed run")
+    rows_at_once: list[int] = []
+
+    def written(folder: Root, name: str, table: pa.Table, *arguments: Any) -> object:
+        rows_at_once.append(len(table))
+        return write_by_number(folder, name, table, *arguments)
+
+    def rewritten(database: Database, number: int, deleted: Any, added: pa.Table) -> ShardRecord:
+        rows_at_once.append(len(added))
+        assert len(root.list("", ".arrow")) > len(database.partitions), "the other rows are in files"
+        return rewrite_partition(database, number, deleted, added)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readers, "BLOCK_ROWS", 7)
+        patch.setattr(importer, "ROWS_PER_GROUP", 10)
+        patch.setattr(importer, "write_by_number", written)
+        patch.setattr("retrieval.updates.add.rewrite_partition", rewritten)
+        database = add(root, new_rows)
+    assert sum(rows_at_once) == 2 * NEW
+    assert max(rows_at_once) < NEW / 2
+    assert not [name for name in root.list("") if "shuffle" in name]
+    check(database, by_id(vectors) | by_id(new_rows, FIRST_NEW_ID), queries)
 
 
 def test_added_rows_take_the_columns_of_the_database(tmp_path: Path) -> None:
