@@ -25,6 +25,7 @@ from retrieval.index.routing import Numbers, Vectors, route
 from retrieval.join.device_rows import DeviceRows
 from retrieval.join.join import join_rows
 from retrieval.storage import schema
+from retrieval.storage.lease import lease
 from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest
 from retrieval.storage.root import FileRecord, Root
 
@@ -36,6 +37,8 @@ LISTS = (4, 8, 16, 24, 32, 48, 64, 96, 0)
 """Lists a partition that are tried; 0: all rows."""
 ROWS_PER_LIST = 122
 """Mean rows of a list, for the comparison of efforts by the vectors that they compare."""
+MEASURED = ("sample", "measure")
+"""Folders of the sample, which has vectors of training images, and of the similarities of its neighbors."""
 
 
 def measure_effort(config: NeighborsConfig, root: Root, embed: Manifest) -> None:
@@ -46,8 +49,21 @@ def measure_effort(config: NeighborsConfig, root: Root, embed: Manifest) -> None
     with stage.building(), shared_workers():
         record = _measure(stage, config, shards, len(read_manifest(root, "index").values["rows"]))
         stage.complete([record], dict(record.values), started)
-        root.delete(f"{FOLDER}/sample")
-        root.delete(f"{FOLDER}/measure")
+        delete_measured(root)
+
+
+def delete_measured(root: Root) -> None:
+    """Delete the sample and what was measured on it, but not the chosen effort. The caller holds the lease."""
+    for folder in MEASURED:
+        root.delete(f"{FOLDER}/records/{folder}")
+        root.delete(f"{FOLDER}/{folder}")
+
+
+def sweep_measured(root: Root) -> None:
+    """`delete_measured`, if a killed run left its files."""
+    if any(name.startswith(tuple(f"{FOLDER}/{folder}/" for folder in MEASURED)) for name in root.list(FOLDER)):
+        with lease(root, FOLDER):
+            delete_measured(root)
 
 
 def _measure(stage: Stage, config: NeighborsConfig, shards: list[ShardRecord], num_partitions: int) -> ShardRecord:

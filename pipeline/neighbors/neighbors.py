@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.neighbors.effort import measure_effort
+from pipeline.neighbors.effort import measure_effort, sweep_measured
 from pipeline.neighbors.matching import (
     MatchSettings,
     match_work,
@@ -84,6 +84,8 @@ def _effort(config: NeighborsConfig, root: Root, embed: Manifest) -> NeighborsCo
         if not root.remake:
             check_remake(root, "neighbors", _stage(config, root, of_tables).identity)
         measure_effort(config, root, embed)
+    else:
+        sweep_measured(root)
     effort = stored_effort(config, root)
     if config.min_recall:
         measured = read_manifest(root, EFFORT)

@@ -20,6 +20,7 @@ from retrieval.index.hidden import hide
 from retrieval.recipe import ClipConfig, IndexConfig
 from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, read_record, write_manifest, write_record
+from tests.killed_writes import kill_at_deletion
 from tests.pipeline.conftest import Picture, pictures, write_download
 from tests.pipeline.shards_in_process import recorded_workers
 
@@ -340,3 +341,23 @@ def test_a_measurement_that_was_killed_uses_no_sample_of_other_training_images(
     stored = read_manifest(root, "neighbors_effort")
     assert stored.inputs == {"embed": read_manifest(root, "embed").identity_of("train/")}
     assert (stored.values["partitions_per_query"], stored.rows) == (1, 13)
+
+
+@pytest.mark.parametrize("folder", ["sample", "measure"])
+def test_what_a_killed_run_left_of_a_finished_measurement_is_deleted_by_the_next_one(
+    root: Root, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    root = Root(root.url, remake=True)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        kill_at_deletion(patch, f"neighbors_effort/{folder}")
+        neighbors.run(GOAL, root)
+    assert root.list(f"neighbors_effort/{folder}")
+    measured = root.read_bytes("neighbors_effort/manifest.json")
+    root.delete("leases")  # that of an ended process would be taken over
+    with recorded_workers() as passes:
+        neighbors.run(GOAL, root)
+    assert {stage for stage, _ in passes} == {"neighbors"}, "it is not measured again"
+    assert root.read_bytes("neighbors_effort/manifest.json") == measured
+    names = {name.removeprefix("neighbors_effort/").partition("/")[0] for name in root.list("neighbors_effort")}
+    assert not {"sample", "measure"} & names
+    assert find_effort(GOAL, root)
