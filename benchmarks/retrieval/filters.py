@@ -21,16 +21,17 @@ import pyarrow.compute as pc
 
 from benchmarks.common.report import DOCS, REPOSITORY, SCRATCH, markdown_table, write_report
 from benchmarks.retrieval.adapters.filter_stores import RECALL, ROUNDS, STORES, K
-from benchmarks.retrieval.vectors import DIM, images, mixture
+from benchmarks.retrieval.vectors import DIM, images, mixture, texts
 from benchmarks.retrieval.workers import BENCH_PYTHON
 from jobs.reporting.hardware import hardware
 from retrieval import Database, build_database
 from retrieval.clip.identity import EncoderIdentity
+from retrieval.database.calibration import recalibrate
 from retrieval.index.routing import Vectors
 from retrieval.storage.root import Root
 
 SHARES = (0.5, 0.1, 0.01, 0.001)
-QUERIES = 300
+QUERIES, CALIBRATION_TEXTS = 300, 500
 COLUMNS = ("random", "like the vectors")
 
 
@@ -47,7 +48,10 @@ def main() -> None:
     database = _database(rows, options.seed)
     values = _values(rows, options.seed)
     cases = {"all": np.ones(len(rows), bool)} | _selections(values)
-    result = {"hardware": hardware(), "rows": len(rows), "seed": options.seed} | measure(database, cases, queries, rows)
+    text_queries = texts(mixture(options.seed), QUERIES + CALIBRATION_TEXTS, options.seed)
+    database = _calibrated_for_texts(database, text_queries[QUERIES:])
+    result = {"hardware": hardware(), "rows": len(rows), "seed": options.seed}
+    result |= measure(database, cases, {"images": queries, "texts": text_queries[:QUERIES]}, rows)
     folder = SCRATCH / f"filter-stores-{len(rows)}-{options.seed}"
     result["stores"] = others(folder, options.stores, (rows, queries, values)) if BENCH_PYTHON.exists() else {}
     write_report(options.out, "filters", result, page(result))
@@ -59,6 +63,12 @@ def _database(rows: Vectors, seed: int) -> Database:
         return Database.open(folder)
     encoder = EncoderIdentity(model="generated", weights="", preprocessing="", dim=DIM)
     return build_database(folder, rows, encoder=encoder)
+
+
+def _calibrated_for_texts(database: Database, queries: Vectors) -> Database:
+    if "texts" not in database.calibration:
+        recalibrate(database.root, queries, "texts")
+    return Database.open(database.root)
 
 
 def _values(rows: Vectors, seed: int) -> Vectors:
@@ -109,9 +119,15 @@ def _truth(rows: Vectors, numbers: np.ndarray, queries: Vectors) -> list[list[in
     return [row.tolist() for row in numbers[nearest]]
 
 
-def measure(database: Database, cases: dict[str, np.ndarray], queries: Vectors, rows: Vectors) -> dict[str, Any]:
-    """Recall, seconds of the first search, and CPU microseconds of a later one, of every case."""
+def measure(
+    database: Database, cases: dict[str, np.ndarray], kinds: dict[str, Vectors], rows: Vectors
+) -> dict[str, Any]:
+    """Recall, seconds of the first search, and CPU microseconds of a later one, of every case.
+
+    kinds: queries by their kind, as in QUERY_KINDS. The times are those of images.
+    """
     faiss.omp_set_num_threads(1)
+    queries = kinds["images"]
     views, first = {}, {}
     for name, chosen in cases.items():
         views[name] = database
@@ -131,7 +147,8 @@ def measure(database: Database, cases: dict[str, np.ndarray], queries: Vectors, 
         "cases": [
             {
                 "case": name,
-                "recall": _recall(views[name], chosen, queries, rows),
+                "recall": _recall(views[name], chosen, queries, rows, "images"),
+                "recall_of_texts": _recall(views[name], chosen, kinds["texts"], rows, "texts"),
                 "first_s": first[name],
                 "us": statistics.median(times[name]),
                 "ratio": statistics.median(np.divide(times[name], times["all"]).tolist()),
@@ -141,9 +158,9 @@ def measure(database: Database, cases: dict[str, np.ndarray], queries: Vectors, 
     }
 
 
-def _recall(view: Database, chosen: np.ndarray, queries: Vectors, rows: Vectors) -> float:
+def _recall(view: Database, chosen: np.ndarray, queries: Vectors, rows: Vectors, like: str) -> float:
     truth = _truth(rows, np.flatnonzero(chosen), queries)
-    results = view.search(queries, K, recall=RECALL).ids.tolist()
+    results = view.search(queries, K, recall=RECALL, like=like).ids.tolist()
     return statistics.mean(len({*true} & {*ids}) / len(true) for true, ids in zip(truth, results, strict=True))
 
 
@@ -153,11 +170,16 @@ The other stores have a graph over codes, indexes over the columns and one threa
 efforts that reaches the recall, or else the largest, tuned on the same queries."""
 
 
+def _times(case: dict[str, Any]) -> list[str]:
+    return [f"{case['us']:.0f}", f"{case['ratio']:.2f}", f"{case['first_s']:.2f}"]
+
+
 def page(result: dict[str, Any]) -> str:
     """The report as Markdown."""
-    headings = ["rows that meet the condition", "recall:", "microseconds a query:", "x all rows:", "first search, s:"]
+    headings = ["rows that meet the condition", "recall:", "of texts:", "microseconds a query:", "x all rows:"]
+    headings.append("first search, s:")
     rows = [
-        [case["case"], f"{case['recall']:.3f}", f"{case['us']:.0f}", f"{case['ratio']:.2f}", f"{case['first_s']:.2f}"]
+        [case["case"], *(f"{case[name]:.3f}" for name in ("recall", "recall_of_texts")), *_times(case)]
         for case in result["cases"]
     ]
     note = ""
@@ -176,8 +198,10 @@ Written by `make bench-filters`; the numbers are in `filters.json`.
 recall {RECALL}, {ROUNDS} interleaved rounds, medians of CPU times, which grow with the load of a machine. *random*:
 rows are selected independently of their vectors. *like the vectors*: by a projection of the vectors, so that some
 queries have few of these rows near them. The recall is the share of the true neighbors among the rows that meet the
-condition. The first search evaluates the condition on all rows, measures where searches end, and copies the codes of
-the rows that meet it if they are at most a quarter.{note}
+condition. *Of texts* is that of {QUERIES} other queries, which lie as texts do, with the effort that a calibration for
+{CALIBRATION_TEXTS} of their kind selects; the other columns are those of images. The first search evaluates the
+condition on all rows, measures where searches end, and copies the codes of the rows that meet it if they are at most
+a quarter. That among all rows opens the files, which need not be in the page cache.{note}
 
 {table}
 """

@@ -195,6 +195,18 @@ def test_the_recall_under_a_condition_is_that_among_all_rows(
 
 
 @pytest.mark.usefixtures("only_lists")
+def test_the_recall_of_queries_unlike_the_rows_is_kept_under_a_condition(search: ListSearch, stored: Vectors) -> None:
+    direction = unit(np.random.default_rng(8).standard_normal(stored.shape[1]).astype(np.float32))
+    queries = unit(clustered(200, seed=5) + 1.5 * direction)  # as texts: rows are less similar to them
+    everything, lists = np.ones(len(stored), bool), (12, 20)
+    among_all = share_found(true_rows(stored, everything, queries), search.search(queries, K, lists, CANDIDATES)[1])
+    assert 0.8 < among_all < 0.98
+    for name, visible in masks(stored).items():
+        _, rows = FilteredSearch(search, visible).searcher(K, lists, CANDIDATES)(queries)
+        assert share_found(true_rows(stored, visible, queries), rows) > among_all - 0.02, name
+
+
+@pytest.mark.usefixtures("only_lists")
 @pytest.mark.parametrize("share", [0, 1])
 def test_lists_that_probably_have_no_visible_neighbor_are_not_read(
     compiled_library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, share: int
