@@ -36,9 +36,9 @@ def is_transient(row: Row) -> bool:
 
 
 def listed_rows(table: pa.Table, blocklist: Blocklist) -> dict[int, str]:
-    """By number, the rows of DOWNLOADED that a blocklist lists, and why. `md5:` entries need the body: not here."""
+    """By number, the rows of DOWNLOADED that a blocklist lists, and why. `md5:` entries match checksums of metadata."""
     by_phash = blocklist.blocks_phashes(table["phash"].to_numpy())
-    by_content = blocklist.blocks_contents(table["sha256"].combine_chunks())
+    by_content = blocklist.blocks_contents(table["sha256"].combine_chunks(), table["checksum"].combine_chunks())
     listed = dict.fromkeys(np.flatnonzero(by_phash).tolist(), PHASH_BLOCKED)
     listed |= dict.fromkeys(np.flatnonzero(by_content).tolist(), CONTENT_BLOCKED)
     return listed | dict.fromkeys(blocked_urls(table, blocklist), URL_BLOCKED)

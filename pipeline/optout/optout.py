@@ -36,7 +36,8 @@ REMAINS = (
     "Left on disk, unused: the pictures in download/, the small pictures of style databases"
     " (databases/*/pictures/*.tar), rows in filter/, download/ and embed/, vectors in the databases, and"
     " latents. To erase all but the rows in filter/, run this command again with --erase (make: ARGS=--erase)."
-    " md5: entries apply only while downloading. sha256: and phash: entries apply to downloaded pictures, not to style"
+    " md5: entries apply while downloading, and to downloaded pictures whose metadata states the MD5"
+    " (filter.columns.md5). sha256: and phash: entries apply to downloaded pictures. Hashes do not apply to style"
     " databases: list their pictures by domain or id. Samples are not searched. Restart shared clusters: they serve the"
     " images until they are stopped."
 )

@@ -1,8 +1,8 @@
 """Finds the images of a blocklist: pictures in `download`, and rows of databases.
 
-URLs and ids are looked up in the tables of `id_tables.py`. Domains need the hosts of all rows, and `sha256:` and
-`phash:` entries the hashes of all pictures: lists with such entries read all tables of `download`, those with domains
-the metadata of all databases too.
+URLs and ids are looked up in the tables of `id_tables.py`. Domains need the hosts of all rows, and entries of hashes
+the hashes of all pictures: lists with such entries read all tables of `download`, those with domains the metadata of
+all databases too.
 """
 
 from collections.abc import Callable
@@ -106,13 +106,13 @@ def _scan_work(stage: Stage, blocklist: Blocklist) -> Work:
 
 def _listed_pictures(root: Root, shard: str, blocklist: Blocklist) -> Ids:
     """Ids of the rows of a shard of `download` that match any entry."""
-    columns = [schema.IMAGE_ID, "url", "sha256", "phash"]
+    columns = [schema.IMAGE_ID, "url", "sha256", "checksum", "phash"]
     name = shard_file(root, "download", shard, ".parquet")
     table = schema.read_table(root, name, schema.DOWNLOADED, columns)
     matches = blocklist.blocks_hosts(table["url"].combine_chunks())
     matches |= blocklist.blocks_ids(table[schema.IMAGE_ID].to_numpy())
     matches |= blocklist.blocks_phashes(table["phash"].to_numpy())
-    matches |= blocklist.blocks_contents(table["sha256"].combine_chunks())
+    matches |= blocklist.blocks_contents(table["sha256"].combine_chunks(), table["checksum"].combine_chunks())
     return np.asarray(table[schema.IMAGE_ID].to_numpy()[matches])
 
 

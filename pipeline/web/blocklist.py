@@ -87,10 +87,11 @@ class Blocklist:
             {f"md5:{hashlib.md5(body).hexdigest()}", f"sha256:{hashlib.sha256(body).hexdigest()}"}
         )
 
-    def blocks_contents(self, digests: pa.StringArray) -> npt.NDArray[np.bool_]:
-        """Which of these SHA-256 in hex are listed."""
-        listed = sorted(word.removeprefix("sha256:") for word in self.digests if word.startswith("sha256:"))
-        return np.asarray(pc.is_in(digests, pa.array(listed, pa.string())).to_numpy(zero_copy_only=False))
+    def blocks_contents(self, sha256: pa.StringArray, checksums: pa.StringArray) -> npt.NDArray[np.bool_]:
+        """Which files are listed. sha256: hex; checksums: from the metadata, `md5:` or `sha256:` and hex, or null."""
+        listed = pa.array(sorted(self.digests), pa.string())
+        by_sha256 = pc.is_in(pc.binary_join_element_wise("sha256:", sha256, ""), listed)
+        return np.asarray(pc.or_(by_sha256, pc.is_in(checksums, listed)).to_numpy(zero_copy_only=False))
 
     def blocks_phashes(self, phashes: Hashes) -> npt.NDArray[np.bool_]:
         """Which of these perceptual hashes are within max_distance of a listed one."""

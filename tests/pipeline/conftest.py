@@ -71,6 +71,7 @@ class Picture:
     reason: str = ""
     data: bytes | None = None
     phash: int = 0
+    checksum: str | None = None
 
     @property
     def jpeg(self) -> bytes:
@@ -108,6 +109,7 @@ def _row(picture: Picture) -> dict[str, object]:
         "url": picture.url,
         "caption": f"caption of {picture.url}",
         "license": None,
+        "checksum": picture.checksum,
         "similarity": picture.seed / 1000,
         "aesthetic": picture.seed % 10,
         "language": "en" if picture.seed % 2 else None,
