@@ -151,6 +151,37 @@ def test_an_added_picture_makes_one_shard_and_a_removed_one_its_own(folder: Path
     assert [len(read_table(root, name, DOWNLOADED)) for name in root.list("download/train", ".parquet")] == [50, 7]
 
 
+def write_pictures(path: Path, seeds: dict[str, int]) -> None:
+    """A tar of pictures with these names."""
+    with tarfile.open(path, "w") as tar:
+        for name, seed in seeds.items():
+            member = tarfile.TarInfo(f"{name}.jpg")
+            member.size = len(encoded(seed))
+            tar.addfile(member, io.BytesIO(encoded(seed)))
+
+
+def test_a_tar_that_changed_makes_exactly_its_shards_again(tmp_path: Path) -> None:
+    division, source = ImportConfig(database_share=0, rows_per_shard=2), tmp_path / "in"
+    source.mkdir()
+    tars = [source / f"{n}.tar" for n in range(3)]
+    for n, path in enumerate(tars):
+        write_pictures(path, {f"{name}{n}": 10 * n + i for i, name in enumerate("abcd")})
+    root = Root(str(tmp_path / "run"))
+    first = imported(source, root, division)
+    written = {name: root.local_path(name).stat().st_mtime_ns for name in root.list("download/train", ".tar")}
+    # One picture is another one, one is gone, and one is new: the last shard is full, so it gets a shard of its own.
+    write_pictures(tars[1], {"a1": 10, "b1": 99, "c1": 12, "e1": 14})
+    changed = imported(source, root, division)
+    names = [f"train/00000-{n:05d}" for n in range(7)]
+    assert (first.shard_names(), changed.shard_names()) == (names[:6], names)
+    made_again = {name for name, time in written.items() if root.local_path(name).stat().st_mtime_ns != time}
+    assert made_again == {f"download/{name}.tar" for name in names[2:4]}
+    stored = {Path(url).stem: row["sha256"] for url, row in rows(root).items()}
+    assert {*stored} == {*(f"{name}{n}" for n in (0, 2) for name in "abcd"), "a1", "b1", "c1", "e1"}
+    assert stored["b1"] == hashlib.sha256(encoded(99)).hexdigest()
+    assert stored["c1"] == hashlib.sha256(encoded(12)).hexdigest(), "its place in the tar is another one"
+
+
 def test_an_import_of_an_earlier_version_keeps_its_shards_too(tmp_path: Path) -> None:
     root, division, folder = (
         Root(str(tmp_path / "run")),
