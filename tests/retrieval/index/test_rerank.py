@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
+from benchmarks.retrieval.vectors import images, mixture
 from retrieval import Database, Root, UserError, add_to_database, delete_from_database
 from retrieval.database.verify import damaged_files
 from retrieval.file_cache import FileCache
@@ -16,7 +18,7 @@ from retrieval.index.rerank import STEPS, CodedRows, RerankIndex, stored_rows
 from retrieval.index.routing import Vectors
 from retrieval.join.join import join_database
 from retrieval.recipe import IndexConfig, JoinConfig
-from tests.retrieval.conftest import DIM, built, clustered, share_found
+from tests.retrieval.conftest import DIM, brute_force, built, clustered, share_found
 
 KINDS = {"flat": {}, "lists": {"flat_rows": 1000}, "mixed": {"rows_per_partition": 1500, "flat_rows": 1500}}
 
@@ -176,3 +178,16 @@ def test_bounds_that_fit_no_vectors_are_refused(tmp_path: Path, bounds: np.ndarr
     np.save(tmp_path / "partition/bounds.npy", bounds)
     with pytest.raises(UserError, match=message):
         _ = PartitionFiles(FileCache(Root(tmp_path)), "partition").embeddings
+
+
+def test_an_exact_search_reaches_a_recall_of_095_with_vectors_of_8_bit_numbers_and_not_of_4_bit_numbers() -> None:
+    source = mixture(seed=0)
+    vectors, queries = images(source, 4000, seed=1), images(source, 100, seed=2)
+    recall = {}
+    for bits in (4, 8):
+        index = faiss.index_factory(vectors.shape[1], f"SQ{bits}", faiss.METRIC_INNER_PRODUCT)
+        index.train(vectors)
+        index.add(vectors)
+        recall[bits] = share_found(brute_force(vectors, queries, 20), index.search(queries, 20)[1])
+    assert recall[4] < 0.95, recall
+    assert recall[8] > 0.99, recall
