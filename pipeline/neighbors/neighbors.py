@@ -72,7 +72,7 @@ def run(config: NeighborsConfig, root: Root) -> Manifest:
             "near_copies": int(sum(record.values["near_copies"] for record in records)),
             **_recall(replace(stage, by_shard={}), effort, database, embed),
         }
-        _delete_passes(root)
+        delete_passes(root)
         return stage.complete(records, values, started)
 
 
@@ -168,11 +168,12 @@ def _start_passes(root: Root, queries: dict[str, str]) -> None:
     """Delete what a killed run with other queries left. queries: digests of the training shards, by name."""
     if root.exists(QUERIES) and root.read_json(QUERIES) == queries:
         return
-    _delete_passes(root)
+    delete_passes(root)
     root.write_json(QUERIES, queries)
 
 
-def _delete_passes(root: Root) -> None:
+def delete_passes(root: Root) -> None:
+    """Delete the files of unfinished passes. The caller has the lease of the stage."""
     root.delete(QUERIES)
     for folder in ("sample", "route", "match", "truth", "merge", "recall", "refill"):
         root.delete(f"neighbors/records/{folder}")

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.neighbors.effort import delete_measured
+from pipeline.neighbors.neighbors import delete_passes
 from pipeline.neighbors.stored_effort import FOLDER as EFFORT
 from pipeline.optout.erased_files import erase_in_partition, erase_in_shard, erase_thumbnails
 from pipeline.pictures.near_copies import update_copies
@@ -104,7 +106,7 @@ def erase(root: Root, blocklist: Blocklist, workers: Workers) -> dict[str, int]:
     stage = Stage(root.remaking(), f"optout/{blocklist.identity}/erase", SCHEMA_VERSION, Config())
     latents = [name for name in finished_stages(root) if name.startswith("latents/")]
     with ExitStack() as leases:
-        for name in (*_stages(root), NEAR_COPIES):
+        for name in dict.fromkeys((*_stages(root), "neighbors", EFFORT, NEAR_COPIES)):
             leases.enter_context(lease(root, name))
         with stage.building(), shared_workers():
             _rewrite_shards(stage, blocklist, plan, latents, workers)
@@ -117,6 +119,8 @@ def erase(root: Root, blocklist: Blocklist, workers: Workers) -> dict[str, int]:
                     _update_manifest(root, name, partitions[name], is_current=False)
             if plan.shards:
                 _update_near_copies(root, workers)
+            delete_measured(root)  # of killed runs: these files have vectors of queries and of neighbors
+            delete_passes(root)
             _delete_old_files(root, plan)
     return {"shards": len(plan.shards), "partitions": len(plan.partitions)}
 

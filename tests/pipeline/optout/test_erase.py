@@ -30,7 +30,9 @@ from pipeline.web.blocklist import Blocklist, read_blocklist
 from retrieval import Database, Root, UserError, add_to_database, delete_from_database, merge_databases
 from retrieval.arrow_files import read_batches
 from retrieval.clip.encoder import Encoder
+from retrieval.clip.identity import EncoderIdentity
 from retrieval.config import Config
+from retrieval.database.build import DatabaseIdentity, write_database
 from retrieval.database.verify import damaged_files
 from retrieval.index.routing import partition_folder
 from retrieval.recipe import ClipConfig, IndexConfig
@@ -356,6 +358,31 @@ def test_a_killed_erasure_is_finished_by_the_next_run(
         shutil.rmtree(folder)
         number += 30
     assert number > 100
+
+
+@pytest.mark.usefixtures("in_process_shards")
+@pytest.mark.parametrize("is_measured", [False, True])
+def test_vectors_that_a_killed_join_and_a_killed_measurement_left_are_erased_too(
+    tmp_path: Path, is_measured: bool
+) -> None:
+    root, ids = Root(tmp_path / "run"), np.arange(100, 140)
+    rows = [
+        {schema.IMAGE_ID: number, "url": "", "caption": "", "license": None, "width": 9, "height": 9} for number in ids
+    ]
+    vectors = schema.fixed_lists(np.random.default_rng(0).standard_normal((40, 16)).astype(np.float16))
+    table = pa.Table.from_pylist(rows, schema.METADATA)
+    table = table.append_column(schema.embeddings(16).field(schema.EMBEDDING), vectors)
+    encoder = EncoderIdentity(model="none", weights="0" * 16, preprocessing="", dim=16)
+    for stage in ("download", "embed", *["neighbors_effort"] * is_measured):
+        write_manifest(root, Manifest(stage, 1, "e" * 16, {}, {}, (), {}, 1.0))
+    write_database(root, table, encoder, INDEX, DatabaseIdentity("index", {"embed": "e"}))
+    for folder in ("neighbors_effort/sample", "neighbors_effort/measure", "neighbors/match", "neighbors/truth"):
+        root.write_bytes(f"{folder}/00000.arrow", b"vectors of a killed run")
+    (tmp_path / "list.txt").write_text("107")
+    report = optout.run(read_blocklist(str(tmp_path / "list.txt")), root, erase=True)
+    assert report["databases"] == {"index": 1}
+    assert not [path for path, content in contents(root.url) if b"vectors of a killed run" in content]
+    assert root.exists("neighbors_effort/manifest.json") == is_measured
 
 
 @pytest.mark.usefixtures("in_process_shards")
