@@ -67,9 +67,10 @@ def test_memory_is_the_peak_resident_memory() -> None:
     meter = UtilizationMeter(1, None, 1, torch.device("cpu"))
     reset_peak()
     before = meter.memory_gib()
-    # Map, write and unmap memory up to 64 MiB more than the peak, which may be that of an earlier test. Not from the
-    # heap, which may hold pages that earlier tests have freed and the system still counts.
-    count = int(before * 2**30) - psutil.Process().memory_info().rss + 2**26
+    # Map, write and unmap memory up to 256 MiB more than the peak, which may be that of an earlier test. Not from the
+    # heap, which may hold pages that earlier tests have freed and the system still counts. The system may take some
+    # pages of libraries back meanwhile.
+    count = int(before * 2**30) - psutil.Process().memory_info().rss + 2**28
     with mmap.mmap(-1, count) as memory:
         np.frombuffer(memory, np.uint8)[:] = 1
-    assert before + 2**26 / 2**30 <= meter.memory_gib() + 0.01
+    assert meter.memory_gib() > before + 2**26 / 2**30
