@@ -96,18 +96,23 @@ def test_weights_and_biases_records_the_same_curves_offline(
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB__SERVICE_WAIT", "300")  # seconds for the start of its process
     plan = plan_of(autoencoder_folder, training_set, wandb=True, wandb_project="rdm")
     record(tmp_path, plan, 0, range(1, 5))
     [path] = tmp_path.glob("wandb/offline-run-*/*.wandb")
     assert path.name == f"run-tiny-{plan.checkpoint_identity}.wandb"
-    # The file contains the plain name for each step. A separate process writes it, on a busy machine after
-    # finish() has returned.
-    deadline = time.monotonic() + 60
-    while (stored := path.read_bytes()).count(b"train/mfu") < 4 and time.monotonic() < deadline:
+
+    def is_complete() -> bool:
+        """Whether the file contains the plain name for each step, and the folder the pictures."""
+        stored, pictures = path.read_bytes(), list(tmp_path.glob("wandb/offline-run-*/files/media/images/*.png"))
+        has_losses = stored.count(b"train/mfu") >= 4 and stored.count(b"validation/ema_loss_by_quartile/4") >= 2
+        return has_losses and len(pictures) == 2
+
+    # A separate process writes them, on a busy machine after finish() has returned.
+    deadline = time.monotonic() + 300
+    while not is_complete():
+        assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert stored.count(b"train/mfu") >= 4
-    assert stored.count(b"validation/ema_loss_by_quartile/4") >= 2
-    assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/images/*.png"))) == 2
 
 
 def test_a_missing_wandb_package_is_an_error_before_training_starts(
