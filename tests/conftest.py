@@ -44,6 +44,7 @@ RAY = (
     "test_cluster.py",
     "test_shared.py",
     "test_parts.py",
+    "test_ray_gpus.py",
     "pipeline/download/test_download.py",
     "test_connection.py",
     "test_examples.py",

@@ -6,12 +6,13 @@ restart from the newest checkpoint, as long as each attempt has written a new on
 
 import logging
 import os
+from collections.abc import Callable
 from functools import partial
 
-import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from jobs.cluster.ray_gpus import ranks_on_ray, uses_gpus, wait_for_gpus
 from retrieval.cluster.connection import ray_connection
 from retrieval.errors import NodeError, UserError
 from retrieval.storage.root import Root
@@ -24,17 +25,28 @@ log = logging.getLogger("train")
 
 
 def train_on_ray(config: TrainingRecipe, root: Root) -> None:
-    """Train with `train.ranks` workers, or one for each GPU. Raises as `fit_with_restarts`."""
+    """Train with `train.ranks` workers, or one for each GPU. Raises as `fit` and `fit_with_restarts`."""
     checkpoints = stage.checkpoints_of(stage.prepare(config, root), root)
     with ray_connection():
-        check_ranks(config.train, ranks_on_ray(config))
-        fit_with_restarts(make_trainer(config, root), checkpoints, config.train.steps)
+        check_ranks(config.train, ranks_on_ray(config.train))
+        trainer = make_trainer(config, root)
+        fit_with_restarts(lambda: fit(trainer, config), checkpoints, config.train.steps)
 
 
-def fit_with_restarts(trainer: TorchTrainer, checkpoints: CheckpointFolder, steps: int) -> None:
+def fit(trainer: TorchTrainer, config: TrainingRecipe) -> None:
+    """Train once, on GPUs after `wait_for_gpus`. Raises its UserError, or TrainingFailedError."""
+    if trainer.scaling_config.use_gpu:
+        ranks = trainer.scaling_config.num_workers
+        assert isinstance(ranks, int)
+        wait_for_gpus(ranks, config.train.wait_for_gpus_s)
+    trainer.fit()
+
+
+def fit_with_restarts(attempt: Callable[[], None], checkpoints: CheckpointFolder, steps: int) -> None:
     """Train to step `steps`, and start again after a lost worker or a NodeError if the attempt wrote a new checkpoint.
 
-    Raises the UserError of a worker if there was one, else TrainingFailedError.
+    attempt: trains from the newest checkpoint. Raises the UserError of a worker if there was one, else
+    TrainingFailedError.
     """
 
     def own_step() -> int:  # checkpoints that `train.restart` deletes are no progress of this run
@@ -43,7 +55,7 @@ def fit_with_restarts(trainer: TorchTrainer, checkpoints: CheckpointFolder, step
     while True:
         step_before = own_step()
         try:
-            trainer.fit()
+            attempt()
             return
         except TrainingFailedError as error:
             problem = _user_error(error)
@@ -55,23 +67,18 @@ def fit_with_restarts(trainer: TorchTrainer, checkpoints: CheckpointFolder, step
             log.warning(f"restarting from step {newest_step:,}: {problem or 'a worker was lost'}")
 
 
-def ranks_on_ray(config: TrainingRecipe) -> int:
-    """Workers to start; call it inside `ray_connection`."""
-    return config.train.ranks or max(1, int(ray.cluster_resources().get("GPU", 0)))
-
-
 def make_trainer(config: TrainingRecipe, root: Root) -> TorchTrainer:
-    """The trainer of a run, on GPUs if the cluster has any; call it inside `ray_connection`."""
-    gpus = ray.cluster_resources().get("GPU", 0) > 0
+    """The trainer of a run, on GPUs if `uses_gpus`; call it inside `ray_connection`."""
+    gpus = uses_gpus(config.train)
     if not gpus:
-        log.warning("the Ray cluster has no GPU at present: training on CPUs")
+        log.warning("the Ray cluster has no GPU: training on CPUs. On a cluster that starts nodes, set train.ranks")
     folder = f"{config.train.folder}/ray"
     storage = str(root.local_path(folder)) if root.is_local else root.at(folder)
     return TorchTrainer(
         partial(_run_rank, config, root, os.getcwd()),
         # Ray Train makes the process group, which DeepSpeed takes as it is.
         torch_config=TorchConfig(timeout_s=60 * config.train.timeout_minutes),
-        scaling_config=ScalingConfig(num_workers=ranks_on_ray(config), use_gpu=gpus),
+        scaling_config=ScalingConfig(num_workers=ranks_on_ray(config.train), use_gpu=gpus),
         run_config=RunConfig(
             name=config.train.name, storage_path=storage, failure_config=FailureConfig(max_failures=0)
         ),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import ray
 from ray.train import ControllerError, TrainingFailedError, WorkerGroupError
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
 
 from jobs.cluster.ray_training import fit_with_restarts, make_trainer
 from retrieval.errors import NodeError, UserError
@@ -19,13 +19,13 @@ LOST = RuntimeError("the actor died")
 STEPS = 5
 
 
-class Attempts(TorchTrainer):
-    """A trainer whose attempts write a checkpoint at a step, then fail, or end if there is no error."""
+class Attempts:
+    """Attempts that write a checkpoint at a step, then fail, or end if there is no error."""
 
     def __init__(self, folder: CheckpointFolder, *attempts: tuple[int, TrainingFailedError | None]) -> None:
         self.folder, self.left = folder, list(attempts)
 
-    def fit(self) -> None:
+    def __call__(self) -> None:
         step, error = self.left.pop(0)
         write_index(self.folder, step, self.folder.identity)
         if error:
@@ -70,9 +70,9 @@ def test_collectives_wait_as_long_as_the_recipe_says(
 def test_a_lost_worker_or_a_fault_of_a_node_restarts_training_that_has_advanced(
     error: TrainingFailedError, cause: str, folder: CheckpointFolder, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainer = Attempts(folder, (2, error), (4, error), (5, None))
-    fit_with_restarts(trainer, folder, STEPS)
-    assert not trainer.left
+    attempts = Attempts(folder, (2, error), (4, error), (5, None))
+    fit_with_restarts(attempts, folder, STEPS)
+    assert not attempts.left
     assert [record.message for record in caplog.records] == [f"restarting from step {step}: {cause}" for step in (2, 4)]
 
 
@@ -82,10 +82,10 @@ def test_a_lost_worker_or_a_fault_of_a_node_restarts_training_that_has_advanced(
 def test_training_that_has_not_advanced_ends_with_the_fault(
     error: WorkerGroupError, raised: Exception | str, folder: CheckpointFolder
 ) -> None:
-    trainer = Attempts(folder, (2, error), (2, error), (4, None))
+    attempts = Attempts(folder, (2, error), (2, error), (4, None))
     with pytest.raises((NodeError, TrainingFailedError), match=str(raised)):
-        fit_with_restarts(trainer, folder, STEPS)
-    assert trainer.left == [(4, None)]
+        fit_with_restarts(attempts, folder, STEPS)
+    assert attempts.left == [(4, None)]
 
 
 @pytest.mark.parametrize("identity", ["another run", "test"])
@@ -99,7 +99,7 @@ def test_a_run_that_replaces_one_at_a_higher_step_restarts_from_its_own_checkpoi
 
 def test_a_run_that_ends_before_it_replaces_the_former_one_is_not_started_again(folder: CheckpointFolder) -> None:
     class EndsAtOnce(Attempts):
-        def fit(self) -> None:
+        def __call__(self) -> None:
             raise failed(NODE)
 
     write_index(folder, 100, "another run")
