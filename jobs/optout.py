@@ -32,6 +32,7 @@ def lines(report: dict[str, Any]) -> list[str]:
     tables, trained = report["neighbors"], report["trained"]
     return [
         f"{len(report['ids']):,} images of this run are on the list",
+        *(f"of these, by {kind}: {count:,}" for kind, count in report.get("matches", {}).items()),
         *(f"hidden in {folder}: {count:,}" for folder, count in report["databases"].items()),
         f"training images dropped: {tables['dropped']:,}; with replaced neighbors: {tables['refilled']:,}",
         *(f"rewritten without them: {count:,} {kind}" for kind, count in report["erased"].items()),

@@ -6,6 +6,7 @@ Reads the blocklist, the tables of `download`, the databases, `neighbors` and th
 gives the same result.
 """
 
+from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
@@ -127,6 +128,8 @@ def _hide(blocklist: Blocklist, root: Root, erase: bool, workers: Workers) -> No
         if earlier:
             removed = with_earlier(removed, Removed(**earlier["neighbors"]))
         report = _report(root, blocklist, (ids, rows, removed), earlier)
+        # After an erasure fewer entries match: the hashes of some pictures are erased too.
+        report["matches"] = dict(Counter(found.matches) | Counter(earlier.get("matches", {})))
         if erase:
             report["search"] |= search_before(root, name, rows)
         root.write_json(f"{name}.json", report)

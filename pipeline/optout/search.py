@@ -5,6 +5,7 @@ the hashes of all pictures: lists with such entries read all tables of `download
 all databases too.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +25,9 @@ from retrieval.storage import schema
 from retrieval.storage.manifest import ShardRecord, shard_file
 from retrieval.storage.root import Root
 
+BY_ID = "URL or id"
+"""A kind of entry."""
+
 
 @dataclass(frozen=True)
 class Listed:
@@ -33,6 +37,8 @@ class Listed:
     """Ascending."""
     shards: list[str]
     """Shards of `download`, or partitions such as `index/00003`, with at least one."""
+    matches: dict[str, int]
+    """Number of downloaded pictures by kind of entry. A picture may match entries of several kinds."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,8 @@ class ListSearch:
     def _listed(self, names: list[str], work: Callable[[], Work]) -> Listed:
         records = run_shards(self.stage, [f"find/{name}" for name in names], work, self.workers)
         ids = read_ids(self.stage.root, [file.name for record in records for file in record.files])
-        return Listed(ids, [shard for record in records for shard in record.values])
+        matches = sum((Counter(record.reasons) for record in records), Counter[str]())
+        return Listed(ids, [shard for record in records for shard in record.values], dict(matches))
 
 
 def _written(stage: Stage, name: str, ids: Ids, shards: list[str]) -> ShardRecord:
@@ -83,7 +90,8 @@ def _pictures_work(stage: Stage, tables: dict[str, list[str]], ids: Ids) -> Work
     def find(name: str) -> ShardRecord:
         table = name.removeprefix("find/")
         found, numbers = look_up(stage.root, table, ids)
-        return _written(stage, name, found, [tables[table][number] for number in np.unique(numbers).tolist()])
+        record = _written(stage, name, found, [tables[table][number] for number in np.unique(numbers).tolist()])
+        return replace(record, reasons={BY_ID: record.rows})
 
     return find
 
@@ -99,21 +107,27 @@ def _rows_work(stage: Stage, ids: Ids) -> Work:
 def _scan_work(stage: Stage, blocklist: Blocklist) -> Work:
     def find(name: str) -> ShardRecord:
         shard = name.removeprefix("find/")
-        return _written(stage, name, _listed_pictures(stage.root, shard, blocklist), [shard])
+        listed = _listed_pictures(stage.root, shard, blocklist)
+        record = _written(stage, name, np.concatenate([*listed.values()]), [shard])
+        return replace(record, reasons={kind: len(ids) for kind, ids in listed.items()})
 
     return find
 
 
-def _listed_pictures(root: Root, shard: str, blocklist: Blocklist) -> Ids:
-    """Ids of the rows of a shard of `download` that match any entry."""
+def _listed_pictures(root: Root, shard: str, blocklist: Blocklist) -> dict[str, Ids]:
+    """Ids of the listed rows of a shard of `download`, by the kind of entry that they match."""
     columns = [schema.IMAGE_ID, "url", "sha256", "checksum", "phash"]
     name = shard_file(root, "download", shard, ".parquet")
     table = schema.read_table(root, name, schema.DOWNLOADED, columns)
-    matches = blocklist.blocks_hosts(table["url"].combine_chunks())
-    matches |= blocklist.blocks_ids(table[schema.IMAGE_ID].to_numpy())
-    matches |= blocklist.blocks_phashes(table["phash"].to_numpy())
-    matches |= blocklist.blocks_contents(table["sha256"].combine_chunks(), table["checksum"].combine_chunks())
-    return np.asarray(table[schema.IMAGE_ID].to_numpy()[matches])
+    ids = table[schema.IMAGE_ID].to_numpy()
+    contents = table["sha256"].combine_chunks(), table["checksum"].combine_chunks()
+    matches = {
+        BY_ID: blocklist.blocks_ids(ids),
+        "domain": blocklist.blocks_hosts(table["url"].combine_chunks()),
+        "md5 or sha256": blocklist.blocks_contents(*contents),
+        "phash": blocklist.blocks_phashes(table["phash"].to_numpy()),
+    }
+    return {kind: ids[listed] for kind, listed in matches.items()}
 
 
 def _hosts_work(stage: Stage, folder: str, blocklist: Blocklist, ids: Ids) -> Work:

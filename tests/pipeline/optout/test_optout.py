@@ -210,6 +210,7 @@ def test_a_domain_can_empty_a_database_and_rows_with_too_few_neighbors_are_dropp
     (tmp_path / "list.txt").write_text("art.example.org")
     report = optout.run(read_blocklist(str(tmp_path / "list.txt")), root)
     assert report["databases"] == {"index": 60, "databases/ink": 60}
+    assert report["matches"] == {"domain": 60}
     assert len(hidden_ids(root.child("databases/ink"))) == 60
     manifest = read_manifest(root, "neighbors")
     assert (manifest.rows, manifest.reasons) == (0, {"too_few_neighbors": 12})

@@ -29,6 +29,15 @@ PICTURES = {
 }
 
 
+def kind_of(entry: str) -> str:
+    """The kind of an entry, as reports name it."""
+    if entry.lower().startswith(("md5:", "sha256:")):
+        return "md5 or sha256"
+    if entry.startswith("phash:"):
+        return "phash"
+    return "domain" if entry.endswith((".org", ".com")) else "URL or id"
+
+
 @pytest.mark.usefixtures("in_process_shards")
 def test_each_kind_of_entry_finds_the_pictures_that_it_names_and_no_others(tmp_path: Path) -> None:
     root, path = Root(tmp_path / "run"), tmp_path / "list.txt"
@@ -42,4 +51,5 @@ def test_each_kind_of_entry_finds_the_pictures_that_it_names_and_no_others(tmp_p
         with stage.building():
             found = ListSearch.prepared(stage, blocklist, [], Workers(1)).pictures()
         assert (found.ids.tolist(), found.shards) == ([schema.image_id(picture.url)], ["train/00000"]), entry
+        assert found.matches == {kind_of(entry): 1}, entry
         assert [*listed_rows(table, blocklist)] == [number], entry
