@@ -75,7 +75,8 @@ class SmallDataSet:
             database_edge=32,
             threads=2,
             retries=0,
-            timeout_s=5.0 if variant == "timeout" else 10.0,
+            timeout_s=120.0 if variant == "timeout" else 60.0,
+            deadline_s=240.0,
             workers=workers,
         )
         embed_config = EmbedConfig(batch_size=8, decode_threads=1, workers=workers)

@@ -39,6 +39,8 @@ TINY = {
     "download.train_min_edge": 32,
     "download.database_edge": 64,
     "download.allow_private": "loopback",
+    "download.timeout_s": 60.0,
+    "download.deadline_s": 240.0,
     "embed.gpus_per_worker": 0.0,
     "embed.patches": "{max_patches = 20, shorter_side = 64, edge = 16}",
     "index.cores_per_partition": 1,

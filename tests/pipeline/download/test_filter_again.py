@@ -45,9 +45,8 @@ def chain(root: Root, metadata: Path, **settings: object) -> Manifest:
     """Run filter and download."""
     given = {"metadata": str(metadata), "min_edge": 1, "workers": 1, "rows_per_shard": 4}
     run_filter(FilterConfig(**(given | settings)), Root(root.url, remake=True))
-    download = DownloadConfig(
-        contact="us@example.org", allow_private="loopback", retries=0, train_min_edge=1, workers=1, threads=4
-    )
+    limits = {"timeout_s": 60.0, "deadline_s": 240.0, "retries": 0, "train_min_edge": 1}
+    download = DownloadConfig(contact="us@example.org", allow_private="loopback", workers=1, threads=4, **limits)
     return run_download(download, root)
 
 

@@ -202,7 +202,8 @@ def write_filter(root: Root) -> None:
 
 def config(**settings: object) -> DownloadConfig:
     defaults = {"contact": "us@example.org", "allow_private": "loopback", "retries": 0, "workers": 1}
-    return DownloadConfig(**(defaults | {"train_min_edge": 1} | settings))
+    limits = {"timeout_s": 60.0, "deadline_s": 240.0, "train_min_edge": 1}
+    return DownloadConfig(**(defaults | limits | settings))
 
 
 @pytest.mark.usefixtures("in_process_shards")

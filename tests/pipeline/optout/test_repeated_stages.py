@@ -22,9 +22,8 @@ from retrieval.storage.manifest import read_manifest
 from tests.pipeline.conftest import Picture
 
 pytestmark = pytest.mark.usefixtures("in_process_shards")
-DOWNLOAD = DownloadConfig(
-    contact="us@example.org", allow_private="loopback", retries=0, train_min_edge=1, workers=1, threads=4
-)
+LIMITS = {"timeout_s": 60.0, "deadline_s": 240.0, "retries": 0, "train_min_edge": 1}
+DOWNLOAD = DownloadConfig(contact="us@example.org", allow_private="loopback", workers=1, threads=4, **LIMITS)
 INDEX = IndexConfig(rows_per_partition=20, workers=1)
 TRAIN, COPY, DATABASE = 4, 10, 9
 """Numbers of pictures: of training, its copy in the database, and another one of the database."""
