@@ -51,9 +51,10 @@ def encode_picture(picture: Image.Image, kind: str = "PNG") -> bytes:
 
 
 def open_explorer(run: tuple[Root, TrainedModel], **limits: float) -> Explorer:
-    """An explorer of the run. limits: fields of ExploreConfig."""
+    """An explorer of the run. limits: fields of ExploreConfig; by default, a busy machine keeps those of time."""
     sampler = Sampler.open(*run, DEFAULTS)
-    return Explorer(run[0], ExploreConfig(**limits), sampler.encoder, sampler, DEFAULTS)
+    config = ExploreConfig(**({"search_timeout_s": 300.0} | limits))
+    return Explorer(run[0], config, sampler.encoder, sampler, DEFAULTS)
 
 
 def open_app(run: tuple[Root, TrainedModel], token: str = "", **limits: float) -> FastAPI:
@@ -78,23 +79,28 @@ def serving(app: Any, root_path: str = "") -> Iterator[str]:
         thread.join()
 
 
-def slow_down(explorer: Explorer, seconds: float) -> list[float]:
-    """Let every denoising step take so long. Returns a list that holds the time of every step made."""
-    unet, times = explorer.sampler.unet.unet, []
+def hold_fourth_steps(explorer: Explorer) -> list[int]:
+    """Let the fourth denoising step of each request take until the request ends.
 
-    def slow_unet(*args: Any, **options: Any) -> Any:
-        times.append(time.monotonic())
-        time.sleep(seconds)
+    Returns a list that holds, for every step begun, its number in its request.
+    """
+    cancellable, steps = explorer.sampler.unet, []
+    unet = cancellable.unet
+
+    def held_unet(*args: Any, **options: Any) -> Any:
+        steps.append(cancellable.progress.done)
+        if steps[-1] == 4:
+            cancellable.stop.wait(300)
         return unet(*args, **options)
 
-    explorer.sampler.unet.unet = slow_unet
-    return times
+    cancellable.unet = held_unet
+    return steps
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    """Wait until a condition holds, at most 30 s."""
-    for _ in range(600):
+    """Wait until a condition holds, at most 300 s."""
+    for _ in range(6000):
         if condition():
             return
         time.sleep(0.05)
-    raise AssertionError("this took more than 30 s")
+    raise AssertionError("this took more than 300 s")
