@@ -328,7 +328,7 @@ def test_shared_workers_end_with_the_outermost_block(root: Root) -> None:
         return processes
 
     processes = Context().run(run_blocks)  # outside of the block of all tests
-    assert wait_for(lambda: not any(map(psutil.pid_exists, processes)), 10)
+    assert wait_for(lambda: not any(map(psutil.pid_exists, processes)))
 
 
 TWO_AT_ONCE = Workers(1, num_cpus=1, shards_at_once=2)
@@ -337,7 +337,7 @@ TWO_AT_ONCE = Workers(1, num_cpus=1, shards_at_once=2)
 def test_a_worker_processes_two_shards_at_once(root: Root) -> None:
     def wait_for_the_other(shard: str, call: int) -> None:
         others = {"00000": "00001", "00001": "00000"}
-        assert shard not in others or wait_for(lambda: root.exists(f"calls/{others[shard]}"), 20)
+        assert shard not in others or wait_for(lambda: root.exists(f"calls/{others[shard]}"))
 
     run_shards(stage(root), SHARDS, works(root, before=wait_for_the_other), TWO_AT_ONCE)
     assert calls(root) == [1, 1, 1]
@@ -349,10 +349,10 @@ def test_the_other_shard_of_a_killed_worker_runs_again_and_counts_no_loss(
     monkeypatch.setattr(shard_queue, "MAX_LOST_WORKERS", 2)
 
     def kill_once(shard: str, call: int) -> None:
-        if shard == "00000" and call == 1 and wait_for(lambda: root.exists("calls/00001"), 20):
+        if shard == "00000" and call == 1 and wait_for(lambda: root.exists("calls/00001")):
             os.kill(os.getpid(), signal.SIGKILL)
         if shard == "00001" and call == 1:
-            time.sleep(20)
+            time.sleep(600)
 
     records = run_shards(stage(root), SHARDS, works(root, before=kill_once), TWO_AT_ONCE)
     assert [record.shard for record in records] == SHARDS
@@ -360,8 +360,9 @@ def test_the_other_shard_of_a_killed_worker_runs_again_and_counts_no_loss(
     assert caplog.text.count("lost its worker") == 1
 
 
-def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
+def wait_for(condition: Callable[[], bool]) -> bool:
+    """Wait until a condition holds, at most 300 s. Returns whether it does."""
+    deadline = time.monotonic() + 300
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.05)
     return condition()
@@ -371,7 +372,7 @@ def test_a_worker_that_exceeds_its_memory_is_ended(root: Root) -> None:
     def use_too_much_once(shard: str, call: int) -> None:
         if shard == "00001" and call == 1:
             memory = b"x" * 1_000_000_000
-            time.sleep(60)
+            time.sleep(600)
             del memory
 
     run_shards(stage(root), SHARDS, works(root, before=use_too_much_once), Workers(1, memory_gb=1.2))
@@ -410,7 +411,7 @@ def test_workers_start_on_nodes_that_join(root: Root, monkeypatch: pytest.Monkey
 
     def wait_for_another(shard: str, call: int) -> None:
         root.write_bytes("joined", b"")
-        assert wait_for(lambda: sum(calls(root)) > 1, 30)
+        assert wait_for(lambda: sum(calls(root)) > 1)
 
     monkeypatch.setattr("pipeline.runtime.workers.ray.nodes", nodes_by_now)
     run_shards(stage(root), SHARDS, works(root, before=wait_for_another), Workers(0, num_cpus=1))
@@ -437,7 +438,9 @@ def test_workers_that_fit_no_node_are_refused_with_the_available_resources(root:
         run_shards(stage(root), SHARDS, works(root), Workers(nodes="far"))
 
 
-def test_a_shared_function_is_restarted_when_its_process_is_lost() -> None:
+def test_a_shared_function_is_restarted_when_its_process_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.runtime.workers.ANSWER_S", 300.0)
+
     def make(was_restarted: bool) -> Callable[[], tuple[bool, int, int]]:
         numbers = count()
         return lambda: (was_restarted, next(numbers), os.getpid())

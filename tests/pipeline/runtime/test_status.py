@@ -198,9 +198,9 @@ def test_a_stage_that_follows_its_input_by_shard_states_what_is_outdated_and_wha
 def test_an_object_store_is_read_like_a_disk() -> None:
     root = Root("memory://status-test/run")
     root.write_json("embed/started.json", {"fingerprint": "print"})
+    now = datetime.now(UTC).timestamp()
     for shard in numbered(3):
         write_record(root, "embed", "print", ShardRecord(shard, 10, ()))
-    now = datetime.now(UTC).timestamp()
     current = status(root, StageSpec("embed", "embed", None, {"": 5}), now=now)
     assert (current.state, current.done, current.total, current.rows) == ("unfinished", 3, 5, 30)
     assert current.note == "last shard 0 s ago"
