@@ -7,13 +7,18 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
+import ray
+from ray import cloudpickle
 
 from jobs.cli.recipe import load_recipe
+from jobs.cluster import ray_training
 from jobs.cluster.ray_training import train_on_ray
 from jobs.train import parse_arguments, run
 from retrieval.errors import UserError
@@ -23,9 +28,9 @@ from tests.jobs.free_ports import free_port
 from tests.trainer.training.launched import train
 from tests.trainer.training.machines import replace_programs
 from tests.trainer.training_set import make_recipe, write_training_set
-from trainer.checkpoint.checkpoint import INDEX
 from trainer.model.autoencoder import Autoencoder
 from trainer.recipe import TrainingRecipe
+from trainer.training import loop
 
 FOLDER = "runs/tiny/train"
 REPOSITORY = Path(__file__).parents[3]
@@ -87,7 +92,7 @@ def command(*words: str, code: int = 0, **environment: str) -> str:
         env=os.environ | environment,
         stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert done.returncode == code, done.stderr
@@ -124,34 +129,40 @@ def test_torchrun_on_two_nodes_restarts_after_a_kill(
     module = ["-m", "killed_once", str(copy / "recipe.toml")]
     with (tmp_path / "log").open("w") as log:
         nodes = [subprocess.Popen([*launcher, *module], stderr=log) for _ in range(2)]
-    assert [node.wait(timeout=300) for node in nodes] == [0, 0], (tmp_path / "log").read_text()
+    assert [node.wait(timeout=900) for node in nodes] == [0, 0], (tmp_path / "log").read_text()
     first, second = re.findall(r"  steps (\d) to 8", (tmp_path / "log").read_text())
     assert first == "0"
     assert second in ("2", "4"), "the last checkpoint before the kill"
     assert read_manifest(Root(copy), FOLDER).checksums() == expected
 
 
-def kill_first_rank(folder: Path) -> int:
-    """Wait for the first checkpoint and kill the process that writes to the run. Returns its id."""
-    deadline = time.monotonic() + 200
-    while not (folder / FOLDER / "checkpoints" / INDEX).exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process = int(Root(folder).read_json(f"leases/{FOLDER}.json")["owner"]["pid"])
-    os.kill(process, signal.SIGKILL)
-    return process
+def killed_rank(run_rank: Callable[..., None], *arguments: object) -> None:
+    """A rank on Ray, of which the first one is killed as in killed_once.py."""
+    set_learning_rate, steps = loop.set_learning_rate, list[int]()
+
+    def killed(engine: Any, config: Any, step: int) -> float:
+        steps.append(step)
+        if (steps[0], step, ray.train.get_context().get_world_rank()) == (0, 5, 0):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return set_learning_rate(engine, config, step)
+
+    with patch.object(loop, "set_learning_rate", killed):
+        run_rank(*arguments)
 
 
 def test_ray_workers_of_which_one_is_killed(
-    copy: Path, expected: dict[str, str], ray_cluster: None, caplog: pytest.LogCaptureFixture
+    copy: Path,
+    expected: dict[str, str],
+    ray_cluster: None,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test file
+    monkeypatch.setattr(ray_training, "_run_rank", partial(killed_rank, ray_training._run_rank))
     recipe = load_recipe(copy / "recipe.toml")
-    killed: list[int] = []
-    killer = threading.Thread(target=lambda: killed.append(kill_first_rank(copy)))
-    killer.start()
     train_on_ray(training_of(recipe.sections), recipe.root)
-    killer.join()
-    assert killed
-    assert re.search(r"restarting from step \d+: a worker was lost", caplog.text)
+    # The last or the last but one checkpoint before the kill.
+    assert re.search(r"restarting from step [24]: a worker was lost", caplog.text)
     assert read_manifest(Root(copy), FOLDER).checksums() == expected
 
 

@@ -62,7 +62,7 @@ def sample_on_ranks(recipe: Path, ranks: int) -> list[str]:
         return log.getvalue()
 
     task = ray.remote(num_cpus=1)(run_rank)
-    logs: list[str] = ray.get([task.remote(rank) for rank in range(ranks)], timeout=300)
+    logs: list[str] = ray.get([task.remote(rank) for rank in range(ranks)], timeout=900)
     return logs
 
 
