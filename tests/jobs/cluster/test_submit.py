@@ -8,13 +8,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
-from urllib.error import URLError
+from unittest.mock import patch
 from urllib.request import urlopen
 
 import pyarrow as pa
@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 from ray.job_submission import JobSubmissionClient
 
-from jobs.cluster.submit import copy_upload, read_command, start_job, submit
+from jobs.cluster.submit import Command, copy_upload, read_command, start_job, submit
 from jobs.train import parse_arguments
 from retrieval.errors import UserError
 from retrieval.storage.manifest import read_manifest
@@ -37,6 +37,10 @@ root = {root!r}
 metadata = {metadata!r}
 nodes = "near"
 """
+
+
+Metric = tuple[str, str]
+"""Name, without the prefix of this project, and a tag."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +83,10 @@ def cluster() -> Iterator[Cluster]:
         yield Cluster(url, metrics)
     finally:
         head.terminate()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             head.wait(20)
-        finally:
-            kill_group(head.pid)
-            shutil.rmtree(folder, ignore_errors=True)
+        kill_group(head.pid)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def kill_group(group: int) -> None:
@@ -92,12 +95,12 @@ def kill_group(group: int) -> None:
 
 
 def wait_for(url: str, head: subprocess.Popen[bytes]) -> None:
-    for _ in range(240):
+    for _ in range(1200):
         assert head.poll() is None, "the head node ended"
         try:
-            urlopen(url, timeout=5).close()
+            urlopen(url, timeout=60).close()
             return
-        except URLError:
+        except OSError:  # URLError too
             time.sleep(0.5)
     raise AssertionError(f"no response from {url}")
 
@@ -134,58 +137,76 @@ def test_a_stage_on_the_cluster_has_its_log_exit_code_and_metrics(
     manifest = read_manifest(Root(str(recipe.parent / "run")), "filter")
     assert (manifest.config["min_edge"], manifest.config["blocklist"]) == (700, "")
     assert [shard.rows for shard in manifest.shards] == [10, 5, 0]
-    metrics = urlopen(cluster.metrics, timeout=10).read().decode()
-    assert metric(metrics, "ray_rdm_rows_total", 'part="select"') == 15
-    assert metric(metrics, "ray_rdm_rows_not_kept_total", 'reason="unsafe"') == 5
-    assert metric(metrics, "ray_rdm_shard_seconds_count", 'part="select"') == 1
-    assert metric(metrics, "ray_rdm_shards_asked_total", 'part="select"') == 1
-    assert 0.01 < metric(metrics, "ray_rdm_worker_peak_gb_sum", 'part="select"') < 2
+    expected = {
+        ("rows_total", 'part="select"'): 15.0,
+        ("rows_not_kept_total", 'reason="unsafe"'): 5.0,
+        ("shard_seconds_count", 'part="select"'): 1.0,
+        ("shards_asked_total", 'part="select"'): 1.0,
+        ("worker_peak_gb_count", 'part="select"'): 1.0,
+    }
+    deadline = time.monotonic() + 120
+    while metrics_of(cluster, expected) != expected and time.monotonic() < deadline:
+        time.sleep(0.2)  # processes report their metrics every half second
+    assert metrics_of(cluster, expected) == expected
+    [peak_gb] = metrics_of(cluster, [("worker_peak_gb_sum", 'part="select"')]).values()
+    assert 0.01 < peak_gb < 2
 
 
-def metric(metrics: str, name: str, tag: str) -> float:
-    """The value of the line of the filter stage with this name and tag."""
-    parts = (f"{name}{{", tag, 'stage="filter"')
-    [line] = [line for line in metrics.splitlines() if all(part in line for part in parts)]
-    return float(line.split()[-1])
+def metrics_of(cluster: Cluster, wanted: Iterable[Metric]) -> dict[Metric, float]:
+    """The values of the lines of the filter stage with these names and tags."""
+    lines = urlopen(cluster.metrics, timeout=60).read().decode().splitlines()
+    values = {}
+    for name, tag in wanted:
+        parts = (f"ray_rdm_{name}{{", tag, 'stage="filter"')
+        for line in lines:
+            if all(part in line for part in parts):
+                values[name, tag] = float(line.split()[-1])
+    return values
 
 
-def test_a_running_job_is_followed_over_a_lost_connection_and_keeps_its_exit_code(
+@pytest.fixture
+def release_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """A function that jobs wait for before they begin."""
+    file, entrypoint = tmp_path / "released", Command.entrypoint.fget
+
+    def held(command: Command) -> str:
+        return f"until [ -e {file} ]; do sleep 0.1; done; {entrypoint(command)}"
+
+    monkeypatch.setattr(Command, "entrypoint", property(held))
+    return file.touch
+
+
+def test_a_running_job_is_followed_over_a_lost_connection_but_not_with_another_content_of_the_recipe(
     cluster: Cluster,
     recipe: Path,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    release_jobs: Callable[[], None],
 ) -> None:
-    command = read_command("filter", recipe, ["--set", "filter.nodes=far", *another_root(recipe, "far")])
+    words = ["--set", "filter.nodes=far", *another_root(recipe, "far")]
+    command = read_command("filter", recipe, words)
     first = start_job(JobSubmissionClient(cluster.url), command)
+    edited = recipe.with_name("edited.toml")
+    edited.write_text(recipe.read_text() + "max_unsafe = 0.2\n")
+    with pytest.raises(UserError, match=f"filter is running already as {first}, with another recipe"):
+        submit(cluster.url, read_command("filter", edited, words))
     tail, connections = JobSubmissionClient.tail_job_logs, []
 
     async def disconnect_once(client: JobSubmissionClient, name: str) -> AsyncIterator[str]:
         connections.append(name)
         if len(connections) == 1:
             raise RuntimeError("WebSocket connection closed unexpectedly")
+        release_jobs()
         async for text in tail(client, name):
             yield text
 
-    monkeypatch.setattr(JobSubmissionClient, "tail_job_logs", disconnect_once)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO"), patch.object(JobSubmissionClient, "tail_job_logs", disconnect_once):
         assert submit(cluster.url, command) == 2
     assert f"filter is running already as {first}" in caplog.text
-    assert len(connections) == 2
+    assert len(connections) >= 2
     assert "connection to the log lost" in caplog.text
     [line] = [line for line in capsys.readouterr().out.splitlines() if "error: " in line]
     assert "a worker takes CPU 1, far 0.001; no node of the cluster has all of that" in line
-
-
-def test_a_running_job_with_another_content_of_the_recipe_is_not_followed(cluster: Cluster, recipe: Path) -> None:
-    words = ["--set", "filter.min_edge=650", *another_root(recipe, "edited")]
-    command = read_command("filter", recipe, words)
-    name = start_job(JobSubmissionClient(cluster.url), command)
-    edited = recipe.with_name("edited.toml")
-    edited.write_text(recipe.read_text() + "max_unsafe = 0.2\n")
-    with pytest.raises(UserError, match=f"filter is running already as {name}, with another recipe"):
-        submit(cluster.url, read_command("filter", edited, words))
-    assert submit(cluster.url, command) == 0
 
 
 def test_the_upload_has_the_code_and_the_recipe_and_nothing_else(tmp_path: Path) -> None:
