@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from retrieval.storage.root import Root
 from tests.fork_server import forked_client, shared_client
@@ -40,15 +41,17 @@ def fork(argv: list[str], log: Path, ranks: int) -> tuple[int, str]:
 def start_ranks(argv: list[str], log: Path, ranks: int) -> list[subprocess.Popen[bytes]]:
     """Start `python -m <argv>` on some ranks, with a new log of what they write to stderr."""
     python = shared_client("ranks", str(forked_client()), ["trainer.training.train"])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-    shared = os.environ | address | {"PYTHONPATH": os.pathsep.join(FOLDERS), "WORLD_SIZE": str(ranks)}
     log.write_bytes(b"")
-    with log.open("ab") as stderr:
+    with socket.socket() as port, log.open("ab") as stderr:
+        # The clients keep the port from other processes. With this option rank 0 may use it.
+        port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        port.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port.getsockname()[1])}
+        shared = os.environ | address | {"PYTHONPATH": os.pathsep.join(FOLDERS), "WORLD_SIZE": str(ranks)}
+        options: dict[str, Any] = {"stderr": stderr, "pass_fds": [port.fileno()]}
         return [
             subprocess.Popen(
-                [python, "-m", *argv], stderr=stderr, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                [python, "-m", *argv], env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, **options
             )
             for rank in range(ranks)
         ]

@@ -40,10 +40,10 @@ def write_recipe(path: Path, root: Root, sections: dict[str, dict[str, Any]]) ->
 
 
 def train_until(step: int, recipe: Path, log: Path) -> None:
-    """Run the command `train` as two ranks. Kills them after the checkpoint of `step`, before the last one."""
+    """Run the command `train` as two ranks. Kills them after the checkpoint of `step`, except after the last step."""
     loaded = load_recipe(recipe)
     checkpoints = checkpoints_of(prepare(training_recipe(loaded), loaded.root), loaded.root)
-    processes = start_ranks(["jobs.train", str(recipe)], log, ranks=2)
+    processes = start_ranks(["held_rank", str(step + 1), "jobs.train", str(recipe)], log, ranks=2)
     while checkpoints.newest_step() < step:
         assert all(process.poll() in (None, 0) for process in processes), log.read_text()
         time.sleep(0.05)
