@@ -11,16 +11,17 @@ import pytest
 import ray
 
 from retrieval import Database, UserError
-from retrieval.cluster import SharedCluster
+from retrieval.cluster import SharedCluster, shared
 from retrieval.index.routing import Vectors
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
+SETTINGS = {"cpus_per_actor": 0.5, "restart_timeout_s": 300}
 START = """
 import sys
 from retrieval.cluster import SharedCluster, ray_connection
 with ray_connection():
-    print(len(SharedCluster.start("pictures", sys.argv[1], cpus_per_actor=0.5)))
+    print(len(SharedCluster.start("pictures", sys.argv[1], cpus_per_actor=0.5, restart_timeout_s=300)))
 """
 
 
@@ -30,8 +31,9 @@ def folder(in_partitions: Database) -> str:
 
 
 @pytest.fixture(autouse=True)
-def no_cluster_stays() -> Iterator[None]:
-    """Stops what a failed test leaves."""
+def no_cluster_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Stops what a failed test leaves, and waits longer for the end of a cluster."""
+    monkeypatch.setattr(shared, "STOP_TIMEOUT_S", 300)
     yield
     for name in ("pictures", "again", "broken"):
         with suppress(UserError):
@@ -65,7 +67,7 @@ def test_a_stopped_cluster_refuses_and_its_name_is_free_again(
 ) -> None:
     monkeypatch.chdir(Path(folder).parent)  # the actors have another working folder
     for _ in range(2):
-        cluster = SharedCluster.start("again", Path(folder).name, cpus_per_actor=0.5)
+        cluster = SharedCluster.start("again", Path(folder).name, **SETTINGS)
         assert len(cluster.search(queries[:1], 3)) == 3
         cluster.stop()
         with pytest.raises(UserError, match="the cluster 'again' does not run"):
@@ -81,7 +83,7 @@ def test_a_cluster_that_cannot_start_says_why_and_leaves_no_actor(
         SharedCluster.start("broken", folder, cpus_per_actor=3)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(ray, "get", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
-        SharedCluster.start("broken", folder, cpus_per_actor=0.5)
+        SharedCluster.start("broken", folder, **SETTINGS)
     with pytest.raises(UserError, match="the name of a shared cluster is empty"):
         SharedCluster.start("", folder)
     with pytest.raises(UserError, match="these run: none"):
