@@ -3,11 +3,13 @@
 import pytest
 
 from retrieval import Root
+from retrieval.storage import lease
 
 
 def kill_at(patch: pytest.MonkeyPatch, number: int) -> None:
     """Kill the process when it publishes or deletes files for this time."""
     calls = iter(range(number))
+    patch.setattr(lease, "HEARTBEAT_S", 1e6)  # a renewal of the lease would be counted
 
     def counted(method: str) -> None:
         original = getattr(Root, method)

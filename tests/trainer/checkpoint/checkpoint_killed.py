@@ -58,7 +58,7 @@ def start(path: Path, store: str, rank: int) -> int:
 
 def wait_beyond(path: Path, step: int) -> None:
     """Wait for a checkpoint after this step."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while folder_at(path).newest_step() <= step:
         assert time.monotonic() < deadline
         time.sleep(0.005)
