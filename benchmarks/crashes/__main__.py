@@ -39,7 +39,7 @@ OUTAGE_S = 3.0
 """Time from a fault to its repair."""
 CASE_COUNT = 2
 """Runs of each case, with other seeds."""
-ATTEMPTS = 2
+ATTEMPTS = 5
 """Attempts for each fault: a fault that comes after the end of the stage is drawn again."""
 PAGE = """# Crash tests
 

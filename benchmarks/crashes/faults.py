@@ -35,7 +35,7 @@ NODES = 2
 DISK_MB = 64
 PAUSE_S = 1.0
 """First pause of a worker after a failure, instead of 5 s."""
-SETTLE_S = 30.0
+SETTLE_S = 120.0
 """Longest wait for the workers of a killed driver to end."""
 DRIVER: ForkServerContext = multiprocessing.get_context("forkserver")
 
