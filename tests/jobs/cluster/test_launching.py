@@ -136,8 +136,8 @@ def test_torchrun_on_two_nodes_restarts_after_a_kill(
     assert read_manifest(Root(copy), FOLDER).checksums() == expected
 
 
-def killed_rank(run_rank: Callable[..., None], *arguments: object) -> None:
-    """A rank on Ray, of which the first one is killed as in killed_once.py."""
+def killed_rank(run_rank: Callable[..., None], config: TrainingRecipe, root: Root, folder: str) -> None:
+    """A rank on Ray, of which the first one is killed as in killed_once.py. Ray counts the parameters."""
     set_learning_rate, steps = loop.set_learning_rate, list[int]()
 
     def killed(engine: Any, config: Any, step: int) -> float:
@@ -147,7 +147,7 @@ def killed_rank(run_rank: Callable[..., None], *arguments: object) -> None:
         return set_learning_rate(engine, config, step)
 
     with patch.object(loop, "set_learning_rate", killed):
-        run_rank(*arguments)
+        run_rank(config, root, folder)
 
 
 def test_ray_workers_of_which_one_is_killed(
