@@ -15,10 +15,11 @@ from benchmarks.pipeline import download, near_copies, partitions
 from benchmarks.retrieval import filters, grow, indexes
 from benchmarks.retrieval.report import report
 from benchmarks.scale import __main__ as scale
-from benchmarks.training import loader, memory, sampling, schedule, step
+from benchmarks.training import curve, loader, memory, sampling, schedule, step
 
 PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "crashes": crashes.page,
+    "curve": curve.page,
     "download": download.page,
     "filters": filters.page,
     "grow": grow.page,
