@@ -37,7 +37,7 @@ REMAINS = (
     "Left on disk, unused: the pictures in download/, the small pictures of style databases"
     " (databases/*/pictures/*.tar), rows in filter/, download/ and embed/, vectors in the databases, and"
     " latents. To erase all but the rows in filter/, run this command again with --erase (make: ARGS=--erase)."
-    " md5: entries apply while downloading, and to downloaded pictures whose metadata states the MD5"
+    " md5: entries apply while downloading, and to downloaded pictures of which metadata states the MD5 and no SHA-256"
     " (filter.columns.md5). sha256: and phash: entries apply to downloaded pictures. Hashes do not apply to style"
     " databases: list their pictures by domain or id. Samples are not searched. Restart shared clusters: they serve the"
     " images until they are stopped."
@@ -128,7 +128,7 @@ def _hide(blocklist: Blocklist, root: Root, erase: bool, workers: Workers) -> No
         if earlier:
             removed = with_earlier(removed, Removed(**earlier["neighbors"]))
         report = _report(root, blocklist, (ids, rows, removed), earlier)
-        # After an erasure fewer entries match: the hashes of some pictures are erased too.
+        # The larger count of each kind: an erasure also erases hashes, so fewer entries match afterwards.
         report["matches"] = dict(Counter(found.matches) | Counter(earlier.get("matches", {})))
         if erase:
             report["search"] |= search_before(root, name, rows)

@@ -38,7 +38,7 @@ class Listed:
     shards: list[str]
     """Shards of `download`, or partitions such as `index/00003`, with at least one."""
     matches: dict[str, int]
-    """Number of downloaded pictures by kind of entry. A picture may match entries of several kinds."""
+    """Number of rows of `download`, also of failed ones, by kind of entry. A row may match entries of several kinds."""
 
 
 @dataclass(frozen=True)

@@ -43,10 +43,10 @@ CENTROID_SAMPLE_ROWS = 1_000_000
 OWN_FILE = re.compile(
     r"centroids\.npy|((erased-|rewritten/)\w+/)?partitions/\d{5,}/"
     r"(index\.faiss|(embeddings|bounds|lists|list_centroids)\.npy|metadata\.arrow)|pictures/merged-\d{5}\.tar"
-    r"|shuffle-\d{5,}\.arrow"
+    r"|(rewritten/\w+/)?shuffle-\d{5,}\.arrow"
 )
 """Files that an interrupted build or merge leaves, relative to the folder of the database."""
-OF_UPDATES = ("rewritten/", "pictures/merged-", "shuffle-")
+OF_UPDATES = ("rewritten/", "pictures/merged-")
 """Beginnings of the files that only updates and merges write. The manifest need not name these files."""
 
 

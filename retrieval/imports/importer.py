@@ -76,7 +76,7 @@ def build_database(
     parent, name = split_path(root.url)
     parent.cache = root.cache
     require_free(parent.child(name))
-    _require_outside(parent.child(name), source)
+    require_outside(parent.child(name), source)
     rows = scan_rows(source, encoder.dim)
     require_rows(len(rows.ids), name)
     config = config or IndexConfig.model_validate({})
@@ -91,7 +91,7 @@ def build_database(
     return Database.open(root)
 
 
-def _require_outside(folder: Root, source: VectorSource) -> None:
+def require_outside(folder: Root, source: VectorSource) -> None:
     """Raises UserError if the files of a database in `folder` would be read as files of the source."""
     for path in (source.vectors, source.metadata):
         if not isinstance(path, str | os.PathLike):
@@ -102,8 +102,8 @@ def _require_outside(folder: Root, source: VectorSource) -> None:
         if any(Root(path).exists(name) for name in CLIP_RETRIEVAL.values()):
             continue  # only these folders and that of the metadata are read
         raise UserError(
-            f"{folder.url} is inside of {place}, from which vectors or metadata are read: the next build would read "
-            "the database's files too. Name a folder outside of it for the database."
+            f"{folder.url} is inside of {place}, from which vectors or metadata are read: its files would be read too. "
+            "Name a folder outside of it for the database."
         )
 
 

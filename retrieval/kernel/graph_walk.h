@@ -15,8 +15,8 @@
 
 namespace {
 
-constexpr int32_t LISTS_AHEAD = 4; // whose centroids are fetched before all are compared
-constexpr size_t NEAR = 16;        // times the lists that are wanted are separated from the others
+constexpr int32_t LISTS_AHEAD = 4; // lists after the compared one with centroids that are fetched already
+constexpr size_t NEAR = 16;        // nth_element separates so many times the lists that are wanted
 
 struct BeamList {
     float similarity;

@@ -5,6 +5,7 @@ update, so databases that were opened before go on. The new rows may be larger t
 partition as in a build.
 """
 
+import secrets
 import warnings
 from collections import Counter
 from contextlib import closing
@@ -16,14 +17,14 @@ import pyarrow as pa
 
 from retrieval.database.database import Database
 from retrieval.errors import RecallWarning, UserError
-from retrieval.imports.importer import shuffled
+from retrieval.imports.importer import require_outside, shuffled
 from retrieval.imports.source import Path, VectorSource
 from retrieval.imports.source_rows import SourceRows, scan_rows
 from retrieval.storage import schema
 from retrieval.storage.root import Root
 from retrieval.storage.schema import Reason
 from retrieval.updates.kept_calibration import MAX_CHANGED_SHARE, changed_share
-from retrieval.updates.rewrite import delete_other_files, opened_for_update, publish, rewrite_partition
+from retrieval.updates.rewrite import FOLDER, delete_other_files, opened_for_update, publish, rewrite_partition
 
 
 def add_to_database(
@@ -39,6 +40,7 @@ def add_to_database(
     """
     root = root if isinstance(root, Root) else Root(root)
     source = vectors if isinstance(vectors, VectorSource) else VectorSource(vectors, metadata)
+    require_outside(root, source)
     with opened_for_update(root) as database:
         usable = scan_rows(source, database.dim)
         rows = _without_known(usable, database)
@@ -50,7 +52,9 @@ def add_to_database(
             )
         columns = _columns_of(database, rows.columns)
         tables = (_cast(table, columns, database) for table in rows.tables())
-        with closing(shuffled(root, tables, database.centroids)) as partitions:
+        # A folder of its own: a process that lost its lease must not change the files of the next one.
+        temporary = root.child(f"{FOLDER}/{secrets.token_hex(8)}")
+        with closing(shuffled(temporary, tables, database.centroids)) as partitions:
             records = [
                 rewrite_partition(database, number, np.zeros(database.partition_rows[number], bool), added)
                 for number, added in enumerate(partitions)

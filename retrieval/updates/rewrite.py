@@ -33,7 +33,7 @@ from retrieval.storage.root import Root
 from retrieval.updates.kept_calibration import kept_calibration
 
 FOLDER = "rewritten"
-PARTITION_FILE = re.compile(rf"((erased-|{FOLDER}/)\w+/)?partitions/.*|shuffle-\d+\.arrow")
+PARTITION_FILE = re.compile(rf"((erased-|{FOLDER}/)\w+/)?(partitions/.*|shuffle-\d+\.arrow)")
 """Files of partitions and of shuffles of their rows, relative to the folder of their database."""
 ERASURE_FILE = "erasure.json"
 """Names the erasure (`optout --erase`) that has begun and not ended in a database. It outlives a killed erasure."""

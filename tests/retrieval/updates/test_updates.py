@@ -183,10 +183,10 @@ def test_files_of_the_database_before_stay_until_the_next_update(
     named = [name.rpartition("/")[0] for name in files[3] if name.endswith("embeddings.npy")]
     assert len(named) == 2
     assert not files[3] & (files[0] - {"centroids.npy"})
-    root.write_bytes("shuffle-00099.arrow", b"of a killed run")
+    root.write_bytes("rewritten/f00/shuffle-00099.arrow", b"of a killed update")
     build_database(root, new_rows, encoder=IDENTITY)
     assert root.list("", "embeddings.npy") == ["partitions/00000/embeddings.npy"]
-    assert not root.exists("shuffle-00099.arrow")
+    assert not root.exists("rewritten/f00/shuffle-00099.arrow")
     add(root, new_rows)
     assert len(root.list("", "embeddings.npy")) == 2
     delete_from_database(root, [FIRST_NEW_ID])
@@ -213,7 +213,8 @@ def test_rows_are_added_a_partition_at_a_time(
     copied: Callable[[str], Root], vectors: Vectors, new_rows: Vectors, queries: Vectors
 ) -> None:
     root = copied("partitions")
-    root.write_bytes("shuffle-00099.arrow", b"of a killed run")
+    for name in ("shuffle-00099.arrow", ".partial-0-shuffle-00099.arrow"):
+        root.write_bytes(f"rewritten/f00/{name}", b"of a killed update")
     rows_at_once: list[int] = []
 
     def written(folder: Root, name: str, table: pa.Table, *arguments: Any) -> object:
@@ -222,7 +223,8 @@ def test_rows_are_added_a_partition_at_a_time(
 
     def rewritten(database: Database, number: int, deleted: Any, added: pa.Table) -> ShardRecord:
         rows_at_once.append(len(added))
-        assert len(root.list("", ".arrow")) > len(database.partitions), "the other rows are in files"
+        shuffles = [name for name in root.list("rewritten", ".arrow") if "shuffle" in name and "/f00/" not in name]
+        assert len(shuffles) > NEW / 10 - 1, "the other rows are in files"
         return rewrite_partition(database, number, deleted, added)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -233,8 +235,14 @@ def test_rows_are_added_a_partition_at_a_time(
         database = add(root, new_rows)
     assert sum(rows_at_once) == 2 * NEW
     assert max(rows_at_once) < NEW / 2
-    assert not [name for name in root.list("") if "shuffle" in name]
+    assert not [path for path in root.local_path("").rglob("*") if "shuffle" in path.name]
     check(database, by_id(vectors) | by_id(new_rows, FIRST_NEW_ID), queries)
+
+
+def test_a_database_inside_the_folder_of_the_added_vectors_is_an_error(copied: Callable[[str], Root]) -> None:
+    root = copied("lists")
+    with pytest.raises(UserError, match=r"is inside of .*Name a folder outside of it"):
+        add_to_database(root, root.local_path("").resolve().parent)
 
 
 def test_added_rows_take_the_columns_of_the_database(tmp_path: Path) -> None:
