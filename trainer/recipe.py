@@ -182,7 +182,8 @@ class TrainConfig(Config):
     """Processes that `make train` starts on this machine, or workers on Ray; 0: one per GPU, at least one."""
     wait_for_gpus_s: NonNegativeInt = runtime_setting(1800)
     """On a Ray cluster, longest wait until it has a free GPU for each of `ranks` ranks, which Ray is asked for. 0: no
-    wait, and a cluster without GPUs trains on CPUs. With ranks = 0, GPUs that join later are not waited for."""
+    wait, and a cluster without GPUs trains on CPUs. With ranks = 0, the number of GPUs at the start counts. GPUs
+    that are there but in use are waited for at least 60 s."""
     workers: PositiveInt = runtime_setting(2)
     """Threads of each rank that read, decode and crop samples."""
     prefetch_batches: PositiveInt = runtime_setting(4)

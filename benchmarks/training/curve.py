@@ -49,8 +49,9 @@ from trainer.evaluation.pixel_judge import thumbnails
 from trainer.evaluation.recipe import EvaluateConfig
 from trainer.evaluation.styles import RETRIEVAL, make_style_groups, style_words
 from trainer.model.autoencoder import Autoencoder
+from trainer.model.recipe import AutoencoderConfig
 from trainer.model.unet import build_unet
-from trainer.recipe import AutoencoderConfig, TrainConfig
+from trainer.recipe import TrainConfig
 from trainer.sampling.request import Request, read_prompts
 from trainer.sampling.sampler import Sampler
 from trainer.tracking.training_log import METRICS, read_step_metrics

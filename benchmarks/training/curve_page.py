@@ -20,20 +20,23 @@ from trainer.evaluation.intervals import Estimate
 from trainer.sampling.picture import Grid, draw_grid
 
 SHEET_COLUMNS, CELL = 10, 128
+MAX_TIMES = 100
+"""Longer trainings are not told apart: the trend of few points says nothing about them."""
 COLOR = "#0b6e6e"
 
 PAGE = """# What samples show after more training
 
 Written by `make bench-curve`; the numbers are in `curve.json`.
 
-**Machine:** {hardware}. Other work ran on it during the training, which makes its hours longer.
+**Machine:** {hardware}.
 
-**Run:** `{run}`, {planned:,} steps planned, {batch} images a step on {ranks} ranks of one thread. {start}
-At each checkpoint the averaged weights sample {count} held-out prompts in {styles} styles, with {k} neighbors from the
-style's database, guidance {guidance:g} and {steps} steps of {scheduler}. Prompts, seeds and neighbors are the same in
-every row. The table has the share of samples in which the judge of contents reads what the prompt asks for, and the
-style of the database; layout only of prompts with several figures. Brackets contain Wilson's 95 % intervals; samples
-of one content are one cluster. Images and hours are those of all steps so far.
+**Run:** `{run}`, {planned:,} steps planned, {batch} images a step on {ranks} ranks. {start}
+At each checkpoint the averaged weights sample {count} held-out prompts in {styles} styles (`--each {each}`),
+with {k} neighbors from the style's database, guidance {guidance:g}, {steps} steps of {scheduler} (`--steps {steps}`).
+Prompts, seeds and neighbors are the same in every row. The table has the share of samples in which the judge of
+contents reads what the prompt asks for, and the style of the database; layout only of prompts with several figures.
+Brackets contain Wilson's 95 % intervals; samples of one content are one cluster. Images and hours are those of all
+steps so far; other work on the machine makes hours longer.
 
 {table}
 
@@ -71,6 +74,7 @@ def page(result: dict[str, Any]) -> str:
     attributes = [f"{name}:" for name in CLASSES]
     return PAGE.format(
         **{name: value for name, value in result.items() if name not in ("links", "trend")},
+        each=result["count"] // result["styles"],
         start=f"It started from the finished run `{start}`." if start else "It started from random weights.",
         table=markdown_table(["images seen:", "step:", "hours:", "learning rate:", *attributes], rows),
         trend=trend_text(result["trend"], result["points"][0]["images"]),
@@ -89,11 +93,17 @@ def trend_text(values: dict[str, Any] | None, first_images: int) -> str:
     )
     if slope.low <= 0:
         return f"{line} That is not distinguishable from 0: these points do not tell whether longer training suffices."
-    times, low, high = (f"{value / first_images:,.1f}" if value else "endless" for value in values["images"])
+    times, low, high = (_times(value, first_images) for value in values["images"])
     return (
         f"{line} If it went on like that, {goal:g} would be reached after {times} ({low} to {high}) times the images of"
         " the first row. That is an extrapolation: a line does not show where the curve flattens."
     )
+
+
+def _times(images: float | None, first_images: int) -> str:
+    if not images:
+        return "endless"
+    return f"{images / first_images:,.1f}" if images <= MAX_TIMES * first_images else f"more than {MAX_TIMES}"
 
 
 def draw_curve(points: Sequence[dict[str, Any]]) -> bytes:

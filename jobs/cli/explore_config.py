@@ -25,7 +25,8 @@ class ExploreConfig(Config):
     max_uploads_bytes: int = runtime_setting(1 << 30, ge=1)
     """Most bytes that all visitors together may upload within an hour; after that the uploads are deleted."""
     max_searches: int = runtime_setting(256, ge=1)
-    """Maximum number of searches running and waiting; the next request gets status 429."""
+    """Maximum number of texts that are encoded and waiting, and of searches running and waiting; the next request gets
+    status 429."""
     search_threads: int = runtime_setting(2, ge=1)
     """Searches computed in parallel."""
     search_timeout_s: float = runtime_setting(10.0, gt=0)

@@ -40,7 +40,8 @@ def uses_gpus(config: TrainConfig) -> bool:
 
 
 def wait_for_gpus(ranks: int, limit_s: int) -> None:
-    """Ask Ray for a GPU for each rank and wait until they are free. Raises UserError after `limit_s` seconds.
+    """Ask Ray for a GPU for each rank and wait until they are free. Raises UserError after `limit_s` seconds,
+    for GPUs that are there but in use after at least RELEASE_S. They are not reserved: another job may take them.
 
     Raises it at once if there are fewer and Ray runs on this machine alone.
     """

@@ -28,7 +28,10 @@ class Text:
 
 
 class TextBatches:
-    """Vectors of texts by the jobs of a queue with one thread. The first job encodes all texts that wait."""
+    """Vectors of texts by the jobs of a queue with one thread. The first job encodes all texts that wait.
+
+    An error ends the request of this job only: the other texts are encoded one by one.
+    """
 
     def __init__(self, encoder: TextEncoder, queue: WorkQueue) -> None:
         self.queue = queue

@@ -57,7 +57,7 @@ class WorkQueue:
                     503, f"The {self.name} could not start within {self.timeout_s:g} s. Try again later."
                 ) from None
             raise BusyError(
-                504, f"The {self.name} took more than {self.timeout_s:g} s. Choose fewer steps or neighbors."
+                504, f"The {self.name} took more than {self.timeout_s:g} s. Ask for fewer steps or neighbors."
             ) from None
         finally:
             stop.set()

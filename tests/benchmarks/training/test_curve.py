@@ -22,7 +22,7 @@ from trainer.data.plan import TrainingPlan, make_plan
 from trainer.evaluation.pixel_judge import thumbnails
 from trainer.evaluation.recipe import EvaluateConfig
 from trainer.model.autoencoder import Autoencoder
-from trainer.recipe import AutoencoderConfig
+from trainer.model.recipe import AutoencoderConfig
 from trainer.sampling.sampler import Sampler
 
 STYLES = 'evaluate.styles=["chalk", "mosaic", "neon", "woodcut"]'

@@ -1,4 +1,4 @@
-"""Texts of concurrent requests are encoded together, each request gets its vector, and errors stay with their text."""
+"""Texts of concurrent requests are encoded together, each request gets its vector, and an error ends one request."""
 
 import asyncio
 from collections.abc import Sequence
