@@ -205,6 +205,8 @@ def test_rows_with_the_id_of_an_earlier_row_are_left_out_and_counted(
     check(database, by_id(vectors) | by_id(new_rows[10:-1], 4000), new_rows[10:20])
     with pytest.raises(UserError, match=r"nothing to add to .*: 89 of 89 usable rows are in it by their id"):
         add_to_database(root, rows, metadata_of(ids))
+    with pytest.raises(UserError, match=r"nothing to add to .*: 0 of 0 usable rows"):
+        add_to_database(root, np.zeros_like(rows), metadata_of(ids))
     with pytest.raises(UserError, match="vectors of length 8; the encoder makes 32"):
         add_to_database(root, rows[:, :8])
 
