@@ -3,6 +3,8 @@
 import gc
 import json
 import os
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +53,21 @@ RAY = (
     "benchmarks/training/test_attribution.py",
 )
 """Files that need a Ray. One process has them all, because a Ray takes ten seconds to start and uses CPU when idle."""
+
+
+FREE_DISK = 4 << 30
+"""Bytes that the temporary files of the tests may take."""
+
+
+def pytest_sessionstart() -> None:
+    """Stop before the first test where the disk is too full. Many tests would fail otherwise, each by another error."""
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if free < FREE_DISK:
+        message = (
+            f"{folder} has {free / 1e9:.1f} GB free, the tests need {FREE_DISK / 1e9:.1f}: free some, or set TMPDIR"
+        )
+        pytest.exit(message, returncode=2)
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
