@@ -19,7 +19,7 @@ CLUSTER ?= $(filter http://% https://%,$(RAY_ADDRESS))
 RUN = $(BIN)/python -m $(if $(CLUSTER),jobs.cluster.submit "$(CLUSTER)" $@,jobs.$@) $(RECIPE) $(OWN) $(ARGS)
 
 # All other targets that take a recipe use files or ports of this machine.
-WITHOUT_RECIPE := help install test check format docs clean bench% gpu-% $(VENV)/% .venv-bench/%
+WITHOUT_RECIPE := help install test check types format docs clean bench% gpu-% $(VENV)/% .venv-bench/%
 LOCAL := $(filter-out $(STAGES) optout status $(WITHOUT_RECIPE),$(MAKECMDGOALS))
 ifneq ($(if $(filter file,$(origin CLUSTER)),,$(CLUSTER)),)
 $(if $(LOCAL),$(error CLUSTER=$(CLUSTER): make $(firstword $(LOCAL)) runs on this machine only. Write CLUSTER= to run it here, or run it on a node of the cluster with RAY_ADDRESS=<head>:6379))
@@ -33,7 +33,7 @@ export NO_ALBUMENTATIONS_UPDATE ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 export DS_ACCELERATOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: help install demo import test check format bench bench-retrieval bench-filters bench-indexes bench-grow bench-download bench-pipeline bench-loader bench-step bench-schedule bench-sampling bench-attribution bench-curve gpu-day gpu-wheels bench-crashes bench-near-copies bench-partitions bench-scale bench-optout optout bench-load database convert finetune docs explore paper report clean status view capacity plan bench-capacity $(STAGES)
+.PHONY: help install demo import test check types format bench bench-retrieval bench-filters bench-indexes bench-grow bench-download bench-pipeline bench-loader bench-step bench-schedule bench-sampling bench-attribution bench-curve gpu-day gpu-wheels bench-crashes bench-near-copies bench-partitions bench-scale bench-optout optout bench-load database convert finetune docs explore paper report clean status view capacity plan bench-capacity $(STAGES)
 
 help: ## list the targets
 	@grep -hE '^[a-z$$()A-Z -]+:.*## ' $(MAKEFILE_LIST) | sed -e 's/$$(STAGES)/<stage>/' -e 's/:.*## /\t/' | expand -t 20
@@ -105,8 +105,11 @@ test: install ## run all tests and doctests, in WORKERS processes
 check: install ## lint, format, types, then all tests; CI runs this
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@# Types are checked beside the first tests: alone, mypy would leave a core idle.
+	$(MAKE) -j 2 types test
+
+types: install ## check the types
 	$(BIN)/mypy
-	$(MAKE) test
 
 docs: install ## write the drawings of rooms and the numbers of README
 	$(BIN)/python -m docs.generate.rooms
