@@ -109,17 +109,26 @@ def update_inverted_lists(
 
 def _copy_entries(packed: Any, index: Any, new_numbers: Numbers) -> None:
     """Copy the codes of a faiss.IndexIVFPQFastScan to an empty faiss.IndexIVFPQ, without rows of the new number -1."""
-    unpacked = faiss.ArrayInvertedLists(packed.nlist, packed.code_size)
-    packed.orig_invlists = unpacked
-    packed.reconstruct_orig_invlists()
-    packed.orig_invlists = None  # it belongs to Python
+    lists = packed.invlists
     for number in range(packed.nlist):
-        if size := unpacked.list_size(number):
-            ids = new_numbers[faiss.rev_swig_ptr(unpacked.get_ids(number), size)]
-            codes = faiss.rev_swig_ptr(unpacked.get_codes(number), size * packed.code_size)
-            remaining = np.ascontiguousarray(codes.reshape(size, -1)[ids >= 0])
+        if size := lists.list_size(number):
+            ids = new_numbers[faiss.rev_swig_ptr(lists.get_ids(number), size)]
+            blocks = faiss.rev_swig_ptr(lists.get_codes(number), -(-size // 32) * 16 * packed.M2)
+            remaining = unpacked_codes(blocks.reshape(-1, packed.M2, 16))[:size][ids >= 0]
             ids = ids[ids >= 0]
             index.invlists.add_entries(number, len(ids), *map(faiss.swig_ptr, (ids, remaining)))
+
+
+def unpacked_codes(blocks: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """The 4-bit codes of rows in packed blocks (n, codes, 16), two in a byte: (32 n, codes / 2).
+
+    The lower halves of the 16 bytes have rows 0, 8, 1, 9, ..., 7, 15, the upper ones the rows 16 later. faiss unpacks
+    them too, one by one in five times the time.
+    """
+    ordered = blocks.reshape(*blocks.shape[:2], 8, 2).transpose(0, 3, 2, 1)  # (n, 2, 8, codes)
+    even, odd = ordered[..., ::2], ordered[..., 1::2]
+    halves = (even & 15) | (odd << 4), (even >> 4) | (odd & 240)
+    return np.stack(halves, axis=1).reshape(-1, blocks.shape[1] // 2)
 
 
 def _packed(index: Any, rows: int) -> Any:

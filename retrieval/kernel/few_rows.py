@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from retrieval.kernel.list_search import SMALLEST, Numbers, Vectors, threads
+from retrieval.kernel.list_search import Numbers, Vectors, threads
+from retrieval.kernel.rounding import rounded_rows
 
 
 class _FewRows(ctypes.Structure):
@@ -25,9 +26,7 @@ class FewRowsSearch:
 
     def __init__(self, library: Any, rows: npt.NDArray[np.float16], numbers: Numbers) -> None:
         """rows: (n, dim) unit rows, C order. numbers: of those that are compared, ascending."""
-        vectors = rows[numbers].astype(np.float32)
-        units = np.abs(vectors).max(axis=1, initial=0) / 127 + SMALLEST
-        rounded = np.rint(vectors / units[:, None]).astype(np.int8)
+        rounded, units = rounded_rows(rows[numbers].astype(np.float32))
         self._kept, largest = (numbers, rounded, units, rows), float(units.max(initial=0))
         *addresses, row_address = (array.ctypes.data for array in self._kept)
         self._rows = ctypes.pointer(_FewRows(rows.shape[1], len(numbers), *addresses, largest, row_address))

@@ -1,7 +1,8 @@
 """Searches a partition among the rows that meet a condition, by the compiled library.
 
 A search of lists ends at lists that are as far, by the scores of the visible rows before, as those at which searches
-among all rows end. Where few rows are visible, their codes and ids are copied once, so that no search reads those of
+among all rows end. Where it would visit many, the query is compared with all lists, at first in the leading directions
+of their centroids. Where few rows are visible, their codes and ids are copied once, so that no search reads those of
 the others, and where still fewer are, all of them are compared.
 """
 
@@ -66,7 +67,9 @@ class FilteredSearch:
             return lambda queries: few_rows.search(queries, k)
         entries, most = self._entries, self._search.num_lists
         distance = self._search.end_distance(k, lists, candidates)
-        condition = Condition(lists[0], WALK_COST * expected > most, distance)
+        compares = WALK_COST * expected > most
+        leading = self._search.leading.address if compares and self._search.leading else None
+        condition = Condition(lists[0], compares, distance, leading)
         visible = None if entries.memory else self._visible.ctypes.data
         settings = ctypes.pointer(Settings(k, most, most, candidates, visible, ctypes.pointer(condition)))
         # `entries` and `self` own what the addresses lead to.

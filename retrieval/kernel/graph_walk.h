@@ -10,13 +10,15 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <utility>
 #include <vector>
 
 namespace {
 
 constexpr int32_t LISTS_AHEAD = 4; // lists after the compared one with centroids that are fetched already
-constexpr size_t NEAR = 16;        // nth_element separates so many times the lists that are wanted
+constexpr int32_t GROUPS = 256;    // of similarity, by which compared lists are sorted at first
+constexpr size_t SPARE_LISTS = 128; // lists beyond the wanted ones that are compared after the leading directions
 
 struct BeamList {
     float similarity;
@@ -31,8 +33,10 @@ struct WalkScratch {
     std::vector<uint32_t> seen; // number of the last walk that compared a list
     uint32_t walk = 0;
     std::vector<int32_t> fresh;
-    RoundedQuery query;
-    std::vector<BeamList> beam, rest;
+    RoundedQuery query, leading_query;
+    std::vector<float> parts; // of the query in the leading directions
+    std::vector<BeamList> beam, rest, compared;
+    std::vector<size_t> ends; // of the groups in `rest`
 };
 
 class GraphWalk {
@@ -54,15 +58,20 @@ class GraphWalk {
         scratch_.rest.clear();
     }
 
-    // Compares all lists that have rows, in place of a walk that would compare most of them.
-    void compare_all(const float* query) {
+    // Compares all lists that have rows, in place of a walk that would compare most of them. leading: compares in these
+    // directions, and later the near lists in all dimensions; null: in all dimensions at once.
+    void compare_all(const float* query, const Leading* leading) {
         scratch_.query.set(query, lists_.dim);
-        auto& rest = scratch_.rest;
-        rest.clear();
+        leading_ = leading;
+        if (leading) set_leading_query();
+        auto& compared = scratch_.compared;
+        compared.clear();
         for (int32_t list = 0; list < lists_.num_lists; ++list) {
-            if (list + LISTS_AHEAD < lists_.num_lists) fetch(rounded(list + LISTS_AHEAD), lists_.dim);
-            if (lists_.sizes[list]) rest.push_back({similarity(list), list, true, false});
+            if (!leading && list + LISTS_AHEAD < lists_.num_lists) fetch(rounded(list + LISTS_AHEAD), lists_.dim);
+            if (lists_.sizes[list])
+                compared.push_back({leading ? leading_similarity(list) : similarity(list), list, true, false});
         }
+        sort_in_groups();
         beam_.clear();
         compared_all_ = true;
     }
@@ -92,20 +101,57 @@ class GraphWalk {
     }
 
   private:
-    // Moves the nearest of the remaining lists to the beam, where all were compared. `rest` begins with those of the beam.
+    // Sorts the compared lists by groups of similarity, nearest first, so that `take` sorts only those that it takes.
+    void sort_in_groups() {
+        const auto& compared = scratch_.compared;
+        auto& ends = scratch_.ends;
+        ends.assign(GROUPS, 0);
+        scratch_.rest.resize(compared.size());
+        if (compared.empty()) return;
+        const auto [most, least] = std::minmax_element(compared.begin(), compared.end()); // the nearest is the least
+        const float top = most->similarity, scale = (GROUPS - 1) / std::max(top - least->similarity, 1e-30f);
+        const auto group = [&](const BeamList& near) { return int32_t((top - near.similarity) * scale); };
+        for (const auto& near : compared) ++ends[group(near)];
+        std::exclusive_scan(ends.begin(), ends.end(), ends.begin(), size_t(0));
+        for (const auto& near : compared) scratch_.rest[ends[group(near)]++] = near;
+    }
+
+    // Moves at least the nearest `limit` lists to the beam, in whole groups, where all were compared. After the leading
+    // directions also SPARE_LISTS, which may be nearer in all dimensions.
     std::vector<BeamList>& take(size_t limit) {
         auto& rest = scratch_.rest;
-        const auto start = rest.begin() + beam_.size(), end = rest.begin() + std::min(limit, rest.size());
-        if (limit > near_) {
-            // More than wanted, so that the next call need not sort the others.
-            const auto last = rest.begin() + std::min(NEAR * limit, rest.size());
-            if (last != rest.end()) std::nth_element(start, last, rest.end());
-            near_ = last - rest.begin();
-        }
-        std::nth_element(start, end, rest.begin() + near_);
-        std::sort(start, end);
-        beam_.insert(beam_.end(), start, end);
+        const size_t taken = beam_.size(), wanted = std::min(leading_ ? limit + SPARE_LISTS : limit, rest.size());
+        size_t end = taken;
+        for (auto next = scratch_.ends.begin(); end < wanted; ++next) end = std::max(end, *next);
+        if (leading_) compare(rest.begin() + taken, rest.begin() + end);
+        std::sort(rest.begin() + taken, rest.begin() + end);
+        beam_.insert(beam_.end(), rest.begin() + taken, rest.begin() + end);
         return beam_;
+    }
+
+    // Compares lists in all dimensions.
+    void compare(std::vector<BeamList>::iterator start, std::vector<BeamList>::iterator end) const {
+        for (auto near = start; near != end; ++near) {
+            if (end - near > LISTS_AHEAD) fetch(rounded(near[LISTS_AHEAD].list), lists_.dim);
+            near->similarity = similarity(near->list);
+        }
+    }
+
+    // Similarity of a list in the leading directions, comparable only with each other.
+    float leading_similarity(int32_t list) const {
+        const int8_t* parts = leading_->rounded + list * leading_->dim;
+        return leading_->units[list] * scratch_.leading_query.inner_product(parts);
+    }
+
+    // Sets the parts of the query in the leading directions.
+    void set_leading_query() {
+        auto& parts = scratch_.parts;
+        parts.resize(leading_->dim);
+        for (int64_t i = 0; i < leading_->dim; ++i) {
+            const int8_t* direction = leading_->directions + i * lists_.dim;
+            parts[i] = leading_->direction_units[i] * scratch_.query.inner_product(direction);
+        }
+        scratch_.leading_query.set(parts.data(), leading_->dim);
     }
 
     const int8_t* rounded(int32_t list) const { return lists_.rounded + list * lists_.dim; }
@@ -165,7 +211,7 @@ class GraphWalk {
     WalkScratch& scratch_;
     std::vector<BeamList>& beam_;
     bool compared_all_ = false; // instead of a walk
-    size_t near_ = 0;           // lists at the start of `rest` that are nearer than the others
+    const Leading* leading_ = nullptr;
 };
 
 } // namespace

@@ -84,13 +84,12 @@ class Search {
         auto& visits = scratch_.scan.visits;
         visits.clear();
         if (compares_lists())
-            walk_.compare_all(query_);
+            walk_.compare_all(query_, settings_.condition->leading);
         else
             walk_.start(query_);
         // After a comparison with all lists more are found at once, because that takes little time.
         const int64_t first = compares_lists() ? 2 * settings_.condition->lists : FIRST_LISTS;
-        const int64_t growth = compares_lists() ? 4 : 2;
-        for (int64_t lists = std::min(first, settings_.lists);; lists = std::min(growth * lists, settings_.lists)) {
+        for (int64_t lists = std::min(first, settings_.lists);; lists = std::min(2 * lists, settings_.lists)) {
             const size_t scanned = visits.size();
             order(walk_.widen(lists + settings_.beam - settings_.lists), lists);
             if (!scanned) scan_.start(query_);

@@ -5,7 +5,7 @@ centroids.
 """
 
 import ctypes
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import faiss
@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from retrieval.kernel.layout import CODE_VALUES, ListPointers, checked_pointers, is_searchable
+from retrieval.kernel.leading import LeadingCentroids, leading_directions
 from retrieval.kernel.library import library
+from retrieval.kernel.rounding import rounded_rows
 
-SMALLEST = np.finfo(np.float32).tiny
 MAX_SETTINGS = 256
 """Settings, and end distances, that are kept."""
 END_SAMPLE, END_QUANTILE = 256, 0.27
@@ -44,7 +45,11 @@ class Lists(ctypes.Structure):
 class Condition(ctypes.Structure):
     """`Condition` of lists.h, which describes the fields."""
 
-    _fields_ = (*((name, ctypes.c_int64) for name in ("lists", "compares_lists")), ("distance", ctypes.c_float))
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("lists", "compares_lists")),
+        ("distance", ctypes.c_float),
+        ("leading", ctypes.c_void_p),
+    )
 
 
 class Settings(ctypes.Structure):
@@ -79,15 +84,14 @@ class ListSearch:
         quantizer, codes = faiss.downcast_index(index.quantizer), index.pq
         graph = quantizer.hnsw
         storage = faiss.downcast_index(quantizer.storage)
-        centroids = storage.reconstruct_n(0, index.nlist)
-        units = np.abs(centroids).max(axis=1, keepdims=True) / 127 + SMALLEST
+        rounded, units = rounded_rows(storage.reconstruct_n(0, index.nlist))
         codebooks = faiss.vector_to_array(codes.centroids).reshape(codes.M, CODE_VALUES, codes.dsub)
         arrays = {
             "codes": pointers.codes,
             "ids": pointers.ids,
             "sizes": pointers.sizes,
             "codebooks": np.ascontiguousarray(codebooks.transpose(0, 2, 1)),
-            "rounded": np.rint(centroids / units).astype(np.int8),
+            "rounded": rounded,
             "units": units,
             "links": faiss.vector_to_array(graph.neighbors),
             "first_link": faiss.vector_to_array(graph.offsets),
@@ -147,6 +151,14 @@ class ListSearch:
                 self._end_distances.clear()
             self._end_distances[key] = float(np.quantile(distances, END_QUANTILE))
         return self._end_distances[key]
+
+    @cached_property
+    def leading(self) -> LeadingCentroids | None:
+        """The centroids in their leading directions; None where all dimensions are compared at once."""
+        arrays = self._kept[1]
+        centroids = arrays["rounded"] * arrays["units"][:, None]
+        directions = leading_directions(centroids)
+        return None if directions is None else LeadingCentroids(centroids, directions)
 
     def measure(
         self, query: Vectors, k: int, lists: tuple[int, int], candidates: int, visible: Any

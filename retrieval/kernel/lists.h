@@ -37,11 +37,21 @@ inline int64_t block_bytes(const Lists& lists, int64_t rows) {
     return is_half(lists, rows) ? (lists.codes_per_row + 3) / 4 * 32 : 16 * lists.codes_per_row;
 }
 
+// The centroids in the directions in which they differ most. Pointers are borrowed.
+struct Leading {
+    int64_t dim;                   // number of directions
+    const int8_t* directions;      // (dim, dim of the centroids) directions / direction_units
+    const float* direction_units;  // (dim,)
+    const int8_t* rounded;         // (num_lists, dim) parts of the centroids / units
+    const float* units;            // (num_lists,)
+};
+
 // A condition that hides many rows.
 struct Condition {
     int64_t lists;                 // that a search among all rows visits; this one visits at least as many
     int64_t compares_lists;        // whether the query is compared with all lists instead of a walk through the graph
     float distance;                // the search ends at a list that is so far: `CodeScan::distance`
+    const Leading* leading;        // compares first in these directions; null: in all dimensions at once
 };
 
 struct Settings {

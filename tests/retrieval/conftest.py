@@ -35,6 +35,15 @@ def around_one_direction(rows: int, seed: int) -> Vectors:
     return unit(direction + 0.1 * np.random.default_rng(seed).standard_normal((rows, DIM)))
 
 
+def along_few_directions(rows: int, seed: int, dim: int = 256, power: float = 0.5) -> Vectors:
+    """(rows, dim) unit rows around one direction, with variances that fall as i ** (-2 power)."""
+    rng = np.random.default_rng(99)
+    basis, _ = np.linalg.qr(rng.standard_normal((dim, dim)))
+    mean = 2 * rng.standard_normal(dim) / np.sqrt(dim)
+    spread = np.arange(1, dim + 1) ** -power
+    return unit(np.random.default_rng(seed).standard_normal((rows, dim)) * spread @ basis + mean)
+
+
 def table_of(vectors: Vectors) -> pa.Table:
     """schema.embeddings rows with ids 1000, 1001, ... for unit vectors."""
     count = len(vectors)

@@ -6,9 +6,16 @@ import faiss
 import numpy as np
 import pytest
 
-from retrieval.index.inverted_lists import NEAR_LISTS, InvertedLists, held_out, num_lists, train_inverted_lists
+from retrieval.index.inverted_lists import (
+    NEAR_LISTS,
+    InvertedLists,
+    held_out,
+    num_lists,
+    train_inverted_lists,
+    unpacked_codes,
+)
 from retrieval.index.kmeans import nearest_centroids
-from retrieval.index.routing import Vectors
+from retrieval.index.routing import Vectors, unit
 from tests.retrieval.conftest import clustered, share_found
 
 
@@ -107,3 +114,18 @@ def test_held_out_rows_change_no_centroid_and_no_code(rows: Vectors) -> None:
 @pytest.mark.parametrize(("rows", "lists"), [(1001, 256), (50_000, 2048), (1_000_000, 8192)])
 def test_the_number_of_lists_is_a_power_of_two_near_eight_roots(rows: int, lists: int) -> None:
     assert num_lists(rows) == lists
+
+
+@pytest.mark.parametrize("dim", [7, 10, 20])
+def test_codes_are_unpacked_as_faiss_does(dim: int) -> None:
+    rows = unit(np.random.default_rng(dim).standard_normal((700, dim)).astype(np.float32)).astype(np.float16)
+    index = train_inverted_lists(rows, 0).index
+    expected = faiss.ArrayInvertedLists(index.nlist, index.code_size)
+    index.orig_invlists = expected
+    index.reconstruct_orig_invlists()
+    index.orig_invlists = None  # it belongs to Python
+    for number in np.flatnonzero([expected.list_size(number) for number in range(index.nlist)]).tolist():
+        size = expected.list_size(number)
+        codes = faiss.rev_swig_ptr(expected.get_codes(number), size * index.code_size).reshape(size, -1)
+        blocks = faiss.rev_swig_ptr(index.invlists.get_codes(number), -(-size // 32) * 16 * index.M2)
+        np.testing.assert_array_equal(unpacked_codes(blocks.reshape(-1, index.M2, 16))[:size], codes)
