@@ -15,10 +15,11 @@ from retrieval.index import inverted_lists
 from retrieval.index.inverted_lists import train_inverted_lists
 from retrieval.index.partition import Partition
 from retrieval.index.routing import Numbers, Vectors, unit
-from retrieval.kernel import filtered_search
+from retrieval.kernel import filtered_search, list_search
 from retrieval.kernel.filtered_search import MAX_COPIED_SHARE, ROWS_PER_LIST, FilteredSearch
 from retrieval.kernel.layout import list_pointers
 from retrieval.kernel.list_search import ListSearch, open_list_search
+from retrieval.kernel.rounding import rounded_rows
 from tests.retrieval.conftest import around_one_direction, brute_force, built, clustered, share_found
 
 EFFORTS = [Effort(1, 1, 1), Effort(1, 4, 3), Effort(1, 40, 8), Effort(1, 512, 64)]
@@ -221,3 +222,15 @@ def test_lists_that_probably_have_no_neighbor_are_not_read(compiled_library: cty
         finally:
             os._exit(status)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_centroids_are_rounded_few_at_a_time(in_lists: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = in_lists.partitions[0].files.base
+    storage = faiss.downcast_index(faiss.downcast_index(index.quantizer).storage)
+    decode, counts = storage.reconstruct_n, []
+    storage.reconstruct_n = lambda start, count: (counts.append(count), decode(start, count))[1]
+    monkeypatch.setattr(list_search, "LISTS_AT_ONCE", 100)
+    rounded, units = list_search.rounded_centroids(storage)
+    assert counts == [100, 100, 100, 100, 100, 12]
+    for of_blocks, at_once in zip((rounded, units), rounded_rows(decode(0, 512)), strict=True):
+        np.testing.assert_array_equal(of_blocks, at_once)
