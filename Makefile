@@ -33,7 +33,7 @@ export NO_ALBUMENTATIONS_UPDATE ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 export DS_ACCELERATOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: help install demo import test check types format bench bench-retrieval bench-filters bench-indexes bench-grow bench-download bench-pipeline bench-loader bench-step bench-schedule bench-sampling bench-attribution bench-curve gpu-day gpu-wheels bench-crashes bench-near-copies bench-partitions bench-scale bench-optout optout bench-load database convert finetune docs explore paper report clean status view capacity plan bench-capacity $(STAGES)
+.PHONY: help install demo import test check types format bench gpu-day gpu-wheels optout database convert finetune docs explore paper report clean status view capacity $(STAGES) bench-step
 
 help: ## list the targets
 	@grep -hE '^[a-z$$()A-Z -]+:.*## ' $(MAKEFILE_LIST) | sed -e 's/$$(STAGES)/<stage>/' -e 's/:.*## /\t/' | expand -t 20
@@ -97,8 +97,6 @@ view: install ## a page of pictures, refused rows and neighbors of RECIPE: ARGS=
 capacity: install ## storage, hours and cost at full size: of laion2b.toml, or of RECIPE
 	@$(BIN)/python -m jobs.capacity $(if $(filter file,$(origin RECIPE)),jobs/configs/laion2b.toml,$(RECIPE)) $(ARGS)
 
-plan: capacity ## the same as capacity
-
 test: install ## run all tests and doctests, in WORKERS processes
 	OMP_NUM_THREADS=1 XDG_CACHE_HOME="$(CURDIR)/$(VENV)/cache" $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
@@ -121,63 +119,38 @@ format: install ## let ruff fix and format the code
 
 bench: bench-retrieval bench-loader bench-step bench-schedule ## the benchmarks that need no finished run
 
-bench-retrieval: install .venv-bench/installed ## our search and join against other libraries: docs/performance.md (other data: ARGS="--rows 300000 --seed 1 --parts search")
-	$(BIN)/python -m benchmarks.retrieval $(ARGS)
+# Each target below runs `python -m benchmarks.<MODULE>`, with RECIPE if OWN names it.
+BENCHMARKS := $(addprefix bench-,attribution capacity crashes curve download filters grow indexes load loader near-copies optout partitions pipeline retrieval sampling scale schedule)
+bench-attribution bench-curve bench-load bench-near-copies bench-sampling: OWN = $(RECIPE)
+bench-capacity bench-download bench-loader bench-near-copies bench-optout bench-pipeline: export OMP_NUM_THREADS := 1
+bench-pipeline bench-retrieval: .venv-bench/installed
 
-bench-filters: install ## search among the rows that meet a condition, also by Lance and zvec after make .venv-bench/installed: docs/filters.md
-	$(BIN)/python -m benchmarks.retrieval.filters $(ARGS)
+bench-attribution: MODULE = training.attribution## attribution by sampling against a model trained without a style, on the demo (two trainings): docs/attribution.md
+bench-capacity: MODULE = pipeline.capacity## rates for the capacity plan: docs/capacity.json
+bench-crashes: MODULE = crashes## crash tests of the data stages: docs/crashes.md
+bench-curve: MODULE = training.curve## contents of the demo's samples at each checkpoint of RECIPE's run, finished or not: docs/curve.md
+bench-download: MODULE = pipeline.download## our download against img2dataset: docs/download.md
+bench-filters: MODULE = retrieval.filters## search among the rows that meet a condition, also by Lance and zvec after make .venv-bench/installed: docs/filters.md
+bench-grow: MODULE = retrieval.grow## add and delete rows of a database, merge databases: docs/grow.md
+bench-indexes: MODULE = retrieval.indexes## ways to build and store a partition, autofaiss among them; what they are: docs/guides/searching.md
+bench-load: MODULE = page.load## load test of the explore page with 100 visitors: docs/load.md
+bench-loader: MODULE = training.loader## speed of the data loader per core: docs/loader.md
+bench-near-copies: MODULE = pipeline.near_copies## recall and false removals of near-copy removal with RECIPE's [clip]: docs/near_copies.md
+bench-optout: MODULE = pipeline.optout_search## time to find a list of a million ids: docs/optout.md
+bench-partitions: MODULE = pipeline.partitions## neighbors inside the visited partitions, with copies of rows and fewer partitions: docs/partitions.md
+bench-pipeline: MODULE = pipeline## filter, embed and neighbors against plain code, one and two workers: docs/pipeline.md
+bench-retrieval: MODULE = retrieval## our search and join against other libraries: docs/performance.md (other data: ARGS="--rows 300000 --seed 1 --parts search")
+bench-sampling: MODULE = training.sampling## samplers against DDIM with 50 steps on RECIPE's finished run: docs/sampling.md
+bench-scale: MODULE = scale## requests, time and memory of 231,350 shards in an object store: docs/scale.md
+bench-schedule: MODULE = training.schedule## operations and projected days of the paper's training: docs/training.md
 
-bench-indexes: install ## ways to build and store a partition, autofaiss among them; what they are: docs/guides/searching.md
-	$(BIN)/python -m benchmarks.retrieval.indexes $(ARGS)
-
-bench-grow: install ## add and delete rows of a database, merge databases: docs/grow.md
-	$(BIN)/python -m benchmarks.retrieval.grow $(ARGS)
-
-bench-loader: install ## speed of the data loader per core: docs/loader.md
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.training.loader $(ARGS)
-
-bench-download: install ## our download against img2dataset: docs/download.md
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pipeline.download $(ARGS)
-
-bench-pipeline: install .venv-bench/installed ## filter, embed and neighbors against plain code, one and two workers: docs/pipeline.md
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pipeline $(ARGS)
+.PHONY: $(BENCHMARKS)
+$(BENCHMARKS): install
+	$(BIN)/python -m benchmarks.$(MODULE) $(OWN) $(ARGS)
 
 bench-step: install ## overhead of the training loop: docs/step.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.training.step $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node=2 -m benchmarks.training.step $(ARGS)
-
-bench-schedule: install ## operations and projected days of the paper's training: docs/training.md
-	$(BIN)/python -m benchmarks.training.schedule $(ARGS)
-
-bench-sampling: install ## samplers against DDIM with 50 steps on RECIPE's finished run: docs/sampling.md
-	$(BIN)/python -m benchmarks.training.sampling $(RECIPE) $(ARGS)
-
-bench-attribution: install ## attribution by sampling against a model trained without a style, on the demo (two trainings): docs/attribution.md
-	$(BIN)/python -m benchmarks.training.attribution $(RECIPE) $(ARGS)
-
-bench-curve: install ## contents of the demo's samples at each checkpoint of RECIPE's run, finished or not: docs/curve.md
-	$(BIN)/python -m benchmarks.training.curve $(RECIPE) $(ARGS)
-
-bench-load: install ## load test of the explore page with 100 visitors: docs/load.md
-	$(BIN)/python -m benchmarks.page.load $(RECIPE) $(ARGS)
-
-bench-capacity: install ## rates for the capacity plan: docs/capacity.json
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pipeline.capacity $(ARGS)
-
-bench-scale: install ## requests, time and memory of 231,350 shards in an object store: docs/scale.md
-	$(BIN)/python -m benchmarks.scale $(ARGS)
-
-bench-near-copies: install ## recall and false removals of near-copy removal with RECIPE's [clip]: docs/near_copies.md
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pipeline.near_copies $(RECIPE) $(ARGS)
-
-bench-optout: install ## time to find a list of a million ids: docs/optout.md
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pipeline.optout_search $(ARGS)
-
-bench-partitions: install ## neighbors inside the visited partitions, with copies of rows and fewer partitions: docs/partitions.md
-	$(BIN)/python -m benchmarks.pipeline.partitions $(ARGS)
-
-bench-crashes: install ## crash tests of the data stages: docs/crashes.md
-	$(BIN)/python -m benchmarks.crashes $(ARGS)
 
 # Without `install`: a GPU machine without a network has libraries of its own, GPU_PYTHON names its Python.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)

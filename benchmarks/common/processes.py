@@ -1,7 +1,19 @@
-"""Ports and environments of the processes that benchmarks start on this machine."""
+"""Processes that benchmarks start on this machine: new ones, their ports and environments."""
 
+import multiprocessing
 import os
 import socket
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+
+
+def in_new_process(work: Callable[..., Result], *arguments: Any) -> Result:
+    """The result of a function in a new process, so that its CPU time and its memory can be measured."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
 
 
 def free_port() -> int:

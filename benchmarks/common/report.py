@@ -1,5 +1,6 @@
-"""What all benchmarks share: folders, Markdown tables, goals, and writing results to docs/."""
+"""What all benchmarks share: folders, arguments, goals, and writing results to docs/."""
 
+import argparse
 import json
 import os
 from collections.abc import Callable, Collection
@@ -14,16 +15,16 @@ Page = Callable[[dict[str, Any]], str]
 """Results -> the page as Markdown."""
 
 
+def benchmark_parser(module: str, about: str | None) -> argparse.ArgumentParser:
+    """The argument that all benchmarks have: --docs. module: its name below `benchmarks`."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{module}", description=about)
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the results")
+    return parser
+
+
 def thread_count(count: int) -> str:
     """A number of threads in words."""
     return f"{count} thread{'s' if count > 1 else ''}"
-
-
-def markdown_table(headings: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table. Columns are aligned to the right if their heading ends in a colon."""
-    lines = [[heading.removesuffix(":") for heading in headings]]
-    lines.append(["---:" if heading.endswith(":") else "---" for heading in headings])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [*lines, *rows])
 
 
 def write_report(folder: Path, name: str, result: dict[str, Any], page: str) -> None:

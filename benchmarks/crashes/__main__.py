@@ -5,7 +5,6 @@ After each fault the stage's files are compared with those of an undisturbed run
 lost or changed a file.
 """
 
-import argparse
 import json
 import logging
 import multiprocessing.util
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.common.report import DOCS, markdown_table, write_atomically
+from benchmarks.common.report import benchmark_parser, write_atomically
 from benchmarks.crashes.cases import CASES, CaseWorld
 from benchmarks.crashes.cases import STAGE as CASE_STAGE
 from benchmarks.crashes.data_set import MODULES, STAGES, ServedPictures, served_data_set
@@ -30,6 +29,7 @@ from benchmarks.crashes.faults import DRIVER, FAULTS, Command, CrashCluster, cra
 from benchmarks.crashes.outcome import CleanRun, Outcome, differences, files_of, table_rows
 from benchmarks.crashes.store import running_store
 from jobs.reporting.hardware import hardware
+from jobs.reporting.tables import markdown_table
 from retrieval.storage.root import Root
 
 KINDS = (*FAULTS, *CASES)
@@ -199,12 +199,11 @@ def page(result: dict[str, Any]) -> str:
 class Report:
     """The page and its JSON, written after each outcome. Outcomes of other stages and kinds are kept."""
 
-    def __init__(self, out: Path, seed: int, pairs: Sequence[tuple[str, str]]) -> None:
-        self.out = out
+    def __init__(self, docs: Path, seed: int, pairs: Sequence[tuple[str, str]]) -> None:
+        self.stored = docs / "crashes.json"
         self.seed = seed
         self.failed = False
-        path = out.with_suffix(".json")
-        stored = json.loads(path.read_text())["outcomes"] if path.exists() else []
+        stored = json.loads(self.stored.read_text())["outcomes"] if self.stored.exists() else []
         self.outcomes = [outcome for outcome in stored if (outcome["stage"], outcome["kind"]) not in pairs]
 
     def add(self, outcome: Outcome) -> None:
@@ -213,18 +212,17 @@ class Report:
         self.outcomes.append({**asdict(outcome), "hardware": hardware()})
         self.outcomes.sort(key=lambda each: (STAGES.index(each["stage"]), KINDS.index(each["kind"])))
         result = {"seed": self.seed, "outcomes": self.outcomes}
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.out.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
-        write_atomically(self.out, page(result))
+        self.stored.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.stored, json.dumps(result, indent=1) + "\n")
+        write_atomically(self.stored.with_suffix(".md"), page(result))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.crashes", description=__doc__)
+    parser = benchmark_parser("crashes", __doc__)
     parser.add_argument("--seed", type=int, default=0, help="seed of the times of the faults")
     parser.add_argument("--each", type=int, default=20, help="faults for each stage")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="stages to test")
     parser.add_argument("--cases", nargs="+", choices=KINDS, default=list(KINDS), help="faults and cases to test")
-    parser.add_argument("--out", type=Path, default=DOCS / "crashes.md", help="the page")
     options = parser.parse_args()
     logging.getLogger("ray").setLevel(logging.ERROR)
     stages = STAGES[: 1 + max(map(STAGES.index, options.stages))]
@@ -237,7 +235,7 @@ def main() -> None:
         pairs = [(CASE_STAGE, kind) for kind in cases if CASE_STAGE in options.stages]
         pairs += [(stage, kind) for stage in options.stages for kind in faults]
         clean = matrix.prepare(stages)
-        report = Report(options.out, options.seed, pairs)
+        report = Report(options.docs, options.seed, pairs)
         with tqdm(pairs, unit="pair") as bar:
             for stage, kind in bar:
                 bar.set_description(f"{stage}, {kind}")
@@ -245,7 +243,7 @@ def main() -> None:
                 for outcome in play(kind, clean[stage]):
                     report.add(outcome)
                     bar.write(f"{stage}, {kind}: {'; '.join(outcome.wrong[:3]) or f'survived, {outcome.lost_s} s'}")
-    print(options.out.read_text())
+    print(report.stored.with_suffix(".md").read_text())
     raise SystemExit(report.failed)
 
 

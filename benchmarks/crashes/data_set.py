@@ -6,7 +6,6 @@ runs.
 """
 
 import io
-import json
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from benchmarks.common.random_clip import write_random_clip
 from pipeline.recipe import DownloadConfig, EmbedConfig, FilterConfig, NeighborsConfig
 from retrieval.config import Config
 from retrieval.recipe import ClipConfig, IndexConfig
@@ -57,8 +57,8 @@ class SmallDataSet:
 
     def run(self, stage: str, root: Root, workers: int, variant: str = "") -> Manifest:
         """Run a data stage on the connected Ray cluster. variant: `retry` or `timeout` of the download."""
-        if stage == "embed" and not (self.folder / "clip").exists():
-            _write_clip(self.folder / "clip")
+        if stage == "embed":
+            write_random_clip(self.folder / "clip", ARCHITECTURE)
         options = {"retry": True} if variant == "retry" else {}
         manifest: Manifest = import_module(MODULES[stage]).run(*self._configs(workers, variant)[stage], root, **options)
         return manifest
@@ -156,16 +156,3 @@ def _write_metadata(data_set: SmallDataSet, port: int) -> None:
     for part in range(data_set.files):
         rows = table.take(pa.array(np.flatnonzero(numbers % data_set.files == part)))
         pq.write_table(rows, data_set.folder / "metadata" / f"part-{part}.parquet")
-
-
-def _write_clip(folder: Path) -> None:
-    """A model with random weights, in open_clip's folder layout."""
-    import open_clip
-    import torch
-    from safetensors.torch import save_file
-
-    folder.mkdir()
-    torch.manual_seed(0)
-    weights = open_clip.CLIP(**ARCHITECTURE).state_dict()
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": ARCHITECTURE}))
-    save_file(weights, folder / "open_clip_model.safetensors")

@@ -6,7 +6,6 @@ started again and goes on with the next case. Cases in `gpu.json` are not measur
 `--tiny` runs every case with tiny networks, also on a CPU, and writes to the scratch folder.
 """
 
-import argparse
 import json
 import signal
 import subprocess
@@ -18,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.report import DOCS, REPOSITORY, SCRATCH, write_atomically
+from benchmarks.common.report import REPOSITORY, SCRATCH, benchmark_parser, write_atomically
 from benchmarks.gpu.page import page
 from jobs.reporting.hardware import hardware
 
@@ -141,12 +140,11 @@ def _machine() -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser = benchmark_parser("gpu", __doc__)
     parser.add_argument("--minutes", type=float, default=30, help="end cleanly after so many minutes")
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), help="rows to measure")
     parser.add_argument("--retry", action="store_true", help="measure failed cases again")
     parser.add_argument("--tiny", action="store_true", help="tiny networks, also on a CPU")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the results")
     parser.add_argument("--scratch", type=Path, default=SCRATCH / "gpu", help="folder of data, of results with --tiny")
     options = parser.parse_args()
     folder = options.scratch if options.tiny else options.docs

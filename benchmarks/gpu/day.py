@@ -1,17 +1,23 @@
 """What the rows share: the device, clocks, tiny and full networks, and inputs that are written once per machine."""
 
-import json
+import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.common.report import REPOSITORY
+
 Values = dict[str, Any]
 """The values of a case, ready for JSON."""
 Cases = dict[str, Callable[[], Values]]
+PROFILED = 15
+"""Operators of a profile."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ def matrix_product(day: Day) -> float:
     return best
 
 
-def profile(work: Callable[[], object], rows: int = 15) -> list[list[Any]]:
+def profile(work: Callable[[], object]) -> list[list[Any]]:
     """The operators with the most time on the device in one call: name, calls, milliseconds, share."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
@@ -84,8 +90,25 @@ def profile(work: Callable[[], object], rows: int = 15) -> list[list[Any]]:
     total = sum(getattr(event, unit) for event in events) or 1.0
     return [
         [event.key[:80], event.count, round(getattr(event, unit) / 1000, 3), round(getattr(event, unit) / total, 4)]
-        for event in events[:rows]
+        for event in events[:PROFILED]
     ]
+
+
+def run_command(command: str, recipe: Path, settings: Mapping[str, object], on_cpu: bool = False) -> None:
+    """Run `python -m jobs.<command>` with changed settings of a recipe. Raises RuntimeError with the end of its log."""
+    texts = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in settings.items()}
+    words = [word for key, text in texts.items() for word in ("--set", f"{key}={text}")]
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if on_cpu else {}
+    process = subprocess.run(
+        [sys.executable, "-m", f"jobs.{command}", str(recipe), *words],
+        cwd=REPOSITORY,
+        env={**os.environ, **hidden},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if process.returncode:
+        raise RuntimeError(f"{command} ended with code {process.returncode}: {process.stderr[-2000:]}")
 
 
 def training_stage(day: Day, size: int) -> Any:
@@ -116,25 +139,14 @@ def autoencoder_folder(day: Day) -> Path:
 def encoder(day: Day, device: str, precision: str) -> Any:
     """ViT-L/14 with random weights as `retrieval.clip.encoder.Encoder`, from a folder that is written once."""
     import open_clip
-    from safetensors.torch import save_file
 
+    from benchmarks.common.random_clip import write_random_clip
     from retrieval.clip.encoder import Encoder
     from retrieval.recipe import ClipConfig
 
-    folder = day.scratch / "clip"
-    if not (folder / "open_clip_config.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        model_config = TINY_CLIP if day.tiny else open_clip.get_model_config("ViT-L-14-quickgelu")
-        torch.manual_seed(0)
-        settings = {name: value for name, value in model_config.items() if name != "custom_text"}
-        weights = open_clip.model.CLIP(**settings).state_dict()
-        save_file(
-            {name: tensor.contiguous() for name, tensor in weights.items()}, folder / "open_clip_model.safetensors"
-        )
-        preprocessing = {"size": model_config["vision_cfg"]["image_size"]}
-        description = {"model_cfg": model_config, "preprocess_cfg": preprocessing}
-        (folder / "open_clip_config.json").write_text(json.dumps(description))
-    return Encoder(ClipConfig(model=f"local-dir:{folder}"), device, precision)  # type: ignore[arg-type]
+    architecture = TINY_CLIP if day.tiny else open_clip.get_model_config("ViT-L-14-quickgelu")
+    model = write_random_clip(day.scratch / "clip", architecture)
+    return Encoder(ClipConfig(model=model), device, precision)  # type: ignore[arg-type]
 
 
 TINY_CLIP: Values = {

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks.common.report import markdown_table
+from jobs.reporting.tables import markdown_table
 
 PAGE = """# On a GPU
 

@@ -13,16 +13,14 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 
+from benchmarks.common.on_recipe import recipe_parser, report_on_recipe
 from benchmarks.common.processes import free_port
-from benchmarks.common.report import DOCS, write_report
-from jobs.cli.command import exit_on_user_error
-from jobs.cli.recipe import Recipe, load_recipe
+from jobs.cli.recipe import Recipe
 from jobs.reporting.hardware import hardware
 from retrieval.errors import UserError
 from trainer.sampling.recipe import SampleConfig
@@ -46,15 +44,17 @@ second during the test, had a 99th percentile of {health_p99_ms:.0f} ms.
 
 
 @contextmanager
-def server(recipe: Path) -> Iterator[str]:
+def server(recipe: Recipe) -> Iterator[str]:
     """Start a server and yield its URL; the server is stopped when the block ends."""
     port = free_port()
-    process = subprocess.Popen([sys.executable, "-m", "jobs.explore", str(recipe), "--port", str(port)])
+    process = subprocess.Popen([sys.executable, "-m", "jobs.explore", *recipe.arguments(), "--port", str(port)])
     try:
         address, start = f"http://127.0.0.1:{port}", time.monotonic()
         while not _is_healthy(address):
             if process.poll() is not None or time.monotonic() - start > START_S:
-                raise UserError(f"python -m jobs.explore {recipe} did not start in {START_S:g} s. See its messages.")
+                raise UserError(
+                    f"python -m jobs.explore {recipe.path} did not start in {START_S:g} s. See its messages."
+                )
             time.sleep(0.2)
         yield address
     finally:
@@ -138,26 +138,28 @@ def texts_of(recipe: Recipe) -> list[str]:
     return list(prompts) or ["a red boat", "two trees by the sea", "a woman with a hat"]
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Measure and write the page. Exits with code 1 if any request failed."""
-    texts = texts_of(load_recipe(arguments.recipe))
-    with server(arguments.recipe) as address:
+def measure_page(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
+    """Start the page and measure it as the arguments say."""
+    texts = texts_of(recipe)
+    with server(recipe) as address:
         asyncio.run(measure(address, texts, 4, 2.0))  # warm up: the first calls open files
-        measured = asyncio.run(measure(address, texts, arguments.visitors, arguments.seconds))
-    settings = {"visitors": arguments.visitors, "seconds": arguments.seconds, "recipe": arguments.recipe.name}
-    result = {"hardware": hardware(), **settings, "k": K, **measured}
-    write_report(arguments.out, "load", result, PAGE.format(**result))
-    if result["errors"]:
-        raise SystemExit(1)
+        measured = asyncio.run(measure(address, texts, options.visitors, options.seconds))
+    settings = {"visitors": options.visitors, "seconds": options.seconds, "recipe": recipe.path.name}
+    return {"hardware": hardware(), **settings, "k": K, **measured}
+
+
+def page(result: dict[str, Any]) -> str:
+    """The page as Markdown."""
+    return PAGE.format(**result)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="make bench-load", description=__doc__)
-    parser.add_argument("recipe", type=Path, metavar="RECIPE")
+    """Measure and write the page. Exits with code 1 if any request failed."""
+    parser = recipe_parser("page.load", __doc__, "recipe whose databases are searched")
     parser.add_argument("--seconds", type=float, default=60.0, help="duration (default %(default)s)")
     parser.add_argument("--visitors", type=int, default=100, help="concurrent visitors (default %(default)s)")
-    parser.add_argument("--out", type=Path, default=DOCS, help="folder of the results (default docs)")
-    exit_on_user_error(lambda: run(parser.parse_args()))
+    if report_on_recipe(parser, "load", measure_page, page)["errors"]:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -16,14 +16,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import torch
 
-from benchmarks.common.report import DOCS, SCRATCH, Goal, machines, markdown_table, write_part
+from benchmarks.common.processes import in_new_process
+from benchmarks.common.random_clip import write_random_clip
+from benchmarks.common.report import SCRATCH, Goal, benchmark_parser, machines, write_part
 from benchmarks.pipeline import filter_query as query
 from benchmarks.pipeline import stages
 from jobs.reporting.hardware import hardware
+from jobs.reporting.tables import markdown_table
 from retrieval.clip.encoder import Encoder
 from retrieval.cluster.connection import ray_connection
+from retrieval.recipe import ClipConfig
 from retrieval.storage.root import Root
 
 GB = 1e9
@@ -94,16 +99,16 @@ def measure_filter(folder: Path, size: Size) -> dict[str, Any]:
     """Seconds of every method, and CPU time per row and peak memory of our filter at every size."""
     paths = query.write_metadata(folder / "metadata", max(size.rows), size.rows_per_file)
     methods: dict[str, Callable[[], dict[str, float]]] = {
-        "ours": partial(query.in_new_process, query.run_our_filter, paths, folder / "ours"),
-        HASHES: partial(query.in_new_process, query.run_hashes, paths),
-        "pyarrow": partial(query.in_new_process, query.run_pyarrow, paths, folder / "arrow"),
+        "ours": partial(in_new_process, query.run_our_filter, paths, folder / "ours"),
+        HASHES: partial(in_new_process, query.run_hashes, paths),
+        "pyarrow": partial(in_new_process, query.run_pyarrow, paths, folder / "arrow"),
     }
     if query.has_duckdb():
         methods["DuckDB"] = lambda: query.run_duckdb(paths, folder / "duckdb")
         methods["DuckDB, repeats dropped"] = lambda: query.run_duckdb(paths, folder / "duckdb", distinct=True)
     smaller = {str(rows): paths[: rows // size.rows_per_file] for rows in sorted(size.rows)[:-1]}
     for rows, first in smaller.items():
-        methods[rows] = partial(query.in_new_process, query.run_our_filter, first, folder / "ours")
+        methods[rows] = partial(in_new_process, query.run_our_filter, first, folder / "ours")
     seconds = median_rounds(methods, size.rounds)
     runs = {int(rows): seconds.pop(rows) for rows in smaller} | {max(size.rows): seconds["ours"]}
     sizes = [
@@ -115,7 +120,7 @@ def measure_filter(folder: Path, size: Size) -> dict[str, Any]:
 
 def measure_embed(folder: Path, size: Size) -> dict[str, Any]:
     """Seconds of the plain loop, and of the stage's work on a shard of the same pictures, on one thread."""
-    encoder = Encoder(stages.write_clip(folder / size.model, size.model))
+    encoder = Encoder(_clip(folder, size))
     root = Root(str(folder / "embed-loop"))
     stages.write_download(root, 1, size.pictures)
     loops: dict[str, Callable[[], object]] = {
@@ -131,9 +136,13 @@ def measure_embed(folder: Path, size: Size) -> dict[str, Any]:
     return {**result, "methods": median_rounds(methods, size.rounds)}
 
 
+def _clip(folder: Path, size: Size) -> ClipConfig:
+    return ClipConfig(model=write_random_clip(folder / size.model, open_clip.get_model_config(size.model)))
+
+
 def measure_workers(folder: Path, size: Size) -> dict[str, Any]:
     """Seconds per shard on Ray with one worker and with two; for neighbors also with a tenth of the rows."""
-    clip = stages.write_clip(folder / size.model, size.model)
+    clip = _clip(folder, size)
     small, large = (folder / f"neighbors-{rows}" for rows in size.train_rows)
     stages.write_download(Root(str(folder)), size.shards, max(2, size.pictures // 8))
     query.write_metadata(folder / "metadata", max(size.rows), size.rows_per_file)
@@ -252,10 +261,9 @@ def page(result: dict[str, Any]) -> str:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.pipeline", description=__doc__)
+    parser = benchmark_parser("pipeline", __doc__)
     parser.add_argument("--tiny", action="store_true", help="trial run of every part; writes no docs")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="parts that are measured")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the results")
     parser.add_argument("--scratch", type=Path, default=SCRATCH, help="folder of the test data")
     return parser.parse_args()
 

@@ -5,7 +5,6 @@ that of LAION and without Ray, and the CPU time to decode a picture for CLIP. Wr
 `jobs/capacity/rates.toml` takes its rates from there.
 """
 
-import argparse
 import io
 import json
 import tempfile
@@ -20,7 +19,7 @@ import torch
 from open_clip.transform import image_transform
 from PIL import Image
 
-from benchmarks.common.report import DOCS
+from benchmarks.common.report import benchmark_parser
 from jobs.reporting.hardware import hardware
 from pipeline.filter.filter import prepare
 from pipeline.filter.filter_passes import Dedupe, Scan, Select
@@ -29,6 +28,8 @@ from retrieval.storage.root import Root
 
 SIZES = (100_000, 300_000, 1_000_000)
 ROWS_PER_FILE = 100_000
+DECODED = 200
+"""Times that a picture is decoded."""
 PICTURES = {"database": (224, 300), "train": (1024, 1365)}
 """Height and width of a picture as the stage `download` stores it."""
 LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz0123456789", np.uint8)
@@ -79,7 +80,7 @@ def measure(folder: Path, rows: int) -> dict[str, Any]:
     }
 
 
-def measure_decoding(edges: tuple[int, int], count: int = 200) -> float:
+def measure_decoding(edges: tuple[int, int]) -> float:
     """CPU microseconds to decode and preprocess a JPEG for CLIP, on one thread. edges: height, width."""
     torch.set_num_threads(1)
     preprocess = image_transform(224, is_train=False)
@@ -88,16 +89,14 @@ def measure_decoding(edges: tuple[int, int], count: int = 200) -> float:
     buffer = io.BytesIO()
     small.resize(edges[::-1], Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
     start = time.process_time()
-    for _ in range(count):
+    for _ in range(DECODED):
         with Image.open(io.BytesIO(buffer.getvalue())) as image:
             preprocess(image)
-    return 1e6 * (time.process_time() - start) / count
+    return 1e6 * (time.process_time() - start) / DECODED
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.pipeline.capacity", description=__doc__)
-    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the results")
-    docs = parser.parse_args().docs
+    docs = benchmark_parser("pipeline.capacity", __doc__).parse_args().docs
     sizes = []
     for rows in SIZES:
         with tempfile.TemporaryDirectory(prefix="rdm-") as folder:

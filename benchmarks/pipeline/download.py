@@ -20,11 +20,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from benchmarks.common.report import DOCS, REPOSITORY, SCRATCH, markdown_table, write_report
+from benchmarks.common.report import REPOSITORY, SCRATCH, benchmark_parser, write_report
 from benchmarks.pipeline.downloader import EDGE, QUALITY, RETRIES
 from benchmarks.pipeline.static_server import serve_folder
 from benchmarks.training.training_data import PICTURES, picture
 from jobs.reporting.hardware import hardware
+from jobs.reporting.tables import markdown_table
 from retrieval.storage.root import Root
 from retrieval.storage.schema import SELECTED, SPLITS, image_id, write_table
 
@@ -227,9 +228,8 @@ def _read_line(worker: "subprocess.Popen[str]") -> dict[str, float]:
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.pipeline.download", description=__doc__)
+    parser = benchmark_parser("pipeline.download", __doc__)
     parser.add_argument("--scratch", type=Path, default=SCRATCH, help="folder for data")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="folder for the report")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--cases", type=int, nargs="+", choices=range(len(CASES)), help="measure these again, keep other results"

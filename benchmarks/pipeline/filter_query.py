@@ -10,10 +10,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -81,12 +78,6 @@ def _rows_with_repeats(rows: int, rng: np.random.Generator) -> npt.NDArray[np.in
     order = np.arange(rows)
     order[rng.integers(0, rows, rows // 25)] = rng.integers(0, rows, rows // 25)
     return order
-
-
-def in_new_process(work: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
-    """The result of a function in a new process."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(work, *arguments).result()
 
 
 def run_our_filter(paths: list[Path], scratch: Path) -> dict[str, float]:

@@ -5,7 +5,6 @@ the pictures are training images. Modified copies of these should be removed, by
 embedding, or by either; the other half should not. Writes `docs/near_copies.json` and `docs/near_copies.md`.
 """
 
-import argparse
 import io
 import time
 from collections.abc import Callable, Iterator
@@ -17,11 +16,11 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from benchmarks.common.report import DOCS, markdown_table, write_report
-from jobs.cli.command import add_overrides, exit_on_user_error
-from jobs.cli.recipe import Recipe, load_recipe
+from benchmarks.common.on_recipe import recipe_parser, report_on_recipe
+from jobs.cli.recipe import Recipe
 from jobs.demo.world.scenes import draw, random_scene
 from jobs.reporting.hardware import hardware
+from jobs.reporting.tables import markdown_table
 from pipeline.pictures.near_copy_shards import ROWS_PER_GROUP
 from pipeline.pictures.picture import prepare
 from pipeline.recipe import EmbedConfig, NeighborsConfig
@@ -172,19 +171,12 @@ def page(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.pipeline.near_copies", description=__doc__)
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="recipe with a [clip] model on disk")
-    add_overrides(parser)
+    parser = recipe_parser("pipeline.near_copies", __doc__, "recipe with a [clip] model on disk")
     parser.add_argument("--count", type=int, default=500, help="number of drawn training pictures")
     parser.add_argument("--pictures", type=Path, help="folder of .jpg files to measure as well")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the results")
-    options = parser.parse_args()
-
-    def work() -> None:
-        result = measure(load_recipe(options.recipe, options.overrides), options.count, options.pictures)
-        write_report(options.docs, "near_copies", result, page(result))
-
-    exit_on_user_error(work)
+    report_on_recipe(
+        parser, "near_copies", lambda recipe, options: measure(recipe, options.count, options.pictures), page
+    )
 
 
 if __name__ == "__main__":

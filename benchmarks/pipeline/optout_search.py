@@ -4,15 +4,13 @@ Writes tables of random ids to a temporary folder and looks up a list in each of
 `docs/optout.md`, with the time at LAION's size projected from the time per table.
 """
 
-import argparse
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.common.report import DOCS, write_report
+from benchmarks.common.report import benchmark_parser, write_report
 from jobs.reporting.hardware import hardware
 from pipeline.optout.id_tables import SHARDS_PER_TABLE, look_up, write_id_table
 from retrieval.storage.root import Root
@@ -84,10 +82,9 @@ def report(tables: int, rows_per_table: int, num_ids: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.pipeline.optout_search", description=__doc__)
+    parser = benchmark_parser("pipeline.optout_search", __doc__)
     parser.add_argument("--tables", type=int, default=8, help="number of tables")
     parser.add_argument("--ids", type=int, default=1_000_000, help="length of the list")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the results")
     options = parser.parse_args()
     result = report(options.tables, ROWS_PER_TABLE, options.ids)
     write_report(options.docs, "optout", result, PAGE.format(**result))

@@ -5,18 +5,17 @@ partitioning of `make index`, and compares one copy of each row with two copies 
 Writes `docs/partitions.json` and `docs/partitions.md`.
 """
 
-import argparse
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.common.report import DOCS, markdown_table, write_report
+from benchmarks.common.report import benchmark_parser, write_report
 from benchmarks.retrieval.vectors import BLOCK_ROWS, Mixture, images, mixture
 from jobs.reporting.hardware import hardware
+from jobs.reporting.tables import markdown_table
 from retrieval.database.build import train_partition_centroids
 from retrieval.index.kmeans import nearest_centroids
 from retrieval.index.routing import Numbers, Vectors, route
@@ -169,8 +168,7 @@ def page(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.pipeline.partitions", description=__doc__)
-    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the results")
+    parser = benchmark_parser("pipeline.partitions", __doc__)
     options = parser.parse_args()
     result = measure()
     write_report(options.docs, "partitions", result, page(result))

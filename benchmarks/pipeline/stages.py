@@ -5,7 +5,6 @@ those of the last shards of a pass, when every worker has started long ago.
 """
 
 import io
-import json
 import logging
 import shutil
 import tarfile
@@ -16,12 +15,10 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from pipeline import embed, index
 from pipeline.embed import DatabaseSelection
@@ -37,20 +34,6 @@ from retrieval.storage.root import Root
 
 Pictures = list[tuple[int, bytes]]
 """Image ids and JPEG files."""
-
-
-def write_clip(folder: Path, model: str) -> ClipConfig:
-    """Write a model of open_clip's list with random weights, in its folder layout."""
-    if not folder.exists():
-        torch.manual_seed(0)
-        clip = open_clip.create_model(model)
-        part = folder.parent / "part"
-        part.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"model_cfg": open_clip.get_model_config(model)})
-        (part / "open_clip_config.json").write_text(text)
-        save_file(clip.state_dict(), part / "open_clip_model.safetensors")
-        part.rename(folder)
-    return ClipConfig(model=f"local-dir:{folder}")
 
 
 def make_pictures(count: int, seed: int) -> Pictures:

@@ -6,7 +6,6 @@ in interleaved rounds. Lance and zvec answer the same queries in processes of .v
 (`adapters/filter_stores.py`), where it is installed. Writes `docs/filters.{json,md}`.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -19,11 +18,12 @@ import faiss
 import numpy as np
 import pyarrow.compute as pc
 
-from benchmarks.common.report import DOCS, REPOSITORY, SCRATCH, markdown_table, write_report
+from benchmarks.common.report import REPOSITORY, SCRATCH, benchmark_parser, write_report
 from benchmarks.retrieval.adapters.filter_stores import RECALL, ROUNDS, STORES, K
 from benchmarks.retrieval.vectors import DIM, images, mixture, texts
 from benchmarks.retrieval.workers import BENCH_PYTHON
 from jobs.reporting.hardware import hardware
+from jobs.reporting.tables import markdown_table
 from retrieval import Database, build_database
 from retrieval.clip.identity import EncoderIdentity
 from retrieval.database.calibration import recalibrate
@@ -37,11 +37,10 @@ COLUMNS = ("random", "like the vectors")
 
 def main() -> None:
     """Build, measure, write."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
+    parser = benchmark_parser("retrieval.filters", __doc__)
     parser.add_argument("--rows", type=int, default=300_000, help="rows of the database (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of vectors and selections (default %(default)s)")
     parser.add_argument("--stores", nargs="*", choices=STORES, default=[*STORES], help="others (default: all)")
-    parser.add_argument("--out", type=Path, default=DOCS, help="folder of the report")
     options = parser.parse_args()
     vectors = images(mixture(options.seed), options.rows + QUERIES, options.seed)
     rows, queries = vectors[QUERIES:], vectors[:QUERIES].copy()
@@ -54,7 +53,7 @@ def main() -> None:
     result |= measure(database, cases, {"images": queries, "texts": text_queries[:QUERIES]}, rows)
     folder = SCRATCH / f"filter-stores-{len(rows)}-{options.seed}"
     result["stores"] = others(folder, options.stores, (rows, queries, values)) if BENCH_PYTHON.exists() else {}
-    write_report(options.out, "filters", result, page(result))
+    write_report(options.docs, "filters", result, page(result))
 
 
 def _database(rows: Vectors, seed: int) -> Database:

@@ -3,22 +3,21 @@
 Builds databases of generated vectors below a scratch folder, which is emptied first. Writes `docs/grow.{json,md}`.
 """
 
-import argparse
 import shutil
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.common.report import DOCS, SCRATCH, markdown_table, write_report
+from benchmarks.common.report import SCRATCH, benchmark_parser, write_report
 from benchmarks.retrieval.vectors import DIM, images, mixture
 from jobs.reporting.hardware import hardware
+from jobs.reporting.tables import markdown_table
 from retrieval import (
     Database,
     Effort,
@@ -45,16 +44,15 @@ EFFORT = ("partitions_per_query", "lists_per_partition", "candidates_per_result"
 
 def main() -> None:
     """Build, update, measure, write."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
+    parser = benchmark_parser("retrieval.grow", __doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[MERGED_ROWS], help="(default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the vectors (default %(default)s)")
-    parser.add_argument("--out", type=Path, default=DOCS, help="folder of the report")
     options = parser.parse_args()
     faiss.omp_set_num_threads(1)
     warnings.simplefilter("ignore", RecallWarning)
     sizes = [{"rows": rows, "steps": measure(rows, options.seed)} for rows in options.rows]
     result = {"hardware": hardware(), "seed": options.seed, "sizes": sizes}
-    write_report(options.out, "grow", result, page(result))
+    write_report(options.docs, "grow", result, page(result))
 
 
 def measure(rows: int, seed: int) -> list[dict[str, Any]]:

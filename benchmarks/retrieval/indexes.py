@@ -6,12 +6,9 @@ timed in interleaved rounds. The true neighbors are those of the vectors before 
 includes what the stored numbers cost. Times are CPU times of one thread. Writes `docs/indexes.{json,md}`.
 """
 
-import argparse
 import json
-import multiprocessing
 import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +16,12 @@ import faiss
 import numpy as np
 
 from benchmarks.common.page_cache import evict
-from benchmarks.common.report import DOCS, SCRATCH, markdown_table, write_report
+from benchmarks.common.processes import in_new_process
+from benchmarks.common.report import SCRATCH, benchmark_parser, write_report
 from benchmarks.retrieval.adapters.server import cpu_s, resident
 from benchmarks.retrieval.vectors import DIM, images, mixture
 from jobs.reporting.hardware import hardware
+from jobs.reporting.tables import markdown_table
 from retrieval import Database, build_database
 from retrieval.clip.identity import EncoderIdentity
 from retrieval.index.inverted_lists import num_lists
@@ -47,28 +46,22 @@ RECALLS = (0.95, 0.99)
 
 def main() -> None:
     """Build, measure, write."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
+    parser = benchmark_parser("retrieval.indexes", __doc__)
     parser.add_argument("--rows", type=int, default=100_000, help="rows of the partition (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the vectors (default %(default)s)")
     parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=[*SETTINGS], help="only these")
-    parser.add_argument("--out", type=Path, default=DOCS, help="folder of the report")
     options = parser.parse_args()
     scratch = SCRATCH / f"indexes-{options.rows}-{options.seed}"
     scratch.mkdir(parents=True, exist_ok=True)
     if not (scratch / "vectors.npy").exists():
         np.save(scratch / "vectors.npy", images(mixture(options.seed), options.rows + QUERIES, options.seed))
-    records = {name: _in_process(_built, scratch, name) for name in options.settings}
-    memory = {name: _in_process(_memory, scratch, name) for name in options.settings}
+    records = {name: in_new_process(_built, scratch, name) for name in options.settings}
+    memory = {name: in_new_process(_memory, scratch, name) for name in options.settings}
     searches = measure(scratch, options.settings)
     cases = [{"case": name, **records[name], **memory[name], **searches[name]} for name in options.settings]
     engine = "compiled" if library() else "faiss"
     result = {"hardware": hardware(), "rows": options.rows, "seed": options.seed, "engine": engine, "cases": cases}
-    write_report(options.out, "indexes", result, page(result))
-
-
-def _in_process(work: Any, scratch: Path, name: str) -> dict[str, Any]:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return dict(pool.submit(work, scratch, name).result())
+    write_report(options.docs, "indexes", result, page(result))
 
 
 def _folder(scratch: Path, name: str) -> Path:

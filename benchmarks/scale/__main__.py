@@ -5,18 +5,16 @@ minutes on two free cores. Writes `docs/scale.json` after each of the two parts 
 `--parts` measures one of them and keeps the other.
 """
 
-import argparse
 import json
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from benchmarks.common.report import DOCS, Goal, machines, markdown_table, write_part
+from benchmarks.common.processes import in_new_process
+from benchmarks.common.report import Goal, benchmark_parser, machines, write_part
 from benchmarks.scale import records, stages
 from benchmarks.scale.store import REQUEST_S, running_store
 from jobs.reporting.hardware import hardware
+from jobs.reporting.tables import markdown_table
 
 BEFORE = {
     "write the manifest": "37 s, 2.15 GB, 181 MB of JSON",
@@ -71,8 +69,7 @@ def measure(part: str, shards: int) -> dict[str, Any]:
         with running_store(partial(records.fill, shards)) as store:
             cases = records.measure(shards, store)
             return {"shards": shards, "records": cases, "remark": ""}
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return {"files": list(stages.FILES), "stages": process.submit(stages.measure_samples).result()}
+    return {"files": list(stages.FILES), "stages": in_new_process(stages.measure_samples)}
 
 
 def goals(result: dict[str, Any]) -> list[Goal]:
@@ -134,9 +131,8 @@ def page(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
+    parser = benchmark_parser("scale", __doc__)
     parser.add_argument("--shards", type=int, default=231_350, help="number of shards whose records are measured")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the results")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="parts that are measured")
     options = parser.parse_args()
     stored = options.docs / "scale.json"

@@ -7,7 +7,6 @@ the training database. CLIP and autoencoder stay as they are, although they were
 Writes `docs/attribution.json` and `docs/attribution.md`. A repeated call continues the training.
 """
 
-import argparse
 import os
 import shutil
 from collections.abc import Iterable, Sequence
@@ -21,12 +20,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from benchmarks.common.report import DOCS, markdown_table, write_report
+from benchmarks.common.on_recipe import recipe_parser, report_on_recipe
 from jobs import train
-from jobs.cli.command import add_overrides, exit_on_user_error
 from jobs.cli.recipe import Recipe, load_recipe
 from jobs.reporting.estimates import estimate_text
 from jobs.reporting.hardware import hardware
+from jobs.reporting.tables import markdown_table
 from jobs.sample import trained_model
 from pipeline.optout import optout
 from pipeline.web.blocklist import Blocklist
@@ -263,19 +262,10 @@ def _table_rows(kinds: Iterable[dict[str, Any]]) -> Iterable[list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.training.attribution", description=__doc__)
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="recipe of a finished run of the demo")
-    add_overrides(parser)
+    parser = recipe_parser("training.attribution", __doc__, "recipe of a finished run of the demo")
     parser.add_argument("--style", default="watercolor", help="name of a style database, the group (watercolor)")
     parser.add_argument("--each", type=int, default=20, help="requests of each kind, 2 to the number of prompts")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the results")
-    options = parser.parse_args()
-
-    def work() -> None:
-        result = measure(load_recipe(options.recipe, options.overrides), options.style, options.each)
-        write_report(options.docs, "attribution", result, page(result))
-
-    exit_on_user_error(work)
+    report_on_recipe(parser, "attribution", lambda recipe, options: measure(recipe, options.style, options.each), page)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
-from benchmarks.common.report import markdown_table
 from benchmarks.training.training_data import Extent, prepare
+from jobs.reporting.tables import markdown_table
 from retrieval.storage.root import Root
 from trainer.data.images import ImageTar, Members, stored_members
 from trainer.data.loader import Loader

@@ -23,10 +23,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from benchmarks.common.report import DOCS, SCRATCH, write_report
+from benchmarks.common.on_recipe import recipe_parser, report_on_recipe
+from benchmarks.common.report import SCRATCH
 from benchmarks.training.curve_page import draw_curve, draw_samples, page
-from jobs.cli.command import add_overrides, exit_on_user_error
-from jobs.cli.recipe import Recipe, load_recipe
+from jobs.cli.recipe import Recipe
 from jobs.demo.judge.labels import equal, labels_of, shares
 from jobs.demo.judge.network import ContentJudge, Pixels, train_judge
 from jobs.demo.prerequisites import VERSION
@@ -231,25 +231,21 @@ def write_pictures(result: dict[str, Any], pictures: dict[int, Pixels], wanted: 
     images.write_bytes("curve.png", draw_curve(result["points"]))
 
 
+def measure_and_draw(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure as the arguments say, and write the pictures of the page."""
+    if options.each < 1:
+        raise UserError(f"--each must be at least 1, got {options.each}")
+    wanted = CurveRequests.of(recipe, options.each, options.steps)
+    result, pictures = measure(recipe, wanted, SCRATCH / "curve")
+    write_pictures(result, pictures, wanted, options.docs)
+    return result
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.training.curve", description=__doc__)
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="recipe of the demo with the run in [train] name")
-    add_overrides(parser)
+    parser = recipe_parser("training.curve", __doc__, "recipe of the demo with the run in [train] name")
     parser.add_argument("--each", type=int, default=10, help="samples of each style at each checkpoint (10)")
     parser.add_argument("--steps", type=int, default=20, help="steps of a sample (20)")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the results")
-    options = parser.parse_args()
-
-    def work() -> None:
-        if options.each < 1:
-            raise UserError(f"--each must be at least 1, got {options.each}")
-        recipe = load_recipe(options.recipe, options.overrides)
-        wanted = CurveRequests.of(recipe, options.each, options.steps)
-        result, pictures = measure(recipe, wanted, SCRATCH / "curve")
-        write_pictures(result, pictures, wanted, options.docs)
-        write_report(options.docs, "curve", result, page(result))
-
-    exit_on_user_error(work)
+    report_on_recipe(parser, "curve", measure_and_draw, page)
 
 
 if __name__ == "__main__":

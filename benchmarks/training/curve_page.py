@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.common.report import markdown_table
 from jobs.demo.judge.labels import CLASSES
 from jobs.demo.judge.links import LINKS
 from jobs.demo.judge.network import Pixels
 from jobs.demo.report.numbers import CONTENT_GOALS
 from jobs.reporting.estimates import estimate_text
+from jobs.reporting.tables import markdown_table
 from trainer.evaluation.charts import INK, figure_png, new_figure
 from trainer.evaluation.intervals import Estimate
 from trainer.sampling.picture import Grid, draw_grid

@@ -15,11 +15,12 @@ from typing import Any
 
 from PIL import Image
 
-from benchmarks.common.report import DOCS, SCRATCH, markdown_table, thread_count, write_report
+from benchmarks.common.report import DOCS, SCRATCH, thread_count, write_report
 from benchmarks.training import bytes_fetched
 from benchmarks.training.schedule import GPUS, MFU, stages
 from benchmarks.training.training_data import PICTURES, QUALITY, Extent, picture, prepare
 from jobs.reporting.hardware import hardware
+from jobs.reporting.tables import markdown_table
 from retrieval.storage.root import Root
 from trainer.data.images import MIN_DRAFT_RATIO, ScaledImage, decode_image, random_crop
 from trainer.data.loader import Loader

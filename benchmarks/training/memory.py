@@ -5,8 +5,9 @@ Reads the training recipes; `make bench-schedule` writes the table into `docs/tr
 
 from typing import Any
 
-from benchmarks.common.report import REPOSITORY, markdown_table
+from benchmarks.common.report import REPOSITORY
 from jobs.cli.recipe import load_recipe
+from jobs.reporting.tables import markdown_table
 from jobs.train import training_recipe
 from trainer.recipe import TrainingRecipe
 from trainer.tracking.step_memory import StepMemory, step_memory

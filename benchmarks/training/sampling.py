@@ -5,22 +5,20 @@ requests with the same seeds. The CLIP distance of their pictures to those of DD
 other seeds and for five times the steps. Writes `docs/sampling.json` and `docs/sampling.md`.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from benchmarks.common.report import DOCS, markdown_table, write_report
-from jobs.cli.command import add_overrides, exit_on_user_error
-from jobs.cli.recipe import Recipe, load_recipe
+from benchmarks.common.on_recipe import recipe_parser, report_on_recipe
+from jobs.cli.recipe import Recipe
 from jobs.reporting.hardware import hardware
+from jobs.reporting.tables import markdown_table
 from jobs.sample import trained_model
 from retrieval.errors import UserError
 from trainer.evaluation.classifier import TrainedClassifier
@@ -87,6 +85,8 @@ class MethodResults:
 
 def measure(recipe: Recipe, each: int, methods: Sequence[SamplingMethod]) -> dict[str, Any]:
     """Sample `each` pictures of every style with every method. The first method is the reference."""
+    if each < 2:
+        raise UserError(f"--each must be at least 2, got {each}")
     config = recipe[EvaluateConfig]
     sampler = Sampler.open(recipe.root, trained_model(recipe), config)
     styles = style_names(config, recipe.root)
@@ -166,20 +166,9 @@ def page(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.training.sampling", description=__doc__)
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="recipe of a finished run, with [evaluate]")
-    add_overrides(parser)
+    parser = recipe_parser("training.sampling", __doc__, "recipe of a finished run, with [evaluate]")
     parser.add_argument("--each", type=int, default=20, help="pictures per style and method, at least 2")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the results")
-    options = parser.parse_args()
-
-    def work() -> None:
-        if options.each < 2:
-            raise UserError(f"--each must be at least 2, got {options.each}")
-        result = measure(load_recipe(options.recipe, options.overrides), options.each, METHODS)
-        write_report(options.docs, "sampling", result, page(result))
-
-    exit_on_user_error(work)
+    report_on_recipe(parser, "sampling", lambda recipe, options: measure(recipe, options.each, METHODS), page)
 
 
 if __name__ == "__main__":

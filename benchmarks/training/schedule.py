@@ -5,17 +5,16 @@ Reads the training recipes and counts operations and bytes from shapes (`trainer
 operations divided by the data sheet's rate and an assumed utilization.
 """
 
-import argparse
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common.report import DOCS, REPOSITORY, markdown_table, write_report
+from benchmarks.common.report import REPOSITORY, benchmark_parser, write_report
 from benchmarks.training import memory
 from jobs.cli.recipe import load_recipe
+from jobs.reporting.tables import markdown_table
 from trainer.model.recipe import AutoencoderConfig, ModelConfig
 from trainer.model.unet import build_unet
 from trainer.recipe import TrainConfig
@@ -136,9 +135,7 @@ def _parameters(model: ModelConfig) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.training.schedule", description=__doc__)
-    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the results")
-    docs = parser.parse_args().docs
+    docs = benchmark_parser("training.schedule", __doc__).parse_args().docs
     rows, memories = table(), memory.table()
     result = {"gpus": GPUS, "mfus": MFUS, "recipes": rows, "memory": memories}
     write_report(docs, "training", result, page(rows) + memory.section(memories))

@@ -24,10 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.common.device_waits import counted_waits
 from benchmarks.common.processes import set_single_rank
-from benchmarks.common.report import DOCS, REPOSITORY, SCRATCH, markdown_table, thread_count, write_report
+from benchmarks.common.report import DOCS, REPOSITORY, SCRATCH, thread_count, write_report
 from benchmarks.training.training_data import Extent, prepare
 from jobs.cli.recipe import load_recipe
 from jobs.reporting.hardware import hardware
+from jobs.reporting.tables import markdown_table
 from retrieval.storage.root import Root
 from trainer.data.loader import Loader, TrainingBatch
 from trainer.model import diffusion

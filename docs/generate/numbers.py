@@ -11,6 +11,7 @@ from typing import Any
 
 from docs.generate import rank_counts
 from jobs.reporting.estimates import against_zero, estimate_text
+from jobs.reporting.tables import markdown_table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 Row = tuple[str, str, str]
@@ -71,14 +72,13 @@ def _unknown_styles(tables: Any) -> list[str]:
         f"No caption names these styles, and no training picture of any model has them: {names}.",
         "Only a style database has them. Style accuracy, by the judge on CLIP features and by that on pixels:",
         "",
-        "| the style is requested by | CLIP features | pixels |",
-        "|---|---|---|",
     ]
-    for mode, words in MODES.items():
-        values = tables["modes"][mode]
-        accuracies = [estimate_text(values[name]) for name in ("accuracy", "accuracy_pixels")]
-        lines.append(f"| {words} | {' | '.join(accuracies)} |")
-    return [*lines, "", *_comparison(tables, "for these styles, retrieval from a style database")]
+    rows = [
+        [words, *(estimate_text(tables["modes"][mode][name]) for name in ("accuracy", "accuracy_pixels"))]
+        for mode, words in MODES.items()
+    ]
+    table = markdown_table(["the style is requested by", "CLIP features", "pixels"], rows)
+    return [*lines, table, "", *_comparison(tables, "for these styles, retrieval from a style database")]
 
 
 def search_row() -> Row:
@@ -158,47 +158,50 @@ def load_row() -> Row:
 def headline() -> str:
     """The table of README.md."""
     table = (style_row, search_row, filter_row, download_row, near_copies_row, crash_row, step_row, load_row)
-    lines = ["| measured on two CPU cores | | page |", "|---|---|---|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row())} |" for row in table)])
+    return markdown_table(["measured on two CPU cores", "", "page"], [row() for row in table])
 
 
 def near_copies() -> str:
     """What the removal of near copies misses and removes by mistake."""
-    lines = ["| | cropped by 10 %, removed | other pictures, removed by mistake |", "|---|---|---|"]
+    rows = []
     for case in load("near_copies")["data_sets"]:
         cropped, mistakes = case["recall"]["cropped by 10 %"]["either"], case["false"]["either"]
-        lines.append(
-            f"| {case['name'].lower()} | {cropped:.1%} of {case['originals']} | {mistakes:.1%} of {case['others']} |"
+        rows.append(
+            [case["name"].lower(), f"{cropped:.1%} of {case['originals']}", f"{mistakes:.1%} of {case['others']}"]
         )
-    return "\n".join(lines)
+    return markdown_table(["", "cropped by 10 %, removed", "other pictures, removed by mistake"], rows)
 
 
 def sampling() -> str:
     """The sampling methods on the demo."""
-    result = load("sampling")
-    lines = ["| method | style accuracy | CLIP distance to the first | speed |", "|---|---|---|---|"]
-    for row in result["methods"]:
-        accuracy = estimate_text((row["style_accuracy"], *row["interval"]))
-        lines.append(f"| {row['name']} | {accuracy} | {row['distance']:.4f} | {row['times_as_fast']:.2f} x |")
-    return "\n".join(lines)
+    rows = [
+        [
+            row["name"],
+            estimate_text((row["style_accuracy"], *row["interval"])),
+            f"{row['distance']:.4f}",
+            f"{row['times_as_fast']:.2f} x",
+        ]
+        for row in load("sampling")["methods"]
+    ]
+    return markdown_table(["method", "style accuracy", "CLIP distance to the first", "speed"], rows)
 
 
 def models() -> str:
     """The recipes of the paper's two models."""
-    lines = ["| recipe | parameters | resolution | images per step | steps |", "|---|---|---|---|---|"]
-    for row in load("training")["recipes"]:
-        lines.append(
-            f"| `{row['recipe']}.toml` | {row['parameters']:,} | {row['size']} | {row['batch']:,} | {row['steps']:,} |"
-        )
-    return "\n".join(lines)
+    rows = [
+        [f"`{row['recipe']}.toml`", *(f"{row[name]:,}" for name in ("parameters", "size", "batch", "steps"))]
+        for row in load("training")["recipes"]
+    ]
+    return markdown_table(["recipe", "parameters", "resolution", "images per step", "steps"], rows)
 
 
 def finetuning() -> str:
     """Memory of fine-tuning on one GPU."""
-    lines = ["| | trained parameters | GB at the peak | GB held all the time |", "|---|---|---|---|"]
-    for row in load("finetuning")["rows"]:
-        lines.append(f"| {row['case']} | {row['trained']:,} | {row['peak']:.1f} | {row['state']:.1f} |")
-    return "\n".join(lines)
+    rows = [
+        [row["case"], f"{row['trained']:,}", f"{row['peak']:.1f}", f"{row['state']:.1f}"]
+        for row in load("finetuning")["rows"]
+    ]
+    return markdown_table(["", "trained parameters", "GB at the peak", "GB held all the time"], rows)
 
 
 BLOCKS: dict[str, Callable[[], str]] = {

@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from jobs.reporting.tables import markdown_table
 from trainer.engine.batch_split import nearest_split
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -35,9 +36,9 @@ def division(train: dict[str, Any], ranks: int) -> str:
     return text if split.global_batch == batch else f"**{split.global_batch:,}**: {text}"
 
 
-def whole_machines(batch: int, gpus: int = 8) -> list[int]:
-    """Numbers of ranks of whole machines, up to the largest of RANKS, that divide a global batch."""
-    return [ranks for ranks in range(gpus, RANKS[-1] + 1, gpus) if batch % ranks == 0]
+def whole_machines(batch: int) -> list[int]:
+    """Numbers of ranks of whole machines with 8 GPUs, up to the largest of RANKS, that divide a global batch."""
+    return [ranks for ranks in range(8, RANKS[-1] + 1, 8) if batch % ranks == 0]
 
 
 def table() -> str:
@@ -46,15 +47,20 @@ def table() -> str:
     trains = {row["recipe"]: _train_section(row["recipe"]) for row in rows}
     sizes = [("LAION", rows[0]["parameters"]), ("ImageNet", rows[-1]["parameters"])]
     names = [f"`{name}` {train['global_batch']:,}" for name, train in trains.items()]
-    header = ["ranks", *names, *(f"GB sent, {name}" for name, _ in sizes)]
-    lines = [_line(header), _line(["---:"] * len(header))]
+    cells = []
     for ranks in RANKS:
         sent = [
             f"{sent_bytes(size, ranks, REDUCE_SCATTER) / 1e9:.1f} / {sent_bytes(size, ranks) / 1e9:.1f}"
             for _, size in sizes
         ]
-        lines.append(_line([str(ranks), *(division(train, ranks) for train in trains.values()), *sent]))
-    lines += ["", "Ranks of whole machines with 8 GPUs that keep the batch of the recipe:", ""]
+        cells.append([str(ranks), *(division(train, ranks) for train in trains.values()), *sent])
+    headings = [f"{name}:" for name in ("ranks", *names, *(f"GB sent, {name}" for name, _ in sizes))]
+    lines = [
+        markdown_table(headings, cells),
+        "",
+        "Ranks of whole machines with 8 GPUs that keep the batch of the recipe:",
+        "",
+    ]
     for name, train in trains.items():
         counts = ", ".join(str(ranks) for ranks in whole_machines(train["global_batch"]))
         lines.append(f"- `{name}`, {train['global_batch']:,}: {counts}")
@@ -64,7 +70,3 @@ def table() -> str:
 def _train_section(recipe: str) -> dict[str, Any]:
     section: dict[str, Any] = tomllib.loads((REPOSITORY / f"jobs/configs/{recipe}.toml").read_text())["train"]
     return section
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"

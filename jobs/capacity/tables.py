@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Sequence
 
+from jobs.reporting.tables import markdown_table
 from pipeline.capacity import Cost, DataSizes, Inputs, LinearityCheck, StageNeed, used_rates
 
 COLUMNS = {
@@ -63,12 +64,12 @@ def page(costs: Sequence[Cost], inputs: Inputs, data: DataSizes, recipe: str) ->
     return PAGE.format(
         recipe=recipe,
         sizes=sizes(data),
-        stages=_markdown(heads, [*map(cells, costs), total(costs)]),
+        stages=markdown_table(heads, [*map(cells, costs), total(costs)]),
         totals=totals(costs, inputs),
         assumed="".join(f"\n{text}\n" for text in _assumed(costs)),
-        machines=_markdown(["", "machines", "source"], machines),
-        rates=_markdown(["rate", "value:", "unit", "source"], rates),
-        checks=_markdown(
+        machines=markdown_table(["", "machines", "source"], machines),
+        rates=markdown_table(["rate", "value:", "unit", "source"], rates),
+        checks=markdown_table(
             ["rate", "at rows:", "spread:"],
             [[check.what, _points(check), f"{spread(check):.0%}"] for check in inputs.checks],
         ),
@@ -155,9 +156,3 @@ def _needs(costs: Sequence[Cost]) -> list[StageNeed]:
 def _padded(row: Sequence[str]) -> str:
     width, *widths = COLUMNS.values()
     return f"{row[0]:<{width}}" + "".join(f"{cell:>{w}}" for cell, w in zip(row[1:], widths, strict=True))
-
-
-def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table. A column is right-aligned if its heading ends in a colon."""
-    lines = [[head.removesuffix(":") for head in heads], ["---:" if h.endswith(":") else "---" for h in heads]]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [*lines, *rows])

@@ -24,7 +24,7 @@ PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "filters": filters.page,
     "grow": grow.page,
     "indexes": indexes.page,
-    "load": lambda result: load.PAGE.format(**result),
+    "load": load.page,
     "loader": loader.page,
     "near_copies": near_copies.page,
     "partitions": partitions.page,

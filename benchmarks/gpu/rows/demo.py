@@ -6,7 +6,6 @@ are copied.
 """
 
 import json
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -17,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.common.report import REPOSITORY
-from benchmarks.gpu.day import Cases, Day, Values
+from benchmarks.gpu.day import Cases, Day, Values, run_command
 
 RECIPE = REPOSITORY / "jobs/configs/demo.toml"
 SHARE = 0.6
@@ -80,7 +79,8 @@ def prepare(scratch: Path, tiny: bool) -> Values:
         from jobs.cli.recipe import load_recipe
         from jobs.demo import run as demo
 
-        demo.run_data(load_recipe(RECIPE, _overrides(folder, tiny)))
+        overrides = [f"{name}={value}" for name, value in _settings(folder, tiny).items()]
+        demo.run_data(load_recipe(RECIPE, overrides))
     return {"databases": len(list((folder / "databases").iterdir())), "seconds": round(time.monotonic() - began, 1)}
 
 
@@ -162,9 +162,9 @@ def _of_training(steps: int) -> Values:
     return {"train.steps": steps, "train.log_every": max(1, steps // 4), "train.checkpoint_every": steps}
 
 
-def _overrides(folder: Path, tiny: bool) -> list[str]:
-    """Overrides of the demo's recipe that move it to another root."""
-    settings = {
+def _settings(folder: Path, tiny: bool) -> Values:
+    """Changed settings of the demo's recipe, which move it to another root."""
+    return {
         "root": folder,
         "clip.model": f"local-dir:{folder}/clip",
         "filter.metadata": folder / "world/metadata",
@@ -181,22 +181,10 @@ def _overrides(folder: Path, tiny: bool) -> list[str]:
         "sample.certificate": "",
         **(TINY if tiny else FULL),
     }
-    return [f"{name}={value}" for name, value in settings.items()]
 
 
 def _run(day: Day, command: str, changes: Values) -> None:
-    """Run a command of the demo's recipe. Raises RuntimeError with the end of its log."""
-    overrides = [*_overrides(day.scratch / "demo", day.tiny), *(f"{name}={value}" for name, value in changes.items())]
-    words = [word for override in overrides for word in ("--set", override)]
-    process = subprocess.run(
-        [sys.executable, "-m", f"jobs.{command}", str(RECIPE), *words],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if process.returncode:
-        raise RuntimeError(f"{command} ended with code {process.returncode}: {process.stderr[-2000:]}")
+    run_command(command, RECIPE, _settings(day.scratch / "demo", day.tiny) | changes)
 
 
 def _metrics(day: Day) -> Any:

@@ -4,17 +4,14 @@ The pictures are generated and the autoencoder has random weights. Without held-
 trained parts.
 """
 
-import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 from benchmarks.common.report import REPOSITORY
-from benchmarks.gpu.day import Cases, Day, Values, autoencoder_folder, training_stage
+from benchmarks.gpu.day import Cases, Day, Values, autoencoder_folder, run_command, training_stage
 
-RECIPE = "jobs/configs/train_laion_256.toml"
+RECIPE = REPOSITORY / "jobs/configs/train_laion_256.toml"
 TINY = {
     "model.latent_channels": 4,
     "model.context_dim": 16,
@@ -84,14 +81,7 @@ def run_training(day: Day, name: str, changes: dict[str, object], on_cpu: bool =
     settings |= {"train.name": name, "train.restart": True}
     settings |= {"train.validation_images": 0, "train.validate_every": 0, "train.preview_every": 0}
     settings |= {"train.kid_every": 0, "train.preview_prompts": [], "train.ranks": 1, **changes}
-    words = [word for key, value in settings.items() for word in ("--set", f"{key}={_as_toml(value)}")]
-    hidden = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if on_cpu else {}
-    command = [sys.executable, "-m", "jobs.train", RECIPE, *words]
-    process = subprocess.run(
-        command, cwd=REPOSITORY, env={**os.environ, **hidden}, capture_output=True, text=True, check=False
-    )
-    if process.returncode:
-        raise RuntimeError(f"training ended with code {process.returncode}: {process.stderr[-2000:]}")
+    run_command("train", RECIPE, settings, on_cpu)
 
 
 def delete_run(day: Day, name: str) -> None:
@@ -104,7 +94,3 @@ def read_metrics(day: Day, name: str) -> list:
     from trainer.tracking.training_log import METRICS, read_step_metrics
 
     return read_step_metrics(training_root(day) / "runs" / name / "train" / METRICS)
-
-
-def _as_toml(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

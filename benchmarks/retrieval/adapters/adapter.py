@@ -1,7 +1,7 @@
 """The interface of all compared methods: build, open, search, join."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,14 @@ import numpy as np
 
 from benchmarks.retrieval.data import Ids, Vectors
 
+BLOCK_ROWS = 1 << 16
 Search = Callable[[Vectors], Ids]
+
+
+def blocks(rows: np.ndarray, size: int = BLOCK_ROWS) -> Iterator[tuple[int, Vectors]]:
+    """The rows in float32, `size` at a time, with the number of the first."""
+    for start in range(0, len(rows), size):
+        yield start, rows[start : start + size].astype(np.float32)
 
 
 class SearchAdapter(ABC):
@@ -26,9 +33,9 @@ class SearchAdapter(ABC):
     def open(self, folder: Path, rows: np.ndarray) -> None:
         """Open the index for searching."""
 
-    @abstractmethod
     def threads(self, number: int) -> None:
         """Set the number of threads of the next searches."""
+        self._threads = number
 
     @abstractmethod
     def searcher(self, k: int, effort: tuple[int, ...]) -> Search:

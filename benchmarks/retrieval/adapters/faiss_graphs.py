@@ -12,21 +12,21 @@ import autofaiss
 import faiss
 import numpy as np
 
-from benchmarks.retrieval.adapters.adapter import Search, SearchAdapter
+from benchmarks.retrieval.adapters.adapter import Search, blocks
+from benchmarks.retrieval.adapters.faiss_ivf import FaissAdapter
 
-BLOCK_ROWS = 1 << 16
 TRAINING_ROWS = 1 << 16
 
 
-class FaissHnsw(SearchAdapter):
+class FaissHnsw(FaissAdapter):
     """HNSW over float32 vectors. Effort: efSearch."""
 
     def build(self, rows: np.ndarray, folder: Path, threads: int) -> dict[str, Any]:
         faiss.omp_set_num_threads(threads)
         index = self._empty(rows.shape[1])
         index.train(rows[:TRAINING_ROWS].astype(np.float32))
-        for start in range(0, len(rows), BLOCK_ROWS):
-            index.add(rows[start : start + BLOCK_ROWS].astype(np.float32))
+        for _, block in blocks(rows):
+            index.add(block)
         faiss.write_index(index, str(folder / "index"))
         return {}
 
@@ -36,12 +36,6 @@ class FaissHnsw(SearchAdapter):
     def _with_construction(self, index: Any) -> Any:
         index.hnsw.efConstruction = self.settings["construction"]
         return index
-
-    def open(self, folder: Path, rows: np.ndarray) -> None:
-        self._index = faiss.read_index(str(folder / "index"))
-
-    def threads(self, number: int) -> None:
-        faiss.omp_set_num_threads(number)
 
     def searcher(self, k: int, effort: tuple[int, ...]) -> Search:
         """`index.search` with the parameters of this effort."""
@@ -75,7 +69,7 @@ class FaissPanorama(FaissHnsw):
         )
 
 
-class Autofaiss(FaissHnsw):
+class Autofaiss(FaissAdapter):
     """`autofaiss.build_index(rows, metric_type="ip")`, which chooses index and settings (10 ms per query)."""
 
     def build(self, rows: np.ndarray, folder: Path, threads: int) -> dict[str, Any]:
@@ -95,7 +89,3 @@ class Autofaiss(FaissHnsw):
         super().open(folder, rows)
         key = json.loads((folder / "infos.json").read_text())["index_key"]
         autofaiss.tune_index(self._index, key, save_on_disk=False, verbose=logging.ERROR)
-
-    def searcher(self, k: int, effort: tuple[int, ...]) -> Search:
-        """Search with the settings that autofaiss chose."""
-        return lambda queries: self._index.search(queries, k)[1]

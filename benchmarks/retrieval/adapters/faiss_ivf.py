@@ -12,15 +12,28 @@ import faiss
 import numpy as np
 from faiss.contrib.big_batch_search import big_batch_search
 
-from benchmarks.retrieval.adapters.adapter import Search, SearchAdapter
+from benchmarks.retrieval.adapters.adapter import Search, SearchAdapter, blocks
 
 POINTS_PER_LIST = 64
 ITERATIONS = 10
-BLOCK_ROWS = 1 << 16
 INNER_PRODUCT = faiss.METRIC_INNER_PRODUCT
 
 
-class FaissIvf(SearchAdapter):
+class FaissAdapter(SearchAdapter):
+    """An index of faiss in a file. The defaults search it without parameters."""
+
+    def open(self, folder: Path, rows: np.ndarray) -> None:
+        self._index = faiss.read_index(str(folder / "index"))
+
+    def threads(self, number: int) -> None:
+        faiss.omp_set_num_threads(number)
+
+    def searcher(self, k: int, effort: tuple[int, ...]) -> Search:
+        """`index.search`; the effort is ignored."""
+        return lambda queries: self._index.search(queries, k)[1]
+
+
+class FaissIvf(FaissAdapter):
     """IVF<lists>,<key>. Effort: lists to search (nprobe), and for refined indexes candidates per result."""
 
     def build(self, rows: np.ndarray, folder: Path, threads: int) -> dict[str, Any]:
@@ -34,19 +47,12 @@ class FaissIvf(SearchAdapter):
         faiss.downcast_index(index.quantizer).add(centroids)
         index.train(sample)
         refinement = self._refinement(rows)
-        for start in range(0, len(rows), BLOCK_ROWS):
-            block = rows[start : start + BLOCK_ROWS].astype(np.float32)
+        for _, block in blocks(rows):
             index.add(block)
             if refinement:
                 refinement.add(block)
         faiss.write_index(faiss.IndexRefine(index, refinement) if refinement else index, str(folder / "index"))
         return {"lists": lists, "kmeans_cpu_s": kmeans_cpu_s}
-
-    def open(self, folder: Path, rows: np.ndarray) -> None:
-        self._index = faiss.read_index(str(folder / "index"))
-
-    def threads(self, number: int) -> None:
-        faiss.omp_set_num_threads(number)
 
     def searcher(self, k: int, effort: tuple[int, ...]) -> Search:
         """`index.search` with the parameters of this effort."""
@@ -72,7 +78,7 @@ class BigBatch(FaissIvf):
         return lambda queries: big_batch_search(self._index, queries, k, method="knn_function", threaded=0)[1]
 
 
-class BruteForce(SearchAdapter):
+class BruteForce(FaissAdapter):
     """Exact search over all rows in float32."""
 
     def build(self, rows: np.ndarray, folder: Path, threads: int) -> dict[str, Any]:
@@ -80,15 +86,8 @@ class BruteForce(SearchAdapter):
 
     def open(self, folder: Path, rows: np.ndarray) -> None:
         self._index = faiss.IndexFlatIP(rows.shape[1])
-        for start in range(0, len(rows), BLOCK_ROWS):
-            self._index.add(rows[start : start + BLOCK_ROWS].astype(np.float32))
-
-    def threads(self, number: int) -> None:
-        faiss.omp_set_num_threads(number)
-
-    def searcher(self, k: int, effort: tuple[int, ...]) -> Search:
-        """Exact search; the effort is ignored."""
-        return lambda queries: self._index.search(queries, k)[1]
+        for _, block in blocks(rows):
+            self._index.add(block)
 
 
 def _centroids(sample: np.ndarray, lists: int, path: Path) -> tuple[np.ndarray, float]:

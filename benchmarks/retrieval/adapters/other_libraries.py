@@ -8,9 +8,7 @@ import numpy as np
 import scann
 from usearch.index import Index
 
-from benchmarks.retrieval.adapters.adapter import Search, SearchAdapter
-
-BLOCK_ROWS = 1 << 16
+from benchmarks.retrieval.adapters.adapter import Search, SearchAdapter, blocks
 
 
 class Scann(SearchAdapter):
@@ -53,8 +51,7 @@ class Hnswlib(SearchAdapter):
         index = hnswlib.Index("ip", rows.shape[1])
         construction, links = self.settings["construction"], self.settings["links"]
         index.init_index(len(rows), ef_construction=construction, M=links, random_seed=0)
-        for start in range(0, len(rows), BLOCK_ROWS):
-            block = rows[start : start + BLOCK_ROWS].astype(np.float32)
+        for start, block in blocks(rows):
             index.add_items(block, np.arange(start, start + len(block)), num_threads=threads)
         index.save_index(str(folder / "index"))
         return {}
@@ -77,8 +74,7 @@ class Usearch(SearchAdapter):
 
     def build(self, rows: np.ndarray, folder: Path, threads: int) -> dict[str, Any]:
         index = self._empty(rows.shape[1])
-        for start in range(0, len(rows), BLOCK_ROWS):
-            block = rows[start : start + BLOCK_ROWS].astype(np.float32)
+        for start, block in blocks(rows):
             index.add(np.arange(start, start + len(block)), block, threads=threads)
         index.save(str(folder / "index"))
         return {}
@@ -86,9 +82,6 @@ class Usearch(SearchAdapter):
     def open(self, folder: Path, rows: np.ndarray) -> None:
         self._index = self._empty(rows.shape[1])
         self._index.load(str(folder / "index"))
-
-    def threads(self, number: int) -> None:
-        self._threads = number
 
     def searcher(self, k: int, effort: tuple[int, ...]) -> Search:
         """Batched search; the expansion is a property of the index."""

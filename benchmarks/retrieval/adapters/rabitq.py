@@ -34,9 +34,6 @@ class Hnsw(SearchAdapter):
     def open(self, folder: Path, rows: np.ndarray) -> None:
         self._rows, self._index = rows, rabitqlib.HnswIndex.load(str(folder / "index"))
 
-    def threads(self, number: int) -> None:
-        self._threads = number
-
     def searcher(self, k: int, effort: tuple[int, ...]) -> Search:
         """Search of the graph, then exact ranking."""
         count = k * (effort[1] if len(effort) > 1 else 1)
@@ -68,9 +65,6 @@ class Symphony(SearchAdapter):
 
     def open(self, folder: Path, rows: np.ndarray) -> None:
         self._index = rabitqlib.SymqgIndex.load(str(folder / "index"))
-
-    def threads(self, number: int) -> None:
-        self._threads = number
 
     def searcher(self, k: int, effort: tuple[int, ...]) -> Search:
         """The call for batches."""

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import zvec
 
-from benchmarks.retrieval.adapters.adapter import Search, SearchAdapter
+from benchmarks.retrieval.adapters.adapter import Search, SearchAdapter, blocks
 
 BLOCK_ROWS = 1_000
 """Rows of one insertion; zvec takes at most 1,024."""
@@ -27,8 +27,7 @@ class Zvec(SearchAdapter):
         vectors = zvec.VectorSchema("vector", zvec.DataType.VECTOR_FP32, rows.shape[1], index)
         schema = zvec.CollectionSchema("rows", vectors=vectors)
         collection = zvec.create_and_open(str(folder / "index"), schema)
-        for start in range(0, len(rows), BLOCK_ROWS):
-            block = rows[start : start + BLOCK_ROWS].astype(np.float32)
+        for start, block in blocks(rows, BLOCK_ROWS):
             collection.insert([zvec.Doc(str(start + i), vectors={"vector": row}) for i, row in enumerate(block)])
         collection.optimize(zvec.OptimizeOption(threads))
         collection.flush()
@@ -38,9 +37,6 @@ class Zvec(SearchAdapter):
     def open(self, folder: Path, rows: np.ndarray) -> None:
         zvec.init(log_level=zvec.LogLevel.ERROR, query_threads=1)
         self._index = zvec.open(str(folder / "index"), zvec.CollectionOption(read_only=True))
-
-    def threads(self, number: int) -> None:
-        self._threads = number
 
     def searcher(self, k: int, effort: tuple[int, ...]) -> Search:
         """One call a query, in several threads."""

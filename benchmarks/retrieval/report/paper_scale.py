@@ -6,7 +6,7 @@ Extrapolates the measurements of `scale` and writes a section of `docs/performan
 import math
 from typing import Any
 
-from benchmarks.common.report import markdown_table
+from jobs.reporting.tables import markdown_table
 
 QUERIES, ROWS = 100_000_000, 1_900_000_000
 SIZES = (20_000_000, ROWS)

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
 
 from benchmarks.retrieval.catalog import BARE, BY_NAME, DATABASE, SCANN
+from benchmarks.retrieval.rounds import TuningResult, frontier
 
 PANELS = {"single": "One query at a time, one thread", "batch": "Batches, two threads"}
 COLORS = {
@@ -44,8 +45,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(13, 6.2), constrained_layout=True)
     for axis, (mode, title) in zip(axes, PANELS.items(), strict=True):
         for name in COLORS:
-            points = result["search"]["points"].get(name, [])
-            _line(axis, name, frontier(points, mode))
+            points = [TuningResult(**point) for point in result["search"]["points"].get(name, [])]
+            _line(axis, name, [(point.recall, 1 / point.seconds[mode]) for point in frontier(points, mode)])
         _format_axis(axis, title)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
@@ -54,17 +55,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def frontier(points: list[dict[str, Any]], mode: str) -> list[tuple[float, float]]:
-    """(recall, queries per second) of the settings on the Pareto frontier."""
-    timed = [(point["recall"], 1 / point["seconds"][mode]) for point in points if point["seconds"]]
-    best: list[tuple[float, float]] = []
-    for recall, rate in sorted(timed, reverse=True):
-        if not best or rate > best[-1][1]:
-            best.append((recall, rate))
-    return best[::-1]
-
-
 def _line(axis: Axes, name: str, points: list[tuple[float, float]]) -> None:
+    """points: recall and queries per second of the settings that no other one exceeds in both."""
     visible = [(recall, rate) for recall, rate in points if recall >= MIN_RECALL]
     if not visible or name == BARE.name:
         return

@@ -3,8 +3,8 @@
 from itertools import groupby
 from typing import Any
 
-from benchmarks.common.report import markdown_table
 from benchmarks.retrieval.catalog import BARE, BY_NAME, DATABASE
+from jobs.reporting.tables import markdown_table
 
 SMALL_BYTES = 1024
 """Anonymous memory per row of the methods that count as small."""

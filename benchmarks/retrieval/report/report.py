@@ -5,12 +5,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.report import markdown_table
 from benchmarks.retrieval.catalog import BARE, BY_NAME, DATABASE
 from benchmarks.retrieval.report import paper_scale, plot
 from benchmarks.retrieval.report.goals import goals
 from benchmarks.retrieval.report.races import races_section
 from benchmarks.retrieval.rounds import CASES, TARGETS, Case
+from jobs.reporting.tables import markdown_table
 
 MODES = {"single": "single query, one thread", "batch": "batches, two threads"}
 

@@ -54,7 +54,7 @@ def test_the_page_counts_faults_and_lists_problems() -> None:
 def test_filter_survives_the_loss_of_its_driver_and_of_a_worker(tmp_path: Path, forked_python: Path) -> None:
     """The benchmark has the other faults."""
     command = [str(forked_python), "-m", "benchmarks.crashes", "--each", "1", "--stages", "filter"]
-    command += ["--cases", "driver", "worker", "--out", str(tmp_path / "crashes.md")]
+    command += ["--cases", "driver", "worker", "--docs", str(tmp_path)]
     # The benchmark finds workers as children of a raylet, which forks are not.
     environment = {name: value for name, value in os.environ.items() if name != WORKERS_ARE_FORKS}
     subprocess.run(command, cwd=REPOSITORY, env=environment, check=True)
