@@ -14,6 +14,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from pipeline.runtime.memory import peak_bytes
+
 TIMEOUT_S = 10
 RETRIES = 2
 EDGE = 224
@@ -112,15 +114,9 @@ def main(side: str, split: str, folder: Path, threads: int, shards: list[str]) -
             "stored": stored,
             "seconds": time.perf_counter() - start,
             "cpu_s": time.process_time() - cpu_start,
-            "peak_mb": _peak_mb(),
+            "peak_mb": peak_bytes() / (1 << 20),
         }
     )
-
-
-def _peak_mb() -> float:
-    """Peak memory of this program. ru_maxrss would include the parent's memory before exec."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def _write_line(values: dict[str, float]) -> None:

@@ -9,7 +9,7 @@ import json
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from pipeline.filter.filter_passes import Dedupe, FilterContext, Scan, Select
 from pipeline.filter.selection import hash_urls
 from pipeline.recipe import FilterConfig
 from pipeline.runtime.memory import peak_bytes
+from retrieval.storage.manifest import ShardRecord
 from retrieval.storage.root import Root
 
 ROWS_PER_FILE = 1_000_000
@@ -82,11 +83,11 @@ def _rows_with_repeats(rows: int, rng: np.random.Generator) -> npt.NDArray[np.in
 
 def run_our_filter(paths: list[Path], scratch: Path) -> dict[str, float]:
     """The three passes of `filter` on one core, without Ray."""
-    job = _job(paths, scratch)
-    return _measure(lambda: _run_passes(job))
+    context = _context(paths, scratch)
+    return _measure(lambda: list(run_passes(context)))
 
 
-def _job(paths: list[Path], scratch: Path) -> FilterContext:
+def _context(paths: list[Path], scratch: Path) -> FilterContext:
     shutil.rmtree(scratch, ignore_errors=True)
     (scratch / "metadata").mkdir(parents=True)
     for path in paths:
@@ -95,13 +96,13 @@ def _job(paths: list[Path], scratch: Path) -> FilterContext:
     return prepare(config, Root(str(scratch / "run")))
 
 
-def _run_passes(job: FilterContext) -> None:
-    pieces = [piece.name for piece in job.plan.pieces]
-    buckets = [name.removeprefix("dedupe/") for name in job.dedupes]
+def run_passes(context: FilterContext) -> Iterator[tuple[str, list[ShardRecord]]]:
+    """Run the passes of `filter` in this process. Yields the name of each and the records of its shards."""
+    pieces = [piece.name for piece in context.plan.pieces]
+    buckets = [name.removeprefix("dedupe/") for name in context.dedupes]
     for kind, names in ((Scan, pieces), (Dedupe, buckets), (Select, pieces)):
-        work = kind(job)
-        for name in names:
-            work(f"{kind.__name__.lower()}/{name}")
+        work, phase = kind(context), kind.__name__.lower()
+        yield phase, [work(f"{phase}/{name}") for name in names]
 
 
 def run_hashes(paths: list[Path]) -> dict[str, float]:

@@ -53,14 +53,11 @@ def import_start(recipe: Recipe, model: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = recipe_parser("finetune", __doc__)
     add_remake(parser)
-    add = parser.add_argument
-    add("--from", required=True, type=Path, dest="model", help="checkpoint, diffusers folder or folder of a run")
-    add("--source", required=True, type=Path, help="pictures, as for 'laion-rdm import'")
-    add(
-        "--database-source", type=Path, metavar="SOURCE", help="pictures of the database; then --source is for training"
-    )
+    model = "checkpoint, diffusers folder or folder of a run"
+    parser.add_argument("--from", required=True, type=Path, dest="model", help=model)
+    imports.add_sources(parser)
     arguments = parser.parse_args(argv)
-    sources = Sources(arguments.source, arguments.database_source)
+    sources = imports.sources_of(arguments)
     exit_on_user_error(lambda: run_on_recipe(arguments, partial(run, model=arguments.model, sources=sources)))
 
 

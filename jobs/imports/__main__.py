@@ -4,6 +4,7 @@ SOURCE is a folder of pictures, tars or Parquet files, a WebDataset tar, or a ta
 pictures becomes the database (`import.database_share`), or the pictures of `--database-source`.
 """
 
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -22,17 +23,25 @@ def run(recipe: Recipe, sources: import_pictures.Sources) -> None:
         import_pictures.run(recipe[DownloadConfig], division, sources, recipe.root)
 
 
+def add_sources(parser: ArgumentParser) -> None:
+    """Add the options --source and --database-source."""
+    pictures = "pictures: a folder, .tar, .csv, .tsv, .jsonl, .parquet or .arrow"
+    parser.add_argument("--source", required=True, type=Path, help=pictures)
+    database = "pictures of the database; then --source is for training"
+    parser.add_argument("--database-source", type=Path, metavar="SOURCE", help=database)
+
+
+def sources_of(arguments: Namespace) -> import_pictures.Sources:
+    """The values of the options of `add_sources`."""
+    return import_pictures.Sources(arguments.source, arguments.database_source)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = recipe_parser("import", __doc__)
     add_remake(parser)
-    add = parser.add_argument
-    add("--source", required=True, type=Path, help="a folder, .tar, .csv, .tsv, .jsonl, .parquet or .arrow")
-    add(
-        "--database-source", type=Path, metavar="SOURCE", help="pictures of the database; then --source is for training"
-    )
+    add_sources(parser)
     arguments = parser.parse_args(argv)
-    sources = import_pictures.Sources(arguments.source, arguments.database_source)
-    exit_on_user_error(lambda: run_on_recipe(arguments, partial(run, sources=sources)))
+    exit_on_user_error(lambda: run_on_recipe(arguments, partial(run, sources=sources_of(arguments))))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ Command = Callable[[argparse.Namespace], int]
 Add = Callable[..., object]
 """`add_argument` of the parser of a command."""
 SOURCE = "vectors: a .npy or Parquet file, a folder of these, or clip-retrieval's output folder"
-IDS = "text file with an image id or a URL in each line"
 
 
 def make_parser(prog: str, commands: Mapping[str, Command]) -> argparse.ArgumentParser:
@@ -95,20 +94,15 @@ def _add(add: Add) -> None:
     _source_options(add)
 
 
-def _delete(add: Add) -> None:
+def _listed_ids(add: Add) -> None:
     _database(add)
-    add("ids", type=Path, help=IDS)
+    add("ids", type=Path, help="text file with an image id or a URL in each line")
 
 
 def _merge(add: Add) -> None:
     add("sources", nargs="+", metavar="SOURCE", help="folder of a database; the settings are those of the first")
     add("database", metavar="DB", help="folder of the new database")
     _cache(add)
-
-
-def _hide(add: Add) -> None:
-    _database(add)
-    add("ids", type=Path, help=IDS)
 
 
 def _calibrate(add: Add) -> None:
@@ -129,9 +123,9 @@ ARGUMENTS = {
     "verify": _verify,
     "build": _build,
     "add": _add,
-    "delete": _delete,
+    "delete": _listed_ids,
     "merge": _merge,
-    "hide": _hide,
+    "hide": _listed_ids,
     "calibrate": _calibrate,
     "card": _card,
 }

@@ -16,6 +16,9 @@ from retrieval.clip.identity import EncoderIdentity
 from retrieval.errors import UserError
 from retrieval.recipe import ClipConfig, Precision
 
+TEXTS_AT_ONCE, IMAGES_AT_ONCE = 256, 64
+"""Rows of a batch."""
+
 
 class Encoder:
     """A loaded CLIP model. Thread-safe.
@@ -51,22 +54,18 @@ class Encoder:
         )
 
     @torch.inference_mode()
-    def encode_texts(
-        self, texts: Sequence[str], batch_size: int = 256, *, unit: bool = True
-    ) -> npt.NDArray[np.float32]:
+    def encode_texts(self, texts: Sequence[str], *, unit: bool = True) -> npt.NDArray[np.float32]:
         """Vectors of texts, (n, dim) float32. Texts longer than the model's context are truncated."""
         if not len(texts):
             return np.empty((0, self.identity.dim), np.float32)
-        batches = (self._tokenize(list(texts[i : i + batch_size])) for i in range(0, len(texts), batch_size))
+        batches = (self._tokenize(list(texts[i : i + TEXTS_AT_ONCE])) for i in range(0, len(texts), TEXTS_AT_ONCE))
         return np.concatenate([_rows(self._model.encode_text(batch.to(self.device)), unit) for batch in batches])
 
-    def encode_images(
-        self, images: Sequence[Image.Image], batch_size: int = 64, *, unit: bool = True
-    ) -> npt.NDArray[np.float32]:
+    def encode_images(self, images: Sequence[Image.Image], *, unit: bool = True) -> npt.NDArray[np.float32]:
         """Vectors of pictures of any size and mode, (n, dim) float32."""
         if not len(images):
             return np.empty((0, self.identity.dim), np.float32)
-        batches = (images[i : i + batch_size] for i in range(0, len(images), batch_size))
+        batches = (images[i : i + IMAGES_AT_ONCE] for i in range(0, len(images), IMAGES_AT_ONCE))
         tensors = (torch.stack([self.pixels(image) for image in batch]) for batch in batches)
         return np.concatenate([_rows(self.encode_pixels(tensor), unit) for tensor in tensors])
 

@@ -23,7 +23,7 @@ from trainer.evaluation.intervals import Bootstrap
 from trainer.evaluation.metrics import Features
 from trainer.evaluation.pixel_judge import pictures_digest, train_pixel_judge
 from trainer.evaluation.recipe import EvaluateConfig
-from trainer.evaluation.sample_groups import draw_groups, picture_path, read_features
+from trainer.evaluation.sample_groups import draw_groups, features_by_group, picture_path
 from trainer.evaluation.scores import Evaluator, Reference, results
 from trainer.evaluation.styles import MODES, SUFFIX_RETRIEVAL, StyleGroup, make_style_groups, style_words
 from trainer.sampling.picture import Grid, grid_png, open_picture
@@ -55,8 +55,7 @@ def run(config: EvaluateConfig, trained: TrainedModel, root: Root, distribute: D
     with items.building():
         distribute(lambda part: draw_groups(sampler, part.of(groups), items))
         records = draw_groups(sampler, groups, items)
-        features = {(group.mode, group.style): read_features(sampler, group, items) for group in groups}
-        result = results(features, evaluator)
+        result = results(features_by_group(sampler, groups, items), evaluator)
         files = [
             *save_classifier(root, f"{stage}/classifier", evaluator.classifier),
             *(

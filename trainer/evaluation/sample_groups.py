@@ -7,7 +7,7 @@ import io
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -17,8 +17,8 @@ from retrieval.storage.manifest import ShardRecord
 from retrieval.storage.root import FileRecord
 from trainer.evaluation.metrics import Features
 from trainer.evaluation.pixel_judge import thumbnails
-from trainer.evaluation.scores import SampleFeatures
-from trainer.evaluation.styles import SampleGroup
+from trainer.evaluation.scores import FeaturesByGroup, SampleFeatures
+from trainer.evaluation.styles import SampleGroup, StyleGroup
 from trainer.sampling.batches import SamplingBatch
 from trainer.sampling.picture import open_picture, png_bytes
 from trainer.sampling.request import Sample
@@ -76,6 +76,11 @@ def read_features(sampler: Sampler, group: SampleGroup, items: ResumableItems) -
     names = (picture_path(group, items, number) for number in range(len(group.requests)))
     pixels = thumbnails(open_picture(items.root, name) for name in names)
     return SampleFeatures(features, sampler.encoder.encode_texts(group.prompts), group.prompts, pixels)
+
+
+def features_by_group(sampler: Sampler, groups: Iterable[StyleGroup], items: ResumableItems) -> FeaturesByGroup:
+    """The features of groups by mode and style."""
+    return {(group.mode, group.style): read_features(sampler, group, items) for group in groups}
 
 
 def picture_path(group: SampleGroup, items: ResumableItems, number: int) -> str:

@@ -95,7 +95,7 @@ class MetricsFile(Generic[Entry]):
     """A file with one JSON object per line. Opening it removes entries after step `done`."""
 
     def __init__(self, path: Path, entry_class: type[Entry], done: int) -> None:
-        entries = [entry for entry in _read(path, entry_class) if entry.step <= done]
+        entries = [entry for entry in read_entries(path, entry_class) if entry.step <= done]
         temporary = path.with_name(f".{path.name}")
         temporary.write_text("".join(json.dumps(asdict(entry)) + "\n" for entry in entries))
         os.replace(temporary, path)
@@ -187,20 +187,11 @@ class TrainingLog:
 
 def read_step_metrics(path: Path) -> list[StepMetrics]:
     """Entries of a metrics file in order. An incomplete last line of a killed run is ignored."""
-    return _read(path, StepMetrics)
+    return read_entries(path, StepMetrics)
 
 
-def read_validation_metrics(path: Path) -> list[ValidationMetrics]:
-    """Entries of a validation file in order. An incomplete last line of a killed run is ignored."""
-    return _read(path, ValidationMetrics)
-
-
-def read_kid_metrics(path: Path) -> list[KidMetrics]:
-    """Entries of a file of kernel distances in order. An incomplete last line of a killed run is ignored."""
-    return _read(path, KidMetrics)
-
-
-def _read(path: Path, entry_class: type[Entry]) -> list[Entry]:
+def read_entries(path: Path, entry_class: type[Entry]) -> list[Entry]:
+    """Entries of a metrics file of any class, as `read_step_metrics`."""
     if not path.exists():
         return []
     lines = path.read_text().splitlines(keepends=True)

@@ -9,6 +9,7 @@ import pytest
 
 from jobs.cli import laion_rdm
 from jobs.cli.laion_rdm import COMMANDS, DATABASE_COMMANDS, main
+from retrieval.cli import commands
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 DEMO = str(REPOSITORY / "jobs/configs/demo.toml")
@@ -58,6 +59,7 @@ def test_dry_runs_of_stages_that_compute_with_torch_do_not_import_it() -> None:
 
 
 def test_database_commands_are_those_of_python_m_retrieval(capsys: pytest.CaptureFixture[str]) -> None:
+    assert {*DATABASE_COMMANDS} == {*commands.COMMANDS}
     for name in DATABASE_COMMANDS:
         with pytest.raises(SystemExit) as stopped:
             main([name, "--help"])

@@ -36,7 +36,7 @@ from trainer.data.loader import Loader
 from trainer.data.sample_order import SampleOrder
 from trainer.model.autoencoder import Autoencoder
 from trainer.recipe import LatentsConfig
-from trainer.tracking.training_log import METRICS, VALIDATION, read_step_metrics, read_validation_metrics
+from trainer.tracking.training_log import METRICS, VALIDATION, ValidationMetrics, read_entries, read_step_metrics
 from trainer.training.validation import held_out_rows, parts_of_one_shape, read_held_out
 
 STEP = 16
@@ -249,7 +249,7 @@ def test_a_run_with_buckets_validates_and_draws_on_any_number_of_ranks(bucketed:
         assert "in 3 aspect ratios" in log
         assert log.count("counting the images of 3 aspect ratios") == (ranks == 2)  # on rank 0, for both runs
         folder = folder_of(recipe, bucketed)
-        steps, validations = read_step_metrics(folder / METRICS), read_validation_metrics(folder / VALIDATION)
+        steps, validations = read_step_metrics(folder / METRICS), read_entries(folder / VALIDATION, ValidationMetrics)
         losses.append([entry.loss for entry in (*steps, *validations)])
         assert (folder / "previews/00000004.png").exists()
     assert len(losses[0]) == 6

@@ -16,8 +16,8 @@ from trainer.tracking.training_log import (
     StepMetrics,
     TrainingLog,
     ValidationMetrics,
+    read_entries,
     read_step_metrics,
-    read_validation_metrics,
     summarize,
 )
 from trainer.training.train import prepare
@@ -63,7 +63,7 @@ def test_a_resumed_run_records_each_step_once_in_files_previews_and_tensorboard(
         (5, pytest.approx(0.53)),
     ]
     assert entries[0].loss_by_quartile == [0.9, None, 0.3, 0.2]
-    assert read_validation_metrics(tmp_path / "validation.jsonl") == [validation(2), validation(4)]
+    assert read_entries(tmp_path / "validation.jsonl", ValidationMetrics) == [validation(2), validation(4)]
     assert sorted(path.name for path in (tmp_path / "previews").iterdir()) == ["00000002.png", "00000004.png"]
     assert Image.open(tmp_path / "previews/00000004.png").getpixel((0, 0)) == (4, 3, 0)
 

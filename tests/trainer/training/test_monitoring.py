@@ -25,9 +25,8 @@ from trainer.tracking.training_log import (
     KidMetrics,
     StepMetrics,
     ValidationMetrics,
-    read_kid_metrics,
+    read_entries,
     read_step_metrics,
-    read_validation_metrics,
 )
 
 STORED = {1: 1.048975, 2: 1.0716438, 5: 0.7587282, 10: 0.5363206, 15: 0.3842816, 20: 0.294915}
@@ -39,11 +38,11 @@ def metrics_of(recipe: TrainingRecipe, root: Root) -> list[StepMetrics]:
 
 
 def validations_of(recipe: TrainingRecipe, root: Root) -> list[ValidationMetrics]:
-    return read_validation_metrics(folder_of(recipe, root) / VALIDATION)
+    return read_entries(folder_of(recipe, root) / VALIDATION, ValidationMetrics)
 
 
 def distances_of(recipe: TrainingRecipe, root: Root) -> list[KidMetrics]:
-    return read_kid_metrics(folder_of(recipe, root) / KID)
+    return read_entries(folder_of(recipe, root) / KID, KidMetrics)
 
 
 def losses(entry: ValidationMetrics) -> list[float | None]:

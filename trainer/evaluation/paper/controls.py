@@ -5,12 +5,14 @@ Prompts, seeds and all settings stay the same, so that only the neighbors can ex
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from retrieval.database.database import Database
 from retrieval.errors import UserError
-from trainer.evaluation.intervals import Rows
+from trainer.evaluation.intervals import Estimate, Rows, share
+from trainer.evaluation.scores import Evaluator, FeaturesByGroup, results
 from trainer.model.context import Vectors, at_raw_norm
 from trainer.model.recipe import ContextNorm
 from trainer.sampling.conditioning import ConditionedRequest
@@ -36,6 +38,24 @@ def control(name: str, style: str, requests: RequestsByStyle, rows: Sequence[Vec
         replace(_with_neighbors(request, donor.context[1:]), neighbors=donor.neighbors)
         for request, donor in zip(originals, donors, strict=True)
     ]
+
+
+def tables(features: FeaturesByGroup, evaluator: Evaluator) -> dict[str, Any]:
+    """The results of all modes and controls (Fig. 4a and 4b), and the style that shuffled samples follow."""
+    return {**results(features, evaluator), "shuffled_follows_its_neighbors": _donor_accuracy(features, evaluator)}
+
+
+def _donor_accuracy(features: FeaturesByGroup, evaluator: Evaluator) -> Estimate:
+    """Share of shuffled samples that are classified as the style of their neighbors."""
+    correct: list[bool] = []
+    prompts: list[str] = []
+    for style in evaluator.styles:
+        group = features[SHUFFLED, style]
+        labels = np.argmax(evaluator.classifier.network.logits(group.pictures), axis=1)
+        donors = donor_styles(evaluator.styles, style, len(labels))
+        correct += [evaluator.styles[label] == donor for label, donor in zip(labels, donors, strict=True)]
+        prompts += group.prompts
+    return share(correct, prompts)
 
 
 def donor_styles(styles: Sequence[str], style: str, count: int) -> list[str]:

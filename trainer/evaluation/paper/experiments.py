@@ -23,15 +23,14 @@ from trainer.evaluation import evaluate
 from trainer.evaluation.evaluate import make_evaluator, style_names
 from trainer.evaluation.intervals import Bootstrap
 from trainer.evaluation.paper import charts, copy_check, copy_distances, held_out
-from trainer.evaluation.paper.controls import CONTROLS, control, random_rows
+from trainer.evaluation.paper.controls import CONTROLS, control, random_rows, tables
 from trainer.evaluation.paper.figures import draw_by_mode, draw_figure, make_figures
-from trainer.evaluation.paper.paper_tables import tables
 from trainer.evaluation.paper.real_images import training_images
 from trainer.evaluation.paper.recipe import PaperConfig
 from trainer.evaluation.paper.timing import retrieval_times
 from trainer.evaluation.pixel_judge import pictures_digest
 from trainer.evaluation.recipe import EvaluateConfig
-from trainer.evaluation.sample_groups import draw_groups, picture_path, read_features
+from trainer.evaluation.sample_groups import draw_groups, features_by_group, picture_path, read_features
 from trainer.evaluation.scores import Evaluator, results
 from trainer.evaluation.styles import NO_NEIGHBORS, RETRIEVAL, StyleGroup, make_style_groups
 from trainer.evaluation.tradeoff import make_settings, setting_groups, tradeoff
@@ -178,10 +177,8 @@ class Experiments:
         return names, {f"{figure.name}.png": draw_figure(figure, self._items) for figure in self._figures}
 
     def _tables(self, controls: list[StyleGroup]) -> Result:
-        groups = [(group, self._evaluated) for group in self._groups]
-        groups += [(group, self._items) for group in controls]
-        features = {(group.mode, group.style): read_features(self._sampler, group, items) for group, items in groups}
-        values = tables(features, self._evaluator)
+        evaluated = features_by_group(self._sampler, self._groups, self._evaluated)
+        values = tables({**evaluated, **features_by_group(self._sampler, controls, self._items)}, self._evaluator)
         return values, {"improvement.png": charts.improvement_chart(values), "modes.png": charts.modes_chart(values)}
 
     @cached_property
@@ -189,10 +186,7 @@ class Experiments:
         return make_evaluator(self._model.evaluate, self._sampler, self._styles, self._bootstrap)
 
     def _tradeoff(self) -> Result:
-        features = {
-            (group.mode, group.style): read_features(self._sampler, group, self._items)
-            for group in self._tradeoff_groups
-        }
+        features = dict(features_by_group(self._sampler, self._tradeoff_groups, self._items))
         for group in self._groups:
             if group.mode == NO_NEIGHBORS:
                 plain = read_features(self._sampler, group, self._evaluated)
@@ -205,10 +199,7 @@ class Experiments:
         settings = self._model.evaluate.model_copy(update={"judge_pictures": self._config.unknown_judge_pictures})
         styles = (*self._styles, *self._config.unknown_styles)
         evaluator = make_evaluator(settings, self._sampler, styles, self._bootstrap)
-        features = {
-            (group.mode, group.style): read_features(self._sampler, group, self._items)
-            for group in self._unknown_groups
-        }
+        features = features_by_group(self._sampler, self._unknown_groups, self._items)
         return results(features, evaluator), {"unknown_styles.png": draw_by_mode(self._unknown_groups, self._items)}
 
     def _held_out(self) -> Result:

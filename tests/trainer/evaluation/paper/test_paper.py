@@ -25,12 +25,12 @@ from trainer.evaluation.paper.controls import (
     control,
     derangement,
     random_rows,
+    tables,
 )
 from trainer.evaluation.paper.copy_check import GeneratedSamples, TrainingSetImages, compare
 from trainer.evaluation.paper.copy_distances import Comparison, hash_row, nearest
 from trainer.evaluation.paper.copy_distances import summary as copy_summary
 from trainer.evaluation.paper.held_out import held_out_losses, summary
-from trainer.evaluation.paper.paper_tables import tables
 from trainer.evaluation.paper.real_images import TrainingImages, style_picture
 from trainer.evaluation.recipe import ClassifierConfig
 from trainer.evaluation.scores import Evaluator, Reference, SampleFeatures
