@@ -15,14 +15,4 @@ if TYPE_CHECKING:
     from retrieval.updates.delete import delete_from_database
     from retrieval.updates.merge import merge_databases
 
-__getattr__ = public_names(
-    __name__,
-    {
-        "database.database": "Database Neighbors",
-        "imports.importer": "build_database",
-        "index.effort": "Effort",
-        "updates.add": "add_to_database",
-        "updates.delete": "delete_from_database",
-        "updates.merge": "merge_databases",
-    },
-)
+__getattr__ = public_names(__name__)

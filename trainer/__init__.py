@@ -7,4 +7,4 @@ from retrieval.lazy import public_names
 if TYPE_CHECKING:
     from trainer.sampling.sampler import Sampler
 
-__getattr__ = public_names(__name__, {"sampling.sampler": "Sampler"})
+__getattr__ = public_names(__name__)

@@ -75,7 +75,7 @@ def _table(rows: int, number: int) -> pa.Table:
 
 
 def _rows_with_repeats(rows: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Row numbers of which 4 % are those of another row."""
+    """Row numbers. 4 % of them repeat the number of another row."""
     order = np.arange(rows)
     order[rng.integers(0, rows, rows // 25)] = rng.integers(0, rows, rows // 25)
     return order

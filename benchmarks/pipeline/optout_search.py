@@ -37,7 +37,7 @@ once. Domains, `sha256:` and `phash:` entries are not looked up: they read the t
 
 
 def measure(tables: int, rows_per_table: int, num_ids: int) -> dict[str, Any]:
-    """Seconds of each step. num_ids: length of the list, of which one id of 1,000 rows is in a table."""
+    """Seconds of each step. num_ids: length of the list. It has one id for every 1,000 rows of the tables."""
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         root = Root(folder)

@@ -1,7 +1,7 @@
 """Test data for the stages, and functions that time them: embed against a plain loop, one worker against two.
 
 The pictures are noise of the size of database pictures, saved as JPEG; the vectors are noise too. Rates on Ray are
-those of the last shards of a pass, when every worker has started long ago.
+measured on the last shards of a pass, after all workers have started.
 """
 
 import io

@@ -64,7 +64,7 @@ PARTS = ("records", "stages")
 
 
 def measure(part: str, shards: int) -> dict[str, Any]:
-    """Measure the records, or the stages in a process of their own, whose memory is counted."""
+    """Measure the records, or the stages in a new process, so that its memory can be counted."""
     if part == "records":
         with running_store(partial(records.fill, shards)) as store:
             cases = records.measure(shards, store)

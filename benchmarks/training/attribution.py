@@ -3,7 +3,7 @@
 Reads the finished run of the demo's recipe. The group is a style: its rows in the training set and in the training
 database. Two more models are trained with the recipe's settings: on all rows with another seed, and without the group,
 in a copy of the tables from which `optout` removed it. All models draw the same requests with the same seeds and search
-the training database. CLIP and autoencoder stay as they are, although they were trained on pictures of the style.
+the training database. CLIP and autoencoder are the same for all; they were trained on pictures of the style.
 Writes `docs/attribution.json` and `docs/attribution.md`. A repeated call continues the training.
 """
 

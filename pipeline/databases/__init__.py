@@ -8,4 +8,4 @@ if TYPE_CHECKING:
     from pipeline.databases.build import run, run_all
     from pipeline.databases.sources import PictureSource
 
-__getattr__ = public_names(__name__, {"build": "run run_all", "sources": "PictureSource"})
+__getattr__ = public_names(__name__)

@@ -9,6 +9,4 @@ if TYPE_CHECKING:
     from pipeline.download.shard_download import ShardDownload
     from pipeline.download.shard_update import ShardUpdate
 
-__getattr__ = public_names(
-    __name__, {"download": "run", "shard_download": "ShardDownload", "shard_update": "ShardUpdate"}
-)
+__getattr__ = public_names(__name__)

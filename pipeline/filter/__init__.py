@@ -7,4 +7,4 @@ from retrieval.lazy import public_names
 if TYPE_CHECKING:
     from pipeline.filter.filter import run
 
-__getattr__ = public_names(__name__, {"filter": "run"})
+__getattr__ = public_names(__name__)

@@ -8,4 +8,4 @@ if TYPE_CHECKING:
     from pipeline.neighbors.neighbors import neighbors_stage, run
     from pipeline.neighbors.refill import Refill
 
-__getattr__ = public_names(__name__, {"neighbors": "neighbors_stage run", "refill": "Refill"})
+__getattr__ = public_names(__name__)

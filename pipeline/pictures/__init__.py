@@ -8,4 +8,4 @@ if TYPE_CHECKING:
     from pipeline.pictures.picture import Picture, encode, prepare
     from pipeline.pictures.tars import tar_writer
 
-__getattr__ = public_names(__name__, {"picture": "Picture encode prepare", "tars": "tar_writer"})
+__getattr__ = public_names(__name__)

@@ -46,7 +46,7 @@ def _checked(left: float, top: float, right: float, bottom: float) -> Box:
 def upright_boxes(boxes: Sequence[Box], turn: int) -> list[Box]:
     """The boxes, and if the picture has an EXIF orientation also those places in the picture as it is stored.
 
-    Some detectors heed the orientation and others do not, which metadata does not say.
+    Some detectors apply the orientation, others do not. Metadata does not state which.
     """
     if turn == 1:
         return [*boxes]

@@ -10,6 +10,4 @@ if TYPE_CHECKING:
     from pipeline.runtime.stage import Stage
     from pipeline.runtime.workers import Workers
 
-__getattr__ = public_names(
-    __name__, {"pool": "ShardError", "runner": "run_shards", "stage": "Stage", "workers": "Workers"}
-)
+__getattr__ = public_names(__name__)

@@ -152,16 +152,16 @@ def leased_hosts(queue: HostQueue, renew: Renew) -> Iterator[None]:
 def _renew_until(ended: Event, queue: HostQueue, renew: Renew, shard: str) -> None:
     """Renew the shares of a shard. An error stops the queue: requests without leases would wait forever."""
     log = logging.getLogger("download")
-    answered = time.monotonic()
+    answered_at = time.monotonic()
     try:
         while not ended.is_set():
-            asked = time.monotonic()
+            sent_at = time.monotonic()
             shares = renew(shard, queue.claims())
             if shares is not None:
-                answered = asked
+                answered_at = sent_at
                 queue.set_shares(shares)
-            elif time.monotonic() - answered > VALID_S:
-                log.warning("host leases gave no answer for %.0f s; busy hosts wait", time.monotonic() - answered)
+            elif time.monotonic() - answered_at > VALID_S:
+                log.warning("host leases gave no answer for %.0f s; busy hosts wait", time.monotonic() - answered_at)
                 queue.set_shares({})
             ended.wait(RENEW_S)
     finally:

@@ -8,4 +8,4 @@ from retrieval.lazy import public_names
 if TYPE_CHECKING:
     from retrieval.clip.encoder import Encoder
 
-__getattr__ = public_names(__name__, {"encoder": "Encoder"})
+__getattr__ = public_names(__name__)

@@ -9,6 +9,4 @@ if TYPE_CHECKING:
     from retrieval.cluster.connection import ray_connection
     from retrieval.cluster.shared import SharedCluster
 
-__getattr__ = public_names(
-    __name__, {"cluster": "Cluster ClusterConfig", "connection": "ray_connection", "shared": "SharedCluster"}
-)
+__getattr__ = public_names(__name__)

@@ -10,12 +10,4 @@ if TYPE_CHECKING:
     from retrieval.database.database import Database, Neighbors
     from retrieval.database.verify import RecallSample, damaged_files, measure_recall
 
-__getattr__ = public_names(
-    __name__,
-    {
-        "build": "DatabaseIdentity write_database",
-        "calibration": "recalibrate",
-        "database": "Database Neighbors",
-        "verify": "RecallSample damaged_files measure_recall",
-    },
-)
+__getattr__ = public_names(__name__)

@@ -8,4 +8,4 @@ from retrieval.lazy import public_names
 if TYPE_CHECKING:
     from retrieval.imports.importer import build_database
 
-__getattr__ = public_names(__name__, {"importer": "build_database"})
+__getattr__ = public_names(__name__)

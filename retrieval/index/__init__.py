@@ -9,4 +9,4 @@ from retrieval.lazy import public_names
 if TYPE_CHECKING:
     from retrieval.index.partition import Partition
 
-__getattr__ = public_names(__name__, {"partition": "Partition"})
+__getattr__ = public_names(__name__)

@@ -7,4 +7,4 @@ from retrieval.lazy import public_names
 if TYPE_CHECKING:
     from retrieval.join.join import JoinResult, join_database, join_partition
 
-__getattr__ = public_names(__name__, {"join": "JoinResult join_database join_partition"})
+__getattr__ = public_names(__name__)

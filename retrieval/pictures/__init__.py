@@ -8,4 +8,4 @@ if TYPE_CHECKING:
     from retrieval.pictures.decode import PictureError
     from retrieval.pictures.picture_file import read_picture
 
-__getattr__ = public_names(__name__, {"decode": "PictureError", "picture_file": "read_picture"})
+__getattr__ = public_names(__name__)

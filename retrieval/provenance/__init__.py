@@ -8,10 +8,4 @@ if TYPE_CHECKING:
     from retrieval.provenance.c2pa_manifest import Provenance, SignedPicture, read_signature, sign_picture
     from retrieval.provenance.signing_key import Credentials, demo_credentials, read_credentials
 
-__getattr__ = public_names(
-    __name__,
-    {
-        "signing_key": "Credentials demo_credentials read_credentials",
-        "c2pa_manifest": "Provenance SignedPicture read_signature sign_picture",
-    },
-)
+__getattr__ = public_names(__name__)

@@ -9,6 +9,4 @@ if TYPE_CHECKING:
     from retrieval.updates.delete import delete_from_database
     from retrieval.updates.merge import merge_databases
 
-__getattr__ = public_names(
-    __name__, {"add": "add_to_database", "delete": "delete_from_database", "merge": "merge_databases"}
-)
+__getattr__ = public_names(__name__)

@@ -8,6 +8,4 @@ if TYPE_CHECKING:
     from trainer.checkpoint.checkpoint import CheckpointFolder
     from trainer.checkpoint.export import FinishedRun, publish_run, read_model_weights
 
-__getattr__ = public_names(
-    __name__, {"checkpoint": "CheckpointFolder", "export": "FinishedRun publish_run read_model_weights"}
-)
+__getattr__ = public_names(__name__)

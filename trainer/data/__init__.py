@@ -8,4 +8,4 @@ if TYPE_CHECKING:
     from trainer.data.loader import Loader, TrainingBatch
     from trainer.data.plan import TrainingPlan, make_plan
 
-__getattr__ = public_names(__name__, {"loader": "Loader TrainingBatch", "plan": "TrainingPlan make_plan"})
+__getattr__ = public_names(__name__)

@@ -8,4 +8,4 @@ if TYPE_CHECKING:
     from trainer.engine.deepspeed_engine import Ranks, join_ranks, make_engine
     from trainer.engine.ema import MovingAverage
 
-__getattr__ = public_names(__name__, {"deepspeed_engine": "Ranks join_ranks make_engine", "ema": "MovingAverage"})
+__getattr__ = public_names(__name__)

@@ -8,6 +8,4 @@ if TYPE_CHECKING:
     from trainer.evaluation.classifier import StyleClassifier, TrainedClassifier
     from trainer.evaluation.recipe import ClassifierConfig, EvaluateConfig
 
-__getattr__ = public_names(
-    __name__, {"classifier": "StyleClassifier TrainedClassifier", "recipe": "ClassifierConfig EvaluateConfig"}
-)
+__getattr__ = public_names(__name__)

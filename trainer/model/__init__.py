@@ -9,4 +9,4 @@ if TYPE_CHECKING:
     from trainer.model.context import make_context
     from trainer.model.unet import build_unet
 
-__getattr__ = public_names(__name__, {"autoencoder": "Autoencoder", "context": "make_context", "unet": "build_unet"})
+__getattr__ = public_names(__name__)

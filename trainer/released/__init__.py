@@ -9,11 +9,4 @@ if TYPE_CHECKING:
     from trainer.released.import_run import import_model
     from trainer.released.pipeline import RetrievalDiffusionPipeline, Retriever
 
-__getattr__ = public_names(
-    __name__,
-    {
-        "diffusers_folder": "write_folder",
-        "import_run": "import_model",
-        "pipeline": "RetrievalDiffusionPipeline Retriever",
-    },
-)
+__getattr__ = public_names(__name__)

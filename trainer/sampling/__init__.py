@@ -9,11 +9,4 @@ if TYPE_CHECKING:
     from trainer.sampling.request import ImageQuery, Neighbor, Request, Sample
     from trainer.sampling.sampler import Sampler, TrainedModel
 
-__getattr__ = public_names(
-    __name__,
-    {
-        "recipe": "ComputeConfig SampleConfig",
-        "request": "ImageQuery Neighbor Request Sample",
-        "sampler": "Sampler TrainedModel",
-    },
-)
+__getattr__ = public_names(__name__)

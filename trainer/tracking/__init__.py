@@ -8,6 +8,4 @@ if TYPE_CHECKING:
     from trainer.tracking.flops import training_flops
     from trainer.tracking.training_log import StepMetrics, TrainingLog, read_step_metrics
 
-__getattr__ = public_names(
-    __name__, {"flops": "training_flops", "training_log": "StepMetrics TrainingLog read_step_metrics"}
-)
+__getattr__ = public_names(__name__)

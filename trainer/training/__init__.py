@@ -7,4 +7,4 @@ from retrieval.lazy import public_names
 if TYPE_CHECKING:
     from trainer.training.train import prepare, run
 
-__getattr__ = public_names(__name__, {"train": "prepare run"})
+__getattr__ = public_names(__name__)

@@ -61,7 +61,7 @@ class FaissHnswRaBitQ(FaissHnsw):
 
 
 class FaissPanorama(FaissHnsw):
-    """HNSW over float32 vectors, whose distances are refined level by level. Effort: efSearch."""
+    """HNSW over float32 vectors. Distances are refined level by level. Effort: efSearch."""
 
     def _empty(self, dim: int) -> Any:
         return self._with_construction(

@@ -1,4 +1,4 @@
-"""The graphs of rabitqlib over RaBitQ codes: HNSW, with exact ranking where asked for, and SymphonyQG.
+"""The graphs of rabitqlib over RaBitQ codes: HNSW, optionally with exact ranking, and SymphonyQG.
 
 They run in .venv-bench. rabitqlib stores ids as uint32 in the order of the rows.
 """

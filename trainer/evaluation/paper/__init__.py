@@ -8,4 +8,4 @@ from trainer.evaluation.paper.recipe import PaperConfig
 if TYPE_CHECKING:
     from trainer.evaluation.paper.experiments import ModelUnderTest
 
-__getattr__ = public_names(__name__, {"experiments": "ModelUnderTest"})
+__getattr__ = public_names(__name__)

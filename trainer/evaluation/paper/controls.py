@@ -69,7 +69,7 @@ def random_rows(
 ) -> list[Vectors]:
     """Random vectors of a database without its hidden rows: counts[i] distinct rows for sample i.
 
-    norm: of the model, whose length the vectors get.
+    norm: the length that the model needs of the vectors.
     """
     results = []
     for count in counts:
