@@ -14,8 +14,8 @@ def public_names(package: str) -> Callable[[str], object]:
 
     The function raises UserError for a name that needs a library of an extra that is not installed.
 
-    >>> public_names("retrieval.clip")("EncoderIdentity").__name__
-    'EncoderIdentity'
+    >>> public_names("retrieval.pictures")("PictureError").__name__
+    'PictureError'
     """
 
     def load(name: str) -> object:
@@ -30,7 +30,7 @@ def public_names(package: str) -> Callable[[str], object]:
 @cache
 def _modules(package: str) -> dict[str, str]:
     """The module of each name that the `__init__.py` of a package imports in an `if` at its top level."""
-    tree = ast.parse(Path(str(import_module(package).__file__)).read_text())
+    tree = ast.parse(Path(str(import_module(package).__file__)).read_bytes())
     statements = (statement for block in tree.body if isinstance(block, ast.If) for statement in block.body)
     imports = (statement for statement in statements if isinstance(statement, ast.ImportFrom))
     return {alias.name: str(each.module) for each in imports for alias in each.names}

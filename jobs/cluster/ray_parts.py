@@ -35,8 +35,12 @@ def draw_on_ray(draw_part: Callable[[Part], None], tasks: int, log: logging.Logg
 
 
 def _draw_in_folder(draw_part: Callable[[Part], None], part: Part, folder: str) -> None:
-    """folder: the working directory, which paths in the recipe are relative to."""
+    prepare_process(folder)
+    draw_part(part)
+
+
+def prepare_process(folder: str) -> None:
+    """Start the log of a process of Ray, in the folder that paths in the recipe are relative to, if it is there."""
     if os.path.isdir(folder):
         os.chdir(folder)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(name)s: %(message)s", force=True)
-    draw_part(part)

@@ -13,6 +13,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from jobs.cluster.ray_gpus import ranks_on_ray, uses_gpus, wait_for_gpus
+from jobs.cluster.ray_parts import prepare_process
 from retrieval.cluster.connection import ray_connection
 from retrieval.errors import NodeError, UserError
 from retrieval.storage.root import Root
@@ -86,10 +87,8 @@ def make_trainer(config: TrainingRecipe, root: Root) -> TorchTrainer:
 
 
 def _run_rank(config: TrainingRecipe, root: Root, folder: str) -> None:
-    """The work of one worker. folder: the working directory, which paths in the recipe are relative to."""
-    if os.path.isdir(folder):
-        os.chdir(folder)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(name)s: %(message)s", force=True)
+    """The work of one worker. folder: as for `prepare_process`."""
+    prepare_process(folder)
     stage.run(config, root)
 
 

@@ -124,7 +124,7 @@ def read_checkpoint(path: Path, config: TrainingRecipe, folder: Path) -> Release
 def has_only_autoencoder(path: Path) -> bool:
     """True if a checkpoint file has a first stage and no UNet."""
     if path.suffix == ".safetensors":
-        with _safetensors_errors(path), safe_open(path, "pt") as file:
+        with safetensors_errors(path), safe_open(path, "pt") as file:
             keys: Collection[str] = file.keys()
     else:
         keys = _read(path).keys()
@@ -247,7 +247,7 @@ def _read(path: Path) -> Tensors:
     if not path.is_file():
         raise UserError(f"{path} does not exist: wanted a checkpoint file. Download it or correct the path.")
     if path.suffix == ".safetensors":
-        with _safetensors_errors(path):
+        with safetensors_errors(path):
             return load_file(path)
     content = _unpickle(path)
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
@@ -265,7 +265,8 @@ def _is_stored(tensor: torch.Tensor) -> bool:
 
 
 @contextmanager
-def _safetensors_errors(path: Path) -> Iterator[None]:
+def safetensors_errors(path: Path) -> Iterator[None]:
+    """Raises UserError in place of an error of safetensors."""
     try:
         yield
     except SafetensorError as error:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from retrieval.errors import UserError
@@ -24,7 +23,7 @@ from trainer.model.diffusion import scheduler_settings
 from trainer.model.recipe import AutoencoderConfig, ContextNorm, DiffusionConfig, ModelConfig
 from trainer.model.unet import build_unet
 from trainer.recipe import TrainingRecipe
-from trainer.released.checkpoint_import import ReleasedModel
+from trainer.released.checkpoint_import import ReleasedModel, safetensors_errors
 
 LENGTHS = {"unit": "each of length 1", "raw": "with the lengths that CLIP gives them, not normalized"}
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -249,7 +248,5 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise UserError(f"{path} is missing: weights must be one safetensors file. Convert them.")
-    try:
+    with safetensors_errors(path):
         return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a safetensors file: {error}. Download it again.") from error
