@@ -64,7 +64,6 @@ while the stage is made again and again.
 
 
 def run_clean(cluster: CrashCluster, stage: str, root: Root) -> CleanRun:
-    """Run a stage undisturbed."""
     driver = cluster.start(Command(stage, root.url))
     started = time.monotonic()
     driver.join(LIMIT_S)
@@ -145,7 +144,6 @@ class Matrix:
             yield outcome
 
     def case_outcomes(self, name: str, clean: CleanRun) -> Iterator[Outcome]:
-        """Play a case."""
         world = CaseWorld(self.cluster, self.pictures, self.roots["driver"], self.roots["store"], clean)
         for number in range(CASE_COUNT):
             for root in (world.local, world.store):
@@ -182,7 +180,6 @@ def prepared_cluster(seed: int) -> Iterator[tuple[CrashCluster, ServedPictures, 
 
 
 def page(result: dict[str, Any]) -> str:
-    """The page as Markdown."""
     outcomes = result["outcomes"]
     headings = ["stage", "fault", "faults:", "survived:", "median s lost:"]
     problems = [

@@ -34,7 +34,6 @@ SHARES = {"mfu", "share_of_product", "share_of_forward", "waiting_share"}
 
 
 def page(results: dict[str, Any]) -> str:
-    """The page as Markdown."""
     machine = results["machine"]
     sections = [_section(TITLES[name], row["cases"]) for name, row in results["rows"].items()]
     return PAGE.format(**{name: machine.get(name, "") for name in ("device", "hardware", "torch", "numpy")}) + "".join(

@@ -149,7 +149,6 @@ def measure_page(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def page(result: dict[str, Any]) -> str:
-    """The page as Markdown."""
     return PAGE.format(**result)
 
 

@@ -231,7 +231,6 @@ def goals(result: dict[str, Any]) -> list[Goal]:
 
 
 def page(result: dict[str, Any]) -> str:
-    """The page as Markdown."""
     filters, embeds = result["filter"], result["embed"]
     queries = [
         [name, f"{1e6 * seconds['cpu_s'] / filters['rows']:.2f}", f"{filters['rows'] / seconds['wall_s']:,.0f}"]

@@ -140,7 +140,6 @@ def measure(side: str, case: Case, folder: Path, extent: Extent) -> dict[str, fl
 
 
 def page(result: dict[str, Any]) -> str:
-    """The report as Markdown."""
     extent, slow = (Extent(**result["extents"][name]) for name in ("fast", "slow"))
     least, mean, most = result["kilobytes"]
     intro = INTRO.format(

@@ -160,7 +160,6 @@ def measure(recipe: Recipe, count: int, folder: Path | None) -> dict[str, Any]:
 
 
 def page(result: dict[str, Any]) -> str:
-    """The page as Markdown."""
     sections = []
     for data_set in result["data_sets"]:
         lines = {**data_set["recall"], "*other pictures (false removals)*": data_set["false"]}

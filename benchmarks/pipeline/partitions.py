@@ -138,7 +138,6 @@ def measure_case(truth: Vectors, sample: Vectors, queries: Vectors, partitions: 
 
 
 def measure(cases: tuple[tuple[int, int], ...] = CASES, num_queries: int = QUERIES) -> dict[str, Any]:
-    """All cases."""
     started = time.perf_counter()
     vectors = mixture(SEED, DIM)
     queries = images(vectors, num_queries, SEED)
@@ -153,7 +152,6 @@ def measure(cases: tuple[tuple[int, int], ...] = CASES, num_queries: int = QUERI
 
 
 def page(result: dict[str, Any]) -> str:
-    """The page as Markdown."""
     headings = ["rows:", "partitions:", "copies", *(f"{count}:" for count in VISITED)]
     table = markdown_table(
         [*headings, "storage:", f"partitions for {GOAL}:", "rows compared:"],

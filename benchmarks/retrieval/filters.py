@@ -174,7 +174,6 @@ def _times(case: dict[str, Any]) -> list[str]:
 
 
 def page(result: dict[str, Any]) -> str:
-    """The report as Markdown."""
     headings = ["rows that meet the condition", "recall:", "of texts:", "microseconds a query:", "x all rows:"]
     headings.append("first search, s:")
     rows = [

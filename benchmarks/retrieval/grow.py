@@ -135,7 +135,6 @@ def table_of(ids: np.ndarray) -> pa.Table:
 
 
 def page(result: dict[str, Any]) -> str:
-    """The report as Markdown."""
     tables = "\n\n".join(f"## {size['rows']:,} rows\n\n{_table(size['steps'])}" for size in result["sizes"])
     return f"""# Adding, deleting, merging
 

@@ -131,7 +131,6 @@ def _recall(database: Database, queries: Vectors, truth: np.ndarray, recall: flo
 
 
 def page(result: dict[str, Any]) -> str:
-    """The report as Markdown."""
     vectors = 2 * DIM * result["rows"]
     headings = ["index", "build, CPU s:", "on disk, MB:", "resident, x vectors:", "of these mapped:"]
     for recall in RECALLS:

@@ -74,7 +74,6 @@ class WorkerProcess:
         return json.loads(answer)
 
     def open(self) -> "WorkerProcess":
-        """Open the index."""
         self.opened = self.call("open")
         return self
 

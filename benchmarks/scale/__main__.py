@@ -113,7 +113,6 @@ def _stage_rows(result: dict[str, Any]) -> list[list[str]]:
 
 
 def page(result: dict[str, Any]) -> str:
-    """The page as Markdown."""
     heads = ["", "requests:", "bytes:", "time:", "CPU:", "memory:", "before"]
     stage_heads = ["stage", "requests:", "bytes:", "time:", "driver CPU:", "driver memory:"]
     return PAGE.format(

@@ -239,7 +239,6 @@ def measure(recipe: Recipe, style: str, each: int) -> dict[str, Any]:
 
 
 def page(result: dict[str, Any]) -> str:
-    """The page as Markdown."""
     headings = ["the prompt names", "neighbors removed:", "", "taken for the style:", "CLIP similarity:"]
     correlations = [[KINDS[row["kind"]], _correlation_text(row["correlation"])] for row in result["kinds"]]
     return PAGE.format(

@@ -55,7 +55,6 @@ The same measure before the model, of the demo's run, from its report ("Contents
 
 
 def page(result: dict[str, Any]) -> str:
-    """The page as Markdown."""
     start = result["start_from"]
     rows = [
         [

@@ -150,7 +150,6 @@ def _row(method: SamplingMethod, results: dict[str, MethodResults], reference: S
 
 
 def page(result: dict[str, Any]) -> str:
-    """The page as Markdown."""
     rows = [
         [
             row["name"],

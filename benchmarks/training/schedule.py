@@ -81,7 +81,6 @@ The three LAION stages together: {sums}.
 
 
 def page(rows: list[dict[str, Any]]) -> str:
-    """The page as Markdown."""
     headings = ["recipe", "parameters:", "px:", "GFLOP per image:", "batch:", "steps:", "images:", "EFLOP:"]
     sizes = [
         [

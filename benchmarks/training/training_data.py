@@ -52,7 +52,6 @@ class Extent:
 
     @property
     def names(self) -> list[str]:
-        """Names of the shards."""
         return [f"{number:05d}-{self.shards:05d}" for number in range(self.shards)]
 
 

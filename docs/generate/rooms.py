@@ -35,7 +35,6 @@ def room_of(path: Path) -> str:
 
 @cache
 def tree_of(path: Path) -> ast.Module:
-    """The syntax tree of a module."""
     return ast.parse((REPOSITORY / path).read_text())
 
 

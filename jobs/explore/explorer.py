@@ -154,7 +154,6 @@ class Explorer:
 
     @property
     def queues(self) -> tuple[WorkQueue, ...]:
-        """All queues of work."""
         return self.texts.queue, self.searches, self.samples, self.thumbnails
 
     @property
@@ -206,7 +205,6 @@ class Explorer:
         return await self.thumbnails.run(lambda stop: self.pictures.thumbnail(database, image_id))
 
     def neighbors(self, sample: Sample) -> list[NeighborView]:
-        """The neighbors that conditioned a sample."""
         return self.views(sample.neighbors)
 
     def views(self, neighbors: Sequence[Neighbor]) -> list[NeighborView]:

@@ -199,7 +199,6 @@ class ImageDownload:
                 self._queue.stop()
 
     def _store(self, row: int, body: bytes) -> RowStatus:
-        """Store the image in a body."""
         status, picture = stored_image(body, self._settings, self._stated[row])
         if picture:
             self._pictures.add(row, picture)

@@ -54,7 +54,6 @@ class FilterContext:
 
     @property
     def dedupes(self) -> list[str]:
-        """The names of the dedupes."""
         return [f"dedupe/{number:05d}" for number in range(self.num_buckets // self.buckets_per_dedupe)]
 
 

@@ -34,7 +34,6 @@ def thresholds_on(column: str, config: FilterConfig) -> list[str]:
 
 
 def threshold_columns(config: FilterConfig) -> list[str]:
-    """The columns that thresholds read."""
     return [column for column in THRESHOLDS if thresholds_on(column, config)]
 
 

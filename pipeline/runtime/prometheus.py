@@ -46,7 +46,6 @@ class StageMetrics:
         self._peak.observe(peak / GB, part)
 
     def worker_lost(self) -> None:
-        """Count a lost worker."""
         self._lost.inc()
 
 

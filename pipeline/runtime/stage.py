@@ -85,7 +85,6 @@ class Stage:
 
     @property
     def log(self) -> logging.Logger:
-        """The logger of the stage."""
         return logging.getLogger(self.name)
 
     def finished(self) -> Manifest | None:

@@ -58,7 +58,6 @@ def new_figure(size: tuple[float, float], rows: int, columns: int = 1, **options
 
 
 def figure_png(figure: Figure) -> bytes:
-    """The figure as PNG bytes."""
     buffer = BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -91,7 +91,6 @@ class _Layout:
         return cls({name: key(name) for name in shapes}, shapes)
 
     def shapes_by_key(self) -> dict[str, Shape]:
-        """Shapes by checkpoint key."""
         return {key: self.shapes[name] for name, key in self.keys.items()}
 
     def extract(self, checkpoint: Tensors) -> Tensors:

@@ -58,7 +58,6 @@ class WandbDashboard:
         self._run.log({name: self._wandb.Image(pixels)}, step=step)
 
     def close(self) -> None:
-        """Flush and close."""
         self._run.finish()
 
 

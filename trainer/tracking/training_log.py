@@ -107,7 +107,6 @@ class MetricsFile(Generic[Entry]):
         self._file.flush()
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
 
@@ -165,7 +164,6 @@ class TrainingLog:
             dashboard.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
 
     def close(self) -> None:
-        """Flush and close all files and dashboards."""
         self._step_metrics.close()
         self._validation_metrics.close()
         self._kid_metrics.close()

@@ -20,7 +20,6 @@ EDGE = 256
 
 
 def cases(day: Day) -> Cases:
-    """Cases by name."""
     return {
         "bare forward": lambda: bare(day),
         "from a tar": lambda: from_tars(day, shards_at_once=1),

@@ -16,7 +16,6 @@ LISTS_VISITED = 32
 
 
 def cases(day: Day) -> Cases:
-    """Cases by name."""
     return {"exact": lambda: measure(day, 0), f"{LISTS_VISITED} lists": lambda: measure(day, LISTS_VISITED)}
 
 

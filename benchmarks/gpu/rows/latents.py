@@ -9,7 +9,6 @@ IMAGES = {256: 256, 512: 64, 768: 32}
 
 
 def cases(day: Day) -> Cases:
-    """Cases by name."""
     return {f"{size} px": lambda size=size: measure(day, size) for size in IMAGES}  # type: ignore[misc]
 
 

@@ -29,7 +29,6 @@ TINY = {
 
 
 def cases(day: Day) -> Cases:
-    """Cases by name."""
     return {
         "as shipped": lambda: measure(day, "shipped", {}),
         "from images": lambda: measure(day, "images", {"train.source": "images"}),

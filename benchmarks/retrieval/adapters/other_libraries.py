@@ -33,7 +33,6 @@ class Scann(SearchAdapter):
         self._searcher.set_num_threads(number)
 
     def searcher(self, k: int, effort: tuple[int, ...]) -> Search:
-        """Batched search."""
         options = {"leaves_to_search": effort[0], "pre_reorder_num_neighbors": effort[1] * k // 10}
         call = self._searcher.search_batched_parallel if self._parallel else self._searcher.search_batched
         return lambda queries: call(queries, final_num_neighbors=k, **options)[0]

@@ -13,7 +13,6 @@ MODES = {"single": "single query, one thread", "batch": "batch, two threads"}
 
 
 def goals(result: dict[str, Any]) -> list[Goal]:
-    """The goals of all parts in a result."""
     return [*_search_goals(result), *_join_goals(result), *_engine_goals(result)]
 
 

@@ -90,7 +90,6 @@ def number_fields(context: PageContext) -> Components:
 
 
 def number_values(context: PageContext, request: SampleRequest) -> list[Any]:
-    """The values of `number_fields` for a request."""
     defaults = context.explorer.defaults
     guidance = defaults.guidance if request.guidance is None else request.guidance
     return [request.k or defaults.k, guidance, request.steps or defaults.steps, request.seed]

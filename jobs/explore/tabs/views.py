@@ -62,7 +62,6 @@ def search_results(neighbors: Sequence[NeighborView], heading: str, link: str) -
 
 
 def sample(picture: SampleView) -> str:
-    """A sample with its neighbors."""
     return _render("sample", picture=picture)
 
 
