@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from jobs.cli.command import add_remake, exit_on_user_error, recipe_parser, run_on_recipe
+from jobs.cli.command import exit_on_user_error, run_on_recipe, stage_parser
 from jobs.cli.recipe import Recipe
 from pipeline.databases import build as database
 from pipeline.databases.sources import PictureSource
@@ -35,8 +35,7 @@ def run(recipe: Recipe, name: str, source: PictureSource, by_style: bool = False
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = recipe_parser("database", __doc__)
-    add_remake(parser)
+    parser = stage_parser("database", __doc__)
     add = parser.add_argument
     add("--name", required=True, help="name of the database, as in sample.databases of a recipe")
     add("--source", required=True, type=Path, help="a folder, .tar, .csv, .tsv, .jsonl, .parquet or .arrow")

@@ -7,7 +7,7 @@ and requests rows that the blocklist no longer lists.
 from collections.abc import Sequence
 from functools import partial
 
-from jobs.cli.command import add_remake, exit_on_user_error, recipe_parser, run_on_recipe
+from jobs.cli.command import exit_on_user_error, run_on_recipe, stage_parser
 from jobs.cli.recipe import Recipe
 from pipeline.download import download as stage
 from pipeline.recipe import DownloadConfig
@@ -21,8 +21,7 @@ def run(recipe: Recipe, retry: bool = False) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = recipe_parser("download", __doc__)
-    add_remake(parser)
+    parser = stage_parser("download", __doc__)
     parser.add_argument("--retry", action="store_true", help="retry transient failures")
     arguments = parser.parse_args(argv)
     exit_on_user_error(lambda: run_on_recipe(arguments, partial(run, retry=arguments.retry)))

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 
-from jobs.cli.command import add_ray_tasks, add_remake, exit_on_user_error, recipe_parser, run_on_recipe
+from jobs.cli.command import add_ray_tasks, exit_on_user_error, run_on_recipe, stage_parser
 from jobs.cli.recipe import Recipe
 from trainer.evaluation.recipe import EvaluateConfig
 
@@ -19,8 +19,7 @@ def run(recipe: Recipe, ray_tasks: int | None = None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = recipe_parser("evaluate", __doc__)
-    add_remake(parser)
+    parser = stage_parser("evaluate", __doc__)
     add_ray_tasks(parser)
     arguments = parser.parse_args(argv)
     exit_on_user_error(lambda: run_on_recipe(arguments, partial(run, ray_tasks=arguments.ray_tasks)))

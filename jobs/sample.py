@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jobs.cli.command import add_ray_tasks, add_remake, exit_on_user_error, recipe_parser, run_on_recipe
+from jobs.cli.command import add_ray_tasks, exit_on_user_error, run_on_recipe, stage_parser
 from jobs.cli.recipe import Recipe
 from jobs.cluster.parts import run_in_parts
 from retrieval.cli.contact_sheet import printable
@@ -134,8 +134,7 @@ def _toml_table(option: str, pairs: Sequence[str]) -> str:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> Namespace:
-    parser = recipe_parser("sample", __doc__)
-    add_remake(parser)
+    parser = stage_parser("sample", __doc__)
     add_ray_tasks(parser)
     parser.add_argument("--prompt", help="sample one picture of this prompt instead of the stage")
     parser.add_argument(

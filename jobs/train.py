@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs.cli.command import add_remake, exit_on_user_error, recipe_parser, run_on_recipe
+from jobs.cli.command import exit_on_user_error, run_on_recipe, stage_parser
 from jobs.cli.recipe import Recipe
 from retrieval.recipe import ClipConfig
 from trainer.model.recipe import AutoencoderConfig, DiffusionConfig, ModelConfig
@@ -82,8 +82,7 @@ def _launch(config: TrainingRecipe, recipe: Recipe, hostfile: Path | None) -> in
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = recipe_parser("train", __doc__)
-    add_remake(parser)
+    parser = stage_parser("train", __doc__)
     parser.add_argument("--hosts", type=Path, metavar="FILE", help="machines to train on: lines 'name slots=8'")
     parser.add_argument("--ray", action="store_true", help="train on the Ray cluster of RAY_ADDRESS, or a local one")
     # Added by DeepSpeed's launcher; the environment has the same value.

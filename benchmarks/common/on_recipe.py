@@ -13,7 +13,7 @@ Measure = Callable[[Recipe, argparse.Namespace], dict[str, Any]]
 """Recipe and arguments -> results."""
 
 
-def recipe_parser(module: str, about: str | None, recipe: str) -> argparse.ArgumentParser:
+def recipe_benchmark_parser(module: str, about: str | None, recipe: str) -> argparse.ArgumentParser:
     """The arguments RECIPE, --set and --docs. module: its name below `benchmarks`; recipe: which recipe it needs."""
     parser = benchmark_parser(module, about)
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help=recipe)

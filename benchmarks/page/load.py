@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from benchmarks.common.on_recipe import recipe_parser, report_on_recipe
+from benchmarks.common.on_recipe import recipe_benchmark_parser, report_on_recipe
 from benchmarks.common.processes import free_port
 from jobs.cli.recipe import Recipe
 from jobs.reporting.hardware import hardware
@@ -154,7 +154,7 @@ def page(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure and write the page. Exits with code 1 if any request failed."""
-    parser = recipe_parser("page.load", __doc__, "recipe whose databases are searched")
+    parser = recipe_benchmark_parser("page.load", __doc__, "recipe whose databases are searched")
     parser.add_argument("--seconds", type=float, default=60.0, help="duration (default %(default)s)")
     parser.add_argument("--visitors", type=int, default=100, help="concurrent visitors (default %(default)s)")
     if report_on_recipe(parser, "load", measure_page, page)["errors"]:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from benchmarks.common.on_recipe import recipe_parser, report_on_recipe
+from benchmarks.common.on_recipe import recipe_benchmark_parser, report_on_recipe
 from jobs.cli.recipe import Recipe
 from jobs.demo.world.scenes import draw, random_scene
 from jobs.reporting.hardware import hardware
@@ -170,7 +170,7 @@ def page(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = recipe_parser("pipeline.near_copies", __doc__, "recipe with a [clip] model on disk")
+    parser = recipe_benchmark_parser("pipeline.near_copies", __doc__, "recipe with a [clip] model on disk")
     parser.add_argument("--count", type=int, default=500, help="number of drawn training pictures")
     parser.add_argument("--pictures", type=Path, help="folder of .jpg files to measure as well")
     report_on_recipe(

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from benchmarks.common.on_recipe import recipe_parser, report_on_recipe
+from benchmarks.common.on_recipe import recipe_benchmark_parser, report_on_recipe
 from jobs import train
 from jobs.cli.recipe import Recipe, load_recipe
 from jobs.reporting.estimates import estimate_text
@@ -261,7 +261,7 @@ def _table_rows(kinds: Iterable[dict[str, Any]]) -> Iterable[list[str]]:
 
 
 def main() -> None:
-    parser = recipe_parser("training.attribution", __doc__, "recipe of a finished run of the demo")
+    parser = recipe_benchmark_parser("training.attribution", __doc__, "recipe of a finished run of the demo")
     parser.add_argument("--style", default="watercolor", help="name of a style database, the group (watercolor)")
     parser.add_argument("--each", type=int, default=20, help="requests of each kind, 2 to the number of prompts")
     report_on_recipe(parser, "attribution", lambda recipe, options: measure(recipe, options.style, options.each), page)

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from benchmarks.common.on_recipe import recipe_parser, report_on_recipe
+from benchmarks.common.on_recipe import recipe_benchmark_parser, report_on_recipe
 from benchmarks.common.report import SCRATCH
 from benchmarks.training.curve_page import draw_curve, draw_samples, page
 from jobs.cli.recipe import Recipe
@@ -242,7 +242,7 @@ def measure_and_draw(recipe: Recipe, options: argparse.Namespace) -> dict[str, A
 
 
 def main() -> None:
-    parser = recipe_parser("training.curve", __doc__, "recipe of the demo with the run in [train] name")
+    parser = recipe_benchmark_parser("training.curve", __doc__, "recipe of the demo with the run in [train] name")
     parser.add_argument("--each", type=int, default=10, help="samples of each style at each checkpoint (10)")
     parser.add_argument("--steps", type=int, default=20, help="steps of a sample (20)")
     report_on_recipe(parser, "curve", measure_and_draw, page)

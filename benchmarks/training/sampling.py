@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from benchmarks.common.on_recipe import recipe_parser, report_on_recipe
+from benchmarks.common.on_recipe import recipe_benchmark_parser, report_on_recipe
 from jobs.cli.recipe import Recipe
 from jobs.reporting.hardware import hardware
 from jobs.reporting.tables import markdown_table
@@ -165,7 +165,7 @@ def page(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = recipe_parser("training.sampling", __doc__, "recipe of a finished run, with [evaluate]")
+    parser = recipe_benchmark_parser("training.sampling", __doc__, "recipe of a finished run, with [evaluate]")
     parser.add_argument("--each", type=int, default=20, help="pictures per style and method, at least 2")
     report_on_recipe(parser, "sampling", lambda recipe, options: measure(recipe, options.each, METHODS), page)
 

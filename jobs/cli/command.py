@@ -31,10 +31,12 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides", help=text)
 
 
-def add_remake(parser: argparse.ArgumentParser) -> None:
-    """Add the option --remake, without which a stage deletes no finished work."""
+def stage_parser(command: str, about: str | None) -> argparse.ArgumentParser:
+    """As `recipe_parser`, with the option --remake, without which a stage deletes no finished work."""
+    parser = recipe_parser(command, about)
     text = "delete finished shards that were made with other settings or inputs, and make them again"
     parser.add_argument("--remake", action="store_true", help=text)
+    return parser
 
 
 def add_ray_tasks(parser: argparse.ArgumentParser) -> None:
@@ -51,12 +53,10 @@ def number_of_tasks(text: str) -> int:
 
 
 def stage_command(stage: str, about: str | None, run: Callable[[Recipe], object]) -> Main:
-    """The `main` of a command that has no arguments but those of `recipe_parser` and --remake."""
+    """The `main` of a command that has no arguments but those of `stage_parser`."""
 
     def main(argv: Sequence[str] | None = None) -> None:
-        parser = recipe_parser(stage, about)
-        add_remake(parser)
-        arguments = parser.parse_args(argv)
+        arguments = stage_parser(stage, about).parse_args(argv)
         exit_on_user_error(lambda: run_on_recipe(arguments, run))
 
     return main

@@ -23,7 +23,7 @@ from aiohttp import ClientError
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from jobs.cli.command import add_remake, exit_on_user_error, recipe_parser
+from jobs.cli.command import exit_on_user_error, stage_parser
 from jobs.cli.recipe import Recipe, load_recipe
 from retrieval.errors import UserError
 
@@ -107,8 +107,7 @@ def read_command(name: str, recipe: Path, arguments: Sequence[str]) -> Command:
     name = name.removeprefix("jobs.")
     if name not in COMMANDS:
         raise UserError(f"{name} cannot be submitted to a cluster. Wanted one of: {', '.join(COMMANDS)}.")
-    parser = recipe_parser(name, None)
-    add_remake(parser)
+    parser = stage_parser(name, None)
     if name == "train":  # without --ray it would train on the head alone
         arguments = ["--ray", *(word for word in arguments if word != "--ray")]
         parser.add_argument("--ray", action="store_true")

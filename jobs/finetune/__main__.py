@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from jobs import embed, index, latents, neighbors, train
-from jobs.cli.command import add_remake, exit_on_user_error, recipe_parser, run_on_recipe
+from jobs.cli.command import exit_on_user_error, run_on_recipe, stage_parser
 from jobs.cli.recipe import Recipe
 from jobs.imports import __main__ as imports
 from jobs.train import training_recipe
@@ -51,8 +51,7 @@ def import_start(recipe: Recipe, model: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = recipe_parser("finetune", __doc__)
-    add_remake(parser)
+    parser = stage_parser("finetune", __doc__)
     model = "checkpoint, diffusers folder or folder of a run"
     parser.add_argument("--from", required=True, type=Path, dest="model", help=model)
     imports.add_sources(parser)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from jobs.cli.command import add_remake, exit_on_user_error, recipe_parser, run_on_recipe
+from jobs.cli.command import exit_on_user_error, run_on_recipe, stage_parser
 from jobs.cli.recipe import Recipe
 from pipeline import import_pictures
 from pipeline.recipe import DownloadConfig, ImportConfig
@@ -37,8 +37,7 @@ def sources_of(arguments: Namespace) -> import_pictures.Sources:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = recipe_parser("import", __doc__)
-    add_remake(parser)
+    parser = stage_parser("import", __doc__)
     add_sources(parser)
     arguments = parser.parse_args(argv)
     exit_on_user_error(lambda: run_on_recipe(arguments, partial(run, sources=sources_of(arguments))))

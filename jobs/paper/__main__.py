@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from jobs.cli.command import add_remake, exit_on_user_error, recipe_parser, run_on_recipe
+from jobs.cli.command import exit_on_user_error, run_on_recipe, stage_parser
 from jobs.cli.recipe import Recipe
 from jobs.paper.page import default_line, verdict_lines, write_docs, write_page
 from jobs.sample import trained_model
@@ -36,8 +36,7 @@ def run(recipe: Recipe, docs: Path | None = None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = recipe_parser("paper", __doc__)
-    add_remake(parser)
+    parser = stage_parser("paper", __doc__)
     parser.add_argument("--docs", type=Path, help="also write paper.md, paper.json and images/ to this folder")
     arguments = parser.parse_args(argv)
     exit_on_user_error(lambda: run_on_recipe(arguments, partial(run, docs=arguments.docs)))
