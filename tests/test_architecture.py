@@ -75,7 +75,7 @@ trainer/sampling: model
 trainer/tracking: data engine model recipe
 trainer/training: checkpoint data engine evaluation model recipe sampling tracking
 jobs: cli cluster
-jobs/capacity: cli
+jobs/capacity: cli reporting
 jobs/cli:
 jobs/cluster: cli
 jobs/demo: jobs cli
