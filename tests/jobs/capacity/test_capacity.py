@@ -1,11 +1,16 @@
 """The capacity command: it uses the recipe's settings, and its rates agree with the benchmarks."""
 
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 from benchmarks.pipeline import partitions
+from jobs.capacity import plan
 from jobs.capacity.__main__ import INPUTS, main
 from jobs.capacity.plan import Network, costs, data_sizes, latents_need, need_of, read_inputs, training_needs
 from jobs.capacity.stored import stored_inputs
@@ -20,6 +25,15 @@ from trainer.tracking.flops import encoding_flops
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 CONFIGS = REPOSITORY / "jobs" / "configs"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def networks_built_once() -> Iterator[None]:
+    """Recipes share networks, which take seconds to build and to count."""
+    with ExitStack() as patches:
+        for name in ("build_unet", "training_flops", "encoding_flops"):
+            patches.enter_context(patch.object(plan, name, cache(getattr(plan, name))))
+        yield
 
 
 @pytest.fixture(scope="module")
