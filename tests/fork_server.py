@@ -28,6 +28,7 @@ from typing import NoReturn
 
 from filelock import FileLock
 
+TORCHRUN = ("torch.distributed.elastic.rendezvous.c10d_rendezvous_backend", "torch.distributed.launcher.api")
 LIBRARIES = (
     "boto3",
     "deepspeed.runtime.zero.muon.muon_optimizer",
@@ -75,9 +76,14 @@ def share_folder(folder: Path) -> None:
     os.environ |= {SHARED_FOLDER: str(folder), OWNER: str(os.getpid())}
 
 
+def torchrun_client() -> Path:
+    """The client for torchrun, which walks all imported modules in each of its steps: the server has torch alone."""
+    return shared_client("torchrun", sys.executable, TORCHRUN)
+
+
 def library_client() -> Path:
     """The client of a server without Ray, which reads its settings from the environment when it is imported."""
-    return shared_client("libraries", sys.executable, LIBRARIES)
+    return shared_client("libraries", str(torchrun_client()), LIBRARIES)
 
 
 def forked_client() -> Path:

@@ -21,6 +21,7 @@ from retrieval.errors import UserError
 from retrieval.storage.lease import lease
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
+from tests.fork_server import torchrun_client
 from tests.trainer.training.launched import fork, start_ranks, train, try_to_train
 from tests.trainer.training_set import SHAPE, make_recipe, new_training_set, write_training_set
 from trainer.data.plan import is_finished
@@ -66,17 +67,18 @@ def write_recipe(recipe: TrainingRecipe, root: Root) -> list[str]:
     return ["train_rank", str(path), root.url]
 
 
-def launch(python: Path, *argv: str) -> subprocess.Popen[str]:
-    """Launch `python -m <argv>` in two ranks. The launcher and torchrun run with `python`."""
+def launch(*argv: str) -> subprocess.Popen[str]:
+    """Launch `python -m <argv>` in two ranks. The launcher and torchrun are forks."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    command = [str(python), "-c", LAUNCH, str(python), *argv]
+    python = str(torchrun_client())
+    command = [python, "-c", LAUNCH, python, *argv]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 @pytest.fixture
-def waiting_ranks(tmp_path: Path, forked_python: Path) -> tuple[subprocess.Popen[str], list[int]]:
+def waiting_ranks(tmp_path: Path) -> tuple[subprocess.Popen[str], list[int]]:
     """A launcher and the process ids of its two ranks, which only wait: they start at once and import no torch."""
-    launcher = launch(forked_python, "waiting_rank", str(tmp_path))
+    launcher = launch("waiting_rank", str(tmp_path))
     wait_for(lambda: len(list(tmp_path.iterdir())) == 2, lambda: launcher.poll() is None)
     return launcher, [int(path.name) for path in tmp_path.iterdir()]
 
@@ -144,7 +146,7 @@ def test_a_killed_and_terminated_run_equals_an_uninterrupted_run(
     seldom = recipe_of(autoencoder_folder, log_every=1000)
     checkpoints = checkpoints_of(prepare(recipe, training_set), training_set)
     killed_at = checkpoints.newest_step()
-    terminated = launch(forked_python, "held_rank", "10", *write_recipe(seldom, training_set))
+    terminated = launch("held_rank", "10", *write_recipe(seldom, training_set))
     wait_for(lambda: checkpoints.newest_step() > killed_at, lambda: terminated.poll() is None)
     terminated.send_signal(signal.SIGTERM)
     log = terminated.communicate(timeout=300)[1]
