@@ -24,6 +24,7 @@ from jobs.train import parse_arguments, run
 from retrieval.errors import UserError
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
+from tests.fork_server import torchrun_client
 from tests.jobs.free_ports import free_port
 from tests.trainer.training.launched import train
 from tests.trainer.training.machines import replace_programs
@@ -103,12 +104,14 @@ def test_deepspeeds_launcher_on_the_machines_of_a_hostfile_without_ray(
     copy: Path, tmp_path: Path, expected: dict[str, str], forked_python: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace_programs(tmp_path, monkeypatch, "ssh", "pdsh")
-    # The first machine has new interpreters, which show missing imports; the second one has forks.
+    # The command and the rank of the first machine have new interpreters, which show missing imports. DeepSpeed's
+    # launchers and the other rank are forks.
     monkeypatch.setenv("PYTHON_EXEC", str(forked_python))
     program = Path(__file__).with_name("forked_children.py")
+    monkeypatch.setenv("FIRST", f"s#{sys.executable} -u -m#{forked_python} -m#")
     monkeypatch.setenv("OTHERS", f"s#{sys.executable} -u -m#{forked_python} {program} -m#")
     (tmp_path / "hosts.txt").write_text("first slots=1\nsecond slots=1\n")
-    words = ["-m", "jobs.train", str(copy / "recipe.toml"), "--hosts", str(tmp_path / "hosts.txt")]
+    words = [str(program), "-m", "jobs.train", str(copy / "recipe.toml"), "--hosts", str(tmp_path / "hosts.txt")]
     (tmp_path / "without_ray").mkdir()
     (tmp_path / "without_ray/ray.py").write_text("raise ImportError('Ray is not installed')")
     path = f"{tmp_path / 'without_ray'}:{REPOSITORY}"
@@ -122,8 +125,7 @@ def test_torchrun_on_two_nodes_restarts_after_a_kill(
     monkeypatch.setenv("PYTHON_EXEC", str(forked_python))  # with which torchrun starts ranks
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    # New interpreters: torchrun walks all imported modules in each of its steps, which takes seconds in a fork.
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    launcher = [str(torchrun_client()), "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
     launcher += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--max-restarts=1"]
     launcher += ["--rdzv-conf=keep_alive_max_attempt=60"]  # a busy machine delays the signs of life of a node
     module = ["-m", "killed_once", str(copy / "recipe.toml")]

@@ -16,12 +16,13 @@ esac
 [ "$*" = "hostname -I" ] && exec echo 127.0.0.1
 exec sh -c "$*"
 """
-# pdsh replaces %n by the index of the machine. OTHERS: a sed script for the commands of all machines but the first.
+# pdsh replaces %n by the index of the machine. FIRST, OTHERS: sed scripts for the command of the first machine, and for
+# those of the others.
 PDSH = """#!/bin/sh
 hosts=$5; shift 5
 number=0
 pids=
-script=
+script=$FIRST
 for host in $(echo "$hosts" | tr , ' '); do
     sh -c "$(echo "$*" | sed -e "s/%n/$number/" -e "$script")" &
     pids="$pids $!"
