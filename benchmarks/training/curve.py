@@ -14,6 +14,7 @@ import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 from benchmarks.common.on_recipe import recipe_benchmark_parser, report_on_recipe
 from benchmarks.common.report import SCRATCH
+from benchmarks.training.conditionings import WITHOUT_STYLE, other_conditionings
 from benchmarks.training.curve_page import draw_curve, draw_samples, page
 from jobs.cli.recipe import Recipe
 from jobs.demo.judge.labels import equal, labels_of, shares
@@ -37,14 +39,16 @@ from jobs.demo.world.scenes import contents_by_prompt
 from jobs.reporting.hardware import hardware
 from jobs.sample import trained_model
 from jobs.train import ranks_here, training_recipe
+from retrieval.clip.encoder import Encoder
 from retrieval.errors import UserError
+from retrieval.recipe import ClipConfig
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
 from retrieval.storage.temp_folders import temporary_folder
 from trainer.checkpoint.export import export_run, read_model_weights
 from trainer.data.plan import TrainingPlan, make_plan
 from trainer.evaluation.evaluate import style_names
-from trainer.evaluation.intervals import ENDS, Bootstrap, interval
+from trainer.evaluation.intervals import ENDS, Bootstrap, Estimate, interval
 from trainer.evaluation.pixel_judge import thumbnails
 from trainer.evaluation.recipe import EvaluateConfig
 from trainer.evaluation.styles import RETRIEVAL, make_style_groups, style_words
@@ -58,8 +62,6 @@ from trainer.tracking.training_log import METRICS, read_step_metrics
 from trainer.training.train import checkpoints_of
 
 Weights = dict[str, torch.Tensor]
-REFERENCES = ("real", "autoencoder", "clip", "training_neighbors", "style_neighbors")
-"""Links of the demo's report before the model."""
 SCHEDULER = "dpm++"
 QUALITY = 88
 MIN_POINTS, DRAWS, MAX_DOUBLINGS = 3, 2000, 40
@@ -139,13 +141,15 @@ def sample_weights(recipe: Recipe, plan: TrainingPlan, weights: Weights, request
         return thumbnails(sample.picture for sample in sampler.sample(requests, progress.update))
 
 
-def sample_checkpoints(recipe: Recipe, wanted: CurveRequests, folder: Path) -> dict[int, Pixels]:
-    """The pictures of every checkpoint by step, kept in a folder."""
+def sample_checkpoints(
+    recipe: Recipe, wanted: CurveRequests, folder: Path, skipped: Collection[int] = ()
+) -> dict[int, Pixels]:
+    """The pictures of every checkpoint by step, kept in a folder. skipped: steps that are not sampled."""
     plan = make_plan(training_recipe(recipe), recipe.root, Autoencoder.load(recipe[AutoencoderConfig], "cpu"))
     kept = folder / f"{recipe[TrainConfig].name}-{_digest(plan.checkpoint_identity, wanted.requests)}"
     kept.mkdir(parents=True, exist_ok=True)
     known = {int(path.stem): path for path in kept.glob("*.npy")}
-    for step, weights in stored_weights(plan, recipe.root, known).items():
+    for step, weights in stored_weights(plan, recipe.root, {*known, *skipped}).items():
         pixels = sample_weights(recipe, plan, weights, wanted.requests)
         known[step] = kept / f"{step:08d}.npy"
         partial = known[step].with_suffix(".partial")
@@ -153,6 +157,26 @@ def sample_checkpoints(recipe: Recipe, wanted: CurveRequests, folder: Path) -> d
             np.save(file, pixels)
         os.replace(partial, known[step])
     return {step: np.load(known[step], allow_pickle=False) for step in sorted(known)}
+
+
+def measure_conditionings(
+    recipe: Recipe, wanted: CurveRequests, folder: Path, steps: Collection[int]
+) -> dict[str, dict[str, Estimate]]:
+    """What the last of the sampled checkpoints shows with other conditionings: shares by conditioning and attribute.
+
+    Raises UserError if training has deleted that checkpoint meanwhile.
+    """
+    last, labels, judge = max(steps), labels_of(wanted.scenes), read_judge(recipe, folder)
+    conditioned = other_conditionings(wanted.scenes, wanted.requests, Encoder(recipe[ClipConfig]))
+    together = replace(wanted, requests=tuple(chain(*conditioned.values())))
+    pictures = sample_checkpoints(recipe, together, folder, {*steps} - {last})
+    if last not in pictures:
+        raise UserError(f"training has deleted its checkpoint of step {last} meanwhile. Run this command again.")
+    parts = zip(conditioned, np.split(pictures[last], len(conditioned)), strict=True)
+    result = {name: shares(equal(judge.predict(part), labels), labels) for name, part in parts}
+    for name in WITHOUT_STYLE:
+        del result[name]["style"]
+    return result
 
 
 def training_cost(root: Root, name: str, last_step: float = math.inf) -> dict[str, float]:
@@ -191,7 +215,6 @@ def trend(images: Sequence[float], correct: npt.NDArray[np.bool_], contents: Seq
 def measure(recipe: Recipe, wanted: CurveRequests, folder: Path) -> tuple[dict[str, Any], dict[int, Pixels]]:
     """Sample and judge all checkpoints. Returns the values of `curve.json` and the pictures by step."""
     train, config, labels = recipe[TrainConfig], recipe[EvaluateConfig], labels_of(wanted.scenes)
-    links = read_manifest(recipe.root, "judge").values["links"]
     pictures = sample_checkpoints(recipe, wanted, folder)
     judge = read_judge(recipe, folder)
     flags = {step: equal(judge.predict(pixels), labels) for step, pixels in pictures.items()}
@@ -217,7 +240,8 @@ def measure(recipe: Recipe, wanted: CurveRequests, folder: Path) -> tuple[dict[s
         "scheduler": SCHEDULER,
         "points": points,
         "trend": trend([point["images"] for point in points], shapes, [scene.content for scene in wanted.scenes]),
-        "links": {name: links[name] for name in REFERENCES},
+        "links": read_manifest(recipe.root, "judge").values["links"],
+        "conditionings": measure_conditionings(recipe, wanted, folder, pictures),
     }, pictures
 
 

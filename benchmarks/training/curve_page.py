@@ -3,12 +3,13 @@
 Takes the values of `curve.json` and the samples, returns Markdown and pictures. Writes no files.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from benchmarks.training.conditionings import CONDITIONINGS
 from jobs.demo.judge.labels import CLASSES
 from jobs.demo.judge.links import LINKS
 from jobs.demo.judge.network import Pixels
@@ -48,9 +49,17 @@ steps so far; other work on the machine makes hours longer.
 
 ## Where contents are lost
 
-The same measure before the model, of the demo's run, from its report ("Contents, link by link").
+The same measure at each link of the demo's run, from its report ("Contents, link by link"). Its samples are all of the
+evaluation; those above are the first {each} of each style.
 
 {links}
+
+### By conditioning
+
+The same weights, seeds and measure as in the last row of the curve, with other conditionings. Real pictures have the
+content of the prompt and the style of the database; they are drawn for this, and their CLIP vectors are the context.
+
+{conditionings}
 """
 
 
@@ -66,19 +75,26 @@ def page(result: dict[str, Any]) -> str:
         ]
         for point in result["points"]
     ]
-    links = [
-        [LINKS[name], *(estimate_text(link[attribute]) for attribute in CLASSES)]
-        for name, link in result["links"].items()
+    links = [_row(words, result["links"][name]) for name, words in LINKS.items()]
+    conditionings = [
+        _row(f"the prompt and its neighbors, guidance {result['guidance']:g}", result["points"][-1]["shares"]),
+        *(_row(words, result["conditionings"][name]) for name, words in CONDITIONINGS.items()),
     ]
     attributes = [f"{name}:" for name in CLASSES]
     return PAGE.format(
-        **{name: value for name, value in result.items() if name not in ("links", "trend")},
+        **{name: value for name, value in result.items() if name not in ("links", "conditionings", "trend")},
         each=result["count"] // result["styles"],
         start=f"It started from the finished run `{start}`." if start else "It started from random weights.",
         table=markdown_table(["images seen:", "step:", "hours:", "learning rate:", *attributes], rows),
         trend=trend_text(result["trend"], result["points"][0]["images"]),
         links=markdown_table(["", *attributes], links),
+        conditionings=markdown_table(["", *attributes], conditionings),
     )
+
+
+def _row(words: str, shares: Mapping[str, Any]) -> list[str]:
+    """A line of a table: the share of each attribute, empty for one that was not asked for."""
+    return [words, *(estimate_text(shares[name]) if name in shares else "" for name in CLASSES)]
 
 
 def trend_text(values: dict[str, Any] | None, first_images: int) -> str:

@@ -9,13 +9,24 @@ import pytest
 from PIL import Image
 
 from benchmarks.training import curve
-from benchmarks.training.curve import CurveRequests, measure, sample_checkpoints, stored_weights, trend, write_pictures
+from benchmarks.training.conditionings import CONDITIONINGS, NUM_PICTURES, other_conditionings
+from benchmarks.training.curve import (
+    CurveRequests,
+    measure,
+    measure_conditionings,
+    sample_checkpoints,
+    stored_weights,
+    trend,
+    write_pictures,
+)
 from benchmarks.training.curve_page import page, trend_text
 from jobs.cli.recipe import Recipe, load_recipe
 from jobs.demo.judge.labels import CLASSES
 from jobs.sample import trained_model
 from jobs.train import training_recipe
 from retrieval import UserError
+from retrieval.clip.encoder import Encoder
+from retrieval.recipe import ClipConfig
 from tests.jobs.demo.tiny_demo import DEMO, TinyDemo, overrides
 from trainer.checkpoint.checkpoint import INDEX
 from trainer.data.plan import TrainingPlan, make_plan
@@ -65,7 +76,10 @@ def test_an_unfinished_run_has_a_point_for_each_checkpoint_after_that_of_its_sta
         assert all(low <= value <= high for value, low, high in point["shares"].values())
     assert np.array_equal(pictures[0], pictures[4])  # the start is the demo's last step
     assert not np.array_equal(pictures[2], pictures[4])
+    assert {*result["conditionings"]} == {*CONDITIONINGS}
+    assert {*CLASSES} - {*result["conditionings"]["text"]} == {"style"}
     text = page(json.loads(json.dumps(result)))
+    assert "| the prompt and its neighbors, guidance 4 |" in text
     assert "| 48 | 2 | 0.0 |" in text
     assert "It started from the finished run `demo`." in text
     write_pictures(result, pictures, wanted, tmp_path / "docs")
@@ -90,6 +104,31 @@ def test_a_checkpoint_gives_the_pictures_of_the_model_exported_from_it(tiny_demo
     pictures = sample_checkpoints(recipe, wanted, tmp_path)
     sampler = Sampler.open(recipe.root, trained_model(recipe), recipe[EvaluateConfig])
     assert np.array_equal(pictures[4], thumbnails(sample.picture for sample in sampler.sample(wanted.requests)))
+
+
+def test_other_conditionings_keep_seeds_and_replace_text_and_neighbors_by_pictures(tiny_demo: TinyDemo) -> None:
+    recipe = load_recipe(DEMO, [*overrides(tiny_demo.root, tiny_demo.port), STYLES])
+    wanted = CurveRequests.of(recipe, each=1, steps=2)
+    conditioned = other_conditionings(wanted.scenes, wanted.requests, Encoder(recipe[ClipConfig]))
+    sampler = Sampler.open(recipe.root, trained_model(recipe), recipe[EvaluateConfig])
+    tokens = {}
+    for name, requests in conditioned.items():
+        assert [request.seed for request in requests] == [request.seed for request in wanted.requests]
+        items = [item for batch in sampler.plan(requests) for item in batch.items]
+        tokens[name] = {(len(item.context), len(item.neighbors)) for item in items}
+        assert {item.request.guidance for item in items} == {{"guidance_1": 1.0, "guidance_4": 4.0}.get(name, 2.0)}
+    assert tokens["text"] == tokens["picture"] == {(1, 0)}
+    assert tokens["pictures"] == {(NUM_PICTURES, 0)}
+    ((count, neighbors),) = tokens["guidance_1"]
+    assert count == neighbors + 1 > 1
+    for request in conditioned["pictures"]:
+        assert len({image.vector for image in request.images}) == NUM_PICTURES
+
+
+def test_a_checkpoint_that_training_deleted_meanwhile_is_an_error(longer: Recipe, tmp_path: Path) -> None:
+    wanted = CurveRequests.of(longer, each=1, steps=1)
+    with pytest.raises(UserError, match="deleted its checkpoint of step 6 meanwhile"):
+        measure_conditionings(longer, wanted, tmp_path, steps=(0, 2, 6))
 
 
 def test_a_run_without_checkpoints_and_checkpoints_of_other_settings_are_refused(longer: Recipe) -> None:
