@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
-from benchmarks.training.training_data import Extent, prepare
+from benchmarks.training.training_data import Extent, prepare, training_recipe
 from jobs.reporting.tables import markdown_table
 from retrieval.storage.root import Root
 from trainer.data.images import ImageTar, Members, stored_members
@@ -16,7 +16,6 @@ from trainer.data.loader import Loader
 from trainer.data.plan import make_plan
 from trainer.model.autoencoder import Autoencoder
 from trainer.model.recipe import AutoencoderConfig
-from trainer.recipe import TrainingRecipe
 
 EXTENT = Extent(shards=16, rows=48, k=8, dim=768, size=64, factor=16, channels=4, edge=192)
 TINY = Extent(shards=4, rows=16, k=2, dim=8, size=32, factor=16, channels=4, edge=64)
@@ -80,12 +79,10 @@ def measure(folder: Path, extent: Extent) -> dict[str, Any]:
 def _epochs(store: CountedRoot, extent: Extent, autoencoder: AutoencoderConfig, cache_gb: float) -> tuple[int, int]:
     """Train EPOCHS epochs with an empty cache: bytes of the copies at the end, bytes fetched."""
     with TemporaryDirectory() as cache:
-        train = {"name": "bench", "source": "images", "size": extent.size, "k": extent.k, "steps": 1000}
-        train |= {"global_batch": BATCH, "micro_batch": BATCH, "interleaved_shards": extent.shards // 4}
-        train |= {"cache_folder": cache, "cache_gb": cache_gb, "prefetch_batches": 1, "workers": 1}
-        model = {"latent_channels": extent.channels, "context_dim": extent.dim, "channels": [32], "attention": [1]}
-        sections = {"model": model, "diffusion": {}, "autoencoder": autoencoder, "train": train}
-        plan = make_plan(TrainingRecipe.model_validate(sections), store, Autoencoder.load(autoencoder, "cpu"))
+        train: dict[str, Any] = {"cache_folder": cache, "cache_gb": cache_gb, "prefetch_batches": 1, "workers": 1}
+        train |= {"interleaved_shards": extent.shards // 4}
+        recipe = training_recipe(extent, autoencoder, BATCH, **train)
+        plan = make_plan(recipe, store, Autoencoder.load(autoencoder, "cpu"))
         store.fetched = 0
         for _ in Loader(plan, store, 0, 1).batches(0, EPOCHS * extent.shards * extent.rows // BATCH):
             pass

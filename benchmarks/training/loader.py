@@ -16,9 +16,9 @@ from typing import Any
 from PIL import Image
 
 from benchmarks.common.report import DOCS, SCRATCH, thread_count, write_report
-from benchmarks.training import bytes_fetched
+from benchmarks.training import bytes_fetched, cold_reads
 from benchmarks.training.schedule import GPUS, MFU, stages
-from benchmarks.training.training_data import PICTURES, QUALITY, Extent, picture, prepare
+from benchmarks.training.training_data import PICTURES, QUALITY, Extent, picture, prepare, training_recipe
 from jobs.reporting.hardware import hardware
 from jobs.reporting.tables import markdown_table
 from retrieval.storage.root import Root
@@ -26,8 +26,6 @@ from trainer.data.images import MIN_DRAFT_RATIO, ScaledImage, decode_image, rand
 from trainer.data.loader import Loader
 from trainer.data.plan import TrainingPlan, make_plan
 from trainer.model.autoencoder import Autoencoder
-from trainer.model.recipe import AutoencoderConfig
-from trainer.recipe import TrainingRecipe
 
 HEADROOM = 3
 """The loader must be this many times faster than the training step."""
@@ -79,7 +77,9 @@ def main() -> None:
     autoencoder = prepare(root, extent)
     plans = {
         (source, count): make_plan(
-            _recipe(extent, autoencoder, source, count), root, Autoencoder.load(autoencoder, "cpu")
+            training_recipe(extent, autoencoder, BATCH, source=source, workers=count, interleaved_shards=extent.shards),
+            root,
+            Autoencoder.load(autoencoder, "cpu"),
         )
         for source in SOURCES
         for count in THREADS
@@ -93,6 +93,8 @@ def main() -> None:
     result |= {"cut": measure_cropping(extent), "demand": demand()}
     counted = bytes_fetched.TINY if options.tiny else bytes_fetched.EXTENT
     result["bytes"] = bytes_fetched.measure(options.scratch / "bytes-fetched", counted)
+    kib = cold_reads.KIB[:2] if options.tiny else cold_reads.KIB
+    result["cold"] = cold_reads.measure(root.local_path(""), extent, kib)
     write_report(options.scratch if options.tiny else options.docs, "loader", result, page(result))
 
 
@@ -184,7 +186,7 @@ def page(result: dict[str, Any]) -> str:
     parts += [threaded(cases), *copies(extent, demand["images_per_s"] / GPUS)]
     crop = result["cut"]
     parts.append(CROP.format(**crop, gap=MIN_DRAFT_RATIO, ratio=crop["whole_ms"] / crop["small_ms"]))
-    parts.append(bytes_fetched.page(result["bytes"]))
+    parts += [bytes_fetched.page(result["bytes"]), cold_reads.page(result["cold"])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -227,13 +229,6 @@ def _summary(
 def _decode_whole(data: bytes, where: str, shape: tuple[int, int]) -> ScaledImage:
     image = Image.open(io.BytesIO(data)).convert("RGB")
     return ScaledImage(image, image.size, decode_image(data, where, shape).edges, shape)
-
-
-def _recipe(extent: Extent, autoencoder: AutoencoderConfig, source: str, workers: int) -> TrainingRecipe:
-    train = {"name": "bench", "source": source, "size": extent.size, "k": extent.k, "steps": 1000}
-    train |= {"global_batch": BATCH, "micro_batch": BATCH, "interleaved_shards": extent.shards, "workers": workers}
-    model = {"latent_channels": extent.channels, "context_dim": extent.dim, "channels": [32], "attention": [1]}
-    return TrainingRecipe.model_validate({"model": model, "diffusion": {}, "autoencoder": autoencoder, "train": train})
 
 
 def _options() -> argparse.Namespace:

@@ -20,6 +20,7 @@ from retrieval.storage.manifest import Manifest, ShardRecord, write_manifest
 from retrieval.storage.root import Root
 from trainer.model.autoencoder import Autoencoder
 from trainer.model.recipe import AutoencoderConfig
+from trainer.recipe import TrainingRecipe
 
 QUALITY = 90
 PICTURES = 64
@@ -77,6 +78,15 @@ def prepare(root: Root, extent: Extent) -> AutoencoderConfig:
     _write_stage(root, "download", extent, {})
     root.write_json("extent.json", vars(extent))
     return config
+
+
+def training_recipe(extent: Extent, autoencoder: AutoencoderConfig, global_batch: int, **train: Any) -> TrainingRecipe:
+    """A recipe for the training set, from images unless `source` says otherwise. train: further settings of it."""
+    settings = {"name": "bench", "source": "images", "size": extent.size, "k": extent.k, "steps": 1000}
+    settings |= {"global_batch": global_batch, "micro_batch": global_batch, **train}
+    model = {"latent_channels": extent.channels, "context_dim": extent.dim, "channels": [32], "attention": [1]}
+    sections = {"model": model, "diffusion": {}, "autoencoder": autoencoder, "train": settings}
+    return TrainingRecipe.model_validate(sections)
 
 
 def picture(number: int, edge: int) -> bytes:

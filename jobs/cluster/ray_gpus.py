@@ -1,6 +1,7 @@
 """The GPUs of a training run on Ray: asks for them, and waits while the cluster starts nodes that have them.
 
-Ray Train itself waits without a limit, and on a cluster without GPUs it would train on CPUs.
+Ray Train itself waits without a limit, and on a cluster without GPUs it would train on CPUs. After the wait another job
+may take the GPUs, so that Ray Train gets a limit too.
 """
 
 import logging
@@ -17,9 +18,11 @@ RESOURCE = "GPU"
 """Ray's name of what a rank needs."""
 LOG_S = 60.0
 """Seconds between two lines of the log while the number of GPUs does not change."""
-
 RELEASE_S = 60
 """Wait at least this long for GPUs that are there: processes of a failed attempt may not have ended."""
+STARTS = 2
+"""Attempts of Ray Train to start the ranks: a node may be lost during one."""
+START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 
 log = logging.getLogger("train")
 
@@ -55,7 +58,7 @@ def wait_for_gpus(ranks: int, limit_s: int) -> None:
     logged, log_at = "", 0.0
     try:
         while not group.wait(1):
-            now, found = time.monotonic(), _gpus_found()
+            now, found = time.monotonic(), resources_found(RESOURCE)
             if now >= deadline:
                 raise UserError(
                     f"GPUs of the Ray cluster {ray.get_runtime_context().gcs_address}: {found}, after {limit_s:,} s. "
@@ -69,11 +72,24 @@ def wait_for_gpus(ranks: int, limit_s: int) -> None:
         remove_placement_group(group)
 
 
+def limit_start(config: TrainConfig) -> int:
+    """Let Ray Train wait for the resources of the ranks as long as `wait_for_gpus` waits for GPUs of new nodes.
+
+    Returns the seconds, at least RELEASE_S, which are divided among STARTS attempts.
+    """
+    limit_s = max(config.wait_for_gpus_s if _may_grow() else 0, RELEASE_S)
+    os.environ[START_TIMEOUT] = str(limit_s / STARTS)
+    return limit_s
+
+
+def resources_found(resource: str) -> str:
+    """How many of a resource, such as RESOURCE, the cluster has, and how many of them are free."""
+    there, free = (
+        int(resources.get(resource, 0)) for resources in (ray.cluster_resources(), ray.available_resources())
+    )
+    return f"{there} there, {free} of them free"
+
+
 def _may_grow() -> bool:
     """True if Ray is a cluster that nodes can join, not one that was started for this command."""
     return (os.environ.get("RAY_ADDRESS") or "local") != "local"
-
-
-def _gpus_found() -> str:
-    free = int(ray.available_resources().get(RESOURCE, 0))
-    return f"{num_gpus()} there, {free} of them free"

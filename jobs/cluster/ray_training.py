@@ -9,10 +9,11 @@ import os
 from collections.abc import Callable
 from functools import partial
 
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
+from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-from jobs.cluster.ray_gpus import ranks_on_ray, uses_gpus, wait_for_gpus
+from jobs.cluster.ray_gpus import RESOURCE, STARTS, limit_start, ranks_on_ray, resources_found, uses_gpus, wait_for_gpus
 from jobs.cluster.ray_parts import prepare_process
 from retrieval.cluster.connection import ray_connection
 from retrieval.errors import NodeError, UserError
@@ -35,12 +36,24 @@ def train_on_ray(config: TrainingRecipe, root: Root) -> None:
 
 
 def fit(trainer: TorchTrainer, config: TrainingRecipe) -> None:
-    """Train once, on GPUs after `wait_for_gpus`. Raises its UserError, or TrainingFailedError."""
+    """Train once, on GPUs after `wait_for_gpus`. Raises UserError if ranks cannot start, or TrainingFailedError."""
+    ranks, resource = trainer.scaling_config.num_workers, "CPU"
+    assert isinstance(ranks, int)
     if trainer.scaling_config.use_gpu:
-        ranks = trainer.scaling_config.num_workers
-        assert isinstance(ranks, int)
+        resource = RESOURCE
         wait_for_gpus(ranks, config.train.wait_for_gpus_s)
-    trainer.fit()
+    limit_s = limit_start(config.train)
+    log.info(f"starting {ranks} ranks: Ray waits up to {limit_s:,} s until {ranks} {resource}s are free")
+    try:
+        trainer.fit()
+    except ControllerError as error:
+        if not isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
+            raise
+        raise UserError(
+            f"Ray started no ranks within {limit_s:,} s. Resource {resource}: {resources_found(resource)}, wanted: "
+            f"{ranks} free ones, one for each rank. Wait until other jobs end, lower train.ranks, or raise "
+            "train.wait_for_gpus_s."
+        ) from None
 
 
 def fit_with_restarts(attempt: Callable[[], None], checkpoints: CheckpointFolder, steps: int) -> None:
@@ -81,7 +94,10 @@ def make_trainer(config: TrainingRecipe, root: Root) -> TorchTrainer:
         torch_config=TorchConfig(timeout_s=60 * config.train.timeout_minutes),
         scaling_config=ScalingConfig(num_workers=ranks_on_ray(config.train), use_gpu=gpus),
         run_config=RunConfig(
-            name=config.train.name, storage_path=storage, failure_config=FailureConfig(max_failures=0)
+            name=config.train.name,
+            storage_path=storage,
+            # By default Ray tries to start ranks without a limit.
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=STARTS - 1),
         ),
     )
 

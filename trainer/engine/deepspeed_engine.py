@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -22,7 +23,11 @@ from retrieval.errors import NodeError, UserError
 from trainer.engine.batch_split import nearest_split
 from trainer.engine.eight_bit import check_8bit
 from trainer.engine.optimizer import learning_rate_at, make_optimizer
+from trainer.engine.scattered_gradients import is_scattered, scatter_gradients
 from trainer.recipe import TrainConfig
+
+ROW = 1 << 14
+"""Elements of a gradient of which a norm is computed in fp32."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +160,9 @@ def make_engine(unet: Any, config: TrainConfig, ranks: Ranks) -> deepspeed.DeepS
     engine, *_ = deepspeed.initialize(
         model=unet, optimizer=make_optimizer(unet, config), config=settings, dist_init_required=False
     )
-    if ranks.world == 1 and not config.zero_stage:
-        engine.enable_backward_allreduce = False  # with one rank it only copies all gradients
+    if is_scattered(config, ranks.world, ranks.device) or (ranks.world == 1 and not config.zero_stage):
+        # `optimizer_step` reduces gradients itself. With one rank it would only copy them.
+        engine.enable_backward_allreduce = False
     return engine
 
 
@@ -191,50 +197,45 @@ def optimizer_step(engine: deepspeed.DeepSpeedEngine, config: TrainConfig) -> to
     if config.zero_stage and not skips_on_device(config):
         engine.step()
         return torch.full((), float(engine.get_global_grad_norm()), dtype=torch.float64, device=engine.device)
-    if config.zero_stage:
-        norm = _partitioned_norm(engine)
-        with _clipped(engine.optimizer.optimizer, norm, config.max_grad_norm or torch.inf):
-            engine.step()
+    if not skips_on_device(config):
+        # Gradients are already averaged over ranks.
+        norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), config.max_grad_norm or torch.inf)
+        if not torch.isfinite(norm):
+            engine.module.zero_grad(set_to_none=True)  # the optimizer leaves weights without a gradient as they are
+        engine.step()
         return norm
-    # Gradients are already averaged over ranks.
-    norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), config.max_grad_norm or torch.inf)
-    if skips_on_device(config):
-        engine.optimizer.found_inf = (~torch.isfinite(norm)).float()
-    elif not torch.isfinite(norm):
-        engine.module.zero_grad(set_to_none=True)  # the optimizer leaves weights without a gradient as they are
+    if is_scattered(config, dist.get_world_size(), engine.device):
+        scatter_gradients(engine)
+    norm = _partitioned_norm(engine) if config.zero_stage else _whole_norm(engine)
+    adamw = engine.optimizer.optimizer if config.zero_stage else engine.optimizer
+    # AdamW divides by it: no pass over the gradients. DeepSpeed itself would wait for the norm.
+    adamw.grad_scale = torch.clamp((norm + 1e-6) / (config.max_grad_norm or torch.inf), min=1)
+    adamw.found_inf = (~torch.isfinite(norm)).float()
     engine.step()
     return norm
 
 
-@contextmanager
-def _clipped(adamw: torch.optim.Optimizer, norm: torch.Tensor, max_norm: float) -> Iterator[None]:
-    """Within the block, let fused AdamW clip its gradients as DeepSpeed does, and do nothing if the norm is not finite.
-
-    DeepSpeed itself would wait for the norm.
-    """
-    factor = 1 / torch.clamp((norm + 1e-6) / max_norm, min=1)
-
-    def clip(*_: Any) -> None:
-        for group in adamw.param_groups:  # DeepSpeed steps with one group at a time
-            for master in group["params"]:
-                master.grad.mul_(factor)
-
-    adamw.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
-    hook = adamw.register_step_pre_hook(clip)
-    yield
-    hook.remove()
+def _whole_norm(engine: deepspeed.DeepSpeedEngine) -> torch.Tensor:
+    """Norm of the gradients of all parameters, which are averaged over ranks."""
+    return torch.nn.utils.get_total_norm(
+        [weight.grad for weight in engine.module.parameters() if weight.grad is not None]
+    )
 
 
 def _partitioned_norm(engine: deepspeed.DeepSpeedEngine) -> torch.Tensor:
-    """Norm of the gradients that ZeRO 1 or 2 has divided among the ranks. It rounds as DeepSpeed's own."""
-    norms = []
-    for gradients in engine.optimizer.averaged_gradients.values():
-        parts = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
-        zero = torch.zeros((), dtype=torch.float64, device=engine.device)
-        square = torch.stack([*parts, zero]).square().sum().float()
-        dist.all_reduce(square)
-        norms.append(square.sqrt())
-    return torch.linalg.vector_norm(torch.stack(norms))
+    """Norm of the gradients that ZeRO 1 or 2 has divided among the ranks."""
+    gradients = [gradient for group in engine.optimizer.averaged_gradients.values() for gradient in group]
+    square = torch.cat([row_norms(gradient) for gradient in gradients]).double().square().sum().float()
+    dist.all_reduce(square)
+    return square.sqrt()
+
+
+def row_norms(values: torch.Tensor) -> torch.Tensor:
+    """Norms of ROW elements each, and of the rest: (n,) float32. On a CPU the norm of millions in fp32 loses digits."""
+    rest = values.numel() % ROW
+    rows, last = values.flatten().split([values.numel() - rest, rest])
+    norm = partial(torch.linalg.vector_norm, dtype=torch.float32)
+    return torch.cat([norm(rows.view(-1, ROW), dim=1), norm(last)[None]])
 
 
 def gather_numbers(values: torch.Tensor, ranks: Ranks) -> torch.Tensor:

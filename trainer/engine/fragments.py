@@ -1,7 +1,8 @@
 """The training state as fragments of named parameters: fp32 master weights and the moments of AdamW.
 
 ZeRO gives each rank flat slices of all parameters. This module maps them to fragments of named parameters, as views of
-the optimizer's tensors, for every ZeRO stage. Only this module and `optimizer_step` use DeepSpeed's internals.
+the optimizer's tensors, for every ZeRO stage. Only this module, `optimizer_step` and `scatter_gradients` use internals
+of DeepSpeed.
 """
 
 from collections.abc import Iterator, Mapping

@@ -82,6 +82,10 @@ def test_the_end_of_the_minutes_of_a_row_is_recorded(run_cases: Any) -> None:
     assert cases == {"a": {"failed": ["stopped: the row's 1 minutes were over"]}}
 
 
+def test_all_rows_fit_in_half_an_hour_with_the_start_of_the_machine() -> None:
+    assert sum(program.ROWS.values()) <= 28
+
+
 def test_results_of_another_device_are_not_continued(run_cases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     run_cases({"a": {"seconds": 1}})
     monkeypatch.setitem(MACHINE, "device", "other")

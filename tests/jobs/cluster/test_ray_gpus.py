@@ -120,3 +120,17 @@ def test_an_attempt_to_train_starts_no_rank_before_its_gpus_are_there(
     monkeypatch.setattr(trainer, "fit", started)
     with pytest.raises(UserError, match="after 1 s"):
         fit(trainer, recipe)
+
+
+def test_ray_train_gives_up_when_the_ranks_get_no_resources(
+    tmp_path: Path, lines: SimpleQueue[logging.LogRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_gpus, "RELEASE_S", 1)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv(ray_gpus.START_TIMEOUT, "")  # which is restored after the test
+    cpus = int(ray.cluster_resources()["CPU"])
+    recipe = make_recipe("", ranks=cpus + 1)
+    with pytest.raises(UserError, match=f"within 1 s. Resource CPU: {cpus} there, . of them free, wanted: {cpus + 1}"):
+        fit(make_trainer(recipe, Root(tmp_path)), recipe)
+    messages = [lines.get_nowait().getMessage() for _ in range(lines.qsize())]
+    assert messages[-1] == f"starting {cpus + 1} ranks: Ray waits up to 1 s until {cpus + 1} CPUs are free"

@@ -13,7 +13,7 @@ import torch
 from benchmarks.common.processes import set_single_rank
 from tests.trainer.training.launched import fork
 from tests.trainer.training_set import make_recipe
-from trainer.engine.deepspeed_engine import Ranks, engine_settings, join_ranks, make_engine, optimizer_step
+from trainer.engine.deepspeed_engine import Ranks, engine_settings, join_ranks, make_engine, optimizer_step, row_norms
 from trainer.model.unet import build_unet
 
 
@@ -90,6 +90,12 @@ def test_gradients_are_reduced_during_the_backward_pass_on_several_gpus() -> Non
     for device, world, overlaps in (("cuda", 2, True), ("cuda", 1, False), ("cpu", 2, False)):
         settings = engine_settings(config, Ranks(0, world, torch.device(device)))
         assert settings["zero_optimization"]["overlap_comm"] == overlaps
+
+
+def test_the_norm_of_millions_of_gradients_keeps_its_digits() -> None:
+    gradient = torch.randn(1001, 1999, generator=torch.Generator().manual_seed(0))
+    expected = torch.linalg.vector_norm(gradient, dtype=torch.float64).item()
+    assert torch.linalg.vector_norm(row_norms(gradient).double()).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_two_ranks_send_what_the_guide_counts(tmp_path: Path) -> None:

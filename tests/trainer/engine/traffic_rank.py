@@ -25,14 +25,15 @@ class Recorded:
 
 
 def collectives(ranks: Ranks, **changes: object) -> list[tuple[str, int]]:
-    """Name and bytes of each collective of a step with two micro batches, for 2 x 64 x 65 weights in bf16."""
-    config = make_recipe("", precision="bf16", global_batch=4, micro_batch=1, **changes).train
+    """Name and bytes of each collective of a step with two micro batches, for 2 x 64 x 65 weights."""
+    config = make_recipe("", global_batch=4, micro_batch=1, **changes).train
     engine = make_engine(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)), config, ranks)
     log: list[tuple[str, int]] = []
-    for name in ("all_reduce", "all_gather_into_tensor"):
+    for name in ("all_reduce", "all_gather_into_tensor", "all_to_all_single"):
         setattr(comm.cdb, name, Recorded(name, log))
     for _ in range(2):
-        engine.backward(engine(torch.randn(1, 64).bfloat16()).float().square().mean())
+        inputs = torch.randn(1, 64).to(next(engine.module.parameters()).dtype)
+        engine.backward(engine(inputs).float().square().mean())
         optimizer_step(engine, config)
     engine.destroy()
     return log
@@ -44,7 +45,10 @@ if __name__ == "__main__":
     norm, gather = ("all_reduce", 4), ("all_gather_into_tensor", weights)
     for stage, reductions in ((1, 1), (2, 2)):
         for factor in (1, 2):
-            seen = collectives(own, zero_stage=stage, reduce_in_fp32=factor == 2)
+            seen = collectives(own, precision="bf16", zero_stage=stage, reduce_in_fp32=factor == 2)
             expected = [("all_reduce", factor * weights)] * reductions + [norm, gather]
             assert seen == expected, f"ZeRO {stage}, {factor}: {seen}"
+    seen = collectives(own, precision="fp32", zero_stage=1)
+    # A rank keeps half of the gradients of an all-to-all.
+    assert seen == [("all_to_all_single", 2 * weights), norm, ("all_gather_into_tensor", 2 * weights)], seen
     leave_ranks()
