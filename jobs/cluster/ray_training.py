@@ -96,8 +96,8 @@ def make_trainer(config: TrainingRecipe, root: Root) -> TorchTrainer:
         run_config=RunConfig(
             name=config.train.name,
             storage_path=storage,
-            # By default Ray tries to start ranks without a limit.
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=STARTS - 1),
+            # By default Ray tries to start ranks without a limit. mypy sees the class of an earlier Ray Train.
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=STARTS - 1),  # type: ignore[call-arg]
         ),
     )
 
