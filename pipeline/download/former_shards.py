@@ -1,8 +1,8 @@
 """Finished shards of an earlier selection, whose pictures the present selection may have in other shards.
 
-A changed filter moves rows between the shards of a piece. So the records of outdated shards are moved to
+A changed filter moves rows between the shards of a metadata file. So the records of outdated shards are moved to
 `download/records/former/`, and their files stay, until the stage ends. Each shard takes its stored rows and pictures
-from the former shards of its piece.
+from the former shards of its file.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.filter.piece_numbers import known_pieces
 from pipeline.pictures.tars import picture_reader
 from pipeline.runtime.stage import map_in_threads
 from retrieval.storage.manifest import ShardRecord, read_record, record_file
@@ -22,8 +23,8 @@ from retrieval.storage.schema import DOWNLOADED, IMAGE_ID, read_table, sample_ke
 
 FOLDER = "former"
 """Folder of the records, below that of all records."""
-CACHED_TABLES = 512
-"""Tables whose ids a worker keeps in memory, 80 kB each: more than a piece has shards."""
+CACHED_TABLES = 2_048
+"""Tables whose ids a worker keeps in memory, 80 kB each: more than a metadata file of 18 million rows has shards."""
 
 
 def set_aside(root: Root, outdated: Sequence[ShardRecord]) -> None:
@@ -37,12 +38,26 @@ def set_aside(root: Root, outdated: Sequence[ShardRecord]) -> None:
 
 
 def former_shards(root: Root, shard: str) -> list[ShardRecord]:
-    """The former shards of the same piece, that of the same name first, then those with the nearest number."""
-    names = root.list(f"download/records/{FOLDER}/{_piece(shard)}")
-    records = _read(root, names)
-    numbers = {record.shard: int(record.shard.rpartition("-")[2]) for record in records if "-" in record.shard}
-    number = int(shard.rpartition("-")[2]) if "-" in shard else 0
-    return sorted(records, key=lambda record: (record.shard != shard, abs(numbers.get(record.shard, 0) - number)))
+    """The former shards of the same metadata file, nearest first: that of the same name, its piece, other pieces."""
+    if not root.exists(f"download/records/{FOLDER}"):
+        return []
+    folders = (f"download/records/{FOLDER}/{piece}" for piece in _pieces_of_file(root, _piece(shard)))
+    records = _read(root, [name for folder in folders for name in root.list(folder)])
+    piece, part = _numbers(shard)
+
+    def distance(record: ShardRecord) -> tuple[int, int]:
+        other_piece, other_part = _numbers(record.shard)
+        return abs(other_piece - piece), abs(other_part - part)
+
+    return sorted(records, key=distance)
+
+
+def _pieces_of_file(root: Root, piece: str) -> list[str]:
+    """This piece and all others that its metadata file ever had: a file is divided anew for other `rows_per_piece`."""
+    split, _, number = piece.rpartition("/")
+    files = known_pieces(root)
+    of_file = {name for name, file in files.items() if file == files.get(number)}
+    return [f"{split}/{name}" for name in sorted({number, *of_file})]
 
 
 def rows_in(
@@ -100,6 +115,12 @@ def _read(root: Root, names: Iterable[str]) -> list[ShardRecord]:
 def _piece(shard: str) -> str:
     """The split and the piece of a shard: `train/00000` for `train/00000-00003`."""
     return shard.partition("-")[0]
+
+
+def _numbers(shard: str) -> tuple[int, int]:
+    """The numbers of the piece and of the part: 0 and 3 for `train/00000-00003`."""
+    piece, _, part = shard.rpartition("/")[2].partition("-")
+    return int(piece), int(part or 0)
 
 
 @lru_cache(CACHED_TABLES)

@@ -151,6 +151,22 @@ def test_files_that_are_added_or_removed_before_known_ones_leave_their_pictures_
     assert server.paths == []
 
 
+def test_pieces_of_another_size_request_nothing(tmp_path: Path, metadata: Path, server) -> None:
+    folder, table = tmp_path / "files", pq.read_table(metadata)
+    folder.mkdir()
+    pq.write_table(table.slice(0, 8), folder / "0.parquet", row_group_size=2)
+    pq.write_table(table.slice(8, 4), folder / "1.parquet", row_group_size=2)
+    root = Root(tmp_path / "run")
+    before = stored(root, chain(root, folder, rows_per_piece=4, rows_per_shard=2))
+    server.requests.clear()
+    for rows_per_piece, rows_per_shard, pieces in ((8, 3, {0, 2}), (2, 2, {0, 1, 2, 3, 4, 5}), (4, 2, {0, 1, 2})):
+        manifest = chain(root, folder, rows_per_piece=rows_per_piece, rows_per_shard=rows_per_shard)
+        assert {int(record.shard[-11:-6]) for record in manifest.shards} == pieces
+        assert stored(root, manifest) == before
+        assert len(root.list("download", ".tar")) == len(manifest.shards)
+    assert server.paths == []
+
+
 def test_an_update_that_is_killed_between_two_shards_fetches_nothing_again(
     tmp_path: Path, metadata: Path, server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
