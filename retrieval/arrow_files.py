@@ -34,6 +34,18 @@ def _by_number(table: pa.Table, numbers: npt.NDArray[np.int64], count: int) -> I
         yield part.to_batches()[0] if len(rows) else pa.RecordBatch.from_pylist([], table.schema)
 
 
+def joined(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
+    """The rows of tables of one schema in order, at least this many at once; at the end the rest."""
+    group: list[pa.Table] = []
+    for table in tables:
+        group.append(table)
+        if sum(map(len, group)) >= rows:
+            yield pa.concat_tables(group)
+            group = []
+    if group:
+        yield pa.concat_tables(group)
+
+
 def read_number(root: Root, names: Iterable[str], number: int) -> pa.Table:
     """The rows with a number from files of `write_by_number`, in the order of the files. Others are not read."""
     return pa.Table.from_batches(read_batch(root, name, number) for name in names)

@@ -55,9 +55,9 @@ pipeline/download: filter pictures recipe runtime web
 pipeline/embed: pictures recipe runtime
 pipeline/filter: recipe runtime web
 pipeline/import_pictures: databases download recipe runtime web
-pipeline/index: runtime
+pipeline/index: runtime web
 pipeline/neighbors: recipe runtime
-pipeline/optout: download filter neighbors pictures recipe runtime web
+pipeline/optout: download neighbors pictures recipe runtime web
 pipeline/pictures: recipe runtime
 pipeline/recipe:
 pipeline/runtime:

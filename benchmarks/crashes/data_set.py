@@ -31,7 +31,7 @@ MODULES = {
     "filter": "pipeline.filter.filter",
     "download": "pipeline.download.download",
     "embed": "pipeline.embed",
-    "index": "pipeline.index",
+    "index": "pipeline.index.index",
     "neighbors": "pipeline.neighbors.neighbors",
 }
 """The modules of the stages, imported when their stage runs: some import torch, which others do not need."""

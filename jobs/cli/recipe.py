@@ -19,6 +19,7 @@ from jobs.cli.explore_config import ExploreConfig
 from pipeline.recipe import DownloadConfig, EmbedConfig, FilterConfig, ImportConfig, NeighborsConfig, OptoutConfig
 from retrieval.config import Config
 from retrieval.errors import UserError
+from retrieval.imports.source import VectorsConfig
 from retrieval.recipe import ClipConfig, IndexConfig, StorageConfig
 from retrieval.storage.root import Root
 from trainer.evaluation.paper.recipe import PaperConfig
@@ -33,6 +34,7 @@ SECTIONS: dict[str, type[Config]] = {
     "download": DownloadConfig,
     "import": ImportConfig,
     "embed": EmbedConfig,
+    "vectors": VectorsConfig,
     "index": IndexConfig,
     "neighbors": NeighborsConfig,
     "optout": OptoutConfig,

@@ -19,14 +19,12 @@ import pyarrow.compute as pc
 from pipeline.filter.thresholds import dropped_rows, threshold_columns
 from pipeline.recipe import FilterConfig
 from pipeline.web.blocklist import Blocklist
-from pipeline.web.urls import canonical_column
+from pipeline.web.urls import canonical_column, hash_urls
 from retrieval.storage.arrow_columns import numbers, pixels, texts
 from retrieval.storage.schema import Reason
 
 RULE_COLUMNS = ("url", "width", "height", "pwatermark", "punsafe")
 NO_LIMIT = (1 << 64) - 1
-HASHED_ROWS = 1 << 12
-"""URLs that are Python objects at a time: few enough that the allocator reuses their memory."""
 
 KEY_SCHEMA = pa.schema(
     [
@@ -136,18 +134,6 @@ def _score(column: pa.Array, keep_missing: bool) -> tuple[npt.NDArray[np.float64
     known = values.is_valid().to_numpy(zero_copy_only=False)
     filled = pc.fill_null(values, 0.0).to_numpy(zero_copy_only=False)
     return filled, known | keep_missing
-
-
-def hash_urls(urls: pa.StringArray) -> tuple[Ids, npt.NDArray[np.uint32]]:
-    """Image ids of canonical URLs (`retrieval.storage.schema.image_id`), and 32 more bits of each hash."""
-    empty, raw, digests = hashlib.sha256(), urls.cast(pa.binary()), bytearray()
-    for first in range(0, len(raw), HASHED_ROWS):
-        for url in raw.slice(first, HASHED_ROWS).to_pylist():
-            digest = empty.copy()  # 10 % faster than a new object, for which OpenSSL looks up the algorithm
-            digest.update(url)
-            digests += digest.digest()
-    words = np.frombuffer(digests, "<i8").reshape(-1, 4)
-    return words[:, 0], words[:, 1].astype(np.uint32)
 
 
 def split_into_buckets(keys: pa.Table, num_buckets: int) -> list[pa.RecordBatch]:

@@ -55,7 +55,8 @@ def run(config: NeighborsConfig, root: Root) -> Manifest:
     embed, index = read_manifest(root, "embed"), read_manifest(root, "index")
     database = Database.open(root.child("index"))
     database.require_encoder(EncoderIdentity(**embed.values["encoder"]))
-    if index.upstream != {"embed": embed.identity_of("database/")}:
+    identity = embed.identity_of("database/")
+    if index.upstream.get("embed", identity) != identity:  # without: from vectors of another tool
         raise UserError(f"{root.at('index')} was built from other embeddings. Run 'make index' first.")
     effort = _effort(config, root, embed)
     stage = neighbors_stage(config, root)

@@ -190,6 +190,8 @@ def _inputs(root: Root, stage: str) -> dict[str, str]:
         return {}
     if stage == "embed":
         return {"download": read_manifest(root, "download").identity}
+    if stage == "index" and "embed" not in read_manifest(root, "index").upstream:
+        return {}  # from vectors of another tool
     embed = read_manifest(root, "embed")
     if stage == "index":
         return {"embed": embed.identity_of("database/")}

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.download.shard_update import without_listed
-from pipeline.optout.id_tables import url_ids
 from pipeline.web.blocklist import Blocklist
+from pipeline.web.urls import url_ids
 from retrieval.database.database import Database
 from retrieval.index.hidden import Ids
 from retrieval.index.routing import partition_folder

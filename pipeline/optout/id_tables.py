@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import pyarrow as pa
 
-from pipeline.filter.selection import hash_urls
 from pipeline.runtime.runner import run_shards
 from pipeline.runtime.stage import Stage
 from pipeline.runtime.workers import Work, Workers
-from pipeline.web.urls import canonical_column
+from pipeline.web.urls import url_ids
 from retrieval.config import Config
 from retrieval.database.database import Database
 from retrieval.index.hidden import Ids
@@ -84,14 +82,6 @@ def write_id_table(root: Root, table: str, keys: Ids, values: Ids) -> FileRecord
     with root.writing(f"{FOLDER}/{table}.npy") as pending, pending.path.open("wb") as file:
         np.save(file, np.stack([keys[order], values[order]]))
     return pending.record
-
-
-def url_ids(column: pa.StringArray) -> tuple[Ids, pa.StringArray, Ids]:
-    """Numbers of the rows with a URL, their canonical URLs, and the image ids of these."""
-    urls = canonical_column(column)
-    known = np.flatnonzero(urls.is_valid().to_numpy(zero_copy_only=False))
-    urls = urls.take(pa.array(known))
-    return known, urls, hash_urls(urls)[0]
 
 
 def _table_work(root: Root, pictures: dict[str, list[str]]) -> Work:

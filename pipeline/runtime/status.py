@@ -25,7 +25,7 @@ State = Literal["not started", "unfinished", "finished", "stale"]
 
 PHASES = {
     "filter": ("scan", "dedupe", "select"),
-    "index": ("centroids", "shuffle", "partitions", "calibration"),
+    "index": ("centroids", "shuffle", "repeated", "partitions", "calibration"),
     "neighbors": ("route", "match", "merge", "recall"),
 }
 """Stages that run in phases, and the folders of each phase's records, in order."""
@@ -132,7 +132,7 @@ def _stale_reason(manifest: Manifest, spec: StageSpec, upstream: UpstreamStages)
         current = fingerprint(spec.name, manifest.schema_version, spec.config, manifest.upstream)
         if current != manifest.fingerprint:
             differences = setting_differences(manifest.config, spec.config.output_fields())
-            return f"made {'; '.join(differences) or 'by another version of the code'}"
+            return f"made {'; '.join(differences) or 'by another version of the code'}; {all_again(manifest)}"
     if spec.changed:
         return spec.changed
     for name, digest in manifest.upstream.items():
@@ -152,8 +152,7 @@ def _stale_reason(manifest: Manifest, spec: StageSpec, upstream: UpstreamStages)
 def _made_again(manifest: Manifest, name: str, source: Manifest) -> str:
     """What the stage's command makes again for a changed input. name, source: the input's name and manifest."""
     if not any(name in shard.inputs for shard in manifest.shards):
-        # A resumed stage stores the seconds of its last run.
-        return f"all is made again with --remake, {manifest.rows:,} rows, at least {format_duration(manifest.seconds)}"
+        return all_again(manifest)
     prefix = "" if "/" in manifest.shards[0].shard else "train/"  # stages of training images alone omit it
     digests = {shard: digest for shard, digest in source.digests().items() if shard.startswith(prefix or SPLITS)}
     made = {f"{prefix}{shard.shard}": shard for shard in manifest.shards}
@@ -169,6 +168,15 @@ def _made_again(manifest: Manifest, name: str, source: Manifest) -> str:
     return (
         f"{len(outdated):,} of {len(manifest.shards):,} shards are outdated{new}, {rows:,} rows, {size / 1e6:,.1f} MB,"
         f" {format_duration(seconds)} of one worker"
+    )
+
+
+def all_again(manifest: Manifest) -> str:
+    """What the command of a stage makes again if it cannot keep any shard."""
+    # A resumed stage stores the seconds of its last run.
+    return (
+        f"all is made again with --remake, {manifest.rows:,} rows, {manifest.bytes / 1e6:,.1f} MB,"
+        f" at least {format_duration(manifest.seconds)}"
     )
 
 

@@ -6,15 +6,20 @@ are encoded by UTS #46, the mapping of IDNA 2008 that browsers use. Other scheme
 and missing hosts have no canonical URL.
 """
 
+import hashlib
 import ipaddress
 import re
 from urllib.parse import quote
 
 import idna
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 MAX_URL_CHARS = 4096
+HASHED_ROWS = 1 << 12
+"""URLs that are Python objects at a time: few enough that the allocator reuses their memory."""
 
 _PARTS = re.compile(r"(https?)://([^/?#\\]*)([^#]*)", re.IGNORECASE | re.ASCII)
 _AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(?::([0-9]{0,9}))?")
@@ -89,6 +94,26 @@ def canonical_column(urls: pa.StringArray) -> pa.StringArray:
     not_clean = pc.invert(is_clean)
     canonical = [(url and canonical_url(url)) or None for url in urls.filter(not_clean).to_pylist()]
     return pc.replace_with_mask(urls, not_clean, pa.array(canonical, pa.string()))
+
+
+def hash_urls(urls: pa.StringArray) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]:
+    """Image ids of canonical URLs (`retrieval.storage.schema.image_id`), and 32 more bits of each hash."""
+    empty, raw, digests = hashlib.sha256(), urls.cast(pa.binary()), bytearray()
+    for first in range(0, len(raw), HASHED_ROWS):
+        for url in raw.slice(first, HASHED_ROWS).to_pylist():
+            digest = empty.copy()  # 10 % faster than a new object, for which OpenSSL looks up the algorithm
+            digest.update(url)
+            digests += digest.digest()
+    words = np.frombuffer(digests, "<i8").reshape(-1, 4)
+    return words[:, 0], words[:, 1].astype(np.uint32)
+
+
+def url_ids(column: pa.StringArray) -> tuple[npt.NDArray[np.int64], pa.StringArray, npt.NDArray[np.int64]]:
+    """Numbers of the rows with a URL, their canonical URLs, and the image ids of these."""
+    urls = canonical_column(column)
+    known = np.flatnonzero(urls.is_valid().to_numpy(zero_copy_only=False))
+    urls = urls.take(pa.array(known))
+    return known, urls, hash_urls(urls)[0]
 
 
 def host_and_port(url: str) -> tuple[str, int]:

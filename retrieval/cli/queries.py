@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from retrieval.database.database import Database
 from retrieval.errors import UserError
-from retrieval.imports.readers import check_array, load_npy
+from retrieval.imports.npy_files import check_array, load_npy
 from retrieval.pictures.picture_file import read_picture
 from retrieval.recipe import ClipConfig
 from retrieval.storage.data_files import split_path

@@ -7,13 +7,13 @@ database, which are deleted at the end. Then one partition at a time is read and
 
 import hashlib
 import os
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from retrieval.arrow_files import read_number, write_by_number
+from retrieval.arrow_files import joined, read_number, write_by_number
 from retrieval.clip.identity import EncoderIdentity
 from retrieval.database.build import (
     OWN_FILE,
@@ -132,7 +132,7 @@ def shuffled(folder: Root, tables: Iterable[pa.Table], centroids: Vectors) -> Ge
     """
     files: list[str] = []
     try:
-        for group in _groups(tables):
+        for group in joined(tables, ROWS_PER_GROUP):
             numbers = nearest_centroids(schema.vectors(group, schema.EMBEDDING), centroids)[:, 0]
             files.append(f"shuffle-{len(files):05d}.arrow")
             write_by_number(folder, files[-1], group, numbers, len(centroids))
@@ -140,18 +140,6 @@ def shuffled(folder: Root, tables: Iterable[pa.Table], centroids: Vectors) -> Ge
             yield read_number(folder, files, number)
     finally:
         folder.delete_files(files)
-
-
-def _groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """The rows of the tables in order, about ROWS_PER_GROUP at once."""
-    group: list[pa.Table] = []
-    for table in tables:
-        group.append(table)
-        if sum(map(len, group)) >= ROWS_PER_GROUP:
-            yield pa.concat_tables(group)
-            group = []
-    if group:
-        yield pa.concat_tables(group)
 
 
 def require_free(folder: Root) -> None:

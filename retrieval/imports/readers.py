@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 
 from retrieval.database.unit_rows import as_array
 from retrieval.errors import UserError
+from retrieval.imports.npy_files import NpyRows, check_array, load_npy
 from retrieval.imports.source import SourceColumns, VectorSource, find_column, metadata_columns
 from retrieval.storage.arrow_columns import is_float_list, plain
 from retrieval.storage.data_files import data_files, split_path
@@ -26,7 +28,6 @@ from retrieval.storage.root import Root
 
 BLOCK_ROWS = 32_768
 MAX_TEXT_QUERIES = 1_000
-FLOATS = (np.float16, np.float32, np.float64)
 CLIP_RETRIEVAL = {"images": "img_emb", "texts": "text_emb"}
 """Folders of clip-retrieval's output, by kind of vectors."""
 
@@ -43,23 +44,121 @@ class SourceBlock:
     """n rows, or None without metadata."""
 
 
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of vectors, and the Parquet file of their metadata if that is another one."""
+
+    root: Root
+    name: str
+    metadata: tuple[Root, str] | None = None
+
+    @property
+    def location(self) -> str:
+        """The path or URL of the vectors."""
+        return self.root.at(self.name)
+
+    @property
+    def table(self) -> tuple[Root, str] | None:
+        """The Parquet file with the metadata, None without metadata."""
+        return (self.root, self.name) if self.name.lower().endswith(".parquet") else self.metadata
+
+
+def source_files(source: VectorSource) -> list[SourceFile]:
+    """The files of a source that is no array, in the order of their rows.
+
+    Raises UserError if files are missing or do not match each other.
+    """
+    assert isinstance(source.vectors, str | os.PathLike)
+    root, names = data_files(source.vectors, "It was expected to be a file or folder of vectors.")
+    if folders := {PurePosixPath(name).parts[0] for name in names} & set(CLIP_RETRIEVAL.values()):
+        return _clip_retrieval(root, names, folders, source)
+    if vectors := _with_suffix(names, ".npy"):
+        return _paired_files(root, vectors, source)
+    if tables := _with_suffix(names, ".parquet"):
+        if source.metadata is not None:
+            raise UserError(f"{root.url}: Parquet files contain their metadata; leave out other metadata.")
+        return [SourceFile(root, name) for name in tables]
+    raise UserError(_no_vectors(root, names))
+
+
 def read_source_blocks(source: VectorSource) -> Iterator[SourceBlock]:
     """Read all rows of a source. Raises UserError if files cannot be read or do not match each other."""
     if not isinstance(source.vectors, str | os.PathLike):
         yield from _array_blocks(source)
         return
-    root, names = data_files(source.vectors, "It was expected to be a file or folder of vectors.")
-    if folders := {PurePosixPath(name).parts[0] for name in names} & set(CLIP_RETRIEVAL.values()):
-        yield from _clip_retrieval(root, names, folders, source)
-    elif vectors := _with_suffix(names, ".npy"):
-        yield from _paired_blocks(root, vectors, source)
-    elif tables := _with_suffix(names, ".parquet"):
-        if source.metadata is not None:
-            raise UserError(f"{root.url}: Parquet files contain their metadata; leave out other metadata.")
-        for name in tables:
-            yield from _parquet_blocks(root, name, source.columns)
-    else:
-        raise UserError(_no_vectors(root, names))
+    for file in source_files(source):
+        yield from file_blocks(file, source.columns)
+
+
+def file_blocks(file: SourceFile, columns: SourceColumns, rows: range | None = None) -> Iterator[SourceBlock]:
+    """Read rows of a file in order, all by default. Of a Parquet file only the row groups with these rows are read."""
+    if file.table is None:
+        array = NpyRows(file.root, file.name)
+        rows = range(len(array)) if rows is None else rows
+        for start in range(rows.start, rows.stop, BLOCK_ROWS):
+            yield SourceBlock(file.location, array.read(start, min(start + BLOCK_ROWS, rows.stop)), None)
+        return
+    with _parquet(*file.table) as parquet:
+        names = table_columns(file, parquet.schema_arrow, columns)
+        if file.metadata:
+            array = NpyRows(file.root, file.name)
+            _check_rows(file, len(array), parquet.metadata.num_rows)
+            for start, batch in _batches(parquet, rows, names or parquet.schema_arrow.names[:1]):
+                vectors = array.read(start, start + len(batch))
+                yield SourceBlock(file.location, vectors, pa.Table.from_batches([batch]))
+            return
+        vector = _vector_column(parquet.schema_arrow, columns, file.location)
+        for _, batch in _batches(parquet, rows, [vector, *names]):
+            vectors = _column_vectors(batch.column(vector), file.location)
+            yield SourceBlock(file.location, vectors, pa.Table.from_batches([batch]).drop_columns([vector]))
+
+
+def table_columns(file: SourceFile, table: pa.Schema, columns: SourceColumns) -> list[str]:
+    """The columns of the metadata of a file that go into a database. table: columns of its Parquet file."""
+    root, name = file.table or (file.root, file.name)
+    return metadata_columns(table, columns, root.at(name))
+
+
+def file_layout(file: SourceFile) -> tuple[list[int], pa.Schema | None]:
+    """The rows of each part of a file that is read apart, in order, and the columns of its Parquet file if it has one.
+
+    Parts are row groups. Reads only headers and footers. Raises UserError as `file_blocks`.
+    """
+    if file.table is None:
+        count = len(NpyRows(file.root, file.name))
+        return [min(BLOCK_ROWS, count - start) for start in range(0, count, BLOCK_ROWS)], None
+    with _parquet(*file.table) as parquet:
+        if file.metadata:
+            _check_rows(file, len(NpyRows(file.root, file.name)), parquet.metadata.num_rows)
+        return _group_rows(parquet), parquet.schema_arrow
+
+
+def _check_rows(file: SourceFile, count: int, table_count: int) -> None:
+    assert file.metadata
+    root, name = file.metadata
+    _check_counts(file.location, count, root.at(name), table_count)
+
+
+def _group_rows(parquet: Any) -> list[int]:
+    return [parquet.metadata.row_group(number).num_rows for number in range(parquet.metadata.num_row_groups)]
+
+
+def _batches(parquet: Any, rows: range | None, names: list[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """The rows of a Parquet file in batches of at most BLOCK_ROWS, each with the number of its first row."""
+    counts = _group_rows(parquet)
+    rows = range(sum(counts)) if rows is None else rows
+    ends = list(accumulate(counts))
+    groups = [
+        number
+        for number, (count, end) in enumerate(zip(counts, ends, strict=True))
+        if end > rows.start and end - count < rows.stop
+    ]
+    start = ends[groups[0]] - counts[groups[0]] if groups else 0
+    for batch in parquet.iter_batches(BLOCK_ROWS, groups, names):
+        first, stop = max(start, rows.start), min(start + len(batch), rows.stop)
+        if first < stop:
+            yield first, batch.slice(first - start, stop - first)
+        start += len(batch)
 
 
 def read_text_queries(source: VectorSource) -> npt.NDArray[np.generic] | None:
@@ -81,28 +180,6 @@ def read_text_queries(source: VectorSource) -> npt.NDArray[np.generic] | None:
     texts = np.concatenate([array[::step] for array in arrays]) if arrays else np.empty((0, 0), np.float32)
     usable = np.isfinite(texts).all(axis=1) & texts.any(axis=1)
     return texts[usable] if usable.any() else None
-
-
-def load_npy(root: Root, name: str) -> npt.NDArray[np.generic]:
-    """The array in a .npy file, memory-mapped if the file is local. Raises UserError for other files."""
-    with root.local(name) as path:
-        try:
-            array = np.load(path, mmap_mode="r" if root.is_local else None, allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise UserError(f"{root.at(name)} is not a readable .npy file: {error}") from error
-    if not isinstance(array, np.ndarray):
-        raise UserError(f"{root.at(name)} is an archive of arrays; expected one array in a .npy file")
-    return array
-
-
-def check_array(array: npt.NDArray[np.generic], location: str) -> npt.NDArray[np.generic]:
-    """The array. Raises UserError unless it is (n, dim) of float16, float32 or float64."""
-    if array.ndim != 2 or array.dtype not in FLOATS:
-        raise UserError(
-            f"{location} is an array {array.shape} of {array.dtype}; "
-            "expected (rows, dim) of float16, float32 or float64"
-        )
-    return array
 
 
 def _no_vectors(root: Root, names: list[str]) -> str:
@@ -136,50 +213,29 @@ def _array_blocks(source: VectorSource) -> Iterator[SourceBlock]:
         yield SourceBlock("the array of vectors", vectors[start : start + BLOCK_ROWS], rows)
 
 
-def _clip_retrieval(root: Root, names: list[str], folders: set[str], source: VectorSource) -> Iterator[SourceBlock]:
+def _clip_retrieval(root: Root, names: list[str], folders: set[str], source: VectorSource) -> list[SourceFile]:
     folder = CLIP_RETRIEVAL[source.part]
     if folder not in folders:
         raise UserError(f"{root.url} has {', '.join(sorted(folders))} but no {folder}: no vectors of {source.part}")
     vectors = [name for name in _with_suffix(names, ".npy") if name.startswith(f"{folder}/")]
     if source.metadata is None and any(name.startswith("metadata/") for name in names):
         source = replace(source, metadata=root.at("metadata"))
-    yield from _paired_blocks(root, vectors, source)
+    return _paired_files(root, vectors, source)
 
 
-def _paired_blocks(root: Root, vectors: list[str], source: VectorSource) -> Iterator[SourceBlock]:
-    """Blocks of .npy files, each with its Parquet file of metadata if there is metadata."""
+def _paired_files(root: Root, vectors: list[str], source: VectorSource) -> list[SourceFile]:
+    """.npy files, each with its Parquet file of metadata if there is metadata."""
     if isinstance(source.metadata, pa.Table):
         raise UserError(f"{root.url}: metadata of files must be Parquet files, one for each; got a table")
     if source.metadata is None:
-        for name in vectors:
-            array = _load_vectors(root, name)
-            for start in range(0, len(array), BLOCK_ROWS):
-                yield SourceBlock(root.at(name), array[start : start + BLOCK_ROWS], None)
-        return
+        return [SourceFile(root, name) for name in vectors]
     table_root, names = data_files(source.metadata, "It was expected to be a file or folder of metadata.")
     tables = _with_suffix(names, ".parquet")
     if not tables:
         raise UserError(
             f"{source.metadata} has no Parquet file of metadata; found {', '.join(names[:5]) or 'no file'}."
         )
-    for name, table in _pairs(root, vectors, table_root, tables):
-        array = _load_vectors(root, name)
-        yield from _aligned_blocks(array, root.at(name), (table_root, table), source.columns)
-
-
-def _aligned_blocks(
-    array: npt.NDArray[np.generic], location: str, metadata: tuple[Root, str], columns: SourceColumns
-) -> Iterator[SourceBlock]:
-    table_root, table = metadata
-    with _parquet(table_root, table) as parquet:
-        _check_counts(location, len(array), table_root.at(table), parquet.metadata.num_rows)
-        schema = parquet.schema_arrow
-        names = metadata_columns(schema, columns, table_root.at(table)) or schema.names[:1]
-        start = 0
-        for batch in parquet.iter_batches(BLOCK_ROWS, columns=names):
-            rows = pa.Table.from_batches([batch])
-            yield SourceBlock(location, array[start : start + len(rows)], rows)
-            start += len(rows)
+    return [SourceFile(root, name, (table_root, table)) for name, table in _pairs(root, vectors, table_root, tables)]
 
 
 def _pairs(root: Root, vectors: list[str], table_root: Root, tables: list[str]) -> list[tuple[str, str]]:
@@ -208,16 +264,6 @@ def _check_counts(location: str, count: int, other: str, other_count: int, unit:
             f"{location} has {count} {unit} and {other} has {other_count}: they do not belong together, and "
             "pictures would get wrong captions. Create both again in one run."
         )
-
-
-def _parquet_blocks(root: Root, name: str, columns: SourceColumns) -> Iterator[SourceBlock]:
-    location = root.at(name)
-    with _parquet(root, name) as parquet:
-        vector = _vector_column(parquet.schema_arrow, columns, location)
-        names = [vector, *metadata_columns(parquet.schema_arrow, columns, location)]
-        for batch in parquet.iter_batches(BLOCK_ROWS, columns=names):
-            vectors = _column_vectors(batch.column(vector), location)
-            yield SourceBlock(location, vectors, pa.Table.from_batches([batch]).drop_columns([vector]))
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from pydantic import Field
 
 from retrieval.config import Config
 from retrieval.errors import UserError
@@ -61,6 +62,25 @@ class VectorSource:
     text_queries: npt.NDArray[np.generic] | Path | None = None
     """Vectors of typical texts, (n, dim) or a .npy file, to measure the recall of searches for texts. Default: those
     of a clip-retrieval folder, if it has any."""
+
+
+class VectorsConfig(Config):
+    """Vectors of another tool that `index` takes in place of those of `embed` (section `vectors` of a recipe).
+
+    The encoder of `[clip]` must have made them.
+    """
+
+    source: str = Field(min_length=1)
+    """A .npy or Parquet file, a folder of these, or clip-retrieval's output folder; a path or a URL."""
+    metadata: str = ""
+    """Parquet files of the metadata of .npy files, one for each, or their folder. Empty: none, or for clip-retrieval's
+    folder its own."""
+    columns: SourceColumns = SourceColumns()
+    """Names of the columns."""
+
+    def vector_source(self) -> VectorSource:
+        """The source that these settings describe."""
+        return VectorSource(self.source, self.metadata or None, self.columns)
 
 
 def find_column(table: pa.Schema, columns: SourceColumns, field_name: str, location: str) -> str:

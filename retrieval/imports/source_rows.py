@@ -5,7 +5,7 @@ A source may be larger than memory: its rows are read again in each pass, one bl
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,8 +15,8 @@ import pyarrow as pa
 from retrieval.database.unit_rows import as_array, unit_rows
 from retrieval.errors import UserError
 from retrieval.imports.metadata import read_metadata
-from retrieval.imports.readers import read_source_blocks
-from retrieval.imports.source import VectorSource
+from retrieval.imports.readers import SourceBlock, read_source_blocks
+from retrieval.imports.source import SourceColumns, VectorSource
 from retrieval.storage import schema
 from retrieval.storage.schema import Reason
 
@@ -36,27 +36,32 @@ class RowBlock:
 
 
 def read_database_blocks(source: VectorSource, dim: int) -> Iterator[RowBlock]:
-    """Convert the rows of a source in order, at most readers.BLOCK_ROWS at once.
+    """Convert the rows of a source in order, at most readers.BLOCK_ROWS at once. Raises UserError as `converted`."""
+    first = 0
+    for block in read_source_blocks(source):
+        yield converted(block, source.columns, dim, first)
+        first += len(block.vectors)
+
+
+def converted(block: SourceBlock, columns: SourceColumns, dim: int, first: int) -> RowBlock:
+    """The usable rows of a block. first: number of its first row in the source.
 
     The image id of a row is that of the source, else `schema.image_id` of its URL or path, else its row
     number in the source. Raises UserError if vectors have another length than `dim`.
     """
-    first = 0
-    for block in read_source_blocks(source):
-        length = block.vectors.shape[1]
-        if length not in (dim, 0):
-            raise UserError(f"{block.location} has vectors of length {length}; the encoder makes {dim}")
-        usable, rows = unit_rows(block.vectors)
-        metadata = read_metadata(block.metadata, len(usable), first, source.columns, block.location)
-        place = metadata.table.column_names.index(schema.NORM)
-        table = metadata.table.set_column(place, schema.METADATA.field(schema.NORM), _norms(block.vectors))
-        table = table.filter(pa.array(usable))
-        vectors = schema.fixed_lists(rows.reshape(-1, dim).astype(np.float16))
-        place = len(schema.METADATA)
-        table = table.add_column(place, schema.embeddings(dim).field(schema.EMBEDDING), vectors)
-        bad = int((~usable).sum())
-        yield RowBlock(table, {Reason.BAD_VECTOR: bad} if bad else {}, metadata.changed)
-        first += len(block.vectors)
+    length = block.vectors.shape[1]
+    if length not in (dim, 0):
+        raise UserError(f"{block.location} has vectors of length {length}; the encoder makes {dim}")
+    usable, rows = unit_rows(block.vectors)
+    metadata = read_metadata(block.metadata, len(usable), first, columns, block.location)
+    place = metadata.table.column_names.index(schema.NORM)
+    table = metadata.table.set_column(place, schema.METADATA.field(schema.NORM), _norms(block.vectors))
+    table = table.filter(pa.array(usable))
+    vectors = schema.fixed_lists(rows.reshape(-1, dim).astype(np.float16))
+    place = len(schema.METADATA)
+    table = table.add_column(place, schema.embeddings(dim).field(schema.EMBEDDING), vectors)
+    bad = int((~usable).sum())
+    return RowBlock(table, {Reason.BAD_VECTOR: bad} if bad else {}, metadata.changed)
 
 
 def _norms(vectors: npt.NDArray[np.generic]) -> pa.Array:
@@ -92,7 +97,7 @@ class SourceRows:
 
         Raises UserError if the source has other rows than in the scan: more, fewer or with other ids.
         """
-        empty, start, num_taken = self.columns.empty_table(), 0, 0
+        start, num_taken = 0, 0
         for block in read_database_blocks(self.source, self.dim):
             taken = self.is_taken[start : start + len(block.table)]
             if len(taken) < len(block.table):
@@ -100,7 +105,7 @@ class SourceRows:
             rows = block.table.filter(pa.array(taken))
             if not np.array_equal(rows[schema.IMAGE_ID], self.ids[num_taken : num_taken + len(rows)]):
                 raise self._changed("rows with other ids")
-            yield pa.concat_tables([empty, rows], promote_options="permissive").select(self.columns.names)
+            yield with_columns(rows, self.columns)
             start, num_taken = start + len(taken), num_taken + len(rows)
         if start < len(self.is_taken):
             raise self._changed("fewer rows")
@@ -134,10 +139,15 @@ def scan_rows(source: VectorSource, dim: int) -> SourceRows:
     is_taken[np.unique(all_ids, return_index=True)[1]] = True
     if not is_taken.all():
         reasons[Reason.DUPLICATE_ID] = int((~is_taken).sum())
-    return SourceRows(source, _joint_columns(schemas), all_ids[is_taken], is_taken, dict(reasons), dict(changed))
+    return SourceRows(source, joint_columns(schemas), all_ids[is_taken], is_taken, dict(reasons), dict(changed))
 
 
-def _joint_columns(schemas: list[pa.Schema]) -> pa.Schema:
+def with_columns(table: pa.Table, columns: pa.Schema) -> pa.Table:
+    """A table with the columns of `joint_columns`: null for those that it lacks."""
+    return pa.concat_tables([columns.empty_table(), table], promote_options="permissive").select(columns.names)
+
+
+def joint_columns(schemas: Sequence[pa.Schema]) -> pa.Schema:
     """The columns of all tables. Numbers get the type that holds the numbers of all tables.
 
     Raises UserError for a column of different kinds of values. Columns without any value are left out.

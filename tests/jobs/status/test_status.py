@@ -25,6 +25,8 @@ from pipeline.runtime.status import Status
 from retrieval.clip.head_files import head_digest, heads_identity
 from retrieval.clip.weight_files import weight_files
 from retrieval.errors import UserError
+from retrieval.imports.pieces import source_identity
+from retrieval.imports.source import VectorSource
 from retrieval.index.hidden import store_hidden
 from retrieval.recipe import ClipConfig
 from retrieval.storage import stage_folder
@@ -61,6 +63,8 @@ micro_batch = 8
 steps = 1000
 log_every = 10
 """
+AGAIN = "; all is made again with --remake, 0 rows, 0.0 MB, at least 0 s"
+"""What is stated for a manifest of `write_made`."""
 HEAVY = ("torch", "ray", "faiss", "open_clip", "diffusers", "deepspeed", "img2dataset")
 
 
@@ -150,7 +154,8 @@ def test_a_changed_setting_is_stale_and_a_changed_speed_is_not(recipe: Path) -> 
     write_filter(recipe)
     assert statuses_by_stage(recipe, "filter.workers=7")["filter"].state == "finished"
     stale = statuses_by_stage(recipe, "filter.min_edge=512")["filter"]
-    assert (stale.state, stale.note) == ("stale", "made with min_edge = 768, the recipe has 512")
+    again = "all is made again with --remake, 100 rows, 0.0 MB, at least 10 s"
+    assert (stale.state, stale.note) == ("stale", f"made with min_edge = 768, the recipe has 512; {again}")
 
 
 def write_made(recipe: Path, stage: str, upstream: dict[str, str], inputs: dict[str, str], **values: object) -> None:
@@ -184,15 +189,15 @@ def test_changed_metadata_is_stale_and_the_files_are_counted(recipe: Path, tmp_p
     os.utime(folder / "b.parquet", (NOW, NOW))
     assert current() == ("finished", "")
     pq.write_table(rows.set_column(1, "TEXT", [["another"]]), folder / "b.parquet")
-    assert current() == ("stale", "made from other metadata: 1 file changed")
+    assert current() == ("stale", "made from other metadata: 1 file changed" + AGAIN)
     (folder / "b.parquet").unlink()
     (folder / "no_rows.parquet").unlink()
     for name in ("a", "d"):
         pq.write_table(rows, folder / f"{name}.parquet")
-    assert current() == ("stale", "made from other metadata: 2 files new, 1 file removed")
+    assert current() == ("stale", "made from other metadata: 2 files new, 1 file removed" + AGAIN)
     (tmp_path / "listed.txt").write_text("example.org")
     listed = statuses_by_stage(recipe, f"filter.blocklist={tmp_path}/listed.txt")["filter"]
-    assert listed.note.endswith("1 file removed; made with another blocklist")
+    assert listed.note.endswith("1 file removed; made with another blocklist" + AGAIN)
     shutil.rmtree(folder)
     state, note = current()
     assert (state, f"whether its inputs changed is unknown: {folder} is missing" in note) == ("finished", True)
@@ -218,10 +223,28 @@ def test_changed_blocklists_heads_and_hidden_images_are_stale_and_named(recipe: 
     head.write_bytes(b"others")
     store_hidden(loaded.root.child("index"), np.array([7]))
     stages = statuses_by_stage(recipe, f"download.blocklist={listed}", "clip.model=ViT-L-14")
-    notes = ["made with another blocklist", "made with other heads; made with the CLIP model ViT-B-32"]
+    notes = ["made with another blocklist", "made with other heads; made with the CLIP model ViT-B-32" + AGAIN]
     found = [stages[name].note.partition("; near copies")[0] for name in names]
     assert found == [*notes, "made with other hidden images"]
     assert {stages[name].state for name in names} == {"stale"}
+
+
+def test_an_index_of_other_vectors_is_stale(recipe: Path, tmp_path: Path) -> None:
+    recipe.write_text(recipe.read_text() + "[index]\n")
+    write_made(recipe, "index", {"embed": "e"}, {}, rows=[3])
+    assert statuses_by_stage(recipe)["index"].state == "finished"
+    np.save(tmp_path / "vectors.npy", np.ones((3, 4), np.float16))
+    override = f"vectors.source={tmp_path / 'vectors.npy'}"
+    assert statuses_by_stage(recipe, override)["index"].note == "made from embed, the recipe has [vectors]" + AGAIN
+    identity = source_identity(VectorSource(tmp_path / "vectors.npy"))
+    write_made(recipe, "index", {"vectors": identity, "clip": "c"}, {}, rows=[3])
+    assert statuses_by_stage(recipe, override)["index"].state == "finished"
+    assert statuses_by_stage(recipe)["index"].note.startswith("made from vectors of another tool")
+    np.save(tmp_path / "vectors.npy", np.ones((5, 4), np.float16))
+    stale = statuses_by_stage(recipe, override)["index"]
+    assert (stale.state, stale.note) == ("stale", "made from other vectors" + AGAIN)
+    (tmp_path / "vectors.npy").unlink()
+    assert "whether its inputs changed is unknown" in statuses_by_stage(recipe, override)["index"].note
 
 
 def test_vectors_and_latents_of_another_precision_are_stale(recipe: Path) -> None:
@@ -229,13 +252,13 @@ def test_vectors_and_latents_of_another_precision_are_stale(recipe: Path) -> Non
     write_made(recipe, "embed", {"precision": "bf16"}, {})
     write_made(recipe, "latents/64", {}, {})
     stages = statuses_by_stage(recipe)
-    assert (stages["embed"].state, stages["embed"].note) == ("stale", "made in bf16, not fp32")
-    unrecorded = ("stale", "made by an earlier version, which did not record the precision")
+    assert (stages["embed"].state, stages["embed"].note) == ("stale", "made in bf16, not fp32" + AGAIN)
+    unrecorded = ("stale", "made by an earlier version, which did not record the precision" + AGAIN)
     assert (stages["latents/64"].state, stages["latents/64"].note) == unrecorded
     stages = statuses_by_stage(recipe, "embed.gpus_per_worker=1.0", "latents.gpus_per_worker=0.0")
     assert [stages[name].state for name in ("embed", "latents/64")] == ["finished"] * 2
     write_made(recipe, "embed", {}, {})
-    assert statuses_by_stage(recipe, "embed.gpus_per_worker=1.0")["embed"].note == "made in fp32, not bf16"
+    assert statuses_by_stage(recipe, "embed.gpus_per_worker=1.0")["embed"].note == "made in fp32, not bf16" + AGAIN
     recipe.write_text(recipe.read_text().replace("[embed]\n", "[embed]\ngpus_per_worker = 1.0\n"))
     write_made(recipe, "embed", {}, {})
     assert statuses_by_stage(recipe)["embed"].note == unrecorded[1]
@@ -260,11 +283,11 @@ def test_other_weights_of_clip_under_the_same_name_are_stale(recipe: Path, tmp_p
     os.utime(weights, (1, 1))
     assert note() == ""
     weights.write_bytes(b"another")
-    assert note() == "made with other weights of CLIP"
+    assert note() == "made with other weights of CLIP" + AGAIN
     weights.unlink()
     assert note() == ""
     (folder / "other.safetensors").write_bytes(b"another")
-    assert note() == ("made with other weights of CLIP" if in_folder else "")
+    assert note() == ("made with other weights of CLIP" + AGAIN if in_folder else "")
 
 
 def test_a_checkpoint_of_another_name_is_stale_unless_it_is_a_copy(recipe: Path, tmp_path: Path) -> None:
@@ -278,7 +301,7 @@ def test_a_checkpoint_of_another_name_is_stale_unless_it_is_a_copy(recipe: Path,
         name: statuses_by_stage(recipe, f"clip.pretrained={tmp_path}/{name}")["embed"].note
         for name in ("a.pt", "b.pt", "copy.pt", "missing.pt")
     }
-    assert notes == {"a.pt": "", "b.pt": "made with other weights of CLIP", "copy.pt": "", "missing.pt": ""}
+    assert notes == {"a.pt": "", "b.pt": "made with other weights of CLIP" + AGAIN, "copy.pt": "", "missing.pt": ""}
 
 
 def test_training_shows_the_last_complete_line_of_its_metrics(recipe: Path) -> None:

@@ -14,7 +14,6 @@ from pipeline.filter.selection import (
     Rules,
     apply_rules,
     compare_rows,
-    hash_urls,
     rank_threshold,
     split_into_buckets,
     training_ranks,
@@ -102,13 +101,6 @@ def test_a_listed_image_is_blocked() -> None:
     listed = replace(RULES, blocklist=Blocklist(np.array([image_id("http://a.org/1")])))
     assert apply_to_row(listed) == ([], {"blocked": 1})
     assert apply_to_row(replace(RULES, blocklist=Blocklist(domains=frozenset({"a.org"})))) == ([], {"blocked": 1})
-
-
-def test_hash_urls_gives_the_ids_of_single_urls() -> None:
-    urls = [f"http://example.org/{n}" for n in range(50)]
-    ids, check = hash_urls(pa.array(urls))
-    assert ids.tolist() == [image_id(url) for url in urls]
-    assert len(set(check.tolist())) == 50
 
 
 def keys_of(ids: list[int], check: list[int], **columns: list[bool]) -> pa.Table:

@@ -31,6 +31,10 @@ def write_records(root: Root, stage: str, shards: list[str], ended: float, every
         os.utime(root.local_path(f"{stage}/records/{shard}.json"), (when, when))
 
 
+ALL_AGAIN = "all is made again with --remake, 150 rows, 0.0 MB, at least 30 s"
+"""What is stated for `write_stage`."""
+
+
 def write_stage(root: Root, name: str, upstream: dict[str, str], config: Config) -> Manifest:
     """Write the manifest of a finished stage: two shards, 150 rows, 30 seconds."""
     shards = tuple(
@@ -145,7 +149,7 @@ def test_a_resumed_stage_counts_the_shards_of_its_last_run(root: Root) -> None:
 def test_changed_settings_make_a_stage_stale_and_are_named(root: Root) -> None:
     write_stage(root, "embed", {}, Settings())
     current = status(root, StageSpec("embed", "embed", Settings(k=4)))
-    assert (current.state, current.note) == ("stale", "made with k = 8, the recipe has 4")
+    assert (current.state, current.note) == ("stale", f"made with k = 8, the recipe has 4; {ALL_AGAIN}")
 
 
 def test_changed_or_stale_inputs_make_a_stage_stale(root: Root) -> None:
@@ -155,7 +159,7 @@ def test_changed_or_stale_inputs_make_a_stage_stale(root: Root) -> None:
     assert status(root, spec, {"download": (download, first)}).state == "finished"
     other = replace(first, fingerprint="another")
     stale = status(root, spec, {"download": (download, other)}).note
-    assert stale == "made from another download: all is made again with --remake, 150 rows, at least 30 s"
+    assert stale == f"made from another download: {ALL_AGAIN}"
     made_from_stale = status(root, spec, {"download": (replace(download, state="stale"), first)})
     assert (made_from_stale.state, made_from_stale.note) == ("stale", "made from download, which is stale")
     upstream_unfinished = status(root, spec, {"download": (replace(download, state="unfinished"), None)})

@@ -1,7 +1,8 @@
 import pyarrow as pa
 import pytest
 
-from pipeline.web.urls import MAX_URL_CHARS, canonical_column, canonical_url, host_name
+from pipeline.web.urls import MAX_URL_CHARS, canonical_column, canonical_url, hash_urls, host_name, url_ids
+from retrieval.storage.schema import image_id
 
 SPELLINGS = [
     ("http://example.org/a.jpg", "http://example.org/a.jpg"),
@@ -103,6 +104,16 @@ def test_the_fast_pattern_accepts_only_canonical_urls() -> None:
     ]
     column = canonical_column(pa.array(urls))
     assert column.to_pylist() == [canonical_url(url) or None for url in urls]
+
+
+def test_a_column_gets_the_ids_of_single_urls() -> None:
+    urls = [f"http://example.org/{n}" for n in range(50)]
+    ids, check = hash_urls(pa.array(urls))
+    assert ids.tolist() == [image_id(url) for url in urls]
+    assert len(set(check.tolist())) == 50
+    known, canonical, ids_of_known = url_ids(pa.array(["HTTP://example.org/7", None, "no URL", urls[9]]))
+    assert (known.tolist(), canonical.to_pylist()) == ([0, 3], [urls[7], urls[9]])
+    assert ids_of_known.tolist() == ids[[7, 9]].tolist()
 
 
 def test_a_host_is_found_with_and_without_a_port() -> None:

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline import embed, index
+from pipeline.index import shuffle
 from pipeline.recipe import EmbedConfig
 from retrieval import Database, Effort, Root, UserError
 from retrieval.arrow_files import read_number, write_by_number
@@ -60,7 +61,7 @@ def test_a_shuffle_in_several_groups_gives_the_same_rows(root: Root, monkeypatch
     index.run(CONFIG, root)
     urls = sorted(Database.open(root.child("index")).metadata()["url"].to_pylist())
     root.delete("index")
-    monkeypatch.setattr(index, "ROWS_PER_GROUP", 25)
+    monkeypatch.setattr(shuffle, "ROWS_PER_GROUP", 25)
     manifest = index.run(CONFIG, root)
     assert sorted(Database.open(root.child("index")).metadata()["url"].to_pylist()) == urls
     assert manifest.rows == 60

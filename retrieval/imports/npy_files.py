@@ -1,0 +1,74 @@
+"""Arrays in .npy files. Rows of files in an object store are read when they are needed, not the whole file."""
+
+import numpy as np
+import numpy.typing as npt
+
+from retrieval.errors import UserError
+from retrieval.storage.root import Root
+
+FLOATS = (np.float16, np.float32, np.float64)
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+"""Readers of the header, by version of the format."""
+
+
+class NpyRows:
+    """The rows of a .npy file, (n, dim) of float16, float32 or float64. Raises UserError for other files."""
+
+    def __init__(self, root: Root, name: str) -> None:
+        self._root, self._name = root, name
+        self._array = check_array(load_npy(root, name), root.at(name)) if root.is_local else self._from_header()
+
+    def _from_header(self) -> npt.NDArray[np.generic] | None:
+        """Read the header only; the whole array if its rows are not stored one after another."""
+        with self._root.open(self._name) as file:
+            try:
+                read_header = HEADERS[np.lib.format.read_magic(file)]
+                self._shape, is_by_column, self._dtype = read_header(file)
+                self._offset = file.tell()
+                if self._dtype.hasobject:
+                    raise ValueError("it has Python objects")
+            except (ValueError, KeyError) as error:
+                raise UserError(f"{self._root.at(self._name)} is not a readable .npy file: {error}") from error
+        _check_vectors(self._shape, self._dtype, self._root.at(self._name))
+        return load_npy(self._root, self._name) if is_by_column else None
+
+    def __len__(self) -> int:
+        return len(self._array) if self._array is not None else int(self._shape[0])
+
+    def read(self, start: int, stop: int) -> npt.NDArray[np.generic]:
+        """Rows from `start` to `stop`, fewer if the file ends before. Raises UserError if it is truncated."""
+        if self._array is not None:
+            return self._array[start:stop]
+        count, dim = min(stop, len(self)) - start, self._shape[1]
+        row_bytes = dim * self._dtype.itemsize
+        with self._root.open(self._name) as file:
+            file.seek(self._offset + start * row_bytes)
+            data = file.read(count * row_bytes)
+        if len(data) != count * row_bytes:
+            raise UserError(f"{self._root.at(self._name)} ends before row {start + count}. Copy it again.")
+        return np.frombuffer(data, self._dtype).reshape(count, dim)
+
+
+def load_npy(root: Root, name: str) -> npt.NDArray[np.generic]:
+    """The array in a .npy file, memory-mapped if the file is local. Raises UserError for other files."""
+    with root.local(name) as path:
+        try:
+            array = np.load(path, mmap_mode="r" if root.is_local else None, allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise UserError(f"{root.at(name)} is not a readable .npy file: {error}") from error
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{root.at(name)} is an archive of arrays; expected one array in a .npy file")
+    return array
+
+
+def check_array(array: npt.NDArray[np.generic], location: str) -> npt.NDArray[np.generic]:
+    """The array. Raises UserError unless it is (n, dim) of float16, float32 or float64."""
+    _check_vectors(array.shape, array.dtype, location)
+    return array
+
+
+def _check_vectors(shape: tuple[int, ...], dtype: np.dtype[np.generic], location: str) -> None:
+    if len(shape) != 2 or dtype not in FLOATS:
+        raise UserError(
+            f"{location} is an array {shape} of {dtype}; expected (rows, dim) of float16, float32 or float64"
+        )
