@@ -2,7 +2,8 @@
 
 Reads and writes `optout/<list>/erase.json`, the plan. It is stored before the first change and deleted after the last
 one, so a killed run is finished by the next one. Files are rewritten first: `download`, `embed` and `latents` in one
-task for each shard, then partitions of databases into new folders. Then the manifests are written, each with the
+task for each shard, then partitions of databases into new folders. Tables of unfinished stages that hold them are
+deleted (`unfinished.py`). Then the manifests are written, each with the
 identities of its rewritten inputs, so that no stage runs again, and then `near_copies/` without the hashes of the
 images. Databases are valid at every moment. `erasure.json` in a database forbids its updates. It exists from before the
 search for the images until the plan is deleted, also after a killed run.
@@ -20,6 +21,13 @@ from pipeline.neighbors.effort import delete_measured
 from pipeline.neighbors.neighbors import delete_passes
 from pipeline.neighbors.stored_effort import FOLDER as EFFORT
 from pipeline.optout.erased_files import erase_in_partition, erase_in_shard, erase_thumbnails
+from pipeline.optout.unfinished import (
+    erase_table,
+    has_current_tables,
+    keep_tables,
+    unfinished_stages,
+    unfinished_tables,
+)
 from pipeline.pictures.near_copies import update_copies
 from pipeline.pictures.near_copy_shards import FOLDER as NEAR_COPIES
 from pipeline.pictures.near_copy_shards import compared_shards
@@ -63,6 +71,12 @@ class ErasePlan:
     current: list[str]
     """Stages that were made from the present output of their inputs, and must be so afterwards."""
 
+    def ids_in(self, stage: str) -> Ids:
+        """The ids that tables of a stage must not have: of pictures, in `neighbors` also of rows of its database."""
+        # A listed row of the database may be no downloaded picture, but a patch of one.
+        rows = self.rows.get("index", []) if stage == "neighbors" else []
+        return np.unique(np.array([*self.ids, *rows], np.int64))
+
     @property
     def all_ids(self) -> Ids:
         """Of pictures and rows."""
@@ -95,8 +109,14 @@ def end_erasures(root: Root, blocklist: Blocklist) -> None:
 
 
 def current_stages(root: Root) -> list[str]:
-    """The finished stages that were made from the present output of their inputs, inputs first."""
-    return [name for name in _stages(root) if _inputs(root, name).items() <= read_manifest(root, name).upstream.items()]
+    """The finished stages that were made from the present output of their inputs, inputs first.
+
+    `neighbors` is among them too if it did not finish and began with the present database.
+    """
+    names = [
+        name for name in _stages(root) if _inputs(root, name).items() <= read_manifest(root, name).upstream.items()
+    ]
+    return [*names, *(["neighbors"] if has_current_tables(root) else [])]
 
 
 def erase(root: Root, blocklist: Blocklist, workers: Workers) -> dict[str, int]:
@@ -106,10 +126,11 @@ def erase(root: Root, blocklist: Blocklist, workers: Workers) -> dict[str, int]:
     stage = Stage(root.remaking(), f"optout/{blocklist.identity}/erase", SCHEMA_VERSION, Config())
     latents = [name for name in finished_stages(root) if name.startswith("latents/")]
     with ExitStack() as leases:
-        for name in dict.fromkeys((*_stages(root), "neighbors", EFFORT, NEAR_COPIES)):
+        for name in dict.fromkeys((*_stages(root), *unfinished_stages(root), "neighbors", EFFORT, NEAR_COPIES)):
             leases.enter_context(lease(root, name))
         with stage.building(), shared_workers():
             _rewrite_shards(stage, blocklist, plan, latents, workers)
+            _erase_tables(stage, plan, workers)
             partitions = _rewrite_databases(stage, plan, workers)
             for name in _stages(root):
                 records = partitions.get(name, []) if name == "index" else _shard_records(root, name, plan.shards)
@@ -117,6 +138,8 @@ def erase(root: Root, blocklist: Blocklist, workers: Workers) -> dict[str, int]:
             for name in plan.rows:
                 if name != "index":
                     _update_manifest(root, name, partitions[name], is_current=False)
+            if "neighbors" in plan.current:
+                keep_tables(root)
             if plan.shards:
                 _update_near_copies(root, workers)
             delete_measured(root)  # of killed runs: these files have vectors of queries and of neighbors
@@ -144,6 +167,17 @@ def _rewrite_shards(stage: Stage, blocklist: Blocklist, plan: ErasePlan, latents
 
 def _shard_work(root: Root, blocklist: Blocklist, plan: ErasePlan, latents: list[str]) -> Work:
     return partial(erase_in_shard, root, blocklist, np.array(plan.ids, np.int64), latents)
+
+
+def _erase_tables(stage: Stage, plan: ErasePlan, workers: Workers) -> None:
+    """Delete the tables of unfinished stages with erased ids."""
+    tables = unfinished_tables(stage.root)
+    ids = {name: plan.ids_in(name) for name in tables.values()}
+    run_shards(stage, [f"tables/{name}" for name in tables], partial(_table_work, stage.root, tables, ids), workers)
+
+
+def _table_work(root: Root, tables: dict[str, str], ids: dict[str, Ids]) -> Work:
+    return partial(erase_table, root, tables, ids)
 
 
 def _rewrite_databases(stage: Stage, plan: ErasePlan, workers: Workers) -> dict[str, list[ShardRecord]]:
@@ -281,5 +315,5 @@ def _delete_old_files(root: Root, plan: ErasePlan) -> None:
         named = {*read_manifest(root, database).checksums()}
         files = {name: name.removeprefix(f"{database}/") for name in root.list(database)}
         root.delete_files(name for name, file in files.items() if PARTITION_FILE.fullmatch(file) and name not in named)
-    for folder in {*finished_stages(root), *plan.rows, NEAR_COPIES}:
+    for folder in {*finished_stages(root), *unfinished_stages(root), *plan.rows, NEAR_COPIES}:
         root.delete_partial_files(folder)

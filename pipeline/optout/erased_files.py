@@ -61,6 +61,20 @@ def _without_rows(root: Root, name: str, ids: Ids) -> pa.Table:
     return table.filter(pa.array(~listed)).combine_chunks()
 
 
+def erased_rows(root: Root, name: str, stage: str, ids: Ids) -> int:
+    """The number of rows of a table with one of these ids. In `download`, of rows with a picture; in `neighbors`, also
+    of rows with a neighbor of these ids."""
+    further = {"download": ["reason"], "neighbors": [schema.NEIGHBOR_IDS]}.get(stage, [])
+    with root.open(name) as file:
+        table = pq.read_table(file, columns=[schema.IMAGE_ID, *further])
+    listed = np.isin(table[schema.IMAGE_ID].to_numpy(), ids)
+    if stage == "neighbors":
+        listed |= np.isin(schema.vectors(table, schema.NEIGHBOR_IDS), ids).any(axis=1)
+    if stage == "download":  # the rows stay, without a picture
+        listed &= table["reason"].to_numpy(zero_copy_only=False) == ""
+    return int(listed.sum())
+
+
 def urls_are_listed(column: pa.StringArray, blocklist: Blocklist, ids: Ids) -> npt.NDArray[np.bool_]:
     """Which URLs have a listed host, or the id of one of `ids`: the id of a patch is not that of its picture."""
     known, urls, ids_of_urls = url_ids(column)

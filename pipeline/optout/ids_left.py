@@ -1,22 +1,23 @@
-"""An exact check of an erasure: counts the erased ids in the files of finished stages. Nothing is searched.
+"""An exact check of an erasure: counts the erased ids in the files of the stages. Nothing is searched.
 
-Reads the ids of all partitions of the databases that held erased rows, of all neighbor tables, and of the rewritten
-shards of `download`, `embed` and `latents`; writes temporary records to `optout/<list>/left/`.
+Reads the ids of all partitions of the databases that held erased rows, of all neighbor tables, of the rewritten shards
+of `download`, `embed` and `latents`, and of the tables of unfinished stages; writes temporary records to
+`optout/<list>/left/`.
 """
 
 from functools import partial
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from pipeline.optout.erase import ErasePlan, finished_stages
+from pipeline.optout.erased_files import erased_rows
+from pipeline.optout.unfinished import unfinished_tables
 from pipeline.runtime.runner import run_shards
 from pipeline.runtime.stage import Stage
 from pipeline.runtime.workers import Work, Workers, shared_workers
 from retrieval.config import Config
 from retrieval.database.database import Database
 from retrieval.errors import UserError
-from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, read_record
 from retrieval.storage.root import Root
 
@@ -37,9 +38,10 @@ def ids_left(root: Root, folder: str, plan: ErasePlan, workers: Workers) -> dict
     identities = {name: manifest.identity for name, manifest in manifests.items()}
     stage = Stage(root.remaking(), left_folder(folder), SCHEMA_VERSION, Config(), identities)
     tasks = {f"{name}/{shard}": name for name, each in manifests.items() for shard in _shards(name, each, plan)}
+    tasks |= unfinished_tables(root)
     with stage.building(), shared_workers():
         records = run_shards(stage, list(tasks), partial(_count_work, root, plan, tasks), workers)
-    left = dict.fromkeys(manifests, 0)
+    left = dict.fromkeys([*manifests, *tasks.values()], 0)
     for record in records:
         left[tasks[record.shard]] += record.rows
     return left
@@ -58,6 +60,8 @@ def _shards(stage: str, manifest: Manifest, plan: ErasePlan) -> list[str]:
 def _count_work(root: Root, plan: ErasePlan, tasks: dict[str, str]) -> Work:
     def count(task: str) -> ShardRecord:
         stage = tasks[task]
+        if task.endswith(".parquet"):  # of an unfinished stage
+            return ShardRecord(task, erased_rows(root, task, stage, plan.ids_in(stage)), ())
         shard = task.removeprefix(f"{stage}/")
         rows = _rows_of_database if stage in plan.rows else _rows_of_tables
         return ShardRecord(task, rows(root, plan, stage, shard), ())
@@ -78,19 +82,4 @@ def _rows_of_tables(root: Root, plan: ErasePlan, stage: str, shard: str) -> int:
             "again with --remake, then repeat this command."
         )
     names = [file.name for file in stored[1].files if file.name.endswith(".parquet")]
-    return sum(_rows_of_table(root, name, plan, stage) for name in names)
-
-
-def _rows_of_table(root: Root, name: str, plan: ErasePlan, stage: str) -> int:
-    further = {"download": ["reason"], "neighbors": [schema.NEIGHBOR_IDS]}.get(stage, [])
-    with root.open(name) as file:
-        table = pq.read_table(file, columns=[schema.IMAGE_ID, *further])
-    ids = np.array(plan.ids, np.int64)
-    if stage == "neighbors":  # a listed row of the database may be no downloaded picture, but a patch of one
-        ids = np.union1d(ids, np.array(plan.rows.get("index", []), np.int64))
-    left = np.isin(table[schema.IMAGE_ID].to_numpy(), ids)
-    if stage == "neighbors":
-        left |= np.isin(schema.vectors(table, schema.NEIGHBOR_IDS), ids).any(axis=1)
-    if stage == "download":  # the rows stay, without a picture
-        left &= table["reason"].to_numpy(zero_copy_only=False) == ""
-    return int(left.sum())
+    return sum(erased_rows(root, name, stage, plan.ids_in(stage)) for name in names)

@@ -386,6 +386,40 @@ def test_vectors_that_a_killed_join_and_a_killed_measurement_left_are_erased_too
 
 
 @pytest.mark.usefixtures("in_process_shards")
+def test_tables_of_stages_that_did_not_finish_lose_the_images_and_the_others_are_used(
+    root: Root, clip: ClipConfig, tmp_path: Path
+) -> None:
+    tables = [schema.read_table(root, f"neighbors/0000{i}.parquet", schema.neighbors(4, 32)) for i in (0, 1)]
+    first, second = ({*schema.vectors(table, schema.NEIGHBOR_IDS).ravel().tolist()} for table in tables)
+    row = min(second - first)
+    blocklist = Blocklist(ids=np.sort([row, schema.image_id(LISTED[0].url)]))
+    erased = [LISTED[0].jpeg, *secrets(vectors_of(root, blocklist.ids.tolist()))[len(LISTED) :]]
+    finished = Root(tmp_path / "finished")
+    shutil.copytree(root.url, finished.url)
+    for stage in ("neighbors", "latents/32"):
+        root.delete(f"{stage}/manifest.json")
+    root.write_bytes("neighbors/.partial-0-00001.parquet", erased[1])
+    stays = root.local_path("neighbors/00000.parquet")
+    version = stays.stat()
+
+    report = optout.run(blocklist, root, erase=True)
+    assert traces(root, erased) == set()
+    assert report["left"]["neighbors"] == report["left"]["latents/32"] == 0
+    for stage in ("neighbors", "latents/32"):
+        assert root.list(stage, ".parquet") == [f"{stage}/00000.parquet"]
+        assert root.list(f"{stage}/records") == [f"{stage}/records/00000.json"]
+    run_stages(root, clip)
+    optout.run(blocklist, finished, erase=True)
+    columns = schema.neighbors(4, 32)
+    for name in ("neighbors/00000.parquet", "neighbors/00001.parquet"):
+        made, refilled = (schema.read_table(place, name, columns) for place in (root, finished))
+        assert made[schema.IMAGE_ID].equals(refilled[schema.IMAGE_ID])
+        ids = [np.sort(schema.vectors(table, schema.NEIGHBOR_IDS)) for table in (made, refilled)]
+        np.testing.assert_array_equal(*ids)
+    assert (stays.stat().st_ino, stays.stat().st_mtime_ns) == (version.st_ino, version.st_mtime_ns)
+
+
+@pytest.mark.usefixtures("in_process_shards")
 def test_an_erasure_is_refused_while_a_database_is_updated(root: Root, tmp_path: Path) -> None:
     blocklist, _ = blocklist_of(root, tmp_path)
     before = {name: read_manifest(root, name).identity for name in (*STAGES, "databases/ink")}
