@@ -70,9 +70,10 @@ def source_rows(config: VectorsConfig, clip: ClipConfig, root: Root) -> Database
 
     source, encoder = config.vector_source(), Encoder(clip).identity
     require_outside(root.child("index"), source)
+    identity = source_identity(source)  # before the files are read
     divided = divide_source(source, encoder.dim)
     pieces = {f"{number:05d}": len(piece.rows) for number, piece in enumerate(divided.pieces)}
-    upstream = {"vectors": source_identity(source), "clip": encoder.digest}
+    upstream = {"vectors": identity, "clip": encoder.digest}
     read = partial(_read_piece, divided, erased_ids(root))
     return DatabaseRows(upstream, encoder, pieces, read, ids_repeat=True, location=config.source)
 

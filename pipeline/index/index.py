@@ -31,6 +31,7 @@ from retrieval.database.build import (
 from retrieval.database.calibration import calibrate, calibrate_for, sample_captions
 from retrieval.database.database import SCHEMA_VERSION, Database
 from retrieval.errors import UserError
+from retrieval.imports.pieces import source_identity
 from retrieval.imports.source import VectorsConfig
 from retrieval.index.routing import Vectors, partition_folder, unit
 from retrieval.recipe import ClipConfig, IndexConfig
@@ -76,6 +77,8 @@ def run(
         measure = partial(_calibration_work, stage, config, manifest, clip)
         run_shards(stage, ["calibration"], measure, Workers.from_config(config, 1))
         values["calibration"] = root.read_json(f"index/{CALIBRATION}")
+        if vectors and source_identity(vectors.vector_source()) != rows.upstream["vectors"]:
+            raise UserError(f"{rows.location} changed while its vectors were read. Run 'make index' with --remake.")
         for name in (*FOLDERS, *(f"records/{folder}" for folder in FOLDERS), CALIBRATION, f"records/{CALIBRATION}"):
             root.delete(f"index/{name}")
         return stage.complete([record, *built], values, started)
@@ -130,7 +133,7 @@ def _centroids_work(stage: Stage, config: IndexConfig, rows: DatabaseRows) -> Wo
     def train(name: str) -> ShardRecord:
         rng = np.random.default_rng(config.seed)
         names, counts = [*rows.pieces], np.array([*rows.pieces.values()])
-        order = rng.permutation(len(names))[:SAMPLE_SHARDS]
+        order = rng.permutation(np.flatnonzero(counts))[:SAMPLE_SHARDS]
         chosen = np.sort(order[np.cumsum(counts[order]) - counts[order] < MAX_SAMPLED_ROWS])
         share = min(1.0, CENTROID_SAMPLE_ROWS / counts[chosen].sum())
         parts = []
@@ -140,7 +143,11 @@ def _centroids_work(stage: Stage, config: IndexConfig, rows: DatabaseRows) -> Wo
                 take = np.sort(rng.permutation(len(vectors))[: int(np.ceil(share * len(vectors)))])
                 parts.append(unit(vectors[take]))
         sample = np.concatenate(parts)
-        require_rows(len(sample), stage.root.at("index"))
+        if not len(sample):
+            raise UserError(
+                f"{rows.location}: no row is usable in {len(chosen)} of {len(names)} pieces, drawn by chance."
+                " Check that the source has vectors of the dimension of [clip]."
+            )
         centroids = train_partition_centroids(sample, config, rows.count)
         stage.log.info("%d partitions; centroids trained on %s rows", len(centroids), f"{len(sample):,}")
         return ShardRecord(name, 0, (write_centroids(stage.root, "index", centroids),))

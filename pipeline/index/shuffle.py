@@ -19,6 +19,7 @@ from retrieval.arrow_files import joined, read_batch, read_number, write_by_numb
 from retrieval.index.kmeans import nearest_centroids
 from retrieval.index.routing import Vectors
 from retrieval.storage import schema
+from retrieval.storage.arrow_columns import take_rows
 from retrieval.storage.manifest import ShardRecord
 from retrieval.storage.root import FileRecord, Root
 from retrieval.storage.schema import IMAGE_ID, Reason
@@ -102,13 +103,19 @@ class WriteGroup:
         yield write_by_number(root, file, table, partitions, len(centroids))
         if num_buckets:
             ids = table.select([IMAGE_ID]).append_column("partition", pa.array(partitions.astype(np.int32)))
-            buckets = (table[IMAGE_ID].to_numpy().view(np.uint64) % np.uint64(num_buckets)).astype(np.int64)
-            yield write_by_number(root, f"{file}{IDS}", ids, buckets, num_buckets)
+            yield write_by_number(root, f"{file}{IDS}", ids, _buckets(table, num_buckets), num_buckets)
+
+
+def _buckets(table: pa.Table, num_buckets: int) -> npt.NDArray[np.int64]:
+    """The bucket of each row, by a hash of its id: ids of a source may be multiples of one number."""
+    mixed = table[IMAGE_ID].to_numpy().view(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    return ((mixed >> np.uint64(32)) % np.uint64(num_buckets)).astype(np.int64)
 
 
 def _with_distinct_ids(table: pa.Table) -> pa.Table:
     """A table without the later rows of an id."""
-    return table.take(pa.array(np.sort(np.unique(table[IMAGE_ID].to_numpy(), return_index=True)[1])))
+    first = np.unique(table[IMAGE_ID].to_numpy(), return_index=True)[1]
+    return table if len(first) == len(table) else take_rows(table, np.sort(first))
 
 
 class FindRepeated:

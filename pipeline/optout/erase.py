@@ -172,11 +172,12 @@ def _shard_work(root: Root, blocklist: Blocklist, plan: ErasePlan, latents: list
 def _erase_tables(stage: Stage, plan: ErasePlan, workers: Workers) -> None:
     """Delete the tables of unfinished stages with erased ids."""
     tables = unfinished_tables(stage.root)
-    ids = {name: plan.ids_in(name) for name in tables.values()}
+    of_former = {"neighbors"} - {*plan.current}  # tables that no run uses again
+    ids = {name: None if name in of_former else plan.ids_in(name) for name in tables.values()}
     run_shards(stage, [f"tables/{name}" for name in tables], partial(_table_work, stage.root, tables, ids), workers)
 
 
-def _table_work(root: Root, tables: dict[str, str], ids: dict[str, Ids]) -> Work:
+def _table_work(root: Root, tables: dict[str, str], ids: dict[str, Ids | None]) -> Work:
     return partial(erase_table, root, tables, ids)
 
 

@@ -41,11 +41,15 @@ def unfinished_tables(root: Root) -> dict[str, str]:
     }
 
 
-def erase_table(root: Root, tables: dict[str, str], ids: dict[str, Ids], name: str) -> ShardRecord:
-    """Delete a table of an unfinished stage if it has an erased id. ids: by stage; name: `tables/<file>`."""
+def erase_table(root: Root, tables: dict[str, str], ids: dict[str, Ids | None], name: str) -> ShardRecord:
+    """Delete a table of an unfinished stage if it has an erased id. name: `tables/<file>`.
+
+    ids: by stage; None deletes every table: those of a former database have rows whose ids are not known.
+    """
     file = name.removeprefix("tables/")
     stage = tables[file]
-    if root.exists(file) and erased_rows(root, file, stage, ids[stage]):
+    listed = ids[stage]
+    if root.exists(file) and (listed is None or erased_rows(root, file, stage, listed)):
         delete_record(root, stage, file.removeprefix(f"{stage}/").removesuffix(".parquet"))
         root.delete(file)
     return ShardRecord(name, 0, ())

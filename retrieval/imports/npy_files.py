@@ -1,5 +1,7 @@
 """Arrays in .npy files. Rows of files in an object store are read when they are needed, not the whole file."""
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -30,6 +32,11 @@ class NpyRows:
             except (ValueError, KeyError) as error:
                 raise UserError(f"{self._root.at(self._name)} is not a readable .npy file: {error}") from error
         _check_vectors(self._shape, self._dtype, self._root.at(self._name))
+        size = self._root.size(self._name)
+        if min(self._shape) < 0 or size < self._offset + math.prod(self._shape) * self._dtype.itemsize:
+            raise UserError(
+                f"{self._root.at(self._name)} has {size:,} bytes, too few for its array {self._shape}. Copy it again."
+            )
         return load_npy(self._root, self._name) if is_by_column else None
 
     def __len__(self) -> int:

@@ -68,12 +68,13 @@ class FilteredSearch:
         entries, most = self._entries, self._search.num_lists
         distance = self._search.end_distance(k, lists, candidates)
         compares = WALK_COST * expected > most
-        leading = self._search.leading.address if compares and self._search.leading else None
-        condition = Condition(lists[0], compares, distance, leading)
+        leading = self._search.leading if compares else None
+        condition = Condition(lists[0], compares, distance, leading.address if leading else None)
         visible = None if entries.memory else self._visible.ctypes.data
         settings = ctypes.pointer(Settings(k, most, most, candidates, visible, ctypes.pointer(condition)))
-        # `entries` and `self` own what the addresses lead to.
-        return lambda queries: self._search.run(queries, k, entries.lists, settings)
+        # These own what the addresses lead to. Two threads may compute `leading`; one replaces the result of the other.
+        run, owners = self._search.run, (self, entries, leading)
+        return lambda queries: run(queries, k, owners[1].lists, settings)
 
     @cached_property
     def _few_rows(self) -> FewRowsSearch | None:

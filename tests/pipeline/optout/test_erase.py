@@ -38,6 +38,7 @@ from retrieval.index.routing import partition_folder
 from retrieval.recipe import ClipConfig, IndexConfig
 from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, read_record, write_manifest, write_record
+from retrieval.storage.stage_folder import STARTED_FILE
 from retrieval.updates.rewrite import ERASURE_FILE, opened_for_update
 from tests.killed_writes import kill_at, kill_at_deletion
 from tests.pipeline.conftest import Picture, pictures
@@ -417,6 +418,16 @@ def test_tables_of_stages_that_did_not_finish_lose_the_images_and_the_others_are
         ids = [np.sort(schema.vectors(table, schema.NEIGHBOR_IDS)) for table in (made, refilled)]
         np.testing.assert_array_equal(*ids)
     assert (stays.stat().st_ino, stays.stat().st_mtime_ns) == (version.st_ino, version.st_mtime_ns)
+
+
+@pytest.mark.usefixtures("in_process_shards")
+def test_tables_of_an_unfinished_join_with_a_former_database_are_all_deleted(root: Root) -> None:
+    root.delete("neighbors/manifest.json")
+    started = root.read_json(f"neighbors/{STARTED_FILE}")
+    root.write_json(f"neighbors/{STARTED_FILE}", started | {"upstream": started["upstream"] | {"index": "former"}})
+    assert len(root.list("neighbors", ".parquet")) > 1
+    optout.run(Blocklist(ids=np.array([schema.image_id(LISTED[0].url)])), root, erase=True)
+    assert root.list("neighbors", ".parquet") == []
 
 
 @pytest.mark.usefixtures("in_process_shards")

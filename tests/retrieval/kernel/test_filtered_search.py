@@ -244,4 +244,4 @@ def test_lists_that_probably_have_no_visible_neighbor_are_not_read(
 def _codes_of(search: Any) -> int:
     """Address of the codes' addresses that a searcher reads."""
     cells = dict(zip(search.__code__.co_freevars, search.__closure__, strict=True))
-    return int(cells["entries"].cell_contents.lists.contents.codes)
+    return int(cells["owners"].cell_contents[1].lists.contents.codes)

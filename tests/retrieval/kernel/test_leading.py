@@ -1,6 +1,8 @@
 """The leading directions of centroids, and searches under a condition that compare lists in them first."""
 
 import ctypes
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -81,3 +83,15 @@ def test_lists_that_are_far_in_leading_directions_are_not_compared_in_all(
             np.testing.assert_array_equal(searcher(query), expected)
         finally:
             units[:] = kept
+
+
+def test_leading_directions_that_another_thread_replaces_live_as_long_as_the_searcher_with_their_address(
+    search: ListSearch, filtered: FilteredSearch
+) -> None:
+    searcher = filtered.searcher(K, LISTS, CANDIDATES)
+    replaced = weakref.ref(search.__dict__.pop("leading"))
+    gc.collect()
+    assert replaced() is not None
+    del searcher
+    gc.collect()
+    assert replaced() is None
