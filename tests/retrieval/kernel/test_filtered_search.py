@@ -154,6 +154,7 @@ def test_codes_are_copied_as_long_as_all_copies_stay_in_the_limit(
     assert FilteredSearch(search, visible)._entries.memory
 
 
+@pytest.mark.usefixtures("copied")
 def test_few_rows_are_searched_in_lists_where_their_copies_exceed_the_limit(
     search: ListSearch, stored: Vectors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
