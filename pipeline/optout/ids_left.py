@@ -1,8 +1,8 @@
 """An exact check of an erasure: counts the erased ids in the files of the stages. Nothing is searched.
 
 Reads the ids of all partitions of the databases that held erased rows, of all neighbor tables, of the rewritten shards
-of `download`, `embed` and `latents`, and of the tables of unfinished stages; writes temporary records to
-`optout/<list>/left/`.
+of `download`, `embed` and `latents`, and of the tables of unfinished `neighbors` and `latents`; writes temporary
+records to `optout/<list>/left/`.
 """
 
 from functools import partial

@@ -18,14 +18,15 @@ class NpyRows:
 
     def __init__(self, root: Root, name: str) -> None:
         self._root, self._name = root, name
-        self._array = check_array(load_npy(root, name), root.at(name)) if root.is_local else self._from_header()
+        self._array = check_array(load_npy(root, name), root.at(name)) if root.is_local else None
+        if self._array is None:
+            self._read_header()
 
-    def _from_header(self) -> npt.NDArray[np.generic] | None:
-        """Read the header only; the whole array if its rows are not stored one after another."""
+    def _read_header(self) -> None:
         with self._root.open(self._name) as file:
             try:
                 read_header = HEADERS[np.lib.format.read_magic(file)]
-                self._shape, is_by_column, self._dtype = read_header(file)
+                self._shape, self._is_by_column, self._dtype = read_header(file)
                 self._offset = file.tell()
                 if self._dtype.hasobject:
                     raise ValueError("it has Python objects")
@@ -37,13 +38,17 @@ class NpyRows:
             raise UserError(
                 f"{self._root.at(self._name)} has {size:,} bytes, too few for its array {self._shape}. Copy it again."
             )
-        return load_npy(self._root, self._name) if is_by_column else None
 
     def __len__(self) -> int:
         return len(self._array) if self._array is not None else int(self._shape[0])
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.generic]:
-        """Rows from `start` to `stop`, fewer if the file ends before. Raises UserError if it is truncated."""
+        """Rows from `start` to `stop`, fewer if the file ends before. Raises UserError if it is truncated.
+
+        The first call reads the whole array if its rows are not stored one after another.
+        """
+        if self._array is None and self._is_by_column:
+            self._array = load_npy(self._root, self._name)
         if self._array is not None:
             return self._array[start:stop]
         count, dim = min(stop, len(self)) - start, self._shape[1]
