@@ -69,17 +69,18 @@ def _of_embed(recipe: Recipe, made: Manifest) -> Changes:
     digests = {name: head_digest(name, head, read_head(name, head)) for name, head in heads.items()}
     if heads_identity(digests, heads) != made.inputs.get("heads", ""):
         yield Change("made with other heads")
-    if model := _other_model(recipe, made):
-        yield Change(f"made with the CLIP model {model}", is_of_all=True)
-    elif recipe.has("clip") and weights_changed(recipe[ClipConfig], made.values.get("clip_files", {})):
-        yield Change("made with other weights of CLIP", is_of_all=True)
+    yield from _of_clip(recipe, made)
     yield from _of_precision(recipe[EmbedConfig].used_precision, made)
 
 
-def _other_model(recipe: Recipe, made: Manifest) -> str:
-    """The model of the vectors if it is not that of `[clip]`, else the empty string."""
+def _of_clip(recipe: Recipe, made: Manifest) -> Changes:
+    if not recipe.has("clip"):
+        return
     model = str(made.values.get("encoder", {}).get("model", ""))
-    return model if recipe.has("clip") and model != recipe[ClipConfig].model.rsplit("/", maxsplit=1)[-1] else ""
+    if model != recipe[ClipConfig].model.rsplit("/", maxsplit=1)[-1]:
+        yield Change(f"made with the CLIP model {model}", is_of_all=True)
+    elif weights_changed(recipe[ClipConfig], made.values.get("clip_files", {})):
+        yield Change("made with other weights of CLIP", is_of_all=True)
 
 
 def _of_latents(recipe: Recipe, made: Manifest) -> Changes:
@@ -105,8 +106,8 @@ def _of_index(recipe: Recipe, made: Manifest) -> Changes:
         yield Change("made from embed, the recipe has [vectors]", is_of_all=True)
     elif source_identity(recipe[VectorsConfig].vector_source()) != former:
         yield Change("made from other vectors", is_of_all=True)
-    elif model := _other_model(recipe, made):
-        yield Change(f"made with the CLIP model {model}", is_of_all=True)
+    else:
+        yield from _of_clip(recipe, made)
 
 
 def _of_neighbors(recipe: Recipe, made: Manifest) -> Changes:

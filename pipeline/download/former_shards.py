@@ -37,19 +37,17 @@ def set_aside(root: Root, outdated: Sequence[ShardRecord]) -> None:
     map_in_threads(copy, outdated)
 
 
-def former_shards(root: Root, shard: str) -> list[ShardRecord]:
-    """The former shards of the same metadata file, nearest first: that of the same name, its piece, other pieces."""
+def former_shards(root: Root, shard: str) -> Iterator[ShardRecord]:
+    """The former shards of the same metadata file, nearest first: that of the same name, its piece, other pieces.
+
+    The records of other pieces are read when those of the own piece are used up: a large file has 1,800 shards.
+    """
     if not root.exists(f"download/records/{FOLDER}"):
-        return []
-    folders = (f"download/records/{FOLDER}/{piece}" for piece in _pieces_of_file(root, _piece(shard)))
-    records = _read(root, [name for folder in folders for name in root.list(folder)])
-    piece, part = _numbers(shard)
-
-    def distance(record: ShardRecord) -> tuple[int, int]:
-        other_piece, other_part = _numbers(record.shard)
-        return abs(other_piece - piece), abs(other_part - part)
-
-    return sorted(records, key=distance)
+        return
+    own, part = _numbers(shard)
+    for piece in sorted(_pieces_of_file(root, _piece(shard)), key=lambda piece: abs(_numbers(piece)[0] - own)):
+        records = _read(root, root.list(f"download/records/{FOLDER}/{piece}"))
+        yield from sorted(records, key=lambda record: abs(_numbers(record.shard)[1] - part))
 
 
 def _pieces_of_file(root: Root, piece: str) -> list[str]:
@@ -71,8 +69,10 @@ def rows_in(
     rows: dict[int, dict[str, Any]] = {}
     used: list[ShardRecord] = []
     for record in records:
+        if not missing:
+            break
         name = record.file(".parquet")
-        if not missing or (used and missing.isdisjoint(_ids(root, name).tolist())):
+        if used and missing.isdisjoint(_ids(root, name).tolist()):
             continue
         table = read_table(root, name, DOWNLOADED)
         rows |= {row[IMAGE_ID]: row for row in table.to_pylist() if row[IMAGE_ID] in missing}

@@ -9,8 +9,9 @@ changes keeps its files, because a new file makes later stages run again.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
@@ -59,29 +60,30 @@ class ShardUpdate:
         root = self.shard_download.root
         stored = read_record(root, "download", shard)
         if stored and files_exist(root, stored[1]):
-            records = [stored[1]]
+            records = iter([stored[1]])
         else:
             delete_record(root, "download", shard)  # the download writes files that it names
             records = former_shards(root, shard)
-        if not records:
+        nearest = next(records, None)
+        if not nearest:
             return self.shard_download(shard)
         selected = read_table(root, f"filter/{shard}.parquet", SELECTED)
-        if records[0].shard != shard:
-            return self._update(shard, records, selected, None)
-        before = read_table(root, records[0].file(".parquet"), DOWNLOADED)
+        if nearest.shard != shard:
+            return self._update(shard, chain([nearest], records), selected, None)
+        before = read_table(root, nearest.file(".parquet"), DOWNLOADED)
         if not before.select(FROM_METADATA).equals(selected.select(FROM_METADATA)):
-            return self._update(shard, records, selected, None)
+            return self._update(shard, chain([nearest], records), selected, None)
         blocklist = self._settings(shard).blocklist
-        is_current = records[0].inputs.get("blocklist") == blocklist.identity and not _has_erased(before, blocklist)
-        if is_current and not (self.retry and {*TRANSIENT, Reason.BLOCKED} & {*records[0].reasons}):
-            return records[0]
-        return self._update(shard, records[:1], selected, records[0])
+        is_current = nearest.inputs.get("blocklist") == blocklist.identity and not _has_erased(before, blocklist)
+        if is_current and not (self.retry and {*TRANSIENT, Reason.BLOCKED} & {*nearest.reasons}):
+            return nearest
+        return self._update(shard, [nearest], selected, nearest)
 
     def _settings(self, shard: str) -> SplitSettings:
         return self.shard_download.settings[shard.partition("/")[0]]
 
     def _update(
-        self, shard: str, records: Sequence[ShardRecord], selected: pa.Table, unchanged: ShardRecord | None
+        self, shard: str, records: Iterable[ShardRecord], selected: pa.Table, unchanged: ShardRecord | None
     ) -> ShardRecord:
         """Fetch what the stored shards lack and write the shard.
 

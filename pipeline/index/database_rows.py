@@ -1,7 +1,7 @@
 """The rows that `index` builds the database from: those of `embed`, or vectors of another tool (section `vectors`)."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -11,6 +11,7 @@ import pyarrow as pa
 from pipeline.runtime.id_files import Ids, erased_ids
 from pipeline.web.urls import url_ids
 from retrieval.clip.identity import EncoderIdentity
+from retrieval.clip.weight_files import Version, weight_files
 from retrieval.errors import UserError
 from retrieval.imports.importer import require_outside
 from retrieval.imports.pieces import SourcePieces, divide_source, source_identity
@@ -40,6 +41,8 @@ class DatabaseRows:
     """Whether several rows may have one image id."""
     location: str
     """Where they are, for messages."""
+    clip_files: dict[str, Version] = field(default_factory=dict)
+    """The files of the weights of CLIP, if `embed` has not recorded them."""
 
     @property
     def count(self) -> int:
@@ -75,7 +78,9 @@ def source_rows(config: VectorsConfig, clip: ClipConfig, root: Root) -> Database
     pieces = {f"{number:05d}": len(piece.rows) for number, piece in enumerate(divided.pieces)}
     upstream = {"vectors": identity, "clip": encoder.digest}
     read = partial(_read_piece, divided, erased_ids(root))
-    return DatabaseRows(upstream, encoder, pieces, read, ids_repeat=True, location=config.source)
+    return DatabaseRows(
+        upstream, encoder, pieces, read, ids_repeat=True, location=config.source, clip_files=weight_files(clip)
+    )
 
 
 def _read_shard(root: Root, dim: int, shard: str) -> Iterator[RowBlock]:

@@ -72,7 +72,8 @@ def run(
         built, left_out, changed = _build(stage, config, Shuffle.of(root, rows, centroids))
         require_rows(sum(partition.rows for partition in built), root.at("index"))
         record = replace(record, reasons=left_out)
-        values = manifest_values(rows.encoder, built) | ({"changed_values": changed} if changed else {})
+        recorded = {"clip_files": rows.clip_files, "changed_values": changed}
+        values = manifest_values(rows.encoder, built) | {name: value for name, value in recorded.items() if value}
         manifest = Manifest("index", SCHEMA_VERSION, "", {}, {}, (record, *built), {**values, "calibration": {}}, 0.0)
         measure = partial(_calibration_work, stage, config, manifest, clip)
         run_shards(stage, ["calibration"], measure, Workers.from_config(config, 1))

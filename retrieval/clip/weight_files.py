@@ -8,14 +8,14 @@ from retrieval.storage.root import file_sha256
 
 SUFFIXES = (".safetensors", ".bin", ".pth")
 """Of the files that open_clip loads from a folder."""
-Version = tuple[int, int, str]
-"""Bytes, time of the last change in ns, and SHA-256 of a file."""
+Version = list[int | str]
+"""Bytes, time of the last change in ns, and SHA-256 of a file; a list, as JSON returns it."""
 
 
 def weight_files(config: ClipConfig) -> dict[str, Version]:
     """The files of the weights by name; empty for a tag of open_clip. Reads them."""
     stats = {path: path.stat() for path in _paths(config)}
-    return {path.name: (stat.st_size, stat.st_mtime_ns, file_sha256(path)) for path, stat in stats.items()}
+    return {path.name: [stat.st_size, stat.st_mtime_ns, file_sha256(path)] for path, stat in stats.items()}
 
 
 def weights_changed(config: ClipConfig, recorded: Mapping[str, Version]) -> bool:

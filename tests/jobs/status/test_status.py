@@ -247,6 +247,20 @@ def test_an_index_of_other_vectors_is_stale(recipe: Path, tmp_path: Path) -> Non
     assert "whether its inputs changed is unknown" in statuses_by_stage(recipe, override)["index"].note
 
 
+def test_an_index_of_vectors_is_stale_with_other_weights_of_clip(recipe: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "vectors.npy", np.ones((3, 4), np.float16))
+    weights = tmp_path / "clip.pt"
+    weights.write_bytes(b"weights")
+    clip = f'[clip]\nmodel = "clip"\npretrained = "{weights}"\n'
+    recipe.write_text(f'{recipe.read_text()}[index]\n[vectors]\nsource = "{tmp_path / "vectors.npy"}"\n{clip}')
+    upstream = {"vectors": source_identity(VectorSource(tmp_path / "vectors.npy")), "clip": "c"}
+    files = weight_files(load_recipe(recipe)[ClipConfig])
+    write_made(recipe, "index", upstream, {}, rows=[3], encoder={"model": "clip"}, clip_files=files)
+    assert statuses_by_stage(recipe)["index"].state == "finished"
+    weights.write_bytes(b"another")
+    assert statuses_by_stage(recipe)["index"].note == "made with other weights of CLIP" + AGAIN
+
+
 def test_vectors_and_latents_of_another_precision_are_stale(recipe: Path) -> None:
     recipe.write_text(recipe.read_text() + "[embed]\n[latents]\nsize = 64\ngpus_per_worker = 0.5\n")
     write_made(recipe, "embed", {"precision": "bf16"}, {})

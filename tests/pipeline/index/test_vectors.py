@@ -112,7 +112,8 @@ def test_another_source_needs_remake_and_one_without_usable_vectors_is_an_error(
     source: Path, tmp_path: Path, clip: ClipConfig
 ) -> None:
     root = Root(tmp_path / "run")
-    index.run(CONFIG, root, clip, VectorsConfig(source=str(source)))
+    manifest = index.run(CONFIG, root, clip, VectorsConfig(source=str(source)))
+    assert [*manifest.values["clip_files"]] == ["open_clip_model.safetensors"]  # `make status` compares them
     np.save(tmp_path / "zeros.npy", np.zeros((9, DIM), np.float16))
     zeros = VectorsConfig(source=str(tmp_path / "zeros.npy"))
     with pytest.raises(UserError, match=r"from another vectors.*--remake"):
