@@ -72,6 +72,7 @@ POD = fields(
     volumes=list_of(VOLUME),
     nodeSelector=TEXTS,
     tolerations=list_of(TOLERATION),
+    dnsConfig=fields(options=list_of(fields("name", name=TEXT, value=TEXT))),
 )
 HEAD = {"rayStartParams": TEXTS, "template": fields("spec", spec=POD)}
 COUNTS = {"groupName": TEXT, "replicas": COUNT, "minReplicas": COUNT, "maxReplicas": COUNT}
@@ -164,8 +165,11 @@ def test_nodes_on_spot_machines_take_the_workers_of_the_other_nodes() -> None:
     nodes = _derive_autoscaling_config_from_ray_cr(cluster)["available_node_types"]
     assert nodes["download-spot"]["resources"] == nodes["download"]["resources"]
     assert (nodes["download-spot"]["min_workers"], nodes["download-spot"]["max_workers"]) == (0, 0)
-    [spot] = [group for group in cluster["spec"]["workerGroupSpecs"] if group["groupName"] == "download-spot"]
-    pod = spot["template"]["spec"]
+    pods = {group["groupName"]: group["template"]["spec"] for group in cluster["spec"]["workerGroupSpecs"]}
+    pod = pods["download-spot"]
+    assert [pod[name] for name in ("containers", "dnsConfig")] == [
+        pods["download"][name] for name in ("containers", "dnsConfig")
+    ]
     assert pod["nodeSelector"].keys() <= {toleration["key"] for toleration in pod["tolerations"]}
 
 
