@@ -3,6 +3,7 @@
 Takes the values of `paper.json`, returns PNG bytes. Needs no display.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -128,18 +129,23 @@ def time_chart(times: Sequence[dict[str, Any]]) -> bytes:
 
 
 def tradeoff_chart(tradeoff: dict[str, Any]) -> bytes:
-    """Style against content of each setting, with guidance and k. The line joins the Pareto front; dotted: goals."""
+    """Style against content. The line joins the Pareto front, whose settings are named; dotted: goals."""
     figure, (axes,) = new_figure((7.0, 4.6), 1)
     for row in tradeoff["settings"]:
         x, y = (np.array([row[name]]) for name in ("content", "style"))
         color = OURS if row["on_front"] else REAL
         layer = 3 if row["on_front"] else 2
         axes.errorbar(x[0, 0], y[0, 0], _spread(y), _spread(x), fmt="o", elinewidth=0.6, color=color, zorder=layer)
+    front = sorted(
+        (row for row in tradeoff["settings"] if row["on_front"]), key=lambda row: (row["content"][0], row["style"][0])
+    )
+    points = [(row["content"][0], row["style"][0]) for row in front]
+    axes.plot(*zip(*points, strict=True), color=OURS, linewidth=1)
+    for row, point, end in zip(front, points, itertools.cycle(("left", "right")), strict=False):
         low, high = row["guidance_interval"]
         label = f"{row['guidance']:g}, {row['k']}" + ("" if high - low == 1 else f", {low:g} to {high:g}")
-        axes.annotate(label, (x[0, 0], y[0, 0]), xytext=(4, 4), textcoords="offset points", fontsize=7, color=INK)
-    front = sorted((row["content"][0], row["style"][0]) for row in tradeoff["settings"] if row["on_front"])
-    axes.plot(*zip(*front, strict=True), color=OURS, linewidth=1)
+        offset = (5, 4) if end == "left" else (-5, -10)
+        axes.annotate(label, point, xytext=offset, textcoords="offset points", ha=end, fontsize=7, color=INK)
     axes.axvline(tradeoff["wanted"]["content"], color=INK, linewidth=1, linestyle=":")
     axes.axhline(tradeoff["wanted"]["style"], color=INK, linewidth=1, linestyle=":")
     axes.set_xlabel("CLIP score relative to samples without neighbors")
