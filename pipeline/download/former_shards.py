@@ -68,9 +68,7 @@ def rows_in(
     missing = set(ids)
     rows: dict[int, dict[str, Any]] = {}
     used: list[ShardRecord] = []
-    for record in records:
-        if not missing:
-            break
+    for record in records if missing else ():
         name = record.file(".parquet")
         if used and missing.isdisjoint(_ids(root, name).tolist()):
             continue
@@ -78,6 +76,8 @@ def rows_in(
         rows |= {row[IMAGE_ID]: row for row in table.to_pylist() if row[IMAGE_ID] in missing}
         missing -= rows.keys()
         used.append(record)
+        if not missing:  # before the next record: it may be that of another piece
+            break
     return rows, used
 
 

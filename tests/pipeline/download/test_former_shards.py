@@ -1,12 +1,14 @@
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
-from pipeline.download.former_shards import former_shards, set_aside
+from pipeline.download.former_shards import former_shards, rows_in, set_aside
 from pipeline.filter.piece_numbers import remember_pieces
 from retrieval.errors import UserError
 from retrieval.storage.manifest import ShardRecord
 from retrieval.storage.root import Root
+from retrieval.storage.schema import DOWNLOADED, IMAGE_ID, write_table
 
 
 @pytest.fixture
@@ -25,13 +27,22 @@ def test_former_shards_of_the_file_come_in_order_of_their_distance(root: Root) -
     ]
 
 
-def test_records_of_other_pieces_are_read_after_those_of_the_own_piece(root: Root, tmp_path: Path) -> None:
+def test_records_of_other_pieces_are_read_only_for_rows_that_the_own_piece_lacks(tmp_path: Path) -> None:
+    root = Root(tmp_path)
+    remember_pieces(root, {"00000": "a", "00001": "a"})
+    for number in range(3):  # parts 0 and 1 of piece 0, and part 0 of piece 1
+        shard = f"train/{number // 2:05}-{number % 2:05}"
+        required = {
+            field.name: "" if pa.types.is_string(field.type) else 0 for field in DOWNLOADED if not field.nullable
+        }
+        table = pa.Table.from_pylist([required | {IMAGE_ID: number}], DOWNLOADED)
+        set_aside(root, [ShardRecord(shard, 1, (write_table(root, f"download/{shard}.parquet", table, DOWNLOADED),))])
     for file in tmp_path.glob("download/records/former/train/00001/*"):
         file.write_text("no JSON")
-    former = former_shards(root, "train/00000-00000")
-    assert [next(former).shard for _ in range(3)] == [f"train/00000-{part:05}" for part in range(3)]
+    rows, used = rows_in(root, former_shards(root, "train/00000-00000"), [0, 1])
+    assert ({*rows}, [record.shard for record in used]) == ({0, 1}, ["train/00000-00000", "train/00000-00001"])
     with pytest.raises(UserError, match="not valid JSON"):
-        next(former)
+        rows_in(root, former_shards(root, "train/00000-00000"), [0, 1, 2])
 
 
 def test_without_former_shards_there_are_no_records(tmp_path: Path) -> None:
