@@ -184,13 +184,16 @@ class CheckpointFolder:
     def finish(self) -> None:
         """Wait until the last checkpoint is published. Raises UserError if it could not be written."""
         pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        try:
+            if pending is not None:
+                pending.result()
+        finally:
+            del pending  # its error would keep this frame, and so the callers' objects, alive
 
-    def raise_if_failed(self) -> None:
-        """Raise the UserError of `finish` if the last checkpoint has already failed. Does not wait."""
-        if self._pending is not None and self._pending.done():
-            self.finish()
+    @property
+    def has_failed(self) -> bool:
+        """True if `finish` would raise at once."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def load(self, engine: deepspeed.DeepSpeedEngine, averages: Sequence[MovingAverage], ranks: Ranks) -> Progress:
         """Load the newest checkpoint, of any number of ranks. Returns what the run has done. A collective.
@@ -261,10 +264,14 @@ class CheckpointFolder:
             size = write_fragments(self.root, f"{folder}/{rank_file_name(ranks.rank)}", self._copy)
             return size + check()
 
+        def publish() -> int:
+            if ranks.is_first:
+                self._publish(progress, {rank_file_name(rank): size for rank, size in enumerate(sizes)})
+            return 0
+
         self._on_all_ranks(check, folder, ranks)  # a run that lost its lease must not write over its successor's files
         sizes = self._on_all_ranks(write, folder, ranks)
-        if ranks.is_first:
-            self._publish(progress, {rank_file_name(rank): size for rank, size in enumerate(sizes)})
+        self._on_all_ranks(publish, folder, ranks)
 
     def _on_all_ranks(self, work: Callable[[], int], folder: str, ranks: Ranks) -> list[int]:
         """The results of some work of every rank. Raises NodeError on all if a disk or store failed, else UserError."""

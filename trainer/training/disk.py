@@ -58,14 +58,15 @@ def _existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
-def check_shared(root: Root, folder: str, ranks: Ranks) -> None:
-    """Raise UserError on a rank that does not see the lease of rank 0 on a folder. A collective."""
-    token = torch.zeros(1, dtype=torch.int64, device=ranks.device)
-    if ranks.is_first:
-        token.fill_(_lease_number(root, folder))
+def check_shared(root: Root, folder: str, number: int, ranks: Ranks) -> None:
+    """Raise UserError on a rank that does not see the lease of rank 0 on a folder. A collective.
+
+    number: on rank 0 that of its lease, read before: an error ahead of the broadcast would keep the others waiting.
+    """
+    token = torch.tensor([number], device=ranks.device)
     torch.distributed.broadcast(token, 0)
     deadline = time.monotonic() + VISIBLE_WITHIN_S
-    while _lease_number(root, folder) != int(token):
+    while lease_number(root, folder) != int(token):
         if time.monotonic() > deadline:
             raise UserError(
                 f"{root.url}: rank {ranks.rank} does not see the lease that rank 0 wrote. Set the recipe's root to a "
@@ -74,6 +75,6 @@ def check_shared(root: Root, folder: str, ranks: Ranks) -> None:
         time.sleep(0.5)
 
 
-def _lease_number(root: Root, folder: str) -> int:
+def lease_number(root: Root, folder: str) -> int:
     """The lease's token as a number that fits into int64; 0 without a lease."""
     return int(lease_token(root, folder)[:15] or "0", 16)

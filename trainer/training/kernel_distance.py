@@ -5,6 +5,7 @@ samples are compared as the autoencoder shows them, so that the distance measure
 """
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import deepspeed.comm as dist
 import numpy as np
@@ -42,7 +43,11 @@ class SampleDistance:
         for part in parts:
             images = read_held_out(plan, loader, [rows[own[i]] for i in part], encoder)
             self._parts.append(([own[i] for i in part], images))
-        self._reference = self._features((part, drawer.originals(images)) for part, images in self._parts)
+
+    @cached_property
+    def _reference(self) -> npt.NDArray[np.float32]:
+        """Features of the held-out images. A collective, so not part of the constructor, in which one rank may fail."""
+        return self._features((part, self._drawer.originals(images)) for part, images in self._parts)
 
     def of(self, unet: torch.nn.Module) -> float:
         """The distance of samples of a complete UNet, without bias. A collective."""

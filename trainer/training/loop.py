@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
@@ -126,12 +126,12 @@ def train_steps(session: Session, start: Progress, termination: Termination) -> 
     steps = session.config.steps
     if start.step >= steps:
         return True
-    batches = session.loader.batches(start.step, steps)
     loop = _Loop(session, start)
-    while not loop.step(batches, termination) and loop.progress.step < steps:
-        if session.profiler:
-            session.profiler.step()
-    batches.close()
+    # After an error too: Python joins the loader's threads at exit, and one of them runs until the batches are closed.
+    with closing(session.loader.batches(start.step, steps)) as batches:
+        while not loop.step(batches, termination) and loop.progress.step < steps:
+            if session.profiler:
+                session.profiler.step()
     if session.profiler:
         session.profiler.close()
     return loop.progress.step == steps
@@ -164,8 +164,6 @@ class _Loop:
         is_due = stopping or self._is_due(step + 1)
         if is_due:
             stopping |= self._count(self._numbers.read_all())
-        session.checkpoints.raise_if_failed()
-        session.snapshots.folder.raise_if_failed()
         if is_due:
             self._record(rate, stopping or step + 1 == config.steps)
         return stopping
@@ -196,16 +194,21 @@ class _Loop:
         self._updates += is_update
         for average in self._session.averages:
             average.update(self._updates, is_update)
-        flags = torch.tensor([float(termination.requested), float(batch.replaced.sum())], dtype=torch.float64)
+        failed = self._session.checkpoints.has_failed or self._session.snapshots.folder.has_failed
+        flags = torch.tensor([termination.requested, failed, batch.replaced.sum()], dtype=torch.float64)
         self._numbers.add(torch.cat([flags.to(numbers.device, non_blocking=True), numbers]), batch.image_ids)
 
     def _count(self, rows: Iterable[StepRow]) -> bool:
         """Count steps. Returns True if a rank has received SIGTERM.
 
-        Raises UserError if too many steps or rows were unusable.
+        Raises UserError if too many steps or rows were unusable, or a checkpoint could not be written. The ranks do so
+        at the same step, although their writers fail at different times: a rank alone would keep the others waiting.
         """
         stopping = False
         for row in rows:
+            if row.numbers[:, 1].any():
+                self._session.checkpoints.finish()
+                self._session.snapshots.folder.finish()
             replaced = self.progress.replaced
             self._add(row)
             stopping |= bool(row.numbers[:, 0].any())
@@ -223,25 +226,25 @@ class _Loop:
 
     def _add(self, row: StepRow) -> None:
         """Add a step to the progress and to the interval."""
-        grad_norm, losses, done = float(row.numbers[0, 2]), row.numbers[:, 3], self.progress
+        grad_norm, losses, done = float(row.numbers[0, 3]), row.numbers[:, 4], self.progress
         is_update = math.isfinite(grad_norm)
         self.progress = replace(
             done,
             step=done.step + 1,
             images=done.images + self._config.global_batch,
             skipped=done.skipped + (not is_update),
-            replaced=done.replaced + int(row.numbers[:, 1].sum()),
+            replaced=done.replaced + int(row.numbers[:, 2].sum()),
         )
         if is_update and bool(torch.isfinite(losses).all()):
             self._consecutive = 0
             self._loss, self._grad_norm = float(losses.mean()), grad_norm
-            self._interval.sums += row.numbers[:, 4:].sum(dim=0).numpy()
+            self._interval.sums += row.numbers[:, 5:].sum(dim=0).numpy()
         else:
             self._consecutive += 1
 
     def _report_non_finite(self, row: StepRow) -> None:
         """Log a step whose loss or gradient is not finite. Raises UserError after too many consecutive ones."""
-        losses = row.numbers[:, 3].tolist()
+        losses = row.numbers[:, 4].tolist()
         bad = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
         ids = gather_numbers(torch.from_numpy(row.image_ids).to(self._ranks.device), self._ranks)
         where = f"loss is {losses[bad[0]]} on rank {bad[0]}" if bad else "gradient is not finite on some rank"

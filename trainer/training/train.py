@@ -44,7 +44,7 @@ from trainer.tracking.dashboards import import_wandb, open_dashboards
 from trainer.tracking.flops import make_utilization_meter
 from trainer.tracking.profiling import PROFILES, StepProfiler
 from trainer.tracking.training_log import KID, METRICS, PREVIEWS, VALIDATION, TrainingLog, read_step_metrics, summarize
-from trainer.training.disk import check_shared, check_space
+from trainer.training.disk import check_shared, check_space, lease_number
 from trainer.training.launch import TERMINATED, die_with_parent
 from trainer.training.loop import Session, Termination, train_steps
 from trainer.training.monitoring import ModelMonitor
@@ -94,21 +94,23 @@ def run(config: TrainingRecipe, root: Root) -> None:
     with raised_on_all(ranks):
         check_ranks(config.train, ranks.world)
         plan = prepare(config, root)
+        finished = is_finished(plan, root)
     # Rank 0 decides: another rank may not see the root of rank 0, which `check_shared` finds.
-    finished = gather_numbers(torch.tensor([is_finished(plan, root)], device=ranks.device), ranks)
-    if finished[0]:
+    if gather_numbers(torch.tensor([finished], device=ranks.device), ranks)[0]:
         log.info(f"{root.at(config.train.folder)} is finished")
         leave_ranks()
         return
     termination = Termination()
     with ExitStack() as resources:
+        number = 0
         with raised_on_all(ranks):
             if ranks.is_first:
                 resources.enter_context(lease(root, config.train.folder))
                 clear_folder(plan, root)
                 bucket_rows(plan, root)  # the other ranks read its file
+                number = lease_number(root, config.train.folder)
         with raised_on_all(ranks):
-            check_shared(root, config.train.folder, ranks)
+            check_shared(root, config.train.folder, number, ranks)
         completed = _train(plan, root, ranks, termination, resources)
     if not completed:
         raise SystemExit(TERMINATED)
@@ -119,8 +121,8 @@ def _train(plan: TrainingPlan, root: Root, ranks: Ranks, termination: Terminatio
     config, began = plan.config, time.monotonic()
     with raised_on_all(ranks):
         unet = _initial_network(config, root)
+        files = RunFiles(root, config.train.folder, resources) if ranks.is_first else None
     shapes = {name: weight.shape for name, weight in unet.named_parameters() if weight.requires_grad}
-    files = RunFiles(root, config.train.folder, resources) if ranks.is_first else None
     session, progress = _start(plan, root, unet, ranks, files)
     if ranks.is_first:
         _log_start(plan, sum(shape.numel() for shape in shapes.values()), ranks, progress)
@@ -199,29 +201,30 @@ def _start(
     checkpoints = checkpoints_of(plan, root)
     progress = checkpoints.load(engine, [average, *power_averages], ranks)
     done = progress.step
-    autoencoder = None
-    if config.source == "images":
-        autoencoder = Autoencoder.load(plan.config.autoencoder, str(ranks.device))
-    loader = Loader(plan, root, ranks.rank, ranks.world, progress.images - done * config.global_batch)
-    training_log = profiler = None
-    if files:
-        training_log = TrainingLog(files.path, done, config.steps, open_dashboards(plan, files.path, done))
-        profiler = StepProfiler(files.path, done, config.profile_steps) if config.profile_steps else None
-        checkpoints.before_publishing = partial(_before_publishing, files)
-    session = Session(
-        config=config,
-        ranks=ranks,
-        engine=engine,
-        average=average,
-        objective=Objective(plan.config.diffusion, autoencoder, ranks.device, config.min_snr_gamma),
-        loader=loader,
-        checkpoints=checkpoints,
-        snapshots=Snapshots(snapshot_folder(plan, root), power_averages, config.ema_snapshot_every),
-        monitor=ModelMonitor(plan, loader, ranks, training_log, autoencoder) if config.validation_images else None,
-        training_log=training_log,
-        utilization=make_utilization_meter(plan, ranks) if ranks.is_first else None,
-        profiler=profiler,
-    )
+    with raised_on_all(ranks):  # no collective within: CLIP, dashboards or shards may fail on one rank
+        autoencoder = None
+        if config.source == "images":
+            autoencoder = Autoencoder.load(plan.config.autoencoder, str(ranks.device))
+        loader = Loader(plan, root, ranks.rank, ranks.world, progress.images - done * config.global_batch)
+        training_log = profiler = None
+        if files:
+            training_log = TrainingLog(files.path, done, config.steps, open_dashboards(plan, files.path, done))
+            profiler = StepProfiler(files.path, done, config.profile_steps) if config.profile_steps else None
+            checkpoints.before_publishing = partial(_before_publishing, files)
+        session = Session(
+            config=config,
+            ranks=ranks,
+            engine=engine,
+            average=average,
+            objective=Objective(plan.config.diffusion, autoencoder, ranks.device, config.min_snr_gamma),
+            loader=loader,
+            checkpoints=checkpoints,
+            snapshots=Snapshots(snapshot_folder(plan, root), power_averages, config.ema_snapshot_every),
+            monitor=ModelMonitor(plan, loader, ranks, training_log, autoencoder) if config.validation_images else None,
+            training_log=training_log,
+            utilization=make_utilization_meter(plan, ranks) if ranks.is_first else None,
+            profiler=profiler,
+        )
     return session, progress
 
 

@@ -12,7 +12,7 @@ from trainer.checkpoint.checkpoint import CheckpointFolder, Progress
 from trainer.checkpoint.fragment_files import SavedFragments, write_fragments
 from trainer.engine.deepspeed_engine import Ranks
 from trainer.engine.fragments import Fragment
-from trainer.training.disk import check_shared
+from trainer.training.disk import check_shared, lease_number
 
 ONE_RANK = Ranks(0, 1, torch.device("cpu"))
 KEY = "master/w@0"
@@ -68,8 +68,7 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_and_keeps_the_previous_
     with pytest.raises(
         NodeError, match=r"step-00000002: rank 0 could not write its part.*File exists.*Free disk space"
     ):
-        while True:
-            checkpoints.raise_if_failed()
+        checkpoints.finish()
     assert checkpoints.newest_step() == 1
 
 
@@ -125,11 +124,12 @@ def test_a_rank_without_access_to_the_disk_of_rank_0_is_an_error(
 ) -> None:
     monkeypatch.setattr("trainer.training.disk.VISIBLE_WITHIN_S", 0)
     with lease(Root(tmp_path), "runs/tiny/train"):
-        check_shared(Root(tmp_path), "runs/tiny/train", ONE_RANK)
+        number = lease_number(Root(tmp_path), "runs/tiny/train")
+        check_shared(Root(tmp_path), "runs/tiny/train", number, ONE_RANK)
         ranks = Ranks(1, 2, torch.device("cpu"))
         monkeypatch.setattr(torch.distributed, "broadcast", lambda token, _: token.fill_(5))
         with pytest.raises(UserError, match=r"elsewhere: rank 1 does not see the lease .* all machines of the run"):
-            check_shared(Root(tmp_path / "elsewhere"), "runs/tiny/train", ranks)
+            check_shared(Root(tmp_path / "elsewhere"), "runs/tiny/train", 0, ranks)
 
 
 def test_checkpoints_after_a_step_can_be_deleted(process_group: None, tmp_path: Path) -> None:

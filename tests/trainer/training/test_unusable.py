@@ -104,10 +104,10 @@ def test_a_run_over_its_limit_goes_on_while_all_pictures_can_be_read(monkeypatch
     monkeypatch.setattr(_Loop, "_end", end)
     ranks = Ranks(0, 1, torch.device("cpu"))
     loop = _Loop(SimpleNamespace(config=recipe_of("").train, ranks=ranks), Progress(10, 80, 0, 11))
-    numbers = torch.ones(1, 4 + 2 * QUARTILES, dtype=torch.float64)
-    numbers[0, 1] = 0
+    numbers = torch.ones(1, 5 + 2 * QUARTILES, dtype=torch.float64)
+    numbers[0, 1:3] = 0
     loop._count([StepRow(numbers, np.zeros(1, np.int64))])
     assert loop.progress == Progress(11, 88, 0, 11)
-    numbers[0, 1] = 1
+    numbers[0, 2] = 1
     with pytest.raises(UserError, match="12 of 96 samples could not be read"):
         loop._count([StepRow(numbers, np.zeros(1, np.int64))])
