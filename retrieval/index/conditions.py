@@ -22,6 +22,8 @@ Expression: TypeAlias = Any
 """pyarrow.compute.Expression, which has no types."""
 MAX_CHARACTERS = 1 << 20
 """Longest text of a condition: about 50,000 ids."""
+MAX_COMPARISONS = 1_000
+"""Most comparisons of a condition. Arrow evaluates nested expressions by recursion: about 9,000 overflow the stack."""
 EXAMPLE = "width >= 768 and license in ['cc0', 'cc-by'] and 'sea' in caption"
 MISSING = pc.scalar(pa.scalar(None, pa.bool_()))
 """The value of a comparison with a missing value. `not` does not change it, and a row with it is left out."""
@@ -44,8 +46,12 @@ def parse_condition(text: str) -> Expression:
     try:
         if len(text) > MAX_CHARACTERS:
             raise ValueError(f"{len(text):,} characters, at most {MAX_CHARACTERS:,} are allowed")
-        return _condition(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError, pa.ArrowException) as error:
+        node = ast.parse(text.strip(), mode="eval").body
+        if (count := _comparisons(node)) > MAX_COMPARISONS:
+            most = f"at most {MAX_COMPARISONS:,} are allowed"
+            raise ValueError(f"{count:,} comparisons, {most}: write `column in [...]` for many values")
+        return _condition(node)
+    except (SyntaxError, ValueError, TypeError, OverflowError, RecursionError, MemoryError, pa.ArrowException) as error:
         shown = text if len(text) < 200 else f"{text[:200]}..."
         raise UserError(f"condition {shown!r}: {error}. Write it as in: {EXAMPLE}") from error
 
@@ -64,6 +70,15 @@ def rows_that_meet(condition: Expression, metadata: pa.Table) -> npt.NDArray[np.
         columns = ", ".join(f"{field.name} ({field.type})" for field in metadata.schema)
         reason = str(error).partition("\n")[0]
         raise UserError(f"condition {condition}: {reason}. The columns are {columns}.") from error
+
+
+def _comparisons(node: ast.expr) -> int:
+    """Comparisons in a condition; `a < b < c` is two."""
+    if isinstance(node, ast.BoolOp):
+        return sum(map(_comparisons, node.values))
+    if isinstance(node, ast.UnaryOp):
+        return _comparisons(node.operand)
+    return len(node.ops) if isinstance(node, ast.Compare) else 0
 
 
 def _condition(node: ast.expr) -> Expression:

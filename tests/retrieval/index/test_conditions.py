@@ -73,12 +73,21 @@ def test_a_text_selects_rows(text: str, ids: list[int]) -> None:
         "width in [" + "1," * 1_000_000 + "]",
         "width in [1, 'a']",
         "width > {}",
+        "width >= " + "1" * 30,
+        "width in [" + "1" * 30 + "]",
     ],
 )
 def test_other_texts_are_refused_with_an_example(text: str) -> None:
     with pytest.raises(UserError, match=r"condition .*Write it as in: width >= 768") as error:
         parse_condition(text)
     assert len(str(error.value)) < 1000
+
+
+def test_a_thousand_comparisons_are_the_most() -> None:
+    assert rows_that_meet(parse_condition(" or ".join(["width == 1"] * 999 + ["width == 300"])), ROWS).sum() == 1
+    for text in ("width == 1" + " or width == 1" * 60_000, "not (1 < width" + " < 2" * 1000 + ")"):
+        with pytest.raises(UserError, match=r"comparisons, at most 1,000 are allowed: write `column in"):
+            parse_condition(text)
 
 
 @pytest.mark.parametrize("text", ["size > 3", "width == 'wide'", "'sea' in width"])
