@@ -121,7 +121,7 @@ class Database:
 
     def open_partition(self, number: int) -> Partition:
         """A partition with files of its own, which are closed with it and not with the database."""
-        return Partition.open(self.files, self._folders[number], self.hidden, self.condition)
+        return Partition.open(self.files, self._folders[number], self.dim, self.hidden, self.condition)
 
     def without(self, ids: npt.ArrayLike) -> "Database":
         """This database with more image ids hidden, in the returned object only. Both share all opened files."""

@@ -67,9 +67,9 @@ class Partition:
         self._plans: dict[tuple[int, Effort], tuple[Callable[..., TopK], tuple[Any, ...]]] = {}
 
     @classmethod
-    def open(cls, files: FileCache, folder: str, hidden: Ids, condition: Expression | None = None) -> Self:
+    def open(cls, files: FileCache, folder: str, dim: int, hidden: Ids, condition: Expression | None = None) -> Self:
         """The partition in a folder of the files of a database, with opened files of its own."""
-        return cls(PartitionFiles(files, folder), hidden, condition)
+        return cls(PartitionFiles(files, folder, dim), hidden, condition)
 
     def __len__(self) -> int:
         return len(self.embeddings)

@@ -62,24 +62,24 @@ def load_array(path: Path) -> Any:
     return np.load(path, allow_pickle=False)
 
 
-def map_rows(path: Path) -> npt.NDArray[np.float16]:
-    """The memory map of a .npy file of rows (n, dim). Raises ValueError unless they are float16 in C order."""
-    return _mapped(path, np.dtype(np.float16))
+def _map_rows(path: Path, dim: int) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.float16]]:
+    """The float16 rows in a .npy file, mapped for reads of all and for reads of single rows.
+
+    For the second map the system reads no rows next to those that are read.
+    """
+    rows, single = (_mapped(path, np.dtype(np.float16), dim) for _ in range(2))
+    mapping: Any = single.base
+    mapping.madvise(mmap.MADV_RANDOM)
+    return rows, np.asarray(single)
 
 
-def _map_single_rows(path: Path) -> npt.NDArray[np.float16]:
-    """As `map_rows`, for reads of single rows: the system reads no others of the file with them."""
-    rows: Any = map_rows(path)
-    rows.base.madvise(mmap.MADV_RANDOM)
-    return np.asarray(rows)
-
-
-def _mapped(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+def _mapped(path: Path, dtype: np.dtype[Any], dim: int) -> npt.NDArray[Any]:
+    """The memory map of a .npy file of rows (n, dim). Raises ValueError for another shape, type or order than C."""
     # Mode "c" (copy on write), because faiss and torch accept only writable arrays.
     rows = np.lib.format.open_memmap(path, mode="c")
-    if rows.dtype != dtype or rows.ndim != 2 or not rows.flags.c_contiguous:
+    if rows.dtype != dtype or rows.ndim != 2 or rows.shape[1] != dim or not rows.flags.c_contiguous:
         order = "C" if rows.flags.c_contiguous else "Fortran"
-        raise ValueError(f"{rows.dtype} {rows.shape} in {order} order, expected {dtype} (rows, dim) in C order")
+        raise ValueError(f"{rows.dtype} {rows.shape} in {order} order, expected {dtype} (rows, {dim}) in C order")
     return rows
 
 
@@ -106,9 +106,9 @@ def _load_bounds(path: Path) -> Vectors:
 class PartitionFiles:
     """The opened files of a partition. Safe to share between threads."""
 
-    def __init__(self, files: FileCache, folder: str) -> None:
-        self._files = files
-        self._folder = folder
+    def __init__(self, files: FileCache, folder: str, dim: int) -> None:
+        """dim: dimensions of the vectors, as the manifest states them."""
+        self._files, self._folder, self._dim = files, folder, dim
         self._lock = threading.Lock()
         self._parameters: dict[tuple[Effort, int], Any] = {}
 
@@ -123,7 +123,7 @@ class PartitionFiles:
         bounds = self._load("bounds.npy", _load_bounds)
 
         def load(path: Path) -> CodedRows:
-            codes = _mapped(path, np.dtype(np.uint8))
+            codes = _mapped(path, np.dtype(np.uint8), self._dim)
             if codes.shape[1] != bounds.shape[1]:
                 raise ValueError(f"{codes.shape[1]} dimensions, expected {bounds.shape[1]} as in bounds.npy")
             return CodedRows(codes, bounds)
@@ -133,7 +133,7 @@ class PartitionFiles:
     @cached_property
     def _row_maps(self) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.float16]]:
         """The float16 rows, mapped for reads of all and for reads of single rows."""
-        return self._load("embeddings.npy", lambda path: (map_rows(path), _map_single_rows(path)))
+        return self._load("embeddings.npy", lambda path: _map_rows(path, self._dim))
 
     @cached_property
     def metadata(self) -> pa.Table:

@@ -30,14 +30,17 @@ class FewRowsSearch:
         self._kept, largest = (numbers, rounded, units, rows), float(units.max(initial=0))
         *addresses, row_address = (array.ctypes.data for array in self._kept)
         self._rows = ctypes.pointer(_FewRows(rows.shape[1], len(numbers), *addresses, largest, row_address))
-        self._search = library.search_few
+        self._search, self._dim = library.search_few, rows.shape[1]
 
     def search(self, queries: Vectors, k: int) -> tuple[Vectors, Numbers]:
         """Similarities and row numbers of the k best rows, best first, each (n, k); (-inf, -1) for none.
 
-        queries: (n, dim) unit rows. A batch runs on the threads of faiss. Raises MemoryError.
+        queries: (n, dim) unit rows. A batch runs on the threads of faiss. Raises ValueError for queries of another dim,
+        and MemoryError.
         """
         units = np.ascontiguousarray(queries, np.float32)
+        if units.shape[1] != self._dim:
+            raise ValueError(f"queries have {units.shape[1]} dimensions, the vectors have {self._dim}")
         similarities, numbers = np.empty((len(units), k), np.float32), np.empty((len(units), k), np.int64)
         arrays = (array.ctypes.data for array in (units, similarities, numbers))
         if self._search(self._rows, k, len(units), *arrays, threads(units)):

@@ -78,4 +78,4 @@ def write_partition(day: Day, rows: int, dim: int):  # type: ignore[no-untyped-d
         np.save(folder / "embeddings.npy", vectors[np.argsort(lists, kind="stable")])
         np.save(folder / "list_centroids.npy", centroids)
         np.save(folder / "lists.npy", np.concatenate([[0], np.bincount(lists, minlength=count).cumsum()]))
-    return Partition.open(FileCache(Root(folder.parent)), folder.name, np.empty(0, np.int64))
+    return Partition.open(FileCache(Root(folder.parent)), folder.name, dim, np.empty(0, np.int64))

@@ -236,6 +236,15 @@ def test_a_manifest_of_another_schema_version_is_refused(database: Database) -> 
             Database.open(database.root)
 
 
+def test_vectors_of_other_dimensions_than_the_manifest_states_are_refused(database: Database) -> None:
+    manifest = database.root.read_json("manifest.json")
+    manifest["values"]["encoder"]["dim"] = 4
+    database.root.write_json("manifest.json", manifest)
+    for condition in ("image_id > 0", "image_id < 1010"):
+        with pytest.raises(UserError, match=r"embeddings\.npy cannot be read .*, 32\).*, expected float16 \(rows, 4\)"):
+            Database.open(database.root).where(condition).search(np.ones((1, 4)), 3)
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"name": "web app"}', b"\xff\xfe"])
 def test_a_damaged_manifest_is_refused(database: Database, content: bytes) -> None:
     database.root.write_bytes("manifest.json", content)

@@ -24,7 +24,7 @@ LOW, HIGH = Effort(1, 4, 3), Effort(1, 512, 64)
 
 
 def fresh(database: Database, hidden: np.ndarray = NONE) -> Partition:
-    return Partition.open(database.files, partition_folder(0), hidden)
+    return Partition.open(database.files, partition_folder(0), database.dim, hidden)
 
 
 def exact(partition: Partition, queries: Vectors) -> Vectors:

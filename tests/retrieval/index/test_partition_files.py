@@ -18,7 +18,7 @@ ROWS = np.eye(5, 4, dtype=np.float16)
 
 
 def opened(path: Path) -> PartitionFiles:
-    return PartitionFiles(FileCache(Root(path.parent.parent)), path.parent.name)
+    return PartitionFiles(FileCache(Root(path.parent.parent)), path.parent.name, ROWS.shape[1])
 
 
 @pytest.fixture
@@ -36,6 +36,7 @@ def path(tmp_path: Path) -> Path:
         (np.asfortranarray(ROWS), r"float16 \(5, 4\) in Fortran order"),
         (ROWS.reshape(-1), r"float16 \(20,\) in C order"),
         (ROWS[None], r"float16 \(1, 5, 4\) in C order"),
+        (np.eye(5, dtype=np.float16), r"float16 \(5, 5\) in C order, expected float16 \(rows, 4\)"),
     ],
 )
 def test_vectors_of_another_layout_are_refused(path: Path, rows: Any, message: str) -> None:
@@ -84,7 +85,7 @@ def test_opening_a_search_asks_once_for_each_file(in_lists: Database, monkeypatc
         return local(files, name)
 
     monkeypatch.setattr(FileCache, "local", counted)
-    files = PartitionFiles(in_lists.files, "partitions/00000")
+    files = PartitionFiles(in_lists.files, "partitions/00000", in_lists.dim)
     assert len(files.lists[0]) == files.num_lists + 1
     _ = files.list_search
     _ = files.embeddings
@@ -100,7 +101,7 @@ def test_threads_open_the_search_of_an_index_once(in_lists: Database, monkeypatc
         return opened
 
     monkeypatch.setattr(partition_files, "open_list_search", open_slowly)
-    files = PartitionFiles(in_lists.files, "partitions/00000")
+    files = PartitionFiles(in_lists.files, "partitions/00000", in_lists.dim)
     with ThreadPoolExecutor(8) as pool:
         assert all(result is opened for result in pool.map(lambda _: files.list_search, range(8)))
     assert len(opened) == 1

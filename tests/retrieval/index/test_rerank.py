@@ -177,7 +177,7 @@ def test_bounds_that_fit_no_vectors_are_refused(tmp_path: Path, bounds: np.ndarr
     np.save(tmp_path / "partition/embeddings.npy", np.zeros((5, 4), np.uint8))
     np.save(tmp_path / "partition/bounds.npy", bounds)
     with pytest.raises(UserError, match=message):
-        _ = PartitionFiles(FileCache(Root(tmp_path)), "partition").embeddings
+        _ = PartitionFiles(FileCache(Root(tmp_path)), "partition", 4).embeddings
 
 
 def test_an_exact_search_reaches_a_recall_of_095_with_vectors_of_8_bit_numbers_and_not_of_4_bit_numbers() -> None:

@@ -43,7 +43,7 @@ def opened(index: Any, rows: Rows, folder: Path) -> PartitionFiles:
     faiss.write_index(index, str(folder / "partition" / "index.faiss"))
     np.save(folder / "partition" / "embeddings.npy", rows)
     np.save(folder / "partition" / "lists.npy", np.zeros(index.nlist + 1, np.int64))
-    return PartitionFiles(FileCache(Root(folder)), "partition")
+    return PartitionFiles(FileCache(Root(folder)), "partition", rows.shape[1])
 
 
 def graph_of(index: Any) -> Any:

@@ -16,6 +16,7 @@ from retrieval.index.inverted_lists import train_inverted_lists
 from retrieval.index.partition import Partition
 from retrieval.index.routing import Numbers, Vectors, unit
 from retrieval.kernel import filtered_search, list_search
+from retrieval.kernel.few_rows import FewRowsSearch
 from retrieval.kernel.filtered_search import MAX_COPIED_SHARE, ROWS_PER_LIST, FilteredSearch
 from retrieval.kernel.layout import list_pointers
 from retrieval.kernel.list_search import ListSearch, open_list_search
@@ -180,8 +181,10 @@ def test_the_recall_is_that_of_faiss_where_a_list_has_more_rows_than_the_mean_sc
 def test_queries_of_another_dimension_are_refused(in_lists: Database) -> None:
     search = in_lists.partitions[0].files.list_search
     assert search is not None
-    with pytest.raises(ValueError, match="queries have 31 dimensions, the vectors have 32"):
-        search.search(clustered(1, seed=9)[:, :-1], 10, (4, 12), 30)
+    few_rows = FewRowsSearch(search.library, search.rows, np.arange(10))
+    for run in (lambda query: search.search(query, 10, (4, 12), 30), lambda query: few_rows.search(query, 10)):
+        with pytest.raises(ValueError, match="queries have 31 dimensions, the vectors have 32"):
+            run(clustered(1, seed=9)[:, :-1])
 
 
 def test_a_process_that_can_start_no_more_threads_searches_with_fewer(in_lists: Database) -> None:
