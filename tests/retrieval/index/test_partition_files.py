@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from retrieval import Database, Root, UserError
+from retrieval.database.build import write_metadata
 from retrieval.file_cache import FileCache
 from retrieval.index import partition_files
 from retrieval.index.partition_files import PartitionFiles
+from retrieval.storage import schema
+from tests.retrieval.conftest import clustered, table_of
 
 ROWS = np.eye(5, 4, dtype=np.float16)
 
@@ -74,6 +78,30 @@ def test_offsets_of_lists_that_do_not_ascend_from_0_are_refused(path: Path, offs
     np.save(path.with_name("lists.npy"), offsets)
     with pytest.raises(UserError, match=rf"lists\.npy cannot be read .*{message}.*the database is damaged"):
         _ = opened(path).lists
+
+
+def test_a_file_that_states_too_large_a_size_is_refused(path: Path) -> None:
+    np.save(path, ROWS)
+    with path.with_name("lists.npy").open("wb") as file:
+        header = {"descr": "<i8", "fortran_order": False, "shape": (10**15,)}
+        np.lib.format.write_array_header_1_0(file, header)
+    with pytest.raises(UserError, match=r"lists\.npy cannot be read .*: memory is short, or the database is damaged"):
+        _ = opened(path).lists
+
+
+@pytest.mark.parametrize("column", ["caption", "tags"])
+def test_texts_outside_of_their_file_are_refused(path: Path, column: str) -> None:
+    table = table_of(clustered(9, seed=0)).drop_columns([schema.EMBEDDING])
+    table = table.append_column("tags", pa.array([["style", "sea"]] * 9))
+    write_metadata(Root(path.parent), "metadata.arrow", table)
+    assert opened(path).metadata.equals(table)
+    values = table[column].chunk(0)
+    offsets = (values.flatten() if column == "tags" else values).buffers()[1].to_pybytes()
+    damaged = offsets[:4] + b"\xff\xff\xff\x3f" + offsets[8:]
+    file = path.with_name("metadata.arrow")
+    file.write_bytes(file.read_bytes().replace(offsets, damaged))
+    with pytest.raises(UserError, match=r"metadata\.arrow cannot be read .*the database is damaged"):
+        _ = opened(path).metadata
 
 
 def test_opening_a_search_asks_once_for_each_file(in_lists: Database, monkeypatch: pytest.MonkeyPatch) -> None:
