@@ -9,7 +9,7 @@ bounds in `bounds.npy`.
 import mmap
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +24,7 @@ from retrieval.file_cache import FileCache
 from retrieval.index.effort import Effort
 from retrieval.index.rerank import CodedRows, RerankIndex, StoredRows
 from retrieval.index.routing import Numbers, Vectors
+from retrieval.kernel.layout import checked_pointers, is_searchable
 from retrieval.kernel.library import library
 from retrieval.kernel.list_search import ListSearch, open_list_search
 from retrieval.kernel.mapped_lists import MappedIndex, map_index
@@ -129,6 +130,9 @@ class PartitionFiles:
     def _load(self, name: str, load: Callable[[Path], Content]) -> Content:
         return load_file(self._files, f"{self._folder}/{name}", load)
 
+    def _damage_of(self, name: str) -> AbstractContextManager[None]:
+        return _damage_named(self._files.root.at(f"{self._folder}/{name}"))
+
     @cached_property
     def embeddings(self) -> StoredRows:
         """(rows, dim) unit rows as they are stored, sorted by list; `embeddings[numbers]` is float16."""
@@ -171,7 +175,12 @@ class PartitionFiles:
         if not self.has_own_lists:
             rows, dim = self.embeddings.shape
             return np.array([0, rows]), np.zeros((1, dim), np.float32)
-        return self._offsets, self._load("list_centroids.npy", load_array)
+        offsets, centroids = self._offsets, self._load("list_centroids.npy", load_array)
+        with self._damage_of("lists.npy"):
+            found, wanted = (int(offsets[-1]), *centroids.shape), (len(self.embeddings), len(offsets) - 1, self._dim)
+            if found != wanted:
+                raise ValueError(f"rows, lists and dimensions are {found}, expected {wanted}")
+        return offsets, centroids
 
     @cached_property
     def _offsets(self) -> Numbers:
@@ -211,6 +220,16 @@ class PartitionFiles:
     @cached_property
     def _base(self) -> Any:
         return self._load("index.faiss", lambda path: faiss.read_index(str(path)))
+
+    @property
+    def checked_base(self) -> Any:
+        """`base`, after a check that it has our lists and fits the rows. Raises UserError for others."""
+        index, rows, lists = self.base, self.embeddings, len(self._offsets) - 1
+        with self._damage_of("index.faiss"):
+            if not is_searchable(index) or index.nlist != lists:
+                raise ValueError(f"it is no index of {lists:,} lists")
+            checked_pointers(index, rows)
+        return index
 
     @property
     def structure(self) -> Any:
@@ -255,7 +274,7 @@ class PartitionFiles:
             return None
         mapped = self._mapped_index
         index, rows = (self._base, self.embeddings) if mapped is None else (mapped.index, self._row_maps[1])
-        with _damage_named(self._files.root.at(f"{self._folder}/index.faiss")):
+        with self._damage_of("index.faiss"):
             return open_list_search(index, rows, None if mapped is None else mapped.pointers)
 
     def visits(self, effort: Effort, k: int) -> tuple[tuple[int, int], int]:

@@ -52,10 +52,10 @@ def is_searchable(index: Any) -> bool:
     return is_bfloat16 and is_packed and index.metric_type == faiss.METRIC_INNER_PRODUCT and index.nlist <= MAX_LISTS
 
 
-def checked_pointers(index: Any, rows: npt.NDArray[np.float16], pointers: ListPointers | None = None) -> ListPointers:
+def checked_pointers(index: Any, rows: Any, pointers: ListPointers | None = None) -> ListPointers:
     """The entries of an index that `is_searchable`: pointers, or by default those in the memory of faiss.
 
-    Raises ValueError unless the index with them fits rows (n, dim).
+    rows: only the shape (n, dim) is read. Raises ValueError unless the index fits it.
     """
     check_sizes(index, rows)
     quantizer, pointers = faiss.downcast_index(index.quantizer), pointers or list_pointers(index)
@@ -78,7 +78,7 @@ def list_pointers(index: Any) -> ListPointers:
     )
 
 
-def check_sizes(index: Any, rows: npt.NDArray[np.float16]) -> None:
+def check_sizes(index: Any, rows: Any) -> None:
     """Raises ValueError unless the parts of an index that `is_searchable` have the sizes of rows (n, dim)."""
     quantizer, codes = faiss.downcast_index(index.quantizer), index.pq
     storage = faiss.downcast_index(quantizer.storage)

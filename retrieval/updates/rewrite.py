@@ -96,7 +96,7 @@ def rewrite_partition(database: Database, number: int, deleted: Mask, added: pa.
     metadata = pa.concat_tables(parts, promote_options="default")
     vectors = np.concatenate([partition.embeddings[kept], schema.vectors(added, schema.EMBEDDING)])
     if config.has_lists(len(vectors)) and _keeps_lists(partition, deleted):
-        lists = update_inverted_lists(partition.files.base, partition.lists, kept, vectors[len(kept) :])
+        lists = update_inverted_lists(partition.files.checked_base, partition.lists, kept, vectors[len(kept) :])
         rows = stored_rows(vectors, config.store), metadata
         record = write_listed_partition(database.root, folder, number, lists, rows)
     else:

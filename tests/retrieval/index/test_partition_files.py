@@ -68,11 +68,15 @@ def test_an_archive_of_arrays_is_refused(path: Path) -> None:
         (np.array([0.0, 5.0]), r"float64 \(2,\), expected"),
         (np.array([1, 5]), "do not ascend from 0"),
         (np.array([0, 5, 4]), "do not ascend from 0"),
+        (np.array([0, 2, 2, 6]), r"rows, lists and dimensions are \(6, 3, 4\), expected \(5, 3, 4\)"),
+        (np.array([0, 2, 5]), r"are \(5, 3, 4\), expected \(5, 2, 4\)"),
     ],
 )
-def test_offsets_of_lists_that_do_not_ascend_from_0_are_refused(path: Path, offsets: Any, message: str) -> None:
+def test_offsets_of_lists_that_do_not_ascend_from_0_to_the_rows_are_refused(
+    path: Path, offsets: Any, message: str
+) -> None:
     np.save(path, ROWS)
-    np.save(path.with_name("list_centroids.npy"), ROWS)
+    np.save(path.with_name("list_centroids.npy"), np.zeros((3, 4), np.float32))
     np.save(path.with_name("lists.npy"), np.array([0, 2, 2, 5]))
     np.testing.assert_array_equal(opened(path).lists[0], [0, 2, 2, 5])
     np.save(path.with_name("lists.npy"), offsets)
