@@ -23,7 +23,8 @@ from pipeline.runtime.stage import Stage
 from pipeline.runtime.status import StageSpec, find_manifest, stage_status
 from retrieval.config import Config
 from retrieval.database.build import write_centroids
-from retrieval.database.database import SCHEMA_VERSION, Database
+from retrieval.database.database import Database
+from retrieval.database.stored_manifest import SCHEMA_VERSION
 from retrieval.storage.manifest import Manifest, ShardRecord, ShardTable, read_manifest, record_file, write_manifest
 from retrieval.storage.root import FileRecord, Root
 

@@ -29,7 +29,8 @@ from pipeline.runtime.id_files import Ids, erased_ids
 from retrieval.clip.encoder import Encoder
 from retrieval.database.build import DatabaseIdentity, write_database
 from retrieval.database.calibration import recalibrate, sample_captions
-from retrieval.database.database import SCHEMA_VERSION, Database
+from retrieval.database.database import Database
+from retrieval.database.stored_manifest import SCHEMA_VERSION
 from retrieval.errors import UserError
 from retrieval.index.routing import unit
 from retrieval.perceptual_hash import BLANK_HASH, MIRROR_MASK

@@ -29,7 +29,8 @@ from retrieval.database.build import (
     write_partition,
 )
 from retrieval.database.calibration import calibrate, calibrate_for, sample_captions
-from retrieval.database.database import SCHEMA_VERSION, Database
+from retrieval.database.database import Database
+from retrieval.database.stored_manifest import SCHEMA_VERSION
 from retrieval.errors import UserError
 from retrieval.imports.pieces import source_identity
 from retrieval.imports.source import VectorsConfig

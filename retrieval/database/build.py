@@ -24,8 +24,9 @@ import pyarrow as pa
 
 from retrieval.clip.identity import EncoderIdentity
 from retrieval.database.calibration import calibrate
-from retrieval.database.database import SCHEMA_VERSION, Database
+from retrieval.database.database import Database
 from retrieval.database.stored_calibration import FOLDER as CALIBRATION_FOLDER
+from retrieval.database.stored_manifest import SCHEMA_VERSION
 from retrieval.errors import UserError
 from retrieval.index.inverted_lists import InvertedLists, held_out, train_inverted_lists
 from retrieval.index.kmeans import nearest_centroids, train_centroids

@@ -19,6 +19,7 @@ from retrieval.database.efforts import Efforts
 from retrieval.database.one_opened import MAX_OPENED, OneOpened
 from retrieval.database.result_table import result_table
 from retrieval.database.stored_calibration import read_calibrations
+from retrieval.database.stored_manifest import stored_manifest
 from retrieval.database.unit_rows import unit_queries, whole_k
 from retrieval.errors import UserError
 from retrieval.extras import check_faiss
@@ -31,11 +32,9 @@ from retrieval.index.partition_files import load_array, load_file
 from retrieval.index.routing import Numbers, Vectors, file_records, route, stored_folders, unit
 from retrieval.index.top_k import Positions, empty_top_k, is_complete, merge_top_k
 from retrieval.storage.arrow_columns import take_rows
-from retrieval.storage.manifest import Manifest, read_manifest
+from retrieval.storage.manifest import Manifest
 from retrieval.storage.root import Root
 
-SCHEMA_VERSION = 6
-"""Version of the files of a database. Databases of other versions are refused."""
 MAX_VIEWS = 16
 """Conditions whose rows are kept, for each database."""
 
@@ -104,20 +103,7 @@ class Database:
         """
         check_faiss()
         root = root if isinstance(root, Root) else Root(root)
-        manifest = read_manifest(root, "")
-        if "encoder" not in manifest.values or "rows" not in manifest.values:
-            raise UserError(f"{root.url} is the output of stage {manifest.stage!r}; expected a database.")
-        if manifest.schema_version != SCHEMA_VERSION:
-            raise UserError(
-                f"{root.url} is a database of version {manifest.schema_version}; this code reads version "
-                f"{SCHEMA_VERSION}. Build it again."
-            )
-        sizes = root.sizes("")
-        for name, file in file_records(manifest).items():
-            if (size := sizes.get(name, -1)) != file.bytes:
-                found = f"{root.at(name)} has {size} bytes, expected {file.bytes} (manifest.json)"
-                raise UserError(f"{found}: the database is damaged. Build it again.")
-        return cls(root, manifest, hidden_ids(root), (cache_folder, cache_gb))
+        return cls(root, stored_manifest(root), hidden_ids(root), (cache_folder, cache_gb))
 
     def open_partition(self, number: int) -> Partition:
         """A partition with files of its own, which are closed with it and not with the database."""

@@ -12,7 +12,7 @@ import pytest
 
 from retrieval import Database, Root, UserError, add_to_database, build_database, delete_from_database, merge_databases
 from retrieval.arrow_files import write_by_number
-from retrieval.database import build
+from retrieval.database import build, stored_manifest
 from retrieval.database.calibration import calibrate, recalibrate
 from retrieval.database.verify import damaged_files
 from retrieval.errors import RecallWarning
@@ -21,7 +21,7 @@ from retrieval.index.hidden import hide
 from retrieval.index.routing import Vectors, unit
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
-from retrieval.storage.manifest import ShardRecord, read_manifest
+from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest
 from retrieval.updates.rewrite import opened_for_update, rewrite_partition
 from tests.killed_writes import kill_at
 from tests.retrieval.conftest import DIM, IDENTITY, brute_force, built, clustered, share_found
@@ -170,6 +170,26 @@ def ends_normally(update: Callable[[Root], object], root: Root) -> bool:
     except KeyboardInterrupt:
         return False
     return True
+
+
+def test_a_database_that_is_updated_while_it_opens_is_opened_again(
+    copied: Callable[[str], Root], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, deleted = copied("partitions"), []
+
+    def update_after_reading(*arguments: Any) -> Manifest:
+        manifest = read_manifest(*arguments)
+        if len(deleted) < 2:
+            deleted.append(1000 + len(deleted))
+            monkeypatch.undo()  # the update opens the database too
+            delete_from_database(root, [deleted[-1]])
+            monkeypatch.setattr(stored_manifest, "read_manifest", update_after_reading)
+        return manifest
+
+    monkeypatch.setattr(stored_manifest, "read_manifest", update_after_reading)
+    database = Database.open(root)
+    assert len(deleted) == 2
+    assert len(database) == 2998
 
 
 def test_files_of_the_database_before_stay_until_the_next_update(
