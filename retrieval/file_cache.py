@@ -56,10 +56,13 @@ class FileCache:
         among the temporary files, which other users must not be able to write. 0 is half of the free disk space; a
         single larger file is allowed.
 
-        records: all files of the root by name, if they are known. Then a file with a copy needs no request.
+        records: all files of the root by name, if they are known. Then a file with a copy needs no request, and a local
+        file must stay as it is now.
         """
         self.root = root
         self._records = records
+        local = records.items() if records and root.is_local else ()
+        self._states = {name: (file.bytes, _state(root.local_path(name))[1]) for name, file in local}
         if not (folder or max_gb):
             folder, max_gb = root.cache
         self.folder = Path(folder or f"{tempfile.gettempdir()}/laion-rdm-{os.getuid()}")
@@ -79,9 +82,13 @@ class FileCache:
     def local(self, name: str) -> Iterator[Path]:
         """A file as a local path for the block. A memory map of it stays valid, with its disk space outside the limit.
 
-        Raises NoRoomError, and NodeError if a copy differs from its record. A local file is not compared.
+        Raises NoRoomError, NodeError if a copy differs from its record, and UserError if a local file was replaced.
         """
         if self.root.is_local:
+            if name in self._states and _state(self.root.local_path(name)) != self._states[name]:
+                raise UserError(
+                    f"{self.root.at(name)} was replaced or deleted since the database was opened. Open it again."
+                )
             with self.root.local(name) as path:
                 yield path
             return
@@ -224,8 +231,17 @@ def _check_copy(path: Path, record: FileRecord, url: str) -> None:
     if (size, sha256) != (record.bytes, record.sha256):
         raise NodeError(
             f"{url}: the copy has {size:,} bytes and SHA-256 {sha256}, expected {record.bytes:,} and {record.sha256} "
-            "(manifest.json). The transfer failed, or the database is damaged. Try again, then build it again."
+            "(manifest.json). The transfer failed, or the database was replaced since it was opened, or it is damaged. "
+            "Open it again, then build it again."
         )
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """Size and modification time in nanoseconds of a file; (-1, 0) if there is none. Inodes change on some mounts."""
+    with suppress(FileNotFoundError):
+        status = path.stat()
+        return status.st_size, status.st_mtime_ns
+    return -1, 0
 
 
 def _width(column: pa.DataType) -> int:

@@ -32,7 +32,8 @@ from retrieval.updates.rewrite import refuse_erasure
 
 
 def merge_databases(root: Root | str, sources: Sequence[Root | str]) -> Database:
-    """Merge databases into a new one in folder `root`, and open it. Replaces a database there, which is no source.
+    """Merge databases into a new one in folder `root`, and open it. Replaces a database there, which is no source and
+    must be opened again.
 
     All ids stay, images that are hidden before the end stay hidden, and the settings are those of the first source.
     Raises UserError if the encoders differ, if an image id is in two sources, for a folder with other files, while

@@ -391,6 +391,24 @@ def test_a_merge_reads_what_changes_in_a_source_while_the_recall_is_measured(
         assert merge_databases(merged, [source.root for source in sources]).hidden.tolist() == [2001]
 
 
+def test_a_database_that_was_opened_before_it_is_replaced_must_be_opened_again(
+    tmp_path: Path, vectors: Vectors, queries: Vectors
+) -> None:
+    rows = vectors[:1200]
+    replaced = built(tmp_path, rows, "replaced", index_key="Flat")
+    metadata = metadata_of(np.arange(5000, 6200))
+    source = build_database(tmp_path / "source", rows[::-1], metadata, encoder=IDENTITY, config=IndexConfig())
+    before = replaced.search(queries, 10).similarities  # reads vectors and metadata
+    unread = Database.open(replaced.root)
+    assert len(unread.partitions[0].embeddings) == 1200
+    merge_databases(replaced.root, [source.root])
+    np.testing.assert_array_equal(replaced.search(queries, 10).similarities, before)
+    replaced_file = r"metadata\.arrow was replaced or deleted since the database was opened\. Open it again"
+    with pytest.raises(UserError, match=replaced_file):
+        unread.search(queries, 10)
+    assert (Database.open(replaced.root).search(queries, 10).ids >= 5000).all()
+
+
 def test_databases_that_cannot_be_merged_are_refused(tmp_path: Path, vectors: Vectors) -> None:
     for name, year in (("numbers", 1900), ("texts", "1900")):
         rows = pa.table({"image_id": [len(name)], "year": [year]})
