@@ -109,7 +109,7 @@ check: install ## lint, format, types, then all tests; CI runs this
 types: install ## check the types
 	$(BIN)/mypy
 
-docs: install ## write the drawings of rooms and the numbers of README
+docs: install ## write the drawings of rooms and the numbers of README and guides
 	$(BIN)/python -m docs.generate.rooms
 	$(BIN)/python -m docs.generate.numbers
 

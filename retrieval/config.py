@@ -48,7 +48,7 @@ class ResourcesConfig(Config):
     memory_gb: float = runtime_setting(0.0, ge=0)
     """Memory of a worker in GB. Ray places workers by it, and a worker above it is stopped; 0: no limit."""
     nodes: str = runtime_setting("", pattern=r"^[A-Za-z0-9_-]*$")
-    """Run only on nodes with this custom resource of Ray, such as `download`; empty: on all nodes."""
+    """Run only on nodes of a cluster with this custom resource of Ray, such as `download`; empty: on all nodes."""
 
 
 class WorkersConfig(ResourcesConfig):

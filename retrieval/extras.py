@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from importlib import metadata
+from importlib import import_module, metadata
+from typing import Any
 
 from retrieval.errors import UserError
 
@@ -48,4 +49,15 @@ def extras_named() -> Iterator[None]:
             raise
         raise UserError(
             f"{library} is not installed. This needs the extra {extra!r}: pip install 'laion-rdm[{extra}]'"
+        ) from error
+
+
+def import_wandb() -> Any:
+    """The module `wandb`. Raises UserError if it is not installed: it is part of no extra."""
+    try:
+        return import_module("wandb")
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"the recipe sets wandb, but the package {error.name} is not installed. Run 'pip install wandb', or take "
+            "the setting out."
         ) from error

@@ -11,6 +11,7 @@ from pipeline.runtime.memory import GB
 from pipeline.runtime.stage import Stage
 from retrieval.config import WorkersConfig
 from retrieval.errors import UserError
+from retrieval.extras import import_wandb
 from retrieval.storage.manifest import ShardRecord
 
 ReportShard = Callable[[ShardRecord, int, int], None]
@@ -19,13 +20,12 @@ ReportShard = Callable[[ShardRecord, int, int], None]
 
 @contextmanager
 def wandb_reporter(stage: Stage) -> Iterator[ReportShard]:
-    """Within the block, a function to call for each finished shard. Raises UserError if W&B cannot start."""
+    """Within the block, a function to call for each finished shard. Raises UserError without W&B."""
     project = stage.config.wandb if isinstance(stage.config, WorkersConfig) else ""
     if not project:
         yield lambda *_: None
         return
-    import wandb
-
+    wandb = import_wandb()
     try:
         run = wandb.init(
             project=project,

@@ -29,6 +29,7 @@ NODE_SHARE = 0.001
 class Workers:
     """The resources of one worker and the number of workers; count 0: as many as fit the nodes, also those that join.
 
+    nodes: not for a Ray on this machine alone, which offers no such resource.
     shards_at_once: shards that a worker processes in threads, so that one is read or written while another is computed.
     """
 
@@ -54,7 +55,7 @@ class Workers:
         wait. Raises UserError if none fits and `count` is 0 or Ray runs on this machine alone.
         """
         fitting = self.num_fitting()
-        if self.count and (fitting >= self.count or os.environ.get("RAY_ADDRESS", "local") != "local"):
+        if self.count and (fitting >= self.count or _is_cluster()):
             return self.count
         if not fitting:
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -74,7 +75,10 @@ class Workers:
 
     def _needs(self) -> dict[str, float]:
         needs = {"CPU": self.num_cpus, "GPU": self.num_gpus, "memory": self.memory_gb * memory.GB}
-        return {kind: need for kind, need in {**needs, self.nodes: NODE_SHARE}.items() if kind and need}
+        return {kind: need for kind, need in {**needs, **self._node_share()}.items() if need}
+
+    def _node_share(self) -> dict[str, float]:
+        return {self.nodes: NODE_SHARE} if self.nodes and _is_cluster() else {}
 
     def _fit(self, node: dict[str, float]) -> int:
         return min(int(node.get(kind, 0) / need + 1e-6) for kind, need in self._needs().items())
@@ -86,11 +90,15 @@ class Workers:
             "num_cpus": self.num_cpus,
             "num_gpus": self.num_gpus,
             "memory": int(self.memory_gb * memory.GB) or None,
-            "resources": {self.nodes: NODE_SHARE} if self.nodes else None,
+            "resources": self._node_share() or None,
             "label_selector": selector,
             "max_concurrency": self.shards_at_once,
             "max_restarts": 0,
         }
+
+
+def _is_cluster() -> bool:
+    return (os.environ.get("RAY_ADDRESS") or "local") != "local"
 
 
 @dataclass

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrieval.errors import UserError
+from retrieval.extras import import_wandb
 from trainer.data.plan import TrainingPlan
 
 
@@ -67,15 +68,3 @@ def open_dashboards(plan: TrainingPlan, folder: Path, done: int) -> list[Dashboa
 
     tensorboard: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
     return [tensorboard, WandbDashboard(plan, folder)] if plan.config.train.wandb else [tensorboard]
-
-
-def import_wandb() -> Any:
-    """The module `wandb`. Raises UserError if it is not installed."""
-    try:
-        import wandb
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"wandb = true, but the package {error.name} is not installed. Run 'pip install wandb', or set "
-            f"train.wandb = false."
-        ) from error
-    return wandb

@@ -15,6 +15,7 @@ from functools import partial
 
 import torch
 
+from retrieval.extras import import_wandb
 from retrieval.storage.lease import lease, raise_if_lost
 from retrieval.storage.root import Root
 from trainer.checkpoint.checkpoint import CheckpointFolder, Progress
@@ -40,7 +41,7 @@ from trainer.model.autoencoder import Autoencoder
 from trainer.model.lora import add_adapters
 from trainer.model.unet import build_unet
 from trainer.recipe import TrainingRecipe
-from trainer.tracking.dashboards import import_wandb, open_dashboards
+from trainer.tracking.dashboards import open_dashboards
 from trainer.tracking.flops import make_utilization_meter
 from trainer.tracking.profiling import PROFILES, StepProfiler
 from trainer.tracking.training_log import KID, METRICS, PREVIEWS, VALIDATION, TrainingLog, read_step_metrics, summarize

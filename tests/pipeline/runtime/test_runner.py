@@ -431,9 +431,17 @@ def test_a_set_number_of_workers_waits_for_nodes_of_a_cluster(
     assert "2 of 3 workers fit the nodes; the others wait for nodes" in caplog.text
 
 
-def test_workers_that_fit_no_node_are_refused_with_the_available_resources(root: Root) -> None:
+def test_a_machine_alone_runs_the_workers_of_any_group_of_nodes(root: Root) -> None:
+    records = run_shards(stage(root), SHARDS, works(root), Workers(nodes="download"))
+    assert [record.shard for record in records] == SHARDS
+
+
+def test_workers_that_fit_no_node_are_refused_with_the_available_resources(
+    root: Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UserError, match=r"a worker takes CPU 1, memory 9000.0 GB; .* the most are CPU 2, mem"):
         run_shards(stage(root), SHARDS, works(root), Workers(memory_gb=9000))
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     with pytest.raises(UserError, match=r"takes CPU 1, far 0.001; no node .* CPU 2, far 0"):
         run_shards(stage(root), SHARDS, works(root), Workers(nodes="far"))
 

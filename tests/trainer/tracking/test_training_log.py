@@ -120,7 +120,7 @@ def test_a_missing_wandb_package_is_an_error_before_training_starts(
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     recipe = make_recipe(autoencoder_folder, wandb=True, wandb_project="rdm")
-    with pytest.raises(UserError, match=r"wandb = true, but the package wandb is not installed.*pip install"):
+    with pytest.raises(UserError, match=r"the recipe sets wandb, but the package wandb is not installed.*pip install"):
         prepare(recipe, training_set)
 
 
