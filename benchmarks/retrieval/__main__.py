@@ -3,9 +3,9 @@
 Generates the data and builds every index once, below a scratch folder; tunes each method, and times it in rounds that
 alternate with those of ScaNN. The results of a method are stored when it is finished, so that the same command
 continues an interrupted run; those of other hardware or other sources of our search are measured again. Writes
-`docs/performance.json`, and from it `docs/performance.md` and the plot. Other sizes and seeds
-(`--rows 300000 --seed 1 --parts search`) are written to the scratch folder; the next full run, or `--parts` without a
-name, adds them to the page.
+`docs/performance.json`, and from it `docs/performance.md` and the plot. Other sizes and seeds, and searches by some
+methods only (`--rows 300000 --seed 1 --parts search`, `--methods scann database --parts search`), are written to the
+scratch folder; the next full run, or `--parts` without a name, adds them to the page as races.
 """
 
 import argparse
@@ -34,6 +34,9 @@ PARTS = ("search", "engine", "join", "scale")
 def main() -> None:
     """Prepare the data, build, measure, write."""
     options = _options()
+    if not options.parts:
+        add_races(options.scratch)
+        return
     data = prepare(options.scratch, options.rows, options.seed)
     methods = [method for method in METHODS if not options.methods or method.name in options.methods]
     builds, failures = build_all(data, methods, options.threads)
@@ -54,7 +57,7 @@ def main() -> None:
         result[part] = measurements[part]()
         write_atomically(record, json.dumps(result, indent=1) + "\n")
         print(f"{part}: {time.perf_counter() - started:.0f} s", flush=True)
-    full = options.rows == FULL_ROWS and not options.seed
+    full = options.rows == FULL_ROWS and not options.seed and not options.methods
     result["races"] = other_races(options.scratch, record)
     report.write(result, DOCS if full else options.scratch)
 
@@ -127,8 +130,15 @@ def _points(record: dict[str, Any]) -> dict[str, list[TuningResult]]:
     return {case: [TuningResult(**point) for point in points] for case, points in record["points"].items()}
 
 
-def other_races(scratch: Path, record: Path) -> list[dict[str, Any]]:
-    """The searches of other sizes and seeds, from their records (`100000.json`) in the scratch folder."""
+def add_races(scratch: Path) -> None:
+    """Add the searches in the scratch folder to the page, in place of its races of the same sizes and seeds."""
+    page = json.loads((DOCS / "performance.json").read_text())
+    races = {(race["rows"], race["seed"]): race for race in [*page["races"], *other_races(scratch, None)]}
+    report.write(page | {"races": list(races.values())}, DOCS)
+
+
+def other_races(scratch: Path, record: Path | None) -> list[dict[str, Any]]:
+    """The searches in the records (`100000.json`) of the scratch folder. record: one that is left out."""
     results = [json.loads(path.read_text()) for path in sorted(scratch.glob("[0-9]*.json")) if path != record]
     return [
         {name: result[name] for name in ("rows", "seed", "hardware")}

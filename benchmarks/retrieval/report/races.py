@@ -3,6 +3,7 @@
 from itertools import groupby
 from typing import Any
 
+from benchmarks.common.report import machines
 from benchmarks.retrieval.catalog import BARE, BY_NAME, DATABASE
 from jobs.reporting.tables import markdown_table
 
@@ -28,11 +29,14 @@ def races_section(races: list[dict[str, Any]]) -> list[str]:
         "x fastest small:",
         "",
     ]
-    return ["**Other sizes and seeds, `Database.search`**", markdown_table(headings, lines), EXPLANATION]
+    heading = "**Other sizes and seeds, and the present code, `Database.search`**"
+    hardware = machines({f"{race['rows']:,} rows, seed {race['seed']}": race["hardware"] for race in races})
+    return [heading, markdown_table(headings, lines), EXPLANATION.format(machines=hardware)]
 
 
-EXPLANATION = """*Small* are the other methods whose process has at most 1,024 bytes a row besides mapped
-files after all searches. Rates of two methods are compared through that of ScaNN in the same rounds."""
+EXPLANATION = """The times are at equal recall. Machines: {machines}. *Small* are the other methods whose
+process has at most 1,024 bytes a row besides mapped files after all searches. Rates of two methods are compared through
+that of ScaNN in the same rounds."""
 
 
 def _lines(race: dict[str, Any]) -> list[list[str]]:

@@ -41,3 +41,20 @@ def test_other_races_are_those_of_the_records_without_the_page(tmp_path: Path) -
         (tmp_path / f"{name}.json").write_text(json.dumps(record))
     others = race.other_races(tmp_path, tmp_path / "300000-1.json")
     assert [other["rows"] for other in others] == [100_000]
+
+
+def test_races_are_added_to_the_page_in_place_of_those_of_the_same_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = json.loads((race.DOCS / "performance.json").read_text())
+    kept = page["races"][0]
+    record = {name: kept[name] for name in ("rows", "hardware")} | {"seed": 7, "search": kept}
+    (tmp_path / "100000-7.json").write_text(json.dumps(record))
+    (tmp_path / "docs/images").mkdir(parents=True)
+    (tmp_path / "docs/performance.json").write_text(json.dumps(page))
+    monkeypatch.setattr(race, "DOCS", tmp_path / "docs")
+    for _ in range(2):
+        race.add_races(tmp_path)
+    added = json.loads((tmp_path / "docs/performance.json").read_text())
+    assert added == page | {"races": [*page["races"], kept | {"seed": 7}]}
+    assert "| 100,000 | 7 | images |" in (tmp_path / "docs/performance.md").read_text()
