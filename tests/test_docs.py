@@ -139,6 +139,22 @@ def test_a_changed_number_changes_its_page(monkeypatch: pytest.MonkeyPatch) -> N
         assert words in numbers.styles()
 
 
+def test_readme_shows_the_race_at_the_size_of_the_page_or_the_search_of_the_page(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    page = numbers.load("performance")
+    monkeypatch.setattr(numbers, "load", lambda name: page)
+    race = numbers.search_row()[1]
+    page["races"] = [race for race in page["races"] if race["rows"] != page["rows"]]
+    [ours] = [
+        row
+        for row in page["search"]["chosen"]
+        if (row["method"], row["stream"], row["k"], row["mode"], row["target"])
+        == ("database", "images", 20, "single", 0.95)
+    ]
+    assert f"{ours['ms']:.3f} ms alone" in numbers.search_row()[1] != race
+
+
 def test_a_style_that_no_caption_names_is_on_the_page_once_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     paper = numbers.load("paper")
     paper["tables"]["effect_pixels"]["suffix_retrieval"] = [0.7, 0.6, 0.8]

@@ -33,7 +33,8 @@ EQUAL_RECALL = """The tables compare times at equal recall on 1,000 other querie
 interpolated between the two settings next to it. A method with a single setting is compared at its own recall."""
 UNEQUAL_RECALL = """These times are not at equal recall: each method runs at its fastest setting that exceeds the target
 by 0.002 on these queries. The recall in the tables is that of 1,000 other queries, so compare times only together with
-it. The benchmark now compares at equal recall; these numbers are older."""
+it. The benchmark now compares at equal recall; these numbers are older. Those of the present code are in the table of
+other sizes."""
 
 BUILDS = """Compare CPU seconds: wall time depends on the load of the machine. The files of `Database`
 include vectors and metadata, which are memory-mapped; its build includes the calibration and its ground
