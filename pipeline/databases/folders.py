@@ -19,6 +19,8 @@ from retrieval.storage.listing import HIDDEN, is_hidden, list_files, safe_text
 
 METADATA_SUFFIXES = ("txt", "cls", "json")
 REPEATED = "with the name of another"
+END_BYTES = 1 << 20
+"""Bytes that are checked at the end of a tar. Some writers fill its last record, of any size, with zeros."""
 
 
 def hub_folder(path: Path) -> Path | None:
@@ -88,6 +90,7 @@ def tar_items(path: Path, name: str, left_out: Counter[str], is_one_of_many: boo
                 else:
                     left_out[REPEATED] += safe_text(member.name) in pictures
                     pictures[safe_text(member.name)] = key, FileRange(path, member.offset_data, member.size)
+            _check_end(path, tar.offset)
     except tarfile.TarError as error:
         raise UserError(f"{path} is not a readable tar: {error}") from error
     parents = PurePosixPath(safe_text(name)).parts
@@ -97,6 +100,21 @@ def tar_items(path: Path, name: str, left_out: Counter[str], is_one_of_many: boo
         folders = PurePosixPath(member_name).parts[:-1]
         item_name = PurePosixPath(safe_text(name), member_name).as_posix()
         yield Item(item_name, content, fields.get(key, {}), (*parents[:-1], *(folders or style)))
+
+
+def _check_end(path: Path, offset: int) -> None:
+    """Raises UserError if no zero block or more than zeros follow the last member that tarfile found in a tar.
+
+    tarfile treats the place where a tar was cut off, a damaged header and the end of the first of two joined tars as
+    the end. offset: of that end.
+    """
+    rest = FileRange(path, offset, END_BYTES).read()
+    if len(rest) < tarfile.BLOCKSIZE or any(rest):
+        raise UserError(
+            f"{path} cannot be read beyond byte {offset:,} of {path.stat().st_size:,}: found no end of a tar there,"
+            " wanted blocks of zeros. It was cut off, is damaged or consists of several tars. Get it again, or pack its"
+            " files again."
+        )
 
 
 def _member_reason(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:

@@ -133,6 +133,24 @@ def test_two_pictures_of_one_name_are_counted(tmp_path: Path) -> None:
     assert list_pictures(PictureSource(tmp_path)).left_out == {"with the name of another": 2}
 
 
+def test_a_tar_that_is_cut_off_damaged_or_joined_is_an_error_and_loses_no_picture(tmp_path: Path) -> None:
+    path, member = tmp_path / "x.tar", 2 * tarfile.BLOCKSIZE
+    write_tar(path, "a.jpg", "b.jpg", "c.jpg")
+    whole = path.read_bytes()
+    for end in (1, 2, 3):  # between two members
+        path.write_bytes(whole[: end * member])
+        with pytest.raises(UserError, match=rf"x.tar cannot be read beyond byte {end * member:,} of {end * member:,}:"):
+            list_pictures(PictureSource(path))
+    damaged = bytearray(whole)
+    damaged[member + 3] ^= 0xFF  # in the header of the second member
+    for data in (whole[: member + 99], bytes(damaged), whole + whole):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match="cut off, is damaged or consists of several tars"):
+            list_pictures(PictureSource(path))
+    path.write_bytes(whole[: 3 * member + tarfile.BLOCKSIZE])
+    assert len(list_pictures(PictureSource(path)).pictures) == 3
+
+
 def test_an_empty_folder_tells_what_was_left_out(tmp_path: Path) -> None:
     write(tmp_path, "a.heic", ".cache/b.jpg")
     with pytest.raises(UserError, match=r"left out: 1 hidden or left by a tool, 1 of another kind \(\.heic\)"):
