@@ -82,24 +82,31 @@ def tar_items(path: Path, name: str, left_out: Counter[str], is_one_of_many: boo
                 if reason := _member_reason(tar, member):
                     left_out[reason] += 1
                     continue
-                folder, slash, base = member.name.rpartition("/")
-                stem, _, kind = base.partition(".")
-                key = f"{folder}{slash}{stem}"
-                if kind in METADATA_SUFFIXES:
-                    fields.setdefault(key, {}).update(_member_fields(kind, _bytes(tar, member)))
+                suffix = PurePosixPath(member.name).suffix
+                if (kind := suffix[1:].lower()) in METADATA_SUFFIXES:
+                    stem = member.name.removesuffix(suffix)
+                    fields.setdefault(stem, {}).update(_member_fields(kind, _bytes(tar, member)))
                 else:
                     left_out[REPEATED] += safe_text(member.name) in pictures
-                    pictures[safe_text(member.name)] = key, FileRange(path, member.offset_data, member.size)
+                    content = FileRange(path, member.offset_data, member.size)
+                    pictures[safe_text(member.name)] = member.name, content
             _check_end(path, tar.offset)
     except tarfile.TarError as error:
         raise UserError(f"{path} is not a readable tar: {error}") from error
     parents = PurePosixPath(safe_text(name)).parts
     is_style = CLASS_NUMBER.fullmatch(parents[-1]) or (is_one_of_many and not parents[-1][-1].isdigit())
     style = parents[-1:] if is_style else ()
-    for member_name, (key, content) in sorted(pictures.items()):
+    for member_name, (stored_name, content) in sorted(pictures.items()):
         folders = PurePosixPath(member_name).parts[:-1]
         item_name = PurePosixPath(safe_text(name), member_name).as_posix()
-        yield Item(item_name, content, fields.get(key, {}), (*parents[:-1], *(folders or style)))
+        yield Item(item_name, content, _fields_of(stored_name, fields), (*parents[:-1], *(folders or style)))
+
+
+def _fields_of(name: str, fields: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The fields of a picture in a tar: of files named as it up to its first dot, as in WebDataset, or to its last."""
+    folder, slash, base = name.rpartition("/")
+    sample, picture = (f"{folder}{slash}{stem}" for stem in (base.partition(".")[0], PurePosixPath(base).stem))
+    return fields.get(sample, {}) | fields.get(picture, {})
 
 
 def _check_end(path: Path, offset: int) -> None:

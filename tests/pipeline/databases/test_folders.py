@@ -133,6 +133,32 @@ def test_two_pictures_of_one_name_are_counted(tmp_path: Path) -> None:
     assert list_pictures(PictureSource(tmp_path)).left_out == {"with the name of another": 2}
 
 
+def test_captions_in_a_tar_belong_to_pictures_with_dots_in_their_names(tmp_path: Path) -> None:
+    contents = {
+        "scan.v1.jpg": b"x",
+        "scan.v1.txt": b"first",
+        "scan.v2.jpg": b"x",
+        "scan.v2.TXT": b"second",
+        "scan.json": b'{"artist": "Anna"}',
+        "key.jpg!Large.jpg": b"x",
+        "key.txt": b"of the sample",
+        "key.de.txt": b"ein anderer",
+        "json": b"\xff\xd8\xff",
+    }
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, data in contents.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    listing = list_pictures(PictureSource(tmp_path / "x.tar"))
+    assert {picture.name: (picture.caption, picture.artist) for picture in listing.pictures} == {
+        "x/json": ("json", ""),
+        "x/key.jpg!Large.jpg": ("of the sample", ""),
+        "x/scan.v1.jpg": ("first", "Anna"),
+        "x/scan.v2.jpg": ("second", "Anna"),
+    }
+
+
 def test_a_tar_that_is_cut_off_damaged_or_joined_is_an_error_and_loses_no_picture(tmp_path: Path) -> None:
     path, member = tmp_path / "x.tar", 2 * tarfile.BLOCKSIZE
     write_tar(path, "a.jpg", "b.jpg", "c.jpg")
