@@ -170,7 +170,7 @@ def _read_table(path: Path) -> tuple[list[str], list[Row]]:
 def _json_rows(text: str) -> tuple[list[str], list[Row]]:
     """The objects of JSON lines; a line that is no object is an empty row."""
     rows: list[Row] = []
-    for line in text.splitlines():
+    for line in io.StringIO(text, newline=None):  # str.splitlines also divides at characters that texts may have
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):

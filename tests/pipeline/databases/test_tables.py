@@ -55,6 +55,17 @@ def test_blank_short_and_long_rows_are_counted(folder: Path) -> None:
     assert ([picture.caption for picture in pictures], missing) == (["A"], 4)
 
 
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_line_of_json_ends_only_at_the_end_of_a_line(folder: Path, character: str, end: str) -> None:
+    row = f'{{"file_name": "a.jpg", "text": "one{character}two"}}'
+    lines = [row, '{"file_name": "sub/b.jpg"}', ""]
+    (folder / "m.jsonl").write_bytes(end.join(lines).encode())
+    pictures, missing = listed(folder / "m.jsonl")
+    assert ([picture.name for picture in pictures], missing) == (["a.jpg", "sub/b.jpg"], 0)
+    assert pictures[0].caption == f"one{character}two"
+
+
 def test_a_table_without_header_may_be_short(folder: Path) -> None:
     (folder / "style_class.txt").write_text("0 Baroque\n")
     (folder / "style_train.csv").write_text("a.jpg,0\nsub/b.jpg\n\n")
