@@ -33,10 +33,17 @@ def with_open_images(pictures: list[SourcePicture], folder: Path) -> list[Source
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    for file in sorted(folder.glob("*.csv")) if folder.is_dir() else []:
-        with file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
-            if {"ImageID", *COLUMNS} <= {*next(csv.reader(lines), [])}:
-                yield file
+    files = sorted(folder.glob("*.csv")) if folder.is_dir() else []
+    return (file for file in files if {"ImageID", *COLUMNS} <= {*_header(file)})
+
+
+def _header(file: Path) -> list[str]:
+    """The columns of a CSV file; none if its beginning is no row, for example because a quote does not end."""
+    with file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
+        try:
+            return next(csv.reader(lines), [])
+        except csv.Error:
+            return []
 
 
 def _rows(file: Path, ids: Collection[str]) -> Iterator[dict[str, str]]:

@@ -181,7 +181,7 @@ def _json_rows(text: str) -> tuple[list[str], list[Row]]:
 
 def _csv_rows(path: Path, text: str) -> tuple[list[str], list[Row]]:
     if text.startswith("sep="):  # Excel
-        text = text.partition("\n")[2]
+        text = text.partition("\n")[2].lstrip("\r\n")
     candidates = [next(csv.reader(io.StringIO(text), delimiter=delimiter), [""]) for delimiter in DELIMITERS]
     with_paths = [cells for cells in candidates if _has_path_column(cells)]
     header = max(with_paths or candidates, key=len)

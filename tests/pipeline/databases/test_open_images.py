@@ -28,3 +28,11 @@ def test_pictures_of_open_images_have_title_licence_and_url(tmp_path: Path) -> N
     assert first.id == image_id(first.url)
     assert (second.picture.caption, third.picture.caption) == (ids[1], ids[2])
     assert (third.url, third.picture.license) == (f"pictures/train/{ids[2]}.jpg", "")
+
+
+def test_a_csv_file_that_is_no_table_is_none_of_open_images(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
+    (tmp_path / "log.csv").write_text('"no end ' + "of a quote\n" * 20_000)
+    (tmp_path / "long.csv").write_text("x" * 200_000)
+    pictures, _ = _imported(tmp_path, "pictures")
+    assert [picture.picture.caption for picture in pictures] == ["a"]

@@ -66,6 +66,12 @@ def test_a_line_of_json_ends_only_at_the_end_of_a_line(folder: Path, character: 
     assert pictures[0].caption == f"one{character}two"
 
 
+def test_empty_lines_before_a_header_are_skipped_also_behind_the_separator_of_excel(folder: Path) -> None:
+    (folder / "t.csv").write_bytes(b"sep=;\r\n\r\npath;label\r\na.jpg;x\r\n")
+    pictures, missing = listed(folder / "t.csv")
+    assert ([(picture.name, picture.label) for picture in pictures], missing) == ([("a.jpg", "x")], 0)
+
+
 def test_a_table_without_header_may_be_short(folder: Path) -> None:
     (folder / "style_class.txt").write_text("0 Baroque\n")
     (folder / "style_train.csv").write_text("a.jpg,0\nsub/b.jpg\n\n")
