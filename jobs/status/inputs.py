@@ -55,10 +55,9 @@ def _of_filter(recipe: Recipe, made: Manifest) -> Changes:
 
 
 def _of_download(recipe: Recipe, made: Manifest) -> Changes:
-    if "filter" not in made.upstream:  # `import` made it
-        return
     blocklist = read_blocklist(recipe[DownloadConfig].blocklist, "download.blocklist")
-    if recipe.root.exists("filter/manifest.json"):
+    # Without `filter` among its inputs, `import` made it.
+    if "filter" in made.upstream and recipe.root.exists("filter/manifest.json"):
         blocklist = with_later_blocked(blocklist, recipe.root, read_manifest(recipe.root, "filter"))
     if blocklist.identity != made.inputs.get("blocklist", ""):
         yield OTHER_BLOCKLIST

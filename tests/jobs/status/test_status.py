@@ -229,6 +229,14 @@ def test_changed_blocklists_heads_and_hidden_images_are_stale_and_named(recipe: 
     assert {stages[name].state for name in names} == {"stale"}
 
 
+def test_imported_pictures_are_stale_with_another_blocklist(recipe: Path, tmp_path: Path) -> None:
+    write_made(recipe, "download", {"source": "s", "import": "[]"}, {"blocklist": ""})
+    (tmp_path / "listed.txt").write_text("example.org")
+    assert statuses_by_stage(recipe)["download"].state == "finished"
+    imported = statuses_by_stage(recipe, f"download.blocklist={tmp_path}/listed.txt")["download"]
+    assert (imported.state, imported.note) == ("stale", "made with another blocklist")
+
+
 def test_an_index_of_other_vectors_is_stale(recipe: Path, tmp_path: Path) -> None:
     recipe.write_text(recipe.read_text() + "[index]\n")
     write_made(recipe, "index", {"embed": "e"}, {}, rows=[3])
