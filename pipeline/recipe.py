@@ -287,7 +287,7 @@ class NeighborsConfig(WorkersConfig):
     """Inverted lists that it visits in each partition; 0: all rows. Both 0: exact neighbors."""
     recall_sample: int = Field(1000, ge=0)
     """Training images in the measurement of recall against brute force; 0: no measurement."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """Seed of that sample."""
     gpus_per_worker: float = runtime_setting(0.0, ge=0)
     """GPUs of a worker; 0: CPU."""

@@ -63,7 +63,7 @@ class IndexConfig(WorkersConfig):
     (docs/guides/searching.md)."""
     num_queries: int = Field(1_000, ge=1)
     """Rows used as queries to measure recall. A row is not its own neighbor."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """Seed of the sample, the centroids, the order of rows in a partition and the queries."""
     cores_per_partition: int = runtime_setting(1, ge=1)
     """Threads that build one partition's index."""

@@ -23,6 +23,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Write the page and print its path."""
     if arguments.pictures < 1:
         raise UserError(f"--pictures must be at least 1, got {arguments.pictures}")
+    if arguments.seed < 0:
+        raise UserError(f"--seed must be at least 0, got {arguments.seed}")
     is_recipe = arguments.source.endswith(".toml")
     root = load_recipe(Path(arguments.source), arguments.overrides).root if is_recipe else Root(arguments.source)
     page = view_page(root, arguments.shard, arguments.pictures, arguments.seed, time.time())

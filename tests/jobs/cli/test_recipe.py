@@ -62,6 +62,11 @@ def test_the_section_storage_sets_the_cache_of_every_database_below_the_root(rec
             r"section \[neighbors\]\n  kk: Extra inputs.*\nKnown keys: .*\bk, near_copy",
         ),
         (SMALL.replace("k = 4", "k = 0"), r"k: Input should be greater than or equal to 1, got 0"),
+        (
+            SMALL.replace("k = 4", "seed = -1"),
+            r"\[neighbors\]\n  seed: Input should be greater than or equal to 0, got -1",
+        ),
+        (SMALL + "[index]\nseed = -1", r"\[index\]\n  seed: Input should be greater than or equal to 0, got -1"),
         (SMALL.replace("k = 4", 'k = "4"'), r"k: Input should be a valid integer, got '4'"),
         (SMALL.replace("[neighbors]", "[neighbours]"), r"unknown section \[neighbours\]"),
         (SMALL.replace('root = "runs/x"', ""), "root must be a folder"),

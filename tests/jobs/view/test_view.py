@@ -176,6 +176,17 @@ def test_the_seed_decides_which_pictures_are_shown(root: Root) -> None:
     assert shown[0] != shown[1]
 
 
+@pytest.mark.parametrize(("option", "least"), [("--seed", 0), ("--pictures", 1)])
+def test_a_number_that_is_too_small_is_named(
+    root: Root, capsys: pytest.CaptureFixture[str], option: str, least: int
+) -> None:
+    write_download(root, {"train/00000": rows_of("train", 0, 2)})
+    with pytest.raises(SystemExit) as ended:
+        main([root.url, option, f"{least - 1}"])
+    assert ended.value.code == 2
+    assert f"{option} must be at least {least}, got {least - 1}" in capsys.readouterr().err
+
+
 def test_an_unreadable_picture_leaves_a_gap(root: Root) -> None:
     write_download(root, {"train/00000": rows_of("train", 0, 2)})
     with root.writing("download/train/00000.tar") as pending, tar_writer(pending.path) as tar:
