@@ -29,6 +29,7 @@ def run_shards(
     finished = finished_shards(stage, shards)  # discards outdated ones in any case
     if include_finished:
         finished = ShardTable.of(())
+        stage.root.delete(f"{stage.name}/manifest.json")  # it names files that are replaced
     names = {*finished.table["shard"].to_pylist()}
     todo = [shard for shard in shards if shard not in names]
     if names:

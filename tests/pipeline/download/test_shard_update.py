@@ -226,6 +226,25 @@ def test_a_retry_of_the_stage_changes_its_identity_but_not_its_fingerprint(
     assert root.list("download/train") == sorted([*second.checksums(), "download/train/notes.txt"])
 
 
+@pytest.mark.usefixtures("in_process_shards")
+def test_a_retry_that_is_killed_leaves_no_manifest_of_files_that_it_replaced(
+    root: Root, server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root.delete("download")
+    write_filter(root)
+    first = run_stage(config(), root)
+    send_pictures(server, {6: 404})
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.download.download.delete_former", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_stage(config(), root, retry=True)
+    with pytest.raises(UserError, match="download did not finish"):
+        read_manifest(root, "download")
+    server.requests.clear()
+    assert run_stage(config(), root).rows > first.rows
+    assert server.requests == []
+
+
 HOW_TO_FETCH = {
     "timeout_s": 30.0,
     "deadline_s": 90.0,
