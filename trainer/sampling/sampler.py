@@ -299,8 +299,9 @@ class Sampler:
 
 
 def upstream_fingerprints(root: Root, trained: TrainedModel, databases: Iterable[str]) -> dict[str, str]:
-    """Fingerprints of a model and of databases, by stage or `database/<name>`. Loads no weights."""
-    fingerprints = {f"database/{name}": open_database(root, name).manifest.fingerprint for name in databases}
+    """Fingerprint of a model and identities of databases, by stage or `database/<name>`. Loads no weights."""
+    # Added and deleted rows change the identity of a database, not its fingerprint.
+    fingerprints = {f"database/{name}": open_database(root, name).manifest.identity for name in databases}
     return {"train": read_manifest(root, trained.folder).fingerprint, **fingerprints}
 
 

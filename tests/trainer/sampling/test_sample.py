@@ -13,6 +13,7 @@ from retrieval.clip.encoder import Encoder
 from retrieval.errors import UserError
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
+from retrieval.updates.delete import delete_from_database
 from tests.trainer.tiny_run import PROMPTS, pictures_of, write_clip, write_run, write_style_database
 from trainer.sampling.picture import read_recipe
 from trainer.sampling.recipe import SampleConfig
@@ -155,6 +156,19 @@ def test_a_rebuilt_database_is_sampled_again(fresh):
         assert sample_again(fresh).fingerprint != old
     finally:
         root.write_json(name, manifest)
+
+
+def test_a_database_with_deleted_rows_is_sampled_again(tmp_path):
+    root, _ = run_in = write_run(tmp_path)
+    sample(run_in)
+    used = [row["image_id"] for row in root.read_json(f"{STAGE}/green/0000-00.json")["neighbors"]]
+    delete_from_database(root.child("databases/green"), used)
+    with pytest.raises(UserError, match=r"database/green.*--remake"):
+        sample(run_in)
+    sample_again(run_in)
+    found = [row["image_id"] for row in root.read_json(f"{STAGE}/green/0000-00.json")["neighbors"]]
+    assert len(found) == 4
+    assert not set(used) & set(found)
 
 
 def test_a_mix_is_one_column_with_neighbors_of_every_database(fresh):
