@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from retrieval.database.verify import visible_positions
 from retrieval.errors import UserError
 from retrieval.storage.manifest import Manifest, ShardRecord
 from retrieval.storage.root import Root
@@ -139,10 +140,11 @@ def make_evaluator(config: EvaluateConfig, sampler: Sampler, styles: Sequence[st
 
 
 def database_rows(config: EvaluateConfig, sampler: Sampler, styles: Sequence[str]) -> dict[str, Features]:
-    """CLIP features (n, dim) of random rows of each style database."""
+    """CLIP features (n, dim) of random rows of each style database, without hidden rows."""
     rows: dict[str, Features] = {}
     for style in styles:
-        embeddings = sampler.database(style).embeddings()
+        database = sampler.database(style)
+        embeddings = database.embeddings()[visible_positions(database)]
         rng = np.random.default_rng([config.seed, *style.encode()])
         selected = np.sort(rng.permutation(len(embeddings))[: config.reference_rows_per_style])
         rows[style] = embeddings[selected].astype(np.float32)

@@ -11,13 +11,15 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
+from retrieval.database.database import Database
 from retrieval.errors import UserError
+from retrieval.index.hidden import hide
 from retrieval.storage.root import Root
 from tests.trainer.evaluation.stored_classifier import read_classifier
 from tests.trainer.tiny_run import PROMPTS, STYLES, pictures_of, write_run
 from trainer.evaluation.charts import draw_bars
 from trainer.evaluation.classifier import TrainedClassifier, train_classifier
-from trainer.evaluation.evaluate import draw_part, run, style_names
+from trainer.evaluation.evaluate import database_rows, draw_part, run, style_names
 from trainer.evaluation.intervals import Bootstrap, share
 from trainer.evaluation.metrics import KernelDistance
 from trainer.evaluation.pixel_judge import EDGE
@@ -315,6 +317,16 @@ def test_a_finished_run_is_not_repeated_and_a_killed_run_ends_with_the_same_chec
     resumed = run(config(prompts_file), tiny[1], root)
     assert resumed.checksums() == manifest.checksums()
     assert picture.stat().st_mtime_ns == written
+
+
+def test_hidden_pictures_train_no_judge(tmp_path):
+    root, trained = write_run(tmp_path)
+    green = Database.open(root.child("databases/green"))
+    ids, vectors = green.rows_at(np.arange(len(green)))
+    hide(green.root, ids[:10])
+    rows = database_rows(EvaluateConfig(), Sampler.open(root, trained), NAMES)
+    assert {style: len(part) for style, part in rows.items()} == {"deep_red": 24, "green": 14, "sky_blue": 24}
+    np.testing.assert_allclose(rows["green"], vectors[10:], atol=1e-3)
 
 
 def test_a_process_with_other_settings_draws_no_part(evaluated, tiny, prompts_file):

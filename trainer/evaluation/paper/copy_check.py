@@ -14,6 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from retrieval.database.database import Database
+from retrieval.database.verify import visible_positions
 from retrieval.storage.root import Root
 from trainer.evaluation.intervals import Rows
 from trainer.evaluation.metrics import Features
@@ -58,8 +59,8 @@ class NeighborImages:
         """folder: with the styles' pictures, or empty; max_rows: real images per database."""
         self._databases, self._folder = databases, folder
         self._rows: dict[str, Rows] = {
-            style: np.sort(np.random.default_rng([seed, *style.encode()]).permutation(len(rows))[:max_rows])
-            for style, rows in databases.items()
+            style: np.sort(np.random.default_rng([seed, *style.encode()]).permutation(visible_positions(db))[:max_rows])
+            for style, db in databases.items()
         }
 
     def by_clip(self, samples: GeneratedSamples) -> NearestAndReal:
