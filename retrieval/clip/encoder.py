@@ -61,6 +61,13 @@ class Encoder:
         batches = (self._tokenize(list(texts[i : i + TEXTS_AT_ONCE])) for i in range(0, len(texts), TEXTS_AT_ONCE))
         return np.concatenate([_rows(self._model.encode_text(batch.to(self.device)), unit) for batch in batches])
 
+    def truncated(self, texts: Sequence[str]) -> list[str]:
+        """The texts (at least one) that are longer than the model's context, in order."""
+        rows = self._tokenize(list(texts))
+        longer = self._tokenize(list(texts), context_length=rows.shape[1] + 1)[:, :-1]
+        is_truncated = (longer != rows).any(dim=1).tolist()  # else a longer context adds padding only
+        return [text for text, truncated in zip(texts, is_truncated, strict=True) if truncated]
+
     def encode_images(self, images: Sequence[Image.Image], *, unit: bool = True) -> npt.NDArray[np.float32]:
         """Vectors of pictures of any size and mode, (n, dim) float32."""
         if not len(images):

@@ -26,7 +26,14 @@ from trainer.evaluation.pixel_judge import pictures_digest, train_pixel_judge
 from trainer.evaluation.recipe import EvaluateConfig
 from trainer.evaluation.sample_groups import draw_groups, features_by_group, picture_path
 from trainer.evaluation.scores import Evaluator, Reference, results
-from trainer.evaluation.styles import MODES, SUFFIX_RETRIEVAL, StyleGroup, make_style_groups, style_words
+from trainer.evaluation.styles import (
+    MODES,
+    SUFFIX_RETRIEVAL,
+    StyleGroup,
+    make_style_groups,
+    require_read_styles,
+    style_words,
+)
 from trainer.sampling.picture import Grid, grid_png, open_picture
 from trainer.sampling.request import TRAINING_DATABASE, prompts_digest, read_prompts
 from trainer.sampling.resumable import Distribute, Part, ResumableItems, draw_alone
@@ -102,6 +109,7 @@ def _open(
     styles = style_names(config, root)
     groups = make_style_groups(config, config.samples_per_style, styles, prompts, config.prompts_per_style)
     sampler.check([request for group in groups for request in group.requests])
+    require_read_styles(groups, sampler.encoder.truncated)
     return sampler, groups
 
 

@@ -3,7 +3,7 @@
 Takes a list of prompts and the names of the style databases, returns requests. Reads and writes no files.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,6 +87,21 @@ def draw_prompts(prompts: Sequence[str], count: int, style: str, seed: int) -> l
     order = np.concatenate([rng.permutation(len(prompts)) for _ in range(rounds)])[:count]
     seeds = rng.integers(0, 2**31, count)
     return [(prompts[number], int(seed)) for number, seed in zip(order, seeds, strict=True)]
+
+
+def require_read_styles(groups: Sequence[StyleGroup], truncated: Callable[[list[str]], list[str]]) -> None:
+    """Raises UserError unless the text encoder reads the style at the end of every prompt that names one.
+
+    truncated: returns those of some texts, at least one, that are longer than the context of the encoder.
+    """
+    requests = (request for group in groups if group.mode in (SUFFIX, SUFFIX_RETRIEVAL) for request in group.requests)
+    prompts = [*dict.fromkeys(request.prompt for request in requests)]
+    if prompts and (cut := truncated(prompts)):
+        raise UserError(
+            f"CLIP does not read the style at the end of {len(cut)} of {len(prompts)} prompts that name one, such as "
+            f"{cut[0]!r}: they are longer than its context, so the baselines would miss the style. Shorten these "
+            "prompts in evaluate.prompts_file."
+        )
 
 
 def _request(config: SamplingConfig, group: tuple[str, str], prompt: str, seed: int) -> Request:

@@ -344,6 +344,13 @@ def test_a_missing_prompts_file_is_refused(tiny):
         run(EvaluateConfig(), tiny[1], tiny[0])
 
 
+def test_prompts_at_whose_end_clip_does_not_read_the_style_are_refused(tiny, tmp_path):
+    longest = 16 - 2 - 6  # CLIP's context without start, end and "in the style of deep red"
+    (tmp_path / "prompts.txt").write_text("\n".join(["stag " * longest, "stag " * (longest + 1)]))
+    with pytest.raises(UserError, match=r"the end of 2 of 6 prompts that name one, such as 'stag stag .* deep red'"):
+        run(config(str(tmp_path / "prompts.txt"), judge_pictures=""), tiny[1], tiny[0])
+
+
 def test_more_manifold_neighbors_than_pictures_are_refused(tiny, prompts_file):
     wide = config(prompts_file, samples_per_style=100, precision_recall_neighbors=99)
     with pytest.raises(UserError, match="72 pictures in all"):

@@ -32,7 +32,7 @@ from trainer.evaluation.pixel_judge import pictures_digest
 from trainer.evaluation.recipe import EvaluateConfig
 from trainer.evaluation.sample_groups import draw_groups, features_by_group, picture_path, read_features
 from trainer.evaluation.scores import Evaluator, results
-from trainer.evaluation.styles import NO_NEIGHBORS, RETRIEVAL, StyleGroup, make_style_groups
+from trainer.evaluation.styles import NO_NEIGHBORS, RETRIEVAL, StyleGroup, make_style_groups, require_read_styles
 from trainer.evaluation.tradeoff import make_settings, setting_groups, tradeoff
 from trainer.recipe import TrainingRecipe
 from trainer.sampling.batches import SamplingBatch, make_batches
@@ -106,6 +106,7 @@ class Experiments:
             make_style_groups(settings, settings.samples_per_style, names, self._prompts, settings.prompts_per_style)
             for names in (self._styles, config.unknown_styles)
         )
+        require_read_styles(self._unknown_groups, sampler.encoder.truncated)
         self._retrieved = [group for group in self._groups if group.mode == RETRIEVAL]
         self._conditioned = {group.style: self._condition(group) for group in self._retrieved}
         self._figures = make_figures(config, settings, config.prompts or self._prompts[:FIGURE_PROMPTS], self._styles)
