@@ -12,12 +12,13 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import FastAPI, HTTPException, Query
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request as HttpRequest
 
-from jobs.explore.api_models import SampleRequest, SearchRequest, VerifyRequest
+from jobs.explore.api_models import ErrorResponse, SampleRequest, SearchRequest, VerifyRequest, first_problem
 from jobs.explore.explorer import Explorer
 from jobs.explore.guard import Guard
 from jobs.explore.png_cache import PngCache
@@ -38,7 +39,9 @@ def make_api(explorer: Explorer, cache: PngCache, hosts: list[str], token: str) 
         explorer.close()
 
     # The Swagger and ReDoc pages load scripts from other servers; only their description is served.
-    app = FastAPI(title="laion-rdm explore", docs_url=None, redoc_url=None, lifespan=lifespan)
+    invalid: dict[int | str, Any] = {422: {"model": ErrorResponse, "description": "A field is invalid."}}
+    app = FastAPI(title="laion-rdm explore", docs_url=None, redoc_url=None, lifespan=lifespan, responses=invalid)
+    app.add_exception_handler(RequestValidationError, _invalid_field)
     app.add_exception_handler(UserError, _error_response)
     app.add_exception_handler(BusyError, _error_response)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
@@ -153,6 +156,12 @@ def _add_origin_routes(app: FastAPI, explorer: Explorer) -> None:
 def _count_pending(queue: WorkQueue, registry: CollectorRegistry) -> None:
     gauge = Gauge(f"explore_{queue.name}_pending", "Jobs running and waiting.", registry=registry)
     gauge.set_function(queue.__len__)
+
+
+async def _invalid_field(request: HttpRequest, error: Exception) -> JSONResponse:
+    # FastAPI's own handler returns all values, which may be as long as the request or no JSON (nan).
+    assert isinstance(error, RequestValidationError)
+    return JSONResponse({"detail": first_problem(error.errors())}, 422)
 
 
 async def _error_response(request: HttpRequest, error: Exception) -> JSONResponse:

@@ -123,6 +123,12 @@ class SampleRequest(ApiRequest):
         return _page_path(tab, fields)
 
 
+class ErrorResponse(BaseModel):
+    """The answer to a request that fails."""
+
+    detail: str
+
+
 class VerifyRequest(ApiRequest):
     """A picture, to be checked for a signed statement of its origin."""
 
@@ -144,6 +150,12 @@ def from_query(kind: type[AnyRequest], query: QueryParams) -> AnyRequest:
     lists = [name for name, field in kind.model_fields.items() if field.default == []]
     fields = {name: query.getlist(name) if name in lists else query[name] for name in query if name != "tab"}
     return kind.model_validate(fields)
+
+
+def first_problem(errors: Sequence[Any]) -> str:
+    """The first of pydantic's errors as text: the field, what is wrong, and the start of the value."""
+    first = errors[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {str(first['input'])[:80]!r}."
 
 
 def encode_mix(names: Sequence[str], weights: Sequence[float | None]) -> list[str]:

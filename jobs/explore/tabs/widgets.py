@@ -11,6 +11,7 @@ import gradio as gr
 from pydantic import ValidationError
 from starlette.datastructures import QueryParams
 
+from jobs.explore.api_models import first_problem
 from jobs.explore.explorer import Explorer, Progress
 from jobs.explore.png_cache import PngCache
 from jobs.explore.tabs import views
@@ -142,7 +143,4 @@ def add_examples(context: PageContext, field: gr.Textbox) -> None:
 
 def error_text(error: Exception) -> str:
     """The message of an error; of a ValidationError, the first invalid field."""
-    if not isinstance(error, ValidationError):
-        return str(error)
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {str(first['input'])[:80]!r}."
+    return first_problem(error.errors()) if isinstance(error, ValidationError) else str(error)

@@ -195,6 +195,24 @@ def test_an_invalid_sampling_request_is_rejected_with_a_reason(app, request_, st
     assert message in answer.text
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ('{"text": "a", "k": NaN}', "body.k: Input should be a finite number, got 'nan'."),
+        ('{"text": "a", "k": "\\ud800"}', "got '\\ud800'."),
+        ('{"text": "a", "\\ud800": 1}', "body: Input should be a valid string"),
+        ('{"text": ["' + 9000 * "a" + '"]}', "body.text: Input should be a valid string"),
+        ("text=a", "JSON decode error"),
+    ],
+)
+def test_an_invalid_field_is_answered_with_a_short_text_whatever_its_value(app, body, message):
+    headers = {"content-type": "application/json"}
+    answer = with_client(app, lambda client: client.post("/search", content=body, headers=headers))
+    assert answer.status_code == 422
+    assert message in answer.json()["detail"]
+    assert len(answer.content) < 300
+
+
 def test_a_body_above_the_limit_is_rejected(app):
     async def chunks():
         for _ in range(1000):
