@@ -54,12 +54,13 @@ class Bootstrap:
         return interval(float(array.mean()), weights @ array / weights.sum(axis=1))
 
     def difference(self, ours: npt.ArrayLike, baseline: npt.ArrayLike, clusters: Clusters) -> Estimate:
-        """Difference of two shares of paired flags (n,). The interval has a width even if all pairs are equal."""
+        """Difference of two shares of paired flags (n,). The interval has a width even if all clusters are equal."""
         values = np.asarray(ours, np.float64) - np.asarray(baseline, np.float64)
-        if values.any():
-            return self.mean(values, clusters)
+        estimate = self.mean(values, clusters)
+        if estimate.low < estimate.high:
+            return estimate
         bound = 1 - wilson_interval(1.0, len(set(clusters))).low
-        return Estimate(0.0, -bound, bound)
+        return Estimate(estimate.value, max(-1.0, estimate.value - bound), min(1.0, estimate.value + bound))
 
     def median(self, values: npt.ArrayLike) -> Estimate:
         """The median of independent values (n,), n at least 1."""

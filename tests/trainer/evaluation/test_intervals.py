@@ -82,6 +82,16 @@ def test_a_difference_is_paired_and_has_a_width_even_if_all_pairs_are_equal():
     assert equal.high == -equal.low
 
 
+def test_a_difference_of_one_prompt_or_of_like_prompts_has_a_width():
+    ours, baseline = np.arange(60) % 3 < 2, np.zeros(60, bool)
+    for clusters in (["one prompt"] * 60, [i // 3 for i in range(60)]):
+        value, low, high = Bootstrap(1000, 0).difference(ours, baseline, clusters)
+        bound = 1 - wilson_interval(1.0, len(set(clusters))).low
+        assert (value, low, high) == pytest.approx((2 / 3, 2 / 3 - bound, min(1.0, 2 / 3 + bound)))
+    low, high = Bootstrap(1000, 0).difference(np.ones(20), np.zeros(20), range(20))[1:]
+    assert (low, high) == pytest.approx(wilson_interval(1.0, 20))
+
+
 def test_a_share_whose_clusters_are_alike_has_all_its_rows_and_one_cluster_counts_once():
     flags = [1, 0, 0] * 20
     assert share(flags, [i // 3 for i in range(60)])[1:] == pytest.approx(wilson_interval(1 / 3, 60))
