@@ -107,28 +107,33 @@ def trained_model(recipe: Recipe) -> TrainedModel:
 def overrides(arguments: Namespace) -> list[str]:
     """The short options as overrides of `--set`."""
     settings = {
-        "databases": arguments.database and json.dumps([arguments.database]),
+        "databases": arguments.database and _toml([arguments.database]),
         "seed": arguments.seed,
         "mode": arguments.mode,
         "k": arguments.k,
         "mix": arguments.mix and _toml_table("--mix", arguments.mix),
-        "images": arguments.image and json.dumps(arguments.image),
-        "init_image": arguments.init_image and json.dumps(arguments.init_image),
+        "images": arguments.image and _toml(arguments.image),
+        "init_image": arguments.init_image and _toml(arguments.init_image),
         "strength": arguments.strength,
-        "mask": arguments.mask and json.dumps(arguments.mask),
+        "mask": arguments.mask and _toml(arguments.mask),
         "exclude": arguments.exclude,
-        "without": arguments.without and json.dumps(arguments.without),
+        "without": arguments.without and _toml(arguments.without),
         "weights": arguments.weigh and _toml_table("--weigh", arguments.weigh),
         "top_m": arguments.top_m,
     }
     return [f"sample.{key}={value}" for key, value in settings.items() if value is not None]
 
 
+def _toml(value: str | list[str]) -> str:
+    # ASCII JSON has two escapes for a character beyond 16 bits, such as an emoji, which TOML does not know.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 def _toml_table(option: str, pairs: Sequence[str]) -> str:
     """Pairs such as `neon=2` as a TOML table."""
     try:
         items = [pair.rsplit("=", 1) for pair in pairs]
-        return f"{{{', '.join(f'{json.dumps(name)} = {float(weight)}' for name, weight in items)}}}"
+        return f"{{{', '.join(f'{_toml(name)} = {float(weight)}' for name, weight in items)}}}"
     except ValueError as error:
         raise UserError(f"{option} {' '.join(pairs)}: wanted pairs such as neon=2") from error
 

@@ -146,6 +146,14 @@ def test_a_signed_picture_is_verified_from_the_shell_and_reproduced(recipe, tmp_
     assert "NOT VALID: changed since it was signed" in capsys.readouterr().out
 
 
+def test_short_options_take_every_character(recipe):
+    texts = {"--without": "caption == '🦌\x7f\\\\'", "--image": "🦌 é.png", "--mix": "🦌=2", "--mask": "a\nb\t"}
+    options = [part for pair in texts.items() for part in pair]
+    config = load_recipe(recipe, sample.overrides(sample.parse_arguments([str(recipe), *options])))[SampleConfig]
+    assert (config.without, config.images) == (texts["--without"], (texts["--image"],))
+    assert (config.mix, config.mask) == ({"🦌": 2.0}, texts["--mask"])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
