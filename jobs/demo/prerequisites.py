@@ -1,4 +1,4 @@
-"""The steps before the stages of the demo: draw the data set, train the CLIP and the autoencoder.
+"""The steps before the stages of the demo: draw the data set, write a CLIP and an autoencoder.
 
 Writes `world/`, `prompts.txt`, `clip/` and `autoencoder/`. A finished step with the same settings is skipped.
 """
@@ -17,9 +17,9 @@ from retrieval.storage.manifest import Manifest, read_manifest, write_manifest
 from retrieval.storage.root import Root
 from retrieval.storage.stage_folder import StageIdentity, prepare_folder
 
-TrainingConfig = TypeVar("TrainingConfig", bound=Config)
+SomeConfig = TypeVar("SomeConfig", bound=Config)
 
-VERSION = 2
+VERSION = 3
 """Part of the identity of each step. Raise it when a changed drawing, loss or random stream changes the models."""
 PROMPTS = "prompts.txt"
 NUM_PROMPTS = 200
@@ -31,16 +31,16 @@ def draw_world(recipe: Recipe) -> None:
     recipe.root.write_bytes(PROMPTS, ("\n".join(held_out_prompts(NUM_PROMPTS)) + "\n").encode())
 
 
-def train_once(
+def make_once(
     root: Root,
     name: str,
-    config: TrainingConfig,
-    train: Callable[[TrainingConfig, Path], Mapping[str, Any]],
+    config: SomeConfig,
+    make: Callable[[SomeConfig, Path], Mapping[str, Any]],
     inputs: Sequence[str] = (),
 ) -> None:
-    """Train a model into `<root>/<name>`, unless it exists with the same settings and inputs.
+    """Let `make` write `<root>/<name>`, unless it exists with the same settings and inputs.
 
-    inputs: folders of stages that `train` reads.
+    inputs: folders of stages that `make` reads.
 
     Raises UserError if it exists with others and `root.remake` does not permit to delete it.
     """
@@ -50,7 +50,7 @@ def train_once(
         return
     started = time.time()
     prepare_folder(root, name, identity)
-    values = train(config, root.local_path(name))
+    values = make(config, root.local_path(name))
     manifest = Manifest(
         stage=name,
         schema_version=VERSION,

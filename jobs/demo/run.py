@@ -1,22 +1,25 @@
 """`laion-rdm demo RECIPE`: the full pipeline on a small synthetic data set, and a report.
 
 Runs every stage with the code of its own command. Finished steps are skipped, interrupted ones continue.
-`seconds.json` stores the wall time of each step.
+`seconds.json` stores the wall time of each step. A recipe with `train.start_from = "trained_models"` starts with the
+models in `jobs/demo/trained_models/`; `--train` reads the recipe `<name>_train.toml` beside RECIPE, which trains all
+models from nothing.
 """
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from jobs import download, embed, evaluate, filter, index, latents, neighbors, sample, train
-from jobs.cli.command import stage_command
+from jobs.cli.command import exit_on_user_error, run_on_recipe, stage_parser
 from jobs.cli.recipe import Recipe
 from jobs.demo.judge.links import measure_links
+from jobs.demo.models import trained
 from jobs.demo.models.autoencoder import train_autoencoder
 from jobs.demo.models.clip import train_clip
-from jobs.demo.prerequisites import draw_world, style_folders, train_once
+from jobs.demo.prerequisites import draw_world, make_once, style_folders
 from jobs.demo.recipe import AutoencoderTraining, ClipTraining, JudgeTraining
 from jobs.demo.report import __main__ as report
 from pipeline.databases import build as database
@@ -56,10 +59,16 @@ def run_data(recipe: Recipe) -> None:
 
 def _prerequisites() -> list[Step]:
     def clip(recipe: Recipe) -> None:
-        train_once(recipe.root, "clip", recipe[ClipTraining], train_clip)
+        if trained.is_start(recipe):
+            trained.copy_model("clip", recipe.root)
+        else:
+            make_once(recipe.root, "clip", recipe[ClipTraining], train_clip)
 
     def autoencoder(recipe: Recipe) -> None:
-        train_once(recipe.root, "autoencoder", recipe[AutoencoderTraining], train_autoencoder)
+        if trained.is_start(recipe):
+            trained.copy_model("autoencoder", recipe.root)
+        else:
+            make_once(recipe.root, "autoencoder", recipe[AutoencoderTraining], train_autoencoder)
 
     return [
         ("world", "world/world.json", draw_world),
@@ -77,11 +86,17 @@ def _data_stages(recipe: Recipe) -> list[Step]:
 def _model_stages(recipe: Recipe) -> list[Step]:
     folder = f"runs/{recipe[TrainConfig].name}"
     return [
-        ("train", f"{folder}/train/manifest.json", train.run),
+        ("train", f"{folder}/train/manifest.json", _train),
         ("sample", f"{folder}/sample/manifest.json", sample.run),
         ("evaluate", f"{folder}/evaluate/manifest.json", evaluate.run),
         ("judge", "judge/manifest.json", _judge),
     ]
+
+
+def _train(recipe: Recipe) -> None:
+    if trained.is_start(recipe):
+        trained.import_network(recipe)
+    train.run(recipe)
 
 
 def _judge(recipe: Recipe) -> None:
@@ -89,7 +104,7 @@ def _judge(recipe: Recipe) -> None:
         return {"links": measure_links(recipe)}
 
     inputs = ("clip", "autoencoder", "neighbors", f"runs/{recipe[TrainConfig].name}/evaluate")
-    train_once(recipe.root, "judge", recipe[JudgeTraining], measure, inputs)
+    make_once(recipe.root, "judge", recipe[JudgeTraining], measure, inputs)
 
 
 def _databases(recipe: Recipe) -> None:
@@ -121,4 +136,12 @@ def _content(root: Root, name: str) -> bytes:
         return file.read()
 
 
-main = stage_command("demo", __doc__, run)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = stage_parser("demo", __doc__)
+    parser.add_argument(
+        "--train", action="store_true", help="train all models from nothing: reads RECIPE's <name>_train.toml"
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.train:
+        arguments.recipe = arguments.recipe.with_stem(f"{arguments.recipe.stem}_train")
+    exit_on_user_error(lambda: run_on_recipe(arguments, run))

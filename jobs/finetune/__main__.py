@@ -12,16 +12,13 @@ from pathlib import Path
 from jobs import embed, index, latents, neighbors, train
 from jobs.cli.command import exit_on_user_error, run_on_recipe, stage_parser
 from jobs.cli.recipe import Recipe
+from jobs.finetune.starting_model import import_start
 from jobs.imports import __main__ as imports
-from jobs.train import training_recipe
 from pipeline.import_pictures import Sources
 from pipeline.runtime.workers import shared_workers
-from retrieval.clip.encoder import Encoder
 from retrieval.cluster.connection import ray_connection
 from retrieval.errors import UserError
-from retrieval.recipe import ClipConfig
 from trainer.recipe import TrainConfig
-from trainer.released.import_run import import_model, trained_with
 
 
 def run(recipe: Recipe, model: Path, sources: Sources) -> None:
@@ -38,16 +35,6 @@ def run(recipe: Recipe, model: Path, sources: Sources) -> None:
         if recipe[TrainConfig].source == "latents":
             latents.run(recipe)
     train.run(recipe)
-
-
-def import_start(recipe: Recipe, model: Path) -> None:
-    """Import `model` as the finished run `train.start_from`, unless that is done already."""
-    config = training_recipe(recipe)
-    # Settings of the fine-tuning are not part of the imported run, except size and k where its files do not tell them.
-    settings = {"name": config.train.start_from, "source": "images", "size": config.train.size, "k": config.train.k}
-    settings |= trained_with(model) | dict.fromkeys(("global_batch", "micro_batch", "steps"), 1)
-    start_config = config.model_copy(update={"train": TrainConfig.model_validate(settings), "clip": None})
-    import_model(start_config, model, Encoder(recipe[ClipConfig]).identity, recipe.root, "train.start_from")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -113,13 +113,18 @@ def read_folder(folder: Path, config: TrainingRecipe) -> ReleasedModel:
             f"{folder / 'unet' / WEIGHTS} does not fit the recipe's [model]: {len(different)} tensors are "
             f"missing, unknown or of another shape ({', '.join(different[:3])}). Download or export it again."
         )
+    tensors = {name: weights[name].float() for name in expected}
+    if config.autoencoder.kind == "patch":
+        recipe = _read_json(folder / "recipe.json")
+        _check_patch_autoencoder(folder, recipe, config.autoencoder)
+        return ReleasedModel(tensors, Path(config.autoencoder.path), recipe["encoder"])
     scale = _read_json(folder / "vae" / CONFIG).get("scaling_factor")
     if scale != config.autoencoder.scale:
         raise UserError(
             f"{folder / 'vae' / CONFIG} has scaling_factor {scale}, [autoencoder] scale is "
             f"{config.autoencoder.scale}. Set the scale to the model's."
         )
-    return ReleasedModel({name: weights[name].float() for name in expected}, folder / "vae")
+    return ReleasedModel(tensors, folder / "vae")
 
 
 def stated_settings(folder: Path) -> dict[str, Any]:
@@ -205,6 +210,16 @@ def _check_norm(path: Path, context_norm: ContextNorm) -> None:
     if path.is_file() and (norm := ModelConfig(**_read_json(path)["model"]).context_norm) != context_norm:
         raise UserError(
             f'{path} has model.context_norm "{norm}", the recipe has "{context_norm}". Set it to the model\'s.'
+        )
+
+
+def _check_patch_autoencoder(folder: Path, recipe: dict[str, Any], config: AutoencoderConfig) -> None:
+    """The folder has no patch autoencoder: that of the recipe must be the model's."""
+    wanted, identity = recipe["autoencoder_identity"], Autoencoder.load(config, "cpu").identity
+    if identity != wanted:
+        raise UserError(
+            f"{folder} was trained on latents of autoencoder {wanted}, [autoencoder] is {identity}. Set it to "
+            "the model's."
         )
 
 

@@ -39,7 +39,7 @@ from trainer.engine.fragments import MASTER, owned_fragments, set_masters
 from trainer.engine.power_ema import PowerAverage
 from trainer.model.autoencoder import Autoencoder
 from trainer.model.lora import add_adapters
-from trainer.model.unet import build_unet
+from trainer.model.unet import build_unet, use_unfused_attention
 from trainer.recipe import TrainingRecipe
 from trainer.tracking.dashboards import open_dashboards
 from trainer.tracking.flops import make_utilization_meter
@@ -193,6 +193,8 @@ def _start(
     """Build the session and load the newest checkpoint. Also returns what the run has done. files: on rank 0."""
     config = plan.config.train
     weights = {name: weight.detach() for name, weight in unet.named_parameters() if weight.requires_grad}
+    if ranks.device.type == "cpu":
+        use_unfused_attention(unet)
     engine = make_engine(unet, config, ranks)
     if config.precision == "bf16":
         set_masters(engine, weights, ranks)

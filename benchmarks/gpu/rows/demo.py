@@ -18,7 +18,7 @@ from PIL import Image
 from benchmarks.common.report import REPOSITORY
 from benchmarks.gpu.day import Cases, Day, Values, run_command
 
-RECIPE = REPOSITORY / "jobs/configs/demo.toml"
+RECIPE = REPOSITORY / "jobs/configs/demo_train.toml"
 SHARE = 0.6
 """Share of the row's time for training. The rest is for sampling and the evaluation."""
 PROBE_STEPS = 200

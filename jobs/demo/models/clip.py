@@ -66,14 +66,14 @@ class AttributeLoss(torch.nn.Module):
     def __init__(self, scenes: list[Scene]) -> None:
         super().__init__()
         tokenize = open_clip.SimpleTokenizer(context_length=MODEL["text_cfg"]["context_length"])
-        self._tokens = tokenize([text for _, texts in WORDS for text in texts])
+        self.tokens = tokenize([text for _, texts in WORDS for text in texts])
         self._sizes = [len(texts) for _, texts in WORDS]
         self._labels = torch.from_numpy(_word_labels(scenes))
-        self.heads = torch.nn.Linear(MODEL["embed_dim"], len(self._tokens))
+        self.heads = torch.nn.Linear(MODEL["embed_dim"], len(self.tokens))
 
     def forward(self, model: CLIP, features: torch.Tensor, rows: npt.NDArray[np.int64]) -> torch.Tensor:
         """The weighted sum. features: (n, dim) of the scenes `rows`, before their normalization."""
-        texts = model.encode_text(self._tokens, normalize=True).float()
+        texts = model.encode_text(self.tokens, normalize=True).float()
         scores = model.logit_scale.exp() * functional.normalize(features, dim=1) @ texts.T
         losses = [
             weight * functional.cross_entropy(logits, label)
@@ -127,17 +127,23 @@ def _through_jpeg(pixels: Pixels) -> Image.Image:
 
 
 def _fit(model: CLIP, scenes: list[Scene], pixels: torch.Tensor, config: ClipTraining) -> float:
-    """The training loop. pixels: (n, 3, size, size) uint8. Returns the last loss."""
+    """The training loop. pixels: (n, 3, size, size) uint8. Returns the last loss.
+
+    The vectors of tokens that no caption has become 0, so that the file of weights can be compressed.
+    """
     tokenize = open_clip.SimpleTokenizer(context_length=MODEL["text_cfg"]["context_length"])
     attributes = AttributeLoss(scenes)
     groups = _group(scenes)
     optimizer = _optimizer(model, attributes, config.learning_rate)
     schedule = warm_up_and_decay(optimizer, config.steps)
+    used = torch.zeros(MODEL["text_cfg"]["vocab_size"], dtype=torch.bool)
+    used[attributes.tokens] = True
     progress = trange(config.steps, desc="clip", unit="step", mininterval=1)
     for step in progress:
         rng = np.random.default_rng([config.seed, 2, step])
         batch = _sample_batch(groups, config.batch_size, rng)
         texts = tokenize([caption(scenes[i], rng) for i in batch])
+        used[texts] = True
         with bfloat16_autocast():
             features = model.encode_image(_augment(pixels[batch], rng)).float()
             loss = _contrast(model, features, model.encode_text(texts, normalize=True).float())
@@ -147,6 +153,8 @@ def _fit(model: CLIP, scenes: list[Scene], pixels: torch.Tensor, config: ClipTra
         optimizer.step()
         schedule.step()
         progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    with torch.no_grad():
+        model.token_embedding.weight[~used] = 0
     return loss.item()
 
 
@@ -214,8 +222,9 @@ def _optimizer(model: CLIP, attributes: AttributeLoss, learning_rate: float) -> 
 
 
 def _save(model: CLIP, root: Root) -> None:
-    """Write the weights, then the description: the folder of a killed call cannot be opened."""
+    """Write the weights in fp16, then the description: the folder of a killed call cannot be opened."""
     root.delete("open_clip_config.json")
+    model = model.half()
     weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     root.write_bytes("open_clip_model.safetensors", save(weights))
     description = {"model_cfg": MODEL, "preprocess_cfg": PREPROCESSING}

@@ -1,4 +1,4 @@
-"""A tiny recipe of the demo, and one complete run of it for all test processes."""
+"""A tiny recipe of the demo that trains all its models, and one complete run of it for all test processes."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from filelock import FileLock
 
 from tests.jobs.free_ports import free_port
 
-DEMO = Path(__file__).resolve().parents[3] / "jobs/configs/demo.toml"
+DEMO = Path(__file__).resolve().parents[3] / "jobs/configs/demo_train.toml"
 TINY = {
     "world.workers": 1,
     "world.num_train": 20,
@@ -46,6 +46,9 @@ TINY = {
     "latents.views": 2,
     "train.ranks": 1,
     "train.global_batch": 8,
+    "train.micro_batch": 8,
+    "train.precision": "fp32",
+    "train.keep_every": 0,
     "train.steps": 4,
     "train.warmup_steps": 2,
     "train.checkpoint_every": 2,
@@ -73,7 +76,7 @@ class TinyDemo(NamedTuple):
 
 def tiny_recipe() -> str:
     """The demo's recipe with the settings of the tiny demo, as TOML."""
-    recipe = tomllib.loads(DEMO.read_text())
+    recipe = tomllib.loads(DEMO.read_text().replace("runs/demo_train", "runs/demo"))
     for key, value in TINY.items():
         section, _, name = key.partition(".")
         recipe[section][name] = json.loads(value) if isinstance(value, str) and value[0] == "[" else value
