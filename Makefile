@@ -51,7 +51,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@$(BIN)/python -m compileall -q -j 0 -x '/tests?/' $(VENV)/lib >/dev/null || true
 	@touch $@
 
-demo: install ## the full pipeline on a small synthetic data set; ends with runs/demo/report.html
+demo: install ## the full pipeline on a small synthetic data set; ends with runs/demo/report.html (ARGS=--train: all models from nothing, in hours)
 	$(BIN)/python -m jobs.demo jobs/configs/demo.toml $(ARGS)
 
 # One picture:  make sample PROMPT="a stag" OUT=stag.png ARGS="--database woodcut --seed 3"
@@ -125,7 +125,7 @@ bench-attribution bench-curve bench-load bench-near-copies bench-sampling: OWN =
 bench-capacity bench-download bench-loader bench-near-copies bench-optout bench-pipeline: export OMP_NUM_THREADS := 1
 bench-pipeline bench-retrieval: .venv-bench/installed
 
-bench-attribution: MODULE = training.attribution## attribution by sampling against a model trained without a style, on the demo (two trainings): docs/attribution.md
+bench-attribution: MODULE = training.attribution## attribution by sampling against a model trained without a style, on RECIPE=jobs/configs/demo_train.toml (two trainings): docs/attribution.md
 bench-capacity: MODULE = pipeline.capacity## rates for the capacity plan: docs/capacity.json
 bench-crashes: MODULE = crashes## crash tests of the data stages: docs/crashes.md
 bench-curve: MODULE = training.curve## contents of the demo's samples at each checkpoint of RECIPE's run, finished or not: docs/curve.md

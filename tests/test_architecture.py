@@ -78,7 +78,7 @@ jobs: cli cluster
 jobs/capacity: cli reporting
 jobs/cli:
 jobs/cluster: cli
-jobs/demo: jobs cli
+jobs/demo: jobs cli finetune
 jobs/demo/judge: cli demo/models demo/world
 jobs/demo/models: demo/world
 jobs/demo/report: cli demo/judge reporting

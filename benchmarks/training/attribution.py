@@ -1,9 +1,10 @@
 """`make bench-attribution`: attribution by sampling without a group of pictures, against a model trained without them.
 
-Reads the finished run of the demo's recipe. The group is a style: its rows in the training set and in the training
-database. Two more models are trained with the recipe's settings: on all rows with another seed, and without the group,
-in a copy of the tables from which `optout` removed it. All models draw the same requests with the same seeds and search
-the training database. CLIP and autoencoder are the same for all; they were trained on pictures of the style.
+Reads the finished run of a demo's recipe that trains from nothing, such as `jobs/configs/demo_train.toml`. The group is
+a style: its rows in the training set and in the training database. Two more models are trained with the recipe's
+settings: on all rows with another seed, and without the group, in a copy of the tables from which `optout` removed it.
+All models draw the same requests with the same seeds and search the training database. CLIP and autoencoder are the
+same for all; they were trained on pictures of the style.
 Writes `docs/attribution.json` and `docs/attribution.md`. A repeated call continues the training.
 """
 
@@ -189,8 +190,15 @@ def _removed_share(pair: Attribution) -> float:
 
 
 def check_options(recipe: Recipe, style: str, each: int) -> None:
-    """Raises UserError for a style without a database, and unless each request of a kind can have its own prompt."""
-    config = recipe[EvaluateConfig]
+    """Raises UserError for a style without a database, unless each request of a kind can have its own prompt, and for
+    a model that did not start from nothing.
+    """
+    config, start = recipe[EvaluateConfig], recipe[TrainConfig].start_from
+    if start:
+        raise UserError(
+            f"{recipe.path} starts the training from {start!r}, which knows the style. Use a recipe without "
+            "train.start_from, such as jobs/configs/demo_train.toml."
+        )
     names, prompts = style_names(config, recipe.root), read_prompts(config.prompts_file)
     if style not in names:
         raise UserError(f"--style must be one of {', '.join(names)}, got {style!r}")

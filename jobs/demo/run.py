@@ -15,8 +15,8 @@ from typing import Any
 from jobs import download, embed, evaluate, filter, index, latents, neighbors, sample, train
 from jobs.cli.command import exit_on_user_error, run_on_recipe, stage_parser
 from jobs.cli.recipe import Recipe
+from jobs.demo import trained
 from jobs.demo.judge.links import measure_links
-from jobs.demo.models import trained
 from jobs.demo.models.autoencoder import train_autoencoder
 from jobs.demo.models.clip import train_clip
 from jobs.demo.prerequisites import draw_world, make_once, style_folders

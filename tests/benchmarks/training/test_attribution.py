@@ -86,6 +86,9 @@ def test_a_wrong_style_and_too_many_requests_are_refused_before_any_work(tiny_de
     for each in (1, 10_000):
         with pytest.raises(UserError, match=rf"--each must be from 2 to \d+, the prompts of .*; got {each}"):
             measure(recipe, "mosaic", each)
+    started = load_recipe(recipe.path, [*recipe.overrides, "train.start_from=other"])
+    with pytest.raises(UserError, match="starts the training from 'other', which knows the style"):
+        check_options(started, "mosaic", 2)
     check_options(recipe, "mosaic", 2)
     assert not copy_folder(recipe, "mosaic").exists()
 

@@ -1,6 +1,6 @@
 """The models in `jobs/demo/trained_models/`, with which `make demo` starts instead of training its own from nothing.
 
-`python -m jobs.demo.models.trained RECIPE` writes the folder from the finished demo of a recipe: `clip/`,
+`python -m jobs.demo.trained RECIPE` writes the folder from the finished demo of a recipe: `clip/`,
 `autoencoder/`, `network/` (the parts of a diffusers folder that are no code, in fp16), and `README.md`, which states
 the training and the checksums.
 """
@@ -27,12 +27,12 @@ from trainer.released.diffusers_folder import SCHEDULER, write_folder
 
 RUN = "trained_models"
 """A recipe with this `train.start_from` starts with the trained models."""
-FOLDER = Path(__file__).resolve().parents[1] / "trained_models"
+FOLDER = Path(__file__).resolve().parent / "trained_models"
 FILES = {"clip": ("open_clip_model.safetensors", "open_clip_config.json"), "autoencoder": (WEIGHTS, CONFIG)}
 """Weights first: a folder without the description cannot be opened."""
 CARD = """# The demo's trained models
 
-Written by `python -m jobs.demo.models.trained {recipe}` after `make demo ARGS=--train`, which trains them from
+Written by `python -m jobs.demo.trained {recipe}` after `make demo ARGS=--train`, which trains them from
 nothing with this recipe. `make demo` starts with them.
 
 - `clip/`: {clip_steps:,} steps of {clip_batch} drawn pictures and captions in {clip_minutes:.0f} minutes; fp16.
@@ -78,6 +78,7 @@ def import_network(recipe: Recipe) -> None:
 def publish(recipe: Recipe, target: Path = FOLDER) -> None:
     """Replace the folder `target` by the models of the recipe's finished demo. The network comes last."""
     root, run = recipe.root, recipe[TrainConfig].folder
+    read_manifest(root, run)  # raises for an unfinished run, before anything is deleted
     shutil.rmtree(target, ignore_errors=True)
     for name, files in FILES.items():
         (target / name).mkdir(parents=True)
@@ -122,7 +123,7 @@ def _card(recipe: Recipe, folder: Path) -> str:
     )
 
 
-main = stage_command("demo.models.trained", __doc__, publish)
+main = stage_command("demo.trained", __doc__, publish)
 
 if __name__ == "__main__":
     main()

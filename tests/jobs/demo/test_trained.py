@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from jobs.cli.recipe import Recipe, load_recipe
-from jobs.demo.models import trained
+from jobs.demo import trained
 from jobs.demo.run import main
 from retrieval.errors import UserError
 from retrieval.storage.root import file_sha256
