@@ -30,6 +30,9 @@ from trainer.sampling.recipe import SampleConfig
 from trainer.sampling.sampler import TrainedModel
 from trainer.sampling.signing import picture_credentials, sample_png
 
+STORED = ("prompt", "database", "mix", "image", "strength", "mode", "k", "exclude", "weigh", "top_m", "seed")
+"""Options that the recipe of a picture has: `--again` uses those and no others."""
+
 
 def run(recipe: Recipe, ray_tasks: int | None = None) -> None:
     """Run the stage with the trained model of the recipe: as a rank of torchrun, alone, or in tasks on Ray."""
@@ -170,6 +173,10 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     arguments = parser.parse_args(argv)
     if arguments.ray_tasks is not None and is_single(arguments):
         parser.error("--ray-tasks draws the whole stage: leave out --prompt, --out and --again")
+    changed = [name for name in STORED if getattr(arguments, name) is not None]
+    if arguments.again and changed:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
+        parser.error(f"--again takes everything from the picture's recipe: leave out {options}")
     return arguments
 
 

@@ -165,6 +165,7 @@ def test_short_options_take_every_character(recipe):
         (["--prompt", "a", "--strength", "0.4"], "strength have no effect without a picture"),
         (["--prompt", "a", "--ray-tasks", "2"], "--ray-tasks draws the whole stage"),
         (["--again", "a.png", "--ray-tasks", "2"], "--ray-tasks draws the whole stage"),
+        (["--again", "a.png", "--top-m", "0.5", "--seed", "1"], "leave out --top-m, --seed"),
         (["--ray-tasks", "-1"], "wanted 0 or more, got -1"),
     ],
 )
