@@ -7,7 +7,7 @@ from the one with them. None of these changes the files of the stage.
 
 import json
 import time
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -171,13 +171,18 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     )
     parser.add_argument("--seed", type=int, help="seed of the noise: short for --set sample.seed=...")
     arguments = parser.parse_args(argv)
+    _check_arguments(parser, arguments)
+    return arguments
+
+
+def _check_arguments(parser: ArgumentParser, arguments: Namespace) -> None:
+    """Ends the command with code 2 for options that exclude each other."""
     if arguments.ray_tasks is not None and is_single(arguments):
         parser.error("--ray-tasks draws the whole stage: leave out --prompt, --out and --again")
     changed = [name for name in STORED if getattr(arguments, name) is not None]
     if arguments.again and changed:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
         parser.error(f"--again takes everything from the picture's recipe: leave out {options}")
-    return arguments
 
 
 def is_single(arguments: Namespace) -> bool:

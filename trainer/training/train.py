@@ -121,7 +121,7 @@ def _train(plan: TrainingPlan, root: Root, ranks: Ranks, termination: Terminatio
     """Train, and export the model. Returns False if SIGTERM ended the training."""
     config, began = plan.config, time.monotonic()
     with raised_on_all(ranks):
-        unet = _initial_network(config, root)
+        unet = _initial_network(config, root, ranks.device)
         files = RunFiles(root, config.train.folder, resources) if ranks.is_first else None
     shapes = {name: weight.shape for name, weight in unet.named_parameters() if weight.requires_grad}
     session, progress = _start(plan, root, unet, ranks, files)
@@ -145,14 +145,19 @@ def _train(plan: TrainingPlan, root: Root, ranks: Ranks, termination: Terminatio
     return completed
 
 
-def _initial_network(config: TrainingRecipe, root: Root) -> torch.nn.Module:
-    """The network with seeded weights or those of `train.start_from`, and with adapters if the recipe has them."""
+def _initial_network(config: TrainingRecipe, root: Root, device: torch.device) -> torch.nn.Module:
+    """The network with seeded weights or those of `train.start_from`, and with adapters if the recipe has them.
+
+    device: on which it will train.
+    """
     torch.manual_seed(config.train.seed)
     unet = build_unet(config.model)
     if config.train.start_from:
         unet.load_state_dict(read_model_weights(root, f"runs/{config.train.start_from}/train"), strict=True)
     if config.train.lora:
         add_adapters(unet, config.train.lora)
+    if device.type == "cpu":
+        use_unfused_attention(unet)
     return unet
 
 
@@ -193,8 +198,6 @@ def _start(
     """Build the session and load the newest checkpoint. Also returns what the run has done. files: on rank 0."""
     config = plan.config.train
     weights = {name: weight.detach() for name, weight in unet.named_parameters() if weight.requires_grad}
-    if ranks.device.type == "cpu":
-        use_unfused_attention(unet)
     engine = make_engine(unet, config, ranks)
     if config.precision == "bf16":
         set_masters(engine, weights, ranks)
