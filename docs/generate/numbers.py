@@ -186,7 +186,17 @@ def load_row() -> Row:
 
 def headline() -> str:
     """The table of README.md."""
-    table = (style_row, content_row, search_row, filter_row, download_row, near_copies_row, crash_row, step_row, load_row)
+    table = (
+        style_row,
+        content_row,
+        search_row,
+        filter_row,
+        download_row,
+        near_copies_row,
+        crash_row,
+        step_row,
+        load_row,
+    )
     return markdown_table(["measured on two CPU cores", "", "page"], [row() for row in table])
 
 
