@@ -236,7 +236,7 @@ def _recipe(root: Root, options: argparse.Namespace) -> TrainingRecipe:
     changes |= {"ranks": WORLD, "global_batch": options.batch, "micro_batch": options.batch // WORLD}
     changes |= {"interleaved_shards": 4, "checkpoint_every": options.steps, "log_every": WARM_UP_STEPS}
     changes |= {"validation_images": 0, "validate_every": 0, "preview_every": 0, "kid_every": 0}
-    changes |= {"preview_prompts": [], "warmup_steps": 0, "learning_rate_decay": "none"}
+    changes |= {"preview_prompts": [], "warmup_steps": 0, "learning_rate_decay": "none", "start_from": ""}
     overrides = [f"train.{name}={value}" for name, value in changes.items()]
     demo = load_recipe(REPOSITORY / "jobs" / "configs" / "demo.toml", overrides)
     while RANK and not (root.exists("extent.json") and root.read_json("extent.json") == vars(EXTENT)):
