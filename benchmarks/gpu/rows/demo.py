@@ -53,6 +53,9 @@ TINY = {
     "neighbors.near_copy_similarity": 0.9995,
     "latents.views": 2,
     "model.channels": [32, 32],
+    "train.global_batch": 16,
+    "train.micro_batch": 8,
+    "train.precision": "fp32",
     "sample.databases": ["mosaic", "index"],
     "sample.steps": 3,
     "evaluate.steps": 2,
@@ -178,6 +181,7 @@ def _settings(folder: Path, tiny: bool) -> Values:
         "train.validate_every": 0,
         "train.preview_every": 0,
         "train.preview_prompts": [],
+        "train.keep_every": 0,
         "sample.certificate": "",
         **(TINY if tiny else FULL),
     }

@@ -3,7 +3,7 @@ import torch
 from pydantic import ValidationError
 
 from trainer.model.recipe import ModelConfig
-from trainer.model.unet import build_unet
+from trainer.model.unet import build_unet, use_unfused_attention
 
 TINY = ModelConfig(latent_channels=4, context_dim=32, channels=(32, 64), attention=(2,), layers=1)
 
@@ -18,6 +18,18 @@ def test_any_number_of_zero_tokens_equals_one_zero_token() -> None:
         with_random = unet(noisy, t, torch.randn(2, 8, 32), return_dict=False)[0]
     torch.testing.assert_close(with_one, with_eight)
     assert (with_one - with_random).abs().max() > 1e-4
+
+
+def test_unfused_attention_computes_the_same() -> None:
+    torch.manual_seed(0)
+    unet = build_unet(TINY).eval()
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([10, 900]), torch.randn(2, 8, 32)
+    with torch.no_grad():
+        fused = unet(*inputs, return_dict=False)[0]
+        before = {type(processor) for processor in unet.attn_processors.values()}
+        use_unfused_attention(unet)
+        torch.testing.assert_close(unet(*inputs, return_dict=False)[0], fused)
+    assert not before & {type(processor) for processor in unet.attn_processors.values()}
 
 
 def test_the_order_of_neighbors_does_not_matter() -> None:
