@@ -121,24 +121,42 @@ def train_classifier(
 def fit(
     build: Callable[[], Trainable], rows: npt.NDArray[Any], labels: Labels, config: TrainingConfig, seed: int
 ) -> Trainable:
-    """Build a network and train it with AdamW and class-balanced cross entropy; returns it in eval mode.
+    """Build a network and train it with class-balanced cross entropy; returns it in eval mode.
 
     rows: (n, ...) inputs; labels: (n,) from 0, each present. The seed decides weights, order and dropout.
+    """
+    counts = np.bincount(labels)
+    weight = torch.from_numpy((len(labels) / (len(counts) * counts)).astype(np.float32))
+    x, y = torch.from_numpy(rows), torch.from_numpy(labels)
+
+    def loss(network: Trainable, batch: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(network(x[batch]), y[batch], weight)
+
+    return minimize(build, loss, len(labels), config, seed)
+
+
+def minimize(
+    build: Callable[[], Trainable],
+    loss: Callable[[Trainable, torch.Tensor], torch.Tensor],
+    count: int,
+    config: TrainingConfig,
+    seed: int,
+) -> Trainable:
+    """Build a network and train it with AdamW on `count` rows; returns it in eval mode.
+
+    loss: of a network and the numbers (batch,) of some rows. The seed decides weights, order and dropout.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = build()
-        counts = np.bincount(labels)
-        weight = torch.from_numpy((len(labels) / (len(counts) * counts)).astype(np.float32))
-        steps = config.epochs * -(-len(labels) // config.batch_size)
+        steps = config.epochs * -(-count // config.batch_size)
         optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        x, y = torch.from_numpy(rows), torch.from_numpy(labels)
         for _ in range(config.epochs):
-            for batch in torch.randperm(len(labels)).split(config.batch_size):
-                loss = torch.nn.functional.cross_entropy(network(x[batch]), y[batch], weight)
+            for batch in torch.randperm(count).split(config.batch_size):
+                value = loss(network, batch)
                 optimizer.zero_grad()
-                loss.backward()
+                value.backward()
                 optimizer.step()
                 schedule.step()
     return network.eval()

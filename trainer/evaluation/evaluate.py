@@ -22,10 +22,11 @@ from trainer.evaluation.charts import LABELS, draw_bars
 from trainer.evaluation.classifier import TrainedClassifier, save_classifier, train_classifier
 from trainer.evaluation.intervals import Bootstrap
 from trainer.evaluation.metrics import Features
-from trainer.evaluation.pixel_judge import pictures_digest, train_pixel_judge
+from trainer.evaluation.pixel_judge import JudgePictures, pictures_digest, train_pixel_judge
 from trainer.evaluation.recipe import EvaluateConfig
 from trainer.evaluation.sample_groups import draw_groups, features_by_group, picture_path
 from trainer.evaluation.scores import Evaluator, Reference, results
+from trainer.evaluation.style_descriptor import train_style_descriptor
 from trainer.evaluation.styles import (
     MODES,
     SUFFIX_RETRIEVAL,
@@ -131,7 +132,10 @@ def style_names(config: EvaluateConfig, root: Root) -> tuple[str, ...]:
 
 
 def make_evaluator(config: EvaluateConfig, sampler: Sampler, styles: Sequence[str], bootstrap: Bootstrap) -> Evaluator:
-    """Train the judges. Rows of the style databases train one and are the reference of distances."""
+    """Train the judges. Rows of the style databases train one and are the reference of distances.
+
+    The style descriptor is trained on pictures of the styles of the recipe, which `styles` may exceed.
+    """
     rows = database_rows(config, sampler, styles)
     count, neighbors = sum(map(len, rows.values())), config.precision_recall_neighbors
     if count <= neighbors:
@@ -139,12 +143,15 @@ def make_evaluator(config: EvaluateConfig, sampler: Sampler, styles: Sequence[st
             f"the style databases have {count} pictures in all, too few for precision_recall_neighbors = "
             f"{neighbors}. Lower it or add pictures."
         )
-    pixels = None
+    pixels = gallery = None
     if config.judge_pictures:
-        max_rows = config.reference_rows_per_style
-        pixels = train_pixel_judge(config.judge_pictures, styles, config.pixel_classifier, max_rows, config.seed)
+        pictures, known = JudgePictures.read(config, styles), style_names(config, sampler.root)
+        pixels = train_pixel_judge(pictures, config.pixel_classifier, config.seed)
         _log_judge("pixels", pixels)
-    return Evaluator(train_feature_judge(config, rows), pixels, Reference.of(rows, neighbors), bootstrap)
+        gallery = train_style_descriptor(pictures, known, config.style_descriptor, config.seed)
+        found = gallery.retrieval(styles).value
+        log.info(f"evaluate: style descriptor of {len(known)} styles  mAP@1 on held-out pictures {found:.3f}")
+    return Evaluator(train_feature_judge(config, rows), pixels, Reference.of(rows, neighbors), bootstrap, gallery)
 
 
 def database_rows(config: EvaluateConfig, sampler: Sampler, styles: Sequence[str]) -> dict[str, Features]:

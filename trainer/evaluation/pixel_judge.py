@@ -1,11 +1,12 @@
 """Style classifier on pixels: a judge that does not see the CLIP features that condition the samples.
 
 Reads a Parquet table of labelled pictures that are in no database and no training set; writes no files. A small
-convolutional network is trained on most of them and tested on the rest.
+convolutional network is trained on most of them and tested on the rest. The style descriptor uses the same pictures.
 """
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from retrieval.errors import UserError
 from retrieval.pictures.picture_file import read_picture
 from trainer.evaluation.classifier import Labels, TrainedClassifier, fit, split_rows
 from trainer.evaluation.metrics import Features
-from trainer.evaluation.recipe import PixelClassifierConfig
+from trainer.evaluation.recipe import EvaluateConfig, PixelClassifierConfig
 from trainer.evaluation.styles import style_words
 
 EDGE = 64
@@ -30,6 +31,32 @@ MAX_SHIFT = 4
 NOISE = 0.05
 BLOCK = 256
 Pixels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class JudgePictures:
+    """Labelled pictures, of which some are held out to test what the others train."""
+
+    styles: tuple[str, ...]
+    pixels: Pixels
+    """(n, EDGE, EDGE, 3)."""
+    labels: Labels
+    """(n,) positions in `styles`."""
+    rows: Labels
+    """Sorted numbers of the pictures for training."""
+    held_out: Labels
+    """Sorted numbers of all others."""
+
+    @classmethod
+    def read(cls, config: EvaluateConfig, styles: Sequence[str]) -> "JudgePictures":
+        """Read the table of the recipe, at most `reference_rows_per_style` pictures of each style.
+
+        Raises UserError if it cannot be read, or has too few pictures of a style.
+        """
+        paths, labels = _rows(config, styles)
+        pixels = thumbnails(read_picture(path) for path in paths)
+        rows, held_out = split_rows(labels, config.pixel_classifier.held_out_fraction, config.seed)
+        return cls(tuple(styles), pixels, labels, rows, held_out)
 
 
 class PixelClassifier(torch.nn.Module):
@@ -41,16 +68,11 @@ class PixelClassifier(torch.nn.Module):
     def __init__(self, styles: tuple[str, ...], dropout: float) -> None:
         super().__init__()
         self.styles = styles
-        layers: list[torch.nn.Module] = []
-        for inputs, outputs in zip((3, *CHANNELS), CHANNELS, strict=False):
-            layers += [torch.nn.Conv2d(inputs, outputs, 3, 2, 1), torch.nn.BatchNorm2d(outputs), torch.nn.ReLU()]
-        pooling = (torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Dropout(dropout))
-        self.layers = torch.nn.Sequential(*layers, *pooling, torch.nn.Linear(CHANNELS[-1], len(styles)))
+        self.layers = make_layers(dropout, len(styles))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Logits (n, styles) of pixels (n, EDGE, EDGE, 3) uint8."""
-        pictures = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
-        logits: torch.Tensor = self.layers(_augmented(pictures) if self.training else pictures)
+        logits: torch.Tensor = self.layers(as_input(pixels, self.training))
         return logits
 
     @torch.inference_mode()
@@ -60,18 +82,25 @@ class PixelClassifier(torch.nn.Module):
         return np.concatenate([self(block).numpy() for block in blocks])
 
 
-def train_pixel_judge(
-    table: str, styles: Sequence[str], config: PixelClassifierConfig, max_rows: int, seed: int
-) -> TrainedClassifier:
-    """Train and test on the pictures of a table, at most `max_rows` of each style.
+def make_layers(dropout: float, outputs: int) -> torch.nn.Sequential:
+    """The layers from pictures (n, 3, EDGE, EDGE) to (n, outputs)."""
+    layers: list[torch.nn.Module] = []
+    for inputs, channels in zip((3, *CHANNELS), CHANNELS, strict=False):
+        layers += [torch.nn.Conv2d(inputs, channels, 3, 2, 1), torch.nn.BatchNorm2d(channels), torch.nn.ReLU()]
+    pooling = (torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Dropout(dropout))
+    return torch.nn.Sequential(*layers, *pooling, torch.nn.Linear(CHANNELS[-1], outputs))
 
-    table: path of a Parquet file with columns `path`, from the folder of the table, and `style`, as the database is
-    called or in words. Raises UserError if it cannot be read, or has too few pictures of a style.
-    """
-    paths, labels = _rows(table, styles, max_rows, seed)
-    pixels = thumbnails(read_picture(path) for path in paths)
-    rows, held_out = split_rows(labels, config.held_out_fraction, seed)
-    network = fit(lambda: PixelClassifier(tuple(styles), config.dropout), pixels[rows], labels[rows], config, seed)
+
+def as_input(pixels: torch.Tensor, augment: bool) -> torch.Tensor:
+    """Pixels (n, EDGE, EDGE, 3) uint8 as pictures (n, 3, EDGE, EDGE) from -1 to 1. augment: change them at random."""
+    pictures = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+    return _augmented(pictures) if augment else pictures
+
+
+def train_pixel_judge(pictures: JudgePictures, config: PixelClassifierConfig, seed: int) -> TrainedClassifier:
+    """Train on some of the pictures and test on the others."""
+    pixels, labels, rows, held_out = pictures.pixels, pictures.labels, pictures.rows, pictures.held_out
+    network = fit(lambda: PixelClassifier(pictures.styles, config.dropout), pixels[rows], labels[rows], config, seed)
     return TrainedClassifier.test(network, pixels[held_out], labels[held_out])
 
 
@@ -105,8 +134,9 @@ def _augmented(pictures: torch.Tensor) -> torch.Tensor:
     return padded[:, :, y : y + EDGE, x : x + EDGE] + NOISE * torch.randn(pictures.shape)
 
 
-def _rows(table: str, styles: Sequence[str], max_rows: int, seed: int) -> tuple[list[Path], Labels]:
+def _rows(config: EvaluateConfig, styles: Sequence[str]) -> tuple[list[Path], Labels]:
     """Paths and labels of the pictures that are used, by style."""
+    table = config.judge_pictures
     by_style: dict[str, list[Path]] = {style_words(style): [] for style in styles}
     for path, style in _read(table):
         if (words := style_words(style)) in by_style:
@@ -117,9 +147,10 @@ def _rows(table: str, styles: Sequence[str], max_rows: int, seed: int) -> tuple[
         of_style = by_style[words]
         if not of_style:
             raise UserError(f"judge_pictures = {table!r} has no picture of style {words!r}. Add some.")
-        order = np.random.default_rng([seed, label]).permutation(len(of_style))[:max_rows]
-        paths += [of_style[number] for number in sorted(order)]
-        labels += [label] * len(order)
+        order = np.random.default_rng([config.seed, label]).permutation(len(of_style))
+        chosen = sorted(order[: config.reference_rows_per_style])
+        paths += [of_style[number] for number in chosen]
+        labels += [label] * len(chosen)
     return paths, np.array(labels, np.int64)
 
 

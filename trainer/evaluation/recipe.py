@@ -10,7 +10,7 @@ from trainer.sampling.recipe import SamplingConfig
 
 
 class TrainingConfig(Config):
-    """Training of a style classifier."""
+    """Training of a judge of styles."""
 
     epochs: int = Field(default=30, ge=1)
     """Passes over the training rows."""
@@ -22,23 +22,39 @@ class TrainingConfig(Config):
     """Decoupled weight decay of AdamW."""
     dropout: float = Field(default=0.2, ge=0, lt=1)
     """Dropout probability of hidden units."""
+
+
+class ClassifierTrainingConfig(TrainingConfig):
+    """Training and test of a style classifier."""
+
     held_out_fraction: float = Field(default=0.2, gt=0, lt=1)
     """Share of each style's rows that is held out to measure the accuracy."""
 
 
-class ClassifierConfig(TrainingConfig):
+class ClassifierConfig(ClassifierTrainingConfig):
     """The paper's style classifier, a two-layer perceptron on CLIP features, and its training."""
 
     hidden: int = Field(default=256, ge=1)
     """Width of the hidden layer."""
 
 
-class PixelClassifierConfig(TrainingConfig):
+class PixelClassifierConfig(ClassifierTrainingConfig):
     """Training of the style classifier on pixels."""
 
     epochs: int = Field(default=12, ge=1)
     """Passes over the training pictures."""
     batch_size: int = Field(default=32, ge=2)
+    """Pictures per step."""
+    learning_rate: float = Field(default=3e-3, gt=0)
+    """Peak learning rate of AdamW; decays to zero along a cosine."""
+
+
+class StyleDescriptorConfig(TrainingConfig):
+    """Training of the style descriptor, on the pictures of the style classifier on pixels."""
+
+    epochs: int = Field(default=12, ge=1)
+    """Passes over the training pictures."""
+    batch_size: int = Field(default=64, ge=2)
     """Pictures per step."""
     learning_rate: float = Field(default=3e-3, gt=0)
     """Peak learning rate of AdamW; decays to zero along a cosine."""
@@ -60,7 +76,9 @@ class EvaluateConfig(SamplingConfig):
     """Parquet table with columns `path` (from its folder) and `style` (as the database or in words): pictures that are
     in no database and no training set. They train and test a second judge, on pixels; empty: there is none."""
     pixel_classifier: PixelClassifierConfig = PixelClassifierConfig()
-    """The style classifier on pixels."""
+    """The style classifier on pixels. Its `held_out_fraction` is also that of the style descriptor."""
+    style_descriptor: StyleDescriptorConfig = added_setting(StyleDescriptorConfig())
+    """The style descriptor, trained on `judge_pictures`: the style of a sample is that of its nearest real picture."""
     reference_rows_per_style: int = Field(default=2000, ge=4)
     """Maximum number of pictures of a style that train the classifier and are the reference of the distances."""
     precision_recall_neighbors: int = Field(default=3, ge=1)

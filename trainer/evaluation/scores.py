@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer.evaluation.classifier import TrainedClassifier
-from trainer.evaluation.intervals import ENDS, Bootstrap, Estimate, Floats, interval, share, wilson_interval
+from trainer.evaluation.intervals import ENDS, Bootstrap, Estimate, Floats, Rows, interval, share, wilson_interval
 from trainer.evaluation.metrics import (
     Features,
     KernelDistance,
@@ -22,8 +22,10 @@ from trainer.evaluation.metrics import (
     relative_improvement,
 )
 from trainer.evaluation.pixel_judge import Pixels
-from trainer.evaluation.styles import RETRIEVAL, SUFFIX
+from trainer.evaluation.style_descriptor import StyleGallery
+from trainer.evaluation.styles import NO_NEIGHBORS, RETRIEVAL, SUFFIX
 
+NO_FLAGS = np.empty(0, np.bool_)
 MAX_FAILURES = 0.025
 """A relative improvement has no upper bound if the baseline fails in a larger share of the resamples."""
 
@@ -73,6 +75,8 @@ class Evaluator:
     """The judge on pixels, trained on pictures of its own; None without such pictures."""
     reference: Reference
     bootstrap: Bootstrap
+    gallery: StyleGallery | None = None
+    """The style descriptor and its pictures, those of the judge on pixels; None without such pictures."""
 
     @property
     def styles(self) -> tuple[str, ...]:
@@ -88,6 +92,8 @@ class StyleScores:
     """(n,) whether the sample is classified as its style."""
     correct_pixels: npt.NDArray[np.bool_]
     """The same for the judge on pixels; (0,) without one."""
+    correct_nearest: npt.NDArray[np.bool_]
+    """(n,) whether the nearest picture of the gallery has the style of the sample; (0,) without a gallery."""
     logits: Floats
     """(n,) logit of the requested style minus the mean of all: softmax ignores a common shift."""
     clip_scores: Floats
@@ -106,6 +112,7 @@ def results(features: FeaturesByGroup, evaluator: Evaluator) -> dict[str, Any]:
     The judges may know more styles than those of the samples.
     """
     styles = list(dict.fromkeys(style for _, style in features))
+    gallery = evaluator.gallery
     scores: Scores = {key: score(evaluator, key[1], group) for key, group in features.items()}
     modes = list(dict.fromkeys(mode for mode, _ in features))
     totals = {mode: pool([scores[mode, style] for style in styles]) for mode in modes}
@@ -115,9 +122,12 @@ def results(features: FeaturesByGroup, evaluator: Evaluator) -> dict[str, Any]:
         "judges": {
             "clip": _judge(evaluator.classifier),
             "pixels": evaluator.pixel_classifier and _judge(evaluator.pixel_classifier),
+            "descriptor": gallery and {"retrieval": gallery.retrieval(styles)},
         },
         "modes": {
-            mode: values(total, evaluator) | _distances({style: features[mode, style] for style in styles}, evaluator)
+            mode: values(total, evaluator)
+            | _distances({style: features[mode, style] for style in styles}, evaluator)
+            | {"content_and_style": gallery and _content_and_style(features, mode, gallery, evaluator.bootstrap)}
             for mode, total in totals.items()
         },
         "effect": _effects(totals, "correct", evaluator),
@@ -132,10 +142,13 @@ def score(evaluator: Evaluator, style: str, features: SampleFeatures) -> StyleSc
     label = evaluator.styles.index(style)
     logits = evaluator.classifier.network.logits(features.pictures).astype(np.float64)
     judge = evaluator.pixel_classifier
-    by_pixels = np.argmax(judge.network.logits(features.pixels), axis=1) == label if judge else np.empty(0, np.bool_)
+    by_pixels = np.argmax(judge.network.logits(features.pixels), axis=1) == label if judge else NO_FLAGS
+    gallery = evaluator.gallery
+    nearest = gallery.has_style(gallery.descriptor.describe(features.pixels), style) if gallery else NO_FLAGS
     return StyleScores(
         correct=np.argmax(logits, axis=1) == label,
         correct_pixels=by_pixels,
+        correct_nearest=nearest,
         logits=logits[:, label] - logits.mean(axis=1),
         clip_scores=clip_scores(features.pictures, features.texts),
         prompts=features.prompts,
@@ -147,6 +160,7 @@ def pool(parts: Sequence[StyleScores]) -> StyleScores:
     return StyleScores(
         correct=np.concatenate([part.correct for part in parts]),
         correct_pixels=np.concatenate([part.correct_pixels for part in parts]),
+        correct_nearest=np.concatenate([part.correct_nearest for part in parts]),
         logits=np.concatenate([part.logits for part in parts]),
         clip_scores=np.concatenate([part.clip_scores for part in parts]),
         prompts=tuple(prompt for part in parts for prompt in part.prompts),
@@ -154,13 +168,14 @@ def pool(parts: Sequence[StyleScores]) -> StyleScores:
 
 
 def values(scores: StyleScores, evaluator: Evaluator) -> dict[str, Any]:
-    """Numbers of samples and prompts, accuracies by both judges, logit and CLIP score."""
+    """Numbers of samples and prompts, accuracies by all judges, logit and CLIP score."""
     mean, prompts = evaluator.bootstrap.mean, scores.prompts
     return {
         "samples": len(scores.correct),
         "prompts": len(set(prompts)),
         "accuracy": share(scores.correct, prompts),
         "accuracy_pixels": evaluator.pixel_classifier and share(scores.correct_pixels, prompts),
+        "accuracy_nearest": evaluator.gallery and share(scores.correct_nearest, prompts),
         "logit": mean(scores.logits, prompts),
         "clip_score": mean(scores.clip_scores, prompts),
     }
@@ -172,6 +187,7 @@ def _style_row(style: str, modes: Sequence[str], scores: Scores, evaluator: Eval
         "style": style,
         "held_out_accuracy": evaluator.classifier.held_out_by_style[style],
         "held_out_accuracy_pixels": pixels and pixels.held_out_by_style[style],
+        "retrieval": evaluator.gallery and evaluator.gallery.retrieval([style]),
         "relative_improvement": _improvement(scores[RETRIEVAL, style], scores[SUFFIX, style], evaluator.bootstrap),
         "modes": {mode: values(scores[mode, style], evaluator) for mode in modes},
     }
@@ -197,28 +213,60 @@ def _distances(groups: Mapping[str, SampleFeatures], evaluator: Evaluator) -> di
     bootstrap, reference = evaluator.bootstrap, evaluator.reference
     pictures = np.concatenate([group.pictures for group in groups.values()])
     prompts = [prompt for group in groups.values() for prompt in group.prompts]
-    weights, start, resampled, distances = bootstrap.weights(prompts), 0, [], []
-    # Unit rows are scaled so that x y / dim in the kernel is their cosine.
-    scale = np.float32(pictures.shape[1] ** 0.5)
-    for style, group in groups.items():
-        kernel = KernelDistance.of(scale * group.pictures, scale * reference.by_style[style])
-        distances.append(kernel.value())
-        resampled.append(kernel.resampled(weights[:, start : start + len(group.prompts)]))
-        start += len(group.prompts)
+    pairs = [(group.pictures, reference.by_style[style]) for style, group in groups.items()]
+    distance, resampled = _kernel_distance(pairs, bootstrap.weights(prompts))
     covered = fit_manifold(pictures, reference.neighbors).contains(reference.manifold.centers)
     return {
-        "kernel_distance": interval(float(np.mean(distances)), _mean_of_known(np.array(resampled))),
+        "kernel_distance": interval(distance, _known(resampled)),
         # Rows are resampled with fixed manifolds: duplicate rows would shrink a manifold.
         "precision": share(reference.manifold.contains(pictures), prompts),
         "recall": share(covered),
     }
 
 
+def _kernel_distance(pairs: Sequence[tuple[Features, Features]], weights: Rows) -> tuple[float, Floats]:
+    """Kernel distance of samples to reference rows, mean over styles, and that of each resample (draws,), maybe nan.
+
+    pairs: samples and reference of each style, unit rows; weights: (draws, samples of all styles).
+    """
+    start, resampled, distances = 0, [], []
+    for samples, reference in pairs:
+        # Unit rows are scaled so that x y / dim in the kernel is their cosine.
+        scale = np.float32(samples.shape[1] ** 0.5)
+        kernel = KernelDistance.of(scale * samples, scale * reference)
+        distances.append(kernel.value())
+        resampled.append(kernel.resampled(weights[:, start : start + len(samples)]))
+        start += len(samples)
+    return float(np.mean(distances)), _mean_of_known(np.array(resampled))
+
+
+def _content_and_style(features: FeaturesByGroup, mode: str, gallery: StyleGallery, bootstrap: Bootstrap) -> Estimate:
+    """(1 + content distance) (1 + style distance), as in ArtFID (Wright and Ommer 2022); smaller is better.
+
+    Content: 1 - CLIP similarity to the sample without neighbors of the same prompt and seed. Style: kernel distance of
+    the style descriptors of samples and of the gallery's pictures of the style, mean over styles.
+    """
+    groups = {style: group for (of_mode, style), group in features.items() if of_mode == mode}
+    plain = [features[NO_NEIGHBORS, style].pictures for style in groups]
+    similarities = clip_scores(np.concatenate([group.pictures for group in groups.values()]), np.concatenate(plain))
+    weights = bootstrap.weights([prompt for group in groups.values() for prompt in group.prompts])
+    content = 1 - np.concatenate([[similarities.mean()], weights @ similarities / weights.sum(axis=1)])
+    describe = gallery.descriptor.describe
+    pairs = [(describe(group.pixels), gallery.of_style(style)) for style, group in groups.items()]
+    distance, resampled = _kernel_distance(pairs, weights)
+    figures = (1 + content) * (1 + np.concatenate([[distance], resampled]))
+    return interval(float(figures[0]), _known(figures[1:]))
+
+
 def _mean_of_known(resampled: Floats) -> Floats:
-    """Mean over styles of each resample, (draws or fewer,), without nan. resampled: (styles, draws)."""
+    """Mean over styles of each resample, (draws,), without nan; nan without any. resampled: (styles, draws)."""
     known = np.isfinite(resampled)
-    usable = known.any(axis=0)
-    return np.asarray(np.where(known, resampled, 0).sum(axis=0)[usable] / known.sum(axis=0)[usable])
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.where(known, resampled, 0).sum(axis=0) / known.sum(axis=0))
+
+
+def _known(resampled: Floats) -> Floats:
+    return resampled[np.isfinite(resampled)]
 
 
 def _improvement(ours: StyleScores, baseline: StyleScores, bootstrap: Bootstrap) -> dict[str, Any]:

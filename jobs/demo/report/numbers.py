@@ -102,7 +102,7 @@ def measure(demo: Demo) -> dict[str, Any]:
 
 
 def style_numbers(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """Accuracies by both judges and gains of retrieval over the other modes, each with the ends of its interval."""
+    """Accuracies by all judges and gains of retrieval over the other modes, each with the ends of its interval."""
     judges, modes = evaluation["judges"], evaluation["modes"]
     estimates = {
         "style_classifier_accuracy": judges["clip"]["accuracy"],
@@ -113,6 +113,9 @@ def style_numbers(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         estimates["pixel_classifier_accuracy"] = judges["pixels"]["accuracy"]
         estimates |= {f"style_accuracy_pixels_{mode}": row["accuracy_pixels"] for mode, row in modes.items()}
         estimates |= {f"style_gain_pixels_over_{mode}": gain for mode, gain in evaluation["effect_pixels"].items()}
+    if judges["descriptor"]:
+        estimates["style_descriptor_retrieval"] = judges["descriptor"]["retrieval"]
+        estimates |= {f"style_accuracy_nearest_{mode}": row["accuracy_nearest"] for mode, row in modes.items()}
     numbers: dict[str, Any] = {"num_styles": evaluation["num_styles"]}
     for name, (value, low, high) in estimates.items():
         numbers |= {name: value, **_ends(name, (low, high))}
@@ -164,6 +167,9 @@ def goals(numbers: Mapping[str, Any]) -> list[Goal]:
                 0,
             ),
         ]
+    if "style_descriptor_retrieval" in numbers:
+        about = "Style descriptor: test pictures whose nearest picture has their style (mAP@1)"
+        demo_goals.append(goal("style_descriptor_retrieval", about, 0.95))
     judge = "Judge of contents on real held-out pictures, at its worst attribute"
     text = "By the judge of contents (a miss is no error): samples with the"
     return [

@@ -228,7 +228,9 @@ def evaluation(columns: list[str]) -> dict[str, Any]:
 
     def results(accuracy: float) -> dict[str, Any]:
         others = {"logit": estimate(2.0), "clip_score": estimate(0.5), "kernel_distance": estimate(0.3)}
+        others["content_and_style"] = estimate(1.5)
         accuracies = {"accuracy": estimate(accuracy), "accuracy_pixels": estimate(accuracy - 0.02)}
+        accuracies["accuracy_nearest"] = estimate(accuracy - 0.01)
         return {"samples": 70, "prompts": 60, **accuracies, **others}
 
     rates = dict(zip(LABELS, (0.9, 0.2, 0.3, 0.1), strict=True))
@@ -240,7 +242,7 @@ def evaluation(columns: list[str]) -> dict[str, Any]:
         "modes": modes,
         "chance": 0.1,
         "num_styles": 10,
-        "judges": {"clip": judge, "pixels": judge},
+        "judges": {"clip": judge, "pixels": judge, "descriptor": {"retrieval": estimate(0.97)}},
         "effect": effect,
         "effect_pixels": effect,
     }

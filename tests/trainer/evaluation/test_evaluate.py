@@ -25,6 +25,7 @@ from trainer.evaluation.metrics import KernelDistance
 from trainer.evaluation.pixel_judge import EDGE
 from trainer.evaluation.recipe import ClassifierConfig, EvaluateConfig, PixelClassifierConfig
 from trainer.evaluation.scores import Evaluator, Reference, SampleFeatures, results
+from trainer.evaluation.style_descriptor import StyleDescriptor, StyleGallery
 from trainer.evaluation.styles import MODES, draw_prompts, make_style_groups, style_words
 from trainer.sampling.picture import read_recipe
 from trainer.sampling.recipe import SamplingConfig
@@ -154,6 +155,13 @@ class ByGrayLevel:
         return {}
 
 
+class GrayLevels(StyleDescriptor):
+    """Describes a picture by its gray level, 0, 1 or 2."""
+
+    def describe(self, pixels: np.ndarray) -> np.ndarray:
+        return np.eye(3, dtype=np.float32)[pixels[:, 0, 0, 0]]
+
+
 def samples_of(pictures: np.ndarray, gray: int = 0) -> SampleFeatures:
     return SampleFeatures(pictures, TEXTS, SIX_PROMPTS, np.full((6, EDGE, EDGE, 3), gray, np.uint8))
 
@@ -164,7 +172,11 @@ def evaluator() -> Evaluator:
     features, labels = np.concatenate([*rows.values()]), np.repeat(np.arange(3), 60)
     classifier = train_classifier(features, labels, NAMES, ClassifierConfig(hidden=32, epochs=20), seed=0)
     pixels = TrainedClassifier(ByGrayLevel(), 1.0, dict.fromkeys(NAMES, 1.0), 30)
-    return Evaluator(classifier, pixels, Reference.of(rows, 3), Bootstrap(200, 0))
+    vectors = np.eye(3, dtype=np.float32)[[0, 0, 1, 1, 2, 2]]
+    gallery = StyleGallery(
+        GrayLevels(0.0), NAMES, vectors, np.array([0, 0, 1, 1, 2, 2]), np.arange(3), np.ones(3, bool)
+    )
+    return Evaluator(classifier, pixels, Reference.of(rows, 3), Bootstrap(200, 0), gallery)
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +207,30 @@ def test_accuracies_are_the_shares_of_correct_samples_by_each_judge(result):
     assert result["judges"]["pixels"] == {"accuracy": share([1] * 30), "held_out_rows": 30}
 
 
+def test_the_style_of_the_nearest_picture_is_compared_with_the_requested_style(result):
+    nearest = {mode: row["accuracy_nearest"].value for mode, row in result["modes"].items()}
+    assert nearest == pytest.approx(dict(zip(MODES, (1, 1, 1 / 3, 1 / 3), strict=True)))
+    assert result["judges"]["descriptor"] == {"retrieval": share([1] * 3)}
+    assert [row["retrieval"] for row in result["styles"]] == [share([1])] * 3
+
+
+def test_content_and_style_is_the_product_of_both_distances_plus_one(samples, result):
+    scale = np.float32(3**0.5)
+    for mode in ("retrieval", "suffix_retrieval"):
+        gray = [0, 1, 2] if mode == "retrieval" else [0, 0, 0]
+        content, style = [], []
+        for label, name in enumerate(NAMES):
+            plain, pictures = samples["no_neighbors", name].pictures, samples[mode, name].pictures
+            content.append(1 - np.sum(pictures * plain, axis=1, dtype=np.float64))
+            rows, real = np.eye(3, dtype=np.float32)[[gray[label]] * 6], np.eye(3, dtype=np.float32)[[label] * 2]
+            style.append(KernelDistance.of(scale * rows, scale * real).value())
+        value, low, high = result["modes"][mode]["content_and_style"]
+        assert value == pytest.approx((1 + np.mean(content)) * (1 + np.mean(style)))
+        assert low < value < high
+    plain = result["modes"]["no_neighbors"]["content_and_style"]
+    assert result["modes"]["retrieval"]["content_and_style"].high < plain.low
+
+
 def test_intervals_are_by_prompt_and_differences_are_paired(result):
     row = result["styles"][1]["modes"]["suffix"]
     assert (row["samples"], row["prompts"]) == (6, 3)
@@ -210,9 +246,10 @@ def test_intervals_are_by_prompt_and_differences_are_paired(result):
 
 
 def test_without_a_judge_on_pixels_its_values_are_none(samples, evaluator):
-    result = results(samples, replace(evaluator, pixel_classifier=None))
-    assert result["judges"]["pixels"] is result["effect_pixels"] is None
-    assert result["modes"]["retrieval"]["accuracy_pixels"] is None
+    result = results(samples, replace(evaluator, pixel_classifier=None, gallery=None))
+    assert result["judges"]["pixels"] is result["judges"]["descriptor"] is result["effect_pixels"] is None
+    row = result["modes"]["retrieval"]
+    assert row["accuracy_pixels"] is row["accuracy_nearest"] is row["content_and_style"] is None
 
 
 def test_improvements_follow_from_the_accuracies(result):

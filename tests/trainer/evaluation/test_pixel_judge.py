@@ -1,5 +1,6 @@
 """The judge on pixels: its table of pictures, its training, and its independence of CLIP."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -7,43 +8,29 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 
 from retrieval.errors import UserError
-from trainer.evaluation.pixel_judge import EDGE, pictures_digest, thumbnails, train_pixel_judge
-from trainer.evaluation.recipe import PixelClassifierConfig
+from tests.trainer.evaluation.judge_table import picture, write_judge_table
+from trainer.evaluation.classifier import TrainedClassifier
+from trainer.evaluation.pixel_judge import EDGE, JudgePictures, pictures_digest, thumbnails, train_pixel_judge
+from trainer.evaluation.recipe import EvaluateConfig, PixelClassifierConfig
 
 STYLES = ("checks", "dark_stripes")
 CONFIG = PixelClassifierConfig(epochs=6, batch_size=8)
 
 
-def picture(style: str, rng: np.random.Generator) -> Image.Image:
-    """Stripes or checks with a random phase and color: only the texture differs."""
-    rows, columns = np.mgrid[:96, :80] + rng.integers(0, 12)
-    on = (rows // 6) % 2 == 0 if style == "dark_stripes" else ((rows // 6 + columns // 6) % 2 == 0)
-    color = rng.integers(60, 255, 3)
-    return Image.fromarray((on[..., None] * color).astype(np.uint8))
-
-
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("judge")
-    rows: dict[str, list[str]] = {"path": [], "style": []}
-    rng = np.random.default_rng(0)
-    for number in range(60):
-        style = STYLES[number % 2]
-        picture(style, rng).save(folder / f"{number}.png")
-        rows["path"].append(f"{number}.png")
-        rows["style"].append(style.replace("_", " "))
-    rows["path"].append("another.png")  # of a style that nobody asks for: it is not even opened
-    rows["style"].append("another style")
-    path = folder / "pictures.parquet"
-    pq.write_table(pa.table(rows), path)
-    return str(path)
+    return write_judge_table(tmp_path_factory.mktemp("judge"), STYLES, 60)
+
+
+def train(table: str, styles: Sequence[str], config: PixelClassifierConfig, seed: int = 0) -> TrainedClassifier:
+    evaluation = EvaluateConfig(judge_pictures=table, pixel_classifier=config, seed=seed, reference_rows_per_style=100)
+    return train_pixel_judge(JudgePictures.read(evaluation, styles), config, seed)
 
 
 def test_textures_are_told_apart_on_held_out_and_new_pictures_sharp_and_blurred(table: str):
-    trained = train_pixel_judge(table, STYLES, CONFIG, 100, seed=0)
+    trained = train(table, STYLES, CONFIG)
     assert trained.held_out_rows == 12
     assert trained.held_out_accuracy >= 0.9
     rng = np.random.default_rng(5)
@@ -57,7 +44,7 @@ def test_textures_are_told_apart_on_held_out_and_new_pictures_sharp_and_blurred(
 def test_the_seed_decides_the_judge_and_the_global_generator_stays(table: str):
     before = torch.random.get_rng_state()
     quick = PixelClassifierConfig(epochs=1, batch_size=16)
-    first, second, other = (train_pixel_judge(table, STYLES, quick, 100, seed) for seed in (3, 3, 4))
+    first, second, other = (train(table, STYLES, quick, seed) for seed in (3, 3, 4))
     assert torch.equal(torch.random.get_rng_state(), before)
     pixels = np.zeros((1, EDGE, EDGE, 3), np.uint8)
     np.testing.assert_array_equal(first.network.logits(pixels), second.network.logits(pixels))
@@ -65,8 +52,11 @@ def test_the_seed_decides_the_judge_and_the_global_generator_stays(table: str):
 
 
 def test_a_limit_of_rows_holds_for_each_style(table: str):
-    trained = train_pixel_judge(table, STYLES, PixelClassifierConfig(epochs=1, held_out_fraction=0.5), 10, seed=0)
-    assert trained.held_out_rows == 10
+    half = PixelClassifierConfig(held_out_fraction=0.5)
+    config = EvaluateConfig(judge_pictures=table, pixel_classifier=half, reference_rows_per_style=10)
+    pictures = JudgePictures.read(config, STYLES)
+    assert np.bincount(pictures.labels).tolist() == [10, 10]
+    assert np.bincount(pictures.labels[pictures.held_out]).tolist() == [5, 5]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +69,7 @@ def test_a_style_without_enough_pictures_is_refused(table: str, tmp_path: Path, 
     path = Path(table).with_name("rare.parquet")
     pq.write_table(pa.table(rows), path)
     with pytest.raises(UserError, match=message):
-        train_pixel_judge(str(path), styles, CONFIG, 100, seed=0)
+        train(str(path), styles, CONFIG)
 
 
 @pytest.mark.parametrize("kind", ["missing", "no table", "other columns", "missing picture"])
@@ -92,7 +82,7 @@ def test_a_table_that_cannot_be_read_is_refused(tmp_path: Path, kind: str):
     elif kind == "missing picture":
         pq.write_table(pa.table({"path": ["a.png"] * 4, "style": ["checks"] * 4}), path)
     with pytest.raises(UserError, match=r"pictures\.parquet|a\.png"):
-        train_pixel_judge(str(path), ("checks",), CONFIG, 100, seed=0)
+        train(str(path), ("checks",), CONFIG)
     if kind != "missing picture":
         with pytest.raises(UserError, match=r"pictures\.parquet"):
             pictures_digest(str(path))
