@@ -3,7 +3,7 @@
 Everything is measured again from the outputs of the stages, except the style accuracies of the evaluation.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -170,10 +170,14 @@ def goals(numbers: Mapping[str, Any]) -> list[Goal]:
     if "style_descriptor_retrieval" in numbers:
         about = "Style descriptor: test pictures whose nearest picture has their style (mAP@1)"
         demo_goals.append(goal("style_descriptor_retrieval", about, 0.95))
+    return [*demo_goals, *_content_goals(goal)]
+
+
+def _content_goals(goal: Callable[..., Goal]) -> list[Goal]:
+    """The goals of the judge of contents."""
     judge = "Judge of contents on real held-out pictures, at its worst attribute"
     text = "By the judge of contents (a miss is no error): samples with the"
     return [
-        *demo_goals,
         goal("content_judge_accuracy", judge, 0.97),
         *(
             replace(goal(f"content_{name}", f"{text} {name} that was asked for", least), is_required=False)
