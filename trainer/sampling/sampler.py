@@ -45,7 +45,8 @@ from trainer.sampling.denoising import (
 from trainer.sampling.picture import to_pictures
 from trainer.sampling.pseudo_queries import PseudoQueries
 from trainer.sampling.recipe import ComputeConfig
-from trainer.sampling.request import TRAINING_DATABASE, ImageQuery, Request, Sample
+from trainer.sampling.request import ImageQuery, Request, Sample, database_folder
+from trainer.sampling.resumable import hidden_lists
 
 UNIT_TOLERANCE = 1e-4
 """Lengths of normalized float32 vectors differ from 1 by less."""
@@ -299,15 +300,17 @@ class Sampler:
 
 
 def upstream_fingerprints(root: Root, trained: TrainedModel, databases: Iterable[str]) -> dict[str, str]:
-    """Fingerprint of a model and identities of databases, by stage or `database/<name>`. Loads no weights."""
-    # Added and deleted rows change the identity of a database, not its fingerprint.
-    fingerprints = {f"database/{name}": open_database(root, name).manifest.identity for name in databases}
-    return {"train": read_manifest(root, trained.folder).fingerprint, **fingerprints}
+    """Fingerprint of a model, identities of databases and their hidden images, by name. Loads no weights."""
+    # Added and deleted rows change the identity of a database, not its fingerprint; hidden images neither.
+    names = tuple(databases)
+    identities = {f"database/{name}": open_database(root, name).manifest.identity for name in names}
+    hidden = hidden_lists(root, map(database_folder, names))
+    return {"train": read_manifest(root, trained.folder).fingerprint, **identities, **hidden}
 
 
 def open_database(root: Root, name: str) -> Database:
     """The database `databases/<name>`, or the training database for `index`. Raises UserError if missing."""
-    folder = name if name == TRAINING_DATABASE else f"databases/{name}"
+    folder = database_folder(name)
     # The name may come from a web request: it must not leave the folder.
     if "/" in name or name in ("", ".", "..") or not root.exists(f"{folder}/manifest.json"):
         known = ", ".join(database_names(root)) or "none"
