@@ -207,7 +207,7 @@ def _distances(groups: Mapping[str, SampleFeatures], evaluator: Evaluator) -> di
         start += len(group.prompts)
     covered = fit_manifold(pictures, reference.neighbors).contains(reference.manifold.centers)
     return {
-        "kernel_distance": interval(float(np.mean(distances)), _mean_of_known(np.array(resampled))),
+        "kernel_distance": interval(float(np.mean(distances)), _mean_of_known(np.array(resampled)), prompts),
         # Rows are resampled with fixed manifolds: duplicate rows would shrink a manifold.
         "precision": share(reference.manifold.contains(pictures), prompts),
         "recall": share(covered),
@@ -224,12 +224,12 @@ def _mean_of_known(resampled: Floats) -> Floats:
 def _improvement(ours: StyleScores, baseline: StyleScores, bootstrap: Bootstrap) -> dict[str, Any]:
     """Accuracy relative to a baseline with the same prompts (Fig. 4a); None if that never succeeds.
 
-    The interval is None if the baseline fails in more than MAX_FAILURES of the resamples.
+    The interval is None if the baseline fails in more than MAX_FAILURES of the resamples, and for a single prompt.
     """
     weights = bootstrap.weights(ours.prompts)
     ours_right, baseline_right = weights @ ours.correct, weights @ baseline.correct
     ends = None
-    if np.mean(baseline_right == 0) <= MAX_FAILURES:
+    if len(set(ours.prompts)) > 1 and np.mean(baseline_right == 0) <= MAX_FAILURES:
         with np.errstate(divide="ignore", invalid="ignore"):
             ratios = np.where(baseline_right > 0, ours_right / baseline_right - 1, np.inf)
         ends = [float(end) for end in np.quantile(ratios, ENDS, method="nearest")]
