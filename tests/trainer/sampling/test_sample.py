@@ -188,6 +188,12 @@ def test_pictures_with_images_that_are_hidden_later_are_sampled_again(tmp_path):
     assert written(root) == files
 
 
+def test_prompts_that_clip_reads_in_part_are_a_warning(fresh, caplog):
+    with caplog.at_level(logging.WARNING):
+        sample(fresh, prompts=("a stag", "stag " * 20), databases=("green",), images_per_prompt=1)
+    assert "first 16 tokens, start and end included, of 1 of 2 texts, such as 'stag stag" in caplog.text
+
+
 def test_a_mix_is_one_column_with_neighbors_of_every_database(fresh):
     sample(fresh, mix={"deep_red": 2.0, "green": 1.0}, databases=("nowhere",))
     neighbors = fresh[0].read_json(f"{STAGE}/mix/0001-01.json")["neighbors"]
