@@ -23,6 +23,7 @@ from jobs.explore.examples import candidates, known_captions
 from jobs.explore.explorer import Explorer, Progress
 from jobs.explore.guard import UploadQuota
 from jobs.explore.png_cache import PngCache
+from jobs.explore.tabs import views
 from jobs.explore.tabs.views import verification
 from jobs.explore.tabs.widgets import PageContext, page_event, upload_field
 from jobs.explore.visits import Visits
@@ -103,6 +104,18 @@ def test_an_opted_out_picture_is_not_served(run):
     assert get(app, f"picture/green/{green_id(6)}").status_code == 200
 
 
+def test_a_picture_of_a_deleted_tar_is_not_found(run):
+    app = open_app(run)
+    tar = run[0].local_path("databases/green/pictures/00000.tar")
+    other = tar.rename(tar.with_suffix(".away"))
+    try:
+        answer = get(app, f"picture/green/{green_id(5)}")
+    finally:
+        other.rename(tar)
+    assert (answer.status_code, answer.json()["detail"].split(",")[-1]) == (404, " or its file was deleted.")
+    assert get(app, f"picture/green/{green_id(5)}").status_code == 200
+
+
 def test_a_transparent_picture_has_the_same_neighbors_in_a_search_and_in_a_sample(app):
     picture = pictures_of("green")[5].convert("RGBA")
     picture.putalpha(Image.linear_gradient("L").resize(picture.size))
@@ -150,6 +163,16 @@ def test_a_sample_has_its_neighbors_and_its_link_makes_the_same_picture(app):
     assert Image.open(again).tobytes() == Image.open(httpx.Response(200, content=png)).tobytes()
 
 
+def test_a_text_beyond_the_context_of_clip_has_a_note_in_the_api_and_on_the_page(app, run):
+    long, read = "stag " * 20, "CLIP reads only the first 16 tokens"
+    assert post(app, "/search", {"text": long}).json()["note"].startswith(read)
+    assert post(app, "/search", {"text": "stag " * 14}).json()["note"] == ""
+    request = {"prompt": long, "steps": 1, "mix": ["green"], "without": "caption == 'a'"}
+    assert post(app, "/sample", request | {"without": ""}).json()["note"].startswith(read)
+    assert post(app, "/attribution", request).json()["note"].startswith(read)
+    assert read in views.search_results([], "0 neighbors", "?tab=search", open_explorer(run).note(long))
+
+
 def test_a_link_names_the_default_database_and_keeps_all_digits_of_weights(app):
     assert "mix=index&" in post(app, "/sample", {"prompt": "a", "steps": 1}).json()["link"]
     assert "mix=" not in post(app, "/sample", {"prompt": "a", "steps": 1, "mode": "text"}).json()["link"]
@@ -182,6 +205,10 @@ def test_an_invalid_search_is_rejected_with_a_reason(app, request_, message):
         ({"prompt": "a", "mix": ["green:x"]}, 400, "name:weight"),
         ({"prompt": "a", "mix": ["green", "nowhere"]}, 400, "no database 'nowhere'"),
         ({"prompt": "a", "mix": ["green:-1", "index"]}, 400, "weight"),
+        ({"prompt": "a", "mix": ["green:-1"]}, 400, "'green:-1' has the weight -1"),
+        ({"prompt": "a", "mix": ["green:nan"]}, 400, "'green:nan' has the weight nan"),
+        ({"prompt": "a", "mix": ["green:0"]}, 400, "Wanted: above 0"),
+        ({"prompt": "a", "mix": ["green:inf"]}, 400, "below 1e+06"),
         ({"prompt": "a", "vectors": ["AAAA"]}, 400, "image 'picture'"),
         ({"prompt": "a", "vectors": [base64_of(bytes(4 * DIM))]}, 400, "zero or not finite"),
         ({"prompt": "a", "weights": ["green:2"]}, 400, "id:factor"),
