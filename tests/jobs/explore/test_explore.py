@@ -25,7 +25,7 @@ from jobs.explore.guard import UploadQuota
 from jobs.explore.png_cache import PngCache
 from jobs.explore.tabs import views
 from jobs.explore.tabs.views import verification
-from jobs.explore.tabs.widgets import PageContext, page_event, upload_field
+from jobs.explore.tabs.widgets import PageContext, file_as_base64, page_event, upload_field
 from jobs.explore.visits import Visits
 from jobs.explore.work_queue import BusyError, WorkQueue
 from retrieval.errors import NodeError, UserError
@@ -504,6 +504,22 @@ def test_a_page_shows_the_steps_of_a_picture_and_a_cancelled_one_says_so(run):
     assert "Cancelled." in last
     wait_until(lambda: not len(explorer.samples))
     assert steps[3:] in ([1], [1, 2], [1, 2, 3], [1, 2, 3, 4])
+
+
+def test_a_page_says_that_an_uploaded_picture_has_expired(run, tmp_path):
+    context = PageContext(open_explorer(run), PngCache(), Visits())
+    path = tmp_path / "a.png"
+
+    async def size(progress: Progress, path: str) -> str:
+        return f"{len(file_as_base64(path))} characters"
+
+    async def shown() -> str:
+        return [html async for html in page_event(context, size)(Namespace(session_hash="visit"), str(path))][-1]
+
+    path.write_bytes(b"abc")
+    assert asyncio.run(shown()) == "4 characters"
+    path.unlink()
+    assert "has expired: it is kept for 60 minutes. Upload it again." in asyncio.run(shown())
 
 
 def test_examples_are_captions_that_find_their_own_pictures(run):
