@@ -98,7 +98,7 @@ def recipe_of(png: Path) -> dict[str, Any]:
     """The recipe in the metadata of a sample's PNG."""
     try:
         return read_recipe(png.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, UserError) as error:
         raise UserError(f"--again {png}: wanted a PNG of a sample with its recipe; {error}") from error
 
 

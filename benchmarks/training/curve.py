@@ -193,11 +193,11 @@ def training_cost(root: Root, name: str, last_step: float = math.inf) -> dict[st
 def trend(images: Sequence[float], correct: npt.NDArray[np.bool_], contents: Sequence[Any]) -> dict[str, Any] | None:
     """A line through the log-odds of a share over the logarithm of the images seen; None with too few points.
 
-    correct: (points, n); contents: of the n samples, which are resampled together. Returns the slope for twice the
-    images, and the images at which the line is at the goal of the shape, each with its interval; an end is None if the
-    line does not reach it.
+    correct: (points, n); contents: of the n samples, which are resampled together; None also for a single content.
+    Returns the slope for twice the images, and the images at which the line is at the goal of the shape, each with its
+    interval; an end is None if the line does not reach it.
     """
-    if len(images) < MIN_POINTS:
+    if len(images) < MIN_POINTS or len(set(contents)) < 2:
         return None
     weights = Bootstrap(DRAWS, seed=0).weights(contents)
     counts = np.concatenate([np.ones((1, len(contents)), np.int64), weights])
@@ -209,7 +209,7 @@ def trend(images: Sequence[float], correct: npt.NDArray[np.bool_], contents: Seq
     doublings[rising] = (np.log(goal / (1 - goal)) - levels[rising]) / slopes[rising]
     ends = np.quantile(doublings[1:], ENDS, method="nearest")
     reached = [2.0**value if value < MAX_DOUBLINGS else None for value in (doublings[0], *ends)]
-    return {"goal": goal, "slope": interval(float(slopes[0]), slopes[1:]), "images": reached}
+    return {"goal": goal, "slope": interval(float(slopes[0]), slopes[1:], contents), "images": reached}
 
 
 def measure(recipe: Recipe, wanted: CurveRequests, folder: Path) -> tuple[dict[str, Any], dict[int, Pixels]]:

@@ -17,7 +17,6 @@ from jobs.demo.report.numbers import CONTENT_GOALS
 from jobs.reporting.estimates import estimate_text
 from jobs.reporting.tables import markdown_table
 from trainer.evaluation.charts import INK, figure_png, new_figure
-from trainer.evaluation.intervals import Estimate
 from trainer.sampling.picture import Grid, draw_grid
 
 SHEET_COLUMNS, CELL = 10, 128
@@ -101,12 +100,12 @@ def trend_text(values: dict[str, Any] | None, first_images: int) -> str:
     """What the points say about longer training, in words. first_images: images of the first point."""
     if values is None:
         return "Too few points for a trend."
-    slope, goal = Estimate(*values["slope"]), values["goal"]
+    (slope, least, most), goal = values["slope"], values["goal"]
     line = (
         "**Trend of the shape:** a line through the log-odds of the shares over the logarithm of the images rises by "
-        f"{slope.value:.2f} ({slope.low:.2f} to {slope.high:.2f}) for twice the images."
+        f"{slope:.2f} ({least:.2f} to {most:.2f}) for twice the images."
     )
-    if slope.low <= 0:
+    if least <= 0:
         return f"{line} That is not distinguishable from 0: these points do not tell whether longer training suffices."
     times, low, high = (_times(value, first_images) for value in values["images"])
     return (

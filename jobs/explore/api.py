@@ -2,7 +2,8 @@
 
 Every error is JSON with a `detail` text: 400 for a request that cannot be run, 401 without the token, 403 for a
 request from another site, 413 for a body above the limit, 422 for an invalid field, 429, 503 and 504 when the server
-is overloaded, 503 when its object store does not respond. URLs in responses are relative to that of the page.
+is overloaded, 503 when its object store does not respond. URLs in responses are relative to that of the page. `note` is
+a sentence for a text of which CLIP reads only the start, and else empty.
 """
 
 import base64
@@ -85,7 +86,7 @@ def _add_picture_routes(app: FastAPI, explorer: Explorer, cache: PngCache) -> No
         """The thumbnail of a database row, as JPEG."""
         data = await explorer.thumbnail(database, image_id)
         if data is None:
-            raise HTTPException(404, "This server has no picture of this row.")
+            raise HTTPException(404, "This server has no picture of this row, or its file was deleted.")
         return Response(data, media_type="image/jpeg", headers={"Cache-Control": "max-age=3600"})
 
     @app.get("/made/{key}.png", response_class=Response)
@@ -107,7 +108,8 @@ def _add_search_and_sample(app: FastAPI, explorer: Explorer) -> None:
         """The neighbors of a text, a picture, or both together."""
         neighbors = await while_connected(connection, explorer.search(request))
         # Neither `asdict` nor FastAPI's encoder: each takes longer than the search.
-        return JSONResponse({"neighbors": [vars(neighbor) for neighbor in neighbors]})
+        rows = [vars(neighbor) for neighbor in neighbors]
+        return JSONResponse({"neighbors": rows, "note": explorer.note(request.text)})
 
     @app.get("/sample", response_class=Response)
     async def sample(connection: HttpRequest, request: Annotated[SampleRequest, Query()]) -> Response:
@@ -124,6 +126,7 @@ def _add_search_and_sample(app: FastAPI, explorer: Explorer) -> None:
             "recipe": picture.sample.recipe(),
             "neighbors": [asdict(neighbor) for neighbor in explorer.neighbors(picture.sample)],
             "link": request.link(picture.sample),
+            "note": explorer.note(request.prompt),
         }
 
 
@@ -140,6 +143,7 @@ def _add_origin_routes(app: FastAPI, explorer: Explorer) -> None:
             "pixel_difference": pair.attribution.pixel_difference,
             "removed": [asdict(neighbor) for neighbor in explorer.views(pair.attribution.removed)],
             "added": [asdict(neighbor) for neighbor in explorer.views(pair.attribution.added)],
+            "note": explorer.note(request.prompt),
         }
 
     @app.post("/verify")

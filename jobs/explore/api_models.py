@@ -13,7 +13,7 @@ from jobs.cli.explore_config import ExploreConfig
 from retrieval.errors import UserError
 from trainer.model.context import Mode
 from trainer.model.recipe import SchedulerName
-from trainer.sampling.request import MAX_SEED, TRAINING_DATABASE, Sample
+from trainer.sampling.request import MAX_SEED, MAX_WEIGHT, TRAINING_DATABASE, Sample
 
 
 class ApiRequest(BaseModel):
@@ -99,8 +99,12 @@ class SampleRequest(ApiRequest):
         _require_at_most("images", len(self.images) + len(self.vectors), limits.max_condition_images)
 
     def databases(self) -> list[tuple[str, float]]:
-        """The databases of `mix` with their weights. Raises UserError for a weight that is no number."""
-        return [_name_and_weight(entry) for entry in self.mix]
+        """The databases of `mix` with their weights. Raises UserError for a weight that is no number above 0."""
+        weighted = [_name_and_weight(entry) for entry in self.mix]
+        for entry, (_, weight) in zip(self.mix, weighted, strict=True):
+            if not 0 < weight < MAX_WEIGHT:  # also true for nan
+                raise UserError(f"mix: {entry!r} has the weight {weight:g}. Wanted: above 0, below {MAX_WEIGHT:g}.")
+        return weighted
 
     def id_factors(self) -> list[tuple[int, float]]:
         """The ids of `weights` with their factors. Raises UserError for an entry that is not id:factor."""

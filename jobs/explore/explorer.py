@@ -168,6 +168,10 @@ class Explorer:
         text = await self.texts.encode(request.text) if request.text.strip() else None
         return await self.searches.run(lambda stop: self._search(request, database, text))
 
+    def note(self, text: str) -> str:
+        """A sentence for a text of which CLIP reads only the start; else ""."""
+        return self.encoder.truncation_note([text])
+
     async def sample(self, requests: Sequence[SampleRequest], progress: Progress | None = None) -> list[SampledPicture]:
         """One picture for each request. Raises UserError, or BusyError if the server is overloaded.
 

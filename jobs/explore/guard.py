@@ -128,14 +128,17 @@ class UploadQuota:
         self.max_bytes = max_bytes
         self._uploads: deque[tuple[float, int]] = deque()
         """(seconds, bytes) of each upload that may still be stored."""
+        self._stored_bytes = 0
+        """The sum of their bytes."""
 
     def take(self, size: int, now: float) -> bool:
         """Count an upload of `size` bytes at the time `now` in seconds; False if it does not fit."""
         while self._uploads and self._uploads[0][0] <= now - UPLOAD_LIFETIME_S:
-            self._uploads.popleft()
-        if sum(stored for _, stored in self._uploads) + size > self.max_bytes:
+            self._stored_bytes -= self._uploads.popleft()[1]
+        if self._stored_bytes + size > self.max_bytes:
             return False
         self._uploads.append((now, size))
+        self._stored_bytes += size
         return True
 
 

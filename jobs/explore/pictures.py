@@ -76,7 +76,7 @@ class Pictures:
             return None
         try:
             picture = decode_picture(tars.read(row), MAX_PIXELS, THUMBNAIL_EDGE)
-        except PictureError:
+        except (OSError, PictureError):  # the tar may have been deleted since it was indexed
             return None
         picture.thumbnail((THUMBNAIL_EDGE, THUMBNAIL_EDGE))
         buffer = io.BytesIO()

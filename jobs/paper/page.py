@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from jobs.reporting.charts import duration
-from jobs.reporting.estimates import against_zero, estimate_text
+from jobs.reporting.estimates import StoredEstimate, against_zero, estimate_text, interval_text
 from jobs.reporting.hardware import hardware
 from jobs.reporting.page import render
 from retrieval.storage.manifest import read_manifest
@@ -137,8 +137,8 @@ def _gains(about: str, tables: dict[str, Any], modes: Iterable[str]) -> list[Ver
     ]
 
 
-def _above_zero(about: str, estimate: tuple[float, float, float]) -> Verdict:
-    return Verdict(about, estimate_text(estimate), "interval above 0", estimate[1] > 0)
+def _above_zero(about: str, estimate: StoredEstimate) -> Verdict:
+    return Verdict(about, estimate_text(estimate), "interval above 0", against_zero(estimate) == "above 0")
 
 
 def _at_most(about: str, estimate: tuple[float, float, float], limit: float) -> Verdict:
@@ -160,6 +160,7 @@ def _render(template: str, page: Page, sources: dict[str, str]) -> str:
     }
     filters: dict[str, Callable[..., str]] = {
         "estimate": estimate_text,
+        "interval": interval_text,
         "against_zero": against_zero,
         "words": style_words,
     }

@@ -23,6 +23,8 @@ from retrieval.recipe import ClipConfig, Precision
 from retrieval.storage.manifest import Manifest, read_manifest
 from trainer.model.recipe import AutoencoderConfig
 from trainer.recipe import LatentsConfig
+from trainer.sampling.request import database_folder
+from trainer.sampling.resumable import HIDDEN_LIST, hidden_lists
 
 
 class Change(NamedTuple):
@@ -116,6 +118,13 @@ def _of_neighbors(recipe: Recipe, made: Manifest) -> Changes:
         yield Change(change)
 
 
+def _of_samples(recipe: Recipe, made: Manifest) -> Changes:
+    names = [name.removeprefix("database/") for name in made.upstream if name.startswith("database/")]
+    hidden = hidden_lists(recipe.root, map(database_folder, names))
+    if hidden != {name: digest for name, digest in made.upstream.items() if name.startswith(HIDDEN_LIST)}:
+        yield Change("made with other hidden images")
+
+
 CHANGES: dict[str, Callable[[Recipe, Manifest], Changes]] = {
     "filter": _of_filter,
     "download": _of_download,
@@ -123,4 +132,6 @@ CHANGES: dict[str, Callable[[Recipe, Manifest], Changes]] = {
     "index": _of_index,
     "latents": _of_latents,
     "neighbors": _of_neighbors,
+    "sample": _of_samples,
+    "evaluate": _of_samples,
 }

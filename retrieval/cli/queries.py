@@ -1,5 +1,6 @@
 """Turns queries (texts, pictures, files of vectors) into vectors. Loads torch only for texts and pictures."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,8 @@ from retrieval.storage.data_files import split_path
 
 if TYPE_CHECKING:
     from retrieval.clip.encoder import Encoder
+
+log = logging.getLogger("search")
 
 Array = npt.NDArray[np.generic]
 
@@ -54,6 +57,8 @@ def encode_queries(inputs: QueryInputs, database: Database, like: str) -> list[E
     if inputs.texts or inputs.images:
         pictures = [read_picture(path) for path in inputs.images]
         encoder = _load_encoder(inputs, database)
+        if note := encoder.truncation_note(inputs.texts):
+            log.warning(note)
         queries.append(EncodedQueries("texts", inputs.texts, encoder.encode_texts(inputs.texts)))
         queries.append(EncodedQueries("images", [*map(str, inputs.images)], encoder.encode_images(pictures)))
     for path in inputs.vectors:

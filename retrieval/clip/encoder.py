@@ -46,6 +46,8 @@ class Encoder:
         self._autocast = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=precision == "bf16")
         self._static_batch = 0
         self._tokenize = open_clip.get_tokenizer(config.model)
+        self.context_tokens = int(self._tokenize(["a"]).shape[1])
+        """Tokens of a text that the model reads, start and end included."""
         self.identity = EncoderIdentity(
             model=config.model.rsplit("/", maxsplit=1)[-1],
             weights=_weights_digest(self._model),
@@ -67,6 +69,16 @@ class Encoder:
         longer = self._tokenize(list(texts), context_length=rows.shape[1] + 1)[:, :-1]
         is_truncated = (longer != rows).any(dim=1).tolist()  # else a longer context adds padding only
         return [text for text, truncated in zip(texts, is_truncated, strict=True) if truncated]
+
+    def truncation_note(self, texts: Sequence[str]) -> str:
+        """A sentence for texts that are longer than the model's context; "" if there are none."""
+        # A token has at least one byte. Besides start and end, some tokenizers add a blank at the start.
+        long = [text for text in texts if len(text.encode()) > self.context_tokens - 3]
+        if not long or not (cut := self.truncated(long)):
+            return ""
+        which = "this text" if len(texts) == 1 else f"{len(cut)} of {len(texts)} texts, such as {cut[0][:60]!r}"
+        read = f"the first {self.context_tokens} tokens, start and end included"
+        return f"CLIP reads only {read}, of {which}: the rest has no effect."
 
     def encode_images(self, images: Sequence[Image.Image], *, unit: bool = True) -> npt.NDArray[np.float32]:
         """Vectors of pictures of any size and mode, (n, dim) float32."""

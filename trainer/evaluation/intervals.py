@@ -19,11 +19,11 @@ ENDS = (0.025, 0.975)
 
 
 class Estimate(NamedTuple):
-    """A value and the ends of its 95 % confidence interval."""
+    """A value and the ends of its 95 % confidence interval; the ends are None if they are unknown."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 class Interval(NamedTuple):
@@ -50,14 +50,15 @@ class Bootstrap:
     def mean(self, values: npt.ArrayLike, clusters: Clusters | None = None) -> Estimate:
         """The mean of values (n,), n at least 1. clusters: by default each row is its own."""
         array = np.asarray(values, np.float64)
-        weights = self.weights(range(len(array)) if clusters is None else clusters)
-        return interval(float(array.mean()), weights @ array / weights.sum(axis=1))
+        clusters = range(len(array)) if clusters is None else clusters
+        weights = self.weights(clusters)
+        return interval(float(array.mean()), weights @ array / weights.sum(axis=1), clusters)
 
     def difference(self, ours: npt.ArrayLike, baseline: npt.ArrayLike, clusters: Clusters) -> Estimate:
         """Difference of two shares of paired flags (n,). The interval has a width even if all clusters are equal."""
         values = np.asarray(ours, np.float64) - np.asarray(baseline, np.float64)
         estimate = self.mean(values, clusters)
-        if estimate.low < estimate.high:
+        if estimate.low != estimate.high:
             return estimate
         bound = 1 - wilson_interval(1.0, len(set(clusters))).low
         return Estimate(estimate.value, max(-1.0, estimate.value - bound), min(1.0, estimate.value + bound))
@@ -67,11 +68,16 @@ class Bootstrap:
         array = np.asarray(values, np.float64)
         rng = np.random.default_rng([self.seed, len(array)])
         resampled = [np.median(array[rng.integers(0, len(array), len(array))]) for _ in range(self.draws)]
-        return interval(float(np.median(array)), np.array(resampled))
+        return interval(float(np.median(array)), np.array(resampled), range(len(array)))
 
 
-def interval(value: float, resampled: Floats) -> Estimate:
-    """A value with the percentile interval of its resamples (draws,)."""
+def interval(value: float, resampled: Floats, clusters: Clusters) -> Estimate:
+    """A value with the percentile interval of its resamples (draws,); unknown if all rows are of one cluster.
+
+    All resamples of one cluster are equal: they do not tell how much other clusters differ.
+    """
+    if len(set(clusters)) < 2:
+        return Estimate(value, None, None)
     low, high = np.quantile(resampled, ENDS)
     return Estimate(value, float(low), float(high))
 

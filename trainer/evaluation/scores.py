@@ -217,7 +217,7 @@ def _distances(groups: Mapping[str, SampleFeatures], evaluator: Evaluator) -> di
     distance, resampled = _kernel_distance(pairs, bootstrap.weights(prompts))
     covered = fit_manifold(pictures, reference.neighbors).contains(reference.manifold.centers)
     return {
-        "kernel_distance": interval(distance, _known(resampled)),
+        "kernel_distance": interval(distance, _known(resampled), prompts),
         # Rows are resampled with fixed manifolds: duplicate rows would shrink a manifold.
         "precision": share(reference.manifold.contains(pictures), prompts),
         "recall": share(covered),
@@ -249,13 +249,14 @@ def _content_and_style(features: FeaturesByGroup, mode: str, gallery: StyleGalle
     groups = {style: group for (of_mode, style), group in features.items() if of_mode == mode}
     plain = [features[NO_NEIGHBORS, style].pictures for style in groups]
     similarities = clip_scores(np.concatenate([group.pictures for group in groups.values()]), np.concatenate(plain))
-    weights = bootstrap.weights([prompt for group in groups.values() for prompt in group.prompts])
+    prompts = [prompt for group in groups.values() for prompt in group.prompts]
+    weights = bootstrap.weights(prompts)
     content = 1 - np.concatenate([[similarities.mean()], weights @ similarities / weights.sum(axis=1)])
     describe = gallery.descriptor.describe
     pairs = [(describe(group.pixels), gallery.of_style(style)) for style, group in groups.items()]
     distance, resampled = _kernel_distance(pairs, weights)
     figures = (1 + content) * (1 + np.concatenate([[distance], resampled]))
-    return interval(float(figures[0]), _known(figures[1:]))
+    return interval(float(figures[0]), _known(figures[1:]), prompts)
 
 
 def _mean_of_known(resampled: Floats) -> Floats:
@@ -272,12 +273,12 @@ def _known(resampled: Floats) -> Floats:
 def _improvement(ours: StyleScores, baseline: StyleScores, bootstrap: Bootstrap) -> dict[str, Any]:
     """Accuracy relative to a baseline with the same prompts (Fig. 4a); None if that never succeeds.
 
-    The interval is None if the baseline fails in more than MAX_FAILURES of the resamples.
+    The interval is None if the baseline fails in more than MAX_FAILURES of the resamples, and for a single prompt.
     """
     weights = bootstrap.weights(ours.prompts)
     ours_right, baseline_right = weights @ ours.correct, weights @ baseline.correct
     ends = None
-    if np.mean(baseline_right == 0) <= MAX_FAILURES:
+    if len(set(ours.prompts)) > 1 and np.mean(baseline_right == 0) <= MAX_FAILURES:
         with np.errstate(divide="ignore", invalid="ignore"):
             ratios = np.where(baseline_right > 0, ours_right / baseline_right - 1, np.inf)
         ends = [float(end) for end in np.quantile(ratios, ENDS, method="nearest")]

@@ -99,7 +99,7 @@ def _style_and_content(scores: StyleScores, plain: StyleScores, evaluator: Evalu
     ratios = (weights @ scores.clip_scores) / (weights @ plain.clip_scores)
     return {
         "style": share(flags, scores.prompts),
-        "content": interval(float(scores.clip_scores.mean() / plain.clip_scores.mean()), ratios),
+        "content": interval(float(scores.clip_scores.mean() / plain.clip_scores.mean()), ratios, scores.prompts),
     }
 
 

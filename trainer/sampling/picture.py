@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
+from retrieval.errors import UserError
+from retrieval.pictures.decode import PictureError, codec_errors
 from retrieval.storage.root import Root
 
 RECIPE = "recipe"
@@ -85,12 +87,19 @@ def cell_edge(picture: Image.Image) -> int:
 
 
 def read_recipe(png: bytes) -> dict[str, Any]:
-    """The recipe in a PNG of `png_bytes`. Raises ValueError if there is none."""
-    with Image.open(io.BytesIO(png)) as picture:
-        text = picture.info.get(RECIPE)
-    if text is None:
-        raise ValueError("this picture has no recipe in its metadata")
-    return dict(json.loads(text))
+    """The recipe in a PNG of `png_bytes`. Raises UserError if there is none, and for a file that Pillow refuses."""
+    try:
+        with codec_errors(), Image.open(io.BytesIO(png), formats=["PNG"]) as picture:
+            text = picture.info.get(RECIPE)
+    except PictureError as error:
+        raise UserError(f"this file is no readable PNG: {error}") from error
+    try:
+        recipe = json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the recipe in the metadata of this picture is not JSON: {error}") from error
+    if not isinstance(recipe, dict):
+        raise UserError("this picture has no recipe in its metadata")
+    return recipe
 
 
 def fit(picture: Image.Image, edge: int) -> Image.Image:

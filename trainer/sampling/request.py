@@ -270,6 +270,15 @@ class Sample:
         return {**self.recipe(), "neighbors": [asdict(neighbor) for neighbor in self.neighbors]}
 
 
+def database_folder(name: str) -> str:
+    """Folder of a database below the root, by its name in requests.
+
+    >>> database_folder("index"), database_folder("woodcut")
+    ('index', 'databases/woodcut')
+    """
+    return name if name == TRAINING_DATABASE else f"databases/{name}"
+
+
 def require_text(prompt: str) -> None:
     """Raise UserError for a prompt without a visible character, such as blanks or zero-width spaces.
 

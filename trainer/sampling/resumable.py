@@ -3,13 +3,14 @@
 A killed stage resumes after its last finished item. Files with another fingerprint are deleted only on request.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from retrieval.config import Config
 from retrieval.errors import UserError
+from retrieval.index.hidden import hidden_digest
 from retrieval.storage import schema
 from retrieval.storage.lease import lease, raise_if_lost
 from retrieval.storage.manifest import (
@@ -26,6 +27,8 @@ from retrieval.storage.stage_folder import STARTED_FILE, StageIdentity, changes,
 from retrieval.storage.writable import require_writable
 
 Item = TypeVar("Item")
+HIDDEN_LIST = "list of hidden images in "
+"""Name of an input, before the folder of a database."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,12 @@ Distribute = Callable[[DrawPart], object]
 
 def draw_alone(_: DrawPart) -> None:
     """No other process."""
+
+
+def hidden_lists(root: Root, folders: Iterable[str]) -> dict[str, str]:
+    """Digests of the hidden images of databases, as inputs of a stage; without databases that hide none."""
+    digests = {f"{HIDDEN_LIST}{folder}": hidden_digest(root.child(folder)) for folder in folders}
+    return {name: digest for name, digest in digests.items() if digest}
 
 
 class ResumableItems:

@@ -4,6 +4,7 @@ Opens `runs/<name>/train` (model, recipe, manifest), the CLIP encoder, the autoe
 checks that they belong together. Batches are computed in parallel threads, since torch releases Python's global lock.
 """
 
+import logging
 import os
 import shutil
 import tempfile
@@ -45,7 +46,10 @@ from trainer.sampling.denoising import (
 from trainer.sampling.picture import to_pictures
 from trainer.sampling.pseudo_queries import PseudoQueries
 from trainer.sampling.recipe import ComputeConfig
-from trainer.sampling.request import TRAINING_DATABASE, ImageQuery, Request, Sample
+from trainer.sampling.request import ImageQuery, Request, Sample, database_folder
+from trainer.sampling.resumable import hidden_lists
+
+log = logging.getLogger("sample")
 
 UNIT_TOLERANCE = 1e-4
 """Lengths of normalized float32 vectors differ from 1 by less."""
@@ -183,6 +187,9 @@ class Sampler:
     def plan(self, requests: Sequence[Request]) -> list[SamplingBatch]:
         """Retrieve neighbors of all requests and form batches. Raises UserError for an invalid request."""
         self.check(requests)
+        texts = dict.fromkeys(text for each in requests for text in (each.prompt, each.negative_prompt) if text)
+        if note := self.encoder.truncation_note([*texts]):
+            log.warning(note)
         encode = partial(self.encoder.encode_texts, unit=False)
         sources = ConditioningSources(encode, self.database, self._pseudo_query, self.context_norm)
         return make_batches(condition(requests, sources), self.compute.batch_size)
@@ -298,16 +305,17 @@ class Sampler:
         return workers, self.compute.threads or max(1, cpus // workers)
 
 
-def upstream_fingerprints(root: Root, trained: TrainedModel, databases: Iterable[str]) -> dict[str, str]:
-    """Fingerprint of a model and identities of databases, by stage or `database/<name>`. Loads no weights."""
-    # Added and deleted rows change the identity of a database, not its fingerprint.
-    fingerprints = {f"database/{name}": open_database(root, name).manifest.identity for name in databases}
-    return {"train": read_manifest(root, trained.folder).fingerprint, **fingerprints}
+def upstream_fingerprints(root: Root, trained: TrainedModel, databases: Sequence[str]) -> dict[str, str]:
+    """Fingerprint of a model, identities of databases and their hidden images, by name. Loads no weights."""
+    # Added and deleted rows change the identity of a database, not its fingerprint; hidden images neither.
+    identities = {f"database/{name}": open_database(root, name).manifest.identity for name in databases}
+    hidden = hidden_lists(root, map(database_folder, databases))
+    return {"train": read_manifest(root, trained.folder).fingerprint, **identities, **hidden}
 
 
 def open_database(root: Root, name: str) -> Database:
     """The database `databases/<name>`, or the training database for `index`. Raises UserError if missing."""
-    folder = name if name == TRAINING_DATABASE else f"databases/{name}"
+    folder = database_folder(name)
     # The name may come from a web request: it must not leave the folder.
     if "/" in name or name in ("", ".", "..") or not root.exists(f"{folder}/manifest.json"):
         known = ", ".join(database_names(root)) or "none"

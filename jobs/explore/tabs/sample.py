@@ -111,6 +111,7 @@ def sample_view(context: PageContext, request: SampleRequest, picture: SampledPi
         png_url=context.cache.add(picture.png),
         link=request.link(sample),
         facts=facts,
+        note=context.explorer.note(settings.prompt),
         neighbors=neighbors,
     )
 

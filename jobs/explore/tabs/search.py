@@ -35,7 +35,7 @@ def add_tab(context: PageContext) -> Tab:
         with gr.Column(scale=2, min_width=220):
             image = upload_field("Picture (instead of the text, or in addition)")
     first = context.explorer.first_search
-    shown = _results(first, context.explorer.first_results) if first.text else ""
+    shown = _results(first, context.explorer.first_results, note="") if first.text else ""
     output = gr.HTML(shown, elem_id="search-results", min_height=40)
     fields = [text, image, database, where, k]
 
@@ -43,7 +43,8 @@ def add_tab(context: PageContext) -> Tab:
         text, image, database, where, k = values
         picture = file_as_base64(image)
         request = SearchRequest(text=text or "", image=picture, database=database, where=where or "", k=k)
-        return _results(request, await context.explorer.search(request))
+        neighbors = await context.explorer.search(request)
+        return _results(request, neighbors, context.explorer.note(request.text))
 
     answer = page_event(context, search)
     for trigger in (button.click, text.submit, where.submit, image.upload):
@@ -51,10 +52,10 @@ def add_tab(context: PageContext) -> Tab:
     return Tab("search", fields, answer, output, _values_of)
 
 
-def _results(request: SearchRequest, neighbors: Sequence[NeighborView]) -> str:
+def _results(request: SearchRequest, neighbors: Sequence[NeighborView], note: str) -> str:
     query = f"“{request.text}”" if request.text.strip() else "the picture"
     heading = f"{len(neighbors)} neighbors of {query} ({views.database_title(request.database)})"
-    return views.search_results(neighbors, heading, request.link())
+    return views.search_results(neighbors, heading, request.link(), note)
 
 
 def _values_of(query: QueryParams) -> list[Any]:

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SampleView:
-    """A sample on the page. width: in pixels; png_url, link: the PNG, and the page that remakes it; relative."""
+    """A sample on the page. width: in pixels; png_url, link: the PNG, and the page that remakes it; relative.
+
+    note: about the prompt, may be empty.
+    """
 
     title: str
     prompt: str
@@ -25,6 +28,7 @@ class SampleView:
     png_url: str
     link: str
     facts: str
+    note: str
     neighbors: Sequence[NeighborView]
 
 
@@ -56,9 +60,9 @@ def _render(view: str, **values: object) -> str:
     return _TEMPLATES.get_template("views.html.jinja").render(view=view, **values)
 
 
-def search_results(neighbors: Sequence[NeighborView], heading: str, link: str) -> str:
-    """Neighbors, best first, under a heading."""
-    return _render("results", neighbors=neighbors, heading=heading, link=link)
+def search_results(neighbors: Sequence[NeighborView], heading: str, link: str, note: str) -> str:
+    """Neighbors, best first, under a heading. note: about the text, may be empty."""
+    return _render("results", neighbors=neighbors, heading=heading, link=link, text_note=note)
 
 
 def sample(picture: SampleView) -> str:

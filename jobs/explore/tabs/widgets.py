@@ -13,6 +13,7 @@ from starlette.datastructures import QueryParams
 
 from jobs.explore.api_models import first_problem
 from jobs.explore.explorer import Explorer, Progress
+from jobs.explore.guard import UPLOAD_LIFETIME_S
 from jobs.explore.png_cache import PngCache
 from jobs.explore.tabs import views
 from jobs.explore.visits import Visits
@@ -87,8 +88,12 @@ def upload_field(label: str) -> gr.Image:
 
 
 def file_as_base64(path: str | None) -> str:
-    """An uploaded file in base64, as the API takes it; empty for no file."""
-    return "" if path is None else base64.b64encode(Path(path).read_bytes()).decode()
+    """An uploaded file in base64, as the API takes it; empty for no file. Raises UserError if it was deleted."""
+    try:
+        return "" if path is None else base64.b64encode(Path(path).read_bytes()).decode()
+    except FileNotFoundError as error:
+        kept = UPLOAD_LIFETIME_S // 60
+        raise UserError(f"The uploaded picture has expired: it is kept for {kept} minutes. Upload it again.") from error
 
 
 def _path_of(payload: Any) -> str | None:

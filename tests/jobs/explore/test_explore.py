@@ -23,8 +23,9 @@ from jobs.explore.examples import candidates, known_captions
 from jobs.explore.explorer import Explorer, Progress
 from jobs.explore.guard import UploadQuota
 from jobs.explore.png_cache import PngCache
+from jobs.explore.tabs import views
 from jobs.explore.tabs.views import verification
-from jobs.explore.tabs.widgets import PageContext, page_event, upload_field
+from jobs.explore.tabs.widgets import PageContext, file_as_base64, page_event, upload_field
 from jobs.explore.visits import Visits
 from jobs.explore.work_queue import BusyError, WorkQueue
 from retrieval.errors import NodeError, UserError
@@ -103,6 +104,18 @@ def test_an_opted_out_picture_is_not_served(run):
     assert get(app, f"picture/green/{green_id(6)}").status_code == 200
 
 
+def test_a_picture_of_a_deleted_tar_is_not_found(run):
+    app = open_app(run)
+    tar = run[0].local_path("databases/green/pictures/00000.tar")
+    other = tar.rename(tar.with_suffix(".away"))
+    try:
+        answer = get(app, f"picture/green/{green_id(5)}")
+    finally:
+        other.rename(tar)
+    assert (answer.status_code, answer.json()["detail"].split(",")[-1]) == (404, " or its file was deleted.")
+    assert get(app, f"picture/green/{green_id(5)}").status_code == 200
+
+
 def test_a_transparent_picture_has_the_same_neighbors_in_a_search_and_in_a_sample(app):
     picture = pictures_of("green")[5].convert("RGBA")
     picture.putalpha(Image.linear_gradient("L").resize(picture.size))
@@ -150,6 +163,16 @@ def test_a_sample_has_its_neighbors_and_its_link_makes_the_same_picture(app):
     assert Image.open(again).tobytes() == Image.open(httpx.Response(200, content=png)).tobytes()
 
 
+def test_a_text_beyond_the_context_of_clip_has_a_note_in_the_api_and_on_the_page(app, run):
+    long, read = "stag " * 20, "CLIP reads only the first 16 tokens"
+    assert post(app, "/search", {"text": long}).json()["note"].startswith(read)
+    assert post(app, "/search", {"text": "stag " * 14}).json()["note"] == ""
+    request = {"prompt": long, "steps": 1, "mix": ["green"], "without": "caption == 'a'"}
+    assert post(app, "/sample", request | {"without": ""}).json()["note"].startswith(read)
+    assert post(app, "/attribution", request).json()["note"].startswith(read)
+    assert read in views.search_results([], "0 neighbors", "?tab=search", open_explorer(run).note(long))
+
+
 def test_a_link_names_the_default_database_and_keeps_all_digits_of_weights(app):
     assert "mix=index&" in post(app, "/sample", {"prompt": "a", "steps": 1}).json()["link"]
     assert "mix=" not in post(app, "/sample", {"prompt": "a", "steps": 1, "mode": "text"}).json()["link"]
@@ -182,6 +205,10 @@ def test_an_invalid_search_is_rejected_with_a_reason(app, request_, message):
         ({"prompt": "a", "mix": ["green:x"]}, 400, "name:weight"),
         ({"prompt": "a", "mix": ["green", "nowhere"]}, 400, "no database 'nowhere'"),
         ({"prompt": "a", "mix": ["green:-1", "index"]}, 400, "weight"),
+        ({"prompt": "a", "mix": ["green:-1"]}, 400, "'green:-1' has the weight -1"),
+        ({"prompt": "a", "mix": ["green:nan"]}, 400, "'green:nan' has the weight nan"),
+        ({"prompt": "a", "mix": ["green:0"]}, 400, "Wanted: above 0"),
+        ({"prompt": "a", "mix": ["green:inf"]}, 400, "below 1e+06"),
         ({"prompt": "a", "vectors": ["AAAA"]}, 400, "image 'picture'"),
         ({"prompt": "a", "vectors": [base64_of(bytes(4 * DIM))]}, 400, "zero or not finite"),
         ({"prompt": "a", "weights": ["green:2"]}, 400, "id:factor"),
@@ -477,6 +504,22 @@ def test_a_page_shows_the_steps_of_a_picture_and_a_cancelled_one_says_so(run):
     assert "Cancelled." in last
     wait_until(lambda: not len(explorer.samples))
     assert steps[3:] in ([1], [1, 2], [1, 2, 3], [1, 2, 3, 4])
+
+
+def test_a_page_says_that_an_uploaded_picture_has_expired(run, tmp_path):
+    context = PageContext(open_explorer(run), PngCache(), Visits())
+    path = tmp_path / "a.png"
+
+    async def size(progress: Progress, path: str) -> str:
+        return f"{len(file_as_base64(path))} characters"
+
+    async def shown() -> str:
+        return [html async for html in page_event(context, size)(Namespace(session_hash="visit"), str(path))][-1]
+
+    path.write_bytes(b"abc")
+    assert asyncio.run(shown()) == "4 characters"
+    path.unlink()
+    assert "has expired: it is kept for 60 minutes. Upload it again." in asyncio.run(shown())
 
 
 def test_examples_are_captions_that_find_their_own_pictures(run):

@@ -229,6 +229,20 @@ def test_changed_blocklists_heads_and_hidden_images_are_stale_and_named(recipe: 
     assert {stages[name].state for name in names} == {"stale"}
 
 
+def test_samples_with_images_that_are_hidden_later_are_stale(recipe: Path) -> None:
+    recipe.write_text(recipe.read_text() + '[sample]\nprompts = ["a stag"]\ndatabases = ["woodcut"]\n')
+    loaded = load_recipe(recipe)
+    config, upstream = loaded.sections["sample"], {"database/woodcut": "w"}
+    digest = fingerprint("sample", 1, config, upstream)
+    made = Manifest("runs/small/sample", 1, digest, upstream, config.model_dump(mode="json"), (), {}, 0.0)
+    write_manifest(loaded.root, made)
+    store_hidden(loaded.root.child("index"), np.array([7]))
+    assert statuses_by_stage(recipe)["sample"].state == "finished"
+    store_hidden(loaded.root.child("databases/woodcut"), np.array([7]))
+    stale = statuses_by_stage(recipe)["sample"]
+    assert (stale.state, stale.note) == ("stale", "made with other hidden images")
+
+
 def test_imported_pictures_are_stale_with_another_blocklist(recipe: Path, tmp_path: Path) -> None:
     write_made(recipe, "download", {"source": "s", "import": "[]"}, {"blocklist": ""})
     (tmp_path / "listed.txt").write_text("example.org")

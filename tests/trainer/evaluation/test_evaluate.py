@@ -1,6 +1,7 @@
 """The stage evaluate: its requests, its scores, and the stage on a root with a tiny trained model."""
 
 import io
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
+from jobs.reporting.estimates import estimate_text
 from retrieval.database.database import Database
 from retrieval.errors import UserError
-from retrieval.index.hidden import hide
+from retrieval.index.hidden import HIDDEN_FOLDER, hide
 from retrieval.storage.root import Root
 from tests.trainer.evaluation.stored_classifier import read_classifier
 from tests.trainer.tiny_run import PROMPTS, STYLES, pictures_of, write_run
@@ -22,6 +24,7 @@ from trainer.evaluation.classifier import TrainedClassifier, train_classifier
 from trainer.evaluation.evaluate import database_rows, draw_part, run, style_names
 from trainer.evaluation.intervals import Bootstrap, share
 from trainer.evaluation.metrics import KernelDistance
+from trainer.evaluation.paper.charts import improvement_chart
 from trainer.evaluation.pixel_judge import EDGE
 from trainer.evaluation.recipe import ClassifierConfig, EvaluateConfig, PixelClassifierConfig
 from trainer.evaluation.scores import Evaluator, Reference, SampleFeatures, results
@@ -252,6 +255,18 @@ def test_without_a_judge_on_pixels_its_values_are_none(samples, evaluator):
     assert row["accuracy_pixels"] is row["accuracy_nearest"] is row["content_and_style"] is None
 
 
+def test_one_prompt_tells_no_interval_of_means_and_pages_and_charts_say_so(samples, evaluator):
+    of_one_prompt = {key: replace(group, prompts=("one prompt",) * 6) for key, group in samples.items()}
+    result = json.loads(json.dumps(results(of_one_prompt, evaluator), allow_nan=False))
+    values = result["modes"]["retrieval"]
+    assert [values[name][1:] for name in ("logit", "clip_score", "kernel_distance")] == [[None, None]] * 3
+    assert estimate_text(values["logit"]) == f"{values['logit'][0]:.3f} (interval unknown)"
+    assert values["accuracy"][1] < values["accuracy"][2]
+    assert result["relative_improvement"]["value"] is not None
+    assert result["relative_improvement"]["interval"] is None
+    assert Image.open(io.BytesIO(improvement_chart(result))).width > 0
+
+
 def test_improvements_follow_from_the_accuracies(result):
     assert result["relative_improvement"]["value"] == pytest.approx(1.0)
     assert result["styles"][1]["relative_improvement"]["value"] == pytest.approx(1.0)
@@ -364,6 +379,18 @@ def test_hidden_pictures_train_no_judge(tmp_path):
     rows = database_rows(EvaluateConfig(), Sampler.open(root, trained), NAMES)
     assert {style: len(part) for style, part in rows.items()} == {"deep_red": 24, "green": 14, "sky_blue": 24}
     np.testing.assert_allclose(rows["green"], vectors[10:], atol=1e-3)
+
+
+def test_an_evaluation_with_images_that_are_hidden_later_is_not_finished(evaluated, tiny, prompts_file):
+    root, manifest, _ = evaluated
+    sky_blue = root.child("databases/sky_blue")
+    hide(sky_blue, Database.open(sky_blue).ids_at(np.arange(2)))
+    try:
+        with pytest.raises(UserError, match=r"from another list of hidden images in databases/sky_blue.*--remake"):
+            run(config(prompts_file), tiny[1], root)
+    finally:
+        sky_blue.delete(HIDDEN_FOLDER)
+    assert run(config(prompts_file), tiny[1], root).checksums() == manifest.checksums()
 
 
 def test_a_process_with_other_settings_draws_no_part(evaluated, tiny, prompts_file):

@@ -23,6 +23,14 @@ def test_the_interval_of_a_mean_has_the_width_of_the_formula_and_depends_on_the_
     assert Bootstrap(2000, 1).mean(values) == (value, low, high) != Bootstrap(2000, 2).mean(values)
 
 
+def test_the_interval_of_a_mean_of_one_cluster_is_unknown():
+    values = np.random.default_rng(0).normal(3, 2, 60)
+    assert Bootstrap(200, 1).mean(values, ["one prompt"] * 60) == (values.mean(), None, None)
+    assert Bootstrap(200, 1).mean([3.0]) == Bootstrap(200, 1).median([3.0]) == (3.0, None, None)
+    two = Bootstrap(200, 1).mean(values, ["one prompt", "another"] * 30)
+    assert two.low < two.value < two.high
+
+
 def test_the_interval_of_a_median_contains_it():
     value, low, high = Bootstrap(200, 1).median(np.arange(101.0))
     assert low < value < high

@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
-from trainer.sampling.picture import EMPTY_CELL, Grid, draw_grid, fit, png_bytes, read_recipe, to_pictures, wrap
+from retrieval.errors import UserError
+from tests.retrieval.provenance.hostile_pictures import png_of_too_many_pixels, png_with_a_text_bomb
+from trainer.sampling.picture import EMPTY_CELL, RECIPE, Grid, draw_grid, fit, png_bytes, read_recipe, to_pictures, wrap
 from trainer.sampling.picture import _font as font
 
 
@@ -20,7 +22,31 @@ def test_a_picture_without_a_recipe_is_refused():
 
     buffer = io.BytesIO()
     Image.new("RGB", (2, 2)).save(buffer, "PNG")
-    with pytest.raises(ValueError, match="no recipe"):
+    with pytest.raises(UserError, match="no recipe"):
+        read_recipe(buffer.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (png_of_too_many_pixels(), "more pixels than Pillow allows"),
+        (png_with_a_text_bomb(), "damaged"),
+        (b"GIF89a", "no known picture format"),
+    ],
+)
+def test_a_file_that_pillow_refuses_is_refused_with_a_sentence(file, message):
+    with pytest.raises(UserError, match=message):
+        read_recipe(file)
+
+
+@pytest.mark.parametrize(("text", "message"), [("[1, 2]", "no recipe"), ("{", "not JSON"), ("[" * 10**5, "not JSON")])
+def test_a_text_that_is_no_recipe_is_refused(text, message):
+    import io
+
+    info, buffer = PngImagePlugin.PngInfo(), io.BytesIO()
+    info.add_text(RECIPE, text)
+    Image.new("RGB", (2, 2)).save(buffer, "PNG", pnginfo=info)
+    with pytest.raises(UserError, match=message):
         read_recipe(buffer.getvalue())
 
 

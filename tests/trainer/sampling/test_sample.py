@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from retrieval.clip.encoder import Encoder
 from retrieval.errors import UserError
+from retrieval.index.hidden import hide
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
 from retrieval.updates.delete import delete_from_database
@@ -169,6 +170,28 @@ def test_a_database_with_deleted_rows_is_sampled_again(tmp_path):
     found = [row["image_id"] for row in root.read_json(f"{STAGE}/green/0000-00.json")["neighbors"]]
     assert len(found) == 4
     assert not set(used) & set(found)
+
+
+def test_pictures_with_images_that_are_hidden_later_are_sampled_again(tmp_path):
+    root, _ = run_in = write_run(tmp_path)
+    sample(run_in)
+    used = [row["image_id"] for row in root.read_json(f"{STAGE}/green/0000-00.json")["neighbors"]]
+    hide(root.child("databases/green"), used)
+    with pytest.raises(UserError, match=r"from another list of hidden images in databases/green.*--remake"):
+        sample(run_in)
+    sample_again(run_in)
+    found = [row["image_id"] for row in root.read_json(f"{STAGE}/green/0000-00.json")["neighbors"]]
+    assert len(found) == 4
+    assert not set(used) & set(found)
+    files = written(root)
+    sample(run_in)
+    assert written(root) == files
+
+
+def test_prompts_that_clip_reads_in_part_are_a_warning(fresh, caplog):
+    with caplog.at_level(logging.WARNING):
+        sample(fresh, prompts=("a stag", "stag " * 20), databases=("green",), images_per_prompt=1)
+    assert "first 16 tokens, start and end included, of 1 of 2 texts, such as 'stag stag" in caplog.text
 
 
 def test_a_mix_is_one_column_with_neighbors_of_every_database(fresh):

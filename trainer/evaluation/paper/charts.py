@@ -47,7 +47,7 @@ def improvement_chart(tables: dict[str, Any]) -> bytes:
     top.yaxis.set_major_formatter(lambda value, _: f"{value:+.0%}")
     top.set_ylabel("accuracy relative to suffix")
     for offset, mode in ((-0.2, RETRIEVAL), (0.2, SUFFIX)):
-        values = np.array([row["modes"][mode]["logit"] for row in rows])
+        values = np.array([row["modes"][mode]["logit"] for row in rows], np.float64)
         _bars(bottom, np.arange(len(rows)) + offset, values, COLORS[mode])
     bottom.axhline(0, color=INK, linewidth=0.8)
     bottom.set_ylabel("logit above the mean")
@@ -82,7 +82,7 @@ def loss_chart(held_out: dict[str, Any]) -> bytes:
     figure, (axes,) = new_figure((7.0, 3.2), 1)
     names = {"shuffled": ("neighbors of another image", CONTROL), "none": ("no neighbors", REAL)}
     for offset, (name, (_, color)) in zip((-0.2, 0.2), names.items(), strict=True):
-        values = np.array([*held_out["added_by_quartile"][name], held_out["added"][name]])
+        values = np.array([*held_out["added_by_quartile"][name], held_out["added"][name]], np.float64)
         _bars(axes, np.arange(len(values)) + offset, values, color)
     axes.axhline(0, color=INK, linewidth=0.8)
     axes.set_xticks(range(5), ["t: first\nquartile", "second", "third", "last\n(most noise)", "all"])
@@ -116,7 +116,7 @@ def time_chart(times: Sequence[dict[str, Any]]) -> bytes:
     """Milliseconds of a single query against the number of rows of its database."""
     figure, (axes,) = new_figure((7.0, 3.2), 1)
     for row in times:
-        estimate = np.array([row["single_ms"]])
+        estimate = np.array([row["single_ms"]], np.float64)
         axes.errorbar(row["rows"], estimate[0, 0], _spread(estimate), fmt="o", color=OURS)
     rows = sorted({row["rows"] for row in times})
     axes.set_xscale("log")
@@ -132,7 +132,7 @@ def tradeoff_chart(tradeoff: dict[str, Any]) -> bytes:
     """Style against content. The line joins the Pareto front, whose settings are named; dotted: goals."""
     figure, (axes,) = new_figure((7.0, 4.6), 1)
     for row in tradeoff["settings"]:
-        x, y = (np.array([row[name]]) for name in ("content", "style"))
+        x, y = (np.array([row[name]], np.float64) for name in ("content", "style"))
         color = OURS if row["on_front"] else REAL
         layer = 3 if row["on_front"] else 2
         axes.errorbar(x[0, 0], y[0, 0], _spread(y), _spread(x), fmt="o", elinewidth=0.6, color=color, zorder=layer)
@@ -159,5 +159,8 @@ def _bars(axes: Axes, x: Any, values: Any, color: str) -> None:
 
 
 def _spread(estimates: Any) -> Any:
-    """Lengths (2, n) of the error bars of estimates (n, 3), each a value and the ends of its interval."""
+    """Lengths (2, n) of the error bars of estimates (n, 3), each a value and the ends of its interval.
+
+    An unknown end is nan, which matplotlib does not draw.
+    """
     return np.maximum([estimates[:, 0] - estimates[:, 1], estimates[:, 2] - estimates[:, 0]], 0)
