@@ -33,7 +33,7 @@ from pipeline.runtime.workers import Work, Workers
 from pipeline.web.blocklist import read_blocklist
 from pipeline.web.urls import canonical_url
 from retrieval.storage.full_disk import full_disk_named
-from retrieval.storage.listing import described
+from retrieval.storage.listing import deletion_named, described
 from retrieval.storage.manifest import Manifest, ShardRecord, delete_record, read_manifest
 from retrieval.storage.root import Root
 from retrieval.storage.schema import DOWNLOADED, FROM_METADATA, IMAGE_ID, SPLITS, Reason, image_id, read_table
@@ -181,6 +181,7 @@ def _shards(splits: Splits, division: Division) -> Shards:
     return shards
 
 
+@deletion_named()
 def _digest(pictures: Iterable[ImportedPicture]) -> str:
     """Hash of the metadata of pictures and of the sizes and times of their files."""
     versions: dict[Path, tuple[int, int]] = {}

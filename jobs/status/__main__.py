@@ -19,6 +19,9 @@ from jobs.cli.recipe import Recipe
 from jobs.status.stages import statuses
 from jobs.status.table import WIDTH, table
 
+MAX_INTERVAL = 86_400
+"""Longest interval of --watch in seconds."""
+
 
 def report(recipe: Recipe, as_json: bool) -> str:
     """The progress of all stages: a table, or one line of JSON."""
@@ -48,10 +51,17 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
         time.sleep(arguments.watch)
 
 
+def _interval(text: str) -> float:
+    """The value of --watch, seconds."""
+    if not 0 <= (seconds := float(text)) <= MAX_INTERVAL:
+        raise argparse.ArgumentTypeError(f"wanted 0 to {MAX_INTERVAL:,} seconds, got {text}")
+    return seconds
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = recipe_parser("status", __doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object a line, not a table")
-    parser.add_argument("--watch", type=float, metavar="SECONDS", help="print again at this interval")
+    parser.add_argument("--watch", type=_interval, metavar="SECONDS", help="print again at this interval")
     arguments = parser.parse_args(argv)
     try:
         exit_on_user_error(lambda: run_on_recipe(arguments, lambda recipe: run(recipe, arguments)))

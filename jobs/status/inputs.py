@@ -1,9 +1,11 @@
-"""Inputs of finished stages that are no stages: metadata, blocklists, heads, CLIP, precision, vectors, hidden ids.
+"""Inputs of finished stages that are no stages: metadata, blocklists, heads, CLIP, precision, vectors, hidden ids, and
+the settings of `make import`.
 
 They are compared as the stages do, without reading data. The weights of CLIP are compared by their files, if these are
 here: only loading them gives the digest that the stage compares.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -11,7 +13,7 @@ from jobs.cli.recipe import Recipe
 from pipeline.filter.blocked_ids import with_later_blocked
 from pipeline.filter.metadata import changed_metadata
 from pipeline.neighbors.stored_effort import changed_effort
-from pipeline.recipe import DownloadConfig, EmbedConfig, FilterConfig, NeighborsConfig
+from pipeline.recipe import DownloadConfig, EmbedConfig, FilterConfig, ImportConfig, NeighborsConfig
 from pipeline.runtime.status import all_again
 from pipeline.web.blocklist import read_blocklist
 from retrieval.clip.head_files import head_digest, heads_identity, read_head
@@ -21,6 +23,7 @@ from retrieval.imports.source import VectorsConfig
 from retrieval.index.hidden import hidden_digest
 from retrieval.recipe import ClipConfig, Precision
 from retrieval.storage.manifest import Manifest, read_manifest
+from retrieval.storage.stage_folder import setting_differences
 from trainer.model.recipe import AutoencoderConfig
 from trainer.recipe import LatentsConfig
 from trainer.sampling.request import database_folder
@@ -61,6 +64,11 @@ def _of_download(recipe: Recipe, made: Manifest) -> Changes:
     # Without `filter` among its inputs, `import` made it.
     if "filter" in made.upstream and recipe.root.exists("filter/manifest.json"):
         blocklist = with_later_blocked(blocklist, recipe.root, read_manifest(recipe.root, "filter"))
+    if "import" in made.upstream:
+        former, *_ = json.loads(made.upstream["import"])
+        division = recipe[ImportConfig] if recipe.has("import") else ImportConfig()
+        if differences := setting_differences({"import": former}, {"import": division.model_dump(mode="json")}):
+            yield Change(f"made {'; '.join(differences)}", is_of_all=True)
     if blocklist.identity != made.inputs.get("blocklist", ""):
         yield OTHER_BLOCKLIST
 

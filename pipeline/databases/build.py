@@ -37,7 +37,7 @@ from retrieval.perceptual_hash import BLANK_HASH, MIRROR_MASK
 from retrieval.pictures.decode import MAX_PIXELS, PictureError
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
-from retrieval.storage.listing import described
+from retrieval.storage.listing import deletion_named, described
 from retrieval.storage.manifest import Manifest, read_manifest
 from retrieval.storage.root import Root
 from retrieval.storage.schema import Reason, sample_key
@@ -161,7 +161,9 @@ def _read(ids: list[int], pictures: list[SourcePicture], properties: PictureProp
     bar = tqdm(pictures, desc="database", unit="image", mininterval=0.5)
     for image_id, source in zip(ids, bar, strict=True):
         try:
-            picture = prepare(source.content.read(), MAX_PIXELS, 0)
+            with deletion_named():
+                data = source.content.read()
+            picture = prepare(data, MAX_PIXELS, 0)
         except PictureError as error:
             properties.reasons[error.reason] += 1
             continue
@@ -254,6 +256,7 @@ def _write_thumbnails(root: Root, name: str, table: pa.Table, pictures: list[Sou
             tar.add(sample_key(row[schema.IMAGE_ID]), thumbnail.data, row["caption"], row)
 
 
+@deletion_named()
 def _digest(pictures: list[SourcePicture]) -> str:
     """Hash of the bytes and metadata of the pictures, and of the limits for near copies."""
     digest = hashlib.sha256(f"{NEAR_BITS} {NEAR_SIMILARITY}".encode())

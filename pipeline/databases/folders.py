@@ -97,8 +97,9 @@ def tar_items(path: Path, name: str, left_out: Counter[str], is_one_of_many: boo
     is_style = CLASS_NUMBER.fullmatch(parents[-1]) or (is_one_of_many and not parents[-1][-1].isdigit())
     style = parents[-1:] if is_style else ()
     for member_name, (stored_name, content) in sorted(pictures.items()):
-        folders = PurePosixPath(member_name).parts[:-1]
-        item_name = PurePosixPath(safe_text(name), member_name).as_posix()
+        relative = PurePosixPath(member_name.lstrip("/"))  # an absolute name would replace that of the tar
+        folders = relative.parts[:-1]
+        item_name = PurePosixPath(safe_text(name), relative).as_posix()
         yield Item(item_name, content, _fields_of(stored_name, fields), (*parents[:-1], *(folders or style)))
 
 

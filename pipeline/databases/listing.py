@@ -13,7 +13,7 @@ from pipeline.databases.labels import folder_labels
 from pipeline.databases.sources import SUFFIXES, Item, PictureSource, SourcePicture, source_picture
 from pipeline.databases.tables import TABLES, has_images, image_items, path_items
 from retrieval.errors import UserError
-from retrieval.storage.listing import described, safe_text
+from retrieval.storage.listing import deletion_named, described, safe_text
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,9 @@ class Listing:
     """Files that are left out, by reason."""
 
 
+@deletion_named()
 def list_pictures(source: PictureSource) -> Listing:
-    """The pictures of a source. Raises UserError for a source that cannot be read or has no picture."""
+    """The pictures of a source. Raises UserError for a source that cannot be read, has no picture or changes."""
     left_out: Counter[str] = Counter()
     items: dict[str, Item] = {}
     missing = 0

@@ -29,6 +29,7 @@ BATCH_ROWS = 1 << 16
 HASHED_TAIL_BYTES = 1 << 16
 PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
 COLUMNS = tuple(Columns.model_fields)
+BOXES = pa.list_(pa.list_(pa.float64()))
 SETTING_OF_MISSING = {
     "width": "missing_size",
     "height": "missing_size",
@@ -188,12 +189,20 @@ def _inspect_text(source: Root, name: str, config: FilterConfig) -> _File:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     table = inspect_text(source, name, METADATA_FORMATS[config.metadata_format])
-    types = {column: pa.list_(pa.string()) if column in table.nested else pa.string() for column in table.names}
-    schema = pa.schema([pa.field(column, types[column]) for column in table.names])
+    # A column of lists or objects is one where most rows have them. Elsewhere a row with one cannot be read.
+    is_nested = {column: 2 * table.rows_nested_in([column]) > table.rows for column in table.names}
+    schema = pa.schema([pa.field(column, BOXES if is_nested[column] else pa.string()) for column in table.names])
     columns = _resolve(schema, config, source.at(name)) if table.rows else {}
-    if table.bad_rows and not table.rows:
-        raise UserError(f"{source.at(name)}: none of its {table.bad_rows:,} rows can be read. Mend or remove the file.")
-    return _File(name, (table.rows,), table.bad_rows, columns, f"{name} {digest.hexdigest()}\n")
+    odd_rows = table.rows_nested_in(_flat(columns))
+    rows, bad_rows = table.rows - odd_rows, table.bad_rows + odd_rows
+    if bad_rows and not rows:
+        raise UserError(f"{source.at(name)}: none of its {bad_rows:,} rows can be read. Mend or remove the file.")
+    return _File(name, (rows,), bad_rows, columns, f"{name} {digest.hexdigest()}\n")
+
+
+def _flat(columns: Mapping[str, str]) -> set[str]:
+    """The file's columns that have a text or a number in each row. columns: as in Piece."""
+    return {name for column, name in columns.items() if column != "face_boxes"}
 
 
 def _resolve(schema: pa.Schema, config: FilterConfig, where: str) -> dict[str, str]:
@@ -213,7 +222,8 @@ def _resolve(schema: pa.Schema, config: FilterConfig, where: str) -> dict[str, s
                 f" Set filter.columns.{column} in the recipe to one of them."
             )
         if matches:
-            resolved[column] = _checked_name(schema.field(matches[0]), where, column == "face_boxes")
+            _check_type(schema.field(matches[0]), where, column)
+            resolved[column] = matches[0]
         elif configured or _is_required(column, config):
             raise UserError(_missing_column(column, configured, schema, config, where))
     return resolved
@@ -238,13 +248,26 @@ def _missing_column(column: str, configured: str, schema: pa.Schema, config: Fil
     )
 
 
-def _checked_name(field: pa.Field, where: str, may_be_list: bool) -> str:
+def _check_type(field: pa.Field, where: str, column: str) -> None:
     kind = plain_type(field.type)
-    if (may_be_list and pa.types.is_list(kind)) or is_text(kind) or pa.types.is_null(kind) or is_number(kind):
-        return str(field.name)
+    are_boxes = column == "face_boxes"
+    is_wanted = _are_boxes(kind) if are_boxes else is_number(kind)
+    if is_wanted or is_text(kind) or pa.types.is_null(kind):
+        return
+    wanted = "lists of boxes of numbers, or their JSON" if are_boxes else "text or numbers"
     raise UserError(
-        f"{where}: column {field.name} has type {field.type}; wanted text or numbers. Correct filter.columns."
+        f"{where}: column {field.name} has type {field.type}; wanted {wanted}. Correct filter.columns.{column}."
     )
+
+
+def _are_boxes(kind: pa.DataType) -> bool:
+    """Whether values of a plain type are lists of lists of numbers. The type of lists that are all empty is null."""
+    for _ in range(2):
+        if pa.types.is_list(kind):
+            kind = kind.value_type
+        else:
+            return bool(pa.types.is_null(kind))
+    return is_number(kind) or bool(pa.types.is_null(kind))
 
 
 def _divide(file: _File, rows_per_piece: int) -> Iterator[tuple[_File, tuple[int, ...], int]]:
@@ -280,7 +303,7 @@ def read_piece(plan: MetadataPlan, piece: Piece, names: Sequence[str]) -> Iterat
 def _batches(plan: MetadataPlan, piece: Piece, columns: list[str]) -> Iterator[pa.RecordBatch]:
     source = plan.source
     if not piece.row_groups:
-        yield from read_text(source, piece.file, plan.published, columns)
+        yield from read_text(source, piece.file, plan.published, columns, _flat(piece.columns))
         return
     with source.open(piece.file) as file:
         try:

@@ -1,19 +1,21 @@
 """Metadata in text files: CSV, TSV and JSON lines, also compressed (.gz, .bz2, .zst).
 
 Reads rows as columns of bytes, in batches; `retrieval.storage.arrow_columns` cleans their values. A row that cannot
-be read, such as one with a missing field, is left out and counted.
+be read, such as one with a missing field, is left out and counted. A quote that is not closed is an error.
 """
 
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 
 from pipeline.filter.metadata_formats import MetadataFormat
@@ -26,6 +28,10 @@ TEXT_SUFFIXES = tuple(suffix + packed for suffix in CSV_SUFFIXES + JSON_SUFFIXES
 MAX_ROW_BYTES = 1 << 23
 BATCH_ROWS = 1 << 14
 DELIMITERS = ",;\t|"
+LAST_ROW = b"last row (not in the file)"
+"""First field of a row that is added to a file. It is not read as a row if the file ends in quotes."""
+MAX_ROWS_IN_FIELD = 2
+"""Most lines of a field that look like rows. More were rows, before a quote was opened and not closed."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +40,15 @@ class TextTable:
 
     names: tuple[str, ...]
     """Names of its columns, as in the file."""
-    nested: frozenset[str]
-    """Those with lists or objects as values."""
     rows: int
     bad_rows: int
-    """Number of rows that cannot be read."""
+    """Number of further rows that cannot be read."""
+    nested: Counter[frozenset[str]] = field(default_factory=Counter)
+    """Number of rows with lists or objects as values, by the columns with them."""
+
+    def rows_nested_in(self, columns: Collection[str]) -> int:
+        """Number of rows with a list or an object in any of these columns."""
+        return sum(count for nested, count in self.nested.items() if not nested.isdisjoint(columns))
 
 
 @dataclass(frozen=True)
@@ -51,23 +61,27 @@ class _Layout:
 
 
 def inspect_text(source: Root, name: str, published: MetadataFormat) -> TextTable:
-    """Read a text file once and count its rows. Raises UserError if it is damaged."""
+    """Read a text file once and count its rows. Raises UserError if it is damaged or a quote is not closed."""
     with _errors_named(source, name):
         if _is_json(name):
             return _inspect_json(source, name)
-        layout = _layout(source, name, published)
-        bad: list[int] = []
-        rows = sum(batch.num_rows for batch in _csv_batches(source, name, layout, layout.names[:1], bad))
-        return TextTable(layout.names, frozenset(), rows, len(bad))
+        return _inspect_csv(source, name, _layout(source, name, published))
 
 
-def read_text(source: Root, name: str, published: MetadataFormat, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """The readable rows of a text file in batches of binary columns. columns: names in the file."""
+def read_text(
+    source: Root, name: str, published: MetadataFormat, columns: Sequence[str], flat: Collection[str]
+) -> Iterator[pa.RecordBatch]:
+    """The readable rows of a text file in batches of binary columns.
+
+    columns: names in the file; flat: columns in which a list or an object makes a row unreadable.
+    """
     with _errors_named(source, name):
         if _is_json(name):
-            yield from _json_batches(source, name, columns)
-        else:
-            yield from _csv_batches(source, name, _layout(source, name, published), columns, [])
+            yield from _json_batches(source, name, columns, flat)
+            return
+        layout = _layout(source, name, published)
+        with _opened(source, name) as stream:
+            yield from _csv_batches(stream, layout, columns, lambda text: None)
 
 
 @contextmanager
@@ -115,14 +129,14 @@ def _layout(source: Root, name: str, published: MetadataFormat) -> _Layout:
 
 
 def _csv_batches(
-    source: Root, name: str, layout: _Layout, columns: Sequence[str], bad: list[int]
+    stream: Any, layout: _Layout, columns: Sequence[str], bad: Callable[[str], None]
 ) -> Iterator[pa.RecordBatch]:
-    """Batches of these columns. Appends the number of each row that cannot be read to `bad`."""
+    """Batches of these columns. bad: is called with the text of each row that cannot be read."""
     if not layout.names:
         return
 
     def left_out(row: pyarrow.csv.InvalidRow) -> str:
-        bad.append(row.number)
+        bad(row.text)
         return "skip"
 
     read = pyarrow.csv.ReadOptions(
@@ -135,13 +149,92 @@ def _csv_batches(
     convert = pyarrow.csv.ConvertOptions(
         check_utf8=False, column_types=dict.fromkeys(columns, pa.binary()), include_columns=columns, null_values=[]
     )
+    yield from pyarrow.csv.open_csv(stream, read, parse, convert)
+
+
+class _WithLastRow(io.RawIOBase):
+    """The bytes of a CSV file and a row LAST_ROW behind them. `lines` counts the lines that were read."""
+
+    def __init__(self, stream: Any, layout: _Layout) -> None:
+        self._stream = stream
+        self._rest = LAST_ROW + layout.delimiter.encode() * (len(layout.names) - 1) + b"\n"
+        self._ends_line = True
+        self.lines = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data: bytes = self._stream.read(len(buffer))
+        if data:
+            self._ends_line = data.endswith(b"\n")
+        else:
+            row = self._rest if self._ends_line else b"\n" + self._rest
+            data, self._rest, self._ends_line = row[: len(buffer)], row[len(buffer) :], True
+        self.lines += data.count(b"\n")
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _inspect_csv(source: Root, name: str, layout: _Layout) -> TextTable:
+    if not layout.names:
+        return TextTable((), 0, 0)
+    bad: Counter[None] = Counter()
     with _opened(source, name) as stream:
-        yield from pyarrow.csv.open_csv(stream, read, parse, convert)
+        file = _WithLastRow(stream, layout)
+        batches = _csv_batches(pa.PythonFile(file, "r"), layout, layout.names[:1], lambda text: bad.update([None]))
+        rows = 0
+        try:
+            for batch in batches:
+                rows += batch.num_rows
+        except pa.ArrowInvalid as error:
+            raise pa.ArrowInvalid(f"{error}, behind {rows + bad.total():,} rows") from error
+    if file.lines != layout.lines_before + rows + bad.total():  # so a row has several lines, or lines are empty
+        _check_quotes(source, name, layout)
+    return TextTable(layout.names, rows - 1, bad.total())
+
+
+def _check_quotes(source: Root, name: str, layout: _Layout) -> None:
+    """Raises UserError for a field that contains rows or the end of the file."""
+    numbered = replace(layout, names=tuple(map(str, range(len(layout.names)))))
+    bad: list[bytes] = []
+    with _opened(source, name) as stream:
+        file = pa.PythonFile(_WithLastRow(stream, layout), "r")
+        for batch in _csv_batches(file, numbered, numbered.names, lambda text: bad.append(text.encode())):
+            for column in batch.columns:
+                for value in column.filter(pc.match_substring(column, "\n")).to_pylist():
+                    _check_field(source, name, layout, b'"' + value.replace(b'"', b'""'))
+            for text in bad:
+                _check_field(source, name, layout, text)
+            bad.clear()
+    for text in bad:
+        _check_field(source, name, layout, text)
+
+
+def _check_field(source: Root, name: str, layout: _Layout, text: bytes) -> None:
+    """Raises UserError if the lines of a text behind the first one are rows. text: the end of the first line."""
+    first, *others = text.splitlines()
+    fewest = len(layout.names) - 1
+    rows = sum(b"://" in line and line.count(layout.delimiter.encode()) >= fewest for line in others)
+    is_end = any(line.startswith(LAST_ROW) for line in others)
+    if not is_end and rows <= MAX_ROWS_IN_FIELD:
+        return
+    with _opened(source, name) as stream:
+        before, number = b"", 0
+        for line in io.BufferedReader(_WithLastRow(stream, layout)):
+            if before.endswith(first) and line.rstrip(b"\r\n") == others[0]:
+                break
+            before, number = line.rstrip(b"\r\n"), number + 1
+    until = "the end of the file" if is_end else f"line {number + len(others):,}"
+    raise UserError(
+        f"{source.at(name)}: a quote in line {number:,} is not closed, so that the lines up to {until} are one field."
+        " Close or remove the quote."
+    )
 
 
 def _inspect_json(source: Root, name: str) -> TextTable:
     names: dict[str, None] = {}
-    nested: set[str] = set()
+    nested: Counter[frozenset[str]] = Counter()
     rows = bad_rows = 0
     for row in _json_rows(source, name):
         if row is None:
@@ -149,12 +242,17 @@ def _inspect_json(source: Root, name: str) -> TextTable:
             continue
         rows += 1
         names.update(dict.fromkeys(row))
-        nested.update(key for key, value in row.items() if isinstance(value, list | dict))
-    return TextTable(tuple(names), frozenset(nested), rows, bad_rows)
+        if columns := [key for key, value in row.items() if isinstance(value, list | dict)]:
+            nested[frozenset(columns)] += 1
+    return TextTable(tuple(names), rows, bad_rows, nested)
 
 
-def _json_batches(source: Root, name: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    rows = (row for row in _json_rows(source, name) if row is not None)
+def _json_batches(source: Root, name: str, columns: Sequence[str], flat: Collection[str]) -> Iterator[pa.RecordBatch]:
+    rows = (
+        row
+        for row in _json_rows(source, name)
+        if row is not None and not any(isinstance(row.get(column), list | dict) for column in flat)
+    )
     while batch := list(islice(rows, BATCH_ROWS)):
         arrays = [pa.array([_json_bytes(row.get(column)) for row in batch], pa.binary()) for column in columns]
         yield pa.record_batch(arrays, list(columns))

@@ -17,6 +17,7 @@ from fsspec.core import url_to_fs
 from retrieval.config import Config
 from retrieval.errors import UserError
 from retrieval.storage import object_store
+from retrieval.storage.listing import deletion_named
 from retrieval.storage.manifest import Manifest, ShardRecord, fingerprint, read_manifest, read_record
 from retrieval.storage.root import Root
 from retrieval.storage.stage_folder import listing_splits, setting_differences
@@ -284,8 +285,9 @@ def _record_times(root: Root, stage: str, shards: Iterable[str]) -> dict[str, fl
 
 
 def modified_at(root: Root, name: str) -> float:
-    """Modification time of a file, in seconds since 1970."""
-    return object_store.modified_at(root.fs.info(str(url_to_fs(root.at(name))[1])))
+    """Modification time of a file, in seconds since 1970. Raises UserError if it was deleted meanwhile."""
+    with deletion_named():
+        return object_store.modified_at(root.fs.info(str(url_to_fs(root.at(name))[1])))
 
 
 def _by_count(reasons: Mapping[str, int]) -> dict[str, int]:

@@ -65,7 +65,14 @@ def _verify(add: Add) -> None:
     add("--queries", type=int, default=200, help="rows of the database used as queries (default %(default)s)")
     add("-k", "--k", type=int, default=20, help="neighbors per query (default %(default)s)")
     add("--recall", type=float, default=0.95, help="recall of the search, above 0 to 1 (default %(default)s)")
-    add("--seed", type=int, default=0, help="seed of the choice of queries (default %(default)s)")
+    add("--seed", type=_seed, default=0, help="seed of the choice of queries (default %(default)s)")
+
+
+def _seed(text: str) -> int:
+    """The value of --seed, 0 or more."""
+    if (seed := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"wanted 0 or more, got {seed}")
+    return seed
 
 
 def _build(add: Add) -> None:

@@ -24,7 +24,7 @@ from retrieval.file_cache import FileCache
 from retrieval.index.effort import Effort
 from retrieval.index.rerank import CodedRows, RerankIndex, StoredRows
 from retrieval.index.routing import Numbers, Vectors
-from retrieval.kernel.layout import checked_pointers, is_searchable
+from retrieval.kernel.layout import check_rows, checked_pointers, is_searchable
 from retrieval.kernel.library import library
 from retrieval.kernel.list_search import ListSearch, open_list_search
 from retrieval.kernel.mapped_lists import MappedIndex, map_index
@@ -205,11 +205,14 @@ class PartitionFiles:
 
     @cached_property
     def _refine(self) -> tuple[Any, RerankIndex]:
-        metric = self._base.metric_type
-        self._base.metric_type = faiss.METRIC_INNER_PRODUCT  # that of the ranking; autofaiss builds with L2 distances
-        refine = faiss.IndexRefine(self._base, self.rerank.index)
-        self._base.metric_type = metric
-        return refine, self.rerank
+        base, rows = self._base, self.rerank
+        with self._damage_of("index.faiss"):
+            check_rows(base, _core_of(base), self.embeddings.shape)
+        metric = base.metric_type
+        base.metric_type = faiss.METRIC_INNER_PRODUCT  # that of the ranking; autofaiss builds with L2 distances
+        refine = faiss.IndexRefine(base, rows.index)
+        base.metric_type = metric
+        return refine, rows
 
     @property
     def base(self) -> Any:
@@ -248,8 +251,9 @@ class PartitionFiles:
     @cached_property
     def _core(self) -> Any:
         """The part of `structure` that has the lists or the graph, below transformations of the vectors."""
-        index = self.structure
-        return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+        structure = self.structure
+        with self._damage_of("index.faiss"):
+            return _core_of(structure)
 
     @property
     def is_graph(self) -> bool:
@@ -324,6 +328,14 @@ class PartitionFiles:
         return (
             parameters if self._core is self.structure else faiss.SearchParametersPreTransform(index_params=parameters)
         )
+
+
+def _core_of(index: Any) -> Any:
+    """The part of an index below transformations of the vectors. Raises ValueError if it has no lists and no graph."""
+    core = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+    if not isinstance(core, faiss.IndexIVF | faiss.IndexHNSW):
+        raise ValueError(f"it is {type(core).__name__}, expected lists (IndexIVF) or a graph (IndexHNSW)")
+    return core
 
 
 @lru_cache(MAX_PARAMETERS)

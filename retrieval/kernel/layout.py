@@ -67,6 +67,20 @@ def checked_pointers(index: Any, rows: Any, pointers: ListPointers | None = None
     return pointers
 
 
+def check_rows(index: Any, core: Any, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless the ids of an index that faiss searches are rows (n, dim) of this shape.
+
+    core: its part with the lists or the graph.
+    """
+    rows, dim = shape
+    if index.d != dim:
+        raise ValueError(f"dimensions: {index.d:,}, expected {dim:,}")
+    if isinstance(core, faiss.IndexIVF):
+        check_ids(list_pointers(core), rows)
+    elif core.ntotal != rows:  # the ids in a graph are its nodes
+        raise ValueError(f"rows: {core.ntotal:,}, expected {rows:,}")
+
+
 def list_pointers(index: Any) -> ListPointers:
     """The entries in the memory of faiss."""
     lists, numbers = index.invlists, range(index.nlist)

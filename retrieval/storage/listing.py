@@ -7,8 +7,11 @@ of files that the project did not write uses this module, and tells the user wha
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+
+from retrieval.errors import UserError
 
 HIDDEN = "hidden or left by a tool"
 LINKED_FOLDER = "a link to a folder"
@@ -95,6 +98,18 @@ def safe_text(text: str) -> str:
         return data.decode()
     except UnicodeDecodeError:
         return data.decode("latin-1")
+
+
+@contextmanager
+def deletion_named() -> Iterator[None]:
+    """Raises UserError with the name of a file that the block does not find. For files that were listed before."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{error.filename or error} was deleted or renamed while it was read. Run again, and leave the files as"
+            " they are until the end."
+        ) from error
 
 
 def described(counts: Counter[str]) -> str:

@@ -195,7 +195,8 @@ class Root:
             return None if data is None else json.loads(data)
         except ValueError as error:
             raise UserError(
-                f"{self.at(name)} is not valid JSON: {error}. Remove its folder and run its stage again."
+                f"{self.at(name)} is not valid JSON: {error}. Restore it from a copy. Without a copy, move this file"
+                " away, keep the others in its folder, and run its stage again."
             ) from error
 
     @contextmanager

@@ -12,7 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline import embed
+from pipeline import embed, import_pictures
+from pipeline.databases.listing import Listing, list_pictures
+from pipeline.databases.sources import PictureSource
 from pipeline.download.download import SCHEMA_VERSION
 from pipeline.import_pictures import Sources, run
 from pipeline.recipe import DownloadConfig, EmbedConfig, ImportConfig
@@ -205,6 +207,19 @@ def test_an_import_of_an_earlier_version_keeps_its_shards_too(tmp_path: Path) ->
     changed = imported(folder, root, division)
     assert changed.shard_names() == ["train/00000-00000", "train/00000-00002", "train/00000-00003"]
     assert changed.digests().items() > first.digests().items()
+
+
+def test_a_picture_that_is_deleted_after_the_listing_is_an_error_that_names_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deletes_after_listing(source: PictureSource) -> Listing:
+        listing = list_pictures(source)
+        (folder / "red_square_07.jpg").unlink()
+        return listing
+
+    monkeypatch.setattr(import_pictures, "list_pictures", deletes_after_listing)
+    with pytest.raises(UserError, match=r"red_square_07\.jpg was deleted or renamed while it was read"):
+        imported(folder, Root(str(tmp_path / "run")))
 
 
 def test_another_division_and_a_download_of_the_web_are_refused(folder: Path, tmp_path: Path) -> None:

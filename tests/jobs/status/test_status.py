@@ -20,7 +20,7 @@ from jobs.status.__main__ import has_color, main
 from jobs.status.stages import statuses
 from jobs.status.table import WIDTH, table
 from pipeline.filter.metadata import plan_pieces
-from pipeline.recipe import EmbedConfig, FilterConfig
+from pipeline.recipe import EmbedConfig, FilterConfig, ImportConfig
 from pipeline.runtime.status import Status
 from retrieval.clip.head_files import head_digest, heads_identity
 from retrieval.clip.weight_files import weight_files
@@ -65,6 +65,8 @@ log_every = 10
 """
 AGAIN = "; all is made again with --remake, 0 rows, 0.0 MB, at least 0 s"
 """What is stated for a manifest of `write_made`."""
+DEFAULT_IMPORT = json.dumps([ImportConfig().model_dump(mode="json"), False])
+"""The input `import` of a download from `make import` without a section `import`."""
 HEAVY = ("torch", "ray", "faiss", "open_clip", "diffusers", "deepspeed", "img2dataset")
 
 
@@ -244,11 +246,19 @@ def test_samples_with_images_that_are_hidden_later_are_stale(recipe: Path) -> No
 
 
 def test_imported_pictures_are_stale_with_another_blocklist(recipe: Path, tmp_path: Path) -> None:
-    write_made(recipe, "download", {"source": "s", "import": "[]"}, {"blocklist": ""})
+    write_made(recipe, "download", {"source": "s", "import": DEFAULT_IMPORT}, {"blocklist": ""})
     (tmp_path / "listed.txt").write_text("example.org")
     assert statuses_by_stage(recipe)["download"].state == "finished"
     imported = statuses_by_stage(recipe, f"download.blocklist={tmp_path}/listed.txt")["download"]
     assert (imported.state, imported.note) == ("stale", "made with another blocklist")
+
+
+def test_imported_pictures_are_stale_with_other_settings_of_the_import(recipe: Path) -> None:
+    write_made(recipe, "download", {"source": "s", "import": DEFAULT_IMPORT}, {"blocklist": ""})
+    assert statuses_by_stage(recipe)["download"].state == "finished"
+    stale = statuses_by_stage(recipe, "import.seed=3", "import.rows_per_shard=8")["download"]
+    changes = "made with import.seed = 0, the recipe has 3; with import.rows_per_shard = 1000, the recipe has 8"
+    assert (stale.state, stale.note) == ("stale", changes + AGAIN)
 
 
 def test_an_index_of_other_vectors_is_stale(recipe: Path, tmp_path: Path) -> None:
@@ -358,6 +368,17 @@ def test_a_stalled_training_has_no_estimate_of_the_time_left(recipe: Path) -> No
     status = statuses_by_stage(recipe)["train"]
     assert status.eta_s is None
     assert status.note.endswith("logged 7 min ago: interrupted?")
+
+
+@pytest.mark.parametrize("seconds", ["-1", "nan", "1e9"])
+def test_an_interval_that_is_none_is_an_error_of_the_arguments(
+    recipe: Path, seconds: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_filter(recipe)
+    with pytest.raises(SystemExit) as ended:
+        main([str(recipe), f"--watch={seconds}"])
+    assert ended.value.code == 2
+    assert f"--watch: wanted 0 to 86,400 seconds, got {seconds}" in capsys.readouterr().err
 
 
 def test_a_missing_root_is_an_error(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

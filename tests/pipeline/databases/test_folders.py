@@ -3,15 +3,19 @@
 import io
 import os
 import tarfile
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from pipeline.databases import folders
 from pipeline.databases.labels import database_names
 from pipeline.databases.listing import Listing, list_pictures
 from pipeline.databases.sources import PictureSource
 from retrieval import UserError
+from retrieval.storage.listing import list_files
 
 
 def write(folder: Path, *names: str, data: bytes = b"x") -> None:
@@ -125,6 +129,31 @@ def test_a_hugging_face_cache_is_read_through_its_links(tmp_path: Path) -> None:
     (hub / "refs/main").write_text("gone")
     with pytest.raises(UserError, match="has the snapshots rev1, rev2"):
         list_pictures(PictureSource(hub))
+
+
+def test_pictures_of_several_tars_with_the_same_absolute_names_are_all_kept(tmp_path: Path) -> None:
+    for number in range(2):
+        write_tar(tmp_path / f"{number:05d}.tar", "/data/baroque/0.jpg", "1.jpg")
+    listing = list_pictures(PictureSource(tmp_path))
+    assert names(listing) == [f"0000{number}/{name}" for number in (0, 1) for name in ("1.jpg", "data/baroque/0.jpg")]
+    assert {picture.label for picture in listing.pictures} == {"", "baroque"}
+    assert not listing.left_out
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.txt", "a.tar"])
+def test_a_file_that_is_deleted_after_it_was_listed_is_an_error_that_names_it(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "a.jpg", name)
+
+    def deletes_after_listing(folder: Path, link_targets: Sequence[Path]) -> tuple[list[str], Counter[str]]:
+        listed = list_files(folder, link_targets)
+        (folder / name).unlink()
+        return listed
+
+    monkeypatch.setattr(folders, "list_files", deletes_after_listing)
+    with pytest.raises(UserError, match=rf"{name} was deleted or renamed while it was read"):
+        list_pictures(PictureSource(tmp_path))
 
 
 def test_two_pictures_of_one_name_are_counted(tmp_path: Path) -> None:

@@ -155,6 +155,94 @@ def test_unsuitable_files_are_named_with_what_they_have(tmp_path: Path, name: st
         plan(tmp_path)
 
 
+HEADER = b"url,text,width,height,pwatermark,punsafe\n"
+GOOD = b"".join(b"http://a.org/%d,one,800,600,0.25,0.5\n" % row for row in range(9))
+
+
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"])
+@pytest.mark.parametrize("behind", [b"", GOOD.rstrip()])
+@pytest.mark.parametrize(
+    "row", [b'http://a.org/x,"open,1,1,0,0', b'http://a.org/x,one,1,1,0,"0', b'"http://a.org/x,one']
+)
+def test_a_quote_that_is_open_at_the_end_of_a_file_is_an_error_with_its_line(
+    tmp_path: Path, row: bytes, behind: bytes, end: bytes
+) -> None:
+    content = b"\n" + HEADER + GOOD + row + (b"\n" + behind if behind else b"") + end
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(content))
+    with pytest.raises(UserError, match=r"a\.csv\.gz: a quote in line 12 is not closed.* up to the end of the file"):
+        plan(tmp_path)
+
+
+@pytest.mark.parametrize("closing", [b'http://a.org/y,"two",1,1,0,0\n', b'http://a.org/y,"a, ""b""",1,1,0,0\n'])
+def test_a_quote_that_a_later_row_closes_is_an_error_with_its_line(tmp_path: Path, closing: bytes) -> None:
+    text = b'http://a.org/z,"a caption\nof ""two"" lines, http://b.org",800,600,0,0\n'
+    content = HEADER + text + GOOD + b'http://a.org/x,"open,1,1,0,0\n' + GOOD + closing + GOOD
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.csv: a quote in line 13 is not closed.* up to line 23 are one field"):
+        plan(tmp_path)
+
+
+def test_texts_of_several_lines_and_empty_lines_are_no_open_quotes(tmp_path: Path) -> None:
+    lines = b"\n".join([b'a verse, with ""commas"", but without an address'] * 50)
+    row = b'http://a.org/z,"' + lines + b'",800,600,0,0\n'
+    (tmp_path / "a.csv").write_bytes(HEADER + b"\n" + row + b"\n\n" + GOOD + row.rstrip())
+    assert len(values(tmp_path)) == 11
+
+
+def test_a_row_that_is_too_long_is_an_error_with_the_number_of_rows_before_it(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(HEADER + GOOD + b'http://a.org/x,"' + b"x\n" * (1 << 23))
+    with pytest.raises(UserError, match=r"a\.csv cannot be read as CSV or TSV: .*, behind 9 rows"):
+        plan(tmp_path)
+
+
+def test_a_row_of_json_with_a_list_instead_of_a_text_is_left_out_and_counted(tmp_path: Path) -> None:
+    odd = {"URL": "http://a.org/3", "TEXT": ["a", "b"], "WIDTH": {"px": 8}, "note": [1]}
+    noted = {**ROWS[0], "note": {"of": "no column that is read"}}
+    lines = [odd, noted, ROWS[1]]
+    (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in lines))
+    [piece] = plan(tmp_path).pieces
+    assert (piece.rows, piece.bad_rows) == (2, 1)
+    assert values(tmp_path) == EXPECTED
+    pieces = plan(tmp_path)
+    assert [len(batch) for batch in read_piece(pieces, piece, ("url",))] == [2]  # so that row numbers agree
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        pa.array([[[b"0"]]]),
+        pa.array([[b"0"]]),
+        pa.array([0], pa.date32()),
+        pa.array([[[0]]], pa.list_(pa.list_(pa.timestamp("s")))),
+        pa.array([{"x": 0}]),
+        pa.array([0.5]),
+    ],
+)
+def test_boxes_of_another_type_are_an_error_that_names_the_column_and_both_types(
+    tmp_path: Path, boxes: pa.Array
+) -> None:
+    table = pa.Table.from_pylist(ROWS[:1]).append_column("faces", boxes)
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"column faces has type .*; wanted lists of boxes of numbers, or their JSON"):
+        plan(tmp_path, columns=Columns(face_boxes="faces"))
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        pa.array([[]], pa.list_(pa.null())),
+        pa.array([[[0, 0, 1, 1]]], pa.list_(pa.list_(pa.float32(), 4))),
+        pa.array([b"[]"]),
+        pa.array(["[]"]).dictionary_encode(),
+        pa.nulls(1),
+    ],
+)
+def test_boxes_of_all_usual_types_are_taken(tmp_path: Path, boxes: pa.Array) -> None:
+    pq.write_table(pa.Table.from_pylist(ROWS[:1]).append_column("faces", boxes), tmp_path / "a.parquet")
+    [piece] = plan(tmp_path, columns=Columns(face_boxes="faces")).pieces
+    assert piece.columns["face_boxes"] == "faces"
+
+
 def test_a_parquet_column_twice_is_refused(tmp_path: Path) -> None:
     table = pa.Table.from_pylist(ROWS)
     pq.write_table(table.append_column("URL", table["URL"]), tmp_path / "a.parquet")

@@ -279,6 +279,13 @@ def test_verify_exits_with_0_for_an_intact_database_and_1_for_a_damaged_one(data
     assert "damaged: partitions/00000/embeddings.npy" in text
 
 
+def test_verify_refuses_a_negative_seed(database: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["verify", database, "--seed=-1"])
+    assert ended.value.code == 2
+    assert "--seed: wanted 0 or more, got -1" in capsys.readouterr().err
+
+
 def test_block_hides_rows_from_every_later_search(
     database: str, query_file: str, tmp_path: Path, capsys: Capture
 ) -> None:

@@ -99,6 +99,12 @@ def test_an_object_store_works_like_a_folder() -> None:
         root.local_path("x")
 
 
+def test_the_advice_for_a_damaged_file_keeps_the_other_files_of_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints.json").write_text('{"checkpoints": [')
+    with pytest.raises(UserError, match=r"checkpoints\.json is not valid JSON.*move this file away, keep the others"):
+        Root(tmp_path).find_json("checkpoints.json")
+
+
 def test_a_missing_file_is_a_clear_error(tmp_path: Path) -> None:
     # Another node may have it: a NodeError moves the shard there.
     with pytest.raises(NodeError, match="did not finish, or its folder is not mounted"):

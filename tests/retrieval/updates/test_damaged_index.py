@@ -1,4 +1,4 @@
-"""Updates of a partition whose index was damaged are refused: they copy the entries of its lists."""
+"""A partition with a damaged index is not updated, because updates copy the entries of its lists, and not searched."""
 
 import shutil
 from pathlib import Path
@@ -7,7 +7,9 @@ import faiss
 import numpy as np
 import pytest
 
-from retrieval import Database, Root, UserError, delete_from_database
+from retrieval import Database, Effort, Root, UserError, delete_from_database
+from retrieval.file_cache import FileCache
+from retrieval.index.partition import Partition
 from retrieval.storage.manifest import read_manifest
 
 
@@ -26,6 +28,37 @@ def refuses_an_update(root: Root, index: object, message: str) -> None:
     with pytest.raises(UserError, match=rf"index\.faiss cannot be read \({message}.*the database is damaged"):
         delete_from_database(root, [1001])
     assert read_manifest(root, "") == before
+
+
+def foreign_index(key: str, rows: int, dim: int = 32) -> object:
+    """An index of other vectors."""
+    vectors = np.random.default_rng(0).standard_normal((rows, dim)).astype(np.float32)
+    index = faiss.index_factory(dim, key, faiss.METRIC_INNER_PRODUCT)
+    index.train(vectors)
+    index.add(vectors)
+    return index
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (foreign_index("IVF8,Flat", 3500), r"ids of its lists are not in \[0, 3,000\)"),
+        (foreign_index("PCA16,IVF8,Flat", 3500), r"ids of its lists are not in \[0, 3,000\)"),
+        (foreign_index("HNSW8", 3500), "rows: 3,500, expected 3,000"),
+        (foreign_index("HNSW8", 3000, dim=16), "dimensions: 16, expected 32"),
+        (foreign_index("Flat", 3000), "it is IndexFlat.*, expected lists .* or a graph"),
+    ],
+)
+def test_an_index_of_another_kind_that_does_not_fit_the_rows_is_not_searched(
+    root: Root, index: object, message: str
+) -> None:
+    for name in ("lists.npy", "list_centroids.npy"):
+        root.delete(f"partitions/00000/{name}")
+    faiss.write_index(index, str(root.local_path("partitions/00000/index.faiss")))
+    queries = np.eye(200, 32, dtype=np.float32) + 0.1
+    partition = Partition.open(FileCache(root), "partitions/00000", 32, np.empty(0, np.int64))
+    with pytest.raises(UserError, match=rf"index\.faiss cannot be read \({message}.*Build it again"):
+        partition.search(queries, 20, Effort(1, 2, 4))
 
 
 @pytest.mark.parametrize("row", [-5, 3000])
