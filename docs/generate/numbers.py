@@ -95,8 +95,8 @@ def _unknown_styles(tables: Any) -> list[str]:
     styles = ", ".join(row["style"].replace("_", " ") for row in tables["styles"])
     lines = [
         f"No caption names these styles, and no training picture of any model has them: {styles}.",
-        "Only a style database has them. Style accuracy by the judge on CLIP features, by that on pixels, and by the nearest",
-        "real picture, which a style descriptor finds that was not trained on these styles:",
+        "Only a style database has them. Style accuracy by the judge on CLIP features, by that on pixels, and by the",
+        "nearest real picture, which a style descriptor finds that was not trained on these styles:",
         "",
     ]
     names = ("accuracy", "accuracy_pixels", "accuracy_nearest")
