@@ -208,11 +208,14 @@ class Database:
 
     def metadata_at(self, positions: Positions) -> pa.Table:
         """Metadata of rows by position (n,), in this order: schema.METADATA, and DETAILS where stored."""
-        parts = [self.partitions[0].metadata.schema.empty_table()]
-        indices = [np.empty(0, np.int64)]
+        parts, indices = [], []
         for number, index, rows in self._by_partition(positions):
             parts.append(take_rows(self.partitions[number].metadata, rows))
             indices.append(index)
+        if not parts:
+            return self.partitions[0].metadata.schema.empty_table()
+        if len(parts) == 1:  # in order
+            return parts[0].combine_chunks()
         order = np.argsort(np.concatenate(indices), kind="stable")
         return take_rows(pa.concat_tables(parts), order).combine_chunks()
 

@@ -110,7 +110,7 @@ def take_rows(table: pa.Table, rows: npt.ArrayLike) -> pa.Table:
         _take_block(batches, ends, numbers[start : start + ROWS_PER_BLOCK])
         for start in range(0, len(numbers), ROWS_PER_BLOCK)
     ]
-    return pa.concat_tables([table.schema.empty_table(), *blocks])
+    return pa.concat_tables(blocks) if blocks else table.schema.empty_table()
 
 
 def _take_block(batches: list[pa.RecordBatch], ends: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> pa.Table:

@@ -8,12 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 import pytest
 
 from retrieval import Database, Effort, UserError
+from retrieval.database import database as database_module
 from retrieval.index.routing import Vectors, route, unit
 from retrieval.index.top_k import top_k
 from retrieval.storage import schema
+from retrieval.storage.arrow_columns import take_rows
 from tests.retrieval.conftest import DIM, brute_force, clustered, share_found
 
 Build = Callable[..., Database]
@@ -95,6 +99,22 @@ def test_rows_are_read_by_position_in_any_shape_and_order(mixed: Database) -> No
     np.testing.assert_array_equal(ids, mixed.ids_at(numbers))
     flat = numbers.ravel()
     assert mixed.metadata_at(flat)[schema.IMAGE_ID].to_pylist() == ids.ravel().tolist()
+
+
+def test_metadata_of_rows_in_one_partition_is_taken_once(mixed: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = mixed.first_position(1)
+    positions = first + np.array([5, 0, 5, 3])
+    taken: list[int] = []
+
+    def counted(table: pa.Table, rows: npt.ArrayLike) -> pa.Table:
+        taken.append(len(table))
+        return take_rows(table, rows)
+
+    monkeypatch.setattr(database_module, "take_rows", counted)
+    rows = mixed.metadata_at(positions)
+    assert taken == [len(mixed.partitions[1])]
+    assert rows.equals(mixed.metadata().take(positions))
+    assert mixed.metadata_at(positions[:0]).equals(rows.slice(0, 0))
 
 
 def test_positions_are_ordered_by_partition(mixed: Database) -> None:
