@@ -120,6 +120,7 @@ def default_line(results: dict[str, Any]) -> str:
     row, wanted = results["tradeoff"]["default"], results["tradeoff"]["wanted"]
     low, high = row["guidance_interval"]
     setting = f"guidance = {row['guidance']:g}, k = {row['k']}, guidance_interval = [{low:g}, {high:g}]"
+    setting += f", neighbor_weight = {row['neighbor_weight']:g}"
     values = f"style {estimate_text(row['style'])}, content {estimate_text(row['content'])}"
     if row["reached"]:
         return f"default by the curve: {setting}: {values}"

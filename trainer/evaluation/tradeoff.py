@@ -1,4 +1,4 @@
-"""Style against content: samples with neighbors at several guidances, numbers of neighbors and intervals of guidance.
+"""Style against content: samples at several guidances, intervals of it, and numbers and weights of neighbors.
 
 Content is the CLIP score of samples relative to that of samples without neighbors. Takes requests and features, returns
 groups and plain values for JSON. Pure functions: `trainer.evaluation.paper` draws the samples and stores the result.
@@ -25,20 +25,25 @@ class Setting:
     guidance: float
     k: int
     guidance_interval: tuple[float, float]
+    neighbor_weight: float = 1.0
 
     @property
     def name(self) -> str:
         """Mode of its samples, and part of their folder."""
         low, high = self.guidance_interval
-        return f"guidance-{self.guidance:g}-k-{self.k}-from-{low:g}-to-{high:g}"
+        return f"guidance-{self.guidance:g}-k-{self.k}-from-{low:g}-to-{high:g}-weight-{self.neighbor_weight:g}"
 
 
 def make_settings(
-    guidances: Sequence[float], ks: Sequence[int], intervals: Sequence[tuple[float, float]]
+    guidances: Sequence[float],
+    ks: Sequence[int],
+    intervals: Sequence[tuple[float, float]],
+    weights: Sequence[float] = (1.0,),
 ) -> list[Setting]:
     """All combinations, without repetition. An interval has no effect at guidance 1: only the first is kept there."""
-    combinations = product(dict.fromkeys(guidances), dict.fromkeys(ks), dict.fromkeys(intervals))
-    return [Setting(*values) for values in combinations if values[0] != 1 or values[2] == intervals[0]]
+    guided = [(scale, part) for scale in guidances for part in intervals if scale != 1 or part == intervals[0]]
+    combinations = product(dict.fromkeys(guided), dict.fromkeys(ks), dict.fromkeys(weights))
+    return [Setting(scale, k, part, weight) for (scale, part), k, weight in combinations]
 
 
 def setting_groups(retrieved: Sequence[StyleGroup], settings: Sequence[Setting], count: int) -> list[StyleGroup]:

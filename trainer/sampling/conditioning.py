@@ -136,7 +136,7 @@ def _conditioned(
     for share, candidates in zip(request.database_weights().values(), results, strict=True):
         allowed = [pair for pair in candidates if pair[0].image_id not in request.exclude]
         for neighbor, vector in allowed[: request.k]:
-            weight = factors.get(neighbor.image_id, 1.0) * share
+            weight = factors.get(neighbor.image_id, 1.0) * share * request.neighbor_weight
             if weight > 0:
                 selected.append((replace(neighbor, weight=weight), vector))
     neighbors = tuple(neighbor for neighbor, _ in selected)

@@ -46,6 +46,8 @@ class SamplingConfig(ComputeConfig):
     """Text that guidance moves away from; empty: none."""
     guidance_interval: tuple[float, float] = added_setting(FULL, strict=False)
     """Guidance only at noise levels t / (T - 1) between two numbers, such as [0.2, 0.8] (Kynkäänniemi et al. 2024)."""
+    neighbor_weight: float = added_setting(1.0, gt=0)
+    """Factor on the weight of all neighbors in attention: below 1, prompt and images count more."""
     steps: int = Field(default=50, ge=1)
     """Denoising steps."""
     scheduler: SchedulerName = "ddim"
@@ -69,6 +71,7 @@ class SamplingConfig(ComputeConfig):
             guidance=self.guidance,
             negative_prompt=self.negative_prompt,
             guidance_interval=self.guidance_interval,
+            neighbor_weight=self.neighbor_weight,
             steps=self.steps,
             scheduler=self.scheduler,
             height=self.height,

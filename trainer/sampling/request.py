@@ -29,7 +29,7 @@ FULL = (0.0, 1.0)
 """The interval of all noise levels."""
 ADDED = {
     **{"negative_prompt": "", "guidance_interval": FULL, "without": ""},
-    **{"init_image": None, "strength": 1.0, "mask": None},
+    **{"neighbor_weight": 1.0, "init_image": None, "strength": 1.0, "mask": None},
 }
 """Fields that the recipe of a picture has only with other values, so that equal pictures have equal files."""
 
@@ -114,6 +114,8 @@ class Request:
     """Text that guidance moves away from, in the place of the empty context; empty: none."""
     guidance_interval: tuple[float, float] = FULL
     """Guidance only at noise levels t / (T - 1) from the first to the second number."""
+    neighbor_weight: float = 1.0
+    """Factor on the weight of all neighbors in attention: below 1, prompt and images count more."""
     steps: int = 50
     scheduler: SchedulerName = "ddim"
     height: int = 0
@@ -185,6 +187,8 @@ class Request:
             raise UserError(f"top_m must be above 0 and at most 1, got {self.top_m}")
         if len(dict(self.mix)) < len(self.mix) or not all(0 < weight < MAX_WEIGHT for _, weight in self.mix):
             raise UserError(f"mix must name each database once, with a weight above 0, got {dict(self.mix)}")
+        if not 0 < self.neighbor_weight < MAX_WEIGHT:
+            raise UserError(f"neighbor_weight must be above 0 and below {MAX_WEIGHT:g}, got {self.neighbor_weight:g}")
         if not all(0 <= factor < MAX_WEIGHT for _, factor in self.weights):
             raise UserError(f"weights of neighbors must be 0 to {MAX_WEIGHT:g}, got {dict(self.weights)}")
 

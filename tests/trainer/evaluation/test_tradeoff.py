@@ -79,18 +79,20 @@ def test_the_default_is_the_setting_with_the_most_content_that_reaches_both_goal
 def test_settings_are_all_combinations_without_those_that_have_no_effect():
     settings = make_settings([1.0, 2.0, 2.0], [1, 8], [FULL, INNER])
     assert settings == [
-        Setting(1.0, 1, FULL),
-        Setting(1.0, 8, FULL),
-        *(Setting(2.0, k, interval) for k in (1, 8) for interval in (FULL, INNER)),
+        *(Setting(1.0, k, FULL) for k in (1, 8)),
+        *(Setting(2.0, k, interval) for interval in (FULL, INNER) for k in (1, 8)),
     ]
-    assert len({setting.name for setting in settings}) == 6
+    weighted = make_settings([2.0], [1], [FULL], [1.0, 0.5])
+    assert weighted == [Setting(2.0, 1, FULL, 1.0), Setting(2.0, 1, FULL, 0.5)]
+    assert len({setting.name for setting in [*settings, *weighted]}) == 7
 
 
-def test_a_setting_changes_only_guidance_neighbors_and_interval_of_the_first_samples():
+def test_a_setting_changes_only_guidance_interval_and_neighbors_of_the_first_samples():
     retrieved = [group for group in make_style_groups(SamplingConfig(), 3, STYLES, PROMPTS) if group.mode == RETRIEVAL]
-    first, second = setting_groups(retrieved, [Setting(2.0, 3, INNER)], 2)
-    assert (first.name, first.style, second.style) == ("tradeoff/guidance-2-k-3-from-0.2-to-0.8/a", "a", "b")
+    first, second = setting_groups(retrieved, [Setting(2.0, 3, INNER, 0.5)], 2)
+    assert (first.name, first.style, second.style) == ("tradeoff/guidance-2-k-3-from-0.2-to-0.8-weight-0.5/a", "a", "b")
     assert first.prompts == retrieved[0].prompts[:2]
     for request, original in zip(first.requests, retrieved[0].requests[:2], strict=True):
         assert (request.guidance, request.k, request.guidance_interval) == (2.0, 3, INNER)
+        assert request.neighbor_weight == 0.5
         assert (request.prompt, request.seed, request.database) == (original.prompt, original.seed, "a")

@@ -128,6 +128,8 @@ def test_excluded_images_are_replaced_by_the_next_best_and_weights_apply_to_neig
     assert image_ids(changed) == others
     half = conditioned(sampler, weights=((second, 0.5),))
     np.testing.assert_array_equal(half.weights, [1, 1, 0.5, 1, 1])
+    fainter = conditioned(sampler, weights=((second, 0.5),), neighbor_weight=0.5)
+    np.testing.assert_array_equal(fainter.weights, [1, 0.5, 0.25, 0.5, 0.5])
     assert half.neighbors[1].weight == 0.5
     with pytest.raises(UserError, match="set a weight above 0"):
         conditioned(sampler, mode="neighbors", k=1, weights=((first, 0.0),))
@@ -205,6 +207,7 @@ def test_a_recipe_with_all_options_reproduces_its_picture(sampler):
         ({"mix": (("nowhere", 1.0),)}, "no database 'nowhere'"),
         ({"weights": ((5, -1.0),)}, "weights of neighbors"),
         ({"top_m": 0.0}, "top_m must be above 0"),
+        ({"neighbor_weight": 0.0}, "neighbor_weight must be above 0"),
         ({"k": 0}, "k must be at least 1"),
     ],
 )

@@ -143,14 +143,15 @@ def tradeoff_chart(tradeoff: dict[str, Any]) -> bytes:
     axes.plot(*zip(*points, strict=True), color=OURS, linewidth=1)
     for row, point, end in zip(front, points, itertools.cycle(("left", "right")), strict=False):
         low, high = row["guidance_interval"]
-        label = f"{row['guidance']:g}, {row['k']}" + ("" if high - low == 1 else f", {low:g} to {high:g}")
+        label = f"{row['guidance']:g}, {row['k']}, {row['neighbor_weight']:g}"
+        label += "" if high - low == 1 else f", {low:g} to {high:g}"
         offset = (5, 4) if end == "left" else (-5, -10)
         axes.annotate(label, point, xytext=offset, textcoords="offset points", ha=end, fontsize=7, color=INK)
     axes.axvline(tradeoff["wanted"]["content"], color=INK, linewidth=1, linestyle=":")
     axes.axhline(tradeoff["wanted"]["style"], color=INK, linewidth=1, linestyle=":")
     axes.set_xlabel("CLIP score relative to samples without neighbors")
     axes.set_ylabel("taken for the style")
-    axes.set_title("guidance, k, interval of guidance", fontsize=9)
+    axes.set_title("guidance, k, weight of neighbors, interval of guidance", fontsize=9)
     return figure_png(figure)
 
 

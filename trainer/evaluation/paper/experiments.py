@@ -110,8 +110,8 @@ class Experiments:
         self._retrieved = [group for group in self._groups if group.mode == RETRIEVAL]
         self._conditioned = {group.style: self._condition(group) for group in self._retrieved}
         self._figures = make_figures(config, settings, config.prompts or self._prompts[:FIGURE_PROMPTS], self._styles)
-        intervals = config.tradeoff_intervals
-        self._settings = make_settings(config.tradeoff_guidance, config.tradeoff_k or (settings.k,), intervals)
+        choices = (config.tradeoff_k or (settings.k,), config.tradeoff_intervals, config.tradeoff_neighbor_weights)
+        self._settings = make_settings(config.tradeoff_guidance, *choices)
         self._tradeoff_groups = setting_groups(self._retrieved, self._settings, config.tradeoff_samples)
         groups = [*(figure.group for figure in self._figures), *self._tradeoff_groups, *self._unknown_groups]
         sampler.check([request for group in groups for request in group.requests])

@@ -40,6 +40,10 @@ class PaperConfig(Config):
         (FULL,), strict=False, min_length=1
     )
     """Intervals of guidance at which it is measured, as `evaluate.guidance_interval`."""
+    tradeoff_neighbor_weights: tuple[Annotated[float, Field(gt=0)], ...] = added_setting(
+        (1.0,), strict=False, min_length=1
+    )
+    """Weights of the neighbors in attention at which it is measured, as `evaluate.neighbor_weight`."""
     tradeoff_samples: int = added_setting(10, ge=1)
     """Samples of each style at each of these settings, at most those of evaluate: the first of them."""
     unknown_styles: tuple[str, ...] = added_setting((), strict=False)
