@@ -12,6 +12,7 @@ from typing import Any
 from docs.generate import rank_counts
 from jobs.reporting.estimates import against_zero, estimate_text
 from jobs.reporting.tables import markdown_table
+from trainer.evaluation.styles import BASELINES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 Row = tuple[str, str, str]
@@ -32,12 +33,15 @@ def load(name: str) -> Any:
 
 def style_row() -> Row:
     demo = load("demo")
-    baseline, ours = (_estimate(demo, f"style_accuracy_{mode}") for mode in ("suffix_retrieval", "retrieval"))
-    effect = _values(demo, "style_gain_over_suffix_retrieval")
+    accuracies = {mode: _estimate(demo, f"style_accuracy_{mode}") for mode in MODES}
+    effects = {mode: _values(demo, f"style_gain_over_{mode}") for mode in BASELINES}
+    against = "; ".join(
+        f"{accuracies[mode]} with {words}: less by {estimate_text(effects[mode])}, {against_zero(effects[mode])}"
+        for mode, words in BASELINES.items()
+    )
     return (
-        "style accuracy with neighbors from a style database, minus that of the stronger baseline: the style named in "
-        "the prompt, with neighbors of the training database",
-        f"{estimate_text(effect)}, {against_zero(effect)}; the two are {ours} and {baseline}",
+        "style accuracy with neighbors from a style database, against two baselines",
+        f"{accuracies['retrieval']}; {against}",
         MODELS_LINK,
     )
 
@@ -62,32 +66,27 @@ def _estimate(numbers: Any, name: str) -> str:
 
 
 def styles() -> str:
-    """In words, whether retrieval beats the stronger baseline on the demo, and so for styles that no caption names."""
+    """Whether retrieval beats both baselines on the demo, and so for styles that no caption names."""
     demo, paper = load("demo"), load("paper")
     of_judge = {"effect": "style_gain", "effect_pixels": "style_gain_pixels"}
     effects = {
-        key: {"suffix_retrieval": _values(demo, f"{name}_over_suffix_retrieval")} for key, name in of_judge.items()
+        key: {mode: _values(demo, f"{name}_over_{mode}") for mode in BASELINES} for key, name in of_judge.items()
     }
-    lines = _comparison(effects, "retrieval from a style database")
+    lines = ["The styles of the demo, which captions of the training set name:", "", _comparison(effects)]
     if "unknown_styles" in paper:
         lines += ["", *_unknown_styles(paper["unknown_styles"])]
     return "\n".join(lines)
 
 
-def _comparison(tables: Any, subject: str) -> list[str]:
-    """Whether retrieval beats the stronger baseline, by each judge."""
-    judged = {"the judge on CLIP features": tables["effect"], "the judge on pixels": tables.get("effect_pixels")}
-    lines = []
-    for judge, effects in judged.items():
-        if effects:
-            effect = effects["suffix_retrieval"]
-            words = "beats" if effect[1] > 0 else "is below" if effect[2] < 0 else "does not beat"
-            lines += [
-                f"By {judge}, {subject} **{words}** naming the style in the prompt with",
-                "neighbors of the training database: the difference in style accuracy is",
-                f"{estimate_text(effect)}, {against_zero(effect)}.",
-            ]
-    return lines
+def _comparison(tables: Any) -> str:
+    """The differences of retrieval to both baselines, by each judge."""
+    judged = {"CLIP features": tables["effect"], "pixels": tables.get("effect_pixels")}
+    judged = {judge: effects for judge, effects in judged.items() if effects}
+    rows = [
+        [words, *(f"{estimate_text(effects[mode])}, {against_zero(effects[mode])}" for effects in judged.values())]
+        for mode, words in BASELINES.items()
+    ]
+    return markdown_table(["style accuracy with the style's database, minus that with", *judged], rows)
 
 
 def _unknown_styles(tables: Any) -> list[str]:
@@ -102,7 +101,7 @@ def _unknown_styles(tables: Any) -> list[str]:
     names = ("accuracy", "accuracy_pixels", "accuracy_nearest")
     rows = [[words, *(estimate_text(tables["modes"][mode][name]) for name in names)] for mode, words in MODES.items()]
     table = markdown_table(["the style is requested by", "CLIP features", "pixels", "nearest picture"], rows)
-    return [*lines, table, "", *_comparison(tables, "for these styles, retrieval from a style database")]
+    return [*lines, table, "", _comparison(tables)]
 
 
 def search_row() -> Row:

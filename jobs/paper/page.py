@@ -21,16 +21,11 @@ from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
 from trainer.evaluation.paper.charts import MODE_LABELS, TITLES
 from trainer.evaluation.paper.controls import RANDOM_ROWS, SHUFFLED
-from trainer.evaluation.styles import NO_NEIGHBORS, RETRIEVAL, SUFFIX, SUFFIX_RETRIEVAL, style_words
+from trainer.evaluation.styles import BASELINES, NO_NEIGHBORS, RETRIEVAL, stronger_baseline, style_words
 
 ABOUT_CHANCE = 1.5
 """Accuracies up to this many times chance count as chance, as in the demo's report."""
-GAINS = {
-    SUFFIX_RETRIEVAL: "the style in the prompt with neighbors of the training database",
-    SUFFIX: "the style in the prompt",
-    NO_NEIGHBORS: "no neighbors",
-    SHUFFLED: "neighbors of another style",
-}
+GAINS = {**BASELINES, NO_NEIGHBORS: "no neighbors", SHUFFLED: "neighbors of another style"}
 CHARTS = ("improvement", "modes", "held_out", "distances", "times", "tradeoff")
 QUALITY, DOCS_PX = 88, 1400
 
@@ -84,13 +79,13 @@ def write_docs(root: Root, page: Page, docs: Path) -> Path:
 
 
 def verdicts(results: dict[str, Any]) -> list[Verdict]:
-    """Whether neighbors have the expected effect and the controls do not; the stronger baseline comes first."""
+    """Whether neighbors have the expected effect and the controls do not; the baselines come first."""
     tables = results["tables"]
     limit = ABOUT_CHANCE * tables["chance"]
     rows = _gains("Style accuracy with the database's neighbors", tables, GAINS)
     if "unknown_styles" in results:
         about = "Style accuracy with the database's neighbors, styles that no caption names"
-        rows += _gains(about, results["unknown_styles"], (SUFFIX_RETRIEVAL, SUFFIX))
+        rows += _gains(about, results["unknown_styles"], BASELINES)
     for mode in (SHUFFLED, RANDOM_ROWS):
         rows.append(_at_most(f"Negative {MODE_LABELS[mode]}", tables["modes"][mode]["accuracy"], limit))
     if "added" in results["held_out"]:
@@ -147,13 +142,15 @@ def _at_most(about: str, estimate: tuple[float, float, float], limit: float) -> 
 
 
 def _render(template: str, page: Page, sources: dict[str, str]) -> str:
+    modes = page.results["tables"]["modes"]
     content = {
         "page": page,
         "sources": sources,
         "labels": MODE_LABELS,
         "titles": TITLES,
         "retrieval": RETRIEVAL,
-        "suffix_retrieval": SUFFIX_RETRIEVAL,
+        "baselines": BASELINES,
+        "baseline": stronger_baseline({mode: row["accuracy"][0] for mode, row in modes.items()}),
         "hardware": hardware(),
         "took": duration(page.seconds),
         "default_line": default_line(page.results),

@@ -29,10 +29,10 @@ from trainer.evaluation.scores import Evaluator, Reference, results
 from trainer.evaluation.style_descriptor import train_style_descriptor
 from trainer.evaluation.styles import (
     MODES,
-    SUFFIX_RETRIEVAL,
     StyleGroup,
     make_style_groups,
     require_read_styles,
+    stronger_baseline,
     style_words,
 )
 from trainer.sampling.picture import Grid, grid_png, open_picture
@@ -188,8 +188,9 @@ def _contact_sheet(mode: str, groups: Sequence[StyleGroup], items: ResumableItem
 
 def _summary_line(result: dict[str, Any]) -> str:
     rates = "  ".join(f"{mode} {result['modes'][mode]['accuracy'].value:.3f}" for mode in MODES)
-    gain = result["effect"][SUFFIX_RETRIEVAL]
+    baseline = stronger_baseline({mode: row["accuracy"].value for mode, row in result["modes"].items()})
+    gain = result["effect"][baseline]
     return (
         f"evaluate: classified as the requested style: {rates}  (chance {result['chance']:.3f}); retrieval minus "
-        f"{SUFFIX_RETRIEVAL}: {gain.value:.3f} ({gain.low:.3f} to {gain.high:.3f})"
+        f"{baseline}: {gain.value:.3f} ({gain.low:.3f} to {gain.high:.3f})"
     )

@@ -3,7 +3,7 @@
 Takes a list of prompts and the names of the style databases, returns requests. Reads and writes no files.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,12 @@ from trainer.sampling.request import TRAINING_DATABASE, Request
 RETRIEVAL, SUFFIX, SUFFIX_RETRIEVAL, NO_NEIGHBORS = "retrieval", "suffix", "suffix_retrieval", "no_neighbors"
 MODES = (RETRIEVAL, SUFFIX, SUFFIX_RETRIEVAL, NO_NEIGHBORS)
 """How a style is requested: by its database; by its name in the prompt; by its name, with neighbors from the
-training database; not at all (control without neighbors). The third is the stronger baseline."""
+training database; not at all (control without neighbors)."""
+BASELINES = {
+    SUFFIX_RETRIEVAL: "the style named in the prompt, with neighbors of the training database",
+    SUFFIX: "the style named in the prompt",
+}
+"""Modes that retrieval from a style database is compared with, in words."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,11 @@ class StyleGroup(SampleGroup):
 
     mode: str
     style: str
+
+
+def stronger_baseline(accuracies: Mapping[str, float]) -> str:
+    """That of BASELINES with the larger style accuracy. accuracies: by mode."""
+    return max(BASELINES, key=lambda mode: accuracies[mode])
 
 
 def style_words(style: str) -> str:

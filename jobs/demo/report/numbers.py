@@ -22,6 +22,7 @@ from retrieval.recipe import ClipConfig
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
 from trainer.evaluation.intervals import wilson_interval
+from trainer.evaluation.styles import BASELINES
 from trainer.recipe import TrainConfig
 
 DATA_STAGES = ("filter", "download", "embed", "index", "neighbors", "latents")
@@ -161,10 +162,9 @@ def goals(numbers: Mapping[str, Any]) -> list[Goal]:
             goal(f"{name}_accuracy", f"Accuracy of the {judge} on test pictures", 0.9),
             goal(f"{accuracy}retrieval", f"Samples in their database's style, by the {judge}: 5 × chance", 5 * chance),
             goal(f"{accuracy}no_neighbors", f"Without neighbors, by the {judge}: chance", most=ABOUT_CHANCE * chance),
-            goal(
-                f"style_gain_{infix}over_suffix_retrieval",
-                f"Retrieval is not below the stronger baseline, by the {judge}",
-                0,
+            *(
+                goal(f"style_gain_{infix}over_{mode}", f"Retrieval is not below {words}, by the {judge}", 0)
+                for mode, words in BASELINES.items()
             ),
         ]
     if "style_descriptor_retrieval" in numbers:

@@ -19,7 +19,7 @@ from jobs.reporting.hardware import hardware
 from jobs.reporting.page import render
 from retrieval.storage.manifest import read_manifest
 from trainer.evaluation.charts import LABELS
-from trainer.evaluation.styles import SUFFIX_RETRIEVAL, style_words
+from trainer.evaluation.styles import BASELINES, stronger_baseline, style_words
 from trainer.tracking.training_log import METRICS, read_step_metrics
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -65,6 +65,7 @@ def _content(demo: Demo, numbers: dict[str, Any], demo_goals: list[Goal]) -> dic
     train = read_manifest(demo.root, f"runs/{demo.name}/train")
     evaluate = read_manifest(demo.root, f"runs/{demo.name}/evaluate")
     gallery = pictures.gallery(demo, NUM_PROMPTS)
+    baseline = stronger_baseline({mode: row["accuracy"][0] for mode, row in evaluation["modes"].items()})
     return {
         "numbers": numbers,
         "goals": demo_goals,
@@ -78,8 +79,10 @@ def _content(demo: Demo, numbers: dict[str, Any], demo_goals: list[Goal]) -> dic
         "training_images": pictures.training_images(demo, NUM_TRAINING_IMAGES),
         "modes": LABELS,
         "evaluation": evaluation,
-        "gain": evaluation["effect"][SUFFIX_RETRIEVAL],
-        "gain_pixels": evaluation["effect_pixels"] and evaluation["effect_pixels"][SUFFIX_RETRIEVAL],
+        "baseline": baseline,
+        "baseline_words": BASELINES[baseline],
+        "gain": evaluation["effect"][baseline],
+        "gain_pixels": evaluation["effect_pixels"] and evaluation["effect_pixels"][baseline],
         "evaluation_k": evaluate.config["k"],
         "style_bars": _style_bars(evaluation),
         "attributes": tuple(CLASSES),

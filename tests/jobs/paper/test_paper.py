@@ -209,7 +209,7 @@ def test_the_documentation_page_links_the_pictures_that_are_written(finished, tm
     values = json.loads((tmp_path / "paper.json").read_text())
     assert values["tables"]["chance"] == pytest.approx(1 / 3)
     assert len(values["verdicts"]) == 12
-    assert "stronger baseline" in path.read_text()
+    assert "**Two baselines** name the style" in path.read_text()
 
 
 def test_a_control_that_keeps_the_style_is_a_missed_verdict(finished):
@@ -225,11 +225,13 @@ def test_a_control_that_keeps_the_style_is_a_missed_verdict(finished):
 
 def test_a_verdict_is_missed_only_if_its_interval_says_so(finished):
     results = json.loads(json.dumps(finished[2]))
-    stronger = "Style accuracy with the database's neighbors, gain over the style in the prompt with neighbors of"
+    first_baseline = (
+        "Style accuracy with the database's neighbors, gain over the style named in the prompt, with neighbors of"
+    )
     for estimate, met in (([0.01, -0.005, 0.03], False), ([0.02, 0.001, 0.04], True)):
         results["tables"]["effect"]["suffix_retrieval"] = estimate
         first = verdicts(results)[0]
-        assert first.about.startswith(stronger)
+        assert first.about.startswith(first_baseline)
         assert first.met == met
     results["tables"]["modes"]["random_rows"]["accuracy"] = [0.6, 0.45, 0.7]  # the limit is 0.5
     by_name = {verdict.about: verdict.met for verdict in verdicts(results)}

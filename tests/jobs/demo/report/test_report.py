@@ -130,7 +130,7 @@ def test_a_missed_goal_is_on_the_page_and_in_the_result(demo: Demo, report: Writ
 
 def test_the_stronger_baseline_with_its_interval_comes_first(demo: Demo, report: WrittenReport) -> None:
     text = report.path.read_text()
-    assert text.index("above the stronger baseline") < text.index("classified as the database’s style")
+    assert text.index("above the stronger of two baselines") < text.index("classified as the database’s style")
     assert "above 0" in text
     path = "runs/tiny/evaluate/evaluation.json"
     before = demo.root.read_json(path)
