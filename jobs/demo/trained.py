@@ -49,8 +49,8 @@ Times are those of a machine with {cores} CPU cores and no GPU.
 {files}
 """
 STEPS = "{steps:,} steps in {minutes:.1f} minutes, each of {batch}"
-NETWORK = """  - {steps:,} steps in {minutes:.0f} minutes on {ranks} ranks, each of {batch} latents of {rows:,} drawn images,
-    by `{recipe}`"""
+NETWORK = """  - {steps:,} steps in {minutes:.0f} minutes on {ranks} ranks, each of {batch} latents of {rows:,}
+    drawn images, by `{recipe}`"""
 """How a model was trained, see `_trainings`."""
 
 
