@@ -5,7 +5,7 @@ Imports no heavy library, because every command that reads a demo recipe imports
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from retrieval.config import Config, runtime_setting
+from retrieval.config import Config, added_setting, runtime_setting
 
 GROUP_SIZE = 4
 """Scenes of a batch with equal style, color and background: they differ only in shape, count and layout."""
@@ -22,6 +22,8 @@ class WorldConfig(Config):
     """Ordinary rows with pictures of database size, both edges 224 to 320 px."""
     num_train: int = Field(default=1500, ge=1)
     """Ordinary rows with pictures of training size, shorter edge 768 px or more."""
+    varied_share: float = added_setting(0.0, ge=0, lt=1)
+    """Share of these rows with pictures in styles that have no name: 96 styles, none of them that of a style folder."""
     num_per_style: int = Field(default=150, ge=1)
     """Pictures of 256 px in the folder of each style."""
     num_held_out: int = Field(default=1000, ge=1)

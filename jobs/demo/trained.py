@@ -1,10 +1,11 @@
 """The models in `jobs/demo/trained_models/`, with which `make demo` starts instead of training its own from nothing.
 
 `python -m jobs.demo.trained RECIPE` writes the folder from the finished demo of a recipe: `clip/`,
-`autoencoder/`, `network/` (the parts of a diffusers folder that are no code, in fp16), and `README.md`, which states
-the training and the checksums.
+`autoencoder/`, `network/` (the parts of a diffusers folder that are no code, in fp16), `trainings.json`, and
+`README.md`, which states the trainings and the checksums.
 """
 
+import json
 import os
 import shutil
 import tempfile
@@ -30,15 +31,16 @@ RUN = "trained_models"
 FOLDER = Path(__file__).resolve().parent / "trained_models"
 FILES = {"clip": ("open_clip_model.safetensors", "open_clip_config.json"), "autoencoder": (WEIGHTS, CONFIG)}
 """Weights first: a folder without the description cannot be opened."""
+TRAININGS = "trainings.json"
 CARD = """# The demo's trained models
 
-Written by `python -m jobs.demo.trained {recipe}` after `make demo ARGS=--train`, which trains them from
-nothing with this recipe. `make demo` starts with them.
+Written by `python -m jobs.demo.trained {recipe}`. `make demo` starts with them; `make demo ARGS=--train`
+trains such models from nothing.
 
-- `clip/`: {clip_steps:,} steps of {clip_batch} drawn pictures and captions in {clip_minutes:.0f} minutes; fp16.
-- `autoencoder/`: {vae_steps:,} steps of {vae_batch} drawn pictures in {vae_minutes:.1f} minutes.
-- `network/`: {steps:,} steps of {batch} latents of {rows:,} drawn training images, {images:,} latents in all, in
-  {minutes:.0f} minutes on {ranks} ranks; the averaged weights, in fp16.
+- `clip/`: {clip} drawn pictures and captions; fp16.
+- `autoencoder/`: {autoencoder} drawn pictures.
+- `network/`: the averaged weights, in fp16, of these trainings. Each started with the weights of the last one:
+{network}
 
 Times are those of a machine with {cores} CPU cores and no GPU.
 
@@ -46,6 +48,10 @@ Times are those of a machine with {cores} CPU cores and no GPU.
 | --- | ---: | --- |
 {files}
 """
+STEPS = "{steps:,} steps in {minutes:.1f} minutes, each of {batch}"
+NETWORK = """  - {steps:,} steps in {minutes:.0f} minutes on {ranks} ranks, each of {batch} latents of {rows:,}
+    drawn images, by `{recipe}`"""
+"""How a model was trained, see `_trainings`."""
 
 
 def is_start(recipe: Recipe) -> bool:
@@ -76,9 +82,12 @@ def import_network(recipe: Recipe) -> None:
 
 
 def publish(recipe: Recipe, target: Path = FOLDER) -> None:
-    """Replace the folder `target` by the models of the recipe's finished demo. The network comes last."""
+    """Replace the folder `target` by the models of the recipe's finished demo. The network comes last.
+
+    Models that started with those of the folder keep the record of their trainings.
+    """
     root, run = recipe.root, recipe[TrainConfig].folder
-    read_manifest(root, run)  # raises for an unfinished run, before anything is deleted
+    trainings = _trainings(recipe, target)  # raises for an unfinished run, before anything is deleted
     shutil.rmtree(target, ignore_errors=True)
     for name, files in FILES.items():
         (target / name).mkdir(parents=True)
@@ -91,7 +100,8 @@ def publish(recipe: Recipe, target: Path = FOLDER) -> None:
             shutil.copyfile(exported / file, target / "network" / file)
         weights = {name: tensor.half() for name, tensor in load_file(exported / "unet" / WEIGHTS).items()}
         save_file(weights, target / "network" / "unet" / WEIGHTS, metadata={"format": "pt"})
-    (target / "README.md").write_text(_card(recipe, target))
+    (target / TRAININGS).write_text(json.dumps(trainings, indent=1) + "\n")
+    (target / "README.md").write_text(_card(recipe, target, trainings))
 
 
 def _copy(source: Path, files: tuple[str, ...], folder: Path) -> None:
@@ -99,25 +109,46 @@ def _copy(source: Path, files: tuple[str, ...], folder: Path) -> None:
         shutil.copyfile(source / name, folder / name)
 
 
-def _card(recipe: Recipe, folder: Path) -> str:
-    clip, autoencoder = read_manifest(recipe.root, "clip"), read_manifest(recipe.root, "autoencoder")
+def _trainings(recipe: Recipe, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """How each model was trained, first to last. folder: of the models that the recipe may have started with.
+
+    Raises UserError for an unfinished run.
+    """
     run, train = read_manifest(recipe.root, recipe[TrainConfig].folder), recipe[TrainConfig]
+    network = {
+        "steps": run.values["steps"],
+        "minutes": run.values["steps"] * run.values["seconds_per_step"] / 60,
+        "batch": train.global_batch,
+        "rows": run.rows,
+        "ranks": train.ranks,
+        "recipe": " ".join([str(recipe.path), *(f"--set {override}" for override in recipe.overrides)]),
+    }
+    if is_start(recipe):
+        stored: dict[str, list[dict[str, Any]]] = json.loads((folder / TRAININGS).read_text())
+        return {**stored, "network": [*stored["network"], network]}
+    manifests = {name: read_manifest(recipe.root, name) for name in FILES}
+    return {
+        **{
+            name: [
+                {
+                    "steps": manifest.config["steps"],
+                    "minutes": manifest.seconds / 60,
+                    "batch": manifest.config["batch_size"],
+                }
+            ]
+            for name, manifest in manifests.items()
+        },
+        "network": [network],
+    }
+
+
+def _card(recipe: Recipe, folder: Path, trainings: dict[str, list[dict[str, Any]]]) -> str:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "README.md")
     rows = [f"| `{path.relative_to(folder)}` | {path.stat().st_size:,} | `{file_sha256(path)}` |" for path in files]
     return CARD.format(
         recipe=recipe.path,
-        clip_steps=clip.config["steps"],
-        clip_batch=clip.config["batch_size"],
-        clip_minutes=clip.seconds / 60,
-        vae_steps=autoencoder.config["steps"],
-        vae_batch=autoencoder.config["batch_size"],
-        vae_minutes=autoencoder.seconds / 60,
-        steps=run.values["steps"],
-        batch=train.global_batch,
-        rows=run.rows,
-        images=run.values["images"],
-        minutes=run.values["steps"] * run.values["seconds_per_step"] / 60,
-        ranks=train.ranks,
+        **{name: STEPS.format(**trainings[name][0]) for name in FILES},
+        network=".\n".join(NETWORK.format(**training) for training in trainings["network"]) + ".",
         cores=os.cpu_count(),
         files="\n".join(rows),
     )

@@ -8,6 +8,7 @@ import numpy.typing as npt
 from jobs.demo.world.content import Scene
 from jobs.demo.world.scenes import BACKGROUNDS, COLORS, COUNTS, LAYOUTS, SHAPES
 from jobs.demo.world.styles import STYLES
+from jobs.demo.world.varied_styles import is_varied, varied_number
 from trainer.evaluation.intervals import Estimate, share
 
 CLASSES: dict[str, tuple[str | int, ...]] = {
@@ -28,7 +29,14 @@ Flags = Mapping[str, npt.NDArray[np.bool_]]
 def labels_of(scenes: Sequence[Scene]) -> Labels:
     """The true class numbers of scenes."""
     values = [{**vars(scene.content), "style": scene.style} for scene in scenes]
-    return {name: np.array([classes.index(row[name]) for row in values]) for name, classes in CLASSES.items()}
+    return {name: np.array([_class_number(name, row[name]) for row in values]) for name in CLASSES}
+
+
+def _class_number(name: str, value: str | int) -> int:
+    """Styles without a name follow those that have one: no prediction is equal to them."""
+    if name == "style" and is_varied(str(value)):
+        return len(STYLES) + varied_number(str(value))
+    return CLASSES[name].index(value)
 
 
 def equal(predicted: Labels, wanted: Labels) -> Flags:

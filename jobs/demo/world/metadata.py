@@ -5,7 +5,7 @@ only the report and the tests read. Ordinary rows are made here, unusual rows in
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -14,9 +14,11 @@ import pyarrow.parquet as pq
 from jobs.demo.world.content import Scene
 from jobs.demo.world.pictures import FORMATS, Copy, Drawing
 from jobs.demo.world.scenes import caption, random_scene
+from jobs.demo.world.varied_styles import NUM_VARIED_STYLES, varied_style
 from retrieval.storage.root import Root
 
 ROWS_STREAM = 1
+VARIED_STREAM = 9
 
 METADATA_SCHEMA = pa.schema(
     [
@@ -48,10 +50,14 @@ TRUTH_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Site:
-    """base: address of the server, such as http://127.0.0.1:28123. seed: of all rows."""
+    """Where the pictures are, and what decides them."""
 
     base: str
+    """Address of the server, such as http://127.0.0.1:28123."""
     seed: int
+    """Seed of all rows."""
+    varied_share: float = 0.0
+    """Share of the ordinary pictures in styles without a name."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,9 @@ def ordinary_row(site: Site, uid: int, large: bool, file_format: str = "") -> Ro
     """
     rng = np.random.default_rng([site.seed, ROWS_STREAM, uid])
     scene = random_scene(rng)
+    styles = np.random.default_rng([site.seed, VARIED_STREAM, uid])
+    if styles.random() < site.varied_share:
+        scene = replace(scene, style=varied_style(int(styles.integers(NUM_VARIED_STYLES))))
     size = _large_size(rng) if large else _small_size(rng)
     file_format = file_format or _usual_format(rng, large)
     name = f"{uid:06d}.{FORMATS[file_format][0]}"

@@ -15,6 +15,7 @@ from PIL import Image
 from jobs.demo.world.content import Content, Scene
 from jobs.demo.world.sketch import MAX_ASPECT, plain_sketch
 from jobs.demo.world.styles import PAINTERS, STYLES, UNKNOWN_PAINTERS
+from jobs.demo.world.varied_styles import is_varied, paint_varied
 from retrieval.errors import UserError
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "ring", "moon", "flower")
@@ -33,6 +34,7 @@ DRAWN_SIDE_PX = 128
 
 NUM_PHRASINGS = 3
 """Phrasings of the place of a content."""
+_PAINTERS = PAINTERS | UNKNOWN_PAINTERS
 _ARTICLES = {1: "a", 2: "two", 3: "three"}
 _PLACES = {
     "hills": ("over the hills", "above green hills", "with hills behind"),
@@ -79,7 +81,7 @@ def draw(scene: Scene, width: int, height: int) -> npt.NDArray[np.uint8]:
     _check_size(width, height)
     factor = max(1, -(-DRAWN_SIDE_PX // min(width, height)))
     sketch = plain_sketch(scene.content, scene.seed, width * factor, height * factor)
-    picture = (PAINTERS | UNKNOWN_PAINTERS)[scene.style](sketch)
+    picture = paint_varied(scene.style, sketch) if is_varied(scene.style) else _PAINTERS[scene.style](sketch)
     picture *= np.float32(255)
     picture += np.float32(0.5)
     pixels = np.clip(picture, 0, 255, out=picture).astype(np.uint8)
@@ -107,9 +109,11 @@ def _join(*parts: str) -> str:
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A random sentence about the scene. 40 % of them omit style, background or layout."""
+    """A random sentence about the scene. 40 % omit style, background or layout. All omit a style without a name."""
     content = scene.content
     omitted = str(rng.choice(("style", "background", "layout"))) if rng.random() < 0.4 else ""
+    if is_varied(scene.style):
+        omitted = "style"
     layout = "" if omitted == "layout" else content.layout
     place = "" if omitted == "background" else str(rng.choice(_PLACES[content.background]))
     description = _join(_subject(content), layout, place)

@@ -72,7 +72,7 @@ def write_world(config: WorldConfig, folder: Path) -> None:
 
 def plan_rows(config: WorldConfig) -> list[Row]:
     """All metadata rows with their pictures, shuffled."""
-    site = Site(f"http://127.0.0.1:{config.port}", config.seed)
+    site = Site(f"http://127.0.0.1:{config.port}", config.seed, config.varied_share)
     num_ordinary = config.num_train + config.num_database
     train = [ordinary_row(site, uid, large=True) for uid in range(config.num_train)]
     database = [ordinary_row(site, uid, large=False) for uid in range(config.num_train, num_ordinary)]

@@ -1,5 +1,6 @@
 """The demo's trained models: written from a finished demo, and used by another one in the place of training."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -53,6 +54,19 @@ def test_a_demo_starts_with_the_published_models_in_half_precision(
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+def test_a_network_that_started_with_the_published_one_keeps_the_record_of_its_trainings(
+    tiny_demo: TinyDemo, published: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(published, tmp_path / "trained_models")
+    before = json.loads((folder / trained.TRAININGS).read_text())
+    [first] = before["network"]
+    start = [*overrides(tiny_demo.root, tiny_demo.port), f"train.start_from={trained.RUN}"]
+    trained.publish(load_recipe(DEMO, start), folder)
+    second = first | {"recipe": f"{first['recipe']} --set train.start_from={trained.RUN}"}
+    assert json.loads((folder / trained.TRAININGS).read_text()) == before | {"network": [first, second]}
+    assert (folder / "README.md").read_text().count(f"  - {first['steps']:,} steps in") == 2
+
+
 def test_a_network_is_not_used_with_another_autoencoder(
     tiny_demo: TinyDemo, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,7 +83,7 @@ def test_the_page_of_the_models_states_the_checksum_of_every_file(folder: str, p
     models = published if folder == "published" else trained.FOLDER
     stated = dict(re.findall(r"^\| `(.+)` \| .* \| `(\w{64})` \|$", (models / "README.md").read_text(), re.MULTILINE))
     files = [path for path in models.rglob("*") if path.is_file() and path.name != "README.md"]
-    assert len(files) == 8
+    assert len(files) == 9
     assert {str(path.relative_to(models)): file_sha256(path) for path in files} == stated
 
 
