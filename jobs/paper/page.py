@@ -21,6 +21,7 @@ from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
 from trainer.evaluation.paper.charts import MODE_LABELS, TITLES
 from trainer.evaluation.paper.controls import RANDOM_ROWS, SHUFFLED
+from trainer.evaluation.scores import completed
 from trainer.evaluation.styles import BASELINES, NO_NEIGHBORS, RETRIEVAL, stronger_baseline, style_words
 
 ABOUT_CHANCE = 1.5
@@ -54,7 +55,7 @@ class Page:
 def write_page(root: Root, folder: str) -> Page:
     """Write `report.html` of finished experiments. Raises UserError if they did not finish."""
     manifest = read_manifest(root, folder)
-    results = root.read_json(f"{folder}/paper.json")
+    results = _completed(root.read_json(f"{folder}/paper.json"))
     pictures = {}
     for name in manifest.checksums():
         if name.endswith(".png") and name.count("/") == folder.count("/") + 1:
@@ -121,6 +122,16 @@ def default_line(results: dict[str, Any]) -> str:
         return f"default by the curve: {setting}: {values}"
     goals = f"style {wanted['style']:g} and content {wanted['content']:g}"
     return f"no setting of the curve reaches {goals}; the nearest is {setting}: {values}"
+
+
+def _completed(stored: dict[str, Any]) -> dict[str, Any]:
+    """Values of `paper.json`; those of earlier versions have no style descriptor and no weight of the neighbors."""
+    results = stored | {name: completed(stored[name]) for name in ("tables", "unknown_styles") if name in stored}
+    if curve := stored.get("tradeoff"):
+        unweighted = {"neighbor_weight": 1.0}
+        settings = [unweighted | row for row in curve["settings"]]
+        results["tradeoff"] = {**curve, "settings": settings, "default": unweighted | curve["default"]}
+    return results
 
 
 def _gains(about: str, tables: dict[str, Any], modes: Iterable[str]) -> list[Verdict]:

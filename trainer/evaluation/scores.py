@@ -137,6 +137,22 @@ def results(features: FeaturesByGroup, evaluator: Evaluator) -> dict[str, Any]:
     }
 
 
+def completed(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Stored `results`; those of a version without the style descriptor have None for what it measures."""
+
+    def values_of(row: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            mode: {"accuracy_nearest": None, "content_and_style": None} | each for mode, each in row["modes"].items()
+        }
+
+    return {
+        **stored,
+        "judges": {"descriptor": None} | stored["judges"],
+        "modes": values_of(stored),
+        "styles": [{"retrieval": None, **row, "modes": values_of(row)} for row in stored["styles"]],
+    }
+
+
 def score(evaluator: Evaluator, style: str, features: SampleFeatures) -> StyleScores:
     """Judge samples that were requested in a style."""
     label = evaluator.styles.index(style)

@@ -22,6 +22,7 @@ from retrieval.recipe import ClipConfig
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
 from trainer.evaluation.intervals import wilson_interval
+from trainer.evaluation.scores import completed
 from trainer.evaluation.styles import BASELINES
 from trainer.recipe import TrainConfig
 
@@ -59,6 +60,10 @@ class Demo:
             name=recipe[TrainConfig].name,
         )
 
+    def evaluation(self) -> dict[str, Any]:
+        """The stored results of the evaluation."""
+        return completed(self.root.read_json(f"runs/{self.name}/evaluate/evaluation.json"))
+
 
 @dataclass(frozen=True)
 class Goal:
@@ -88,7 +93,7 @@ def measure(demo: Demo) -> dict[str, Any]:
     """Every number of the report, with the keys of `report.json`. Raises UserError for an unfinished stage."""
     recalls, captions = text_recall(demo, (1, 5, 10)), len(held_out_gallery(demo)["caption"])
     tables = NeighborTables(demo.root, demo.world, demo.neighbors)
-    evaluation = demo.root.read_json(f"runs/{demo.name}/evaluate/evaluation.json")
+    evaluation = demo.evaluation()
     return {
         "filter_rows_unaccounted": filter_rows_unaccounted(demo.root, demo.metadata),
         "download_urls_without_status": download_urls_without_status(demo.root),

@@ -61,7 +61,7 @@ def write_report(demo: Demo) -> WrittenReport:
 
 
 def _content(demo: Demo, numbers: dict[str, Any], demo_goals: list[Goal]) -> dict[str, Any]:
-    evaluation = demo.root.read_json(f"runs/{demo.name}/evaluate/evaluation.json")
+    evaluation = demo.evaluation()
     train = read_manifest(demo.root, f"runs/{demo.name}/train")
     evaluate = read_manifest(demo.root, f"runs/{demo.name}/evaluate")
     gallery = pictures.gallery(demo, NUM_PROMPTS)

@@ -249,6 +249,31 @@ def test_without_a_curve_and_unknown_styles_the_pages_have_none(finished, tmp_pa
     assert len(verdicts(results)) == 8
 
 
+def without(values, names: set[str]):
+    """A value of JSON without some names, at any depth."""
+    if isinstance(values, dict):
+        return {name: without(value, names) for name, value in values.items() if name not in names}
+    return [without(value, names) for value in values] if isinstance(values, list) else values
+
+
+def test_experiments_of_a_version_without_descriptor_and_weights_have_both_pages(finished, tmp_path: Path):
+    root, _, values = finished
+    earlier = without(values, {"descriptor", "accuracy_nearest", "content_and_style", "neighbor_weight"})
+    for row in earlier["unknown_styles"]["styles"] + earlier["tables"]["styles"]:
+        del row["retrieval"]
+    root.write_json(f"{STAGE}/paper.json", earlier)
+    try:
+        page = write_page(root, STAGE)
+        html = root.local_path(f"{STAGE}/report.html").read_text()
+    finally:
+        root.write_json(f"{STAGE}/paper.json", values)
+    text = write_docs(root, page, tmp_path).read_text()
+    assert "neighbor_weight = 1" in default_line(page.results)
+    assert "Nearest picture: the share" not in text
+    assert "by pixels</th>" in html
+    assert not {"by nearest picture", "content and style"} & set(re.findall(r">([^<>]+)</th>", html))
+
+
 def test_a_report_of_unfinished_experiments_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="paper did not finish"):
         write_page(Root(tmp_path), STAGE)

@@ -64,6 +64,13 @@ def test_the_split_is_stratified_and_has_every_row_once():
     assert not np.array_equal(split_rows(labels, 0.2, seed=2)[1], held_out)
 
 
+def test_two_rows_of_each_label_are_for_training_at_any_fraction():
+    labels = np.repeat(np.arange(2), [4, 20]).astype(np.int64)
+    rows, held_out = split_rows(labels, 0.99, seed=1)
+    assert np.bincount(labels[rows]).tolist() == [2, 2]
+    assert np.bincount(labels[held_out]).tolist() == [2, 18]
+
+
 def test_a_style_with_too_few_pictures_is_refused_with_its_count():
     with pytest.raises(UserError, match="style number 1 has 3 pictures"):
         split_rows(np.repeat([0, 1], [9, 3]), 0.2, seed=0)

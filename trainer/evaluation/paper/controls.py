@@ -91,7 +91,9 @@ def derangement(count: int, rng: np.random.Generator) -> Rows:
 
 def _with_neighbors(request: ConditionedRequest, neighbors: Vectors) -> ConditionedRequest:
     context = np.concatenate([request.context[:1], neighbors])
-    return replace(request, neighbors=(), context=context, weights=np.ones(len(context), np.float32))
+    weights = np.full(len(context), request.request.neighbor_weight, np.float32)
+    weights[0] = 1  # the prompt
+    return replace(request, neighbors=(), context=context, weights=weights)
 
 
 def _other_prompt(donors: Sequence[ConditionedRequest], i: int, prompt: str) -> ConditionedRequest:

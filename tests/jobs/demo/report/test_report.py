@@ -142,6 +142,21 @@ def test_the_stronger_baseline_with_its_interval_comes_first(demo: Demo, report:
     assert "0.010 (-0.005 to 0.030), not distinguishable from 0" in text
 
 
+def test_an_evaluation_of_a_version_without_the_style_descriptor_is_reported(demo: Demo) -> None:
+    path = "runs/tiny/evaluate/evaluation.json"
+    before, earlier = demo.root.read_json(path), demo.root.read_json(path)
+    del earlier["judges"]["descriptor"]
+    for values in [*earlier["modes"].values(), *(v for row in earlier["styles"] for v in row["modes"].values())]:
+        del values["accuracy_nearest"], values["content_and_style"]
+    demo.root.write_json(path, earlier)
+    try:
+        written = write_report(demo)
+    finally:
+        demo.root.write_json(path, before)
+    assert "style_descriptor_retrieval" not in {goal.name for goal in written.goals}
+    assert "Style descriptor" not in written.path.read_text()
+
+
 def test_the_funnel_counts_the_rows_of_the_tables(demo: Demo) -> None:
     filtered, downloaded, embedded, joined = steps(demo.root)
     assert (filtered.train, filtered.database, filtered.reasons) == (6, 5, (("bad_url", 1),))

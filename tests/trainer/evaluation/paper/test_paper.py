@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,17 @@ def test_random_neighbors_are_distinct_rows_that_are_not_hidden(requests):
         assert len(np.unique(rows, axis=0)) == 3
         assert not np.isin(rows, table[[4, 6]]).any()
     assert not np.array_equal(drawn[0], drawn[1])
+
+
+def test_neighbors_of_controls_have_the_weight_of_the_evaluation(requests):
+    faint = {
+        style: [replace(item, request=replace(item.request, neighbor_weight=0.5)) for item in items]
+        for style, items in requests.items()
+    }
+    rows = [np.zeros((3, 2), np.float32)] * 5
+    for name in CONTROLS:
+        for item in control(name, "a", faint, rows):
+            assert item.weights.tolist() == [1, 0.5, 0.5, 0.5]
 
 
 def test_controls_with_a_single_prompt_are_refused():
