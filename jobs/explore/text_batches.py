@@ -1,4 +1,4 @@
-"""Encodes the texts of concurrent searches together: one call of the model for all texts that wait for it."""
+"""Encodes the texts of concurrent searches together: one call of the model for several texts that wait for it."""
 
 from dataclasses import dataclass
 from threading import Lock
@@ -10,6 +10,8 @@ import numpy.typing as npt
 from jobs.explore.work_queue import WorkQueue
 
 Vectors = npt.NDArray[np.float32]
+MAX_TEXTS = 16
+"""Texts of one call. Requests whose texts are encoded together go on together, and all others wait for them."""
 
 
 class TextEncoder(Protocol):
@@ -28,7 +30,7 @@ class Text:
 
 
 class TextBatches:
-    """Vectors of texts by the jobs of a queue with one thread. The first job encodes all texts that wait.
+    """Vectors of texts by the jobs of a queue with one thread. A job encodes its text and others that wait.
 
     An error ends the request of this job only: the other texts are encoded one by one.
     """
@@ -56,7 +58,8 @@ class TextBatches:
             batch = [entry]
             with self._lock:
                 if entry in self._waiting:  # else an error ended the job that had taken it
-                    batch, self._waiting = self._waiting, []
+                    batch = [entry, *(each for each in self._waiting if each is not entry)][:MAX_TEXTS]
+                    self._waiting = [each for each in self._waiting if each not in batch]
             for each, vector in zip(batch, self._encoder.encode_texts([each.text for each in batch]), strict=True):
                 each.vector = vector[None]
         assert entry.vector is not None

@@ -7,7 +7,7 @@ from threading import Event
 import numpy as np
 import numpy.typing as npt
 
-from jobs.explore.text_batches import TextBatches
+from jobs.explore.text_batches import MAX_TEXTS, TextBatches
 from jobs.explore.work_queue import BusyError, WorkQueue
 
 
@@ -38,12 +38,21 @@ async def encode_behind(encoder: LengthEncoder, batches: TextBatches, texts: Seq
     return await asyncio.gather(*others, return_exceptions=True)
 
 
-def test_all_texts_that_wait_are_encoded_by_one_call() -> None:
+def test_texts_that_wait_are_encoded_by_one_call() -> None:
     encoder = LengthEncoder()
     batches = TextBatches(encoder, WorkQueue("text", 1, 10, 60))
     vectors = asyncio.run(encode_behind(encoder, batches, ["a", "bb", "ccc"]))
     assert encoder.batches == [["first"], ["a", "bb", "ccc"]]
     assert [vector.tolist() for vector in vectors] == [[[1]], [[2]], [[3]]]  # type: ignore[attr-defined]
+
+
+def test_a_call_encodes_a_limited_number_of_texts_in_their_order() -> None:
+    encoder = LengthEncoder()
+    batches = TextBatches(encoder, WorkQueue("text", 1, 100, 60))
+    texts = [f"{number:03d}" for number in range(2 * MAX_TEXTS + 3)]
+    vectors = asyncio.run(encode_behind(encoder, batches, texts))
+    assert encoder.batches == [["first"], *(texts[i : i + MAX_TEXTS] for i in range(0, len(texts), MAX_TEXTS))]
+    assert len(vectors) == len(texts)
 
 
 def test_a_rejected_text_is_not_encoded() -> None:
