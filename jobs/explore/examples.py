@@ -38,9 +38,14 @@ def candidates(database: Database) -> tuple[list[str], Vectors]:
     is_visible = ~np.isin(ids, database.hidden)
     first: dict[str, int] = {}
     for row, caption in enumerate(captions):
-        if is_visible[row] and 0 < len(caption) <= MAX_CHARACTERS:
+        if is_visible[row] and is_example(caption):
             first.setdefault(caption, row)
     return [*first], vectors[[*first.values()]]
+
+
+def is_example(caption: str) -> bool:
+    """True for a short text with a letter: a picture of a folder may have only its number as caption."""
+    return len(caption) <= MAX_CHARACTERS and any(map(str.isalpha, caption))
 
 
 def known_captions(captions: list[str], texts: Vectors, pictures: Vectors) -> list[str]:

@@ -19,7 +19,7 @@ from PIL import Image
 from jobs.explore import explorer as explorer_module
 from jobs.explore.__main__ import TOKEN_VARIABLE, make_app, token_of
 from jobs.explore.api_models import SampleRequest, SearchRequest, encode_mix
-from jobs.explore.examples import candidates, known_captions
+from jobs.explore.examples import candidates, is_example, known_captions
 from jobs.explore.explorer import Explorer, Progress
 from jobs.explore.guard import UploadQuota
 from jobs.explore.png_cache import PngCache
@@ -544,6 +544,11 @@ def test_examples_are_searched_for_in_style_databases_before_the_training_databa
     monkeypatch.setattr(explorer_module, "example_captions", recorded)
     open_explorer(run)
     assert searched == ["deep_red", "green", "sky_blue", "index"]
+
+
+def test_examples_are_short_texts_and_no_numbers_of_files():
+    assert all(map(is_example, ("a star", "馬", "x" * 80)))
+    assert not any(map(is_example, ("", "00227", "x" * 81)))
 
 
 def test_the_page_opens_with_results_of_an_example_and_without_one_with_none(run):
