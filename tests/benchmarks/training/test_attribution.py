@@ -45,8 +45,8 @@ def test_a_style_leaves_the_tables_of_the_model_trained_without_it(
     recipe = linked_run(tiny_demo, tmp_path)
     root = tmp_path / "run"
     with in_process(monkeypatch):
-        result = measure(recipe, "mosaic", 2)
-    ids, others = set(style_ids(Root(root / "world"), "mosaic")), Root(f"{root}-without-mosaic")
+        result = measure(recipe, "neon", 2)
+    ids, others = set(style_ids(Root(root / "world"), "neon")), Root(f"{root}-without-neon")
     index = Database.open(others.child("index"))
     left = set(index.metadata()["image_id"].to_pylist()) - set(index.hidden.tolist())
     assert ids & set(Database.open(str(root / "index")).metadata()["image_id"].to_pylist())
@@ -69,7 +69,7 @@ def test_a_style_leaves_the_tables_of_the_model_trained_without_it(
 
 def test_a_copy_of_other_tables_is_refused(tiny_demo: TinyDemo, tmp_path: Path) -> None:
     recipe = linked_run(tiny_demo, tmp_path)
-    folder = copy_folder(recipe, "mosaic")
+    folder = copy_folder(recipe, "neon")
     copy_tables(recipe, folder)
     copy_tables(recipe, folder)
     copy = Root(folder)
@@ -81,16 +81,16 @@ def test_a_copy_of_other_tables_is_refused(tiny_demo: TinyDemo, tmp_path: Path) 
 
 def test_a_wrong_style_and_too_many_requests_are_refused_before_any_work(tiny_demo: TinyDemo, tmp_path: Path) -> None:
     recipe = linked_run(tiny_demo, tmp_path)
-    with pytest.raises(UserError, match=r"--style must be one of .*mosaic.*, got 'mosaik'"):
-        measure(recipe, "mosaik", 2)
+    with pytest.raises(UserError, match=r"--style must be one of .*neon.*, got 'neom'"):
+        measure(recipe, "neom", 2)
     for each in (1, 10_000):
         with pytest.raises(UserError, match=rf"--each must be from 2 to \d+, the prompts of .*; got {each}"):
-            measure(recipe, "mosaic", each)
+            measure(recipe, "neon", each)
     started = load_recipe(recipe.path, [*recipe.overrides, "train.start_from=other"])
     with pytest.raises(UserError, match="starts the training from 'other', which knows the style"):
-        check_options(started, "mosaic", 2)
-    check_options(recipe, "mosaic", 2)
-    assert not copy_folder(recipe, "mosaic").exists()
+        check_options(started, "neon", 2)
+    check_options(recipe, "neon", 2)
+    assert not copy_folder(recipe, "neon").exists()
 
 
 def test_a_correlation_with_equal_distances_is_not_defined() -> None:

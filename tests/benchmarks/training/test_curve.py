@@ -116,7 +116,7 @@ def test_other_conditionings_keep_seeds_and_replace_text_and_neighbors_by_pictur
         assert [request.seed for request in requests] == [request.seed for request in wanted.requests]
         items = [item for batch in sampler.plan(requests) for item in batch.items]
         tokens[name] = {(len(item.context), len(item.neighbors)) for item in items}
-        assert {item.request.guidance for item in items} == {{"guidance_1": 1.0, "guidance_4": 4.0}.get(name, 2.0)}
+        assert {item.request.guidance for item in items} == {{"guidance_1": 1.0, "guidance_4": 4.0}.get(name, 3.0)}
     assert tokens["text"] == tokens["picture"] == {(1, 0)}
     assert tokens["pictures"] == {(NUM_PICTURES, 0)}
     ((count, neighbors),) = tokens["guidance_1"]
