@@ -45,8 +45,8 @@ def test_a_style_leaves_the_tables_of_the_model_trained_without_it(
     recipe = linked_run(tiny_demo, tmp_path)
     root = tmp_path / "run"
     with in_process(monkeypatch):
-        result = measure(recipe, "neon", 2)
-    ids, others = set(style_ids(Root(root / "world"), "neon")), Root(f"{root}-without-neon")
+        result = measure(recipe, "pointillism", 2)
+    ids, others = set(style_ids(Root(root / "world"), "pointillism")), Root(f"{root}-without-pointillism")
     index = Database.open(others.child("index"))
     left = set(index.metadata()["image_id"].to_pylist()) - set(index.hidden.tolist())
     assert ids & set(Database.open(str(root / "index")).metadata()["image_id"].to_pylist())
@@ -69,7 +69,7 @@ def test_a_style_leaves_the_tables_of_the_model_trained_without_it(
 
 def test_a_copy_of_other_tables_is_refused(tiny_demo: TinyDemo, tmp_path: Path) -> None:
     recipe = linked_run(tiny_demo, tmp_path)
-    folder = copy_folder(recipe, "neon")
+    folder = copy_folder(recipe, "pointillism")
     copy_tables(recipe, folder)
     copy_tables(recipe, folder)
     copy = Root(folder)
@@ -81,16 +81,16 @@ def test_a_copy_of_other_tables_is_refused(tiny_demo: TinyDemo, tmp_path: Path) 
 
 def test_a_wrong_style_and_too_many_requests_are_refused_before_any_work(tiny_demo: TinyDemo, tmp_path: Path) -> None:
     recipe = linked_run(tiny_demo, tmp_path)
-    with pytest.raises(UserError, match=r"--style must be one of .*neon.*, got 'neom'"):
+    with pytest.raises(UserError, match=r"--style must be one of .*pointillism.*, got 'neom'"):
         measure(recipe, "neom", 2)
     for each in (1, 10_000):
         with pytest.raises(UserError, match=rf"--each must be from 2 to \d+, the prompts of .*; got {each}"):
-            measure(recipe, "neon", each)
+            measure(recipe, "pointillism", each)
     started = load_recipe(recipe.path, [*recipe.overrides, "train.start_from=other"])
     with pytest.raises(UserError, match="starts the training from 'other', which knows the style"):
-        check_options(started, "neon", 2)
-    check_options(recipe, "neon", 2)
-    assert not copy_folder(recipe, "neon").exists()
+        check_options(started, "pointillism", 2)
+    check_options(recipe, "pointillism", 2)
+    assert not copy_folder(recipe, "pointillism").exists()
 
 
 def test_a_correlation_with_equal_distances_is_not_defined() -> None:
