@@ -25,12 +25,11 @@ class ExploreConfig(Config):
     max_uploads_bytes: int = runtime_setting(1 << 30, ge=1)
     """Most bytes that all visitors together may upload within an hour; after that the uploads are deleted."""
     max_searches: int = runtime_setting(256, ge=1)
-    """Maximum number of texts that are encoded and waiting, and of searches running and waiting; the next request gets
-    status 429."""
+    """Maximum number of searches that run and wait; the next request gets status 429."""
     search_threads: int = runtime_setting(2, ge=1)
     """Searches computed in parallel."""
     search_timeout_s: float = runtime_setting(10.0, gt=0)
-    """Timeout of encoding a text, and of the search after it, each with its queue, in seconds."""
+    """Timeout of the wait for a turn, of encoding a text, and of the search after it, in seconds."""
     max_thumbnails: int = runtime_setting(1024, ge=1)
     """Maximum number of thumbnails that are made and waiting; the browser asks for all of a result at once."""
     max_samples: int = runtime_setting(8, ge=1)

@@ -33,6 +33,8 @@ def make_api(explorer: Explorer, cache: PngCache, hosts: list[str], token: str) 
     registry = CollectorRegistry()
     for queue in explorer.queues:
         _count_pending(queue, registry)
+    waiting = Gauge("explore_search_turns", "Requests of GET /search running and waiting.", registry=registry)
+    waiting.set_function(explorer.turns.__len__)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -46,7 +48,7 @@ def make_api(explorer: Explorer, cache: PngCache, hosts: list[str], token: str) 
     app.add_exception_handler(UserError, _error_response)
     app.add_exception_handler(BusyError, _error_response)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
-    app.add_middleware(Guard, token=token, limits=explorer.limits, registry=registry)
+    app.add_middleware(Guard, token=token, limits=explorer.limits, turns=explorer.turns, registry=registry)
     _add_status_routes(app, explorer, registry)
     _add_picture_routes(app, explorer, cache)
     _add_search_and_sample(app, explorer)

@@ -19,7 +19,7 @@ from jobs.explore.api_models import SampleRequest, SearchRequest, VerifyRequest,
 from jobs.explore.examples import example_captions
 from jobs.explore.pictures import Pictures, decode_picture
 from jobs.explore.text_batches import TextBatches, Vectors
-from jobs.explore.work_queue import WorkQueue
+from jobs.explore.work_queue import Turns, WorkQueue
 from jobs.sample import trained_model
 from retrieval.clip.encoder import Encoder
 from retrieval.database.database import Database
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from retrieval.provenance import SignedPicture
 
 Result = TypeVar("Result")
+SEARCHES_AT_ONCE = 8
+"""Requests of `GET /search` that are served at a time. More are hardly faster, and delay `/health`."""
 DETAILS = ("license", "title", "artist", "source", "box")
 
 
@@ -122,6 +124,7 @@ class Explorer:
         self.credentials = picture_credentials(defaults)
         self.databases = _databases(root, encoder, sampler)
         self.pictures = Pictures(root, limits.max_rows_with_pictures)
+        self.turns = Turns("search", SEARCHES_AT_ONCE, limits.max_searches, limits.search_timeout_s)
         self.texts = TextBatches(encoder, WorkQueue("text", 1, limits.max_searches, limits.search_timeout_s))
         self.searches = WorkQueue("search", limits.search_threads, limits.max_searches, limits.search_timeout_s)
         self.samples = WorkQueue("picture", 1, limits.max_samples, limits.sample_timeout_s)

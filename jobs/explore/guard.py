@@ -17,9 +17,12 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jobs.cli.explore_config import ExploreConfig
+from jobs.explore.work_queue import BusyError, Turns
 
 PUBLIC_PATH = "/health"
 """The only path that needs no token: monitoring has none."""
+SEARCH = ("GET", "/search")
+"""Requests that wait for their turn before anything else is done with them. Slow uploads of POST must not have one."""
 UPLOAD_PATH = "/gradio_api/upload"
 UPLOAD_LIFETIME_S = 3600
 """Uploads are deleted after so many seconds."""
@@ -46,9 +49,12 @@ HEADERS = {
 class Guard:
     """ASGI middleware. token: required as bearer token or as HTTP Basic password; empty means none."""
 
-    def __init__(self, app: ASGIApp, token: str, limits: ExploreConfig, registry: CollectorRegistry) -> None:
+    def __init__(
+        self, app: ASGIApp, token: str, limits: ExploreConfig, turns: Turns, registry: CollectorRegistry
+    ) -> None:
         self.app = app
         self.token = token
+        self.turns = turns
         self.max_body_bytes = limits.max_body_bytes
         self.uploads = UploadQuota(limits.max_uploads_bytes)
         self.requests = Counter("explore_requests", "Finished requests.", ["route", "status"], registry=registry)
@@ -90,6 +96,12 @@ class Guard:
             await _reject(send, 413, self._too_large)
         elif path == UPLOAD_PATH and not self.uploads.take(size, time.monotonic()):
             await _reject(send, 429, "The uploads of the last hour have filled this server. Try again later.")
+        elif (scope["method"], path) == SEARCH:
+            try:
+                async with self.turns.take():
+                    await self.app(scope, self._limited(receive), send)
+            except BusyError as error:
+                await _reject(send, error.status, str(error))
         else:
             await self.app(scope, self._limited(receive), send)
 
@@ -161,5 +173,7 @@ async def _reject(send: Send, status: int, text: str) -> None:
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status == 401:
         headers.append((b"www-authenticate", b'Basic realm="explore", charset="UTF-8"'))
+    if status in (429, 503):
+        headers.append((b"retry-after", b"5"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

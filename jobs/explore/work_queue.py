@@ -1,11 +1,12 @@
-"""A thread pool with a bounded queue, for work that would block the event loop.
+"""A thread pool with a bounded queue, for work that would block the event loop, and turns of requests.
 
 A request to a full queue fails at once. If a request exceeds its timeout or is cancelled, an event stops its work.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from threading import Event
 from typing import Any, TypeVar
 
@@ -21,6 +22,46 @@ class BusyError(Exception):
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
         self.status = status
+
+
+class Turns:
+    """At most `running` requests at a time; the others wait in order. At most `max_pending` run and wait.
+
+    The event loop serves all requests that are ready before it looks for new ones. If few run, few are ready.
+    """
+
+    def __init__(self, name: str, running: int, max_pending: int, timeout_s: float) -> None:
+        """timeout_s: longest wait for a turn."""
+        self.name = name
+        self.max_pending = max_pending
+        self.timeout_s = timeout_s
+        self._running = asyncio.Semaphore(running)
+        self._num_pending = 0
+
+    def __len__(self) -> int:
+        return self._num_pending
+
+    @asynccontextmanager
+    async def take(self) -> AsyncIterator[None]:
+        """Wait for a turn, which ends with the block.
+
+        Raises BusyError: 429 if `max_pending` requests run and wait, 503 if no turn came in time.
+        """
+        if len(self) >= self.max_pending:
+            raise BusyError(429, f"The queue is full: {len(self)} {self.name} requests. Try again later.")
+        self._num_pending += 1
+        try:
+            try:
+                async with asyncio.timeout(self.timeout_s):
+                    await self._running.acquire()
+            except TimeoutError:
+                raise _no_start(self.name, self.timeout_s) from None
+            try:
+                yield
+            finally:
+                self._running.release()
+        finally:
+            self._num_pending -= 1
 
 
 class WorkQueue:
@@ -53,9 +94,7 @@ class WorkQueue:
             return await asyncio.wait_for(asyncio.wrap_future(future), self.timeout_s)
         except TimeoutError:
             if future.cancel():
-                raise BusyError(
-                    503, f"The {self.name} could not start within {self.timeout_s:g} s. Try again later."
-                ) from None
+                raise _no_start(self.name, self.timeout_s) from None
             raise BusyError(
                 504, f"The {self.name} took more than {self.timeout_s:g} s. Ask for fewer steps or neighbors."
             ) from None
@@ -68,6 +107,10 @@ class WorkQueue:
         for stop in list(self._stops):
             stop.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _no_start(name: str, timeout_s: float) -> BusyError:
+    return BusyError(503, f"The {name} could not start within {timeout_s:g} s. Try again later.")
 
 
 def _one_thread_each() -> None:

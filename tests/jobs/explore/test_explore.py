@@ -5,6 +5,8 @@ import base64
 import re
 from argparse import Namespace
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from functools import partial
 from http.client import HTTPConnection
 from threading import Event
 
@@ -20,14 +22,14 @@ from jobs.explore import explorer as explorer_module
 from jobs.explore.__main__ import TOKEN_VARIABLE, make_app, token_of
 from jobs.explore.api_models import SampleRequest, SearchRequest, encode_mix
 from jobs.explore.examples import candidates, is_example, known_captions
-from jobs.explore.explorer import Explorer, Progress
+from jobs.explore.explorer import SEARCHES_AT_ONCE, Explorer, Progress
 from jobs.explore.guard import UploadQuota
 from jobs.explore.png_cache import PngCache
 from jobs.explore.tabs import views
 from jobs.explore.tabs.views import verification
 from jobs.explore.tabs.widgets import PageContext, file_as_base64, page_event, upload_field
 from jobs.explore.visits import Visits
-from jobs.explore.work_queue import BusyError, WorkQueue
+from jobs.explore.work_queue import BusyError, Turns, WorkQueue
 from retrieval.errors import NodeError, UserError
 from retrieval.index.hidden import HIDDEN_FOLDER, hide
 from retrieval.provenance import SignedPicture, demo_credentials
@@ -347,6 +349,52 @@ def test_a_full_queue_and_a_timeout_raise_busy_errors_with_their_status():
         return [*rejected, await status(lambda stop: 200)]
 
     assert asyncio.run(statuses()) == [503, 429, 504, 200]
+
+
+def test_searches_wait_for_their_turn_and_other_requests_do_not(run):
+    explorer = open_explorer(run, max_searches=SEARCHES_AT_ONCE + 1)
+    app = make_app(explorer)
+    explorer.turns.timeout_s = 0.2
+
+    async def requests(client: httpx.AsyncClient):
+        search = partial(client.get, "/search", params={"text": "a"})
+        async with AsyncExitStack() as turns:
+            for _ in range(SEARCHES_AT_ONCE):
+                await turns.enter_async_context(explorer.turns.take())
+            late, full = await asyncio.gather(search(), search())
+            others = [await client.get("/health"), await client.post("/search", json={"text": "a"})]
+            metrics = await client.get("/metrics")
+        explorer.turns.timeout_s = 300.0
+        return late, full, await search(), others, metrics
+
+    late, full, after, others, metrics = with_client(app, requests)
+    assert (late.status_code, full.status_code, after.status_code) == (503, 429, 200)
+    assert "could not start within 0.2 s" in late.json()["detail"]
+    assert f"{SEARCHES_AT_ONCE + 1} search requests" in full.json()["detail"]
+    assert late.headers["retry-after"] == full.headers["retry-after"] == "5"
+    assert [answer.status_code for answer in others] == [200, 200]
+    assert f"explore_search_turns {SEARCHES_AT_ONCE}.0" in metrics.text
+    assert len(explorer.turns) == 0
+
+
+def test_a_cancelled_request_gives_its_turn_back_also_while_it_waits():
+    async def pending() -> list[int]:
+        turns = Turns("search", running=1, max_pending=3, timeout_s=300.0)
+
+        async def hold() -> None:
+            async with turns.take():
+                await asyncio.sleep(300)
+
+        tasks = [asyncio.create_task(hold()) for _ in range(2)]
+        await asyncio.sleep(0)
+        before = len(turns)
+        for task in reversed(tasks):
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        async with turns.take():
+            return [before, len(turns)]
+
+    assert asyncio.run(pending()) == [2, 1]
 
 
 def test_without_a_model_only_searches_are_possible(run):
