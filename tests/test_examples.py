@@ -19,21 +19,23 @@ from tests.jobs.finetune.test_finetune import in_process
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
-def run_cells(name: str) -> list[object]:
+def run_cells(name: str, old: str = "", new: str = "") -> list[object]:
     """Check the format and run the code cells in order, as Jupyter does, in this process.
 
-    Returns the values of their expressions.
+    Returns the values of their expressions. old: text of one cell that is replaced by `new`.
     """
     document = nbformat.read(EXAMPLES / name, as_version=4)
     nbformat.validate(document)
     values: list[object] = []
     names: dict[str, object] = {}
+    assert not old or sum(old in cell.source for cell in document.cells) == 1
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "displayhook", values.append)
         for number, cell in enumerate(document.cells):
             if cell.cell_type == "code":
                 assert not cell.outputs, f"{name}: clear all outputs"
-                statements = ast.Interactive(ast.parse(cell.source).body)
+                source = cell.source.replace(old, new) if old else cell.source
+                statements = ast.Interactive(ast.parse(source).body)
                 exec(compile(statements, f"{name}, cell {number}", "single"), names)
     return values
 
@@ -81,7 +83,7 @@ def test_train_on_my_own_pictures(tiny_demo: TinyDemo, monkeypatch: pytest.Monke
     monkeypatch.setenv("LAION_RDM_RECIPE", str(recipe))
     monkeypatch.chdir(tmp_path)  # the notebook changes the folder
     with in_process(monkeypatch):
-        values = run_cells("train.ipynb")
+        values = run_cells("train.ipynb", '"train.steps": 1_000', '"train.steps": 2')
     assert number_of(Image.Image, values) == 2
     trained = read_manifest(Root(tmp_path / "run-finetuned"), "runs/mine/train")
     assert trained.values["loss"] in values

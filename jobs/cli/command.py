@@ -17,8 +17,12 @@ Main = Callable[..., None]
 
 
 def recipe_parser(command: str, about: str | None) -> argparse.ArgumentParser:
-    """The arguments that every command has: RECIPE, --set and --dry-run."""
-    parser = argparse.ArgumentParser(prog=f"laion-rdm {command}", description=about)
+    """The arguments that every command has: RECIPE, --set and --dry-run.
+
+    command: of `laion-rdm`, or with a dot a module below `jobs`, such as `demo.report`.
+    """
+    program = f"python -m jobs.{command}" if "." in command else f"laion-rdm {command}"
+    parser = argparse.ArgumentParser(prog=program, description=about)
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="TOML file, such as those in jobs/configs")
     add_overrides(parser)
     parser.add_argument("--dry-run", action="store_true", help="check and print the resolved recipe, then stop")

@@ -1,4 +1,7 @@
-"""Runs the shards of a stage that are not finished, on Ray workers. Reads the completion records of a stage."""
+"""Finds the shards of a stage that are not finished or made from other inputs, and runs them on Ray workers.
+
+Compares the completion records of the stage with its fingerprint and inputs. `status.py` only reports them.
+"""
 
 import time
 from collections.abc import Callable, Mapping, Sequence

@@ -44,11 +44,11 @@ class Neighbors:
     """Results of a search: k neighbors of each of n queries, best first."""
 
     ids: Ids
-    """(n, k) image ids."""
+    """(n, k) int64 image ids."""
     similarities: Vectors
-    """(n, k) inner products of unit vectors, in [-1, 1], descending."""
+    """(n, k) float32 inner products of unit vectors, in [-1, 1], descending."""
     positions: Positions
-    """(n, k) row numbers in the database, in the order of its partitions."""
+    """(n, k) int64 row numbers in the database, in the order of its partitions."""
     database: "Database"
 
     @cached_property
@@ -110,7 +110,10 @@ class Database:
         return Partition.open(self.files, self._folders[number], self.dim, self.hidden, self.condition)
 
     def without(self, ids: npt.ArrayLike) -> "Database":
-        """This database with more image ids hidden, in the returned object only. Both share all opened files."""
+        """This database with more image ids hidden, in the returned object only. Both share all opened files.
+
+        ids: of any shape, also ids that it does not contain. Raises UserError for ids that are no integers.
+        """
         return self._hiding(np.union1d(self.hidden, as_ids(ids)), self.condition)
 
     def with_all_rows(self) -> "Database":
@@ -129,7 +132,8 @@ class Database:
 
         condition: an Arrow expression over the columns of `metadata_at`, or a text for `parse`. Rows where its value is
         null do not meet it. A later condition is added to an earlier one. The condition is evaluated once for each
-        partition, so keep the result for more searches; that of a text is kept. Raises UserError.
+        partition, so keep the result for more searches; that of a text is kept. Raises UserError for a text that is no
+        condition. Searches raise it for unknown columns and for values of another type.
         """
         if isinstance(condition, str):
             view = self._views.get((condition, parse))  # another thread may clear them
@@ -244,6 +248,7 @@ class Database:
 
         Without a calibration for texts: a safe effort. Warns (RecallWarning, once) in this case, for a k beyond
         those that were measured, and where only comparing all rows reached the recall: see `efforts.Efforts`.
+        Raises UserError for a recall that is not in (0, 1] and for another `like`.
         """
         return self._chosen.effort(recall, like, min(k, len(self)))
 
@@ -266,8 +271,8 @@ class Database:
         recall: wanted share of the true k neighbors, on average over new queries; the calibration of the database
         maps it to an effort. like: the kind of the queries, "images" or "texts"; texts need more effort. effort:
         used instead of both. Returns fewer than k neighbors only if fewer rows are visible. Equal similarities
-        from different partitions are ordered by position. Warns as `effort`. Raises UserError for k < 1 and for
-        queries of another dimension, zero or not finite.
+        from different partitions are ordered by position. Warns and raises as `effort`. Raises UserError for k < 1
+        and for queries of another dimension, zero or not finite.
         """
         units = self.unit_queries(queries, k)
         k = min(int(k), len(self))

@@ -104,12 +104,13 @@ class Request:
     seed: int = 0
     """Seed of the initial noise, 0 .. MAX_SEED. The picture does not depend on the batch."""
     mode: Mode = "text_and_neighbors"
+    """What the context holds: see `trainer.model.context.make_context`."""
     database: str = TRAINING_DATABASE
     """A name below `databases/`, or `index` for the training database; unused in mode `text`."""
     k: int = 19
     """Neighbors to retrieve."""
     guidance: float = 5.0
-    """Scale s of classifier-free guidance."""
+    """Scale s of classifier-free guidance; 1 is no guidance."""
     negative_prompt: str = ""
     """Text that guidance moves away from, in the place of the empty context; empty: none."""
     guidance_interval: tuple[float, float] = FULL
@@ -117,6 +118,7 @@ class Request:
     neighbor_weight: float = 1.0
     """Factor on the weight of all neighbors in attention: below 1, prompt and images count more."""
     steps: int = 50
+    """Denoising steps, from 1 to the timesteps of training."""
     scheduler: SchedulerName = "ddim"
     height: int = 0
     """Height of the picture in pixels; 0 for the training size."""

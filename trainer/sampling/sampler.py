@@ -104,7 +104,7 @@ class Sampler:
 
     @classmethod
     def open(cls, root: Root, trained: TrainedModel, compute: ComputeConfig | None = None) -> "Sampler":
-        """The constructor with default compute settings."""
+        """The constructor with default compute settings; raises as it does."""
         return cls(root, trained, compute or ComputeConfig())
 
     def database(self, name: str) -> Database:
@@ -215,7 +215,7 @@ class Sampler:
     def sample(
         self, requests: Sequence[Request], on_batch: Callable[[int], object] = lambda count: None
     ) -> list[Sample]:
-        """One sample per request, in order. on_batch: called with the size of each finished batch."""
+        """One sample per request, in order; raises as `plan`, `compute_batch`. on_batch: gets the size of a batch."""
         batches = self.plan(requests)
         ordered: dict[int, Sample] = {}
         for batch, samples in zip(batches, self.draw(batches), strict=True):

@@ -1,5 +1,6 @@
 """The training loss (eq. 1) of a batch of latent moments or images, in total and by timestep.
 
+Samples without neighbors (`train.p_uncond`) come with a context of zeros from `trainer.data.loader`.
 Copies to the device are asynchronous: a step must not wait for the kernels of the previous one (`make bench-step`).
 """
 

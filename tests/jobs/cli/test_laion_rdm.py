@@ -47,6 +47,14 @@ def test_a_command_gets_the_remaining_arguments(capsys: pytest.CaptureFixture[st
     assert '"min_edge": 99' in capsys.readouterr().out
 
 
+def test_the_help_of_a_module_that_is_no_command_shows_how_it_is_run(capsys: pytest.CaptureFixture[str]) -> None:
+    from jobs.demo.report.__main__ import main as make_report
+
+    with pytest.raises(SystemExit):
+        make_report(["--help"])
+    assert capsys.readouterr().out.startswith("usage: python -m jobs.demo.report ")
+
+
 def test_dry_runs_of_stages_that_compute_with_torch_do_not_import_it() -> None:
     program = (
         "import sys; from jobs.cli.laion_rdm import main;"
