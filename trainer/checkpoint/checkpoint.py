@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from typing import Any
 
 import deepspeed
@@ -20,10 +19,11 @@ from deepspeed.accelerator import get_accelerator
 from safetensors import SafetensorError
 
 from retrieval.errors import NodeError, UserError
+from retrieval.storage.lease import raise_if_lost
 from retrieval.storage.root import Root
 from trainer.checkpoint.fragment_files import SavedFragments, fragment_key, rank_file_name, write_fragments
 from trainer.engine import eight_bit
-from trainer.engine.deepspeed_engine import Ranks, raised_on_all
+from trainer.engine.deepspeed_engine import Ranks, gloo_group, raised_on_all
 from trainer.engine.ema import AVERAGE, MovingAverage
 from trainer.engine.fragments import (
     MASTER,
@@ -77,7 +77,7 @@ class CheckpointFolder:
     """Number of newest checkpoints that are kept."""
     keep_every: int
     """Checkpoints at multiples of this step are never deleted; 0: none."""
-    before_publishing: Callable[[], None] = lambda: None
+    before_publishing: Callable[[], None] = raise_if_lost
     """Called on rank 0 before files are written and before they are published. Its UserError ends the checkpoint."""
     timeout_minutes: int = 60
     """Time that ranks wait for each other's files."""
@@ -156,6 +156,11 @@ class CheckpointFolder:
             self.root.write_json(INDEX, index | {"checkpoints": kept})
         self.delete_unfinished()
 
+    def connect(self) -> None:
+        """Connect the writer threads of all ranks, once. A collective; without it the first `save` connects them."""
+        if self._group is None:
+            self._group = gloo_group(self.timeout_minutes)
+
     def save(
         self, engine: deepspeed.DeepSpeedEngine, averages: Sequence[MovingAverage], progress: Progress, ranks: Ranks
     ) -> None:
@@ -169,9 +174,8 @@ class CheckpointFolder:
     def save_tensors(self, tensors: dict[str, torch.Tensor], progress: Progress, ranks: Ranks) -> None:
         """`save` for a rank's fragments by key, with the same keys and shapes in every call."""
         self.finish()
-        if self._group is None:
-            # A separate process group: the writer threads communicate at the same time as the training.
-            self._group = torch.distributed.new_group(backend="gloo", timeout=timedelta(minutes=self.timeout_minutes))
+        self.connect()
+        if not self._copy:
             self._copy = {
                 key: torch.empty_like(values, device="cpu", pin_memory=values.is_cuda)
                 for key, values in tensors.items()
@@ -315,9 +319,14 @@ class CheckpointFolder:
         for file, size in entry["files"].items():
             name = f"{entry['tag']}/{file}"
             if sizes.get(name) != size:
+                earlier = [other["step"] for other in self.entries() if other["step"] < entry["step"]]
+                way = f"delete {self.root.url} to start over"
+                if earlier:
+                    index = self.root.at(INDEX)
+                    way = f"delete the entry of {entry['tag']} in {index} to go on from step {earlier[-1]:,}"
                 raise UserError(
-                    f"{self.root.at(name)} should have {size:,} bytes: the checkpoint is damaged. Restore the file, or "
-                    f"delete {self.root.url} to start over."
+                    f"{self.root.at(name)} should have {size:,} bytes, has {sizes.get(name, 0):,}: the checkpoint is "
+                    f"damaged, or a training that runs has deleted it. Restore the file, or {way}."
                 )
 
 

@@ -89,7 +89,7 @@ def make_plan(config: TrainingRecipe, root: Root, autoencoder: Autoencoder) -> T
     if train.aspect_step:
         upstream["embed"] = _identity_of_sizes(root, [neighbors, images] if train.source == "latents" else [neighbors])
     if train.start_from:
-        upstream["start_from"] = _initial_run(config, root).fingerprint
+        upstream["start_from"] = _initial_run(config, root, neighbors, autoencoder.identity).fingerprint
     unchanged = config.model_copy(update={"train": train.without_changeable()})
     return TrainingPlan(
         config=config,
@@ -112,8 +112,8 @@ def is_finished(plan: TrainingPlan, root: Root) -> bool:
     return manifest.fingerprint == plan.fingerprint and files_complete
 
 
-def _initial_run(config: TrainingRecipe, root: Root) -> Manifest:
-    """Manifest of the run of train.start_from. Raises UserError if its model differs."""
+def _initial_run(config: TrainingRecipe, root: Root, neighbors: Manifest, autoencoder: str) -> Manifest:
+    """Manifest of the run of train.start_from. Raises UserError if its model, autoencoder or CLIP encoder differs."""
     folder = f"runs/{config.train.start_from}/train"
     manifest = read_manifest(root, folder)
     if (model := ModelConfig.model_validate(manifest.config["model"])) != config.model:
@@ -121,6 +121,13 @@ def _initial_run(config: TrainingRecipe, root: Root) -> Manifest:
             f"{root.at(folder)} trained the model {model}, but the recipe has {config.model}. "
             f"Make [model] equal, or set train.start_from to another run."
         )
+    inputs = {"autoencoder": autoencoder, "encoder": neighbors.values["encoder"]}
+    for name, value in inputs.items():
+        if (trained := manifest.values[name]) != value:
+            raise UserError(
+                f"{root.at(folder)} was trained with the {name} {trained}, the data of this recipe have {value}. Make "
+                f"the data with that of the run, or set train.start_from to another run."
+            )
     return manifest
 
 

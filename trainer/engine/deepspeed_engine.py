@@ -16,6 +16,7 @@ import deepspeed
 import deepspeed.comm as dist
 import deepspeed.ops
 import torch
+import torch.distributed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import compiler
 
@@ -58,6 +59,20 @@ def join_ranks(timeout_minutes: int = 60) -> Ranks:
     deepspeed.init_distributed(verbose=False, timeout=timedelta(minutes=timeout_minutes))
     device = torch.device(get_accelerator().current_device_name())
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def gloo_group(timeout_minutes: int) -> Any:
+    """All ranks as a process group of its own, for threads that communicate while the training does. A collective.
+
+    Raises UserError if the machines do not reach each other.
+    """
+    try:
+        return torch.distributed.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+    except RuntimeError as error:
+        raise UserError(
+            f"Gloo, which publishes checkpoints, does not connect the ranks: {error}. Set GLOO_SOCKET_IFNAME on each "
+            f"machine to its network interface to the others, such as eth0."
+        ) from error
 
 
 @contextmanager

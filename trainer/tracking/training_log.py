@@ -120,7 +120,7 @@ class TrainingLog:
         self._validation_metrics = MetricsFile(folder / VALIDATION, ValidationMetrics, done)
         self._kid_metrics = MetricsFile(folder / KID, KidMetrics, done)
         for path in (folder / PREVIEWS).glob("*.png"):
-            if int(path.stem) > done:
+            if path.name[0] == "." or int(path.stem) > done:  # a killed process leaves an unfinished file
                 path.unlink()
 
     def add_step(self, metrics: StepMetrics) -> None:

@@ -66,6 +66,15 @@ class Session:
         """All averages of the weights."""
         return (self.average, *self.snapshots.averages)
 
+    def connect(self) -> None:
+        """Connect the threads that write. A collective.
+
+        The first checkpoint, hours later, would be late to learn that Gloo does not connect the machines.
+        """
+        self.checkpoints.connect()
+        if self.snapshots.averages:
+            self.snapshots.folder.connect()
+
     def save_snapshot(self, progress: Progress) -> None:
         """Save a snapshot of the averages if one is due. A collective."""
         if self.snapshots.is_due(progress.step, self.config.steps):

@@ -129,6 +129,7 @@ def _train(plan: TrainingPlan, root: Root, ranks: Ranks, termination: Terminatio
         _log_start(plan, sum(shape.numel() for shape in shapes.values()), ranks, progress)
         if changes := session.checkpoints.changes():
             log.info(f"settings changed since the last checkpoint: {changes}")
+    session.connect()
     completed = train_steps(session, progress, termination)
     session.checkpoints.finish()
     # All ranks must iterate over the averages; only rank 0 keeps them.
@@ -184,6 +185,7 @@ def _flat(sections: dict[str, dict[str, object]]) -> dict[str, object]:
 def clear_folder(plan: TrainingPlan, root: Root) -> None:
     """Delete the manifest, files of another run and unfinished checkpoints. Only for the holder of the lease."""
     root.delete(f"{plan.config.train.folder}/manifest.json")
+    root.delete_partial_files(plan.config.train.folder)  # of a killed export too
     checkpoints = checkpoints_of(plan, root)
     if checkpoints.is_unusable(plan.config.train.steps):
         for name in OUTPUTS:

@@ -142,3 +142,39 @@ def test_checkpoints_after_a_step_can_be_deleted(process_group: None, tmp_path: 
     folders = sorted(path.name for path in checkpoints.root.local_path("").glob("step-*"))
     assert folders == ["step-00000001", "step-00000002"]
     CheckpointFolder(Root(tmp_path / "none"), "test", {}, keep=1, keep_every=1).delete_after(2)
+
+
+def test_ranks_that_are_connected_at_the_start_need_no_network_interface_later(
+    process_group: None, checkpoints: CheckpointFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints.connect()
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "missing0")
+    checkpoints.save_tensors({KEY: torch.zeros(3)}, Progress(1), ONE_RANK)
+    checkpoints.finish()
+    assert checkpoints.newest_step() == 1
+    with pytest.raises(UserError, match=r"does not connect the ranks: .*missing0.* Set GLOO_SOCKET_IFNAME"):
+        CheckpointFolder(Root(tmp_path), "test", {}, keep=1, keep_every=0).connect()
+
+
+def test_a_snapshot_of_a_run_that_lost_its_lease_is_not_published(
+    process_group: None, checkpoints: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retrieval.storage.lease._lost", {"runs/tiny/train"})
+    checkpoints.save_tensors({KEY: torch.zeros(3)}, Progress(1), ONE_RANK)
+    with pytest.raises(UserError, match="runs/tiny/train was taken over by another process"):
+        checkpoints.finish()
+    assert not checkpoints.root.list("")
+
+
+def test_the_error_for_a_damaged_checkpoint_names_the_earlier_one(process_group: None, tmp_path: Path) -> None:
+    checkpoints = CheckpointFolder(Root(tmp_path / "checkpoints"), "test", {}, keep=2, keep_every=0)
+    for step in (1, 2):
+        checkpoints.save_tensors({KEY: torch.zeros(3)}, Progress(step), ONE_RANK)
+    checkpoints.finish()
+    first, second = checkpoints.entries()
+    for entry in (second, first):
+        checkpoints.root.delete(f"{entry['tag']}/rank-00000.safetensors")
+    with pytest.raises(UserError, match=r"has 0: .* delete the entry of step-00000002 in .* to go on from step 1\."):
+        checkpoints.check_files(second)
+    with pytest.raises(UserError, match=r"or delete .*checkpoints to start over"):
+        checkpoints.check_files(first)

@@ -1,7 +1,12 @@
 """Which settings belong to a run: its checkpoints go on with others of CHANGEABLE, and with no others."""
 
+from dataclasses import replace
+
 import pytest
 
+from retrieval.errors import UserError
+from retrieval.storage import schema
+from retrieval.storage.manifest import Manifest, read_manifest, write_manifest
 from retrieval.storage.root import Root
 from tests.trainer.training_set import make_recipe, new_training_set
 from trainer.data.plan import make_plan
@@ -60,3 +65,16 @@ def test_every_other_setting_makes_another_run(root: Root, autoencoder_folder: s
         changed = TrainingRecipe.model_validate(sections)
         identities.add(make_plan(changed, root, autoencoder).checkpoint_identity)
     assert len(identities) == 1 + len(OTHERS)
+
+
+def test_a_run_starts_only_from_a_model_of_its_own_encoder_and_autoencoder(root: Root, autoencoder_folder: str) -> None:
+    recipe = make_recipe(autoencoder_folder, name="second", start_from="first")
+    autoencoder, model = Autoencoder.load(recipe.autoencoder, "cpu"), recipe.model.model_dump(mode="json")
+    own = {"encoder": read_manifest(root, "neighbors").values["encoder"], "autoencoder": autoencoder.identity}
+    first = Manifest("runs/first/train", schema.VERSION, "print", {}, {"model": model}, (), own, 0.0)
+    write_manifest(root, first)
+    assert make_plan(recipe, root, autoencoder).upstream["start_from"] == "print"
+    for name, other in (("encoder", own["encoder"] | {"weights": "1" * 16}), ("autoencoder", "another")):
+        write_manifest(root, replace(first, values=own | {name: other}))
+        with pytest.raises(UserError, match=rf"runs/first/train was trained with the {name} .*train\.start_from"):
+            make_plan(recipe, root, autoencoder)

@@ -53,6 +53,7 @@ def test_a_resumed_run_records_each_step_once_in_files_previews_and_tensorboard(
     record(tmp_path, plan, 0, range(1, 7))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "loss"')
+    (tmp_path / "previews/.00000008.png").write_bytes(b"of a run that was killed while it drew a sheet")
     record(tmp_path, plan, 3, range(4, 6))
     entries = read_step_metrics(tmp_path / "metrics.jsonl")
     assert [(entry.step, entry.loss) for entry in entries] == [

@@ -16,7 +16,7 @@ from trainer.checkpoint.checkpoint import Progress
 from trainer.data.loader import Loader
 from trainer.model.autoencoder import Autoencoder
 from trainer.training.loop import Termination, _Loop, train_steps
-from trainer.training.train import prepare
+from trainer.training.train import clear_folder, prepare
 
 
 def loader_threads() -> list[str]:
@@ -59,3 +59,27 @@ def test_all_ranks_end_with_the_error_of_rank_0_that_cannot_publish_a_checkpoint
     assert (code, len(errors)) == (1, 2), log
     assert len([error for error in errors if "No space left on device" in error]) == 1
     assert not training_set.exists("runs/tiny/train/checkpoints/checkpoints.json")
+
+
+def test_a_network_that_cannot_publish_checkpoints_ends_a_run_before_its_first_step(
+    training_set: Root, autoencoder_folder: str, tmp_path: Path
+) -> None:
+    recipe = make_recipe(autoencoder_folder, steps=20, checkpoint_every=4, micro_batch=4, timeout_minutes=1)
+    (tmp_path / "recipe.json").write_text(recipe.model_dump_json())
+    argv = ["unconnected_rank", str(tmp_path / "recipe.json"), training_set.url]
+    code, log = fork(argv, tmp_path / "log", ranks=2)
+    assert code == 1, log
+    assert "error: Gloo, which publishes checkpoints, does not connect the ranks" in log
+    assert "Set GLOO_SOCKET_IFNAME on each machine" in log
+    assert not re.search(r"step \d+/20", log), log
+
+
+def test_the_unfinished_file_of_a_killed_export_is_deleted_by_the_next_start(
+    training_set: Root, autoencoder_folder: str
+) -> None:
+    plan = prepare(make_recipe(autoencoder_folder), training_set)
+    unfinished = training_set.local_path("runs/tiny/train/model/.partial-1-diffusion_pytorch_model.safetensors")
+    unfinished.parent.mkdir(parents=True)
+    unfinished.write_bytes(b"5 GB")
+    clear_folder(plan, training_set)
+    assert not unfinished.exists()

@@ -318,7 +318,7 @@ def test_a_damaged_checkpoint_file_is_an_error(autoencoder_folder: str, copied_r
     checkpoints = checkpoints_of(prepare(recipe_of(autoencoder_folder), copied_run), copied_run)
     damaged = copied_run.local_path(f"{FOLDER}/checkpoints/step-{STEPS:08d}/rank-00001.safetensors")
     damaged.write_bytes(damaged.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"rank-00001.safetensors should have .* bytes: the checkpoint is damaged"):
+    with pytest.raises(UserError, match=r"rank-00001.safetensors should have .* has 100: the checkpoint is damaged"):
         checkpoints.load(None, None, Ranks(0, 1, torch.device("cpu")))
 
 
