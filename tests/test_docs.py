@@ -141,6 +141,23 @@ def test_a_changed_number_changes_its_page(monkeypatch: pytest.MonkeyPatch) -> N
             assert f"{value:.3f} ({low:.3f} to {high:.3f}), {words}" in text
 
 
+def test_the_difference_to_the_stronger_baseline_by_each_judge_is_in_bold(monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = {name: numbers.load(name) for name in ("demo", "paper")}
+    monkeypatch.setattr(numbers, "load", pages.__getitem__)
+    gains = (
+        ("", "suffix", 0.1),
+        ("", "suffix_retrieval", 0.2),
+        ("_pixels", "suffix", 0.4),
+        ("_pixels", "suffix_retrieval", 0.3),
+    )
+    for judge, mode, value in gains:
+        name = f"style_gain{judge}_over_{mode}"
+        pages["demo"] |= {name: value, f"{name}_low": 0.05, f"{name}_high": 0.5}
+    table = numbers.styles()
+    for value, is_stronger in ((0.1, True), (0.2, False), (0.4, False), (0.3, True)):
+        assert (f"| **{value:.3f} (0.050 to 0.500), above 0** |" in table) == is_stronger
+
+
 def test_readme_shows_the_race_at_the_size_of_the_page_or_the_search_of_the_page(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from docs.generate import rank_counts
 from jobs.reporting.estimates import against_zero, estimate_text
 from jobs.reporting.tables import markdown_table
-from trainer.evaluation.styles import BASELINES
+from trainer.evaluation.styles import BASELINES, stronger_baseline
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 Row = tuple[str, str, str]
@@ -72,21 +72,30 @@ def styles() -> str:
     effects = {
         key: {mode: _values(demo, f"{name}_over_{mode}") for mode in BASELINES} for key, name in of_judge.items()
     }
-    lines = ["The styles of the demo, which captions of the training set name:", "", _comparison(effects)]
+    lines = [
+        "In bold: the difference to the baseline that is the stronger one by this judge. The styles of the demo, which",
+        "captions of the training set name:",
+        "",
+        _comparison(effects),
+    ]
     if "unknown_styles" in paper:
         lines += ["", *_unknown_styles(paper["unknown_styles"])]
     return "\n".join(lines)
 
 
 def _comparison(tables: Any) -> str:
-    """The differences of retrieval to both baselines, by each judge."""
+    """The differences of retrieval to both baselines, by each judge; in bold, to the stronger one by this judge."""
     judged = {"CLIP features": tables["effect"], "pixels": tables.get("effect_pixels")}
     judged = {judge: effects for judge, effects in judged.items() if effects}
-    rows = [
-        [words, *(f"{estimate_text(effects[mode])}, {against_zero(effects[mode])}" for effects in judged.values())]
-        for mode, words in BASELINES.items()
-    ]
+    rows = [[words, *(_difference(effects, mode) for effects in judged.values())] for mode, words in BASELINES.items()]
     return markdown_table(["style accuracy with the style's database, minus that with", *judged], rows)
+
+
+def _difference(effects: Any, mode: str) -> str:
+    text = f"{estimate_text(effects[mode])}, {against_zero(effects[mode])}"
+    # With equal accuracies both are the stronger one.
+    is_stronger = effects[mode][0] == effects[stronger_baseline(effects)][0]
+    return f"**{text}**" if is_stronger else text
 
 
 def _unknown_styles(tables: Any) -> list[str]:

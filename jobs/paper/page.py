@@ -16,6 +16,7 @@ from PIL import Image
 from jobs.reporting.charts import duration
 from jobs.reporting.estimates import StoredEstimate, against_zero, estimate_text, interval_text
 from jobs.reporting.hardware import hardware
+from jobs.reporting.judges import gallery_words
 from jobs.reporting.page import render
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
@@ -153,7 +154,7 @@ def _at_most(about: str, estimate: tuple[float, float, float], limit: float) -> 
 
 
 def _render(template: str, page: Page, sources: dict[str, str]) -> str:
-    modes = page.results["tables"]["modes"]
+    tables = page.results["tables"]
     content = {
         "page": page,
         "sources": sources,
@@ -161,7 +162,8 @@ def _render(template: str, page: Page, sources: dict[str, str]) -> str:
         "titles": TITLES,
         "retrieval": RETRIEVAL,
         "baselines": BASELINES,
-        "baseline": stronger_baseline({mode: row["accuracy"][0] for mode, row in modes.items()}),
+        "baseline": stronger_baseline(tables["effect"]),
+        "baseline_pixels": tables["effect_pixels"] and stronger_baseline(tables["effect_pixels"]),
         "hardware": hardware(),
         "took": duration(page.seconds),
         "default_line": default_line(page.results),
@@ -171,6 +173,7 @@ def _render(template: str, page: Page, sources: dict[str, str]) -> str:
         "estimate": estimate_text,
         "interval": interval_text,
         "against_zero": against_zero,
+        "gallery": gallery_words,
         "words": style_words,
     }
     return render(Path(__file__).with_name(template), content, filters)

@@ -86,7 +86,7 @@ class TrainedClassifier:
 def split_rows(labels: Labels, fraction: float, seed: int) -> tuple[Labels, Labels]:
     """Sorted row numbers (training, held out), stratified: `fraction` of each label's rows is held out.
 
-    Of each label, at least one row is held out and two are for training: distances within a style need two. Raises
+    Of each label, at least two rows are held out and two are for training: distances within a style need two. Raises
     UserError for a label with fewer than MIN_ROWS rows.
     """
     held_out: list[int] = []
@@ -97,7 +97,7 @@ def split_rows(labels: Labels, fraction: float, seed: int) -> tuple[Labels, Labe
                 f"style number {label} has {len(rows)} pictures; the classifier needs at least {MIN_ROWS}. "
                 "Add pictures of it, or leave it out of [evaluate] styles."
             )
-        count = min(max(1, round(len(rows) * fraction)), len(rows) - 2)
+        count = min(max(2, round(len(rows) * fraction)), len(rows) - 2)
         held_out.extend(np.random.default_rng([seed, int(label)]).permutation(rows)[:count])
     sorted_rows = np.sort(np.array(held_out, np.int64))
     return np.setdiff1d(np.arange(len(labels)), sorted_rows), sorted_rows

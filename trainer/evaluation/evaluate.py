@@ -188,7 +188,7 @@ def _contact_sheet(mode: str, groups: Sequence[StyleGroup], items: ResumableItem
 
 def _summary_line(result: dict[str, Any]) -> str:
     rates = "  ".join(f"{mode} {result['modes'][mode]['accuracy'].value:.3f}" for mode in MODES)
-    baseline = stronger_baseline({mode: row["accuracy"].value for mode, row in result["modes"].items()})
+    baseline = stronger_baseline(result["effect"])
     gain = result["effect"][baseline]
     return (
         f"evaluate: classified as the requested style: {rates}  (chance {result['chance']:.3f}); retrieval minus "

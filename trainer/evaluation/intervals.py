@@ -63,12 +63,17 @@ class Bootstrap:
         bound = 1 - wilson_interval(1.0, len(set(clusters))).low
         return Estimate(estimate.value, max(-1.0, estimate.value - bound), min(1.0, estimate.value + bound))
 
-    def median(self, values: npt.ArrayLike) -> Estimate:
-        """The median of independent values (n,), n at least 1."""
+    def median(self, values: npt.ArrayLike, clusters: Clusters | None = None) -> Estimate:
+        """The median of values (n,), n at least 1. clusters: by default each row is its own."""
         array = np.asarray(values, np.float64)
-        rng = np.random.default_rng([self.seed, len(array)])
-        resampled = [np.median(array[rng.integers(0, len(array), len(array))]) for _ in range(self.draws)]
-        return interval(float(np.median(array)), np.array(resampled), range(len(array)))
+        clusters = range(len(array)) if clusters is None else clusters
+        numbers = _cluster_numbers(clusters)
+        count = int(numbers.max()) + 1
+        rng = np.random.default_rng([self.seed, count])
+        # One resample at a time: the weights of all would need too much memory for many rows.
+        draws = (np.bincount(rng.integers(0, count, count), minlength=count) for _ in range(self.draws))
+        resampled = [np.median(np.repeat(array, draw[numbers])) for draw in draws]
+        return interval(float(np.median(array)), np.array(resampled), clusters)
 
 
 def interval(value: float, resampled: Floats, clusters: Clusters) -> Estimate:

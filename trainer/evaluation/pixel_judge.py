@@ -1,7 +1,8 @@
 """Style classifier on pixels: a judge that does not see the CLIP features that condition the samples.
 
 Reads a Parquet table of labelled pictures that are in no database and no training set; writes no files. A small
-convolutional network is trained on most of them and tested on the rest. The style descriptor uses the same pictures.
+convolutional network is trained on most of them and tested on the rest. The style descriptor has the same split: the
+rest are the real pictures that it compares samples with.
 """
 
 import hashlib
@@ -35,7 +36,7 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class JudgePictures:
-    """Labelled pictures, of which some are held out to test what the others train."""
+    """Labelled pictures, of which some are held out to test what the others train, and to compare samples with."""
 
     styles: tuple[str, ...]
     pixels: Pixels

@@ -76,9 +76,11 @@ class EvaluateConfig(SamplingConfig):
     """Parquet table with columns `path` (from its folder) and `style` (as the database or in words): pictures that are
     in no database and no training set. They train and test a second judge, on pixels; empty: there is none."""
     pixel_classifier: PixelClassifierConfig = PixelClassifierConfig()
-    """The style classifier on pixels. Its `held_out_fraction` is also that of the style descriptor."""
+    """The style classifier on pixels. Its `held_out_fraction` is also that of the style descriptor, which compares
+    samples with these held-out pictures."""
     style_descriptor: StyleDescriptorConfig = added_setting(StyleDescriptorConfig())
-    """The style descriptor, trained on `judge_pictures`: the style of a sample is that of its nearest real picture."""
+    """The style descriptor, trained on `judge_pictures`. The style of a sample is that of its nearest held-out
+    picture."""
     reference_rows_per_style: int = Field(default=2000, ge=4)
     """Maximum number of pictures of a style that train the classifier and are the reference of the distances."""
     precision_recall_neighbors: int = Field(default=3, ge=1)

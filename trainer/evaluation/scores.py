@@ -76,7 +76,7 @@ class Evaluator:
     reference: Reference
     bootstrap: Bootstrap
     gallery: StyleGallery | None = None
-    """The style descriptor and its pictures, those of the judge on pixels; None without such pictures."""
+    """The style descriptor, and the pictures that it was not trained on; None without pictures for judges."""
 
     @property
     def styles(self) -> tuple[str, ...]:
@@ -122,7 +122,7 @@ def results(features: FeaturesByGroup, evaluator: Evaluator) -> dict[str, Any]:
         "judges": {
             "clip": _judge(evaluator.classifier),
             "pixels": evaluator.pixel_classifier and _judge(evaluator.pixel_classifier),
-            "descriptor": gallery and {"retrieval": gallery.retrieval(styles)},
+            "descriptor": gallery and {"retrieval": gallery.retrieval(styles), "gallery_rows": len(gallery.labels)},
         },
         "modes": {
             mode: values(total, evaluator)
@@ -138,7 +138,11 @@ def results(features: FeaturesByGroup, evaluator: Evaluator) -> dict[str, Any]:
 
 
 def completed(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Stored `results`; those of a version without the style descriptor have None for what it measures."""
+    """Stored `results`; those of a version without the style descriptor have None for what it measures.
+
+    `gallery_rows` is None if the gallery had the pictures that trained the descriptor, as in earlier versions.
+    """
+    descriptor = stored["judges"].get("descriptor")
 
     def values_of(row: Mapping[str, Any]) -> dict[str, Any]:
         return {
@@ -147,7 +151,7 @@ def completed(stored: Mapping[str, Any]) -> dict[str, Any]:
 
     return {
         **stored,
-        "judges": {"descriptor": None} | stored["judges"],
+        "judges": {**stored["judges"], "descriptor": descriptor and {"gallery_rows": None, **descriptor}},
         "modes": values_of(stored),
         "styles": [{"retrieval": None, **row, "modes": values_of(row)} for row in stored["styles"]],
     }

@@ -3,7 +3,9 @@
 Takes the pictures of the judge on pixels; reads and writes no files. A small convolutional network is trained as the
 Contrastive Style Descriptors of Somepalli et al. (2024) are: pictures of one style attract each other, and so do two
 random views of one picture; all others repel each other. A descriptor is judged, as theirs, by the style of the nearest
-picture, and not by the value of a cosine, which differs from style to style.
+picture, and not by the value of a cosine, which differs from style to style. The pictures that others are compared with
+are held out from the training: descriptors of pictures that trained the network are closer to each other than those of
+new pictures of the style.
 """
 
 from collections.abc import Sequence
@@ -45,30 +47,31 @@ class StyleDescriptor(torch.nn.Module):
 
 @dataclass(frozen=True)
 class StyleGallery:
-    """A descriptor in eval mode and the real pictures that it compares others with."""
+    """A descriptor in eval mode and the real pictures that it compares others with: those that did not train it.
+
+    There are at least two of each style. Of styles that the training did not show, they are the same share.
+    """
 
     descriptor: StyleDescriptor
     styles: tuple[str, ...]
     features: Features
-    """(n, DIM) unit vectors of real pictures."""
+    """(n, DIM) unit vectors of the pictures."""
     labels: Labels
     """(n,) positions of their styles."""
-    held_out: Labels
-    """(n,) positions of the styles of held-out pictures."""
-    found: npt.NDArray[np.bool_]
-    """(n,) whether the picture of the gallery nearest to each held-out picture has its style."""
 
     @classmethod
     def of(cls, descriptor: StyleDescriptor, pictures: JudgePictures) -> "StyleGallery":
-        """The gallery of the pictures for training, tested with those that are held out."""
-        rows, held_out = pictures.rows, pictures.labels[pictures.held_out]
-        features, labels = descriptor.describe(pictures.pixels), pictures.labels[rows]
-        found = nearest_labels(features[pictures.held_out], features[rows], labels) == held_out
-        return cls(descriptor, pictures.styles, features[rows], labels, held_out, found)
+        """The gallery of the pictures that are held out."""
+        held_out = pictures.held_out
+        features = descriptor.describe(pictures.pixels[held_out])
+        return cls(descriptor, pictures.styles, features, pictures.labels[held_out])
 
     def retrieval(self, styles: Sequence[str]) -> Estimate:
-        """mAP@1 of held-out pictures of some styles: the share whose nearest picture of the gallery has their style."""
-        return share(self.found[np.isin(self.held_out, [self.styles.index(style) for style in styles])])
+        """mAP@1 of pictures of some styles: the share whose nearest other picture of the gallery has their style."""
+        cosines = self.features @ self.features.T
+        np.fill_diagonal(cosines, -np.inf)
+        found = self.labels[np.argmax(cosines, axis=1)] == self.labels
+        return share(found[np.isin(self.labels, [self.styles.index(style) for style in styles])])
 
     def of_style(self, style: str) -> Features:
         """The vectors (n, DIM) of a style's pictures."""
@@ -87,7 +90,7 @@ def nearest_labels(queries: Features, features: Features, labels: Labels) -> Lab
 def train_style_descriptor(
     pictures: JudgePictures, styles: Sequence[str], config: StyleDescriptorConfig, seed: int
 ) -> StyleGallery:
-    """Train on pictures of some styles. The gallery has those of all: the others are styles that training did not show.
+    """Train on the pictures for training of some styles. The gallery has held-out pictures of all styles.
 
     styles: at least two of those of the pictures.
     """

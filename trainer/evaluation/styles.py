@@ -5,6 +5,7 @@ Takes a list of prompts and the names of the style databases, returns requests. 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -43,9 +44,12 @@ class StyleGroup(SampleGroup):
     style: str
 
 
-def stronger_baseline(accuracies: Mapping[str, float]) -> str:
-    """That of BASELINES with the larger style accuracy. accuracies: by mode."""
-    return max(BASELINES, key=lambda mode: accuracies[mode])
+def stronger_baseline(effects: Mapping[str, Sequence[Any]]) -> str:
+    """That of BASELINES with the larger style accuracy by a judge. Judges may have different ones.
+
+    effects: by mode, the estimate of retrieval's accuracy by this judge minus that of the mode.
+    """
+    return min(BASELINES, key=lambda mode: effects[mode][0])
 
 
 def style_words(style: str) -> str:

@@ -16,6 +16,7 @@ from jobs.demo.report.numbers import Demo, Goal, goals, measure
 from jobs.reporting.charts import Bar, Curve, curve, duration, time_bars
 from jobs.reporting.estimates import against_zero, estimate_text
 from jobs.reporting.hardware import hardware
+from jobs.reporting.judges import gallery_words
 from jobs.reporting.page import render
 from retrieval.storage.manifest import read_manifest
 from trainer.evaluation.charts import LABELS
@@ -54,7 +55,7 @@ def write_report(demo: Demo) -> WrittenReport:
     numbers = measure(demo)
     demo_goals = goals(numbers)
     demo.root.write_json("report.json", {**numbers, "goals": [asdict(goal) for goal in demo_goals]})
-    filters = {"estimate": estimate_text, "against_zero": against_zero}
+    filters = {"estimate": estimate_text, "against_zero": against_zero, "gallery": gallery_words}
     page = render(TEMPLATE, _content(demo, numbers, demo_goals), filters)
     demo.root.write_bytes("report.html", page.encode())
     return WrittenReport(demo.root.local_path("report.html"), tuple(demo_goals))
@@ -65,7 +66,6 @@ def _content(demo: Demo, numbers: dict[str, Any], demo_goals: list[Goal]) -> dic
     train = read_manifest(demo.root, f"runs/{demo.name}/train")
     evaluate = read_manifest(demo.root, f"runs/{demo.name}/evaluate")
     gallery = pictures.gallery(demo, NUM_PROMPTS)
-    baseline = stronger_baseline({mode: row["accuracy"][0] for mode, row in evaluation["modes"].items()})
     return {
         "numbers": numbers,
         "goals": demo_goals,
@@ -79,10 +79,8 @@ def _content(demo: Demo, numbers: dict[str, Any], demo_goals: list[Goal]) -> dic
         "training_images": pictures.training_images(demo, NUM_TRAINING_IMAGES),
         "modes": LABELS,
         "evaluation": evaluation,
-        "baseline": baseline,
-        "baseline_words": BASELINES[baseline],
-        "gain": evaluation["effect"][baseline],
-        "gain_pixels": evaluation["effect_pixels"] and evaluation["effect_pixels"][baseline],
+        "baselines": BASELINES,
+        **_stronger_baselines(evaluation),
         "evaluation_k": evaluate.config["k"],
         "style_bars": _style_bars(evaluation),
         "attributes": tuple(CLASSES),
@@ -95,6 +93,18 @@ def _content(demo: Demo, numbers: dict[str, Any], demo_goals: list[Goal]) -> dic
         "times": time_bars(numbers["seconds"]),
         "total_time": duration(sum(numbers["seconds"].values())),
         "hardware": hardware(),
+    }
+
+
+def _stronger_baselines(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """The stronger baseline by each judge, and the gain of retrieval over it by this judge; None without a judge."""
+    effects, by_pixels = evaluation["effect"], evaluation["effect_pixels"]
+    baseline, baseline_pixels = stronger_baseline(effects), by_pixels and stronger_baseline(by_pixels)
+    return {
+        "baseline": baseline,
+        "baseline_pixels": baseline_pixels,
+        "gain": effects[baseline],
+        "gain_pixels": by_pixels and by_pixels[baseline_pixels],
     }
 
 

@@ -242,7 +242,7 @@ def evaluation(columns: list[str]) -> dict[str, Any]:
         "modes": modes,
         "chance": 0.1,
         "num_styles": 10,
-        "judges": {"clip": judge, "pixels": judge, "descriptor": {"retrieval": estimate(0.97)}},
+        "judges": {"clip": judge, "pixels": judge, "descriptor": {"retrieval": estimate(0.97), "gallery_rows": 200}},
         "effect": effect,
         "effect_pixels": effect,
     }

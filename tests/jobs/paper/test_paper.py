@@ -249,6 +249,19 @@ def test_without_a_curve_and_unknown_styles_the_pages_have_none(finished, tmp_pa
     assert len(verdicts(results)) == 8
 
 
+def test_each_judge_has_its_own_stronger_baseline(finished, tmp_path: Path):
+    root = finished[0]
+    page = write_page(root, STAGE)
+    results = json.loads(json.dumps(page.results))
+    tables, unknown = results["tables"], results["unknown_styles"]
+    tables["judges"]["pixels"] = unknown["judges"]["pixels"]
+    tables["effect"] |= {"suffix": [0.3, 0.2, 0.4], "suffix_retrieval": [0.2, 0.1, 0.3]}
+    tables["effect_pixels"] = {"suffix": [0.05, -0.05, 0.15], "suffix_retrieval": [0.6, 0.5, 0.7]}
+    text = " ".join(write_docs(root, replace(page, results=results), tmp_path).read_text().split())
+    assert "stronger one, the style named in the prompt, with neighbors of the training database: 0.200" in text
+    assert "By a judge that sees only pixels, the stronger one is the style named in the prompt: 0.050" in text
+
+
 def without(values, names: set[str]):
     """A value of JSON without some names, at any depth."""
     if isinstance(values, dict):

@@ -59,16 +59,17 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_the_global_generator_al
 def test_the_split_is_stratified_and_has_every_row_once():
     labels = np.repeat(np.arange(3), [50, 10, 4]).astype(np.int64)
     rows, held_out = split_rows(labels, 0.2, seed=1)
-    assert np.bincount(labels[held_out]).tolist() == [10, 2, 1]
+    assert np.bincount(labels[held_out]).tolist() == [10, 2, 2]
     assert sorted([*rows, *held_out]) == list(range(64))
     assert not np.array_equal(split_rows(labels, 0.2, seed=2)[1], held_out)
 
 
-def test_two_rows_of_each_label_are_for_training_at_any_fraction():
+def test_two_rows_of_each_label_are_for_training_and_two_are_held_out_at_any_fraction():
     labels = np.repeat(np.arange(2), [4, 20]).astype(np.int64)
-    rows, held_out = split_rows(labels, 0.99, seed=1)
-    assert np.bincount(labels[rows]).tolist() == [2, 2]
-    assert np.bincount(labels[held_out]).tolist() == [2, 18]
+    for fraction, counts in ((0.99, [2, 18]), (0.01, [2, 2])):
+        rows, held_out = split_rows(labels, fraction, seed=1)
+        assert np.bincount(labels[rows]).tolist() == [4 - counts[0], 20 - counts[1]]
+        assert np.bincount(labels[held_out]).tolist() == counts
 
 
 def test_a_style_with_too_few_pictures_is_refused_with_its_count():

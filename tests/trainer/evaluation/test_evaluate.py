@@ -176,9 +176,7 @@ def evaluator() -> Evaluator:
     classifier = train_classifier(features, labels, NAMES, ClassifierConfig(hidden=32, epochs=20), seed=0)
     pixels = TrainedClassifier(ByGrayLevel(), 1.0, dict.fromkeys(NAMES, 1.0), 30)
     vectors = np.eye(3, dtype=np.float32)[[0, 0, 1, 1, 2, 2]]
-    gallery = StyleGallery(
-        GrayLevels(0.0), NAMES, vectors, np.array([0, 0, 1, 1, 2, 2]), np.arange(3), np.ones(3, bool)
-    )
+    gallery = StyleGallery(GrayLevels(0.0), NAMES, vectors, np.array([0, 0, 1, 1, 2, 2]))
     return Evaluator(classifier, pixels, Reference.of(rows, 3), Bootstrap(200, 0), gallery)
 
 
@@ -213,8 +211,8 @@ def test_accuracies_are_the_shares_of_correct_samples_by_each_judge(result):
 def test_the_style_of_the_nearest_picture_is_compared_with_the_requested_style(result):
     nearest = {mode: row["accuracy_nearest"].value for mode, row in result["modes"].items()}
     assert nearest == pytest.approx(dict(zip(MODES, (1, 1, 1 / 3, 1 / 3), strict=True)))
-    assert result["judges"]["descriptor"] == {"retrieval": share([1] * 3)}
-    assert [row["retrieval"] for row in result["styles"]] == [share([1])] * 3
+    assert result["judges"]["descriptor"] == {"retrieval": share([1] * 6), "gallery_rows": 6}
+    assert [row["retrieval"] for row in result["styles"]] == [share([1] * 2)] * 3
 
 
 def test_content_and_style_is_the_product_of_both_distances_plus_one(samples, result):

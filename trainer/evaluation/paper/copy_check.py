@@ -141,7 +141,8 @@ def compare(samples: GeneratedSamples, real_images: RealImages, max_pairs: int) 
     for measure, result in measured.items():
         if result is not None:
             closest, real = result
-            comparison = Comparison(f"{real_images.name}_{measure}", closest.distances, real)
+            prompts = tuple(item.request.prompt for item in samples.conditioned)
+            comparison = Comparison(f"{real_images.name}_{measure}", closest.distances, real, prompts)
             order = np.argsort(closest.distances, kind="stable")[:max_pairs].tolist()
             pairs = [(i, int(closest.rows[i])) for i in order]
             results.append((comparison, _sheet(comparison, pairs, samples, real_images)))

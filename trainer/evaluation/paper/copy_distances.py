@@ -41,6 +41,8 @@ class Comparison:
     """Ends with `_clip` or, for distances of perceptual hashes, `_hash`."""
     samples: Distances
     real: Distances
+    prompts: tuple[str, ...]
+    """The prompt of each sample; intervals resample them."""
 
     @property
     def unit(self) -> str:
@@ -95,9 +97,9 @@ def summary(comparison: Comparison, bootstrap: Bootstrap) -> dict[str, Any]:
         "unit": comparison.unit,
         "samples": len(samples),
         "real": len(real),
-        "median_samples": bootstrap.median(samples),
+        "median_samples": bootstrap.median(samples, comparison.prompts),
         "median_real": bootstrap.median(real),
         "near": near,
-        "share_nearer": share(samples <= near),
+        "share_nearer": share(samples <= near, comparison.prompts),
         "smallest": float(samples.min()),
     }

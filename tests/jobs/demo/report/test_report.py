@@ -142,6 +142,37 @@ def test_the_stronger_baseline_with_its_interval_comes_first(demo: Demo, report:
     assert "0.010 (-0.005 to 0.030), not distinguishable from 0" in text
 
 
+def test_each_judge_has_its_own_stronger_baseline(demo: Demo) -> None:
+    path = "runs/tiny/evaluate/evaluation.json"
+    before, changed = demo.root.read_json(path), demo.root.read_json(path)
+    changed["effect_pixels"]["suffix"] = [0.02, 0.01, 0.04]
+    demo.root.write_json(path, changed)
+    try:
+        text = _text(demo)
+    finally:
+        demo.root.write_json(path, before)
+    first = "larger accuracy, the style named in the prompt, with neighbors of the training database: 0.600"
+    pixels = "By the judge on pixels, the stronger baseline is the style named in the prompt: 0.020 (0.010 to 0.040)"
+    assert text.index(first) < text.index(pixels)
+
+
+def test_the_page_states_which_pictures_the_style_descriptor_compares_with(demo: Demo) -> None:
+    path = "runs/tiny/evaluate/evaluation.json"
+    before, earlier = demo.root.read_json(path), demo.root.read_json(path)
+    assert "compares with 200 real pictures that are in no database and did not train it" in _text(demo)
+    del earlier["judges"]["descriptor"]["gallery_rows"]
+    demo.root.write_json(path, earlier)
+    try:
+        assert "compares with the real pictures that trained it, which are in no database" in _text(demo)
+    finally:
+        demo.root.write_json(path, before)
+
+
+def _text(demo: Demo) -> str:
+    """The report with single spaces."""
+    return " ".join(write_report(demo).path.read_text().split())
+
+
 def test_an_evaluation_of_a_version_without_the_style_descriptor_is_reported(demo: Demo) -> None:
     path = "runs/tiny/evaluate/evaluation.json"
     before, earlier = demo.root.read_json(path), demo.root.read_json(path)

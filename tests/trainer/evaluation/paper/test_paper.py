@@ -214,7 +214,8 @@ def test_an_inserted_copy_is_the_closest_pair_by_clip_and_by_hash(tmp_path: Path
     for i, picture in enumerate(drawn):
         picture.save(root.local_path(f"{i}.png"))
     names = tuple(f"{i}.png" for i in range(3))
-    samples = GeneratedSamples(root, names, ("green",) * 3, features[[12, 13, 7]], ())
+    requests = tuple(conditioned("green", 0, prompt, 1) for prompt in ("a star", "a star", "a circle"))
+    samples = GeneratedSamples(root, names, ("green",) * 3, features[[12, 13, 7]], requests)
     compared = compare(samples, TrainingSetImages(root, images), 2)
     assert [comparison.name for comparison, _ in compared] == ["training_clip", "training_hash"]
     for comparison, grid in compared:
@@ -225,13 +226,26 @@ def test_an_inserted_copy_is_the_closest_pair_by_clip_and_by_hash(tmp_path: Path
         assert np.abs(np.asarray(sample, float) - np.asarray(source, float)).mean() < 12
     copied = copy_summary(compared[0][0], BOOTSTRAP)
     assert copied["share_nearer"][0] == pytest.approx(1 / 3)
+    assert compared[0][0].prompts == ("a star", "a star", "a circle")
 
 
 def test_duplicate_real_images_do_not_hide_a_model_that_copies():
     real = np.concatenate([np.zeros(50), np.linspace(0.02, 0.2, 50)])
-    copies = copy_summary(Comparison("training_clip", np.zeros(10), real), BOOTSTRAP)
+    copies = copy_summary(Comparison("training_clip", np.zeros(10), real, tuple("abcdefghij")), BOOTSTRAP)
     assert copies["near"] > 0.02
     assert copies["share_nearer"][0] == 1
+
+
+def test_many_samples_of_a_few_prompts_do_not_narrow_the_intervals_of_copying():
+    rng = np.random.default_rng(3)
+    of_prompts, real = rng.uniform(0, 0.2, 20), np.linspace(0.1, 0.3, 200)
+    prompts = tuple(f"prompt {i}" for i in range(20))
+    few = copy_summary(Comparison("training_clip", of_prompts, real, prompts), BOOTSTRAP)
+    repeated = Comparison("training_clip", np.repeat(of_prompts, 10), real, tuple(np.repeat(prompts, 10)))
+    many = copy_summary(repeated, BOOTSTRAP)
+    for name in ("median_samples", "share_nearer"):
+        assert many[name] == pytest.approx(few[name], rel=0.05)
+        assert few[name][1] < few[name][0] < few[name][2]
 
 
 def test_blank_pictures_are_near_no_other():
