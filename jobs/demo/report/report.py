@@ -4,6 +4,7 @@ Reads the outputs of every stage; writes `<root>/report.html` and `<root>/report
 from the network. Captions and URLs are untrusted text, so the template escapes every value.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,11 @@ def write_report(demo: Demo) -> WrittenReport:
     numbers = measure(demo)
     demo_goals = goals(numbers)
     demo.root.write_json("report.json", {**numbers, "goals": [asdict(goal) for goal in demo_goals]})
-    filters = {"estimate": estimate_text, "against_zero": against_zero, "gallery": gallery_words}
+    filters: dict[str, Callable[..., str]] = {
+        "estimate": estimate_text,
+        "against_zero": against_zero,
+        "gallery": gallery_words,
+    }
     page = render(TEMPLATE, _content(demo, numbers, demo_goals), filters)
     demo.root.write_bytes("report.html", page.encode())
     return WrittenReport(demo.root.local_path("report.html"), tuple(demo_goals))
