@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import QueryParams
 
 from jobs.cli.explore_config import ExploreConfig
+from retrieval.clip.texts import require_unicode
 from retrieval.errors import UserError
 from trainer.model.context import Mode
 from trainer.model.recipe import SchedulerName
@@ -185,6 +186,7 @@ def _name_and_weight(text: str) -> tuple[str, float]:
 
 def _require_text(text: str, limits: ExploreConfig) -> None:
     _require_at_most("characters in the text", len(text), limits.max_text_characters)
+    require_unicode([text])
 
 
 def _require_at_most(name: str, number: int, limit: int) -> None:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from retrieval.clip.identity import EncoderIdentity
+from retrieval.clip.texts import require_unicode
 from retrieval.errors import UserError
 from retrieval.recipe import ClipConfig, Precision
 
@@ -57,21 +58,30 @@ class Encoder:
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str], *, unit: bool = True) -> npt.NDArray[np.float32]:
-        """Vectors of texts, (n, dim) float32. Texts longer than the model's context are truncated."""
+        """Vectors of texts, (n, dim) float32. Texts longer than the model's context are truncated.
+
+        Raises UserError for a text with a lone surrogate.
+        """
+        require_unicode(texts)
         if not len(texts):
             return np.empty((0, self.identity.dim), np.float32)
         batches = (self._tokenize(list(texts[i : i + TEXTS_AT_ONCE])) for i in range(0, len(texts), TEXTS_AT_ONCE))
         return np.concatenate([_rows(self._model.encode_text(batch.to(self.device)), unit) for batch in batches])
 
     def truncated(self, texts: Sequence[str]) -> list[str]:
-        """The texts (at least one) that are longer than the model's context, in order."""
+        """The texts (at least one) that are longer than the model's context, in order. Raises as `encode_texts`."""
+        require_unicode(texts)
         rows = self._tokenize(list(texts))
         longer = self._tokenize(list(texts), context_length=rows.shape[1] + 1)[:, :-1]
         is_truncated = (longer != rows).any(dim=1).tolist()  # else a longer context adds padding only
         return [text for text, truncated in zip(texts, is_truncated, strict=True) if truncated]
 
     def truncation_note(self, texts: Sequence[str]) -> str:
-        """A sentence for texts that are longer than the model's context; "" if there are none."""
+        """A sentence for texts that are longer than the model's context; "" if there are none.
+
+        Raises as `encode_texts`.
+        """
+        require_unicode(texts)
         # A token has at least one byte. Besides start and end, some tokenizers add a blank at the start.
         long = [text for text in texts if len(text.encode()) > self.context_tokens - 3]
         if not long or not (cut := self.truncated(long)):

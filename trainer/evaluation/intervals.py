@@ -95,7 +95,9 @@ def wilson_interval(share: float, trials: float) -> Interval:
     center = share + z2 / (2 * trials)
     half = Z95 * np.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
     scale = 1 + z2 / trials
-    return Interval(max(0.0, float((center - half) / scale)), min(1.0, float((center + half) / scale)))
+    low, high = float((center - half) / scale), float((center + half) / scale)
+    # The ends are exact here, where the formula would round.
+    return Interval(0.0 if share == 0 else max(0.0, low), 1.0 if share == 1 else min(1.0, high))
 
 
 def share(flags: npt.ArrayLike, clusters: Clusters | None = None) -> Estimate:

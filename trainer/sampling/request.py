@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from retrieval.clip.texts import require_unicode
 from retrieval.errors import UserError
 from retrieval.index.conditions import parse_condition
 from retrieval.storage.root import Root
@@ -286,10 +287,11 @@ def database_folder(name: str) -> str:
 
 
 def require_text(prompt: str) -> None:
-    """Raise UserError for a prompt without a visible character, such as blanks or zero-width spaces.
+    """Raise UserError for a prompt without a visible character, such as blanks, or with a lone surrogate.
 
     >>> require_text("a stag")
     """
+    require_unicode([prompt])
     # isprintable() is false for control and format characters and for all spaces but the ASCII one
     if not any(character.isprintable() and character != " " for character in prompt):
         raise UserError(f"the prompt {prompt!r} has no visible character. Write what the picture shows.")

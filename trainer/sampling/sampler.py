@@ -4,7 +4,6 @@ Opens `runs/<name>/train` (model, recipe, manifest), the CLIP encoder, the autoe
 checks that they belong together. Batches are computed in parallel threads, since torch releases Python's global lock.
 """
 
-import logging
 import os
 import shutil
 import tempfile
@@ -48,8 +47,7 @@ from trainer.sampling.pseudo_queries import PseudoQueries
 from trainer.sampling.recipe import ComputeConfig
 from trainer.sampling.request import ImageQuery, Request, Sample, database_folder
 from trainer.sampling.resumable import hidden_lists
-
-log = logging.getLogger("sample")
+from trainer.sampling.truncation import TruncationWarnings
 
 UNIT_TOLERANCE = 1e-4
 """Lengths of normalized float32 vectors differ from 1 by less."""
@@ -83,6 +81,7 @@ class Sampler:
         self.device = pick_device(compute.device)
         self.manifest = read_manifest(root, trained.folder)
         self.encoder = Encoder(trained.clip, str(self.device))
+        self._truncation_warnings = TruncationWarnings(self.encoder)
         self.autoencoder = Autoencoder.load(trained.autoencoder, str(self.device))
         self._check_parts(root.at(trained.folder))
         recipe = root.read_json(f"{trained.folder}/recipe.json")
@@ -187,9 +186,7 @@ class Sampler:
     def plan(self, requests: Sequence[Request]) -> list[SamplingBatch]:
         """Retrieve neighbors of all requests and form batches. Raises UserError for an invalid request."""
         self.check(requests)
-        texts = dict.fromkeys(text for each in requests for text in (each.prompt, each.negative_prompt) if text)
-        if note := self.encoder.truncation_note([*texts]):
-            log.warning(note)
+        self._truncation_warnings.warn(requests)
         encode = partial(self.encoder.encode_texts, unit=False)
         sources = ConditioningSources(encode, self.database, self._pseudo_query, self.context_norm)
         return make_batches(condition(requests, sources), self.compute.batch_size)

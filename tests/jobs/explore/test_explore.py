@@ -201,6 +201,22 @@ def test_an_invalid_search_is_rejected_with_a_reason(app, request_, message):
 
 
 @pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("search", '{"text": "a st\\udc80g"}'),
+        ("search", '{"text": "a", "where": "caption == \'\\udc80\'"}'),
+        ("sample", '{"prompt": "a st\\udc80g"}'),
+        ("attribution", '{"prompt": "a st\\udc80g", "without": "caption == \'a\'"}'),
+    ],
+)
+def test_a_text_with_a_lone_surrogate_is_rejected_with_a_reason(app, path, body):
+    headers = {"content-type": "application/json"}
+    answer = with_client(app, lambda client: client.post(path, content=body, headers=headers))
+    assert answer.status_code == 400
+    assert "a lone surrogate, which is no character" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
     ("request_", "status", "message"),
     [
         ({"prompt": "a", "steps": 901}, 400, "the limit of this server is 900"),

@@ -6,6 +6,12 @@ import pytest
 from trainer.evaluation.intervals import Bootstrap, share, wilson_interval
 
 
+def test_the_ends_of_wilson_intervals_of_none_and_all_are_exact():
+    trials = [*range(1, 300), 3.7, 1e6]
+    assert {wilson_interval(0.0, n).low for n in trials} == {0.0}
+    assert {wilson_interval(1.0, n).high for n in trials} == {1.0}
+
+
 def test_wilson_intervals_are_those_of_the_formula_and_have_a_width_at_the_ends():
     low, high = wilson_interval(81 / 263, 263)  # Newcombe 1998, table I: 81 of 263
     assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)

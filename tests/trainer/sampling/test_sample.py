@@ -194,6 +194,15 @@ def test_prompts_that_clip_reads_in_part_are_a_warning(fresh, caplog):
     assert "first 16 tokens, start and end included, of 1 of 2 texts, such as 'stag stag" in caplog.text
 
 
+def test_a_prompt_of_several_plans_is_one_warning(tiny, caplog):
+    sampler = Sampler.open(*tiny, config())
+    requests = [config().request(text, 0, "text", "") for text in ("a stag", "stag " * 20, "oak " * 20)]
+    for planned in (requests[:2], requests[:2], requests):
+        sampler.plan(planned)
+    warnings = [record.getMessage().partition(" of ")[2] for record in caplog.records]
+    assert [warning[:33] for warning in warnings] == ["1 of 2 texts, such as 'stag stag ", "this text: the rest has no effect"]
+
+
 def test_a_mix_is_one_column_with_neighbors_of_every_database(fresh):
     sample(fresh, mix={"deep_red": 2.0, "green": 1.0}, databases=("nowhere",))
     neighbors = fresh[0].read_json(f"{STAGE}/mix/0001-01.json")["neighbors"]
