@@ -18,6 +18,6 @@ def require_unicode(texts: Iterable[str]) -> None:
         except UnicodeEncodeError as error:
             start = max(0, error.start - 30)
             raise UserError(
-                f"the text {text[start : error.start + 30]!r} has {text[error.start]!r} at character {error.start + 1}, "
-                "a lone surrogate, which is no character. Write this place anew, or encode the text as UTF-8."
+                f"the text {text[start : error.start + 30]!r} has {text[error.start]!r} at character {error.start + 1},"
+                " a lone surrogate, which is no character. Write this place anew, or encode the text as UTF-8."
             ) from None

@@ -200,7 +200,10 @@ def test_a_prompt_of_several_plans_is_one_warning(tiny, caplog):
     for planned in (requests[:2], requests[:2], requests):
         sampler.plan(planned)
     warnings = [record.getMessage().partition(" of ")[2] for record in caplog.records]
-    assert [warning[:33] for warning in warnings] == ["1 of 2 texts, such as 'stag stag ", "this text: the rest has no effect"]
+    assert [warning[:33] for warning in warnings] == [
+        "1 of 2 texts, such as 'stag stag ",
+        "this text: the rest has no effect",
+    ]
 
 
 def test_a_mix_is_one_column_with_neighbors_of_every_database(fresh):
