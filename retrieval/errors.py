@@ -1,4 +1,12 @@
-"""The exceptions for what the user can correct. Any other exception is a defect and keeps its traceback."""
+"""The exceptions for what the user can correct, and the advice for a damaged manifest.
+
+Any other exception is a defect and keeps its traceback.
+"""
+
+COMMANDS = {"": "database", "databases": "database", "neighbors_effort": "neighbors", "frequency": "sample"}
+"""Targets of make that are not named as the folder of their output."""
+OTHER_COMMANDS = {"": "laion-rdm build", "download": "make import"}
+"""Commands that write the same output from another source."""
 
 
 class UserError(Exception):
@@ -22,3 +30,19 @@ class UnfinishedError(UserError):
 
 class RecallWarning(UserWarning):
     """The recall of a search was not measured, or is reached only at a high cost. Says why and what to do."""
+
+
+def command_of(stage: str) -> str:
+    """The target of make that writes the output of a stage or, for "", of a database."""
+    parts = stage.split("/")
+    return parts[-1] if parts[0] == "runs" else COMMANDS.get(parts[0], parts[0])
+
+
+def damage_advice(root: str, stage: str) -> str:
+    """The advice for a damaged manifest. Its folder may have pictures, checkpoints and lists of hidden images."""
+    name = "/".join(part for part in (root, stage, "manifest.json") if part)
+    other = f" (or '{OTHER_COMMANDS[stage]}', if that wrote it)" if stage in OTHER_COMMANDS else ""
+    return (
+        f"Restore the file from a copy. Without a copy, move {name} out of its folder, keep the other files there,"
+        f" and run 'make {command_of(stage)}'{other} again; finished shards are kept."
+    )

@@ -99,8 +99,8 @@ def tar_items(path: Path, name: str, left_out: Counter[str], is_one_of_many: boo
     for member_name, (stored_name, content) in sorted(pictures.items()):
         relative = PurePosixPath(member_name.lstrip("/"))  # an absolute name would replace that of the tar
         folders = relative.parts[:-1]
-        item_name = PurePosixPath(safe_text(name), relative).as_posix()
-        yield Item(item_name, content, _fields_of(stored_name, fields), (*parents[:-1], *(folders or style)))
+        names = [PurePosixPath(safe_text(archive), relative).as_posix() for archive in (name, name + path.suffix)]
+        yield Item(names[0], content, _fields_of(stored_name, fields), (*parents[:-1], *(folders or style)), names[1])
 
 
 def _fields_of(name: str, fields: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -37,8 +37,7 @@ def list_pictures(source: PictureSource) -> Listing:
         if item is None:
             missing += 1
         else:
-            left_out[REPEATED] += item.name in items
-            items.setdefault(item.name, item)
+            left_out[REPEATED] += not _add(items, item)
     if not items:
         note = f"; {missing} rows of the table name no file that exists" if missing else ""
         note += f"; left out: {described(left_out)}" if left_out.total() else ""
@@ -47,6 +46,21 @@ def list_pictures(source: PictureSource) -> Listing:
     labels = folder_labels([item.folders for item in ordered])
     pictures = [source_picture(item, label, source) for item, label in zip(ordered, labels, strict=True)]
     return Listing(pictures, missing, +left_out)
+
+
+def _add(items: dict[str, Item], item: Item) -> bool:
+    """Add a picture under its name. False if it is there, or if another has its name and neither is in an archive."""
+    other = items.setdefault(item.name, item)
+    if other is item:
+        return True
+    if other.content == item.content or other.content.read() == item.content.read():
+        return False
+    renamed = item if item.name_in_archive else other  # a file keeps its path
+    if not renamed.name_in_archive or renamed.name_in_archive in items:
+        return False
+    items[item.name] = other if renamed is item else item
+    items[renamed.name_in_archive] = renamed._replace(name=renamed.name_in_archive)
+    return True
 
 
 def _items(source: PictureSource, left_out: Counter[str]) -> Iterator[Item | None]:

@@ -90,6 +90,8 @@ class Item(NamedTuple):
     """As `read_fields` gives them."""
     folders: tuple[str, ...] = ()
     """Folders of the picture in the source, the outermost first, for its style."""
+    name_in_archive: str = ""
+    """For a picture in a tar or table: its name if another picture has `name`. It has the suffix of the archive."""
 
 
 @dataclass(frozen=True)

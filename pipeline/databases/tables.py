@@ -77,7 +77,9 @@ def image_items(path: Path, name: str, left_out: Counter[str]) -> Iterator[Item]
     version = path.stat().st_mtime_ns
     cells = (TableCell(path, version, column, group, row) for group, count in enumerate(counts) for row in range(count))
     for number, (cell, row) in enumerate(zip(cells, rows, strict=True)):
-        yield Item(f"{name}/{number:07d}", cell, read_fields(row))
+        place = f"{number:07d}"
+        in_archive = f"{name}{path.suffix}/{place}"
+        yield Item(f"{name}/{place}", cell, read_fields(row), name_in_archive=in_archive)
 
 
 def has_images(path: Path) -> bool:

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 
 from pipeline.filter.metadata_formats import MetadataFormat
+from pipeline.filter.row_patterns import RowPatterns
 from retrieval.errors import UserError
 from retrieval.storage.root import Root
 
@@ -30,8 +31,8 @@ BATCH_ROWS = 1 << 14
 DELIMITERS = ",;\t|"
 LAST_ROW = b"last row (not in the file)"
 """First field of a row that is added to a file. It is not read as a row if the file ends in quotes."""
-MAX_ROWS_IN_FIELD = 2
-"""Most lines of a field that look like rows. More were rows, before a quote was opened and not closed."""
+MIN_ROWS_IN_FIELD = 3
+"""Fewest lines of a field that are rows if a quote before them is not closed."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,8 @@ def _inspect_csv(source: Root, name: str, layout: _Layout) -> TextTable:
     bad: Counter[None] = Counter()
     with _opened(source, name) as stream:
         file = _WithLastRow(stream, layout)
-        batches = _csv_batches(pa.PythonFile(file, "r"), layout, layout.names[:1], lambda text: bad.update([None]))
+        whole = pa.PythonFile(io.BufferedReader(file), "r")  # arrow takes a first read without a line end for the end
+        batches = _csv_batches(whole, layout, layout.names[:1], lambda text: bad.update([None]))
         rows = 0
         try:
             for batch in batches:
@@ -197,38 +199,62 @@ def _inspect_csv(source: Root, name: str, layout: _Layout) -> TextTable:
 def _check_quotes(source: Root, name: str, layout: _Layout) -> None:
     """Raises UserError for a field that contains rows or the end of the file."""
     numbered = replace(layout, names=tuple(map(str, range(len(layout.names)))))
+    patterns = RowPatterns(layout.delimiter, (None,) * len(layout.names))
+    is_first = True
     bad: list[bytes] = []
+
+    def check(text: bytes, before: int) -> None:
+        if _contains_rows(text, patterns, before):
+            raise UserError(_open_quote(source, name, layout, text))
+
+    def check_bad() -> None:
+        for text in bad:
+            check(text, len(layout.names))  # its first line may lack fields
+        bad.clear()
+
     with _opened(source, name) as stream:
-        file = pa.PythonFile(_WithLastRow(stream, layout), "r")
+        file = pa.PythonFile(io.BufferedReader(_WithLastRow(stream, layout)), "r")
         for batch in _csv_batches(file, numbered, numbered.names, lambda text: bad.append(text.encode())):
-            for column in batch.columns:
+            if is_first and batch.num_rows:
+                patterns, is_first = RowPatterns.of(batch, layout.delimiter), False
+            for number, column in enumerate(batch.columns):
                 for value in column.filter(pc.match_substring(column, "\n")).to_pylist():
-                    _check_field(source, name, layout, b'"' + value.replace(b'"', b'""'))
-            for text in bad:
-                _check_field(source, name, layout, text)
-            bad.clear()
-    for text in bad:
-        _check_field(source, name, layout, text)
+                    check(b'"' + value.replace(b'"', b'""'), number)
+            check_bad()
+        check_bad()
 
 
-def _check_field(source: Root, name: str, layout: _Layout, text: bytes) -> None:
-    """Raises UserError if the lines of a text behind the first one are rows. text: the end of the first line."""
+def _contains_rows(text: bytes, patterns: RowPatterns, before: int) -> bool:
+    """Whether the lines of a text behind the first one are rows or the end of the file, so that a quote is not closed.
+
+    text: from a quote on; before: number of fields before it in its line. An open quote is in a row that ends in its
+    line, and most of the whole lines behind it are rows. Those of a caption are not, even if it lists addresses.
+    """
     first, *others = text.splitlines()
-    fewest = len(layout.names) - 1
-    rows = sum(b"://" in line and line.count(layout.delimiter.encode()) >= fewest for line in others)
-    is_end = any(line.startswith(LAST_ROW) for line in others)
-    if not is_end and rows <= MAX_ROWS_IN_FIELD:
-        return
+    if any(line.startswith(LAST_ROW) for line in others):
+        return True
+    lines = [line for line in others[:-1] if line.strip()]
+    rows = sum(map(patterns.is_row, lines))
+    return rows >= MIN_ROWS_IN_FIELD and 2 * rows > len(lines) and patterns.is_full(first, before)
+
+
+def _open_quote(source: Root, name: str, layout: _Layout, text: bytes) -> str:
+    """The error for a text that contains rows or the end of the file."""
+    first, *others = text.splitlines()
     with _opened(source, name) as stream:
         before, number = b"", 0
         for line in io.BufferedReader(_WithLastRow(stream, layout)):
             if before.endswith(first) and line.rstrip(b"\r\n") == others[0]:
                 break
             before, number = line.rstrip(b"\r\n"), number + 1
-    until = "the end of the file" if is_end else f"line {number + len(others):,}"
-    raise UserError(
+    if any(line.startswith(LAST_ROW) for line in others):
+        until, advice = "the end of the file", "Close or remove the quote."
+    else:
+        until = f"line {number + len(others):,}"
+        advice = "Close or remove the quote; if the lines are a text, remove its line breaks."
+    return (
         f"{source.at(name)}: a quote in line {number:,} is not closed, so that the lines up to {until} are one field."
-        " Close or remove the quote."
+        f" {advice}"
     )
 
 

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from retrieval.config import Config
-from retrieval.errors import UserError
+from retrieval.errors import UserError, command_of, damage_advice
 from retrieval.storage.root import FileRecord, Root
 
 VERSION = "0.1.0"
@@ -240,8 +240,7 @@ def read_manifest(root: Root, stage: str) -> Manifest:
     name = f"{stage}/manifest.json" if stage else "manifest.json"
     values = root.find_json(name)
     if values is None:
-        parts = stage.split("/")
-        command = {"": "database", "databases": "database", "runs": parts[-1]}.get(parts[0], parts[0])
+        command = command_of(stage)
         raise UserError(
             f"{root.at(name)} is missing: {command} did not finish. "
             f"Run 'make {command}' again; finished shards are kept."
@@ -249,11 +248,14 @@ def read_manifest(root: Root, stage: str) -> Manifest:
     if isinstance(values, dict) and "shards_file" in values:
         file = str(values.pop("shards_file"))
         if not SHARDS_FILE.fullmatch(file):
-            raise UserError(
-                f"{root.at(name)} names {file}, no file of records. Remove its folder, run the stage again."
-            )
-        values["shards"] = read_shards(root, f"{stage}/{file}" if stage else file)
-    return _manifest(values, root.at(name))
+            raise UserError(f"{root.at(name)} names {file}, no file of records. {damage_advice(root.url, stage)}")
+        values["shards"] = _read_shards(root, stage, file)
+    try:
+        return _manifest(values)
+    except (KeyError, TypeError, AttributeError, pa.ArrowException) as error:
+        raise UserError(
+            f"{root.at(name)} is not a manifest of version {VERSION}: {error}. {damage_advice(root.url, stage)}"
+        ) from error
 
 
 def write_manifest(root: Root, manifest: Manifest, folder: str | None = None) -> None:
@@ -278,16 +280,17 @@ def write_shards(root: Root, folder: str, table: pa.Table) -> str:
     return name
 
 
-def read_shards(root: Root, name: str) -> ShardTable:
+def _read_shards(root: Root, stage: str, file: str) -> ShardTable:
     """The records in a file of `write_shards`. Raises UserError if the file has other columns or is damaged."""
-    with root.open(name) as file:
-        content = file.read()
+    name = f"{stage}/{file}".lstrip("/")
+    with root.open(name) as stream:
+        content = stream.read()
     try:
         table = pq.read_table(pa.BufferReader(content))
         return ShardTable(table.select(RECORD.names).cast(RECORD))
     except (pa.ArrowException, KeyError) as error:
         raise UserError(
-            f"{root.at(name)} has no records of shards: {error}. Remove its folder, run the stage again."
+            f"{root.at(name)} has no records of shards: {error}. {damage_advice(root.url, stage)}"
         ) from error
 
 
@@ -335,12 +338,7 @@ def _record(values: dict[str, Any]) -> ShardRecord:
     return ShardRecord(files=files, **values)
 
 
-def _manifest(values: dict[str, Any], path: str) -> Manifest:
-    try:
-        stored = values.pop("shards")
-        shards = stored if isinstance(stored, ShardTable) else [_record(shard) for shard in stored]
-        return Manifest(shards=shards, **values)
-    except (KeyError, TypeError, AttributeError, pa.ArrowException) as error:
-        raise UserError(
-            f"{path} is not a manifest of version {VERSION}: {error}. Remove its folder, run the stage again."
-        ) from error
+def _manifest(values: dict[str, Any]) -> Manifest:
+    stored = values.pop("shards")
+    shards = stored if isinstance(stored, ShardTable) else [_record(shard) for shard in stored]
+    return Manifest(shards=shards, **values)

@@ -222,6 +222,20 @@ def test_a_picture_that_is_deleted_after_the_listing_is_an_error_that_names_it(
         imported(folder, Root(str(tmp_path / "run")))
 
 
+def test_finished_shards_are_kept_if_the_advice_for_a_damaged_manifest_is_followed(
+    folder: Path, tmp_path: Path
+) -> None:
+    root = Root(str(tmp_path / "run"))
+    first = imported(folder, root)
+    tars = {path: path.stat().st_mtime_ns for path in (tmp_path / "run/download").rglob("*.tar")}
+    root.write_json("download/manifest.json", {})
+    with pytest.raises(UserError, match=r"move .*/download/manifest\.json out of its folder"):
+        imported(folder, root)
+    (tmp_path / "run/download/manifest.json").rename(tmp_path / "damaged.json")
+    assert imported(folder, root).checksums() == first.checksums()
+    assert {path: path.stat().st_mtime_ns for path in tars} == tars != {}
+
+
 def test_another_division_and_a_download_of_the_web_are_refused(folder: Path, tmp_path: Path) -> None:
     root = Root(str(tmp_path / "run"))
     imported(folder, root)

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -156,10 +158,32 @@ def test_a_file_that_is_deleted_after_it_was_listed_is_an_error_that_names_it(
         list_pictures(PictureSource(tmp_path))
 
 
-def test_two_pictures_of_one_name_are_counted(tmp_path: Path) -> None:
+def test_the_same_picture_in_a_tar_and_beside_it_is_counted_and_taken_once(tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", "a.jpg", "a.jpg", "b.jpg")
-    write(tmp_path, "x/b.jpg")
+    write(tmp_path, "x/b.jpg", data=b"xxxxx")
     assert list_pictures(PictureSource(tmp_path)).left_out == {"with the name of another": 2}
+
+
+def test_different_pictures_of_one_name_in_a_folder_and_in_archives_are_all_kept(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", "b/0.jpg", "1.jpg")
+    write(tmp_path, "x/b/0.jpg", data=b"another")
+    table = pa.table({"image": [b"first"]})
+    pq.write_table(table, tmp_path / "y.parquet")
+    write_tar(tmp_path / "y.tar", "0000000.jpg")
+    write(tmp_path, "y/0000000", data=b"\xff\xd8\xff")
+    with pa.ipc.new_file(tmp_path / "y.arrow", table.schema) as writer:
+        writer.write_table(pa.table({"image": [b"second"]}))
+    listing = list_pictures(PictureSource(tmp_path))
+    assert {picture.name: picture.content.read() for picture in listing.pictures} == {
+        "x.tar/b/0.jpg": b"xxxxxxx",
+        "x/1.jpg": b"xxxxx",
+        "x/b/0.jpg": b"another",
+        "y.arrow/0000000": b"second",
+        "y.parquet/0000000": b"first",
+        "y/0000000": b"\xff\xd8\xff",
+        "y/0000000.jpg": b"x" * 11,
+    }
+    assert not listing.left_out
 
 
 def test_captions_in_a_tar_belong_to_pictures_with_dots_in_their_names(tmp_path: Path) -> None:

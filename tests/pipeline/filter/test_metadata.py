@@ -189,6 +189,58 @@ def test_texts_of_several_lines_and_empty_lines_are_no_open_quotes(tmp_path: Pat
     assert len(values(tmp_path)) == 11
 
 
+STRAY = b'http://a.org/y,5 ft 3",800,600,0,0\n'
+ADDRESSES = [b"See http://b.org/%d, by Ann, in oil, 1890, Rome, Italy" % number for number in range(9)]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [b'http://a.org/x,"open,1,1,0,0\n', b'http://a.org/x,"open, with a comma,1,1,0,0\n', b'"http://a.org/x,one,1,1\n'],
+)
+@pytest.mark.parametrize("swallowed", [GOOD, GOOD + b"\nhttp://a.org/short,x\nhttp://a.org/no number,a,None,,nan,x\n"])
+def test_a_quote_that_a_stray_quote_at_the_end_of_a_field_closes_is_an_error(
+    tmp_path: Path, row: bytes, swallowed: bytes
+) -> None:
+    (tmp_path / "a.csv").write_bytes(HEADER + GOOD + row + swallowed + STRAY + GOOD)
+    with pytest.raises(UserError, match=r"a\.csv: a quote in line 11 is not closed.* up to line 2\d are one field"):
+        plan(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ADDRESSES,
+        [line.replace(b"See ", b"") for line in ADDRESSES],
+        [b"http://b.org/%d,the file,800,600,0.5,0.5" % number for number in range(3)] + [b"and others"] * 4,
+    ],
+)
+def test_a_caption_that_lists_addresses_is_no_open_quote(tmp_path: Path, lines: list[bytes]) -> None:
+    row = b'http://a.org/z,"One, two, three, four, five:\n' + b"\n".join(lines) + b'",800,600,0,0\n'
+    (tmp_path / "a.csv").write_bytes(HEADER + GOOD + row + GOOD + row.rstrip())
+    captions = [caption for _, caption, *_ in values(tmp_path)]
+    assert len(captions) == 20
+    assert str(captions[9]).count("\n") == len(lines)
+
+
+def test_a_caption_of_rows_in_a_row_of_several_lines_is_no_open_quote(tmp_path: Path) -> None:
+    keep = {"missing_size": "keep", "missing_watermark": "keep", "missing_safety": "keep"}
+    rows = b"".join(b"http://b.org/%d, a file\n" % number for number in range(9))
+    (tmp_path / "a.csv").write_bytes(b"text,url\none,http://a.org/1\n" + b'"Files:\n' + rows + b'",http://a.org/2\n')
+    assert [url for url, *_ in values(tmp_path, **keep)] == ["http://a.org/1", "http://a.org/2"]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
+@pytest.mark.parametrize(
+    "header", [HEADER.rstrip(), b"\n" + HEADER.rstrip(), b'"url","text"', b"\xef\xbb\xbfurl", HEADER]
+)
+def test_a_file_of_a_header_without_rows_has_no_rows(tmp_path: Path, name: str, header: bytes) -> None:
+    (tmp_path / name).write_bytes(gzip.compress(header) if name.endswith(".gz") else header)
+    with pytest.raises(UserError, match=r"its 1 files have no rows\. Correct filter\.metadata"):
+        plan(tmp_path)
+    (tmp_path / "b.csv").write_bytes(separated(","))
+    assert values(tmp_path) == EXPECTED
+
+
 def test_a_row_that_is_too_long_is_an_error_with_the_number_of_rows_before_it(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(HEADER + GOOD + b'http://a.org/x,"' + b"x\n" * (1 << 23))
     with pytest.raises(UserError, match=r"a\.csv cannot be read as CSV or TSV: .*, behind 9 rows"):

@@ -60,10 +60,25 @@ def test_a_manifest_reads_back_as_it_was_written(tmp_path: Path) -> None:
     assert manifest.checksums() == {"embed/train/00000.parquet": "ab"}
 
 
-def test_a_manifest_of_another_version_raises_an_error_with_the_next_step(tmp_path: Path) -> None:
-    Root(tmp_path).write_json("embed/manifest.json", {"stage": "embed", "shards": []})
-    with pytest.raises(UserError, match="Remove its folder, run the stage again"):
-        read_manifest(Root(tmp_path), "embed")
+@pytest.mark.parametrize(
+    ("stage", "command"),
+    [
+        ("embed", "'make embed'"),
+        ("download", r"'make download' \(or 'make import', if that wrote it\)"),
+        ("databases/ukiyo-e", "'make database'"),
+        ("", r"'make database' \(or 'laion-rdm build', if that wrote it\)"),
+        ("runs/small/train", "'make train'"),
+        ("neighbors_effort", "'make neighbors'"),
+    ],
+)
+def test_the_advice_for_a_manifest_of_another_version_keeps_the_other_files_and_names_the_command(
+    tmp_path: Path, stage: str, command: str
+) -> None:
+    Root(tmp_path / stage).write_json("manifest.json", {"stage": stage, "shards": []})
+    path = f"{tmp_path / stage}/manifest.json"
+    message = rf"is not a manifest.* move {path} out of its folder, keep the other files there, and run {command} again"
+    with pytest.raises(UserError, match=message):
+        read_manifest(Root(tmp_path), stage)
 
 
 def test_the_files_of_a_record_exist_only_with_their_recorded_sizes(tmp_path: Path) -> None:
@@ -138,10 +153,12 @@ def test_damaged_or_foreign_records_raise_an_error_with_the_next_step(tmp_path: 
     write_manifest(root, Manifest("s", 1, "f" * 16, {}, {}, records(MAX_JSON_SHARDS + 1), {}, 1.5))
     head = root.read_json("s/manifest.json")
     root.write_bytes(f"s/{head['shards_file']}", b"PAR1")
-    with pytest.raises(UserError, match=r"no records of shards.*run the stage again"):
+    with pytest.raises(
+        UserError, match=r"no records of shards.* move .*/s/manifest\.json out of its folder.*run 'make s' again"
+    ):
         read_manifest(root, "s")
     root.write_json("s/manifest.json", {**head, "shards_file": "../other.parquet"})
-    with pytest.raises(UserError, match=r"\.\./other\.parquet.*run the stage again"):
+    with pytest.raises(UserError, match=r"\.\./other\.parquet.*run 'make s' again"):
         read_manifest(root, "s")
 
 
