@@ -7,6 +7,7 @@ of image-to-image sampling, which it names.
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -195,8 +196,8 @@ class Request:
             raise UserError(f"weights of neighbors must be 0 to {MAX_WEIGHT:g}, got {dict(self.weights)}")
 
     def _check_guidance(self) -> None:
-        if not -MAX_WEIGHT < self.guidance < MAX_WEIGHT:  # also true for nan
-            raise UserError(f"guidance must be a number of at most {MAX_WEIGHT:g}, got {self.guidance}")
+        if not math.isfinite(self.guidance):
+            raise UserError(f"guidance must be a finite number, got {self.guidance}")
         low, high = self.guidance_interval
         if not 0 <= low < high <= 1:
             raise UserError(f"guidance_interval must be two increasing numbers from 0 to 1, got {low:g} and {high:g}")
