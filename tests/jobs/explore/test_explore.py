@@ -32,6 +32,8 @@ from retrieval.errors import NodeError, UserError
 from retrieval.index.hidden import HIDDEN_FOLDER, hide
 from retrieval.provenance import SignedPicture, demo_credentials
 from retrieval.storage.root import Root
+from retrieval.updates import current
+from retrieval.updates.delete import delete_from_database, delete_thumbnails
 from tests.jobs.explore.explore_run import (
     encode_picture,
     green_id,
@@ -102,6 +104,38 @@ def test_an_opted_out_picture_is_not_served(run):
         green.delete(HIDDEN_FOLDER)
     assert get(app, f"picture/green/{green_id(5)}").status_code == 404
     assert get(app, f"picture/green/{green_id(6)}").status_code == 200
+
+
+def test_a_running_page_leaves_out_images_that_are_hidden_or_deleted_later(tmp_path, monkeypatch):
+    monkeypatch.setattr(current, "LOOK_EVERY_S", 0.0)
+    run = write_root(tmp_path)
+    green, app = run[0].child("databases/green"), open_app(run)
+    query = {"image": base64_of(encode_picture(pictures_of("green")[5])), "database": "green", "k": 3}
+    sample = {"images": [query["image"]], "mix": ["green"], "k": 3, "steps": 1}
+
+    def ids_and_thumbnails() -> tuple[list[str], list[int]]:
+        (first, *_), sampled = (
+            post(app, *each).json()["neighbors"] for each in (("/search", query), ("/sample", sample))
+        )
+        statuses = [get(app, f"picture/green/{green_id(number)}").status_code for number in (5, 6, 7)]
+        return [first["image_id"], sampled[0]["image_id"]], statuses
+
+    last = get(app, f"picture/green/{green_id(20)}").content
+    assert ids_and_thumbnails() == ([str(green_id(5))] * 2, [200, 200, 200])
+    hide(green, [green_id(5)])
+    ids, statuses = ids_and_thumbnails()
+    assert (str(green_id(5)) in ids, statuses) == (False, [404, 200, 200])
+    delete_from_database(green, [green_id(6)])
+    ids, statuses = ids_and_thumbnails()
+    assert (statuses, get(app, f"picture/green/{green_id(20)}").content) == ([404, 404, 200], last)
+    assert [row["rows"] for row in get(app, "databases").json()["databases"] if row["name"] == "green"] == [23]
+
+
+def test_a_thumbnail_of_a_tar_that_is_written_again_is_not_read_at_its_old_place(tmp_path):
+    run = write_root(tmp_path)
+    app = open_app(run)
+    delete_thumbnails(run[0].child("databases/green"), np.array([green_id(0)]))
+    assert get(app, f"picture/green/{green_id(7)}").status_code == 404
 
 
 def test_a_picture_of_a_deleted_tar_is_not_found(run):
