@@ -4,7 +4,7 @@ Searches run in parallel threads. Samples run one at a time, and stop between tw
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Event
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
@@ -279,18 +279,15 @@ class Explorer:
         database = mix[0][0] if len(mix) == 1 else TRAINING_DATABASE
         images = [self.image_query(decode_base64(image, self.limits)) for image in request.images]
         images += [ImageQuery("picture", "", vector) for vector in request.vectors]
-        sampled = Request(
-            prompt=request.prompt.strip(),
-            seed=request.seed,
-            mode=request.mode,
-            database="" if request.mode == "text" else database,
+        guidance = defaults.guidance if request.guidance is None else request.guidance
+        sampled = replace(
+            defaults.request(request.prompt.strip(), request.seed, request.mode, database),
             mix=tuple(mix) if len(mix) > 1 else (),
             k=request.k or defaults.k,
-            guidance=defaults.guidance if request.guidance is None else request.guidance,
+            guidance=guidance,
+            negative_prompt="" if guidance == 1 else defaults.negative_prompt,  # it has no effect without guidance
             steps=self._steps(request),
             scheduler=request.scheduler or defaults.scheduler,
-            height=defaults.height,
-            width=defaults.width,
             images=tuple(images),
             exclude=tuple(request.exclude),
             without=request.without.strip(),

@@ -16,6 +16,7 @@ from gradio import processing_utils
 from gradio.data_classes import FileData
 from PIL import Image
 
+from jobs.cli.explore_config import ExploreConfig
 from jobs.explore import explorer as explorer_module
 from jobs.explore.__main__ import TOKEN_VARIABLE, make_app, token_of
 from jobs.explore.api_models import SampleRequest, SearchRequest, encode_mix
@@ -35,6 +36,7 @@ from retrieval.storage.root import Root
 from retrieval.updates import current
 from retrieval.updates.delete import delete_from_database, delete_thumbnails
 from tests.jobs.explore.explore_run import (
+    DEFAULTS,
     encode_picture,
     green_id,
     hold_fourth_steps,
@@ -47,7 +49,7 @@ from tests.jobs.explore.explore_run import (
 from tests.retrieval.provenance.hostile_pictures import png_of_too_many_pixels, png_with_a_text_bomb
 from tests.trainer.tiny_run import DIM, pictures_of
 from trainer.sampling.picture import read_recipe
-from trainer.sampling.sampler import TrainedModel
+from trainer.sampling.sampler import Sampler, TrainedModel
 
 ADDRESS = "http://127.0.0.1"
 
@@ -205,6 +207,17 @@ def test_a_text_beyond_the_context_of_clip_has_a_note_in_the_api_and_on_the_page
     assert post(app, "/sample", request | {"without": ""}).json()["note"].startswith(read)
     assert post(app, "/attribution", request).json()["note"].startswith(read)
     assert read in views.search_results([], "0 neighbors", "?tab=search", open_explorer(run).note(long))
+
+
+def test_a_picture_of_the_page_has_all_defaults_of_the_recipe(run):
+    defaults = {"negative_prompt": "fog", "guidance_interval": (0.2, 0.8), "neighbor_weight": 0.5, "width": 48}
+    config = DEFAULTS.model_copy(update=defaults)
+    sampler = Sampler.open(*run, config)
+    explorer = Explorer(run[0], ExploreConfig(), sampler.encoder, sampler, config)
+    requests = [SampleRequest(prompt="a star", mix=["green"], guidance=guidance) for guidance in (None, 1.0)]
+    guided, plain = [asyncio.run(explorer.sample([each]))[0].sample.request for each in requests]
+    assert {name: getattr(guided, name) for name in defaults} == defaults
+    assert (guided.guidance, plain.guidance, plain.negative_prompt, plain.neighbor_weight) == (2.0, 1.0, "", 0.5)
 
 
 def test_a_link_names_the_default_database_and_keeps_all_digits_of_weights(app):
