@@ -4,7 +4,7 @@ Searches run in parallel threads. Samples run one at a time, and stop between tw
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Event
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
@@ -27,6 +27,7 @@ from retrieval.errors import UserError
 from retrieval.pictures.decode import PictureError
 from retrieval.recipe import ClipConfig
 from retrieval.storage.root import Root
+from retrieval.updates.current import CurrentDatabase
 from trainer.attribution import Attribution, attribute
 from trainer.model.context import unit_rows
 from trainer.sampling.denoising import Denoiser
@@ -123,6 +124,7 @@ class Explorer:
         self.defaults = defaults
         self.credentials = picture_credentials(defaults)
         self.databases = _databases(root, encoder, sampler)
+        self._current = {name: CurrentDatabase(database) for name, database in self.databases.items()}
         self.pictures = Pictures(root, limits.max_rows_with_pictures)
         self.turns = Turns("search", SEARCHES_AT_ONCE, limits.max_searches, limits.search_timeout_s)
         self.texts = TextBatches(encoder, WorkQueue("text", 1, limits.max_searches, limits.search_timeout_s))
@@ -142,7 +144,7 @@ class Explorer:
         self.first_results: list[NeighborView] = []
         if self.examples:
             text = encoder.encode_texts(self.examples[:1])
-            self.first_results = self._search(self.first_search, self.databases[first], text)
+            self.first_results = self._search(self.first_search, text)
 
     @classmethod
     def open(cls, recipe: Recipe) -> "Explorer":
@@ -167,9 +169,9 @@ class Explorer:
     async def search(self, request: SearchRequest) -> list[NeighborView]:
         """The k nearest rows, best first. Raises UserError, or BusyError if the server is overloaded."""
         request.check(self.limits)
-        database = self._database(request.database)
+        self._require_database(request.database)
         text = await self.texts.encode(request.text) if request.text.strip() else None
-        return await self.searches.run(lambda stop: self._search(request, database, text))
+        return await self.searches.run(lambda stop: self._search(request, text))
 
     def note(self, text: str) -> str:
         """A sentence for a text of which CLIP reads only the start; else ""."""
@@ -209,7 +211,7 @@ class Explorer:
 
     async def thumbnail(self, database: str, image_id: int) -> bytes | None:
         """A row's picture as a small JPEG, or None. Raises BusyError if the server is overloaded."""
-        return await self.thumbnails.run(lambda stop: self.pictures.thumbnail(database, image_id))
+        return await self.thumbnails.run(lambda stop: self._thumbnail(database, image_id))
 
     def neighbors(self, sample: Sample) -> list[NeighborView]:
         return self.views(sample.neighbors)
@@ -231,13 +233,19 @@ class Explorer:
         for queue in self.queues:
             queue.close()
 
-    def _search(self, request: SearchRequest, database: Database, text: Vectors | None) -> list[NeighborView]:
+    def _thumbnail(self, name: str, image_id: int) -> bytes | None:
+        if name in self.databases:
+            self._newest(name)
+        return self.pictures.thumbnail(name, image_id)
+
+    def _search(self, request: SearchRequest, text: Vectors | None) -> list[NeighborView]:
         vectors = [] if text is None else [text]
         if request.image:
             picture = self._picture(decode_base64(request.image, self.limits))
             vectors.append(self.encoder.encode_images([picture]))
         query = unit_rows(np.concatenate(vectors)).mean(axis=0, keepdims=True)
         like = "images" if request.image else "texts"
+        database = self._newest(request.database)
         database = database.where(request.where) if request.where.strip() else database
         neighbors = database.search(query, request.k, recall=request.recall, like=like)
         rows = neighbors.rows[0]
@@ -247,7 +255,7 @@ class Explorer:
     def _check(self, request: SampleRequest) -> None:
         request.check(self.limits)
         for name, _ in request.databases():
-            self._database(name)
+            self._require_database(name)
 
     async def _run_sampler(
         self, work: Callable[[Sampler], Result], num_steps: int, progress: Progress | None
@@ -274,24 +282,25 @@ class Explorer:
         database = mix[0][0] if len(mix) == 1 else TRAINING_DATABASE
         images = [self.image_query(decode_base64(image, self.limits)) for image in request.images]
         images += [ImageQuery("picture", "", vector) for vector in request.vectors]
-        return Request(
-            prompt=request.prompt.strip(),
-            seed=request.seed,
-            mode=request.mode,
-            database="" if request.mode == "text" else database,
+        guidance = defaults.guidance if request.guidance is None else request.guidance
+        sampled = replace(
+            defaults.request(request.prompt.strip(), request.seed, request.mode, database),
             mix=tuple(mix) if len(mix) > 1 else (),
             k=request.k or defaults.k,
-            guidance=defaults.guidance if request.guidance is None else request.guidance,
+            guidance=guidance,
+            negative_prompt="" if guidance == 1 else defaults.negative_prompt,  # it has no effect without guidance
             steps=self._steps(request),
             scheduler=request.scheduler or defaults.scheduler,
-            height=defaults.height,
-            width=defaults.width,
             images=tuple(images),
             exclude=tuple(request.exclude),
             without=request.without.strip(),
             weights=tuple(request.id_factors()),
             top_m=request.top_m,
         )
+        if self.sampler is not None:
+            names = [name for name in sampled.database_weights() if name in self.databases]
+            self.sampler.databases |= {name: self._newest(name) for name in names}
+        return sampled
 
     def _picture(self, data: bytes) -> Image.Image:
         try:
@@ -313,10 +322,19 @@ class Explorer:
             details={key: row[key] for key in DETAILS if row.get(key) not in (None, "", "?")},
         )
 
-    def _database(self, name: str) -> Database:
+    def _require_database(self, name: str) -> None:
         if name not in self.databases:
             raise UserError(f"There is no database {name!r}. Databases: {', '.join(self.databases)}.")
-        return self.databases[name]
+
+    def _newest(self, name: str) -> Database:
+        """The present state of a database and of its thumbnails. Reads files."""
+        newest, before = self._current[name].get(), self.databases[name]
+        if newest.manifest is not before.manifest:
+            self.pictures.add(name, newest)
+        elif newest is not before:
+            self.pictures.hide(name, newest.hidden)
+        self.databases[name] = newest
+        return newest
 
 
 def _databases(root: Root, encoder: Encoder, sampler: Sampler | None) -> dict[str, Database]:

@@ -1,11 +1,12 @@
 """Thumbnails of database rows, read from `download/database/*.tar` or `databases/<name>/pictures/*.tar`.
 
-Rows have no picture if they are hidden, if their tar is missing, or if the root is an object store.
+Rows have no picture if they are hidden, if their tar is missing or has changed, or if the root is an object store.
 """
 
 import io
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,13 @@ class TarIndex:
     ids: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     positions: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 3), np.int64))
     """(rows, 3): number of the tar, offset and size in bytes."""
+    states: Sequence[tuple[int, int]] = ()
+    """`tar_state` of each tar when its members were listed."""
+
+    def without(self, hidden: npt.NDArray[np.int64]) -> "TarIndex":
+        """This index without the pictures of some ids."""
+        kept = ~np.isin(self.ids, hidden)
+        return replace(self, ids=self.ids[kept], positions=self.positions[kept])
 
     def row(self, image_id: int) -> int | None:
         """The row of an image, or None if it has none."""
@@ -38,9 +46,11 @@ class TarIndex:
         return row if row < len(self.ids) and self.ids[row] == image_id else None
 
     def read(self, row: int) -> bytes:
-        """The stored picture of a row."""
+        """The stored picture of a row. Raises OSError if the tar is missing or was written again."""
         number, offset, size = self.positions[row].tolist()
         with self.paths[number].open("rb") as file:
+            if tar_state(os.fstat(file.fileno())) != self.states[number]:
+                raise OSError(f"{self.paths[number]} was written again: its pictures are at other places")
             file.seek(offset)
             return file.read(size)
 
@@ -58,7 +68,12 @@ class Pictures:
         folder = "download/database" if name == TRAINING_DATABASE else f"databases/{name}/pictures"
         if self.root.is_local and len(database) <= self.max_rows:
             paths = [self.root.local_path(tar) for tar in self.root.list(folder, ".tar")]
-            self._tars[name] = index_tars(paths, database.hidden)
+            self._tars[name] = index_tars(paths).without(database.hidden)
+
+    def hide(self, name: str, hidden: npt.NDArray[np.int64]) -> None:
+        """Leave out the pictures of some ids of a database."""
+        if name in self._tars:
+            self._tars[name] = self._tars[name].without(hidden)
 
     def count(self, name: str) -> int:
         """Number of pictures of a database."""
@@ -76,7 +91,7 @@ class Pictures:
             return None
         try:
             picture = decode_picture(tars.read(row), MAX_PIXELS, THUMBNAIL_EDGE)
-        except (OSError, PictureError):  # the tar may have been deleted since it was indexed
+        except (OSError, PictureError):  # the tar may have been deleted or written again since it was indexed
             return None
         picture.thumbnail((THUMBNAIL_EDGE, THUMBNAIL_EDGE))
         buffer = io.BytesIO()
@@ -84,8 +99,14 @@ class Pictures:
         return buffer.getvalue()
 
 
-def index_tars(paths: Sequence[Path], hidden: npt.NDArray[np.int64]) -> TarIndex:
-    """Positions of the pictures in tars, without those of hidden ids."""
+def tar_state(status: os.stat_result) -> tuple[int, int]:
+    """What changes when a tar is written again: the number of its file, and its time in ns."""
+    return status.st_ino, status.st_mtime_ns
+
+
+def index_tars(paths: Sequence[Path]) -> TarIndex:
+    """Positions of the pictures in tars."""
+    states = [tar_state(path.stat()) for path in paths]
     members = [
         (int(key, 16), number, *position)
         for number, path in enumerate(paths)
@@ -94,8 +115,7 @@ def index_tars(paths: Sequence[Path], hidden: npt.NDArray[np.int64]) -> TarIndex
     table = np.array(members, np.object_).reshape(-1, 4)
     ids = table[:, 0].astype(np.uint64).view(np.int64)
     order = np.argsort(ids)
-    order = order[~np.isin(ids[order], hidden)]
-    return TarIndex(paths, ids[order], table[order, 1:].astype(np.int64))
+    return TarIndex(paths, ids[order], table[order, 1:].astype(np.int64), states)
 
 
 def decode_picture(body: bytes, max_pixels: int, edge: int = 0) -> Image.Image:

@@ -24,6 +24,7 @@ from trainer.evaluation.paper.charts import MODE_LABELS, TITLES
 from trainer.evaluation.paper.controls import RANDOM_ROWS, SHUFFLED
 from trainer.evaluation.scores import completed
 from trainer.evaluation.styles import BASELINES, NO_NEIGHBORS, RETRIEVAL, stronger_baseline, style_words
+from trainer.sampling.request import FULL
 
 ABOUT_CHANCE = 1.5
 """Accuracies up to this many times chance count as chance, as in the demo's report."""
@@ -110,6 +111,20 @@ def verdict_lines(page: Page) -> str:
     return "\n".join("  ".join([*(f"{row[i]:<{widths[i]}}" for i in range(3)), row[3]]) for row in rows)
 
 
+def settings_text(asked: dict[str, Any]) -> str:
+    """The settings of all samples in words. Earlier versions did not store those that are left out by default."""
+    low, high = interval = tuple(asked.get("guidance_interval", FULL))
+    weight, size = asked.get("neighbor_weight", 1.0), [asked.get(side, 0) for side in ("width", "height")]
+    parts = [
+        f"{asked['k']} neighbors" + (f" of weight {weight:g}" if weight != 1 else ""),
+        f"guidance {asked['guidance']:g}" + (f" at noise levels {low:g} to {high:g}" if interval != FULL else ""),
+        f"negative prompt “{negative}”" if (negative := asked.get("negative_prompt")) else "",
+        f"{asked['steps']} steps of {asked['scheduler']}",
+        " x ".join(str(side or "the training size") for side in size) + " pixels" if any(size) else "",
+    ]
+    return ", ".join(filter(None, parts))
+
+
 def default_line(results: dict[str, Any]) -> str:
     """The setting that the curve of style against content chooses, in words; empty if it was not measured."""
     if "tradeoff" not in results:
@@ -167,6 +182,7 @@ def _render(template: str, page: Page, sources: dict[str, str]) -> str:
         "hardware": hardware(),
         "took": duration(page.seconds),
         "default_line": default_line(page.results),
+        "settings": settings_text(page.results["asked"]),
         **page.results,
     }
     filters: dict[str, Callable[..., str]] = {

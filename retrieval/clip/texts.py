@@ -16,8 +16,8 @@ def require_unicode(texts: Iterable[str]) -> None:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            start = max(0, error.start - 30)
+            place = error.start
             raise UserError(
-                f"the text {text[start : error.start + 30]!r} has {text[error.start]!r} at character {error.start + 1},"
-                " a lone surrogate, which is no character. Write this place anew, or encode the text as UTF-8."
+                f"the text {text[max(0, place - 30) : place + 30]!r} has {text[place]!r} at character {place + 1}, "
+                "a lone surrogate, which is no character. Write this place anew, or encode the text as UTF-8."
             ) from None

@@ -76,6 +76,9 @@ def test_a_picture_of_a_mix_and_an_image_is_reproduced_from_its_png(recipe, tmp_
     for changed, message in (
         ({"model": "another"}, "the recipe has another model"),
         ({"neighbors": stored["neighbors"][::-1]}, "the databases have changed"),
+        ({"neighbors": [3]}, "field neighbors is [3], wanted pairs of id and similarity"),
+        ({"precision": ["fp32"]}, "field precision is ['fp32'], wanted 'bf16' or 'fp32'"),
+        ({"seed": "3"}, "field seed is '3'. Input should be a valid integer"),
     ):
         out.write_bytes(png_bytes(Image.open(again), stored | changed))
         with pytest.raises(SystemExit):

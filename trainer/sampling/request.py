@@ -7,6 +7,7 @@ of image-to-image sampling, which it names.
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from pydantic import TypeAdapter, ValidationError
 
 from retrieval.clip.texts import require_unicode
 from retrieval.errors import UserError
@@ -26,6 +28,8 @@ TRAINING_DATABASE = "index"
 MAX_SEED = 2**32 - 1
 """torch's CPU generator uses 32 bits of a seed: larger seeds would repeat pictures."""
 MAX_WEIGHT = 1e6
+MAX_EDGE = 2**14
+"""Pixels of a picture's edge: with more, no machine has enough memory for the network."""
 FULL = (0.0, 1.0)
 """The interval of all noise levels."""
 ADDED = {
@@ -149,21 +153,17 @@ class Request:
 
     @classmethod
     def from_recipe(cls, recipe: Mapping[str, Any]) -> "Request":
-        """The request of a sample's recipe, decoded from JSON. Raises UserError for wrong values."""
+        """The request of a sample's recipe, decoded from JSON. Raises UserError for values of wrong types."""
         names = {entry.name for entry in fields(cls)}
+        values = {name: value for name, value in recipe.items() if name in names}
+        require_unicode(value for value in values.values() if isinstance(value, str))
         try:
-            values = {name: value for name, value in recipe.items() if name in names}
-            for name in ("mix", "weights"):
-                values[name] = tuple((key, factor) for key, factor in values.get(name, ()))
-            low, high = values.get("guidance_interval", FULL)
-            values["guidance_interval"] = (float(low), float(high))
-            values["exclude"] = tuple(values.get("exclude", ()))
-            values["images"] = tuple(ImageQuery(**image) for image in values.get("images", ()))
-            for name in ("init_image", "mask"):
-                values[name] = SourceImage(**values[name]) if values.get(name) else None
-            return cls(**values)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"not the recipe of a sample: {error}") from error
+            return TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
+        except ValidationError as error:
+            problem = _first_problem(error)
+        except (TypeError, ValueError, RecursionError) as error:
+            problem = str(error)
+        raise UserError(f"not the recipe of a sample: {problem}. Name a picture as 'make sample' wrote it.")
 
     def database_weights(self) -> dict[str, float]:
         """Weight of a neighbor by its database, summing to 1. Empty in mode `text`."""
@@ -184,6 +184,8 @@ class Request:
         self._check_without()
         if not 0 <= self.seed <= MAX_SEED:
             raise UserError(f"a seed must be 0 to {MAX_SEED}, got {self.seed}")
+        if not max(self.height, self.width) <= MAX_EDGE:
+            raise UserError(f"height and width must be at most {MAX_EDGE}, got {self.height} and {self.width}")
         if self.k < 1:
             raise UserError(f"k must be at least 1, got {self.k}")
         if not 0 < self.top_m <= 1:
@@ -196,6 +198,8 @@ class Request:
             raise UserError(f"weights of neighbors must be 0 to {MAX_WEIGHT:g}, got {dict(self.weights)}")
 
     def _check_guidance(self) -> None:
+        if not math.isfinite(self.guidance):
+            raise UserError(f"guidance must be a finite number, got {self.guidance}")
         low, high = self.guidance_interval
         if not 0 <= low < high <= 1:
             raise UserError(f"guidance_interval must be two increasing numbers from 0 to 1, got {low:g} and {high:g}")
@@ -275,6 +279,15 @@ class Sample:
     def detailed_recipe(self) -> dict[str, Any]:
         """The recipe with all fields of each neighbor."""
         return {**self.recipe(), "neighbors": [asdict(neighbor) for neighbor in self.neighbors]}
+
+
+def _first_problem(error: ValidationError) -> str:
+    """The first wrong field, the start of its value and what is wanted."""
+    first = error.errors()[0]
+    field_name = ".".join(map(str, first["loc"])) or "recipe"
+    if first["type"] == "missing":
+        return f"field {field_name} is missing"
+    return f"field {field_name} is {repr(first['input'])[:80]}. {first['msg']}"
 
 
 def database_folder(name: str) -> str:

@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from tqdm import tqdm
 
 from retrieval.errors import UserError
+from retrieval.recipe import Precision
 from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest
 from retrieval.storage.root import FileRecord, Root
 from trainer.sampling.batches import SamplingBatch
@@ -197,8 +198,12 @@ def open_recipe(
     config: SampleConfig, trained: TrainedModel, root: Root, recipe: dict[str, Any]
 ) -> tuple[Sampler, Request]:
     """The model and the request of a picture's recipe. Raises UserError if the model or the file differ."""
-    request = _with_sources(Request.from_recipe(recipe), config)
-    sampler = Sampler.open(root, trained, config.model_copy(update={"precision": recipe.get("precision")}))
+    request, precision = _with_sources(Request.from_recipe(recipe), config), recipe.get("precision")
+    if precision not in get_args(Precision):
+        wanted = " or ".join(map(repr, get_args(Precision)))
+        raise UserError(f"not the recipe of a sample: field precision is {precision!r}, wanted {wanted}.")
+    _neighbor_ids(recipe)
+    sampler = Sampler.open(root, trained, config.model_copy(update={"precision": precision}))
     changed = [name for name, digest in sampler.model_identity.items() if recipe.get(name) != digest]
     if changed:
         raise UserError(
@@ -210,8 +215,20 @@ def open_recipe(
 
 def require_neighbors(sample: Sample, recipe: dict[str, Any]) -> None:
     """Raises UserError unless a sample has the neighbors that a recipe lists."""
-    if [id_ for id_, _ in recipe["neighbors"]] != [neighbor.image_id for neighbor in sample.neighbors]:
+    if _neighbor_ids(recipe) != [neighbor.image_id for neighbor in sample.neighbors]:
         raise UserError("the databases have changed: retrieval returns other neighbors than the recipe lists.")
+
+
+def _neighbor_ids(recipe: dict[str, Any]) -> list[int]:
+    """The image ids of a recipe's neighbors. Raises UserError if they are not a list of pairs."""
+    neighbors = recipe.get("neighbors")
+    try:
+        return [image_id for image_id, _ in neighbors]  # type: ignore[union-attr]
+    except (TypeError, ValueError) as error:
+        found = repr(neighbors)[:80]
+        raise UserError(
+            f"not the recipe of a sample: field neighbors is {found}, wanted pairs of id and similarity."
+        ) from error
 
 
 def _with_sources(request: Request, config: SampleConfig) -> Request:

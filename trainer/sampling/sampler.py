@@ -99,7 +99,8 @@ class Sampler:
         # autocast caches its bf16 copies only of weights with requires_grad
         unet = unet.to(self.device).eval()
         self.unet: Denoiser = torch.compile(unet) if compute.compile else unet
-        self._databases: dict[str, Database] = {}
+        self.databases: dict[str, Database] = {}
+        """The opened databases, by name."""
 
     @classmethod
     def open(cls, root: Root, trained: TrainedModel, compute: ComputeConfig | None = None) -> "Sampler":
@@ -108,11 +109,11 @@ class Sampler:
 
     def database(self, name: str) -> Database:
         """A database by name, opened once. Raises UserError if it is missing or has another encoder."""
-        if name not in self._databases:
+        if name not in self.databases:
             database = open_database(self.root, name)
             database.require_encoder(self.encoder.identity)
-            self._databases[name] = database
-        return self._databases[name]
+            self.databases[name] = database
+        return self.databases[name]
 
     def image_query(self, name: str, data: bytes) -> ImageQuery:
         """Encode an image file as a query. Raises UserError if it cannot be decoded."""

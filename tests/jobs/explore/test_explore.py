@@ -18,6 +18,7 @@ from gradio import processing_utils
 from gradio.data_classes import FileData
 from PIL import Image
 
+from jobs.cli.explore_config import ExploreConfig
 from jobs.explore import explorer as explorer_module
 from jobs.explore.__main__ import TOKEN_VARIABLE, make_app, token_of
 from jobs.explore.api_models import SampleRequest, SearchRequest, encode_mix
@@ -34,7 +35,10 @@ from retrieval.errors import NodeError, UserError
 from retrieval.index.hidden import HIDDEN_FOLDER, hide
 from retrieval.provenance import SignedPicture, demo_credentials
 from retrieval.storage.root import Root
+from retrieval.updates import current
+from retrieval.updates.delete import delete_from_database, delete_thumbnails
 from tests.jobs.explore.explore_run import (
+    DEFAULTS,
     encode_picture,
     green_id,
     hold_fourth_steps,
@@ -47,7 +51,7 @@ from tests.jobs.explore.explore_run import (
 from tests.retrieval.provenance.hostile_pictures import png_of_too_many_pixels, png_with_a_text_bomb
 from tests.trainer.tiny_run import DIM, pictures_of
 from trainer.sampling.picture import read_recipe
-from trainer.sampling.sampler import TrainedModel
+from trainer.sampling.sampler import Sampler, TrainedModel
 
 ADDRESS = "http://127.0.0.1"
 
@@ -104,6 +108,38 @@ def test_an_opted_out_picture_is_not_served(run):
         green.delete(HIDDEN_FOLDER)
     assert get(app, f"picture/green/{green_id(5)}").status_code == 404
     assert get(app, f"picture/green/{green_id(6)}").status_code == 200
+
+
+def test_a_running_page_leaves_out_images_that_are_hidden_or_deleted_later(tmp_path, monkeypatch):
+    monkeypatch.setattr(current, "LOOK_EVERY_S", 0.0)
+    run = write_root(tmp_path)
+    green, app = run[0].child("databases/green"), open_app(run)
+    query = {"image": base64_of(encode_picture(pictures_of("green")[5])), "database": "green", "k": 3}
+    sample = {"images": [query["image"]], "mix": ["green"], "k": 3, "steps": 1}
+
+    def ids_and_thumbnails() -> tuple[list[str], list[int]]:
+        (first, *_), sampled = (
+            post(app, *each).json()["neighbors"] for each in (("/search", query), ("/sample", sample))
+        )
+        statuses = [get(app, f"picture/green/{green_id(number)}").status_code for number in (5, 6, 7)]
+        return [first["image_id"], sampled[0]["image_id"]], statuses
+
+    last = get(app, f"picture/green/{green_id(20)}").content
+    assert ids_and_thumbnails() == ([str(green_id(5))] * 2, [200, 200, 200])
+    hide(green, [green_id(5)])
+    ids, statuses = ids_and_thumbnails()
+    assert (str(green_id(5)) in ids, statuses) == (False, [404, 200, 200])
+    delete_from_database(green, [green_id(6)])
+    ids, statuses = ids_and_thumbnails()
+    assert (statuses, get(app, f"picture/green/{green_id(20)}").content) == ([404, 404, 200], last)
+    assert [row["rows"] for row in get(app, "databases").json()["databases"] if row["name"] == "green"] == [23]
+
+
+def test_a_thumbnail_of_a_tar_that_is_written_again_is_not_read_at_its_old_place(tmp_path):
+    run = write_root(tmp_path)
+    app = open_app(run)
+    delete_thumbnails(run[0].child("databases/green"), np.array([green_id(0)]))
+    assert get(app, f"picture/green/{green_id(7)}").status_code == 404
 
 
 def test_a_picture_of_a_deleted_tar_is_not_found(run):
@@ -173,6 +209,17 @@ def test_a_text_beyond_the_context_of_clip_has_a_note_in_the_api_and_on_the_page
     assert post(app, "/sample", request | {"without": ""}).json()["note"].startswith(read)
     assert post(app, "/attribution", request).json()["note"].startswith(read)
     assert read in views.search_results([], "0 neighbors", "?tab=search", open_explorer(run).note(long))
+
+
+def test_a_picture_of_the_page_has_all_defaults_of_the_recipe(run):
+    defaults = {"negative_prompt": "fog", "guidance_interval": (0.2, 0.8), "neighbor_weight": 0.5, "width": 48}
+    config = DEFAULTS.model_copy(update=defaults)
+    sampler = Sampler.open(*run, config)
+    explorer = Explorer(run[0], ExploreConfig(), sampler.encoder, sampler, config)
+    requests = [SampleRequest(prompt="a star", mix=["green"], guidance=guidance) for guidance in (None, 1.0)]
+    guided, plain = [asyncio.run(explorer.sample([each]))[0].sample.request for each in requests]
+    assert {name: getattr(guided, name) for name in defaults} == defaults
+    assert (guided.guidance, plain.guidance, plain.negative_prompt, plain.neighbor_weight) == (2.0, 1.0, "", 0.5)
 
 
 def test_a_link_names_the_default_database_and_keeps_all_digits_of_weights(app):

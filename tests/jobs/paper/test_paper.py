@@ -212,6 +212,19 @@ def test_the_documentation_page_links_the_pictures_that_are_written(finished, tm
     assert "**Two baselines** name the style" in path.read_text()
 
 
+def test_the_pages_state_every_setting_of_the_samples(finished, tmp_path: Path):
+    root, _, values = finished
+    stored = {"neighbor_weight": 1.0, "guidance_interval": [0.0, 1.0], "negative_prompt": "", "height": 0, "width": 0}
+    assert values["asked"].items() >= stored.items()
+    changed = {"neighbor_weight": 0.5, "guidance_interval": [0.2, 0.8], "negative_prompt": "fog", "width": 64}
+    page = write_page(root, STAGE)
+    page = replace(page, results=page.results | {"asked": values["asked"] | changed})
+    text = write_docs(root, page, tmp_path).read_text()
+    line = "4 neighbors of weight 0.5, guidance 2 at noise levels 0.2 to 0.8, negative prompt “fog”, 2 steps of ddim, "
+    assert line + "64 x the training size pixels." in text
+    assert ", 4 neighbors, guidance 2, 2 steps of ddim." in root.local_path(f"{STAGE}/report.html").read_text()
+
+
 def test_a_control_that_keeps_the_style_is_a_missed_verdict(finished):
     results = json.loads(json.dumps(finished[2]))
     results["tables"]["modes"]["shuffled"]["accuracy"] = [0.9, 0.8, 0.95]

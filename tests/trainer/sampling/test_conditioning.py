@@ -255,6 +255,33 @@ def test_a_prompt_without_images_is_searched_with_the_calibration_of_texts(sampl
     assert kinds == [(0.95, "images"), (0.95, "texts")]
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"seed": "3"}, "field seed is '3'. Input should be a valid integer"),
+        ({"k": 4.5}, "field k is 4.5. Input should be a valid integer"),
+        ({"guidance": [2]}, r"field guidance is \[2\]. Input should be a valid number"),
+        ({"prompt": 7}, "field prompt is 7. Input should be a valid string"),
+        ({"prompt": "a \ud800"}, "a lone surrogate"),
+        ({"mode": {}}, "field mode is {}. Input should be 'text_and_neighbors', "),
+        ({"scheduler": "magic"}, "field scheduler is 'magic'. Input should be 'ddim'"),
+        ({"mix": [["green"]]}, "field mix.0.1 is missing"),
+        ({"exclude": 5}, "field exclude is 5. Input should be a valid array"),
+        ({"weights": [["5", 1.0]]}, "field weights.0.0 is '5'. Input should be a valid integer"),
+        ({"guidance_interval": [0.1, 0.2, 0.3]}, "field guidance_interval is"),
+        ({"images": ["a"]}, "field images.0 is 'a'. Input should be an object"),
+        ({"init_image": {"name": "a.png"}}, "field init_image.sha256 is missing"),
+        ({"guidance": float("nan")}, "guidance must be a finite number, got nan"),
+        ({"guidance": 10**400}, "guidance must be a finite number, got inf"),
+        ({"guidance_interval": [0.0, float("nan")]}, "two increasing numbers"),
+        ({"height": 10**400}, "height and width must be at most 16384, got 1000"),
+    ],
+)
+def test_a_recipe_with_a_wrong_value_is_refused_with_the_name_of_its_field(values, message):
+    with pytest.raises(UserError, match=message):
+        Request.from_recipe(json.loads(json.dumps({"prompt": "a stag"} | values))).check()
+
+
 def test_an_incomplete_recipe_is_refused():
     with pytest.raises(UserError, match="not the recipe of a sample"):
         Request.from_recipe({"seed": 1})

@@ -199,11 +199,9 @@ def test_a_prompt_of_several_plans_is_one_warning(tiny, caplog):
     requests = [config().request(text, 0, "text", "") for text in ("a stag", "stag " * 20, "oak " * 20)]
     for planned in (requests[:2], requests[:2], requests):
         sampler.plan(planned)
-    warnings = [record.getMessage().partition(" of ")[2] for record in caplog.records]
-    assert [warning[:33] for warning in warnings] == [
-        "1 of 2 texts, such as 'stag stag ",
-        "this text: the rest has no effect",
-    ]
+    first, second = [record.getMessage().partition(" of ")[2] for record in caplog.records]
+    assert first.startswith("1 of 2 texts, such as 'stag stag ")
+    assert second == "this text: the rest has no effect."
 
 
 def test_a_mix_is_one_column_with_neighbors_of_every_database(fresh):

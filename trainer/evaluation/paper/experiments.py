@@ -153,7 +153,8 @@ class Experiments:
         return record, root.read_json(f"{folder}/{name}.json")
 
     def _asked(self) -> dict[str, Any]:
-        names = ("samples_per_style", "k", "guidance", "steps", "scheduler", "precision")
+        names = ["samples_per_style", "k", "neighbor_weight", "guidance", "guidance_interval", "negative_prompt"]
+        names += ["steps", "scheduler", "height", "width", "precision"]
         settings = {name: getattr(self._model.evaluate, name) for name in names}
         return {"styles": list(self._styles), **settings}
 
