@@ -63,6 +63,22 @@ def test_styles_and_further_columns_of_a_table_select_rows(source: Path, encoder
     assert count("'LAND' in genre and year is None and loan == True") == 3
 
 
+@pytest.mark.parametrize("step", ["list_pictures", "_digest"])
+def test_a_picture_that_is_deleted_after_a_step_is_an_error_that_names_it(
+    source: Path, encoder: Encoder, tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = getattr(database, step)
+
+    def deletes_afterwards(argument: object) -> object:
+        result = original(argument)
+        (source / "b/a_red-square_07.jpg").unlink()
+        return result
+
+    monkeypatch.setattr(database, step, deletes_afterwards)
+    with pytest.raises(UserError, match=r"a_red-square_07\.jpg was deleted or renamed while it was read"):
+        database.run("squares", source, encoder, IndexConfig(), Root(tmp_path))
+
+
 def test_searches_for_texts_are_calibrated_with_the_captions(source: Path, encoder: Encoder, tmp_path: Path) -> None:
     database.run("squares", source, encoder, IndexConfig(rows_per_partition=4), Root(tmp_path))
     opened = Database.open(Root(tmp_path).child("databases/squares"))

@@ -192,7 +192,7 @@ def test_captions_in_a_tar_belong_to_pictures_with_dots_in_their_names(tmp_path:
         "scan.v1.txt": b"first",
         "scan.v2.jpg": b"x",
         "scan.v2.TXT": b"second",
-        "scan.json": b'{"artist": "Anna"}',
+        "scan.json": b'{"artist": "Anna", "caption": "of both"}',
         "key.jpg!Large.jpg": b"x",
         "key.txt": b"of the sample",
         "key.de.txt": b"ein anderer",

@@ -224,7 +224,7 @@ def test_a_caption_that_lists_addresses_is_no_open_quote(tmp_path: Path, lines: 
 
 def test_a_caption_of_rows_in_a_row_of_several_lines_is_no_open_quote(tmp_path: Path) -> None:
     keep = {"missing_size": "keep", "missing_watermark": "keep", "missing_safety": "keep"}
-    rows = b"".join(b"http://b.org/%d, a file\n" % number for number in range(9))
+    rows = b"".join(b"a file,http://b.org/%d\n" % number for number in range(9))
     (tmp_path / "a.csv").write_bytes(b"text,url\none,http://a.org/1\n" + b'"Files:\n' + rows + b'",http://a.org/2\n')
     assert [url for url, *_ in values(tmp_path, **keep)] == ["http://a.org/1", "http://a.org/2"]
 

@@ -7,8 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.runtime.status import StageSpec, Status, UpstreamStages, find_manifest, format_duration, stage_status
+from pipeline.runtime.status import (
+    StageSpec,
+    Status,
+    UpstreamStages,
+    find_manifest,
+    format_duration,
+    modified_at,
+    stage_status,
+)
 from retrieval.config import Config, runtime_setting
+from retrieval.errors import UserError
 from retrieval.storage.manifest import Manifest, ShardRecord, fingerprint, write_manifest, write_record
 from retrieval.storage.root import FileRecord, Root
 
@@ -215,3 +224,8 @@ def test_an_object_store_is_read_like_a_disk() -> None:
 )
 def test_durations_are_formatted(seconds: float, words: str) -> None:
     assert format_duration(seconds) == words
+
+
+def test_the_time_of_a_deleted_file_is_an_error_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a\.parquet was deleted or renamed while it was read"):
+        modified_at(Root(tmp_path), "a.parquet")

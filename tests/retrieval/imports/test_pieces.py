@@ -1,5 +1,6 @@
 """Pieces of a source have its rows, each once, and are read without the other rows."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,11 @@ def test_rows_of_an_array_in_an_object_store_are_read_without_the_others(
     np.testing.assert_array_equal(rows.read(7, 12), vectors[7:12])
     with pytest.raises(UserError, match=r"cut-c\.npy has .* bytes, too few for its array \(50, "):
         NpyRows(root, "cut-c.npy")
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (-1, DIM)})
+    root.write_bytes("negative.npy", header.getvalue())
+    with pytest.raises(UserError, match=r"negative\.npy has .* bytes, too few for its array \(-1, "):
+        NpyRows(root, "negative.npy")
     root.write_bytes("c.npy", (tmp_path / "c.npy").read_bytes()[:-8])
     np.testing.assert_array_equal(rows.read(0, 40), vectors[:40])
     with pytest.raises(UserError, match=r"c\.npy ends before row 50"):
