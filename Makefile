@@ -51,7 +51,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@$(BIN)/python -m compileall -q -j 0 -x '/tests?/' $(VENV)/lib >/dev/null || true
 	@touch $@
 
-demo: install ## the full pipeline on a small synthetic data set; ends with runs/demo/report.html (ARGS=--train: all models from nothing, in about 110 minutes)
+demo: install ## the full pipeline on a small synthetic data set; ends with runs/demo/report.html (ARGS=--train: all models from nothing, in about 120 minutes)
 	$(BIN)/python -m jobs.demo jobs/configs/demo.toml $(ARGS)
 
 # One picture:  make sample PROMPT="a stag" OUT=stag.png ARGS="--database woodcut --seed 3"
