@@ -8,6 +8,7 @@ from threading import Lock
 from retrieval.database.database import Database
 from retrieval.errors import NodeError
 from retrieval.index.hidden import HIDDEN_FOLDER, hidden_ids
+from retrieval.storage.manifest import read_manifest
 
 LOOK_EVERY_S = 3.0
 """Seconds between two looks at the manifest and at the names of the hidden lists."""
@@ -41,11 +42,11 @@ class CurrentDatabase:
         root, content = self._database.root, self._database.root.read_bytes("manifest.json")
         digest = self._manifest if content is None else hashlib.sha256(content).digest()
         hidden_files = root.list(HIDDEN_FOLDER, ".npy")
-        if digest != self._manifest:
+        # Opening a large database takes long, so it is not opened again at the first look.
+        if digest != self._manifest and read_manifest(root, "") != self._database.manifest:
             newest = Database.open(*self._database.source)
             newest.require_encoder(self._database.encoder)
-            if newest.manifest != self._database.manifest:
-                self._database = newest
+            self._database = newest
         if hidden_files != self._hidden_files and len(ids := hidden_ids(root)) > len(self._database.hidden):
             self._database = self._database.without(ids)
         self._manifest, self._hidden_files = digest, hidden_files

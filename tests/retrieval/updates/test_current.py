@@ -24,6 +24,12 @@ def ids_of(database: Database) -> set[int]:
     return set(database.search(np.ones((1, database.dim)), 60).ids[0].tolist())
 
 
+def test_the_first_look_does_not_open_the_database_again(root: Root, monkeypatch: pytest.MonkeyPatch):
+    database = Database.open(root)
+    monkeypatch.setattr(current.Database, "open", lambda *args: pytest.fail("the database was opened again"))
+    assert CurrentDatabase(database).get() is database
+
+
 def test_images_that_are_hidden_or_deleted_later_are_not_returned(root: Root, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(current, "LOOK_EVERY_S", 0.0)
     hide(root, [1000])
