@@ -199,7 +199,8 @@ def test_a_prompt_of_several_plans_is_one_warning(tiny, caplog):
     requests = [config().request(text, 0, "text", "") for text in ("a stag", "stag " * 20, "oak " * 20)]
     for planned in (requests[:2], requests[:2], requests):
         sampler.plan(planned)
-    first, second = [record.getMessage().partition(" of ")[2] for record in caplog.records]
+    warnings = [record.getMessage() for record in caplog.records if record.name == "sample"]
+    first, second = [warning.partition(" of ")[2] for warning in warnings]
     assert first.startswith("1 of 2 texts, such as 'stag stag ")
     assert second == "this text: the rest has no effect."
 
