@@ -200,8 +200,8 @@ def load_row() -> Row:
     return (
         f"searches per second on the page, {page['visitors']} visitors, {page['databases']} databases with "
         f"{page['rows']:,} rows in all",
-        f"{page['per_s']:.0f}; median {page['p50_ms']:,.0f} ms, 99th percentile {page['p99_ms']:,.0f} ms; "
-        f"`/health` within {page['health_p99_ms']:.0f} ms",
+        f"{page['per_s']:.0f}; median {page['p50_ms']:,.0f} ms, 99th percentile {page['p99_ms']:,.0f} ms, "
+        f"of `/health` {page['health_p99_ms']:.0f} ms",
         "[load](docs/load.md)",
     )
 
