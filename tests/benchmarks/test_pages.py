@@ -15,9 +15,10 @@ from benchmarks.pipeline import download, near_copies, partitions
 from benchmarks.retrieval import filters, grow, indexes
 from benchmarks.retrieval.report import report
 from benchmarks.scale import __main__ as scale
-from benchmarks.training import curve, loader, memory, sampling, schedule, step
+from benchmarks.training import attribution, curve, loader, memory, sampling, schedule, step
 
 PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "attribution": attribution.page,
     "crashes": crashes.page,
     "curve": curve.page,
     "download": download.page,
