@@ -1,12 +1,26 @@
-"""The exceptions for what the user can correct, and the advice for a damaged manifest.
+"""The exceptions for what the user can correct, and the advice for a damaged manifest or JSON file.
 
 Any other exception is a defect and keeps its traceback.
 """
+
+import shlex
 
 COMMANDS = {"": "database", "databases": "database", "neighbors_effort": "neighbors", "frequency": "sample"}
 """Targets of make that are not named as the folder of their output."""
 OTHER_COMMANDS = {"": "laion-rdm build", "download": "make import"}
 """Commands that write the same output from another source."""
+
+STAGES = ("filter", "download", "embed", "index", "neighbors", "latents", "train", "sample", "evaluate", "paper")
+COMMAND_OF_FOLDER = {
+    **{stage: f"'make {stage}'" for stage in STAGES},
+    "download": "'make download' (or 'make import', if that wrote it)",
+    "databases": "'make database'",
+    "neighbors_effort": "'make neighbors'",
+    "near_copies": "'make embed'",
+    "buckets": "'make train'",
+    "optout": "'make optout'",
+}
+"""Commands that write the files of a folder, by its name."""
 
 
 class UserError(Exception):
@@ -45,4 +59,16 @@ def damage_advice(root: str, stage: str) -> str:
     return (
         f"Restore the file from a copy. Without a copy, move {name} out of its folder, keep the other files there,"
         f" and run 'make {command_of(stage)}'{other} again; finished shards are kept."
+    )
+
+
+def damaged_file_advice(path: str) -> str:
+    """The advice for a damaged JSON file of a stage, run or database. path: with its folders; or a URL."""
+    folder, _, name = path.rpartition("/")
+    commands = (COMMAND_OF_FOLDER.get(part) for part in reversed(folder.split("/")))
+    command = next(filter(None, commands), "the command that wrote the folder (for a database, 'laion-rdm build')")
+    move = f"move {path} out of its folder" if "://" in path else f"run 'mv {shlex.quote(path)} damaged-{name}'"
+    return (
+        f"Restore it from a copy. Without a copy, {move} (keep the other files of its folder), and run {command} again;"
+        " finished shards are kept."
     )

@@ -15,7 +15,7 @@ from pipeline.databases.imagenet import CLASS_NUMBER
 from pipeline.databases.sources import SIGNATURE_BYTES, FileRange, Item, is_picture, read_fields, text_of
 from pipeline.databases.tables import IMAGE_TABLES, image_items
 from retrieval.errors import UserError
-from retrieval.storage.listing import HIDDEN, is_hidden, list_files, safe_text
+from retrieval.storage.listing import HIDDEN, escaped_text, is_hidden, list_files, safe_text
 
 METADATA_SUFFIXES = ("txt", "cls", "json")
 REPEATED = "with the name of another"
@@ -61,7 +61,8 @@ def folder_items(folder: Path, left_out: Counter[str]) -> Iterator[Item]:
             for kind in ("json", "txt"):
                 if (sidecar := str(PurePosixPath(name).with_suffix(f".{kind}"))) in sidecars:
                     fields |= _member_fields(kind, (folder / sidecar).read_bytes())
-            yield Item(safe_text(name), FileRange(path), fields, PurePosixPath(safe_text(name)).parts[:-1])
+            text, other = safe_text(name), escaped_text(name)
+            yield Item(text, FileRange(path), fields, PurePosixPath(text).parts[:-1], other if other != text else "")
         elif suffix[1:] not in METADATA_SUFFIXES:
             left_out[f"of another kind ({suffix or 'no suffix'})"] += 1
 
@@ -72,7 +73,7 @@ def tar_items(path: Path, name: str, left_out: Counter[str], is_one_of_many: boo
     name: of the tar in the source, without suffix. A tar is a style if its name is that of a class of ImageNet, or if
     there are others and its name ends in no digit, as those of shards do.
     """
-    pictures: dict[str, tuple[str, FileRange]] = {}
+    pictures: dict[str, FileRange] = {}
     fields: dict[str, dict[str, Any]] = {}
     try:
         with tarfile.open(path, "r:") as tar:
@@ -87,20 +88,21 @@ def tar_items(path: Path, name: str, left_out: Counter[str], is_one_of_many: boo
                     stem = member.name.removesuffix(suffix)
                     fields.setdefault(stem, {}).update(_member_fields(kind, _bytes(tar, member)))
                 else:
-                    left_out[REPEATED] += safe_text(member.name) in pictures
-                    content = FileRange(path, member.offset_data, member.size)
-                    pictures[safe_text(member.name)] = member.name, content
+                    left_out[REPEATED] += member.name in pictures
+                    pictures[member.name] = FileRange(path, member.offset_data, member.size)
             _check_end(path, tar.offset)
     except tarfile.TarError as error:
         raise UserError(f"{path} is not a readable tar: {error}") from error
     parents = PurePosixPath(safe_text(name)).parts
     is_style = CLASS_NUMBER.fullmatch(parents[-1]) or (is_one_of_many and not parents[-1][-1].isdigit())
     style = parents[-1:] if is_style else ()
-    for member_name, (stored_name, content) in sorted(pictures.items()):
-        relative = PurePosixPath(member_name.lstrip("/"))  # an absolute name would replace that of the tar
-        folders = relative.parts[:-1]
-        names = [PurePosixPath(safe_text(archive), relative).as_posix() for archive in (name, name + path.suffix)]
-        yield Item(names[0], content, _fields_of(stored_name, fields), (*parents[:-1], *(folders or style)), names[1])
+    for member_name, content in sorted(pictures.items()):
+        relative = PurePosixPath(safe_text(member_name).lstrip("/"))  # an absolute name would replace that of the tar
+        escaped = escaped_text(member_name).lstrip("/")
+        folders = (*parents[:-1], *(relative.parts[:-1] or style))
+        other = PurePosixPath(safe_text(name + path.suffix), escaped).as_posix()
+        in_source = PurePosixPath(safe_text(name), relative).as_posix()
+        yield Item(in_source, content, _fields_of(member_name, fields), folders, other)
 
 
 def _fields_of(name: str, fields: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -49,17 +49,17 @@ def list_pictures(source: PictureSource) -> Listing:
 
 
 def _add(items: dict[str, Item], item: Item) -> bool:
-    """Add a picture under its name. False if it is there, or if another has its name and neither is in an archive."""
+    """Add a picture under its name. False if it is there, or if another has its name and neither an `other_name`."""
     other = items.setdefault(item.name, item)
     if other is item:
         return True
     if other.content == item.content or other.content.read() == item.content.read():
         return False
-    renamed = item if item.name_in_archive else other  # a file keeps its path
-    if not renamed.name_in_archive or renamed.name_in_archive in items:
+    renamed = item if item.other_name else other  # a file with a readable name keeps its path
+    if not renamed.other_name or renamed.other_name in items:
         return False
     items[item.name] = other if renamed is item else item
-    items[renamed.name_in_archive] = renamed._replace(name=renamed.name_in_archive)
+    items[renamed.other_name] = renamed._replace(name=renamed.other_name)
     return True
 
 

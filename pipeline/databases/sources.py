@@ -90,8 +90,9 @@ class Item(NamedTuple):
     """As `read_fields` gives them."""
     folders: tuple[str, ...] = ()
     """Folders of the picture in the source, the outermost first, for its style."""
-    name_in_archive: str = ""
-    """For a picture in a tar or table: its name if another picture has `name`. It has the suffix of the archive."""
+    other_name: str = ""
+    """Its name if another picture has `name`: for a picture in a tar or table with the suffix of that; for a name that
+    is no UTF-8 with its bytes as %XX."""
 
 
 @dataclass(frozen=True)

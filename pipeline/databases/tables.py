@@ -79,7 +79,7 @@ def image_items(path: Path, name: str, left_out: Counter[str]) -> Iterator[Item]
     for number, (cell, row) in enumerate(zip(cells, rows, strict=True)):
         place = f"{number:07d}"
         in_archive = f"{name}{path.suffix}/{place}"
-        yield Item(f"{name}/{place}", cell, read_fields(row), name_in_archive=in_archive)
+        yield Item(f"{name}/{place}", cell, read_fields(row), other_name=in_archive)
 
 
 def has_images(path: Path) -> bool:

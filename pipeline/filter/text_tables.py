@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 
 from pipeline.filter.metadata_formats import MetadataFormat
-from pipeline.filter.row_patterns import RowPatterns
+from pipeline.filter.text_checks import LineEncodings, RowPatterns, require_utf8, to_json_lines
 from retrieval.errors import UserError
 from retrieval.storage.root import Root
 
@@ -31,8 +31,6 @@ BATCH_ROWS = 1 << 14
 DELIMITERS = ",;\t|"
 LAST_ROW = b"last row (not in the file)"
 """First field of a row that is added to a file. It is not read as a row if the file ends in quotes."""
-MIN_ROWS_IN_FIELD = 3
-"""Fewest lines of a field that are rows if a quote before them is not closed."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +62,8 @@ class _Layout:
 def inspect_text(source: Root, name: str, published: MetadataFormat) -> TextTable:
     """Read a text file once and count its rows. Raises UserError if it is damaged or a quote is not closed."""
     with _errors_named(source, name):
+        with _opened(source, name) as stream:
+            require_utf8(stream.read(4), source.at(name))
         if _is_json(name):
             return _inspect_json(source, name)
         return _inspect_csv(source, name, _layout(source, name, published))
@@ -154,13 +154,13 @@ def _csv_batches(
 
 
 class _WithLastRow(io.RawIOBase):
-    """The bytes of a CSV file and a row LAST_ROW behind them. `lines` counts the lines that were read."""
+    """The bytes of a CSV file and a row LAST_ROW behind them. `encodings` counts the lines that were read."""
 
     def __init__(self, stream: Any, layout: _Layout) -> None:
         self._stream = stream
         self._rest = LAST_ROW + layout.delimiter.encode() * (len(layout.names) - 1) + b"\n"
         self._ends_line = True
-        self.lines = 0
+        self.encodings = LineEncodings()
 
     def readable(self) -> bool:
         return True
@@ -172,7 +172,7 @@ class _WithLastRow(io.RawIOBase):
         else:
             row = self._rest if self._ends_line else b"\n" + self._rest
             data, self._rest, self._ends_line = row[: len(buffer)], row[len(buffer) :], True
-        self.lines += data.count(b"\n")
+        self.encodings.add(data)
         buffer[: len(data)] = data
         return len(data)
 
@@ -191,7 +191,10 @@ def _inspect_csv(source: Root, name: str, layout: _Layout) -> TextTable:
                 rows += batch.num_rows
         except pa.ArrowInvalid as error:
             raise pa.ArrowInvalid(f"{error}, behind {rows + bad.total():,} rows") from error
-    if file.lines != layout.lines_before + rows + bad.total():  # so a row has several lines, or lines are empty
+    file.encodings.require_utf8(source.at(name))
+    if (
+        file.encodings.lines != layout.lines_before + rows + bad.total()
+    ):  # so a row has several lines, or lines are empty
         _check_quotes(source, name, layout)
     return TextTable(layout.names, rows - 1, bad.total())
 
@@ -204,7 +207,7 @@ def _check_quotes(source: Root, name: str, layout: _Layout) -> None:
     bad: list[bytes] = []
 
     def check(text: bytes, before: int) -> None:
-        if _contains_rows(text, patterns, before):
+        if _contains_end(text) or patterns.are_in(text, before):
             raise UserError(_open_quote(source, name, layout, text))
 
     def check_bad() -> None:
@@ -224,18 +227,9 @@ def _check_quotes(source: Root, name: str, layout: _Layout) -> None:
         check_bad()
 
 
-def _contains_rows(text: bytes, patterns: RowPatterns, before: int) -> bool:
-    """Whether the lines of a text behind the first one are rows or the end of the file, so that a quote is not closed.
-
-    text: from a quote on; before: number of fields before it in its line. An open quote is in a row that ends in its
-    line, and most of the whole lines behind it are rows. Those of a caption are not, even if it lists addresses.
-    """
-    first, *others = text.splitlines()
-    if any(line.startswith(LAST_ROW) for line in others):
-        return True
-    lines = [line for line in others[:-1] if line.strip()]
-    rows = sum(map(patterns.is_row, lines))
-    return rows >= MIN_ROWS_IN_FIELD and 2 * rows > len(lines) and patterns.is_full(first, before)
+def _contains_end(text: bytes) -> bool:
+    """Whether a line of a text behind the first one is the end of the file."""
+    return any(line.startswith(LAST_ROW) for line in text.splitlines()[1:])
 
 
 def _open_quote(source: Root, name: str, layout: _Layout, text: bytes) -> str:
@@ -247,14 +241,13 @@ def _open_quote(source: Root, name: str, layout: _Layout, text: bytes) -> str:
             if before.endswith(first) and line.rstrip(b"\r\n") == others[0]:
                 break
             before, number = line.rstrip(b"\r\n"), number + 1
-    if any(line.startswith(LAST_ROW) for line in others):
-        until, advice = "the end of the file", "Close or remove the quote."
-    else:
-        until = f"line {number + len(others):,}"
-        advice = "Close or remove the quote; if the lines are a text, remove its line breaks."
+    where = f"{source.at(name)}: a quote in line {number:,} is not closed, so that the lines up to"
+    if _contains_end(text):
+        return f"{where} the end of the file are one field. Close or remove the quote."
+    advice = to_json_lines(source.at(name), layout.names, layout.lines_before, layout.delimiter)
     return (
-        f"{source.at(name)}: a quote in line {number:,} is not closed, so that the lines up to {until} are one field."
-        f" {advice}"
+        f"{where} line {number + len(others):,} are one field. Close or remove the quote. If the lines are one text,"
+        f" write the file as JSON lines, where texts have no such lines. {advice}"
     )
 
 
@@ -262,7 +255,8 @@ def _inspect_json(source: Root, name: str) -> TextTable:
     names: dict[str, None] = {}
     nested: Counter[frozenset[str]] = Counter()
     rows = bad_rows = 0
-    for row in _json_rows(source, name):
+    encodings = LineEncodings()
+    for row in _json_rows(source, name, encodings):
         if row is None:
             bad_rows += 1
             continue
@@ -270,13 +264,14 @@ def _inspect_json(source: Root, name: str) -> TextTable:
         names.update(dict.fromkeys(row))
         if columns := [key for key, value in row.items() if isinstance(value, list | dict)]:
             nested[frozenset(columns)] += 1
+    encodings.require_utf8(source.at(name))
     return TextTable(tuple(names), rows, bad_rows, nested)
 
 
 def _json_batches(source: Root, name: str, columns: Sequence[str], flat: Collection[str]) -> Iterator[pa.RecordBatch]:
     rows = (
         row
-        for row in _json_rows(source, name)
+        for row in _json_rows(source, name, LineEncodings())
         if row is not None and not any(isinstance(row.get(column), list | dict) for column in flat)
     )
     while batch := list(islice(rows, BATCH_ROWS)):
@@ -284,13 +279,14 @@ def _json_batches(source: Root, name: str, columns: Sequence[str], flat: Collect
         yield pa.record_batch(arrays, list(columns))
 
 
-def _json_rows(source: Root, name: str) -> Iterator[dict[str, Any] | None]:
-    """The object in each line; None for other lines. Empty lines are no rows."""
+def _json_rows(source: Root, name: str, encodings: LineEncodings) -> Iterator[dict[str, Any] | None]:
+    """The object in each line; None for other lines. Empty lines are no rows. encodings: counts the lines."""
     with _opened(source, name) as stream:
         lines = io.BufferedReader(stream, MAX_ROW_BYTES)
         while line := lines.readline(MAX_ROW_BYTES):
             if len(line) == MAX_ROW_BYTES and not line.endswith(b"\n"):
                 raise UserError(f"{source.at(name)} has a line of more than {MAX_ROW_BYTES:,} bytes. Remove the line.")
+            encodings.add(line.rstrip(b"\n") + b"\n")
             if line.strip():
                 yield _json_row(line)
 

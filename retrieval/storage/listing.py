@@ -100,6 +100,15 @@ def safe_text(text: str) -> str:
         return data.decode("latin-1")
 
 
+def escaped_text(text: str) -> str:
+    """As `safe_text`, but bytes of a file name that are no UTF-8 become %XX: different names stay different.
+
+    >>> escaped_text(b"d\\xfcrer.jpg".decode("utf-8", "surrogateescape"))
+    'd%FCrer.jpg'
+    """
+    return safe_text(re.sub("[\\udc80-\\udcff]", lambda found: f"%{ord(found[0]) - 0xDC00:02X}", text))
+
+
 @contextmanager
 def deletion_named() -> Iterator[None]:
     """Raises UserError with the name of a file that the block does not find. For files that were listed before."""

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, cast
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from retrieval.errors import NodeError, UserError
+from retrieval.errors import NodeError, UserError, damaged_file_advice
 from retrieval.extras import extras_named
 from retrieval.storage import object_store
 from retrieval.storage.full_disk import full_disk_named, is_disk_full
@@ -195,8 +195,7 @@ class Root:
             return None if data is None else json.loads(data)
         except ValueError as error:
             raise UserError(
-                f"{self.at(name)} is not valid JSON: {error}. Restore it from a copy. Without a copy, move this file"
-                " away, keep the others in its folder, and run its stage again."
+                f"{self.at(name)} is not valid JSON: {error}. {damaged_file_advice(self.at(name))}"
             ) from error
 
     @contextmanager

@@ -111,6 +111,21 @@ def test_names_that_are_not_utf8_are_read_as_latin1(tmp_path: Path) -> None:
     assert names(list_pictures(PictureSource(tmp_path / "t.tar"))) == ["t/dürer.jpg", "t/ok.jpg"]
 
 
+def test_pictures_are_all_kept_if_their_names_are_equal_once_they_are_read_as_latin1(tmp_path: Path) -> None:
+    stored = [os.fsdecode(name) for name in (b"d\xfcrer.jpg", "dürer.jpg".encode())]
+    for name in stored:
+        write(tmp_path / "folder", name, data=os.fsencode(name))
+    contents = {picture.name: picture.content.read() for picture in list_pictures(PictureSource(tmp_path)).pictures}
+    assert contents == {"folder/dürer.jpg": "dürer.jpg".encode(), "folder/d%FCrer.jpg": b"d\xfcrer.jpg"}
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        for name in stored:
+            tar.add(tmp_path / "folder" / name, name)
+    listing = list_pictures(PictureSource(tmp_path / "t.tar"))
+    contents = {picture.name: picture.content.read() for picture in listing.pictures}
+    assert contents == {"t/dürer.jpg": "dürer.jpg".encode(), "t.tar/d%FCrer.jpg": b"d\xfcrer.jpg"}
+    assert not listing.left_out
+
+
 def test_a_hugging_face_cache_is_read_through_its_links(tmp_path: Path) -> None:
     hub = tmp_path / "datasets--a--b"
     write(hub, "blobs/0", "blobs/1", "refs/main", data=b"rev2")

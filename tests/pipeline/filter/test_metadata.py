@@ -3,6 +3,8 @@
 import bz2
 import gzip
 import json
+import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -115,7 +117,7 @@ def test_rows_that_cannot_be_read_are_left_out_and_counted(tmp_path: Path) -> No
 
 def test_texts_with_invalid_bytes_come_through_json_and_csv(tmp_path: Path) -> None:
     settings = {"missing_watermark": "keep", "missing_safety": "keep", "missing_size": "keep"}
-    (tmp_path / "a.csv").write_bytes(b"url,text\nhttp://a.org/1,caf\xe9\n")
+    (tmp_path / "a.csv").write_bytes(b"url,text\nhttp://a.org/1,caf\xe9\nhttp://a.org/1,\xc3\xa9\n")
     (tmp_path / "b.jsonl").write_bytes(b'{"url": "http://a.org/2", "text": "x\\ud800y"}\n{"url": null, "text": 3}\n')
     pieces = plan(tmp_path, **settings)
     captions = [
@@ -124,7 +126,38 @@ def test_texts_with_invalid_bytes_come_through_json_and_csv(tmp_path: Path) -> N
         for batch in read_piece(pieces, piece, ("caption",))
         for text in texts(batch["caption"], errors="ignore").to_pylist()
     ]
-    assert captions == ["caf", "xy", "3"]
+    assert captions == ["caf", "\u00e9", "xy", "3"]
+
+
+def conversion(error: str) -> str:
+    """The command that an error names."""
+    return error.partition("Run: ")[2].partition(" and then remove the old file.")[0]
+
+
+@pytest.mark.parametrize("name", ["a b.csv", "a.tsv.gz", "a.JSONL"])
+@pytest.mark.parametrize(
+    ("encoding", "message"),
+    [
+        ("utf-16", r" is in UTF-16: it begins with the bytes ff fe .* Wanted UTF-8\. Run: .*iconv -f UTF-16 -t UTF-8"),
+        ("utf-16-be", r" is in UTF-16BE: it begins with the bytes 00 .* Wanted UTF-8\. Run: .*iconv -f UTF-16BE "),
+        ("utf-32", r" is in UTF-32: it begins with the bytes ff fe 00 00\. Wanted UTF-8\. Run: .*iconv -f UTF-32 "),
+        ("latin-1", r" is not UTF-8, first in line \d, byte \d+ \(0xe9\): so are 2 of its 2 lines .*iconv -f LATIN1 "),
+    ],
+)
+def test_text_in_another_encoding_is_an_error_with_a_command_that_converts_it(
+    tmp_path: Path, name: str, encoding: str, message: str
+) -> None:
+    rows = [dict(row, TEXT=f"caf\u00e9 {row['TEXT'][:3]}") for row in ROWS]  # type: ignore[index]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    text = lines if name == "a.JSONL" else separated("\t" if ".tsv" in name else ",", rows).decode()
+    data = text.encode(encoding)
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    with pytest.raises(UserError, match=re.escape(str(path)) + message) as error:
+        plan(tmp_path)
+    subprocess.run(conversion(str(error.value)), shell=True, check=True)
+    path.unlink()
+    assert [caption for _, caption, *_ in values(tmp_path)] == [row["TEXT"] for row in rows]
 
 
 def test_a_changed_text_file_is_another_input(tmp_path: Path) -> None:
@@ -227,6 +260,24 @@ def test_a_caption_of_rows_in_a_row_of_several_lines_is_no_open_quote(tmp_path: 
     rows = b"".join(b"a file,http://b.org/%d\n" % number for number in range(9))
     (tmp_path / "a.csv").write_bytes(b"text,url\none,http://a.org/1\n" + b'"Files:\n' + rows + b'",http://a.org/2\n')
     assert [url for url, *_ in values(tmp_path, **keep)] == ["http://a.org/1", "http://a.org/2"]
+
+
+def test_a_caption_that_looks_like_an_open_quote_is_an_error_with_a_command_that_makes_the_file_readable(
+    tmp_path: Path,
+) -> None:
+    keep = {"missing_size": "keep", "missing_watermark": "keep", "missing_safety": "keep"}
+    caption = "\n".join(["it's a list", *(f"http://b.org/{number},a file" for number in range(4))])
+    content = f'\n url ,caption\nhttp://a.org/1,one\nhttp://a.org/2,"{caption}"\nhttp://a.org/3,three\n'
+    (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(UserError, match=r"a quote in line 4 is not closed.*If the lines are one text") as error:
+        plan(tmp_path)
+    subprocess.run(conversion(str(error.value)), shell=True, check=True)
+    (tmp_path / "a.csv").unlink()
+    assert [row[:2] for row in values(tmp_path, **keep)] == [
+        ("http://a.org/1", "one"),
+        ("http://a.org/2", caption),
+        ("http://a.org/3", "three"),
+    ]
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])

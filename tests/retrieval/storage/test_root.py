@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +100,25 @@ def test_an_object_store_works_like_a_folder() -> None:
         root.local_path("x")
 
 
-def test_the_advice_for_a_damaged_file_keeps_the_other_files_of_its_folder(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints.json").write_text('{"checkpoints": [')
-    with pytest.raises(UserError, match=r"checkpoints\.json is not valid JSON.*move this file away, keep the others"):
-        Root(tmp_path).find_json("checkpoints.json")
+@pytest.mark.parametrize(
+    ("folder", "name", "command"),
+    [
+        ("runs/demo/train", "checkpoints.json", "'make train'"),
+        ("", "filter/piece_files.json", "'make filter'"),
+        ("", "download/import-1.json", "'make download' (or 'make import', if that wrote it)"),
+        ("databases/ukiyo-e", "calibration/texts.json", "'make database'"),
+        ("paintings", "manifest.json", "the command that wrote the folder (for a database, 'laion-rdm build')"),
+    ],
+)
+def test_the_advice_for_a_damaged_file_keeps_the_other_files_and_names_the_commands_to_run(
+    tmp_path: Path, folder: str, name: str, command: str
+) -> None:
+    path = tmp_path / folder / name
+    path.parent.mkdir(parents=True)
+    path.write_text('{"checkpoints": [')
+    advice = f"run 'mv {path} damaged-{path.name}' (keep the other files of its folder), and run {command} again"
+    with pytest.raises(UserError, match=rf"{path.name} is not valid JSON.*{re.escape(advice)}"):
+        Root(tmp_path / folder).find_json(name)
 
 
 def test_a_missing_file_is_a_clear_error(tmp_path: Path) -> None:
