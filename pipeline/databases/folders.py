@@ -49,7 +49,11 @@ def folder_items(folder: Path, left_out: Counter[str]) -> Iterator[Item]:
     names, hidden = list_files(folder, [hub / "blobs"] if hub else [])
     left_out.update(hidden)
     tars = [name for name in names if name.lower().endswith(".tar")]
-    sidecars = {name for name in names if name.lower().endswith((".txt", ".json"))}
+    sidecars = {
+        str(PurePosixPath(name).with_suffix(suffix)): folder / name
+        for name in names
+        if (suffix := PurePosixPath(name).suffix.lower()) in (".txt", ".json")
+    }
     for name in names:
         path, suffix = folder / name, PurePosixPath(name).suffix.lower()
         if name in tars:
@@ -59,8 +63,8 @@ def folder_items(folder: Path, left_out: Counter[str]) -> Iterator[Item]:
         elif is_picture(name, FileRange(path, 0, SIGNATURE_BYTES).read()):
             fields: dict[str, Any] = {}
             for kind in ("json", "txt"):
-                if (sidecar := str(PurePosixPath(name).with_suffix(f".{kind}"))) in sidecars:
-                    fields |= _member_fields(kind, (folder / sidecar).read_bytes())
+                if sidecar := sidecars.get(str(PurePosixPath(name).with_suffix(f".{kind}"))):
+                    fields |= _member_fields(kind, sidecar.read_bytes())
             text, other = safe_text(name), escaped_text(name)
             yield Item(text, FileRange(path), fields, PurePosixPath(text).parts[:-1], other if other != text else "")
         elif suffix[1:] not in METADATA_SUFFIXES:
@@ -92,7 +96,10 @@ def tar_items(path: Path, name: str, left_out: Counter[str], is_one_of_many: boo
                     pictures[member.name] = FileRange(path, member.offset_data, member.size)
             _check_end(path, tar.offset)
     except tarfile.TarError as error:
-        raise UserError(f"{path} is not a readable tar: {error}") from error
+        raise UserError(
+            f"{path} is not a readable tar without compression: {error}. Decompress it (for example with gzip -d)"
+            " if it is compressed, else get it again."
+        ) from error
     parents = PurePosixPath(safe_text(name)).parts
     is_style = CLASS_NUMBER.fullmatch(parents[-1]) or (is_one_of_many and not parents[-1][-1].isdigit())
     style = parents[-1:] if is_style else ()

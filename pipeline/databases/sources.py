@@ -148,7 +148,8 @@ def read_fields(row: Fields) -> dict[str, Any]:
     for name, columns in FIELDS.items():
         # A column `image` can also contain pictures, a column `artist` numbers without names.
         kind = str if name in ("path", "artist") else object
-        values = [row[column] for column in columns if row.get(column) is not None and isinstance(row[column], kind)]
+        given = map(_first, (row.get(column) for column in columns))
+        values = [value for value in given if value is not None and isinstance(value, kind)]
         if text := next(filter(None, (safe_text(str(value).strip()) for value in values)), ""):
             fields[name] = text
     if "license" not in fields and str(row.get("is_public_domain")).lower() in ("true", "1"):
@@ -157,6 +158,12 @@ def read_fields(row: Fields) -> dict[str, Any]:
     if further := {name: value for name, value in further.items() if value != ""}:
         fields[FURTHER] = further
     return fields
+
+
+def _first(value: Any) -> Any:
+    """The first of several captions or other values in a list; None for an empty list and for an object."""
+    value = next(iter(value), None) if isinstance(value, list) else value
+    return None if isinstance(value, list | dict) else value
 
 
 def _value(value: Any) -> Any:
@@ -191,7 +198,9 @@ def text_of(data: bytes) -> str:
 
 
 def decoded(data: bytes) -> str:
-    """The text of a file in UTF-16 with a byte order mark, in UTF-8, or else in Latin-1."""
+    """The text of a file in UTF-32 or UTF-16 with a byte order mark, in UTF-8, or else in Latin-1."""
+    if data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):  # the first begins with a mark of UTF-16
+        return data.decode("utf-32", errors="replace")
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return data.decode("utf-16", errors="replace")
     try:

@@ -123,8 +123,7 @@ def _image_column(schema: pa.Schema) -> str:
     for field in schema:
         if pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0:
             return str(field.name)
-        is_bytes = pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type)
-        if is_bytes and field.name.lower() in IMAGE_COLUMNS:
+        if plain_type(field.type) == pa.binary() and field.name.lower() in IMAGE_COLUMNS:
             return str(field.name)
     return ""
 

@@ -135,6 +135,12 @@ def to_json_lines(path: str, names: Sequence[str], lines_before: int, delimiter:
     return _conversion(path, f"python3 -c {shlex.quote(program)}", ".jsonl")
 
 
+def from_json_array(path: str) -> str:
+    """The advice to convert a file with a JSON array to JSON lines."""
+    program = "import json; [print(json.dumps(row)) for row in json.load(open(0))]"
+    return _conversion(path, f"python3 -c {shlex.quote(program)}", ".jsonl")
+
+
 def _conversion(path: str, program: str, suffix: str = "") -> str:
     """The advice to convert a text file with a program. suffix: added to the name; "" for .utf8 before the suffix."""
     path = PurePosixPath(path).name if "://" in path else path

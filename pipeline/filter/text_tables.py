@@ -4,6 +4,7 @@ Reads rows as columns of bytes, in batches; `retrieval.storage.arrow_columns` cl
 be read, such as one with a missing field, is left out and counted. A quote that is not closed is an error.
 """
 
+import codecs
 import csv
 import io
 import json
@@ -19,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 
 from pipeline.filter.metadata_formats import MetadataFormat
-from pipeline.filter.text_checks import LineEncodings, RowPatterns, require_utf8, to_json_lines
+from pipeline.filter.text_checks import LineEncodings, RowPatterns, from_json_array, require_utf8, to_json_lines
 from retrieval.errors import UserError
 from retrieval.storage.root import Root
 
@@ -90,10 +91,14 @@ def _errors_named(source: Root, name: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, EOFError, csv.Error) as error:
-        raise UserError(
-            f"{source.at(name)} cannot be read as {'JSON lines' if _is_json(name) else 'CSV or TSV'}: {error}. Rows "
-            f"may have {MAX_ROW_BYTES:,} bytes; a longer one often has an unbalanced quote. Mend or remove the file."
-        ) from error
+        if isinstance(error, OSError | EOFError):
+            advice = "It is cut off, damaged or has other bytes behind its end. Download or compress it again."
+        else:
+            advice = (
+                f"Rows may have {MAX_ROW_BYTES:,} bytes; a longer one often has an unbalanced quote. Mend the file."
+            )
+        kind = "JSON lines" if _is_json(name) else "CSV or TSV"
+        raise UserError(f"{source.at(name)} cannot be read as {kind}: {error}. {advice}") from error
 
 
 @contextmanager
@@ -256,6 +261,7 @@ def _inspect_json(source: Root, name: str) -> TextTable:
     nested: Counter[frozenset[str]] = Counter()
     rows = bad_rows = 0
     encodings = LineEncodings()
+    _refuse_array(source, name)
     for row in _json_rows(source, name, encodings):
         if row is None:
             bad_rows += 1
@@ -266,6 +272,25 @@ def _inspect_json(source: Root, name: str) -> TextTable:
             nested[frozenset(columns)] += 1
     encodings.require_utf8(source.at(name))
     return TextTable(tuple(names), rows, bad_rows, nested)
+
+
+def _refuse_array(source: Root, name: str) -> None:
+    """Raises UserError for a file with one JSON array: it begins with [ in a line that is no JSON, or is one list."""
+    with _opened(source, name) as stream:
+        lines = io.BufferedReader(stream, MAX_ROW_BYTES)
+        line = lines.readline(MAX_ROW_BYTES).removeprefix(codecs.BOM_UTF8).strip()
+        is_all = not lines.read(1)
+    if line.startswith(b"[") and (is_all or not _is_valid(line)):
+        where = source.at(name)
+        raise UserError(f"{where} is a JSON array. Wanted: one object a line. {from_json_array(where)}")
+
+
+def _is_valid(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _json_batches(source: Root, name: str, columns: Sequence[str], flat: Collection[str]) -> Iterator[pa.RecordBatch]:
@@ -287,7 +312,7 @@ def _json_rows(source: Root, name: str, encodings: LineEncodings) -> Iterator[di
             if len(line) == MAX_ROW_BYTES and not line.endswith(b"\n"):
                 raise UserError(f"{source.at(name)} has a line of more than {MAX_ROW_BYTES:,} bytes. Remove the line.")
             encodings.add(line.rstrip(b"\n") + b"\n")
-            if line.strip():
+            if line.strip().removeprefix(codecs.BOM_UTF8):
                 yield _json_row(line)
 
 

@@ -67,6 +67,19 @@ def test_captions_are_read_in_the_encodings_of_tables(tmp_path: Path, encoding: 
     assert picture.caption == text[:4096]
 
 
+def test_captions_are_read_from_files_with_endings_in_any_case(tmp_path: Path) -> None:
+    write(tmp_path, "A.JPG")
+    write(tmp_path, "A.TXT", data=b"a caption")
+    assert [picture.caption for picture in list_pictures(PictureSource(tmp_path)).pictures] == ["a caption"]
+
+
+def test_a_compressed_tar_is_an_error_with_the_programs_that_decompress_it(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("a.jpg"))
+    with pytest.raises(UserError, match=r"x\.tar is not a readable tar without compression.* Decompress it \(gzip"):
+        list_pictures(PictureSource(tmp_path / "x.tar"))
+
+
 def test_pictures_are_taken_by_any_usual_ending_or_by_their_first_bytes(tmp_path: Path) -> None:
     endings = ("jfif", "jpe", "avif", "webp", "bmp", "tif", "gif", "JPG", "jpg!Large.jpg")
     write(tmp_path, *(f"a.{ending}" for ending in endings))

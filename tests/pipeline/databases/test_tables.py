@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32", "latin-1"])
 def test_every_separator_and_encoding_is_read(folder: Path, separator: str, encoding: str) -> None:
     rows = [
         ("Style", "Path", "note"),
@@ -64,6 +64,13 @@ def test_a_line_of_json_ends_only_at_the_end_of_a_line(folder: Path, character: 
     pictures, missing = listed(folder / "m.jsonl")
     assert ([picture.name for picture in pictures], missing) == (["a.jpg", "sub/b.jpg"], 0)
     assert pictures[0].caption == f"one{character}two"
+
+
+def test_of_several_captions_in_a_list_the_first_is_read(folder: Path) -> None:
+    rows = [{"path": "a.jpg", "caption": ["one", "two"]}, {"path": "sub/b.jpg", "caption": [], "text": "three"}]
+    (folder / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pictures, _ = listed(folder / "t.jsonl")
+    assert [picture.caption for picture in pictures] == ["one", "three"]
 
 
 def test_empty_lines_before_a_header_are_skipped_also_behind_the_separator_of_excel(folder: Path) -> None:
@@ -121,6 +128,13 @@ def test_a_column_of_bytes_and_null_pictures_are_read(tmp_path: Path) -> None:
     pq.write_table(pa.table({"jpg": [b"x", None], "label": ["a", "b"]}), tmp_path / "t.parquet")
     pictures, _ = listed(tmp_path / "t.parquet")
     assert [(picture.label, picture.content.read()) for picture in pictures] == [("a", b"x"), ("b", b"")]
+
+
+@pytest.mark.parametrize("kind", [pa.binary_view(), pa.large_binary(), pa.binary(4)])
+def test_a_column_of_bytes_of_any_arrow_type_is_read(tmp_path: Path, kind: pa.DataType) -> None:
+    pq.write_table(pa.table({"image": pa.array([b"data"], kind)}), tmp_path / "t.parquet")
+    pictures, _ = listed(tmp_path / "t.parquet")
+    assert [picture.content.read() for picture in pictures] == [b"data"]
 
 
 def test_damaged_tables_and_metadata_of_classes_are_user_errors_or_ignored(tmp_path: Path) -> None:

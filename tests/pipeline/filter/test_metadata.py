@@ -160,6 +160,22 @@ def test_text_in_another_encoding_is_an_error_with_a_command_that_converts_it(
     assert [caption for _, caption, *_ in values(tmp_path)] == [row["TEXT"] for row in rows]
 
 
+@pytest.mark.parametrize("separator", [", ", ",\n"])
+def test_a_json_array_is_an_error_with_a_command_that_makes_it_json_lines(tmp_path: Path, separator: str) -> None:
+    array = f"[{separator.strip(', ')}{separator.join(map(json.dumps, ROWS))}{separator.strip(', ')}]\n"
+    (tmp_path / "a.json").write_text(array)
+    with pytest.raises(UserError, match=r"a\.json is a JSON array\. Wanted: one object a line\. Run: ") as error:
+        plan(tmp_path)
+    subprocess.run(conversion(str(error.value)), shell=True, check=True)
+    (tmp_path / "a.json").unlink()
+    assert values(tmp_path) == EXPECTED
+
+
+def test_json_lines_may_begin_with_a_byte_order_mark_and_have_blank_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf\n" + JSON_LINES.replace(b"\n", b"\r\n \r\n"))
+    assert [(piece.rows, piece.bad_rows) for piece in plan(tmp_path).pieces] == [(2, 0)]
+
+
 def test_a_changed_text_file_is_another_input(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(JSON_LINES)
     before = plan(tmp_path).identity
@@ -177,8 +193,12 @@ def test_a_changed_text_file_is_another_input(tmp_path: Path) -> None:
         ("a.csv.gz", gzip.compress(separated(",") * 99)[:-30], r"a\.csv\.gz cannot be read as CSV or TSV: .*Truncated"),
         ("a.csv.gz", b"no gzip", r"a\.csv\.gz cannot be read as CSV or TSV"),
         ("a.csv", b"url,text," + b"x" * 200_000, r"a\.csv cannot be read as CSV or TSV: field larger than"),
-        ("a.json", b"[\n{}\n]\n", r"a\.json has no column 'url'"),
-        ("a.json", b'[{"url": "x"}]', r"a\.json: none of its 1 rows can be read"),
+        ("a.json", b'"x"\n', r"a\.json: none of its 1 rows can be read"),
+        (
+            "a.csv.gz",
+            gzip.compress(b"url,text\n") + b"x",
+            r"cannot be read.* has other bytes behind its end\. Download",
+        ),
         ("a.jsonl", b'{"url": "x", "text": ["a", "b"]}', r"column text has type list<.*; wanted text or numbers"),
     ],
 )
