@@ -3,6 +3,7 @@
 Yields blocks of at most BLOCK_ROWS raw rows in the order of the sorted file names.
 """
 
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ from retrieval.imports.source import SourceColumns, VectorSource, find_column, m
 from retrieval.storage.arrow_columns import is_float_list, plain
 from retrieval.storage.data_files import data_files, split_path
 from retrieval.storage.root import Root
+
+log = logging.getLogger("imports")
 
 BLOCK_ROWS = 32_768
 MAX_TEXT_QUERIES = 1_000
@@ -73,6 +76,12 @@ def source_files(source: VectorSource) -> list[SourceFile]:
     if folders := {PurePosixPath(name).parts[0] for name in names} & set(CLIP_RETRIEVAL.values()):
         return _clip_retrieval(root, names, folders, source)
     if vectors := _with_suffix(names, ".npy"):
+        if source.metadata is None and (tables := _with_suffix(names, ".parquet")):
+            log.warning(
+                "%s has .npy and Parquet files; only the %d .npy files are read, not %s. If these are their metadata,"
+                " name the folder as metadata too; else move them to a folder of their own",
+                *(root.url, len(vectors), ", ".join(tables[:5])),
+            )
         return _paired_files(root, vectors, source)
     if tables := _with_suffix(names, ".parquet"):
         if source.metadata is not None:
@@ -272,7 +281,9 @@ def _parquet(root: Root, name: str) -> Iterator[Any]:
         try:
             yield pq.ParquetFile(file)
         except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{root.at(name)} cannot be read as Parquet: {error}") from error
+            raise UserError(
+                f"{root.at(name)} cannot be read as Parquet: {error}. Download or write it again, or remove it."
+            ) from error
 
 
 def _vector_column(schema: pa.Schema, columns: SourceColumns, location: str) -> str:

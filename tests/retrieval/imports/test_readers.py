@@ -366,7 +366,7 @@ def test_damaged_and_missing_files_are_named_in_the_error(tmp_path: Path) -> Non
     with pytest.raises(UserError, match="has no vectors"):
         read(VectorSource(tmp_path))
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UserError, match=r"a.parquet cannot be read as Parquet"):
+    with pytest.raises(UserError, match=r"a.parquet cannot be read as Parquet.* Download or write it again"):
         read(VectorSource(tmp_path))
     np.save(tmp_path / "a.npy", parts()[0])
     (tmp_path / "a.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:-40])
@@ -450,3 +450,16 @@ def test_lengths_of_vectors_are_kept_and_a_length_of_one_is_unknown() -> None:
     kept = np.delete(np.where(norms == 1, np.nan, norms), 5)
     np.testing.assert_allclose(table[schema.NORM].fill_null(np.nan).to_numpy(), kept, rtol=1e-5)
     assert read(VectorSource(units.astype(np.float16)))[schema.NORM].null_count == len(units)
+
+
+def test_parquet_files_beside_npy_files_are_named_unless_they_are_read_as_metadata(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    [vectors, *_] = parts()
+    np.save(tmp_path / "a.npy", vectors)
+    pq.write_table(metadata(0, len(vectors)), tmp_path / "a.parquet")
+    assert set(read(VectorSource(tmp_path))["caption"].to_pylist()) == {""}
+    assert "only the 1 .npy files are read, not a.parquet. If these are their metadata, name the folder" in caplog.text
+    caplog.clear()
+    assert read(VectorSource(tmp_path, tmp_path))["caption"][3].as_py() == "caption 0 3"
+    assert not caplog.text
