@@ -197,9 +197,8 @@ def _inspect_csv(source: Root, name: str, layout: _Layout) -> TextTable:
         except pa.ArrowInvalid as error:
             raise pa.ArrowInvalid(f"{error}, behind {rows + bad.total():,} rows") from error
     file.encodings.require_utf8(source.at(name))
-    if (
-        file.encodings.lines != layout.lines_before + rows + bad.total()
-    ):  # so a row has several lines, or lines are empty
+    lines = layout.lines_before + rows + bad.total()
+    if file.encodings.lines != lines:  # so a row has several lines, or lines are empty
         _check_quotes(source, name, layout)
     return TextTable(layout.names, rows - 1, bad.total())
 

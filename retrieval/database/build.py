@@ -130,9 +130,16 @@ def write_database(
     require_rows(len(table), identity.name)
     rows = schema.vectors(table, schema.EMBEDDING)
     centroids = train_partition_centroids(rows, config)
-    numbers = nearest_centroids(rows, centroids)[:, 0]
-    tables = (table.filter(pa.array(numbers == number)) for number in range(len(centroids)))
-    return write_partitioned(root, PartitionedRows(centroids, tables), encoder, config, identity)
+    return write_partitioned(
+        root, PartitionedRows(centroids, _by_partition(table, centroids)), encoder, config, identity
+    )
+
+
+def _by_partition(table: pa.Table, centroids: Vectors) -> Iterable[pa.Table]:
+    if len(centroids) == 1:
+        return [table]
+    numbers = nearest_centroids(schema.vectors(table, schema.EMBEDDING), centroids)[:, 0]
+    return (table.filter(pa.array(numbers == number)) for number in range(len(centroids)))
 
 
 def require_rows(count: int, name: str) -> None:
@@ -203,7 +210,9 @@ def delete_database(root: Root, name: str) -> None:
 def train_partition_centroids(sample: AnyVectors, config: IndexConfig, rows: int = 0) -> Vectors:
     """Balanced centroids (partitions, dim) for a database of `rows` rows; 0: the sample is all of them."""
     count = min(config.num_partitions(rows or len(sample)), len(sample))
-    return train_centroids(sample[centroid_sample(len(sample), config.seed)], count, config.seed, balanced=True)
+    if len(sample) > CENTROID_SAMPLE_ROWS:
+        sample = sample[centroid_sample(len(sample), config.seed)]
+    return train_centroids(sample, count, config.seed, balanced=True)
 
 
 def centroid_sample(rows: int, seed: int) -> npt.NDArray[np.int64]:

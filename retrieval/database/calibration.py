@@ -107,15 +107,22 @@ def _calibration(database: Database, units: Vectors, query_positions: Positions)
     if database.is_exact:
         return [asdict(_exact_effort(database, k)) for k in ks]
     order = np.random.default_rng(0).permutation(len(units))  # the first of them are then a fair sample
-    queries = find_truth(database, units[order], query_positions[order], ks[-1])
+    groups = _groups(ks, len(units))
+    most = np.array([max(group[-1] for count, group in groups if number < count) for number in range(len(units))])
+    queries = find_truth(database, units[order], query_positions[order], most)
     entries: list[MeasuredEffort] = []
-    for share in FEWER_QUERIES.values():
-        group = tuple(k for k in ks if share == max(each for least, each in FEWER_QUERIES.items() if k >= least))
-        if group:
-            count = math.ceil(len(units) / share)
-            measured = _measure(database, queries.first(count, group[-1] + TIES), group)
-            entries += [entry for k in group for entry in (*_cheapest(measured[k]), _exact_effort(database, k))]
+    for count, group in groups:
+        measured = _measure(database, queries.first(count, group[-1] + TIES), group)
+        entries += [entry for k in group for entry in (*_cheapest(measured[k]), _exact_effort(database, k))]
     return [asdict(entry) for entry in entries]
+
+
+def _groups(ks: tuple[int, ...], queries: int) -> list[tuple[int, tuple[int, ...]]]:
+    """Numbers of neighbors that are measured with the same number of queries, and this number."""
+    shares = {k: max(share for least, share in FEWER_QUERIES.items() if k >= least) for k in ks}
+    return [
+        (math.ceil(queries / share), tuple(k for k in ks if shares[k] == share)) for share in sorted({*shares.values()})
+    ]
 
 
 def _measure(database: Database, queries: Queries, ks: tuple[int, ...]) -> dict[int, list[Costed]]:

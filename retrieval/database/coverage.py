@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrieval.database.database import Database
-from retrieval.database.recall import ROUNDING, exact_search
+from retrieval.database.recall import ROUNDING, exact_searches
 from retrieval.index.effort import Effort
 from retrieval.index.partition import Partition
 from retrieval.index.routing import Numbers, Vectors, route
@@ -66,12 +66,14 @@ class Queries:
         return (self.truth >= 0) & (nearest | (self.similarities >= least - ROUNDING))
 
 
-def find_truth(database: Database, units: Vectors, query_positions: Positions, k: int) -> Queries:
+def find_truth(database: Database, units: Vectors, query_positions: Positions, ks: Numbers) -> Queries:
     """The k nearest rows of each query that are no copies of it, and TIES more.
 
-    query_positions: (n,) position of each query in the database, -1 if it is no row of the database.
+    query_positions: (n,) position of each query in the database, -1 if it is no row of the database. ks: (n,) k of
+    each query.
     """
-    similarities, positions = exact_search(database, units, min(k + TIES + COPIES, len(database)))
+    k = ks.max(initial=0)
+    similarities, positions = exact_searches(database, units, np.minimum(ks + TIES + COPIES, len(database)))
     is_copy = (similarities >= COPY_SIMILARITY) | (positions == query_positions[:, None])
     copies = np.where(is_copy, positions, -1)[:, : int(is_copy.sum(axis=1).max(initial=0))]
     order = np.argsort(is_copy, axis=1, kind="stable")[:, : k + TIES]

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrieval.database.database import Database
-from retrieval.index.routing import Vectors
+from retrieval.index.routing import Numbers, Vectors
 from retrieval.index.top_k import Positions, empty_top_k, merge_top_k
 
 ROUNDING = 1e-5
@@ -20,11 +20,23 @@ def exact_search(database: Database, queries: Vectors, k: int) -> tuple[Vectors,
     queries: (n, dim) float32 unit rows. Best first, equal similarities by ascending position; (-inf, -1)
     where fewer than k rows are visible.
     """
-    results = empty_top_k(len(queries), k)
+    return exact_searches(database, queries, np.full(len(queries), k))
+
+
+def exact_searches(database: Database, queries: Vectors, ks: Numbers) -> tuple[Vectors, Positions]:
+    """As `exact_search`, for a number of rows of each query, (n,): (n, largest number), (-inf, -1) after the last.
+
+    The database is read once.
+    """
+    groups = [(int(k), np.flatnonzero(ks == k)) for k in np.unique(ks)]
+    most = int(ks.max(initial=0))
+    results = empty_top_k(len(queries), most)
     for number, partition in enumerate(database.partitions):
-        similarities, rows = partition.compare_all(queries, k)
-        positions = np.where(rows < 0, -1, rows + database.first_position(number))
-        results = merge_top_k(results, (similarities, positions), k)
+        for k, group in groups:
+            similarities, rows = partition.compare_all(queries[group], k)
+            positions = np.where(rows < 0, -1, rows + database.first_position(number))
+            best = merge_top_k((results[0][group, :k], results[1][group, :k]), (similarities, positions), k)
+            results[0][group, :k], results[1][group, :k] = best
     return results
 
 

@@ -12,8 +12,9 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
-from retrieval.index.kmeans import most_similar_centroids, train_centroids
+from retrieval.index.kmeans import near_centroids, train_centroids
 from retrieval.index.routing import AnyVectors, Numbers, Vectors
+from retrieval.kernel.row_codes import row_codes
 
 SAMPLE_PER_LIST = 32
 """Rows per list that train the centroids."""
@@ -168,10 +169,24 @@ def _add(index: Any, rows: AnyVectors, numbers: Numbers, lists: Numbers, ids: Nu
     """Add rows by number to their lists. lists: list of every row (n,); ids: ids of the added rows."""
     for start in range(0, len(numbers), BLOCK_ROWS):
         block = numbers[start : start + BLOCK_ROWS]
-        vectors = np.ascontiguousarray(rows[block], np.float32)
         block_lists = np.ascontiguousarray(lists[block])
         block_ids = np.ascontiguousarray(ids[start : start + BLOCK_ROWS])
-        index.add_core(len(block), *map(faiss.swig_ptr, (vectors, block_ids, block_lists)))
+        if (codes := row_codes(index, rows, block, block_lists)) is not None:
+            _add_codes(index, codes, block_lists, block_ids)
+        else:
+            vectors = np.ascontiguousarray(rows[block], np.float32)
+            index.add_core(len(block), *map(faiss.swig_ptr, (vectors, block_ids, block_lists)))
+
+
+def _add_codes(index: Any, codes: npt.NDArray[np.uint8], lists: Numbers, ids: Numbers) -> None:
+    """Add the codes of rows to their lists. lists, ids: (n,)."""
+    order = np.argsort(lists, kind="stable")
+    codes, ids = codes[order], ids[order]
+    numbers, starts, counts = np.unique(lists[order], return_index=True, return_counts=True)
+    for number, start, count in zip(numbers.tolist(), starts.tolist(), counts.tolist(), strict=True):
+        entries = ids[start : start + count], codes[start : start + count]
+        index.invlists.add_entries(number, count, *map(faiss.swig_ptr, entries))
+    index.ntotal += len(ids)
 
 
 def _two_lists(rows: AnyVectors, centroids: Vectors) -> tuple[Numbers, Numbers]:
@@ -180,7 +195,7 @@ def _two_lists(rows: AnyVectors, centroids: Vectors) -> tuple[Numbers, Numbers]:
     The second list minimises |s|^2 + (r . s)^2 / |r|^2 for the residuals r, s in the two lists: where r is parallel to
     a query, the row is far from the first list, and s is not (SOAR, Sun et al. 2023, with a weight of 1).
     """
-    similarities, nearest = most_similar_centroids(rows, centroids, min(NEAR_LISTS, len(centroids)))
+    similarities, nearest = near_centroids(rows, centroids, min(NEAR_LISTS, len(centroids)))
     first, others = nearest[:, 0], nearest[:, 1:]
     second = np.empty(len(nearest), np.int64)
     for start in range(0, len(centroids), LISTS_AT_ONCE):

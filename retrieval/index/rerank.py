@@ -26,6 +26,9 @@ MAX_BLOCK_SHARE = 0.25
 """A larger share of the rows is compared one by one, because blocks compare the k best a second time to rank them."""
 BLOCK_ROWS = 8_192
 """Rows of such a block: 25 MB of 768 dimensions."""
+ROWS_PER_RESULT = 64
+"""Blocks for many results have at least so many rows for each, because each block ranks as many again."""
+MAX_BLOCK_ROWS = 32_768
 STEPS = 255
 """Steps between the lowest and the highest of the 8-bit numbers."""
 
@@ -125,10 +128,11 @@ class RerankIndex:
         results = empty_top_k(count, k)
         if queries.size < MATRIX_NUMBERS:
             queries = np.concatenate([queries, np.zeros((-(-MATRIX_NUMBERS // dim) - count, dim), np.float32)])
-        buffer = np.empty((min(BLOCK_ROWS, len(self._rows)), dim), np.float32)
-        for start in range(0, len(self._rows), BLOCK_ROWS):
-            numbers = np.arange(start, min(start + BLOCK_ROWS, len(self._rows)))
-            block = chosen_rows(self._rows, slice(start, start + BLOCK_ROWS))
+        block_rows = min(max(BLOCK_ROWS, ROWS_PER_RESULT * k), MAX_BLOCK_ROWS, len(self._rows))
+        buffer = np.empty((block_rows, dim), np.float32)
+        for start in range(0, len(self._rows), block_rows):
+            numbers = np.arange(start, min(start + block_rows, len(self._rows)))
+            block = chosen_rows(self._rows, slice(start, start + block_rows))
             if visible is not None:
                 numbers = numbers[visible[numbers]]
                 block = chosen_rows(self._rows, numbers)

@@ -44,6 +44,8 @@ def library() -> ctypes.CDLL | None:
     loaded.measure.restype = number
     loaded.distances.argtypes = (pointer, pointer, number, pointer, pointer)
     loaded.search_few.argtypes = (pointer, number, number, pointer, pointer, pointer, number)
+    loaded.rank_centroids.argtypes = (pointer, number, number, number, *4 * (pointer,), number)
+    loaded.encode.argtypes = (pointer, number, pointer, pointer, pointer, number)
     loaded.count_visible.argtypes, loaded.count_visible.restype = (pointer, pointer, pointer, pointer), None
     loaded.copy_visible.argtypes, loaded.copy_visible.restype = (pointer, pointer, pointer), None
     return loaded

@@ -7,6 +7,7 @@
 
 #include <immintrin.h>
 
+#include "centroid_ranking.h"
 #include "code_scan.h"
 #include "few_rows.h"
 #include "filtered_lists.h"
@@ -14,6 +15,7 @@
 #include "inner_products.h"
 #include "lists.h"
 #include "ranking.h"
+#include "row_codes.h"
 
 #include <algorithm>
 #include <atomic>
@@ -24,7 +26,7 @@
 
 namespace {
 
-constexpr int64_t QUERIES_AT_ONCE = 4; // that a thread takes from a batch
+constexpr int64_t QUERIES_AT_ONCE = 4; // or rows that a thread takes from a batch
 constexpr int64_t FIRST_LISTS = 8;     // that a walk finds at first; twice as many each time that they do not suffice
 constexpr int64_t SPARE_CANDIDATES = 32; // that are sorted at first in addition to 2 for each result
 
@@ -258,6 +260,33 @@ int search_few(const FewRows* rows, int64_t k, int64_t count, const float* queri
         FewRowsSearch search(*rows);
         for (int64_t i = start; i < end; ++i)
             search.run(queries + i * rows->dim, k, similarities + i * k, results + i * k);
+    });
+}
+
+// Writes the codes of rows in lists, (count, bytes a row). Returns 0, or 1 without memory.
+int encode(const RowCodes* codes, int64_t count, const int64_t* rows, const int64_t* lists, uint8_t* bytes,
+           int64_t threads) {
+    const int64_t size = (codes->dim / 2 + 1) / 2;
+    return in_threads(count, threads, [&](int64_t start, int64_t end) {
+        RowEncoder encoder(*codes);
+        for (int64_t i = start; i < end; ++i) encoder.run(rows[i], lists[i], bytes + i * size);
+    });
+}
+
+// Ranks centroids for rows (count, dim) by rough products (count, centroids), float32, or bfloat16 if is_rounded. Writes
+// similarities and numbers of the k nearest, (count, k). Returns 0, or 1 without memory.
+int rank_centroids(const Centroids* centroids, int64_t count, int64_t is_rounded, int64_t k, const void* products,
+                   const float* rows, float* similarities, int64_t* numbers, int64_t threads) {
+    return in_threads(count, threads, [&](int64_t start, int64_t end) {
+        CentroidRanking ranking(*centroids);
+        for (int64_t i = start; i < end; ++i) {
+            const float* row = rows + i * centroids->dim;
+            const int64_t first = i * centroids->count;
+            if (is_rounded)
+                ranking.run<Bfloat>((const uint16_t*)products + first, row, k, similarities + i * k, numbers + i * k);
+            else
+                ranking.run<Single>((const float*)products + first, row, k, similarities + i * k, numbers + i * k);
+        }
     });
 }
 

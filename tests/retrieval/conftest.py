@@ -1,5 +1,6 @@
 """Vectors like CLIP's (clusters of unequal sizes) and databases made of them."""
 
+import ctypes
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from retrieval import Database, Root
 from retrieval.clip.identity import EncoderIdentity
 from retrieval.database.build import DatabaseIdentity, write_database
 from retrieval.index.routing import Vectors, unit
+from retrieval.kernel.library import library
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
 
@@ -66,6 +68,14 @@ def built(folder: Path, vectors: Vectors, name: str = "databases/test", **settin
     config = IndexConfig(**{"num_queries": 50, **settings})
     write_database(root, table_of(vectors), IDENTITY, config, DatabaseIdentity(name, {"source": "test"}))
     return Database.open(root.child(name))
+
+
+@pytest.fixture(scope="session")
+def compiled_library() -> ctypes.CDLL:
+    """The library of this machine. It is compiled when the first test needs it."""
+    if (loaded := library()) is None:
+        pytest.skip("no g++, or a processor without AVX2")
+    return loaded
 
 
 @pytest.fixture(scope="session", autouse=True)

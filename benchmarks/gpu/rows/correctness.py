@@ -65,8 +65,7 @@ def kmeans(day: Day) -> Values:
 
     By torch in bf16 on the device and by faiss in fp32 on the CPU.
     """
-    from retrieval.index.faiss_kmeans import FaissSample
-    from retrieval.index.kmeans import _step
+    from retrieval.index.kmeans import FaissSample, _step
     from retrieval.index.torch_products import TorchSample
 
     rows = clustered(day, 2_000 if day.tiny else 50_000, 64 if day.tiny else 256, seed=2).float()

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from retrieval import Database
-from retrieval.database.recall import confidence_interval, exact_search, recall_per_query, similarities_without
+from retrieval.database.recall import (
+    confidence_interval,
+    exact_search,
+    exact_searches,
+    recall_per_query,
+    similarities_without,
+)
 from retrieval.index import rerank
 from retrieval.index.routing import Vectors
 
@@ -20,12 +26,25 @@ def test_an_exact_search_equals_brute_force(
     database: Database, queries: Vectors, monkeypatch: pytest.MonkeyPatch, block_rows: int
 ) -> None:
     monkeypatch.setattr(rerank, "BLOCK_ROWS", block_rows)
+    monkeypatch.setattr(rerank, "ROWS_PER_RESULT", 1)
     similarities, positions = exact_search(database, queries, 12)
     products = queries @ database.embeddings().astype(np.float32).T
     exact = np.take_along_axis(products, positions, 1)
     np.testing.assert_allclose(similarities, exact, rtol=0, atol=1e-6)
     np.testing.assert_allclose(similarities, -np.sort(-products, axis=1)[:, :12], rtol=0, atol=1e-6)
     assert all(len(set(row)) == 12 for row in positions.tolist())
+
+
+def test_exact_searches_for_different_numbers_of_rows_equal_single_ones(database: Database, queries: Vectors) -> None:
+    ks = np.resize([3, 40, 12], len(queries))
+    similarities, positions = exact_searches(database, queries, ks)
+    assert similarities.shape == positions.shape == (len(queries), 40)
+    for k in (3, 12, 40):
+        expected = exact_search(database, queries[ks == k], k)
+        np.testing.assert_array_equal(similarities[ks == k, :k], expected[0])
+        np.testing.assert_array_equal(positions[ks == k, :k], expected[1])
+        assert (positions[ks == k, k:] == -1).all()
+        assert np.isneginf(similarities[ks == k, k:]).all()
 
 
 def test_an_exact_search_leaves_out_hidden_rows(database: Database, queries: Vectors) -> None:

@@ -65,6 +65,7 @@ def test_the_recall_of_a_sample_estimates_that_of_all_rows(build: Build, monkeyp
     assert recall.low < np.mean(per_query) < recall.high
     assert recall.high - recall.low < 0.05
     monkeypatch.setattr(rerank, "BLOCK_ROWS", 37)
+    monkeypatch.setattr(rerank, "ROWS_PER_RESULT", 1)
     assert measure_recall(database, RecallSample(1500, 5, recall=0.5)).mean == pytest.approx(
         np.mean(per_query), abs=1e-3
     )

@@ -240,6 +240,7 @@ def flat(tmp_path_factory: pytest.TempPathFactory, vectors: Vectors) -> Database
 def comparison(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways to compare all rows."""
     monkeypatch.setattr(rerank, "BLOCK_ROWS", 1000)
+    monkeypatch.setattr(rerank, "ROWS_PER_RESULT", 1)
     monkeypatch.setattr(rerank, "MATRIX_NUMBERS", 300 * DIM)
     monkeypatch.setattr(rerank, "MIN_BLOCK_NUMBERS", 0 if request.param == "in blocks" else 10**9)
 
