@@ -86,7 +86,7 @@ def prepare(config: TrainingRecipe, root: Root) -> TrainingPlan:
 def run(config: TrainingRecipe, root: Root) -> None:
     """Train as one of the ranks; all ranks call it. Exits with code 143 after SIGTERM and a checkpoint.
 
-    A UserError of one rank at the start is raised on all ranks.
+    An error of one rank at the start is raised on all ranks.
     """
     die_with_parent()
     if config.train.deterministic:
