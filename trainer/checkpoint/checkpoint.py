@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 
 from retrieval.errors import NodeError, UserError
 from retrieval.storage.lease import raise_if_lost
-from retrieval.storage.root import Root
-from trainer.checkpoint.fragment_files import SavedFragments, fragment_key, rank_file_name, write_fragments
+from retrieval.storage.root import FileRecord, Root
+from trainer.checkpoint.fragment_files import DIGITS, SavedFragments, by_key, rank_file_name, write_fragments
 from trainer.engine import eight_bit
 from trainer.engine.deepspeed_engine import Ranks, gloo_group, raised_on_all
 from trainer.engine.ema import AVERAGE, MovingAverage
@@ -165,11 +165,9 @@ class CheckpointFolder:
         self, engine: deepspeed.DeepSpeedEngine, averages: Sequence[MovingAverage], progress: Progress, ranks: Ranks
     ) -> None:
         """Call `finish`, then copy the present state, which a thread writes. A collective."""
-        tensors = average_tensors(averages)
-        for state in (MASTER, *moment_states(engine)):
-            for fragment in owned_fragments(engine, state, ranks):
-                tensors[fragment_key(state, fragment)] = fragment.values
-        self.save_tensors(tensors, progress, ranks)
+        states = [(average.state, average.fragments) for average in averages]
+        states += [(state, owned_fragments(engine, state, ranks)) for state in (MASTER, *moment_states(engine))]
+        self.save_tensors(by_key(states), progress, ranks)
 
     def save_tensors(self, tensors: dict[str, torch.Tensor], progress: Progress, ranks: Ranks) -> None:
         """`save` for a rank's fragments by key, with the same keys and shapes in every call."""
@@ -219,10 +217,9 @@ class CheckpointFolder:
             initialize_moments(engine, 0)
             return Progress()
         newest = entries[-1]
-        self.check_files(newest)
         progress = Progress(**{name: newest[name] for name in Progress.__dataclass_fields__})
         initialize_moments(engine, progress.updates)
-        with SavedFragments(self.root, newest["tag"], newest["files"]) as saved:
+        with self._opened(newest) as saved:
             for state in (MASTER, *moment_states(engine)):
                 fragments = local_fragments(engine, state, ranks)
                 if state in eight_bit.STATES:
@@ -238,8 +235,7 @@ class CheckpointFolder:
         self, entry: dict[str, Any], shapes: dict[str, torch.Size], states: Sequence[str] = (AVERAGE,)
     ) -> Iterator[dict[str, torch.Tensor]]:
         """Averages of the weights in an indexed checkpoint, each complete, by name, on the CPU. Not a collective."""
-        self.check_files(entry)
-        with SavedFragments(self.root, entry["tag"], entry["files"]) as saved:
+        with self._opened(entry) as saved:
             for state in states:
                 averages = {name: torch.empty(shape) for name, shape in shapes.items()}
                 for name, values in averages.items():
@@ -264,17 +260,22 @@ class CheckpointFolder:
                 self.before_publishing()
             return 0
 
+        written: list[FileRecord] = []
+
         def write() -> int:
-            size = write_fragments(self.root, f"{folder}/{rank_file_name(ranks.rank)}", self._copy)
-            return size + check()
+            written.append(write_fragments(self.root, f"{folder}/{rank_file_name(ranks.rank)}", self._copy))
+            return written[0].bytes + check()
 
         def publish() -> int:
             if ranks.is_first:
-                self._publish(progress, {rank_file_name(rank): size for rank, size in enumerate(sizes)})
+                files = {rank_file_name(rank): size for rank, size in enumerate(sizes)}
+                digests = [f"{number:0{DIGITS}x}" for number in numbers]
+                self._publish(progress, {"files": files, "digests": dict(zip(files, digests, strict=True))})
             return 0
 
         self._on_all_ranks(check, folder, ranks)  # a run that lost its lease must not write over its successor's files
         sizes = self._on_all_ranks(write, folder, ranks)
+        numbers = self._on_all_ranks(lambda: int(written[0].sha256[:DIGITS], 16), folder, ranks)
         self._on_all_ranks(publish, folder, ranks)
 
     def _on_all_ranks(self, work: Callable[[], int], folder: str, ranks: Ranks) -> list[int]:
@@ -298,9 +299,9 @@ class CheckpointFolder:
             )
         return values
 
-    def _publish(self, progress: Progress, files: dict[str, int]) -> None:
+    def _publish(self, progress: Progress, files: dict[str, dict[str, Any]]) -> None:
         """Add a checkpoint to the index, then delete the old ones that are no longer kept."""
-        entry = {"tag": f"step-{progress.step:08d}", **asdict(progress), "files": files}
+        entry = {"tag": f"step-{progress.step:08d}", **asdict(progress), **files}
         entries = [*(old for old in self.entries() if old["step"] < progress.step), entry]
         permanent = [old for old in entries if self.keep_every and old["step"] % self.keep_every == 0]
         kept = [old for old in entries if old in permanent or old in entries[-self.keep :]]
@@ -319,22 +320,23 @@ class CheckpointFolder:
         for file, size in entry["files"].items():
             name = f"{entry['tag']}/{file}"
             if sizes.get(name) != size:
-                earlier = [other["step"] for other in self.entries() if other["step"] < entry["step"]]
-                way = f"delete {self.root.url} to start over"
-                if earlier:
-                    index = self.root.at(INDEX)
-                    way = f"delete the entry of {entry['tag']} in {index} to go on from step {earlier[-1]:,}"
                 raise UserError(
                     f"{self.root.at(name)} should have {size:,} bytes, has {sizes.get(name, 0):,}: the checkpoint is "
-                    f"damaged, or a training that runs has deleted it. Restore the file, or {way}."
+                    f"damaged, or a training that runs has deleted it. {self._advice(entry)}"
                 )
 
+    def _opened(self, entry: dict[str, Any]) -> SavedFragments:
+        """The files of a checkpoint. Raises UserError as `check_files`, and later for a file with another digest."""
+        self.check_files(entry)
+        return SavedFragments(self.root, entry["tag"], entry["files"], entry.get("digests"), self._advice(entry))
 
-def average_tensors(averages: Sequence[MovingAverage]) -> dict[str, torch.Tensor]:
-    """The fragments of averages by their keys in a file."""
-    return {
-        fragment_key(average.state, fragment): fragment.values for average in averages for fragment in average.fragments
-    }
+    def _advice(self, entry: dict[str, Any]) -> str:
+        """What to do about a damaged file of a checkpoint."""
+        earlier = [other["step"] for other in self.entries() if other["step"] < entry["step"]]
+        if not earlier:
+            return f"Restore the file, or delete {self.root.url} to start over."
+        index = self.root.at(INDEX)
+        return f"Restore the file, or delete the entry of {entry['tag']} in {index} to go on from step {earlier[-1]:,}."
 
 
 def _differences(stored: dict[str, Any], current: dict[str, Any]) -> dict[str, str]:

@@ -4,7 +4,7 @@ A key `<state>/<parameter>@<start>` names the elements of its tensor. A reader r
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
@@ -14,11 +14,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from retrieval.errors import UserError
-from retrieval.storage.root import Root
+from retrieval.storage.root import FileRecord, Root, file_sha256
 from trainer.engine.fragments import Fragment
 
 Slices = list[tuple[int, int, str, str]]
 """First element, index after the last, key and file of each fragment of one parameter's state."""
+DIGITS = 15
+"""Hex digits of a file's digest, so that ranks can gather it as an int64."""
 
 
 def fragment_key(state: str, fragment: Fragment) -> str:
@@ -29,11 +31,16 @@ def rank_file_name(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def write_fragments(root: Root, name: str, values: dict[str, torch.Tensor]) -> int:
-    """Write a rank's fragments by key. values: on the CPU. Returns the size in bytes."""
+def by_key(states: Iterable[tuple[str, Sequence[Fragment]]]) -> dict[str, torch.Tensor]:
+    """The fragments of states, such as averages, by their keys in a file. states: with their names."""
+    return {fragment_key(state, fragment): fragment.values for state, fragments in states for fragment in fragments}
+
+
+def write_fragments(root: Root, name: str, values: dict[str, torch.Tensor]) -> FileRecord:
+    """Write a rank's fragments by key. values: on the CPU."""
     with root.writing(name) as pending:
         save_file(values, pending.path)
-    return pending.record.bytes
+    return pending.record
 
 
 class SavedFragments:
@@ -43,8 +50,12 @@ class SavedFragments:
     Files of an object store are copied to the local disk when a fragment of them is needed.
     """
 
-    def __init__(self, root: Root, folder: str, files: Iterable[str]) -> None:
+    def __init__(
+        self, root: Root, folder: str, files: Iterable[str], digests: Mapping[str, str] | None = None, advice: str = ""
+    ) -> None:
+        """digests: first DIGITS of each file's SHA-256; earlier versions stored none. advice: if one differs."""
         self._root, self._folder = root, folder
+        self._digests, self._advice = digests or {}, advice
         self._resources = ExitStack()
         self._files: dict[str, Any] = {}
         self._slices: dict[str, Slices] = {}
@@ -86,6 +97,10 @@ class SavedFragments:
     def _file(self, name: str) -> Any:
         if name not in self._files:
             path = self._resources.enter_context(self._root.local(name))
+            wanted = self._digests.get(name.removeprefix(f"{self._folder}/"))
+            if wanted and (found := file_sha256(path)[:DIGITS]) != wanted:
+                message = f"{self._root.at(name)} is damaged: its SHA-256 begins with {found}, expected {wanted}."
+                raise UserError(f"{message} {self._advice}")
             self._files[name] = self._resources.enter_context(safe_open(path, "pt"))
         return self._files[name]
 

@@ -18,8 +18,9 @@ from retrieval.storage import schema
 from retrieval.storage.lease import lease, raise_if_lost
 from retrieval.storage.manifest import fingerprint, read_manifest
 from retrieval.storage.root import Root
-from trainer.checkpoint.checkpoint import INDEX, CheckpointFolder, Progress, average_tensors
+from trainer.checkpoint.checkpoint import INDEX, CheckpointFolder, Progress
 from trainer.checkpoint.export import export_run
+from trainer.checkpoint.fragment_files import by_key
 from trainer.data.plan import TrainingPlan
 from trainer.engine.deepspeed_engine import Ranks
 from trainer.engine.power_ema import PowerAverage, Profile, combine, state_of
@@ -49,7 +50,8 @@ class Snapshots:
 
     def save(self, progress: Progress, ranks: Ranks) -> None:
         """Copy the present averages, which a thread writes. A collective."""
-        halves = {key: values.half() for key, values in average_tensors(self.averages).items()}
+        states = ((average.state, average.fragments) for average in self.averages)
+        halves = {key: values.half() for key, values in by_key(states).items()}
         self.folder.save_tensors(halves, progress, ranks)
 
 

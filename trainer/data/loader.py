@@ -25,7 +25,7 @@ from retrieval.errors import UserError
 from retrieval.file_cache import FileCache
 from retrieval.storage.root import Root
 from trainer.data.batch_order import make_batch_order
-from trainer.data.plan import TrainingPlan
+from trainer.data.plan import TrainingPlan, check_table
 from trainer.data.sample_order import NEIGHBORS, REPLACEMENTS, SAMPLE_NOISE, SampleLocation, rank_slots
 from trainer.data.shards import ImageShard, LatentShard, ShardCache
 from trainer.data.timesteps import draw_timestep, timestep_distribution
@@ -87,13 +87,21 @@ class Loader:
         self._step = 0
         """The last step whose batch was begun."""
         # Two per lane: a thread may open the next shard of a lane while another still reads the previous one.
-        self._shards = ShardCache(self._opener(files), 2 * self._lanes + self._ahead + self._train.workers)
+        self._shards = ShardCache(self._opener(plan, files), 2 * self._lanes + self._ahead + self._train.workers)
 
-    def _opener(self, files: FileCache) -> Callable[[int], Shard]:
+    def _opener(self, plan: TrainingPlan, files: FileCache) -> Callable[[int], Shard]:
         training_set, seed = self._training_set, self._train.seed
-        if training_set.source == "latents":
-            return lambda number: LatentShard(files, training_set, training_set.shards[number])
-        return lambda number: ImageShard(files, training_set, seed, training_set.shards[number])
+
+        def open_shard(number: int) -> Shard:
+            name = training_set.shards[number]
+            try:
+                if training_set.source == "latents":
+                    return LatentShard(files, training_set, name)
+                return ImageShard(files, training_set, seed, name)
+            finally:
+                check_table(plan, files.root, number)  # its error explains any other error of a changed shard
+
+        return open_shard
 
     def shard(self, number: int) -> Shard:
         """The shard with this index in the training set, including its held-out rows."""

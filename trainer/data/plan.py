@@ -11,7 +11,7 @@ from typing import Any
 
 from retrieval.errors import UserError
 from retrieval.storage import schema
-from retrieval.storage.manifest import Manifest, files_exist, fingerprint, read_manifest
+from retrieval.storage.manifest import Manifest, files_exist, fingerprint, read_manifest, read_record
 from retrieval.storage.root import Root
 from retrieval.storage.schema import Reason
 from trainer.data.aspect import Shape, bucket_shapes
@@ -40,6 +40,8 @@ class TrainingSet:
     views: int
     size: int
     flip: bool
+    tables: tuple[str, ...]
+    """Digest of the neighbor table of each shard."""
     aspect_step: int = 0
 
     @cached_property
@@ -112,6 +114,26 @@ def is_finished(plan: TrainingPlan, root: Root) -> bool:
     return manifest.fingerprint == plan.fingerprint and files_complete
 
 
+def check_table(plan: TrainingPlan, root: Root, number: int) -> None:
+    """Raise UserError if the neighbor table of a shard may have changed since the plan was made.
+
+    Call it after the table was read: a removal of images deletes the record of a table before it replaces the table.
+    """
+    stored = read_record(root, "neighbors", plan.training_set.shards[number])
+    if stored and stored[1].digest == plan.training_set.tables[number]:
+        return
+    manifest = root.find_json("neighbors/manifest.json")
+    if manifest and manifest["fingerprint"] == plan.upstream["neighbors"]:
+        return
+    shard, folder = plan.training_set.shards[number], root.at(plan.config.train.folder)
+    raise UserError(
+        f"{root.at('neighbors')}: the table of shard {shard} has changed since the start of this training, by "
+        f"'make optout' or 'make neighbors'. The checkpoints in {folder} belong to the former tables. When that "
+        f"command is finished, train with another train.name, or with train.restart = true, which deletes them. To "
+        f"start with their weights, import this folder ('make convert FROM=') and set train.start_from."
+    )
+
+
 def _initial_run(config: TrainingRecipe, root: Root, neighbors: Manifest, autoencoder: str) -> Manifest:
     """Manifest of the run of train.start_from. Raises UserError if its model, autoencoder or CLIP encoder differs."""
     folder = f"runs/{config.train.start_from}/train"
@@ -150,6 +172,7 @@ def _training_set(
         views=views,
         size=config.train.size,
         flip=config.train.flip,
+        tables=tuple(shard.digest for shard in shards),
         aspect_step=config.train.aspect_step,
     )
 

@@ -77,26 +77,34 @@ def gloo_group(timeout_minutes: int) -> Any:
 
 @contextmanager
 def raised_on_all(ranks: Ranks) -> Iterator[None]:
-    """If the block raises UserError on some ranks, raise one on all; a NodeError stays one. A collective.
+    """If the block fails on some ranks, raise an error on all that names the first of these. A collective.
 
+    The rank that failed raises its own error. The others raise NodeError or UserError if it did, else RuntimeError.
     Ranks that went on alone would wait for the others until the timeout. So would an error before a collective of the
     block.
     """
-    error = None
     try:
         yield
-    except UserError as raised:
-        error = raised
-    problems: list[tuple[str, type[UserError]] | None] = [None] * ranks.world
-    if ranks.world > 1:
-        kind = NodeError if isinstance(error, NodeError) else UserError
-        dist.all_gather_object(problems, None if error is None else (str(error), kind))
-    if error is not None:
-        raise error
-    for rank, problem in enumerate(problems):
+    except Exception as error:
+        _gather_problems(error, ranks)  # if this fails too, its traceback shows both
+        raise
+    for rank, problem in enumerate(_gather_problems(None, ranks)):
         if problem is not None:
             message, kind = problem
             raise kind(f"rank {rank}: {message}")
+
+
+def _gather_problems(error: Exception | None, ranks: Ranks) -> list[tuple[str, type[Exception]] | None]:
+    """Message and type of the errors of all ranks; None for those without an error. A collective."""
+    problem: tuple[str, type[Exception]] | None = None
+    if isinstance(error, UserError):
+        problem = str(error), NodeError if isinstance(error, NodeError) else UserError
+    elif error is not None:
+        problem = f"{type(error).__name__}: {error}. The log of this rank has the traceback.", RuntimeError
+    problems: list[tuple[str, type[Exception]] | None] = [problem] * ranks.world
+    if ranks.world > 1:
+        dist.all_gather_object(problems, problem)
+    return problems
 
 
 def use_deterministic_algorithms() -> None:

@@ -48,16 +48,24 @@ class PseudoQueries:
         """Raises UserError if the stage `neighbors` did not finish."""
         self._root = root
         self._manifest = read_manifest(root, "neighbors")
+        self._hidden = hidden_ids(root.child("index"))
         self.files = [file.name for shard in self._manifest.shards for file in shard.files]
+
+    def newest(self) -> "PseudoQueries":
+        """These, or those of the present tables and hidden images if they changed. Raises as the constructor does."""
+        stored = self._root.find_json("neighbors/manifest.json")
+        is_same = stored is not None and stored["fingerprint"] == self._manifest.fingerprint
+        is_same = is_same and np.array_equal(hidden_ids(self._root.child("index")), self._hidden)
+        return self if is_same else PseudoQueries(self._root)
 
     @cached_property
     def ranking(self) -> pa.Table:
-        """FREQUENCY table without hidden images. Counts once for each version of the neighbor tables."""
+        """FREQUENCY table without the hidden images. Counts once for each version of the neighbor tables."""
         table = _stored(self._root, self._manifest)
         if table is None:
             table = _count_all(self._root, self.files)
             _store(self._root, self._manifest, table)
-        hidden = np.isin(table[schema.IMAGE_ID].to_numpy(), hidden_ids(self._root.child("index")))
+        hidden = np.isin(table[schema.IMAGE_ID].to_numpy(), self._hidden)
         return table.filter(pa.array(~hidden))
 
     def draw(self, seed: int, top_m: float = 1.0) -> tuple[int, Vectors]:

@@ -151,8 +151,8 @@ class Sampler:
                 self.database(name)
             for image in request.images:
                 self._check_image(image)
-            if request.mode == "unconditional":
-                self._pseudo_queries  # noqa: B018 - raises an error early if the neighbor tables are missing
+        if any(request.mode == "unconditional" for request in requests):
+            self._pseudo_queries = self._pseudo_queries.newest()  # without images that were hidden since
 
     def _check_image(self, image: ImageQuery) -> None:
         shape, dim = image.embedding.shape, self.encoder.identity.dim

@@ -86,7 +86,7 @@ def prepare(config: TrainingRecipe, root: Root) -> TrainingPlan:
 def run(config: TrainingRecipe, root: Root) -> None:
     """Train as one of the ranks; all ranks call it. Exits with code 143 after SIGTERM and a checkpoint.
 
-    A UserError of one rank at the start is raised on all ranks.
+    An error of one rank at the start or in the export is raised on all ranks.
     """
     die_with_parent()
     if config.train.deterministic:
@@ -135,13 +135,14 @@ def _train(plan: TrainingPlan, root: Root, ranks: Ranks, termination: Terminatio
     # All ranks must iterate over the averages; only rank 0 keeps them.
     gathered = session.average.gather(shapes) if completed else ()
     weights = {name: weight for name, weight in gathered if ranks.is_first}
-    if session.training_log and files:
-        session.training_log.close()
-        raise_if_lost()
-        files.send()
-        if completed:
-            numbers = summarize(read_step_metrics(files.path / METRICS))
-            export_run(plan, root, weights, numbers, time.monotonic() - began)
+    with raised_on_all(ranks):
+        if session.training_log and files:
+            session.training_log.close()
+            raise_if_lost()
+            files.send()
+            if completed:
+                numbers = summarize(read_step_metrics(files.path / METRICS))
+                export_run(plan, root, weights, numbers, time.monotonic() - began)
     leave_ranks(session.engine)
     return completed
 

@@ -109,7 +109,7 @@ def test_every_figure_and_experiment_is_stored(finished):
     assert [(row["guidance"], row["k"]) for row in results["tradeoff"]["settings"]] == [(1.0, 4), (2.0, 4)]
     assert [row["database"] for row in results["times"]] == [*NAMES, "index"]
     assert [row["rows"] for row in results["times"]] == [24, 24, 24, 72]
-    assert [row["name"] for row in results["copying"]] == ["neighbors_clip", "training_clip"]
+    assert [row["name"] for row in results["copying"]] == ["database_clip", "training_clip"]
     assert "neighbors" in results["held_out"]["left_out"]
     assert results["tables"]["modes"]["shuffled"]["samples"] == 12
 
@@ -233,7 +233,7 @@ def test_a_control_that_keeps_the_style_is_a_missed_verdict(finished):
     by_name = {verdict.about: verdict.met for verdict in verdicts(results)}
     assert by_name["Style accuracy with the database's neighbors, gain over no neighbors"]
     assert not by_name["Negative control: neighbors of another style and prompt"]
-    assert not by_name["Share of samples nearer than 99% of real images: to their own neighbors, CLIP"]
+    assert not by_name["Share of samples nearer than 99% of real images: to the nearest row of their database, CLIP"]
 
 
 def test_a_verdict_is_missed_only_if_its_interval_says_so(finished):

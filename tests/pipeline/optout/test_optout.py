@@ -30,6 +30,12 @@ from retrieval.storage import schema
 from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, write_manifest
 from tests.pipeline.conftest import Picture, write_download
 from tests.pipeline.shards_in_process import shards_in_process
+from tests.trainer.tiny_run import tiny_autoencoder
+from tests.trainer.training_set import make_recipe
+from trainer.data.loader import Loader
+from trainer.data.plan import TrainingPlan, make_plan
+from trainer.model.autoencoder import Autoencoder
+from trainer.model.recipe import ModelConfig
 
 CONFIG = NeighborsConfig(k=4, near_copy_similarity=0.999, recall_sample=0, workers=1)
 ENCODER = EncoderIdentity(model="none", weights="0" * 16, preprocessing="", dim=16)
@@ -99,6 +105,39 @@ def in_process_shards() -> Iterator[None]:
 def neighbor_ids(root: Root, shard: str) -> dict[int, list[int]]:
     table = schema.read_table(root, f"neighbors/{shard}.parquet", schema.neighbors(4, 16))
     return dict(zip(table[schema.IMAGE_ID].to_pylist(), table[schema.NEIGHBOR_IDS].to_pylist(), strict=True))
+
+
+def plan_of(root: Root, folder: Path) -> TrainingPlan:
+    """A training on the pictures and the neighbor tables."""
+    model = ModelConfig(latent_channels=4, context_dim=16, channels=(32, 32), attention=(2,), layers=1)
+    autoencoder = tiny_autoencoder(folder)
+    settings = {"source": "images", "size": 32, "global_batch": 4}
+    recipe = make_recipe("", **settings).model_copy(update={"model": model, "autoencoder": autoencoder})
+    return make_plan(recipe, root, Autoencoder.load(autoencoder, "cpu"))
+
+
+@pytest.mark.usefixtures("in_process_shards")
+def test_a_training_reads_on_in_unchanged_tables_and_ends_at_a_changed_one(root: Root, tmp_path: Path) -> None:
+    plan = plan_of(root, tmp_path)
+    before = Loader(plan, root, 0, 1).shard(1).context
+    (tmp_path / "list.txt").write_text(pictures_of("train/00000")[2].url)
+    optout.run(read_blocklist(str(tmp_path / "list.txt")), root)  # drops a row of the first shard
+    loader = Loader(plan, root, 0, 1)
+    np.testing.assert_array_equal(loader.shard(1).context, before)
+    with pytest.raises(UserError, match=r"shard 00000 has changed since the start of this training.*train\.name"):
+        loader.shard(0)
+
+    # A table with as many rows as before, of which one has other neighbors.
+    plan = plan_of(root, tmp_path)
+    neighbors_0 = {row for ids in neighbor_ids(root, "00000").values() for row in ids}
+    only_1 = {row for ids in neighbor_ids(root, "00001").values() for row in ids} - neighbors_0
+    (tmp_path / "more.txt").write_text(f"{min(only_1)}")
+    optout.run(read_blocklist(str(tmp_path / "more.txt")), root)
+    assert len(neighbor_ids(root, "00001")) == plan.training_set.rows[1]
+    loader = Loader(plan, root, 0, 1)
+    loader.shard(0)
+    with pytest.raises(UserError, match=r"shard 00001 has changed since the start of this training"):
+        loader.shard(1)
 
 
 def write_list(root: Root, tmp_path: Path) -> tuple[Blocklist, list[int]]:

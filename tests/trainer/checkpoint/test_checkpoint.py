@@ -178,3 +178,15 @@ def test_the_error_for_a_damaged_checkpoint_names_the_earlier_one(process_group:
         checkpoints.check_files(second)
     with pytest.raises(UserError, match=r"or delete .*checkpoints to start over"):
         checkpoints.check_files(first)
+
+
+def test_a_checkpoint_with_a_changed_byte_is_not_read(process_group: None, checkpoints: CheckpointFolder) -> None:
+    checkpoints.save_tensors({KEY: torch.zeros(3)}, Progress(1), ONE_RANK)
+    checkpoints.finish()
+    entry, shapes = checkpoints.entries()[0], {"w": torch.Size([3])}
+    path = checkpoints.root.local_path("step-00000001/rank-00000.safetensors")
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(UserError, match=r"rank-00000\.safetensors is damaged: its SHA-256 .* to start over"):
+        list(checkpoints.read_averages(entry, shapes, ["master"]))
+    del entry["digests"]  # as in checkpoints of earlier versions
+    assert list(checkpoints.read_averages(entry, shapes, ["master"]))

@@ -113,9 +113,9 @@ def test_a_snapshot_is_opened_once_for_all_its_widths(
     snapshots.finish()
     opened: list[str] = []
 
-    def open_fragments(root: Root, folder: str, files: dict[str, int]) -> SavedFragments:
+    def open_fragments(root: Root, folder: str, *rest: Any) -> SavedFragments:
         opened.append(folder)
-        return SavedFragments(root, folder, files)
+        return SavedFragments(root, folder, *rest)
 
     monkeypatch.setattr("trainer.checkpoint.checkpoint.SavedFragments", open_fragments)
     averages = snapshots.read_averages(snapshots.entries()[0], {"w": torch.Size([3])}, ["a", "b"])

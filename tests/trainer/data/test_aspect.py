@@ -1,6 +1,7 @@
 """Aspect-ratio buckets: their shapes, the bucket of an image, and batches from latents and pictures."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,10 +35,12 @@ from trainer.data.batch_order import BatchOrder, bucket_rows
 from trainer.data.latents import make_shard_encoder, manifest_values
 from trainer.data.loader import Loader
 from trainer.data.sample_order import SampleOrder
+from trainer.evaluation.paper.held_out import held_out_losses
 from trainer.model.autoencoder import Autoencoder
 from trainer.recipe import LatentsConfig
 from trainer.tracking.training_log import METRICS, VALIDATION, ValidationMetrics, read_entries, read_step_metrics
-from trainer.training.validation import held_out_rows, parts_of_one_shape, read_held_out
+from trainer.training.objective import Objective
+from trainer.training.validation import fixed_batch, held_out_rows, parts_of_one_shape, read_held_out
 
 STEP = 16
 SIZES = ((96, 80), (60, 100), (300, 100))
@@ -237,6 +240,25 @@ def test_held_out_images_of_one_shape_are_read_together(bucketed: Root, autoenco
         held_out = read_held_out(plan, loader, [rows[index] for index in part], None)
         [bucket] = {bucket_of(image_id) for image_id in held_out.image_ids.tolist()}
         assert held_out.latent_shape[1:] == tuple(edge // 8 for edge in bucket_shapes(64, STEP)[bucket])
+
+
+def test_the_effect_of_neighbors_on_held_out_images_is_measured_in_all_shapes(
+    bucketed: Root, autoencoder_folder: str
+) -> None:
+    plan = plan_of(autoencoder_folder, bucketed, aspect_step=STEP, validation_images=7)
+    loader, autoencoder = Loader(plan, bucketed, 0, 1), Autoencoder.load(plan.config.autoencoder, "cpu")
+    objective = Objective(plan.config.diffusion, None, torch.device("cpu"))
+
+    class Sum(torch.nn.Linear):
+        def forward(self, x_t: torch.Tensor, _: torch.Tensor, context: torch.Tensor, **__: Any) -> tuple[torch.Tensor]:
+            return (x_t + context.mean(dim=(1, 2)).view(-1, 1, 1, 1),)
+
+    losses = held_out_losses(Sum(1, 1), plan, loader, autoencoder, 4)
+    for index, row in enumerate(held_out_rows(plan.training_set)):
+        image = read_held_out(plan, loader, [row], None)
+        for draw in range(4):
+            alone = objective(Sum(1, 1), fixed_batch(image, [4 * index + draw], plan), torch.float32)
+            assert losses["true"][index, draw] == pytest.approx(alone.item(), rel=1e-5)
 
 
 def test_a_run_with_buckets_validates_and_draws_on_any_number_of_ranks(bucketed: Root, autoencoder_folder: str) -> None:

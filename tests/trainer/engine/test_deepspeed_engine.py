@@ -103,6 +103,6 @@ def test_two_ranks_send_what_the_guide_counts(tmp_path: Path) -> None:
     assert code == 0, log
 
 
-def test_the_error_of_one_rank_is_raised_on_all_and_stays_a_fault_of_a_node(tmp_path: Path) -> None:
+def test_any_error_of_one_rank_is_raised_on_all_and_stays_a_fault_of_a_node(tmp_path: Path) -> None:
     code, log = fork(["failing_rank"], tmp_path / "log", ranks=2)
     assert code == 0, log

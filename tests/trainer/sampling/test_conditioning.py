@@ -13,7 +13,7 @@ from retrieval.database.database import Database
 from retrieval.errors import UserError
 from retrieval.index.hidden import HIDDEN_FOLDER, hide
 from retrieval.storage import schema
-from retrieval.storage.manifest import Manifest, ShardRecord, write_manifest
+from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, write_manifest
 from retrieval.storage.root import Root
 from tests.trainer.tiny_run import DIM, pictures_of, write_run
 from trainer.model.context import unit_rows
@@ -168,6 +168,26 @@ def test_a_hidden_image_is_never_drawn(sampler, retrieved):
         assert retrieved[0] not in {draws.draw(seed)[0] for seed in range(50)}
     finally:
         index.delete(HIDDEN_FOLDER)
+
+
+def test_a_sampler_that_runs_draws_no_image_that_is_hidden_later_and_reads_new_tables(sampler, retrieved):
+    requests = [request(prompt="", mode="unconditional", seed=seed) for seed in range(50)]
+    drawn = [{item.pseudo_query for batch in sampler.plan(requests) for item in batch.items}]
+    index = sampler.root.child("index")
+    hide(index, [retrieved[0]])
+    try:
+        drawn.append({item.pseudo_query for batch in sampler.plan(requests) for item in batch.items})
+    finally:
+        index.delete(HIDDEN_FOLDER)
+    assert drawn == [set(retrieved), set(retrieved[1:])]
+
+    tables = read_manifest(sampler.root, "neighbors")
+    try:
+        sampler.root.delete("neighbors/00001.parquet")
+        write_manifest(sampler.root, dataclasses.replace(tables, shards=tables.shards[:1], fingerprint="m" * 16))
+        assert sampler.plan(requests)
+    finally:
+        write_neighbors(sampler.root, sampler)
 
 
 def test_mode_unconditional_conditions_only_on_neighbors_of_a_pseudo_query(sampler, retrieved):

@@ -61,6 +61,18 @@ def test_all_ranks_end_with_the_error_of_rank_0_that_cannot_publish_a_checkpoint
     assert not training_set.exists("runs/tiny/train/checkpoints/checkpoints.json")
 
 
+def test_all_ranks_end_with_the_error_of_rank_0_that_cannot_write_the_model(
+    training_set: Root, autoencoder_folder: str, tmp_path: Path
+) -> None:
+    recipe = make_recipe(autoencoder_folder, steps=2, micro_batch=4, timeout_minutes=10)
+    (tmp_path / "recipe.json").write_text(recipe.model_dump_json())
+    argv = ["unexported_rank", str(tmp_path / "recipe.json"), training_set.url]
+    code, log = fork(argv, tmp_path / "log", ranks=2)
+    assert code == 1, log
+    assert "[rank0]: OSError: No space left on device" in log
+    assert "[rank1]: RuntimeError: rank 0: OSError: No space left on device" in log
+
+
 def test_a_network_that_cannot_publish_checkpoints_ends_a_run_before_its_first_step(
     training_set: Root, autoencoder_folder: str, tmp_path: Path
 ) -> None:

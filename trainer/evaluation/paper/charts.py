@@ -22,11 +22,14 @@ MODE_LABELS = LABELS | {
     OTHER_PROMPT: "control: the style's database, neighbors of another prompt",
 }
 TITLES = {
+    "database_clip": "to the nearest row of their database, CLIP",
+    "database_hash": "to the nearest row of their database, perceptual hash",
     "neighbors_clip": "to their own neighbors, CLIP",
     "neighbors_hash": "to their own neighbors, perceptual hash",
     "training_clip": "to the nearest training image, CLIP",
     "training_hash": "to the nearest training image, perceptual hash",
 }
+"""Earlier versions stored the distances to the neighbors, of which a sample has fewer than a real image has others."""
 REAL, CONTROL = "#c9c4ba", "#b3574a"
 OURS = COLORS[RETRIEVAL]
 

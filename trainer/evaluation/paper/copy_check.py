@@ -1,4 +1,4 @@
-"""Compares samples with the real images that they could be copies of: their neighbors and training images.
+"""Compares samples with the real images that they could be copies of: those of their database and of the training set.
 
 Reads the stored samples, the style databases with their pictures, and training images; writes no files.
 Perceptual hashes and contact sheets of the closest pairs need the pictures, CLIP distances do not.
@@ -28,7 +28,7 @@ NearestAndReal = tuple[Nearest, Distances]
 """The nearest real image of each sample, and distances of real images to their nearest other."""
 Pairs = Sequence[tuple[int, int]]
 """(number of a sample, row of its nearest real image)."""
-ROW_LABELS = {"neighbors": "nearest of its neighbors", "training": "nearest training image"}
+ROW_LABELS = {"database": "nearest of its database", "training": "nearest training image"}
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,13 @@ class GeneratedSamples:
         return open_picture(self.root, self.names[number])
 
 
-class NeighborImages:
-    """The neighbors that conditioned each sample. Real images: rows of the style databases."""
+class DatabaseImages:
+    """Rows of the style database of each sample, with the neighbors that conditioned it. They are also the real images.
 
-    name = "neighbors"
+    A sample is compared with as many rows as a real image with others: minima over more rows are smaller.
+    """
+
+    name = "database"
 
     def __init__(self, databases: dict[str, Database], folder: str, max_rows: int, seed: int) -> None:
         """folder: with the styles' pictures, or empty; max_rows: real images per database."""
@@ -62,37 +65,52 @@ class NeighborImages:
             style: np.sort(np.random.default_rng([seed, *style.encode()]).permutation(visible_positions(db))[:max_rows])
             for style, db in databases.items()
         }
+        self._ids = {style: db.ids_at(self._rows[style]) for style, db in databases.items()}
 
     def by_clip(self, samples: GeneratedSamples) -> NearestAndReal:
-        """CLIP distances to the nearest of each sample's neighbors."""
-        real = [_to_nearest_other(db.rows_at(self._rows[style])[1]) for style, db in self._databases.items()]
-        neighbors = [conditioned.context[1:] for conditioned in samples.conditioned]
-        return nearest_per_query(samples.features, neighbors), np.concatenate(real)
+        """CLIP distances to the nearest of each sample's neighbors and other rows of its database."""
+        real = {style: unit_rows(db.rows_at(self._rows[style])[1]) for style, db in self._databases.items()}
+        candidates = (
+            np.concatenate([unit_rows(conditioned.context[1:]), real[style][self._others(style, conditioned)]])
+            for style, conditioned in zip(samples.styles, samples.conditioned, strict=True)
+        )
+        distances = [_to_nearest_other(rows) for rows in real.values()]
+        return nearest_per_query(samples.features, candidates), np.concatenate(distances)
 
     def by_hash(self, samples: GeneratedSamples) -> NearestAndReal | None:
         """The same for perceptual hashes; None unless the folder has all pictures."""
-        neighbors = [
-            self._paths(style, [neighbor.url for neighbor in conditioned.neighbors])
-            for style, conditioned in zip(samples.styles, samples.conditioned, strict=True)
-        ]
-        real = [
-            self._paths(style, database.metadata_at(self._rows[style])["url"].to_pylist())
-            for style, database in self._databases.items()
-        ]
-        distinct = {path for paths in (*neighbors, *real) for path in paths}
+        candidates = [self._candidates(samples, i) for i in range(len(samples.names))]
+        real = [self._paths(style, urls) for style, urls in self._urls.items()]
+        distinct = {path for paths in (*candidates, *real) for path in paths}
         if None in distinct:
             return None
         hashes = {path: hash_row(_open_file(path)) for path in tqdm(distinct, "style pictures") if path}
-        of_neighbors, of_real = (
-            [np.stack([hashes[path] for path in paths if path]) for paths in part] for part in (neighbors, real)
+        of_samples, of_real = (
+            (np.stack([hashes[path] for path in paths if path]) for paths in part) for part in (candidates, real)
         )
         distances = np.concatenate([_to_nearest_other(rows) for rows in of_real])
-        return nearest_per_query(samples.hashes, of_neighbors), distances
+        return nearest_per_query(samples.hashes, of_samples), distances
 
     def pictures(self, pairs: Pairs, samples: GeneratedSamples) -> list[Image.Image | None]:
         """The real picture of each pair from the folder; None if it is missing."""
-        paths = [self._paths(samples.styles[i], [samples.conditioned[i].neighbors[row].url])[0] for i, row in pairs]
+        paths = [self._candidates(samples, i)[row] for i, row in pairs]
         return [_open_file(path) if path else None for path in paths]
+
+    def _others(self, style: str, conditioned: ConditionedRequest) -> Rows:
+        """Indices of rows that a sample is compared with besides its neighbors: together one fewer than real images."""
+        ids = self._ids[style]
+        others = np.flatnonzero(~np.isin(ids, [neighbor.image_id for neighbor in conditioned.neighbors]))
+        return others[: max(0, len(ids) - 1 - len(conditioned.neighbors))]
+
+    def _candidates(self, samples: GeneratedSamples, number: int) -> list[Path | None]:
+        """The pictures that a sample is compared with, its neighbors first."""
+        style, conditioned = samples.styles[number], samples.conditioned[number]
+        others = [self._urls[style][row] for row in self._others(style, conditioned)]
+        return self._paths(style, [*(neighbor.url for neighbor in conditioned.neighbors), *others])
+
+    @cached_property
+    def _urls(self) -> dict[str, list[str]]:
+        return {style: db.metadata_at(self._rows[style])["url"].to_pylist() for style, db in self._databases.items()}
 
     def _paths(self, style: str, urls: Iterable[str]) -> list[Path | None]:
         return [style_picture(self._folder, style, url) for url in urls]
@@ -131,7 +149,7 @@ class TrainingSetImages:
         return [pictures[row] for row in rows]
 
 
-RealImages = NeighborImages | TrainingSetImages
+RealImages = DatabaseImages | TrainingSetImages
 
 
 def compare(samples: GeneratedSamples, real_images: RealImages, max_pairs: int) -> list[tuple[Comparison, Grid]]:

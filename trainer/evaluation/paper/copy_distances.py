@@ -4,7 +4,7 @@ Pure functions: take CLIP features or perceptual hashes as unit rows, return dis
 is nearer to its source than real images are to each other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +72,7 @@ def nearest(queries: Features, candidates: Features, same_rows: bool = False) ->
     return Nearest(np.maximum(np.concatenate(distances), 0), np.concatenate(rows).astype(np.int64))
 
 
-def nearest_per_query(queries: Features, candidates: Sequence[Features]) -> Nearest:
+def nearest_per_query(queries: Features, candidates: Iterable[Features]) -> Nearest:
     """The same where query i (dim,) has its own candidates i (k, dim)."""
     results = [nearest(query[None], rows) for query, rows in zip(queries, candidates, strict=True)]
     distances, rows = [result.distances[0] for result in results], [result.rows[0] for result in results]

@@ -227,7 +227,7 @@ class Experiments:
         databases = {style: self._sampler.database(style) for style in self._styles}
         max_rows = self._model.evaluate.reference_rows_per_style
         sources: list[copy_check.RealImages] = [
-            copy_check.NeighborImages(databases, config.style_pictures_folder, max_rows, config.seed)
+            copy_check.DatabaseImages(databases, config.style_pictures_folder, max_rows, config.seed)
         ]
         if (images := training_images(root, config.max_training_images, config.seed)) is not None:
             sources.append(copy_check.TrainingSetImages(root, images))

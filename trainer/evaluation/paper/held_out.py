@@ -17,7 +17,7 @@ from trainer.evaluation.intervals import Bootstrap
 from trainer.evaluation.paper.controls import derangement
 from trainer.model.autoencoder import Autoencoder
 from trainer.training.objective import QUARTILES, Objective
-from trainer.training.validation import HeldOut, fixed_batch, held_out_rows, read_held_out
+from trainer.training.validation import HeldOut, fixed_batch, held_out_rows, parts_of_one_shape, read_held_out
 
 TRUE, SHUFFLED, NONE = "true", "shuffled", "none"
 Losses = Mapping[str, npt.NDArray[np.float64]]
@@ -33,23 +33,23 @@ def held_out_losses(
     draws: timesteps per image; draw j is in quartile j % QUARTILES.
     """
     encoder = autoencoder if plan.training_set.source == "images" else None
-    images = read_held_out(plan, loader, held_out_rows(plan.training_set), encoder)
-    count = len(images.image_ids)
-    batch = fixed_batch(_repeated(images, draws), range(count * draws), plan)
+    rows = held_out_rows(plan.training_set)
+    count = len(rows)
+    parts = parts_of_one_shape(loader, rows, count)
+    images = [read_held_out(plan, loader, [rows[index] for index in part], encoder) for part in parts]
+    own = torch.cat([part.context for part in images])[np.argsort(np.concatenate(parts))]
     donors = derangement(count, np.random.default_rng([plan.config.train.seed, count]))
-    contexts = {
-        TRUE: images.context,
-        SHUFFLED: images.context[torch.from_numpy(donors)],
-        NONE: torch.zeros_like(images.context[:, :1]),
-    }
-    device = next(unet.parameters()).device
-    objective = Objective(plan.config.diffusion, None, device)
-    losses = {}
-    for name, context in contexts.items():
-        conditioned = replace(batch, context=context.repeat_interleave(draws, dim=0))
-        pieces = conditioned.split(plan.config.train.micro_batch)
-        parts = [objective(unet, piece, torch.float32).cpu() for piece in pieces]
-        losses[name] = torch.cat(parts).double().numpy().reshape(count, draws)
+    contexts = {TRUE: own, SHUFFLED: own[torch.from_numpy(donors)], NONE: torch.zeros_like(own[:, :1])}
+    objective = Objective(plan.config.diffusion, None, next(unet.parameters()).device)
+    losses = {name: np.empty((count, draws)) for name in contexts}
+    for part, of_shape in zip(parts, images, strict=True):
+        indices = [index * draws + draw for index in part for draw in range(draws)]
+        batch = fixed_batch(_repeated(of_shape, draws), indices, plan)
+        for name, context in contexts.items():
+            conditioned = replace(batch, context=context[part].repeat_interleave(draws, dim=0))
+            pieces = conditioned.split(plan.config.train.micro_batch)
+            values = [objective(unet, piece, torch.float32).cpu() for piece in pieces]
+            losses[name][part] = torch.cat(values).double().numpy().reshape(len(part), draws)
     return losses
 
 

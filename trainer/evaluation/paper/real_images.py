@@ -79,7 +79,7 @@ def training_pictures(root: Root, images: TrainingImages, rows: Sequence[int]) -
 
 def style_picture(folder: str, style: str, url: str) -> Path | None:
     """The file of a row with url `<style or union>/<path>` in folder/<style> (as the database or in words), or None."""
-    inside = url.split("/", 1)[-1]
+    inside = url.split("/", 1)[-1].lstrip("/")  # an absolute path would leave the folder
     for path in (*(Path(folder, name, inside) for name in (style, style_words(style))), Path(folder, inside)):
         if folder and ".." not in path.parts and path.is_file():
             return path

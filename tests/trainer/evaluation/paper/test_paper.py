@@ -10,9 +10,11 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance
 
+from retrieval.clip.encoder import Encoder
+from retrieval.database.database import Database
 from retrieval.errors import UserError
 from retrieval.storage.root import Root
-from tests.trainer.tiny_run import pictures_of
+from tests.trainer.tiny_run import pictures_of, write_clip, write_style_database
 from tests.trainer.training_set import make_recipe
 from trainer.data.loader import Loader
 from trainer.data.plan import make_plan
@@ -28,7 +30,7 @@ from trainer.evaluation.paper.controls import (
     random_rows,
     tables,
 )
-from trainer.evaluation.paper.copy_check import GeneratedSamples, TrainingSetImages, compare
+from trainer.evaluation.paper.copy_check import DatabaseImages, GeneratedSamples, TrainingSetImages, compare
 from trainer.evaluation.paper.copy_distances import Comparison, hash_row, nearest
 from trainer.evaluation.paper.copy_distances import summary as copy_summary
 from trainer.evaluation.paper.held_out import held_out_losses, summary
@@ -39,7 +41,7 @@ from trainer.evaluation.styles import MODES
 from trainer.model.autoencoder import Autoencoder
 from trainer.model.diffusion import alphas_bar
 from trainer.sampling.conditioning import ConditionedRequest
-from trainer.sampling.request import Request
+from trainer.sampling.request import Neighbor, Request
 
 BOOTSTRAP = Bootstrap(200, 0)
 NAMES = ("a", "b", "c")
@@ -229,6 +231,31 @@ def test_an_inserted_copy_is_the_closest_pair_by_clip_and_by_hash(tmp_path: Path
     assert compared[0][0].prompts == ("a star", "a star", "a circle")
 
 
+@pytest.mark.parametrize("norm", [1, 9])
+def test_further_real_images_are_as_near_to_their_database_as_its_images_to_each_other(tmp_path: Path, norm: int):
+    """norm: length of the tokens, which a model may take as CLIP gives them."""
+    encoder, root, pictures = Encoder(write_clip(tmp_path / "clip")), Root(tmp_path), pictures_of("green", 140)
+    write_style_database(root, "databases/green", encoder, ["green"], 100)
+    for i, picture in enumerate(pictures):
+        path = root.local_path(f"samples/{i - 100}.png" if i >= 100 else f"styles/green/example.org/green-{i}.jpg")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path, "PNG")
+    database = Database.open(root.child("databases/green"))
+    (ids, vectors), urls = database.rows_at(np.arange(4)), database.metadata_at(np.arange(4))["url"].to_pylist()
+    neighbors = tuple(Neighbor(int(each), 0.5, url, "") for each, url in zip(ids, urls, strict=True))
+    context = norm * np.concatenate([vectors[:1], vectors])
+    request = ConditionedRequest(Request("a star", database="green"), neighbors, context, np.ones(5, np.float32))
+    names = tuple(f"samples/{i}.png" for i in range(40))
+    features = encoder.encode_images(pictures[100:])
+    samples = GeneratedSamples(root, names, ("green",) * 40, features, (request,) * 40)
+    compared = compare(samples, DatabaseImages({"green": database}, str(tmp_path / "styles"), 50, 0), 2)
+    assert [comparison.name for comparison, _ in compared] == ["database_clip", "database_hash"]
+    for comparison, _ in compared:
+        assert np.median(comparison.samples) == pytest.approx(np.median(comparison.real), rel=0.2)
+    copied = replace(samples, features=np.repeat(vectors[2:3], 40, axis=0))
+    assert DatabaseImages({"green": database}, "", 50, 0).by_clip(copied)[0].rows.tolist() == [2] * 40
+
+
 def test_duplicate_real_images_do_not_hide_a_model_that_copies():
     real = np.concatenate([np.zeros(50), np.linspace(0.02, 0.2, 50)])
     copies = copy_summary(Comparison("training_clip", np.zeros(10), real, tuple("abcdefghij")), BOOTSTRAP)
@@ -260,6 +287,7 @@ def test_a_style_picture_is_found_by_name_or_words_and_only_inside_the_folder(tm
     folder = str(tmp_path / "styles")
     assert style_picture(folder, "pixel_art", "pixel_art/a.png") == tmp_path / "styles/pixel art/a.png"
     assert style_picture(folder, "pixel_art", "pixel_art/../../secret.png") is None
+    assert style_picture(folder, "pixel_art", f"pixel_art/{tmp_path}/secret.png") is None
     assert style_picture(folder, "chalk", "chalk/a.png") is None
     assert style_picture("", "pixel_art", "pixel_art/a.png") is None
 
