@@ -218,8 +218,8 @@ class CheckpointFolder:
             return Progress()
         newest = entries[-1]
         progress = Progress(**{name: newest[name] for name in Progress.__dataclass_fields__})
-        initialize_moments(engine, progress.updates)
         with self._opened(newest) as saved:
+            initialize_moments(engine, progress.updates)
             for state in (MASTER, *moment_states(engine)):
                 fragments = local_fragments(engine, state, ranks)
                 if state in eight_bit.STATES:
