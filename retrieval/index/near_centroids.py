@@ -22,6 +22,8 @@ NEIGHBORS = 32
 """Centroids that `nearer` compares a row with: the nearest ones of its present centroid, itself included."""
 LEADING_SHARE = 1 / 6
 """Share of the dimensions that `nearest` multiplies: 128 of 768."""
+MIN_LEADING = 64
+"""Fewest dimensions that it multiplies."""
 CANDIDATES = 32
 """Fewest centroids that `nearest` ranks by all dimensions."""
 BLOCK_ROWS = 4096
@@ -43,7 +45,7 @@ class NearCentroids:
         """centroids: (count, dim) float32 unit rows. multiplier: of centroids and orthonormal directions (dim, d)."""
         self._centroids, self._ranking = centroids, ranking
         _, directions = np.linalg.eigh(centroids.T @ centroids)  # those in which the centroids are longest come last
-        leading = directions[:, -max(1, round(LEADING_SHARE * centroids.shape[1])) :]
+        leading = directions[:, -max(MIN_LEADING, round(LEADING_SHARE * centroids.shape[1])) :]
         self._multiply = multiplier(centroids, np.ascontiguousarray(leading))
 
     def nearest(self, rows: AnyVectors, count: int) -> tuple[Vectors, Numbers]:
@@ -59,11 +61,11 @@ class NearCentroids:
         """The nearest of the neighbors of the present centroid (n,) of each row (n, dim), (n,)."""
         numbers, order = np.empty(len(rows), np.int64), np.argsort(present, kind="stable")
         ends = np.cumsum(np.bincount(present, minlength=len(self._centroids)))
-        starts = np.append(0, ends[:-1])
+        starts, neighbors_of = np.append(0, ends[:-1]), self._neighbors
 
         def compare(first: int) -> None:
             for centroid in range(first, min(first + CENTROIDS_AT_ONCE, len(ends))):
-                chosen, neighbors = order[starts[centroid] : ends[centroid]], self._neighbors[centroid]
+                chosen, neighbors = order[starts[centroid] : ends[centroid]], neighbors_of[centroid]
                 if len(chosen):
                     products = rows[chosen].astype(np.float32) @ self._centroids[neighbors].T
                     numbers[chosen] = neighbors[products.argmax(axis=1)]
