@@ -1,1 +1,4 @@
-"""Kernel: a small C++ library that searches inverted lists. Without it faiss searches, with nearly the same results."""
+"""Kernel: a small C++ library that searches inverted lists and helps to build them; without it faiss does both.
+
+The results are nearly the same.
+"""

@@ -2,7 +2,7 @@
 
 The library is kept in `laion-rdm/` below XDG_CACHE_HOME or `~/.cache`. Its name has the digest of sources and flags, so
 changed sources are compiled again, and the libraries of other sources are deleted. Without g++, on other processors
-than x86-64 with AVX2, and without a home folder there is no library, and searches use faiss alone.
+than x86-64 with AVX2, and without a home folder there is no library, and searches and builds use faiss alone.
 """
 
 import ctypes

@@ -1,4 +1,5 @@
 // Searches the inverted lists of faiss.IndexIVFPQFastScan for single queries, and ranks the candidates by float16 rows.
+// For builds it ranks the centroids nearest to rows (centroid_ranking.h) and computes codes (row_codes.h).
 //
 // Reads packed 4-bit codes and rows in mapped files, and copies of the ids and of the graph over centroids. It works
 // as faiss does, but walks by 8-bit centroids, leaves out lists and candidates that probably are no neighbors, and

@@ -135,4 +135,4 @@ def test_a_change_of_any_source_is_compiled_again(tmp_path: Path, monkeypatch: P
     for source in sorted([*sources.glob("*.h"), *sources.glob("*.cpp")]):
         source.write_text(source.read_text() + "\n")
         paths.append(compiled(tmp_path / "cache"))
-    assert len(set(paths)) == num_calls(calls) == len(paths) == 11
+    assert len(set(paths)) == num_calls(calls) == len(paths)
