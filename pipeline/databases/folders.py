@@ -12,13 +12,23 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.databases.imagenet import CLASS_NUMBER
-from pipeline.databases.sources import SIGNATURE_BYTES, FileRange, Item, is_picture, read_fields, text_of
+from pipeline.databases.sources import SIGNATURE_BYTES, FileRange, Item, check_names, is_picture, read_fields, text_of
 from pipeline.databases.tables import IMAGE_TABLES, image_items
 from retrieval.errors import UserError
 from retrieval.storage.listing import HIDDEN, escaped_text, is_hidden, list_files, safe_text
 
 METADATA_SUFFIXES = ("txt", "cls", "json")
+SIDECAR_SUFFIXES = (".txt", ".json")
 REPEATED = "with the name of another"
+WITHOUT_PICTURE = "a caption or metadata file without a picture of its name"
+DAMAGED = "a JSON file that is damaged or no object"
+UNPACKING = {
+    **dict.fromkeys((".gz", ".tgz"), "gzip -dk"),
+    **dict.fromkeys((".bz2", ".tbz", ".tbz2"), "bzip2 -dk"),
+    **dict.fromkeys((".xz", ".txz"), "xz -dk"),
+    **{".zst": "zstd -d", ".zip": "unzip"},
+}
+"""Commands that unpack files, by suffix."""
 END_BYTES = 1 << 20
 """Bytes that are checked at the end of a tar. Some writers fill its last record, of any size, with zeros."""
 
@@ -49,13 +59,12 @@ def folder_items(folder: Path, left_out: Counter[str]) -> Iterator[Item]:
     names, hidden = list_files(folder, [hub / "blobs"] if hub else [])
     left_out.update(hidden)
     tars = [name for name in names if name.lower().endswith(".tar")]
-    sidecars = {
-        str(PurePosixPath(name).with_suffix(suffix)): folder / name
-        for name in names
-        if (suffix := PurePosixPath(name).suffix.lower()) in (".txt", ".json")
-    }
+    suffixes = {name: PurePosixPath(name).suffix.lower() for name in names}
+    texts = [name for name in names if suffixes[name] in SIDECAR_SUFFIXES]
+    sidecars = {str(PurePosixPath(name).with_suffix(suffixes[name])): folder / name for name in texts}
+    read: dict[str, dict[str, Any]] = {}
     for name in names:
-        path, suffix = folder / name, PurePosixPath(name).suffix.lower()
+        path, suffix = folder / name, suffixes[name]
         if name in tars:
             yield from tar_items(path, name[: -len(".tar")], left_out, len(tars) > 1)
         elif suffix in IMAGE_TABLES:
@@ -63,12 +72,15 @@ def folder_items(folder: Path, left_out: Counter[str]) -> Iterator[Item]:
         elif is_picture(name, FileRange(path, 0, SIGNATURE_BYTES).read()):
             fields: dict[str, Any] = {}
             for kind in ("json", "txt"):
-                if sidecar := sidecars.get(str(PurePosixPath(name).with_suffix(f".{kind}"))):
-                    fields |= _member_fields(kind, sidecar.read_bytes())
+                key = str(PurePosixPath(name).with_suffix(f".{kind}"))
+                if key in sidecars and key not in read:
+                    read[key] = _member_fields(sidecars[key], sidecars[key].read_bytes(), left_out)
+                fields |= read.get(key, {})
             text, other = safe_text(name), escaped_text(name)
             yield Item(text, FileRange(path), fields, PurePosixPath(text).parts[:-1], other if other != text else "")
-        elif suffix[1:] not in METADATA_SUFFIXES:
-            left_out[f"of another kind ({suffix or 'no suffix'})"] += 1
+        elif suffix not in SIDECAR_SUFFIXES:
+            left_out[_other_kind(suffix)] += 1
+    left_out[WITHOUT_PICTURE] += len(texts) - len(read)
 
 
 def tar_items(path: Path, name: str, left_out: Counter[str], is_one_of_many: bool = False) -> Iterator[Item]:
@@ -77,29 +89,12 @@ def tar_items(path: Path, name: str, left_out: Counter[str], is_one_of_many: boo
     name: of the tar in the source, without suffix. A tar is a style if its name is that of a class of ImageNet, or if
     there are others and its name ends in no digit, as those of shards do.
     """
-    pictures: dict[str, FileRange] = {}
+    pictures, metadata = _read_tar(path, left_out)
     fields: dict[str, dict[str, Any]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if member.isdir():
-                    continue
-                if reason := _member_reason(tar, member):
-                    left_out[reason] += 1
-                    continue
-                suffix = PurePosixPath(member.name).suffix
-                if (kind := suffix[1:].lower()) in METADATA_SUFFIXES:
-                    stem = member.name.removesuffix(suffix)
-                    fields.setdefault(stem, {}).update(_member_fields(kind, _bytes(tar, member)))
-                else:
-                    left_out[REPEATED] += member.name in pictures
-                    pictures[member.name] = FileRange(path, member.offset_data, member.size)
-            _check_end(path, tar.offset)
-    except tarfile.TarError as error:
-        raise UserError(
-            f"{path} is not a readable tar without compression: {error}. Decompress it (for example with gzip -d)"
-            " if it is compressed, else get it again."
-        ) from error
+    for member_name, values in metadata.items():
+        fields.setdefault(_stem(member_name), {}).update(values)
+    used = {stem for member_name in pictures for stem in _stems(member_name)}
+    left_out[WITHOUT_PICTURE] += sum(_stem(member_name) not in used for member_name in metadata)
     parents = PurePosixPath(safe_text(name)).parts
     is_style = CLASS_NUMBER.fullmatch(parents[-1]) or (is_one_of_many and not parents[-1][-1].isdigit())
     style = parents[-1:] if is_style else ()
@@ -109,14 +104,48 @@ def tar_items(path: Path, name: str, left_out: Counter[str], is_one_of_many: boo
         folders = (*parents[:-1], *(relative.parts[:-1] or style))
         other = PurePosixPath(safe_text(name + path.suffix), escaped).as_posix()
         in_source = PurePosixPath(safe_text(name), relative).as_posix()
-        yield Item(in_source, content, _fields_of(member_name, fields), folders, other)
+        sample, picture = _stems(member_name)
+        yield Item(in_source, content, fields.get(sample, {}) | fields.get(picture, {}), folders, other)
 
 
-def _fields_of(name: str, fields: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The fields of a picture in a tar: of files named as it up to its first dot, as in WebDataset, or to its last."""
+def _read_tar(path: Path, left_out: Counter[str]) -> tuple[dict[str, FileRange], dict[str, dict[str, Any]]]:
+    """The pictures of a tar, and the fields of its metadata files, by the names of the members."""
+    pictures: dict[str, FileRange] = {}
+    metadata: dict[str, dict[str, Any]] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.isdir():
+                    continue
+                if reason := _member_reason(tar, member):
+                    left_out[reason] += 1
+                    continue
+                left_out[REPEATED] += member.name in pictures or member.name in metadata
+                name = Path(f"{path}/{member.name}")
+                if name.suffix[1:].lower() in METADATA_SUFFIXES:
+                    metadata[member.name] = _member_fields(name, _bytes(tar, member), left_out)
+                else:
+                    pictures[member.name] = FileRange(path, member.offset_data, member.size)
+            _check_end(path, tar.offset)
+    except tarfile.TarError as error:
+        raise UserError(
+            f"{path} is not a readable tar without compression: {error}. Decompress it (for example with gzip -d)"
+            " if it is compressed, else get it again."
+        ) from error
+    return pictures, metadata
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix(PurePosixPath(name).suffix)
+
+
+def _stems(name: str) -> tuple[str, str]:
+    """The names without suffix of the metadata files of a picture in a tar.
+
+    They are named as it up to its first dot, as in WebDataset, or up to its last.
+    """
     folder, slash, base = name.rpartition("/")
-    sample, picture = (f"{folder}{slash}{stem}" for stem in (base.partition(".")[0], PurePosixPath(base).stem))
-    return fields.get(sample, {}) | fields.get(picture, {})
+    return f"{folder}{slash}{base.partition('.')[0]}", f"{folder}{slash}{PurePosixPath(base).stem}"
 
 
 def _check_end(path: Path, offset: int) -> None:
@@ -143,7 +172,12 @@ def _member_reason(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
     suffix = PurePosixPath(member.name).suffix.lower()
     if suffix[1:] in METADATA_SUFFIXES or is_picture(member.name, _bytes(tar, member, SIGNATURE_BYTES)):
         return ""
-    return f"of another kind ({safe_text(suffix) or 'no suffix'})"
+    return _other_kind(suffix)
+
+
+def _other_kind(suffix: str) -> str:
+    unpacking = f": {UNPACKING[suffix]} unpacks it" if suffix in UNPACKING else ""
+    return f"of another kind ({safe_text(suffix) or 'no suffix'}{unpacking})"
 
 
 def _bytes(tar: tarfile.TarFile, member: tarfile.TarInfo, size: int = -1) -> bytes:
@@ -151,12 +185,16 @@ def _bytes(tar: tarfile.TarFile, member: tarfile.TarInfo, size: int = -1) -> byt
     return file.read(size) if file else b""
 
 
-def _member_fields(kind: str, data: bytes) -> dict[str, Any]:
-    """The fields of a metadata file: a caption (txt), a class (cls) or a JSON object."""
-    if kind != "json":
-        return {"caption" if kind == "txt" else "label": text_of(data)}
+def _member_fields(path: Path, data: bytes, left_out: Counter[str]) -> dict[str, Any]:
+    """The fields of a metadata file: a caption (txt), a class (cls) or a JSON object. path: also of a tar's member."""
+    if (suffix := path.suffix.lower()) != ".json":
+        return {"caption" if suffix == ".txt" else "label": text_of(data)}
     try:
         content = json.loads(data)
     except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        left_out[DAMAGED] += 1
         return {}
-    return read_fields(content) if isinstance(content, dict) else {}
+    check_names(content, path)
+    return read_fields(content)

@@ -3,12 +3,13 @@
 Takes a folder, a tar or a table (`folders.py`, `tables.py`). Whatever is left out is counted by its reason.
 """
 
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.databases.folders import REPEATED, folder_items, hub_folder, snapshot, tar_items
+from pipeline.databases.folders import REPEATED, UNPACKING, folder_items, hub_folder, snapshot, tar_items
 from pipeline.databases.labels import folder_labels
 from pipeline.databases.sources import SUFFIXES, Item, PictureSource, SourcePicture, source_picture
 from pipeline.databases.tables import TABLES, has_images, image_items, path_items
@@ -75,8 +76,10 @@ def _items(source: PictureSource, left_out: Counter[str]) -> Iterator[Item | Non
         else:
             yield from path_items(path, _roots(source))
     else:
-        message = f"{path} is no existing folder, .tar, {', '.join(TABLES[:-1])} or {TABLES[-1]}. Check the path"
-        raise UserError(f"{message}; unpack another archive first.")
+        message = f"{path} is no existing folder, .tar, {', '.join(TABLES[:-1])} or {TABLES[-1]}."
+        if path.is_file() and suffix in UNPACKING:
+            raise UserError(f"{message} Run: {UNPACKING[suffix]} {shlex.quote(str(path))} and name the unpacked file.")
+        raise UserError(f"{message} Check the path; unpack another archive first.")
 
 
 def _roots(source: PictureSource) -> list[Path]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 
+from retrieval.errors import UserError
 from retrieval.storage.listing import safe_text
 from retrieval.storage.schema import DETAILS, METADATA, further_name
 
@@ -39,6 +40,7 @@ FURTHER = "further"
 """Key of the other values of a picture in its fields."""
 _KNOWN = {*METADATA.names, *DETAILS.names, "split", *(name for names in FIELDS.values() for name in names)}
 """Columns that are no further ones."""
+_NOT_READ = {"", *_KNOWN}.difference(*FIELDS.values())
 Fields = Mapping[str, Any]
 
 
@@ -141,9 +143,26 @@ def source_picture(item: Item, label: str, source: PictureSource) -> SourcePictu
     )
 
 
+def check_names(names: Iterable[str], path: Path) -> None:
+    """Raises UserError for two columns that `read_fields` cannot tell from each other. path: of their table."""
+    first: dict[str, str] = {}
+    for name in names:
+        key = _key(name)
+        if key in first and key not in _NOT_READ:
+            raise UserError(
+                f"{path} has the columns {first[key]!r} and {name!r}. Wanted: names that differ in more than case and"
+                " outer spaces. Rename or remove one of the two."
+            )
+        first[key] = name
+
+
+def _key(name: str) -> str:
+    return safe_text(name.strip().lower())
+
+
 def read_fields(row: Fields) -> dict[str, Any]:
     """The FIELDS of a row as stripped strings, without empty ones, and its other values under FURTHER."""
-    row = {safe_text(name.strip().lower()): value for name, value in row.items() if name and name.strip()}
+    row = {_key(name): value for name, value in row.items() if name and name.strip()}
     fields: dict[str, Any] = {}
     for name, columns in FIELDS.items():
         # A column `image` can also contain pictures, a column `artist` numbers without names.

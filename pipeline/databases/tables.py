@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import os
+import shlex
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.databases.sources import FIELDS, SUFFIXES, Fields, FileRange, Item, decoded, read_fields
+from pipeline.databases.sources import FIELDS, SUFFIXES, Fields, FileRange, Item, check_names, decoded, read_fields
 from retrieval.errors import UserError
 from retrieval.storage.arrow_columns import is_number, plain_type
 from retrieval.storage.listing import is_inside, safe_text
@@ -69,7 +70,7 @@ def path_items(path: Path, roots: Sequence[Path]) -> Iterator[Item | None]:
 def image_items(path: Path, name: str, left_out: Counter[str]) -> Iterator[Item]:
     """The pictures in a Parquet or Arrow file, in the order of its rows. name: of the table in the source."""
     schema, counts = _schema(path)
-    column = _image_column(schema)
+    column = _image_column(path, schema)
     if not column:
         left_out[NO_PICTURES] += 1
         return
@@ -84,7 +85,7 @@ def image_items(path: Path, name: str, left_out: Counter[str]) -> Iterator[Item]
 
 def has_images(path: Path) -> bool:
     """Whether a table contains pictures."""
-    return path.suffix.lower() in IMAGE_TABLES and bool(_image_column(_schema(path)[0]))
+    return path.suffix.lower() in IMAGE_TABLES and bool(_image_column(path, _schema(path)[0]))
 
 
 def _schema(path: Path) -> tuple[pa.Schema, list[int]]:
@@ -118,18 +119,47 @@ def _images(path: Path, version: int, column: str, group: int) -> pa.ChunkedArra
     return pq.ParquetFile(path).read_row_group(group, [column])[column]
 
 
-def _image_column(schema: pa.Schema) -> str:
-    """The first column of pictures: a struct with `bytes`, or bytes under one of IMAGE_COLUMNS; "" if none."""
+def _image_column(path: Path, schema: pa.Schema) -> str:
+    """The first column of pictures: a struct with `bytes`, or bytes under one of IMAGE_COLUMNS; "" if none.
+
+    Raises UserError if there are only lists of pictures. path: of the table.
+    """
     for field in schema:
         if pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0:
             return str(field.name)
         if plain_type(field.type) == pa.binary() and field.name.lower() in IMAGE_COLUMNS:
             return str(field.name)
+    for field in schema:
+        if _are_picture_lists(plain_type(field.type)):
+            raise UserError(
+                f"{path}: column {field.name!r} has lists of pictures ({field.type}). Wanted: one picture a row."
+                f"{_one_a_row(path, field.name)}"
+            )
     return ""
+
+
+def _are_picture_lists(kind: pa.DataType) -> bool:
+    item = kind.value_type if pa.types.is_list(kind) else kind
+    number = item.get_field_index("bytes") if pa.types.is_struct(item) else -1
+    return item != kind and number >= 0 and plain_type(item.field(number).type) == pa.binary()
+
+
+def _one_a_row(path: Path, column: str) -> str:
+    """The advice to write each picture of the lists in a column as a row of its own."""
+    texts = (str(path), str(path.with_suffix(".flat.parquet")), column)
+    old, new, name = (json.dumps(text, ensure_ascii=False) for text in texts)
+    read = f"pq.read_table({old})" if path.suffix.lower() == ".parquet" else f"pa.ipc.open_stream({old}).read_all()"
+    program = (
+        "import pyarrow as pa, pyarrow.compute as pc, pyarrow.parquet as pq;"
+        f" t = {read}.combine_chunks(); c = t[{name}]; t = t.drop_columns([{name}]).take(pc.list_parent_indices(c));"
+        f" pq.write_table(t.append_column({name}, pc.list_flatten(c)), {new})"
+    )
+    return f" Run: python3 -c {shlex.quote(program)} and then remove the old file."
 
 
 def _image_free_rows(path: Path, schema: pa.Schema) -> list[Row]:
     """The rows of the columns of values, without pictures, with names for numbers of classes."""
+    check_names(schema.names, path)
     types = {field.name: plain_type(field.type) for field in schema}
     simple = [name for name, kind in types.items() if kind in (pa.string(), pa.bool_()) or is_number(kind)]
     try:
@@ -163,12 +193,12 @@ def _read_table(path: Path) -> tuple[list[str], list[Row]]:
         return schema.names, _image_free_rows(path, schema)
     try:
         text = decoded(path.read_bytes()).lstrip("\r\n")
-        return _json_rows(text) if path.suffix.lower() == ".jsonl" else _csv_rows(path, text)
+        return _json_rows(path, text) if path.suffix.lower() == ".jsonl" else _csv_rows(path, text)
     except (OSError, csv.Error) as error:
         raise UserError(f"{path} is not a readable table: {error}") from error
 
 
-def _json_rows(text: str) -> tuple[list[str], list[Row]]:
+def _json_rows(path: Path, text: str) -> tuple[list[str], list[Row]]:
     """The objects of JSON lines; a line that is no object is an empty row."""
     rows: list[Row] = []
     for line in io.StringIO(text, newline=None):  # str.splitlines also divides at characters that texts may have
@@ -177,6 +207,7 @@ def _json_rows(text: str) -> tuple[list[str], list[Row]]:
         except (ValueError, RecursionError):
             row = None
         rows.append(row if isinstance(row, dict) else {})
+        check_names(rows[-1], path)
     return list({column: None for row in rows for column in row}), rows
 
 
@@ -191,6 +222,7 @@ def _csv_rows(path: Path, text: str) -> tuple[list[str], list[Row]]:
         classes = _classes(path)
         cells = [[*line, "", ""][:2] for line in lines]
         return ["path", "label"], [{"path": file, "label": classes.get(number, "")} for file, number in cells]
+    check_names(header, path)
     return header, [dict(zip(header, line, strict=False)) for line in lines[1:]]
 
 

@@ -1,6 +1,9 @@
 """Arrays in .npy files. Rows of files in an object store are read when they are needed, not the whole file."""
 
+import json
 import math
+import shlex
+from pathlib import PurePosixPath
 
 import numpy as np
 import numpy.typing as npt
@@ -11,10 +14,12 @@ from retrieval.storage.root import Root
 FLOATS = (np.float16, np.float32, np.float64)
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 """Readers of the header, by version of the format."""
+BFLOAT16 = np.dtype("V2")
+"""The type of bfloat16 in .npy files, which have no name for it."""
 
 
 class NpyRows:
-    """The rows of a .npy file, (n, dim) of float16, float32 or float64. Raises UserError for other files."""
+    """The rows of a .npy file, (n, dim) of FLOATS in any byte order. Raises UserError for other files."""
 
     def __init__(self, root: Root, name: str) -> None:
         self._root, self._name = root, name
@@ -74,13 +79,31 @@ def load_npy(root: Root, name: str) -> npt.NDArray[np.generic]:
 
 
 def check_array(array: npt.NDArray[np.generic], location: str) -> npt.NDArray[np.generic]:
-    """The array. Raises UserError unless it is (n, dim) of float16, float32 or float64."""
+    """The array. Raises UserError unless it is (n, dim) of FLOATS in any byte order."""
     _check_vectors(array.shape, array.dtype, location)
     return array
 
 
 def _check_vectors(shape: tuple[int, ...], dtype: np.dtype[np.generic], location: str) -> None:
-    if len(shape) != 2 or dtype not in FLOATS:
+    if len(shape) != 2 or dtype.newbyteorder("=") not in FLOATS:
         raise UserError(
-            f"{location} is an array {shape} of {dtype}; expected (rows, dim) of float16, float32 or float64"
+            f"{location} is an array {shape} of {dtype}; expected (rows, dim) of float16, float32 or float64."
+            f"{_conversion(dtype, location) if len(shape) == 2 else ''}"
         )
+
+
+def _conversion(dtype: np.dtype[np.generic], location: str) -> str:
+    """How to convert an array of other numbers to float32; "" for other values."""
+    if dtype == BFLOAT16:
+        note, floats = " bfloat16 is stored as this type.", '(a.view("uint16").astype("uint32") << 16).view("float32")'
+    elif dtype.kind in "iuf":
+        note, floats = "", 'a.astype("float32")'
+    else:
+        return ""
+    if not location.lower().endswith(".npy"):
+        return f"{note} Convert an array a of it: {floats}."
+    path = PurePosixPath(location).name if "://" in location else location
+    new = str(PurePosixPath(path).with_suffix(".floats.npy"))
+    old, new = (json.dumps(name, ensure_ascii=False) for name in (path, new))
+    program = f"import numpy; a = numpy.load({old}); numpy.save({new}, {floats})"
+    return f"{note} Run: python3 -c {shlex.quote(program)} and then remove the old file."

@@ -3,6 +3,7 @@
 Yields blocks of at most BLOCK_ROWS raw rows in the order of the sorted file names.
 """
 
+import io
 import logging
 import os
 import re
@@ -279,11 +280,30 @@ def _check_counts(location: str, count: int, other: str, other_count: int, unit:
 def _parquet(root: Root, name: str) -> Iterator[Any]:
     with root.open(name) as file:
         try:
-            yield pq.ParquetFile(file)
+            parquet = pq.ParquetFile(file)
+            yield pq.ParquetFile(file, metadata=_without_types(file)) if _may_lack_lists(parquet) else parquet
         except (pa.ArrowInvalid, OSError) as error:
             raise UserError(
                 f"{root.at(name)} cannot be read as Parquet: {error}. Download or write it again, or remove it."
             ) from error
+
+
+def _may_lack_lists(parquet: Any) -> bool:
+    """Whether a Parquet file may have nulls in fixed-size lists: pyarrow cannot read a null in place of such a list."""
+    types = {column.name: getattr(column.type, "storage_type", column.type) for column in parquet.schema_arrow}
+    fixed = {name for name, kind in types.items() if pa.types.is_fixed_size_list(kind)}
+    groups = map(parquet.metadata.row_group, range(parquet.metadata.num_row_groups if fixed else 0))
+    columns = (group.column(number) for group in groups for number in range(group.num_columns))
+    lists = (column.statistics for column in columns if column.path_in_schema.partition(".")[0] in fixed)
+    return any(statistics is None or statistics.null_count != 0 for statistics in lists)
+
+
+def _without_types(file: Any) -> Any:
+    """The footer of a Parquet file without the types of Arrow, so that fixed-size lists are read as lists."""
+    end = file.seek(-8, os.SEEK_END)
+    length = int.from_bytes(file.read(4), "little")
+    file.seek(end - length)
+    return pq.read_metadata(io.BytesIO(b"PAR1" + file.read().replace(b"ARROW:schema", b"arrow:schema")))
 
 
 def _vector_column(schema: pa.Schema, columns: SourceColumns, location: str) -> str:

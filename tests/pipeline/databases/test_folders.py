@@ -1,7 +1,9 @@
 """Folders and tars as people have them: files of tools, links, odd endings, names and nesting."""
 
+import gzip
 import io
 import os
+import subprocess
 import tarfile
 from collections import Counter
 from collections.abc import Sequence
@@ -13,6 +15,7 @@ import pytest
 from PIL import Image
 
 from pipeline.databases import folders
+from pipeline.databases.folders import DAMAGED, REPEATED, WITHOUT_PICTURE
 from pipeline.databases.labels import database_names
 from pipeline.databases.listing import Listing, list_pictures
 from pipeline.databases.sources import PictureSource
@@ -28,11 +31,15 @@ def write(folder: Path, *names: str, data: bytes = b"x") -> None:
 
 
 def write_tar(path: Path, *names: str) -> None:
+    write_members(path, *((name, b"x" * len(name)) for name in names))
+
+
+def write_members(path: Path, *members: tuple[str, bytes]) -> None:
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, encoding="utf-8", errors="surrogateescape") as tar:
-        for name in names:
+        for name, data in members:
             member = tarfile.TarInfo(name)
-            member.size = len(name)
-            tar.addfile(member, io.BytesIO(b"x" * len(name)))
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
 
 
 def labels(path: Path) -> dict[str, str]:
@@ -53,6 +60,7 @@ def test_files_of_tools_are_no_styles_and_are_counted(tmp_path: Path) -> None:
     assert [picture.label for picture in listing.pictures] == ["baroque", "cubism", "rococo"]
     assert listing.left_out == {
         "hidden or left by a tool": 6,
+        WITHOUT_PICTURE: 1,
         "of another kind (.psd)": 1,
         "of another kind (.heic)": 1,
     }
@@ -71,6 +79,56 @@ def test_captions_are_read_from_files_with_endings_in_any_case(tmp_path: Path) -
     write(tmp_path, "A.JPG")
     write(tmp_path, "A.TXT", data=b"a caption")
     assert [picture.caption for picture in list_pictures(PictureSource(tmp_path)).pictures] == ["a caption"]
+
+
+TEXTS = {"a.txt": b"of a", "a.json": b"{cut", "b.json": b"[1]", "c.txt": b"of c", "c.json": b"{}"}
+"""Metadata of the pictures a.jpg, a.png and b.jpg, and of another one that is not there."""
+
+
+def test_captions_without_a_picture_and_damaged_json_files_are_counted(tmp_path: Path) -> None:
+    pictures = [(name, b"x") for name in ("a.jpg", "a.png", "b.jpg")]
+    write_members(tmp_path / "x.tar", *TEXTS.items(), *pictures, ("c.cls", b"3"), ("a.txt", b"of a, later"))
+    for name, data in [*TEXTS.items(), *pictures]:
+        write(tmp_path / "folder", name, data=data)
+    write(tmp_path / "folder", "a.cls")
+    listing = list_pictures(PictureSource(tmp_path / "x.tar"))
+    assert {picture.name: picture.caption for picture in listing.pictures} == {
+        "x/a.jpg": "of a, later",
+        "x/a.png": "of a, later",
+        "x/b.jpg": "b",
+    }
+    assert listing.left_out == {WITHOUT_PICTURE: 3, DAMAGED: 2, REPEATED: 1}
+    listing = list_pictures(PictureSource(tmp_path / "folder"))
+    assert [picture.caption for picture in listing.pictures] == ["of a", "of a", "b"]
+    assert listing.left_out == {WITHOUT_PICTURE: 2, DAMAGED: 2, "of another kind (.cls)": 1}
+
+
+def test_a_json_file_with_two_values_of_one_name_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    data = b'{"caption": "one", "Caption": "two"}'
+    write(tmp_path / "folder", "a.jpg")
+    write(tmp_path / "folder", "a.json", data=data)
+    write_members(tmp_path / "x.tar", ("/b/a.jpg", b"x"), ("/b/a.json", data))
+    for source, file in (("folder", "folder/a.json"), ("x.tar", "x.tar/b/a.json")):
+        with pytest.raises(UserError, match=f"{file} has the columns 'caption' and 'Caption'.*Rename or remove one"):
+            list_pictures(PictureSource(tmp_path / source))
+
+
+@pytest.mark.parametrize("name", ["x.tar.gz", "x y.tgz", "x.csv.gz"])
+def test_a_packed_file_is_an_error_with_a_command_that_unpacks_it(tmp_path: Path, name: str) -> None:
+    write(tmp_path, "a.jpg")
+    write_tar(tmp_path / "x.tar", "a.jpg")
+    data = b"path\na.jpg\n" if ".csv" in name else (tmp_path / "x.tar").read_bytes()
+    path = tmp_path / "packed" / name
+    write(path.parent, name, data=gzip.compress(data))
+    with pytest.raises(UserError, match=r"left out: 1 of another kind \(\.t?gz: gzip -dk unpacks it\)"):
+        list_pictures(PictureSource(path.parent))
+    with pytest.raises(UserError, match=rf"{name} is no existing folder, \.tar, .* Run: gzip -dk ") as error:
+        list_pictures(PictureSource(path))
+    subprocess.run(
+        str(error.value).partition("Run: ")[2].removesuffix(" and name the unpacked file."), shell=True, check=True
+    )
+    [unpacked] = {*path.parent.iterdir()} - {path}
+    assert len(list_pictures(PictureSource(unpacked, tmp_path)).pictures) == 1
 
 
 def test_a_compressed_tar_is_an_error_that_says_to_decompress_it(tmp_path: Path) -> None:
@@ -226,12 +284,9 @@ def test_captions_in_a_tar_belong_to_pictures_with_dots_in_their_names(tmp_path:
         "key.de.txt": b"ein anderer",
         "json": b"\xff\xd8\xff",
     }
-    with tarfile.open(tmp_path / "x.tar", "w") as tar:
-        for name, data in contents.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
+    write_members(tmp_path / "x.tar", *contents.items())
     listing = list_pictures(PictureSource(tmp_path / "x.tar"))
+    assert listing.left_out == {WITHOUT_PICTURE: 1}  # key.de.txt
     assert {picture.name: (picture.caption, picture.artist) for picture in listing.pictures} == {
         "x/json": ("json", ""),
         "x/key.jpg!Large.jpg": ("of the sample", ""),

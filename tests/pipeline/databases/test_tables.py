@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -148,3 +150,69 @@ def test_damaged_tables_and_metadata_of_classes_are_user_errors_or_ignored(tmp_p
     (tmp_path / "t.csv").write_bytes(b"path,label\n" + b"x" * 200_000 + b",1\n")
     with pytest.raises(UserError, match="not a readable table: field larger than"):
         listed(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.parquet", "t.arrow"])
+@pytest.mark.parametrize("other", ["Caption", "caption "])
+def test_columns_that_differ_in_case_or_spaces_only_are_an_error_that_names_both(
+    folder: Path, name: str, other: str
+) -> None:
+    row = {"path": "a.jpg", "width": "1", "WIDTH": "2", "": "", " ": "", "caption": "one", other: "two"}
+    write_row(folder / name, row)
+    with pytest.raises(UserError, match=rf"{name} has the columns 'caption' and '{other}'.*Rename or remove one"):
+        listed(folder / name)
+    del row[other]
+    write_row(folder / name, row)
+    assert [picture.caption for picture in listed(folder / name)[0]] == ["one"]
+
+
+def write_row(path: Path, row: dict[str, str]) -> None:
+    """A table of one row; one in an Arrow file has the picture."""
+    if path.suffix == ".csv":
+        path.write_text(",".join(row) + "\n" + ",".join(row.values()) + "\n")
+    elif path.suffix == ".jsonl":
+        path.write_text(json.dumps(row) + "\n")
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist([row]), path)
+    else:
+        table = pa.Table.from_pylist([row]).append_column("image", pa.array([b"x"]))
+        with pa.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table)
+
+
+def test_a_column_that_occurs_twice_is_an_error_that_names_it(folder: Path) -> None:
+    columns = [["a.jpg"], ["one"], ["two"]]
+    pq.write_table(pa.table(columns, ["path", "text", "text"]), folder / "t.parquet")
+    pq.write_table(pa.table([[b"x"], *columns[1:]], ["image", "text", "text"]), folder / "i.parquet")
+    (folder / "t.csv").write_text("path,text,text\na.jpg,one,two\n")
+    for name in ("t.parquet", "i.parquet", "t.csv"):
+        with pytest.raises(UserError, match=f"{name} has the columns 'text' and 'text'"):
+            listed(folder / name)
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "t.arrow"])
+def test_lists_of_pictures_are_an_error_with_a_command_that_gives_each_a_row(tmp_path: Path, name: str) -> None:
+    lists = [[{"bytes": jpeg("red"), "path": None}, {"bytes": jpeg("blue"), "path": None}], [], None]
+    lists.append([{"bytes": jpeg("green"), "path": None}])
+    table = pa.table({"id": [1, 2, 3, 4], "images": lists, "text": ["two", "none", "null", "one"]})
+    path = tmp_path / "it's" / name
+    path.parent.mkdir()
+    if name == "t.parquet":
+        pq.write_table(table, path, row_group_size=2)
+    else:
+        with pa.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
+    for source in (path, path.parent):
+        with pytest.raises(
+            UserError, match=rf"{name}: column 'images' has lists of pictures \(list<.*a row\. Run"
+        ) as error:
+            listed(source)
+    command = str(error.value).partition("Run: ")[2].removesuffix(" and then remove the old file.")
+    subprocess.run(command.replace("python3", sys.executable, 1), shell=True, check=True)
+    path.unlink()
+    pictures, _ = listed(path.parent)
+    assert [(picture.caption, picture.content.read()) for picture in pictures] == [
+        ("two", jpeg("red")),
+        ("two", jpeg("blue")),
+        ("one", jpeg("green")),
+    ]

@@ -199,6 +199,7 @@ def test_a_changed_text_file_is_another_input(tmp_path: Path) -> None:
             gzip.compress(b"url,text\n") + b"x",
             r"cannot be read.* has other bytes behind its end\. Download",
         ),
+        ("a.csv.gz", gzip.compress(separated(",")) + bytes(512), r"cannot be read.* has other bytes behind its end"),
         ("a.jsonl", b'{"url": "x", "text": ["a", "b"]}', r"column text has type list<.*; wanted text or numbers"),
     ],
 )

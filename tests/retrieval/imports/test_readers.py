@@ -1,5 +1,7 @@
 """All layouts of imported vectors give the same rows, each with its own caption."""
 
+import subprocess
+import sys
 from collections import Counter
 from decimal import Decimal
 from pathlib import Path
@@ -336,6 +338,44 @@ def test_nulls_in_a_vector_column_are_bad_vectors(tmp_path: Path) -> None:
     blocks = list(read_database_blocks(VectorSource(tmp_path), DIM))
     assert [block.reasons for block in blocks] == [{"bad_vector": 1}, {"bad_vector": 3}, {}]
     assert_rows(pa.concat_tables([block.table for block in blocks]), parts()[0][[1, 2, 6]])
+
+
+@pytest.mark.parametrize("value", [pa.float16(), pa.float32(), pa.float64()])
+@pytest.mark.parametrize("has_statistics", [True, False])
+def test_nulls_in_a_column_of_fixed_size_lists_are_bad_vectors(
+    tmp_path: Path, value: pa.DataType, has_statistics: bool
+) -> None:
+    lists = [[float(number) for number in row] for row in parts()[0]]
+    lists[1] = lists[6] = None
+    lists[3][2] = None
+    table = pa.table({"v": pa.array(lists, pa.list_(value, DIM)), "caption": [f"caption 0 {row}" for row in range(7)]})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=4, write_statistics=has_statistics)
+    blocks = list(read_database_blocks(VectorSource(tmp_path), DIM))
+    assert sum((Counter(block.reasons) for block in blocks), Counter()) == {"bad_vector": 3}
+    assert_rows(pa.concat_tables([block.table for block in blocks]), parts()[0][[0, 2, 4, 5]])
+
+
+@pytest.mark.parametrize("dtype", [">f2", ">f4", ">f8"])
+def test_arrays_of_big_endian_numbers_are_read(tmp_path: Path, dtype: str) -> None:
+    np.save(tmp_path / "a.npy", parts()[0].astype(dtype))
+    assert_rows(read(VectorSource(tmp_path)), parts()[0])
+
+
+@pytest.mark.parametrize("dtype", ["i1", ">i4", "longdouble", "V2"])
+def test_arrays_of_other_numbers_are_an_error_with_a_command_that_converts_them(tmp_path: Path, dtype: str) -> None:
+    rows = np.rint(parts()[0] * 100).astype(np.float32)
+    bfloat16 = (rows.view(np.uint32) >> 16).astype(np.uint16).view("V2")  # exact for small whole numbers
+    path = tmp_path / "it's" / "a_0.1.npy"
+    path.parent.mkdir()
+    np.save(path, bfloat16 if dtype == "V2" else rows.astype(dtype))
+    with pytest.raises(UserError, match=r"it's/a_0\.1\.npy is an array \(7, 32\) of .*; expected .* Run: ") as error:
+        read(VectorSource(path.parent))
+    command = str(error.value).partition("Run: ")[2].removesuffix(" and then remove the old file.")
+    subprocess.run(command.replace("python3", sys.executable, 1), shell=True, check=True)
+    path.unlink()
+    [converted] = path.parent.iterdir()
+    assert (converted.name, np.load(converted).tolist()) == ("a_0.1.floats.npy", rows.tolist())
+    assert_rows(read(VectorSource(path.parent)), rows / np.linalg.norm(rows, axis=1, keepdims=True))
 
 
 @pytest.mark.parametrize("scale", [3.0, 1e-30, 1e30])
